@@ -1,0 +1,1 @@
+"""The cluster's bus: one-way messages, requests with answers, and publications."""

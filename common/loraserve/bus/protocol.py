@@ -1,0 +1,67 @@
+"""What every process sees of the bus, whatever carries it.
+
+A process has one name (``router``, ``engine-0``, ...) and one inbox. ``send`` and ``publish`` never wait; delivery is
+at most once and in order per pair of processes, so whoever must know asks with ``request``.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol, TypeVar
+
+import msgspec
+
+Frame = bytes | bytearray | memoryview
+T = TypeVar("T")
+
+
+class Envelope(msgspec.Struct, frozen=True):
+    """A received message. ``reply_to`` is opaque and empty unless the sender waits for an answer."""
+
+    sender: str
+    message: Any
+    frames: tuple[bytes | memoryview, ...] = ()
+    reply_to: tuple[bytes, ...] = ()
+    topic: str = ""
+
+
+class Bus(Protocol):
+    """One process's place on the bus."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def incarnation(self) -> str: ...
+
+    def send(self, peer: str, message: Any, frames: Sequence[Frame] = ()) -> bool:
+        """One-way. False when the peer's queue is full: the message is dropped and counted."""
+
+    async def request(
+        self, peer: str, message: Any, reply: type[T], timeout_s: float, frames: Sequence[Frame] = ()
+    ) -> T:
+        """The peer's answer, decoded strictly as ``reply``. Raises RequestTimeout or PeerError."""
+
+    async def request_frames(
+        self, peer: str, message: Any, reply: type[T], timeout_s: float, frames: Sequence[Frame] = ()
+    ) -> tuple[T, tuple[bytes | memoryview, ...]]:
+        """Like ``request``, with the raw frames beside the answer."""
+
+    def respond(self, envelope: Envelope, message: Any, frames: Sequence[Frame] = ()) -> None:
+        """Answer a request; nothing happens for one-way messages."""
+
+    def refuse(self, envelope: Envelope, code: str, message: str) -> None:
+        """Answer a request with an error, raised at the peer as PeerError(code, message)."""
+
+    def publish(self, topic: str, message: Any) -> None:
+        """To every subscriber of (this process, topic). Late subscribers miss it."""
+
+    def subscribe(self, peer: str, topic: str) -> None:
+        """From now on the peer's publications arrive in the inbox, over restarts of the peer too."""
+
+    async def receive(self) -> Envelope:
+        """Next message from the inbox that decoded well; others are counted, logged and refused."""
+
+    def forget(self, peer: str) -> None:
+        """Drop the connection to a peer that is gone for good, with what is queued for it."""
+
+    async def close(self) -> None:
+        """Fails waiting requests with RequestTimeout and frees the sockets."""

@@ -1,0 +1,89 @@
+"""The wire catalogue: every message of the cluster, one file a direction, one union a receiver.
+
+Messages are frozen msgspec structs, decoded strictly against the union of what a process kind may receive. Fields may
+be added with defaults; a new or changed tag needs a new ``PROTOCOL_VERSION``. Tensors and slabs never ride in structs:
+they are raw frames beside the message.
+"""
+
+from loraserve.messages.admin import Ping, Pong
+from loraserve.messages.base import PROTOCOL_VERSION, AdapterRef, Message, SamplingParams
+from loraserve.messages.engine_gateway import Failed, TokenBatch, TokenDelta
+from loraserve.messages.engine_monitor import AdapterTokens, EngineLoad, ResidentAdapter
+from loraserve.messages.gateway_engine import Abort
+from loraserve.messages.gateway_planner import GetPlan, Rebalance, RebalanceDone
+from loraserve.messages.gateway_router import Rejected, Route, Routed
+from loraserve.messages.monitor_cluster import AdapterDemand, ClusterLoad, EngineSeen
+from loraserve.messages.planner_engine import PreparePlan, Prepared, RetireCopies, RetireDone
+from loraserve.messages.planner_router import Move, Placement, Plan
+from loraserve.messages.router_engine import Admit, Admitted
+from loraserve.messages.store import (
+    AdapterList,
+    AdapterRegistered,
+    AdapterUnregistered,
+    ListAdapters,
+    OpenSlab,
+    ReadSlab,
+    RegisterAdapter,
+    RegistryChanged,
+    SlabChunk,
+    SlabInfo,
+    UnregisterAdapter,
+)
+
+ToGateway = TokenBatch | Failed | ClusterLoad | RegistryChanged | Ping
+ToRouter = Route | ClusterLoad | Plan | Ping
+ToMonitor = EngineLoad | RegistryChanged | Ping
+ToPlanner = ClusterLoad | RegistryChanged | Rebalance | GetPlan | Ping
+ToEngine = Admit | Abort | PreparePlan | RetireCopies | Ping
+ToStore = RegisterAdapter | UnregisterAdapter | ListAdapters | OpenSlab | ReadSlab | Ping
+
+__all__ = [
+    "PROTOCOL_VERSION",
+    "Abort",
+    "AdapterDemand",
+    "AdapterList",
+    "AdapterRef",
+    "AdapterRegistered",
+    "AdapterTokens",
+    "AdapterUnregistered",
+    "Admit",
+    "Admitted",
+    "ClusterLoad",
+    "EngineLoad",
+    "EngineSeen",
+    "Failed",
+    "GetPlan",
+    "ListAdapters",
+    "Message",
+    "Move",
+    "OpenSlab",
+    "Ping",
+    "Placement",
+    "Plan",
+    "Pong",
+    "PreparePlan",
+    "Prepared",
+    "ReadSlab",
+    "Rebalance",
+    "RebalanceDone",
+    "RegisterAdapter",
+    "RegistryChanged",
+    "Rejected",
+    "ResidentAdapter",
+    "RetireCopies",
+    "RetireDone",
+    "Route",
+    "Routed",
+    "SamplingParams",
+    "SlabChunk",
+    "SlabInfo",
+    "ToEngine",
+    "ToGateway",
+    "ToMonitor",
+    "ToPlanner",
+    "ToRouter",
+    "ToStore",
+    "TokenBatch",
+    "TokenDelta",
+    "UnregisterAdapter",
+]

@@ -1,0 +1,55 @@
+"""Engine -> monitor: its load, every 250 ms."""
+
+import msgspec
+
+from loraserve.messages.base import Message
+
+
+class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
+    """An adapter in the engine's pool. ``pinned`` by the plan or a running request; ``running`` requests now."""
+
+    name: str
+    version: str
+    rank: int
+    slab_bytes: int
+    pinned: bool = False
+    running: int = 0
+
+
+class AdapterTokens(msgspec.Struct, frozen=True, kw_only=True):
+    """Tokens computed for one adapter since the incarnation began; ``version`` "" is the base model."""
+
+    version: str
+    prefill_tokens: int
+    decode_tokens: int
+    requests: int = 0
+
+
+class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
+    """What the router prices and the planner plans with. ``decode_step_s`` and ``prefill_tokens_per_s`` are measured."""
+
+    engine: str
+    incarnation: str
+    state: str
+    waiting: int
+    running: int
+    waiting_prefill_tokens: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    block_tokens: int
+    pool_total_bytes: int
+    pool_free_bytes: int
+    max_running: int
+    decode_step_s: float
+    prefill_tokens_per_s: float
+    load_bytes_per_s: float = 0.0
+    steps: int = 0
+    resident: tuple[ResidentAdapter, ...] = ()
+    loading: tuple[str, ...] = ()
+    adapter_tokens: tuple[AdapterTokens, ...] = ()
+    request_ids: tuple[str, ...] = ()
+    prefix_hits_tokens: int = 0
+    prefix_queries_tokens: int = 0
+    preemptions: int = 0
+    max_model_tokens: int = 0
+    supports: dict[str, str] = msgspec.field(default_factory=dict)

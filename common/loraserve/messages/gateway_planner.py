@@ -1,0 +1,23 @@
+"""Gateway (for an operator) -> planner: plan now, or show the plan."""
+
+from loraserve.messages.base import Message
+from loraserve.messages.planner_router import Move, Plan
+
+
+class GetPlan(Message, frozen=True, tag=True, kw_only=True):
+    """Answered by the current Plan."""
+
+
+class Rebalance(Message, frozen=True, tag=True, kw_only=True):
+    """Plan from the demand seen so far, without waiting for the interval. ``dry_run`` changes nothing."""
+
+    dry_run: bool = False
+
+
+class RebalanceDone(Message, frozen=True, tag=True, kw_only=True):
+    """``applied`` False for dry runs, when nothing moved and when an engine could not prepare (see ``message``)."""
+
+    plan: Plan
+    moves: tuple[Move, ...]
+    applied: bool
+    message: str = ""

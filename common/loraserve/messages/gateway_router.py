@@ -1,0 +1,31 @@
+"""Gateway -> router: choose an engine for one request; the router admits it there and answers."""
+
+from loraserve.messages.base import AdapterRef, Message, SamplingParams
+
+
+class Route(Message, frozen=True, tag=True, kw_only=True):
+    """A request ready to run. Its tokens go from the engine to ``gateway`` directly."""
+
+    request_id: str
+    gateway: str
+    prompt_tokens: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: AdapterRef | None = None
+
+
+class Routed(Message, frozen=True, tag=True, kw_only=True):
+    """The engine has the request. ``why`` says which rule chose it."""
+
+    request_id: str
+    engine: str
+    incarnation: str
+    why: str
+
+
+class Rejected(Message, frozen=True, tag=True, kw_only=True):
+    """No engine took it. ``code`` is ``no_engine`` (503), ``overloaded`` (429) or ``bad_request`` (400)."""
+
+    request_id: str
+    code: str
+    message: str
+    retry_after_s: float = 1.0

@@ -1,0 +1,33 @@
+"""Planner -> router (publication ``plan``): where copies live and what share of traffic each should take."""
+
+import msgspec
+
+from loraserve.messages.base import Message
+
+
+class Placement(msgspec.Struct, frozen=True, kw_only=True):
+    """One copy. Shares of an adapter's copies sum to 1."""
+
+    version: str
+    name: str
+    engine: str
+    share: float
+
+
+class Move(msgspec.Struct, frozen=True, kw_only=True):
+    """One difference between two plans. ``source`` or ``target`` "" means that a copy appears or goes."""
+
+    version: str
+    name: str
+    source: str
+    target: str
+    slab_bytes: int
+    reason: str
+
+
+class Plan(Message, frozen=True, tag=True, kw_only=True):
+    """A complete plan. Epochs only grow, over restarts of the planner too."""
+
+    epoch: int
+    created_unix_s: float
+    placements: tuple[Placement, ...]
