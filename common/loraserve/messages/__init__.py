@@ -13,7 +13,7 @@ from loraserve.messages.gateway_engine import Abort
 from loraserve.messages.gateway_planner import GetPlan, Rebalance, RebalanceDone
 from loraserve.messages.gateway_router import Rejected, Route, Routed
 from loraserve.messages.monitor_cluster import AdapterDemand, ClusterLoad, EngineSeen
-from loraserve.messages.planner_engine import PreparePlan, Prepared, RetireCopies, RetireDone
+from loraserve.messages.planner_engine import Prepared, PreparePlan, RetireCopies, RetireDone
 from loraserve.messages.planner_router import Move, Placement, Plan
 from loraserve.messages.router_engine import Admit, Admitted
 from loraserve.messages.store import (

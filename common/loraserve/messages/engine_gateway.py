@@ -8,8 +8,8 @@ from loraserve.messages.base import Message
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request.
 
-    ``index`` is the output index of the first, so that a lost message is seen as a gap. ``finish`` is None while it runs,
-    else ``stop``, ``length`` or ``abort``. ``logprobs`` has, per token, its own log-probability first and then (token,
+    ``index`` is the output index of the first, so that a lost message is seen as a gap. ``finish`` is None while it
+    runs, else ``stop``, ``length`` or ``abort``. ``logprobs`` has, per token, its own log-probability first and then (token,
     log-probability) of the most likely, or is empty.
     """
 
@@ -21,7 +21,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
 
 
-class TokenBatch(msgspec.Struct, frozen=True, tag=True, array_like=True):
+class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
     """Everything one step brought for one gateway. ``incarnation`` tells a restarted engine from its past self."""
 
     engine: str

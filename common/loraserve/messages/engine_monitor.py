@@ -26,7 +26,7 @@ class AdapterTokens(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
-    """What the router prices and the planner plans with. ``decode_step_s`` and ``prefill_tokens_per_s`` are measured."""
+    """What the router prices and the planner plans with; rates and step times are measured."""
 
     engine: str
     incarnation: str

@@ -1,0 +1,202 @@
+"""The whole configuration: one frozen struct per service, read from one TOML file, the environment and flags.
+
+Unknown keys are refused wherever they stand. Later sources win: defaults, TOML, ``LORASERVE_SECTION__KEY`` in the
+environment, ``--set section.key=value``.
+"""
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from loraserve.errors import ConfigError
+
+ENV_PREFIX = "LORASERVE_"
+
+
+class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Base of every section."""
+
+
+class BusConfig(Section, frozen=True, kw_only=True):
+    """Addresses by template: ``{name}`` is the process, ``{run_dir}`` the 0700 folder of this cluster.
+
+    ``connect`` and ``connect_pub`` say where peers reach a process's inbox and publications; ``bind`` and ``bind_pub``
+    where it listens (empty: the same). ``peers`` overrides both connect templates as ``"inbox,publications"`` by name.
+    """
+
+    connect: str = "ipc://{run_dir}/{name}.sock"
+    connect_pub: str = "ipc://{run_dir}/{name}.pub"
+    bind: str = ""
+    bind_pub: str = ""
+    peers: dict[str, str] = msgspec.field(default_factory=dict)
+    queue_messages: int = 20_000
+
+
+class ClusterConfig(Section, frozen=True, kw_only=True):
+    engines: int = 2
+    run_dir: str = ""
+    data_dir: str = ""
+    log_dir: str = ""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["console", "json"] = "json"
+
+
+class ModelConfig(Section, frozen=True, kw_only=True):
+    """``path`` is a local Hugging Face directory; ``name`` is what clients call it ("" is the folder's name)."""
+
+    path: str = ""
+    name: str = ""
+    max_model_tokens: int = 0
+    """Longest prompt plus output; 0 takes the smaller of the model's own and what the KV cache holds."""
+
+
+class EngineConfig(Section, frozen=True, kw_only=True):
+    """``weights`` float32 is exact; fp16 is half the bytes with float32 activations; auto picks the faster that runs.
+
+    ``threads`` 0 is cores / engines, at least 1.
+    """
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    weights: Literal["auto", "float32", "fp16"] = "auto"
+    slab_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    threads: int = 0
+    kv_bytes: int = 1 << 30
+    block_tokens: int = 16
+    pool_bytes: int = 512 << 20
+    max_adapters: int = 64
+    max_rank: int = 256
+    max_running: int = 64
+    max_waiting: int = 1024
+    max_step_tokens: int = 512
+    prefix_cache: bool = True
+    load_interval_s: float = 0.25
+    load_timeout_s: float = 60.0
+    load_chunk_bytes: int = 1 << 20
+
+
+class RouterConfig(Section, frozen=True, kw_only=True):
+    admit_timeout_s: float = 1.0
+    slo_ttft_s: float = 10.0
+    reject_factor: float = 4.0
+
+
+class MonitorConfig(Section, frozen=True, kw_only=True):
+    publish_interval_s: float = 0.25
+    dead_after_s: float = 1.5
+    window_s: float = 60.0
+
+
+class PlannerConfig(Section, frozen=True, kw_only=True):
+    interval_s: float = 30.0
+    min_copies: int = 1
+    prepare_timeout_s: float = 60.0
+
+
+class StoreConfig(Section, frozen=True, kw_only=True):
+    """``allowed_dirs`` limits which folders may be registered from; empty allows any."""
+
+    max_rank: int = 256
+    allowed_dirs: tuple[str, ...] = ()
+    publish_interval_s: float = 2.0
+
+
+class GatewayConfig(Section, frozen=True, kw_only=True):
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    default_max_tokens: int = 0
+    """Output limit where a request names none; 0 is what the context leaves."""
+    request_timeout_s: float = 600.0
+    route_timeout_s: float = 10.0
+    max_body_bytes: int = 16 << 20
+
+
+class Config(Section, frozen=True, kw_only=True):
+    bus: BusConfig = BusConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    model: ModelConfig = ModelConfig()
+    engine: EngineConfig = EngineConfig()
+    router: RouterConfig = RouterConfig()
+    monitor: MonitorConfig = MonitorConfig()
+    planner: PlannerConfig = PlannerConfig()
+    store: StoreConfig = StoreConfig()
+    gateway: GatewayConfig = GatewayConfig()
+
+
+def load_config(
+    path: Path | None = None, environ: Mapping[str, str] = os.environ, overrides: Sequence[str] = ()
+) -> Config:
+    """Merge all sources. Raises ConfigError naming the key and where it came from."""
+    merged: dict[str, Any] = {}
+    if path is not None:
+        _merge(merged, _read_toml(path))
+    for name, value in sorted(environ.items()):
+        if name.startswith(ENV_PREFIX) and "__" in name:
+            _assign(merged, name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1), value, f"environment {name}")
+    for text in overrides:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {text}: write section.key=value")
+        _assign(merged, key.strip(), value, f"--set {text}")
+    return _convert(merged)
+
+
+def engine_names(config: Config) -> tuple[str, ...]:
+    """Names of the engine processes of this cluster."""
+    return tuple(f"engine-{index}" for index in range(config.cluster.engines))
+
+
+def _read_toml(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"configuration file {path}: {error}") from error
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(key), dict):
+            _merge(into[key], value)
+        else:
+            into[key] = value
+
+
+def _assign(into: dict[str, Any], key: str, text: str, source: str) -> None:
+    section, dot, name = key.partition(".")
+    if not dot:
+        raise ConfigError(f"{source}: write section.key, such as engine.pool_bytes")
+    value: Any = text
+    if text[:1] in "[{":
+        try:
+            value = msgspec.json.decode(text)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"{source}: {error}") from error
+    into.setdefault(section, {})[name] = value
+
+
+def _convert(merged: dict[str, Any]) -> Config:
+    try:
+        return msgspec.convert(merged, Config, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"configuration: {error}; see the fields in loraserve/config.py") from error
+
+
+def to_toml(config: Config) -> str:
+    """The configuration as TOML that ``load_config`` reads back to the same value."""
+    lines: list[str] = []
+    for section, values in msgspec.to_builtins(config).items():
+        scalars = {k: v for k, v in values.items() if not isinstance(v, dict)}
+        lines.append(f"[{section}]")
+        lines.extend(f"{k} = {msgspec.json.encode(v).decode()}" for k, v in scalars.items())
+        for key, table in values.items():
+            if isinstance(table, dict) and table:
+                lines.append(f"\n[{section}.{key}]")
+                lines.extend(
+                    f"{msgspec.json.encode(k).decode()} = {msgspec.json.encode(v).decode()}" for k, v in table.items()
+                )
+        lines.append("")
+    return "\n".join(lines)
