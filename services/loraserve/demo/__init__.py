@@ -1,0 +1,1 @@
+"""What a fresh machine serves: a small chat model and four adapters whose styles a person tells apart at a glance."""
