@@ -191,7 +191,7 @@ def to_toml(config: Config) -> str:
     for section, values in msgspec.to_builtins(config).items():
         scalars = {k: v for k, v in values.items() if not isinstance(v, dict)}
         lines.append(f"[{section}]")
-        lines.extend(f"{k} = {msgspec.json.encode(v).decode()}" for k, v in scalars.items())
+        lines.extend(f"{k} = {_json(v)}" for k, v in scalars.items())
         for key, table in values.items():
             if isinstance(table, dict) and table:
                 lines.append(f"\n[{section}.{key}]")
@@ -200,3 +200,8 @@ def to_toml(config: Config) -> str:
                 )
         lines.append("")
     return "\n".join(lines)
+
+
+def _json(value: Any) -> str:
+    # Strings, numbers, booleans and flat lists read the same in JSON and TOML.
+    return msgspec.json.encode(value).decode()

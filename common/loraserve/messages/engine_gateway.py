@@ -9,8 +9,8 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request.
 
     ``index`` is the output index of the first, so that a lost message is seen as a gap. ``finish`` is None while it
-    runs, else ``stop``, ``length`` or ``abort``. ``logprobs`` has, per token, its own log-probability first and then (token,
-    log-probability) of the most likely, or is empty.
+    runs, else ``stop``, ``length`` or ``abort``. ``logprobs`` has, per token, its own log-probability first and then
+    (token, log-probability) of the most likely, or is empty.
     """
 
     request_id: str
