@@ -1,0 +1,147 @@
+"""What a script does before the project is importable: find a Python, make .venv, install into it, run in it.
+
+Standard library only, and old syntax on purpose: this file must still parse where python3 is older than the project
+needs, so that it can say so.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VENV = Path(os.environ.get("LORASERVE_VENV", str(ROOT / ".venv")))
+CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+OLDEST_PYTHON = (3, 11)
+
+
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def fail(text):
+    """End with one clear line and the status that all scripts use for 'could not be done'."""
+    say("error: " + text)
+    raise SystemExit(1)
+
+
+def venv_python():
+    return VENV / "bin" / "python"
+
+
+def run_in_venv(arguments, extras=("demo",)):
+    """Replace this process by the project's Python, installing first where that is needed."""
+    ensure_installed(extras)
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    os.execv(str(venv_python()), [str(venv_python()), *arguments])
+
+
+def ensure_installed(extras):
+    """Make .venv hold the project with these extras. Seconds when it already does."""
+    stamp = VENV / ".loraserve-install.json"
+    wanted = {"inputs": _inputs_digest(), "extras": sorted(extras)}
+    have = _read_stamp(stamp)
+    if venv_python().exists() and have.get("inputs") == wanted["inputs"] and set(extras) <= set(have.get("extras", [])):
+        return
+    started_s = time.monotonic()
+    _make_venv()
+    wanted["extras"] = sorted(set(extras) | set(have.get("extras", [])))
+    _install(wanted["extras"])
+    stamp.write_text(json.dumps(wanted))
+    say("[install] done in %.0f s" % (time.monotonic() - started_s))
+
+
+def _inputs_digest():
+    digest = hashlib.sha256()
+    for path in (ROOT / "pyproject.toml", CONSTRAINTS):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
+
+
+def _read_stamp(stamp):
+    try:
+        return json.loads(stamp.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def find_python():
+    """This interpreter when it is new enough, else the newest one on PATH."""
+    if sys.version_info >= OLDEST_PYTHON:
+        return sys.executable
+    for minor in range(14, OLDEST_PYTHON[1] - 1, -1):
+        found = shutil.which("python3.%d" % minor)
+        if found:
+            return found
+    return fail(
+        "Python %d.%d or newer is needed, this is %s; install one (Debian/Ubuntu: apt install python3, macOS: "
+        "brew install python@3.12) and run the script again" % (OLDEST_PYTHON + (platform.python_version(),))
+    )
+
+
+def _make_venv():
+    if venv_python().exists():
+        return
+    say("[install] making %s" % VENV)
+    done = subprocess.run([find_python(), "-m", "venv", str(VENV)], capture_output=True, text=True)
+    if done.returncode != 0:
+        shutil.rmtree(VENV, ignore_errors=True)
+        output = (done.stdout + done.stderr).strip()
+        if "ensurepip" in output:
+            fail("Python's venv package is missing; install it (Debian/Ubuntu: apt install python3-venv)")
+        fail("could not make %s: %s" % (VENV, output.splitlines()[-1] if output else "no reason given"))
+
+
+def _install(extras):
+    target = ".[%s]" % ",".join(extras) if extras else "."
+    say("[install] torch and %s (a few hundred MB the first time)" % target)
+    pip = [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(CONSTRAINTS)]
+    _pip(pip + torch_requirement(pip))
+    _pip([*pip, "-e", target])
+
+
+def torch_requirement(pip):
+    """Arguments that install the CPU build of torch where no GPU is found and the usual index would bring CUDA."""
+    if sys.platform != "linux" or has_gpu():
+        return ["torch"]
+    probe = subprocess.run(
+        [*pip, "--dry-run", "--no-deps", "--quiet", "--ignore-installed", "--report", "-", "torch"],
+        capture_output=True,
+        text=True,
+    )
+    try:
+        metadata = json.loads(probe.stdout)["install"][0]["metadata"]
+    except (ValueError, LookupError):
+        return ["torch"]
+    if any(name.startswith("nvidia") for name in metadata.get("requires_dist", [])):
+        return ["torch==%s+cpu" % metadata["version"], "--extra-index-url", TORCH_CPU_INDEX]
+    return ["torch"]
+
+
+def has_gpu():
+    return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
+
+
+def _pip(command):
+    """Run pip, showing what it collects, and turn its usual failures into a remedy."""
+    process = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    tail = []
+    started_s = shown_s = time.monotonic()
+    for line in process.stdout:
+        tail = [*tail, line.rstrip()][-30:]
+        words = line.split()
+        if words and words[0] in ("Downloading", "Installing", "Building") and time.monotonic() - shown_s > 2:
+            shown_s = time.monotonic()
+            say("[install] %4.0f s  %s" % (shown_s - started_s, " ".join(words)[:90]))
+    if process.wait() != 0:
+        text = "\n".join(tail)
+        say(text)
+        if "No space left" in text:
+            fail("the disk is full; free about 3 GB under %s and run the script again" % VENV)
+        fail("pip could not install (above); check the network or the package index, then run the script again")
