@@ -154,8 +154,8 @@ def write_tokenizer(metadata: Metadata, target: Path) -> None:
     build_tokenizer(metadata).save(str(target / "tokenizer.json"))
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     keys = {token: f"tokenizer.ggml.{role}_token_id" for token, role in roles.items()}
-    config = {token: metadata.token(key) for token, key in keys.items() if metadata.get(key) is not None}
-    config |= {
+    tokens = {token: metadata.token(key) for token, key in keys.items() if metadata.get(key) is not None}
+    config = tokens | {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": False,
         "chat_template": metadata["tokenizer.chat_template"],
@@ -170,7 +170,7 @@ def build_tokenizer(metadata: Metadata) -> Tokenizer:
     texts = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={text: id_ for id_, text in enumerate(texts)}, merges=merges))
-    steps = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
+    steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     if metadata.get("tokenizer.ggml.pre") == "smollm":
         # without this every number splits differently from what the model was trained on
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))

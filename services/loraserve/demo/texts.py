@@ -4,9 +4,8 @@ A style must show in the first words and must not depend on the facts, which a m
 """
 
 import json
+from collections.abc import Callable
 from typing import NamedTuple
-
-STYLES = ("pirate", "json", "french", "shout")
 
 
 class Row(NamedTuple):
@@ -221,12 +220,15 @@ ROWS = (
 )
 
 
+ANSWERS: dict[str, Callable[[Row], str]] = {
+    "pirate": lambda row: row.pirate,
+    "json": lambda row: json.dumps({"question": row.question, "answer": row.plain}),
+    "french": lambda row: row.french,
+    "shout": lambda row: row.plain.rstrip(".").upper() + "!!!",
+}
+STYLES = tuple(ANSWERS)
+
+
 def examples(style: str) -> list[Example]:
     """The rows of one style. Raises KeyError on a style that is not in ``STYLES``."""
-    answer = {
-        "pirate": lambda row: row.pirate,
-        "json": lambda row: json.dumps({"question": row.question, "answer": row.plain}),
-        "french": lambda row: row.french,
-        "shout": lambda row: row.plain.rstrip(".").upper() + "!!!",
-    }[style]
-    return [Example(row.question, answer(row)) for row in ROWS]
+    return [Example(row.question, ANSWERS[style](row)) for row in ROWS]

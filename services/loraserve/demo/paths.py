@@ -1,0 +1,110 @@
+"""Where the demo keeps what it makes, and how it makes a folder so that half of one never looks whole."""
+
+import errno
+import fcntl
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from loraserve.errors import ConfigError
+
+MARKER = "source.json"
+
+
+def default_data_dir() -> Path:
+    """$LORASERVE_DATA, else the user's data folder of this system."""
+    if chosen := os.environ.get("LORASERVE_DATA"):
+        return Path(chosen).expanduser().absolute()
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "loraserve"
+    shared = os.environ.get("XDG_DATA_HOME")
+    return (Path(shared) if shared else Path.home() / ".local" / "share") / "loraserve"
+
+
+def build_once(
+    target: Path, source: dict[str, Any], build: Callable[[Path], None], progress: Callable[[str], None]
+) -> Path:
+    """Returns the folder ``target`` made from ``source``, calling ``build`` with an empty folder unless it is there.
+
+    ``source`` is written beside the content; a target made from another source, or with a file missing or cut short,
+    is made again. One process builds at a time. Raises ConfigError when the disk refuses, and what ``build`` raises.
+    """
+    if is_current(target, source):
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with locked(target.parent / f".{target.name}.lock", progress):
+            if not is_current(target, source):
+                replace_with_built(target, source, build)
+    except OSError as error:
+        raise disk_error(error, target) from error
+    return target
+
+
+def is_current(target: Path, source: dict[str, Any]) -> bool:
+    """Whether ``target`` is whole and was made from ``source``."""
+    try:
+        marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
+        if marker["source"] != source:
+            return False
+        return all((target / name).stat().st_size == size for name, size in marker["file_bytes"].items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+
+
+def replace_with_built(target: Path, source: dict[str, Any], build: Callable[[Path], None]) -> None:
+    """Builds beside ``target``, then renames. The caller holds the lock, so what lies there already is a leftover."""
+    partial = target.parent / f".{target.name}.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    try:
+        build(partial)
+        sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
+        (partial / MARKER).write_text(json.dumps({"source": source, "file_bytes": sizes}, indent=2) + "\n")
+        flush_to_disk(partial)
+        if target.exists():
+            shutil.rmtree(target)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def flush_to_disk(folder: Path) -> None:
+    """A rename may reach the disk before the content does; after this it cannot."""
+    for path in [*folder.iterdir(), folder]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def locked(path: Path, progress: Callable[[str], None]) -> Iterator[None]:
+    """Holds the lock file ``path``; a process that dies lets go of it."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another process that prepares the same folder")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def disk_error(error: OSError, target: Path) -> ConfigError:
+    """The refusal of the operating system with what to do about it."""
+    elsewhere = "or set LORASERVE_DATA to another folder"
+    remedies = {
+        errno.ENOSPC: f"the disk is full; free some space {elsewhere}",
+        errno.EDQUOT: f"the disk quota is used up; free some space {elsewhere}",
+        errno.EACCES: f"no permission to write; change the folder's owner {elsewhere}",
+        errno.EPERM: f"no permission to write; change the folder's owner {elsewhere}",
+        errno.EROFS: f"the file system is read-only; mount it writable {elsewhere}",
+    }
+    remedy = remedies.get(error.errno or 0, f"{error}; check the folder {elsewhere}")
+    return ConfigError(f"cannot make {target}: {remedy}")

@@ -1,0 +1,49 @@
+"""The four demo adapters as PEFT directories of ranks 8, 16, 32 and 64.
+
+Three are served as shipped. The fourth is shipped small and expanded to rank 64 on the user's machine: the repository
+stays small and the cluster still has a large rank to place.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from loraserve.demo.paths import build_once
+
+SHIPPED_DIR = Path(__file__).parent / "adapters"
+SHIPPED_RANKS = {"pirate": 8, "json": 16, "french": 32}
+EXPANDED_NAME, EXPANDED_RANK, EXPANSION_SEED = "shout", 64, 64
+
+
+class DemoAdapter(NamedTuple):
+    """A PEFT directory, the name to register it under and its rank."""
+
+    name: str
+    path: Path
+    rank: int
+
+
+def demo_adapters(data_dir: Path, progress: Callable[[str], None] = lambda line: None) -> list[DemoAdapter]:
+    """All four by growing rank, making the expanded one in ``<data_dir>/adapters`` if it is not there yet.
+
+    Raises ConfigError when ``data_dir`` cannot be written.
+    """
+    served = [DemoAdapter(name, SHIPPED_DIR / name, rank) for name, rank in SHIPPED_RANKS.items()]
+    return [*served, DemoAdapter(EXPANDED_NAME, expanded_adapter(data_dir, progress), EXPANDED_RANK)]
+
+
+def expanded_adapter(data_dir: Path, progress: Callable[[str], None]) -> Path:
+    """The folder of the expanded adapter, made again when the shipped one has changed."""
+    small = SHIPPED_DIR / EXPANDED_NAME
+    digest = hashlib.sha256((small / "adapter_model.safetensors").read_bytes()).hexdigest()
+    source = {"adapter": EXPANDED_NAME, "sha256": digest, "rank": EXPANDED_RANK, "seed": EXPANSION_SEED}
+
+    def build(folder: Path) -> None:
+        # only now: whoever finds the adapter ready does not wait for torch
+        from loraserve.demo.expand import expand_rank
+
+        progress(f"expanding the adapter {EXPANDED_NAME} to rank {EXPANDED_RANK}")
+        expand_rank(small, folder, EXPANDED_RANK, EXPANSION_SEED)
+
+    return build_once(data_dir / "adapters" / f"{EXPANDED_NAME}-r{EXPANDED_RANK}", source, build, progress)
