@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
+from loraserve.demo.weights import save_weights
 from loraserve.errors import AdapterError
 
 A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
@@ -31,7 +32,7 @@ def expand_rank(src_dir: Path, dst_dir: Path, rank: int, seed: int) -> None:
     if expanded.keys() != weights.keys():
         extra = sorted(weights.keys() - expanded.keys())[0]
         raise AdapterError("unsupported", f"tensor {extra!r} is neither lora_A nor lora_B; only plain LoRA expands")
-    save_file(expanded, dst_dir / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_weights(expanded, dst_dir / "adapter_model.safetensors")
     config = expanded_config(config, rank)
     (dst_dir / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

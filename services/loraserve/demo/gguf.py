@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 from numpy.typing import NDArray
-from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from loraserve.demo.weights import save_weights
 from loraserve.errors import ConfigError
 
 TOP_LEVEL = {
@@ -68,7 +68,7 @@ def convert(source: Path, target: Path, name: str, progress: Callable[[str], Non
     check_supported(metadata)
     write_tokenizer(metadata, target)
     tensors = read_tensors(reader, metadata, progress)
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    save_weights(tensors, target / "model.safetensors")
     write_json(target / "config.json", model_config(metadata, name, tied="lm_head.weight" not in tensors))
     tokens = {role: metadata[f"tokenizer.ggml.{role}_token_id"] for role in ("bos", "eos")}
     write_json(target / "generation_config.json", {f"{role}_token_id": id_ for role, id_ in tokens.items()})

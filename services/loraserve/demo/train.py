@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from loraserve.demo.texts import Example
+from loraserve.demo.weights import save_weights
 from loraserve.errors import ConfigError
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -157,7 +157,7 @@ def save_adapter(model: Any, base: str, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}
-    save_file(weights, out / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_weights(weights, out / "adapter_model.safetensors")
     lora = model.peft_config["default"]
     lora.base_model_name_or_path, lora.inference_mode = base, True
     lora.target_modules = sorted(lora.target_modules)
