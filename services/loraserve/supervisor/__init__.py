@@ -1,0 +1,1 @@
+"""All processes of a cluster on one machine: start, watch, restart, stop."""

@@ -1,0 +1,53 @@
+"""What can be known to be wrong before anything is started."""
+
+import shutil
+import socket
+from pathlib import Path
+
+from loraserve.errors import ConfigError
+from loraserve.model_shape import read_config, shape_of
+from loraserve.supervisor.state import is_ours, read_state
+
+NEEDED_BYTES = 1 << 30
+
+
+def check_not_running(run_dir: Path) -> None:
+    """Raises ConfigError where a cluster already runs in this folder."""
+    state = read_state(run_dir)
+    if state is not None and is_ours(state.pid):
+        raise ConfigError(
+            f"a cluster already runs here (pid {state.pid}, {state.url}); stop it with scripts/down, "
+            "or start another with --data DIR --port N"
+        )
+
+
+def check_port(host: str, port: int) -> None:
+    """Raises ConfigError where nobody could listen there. Port 0 is always free."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ConfigError(
+                f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port N"
+            ) from error
+
+
+def check_disk(folder: Path) -> None:
+    """Raises ConfigError where less than a gigabyte is free for the model, the slabs and the logs."""
+    free = shutil.disk_usage(folder).free
+    if free < NEEDED_BYTES:
+        raise ConfigError(
+            f"{folder} has {free >> 20} MiB free and {NEEDED_BYTES >> 20} MiB are needed; free some space or choose "
+            "another disk with --data DIR"
+        )
+
+
+def check_model(model_dir: Path) -> None:
+    """Raises ConfigError where the directory is not a model that engines can serve."""
+    shape_of(read_config(model_dir))
+    if not any(model_dir.glob("*.safetensors")):
+        raise ConfigError(f"{model_dir}: no *.safetensors file; --model needs weights in the safetensors format")
+    if not (model_dir / "tokenizer.json").exists() and not (model_dir / "tokenizer_config.json").exists():
+        raise ConfigError(f"{model_dir}: no tokenizer.json; --model needs the tokenizer beside the weights")

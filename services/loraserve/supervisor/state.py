@@ -1,0 +1,82 @@
+"""The file by which `down`, `status` and a second `up` find a running local cluster."""
+
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
+import msgspec
+
+FILE_NAME = "cluster.json"
+OWNED_SUFFIXES = (".sock", ".pub", ".lock")
+
+
+class RunState(msgspec.Struct, frozen=True, kw_only=True):
+    """Who supervises, where it listens, and what runs under it."""
+
+    pid: int
+    url: str
+    log_dir: str
+    model: str
+    ready: bool = False
+    processes: dict[str, int] = msgspec.field(default_factory=dict)
+
+
+def write_state(run_dir: Path, state: RunState) -> None:
+    """Replace the state file in one step, so that a reader never sees half of it."""
+    temporary = run_dir / f".{FILE_NAME}.{os.getpid()}"
+    temporary.write_bytes(msgspec.json.encode(state))
+    temporary.replace(run_dir / FILE_NAME)
+
+
+def read_state(run_dir: Path) -> RunState | None:
+    """The state of the cluster in this folder, or None where there is none that can be read."""
+    try:
+        return msgspec.json.decode((run_dir / FILE_NAME).read_bytes(), type=RunState)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def clear_run_dir(run_dir: Path) -> None:
+    """Remove what a cluster leaves in its run folder: state, configuration and socket files."""
+    for path in list(run_dir.glob("*")) + list(run_dir.glob(f".{FILE_NAME}.*")):
+        if path.suffix in OWNED_SUFFIXES or path.name in (FILE_NAME, "config.toml") or path.name.startswith("."):
+            path.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+        run_dir.rmdir()
+
+
+def is_ours(pid: int) -> bool:
+    """True where the process lives and is one of this project's; a reused pid is not."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    command = Path(f"/proc/{pid}/cmdline")
+    try:
+        return b"loraserve" in command.read_bytes()
+    except OSError:
+        # No /proc (macOS): that it lives has to do.
+        return not Path("/proc").exists()
+
+
+def stop_cluster(run_dir: Path, state: RunState, timeout_s: float) -> None:
+    """Ask the supervisor to stop; after the timeout, or where it is gone, end what is left the hard way."""
+    _signal(state.pid, signal.SIGTERM)
+    deadline_s = time.monotonic() + timeout_s
+    pids = [state.pid, *state.processes.values()]
+    while time.monotonic() < deadline_s and any(is_ours(pid) for pid in pids):
+        if not is_ours(state.pid):
+            for pid in state.processes.values():
+                _signal(pid, signal.SIGTERM)
+        time.sleep(0.1)
+    for pid in pids:
+        _signal(pid, signal.SIGKILL)
+    clear_run_dir(run_dir)
+
+
+def _signal(pid: int, number: signal.Signals) -> None:
+    if is_ours(pid):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)

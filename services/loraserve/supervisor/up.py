@@ -1,0 +1,150 @@
+"""`loraserve up`: from a configuration to a ready cluster, one visible step after the other."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import msgspec
+
+from loraserve.bus.protocol import Bus
+from loraserve.bus.zmq import open_bus
+from loraserve.config import Config, to_toml
+from loraserve.errors import ConfigError, PeerError, RequestTimeout
+from loraserve.messages import AdapterRegistered, Ping, Pong, RegisterAdapter
+from loraserve.supervisor.processes import Processes, process_names
+from loraserve.supervisor.state import RunState, clear_run_dir, write_state
+
+READY_TIMEOUT_S = 300.0
+PING_INTERVAL_S = 0.2
+PING_TIMEOUT_S = 1.0
+REGISTER_TIMEOUT_S = 60.0
+
+Say = Callable[[str], None]
+
+
+class LocalCluster:
+    """One run of the local cluster, from writing its configuration to removing its last file."""
+
+    def __init__(self, config: Config, adapters: Mapping[str, Path], say: Say) -> None:
+        self._config = config
+        self._adapters = adapters
+        self._say = say
+        self._run_dir = Path(config.cluster.run_dir)
+        self._log_dir = Path(config.cluster.log_dir)
+        self._stop = asyncio.Event()
+        self._state = RunState(
+            pid=os.getpid(), url=base_url(config), log_dir=config.cluster.log_dir, model=config.model.name
+        )
+        config_file = self._run_dir / "config.toml"
+        self._processes = Processes(config, config_file, self._log_dir, self._on_change, say)
+        self._write_config(config_file)
+
+    async def run(self, on_ready: Callable[[], None]) -> None:
+        """Runs until stopped by a signal. Raises ProcessFailed or LoraServeError where it cannot go on."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            loop.add_signal_handler(number, self._stop.set)
+        watchers = [asyncio.ensure_future(self._processes.watch(name)) for name in process_names(self._config)]
+        main = asyncio.ensure_future(self._main(on_ready))
+        try:
+            done, _ = await asyncio.wait([*watchers, main], return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            self._say("stopping")
+            await self._processes.stop()
+            for task in [*watchers, main]:
+                task.cancel()
+            await asyncio.gather(*watchers, main, return_exceptions=True)
+            clear_run_dir(self._run_dir)
+
+    async def _main(self, on_ready: Callable[[], None]) -> None:
+        stopped = asyncio.ensure_future(self._stop.wait())
+        starting = asyncio.ensure_future(self._become_ready())
+        await asyncio.wait([stopped, starting], return_when=asyncio.FIRST_COMPLETED)
+        if not self._stop.is_set():
+            starting.result()
+            self._processes.ready = True
+            self._update(ready=True)
+            on_ready()
+        starting.cancel()
+        await stopped
+
+    async def _become_ready(self) -> None:
+        bus = open_bus(self._config, f"up-{os.getpid()}", Ping)
+        try:
+            await self._wait_ready(bus)
+            for name, path in self._adapters.items():
+                await self._register(bus, name, path)
+        finally:
+            await bus.close()
+
+    async def _wait_ready(self, bus: Bus) -> None:
+        started_s = time.monotonic()
+        waiting = process_names(self._config)
+        while waiting:
+            if time.monotonic() - started_s > READY_TIMEOUT_S:
+                raise ConfigError(f"{', '.join(waiting)} not ready after {READY_TIMEOUT_S:.0f} s; see {self._log_dir}")
+            states = await asyncio.gather(*(_is_ready(bus, name) for name in waiting))
+            for name in [name for name, ready in zip(waiting, states, strict=True) if ready]:
+                waiting.remove(name)
+                self._say(f"{name} ready after {time.monotonic() - started_s:.1f} s")
+            await asyncio.sleep(PING_INTERVAL_S if waiting else 0)
+
+    async def _register(self, bus: Bus, name: str, path: Path) -> None:
+        message = RegisterAdapter(name=name, path=str(path), replace=True)
+        try:
+            answer = await bus.request("store", message, AdapterRegistered, REGISTER_TIMEOUT_S)
+        except PeerError as error:
+            raise ConfigError(f"adapter {name} ({path}): {error.message}") from error
+        self._say(f"adapter {name}: rank {answer.adapter.rank}, {answer.adapter.slab_bytes / 2**20:.1f} MiB")
+
+    def _on_change(self, pids: Mapping[str, int]) -> None:
+        self._update(processes=dict(pids))
+
+    def _update(self, **changes: object) -> None:
+        self._state = msgspec.structs.replace(self._state, **changes)
+        write_state(self._run_dir, self._state)
+
+    def _write_config(self, path: Path) -> None:
+        path.touch(mode=0o600)
+        # Children log to their standard error, which the supervisor sends to one file each.
+        cluster = msgspec.structs.replace(self._config.cluster, log_dir="")
+        path.write_text(to_toml(msgspec.structs.replace(self._config, cluster=cluster)))
+
+
+async def _is_ready(bus: Bus, name: str) -> bool:
+    with contextlib.suppress(RequestTimeout, PeerError):
+        answer = await bus.request(name, Ping(), Pong, PING_TIMEOUT_S)
+        return answer.state == "READY"
+    return False
+
+
+def base_url(config: Config) -> str:
+    """Where clients reach the gateway; a wildcard address is reached over the loopback."""
+    host = config.gateway.host
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
+    return f"http://{host}:{config.gateway.port}"
+
+
+def try_lines(config: Config, adapters: Mapping[str, Path]) -> list[str]:
+    """Three curl lines: the base model, an adapter, a stream."""
+    url = f"{base_url(config)}/v1/chat/completions"
+    names = [config.model.name, *adapters]
+    question = "What is the capital of Italy?"
+    lines = []
+    for title, model, extra in (
+        ("the base model", names[0], ""),
+        ("an adapter", names[min(1, len(names) - 1)], ""),
+        ("a stream", names[-1], ', "stream": true'),
+    ):
+        key = ' -H "Authorization: Bearer $API_KEY"' if config.gateway.api_keys else ""
+        messages = f'[{{"role": "user", "content": "{question}"}}]'
+        body = f'{{"model": "{model}", "max_tokens": 40{extra}, "messages": {messages}}}'
+        flag = "-sN" if extra else "-s"
+        lines.append(f"# {title}\ncurl {flag} {url}{key} -H 'Content-Type: application/json' -d '{body}'")
+    return lines
