@@ -97,9 +97,13 @@ class PlannerConfig(Section, frozen=True, kw_only=True):
 
 
 class StoreConfig(Section, frozen=True, kw_only=True):
-    """``allowed_dirs`` limits which folders may be registered from; empty allows any."""
+    """``allowed_dirs`` limits which folders may be registered from; empty allows any.
+
+    ``adapters`` are registered at start, name to PEFT folder; one that is refused is logged and left out.
+    """
 
     max_rank: int = 256
+    adapters: dict[str, str] = msgspec.field(default_factory=dict)
     allowed_dirs: tuple[str, ...] = ()
     publish_interval_s: float = 2.0
 

@@ -1,0 +1,35 @@
+"""Prepare the demo model and adapters in the data folder, then become the store that registers them.
+
+For containers, where nothing else runs before the store: every other process waits until the store is healthy.
+"""
+
+import os
+import sys
+
+import msgspec
+
+from loraserve.demo import demo_adapters
+from loraserve.demo.model import prepare_model
+from loraserve.demo.paths import default_data_dir
+from loraserve.errors import ConfigError
+
+
+def main() -> int:
+    """Does not return where it succeeds: the process is the store from then on."""
+    data_dir = default_data_dir()
+    try:
+        prepare_model(data_dir, say)
+        adapters = {adapter.name: str(adapter.path) for adapter in demo_adapters(data_dir, say)}
+    except ConfigError as error:
+        say(f"error: {error}")
+        return 2
+    setting = f"store.adapters={msgspec.json.encode(adapters).decode()}"
+    os.execv(sys.executable, [sys.executable, "-m", "loraserve.store", *sys.argv[1:], "--set", setting])
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
