@@ -1,0 +1,118 @@
+"""PEFT directory -> slab, once, at registration; and slab -> matrices for tests and tools."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraserve.adapter.dtypes import Elements, all_finite, convert, storage, to_float32
+from loraserve.adapter.format import Dtype, LayoutRow, SlabHeader, lay_out, slab_version
+from loraserve.adapter.peft import WEIGHTS_FILE, read_config
+from loraserve.adapter.tensor_file import TensorEntry, TensorFile
+from loraserve.adapter.validate import LoraPair, check_directory, pair_up
+from loraserve.errors import AdapterError
+from loraserve.model_shape import MODULES, SLICES, ModelShape
+
+Matrices = tuple[NDArray[np.float32], NDArray[np.float32], float]
+"""A ``[rank, in]``, B ``[out, rank]`` and the scale of B A."""
+
+
+@dataclass(frozen=True, slots=True)
+class Slab:
+    """A packed adapter. ``data`` holds ``header.slab_bytes`` bytes; ``version`` is their digest with the header."""
+
+    header: SlabHeader
+    data: memoryview
+    version: str
+
+
+def pack_peft(directory: Path, shape: ModelShape, dtype: Dtype, max_rank: int) -> Slab:
+    """Check the adapter in ``directory`` and pack it for a model of ``shape``.
+
+    Takes the memory of the slab and of its largest tensor. Raises AdapterError; see ``validate``, ``peft`` and
+    ``tensor_file`` for what is refused, and ``not_finite`` for values that are not finite in ``dtype``.
+    """
+    check_directory(directory)
+    config = read_config(directory)
+    with TensorFile(directory / WEIGHTS_FILE) as file:
+        pairs = pair_up(config, file.entries, shape, max_rank)
+        header = _lay_out_pairs(pairs, shape, dtype)
+        # Zeros, so that the alignment gaps are the same in every packing of the same adapter.
+        elements = np.zeros(header.elements, dtype=storage(dtype))
+        for layer, module, row in _rows(header):
+            _fill_row(elements, row, module, [pairs.get((layer, name)) for name in SLICES[module]], file, header)
+    data = elements.view(np.uint8).data.toreadonly()
+    return Slab(header, data, slab_version(header, data))
+
+
+def unpack(header: SlabHeader, data: bytes | bytearray | memoryview) -> dict[tuple[int, str], Matrices]:
+    """The matrices of a slab in float32, by (layer, projection); absent projections are left out."""
+    elements = np.frombuffer(data, dtype=storage(header.dtype))
+    if len(elements) != header.elements:
+        raise ValueError(f"slab of {len(elements)} elements, its header says {header.elements}")
+    unpacked: dict[tuple[int, str], Matrices] = {}
+    for layer, module, row in _rows(header):
+        a_rows, b_blocks = _views(elements, row, module, header.shape)
+        for name, a, b, scale in zip(SLICES[module], a_rows, b_blocks, row.scales, strict=True):
+            if len(a):
+                unpacked[layer, name] = (to_float32(a, header.dtype), to_float32(b.T, header.dtype), scale)
+    return unpacked
+
+
+def _rows(header: SlabHeader) -> list[tuple[int, str, LayoutRow]]:
+    return [(i // len(MODULES), MODULES[i % len(MODULES)], row) for i, row in enumerate(header.rows)]
+
+
+def _lay_out_pairs(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape, dtype: Dtype) -> SlabHeader:
+    ranks: list[tuple[int, ...]] = []
+    scales: list[tuple[float, ...]] = []
+    for layer in range(shape.layers):
+        for module in MODULES:
+            present = [pairs.get((layer, name)) for name in SLICES[module]]
+            ranks.append(tuple(pair.rank if pair else 0 for pair in present))
+            scales.append(tuple(pair.scale if pair else 0.0 for pair in present))
+    return lay_out(shape, dtype, ranks, scales)
+
+
+def _views(elements: Elements, row: LayoutRow, module: str, shape: ModelShape) -> tuple[list[Elements], list[Elements]]:
+    """For each slice of the row, its rows of the stacked A ``[r_i, in]`` and its transposed B ``[r_i, out_i]``."""
+    width = shape.in_features(module)
+    begin = row.offset + row.total_rank * width
+    a = elements[row.offset : begin].reshape(row.total_rank, width)
+    a_rows = np.split(a, np.cumsum(row.ranks)[:-1])
+    b_blocks = []
+    for rank, out in zip(row.ranks, shape.out_features(module), strict=True):
+        b_blocks.append(elements[begin : begin + rank * out].reshape(rank, out))
+        begin += rank * out
+    return a_rows, b_blocks
+
+
+def _fill_row(
+    elements: Elements,
+    row: LayoutRow,
+    module: str,
+    pairs: list[LoraPair | None],
+    file: TensorFile,
+    header: SlabHeader,
+) -> None:
+    a_rows, b_blocks = _views(elements, row, module, header.shape)
+    for pair, a, b in zip(pairs, a_rows, b_blocks, strict=True):
+        if pair is not None:
+            a[:] = _read_finite(file, pair.a, header.dtype)
+            b[:] = _read_finite(file, pair.b, header.dtype).T
+
+
+def _read_finite(file: TensorFile, entry: TensorEntry, dtype: Dtype) -> Elements:
+    values = file.read(entry)
+    if not all_finite(values, entry.dtype):
+        raise AdapterError("not_finite", f"{entry.name} holds infinite values or NaN; train the adapter again")
+    converted = convert(values, entry.dtype, dtype)
+    if not all_finite(converted, dtype):
+        largest = float(np.abs(to_float32(values, entry.dtype)).max())
+        raise AdapterError(
+            "not_finite",
+            f"{entry.name} holds {largest:g}, which {dtype} cannot; set engine.slab_dtype to bfloat16 or float32",
+        )
+    return converted
