@@ -5,6 +5,7 @@ For containers, where nothing else runs before the store: every other process wa
 
 import os
 import sys
+from typing import NoReturn
 
 import msgspec
 
@@ -14,15 +15,15 @@ from loraserve.demo.paths import default_data_dir
 from loraserve.errors import ConfigError
 
 
-def main() -> int:
-    """Does not return where it succeeds: the process is the store from then on."""
+def main() -> NoReturn:
+    """Becomes the store, or exits with status 2 where the demo files cannot be made."""
     data_dir = default_data_dir()
     try:
         prepare_model(data_dir, say)
         adapters = {adapter.name: str(adapter.path) for adapter in demo_adapters(data_dir, say)}
     except ConfigError as error:
         say(f"error: {error}")
-        return 2
+        raise SystemExit(2) from error
     setting = f"store.adapters={msgspec.json.encode(adapters).decode()}"
     os.execv(sys.executable, [sys.executable, "-m", "loraserve.store", *sys.argv[1:], "--set", setting])
 
@@ -32,4 +33,4 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

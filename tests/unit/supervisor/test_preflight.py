@@ -1,0 +1,66 @@
+"""Refusals before anything is started name the field and the remedy."""
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraserve.errors import ConfigError
+from loraserve.supervisor.preflight import check_disk, check_model, check_not_running, check_port
+from loraserve.supervisor.state import RunState, write_state
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+}
+
+
+def test_a_busy_port_is_named() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=rf"port {port} .*--port"):
+            check_port("127.0.0.1", port)
+
+
+def test_a_running_cluster_is_named(tmp_path: Path) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "input() # loraserve"], stdin=subprocess.PIPE)
+    try:
+        write_state(tmp_path, RunState(pid=child.pid, url="http://x", log_dir="", model=""))
+        with pytest.raises(ConfigError, match="already runs"):
+            check_not_running(tmp_path)
+    finally:
+        child.kill()
+        child.wait()
+    check_not_running(tmp_path)
+
+
+def test_a_small_disk_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("loraserve.supervisor.preflight.NEEDED_BYTES", 1 << 60)
+    with pytest.raises(ConfigError, match="MiB free"):
+        check_disk(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "complaint"),
+    [
+        ({}, "config.json"),
+        ({"config.json": {**LLAMA, "model_type": "gpt2"}}, "model_type 'gpt2'"),
+        ({"config.json": {**LLAMA, "hidden_size": "big"}}, "hidden_size"),
+        ({"config.json": LLAMA}, "safetensors"),
+        ({"config.json": LLAMA, "model.safetensors": {}}, "tokenizer"),
+    ],
+)
+def test_a_model_that_cannot_be_served_is_refused(tmp_path: Path, files: dict[str, object], complaint: str) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match=complaint):
+        check_model(tmp_path)
