@@ -63,10 +63,12 @@ def train(
 ) -> float:
     """Trains on ``examples`` and writes the adapter to ``out``; returns the last epoch's mean loss.
 
-    Raises ConfigError when there are no examples, OSError when ``model_dir`` cannot be read or ``out`` written.
+    Raises ConfigError without examples or a model, OSError when ``model_dir`` cannot be read or ``out`` written.
     """
     if not examples:
         raise ConfigError("no rows to train on; give at least one question with its answer")
+    if not (model_dir / "config.json").is_file():
+        raise ConfigError(f"{model_dir} is no Hugging Face directory: config.json is missing; give another one")
     random_, started = random.Random(config.seed), time.monotonic()
     torch.manual_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
