@@ -32,8 +32,11 @@ def test_a_busy_port_is_named() -> None:
 
 
 def test_a_running_cluster_is_named(tmp_path: Path) -> None:
-    child = subprocess.Popen([sys.executable, "-c", "input() # loraserve"], stdin=subprocess.PIPE)
+    command = [sys.executable, "-c", "print(1, flush=True); input() # loraserve"]
+    child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     try:
+        assert child.stdout is not None
+        child.stdout.readline()
         write_state(tmp_path, RunState(pid=child.pid, url="http://x", log_dir="", model=""))
         with pytest.raises(ConfigError, match="already runs"):
             check_not_running(tmp_path)
