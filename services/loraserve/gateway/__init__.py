@@ -1,0 +1,1 @@
+"""The gateway: HTTP, tokenizer and chat template, detokenizing, server-sent events."""
