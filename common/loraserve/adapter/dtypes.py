@@ -56,8 +56,7 @@ def from_float32(values: NDArray[np.float32], dtype: Dtype) -> Elements:
     bits = np.ascontiguousarray(values).view("<u4")
     # Adding just under half of the dropped part, plus the kept part's last bit, carries exactly when the nearest even
     # neighbour is the upper one.
-    rounded: Elements = (
-        (bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))) >> np.uint32(16)
-    ).astype("<u2")
+    nearest = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
+    rounded: Elements = (nearest >> np.uint32(16)).astype("<u2")
     rounded[np.isnan(values)] = _BF16_NAN
     return rounded
