@@ -90,8 +90,8 @@ class TensorFile:
 
     def _decode(self, text: bytes) -> dict[str, _Declared]:
         try:
-            raw = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-            raw.pop(_METADATA, None)
+            raw = msgspec.json.decode(text.decode(), type=dict[str, msgspec.Raw])
+            msgspec.json.decode(raw.pop(_METADATA, b"{}"), type=dict[str, str])
             return {name: msgspec.json.decode(value, type=_Declared) for name, value in raw.items()}
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
             raise self._broken(f"its header is not a table of tensors ({error})") from error
