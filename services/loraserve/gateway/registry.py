@@ -1,0 +1,79 @@
+"""This gateway's copy of the store's registry: adapter names to the versions that serve them."""
+
+import asyncio
+from typing import Protocol
+
+from loraserve.bus.protocol import Bus
+from loraserve.errors import PeerError, RequestTimeout
+from loraserve.gateway.errors import model_not_found, unavailable
+from loraserve.messages import AdapterList, AdapterRef, ListAdapters, RegistryChanged
+
+STORE = "store"
+ASK_TIMEOUT_S = 2.0
+ASK_INTERVAL_S = 0.2
+
+
+class Clock(Protocol):
+    def monotonic_s(self) -> float: ...
+
+
+class Registry:
+    """Follows the store's publications, and asks it before calling a name unknown, once for all who wait."""
+
+    def __init__(self, bus: Bus, clock: Clock) -> None:
+        self.revision = -1
+        self._adapters: dict[str, AdapterRef] = {}
+        self._bus = bus
+        self._clock = clock
+        self._asking: asyncio.Task[None] | None = None
+        self._asked_s = -ASK_INTERVAL_S
+
+    @property
+    def is_known(self) -> bool:
+        """Whether the store was ever heard."""
+        return self.revision >= 0
+
+    @property
+    def adapters(self) -> list[AdapterRef]:
+        return sorted(self._adapters.values(), key=lambda adapter: adapter.name)
+
+    def get(self, name: str) -> AdapterRef | None:
+        return self._adapters.get(name)
+
+    def name_of(self, version: str) -> str:
+        """A name under which the version is registered, else the version itself."""
+        return next((adapter.name for adapter in self._adapters.values() if adapter.version == version), version)
+
+    def update(self, news: RegistryChanged | AdapterList) -> None:
+        """Take over the whole registry, unless it is older than what is known."""
+        if news.revision >= self.revision:
+            self.revision = news.revision
+            self._adapters = {adapter.name: adapter for adapter in news.adapters}
+
+    async def resolve(self, name: str) -> AdapterRef:
+        """The adapter of that name. Raises ApiError 404, or 503 while the store was never heard."""
+        found = self.get(name)
+        if found is None:
+            await self.refresh()
+            found = self.get(name)
+        if found is None and not self.is_known:
+            raise unavailable("The adapter store does not answer; only the base model can be used now", "no_store")
+        if found is None:
+            raise model_not_found(name)
+        return found
+
+    async def refresh(self) -> None:
+        """Ask the store now; a store that does not answer leaves the copy as it is."""
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
+        await asyncio.shield(self._asking)
+
+    async def _ask(self) -> None:
+        await asyncio.sleep(max(0.0, self._asked_s + ASK_INTERVAL_S - self._clock.monotonic_s()))
+        # Who comes after the question is sent may know of something newer, and asks again.
+        self._asking = None
+        self._asked_s = self._clock.monotonic_s()
+        try:
+            self.update(await self._bus.request(STORE, ListAdapters(), AdapterList, ASK_TIMEOUT_S))
+        except (RequestTimeout, PeerError):
+            return
