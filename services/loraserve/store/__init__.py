@@ -1,0 +1,1 @@
+"""The durable adapter registry and the slabs: registration, versions, validation."""

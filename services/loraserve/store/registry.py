@@ -1,0 +1,159 @@
+"""Which adapter names exist and which version each has: a small SQLite database that survives any crash.
+
+All methods block; those that change something do so in one durable transaction and may be called from any thread.
+"""
+
+import sqlite3
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import MappingProxyType
+
+import msgspec
+
+from loraserve.errors import AdapterError, LoraServeError
+from loraserve.messages import AdapterRef
+from loraserve.store.errors import storage_error
+
+_SCHEMA_VERSION = 1
+_SCHEMA = """
+CREATE TABLE adapters (
+    name TEXT PRIMARY KEY, version TEXT NOT NULL, rank INTEGER NOT NULL, slab_bytes INTEGER NOT NULL,
+    source TEXT NOT NULL, created_unix_s REAL NOT NULL
+);
+CREATE TABLE revision (value INTEGER NOT NULL);
+"""
+
+
+class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
+    """A registered name. ``source`` is the directory that it was packed from."""
+
+    name: str
+    version: str
+    rank: int
+    slab_bytes: int
+    source: str
+    created_unix_s: float
+
+    def ref(self) -> AdapterRef:
+        return AdapterRef(name=self.name, version=self.version, rank=self.rank, slab_bytes=self.slab_bytes)
+
+
+class Snapshot(msgspec.Struct, frozen=True):
+    """The registry at one revision, by name."""
+
+    revision: int
+    records: Mapping[str, AdapterRecord]
+
+    def refs(self) -> tuple[AdapterRef, ...]:
+        return tuple(record.ref() for record in self.records.values())
+
+    def versions(self) -> set[str]:
+        return {record.version for record in self.records.values()}
+
+
+class Registry:
+    """``snapshot`` is always what the disk holds; it is replaced as a whole after each transaction."""
+
+    def __init__(self, path: Path, now: float) -> None:
+        """Open or create the database. Raises LoraServeError where the file is no registry of ours."""
+        self._lock = threading.Lock()
+        try:
+            self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+            self._db.execute("PRAGMA journal_mode = WAL")
+            self._db.execute("PRAGMA synchronous = FULL")
+            self._create(now)
+            self.snapshot = self._load()
+        except sqlite3.Error as error:
+            raise LoraServeError(
+                f"adapter registry {path}: {error}; where it is damaged, move it away and register the adapters again"
+            ) from error
+
+    def put(self, record: AdapterRecord, replace: bool) -> bool:
+        """Let the name mean this version. False where it does already.
+
+        Raises AdapterError ``duplicate`` where it means another and ``replace`` is not set, ``disk_full``, ``storage``.
+        """
+        with self._lock:
+            known = self.snapshot.records.get(record.name)
+            if known is not None and known.version == record.version:
+                return False
+            if known is not None and not replace:
+                raise AdapterError(
+                    "duplicate",
+                    f"adapter {record.name!r} is registered with other content; unregister it, choose another name or "
+                    "set replace",
+                )
+            self._commit(
+                f"adapter {record.name!r}",
+                {**self.snapshot.records, record.name: record},
+                "REPLACE INTO adapters VALUES (:name, :version, :rank, :slab_bytes, :source, :created_unix_s)",
+                msgspec.structs.asdict(record),
+            )
+            return True
+
+    def remove(self, name: str) -> AdapterRecord:
+        """Forget the name. Raises AdapterError ``not_found``, ``disk_full``, ``storage``."""
+        with self._lock:
+            known = self.snapshot.records.get(name)
+            if known is None:
+                raise AdapterError("not_found", f"adapter {name[:200]!r} is not registered; list them to see the names")
+            left = {other: record for other, record in self.snapshot.records.items() if other != name}
+            self._commit(f"the removal of {name!r}", left, "DELETE FROM adapters WHERE name = :name", {"name": name})
+            return known
+
+    def validate(self) -> None:
+        """Assert that the snapshot is what the disk holds and that the database is sound."""
+        with self._lock:
+            assert self._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+            assert self.snapshot == self._load()
+
+    def close(self) -> None:
+        with self._lock:
+            self._db.close()
+
+    def _create(self, now: float) -> None:
+        found = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if found == _SCHEMA_VERSION:
+            return
+        if found != 0:
+            raise sqlite3.DatabaseError(f"its format is {found}, this version reads {_SCHEMA_VERSION}")
+        with self._exclusive():
+            for statement in filter(str.strip, _SCHEMA.split(";")):
+                self._db.execute(statement)
+            # Starting at the time rather than 0 lets revisions grow even after somebody deletes the whole folder
+            # under running gateways.
+            self._db.execute("INSERT INTO revision VALUES (?)", (int(now),))
+            self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
+
+    def _commit(
+        self, what: str, records: dict[str, AdapterRecord], statement: str, values: Mapping[str, object]
+    ) -> None:
+        """One change and its new revision, durable when this returns; ``records`` are what it leads to."""
+        try:
+            with self._exclusive():
+                self._db.execute(statement, values)
+                self._db.execute("UPDATE revision SET value = value + 1")
+        except sqlite3.Error as error:
+            raise storage_error(error, what) from error
+        self.snapshot = Snapshot(self.snapshot.revision + 1, MappingProxyType(records))
+
+    @contextmanager
+    def _exclusive(self) -> Iterator[None]:
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+            self._db.execute("COMMIT")
+        except BaseException:
+            # Some failures have rolled back by themselves.
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            raise
+
+    def _load(self) -> Snapshot:
+        revision = self._db.execute("SELECT value FROM revision").fetchone()[0]
+        rows = self._db.execute("SELECT * FROM adapters ORDER BY name")
+        names = [column[0] for column in rows.description]
+        records = (AdapterRecord(**dict(zip(names, row, strict=True))) for row in rows)
+        return Snapshot(revision, MappingProxyType({record.name: record for record in records}))

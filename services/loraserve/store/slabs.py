@@ -1,0 +1,233 @@
+"""Slabs on disk, content-addressed: a file is either whole under its final name or not there at all.
+
+A file is the magic, the header's length, the header, zeros up to ``DATA_ALIGN_BYTES`` and the slab. Its modification
+time says when the slab was last stored or opened, which is what keeps it from being removed too early. Every method
+blocks and may be called from any thread.
+"""
+
+import contextlib
+import hashlib
+import itertools
+import os
+import re
+import threading
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+import msgspec
+
+from loraserve.adapter.format import decode_header, encode_header
+from loraserve.adapter.pack import Slab
+from loraserve.errors import AdapterError
+from loraserve.store.errors import storage_error
+from loraserve.store.garbage import removable
+
+MAGIC = b"LORASLB1"
+DATA_ALIGN_BYTES = 4096
+MAX_READ_BYTES = 16 << 20
+_PREFIX_BYTES = len(MAGIC) + 8
+_MAX_HEADER_BYTES = 16 << 20
+_HASH_BYTES = 4 << 20
+_VERSION = re.compile(r"[0-9a-f]{64}")
+
+
+class OpenedSlab(msgspec.Struct, frozen=True):
+    """A verified slab: its encoded header and where its bytes lie in the file."""
+
+    version: str
+    header: bytes
+    data_begin: int
+    slab_bytes: int
+
+
+class Slabs:
+    """The slab files under one folder, which only one process may use at a time."""
+
+    def __init__(self, root: Path) -> None:
+        self._slabs = root / "slabs"
+        self._tmp = root / "tmp"
+        self._opened: dict[str, OpenedSlab] = {}
+        self._names = itertools.count()
+        # Held for the short steps in which a file appears, is kept alive or goes; never while bytes are written.
+        self._lock = threading.Lock()
+        for folder in (self._slabs, self._tmp):
+            folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self._tmp.iterdir():
+            leftover.unlink()
+
+    def put(self, slab: Slab, now: float) -> bool:
+        """Store a slab durably. False where a good copy was there. Raises AdapterError ``disk_full`` or ``storage``."""
+        if self._is_intact(slab.version):
+            self.touch(slab.version, now)
+            return False
+        header = encode_header(slab.header)
+        path = self._path(slab.version)
+        tmp = self._tmp / f"{slab.version}.{next(self._names)}"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            _write_durably(tmp, _blocks(header, slab.data))
+            os.utime(tmp, (now, now))
+            with self._lock:
+                tmp.rename(path)
+            _sync_folder(path.parent)
+            _sync_folder(self._slabs)
+        except OSError as error:
+            tmp.unlink(missing_ok=True)
+            raise storage_error(error, f"{slab.header.slab_bytes} bytes of slab {slab.version}") from error
+        self._opened[slab.version] = OpenedSlab(slab.version, header, _data_begin(header), slab.header.slab_bytes)
+        return True
+
+    def open(self, version: str, now: float) -> OpenedSlab:
+        """Where the slab lies; its digest is checked once a process. Keeps it from being removed for the grace.
+
+        Raises AdapterError ``not_found``, or ``corrupt`` where the file was damaged: it is then set aside.
+        """
+        self.touch(version, now)
+        opened = self._opened.get(version)
+        if opened is None:
+            opened = self._opened[version] = self.verify(version)
+        return opened
+
+    def touch(self, version: str, now: float) -> None:
+        """Keep the slab from being removed for the grace. Raises AdapterError ``not_found``."""
+        with self._lock:
+            path = self._existing(version)
+            # On a disk that has become read-only nothing is removed either, and reading must go on.
+            with contextlib.suppress(OSError):
+                os.utime(path, (now, now))
+
+    def verify(self, version: str) -> OpenedSlab:
+        """Read the whole slab and check its digest. Raises AdapterError like ``open``."""
+        try:
+            with self._existing(version).open("rb") as file:
+                header, digest, slab_bytes = _read_through(file)
+        except OSError as error:
+            raise storage_error(error, f"slab {version}") from error
+        if digest != version or not _describes(header, slab_bytes):
+            raise self._set_aside(version)
+        return OpenedSlab(version, header, _data_begin(header), slab_bytes)
+
+    def read(self, version: str, offset: int, length: int, now: float) -> bytes:
+        """Exactly ``length`` bytes of the slab. Raises AdapterError, also ``bad_range``."""
+        opened = self._opened.get(version) or self.open(version, now)
+        if not (offset >= 0 and 0 < length <= MAX_READ_BYTES and offset + length <= opened.slab_bytes):
+            raise AdapterError(
+                "bad_range",
+                f"offset_bytes {offset} and length_bytes {length}: ask for 1 to {MAX_READ_BYTES} bytes inside the "
+                f"slab's {opened.slab_bytes}",
+            )
+        try:
+            fd = os.open(self._existing(version), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                data = os.pread(fd, length, opened.data_begin + offset)
+            finally:
+                os.close(fd)
+        except OSError as error:
+            raise storage_error(error, f"slab {version}") from error
+        if len(data) != length:
+            raise self._set_aside(version)
+        return data
+
+    def versions(self) -> dict[str, float]:
+        """All slabs on disk and when each was last stored or opened, in unix seconds."""
+        used = {}
+        for path in self._slabs.glob("*/*.slab"):
+            if _VERSION.fullmatch(path.stem):
+                # Another thread may set it aside meanwhile.
+                with contextlib.suppress(FileNotFoundError):
+                    used[path.stem] = path.stat().st_mtime
+        return used
+
+    def remove_unreferenced(self, referenced: Collection[str], now: float, grace_s: float) -> list[str]:
+        """Remove what ``removable`` allows; returns the versions that went."""
+        removed = []
+        for version in removable(self.versions(), referenced, now, grace_s):
+            path = self._path(version)
+            with self._lock, contextlib.suppress(FileNotFoundError):
+                # Somebody may have opened or stored it again since the list was made.
+                if removable({version: path.stat().st_mtime}, referenced, now, grace_s):
+                    path.unlink()
+                    self._opened.pop(version, None)
+                    removed.append(version)
+        return removed
+
+    def _is_intact(self, version: str) -> bool:
+        # Read again even if it was good once: registering again is what people are told to do about a damaged slab.
+        try:
+            self.verify(version)
+        except AdapterError as error:
+            if error.code in ("not_found", "corrupt"):
+                return False
+            raise
+        return True
+
+    def _path(self, version: str) -> Path:
+        return self._slabs / version[:2] / f"{version}.slab"
+
+    def _existing(self, version: str) -> Path:
+        # The version comes over the wire: nothing but a digest may become part of a path.
+        if _VERSION.fullmatch(version) and (path := self._path(version)).exists():
+            return path
+        raise AdapterError("not_found", f"no slab of version {version[:80]} is stored; register the adapter again")
+
+    def _set_aside(self, version: str) -> AdapterError:
+        path = self._path(version)
+        with self._lock, contextlib.suppress(FileNotFoundError):
+            path.rename(path.with_suffix(".corrupt"))
+            self._opened.pop(version, None)
+        return AdapterError(
+            "corrupt",
+            f"slab {version} was damaged on disk and has been set aside as {path.stem[:12]}...corrupt; register the "
+            "adapter again",
+        )
+
+
+def _read_through(file: BinaryIO) -> tuple[bytes, str, int]:
+    """The header, the digest of header and slab ("" for another kind of file) and the slab's bytes."""
+    prefix = file.read(_PREFIX_BYTES)
+    length = int.from_bytes(prefix[len(MAGIC) :], "little")
+    if not prefix.startswith(MAGIC) or length > _MAX_HEADER_BYTES:
+        return b"", "", 0
+    header = file.read(length)
+    file.seek(_data_begin(header))
+    digest = hashlib.sha256(header)
+    slab_bytes = 0
+    while block := file.read(_HASH_BYTES):
+        digest.update(block)
+        slab_bytes += len(block)
+    return header, digest.hexdigest(), slab_bytes
+
+
+def _describes(header: bytes, slab_bytes: int) -> bool:
+    try:
+        return decode_header(header).slab_bytes == slab_bytes
+    except msgspec.MsgspecError:
+        return False
+
+
+def _data_begin(header: bytes) -> int:
+    return -(-(_PREFIX_BYTES + len(header)) // DATA_ALIGN_BYTES) * DATA_ALIGN_BYTES
+
+
+def _blocks(header: bytes, data: memoryview) -> Iterator[bytes | memoryview]:
+    start = MAGIC + len(header).to_bytes(8, "little") + header
+    yield start.ljust(_data_begin(header), b"\0")
+    yield data
+
+
+def _write_durably(path: Path, blocks: Iterator[bytes | memoryview]) -> None:
+    with path.open("xb", buffering=0) as file:
+        for block in blocks:
+            rest = memoryview(block)
+            while rest:
+                rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
