@@ -1,0 +1,1 @@
+"""Paged attention over the KV cache, for prefill chunks and decode tokens in one call."""

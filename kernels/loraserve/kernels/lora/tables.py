@@ -1,0 +1,67 @@
+"""Where each resident adapter lies: the state that the kernels read on the device, indexed by slot."""
+
+import torch
+
+from loraserve.adapter.format import SlabHeader
+from loraserve.model_shape import MODULES, ModelShape
+
+SLICES_MAX = 3
+LAYOUT_FIELDS = 8
+"""(offset of A, rows of A, rank of each of three slices, offset of each slice's transposed B), in elements."""
+
+
+class AdapterTables:
+    """Layouts, scales and base offsets of up to ``slots`` adapters.
+
+    ``layout`` int64 [slots, layers, 4, 8], offsets relative to the slab's start; ``scales`` float32 [slots, layers, 4, 3];
+    ``base`` int64 [slots], element offset of the slab in the pool. A free slot has rank 0 everywhere, so that computing
+    with it changes nothing.
+    """
+
+    def __init__(self, shape: ModelShape, slots: int, device: str = "cpu") -> None:
+        self.shape = shape
+        self.layout = torch.zeros(slots, shape.layers, len(MODULES), LAYOUT_FIELDS, dtype=torch.int64, device=device)
+        self.scales = torch.zeros(slots, shape.layers, len(MODULES), SLICES_MAX, dtype=torch.float32, device=device)
+        self.base = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.in_features = tuple(shape.in_features(module) for module in MODULES)
+        self.out_features = tuple(shape.out_features(module) for module in MODULES)
+
+    def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
+        """Make the slab at ``base_elements`` of the pool the adapter of this slot.
+
+        Raises ValueError where the slab was packed for another model shape.
+        """
+        if header.shape != self.shape:
+            raise ValueError(f"slab is for {header.shape}, this model is {self.shape}; register the adapter again")
+        layout = torch.zeros_like(self.layout[slot], device="cpu")
+        scales = torch.zeros_like(self.scales[slot], device="cpu")
+        for layer in range(self.shape.layers):
+            for module in range(len(MODULES)):
+                row = header.row(layer, module)
+                layout[layer, module] = torch.tensor(self._fields(header, layer, module))
+                scales[layer, module, : len(row.scales)] = torch.tensor(row.scales)
+        self.layout[slot].copy_(layout)
+        self.scales[slot].copy_(scales)
+        self.base[slot] = base_elements
+
+    def remove(self, slot: int) -> None:
+        """Free the slot."""
+        self.layout[slot].zero_()
+        self.scales[slot].zero_()
+        self.base[slot] = 0
+
+    def validate(self) -> None:
+        """Ranks of a row sum to its rows of A; nothing is negative."""
+        assert bool((self.layout >= 0).all()), "negative offset or rank"
+        assert bool((self.base >= 0).all()), "negative base"
+        assert torch.equal(self.layout[..., 2:5].sum(-1), self.layout[..., 1]), "ranks do not sum to the rows of A"
+
+    def _fields(self, header: SlabHeader, layer: int, module: int) -> list[int]:
+        row = header.row(layer, module)
+        ranks = list(row.ranks) + [0] * (SLICES_MAX - len(row.ranks))
+        offsets = []
+        offset = row.offset + row.total_rank * self.in_features[module]
+        for rank, width in zip(row.ranks, self.out_features[module], strict=True):
+            offsets.append(offset)
+            offset += rank * width
+        return [row.offset, row.total_rank, *ranks, *offsets, *([0] * (SLICES_MAX - len(offsets)))]

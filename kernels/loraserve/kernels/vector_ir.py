@@ -1,0 +1,167 @@
+"""Building blocks for the CPU kernels: explicit vector code in a fixed order of summation.
+
+Numba's own loops leave the order of a reduction to LLVM, which may choose another one for another loop. Here the order
+is written down, so that a token's result has the same bits whatever shares its batch and whichever kernel computes it.
+Addresses are int64 so that kernels index raw memory of any dtype.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+LANES = 8
+STEP = 2 * LANES
+"""Elements per turn of a dot product: two independent chains hide the latency of the multiply-add."""
+
+F32 = ir.FloatType()
+I16 = ir.IntType(16)
+I32 = ir.IntType(32)
+I64 = ir.IntType(64)
+VF32 = ir.VectorType(F32, LANES)
+
+ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_RAW = {"float32": F32, "bfloat16": I16, "float16": ir.HalfType()}
+
+
+def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c rounded once, scalar or vector."""
+    kind = a.type
+    name = f"llvm.fma.v{LANES}f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
+    function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
+    return builder.call(function, [a, b, c])
+
+
+def load_f32(builder: Any, address: Any, dtype: str, lanes: int) -> Any:
+    """Load ``lanes`` elements of ``dtype`` at an int64 address as float32."""
+    raw = _RAW[dtype] if lanes == 1 else ir.VectorType(_RAW[dtype], lanes)
+    value = builder.load(builder.inttoptr(address, raw.as_pointer()), align=ELEMENT_BYTES[dtype])
+    wide = F32 if lanes == 1 else ir.VectorType(F32, lanes)
+    if dtype == "float32":
+        return value
+    if dtype == "float16":
+        return builder.fpext(value, wide)
+    bits = I32 if lanes == 1 else ir.VectorType(I32, lanes)
+    shift = ir.Constant(bits, 16) if lanes == 1 else ir.Constant(bits, [16] * lanes)
+    return builder.bitcast(builder.shl(builder.zext(value, bits), shift), wide)
+
+
+def store_f32(builder: Any, address: Any, value: Any) -> None:
+    builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
+
+
+def splat(builder: Any, value: Any) -> Any:
+    """All lanes equal to a scalar."""
+    one = builder.insert_element(ir.Constant(VF32, ir.Undefined), value, ir.Constant(I32, 0))
+    mask = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
+    return builder.shuffle_vector(one, ir.Constant(VF32, ir.Undefined), mask)
+
+
+def sum_lanes(builder: Any, vector: Any) -> Any:
+    """Pairwise sum of all lanes, always in the same tree."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        mask = ir.VectorType(I32, width)
+        undefined = ir.Constant(vector.type, ir.Undefined)
+        low = builder.shuffle_vector(vector, undefined, ir.Constant(mask, list(range(width))))
+        high = builder.shuffle_vector(vector, undefined, ir.Constant(mask, list(range(width, 2 * width))))
+        vector = builder.fadd(low, high)
+    return builder.extract_element(vector, ir.Constant(I32, 0))
+
+
+def offset(builder: Any, address: Any, index: Any, element_bytes: int) -> Any:
+    return builder.add(address, builder.mul(index, ir.Constant(I64, element_bytes)))
+
+
+def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
+    """Intrinsic dot(x, x_stride, a, a_stride, k, out, out_stride): out[t, r] = x[t] . a[r] for a block.
+
+    ``x`` float32 and ``a`` of ``dtype`` are addresses of the block's first rows, strides are in elements, ``k`` is the
+    length of a row. Every element is summed in the same order whatever the block's size.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x, x_stride, a, a_stride, k, out, out_stride = arguments
+        element_bytes = ELEMENT_BYTES[dtype]
+        x_rows = [offset(builder, x, builder.mul(x_stride, ir.Constant(I64, t)), 4) for t in range(tokens)]
+        a_rows = [offset(builder, a, builder.mul(a_stride, ir.Constant(I64, r)), element_bytes) for r in range(rows)]
+        zero = ir.Constant(VF32, [0.0] * LANES)
+        sums = {
+            (t, r, half): cgutils.alloca_once_value(builder, zero)
+            for t in range(tokens)
+            for r in range(rows)
+            for half in range(2)
+        }
+        for key in sums:
+            builder.store(zero, sums[key])
+        whole = builder.and_(k, ir.Constant(I64, -STEP))
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, STEP), I64) as (index, _):
+            for half in range(2):
+                at = builder.add(index, ir.Constant(I64, half * LANES))
+                xs = [load_f32(builder, offset(builder, row, at, 4), "float32", LANES) for row in x_rows]
+                for r, a_row in enumerate(a_rows):
+                    weights = load_f32(builder, offset(builder, a_row, at, element_bytes), dtype, LANES)
+                    for t in range(tokens):
+                        slot = sums[t, r, half]
+                        builder.store(fma(builder, xs[t], weights, builder.load(slot)), slot)
+        for t in range(tokens):
+            for r in range(rows):
+                total = builder.fadd(builder.load(sums[t, r, 0]), builder.load(sums[t, r, 1]))
+                single = cgutils.alloca_once_value(builder, ir.Constant(F32, 0.0))
+                builder.store(sum_lanes(builder, total), single)
+                with cgutils.for_range_slice(builder, whole, k, ir.Constant(I64, 1), I64) as (index, _):
+                    left = load_f32(builder, offset(builder, x_rows[t], index, 4), "float32", 1)
+                    right = load_f32(builder, offset(builder, a_rows[r], index, element_bytes), dtype, 1)
+                    builder.store(fma(builder, left, right, builder.load(single)), single)
+                place = builder.add(builder.mul(out_stride, ir.Constant(I64, t)), ir.Constant(I64, r))
+                store_f32(builder, offset(builder, out, place, 4), builder.load(single))
+        return context.get_dummy_value()
+
+    def dot(typingctx: Any, x: Any, x_stride: Any, a: Any, a_stride: Any, k: Any, out: Any, out_stride: Any) -> Any:
+        return types.none(*([types.int64] * 7)), codegen
+
+    return intrinsic(dot)
+
+
+def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
+    """Intrinsic axpy(y, y_stride, h, h_stride, b, b_stride, n): y[t] += h[t, 0] b[0] + ... + h[t, rows-1] b[rows-1].
+
+    ``y`` and ``h`` float32, ``b`` of ``dtype``; addresses, strides in elements, ``n`` the length of a row. The rows are
+    added to y one after the other, each with one rounding, so that the size of the block leaves no trace.
+    """
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        y, y_stride, h, h_stride, b, b_stride, n = arguments
+        element_bytes = ELEMENT_BYTES[dtype]
+        y_rows = [offset(builder, y, builder.mul(y_stride, ir.Constant(I64, t)), 4) for t in range(tokens)]
+        b_rows = [offset(builder, b, builder.mul(b_stride, ir.Constant(I64, r)), element_bytes) for r in range(rows)]
+        factors = {}
+        for t in range(tokens):
+            for r in range(rows):
+                place = builder.add(builder.mul(h_stride, ir.Constant(I64, t)), ir.Constant(I64, r))
+                factors[t, r] = load_f32(builder, offset(builder, h, place, 4), "float32", 1)
+        wide = {key: splat(builder, value) for key, value in factors.items()}
+
+        def add_at(index: Any, lanes: int, table: Any) -> None:
+            weights = [load_f32(builder, offset(builder, row, index, element_bytes), dtype, lanes) for row in b_rows]
+            for t, y_row in enumerate(y_rows):
+                address = offset(builder, y_row, index, 4)
+                total = load_f32(builder, address, "float32", lanes)
+                for r in range(rows):
+                    total = fma(builder, table[t, r], weights[r], total)
+                store_f32(builder, address, total)
+
+        whole = builder.and_(n, ir.Constant(I64, -LANES))
+        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, LANES), I64) as (index, _):
+            add_at(index, LANES, wide)
+        with cgutils.for_range_slice(builder, whole, n, ir.Constant(I64, 1), I64) as (index, _):
+            add_at(index, 1, factors)
+        return context.get_dummy_value()
+
+    def axpy(typingctx: Any, y: Any, y_stride: Any, h: Any, h_stride: Any, b: Any, b_stride: Any, n: Any) -> Any:
+        return types.none(*([types.int64] * 7)), codegen
+
+    return intrinsic(axpy)
