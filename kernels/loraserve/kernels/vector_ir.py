@@ -7,7 +7,7 @@ Addresses are int64 so that kernels index raw memory of any dtype.
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -76,54 +76,82 @@ def offset(builder: Any, address: Any, index: Any, element_bytes: int) -> Any:
     return builder.add(address, builder.mul(index, ir.Constant(I64, element_bytes)))
 
 
+def _most_sums() -> int:
+    """Vector accumulators that stay in registers beside the loads: half of what the processor has."""
+    return 16 if binding.get_host_cpu_features().get("avx512vl") else 8
+
+
 def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
     """Intrinsic dot(x, x_stride, a, a_stride, k, out, out_stride): out[t, r] = x[t] . a[r] for a block.
 
     ``x`` float32 and ``a`` of ``dtype`` are addresses of the block's first rows, strides are in elements, ``k`` is the
     length of a row. Every element is summed in the same order whatever the block's size.
     """
+    rows_at_once = min(rows, max(1, _most_sums() // (2 * tokens)))
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_stride, a, a_stride, k, out, out_stride = arguments
-        element_bytes = ELEMENT_BYTES[dtype]
         x_rows = [offset(builder, x, builder.mul(x_stride, ir.Constant(I64, t)), 4) for t in range(tokens)]
-        a_rows = [offset(builder, a, builder.mul(a_stride, ir.Constant(I64, r)), element_bytes) for r in range(rows)]
-        zero = ir.Constant(VF32, [0.0] * LANES)
-        sums = {
-            (t, r, half): cgutils.alloca_once_value(builder, zero)
-            for t in range(tokens)
-            for r in range(rows)
-            for half in range(2)
-        }
-        for key in sums:
-            builder.store(zero, sums[key])
-        whole = builder.and_(k, ir.Constant(I64, -STEP))
-        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, STEP), I64) as (index, _):
-            for half in range(2):
-                at = builder.add(index, ir.Constant(I64, half * LANES))
-                xs = [load_f32(builder, offset(builder, row, at, 4), "float32", LANES) for row in x_rows]
-                for r, a_row in enumerate(a_rows):
-                    weights = load_f32(builder, offset(builder, a_row, at, element_bytes), dtype, LANES)
-                    for t in range(tokens):
-                        slot = sums[t, r, half]
-                        builder.store(fma(builder, xs[t], weights, builder.load(slot)), slot)
-        for t in range(tokens):
-            for r in range(rows):
-                total = builder.fadd(builder.load(sums[t, r, 0]), builder.load(sums[t, r, 1]))
-                single = cgutils.alloca_once_value(builder, ir.Constant(F32, 0.0))
-                builder.store(sum_lanes(builder, total), single)
-                with cgutils.for_range_slice(builder, whole, k, ir.Constant(I64, 1), I64) as (index, _):
-                    left = load_f32(builder, offset(builder, x_rows[t], index, 4), "float32", 1)
-                    right = load_f32(builder, offset(builder, a_rows[r], index, element_bytes), dtype, 1)
-                    builder.store(fma(builder, left, right, builder.load(single)), single)
-                place = builder.add(builder.mul(out_stride, ir.Constant(I64, t)), ir.Constant(I64, r))
-                store_f32(builder, offset(builder, out, place, 4), builder.load(single))
+        for first in range(0, rows, rows_at_once):
+            a_rows = [
+                offset(builder, a, builder.mul(a_stride, ir.Constant(I64, r)), ELEMENT_BYTES[dtype])
+                for r in range(first, min(first + rows_at_once, rows))
+            ]
+            totals = _dot_sums(builder, x_rows, a_rows, k, dtype)
+            for (t, r), total in totals.items():
+                place = builder.add(builder.mul(out_stride, ir.Constant(I64, t)), ir.Constant(I64, first + r))
+                store_f32(builder, offset(builder, out, place, 4), total)
         return context.get_dummy_value()
 
     def dot(typingctx: Any, x: Any, x_stride: Any, a: Any, a_stride: Any, k: Any, out: Any, out_stride: Any) -> Any:
         return types.none(*([types.int64] * 7)), codegen
 
     return intrinsic(dot)
+
+
+def _dot_sums(builder: Any, x_rows: list[Any], a_rows: list[Any], k: Any, dtype: str) -> dict[tuple[int, int], Any]:
+    """Scalar dot products of all pairs of rows: vector part, lanes, then the tail, always in this order."""
+    zero = ir.Constant(VF32, [0.0] * LANES)
+    pairs = [(t, r) for t in range(len(x_rows)) for r in range(len(a_rows))]
+    sums = {(pair, half): variable(builder, zero) for pair in pairs for half in range(2)}
+    whole = builder.and_(k, ir.Constant(I64, -STEP))
+    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, STEP), I64) as (index, _):
+        for half in range(2):
+            at = builder.add(index, ir.Constant(I64, half * LANES))
+            xs = [load_f32(builder, offset(builder, row, at, 4), "float32", LANES) for row in x_rows]
+            for r, a_row in enumerate(a_rows):
+                weights = load_f32(builder, offset(builder, a_row, at, ELEMENT_BYTES[dtype]), dtype, LANES)
+                for t in range(len(x_rows)):
+                    slot = sums[(t, r), half]
+                    builder.store(fma(builder, xs[t], weights, builder.load(slot)), slot)
+    totals = {}
+    for t, r in pairs:
+        both = builder.fadd(builder.load(sums[(t, r), 0]), builder.load(sums[(t, r), 1]))
+        total = variable(builder, ir.Constant(F32, 0.0))
+        builder.store(sum_lanes(builder, both), total)
+        with cgutils.for_range_slice(builder, whole, k, ir.Constant(I64, 1), I64) as (index, _):
+            left = load_f32(builder, offset(builder, x_rows[t], index, 4), "float32", 1)
+            right = load_f32(builder, offset(builder, a_rows[r], index, ELEMENT_BYTES[dtype]), dtype, 1)
+            builder.store(fma(builder, left, right, builder.load(total)), total)
+        totals[t, r] = builder.load(total)
+    return totals
+
+
+def variable(builder: Any, value: Any) -> Any:
+    """A mutable value; the store is repeated here because the allocation is hoisted out of loops."""
+    slot = cgutils.alloca_once(builder, value.type)
+    builder.store(value, slot)
+    return slot
+
+
+@intrinsic
+def bits_to_f32(typingctx: Any, value: Any) -> Any:
+    """The float32 whose bits are this int32."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.trunc(arguments[0], I32) if arguments[0].type != I32 else arguments[0], F32)
+
+    return types.float32(value), codegen
 
 
 def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:

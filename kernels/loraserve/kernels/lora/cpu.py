@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from numba import njit
 
+from loraserve.kernels.dense import assert_dense
 from loraserve.kernels.lora.batch import LoraBatch, plan_batch
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.vector_ir import make_axpy_block, make_dot_block
 from loraserve.kernels.workers import MAX_PARTS, parts, run_parts
+from loraserve.model_shape import ModelShape
 
 TILE_TOKENS = 32
 """Tokens that share one pass over the weights; their rows of x and h stay in the cache."""
@@ -198,8 +200,8 @@ def add_lora(
         return
     out = tables.out_features[module]
     k = tables.in_features[module]
-    assert y.dtype == torch.float32 and y.is_contiguous() and y.shape == (batch.tokens, sum(out)), y.shape
-    assert x.dtype == torch.float32 and x.is_contiguous() and x.shape == (batch.tokens, k), x.shape
+    assert_dense(y, (batch.tokens, sum(out)))
+    assert_dense(x, (batch.tokens, k))
     kind = _KINDS[pool.dtype]
     widths = _widths.get(out)
     if widths is None:
@@ -225,12 +227,10 @@ def add_lora(
     run_parts(add_lora_part, count, arguments)
 
 
-def warm_up(shape_tables: AdapterTables | None = None) -> None:
-    """Compile or load from the cache everything that a step may call."""
-    from loraserve.model_shape import ModelShape
-
+def warm_up() -> None:
+    """Compile, or load from the cache, everything that a step may call."""
     shape = ModelShape(layers=1, hidden=16, heads=1, kv_heads=1, head_dim=16, ffn=16, vocab=16)
-    tables = shape_tables or AdapterTables(shape, 1)
+    tables = AdapterTables(shape, 1)
     width = sum(tables.out_features[0])
     for dtype in _KINDS:
         y, x = torch.zeros(1, width), torch.zeros(1, tables.in_features[0])

@@ -13,9 +13,9 @@ LAYOUT_FIELDS = 8
 class AdapterTables:
     """Layouts, scales and base offsets of up to ``slots`` adapters.
 
-    ``layout`` int64 [slots, layers, 4, 8], offsets relative to the slab's start; ``scales`` float32 [slots, layers, 4, 3];
-    ``base`` int64 [slots], element offset of the slab in the pool. A free slot has rank 0 everywhere, so that computing
-    with it changes nothing.
+    ``layout`` int64 [slots, layers, 4, 8], offsets relative to the slab's start; ``scales`` float32 [slots, layers, 4,
+    3]; ``base`` int64 [slots], element offset of the slab in the pool. A free slot has rank 0 everywhere, so that
+    computing with it changes nothing.
     """
 
     def __init__(self, shape: ModelShape, slots: int, device: str = "cpu") -> None:
