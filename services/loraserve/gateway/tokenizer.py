@@ -75,8 +75,7 @@ class ModelTokenizer:
             message = "This model has no chat template; use /v1/completions with a prompt in the model's own format"
             raise bad_request(message, "messages", "no_chat_template")
         conversation = [template_message(message, index) for index, message in enumerate(messages)]
-        characters = sum(len(message["content"] or "") for message in conversation)
-        return await self._beside(characters, self._encode_chat, conversation, options)
+        return await self._beside(characters_of(messages), self._encode_chat, conversation, options)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -118,6 +117,13 @@ def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
         content = "\n".join(part.text or "" for part in content)
     optional = {"name": message.name, "tool_calls": message.tool_calls, "tool_call_id": message.tool_call_id}
     return {"role": message.role, "content": content} | {key: value for key, value in optional.items() if value}
+
+
+def characters_of(messages: Sequence[ChatMessage]) -> int:
+    """How much text the messages hold, before the template adds to it."""
+    contents = (message.content or "" for message in messages)
+    parts = ((content,) if isinstance(content, str) else (part.text or "" for part in content) for content in contents)
+    return sum(len(text) for texts in parts for text in texts)
 
 
 def check_template_arguments(arguments: dict[str, Any] | None) -> dict[str, Any]:

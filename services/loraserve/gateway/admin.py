@@ -1,0 +1,78 @@
+"""GET /admin/cluster and /admin/plan, POST /admin/rebalance: what the operators' scripts read and ask for."""
+
+import asyncio
+from typing import Any, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from loraserve.config import engine_names
+from loraserve.errors import PeerError, RequestTimeout
+from loraserve.gateway.context import GATEWAY, Gateway
+from loraserve.gateway.errors import ApiError, unavailable
+from loraserve.gateway.health import ping
+from loraserve.gateway.openai_schema import RebalanceRequest, decode
+from loraserve.messages import GetPlan, Plan, Rebalance, RebalanceDone
+
+T = TypeVar("T")
+
+PLANNER = "planner"
+CONTROL = ("store", PLANNER, "monitor", "router")
+PLAN_TIMEOUT_S = 2.0
+REBALANCE_MARGIN_S = 15.0
+
+
+async def cluster(http: web.Request) -> web.Response:
+    """Everything this gateway knows, and which processes answer now. 200 also while parts are missing."""
+    gateway = http.app[GATEWAY]
+    names = [*CONTROL, *engine_names(gateway.config)]
+    pongs, plan = await asyncio.gather(
+        asyncio.gather(*(ping(gateway, name) for name in names)), current_plan_or_none(gateway)
+    )
+    watch, now = gateway.streams.watch, gateway.clock.monotonic_s()
+    return reply(
+        {
+            "gateway": {"name": gateway.bus.name, "streams": len(gateway.streams), "model": gateway.model_name},
+            "processes": {name: pong or {"state": "UNREACHABLE"} for name, pong in zip(names, pongs, strict=True)},
+            "load_age_s": now - watch.cluster_s if watch.cluster else None,
+            "engines": [
+                {"name": name, "alive": report.alive, "age_s": now - report.reported_s, "load": report.load}
+                for name, report in sorted(watch.reports.items())
+            ],
+            "demand": watch.cluster.demand if watch.cluster else (),
+            "plan_epoch": plan.epoch if plan else None,
+            "registry": {"revision": gateway.registry.revision, "adapters": gateway.registry.adapters},
+        }
+    )
+
+
+async def plan(http: web.Request) -> web.Response:
+    gateway = http.app[GATEWAY]
+    return reply(await ask_planner(gateway, GetPlan(), Plan, PLAN_TIMEOUT_S))
+
+
+async def rebalance(http: web.Request) -> web.Response:
+    gateway = http.app[GATEWAY]
+    request = decode(await http.read(), RebalanceRequest)
+    timeout_s = gateway.config.planner.prepare_timeout_s + REBALANCE_MARGIN_S
+    return reply(await ask_planner(gateway, Rebalance(dry_run=bool(request.dry_run)), RebalanceDone, timeout_s))
+
+
+async def ask_planner(gateway: Gateway, message: Any, answer: type[T], timeout_s: float) -> T:
+    try:
+        return await gateway.bus.request(PLANNER, message, answer, timeout_s)
+    except RequestTimeout as error:
+        raise unavailable(f"The planner did not answer within {timeout_s:g} s", "no_planner") from error
+    except PeerError as error:
+        raise ApiError(500, f"The planner refused: {error.message}", type_="server_error", code=error.code) from error
+
+
+async def current_plan_or_none(gateway: Gateway) -> Plan | None:
+    try:
+        return await ask_planner(gateway, GetPlan(), Plan, PLAN_TIMEOUT_S)
+    except ApiError:
+        return None
+
+
+def reply(value: Any) -> web.Response:
+    return web.Response(body=msgspec.json.encode(value), content_type="application/json")

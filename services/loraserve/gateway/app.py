@@ -1,0 +1,138 @@
+"""The HTTP application: routes, and what holds for all of them: ids, keys, limits, errors."""
+
+import hmac
+import secrets
+from collections.abc import Awaitable, Callable
+from importlib.metadata import PackageNotFoundError, version
+
+from aiohttp import web
+
+from loraserve.gateway import admin, chat, completions, health, models, tokenize_api
+from loraserve.gateway.context import ARRIVED_S, GATEWAY, REQUEST_ID, Gateway
+from loraserve.gateway.errors import SERVER, ApiError, unavailable
+from loraserve.gateway.serve import CLIENT_LEFT
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+OPEN_PATHS = frozenset(("/health", "/live", "/ping", "/metrics", "/version"))
+"""Answered without an API key: for probes and scrapers, telling nothing about users."""
+
+MAX_REQUEST_ID = 128
+
+
+def make_app(gateway: Gateway) -> web.Application:
+    app = web.Application(middlewares=[observe, guard], client_max_size=gateway.config.gateway.max_body_bytes)
+    app[GATEWAY] = gateway
+    app.on_response_prepare.append(add_request_id)
+    app.add_routes(
+        [
+            web.post("/v1/chat/completions", chat.chat_completions),
+            web.post("/v1/completions", completions.completions),
+            web.get("/v1/models", models.list_models),
+            web.get("/v1/models/{id:.+}", models.get_model),
+            web.post("/v1/load_lora_adapter", models.load_adapter),
+            web.post("/v1/unload_lora_adapter", models.unload_adapter),
+            web.post("/tokenize", tokenize_api.tokenize),
+            web.post("/detokenize", tokenize_api.detokenize),
+            web.get("/health", health.health),
+            web.get("/ping", health.health),
+            web.get("/live", health.live),
+            web.get("/metrics", show_metrics),
+            web.get("/version", show_version),
+            web.get("/admin/cluster", admin.cluster),
+            web.get("/admin/plan", admin.plan),
+            web.post("/admin/rebalance", admin.rebalance),
+        ]
+    )
+    return app
+
+
+async def show_metrics(http: web.Request) -> web.Response:
+    body = http.app[GATEWAY].render_metrics()
+    return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+
+async def show_version(_: web.Request) -> web.Response:
+    try:
+        return web.json_response({"version": version("loraserve")})
+    except PackageNotFoundError:
+        return web.json_response({"version": "unknown"})
+
+
+@web.middleware
+async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Gives the request its id, turns every error into OpenAI's shape, counts the answer."""
+    gateway = request.app[GATEWAY]
+    request[ARRIVED_S] = gateway.clock.monotonic_s()
+    request[REQUEST_ID] = request_id(request.headers.get("x-request-id", ""))
+    response = await _answer_errors(gateway, request, handler)
+    resource = request.match_info.route.resource
+    gateway.metrics.http.labels(resource.canonical if resource else "unknown", response.status).inc()
+    return response
+
+
+async def _answer_errors(gateway: Gateway, request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return error_response(error)
+    except web.HTTPException as error:
+        return error_response(http_error(gateway, request, error), error)
+    except ConnectionError:
+        return web.Response(status=CLIENT_LEFT)
+    except Exception:
+        gateway.log.exception("gateway.request_crashed", request_id=request[REQUEST_ID], path=request.path)
+        message = f"Internal error; the gateway's log has it under request id {request[REQUEST_ID]}"
+        return error_response(ApiError(500, message, type_=SERVER, code="internal_error"))
+
+
+@web.middleware
+async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Checks the API key, and turns new work away while the gateway shuts down."""
+    gateway = request.app[GATEWAY]
+    keys = gateway.config.gateway.api_keys
+    if keys and request.path not in OPEN_PATHS and not has_key(request.headers.get("Authorization", ""), keys):
+        message = "Incorrect or missing API key; send it as 'Authorization: Bearer KEY'"
+        raise ApiError(401, message, code="invalid_api_key")
+    if gateway.draining.is_set() and request.method == "POST":
+        raise unavailable("This gateway is shutting down; try again", "shutting_down")
+    return await handler(request)
+
+
+def has_key(header: str, keys: tuple[str, ...]) -> bool:
+    scheme, _, given = header.partition(" ")
+    # Every key is compared in constant time, so that timing tells nothing about any.
+    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    return scheme.lower() == "bearer" and any(matches)
+
+
+def request_id(given: str) -> str:
+    """The client's own, where it can stand in a header and a log line."""
+    usable = given.isascii() and given.isprintable() and 0 < len(given) <= MAX_REQUEST_ID
+    return given if usable else f"req-{secrets.token_hex(12)}"
+
+
+async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+    response.headers["x-request-id"] = request.get(REQUEST_ID, "")
+
+
+def http_error(gateway: Gateway, request: web.Request, error: web.HTTPException) -> ApiError:
+    """What aiohttp itself refuses, in OpenAI's shape."""
+    where = f"{request.method} {request.path}"
+    match error.status:
+        case 404:
+            return ApiError(404, f"Unknown path: {where}", code="not_found")
+        case 405:
+            return ApiError(405, f"Method not allowed: {where}", code="method_not_allowed")
+        case 413:
+            limit = gateway.config.gateway.max_body_bytes
+            message = f"The request body is larger than {limit} bytes (gateway.max_body_bytes)"
+            return ApiError(413, message, code="request_too_large")
+        case status:
+            return ApiError(status, error.reason, code="http_error")
+
+
+def error_response(error: ApiError, cause: web.HTTPException | None = None) -> web.Response:
+    allowed = {"Allow": cause.headers["Allow"]} if cause is not None and "Allow" in cause.headers else {}
+    headers = {**error.headers, **allowed}
+    return web.Response(status=error.status, body=error.encode(), content_type="application/json", headers=headers)

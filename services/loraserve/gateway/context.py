@@ -1,0 +1,83 @@
+"""What the handlers of one gateway share."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from aiohttp import web
+
+from loraserve.bus.protocol import Bus
+from loraserve.config import Config
+from loraserve.gateway.errors import bad_request, unavailable
+from loraserve.gateway.metrics import GatewayMetrics
+from loraserve.gateway.registry import Registry
+from loraserve.gateway.streams import StreamTable
+from loraserve.gateway.tokenizer import ModelTokenizer
+from loraserve.messages import Abort, AdapterRef
+
+
+class Clock(Protocol):
+    def monotonic_s(self) -> float: ...
+    def unix_s(self) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The model that a request named: the base, or one version of an adapter."""
+
+    name: str
+    adapter: AdapterRef | None
+
+    @property
+    def version(self) -> str | None:
+        return self.adapter.version if self.adapter else None
+
+
+@dataclass(slots=True)
+class Gateway:
+    """Ports and state of this process."""
+
+    config: Config
+    bus: Bus
+    clock: Clock
+    log: Any
+    model_name: str
+    tokenizer: ModelTokenizer
+    registry: Registry
+    streams: StreamTable
+    metrics: GatewayMetrics
+    render_metrics: Callable[[], bytes]
+    spawn: Callable[[Coroutine[Any, Any, None]], Any]
+    started_unix_s: float
+    draining: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def resolve(self, model: str | None) -> Target:
+        """Who answers a request for ``model``. Raises ApiError 400, 404 or 503; nothing falls back to the base."""
+        if not model:
+            message = "model: name the model or adapter to use; GET /v1/models lists them"
+            raise bad_request(message, "model", "missing_required_parameter")
+        if model == self.model_name:
+            return Target(model, None)
+        return Target(model, await self.registry.resolve(model))
+
+    def context_tokens(self) -> int:
+        """Longest prompt plus output that the model and every engine take. Raises ApiError 503 while unknown."""
+        reports = self.streams.watch.reports.values()
+        engines = [report.load.max_model_tokens for report in reports if report.alive]
+        known = [
+            limit for limit in (self.config.model.max_model_tokens, self.tokenizer.max_positions, *engines) if limit
+        ]
+        if not known:
+            raise unavailable("No engine has reported the model's context length yet", "no_engine")
+        return min(known)
+
+    def abort(self, engine: str, request_id: str, reason: str) -> None:
+        """Tell the engine that nobody waits for this request."""
+        self.metrics.aborts.labels(reason).inc()
+        self.bus.send(engine, Abort(request_id=request_id))
+
+
+GATEWAY = web.AppKey("gateway", Gateway)
+REQUEST_ID = "request_id"
+ARRIVED_S = "arrived_s"

@@ -1,0 +1,113 @@
+"""One choice from tokens to text."""
+
+import json
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.gateway.assemble import Choice, Piece, StopRules
+from loraserve.gateway.detokenize import Pieces
+from loraserve.testing.tiny_tokenizer import CHAT_END, byte_level_tokenizer
+
+TOKENIZER = byte_level_tokenizer()
+END = TOKENIZER.token_to_id(CHAT_END) or 0
+PIECES = Pieces(
+    TOKENIZER.id_to_token,
+    lambda tokens: TOKENIZER.decode(list(tokens), skip_special_tokens=False),
+    frozenset({END}),
+    json.loads(TOKENIZER.to_str())["decoder"],
+)
+
+
+def choice(skip: bool = True, **rules: Any) -> Choice:
+    return Choice(0, PIECES.detokenizer(skip), StopRules(end_tokens=frozenset({END}), **rules))
+
+
+def ids(text: str) -> list[int]:
+    return list(TOKENIZER.encode(text, add_special_tokens=False).ids)
+
+
+def text_of(pieces: list[Piece]) -> str:
+    return "".join(piece.text for piece in pieces)
+
+
+@pytest.mark.parametrize("sent_by_engine", [True, False])
+@pytest.mark.parametrize("skip", [True, False])
+def test_end_token_is_not_text_whether_or_not_the_engine_sends_it(sent_by_engine: bool, skip: bool) -> None:
+    one = choice(skip)
+    tokens = [*ids("hello"), *([END] if sent_by_engine else [])]
+    piece = one.feed(tokens, (), "stop")
+    assert (piece.text, piece.finish, piece.stop_reason) == ("hello", "stop", None)
+    assert one.completion_tokens == len(tokens)
+    assert not one.stopped_early
+
+
+def test_a_stop_token_of_the_client_is_named() -> None:
+    (bang,) = ids("!")
+    piece = choice(stop_tokens=frozenset({bang})).feed([*ids("hello"), bang], (), "stop")
+    assert (piece.text, piece.stop_reason) == ("hello", bang)
+    included = choice(stop_tokens=frozenset({bang}), include=True).feed([*ids("hello"), bang], (), "stop")
+    assert included.text == "hello!"
+
+
+def test_length_keeps_the_last_token() -> None:
+    (bang,) = ids("!")
+    assert choice(stop_tokens=frozenset({bang})).feed([bang], (), "length").text == "!"
+
+
+def test_stop_string_ends_it_and_counts_only_tokens_up_to_it() -> None:
+    one = choice(strings=("STOP",))
+    before, after = ids("abcSTOP"), ids("defg")
+    piece = one.feed([*before, *after], (), None)
+    assert (piece.text, piece.finish, piece.stop_reason) == ("abc", "stop", "STOP")
+    assert one.completion_tokens == len(before)
+    assert one.stopped_early
+    assert one.feed(ids("more"), (), "length").is_empty
+
+
+def test_stop_string_on_the_engine_s_last_token_needs_no_abort() -> None:
+    one = choice(strings=("STOP",))
+    piece = one.feed(ids("abcSTOP"), (), "length")
+    assert (piece.text, piece.finish, one.stopped_early) == ("abc", "stop", False)
+
+
+def test_stop_strings_wait_for_min_tokens() -> None:
+    one = choice(strings=("a",), min_tokens=2)
+    pieces = [one.feed([token], (), None) for token in ids("aaa")]
+    assert text_of(pieces) == "aa"
+    assert pieces[-1].finish == "stop"
+
+
+def test_what_might_have_been_a_stop_comes_out_at_the_end() -> None:
+    one = choice(strings=("!!!",))
+    assert one.feed(ids("hi!!"), (), None).text == "hi"
+    assert one.feed([END], (), "stop").text == "!!"
+
+
+def test_logprobs_go_with_their_tokens() -> None:
+    one = choice(strings=("STOP",))
+    tokens = ids("aSTOPb")
+    piece = one.feed(tokens, [(-0.5, ((token, -0.5),)) for token in tokens], None)
+    assert [scored.token for scored in piece.scored] == tokens[:-1]
+    assert piece.scored[0].top == ((tokens[0], -0.5),)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("ab\u00e9\U0001f680 ", max_size=20),
+    stops=st.lists(st.text("ab\u00e9 ", min_size=1, max_size=3), max_size=2),
+    cuts=st.lists(st.integers(0, 60)),
+)
+def test_cutting_changes_nothing(text: str, stops: list[str], cuts: list[int]) -> None:
+    tokens = ids(text)
+    whole, parts = choice(strings=tuple(stops)), choice(strings=tuple(stops))
+    expected = whole.feed(tokens, (), "length")
+    bounds = [0, *sorted(min(cut, len(tokens)) for cut in cuts), len(tokens)]
+    pieces = [parts.feed(tokens[a:b], (), None) for a, b in pairwise(bounds)]
+    if not parts.finished:
+        pieces.append(parts.feed([], (), "length"))
+    assert text_of(pieces) == expected.text
+    assert (parts.completion_tokens, pieces[-1].finish or "stop") == (whole.completion_tokens, expected.finish)

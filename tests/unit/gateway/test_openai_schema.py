@@ -1,0 +1,156 @@
+"""What bodies are accepted, and which field an error names."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from loraserve.gateway.completions import check_token_ids, prompt_items
+from loraserve.gateway.errors import ApiError
+from loraserve.gateway.openai_schema import (
+    ChatRequest,
+    CompletionRequest,
+    check_chat,
+    check_completion,
+    decode,
+    stops_of,
+)
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+
+
+def chat(**fields: Any) -> ChatRequest:
+    request = decode(msgspec.json.encode({"model": "m", "messages": MESSAGES} | fields), ChatRequest)
+    check_chat(request)
+    return request
+
+
+def completion(**fields: Any) -> CompletionRequest:
+    request = decode(msgspec.json.encode({"model": "m", "prompt": "hi"} | fields), CompletionRequest)
+    check_completion(request)
+    return request
+
+
+NULLABLE = [
+    *("stream", "stream_options", "max_tokens", "min_tokens", "n", "best_of", "temperature", "top_p", "top_k"),
+    *("min_p", "seed", "presence_penalty", "frequency_penalty", "repetition_penalty", "stop", "stop_token_ids"),
+    *("include_stop_str_in_output", "ignore_eos", "skip_special_tokens", "logit_bias", "response_format", "user"),
+    *("logprobs", "top_logprobs", "tools", "tool_choice", "functions", "max_completion_tokens", "chat_template"),
+]
+
+
+@pytest.mark.parametrize("field", NULLABLE)
+def test_null_stands_for_not_given(field: str) -> None:
+    assert getattr(chat(**{field: None}), field) is None
+
+
+def test_what_real_clients_send_is_accepted() -> None:
+    request = chat(
+        max_completion_tokens=5,
+        ignore_eos=True,
+        repetition_penalty=1.1,
+        min_tokens=2,
+        top_k=-1,
+        min_p=0.1,
+        seed=-3,
+        best_of=1,
+        temperature=0,
+        stream=True,
+        stream_options={"include_usage": True, "continuous_usage_stats": False},
+        response_format={"type": "text"},
+        tools=[],
+        logit_bias={},
+        stop="x",
+        something_new={"a": [1]},
+    )
+    assert request.temperature == 0.0
+    assert stops_of(request) == ("x",)
+    assert stops_of(chat(stop=["a", "b"])) == ("a", "b")
+    assert chat(n=3, best_of=3).n == 3
+    assert chat(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}], "extra": 1}]).messages
+
+
+WRONG: dict[str, list[Any]] = {
+    "max_tokens": ["7", 0, -1, 1.5],
+    "temperature": ["hot", -0.1],
+    "top_p": [0, 1.1],
+    "top_k": [-2, 0.5],
+    "min_p": [-0.1, 2],
+    "n": [0, 129, True],
+    "best_of": [2],
+    "seed": [1 << 63],
+    "presence_penalty": [3],
+    "frequency_penalty": [-3],
+    "repetition_penalty": [0, -1],
+    "stop": ["", ["a", ""], ["a"] * 33, "x" * 5000, 5],
+    "stop_token_ids": [[-1]],
+    "messages": [[], "hi", None],
+    "top_logprobs": [3],
+    "response_format": [{"type": "json_object"}],
+    "tools": [[{"type": "function"}]],
+    "logit_bias": [{"5": 1.0}],
+    "chat_template": ["{{ messages }}"],
+    "stream": ["yes"],
+    "max_completion_tokens": [0],
+}
+
+
+@pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
+def test_wrong_values_name_their_field(field: str, value: Any) -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(**{field: value})
+    assert caught.value.status == 400
+    assert caught.value.param == field
+    assert field in caught.value.message
+
+
+def test_nested_fields_are_named_with_their_path() -> None:
+    with pytest.raises(ApiError) as caught:
+        chat(messages=[{"role": "user", "content": "a"}, {"role": 5}])
+    assert caught.value.param == "messages[1].role"
+
+
+@pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": "\xff"}', b'{"temperature": 1e999}'])
+def test_broken_bodies_are_refused(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        decode(body, ChatRequest)
+    assert caught.value.status == 400
+    assert caught.value.body["error"]["type"] == "invalid_request_error"
+
+
+def test_logprobs_differ_between_endpoints() -> None:
+    assert chat(logprobs=True, top_logprobs=5).top_logprobs == 5
+    assert completion(logprobs=5).logprobs == 5
+    for fields in ({"logprobs": 21}, {"logprobs": -1}, {"logprobs": True}, {"echo": True, "logprobs": 0}):
+        with pytest.raises(ApiError):
+            completion(**fields)
+    with pytest.raises(ApiError):
+        chat(logprobs=1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "items"),
+    [
+        ("hi", ["hi"]),
+        (["a", "b"], ["a", "b"]),
+        ([1, 2], [[1, 2]]),
+        ([[1], [2, 3]], [[1], [2, 3]]),
+        ("", [""]),
+    ],
+)
+def test_prompts_of_all_shapes(prompt: Any, items: list[Any]) -> None:
+    assert prompt_items(completion(prompt=prompt).prompt) == items
+
+
+@pytest.mark.parametrize("prompt", [None, [], ["a", 1], [[1], "a"], [1, [2]], [1.5], {"a": 1}, ["x"] * 200])
+def test_prompts_of_no_shape(prompt: Any) -> None:
+    with pytest.raises(ApiError) as caught:
+        prompt_items(completion(prompt=prompt).prompt)
+    assert (caught.value.param or "").startswith("prompt")
+
+
+def test_token_ids_have_to_be_in_the_vocabulary() -> None:
+    check_token_ids([0, 9], 10, "prompt")
+    for wrong in (-1, 10, 10**30):
+        with pytest.raises(ApiError, match=str(wrong)):
+            check_token_ids([0, wrong], 10, "prompt")

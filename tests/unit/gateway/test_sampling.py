@@ -1,0 +1,58 @@
+"""Limits and parameters that go to the engine."""
+
+from typing import Any
+
+import pytest
+
+from loraserve.gateway.errors import ApiError
+from loraserve.gateway.openai_schema import INT64, ChatRequest
+from loraserve.gateway.sampling import output_limit, sampling_params, stop_rules
+
+
+def params(choice: int = 0, seed: int = 5, **fields: Any) -> Any:
+    return sampling_params(ChatRequest(**fields), 10, None, seed, choice)
+
+
+def test_output_limit_is_what_was_asked_or_what_is_left() -> None:
+    assert output_limit(7, 10, 100, 0, "prompt") == 7
+    assert output_limit(90, 10, 100, 0, "prompt") == 90
+    assert output_limit(None, 10, 100, 0, "prompt") == 90
+    assert output_limit(None, 10, 100, 16, "prompt") == 16
+    assert output_limit(None, 95, 100, 16, "prompt") == 5
+
+
+@pytest.mark.parametrize(("wanted", "prompt"), [(91, 10), (None, 100), (1, 100), (None, 500)])
+def test_overflow_says_so_in_the_words_clients_look_for(wanted: int | None, prompt: int) -> None:
+    with pytest.raises(ApiError, match=r"^This model's maximum context length is 100 tokens\.") as caught:
+        output_limit(wanted, prompt, 100, 0, "messages")
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+
+
+def test_empty_prompt_is_refused() -> None:
+    with pytest.raises(ApiError, match="no tokens"):
+        output_limit(5, 0, 100, 0, "prompt")
+
+
+def test_defaults_are_openai_s() -> None:
+    sampling = params()
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 1.0, 0, 0.0)
+    assert (sampling.repetition_penalty, sampling.max_tokens, sampling.min_tokens) == (1.0, 10, 0)
+    assert params(temperature=0.0).temperature == 0.0
+    assert params(top_k=-1).top_k == 0
+
+
+def test_choices_differ_by_seed_which_stays_a_64_bit_number() -> None:
+    assert [params(choice).seed for choice in range(3)] == [5, 6, 7]
+    for seed in (-1, -INT64, INT64 - 1):
+        assert 0 <= params(1, seed).seed < INT64
+
+
+def test_min_tokens_cannot_pass_the_limit() -> None:
+    with pytest.raises(ApiError) as caught:
+        params(min_tokens=11)
+    assert caught.value.param == "min_tokens"
+
+
+def test_ignoring_the_end_leaves_the_client_s_own_stops() -> None:
+    rules = stop_rules(ChatRequest(ignore_eos=True, stop_token_ids=[3], stop="x"), frozenset({2}))
+    assert (rules.end_tokens, rules.stop_tokens, rules.strings) == (frozenset(), frozenset({3}), ("x",))

@@ -1,0 +1,260 @@
+"""Tokens of many requests: in order, once each, from the right engine; everything else fails its stream alone."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.gateway.errors import ApiError
+from loraserve.gateway.streams import ABORT_AGAIN_S, Stream, StreamTable
+from loraserve.messages import ClusterLoad, EngineLoad, EngineSeen, Failed, TokenBatch, TokenDelta
+
+INCARNATION = "a" * 16
+
+
+def batch(*deltas: TokenDelta, engine: str = "engine-0", incarnation: str = INCARNATION) -> TokenBatch:
+    return TokenBatch(engine=engine, incarnation=incarnation, deltas=deltas)
+
+
+def cluster_load(*seen: EngineSeen, monitor: str = "m") -> ClusterLoad:
+    return ClusterLoad(incarnation=monitor, sequence=1, engines=seen)
+
+
+def engine_seen(
+    name: str = "engine-0", incarnation: str = INCARNATION, age_s: float = 0.0, alive: bool = True
+) -> EngineSeen:
+    load = EngineLoad(
+        engine=name,
+        incarnation=incarnation,
+        state="READY",
+        waiting=0,
+        running=0,
+        waiting_prefill_tokens=0,
+        kv_blocks_total=10,
+        kv_blocks_free=10,
+        block_tokens=16,
+        pool_total_bytes=1,
+        pool_free_bytes=1,
+        max_running=1,
+        decode_step_s=0.02,
+        prefill_tokens_per_s=100.0,
+    )
+    return EngineSeen(load=load, age_s=age_s, alive=alive)
+
+
+class Table:
+    """A table with streams routed to engine-0 at time 0, and who was woken."""
+
+    def __init__(self, *request_ids: str, route: bool = True) -> None:
+        self.woken: list[str] = []
+        self.table = StreamTable(dead_after_s=1.5)
+        self.streams = {id_: self.table.open(id_, 0, self.wake) for id_ in request_ids}
+        for stream in self.streams.values() if route else ():
+            assert stream.routed("engine-0", INCARNATION, 0.0) == set()
+
+    def wake(self, stream: Stream) -> None:
+        self.woken.append(stream.request_id)
+
+    def tokens(self, request_id: str) -> list[int]:
+        return list(self.streams[request_id].take().tokens)
+
+
+def failure(stream: Stream) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        stream.take()
+    return caught.value
+
+
+def test_a_batch_wakes_each_of_its_readers_once() -> None:
+    here = Table("a", "b", "c")
+    assert here.table.on_batch(batch(TokenDelta("a", 0, (1,)), TokenDelta("c", 0, (7, 8), "stop")), 1.0) == []
+    assert here.woken == ["a", "c"]
+    assert here.tokens("a") == [1]
+    progress = here.streams["c"].take()
+    assert (progress.tokens, progress.finish) == ((7, 8), "stop")
+    here.table.validate()
+
+
+def test_a_slow_reader_gets_everything_at_once() -> None:
+    here = Table("a")
+    for index in range(100):
+        here.table.on_batch(batch(TokenDelta("a", index, (index,), logprobs=((-1.0, ()),))), 1.0)
+    progress = here.streams["a"].take()
+    assert progress.tokens == tuple(range(100))
+    assert len(progress.logprobs) == 100
+
+
+def test_tokens_before_the_route_wait_for_it_and_the_wrong_engine_is_told() -> None:
+    here = Table("a", route=False)
+    here.table.on_batch(batch(TokenDelta("a", 0, (1,))), 0.0)
+    here.table.on_batch(batch(TokenDelta("a", 0, (9,)), engine="engine-1"), 0.0)
+    here.table.on_batch(batch(TokenDelta("a", 1, (2,))), 0.0)
+    assert here.woken == []
+    here.table.validate()
+    assert here.streams["a"].routed("engine-0", INCARNATION, 0.1) == {"engine-1"}
+    assert here.tokens("a") == [1, 2]
+    assert here.table.on_batch(batch(TokenDelta("a", 1, (9,)), engine="engine-1"), 0.2) == ["a"]
+    here.table.validate()
+
+
+def test_failure_before_the_route_counts_when_it_is_from_the_chosen_engine() -> None:
+    for engine, fails in (("engine-0", True), ("engine-1", False)):
+        here = Table("a", route=False)
+        here.table.on_failed(Failed(request_id="a", engine=engine, code="adapter_unavailable", message="gone"))
+        here.streams["a"].routed("engine-0", INCARNATION, 0.1)
+        assert (here.streams["a"].failure is not None) == fails
+
+
+def test_a_gap_fails_only_its_stream_after_what_came_before() -> None:
+    here = Table("a", "b")
+    here.table.on_batch(batch(TokenDelta("a", 0, (1, 2)), TokenDelta("b", 0, (5,))), 0.0)
+    unwanted = here.table.on_batch(batch(TokenDelta("a", 3, (4,)), TokenDelta("b", 1, (6,))), 0.0)
+    assert unwanted == ["a"]
+    assert here.tokens("a") == [1, 2]
+    assert failure(here.streams["a"]).code == "stream_interrupted"
+    assert "2 to 2" in failure(here.streams["a"]).message
+    assert here.tokens("b") == [5, 6]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    lengths=st.lists(st.integers(1, 3), min_size=1, max_size=12), repeats=st.lists(st.integers(0, 11)), data=st.data()
+)
+def test_repeated_deltas_change_nothing(lengths: list[int], repeats: list[int], data: st.DataObject) -> None:
+    here = Table("a")
+    sent, deltas = 0, []
+    for number, length in enumerate(lengths):
+        finish = "length" if number == len(lengths) - 1 else None
+        deltas.append(TokenDelta("a", sent, tuple(range(sent, sent + length)), finish))
+        sent += length
+    order = [index for number in range(len(deltas)) for index in (number, *(r for r in repeats if r <= number))]
+    received: list[int] = []
+    for index in order:
+        here.table.on_batch(batch(deltas[index]), 0.0)
+        if data.draw(st.booleans()):
+            received += here.tokens("a")
+    progress = here.streams["a"].take()
+    assert received + list(progress.tokens) == list(range(sent))
+    assert progress.finish == "length"
+    here.table.validate()
+
+
+def test_overlap_is_cut_with_its_logprobs() -> None:
+    here = Table("a")
+    here.table.on_batch(batch(TokenDelta("a", 0, (1, 2), logprobs=((-1.0, ()), (-2.0, ())))), 0.0)
+    here.table.on_batch(batch(TokenDelta("a", 1, (2, 3), logprobs=((-2.0, ()), (-3.0, ())))), 0.0)
+    progress = here.streams["a"].take()
+    assert progress.tokens == (1, 2, 3)
+    assert [own for own, _ in progress.logprobs] == [-1.0, -2.0, -3.0]
+    assert here.streams["a"].duplicate_tokens == 1
+
+
+def test_unknown_requests_are_aborted_now_and_then_but_not_every_step() -> None:
+    table = StreamTable(dead_after_s=1.5)
+    assert table.on_batch(batch(TokenDelta("old", 3, (1,))), 0.0) == ["old"]
+    assert table.on_batch(batch(TokenDelta("old", 4, (1,))), 0.1) == []
+    assert table.on_batch(batch(TokenDelta("old", 5, (1,))), 0.1 + ABORT_AGAIN_S) == ["old"]
+    assert table.on_batch(batch(TokenDelta("done", 9, (1,), "stop")), 0.0) == []
+    assert table.stray_deltas == 4
+
+
+def test_memory_of_strays_is_bounded() -> None:
+    table = StreamTable(dead_after_s=1.5)
+    for number in range(10_000):
+        table.on_batch(batch(TokenDelta(str(number), 0, (1,))), 0.0)
+    assert len(table._strays) < 5000
+
+
+def test_an_id_is_used_once_at_a_time() -> None:
+    here = Table("a")
+    with pytest.raises(ValueError, match="already in flight"):
+        here.table.open("a", 0, here.wake)
+    here.table.close(here.streams["a"], 0.0)
+    here.table.close(here.streams["a"], 0.0)
+    here.table.open("a", 0, here.wake)
+    assert len(here.table) == 1
+
+
+def test_engine_aborting_on_its_own_is_a_failure() -> None:
+    here = Table("a")
+    here.table.on_batch(batch(TokenDelta("a", 0, (1,), "abort")), 0.0)
+    assert here.tokens("a") == [1]
+    assert failure(here.streams["a"]).status == 500
+
+
+def test_failed_keeps_the_code_of_the_engine() -> None:
+    here = Table("a")
+    here.table.on_failed(Failed(request_id="a", engine="engine-0", code="overloaded", message="full"))
+    error = failure(here.streams["a"])
+    assert (error.status, error.code, dict(error.headers)) == (429, "overloaded", {"Retry-After": "1"})
+    here.table.on_failed(Failed(request_id="nobody", engine="engine-0", code="x", message=""))
+
+
+@pytest.mark.parametrize(
+    "load",
+    [
+        cluster_load(engine_seen(incarnation="b" * 16)),
+        cluster_load(engine_seen(alive=False, age_s=3.0)),
+        cluster_load(),
+    ],
+)
+def test_engine_gone_fails_its_streams_and_no_other(load: ClusterLoad) -> None:
+    here = Table("a", "b", "c")
+    here.streams["b"] = here.table.open("b2", 0, here.wake)
+    here.streams["b"].routed("engine-1", INCARNATION, 0.0)
+    unrouted = here.table.open("d", 0, here.wake)
+    other = engine_seen("engine-1")
+    here.table.on_cluster_load(cluster_load(engine_seen(), other), 0.5)
+    here.table.on_batch(batch(TokenDelta("a", 0, (1,)), TokenDelta("c", 0, (3,), "stop")), 1.0)
+    late = cluster_load(*load.engines, other)
+    here.table.on_cluster_load(late, 1.5)
+    assert here.streams["a"].failure is None, "it was heard just now"
+    here.table.on_cluster_load(late, 6.0)
+    assert here.tokens("a") == [1]
+    error = failure(here.streams["a"])
+    assert (error.status, error.code) == (503, "engine_died")
+    assert "engine-0 went away" in error.message
+    assert here.streams["b"].failure is None
+    assert here.streams["c"].take().finish == "stop"
+    assert unrouted.failure is None
+    here.table.validate()
+
+
+def test_a_request_just_routed_to_a_restarted_engine_survives_old_reports() -> None:
+    table = StreamTable(dead_after_s=1.5)
+    stream = table.open("a", 0, lambda _: None)
+    stream.routed("engine-0", "new", 10.0)
+    for now, age_s in ((10.1, 0.2), (10.5, 0.6), (11.2, 1.3)):
+        table.on_cluster_load(cluster_load(engine_seen(incarnation="old", age_s=age_s)), now)
+        assert stream.failure is None
+    table.on_cluster_load(cluster_load(engine_seen(incarnation="new")), 11.5)
+    assert stream.failure is None
+    table.on_cluster_load(cluster_load(engine_seen(incarnation="newer")), 12.0)
+    assert stream.failure is not None
+
+
+def test_a_restarted_monitor_that_knows_nobody_yet_kills_nothing() -> None:
+    here = Table("a")
+    here.table.on_cluster_load(cluster_load(engine_seen()), 1.0)
+    for now in (20.0, 20.25, 21.0, 22.0):
+        here.table.on_cluster_load(cluster_load(monitor="m2"), now)
+        assert here.streams["a"].failure is None
+    here.table.on_cluster_load(cluster_load(monitor="m2"), 24.0)
+    assert here.streams["a"].failure is not None
+
+
+def test_ready_engines() -> None:
+    table = StreamTable(dead_after_s=1.5)
+    assert table.watch.ready_engines(0.0) == []
+    table.on_cluster_load(cluster_load(engine_seen(), engine_seen("engine-1", alive=False)), 1.0)
+    assert table.watch.ready_engines(1.5) == ["engine-0"]
+    assert table.watch.ready_engines(60.0) == []
+
+
+def test_story_tells_where_a_request_is() -> None:
+    here = Table("a", route=False)
+    assert "waiting for an engine" in here.table.story("a")
+    here.streams["a"].routed("engine-0", INCARNATION, 0.0)
+    here.table.on_batch(batch(TokenDelta("a", 0, (1, 2))), 0.0)
+    assert "2 tokens" in here.table.story("a")
+    assert "engine-0" in here.table.story("a")
+    assert "not in flight" in here.table.story("z")
