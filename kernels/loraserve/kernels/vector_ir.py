@@ -144,14 +144,16 @@ def variable(builder: Any, value: Any) -> Any:
     return slot
 
 
-@intrinsic
-def bits_to_f32(typingctx: Any, value: Any) -> Any:
+def _bits_to_f32(typingctx: Any, value: Any) -> Any:
     """The float32 whose bits are this int32."""
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.bitcast(builder.trunc(arguments[0], I32) if arguments[0].type != I32 else arguments[0], F32)
 
     return types.float32(value), codegen
+
+
+bits_to_f32: Any = intrinsic(_bits_to_f32)
 
 
 def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:

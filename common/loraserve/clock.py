@@ -1,0 +1,11 @@
+"""Time as an argument: services hold a Clock, decisions get a number."""
+
+from typing import Protocol
+
+
+class Clock(Protocol):
+    def monotonic_s(self) -> float:
+        """Seconds that only grow; meaningless between machines and restarts."""
+
+    def unix_s(self) -> float:
+        """Seconds since 1970, for people and files."""
