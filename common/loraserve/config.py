@@ -116,6 +116,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     """Output limit where a request names none; 0 is what the context leaves."""
     request_timeout_s: float = 600.0
     route_timeout_s: float = 10.0
+    drain_timeout_s: float = 8.0
+    """How long streams may go on after a stop was asked for; under the ten seconds containers get."""
     max_body_bytes: int = 16 << 20
 
 
