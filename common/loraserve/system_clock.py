@@ -1,9 +1,11 @@
-"""The operating system's clock. Apart from clock.py, so that pure modules may name the Protocol alone."""
+"""The machine's clock."""
 
 import time
 
 
 class SystemClock:
+    """See Clock."""
+
     def monotonic_s(self) -> float:
         return time.monotonic()
 

@@ -5,6 +5,7 @@ at most once and in order per pair of processes, so whoever must know asks with 
 """
 
 from collections.abc import Sequence
+from types import UnionType
 from typing import Any, Protocol, TypeVar
 
 import msgspec
@@ -24,7 +25,7 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class Bus(Protocol):
-    """One process's place on the bus."""
+    """One process's place on the bus. Raw frames are not copied: their bytes must not change after they are sent."""
 
     @property
     def name(self) -> str: ...
@@ -33,15 +34,23 @@ class Bus(Protocol):
     def incarnation(self) -> str: ...
 
     def send(self, peer: str, message: Any, frames: Sequence[Frame] = ()) -> bool:
-        """One-way. False when the peer's queue is full: the message is dropped and counted."""
+        """One-way. False when the peer's queue is full: the message is dropped and counted.
+
+        A peer that is not there yet, or is being restarted, gets up to ``bus.queue_messages`` when it comes.
+        """
 
     async def request(
-        self, peer: str, message: Any, reply: type[T], timeout_s: float, frames: Sequence[Frame] = ()
+        self, peer: str, message: Any, reply: type[T] | UnionType, timeout_s: float, frames: Sequence[Frame] = ()
     ) -> T:
-        """The peer's answer, decoded strictly as ``reply``. Raises RequestTimeout or PeerError."""
+        """The peer's answer, decoded strictly as ``reply``, a message or a union of messages.
+
+        Raises PeerError when the peer refused or answered something else, and RequestTimeout after ``timeout_s`` or as
+        soon as the peer's connection is lost; whether the peer acted on it is then unknown. A request that timed out
+        before its peer was there is not delivered any more.
+        """
 
     async def request_frames(
-        self, peer: str, message: Any, reply: type[T], timeout_s: float, frames: Sequence[Frame] = ()
+        self, peer: str, message: Any, reply: type[T] | UnionType, timeout_s: float, frames: Sequence[Frame] = ()
     ) -> tuple[T, tuple[bytes | memoryview, ...]]:
         """Like ``request``, with the raw frames beside the answer."""
 
@@ -55,13 +64,13 @@ class Bus(Protocol):
         """To every subscriber of (this process, topic). Late subscribers miss it."""
 
     def subscribe(self, peer: str, topic: str) -> None:
-        """From now on the peer's publications arrive in the inbox, over restarts of the peer too."""
+        """From now on the peer's publications arrive in the inbox, over restarts of the peer too; repeating is fine."""
 
     async def receive(self) -> Envelope:
         """Next message from the inbox that decoded well; others are counted, logged and refused."""
 
     def forget(self, peer: str) -> None:
-        """Drop the connection to a peer that is gone for good, with what is queued for it."""
+        """Drop a peer that is gone for good: what is queued for it, what waits for it, what it publishes."""
 
     async def close(self) -> None:
         """Fails waiting requests with RequestTimeout and frees the sockets."""

@@ -1,0 +1,192 @@
+"""What both transports share: requests and their answers, strict decoding, counting."""
+
+import asyncio
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from types import UnionType
+from typing import Any, TypeVar
+
+import msgspec
+
+from loraserve.bus import wire
+from loraserve.bus.counters import BusCounters
+from loraserve.bus.protocol import Envelope, Frame
+from loraserve.errors import ConfigError, PeerError, RequestTimeout
+
+T = TypeVar("T")
+Answer = tuple[bytes, Frame, tuple[Frame, ...]]
+
+
+class Waiting(msgspec.Struct):
+    """A request of ours without its answer."""
+
+    peer: str
+    answer: "asyncio.Future[Answer]"
+
+
+class Endpoint(ABC):
+    """The half of a Bus that does not depend on the transport. Used from the event loop's thread only."""
+
+    def __init__(self, name: str, incarnation: str, inbox: type[Any] | UnionType | None) -> None:
+        if not wire.NAME_PATTERN.fullmatch(name):
+            raise ConfigError(f"process name {name!r}: use at most 64 of a-z, 0-9, '.', '_', '-', such as engine-0")
+        self._name = name
+        self._incarnation = incarnation
+        self._hello = wire.hello(name, incarnation)
+        self._inbox: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(inbox if inbox is not None else None)
+        self._decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+        self._hellos: dict[bytes, wire.Hello] = {}
+        self._waiting: dict[bytes, Waiting] = {}
+        self._last_correlation = int.from_bytes(os.urandom(7), "big")
+        self._closed = False
+        self.counters = BusCounters(name)
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    @property
+    def incarnation(self) -> str:
+        return self._incarnation
+
+    def send(self, peer: str, message: Any, frames: Sequence[Frame] = ()) -> bool:
+        return self._transmit(peer, message, wire.pack(wire.SEND, wire.NO_CORRELATION, message, frames))
+
+    async def request(
+        self, peer: str, message: Any, reply: type[T] | UnionType, timeout_s: float, frames: Sequence[Frame] = ()
+    ) -> T:
+        answer: T = (await self.request_frames(peer, message, reply, timeout_s, frames))[0]
+        return answer
+
+    async def request_frames(
+        self, peer: str, message: Any, reply: type[T] | UnionType, timeout_s: float, frames: Sequence[Frame] = ()
+    ) -> tuple[T, tuple[bytes | memoryview, ...]]:
+        kind, payload, answer_frames = await self._ask(peer, message, timeout_s, frames)
+        try:
+            if kind == wire.ERROR:
+                refusal = wire.decode(self._decoder(wire.Refusal), payload)
+                raise PeerError(refusal.code, refusal.message)
+            return wire.decode(self._decoder(reply), payload), answer_frames  # type: ignore[return-value]
+        except msgspec.DecodeError as error:
+            self.counters.count_bad(peer, "bad_reply", str(error))
+            raise PeerError("bad_reply", f"{peer} answered {type(message).__name__} with: {error}") from error
+
+    def respond(self, envelope: Envelope, message: Any, frames: Sequence[Frame] = ()) -> None:
+        if envelope.reply_to:
+            self._answer(envelope.reply_to, message, wire.pack(wire.REPLY, envelope.reply_to[1], message, frames))
+
+    def refuse(self, envelope: Envelope, code: str, message: str) -> None:
+        if envelope.reply_to:
+            self._refuse(envelope.reply_to, code, message)
+
+    def publish(self, topic: str, message: Any) -> None:
+        self._broadcast(topic, message, wire.pack_publication(topic, message))
+
+    @abstractmethod
+    def _transmit(self, peer: str, message: Any, parts: wire.Parts) -> bool:
+        """Hand one message to the transport; False, and counted, when it cannot take it."""
+
+    @abstractmethod
+    def _answer(self, reply_to: tuple[bytes, ...], message: Any, parts: wire.Parts) -> None:
+        """Hand an answer to the transport; counted as dropped when the asker is gone."""
+
+    @abstractmethod
+    def _broadcast(self, topic: str, message: Any, parts: wire.Parts) -> None:
+        """Hand a publication to the transport."""
+
+    @abstractmethod
+    def _gave_up(self, peer: str, correlation: bytes) -> None:
+        """A request without answer ended: what is still queued of it should not reach the peer later."""
+
+    async def _ask(self, peer: str, message: Any, timeout_s: float, frames: Sequence[Frame]) -> Answer:
+        if self._closed:
+            raise RequestTimeout(f"{type(message).__name__} to {peer}: this bus is closed")
+        self._last_correlation += 1
+        correlation = self._last_correlation.to_bytes(8, "big")
+        waiting = Waiting(peer, asyncio.get_running_loop().create_future())
+        self._waiting[correlation] = waiting
+        try:
+            if not self._transmit(peer, message, wire.pack(wire.REQUEST, correlation, message, frames)):
+                raise RequestTimeout(f"{type(message).__name__} to {peer}: the queue for it is full")
+            async with asyncio.timeout(timeout_s):
+                return await waiting.answer
+        except TimeoutError:
+            raise RequestTimeout(f"{peer} did not answer {type(message).__name__} in {timeout_s:g} s") from None
+        finally:
+            del self._waiting[correlation]
+            if not waiting.answer.done() or waiting.answer.cancelled():
+                self._gave_up(peer, correlation)
+
+    def _accept(self, hello: bytes, parts: Sequence[Frame]) -> Envelope | None:
+        """What arrived at the inbox, as an envelope; None when it was counted, refused and dropped."""
+        self.counters.received += 1
+        sender = self._who(hello)
+        try:
+            kind, correlation, payload, frames = wire.split(parts)
+        except wire.BadParts as error:
+            self.counters.count_bad(sender.name, "bad_frames", str(error))
+            return None
+        reply_to = (hello, correlation) if kind == wire.REQUEST else ()
+        if sender.refusal:
+            return self._reject(sender.name, reply_to, "protocol_mismatch", sender.refusal)
+        try:
+            message = wire.decode(self._inbox, payload)
+        except msgspec.DecodeError as error:
+            return self._reject(sender.name, reply_to, "bad_message", str(error))
+        return Envelope(sender.name, message, frames, reply_to)  # type: ignore[arg-type]
+
+    def _reject(self, sender: str, reply_to: tuple[bytes, ...], code: str, detail: str) -> None:
+        self.counters.count_bad(sender, code, detail)
+        if reply_to:
+            self._refuse(reply_to, code, detail)
+
+    def _accept_publication(self, publisher: str, topic: str, payload: Frame) -> Envelope | None:
+        self.counters.received += 1
+        try:
+            return Envelope(publisher, wire.decode(self._inbox, payload), topic=topic)
+        except msgspec.DecodeError as error:
+            self.counters.count_bad(publisher, "bad_message", f"publication {topic}: {error}")
+            return None
+
+    def _accept_answer(self, peer: str, parts: Sequence[Frame]) -> None:
+        self.counters.received += 1
+        try:
+            kind, correlation, payload, frames = wire.split(parts)
+        except wire.BadParts as error:
+            self.counters.count_bad(peer, "bad_frames", str(error))
+            return
+        waiting = self._waiting.get(correlation)
+        if waiting is None or waiting.peer != peer or waiting.answer.done():
+            self.counters.late_replies += 1
+        else:
+            waiting.answer.set_result((kind, payload, frames))
+
+    def _fail_waiting(self, peer: str | None, why: str) -> None:
+        """End the requests to a peer (None: to all), because they can have no answer any more."""
+        for waiting in self._waiting.values():
+            if peer in (None, waiting.peer) and not waiting.answer.done():
+                waiting.answer.set_exception(RequestTimeout(f"{waiting.peer}: {why}"))
+
+    def _refuse(self, reply_to: tuple[bytes, ...], code: str, message: str) -> None:
+        refusal = wire.Refusal(code, message)
+        self._answer(reply_to, refusal, wire.pack(wire.ERROR, reply_to[1], refusal))
+
+    def _who(self, hello: bytes) -> wire.Hello:
+        known = self._hellos.get(hello)
+        if known is None:
+            if len(self._hellos) >= 10_000:
+                self._hellos.clear()
+            known = self._hellos[hello] = wire.parse_hello(hello)
+        return known
+
+    def _decoder(self, kind: Any) -> "msgspec.msgpack.Decoder[Any]":
+        decoder = self._decoders.get(kind)
+        if decoder is None:
+            decoder = self._decoders[kind] = msgspec.msgpack.Decoder(kind)
+        return decoder
+
+
+def new_incarnation() -> str:
+    """16 hex characters, different for every start of a process."""
+    return os.urandom(8).hex()

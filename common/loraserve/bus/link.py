@@ -1,0 +1,135 @@
+"""The connection to one peer's inbox."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+import zmq
+from zmq.utils.monitor import parse_monitor_message
+
+from loraserve.bus.backlog import Backlog
+from loraserve.bus.protocol import Frame
+from loraserve.bus.sockets import Socket
+from loraserve.bus.wire import Parts
+
+# Parts at least this long are handed over by reference; below it a copy is cheaper.
+COPY_BELOW_BYTES = 65_536
+# Messages taken from one socket before others of the event loop get their turn.
+BURST_MESSAGES = 128
+_WATCHED = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
+
+
+def send_now(socket: Socket, parts: Sequence[Frame]) -> bool:
+    """False when the socket's queue is full. Other ZeroMQ errors are raised."""
+    large = any(memoryview(part).nbytes >= COPY_BELOW_BYTES for part in parts)
+    try:
+        socket.send_multipart(parts, zmq.NOBLOCK, copy=not large)
+    except zmq.Again:
+        return False
+    return True
+
+
+def receive_now(socket: Socket) -> list[Frame] | None:
+    """One message, large parts without a copy; None when there is none."""
+    try:
+        frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    return [frame.bytes if len(frame) < COPY_BELOW_BYTES else frame.buffer for frame in frames]
+
+
+class Link:
+    """Sends to a peer and hears its answers; notices when the peer goes and comes back.
+
+    While the peer is away, messages wait in a backlog of ours. When the connection is lost, what the socket still
+    held goes with it: nothing that was sent to the peer's past self reaches its next one.
+    """
+
+    def __init__(
+        self,
+        make_socket: Callable[[], Socket],
+        address: str,
+        queue_messages: int,
+        on_answer: Callable[[Sequence[Frame]], None],
+        on_lost: Callable[[], None],
+    ) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._make_socket = make_socket
+        self._address = address
+        self._on_answer = on_answer
+        self._on_lost = on_lost
+        self._backlog = Backlog(queue_messages)
+        self._connected = False
+        self._open()
+
+    def transmit(self, parts: Parts) -> bool:
+        """False when the queue for the peer is full."""
+        if not self._connected:
+            return self._backlog.add(parts)
+        if not send_now(self._socket, parts):
+            return False
+        self._look_again()
+        return True
+
+    def withdraw(self, correlation: bytes) -> None:
+        """Take a request back that still waits for the peer to come."""
+        if len(self._backlog):
+            self._backlog.withdraw(correlation)
+
+    def close(self, linger_ms: int) -> None:
+        if self._socket.closed:
+            return
+        for socket in (self._monitor, self._socket):
+            self._loop.remove_reader(socket.fileno())
+        self._socket.disable_monitor()
+        self._monitor.close(linger=0)
+        self._socket.close(linger=linger_ms)
+
+    def _open(self) -> None:
+        self._socket = self._make_socket()
+        self._monitor = self._socket.get_monitor_socket(_WATCHED)
+        self._loop.add_reader(self._monitor.fileno(), self._on_monitor)
+        self._loop.add_reader(self._socket.fileno(), self._on_readable)
+        self._socket.connect(self._address)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        # The descriptor only signals changes; whatever uses the socket may have consumed the signal.
+        if self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+            self._loop.call_soon(self._on_readable)
+
+    def _on_readable(self) -> None:
+        for _ in range(BURST_MESSAGES):
+            if self._socket.closed:
+                return
+            parts = receive_now(self._socket)
+            if parts is None:
+                return
+            self._on_answer(parts)
+        self._loop.call_soon(self._on_readable)
+
+    def _on_monitor(self) -> None:
+        while not self._monitor.closed:
+            try:
+                event = parse_monitor_message(self._monitor.recv_multipart(zmq.NOBLOCK))["event"]
+            except zmq.Again:
+                return
+            if event == zmq.Event.HANDSHAKE_SUCCEEDED:
+                self._came()
+            elif self._connected:
+                self._went()
+                return
+
+    def _came(self) -> None:
+        self._connected = True
+        for parts in self._backlog.take_all():
+            send_now(self._socket, parts)
+        self._look_again()
+
+    def _went(self) -> None:
+        # Answers that arrived before the connection was lost still count.
+        while (parts := receive_now(self._socket)) is not None:
+            self._on_answer(parts)
+        self._connected = False
+        self.close(linger_ms=0)
+        self._open()
+        self._on_lost()

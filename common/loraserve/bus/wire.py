@@ -1,0 +1,96 @@
+"""The bytes between processes, the same for every transport.
+
+A message is the parts ``[kind][correlation, 8 bytes][MessagePack][raw frames...]``; a publication is
+``[v<version>/<topic>][MessagePack]``. Each connection introduces its sender with a hello.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from loraserve.bus.protocol import Frame
+from loraserve.messages.base import PROTOCOL_VERSION
+
+SEND = b"S"
+REQUEST = b"Q"
+REPLY = b"R"
+ERROR = b"E"
+NO_CORRELATION = bytes(8)
+
+NAME_PATTERN = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_HELLO = re.compile(rb"loraserve/(\d{1,9})\|([a-z0-9][a-z0-9._-]{0,63})\|([0-9a-f]{16})")
+
+_encoder = msgspec.msgpack.Encoder()
+
+Parts = list[Frame]
+
+
+class Hello(msgspec.Struct, frozen=True):
+    """Who a connection says it is. ``refusal`` "" when it may talk to us, else why not, in words."""
+
+    name: str
+    incarnation: str
+    refusal: str = ""
+
+
+class Refusal(msgspec.Struct, frozen=True, array_like=True):
+    """Payload of an error answer."""
+
+    code: str
+    message: str
+
+
+class BadParts(Exception):
+    """Parts that are no message at all."""
+
+
+def hello(name: str, incarnation: str, version: int = PROTOCOL_VERSION) -> bytes:
+    return f"loraserve/{version}|{name}|{incarnation}".encode()
+
+
+def parse_hello(data: bytes) -> Hello:
+    """Never raises: a stranger is answered with the reason."""
+    match = _HELLO.fullmatch(data)
+    if match is None:
+        return Hello("?", "", "the connection gave no loraserve hello; is the peer a loraserve process?")
+    name, incarnation = match[2].decode(), match[3].decode()
+    version = int(match[1])
+    if version != PROTOCOL_VERSION:
+        text = f"{name} speaks protocol {version}, this process {PROTOCOL_VERSION}; run the same release everywhere"
+        return Hello(name, incarnation, text)
+    return Hello(name, incarnation)
+
+
+def pack(kind: bytes, correlation: bytes, message: Any, frames: Sequence[Frame] = ()) -> Parts:
+    return [kind, correlation, _encoder.encode(message), *frames]
+
+
+def split(parts: Sequence[Frame]) -> tuple[bytes, bytes, Frame, tuple[Frame, ...]]:
+    """(kind, correlation, payload, raw frames). Raises BadParts."""
+    if len(parts) < 3:
+        raise BadParts(f"{len(parts)} parts, expected at least kind, correlation and payload")
+    kind, correlation = bytes(parts[0]), bytes(parts[1])
+    if kind not in (SEND, REQUEST, REPLY, ERROR):
+        raise BadParts(f"unknown kind {kind[:16]!r}")
+    if len(correlation) != len(NO_CORRELATION):
+        raise BadParts(f"correlation of {len(correlation)} bytes, expected {len(NO_CORRELATION)}")
+    return kind, correlation, parts[2], tuple(parts[3:])
+
+
+def topic_frame(topic: str) -> bytes:
+    """The version is part of the topic, so that another version's publications never arrive."""
+    return f"v{PROTOCOL_VERSION}/{topic}".encode()
+
+
+def pack_publication(topic: str, message: Any) -> Parts:
+    return [topic_frame(topic), _encoder.encode(message)]
+
+
+def decode(decoder: "msgspec.msgpack.Decoder[Any]", payload: Frame) -> Any:
+    """Strict decode. Raises msgspec.DecodeError, whose text has the path of what is wrong."""
+    try:
+        return decoder.decode(payload)
+    except RecursionError:
+        raise msgspec.DecodeError("nested too deeply") from None

@@ -1,0 +1,73 @@
+"""Clocks for tests: one turned by hand, and an event loop whose time is virtual."""
+
+import asyncio
+import selectors
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+START_UNIX_S = 1_700_000_000.0
+
+
+class FakeClock:
+    """See Clock. Stands still until ``advance``."""
+
+    def __init__(self, monotonic_s: float = 0.0, unix_s: float = START_UNIX_S) -> None:
+        self._monotonic_s = monotonic_s
+        self._unix_s = unix_s
+
+    def monotonic_s(self) -> float:
+        return self._monotonic_s
+
+    def unix_s(self) -> float:
+        return self._unix_s
+
+    def advance(self, seconds: float) -> None:
+        self._monotonic_s += seconds
+        self._unix_s += seconds
+
+
+class LoopClock:
+    """See Clock. Follows the running event loop, virtual or not."""
+
+    def monotonic_s(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def unix_s(self) -> float:
+        return START_UNIX_S + self.monotonic_s()
+
+
+class Deadlock(Exception):
+    """Every task waits for something that nothing will bring."""
+
+
+class _VirtualSelector(selectors.DefaultSelector):
+    """Waiting takes no time: the loop's clock jumps to when the next call is due."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now_s = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        if timeout is None:
+            raise Deadlock("no timer is set and no task can go on; print asyncio.all_tasks() to see where they wait")
+        self.now_s += max(0.0, timeout)
+        return super().select(0)
+
+
+class VirtualLoop(asyncio.SelectorEventLoop):
+    """For MemoryNetwork and asyncio.sleep only: threads and sockets do not keep its time."""
+
+    def __init__(self) -> None:
+        self._virtual = _VirtualSelector()
+        super().__init__(self._virtual)
+
+    def time(self) -> float:
+        return self._virtual.now_s
+
+
+def run_virtual(main: Coroutine[Any, Any, T]) -> T:
+    """``asyncio.run`` in virtual time: an hour of waiting takes no time. Raises Deadlock instead of hanging."""
+    with asyncio.Runner(loop_factory=VirtualLoop) as runner:
+        return runner.run(main)
