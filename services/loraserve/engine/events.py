@@ -1,0 +1,106 @@
+"""What the scheduler is told, and what it tells the engine to do. Plain data, no behaviour."""
+
+import msgspec
+
+from loraserve.engine.batch import StepBatch, StepResult
+from loraserve.messages import AdapterRef, Admit, TokenDelta
+
+
+class RequestArrived(msgspec.Struct, frozen=True):
+    admit: Admit
+
+
+class RequestAborted(msgspec.Struct, frozen=True):
+    request_id: str
+
+
+class StepDone(msgspec.Struct, frozen=True):
+    result: StepResult
+
+
+class StepFailed(msgspec.Struct, frozen=True):
+    """The model could not compute the step; what it wrote to the KV cache is not to be trusted."""
+
+    step_id: int
+    message: str
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True):
+    version: str
+
+
+class AdapterLoadFailed(msgspec.Struct, frozen=True):
+    version: str
+    code: str
+    message: str
+
+
+class PlanPrepared(msgspec.Struct, frozen=True):
+    """The planner wants these copies here."""
+
+    epoch: int
+    adapters: tuple[AdapterRef, ...]
+
+
+class CopiesRetired(msgspec.Struct, frozen=True):
+    """The planner no longer wants any copy but ``keep`` (versions)."""
+
+    epoch: int
+    keep: tuple[str, ...]
+
+
+Event = (
+    RequestArrived
+    | RequestAborted
+    | StepDone
+    | StepFailed
+    | AdapterLoaded
+    | AdapterLoadFailed
+    | PlanPrepared
+    | CopiesRetired
+)
+
+
+class RunStep(msgspec.Struct, frozen=True):
+    """Compute this batch and come back with StepDone or StepFailed. At most one is outstanding."""
+
+    batch: StepBatch
+
+
+class LoadAdapter(msgspec.Struct, frozen=True):
+    """Fill the extent at ``offset_bytes`` of the pool, make it the adapter of ``slot``, report AdapterLoaded."""
+
+    adapter: AdapterRef
+    slot: int
+    offset_bytes: int
+
+
+class EvictAdapter(msgspec.Struct, frozen=True):
+    """The slot and its extent belong to nobody any more."""
+
+    version: str
+    slot: int
+
+
+class Emit(msgspec.Struct, frozen=True):
+    gateway: str
+    delta: TokenDelta
+
+
+class Reject(msgspec.Struct, frozen=True):
+    """The request ended without finishing; it holds nothing any more."""
+
+    request_id: str
+    gateway: str
+    code: str
+    message: str
+
+
+class PlanReady(msgspec.Struct, frozen=True):
+    """Every copy of the epoch is resident and pinned, or is in ``failed`` (version -> reason)."""
+
+    epoch: int
+    failed: dict[str, str]
+
+
+Instruction = RunStep | LoadAdapter | EvictAdapter | Emit | Reject | PlanReady

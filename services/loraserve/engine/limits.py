@@ -1,0 +1,20 @@
+"""What the scheduler has to work with: facts of the model and choices of the configuration."""
+
+import msgspec
+
+
+class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
+    """``max_step_tokens`` bounds one step's prefill and decode tokens together."""
+
+    kv_blocks: int
+    block_tokens: int
+    pool_bytes: int
+    max_adapters: int
+    max_rank: int = 256
+    max_running: int
+    max_waiting: int
+    max_step_tokens: int
+    max_model_tokens: int
+    eos_token_ids: frozenset[int]
+    prefix_cache: bool = True
+    max_loads: int = 2

@@ -1,0 +1,185 @@
+"""Which adapters are in the pool, where, and who needs them there. Pure.
+
+An adapter is LOADING or RESIDENT. It stays while a request runs it, while the plan wants it, while it loads or while
+its extent is held for another reason; the rest goes, least recently used first, when room is wanted.
+"""
+
+from collections.abc import Iterable
+
+import msgspec
+
+from loraserve.engine.buddy import MIN_EXTENT_BYTES, BuddyAllocator
+from loraserve.messages import AdapterRef
+
+
+class Entry(msgspec.Struct):
+    """One adapter in the pool."""
+
+    adapter: AdapterRef
+    slot: int
+    offset_bytes: int
+    resident: bool = False
+    running: int = 0
+    planned: bool = False
+    used_s: float = 0.0
+
+    @property
+    def evictable(self) -> bool:
+        return self.resident and self.running == 0 and not self.planned
+
+
+class Placed(msgspec.Struct, frozen=True):
+    """Where a new adapter goes, and what had to leave for it."""
+
+    slot: int
+    offset_bytes: int
+    evicted: tuple[Entry, ...]
+
+
+class AdapterPool:
+    """The engine's adapter memory: buddy extents, slots, pins, least recently used."""
+
+    def __init__(self, pool_bytes: int, slots: int, min_extent_bytes: int = MIN_EXTENT_BYTES) -> None:
+        self._buddy = BuddyAllocator(pool_bytes, min_extent_bytes)
+        self._pool_bytes = pool_bytes
+        self._slots = slots
+        self._free_slots = list(range(slots - 1, -1, -1))
+        self._entries: dict[str, Entry] = {}
+        self.plan_pins_dropped = 0
+
+    def __contains__(self, version: str) -> bool:
+        return version in self._entries
+
+    def get(self, version: str) -> Entry | None:
+        return self._entries.get(version)
+
+    def entries(self) -> Iterable[Entry]:
+        return self._entries.values()
+
+    @property
+    def free_bytes(self) -> int:
+        """Free now, plus what would leave at once if room were wanted."""
+        return self._buddy.free_bytes + sum(
+            self._buddy.extent_bytes(e.adapter.slab_bytes) for e in self._entries.values() if e.evictable
+        )
+
+    @property
+    def loading(self) -> int:
+        return sum(not entry.resident for entry in self._entries.values())
+
+    def refusal(self, adapter: AdapterRef) -> str | None:
+        """Why this adapter can never be held here, with the remedy; None where it can."""
+        if self._slots == 0:
+            return "engine.max_adapters is 0; raise it to serve adapters"
+        if self._buddy.extent_bytes(adapter.slab_bytes) > self._buddy.largest_bytes:
+            needed = self._buddy.extent_bytes(adapter.slab_bytes)
+            return (
+                f"adapter {adapter.name} needs an extent of {needed} bytes, the largest that engine.pool_bytes="
+                f"{self._pool_bytes} can give is {self._buddy.largest_bytes}; raise engine.pool_bytes"
+            )
+        return None
+
+    def place(self, adapter: AdapterRef, now: float, drop_plan_pins: bool = False) -> Placed | None:
+        """Room for an adapter that is absent, as LOADING; None where all that is in the way is needed.
+
+        Nothing is evicted in vain: victims are taken only when they make the room.
+        """
+        victims = self._victims(adapter.slab_bytes, drop_plan_pins)
+        if victims is None:
+            return None
+        for victim in victims:
+            self.plan_pins_dropped += victim.planned
+            self._remove(victim)
+        offset = self._buddy.allocate(adapter.slab_bytes)
+        assert offset is not None, "victims did not make the room they were chosen for"
+        slot = self._free_slots.pop()
+        self._entries[adapter.version] = Entry(adapter, slot, offset, used_s=now)
+        return Placed(slot, offset, tuple(victims))
+
+    def loaded(self, version: str) -> None:
+        self._entries[version].resident = True
+
+    def load_failed(self, version: str) -> Entry:
+        """The entry that is gone."""
+        entry = self._entries[version]
+        self._remove(entry)
+        return entry
+
+    def start_running(self, version: str, now: float) -> int:
+        """Pin for one more request; the adapter's slot."""
+        entry = self._entries[version]
+        entry.running += 1
+        entry.used_s = now
+        return entry.slot
+
+    def stop_running(self, version: str, now: float) -> None:
+        entry = self._entries[version]
+        entry.running -= 1
+        entry.used_s = now
+
+    def plan(self, version: str, wanted: bool) -> bool:
+        """Set or drop the plan's pin; True where that changed something."""
+        entry = self._entries.get(version)
+        changed = entry is not None and entry.planned != wanted
+        if entry is not None:
+            entry.planned = wanted
+        return changed
+
+    def validate(self) -> None:
+        """Extents disjoint and as large as their slabs, slots given out once, counts not negative."""
+        self._buddy.validate()
+        slots = [entry.slot for entry in self._entries.values()] + self._free_slots
+        assert sorted(slots) == list(range(self._slots)), "a slot is lost or given out twice"
+        for version, entry in self._entries.items():
+            assert entry.adapter.version == version, version
+            assert entry.running >= 0, f"{version} runs {entry.running} times"
+            assert entry.resident or entry.running == 0, f"{version} runs before it is loaded"
+            used = self._buddy.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
+            assert used == [entry.offset_bytes], f"{version} shares its extent"
+
+    def _victims(self, wanted_bytes: int, drop_plan_pins: bool) -> list[Entry] | None:
+        """The cheapest set of entries whose leaving makes room: least reload bytes, then longest unused."""
+        ready = [e for e in self._entries.values() if e.evictable or (drop_plan_pins and _unused(e))]
+        if self._fits(wanted_bytes):
+            if self._free_slots:
+                return []
+            return [min(ready, key=_cost)] if ready else None
+        by_offset = {entry.offset_bytes: entry for entry in ready}
+        best: tuple[tuple[int, float, int, int], list[Entry]] | None = None
+        for entry in ready:
+            window = self._buddy.window(entry.offset_bytes, wanted_bytes)
+            if window is None:
+                continue
+            inside = self._buddy.used_in(*window)
+            if any(start not in by_offset for start in inside):
+                continue
+            victims = [by_offset[start] for start in inside]
+            cost = (
+                sum(v.planned for v in victims),
+                max(v.used_s for v in victims),
+                sum(v.adapter.slab_bytes for v in victims),
+                window[0],
+            )
+            if best is None or cost < best[0]:
+                best = cost, victims
+        return best[1] if best else None
+
+    def _fits(self, wanted_bytes: int) -> bool:
+        offset = self._buddy.allocate(wanted_bytes)
+        if offset is None:
+            return False
+        self._buddy.release(offset)
+        return True
+
+    def _remove(self, entry: Entry) -> None:
+        self._buddy.release(entry.offset_bytes)
+        self._free_slots.append(entry.slot)
+        del self._entries[entry.adapter.version]
+
+
+def _unused(entry: Entry) -> bool:
+    return entry.resident and entry.running == 0
+
+
+def _cost(entry: Entry) -> tuple[bool, float, int]:
+    return entry.planned, entry.used_s, entry.adapter.slab_bytes
