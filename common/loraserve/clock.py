@@ -1,11 +1,11 @@
-"""Time as an argument: what code that needs a clock is given. The real one is in system_clock.py."""
+"""Time as an argument: services hold a Clock, decisions get a number."""
 
 from typing import Protocol
 
 
 class Clock(Protocol):
     def monotonic_s(self) -> float:
-        """Seconds that only grow, from an arbitrary start."""
+        """Seconds that only grow; meaningless between machines and restarts."""
 
     def unix_s(self) -> float:
-        """Seconds since 1970 in UTC."""
+        """Seconds since 1970, for people and files."""

@@ -1,11 +1,9 @@
-"""The machine's clock."""
+"""The operating system's clock. Apart from clock.py, so that pure modules may name the Protocol alone."""
 
 import time
 
 
 class SystemClock:
-    """See Clock."""
-
     def monotonic_s(self) -> float:
         return time.monotonic()
 
