@@ -1,0 +1,143 @@
+"""What a Hugging Face directory says about its model, as far as computing it needs; what we cannot do is refused."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from loraserve.errors import ConfigError
+from loraserve.model_shape import ModelShape, read_config, shape_of
+
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+class Rope(msgspec.Struct, frozen=True, kw_only=True):
+    """Rotary embedding. ``factor`` is for linear and llama3, the other three for llama3 alone."""
+
+    theta: float = 10000.0
+    type: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_positions: int = 0
+
+
+class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One decoder. ``sliding_window`` is None where every layer sees the whole context."""
+
+    family: str
+    shape: ModelShape
+    rms_eps: float
+    rope: Rope
+    max_positions: int
+    sliding_window: int | None
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tied: bool
+    eos_token_ids: tuple[int, ...]
+
+
+def read_decoder_config(model_dir: Path) -> DecoderConfig:
+    """Raises ConfigError naming the field of ``config.json`` that is missing, wrong or not supported."""
+    config = read_config(model_dir)
+    shape = shape_of(config)
+    family = str(config["model_type"])
+    _refuse_unsupported(config)
+    if shape.heads % shape.kv_heads:
+        raise ConfigError(f"config.json: num_attention_heads {shape.heads} is no multiple of {shape.kv_heads} KV heads")
+    attention_bias = bool(config.get("attention_bias", False))
+    positions = _number(config, "max_position_embeddings", None)
+    return DecoderConfig(
+        family=family,
+        shape=shape,
+        rms_eps=_number(config, "rms_norm_eps", 1e-6),
+        rope=_rope(config, int(positions)),
+        max_positions=int(positions),
+        sliding_window=_sliding_window(config, family),
+        qkv_bias=family == "qwen2" or (family != "mistral" and attention_bias),
+        o_bias=family in ("llama", "qwen3") and attention_bias,
+        mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
+        qk_norm=family == "qwen3",
+        tied=bool(config.get("tie_word_embeddings", False)),
+        eos_token_ids=_eos_token_ids(model_dir, config),
+    )
+
+
+def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+    activation = config.get("hidden_act", "silu")
+    if activation != "silu":
+        raise ConfigError(f"config.json: hidden_act {activation!r} is not supported; only models with silu are")
+    if config.get("quantization_config"):
+        raise ConfigError(
+            "config.json: quantization_config: quantised weights are not supported; use the model's "
+            "bfloat16, float16 or float32 weights"
+        )
+
+
+def _number(config: Mapping[str, Any], name: str, default: float | None) -> float:
+    value = config.get(name)
+    if value is None:
+        value = default
+    if isinstance(value, bool) or not isinstance(value, int | float) or value <= 0:
+        raise ConfigError(f"config.json: {name} must be a positive number, found {value!r}")
+    return value
+
+
+def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
+    """Both spellings: ``rope_theta`` beside ``rope_scaling``, and the later ``rope_parameters``."""
+    newer = config.get("rope_parameters")
+    field = "rope_parameters" if newer else "rope_scaling"
+    values = config.get(field) or {}
+    if not isinstance(values, Mapping) or any(isinstance(value, Mapping) for value in values.values()):
+        raise ConfigError(f"config.json: {field} must be one object for all layers, found {values!r}")
+    kind = values.get("rope_type") or values.get("type") or "default"
+    if kind not in ROPE_TYPES:
+        raise ConfigError(f"config.json: {field} of type {kind!r} is not supported; of {', '.join(ROPE_TYPES)} are")
+    if _number({**config, **values}, "partial_rotary_factor", 1.0) != 1.0:
+        raise ConfigError(f"config.json: {field}: partial_rotary_factor other than 1 is not supported")
+
+    def number(name: str, default: float | None) -> float:
+        return _number(values, name, default) if kind != "default" else default or 1.0
+
+    return Rope(
+        theta=_number(values if "rope_theta" in values else config, "rope_theta", 10000.0),
+        type=kind,
+        factor=number("factor", None),
+        low_freq_factor=number("low_freq_factor", None if kind == "llama3" else 1.0),
+        high_freq_factor=number("high_freq_factor", None if kind == "llama3" else 4.0),
+        original_positions=int(number("original_max_position_embeddings", max_positions)),
+    )
+
+
+def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
+    """The window of the layers that have one. Defaults are transformers' own for a missing field."""
+    if family == "mistral":
+        window = config.get("sliding_window", 4096)
+    elif family in ("qwen2", "qwen3") and config.get("use_sliding_window", False):
+        layer_types = config.get("layer_types")
+        layers = config["num_hidden_layers"]
+        some = "sliding_attention" in layer_types if layer_types else config.get("max_window_layers", 28) < layers
+        window = config.get("sliding_window", 4096) if some else None
+    else:
+        window = None
+    return None if window is None else int(_number({"sliding_window": window}, "sliding_window", None))
+
+
+def _eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    path = model_dir / "generation_config.json"
+    eos = None
+    if path.exists():
+        try:
+            eos = json.loads(path.read_text()).get("eos_token_id")
+        except (OSError, ValueError, AttributeError) as error:
+            raise ConfigError(f"{path}: {error}; repair it, or remove it to use config.json's eos_token_id") from error
+    if eos is None:
+        eos = config.get("eos_token_id")
+    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    if not all(isinstance(token, int) and token >= 0 for token in ids):
+        raise ConfigError(f"eos_token_id must be a token id or a list of them, found {eos!r}")
+    return tuple(ids)
