@@ -29,8 +29,8 @@ def _pointer_of(typingctx: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
-    pointer: Any = types.CPointer(types.float32)
-    return pointer(types.int64), codegen
+    make_pointer: Any = types.CPointer
+    return make_pointer(types.float32)(types.int64), codegen
 
 
 _pointer: Any = intrinsic(_pointer_of)

@@ -1,0 +1,102 @@
+"""Loads a decoder's weights, layer by layer, into the form in which they compute."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from loraserve.engine.model.checkpoint import Checkpoint
+from loraserve.engine.model.config import DecoderConfig
+from loraserve.engine.model.linear import Backend, Linear, make_linear
+from loraserve.model_shape import MODULES, SLICES
+
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+_BLOCK = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down": "mlp"}
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One layer. ``head_norms``, where the model has them, are the weights [head_dim] for queries and for keys."""
+
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(slots=True)
+class DecoderWeights:
+    """A whole decoder. ``embedding`` [vocab, hidden] keeps the dtype it came in: rows are widened as they are read."""
+
+    embedding: torch.Tensor
+    layers: list[LayerWeights]
+    norm: torch.Tensor
+    head: Linear
+
+
+def load_weights(
+    model_dir: Path, config: DecoderConfig, backend: Backend, progress: Callable[[str], None]
+) -> DecoderWeights:
+    """Takes little more memory than the result. Raises ConfigError naming the tensor that does not fit."""
+    source = Checkpoint(model_dir)
+    shape = config.shape
+    # A copy: the tensor that was taken maps the file, whose pages could be dropped or changed under us.
+    embedding = source.take(EMBEDDING, (shape.vocab, shape.hidden)).clone()
+    if config.tied:
+        source.skip(HEAD)
+        head_weight = embedding
+    else:
+        head_weight = source.take(HEAD, (shape.vocab, shape.hidden))
+    head = make_linear(_float32(head_weight), None, backend)
+    layers = []
+    for layer in range(shape.layers):
+        layers.append(_load_layer(source, config, layer, backend))
+        progress(f"loading weights: layer {layer + 1} of {shape.layers}")
+    norm = _float32(source.take(NORM, (shape.hidden,)))
+    source.assert_all_taken()
+    return DecoderWeights(embedding, layers, norm, head)
+
+
+def _load_layer(source: Checkpoint, config: DecoderConfig, layer: int, backend: Backend) -> LayerWeights:
+    prefix = f"model.layers.{layer}."
+    shape = config.shape
+
+    def norm(name: str, width: int) -> torch.Tensor:
+        return _float32(source.take(f"{prefix}{name}.weight", (width,)))
+
+    has_bias = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
+    linears = {}
+    for module in MODULES:
+        names = [f"{prefix}{_BLOCK[module]}.{projection}" for projection in SLICES[module]]
+        widths = shape.out_features(module)
+        weight = _fuse(source, [f"{name}.weight" for name in names], [(w, shape.in_features(module)) for w in widths])
+        bias = _fuse(source, [f"{name}.bias" for name in names], [(w,) for w in widths]) if has_bias[module] else None
+        linears[module] = make_linear(weight, bias, backend)
+    source.skip(f"{prefix}self_attn.rotary_emb.inv_freq")  # old checkpoints repeat what config.json says
+    head_norms = None
+    if config.qk_norm:
+        head_norms = (norm("self_attn.q_norm", shape.head_dim), norm("self_attn.k_norm", shape.head_dim))
+    return LayerWeights(
+        input_norm=norm("input_layernorm", shape.hidden),
+        post_norm=norm("post_attention_layernorm", shape.hidden),
+        head_norms=head_norms,
+        **linears,
+    )
+
+
+def _fuse(source: Checkpoint, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Float32 tensors one under the other."""
+    fused = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=torch.float32)
+    row = 0
+    for name, shape in zip(names, shapes, strict=True):
+        fused[row : row + shape[0]] = source.take(name, shape)
+        row += shape[0]
+    return fused
+
+
+def _float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32, copy=True)
