@@ -129,11 +129,13 @@ class Endpoint(ABC):
             return None
         reply_to = (hello, correlation) if kind == wire.REQUEST else ()
         if sender.refusal:
-            return self._reject(sender.name, reply_to, "protocol_mismatch", sender.refusal)
+            self._reject(sender.name, reply_to, "protocol_mismatch", sender.refusal)
+            return None
         try:
             message = wire.decode(self._inbox, payload)
         except msgspec.DecodeError as error:
-            return self._reject(sender.name, reply_to, "bad_message", str(error))
+            self._reject(sender.name, reply_to, "bad_message", str(error))
+            return None
         return Envelope(sender.name, message, frames, reply_to)  # type: ignore[arg-type]
 
     def _reject(self, sender: str, reply_to: tuple[bytes, ...], code: str, detail: str) -> None:

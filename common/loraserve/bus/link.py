@@ -28,6 +28,11 @@ def send_now(socket: Socket, parts: Sequence[Frame]) -> bool:
     return True
 
 
+def readable(socket: Socket) -> bool:
+    """Whether a message has arrived. Asking also rearms the socket's descriptor, which only signals changes."""
+    return bool(int(socket.get(zmq.EVENTS)) & zmq.POLLIN)
+
+
 def receive_now(socket: Socket) -> list[Frame] | None:
     """One message, large parts without a copy; None when there is none."""
     try:
@@ -89,12 +94,14 @@ class Link:
         self._monitor = self._socket.get_monitor_socket(_WATCHED)
         self._loop.add_reader(self._monitor.fileno(), self._on_monitor)
         self._loop.add_reader(self._socket.fileno(), self._on_readable)
+        # Descriptors signal changes only, and the first one only after a look.
+        self._on_monitor()
+        self._on_readable()
         self._socket.connect(self._address)
-        self._look_again()
 
     def _look_again(self) -> None:
-        # The descriptor only signals changes; whatever uses the socket may have consumed the signal.
-        if self._socket.get(zmq.EVENTS) & zmq.POLLIN:
+        # Whatever uses the socket may have consumed the signal.
+        if readable(self._socket):
             self._loop.call_soon(self._on_readable)
 
     def _on_readable(self) -> None:

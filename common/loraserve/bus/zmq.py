@@ -14,7 +14,7 @@ from loraserve.bus import sockets, wire
 from loraserve.bus.addresses import Addresses, addresses, run_dir
 from loraserve.bus.claim import NameClaim
 from loraserve.bus.endpoint import Endpoint, new_incarnation
-from loraserve.bus.link import BURST_MESSAGES, Link, receive_now, send_now
+from loraserve.bus.link import BURST_MESSAGES, Link, readable, receive_now, send_now
 from loraserve.bus.protocol import Envelope, Frame
 from loraserve.config import Config
 from loraserve.errors import ConfigError, LoraServeError
@@ -203,8 +203,7 @@ class ZmqBus(Endpoint):
         source.socket.close()
 
     def _look(self, source: _Source) -> None:
-        # Asking for the events also rearms the descriptor, which only signals changes.
-        if source.socket.get(zmq.EVENTS) & zmq.POLLIN and not source.readable:
+        if readable(source.socket) and not source.readable:
             source.readable = True
             self._readable.append(source)
             self._awake()
