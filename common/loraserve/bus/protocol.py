@@ -10,6 +10,8 @@ from typing import Any, Protocol, TypeVar
 
 import msgspec
 
+from loraserve.bus.counters import BusCounters
+
 Frame = bytes | bytearray | memoryview
 T = TypeVar("T")
 
@@ -32,6 +34,9 @@ class Bus(Protocol):
 
     @property
     def incarnation(self) -> str: ...
+
+    @property
+    def counters(self) -> BusCounters: ...
 
     def send(self, peer: str, message: Any, frames: Sequence[Frame] = ()) -> bool:
         """One-way. False when the peer's queue is full: the message is dropped and counted.

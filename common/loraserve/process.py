@@ -1,0 +1,120 @@
+"""Runs a service as a process: flags, configuration, logging, signals, bus. Every ``__main__`` calls ``main``.
+
+Exit status: 0 stopped as asked, 1 crashed, 2 the configuration cannot be used.
+"""
+
+import argparse
+import asyncio
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+
+import uvloop
+
+from loraserve.bus.zmq import open_bus
+from loraserve.config import Config, load_config
+from loraserve.errors import ConfigError
+from loraserve.log import configure_logging, get_logger
+from loraserve.parent import Parent
+from loraserve.service import Service
+from loraserve.system_clock import SystemClock
+
+OK, CRASHED, BAD_CONFIG = 0, 1, 2
+EXIT_GRACE_S = 5.0
+
+_log = get_logger(__name__)
+
+
+def main(kind: type[Service], default_name: str, argv: Sequence[str] | None = None) -> int:
+    """Everything a ``__main__`` does. Returns the exit status."""
+    arguments = argument_parser(default_name).parse_args(argv)
+    try:
+        config = load_config(arguments.config, overrides=arguments.set)
+    except ConfigError as error:
+        return _say_bad_config(arguments.name, error)
+    return run_process(kind, arguments.name, config, arguments.parent_pid)
+
+
+def argument_parser(default_name: str) -> argparse.ArgumentParser:
+    """The flags of every process kind."""
+    parser = argparse.ArgumentParser(prog=f"python -m loraserve.{default_name.rpartition('-')[0] or default_name}")
+    add_config_flags(parser)
+    parser.add_argument("--name", default=default_name, help=f"the process's name on the bus (default {default_name})")
+    parser.add_argument("--parent-pid", type=int, default=0, metavar="PID", help="stop when this process is gone")
+    return parser
+
+
+def add_config_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the cluster's TOML file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting; repeatable"
+    )
+
+
+def run_process(kind: type[Service], name: str, config: Config, parent_pid: int = 0) -> int:
+    """Runs until stopped. Returns the exit status."""
+    faulthandler.enable()
+    parent = Parent(parent_pid) if parent_pid else None
+    try:
+        configure_logging(config, name)
+        uvloop.run(_serve(kind, name, config, parent))
+    except ConfigError as error:
+        return _say_bad_config(name, error)
+    except KeyboardInterrupt:
+        return OK
+    except Exception:
+        _log.exception("crashed")
+        return _leave(CRASHED)
+    return _leave(OK)
+
+
+async def _serve(kind: type[Service], name: str, config: Config, parent: Parent | None) -> None:
+    bus = open_bus(config, name, kind.inbox)
+    try:
+        service = kind(config, bus, SystemClock())
+        _stop_on_signals(service)
+        watcher = asyncio.ensure_future(parent.watch(service.stop)) if parent else None
+        await service.run()
+        if watcher is not None:
+            watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await watcher
+    finally:
+        await bus.close()
+
+
+def _stop_on_signals(service: Service) -> None:
+    """The first asks it to drain and stop, the second ends it at once."""
+    received: list[int] = []
+
+    def on_signal(number: signal.Signals) -> None:
+        received.append(number)
+        if len(received) == 1:
+            _log.info("signal", signal=number.name)
+            service.stop()
+        else:
+            _log.warning("signal_again", signal=number.name, consequence="ends at once")
+            logging.shutdown()
+            os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
+
+
+def _say_bad_config(name: str, error: ConfigError) -> int:
+    print(f"{name}: {error}", file=sys.stderr, flush=True)
+    return BAD_CONFIG
+
+
+def _leave(status: int) -> int:
+    """A worker thread that hangs must not keep a stopped process alive."""
+    timer = threading.Timer(EXIT_GRACE_S, os._exit, [status])
+    timer.daemon = True
+    timer.start()
+    return status

@@ -1,0 +1,219 @@
+"""The one way in which a process lives: start, loops, drain, stop."""
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from contextvars import ContextVar
+from enum import StrEnum
+from types import UnionType
+from typing import Any, ClassVar
+
+from loraserve.bus.protocol import Bus, Envelope
+from loraserve.clock import Clock
+from loraserve.config import Config
+from loraserve.errors import AdapterError, LoraServeError, PeerError, RequestTimeout
+from loraserve.log import get_logger
+from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
+from loraserve.metrics import Metrics
+
+_handling: ContextVar[Envelope | None] = ContextVar("handling", default=None)
+
+
+class State(StrEnum):
+    STARTING = "STARTING"
+    READY = "READY"
+    DRAINING = "DRAINING"
+    STOPPED = "STOPPED"
+
+
+class Service:
+    """Base of every process kind. Subclasses set ``inbox`` and override the hooks.
+
+    A message that ``handle`` cannot deal with is logged and refused; the process lives on. A loop that fails ends the
+    process, and the supervisor starts it anew: nothing is restarted in place.
+    """
+
+    inbox: ClassVar[type[Any] | UnionType]
+    """The union of messages this kind receives; it has Ping in it."""
+    drain_timeout_s: float = 10.0
+    starting_detail: str = ""
+    """What ``start`` is at, in words; shown until it is done."""
+
+    def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
+        self.config = config
+        self.bus = bus
+        self.clock = clock
+        self.log = get_logger(type(self).__module__)
+        self.metrics = Metrics()
+        self.metrics.watch_bus(bus.counters)
+        self._state = State.STARTING
+        self._stopping = asyncio.Event()
+        self._start_scope: asyncio.Timeout | None = None
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running: set[asyncio.Task[None]] = set()
+        self._held: deque[Envelope] = deque(maxlen=config.bus.queue_messages)
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Get ready to serve; what must be closed at the end goes on the stack."""
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        """What runs from READY until the end. A loop may return; if it raises, the process ends."""
+        return []
+
+    async def drain(self) -> None:
+        """Finish what is under way; the inbox and the loops still run. Cut short after ``drain_timeout_s``."""
+
+    async def handle(self, envelope: Envelope) -> None:
+        """One message. Quick work only: what awaits others goes to ``spawn``, since the inbox waits meanwhile."""
+
+    def is_ready(self) -> bool:
+        """Whether a started service can serve."""
+        return True
+
+    def ready_detail(self) -> str:
+        """In words, what a started service waits for or holds."""
+        return ""
+
+    @property
+    def state(self) -> State:
+        if self._state is State.READY and not self.is_ready():
+            return State.STARTING
+        return self._state
+
+    def stop(self) -> None:
+        """Begin the end; repeating changes nothing."""
+        self._stopping.set()
+        if self._start_scope is not None and not self._start_scope.expired():
+            self._start_scope.reschedule(0.0)
+
+    def spawn(self, work: Coroutine[Any, Any, None], envelope: Envelope | None = None) -> None:
+        """Run beside the inbox. If it fails that is logged, and the request that is being handled is refused."""
+        self._create(self._guard(work, envelope or _handling.get()))
+
+    async def run(self) -> None:
+        """From STARTING to STOPPED. Raises what a loop or ``start`` raised."""
+        self.log.info("starting", pid=os.getpid(), incarnation=self.bus.incarnation)
+        try:
+            async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
+                self._tasks = tasks
+                await self._live(stack)
+                self._cancel_all()
+        except BaseExceptionGroup as group:
+            raise _single(group) from None
+        finally:
+            self._tasks = None
+            self._state = State.STOPPED
+            self.log.info("stopped")
+
+    async def _live(self, stack: AsyncExitStack) -> None:
+        self._create(self._read_inbox())
+        if not await self._start_unless_stopped(stack):
+            return
+        while self._held:
+            await self._dispatch(self._held.popleft())
+        self._state = State.READY
+        self.log.info("started", detail=self.ready_detail())
+        for loop in self.loops():
+            self._create(loop)
+        await self._stopping.wait()
+        self._state = State.DRAINING
+        self.log.info("draining")
+        try:
+            async with asyncio.timeout(self.drain_timeout_s):
+                await self.drain()
+        except TimeoutError:
+            self.log.warning("drain_cut_short", after_s=self.drain_timeout_s)
+
+    async def _start_unless_stopped(self, stack: AsyncExitStack) -> bool:
+        """In this very task, because what is entered on the stack must be left in the task that entered it."""
+        try:
+            async with asyncio.timeout(None) as scope:
+                self._start_scope = scope
+                if self._stopping.is_set():
+                    return False
+                await self.start(stack)
+        except TimeoutError:
+            if not scope.expired():
+                raise
+            return False
+        finally:
+            self._start_scope = None
+        return True
+
+    async def _read_inbox(self) -> None:
+        while True:
+            envelope = await self.bus.receive()
+            if isinstance(envelope.message, Ping):
+                self.bus.respond(envelope, self._pong())
+            elif self._state is not State.STARTING:
+                await self._dispatch(envelope)
+            elif envelope.reply_to:
+                self.bus.refuse(envelope, "starting", f"{self.bus.name} is starting; ask again")
+            else:
+                self._held.append(envelope)
+
+    async def _dispatch(self, envelope: Envelope) -> None:
+        token = _handling.set(envelope)
+        try:
+            await self._guard(self.handle(envelope), envelope)
+        finally:
+            _handling.reset(token)
+
+    async def _guard(self, work: Coroutine[Any, Any, None], envelope: Envelope | None) -> None:
+        try:
+            await work
+        except Exception as error:
+            code = _code(error)
+            self.log.error(
+                "work_failed",
+                code=code,
+                reason=str(error),
+                message=type(envelope.message).__name__ if envelope else None,
+                sender=envelope.sender if envelope else None,
+                exc_info=not isinstance(error, LoraServeError),
+            )
+            if envelope is not None:
+                self.bus.refuse(envelope, code, str(getattr(error, "message", error)) or type(error).__name__)
+
+    def _pong(self) -> Pong:
+        return Pong(
+            name=self.bus.name,
+            state=self.state,
+            incarnation=self.bus.incarnation,
+            pid=os.getpid(),
+            protocol=PROTOCOL_VERSION,
+            detail=self.starting_detail if self._state is State.STARTING else self.ready_detail(),
+        )
+
+    def _create(self, work: Coroutine[Any, Any, None]) -> None:
+        if self._tasks is None:
+            work.close()
+            raise RuntimeError(f"{self.bus.name} is not running, so nothing can be started in it")
+        task = self._tasks.create_task(work)
+        self._running.add(task)
+        task.add_done_callback(self._running.discard)
+
+    def _cancel_all(self) -> None:
+        for task in self._running:
+            task.cancel()
+
+
+def _code(error: Exception) -> str:
+    match error:
+        case PeerError() | AdapterError():
+            return error.code
+        case RequestTimeout():
+            return "timeout"
+        case LoraServeError():
+            return "refused"
+        case _:
+            return "internal"
+
+
+def _single(error: BaseException) -> BaseException:
+    """The one error behind a group, where there is one only."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error
