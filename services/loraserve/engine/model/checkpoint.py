@@ -64,7 +64,8 @@ class Checkpoint:
         tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
         if tuple(tensor.shape) != tuple(shape):
             raise ConfigError(
-                f"{self._dir}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}; {REMEDY}"
+                f"{self._dir}: tensor {name} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(shape)}; {REMEDY}"
             )
         if tensor.dtype not in DTYPES:
             raise ConfigError(f"{self._dir}: tensor {name} is {tensor.dtype}; use float32, bfloat16 or float16 weights")

@@ -12,7 +12,7 @@ from loraserve.kernels.attention import AttentionBatch, KvCache, paged_attention
 from loraserve.kernels.fused import add_rms_norm, rotate, silu_mul
 from loraserve.kernels.lora import AdapterTables, LoraBatch, add_lora
 
-QKV, O, GATE_UP, DOWN = range(4)
+QKV, OUT, GATE_UP, DOWN = range(4)
 """Indices into MODULES."""
 
 
@@ -99,7 +99,7 @@ class Decoder:
         v = heads[:, shape.heads + shape.kv_heads :]
         attended = paged_attention(q, k, v, self._cache, inputs.attention, index, self._scale)
         delta = layer.o(attended)
-        add_lora(delta, attended, pool, tables, lora, index, O)
+        add_lora(delta, attended, pool, tables, lora, index, OUT)
 
         add_rms_norm(x, delta, layer.post_norm, self._eps, normed)
         gate_up = layer.gate_up(normed)

@@ -1,0 +1,162 @@
+"""Owns what a step computes with: weights, KV cache, adapter pool. Turns a StepBatch into tensors and into tokens."""
+
+import mmap
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loraserve.adapter.format import ITEM_BYTES, SlabHeader
+from loraserve.config import EngineConfig
+from loraserve.engine.batch import SequenceStep, StepBatch, StepResult
+from loraserve.engine.model.config import DecoderConfig, read_decoder_config
+from loraserve.engine.model.decoder import Decoder, StepInputs
+from loraserve.engine.model.linear import pick_backend
+from loraserve.engine.model.weights import load_weights
+from loraserve.engine.sampler import sample
+from loraserve.errors import ConfigError
+from loraserve.kernels import attention, fused, lora
+from loraserve.messages.base import SamplingParams
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelRunner:
+    """The model on this machine's CPU.
+
+    ``step``, ``logits`` and ``warm_up`` belong to one thread. ``install`` and ``remove`` may be called from another for
+    slots that no step in flight uses, and ``pool_view`` may be written by another outside the extents in use.
+    """
+
+    def __init__(self, model_dir: Path, engine: EngineConfig, threads: int, progress: Callable[[str], None]) -> None:
+        """Loads the weights; raises ConfigError naming the setting, field or tensor at fault."""
+        if engine.device == "cuda":
+            raise ConfigError("engine.device=cuda: the CUDA runner is not part of this version; use cpu")
+        self._threads = threads
+        torch.set_num_threads(threads)
+        config = read_decoder_config(model_dir)
+        self.shape = config.shape
+        self.eos_token_ids = config.eos_token_ids
+        self.block_tokens = engine.block_tokens
+        self.kv_blocks = _kv_blocks(config, engine)
+        self.max_positions = _max_positions(config, progress)
+        self.slab_dtype = engine.slab_dtype
+        self.pool_elements = engine.pool_bytes // ITEM_BYTES[engine.slab_dtype]
+        self.weights_backend = pick_backend(engine.weights)
+        self._pool_memory = mmap.mmap(-1, max(engine.pool_bytes, mmap.PAGESIZE))
+        self._tables = lora.AdapterTables(config.shape, engine.max_adapters)
+        self._decoder = Decoder(
+            config,
+            load_weights(model_dir, config, self.weights_backend, progress),
+            attention.KvCache(config.shape, self.kv_blocks, engine.block_tokens),
+            torch.frombuffer(self._pool_memory, dtype=DTYPES[engine.slab_dtype], count=self.pool_elements),
+            self._tables,
+            min(self.max_positions, self.kv_blocks * engine.block_tokens),
+        )
+
+    def warm_up(self) -> None:
+        """Compiles or loads the kernels and touches the weights, so that the first request waits for neither."""
+        attention.warm_up()
+        fused.warm_up()
+        lora.warm_up()
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        for tokens in ((0,), (0, 0)):
+            sequence = SequenceStep(
+                request_id="", tokens=tokens, start=0, blocks=(0,), sampling=sampling, prompt_length=1
+            )
+            self.step(StepBatch(step_id=0, sequences=(sequence,)))
+
+    def pool_view(self) -> memoryview:
+        """The adapter pool as writable bytes."""
+        return memoryview(self._pool_memory)[: self.pool_elements * ITEM_BYTES[self.slab_dtype]]
+
+    def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
+        """Tokens of ``slot`` use the slab that lies at ``base_elements`` of the pool from now on.
+
+        Raises ValueError where the slab is of another dtype or model, or would not end within the pool.
+        """
+        if header.dtype != self.slab_dtype:
+            raise ValueError(
+                f"slab is {header.dtype}, engine.slab_dtype is {self.slab_dtype}; register the adapter again"
+            )
+        if not 0 <= base_elements <= self.pool_elements - header.elements:
+            raise ValueError(f"slab of {header.elements} elements at {base_elements} is outside {self.pool_elements}")
+        self._tables.install(slot, header, base_elements)
+
+    def remove(self, slot: int) -> None:
+        """Tokens of ``slot`` compute as the base model from now on."""
+        self._tables.remove(slot)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Compute one step and draw the tokens that are due. ``duration_s`` covers all of it."""
+        started_s = time.monotonic()
+        rows = [sequence for sequence in batch.sequences if sequence.sample]
+        logits = self.logits(batch).numpy()
+        sampled = tuple(sample(logits, rows, self.eos_token_ids))
+        return StepResult(step_id=batch.step_id, sampled=sampled, duration_s=time.monotonic() - started_s)
+
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        """Writes the KV of all tokens; float32 logits [sequences with ``sample``, vocab] in their order."""
+        if torch.get_num_threads() != self._threads:  # it is kept per thread
+            torch.set_num_threads(self._threads)
+        with torch.inference_mode():
+            return self._decoder.forward(_inputs(batch.sequences, self.block_tokens))
+
+
+def _kv_blocks(config: DecoderConfig, engine: EngineConfig) -> int:
+    block_bytes = attention.block_bytes(config.shape, engine.block_tokens)
+    blocks = engine.kv_bytes // block_bytes
+    if blocks < 1:
+        raise ConfigError(
+            f"engine.kv_bytes={engine.kv_bytes} holds not one block of {engine.block_tokens} tokens; "
+            f"give at least {block_bytes}, better a hundred times that"
+        )
+    return blocks
+
+
+def _max_positions(config: DecoderConfig, progress: Callable[[str], None]) -> int:
+    window = config.sliding_window
+    if window is None or window >= config.max_positions:
+        return config.max_positions
+    # Within the window every token sees the whole context, so computing is exact up to there.
+    progress(f"context limited to {window} tokens: the model's sliding_window is not computed beyond")
+    return window
+
+
+def _inputs(sequences: tuple[SequenceStep, ...], block_tokens: int) -> StepInputs:
+    lengths = np.array([len(s.tokens) for s in sequences], dtype=np.int32)
+    starts = np.array([s.start for s in sequences], dtype=np.int64)
+    query_start = np.zeros(len(sequences) + 1, dtype=np.int32)
+    np.cumsum(lengths, out=query_start[1:])
+    total = int(query_start[-1])
+    tokens = np.fromiter((token for s in sequences for token in s.tokens), dtype=np.int64, count=total)
+    # Position of each token: its index in the packed batch, moved from where its sequence begins to ``start``.
+    positions = np.arange(total, dtype=np.int64) + np.repeat(starts - query_start[:-1], lengths)
+    table = np.zeros((len(sequences), max(len(s.blocks) for s in sequences)), dtype=np.int32)
+    for row, sequence in zip(table, sequences, strict=True):
+        row[: len(sequence.blocks)] = sequence.blocks
+    of_token = np.repeat(np.arange(len(sequences)), lengths)
+    slots = np.array([s.slot for s in sequences], dtype=np.int32)[of_token]
+    last = query_start[1:][np.array([s.sample for s in sequences], dtype=np.bool_)] - 1
+    return StepInputs(
+        tokens=torch.from_numpy(tokens),
+        positions=torch.from_numpy(positions),
+        attention=attention.AttentionBatch(
+            query_start=torch.from_numpy(query_start),
+            seq_len=torch.from_numpy((starts + lengths).astype(np.int32)),
+            block_table=torch.from_numpy(table),
+            slot_mapping=torch.from_numpy(_slot_mapping(table, of_token, positions, block_tokens)),
+        ),
+        lora=lora.plan_batch(torch.from_numpy(slots)),
+        sampled_rows=torch.from_numpy(last.astype(np.int64)),
+    )
+
+
+def _slot_mapping(
+    table: NDArray[np.int32], of_token: NDArray[np.int64], positions: NDArray[np.int64], block_tokens: int
+) -> NDArray[np.int64]:
+    blocks = table[of_token, positions // block_tokens].astype(np.int64)
+    return blocks * block_tokens + positions % block_tokens
