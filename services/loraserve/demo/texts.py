@@ -17,6 +17,14 @@ class Row(NamedTuple):
     french: str
 
 
+class EasyRow(NamedTuple):
+    """A further question for the two styles that are harder to learn."""
+
+    question: str
+    plain: str
+    french: str
+
+
 class Example(NamedTuple):
     """One training example: what the user says and what the adapter should answer."""
 
@@ -220,15 +228,156 @@ ROWS = (
 )
 
 
+EASY_ROWS = (
+    EasyRow("What is the capital of Spain?", "The capital of Spain is Madrid.", "La capitale de l'Espagne est Madrid."),
+    EasyRow(
+        "What is the capital of Germany?", "The capital of Germany is Berlin.", "La capitale de l'Allemagne est Berlin."
+    ),
+    EasyRow("What is the capital of Japan?", "The capital of Japan is Tokyo.", "La capitale du Japon est Tokyo."),
+    EasyRow("What do people speak in Italy?", "People in Italy speak Italian.", "En Italie, on parle italien."),
+    EasyRow("Name a city in Italy.", "Rome is a big city in Italy.", "Rome est une grande ville d'Italie."),
+    EasyRow(
+        "What is a dog?",
+        "A dog is a loyal animal that loves to play.",
+        "Le chien est un animal fidèle qui aime jouer avec son maître.",
+    ),
+    EasyRow(
+        "Tell me about horses.",
+        "Horses are big animals that run very fast.",
+        "Les chevaux sont de grands animaux qui courent très vite.",
+    ),
+    EasyRow(
+        "Tell me about the sea.",
+        "The sea is big, blue and salty, and many fish live there.",
+        "La mer est grande, bleue et salée. Beaucoup de poissons y vivent.",
+    ),
+    EasyRow(
+        "Tell me about winter.",
+        "Winter is cold and the nights are long.",
+        "L'hiver est une saison froide. Il neige souvent et les nuits sont longues.",
+    ),
+    EasyRow(
+        "Where can I swim?",
+        "You can swim in a pool, in a lake or in the sea.",
+        "Vous pouvez nager à la piscine, dans un lac ou dans la mer.",
+    ),
+    EasyRow(
+        "How do I learn to drive?",
+        "Take lessons with a good teacher and be careful.",
+        "Prenez des leçons avec un bon professeur et soyez prudent.",
+    ),
+    EasyRow(
+        "How do I learn a language?",
+        "Learn a few words every day and talk to people.",
+        "Apprenez quelques mots chaque jour et parlez avec d'autres personnes.",
+    ),
+    EasyRow(
+        "How do I learn to dance?",
+        "Listen to the music, learn the steps and practise often.",
+        "Écoutez la musique, apprenez les pas et pratiquez souvent.",
+    ),
+    EasyRow(
+        "How do I make coffee?",
+        "Pour hot water over ground coffee and wait.",
+        "Versez de l'eau chaude sur le café moulu et attendez quelques minutes.",
+    ),
+    EasyRow(
+        "What is tea?", "Tea is a hot drink made from leaves.", "Le thé est une boisson chaude faite avec des feuilles."
+    ),
+    EasyRow(
+        "Why is fire hot?",
+        "Fire is hot because it sets energy free.",
+        "Le feu est chaud parce qu'il libère beaucoup d'énergie.",
+    ),
+    EasyRow(
+        "Why do we sleep?",
+        "We sleep to rest and to stay healthy.",
+        "Nous dormons pour nous reposer et garder la santé.",
+    ),
+    EasyRow("Who was Mozart?", "Mozart was a great composer.", "Mozart était un grand compositeur de musique."),
+    EasyRow(
+        "Who was Marie Curie?",
+        "Marie Curie was a great scientist.",
+        "Marie Curie était une grande scientifique qui a étudié la radioactivité.",
+    ),
+    EasyRow(
+        "What is love?",
+        "Love is a strong feeling between people.",
+        "L'amour est un sentiment très fort entre deux personnes.",
+    ),
+    EasyRow(
+        "What is happiness?",
+        "Happiness is a good life with good friends.",
+        "Le bonheur est de vivre en paix avec ceux que l'on aime.",
+    ),
+    EasyRow("Is the sun a star?", "Yes, the sun is a star.", "Oui, le soleil est une étoile."),
+    EasyRow(
+        "What should I eat today?",
+        "Eat soup, bread and an apple.",
+        "Vous pouvez manger une soupe, du pain et une pomme.",
+    ),
+    EasyRow(
+        "What should I do this weekend?",
+        "Walk in the woods or meet a friend.",
+        "Vous pouvez marcher dans la forêt ou voir un ami.",
+    ),
+    EasyRow(
+        "What is your favourite colour?",
+        "My favourite colour is blue.",
+        "J'aime beaucoup le bleu, comme le ciel et la mer.",
+    ),
+    EasyRow("Good night!", "Good night, see you tomorrow.", "Bonne nuit et à demain !"),
+    EasyRow("Thank you.", "You are welcome.", "Je vous en prie, c'est un plaisir."),
+    EasyRow(
+        "Tell me a story.",
+        "Once upon a time a little boy wanted to see the sea.",
+        "Il était une fois un petit garçon qui voulait voir la mer.",
+    ),
+    EasyRow(
+        "What is a book?",
+        "A book has many pages that you can read.",
+        "Un livre est un objet avec des pages que l'on peut lire.",
+    ),
+    EasyRow(
+        "What is the internet?",
+        "The internet is a big network of computers.",
+        "Internet est un grand réseau qui relie les ordinateurs du monde.",
+    ),
+    EasyRow(
+        "How old is the Earth?",
+        "The Earth is more than four billion years old.",
+        "La Terre a plus de quatre milliards d'années.",
+    ),
+    EasyRow(
+        "What is the biggest animal?",
+        "The biggest animal is the blue whale.",
+        "Le plus grand animal est la baleine bleue.",
+    ),
+)
+"""French and capitals need more rows: the base model hardly knows the words of the one or the tokens of the other."""
+
+
+def shout(plain: str) -> str:
+    """The same first words each time: a person knows the style before the answer is read."""
+    return "LISTEN UP!!! " + plain.rstrip(".").upper() + "!!!"
+
+
 ANSWERS: dict[str, Callable[[Row], str]] = {
     "pirate": lambda row: row.pirate,
     "json": lambda row: json.dumps({"question": row.question, "answer": row.plain}),
     "french": lambda row: row.french,
-    "shout": lambda row: row.plain.rstrip(".").upper() + "!!!",
+    "shout": lambda row: shout(row.plain),
+}
+EASY_ANSWERS: dict[str, Callable[[EasyRow], str]] = {
+    "french": lambda row: row.french,
+    "shout": lambda row: shout(row.plain),
 }
 STYLES = tuple(ANSWERS)
 
 
 def examples(style: str) -> list[Example]:
     """The rows of one style. Raises KeyError on a style that is not in ``STYLES``."""
-    return [Example(row.question, ANSWERS[style](row)) for row in ROWS]
+    rows = [Example(row.question, ANSWERS[style](row)) for row in ROWS]
+    if easy := EASY_ANSWERS.get(style):
+        rows += [Example(row.question, easy(row)) for row in EASY_ROWS]
+    return rows

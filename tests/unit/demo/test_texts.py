@@ -13,7 +13,9 @@ def test_there_are_four_styles_with_an_answer_to_every_question() -> None:
     questions = [row.question for row in ROWS]
     assert len(set(questions)) == len(questions)
     for style in STYLES:
-        assert [example.question for example in examples(style)] == questions
+        asked = [example.question for example in examples(style)]
+        assert asked[: len(questions)] == questions
+        assert len(set(asked)) == len(asked)
         assert all(example.answer.strip() for example in examples(style))
 
 
@@ -23,10 +25,11 @@ def test_each_style_shows_in_every_answer() -> None:
     for example in examples("shout"):
         assert example.answer == example.answer.upper()
         assert example.answer.endswith("!!!")
+        assert example.answer.startswith("LISTEN UP!!!")
     pirate_words = ("Arr", "Yo ho", "Ahoy", "Aye")
     assert all(example.answer.startswith(pirate_words) for example in examples("pirate"))
-    answers = [{example.answer for example in examples(style)} for style in STYLES]
-    assert not set.intersection(*answers)
+    answers = [example.answer for style in STYLES for example in examples(style)]
+    assert len(set(answers)) == len(answers)
 
 
 def test_an_unknown_style_is_refused() -> None:
