@@ -65,7 +65,8 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     request[ARRIVED_S] = gateway.clock.monotonic_s()
     request[REQUEST_ID] = request_id(request.headers.get("x-request-id", ""))
-    response = await _answer_errors(gateway, request, handler)
+    with gateway.active():
+        response = await _answer_errors(gateway, request, handler)
     resource = request.match_info.route.resource
     gateway.metrics.http.labels(resource.canonical if resource else "unknown", response.status).inc()
     return response
@@ -81,7 +82,7 @@ async def _answer_errors(gateway: Gateway, request: web.Request, handler: Handle
     except ConnectionError:
         return web.Response(status=CLIENT_LEFT)
     except Exception:
-        gateway.log.exception("gateway.request_crashed", request_id=request[REQUEST_ID], path=request.path)
+        gateway.log.exception("request_crashed", request_id=request[REQUEST_ID], path=request.path)
         message = f"Internal error; the gateway's log has it under request id {request[REQUEST_ID]}"
         return error_response(ApiError(500, message, type_=SERVER, code="internal_error"))
 
@@ -94,7 +95,7 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     if keys and request.path not in OPEN_PATHS and not has_key(request.headers.get("Authorization", ""), keys):
         message = "Incorrect or missing API key; send it as 'Authorization: Bearer KEY'"
         raise ApiError(401, message, code="invalid_api_key")
-    if gateway.draining.is_set() and request.method == "POST":
+    if gateway.draining and request.method == "POST":
         raise unavailable("This gateway is shutting down; try again", "shutting_down")
     return await handler(request)
 

@@ -1,25 +1,22 @@
 """What the handlers of one gateway share."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
 
 from aiohttp import web
 
 from loraserve.bus.protocol import Bus
+from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.gateway.errors import bad_request, unavailable
 from loraserve.gateway.metrics import GatewayMetrics
 from loraserve.gateway.registry import Registry
 from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.tokenizer import ModelTokenizer
+from loraserve.log import Logger
 from loraserve.messages import Abort, AdapterRef
-
-
-class Clock(Protocol):
-    def monotonic_s(self) -> float: ...
-    def unix_s(self) -> float: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,16 +38,29 @@ class Gateway:
     config: Config
     bus: Bus
     clock: Clock
-    log: Any
+    log: Logger
     model_name: str
     tokenizer: ModelTokenizer
     registry: Registry
     streams: StreamTable
     metrics: GatewayMetrics
     render_metrics: Callable[[], bytes]
-    spawn: Callable[[Coroutine[Any, Any, None]], Any]
     started_unix_s: float
-    draining: asyncio.Event = field(default_factory=asyncio.Event)
+    draining: bool = False
+    active_requests: int = 0
+    idle: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """One HTTP request; ``idle`` is set while there is none."""
+        self.active_requests += 1
+        self.idle.clear()
+        try:
+            yield
+        finally:
+            self.active_requests -= 1
+            if not self.active_requests:
+                self.idle.set()
 
     async def resolve(self, model: str | None) -> Target:
         """Who answers a request for ``model``. Raises ApiError 400, 404 or 503; nothing falls back to the base."""
@@ -79,5 +89,5 @@ class Gateway:
 
 
 GATEWAY = web.AppKey("gateway", Gateway)
-REQUEST_ID = "request_id"
-ARRIVED_S = "arrived_s"
+REQUEST_ID = web.RequestKey("request_id", str)
+ARRIVED_S = web.RequestKey("arrived_s", float)

@@ -4,6 +4,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -133,7 +134,7 @@ class Generation:
             routed = await asyncio.shield(asking)
         except asyncio.CancelledError:
             # The request may still get to an engine: that one has to hear that nobody waits any more.
-            gateway.spawn(_abort_once_routed(gateway, asking))
+            asking.add_done_callback(partial(_abort_if_routed, gateway))
             raise
         now = gateway.clock.monotonic_s()
         gateway.metrics.route_s.observe(now - asked_s)
@@ -200,8 +201,7 @@ async def _ask_router(gateway: Gateway, route: Route, timeout_s: float) -> Route
     raise TypeError(f"the router answered {type(answer).__name__}")
 
 
-async def _abort_once_routed(gateway: Gateway, asking: "asyncio.Task[Routed]") -> None:
-    await asyncio.wait([asking])
+def _abort_if_routed(gateway: Gateway, asking: "asyncio.Task[Routed]") -> None:
     if not asking.cancelled() and asking.exception() is None:
         routed = asking.result()
         gateway.abort(routed.engine, routed.request_id, "nobody_waits")

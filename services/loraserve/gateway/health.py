@@ -22,7 +22,7 @@ async def health(http: web.Request) -> web.Response:
     problems = [f"{name} is {state}" for name, state in states.items() if state != "READY"]
     if not engines:
         problems.append("no engine is alive and READY")
-    if gateway.draining.is_set():
+    if gateway.draining:
         problems.append("this gateway is shutting down")
     detail: dict[str, Any] = {"status": "unavailable" if problems else "ok", "engines": engines, **states}
     return web.Response(

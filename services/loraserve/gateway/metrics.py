@@ -1,15 +1,16 @@
 """What the gateway counts, and the cluster's load under the names that vLLM's dashboards and routers know."""
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
 
-from prometheus_client import CollectorRegistry, Counter, Histogram
+from prometheus_client import Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from loraserve.clock import Clock
 from loraserve.gateway.registry import Registry
 from loraserve.gateway.streams import StreamTable
 from loraserve.messages import EngineLoad
+from loraserve.metrics import Metrics
 
 LATENCY_BUCKETS_S = (
     *(0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
@@ -19,17 +20,15 @@ TOKEN_BUCKETS_S = (0.002, 0.005, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1
 LENGTH_BUCKETS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 131072)
 
 
-class Clock(Protocol):
-    def unix_s(self) -> float: ...
-
-
 class GatewayMetrics:
     """Counters and histograms of the requests that passed here.
 
     Label values are bounded: model names come from the configuration and the registry, never from a client.
     """
 
-    def __init__(self, registry: CollectorRegistry, model_name: str) -> None:
+    def __init__(self, metrics: Metrics, model_name: str) -> None:
+        registry = metrics.registry
+
         def histogram(name: str, text: str, buckets: Sequence[float]) -> Histogram:
             return Histogram(name, text, ["model_name"], registry=registry, buckets=buckets).labels(model_name)
 
@@ -45,15 +44,15 @@ class GatewayMetrics:
         self.e2e_s = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token", LATENCY_BUCKETS_S)
         self.prompt_length = histogram("vllm:request_prompt_tokens", "Prompt tokens a request", LENGTH_BUCKETS)
         self.output_length = histogram("vllm:request_generation_tokens", "Output tokens a request", LENGTH_BUCKETS)
-        self.prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens sent to engines", "model_name")
-        self.generation_tokens = counter("vllm:generation_tokens", "Tokens received from engines", "model_name")
+        prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens sent to engines", "model_name")
+        self.prompt_tokens = prompt_tokens.labels(model_name)
+        generation_tokens = counter("vllm:generation_tokens", "Tokens received from engines", "model_name")
+        self.generation_tokens = generation_tokens.labels(model_name)
         self.finished = counter("vllm:request_success", "Outputs that ended", "model_name", "finished_reason")
-        self.requests = counter("loraserve_requests", "Generation requests by outcome", "model", "outcome")
-        self.http = counter("loraserve_http_responses", "HTTP answers by route and status", "route", "status")
-        self.aborts = counter("loraserve_gateway_aborts", "Requests that an engine was told to drop", "reason")
-        self.route_s = Histogram(
-            "loraserve_route_seconds", "Router asked until an engine has it", registry=registry, buckets=TOKEN_BUCKETS_S
-        )
+        self.requests = metrics.counter("requests", "Generation requests by outcome", ("model", "outcome"))
+        self.http = metrics.counter("http_responses", "HTTP answers by route and status", ("route", "status"))
+        self.aborts = metrics.counter("gateway_aborts", "Requests that an engine was told to drop", ("reason",))
+        self.route_s = metrics.histogram("route_seconds", "Router asked until an engine has it", TOKEN_BUCKETS_S)
 
 
 class ClusterCollector(Collector):

@@ -59,7 +59,7 @@ async def unload_adapter(http: web.Request) -> web.Response:
     except RequestTimeout as error:
         raise store_silent(UNREGISTER_TIMEOUT_S) from error
     await gateway.registry.refresh()
-    gateway.log.info("gateway.adapter_unloaded", adapter=request.lora_name)
+    gateway.log.info("adapter_unloaded", adapter=request.lora_name)
     return web.Response(text=f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
 
 
@@ -73,7 +73,7 @@ async def register(gateway: Gateway, name: str, path: str, replace: bool) -> Ada
     except RequestTimeout as error:
         raise store_silent(REGISTER_TIMEOUT_S) from error
     await gateway.registry.refresh()
-    gateway.log.info("gateway.adapter_loaded", adapter=name, version=done.adapter.version, created=done.created)
+    gateway.log.info("adapter_loaded", adapter=name, version=done.adapter.version, created=done.created)
     return done.adapter
 
 

@@ -1,9 +1,9 @@
 """This gateway's copy of the store's registry: adapter names to the versions that serve them."""
 
 import asyncio
-from typing import Protocol
 
 from loraserve.bus.protocol import Bus
+from loraserve.clock import Clock
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.gateway.errors import model_not_found, unavailable
 from loraserve.messages import AdapterList, AdapterRef, ListAdapters, RegistryChanged
@@ -11,10 +11,6 @@ from loraserve.messages import AdapterList, AdapterRef, ListAdapters, RegistryCh
 STORE = "store"
 ASK_TIMEOUT_S = 2.0
 ASK_INTERVAL_S = 0.2
-
-
-class Clock(Protocol):
-    def monotonic_s(self) -> float: ...
 
 
 class Registry:

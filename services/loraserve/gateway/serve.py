@@ -108,10 +108,10 @@ async def answer(gateway: Gateway, request: web.Request, call: Call) -> web.Stre
         outcome = error.code or "error"
         if sending.response is None:
             raise
-        gateway.log.warning("gateway.stream_failed", request_id=request[REQUEST_ID], error=error.message)
+        gateway.log.warning("stream_failed", request_id=request[REQUEST_ID], error=error.message)
         await fail_stream(request, sending.response, error)
     except ConnectionError:
-        gateway.log.info("gateway.client_left", request_id=request[REQUEST_ID])
+        gateway.log.info("client_left", request_id=request[REQUEST_ID])
     finally:
         gateway.metrics.requests.labels(call.target.name, outcome).inc()
     return sending.response or web.Response(status=CLIENT_LEFT)

@@ -34,6 +34,7 @@ class Stream:
         self.engine = ""
         self.incarnation = ""
         self.routed_s = 0.0
+        self.heard_s = 0.0
         self.received_tokens = 0
         self.cached_tokens = 0
         self.duplicate_tokens = 0
@@ -50,16 +51,17 @@ class Stream:
 
     def routed(self, engine: str, incarnation: str, now: float) -> set[str]:
         """From now on only this engine's tokens count. Returns other engines that sent some."""
-        self.engine, self.incarnation, self.routed_s = engine, incarnation, now
+        self.engine, self.incarnation = engine, incarnation
+        self.routed_s = self.heard_s = now
         early, self._early = self._early, []
         for sender, past, event in early:
             if isinstance(event, Failed):
                 self.on_failed(event)
             elif (sender, past) == (engine, incarnation):
-                self.on_delta(sender, past, event)
+                self.on_delta(sender, past, event, now)
         return {sender for sender, _, _ in early} - {engine}
 
-    def on_delta(self, engine: str, incarnation: str, delta: TokenDelta) -> bool:
+    def on_delta(self, engine: str, incarnation: str, delta: TokenDelta, now: float) -> bool:
         """False when the sender should be told to stop: it is not this stream's engine, or the stream failed."""
         if not self.engine:
             self._early.append((engine, incarnation, delta))
@@ -71,6 +73,7 @@ class Stream:
         if delta.index > self.received_tokens:
             self.fail(_gap(self.engine, self.received_tokens, delta.index))
             return False
+        self.heard_s = now
         self._append(delta)
         return True
 
@@ -145,7 +148,7 @@ class StreamTable:
         unwanted = []
         for delta in batch.deltas:
             stream = self._streams.get(delta.request_id)
-            if stream is None or not stream.on_delta(batch.engine, batch.incarnation, delta):
+            if stream is None or not stream.on_delta(batch.engine, batch.incarnation, delta, now):
                 self.stray_deltas += 1
                 if delta.finish is None and self._may_abort(delta.request_id, now):
                     unwanted.append(delta.request_id)
@@ -157,7 +160,7 @@ class StreamTable:
             stream.on_failed(failed)
 
     def on_cluster_load(self, load: ClusterLoad, now: float) -> None:
-        """Fail the streams whose engine went away."""
+        """Fail the streams whose engine went away, or ended them without our hearing of it."""
         self.watch.observe(load, now)
         for stream in self._streams.values():
             if not stream.engine or stream.is_over:
@@ -165,6 +168,8 @@ class StreamTable:
             why = self.watch.gone(stream.engine, stream.incarnation, stream.routed_s, now)
             if why:
                 stream.fail(_died(stream.engine, why, stream.received_tokens))
+            elif self.watch.has_ended(stream.engine, stream.incarnation, stream.request_id, stream.heard_s):
+                stream.fail(_end_lost(stream.engine, stream.received_tokens))
 
     def fail_all(self, error: ApiError) -> None:
         for stream in self._streams.values():
@@ -203,6 +208,11 @@ class StreamTable:
 
 def _gap(engine: str, expected: int, found: int) -> ApiError:
     message = f"tokens {expected} to {found - 1} from {engine} were lost on the way; send the request again"
+    return refused("stream_interrupted", message)
+
+
+def _end_lost(engine: str, received_tokens: int) -> ApiError:
+    message = f"what {engine} sent after {received_tokens} tokens was lost on the way; send the request again"
     return refused("stream_interrupted", message)
 
 

@@ -7,6 +7,9 @@ from loraserve.messages import ClusterLoad, EngineLoad
 HEARD_RECENTLY_S = 1.0
 """An engine whose token came this recently lives, whatever a report says: reports are older than tokens."""
 
+LOST_AFTER_S = 1.5
+"""A request that its engine no longer has this long after the last token has ended, and the end was lost."""
+
 CLOCK_MARGIN_S = 0.25
 """A report is dated from its age when published; the way from there to here takes time too."""
 
@@ -62,3 +65,12 @@ class EngineWatch:
         if not report.alive and now - proof_s > self._dead_after_s:
             return "it stopped reporting"
         return ""
+
+    def has_ended(self, engine: str, incarnation: str, request_id: str, silent_since_s: float) -> bool:
+        """Whether the engine listed its requests well after ``silent_since_s`` and this one is not among them."""
+        report = self.reports.get(engine)
+        if report is None or report.load.incarnation != incarnation:
+            return False
+        load = report.load
+        lists_all = len(load.request_ids) == load.running + load.waiting
+        return lists_all and report.reported_s > silent_since_s + LOST_AFTER_S and request_id not in load.request_ids

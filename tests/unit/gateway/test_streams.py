@@ -1,5 +1,6 @@
 """Tokens of many requests: in order, once each, from the right engine; everything else fails its stream alone."""
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -27,7 +28,7 @@ def engine_seen(
         incarnation=incarnation,
         state="READY",
         waiting=0,
-        running=0,
+        running=1,
         waiting_prefill_tokens=0,
         kv_blocks_total=10,
         kv_blocks_free=10,
@@ -230,6 +231,25 @@ def test_a_request_just_routed_to_a_restarted_engine_survives_old_reports() -> N
     assert stream.failure is None
     table.on_cluster_load(cluster_load(engine_seen(incarnation="newer")), 12.0)
     assert stream.failure is not None
+
+
+def test_a_lost_end_is_noticed_when_the_engine_no_longer_lists_the_request() -> None:
+    here = Table("a", "b")
+    here.table.on_batch(batch(TokenDelta("a", 0, (1,))), 1.0)
+
+    def report(now: float, *request_ids: str, running: int) -> bool:
+        seen = engine_seen()
+        load = msgspec.structs.replace(seen.load, request_ids=request_ids, running=running)
+        here.table.on_cluster_load(cluster_load(msgspec.structs.replace(seen, load=load)), now)
+        return here.streams["a"].failure is not None
+
+    assert not report(2.0, "b", running=1), "too soon: the end may still be on its way"
+    assert not report(5.0, "a", "b", running=2)
+    assert not report(6.0, "b", running=2), "the list is not complete"
+    assert report(7.0, "b", running=1)
+    assert here.tokens("a") == [1]
+    assert failure(here.streams["a"]).code == "stream_interrupted"
+    assert here.streams["b"].failure is None
 
 
 def test_a_restarted_monitor_that_knows_nobody_yet_kills_nothing() -> None:
