@@ -81,8 +81,11 @@ class Link:
             self._backlog.withdraw(correlation)
 
     def close(self, linger_ms: int) -> None:
+        """What was sent may still leave for ``linger_ms``, also to a peer that is only just coming."""
         if self._socket.closed:
             return
+        if linger_ms:
+            self._hand_over()
         for socket in (self._monitor, self._socket):
             self._loop.remove_reader(socket.fileno())
         self._socket.disable_monitor()
@@ -128,9 +131,13 @@ class Link:
 
     def _came(self) -> None:
         self._connected = True
+        self._hand_over()
+        self._look_again()
+
+    def _hand_over(self) -> None:
+        # The socket's own queue is as long as the backlog and empty.
         for parts in self._backlog.take_all():
             send_now(self._socket, parts)
-        self._look_again()
 
     def _went(self) -> None:
         # Answers that arrived before the connection was lost still count.

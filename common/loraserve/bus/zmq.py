@@ -5,13 +5,14 @@ import contextlib
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from types import UnionType
 from typing import Any
 
 import zmq
 
 from loraserve.bus import sockets, wire
-from loraserve.bus.addresses import Addresses, addresses, run_dir
+from loraserve.bus.addresses import IPC, Addresses, addresses, run_dir
 from loraserve.bus.claim import NameClaim
 from loraserve.bus.endpoint import Endpoint, new_incarnation
 from loraserve.bus.link import BURST_MESSAGES, Link, readable, receive_now, send_now
@@ -101,8 +102,7 @@ class ZmqBus(Endpoint):
         self._awake()
         # Waits for what lingers.
         await asyncio.to_thread(self._context.term)
-        if self._claim is not None:
-            self._claim.release()
+        self._release()
 
     def _listen(self, at: Addresses) -> None:
         if at.on_this_machine:
@@ -127,7 +127,14 @@ class ZmqBus(Endpoint):
         if self._inbox_source is not None:
             self._unwatch(self._inbox_source)
         self._context.term()
+        self._release()
+
+    def _release(self) -> None:
         if self._claim is not None:
+            at = addresses(self._config, self.name)
+            for address in (at.bind_inbox, at.bind_publications):
+                if address.startswith(IPC):
+                    Path(address.removeprefix(IPC)).unlink(missing_ok=True)
             self._claim.release()
 
     def _transmit(self, peer: str, message: Any, parts: wire.Parts) -> bool:
