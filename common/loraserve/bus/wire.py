@@ -92,5 +92,8 @@ def decode(decoder: "msgspec.msgpack.Decoder[Any]", payload: Frame) -> Any:
     """Strict decode. Raises msgspec.DecodeError, whose text has the path of what is wrong."""
     try:
         return decoder.decode(payload)
-    except RecursionError:
-        raise msgspec.DecodeError("nested too deeply") from None
+    except msgspec.DecodeError:
+        raise
+    except (ValueError, OverflowError, RecursionError) as error:
+        # Text that is no UTF-8, dates that do not exist, nesting without end: msgspec passes these on as they are.
+        raise msgspec.DecodeError(f"MessagePack data is malformed: {error}") from None
