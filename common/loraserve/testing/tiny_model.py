@@ -41,7 +41,7 @@ def write_tiny_model(directory: Path, family: str, seed: int = 0, dtype: Dtype =
             parameter.data = 1.0 + 0.3 * noise
         elif parameter.ndim == 1:
             parameter.data = 0.5 * noise
-        elif name.endswith("embed_tokens.weight"):
+        elif name.endswith("embed_tokens.weight") and not config.tie_word_embeddings:
             parameter.data = noise
         else:
             parameter.data = noise * parameter.shape[1] ** -0.5
@@ -60,6 +60,7 @@ def write_peft_adapter(
     rslora: bool = False,
     seed: int = 0,
     strength: float = 1.0,
+    dtype: Dtype = "float32",
 ) -> Path:
     """A random adapter on ``targets``, of ``rank`` except where a key of ``rank_pattern`` matches as PEFT matches it.
 
@@ -74,6 +75,7 @@ def write_peft_adapter(
     return write_peft(
         directory,
         named_tensors(pairs),
+        dtype,
         r=rank,
         lora_alpha=alpha,
         use_rslora=rslora,
