@@ -89,8 +89,17 @@ class Service:
             self._start_scope.reschedule(0.0)
 
     def spawn(self, work: Coroutine[Any, Any, None], envelope: Envelope | None = None) -> None:
-        """Run beside the inbox. If it fails that is logged, and the request that is being handled is refused."""
-        self._create(self._guard(work, envelope or _handling.get()))
+        """Run beside the inbox, until the service ends at the latest.
+
+        If it fails that is logged, and the request that is being handled (or ``envelope``) is refused.
+        """
+        if self._tasks is None and self._state is State.STARTING:
+            work.close()
+            raise RuntimeError(f"{self.bus.name} does not run yet, so nothing can be started in it")
+        guarded = self._guard(work, envelope or _handling.get())
+        if not self._create(guarded):
+            guarded.close()
+            work.close()
 
     async def run(self) -> None:
         """From STARTING to STOPPED. Raises what a loop or ``start`` raised."""
@@ -187,15 +196,23 @@ class Service:
             detail=self.starting_detail if self._state is State.STARTING else self.ready_detail(),
         )
 
-    def _create(self, work: Coroutine[Any, Any, None]) -> None:
+    def _create(self, work: Coroutine[Any, Any, None]) -> bool:
+        """False when the service is ending, which starts nothing new."""
         if self._tasks is None:
-            work.close()
-            raise RuntimeError(f"{self.bus.name} is not running, so nothing can be started in it")
-        task = self._tasks.create_task(work)
+            return False
+        try:
+            task = self._tasks.create_task(work)
+        except RuntimeError:
+            # A loop crashed and the group is shutting down.
+            return False
         self._running.add(task)
         task.add_done_callback(self._running.discard)
+        return True
 
     def _cancel_all(self) -> None:
+        # What is cancelled may spawn more on its way out, which nobody would cancel any more.
+        self._tasks = None
+        self._state = State.STOPPED
         for task in self._running:
             task.cancel()
 

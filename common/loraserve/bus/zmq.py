@@ -47,8 +47,12 @@ class ZmqBus(Endpoint):
         self._inbox_source: _Source | None = None
         self._publisher: sockets.Socket | None = None
         self._context = sockets.make_context()
-        if inbox is not None:
-            self._listen(addresses(config, name))
+        try:
+            if inbox is not None:
+                self._listen(addresses(config, name))
+        except ConfigError:
+            self._abandon()
+            raise
 
     def subscribe(self, peer: str, topic: str) -> None:
         if peer not in self._subscriptions:
@@ -116,7 +120,6 @@ class ZmqBus(Endpoint):
             address = at.bind_publications
             self._publisher = sockets.publishing_socket(self._context, address, self._queue_messages)
         except zmq.ZMQError as error:
-            self._abandon()
             raise ConfigError(
                 f"{self.name} cannot listen at {address}: {error.strerror}; is another process there? "
                 "Set bus.bind and bus.bind_pub, or stop it"
@@ -126,7 +129,7 @@ class ZmqBus(Endpoint):
         self._closed = True
         if self._inbox_source is not None:
             self._unwatch(self._inbox_source)
-        self._context.term()
+        self._context.destroy(linger=0)
         self._release()
 
     def _release(self) -> None:

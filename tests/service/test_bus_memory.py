@@ -1,0 +1,141 @@
+"""What only the network in memory can show: faults on demand, in virtual time."""
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from loraserve.bus import wire
+from loraserve.errors import PeerError, RequestTimeout
+from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
+from loraserve.testing.bus import Fault, MemoryBus, MemoryNetwork
+from loraserve.testing.clock import Deadlock, run_virtual
+
+PONG = Pong(name="b", state="READY", incarnation="", pid=1, protocol=PROTOCOL_VERSION)
+
+
+def pong(pid: int) -> Pong:
+    return Pong(name="b", state="READY", incarnation="", pid=pid, protocol=PROTOCOL_VERSION)
+
+
+async def pids(bus: MemoryBus, count: int) -> list[int]:
+    return [(await bus.receive()).message.pid for _ in range(count)]
+
+
+def test_lost_messages_are_lost_and_nothing_else() -> None:
+    async def scenario() -> None:
+        def lose_odd(sender: str, receiver: str, message: Any) -> Fault | None:
+            return Fault(copies=0) if message.pid % 2 else None
+
+        network = MemoryNetwork(lose_odd)
+        a, b = network.bus("a", Pong), network.bus("b", Pong)
+        assert all(a.send("b", pong(n)) for n in range(10))
+        assert await pids(b, 5) == [0, 2, 4, 6, 8]
+
+    asyncio.run(scenario())
+
+
+def test_a_lost_answer_is_a_timeout() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork(lambda sender, _, message: Fault(copies=0) if isinstance(message, Pong) else None)
+        a, b = network.bus("a", Ping), network.bus("b", Ping)
+        ask = asyncio.create_task(a.request("b", Ping(), Pong, 30))
+        b.respond(await b.receive(), PONG)
+        with pytest.raises(RequestTimeout):
+            await ask
+        assert asyncio.get_running_loop().time() == pytest.approx(30)
+
+    run_virtual(scenario())
+
+
+def test_a_doubled_request_is_answered_once_for_its_asker() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork(lambda *_: Fault(copies=2))
+        a, b = network.bus("a", Ping), network.bus("b", Ping)
+        ask = asyncio.create_task(a.request("b", Ping(), Pong, 30))
+        for n in range(2):
+            b.respond(await b.receive(), pong(n))
+        assert (await ask).pid == 0
+        assert a.counters.late_replies == 3
+
+    run_virtual(scenario())
+
+
+def test_a_delayed_message_holds_up_those_behind_it() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork(lambda _, __, message: Fault(delay_s=5.0) if message.pid == 1 else None)
+        a, b, c = network.bus("a", Pong), network.bus("b", Pong), network.bus("c", Pong)
+        for n in range(4):
+            a.send("b", pong(n))
+        c.send("b", pong(9))
+        assert await pids(b, 2) == [0, 9]
+        assert asyncio.get_running_loop().time() == 0
+        assert await pids(b, 3) == [1, 2, 3]
+        assert asyncio.get_running_loop().time() == pytest.approx(5, abs=1e-3)
+        await asyncio.sleep(1)
+        a.send("b", pong(4))
+        assert await pids(b, 1) == [4]
+
+    run_virtual(scenario())
+
+
+def test_another_version_is_refused_as_over_sockets() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        a, b = network.bus("a", Ping), network.bus("b", Ping)
+        future = wire.hello("a", a.incarnation, PROTOCOL_VERSION + 1)
+        b.arrive(future, wire.pack(wire.SEND, wire.NO_CORRELATION, Ping()))
+        assert b.counters.bad == {("a", "protocol_mismatch"): 1}
+        assert b.arrived_messages == 0
+
+    asyncio.run(scenario())
+
+
+def test_the_receiver_does_not_see_later_changes_of_a_buffer() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        a, b = network.bus("a", Ping), network.bus("b", Ping)
+        buffer = bytearray(b"before")
+        a.send("b", Ping(), [buffer])
+        buffer[:] = b"after!"
+        assert (await b.receive()).frames == (b"before",)
+
+    asyncio.run(scenario())
+
+
+def test_killing_cuts_both_directions_and_the_name_is_free_again() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        a, b = network.bus("a", Ping), network.bus("b", Ping, incarnation="00000000000000b1")
+        b.subscribe("a", "news")
+        network.kill("b")
+        assert not b.send("a", Ping())
+        with pytest.raises(RequestTimeout, match="closed"):
+            await b.request("a", Ping(), Pong, 1)
+        a.publish("news", Ping())
+        again = network.bus("b", Ping)
+        a.send("b", Ping())
+        assert (await again.receive()).topic == ""
+        assert again.incarnation != "00000000000000b1"
+
+    run_virtual(scenario())
+
+
+def test_refusals_pass_through_the_same_bytes() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        a, b = network.bus("a", Ping), network.bus("b", Ping)
+        ask = asyncio.create_task(a.request("b", Ping(), Pong, 30))
+        b.refuse(await b.receive(), "überlastet", "später")
+        with pytest.raises(PeerError, match="überlastet: später"):
+            await ask
+
+    run_virtual(scenario())
+
+
+def test_waiting_for_what_nobody_sends_is_a_deadlock_and_no_hang() -> None:
+    async def scenario() -> None:
+        await MemoryNetwork().bus("a", Ping).receive()
+
+    with pytest.raises(Deadlock):
+        run_virtual(scenario())
