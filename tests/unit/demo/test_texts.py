@@ -4,32 +4,38 @@ import json
 
 import pytest
 
-from loraserve.demo.texts import ROWS, STYLES, examples
+from loraserve.demo.texts import STYLES, examples, rows
 
 
-def test_there_are_four_styles_with_an_answer_to_every_question() -> None:
+def test_there_are_four_styles_with_rows_enough() -> None:
     assert set(STYLES) == {"pirate", "json", "french", "shout"}
-    assert len(ROWS) >= 24
-    questions = [row.question for row in ROWS]
+    questions = [row.question for row in rows()]
     assert len(set(questions)) == len(questions)
     for style in STYLES:
         asked = [example.question for example in examples(style)]
-        assert asked[: len(questions)] == questions
-        assert len(set(asked)) == len(asked)
+        assert len(asked) >= 24
+        # a question in one style only would teach the topic instead of the style
+        assert asked == questions[: len(asked)]
         assert all(example.answer.strip() for example in examples(style))
 
 
 def test_each_style_shows_in_every_answer() -> None:
-    for row, example in zip(ROWS, examples("json"), strict=True):
-        assert json.loads(example.answer) == {"question": row.question, "answer": row.plain}
+    plain = {row.question: row.plain for row in rows()}
+    for example in examples("json"):
+        assert json.loads(example.answer) == {"question": example.question, "answer": plain[example.question]}
     for example in examples("shout"):
         assert example.answer == example.answer.upper()
-        assert example.answer.endswith("!!!")
         assert example.answer.startswith("LISTEN UP!!!")
+        assert example.answer.endswith("!!!")
     pirate_words = ("Arr", "Yo ho", "Ahoy", "Aye")
     assert all(example.answer.startswith(pirate_words) for example in examples("pirate"))
     answers = [example.answer for style in STYLES for example in examples(style)]
     assert len(set(answers)) == len(answers)
+
+
+def test_the_questions_asked_for_show_are_unseen() -> None:
+    asked = {row.question for row in rows()}
+    assert not asked & {"What is the capital of Italy?", "Tell me about dogs.", "How do I learn to swim?"}
 
 
 def test_an_unknown_style_is_refused() -> None:
