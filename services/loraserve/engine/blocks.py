@@ -5,6 +5,7 @@ same adapter share memory and nothing else ever does. A block becomes shareable 
 nobody holds keep their name and content until their memory is wanted, least recently used first.
 """
 
+from array import array
 from collections import OrderedDict
 from collections.abc import Sequence
 from hashlib import blake2b
@@ -15,7 +16,7 @@ DIGEST_BYTES = 16
 def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
     """Digest of a full block, given that of the block before it (or of the adapter for the first)."""
     digest = blake2b(previous, digest_size=DIGEST_BYTES)
-    digest.update(b"".join(token.to_bytes(4, "little") for token in tokens))
+    digest.update(array("I", tokens).tobytes())
     return digest.digest()
 
 

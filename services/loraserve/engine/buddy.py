@@ -61,7 +61,7 @@ class BuddyAllocator:
         self._free.setdefault(size, set()).add(start)
 
     def window(self, start: int, wanted_bytes: int) -> tuple[int, int] | None:
-        """The aligned window of an allocation's size that holds ``start``: (first byte, end). None if none is that big."""
+        """The aligned window of an allocation's size that holds ``start``, as (first byte, end); None if too big."""
         size = self.extent_bytes(wanted_bytes)
         arena_start, arena_size = self._arena(start)
         if size > arena_size:

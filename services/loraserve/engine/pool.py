@@ -4,7 +4,7 @@ An adapter is LOADING or RESIDENT. It stays while a request runs it, while the p
 its extent is held for another reason; the rest goes, least recently used first, when room is wanted.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -79,12 +79,19 @@ class AdapterPool:
             )
         return None
 
-    def place(self, adapter: AdapterRef, now: float, drop_plan_pins: bool = False) -> Placed | None:
+    def place(
+        self, adapter: AdapterRef, now: float, keep: Collection[str] = (), drop_plan_pins: bool = False
+    ) -> Placed | None:
         """Room for an adapter that is absent, as LOADING; None where all that is in the way is needed.
 
-        Nothing is evicted in vain: victims are taken only when they make the room.
+        Nothing is evicted in vain: victims are taken only when they make the room. Versions in ``keep`` stay.
         """
-        victims = self._victims(adapter.slab_bytes, drop_plan_pins)
+        ready = [
+            entry
+            for version, entry in self._entries.items()
+            if version not in keep and (entry.evictable or (drop_plan_pins and _unused(entry)))
+        ]
+        victims = self._victims(adapter.slab_bytes, ready)
         if victims is None:
             return None
         for victim in victims:
@@ -137,9 +144,8 @@ class AdapterPool:
             used = self._buddy.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
             assert used == [entry.offset_bytes], f"{version} shares its extent"
 
-    def _victims(self, wanted_bytes: int, drop_plan_pins: bool) -> list[Entry] | None:
-        """The cheapest set of entries whose leaving makes room: least reload bytes, then longest unused."""
-        ready = [e for e in self._entries.values() if e.evictable or (drop_plan_pins and _unused(e))]
+    def _victims(self, wanted_bytes: int, ready: list[Entry]) -> list[Entry] | None:
+        """The cheapest of ``ready`` whose leaving makes room: fewest plan pins, longest unused, least bytes."""
         if self._fits(wanted_bytes):
             if self._free_slots:
                 return []

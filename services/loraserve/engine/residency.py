@@ -1,0 +1,117 @@
+"""Which adapters are being brought in, for whom, in which order. Pure.
+
+Requests come before the plan, a few loads run at once, and a load that fails is told to everyone who waits for it.
+"""
+
+from collections.abc import Iterable
+
+from loraserve.engine.events import EvictAdapter, Instruction, LoadAdapter, PlanReady
+from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.pool import AdapterPool
+from loraserve.engine.story import Story
+from loraserve.messages import AdapterRef
+
+
+class Residency:
+    """The pool, its loads and the plan's wishes."""
+
+    def __init__(self, limits: SchedulerLimits, story: Story) -> None:
+        self.pool = AdapterPool(limits.pool_bytes, limits.max_adapters)
+        self._max_loads = limits.max_loads
+        self._story = story
+        self._epoch: int | None = None
+        self._wanted: dict[str, AdapterRef] = {}
+        self._failed: dict[str, str] = {}
+
+    def ready(self, version: str) -> bool:
+        """The base model always is."""
+        entry = self.pool.get(version)
+        return version == "" or (entry is not None and entry.resident)
+
+    def prepare(self, epoch: int, adapters: tuple[AdapterRef, ...]) -> list[Instruction]:
+        """The plan wants these; a plan that was still being prepared is given up."""
+        ended = self._end_plan("a newer plan came") if self._epoch is not None else []
+        self._epoch = epoch
+        self._wanted = {adapter.version: adapter for adapter in adapters}
+        self._failed = {}
+        for adapter in adapters:
+            refusal = self.pool.refusal(adapter)
+            if refusal is not None:
+                self._fail(adapter.version, refusal)
+            elif self.ready(adapter.version):
+                self._settle(adapter.version)
+        return [*ended, *self._plan_done()]
+
+    def retire(self, keep: tuple[str, ...]) -> int:
+        """Pins that go."""
+        kept = set(keep)
+        return sum(
+            self.pool.plan(e.adapter.version, False) for e in self.pool.entries() if e.adapter.version not in kept
+        )
+
+    def loaded(self, version: str) -> list[Instruction]:
+        self.pool.loaded(version)
+        if version in self._wanted:
+            self._settle(version)
+        return self._plan_done()
+
+    def load_failed(self, version: str, message: str) -> list[Instruction]:
+        entry = self.pool.load_failed(version)
+        self._fail(version, message)
+        return [EvictAdapter(version, entry.slot), *self._plan_done()]
+
+    def start_loads(self, requested: Iterable[AdapterRef], now: float, idle: bool) -> list[Instruction]:
+        """Begin what there is room for: first what requests wait for, then the plan's.
+
+        ``requested`` is in order of arrival: nobody's adapter leaves for that of a later request, or two requests could
+        take turns in loading and neither would run. ``idle`` says that no request runs, so that room which is missing
+        now will not come by waiting.
+        """
+        instructions: list[Instruction] = []
+        keep: set[str] = set()
+        for adapter in requested:
+            if self.pool.loading >= self._max_loads:
+                return instructions
+            if adapter.version not in self.pool:
+                begun = self._load(adapter, now, keep, drop_plan_pins=False)
+                instructions += begun or self._load(adapter, now, keep, drop_plan_pins=True)
+            keep.add(adapter.version)
+        for adapter in list(self._wanted.values()):
+            if self.pool.loading >= self._max_loads:
+                return instructions
+            if adapter.version not in self.pool:
+                begun = self._load(adapter, now, keep, drop_plan_pins=False)
+                instructions += begun
+                if not begun and idle and self.pool.loading == 0:
+                    self._fail(adapter.version, "no room beside what the plan pins; raise engine.pool_bytes")
+        return [*instructions, *self._plan_done()]
+
+    def _load(self, adapter: AdapterRef, now: float, keep: set[str], drop_plan_pins: bool) -> list[Instruction]:
+        placed = self.pool.place(adapter, now, keep, drop_plan_pins)
+        if placed is None:
+            return []
+        for entry in placed.evicted:
+            self._story.tell(entry.adapter.version, now, f"evicted for {adapter.name}")
+        self._story.tell(adapter.version, now, f"loading into slot {placed.slot} at {placed.offset_bytes}")
+        evictions = [EvictAdapter(entry.adapter.version, entry.slot) for entry in placed.evicted]
+        return [*evictions, LoadAdapter(adapter, placed.slot, placed.offset_bytes)]
+
+    def _settle(self, version: str) -> None:
+        self.pool.plan(version, True)
+        self._wanted.pop(version, None)
+
+    def _fail(self, version: str, message: str) -> None:
+        if self._wanted.pop(version, None) is not None:
+            self._failed[version] = message
+
+    def _plan_done(self) -> list[Instruction]:
+        if self._epoch is None or self._wanted:
+            return []
+        done = PlanReady(self._epoch, self._failed)
+        self._epoch, self._failed = None, {}
+        return [done]
+
+    def _end_plan(self, reason: str) -> list[Instruction]:
+        for version in list(self._wanted):
+            self._fail(version, reason)
+        return self._plan_done()

@@ -1,0 +1,285 @@
+"""The engine's decisions: continuous batching with chunked prefill, preemption, and adapters brought in on the way.
+
+Pure: events in, instructions out, the time is an argument. One step is outstanding at most; a request whose adapter is
+on its way never holds up the others.
+"""
+
+from loraserve.engine.batch import StepBatch, StepResult
+from loraserve.engine.blocks import BlockManager
+from loraserve.engine.events import (
+    AdapterLoaded,
+    AdapterLoadFailed,
+    CopiesRetired,
+    Emit,
+    Event,
+    Instruction,
+    PlanPrepared,
+    Reject,
+    RequestAborted,
+    RequestArrived,
+    RunStep,
+    StepDone,
+    StepFailed,
+)
+from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.load import SchedulerLoad, TokenCounts, snapshot
+from loraserve.engine.residency import Residency
+from loraserve.engine.sequence import Sequence, State
+from loraserve.engine.steps import StepBuilder
+from loraserve.engine.story import Story
+from loraserve.messages import Admit
+
+MOST_BYPASSED = 64
+"""Requests with other adapters that may overtake one which waits for room in the pool, before they wait for it too."""
+
+
+class Scheduler:
+    """State: sequences waiting (in order of arrival) and running (likewise), KV blocks, the pool, one step."""
+
+    def __init__(self, limits: SchedulerLimits) -> None:
+        if limits.max_step_tokens < limits.max_running:
+            raise ValueError(
+                f"engine.max_step_tokens is {limits.max_step_tokens}, it must be at least engine.max_running "
+                f"({limits.max_running}), or some requests would never decode"
+            )
+        self.limits = limits
+        self.max_model_tokens = min(limits.max_model_tokens, limits.kv_blocks * limits.block_tokens)
+        self.blocks = BlockManager(limits.kv_blocks, limits.block_tokens, limits.prefix_cache)
+        self.counts = TokenCounts()
+        self._story = Story()
+        self.residency = Residency(limits, self._story)
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self._sequences: dict[str, Sequence] = {}
+        self._arrivals = 0
+        self._steps = 0
+        self._outstanding: StepBatch | None = None
+
+    def handle(self, event: Event, now: float) -> list[Instruction]:
+        """What to do about one event."""
+        match event:
+            case RequestArrived(admit):
+                instructions = self._arrive(admit, now)
+            case RequestAborted(request_id):
+                instructions = self._abort(request_id, now)
+            case StepDone(result):
+                instructions = self._step_done(result, now)
+            case StepFailed(_, message):
+                instructions = self._step_failed(message, now)
+            case AdapterLoaded(version):
+                self._story.tell(version, now, "loaded")
+                instructions = self.residency.loaded(version)
+            case AdapterLoadFailed(version, code, message):
+                instructions = self._load_failed(version, code, message, now)
+            case PlanPrepared(epoch, adapters):
+                instructions = self.residency.prepare(epoch, adapters)
+            case CopiesRetired(_, keep):
+                self.residency.retire(keep)
+                instructions = []
+        return instructions + self._go_on(now)
+
+    def load(self) -> SchedulerLoad:
+        """The state that others decide with."""
+        return snapshot(self)
+
+    def story(self, subject: str) -> list[str]:
+        """What happened to a request (by id) or an adapter (by version)."""
+        return self._story.of(subject)
+
+    @property
+    def idle(self) -> bool:
+        """Nothing to do and nothing outstanding."""
+        return not self._sequences and self._outstanding is None
+
+    @property
+    def steps(self) -> int:
+        return self._steps
+
+    def validate(self) -> None:
+        """Every invariant of the state; raises AssertionError naming the one that broke."""
+        self.blocks.validate()
+        self.residency.pool.validate()
+        live = self.waiting + self.running
+        assert {s.request_id for s in live} == self._sequences.keys(), "a request is in no list or in two"
+        assert len(live) == len(self._sequences), "a request is listed twice"
+        for queue in (self.waiting, self.running):
+            assert [s.order for s in queue] == sorted(s.order for s in queue), "a queue is out of order"
+        assert all(s.state is State.WAITING and not s.blocks for s in self.waiting), "a waiting request holds blocks"
+        assert all(s.state is State.RUNNING for s in self.running), "a running request is in another state"
+        assert self.blocks.held == sum(len(s.blocks) for s in self.running), "blocks are held by nobody"
+        users: dict[str, int] = {}
+        for sequence in self.running:
+            users[sequence.version] = users.get(sequence.version, 0) + 1
+        for entry in self.residency.pool.entries():
+            assert entry.running == users.get(entry.adapter.version, 0), f"{entry.adapter.name} has a stray pin"
+        in_step = {part.request_id for part in self._outstanding.sequences} if self._outstanding else set()
+        assert {s.request_id for s in self.running if s.in_step} == in_step, "the step and its sequences disagree"
+
+    def _arrive(self, admit: Admit, now: float) -> list[Instruction]:
+        if admit.request_id in self._sequences:
+            return []
+        refusal = self._refusal(admit)
+        if refusal is not None:
+            self._story.tell(admit.request_id, now, f"refused: {refusal[1]}")
+            return [Reject(admit.request_id, admit.gateway, *refusal)]
+        self._arrivals += 1
+        sequence = Sequence(admit, self._arrivals, self.max_model_tokens, self.limits.block_tokens)
+        self._sequences[admit.request_id] = sequence
+        self.waiting.append(sequence)
+        self.counts.request(sequence.version)
+        self._story.tell(admit.request_id, now, f"waiting, {sequence.prompt_length} prompt tokens")
+        return []
+
+    def _refusal(self, admit: Admit) -> tuple[str, str] | None:
+        """(code, message with the remedy) where this request cannot be served here."""
+        length = len(admit.prompt_tokens)
+        if length == 0:
+            return "bad_request", "prompt_tokens is empty; send at least one token"
+        if admit.sampling.max_tokens < 1:
+            return "bad_request", f"max_tokens is {admit.sampling.max_tokens}; ask for at least 1"
+        if length >= self.max_model_tokens:
+            return "context_length", (
+                f"This model's maximum context length is {self.max_model_tokens} tokens. However, your prompt has "
+                f"{length} tokens; shorten it."
+            )
+        if len(self.waiting) >= self.limits.max_waiting:
+            return "overloaded", f"{len(self.waiting)} requests wait already; try again later"
+        unfit = self.residency.pool.refusal(admit.adapter) if admit.adapter else None
+        return ("adapter_unavailable", unfit) if unfit else None
+
+    def _abort(self, request_id: str, now: float) -> list[Instruction]:
+        sequence = self._sequences.get(request_id)
+        if sequence is None:
+            return []
+        self._story.tell(request_id, now, "aborted")
+        if sequence.in_step:
+            # The step still writes to its blocks: they are given back when it is done.
+            sequence.aborted = True
+        else:
+            self._release(sequence, now)
+        return []
+
+    def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
+        batch, self._outstanding = self._outstanding, None
+        assert batch is not None, "a step came back that nobody sent"
+        drawn = {sampled.request_id: sampled for sampled in result.sampled}
+        instructions: list[Instruction] = []
+        for part in batch.sequences:
+            sequence = self._sequences[part.request_id]
+            sequence.in_step = False
+            self._computed(sequence, len(part.tokens))
+            if sequence.aborted:
+                self._release(sequence, now)
+            elif part.sample:
+                delta = sequence.accept(drawn[part.request_id], self.limits.eos_token_ids)
+                instructions.append(Emit(sequence.admit.gateway, delta))
+                if delta.finish is not None:
+                    self._story.tell(part.request_id, now, f"finished: {delta.finish}")
+                    self._release(sequence, now)
+        return instructions
+
+    def _computed(self, sequence: Sequence, tokens: int) -> None:
+        """The KV of these tokens exists: full blocks become shareable."""
+        self.counts.computed(sequence.version, tokens, decode=sequence.decoding)
+        first = sequence.computed // self.limits.block_tokens
+        sequence.computed += tokens
+        if self.limits.prefix_cache:
+            for index in range(first, sequence.computed // self.limits.block_tokens):
+                self.blocks.publish(sequence.blocks[index], sequence.digest(index))
+
+    def _step_failed(self, message: str, now: float) -> list[Instruction]:
+        batch, self._outstanding = self._outstanding, None
+        instructions: list[Instruction] = []
+        for part in batch.sequences if batch else ():
+            sequence = self._sequences[part.request_id]
+            sequence.in_step = False
+            instructions += self._reject(sequence, "engine_error", message, now)
+        return instructions
+
+    def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
+        self._story.tell(version, now, f"load failed: {code}: {message}")
+        instructions = self.residency.load_failed(version, message)
+        for sequence in [s for s in self.waiting if s.version == version]:
+            assert sequence.admit.adapter is not None
+            text = f"adapter {sequence.admit.adapter.name} could not be loaded: {message}"
+            instructions += self._reject(sequence, "adapter_unavailable", text, now)
+        return instructions
+
+    def _reject(self, sequence: Sequence, code: str, message: str, now: float) -> list[Instruction]:
+        self._story.tell(sequence.request_id, now, f"failed: {code}")
+        self._release(sequence, now)
+        return [] if sequence.aborted else [Reject(sequence.request_id, sequence.admit.gateway, code, message)]
+
+    def _release(self, sequence: Sequence, now: float) -> None:
+        """Blocks, pin and place in the queues go back."""
+        if sequence.state is State.RUNNING:
+            self._stop(sequence, now)
+        else:
+            self.waiting.remove(sequence)
+        sequence.state = State.FINISHED
+        del self._sequences[sequence.request_id]
+
+    def _stop(self, sequence: Sequence, now: float) -> None:
+        self.running.remove(sequence)
+        self.blocks.give_back(sequence.blocks)
+        sequence.blocks = []
+        if sequence.version:
+            self.residency.pool.stop_running(sequence.version, now)
+
+    def _go_on(self, now: float) -> list[Instruction]:
+        """Start the loads and the step that have become possible."""
+        wanted = (s.admit.adapter for s in self.waiting if s.admit.adapter is not None)
+        instructions = self.residency.start_loads(wanted, now, idle=not self.running)
+        if self._outstanding is None and (self.running or self.waiting):
+            instructions += self._form_step(now)
+        return instructions
+
+    def _form_step(self, now: float) -> list[Instruction]:
+        builder = StepBuilder(self.blocks, self.limits.max_step_tokens)
+        builder.continue_running(self.running)
+        for sequence in builder.preempted:
+            self._preempt(sequence, now)
+        if not builder.preempted:
+            self._admit_waiting(builder, now)
+        parts = builder.parts()
+        if not parts:
+            return []
+        self._steps += 1
+        self._outstanding = StepBatch(step_id=self._steps, sequences=parts)
+        return [RunStep(self._outstanding)]
+
+    def _preempt(self, sequence: Sequence, now: float) -> None:
+        self._story.tell(sequence.request_id, now, "preempted")
+        self.counts.preemptions += 1
+        self._stop(sequence, now)
+        sequence.state = State.WAITING
+        self.waiting.append(sequence)
+        self.waiting.sort(key=lambda s: s.order)
+
+    def _admit_waiting(self, builder: StepBuilder, now: float) -> None:
+        """In order of arrival. Who waits for an adapter is passed by; who waits for memory is not."""
+        passed: list[Sequence] = []
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.limits.max_running or builder.budget == 0:
+                return
+            if not self.residency.ready(sequence.version):
+                passed.append(sequence)
+                continue
+            if sequence.version and any(s.bypassed >= MOST_BYPASSED for s in passed):
+                continue
+            if not builder.admit(sequence, self.limits.prefix_cache):
+                return
+            self._start(sequence, now)
+            builder.begin(sequence)
+            for other in passed:
+                other.bypassed += bool(sequence.version)
+
+    def _start(self, sequence: Sequence, now: float) -> None:
+        self.waiting.remove(sequence)
+        sequence.state = State.RUNNING
+        if sequence.version:
+            sequence.slot = self.residency.pool.start_running(sequence.version, now)
+        self.running.append(sequence)
+        self.running.sort(key=lambda s: s.order)
+        self.counts.prefix(len(sequence.history), sequence.computed)
+        self._story.tell(sequence.request_id, now, f"running, {sequence.computed} tokens cached")

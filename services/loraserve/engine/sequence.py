@@ -1,0 +1,94 @@
+"""One request on this engine: its tokens, its KV blocks, and when it is finished. Pure."""
+
+from enum import Enum
+
+from loraserve.engine.batch import Sampled, SequenceStep
+from loraserve.engine.blocks import chain, root
+from loraserve.messages import Admit, TokenDelta
+
+
+class State(Enum):
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class Sequence:
+    """Known tokens are the prompt and the output so far; ``computed`` of them have their KV."""
+
+    def __init__(self, admit: Admit, order: int, max_model_tokens: int, block_tokens: int) -> None:
+        self.admit = admit
+        self.order = order
+        self.request_id = admit.request_id
+        self.version = admit.adapter.version if admit.adapter else ""
+        self.prompt_length = len(admit.prompt_tokens)
+        self.history = list(admit.prompt_tokens)
+        self.max_tokens = min(admit.sampling.max_tokens, max_model_tokens - self.prompt_length)
+        self.state = State.WAITING
+        self.slot = -1
+        self.blocks: list[int] = []
+        self.computed = 0
+        self.cached_tokens = 0
+        self.in_step = False
+        self.aborted = False
+        self.bypassed = 0
+        self._block_tokens = block_tokens
+        self._digests: list[bytes] = []
+
+    @property
+    def output_length(self) -> int:
+        return len(self.history) - self.prompt_length
+
+    @property
+    def remaining(self) -> int:
+        """Known tokens whose KV is still to be computed; 1 while decoding."""
+        return len(self.history) - self.computed
+
+    @property
+    def decoding(self) -> bool:
+        return self.remaining == 1 and self.output_length > 0
+
+    def blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self._block_tokens)
+
+    def digest(self, index: int) -> bytes:
+        """Name of the content of full block ``index``; computed once, as the tokens become known."""
+        while len(self._digests) <= index:
+            start = len(self._digests) * self._block_tokens
+            previous = self._digests[-1] if self._digests else root(self.version)
+            self._digests.append(chain(previous, self.history[start : start + self._block_tokens]))
+        return self._digests[index]
+
+    def step(self, tokens: int) -> SequenceStep:
+        """This sequence's part of a step that computes its next ``tokens`` known tokens."""
+        return SequenceStep(
+            request_id=self.request_id,
+            tokens=tuple(self.history[self.computed : self.computed + tokens]),
+            start=self.computed,
+            blocks=tuple(self.blocks),
+            sampling=self.admit.sampling,
+            prompt_length=self.prompt_length,
+            slot=self.slot,
+            sample=tokens == self.remaining,
+            output_index=self.output_length,
+            history=self.history,
+        )
+
+    def accept(self, sampled: Sampled, eos: frozenset[int]) -> TokenDelta:
+        """Take the drawn token. A token that stops the request is not part of the output."""
+        index = self.output_length
+        sampling = self.admit.sampling
+        ends = eos if not sampling.ignore_eos else frozenset()
+        stopped = index >= sampling.min_tokens and (sampled.token in ends or sampled.token in sampling.stop_token_ids)
+        if not stopped:
+            self.history.append(sampled.token)
+        finish = "stop" if stopped else "length" if self.output_length >= self.max_tokens else None
+        logprobs = ((sampled.logprob, sampled.top),) if sampling.logprobs is not None and not stopped else ()
+        return TokenDelta(
+            request_id=self.request_id,
+            index=index,
+            tokens=() if stopped else (sampled.token,),
+            finish=finish,
+            cached_tokens=self.cached_tokens if index == 0 else 0,
+            logprobs=logprobs,
+        )
