@@ -1,9 +1,14 @@
 """``python -m loraserve.gateway --config FILE``."""
 
+import os
 import sys
 
-from loraserve.gateway.service import GatewayService
-from loraserve.process import main
+# A tokenizer needs no torch, but transformers imports it where it can: seconds, and a quarter of a gigabyte.
+sys.modules["torch"] = None  # type: ignore[assignment]
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+
+from loraserve.gateway.service import GatewayService  # noqa: E402
+from loraserve.process import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main(GatewayService, "gateway-0"))

@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 PLANNER = "planner"
 CONTROL = ("store", PLANNER, "monitor", "router")
-PLAN_TIMEOUT_S = 2.0
+PLAN_TIMEOUT_S = 1.0
 REBALANCE_MARGIN_S = 15.0
 
 

@@ -103,7 +103,8 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 def has_key(header: str, keys: tuple[str, ...]) -> bool:
     scheme, _, given = header.partition(" ")
     # Every key is compared in constant time, so that timing tells nothing about any.
-    matches = [hmac.compare_digest(given.strip().encode(), key.encode()) for key in keys]
+    token = given.strip().encode("utf-8", "surrogateescape")
+    matches = [hmac.compare_digest(token, key.encode()) for key in keys]
     return scheme.lower() == "bearer" and any(matches)
 
 

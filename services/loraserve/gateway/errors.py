@@ -88,7 +88,7 @@ def refused(code: str, message: str, retry_after_s: float = 1.0) -> ApiError:
             return ApiError(429, message, type_=OVERLOAD, code=code, retry_after_s=retry_after_s)
         case "bad_request":
             return bad_request(message, code=code)
-        case "no_engine" | "adapter_unavailable" | "engine_died" | "stream_interrupted":
+        case "no_engine" | "adapter_unavailable" | "engine_died" | "stream_interrupted" | "starting" | "timeout":
             return unavailable(message, code, retry_after_s)
         case _:
             return ApiError(500, message, type_=SERVER, code=code)

@@ -6,7 +6,7 @@ from aiohttp import web
 
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.gateway.context import GATEWAY, Gateway
-from loraserve.gateway.errors import ApiError, bad_request, unavailable
+from loraserve.gateway.errors import ApiError, bad_request, refused, unavailable
 from loraserve.gateway.openai_schema import LoadAdapterRequest, UnloadAdapterRequest, decode
 from loraserve.gateway.registry import STORE
 from loraserve.messages import AdapterRef, AdapterRegistered, AdapterUnregistered, RegisterAdapter, UnregisterAdapter
@@ -15,6 +15,11 @@ REGISTER_TIMEOUT_S = 120.0
 """Checking and packing a large adapter from a slow disk takes its time."""
 
 UNREGISTER_TIMEOUT_S = 10.0
+
+ADAPTER_CODES = frozenset(
+    ("bad_format", "bad_shape", "bad_rank", "not_finite", "unsupported", "not_found", "duplicate", "bad_name")
+)
+"""What is wrong with the adapter or its name; any other code is the store's own trouble."""
 
 
 async def list_models(http: web.Request) -> web.Response:
@@ -53,7 +58,7 @@ async def unload_adapter(http: web.Request) -> web.Response:
         )
     except PeerError as error:
         if error.code != "not_found":
-            raise bad_request(error.message, "lora_name", error.code) from error
+            raise refused(error.code, error.message) from error
         message = f"The lora adapter '{request.lora_name}' cannot be found."
         raise ApiError(404, message, type_="NotFoundError", param="lora_name", code="not_found") from error
     except RequestTimeout as error:
@@ -78,6 +83,8 @@ async def register(gateway: Gateway, name: str, path: str, replace: bool) -> Ada
 
 
 def refused_adapter(name: str, error: PeerError) -> ApiError:
+    if error.code not in ADAPTER_CODES:
+        return refused(error.code, error.message)
     if error.code == "duplicate":
         message = (
             f"The lora adapter '{name}' has already been loaded. If you want to load the adapter in place, "

@@ -9,7 +9,7 @@ from loraserve.gateway.errors import model_not_found, unavailable
 from loraserve.messages import AdapterList, AdapterRef, ListAdapters, RegistryChanged
 
 STORE = "store"
-ASK_TIMEOUT_S = 2.0
+ASK_TIMEOUT_S = 1.0
 ASK_INTERVAL_S = 0.2
 
 

@@ -93,14 +93,14 @@ def check_length(gateway: Gateway, characters: int, param: str) -> None:
 
 async def answer(gateway: Gateway, request: web.Request, call: Call) -> web.StreamResponse:
     """Run it and answer. Raises ApiError while nothing has been sent yet."""
-    outcome = "cancelled"
+    outcome, run = "cancelled", None
     timeout_s = gateway.config.gateway.request_timeout_s
     sending = Sending(request)
-    run_ = _stream if call.request.stream else _whole
+    send = _stream if call.request.stream else _whole
     try:
         try:
             async with asyncio.timeout(timeout_s), generation(gateway, call.jobs, request[ARRIVED_S]) as run:
-                await run_(gateway, call, run, sending)
+                await send(gateway, call, run, sending)
         except TimeoutError as error:
             raise timed_out(timeout_s) from error
         outcome = "ok"
@@ -108,13 +108,32 @@ async def answer(gateway: Gateway, request: web.Request, call: Call) -> web.Stre
         outcome = error.code or "error"
         if sending.response is None:
             raise
-        gateway.log.warning("stream_failed", request_id=request[REQUEST_ID], error=error.message)
         await fail_stream(request, sending.response, error)
     except ConnectionError:
-        gateway.log.info("client_left", request_id=request[REQUEST_ID])
+        # The client left while something was written to it; engines have been told already.
+        pass
     finally:
         gateway.metrics.requests.labels(call.target.name, outcome).inc()
+        log_request(gateway, request, call, run, outcome)
     return sending.response or web.Response(status=CLIENT_LEFT)
+
+
+def log_request(gateway: Gateway, request: web.Request, call: Call, run: Generation | None, outcome: str) -> None:
+    """One line a request, whatever became of it."""
+    usage = run.usage() if run else {}
+    gateway.log.info(
+        "request",
+        request_id=request[REQUEST_ID],
+        id=call.id,
+        model=call.target.name,
+        version=call.target.version,
+        engines=run.engines if run else [],
+        outcome=outcome,
+        choices=len(call.jobs),
+        prompt_tokens=usage.get("prompt_tokens"),
+        completion_tokens=usage.get("completion_tokens"),
+        duration_s=round(gateway.clock.monotonic_s() - request[ARRIVED_S], 4),
+    )
 
 
 class Sending:

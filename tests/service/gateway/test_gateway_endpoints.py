@@ -11,6 +11,8 @@ import pytest
 from openai import AsyncOpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
+from loraserve.gateway.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest
+
 Start = Callable[..., AbstractAsyncContextManager[Any]]
 HI = [{"role": "user", "content": "hi"}]
 
@@ -227,6 +229,65 @@ def test_limits_and_http_errors_have_openai_s_shape(start_gateway: Start) -> Non
             }
             status, body = await gateway.post("/v1/chat/completions", wrong)
             assert (status, body["error"]["param"]) == (400, "messages[0].content[0]")
+
+    asyncio.run(scenario())
+
+
+ODD: list[Any] = [
+    None,
+    True,
+    0,
+    -1,
+    10**30,
+    1.5,
+    1e308,
+    "",
+    "\u0000",
+    [],
+    [[]],
+    [None],
+    {},
+    {"a": {}},
+    "tiny",
+    ["a", 1],
+]
+
+
+def test_no_body_makes_the_gateway_crash(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway("cluster.log_level=error") as gateway:
+            base: dict[str, Any] = {"model": "tiny", "max_tokens": 1}
+            cases: dict[str, tuple[Any, dict[str, Any]]] = {
+                "/v1/chat/completions": (ChatRequest, base | {"messages": HI}),
+                "/v1/completions": (CompletionRequest, base | {"prompt": "hi"}),
+                "/tokenize": (TokenizeRequest, {"prompt": "hi"}),
+            }
+            for path, (schema, body) in cases.items():
+                for field in schema.__struct_fields__:
+                    statuses = [(await gateway.post(path, body | {field: odd}))[0] for odd in ODD]
+                    assert set(statuses) <= {200, 400, 404}, (path, field, statuses)
+                    assert 400 in statuses or field in ("tool_choice", "response_format", "tools", "functions")
+
+    asyncio.run(scenario())
+
+
+def test_odd_bytes_in_paths_and_headers(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway('gateway.api_keys=["sk"]') as gateway:
+            key = "Authorization: Bearer sk\r\n"
+            cases = {
+                b"GET /v1/models/%FF%ED%A0%80 HTTP/1.1\r\nHost: x\r\n" + key.encode(): b"404",
+                b"GET /v1/models/%2e%2e/x HTTP/1.1\r\nHost: x\r\n" + key.encode(): b"404",
+                b"GET /%FF HTTP/1.1\r\nHost: x\r\n" + key.encode(): b"404",
+                b"GET /v1/models HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer \xff\xfe\r\n": b"401",
+                b"GET /live HTTP/1.1\r\nHost: x\r\nX-Request-Id: \xff\xfe\r\n": b"200",
+            }
+            for request, status in cases.items():
+                reader, writer = await asyncio.open_connection("127.0.0.1", gateway.service.port)
+                writer.write(request + b"Connection: close\r\n\r\n")
+                answer = await reader.read()
+                writer.close()
+                assert answer.split(b" ")[1] == status, answer
 
     asyncio.run(scenario())
 

@@ -193,6 +193,8 @@ def test_a_client_that_does_not_read_is_cut_off_and_costs_no_memory(start_gatewa
             await reader.readline()
             await gateway.until(lambda: not gateway.service.gateway.active_requests, "the request to be cut off")
             assert len(gateway.service.gateway.streams) == 0
+            outcome = gateway.service.gateway.metrics.requests.labels("tiny", "timeout")
+            assert outcome._value.get() == 1
             writer.close()
 
     asyncio.run(scenario())
