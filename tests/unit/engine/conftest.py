@@ -110,7 +110,6 @@ def make_adapters(tmp_path: Path) -> Callable[[ModelRunner], list[Path]]:
     """
 
     def make(runner: ModelRunner) -> list[Path]:
-        shape = runner.shape
         pattern = {"q_proj": 2, "layers.1.mlp.down_proj": 24, "k_proj": 5}
         write = partial(write_peft_adapter, shape=runner.shape, dtype="bfloat16")
         return [
