@@ -52,4 +52,6 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     prefix_queries_tokens: int = 0
     preemptions: int = 0
     max_model_tokens: int = 0
+    leaks: int = 0
+    """Times that the engine, idle, found its own state inconsistent or memory held by nobody."""
     supports: dict[str, str] = msgspec.field(default_factory=dict)

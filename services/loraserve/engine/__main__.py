@@ -1,0 +1,9 @@
+"""``python -m loraserve.engine --config FILE --name engine-0``."""
+
+import sys
+
+from loraserve.engine.service import EngineService
+from loraserve.process import main
+
+if __name__ == "__main__":
+    sys.exit(main(EngineService, "engine-0"))

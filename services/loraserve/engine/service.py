@@ -1,0 +1,237 @@
+"""The engine process: carries messages to the scheduler, and its instructions to the runner, the loader and gateways.
+
+Everything that decides is in scheduler.py; everything that computes is in runner.py, in one worker thread, so that
+messages are answered and slabs arrive while a step runs.
+"""
+
+import asyncio
+import time
+from collections import defaultdict
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from typing import Any, TypeVar
+
+import msgspec
+
+from loraserve.adapter.format import ITEM_BYTES
+from loraserve.bus.protocol import Bus, Envelope
+from loraserve.clock import Clock
+from loraserve.config import Config
+from loraserve.engine.batch import StepBatch
+from loraserve.engine.events import (
+    AdapterLoaded,
+    AdapterLoadFailed,
+    CopiesRetired,
+    Emit,
+    Event,
+    EvictAdapter,
+    Instruction,
+    LoadAdapter,
+    PlanPrepared,
+    PlanReady,
+    Reject,
+    RequestAborted,
+    RequestArrived,
+    RunStep,
+    StepDone,
+    StepFailed,
+)
+from loraserve.engine.loader import LoadFailed, SlabLoader
+from loraserve.engine.rates import Rates
+from loraserve.engine.runner import ModelRunner
+from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.setup import build_runner, scheduler_limits
+from loraserve.messages import (
+    Abort,
+    Admit,
+    Admitted,
+    EngineLoad,
+    Failed,
+    Prepared,
+    PreparePlan,
+    RetireCopies,
+    RetireDone,
+    ToEngine,
+    TokenBatch,
+    TokenDelta,
+)
+from loraserve.service import Service, State
+
+T = TypeVar("T")
+
+
+class EngineService(Service):
+    """One engine. Ready once the model is loaded and its kernels are warm."""
+
+    inbox = ToEngine
+
+    def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
+        super().__init__(config, bus, clock)
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
+        self._rates = Rates()
+        self._preparing: dict[int, Envelope] = {}
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._leaks = 0
+        self._runner: ModelRunner
+        self._scheduler: Scheduler
+        self._loader: SlabLoader
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        stack.callback(self._executor.shutdown, wait=True, cancel_futures=True)
+        self._runner = await self._in_worker(build_runner, self.config, self._progress)
+        self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
+        engine = self.config.engine
+        self._loader = SlabLoader(self.bus, self._runner.pool_view(), engine.load_chunk_bytes, engine.load_timeout_s)
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._report_load()]
+
+    async def drain(self) -> None:
+        """Requests that run may finish; new ones are refused by then, because the state is DRAINING."""
+        await self._idle.wait()
+
+    def ready_detail(self) -> str:
+        load = self._scheduler.load()
+        tokens = load.kv_blocks_total * load.block_tokens
+        return (
+            f"{self._runner.weights_backend} weights, KV for {tokens} tokens, "
+            f"pool of {load.pool_total_bytes >> 20} MiB, {len(load.resident)} adapters resident"
+        )
+
+    async def handle(self, envelope: Envelope) -> None:
+        match envelope.message:
+            case Admit() as admit:
+                self._admit(envelope, admit)
+            case Abort(request_id=request_id):
+                self._tell(RequestAborted(request_id))
+            case PreparePlan(epoch=epoch, adapters=adapters):
+                self._preparing[epoch] = envelope
+                self._tell(PlanPrepared(epoch, adapters))
+            case RetireCopies(epoch=epoch, keep=keep):
+                before = self._pinned()
+                self._tell(CopiesRetired(epoch, keep))
+                self.bus.respond(envelope, RetireDone(epoch=epoch, unpinned=before - self._pinned()))
+
+    def _admit(self, envelope: Envelope, admit: Admit) -> None:
+        """Take the request or say at once why not, so that the router may ask another engine."""
+        refusals: dict[str, Reject] = {}
+        if self.state == State.DRAINING:
+            text = f"{self.bus.name} is draining"
+            refusals[admit.request_id] = Reject(admit.request_id, admit.gateway, "draining", text)
+        else:
+            self._tell(RequestArrived(admit), refusals)
+        refusal = refusals.get(admit.request_id)
+        answer = Admitted(request_id=admit.request_id, incarnation=self.bus.incarnation)
+        if refusal is not None:
+            answer = msgspec.structs.replace(answer, ok=False, code=refusal.code, message=refusal.message)
+        self.bus.respond(envelope, answer)
+
+    def _tell(self, event: Event, refusals: dict[str, Reject] | None = None) -> None:
+        """One event to the scheduler, its instructions to the world. ``refusals`` keeps those of an arrival."""
+        deltas: dict[str, list[TokenDelta]] = defaultdict(list)
+        for instruction in self._scheduler.handle(event, self.clock.monotonic_s()):
+            if isinstance(instruction, Emit):
+                deltas[instruction.gateway].append(instruction.delta)
+            elif isinstance(instruction, Reject) and refusals is not None:
+                refusals[instruction.request_id] = instruction
+            else:
+                self._carry_out(instruction)
+        (self._idle.set if self._scheduler.idle else self._idle.clear)()
+        for gateway, batch in deltas.items():
+            self.bus.send(
+                gateway,
+                TokenBatch(engine=self.bus.name, incarnation=self.bus.incarnation, deltas=tuple(batch)),
+            )
+
+    def _carry_out(self, instruction: Instruction) -> None:
+        match instruction:
+            case RunStep(batch):
+                self.spawn(self._run_step(batch))
+            case LoadAdapter() as load:
+                self.spawn(self._load(load))
+            case EvictAdapter(version, slot):
+                self._runner.remove(slot)
+                self.log.info("adapter_evicted", version=version, slot=slot)
+            case Reject(request_id, gateway, code, message):
+                self.log.warning("request_failed", request=request_id, code=code, reason=message)
+                failed = Failed(request_id=request_id, engine=self.bus.name, code=code, message=message)
+                self.bus.send(gateway, failed)
+            case PlanReady(epoch, failed_copies):
+                self._answer_plan(epoch, failed_copies)
+
+    async def _run_step(self, batch: StepBatch) -> None:
+        try:
+            result = await self._in_worker(self._runner.step, batch)
+        except Exception as error:
+            self.log.exception("step_failed", step=batch.step_id, requests=[s.request_id for s in batch.sequences])
+            self._tell(StepFailed(batch.step_id, f"{self.bus.name} could not compute a step: {error}"))
+            return
+        prefill = sum(len(s.tokens) for s in batch.sequences if s.output_index == 0)
+        self._rates.step_done(prefill, result.duration_s)
+        self._tell(StepDone(result))
+
+    async def _load(self, load: LoadAdapter) -> None:
+        adapter = load.adapter
+        log = self.log.bind(adapter=adapter.name, version=adapter.version[:12])
+        started_s = time.monotonic()
+        try:
+            loaded = await self._loader.load(adapter, load.offset_bytes)
+            base = load.offset_bytes // ITEM_BYTES[loaded.header.dtype]
+            self._runner.install(load.slot, loaded.header, base)
+        except (LoadFailed, ValueError) as error:
+            code = getattr(error, "code", "mismatch")
+            log.error("adapter_load_failed", code=code, reason=str(error))
+            self._tell(AdapterLoadFailed(adapter.version, code, str(error)))
+            return
+        self._rates.load_done(loaded.bytes_per_s)
+        log.info("adapter_loaded", rank=adapter.rank, bytes=adapter.slab_bytes, took_s=time.monotonic() - started_s)
+        self._tell(AdapterLoaded(adapter.version))
+
+    def _answer_plan(self, epoch: int, failed: dict[str, str]) -> None:
+        envelope = self._preparing.pop(epoch, None)
+        if envelope is not None:
+            answer = Prepared(engine=self.bus.name, incarnation=self.bus.incarnation, epoch=epoch, failed=failed)
+            self.bus.respond(envelope, answer)
+
+    async def _report_load(self) -> None:
+        while True:
+            self._check_idle()
+            self.bus.send("monitor", self._engine_load())
+            await asyncio.sleep(self.config.engine.load_interval_s)
+
+    def _engine_load(self) -> EngineLoad:
+        load = msgspec.structs.asdict(self._scheduler.load())
+        return EngineLoad(
+            engine=self.bus.name,
+            incarnation=self.bus.incarnation,
+            state=self.state,
+            decode_step_s=self._rates.decode_step_s,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            load_bytes_per_s=self._rates.load_bytes_per_s,
+            leaks=self._leaks,
+            **load,
+        )
+
+    def _check_idle(self) -> None:
+        """With no request left every block must be free and every invariant hold; anything else is a leak."""
+        if not self._scheduler.idle:
+            return
+        try:
+            self._scheduler.validate()
+            load = self._scheduler.load()
+            assert load.kv_blocks_free == load.kv_blocks_total, "blocks are held by nobody"
+        except AssertionError as error:
+            self._leaks += 1
+            self.log.error("leak", reason=str(error))
+
+    def _pinned(self) -> int:
+        return sum(adapter.pinned for adapter in self._scheduler.load().resident)
+
+    def _progress(self, text: str) -> None:
+        self.starting_detail = text
+        self.log.info("starting_up", step=text)
+
+    async def _in_worker(self, function: Callable[..., T], *arguments: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
