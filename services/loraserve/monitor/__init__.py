@@ -1,0 +1,1 @@
+"""The monitor: engine load, demand per adapter, who is alive. It never decides."""

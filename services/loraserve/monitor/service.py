@@ -1,0 +1,84 @@
+"""The monitor process: reports in, one picture of the cluster out, several times a second."""
+
+import asyncio
+import itertools
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from typing import Any
+
+from loraserve.bus.protocol import Bus, Envelope
+from loraserve.clock import Clock
+from loraserve.config import Config
+from loraserve.messages import AdapterRef, ClusterLoad, EngineLoad, RegistryChanged, ToMonitor
+from loraserve.monitor.demand import DemandWindow
+from loraserve.monitor.liveness import Liveness
+from loraserve.service import Service
+
+
+class MonitorService(Service):
+    """Publishes ClusterLoad at every interval, and at once when an engine appears, restarts or dies."""
+
+    inbox = ToMonitor
+
+    def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
+        super().__init__(config, bus, clock)
+        self._liveness = Liveness(config.monitor.dead_after_s)
+        self._demand = DemandWindow(config.monitor.window_s)
+        self._adapters: dict[str, AdapterRef] = {}
+        self._alive: set[str] = set()
+        self._sequence = itertools.count(1)
+        self._changed = asyncio.Event()
+        self._engines_alive = self.metrics.gauge("engines_alive", "Engines that reported lately")
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        self.bus.subscribe("store", "registry")
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._publish()]
+
+    def ready_detail(self) -> str:
+        return f"{len(self._alive)} engines alive"
+
+    async def handle(self, envelope: Envelope) -> None:
+        match envelope.message:
+            case EngineLoad() as load:
+                now = self.clock.monotonic_s()
+                self._demand.report(load, now)
+                if self._liveness.report(load, now):
+                    self._changed.set()
+            case RegistryChanged(adapters=adapters):
+                self._adapters = {adapter.version: adapter for adapter in adapters}
+
+    async def _publish(self) -> None:
+        while True:
+            now = self.clock.monotonic_s()
+            engines = self._liveness.engines(now)
+            self._note_changes({seen.load.engine for seen in engines if seen.alive})
+            picture = ClusterLoad(
+                incarnation=self.bus.incarnation,
+                sequence=next(self._sequence),
+                engines=engines,
+                demand=self._demand.demand(now, self._adapters),
+            )
+            self.bus.publish("load", picture)
+            self._changed.clear()
+            await self._pause(now)
+
+    async def _pause(self, now: float) -> None:
+        """Until the interval is over, an engine changes, or the next one would be dead, whatever comes first."""
+        death_s = self._liveness.next_death_s(now)
+        interval_s = self.config.monitor.publish_interval_s
+        wait_s = interval_s if death_s is None else min(interval_s, death_s + 0.001)
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._changed.wait()
+        except TimeoutError:
+            return
+
+    def _note_changes(self, alive: set[str]) -> None:
+        for engine in alive - self._alive:
+            self.log.info("engine_alive", engine=engine)
+        for engine in self._alive - alive:
+            self.log.warning("engine_dead", engine=engine, silent_s=self.config.monitor.dead_after_s)
+        self._alive = alive
+        self._engines_alive.set(len(alive))
