@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import uvloop
@@ -63,29 +62,36 @@ def run_process(kind: type[Service], name: str, config: Config, parent_pid: int 
     parent = Parent(parent_pid) if parent_pid else None
     try:
         configure_logging(config, name)
-        uvloop.run(_serve(kind, name, config, parent))
     except ConfigError as error:
         return _say_bad_config(name, error)
-    except KeyboardInterrupt:
-        return OK
+    return uvloop.run(_run(kind, name, config, parent))
+
+
+async def _run(kind: type[Service], name: str, config: Config, parent: Parent | None) -> int:
+    status = OK
+    try:
+        await _serve(kind, name, config, parent)
+    except ConfigError as error:
+        status = _say_bad_config(name, error)
     except Exception:
         _log.exception("crashed")
-        return _leave(CRASHED)
-    return _leave(OK)
+        status = CRASHED
+    _end_within(EXIT_GRACE_S, status)
+    return status
 
 
 async def _serve(kind: type[Service], name: str, config: Config, parent: Parent | None) -> None:
     bus = open_bus(config, name, kind.inbox)
+    watcher = None
     try:
         service = kind(config, bus, SystemClock())
         _stop_on_signals(service)
-        watcher = asyncio.ensure_future(parent.watch(service.stop)) if parent else None
+        if parent is not None:
+            watcher = asyncio.ensure_future(parent.watch(service.stop))
         await service.run()
+    finally:
         if watcher is not None:
             watcher.cancel()
-            with suppress(asyncio.CancelledError):
-                await watcher
-    finally:
         await bus.close()
 
 
@@ -112,9 +118,8 @@ def _say_bad_config(name: str, error: ConfigError) -> int:
     return BAD_CONFIG
 
 
-def _leave(status: int) -> int:
-    """A worker thread that hangs must not keep a stopped process alive."""
-    timer = threading.Timer(EXIT_GRACE_S, os._exit, [status])
+def _end_within(seconds: float, status: int) -> None:
+    """A worker thread that hangs must not keep a stopped process alive: Python would wait for it for ever."""
+    timer = threading.Timer(seconds, os._exit, [status])
     timer.daemon = True
     timer.start()
-    return status
