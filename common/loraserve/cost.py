@@ -1,7 +1,7 @@
 """What a step and a load will take: the one model that router, planner and simulator price with. Pure.
 
-Linear in what the step reads and computes. The coefficients begin as rough values of a small CPU model and are replaced,
-engine by engine, by what that engine measures and reports.
+Linear in what the step reads and computes. The coefficients begin as rough values of a small CPU model and are
+replaced, engine by engine, by what that engine measures and reports.
 """
 
 import msgspec

@@ -43,7 +43,10 @@ class DemandWindow:
     def report(self, load: EngineLoad, now: float) -> None:
         """Count what an engine did since its last report."""
         slot = self._slot(now)
-        incarnation, before = self._last.get(load.engine, ("", {}))
+        counted = {tokens.version: tokens for tokens in load.adapter_tokens}
+        # Of an engine heard for the first time it is not known when it counted what it has: that is no demand of now.
+        incarnation, before = self._last.get(load.engine, (load.incarnation, counted))
+        self._last[load.engine] = (load.incarnation, counted)
         if incarnation != load.incarnation:
             before = {}
         for tokens in load.adapter_tokens:
@@ -52,7 +55,6 @@ class DemandWindow:
             counts[0] += tokens.prefill_tokens - (past.prefill_tokens if past else 0)
             counts[1] += tokens.decode_tokens - (past.decode_tokens if past else 0)
             counts[2] += tokens.requests - (past.requests if past else 0)
-        self._last[load.engine] = (load.incarnation, {t.version: t for t in load.adapter_tokens})
 
     def rates(self, now: float) -> dict[str, Rates]:
         """Per version over the window, or over the time since the first report where that is shorter."""

@@ -14,7 +14,7 @@ class _Seen(msgspec.Struct, frozen=True):
 
 
 class Liveness:
-    """Last reports of all engines. A report of DRAINING or STOPPED engines counts as alive: they still serve streams."""
+    """Last reports of all engines. One that drains is alive: it still serves its streams."""
 
     def __init__(self, dead_after_s: float) -> None:
         self._dead_after_s = dead_after_s

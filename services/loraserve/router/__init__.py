@@ -1,0 +1,1 @@
+"""The router: admission and the choice of an engine for every request."""
