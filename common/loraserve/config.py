@@ -8,13 +8,20 @@ import os
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from loraserve.errors import ConfigError
 
 ENV_PREFIX = "LORASERVE_"
+
+Natural = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+# The upper bound also keeps out infinity and NaN.
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+Factor = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -33,11 +40,11 @@ class BusConfig(Section, frozen=True, kw_only=True):
     bind: str = ""
     bind_pub: str = ""
     peers: dict[str, str] = msgspec.field(default_factory=dict)
-    queue_messages: int = 20_000
+    queue_messages: Positive = 20_000
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
-    engines: int = 2
+    engines: Positive = 2
     run_dir: str = ""
     data_dir: str = ""
     log_dir: str = ""
@@ -50,7 +57,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
     path: str = ""
     name: str = ""
-    max_model_tokens: int = 0
+    max_model_tokens: Natural = 0
     """Longest prompt plus output; 0 takes the smaller of the model's own and what the KV cache holds."""
 
 
@@ -63,37 +70,37 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     weights: Literal["auto", "float32", "fp16"] = "auto"
     slab_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
-    threads: int = 0
-    kv_bytes: int = 1 << 30
-    block_tokens: int = 16
-    pool_bytes: int = 512 << 20
-    max_adapters: int = 64
-    max_rank: int = 256
-    max_running: int = 64
-    max_waiting: int = 1024
-    max_step_tokens: int = 512
+    threads: Natural = 0
+    kv_bytes: Positive = 1 << 30
+    block_tokens: Positive = 16
+    pool_bytes: Positive = 512 << 20
+    max_adapters: Positive = 64
+    max_rank: Positive = 256
+    max_running: Positive = 64
+    max_waiting: Positive = 1024
+    max_step_tokens: Positive = 512
     prefix_cache: bool = True
-    load_interval_s: float = 0.25
-    load_timeout_s: float = 60.0
-    load_chunk_bytes: int = 1 << 20
+    load_interval_s: Seconds = 0.25
+    load_timeout_s: Seconds = 60.0
+    load_chunk_bytes: Positive = 1 << 20
 
 
 class RouterConfig(Section, frozen=True, kw_only=True):
-    admit_timeout_s: float = 1.0
-    slo_ttft_s: float = 10.0
-    reject_factor: float = 4.0
+    admit_timeout_s: Seconds = 1.0
+    slo_ttft_s: Seconds = 10.0
+    reject_factor: Factor = 4.0
 
 
 class MonitorConfig(Section, frozen=True, kw_only=True):
-    publish_interval_s: float = 0.25
-    dead_after_s: float = 1.5
-    window_s: float = 60.0
+    publish_interval_s: Seconds = 0.25
+    dead_after_s: Seconds = 1.5
+    window_s: Seconds = 60.0
 
 
 class PlannerConfig(Section, frozen=True, kw_only=True):
-    interval_s: float = 30.0
-    min_copies: int = 1
-    prepare_timeout_s: float = 60.0
+    interval_s: Seconds = 30.0
+    min_copies: Positive = 1
+    prepare_timeout_s: Seconds = 60.0
 
 
 class StoreConfig(Section, frozen=True, kw_only=True):
@@ -102,23 +109,23 @@ class StoreConfig(Section, frozen=True, kw_only=True):
     ``adapters`` are registered at start, name to PEFT folder; one that is refused is logged and left out.
     """
 
-    max_rank: int = 256
+    max_rank: Positive = 256
     adapters: dict[str, str] = msgspec.field(default_factory=dict)
     allowed_dirs: tuple[str, ...] = ()
-    publish_interval_s: float = 2.0
+    publish_interval_s: Seconds = 2.0
 
 
 class GatewayConfig(Section, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
-    port: int = 8000
+    port: Port = 8000
     api_keys: tuple[str, ...] = ()
-    default_max_tokens: int = 0
+    default_max_tokens: Natural = 0
     """Output limit where a request names none; 0 is what the context leaves."""
-    request_timeout_s: float = 600.0
-    route_timeout_s: float = 10.0
-    drain_timeout_s: float = 8.0
+    request_timeout_s: Seconds = 600.0
+    route_timeout_s: Seconds = 10.0
+    drain_timeout_s: Seconds = 8.0
     """How long streams may go on after a stop was asked for; under the ten seconds containers get."""
-    max_body_bytes: int = 16 << 20
+    max_body_bytes: Positive = 16 << 20
 
 
 class Config(Section, frozen=True, kw_only=True):
@@ -181,7 +188,10 @@ def _assign(into: dict[str, Any], key: str, text: str, source: str) -> None:
             value = msgspec.json.decode(text)
         except msgspec.DecodeError as error:
             raise ConfigError(f"{source}: {error}") from error
-    into.setdefault(section, {})[name] = value
+    values = into.setdefault(section, {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"configuration: {section} is a section; write [{section}] and its keys below")
+    values[name] = value
 
 
 def _convert(merged: dict[str, Any]) -> Config:
@@ -201,13 +211,11 @@ def to_toml(config: Config) -> str:
         for key, table in values.items():
             if isinstance(table, dict) and table:
                 lines.append(f"\n[{section}.{key}]")
-                lines.extend(
-                    f"{msgspec.json.encode(k).decode()} = {msgspec.json.encode(v).decode()}" for k, v in table.items()
-                )
+                lines.extend(f"{_json(k)} = {_json(v)}" for k, v in table.items())
         lines.append("")
     return "\n".join(lines)
 
 
 def _json(value: Any) -> str:
-    # Strings, numbers, booleans and flat lists read the same in JSON and TOML.
-    return msgspec.json.encode(value).decode()
+    # Strings, numbers, booleans and flat lists read the same in JSON and TOML, but for one character.
+    return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")
