@@ -1,7 +1,7 @@
 """Which engine starts a request soonest. Pure: filter, score, pick.
 
-The score is the predicted time to the first token: what waits there already, the step that runs, the adapter's load if it
-is absent, this prompt. The plan is a prior: it decides between engines that are about equally good, no more.
+The score is the predicted time to the first token: what waits there already, the step that runs, the adapter's load if
+it is absent, this prompt. The plan is a prior: it decides between engines that are about equally good, no more.
 """
 
 from collections.abc import Sequence

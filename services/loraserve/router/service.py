@@ -57,9 +57,8 @@ class RouterService(Service):
 
     async def _route(self, envelope: Envelope, request: Route) -> None:
         now = self.clock.monotonic_s()
-        answer = route(request, self._view.engines(now), self._plan, self._cost, self._slo, self._rng)
-        if not isinstance(answer, Rejected):
-            answer = await self._admit_first(request, answer.candidates)
+        choice = route(request, self._view.engines(now), self._plan, self._cost, self._slo, self._rng)
+        answer = choice if isinstance(choice, Rejected) else await self._admit_first(request, choice.candidates)
         if isinstance(answer, Rejected):
             self._rejected.labels(answer.code).inc()
             self.log.warning("rejected", request=request.request_id, code=answer.code, reason=answer.message)

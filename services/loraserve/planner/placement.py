@@ -1,0 +1,91 @@
+"""Where copies of adapters should live, from forecast demand. Pure and deterministic.
+
+First sound version: every adapter with demand gets a copy, hot ones several, each copy on the engine with the least
+planned cost that has the memory; a copy stays where it is unless moving it evens out the load by more than the
+hysteresis. Cost is forecast tokens/s weighted by what the adapter's rank adds to a step.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+
+from loraserve.cost import CostModel
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+
+POOL_FRACTION = 0.75
+"""Of a pool that the plan may pin; the rest is for adapters that come on demand."""
+HYSTERESIS = 0.2
+"""A copy moves only if its engine carries this much more than the fair share."""
+FALLBACK_TOKENS_PER_S = 1e-6
+"""Demand of an adapter that is kept although nobody asks for it: enough to be ordered, too little to weigh."""
+
+
+class _Engine(msgspec.Struct):
+    name: str
+    room_bytes: int
+    cost: float = 0.0
+
+
+def plan(
+    demand: Sequence[AdapterDemand],
+    adapters: Mapping[str, AdapterRef],
+    engines: Sequence[EngineLoad],
+    current: Sequence[Placement],
+    cost: CostModel,
+    min_copies: int = 1,
+) -> tuple[Placement, ...]:
+    """Copies by (version, engine) with their shares of traffic; adapters nobody asks for are planned nowhere new."""
+    targets = [_Engine(e.engine, int(e.pool_total_bytes * POOL_FRACTION)) for e in engines]
+    if not targets:
+        return ()
+    weights = _weights(demand, adapters, current, cost)
+    fair = sum(weights.values()) / len(targets)
+    placements: list[Placement] = []
+    # Heaviest first: the light ones then fill the gaps (longest processing time first).
+    for version in sorted(weights, key=lambda v: (-weights[v], v)):
+        copies = _copies(weights[version], fair, min_copies, len(targets))
+        stay = [p.engine for p in current if p.version == version]
+        chosen = _choose(targets, adapters[version], weights[version], copies, stay, fair)
+        name = adapters[version].name
+        placements += [Placement(version=version, name=name, engine=e, share=1 / len(chosen)) for e in chosen]
+    return tuple(sorted(placements, key=lambda p: (p.name, p.version, p.engine)))
+
+
+def _weights(
+    demand: Sequence[AdapterDemand],
+    adapters: Mapping[str, AdapterRef],
+    current: Sequence[Placement],
+    cost: CostModel,
+) -> dict[str, float]:
+    """Cost per second of each adapter that is asked for or planned now."""
+    weights = {p.version: FALLBACK_TOKENS_PER_S for p in current if p.version in adapters}
+    for asked in demand:
+        if asked.version in adapters:
+            rate = max(asked.forecast_tokens_per_s, asked.prefill_tokens_per_s + asked.decode_tokens_per_s)
+            if rate > 0:
+                weights[asked.version] = rate * cost.token_weight(adapters[asked.version].slab_bytes)
+    return weights
+
+
+def _copies(weight: float, fair: float, min_copies: int, engines: int) -> int:
+    """One, and one more for every whole engine's fair share that the adapter brings."""
+    return min(engines, max(min_copies, 1, round(weight / fair) if fair > 0 else 1))
+
+
+def _choose(
+    targets: list[_Engine], adapter: AdapterRef, weight: float, copies: int, stay: Sequence[str], fair: float
+) -> list[str]:
+    """Engines for the copies of one adapter; their room and cost are taken."""
+    chosen: list[str] = []
+    for _ in range(copies):
+        able = [e for e in targets if e.room_bytes >= adapter.slab_bytes and e.name not in chosen]
+        if not able:
+            break
+        least = min(able, key=lambda e: (e.cost, e.name))
+        kept = [e for e in able if e.name in stay and e.cost + weight / copies <= fair * (1 + HYSTERESIS)]
+        near = [e for e in able if e.name in stay and e.cost <= least.cost + fair * HYSTERESIS]
+        best = min(kept or near or [least], key=lambda e: (e.cost, e.name))
+        best.room_bytes -= adapter.slab_bytes
+        best.cost += weight / copies
+        chosen.append(best.name)
+    return chosen
