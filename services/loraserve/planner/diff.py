@@ -6,7 +6,7 @@ from loraserve.messages import AdapterRef, Move, Placement
 
 
 def diff(current: Iterable[Placement], target: Iterable[Placement], adapters: Mapping[str, AdapterRef]) -> list[Move]:
-    """Copies that appear, go, or change places; a copy that appears is paired with one of the same adapter that goes."""
+    """Copies that appear, go, or change places: one that appears is paired with one of the same adapter that goes."""
     before, after = _engines(current), _engines(target)
     names = {p.version: p.name for p in (*current, *target)}
     moves: list[Move] = []

@@ -95,7 +95,7 @@ class PlannerService(Service):
             minimum = self.config.planner.min_copies
             placements = make_plan(demand, self._adapters, engines, self._plan.placements, self._cost, minimum)
             moves = tuple(diff(self._plan.placements, placements, self._adapters))
-            if dry_run or not moves:
+            if dry_run or not (moves or self._lost_copies()):
                 text = "dry run" if dry_run else "the plan is right as it is"
                 return RebalanceDone(plan=self._next(placements), moves=moves, applied=False, message=text)
             before = self._plan.placements
@@ -140,6 +140,11 @@ class PlannerService(Service):
     def _engines(self) -> list[EngineLoad]:
         seen = self._load.engines if self._load else ()
         return [s.load for s in seen if s.alive and s.load.state == "READY"]
+
+    def _lost_copies(self) -> bool:
+        """An engine that restarted has nothing of what the plan says it has."""
+        held = {load.engine: {a.version for a in load.resident if a.pinned} for load in self._engines()}
+        return any(p.version not in held.get(p.engine, set()) for p in self._plan.placements)
 
     def _next(self, placements: tuple[Placement, ...]) -> Plan:
         return Plan(epoch=self._plan.epoch + 1, created_unix_s=self.clock.unix_s(), placements=placements)

@@ -1,0 +1,144 @@
+"""The store process: the durable registry and slabs, behind messages. Disk work happens in threads."""
+
+import asyncio
+from collections import defaultdict
+from collections.abc import Coroutine
+from contextlib import AsyncExitStack
+from pathlib import Path
+from typing import Any
+
+from loraserve.bus.protocol import Bus, Envelope
+from loraserve.clock import Clock
+from loraserve.config import Config
+from loraserve.errors import AdapterError, ConfigError, LoraServeError
+from loraserve.messages import (
+    AdapterList,
+    AdapterRegistered,
+    AdapterUnregistered,
+    ListAdapters,
+    OpenSlab,
+    ReadSlab,
+    RegisterAdapter,
+    RegistryChanged,
+    SlabChunk,
+    SlabInfo,
+    ToStore,
+    UnregisterAdapter,
+)
+from loraserve.model_shape import read_config, shape_of
+from loraserve.service import Service
+from loraserve.store.core import AdapterStore, StoreLimits
+
+GARBAGE_INTERVAL_S = 60.0
+
+
+class StoreService(Service):
+    """Answers everyone; publishes the registry on every change and now and then."""
+
+    inbox = ToStore
+
+    def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
+        super().__init__(config, bus, clock)
+        self._store: AdapterStore
+        # Two registrations of one name run one after the other; different names run side by side.
+        self._names: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        self._store = await asyncio.to_thread(open_store, self.config, self.clock.unix_s())
+        stack.callback(self._store.close)
+        for name in self._store.missing():
+            self.log.error("slab_missing", adapter=name, remedy="register the adapter again")
+        for name, path in self.config.store.adapters.items():
+            await self._register_at_start(name, path)
+
+    def loops(self) -> list[Coroutine[Any, Any, None]]:
+        return [self._publish_now_and_then(), self._collect_garbage()]
+
+    def ready_detail(self) -> str:
+        return f"{len(self._store.registry.snapshot.records)} adapters"
+
+    async def handle(self, envelope: Envelope) -> None:
+        match envelope.message:
+            case ListAdapters():
+                snapshot = self._store.registry.snapshot
+                self.bus.respond(envelope, AdapterList(revision=snapshot.revision, adapters=snapshot.refs()))
+            case RegisterAdapter() as message:
+                self.spawn(self._register(envelope, message))
+            case UnregisterAdapter(name=name):
+                self.spawn(self._unregister(envelope, name))
+            case OpenSlab(version=version):
+                self.spawn(self._open(envelope, version))
+            case ReadSlab() as message:
+                self.spawn(self._read(envelope, message))
+
+    async def _register(self, envelope: Envelope, message: RegisterAdapter) -> None:
+        ref, created = await self._register_one(message.name, message.path, message.replace)
+        self.bus.respond(envelope, AdapterRegistered(adapter=ref, created=created))
+
+    async def _register_one(self, name: str, path: str, replace: bool) -> tuple[Any, bool]:
+        async with self._names[name]:
+            ref, created = await asyncio.to_thread(self._store.register, name, path, replace, self.clock.unix_s())
+        self.log.info("registered", adapter=name, version=ref.version[:12], rank=ref.rank, created=created)
+        self._publish()
+        return ref, created
+
+    async def _register_at_start(self, name: str, path: str) -> None:
+        try:
+            await self._register_one(name, path, replace=True)
+        except AdapterError as error:
+            self.log.error("not_registered", adapter=name, code=error.code, reason=error.message)
+
+    async def _unregister(self, envelope: Envelope, name: str) -> None:
+        async with self._names[name]:
+            await asyncio.to_thread(self._store.unregister, name, self.clock.unix_s())
+        self.log.info("unregistered", adapter=name)
+        self.bus.respond(envelope, AdapterUnregistered(name=name))
+        self._publish()
+
+    async def _open(self, envelope: Envelope, version: str) -> None:
+        slab = await asyncio.to_thread(self._store.slabs.open, version, self.clock.unix_s())
+        self.bus.respond(envelope, SlabInfo(version=version, slab_bytes=slab.slab_bytes), [slab.header])
+
+    async def _read(self, envelope: Envelope, message: ReadSlab) -> None:
+        data = await asyncio.to_thread(
+            self._store.slabs.read,
+            message.version,
+            message.offset_bytes,
+            message.length_bytes,
+            self.clock.unix_s(),
+        )
+        self.bus.respond(envelope, SlabChunk(version=message.version, offset_bytes=message.offset_bytes), [data])
+
+    def _publish(self) -> None:
+        snapshot = self._store.registry.snapshot
+        self.bus.publish("registry", RegistryChanged(revision=snapshot.revision, adapters=snapshot.refs()))
+
+    async def _publish_now_and_then(self) -> None:
+        while True:
+            self._publish()
+            await asyncio.sleep(self.config.store.publish_interval_s)
+
+    async def _collect_garbage(self) -> None:
+        while True:
+            await asyncio.sleep(GARBAGE_INTERVAL_S)
+            removed = await asyncio.to_thread(self._store.collect_garbage, self.clock.unix_s())
+            for version in removed:
+                self.log.info("slab_removed", version=version[:12])
+
+
+def open_store(config: Config, now: float) -> AdapterStore:
+    """The store of the configured model. Raises ConfigError where the model or the folder cannot be used."""
+    if not config.model.path:
+        raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
+    model_dir = Path(config.model.path)
+    limits = StoreLimits(
+        served_model=config.model.name or model_dir.name,
+        max_rank=config.store.max_rank,
+        max_slab_bytes=config.engine.pool_bytes,
+        allowed_dirs=config.store.allowed_dirs,
+    )
+    root = Path(config.cluster.data_dir or ".") / "store"
+    try:
+        return AdapterStore(root, shape_of(read_config(model_dir)), config.engine.slab_dtype, limits, now)
+    except LoraServeError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,46 @@
+"""A store over a temporary folder and PEFT directories to register."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.store.core import AdapterStore, StoreLimits
+from loraserve.testing.peft_writer import TINY_SHAPE, named_tensors, random_pairs, write_peft
+
+LIMITS = StoreLimits(served_model="base", max_rank=64, max_slab_bytes=1 << 20)
+
+
+@pytest.fixture
+def adapter_dir(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a PEFT directory: (seed, rank) -> its path."""
+
+    def write(seed: int = 0, rank: int = 8) -> Path:
+        tensors = named_tensors(random_pairs(TINY_SHAPE, rank, seed))
+        return write_peft(tmp_path / f"adapter-{seed}-{rank}", tensors, r=rank)
+
+    return write
+
+
+@pytest.fixture
+def make_slab(adapter_dir: Callable[..., Path]) -> Callable[..., Slab]:
+    """(seed, rank) -> a packed adapter."""
+    return lambda seed=0, rank=8: pack_peft(adapter_dir(seed, rank), TINY_SHAPE, "bfloat16", 64)
+
+
+@pytest.fixture
+def open_store(tmp_path: Path) -> Iterator[Callable[..., AdapterStore]]:
+    """Opens the store in one folder of this test; opening again closes the one before, as a restart would."""
+    opened: list[AdapterStore] = []
+
+    def open_again(now: float = 1000.0, limits: StoreLimits = LIMITS) -> AdapterStore:
+        for store in opened:
+            store.close()
+        opened[:] = [AdapterStore(tmp_path / "data", TINY_SHAPE, "bfloat16", limits, now)]
+        return opened[0]
+
+    yield open_again
+    for store in opened:
+        store.validate()
+        store.close()

@@ -1,0 +1,131 @@
+"""Registration as a whole: names, paths, replacing, restarts."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from loraserve.errors import AdapterError, LoraServeError
+from loraserve.store.core import GRACE_S, AdapterStore, StoreLimits, allowed_directory, namespace
+from loraserve.testing.peft_writer import TINY_SHAPE
+
+LIMITS = StoreLimits(served_model="base", max_rank=64, max_slab_bytes=1 << 20)
+OpenStore = Callable[..., AdapterStore]
+AdapterDir = Callable[..., Path]
+
+
+def _code(store: AdapterStore, name: str, path: Path | str, replace: bool = False) -> str:
+    before = store.registry.snapshot
+    with pytest.raises(AdapterError) as caught:
+        store.register(name, str(path), replace, 1000.0)
+    assert store.registry.snapshot == before
+    return caught.value.code
+
+
+def test_registered_once_for_good(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
+    store = open_store()
+    ref, created = store.register("org/a:1", str(adapter_dir()), False, 1000.0)
+    assert created
+    assert (ref.name, ref.rank) == ("org/a:1", 8)
+    assert store.register("org/a:1", str(adapter_dir()), False, 1001.0) == (ref, False)
+    revision = store.registry.snapshot.revision
+    store = open_store()
+    assert store.registry.snapshot.refs() == (ref,)
+    assert store.registry.snapshot.revision == revision
+    assert store.slabs.open(ref.version, 1000.0).slab_bytes == ref.slab_bytes
+    assert store.missing() == []
+
+
+def test_two_names_share_one_slab(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
+    store = open_store()
+    first, _ = store.register("a", str(adapter_dir()), False, 0.0)
+    second, created = store.register("b", str(adapter_dir()), False, 0.0)
+    assert created
+    assert first.version == second.version
+    assert len(store.slabs.versions()) == 1
+    store.unregister("a", 10.0)
+    assert store.collect_garbage(10.0 + 2 * GRACE_S) == []
+    store.unregister("b", 20.0)
+    assert store.collect_garbage(20.0 + GRACE_S) == []
+    assert store.collect_garbage(21.0 + GRACE_S) == [first.version]
+
+
+def test_other_content_needs_replace_and_the_old_stays_for_the_grace(
+    open_store: OpenStore, adapter_dir: AdapterDir
+) -> None:
+    store = open_store()
+    old, _ = store.register("a", str(adapter_dir(0)), False, 0.0)
+    assert _code(store, "a", adapter_dir(1)) == "duplicate"
+    new, created = store.register("a", str(adapter_dir(1)), True, 5000.0)
+    assert created
+    assert new.version != old.version
+    assert store.collect_garbage(5000.0 + GRACE_S) == []
+    assert store.slabs.read(old.version, 0, 10, 5000.0)
+    assert store.collect_garbage(5001.0 + GRACE_S) == [old.version]
+
+
+def test_refusals_leave_nothing_behind(open_store: OpenStore, adapter_dir: AdapterDir, tmp_path: Path) -> None:
+    store = open_store()
+    assert _code(store, "base", adapter_dir()) == "bad_name"
+    assert _code(store, "", adapter_dir()) == "bad_name"
+    assert _code(store, "a", "relative/path") == "bad_format"
+    assert _code(store, "a", "/nul\0byte") == "bad_format"
+    assert _code(store, "a", tmp_path / "nowhere") == "not_found"
+    assert _code(store, "a", "/" + "x" * 5000) == "not_found"
+    assert _code(store, "a", adapter_dir(0, 65)) == "bad_rank"
+    assert store.slabs.versions() == {}
+    small = open_store(limits=msgspec.structs.replace(LIMITS, max_slab_bytes=10))
+    assert _code(small, "a", adapter_dir()) == "too_large"
+    assert small.slabs.versions() == {}
+
+
+def test_only_allowed_directories(tmp_path: Path, adapter_dir: AdapterDir) -> None:
+    inside, outside = tmp_path / "in", adapter_dir()
+    (inside / "real").mkdir(parents=True)
+    (inside / "link").symlink_to(outside)
+    (inside / "files").mkdir()
+    (inside / "files" / "adapter_config.json").symlink_to(outside / "adapter_config.json")
+    allowed = (str(inside),)
+    assert allowed_directory(str(inside / "real"), allowed) == (inside / "real").resolve()
+    assert allowed_directory(str(inside / "link"), ()) == outside.resolve()
+    for path in (outside, inside / "link", inside / "files", inside / ".." / "elsewhere", tmp_path / "in2"):
+        with pytest.raises(AdapterError, match="store.allowed_dirs") as caught:
+            allowed_directory(str(path), allowed)
+        assert caught.value.code == "forbidden"
+
+
+def test_a_link_loop_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(AdapterError):
+        allowed_directory(str(tmp_path / "loop" / "x"), (str(tmp_path),))
+
+
+def test_lost_slabs_are_named_and_come_back_by_registering(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
+    store = open_store()
+    ref, _ = store.register("a", str(adapter_dir()), False, 0.0)
+    next(store.folder.glob("slabs/*/*.slab")).unlink()
+    store = open_store()
+    assert store.missing() == ["a"]
+    assert store.register("a", str(adapter_dir()), False, 0.0) == (ref, False)
+    assert store.missing() == []
+    next(store.folder.glob("slabs/*/*.slab")).unlink()
+    store.unregister("a", 0.0)
+
+
+def test_one_process_at_a_time(open_store: OpenStore, tmp_path: Path) -> None:
+    open_store()
+    with pytest.raises(LoraServeError, match=r"cluster\.data_dir"):
+        AdapterStore(tmp_path / "data", TINY_SHAPE, "bfloat16", LIMITS, 0.0)
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LoraServeError, match=r"cluster\.data_dir"):
+        AdapterStore(tmp_path / "file", TINY_SHAPE, "bfloat16", LIMITS, 0.0)
+
+
+def test_other_shapes_and_dtypes_have_other_folders() -> None:
+    other = msgspec.structs.replace(TINY_SHAPE, layers=3)
+    names = {namespace(shape, dtype) for shape in (TINY_SHAPE, other) for dtype in ("float32", "bfloat16")}
+    assert len(names) == 4
