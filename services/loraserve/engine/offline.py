@@ -1,0 +1,153 @@
+"""The engine without its process: the real scheduler and the real runner, driven in one thread with no bus.
+
+For benches and for tests of what the engine computes. Loads copy a packed slab into the pool at once, so requests
+never wait for one longer than that copy.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+
+import msgspec
+
+from loraserve.adapter.format import ITEM_BYTES
+from loraserve.adapter.pack import Slab
+from loraserve.config import Config
+from loraserve.engine.batch import StepBatch
+from loraserve.engine.events import (
+    AdapterLoaded,
+    Emit,
+    Event,
+    EvictAdapter,
+    Instruction,
+    LoadAdapter,
+    Reject,
+    RequestArrived,
+    RunStep,
+    StepDone,
+)
+from loraserve.engine.runner import ModelRunner
+from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.setup import build_runner, scheduler_limits
+from loraserve.messages import AdapterRef, Admit, SamplingParams, TokenDelta
+
+
+class OfflineRequest(msgspec.Struct, frozen=True, kw_only=True):
+    """``adapter`` is a name given to the engine, "" the base model."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: str = ""
+
+
+class OfflineOutput(msgspec.Struct, kw_only=True):
+    """``times_s`` has one entry a token, since ``generate`` was called. ``error`` is "code: message" of a refusal."""
+
+    tokens: list[int] = msgspec.field(default_factory=list)
+    times_s: list[float] = msgspec.field(default_factory=list)
+    finish: str | None = None
+    cached_tokens: int = 0
+    error: str = ""
+
+
+class StepRecord(msgspec.Struct, frozen=True):
+    """One step: its sequences, the tokens it computed, and its time as the runner saw it."""
+
+    sequences: int
+    tokens: int
+    duration_s: float
+
+
+class OfflineEngine:
+    """One engine over ``config.model.path``, with adapters by name.
+
+    ``generate`` may be called again and again; KV blocks, prefix cache and resident adapters stay between calls.
+    ``steps`` records every step of the last call. Not thread-safe.
+    """
+
+    def __init__(self, config: Config, adapters: Mapping[str, Slab], runner: ModelRunner | None = None) -> None:
+        """Loads and warms the model unless a ``runner`` is given. Raises ConfigError naming the setting at fault.
+
+        A ``runner`` serves one engine at a time: the slots of its adapters are this engine's from now on.
+        """
+        self.runner = runner or build_runner(config, lambda text: None)
+        self.scheduler = Scheduler(scheduler_limits(config, self.runner))
+        self.steps: list[StepRecord] = []
+        self._slabs = {slab.version: slab for slab in adapters.values()}
+        self._references = {name: adapter_reference(name, slab) for name, slab in adapters.items()}
+        self._pending: deque[Instruction] = deque()
+        self._outputs: dict[str, OfflineOutput] = {}
+        self._started_s = 0.0
+        self._requests = 0
+
+    def generate(
+        self, requests: Sequence[OfflineRequest], before_step: Callable[[StepBatch], None] | None = None
+    ) -> list[OfflineOutput]:
+        """Run all requests, arriving together, to their ends; outputs in the same order.
+
+        ``before_step`` sees every batch before it is computed. Raises ValueError on an unknown adapter name.
+        """
+        admits = [self._admit(request) for request in requests]
+        self.steps = []
+        self._outputs = {admit.request_id: OfflineOutput() for admit in admits}
+        self._started_s = time.monotonic()
+        for admit in admits:
+            self._tell(RequestArrived(admit))
+        while self._pending:
+            self._carry_out(self._pending.popleft(), before_step)
+        assert self.scheduler.idle, "the scheduler stopped with requests unfinished"
+        return [self._outputs[admit.request_id] for admit in admits]
+
+    def _admit(self, request: OfflineRequest) -> Admit:
+        if request.adapter and request.adapter not in self._references:
+            raise ValueError(f"adapter {request.adapter!r} is not one of {sorted(self._references)}")
+        self._requests += 1
+        return Admit(
+            request_id=f"offline-{self._requests}",
+            gateway="",
+            prompt_tokens=request.prompt,
+            sampling=request.sampling,
+            adapter=self._references.get(request.adapter),
+        )
+
+    def _tell(self, event: Event) -> None:
+        self._pending.extend(self.scheduler.handle(event, time.monotonic()))
+
+    def _carry_out(self, instruction: Instruction, before_step: Callable[[StepBatch], None] | None) -> None:
+        match instruction:
+            case RunStep(batch):
+                if before_step is not None:
+                    before_step(batch)
+                self._run_step(batch)
+            case LoadAdapter(adapter, slot, offset_bytes):
+                self._load(adapter.version, slot, offset_bytes)
+            case EvictAdapter(_, slot):
+                self.runner.remove(slot)
+            case Emit(_, delta):
+                self._note(delta)
+            case Reject(request_id, _, code, message):
+                self._outputs[request_id].error = f"{code}: {message}"
+
+    def _run_step(self, batch: StepBatch) -> None:
+        result = self.runner.step(batch)
+        tokens = sum(len(sequence.tokens) for sequence in batch.sequences)
+        self.steps.append(StepRecord(len(batch.sequences), tokens, result.duration_s))
+        self._tell(StepDone(result))
+
+    def _load(self, version: str, slot: int, offset_bytes: int) -> None:
+        slab = self._slabs[version]
+        self.runner.pool_view()[offset_bytes : offset_bytes + len(slab.data)] = slab.data
+        self.runner.install(slot, slab.header, offset_bytes // ITEM_BYTES[slab.header.dtype])
+        self._tell(AdapterLoaded(version))
+
+    def _note(self, delta: TokenDelta) -> None:
+        output = self._outputs[delta.request_id]
+        output.tokens.extend(delta.tokens)
+        output.times_s.extend([time.monotonic() - self._started_s] * len(delta.tokens))
+        output.finish = delta.finish
+        output.cached_tokens += delta.cached_tokens
+
+
+def adapter_reference(name: str, slab: Slab) -> AdapterRef:
+    """What the scheduler knows an adapter by."""
+    return AdapterRef(name=name, version=slab.version, rank=slab.header.rank, slab_bytes=slab.header.slab_bytes)
