@@ -49,6 +49,8 @@ def read_decoder_config(model_dir: Path) -> DecoderConfig:
     _refuse_unsupported(config)
     if shape.heads % shape.kv_heads:
         raise ConfigError(f"config.json: num_attention_heads {shape.heads} is no multiple of {shape.kv_heads} KV heads")
+    if shape.head_dim % 2:
+        raise ConfigError(f"config.json: head_dim {shape.head_dim} is odd, so that it cannot be rotated in pairs")
     attention_bias = bool(config.get("attention_bias", False))
     positions = _number(config, "max_position_embeddings", None)
     return DecoderConfig(

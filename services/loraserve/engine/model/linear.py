@@ -1,5 +1,6 @@
 """Matrix products with the model's own weights: exact, or half the bytes and several times as fast."""
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -47,21 +48,8 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, backend: Backen
     return Linear(weight, bias)
 
 
-def pick_backend(setting: Literal["auto", "float32", "fp16"]) -> Backend:
-    """The backend for ``engine.weights``. Raises ConfigError where fp16 is asked for and does not run here."""
-    if setting == "float32":
-        return "float32"
-    if _fp16_runs():
-        return "fp16"
-    if setting == "fp16":
-        raise ConfigError(
-            "engine.weights=fp16: this build of torch has no fp16 kernels (FBGEMM) for this processor; "
-            "set engine.weights to auto or float32"
-        )
-    return "float32"
-
-
-def _fp16_runs() -> bool:
+def fp16_runs() -> bool:
+    """Tried with a product whose result is known."""
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         return False
     if torch.backends.quantized.engine not in ("fbgemm", "x86"):
@@ -71,3 +59,17 @@ def _fp16_runs() -> bool:
         return torch.equal(Fp16Linear(weight, None)(torch.ones(2, 16)), torch.full((2, 8), 16.0))
     except RuntimeError:
         return False
+
+
+def pick_backend(setting: Literal["auto", "float32", "fp16"], fp16_runs: Callable[[], bool] = fp16_runs) -> Backend:
+    """The backend for ``engine.weights``. Raises ConfigError where fp16 is asked for and does not run here."""
+    if setting == "float32":
+        return "float32"
+    if fp16_runs():
+        return "fp16"
+    if setting == "fp16":
+        raise ConfigError(
+            "engine.weights=fp16: this build of torch has no fp16 kernels (FBGEMM) for this processor; "
+            "set engine.weights to auto or float32"
+        )
+    return "float32"
