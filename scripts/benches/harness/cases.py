@@ -1,0 +1,63 @@
+"""The grid of the engine bench: how many sequences, over how many adapters, of which ranks."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+from loraserve.model_shape import ModelShape
+from loraserve.testing.tiny_model import write_peft_adapter
+
+RANKS = (8, 16, 32, 64)
+ADAPTERS = 16
+BATCHES = (1, 4, 16)
+ADAPTER_COUNTS = (0, 1, 4, 16)
+PREFILL_TOKENS = 512
+PROMPT_TOKENS = 112
+DECODE_STEPS = 24
+STRENGTH = 0.05
+"""Random adapters that hardly change the text: what they cost depends on their ranks alone."""
+
+
+class Case(NamedTuple):
+    """``tokens`` 1 decodes; more is one prompt of that length."""
+
+    batch: int
+    adapters: int
+    tokens: int = 1
+
+    @property
+    def name(self) -> str:
+        if self.tokens > 1:
+            return f"prefill{self.tokens}_{self.adapters}adapters"
+        return f"b{self.batch}_{self.adapters}adapters"
+
+
+def all_cases() -> list[Case]:
+    """Every batch with every number of adapters that it can hold; a prompt with none and with one."""
+    decode = [Case(b, n) for b in BATCHES for n in ADAPTER_COUNTS if n <= b]
+    return [*decode, Case(1, 0, PREFILL_TOKENS), Case(1, 1, PREFILL_TOKENS)]
+
+
+def adapter_name(index: int) -> str:
+    return f"r{RANKS[index % len(RANKS)]}-{index}"
+
+
+def adapter_of(case: Case, sequence: int) -> str:
+    """Sequences take turns over the adapters; "" is the base model."""
+    return adapter_name(sequence % case.adapters) if case.adapters else ""
+
+
+def prompt(sequence: int, tokens: int, vocab: int, seed: int = 0) -> tuple[int, ...]:
+    """Any tokens: a step's cost does not depend on which."""
+    return tuple(100 + (31 * seed + 13 * sequence + 7 * position) % (vocab - 200) for position in range(tokens))
+
+
+def write_adapters(folder: Path, shape: ModelShape, count: int = ADAPTERS) -> dict[str, Path]:
+    """``count`` random PEFT folders on all seven projections, ranks in turn; made once."""
+    folders = {}
+    for index in range(count):
+        name = adapter_name(index)
+        folders[name] = folder / name
+        if not (folder / name / "adapter_model.safetensors").exists():
+            rank = RANKS[index % len(RANKS)]
+            write_peft_adapter(folder / name, shape, rank, seed=index, strength=STRENGTH, dtype="bfloat16")
+    return folders

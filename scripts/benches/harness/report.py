@@ -1,0 +1,93 @@
+"""What a bench prints: progress on stderr, a table for people, one line of JSON at the end."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+STARTED_S = time.monotonic()
+ROOT = Path(__file__).resolve().parents[3]
+
+Number = float | int | None
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"[{time.monotonic() - STARTED_S:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Aligned columns; the first is text, None shows as "-"."""
+    cells = [[_cell(value) for value in row] for row in [header, *rows]]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = ["", title]
+    for row in cells:
+        first, *others = (text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
+        lines.append("  ".join([first, *others]).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 10 else f"{value:.1f}"
+    return str(value)
+
+
+def ratio(ours: Number, theirs: Number) -> float | None:
+    """ours / theirs, None where either was not measured."""
+    return None if not ours or not theirs else rounded(ours / theirs)
+
+
+def rounded(value: float) -> float:
+    """Four significant digits: more would be noise."""
+    return float(f"{value:.4g}")
+
+
+def last_line(bench: str, ratios: Mapping[str, Number], figures: Mapping[str, Number]) -> str:
+    """The one line of JSON that every bench ends in. None is null: not measured."""
+    content = {
+        "bench": bench,
+        "ratios": dict(ratios),
+        "figures": {key: value if value is None else rounded(value) for key, value in figures.items()},
+        "machine": machine(),
+        "commit": commit(),
+    }
+    return json.dumps(content, allow_nan=False)
+
+
+def machine() -> str:
+    """Processor, cores and the torch build: what figures depend on most."""
+    return f"{_processor()}, {cores()} cores, torch {version('torch')}"
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def commit() -> str:
+    """The checkout's commit, marked where tracked files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    return found.stdout.strip() or "unknown"

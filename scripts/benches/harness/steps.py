@@ -1,0 +1,101 @@
+"""Ours against transformers + peft, step by step, the two sides taking turns in every round."""
+
+import statistics
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness.cases import Case
+from harness.report import Number, cores, ratio, rounded, say, table
+from harness.worker import Worker
+
+Times = dict[Case, list[float]]
+
+
+class StepComparison:
+    """``ours`` and ``theirs`` hold, by case, the median step of each round in seconds."""
+
+    def __init__(self) -> None:
+        self.ours: Times = {}
+        self.theirs: Times = {}
+        self.weights = ""
+        self.operations: list[tuple[str, float, float]] = []
+
+    def measure(
+        self,
+        model: Path,
+        adapters: Path,
+        environment: Mapping[str, str],
+        ours: Iterable[Case],
+        theirs: Iterable[Case],
+        rounds: int,
+        profile: bool,
+    ) -> None:
+        """Several rounds over all cases; each side in a process with its own OpenMP settings."""
+        arguments = [str(model), str(adapters), str(cores())]
+        ours, theirs = list(ours), list(theirs)
+        with (
+            Worker("ours", arguments, environment) as our_side,
+            Worker("transformers_peft", arguments, {}) as their_side,
+        ):
+            self.weights = our_side.hello["weights"]
+            for turn in range(rounds):
+                say(f"engine steps against transformers + peft: round {turn + 1} of {rounds}")
+                for case in dict.fromkeys([*ours, *theirs]):
+                    if case in ours:
+                        _note(self.ours, case, our_side)
+                    if case in theirs:
+                        _note(self.theirs, case, their_side)
+            if profile:
+                answer = our_side.ask(**Case(16, 16)._asdict(), profile=True)
+                self.operations = [tuple(row) for row in answer["operations"]]
+
+    def best_s(self, side: Times, case: Case) -> Number:
+        """The best round: what others do on the machine only ever adds."""
+        return min(side[case]) if case in side else None
+
+    def ratio(self, case: Case) -> float | None:
+        """How many times as fast as transformers + peft."""
+        return ratio(self.best_s(self.theirs, case), self.best_s(self.ours, case))
+
+    def lora_share(self) -> float | None:
+        """Of a step at batch 16: what 16 mixed adapters on all seven projections add to it."""
+        base, mixed = (self.best_s(self.ours, Case(16, adapters)) for adapters in (0, 16))
+        return None if not base or not mixed else rounded(1 - base / mixed)
+
+    def figures(self) -> dict[str, Number]:
+        found: dict[str, Number] = {}
+        for prefix, side in (("", self.ours), ("transformers_", self.theirs)):
+            for case in side:
+                seconds = self.best_s(side, case)
+                found[f"{prefix}{case.name}_tok_s"] = case.batch * case.tokens / seconds if seconds else None
+        return found
+
+    def tables(self) -> str:
+        rows = []
+        for case in self.ours:
+            ours, theirs = self.best_s(self.ours, case), self.best_s(self.theirs, case)
+            tokens = case.batch * case.tokens
+            label = f"prefill {case.tokens}" if case.tokens > 1 else f"decode, batch {case.batch}"
+            rows.append(
+                [label, case.adapters, ours and ours * 1e3, ours and tokens / ours, theirs and tokens / theirs]
+                + [self.ratio(case)]
+            )
+        header = ["", "adapters", "ms/step", "tok/s", "transformers+peft", "ratio"]
+        text = table(f"Steps in process ({self.weights} weights, {cores()} threads, best round)", header, rows)
+        if self.operations:
+            text += "\n" + _profile_table(self.operations)
+        return text
+
+
+def _note(times: Times, case: Case, side: Worker) -> None:
+    steps: list[float] = side.ask(**case._asdict())["steps_s"]
+    times.setdefault(case, []).append(statistics.median(steps))
+
+
+def _profile_table(operations: list[tuple[str, float, float]]) -> str:
+    rows: list[list[Any]] = [[name, calls, seconds * 1e3] for name, calls, seconds in operations]
+    known = sum(seconds for name, _, seconds in operations if name != "step")
+    step = next(seconds for name, _, seconds in operations if name == "step")
+    rows.append(["everything else", None, (step - known) * 1e3])
+    return table("One decode step at batch 16 with 16 adapters", ["operation", "calls", "ms"], rows)

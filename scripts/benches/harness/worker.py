@@ -1,0 +1,67 @@
+"""A side of a comparison in a process of its own, so that each runs with the settings that suit it best."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+WORKERS = Path(__file__).resolve().parent.parent / "workers"
+
+
+class WorkerFailed(Exception):
+    """A worker ended; what it said is on stderr."""
+
+
+class Worker:
+    """Runs ``workers/NAME.py``; ``ask`` sends it one JSON line and waits for its one-line answer."""
+
+    def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
+        self._name = name
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKERS / f"{name}.py"), *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": str(WORKERS.parent), **environment},
+        )
+        self.hello = self._read()
+
+    def ask(self, **question: Any) -> Any:
+        """Raises WorkerFailed where it ended instead of answering."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(question) + "\n")
+        self._process.stdin.flush()
+        return self._read()
+
+    def __enter__(self) -> "Worker":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _read(self) -> Any:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise WorkerFailed(f"the {self._name} side ended with status {self._process.wait()}")
+        return json.loads(line)
+
+
+def serve(hello: Any, answer: Callable[[dict[str, Any]], Any]) -> None:
+    """A worker's main loop: its first line, then one answer a question until its input closes."""
+    # What libraries print must not get between the answers.
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    print(json.dumps(hello), file=out)
+    for line in sys.stdin:
+        print(json.dumps(answer(json.loads(line))), file=out)

@@ -1,0 +1,1 @@
+"""Other servers and libraries that benches compare with."""

@@ -1,0 +1,89 @@
+"""transformers + peft in float32, one adapter at a time: its best case is one ``generate`` for each adapter's requests.
+
+Answers {"batch", "adapters", "tokens"} with the seconds that a token of every sequence of the batch takes, step by step.
+"""
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness.cases import DECODE_STEPS, PROMPT_TOKENS, Case, adapter_of, prompt
+from harness.worker import serve
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, StoppingCriteria
+
+
+class StepTimes(StoppingCriteria):
+    """Called once after every step; never stops."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        self.times_s.append(time.perf_counter())
+        return torch.zeros(len(input_ids), dtype=torch.bool)
+
+
+class Side:
+    def __init__(self, model: Path, adapters: Path, threads: int) -> None:
+        torch.set_num_threads(threads)
+        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        base.eval()
+        folders = sorted(folder for folder in adapters.iterdir() if folder.is_dir())
+        self.vocab = base.config.vocab_size
+        self.model = PeftModel.from_pretrained(base, folders[0], adapter_name=_key(folders[0].name))
+        for folder in folders[1:]:
+            self.model.load_adapter(folder, _key(folder.name))
+        self.model.eval()
+        self.seed = 0
+
+    def answer(self, question: dict[str, Any]) -> dict[str, Any]:
+        case = Case(question["batch"], question["adapters"], question["tokens"])
+        self.seed += 1
+        groups: dict[str, list[int]] = {}
+        for sequence in range(case.batch):
+            groups.setdefault(adapter_of(case, sequence), []).append(sequence)
+        runs = [self._generate(name, sequences, case) for name, sequences in groups.items()]
+        # One more token for everybody takes one step of every group.
+        return {"steps_s": [sum(steps) for steps in zip(*runs, strict=True)]}
+
+    def _generate(self, adapter: str, sequences: list[int], case: Case) -> list[float]:
+        decode = case.tokens == 1
+        length = PROMPT_TOKENS if decode else case.tokens
+        inputs = torch.tensor([prompt(index, length, self.vocab, self.seed) for index in sequences])
+        if not adapter:
+            with self.model.disable_adapter():
+                return self._timed(inputs, decode)
+        self.model.set_adapter(_key(adapter))
+        return self._timed(inputs, decode)
+
+    def _timed(self, inputs: torch.Tensor, decode: bool) -> list[float]:
+        times = StepTimes()
+        count = DECODE_STEPS if decode else 1
+        started_s = time.perf_counter()
+        with torch.inference_mode():
+            self.model.generate(
+                inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=False,
+                min_new_tokens=count,
+                max_new_tokens=count,
+                stopping_criteria=[times],
+                pad_token_id=0,
+            )
+        if not decode:
+            return [times.times_s[0] - started_s]
+        return [after - before for before, after in zip(times.times_s, times.times_s[1:])]
+
+
+def _key(name: str) -> str:
+    """Module names hold no dots; ours hold none, but say so where a folder does."""
+    return name.replace(".", "_")
+
+
+if __name__ == "__main__":
+    model, adapters, threads = sys.argv[1:]
+    side = Side(Path(model), Path(adapters), int(threads))
+    serve({"weights": "float32"}, side.answer)
