@@ -14,6 +14,11 @@ from typing import Any
 STARTED_S = time.monotonic()
 ROOT = Path(__file__).resolve().parents[3]
 
+
+class BenchError(Exception):
+    """Something could not be measured; the text says what and why."""
+
+
 Number = float | int | None
 
 
@@ -28,8 +33,8 @@ def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> s
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = ["", title]
     for row in cells:
-        first, *others = (text.ljust(w) if i == 0 else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
-        lines.append("  ".join([first, *others]).rstrip())
+        others = [text.rjust(width) for text, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *others]).rstrip())
     return "\n".join(lines)
 
 

@@ -77,10 +77,8 @@ class StepComparison:
             ours, theirs = self.best_s(self.ours, case), self.best_s(self.theirs, case)
             tokens = case.batch * case.tokens
             label = f"prefill {case.tokens}" if case.tokens > 1 else f"decode, batch {case.batch}"
-            rows.append(
-                [label, case.adapters, ours and ours * 1e3, ours and tokens / ours, theirs and tokens / theirs]
-                + [self.ratio(case)]
-            )
+            speeds = [seconds and tokens / seconds for seconds in (ours, theirs)]
+            rows.append([label, case.adapters, ours and ours * 1e3, *speeds, self.ratio(case)])
         header = ["", "adapters", "ms/step", "tok/s", "transformers+peft", "ratio"]
         text = table(f"Steps in process ({self.weights} weights, {cores()} threads, best round)", header, rows)
         if self.operations:

@@ -9,11 +9,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from harness.report import BenchError
+
 WORKERS = Path(__file__).resolve().parent.parent / "workers"
-
-
-class WorkerFailed(Exception):
-    """A worker ended; what it said is on stderr."""
 
 
 class Worker:
@@ -31,7 +29,7 @@ class Worker:
         self.hello = self._read()
 
     def ask(self, **question: Any) -> Any:
-        """Raises WorkerFailed where it ended instead of answering."""
+        """Raises BenchError where it ended instead of answering."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
@@ -53,7 +51,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise WorkerFailed(f"the {self._name} side ended with status {self._process.wait()}")
+            raise BenchError(f"the {self._name} side ended with status {self._process.wait()}")
         return json.loads(line)
 
 

@@ -1,8 +1,9 @@
 """transformers + peft in float32, one adapter at a time: its best case is one ``generate`` for each adapter's requests.
 
-Answers {"batch", "adapters", "tokens"} with the seconds that a token of every sequence of the batch takes, step by step.
+Answers {"batch", "adapters", "tokens"} with the seconds of each step: one more token for every sequence.
 """
 
+import itertools
 import sys
 import time
 from pathlib import Path
@@ -63,8 +64,9 @@ class Side:
         times = StepTimes()
         count = DECODE_STEPS if decode else 1
         started_s = time.perf_counter()
+        generate: Any = self.model.generate
         with torch.inference_mode():
-            self.model.generate(
+            generate(
                 inputs,
                 attention_mask=torch.ones_like(inputs),
                 do_sample=False,
@@ -75,7 +77,7 @@ class Side:
             )
         if not decode:
             return [times.times_s[0] - started_s]
-        return [after - before for before, after in zip(times.times_s, times.times_s[1:])]
+        return [after - before for before, after in itertools.pairwise(times.times_s)]
 
 
 def _key(name: str) -> str:

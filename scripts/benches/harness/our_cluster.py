@@ -1,0 +1,23 @@
+"""Our side over HTTP: a real cluster on a free port, in a data folder of its own."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loraserve.testing.local_cluster import LocalCluster
+
+
+class OurCluster(LocalCluster):
+    """``engines`` share the cores; the model folder is only read."""
+
+    def __init__(self, folder: Path, model: Path, adapters: Mapping[str, Path], engines: int) -> None:
+        flags = ("--model", str(model), "--name", model.name, "--engines", str(engines))
+        super().__init__(folder, *flags, adapters=adapters)
+        self._model = model.name
+
+    def __enter__(self) -> "OurCluster":
+        self.up()
+        return self
+
+    def body(self, adapter: str) -> dict[str, Any]:
+        return {"model": adapter or self._model}
