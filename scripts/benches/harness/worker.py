@@ -24,7 +24,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "PYTHONPATH": str(WORKERS.parent), **environment},
+            env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
         self.hello = self._read()
 

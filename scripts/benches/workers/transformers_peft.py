@@ -30,7 +30,7 @@ class StepTimes(StoppingCriteria):
 class Side:
     def __init__(self, model: Path, adapters: Path, threads: int) -> None:
         torch.set_num_threads(threads)
-        base = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+        base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         base.eval()
         folders = sorted(folder for folder in adapters.iterdir() if folder.is_dir())
         self.vocab = base.config.vocab_size
