@@ -110,6 +110,7 @@ class EngineBench:
             QUICK_OURS if quick else all_cases(),
             [Case(16, 4)] if quick else all_cases(),
             1 if quick else 3,
+            10 if quick else 24,
             self._options.profile,
         )
 

@@ -1,5 +1,6 @@
 """The grid of the engine bench: how many sequences, over how many adapters, of which ranks."""
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,7 +13,6 @@ BATCHES = (1, 4, 16)
 ADAPTER_COUNTS = (0, 1, 4, 16)
 PREFILL_TOKENS = 512
 PROMPT_TOKENS = 112
-DECODE_STEPS = 24
 STRENGTH = 0.05
 """Random adapters that hardly change the text: what they cost depends on their ranks alone."""
 
@@ -35,6 +35,11 @@ def all_cases() -> list[Case]:
     """Every batch with every number of adapters that it can hold; a prompt with none and with one."""
     decode = [Case(b, n) for b in BATCHES for n in ADAPTER_COUNTS if n <= b]
     return [*decode, Case(1, 0, PREFILL_TOKENS), Case(1, 1, PREFILL_TOKENS)]
+
+
+def most_adapters(cases: Iterable[Case]) -> int:
+    """How many adapters a side must have loaded."""
+    return max(case.adapters for case in cases)
 
 
 def adapter_name(index: int) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.cases import Case
+from harness.cases import Case, most_adapters
 from harness.report import Number, cores, ratio, rounded, say, table
 from harness.worker import Worker
 
@@ -29,15 +29,16 @@ class StepComparison:
         ours: Iterable[Case],
         theirs: Iterable[Case],
         rounds: int,
+        steps: int,
         profile: bool,
     ) -> None:
         """Several rounds over all cases; each side in a process with its own OpenMP settings."""
-        arguments = [str(model), str(adapters), str(cores())]
+        arguments = [str(model), str(adapters), str(cores()), str(steps)]
         ours, theirs = list(ours), list(theirs)
-        with (
-            Worker("ours", arguments, environment) as our_side,
-            Worker("transformers_peft", arguments, {}) as their_side,
-        ):
+        say("engine steps: loading both sides")
+        our_worker = Worker("ours", [*arguments, str(most_adapters(ours))], environment)
+        their_worker = Worker("transformers_peft", [*arguments, str(most_adapters(theirs))], {})
+        with our_worker as our_side, their_worker as their_side:
             self.weights = our_side.hello["weights"]
             for turn in range(rounds):
                 say(f"engine steps against transformers + peft: round {turn + 1} of {rounds}")

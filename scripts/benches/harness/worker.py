@@ -26,7 +26,7 @@ class Worker:
             text=True,
             env={**os.environ, **environment, "PYTHONPATH": os.pathsep.join(sys.path)},
         )
-        self.hello = self._read()
+        self.hello: Any = None
 
     def ask(self, **question: Any) -> Any:
         """Raises BenchError where it ended instead of answering."""
@@ -36,6 +36,8 @@ class Worker:
         return self._read()
 
     def __enter__(self) -> "Worker":
+        """Started by the constructor, so that several can start at once; ready from here on."""
+        self.hello = self._read()
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:

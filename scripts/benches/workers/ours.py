@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from harness.cases import DECODE_STEPS, PROMPT_TOKENS, Case, adapter_of, prompt
+from harness.cases import PROMPT_TOKENS, Case, adapter_name, adapter_of, prompt
 from harness.profile import Profile
 from harness.worker import serve
 
@@ -18,12 +18,13 @@ from loraserve.messages import SamplingParams
 class Side:
     """``seed`` differs in each question, so that no prompt is ever the same."""
 
-    def __init__(self, model: Path, adapters: Path, threads: int) -> None:
+    def __init__(self, model: Path, adapters: Path, threads: int, steps: int, count: int) -> None:
+        self.steps = steps
         # All adapters at once: the bench measures steps, not loads.
         engine = EngineConfig(threads=threads, pool_bytes=1 << 30, prefix_cache=False)
         config = Config(model=ModelConfig(path=str(model)), engine=engine)
         self.runner = build_runner(config, lambda text: None)
-        folders = sorted(folder for folder in adapters.iterdir() if folder.is_dir())
+        folders = [adapters / adapter_name(index) for index in range(count)]
         shape = self.runner.shape
         slabs = {folder.name: pack_peft(folder, shape, engine.slab_dtype, engine.max_rank) for folder in folders}
         self.engine = OfflineEngine(config, slabs, self.runner)
@@ -42,7 +43,7 @@ class Side:
     def _steps(self, case: Case, profiled: bool = False) -> list[float]:
         decode = case.tokens == 1
         length = PROMPT_TOKENS if decode else case.tokens
-        sampling = SamplingParams(max_tokens=DECODE_STEPS if decode else 1, temperature=0.0, ignore_eos=True)
+        sampling = SamplingParams(max_tokens=self.steps if decode else 1, temperature=0.0, ignore_eos=True)
         requests = [
             OfflineRequest(
                 prompt=prompt(index, length, self.runner.shape.vocab, self.seed),
@@ -62,6 +63,6 @@ def _tokens(batch: Any) -> int:
 
 
 if __name__ == "__main__":
-    model, adapters, threads = sys.argv[1:]
-    side = Side(Path(model), Path(adapters), int(threads))
+    model, adapters, *numbers = sys.argv[1:]
+    side = Side(Path(model), Path(adapters), *map(int, numbers))
     serve({"weights": side.runner.weights_backend}, side.answer)

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness.cases import DECODE_STEPS, PROMPT_TOKENS, Case, adapter_of, prompt
+from harness.cases import PROMPT_TOKENS, Case, adapter_name, adapter_of, prompt
 from harness.worker import serve
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, StoppingCriteria
+from transformers.utils import logging
 
 
 class StepTimes(StoppingCriteria):
@@ -28,11 +29,15 @@ class StepTimes(StoppingCriteria):
 
 
 class Side:
-    def __init__(self, model: Path, adapters: Path, threads: int) -> None:
+    def __init__(self, model: Path, adapters: Path, threads: int, steps: int, count: int) -> None:
+        self.steps = steps
         torch.set_num_threads(threads)
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         base.eval()
-        folders = sorted(folder for folder in adapters.iterdir() if folder.is_dir())
+        # Without any adapter it is still a PeftModel, which then needs one to be made.
+        folders = [adapters / adapter_name(index) for index in range(max(1, count))]
         self.vocab = base.config.vocab_size
         self.model = PeftModel.from_pretrained(base, folders[0], adapter_name=_key(folders[0].name))
         for folder in folders[1:]:
@@ -62,7 +67,7 @@ class Side:
 
     def _timed(self, inputs: torch.Tensor, decode: bool) -> list[float]:
         times = StepTimes()
-        count = DECODE_STEPS if decode else 1
+        count = self.steps if decode else 1
         started_s = time.perf_counter()
         generate: Any = self.model.generate
         with torch.inference_mode():
@@ -86,6 +91,6 @@ def _key(name: str) -> str:
 
 
 if __name__ == "__main__":
-    model, adapters, threads = sys.argv[1:]
-    side = Side(Path(model), Path(adapters), int(threads))
+    model, adapters, *numbers = sys.argv[1:]
+    side = Side(Path(model), Path(adapters), *map(int, numbers))
     serve({"weights": "float32"}, side.answer)
