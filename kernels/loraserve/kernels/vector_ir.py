@@ -76,7 +76,7 @@ def offset(builder: Any, address: Any, index: Any, element_bytes: int) -> Any:
     return builder.add(address, builder.mul(index, ir.Constant(I64, element_bytes)))
 
 
-def _most_sums() -> int:
+def most_sums() -> int:
     """Vector accumulators that stay in registers beside the loads: half of what the processor has."""
     return 16 if binding.get_host_cpu_features().get("avx512vl") else 8
 
@@ -87,7 +87,7 @@ def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
     ``x`` float32 and ``a`` of ``dtype`` are addresses of the block's first rows, strides are in elements, ``k`` is the
     length of a row. Every element is summed in the same order whatever the block's size.
     """
-    rows_at_once = min(rows, max(1, _most_sums() // (2 * tokens)))
+    rows_at_once = min(rows, max(1, most_sums() // (2 * tokens)))
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         x, x_stride, a, a_stride, k, out, out_stride = arguments
@@ -144,18 +144,6 @@ def variable(builder: Any, value: Any) -> Any:
     return slot
 
 
-def _bits_to_f32(typingctx: Any, value: Any) -> Any:
-    """The float32 whose bits are this int32."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.bitcast(builder.trunc(arguments[0], I32) if arguments[0].type != I32 else arguments[0], F32)
-
-    return types.float32(value), codegen
-
-
-bits_to_f32: Any = intrinsic(_bits_to_f32)
-
-
 def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
     """Intrinsic axpy(y, y_stride, h, h_stride, b, b_stride, n): y[t] += h[t, 0] b[0] + ... + h[t, rows-1] b[rows-1].
 
@@ -195,3 +183,46 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
         return types.none(*([types.int64] * 7)), codegen
 
     return intrinsic(axpy)
+
+
+def make_mix_block(tokens: int, vectors: int, dtype: str) -> Any:
+    """Intrinsic mix(y, y_stride, w, w_stride, values, stride, count): y[t] += sum over p < count of w[t, p] values[p].
+
+    ``y`` and ``w`` float32, ``values`` of ``dtype``; ``vectors`` vectors of a row of y are held in registers while the
+    rows of values are added one after the other. The order, and so the bits, are those of ``make_axpy_block``.
+    """
+    at_once = min(vectors, max(1, most_sums() // tokens))
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        for first in range(0, vectors, at_once):
+            _mix_columns(builder, arguments, tokens, range(first, min(first + at_once, vectors)), dtype)
+        return context.get_dummy_value()
+
+    def mix(typingctx: Any, y: Any, y_stride: Any, w: Any, w_stride: Any, values: Any, stride: Any, count: Any) -> Any:
+        return types.none(*([types.int64] * 7)), codegen
+
+    return intrinsic(mix)
+
+
+def _mix_columns(builder: Any, arguments: Any, tokens: int, columns: range, dtype: str) -> None:
+    y, y_stride, w, w_stride, values, stride, count = arguments
+    element_bytes = ELEMENT_BYTES[dtype]
+    cells = [(t, v) for t in range(tokens) for v in columns]
+    places = {}
+    for t, v in cells:
+        at = builder.add(builder.mul(y_stride, ir.Constant(I64, t)), ir.Constant(I64, v * LANES))
+        places[t, v] = offset(builder, y, at, 4)
+    sums = {cell: variable(builder, load_f32(builder, places[cell], "float32", LANES)) for cell in cells}
+    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), count, ir.Constant(I64, 1), I64) as (index, _):
+        row = offset(builder, values, builder.mul(stride, index), element_bytes)
+        loaded = {
+            v: load_f32(builder, builder.add(row, ir.Constant(I64, element_bytes * LANES * v)), dtype, LANES)
+            for v in columns
+        }
+        for t in range(tokens):
+            at = builder.add(builder.mul(w_stride, ir.Constant(I64, t)), index)
+            factor = splat(builder, load_f32(builder, offset(builder, w, at, 4), "float32", 1))
+            for v in columns:
+                builder.store(fma(builder, factor, loaded[v], builder.load(sums[t, v])), sums[t, v])
+    for cell in cells:
+        store_f32(builder, places[cell], builder.load(sums[cell]))

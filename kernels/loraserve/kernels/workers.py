@@ -1,53 +1,63 @@
-"""Splits one kernel call over the process's compute threads.
+"""Runs a kernel on up to as many threads as torch was told to use.
 
-A part is one call of a compiled function without the GIL. The calling thread takes the first part itself; the others go
-to threads that sleep on an operating-system semaphore between calls, so that idle cores stay free for others.
+A call is cut into numbered parts that do not depend on each other; every thread takes the next one that nobody has
+taken (``memory.take_part``) until none is left. The caller works too and never waits for a helper that has not begun:
+where other processes hold the cores, a call takes as long as it takes alone and no longer.
 """
 
+import ctypes
 import threading
-from collections.abc import Callable
-from queue import SimpleQueue
-from typing import Any
 
 import torch
 
-MAX_PARTS = 64
+from loraserve.kernels.compiled import Kernel
+from loraserve.kernels.team_kernels import DONE, HELP, LEAD, STATE_BYTES, WORK
 
 
-def parts() -> int:
-    """Threads to split over: what torch was told to use."""
-    return min(torch.get_num_threads(), MAX_PARTS)
+class Team:
+    """Threads that sleep between calls. One call at a time: a second caller works alone."""
 
-
-class _Worker(threading.Thread):
     def __init__(self) -> None:
-        super().__init__(name="kernel", daemon=True)
-        self.calls: SimpleQueue[tuple[Callable[..., None], tuple[Any, ...]]] = SimpleQueue()
-        self.done: SimpleQueue[BaseException | None] = SimpleQueue()
+        self._state = ctypes.create_string_buffer(STATE_BYTES)
+        self._address = ctypes.addressof(self._state)
+        self._helpers = 0
+        self._busy = threading.Lock()
+        library = ctypes.CDLL(None)
+        for initialise, offset in (
+            (library.pthread_mutex_init, 0),
+            (library.pthread_cond_init, WORK),
+            (library.pthread_cond_init, DONE),
+        ):
+            if initialise(ctypes.c_void_p(self._address + offset), None) != 0:
+                raise OSError("POSIX threads: no mutex or condition to be had")
 
-    def run(self) -> None:
-        while True:
-            function, arguments = self.calls.get()
-            try:
-                function(*arguments)
-            except BaseException as error:
-                self.done.put(error)
-            else:
-                self.done.put(None)
+    def run(self, kernel: Kernel, call: "ctypes.Array[ctypes.c_int64]", threads: int) -> None:
+        """Returns when all parts are done."""
+        if threads < 2 or not self._busy.acquire(blocking=False):
+            kernel.call(call)
+            return
+        try:
+            while self._helpers < threads - 1:
+                threading.Thread(target=HELP.call, args=(self._address,), name="kernel", daemon=True).start()
+                self._helpers += 1
+            LEAD.call((ctypes.c_int64 * 5)(0, self._address, kernel.address, ctypes.addressof(call), threads - 1))
+        finally:
+            self._busy.release()
 
 
-_workers: list[_Worker] = []
+_team = Team()
 
 
-def run_parts(function: Callable[..., None], count: int, arguments: tuple[Any, ...]) -> None:
-    """Call function(part, count, *arguments) for every part at once and wait for all. One caller at a time."""
-    while len(_workers) < count - 1:
-        _workers.append(_Worker())
-        _workers[-1].start()
-    for part in range(1, count):
-        _workers[part - 1].calls.put((function, (part, count, *arguments)))
-    function(0, count, *arguments)
-    for part in range(1, count):
-        error = _workers[part - 1].done.get()
-        if error is not None:
-            raise error
+def warm_up() -> None:
+    """Compile, or load from the cache, what shares a call among threads."""
+    LEAD.warm_up()
+    HELP.warm_up()
+
+
+def run(kernel: Kernel, shared: bool, *operands: int) -> None:
+    """Call a kernel with its operands 1, 2, ...; operand 0 counts the parts taken.
+
+    ``shared``: the work is worth more than one thread.
+    """
+    call = (ctypes.c_int64 * (len(operands) + 1))(0, *operands)
+    _team.run(kernel, call, torch.get_num_threads() if shared else 1)

@@ -1,4 +1,4 @@
-"""Vector code of the CPU attention kernel: scores of one KV block, and the weighted sum of its values."""
+"""Vector code of the CPU attention kernel: scores of one group of keys, and the softmax of a row of scores."""
 
 from typing import Any
 
@@ -7,46 +7,40 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from loraserve.kernels.vector_ir import I64, LANES, VF32, fma, load_f32, offset, splat, store_f32, variable
+from loraserve.kernels.vector_ir import (
+    F32,
+    I32,
+    I64,
+    LANES,
+    STEP,
+    VF32,
+    fma,
+    load_f32,
+    most_sums,
+    offset,
+    splat,
+    store_f32,
+    sum_lanes,
+    variable,
+)
+
+VI32 = ir.VectorType(I32, LANES)
+SMALLEST_EXPONENT = -87.0
+"""Below, e**x is no normal float32: taken as 0."""
 
 
-def make_score_block(tokens: int, positions: int) -> Any:
-    """Intrinsic score(q, q_stride, keys, dim, out, out_stride): out[t, p] = q[t] . keys[:, p] for one KV block.
+def make_score_block(rows: int, positions: int) -> Any:
+    """Intrinsic score(q, q_stride, keys, dim, out, out_stride): out[row, p] = q[row] . keys[:, p] for a group of keys.
 
     ``keys`` float32 [dim, positions], so that a vector holds neighbouring positions and no sum over lanes is needed.
     Even and odd dimensions are summed apart, then added.
     """
     vectors = positions // LANES
+    at_once = min(vectors, max(1, most_sums() // (2 * rows)))
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        q, q_stride, keys, dim, out, out_stride = arguments
-        zero = ir.Constant(VF32, [0.0] * LANES)
-        cells = [(t, v) for t in range(tokens) for v in range(vectors)]
-        sums = {(cell, odd): variable(builder, zero) for cell in cells for odd in range(2)}
-
-        def add_dimension(index: Any, odd: int) -> None:
-            row = offset(builder, keys, index, 4 * positions)
-            loaded = [
-                load_f32(builder, builder.add(row, ir.Constant(I64, 4 * LANES * v)), "float32", LANES)
-                for v in range(vectors)
-            ]
-            for t in range(tokens):
-                at = builder.add(builder.mul(q_stride, ir.Constant(I64, t)), index)
-                factor = splat(builder, load_f32(builder, offset(builder, q, at, 4), "float32", 1))
-                for v in range(vectors):
-                    slot = sums[(t, v), odd]
-                    builder.store(fma(builder, factor, loaded[v], builder.load(slot)), slot)
-
-        even = builder.and_(dim, ir.Constant(I64, -2))
-        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), even, ir.Constant(I64, 2), I64) as (index, _):
-            add_dimension(index, 0)
-            add_dimension(builder.add(index, ir.Constant(I64, 1)), 1)
-        with cgutils.for_range_slice(builder, even, dim, ir.Constant(I64, 1), I64) as (index, _):
-            add_dimension(index, 0)
-        for t, v in cells:
-            place = builder.add(builder.mul(out_stride, ir.Constant(I64, t)), ir.Constant(I64, v * LANES))
-            total = builder.fadd(builder.load(sums[(t, v), 0]), builder.load(sums[(t, v), 1]))
-            store_f32(builder, offset(builder, out, place, 4), total)
+        for first in range(0, vectors, at_once):
+            _score_columns(builder, arguments, rows, range(first, min(first + at_once, vectors)), positions)
         return context.get_dummy_value()
 
     def score(typingctx: Any, q: Any, q_stride: Any, keys: Any, dim: Any, out: Any, out_stride: Any) -> Any:
@@ -55,36 +49,108 @@ def make_score_block(tokens: int, positions: int) -> Any:
     return intrinsic(score)
 
 
-def make_mix_block(tokens: int, vectors: int) -> Any:
-    """Intrinsic mix(y, y_stride, w, w_stride, values, stride, count): y[t] += sum over p < count of w[t, p] values[p].
+def _score_columns(builder: Any, arguments: Any, rows: int, columns: range, positions: int) -> None:
+    q, q_stride, keys, dim, out, out_stride = arguments
+    zero = ir.Constant(VF32, [0.0] * LANES)
+    cells = [(row, v) for row in range(rows) for v in columns]
+    sums = {(cell, odd): variable(builder, zero) for cell in cells for odd in range(2)}
 
-    Works on ``vectors`` vectors of a row, held in registers while positions are added one after the other.
+    def add_dimension(index: Any, odd: int) -> None:
+        start = offset(builder, keys, index, 4 * positions)
+        loaded = {
+            v: load_f32(builder, builder.add(start, ir.Constant(I64, 4 * LANES * v)), "float32", LANES) for v in columns
+        }
+        for row in range(rows):
+            at = builder.add(builder.mul(q_stride, ir.Constant(I64, row)), index)
+            factor = splat(builder, load_f32(builder, offset(builder, q, at, 4), "float32", 1))
+            for v in columns:
+                slot = sums[(row, v), odd]
+                builder.store(fma(builder, factor, loaded[v], builder.load(slot)), slot)
+
+    even = builder.and_(dim, ir.Constant(I64, -2))
+    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), even, ir.Constant(I64, 2), I64) as (index, _):
+        add_dimension(index, 0)
+        add_dimension(builder.add(index, ir.Constant(I64, 1)), 1)
+    with cgutils.for_range_slice(builder, even, dim, ir.Constant(I64, 1), I64) as (index, _):
+        add_dimension(index, 0)
+    for row, v in cells:
+        place = builder.add(builder.mul(out_stride, ir.Constant(I64, row)), ir.Constant(I64, v * LANES))
+        total = builder.fadd(builder.load(sums[(row, v), 0]), builder.load(sums[(row, v), 1]))
+        store_f32(builder, offset(builder, out, place, 4), total)
+
+
+def _constant(value: float) -> Any:
+    return ir.Constant(VF32, [value] * LANES)
+
+
+def _exp(builder: Any, x: Any) -> Any:
+    """e**x within 2 ulp for x <= 0; 0 below the smallest exponent, NaN of NaN (Cephes' expf)."""
+    small = builder.fcmp_ordered("<", x, _constant(SMALLEST_EXPONENT))
+    x = builder.select(small, _constant(SMALLEST_EXPONENT), x)
+    rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VF32, [VF32]), f"llvm.rint.v{LANES}f32")
+    n = builder.call(rint, [builder.fmul(x, _constant(1.44269504))])
+    r = fma(builder, n, _constant(-0.693359375), x)
+    r = fma(builder, n, _constant(2.12194440e-4), r)
+    p = _constant(1.9875691500e-4)
+    for term in (1.3981999507e-3, 8.3334519073e-3, 4.1665795894e-2, 1.6666665459e-1, 5.0000001201e-1):
+        p = fma(builder, p, r, _constant(term))
+    value = builder.fadd(fma(builder, p, builder.fmul(r, r), r), _constant(1.0))
+    exponent = builder.add(builder.fptosi(n, VI32), ir.Constant(VI32, [127] * LANES))
+    power = builder.bitcast(builder.shl(exponent, ir.Constant(VI32, [23] * LANES)), VF32)
+    return builder.select(small, _constant(0.0), builder.fmul(value, power))
+
+
+def _softmax(typingctx: Any, scores: Any, length: Any, scale: Any) -> Any:
+    """softmax(scores, length, scale): scores[:length] become softmax(scale * scores), scale > 0.
+
+    Works on whole steps: up to STEP - 1 floats after ``length`` are overwritten.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        y, y_stride, w, w_stride, values, stride, count = arguments
-        cells = [(t, v) for t in range(tokens) for v in range(vectors)]
-        places = {}
-        for t, v in cells:
-            at = builder.add(builder.mul(y_stride, ir.Constant(I64, t)), ir.Constant(I64, v * LANES))
-            places[t, v] = offset(builder, y, at, 4)
-        sums = {cell: variable(builder, load_f32(builder, places[cell], "float32", LANES)) for cell in cells}
-        with cgutils.for_range_slice(builder, ir.Constant(I64, 0), count, ir.Constant(I64, 1), I64) as (index, _):
-            row = offset(builder, values, builder.mul(stride, index), 4)
-            loaded = [
-                load_f32(builder, builder.add(row, ir.Constant(I64, 4 * LANES * v)), "float32", LANES)
-                for v in range(vectors)
-            ]
-            for t in range(tokens):
-                at = builder.add(builder.mul(w_stride, ir.Constant(I64, t)), index)
-                factor = splat(builder, load_f32(builder, offset(builder, w, at, 4), "float32", 1))
-                for v in range(vectors):
-                    builder.store(fma(builder, factor, loaded[v], builder.load(sums[t, v])), sums[t, v])
-        for cell in cells:
-            store_f32(builder, places[cell], builder.load(sums[cell]))
+        scores, length, scale = arguments
+        whole = builder.and_(builder.add(length, ir.Constant(I64, STEP - 1)), ir.Constant(I64, -STEP))
+        with cgutils.for_range_slice(builder, length, whole, ir.Constant(I64, 1), I64) as (index, _):
+            store_f32(builder, offset(builder, scores, index, 4), ir.Constant(F32, float("-inf")))
+        largest = splat(builder, _largest(builder, scores, whole))
+        wide_scale = splat(builder, scale)
+        sums = [variable(builder, _constant(0.0)) for _ in range(2)]
+        for place, half in _steps(builder, scores, whole):
+            score = load_f32(builder, place, "float32", LANES)
+            weight = _exp(builder, builder.fmul(builder.fsub(score, largest), wide_scale))
+            store_f32(builder, place, weight)
+            builder.store(builder.fadd(builder.load(sums[half]), weight), sums[half])
+        total = sum_lanes(builder, builder.fadd(builder.load(sums[0]), builder.load(sums[1])))
+        inverse = splat(builder, builder.fdiv(ir.Constant(F32, 1.0), total))
+        for place, _ in _steps(builder, scores, whole):
+            store_f32(builder, place, builder.fmul(load_f32(builder, place, "float32", LANES), inverse))
         return context.get_dummy_value()
 
-    def mix(typingctx: Any, y: Any, y_stride: Any, w: Any, w_stride: Any, values: Any, stride: Any, count: Any) -> Any:
-        return types.none(*([types.int64] * 7)), codegen
+    return types.none(types.int64, types.int64, types.float32), codegen
 
-    return intrinsic(mix)
+
+softmax: Any = intrinsic(_softmax)
+
+
+def _steps(builder: Any, start: Any, whole: Any) -> Any:
+    """The body of the caller's loop, twice a turn: yields (address of a vector, which half of the step)."""
+    with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, STEP), I64) as (index, _):
+        for half in range(2):
+            yield offset(builder, start, builder.add(index, ir.Constant(I64, half * LANES)), 4), half
+
+
+def _largest(builder: Any, scores: Any, whole: Any) -> Any:
+    best = [variable(builder, _constant(float("-inf"))) for _ in range(2)]
+    for place, half in _steps(builder, scores, whole):
+        builder.store(
+            _larger(builder, load_f32(builder, place, "float32", LANES), builder.load(best[half])), best[half]
+        )
+    vector = _larger(builder, builder.load(best[0]), builder.load(best[1]))
+    lanes = [builder.extract_element(vector, ir.Constant(I32, lane)) for lane in range(LANES)]
+    largest = lanes[0]
+    for lane in lanes[1:]:
+        largest = _larger(builder, lane, largest)
+    return largest
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return builder.select(builder.fcmp_ordered(">", a, b), a, b)

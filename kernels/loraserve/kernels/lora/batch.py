@@ -1,10 +1,14 @@
 """Which tokens of a step use which adapter: planned once, reused by every layer and module."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
+from loraserve.kernels.lora.tables import AdapterTables
+
 NO_ADAPTER = -1
+WORK_TOKENS = 4
+"""Reading a weight from memory takes about as long as using it for this many tokens."""
 
 
 @dataclass(frozen=True)
@@ -19,11 +23,27 @@ class LoraBatch:
     group_slot: torch.Tensor
     group_start: torch.Tensor
     tokens: int
+    _work: list[int] = field(default_factory=list, compare=False, repr=False)
+
+    @property
+    def groups(self) -> int:
+        """Distinct adapters in this step."""
+        return self.group_slot.numel()
 
     @property
     def empty(self) -> bool:
         """Nobody in this step uses an adapter."""
-        return self.group_slot.numel() == 0
+        return self.groups == 0
+
+    def work(self, tables: AdapterTables) -> list[int]:
+        """Adapter weights read in each (layer, module), layer-major, each times its tokens but at least WORK_TOKENS.
+
+        Computed at the first call; a batch is planned for one set of tables.
+        """
+        if not self._work:
+            tokens = self.group_start.diff().clamp(min=WORK_TOKENS).long()
+            self._work.extend(torch.mv(tables.elements[self.group_slot.long()].flatten(1).T, tokens).tolist())
+        return self._work
 
 
 def plan_batch(slot_of_token: torch.Tensor) -> LoraBatch:

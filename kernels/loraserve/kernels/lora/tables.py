@@ -2,7 +2,7 @@
 
 import torch
 
-from loraserve.adapter.format import SlabHeader
+from loraserve.adapter.format import SlabHeader, row_elements
 from loraserve.model_shape import MODULES, ModelShape
 
 SLICES_MAX = 3
@@ -14,8 +14,9 @@ class AdapterTables:
     """Layouts, scales and base offsets of up to ``slots`` adapters.
 
     ``layout`` int64 [slots, layers, 4, 8], offsets relative to the slab's start; ``scales`` float32 [slots, layers, 4,
-    3]; ``base`` int64 [slots], element offset of the slab in the pool. A free slot has rank 0 everywhere, so that
-    computing with it changes nothing.
+    3]; ``base`` int64 [slots], element offset of the slab in the pool; ``elements`` int64 [slots, layers, 4], weights
+    of each row; ``widths`` int64 [4, 3], output width of each slice. A free slot has rank 0 everywhere, so that computing
+    with it changes nothing.
     """
 
     def __init__(self, shape: ModelShape, slots: int, device: str = "cpu") -> None:
@@ -23,6 +24,10 @@ class AdapterTables:
         self.layout = torch.zeros(slots, shape.layers, len(MODULES), LAYOUT_FIELDS, dtype=torch.int64, device=device)
         self.scales = torch.zeros(slots, shape.layers, len(MODULES), SLICES_MAX, dtype=torch.float32, device=device)
         self.base = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.elements = torch.zeros(slots, shape.layers, len(MODULES), dtype=torch.int64)
+        self.widths = torch.zeros(len(MODULES), SLICES_MAX, dtype=torch.int64, device=device)
+        for index, module in enumerate(MODULES):
+            self.widths[index, : len(shape.out_features(module))] = torch.tensor(shape.out_features(module))
         self.in_features = tuple(shape.in_features(module) for module in MODULES)
         self.out_features = tuple(shape.out_features(module) for module in MODULES)
 
@@ -33,15 +38,16 @@ class AdapterTables:
         """
         if header.shape != self.shape:
             raise ValueError(f"slab is for {header.shape}, this model is {self.shape}; register the adapter again")
-        layout = torch.zeros_like(self.layout[slot], device="cpu")
-        scales = torch.zeros_like(self.scales[slot], device="cpu")
+        layout, scales, elements = [], [], []
         for layer in range(self.shape.layers):
-            for module in range(len(MODULES)):
+            for module, name in enumerate(MODULES):
                 row = header.row(layer, module)
-                layout[layer, module] = torch.tensor(self._fields(header, layer, module))
-                scales[layer, module, : len(row.scales)] = torch.tensor(row.scales)
-        self.layout[slot].copy_(layout)
-        self.scales[slot].copy_(scales)
+                layout.append(self._fields(header, layer, module))
+                scales.append(list(row.scales) + [0.0] * (SLICES_MAX - len(row.scales)))
+                elements.append(row_elements(self.shape, name, row.ranks))
+        self.layout[slot].copy_(torch.tensor(layout).view_as(self.layout[slot]))
+        self.scales[slot].copy_(torch.tensor(scales).view_as(self.scales[slot]))
+        self.elements[slot].copy_(torch.tensor(elements).view_as(self.elements[slot]))
         self.base[slot] = base_elements
 
     def remove(self, slot: int) -> None:
@@ -49,6 +55,7 @@ class AdapterTables:
         self.layout[slot].zero_()
         self.scales[slot].zero_()
         self.base[slot] = 0
+        self.elements[slot] = 0
 
     def validate(self) -> None:
         """Ranks of a row sum to its rows of A; nothing is negative."""
