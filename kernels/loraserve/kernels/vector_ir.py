@@ -16,6 +16,12 @@ LANES = 8
 STEP = 2 * LANES
 """Elements per turn of a dot product: two independent chains hide the latency of the multiply-add."""
 
+LINE_BYTES = 64
+STREAM_TOKENS = 4
+"""Up to this many tokens a kernel waits for memory more than for arithmetic."""
+AHEAD_BLOCKS = 1
+"""Streams of weights are asked of the memory this many blocks of rows before they are used."""
+
 F32 = ir.FloatType()
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
@@ -46,6 +52,23 @@ def load_f32(builder: Any, address: Any, dtype: str, lanes: int) -> Any:
     bits = I32 if lanes == 1 else ir.VectorType(I32, lanes)
     shift = ir.Constant(bits, 16) if lanes == 1 else ir.Constant(bits, [16] * lanes)
     return builder.bitcast(builder.shl(builder.zext(value, bits), shift), wide)
+
+
+def prefetch(builder: Any, address: Any, lines: int) -> None:
+    """Bring cache lines that will be read soon: what is asked of the memory early is there when it is needed."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
+    function = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+    for line in range(lines):
+        place = builder.inttoptr(builder.add(address, ir.Constant(I64, LINE_BYTES * line)), pointer)
+        builder.call(function, [place, ir.Constant(I32, 0), ir.Constant(I32, 3), ir.Constant(I32, 1)])
+
+
+def _prefetch_next(builder: Any, block: Any, stride: Any, rows: int, index: Any, step: int, element_bytes: int) -> None:
+    """The part of a later block of rows that takes as long to read as ``step`` columns of this one."""
+    ahead = offset(builder, block, builder.mul(stride, ir.Constant(I64, AHEAD_BLOCKS * rows)), element_bytes)
+    lines = -(-step * rows * element_bytes // LINE_BYTES)
+    prefetch(builder, offset(builder, ahead, index, rows * element_bytes), lines)
 
 
 def store_f32(builder: Any, address: Any, value: Any) -> None:
@@ -97,7 +120,8 @@ def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
                 offset(builder, a, builder.mul(a_stride, ir.Constant(I64, r)), ELEMENT_BYTES[dtype])
                 for r in range(first, min(first + rows_at_once, rows))
             ]
-            totals = _dot_sums(builder, x_rows, a_rows, k, dtype)
+            ahead = a_stride if tokens <= STREAM_TOKENS and rows > 1 else None
+            totals = _dot_sums(builder, x_rows, a_rows, k, dtype, ahead)
             for (t, r), total in totals.items():
                 place = builder.add(builder.mul(out_stride, ir.Constant(I64, t)), ir.Constant(I64, first + r))
                 store_f32(builder, offset(builder, out, place, 4), total)
@@ -109,13 +133,20 @@ def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
     return intrinsic(dot)
 
 
-def _dot_sums(builder: Any, x_rows: list[Any], a_rows: list[Any], k: Any, dtype: str) -> dict[tuple[int, int], Any]:
-    """Scalar dot products of all pairs of rows: vector part, lanes, then the tail, always in this order."""
+def _dot_sums(
+    builder: Any, x_rows: list[Any], a_rows: list[Any], k: Any, dtype: str, stride: Any
+) -> dict[tuple[int, int], Any]:
+    """Scalar dot products of all pairs of rows: vector part, lanes, then the tail, always in this order.
+
+    ``stride``, where the rows come from memory, is the distance of one to the next.
+    """
     zero = ir.Constant(VF32, [0.0] * LANES)
     pairs = [(t, r) for t in range(len(x_rows)) for r in range(len(a_rows))]
     sums = {(pair, half): variable(builder, zero) for pair in pairs for half in range(2)}
     whole = builder.and_(k, ir.Constant(I64, -STEP))
     with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, STEP), I64) as (index, _):
+        if stride is not None:
+            _prefetch_next(builder, a_rows[0], stride, len(a_rows), index, STEP, ELEMENT_BYTES[dtype])
         for half in range(2):
             at = builder.add(index, ir.Constant(I64, half * LANES))
             xs = [load_f32(builder, offset(builder, row, at, 4), "float32", LANES) for row in x_rows]
@@ -174,6 +205,8 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
 
         whole = builder.and_(n, ir.Constant(I64, -LANES))
         with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, LANES), I64) as (index, _):
+            if rows > 1:
+                _prefetch_next(builder, b, b_stride, rows, index, LANES, element_bytes)
             add_at(index, LANES, wide)
         with cgutils.for_range_slice(builder, whole, n, ir.Constant(I64, 1), I64) as (index, _):
             add_at(index, 1, factors)

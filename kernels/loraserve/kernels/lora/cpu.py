@@ -9,13 +9,14 @@ import torch
 from loraserve.kernels import workers
 from loraserve.kernels.dense import assert_dense
 from loraserve.kernels.lora.batch import LoraBatch
-from loraserve.kernels.lora.cpu_kernels import KERNELS, MIX_TOKENS
+from loraserve.kernels.lora.cpu_kernels import FEW_TOKENS, KERNELS
 from loraserve.kernels.lora.tables import LAYOUT_FIELDS, SLICES_MAX, AdapterTables
 from loraserve.kernels.workers import run
 from loraserve.model_shape import MODULES
 
 TILE_TOKENS = 32
 """Most tokens that share one pass over the weights: their rows of x and h stay in the cache."""
+PARTS_PER_THREAD = 4
 SHARE_WORK = 240_000
 """Work, as ``LoraBatch.work`` counts it, from which a second thread brings more than calling it costs."""
 
@@ -41,6 +42,7 @@ def add_lora(
     assert_dense(x, (batch.tokens, k))
     row = layer * len(MODULES) + module
     shared = batch.work(tables)[row] > SHARE_WORK
+    tile_tokens = _tile_tokens(batch.perm.numel()) if shared else TILE_TOKENS
     run(
         _KERNELS[pool.dtype],
         shared,
@@ -52,7 +54,7 @@ def add_lora(
         tables.layout.data_ptr() + row * LAYOUT_FIELDS * 8,
         tables.scales.data_ptr() + row * SLICES_MAX * 4,
         tables.shape.layers * len(MODULES),
-        _tile_tokens(batch.perm.numel()) if shared else TILE_TOKENS,
+        tile_tokens,
         len(out),
         batch.groups,
         tables.widths.data_ptr() + module * SLICES_MAX * 8,
@@ -60,17 +62,24 @@ def add_lora(
         batch.perm.data_ptr(),
         batch.group_slot.data_ptr(),
         batch.group_start.data_ptr(),
+        1 if shared and _is_scarce(batch, tile_tokens) else len(out),
     )
 
 
 def _tile_tokens(tokens: int) -> int:
     """Small enough that every thread gets a few parts, large enough that a pass over the weights pays."""
-    fair = -(-tokens // (4 * torch.get_num_threads()))
-    return min(TILE_TOKENS, max(2 * MIX_TOKENS, -(-fair // MIX_TOKENS) * MIX_TOKENS))
+    fair = -(-tokens // (PARTS_PER_THREAD * torch.get_num_threads()))
+    return min(TILE_TOKENS, max(FEW_TOKENS, -(-fair // 4) * 4))
 
 
-def warm_up() -> None:
-    """Compile, or load from the cache, everything that a step may call."""
+def _is_scarce(batch: LoraBatch, tile_tokens: int) -> bool:
+    """Whether there are too few tiles for all threads to finish at about the same time."""
+    tiles = batch.groups + batch.perm.numel() // tile_tokens
+    return tiles < PARTS_PER_THREAD * torch.get_num_threads()
+
+
+def warm_up(*dtypes: torch.dtype) -> None:
+    """Compile, or load from the cache, everything that a step may call with pools of these dtypes, all by default."""
     workers.warm_up()
-    for kernel in KERNELS.values():
-        kernel.warm_up()
+    for dtype in dtypes or _KERNELS:
+        _KERNELS[dtype].warm_up()

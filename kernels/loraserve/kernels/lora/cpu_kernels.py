@@ -1,7 +1,7 @@
 """The compiled part of cpu.py: one kernel per dtype of the adapter pool.
 
-A part of a call is one slice of one adapter for one tile of its tokens: parts write different elements of y, and which
-thread takes which leaves no trace.
+A part of a call is one adapter's slices, all or one, for one tile of its tokens: parts write different elements of y,
+and which thread takes which leaves no trace.
 """
 
 from typing import Any
@@ -15,9 +15,9 @@ from loraserve.kernels.vector_ir import ELEMENT_BYTES, LANES, make_axpy_block, m
 
 ROWS = 4
 MIX_VECTORS = 4
-MIX_TOKENS = 4
-"""From this many tokens on, outputs are held in registers while the rows of B go by."""
-OPERANDS = 17
+FEW_TOKENS = 8
+"""Up to this many tokens B is read row after row, as it lies in memory; for more, outputs are held in registers."""
+OPERANDS = 18
 """The parts taken, then those of ``cpu.add_lora`` in its order."""
 
 
@@ -71,35 +71,37 @@ def _make_shrink(dtype: str) -> Any:
 
 def _make_expand(dtype: str) -> Any:
     item = ELEMENT_BYTES[dtype]
-    axpy_2x4, axpy_1x4 = (make_axpy_block(tokens, ROWS, dtype) for tokens in (2, 1))
+    axpy_4x4, axpy_2x4, axpy_1x4 = (make_axpy_block(tokens, ROWS, dtype) for tokens in (4, 2, 1))
     axpy_1x1 = make_axpy_block(1, 1, dtype)
     mix_4, mix_2, mix_1 = (make_mix_block(tokens, MIX_VECTORS, dtype) for tokens in (4, 2, 1))
 
     @inlined
-    def expand_few(y, y_width, tokens, h, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
-        """y[tokens[i], :columns] += h[i] @ B[:, :columns]; B goes by row after row, as it lies in memory."""
+    def expand_few(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
+        """y[tokens[i], :columns] += h[i] @ B[:, :columns]."""
         whole = rank - rank % ROWS
         i = 0
         while i < len(tokens):
-            block = min(2, _block_tokens(tokens, i))
+            block = _block_tokens(tokens, i)
             stride = _stride(tokens, i, block) * y_width
             target = y + tokens[i] * y_width * 4
-            source = h + i * rank * 4
+            source = h + i * h_stride * 4
             for row in range(0, whole, ROWS):
                 weights = b + row * b_width * item
-                if block == 2:
-                    axpy_2x4(target, stride, source + row * 4, rank, weights, b_width, columns)
+                if block == 4:
+                    axpy_4x4(target, stride, source + row * 4, h_stride, weights, b_width, columns)
+                elif block == 2:
+                    axpy_2x4(target, stride, source + row * 4, h_stride, weights, b_width, columns)
                 else:
-                    axpy_1x4(target, stride, source + row * 4, rank, weights, b_width, columns)
+                    axpy_1x4(target, stride, source + row * 4, h_stride, weights, b_width, columns)
             for t in range(block):
                 for row in range(whole, rank):
-                    factor = source + (t * rank + row) * 4
-                    axpy_1x1(target + t * stride * 4, 0, factor, rank, b + row * b_width * item, b_width, columns)
+                    factor = source + (t * h_stride + row) * 4
+                    axpy_1x1(target + t * stride * 4, 0, factor, h_stride, b + row * b_width * item, b_width, columns)
             i += block
 
     @inlined
-    def expand_many(y, y_width, tokens, h, rank, b, b_width):  # type: ignore[no-untyped-def]
-        """The same for tokens enough to repay jumping from row to row of B: outputs stay in registers."""
+    def expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width):  # type: ignore[no-untyped-def]
+        """The same for all columns, some of them at a time."""
         step = MIX_VECTORS * LANES
         whole = b_width - b_width % step
         for column in range(0, whole, step):
@@ -109,23 +111,23 @@ def _make_expand(dtype: str) -> Any:
                 block = _block_tokens(tokens, i)
                 stride = _stride(tokens, i, block) * y_width
                 target = y + (tokens[i] * y_width + column) * 4
-                source = h + i * rank * 4
+                source = h + i * h_stride * 4
                 if block == 4:
-                    mix_4(target, stride, source, rank, weights, b_width, rank)
+                    mix_4(target, stride, source, h_stride, weights, b_width, rank)
                 elif block == 2:
-                    mix_2(target, stride, source, rank, weights, b_width, rank)
+                    mix_2(target, stride, source, h_stride, weights, b_width, rank)
                 else:
-                    mix_1(target, stride, source, rank, weights, b_width, rank)
+                    mix_1(target, stride, source, h_stride, weights, b_width, rank)
                 i += block
         if whole < b_width:
-            expand_few(y + whole * 4, y_width, tokens, h, rank, b + whole * item, b_width, b_width - whole)
+            expand_few(y + whole * 4, y_width, tokens, h, h_stride, rank, b + whole * item, b_width, b_width - whole)
 
     @inlined
-    def expand(y, y_width, tokens, h, rank, b, b_width):  # type: ignore[no-untyped-def]
-        if len(tokens) < MIX_TOKENS:
-            expand_few(y, y_width, tokens, h, rank, b, b_width, b_width)
+    def expand(y, y_width, tokens, h, h_stride, rank, b, b_width):  # type: ignore[no-untyped-def]
+        if len(tokens) <= FEW_TOKENS:
+            expand_few(y, y_width, tokens, h, h_stride, rank, b, b_width, b_width)
         else:
-            expand_many(y, y_width, tokens, h, rank, b, b_width)
+            expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width)
 
     return expand
 
@@ -135,20 +137,23 @@ def _make_walk(dtype: str) -> Any:
     shrink, expand = _make_shrink(dtype), _make_expand(dtype)
 
     @inlined
-    def tile(y, y_width, x, k, slab, layout, scale, index, widths, tokens):  # type: ignore[no-untyped-def]
-        """One slice of one adapter for these tokens."""
-        rank = layout[2 + index]
-        row = 0
-        column = 0
-        for before in range(index):
-            row += layout[2 + before]
-            column += widths[before]
-        h = np.empty(len(tokens) * rank, np.float32)
-        shrink(x, k, tokens, slab + (layout[0] + row * k) * item, rank, h.ctypes.data)
-        for i in range(len(h)):
-            h[i] *= scale
-        b = slab + layout[2 + SLICES_MAX + index] * item
-        expand(y + column * 4, y_width, tokens, h.ctypes.data, rank, b, widths[index])
+    def tile(y, y_width, x, k, slab, layout, scale, first, stop, widths, tokens):  # type: ignore[no-untyped-def]
+        """Slices first..stop of one adapter for these tokens, in the order in which the weights lie in memory."""
+        column = np.sum(widths[:first])
+        row = np.sum(layout[2 : 2 + first])
+        total = np.sum(layout[2 + first : 2 + stop])
+        h = np.empty((len(tokens), total), np.float32)
+        shrink(x, k, tokens, slab + (layout[0] + row * k) * item, total, h.ctypes.data)
+        done = 0
+        for index in range(first, stop):
+            rank = layout[2 + index]
+            if rank > 0:
+                h[:, done : done + rank] *= scale[index]
+                b = slab + layout[2 + SLICES_MAX + index] * item
+                source = h.ctypes.data + done * 4
+                expand(y + column * 4, y_width, tokens, source, total, rank, b, widths[index])
+            done += rank
+            column += widths[index]
 
     @inlined
     def walk(operands):  # type: ignore[no-untyped-def]
@@ -156,7 +161,7 @@ def _make_walk(dtype: str) -> Any:
         values = int64s(operands, OPERANDS)
         y, y_width, x, k, pool = values[1], values[2], values[3], values[4], values[5]
         layouts, scales, slot_stride, tile_tokens = values[6], values[7], values[8], values[9]
-        slices, groups = values[10], values[11]
+        slices, groups, part_slices = values[10], values[11], values[17]
         widths, bases = int64s(values[12], slices), values[13]
         perm, group_slot, group_start = values[14], int32s(values[15], groups), int32s(values[16], groups + 1)
         mine = take_part(operands)
@@ -168,13 +173,13 @@ def _make_walk(dtype: str) -> Any:
             slab = pool + int64s(bases + slot * 8, 1)[0] * item
             for start in range(group_start[group], group_start[group + 1], tile_tokens):
                 stop = min(start + tile_tokens, np.int64(group_start[group + 1]))
-                for index in range(slices):
-                    if layout[2 + index] > 0:
-                        if part == mine:
-                            tokens = int32s(perm + start * 4, stop - start)
-                            tile(y, y_width, x, k, slab, layout, scale[index], index, widths, tokens)
-                            mine = take_part(operands)
-                        part += 1
+                for index in range(0, slices, part_slices):
+                    if part == mine:
+                        tokens = int32s(perm + start * 4, stop - start)
+                        last = min(index + part_slices, slices)
+                        tile(y, y_width, x, k, slab, layout, scale, index, last, widths, tokens)
+                        mine = take_part(operands)
+                    part += 1
 
     return walk
 
