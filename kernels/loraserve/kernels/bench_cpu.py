@@ -121,7 +121,8 @@ def attention_step(queries: int, past: int, sequences: int) -> tuple[Callable[[]
 
 def timed(step: Callable[[], None], floor: Callable[[], None], seconds: float) -> tuple[float, float]:
     """Median (step, floor) in milliseconds, taking turns for about ``seconds``."""
-    step(), floor()
+    step()
+    floor()
     times: list[tuple[float, float]] = []
     end = time.perf_counter() + seconds
     while len(times) < 3 or time.perf_counter() < end:

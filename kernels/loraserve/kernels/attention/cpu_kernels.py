@@ -22,43 +22,50 @@ _axpy = make_axpy_block(1, 1, "float32")
 
 
 @inlined
-def _score(rows, q, q_stride, keys, dim, out, out_stride):  # type: ignore[no-untyped-def]
+def _score(rows, q, q_stride, keys, dim, out, out_stride, ahead):  # type: ignore[no-untyped-def]
     if rows == 4:
-        _score_4(q, q_stride, keys, dim, out, out_stride)
+        _score_4(q, q_stride, keys, dim, out, out_stride, ahead)
     elif rows == 3:
-        _score_3(q, q_stride, keys, dim, out, out_stride)
+        _score_3(q, q_stride, keys, dim, out, out_stride, ahead)
     elif rows == 2:
-        _score_2(q, q_stride, keys, dim, out, out_stride)
+        _score_2(q, q_stride, keys, dim, out, out_stride, ahead)
     else:
-        _score_1(q, 0, keys, dim, out, out_stride)
+        _score_1(q, 0, keys, dim, out, out_stride, ahead)
 
 
 @inlined
-def _mix_wide(rows, out, out_stride, weights, span, values, dim, count):  # type: ignore[no-untyped-def]
+def _mix_wide(rows, out, out_stride, weights, span, values, dim, count, ahead):  # type: ignore[no-untyped-def]
     if rows == 4:
-        _wide_4(out, out_stride, weights, span, values, dim, count)
+        _wide_4(out, out_stride, weights, span, values, dim, count, ahead)
     elif rows == 3:
-        _wide_3(out, out_stride, weights, span, values, dim, count)
+        _wide_3(out, out_stride, weights, span, values, dim, count, ahead)
     elif rows == 2:
-        _wide_2(out, out_stride, weights, span, values, dim, count)
+        _wide_2(out, out_stride, weights, span, values, dim, count, ahead)
     else:
-        _wide_1(out, 0, weights, span, values, dim, count)
+        _wide_1(out, 0, weights, span, values, dim, count, ahead)
 
 
 @inlined
-def _mix(rows, out, out_stride, weights, span, values, dim, count):  # type: ignore[no-untyped-def]
+def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # type: ignore[no-untyped-def]
     """out[row] += sum over p < count of weights[row, p] * values[p], in the order of p."""
     wide = dim - dim % (MIX_VECTORS * LANES)
     whole = dim - dim % LANES
     for first in range(0, wide, MIX_VECTORS * LANES):
-        _mix_wide(rows, out + first * 4, out_stride, weights, span, values + first * 4, dim, count)
+        _mix_wide(rows, out + first * 4, out_stride, weights, span, values + first * 4, dim, count, ahead + first * 4)
     for row in range(rows if wide < dim else 0):
         target = out + row * out_stride * 4
         source = weights + row * span * 4
         for first in range(wide, whole, LANES):
-            _narrow(target + first * 4, 0, source, span, values + first * 4, dim, count)
+            _narrow(target + first * 4, 0, source, span, values + first * 4, dim, count, ahead + first * 4)
         for p in range(count if whole < dim else 0):
             _axpy(target + whole * 4, 0, source + p * 4, 0, values + (p * dim + whole) * 4, 0, dim - whole)
+
+
+@inlined
+def _place(table, position, layout):  # type: ignore[no-untyped-def]
+    """Bytes from the cache's start to where the group of this position begins, or, for values, the position itself."""
+    block_stride, head_start, block, dim = layout
+    return (table[position // block] * block_stride + head_start + position % block * dim) * 4
 
 
 @inlined
@@ -67,22 +74,28 @@ def _attend(rows, growth, q, out, stride, shortest, keys, values, table, layout,
 
     ``layout``: elements from block to block, where the head lies in one, tokens of a block, head_dim.
     """
-    block_stride, head_start, block, dim = layout
+    dim = layout[3]
+    start = _place(table, 0, layout)
     longest = shortest + growth * (rows - 1)
     for first in range(0, longest, GROUP_TOKENS):
-        place = (table[first // block] * block_stride + head_start + first % block * dim) * 4
-        _score(rows, q, stride, keys + place, dim, scores + first * 4, span)
+        ahead = values + start
+        if first + GROUP_TOKENS < longest:
+            ahead = keys + _place(table, first + GROUP_TOKENS, layout)
+        _score(rows, q, stride, keys + _place(table, first, layout), dim, scores + first * 4, span, ahead)
     for row in range(rows):
         softmax(scores + row * span * 4, shortest + growth * row, scale)
         floats(out + row * stride * 4, dim)[:] = np.float32(0.0)
     for first in range(0, shortest, GROUP_TOKENS):
-        place = (table[first // block] * block_stride + head_start + first % block * dim) * 4
         count = min(GROUP_TOKENS, shortest - first)
-        _mix(rows, out, stride, scores + first * 4, span, values + place, dim, count)
+        place = values + _place(table, first, layout)
+        ahead = place
+        if first + GROUP_TOKENS < shortest:
+            ahead = values + _place(table, first + GROUP_TOKENS, layout)
+        _mix(rows, out, stride, scores + first * 4, span, place, dim, count, ahead)
     for row in range(1, rows if growth > 0 else 1):
         for p in range(shortest, shortest + row):
-            place = (table[p // block] * block_stride + head_start + p % block * dim) * 4
-            _mix(1, out + row * stride * 4, 0, scores + (row * span + p) * 4, span, values + place, dim, 1)
+            place = values + _place(table, p, layout)
+            _mix(1, out + row * stride * 4, 0, scores + (row * span + p) * 4, span, place, dim, 1, place)
 
 
 @inlined

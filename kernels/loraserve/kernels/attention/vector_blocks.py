@@ -12,12 +12,14 @@ from loraserve.kernels.vector_ir import (
     I32,
     I64,
     LANES,
+    LINE_BYTES,
     STEP,
     VF32,
     fma,
     load_f32,
     most_sums,
     offset,
+    prefetch,
     splat,
     store_f32,
     sum_lanes,
@@ -30,10 +32,11 @@ SMALLEST_EXPONENT = -87.0
 
 
 def make_score_block(rows: int, positions: int) -> Any:
-    """Intrinsic score(q, q_stride, keys, dim, out, out_stride): out[row, p] = q[row] . keys[:, p] for a group of keys.
+    """Intrinsic score(q, q_stride, keys, dim, out, out_stride, next): out[row, p] = q[row] . keys[:, p] for a group.
 
     ``keys`` float32 [dim, positions], so that a vector holds neighbouring positions and no sum over lanes is needed.
-    Even and odd dimensions are summed apart, then added.
+    Even and odd dimensions are summed apart, then added. ``next`` is the address of the group to come, for which memory
+    is asked meanwhile.
     """
     vectors = positions // LANES
     at_once = min(vectors, max(1, most_sums() // (2 * rows)))
@@ -43,20 +46,22 @@ def make_score_block(rows: int, positions: int) -> Any:
             _score_columns(builder, arguments, rows, range(first, min(first + at_once, vectors)), positions)
         return context.get_dummy_value()
 
-    def score(typingctx: Any, q: Any, q_stride: Any, keys: Any, dim: Any, out: Any, out_stride: Any) -> Any:
-        return types.none(*([types.int64] * 6)), codegen
+    def score(typingctx: Any, q: Any, q_stride: Any, keys: Any, dim: Any, out: Any, out_stride: Any, ahead: Any) -> Any:
+        return types.none(*([types.int64] * 7)), codegen
 
     return intrinsic(score)
 
 
 def _score_columns(builder: Any, arguments: Any, rows: int, columns: range, positions: int) -> None:
-    q, q_stride, keys, dim, out, out_stride = arguments
+    q, q_stride, keys, dim, out, out_stride, ahead = arguments
     zero = ir.Constant(VF32, [0.0] * LANES)
     cells = [(row, v) for row in range(rows) for v in columns]
     sums = {(cell, odd): variable(builder, zero) for cell in cells for odd in range(2)}
 
     def add_dimension(index: Any, odd: int) -> None:
         start = offset(builder, keys, index, 4 * positions)
+        if columns.start == 0:
+            prefetch(builder, offset(builder, ahead, index, 4 * positions), -(-4 * positions // LINE_BYTES), near=False)
         loaded = {
             v: load_f32(builder, builder.add(start, ir.Constant(I64, 4 * LANES * v)), "float32", LANES) for v in columns
         }

@@ -106,6 +106,7 @@ def _make_expand(dtype: str) -> Any:
         whole = b_width - b_width % step
         for column in range(0, whole, step):
             weights = b + column * item
+            ahead = weights + step * item
             i = 0
             while i < len(tokens):
                 block = _block_tokens(tokens, i)
@@ -113,11 +114,11 @@ def _make_expand(dtype: str) -> Any:
                 target = y + (tokens[i] * y_width + column) * 4
                 source = h + i * h_stride * 4
                 if block == 4:
-                    mix_4(target, stride, source, h_stride, weights, b_width, rank)
+                    mix_4(target, stride, source, h_stride, weights, b_width, rank, ahead)
                 elif block == 2:
-                    mix_2(target, stride, source, h_stride, weights, b_width, rank)
+                    mix_2(target, stride, source, h_stride, weights, b_width, rank, ahead)
                 else:
-                    mix_1(target, stride, source, h_stride, weights, b_width, rank)
+                    mix_1(target, stride, source, h_stride, weights, b_width, rank, ahead)
                 i += block
         if whole < b_width:
             expand_few(y + whole * 4, y_width, tokens, h, h_stride, rank, b + whole * item, b_width, b_width - whole)
