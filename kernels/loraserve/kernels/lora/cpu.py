@@ -40,6 +40,7 @@ def add_lora(
     y_width = sum(out)
     assert_dense(y, (batch.tokens, y_width))
     assert_dense(x, (batch.tokens, k))
+    assert pool.is_contiguous(), pool.stride()
     row = layer * len(MODULES) + module
     shared = batch.work(tables)[row] > SHARE_WORK
     tile_tokens = _tile_tokens(batch.perm.numel()) if shared else TILE_TOKENS
