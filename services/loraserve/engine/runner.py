@@ -61,7 +61,7 @@ class ModelRunner:
         """Compiles or loads the kernels and touches the weights, so that the first request waits for neither."""
         attention.warm_up()
         fused.warm_up()
-        lora.warm_up()
+        lora.warm_up(DTYPES[self.slab_dtype])
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         for tokens in ((0,), (0, 0)):
             sequence = SequenceStep(

@@ -26,6 +26,7 @@ def random_slots(tokens: int, slots: int, seed: int) -> list[int]:
 
 def added(a: Any, slots: list[int], layer: int, module: int, function: Any = lora.add_lora) -> torch.Tensor:
     """y after the call, for the same operands whatever the function."""
+    y: torch.Tensor
     y, x = a.operands(module, len(slots))
     function(y, x, a.pool, a.tables, lora.plan_batch(torch.tensor(slots, dtype=torch.int32)), layer, module)
     return y
@@ -39,6 +40,7 @@ def assert_close(y: torch.Tensor, exact: torch.Tensor) -> None:
 
 def in_float64(a: Any, slots: list[int], layer: int, module: int) -> torch.Tensor:
     """The formula of adapter/format.py, a token at a time."""
+    y: torch.Tensor
     y, x = a.operands(module, len(slots))
     y, x, pool = y.double(), x.double(), a.pool.double()
     name = MODULES[module]
