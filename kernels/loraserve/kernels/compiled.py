@@ -55,9 +55,14 @@ class Kernel:
                 self._call = FUNCTION(self._compiled.address)
 
 
-def inlined(function: Callable[..., Any]) -> Any:
-    """A function that kernels call. It is kept on disk as part of those kernels."""
+def called(function: Callable[..., Any]) -> Any:
+    """A function that kernels call, kept on disk as part of them. Compiled once for itself and once in each caller."""
     return njit(nogil=True, error_model="numpy")(function)
+
+
+def inlined(function: Callable[..., Any]) -> Any:
+    """A function whose text becomes its callers': for what is short, as every level of calls costs compile time."""
+    return njit(nogil=True, error_model="numpy", inline="always")(function)
 
 
 def _compile(function: Callable[[int], None]) -> Any:

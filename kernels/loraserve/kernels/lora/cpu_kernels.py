@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from loraserve.kernels.compiled import Kernel, inlined
+from loraserve.kernels.compiled import Kernel, called, inlined
 from loraserve.kernels.lora.tables import LAYOUT_FIELDS, SLICES_MAX
 from loraserve.kernels.memory import floats, int32s, int64s, take_part
 from loraserve.kernels.vector_ir import ELEMENT_BYTES, LANES, make_axpy_block, make_dot_block, make_mix_block
@@ -42,7 +42,7 @@ def _make_shrink(dtype: str) -> Any:
     dot_4x4, dot_2x4, dot_1x4 = (make_dot_block(tokens, ROWS, dtype) for tokens in (4, 2, 1))
     dot_1x1 = make_dot_block(1, 1, dtype)
 
-    @inlined
+    @called
     def shrink(x, k, tokens, a, rank, h):  # type: ignore[no-untyped-def]
         """h[i, r] = x[tokens[i]] . A[r], h dense."""
         whole = rank - rank % ROWS
@@ -75,7 +75,7 @@ def _make_expand(dtype: str) -> Any:
     axpy_1x1 = make_axpy_block(1, 1, dtype)
     mix_4, mix_2, mix_1 = (make_mix_block(tokens, MIX_VECTORS, dtype) for tokens in (4, 2, 1))
 
-    @inlined
+    @called
     def expand_few(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
         """y[tokens[i], :columns] += h[i] @ B[:, :columns]."""
         whole = rank - rank % ROWS
@@ -99,12 +99,11 @@ def _make_expand(dtype: str) -> Any:
                     axpy_1x1(target + t * stride * 4, 0, factor, h_stride, b + row * b_width * item, b_width, columns)
             i += block
 
-    @inlined
-    def expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width):  # type: ignore[no-untyped-def]
-        """The same for all columns, some of them at a time."""
+    @called
+    def expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
+        """The same, MIX_VECTORS vectors of columns at a time."""
         step = MIX_VECTORS * LANES
-        whole = b_width - b_width % step
-        for column in range(0, whole, step):
+        for column in range(0, columns, step):
             weights = b + column * item
             ahead = weights + step * item
             i = 0
@@ -120,15 +119,18 @@ def _make_expand(dtype: str) -> Any:
                 else:
                     mix_1(target, stride, source, h_stride, weights, b_width, rank, ahead)
                 i += block
-        if whole < b_width:
-            expand_few(y + whole * 4, y_width, tokens, h, h_stride, rank, b + whole * item, b_width, b_width - whole)
 
     @inlined
     def expand(y, y_width, tokens, h, h_stride, rank, b, b_width):  # type: ignore[no-untyped-def]
         if len(tokens) <= FEW_TOKENS:
             expand_few(y, y_width, tokens, h, h_stride, rank, b, b_width, b_width)
         else:
-            expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width)
+            whole = b_width - b_width % (MIX_VECTORS * LANES)
+            expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width, whole)
+            if whole < b_width:
+                expand_few(
+                    y + whole * 4, y_width, tokens, h, h_stride, rank, b + whole * item, b_width, b_width - whole
+                )
 
     return expand
 
@@ -140,16 +142,22 @@ def _make_walk(dtype: str) -> Any:
     @inlined
     def tile(y, y_width, x, k, slab, layout, scale, first, stop, widths, tokens):  # type: ignore[no-untyped-def]
         """Slices first..stop of one adapter for these tokens, in the order in which the weights lie in memory."""
-        column = np.sum(widths[:first])
-        row = np.sum(layout[2 : 2 + first])
-        total = np.sum(layout[2 + first : 2 + stop])
-        h = np.empty((len(tokens), total), np.float32)
+        column, row, total = 0, 0, 0
+        for index in range(stop):
+            if index < first:
+                column += widths[index]
+                row += layout[2 + index]
+            else:
+                total += layout[2 + index]
+        h = np.empty(len(tokens) * total, np.float32)
         shrink(x, k, tokens, slab + (layout[0] + row * k) * item, total, h.ctypes.data)
         done = 0
         for index in range(first, stop):
             rank = layout[2 + index]
             if rank > 0:
-                h[:, done : done + rank] *= scale[index]
+                for i in range(len(tokens)):
+                    for r in range(i * total + done, i * total + done + rank):
+                        h[r] *= scale[index]
                 b = slab + layout[2 + SLICES_MAX + index] * item
                 source = h.ctypes.data + done * 4
                 expand(y + column * 4, y_width, tokens, source, total, rank, b, widths[index])
