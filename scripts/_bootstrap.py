@@ -76,31 +76,32 @@ def find_python():
     if sys.version_info >= OLDEST_PYTHON:
         return sys.executable
     for minor in range(14, OLDEST_PYTHON[1] - 1, -1):
-        found = shutil.which("python3.%d" % minor)
+        found = shutil.which(f"python3.{minor}")
         if found:
             return found
     return fail(
-        "Python %d.%d or newer is needed, this is %s; install one (Debian/Ubuntu: apt install python3, macOS: "
-        "brew install python@3.12) and run the script again" % (OLDEST_PYTHON + (platform.python_version(),))
+        f"Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer is needed, this is {platform.python_version()}; "
+        "install one (Debian/Ubuntu: apt install python3, macOS: brew install python@3.12) and run the script again"
     )
 
 
 def _make_venv():
     if venv_python().exists():
         return
-    say("[install] making %s" % VENV)
+    say(f"[install] making {VENV}")
     done = subprocess.run([find_python(), "-m", "venv", str(VENV)], capture_output=True, text=True)
     if done.returncode != 0:
         shutil.rmtree(VENV, ignore_errors=True)
         output = (done.stdout + done.stderr).strip()
         if "ensurepip" in output:
             fail("Python's venv package is missing; install it (Debian/Ubuntu: apt install python3-venv)")
-        fail("could not make %s: %s" % (VENV, output.splitlines()[-1] if output else "no reason given"))
+        reason = output.splitlines()[-1] if output else "no reason given"
+        fail(f"could not make {VENV}: {reason}")
 
 
 def _install(extras):
-    target = ".[%s]" % ",".join(extras) if extras else "."
-    say("[install] torch and %s (a few hundred MB the first time)" % target)
+    target = f".[{','.join(extras)}]" if extras else "."
+    say(f"[install] torch and {target} (a few hundred MB the first time)")
     pip = [str(venv_python()), "-m", "pip", "install", "--disable-pip-version-check", "-c", str(CONSTRAINTS)]
     _pip(pip + torch_requirement(pip))
     _pip([*pip, "-e", target])
@@ -120,7 +121,7 @@ def torch_requirement(pip):
     except (ValueError, LookupError):
         return ["torch"]
     if any(name.startswith("nvidia") for name in metadata.get("requires_dist", [])):
-        return ["torch==%s+cpu" % metadata["version"], "--extra-index-url", TORCH_CPU_INDEX]
+        return [f"torch=={metadata['version']}+cpu", "--extra-index-url", TORCH_CPU_INDEX]
     return ["torch"]
 
 
@@ -138,10 +139,10 @@ def _pip(command):
         words = line.split()
         if words and words[0] in ("Downloading", "Installing", "Building") and time.monotonic() - shown_s > 2:
             shown_s = time.monotonic()
-            say("[install] %4.0f s  %s" % (shown_s - started_s, " ".join(words)[:90]))
+            say(f"[install] {shown_s - started_s:4.0f} s  {' '.join(words)[:90]}")
     if process.wait() != 0:
         text = "\n".join(tail)
         say(text)
         if "No space left" in text:
-            fail("the disk is full; free about 3 GB under %s and run the script again" % VENV)
+            fail(f"the disk is full; free about 3 GB under {VENV} and run the script again")
         fail("pip could not install (above); check the network or the package index, then run the script again")

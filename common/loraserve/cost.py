@@ -1,52 +1,131 @@
-"""What a step and a load will take: the one model that router, planner and simulator price with. Pure.
+"""What a step, a load and a stream of requests cost: the one model that router, planner and simulator price with. Pure.
 
-Linear in what the step reads and computes. The coefficients begin as rough values of a small CPU model and are
-replaced, engine by engine, by what that engine measures and reports.
+Linear in what a step reads and computes. The coefficients begin as rough values of a small model on two CPU cores and
+follow what the engines measure. Memory has a price as well: an engine gives out extents of power-of-two sizes.
 """
 
 import msgspec
 
+from loraserve.errors import ConfigError
 from loraserve.messages import EngineLoad
+
+LEARNING_RATE = 0.1
+"""How far one report moves the coefficients towards what it says: reports are smoothed already, so slowly."""
+LARGEST_SURPRISE = 4.0
+"""A measurement further off than this factor counts as this far off: one odd step must not bend the model."""
+MIN_EXTENT_BYTES = 4096
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds per unit. ``decode_step_s`` is a step of one sequence without adapters."""
+    """Seconds per unit. A step costs ``step_base_s`` whatever it holds, and the rest for what it holds."""
 
-    decode_step_s: float = 0.03
+    step_base_s: float = 0.022
+    sequence_s: float = 0.0025
+    """Of each sequence that decodes in the step."""
+    kv_token_s: float = 2e-7
+    """Of each token of context that a decoding sequence attends to."""
     prefill_token_s: float = 0.002
-    slab_byte_s: float = 4e-11
-    """Of an adapter's bytes that one step reads."""
-    load_byte_s: float = 2e-9
-    load_s: float = 0.005
+    slab_byte_s: float = 1e-10
+    """Of the bytes of the distinct adapters in the step: they are read once, whoever shares them."""
+    rank_token_s: float = 5e-6
+    """Of each token times the rank of its adapter."""
+    load_base_s: float = 0.005
     """Of a load whatever its size: asking, verifying, installing."""
+    load_byte_s: float = 2e-9
 
-    def measured_by(self, load: EngineLoad) -> "CostModel":
-        """This model with what the engine has measured itself."""
-        return msgspec.structs.replace(
-            self,
-            decode_step_s=load.decode_step_s or self.decode_step_s,
-            prefill_token_s=1 / load.prefill_tokens_per_s if load.prefill_tokens_per_s else self.prefill_token_s,
-            load_byte_s=1 / load.load_bytes_per_s if load.load_bytes_per_s else self.load_byte_s,
+    def step_s(
+        self,
+        decode_sequences: int,
+        kv_tokens: int = 0,
+        prefill_tokens: int = 0,
+        slab_bytes: int = 0,
+        rank_tokens: int = 0,
+    ) -> float:
+        """One step: sequences that decode, their context, prefill tokens, bytes of its distinct adapters, and the sum
+        over its tokens of their adapters' ranks."""
+        return (
+            self.step_base_s
+            + decode_sequences * self.sequence_s
+            + kv_tokens * self.kv_token_s
+            + prefill_tokens * self.prefill_token_s
+            + slab_bytes * self.slab_byte_s
+            + rank_tokens * self.rank_token_s
         )
 
-    def step_s(self, prefill_tokens: int, slab_bytes: int) -> float:
-        """One step that computes these prefill tokens beside decoding, with distinct adapters of these bytes."""
-        return self.decode_step_s + prefill_tokens * self.prefill_token_s + slab_bytes * self.slab_byte_s
-
-    def load_adapter_s(self, slab_bytes: int) -> float:
+    def load_s(self, slab_bytes: int) -> float:
         """Bringing an absent adapter in."""
-        return self.load_s + slab_bytes * self.load_byte_s
+        return self.load_base_s + slab_bytes * self.load_byte_s
 
-    def token_weight(self, slab_bytes: int) -> float:
-        """Cost of one token of an adapter relative to one of the base model, when it is alone in its batch."""
-        return 1.0 + slab_bytes * self.slab_byte_s / self.decode_step_s
+    def busy_share(
+        self, prefill_tokens_per_s: float, decode_tokens_per_s: float, rank: int = 0, slab_bytes: int = 0
+    ) -> float:
+        """Share of one engine's time that this traffic takes, beside the steps' own base.
+
+        Its slab is read once a step that has it, so that the bytes weigh on rare traffic and are shared by dense.
+        """
+        steps_per_s = min(decode_tokens_per_s, 1 / self.step_s(1, slab_bytes=slab_bytes))
+        return (
+            prefill_tokens_per_s * (self.prefill_token_s + rank * self.rank_token_s)
+            + decode_tokens_per_s * (self.sequence_s + rank * self.rank_token_s)
+            + steps_per_s * slab_bytes * self.slab_byte_s
+        )
+
+    def observe(self, load: EngineLoad) -> "CostModel":
+        """This model, moved towards what one engine reports as measured."""
+        changes = self._decode_changes(load) if load.running and load.decode_step_s > 0 else {}
+        if load.prefill_tokens_per_s > 0:
+            changes["prefill_token_s"] = _towards(self.prefill_token_s, 1 / load.prefill_tokens_per_s)
+        if load.load_bytes_per_s > 0:
+            changes["load_byte_s"] = _towards(self.load_byte_s, 1 / load.load_bytes_per_s)
+        return msgspec.structs.replace(self, **changes) if changes else self
+
+    def _decode_changes(self, load: EngineLoad) -> dict[str, float]:
+        """The surprise in a decode step's time, blamed on each term by its share of the prediction."""
+        running = [adapter for adapter in load.resident if adapter.running]
+        terms = {
+            "step_base_s": self.step_base_s,
+            "sequence_s": load.running * self.sequence_s,
+            "kv_token_s": (load.kv_blocks_total - load.kv_blocks_free) * load.block_tokens * self.kv_token_s,
+            "slab_byte_s": sum(adapter.slab_bytes for adapter in running) * self.slab_byte_s,
+            "rank_token_s": sum(adapter.running * adapter.rank for adapter in running) * self.rank_token_s,
+        }
+        predicted_s = sum(terms.values())
+        surprise = _bounded(load.decode_step_s / predicted_s) - 1
+        return {
+            name: getattr(self, name) * (1 + LEARNING_RATE * surprise * term / predicted_s)
+            for name, term in terms.items()
+        }
 
 
-def save_cost(cost: CostModel) -> bytes:
+def dump_cost(cost: CostModel) -> bytes:
     """As JSON."""
     return msgspec.json.format(msgspec.json.encode(cost))
 
 
-def read_cost(data: bytes) -> CostModel:
-    """Inverse of ``save_cost``. Raises msgspec.ValidationError on anything else."""
-    return msgspec.json.decode(data, type=CostModel)
+def load_cost(data: bytes) -> CostModel:
+    """Inverse of ``dump_cost``. Raises ConfigError on anything else."""
+    try:
+        cost = msgspec.json.decode(data, type=CostModel)
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"cost model: {error}; remove the file to begin with the defaults") from error
+    if min(msgspec.structs.astuple(cost)) <= 0:
+        raise ConfigError("cost model: every coefficient must be positive; remove the file to begin with the defaults")
+    return cost
+
+
+def extent_bytes(slab_bytes: int) -> int:
+    """What a slab takes of a pool."""
+    return max(MIN_EXTENT_BYTES, 1 << (slab_bytes - 1).bit_length()) if slab_bytes > 0 else MIN_EXTENT_BYTES
+
+
+def largest_extent_bytes(pool_bytes: int) -> int:
+    """The largest extent that a pool of this size can ever give; 0 where it is too small for any."""
+    return 1 << (pool_bytes.bit_length() - 1) if pool_bytes >= MIN_EXTENT_BYTES else 0
+
+
+def _towards(old: float, measured: float) -> float:
+    return old * (1 + LEARNING_RATE * (_bounded(measured / old) - 1))
+
+
+def _bounded(ratio: float) -> float:
+    return min(max(ratio, 1 / LARGEST_SURPRISE), LARGEST_SURPRISE)

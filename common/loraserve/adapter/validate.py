@@ -40,7 +40,11 @@ def check_name(name: str, served_model: str) -> None:
 
 def check_directory(directory: Path) -> None:
     """Whether it can be a PEFT directory. Raises AdapterError (``not_found``, ``bad_format``, ``unsupported``)."""
-    if not directory.exists():
+    try:
+        exists = directory.exists()
+    except OSError as error:
+        raise AdapterError("not_found", f"path {str(directory)[:200]}: {error.strerror}") from error
+    if not exists:
         raise AdapterError("not_found", f"path {directory} does not exist where the store runs; name a PEFT directory")
     if not directory.is_dir():
         raise AdapterError("bad_format", f"path {directory} is not a directory; name the directory, not a file in it")

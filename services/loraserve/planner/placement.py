@@ -2,22 +2,22 @@
 
 First sound version: every adapter with demand gets a copy, hot ones several, each copy on the engine with the least
 planned cost that has the memory; a copy stays where it is unless moving it evens out the load by more than the
-hysteresis. Cost is forecast tokens/s weighted by what the adapter's rank adds to a step.
+hysteresis. Cost is the share of an engine's time that the forecast traffic of an adapter takes at its rank.
 """
 
 from collections.abc import Mapping, Sequence
 
 import msgspec
 
-from loraserve.cost import CostModel
+from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
 
 POOL_FRACTION = 0.75
 """Of a pool that the plan may pin; the rest is for adapters that come on demand."""
 HYSTERESIS = 0.2
 """A copy moves only if its engine carries this much more than the fair share."""
-FALLBACK_TOKENS_PER_S = 1e-6
-"""Demand of an adapter that is kept although nobody asks for it: enough to be ordered, too little to weigh."""
+IDLE_WEIGHT = 1e-9
+"""Of an adapter that is kept although nobody asks for it: enough to be ordered, too little to weigh."""
 
 
 class _Engine(msgspec.Struct):
@@ -57,13 +57,17 @@ def _weights(
     current: Sequence[Placement],
     cost: CostModel,
 ) -> dict[str, float]:
-    """Cost per second of each adapter that is asked for or planned now."""
-    weights = {p.version: FALLBACK_TOKENS_PER_S for p in current if p.version in adapters}
+    """Share of an engine's time of each adapter that is asked for or planned now."""
+    weights = {p.version: IDLE_WEIGHT for p in current if p.version in adapters}
     for asked in demand:
-        if asked.version in adapters:
-            rate = max(asked.forecast_tokens_per_s, asked.prefill_tokens_per_s + asked.decode_tokens_per_s)
-            if rate > 0:
-                weights[asked.version] = rate * cost.token_weight(adapters[asked.version].slab_bytes)
+        seen = asked.prefill_tokens_per_s + asked.decode_tokens_per_s
+        if asked.version in adapters and max(seen, asked.forecast_tokens_per_s) > 0:
+            adapter = adapters[asked.version]
+            # The forecast is of all tokens; they are taken to split as those that were seen.
+            growth = max(1.0, asked.forecast_tokens_per_s / seen) if seen > 0 else 0.0
+            decode = asked.decode_tokens_per_s * growth if seen > 0 else asked.forecast_tokens_per_s
+            prefill = asked.prefill_tokens_per_s * growth
+            weights[asked.version] = cost.busy_share(prefill, decode, adapter.rank, adapter.slab_bytes)
     return weights
 
 
@@ -78,14 +82,14 @@ def _choose(
     """Engines for the copies of one adapter; their room and cost are taken."""
     chosen: list[str] = []
     for _ in range(copies):
-        able = [e for e in targets if e.room_bytes >= adapter.slab_bytes and e.name not in chosen]
+        able = [e for e in targets if e.room_bytes >= extent_bytes(adapter.slab_bytes) and e.name not in chosen]
         if not able:
             break
         least = min(able, key=lambda e: (e.cost, e.name))
         kept = [e for e in able if e.name in stay and e.cost + weight / copies <= fair * (1 + HYSTERESIS)]
         near = [e for e in able if e.name in stay and e.cost <= least.cost + fair * HYSTERESIS]
         best = min(kept or near or [least], key=lambda e: (e.cost, e.name))
-        best.room_bytes -= adapter.slab_bytes
+        best.room_bytes -= extent_bytes(adapter.slab_bytes)
         best.cost += weight / copies
         chosen.append(best.name)
     return chosen

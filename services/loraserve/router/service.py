@@ -9,7 +9,7 @@ from loraserve.config import Config
 from loraserve.cost import CostModel
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import Abort, Admit, Admitted, ClusterLoad, Plan, Rejected, Route, Routed, ToRouter
-from loraserve.router.policy import Candidate, Slo, route
+from loraserve.router.policy import Candidate, PlannedCopies, Slo, route
 from loraserve.router.view import ClusterView
 from loraserve.service import Service
 
@@ -25,7 +25,7 @@ class RouterService(Service):
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
         self._view = ClusterView()
-        self._plan: Plan | None = None
+        self._plan: PlannedCopies | None = None
         self._cost = CostModel()
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
         self._rng = Random(bus.incarnation)
@@ -38,26 +38,32 @@ class RouterService(Service):
 
     def ready_detail(self) -> str:
         epoch = self._plan.epoch if self._plan else "none"
-        return f"{len(self._view.engines(self.clock.monotonic_s()))} engines to choose from, plan epoch {epoch}"
+        return f"{len(self._view.ready())} engines to choose from, plan epoch {epoch}"
 
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:
             case Route() as request:
                 self.spawn(self._route(envelope, request))
             case ClusterLoad() as picture:
-                self._view.update(picture, self.clock.monotonic_s())
+                self._take_picture(picture)
             case Plan() as plan:
                 self._take_plan(plan)
 
+    def _take_picture(self, picture: ClusterLoad) -> None:
+        self._view.update(picture, self.clock.monotonic_s())
+        for engine in self._view.ready():
+            self._cost = self._cost.observe(engine.load)
+
     def _take_plan(self, plan: Plan) -> None:
-        """Epochs only grow; a planner that lost its disk begins at 1 again and is followed after its restart."""
-        if self._plan is None or plan.epoch != self._plan.epoch:
-            self.log.info("plan", epoch=plan.epoch, copies=len(plan.placements))
-        self._plan = plan
+        """Published again and again. A planner that lost its disk begins at epoch 1 again, and is followed."""
+        if self._plan is not None and plan.epoch == self._plan.epoch:
+            return
+        self.log.info("plan", epoch=plan.epoch, copies=len(plan.placements))
+        self._plan = PlannedCopies(plan)
 
     async def _route(self, envelope: Envelope, request: Route) -> None:
-        now = self.clock.monotonic_s()
-        choice = route(request, self._view.engines(now), self._plan, self._cost, self._slo, self._rng)
+        self._view.expire(self.clock.monotonic_s())
+        choice = route(request, self._view, self._plan, self._cost, self._slo, self._rng)
         answer = choice if isinstance(choice, Rejected) else await self._admit_first(request, choice.candidates)
         if isinstance(answer, Rejected):
             self._rejected.labels(answer.code).inc()
@@ -84,9 +90,7 @@ class RouterService(Service):
     async def _admit(self, request: Route, candidate: Candidate) -> Routed | Rejected | None:
         """None where the engine did not answer."""
         engine = candidate.engine
-        version = request.adapter.version if request.adapter else ""
-        now = self.clock.monotonic_s()
-        self._view.admitted(engine, request.request_id, len(request.prompt_tokens), version, now)
+        self._view.sent(engine, request, self.clock.monotonic_s())
         admit = Admit(
             request_id=request.request_id,
             gateway=request.gateway,
@@ -98,15 +102,17 @@ class RouterService(Service):
             answer = await self.bus.request(engine, admit, Admitted, self.config.router.admit_timeout_s)
         except RequestTimeout:
             self.log.warning("engine_silent", engine=engine, request=request.request_id)
-            self._view.withdrawn(engine, request.request_id)
-            self._view.did_not_answer(engine, self.clock.monotonic_s())
+            self._view.timed_out(engine, request.request_id, self.clock.monotonic_s())
             # It may have the request all the same, and the next engine must be the only one that runs it.
             self.bus.send(engine, Abort(request_id=request.request_id))
             return None
         except PeerError as error:
-            self._view.withdrawn(engine, request.request_id)
-            return Rejected(request_id=request.request_id, code=error.code, message=error.message)
+            return self._refused(engine, request, error.code, error.message)
         if not answer.ok:
-            self._view.withdrawn(engine, request.request_id)
-            return Rejected(request_id=request.request_id, code=answer.code, message=answer.message)
+            return self._refused(engine, request, answer.code, answer.message)
+        self._view.admitted(engine, request.request_id, answer.incarnation, self.clock.monotonic_s())
         return Routed(request_id=request.request_id, engine=engine, incarnation=answer.incarnation, why=candidate.why)
+
+    def _refused(self, engine: str, request: Route, code: str, message: str) -> Rejected:
+        self._view.refused(engine, request.request_id, code, self.clock.monotonic_s())
+        return Rejected(request_id=request.request_id, code=code, message=message)

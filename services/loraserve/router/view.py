@@ -1,117 +1,220 @@
 """What the router believes about the cluster right now. Pure.
 
 The monitor's last picture, plus what this router has done since: a burst between two pictures must not all go to the
-engine that looked best in the first. Where the monitor is silent the last picture stays.
+engine that looked best in the first. Where the monitor is silent the last picture stays, and the router goes by its own
+evidence: engines that did not answer are asked last.
 """
+
+from collections.abc import Iterable
 
 import msgspec
 
-from loraserve.messages import ClusterLoad, EngineLoad
+from loraserve.cost import extent_bytes, largest_extent_bytes
+from loraserve.messages import ClusterLoad, EngineLoad, Route
 
 UNSEEN_S = 1.0
-"""A request that no report mentions this long after it was admitted has ended, or never began."""
-AVOIDED_S = 5.0
+"""A request that no report mentions this long after it was sent has ended, or never began."""
+DATE_MARGIN_S = 0.05
+"""A report is dated from its age when published; the way from there to here takes time too."""
+FORGET_MISSING_S = 5.0
+"""A monitor that has just started has not heard of every engine yet."""
+TIMEOUTS_TO_AVOID = 2
+FIRST_AVOIDANCE_S = 0.5
+LONGEST_AVOIDANCE_S = 8.0
+MOST_LIVE = 50_000
+MOST_STORIES = 5_000
+DEFAULT_OUTPUT_TOKENS = 64.0
 
 
-class Admitted(msgspec.Struct, frozen=True):
+class Pending(msgspec.Struct, frozen=True):
     """A request this router sent to an engine and no report has counted yet."""
 
-    request_id: str
-    prefill_tokens: int
+    tokens: int
     version: str
-    at_s: float
+    since_s: float
 
 
-class EngineView(msgspec.Struct, frozen=True):
-    """One engine as of now: its report and what came on top."""
+class Live(msgspec.Struct, frozen=True):
+    """Where a request runs."""
 
+    engine: str
+    since_s: float
+
+
+class EngineView(msgspec.Struct):
+    """One engine: its report in the form in which requests are priced, and what came on top."""
+
+    name: str
     load: EngineLoad
-    pending: tuple[Admitted, ...]
-
-    @property
-    def waiting_prefill_tokens(self) -> int:
-        return self.load.waiting_prefill_tokens + sum(a.prefill_tokens for a in self.pending)
+    reported_s: float
+    alive: bool
+    resident: frozenset[str] = frozenset()
+    loading: frozenset[str] = frozenset()
+    largest_extent_bytes: int = 0
+    room_bytes: int = 0
+    """Of the pool, for a request's adapter: what is free, and what only the plan pins."""
+    pending: dict[str, Pending] = msgspec.field(default_factory=dict)
+    pending_tokens: int = 0
+    timeouts: int = 0
+    avoided_since_s: float | None = None
+    avoidance_s: float = 0.0
 
     @property
     def requests(self) -> int:
-        return self.load.waiting + self.load.running + len(self.pending)
+        return self.load.running + self.load.waiting + len(self.pending)
 
-    def holds(self, version: str) -> bool:
-        return any(adapter.version == version for adapter in self.load.resident)
-
-    def fetching(self, version: str) -> bool:
+    def fetches(self, version: str) -> bool:
         """On its way already, or asked for by a request just sent there."""
-        return version in self.load.loading or any(a.version == version for a in self.pending)
+        return version in self.loading or any(p.version == version for p in self.pending.values())
+
+    def take(self, load: EngineLoad, reported_s: float, alive: bool) -> None:
+        """A report. Of another incarnation it makes all that was known of the engine void."""
+        if load.incarnation != self.load.incarnation:
+            self.pending, self.pending_tokens = {}, 0
+            self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
+        self.load, self.reported_s, self.alive = load, reported_s, alive
+        self.resident = frozenset(adapter.version for adapter in load.resident)
+        self.loading = frozenset(load.loading)
+        self.largest_extent_bytes = largest_extent_bytes(load.pool_total_bytes)
+        only_planned = (extent_bytes(a.slab_bytes) for a in load.resident if a.pinned and not a.running)
+        self.room_bytes = load.pool_free_bytes + sum(only_planned)
+        if alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
+            # One more timeout and it is avoided again, for longer: reports alone do not prove that it serves.
+            self.avoided_since_s, self.timeouts = None, TIMEOUTS_TO_AVOID - 1
+
+    def drop_pending(self, request_ids: Iterable[str]) -> None:
+        for request_id in request_ids:
+            gone = self.pending.pop(request_id, None)
+            self.pending_tokens -= gone.tokens if gone else 0
 
 
 class ClusterView:
-    """Engines by name, own admissions, own evidence of death."""
+    """Engines by name, where requests are, own evidence of engines that do not answer."""
 
     def __init__(self) -> None:
-        self._loads: dict[str, EngineLoad] = {}
-        self._alive: set[str] = set()
-        self._pending: dict[str, dict[str, Admitted]] = {}
-        self._avoided: dict[str, tuple[str, float]] = {}
+        self.engines: dict[str, EngineView] = {}
+        self.live: dict[str, Live] = {}
+        self.output_tokens = DEFAULT_OUTPUT_TOKENS
+        """Mean output of a request lately."""
+        self._picture: tuple[str, int] = ("", 0)
+        self._ready: list[EngineView] = []
+        self._stories: dict[str, list[str]] = {}
 
     def update(self, picture: ClusterLoad, now: float) -> None:
-        """A new picture from the monitor. One without any engine (a monitor just restarted) changes nothing."""
-        if not picture.engines:
+        """A picture from the monitor; one that is older than the last changes nothing."""
+        incarnation, sequence = self._picture
+        if picture.incarnation == incarnation and picture.sequence <= sequence:
             return
-        known = {seen.load.engine for seen in picture.engines}
-        for engine in self._loads.keys() - known:
-            self._forget(engine)
+        self._picture = picture.incarnation, picture.sequence
         for seen in picture.engines:
-            self._report(seen.load, seen.alive, now)
+            self._report(seen.load, now - seen.age_s, seen.alive, now)
+        reported = {seen.load.engine for seen in picture.engines}
+        for name in self.engines.keys() - reported:
+            if now - self.engines[name].reported_s > FORGET_MISSING_S:
+                del self.engines[name]
+        self._drop_ended()
+        requests_per_s = sum(demand.requests_per_s for demand in picture.demand)
+        if requests_per_s > 0:
+            self.output_tokens = max(1.0, sum(d.decode_tokens_per_s for d in picture.demand) / requests_per_s)
+        self._list_ready()
 
-    def admitted(self, engine: str, request_id: str, prefill_tokens: int, version: str, now: float) -> None:
-        """This router is sending a request there."""
-        pending = self._pending.setdefault(engine, {})
-        pending[request_id] = Admitted(request_id, prefill_tokens, version, now)
+    def ready(self) -> list[EngineView]:
+        """Engines that take requests as far as is known, those that are avoided too."""
+        return self._ready
 
-    def withdrawn(self, engine: str, request_id: str) -> None:
-        """The engine did not take it after all."""
-        self._pending.get(engine, {}).pop(request_id, None)
+    def sent(self, engine: str, request: Route, now: float) -> None:
+        """A request is on its way to an engine: from now on it counts as load there."""
+        view = self.engines.get(engine)
+        if view is not None:
+            view.drop_pending([request.request_id])
+            tokens = len(request.prompt_tokens)
+            view.pending[request.request_id] = Pending(tokens, request.adapter.version if request.adapter else "", now)
+            view.pending_tokens += tokens
+        self._tell(request.request_id, now, f"sent to {engine}")
 
-    def did_not_answer(self, engine: str, now: float) -> None:
-        """Leave it alone until it shows a new incarnation or the pause is over: its reports may only be late."""
-        load = self._loads.get(engine)
-        if load is not None:
-            self._avoided[engine] = (load.incarnation, now + AVOIDED_S)
+    def admitted(self, engine: str, request_id: str, incarnation: str, now: float) -> None:
+        """The engine has it."""
+        view = self.engines.get(engine)
+        if view is not None:
+            view.timeouts, view.avoided_since_s, view.avoidance_s = 0, None, 0.0
+            if incarnation != view.load.incarnation:
+                # It was restarted since its last report, so its pool is empty.
+                view.resident = view.loading = frozenset()
+        self.live[request_id] = Live(engine, now)
+        if len(self.live) > MOST_LIVE:
+            del self.live[next(iter(self.live))]
+        self._tell(request_id, now, f"admitted by {engine}")
 
-    def engines(self, now: float) -> list[EngineView]:
-        """Engines that may be asked, in order of name."""
-        return [
-            EngineView(self._loads[name], tuple(a for a in self._pending.get(name, {}).values()))
-            for name in sorted(self._alive)
-            if self._loads[name].state == "READY" and not self._is_avoided(name, now)
-        ]
+    def refused(self, engine: str, request_id: str, code: str, now: float) -> None:
+        """The engine did not take it."""
+        if engine in self.engines:
+            self.engines[engine].drop_pending([request_id])
+        self._tell(request_id, now, f"refused by {engine}: {code}")
+
+    def timed_out(self, engine: str, request_id: str, now: float) -> None:
+        """The engine did not answer. After two in a row it is asked last, until a report shows that it lives."""
+        self._tell(request_id, now, f"no answer from {engine}")
+        view = self.engines.get(engine)
+        if view is None:
+            return
+        view.drop_pending([request_id])
+        view.timeouts += 1
+        if view.timeouts >= TIMEOUTS_TO_AVOID and view.avoided_since_s is None:
+            view.avoided_since_s = now
+            view.avoidance_s = min(LONGEST_AVOIDANCE_S, max(FIRST_AVOIDANCE_S, 2 * view.avoidance_s))
+
+    def expire(self, now: float) -> None:
+        """Stop counting requests that no report has mentioned; cheap, to be called before each decision."""
+        for view in self._ready:
+            if view.pending and next(iter(view.pending.values())).since_s < now - UNSEEN_S:
+                view.drop_pending([i for i, p in view.pending.items() if p.since_s < now - UNSEEN_S])
 
     def validate(self) -> None:
-        """Own admissions and evidence concern known engines only."""
-        assert self._alive <= self._loads.keys(), "an unknown engine is alive"
-        assert self._avoided.keys() <= self._loads.keys(), "an unknown engine is avoided"
+        """Sums agree with what they sum, tables stay bounded; raises AssertionError naming what broke."""
+        for name, view in self.engines.items():
+            assert view.name == name == view.load.engine, f"{name} is listed under another name"
+            assert view.pending_tokens == sum(p.tokens for p in view.pending.values()), f"{name}: pending tokens"
+            times = [p.since_s for p in view.pending.values()]
+            assert times == sorted(times), f"{name}: pending requests are out of order"
+            assert (view.avoided_since_s is None) or view.timeouts >= TIMEOUTS_TO_AVOID, (
+                f"{name} is avoided without reason"
+            )
+        assert [v.name for v in self._ready] == sorted(v.name for v in self.engines.values() if _is_ready(v))
+        assert len(self.live) <= MOST_LIVE
+        assert len(self._stories) <= MOST_STORIES
 
-    def _report(self, load: EngineLoad, alive: bool, now: float) -> None:
-        engine = load.engine
-        before = self._loads.get(engine)
-        self._loads[engine] = load
-        (self._alive.add if alive else self._alive.discard)(engine)
-        if before is not None and before.incarnation != load.incarnation:
-            self._pending.pop(engine, None)
-            self._avoided.pop(engine, None)
-        counted = set(load.request_ids)
-        self._pending[engine] = {
-            request_id: admitted
-            for request_id, admitted in self._pending.get(engine, {}).items()
-            if request_id not in counted and now - admitted.at_s < UNSEEN_S
-        }
+    def story(self, request_id: str) -> list[str]:
+        """What this router did with one of the last few thousand requests."""
+        return list(self._stories.get(request_id, ()))
 
-    def _is_avoided(self, engine: str, now: float) -> bool:
-        incarnation, until_s = self._avoided.get(engine, ("", 0.0))
-        return incarnation == self._loads[engine].incarnation and now < until_s
+    def _report(self, load: EngineLoad, reported_s: float, alive: bool, now: float) -> None:
+        view = self.engines.get(load.engine)
+        if view is None:
+            view = self.engines[load.engine] = EngineView(load.engine, load, reported_s, alive)
+        view.take(load, reported_s, alive)
+        counted = [i for i, p in view.pending.items() if p.since_s < max(reported_s - DATE_MARGIN_S, now - UNSEEN_S)]
+        view.drop_pending([*counted, *(i for i in load.request_ids if i in view.pending)])
+        for request_id in load.request_ids:
+            if request_id not in self.live:
+                self.live[request_id] = Live(load.engine, reported_s)
 
-    def _forget(self, engine: str) -> None:
-        del self._loads[engine]
-        self._alive.discard(engine)
-        self._pending.pop(engine, None)
-        self._avoided.pop(engine, None)
+    def _drop_ended(self) -> None:
+        """Forget where requests were that their engine, reporting later, no longer has."""
+        running = {name: set(view.load.request_ids) for name, view in self.engines.items()}
+        for request_id, live in list(self.live.items()):
+            view = self.engines.get(live.engine)
+            later = view is not None and live.since_s < view.reported_s - DATE_MARGIN_S
+            if view is None or not view.alive or (later and request_id not in running[live.engine]):
+                del self.live[request_id]
+
+    def _list_ready(self) -> None:
+        self._ready = [view for _, view in sorted(self.engines.items()) if _is_ready(view)]
+
+    def _tell(self, request_id: str, now: float, what: str) -> None:
+        if request_id not in self._stories and len(self._stories) >= MOST_STORIES:
+            del self._stories[next(iter(self._stories))]
+        self._stories.setdefault(request_id, []).append(f"{now:.3f} {what}")
+
+
+def _is_ready(view: EngineView) -> bool:
+    return view.alive and view.load.state == "READY"

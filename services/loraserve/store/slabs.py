@@ -58,8 +58,7 @@ class Slabs:
 
     def put(self, slab: Slab, now: float) -> bool:
         """Store a slab durably. False where a good copy was there. Raises AdapterError ``disk_full`` or ``storage``."""
-        if self._is_intact(slab.version):
-            self.touch(slab.version, now)
+        if self._is_intact(slab.version, now):
             return False
         header = encode_header(slab.header)
         path = self._path(slab.version)
@@ -152,9 +151,11 @@ class Slabs:
                     removed.append(version)
         return removed
 
-    def _is_intact(self, version: str) -> bool:
+    def _is_intact(self, version: str, now: float) -> bool:
         # Read again even if it was good once: registering again is what people are told to do about a damaged slab.
         try:
+            # Before it is read, so that it cannot be removed meanwhile.
+            self.touch(version, now)
             self.verify(version)
         except AdapterError as error:
             if error.code in ("not_found", "corrupt"):

@@ -90,7 +90,7 @@ def test_only_allowed_directories(tmp_path: Path, adapter_dir: AdapterDir) -> No
     assert allowed_directory(str(inside / "real"), allowed) == (inside / "real").resolve()
     assert allowed_directory(str(inside / "link"), ()) == outside.resolve()
     for path in (outside, inside / "link", inside / "files", inside / ".." / "elsewhere", tmp_path / "in2"):
-        with pytest.raises(AdapterError, match="store.allowed_dirs") as caught:
+        with pytest.raises(AdapterError, match=r"store\.allowed_dirs") as caught:
             allowed_directory(str(path), allowed)
         assert caught.value.code == "forbidden"
 

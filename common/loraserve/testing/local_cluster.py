@@ -1,0 +1,133 @@
+"""A real local cluster for tests and benches: `loraserve up` in a folder of its own, and a small HTTP client."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import aiohttp
+
+from loraserve.errors import LoraServeError
+
+START_TIMEOUT_S = 240.0
+
+
+class Answer(NamedTuple):
+    """What a stream brought: its text, why it ended, when each piece came, and who ran it."""
+
+    text: str
+    finish: str | None
+    error: dict[str, Any] | None
+    times_s: tuple[float, ...]
+    engine: str
+
+
+class LocalCluster:
+    """Started on entering, stopped on leaving; logs stay in ``data_dir/logs``."""
+
+    def __init__(self, data_dir: Path, *flags: str, adapters: Mapping[str, Path] | None = None) -> None:
+        self.data_dir = data_dir
+        self.port = free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._flags = [*flags, *(f"--adapter={name}={path}" for name, path in (adapters or {}).items())]
+
+    def __enter__(self) -> "LocalCluster":
+        self.up()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.down()
+
+    def command(self, name: str, *flags: str) -> list[str]:
+        return [sys.executable, "-m", "loraserve.cluster", name, "--data", str(self.data_dir), *flags]
+
+    def up(self) -> None:
+        """Raises LoraServeError with what it said where it does not come up."""
+        done = subprocess.run(
+            self.command("up", "--detach", "--port", str(self.port), *self._flags),
+            capture_output=True,
+            text=True,
+            timeout=START_TIMEOUT_S,
+        )
+        if done.returncode != 0:
+            raise LoraServeError(f"the cluster did not start:\n{done.stderr}\n{self.log_tails()}")
+
+    def down(self) -> None:
+        subprocess.run(self.command("down"), capture_output=True, timeout=60, check=True)
+
+    def pids(self) -> dict[str, int]:
+        """Processes by name, as the supervisor last wrote them down."""
+        state = json.loads((self.data_dir / "run" / "cluster.json").read_text())
+        return {"supervisor": state["pid"], **state["processes"]}
+
+    def kill(self, name: str) -> None:
+        """kill -9, as the out-of-memory killer would."""
+        os.kill(self.pids()[name], signal.SIGKILL)
+
+    def log_tails(self) -> str:
+        logs = sorted((self.data_dir / "logs").glob("*.log"))
+        return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-2000:]}" for log in logs)
+
+    def session(self) -> aiohttp.ClientSession:
+        connector = aiohttp.TCPConnector(limit=0)
+        timeout = aiohttp.ClientTimeout(total=START_TIMEOUT_S)
+        return aiohttp.ClientSession(self.url, connector=connector, timeout=timeout)
+
+    async def admin(self, http: aiohttp.ClientSession) -> dict[str, Any]:
+        """/admin/cluster."""
+        async with http.get("/admin/cluster") as response:
+            content: dict[str, Any] = await response.json()
+            return content
+
+    async def wait_idle(self, http: aiohttp.ClientSession, timeout_s: float = 30.0) -> dict[str, Any]:
+        """/admin/cluster once no engine has a request any more."""
+        deadline_s = time.monotonic() + timeout_s
+        while True:
+            state = await self.admin(http)
+            loads = [engine["load"] for engine in state["engines"]]
+            if all(load["running"] + load["waiting"] == 0 for load in loads) or time.monotonic() > deadline_s:
+                return state
+            await asyncio.sleep(0.2)
+
+
+def free_port() -> int:
+    """A port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+async def chat(http: aiohttp.ClientSession, model: str, question: str, **options: Any) -> Answer:
+    """One streamed chat request, greedy unless told otherwise. Raises AssertionError where it is refused."""
+    body = {
+        "model": model,
+        "messages": [{"role": "user", "content": question}],
+        "stream": True,
+        "temperature": 0,
+        "max_tokens": 40,
+        **options,
+    }
+    text: list[str] = []
+    times_s: list[float] = []
+    finish, error = None, None
+    async with http.post("/v1/chat/completions", json=body) as response:
+        assert response.status == 200, await response.text()
+        engine = response.headers.get("x-loraserve-engine", "")
+        async for line in response.content:
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line[6:])
+            error = event.get("error", error)
+            for choice in event.get("choices", ()):
+                finish = choice["finish_reason"] or finish
+                if piece := choice["delta"].get("content"):
+                    text.append(piece)
+                    times_s.append(time.monotonic())
+    return Answer("".join(text), finish, error, tuple(times_s), engine)

@@ -1,0 +1,81 @@
+"""Starting, refusing to start, stopping without a trace; any of the four families through --model."""
+
+import asyncio
+import os
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from loraserve.testing.local_cluster import LocalCluster, chat
+from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
+from loraserve.testing.tiny_tokenizer import write_tiny_tokenizer
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    return make_tiny(tmp_path, "qwen3")
+
+
+def make_tiny(folder: Path, family: str) -> Path:
+    model = folder / f"tiny-{family}"
+    write_tiny_model(model, family, vocab_size=512)
+    write_tiny_tokenizer(model)
+    return model
+
+
+def lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def test_a_local_model_is_served_and_nothing_is_left_behind(tiny: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    write_peft_adapter(adapter, tiny, 4)
+    running = LocalCluster(tmp_path / "data", "--model", str(tiny), "--engines", "1", adapters={"mine": adapter})
+    with running:
+        pids = running.pids()
+        assert set(pids) == {"supervisor", "store", "planner", "monitor", "router", "engine-0", "gateway-0"}
+
+        async def ask() -> list[str]:
+            async with running.session() as http:
+                return [(await chat(http, name, "hi", max_tokens=8)).text for name in (tiny.name, "mine")]
+
+        base, adapted = asyncio.run(ask())
+        assert base != adapted
+        again = subprocess.run(running.command("up", "--model", str(tiny)), capture_output=True, text=True)
+        assert again.returncode == 1
+        assert "already runs" in again.stderr
+    assert not [name for name, pid in pids.items() if lives(pid)]
+    assert not list((tmp_path / "data" / "run").glob("*"))
+
+
+def test_children_end_with_a_killed_supervisor(tiny: Path, tmp_path: Path) -> None:
+    with LocalCluster(tmp_path / "data", "--model", str(tiny), "--engines", "1") as running:
+        pids = running.pids()
+        running.kill("supervisor")
+        for _ in range(100):
+            left = [name for name, pid in pids.items() if lives(pid)]
+            if not left:
+                break
+            asyncio.run(asyncio.sleep(0.1))
+        assert not left
+
+
+@pytest.mark.parametrize("flags", [("--port", "BUSY"), ("--model", "/nowhere"), ("--set", "engine.pools=1")])
+def test_a_start_that_cannot_work_says_why_in_one_line(flags: tuple[str, str], tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        value = str(taken.getsockname()[1]) if flags[1] == "BUSY" else flags[1]
+        cluster = LocalCluster(tmp_path / "data")
+        done = subprocess.run(cluster.command("up", flags[0], value), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    lines = done.stderr.strip().splitlines()
+    assert lines[-1].startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert any(word in lines[-1] for word in ("--port", "--model", "config.py"))

@@ -1,0 +1,55 @@
+"""Many streams over many adapters: every text is what it would have been alone, and nothing leaks.
+
+LORASERVE_SOAK_S sets how long it goes on (the release check runs 120 s).
+"""
+
+import asyncio
+import os
+import time
+
+from loraserve.testing.local_cluster import Answer, LocalCluster, chat
+
+STREAMS = 64
+QUESTIONS = ("What is the moon?", "Tell me about dogs.", "How do I make tea?", "Why is the sky blue?")
+SAMPLED = {"temperature": 0.8, "seed": 7, "top_p": 0.9}
+
+
+def test_64_streams_over_8_adapters_equal_their_solo_runs(cluster: LocalCluster, eight_adapters: object) -> None:
+    seconds = float(os.environ.get("LORASERVE_SOAK_S", "15"))
+    names = sorted(eight_adapters)  # type: ignore[call-overload]
+    kinds = [(name, question) for name in names for question in QUESTIONS]
+
+    async def scenario() -> tuple[int, dict[str, object]]:
+        async with cluster.session() as http:
+
+            async def ask(kind: tuple[str, str], index: int) -> Answer:
+                options = SAMPLED if index % 2 else {}
+                return await chat(http, *kind, max_tokens=24, **options)
+
+            solo = {(kind, odd): await ask(kind, odd) for kind in kinds for odd in (0, 1)}
+            assert len({answer.text for answer in solo.values()}) > len(kinds) // 2
+            end_s = time.monotonic() + seconds
+
+            async def client(number: int) -> int:
+                done = 0
+                while time.monotonic() < end_s or done == 0:
+                    index = number + done
+                    kind = kinds[index % len(kinds)]
+                    answer = await ask(kind, index)
+                    assert answer.error is None, answer.error
+                    expected = solo[kind, index % 2]
+                    assert (answer.text, answer.finish) == (expected.text, expected.finish), kind
+                    done += 1
+                return done
+
+            counts = await asyncio.gather(*(client(number) for number in range(STREAMS)))
+            return sum(counts), await cluster.wait_idle(http)
+
+    finished, state = asyncio.run(scenario())
+    loads = [engine["load"] for engine in state["engines"]]  # type: ignore[attr-defined]
+    print(f"{finished} streams in {seconds:.0f} s, preemptions {[load['preemptions'] for load in loads]}")
+    for load in loads:
+        assert load["kv_blocks_free"] == load["kv_blocks_total"]
+        assert load["leaks"] == 0
+        assert not load["request_ids"]
+        assert all(adapter["running"] == 0 for adapter in load["resident"])
