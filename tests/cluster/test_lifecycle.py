@@ -1,13 +1,14 @@
 """Starting, refusing to start, stopping without a trace; any of the four families through --model."""
 
 import asyncio
-import os
 import socket
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from loraserve.model_shape import read_config, shape_of
+from loraserve.supervisor.state import is_ours
 from loraserve.testing.local_cluster import LocalCluster, chat
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 from loraserve.testing.tiny_tokenizer import write_tiny_tokenizer
@@ -25,17 +26,9 @@ def make_tiny(folder: Path, family: str) -> Path:
     return model
 
 
-def lives(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_a_local_model_is_served_and_nothing_is_left_behind(tiny: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
-    write_peft_adapter(adapter, tiny, 4)
+    write_peft_adapter(adapter, shape_of(read_config(tiny)), 4)
     running = LocalCluster(tmp_path / "data", "--model", str(tiny), "--engines", "1", adapters={"mine": adapter})
     with running:
         pids = running.pids()
@@ -50,7 +43,7 @@ def test_a_local_model_is_served_and_nothing_is_left_behind(tiny: Path, tmp_path
         again = subprocess.run(running.command("up", "--model", str(tiny)), capture_output=True, text=True)
         assert again.returncode == 1
         assert "already runs" in again.stderr
-    assert not [name for name, pid in pids.items() if lives(pid)]
+    assert not [name for name, pid in pids.items() if is_ours(pid)]
     assert not list((tmp_path / "data" / "run").glob("*"))
 
 
@@ -59,7 +52,7 @@ def test_children_end_with_a_killed_supervisor(tiny: Path, tmp_path: Path) -> No
         pids = running.pids()
         running.kill("supervisor")
         for _ in range(100):
-            left = [name for name, pid in pids.items() if lives(pid)]
+            left = [name for name, pid in pids.items() if is_ours(pid)]
             if not left:
                 break
             asyncio.run(asyncio.sleep(0.1))
