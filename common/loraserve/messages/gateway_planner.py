@@ -15,9 +15,10 @@ class Rebalance(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RebalanceDone(Message, frozen=True, tag=True, kw_only=True):
-    """``applied`` False for dry runs, when nothing moved and when an engine could not prepare (see ``message``)."""
+    """``applied`` False for dry runs and when nothing was to be done. ``failed`` says what could not be, in words."""
 
     plan: Plan
     moves: tuple[Move, ...]
     applied: bool
     message: str = ""
+    failed: tuple[str, ...] = ()

@@ -90,18 +90,21 @@ class PlannerService(Service):
         async with self._rollout:
             engines = self._engines()
             if not engines:
-                return RebalanceDone(plan=self._plan, moves=(), applied=False, message="no engine is ready")
+                text = "no engine is ready"
+                return RebalanceDone(plan=self._plan, moves=(), applied=False, message=text, failed=(text,))
             demand = self._load.demand if self._load else ()
             minimum = self.config.planner.min_copies
             placements = make_plan(demand, self._adapters, engines, self._plan.placements, self._cost, minimum)
             moves = tuple(diff(self._plan.placements, placements, self._adapters))
-            if dry_run or not (moves or self._lost_copies()):
-                text = "dry run" if dry_run else "the plan is right as it is"
-                return RebalanceDone(plan=self._next(placements), moves=moves, applied=False, message=text)
+            if dry_run:
+                return RebalanceDone(plan=self._next(placements), moves=moves, applied=False, message="dry run")
+            if not (moves or self._lost_copies()):
+                text = "the plan is right as it is"
+                return RebalanceDone(plan=self._plan, moves=(), applied=False, message=text)
             before = self._plan.placements
-            failed = await self._roll_out(placements)
+            failed = tuple(await self._roll_out(placements))
             done = tuple(diff(before, self._plan.placements, self._adapters))
-            return RebalanceDone(plan=self._plan, moves=done, applied=True, message="; ".join(failed))
+            return RebalanceDone(plan=self._plan, moves=done, applied=True, message="; ".join(failed), failed=failed)
 
     async def _roll_out(self, placements: tuple[Placement, ...]) -> list[str]:
         """Prepare, publish, retire. What could not be prepared is left out; why, is the answer."""

@@ -1,0 +1,130 @@
+"""What /admin/cluster says, for people. Pure."""
+
+import msgspec
+
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad
+from loraserve.ops.http import OpsError
+from loraserve.ops.text import bar, size, table
+
+
+class GatewayState(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    streams: int
+    model: str
+
+
+class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
+    state: str
+    detail: str = ""
+    pid: int | None = None
+
+
+class EngineState(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    alive: bool
+    age_s: float
+    load: EngineLoad
+
+
+class RegistryState(msgspec.Struct, frozen=True, kw_only=True):
+    revision: int
+    adapters: tuple[AdapterRef, ...]
+
+
+class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of /admin/cluster; fields that a newer gateway adds are passed over."""
+
+    gateway: GatewayState
+    processes: dict[str, ProcessState]
+    load_age_s: float | None
+    engines: tuple[EngineState, ...]
+    demand: tuple[AdapterDemand, ...]
+    plan_epoch: int | None
+    registry: RegistryState
+
+
+def parse(content: bytes) -> ClusterState:
+    """Raises OpsError where that is not the answer of a gateway of this version."""
+    try:
+        return msgspec.json.decode(content, type=ClusterState)
+    except msgspec.DecodeError as error:
+        raise OpsError(f"the answer is not a LoRAServe gateway's ({error}); see --url") from error
+
+
+def render(state: ClusterState) -> str:
+    parts = [summary(state), processes(state), engines(state), residents(state), demand(state)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def summary(state: ClusterState) -> str:
+    epoch = "unknown, the planner does not answer" if state.plan_epoch is None else str(state.plan_epoch)
+    adapters = len(state.registry.adapters)
+    line = f"{state.gateway.model}   plan epoch {epoch}   {adapters} adapters   {state.gateway.streams} streams open"
+    if state.load_age_s is None:
+        return f"{line}\nno load was reported yet: is the monitor up?"
+    return f"{line}\nload is {state.load_age_s:.0f} s old: is the monitor up?" if state.load_age_s > 3 else line
+
+
+def processes(state: ClusterState) -> str:
+    here = {state.gateway.name: ProcessState(state="READY", detail="answers this")}
+    rows = [
+        [name, process.state, "-" if process.pid is None else str(process.pid), process.detail]
+        for name, process in {**state.processes, **here}.items()
+    ]
+    return table(["PROCESS", "STATE", "PID", ""], rows)
+
+
+def engines(state: ClusterState) -> str:
+    return table(
+        ["ENGINE", "ALIVE", "WAITING", "RUNNING", "KV CACHE", "ADAPTER POOL", "POOL USED", "DECODE STEP"],
+        [_engine_row(engine) for engine in state.engines],
+    )
+
+
+def _engine_row(engine: EngineState) -> list[str]:
+    load = engine.load
+    pool_used = load.pool_total_bytes - load.pool_free_bytes
+    return [
+        engine.name,
+        load.state if engine.alive else f"no, silent for {engine.age_s:.0f} s",
+        str(load.waiting),
+        str(load.running),
+        bar(load.kv_blocks_total - load.kv_blocks_free, load.kv_blocks_total),
+        bar(pool_used, load.pool_total_bytes),
+        size(pool_used),
+        f"{load.decode_step_s * 1000:.1f} ms" if load.decode_step_s else "-",
+    ]
+
+
+def residents(state: ClusterState) -> str:
+    """A line an engine: ``name:rank``, with a star where the plan or a running request pins it."""
+    if not state.engines:
+        return ""
+    lines = ["RESIDENT (adapter:rank, * pinned)"]
+    width = max(len(engine.name) for engine in state.engines)
+    for engine in state.engines:
+        held = sorted(engine.load.resident, key=lambda adapter: (adapter.name, adapter.version))
+        words = [f"{a.name}:{a.rank}" + "*" * a.pinned for a in held]
+        words += [f"{version[:12]} is being loaded" for version in engine.load.loading]
+        lines.append(f"{engine.name:<{width}}  {'  '.join(words) or '-'}")
+    return "\n".join(lines)
+
+
+def demand(state: ClusterState) -> str:
+    if not state.demand:
+        return "DEMAND\nno adapter was asked for lately"
+    ordered = sorted(state.demand, key=lambda d: (-d.forecast_tokens_per_s, d.name))
+    return table(
+        ["DEMAND", "RANK", "REQUESTS/S", "PREFILL TOKENS/S", "DECODE TOKENS/S", "FORECAST TOKENS/S"],
+        [
+            [
+                d.name or "(base model)",
+                str(d.rank) if d.rank else "-",
+                f"{d.requests_per_s:.2f}",
+                f"{d.prefill_tokens_per_s:.1f}",
+                f"{d.decode_tokens_per_s:.1f}",
+                f"{d.forecast_tokens_per_s:.1f}",
+            ]
+            for d in ordered
+        ],
+    )
