@@ -70,9 +70,7 @@ def do_rebalance(arguments: argparse.Namespace, ask: Ask) -> int:
 def do_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
     match arguments.action:
         case "load":
-            body = {"lora_name": arguments.name, "lora_path": store_path(arguments.dir)}
-            with patience(f"checking and packing {arguments.name}"):
-                said = ask("/v1/load_lora_adapter", body | ({"load_inplace": True} if arguments.replace else {}))
+            said = load_adapter(arguments.name, arguments.dir, arguments.replace, ask)
         case "unload":
             with patience(f"unloading {arguments.name}"):
                 said = ask("/v1/unload_lora_adapter", {"lora_name": arguments.name})
@@ -81,6 +79,17 @@ def do_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
     text = said.decode(errors="replace")
     print(msgspec.json.encode({"adapter": arguments.name, "message": text}).decode() if arguments.json else text)
     return 0
+
+
+def load_adapter(name: str, folder: str, replace: bool, ask: Ask) -> bytes:
+    body = {"lora_name": name, "lora_path": store_path(folder), "load_inplace": replace}
+    try:
+        with patience(f"checking and packing {name}"):
+            return ask("/v1/load_lora_adapter", body)
+    except OpsError as error:
+        if error.code != "duplicate":
+            raise
+        raise OpsError(f"an adapter named {name} is loaded already; --replace puts this one in its place") from error
 
 
 def list_adapters(arguments: argparse.Namespace, ask: Ask) -> int:

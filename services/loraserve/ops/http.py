@@ -21,7 +21,11 @@ PATIENCE_S = 2.0
 
 
 class OpsError(LoraServeError):
-    """Could not be done: one line for people, with the remedy."""
+    """Could not be done: one line for people, with the remedy. ``code`` is the gateway's, "" where it gave none."""
+
+    def __init__(self, text: str, code: str = "") -> None:
+        super().__init__(text)
+        self.code = code
 
 
 class GatewayAddress(NamedTuple):
@@ -44,7 +48,7 @@ def exchange(gateway: GatewayAddress, path: str, body: Any = None, timeout_s: fl
             content: bytes = response.read()
             return content
     except urllib.error.HTTPError as error:
-        raise OpsError(refusal(gateway, path, error.code, error.read())) from error
+        raise refusal(gateway, path, error.code, error.read()) from error
     except TimeoutError as error:
         raise OpsError(
             f"{gateway.url} did not answer within {timeout_s:g} s; scripts/status shows who is well"
@@ -57,24 +61,26 @@ def exchange(gateway: GatewayAddress, path: str, body: Any = None, timeout_s: fl
 
 
 def no_gateway(url: str, reason: object) -> str:
-    detail = getattr(reason, "strerror", None) or str(reason) or type(reason).__name__
+    # What does not speak HTTP is quoted by its first line, which has an end of line.
+    detail = getattr(reason, "strerror", None) or str(reason).strip() or type(reason).__name__
     return (
         f"no gateway answers at {url} ({detail}); start a cluster with scripts/up, "
         "or name another with --url or LORASERVE_URL"
     )
 
 
-def refusal(gateway: GatewayAddress, path: str, status: int, content: bytes) -> str:
+def refusal(gateway: GatewayAddress, path: str, status: int, content: bytes) -> OpsError:
     """The gateway's own words where it gave any; who listens there may also be something else altogether."""
     try:
         error = json.loads(content)["error"]
-        said, code = str(error["message"]), error.get("code")
+        said, code = str(error["message"]), str(error.get("code") or "")
     except (ValueError, LookupError, TypeError, AttributeError):
-        return f"{gateway.url}{path} answered HTTP {status} without a reason; is that a LoRAServe gateway? See --url"
+        text = f"{gateway.url}{path} answered HTTP {status} without a reason; is that a LoRAServe gateway? See --url"
+        return OpsError(text)
     if status == 401:
         given = "the key given is not one of its keys" if gateway.api_key else "it wants an API key"
-        return f"{gateway.url}: {given}; set --api-key or LORASERVE_API_KEY"
-    return said.rstrip(".") + (f" [{code}]" if code else "")
+        return OpsError(f"{gateway.url}: {given}; set --api-key or LORASERVE_API_KEY", code)
+    return OpsError(said, code)
 
 
 @contextmanager

@@ -102,10 +102,11 @@ def residents(state: ClusterState) -> str:
         return ""
     lines = ["RESIDENT (adapter:rank, * pinned)"]
     width = max(len(engine.name) for engine in state.engines)
+    names = {adapter.version: adapter.name for adapter in state.registry.adapters}
     for engine in state.engines:
         held = sorted(engine.load.resident, key=lambda adapter: (adapter.name, adapter.version))
         words = [f"{a.name}:{a.rank}" + "*" * a.pinned for a in held]
-        words += [f"{version[:12]} is being loaded" for version in engine.load.loading]
+        words += [f"{names.get(version, version[:12])} (loading)" for version in engine.load.loading]
         lines.append(f"{engine.name:<{width}}  {'  '.join(words) or '-'}")
     return "\n".join(lines)
 

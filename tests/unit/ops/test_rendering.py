@@ -1,0 +1,209 @@
+"""What the operators' commands print: tables, bars, verdicts."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Move, Plan, RebalanceDone, ResidentAdapter
+from loraserve.ops import adapters, rebalance, status
+from loraserve.ops.http import OpsError
+from loraserve.ops.text import BAR_CELLS, bar, size, table
+
+PIRATE = AdapterRef(name="pirate", version="a" * 64, rank=8, slab_bytes=900 << 10)
+FRENCH = AdapterRef(name="french", version="b" * 64, rank=32, slab_bytes=4 << 20)
+
+
+def load(name: str, **changes: Any) -> EngineLoad:
+    values: dict[str, Any] = {
+        "engine": name,
+        "incarnation": "i",
+        "state": "READY",
+        "waiting": 0,
+        "running": 0,
+        "waiting_prefill_tokens": 0,
+        "kv_blocks_total": 100,
+        "kv_blocks_free": 100,
+        "block_tokens": 16,
+        "pool_total_bytes": 512 << 20,
+        "pool_free_bytes": 512 << 20,
+        "max_running": 64,
+        "decode_step_s": 0.0,
+        "prefill_tokens_per_s": 0.0,
+    }
+    return EngineLoad(**{**values, **changes})
+
+
+def cluster(**changes: Any) -> bytes:
+    """As the gateway encodes it."""
+    busy = load(
+        "engine-0",
+        waiting=3,
+        running=7,
+        kv_blocks_free=60,
+        pool_free_bytes=256 << 20,
+        decode_step_s=0.0132,
+        resident=(
+            ResidentAdapter(name="pirate", version=PIRATE.version, rank=8, slab_bytes=900 << 10, pinned=True),
+            ResidentAdapter(name="json", version="c" * 64, rank=16, slab_bytes=1 << 20),
+        ),
+        loading=(FRENCH.version, "d" * 64),
+    )
+    demand = AdapterDemand(
+        version=PIRATE.version,
+        name="pirate",
+        rank=8,
+        prefill_tokens_per_s=12.34,
+        decode_tokens_per_s=5.0,
+        requests_per_s=0.5,
+        forecast_tokens_per_s=17.0,
+    )
+    state = {
+        "gateway": {"name": "gateway-0", "streams": 2, "model": "smol"},
+        "processes": {
+            "store": {"state": "READY", "detail": "4 adapters", "pid": 7, "name": "store", "protocol": 1},
+            "planner": {"state": "UNREACHABLE"},
+        },
+        "load_age_s": 0.2,
+        "engines": [
+            {"name": "engine-0", "alive": True, "age_s": 0.1, "load": busy},
+            {"name": "engine-1", "alive": False, "age_s": 9.0, "load": load("engine-1")},
+        ],
+        "demand": [demand],
+        "plan_epoch": 12,
+        "registry": {"revision": 4, "adapters": [PIRATE, FRENCH]},
+        "added_by_a_newer_gateway": 1,
+    }
+    return msgspec.json.encode({**state, **changes})
+
+
+def line_of(text: str, start: str) -> str:
+    """The last line that begins so: engines have one in the table and one below it."""
+    return [line for line in text.splitlines() if line.startswith(start)][-1]
+
+
+def words(line: str) -> str:
+    return " ".join(line.split())
+
+
+def test_status_shows_what_each_process_says_of_itself() -> None:
+    text = status.render(status.parse(cluster()))
+    assert text.startswith("smol   plan epoch 12   2 adapters   2 streams open\n")
+    assert line_of(text, "store").split() == ["store", "READY", "7", "4", "adapters"]
+    assert line_of(text, "planner").split() == ["planner", "UNREACHABLE", "-"]
+
+
+def test_status_shows_what_engines_do_and_hold() -> None:
+    shown = status.engines(status.parse(cluster())).splitlines()
+    assert words(shown[1]) == "engine-0 READY 3 7 ####...... 40% #####..... 50% 256.0 MiB 13.2 ms"
+    assert "no, silent for 9 s" in shown[2]
+    held = status.residents(status.parse(cluster())).splitlines()
+    assert held[1].split("  ") == ["engine-0", "json:16", "pirate:8*", "french (loading)", "dddddddddddd (loading)"]
+    assert held[2].split() == ["engine-1", "-"]
+
+
+def test_status_shows_demand_and_says_when_there_is_none() -> None:
+    assert words(line_of(status.render(status.parse(cluster())), "pirate")) == "pirate 8 0.50 12.3 5.0 17.0"
+    assert "no adapter was asked for" in status.render(status.parse(cluster(demand=[])))
+
+
+def test_status_without_monitor_and_planner_says_who_is_missing() -> None:
+    text = status.render(status.parse(cluster(load_age_s=None, engines=[], demand=[], plan_epoch=None)))
+    assert "plan epoch unknown, the planner does not answer" in text
+    assert "is the monitor up?" in text
+    assert "is the monitor up?" in status.render(status.parse(cluster(load_age_s=8.0)))
+    assert "is the monitor up?" not in status.render(status.parse(cluster()))
+
+
+@pytest.mark.parametrize("parse", [status.parse, rebalance.parse, adapters.parse])
+@pytest.mark.parametrize("content", [b"<html>", b"{}", b"[]", b""])
+def test_an_answer_of_something_else_is_refused_with_a_remedy(parse: Any, content: bytes) -> None:
+    with pytest.raises(OpsError, match=r"not a LoRAServe gateway's .*--url"):
+        parse(content)
+
+
+def move(source: str, target: str, slab_bytes: int = 0) -> Move:
+    return Move(version="a", name="pirate", source=source, target=target, slab_bytes=slab_bytes, reason="because")
+
+
+def done(
+    *moves: Move, applied: bool = True, failed: tuple[str, ...] = (), message: str = "", epoch: int = 7
+) -> RebalanceDone:
+    plan = Plan(epoch=epoch, created_unix_s=0.0, placements=())
+    return RebalanceDone(plan=plan, moves=moves, applied=applied, message=message, failed=failed)
+
+
+def test_a_rebalance_names_adapter_from_to_size_and_reason() -> None:
+    answer = done(move("engine-0", "engine-1", 3 << 20), move("", "engine-0", 1 << 20), move("engine-1", ""))
+    lines = rebalance.render(answer, dry_run=False).splitlines()
+    assert lines[0].split() == ["ADAPTER", "FROM", "TO", "SIZE", "REASON"]
+    assert words(lines[1]) == "pirate engine-0 engine-1 3.0 MiB because"
+    assert words(lines[2]) == "pirate (new copy) engine-0 1.0 MiB because"
+    assert words(lines[3]) == "pirate engine-1 (copy goes) - because"
+    assert lines[4] == "epoch 7: 3 moves made, 4.0 MiB loaded"
+    assert rebalance.exit_status(answer) == 0
+
+
+def test_a_dry_run_says_that_nothing_was_changed() -> None:
+    text = rebalance.render(done(move("", "engine-0", 1 << 20), applied=False), dry_run=True)
+    assert "dry run, nothing was changed: would make 1 move and load 1.0 MiB; the next epoch is 7" in text
+    assert "nothing would move" in rebalance.render(done(applied=False), dry_run=True)
+
+
+def test_a_right_plan_is_a_success_that_keeps_its_epoch() -> None:
+    answer = done(applied=False, message="the plan is right as it is")
+    assert rebalance.render(answer, dry_run=False) == "epoch 7 stays: the plan is right as it is"
+    assert rebalance.exit_status(answer) == 0
+
+
+def test_copies_lost_and_loaded_again_are_not_called_moves() -> None:
+    assert "no copy changed its place" in rebalance.render(done(), dry_run=False)
+
+
+def test_what_could_not_be_done_is_listed_and_fails_the_command() -> None:
+    answer = done(move("", "engine-0"), failed=("engine-1: timeout", "engine-1: pool is full"))
+    assert rebalance.render(answer, dry_run=False).splitlines()[-2:] == [
+        "failed: engine-1: timeout",
+        "failed: engine-1: pool is full",
+    ]
+    assert rebalance.exit_status(answer) == 1
+    nobody = done(applied=False, failed=("no engine is ready",), message="no engine is ready")
+    for dry_run in (False, True):
+        assert rebalance.render(nobody, dry_run).startswith("epoch 7 stays: no engine is ready")
+    assert rebalance.exit_status(nobody) == 1
+
+
+def test_adapters_are_listed_without_the_base_model() -> None:
+    cards = [
+        {"id": "smol", "parent": None, "object": "model"},
+        {"id": "pirate", "parent": "smol", "version": "a" * 64, "rank": 8, "slab_bytes": 900 << 10},
+        {"id": "french", "parent": "smol", "version": "b" * 64, "rank": 32, "slab_bytes": 4 << 20},
+    ]
+    found = adapters.parse(msgspec.json.encode({"object": "list", "data": cards}))
+    assert [line.split() for line in adapters.render(found).splitlines()[1:]] == [
+        ["french", "32", "4.0", "MiB", "b" * 12],
+        ["pirate", "8", "900.0", "KiB", "a" * 12],
+    ]
+    assert "scripts/adapters load NAME DIR" in adapters.render([])
+
+
+@given(used=st.floats(0, 2e12), total=st.floats(0, 1e12))
+@settings(max_examples=100)
+def test_a_bar_is_always_as_wide_and_empty_only_when_nothing_is_used(used: float, total: float) -> None:
+    drawn = bar(used, total)
+    assert len(drawn) == BAR_CELLS + 5
+    assert ("#" in drawn) == (used > 0 and total > 0 and used / total > 0)
+    assert drawn.count("#") + drawn.count(".") == BAR_CELLS
+
+
+@pytest.mark.parametrize(
+    ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1 << 20, "1.0 MiB"), (5 << 40, "5120.0 GiB")]
+)
+def test_sizes_take_the_largest_unit(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_figures_stand_on_the_right_and_words_on_the_left() -> None:
+    assert table(["NAME", "N"], [["a", "7"], ["bbbbb", "12"]]).splitlines() == ["NAME    N", "a       7", "bbbbb  12"]
