@@ -1,0 +1,158 @@
+"""The operators' scripts against the real cluster."""
+
+import asyncio
+import json
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraserve.demo.expand import expand_rank
+from loraserve.demo.shipped import SHIPPED_DIR
+from loraserve.testing.local_cluster import LocalCluster, chat
+
+NAME, RANK = "ops-pirate", 12
+"""An adapter of this file alone, at a rank that nobody else has: its version is its own too."""
+
+FORECAST_TIMEOUT_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("ops")
+    expand_rank(SHIPPED_DIR / "pirate", target, RANK, seed=RANK)
+    return target
+
+
+@pytest.fixture
+def loaded(cluster: LocalCluster, folder: Path) -> Iterator[str]:
+    assert ops(cluster, "adapters", "load", NAME, str(folder)).returncode == 0
+    yield NAME
+    assert ops(cluster, "adapters", "unload", NAME).returncode == 0
+
+
+def ops(cluster: LocalCluster, *command: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "loraserve.ops", *command, "--url", cluster.url], capture_output=True, text=True
+    )
+
+
+def answer(cluster: LocalCluster, *command: str) -> Any:
+    """What it says as JSON, having succeeded."""
+    done = ops(cluster, *command, "--json")
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def ranks(cards: list[dict[str, Any]]) -> dict[str, int]:
+    return {card["id"]: card["rank"] for card in cards}
+
+
+def plan(cluster: LocalCluster) -> dict[str, Any]:
+    with urllib.request.urlopen(f"{cluster.url}/admin/plan") as response:
+        content: dict[str, Any] = json.load(response)
+        return content
+
+
+def ask_until_forecast(cluster: LocalCluster, name: str) -> None:
+    """Until the monitor expects more of it, which is what planners place by."""
+
+    async def ask() -> None:
+        async with cluster.session() as http, asyncio.timeout(FORECAST_TIMEOUT_S):
+            while not any(d["name"] == name and d["forecast_tokens_per_s"] > 0 for d in await demand(http)):
+                await chat(http, name, "What is the capital of Italy?", max_tokens=16)
+
+    async def demand(http: Any) -> list[dict[str, Any]]:
+        seen: list[dict[str, Any]] = (await cluster.admin(http))["demand"]
+        return seen
+
+    asyncio.run(ask())
+
+
+def test_status_names_every_process_engine_and_adapter(cluster: LocalCluster) -> None:
+    state = answer(cluster, "status")
+    expected = {"store", "planner", "monitor", "router", "engine-0", "engine-1"}
+    assert {name for name, process in state["processes"].items() if process["state"] == "READY"} == expected
+    assert [engine["name"] for engine in state["engines"] if engine["alive"]] == ["engine-0", "engine-1"]
+    shown = ops(cluster, "status")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert {line.split()[0] for line in shown.stdout.splitlines() if " READY " in line} == {*expected, "gateway-0"}
+    assert f"{len(state['registry']['adapters'])} adapters" in shown.stdout
+
+
+def test_watch_shows_the_status_again(cluster: LocalCluster) -> None:
+    command = [sys.executable, "-m", "loraserve.ops", "status", "--watch", "--json", "--url", cluster.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
+        assert watching.stdout is not None
+        two = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        watching.terminate()
+    assert [state["gateway"]["name"] for state in two] == ["gateway-0", "gateway-0"]
+
+
+def test_an_adapter_is_loaded_listed_and_unloaded(cluster: LocalCluster, folder: Path) -> None:
+    before = answer(cluster, "adapters", "list")
+    assert ops(cluster, "adapters", "load", NAME, str(folder)).returncode == 0
+    try:
+        assert ranks(answer(cluster, "adapters")) == ranks(before) | {NAME: RANK}
+        other = ["adapters", "load", NAME, str(SHIPPED_DIR / "pirate")]
+        taken = ops(cluster, *other)
+        assert taken.returncode == 1
+        assert "--replace" in taken.stderr
+        assert ops(cluster, *other, "--replace").returncode == 0
+        assert ranks(answer(cluster, "adapters")) == ranks(before) | {NAME: 8}
+        assert NAME in ops(cluster, "adapters").stdout
+    finally:
+        gone = ops(cluster, "adapters", "unload", NAME)
+    assert gone.returncode == 0
+    assert answer(cluster, "adapters", "list") == before
+    twice = ops(cluster, "adapters", "unload", NAME)
+    assert twice.returncode == 1
+    assert twice.stderr == f"error: The lora adapter '{NAME}' cannot be found.\n"
+
+
+def test_a_folder_that_is_no_adapter_is_refused_in_one_line(cluster: LocalCluster, tmp_path: Path) -> None:
+    refused = ops(cluster, "adapters", "load", NAME, str(tmp_path))
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("error: ")
+    assert "adapter_config.json" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+def test_a_dry_run_says_what_would_move_and_moves_nothing(cluster: LocalCluster, loaded: str) -> None:
+    ask_until_forecast(cluster, loaded)
+    for _ in range(3):
+        # The planner also plans by itself; where it did so in between, these two differ.
+        before, would, after = plan(cluster), answer(cluster, "rebalance", "--dry-run"), plan(cluster)
+        if before == after:
+            break
+    assert before == after
+    assert not would["applied"]
+    assert would["plan"]["epoch"] == before["epoch"] + 1
+    planned = {(p["name"], p["engine"]) for p in before["placements"]}
+    wanted = {(p["name"], p["engine"]) for p in would["plan"]["placements"]}
+    assert {(m["name"], m["target"]) for m in would["moves"] if m["target"]} == wanted - planned
+    assert loaded in {name for name, _ in wanted}
+
+
+def test_a_rebalance_places_what_is_asked_for_and_forgets_what_was_unloaded(
+    cluster: LocalCluster, folder: Path
+) -> None:
+    assert ops(cluster, "adapters", "load", NAME, str(folder)).returncode == 0
+    try:
+        ask_until_forecast(cluster, NAME)
+        done = ops(cluster, "rebalance")
+        assert done.returncode == 0, done.stdout + done.stderr
+        placed = plan(cluster)
+        assert NAME in {p["name"] for p in placed["placements"]}
+        assert f"epoch {placed['epoch']}" in done.stdout
+    finally:
+        assert ops(cluster, "adapters", "unload", NAME).returncode == 0
+    emptied = answer(cluster, "rebalance")
+    assert emptied["plan"]["epoch"] > placed["epoch"]
+    assert NAME not in {p["name"] for p in plan(cluster)["placements"]}
+    again = answer(cluster, "rebalance")
+    assert again["failed"] == []
