@@ -1,9 +1,12 @@
 """The compiled part of workers.py: one thread leads a call, helpers that wake in time take parts of it.
 
 Shared memory: a mutex, two conditions (work to join, helpers done), then the fields of the call in progress. It is all
-POSIX threads, so that a helper needs neither the interpreter's lock to begin nor a processor while it waits.
+POSIX threads, so that a helper needs neither the interpreter's lock to begin nor, between steps, a processor. Within a
+step calls follow each other closely: a helper looks out for the next one for a moment before it sleeps, because to wake
+it costs more than many a call takes.
 """
 
+import platform
 from typing import Any
 
 from llvmlite import ir
@@ -16,11 +19,14 @@ from loraserve.kernels.memory import I64, int64s
 
 WORK, DONE, FIELDS = 128, 256, 384
 """Byte offsets; the mutex is at 0. No platform's mutex or condition takes more than 64 bytes."""
-FUNCTION, OPERANDS, OPEN, INSIDE, FIELD_COUNT = range(5)
-"""The call, helpers that may still join it, helpers that are in it."""
+FUNCTION, OPERANDS, OPEN, INSIDE, ASLEEP, FIELD_COUNT = range(6)
+"""The call, helpers that may still join it, helpers that are in it, helpers that have to be woken."""
 STATE_BYTES = FIELDS + 8 * FIELD_COUNT
 SPINS = 4000
 """Looks at the helpers before sleeping: they finish within microseconds unless they lost their processor."""
+LOOKOUT = 3000
+"""Looks for the next call before a helper sleeps: some 100 us, longer than Python takes from one call to the next."""
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 def _c_function(name: str, count: int) -> Any:
@@ -66,6 +72,20 @@ def _read_at(typingctx: Any, address: Any) -> Any:
     return types.int64(types.int64), codegen
 
 
+def _pause_briefly(typingctx: Any) -> Any:
+    """Leave the core to its other thread for a moment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if ON_X86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            pause = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")  # type: ignore[no-untyped-call]
+            builder.call(pause, [])
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+_pause: Any = intrinsic(_pause_briefly)
 _invoke: Any = intrinsic(_invoke_at)
 _read: Any = intrinsic(_read_at)
 
@@ -79,8 +99,9 @@ def _lead_call(operands):  # type: ignore[no-untyped-def]
     fields[FUNCTION] = function
     fields[OPERANDS] = call
     fields[OPEN] = helpers
+    asleep = min(helpers, fields[ASLEEP])
     _unlock(state)
-    for _ in range(helpers):
+    for _ in range(asleep):
         _signal(state + WORK)
     _invoke(function, call)
     # Whoever has not begun by now would find nothing left to do: do not wait for him.
@@ -101,8 +122,16 @@ def _help_forever(state):  # type: ignore[no-untyped-def]
     fields = int64s(state + FIELDS, FIELD_COUNT)
     _lock(state)
     while fields[INSIDE] >= 0:
+        _unlock(state)
+        looks = 0
+        while looks < LOOKOUT and _read(state + FIELDS + 8 * OPEN) == 0:
+            _pause()
+            looks += 1
+        _lock(state)
         while fields[OPEN] == 0:
+            fields[ASLEEP] += 1
             _wait(state + WORK, state)
+            fields[ASLEEP] -= 1
         fields[OPEN] -= 1
         fields[INSIDE] += 1
         function, call = fields[FUNCTION], fields[OPERANDS]

@@ -35,7 +35,7 @@ _RAW = {"float32": F32, "bfloat16": I16, "float16": ir.HalfType()}
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """a * b + c rounded once, scalar or vector."""
     kind = a.type
-    name = f"llvm.fma.v{LANES}f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
+    name = f"llvm.fma.v{kind.count}f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
     return builder.call(function, [a, b, c])
 
@@ -78,11 +78,11 @@ def store_f32(builder: Any, address: Any, value: Any) -> None:
     builder.store(value, builder.inttoptr(address, value.type.as_pointer()), align=4)
 
 
-def splat(builder: Any, value: Any) -> Any:
+def splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
     """All lanes equal to a scalar."""
-    one = builder.insert_element(ir.Constant(VF32, ir.Undefined), value, ir.Constant(I32, 0))
-    mask = ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-    return builder.shuffle_vector(one, ir.Constant(VF32, ir.Undefined), mask)
+    undefined = ir.Constant(ir.VectorType(F32, lanes), ir.Undefined)
+    one = builder.insert_element(undefined, value, ir.Constant(I32, 0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def sum_lanes(builder: Any, vector: Any) -> Any:

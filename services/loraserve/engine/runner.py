@@ -18,7 +18,7 @@ from loraserve.engine.model.linear import pick_backend
 from loraserve.engine.model.weights import load_weights
 from loraserve.engine.sampler import sample
 from loraserve.errors import ConfigError
-from loraserve.kernels import attention, fused, lora
+from loraserve.kernels import attention, fused, linear, lora
 from loraserve.messages.base import SamplingParams
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -62,6 +62,7 @@ class ModelRunner:
         attention.warm_up()
         fused.warm_up()
         lora.warm_up(DTYPES[self.slab_dtype])
+        linear.warm_up()
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         for tokens in ((0,), (0, 0)):
             sequence = SequenceStep(

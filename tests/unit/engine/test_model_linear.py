@@ -4,10 +4,6 @@ import torch
 from loraserve.engine.model.linear import make_linear, pick_backend
 from loraserve.errors import ConfigError
 
-needs_fp16 = pytest.mark.skipif(
-    "fbgemm" not in torch.backends.quantized.supported_engines, reason="torch has no FBGEMM on this processor"
-)
-
 
 def test_float32_is_exact_and_may_be_asked_for() -> None:
     weight, bias, x = torch.randn(5, 7), torch.randn(5), torch.randn(3, 7)
@@ -16,12 +12,10 @@ def test_float32_is_exact_and_may_be_asked_for() -> None:
     assert torch.equal(linear(x), torch.nn.functional.linear(x, weight, bias))
 
 
-@needs_fp16
 def test_auto_takes_fp16_where_it_runs() -> None:
     assert pick_backend("auto") == "fp16"
 
 
-@needs_fp16
 @pytest.mark.parametrize(("rows", "width"), [(960, 576), (33, 47), (1, 1), (3072, 64)])
 def test_fp16_rounds_weights_alone(rows: int, width: int) -> None:
     weight, bias, x = torch.randn(rows, width), torch.randn(rows), torch.randn(9, width)
@@ -31,7 +25,6 @@ def test_fp16_rounds_weights_alone(rows: int, width: int) -> None:
     torch.testing.assert_close(linear(x).double(), expected, rtol=1e-5, atol=1e-4)
 
 
-@needs_fp16
 @pytest.mark.parametrize(("rows", "width"), [(960, 576), (33, 47), (576, 1536)])
 def test_fp16_rows_have_the_same_bits_in_any_batch(rows: int, width: int) -> None:
     before = torch.get_num_threads()
@@ -48,7 +41,6 @@ def test_fp16_rows_have_the_same_bits_in_any_batch(rows: int, width: int) -> Non
         torch.set_num_threads(before)
 
 
-@needs_fp16
 def test_weights_beyond_fp16_stay_float32() -> None:
     weight = torch.full((4, 4), 1e5)
     linear = make_linear(weight, None, "fp16")

@@ -10,8 +10,6 @@ import torch
 import transformers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-BACKENDS = torch.backends.quantized.supported_engines
-needs_fp16 = pytest.mark.skipif("fbgemm" not in BACKENDS, reason="torch has no FBGEMM on this processor")
 TOKENS = 12
 
 
@@ -62,7 +60,6 @@ def test_mixed_batch_in_chunks_equals_transformers_and_peft(
     assert len({token for output in outputs.values() for token in output}) > 2 * TOKENS, "greedy tokens must vary"
 
 
-@needs_fp16
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp16_weights_stay_near_transformers(
     family: str, helpers: Any, make_runner: Any, make_adapters: Callable[..., list[Path]], model_dirs: dict[str, Path]
@@ -84,7 +81,6 @@ def test_fp16_weights_stay_near_transformers(
         assert difference < 2e-2
 
 
-@needs_fp16
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fp16_streams_have_the_same_bits_alone_and_together(
     family: str, helpers: Any, make_runner: Any, make_adapters: Callable[..., list[Path]]

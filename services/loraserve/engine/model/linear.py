@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional
 
 from loraserve.errors import ConfigError
+from loraserve.kernels.linear import PackedWeight, linear
 
 Backend = Literal["float32", "fp16"]
 
@@ -33,12 +34,10 @@ class Fp16Linear(Linear):
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.backend = "fp16"
-        self._packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-        self._multiply = torch.ops.quantized.linear_dynamic_fp16.default
+        self._packed = PackedWeight(weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        y: torch.Tensor = self._multiply(x, self._packed)
-        return y
+        return linear(x, self._packed)
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, backend: Backend) -> Linear:
@@ -49,15 +48,11 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, backend: Backen
 
 
 def fp16_runs() -> bool:
-    """Tried with a product whose result is known."""
-    if "fbgemm" not in torch.backends.quantized.supported_engines:
-        return False
-    if torch.backends.quantized.engine not in ("fbgemm", "x86"):
-        torch.backends.quantized.engine = "fbgemm"
+    """Tried with a product whose result is known; no compiler or an unknown processor are reasons why not."""
     weight = torch.ones(8, 16)
     try:
         return torch.equal(Fp16Linear(weight, None)(torch.ones(2, 16)), torch.full((2, 8), 16.0))
-    except RuntimeError:
+    except Exception:
         return False
 
 
@@ -69,7 +64,7 @@ def pick_backend(setting: Literal["auto", "float32", "fp16"], fp16_runs: Callabl
         return "fp16"
     if setting == "fp16":
         raise ConfigError(
-            "engine.weights=fp16: this build of torch has no fp16 kernels (FBGEMM) for this processor; "
+            "engine.weights=fp16: the fp16 kernels cannot be compiled for this processor; "
             "set engine.weights to auto or float32"
         )
     return "float32"

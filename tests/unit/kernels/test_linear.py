@@ -1,0 +1,68 @@
+"""fp16 products: near float64, the same bits in any company, nothing written beyond the result."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.kernels.linear import PackedWeight, linear
+from loraserve.kernels.linear.cpu_kernels import PARTS, TILE
+
+WIDTHS = (1, TILE - 1, TILE, TILE + 1, 3 * TILE, 2 * PARTS * TILE, 2 * PARTS * TILE + 5)
+
+
+def make(width: int, depth: int, tokens: int, seed: int = 0) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
+    """A packed weight with a bias, inputs, and the product of the rounded weights in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    weight, bias, x = (
+        torch.randn(*shape, generator=generator) for shape in ((width, depth), (width,), (tokens, depth))
+    )
+    expected = x.double() @ weight.half().double().T + bias.double()
+    return PackedWeight(weight, bias), x, expected
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(WIDTHS), st.integers(1, 70), st.integers(1, 30), st.integers(0, 9))
+def test_near_float64(width: int, depth: int, tokens: int, seed: int) -> None:
+    weight, x, expected = make(width, depth, tokens, seed)
+    torch.testing.assert_close(linear(x, weight).double(), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_a_row_has_the_same_bits_in_any_company(width: int, threads: int) -> None:
+    weight, x, _ = make(width, 300, 40)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = torch.cat([linear(row[None], weight) for row in x])
+        torch.set_num_threads(threads)
+        for tokens in (2, 3, 4, 5, 6, 7, 8, 11, 12, 13, 40):
+            assert torch.equal(linear(x[:tokens].contiguous(), weight), alone[:tokens]), tokens
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_one_sum_after_the_other() -> None:
+    """The order that is promised: bias first, then one input after the other, each with one rounding."""
+    depth = 200
+    weight, x, _ = make(TILE, depth, 1)
+    total = weight.bias[0].double()
+    for index in range(depth):
+        product = x[0, index].double() * weight.tiles[0, index, 0].double()
+        total = (total + product).float().double()
+    assert linear(x, weight)[0, 0].item() == total.item()
+
+
+def test_no_tokens_are_fine() -> None:
+    weight, _, _ = make(TILE, 8, 1)
+    assert linear(torch.empty(0, 8), weight).shape == (0, TILE)
+
+
+def test_a_missing_bias_is_zero_and_poison_stays_in_its_row() -> None:
+    packed = PackedWeight(torch.ones(TILE + 3, 5), None)
+    x = torch.ones(3, 5)
+    x[1] = torch.nan
+    y = linear(x, packed)
+    assert torch.equal(y[[0, 2]], torch.full((2, TILE + 3), 5.0))
+    assert y[1].isnan().all()
