@@ -54,9 +54,10 @@ def test_one_sum_after_the_other() -> None:
     assert linear(x, weight)[0, 0].item() == total.item()
 
 
-def test_no_tokens_are_fine() -> None:
-    weight, _, _ = make(TILE, 8, 1)
-    assert linear(torch.empty(0, 8), weight).shape == (0, TILE)
+@pytest.mark.parametrize("width", WIDTHS)
+def test_no_tokens_are_fine(width: int) -> None:
+    weight, _, _ = make(width, 8, 1)
+    assert linear(torch.empty(0, 8), weight).shape == (0, width)
 
 
 def test_a_missing_bias_is_zero_and_poison_stays_in_its_row() -> None:

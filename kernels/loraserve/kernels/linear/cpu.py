@@ -35,6 +35,8 @@ def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     tokens = x.shape[0]
     assert_dense(x, (tokens, weight.in_features))
     y = torch.empty(tokens, weight.out_features)
+    if tokens == 0:  # a step of unfinished prompts wants no logits
+        return y
     run(
         LINEAR,
         tokens * weight.tiles.numel() > SHARE_WORK_ELEMENTS,
