@@ -70,6 +70,8 @@ class RouterService(Service):
             self.log.warning("rejected", request=request.request_id, code=answer.code, reason=answer.message)
         else:
             self._routed.labels(answer.engine, answer.why).inc()
+            adapter = request.adapter.name if request.adapter else ""
+            self.log.info("routed", request=request.request_id, adapter=adapter, engine=answer.engine, why=answer.why)
         self.bus.respond(envelope, answer)
 
     async def _admit_first(self, request: Route, candidates: tuple[Candidate, ...]) -> Routed | Rejected:

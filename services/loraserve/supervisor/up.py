@@ -135,7 +135,7 @@ def try_lines(config: Config, adapters: Mapping[str, Path]) -> list[str]:
     """Three curl lines: the base model, an adapter, a stream."""
     url = f"{base_url(config)}/v1/chat/completions"
     names = [config.model.name, *adapters]
-    question = "What is the capital of Italy?"
+    question = "What is the moon?"
     lines = []
     for title, model, extra in (
         ("the base model", names[0], ""),
