@@ -64,8 +64,8 @@ class Residency:
         """Begin what there is room for: first what requests wait for, then the plan's.
 
         ``requested`` is in order of arrival: nobody's adapter leaves for that of a later request, or two requests could
-        take turns in loading and neither would run. ``idle`` says that no request runs, so that room which is missing
-        now will not come by waiting.
+        take turns in loading and neither would run. ``idle`` says that no request is left, so that room which is
+        missing now will not come by waiting.
         """
         instructions: list[Instruction] = []
         keep: set[str] = set()

@@ -229,7 +229,7 @@ class Scheduler:
     def _go_on(self, now: float) -> list[Instruction]:
         """Start the loads and the step that have become possible."""
         wanted = (s.admit.adapter for s in self.waiting if s.admit.adapter is not None)
-        instructions = self.residency.start_loads(wanted, now, idle=not self.running)
+        instructions = self.residency.start_loads(wanted, now, idle=not self._sequences)
         if self._outstanding is None and (self.running or self.waiting):
             instructions += self._form_step(now)
         return instructions

@@ -1,4 +1,4 @@
-"""Tiny models of every family, a runner over each, and hand-made steps for them."""
+"""Tiny models of every family, a runner over each, hand-made steps for them, and a scheduler driven event by event."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -11,8 +11,23 @@ import torch
 
 from loraserve.adapter.pack import pack_peft
 from loraserve.config import EngineConfig
-from loraserve.engine.batch import SequenceStep, StepBatch
+from loraserve.engine.batch import Sampled, SequenceStep, StepBatch, StepResult
+from loraserve.engine.events import (
+    AdapterLoaded,
+    Emit,
+    Event,
+    EvictAdapter,
+    Instruction,
+    LoadAdapter,
+    Reject,
+    RequestArrived,
+    RunStep,
+    StepDone,
+)
+from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.runner import ModelRunner
+from loraserve.engine.scheduler import Scheduler
+from loraserve.messages import AdapterRef, Admit
 from loraserve.messages.base import SamplingParams
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
@@ -23,6 +38,92 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 24},
 }
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
+EOS = 0
+UNIT = 4096
+"""Bytes of the smallest extent; the slabs of ``adapter`` are so many of them."""
+
+
+def adapter(version: str, units: int = 1) -> AdapterRef:
+    return AdapterRef(name=f"name-{version}", version=version, rank=8, slab_bytes=UNIT * units)
+
+
+class Desk:
+    """A scheduler, the step and the loads that it waits for, and what it told each request. Validates every event."""
+
+    def __init__(self, **limits: Any) -> None:
+        settings: dict[str, Any] = {
+            "kv_blocks": 16,
+            "block_tokens": 4,
+            "pool_bytes": 2 * UNIT,
+            "max_adapters": 8,
+            "max_running": 4,
+            "max_waiting": 8,
+            "max_step_tokens": 16,
+            "max_model_tokens": 48,
+            "eos_token_ids": frozenset([EOS]),
+        }
+        self.scheduler = Scheduler(SchedulerLimits(**{**settings, **limits}))
+        self.now = 0.0
+        self.step: StepBatch | None = None
+        self.loads: list[str] = []
+        self.output: dict[str, list[int]] = {}
+        self.finish: dict[str, str] = {}
+        self.cached: dict[str, int] = {}
+        self.rejected: dict[str, Reject] = {}
+
+    def tell(self, event: Event) -> list[Instruction]:
+        self.now += 1.0
+        instructions = self.scheduler.handle(event, self.now)
+        for instruction in instructions:
+            self._note(instruction)
+        self.scheduler.validate()
+        return instructions
+
+    def arrive(self, name: str, prompt: Sequence[int], to: AdapterRef | None = None, **sampling: Any) -> None:
+        self.output[name] = []
+        params = SamplingParams(**{"max_tokens": 8, **sampling})
+        admit = Admit(request_id=name, gateway="g", prompt_tokens=tuple(prompt), sampling=params, adapter=to)
+        self.tell(RequestArrived(admit))
+
+    def step_done(self, token: int = 7, **tokens: int) -> list[Instruction]:
+        """The step is computed; every sequence draws ``token`` but those that are named."""
+        assert self.step is not None, "no step is outstanding"
+        step, self.step = self.step, None
+        drawn = [
+            Sampled(request_id=s.request_id, token=tokens.get(s.request_id, token)) for s in step.sequences if s.sample
+        ]
+        return self.tell(StepDone(StepResult(step_id=step.step_id, sampled=tuple(drawn), duration_s=0.01)))
+
+    def loaded(self, version: str) -> list[Instruction]:
+        self.loads.remove(version)
+        return self.tell(AdapterLoaded(version))
+
+    def part(self, name: str) -> SequenceStep:
+        assert self.step is not None, "no step is outstanding"
+        return next(s for s in self.step.sequences if s.request_id == name)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Tokens that the outstanding step computes, by request; empty without a step."""
+        return {s.request_id: len(s.tokens) for s in self.step.sequences} if self.step else {}
+
+    def _note(self, instruction: Instruction) -> None:
+        match instruction:
+            case RunStep(batch):
+                assert self.step is None, "two steps at once"
+                self.step = batch
+            case LoadAdapter(adapter=wanted):
+                self.loads.append(wanted.version)
+            case EvictAdapter(version) if version in self.loads:
+                self.loads.remove(version)
+            case Reject(request_id):
+                self.rejected[request_id] = instruction
+            case Emit(_, delta):
+                self.output[delta.request_id].extend(delta.tokens)
+                if delta.index == 0:
+                    self.cached[delta.request_id] = delta.cached_tokens
+                if delta.finish is not None:
+                    self.finish[delta.request_id] = delta.finish
 
 
 class Stream:
@@ -137,4 +238,4 @@ def make_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., ModelRunn
 @pytest.fixture
 def helpers() -> SimpleNamespace:
     """What the tests of this folder share; test files import nothing from each other."""
-    return SimpleNamespace(Stream=Stream, drive=drive, install=install)
+    return SimpleNamespace(Stream=Stream, drive=drive, install=install, Desk=Desk, adapter=adapter, UNIT=UNIT, EOS=EOS)

@@ -1,0 +1,160 @@
+"""Which adapter is loaded when: requests before the plan, few at once, and every wish gets its answer."""
+
+import msgspec
+
+from loraserve.engine.events import EvictAdapter, Instruction, LoadAdapter, PlanReady
+from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.residency import Residency
+from loraserve.engine.story import Story
+from loraserve.messages import AdapterRef
+
+UNIT = 4096
+LIMITS = SchedulerLimits(
+    kv_blocks=8,
+    block_tokens=4,
+    pool_bytes=2 * UNIT,
+    max_adapters=8,
+    max_running=4,
+    max_waiting=4,
+    max_step_tokens=16,
+    max_model_tokens=32,
+    eos_token_ids=frozenset(),
+)
+A, B, C, D = (AdapterRef(name=name.upper(), version=name, rank=8, slab_bytes=UNIT) for name in "abcd")
+HUGE = AdapterRef(name="HUGE", version="huge", rank=8, slab_bytes=3 * UNIT)
+
+
+def residency(units: int = 2, loaded: tuple[AdapterRef, ...] = (), max_loads: int = 2) -> Residency:
+    limits = msgspec.structs.replace(LIMITS, pool_bytes=units * UNIT, max_loads=max_loads)
+    made = Residency(limits, Story())
+    for now, adapter in enumerate(loaded):
+        assert loads(made.start_loads([adapter], float(now), idle=True)) == [adapter.version]
+        made.loaded(adapter.version)
+    return made
+
+
+def loads(instructions: list[Instruction]) -> list[str]:
+    return [i.adapter.version for i in instructions if isinstance(i, LoadAdapter)]
+
+
+def evictions(instructions: list[Instruction]) -> list[str]:
+    return [i.version for i in instructions if isinstance(i, EvictAdapter)]
+
+
+def answers(instructions: list[Instruction]) -> list[PlanReady]:
+    return [i for i in instructions if isinstance(i, PlanReady)]
+
+
+def test_the_base_model_is_always_ready_and_an_adapter_once_it_is_loaded() -> None:
+    made = residency()
+    assert made.ready("")
+    assert not made.ready("a")
+    made.start_loads([A], 0.0, idle=True)
+    assert not made.ready("a"), "it is still on its way"
+    made.loaded("a")
+    assert made.ready("a")
+
+
+def test_requests_are_served_before_the_plan() -> None:
+    made = residency()
+    made.prepare(1, (B, C))
+    assert loads(made.start_loads([A], 0.0, idle=True)) == ["a", "b"]
+
+
+def test_few_adapters_load_at_once() -> None:
+    made = residency(units=8)
+    assert loads(made.start_loads([A, B, C, D], 0.0, idle=True)) == ["a", "b"]
+    made.loaded("a")
+    assert loads(made.start_loads([B, C, D], 1.0, idle=True)) == ["c"]
+    made.load_failed("b", "gone")
+    assert loads(made.start_loads([D], 2.0, idle=True)) == ["d"]
+
+
+def test_an_adapter_on_its_way_is_not_loaded_again() -> None:
+    made = residency()
+    made.prepare(1, (A,))
+    assert loads(made.start_loads([A, A], 0.0, idle=True)) == ["a"]
+    assert made.start_loads([A], 1.0, idle=True) == []
+
+
+def test_nobodys_adapter_leaves_for_that_of_a_later_request() -> None:
+    made = residency(loaded=(A, B))
+    assert made.start_loads([A, B, C], 5.0, idle=True) == []
+    found = made.start_loads([A, C], 6.0, idle=True)
+    assert (evictions(found), loads(found)) == (["b"], ["c"])
+
+
+def test_an_eviction_comes_before_the_load_that_needs_it() -> None:
+    found = residency(loaded=(A, B)).start_loads([C], 5.0, idle=True)
+    assert [type(i) for i in found] == [EvictAdapter, LoadAdapter]
+    evict, load = found
+    assert isinstance(evict, EvictAdapter)
+    assert isinstance(load, LoadAdapter)
+    assert (evict.version, load.offset_bytes) == ("a", 0)
+
+
+def test_a_plan_is_answered_when_all_of_it_is_there_and_pinned() -> None:
+    made = residency(loaded=(A,))
+    assert made.prepare(7, (A, B)) == []
+    made.start_loads([], 1.0, idle=True)
+    assert made.loaded("b") == [PlanReady(7, {})]
+    assert [entry.planned for entry in made.pool.entries()] == [True, True]
+    assert made.start_loads([], 2.0, idle=True) == [], "it is answered once"
+
+
+def test_a_plan_of_what_is_there_or_of_nothing_is_answered_at_once() -> None:
+    made = residency(loaded=(A,))
+    assert made.prepare(1, (A,)) == [PlanReady(1, {})]
+    assert made.prepare(2, ()) == [PlanReady(2, {})]
+
+
+def test_what_cannot_be_loaded_is_in_the_answer_with_its_reason() -> None:
+    made = residency()
+    assert made.prepare(3, (HUGE, A)) == []
+    made.start_loads([], 0.0, idle=True)
+    evict, answer = made.load_failed("a", "corrupt: bad digest")
+    assert evict == EvictAdapter("a", 0)
+    assert isinstance(answer, PlanReady)
+    assert answer.epoch == 3
+    assert answer.failed["a"] == "corrupt: bad digest"
+    assert "raise engine.pool_bytes" in answer.failed["huge"]
+
+
+def test_a_newer_plan_ends_the_one_before() -> None:
+    made = residency()
+    made.prepare(1, (A, B))
+    made.start_loads([], 0.0, idle=True)
+    made.loaded("a")
+    ended = made.prepare(2, (B,))
+    assert ended == [PlanReady(1, {"b": "a newer plan came"})]
+    assert made.loaded("b") == [PlanReady(2, {})], "a load that was under way serves the newer plan"
+
+
+def test_a_plan_never_drops_its_own_pins_and_says_so_once_nothing_else_can_make_room() -> None:
+    made = residency()
+    made.prepare(1, (A, B, C))
+    made.start_loads([], 0.0, idle=True)
+    made.loaded("a")
+    assert answers(made.start_loads([], 1.0, idle=True)) == [], "b is still on its way and may fail"
+    made.loaded("b")
+    assert answers(made.start_loads([], 2.0, idle=False)) == [], "what runs may end and make room"
+    (answer,) = answers(made.start_loads([], 3.0, idle=True))
+    assert answer.failed.keys() == {"c"}
+    assert "raise engine.pool_bytes" in answer.failed["c"]
+
+
+def test_a_request_drops_a_plan_pin_where_nothing_else_makes_room() -> None:
+    made = residency(loaded=(A, B))
+    made.prepare(1, (A,))
+    assert evictions(made.start_loads([C], 5.0, idle=True)) == ["b"]
+    made.loaded("c")
+    assert evictions(made.start_loads([C, D], 6.0, idle=True)) == ["a"]
+
+
+def test_retired_copies_lose_their_pin_and_stay_until_room_is_wanted() -> None:
+    made = residency(loaded=(A, B))
+    made.prepare(1, (A, B))
+    assert made.retire(keep=("b",)) == 1
+    assert made.retire(keep=("b",)) == 0
+    assert made.ready("a")
+    assert evictions(made.start_loads([C], 5.0, idle=True)) == ["a"]
