@@ -44,7 +44,7 @@ class ModelRunner:
         self.kv_blocks = _kv_blocks(config, engine)
         self.max_positions = _max_positions(config, progress)
         self.slab_dtype = engine.slab_dtype
-        self.pool_elements = engine.pool_bytes // ITEM_BYTES[engine.slab_dtype]
+        self.pool_elements = _pool_elements(engine)
         self.weights_backend = pick_backend(engine.weights)
         self._pool_memory = mmap.mmap(-1, max(engine.pool_bytes, mmap.PAGESIZE))
         self._tables = lora.AdapterTables(config.shape, engine.max_adapters)
@@ -107,7 +107,18 @@ class ModelRunner:
             return self._decoder.forward(_inputs(batch.sequences, self.block_tokens))
 
 
+def _pool_elements(engine: EngineConfig) -> int:
+    elements = engine.pool_bytes // ITEM_BYTES[engine.slab_dtype]
+    if elements < 1:
+        raise ConfigError(f"engine.pool_bytes={engine.pool_bytes} holds no adapter; give room for several")
+    return elements
+
+
 def _kv_blocks(config: DecoderConfig, engine: EngineConfig) -> int:
+    if engine.block_tokens % attention.GROUP_TOKENS:
+        raise ConfigError(
+            f"engine.block_tokens is {engine.block_tokens}, it must be a multiple of {attention.GROUP_TOKENS}"
+        )
     block_bytes = attention.block_bytes(config.shape, engine.block_tokens)
     blocks = engine.kv_bytes // block_bytes
     if blocks < 1:

@@ -2,6 +2,6 @@
 
 from loraserve.kernels.attention.batch import AttentionBatch
 from loraserve.kernels.attention.cpu import paged_attention, warm_up
-from loraserve.kernels.attention.kv import KvCache, block_bytes
+from loraserve.kernels.attention.kv import GROUP_TOKENS, KvCache, block_bytes
 
-__all__ = ["AttentionBatch", "KvCache", "block_bytes", "paged_attention", "warm_up"]
+__all__ = ["GROUP_TOKENS", "AttentionBatch", "KvCache", "block_bytes", "paged_attention", "warm_up"]

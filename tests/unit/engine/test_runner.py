@@ -1,0 +1,153 @@
+"""The runner's refusals, its slots, and warming up, on tiny models."""
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import msgspec
+import pytest
+import torch
+
+from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.config import Config, EngineConfig, ModelConfig
+from loraserve.engine.runner import ModelRunner
+from loraserve.engine.setup import build_runner, scheduler_limits, threads_for
+from loraserve.errors import ConfigError
+from loraserve.testing.tiny_model import write_peft_adapter
+
+MakeRunner = Callable[..., ModelRunner]
+PROMPT = [5, 6, 7, 8]
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+@pytest.fixture
+def slab(tmp_path: Path, make_runner: MakeRunner) -> Slab:
+    """Strong enough that its tokens are not the base model's."""
+    folder = write_peft_adapter(tmp_path / "peft", make_runner().shape, rank=8, strength=4.0)
+    return pack_peft(folder, make_runner().shape, "float32", 64)
+
+
+def tokens(helpers: SimpleNamespace, runner: ModelRunner, slot: int = -1) -> list[int]:
+    stream = helpers.Stream("r", PROMPT, blocks=range(8), slot=slot)
+    helpers.drive(runner, [stream], 8, [16])
+    return stream.output
+
+
+def test_a_slab_is_used_once_it_is_installed_and_until_it_is_removed(
+    make_runner: MakeRunner, slab: Slab, helpers: SimpleNamespace
+) -> None:
+    runner = make_runner()
+    base = tokens(helpers, runner)
+    assert tokens(helpers, runner, slot=2) == base, "a slot without an adapter is the base model"
+    last = runner.pool_elements - slab.header.elements
+    runner.pool_view()[last * 4 :] = slab.data
+    runner.install(2, slab.header, last)
+    assert tokens(helpers, runner, slot=2) != base
+    assert tokens(helpers, runner) == base
+    runner.remove(2)
+    assert tokens(helpers, runner, slot=2) == base
+
+
+def test_a_slab_of_another_dtype_is_refused(make_runner: MakeRunner, slab: Slab) -> None:
+    runner = make_runner(slab_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"slab is float32, engine\.slab_dtype is bfloat16; register"):
+        runner.install(0, slab.header, 0)
+
+
+@pytest.mark.parametrize("past_the_end", [-(1 << 40), 1])
+def test_a_slab_must_lie_in_the_pool(
+    make_runner: MakeRunner, slab: Slab, helpers: SimpleNamespace, past_the_end: int
+) -> None:
+    runner = make_runner()
+    base = tokens(helpers, runner)
+    with pytest.raises(ValueError, match=f"slab of {slab.header.elements} elements at -?[0-9]+ is outside"):
+        runner.install(0, slab.header, runner.pool_elements - slab.header.elements + past_the_end)
+    assert tokens(helpers, runner, slot=0) == base, "the slot is as it was"
+
+
+def test_a_slab_for_another_model_is_refused(make_runner: MakeRunner, slab: Slab) -> None:
+    other = msgspec.structs.replace(slab.header, shape=msgspec.structs.replace(slab.header.shape, vocab=1))
+    with pytest.raises(ValueError, match="register the adapter again"):
+        make_runner().install(0, other, 0)
+
+
+def test_the_pool_is_as_large_as_its_setting(make_runner: MakeRunner) -> None:
+    runner = make_runner(pool_bytes=10_001, slab_dtype="bfloat16")
+    assert (runner.pool_elements, len(runner.pool_view())) == (5000, 10_000)
+    runner.pool_view()[:] = b"\1" * 10_000
+
+
+def test_too_little_kv_memory_names_the_setting_and_what_is_enough(make_runner: MakeRunner) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.kv_bytes=1000 holds not one block of 16 tokens") as refused:
+        make_runner(kv_bytes=1000)
+    enough = int(str(refused.value).split("give at least ")[1].split(",")[0])
+    assert make_runner(kv_bytes=enough).kv_blocks == 1
+    with pytest.raises(ConfigError):
+        make_runner(kv_bytes=enough - 1)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "text"),
+    [
+        ("block_tokens", 24, r"engine\.block_tokens is 24, it must be a multiple of 16"),
+        ("pool_bytes", 1, r"engine\.pool_bytes=1 holds no adapter"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_named(make_runner: MakeRunner, setting: str, value: int, text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        make_runner(**{setting: value})
+
+
+def test_a_gpu_is_refused_with_what_to_use(make_runner: MakeRunner) -> None:
+    with pytest.raises(ConfigError, match=r"engine\.device=cuda.*use cpu"):
+        make_runner(device="cuda")
+
+
+@pytest.mark.parametrize("slab_dtype", ["float32", "bfloat16", "float16"])
+def test_warming_up_changes_nothing(make_runner: MakeRunner, helpers: SimpleNamespace, slab_dtype: str) -> None:
+    runner = make_runner(slab_dtype=slab_dtype)
+    before = tokens(helpers, runner)
+    runner.warm_up()
+    assert tokens(helpers, runner) == before
+
+
+def test_warming_up_needs_no_more_than_one_block(make_runner: MakeRunner) -> None:
+    block_bytes = (4 << 20) // make_runner(kv_bytes=4 << 20).kv_blocks
+    runner = make_runner(kv_bytes=block_bytes)
+    assert runner.kv_blocks == 1
+    runner.warm_up()
+
+
+def test_a_step_computes_on_as_many_threads_as_the_engine_was_given(
+    make_runner: MakeRunner, helpers: SimpleNamespace
+) -> None:
+    runner = make_runner(threads=1)
+    torch.set_num_threads(2)
+    tokens(helpers, runner)
+    assert torch.get_num_threads() == 1
+
+
+def test_a_model_must_be_named() -> None:
+    with pytest.raises(ConfigError, match=r"model\.path is empty; name a Hugging Face model directory"):
+        build_runner(Config(), quiet)
+
+
+def test_engines_of_one_machine_share_its_cores() -> None:
+    engines = msgspec.structs.replace(Config().cluster, engines=10_000)
+    assert threads_for(Config(cluster=engines)) == 1
+    assert threads_for(Config(engine=EngineConfig(threads=3), cluster=engines)) == 3
+
+
+def test_limits_that_contradict_each_other_are_refused(make_runner: MakeRunner) -> None:
+    config = Config(engine=EngineConfig(max_step_tokens=4, max_running=8))
+    with pytest.raises(ConfigError, match=r"engine\.max_step_tokens is 4.*engine\.max_running"):
+        scheduler_limits(config, make_runner())
+
+
+@pytest.mark.parametrize(("asked", "given"), [(0, 512), (100, 100), (100_000, 512)])
+def test_the_context_is_the_models_own_at_most(make_runner: MakeRunner, asked: int, given: int) -> None:
+    config = Config(model=ModelConfig(max_model_tokens=asked))
+    assert scheduler_limits(config, make_runner()).max_model_tokens == given
