@@ -174,16 +174,21 @@ def _wait_for_place_s(engine: EngineView, prompt_tokens: int, request_s: float) 
 
 
 def _order(scored: list[_Scored], request: Route, view: ClusterView, rng: Rng) -> list[Candidate]:
-    """Has it already; then by score, near-ties by lot so that equal engines share the load; suspects last."""
+    """Has it already; then by score, near-ties by lot so that equal engines share the load; suspects last.
+
+    Among near-ties a copy of the plan wins: a long queue makes what the plan is worth smaller than the tie.
+    """
     trusted = [s for s in scored if s.view.avoided_since_s is None] or scored
     best = min(trusted, key=lambda s: s.score)
     bar = best.score + NEAR * max(best.start_s, best.view.load.decode_step_s, 0.001)
+    planned = any(s.share for s in scored)
     has_it = view.live[request.request_id].engine if request.request_id in view.live else ""
 
     def rank(s: _Scored) -> tuple[bool, bool, float, float]:
         near = s.score <= bar
         # A weighted lot: among equals, a copy with a larger share of the plan's traffic wins more often.
-        lot = -(rng.random() ** (1 / (s.share or 1.0))) if near else 0.0
+        weight = s.share if planned else 1.0
+        lot = -(rng.random() ** (1 / weight)) if near and weight else 0.0
         return s.view.name != has_it, s.view.avoided_since_s is not None, bar if near else s.score, lot
 
     chosen = nsmallest(MOST_CANDIDATES, scored, key=rank)

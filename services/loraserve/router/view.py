@@ -140,9 +140,7 @@ class ClusterView:
             if incarnation != view.load.incarnation:
                 # It was restarted since its last report, so its pool is empty.
                 view.resident = view.loading = frozenset()
-        self.live[request_id] = Live(engine, now)
-        if len(self.live) > MOST_LIVE:
-            del self.live[next(iter(self.live))]
+        self._runs(request_id, engine, now)
         self._tell(request_id, now, f"admitted by {engine}")
 
     def refused(self, engine: str, request_id: str, code: str, now: float) -> None:
@@ -196,7 +194,12 @@ class ClusterView:
         view.drop_pending([*counted, *(i for i in load.request_ids if i in view.pending)])
         for request_id in load.request_ids:
             if request_id not in self.live:
-                self.live[request_id] = Live(load.engine, reported_s)
+                self._runs(request_id, load.engine, reported_s)
+
+    def _runs(self, request_id: str, engine: str, since_s: float) -> None:
+        self.live[request_id] = Live(engine, since_s)
+        if len(self.live) > MOST_LIVE:
+            del self.live[next(iter(self.live))]
 
     def _drop_ended(self) -> None:
         """Forget where requests were that their engine, reporting later, no longer has."""

@@ -1,0 +1,288 @@
+"""Which engine a request goes to, and when it is refused."""
+
+from collections import Counter
+from random import Random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.cost import CostModel
+from loraserve.messages import EngineLoad, Placement, Plan, Rejected, Route
+from loraserve.router.policy import MOST_CANDIDATES, Candidate, Choice, PlannedCopies, Slo, route
+from loraserve.router.view import TIMEOUTS_TO_AVOID, ClusterView
+from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
+
+SLO = Slo(ttft_s=10.0, reject_factor=4.0)
+PIRATE = adapter_ref(1)
+HELD = {"resident": (resident(PIRATE),)}
+
+
+def view_of(*loads: EngineLoad) -> ClusterView:
+    view = ClusterView()
+    view.update(picture(*loads), now=100.0)
+    return view
+
+
+def plan_of(**shares: float) -> PlannedCopies:
+    """PIRATE's copies, e0=0.5 for half of its traffic at engine e0."""
+    copies = (Placement(version=PIRATE.version, name=PIRATE.name, engine=e, share=s) for e, s in shares.items())
+    return PlannedCopies(Plan(epoch=1, created_unix_s=0.0, placements=tuple(copies)))
+
+
+def decide(
+    view: ClusterView, request: Route, plan: PlannedCopies | None = None, seed: int = 0, slo: Slo = SLO
+) -> Choice | Rejected:
+    return route(request, view, plan, CostModel(), slo, Random(seed))
+
+
+def candidates(view: ClusterView, request: Route | None = None, **options: Any) -> tuple[Candidate, ...]:
+    choice = decide(view, request or route_request(), **options)
+    assert isinstance(choice, Choice), choice
+    return choice.candidates
+
+
+def first(view: ClusterView, request: Route | None = None, **options: Any) -> tuple[str, str]:
+    """Engine and reason of the first choice."""
+    best = candidates(view, request, **options)[0]
+    return best.engine, best.why
+
+
+def refusal(view: ClusterView, request: Route, **options: Any) -> Rejected:
+    answer = decide(view, request, **options)
+    assert isinstance(answer, Rejected), answer
+    assert answer.request_id == request.request_id
+    return answer
+
+
+def wins(view: ClusterView, request: Route, plan: PlannedCopies | None, rounds: int = 300) -> Counter[str]:
+    """How often each engine is first, over many lots."""
+    rng = Random(7)
+    choices = (route(request, view, plan, CostModel(), SLO, rng) for _ in range(rounds))
+    return Counter(c.candidates[0].engine for c in choices if isinstance(c, Choice))
+
+
+def test_without_a_ready_engine_there_is_nothing_to_choose() -> None:
+    assert refusal(ClusterView(), route_request()).code == "no_engine"
+    assert refusal(view_of(engine_load("e0", state="DRAINING")), route_request()).code == "no_engine"
+
+
+def test_only_ready_engines_are_chosen() -> None:
+    view = view_of(engine_load("e0", state="STARTING"), engine_load("e1", waiting_prefill_tokens=5000))
+    assert [c.engine for c in candidates(view)] == ["e1"]
+
+
+def test_a_prompt_that_fills_every_context_is_refused_with_both_lengths() -> None:
+    view = view_of(engine_load("e0", max_model_tokens=100), engine_load("e1", max_model_tokens=200))
+    answer = refusal(view, route_request(tokens=200))
+    assert answer.code == "context_length"
+    assert "maximum context length is 200" in answer.message
+    assert "prompt has 200" in answer.message
+
+
+def test_a_long_prompt_goes_where_it_leaves_room_for_a_token() -> None:
+    view = view_of(engine_load("e0", max_model_tokens=100), engine_load("e1", max_model_tokens=101))
+    assert [c.engine for c in candidates(view, route_request(tokens=100))] == ["e1"]
+
+
+def test_an_adapter_goes_only_where_a_pool_can_hold_it() -> None:
+    large = adapter_ref(9, slab_bytes=5 * MIB)
+    view = view_of(engine_load("e0", pool_total_bytes=7 * MIB), engine_load("e1", pool_total_bytes=8 * MIB))
+    assert [c.engine for c in candidates(view, route_request(adapter=large))] == ["e1"]
+    answer = refusal(view_of(engine_load("e0", pool_total_bytes=7 * MIB)), route_request(adapter=large))
+    assert answer.code == "adapter_unavailable"
+    assert large.name in answer.message
+
+
+def test_the_shorter_queue_wins_and_the_prediction_is_its_length() -> None:
+    view = view_of(
+        engine_load("e0", running=1, waiting_prefill_tokens=3000), engine_load("e1", waiting_prefill_tokens=500)
+    )
+    best, other = candidates(view)
+    assert (best.engine, best.why) == ("e1", "base")
+    assert best.predicted_s == pytest.approx(0.5)
+    assert other.predicted_s == pytest.approx(3.0, abs=0.1)
+
+
+def test_the_faster_engine_wins_with_the_same_queue() -> None:
+    slow = engine_load("e0", waiting_prefill_tokens=1000, prefill_tokens_per_s=200.0)
+    fast = engine_load("e1", waiting_prefill_tokens=1000, prefill_tokens_per_s=2000.0)
+    assert first(view_of(slow, fast))[0] == "e1"
+
+
+def test_a_burst_between_two_pictures_is_shared() -> None:
+    view = view_of(*(engine_load(f"e{n}") for n in range(4)))
+    given_to: Counter[str] = Counter()
+    for number in range(80):
+        request = route_request(f"r{number}", tokens=200)
+        engine, _ = first(view, request, seed=number)
+        view.sent(engine, request, now=100.0)
+        given_to[engine] += 1
+    assert set(given_to.values()) <= set(range(18, 23)), given_to
+
+
+def test_an_engine_without_a_place_in_its_batch_waits_longer() -> None:
+    full = engine_load("e0", running=4, max_running=4)
+    view = view_of(full, engine_load("e1", running=4, max_running=8))
+    assert first(view)[0] == "e1"
+
+
+def test_an_engine_without_kv_blocks_waits_longer() -> None:
+    full = engine_load("e0", running=4, kv_blocks_free=2)
+    view = view_of(full, engine_load("e1", running=4, kv_blocks_free=500))
+    assert first(view, route_request(tokens=200))[0] == "e1"
+
+
+def test_the_engine_that_holds_the_adapter_wins_until_its_queue_is_longer_than_a_load() -> None:
+    request = route_request(adapter=adapter_ref(1, slab_bytes=50 * MIB))
+    short = engine_load("e0", waiting_prefill_tokens=300, **HELD)
+    assert first(view_of(short, engine_load("e1")), request) == ("e0", "resident")
+    long = engine_load("e0", waiting_prefill_tokens=3000, **HELD)
+    assert first(view_of(long, engine_load("e1")), request) == ("e1", "spill")
+
+
+def test_a_load_waits_where_the_pool_is_in_use() -> None:
+    used = engine_load("e0", running=2, pool_free_bytes=0)
+    free = engine_load("e1", running=3)
+    assert first(view_of(used, free), route_request(adapter=PIRATE)) == ("e1", "load")
+
+
+def test_what_only_the_plan_pins_is_room_for_a_request() -> None:
+    other = adapter_ref(2)
+    pinned = engine_load("e0", pool_free_bytes=0, resident=(resident(other, pinned=True),))
+    run = engine_load("e1", pool_free_bytes=0, resident=(resident(other, pinned=True, running=1),))
+    assert first(view_of(pinned, run), route_request(adapter=PIRATE))[0] == "e0"
+
+
+def test_a_second_request_follows_the_load_that_the_first_began() -> None:
+    view = view_of(*(engine_load(f"e{n}", load_bytes_per_s=1.0 * MIB) for n in range(4)))
+    request = route_request("r1", adapter=PIRATE)
+    engine, why = first(view, request)
+    assert why == "load"
+    view.sent(engine, request, now=100.0)
+    assert first(view, route_request("r2", adapter=PIRATE))[0] == engine
+
+
+def test_an_adapter_on_its_way_counts_as_held() -> None:
+    view = view_of(engine_load("e0"), engine_load("e1", loading=(PIRATE.version,)))
+    assert first(view, route_request(adapter=PIRATE)) == ("e1", "resident")
+    assert first(view, route_request(adapter=PIRATE), plan=plan_of(e1=1.0)) == ("e1", "planned")
+
+
+def test_when_no_start_is_near_enough_it_is_refused_until_one_is() -> None:
+    view = view_of(engine_load("e0", waiting_prefill_tokens=50_000), engine_load("e1", waiting_prefill_tokens=60_000))
+    answer = refusal(view, route_request())
+    assert answer.code == "overloaded"
+    assert answer.retry_after_s == pytest.approx(40.0, abs=0.5)
+
+
+def test_it_is_not_refused_while_one_engine_is_near_enough() -> None:
+    view = view_of(engine_load("e0", waiting_prefill_tokens=50_000), engine_load("e1", waiting_prefill_tokens=39_000))
+    assert first(view)[0] == "e1"
+
+
+def test_nobody_is_told_to_come_back_at_once() -> None:
+    view = view_of(engine_load("e0", waiting_prefill_tokens=200))
+    answer = refusal(view, route_request(), slo=Slo(ttft_s=0.1, reject_factor=1.0))
+    assert answer.retry_after_s == 1.0
+
+
+def test_a_request_that_runs_somewhere_is_asked_for_there_first() -> None:
+    view = view_of(engine_load("e0", waiting_prefill_tokens=5000, request_ids=("r1",)), engine_load("e1"))
+    assert first(view, route_request("r1")) == ("e0", "live")
+    assert first(view, route_request("r2")) == ("e1", "base")
+
+
+def silence(view: ClusterView, engine: str) -> None:
+    for number in range(TIMEOUTS_TO_AVOID):
+        view.timed_out(engine, f"lost{number}", now=100.0)
+
+
+def test_an_engine_that_does_not_answer_is_asked_last() -> None:
+    view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=5000))
+    silence(view, "e0")
+    assert [c.engine for c in candidates(view)] == ["e1", "e0"]
+
+
+def test_when_all_engines_are_suspect_the_best_of_them_is_asked() -> None:
+    view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=5000))
+    silence(view, "e0")
+    silence(view, "e1")
+    assert [c.engine for c in candidates(view)] == ["e0", "e1"]
+
+
+def test_equal_engines_share_by_lot() -> None:
+    view = view_of(*(engine_load(f"e{n}") for n in range(4)))
+    counts = wins(view, route_request(), plan=None)
+    assert sorted(counts) == ["e0", "e1", "e2", "e3"]
+    assert min(counts.values()) > 40
+
+
+def test_among_equal_copies_the_larger_share_wins_more_often() -> None:
+    view = view_of(engine_load("e0", **HELD), engine_load("e1", **HELD))
+    counts = wins(view, route_request(adapter=PIRATE), plan_of(e0=0.8, e1=0.2))
+    assert counts["e0"] > 2 * counts["e1"] > 0
+
+
+@pytest.mark.parametrize("queue_tokens", [0, 8000])
+def test_the_plan_settles_what_is_nearly_a_tie(queue_tokens: int) -> None:
+    view = view_of(*(engine_load(f"e{n}", waiting_prefill_tokens=queue_tokens, **HELD) for n in range(3)))
+    counts = wins(view, route_request(adapter=PIRATE), plan_of(e1=0.5, e2=0.5))
+    assert set(counts) == {"e1", "e2"}
+
+
+def test_the_plan_does_not_outweigh_a_nearer_start() -> None:
+    planned = engine_load("e0", waiting_prefill_tokens=1000, **HELD)
+    view = view_of(planned, engine_load("e1", **HELD))
+    assert first(view, route_request(adapter=PIRATE), plan=plan_of(e0=1.0)) == ("e1", "resident")
+
+
+@st.composite
+def loads(draw: st.DrawFn) -> list[EngineLoad]:
+    count = draw(st.integers(1, 12))
+    return [
+        engine_load(
+            f"e{n:02}",
+            state=draw(st.sampled_from(["READY", "READY", "READY", "DRAINING"])),
+            running=draw(st.integers(0, 70)),
+            waiting=draw(st.integers(0, 5)),
+            waiting_prefill_tokens=draw(st.integers(0, 3000)),
+            kv_blocks_free=draw(st.integers(0, 1000)),
+            pool_free_bytes=draw(st.sampled_from([0, 64 * MIB])),
+            decode_step_s=draw(st.sampled_from([0.0, 0.05])),
+            prefill_tokens_per_s=draw(st.sampled_from([0.0, 500.0])),
+            load_bytes_per_s=draw(st.sampled_from([0.0, 1e6])),
+            max_running=draw(st.sampled_from([0, 64])),
+            **draw(st.sampled_from([{}, HELD, {"loading": (PIRATE.version,)}])),
+        )
+        for n in range(count)
+    ]
+
+
+@settings(max_examples=100, deadline=None)
+@given(loads=loads(), adapter=st.sampled_from([None, PIRATE]), seed=st.integers(0, 9))
+def test_whatever_the_load_the_candidates_are_ready_distinct_and_reproducible(loads, adapter, seed) -> None:
+    request, plan = route_request(adapter=adapter), plan_of(e00=0.7, e01=0.3)
+    answer = decide(view_of(*loads), request, plan, seed)
+    assert answer == decide(view_of(*loads), request, plan, seed)
+    if isinstance(answer, Rejected):
+        assert answer.code in ("no_engine", "overloaded")
+        return
+    names = [c.engine for c in answer.candidates]
+    ready = {load.engine for load in loads if load.state == "READY"}
+    assert len(names) == len(set(names)) == min(MOST_CANDIDATES, len(ready))
+    assert set(names) <= ready
+    assert all(0 <= c.predicted_s < 1e4 for c in answer.candidates)
+
+
+@settings(max_examples=60, deadline=None)
+@given(loads=loads(), adapter=st.sampled_from([None, PIRATE]), more=st.integers(1, 500))
+def test_more_waiting_never_makes_an_engine_look_nearer(loads, adapter, more) -> None:
+    lone = [load for load in loads if load.state == "READY"][:1]
+    request, patient = route_request(adapter=adapter), Slo(ttft_s=1e6, reject_factor=1.0)
+    for load in lone:
+        view = view_of(load)
+        before = candidates(view, request, slo=patient)[0].predicted_s
+        view.sent(load.engine, route_request("other", tokens=more), now=100.0)
+        assert candidates(view, request, slo=patient)[0].predicted_s >= before

@@ -1,0 +1,129 @@
+"""The view in any order of events: it stays consistent, and once nothing happens any more it is empty."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from loraserve.router.view import LONGEST_AVOIDANCE_S, TIMEOUTS_TO_AVOID, UNSEEN_S, ClusterView
+from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
+
+ENGINES = ("e0", "e1", "e2")
+REQUESTS = tuple(f"r{n}" for n in range(6))
+ADAPTERS = (None, adapter_ref(1), adapter_ref(2))
+LONG_S = LONGEST_AVOIDANCE_S + UNSEEN_S
+
+engines = st.sampled_from([*ENGINES, "stranger"])
+requests = st.sampled_from(REQUESTS)
+
+
+class ViewMachine(RuleBasedStateMachine):
+    """Knows itself only what is beyond doubt: when it last saw what."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.view = ClusterView()
+        self.now = 100.0
+        self.sequence = 0
+        self.incarnations = dict.fromkeys(ENGINES, 1)
+        self.timeouts: dict[str, int] = {}
+
+    def incarnation(self, engine: str) -> str:
+        return f"i{self.incarnations.get(engine, 1)}"
+
+    @rule(seconds=st.sampled_from([0.001, 0.1, 0.6, 3.0, 10.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.now += seconds
+
+    @rule(engine=engines, request_id=requests, tokens=st.integers(1, 50), adapter=st.sampled_from(ADAPTERS))
+    def send(self, engine: str, request_id: str, tokens: int, adapter) -> None:
+        self.view.sent(engine, route_request(request_id, tokens, adapter), self.now)
+        view = self.view.engines.get(engine)
+        assert view is None or view.pending[request_id].tokens == tokens
+
+    @rule(engine=engines, request_id=requests)
+    def admit(self, engine: str, request_id: str) -> None:
+        self.view.admitted(engine, request_id, self.incarnation(engine), self.now)
+        self.timeouts[engine] = 0
+        assert self.view.live[request_id].engine == engine
+
+    @rule(engine=engines, request_id=requests)
+    def refuse(self, engine: str, request_id: str) -> None:
+        self.view.refused(engine, request_id, "overloaded", self.now)
+        assert engine not in self.view.engines or request_id not in self.view.engines[engine].pending
+
+    @rule(engine=engines, request_id=requests)
+    def time_out(self, engine: str, request_id: str) -> None:
+        self.view.timed_out(engine, request_id, self.now)
+        self.timeouts[engine] = self.timeouts.get(engine, 0) + 1
+        if engine in self.view.engines:
+            assert request_id not in self.view.engines[engine].pending
+
+    @rule(engine=st.sampled_from(ENGINES))
+    def restart(self, engine: str) -> None:
+        self.incarnations[engine] += 1
+
+    @rule()
+    def expire(self) -> None:
+        self.view.expire(self.now)
+        for view in self.view.ready():
+            assert all(self.now - p.since_s <= UNSEEN_S for p in view.pending.values())
+
+    @rule(
+        reporting=st.sets(st.sampled_from(ENGINES)),
+        age_s=st.sampled_from([0.0, 0.02, 0.5, 2.0]),
+        draining=st.sets(st.sampled_from(ENGINES), max_size=1),
+        dead=st.sets(st.sampled_from(ENGINES), max_size=1),
+        running=st.dictionaries(requests, st.sampled_from(ENGINES)),
+        adapter=st.sampled_from(ADAPTERS),
+    )
+    def see(self, reporting, age_s, draining, dead, running, adapter) -> None:
+        loads = [
+            engine_load(
+                engine,
+                incarnation=self.incarnation(engine),
+                state="DRAINING" if engine in draining else "READY",
+                request_ids=tuple(sorted(r for r, e in running.items() if e == engine)),
+                resident=(resident(adapter, pinned=True),) if adapter else (),
+            )
+            for engine in sorted(reporting)
+        ]
+        self.sequence += 1
+        self.view.update(picture(*loads, sequence=self.sequence, age_s=age_s, dead=dead), self.now)
+        ready = {view.name for view in self.view.ready()}
+        assert ready & reporting == reporting - draining - dead
+        for load in loads:
+            assert not set(load.request_ids) & self.view.engines[load.engine].pending.keys(), "counted twice"
+
+    @precondition(lambda self: self.sequence)
+    @rule()
+    def see_again(self) -> None:
+        before = [view.name for view in self.view.ready()]
+        gone = [engine_load(engine, state="DRAINING") for engine in ENGINES]
+        self.view.update(picture(*gone, sequence=self.sequence), self.now)
+        assert [view.name for view in self.view.ready()] == before
+
+    @invariant()
+    def consistent(self) -> None:
+        self.view.validate()
+        for name, view in self.view.engines.items():
+            if view.avoided_since_s is not None:
+                assert self.timeouts.get(name, 0) >= 1, "avoided without a timeout since its last answer"
+
+    def teardown(self) -> None:
+        """All engines report, later, that they have nothing: so it is."""
+        for _ in range(2):
+            self.now += LONG_S
+            self.sequence += 1
+            idle = [engine_load(e, incarnation=self.incarnation(e)) for e in ENGINES]
+            self.view.update(picture(*idle, sequence=self.sequence), self.now)
+        self.view.validate()
+        assert [view.name for view in self.view.ready()] == list(ENGINES)
+        assert not self.view.live
+        for view in self.view.ready():
+            assert not view.pending
+            assert view.avoided_since_s is None
+            assert view.timeouts < TIMEOUTS_TO_AVOID
+
+
+TestView = ViewMachine.TestCase
+TestView.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
