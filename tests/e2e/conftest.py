@@ -1,0 +1,11 @@
+"""Tests of this folder need a Docker engine; they are skipped, with a line that says why, where there is none."""
+
+from pathlib import Path
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)

@@ -1,0 +1,207 @@
+"""compose/ for real: build, `docker compose up -d --wait`, chat with an adapter, `docker compose down -v`.
+
+With the docker that is there, else with the engine that a tool beside the repository brings up, else skipped. Project,
+port and image are this test's own, so a stack that runs here is not touched; the image stays as the next run's cache.
+"""
+
+import asyncio
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from loraserve.testing.local_cluster import Answer, chat, free_port
+
+ROOT = Path(__file__).resolve().parents[2]
+ENGINE_TOOL = ROOT.parent / "shared" / "tools" / "compose_engine.sh"
+IMAGE = "loraserve:test"
+SERVICES = {"store", "planner", "monitor", "router", "engine-0", "engine-1", "gateway-0"}
+MODEL = "smollm2-135m-instruct"
+QUESTION = "What is the capital of Italy?"
+ENGINE_TIMEOUT_S = 400.0
+BUILD_TIMEOUT_S = 600.0
+UP_TIMEOUT_S = 420.0
+MAX_IMAGE_BYTES = 2 * 10**9
+
+Say = Callable[[str], None]
+
+# Most of it goes into the first test's setup.
+pytestmark = pytest.mark.timeout(ENGINE_TIMEOUT_S + BUILD_TIMEOUT_S + UP_TIMEOUT_S)
+
+
+class Stack:
+    """One project of compose/compose.yaml, driven from the repository's root as a user would."""
+
+    def __init__(self, environ: Mapping[str, str]) -> None:
+        self.port = free_port()
+        self.project = f"loraserve-test-{os.getpid()}"
+        # A user's own choice of files would not be the ones under test.
+        kept = {name: value for name, value in environ.items() if name not in ("COMPOSE_FILE", "COMPOSE_PROFILES")}
+        names = {"COMPOSE_PROJECT_NAME": self.project, "LORASERVE_IMAGE": IMAGE, "LORASERVE_PORT": str(self.port)}
+        self._environ = {**kept, **names}
+
+    def docker(self, *arguments: str, timeout_s: float = 60.0) -> str:
+        """What ``docker ARGUMENTS`` prints; fails the test with its errors."""
+        done = subprocess.run(
+            ["docker", *arguments], cwd=ROOT, env=self._environ, capture_output=True, text=True, timeout=timeout_s
+        )
+        assert done.returncode == 0, f"docker {' '.join(arguments)}:\n{(done.stdout + done.stderr)[-6000:]}"
+        return done.stdout
+
+    def compose(self, *arguments: str, timeout_s: float = 60.0) -> str:
+        return self.docker("compose", *arguments, timeout_s=timeout_s)
+
+    def up(self) -> None:
+        try:
+            self.compose("up", "-d", "--wait", timeout_s=UP_TIMEOUT_S)
+        except (AssertionError, subprocess.TimeoutExpired) as error:
+            pytest.fail(f"{error}\n{self.compose('ps', '-a')}\n{self.compose('logs', '--tail', '15')}")
+
+    def containers(self) -> dict[str, dict[str, Any]]:
+        """What ``docker inspect`` says of each, by service."""
+        found = json.loads(self.docker("inspect", *self.compose("ps", "-aq").split()))
+        return {one["Config"]["Labels"]["com.docker.compose.service"]: one for one in found}
+
+    def left(self) -> dict[str, list[str]]:
+        """Containers, volumes and networks of this project."""
+        label = f"label=com.docker.compose.project={self.project}"
+        listings = {"containers": ("ps", "-a"), "volumes": ("volume", "ls"), "networks": ("network", "ls")}
+        return {kind: self.docker(*words, "-q", "--filter", label).split() for kind, words in listings.items()}
+
+
+def why_not(command: list[str]) -> str:
+    """Why ``command`` cannot be used here; empty where it can."""
+    if shutil.which(command[0]) is None:
+        return f"there is no `{command[0]}`"
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    if done.returncode == 0:
+        return ""
+    return f"`{' '.join(command)}` says {(done.stderr.strip() or 'nothing').splitlines()[-1]}"
+
+
+def tool_environ(said: str) -> dict[str, str]:
+    """The ``export NAME=VALUE`` lines of the tool."""
+    words = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("export ")]
+    return dict(word.partition("=")[::2] for line in words for word in line)
+
+
+@pytest.fixture(scope="module")
+def say(request: pytest.FixtureRequest) -> Say:
+    """Prints at once, captured or not: the first run takes minutes."""
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def through(text: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(f"\n[compose] {text}", end="", flush=True)
+
+    return through
+
+
+@pytest.fixture(scope="module")
+def docker_environ(say: Say) -> Iterator[Mapping[str, str]]:
+    """The environment in which ``docker compose`` works."""
+    reason = why_not(["docker", "info"]) or why_not(["docker", "compose", "version"])
+    if not reason:
+        yield os.environ
+        return
+    if not ENGINE_TOOL.exists():
+        pytest.skip(f"{reason}; install Docker and its Compose plugin and start the engine to run this test")
+    say("bringing an engine up (minutes the first time)")
+    started_s = time.monotonic()
+    # Its own session: Ctrl-C would else end the engine before `down`.
+    brought = subprocess.run(
+        [ENGINE_TOOL, "up"], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, start_new_session=True
+    )
+    if brought.returncode == 3:
+        pytest.skip(f"{reason}; {brought.stderr.strip().splitlines()[-1]}")
+    assert brought.returncode == 0, brought.stderr
+    say(f"engine up after {time.monotonic() - started_s:.0f} s")
+    try:
+        yield {**os.environ, **tool_environ(brought.stdout)}
+    finally:
+        if "engine already up" not in brought.stderr:
+            subprocess.run([ENGINE_TOOL, "down"], capture_output=True, timeout=60)
+
+
+@pytest.fixture(scope="module")
+def stack(docker_environ: Mapping[str, str], say: Say) -> Iterator[Stack]:
+    """Built from this checkout and up; down again whatever happens."""
+    running = Stack(docker_environ)
+    try:
+        say("building the image (a minute or two the first time)")
+        started_s = time.monotonic()
+        running.compose("build", timeout_s=BUILD_TIMEOUT_S)
+        built_s = time.monotonic()
+        say(f"built after {built_s - started_s:.1f} s; up --wait")
+        running.up()
+        say(f"up after {time.monotonic() - built_s:.1f} s ")
+        yield running
+    finally:
+        running.compose("down", "-v", timeout_s=120)
+
+
+def test_seven_services_are_healthy(stack: Stack) -> None:
+    states = {name: one["State"]["Health"]["Status"] for name, one in stack.containers().items()}
+    assert states == dict.fromkeys(SERVICES, "healthy")
+
+
+def test_base_and_adapter_answer_and_an_unknown_model_is_refused(stack: Stack) -> None:
+    async def scenario() -> tuple[Answer, Answer, int, dict[str, Any]]:
+        timeout = aiohttp.ClientTimeout(total=60)
+        async with aiohttp.ClientSession(f"http://127.0.0.1:{stack.port}", timeout=timeout) as http:
+            base, shout = await asyncio.gather(chat(http, MODEL, QUESTION), chat(http, "shout", QUESTION))
+            body = {"model": "nobody", "messages": [{"role": "user", "content": QUESTION}]}
+            async with http.post("/v1/chat/completions", json=body) as response:
+                return base, shout, response.status, await response.json()
+
+    base, shout, status, refusal = asyncio.run(scenario())
+    print(f"{MODEL}: {base.text}\nshout: {shout.text}")
+    assert (base.error, shout.error) == (None, None)
+    assert share_of_capitals(shout.text) > 0.7
+    assert 0.0 < share_of_capitals(base.text) < 0.5
+    assert (status, refusal["error"]["code"]) == (404, "model_not_found")
+
+
+def share_of_capitals(text: str) -> float:
+    letters = [letter for letter in text if letter.isalpha()]
+    return sum(letter.isupper() for letter in letters) / max(len(letters), 1)
+
+
+def test_only_the_gateway_is_published_and_only_on_this_machine(stack: Stack) -> None:
+    published = {
+        (name, binding["HostIp"], int(binding["HostPort"]))
+        for name, one in stack.containers().items()
+        for bindings in one["NetworkSettings"]["Ports"].values()
+        for binding in bindings or ()
+    }
+    assert published == {("gateway-0", "127.0.0.1", stack.port)}
+
+
+def test_no_container_runs_as_root(stack: Stack) -> None:
+    users = {name: stack.compose("exec", "-T", name, "id", "-u").strip() for name in SERVICES}
+    assert set(users.values()) == {"10001"}, users
+
+
+def test_the_image_is_small_and_keeps_nothing_of_the_build(stack: Stack, say: Say) -> None:
+    (image,) = json.loads(stack.docker("image", "inspect", IMAGE))
+    say(f"image of {image['Size'] / 1e9:.2f} GB ")
+    assert image["Size"] < MAX_IMAGE_BYTES
+    kept = stack.docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE) + json.dumps(image["Config"])
+    assert "INDEX_URL" not in kept
+    assert "TRUSTED_HOST" not in kept
+
+
+def test_down_leaves_nothing_behind(stack: Stack, say: Say) -> None:
+    assert all(stack.left().values()), "the filter finds what is there"
+    started_s = time.monotonic()
+    stack.compose("down", "-v", timeout_s=120)
+    say(f"down after {time.monotonic() - started_s:.1f} s ")
+    assert stack.left() == {"containers": [], "volumes": [], "networks": []}
