@@ -53,8 +53,10 @@ class SlabLoader:
                 extent = self._pool[offset_bytes : offset_bytes + adapter.slab_bytes]
                 await self._copy(adapter.version, extent)
                 await self._verify(adapter, header, extent)
-        except (TimeoutError, RequestTimeout) as error:
-            raise LoadFailed("timeout", f"the store sent no slab within {self._timeout_s:.0f} s") from error
+        except TimeoutError as error:
+            raise LoadFailed("timeout", f"the store did not send all of it within {self._timeout_s:g} s") from error
+        except RequestTimeout as error:
+            raise LoadFailed("timeout", str(error)) from error
         except PeerError as error:
             raise LoadFailed(error.code, error.message) from error
         return Loaded(header, adapter.slab_bytes / max(time.monotonic() - started_s, 1e-9))

@@ -1,5 +1,7 @@
 """Rates measured on this engine, smoothed. Pure."""
 
+from loraserve.engine.batch import StepBatch
+
 SMOOTHING = 0.1
 """Weight of the newest observation: ten steps set the picture, one slow step does not."""
 
@@ -12,10 +14,11 @@ class Rates:
         self.prefill_tokens_per_s = 0.0
         self.load_bytes_per_s = 0.0
 
-    def step_done(self, prefill_tokens: int, duration_s: float) -> None:
-        """Count one step; those with prefill say nothing about decoding."""
+    def step_done(self, batch: StepBatch, duration_s: float) -> None:
+        """Count one step; those with prefill, a preempted request's output among it, say nothing about decoding."""
         if duration_s <= 0:
             return
+        prefill_tokens = sum(len(s.tokens) for s in batch.sequences if s.output_index == 0 or len(s.tokens) > 1)
         if prefill_tokens:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, prefill_tokens / duration_s)
         else:

@@ -6,7 +6,7 @@ messages are answered and slabs arrive while a step runs.
 
 import asyncio
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -70,7 +70,8 @@ class EngineService(Service):
         super().__init__(config, bus, clock)
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
         self._rates = Rates()
-        self._preparing: dict[int, Envelope] = {}
+        # Plans are answered in the order in which they came, each once, whatever their epochs.
+        self._preparing: deque[Envelope] = deque()
         self._idle = asyncio.Event()
         self._idle.set()
         self._leaks = 0
@@ -107,7 +108,7 @@ class EngineService(Service):
             case Abort(request_id=request_id):
                 self._tell(RequestAborted(request_id))
             case PreparePlan(epoch=epoch, adapters=adapters):
-                self._preparing[epoch] = envelope
+                self._preparing.append(envelope)
                 self._tell(PlanPrepared(epoch, adapters))
             case RetireCopies(epoch=epoch, keep=keep):
                 before = self._pinned()
@@ -117,7 +118,7 @@ class EngineService(Service):
     def _admit(self, envelope: Envelope, admit: Admit) -> None:
         """Take the request or say at once why not, so that the router may ask another engine."""
         refusals: dict[str, Reject] = {}
-        if self.state == State.DRAINING:
+        if self.state == State.DRAINING and admit.request_id not in self._scheduler.load().request_ids:
             text = f"{self.bus.name} is draining"
             refusals[admit.request_id] = Reject(admit.request_id, admit.gateway, "draining", text)
         else:
@@ -168,8 +169,7 @@ class EngineService(Service):
             self.log.exception("step_failed", step=batch.step_id, requests=[s.request_id for s in batch.sequences])
             self._tell(StepFailed(batch.step_id, f"{self.bus.name} could not compute a step: {error}"))
             return
-        prefill = sum(len(s.tokens) for s in batch.sequences if s.output_index == 0)
-        self._rates.step_done(prefill, result.duration_s)
+        self._rates.step_done(batch, result.duration_s)
         self._tell(StepDone(result))
 
     async def _load(self, load: LoadAdapter) -> None:
@@ -190,10 +190,8 @@ class EngineService(Service):
         self._tell(AdapterLoaded(adapter.version))
 
     def _answer_plan(self, epoch: int, failed: dict[str, str]) -> None:
-        envelope = self._preparing.pop(epoch, None)
-        if envelope is not None:
-            answer = Prepared(engine=self.bus.name, incarnation=self.bus.incarnation, epoch=epoch, failed=failed)
-            self.bus.respond(envelope, answer)
+        answer = Prepared(engine=self.bus.name, incarnation=self.bus.incarnation, epoch=epoch, failed=failed)
+        self.bus.respond(self._preparing.popleft(), answer)
 
     async def _report_load(self) -> None:
         while True:

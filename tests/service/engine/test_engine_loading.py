@@ -1,0 +1,138 @@
+"""Adapters that come while an engine serves: from a store that is slow, damaged, silent, dead, or the real one."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
+
+from loraserve.config import ClusterConfig, StoreConfig
+from loraserve.service import State
+from loraserve.store.service import StoreService
+from loraserve.system_clock import SystemClock
+
+Play = Callable[..., None]
+
+
+def test_others_decode_while_an_adapter_is_on_its_way(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        stage.store.open.clear()
+        await stage.admit("base", tokens=300)
+        await stage.admit("waits", "one")
+        await stage.until(lambda: stage.store.chunks_asked > 0)
+        seen = len(stage.tokens["base"])
+        await stage.until(lambda: len(stage.tokens["base"]) > seen + 20)
+        assert stage.tokens["waits"] == []
+        load = await stage.fresh_load()
+        assert (load.loading, load.resident) == ((models.refs["one"].version,), ())
+        stage.store.open.set()
+        await stage.finished("base", "waits")
+        assert stage.tokens["waits"] == models.expected("one", 8)
+        assert stage.tokens["base"] == models.expected("", 300)
+
+    play(scenario)
+
+
+def flip_a_bit(chunk: bytes) -> bytes:
+    return bytes([chunk[0] ^ 1]) + chunk[1:]
+
+
+@pytest.mark.parametrize(
+    ("corrupt", "reason"),
+    [(flip_a_bit, "the slab's digest is not its version"), (lambda chunk: chunk[:-1], "the answer has another size")],
+    ids=["flipped", "short"],
+)
+def test_a_damaged_slab_fails_its_own_requests_and_nothing_else(
+    play: Play, models: Any, corrupt: Callable[[bytes], bytes], reason: str
+) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.admit("base", tokens=100)
+        stage.store.corrupt = corrupt
+        await stage.admit("hurt", "one")
+        await stage.finished("hurt")
+        assert stage.failed["hurt"].code == "adapter_unavailable"
+        assert stage.failed["hurt"].message.startswith("adapter one could not be loaded: corrupt: ")
+        assert reason in stage.failed["hurt"].message
+        stage.store.corrupt = lambda chunk: chunk
+        await stage.admit("healed", "one")
+        await stage.finished("base", "healed")
+        assert stage.tokens["base"] == models.expected("", 100)
+        assert stage.tokens["healed"] == models.expected("one", 8)
+        assert stage.tokens["hurt"] == []
+
+    play(scenario)
+
+
+def test_a_store_that_never_answers_ends_the_load_in_time(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        stage.store.open.clear()
+        await stage.admit("waits", "one")
+        await stage.finished("waits")
+        assert stage.failed["waits"].message == (
+            "adapter one could not be loaded: timeout: the store did not send all of it within 0.3 s"
+        )
+        load = await stage.fresh_load()
+        assert (load.loading, load.pool_free_bytes) == ((), load.pool_total_bytes)
+
+    play(scenario, load_timeout_s=0.3)
+
+
+def test_what_the_store_does_not_have_or_knows_otherwise_is_said(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        stage.store.slab_bytes_off = 1
+        del stage.store.slabs[models.refs["two"].version]
+        await stage.admit("other", "one")
+        await stage.admit("lost", "two")
+        await stage.finished("other", "lost")
+        assert "mismatch: slab_bytes is" in stage.failed["other"].message
+        assert "not_found: no such slab; register the adapter again" in stage.failed["lost"].message
+
+    play(scenario)
+
+
+def test_a_slab_of_another_dtype_is_a_failure_not_a_wrong_answer(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.admit("r", "one")
+        await stage.finished("r")
+        assert "slab is float32, engine.slab_dtype is bfloat16; register the adapter again" in stage.failed["r"].message
+
+    play(scenario, slab_dtype="bfloat16")
+
+
+def test_a_store_that_dies_ends_the_load_at_once(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        stage.store.open.clear()
+        await stage.admit("waits", "one")
+        await stage.until(lambda: stage.store.chunks_asked)
+        stage.store_dies()
+        await stage.finished("waits")
+        assert "timeout: store: its connection was lost" in stage.failed["waits"].message
+        await stage.admit("base")
+        await stage.finished("base")
+        assert stage.tokens["base"] == models.expected("", 8)
+
+    play(scenario, load_timeout_s=3600.0)
+
+
+def test_the_real_stores_slabs_are_computed_with(play: Play, models: Any, tmp_path: Path) -> None:
+    async def scenario(stage: Any) -> None:
+        stage.store_dies()
+        config = msgspec.structs.replace(
+            models.config,
+            cluster=ClusterConfig(data_dir=str(tmp_path)),
+            store=StoreConfig(adapters={name: str(folder) for name, folder in models.folders.items()}),
+        )
+        store = StoreService(config, stage.network.bus("store", StoreService.inbox), SystemClock())
+        serving = asyncio.create_task(store.run())
+        await stage.until(lambda: store.state is State.READY)
+        for name in ("one", "two"):
+            await stage.admit(name, name)
+        await stage.finished("one", "two")
+        for name in ("one", "two"):
+            assert stage.tokens[name] == models.expected(name, 8)
+        store.stop()
+        await serving
+
+    play(scenario)

@@ -1,0 +1,177 @@
+"""The engine's process: requests in, tokens out, plans, refusals, reports, the end."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import pytest
+
+from loraserve.config import ModelConfig
+from loraserve.engine.service import EngineService
+from loraserve.errors import ConfigError
+from loraserve.messages import (
+    Abort,
+    Prepared,
+    PreparePlan,
+    RetireCopies,
+    RetireDone,
+)
+from loraserve.service import State
+from loraserve.system_clock import SystemClock
+from loraserve.testing.bus import MemoryNetwork
+
+Play = Callable[..., None]
+
+
+def test_requests_get_the_tokens_of_their_adapters(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        for name, adapter in (("base", ""), ("one", "one"), ("two", "two"), ("again", "one")):
+            answer = await stage.admit(name, adapter)
+            assert (answer.ok, answer.incarnation) == (True, stage.engine.bus.incarnation)
+        await stage.finished("base", "one", "two", "again")
+        for name, adapter in (("base", ""), ("one", "one"), ("two", "two"), ("again", "one")):
+            assert (stage.tokens[name], stage.finish[name]) == (models.expected(adapter, 8), "length"), name
+        assert len({tuple(tokens) for tokens in stage.tokens.values()}) == 3
+
+    play(scenario)
+
+
+def test_what_cannot_run_is_refused_in_the_answer(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        answer = await stage.admit("long", prompt=(3,) * 600)
+        assert (answer.ok, answer.code) == (False, "context_length")
+        assert "maximum context length" in answer.message
+        assert stage.failed == {}
+        assert (await stage.fresh_load()).waiting == 0
+
+    play(scenario)
+
+
+def test_an_aborted_request_gives_all_back_and_says_no_more(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.admit("gone", "one", tokens=400)
+        await stage.until(lambda: len(stage.tokens["gone"]) > 3 and "gone" in stage.load.request_ids)
+        for name in ("gone", "never known"):
+            stage.gateway.send("engine-0", Abort(request_id=name))
+        await stage.until(lambda: stage.load.request_ids == ())
+        seen = len(stage.tokens["gone"])
+        load = await stage.fresh_load()
+        assert load.kv_blocks_free == load.kv_blocks_total
+        assert [(a.name, a.running) for a in load.resident] == [("one", 0)]
+        await stage.admit("next")
+        await stage.finished("next")
+        assert (len(stage.tokens["gone"]), stage.finish.get("gone")) == (seen, None)
+        assert (await stage.fresh_load()).leaks == 0
+
+    play(scenario)
+
+
+def test_a_request_that_is_sent_twice_runs_once(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.admit("twice", tokens=100)
+        await stage.until(lambda: stage.tokens["twice"])
+        assert (await stage.admit("twice", tokens=100)).ok
+        await stage.finished("twice")
+        assert stage.tokens["twice"] == models.expected("", 100)
+
+    play(scenario)
+
+
+def test_a_step_that_cannot_be_computed_fails_its_requests_and_the_engine_lives(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        # Nothing between here and the embedding checks that the model has such a token: the gateway did.
+        await stage.admit("broken", prompt=(1, 99_999))
+        await stage.finished("broken")
+        assert stage.failed["broken"].code == "engine_error"
+        assert stage.failed["broken"].message.startswith("engine-0 could not compute a step: ")
+        await stage.admit("next")
+        await stage.finished("next")
+        assert stage.tokens["next"] == models.expected("", 8)
+        assert (await stage.fresh_load()).leaks == 0
+
+    play(scenario)
+
+
+def test_draining_finishes_what_runs_and_takes_nothing_new(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.admit("runs", tokens=300)
+        await stage.admit("waits for its adapter", "one", tokens=20)
+        stage.engine.stop()
+        await stage.until(lambda: stage.load.state == State.DRAINING)
+        refused = await stage.admit("late")
+        assert (refused.ok, refused.code, refused.message) == (False, "draining", "engine-0 is draining")
+        assert (await stage.admit("runs")).ok, "it has that one already"
+        await stage.running
+        assert stage.tokens["runs"] == models.expected("", 300)
+        assert stage.tokens["waits for its adapter"] == models.expected("one", 20)
+        assert (stage.tokens["late"], stage.engine.state) == ([], State.STOPPED)
+
+    play(scenario)
+
+
+def test_the_load_it_reports_is_what_it_holds_and_did(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        first = await stage.fresh_load()
+        assert (first.engine, first.state, first.incarnation) == ("engine-0", "READY", stage.engine.bus.incarnation)
+        assert (first.decode_step_s, first.prefill_tokens_per_s, first.load_bytes_per_s) == (0.0, 0.0, 0.0)
+        for name, adapter in (("base", ""), ("one", "one")):
+            await stage.admit(name, adapter, tokens=10)
+        await stage.finished("base", "one")
+        load = await stage.fresh_load()
+        ref = models.refs["one"]
+        assert [(a.name, a.version, a.rank, a.slab_bytes) for a in load.resident] == [
+            (ref.name, ref.version, ref.rank, ref.slab_bytes)
+        ]
+        counted = {t.version: (t.prefill_tokens, t.decode_tokens, t.requests) for t in load.adapter_tokens}
+        assert counted == {"": (20, 9, 1), ref.version: (20, 9, 1)}
+        assert 0 < load.decode_step_s < 5
+        assert load.prefill_tokens_per_s > 0
+        assert load.load_bytes_per_s > 0
+        assert load.steps >= 10
+
+    play(scenario)
+
+
+def test_a_plan_is_answered_when_its_copies_are_there(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        del stage.store.slabs[models.refs["two"].version]
+        answer = await stage.ask(PreparePlan(epoch=4, adapters=tuple(models.refs.values())), Prepared)
+        assert (answer.engine, answer.epoch, answer.incarnation) == ("engine-0", 4, stage.engine.bus.incarnation)
+        assert answer.failed.keys() == {models.refs["two"].version}
+        assert "no such slab" in answer.failed[models.refs["two"].version]
+        assert [(a.name, a.pinned) for a in (await stage.fresh_load()).resident] == [("one", True)]
+        assert (await stage.ask(RetireCopies(epoch=4, keep=()), RetireDone)).unpinned == 1
+        assert [(a.name, a.pinned) for a in (await stage.fresh_load()).resident] == [("one", False)]
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("epoch", [5, 4], ids=["newer", "same"])
+def test_every_plan_gets_its_own_answer(play: Play, models: Any, epoch: int) -> None:
+    """A planner that was restarted may ask for the same epoch again while the first is still being prepared."""
+
+    async def scenario(stage: Any) -> None:
+        one = models.refs["one"]
+        stage.store.open.clear()
+        first = asyncio.create_task(stage.ask(PreparePlan(epoch=4, adapters=(one,)), Prepared))
+        await stage.until(lambda: stage.store.chunks_asked)
+        second = asyncio.create_task(stage.ask(PreparePlan(epoch=epoch, adapters=(one,)), Prepared))
+        ended = await first
+        assert (ended.epoch, ended.failed) == (4, {one.version: "a newer plan came"})
+        assert not second.done()
+        stage.store.open.set()
+        done = await second
+        assert (done.epoch, done.failed) == (epoch, {})
+
+    play(scenario)
+
+
+def test_an_engine_without_a_model_does_not_start(models: Any) -> None:
+    async def main() -> None:
+        config = msgspec.structs.replace(models.config, model=ModelConfig())
+        engine = EngineService(config, MemoryNetwork().bus("engine-0", EngineService.inbox), SystemClock())
+        with pytest.raises(ConfigError, match=r"model\.path is empty"):
+            await engine.run()
+
+    asyncio.run(main())
