@@ -51,10 +51,15 @@ class DemandWindow:
             before = {}
         for tokens in load.adapter_tokens:
             past = before.get(tokens.version)
-            counts = slot.counts.setdefault(tokens.version, [0, 0, 0])
-            counts[0] += tokens.prefill_tokens - (past.prefill_tokens if past else 0)
-            counts[1] += tokens.decode_tokens - (past.decode_tokens if past else 0)
-            counts[2] += tokens.requests - (past.requests if past else 0)
+            added = (
+                tokens.prefill_tokens - (past.prefill_tokens if past else 0),
+                tokens.decode_tokens - (past.decode_tokens if past else 0),
+                tokens.requests - (past.requests if past else 0),
+            )
+            # Engines go on reporting what they once served: that alone is no demand.
+            if any(added):
+                counts = slot.counts.setdefault(tokens.version, [0, 0, 0])
+                slot.counts[tokens.version] = [count + more for count, more in zip(counts, added, strict=True)]
 
     def rates(self, now: float) -> dict[str, Rates]:
         """Per version over the window, or over the time since the first report where that is shorter."""

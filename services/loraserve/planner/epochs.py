@@ -23,7 +23,8 @@ class Epochs:
             return msgspec.json.decode(self._file.read_bytes(), type=Plan)
         except FileNotFoundError:
             return None
-        except (OSError, msgspec.DecodeError):
+        except (OSError, ValueError, RecursionError):
+            # msgspec passes on text that is no UTF-8, and nesting without end, as they are.
             self._file.replace(self._file.with_suffix(".unreadable"))
             return None
 

@@ -72,8 +72,9 @@ def _weights(
 
 
 def _copies(weight: float, fair: float, min_copies: int, engines: int) -> int:
-    """One, and one more for every whole engine's fair share that the adapter brings."""
-    return min(engines, max(min_copies, 1, round(weight / fair) if fair > 0 else 1))
+    """One, and one more for every whole engine's fair share that the adapter brings; none more where nobody asks."""
+    shares = round(weight / fair) if weight > IDLE_WEIGHT else 0
+    return min(engines, max(min_copies, 1, shares))
 
 
 def _choose(

@@ -1,0 +1,152 @@
+"""The cost model: what it predicts, how it learns, how it is kept, and the price of memory."""
+
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.cost import (
+    LARGEST_SURPRISE,
+    LEARNING_RATE,
+    CostModel,
+    dump_cost,
+    extent_bytes,
+    largest_extent_bytes,
+    load_cost,
+)
+from loraserve.engine.buddy import BuddyAllocator
+from loraserve.errors import ConfigError
+from loraserve.testing.reports import MIB, adapter_ref, engine_load, resident
+
+COST = CostModel()
+LOADED = ("decode_sequences", "kv_tokens", "prefill_tokens", "slab_bytes", "rank_tokens")
+NOTHING_MEASURED = {"decode_step_s": 0.0, "prefill_tokens_per_s": 0.0, "load_bytes_per_s": 0.0}
+
+
+def learned(cost: CostModel, reports: int = 1, **changes: Any) -> CostModel:
+    for _ in range(reports):
+        cost = cost.observe(engine_load(**{**NOTHING_MEASURED, **changes}))
+    return cost
+
+
+def test_an_empty_step_costs_its_base() -> None:
+    assert COST.step_s(0) == COST.step_base_s
+
+
+@pytest.mark.parametrize("term", LOADED)
+def test_a_step_costs_more_for_everything_in_it_and_in_proportion(term: str) -> None:
+    def extra_s(amount: int) -> float:
+        return COST.step_s(**{"decode_sequences": 0, term: amount}) - COST.step_base_s
+
+    assert extra_s(1000) > 0
+    assert extra_s(3000) == pytest.approx(3 * extra_s(1000))
+
+
+def test_a_load_costs_its_base_and_its_bytes() -> None:
+    assert COST.load_s(0) == COST.load_base_s
+    assert COST.load_s(2 * MIB) - COST.load_s(MIB) == pytest.approx(MIB * COST.load_byte_s)
+
+
+def test_traffic_of_a_higher_rank_takes_more_of_an_engine() -> None:
+    ranks = [COST.busy_share(100.0, 50.0, rank, slab_bytes=MIB) for rank in (0, 8, 64, 256)]
+    assert ranks == sorted(set(ranks))
+
+
+def test_no_traffic_takes_nothing() -> None:
+    assert COST.busy_share(0.0, 0.0, rank=64, slab_bytes=MIB) == 0.0
+
+
+def test_slab_bytes_weigh_per_token_on_rare_traffic_and_less_on_dense() -> None:
+    def bytes_share(tokens_per_s: float) -> float:
+        with_slab = COST.busy_share(0.0, tokens_per_s, slab_bytes=64 * MIB)
+        return (with_slab - COST.busy_share(0.0, tokens_per_s)) / tokens_per_s
+
+    assert bytes_share(0.1) == pytest.approx(bytes_share(1.0))
+    assert bytes_share(1000.0) < bytes_share(1.0) / 10
+
+
+def test_an_idle_engine_that_measured_nothing_teaches_nothing() -> None:
+    assert learned(COST) == COST
+    assert learned(COST, decode_step_s=5.0, running=0) == COST
+
+
+def test_measured_rates_are_approached_and_leave_the_rest_alone() -> None:
+    cost = learned(COST, reports=200, prefill_tokens_per_s=2000.0, load_bytes_per_s=1e9)
+    assert cost.prefill_token_s == pytest.approx(1 / 2000.0, rel=1e-3)
+    assert cost.load_byte_s == pytest.approx(1e-9, rel=1e-3)
+    assert cost.step_s(10, slab_bytes=MIB) == COST.step_s(10, slab_bytes=MIB)
+
+
+@pytest.mark.parametrize("rate", [1e-6, 1e12])
+def test_one_odd_report_moves_it_only_a_little(rate: float) -> None:
+    cost = learned(COST, prefill_tokens_per_s=rate)
+    change = cost.prefill_token_s / COST.prefill_token_s
+    assert 1 - LEARNING_RATE < change <= 1 + LEARNING_RATE * (LARGEST_SURPRISE - 1)
+    assert change != 1
+
+
+@pytest.mark.parametrize("step_s", [0.004, 0.1, 0.4])
+def test_decode_steps_are_predicted_as_they_are_measured(step_s: float) -> None:
+    adapter = adapter_ref(1, slab_bytes=20 * MIB, rank=64)
+    held = (resident(adapter, running=6), resident(adapter_ref(2, slab_bytes=900 * MIB)))
+    cost = learned(COST, reports=300, running=8, decode_step_s=step_s, kv_blocks_free=900, resident=held)
+    predicted = cost.step_s(8, kv_tokens=100 * 16, slab_bytes=20 * MIB, rank_tokens=6 * 64)
+    assert predicted == pytest.approx(step_s, rel=0.05)
+    assert cost.prefill_token_s == COST.prefill_token_s
+
+
+def test_a_surprise_is_blamed_most_on_what_takes_most_of_the_step() -> None:
+    cost = learned(COST, running=1, decode_step_s=0.1)
+    assert cost.step_base_s / COST.step_base_s > cost.sequence_s / COST.sequence_s > 1
+    assert cost.slab_byte_s == COST.slab_byte_s, "no adapter ran"
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    reports=st.lists(
+        st.fixed_dictionaries(
+            {
+                "running": st.integers(0, 64),
+                "decode_step_s": st.floats(0.0, 1e6),
+                "prefill_tokens_per_s": st.floats(0.0, 1e12),
+                "load_bytes_per_s": st.floats(0.0, 1e15),
+                "kv_blocks_free": st.integers(0, 1000),
+            }
+        ),
+        max_size=30,
+    )
+)
+def test_whatever_is_measured_every_coefficient_stays_positive_and_can_be_kept(reports: list[dict[str, Any]]) -> None:
+    cost = COST
+    for report in reports:
+        cost = cost.observe(engine_load(**report))
+    assert load_cost(dump_cost(cost)) == cost
+
+
+def test_coefficients_that_are_missing_are_the_defaults() -> None:
+    assert load_cost(b'{"step_base_s": 0.5}') == CostModel(step_base_s=0.5)
+
+
+@pytest.mark.parametrize("name", msgspec.structs.asdict(COST))
+@pytest.mark.parametrize("value", [0.0, -1.0])
+def test_a_coefficient_that_is_not_positive_is_refused(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match="positive"):
+        load_cost(dump_cost(msgspec.structs.replace(COST, **{name: value})))
+
+
+@pytest.mark.parametrize("data", [b"", b"[1]", b'{"step_base_s": "fast"}', b'{"step_base_s": 1e999}', b"\xff{}"])
+def test_anything_else_is_refused_with_the_remedy(data: bytes) -> None:
+    with pytest.raises(ConfigError, match="remove the file"):
+        load_cost(data)
+
+
+@settings(max_examples=200, deadline=None)
+@given(pool_bytes=st.integers(0, 1 << 30), slab_bytes=st.integers(0, 1 << 28))
+def test_memory_is_priced_as_the_engine_gives_it_out(pool_bytes: int, slab_bytes: int) -> None:
+    pool = BuddyAllocator(pool_bytes)
+    assert largest_extent_bytes(pool_bytes) == pool.largest_bytes
+    assert extent_bytes(slab_bytes) == pool.extent_bytes(slab_bytes)
+    fits = extent_bytes(slab_bytes) <= largest_extent_bytes(pool_bytes)
+    assert (pool.allocate(slab_bytes) is not None) == fits

@@ -1,0 +1,176 @@
+"""Demand from counters: rates over a window, restarts, what is expected next."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.messages import AdapterTokens, EngineLoad
+from loraserve.monitor.demand import SLOTS, DemandWindow, Rates
+from loraserve.testing.reports import adapter_ref, engine_load
+
+WINDOW_S = 60.0
+SLOT_S = WINDOW_S / SLOTS
+PIRATE = adapter_ref(1)
+V = PIRATE.version
+
+
+def counted(
+    prefill: int, decode: int = 0, requests: int = 0, engine: str = "e0", incarnation: str = "i1", version: str = V
+) -> EngineLoad:
+    """A report whose counters for one version stand at this."""
+    tokens = AdapterTokens(version=version, prefill_tokens=prefill, decode_tokens=decode, requests=requests)
+    return engine_load(engine, incarnation=incarnation, adapter_tokens=(tokens,))
+
+
+class Steady:
+    """Engines whose counters grow evenly, reported once a second."""
+
+    def __init__(self, *engines: str) -> None:
+        self.window = DemandWindow(WINDOW_S)
+        self.engines = engines
+        self.now = 0.0
+        self.total = 0
+
+    def run(self, seconds: int, tokens_per_s: int) -> None:
+        for _ in range(seconds):
+            for engine in self.engines:
+                self.window.report(counted(self.total, engine=engine), self.now)
+            self.now += 1.0
+            self.total += tokens_per_s
+
+    @property
+    def forecast(self) -> float:
+        (demand,) = self.window.demand(self.now, {V: PIRATE}) or (None,)
+        return demand.forecast_tokens_per_s if demand else 0.0
+
+
+def test_nothing_reported_is_no_demand() -> None:
+    window = DemandWindow(WINDOW_S)
+    assert window.rates(10.0) == {}
+    assert window.demand(10.0, {V: PIRATE}) == ()
+
+
+def test_rates_are_differences_over_time() -> None:
+    window = DemandWindow(WINDOW_S)
+    window.report(counted(0), 0.0)
+    window.report(counted(300, 600, 30), 20.0)
+    assert window.rates(30.0) == {V: Rates(prefill_tokens=10.0, decode_tokens=20.0, requests=1.0)}
+
+
+def test_what_was_counted_before_the_monitor_began_is_no_demand_of_now() -> None:
+    window = DemandWindow(WINDOW_S)
+    window.report(counted(1_000_000, 1_000_000, 1000), 0.0)
+    window.report(counted(1_000_100, 1_000_000, 1000), 10.0)
+    assert window.rates(10.0)[V] == Rates(prefill_tokens=10.0)
+
+
+def test_an_adapter_that_is_new_at_an_engine_counts_from_zero() -> None:
+    window = DemandWindow(WINDOW_S)
+    window.report(engine_load("e0"), 0.0)
+    window.report(counted(100), 10.0)
+    assert window.rates(10.0)[V].prefill_tokens == pytest.approx(10.0)
+
+
+def test_a_restarted_engine_counts_from_zero_again() -> None:
+    window = DemandWindow(WINDOW_S)
+    window.report(counted(5000), 0.0)
+    window.report(counted(5100), 5.0)
+    window.report(counted(100, incarnation="i2"), 10.0)
+    assert window.rates(10.0)[V].prefill_tokens == pytest.approx(20.0)
+
+
+def test_engines_and_versions_are_added_up_apart() -> None:
+    window = DemandWindow(WINDOW_S)
+    for total, now in ((0, 0.0), (100, 10.0)):
+        window.report(counted(total, engine="e0"), now)
+        window.report(counted(2 * total, engine="e1"), now)
+        window.report(counted(5 * total, engine="e2", version=""), now)
+    assert {v: r.prefill_tokens for v, r in window.rates(10.0).items()} == {V: 30.0, "": 50.0}
+
+
+def test_one_burst_in_the_first_moment_is_not_taken_for_a_rate_per_moment() -> None:
+    window = DemandWindow(WINDOW_S)
+    window.report(counted(0), 0.0)
+    window.report(counted(100), 0.01)
+    assert window.rates(0.01)[V].prefill_tokens == pytest.approx(100 / SLOT_S)
+
+
+def test_demand_older_than_the_window_is_gone() -> None:
+    window = DemandWindow(WINDOW_S)
+    window.report(counted(0), 0.0)
+    window.report(counted(6000), 1.0)
+    assert window.rates(WINDOW_S - SLOT_S)[V].prefill_tokens > 0
+    assert window.rates(WINDOW_S + SLOT_S).get(V, Rates()) == Rates()
+
+
+def test_a_steady_stream_is_seen_at_its_rate_and_expected_to_go_on() -> None:
+    steady = Steady("e0", "e1")
+    steady.run(300, tokens_per_s=50)
+    assert steady.window.rates(steady.now)[V].prefill_tokens == pytest.approx(100.0, rel=1 / SLOTS)
+    assert steady.forecast == pytest.approx(100.0, rel=0.05)
+
+
+def test_growing_demand_is_expected_to_grow() -> None:
+    steady = Steady("e0")
+    for rate in range(0, 200, 10):
+        steady.run(int(SLOT_S), rate)
+    mean = steady.window.rates(steady.now)[V].prefill_tokens
+    assert mean < 190 < steady.forecast * 1.05
+    assert steady.forecast < 300
+
+
+def test_demand_that_ended_is_expected_less_and_less_and_then_forgotten() -> None:
+    steady = Steady("e0")
+    steady.run(120, tokens_per_s=100)
+    expected = [steady.forecast]
+    for _ in range(4):
+        steady.run(10, tokens_per_s=0)
+        expected.append(steady.forecast)
+    assert expected == sorted(expected, reverse=True)
+    assert expected[-1] < expected[0] / 4
+    steady.run(600, tokens_per_s=0)
+    assert steady.window.demand(steady.now, {V: PIRATE}) == ()
+
+
+def test_a_silent_cluster_forgets_too() -> None:
+    steady = Steady("e0")
+    steady.run(120, tokens_per_s=100)
+    assert steady.window.demand(steady.now + 3600.0, {V: PIRATE}) == ()
+
+
+def test_demand_names_what_is_registered_and_keeps_what_is_not() -> None:
+    window = DemandWindow(WINDOW_S)
+    for total, now in ((0, 0.0), (100, 10.0)):
+        window.report(counted(total), now)
+        window.report(counted(total, engine="e1", version="gone"), now)
+    demand = window.demand(10.0, {V: PIRATE})
+    assert [(d.version, d.name, d.rank) for d in demand] == [("gone", "", 0), (V, PIRATE.name, PIRATE.rank)]
+    assert all(d.prefill_tokens_per_s == pytest.approx(10.0) for d in demand)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    steps=st.lists(
+        st.tuples(st.floats(0.0, 30.0), st.sampled_from(["e0", "e1"]), st.integers(0, 1000), st.booleans()),
+        max_size=40,
+    )
+)
+def test_within_a_window_no_token_is_lost_or_counted_twice(steps: list[tuple[float, str, int, bool]]) -> None:
+    window, now, done = DemandWindow(WINDOW_S), 0.0, [(0.0, 0)]
+    totals, incarnations = {"e0": 0, "e1": 0}, {"e0": 0, "e1": 0}
+    for engine in totals:
+        window.report(counted(0, engine=engine, incarnation="i0"), now)
+    for pause_s, engine, tokens, restarts in steps:
+        now += pause_s
+        if restarts:
+            incarnations[engine] += 1
+            totals[engine] = 0
+        totals[engine] += tokens
+        done.append((now, tokens))
+        window.report(counted(totals[engine], engine=engine, incarnation=f"i{incarnations[engine]}"), now)
+    rate = window.rates(now).get(V, Rates())
+    seconds = max(min(WINDOW_S, now), SLOT_S)
+    surely = sum(tokens for at_s, tokens in done if at_s > now - WINDOW_S + SLOT_S)
+    at_most = sum(tokens for at_s, tokens in done if at_s >= now - WINDOW_S - 1e-6)
+    assert surely - 1e-6 <= rate.prefill_tokens * seconds <= at_most + 1e-6
+    assert all(d.forecast_tokens_per_s >= 0 for d in window.demand(now, {}))
