@@ -1,0 +1,207 @@
+"""The monitor between engines that report and a router that listens, in virtual time."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from itertools import pairwise
+from typing import Any
+
+import pytest
+
+from loraserve.config import Config, MonitorConfig
+from loraserve.messages import AdapterTokens, ClusterLoad, Ping, Pong, RegistryChanged, ToMonitor, ToRouter
+from loraserve.monitor.service import MonitorService
+from loraserve.testing.bus import MemoryBus, MemoryNetwork
+from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.peers import serving
+from loraserve.testing.reports import adapter_ref, engine_load
+
+INTERVAL_S, DEAD_AFTER_S = 10.0, 1.5
+"""The interval is long, so that what is published at once can be told from what was due."""
+REPORT_S = 0.25
+PIRATE = adapter_ref(1)
+
+
+class Stage:
+    """The monitor, engines that report evenly, and somebody who notes each picture and when it came."""
+
+    def __init__(self, interval_s: float = INTERVAL_S) -> None:
+        self.network = MemoryNetwork()
+        config = Config(monitor=MonitorConfig(publish_interval_s=interval_s, dead_after_s=DEAD_AFTER_S, window_s=60.0))
+        self.monitor = MonitorService(config, self.network.bus("monitor", ToMonitor), LoopClock())
+        self.listener = self.network.bus("router", ToRouter)
+        self.listener.subscribe("monitor", "load")
+        self.pictures: list[tuple[float, ClusterLoad]] = []
+        self.reporting: dict[str, asyncio.Task[None]] = {}
+        self.buses: dict[str, MemoryBus] = {}
+        self.listening = asyncio.create_task(self._listen())
+
+    async def _listen(self) -> None:
+        while True:
+            envelope = await self.listener.receive()
+            self.pictures.append((self.now, envelope.message))
+
+    @property
+    def now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+    def start_engine(self, name: str, tokens_per_s: float = 0.0, **changes: Any) -> None:
+        if name not in self.buses:
+            self.buses[name] = self.network.bus(name, Ping)
+        self.reporting[name] = asyncio.create_task(self._report(name, tokens_per_s, changes))
+
+    def silence(self, name: str) -> None:
+        self.reporting.pop(name).cancel()
+
+    async def _report(self, name: str, tokens_per_s: float, changes: dict[str, Any]) -> None:
+        began_s = self.now
+        while True:
+            done = int(tokens_per_s * (self.now - began_s))
+            counted = AdapterTokens(version=PIRATE.version, prefill_tokens=0, decode_tokens=done)
+            self.buses[name].send("monitor", engine_load(name, adapter_tokens=(counted,), **changes))
+            await asyncio.sleep(REPORT_S)
+
+    async def picture_after(self, now: float, timeout_s: float = 30.0) -> tuple[float, ClusterLoad]:
+        """The first picture that came later than this."""
+        async with asyncio.timeout(timeout_s):
+            while True:
+                for at_s, picture in self.pictures:
+                    if at_s > now:
+                        return at_s, picture
+                await asyncio.sleep(0.005)
+
+
+def alive(picture: ClusterLoad) -> dict[str, bool]:
+    return {seen.load.engine: seen.alive for seen in picture.engines}
+
+
+def play(scenario: Callable[[Stage], Coroutine[Any, Any, None]], interval_s: float = INTERVAL_S) -> None:
+    async def main() -> None:
+        stage = Stage(interval_s)
+        async with serving(stage.monitor):
+            await asyncio.sleep(0.05)
+            await scenario(stage)
+
+    run_virtual(main())
+
+
+def test_pictures_come_every_interval_and_are_numbered() -> None:
+    async def scenario(stage: Stage) -> None:
+        await asyncio.sleep(5.0)
+        times = [at_s for at_s, _ in stage.pictures]
+        assert len(times) >= 10
+        assert all(later - at_s == pytest.approx(0.5, abs=0.01) for at_s, later in pairwise(times))
+        assert [picture.sequence for _, picture in stage.pictures] == list(range(1, len(times) + 1))
+        assert {picture.incarnation for _, picture in stage.pictures} == {stage.monitor.bus.incarnation}
+
+    play(scenario, interval_s=0.5)
+
+
+def test_a_new_engine_is_published_at_once() -> None:
+    async def scenario(stage: Stage) -> None:
+        came_s = stage.now
+        stage.start_engine("e0", running=3)
+        at_s, picture = await stage.picture_after(came_s - 0.001)
+        assert at_s - came_s < 0.05
+        assert alive(picture) == {"e0": True}
+        assert picture.engines[0].load.running == 3
+
+    play(scenario)
+
+
+def test_a_silent_engine_is_declared_dead_in_time_and_published_at_once() -> None:
+    async def scenario(stage: Stage) -> None:
+        for name in ("e0", "e1"):
+            stage.start_engine(name)
+        await asyncio.sleep(2.1)
+        stage.silence("e0")
+        last_report_s = 2.05
+        deaths: list[float] = []
+        while not deaths:
+            await asyncio.sleep(0.01)
+            deaths = [at_s for at_s, picture in stage.pictures if alive(picture) == {"e0": False, "e1": True}]
+        assert deaths[0] - last_report_s == pytest.approx(DEAD_AFTER_S, abs=0.1)
+        assert all(alive(p).get("e0", True) for at_s, p in stage.pictures if at_s < deaths[0])
+
+    play(scenario)
+
+
+def test_an_engine_that_reports_is_never_declared_dead() -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.start_engine("e0")
+        await asyncio.sleep(60.0)
+        assert all(alive(picture) == {"e0": True} for at_s, picture in stage.pictures if at_s > 0.1)
+
+    play(scenario)
+
+
+def test_the_dead_are_published_at_once_when_they_are_back() -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.start_engine("e0")
+        await asyncio.sleep(1.0)
+        stage.silence("e0")
+        await asyncio.sleep(15.0)
+        assert alive(stage.pictures[-1][1]) == {"e0": False}
+        back_s = stage.now
+        stage.start_engine("e0", incarnation="i2")
+        at_s, picture = await stage.picture_after(back_s - 0.001)
+        assert at_s - back_s < 0.05
+        assert alive(picture) == {"e0": True}
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("change", [{"incarnation": "i2"}, {"state": "DRAINING"}], ids=["restart", "drain"])
+def test_a_restart_and_a_drain_are_published_at_once(change: dict[str, Any]) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.start_engine("e0")
+        await asyncio.sleep(1.0)
+        stage.silence("e0")
+        changed_s = stage.now
+        stage.start_engine("e0", **change)
+        at_s, picture = await stage.picture_after(changed_s - 0.001)
+        assert at_s - changed_s < 0.05
+        for name, value in change.items():
+            assert getattr(picture.engines[0].load, name) == value
+
+    play(scenario)
+
+
+def test_ordinary_reports_wait_for_the_interval() -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.start_engine("e0")
+        await asyncio.sleep(1.0)
+        seen = len(stage.pictures)
+        await asyncio.sleep(20.0)
+        # The clock of a death may wake it, but only each time that the last report is that old.
+        assert len(stage.pictures) - seen <= 20.0 / (DEAD_AFTER_S - REPORT_S) + 2
+
+    play(scenario)
+
+
+def test_demand_is_named_by_the_registry() -> None:
+    async def scenario(stage: Stage) -> None:
+        store = stage.network.bus("store", Ping)
+        store.publish("registry", RegistryChanged(revision=1, adapters=(PIRATE,)))
+        stage.start_engine("e0", tokens_per_s=100.0)
+        stage.start_engine("e1", tokens_per_s=50.0)
+        await asyncio.sleep(30.0)
+        (demand,) = stage.pictures[-1][1].demand
+        assert (demand.version, demand.name, demand.rank) == (PIRATE.version, PIRATE.name, PIRATE.rank)
+        assert demand.decode_tokens_per_s == pytest.approx(150.0, rel=0.1)
+        assert demand.forecast_tokens_per_s == pytest.approx(150.0, rel=0.1)
+
+    play(scenario, interval_s=0.5)
+
+
+def test_it_says_how_many_engines_live() -> None:
+    async def scenario(stage: Stage) -> None:
+        for name in ("e0", "e1"):
+            stage.start_engine(name)
+        await asyncio.sleep(1.0)
+        stage.silence("e1")
+        await asyncio.sleep(2.0)
+        pong = await stage.listener.request("monitor", Ping(), Pong, 1.0)
+        assert pong.detail == "1 engines alive"
+        assert "loraserve_engines_alive 1.0" in stage.monitor.metrics.render().decode()
+
+    play(scenario)

@@ -1,0 +1,273 @@
+"""The router among engines that answer from a script, in virtual time."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from loraserve.config import Config, RouterConfig
+from loraserve.errors import PeerError
+from loraserve.messages import (
+    Abort,
+    Admit,
+    Admitted,
+    EngineLoad,
+    Ping,
+    Placement,
+    Plan,
+    Rejected,
+    Route,
+    Routed,
+    ToEngine,
+    ToRouter,
+)
+from loraserve.router.service import RouterService
+from loraserve.testing.bus import MemoryNetwork
+from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.peers import Peer, Script, serving
+from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
+
+ADMIT_TIMEOUT_S = 1.0
+PIRATE = adapter_ref(1)
+HELD = {"resident": (resident(PIRATE),)}
+
+
+def takes(message: Any) -> Any:
+    return Admitted(request_id=message.request_id, incarnation="i1") if isinstance(message, Admit) else None
+
+
+def silent(_: Any) -> None:
+    return None
+
+
+def refuses(code: str) -> Script:
+    def script(message: Any) -> Any:
+        if not isinstance(message, Admit):
+            return None
+        return Admitted(request_id=message.request_id, incarnation="i1", ok=False, code=code, message=f"why: {code}")
+
+    return script
+
+
+class Stage:
+    """The router, a gateway that asks, a monitor and a planner that publish, and engines e0 (nearest), e1, ..."""
+
+    def __init__(self) -> None:
+        self.network = MemoryNetwork()
+        config = Config(router=RouterConfig(admit_timeout_s=ADMIT_TIMEOUT_S))
+        self.router = RouterService(config, self.network.bus("router", ToRouter), LoopClock())
+        self.gateway = self.network.bus("gateway-0", Ping)
+        self.monitor = self.network.bus("monitor", Ping)
+        self.planner = self.network.bus("planner", Ping)
+        self.engines: list[Peer] = []
+        self.sequence = 0
+
+    def start_engines(self, *scripts: Script) -> None:
+        self.engines = [Peer(self.network, f"e{n}", ToEngine, script) for n, script in enumerate(scripts)]
+
+    async def see(self, *loads: EngineLoad) -> None:
+        """A picture: by default all engines idle but for queues, so that e0 is nearest, then e1, and so on."""
+        queued = [engine_load(f"e{n}", waiting_prefill_tokens=1000 * n) for n in range(len(self.engines))]
+        self.sequence += 1
+        self.monitor.publish("load", picture(*(loads or queued), sequence=self.sequence))
+        await asyncio.sleep(0.01)
+
+    async def plan(self, epoch: int, engine: str) -> None:
+        copy = Placement(version=PIRATE.version, name=PIRATE.name, engine=engine, share=1.0)
+        self.planner.publish("plan", Plan(epoch=epoch, created_unix_s=0.0, placements=(copy,)))
+        await asyncio.sleep(0.01)
+
+    async def route(self, request: Route | None = None) -> Routed | Rejected:
+        return await self.gateway.request("router", request or route_request(), Routed | Rejected, 60.0)
+
+
+def play(scenario: Callable[[Stage], Coroutine[Any, Any, None]], *scripts: Script) -> None:
+    async def main() -> None:
+        stage = Stage()
+        stage.start_engines(*scripts)
+        async with serving(stage.router):
+            await stage.see()
+            await scenario(stage)
+
+    run_virtual(main())
+
+
+def test_the_nearest_engine_gets_the_request_whole() -> None:
+    async def scenario(stage: Stage) -> None:
+        request = route_request("r7", tokens=5, adapter=PIRATE)
+        answer = await stage.route(request)
+        assert answer == Routed(request_id="r7", engine="e0", incarnation="i1", why="load")
+        (admit,) = stage.engines[0].received
+        assert (admit.gateway, admit.prompt_tokens) == ("gateway-0", request.prompt_tokens)
+        assert (admit.sampling, admit.adapter) == (request.sampling, PIRATE)
+        assert stage.engines[1].received == []
+
+    play(scenario, takes, takes)
+
+
+def test_a_silent_engine_is_passed_by_and_told_to_abort() -> None:
+    async def scenario(stage: Stage) -> None:
+        began_s = asyncio.get_running_loop().time()
+        answer = await stage.route()
+        assert isinstance(answer, Routed)
+        assert answer.engine == "e1"
+        assert asyncio.get_running_loop().time() - began_s == pytest.approx(ADMIT_TIMEOUT_S, abs=0.05)
+        await asyncio.sleep(0.01)
+        assert [type(message) for message in stage.engines[0].received] == [Admit, Abort]
+        assert stage.engines[0].got(Abort) == [Abort(request_id="r1")]
+        assert stage.engines[1].got(Abort) == []
+
+    play(scenario, silent, takes)
+
+
+def test_a_late_yes_is_too_late() -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.engines[0].delay_s = 1.5 * ADMIT_TIMEOUT_S
+        answer = await stage.route()
+        await asyncio.sleep(10.0)
+        assert isinstance(answer, Routed)
+        assert answer.engine == "e1"
+        assert len(stage.engines[0].got(Abort)) == 1
+
+    play(scenario, takes, takes)
+
+
+def test_an_engine_whose_connection_is_lost_is_passed_by_at_once() -> None:
+    async def scenario(stage: Stage) -> None:
+        asking = asyncio.create_task(stage.route())
+        await asyncio.sleep(0.1)
+        stage.network.kill("e0")
+        await asyncio.sleep(0.1)
+        answer = asking.result()
+        assert isinstance(answer, Routed)
+        assert answer.engine == "e1"
+
+    play(scenario, silent, takes)
+
+
+@pytest.mark.parametrize("code", ["overloaded", "draining", "starting"])
+def test_what_concerns_the_engine_is_asked_of_the_next(code: str) -> None:
+    async def scenario(stage: Stage) -> None:
+        answer = await stage.route()
+        assert isinstance(answer, Routed)
+        assert answer.engine == "e1"
+
+    play(scenario, refuses(code), takes)
+
+
+def test_a_starting_process_refuses_and_the_next_is_asked() -> None:
+    async def scenario(stage: Stage) -> None:
+        answer = await stage.route()
+        assert isinstance(answer, Routed)
+        assert answer.engine == "e1"
+
+    play(scenario, lambda _: PeerError("starting", "loading weights"), takes)
+
+
+def test_what_concerns_the_request_is_asked_of_nobody_else() -> None:
+    async def scenario(stage: Stage) -> None:
+        answer = await stage.route()
+        assert answer == Rejected(request_id="r1", code="context_length", message="why: context_length")
+        assert stage.engines[1].received == []
+
+    play(scenario, refuses("context_length"), takes)
+
+
+@pytest.mark.parametrize(
+    ("scripts", "code", "text"),
+    [
+        ((refuses("overloaded"), refuses("overloaded")), "overloaded", "why: overloaded"),
+        ((refuses("draining"), refuses("draining")), "no_engine", "why: draining"),
+        ((silent, silent), "no_engine", "no engine answered"),
+        ((refuses("overloaded"), silent), "overloaded", "why: overloaded"),
+    ],
+    ids=["all full", "all draining", "all silent", "one full, one silent"],
+)
+def test_when_nobody_takes_it_the_gateway_learns_why(scripts: tuple[Script, ...], code: str, text: str) -> None:
+    async def scenario(stage: Stage) -> None:
+        answer = await stage.route()
+        assert isinstance(answer, Rejected)
+        assert (answer.request_id, answer.code) == ("r1", code)
+        assert text in answer.message
+
+    play(scenario, *scripts)
+
+
+def test_a_refusal_of_the_policy_comes_back_as_it_is() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.see(engine_load("e0", waiting_prefill_tokens=100_000))
+        answer = await stage.route()
+        assert isinstance(answer, Rejected)
+        assert (answer.code, answer.retry_after_s) == ("overloaded", pytest.approx(90.0))
+        assert stage.engines[0].received == []
+
+    play(scenario, takes)
+
+
+def test_before_the_first_picture_there_is_no_engine() -> None:
+    async def scenario() -> None:
+        stage = Stage()
+        async with serving(stage.router):
+            answer = await stage.route()
+            assert isinstance(answer, Rejected)
+            assert answer.code == "no_engine"
+
+    run_virtual(scenario())
+
+
+def test_one_slow_engine_does_not_hold_up_other_requests() -> None:
+    async def scenario(stage: Stage) -> None:
+        slow = asyncio.create_task(stage.route(route_request("r1")))
+        await asyncio.sleep(0.1)
+        await stage.see(engine_load("e0", waiting_prefill_tokens=9000), engine_load("e1"))
+        began_s = asyncio.get_running_loop().time()
+        answer = await stage.route(route_request("r2"))
+        assert isinstance(answer, Routed)
+        assert asyncio.get_running_loop().time() - began_s < 0.1
+        assert isinstance(await slow, Routed)
+
+    play(scenario, silent, takes)
+
+
+def test_an_engine_that_stays_silent_is_asked_last_until_it_answers_again() -> None:
+    async def scenario(stage: Stage) -> None:
+        for number in range(2):
+            await stage.route(route_request(f"r{number}"))
+        asked = len(stage.engines[0].got(Admit))
+        answer = await stage.route(route_request("r3"))
+        assert isinstance(answer, Routed)
+        assert len(stage.engines[0].got(Admit)) == asked, "it was asked although it is known to be silent"
+        stage.engines[0].script = takes
+        await asyncio.sleep(20.0)
+        await stage.see()
+        again = await stage.route(route_request("r4"))
+        assert isinstance(again, Routed)
+        assert again.engine == "e0"
+
+    play(scenario, silent, takes)
+
+
+def test_a_request_that_is_asked_for_again_goes_where_it_runs() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.route(route_request("r1"))
+        await stage.see(engine_load("e0", waiting_prefill_tokens=9000, request_ids=("r1",)), engine_load("e1"))
+        answer = await stage.route(route_request("r1"))
+        assert isinstance(answer, Routed)
+        assert (answer.engine, answer.why) == ("e0", "live")
+
+    play(scenario, takes, takes)
+
+
+def test_the_plan_settles_ties_and_another_epoch_replaces_it() -> None:
+    async def scenario(stage: Stage) -> None:
+        for epoch, engine in ((5, "e1"), (6, "e0"), (1, "e1")):
+            await stage.plan(epoch, engine)
+            for number in range(6):
+                await asyncio.sleep(2.0)
+                await stage.see(engine_load("e0", **HELD), engine_load("e1", **HELD))
+                answer = await stage.route(route_request(f"{epoch}-{number}", tokens=1, adapter=PIRATE))
+                assert isinstance(answer, Routed)
+                assert (answer.engine, answer.why) == (engine, "planned")
+
+    play(scenario, takes, takes)
