@@ -1,0 +1,249 @@
+"""The store's process: registering, refusing, handing out slabs, telling everyone."""
+
+import asyncio
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loraserve.adapter.format import decode_header
+from loraserve.config import Config
+from loraserve.errors import ConfigError, PeerError
+from loraserve.messages import (
+    AdapterList,
+    AdapterUnregistered,
+    ListAdapters,
+    OpenSlab,
+    ReadSlab,
+    SlabChunk,
+    SlabInfo,
+    UnregisterAdapter,
+)
+from loraserve.store.service import StoreService
+from loraserve.system_clock import SystemClock
+from loraserve.testing.bus import MemoryNetwork
+from loraserve.testing.peft_writer import write_peft
+
+Opened = Callable[..., AbstractAsyncContextManager[Any]]
+Peft = Callable[..., Path]
+
+
+async def refusal(asking: Any) -> PeerError:
+    with pytest.raises(PeerError) as refused:
+        await asking
+    return refused.value
+
+
+def test_what_is_registered_is_listed_published_and_whole(opened: Opened, peft: Peft) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            before = (await stage.ask(ListAdapters(), AdapterList)).revision
+            answer = await stage.register("org/a:1", peft(rank=8))
+            assert (answer.created, answer.adapter.name, answer.adapter.rank) == (True, "org/a:1", 8)
+            listed = await stage.ask(ListAdapters(), AdapterList)
+            assert listed.adapters == (answer.adapter,)
+            assert (stage.news[-1].revision, stage.news[-1].adapters) == (listed.revision, listed.adapters)
+            assert listed.revision > before
+            header, slab = await stage.fetch(answer.adapter, chunk_bytes=10_007)
+            assert decode_header(header).slab_bytes == answer.adapter.slab_bytes == len(slab)
+            assert await stage.is_whole(answer.adapter)
+
+    asyncio.run(main())
+
+
+def test_the_same_content_again_changes_nothing_and_other_content_must_replace(opened: Opened, peft: Peft) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            first = await stage.register("a", peft(0))
+            again = await stage.register("a", peft(0))
+            assert (again.created, again.adapter) == (False, first.adapter)
+            error = await refusal(stage.register("a", peft(1)))
+            assert error.code == "duplicate"
+            assert "unregister it, choose another name or set replace" in error.message
+            assert await stage.names() == {"a": first.adapter.version}
+            other = await stage.register("a", peft(1), replace=True)
+            assert await stage.names() == {"a": other.adapter.version}
+            assert await stage.is_whole(first.adapter), "engines may still be fetching it"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(
+    ("name", "path", "code", "texts"),
+    [
+        ("base", "peft-0-8", "bad_name", ["adapter name 'base'", "choose another"]),
+        (" a", "peft-0-8", "bad_name", ["without blanks at its ends"]),
+        ("a", "nowhere", "not_found", ["nowhere does not exist where the store runs", "name a PEFT directory"]),
+        ("a", "../outside", "forbidden", ["is not under store.allowed_dirs"]),
+        ("a", "peft-0-20", "bad_rank", ["has rank 20", "store.max_rank = 16"]),
+        ("a", "empty", "not_found", ["adapter_config.json"]),
+        ("a", "nan", "not_finite", ["layers.0.self_attn.q_proj.lora_A.weight", "train the adapter again"]),
+        ("a", "other-model", "bad_shape", ["q_proj.lora_A.weight has shape [8, 5]", "input width 128"]),
+    ],
+)
+def test_a_refusal_names_the_field_and_the_remedy(
+    opened: Opened, peft: Peft, tmp_path: Path, name: str, path: str, code: str, texts: list[str]
+) -> None:
+    peft(0, 8)
+    peft(0, 20)
+    (tmp_path / "empty").mkdir()
+    a, b = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight".format, np.ones((128, 8), dtype="f4")
+    write_peft(tmp_path / "nan", {a("A"): np.full((8, 128), np.nan, dtype="f4"), a("B"): b})
+    write_peft(tmp_path / "other-model", {a("A"): np.ones((8, 5), dtype="f4"), a("B"): b})
+
+    async def main() -> None:
+        async with opened(max_rank=16, allowed_dirs=(str(tmp_path),)) as stage:
+            before = await stage.ask(ListAdapters(), AdapterList)
+            error = await refusal(stage.register(name, tmp_path / path))
+            assert error.code == code
+            for text in texts:
+                assert text in error.message
+            assert await stage.ask(ListAdapters(), AdapterList) == before
+            assert (await stage.register("good", tmp_path / "peft-0-8")).created, "it serves on"
+
+    asyncio.run(main())
+
+
+def test_an_adapter_larger_than_every_pool_is_refused(opened: Opened, peft: Peft) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            error = await refusal(stage.register("a", peft(rank=200)))
+            assert error.code == "too_large"
+            assert "raise engine.pool_bytes or train with a smaller rank" in error.message
+
+    asyncio.run(main())
+
+
+def test_reads_outside_of_a_slab_are_refused(opened: Opened, peft: Peft) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            ref = (await stage.register("a", peft())).adapter
+            for offset, length in ((0, 0), (-1, 2), (ref.slab_bytes, 1), (0, ref.slab_bytes + 1), (0, 1 << 60)):
+                message = ReadSlab(version=ref.version, offset_bytes=offset, length_bytes=length)
+                error = await refusal(stage.ask(message, SlabChunk))
+                assert (error.code, f"offset_bytes {offset}" in error.message) == ("bad_range", True)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("version", ["0" * 64, "", "../../registry.sqlite"])
+def test_an_unknown_version_is_not_found(opened: Opened, version: str) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            for message, kind in (
+                (OpenSlab(version=version), SlabInfo),
+                (ReadSlab(version=version, offset_bytes=0, length_bytes=1), SlabChunk),
+            ):
+                error = await refusal(stage.ask(message, kind))
+                assert error.code == "not_found"
+                assert "register the adapter again" in error.message
+
+    asyncio.run(main())
+
+
+def test_a_removed_name_is_gone_and_its_slab_stays_for_those_who_fetch_it(opened: Opened, peft: Peft) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            ref = (await stage.register("a", peft())).adapter
+            assert (await stage.ask(UnregisterAdapter(name="a"), AdapterUnregistered)).name == "a"
+            assert await stage.names() == {}
+            assert stage.news[-1].adapters == ()
+            assert await stage.is_whole(ref)
+            error = await refusal(stage.ask(UnregisterAdapter(name="a"), AdapterUnregistered))
+            assert (error.code, "list them to see the names" in error.message) == ("not_found", True)
+
+    asyncio.run(main())
+
+
+def test_many_who_register_at_once_all_get_their_answer(opened: Opened, peft: Peft) -> None:
+    paths = [peft(seed) for seed in range(3)]
+
+    async def main() -> None:
+        async with opened() as stage:
+            asked = [stage.register(f"own-{i}", paths[i % 3]) for i in range(9)]
+            asked += [stage.register("shared", path, replace=True) for path in paths]
+            answers = await asyncio.gather(*asked)
+            names = await stage.names()
+            assert names.keys() == {"shared", *(f"own-{i}" for i in range(9))}
+            assert names["shared"] in {answer.adapter.version for answer in answers[9:]}
+            assert all([await stage.is_whole(answer.adapter) for answer in answers])
+            revisions = [news.revision for news in stage.news]
+            assert revisions == sorted(revisions), "news never go back"
+
+    asyncio.run(main())
+
+
+def test_the_registry_is_published_now_and_then_for_those_who_come_late(opened: Opened, peft: Peft) -> None:
+    async def main() -> None:
+        async with opened(publish_interval_s=0.02) as stage:
+            ref = (await stage.register("a", peft())).adapter
+            stage.news.clear()
+            async with asyncio.timeout(10):
+                while len(stage.news) < 3:  # noqa: ASYNC110
+                    await asyncio.sleep(0.01)
+            assert {news.adapters for news in stage.news} == {(ref,)}
+            assert len({news.revision for news in stage.news}) == 1
+
+    asyncio.run(main())
+
+
+def test_a_restart_changes_nothing(opened: Opened, peft: Peft) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            ref = (await stage.register("a", peft())).adapter
+            before = await stage.ask(ListAdapters(), AdapterList)
+        async with opened() as stage:
+            assert await stage.ask(ListAdapters(), AdapterList) == before
+            assert await stage.is_whole(ref)
+
+    asyncio.run(main())
+
+
+def test_configured_adapters_are_there_at_start_but_for_those_that_are_refused(opened: Opened, peft: Peft) -> None:
+    async def main() -> None:
+        async with opened(adapters={"a": str(peft(0)), "broken": "/nowhere"}) as stage:
+            first = await stage.names()
+            assert first.keys() == {"a"}
+        async with opened(adapters={"a": str(peft(1))}) as stage:
+            assert (await stage.names())["a"] != first["a"], "what the configuration says now counts"
+
+    asyncio.run(main())
+
+
+def test_a_slab_that_rots_on_disk_is_never_handed_out_and_can_be_registered_again(
+    opened: Opened, peft: Peft, tmp_path: Path, helpers: SimpleNamespace
+) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            ref = (await stage.register("a", peft())).adapter
+        (file,) = helpers.store_folder(tmp_path).glob("slabs/*/*.slab")
+        data = bytearray(file.read_bytes())
+        data[-100] ^= 4
+        file.write_bytes(data)
+        async with opened() as stage:
+            error = await refusal(stage.fetch(ref))
+            assert error.code == "corrupt"
+            assert "register the adapter again" in error.message
+            assert (await refusal(stage.fetch(ref))).code == "not_found"
+            assert (await stage.register("a", peft())).adapter == ref
+            assert await stage.is_whole(ref)
+
+    asyncio.run(main())
+
+
+def test_a_store_that_cannot_be_used_does_not_start(opened: Opened, tmp_path: Path, helpers: SimpleNamespace) -> None:
+    async def fails(config: Config, text: str) -> None:
+        store = StoreService(config, MemoryNetwork().bus("store", StoreService.inbox), SystemClock())
+        with pytest.raises(ConfigError, match=text):
+            await store.run()
+
+    async def main() -> None:
+        await fails(Config(), r"model\.path is empty")
+        async with opened():
+            await fails(helpers.store_config(tmp_path), r"in use by another store.*cluster\.data_dir")
+
+    asyncio.run(main())
