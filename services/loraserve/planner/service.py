@@ -47,6 +47,7 @@ class PlannerService(Service):
         self._plan = Plan(epoch=0, created_unix_s=0.0, placements=())
         self._load: ClusterLoad | None = None
         self._adapters: dict[str, AdapterRef] = {}
+        self._registry_known = False
         self._rollout = asyncio.Lock()
         self._cost = CostModel()
 
@@ -68,6 +69,7 @@ class PlannerService(Service):
                 self._load = load
             case RegistryChanged(adapters=adapters):
                 self._adapters = {adapter.version: adapter for adapter in adapters}
+                self._registry_known = True
             case GetPlan():
                 self.bus.respond(envelope, self._plan)
             case Rebalance(dry_run=dry_run):
@@ -88,10 +90,10 @@ class PlannerService(Service):
 
     async def _rebalance(self, dry_run: bool) -> RebalanceDone:
         async with self._rollout:
+            unknown = self._unknown()
+            if unknown:
+                return RebalanceDone(plan=self._plan, moves=(), applied=False, message=unknown, failed=(unknown,))
             engines = self._engines()
-            if not engines:
-                text = "no engine is ready"
-                return RebalanceDone(plan=self._plan, moves=(), applied=False, message=text, failed=(text,))
             demand = self._load.demand if self._load else ()
             minimum = self.config.planner.min_copies
             placements = make_plan(demand, self._adapters, engines, self._plan.placements, self._cost, minimum)
@@ -101,35 +103,53 @@ class PlannerService(Service):
             if not (moves or self._lost_copies()):
                 text = "the plan is right as it is"
                 return RebalanceDone(plan=self._plan, moves=(), applied=False, message=text)
-            before = self._plan.placements
+            before = self._plan
             failed = tuple(await self._roll_out(placements))
-            done = tuple(diff(before, self._plan.placements, self._adapters))
-            return RebalanceDone(plan=self._plan, moves=done, applied=True, message="; ".join(failed), failed=failed)
+            done = tuple(diff(before.placements, self._plan.placements, self._adapters))
+            applied = self._plan is not before
+            return RebalanceDone(plan=self._plan, moves=done, applied=applied, message="; ".join(failed), failed=failed)
+
+    def _unknown(self) -> str:
+        """What is missing to plan with, in words; "" where nothing is."""
+        if not self._engines():
+            return "no engine is ready"
+        # A planner that has just started would take every adapter of its plan for unregistered.
+        return "" if self._registry_known else "the store has not told yet which adapters there are; ask again"
 
     async def _roll_out(self, placements: tuple[Placement, ...]) -> list[str]:
-        """Prepare, publish, retire. What could not be prepared is left out; why, is the answer."""
-        epoch = self._plan.epoch + 1
-        by_engine = _by_engine(placements)
-        answers = await asyncio.gather(*(self._prepare(e, epoch, v) for e, v in sorted(by_engine.items())))
-        missing = {copy: reason for answer in answers for copy, reason in answer.items()}
-        ready = [p for p in placements if (p.engine, p.version) not in missing]
-        self._plan = self._next(_with_shares(ready))
-        self._epochs.write(self._plan)
-        self.bus.publish("plan", self._plan)
-        self.log.info("plan_published", epoch=epoch, copies=len(ready), left_out=len(missing))
-        await asyncio.gather(*(self._retire(load.engine, epoch) for load in self._engines()))
-        return [f"{engine}: {reason}" for (engine, _), reason in sorted(missing.items())]
+        """Prepare, write, publish, retire. What could not be done, and why, is the answer.
 
-    async def _prepare(self, engine: str, epoch: int, versions: set[str]) -> dict[tuple[str, str], str]:
+        Copies that could not be prepared are left out. A plan that cannot be written is not published: the old one
+        stays, and engines retire what they prepared for the new.
+        """
+        epoch = self._plan.epoch + 1
+        by_engine = _by_engine(placements, self._adapters)
+        answers = await asyncio.gather(*(self._prepare(e, epoch, refs) for e, refs in sorted(by_engine.items())))
+        missing = {copy: reason for answer in answers for copy, reason in answer.items()}
+        failed = [f"{engine}: {reason}" for (engine, _), reason in sorted(missing.items())]
+        ready = [p for p in placements if (p.engine, p.version) not in missing]
+        plan = self._next(_with_shares(ready))
+        try:
+            self._epochs.write(plan)
+        except OSError as error:
+            self.log.error("plan_not_written", epoch=epoch, reason=str(error))
+            failed.append(f"epoch {epoch} could not be written, epoch {self._plan.epoch} stays: {error}")
+        else:
+            self._plan = plan
+            self.bus.publish("plan", plan)
+            self.log.info("plan_published", epoch=epoch, copies=len(ready), left_out=len(missing))
+        await asyncio.gather(*(self._retire(load.engine, self._plan.epoch) for load in self._engines()))
+        return failed
+
+    async def _prepare(self, engine: str, epoch: int, adapters: list[AdapterRef]) -> dict[tuple[str, str], str]:
         """Copies that the engine does not have in the end, with the reason."""
-        adapters = tuple(self._adapters[version] for version in sorted(versions))
         timeout_s = self.config.planner.prepare_timeout_s
         try:
-            message = PreparePlan(epoch=epoch, adapters=adapters)
+            message = PreparePlan(epoch=epoch, adapters=tuple(adapters))
             answer = await self.bus.request(engine, message, Prepared, timeout_s)
         except (RequestTimeout, PeerError) as error:
             self.log.warning("engine_not_prepared", engine=engine, epoch=epoch, reason=str(error))
-            return {(engine, version): str(error) for version in versions}
+            return {(engine, adapter.version): str(error) for adapter in adapters}
         return {(engine, version): reason for version, reason in answer.failed.items()}
 
     async def _retire(self, engine: str, epoch: int) -> None:
@@ -153,10 +173,10 @@ class PlannerService(Service):
         return Plan(epoch=self._plan.epoch + 1, created_unix_s=self.clock.unix_s(), placements=placements)
 
 
-def _by_engine(placements: tuple[Placement, ...]) -> dict[str, set[str]]:
-    engines: dict[str, set[str]] = {}
-    for placement in placements:
-        engines.setdefault(placement.engine, set()).add(placement.version)
+def _by_engine(placements: tuple[Placement, ...], adapters: dict[str, AdapterRef]) -> dict[str, list[AdapterRef]]:
+    engines: dict[str, list[AdapterRef]] = {}
+    for placement in sorted(placements, key=lambda p: p.version):
+        engines.setdefault(placement.engine, []).append(adapters[placement.version])
     return engines
 
 

@@ -1,0 +1,135 @@
+"""The planner among engines that answer from a script, in virtual time."""
+
+import asyncio
+from collections.abc import Callable, Coroutine, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraserve.bus.protocol import Envelope
+from loraserve.config import ClusterConfig, Config, PlannerConfig
+from loraserve.messages import (
+    AdapterRef,
+    EngineLoad,
+    GetPlan,
+    Ping,
+    Plan,
+    Prepared,
+    PreparePlan,
+    Rebalance,
+    RebalanceDone,
+    RegistryChanged,
+    RetireCopies,
+    RetireDone,
+    ToEngine,
+    ToPlanner,
+    ToRouter,
+)
+from loraserve.planner.service import PlannerService
+from loraserve.testing.bus import MemoryNetwork
+from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.peers import Peer, serving
+from loraserve.testing.reports import adapter_ref, asked_for, engine_load, picture, resident
+
+INTERVAL_S, PREPARE_TIMEOUT_S = 1000.0, 60.0
+ADAPTERS = tuple(adapter_ref(n) for n in range(4))
+
+
+class Stage:
+    """The planner, two engines, a router that listens and an operator. ``diary`` has what happened, in order."""
+
+    adapters = ADAPTERS
+
+    def __init__(self, data_dir: Path, interval_s: float = INTERVAL_S) -> None:
+        self.config = Config(
+            cluster=ClusterConfig(data_dir=str(data_dir)),
+            planner=PlannerConfig(interval_s=interval_s, prepare_timeout_s=PREPARE_TIMEOUT_S),
+        )
+        self.network = MemoryNetwork()
+        self.planner = PlannerService(self.config, self.network.bus("planner", ToPlanner), LoopClock())
+        self.operator = self.network.bus("gateway-0", Ping)
+        self.monitor = self.network.bus("monitor", Ping)
+        self.store = self.network.bus("store", Ping)
+        self.diary: list[tuple[str, str, Any]] = []
+        self.failing: dict[str, dict[str, str]] = {"e0": {}, "e1": {}}
+        self.engines = {name: Peer(self.network, name, ToEngine, self._engine(name)) for name in self.failing}
+        self.router = self.network.bus("router", ToRouter)
+        self.router.subscribe("planner", "plan")
+        self.plans: list[Plan] = []
+        self.sequence = 0
+        self._listening = asyncio.create_task(self._listen())
+
+    def _engine(self, name: str) -> Callable[[Any], Any]:
+        def script(message: Any) -> Any:
+            match message:
+                case PreparePlan(epoch=epoch, adapters=adapters):
+                    self.diary.append(("prepare", name, {a.version for a in adapters}))
+                    failed = {v: why for v, why in self.failing[name].items() if v in {a.version for a in adapters}}
+                    return Prepared(engine=name, incarnation="i1", epoch=epoch, failed=failed)
+                case RetireCopies(epoch=epoch, keep=keep):
+                    self.diary.append(("retire", name, set(keep)))
+                    return RetireDone(epoch=epoch, unpinned=0)
+
+        return script
+
+    async def _listen(self) -> None:
+        while True:
+            envelope: Envelope = await self.router.receive()
+            plan: Plan = envelope.message
+            if not self.plans or self.plans[-1] != plan:
+                self.plans.append(plan)
+                self.diary.append(("publish", "router", self.copies(plan)))
+
+    async def hears_registry(self, adapters: Iterable[AdapterRef] = ADAPTERS) -> None:
+        self.store.publish("registry", RegistryChanged(revision=1, adapters=tuple(adapters)))
+        await asyncio.sleep(0.01)
+
+    async def sees(self, *loads: EngineLoad, asked: Iterable[AdapterRef] = ADAPTERS) -> None:
+        """A picture of both engines, with even demand for the adapters."""
+        self.sequence += 1
+        demand = [asked_for(adapter, 10.0) for adapter in asked]
+        both = loads or tuple(engine_load(name) for name in self.engines)
+        self.monitor.publish("load", picture(*both, sequence=self.sequence, demand=demand))
+        await asyncio.sleep(0.01)
+
+    def holding(self, plan: Plan) -> list[EngineLoad]:
+        """Reports of engines that hold what the plan says."""
+        refs = {adapter.version: adapter for adapter in ADAPTERS}
+        held = {
+            e: [resident(refs[p.version], pinned=True) for p in plan.placements if p.engine == e] for e in ("e0", "e1")
+        }
+        return [engine_load(name, resident=tuple(adapters)) for name, adapters in held.items()]
+
+    @staticmethod
+    def copies(plan: Plan) -> set[tuple[str, str]]:
+        """(engine, version) of all copies."""
+        return {(p.engine, p.version) for p in plan.placements}
+
+    async def rebalance(self, dry_run: bool = False) -> RebalanceDone:
+        return await self.operator.request("planner", Rebalance(dry_run=dry_run), RebalanceDone, 600.0)
+
+    async def plan(self) -> Plan:
+        return await self.operator.request("planner", GetPlan(), Plan, 1.0)
+
+
+Scenario = Callable[[Stage], Coroutine[Any, Any, None]]
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Callable[..., None]:
+    """Plays a scenario; playing again is a restart of everything but the disk."""
+
+    def play(scenario: Scenario, informed: bool = True, **settings: Any) -> None:
+        async def main() -> None:
+            stage = Stage(tmp_path, **settings)
+            async with serving(stage.planner):
+                await asyncio.sleep(0.01)
+                if informed:
+                    await stage.hears_registry()
+                    await stage.sees()
+                await scenario(stage)
+
+        run_virtual(main())
+
+    return play

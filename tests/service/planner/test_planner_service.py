@@ -1,0 +1,126 @@
+"""What the planner prepares, publishes, retires and keeps."""
+
+import asyncio
+from pathlib import Path
+
+from loraserve.messages import Plan, ToRouter
+from loraserve.testing.clock import START_UNIX_S
+from loraserve.testing.reports import engine_load
+
+
+def test_a_plan_is_prepared_then_published_then_the_rest_retired(play) -> None:
+    async def scenario(stage) -> None:
+        for engine in stage.engines.values():
+            engine.delay_s = 3.0
+        stage.diary.clear()
+        done = await stage.rebalance()
+        assert done.applied
+        assert done.failed == ()
+        assert [what for what, _, _ in stage.diary] == ["prepare", "prepare", "publish", "retire", "retire"]
+        assert {v for _, v in stage.copies(done.plan)} == {a.version for a in stage.adapters}
+        for what, engine, versions in stage.diary:
+            if what != "publish":
+                assert versions == {v for e, v in stage.copies(done.plan) if e == engine}
+        assert stage.plans[-1] == done.plan == await stage.plan()
+        assert (done.plan.epoch, len(done.moves)) == (1, 4)
+        assert done.plan.created_unix_s > START_UNIX_S
+
+    play(scenario)
+
+
+def test_a_dry_run_changes_nothing_and_says_what_would_be(play, tmp_path: Path) -> None:
+    async def scenario(stage) -> None:
+        before = await stage.plan()
+        stage.diary.clear()
+        dry = await stage.rebalance(dry_run=True)
+        await asyncio.sleep(10.0)
+        assert not dry.applied
+        assert len(dry.moves) == 4
+        assert (dry.plan.epoch, await stage.plan()) == (1, before)
+        assert stage.diary == []
+        assert not (tmp_path / "planner").exists()
+        done = await stage.rebalance()
+        assert (stage.copies(done.plan), done.moves) == (stage.copies(dry.plan), dry.moves)
+
+    play(scenario)
+
+
+def test_without_an_engine_a_rebalance_says_so(play) -> None:
+    async def scenario(stage) -> None:
+        await stage.hears_registry()
+        for loads in ((), (engine_load("e0", state="STARTING"),)):
+            if loads:
+                await stage.sees(*loads)
+            done = await stage.rebalance()
+            assert (done.applied, done.message, done.failed) == (False, "no engine is ready", ("no engine is ready",))
+            assert done.plan.epoch == 0
+
+    play(scenario, informed=False)
+
+
+def test_a_plan_that_is_right_stays_as_it_is(play) -> None:
+    async def scenario(stage) -> None:
+        first = await stage.rebalance()
+        await stage.sees(*stage.holding(first.plan))
+        stage.diary.clear()
+        again = await stage.rebalance()
+        assert (again.applied, again.moves, again.plan) == (False, (), first.plan)
+        assert again.message == "the plan is right as it is"
+        assert (again.failed, stage.diary) == ((), [])
+
+    play(scenario)
+
+
+def test_what_a_restarted_engine_has_lost_is_asked_for_again(play) -> None:
+    async def scenario(stage) -> None:
+        first = await stage.rebalance()
+        e0, _ = stage.holding(first.plan)
+        await stage.sees(e0, engine_load("e1", incarnation="i2"))
+        stage.diary.clear()
+        again = await stage.rebalance()
+        assert (again.applied, again.moves) == (True, ())
+        assert ("prepare", "e1", {v for e, v in stage.copies(first.plan) if e == "e1"}) in stage.diary
+
+    play(scenario)
+
+
+def test_a_plan_survives_a_restart_and_epochs_go_on(play) -> None:
+    kept: list[Plan] = []
+
+    async def before(stage) -> None:
+        kept.append((await stage.rebalance()).plan)
+
+    async def after(stage) -> None:
+        assert await stage.plan() == kept[0] == stage.plans[0]
+        await stage.hears_registry(stage.adapters[:2])
+        await stage.sees(*stage.holding(kept[0]), asked=stage.adapters[:2])
+        done = await stage.rebalance()
+        assert done.plan.epoch == kept[0].epoch + 1
+        assert {v for _, v in stage.copies(done.plan)} == {a.version for a in stage.adapters[:2]}
+
+    play(before)
+    play(after, informed=False)
+
+
+def test_two_rebalances_at_once_are_one_after_the_other(play) -> None:
+    async def scenario(stage) -> None:
+        for engine in stage.engines.values():
+            engine.delay_s = 2.0
+        stage.diary.clear()
+        first, second = await asyncio.gather(stage.rebalance(), stage.rebalance())
+        assert [first.plan.epoch, second.plan.epoch] == [1, 2]
+        once = ["prepare", "prepare", "publish", "retire", "retire"]
+        assert [what for what, _, _ in stage.diary] == [*once, *once]
+
+    play(scenario)
+
+
+def test_late_subscribers_learn_the_plan_soon(play) -> None:
+    async def scenario(stage) -> None:
+        done = await stage.rebalance()
+        late = stage.network.bus("router-2", ToRouter)
+        late.subscribe("planner", "plan")
+        async with asyncio.timeout(5.0):
+            assert (await late.receive()).message == done.plan
+
+    play(scenario)
