@@ -3,6 +3,7 @@
 import asyncio
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import aiohttp
@@ -34,7 +35,9 @@ def looks_shouted(text: str) -> bool:
 LOOKS = {"pirate": looks_pirate, "french": looks_french, "json": looks_json, "shout": looks_shouted}
 
 
-def test_four_adapters_asked_at_once_answer_in_four_styles(cluster: LocalCluster, demo_model: Path) -> None:
+def test_four_adapters_asked_at_once_answer_in_four_styles(
+    cluster: LocalCluster, demo_model: Path, measured: Callable[[str], None]
+) -> None:
     async def ask() -> dict[str, str]:
         async with cluster.session() as http:
             names = [demo_model.name, *LOOKS]
@@ -43,7 +46,7 @@ def test_four_adapters_asked_at_once_answer_in_four_styles(cluster: LocalCluster
 
     texts = asyncio.run(ask())
     for name, text in texts.items():
-        print(f"{name:>22}: {text}")
+        measured(f"{name:>22}: {text}")
     assert {name: look(texts[name]) for name, look in LOOKS.items()} == dict.fromkeys(LOOKS, True)
     assert not any(
         look(texts[demo_model.name]) for name, look in LOOKS.items() if name in ("pirate", "french", "shout")

@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from collections.abc import Callable
 
 import aiohttp
 
@@ -25,7 +26,9 @@ async def keep_asking(http: aiohttp.ClientSession, until: asyncio.Event) -> list
     return answers
 
 
-def test_a_killed_engine_is_left_survived_and_used_again(cluster: LocalCluster) -> None:
+def test_a_killed_engine_is_left_survived_and_used_again(
+    cluster: LocalCluster, measured: Callable[[str], None]
+) -> None:
     async def scenario() -> None:
         async with cluster.session() as http:
             long = [
@@ -51,7 +54,8 @@ def test_a_killed_engine_is_left_survived_and_used_again(cluster: LocalCluster) 
             assert set(meanwhile) == {("engine-1", None)}
             used = {(await chat(http, name, "hi", max_tokens=4)).engine for name in ("json", "shout") for _ in range(6)}
             assert VICTIM in used, "the engine came back and nobody used it"
-            print(f"{len(meanwhile)} requests ran elsewhere; the engine was back after {dead_until_s - killed_s:.1f} s")
+            back_s = dead_until_s - killed_s
+            measured(f"engine killed twice: {len(meanwhile)} requests ran elsewhere, back after {back_s:.1f} s")
 
     asyncio.run(scenario())
 

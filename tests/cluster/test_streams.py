@@ -6,6 +6,7 @@ LORASERVE_SOAK_S sets how long it goes on (the release check runs 120 s).
 import asyncio
 import os
 import time
+from collections.abc import Callable
 
 from loraserve.testing.local_cluster import Answer, LocalCluster, chat
 
@@ -14,7 +15,9 @@ QUESTIONS = ("What is the moon?", "Tell me about dogs.", "How do I make tea?", "
 SAMPLED = {"temperature": 0.8, "seed": 7, "top_p": 0.9}
 
 
-def test_64_streams_over_8_adapters_equal_their_solo_runs(cluster: LocalCluster, eight_adapters: object) -> None:
+def test_64_streams_over_8_adapters_equal_their_solo_runs(
+    cluster: LocalCluster, eight_adapters: object, measured: Callable[[str], None]
+) -> None:
     seconds = float(os.environ.get("LORASERVE_SOAK_S", "15"))
     names = sorted(eight_adapters)  # type: ignore[call-overload]
     kinds = [(name, question) for name in names for question in QUESTIONS]
@@ -47,7 +50,8 @@ def test_64_streams_over_8_adapters_equal_their_solo_runs(cluster: LocalCluster,
 
     finished, state = asyncio.run(scenario())
     loads = [engine["load"] for engine in state["engines"]]  # type: ignore[attr-defined]
-    print(f"{finished} streams in {seconds:.0f} s, preemptions {[load['preemptions'] for load in loads]}")
+    preemptions = sum(load["preemptions"] for load in loads)
+    measured(f"{finished} streams, {STREAMS} at a time, in {seconds:.0f} s: each as alone, {preemptions} preemptions")
     for load in loads:
         assert load["kv_blocks_free"] == load["kv_blocks_total"]
         assert load["leaks"] == 0

@@ -4,7 +4,7 @@ Base and six adapters share every batch; prompts go in chunks, some prefixes are
 that sequences are preempted. Each is then computed alone by transformers and peft, which must choose the same tokens.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -160,7 +160,9 @@ def engine_config(model_dir: Path, shape: ModelShape, kv_blocks: int, **settings
     return Config(model=ModelConfig(path=str(model_dir)), engine=engine)
 
 
-def test_base_and_six_adapters_in_one_batch_equal_transformers_and_peft(model_dir: Path, adapters: Adapters) -> None:
+def test_base_and_six_adapters_in_one_batch_equal_transformers_and_peft(
+    model_dir: Path, adapters: Adapters, measured: Callable[[str], None]
+) -> None:
     shape = shape_of(read_config(model_dir))
     truth = Truth(model_dir, adapters.folders)
     config = engine_config(model_dir, shape, kv_blocks=34, weights="float32", slab_dtype="float32")
@@ -183,14 +185,16 @@ def test_base_and_six_adapters_in_one_batch_equal_transformers_and_peft(model_di
             assert len(by_adapter(asked, outputs)) == 1 + len(adapters.folders), "an adapter does not show"
     engine.scheduler.validate()
     assert cached > 0, "nothing came from the prefix cache"
-    print(
+    measured(
         f"{model_dir.name}: {2 * len(asked)} requests of {TOKENS} tokens equal, logits within {largest:.1e}; "
         f"{engine.scheduler.counts.preemptions} preemptions, {cached} tokens from the prefix cache"
     )
     assert largest < MAX_LOGIT_DIFFERENCE
 
 
-def test_agreement_of_the_default_weights_is_measured(model_dir: Path, adapters: Adapters) -> None:
+def test_agreement_of_the_default_weights_is_measured(
+    model_dir: Path, adapters: Adapters, measured: Callable[[str], None]
+) -> None:
     """fp16 weights with bfloat16 slabs, where this processor has them: how often float32 chooses the same token."""
     shape = shape_of(read_config(model_dir))
     truth = Truth(model_dir, adapters.folders)
@@ -208,7 +212,7 @@ def test_agreement_of_the_default_weights_is_measured(model_dir: Path, adapters:
         largest = max(largest, (logits - expected).abs().max().item())
     chosen = TOKENS * len(asked)
     share = same / chosen
-    print(
+    measured(
         f"{model_dir.name}, {engine.runner.weights_backend} weights: {share:.1%} of {chosen} greedy tokens agree with "
         f"float32, logits within {largest:.1e}"
     )

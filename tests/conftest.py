@@ -1,0 +1,42 @@
+"""For all tests: which may run beside each other, and what they measured, shown at the end of the run."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from xdist.scheduler import LoadScopeScheduling
+
+MEASURED = "measured"
+WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/")
+"""Tests here share one cluster, or need most of the machine: one worker runs them all, one after the other."""
+
+
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """Tests of a file stay together, and so do those that need the whole machine."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "whole machine" if nodeid.startswith(WHOLE_MACHINE) else nodeid.partition("::")[0]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
+
+
+@pytest.fixture
+def measured(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
+    """Notes one line for the end of the run: figures are to be seen, and tests that pass print nothing."""
+    return lambda line: record_property(MEASURED, line)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    lines = [
+        str(text)
+        for reports in terminalreporter.stats.values()
+        for report in reports
+        for name, text in getattr(report, "user_properties", ())
+        if name == MEASURED and report.when == "call"
+    ]
+    if lines:
+        terminalreporter.section("measured")
+        for line in lines:
+            terminalreporter.line(line)
