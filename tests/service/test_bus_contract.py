@@ -1,4 +1,5 @@
 """What every transport of the bus must do, run over each of them."""
+# Long because every transport is held to one and the same list.
 
 import asyncio
 import tempfile

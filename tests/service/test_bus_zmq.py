@@ -1,4 +1,5 @@
 """What only real sockets can show: strangers, stale files, ports, permissions, processes that are killed."""
+# Long because all need the same real processes and sockets.
 
 import asyncio
 import os

@@ -1,4 +1,5 @@
 """The life of a process: start, loops, drain, stop, and what may and may not end it."""
+# Long because all of a life, from start to stop, is played on one stage.
 
 import asyncio
 from collections.abc import Callable, Coroutine

@@ -1,4 +1,5 @@
 """The real gateway with its HTTP server, and a small cluster behind it that answers from a script."""
+# Long because one scripted cluster stands behind all tests of the gateway, and fixtures are shared through this file.
 
 import asyncio
 import json
