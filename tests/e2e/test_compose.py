@@ -32,6 +32,7 @@ UP_TIMEOUT_S = 420.0
 MAX_IMAGE_BYTES = 2 * 10**9
 
 Say = Callable[[str], None]
+Seconds = dict[str, float]
 
 # Most of it goes into the first test's setup.
 pytestmark = pytest.mark.timeout(ENGINE_TIMEOUT_S + BUILD_TIMEOUT_S + UP_TIMEOUT_S)
@@ -84,7 +85,7 @@ def why_not(command: list[str]) -> str:
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     if done.returncode == 0:
         return ""
-    return f"`{' '.join(command)}` says {(done.stderr.strip() or 'nothing').splitlines()[-1]}"
+    return f"`{' '.join(command)}` says {(done.stderr.strip() or 'nothing').splitlines()[0]}"
 
 
 def tool_environ(said: str) -> dict[str, str]:
@@ -106,7 +107,13 @@ def say(request: pytest.FixtureRequest) -> Say:
 
 
 @pytest.fixture(scope="module")
-def docker_environ(say: Say) -> Iterator[Mapping[str, str]]:
+def seconds() -> Seconds:
+    """How long each part took, shown at the end of the run."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def docker_environ(say: Say, seconds: Seconds) -> Iterator[Mapping[str, str]]:
     """The environment in which ``docker compose`` works."""
     reason = why_not(["docker", "info"]) or why_not(["docker", "compose", "version"])
     if not reason:
@@ -123,7 +130,7 @@ def docker_environ(say: Say) -> Iterator[Mapping[str, str]]:
     if brought.returncode == 3:
         pytest.skip(f"{reason}; {brought.stderr.strip().splitlines()[-1]}")
     assert brought.returncode == 0, brought.stderr
-    say(f"engine up after {time.monotonic() - started_s:.0f} s")
+    seconds["engine"] = time.monotonic() - started_s
     try:
         yield {**os.environ, **tool_environ(brought.stdout)}
     finally:
@@ -132,7 +139,7 @@ def docker_environ(say: Say) -> Iterator[Mapping[str, str]]:
 
 
 @pytest.fixture(scope="module")
-def stack(docker_environ: Mapping[str, str], say: Say) -> Iterator[Stack]:
+def stack(docker_environ: Mapping[str, str], say: Say, seconds: Seconds) -> Iterator[Stack]:
     """Built from this checkout and up; down again whatever happens."""
     running = Stack(docker_environ)
     try:
@@ -140,9 +147,10 @@ def stack(docker_environ: Mapping[str, str], say: Say) -> Iterator[Stack]:
         started_s = time.monotonic()
         running.compose("build", timeout_s=BUILD_TIMEOUT_S)
         built_s = time.monotonic()
-        say(f"built after {built_s - started_s:.1f} s; up --wait")
+        seconds["build"] = built_s - started_s
+        say("up --wait")
         running.up()
-        say(f"up after {time.monotonic() - built_s:.1f} s ")
+        seconds["up --wait"] = time.monotonic() - built_s
         yield running
     finally:
         running.compose("down", "-v", timeout_s=120)
@@ -153,7 +161,7 @@ def test_seven_services_are_healthy(stack: Stack) -> None:
     assert states == dict.fromkeys(SERVICES, "healthy")
 
 
-def test_base_and_adapter_answer_and_an_unknown_model_is_refused(stack: Stack) -> None:
+def test_base_and_adapter_answer_and_an_unknown_model_is_refused(stack: Stack, measured: Say) -> None:
     async def scenario() -> tuple[Answer, Answer, int, dict[str, Any]]:
         timeout = aiohttp.ClientTimeout(total=60)
         async with aiohttp.ClientSession(f"http://127.0.0.1:{stack.port}", timeout=timeout) as http:
@@ -163,7 +171,7 @@ def test_base_and_adapter_answer_and_an_unknown_model_is_refused(stack: Stack) -
                 return base, shout, response.status, await response.json()
 
     base, shout, status, refusal = asyncio.run(scenario())
-    print(f"{MODEL}: {base.text}\nshout: {shout.text}")
+    measured(f"compose: {MODEL} {base.text!r}, shout {shout.text!r}")
     assert (base.error, shout.error) == (None, None)
     assert share_of_capitals(shout.text) > 0.7
     assert 0.0 < share_of_capitals(base.text) < 0.5
@@ -190,18 +198,19 @@ def test_no_container_runs_as_root(stack: Stack) -> None:
     assert set(users.values()) == {"10001"}, users
 
 
-def test_the_image_is_small_and_keeps_nothing_of_the_build(stack: Stack, say: Say) -> None:
+def test_the_image_is_small_and_keeps_nothing_of_the_build(stack: Stack, measured: Say) -> None:
     (image,) = json.loads(stack.docker("image", "inspect", IMAGE))
-    say(f"image of {image['Size'] / 1e9:.2f} GB ")
+    measured(f"compose: image of {image['Size'] / 1e9:.2f} GB")
     assert image["Size"] < MAX_IMAGE_BYTES
     kept = stack.docker("history", "--no-trunc", "--format", "{{.CreatedBy}}", IMAGE) + json.dumps(image["Config"])
     assert "INDEX_URL" not in kept
     assert "TRUSTED_HOST" not in kept
 
 
-def test_down_leaves_nothing_behind(stack: Stack, say: Say) -> None:
+def test_down_leaves_nothing_behind(stack: Stack, seconds: Seconds, measured: Say) -> None:
     assert all(stack.left().values()), "the filter finds what is there"
     started_s = time.monotonic()
     stack.compose("down", "-v", timeout_s=120)
-    say(f"down after {time.monotonic() - started_s:.1f} s ")
+    seconds["down -v"] = time.monotonic() - started_s
+    measured("compose: " + ", ".join(f"{part} {took_s:.1f} s" for part, took_s in seconds.items()))
     assert stack.left() == {"containers": [], "volumes": [], "networks": []}
