@@ -116,7 +116,11 @@ class Scheduler:
         assert {s.request_id for s in self.running if s.in_step} == in_step, "the step and its sequences disagree"
 
     def _arrive(self, admit: Admit, now: float) -> list[Instruction]:
-        if admit.request_id in self._sequences:
+        known = self._sequences.get(admit.request_id)
+        if known is not None and known.aborted:
+            text = "a request of this id was aborted and is in a step still; try again"
+            return [Reject(admit.request_id, admit.gateway, "overloaded", text)]
+        if known is not None:
             return []
         refusal = self._refusal(admit)
         if refusal is not None:

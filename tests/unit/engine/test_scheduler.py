@@ -182,6 +182,18 @@ def test_who_is_in_a_step_is_aborted_when_it_is_done(helpers: SimpleNamespace) -
     desk.tell(RequestAborted("gone"))
 
 
+def test_an_id_that_was_aborted_is_not_taken_until_its_step_is_done(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1], max_tokens=1)
+    desk.tell(RequestAborted("r"))
+    desk.arrive("r", [1], max_tokens=1)
+    assert desk.rejected["r"].code == "overloaded", "taken, it would end with the step and nobody would hear of it"
+    desk.step_done()
+    desk.arrive("r", [1], max_tokens=1)
+    desk.step_done()
+    assert (desk.output["r"], desk.finish["r"]) == ([7], "length")
+
+
 def test_who_runs_but_is_not_in_the_step_is_aborted_at_once(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_step_tokens=4, prefix_cache=False)
     desk.arrive("long", [1] * 8)
