@@ -230,6 +230,19 @@ def test_one_slow_engine_does_not_hold_up_other_requests() -> None:
     play(scenario, silent, takes)
 
 
+def test_what_was_sent_weighs_until_it_should_have_been_reported() -> None:
+    async def scenario(stage: Stage) -> None:
+        engines = []
+        for number, pause_s in enumerate((0.0, 0.1, 2.0)):
+            await asyncio.sleep(pause_s)
+            answer = await stage.route(route_request(f"r{number}", tokens=3000 if number == 0 else 1))
+            assert isinstance(answer, Routed)
+            engines.append(answer.engine)
+        assert engines == ["e0", "e1", "e0"]
+
+    play(scenario, takes, takes)
+
+
 def test_an_engine_that_stays_silent_is_asked_last_until_it_answers_again() -> None:
     async def scenario(stage: Stage) -> None:
         for number in range(2):

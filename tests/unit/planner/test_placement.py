@@ -157,6 +157,13 @@ def test_a_hot_adapter_gets_several_copies_and_a_cold_one_one() -> None:
     assert all(len(placed[f"v{n}"]) == 1 for n in range(1, 11))
 
 
+def test_the_light_fill_the_gaps_that_the_copies_of_the_heavy_leave() -> None:
+    placements = situation(20.0, *[1.0] * 16, engines=3).plan()
+    light = Counter(p.engine for p in placements if p.version != "v0")
+    assert len(where(placements)["v0"]) == 2
+    assert sorted(light.values()) == [2, 2, 12]
+
+
 def test_equal_adapters_are_spread_evenly() -> None:
     placements = situation(*[5.0] * 12, engines=4).plan()
     assert sorted(Counter(p.engine for p in placements).values()) == [3, 3, 3, 3]
@@ -222,6 +229,12 @@ def test_an_adapter_that_is_no_longer_registered_leaves_the_plan() -> None:
 def test_a_small_imbalance_moves_nothing() -> None:
     s = situation(10.0, 10.0, 11.0, 11.0)
     current = (copy(0, "e0"), copy(1, "e0"), copy(2, "e1"), copy(3, "e1"))
+    assert s.plan(current) == current
+
+
+def test_a_copy_that_is_heavy_anywhere_stays_where_it_is() -> None:
+    s = situation(14.0, 6.0)
+    current = (copy(0, "e1"), copy(1, "e0"))
     assert s.plan(current) == current
 
 

@@ -63,14 +63,11 @@ def wins(view: ClusterView, request: Route, plan: PlannedCopies | None, rounds: 
     return Counter(c.candidates[0].engine for c in choices if isinstance(c, Choice))
 
 
-def test_without_a_ready_engine_there_is_nothing_to_choose() -> None:
-    assert refusal(ClusterView(), route_request()).code == "no_engine"
-    assert refusal(view_of(engine_load("e0", state="DRAINING")), route_request()).code == "no_engine"
-
-
 def test_only_ready_engines_are_chosen() -> None:
     view = view_of(engine_load("e0", state="STARTING"), engine_load("e1", waiting_prefill_tokens=5000))
     assert [c.engine for c in candidates(view)] == ["e1"]
+    assert refusal(ClusterView(), route_request()).code == "no_engine"
+    assert refusal(view_of(engine_load("e0", state="DRAINING")), route_request()).code == "no_engine"
 
 
 def test_a_prompt_that_fills_every_context_is_refused_with_both_lengths() -> None:
@@ -122,6 +119,13 @@ def test_a_burst_between_two_pictures_is_shared() -> None:
     assert set(given_to.values()) <= set(range(18, 23)), given_to
 
 
+def test_prompts_on_their_way_are_part_of_the_queue() -> None:
+    view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=2000))
+    view.sent("e0", route_request("long", tokens=3000), now=100.0)
+    assert first(view)[0] == "e1"
+    assert candidates(view)[1].predicted_s == pytest.approx(3.0, abs=0.1)
+
+
 def test_an_engine_without_a_place_in_its_batch_waits_longer() -> None:
     full = engine_load("e0", running=4, max_running=4)
     view = view_of(full, engine_load("e1", running=4, max_running=8))
@@ -140,6 +144,18 @@ def test_the_engine_that_holds_the_adapter_wins_until_its_queue_is_longer_than_a
     assert first(view_of(short, engine_load("e1")), request) == ("e0", "resident")
     long = engine_load("e0", waiting_prefill_tokens=3000, **HELD)
     assert first(view_of(long, engine_load("e1")), request) == ("e1", "spill")
+
+
+def test_a_start_a_little_sooner_is_not_worth_a_load() -> None:
+    request = route_request(adapter=adapter_ref(1, slab_bytes=50 * MIB))
+    holder = engine_load("e0", waiting_prefill_tokens=600, **HELD)
+    assert first(view_of(holder, engine_load("e1")), request) == ("e0", "resident")
+
+
+def test_an_adapter_loads_while_its_request_waits() -> None:
+    view = view_of(engine_load("e0", waiting_prefill_tokens=500))
+    (only,) = candidates(view, route_request(adapter=adapter_ref(1, slab_bytes=50 * MIB)))
+    assert only.predicted_s == pytest.approx(0.5, abs=0.02)
 
 
 def test_a_load_waits_where_the_pool_is_in_use() -> None:
@@ -170,16 +186,12 @@ def test_an_adapter_on_its_way_counts_as_held() -> None:
     assert first(view, route_request(adapter=PIRATE), plan=plan_of(e1=1.0)) == ("e1", "planned")
 
 
-def test_when_no_start_is_near_enough_it_is_refused_until_one_is() -> None:
-    view = view_of(engine_load("e0", waiting_prefill_tokens=50_000), engine_load("e1", waiting_prefill_tokens=60_000))
-    answer = refusal(view, route_request())
+def test_it_is_refused_only_where_no_start_is_near_enough() -> None:
+    far, farther, near = (engine_load(f"e{n}", waiting_prefill_tokens=n * 1000) for n in (50, 60, 39))
+    assert first(view_of(far, near))[0] == "e39"
+    answer = refusal(view_of(far, farther), route_request())
     assert answer.code == "overloaded"
     assert answer.retry_after_s == pytest.approx(40.0, abs=0.5)
-
-
-def test_it_is_not_refused_while_one_engine_is_near_enough() -> None:
-    view = view_of(engine_load("e0", waiting_prefill_tokens=50_000), engine_load("e1", waiting_prefill_tokens=39_000))
-    assert first(view)[0] == "e1"
 
 
 def test_nobody_is_told_to_come_back_at_once() -> None:

@@ -143,10 +143,12 @@ def test_an_answer_of_another_incarnation_means_an_empty_pool(watcher: Watcher) 
 
 
 def test_room_is_what_is_free_and_what_only_the_plan_pins(watcher: Watcher) -> None:
+    # An engine counts what nobody pins as free itself.
     held = (
         resident(adapter_ref(1, slab_bytes=3 * MIB), pinned=True),
         resident(adapter_ref(2, slab_bytes=8 * MIB), pinned=True, running=1),
         resident(adapter_ref(3, slab_bytes=8 * MIB), running=1),
+        resident(adapter_ref(4, slab_bytes=2 * MIB)),
     )
     watcher.sees(engine_load("e0", pool_total_bytes=48 * MIB, pool_free_bytes=10 * MIB, resident=held))
     assert watcher.e0.room_bytes == 14 * MIB
