@@ -39,10 +39,13 @@ class Placed(msgspec.Struct, frozen=True):
 class AdapterPool:
     """The engine's adapter memory: buddy extents, slots, pins, least recently used."""
 
-    def __init__(self, pool_bytes: int, slots: int, min_extent_bytes: int = MIN_EXTENT_BYTES) -> None:
+    def __init__(
+        self, pool_bytes: int, slots: int, min_extent_bytes: int = MIN_EXTENT_BYTES, max_rank: int | None = None
+    ) -> None:
         self._buddy = BuddyAllocator(pool_bytes, min_extent_bytes)
         self._pool_bytes = pool_bytes
         self._slots = slots
+        self._max_rank = max_rank
         self._free_slots = list(range(slots - 1, -1, -1))
         self._entries: dict[str, Entry] = {}
         self.plan_pins_dropped = 0
@@ -71,6 +74,8 @@ class AdapterPool:
         """Why this adapter can never be held here, with the remedy; None where it can."""
         if self._slots == 0:
             return "engine.max_adapters is 0; raise it to serve adapters"
+        if self._max_rank is not None and adapter.rank > self._max_rank:
+            return f"adapter {adapter.name} has rank {adapter.rank}, engine.max_rank is {self._max_rank}; raise it"
         if self._buddy.extent_bytes(adapter.slab_bytes) > self._buddy.largest_bytes:
             needed = self._buddy.extent_bytes(adapter.slab_bytes)
             return (

@@ -16,7 +16,7 @@ class Residency:
     """The pool, its loads and the plan's wishes."""
 
     def __init__(self, limits: SchedulerLimits, story: Story) -> None:
-        self.pool = AdapterPool(limits.pool_bytes, limits.max_adapters)
+        self.pool = AdapterPool(limits.pool_bytes, limits.max_adapters, max_rank=limits.max_rank)
         self._max_loads = limits.max_loads
         self._story = story
         self._epoch: int | None = None

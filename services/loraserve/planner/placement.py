@@ -16,6 +16,8 @@ POOL_FRACTION = 0.75
 """Of a pool that the plan may pin; the rest is for adapters that come on demand."""
 HYSTERESIS = 0.2
 """A copy moves only if its engine carries this much more than the fair share."""
+SPLIT_SHARE = 0.05
+"""Of an engine's time: an adapter that takes less needs no second copy, however little the others take."""
 IDLE_WEIGHT = 1e-9
 """Of an adapter that is kept although nobody asks for it: enough to be ordered, too little to weigh."""
 
@@ -72,8 +74,8 @@ def _weights(
 
 
 def _copies(weight: float, fair: float, min_copies: int, engines: int) -> int:
-    """One, and one more for every whole engine's fair share that the adapter brings; none more where nobody asks."""
-    shares = round(weight / fair) if weight > IDLE_WEIGHT else 0
+    """One, and one more for every whole engine's fair share that the adapter brings; none more where few ask."""
+    shares = round(weight / fair) if weight > SPLIT_SHARE else 0
     return min(engines, max(min_copies, 1, shares))
 
 

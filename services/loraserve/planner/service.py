@@ -67,6 +67,8 @@ class PlannerService(Service):
         match envelope.message:
             case ClusterLoad() as load:
                 self._load = load
+                for engine in self._engines():
+                    self._cost = self._cost.observe(engine)
             case RegistryChanged(adapters=adapters):
                 self._adapters = {adapter.version: adapter for adapter in adapters}
                 self._registry_known = True

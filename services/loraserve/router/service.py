@@ -50,9 +50,9 @@ class RouterService(Service):
                 self._take_plan(plan)
 
     def _take_picture(self, picture: ClusterLoad) -> None:
-        self._view.update(picture, self.clock.monotonic_s())
-        for engine in self._view.ready():
-            self._cost = self._cost.observe(engine.load)
+        if self._view.update(picture, self.clock.monotonic_s()):
+            for engine in self._view.ready():
+                self._cost = self._cost.observe(engine.load)
 
     def _take_plan(self, plan: Plan) -> None:
         """Published again and again. A planner that lost its disk begins at epoch 1 again, and is followed."""

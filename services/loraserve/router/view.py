@@ -100,11 +100,11 @@ class ClusterView:
         self._ready: list[EngineView] = []
         self._stories: dict[str, list[str]] = {}
 
-    def update(self, picture: ClusterLoad, now: float) -> None:
-        """A picture from the monitor; one that is older than the last changes nothing."""
+    def update(self, picture: ClusterLoad, now: float) -> bool:
+        """A picture from the monitor; one that is older than the last changes nothing, which is False."""
         incarnation, sequence = self._picture
         if picture.incarnation == incarnation and picture.sequence <= sequence:
-            return
+            return False
         self._picture = picture.incarnation, picture.sequence
         for seen in picture.engines:
             self._report(seen.load, now - seen.age_s, seen.alive, now)
@@ -117,6 +117,7 @@ class ClusterView:
         if requests_per_s > 0:
             self.output_tokens = max(1.0, sum(d.decode_tokens_per_s for d in picture.demand) / requests_per_s)
         self._list_ready()
+        return True
 
     def ready(self) -> list[EngineView]:
         """Engines that take requests as far as is known, those that are avoided too."""

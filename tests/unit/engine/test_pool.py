@@ -202,3 +202,11 @@ def test_refusals_name_the_setting_to_raise() -> None:
     assert f"engine.pool_bytes={5 * MIN} can give is {4 * MIN}; raise engine.pool_bytes" in refusal
     assert AdapterPool(MIN, 0, MIN).refusal(ref("any")) == "engine.max_adapters is 0; raise it to serve adapters"
     assert AdapterPool(MIN * 5, 4, MIN).refusal(ref("fits", 4)) is None
+
+
+def test_a_rank_above_the_limit_is_refused_by_name() -> None:
+    adapter = ref("wide", 1)
+    pool = AdapterPool(MIN * 4, 4, MIN, max_rank=adapter.rank - 1)
+    refusal = pool.refusal(adapter)
+    assert refusal == f"adapter name-wide has rank {adapter.rank}, engine.max_rank is {adapter.rank - 1}; raise it"
+    assert AdapterPool(MIN * 4, 4, MIN, max_rank=adapter.rank).refusal(adapter) is None

@@ -253,3 +253,8 @@ def test_a_new_engine_takes_its_part() -> None:
     moved = sum(p not in current for p in placements)
     assert 2 <= moved <= 3
     assert Counter(p.engine for p in placements)["e2"] == moved
+
+
+def test_a_trickle_needs_no_second_copy_however_quiet_the_others() -> None:
+    assert len(situation(1.0).plan()) == 1
+    assert len(situation(40.0).plan()) == 2

@@ -263,3 +263,9 @@ def test_stories_and_live_requests_are_forgotten_oldest_first(watcher: Watcher) 
     watcher.sees(engine_load("e0", request_ids=tuple(f"r{n}" for n in range(MOST_LIVE + 1))))
     assert "r0" not in watcher.view.live
     assert f"r{MOST_LIVE}" in watcher.view.live
+
+
+def test_only_news_is_learned_from(watcher: Watcher) -> None:
+    assert watcher.view.update(picture(engine_load("e0"), sequence=5), watcher.now)
+    assert not watcher.view.update(picture(engine_load("e0"), sequence=5), watcher.now)
+    assert not watcher.view.update(picture(engine_load("e0"), sequence=4), watcher.now)
