@@ -14,7 +14,7 @@ from loraserve.kernels.memory import as_float, float_bits, floats, int64s, take_
 from loraserve.kernels.vector_ir import make_dot_block
 from loraserve.kernels.workers import run
 
-SHARE_WORK_ELEMENTS = 200_000
+SHARE_WORK_ELEMENTS = 20_000
 """Elements from which a second thread brings more than calling it costs."""
 PART_ROWS = 8
 """Rows that a thread takes at a time."""

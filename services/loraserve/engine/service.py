@@ -18,7 +18,7 @@ from loraserve.adapter.format import ITEM_BYTES
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
-from loraserve.engine.batch import StepBatch
+from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.events import (
     AdapterLoaded,
     AdapterLoadFailed,
@@ -149,7 +149,8 @@ class EngineService(Service):
     def _carry_out(self, instruction: Instruction) -> None:
         match instruction:
             case RunStep(batch):
-                self.spawn(self._run_step(batch))
+                # Begun at once: tokens of the last step are sent while this one computes.
+                self.spawn(self._await_step(batch, self._in_worker(self._runner.step, batch)))
             case LoadAdapter() as load:
                 self.spawn(self._load(load))
             case EvictAdapter(version, slot):
@@ -162,9 +163,9 @@ class EngineService(Service):
             case PlanReady(epoch, failed_copies):
                 self._answer_plan(epoch, failed_copies)
 
-    async def _run_step(self, batch: StepBatch) -> None:
+    async def _await_step(self, batch: StepBatch, step: asyncio.Future[StepResult]) -> None:
         try:
-            result = await self._in_worker(self._runner.step, batch)
+            result = await step
         except Exception as error:
             self.log.exception("step_failed", step=batch.step_id, requests=[s.request_id for s in batch.sequences])
             self._tell(StepFailed(batch.step_id, f"{self.bus.name} could not compute a step: {error}"))
@@ -231,5 +232,5 @@ class EngineService(Service):
         self.starting_detail = text
         self.log.info("starting_up", step=text)
 
-    async def _in_worker(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+    def _in_worker(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
+        return asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)

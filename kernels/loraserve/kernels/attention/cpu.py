@@ -14,7 +14,7 @@ from loraserve.kernels.memory import float_bits
 from loraserve.kernels.workers import run
 
 TILE_TOKENS = 16
-SHARE_WORK_SCORES = 8192
+SHARE_WORK_SCORES = 1500
 """Scores from which a second thread brings more than calling it costs."""
 
 

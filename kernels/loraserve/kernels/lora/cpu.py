@@ -17,7 +17,7 @@ from loraserve.model_shape import MODULES
 TILE_TOKENS = 32
 """Most tokens that share one pass over the weights: their rows of x and h stay in the cache."""
 PARTS_PER_THREAD = 4
-SHARE_WORK = 2_400_000
+SHARE_WORK = 1_000_000
 """Work, as ``LoraBatch.work`` counts it, from which a second thread brings more than calling it costs."""
 
 _KERNELS = {torch.float32: KERNELS["float32"], torch.bfloat16: KERNELS["bfloat16"], torch.float16: KERNELS["float16"]}
