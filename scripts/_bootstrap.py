@@ -8,9 +8,11 @@ import hashlib
 import json
 import os
 import platform
+import queue
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +21,8 @@ VENV = Path(os.environ.get("LORASERVE_VENV", str(ROOT / ".venv")))
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_PYTHON = (3, 11)
+SILENCE_S = 2.0
+"""Nobody waits longer than this without a word."""
 
 
 def say(text):
@@ -129,17 +133,40 @@ def has_gpu():
     return Path("/dev/nvidia0").exists() or shutil.which("nvidia-smi") is not None
 
 
+def _lines(stream):
+    """A queue of the lines as they come, then None."""
+    lines = queue.Queue()
+
+    def read():
+        for line in stream:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
 def _pip(command):
-    """Run pip, showing what it collects, and turn its usual failures into a remedy."""
+    """Run pip, showing what it does and that it is alive, and turn its usual failures into a remedy."""
     process = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     tail = []
+    doing = "asking for packages"
     started_s = shown_s = time.monotonic()
-    for line in process.stdout:
-        tail = [*tail, line.rstrip()][-30:]
-        words = line.split()
-        if words and words[0] in ("Downloading", "Installing", "Building") and time.monotonic() - shown_s > 2:
+    lines = _lines(process.stdout)
+    line = ""
+    while line is not None:
+        try:
+            line = lines.get(timeout=SILENCE_S)
+        except queue.Empty:
+            line = ""
+        words = (line or "").split()
+        if words:
+            tail = [*tail, line.rstrip()][-30:]
+        if words and words[0] in ("Collecting", "Downloading", "Installing", "Building"):
+            doing = " ".join(words)[:90]
+        if time.monotonic() - shown_s >= SILENCE_S:
             shown_s = time.monotonic()
-            say(f"[install] {shown_s - started_s:4.0f} s  {' '.join(words)[:90]}")
+            say(f"[install] {shown_s - started_s:4.0f} s  {doing}")
     if process.wait() != 0:
         text = "\n".join(tail)
         say(text)
