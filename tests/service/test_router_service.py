@@ -106,6 +106,16 @@ def test_the_nearest_engine_gets_the_request_whole() -> None:
     play(scenario, takes, takes)
 
 
+@pytest.mark.parametrize("answer", [Ping(), PeerError("internal", "it broke")], ids=["nonsense", "error"])
+def test_an_engine_that_answers_wrongly_may_have_the_request_and_is_told_to_abort(answer: Any) -> None:
+    async def scenario(stage: Stage) -> None:
+        assert isinstance(await stage.route(route_request("r1")), Rejected)
+        await asyncio.sleep(0.01)
+        assert stage.engines[0].got(Abort) == [Abort(request_id="r1")]
+
+    play(scenario, lambda message: answer if isinstance(message, Admit) else None, takes)
+
+
 def test_a_silent_engine_is_passed_by_and_told_to_abort() -> None:
     async def scenario(stage: Stage) -> None:
         began_s = asyncio.get_running_loop().time()

@@ -31,7 +31,8 @@ class Epochs:
     def write(self, plan: Plan) -> None:
         """Raises OSError where the disk refuses; the old plan then stays."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_suffix(f".{os.getpid()}.tmp")
+        # One name for all: what a killed planner left behind is written over by the next.
+        temporary = self._file.with_suffix(".tmp")
         try:
             with temporary.open("wb") as file:
                 file.write(msgspec.json.encode(plan))

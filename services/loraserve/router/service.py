@@ -109,6 +109,8 @@ class RouterService(Service):
             self.bus.send(engine, Abort(request_id=request.request_id))
             return None
         except PeerError as error:
+            # It may have taken the request and failed to say so.
+            self.bus.send(engine, Abort(request_id=request.request_id))
             return self._refused(engine, request, error.code, error.message)
         if not answer.ok:
             return self._refused(engine, request, answer.code, answer.message)

@@ -1,11 +1,11 @@
 """The store process: the durable registry and slabs, behind messages. Disk work happens in threads."""
 
 import asyncio
-from collections import defaultdict
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
@@ -41,7 +41,7 @@ class StoreService(Service):
         super().__init__(config, bus, clock)
         self._store: AdapterStore
         # Two registrations of one name run one after the other; different names run side by side.
-        self._names: dict[str, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._names: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def start(self, stack: AsyncExitStack) -> None:
         self._store = await asyncio.to_thread(open_store, self.config, self.clock.unix_s())
@@ -76,7 +76,7 @@ class StoreService(Service):
         self.bus.respond(envelope, AdapterRegistered(adapter=ref, created=created))
 
     async def _register_one(self, name: str, path: str, replace: bool) -> tuple[Any, bool]:
-        async with self._names[name]:
+        async with self._names.setdefault(name, asyncio.Lock()):
             ref, created = await asyncio.to_thread(self._store.register, name, path, replace, self.clock.unix_s())
         self.log.info("registered", adapter=name, version=ref.version[:12], rank=ref.rank, created=created)
         self._publish()
@@ -89,7 +89,7 @@ class StoreService(Service):
             self.log.error("not_registered", adapter=name, code=error.code, reason=error.message)
 
     async def _unregister(self, envelope: Envelope, name: str) -> None:
-        async with self._names[name]:
+        async with self._names.setdefault(name, asyncio.Lock()):
             await asyncio.to_thread(self._store.unregister, name, self.clock.unix_s())
         self.log.info("unregistered", adapter=name)
         self.bus.respond(envelope, AdapterUnregistered(name=name))
