@@ -18,6 +18,7 @@ from loraserve.messages import AdapterRef, OpenSlab, ReadSlab, SlabChunk, SlabIn
 
 CHUNKS_IN_FLIGHT = 2
 """One is copied while the next is on its way; more would only hold memory."""
+ASK_AGAIN_S = 0.2
 
 
 class LoadFailed(Exception):
@@ -46,20 +47,36 @@ class SlabLoader:
         self._timeout_s = timeout_s
 
     async def load(self, adapter: AdapterRef, offset_bytes: int) -> Loaded:
-        """Copy the slab to ``offset_bytes`` of the pool. Raises LoadFailed; the extent's content is then undefined."""
-        started_s = time.monotonic()
+        """Copy the slab to ``offset_bytes`` of the pool; a store that is restarted meanwhile is asked again.
+
+        Raises LoadFailed; the extent's content is then undefined.
+        """
+        extent = self._pool[offset_bytes : offset_bytes + adapter.slab_bytes]
         try:
             async with asyncio.timeout(self._timeout_s):
-                header = await self._open(adapter)
-                extent = self._pool[offset_bytes : offset_bytes + adapter.slab_bytes]
-                await self._copy(adapter.version, extent)
-                await self._verify(adapter, header, extent)
+                while True:
+                    loaded = await self._try(adapter, extent)
+                    if loaded is not None:
+                        return loaded
+                    await asyncio.sleep(ASK_AGAIN_S)
         except TimeoutError as error:
             raise LoadFailed("timeout", f"the store did not send all of it within {self._timeout_s:g} s") from error
-        except RequestTimeout as error:
-            raise LoadFailed("timeout", str(error)) from error
         except PeerError as error:
             raise LoadFailed(error.code, error.message) from error
+
+    async def _try(self, adapter: AdapterRef, extent: memoryview) -> Loaded | None:
+        """None where the store went away or has only begun to start."""
+        started_s = time.monotonic()
+        try:
+            header = await self._open(adapter)
+            await self._copy(adapter.version, extent)
+        except RequestTimeout:
+            return None
+        except PeerError as error:
+            if error.code == "starting":
+                return None
+            raise
+        await self._verify(adapter, header, extent)
         return Loaded(header, adapter.slab_bytes / max(time.monotonic() - started_s, 1e-9))
 
     async def _open(self, adapter: AdapterRef) -> SlabHeader:

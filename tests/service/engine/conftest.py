@@ -147,6 +147,13 @@ class Stage:
         self._tasks.pop(0).cancel()
         self.network.kill("store")
 
+    async def store_starts(self) -> None:
+        """Another process of that name: at first it only says that it is starting."""
+        bus = self.network.bus("store", ToStore)
+        self.store.open.set()
+        bus.refuse(await bus.receive(), "starting", "store is starting; ask again")
+        self._tasks.insert(0, asyncio.create_task(self.store.serve(bus)))
+
     async def until(self, condition: Callable[[], bool]) -> None:
         async with asyncio.timeout(TIMEOUT_S):
             while not condition():

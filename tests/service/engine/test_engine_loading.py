@@ -101,19 +101,30 @@ def test_a_slab_of_another_dtype_is_a_failure_not_a_wrong_answer(play: Play, mod
     play(scenario, slab_dtype="bfloat16")
 
 
-def test_a_store_that_dies_ends_the_load_at_once(play: Play, models: Any) -> None:
+def test_a_store_that_is_restarted_in_the_middle_of_a_load_is_asked_again(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         stage.store.open.clear()
         await stage.admit("waits", "one")
         await stage.until(lambda: stage.store.chunks_asked)
         stage.store_dies()
-        await stage.finished("waits")
-        assert "timeout: store: its connection was lost" in stage.failed["waits"].message
         await stage.admit("base")
         await stage.finished("base")
         assert stage.tokens["base"] == models.expected("", 8)
+        await stage.store_starts()
+        await stage.finished("waits")
+        assert stage.tokens["waits"] == models.expected("one", 8)
 
     play(scenario, load_timeout_s=3600.0)
+
+
+def test_a_store_that_stays_away_ends_the_load_in_time(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        stage.store_dies()
+        await stage.admit("waits", "one")
+        await stage.finished("waits")
+        assert "timeout: the store did not send all of it within 0.5 s" in stage.failed["waits"].message
+
+    play(scenario, load_timeout_s=0.5)
 
 
 def test_the_real_stores_slabs_are_computed_with(play: Play, models: Any, tmp_path: Path) -> None:
