@@ -2,6 +2,8 @@
 
 import argparse
 import asyncio
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from pathlib import Path
 
 import msgspec
 
+from loraserve.bus.claim import NameClaim, private_dir
 from loraserve.config import Config, load_config
 from loraserve.demo import demo_adapters
 from loraserve.demo.model import prepare_model
@@ -17,8 +20,8 @@ from loraserve.demo.paths import default_data_dir
 from loraserve.errors import ConfigError, LoraServeError
 from loraserve.supervisor.preflight import check_disk, check_model, check_not_running, check_port
 from loraserve.supervisor.processes import ProcessFailed
-from loraserve.supervisor.state import is_ours, read_state, stop_cluster
-from loraserve.supervisor.up import LocalCluster, try_lines
+from loraserve.supervisor.state import RunState, clear_run_dir, read_state, stop_cluster, write_state
+from loraserve.supervisor.up import LocalCluster, base_url, try_lines
 
 STARTED_S = time.monotonic()
 DETACH_POLL_S = 0.2
@@ -45,14 +48,30 @@ def up(arguments: argparse.Namespace) -> int:
     run_dir = Path(config.cluster.run_dir)
     check_not_running(run_dir)
     check_port(config.gateway.host, config.gateway.port)
-    for folder in (run_dir, Path(config.cluster.log_dir), Path(config.cluster.data_dir)):
-        _make_folder(folder, private=folder == run_dir)
+    for folder in (Path(config.cluster.log_dir), Path(config.cluster.data_dir)):
+        _make_folder(folder)
+    private_dir(run_dir)
     check_disk(Path(config.cluster.data_dir))
     if arguments.detach:
         return _detach(arguments, config)
+    with NameClaim(run_dir, "up"):
+        try:
+            _serve(config, arguments)
+        finally:
+            clear_run_dir(run_dir)
+    return 0
+
+
+def _serve(config: Config, arguments: argparse.Namespace) -> None:
+    cluster = config.cluster
+    # Until the cluster takes over: `down` ends this and what it runs, such as a download, as Ctrl-C does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # From now on, while the model is still being made, others see that somebody starts here and can stop it.
+    write_state(
+        Path(cluster.run_dir), RunState(pid=os.getpid(), url=base_url(config), log_dir=cluster.log_dir, model="")
+    )
     config, adapters = _with_model(config, arguments)
     asyncio.run(LocalCluster(config, adapters, _say).run(lambda: _announce(config, adapters)))
-    return 0
 
 
 def down(arguments: argparse.Namespace) -> int:
@@ -120,11 +139,9 @@ def _flag_values(arguments: argparse.Namespace) -> list[tuple[str, str | None]]:
     return [(key, getattr(arguments, flag, None)) for flag, key in keys.items()]
 
 
-def _make_folder(folder: Path, private: bool) -> None:
+def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if private:
-            folder.chmod(0o700)
     except OSError as error:
         raise ConfigError(f"cannot make {folder}: {error.strerror}; choose another place with --data DIR") from error
 
@@ -135,11 +152,21 @@ def _detach(arguments: argparse.Namespace, config: Config) -> int:
     command = [sys.executable, "-m", "loraserve.cluster", *[a for a in arguments.raw if a != "--detach"]]
     with log_file.open("wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+    try:
+        return _follow(child, log_file, Path(config.cluster.run_dir))
+    except KeyboardInterrupt:
+        _say("stopping")
+        stop_cluster(Path(config.cluster.run_dir), _state_of(child, config), STOP_TIMEOUT_S)
+        raise
+
+
+def _follow(child: "subprocess.Popen[bytes]", log_file: Path, run_dir: Path) -> int:
+    """Shows its output until it is ready, which is 0, or has ended."""
     with log_file.open() as output:
         while True:
             ended = child.poll() is not None
-            state = read_state(Path(config.cluster.run_dir))
-            ready = state is not None and state.ready and is_ours(state.pid)
+            state = read_state(run_dir)
+            ready = state is not None and state.ready and state.pid == child.pid
             sys.stderr.write(output.read())
             sys.stderr.flush()
             if ended:
@@ -147,6 +174,13 @@ def _detach(arguments: argparse.Namespace, config: Config) -> int:
             if ready:
                 return 0
             time.sleep(DETACH_POLL_S)
+
+
+def _state_of(child: "subprocess.Popen[bytes]", config: Config) -> RunState:
+    state = read_state(Path(config.cluster.run_dir))
+    if state is not None and state.pid == child.pid:
+        return state
+    return RunState(pid=child.pid, url=base_url(config), log_dir=config.cluster.log_dir, model="")
 
 
 def _announce(config: Config, adapters: dict[str, Path]) -> None:

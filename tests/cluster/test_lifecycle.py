@@ -1,15 +1,18 @@
 """Starting, refusing to start, stopping without a trace; any of the four families through --model."""
 
 import asyncio
+import signal
 import socket
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from loraserve.model_shape import read_config, shape_of
-from loraserve.supervisor.state import is_ours
-from loraserve.testing.local_cluster import LocalCluster, chat
+from loraserve.supervisor.state import is_ours, read_state
+from loraserve.testing.local_cluster import LocalCluster, chat, free_port
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 from loraserve.testing.tiny_tokenizer import write_tiny_tokenizer
 
@@ -57,6 +60,51 @@ def test_children_end_with_a_killed_supervisor(tiny: Path, tmp_path: Path) -> No
                 break
             asyncio.run(asyncio.sleep(0.1))
         assert not left
+
+
+def test_what_is_still_preparing_is_seen_by_others_and_stopped(tmp_path: Path) -> None:
+    cluster = LocalCluster(tmp_path / "data")
+    run_dir = cluster.data_dir / "run"
+    first = subprocess.Popen(cluster.command("up", "--port", str(cluster.port)), stderr=subprocess.DEVNULL)
+    wait_for(lambda: (run_dir / "cluster.json").exists())
+    second = subprocess.run(cluster.command("up", "--port", str(free_port())), capture_output=True, text=True)
+    assert (second.returncode, "already runs" in second.stderr) == (1, True)
+    assert first.poll() is None
+    cluster.down()
+    # A shell calls both 130: Python ends itself by the signal where it comes in the middle of an import.
+    assert first.wait(20) in (130, -signal.SIGINT)
+    assert not list(run_dir.glob("*"))
+
+
+def test_ctrl_c_while_it_waits_stops_what_was_started(tiny: Path, tmp_path: Path) -> None:
+    cluster = LocalCluster(tmp_path / "data")
+    run_dir = cluster.data_dir / "run"
+    flags = ("--detach", "--port", str(cluster.port), "--model", str(tiny))
+    waiting = subprocess.Popen(cluster.command("up", *flags), stderr=subprocess.DEVNULL)
+    wait_for(lambda: (state := read_state(run_dir)) is not None and len(state.processes) > 3)
+    pids = cluster.pids()
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(30) == 130
+    assert not [name for name, pid in pids.items() if is_ours(pid)]
+    assert not list(run_dir.glob("*"))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline_s = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+def test_a_folder_that_others_may_enter_is_refused_and_left_alone(tiny: Path, tmp_path: Path) -> None:
+    chosen = tmp_path / "mine"
+    chosen.mkdir(mode=0o755)
+    (chosen / "config.toml").write_text("kept")
+    cluster = LocalCluster(tmp_path / "data")
+    flags = ("--model", str(tiny), "--set", f"cluster.run_dir={chosen}")
+    done = subprocess.run(cluster.command("up", *flags), capture_output=True, text=True, timeout=60)
+    assert (done.returncode, "chmod 700" in done.stderr) == (1, True)
+    assert [path.read_text() for path in chosen.iterdir()] == ["kept"]
 
 
 @pytest.mark.parametrize("flags", [("--port", "BUSY"), ("--model", "/nowhere"), ("--set", "engine.pools=1")])

@@ -45,6 +45,8 @@ def environment(config: Config, kind: str) -> dict[str, str]:
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
         PYTHONUNBUFFERED="1",
+        # Modules of the folder in which somebody stands are not ours.
+        PYTHONSAFEPATH="1",
     )
     return values
 

@@ -1,7 +1,8 @@
-"""The file by which `down`, `status` and a second `up` find a running local cluster."""
+"""The file by which `down` and a second `up` find a running local cluster."""
 
 import contextlib
 import os
+import re
 import signal
 import time
 from pathlib import Path
@@ -9,7 +10,12 @@ from pathlib import Path
 import msgspec
 
 FILE_NAME = "cluster.json"
-OWNED_SUFFIXES = (".sock", ".pub", ".lock")
+CONFIG_NAME = "cluster.toml"
+OWNED = re.compile(
+    r"cluster\.toml|\.?cluster\.json(\.\d+)?"
+    r"|(up|store|planner|monitor|router|(engine|gateway|up|ping)-\d+)\.(sock|pub|lock)"
+)
+"""What a cluster puts into its run folder, by exact names: the folder may be one that a person chose."""
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
@@ -39,10 +45,9 @@ def read_state(run_dir: Path) -> RunState | None:
 
 
 def clear_run_dir(run_dir: Path) -> None:
-    """Remove what a cluster leaves in its run folder: state, configuration and socket files."""
-    for path in list(run_dir.glob("*")) + list(run_dir.glob(f".{FILE_NAME}.*")):
-        if path.suffix in OWNED_SUFFIXES or path.name in (FILE_NAME, "config.toml") or path.name.startswith("."):
-            path.unlink(missing_ok=True)
+    """Remove what a cluster leaves in its run folder: state, configuration, sockets and locks, and nothing else."""
+    for path in [path for path in run_dir.glob("*") if OWNED.fullmatch(path.name) and not path.is_dir()]:
+        path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         run_dir.rmdir()
 

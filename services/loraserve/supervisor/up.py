@@ -16,7 +16,7 @@ from loraserve.config import Config, to_toml
 from loraserve.errors import ConfigError, PeerError, RequestTimeout
 from loraserve.messages import AdapterRegistered, Ping, Pong, RegisterAdapter
 from loraserve.supervisor.processes import Processes, process_names
-from loraserve.supervisor.state import RunState, clear_run_dir, write_state
+from loraserve.supervisor.state import CONFIG_NAME, RunState, clear_run_dir, write_state
 
 READY_TIMEOUT_S = 300.0
 PING_INTERVAL_S = 0.2
@@ -39,7 +39,7 @@ class LocalCluster:
         self._state = RunState(
             pid=os.getpid(), url=base_url(config), log_dir=config.cluster.log_dir, model=config.model.name
         )
-        config_file = self._run_dir / "config.toml"
+        config_file = self._run_dir / CONFIG_NAME
         self._processes = Processes(config, config_file, self._log_dir, self._on_change, say)
         self._write_config(config_file)
 
@@ -69,8 +69,9 @@ class LocalCluster:
         if not self._stop.is_set():
             starting.result()
             self._processes.ready = True
-            self._update(ready=True)
+            # Before it is called ready: whoever waits for that then shows all of it.
             on_ready()
+            self._update(ready=True)
         starting.cancel()
         await stopped
 

@@ -41,10 +41,13 @@ def test_a_reused_pid_is_not_ours() -> None:
 
 
 def test_clear_leaves_foreign_files_alone(tmp_path: Path) -> None:
-    for name in ("cluster.json", "config.toml", "router.sock", "store.pub", "engine-0.lock", "notes.txt"):
+    ours = ("cluster.json", ".cluster.json.17", "cluster.toml", "router.sock", "store.pub", "engine-0.lock", "up.lock")
+    foreign = {"notes.txt", ".bashrc", "id_rsa.pub", "my.lock", "config.toml", "engine-x.sock"}
+    for name in (*ours, *foreign):
         (tmp_path / name).touch()
+    (tmp_path / ".git").mkdir()
     clear_run_dir(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert {path.name for path in tmp_path.iterdir()} == foreign | {".git"}
 
 
 def test_stop_ends_children_of_a_dead_supervisor(tmp_path: Path) -> None:
