@@ -101,6 +101,11 @@ class Service:
             guarded.close()
             work.close()
 
+    def spawn_vital(self, work: Coroutine[Any, Any, None]) -> None:
+        """The same for work without which the service cannot go on: if it fails, so does the process, as with a loop."""
+        if not self._create(work):
+            work.close()
+
     async def run(self) -> None:
         """From STARTING to STOPPED. Raises what a loop or ``start`` raised."""
         self.log.info("starting", pid=os.getpid(), incarnation=self.bus.incarnation)

@@ -206,6 +206,18 @@ def test_a_crashing_loop_ends_the_run_with_its_error() -> None:
     play(scenario)
 
 
+def test_vital_work_that_fails_ends_the_run_with_its_error() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.up()
+        stage.worker.spawn_vital(stage.worker._fail_later())
+        assert stage.running is not None
+        with pytest.raises(ValueError, match="bad luck"):
+            await stage.running
+        stage.worker.spawn_vital(asyncio.sleep(1))
+
+    play(scenario)
+
+
 def test_a_crash_while_draining_ends_the_run_too() -> None:
     async def scenario(stage: Stage) -> None:
         stage.worker.drain_s = 2.0

@@ -150,9 +150,9 @@ class EngineService(Service):
         match instruction:
             case RunStep(batch):
                 # Begun at once: tokens of the last step are sent while this one computes.
-                self.spawn(self._await_step(batch, self._in_worker(self._runner.step, batch)))
+                self.spawn_vital(self._await_step(batch, self._in_worker(self._runner.step, batch)))
             case LoadAdapter() as load:
-                self.spawn(self._load(load))
+                self.spawn_vital(self._load(load))
             case EvictAdapter(version, slot):
                 self._runner.remove(slot)
                 self.log.info("adapter_evicted", version=version, slot=slot)
@@ -181,8 +181,9 @@ class EngineService(Service):
             loaded = await self._loader.load(adapter, load.offset_bytes)
             base = load.offset_bytes // ITEM_BYTES[loaded.header.dtype]
             self._runner.install(load.slot, loaded.header, base)
-        except (LoadFailed, ValueError) as error:
-            code = getattr(error, "code", "mismatch")
+        except Exception as error:
+            # Whatever an adapter brings about is its own failure and nobody else's.
+            code = error.code if isinstance(error, LoadFailed) else "mismatch"
             log.error("adapter_load_failed", code=code, reason=str(error))
             self._tell(AdapterLoadFailed(adapter.version, code, str(error)))
             return
