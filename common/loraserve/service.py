@@ -102,7 +102,7 @@ class Service:
             work.close()
 
     def spawn_vital(self, work: Coroutine[Any, Any, None]) -> None:
-        """The same for work without which the service cannot go on: if it fails, so does the process, as with a loop."""
+        """The same for work without which the service cannot go on: if it fails, so does the process."""
         if not self._create(work):
             work.close()
 

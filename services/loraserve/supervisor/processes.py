@@ -13,6 +13,7 @@ from loraserve.config import Config, engine_names
 from loraserve.supervisor.restart import GiveUp, RestartHistory
 
 STOP_TIMEOUT_S = 15.0
+LAST_LINES = 10
 
 
 class ProcessFailed(Exception):
@@ -82,7 +83,7 @@ class Processes:
                 return
             decision = history.ended(status, time.monotonic() - started_s, self.ready)
             if isinstance(decision, GiveUp):
-                raise ProcessFailed(f"{decision.reason}: {last_line(self.log_file(name))}")
+                raise ProcessFailed(f"{decision.reason}: {last_words(self.log_file(name), name)}")
             self._say(f"{name} ended (exit status {status}); starting it again in {decision.delay_s:.1f} s")
             await asyncio.sleep(decision.delay_s)
 
@@ -126,13 +127,15 @@ class Processes:
         return child
 
 
-def last_line(log_file: Path) -> str:
-    """The last line of a log that says anything, for people who have not opened it yet."""
+def last_words(log_file: Path, name: str) -> str:
+    """The reason that a process gave before it ended, or else the last line of its log."""
     try:
         lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         lines = []
-    return (lines[-1] if lines else "no output") + f" (log: {log_file})"
+    # Not from further back: the log goes on from start to start.
+    reasons = [line for line in lines[-LAST_LINES:] if line.startswith(f"{name}: ")]
+    return [*(lines or ["no output"]), *reasons][-1] + f" (log: {log_file})"
 
 
 def _send(child: asyncio.subprocess.Process, number: signal.Signals) -> None:

@@ -1,0 +1,27 @@
+"""What people are told of a process that ended."""
+
+from pathlib import Path
+
+from loraserve.config import Config
+from loraserve.supervisor.processes import LAST_LINES, environment, last_words
+
+
+def write(folder: Path, *lines: str) -> Path:
+    log = folder / "store.log"
+    log.write_text("\n".join(lines))
+    return log
+
+
+def test_the_reason_it_gave_comes_before_whatever_it_logged_last(tmp_path: Path) -> None:
+    log = write(tmp_path, "store: model.path is empty", '{"event": "stopped"}', "")
+    assert last_words(log, "store") == f"store: model.path is empty (log: {log})"
+
+
+def test_without_a_reason_it_is_the_last_line(tmp_path: Path) -> None:
+    log = write(tmp_path, "store: of an earlier start", *["..."] * LAST_LINES, "killed")
+    assert last_words(log, "store") == f"killed (log: {log})"
+    assert last_words(tmp_path / "none.log", "store").startswith("no output")
+
+
+def test_modules_of_the_folder_in_which_somebody_stands_are_not_imported() -> None:
+    assert environment(Config(), "engine")["PYTHONSAFEPATH"] == "1"
