@@ -180,13 +180,15 @@ class Service:
             await work
         except Exception as error:
             code = _code(error)
-            self.log.error(
+            expected = isinstance(error, LoraServeError)
+            log = self.log.warning if expected else self.log.error
+            log(
                 "work_failed",
                 code=code,
                 reason=str(error),
                 message=type(envelope.message).__name__ if envelope else None,
                 sender=envelope.sender if envelope else None,
-                exc_info=not isinstance(error, LoraServeError),
+                exc_info=not expected,
             )
             if envelope is not None:
                 self.bus.refuse(envelope, code, str(getattr(error, "message", error)) or type(error).__name__)
