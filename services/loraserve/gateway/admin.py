@@ -62,7 +62,7 @@ async def ask_planner(gateway: Gateway, message: Any, answer: type[T], timeout_s
     try:
         return await gateway.bus.request(PLANNER, message, answer, timeout_s)
     except RequestTimeout as error:
-        raise unavailable(f"The planner did not answer within {timeout_s:g} s", "no_planner") from error
+        raise unavailable(f"The planner gave no answer ({error}); try again", "no_planner") from error
     except PeerError as error:
         raise ApiError(500, f"The planner refused: {error.message}", type_="server_error", code=error.code) from error
 

@@ -6,10 +6,11 @@ from collections.abc import Awaitable, Callable
 from importlib.metadata import PackageNotFoundError, version
 
 from aiohttp import web
+from aiohttp.http_exceptions import BadHttpMessage
 
 from loraserve.gateway import admin, chat, completions, health, models, tokenize_api
 from loraserve.gateway.context import ARRIVED_S, GATEWAY, REQUEST_ID, Gateway
-from loraserve.gateway.errors import SERVER, ApiError, unavailable
+from loraserve.gateway.errors import SERVER, ApiError, bad_request, unavailable
 from loraserve.gateway.serve import CLIENT_LEFT
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -79,6 +80,8 @@ async def _answer_errors(gateway: Gateway, request: web.Request, handler: Handle
         return error_response(error)
     except web.HTTPException as error:
         return error_response(http_error(gateway, request, error), error)
+    except (BadHttpMessage, web.RequestPayloadError):
+        return unreadable_body(request)
     except ConnectionError:
         return web.Response(status=CLIENT_LEFT)
     except Exception:
@@ -132,6 +135,16 @@ def http_error(gateway: Gateway, request: web.Request, error: web.HTTPException)
             return ApiError(413, message, code="request_too_large")
         case status:
             return ApiError(status, error.reason, code="http_error")
+
+
+def unreadable_body(request: web.Request) -> web.Response:
+    """What follows a broken body cannot be understood either: the connection ends with this answer."""
+    message = "The request body is not what its Content-Encoding or Transfer-Encoding says"
+    response = error_response(bad_request(message, code="invalid_body"))
+    # Else aiohttp reads on, fails and closes the connection without a word.
+    request.content.feed_eof()
+    response.force_close()
+    return response
 
 
 def error_response(error: ApiError, cause: web.HTTPException | None = None) -> web.Response:

@@ -11,7 +11,7 @@ from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.detokenize import Pieces
 from loraserve.gateway.errors import bad_request
 from loraserve.gateway.openai_schema import MAX_CHOICES, CompletionRequest, check_completion, decode
-from loraserve.gateway.serve import Choices, Prompting, answer, check_length, plan_call
+from loraserve.gateway.serve import Choices, Prompting, answer, check_count, check_length, plan_call
 
 
 class CompletionFormat:
@@ -65,6 +65,8 @@ async def completions(http: web.Request) -> web.StreamResponse:
     request = decode(await http.read(), CompletionRequest)
     check_completion(request)
     target = await gateway.resolve(request.model)
+    if isinstance(request.prompt, list) and request.prompt and isinstance(request.prompt[0], int):
+        check_count(gateway, len(request.prompt), "prompt")
     texts = prompt_items(request.prompt)
     prompts = [await prompt_tokens(gateway, item, request.add_special_tokens is not False) for item in texts]
     prompting = Prompting(prompts=prompts, param="prompt", max_tokens=request.max_tokens, logprobs=request.logprobs)
@@ -78,14 +80,14 @@ def prompt_items(prompt: str | list[int | str | list[int]] | None) -> list[str |
         raise bad_request("prompt: a text, token ids or a list of either is needed", "prompt", "invalid_value")
     if isinstance(prompt, str):
         return [prompt]
+    if len(prompt) > MAX_CHOICES and not isinstance(prompt[0], int):
+        message = f"prompt: {len(prompt)} prompts are more than {MAX_CHOICES} in one request"
+        raise bad_request(message, "prompt", "invalid_value")
     if all(isinstance(item, int) for item in prompt):
         return [[item for item in prompt if isinstance(item, int)]]
     if not all(isinstance(item, type(prompt[0])) for item in prompt):
         message = "prompt: a list holds either texts, or token ids, or lists of token ids"
         raise bad_request(message, "prompt", "invalid_type")
-    if len(prompt) > MAX_CHOICES:
-        message = f"prompt: {len(prompt)} prompts are more than {MAX_CHOICES} in one request"
-        raise bad_request(message, "prompt", "invalid_value")
     return [item for item in prompt if not isinstance(item, int)]
 
 
@@ -93,6 +95,7 @@ async def prompt_tokens(gateway: Gateway, item: str | list[int], add_special_tok
     if isinstance(item, str):
         check_length(gateway, len(item), "prompt")
         return await gateway.tokenizer.encode(item, add_special_tokens)
+    check_count(gateway, len(item), "prompt")
     check_token_ids(item, gateway.tokenizer.vocab, "prompt")
     return item
 

@@ -81,13 +81,15 @@ def timed_out(timeout_s: float) -> ApiError:
     return ApiError(504, message, type_=SERVER, code="timeout")
 
 
-def refused(code: str, message: str, retry_after_s: float = 1.0) -> ApiError:
-    """What a router or an engine said when it did not take or finish a request."""
+def refused(code: str, message: str, retry_after_s: float = 1.0, param: str | None = None) -> ApiError:
+    """What a router or an engine said when it did not take or finish a request; ``param`` names its prompt."""
     match code:
         case "overloaded":
             return ApiError(429, message, type_=OVERLOAD, code=code, retry_after_s=retry_after_s)
         case "bad_request":
             return bad_request(message, code=code)
+        case "context_length":
+            return bad_request(message, param, "context_length_exceeded")
         case "no_engine" | "adapter_unavailable" | "engine_died" | "stream_interrupted" | "starting" | "timeout":
             return unavailable(message, code, retry_after_s)
         case _:

@@ -21,9 +21,13 @@ ROUTER_ANSWER: Any = Routed | Rejected
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One choice: what the router gets, and how its tokens become text. ``prompt`` is the prompt's number."""
+    """One choice: what the router gets, and how its tokens become text.
+
+    ``prompt`` is the prompt's number, ``param`` the field it came in.
+    """
 
     prompt: int
+    param: str
     route: Route
     rules: StopRules
     skip_special_tokens: bool
@@ -129,7 +133,7 @@ class Generation:
         gateway = self._gateway
         asked_s = gateway.clock.monotonic_s()
         timeout_s = gateway.config.gateway.route_timeout_s
-        asking = asyncio.create_task(_ask_router(gateway, job.route, timeout_s))
+        asking = asyncio.create_task(_ask_router(gateway, job, timeout_s))
         try:
             routed = await asyncio.shield(asking)
         except asyncio.CancelledError:
@@ -184,21 +188,36 @@ async def generation(gateway: Gateway, jobs: Sequence[Job], arrived_s: float) ->
         run.close()
 
 
-async def _ask_router(gateway: Gateway, route: Route, timeout_s: float) -> Routed:
+async def _ask_router(gateway: Gateway, job: Job, timeout_s: float) -> Routed:
     """Raises ApiError where no engine takes the request."""
     try:
-        answer = await gateway.bus.request(ROUTER, route, ROUTER_ANSWER, timeout_s)
+        answer = await _ask_twice(gateway, job.route, timeout_s)
     except RequestTimeout as error:
-        message = f"The router did not answer within {timeout_s:g} s (gateway.route_timeout_s); try again"
+        message = f"The router gave no answer ({error}); try again"
         raise unavailable(message, "router_unavailable") from error
     except PeerError as error:
-        raise refused(error.code, error.message) from error
+        raise refused(error.code, error.message, param=job.param) from error
     match answer:
         case Routed():
             return answer
         case Rejected():
-            raise refused(answer.code, answer.message, answer.retry_after_s)
+            raise refused(answer.code, answer.message, answer.retry_after_s, job.param)
     raise TypeError(f"the router answered {type(answer).__name__}")
+
+
+async def _ask_twice(gateway: Gateway, route: Route, timeout_s: float) -> Any:
+    """The router's answer. One that died is asked again, in the time that is left: it is soon restarted.
+
+    An engine that took the request from the first router is told to stop once it sends tokens nobody waits for.
+    """
+    deadline_s = gateway.clock.monotonic_s() + timeout_s
+    try:
+        return await gateway.bus.request(ROUTER, route, ROUTER_ANSWER, timeout_s)
+    except RequestTimeout:
+        left_s = deadline_s - gateway.clock.monotonic_s()
+        if left_s <= 0:
+            raise
+    return await gateway.bus.request(ROUTER, route, ROUTER_ANSWER, left_s)
 
 
 def _abort_if_routed(gateway: Gateway, asking: "asyncio.Task[Routed]") -> None:

@@ -17,7 +17,10 @@ REGISTER_TIMEOUT_S = 120.0
 UNREGISTER_TIMEOUT_S = 10.0
 
 ADAPTER_CODES = frozenset(
-    ("bad_format", "bad_shape", "bad_rank", "not_finite", "unsupported", "not_found", "duplicate", "bad_name")
+    (
+        *("bad_format", "bad_shape", "bad_rank", "not_finite", "unsupported", "not_found", "duplicate", "bad_name"),
+        *("forbidden", "too_large"),
+    )
 )
 """What is wrong with the adapter or its name; any other code is the store's own trouble."""
 
@@ -62,7 +65,7 @@ async def unload_adapter(http: web.Request) -> web.Response:
         message = f"The lora adapter '{request.lora_name}' cannot be found."
         raise ApiError(404, message, type_="NotFoundError", param="lora_name", code="not_found") from error
     except RequestTimeout as error:
-        raise store_silent(UNREGISTER_TIMEOUT_S) from error
+        raise store_silent(error) from error
     await gateway.registry.refresh()
     gateway.log.info("adapter_unloaded", adapter=request.lora_name)
     return web.Response(text=f"Success: LoRA adapter '{request.lora_name}' removed successfully.")
@@ -76,7 +79,7 @@ async def register(gateway: Gateway, name: str, path: str, replace: bool) -> Ada
     except PeerError as error:
         raise refused_adapter(name, error) from error
     except RequestTimeout as error:
-        raise store_silent(REGISTER_TIMEOUT_S) from error
+        raise store_silent(error) from error
     await gateway.registry.refresh()
     gateway.log.info("adapter_loaded", adapter=name, version=done.adapter.version, created=done.created)
     return done.adapter
@@ -94,8 +97,8 @@ def refused_adapter(name: str, error: PeerError) -> ApiError:
     return bad_request(f"The lora adapter '{name}' cannot be loaded: {error.message}", "lora_path", error.code)
 
 
-def store_silent(timeout_s: float) -> ApiError:
-    return unavailable(f"The adapter store did not answer within {timeout_s:g} s; try again", "no_store")
+def store_silent(error: RequestTimeout) -> ApiError:
+    return unavailable(f"The adapter store gave no answer ({error}); try again", "no_store")
 
 
 def base_card(gateway: Gateway) -> dict[str, Any]:

@@ -144,6 +144,8 @@ def decode(body: bytes, type_: type[T]) -> T:
         param = path["path"].removeprefix("$").removeprefix(".") if path else None
         reason = text[: path.start()] if path else text
         raise bad_request(f"{param or 'request body'}: {reason}", param or None, "invalid_type") from error
+    except RecursionError as error:
+        raise bad_request("The request body is nested too deeply", code="invalid_json") from error
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise bad_request(f"The request body is not valid JSON: {error}", code="invalid_json") from error
 

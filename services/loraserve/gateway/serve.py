@@ -80,7 +80,8 @@ def plan_call(
                 adapter=target.adapter,
             )
             skip = request.skip_special_tokens is not False
-            jobs.append(Job(prompt=number, route=route, rules=rules, skip_special_tokens=skip))
+            job = Job(prompt=number, param=prompting.param, route=route, rules=rules, skip_special_tokens=skip)
+            jobs.append(job)
     return Call(id=id_, target=target, jobs=jobs, format=format_, request=request)
 
 
@@ -89,6 +90,13 @@ def check_length(gateway: Gateway, characters: int, param: str) -> None:
     context, fewest = gateway.context_tokens(), gateway.tokenizer.fewest_tokens(characters)
     if fewest >= context:
         raise context_exceeded(context, fewest, 1, param)
+
+
+def check_count(gateway: Gateway, tokens: int, param: str) -> None:
+    """Raises ApiError 400 for more token ids than fit, before the work of looking at each."""
+    context = gateway.context_tokens()
+    if tokens >= context:
+        raise context_exceeded(context, tokens, 1, param)
 
 
 async def answer(gateway: Gateway, request: web.Request, call: Call) -> web.StreamResponse:

@@ -119,7 +119,7 @@ def demand(state: ClusterState) -> str:
         ["DEMAND", "RANK", "REQUESTS/S", "PREFILL TOKENS/S", "DECODE TOKENS/S", "FORECAST TOKENS/S"],
         [
             [
-                d.name or "(base model)",
+                d.name or d.version[:12] or "(base model)",
                 str(d.rank) if d.rank else "-",
                 f"{d.requests_per_s:.2f}",
                 f"{d.prefill_tokens_per_s:.1f}",

@@ -115,9 +115,13 @@ class FakeCluster:
         inboxes: dict[str, Any] = {"router": ToRouter, "store": ToStore, "monitor": ToMonitor, "planner": ToPlanner}
         inboxes |= dict.fromkeys(self.engines, ToEngine)
         for name, inbox in inboxes.items():
-            self.buses[name] = self.network.bus(name, inbox)
-            self.tasks.append(asyncio.create_task(self.serve(name)))
+            self.start_one(name, inbox)
         self.tasks.append(asyncio.create_task(self.publish()))
+
+    def start_one(self, name: str, inbox: Any) -> None:
+        """Also again, after the network killed it."""
+        self.buses[name] = self.network.bus(name, inbox)
+        self.tasks.append(asyncio.create_task(self.serve(name)))
 
     async def stop(self) -> None:
         for task in (*self.tasks, *self.playing.values()):

@@ -11,7 +11,7 @@ import openai
 import pytest
 
 from loraserve.errors import ConfigError
-from loraserve.messages import Rejected
+from loraserve.messages import Rejected, ToRouter
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
 LONG = "one two three four five six"
@@ -44,6 +44,52 @@ def test_router_that_does_not_answer(start_gateway: Start) -> None:
             gateway.cluster.route_silent = True
             status, body = await gateway.post("/v1/chat/completions", chat())
             assert (status, body["error"]["code"]) == (503, "router_unavailable")
+
+    asyncio.run(scenario())
+
+
+def test_a_length_that_the_router_refuses(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            gateway.cluster.reject = Rejected(request_id="", code="context_length", message="too long")
+            bodies = {"messages": chat(), "prompt": {"model": "tiny", "prompt": "hi"}}
+            for param, path in (("messages", "/v1/chat/completions"), ("prompt", "/v1/completions")):
+                status, body = await gateway.post(path, bodies[param])
+                error = body["error"]
+                assert (status, error["code"], error["param"]) == (400, "context_length_exceeded", param)
+
+    asyncio.run(scenario())
+
+
+def test_router_that_is_killed_is_asked_once_more(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            cluster = gateway.cluster
+            cluster.route_silent = True
+            call = asyncio.create_task(gateway.post("/v1/chat/completions", chat()))
+            await gateway.until(lambda: cluster.routes, "the router to be asked")
+            cluster.network.kill("router")
+            cluster.route_silent = False
+            cluster.start_one("router", ToRouter)
+            assert (await call)[0] == 200
+            assert [route.request_id for route in cluster.routes] == [cluster.routes[0].request_id] * 2
+
+    asyncio.run(scenario())
+
+
+def test_router_that_is_killed_twice_is_not_said_to_be_slow(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            cluster = gateway.cluster
+            cluster.route_silent = True
+            call = asyncio.create_task(gateway.post("/v1/chat/completions", chat()))
+            for asked in (1, 2):
+                await gateway.until(lambda asked=asked: len(cluster.routes) == asked, "the router to be asked")
+                cluster.network.kill("router")
+                cluster.start_one("router", ToRouter)
+            status, body = await call
+            assert (status, body["error"]["code"]) == (503, "router_unavailable")
+            assert "its connection was lost" in body["error"]["message"]
 
     asyncio.run(scenario())
 

@@ -58,6 +58,31 @@ def test_limits_and_http_errors_have_openai_s_shape(start_gateway: Start) -> Non
     asyncio.run(scenario())
 
 
+def test_bodies_that_cannot_be_read_are_the_client_s_mistake(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            encoded = [("gzip", b"garbage"), ("gzip", b"\x1f\x8b garbage"), ("deflate", b"garbage")]
+            for encoding, data in [*encoded, ("", b'{"tools": ' + b"[" * 100_000)]:
+                headers = {"Content-Encoding": encoding} if encoding else {}
+                url = gateway.url + "/v1/chat/completions"
+                async with gateway.http.post(url, data=data, headers=headers) as response:
+                    assert response.status == 400, (encoding, await response.text())
+                    assert (await response.json())["error"]["type"] == "invalid_request_error"
+
+    asyncio.run(scenario())
+
+
+def test_token_ids_are_counted_before_each_is_looked_at(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            wrong = [1] * 256 + [10**9]
+            for prompt in (wrong, [wrong], [*wrong, "a"]):
+                status, body = await gateway.post("/v1/completions", {"model": "tiny", "prompt": prompt})
+                assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+
+    asyncio.run(scenario())
+
+
 ODD: list[Any] = [
     None,
     True,

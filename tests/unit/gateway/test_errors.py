@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from loraserve.gateway.errors import bad_request, model_not_found, refused, timed_out, unavailable
+from loraserve.errors import PeerError, RequestTimeout
+from loraserve.gateway.errors import INVALID, bad_request, model_not_found, refused, timed_out, unavailable
+from loraserve.gateway.models import refused_adapter, store_silent
 
 
 @pytest.mark.parametrize(
@@ -26,6 +28,48 @@ def test_refusals_by_code(code: str, status: int) -> None:
     assert ("Retry-After" in error.headers) == (status in (429, 503))
     if error.headers:
         assert error.headers["Retry-After"] == "3"
+
+
+# Everything that routers and engines refuse with; what the bus and any service add is below.
+CLIENTS_FAULT = {"bad_request": 400, "context_length": 400, "overloaded": 429}
+NOT_CLIENTS_FAULT = {
+    **dict.fromkeys(("no_engine", "adapter_unavailable", "starting", "timeout"), 503),
+    **dict.fromkeys(("engine_error", "refused", "internal"), 500),
+    **dict.fromkeys(("bad_message", "bad_reply", "protocol_mismatch"), 500),
+}
+
+
+@pytest.mark.parametrize(("code", "status"), [*CLIENTS_FAULT.items(), *NOT_CLIENTS_FAULT.items()])
+def test_only_the_cluster_s_own_trouble_is_a_5xx(code: str, status: int) -> None:
+    assert refused(code, "why").status == status
+
+
+def test_a_refused_length_is_the_same_error_as_the_gateway_s_own() -> None:
+    error = refused("context_length", "too long", param="messages")
+    assert (error.code, error.type, error.param) == ("context_length_exceeded", INVALID, "messages")
+    assert not error.headers
+
+
+WRONG_ADAPTER = [
+    *("bad_format", "bad_shape", "bad_rank", "bad_name", "not_finite", "unsupported", "not_found", "duplicate"),
+    *("forbidden", "too_large"),
+]
+STORE_TROUBLE = {
+    **dict.fromkeys(("disk_full", "storage", "corrupt", "mismatch", "bad_range", "internal"), 500),
+    "starting": 503,
+}
+
+
+@pytest.mark.parametrize(("code", "status"), [*((code, 400) for code in WRONG_ADAPTER), *STORE_TROUBLE.items()])
+def test_what_the_store_says_of_an_adapter(code: str, status: int) -> None:
+    error = refused_adapter("pirate", PeerError(code, "why"))
+    assert (error.status, error.code) == (status, code)
+
+
+def test_a_store_that_died_is_not_said_to_be_slow() -> None:
+    error = store_silent(RequestTimeout("store: its connection was lost before it answered"))
+    assert (error.status, error.code) == (503, "no_store")
+    assert "its connection was lost" in error.message
 
 
 def test_shape() -> None:

@@ -154,3 +154,15 @@ def test_token_ids_have_to_be_in_the_vocabulary() -> None:
     for wrong in (-1, 10, 10**30):
         with pytest.raises(ApiError, match=str(wrong)):
             check_token_ids([0, wrong], 10, "prompt")
+
+
+@pytest.mark.parametrize("body", [b"[" * 100_000, b'{"tools": ' + b"[" * 100_000, b'{"a": ' * 100_000])
+def test_bodies_nested_too_deeply_are_refused(body: bytes) -> None:
+    with pytest.raises(ApiError) as caught:
+        decode(body, ChatRequest)
+    assert caught.value.status == 400
+
+
+def test_prompts_are_counted_before_they_are_looked_at() -> None:
+    with pytest.raises(ApiError, match="200 prompts are more than 128"):
+        prompt_items(completion(prompt=["a"] * 199 + [1]).prompt)

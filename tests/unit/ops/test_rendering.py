@@ -109,6 +109,15 @@ def test_status_shows_demand_and_says_when_there_is_none() -> None:
     assert "no adapter was asked for" in status.render(status.parse(cluster(demand=[])))
 
 
+def test_demand_for_an_adapter_without_a_name_is_not_the_base_model_s() -> None:
+    figures = dict.fromkeys(("prefill_tokens_per_s", "decode_tokens_per_s", "forecast_tokens_per_s"), 0.0)
+    nameless = AdapterDemand(version="e" * 64, name="", rank=8, requests_per_s=1.0, **figures)
+    base = AdapterDemand(version="", name="", rank=0, requests_per_s=1.0, **figures)
+    shown = status.demand(status.parse(cluster(demand=[nameless, base])))
+    assert words(line_of(shown, "eeee")) == "eeeeeeeeeeee 8 1.00 0.0 0.0 0.0"
+    assert words(line_of(shown, "(base model)")) == "(base model) - 1.00 0.0 0.0 0.0"
+
+
 def test_status_without_monitor_and_planner_says_who_is_missing() -> None:
     text = status.render(status.parse(cluster(load_age_s=None, engines=[], demand=[], plan_epoch=None)))
     assert "plan epoch unknown, the planner does not answer" in text
