@@ -13,6 +13,7 @@ from loraserve.adapter.format import SLAB_FORMAT, Dtype
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.adapter.peft import CONFIG_FILE, WEIGHTS_FILE
 from loraserve.adapter.validate import check_name
+from loraserve.cost import extent_bytes, largest_extent_bytes
 from loraserve.errors import AdapterError, LoraServeError
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
@@ -28,7 +29,8 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
 
     served_model: str
     max_rank: int
-    max_slab_bytes: int
+    engine_max_rank: int
+    pool_bytes: int
     allowed_dirs: tuple[str, ...] = ()
 
 
@@ -57,7 +59,7 @@ class AdapterStore:
         check_name(name, self._limits.served_model)
         directory = allowed_directory(path, self._limits.allowed_dirs)
         slab = pack_peft(directory, self._shape, self._dtype, self._limits.max_rank)
-        self._check_size(slab)
+        self._check_fits_engines(slab)
         # The slab is on disk before its name: after a crash in between it is garbage, never a name without content.
         self.slabs.put(slab, now)
         record = AdapterRecord(
@@ -103,12 +105,21 @@ class AdapterStore:
             with contextlib.suppress(AdapterError):
                 self.slabs.touch(known.version, now)
 
-    def _check_size(self, slab: Slab) -> None:
-        if slab.header.slab_bytes > self._limits.max_slab_bytes:
+    def _check_fits_engines(self, slab: Slab) -> None:
+        """What no engine could ever hold would answer every request with a refusal."""
+        rank, most = slab.header.rank, self._limits.engine_max_rank
+        if rank > most:
+            raise AdapterError(
+                "bad_rank",
+                f"the adapter has rank {rank}, engine.max_rank is {most}; raise engine.max_rank or train with a "
+                "smaller rank",
+            )
+        needed, largest = extent_bytes(slab.header.slab_bytes), largest_extent_bytes(self._limits.pool_bytes)
+        if needed > largest:
             raise AdapterError(
                 "too_large",
-                f"packed it takes {slab.header.slab_bytes} bytes, an engine's pool has {self._limits.max_slab_bytes}; "
-                "raise engine.pool_bytes or train with a smaller rank",
+                f"packed it needs an extent of {needed} bytes, engine.pool_bytes = {self._limits.pool_bytes} can give "
+                f"{largest} at most; raise engine.pool_bytes or train with a smaller rank",
             )
 
 

@@ -1,6 +1,7 @@
 """The store process: the durable registry and slabs, behind messages. Disk work happens in threads."""
 
 import asyncio
+import shlex
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -134,11 +135,20 @@ def open_store(config: Config, now: float) -> AdapterStore:
     limits = StoreLimits(
         served_model=config.model.name or model_dir.name,
         max_rank=config.store.max_rank,
-        max_slab_bytes=config.engine.pool_bytes,
+        engine_max_rank=config.engine.max_rank,
+        pool_bytes=config.engine.pool_bytes,
         allowed_dirs=config.store.allowed_dirs,
     )
     root = Path(config.cluster.data_dir or ".") / "store"
     try:
-        return AdapterStore(root, shape_of(read_config(model_dir)), config.engine.slab_dtype, limits, now)
+        store = AdapterStore(root, shape_of(read_config(model_dir)), config.engine.slab_dtype, limits, now)
     except LoraServeError as error:
         raise ConfigError(str(error)) from error
+    if limits.served_model in store.registry.snapshot.records:
+        store.close()
+        raise ConfigError(
+            f"model.name {limits.served_model!r} is the name of a registered adapter; give the model another name "
+            f"(--name), or start under another name once and unload the adapter (scripts/adapters unload "
+            f"{shlex.quote(limits.served_model)})"
+        )
+    return store

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -245,5 +246,22 @@ def test_a_store_that_cannot_be_used_does_not_start(opened: Opened, tmp_path: Pa
         await fails(Config(), r"model\.path is empty")
         async with opened():
             await fails(helpers.store_config(tmp_path), r"in use by another store.*cluster\.data_dir")
+
+    asyncio.run(main())
+
+
+def test_the_model_cannot_take_the_name_of_a_registered_adapter(
+    opened: Opened, peft: Peft, tmp_path: Path, helpers: SimpleNamespace
+) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            await stage.register("french", peft())
+        config = helpers.store_config(tmp_path)
+        renamed = msgspec.structs.replace(config, model=msgspec.structs.replace(config.model, name="french"))
+        store = StoreService(renamed, MemoryNetwork().bus("store", StoreService.inbox), SystemClock())
+        with pytest.raises(ConfigError, match=r"model\.name 'french' is the name of a registered adapter.*--name"):
+            await asyncio.wait_for(store.run(), 10)
+        async with opened() as stage:
+            assert (await stage.names()).keys() == {"french"}, "the folder is free again and nothing was lost"
 
     asyncio.run(main())

@@ -9,7 +9,7 @@ from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.store.core import AdapterStore, StoreLimits
 from loraserve.testing.peft_writer import TINY_SHAPE, named_tensors, random_pairs, write_peft
 
-LIMITS = StoreLimits(served_model="base", max_rank=64, max_slab_bytes=1 << 20)
+LIMITS = StoreLimits(served_model="base", max_rank=64, engine_max_rank=64, pool_bytes=1 << 20)
 
 
 @pytest.fixture

@@ -6,11 +6,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from loraserve.cost import extent_bytes
 from loraserve.errors import AdapterError, LoraServeError
 from loraserve.store.core import GRACE_S, AdapterStore, StoreLimits, allowed_directory, namespace
 from loraserve.testing.peft_writer import TINY_SHAPE
 
-LIMITS = StoreLimits(served_model="base", max_rank=64, max_slab_bytes=1 << 20)
+LIMITS = StoreLimits(served_model="base", max_rank=64, engine_max_rank=64, pool_bytes=1 << 20)
 OpenStore = Callable[..., AdapterStore]
 AdapterDir = Callable[..., Path]
 
@@ -75,9 +76,23 @@ def test_refusals_leave_nothing_behind(open_store: OpenStore, adapter_dir: Adapt
     assert _code(store, "a", "/" + "x" * 5000) == "not_found"
     assert _code(store, "a", adapter_dir(0, 65)) == "bad_rank"
     assert store.slabs.versions() == {}
-    small = open_store(limits=msgspec.structs.replace(LIMITS, max_slab_bytes=10))
+    small = open_store(limits=msgspec.structs.replace(LIMITS, pool_bytes=10))
     assert _code(small, "a", adapter_dir()) == "too_large"
     assert small.slabs.versions() == {}
+
+
+def test_what_no_engine_can_hold_is_refused(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
+    ref, _ = open_store().register("a", str(adapter_dir()), False, 0.0)
+    extent = extent_bytes(ref.slab_bytes)
+    assert ref.slab_bytes < extent, "a pool of the slab's bytes has no extent for it"
+    for pool_bytes, fits in ((ref.slab_bytes, False), (extent - 1, False), (extent, True)):
+        store = open_store(limits=msgspec.structs.replace(LIMITS, pool_bytes=pool_bytes))
+        assert fits or _code(store, "b", adapter_dir()) == "too_large"
+    assert store.register("b", str(adapter_dir()), False, 0.0)[1]
+    store = open_store(limits=msgspec.structs.replace(LIMITS, engine_max_rank=7))
+    with pytest.raises(AdapterError, match=r"rank 8, engine\.max_rank is 7; raise engine\.max_rank") as caught:
+        store.register("c", str(adapter_dir()), False, 0.0)
+    assert caught.value.code == "bad_rank"
 
 
 def test_only_allowed_directories(tmp_path: Path, adapter_dir: AdapterDir) -> None:
