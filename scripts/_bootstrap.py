@@ -17,10 +17,12 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = Path(os.environ.get("LORASERVE_VENV", str(ROOT / ".venv")))
+OWN_VENV = ROOT / ".venv"
+VENV = Path(os.environ.get("LORASERVE_VENV") or str(OWN_VENV)).absolute()
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_PYTHON = (3, 11)
+BROUGHT_BY_VENV = {"pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils"}
 SILENCE_S = 2.0
 """Nobody waits longer than this without a word."""
 
@@ -39,6 +41,11 @@ def venv_python():
     return VENV / "bin" / "python"
 
 
+def venv_pip():
+    """The last thing that making .venv brings: where it is missing, the making was interrupted."""
+    return VENV / "bin" / "pip"
+
+
 def run_in_venv(arguments, extras=("demo",)):
     """Replace this process by the project's Python, installing first where that is needed."""
     ensure_installed(extras)
@@ -47,7 +54,19 @@ def run_in_venv(arguments, extras=("demo",)):
 
 
 def ensure_installed(extras):
-    """Make .venv hold the project with these extras. Seconds when it already does."""
+    """Make .venv hold the project with these extras. Seconds when it already does.
+
+    From here on no Python that is started imports from the folder that the user happens to stand in.
+    """
+    os.environ["PYTHONSAFEPATH"] = "1"
+    try:
+        _ensure_installed(extras)
+    except KeyboardInterrupt:
+        say("stopped; run the script again to go on with the install")
+        raise SystemExit(130) from None
+
+
+def _ensure_installed(extras):
     stamp = VENV / ".loraserve-install.json"
     wanted = {"inputs": _inputs_digest(), "extras": sorted(extras)}
     have = _read_stamp(stamp)
@@ -90,10 +109,13 @@ def find_python():
 
 
 def _make_venv():
-    if venv_python().exists():
+    """Make it anew unless it is whole."""
+    if venv_python().exists() and venv_pip().exists():
         return
+    if VENV != OWN_VENV and not _may_clear():
+        fail(f"LORASERVE_VENV={VENV} holds other things and no pip; name a folder that is empty or not there yet")
     say(f"[install] making {VENV}")
-    done = subprocess.run([find_python(), "-m", "venv", str(VENV)], capture_output=True, text=True)
+    done = subprocess.run([find_python(), "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
     if done.returncode != 0:
         shutil.rmtree(VENV, ignore_errors=True)
         output = (done.stdout + done.stderr).strip()
@@ -101,6 +123,14 @@ def _make_venv():
             fail("Python's venv package is missing; install it (Debian/Ubuntu: apt install python3-venv)")
         reason = output.splitlines()[-1] if output else "no reason given"
         fail(f"could not make {VENV}: {reason}")
+
+
+def _may_clear():
+    """Whether a folder that the user named holds nothing, or no more than a venv whose making was interrupted."""
+    if not VENV.exists() or not os.listdir(str(VENV)):
+        return True
+    packages = {path.name.split("-")[0] for path in VENV.glob("lib/python*/site-packages/*")}
+    return (VENV / "pyvenv.cfg").exists() and packages <= BROUGHT_BY_VENV
 
 
 def _install(extras):
@@ -149,10 +179,27 @@ def _lines(stream):
 def _pip(command):
     """Run pip, showing what it does and that it is alive, and turn its usual failures into a remedy."""
     process = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        tail = _show(process.stdout)
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.terminate()
+        process.wait()
+        raise
+    if status != 0:
+        text = "\n".join(tail)
+        say(text)
+        if "No space left" in text:
+            fail(f"the disk is full; free about 3 GB under {VENV} and run the script again")
+        fail("pip could not install (above); check the network or the package index, then run the script again")
+
+
+def _show(stream):
+    """Say every two seconds what pip is at, until its output ends; returns the last lines."""
     tail = []
     doing = "asking for packages"
     started_s = shown_s = time.monotonic()
-    lines = _lines(process.stdout)
+    lines = _lines(stream)
     line = ""
     while line is not None:
         try:
@@ -167,9 +214,4 @@ def _pip(command):
         if time.monotonic() - shown_s >= SILENCE_S:
             shown_s = time.monotonic()
             say(f"[install] {shown_s - started_s:4.0f} s  {doing}")
-    if process.wait() != 0:
-        text = "\n".join(tail)
-        say(text)
-        if "No space left" in text:
-            fail(f"the disk is full; free about 3 GB under {VENV} and run the script again")
-        fail("pip could not install (above); check the network or the package index, then run the script again")
+    return tail
