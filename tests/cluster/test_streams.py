@@ -6,7 +6,10 @@ LORASERVE_SOAK_S sets how long it goes on (the release check runs 120 s).
 import asyncio
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
 
 from loraserve.testing.local_cluster import Answer, LocalCluster, chat
 
@@ -15,15 +18,24 @@ QUESTIONS = ("What is the moon?", "Tell me about dogs.", "How do I make tea?", "
 SAMPLED = {"temperature": 0.8, "seed": 7, "top_p": 0.9}
 
 
+@pytest.fixture
+def small(demo_model: Path, eight_adapters: dict[str, Path], tmp_path: Path) -> Iterator[LocalCluster]:
+    """Room for a few of the adapters and for the tokens of a dozen streams: they evict and preempt each other."""
+    settings = (f"engine.pool_bytes={16 << 20}", f"engine.kv_bytes={36 << 20}")
+    flags = [flag for setting in settings for flag in ("--set", setting)]
+    with LocalCluster(tmp_path, "--model", str(demo_model), *flags, adapters=eight_adapters) as running:
+        yield running
+
+
 def test_64_streams_over_8_adapters_equal_their_solo_runs(
-    cluster: LocalCluster, eight_adapters: object, measured: Callable[[str], None]
+    small: LocalCluster, eight_adapters: dict[str, Path], measured: Callable[[str], None]
 ) -> None:
     seconds = float(os.environ.get("LORASERVE_SOAK_S", "15"))
-    names = sorted(eight_adapters)  # type: ignore[call-overload]
+    names = sorted(eight_adapters)
     kinds = [(name, question) for name in names for question in QUESTIONS]
 
     async def scenario() -> tuple[int, dict[str, object]]:
-        async with cluster.session() as http:
+        async with small.session() as http:
 
             async def ask(kind: tuple[str, str], index: int) -> Answer:
                 options = SAMPLED if index % 2 else {}
@@ -46,12 +58,18 @@ def test_64_streams_over_8_adapters_equal_their_solo_runs(
                 return done
 
             counts = await asyncio.gather(*(client(number) for number in range(STREAMS)))
-            return sum(counts), await cluster.wait_idle(http)
+            return sum(counts), await small.wait_idle(http)
 
     finished, state = asyncio.run(scenario())
     loads = [engine["load"] for engine in state["engines"]]  # type: ignore[attr-defined]
     preemptions = sum(load["preemptions"] for load in loads)
-    measured(f"{finished} streams, {STREAMS} at a time, in {seconds:.0f} s: each as alone, {preemptions} preemptions")
+    loaded = sum(log.read_text().count("adapter_loaded") for log in (small.data_dir / "logs").glob("engine-*.log"))
+    measured(
+        f"{finished} streams, {STREAMS} at a time, in {seconds:.0f} s: each as alone, "
+        f"{preemptions} preemptions, {loaded} loads"
+    )
+    assert preemptions > 0, "the KV cache was meant to run out"
+    assert loaded > 2 * len(names), "the pool was meant to run out"
     for load in loads:
         assert load["kv_blocks_free"] == load["kv_blocks_total"]
         assert load["leaks"] == 0

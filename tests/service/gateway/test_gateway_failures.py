@@ -286,16 +286,3 @@ def test_busy_port_says_what_to_do(start_gateway: Start) -> None:
                     pass
 
     asyncio.run(scenario())
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [("gateway.host=no.such.host.invalid", r"gateway\.host"), ("model.path=/nowhere/model", r"config\.json")],
-)
-def test_settings_that_cannot_work(start_gateway: Start, setting: str, message: str) -> None:
-    async def scenario() -> None:
-        with pytest.raises(ConfigError, match=message):
-            async with start_gateway(setting):
-                pass
-
-    asyncio.run(scenario())

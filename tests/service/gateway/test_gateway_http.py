@@ -1,4 +1,4 @@
-"""HTTP itself: keys, limits, ids, and whatever strange things clients send."""
+"""HTTP itself: settings, keys, limits, ids, and whatever strange things clients send."""
 
 import asyncio
 import json
@@ -10,6 +10,7 @@ import openai
 import pytest
 from openai import AsyncOpenAI
 
+from loraserve.errors import ConfigError
 from loraserve.gateway.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
@@ -157,5 +158,18 @@ def test_request_ids_are_echoed_or_made(start_gateway: Start) -> None:
                 assert 0 < len(echoed) <= 128
             async with gateway.http.get(gateway.url + "/nowhere", headers={"x-request-id": "mine-2"}) as response:
                 assert response.headers["x-request-id"] == "mine-2"
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("gateway.host=no.such.host.invalid", r"gateway\.host"), ("model.path=/nowhere/model", r"config\.json")],
+)
+def test_settings_that_cannot_work(start_gateway: Start, setting: str, message: str) -> None:
+    async def scenario() -> None:
+        with pytest.raises(ConfigError, match=message):
+            async with start_gateway(setting):
+                pass
 
     asyncio.run(scenario())
