@@ -9,13 +9,16 @@ from xdist.scheduler import LoadScopeScheduling
 MEASURED = "measured"
 WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/")
 """Tests here share one cluster, or need most of the machine: one worker runs them all, one after the other."""
+APART = "tests/cluster/test_lifecycle.py"
+"""It starts clusters of its own, with hardly anything to compute."""
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
     """Tests of a file stay together, and so do those that need the whole machine."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "whole machine" if nodeid.startswith(WHOLE_MACHINE) else nodeid.partition("::")[0]
+        file = nodeid.partition("::")[0]
+        return "whole machine" if file.startswith(WHOLE_MACHINE) and file != APART else file
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:

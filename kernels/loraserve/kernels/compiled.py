@@ -55,9 +55,19 @@ class Kernel:
                 self._call = FUNCTION(self._compiled.address)
 
 
-def called(function: Callable[..., Any]) -> Any:
-    """A function that kernels call, kept on disk as part of them. Compiled once for itself and once in each caller."""
-    return njit(nogil=True, error_model="numpy")(function)
+def called(variant: str) -> Callable[[Callable[..., Any]], Any]:
+    """A function that kernels call, kept on disk as part of them. Compiled once for itself and once in each caller.
+
+    ``variant`` becomes part of its symbol: kernels that different processes compiled meet in one, and of two symbols of
+    one name the linker takes the first, be it for another dtype.
+    """
+
+    def compile_later(function: Callable[..., Any]) -> Any:
+        function.__name__ += f"_{variant}"
+        function.__qualname__ += f"_{variant}"
+        return njit(nogil=True, error_model="numpy")(function)
+
+    return compile_later
 
 
 def inlined(function: Callable[..., Any]) -> Any:

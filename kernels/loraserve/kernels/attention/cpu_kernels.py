@@ -45,7 +45,7 @@ def _mix_wide(rows, out, out_stride, weights, span, values, dim, count, ahead): 
         _wide_1(out, 0, weights, span, values, dim, count, ahead)
 
 
-@called
+@called("f32")
 def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # type: ignore[no-untyped-def]
     """out[row] += sum over p < count of weights[row, p] * values[p], in the order of p."""
     wide = dim - dim % (MIX_VECTORS * LANES)
@@ -68,7 +68,7 @@ def _place(table, position, layout):  # type: ignore[no-untyped-def]
     return (table[position // block] * block_stride + head_start + position % block * dim) * 4
 
 
-@called
+@called("f32")
 def _attend(rows, growth, q, out, stride, shortest, keys, values, table, layout, scale, scores, span):  # type: ignore[no-untyped-def]
     """Rows of queries of one KV head; row i attends to ``shortest`` + i * growth positions.
 

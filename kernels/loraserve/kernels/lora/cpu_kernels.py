@@ -42,7 +42,7 @@ def _make_shrink(dtype: str) -> Any:
     dot_4x4, dot_2x4, dot_1x4 = (make_dot_block(tokens, ROWS, dtype) for tokens in (4, 2, 1))
     dot_1x1 = make_dot_block(1, 1, dtype)
 
-    @called
+    @called(dtype)
     def shrink(x, k, tokens, a, rank, h):  # type: ignore[no-untyped-def]
         """h[i, r] = x[tokens[i]] . A[r], h dense."""
         whole = rank - rank % ROWS
@@ -75,7 +75,7 @@ def _make_expand(dtype: str) -> Any:
     axpy_1x1 = make_axpy_block(1, 1, dtype)
     mix_4, mix_2, mix_1 = (make_mix_block(tokens, MIX_VECTORS, dtype) for tokens in (4, 2, 1))
 
-    @called
+    @called(dtype)
     def expand_few(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
         """y[tokens[i], :columns] += h[i] @ B[:, :columns]."""
         whole = rank - rank % ROWS
@@ -99,7 +99,7 @@ def _make_expand(dtype: str) -> Any:
                     axpy_1x1(target + t * stride * 4, 0, factor, h_stride, b + row * b_width * item, b_width, columns)
             i += block
 
-    @called
+    @called(dtype)
     def expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
         """The same, MIX_VECTORS vectors of columns at a time."""
         step = MIX_VECTORS * LANES
