@@ -36,11 +36,12 @@ def test_a_killed_engine_is_left_survived_and_used_again(
                 for i in range(6)
             ]
             await asyncio.sleep(1.5)
+            first_pid = cluster.pids()[VICTIM]
             killed_s = time.monotonic()
             cluster.kill(VICTIM)
             stop = asyncio.Event()
             asking = asyncio.create_task(keep_asking(http, stop))
-            kill_again = asyncio.create_task(kill_while_it_starts(cluster, cluster.pids()[VICTIM]))
+            kill_again = asyncio.create_task(kill_while_it_starts(cluster, first_pid))
             check_ends(await asyncio.gather(*long))
             dead_until_s = await wait_until_back(cluster, http, killed_s)
             await kill_again
