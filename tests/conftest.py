@@ -4,7 +4,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from xdist.scheduler import LoadScopeScheduling
+
+from loraserve.testing.triton_interpreter import use_interpreter
+
+if not torch.cuda.is_available():
+    use_interpreter()
 
 MEASURED = "measured"
 WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/")

@@ -15,8 +15,9 @@ class AdapterTables:
 
     ``layout`` int64 [slots, layers, 4, 8], offsets relative to the slab's start; ``scales`` float32 [slots, layers, 4,
     3]; ``base`` int64 [slots], element offset of the slab in the pool; ``elements`` int64 [slots, layers, 4], weights
-    of each row; ``widths`` int64 [4, 3], output width of each slice. A free slot has rank 0 everywhere, so that
-    computing with it changes nothing.
+    of each row; ``widths`` int64 [4, 3], output width of each slice; ``order`` int32 [slots], slots by falling rank, and
+    ``turn`` int32 [slots], the place of each in it: what takes long is begun first. A free slot has rank 0 everywhere,
+    so that computing with it changes nothing.
     """
 
     def __init__(self, shape: ModelShape, slots: int, device: str = "cpu") -> None:
@@ -25,6 +26,9 @@ class AdapterTables:
         self.scales = torch.zeros(slots, shape.layers, len(MODULES), SLICES_MAX, dtype=torch.float32, device=device)
         self.base = torch.zeros(slots, dtype=torch.int64, device=device)
         self.elements = torch.zeros(slots, shape.layers, len(MODULES), dtype=torch.int64)
+        self.order = torch.arange(slots, dtype=torch.int32, device=device)
+        self.turn = torch.arange(slots, dtype=torch.int32, device=device)
+        self._ranks = [0] * slots
         self.widths = torch.zeros(len(MODULES), SLICES_MAX, dtype=torch.int64, device=device)
         for index, module in enumerate(MODULES):
             self.widths[index, : len(shape.out_features(module))] = torch.tensor(shape.out_features(module))
@@ -49,6 +53,7 @@ class AdapterTables:
         self.scales[slot].copy_(torch.tensor(scales).view_as(self.scales[slot]))
         self.elements[slot].copy_(torch.tensor(elements).view_as(self.elements[slot]))
         self.base[slot] = base_elements
+        self._rank_slot(slot, header.rank)
 
     def remove(self, slot: int) -> None:
         """Free the slot."""
@@ -56,12 +61,21 @@ class AdapterTables:
         self.scales[slot].zero_()
         self.base[slot] = 0
         self.elements[slot] = 0
+        self._rank_slot(slot, 0)
 
     def validate(self) -> None:
         """Ranks of a row sum to its rows of A; nothing is negative."""
         assert bool((self.layout >= 0).all()), "negative offset or rank"
         assert bool((self.base >= 0).all()), "negative base"
         assert torch.equal(self.layout[..., 2:5].sum(-1), self.layout[..., 1]), "ranks do not sum to the rows of A"
+        slots = torch.arange(len(self._ranks), dtype=torch.int32, device=self.turn.device)
+        assert torch.equal(self.turn[self.order.long()], slots), "a slot has no turn, or two"
+
+    def _rank_slot(self, slot: int, rank: int) -> None:
+        self._ranks[slot] = rank
+        order = torch.tensor(sorted(range(len(self._ranks)), key=lambda s: -self._ranks[s]), dtype=torch.int32)
+        self.order.copy_(order)
+        self.turn.copy_(torch.argsort(order).to(torch.int32))
 
     def _fields(self, header: SlabHeader, layer: int, module: int) -> list[int]:
         row = header.row(layer, module)
