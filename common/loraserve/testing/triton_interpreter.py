@@ -32,6 +32,24 @@ def repair() -> None:
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
     interpreter.InterpreterBuilder.create_dot = create_dot
+    interpreter.InterpretedFunction.__call__ = _call_once_patched(interpreter)
+
+
+def _call_once_patched(interpreter: Any) -> Any:
+    """Functions called by a kernel find the language as the kernel's launch patched it, not patched anew each time.
+
+    Functions of triton's own library look at another module, which keeps its patches.
+    """
+    patched: set[bool] = set()
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        library = "tl" not in self.fn.__globals__
+        if library not in patched:
+            patched.add(library)
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*arguments, **options)
+
+    return call
 
 
 def _widen(bits: Any) -> Any:

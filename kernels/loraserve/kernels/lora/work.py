@@ -8,7 +8,8 @@ from loraserve.kernels.lora.tuning import TOKEN_BUCKETS, Blocks, pick
 from loraserve.kernels.lora.work_kernels import list_work, sort_tokens
 from loraserve.model_shape import MODULES
 
-SORT_BLOCK = 256
+SORT_BLOCK, TILE_BLOCK = 256, 16
+"""Tokens and tiles that a program looks at together."""
 
 
 def device_name(device: torch.device) -> str:
@@ -116,6 +117,7 @@ class LoraWork:
             *tables.in_features,
             *(b.bm for b in self.blocks),
             *(b.br for b in self.blocks),
+            TILE_BLOCK,
         )
 
     def _most_tiles(self, module: int) -> int:

@@ -78,6 +78,7 @@ def list_work(
     BR1: tl.constexpr,
     BR2: tl.constexpr,
     BR3: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Program r lists the work of row r = layer * 4 + module; a lane is a slot in its turn."""
     row = tl.program_id(0)
@@ -120,13 +121,14 @@ def list_work(
             tl.store(place + 3 + i, rank, mask=mine)
             tl.store(group_b + group * 4 + i, b, mask=mine)
             tl.store(group_scale + group * 4 + i, scale, mask=mine)
-        for q in range(0, most_tiles):
-            wanted = mine & (q < tiles)
-            tile = row * TILES + first_tile + j * tiles + q
+        for tile0 in range(0, most_tiles, BLOCK):
+            q = tile0 + tl.arange(0, BLOCK)[None, :]
+            wanted = mine[:, None] & (q < tiles[:, None])
+            tile = row * TILES + (first_tile + j * tiles)[:, None] + q
             place = tile_place + tile * 8
-            tl.store(tile_a + tile, a + k.to(tl.int64) * (q * br), mask=wanted)
-            tl.store(place, first_group + j, mask=wanted)
-            tl.store(place + 1, first_token + j * bm, mask=wanted)
-            tl.store(place + 2, length, mask=wanted)
-            tl.store(place + 3, q * br, mask=wanted)
-            tl.store(place + 4, tl.minimum(br, total - q * br), mask=wanted)
+            tl.store(tile_a + tile, a[:, None] + q.to(tl.int64) * br * k, mask=wanted)
+            tl.store(place, (first_group + j)[:, None] + q * 0, mask=wanted)
+            tl.store(place + 1, (first_token + j * bm)[:, None] + q * 0, mask=wanted)
+            tl.store(place + 2, length[:, None] + q * 0, mask=wanted)
+            tl.store(place + 3, q * br + tiles[:, None] * 0, mask=wanted)
+            tl.store(place + 4, tl.minimum(br, total[:, None] - q * br), mask=wanted)
