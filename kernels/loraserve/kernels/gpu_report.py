@@ -135,10 +135,8 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 def table(reports: Iterable[Report]) -> str:
     """For BENCHMARKS.md and for the terminal."""
-    lines = [
-        "| kernel | sm | registers | spilled bytes | shared KB | async 128-bit | narrower | matrix |",
-        "|" + "---|" * 8,
-    ]
+    names = ("kernel", "sm", "registers", "spilled bytes", "shared KB", "async 128-bit", "narrower", "matrix")
+    lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     lines += [
         f"| {r.name} | {r.architecture} | {r.registers} | {r.spilled_bytes} | {r.shared_bytes / 1024:.0f} "
         f"| {r.async_128} | {r.async_narrow} | {r.matrix} |"

@@ -7,7 +7,6 @@ same number.
 from functools import cache
 
 import torch
-import triton
 
 from loraserve.kernels.lora.decode import decode
 from loraserve.kernels.lora.expand import expand

@@ -15,9 +15,9 @@ class AdapterTables:
 
     ``layout`` int64 [slots, layers, 4, 8], offsets relative to the slab's start; ``scales`` float32 [slots, layers, 4,
     3]; ``base`` int64 [slots], element offset of the slab in the pool; ``elements`` int64 [slots, layers, 4], weights
-    of each row; ``widths`` int64 [4, 3], output width of each slice; ``order`` int32 [slots], slots by falling rank, and
-    ``turn`` int32 [slots], the place of each in it: what takes long is begun first. A free slot has rank 0 everywhere,
-    so that computing with it changes nothing.
+    of each row; ``widths`` int64 [4, 3], output width of each slice; ``order`` int32 [slots], slots by falling rank,
+    and ``turn`` int32 [slots], the place of each in it: what takes long is begun first. A free slot has rank 0
+    everywhere, so that computing with it changes nothing.
     """
 
     def __init__(self, shape: ModelShape, slots: int, device: str = "cpu") -> None:

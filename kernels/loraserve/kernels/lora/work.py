@@ -29,8 +29,8 @@ def pick_blocks(tables: AdapterTables, tokens: int, max_rank: int) -> tuple[Bloc
 class Workspace:
     """Scratch memory that the launches of one stream share: nothing in it outlives a call of ``add_lora``.
 
-    ``planes`` float32 holds partial sums of K's parts, [tokens, 3 * max_rank] each; ``hidden``, in the pool's dtype, two
-    such for the rank-space intermediate. ``parts``, ``ready`` and ``turnstile`` int32 are zero between launches.
+    ``planes`` float32 holds partial sums of K's parts, [tokens, 3 * max_rank] each; ``hidden``, in the pool's dtype,
+    two such for the rank-space intermediate. ``parts``, ``ready`` and ``turnstile`` int32 are zero between launches.
     """
 
     def __init__(self, tables: AdapterTables, tokens: int, max_rank: int, dtype: torch.dtype) -> None:
