@@ -1,0 +1,174 @@
+"""Paged causal attention on a CUDA GPU by torch's own kernels, prefill chunks and decode tokens in one step.
+
+``varlen_attn`` reads the cache through block tables where the installed torch and its FlashAttention can; elsewhere the
+blocks are gathered first, which costs three times the memory traffic. Which of the two is tried out once.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch.nn import functional
+
+from loraserve.model_shape import ModelShape
+
+Backend = Literal["paged", "gathered"]
+
+
+class GpuKvCache:
+    """``keys`` and ``values`` [layers, blocks, block_tokens, kv_heads, head_dim]; zero at first, so never NaN."""
+
+    def __init__(
+        self, shape: ModelShape, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        size = (shape.layers, blocks, block_tokens, shape.kv_heads, shape.head_dim)
+        self.block_tokens = block_tokens
+        self.keys = torch.zeros(size, dtype=dtype, device=device)
+        self.values = torch.zeros(size, dtype=dtype, device=device)
+
+
+def gpu_block_bytes(shape: ModelShape, block_tokens: int, dtype: torch.dtype) -> int:
+    """Memory of one block over all layers, keys and values."""
+    return 2 * dtype.itemsize * shape.layers * shape.kv_heads * block_tokens * shape.head_dim
+
+
+@dataclass(frozen=True)
+class GpuAttentionBatch:
+    """Sequences of a step, one after the other; their queries are the last tokens of their KV.
+
+    On the device: ``query_start`` int32 [sequences + 1], ``seq_len`` int32 [sequences] with this step's tokens,
+    ``table`` int32 [sequences, blocks]. On the host: ``queries`` and ``lengths`` are the same numbers, but empty where
+    every sequence has one query and any length that ``table`` holds, as in a captured graph.
+    """
+
+    query_start: torch.Tensor
+    seq_len: torch.Tensor
+    table: torch.Tensor
+    queries: tuple[int, ...] = ()
+    lengths: tuple[int, ...] = ()
+
+
+def attend(
+    q: torch.Tensor,  # [tokens, heads, dim]
+    cache: GpuKvCache,
+    batch: GpuAttentionBatch,
+    layer: int,
+    scale: float,
+    backend: Backend,
+) -> torch.Tensor:
+    """softmax(scale * q k^T) v over each token's own past and itself, [tokens, heads * dim]; its KV is kept already."""
+    keys, values = cache.keys[layer], cache.values[layer]
+    if backend == "paged":
+        return _paged(q, keys, values, batch, scale).flatten(1)
+    out = torch.empty_like(q)
+    singles = [i for i, n in enumerate(batch.queries) if n == 1]
+    if not batch.queries or len(singles) == len(batch.queries):
+        _gathered_decode(q, out, keys, values, batch.table, batch.seq_len, scale)
+        return out.flatten(1)
+    start = 0
+    for index, (queries, length) in enumerate(zip(batch.queries, batch.lengths, strict=True)):
+        rows = slice(start, start + queries)
+        blocks = batch.table[index, : -(-length // cache.block_tokens)]
+        out[rows] = _gathered_prefill(q[rows], keys, values, blocks, length, scale)
+        start += queries
+    return out.flatten(1)
+
+
+def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Backend, str]:
+    """(backend, why): ``paged`` where one attention over two blocks comes out right."""
+    if device.type != "cuda":
+        return "gathered", "no GPU"
+    try:
+        from torch.nn.attention.varlen import varlen_attn  # noqa: F401
+    except ImportError:
+        return "gathered", f"torch {torch.__version__} has no varlen_attn"
+    try:
+        return _try_paged(shape, block_tokens, dtype, device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        return "gathered", f"varlen_attn with block tables: {str(error).splitlines()[0]}"
+
+
+def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Backend, str]:
+    cache = GpuKvCache(
+        ModelShape(1, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab),
+        3, block_tokens, dtype, device,
+    )  # fmt: skip
+    cache.keys.normal_()
+    cache.values.normal_()
+    length = block_tokens + 1
+    q = torch.randn(1, shape.heads, shape.head_dim, dtype=dtype, device=device)
+    batch = GpuAttentionBatch(
+        query_start=torch.tensor([0, 1], dtype=torch.int32, device=device),
+        seq_len=torch.tensor([length], dtype=torch.int32, device=device),
+        table=torch.tensor([[2, 0]], dtype=torch.int32, device=device),
+        queries=(1,),
+        lengths=(length,),
+    )
+    paged, gathered = (attend(q, cache, batch, 0, shape.head_dim**-0.5, b) for b in ("paged", "gathered"))
+    if not torch.allclose(paged.float(), gathered.float(), atol=2e-2, rtol=2e-2):
+        return "gathered", "varlen_attn with block tables gave a wrong result"
+    return "paged", "varlen_attn reads the block tables"
+
+
+def _paged(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: GpuAttentionBatch, scale: float
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    result: torch.Tensor = varlen_attn(
+        q,
+        keys,
+        values,
+        batch.query_start,
+        None,
+        max(batch.queries, default=1),
+        max(batch.lengths, default=batch.table.shape[1] * keys.shape[1]),
+        scale=scale,
+        window_size=(-1, 0),
+        enable_gqa=True,
+        seqused_k=batch.seq_len,
+        block_table=batch.table,
+    )
+    return result
+
+
+def _gathered_decode(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    seq_len: torch.Tensor,
+    scale: float,
+) -> None:
+    """One query a sequence, all at once, over as many blocks as the table is wide."""
+    sequences, blocks = table.shape
+    places = torch.arange(blocks * keys.shape[1], device=q.device)
+    past = places[None, :] < seq_len[:, None]
+    flat = table.flatten()
+    # What others left in the blocks beyond the past must not count, not even as 0 * NaN.
+    beyond = ~past[:, :, None, None]
+    k, v = (
+        part.index_select(0, flat).view(sequences, -1, *part.shape[2:]).masked_fill_(beyond, 0.0).transpose(1, 2)
+        for part in (keys, values)
+    )
+    attended = functional.scaled_dot_product_attention(
+        q[:, :, None], k, v, attn_mask=past[:, None, None, :], scale=scale, enable_gqa=True
+    )
+    out.copy_(attended[:, :, 0])
+
+
+def _gathered_prefill(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, length: int, scale: float
+) -> torch.Tensor:
+    """The queries of one sequence, [queries, heads, dim]."""
+    k, v = (part.index_select(0, blocks).flatten(0, 1)[:length].transpose(0, 1)[None] for part in (keys, values))
+    queries = q.shape[0]
+    mask = None
+    if queries != length:
+        places = torch.arange(length, device=q.device)
+        mask = places[None, :] <= places[length - queries :, None]
+    attended = functional.scaled_dot_product_attention(
+        q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+    )
+    return attended[0].transpose(0, 1)
