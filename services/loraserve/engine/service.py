@@ -60,6 +60,7 @@ from loraserve.messages import (
 from loraserve.service import Service, State
 
 T = TypeVar("T")
+BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
 
 
 class EngineService(Service):
@@ -67,8 +68,9 @@ class EngineService(Service):
 
     inbox = ToEngine
 
-    def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
+    def __init__(self, config: Config, bus: Bus, clock: Clock, build: BuildRunner = build_runner) -> None:
         super().__init__(config, bus, clock)
+        self._build = build
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
         self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result")
         # Emptied by one loop: the scheduler must hear of steps in their order, whether they fail or not.
@@ -86,7 +88,7 @@ class EngineService(Service):
     async def start(self, stack: AsyncExitStack) -> None:
         for executor in (self._waiter, self._executor):
             stack.callback(executor.shutdown, wait=True, cancel_futures=True)
-        self._runner = await self._in_worker(build_runner, self.config, self._progress)
+        self._runner = await self._in_worker(self._build, self.config, self._progress)
         self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
         engine = self.config.engine
         self._loader = SlabLoader(self.bus, self._runner.pool_view(), engine.load_chunk_bytes, engine.load_timeout_s)
