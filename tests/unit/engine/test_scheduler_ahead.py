@@ -236,12 +236,34 @@ def test_nobody_goes_on_from_a_step_that_is_not_the_last() -> None:
         assert len(builder.parts()) == joined
 
 
-def test_who_waits_for_blocks_in_flight_is_not_overtaken_by_who_arrives() -> None:
-    blocks = BlockManager(3, 4)
-    running = sequence("r", 1, PROMPT)
-    running.blocks = [blocks.take() for _ in range(2)]  # type: ignore[misc]
-    running.sent(running.step(4))
-    running.blocks.pop()
-    builder = StepBuilder(blocks, 16, ["r"])
-    builder.continue_running([running])
+def test_who_waits_for_what_an_ended_request_still_holds_is_not_preempted() -> None:
+    blocks = BlockManager(1, 4)
+    leaving, running = sequence("leaving", 1, [1]), sequence("r", 2, PROMPT)
+    leaving.blocks = [blocks.take() or 0]
+    leaving.sent(leaving.step(1))
+    leaving.state = State.LEAVING
+    builder = StepBuilder(blocks, 16, ["leaving"])
+    builder.continue_running([leaving, running])
     assert (builder.parts(), builder.short, builder.preempted) == ((), True, [])
+
+
+def test_who_decodes_ahead_goes_before_those_that_prefill() -> None:
+    prefills, decodes = sequence("prefills", 1, PROMPT), sequence("decodes", 2, [1])
+    decodes.blocks = [0]
+    decodes.sent(decodes.step(1))
+    builder = StepBuilder(BlockManager(8, 4), 8, ["decodes"])
+    builder.continue_running([prefills, decodes])
+    assert [(part.request_id, len(part.tokens)) for part in builder.parts()] == [("decodes", 1), ("prefills", 7)]
+
+
+def test_who_waits_for_blocks_in_flight_is_not_overtaken_by_who_arrives(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(steps_ahead=1, kv_blocks=8, max_model_tokens=32, max_step_tokens=8, prefix_cache=False)
+    desk.arrive("decodes", [1] * 5, max_tokens=20)
+    desk.arrive("prefills", [2] * 21)
+    desk.arrive("waits", [3])
+    desk.step_done()
+    desk.step_done()
+    assert desk.sizes == {"decodes": 1, "prefills": 7}
+    desk.step_done()
+    # Its last chunk lacks one block of two, and the one that is free is not for others.
+    assert (desk.sizes, desk.scheduler.load().kv_blocks_free) == ({"decodes": 1}, 1)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from loraserve.engine.batch import DRAWN, Sampled, SequenceStep, StepBatch, StepResult, changes_logits
+from loraserve.engine.blocks import chain, root
 from loraserve.engine.events import (
     AdapterLoaded,
     AdapterLoadFailed,
@@ -83,7 +84,7 @@ class Device:
         self.admits: dict[str, Admit] = {}
         self.resident: dict[int, str] = {}
         self._tokens: dict[str, list[int]] = {}
-        self._kv: dict[tuple[int, int], tuple[str, tuple[int, ...]] | None] = {}
+        self.kv: dict[tuple[int, int], tuple[str, tuple[int, ...]] | None] = {}
         self._drawn: dict[str, int] = {}
         self._spoilt: set[str] = set()
 
@@ -102,7 +103,7 @@ class Device:
         end = part.start + len(part.tokens)
         places = [(part.blocks[position // BLOCK], position % BLOCK) for position in range(end)]
         if part.request_id in self._spoilt:
-            self._kv.update(dict.fromkeys(places[part.start :]))
+            self.kv.update(dict.fromkeys(places[part.start :]))
             return 1
         version = version_of(admit)
         assert self.resident.get(part.slot, "") == version, "wrong adapter in the slot"
@@ -111,8 +112,8 @@ class Device:
         assert fed == tokens[part.start : end], "a wrong token"
         for position, place in enumerate(places):
             content = (version, tuple(tokens[: position + 1]))
-            assert position >= part.start or self._kv.get(place) == content, f"stale KV at {position}"
-            self._kv[place] = content
+            assert position >= part.start or self.kv.get(place) == content, f"stale KV at {position}"
+            self.kv[place] = content
         if part.sample and changes_logits(part.sampling, part.output_index):
             assert part.history == tokens[:end], "penalties need the whole history"
         return tokens[end]
@@ -299,6 +300,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         listed = set(self.scheduler.load().request_ids)
         assert self.live <= listed <= self.live | in_steps, "a request that ended is held longer than its steps"
         assert self.scheduler.idle == (not listed and not self.steps)
+
+    @invariant()
+    def shared_blocks_hold_what_their_names_say(self) -> None:
+        for digest, block in self.scheduler.blocks._cached.items():
+            contents = [self.device.kv.get((block, offset)) for offset in range(BLOCK)]
+            assert None not in contents, "what a failed step wrote is shared"
+            version, tokens = contents[-1]
+            name = root(version)
+            for start in range(0, len(tokens), BLOCK):
+                name = chain(name, tokens[start : start + BLOCK])
+            assert name == digest
 
     @invariant()
     def steps_in_flight_keep_what_they_use(self) -> None:
