@@ -34,8 +34,7 @@ class StepBuilder:
         such victims lets nobody after it join, so that they can give way once they have landed.
         """
         joining = [s for s in running if self._joins(s)]
-        order = [s for s in joining if s.decodes_next] + [s for s in joining if not s.decodes_next]
-        for sequence in order:
+        for sequence in sorted(joining, key=lambda s: not s.decodes_next):
             if self._budget == 0:
                 return
             if sequence in self.preempted:
