@@ -7,14 +7,21 @@ import msgspec
 
 from loraserve.messages.base import SamplingParams
 
+DRAWN = -1
+"""In ``SequenceStep.tokens``: the token that the step sent just before draws for this sequence.
+
+Nobody has seen it when the step is sent. It stands alone, as a sequence decodes one token a step.
+"""
+
 
 class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One sequence's part of a step: the KV of ``tokens`` is computed and written, maybe a next token is drawn.
 
     ``slot`` is the adapter's, -1 the base model. ``start`` tokens have their KV already, so it is the position of the
     first of ``tokens``. ``blocks`` is the block table and covers ``start + len(tokens)`` positions. ``sample`` is set
-    where ``tokens`` ends with the last known token; the drawn one gets output index ``output_index``. ``history`` is
-    prompt and output so far, read only where penalties need it; ``prompt_length`` says where the output begins.
+    where ``tokens`` ends with the last token there is; the drawn one gets output index ``output_index``. ``history`` is
+    prompt and output so far, read only where penalties need it: then it is whole and does not change before the step
+    is done, since no step with penalties contains DRAWN. ``prompt_length`` says where the output begins.
     """
 
     request_id: str
@@ -46,8 +53,21 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What a step brought, in the order of its sequences; ``duration_s`` is the time it took the model."""
+    """What a step brought, in the order of its sequences.
+
+    ``duration_s`` is the time it took the model, without that of steps before it which it had to wait for.
+    """
 
     step_id: int
     sampled: tuple[Sampled, ...]
     duration_s: float
+
+
+def changes_logits(sampling: SamplingParams, output_index: int) -> bool:
+    """Whether the token of this index is drawn from other logits than the model's, which takes the whole history."""
+    return (
+        output_index < sampling.min_tokens
+        or sampling.repetition_penalty != 1.0
+        or sampling.presence_penalty != 0.0
+        or sampling.frequency_penalty != 0.0
+    )

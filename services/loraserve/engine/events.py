@@ -62,7 +62,7 @@ Event = (
 
 
 class RunStep(msgspec.Struct, frozen=True):
-    """Compute this batch and come back with StepDone or StepFailed. At most one is outstanding."""
+    """Compute this batch after those before it, and come back with StepDone or StepFailed, in the same order."""
 
     batch: StepBatch
 

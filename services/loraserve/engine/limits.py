@@ -4,7 +4,10 @@ import msgspec
 
 
 class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """``max_step_tokens`` bounds one step's prefill and decode tokens together."""
+    """``max_step_tokens`` bounds one step's prefill and decode tokens together.
+
+    ``steps_ahead`` more steps than one may be outstanding: as many as the runner takes before it has ended the first.
+    """
 
     kv_blocks: int
     block_tokens: int
@@ -18,3 +21,4 @@ class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: frozenset[int]
     prefix_cache: bool = True
     max_loads: int = 2
+    steps_ahead: int = 0

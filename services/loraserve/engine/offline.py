@@ -26,7 +26,7 @@ from loraserve.engine.events import (
     RunStep,
     StepDone,
 )
-from loraserve.engine.runner import ModelRunner
+from loraserve.engine.runner_protocol import PendingStep, Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.setup import build_runner, scheduler_limits
 from loraserve.messages import AdapterRef, Admit, SamplingParams, TokenDelta
@@ -65,17 +65,18 @@ class OfflineEngine:
     ``steps`` records every step of the last call. Not thread-safe.
     """
 
-    def __init__(self, config: Config, adapters: Mapping[str, Slab], runner: ModelRunner | None = None) -> None:
+    def __init__(self, config: Config, adapters: Mapping[str, Slab], runner: Runner | None = None) -> None:
         """Loads and warms the model unless a ``runner`` is given. Raises ConfigError naming the setting at fault.
 
         A ``runner`` serves one engine at a time: the slots of its adapters are this engine's from now on.
         """
-        self.runner = runner or build_runner(config, lambda text: None)
+        self.runner: Runner = runner or build_runner(config, lambda text: None)
         self.scheduler = Scheduler(scheduler_limits(config, self.runner))
         self.steps: list[StepRecord] = []
         self._slabs = {slab.version: slab for slab in adapters.values()}
         self._references = {name: adapter_reference(name, slab) for name, slab in adapters.items()}
         self._pending: deque[Instruction] = deque()
+        self._steps: deque[tuple[StepBatch, PendingStep]] = deque()
         self._outputs: dict[str, OfflineOutput] = {}
         self._started_s = 0.0
         self._requests = 0
@@ -93,8 +94,11 @@ class OfflineEngine:
         self._started_s = time.monotonic()
         for admit in admits:
             self._tell(RequestArrived(admit))
-        while self._pending:
-            self._carry_out(self._pending.popleft(), before_step)
+        while self._pending or self._steps:
+            if self._pending:
+                self._carry_out(self._pending.popleft(), before_step)
+            else:
+                self._end_step()
         assert self.scheduler.idle, "the scheduler stopped with requests unfinished"
         return [self._outputs[admit.request_id] for admit in admits]
 
@@ -118,7 +122,7 @@ class OfflineEngine:
             case RunStep(batch):
                 if before_step is not None:
                     before_step(batch)
-                self._run_step(batch)
+                self._begin_step(batch)
             case LoadAdapter(adapter, slot, offset_bytes):
                 self._load(adapter.version, slot, offset_bytes)
             case EvictAdapter(_, slot):
@@ -128,8 +132,14 @@ class OfflineEngine:
             case Reject(request_id, _, code, message):
                 self._outputs[request_id].error = f"{code}: {message}"
 
-    def _run_step(self, batch: StepBatch) -> None:
-        result = self.runner.step(batch)
+    def _begin_step(self, batch: StepBatch) -> None:
+        self._steps.append((batch, self.runner.submit(batch)))
+        if len(self._steps) > self.scheduler.limits.steps_ahead:
+            self._end_step()
+
+    def _end_step(self) -> None:
+        batch, step = self._steps.popleft()
+        result = step.result()
         tokens = sum(len(sequence.tokens) for sequence in batch.sequences)
         self.steps.append(StepRecord(len(batch.sequences), tokens, result.duration_s))
         self._tell(StepDone(result))

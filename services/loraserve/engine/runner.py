@@ -2,20 +2,22 @@
 
 import mmap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from loraserve.adapter.format import ITEM_BYTES, SlabHeader
 from loraserve.config import EngineConfig
-from loraserve.engine.batch import SequenceStep, StepBatch, StepResult
+from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
 from loraserve.engine.model.config import DecoderConfig, read_decoder_config
 from loraserve.engine.model.decoder import Decoder, StepInputs
 from loraserve.engine.model.linear import pick_backend
 from loraserve.engine.model.weights import load_weights
+from loraserve.engine.runner_protocol import ComputedStep
 from loraserve.engine.sampler import sample
 from loraserve.errors import ConfigError
 from loraserve.kernels import attention, fused, linear, lora
@@ -27,14 +29,17 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelRunner:
     """The model on this machine's CPU.
 
-    ``step``, ``logits`` and ``warm_up`` belong to one thread. ``install`` and ``remove`` may be called from another for
-    slots that no step in flight uses, and ``pool_view`` may be written by another outside the extents in use.
+    ``submit``, ``step``, ``logits`` and ``warm_up`` belong to one thread. ``install`` and ``remove`` may be called from
+    another for slots that no step in flight uses, and ``pool_view`` may be written by another outside the extents in
+    use. ``submit`` computes at once, so that steps ahead would bring nothing; they are computed all the same.
     """
 
     def __init__(self, model_dir: Path, engine: EngineConfig, threads: int, progress: Callable[[str], None]) -> None:
         """Loads the weights; raises ConfigError naming the setting, field or tensor at fault."""
         if engine.device == "cuda":
             raise ConfigError("engine.device=cuda: the CUDA runner is not part of this version; use cpu")
+        self.steps_ahead = 0
+        self._drawn: dict[str, int] = {}
         self._threads = threads
         torch.set_num_threads(threads)
         config = read_decoder_config(model_dir)
@@ -91,12 +96,18 @@ class ModelRunner:
         """Tokens of ``slot`` compute as the base model from now on."""
         self._tables.remove(slot)
 
+    def submit(self, batch: StepBatch) -> ComputedStep:
+        """The step, done."""
+        return ComputedStep(self.step(batch))
+
     def step(self, batch: StepBatch) -> StepResult:
         """Compute one step and draw the tokens that are due. ``duration_s`` covers all of it."""
         started_s = time.monotonic()
+        batch = _resolved(batch, self._drawn)
         rows = [sequence for sequence in batch.sequences if sequence.sample]
         logits = self.logits(batch).numpy()
         sampled = tuple(sample(logits, rows, self.eos_token_ids))
+        self._drawn = {s.request_id: s.token for s in sampled}
         return StepResult(step_id=batch.step_id, sampled=sampled, duration_s=time.monotonic() - started_s)
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
@@ -136,6 +147,15 @@ def _max_positions(config: DecoderConfig, progress: Callable[[str], None]) -> in
     # Within the window every token sees the whole context, so computing is exact up to there.
     progress(f"context limited to {window} tokens: the model's sliding_window is not computed beyond")
     return window
+
+
+def _resolved(batch: StepBatch, drawn: Mapping[str, int]) -> StepBatch:
+    """The batch with the tokens that DRAWN stands for; any token where the step before it failed."""
+    sequences = tuple(
+        msgspec.structs.replace(s, tokens=(drawn.get(s.request_id, 0),)) if s.tokens[0] == DRAWN else s
+        for s in batch.sequences
+    )
+    return msgspec.structs.replace(batch, sequences=sequences)
 
 
 def _inputs(sequences: tuple[SequenceStep, ...], block_tokens: int) -> StepInputs:

@@ -9,7 +9,7 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from loraserve.engine.batch import Sampled, SequenceStep
+from loraserve.engine.batch import Sampled, SequenceStep, changes_logits
 from loraserve.messages.base import SamplingParams
 
 Row = NDArray[np.float32]
@@ -48,13 +48,7 @@ def _sample_row(logits: Row, step: SequenceStep, eos_token_ids: Collection[int])
 
 
 def _changes_logits(step: SequenceStep) -> bool:
-    p = step.sampling
-    return (
-        step.output_index < p.min_tokens
-        or p.repetition_penalty != 1.0
-        or p.presence_penalty != 0.0
-        or p.frequency_penalty != 0.0
-    )
+    return changes_logits(step.sampling, step.output_index)
 
 
 def _forbid_early_stop(logits: Row, step: SequenceStep, eos_token_ids: Collection[int]) -> None:

@@ -1,7 +1,8 @@
 """The engine's decisions: continuous batching with chunked prefill, preemption, and adapters brought in on the way.
 
-Pure: events in, instructions out, the time is an argument. One step is outstanding at most; a request whose adapter is
-on its way never holds up the others.
+Pure: events in, instructions out, the time is an argument. Where the runner takes steps ahead, the next ones are sent
+while one still runs, with tokens in them that nobody knows yet. A request whose adapter is on its way never holds up
+the others.
 """
 
 from loraserve.engine.batch import StepBatch, StepResult
@@ -21,8 +22,10 @@ from loraserve.engine.events import (
     StepDone,
     StepFailed,
 )
+from loraserve.engine.invariants import check_queues
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.load import SchedulerLoad, TokenCounts, snapshot
+from loraserve.engine.outstanding import Outstanding
 from loraserve.engine.residency import Residency
 from loraserve.engine.sequence import Sequence, State
 from loraserve.engine.steps import StepBuilder
@@ -34,7 +37,7 @@ MOST_BYPASSED = 64
 
 
 class Scheduler:
-    """State: sequences waiting (in order of arrival) and running (likewise), KV blocks, the pool, one step."""
+    """State: sequences waiting (in order of arrival) and running (likewise), KV blocks, the pool, steps."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
         if limits.max_step_tokens < limits.max_running:
@@ -53,7 +56,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
         self._steps = 0
-        self._outstanding: StepBatch | None = None
+        self._outstanding = Outstanding(1 + limits.steps_ahead)
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """What to do about one event."""
@@ -64,8 +67,8 @@ class Scheduler:
                 instructions = self._abort(request_id, now)
             case StepDone(result):
                 instructions = self._step_done(result, now)
-            case StepFailed(_, message):
-                instructions = self._step_failed(message, now)
+            case StepFailed(step_id, message):
+                instructions = self._step_failed(step_id, message, now)
             case AdapterLoaded(version):
                 self._story.tell(version, now, "loaded")
                 instructions = self.residency.loaded(version)
@@ -89,7 +92,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing to do and nothing outstanding."""
-        return not self._sequences and self._outstanding is None
+        return not self._sequences and not self._outstanding
 
     @property
     def steps(self) -> int:
@@ -102,23 +105,13 @@ class Scheduler:
         live = self.waiting + self.running
         assert {s.request_id for s in live} == self._sequences.keys(), "a request is in no list or in two"
         assert len(live) == len(self._sequences), "a request is listed twice"
-        for queue in (self.waiting, self.running):
-            assert [s.order for s in queue] == sorted(s.order for s in queue), "a queue is out of order"
-        assert all(s.state is State.WAITING and not s.blocks for s in self.waiting), "a waiting request holds blocks"
-        assert all(s.state is State.RUNNING for s in self.running), "a running request is in another state"
-        assert self.blocks.held == sum(len(s.blocks) for s in self.running), "blocks are held by nobody"
-        users: dict[str, int] = {}
-        for sequence in self.running:
-            users[sequence.version] = users.get(sequence.version, 0) + 1
-        for entry in self.residency.pool.entries():
-            assert entry.running == users.get(entry.adapter.version, 0), f"{entry.adapter.name} has a stray pin"
-        in_step = {part.request_id for part in self._outstanding.sequences} if self._outstanding else set()
-        assert {s.request_id for s in self.running if s.in_step} == in_step, "the step and its sequences disagree"
+        check_queues(self.waiting, self.running, self.blocks, self.residency.pool)
+        self._outstanding.validate(self.running)
 
     def _arrive(self, admit: Admit, now: float) -> list[Instruction]:
         known = self._sequences.get(admit.request_id)
-        if known is not None and known.aborted:
-            text = "a request of this id was aborted and is in a step still; try again"
+        if known is not None and known.state is State.LEAVING:
+            text = "a request of this id has ended and is in a step still; try again"
             return [Reject(admit.request_id, admit.gateway, "overloaded", text)]
         if known is not None:
             return []
@@ -153,33 +146,27 @@ class Scheduler:
 
     def _abort(self, request_id: str, now: float) -> list[Instruction]:
         sequence = self._sequences.get(request_id)
-        if sequence is None:
-            return []
-        self._story.tell(request_id, now, "aborted")
-        if sequence.in_step:
-            # The step still writes to its blocks: they are given back when it is done.
-            sequence.aborted = True
-        else:
-            self._release(sequence, now)
+        if sequence is not None and sequence.state is not State.LEAVING:
+            self._story.tell(request_id, now, "aborted")
+            self._end(sequence, now)
         return []
 
     def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
-        batch, self._outstanding = self._outstanding, None
-        assert batch is not None, "a step came back that nobody sent"
         drawn = {sampled.request_id: sampled for sampled in result.sampled}
         instructions: list[Instruction] = []
-        for part in batch.sequences:
+        for part in self._outstanding.take(result.step_id).sequences:
             sequence = self._sequences[part.request_id]
-            sequence.in_step = False
-            self._computed(sequence, len(part.tokens))
-            if sequence.aborted:
-                self._release(sequence, now)
+            sequence.landed(part)
+            if sequence.trusts(part):
+                self._computed(sequence, len(part.tokens))
+            if sequence.state is State.LEAVING:
+                self._end(sequence, now)
             elif part.sample:
                 delta = sequence.accept(drawn[part.request_id], self.limits.eos_token_ids)
                 instructions.append(Emit(sequence.admit.gateway, delta))
                 if delta.finish is not None:
                     self._story.tell(part.request_id, now, f"finished: {delta.finish}")
-                    self._release(sequence, now)
+                    self._end(sequence, now)
         return instructions
 
     def _computed(self, sequence: Sequence, tokens: int) -> None:
@@ -191,13 +178,15 @@ class Scheduler:
             for index in range(first, sequence.computed // self.limits.block_tokens):
                 self.blocks.publish(sequence.blocks[index], sequence.digest(index))
 
-    def _step_failed(self, message: str, now: float) -> list[Instruction]:
-        batch, self._outstanding = self._outstanding, None
+    def _step_failed(self, step_id: int, message: str, now: float) -> list[Instruction]:
         instructions: list[Instruction] = []
-        for part in batch.sequences if batch else ():
+        for part in self._outstanding.take(step_id).sequences:
             sequence = self._sequences[part.request_id]
-            sequence.in_step = False
-            instructions += self._reject(sequence, "engine_error", message, now)
+            sequence.landed(part)
+            if sequence.state is State.LEAVING:
+                self._end(sequence, now)
+            else:
+                instructions.append(self._reject(sequence, "engine_error", message, now))
         return instructions
 
     def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
@@ -206,20 +195,27 @@ class Scheduler:
         for sequence in [s for s in self.waiting if s.version == version]:
             assert sequence.admit.adapter is not None
             text = f"adapter {sequence.admit.adapter.name} could not be loaded: {message}"
-            instructions += self._reject(sequence, "adapter_unavailable", text, now)
+            instructions.append(self._reject(sequence, "adapter_unavailable", text, now))
         return instructions
 
-    def _reject(self, sequence: Sequence, code: str, message: str, now: float) -> list[Instruction]:
+    def _reject(self, sequence: Sequence, code: str, message: str, now: float) -> Reject:
         self._story.tell(sequence.request_id, now, f"failed: {code}")
-        self._release(sequence, now)
-        return [] if sequence.aborted else [Reject(sequence.request_id, sequence.admit.gateway, code, message)]
+        self._end(sequence, now)
+        return Reject(sequence.request_id, sequence.admit.gateway, code, message)
+
+    def _end(self, sequence: Sequence, now: float) -> None:
+        """Nothing more is said about it. Steps in flight still write to its blocks: they stay until those are back."""
+        if sequence.in_flight:
+            sequence.state = State.LEAVING
+        else:
+            self._release(sequence, now)
 
     def _release(self, sequence: Sequence, now: float) -> None:
         """Blocks, pin and place in the queues go back."""
-        if sequence.state is State.RUNNING:
-            self._stop(sequence, now)
-        else:
+        if sequence.state is State.WAITING:
             self.waiting.remove(sequence)
+        else:
+            self._stop(sequence, now)
         sequence.state = State.FINISHED
         del self._sequences[sequence.request_id]
 
@@ -231,26 +227,29 @@ class Scheduler:
             self.residency.pool.stop_running(sequence.version, now)
 
     def _go_on(self, now: float) -> list[Instruction]:
-        """Start the loads and the step that have become possible."""
+        """Start the loads and the steps that have become possible."""
         wanted = (s.admit.adapter for s in self.waiting if s.admit.adapter is not None)
         instructions = self.residency.start_loads(wanted, now, idle=not self._sequences)
-        if self._outstanding is None and (self.running or self.waiting):
-            instructions += self._form_step(now)
+        while not self._outstanding.full and (self.running or self.waiting):
+            batch = self._form_step(now)
+            if batch is None:
+                break
+            self._outstanding.send(batch)
+            instructions.append(RunStep(batch))
         return instructions
 
-    def _form_step(self, now: float) -> list[Instruction]:
-        builder = StepBuilder(self.blocks, self.limits.max_step_tokens)
+    def _form_step(self, now: float) -> StepBatch | None:
+        builder = StepBuilder(self.blocks, self.limits.max_step_tokens, self._outstanding.newest)
         builder.continue_running(self.running)
         for sequence in builder.preempted:
             self._preempt(sequence, now)
-        if not builder.preempted:
+        if not builder.preempted and not builder.short:
             self._admit_waiting(builder, now)
         parts = builder.parts()
         if not parts:
-            return []
+            return None
         self._steps += 1
-        self._outstanding = StepBatch(step_id=self._steps, sequences=parts)
-        return [RunStep(self._outstanding)]
+        return StepBatch(step_id=self._steps, sequences=parts)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         self._story.tell(sequence.request_id, now, "preempted")
@@ -263,8 +262,9 @@ class Scheduler:
     def _admit_waiting(self, builder: StepBuilder, now: float) -> None:
         """In order of arrival. Who waits for an adapter is passed by; who waits for memory is not."""
         passed: list[Sequence] = []
+        places = self.limits.max_running - sum(s.state is State.RUNNING for s in self.running)
         for sequence in list(self.waiting):
-            if len(self.running) >= self.limits.max_running or builder.budget == 0:
+            if places == 0 or builder.budget == 0:
                 return
             if not self.residency.ready(sequence.version):
                 passed.append(sequence)
@@ -274,6 +274,7 @@ class Scheduler:
             if not builder.admit(sequence, self.limits.prefix_cache):
                 return
             self._start(sequence, now)
+            places -= 1
             builder.begin(sequence)
             for other in passed:
                 other.bypassed += bool(sequence.version)

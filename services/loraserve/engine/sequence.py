@@ -2,19 +2,26 @@
 
 from enum import Enum
 
-from loraserve.engine.batch import Sampled, SequenceStep
+from loraserve.engine.batch import DRAWN, Sampled, SequenceStep, changes_logits
 from loraserve.engine.blocks import chain, root
 from loraserve.messages import Admit, TokenDelta
 
 
 class State(Enum):
+    """LEAVING has ended, but steps in flight still write to its blocks."""
+
     WAITING = "waiting"
     RUNNING = "running"
+    LEAVING = "leaving"
     FINISHED = "finished"
 
 
 class Sequence:
-    """Known tokens are the prompt and the output so far; ``computed`` of them have their KV."""
+    """Known tokens are the prompt and the output so far; ``computed`` of them have their KV.
+
+    Steps in flight run ahead of that: ``scheduled`` tokens have their KV when they are done, and ``drawing`` more
+    tokens exist then.
+    """
 
     def __init__(self, admit: Admit, order: int, max_model_tokens: int, block_tokens: int) -> None:
         self.admit = admit
@@ -28,9 +35,10 @@ class Sequence:
         self.slot = -1
         self.blocks: list[int] = []
         self.computed = 0
+        self.scheduled = 0
+        self.drawing = 0
+        self.in_flight = 0
         self.cached_tokens = 0
-        self.in_step = False
-        self.aborted = False
         self.bypassed = 0
         self._block_tokens = block_tokens
         self._digests: list[bytes] = []
@@ -48,6 +56,23 @@ class Sequence:
     def decoding(self) -> bool:
         return self.remaining == 1 and self.output_length > 0
 
+    @property
+    def unscheduled(self) -> int:
+        """Tokens, known or being drawn, that no step computes yet."""
+        return len(self.history) + self.drawing - self.scheduled
+
+    @property
+    def decodes_next(self) -> bool:
+        return self.unscheduled == 1 and self.output_length + self.drawing > 0
+
+    @property
+    def goes_ahead(self) -> bool:
+        """Whether it can go on before the steps it is in are done."""
+        if not self.drawing:
+            return True
+        next_index = self.output_length + self.drawing
+        return next_index < self.max_tokens and not changes_logits(self.admit.sampling, next_index)
+
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
 
@@ -60,19 +85,41 @@ class Sequence:
         return self._digests[index]
 
     def step(self, tokens: int) -> SequenceStep:
-        """This sequence's part of a step that computes its next ``tokens`` known tokens."""
+        """This sequence's part of a step that computes its next ``tokens`` tokens."""
         return SequenceStep(
             request_id=self.request_id,
-            tokens=tuple(self.history[self.computed : self.computed + tokens]),
-            start=self.computed,
+            tokens=tuple(self.history[self.scheduled : self.scheduled + tokens]) or (DRAWN,),
+            start=self.scheduled,
             blocks=tuple(self.blocks),
             sampling=self.admit.sampling,
             prompt_length=self.prompt_length,
             slot=self.slot,
-            sample=tokens == self.remaining,
-            output_index=self.output_length,
+            sample=tokens == self.unscheduled,
+            output_index=self.output_length + self.drawing,
             history=self.history,
         )
+
+    def begin(self, computed: int) -> None:
+        """From here on, or all over again: so many known tokens have their KV, and nothing is in flight."""
+        self.computed = self.scheduled = computed
+
+    def sent(self, part: SequenceStep) -> None:
+        """A step with this part is on its way."""
+        self.in_flight += 1
+        self.scheduled += len(part.tokens)
+        self.drawing += part.sample
+
+    def landed(self, part: SequenceStep) -> None:
+        """The step came back, done or failed."""
+        self.in_flight -= 1
+        self.drawing -= part.sample
+
+    def trusts(self, part: SequenceStep) -> bool:
+        """Whether what a done step computed is the KV of known tokens, upon KV that is.
+
+        It is not where a step before it failed, or drew a token that nobody took.
+        """
+        return part.start == self.computed and part.start + len(part.tokens) <= len(self.history)
 
     def accept(self, sampled: Sampled, eos: frozenset[int]) -> TokenDelta:
         """Take the drawn token. A token that stops the request is not part of the output."""

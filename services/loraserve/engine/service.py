@@ -1,7 +1,8 @@
 """The engine process: carries messages to the scheduler, and its instructions to the runner, the loader and gateways.
 
 Everything that decides is in scheduler.py; everything that computes is in runner.py, in one worker thread, so that
-messages are answered and slabs arrive while a step runs.
+messages are answered and slabs arrive while a step runs. Where the runner takes steps ahead, a second thread waits for
+its results, so that the first can hand it the next step.
 """
 
 import asyncio
@@ -39,7 +40,7 @@ from loraserve.engine.events import (
 )
 from loraserve.engine.loader import LoadFailed, SlabLoader
 from loraserve.engine.rates import Rates
-from loraserve.engine.runner import ModelRunner
+from loraserve.engine.runner_protocol import Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.setup import build_runner, scheduler_limits
 from loraserve.messages import (
@@ -59,6 +60,7 @@ from loraserve.messages import (
 from loraserve.service import Service, State
 
 T = TypeVar("T")
+BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
 
 
 class EngineService(Service):
@@ -66,28 +68,33 @@ class EngineService(Service):
 
     inbox = ToEngine
 
-    def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
+    def __init__(self, config: Config, bus: Bus, clock: Clock, build: BuildRunner = build_runner) -> None:
         super().__init__(config, bus, clock)
+        self._build = build
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
+        self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result")
+        # Emptied by one loop: the scheduler must hear of steps in their order, whether they fail or not.
+        self._steps: asyncio.Queue[tuple[StepBatch, asyncio.Future[StepResult]]] = asyncio.Queue()
         self._rates = Rates()
         # Plans are answered in the order in which they came, each once, whatever their epochs.
         self._preparing: deque[Envelope] = deque()
         self._idle = asyncio.Event()
         self._idle.set()
         self._leaks = 0
-        self._runner: ModelRunner
+        self._runner: Runner
         self._scheduler: Scheduler
         self._loader: SlabLoader
 
     async def start(self, stack: AsyncExitStack) -> None:
-        stack.callback(self._executor.shutdown, wait=True, cancel_futures=True)
-        self._runner = await self._in_worker(build_runner, self.config, self._progress)
+        for executor in (self._waiter, self._executor):
+            stack.callback(executor.shutdown, wait=True, cancel_futures=True)
+        self._runner = await self._in_worker(self._build, self.config, self._progress)
         self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
         engine = self.config.engine
         self._loader = SlabLoader(self.bus, self._runner.pool_view(), engine.load_chunk_bytes, engine.load_timeout_s)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._report_load()]
+        return [self._report_load(), self._await_steps()]
 
     async def drain(self) -> None:
         """Requests that run may finish; new ones are refused by then, because the state is DRAINING."""
@@ -150,7 +157,7 @@ class EngineService(Service):
         match instruction:
             case RunStep(batch):
                 # Begun at once: tokens of the last step are sent while this one computes.
-                self.spawn_vital(self._await_step(batch, self._in_worker(self._runner.step, batch)))
+                self._steps.put_nowait((batch, self._begin(batch)))
             case LoadAdapter() as load:
                 self.spawn_vital(self._load(load))
             case EvictAdapter(version, slot):
@@ -162,6 +169,16 @@ class EngineService(Service):
                 self.bus.send(gateway, failed)
             case PlanReady(epoch, failed_copies):
                 self._answer_plan(epoch, failed_copies)
+
+    def _begin(self, batch: StepBatch) -> asyncio.Future[StepResult]:
+        if not self._runner.steps_ahead:
+            return self._in_worker(lambda: self._runner.submit(batch).result())
+        submitted = self._executor.submit(self._runner.submit, batch)
+        return asyncio.get_running_loop().run_in_executor(self._waiter, lambda: submitted.result().result())
+
+    async def _await_steps(self) -> None:
+        while True:
+            await self._await_step(*await self._steps.get())
 
     async def _await_step(self, batch: StepBatch, step: asyncio.Future[StepResult]) -> None:
         try:

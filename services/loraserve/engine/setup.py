@@ -7,6 +7,7 @@ from pathlib import Path
 from loraserve.config import Config
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.runner import ModelRunner
+from loraserve.engine.runner_protocol import Runner
 from loraserve.errors import ConfigError
 
 
@@ -26,7 +27,7 @@ def build_runner(config: Config, progress: Callable[[str], None]) -> ModelRunner
     return runner
 
 
-def scheduler_limits(config: Config, runner: ModelRunner) -> SchedulerLimits:
+def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
     """What the scheduler may count on. Raises ConfigError where the settings contradict each other."""
     engine = config.engine
     if engine.max_step_tokens < engine.max_running:
@@ -47,4 +48,5 @@ def scheduler_limits(config: Config, runner: ModelRunner) -> SchedulerLimits:
         max_model_tokens=min(longest, runner.max_positions),
         eos_token_ids=frozenset(runner.eos_token_ids),
         prefix_cache=engine.prefix_cache,
+        steps_ahead=runner.steps_ahead,
     )

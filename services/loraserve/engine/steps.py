@@ -1,18 +1,26 @@
 """Forms the batch of the next step: decodes first, then prefill in chunks, preempting when blocks run out. Pure."""
 
+from collections.abc import Collection
+
 from loraserve.engine.batch import SequenceStep
 from loraserve.engine.blocks import BlockManager
-from loraserve.engine.sequence import Sequence
+from loraserve.engine.sequence import Sequence, State
 
 
 class StepBuilder:
-    """Gives tokens and blocks to sequences until the step's budget or the blocks are spent."""
+    """Gives tokens and blocks to sequences until the step's budget or the blocks are spent.
 
-    def __init__(self, blocks: BlockManager, budget_tokens: int) -> None:
+    ``newest`` is who is in the step that was sent last. ``short`` says that one who runs waits for blocks which steps
+    in flight will free.
+    """
+
+    def __init__(self, blocks: BlockManager, budget_tokens: int, newest: Collection[str]) -> None:
         self._blocks = blocks
         self._budget = budget_tokens
+        self._newest = newest
         self._parts: dict[str, SequenceStep] = {}
         self.preempted: list[Sequence] = []
+        self.short = False
 
     @property
     def budget(self) -> int:
@@ -21,17 +29,25 @@ class StepBuilder:
     def continue_running(self, running: list[Sequence]) -> None:
         """Every running sequence in order of arrival; those that decode go before those that prefill.
 
-        Where blocks run out the latest arrival gives its own back, so that the oldest always gets on.
+        Where blocks run out the latest arrival gives its own back, so that the oldest always gets on. Nobody gives
+        back what a step in flight uses: who lacks blocks while in flight sits this step out, and one who finds only
+        such victims lets nobody after it join, so that they can give way once they have landed.
         """
-        order = [s for s in running if s.decoding] + [s for s in running if not s.decoding]
-        for sequence in order:
+        joining = [s for s in running if self._joins(s)]
+        for sequence in sorted(joining, key=lambda s: not s.decodes_next):
             if self._budget == 0:
                 return
             if sequence in self.preempted:
                 continue
-            tokens = min(sequence.remaining, self._budget)
+            tokens = min(sequence.unscheduled, self._budget)
             while not self._grow(sequence, tokens):
+                if sequence.in_flight:
+                    self.short = True
+                    break
                 victim = self._victim(running, sequence)
+                if victim is None:
+                    self.short = True
+                    return
                 self._take_back(victim)
                 if victim is sequence:
                     break
@@ -46,29 +62,36 @@ class StepBuilder:
             self._blocks.give_back(shared)
             return False
         sequence.blocks = shared
-        sequence.computed = len(shared) * self._blocks.block_tokens
+        sequence.begin(len(shared) * self._blocks.block_tokens)
         if sequence.output_length == 0:
             sequence.cached_tokens = sequence.computed
-        tokens = min(sequence.remaining, self._budget)
+        tokens = min(sequence.unscheduled, self._budget)
         grown = self._grow(sequence, tokens)
         assert grown, "free blocks vanished"
         return True
 
     def begin(self, sequence: Sequence) -> None:
         """Add a sequence that ``admit`` let in, once it has its slot."""
-        self._add(sequence, min(sequence.remaining, self._budget))
+        self._add(sequence, min(sequence.unscheduled, self._budget))
 
     def parts(self) -> tuple[SequenceStep, ...]:
         return tuple(self._parts.values())
 
+    def _joins(self, sequence: Sequence) -> bool:
+        """The token that a sequence in flight goes on with must be drawn by the step just before this one."""
+        if sequence.state is not State.RUNNING:
+            return False
+        return not sequence.in_flight or (sequence.request_id in self._newest and sequence.goes_ahead)
+
     def _add(self, sequence: Sequence, tokens: int) -> None:
-        self._parts[sequence.request_id] = sequence.step(tokens)
+        part = sequence.step(tokens)
+        sequence.sent(part)
+        self._parts[sequence.request_id] = part
         self._budget -= tokens
-        sequence.in_step = True
 
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for the next ``tokens``; all or none."""
-        missing = sequence.blocks_for(sequence.computed + tokens) - len(sequence.blocks)
+        missing = sequence.blocks_for(sequence.scheduled + tokens) - len(sequence.blocks)
         if missing > self._blocks.free:
             return False
         for _ in range(missing):
@@ -77,14 +100,19 @@ class StepBuilder:
             sequence.blocks.append(block)
         return True
 
-    def _victim(self, running: list[Sequence], sequence: Sequence) -> Sequence:
-        later = [s for s in running if not s.in_step and s not in self.preempted and s.order > sequence.order]
-        return later[-1] if later else sequence
+    def _victim(self, running: list[Sequence], sequence: Sequence) -> Sequence | None:
+        """The latest arrival, or the sequence itself; None where another's blocks come free if it only waits."""
+        later = [s for s in running if s not in self.preempted and s.order > sequence.order]
+        ready = [s for s in later if not s.in_flight]
+        if ready:
+            return ready[-1]
+        landing = [s for s in running if s.state is State.LEAVING] + later
+        return None if any(s.request_id not in self._parts for s in landing) else sequence
 
     def _take_back(self, sequence: Sequence) -> None:
         self._blocks.give_back(sequence.blocks)
         sequence.blocks = []
-        sequence.computed = 0
+        sequence.begin(0)
         self.preempted.append(sequence)
 
     def _share_prefix(self, sequence: Sequence) -> list[int]:

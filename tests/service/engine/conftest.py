@@ -1,6 +1,7 @@
 """The engine's process on a tiny real model, and the store, gateway and monitor around it, which can misbehave."""
 
 import asyncio
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from loraserve.adapter.format import encode_header
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config, EngineConfig, ModelConfig
+from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
+from loraserve.engine.runner import ModelRunner
+from loraserve.engine.runner_protocol import PendingStep, Runner
 from loraserve.engine.service import EngineService
+from loraserve.engine.setup import build_runner
 from loraserve.messages import (
     Admit,
     Admitted,
@@ -106,15 +111,45 @@ class ScriptedStore:
             bus.respond(envelope, chunk, [self.corrupt(bytes(data))])
 
 
+class Late:
+    """A step whose result is there a while after the next could begin."""
+
+    def __init__(self, step: PendingStep) -> None:
+        self._step = step
+
+    def result(self) -> StepResult:
+        time.sleep(0.003)
+        return self._step.result()
+
+
+class LateRunner:
+    """The real runner as one that takes steps ahead, which a GPU's does."""
+
+    def __init__(self, runner: ModelRunner, steps_ahead: int) -> None:
+        self._runner = runner
+        self.steps_ahead = steps_ahead
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._runner, name)
+
+    def submit(self, batch: StepBatch) -> PendingStep:
+        return Late(self._runner.submit(batch))
+
+
 class Stage:
     """One engine, and the store, gateway and monitor around it."""
 
-    def __init__(self, models: Models, **engine: Any) -> None:
+    def __init__(self, models: Models, steps_ahead: int = 0, **engine: Any) -> None:
         network = MemoryNetwork()
         self.models = models
         settings = msgspec.structs.replace(models.config.engine, **engine)
         config = msgspec.structs.replace(models.config, engine=settings)
-        self.engine = EngineService(config, network.bus("engine-0", EngineService.inbox), SystemClock())
+
+        def build(config: Config, progress: Callable[[str], None]) -> Runner:
+            runner = build_runner(config, progress)
+            return LateRunner(runner, steps_ahead) if steps_ahead else runner
+
+        self.engine = EngineService(config, network.bus("engine-0", EngineService.inbox), SystemClock(), build)
         self.store = ScriptedStore(models.slabs)
         self.gateway = network.bus("gateway-0", ToGateway)
         self._monitor = network.bus("monitor", ToMonitor)

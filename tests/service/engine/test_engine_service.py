@@ -24,7 +24,8 @@ from loraserve.testing.bus import MemoryNetwork
 Play = Callable[..., None]
 
 
-def test_requests_get_the_tokens_of_their_adapters(play: Play, models: Any) -> None:
+@pytest.mark.parametrize("steps_ahead", [0, 1, 2])
+def test_requests_get_the_tokens_of_their_adapters(play: Play, models: Any, steps_ahead: int) -> None:
     async def scenario(stage: Any) -> None:
         for name, adapter in (("base", ""), ("one", "one"), ("two", "two"), ("again", "one")):
             answer = await stage.admit(name, adapter)
@@ -34,7 +35,7 @@ def test_requests_get_the_tokens_of_their_adapters(play: Play, models: Any) -> N
             assert (stage.tokens[name], stage.finish[name]) == (models.expected(adapter, 8), "length"), name
         assert len({tuple(tokens) for tokens in stage.tokens.values()}) == 3
 
-    play(scenario)
+    play(scenario, steps_ahead=steps_ahead)
 
 
 def test_what_cannot_run_is_refused_in_the_answer(play: Play, models: Any) -> None:
@@ -48,7 +49,8 @@ def test_what_cannot_run_is_refused_in_the_answer(play: Play, models: Any) -> No
     play(scenario)
 
 
-def test_an_aborted_request_gives_all_back_and_says_no_more(play: Play, models: Any) -> None:
+@pytest.mark.parametrize("steps_ahead", [0, 1, 2])
+def test_an_aborted_request_gives_all_back_and_says_no_more(play: Play, models: Any, steps_ahead: int) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("gone", "one", tokens=400)
         await stage.until(lambda: len(stage.tokens["gone"]) > 3 and "gone" in stage.load.request_ids)
@@ -64,7 +66,7 @@ def test_an_aborted_request_gives_all_back_and_says_no_more(play: Play, models: 
         assert (len(stage.tokens["gone"]), stage.finish.get("gone")) == (seen, None)
         assert (await stage.fresh_load()).leaks == 0
 
-    play(scenario)
+    play(scenario, steps_ahead=steps_ahead)
 
 
 def test_a_request_that_is_sent_twice_runs_once(play: Play, models: Any) -> None:
@@ -93,7 +95,34 @@ def test_a_step_that_cannot_be_computed_fails_its_requests_and_the_engine_lives(
     play(scenario)
 
 
-def test_draining_finishes_what_runs_and_takes_nothing_new(play: Play, models: Any) -> None:
+@pytest.mark.parametrize("steps_ahead", [1, 2])
+def test_a_step_that_fails_at_once_is_told_after_those_that_still_run(
+    play: Play, models: Any, steps_ahead: int
+) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.admit("early", tokens=100)
+        await stage.until(lambda: len(stage.tokens["early"]) > 3)
+        await stage.admit("broken", prompt=(1, 99_999))
+        await stage.finished("broken", "early")
+        # Both were in the step that failed.
+        assert {name: failed.code for name, failed in stage.failed.items()} == {
+            "broken": "engine_error",
+            "early": "engine_error",
+        }
+        seen = len(stage.tokens["early"])
+        assert stage.tokens["early"] == models.expected("", 100)[:seen]
+        await stage.admit("next", "one")
+        await stage.finished("next")
+        assert stage.tokens["next"] == models.expected("one", 8)
+        assert len(stage.tokens["early"]) == seen
+        load = await stage.fresh_load()
+        assert (load.leaks, load.kv_blocks_free) == (0, load.kv_blocks_total)
+
+    play(scenario, steps_ahead=steps_ahead)
+
+
+@pytest.mark.parametrize("steps_ahead", [0, 1, 2])
+def test_draining_finishes_what_runs_and_takes_nothing_new(play: Play, models: Any, steps_ahead: int) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("runs", tokens=300)
         await stage.admit("waits for its adapter", "one", tokens=20)
@@ -107,7 +136,7 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(play: Play, models: A
         assert stage.tokens["waits for its adapter"] == models.expected("one", 20)
         assert (stage.tokens["late"], stage.engine.state) == ([], State.STOPPED)
 
-    play(scenario)
+    play(scenario, steps_ahead=steps_ahead)
 
 
 def test_the_load_it_reports_is_what_it_holds_and_did(play: Play, models: Any) -> None:

@@ -1,5 +1,6 @@
 """Tiny models of every family, a runner over each, hand-made steps for them, and a scheduler driven event by event."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from loraserve.engine.events import (
     RequestArrived,
     RunStep,
     StepDone,
+    StepFailed,
 )
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.runner import ModelRunner
@@ -48,7 +50,7 @@ def adapter(version: str, units: int = 1) -> AdapterRef:
 
 
 class Desk:
-    """A scheduler, the step and the loads that it waits for, and what it told each request. Validates every event."""
+    """A scheduler, the steps and the loads that it waits for, and what it told each request. Validates every event."""
 
     def __init__(self, **limits: Any) -> None:
         settings: dict[str, Any] = {
@@ -64,7 +66,7 @@ class Desk:
         }
         self.scheduler = Scheduler(SchedulerLimits(**{**settings, **limits}))
         self.now = 0.0
-        self.step: StepBatch | None = None
+        self.steps: deque[StepBatch] = deque()
         self.loads: list[str] = []
         self.output: dict[str, list[int]] = {}
         self.finish: dict[str, str] = {}
@@ -86,17 +88,24 @@ class Desk:
         self.tell(RequestArrived(admit))
 
     def step_done(self, token: int = 7, **tokens: int) -> list[Instruction]:
-        """The step is computed; every sequence draws ``token`` but those that are named."""
-        assert self.step is not None, "no step is outstanding"
-        step, self.step = self.step, None
+        """The oldest step is computed; every sequence draws ``token`` but those that are named."""
+        step = self.steps.popleft()
         drawn = [
             Sampled(request_id=s.request_id, token=tokens.get(s.request_id, token)) for s in step.sequences if s.sample
         ]
         return self.tell(StepDone(StepResult(step_id=step.step_id, sampled=tuple(drawn), duration_s=0.01)))
 
+    def step_failed(self) -> list[Instruction]:
+        return self.tell(StepFailed(self.steps.popleft().step_id, "boom"))
+
     def loaded(self, version: str) -> list[Instruction]:
         self.loads.remove(version)
         return self.tell(AdapterLoaded(version))
+
+    @property
+    def step(self) -> StepBatch | None:
+        """The one that was sent last."""
+        return self.steps[-1] if self.steps else None
 
     def part(self, name: str) -> SequenceStep:
         assert self.step is not None, "no step is outstanding"
@@ -104,14 +113,14 @@ class Desk:
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Tokens that the outstanding step computes, by request; empty without a step."""
+        """Tokens that the step sent last computes, by request; empty without a step."""
         return {s.request_id: len(s.tokens) for s in self.step.sequences} if self.step else {}
 
     def _note(self, instruction: Instruction) -> None:
         match instruction:
             case RunStep(batch):
-                assert self.step is None, "two steps at once"
-                self.step = batch
+                assert len(self.steps) <= self.scheduler.limits.steps_ahead, "too many steps at once"
+                self.steps.append(batch)
             case LoadAdapter(adapter=wanted):
                 self.loads.append(wanted.version)
             case EvictAdapter(version) if version in self.loads:

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loraserve.engine.events import RequestAborted, StepFailed
+from loraserve.engine.events import RequestAborted
 
 ONES, TWOS, THREES = [1] * 8, [2] * 8, [3] * 8
 
@@ -210,8 +210,7 @@ def test_a_failed_step_fails_its_batch_alone(helpers: SimpleNamespace) -> None:
         desk.arrive(name, [1])
     desk.step_done()
     assert desk.sizes.keys() == {"a", "b"}
-    step, desk.step = desk.step, None
-    desk.tell(StepFailed(step.step_id, "boom"))
+    desk.step_failed()
     assert {name: (r.code, r.message) for name, r in desk.rejected.items()} == {
         "a": ("engine_error", "boom"),
         "b": ("engine_error", "boom"),
@@ -224,8 +223,7 @@ def test_a_failed_step_says_nothing_about_who_was_aborted(helpers: SimpleNamespa
     desk = helpers.Desk()
     desk.arrive("gone", [1])
     desk.tell(RequestAborted("gone"))
-    step, desk.step = desk.step, None
-    desk.tell(StepFailed(step.step_id, "boom"))
+    desk.step_failed()
     assert desk.rejected == {}
     assert desk.scheduler.idle
 

@@ -2,6 +2,7 @@
 solo run, nothing leaks, and everything ends.
 """
 
+from collections import deque
 from collections.abc import Iterator
 from hashlib import blake2b
 
@@ -9,7 +10,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraserve.engine.batch import Sampled, StepResult
+from loraserve.engine.batch import DRAWN, Sampled, SequenceStep, StepBatch, StepResult, changes_logits
+from loraserve.engine.blocks import chain, root
 from loraserve.engine.events import (
     AdapterLoaded,
     AdapterLoadFailed,
@@ -33,8 +35,13 @@ from loraserve.messages import AdapterRef, Admit, SamplingParams
 
 BLOCK = 4
 EOS = 0
-VOCAB = 23
+VOCAB = 13
 SIZES = (1, 1, 2, 3)
+PROMPTS = st.one_of(
+    st.builds(lambda token, length: [token] * length, st.integers(1, 2), st.integers(1, 18)),
+    st.lists(st.integers(1, 2), min_size=1, max_size=18),
+)
+"""Often equal at the front, so that they share blocks."""
 ADAPTERS = [AdapterRef(name=f"a{i}", version=f"v{i}", rank=8, slab_bytes=4096 * n) for i, n in enumerate(SIZES)]
 
 
@@ -44,23 +51,83 @@ def next_token(version: str, history: list[int]) -> int:
     return int.from_bytes(digest, "big") % VOCAB
 
 
+def version_of(admit: Admit) -> str:
+    return admit.adapter.version if admit.adapter else ""
+
+
+def most_tokens(admit: Admit, limit: int) -> int:
+    return min(admit.sampling.max_tokens, limit - len(admit.prompt_tokens))
+
+
 def solo(admit: Admit, limit: int) -> tuple[list[int], str]:
     """Output and finish reason of the request alone."""
-    version = admit.adapter.version if admit.adapter else ""
     history = list(admit.prompt_tokens)
     output: list[int] = []
-    most = min(admit.sampling.max_tokens, limit - len(history))
     while True:
-        token = next_token(version, history)
-        if token == EOS and not admit.sampling.ignore_eos:
+        token = next_token(version_of(admit), history)
+        if token == EOS and not admit.sampling.ignore_eos and len(output) >= admit.sampling.min_tokens:
             return output, "stop"
         history.append(token)
         output.append(token)
-        if len(output) >= most:
+        if len(output) >= most_tokens(admit, limit):
             return output, "length"
 
 
+class Device:
+    """Computes steps in their order, holds the KV, and knows nothing but what they say and what it drew itself.
+
+    ``tokens`` is what each request is given to read, whether or not it stops before: the KV at a position is that of
+    all tokens up to there under the request's adapter, or None where a failed step left it.
+    """
+
+    def __init__(self) -> None:
+        self.admits: dict[str, Admit] = {}
+        self.resident: dict[int, str] = {}
+        self._tokens: dict[str, list[int]] = {}
+        self.kv: dict[tuple[int, int], tuple[str, tuple[int, ...]] | None] = {}
+        self._drawn: dict[str, int] = {}
+        self._spoilt: set[str] = set()
+
+    def compute(self, batch: StepBatch) -> dict[str, int]:
+        """The tokens that are drawn, by request."""
+        drawn = {part.request_id: self._part(part) for part in batch.sequences}
+        self._drawn = {part.request_id: drawn[part.request_id] for part in batch.sequences if part.sample}
+        return self._drawn
+
+    def fail(self, batch: StepBatch) -> None:
+        self._spoilt |= {part.request_id for part in batch.sequences}
+        self.compute(batch)
+
+    def _part(self, part: SequenceStep) -> int:
+        admit = self.admits[part.request_id]
+        end = part.start + len(part.tokens)
+        places = [(part.blocks[position // BLOCK], position % BLOCK) for position in range(end)]
+        if part.request_id in self._spoilt:
+            self.kv.update(dict.fromkeys(places[part.start :]))
+            return 1
+        version = version_of(admit)
+        assert self.resident.get(part.slot, "") == version, "wrong adapter in the slot"
+        tokens = self._stream(admit, end + 1)
+        fed = [self._drawn[part.request_id] if token == DRAWN else token for token in part.tokens]
+        assert fed == tokens[part.start : end], "a wrong token"
+        for position, place in enumerate(places):
+            content = (version, tuple(tokens[: position + 1]))
+            assert position >= part.start or self.kv.get(place) == content, f"stale KV at {position}"
+            self.kv[place] = content
+        if part.sample and changes_logits(part.sampling, part.output_index):
+            assert part.history == tokens[:end], "penalties need the whole history"
+        return tokens[end]
+
+    def _stream(self, admit: Admit, length: int) -> list[int]:
+        tokens = self._tokens.setdefault(admit.request_id, list(admit.prompt_tokens))
+        while len(tokens) < length:
+            tokens.append(next_token(version_of(admit), tokens))
+        return tokens
+
+
 class SchedulerMachine(RuleBasedStateMachine):
+    steps_ahead = 0
+
     @initialize(
         blocks=st.integers(6, 20),
         budget=st.integers(4, 16),
@@ -81,16 +148,15 @@ class SchedulerMachine(RuleBasedStateMachine):
                 max_model_tokens=24,
                 eos_token_ids=frozenset([EOS]),
                 prefix_cache=prefix_cache,
+                steps_ahead=self.steps_ahead,
             )
         )
         self.now = 0.0
-        self.admits: dict[str, Admit] = {}
+        self.device = Device()
         self.live: set[str] = set()
         self.output: dict[str, list[int]] = {}
-        self.step: RunStep | None = None
+        self.steps: deque[StepBatch] = deque()
         self.loads: list[LoadAdapter] = []
-        self.resident: dict[int, str] = {}
-        self.kv: dict[int, dict[int, tuple[str, tuple[int, ...]]]] = {}
         self.count = 0
         self.plan_epoch = 0
         self.plans_open = 0
@@ -99,47 +165,81 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += 1.0
         for instruction in self.scheduler.handle(event, self.now):
             match instruction:
-                case RunStep():
-                    assert self.step is None, "two steps at once"
-                    self.step = instruction
+                case RunStep(batch):
+                    self.sent(batch)
                 case LoadAdapter(slot=slot):
-                    assert slot not in self.resident, "a slot is filled twice"
+                    assert slot not in self.device.resident, "a slot is filled twice"
                     self.loads.append(instruction)
                 case EvictAdapter(version, slot):
-                    assert self.resident.pop(slot, version) == version
+                    assert self.device.resident.pop(slot, version) == version
                 case Emit(_, delta):
                     self.emitted(delta.request_id, delta.index, delta.tokens, delta.finish)
                 case Reject(request_id):
-                    self.live.discard(request_id)
+                    self.live.remove(request_id)
                 case PlanReady():
                     self.plans_open -= 1
+
+    def sent(self, batch: StepBatch) -> None:
+        assert len(self.steps) <= self.steps_ahead, "more steps than may be outstanding"
+        assert sum(len(part.tokens) for part in batch.sequences) <= self.scheduler.limits.max_step_tokens
+        assert len({part.request_id for part in batch.sequences}) == len(batch.sequences) > 0
+        for part in batch.sequences:
+            assert part.request_id in self.live, "a step for a request that ended"
+            self.sent_part(part)
+        self.steps.append(batch)
+
+    def sent_part(self, part: SequenceStep) -> None:
+        """It goes on from where its steps in flight end, the last of which is the newest of all."""
+        admit = self.device.admits[part.request_id]
+        own = [other for batch in self.steps for other in batch.sequences if other.request_id == part.request_id]
+        if own:
+            assert own[-1] in self.steps[-1].sequences, "it would go on with a token of an older step"
+            assert part.start == own[-1].start + len(own[-1].tokens)
+        draws = bool(own) and own[-1].sample
+        assert part.tokens == (DRAWN,) if draws else DRAWN not in part.tokens
+        index = len(self.output[part.request_id]) + sum(other.sample for other in own)
+        assert part.sample == (part.start + len(part.tokens) == len(admit.prompt_tokens) + index)
+        assert part.output_index == index < most_tokens(admit, self.scheduler.max_model_tokens)
+        assert not (draws and changes_logits(part.sampling, index)), "its history is not known"
 
     def emitted(self, request_id: str, index: int, tokens: tuple[int, ...], finish: str | None) -> None:
         assert request_id in self.live, "a token for a request that ended"
         assert index == len(self.output[request_id]), "a token is missing or repeated"
         self.output[request_id].extend(tokens)
-        expected, reason = solo(self.admits[request_id], self.scheduler.max_model_tokens)
+        expected, reason = solo(self.device.admits[request_id], self.scheduler.max_model_tokens)
         assert self.output[request_id] == expected[: len(self.output[request_id])]
         if finish is not None:
             assert (self.output[request_id], finish) == (expected, reason)
             self.live.remove(request_id)
 
     @rule(
-        prompt=st.lists(st.integers(1, 2), min_size=1, max_size=18),
+        prompt=PROMPTS,
         adapter=st.sampled_from([None, *ADAPTERS]),
         max_tokens=st.integers(1, 12),
         ignore_eos=st.booleans(),
+        min_tokens=st.sampled_from([0, 0, 3]),
+        penalty=st.sampled_from([0.0, 0.0, 0.0, 1.0]),
     )
-    def arrive(self, prompt: list[int], adapter: AdapterRef | None, max_tokens: int, ignore_eos: bool) -> None:
+    def arrive(
+        self,
+        prompt: list[int],
+        adapter: AdapterRef | None,
+        max_tokens: int,
+        ignore_eos: bool,
+        min_tokens: int,
+        penalty: float,
+    ) -> None:
         self.count += 1
         admit = Admit(
             request_id=f"r{self.count}",
             gateway="gateway-0",
             prompt_tokens=tuple(prompt),
-            sampling=SamplingParams(max_tokens=max_tokens, ignore_eos=ignore_eos),
+            sampling=SamplingParams(
+                max_tokens=max_tokens, ignore_eos=ignore_eos, min_tokens=min_tokens, presence_penalty=penalty
+            ),
             adapter=adapter,
         )
-        self.admits[admit.request_id] = admit
+        self.device.admits[admit.request_id] = admit
         self.live.add(admit.request_id)
         self.output[admit.request_id] = []
         self.tell(RequestArrived(admit))
@@ -152,46 +252,29 @@ class SchedulerMachine(RuleBasedStateMachine):
         request_id = data.draw(st.sampled_from(sorted(self.live)))
         self.live.remove(request_id)
         self.tell(RequestAborted(request_id))
-        if self.step is None or request_id not in {s.request_id for s in self.step.batch.sequences}:
-            assert request_id not in self.scheduler.load().request_ids
 
-    @precondition(lambda self: self.step is not None)
-    @rule()
+    @precondition(lambda self: self.steps)
+    @rule(steps=st.integers(1, 6))
+    def finish_steps(self, steps: int) -> None:
+        """Mostly several, so that requests get far before anything befalls them."""
+        while self.steps and steps:
+            self.finish_step()
+            self.scheduler.validate()
+            steps -= 1
+
     def finish_step(self) -> None:
-        assert self.step is not None
-        batch, self.step = self.step.batch, None
-        sampled = []
-        for part in batch.sequences:
-            admit = self.admits[part.request_id]
-            version = admit.adapter.version if admit.adapter else ""
-            assert (self.resident.get(part.slot, "") if part.slot >= 0 else "") == version, "wrong adapter in the slot"
-            self.compute(part.blocks, part.start, part.tokens, version, part.history)
-            if part.sample:
-                sampled.append(Sampled(request_id=part.request_id, token=next_token(version, part.history)))
-        assert sum(len(p.tokens) for p in batch.sequences) <= self.scheduler.limits.max_step_tokens
-        self.tell(StepDone(StepResult(step_id=batch.step_id, sampled=tuple(sampled), duration_s=0.01)))
+        batch = self.steps.popleft()
+        drawn = self.device.compute(batch)
+        sampled = tuple(Sampled(request_id=request_id, token=token) for request_id, token in drawn.items())
+        self.tell(StepDone(StepResult(step_id=batch.step_id, sampled=sampled, duration_s=0.01)))
 
-    def compute(
-        self, blocks: tuple[int, ...], start: int, tokens: tuple[int, ...], version: str, history: list[int]
-    ) -> None:
-        """The KV the model reads must be that of exactly this history under this adapter."""
-        for position in range(start):
-            content = self.kv.get(blocks[position // BLOCK], {}).get(position % BLOCK)
-            assert content == (version, tuple(history[: position + 1])), f"stale KV at {position}"
-        for position, token in enumerate(tokens, start):
-            assert history[position] == token
-            self.kv.setdefault(blocks[position // BLOCK], {})[position % BLOCK] = (
-                version,
-                tuple(history[: position + 1]),
-            )
-
-    @precondition(lambda self: self.step is not None)
+    @precondition(lambda self: self.steps)
     @rule()
     def fail_step(self) -> None:
-        assert self.step is not None
-        step, self.step = self.step, None
-        self.tell(StepFailed(step.batch.step_id, "boom"))
-        assert not {s.request_id for s in step.batch.sequences} & self.live
+        batch = self.steps.popleft()
+        self.device.fail(batch)
+        self.tell(StepFailed(batch.step_id, "boom"))
+        assert not {s.request_id for s in batch.sequences} & self.live
 
     @precondition(lambda self: self.loads)
     @rule(data=st.data(), fails=st.integers(0, 4))
@@ -200,7 +283,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if fails == 4:
             self.tell(AdapterLoadFailed(load.adapter.version, "not_found", "gone"))
         else:
-            self.resident[load.slot] = load.adapter.version
+            self.device.resident[load.slot] = load.adapter.version
             self.tell(AdapterLoaded(load.adapter.version))
 
     @rule(adapters=st.lists(st.sampled_from(ADAPTERS), unique_by=lambda a: a.version, max_size=3))
@@ -213,21 +296,42 @@ class SchedulerMachine(RuleBasedStateMachine):
     @invariant()
     def consistent(self) -> None:
         self.scheduler.validate()
-        assert self.live == set(self.scheduler.load().request_ids) - self.aborting()
+        in_steps = {part.request_id for batch in self.steps for part in batch.sequences}
+        listed = set(self.scheduler.load().request_ids)
+        assert self.live <= listed <= self.live | in_steps, "a request that ended is held longer than its steps"
+        assert self.scheduler.idle == (not listed and not self.steps)
 
-    def aborting(self) -> set[str]:
-        return {s.request_id for s in self.scheduler.running if s.aborted}
+    @invariant()
+    def shared_blocks_hold_what_their_names_say(self) -> None:
+        for digest, block in self.scheduler.blocks._cached.items():
+            contents = [self.device.kv.get((block, offset)) for offset in range(BLOCK)]
+            assert None not in contents, "what a failed step wrote is shared"
+            version, tokens = contents[-1]
+            name = root(version)
+            for start in range(0, len(tokens), BLOCK):
+                name = chain(name, tokens[start : start + BLOCK])
+            assert name == digest
+
+    @invariant()
+    def steps_in_flight_keep_what_they_use(self) -> None:
+        held = {s.request_id: s for s in self.scheduler.running}
+        writer: dict[int, str] = {}
+        for part in (part for batch in self.steps for part in batch.sequences):
+            assert tuple(held[part.request_id].blocks[: len(part.blocks)]) == part.blocks
+            assert self.device.resident.get(part.slot, "") == version_of(self.device.admits[part.request_id])
+            for position in range(part.start, part.start + len(part.tokens)):
+                assert writer.setdefault(part.blocks[position // BLOCK], part.request_id) == part.request_id
 
     def teardown(self) -> None:
         """Once nothing new comes, everything ends within a bounded number of turns and gives all back."""
         if not hasattr(self, "scheduler"):
             return
         for _ in self.turns():
-            if self.step is not None:
+            if self.steps:
                 self.finish_step()
             while self.loads:
                 load = self.loads.pop()
-                self.resident[load.slot] = load.adapter.version
+                self.device.resident[load.slot] = load.adapter.version
                 self.tell(AdapterLoaded(load.adapter.version))
             self.scheduler.validate()
         assert not self.live, [self.scheduler.story(r) for r in self.live]
@@ -238,11 +342,24 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def turns(self) -> Iterator[int]:
         for turn in range(600):
-            if self.step is None and not self.loads:
+            if not self.steps and not self.loads:
                 return
             yield turn
         raise AssertionError("requests do not end")
 
 
-TestScheduler = SchedulerMachine.TestCase
-TestScheduler.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+class OneAhead(SchedulerMachine):
+    steps_ahead = 1
+
+
+class TwoAhead(SchedulerMachine):
+    steps_ahead = 2
+
+
+SETTINGS = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestNoneAhead = SchedulerMachine.TestCase
+TestNoneAhead.settings = SETTINGS
+TestOneAhead = OneAhead.TestCase
+TestOneAhead.settings = SETTINGS
+TestTwoAhead = TwoAhead.TestCase
+TestTwoAhead.settings = SETTINGS

@@ -1,0 +1,74 @@
+"""What the engine asks of a model runner, whatever device it computes on."""
+
+from typing import Protocol
+
+import msgspec
+
+from loraserve.adapter.format import SlabHeader
+from loraserve.engine.batch import StepBatch, StepResult
+
+
+class PendingStep(Protocol):
+    """A step that was handed to a runner."""
+
+    def result(self) -> StepResult:
+        """Waits until the step is done; raises what kept it from being computed."""
+        ...
+
+
+class ComputedStep(msgspec.Struct, frozen=True):
+    """The PendingStep of a runner that computes in ``submit``."""
+
+    step: StepResult
+
+    def result(self) -> StepResult:
+        return self.step
+
+
+class Runner(Protocol):
+    """The model on one device, with its KV cache and its adapter pool.
+
+    ``submit`` belongs to one thread, ``result`` of what it returns to one thread, which may be another; results are
+    asked for in the order of the steps. ``install`` and ``remove`` may be called from a third for slots that no step in
+    flight uses, and ``pool_view`` may be written by another outside the extents in use.
+    """
+
+    @property
+    def steps_ahead(self) -> int:
+        """So many steps are taken beside the one whose result is due; the runner resolves DRAWN in them."""
+        ...
+
+    @property
+    def kv_blocks(self) -> int: ...
+
+    @property
+    def max_positions(self) -> int: ...
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]: ...
+
+    @property
+    def weights_backend(self) -> str: ...
+
+    def submit(self, batch: StepBatch) -> PendingStep:
+        """Begin a step, which computes after those before it. May raise what ``result`` may.
+
+        A step that fails takes none along that come after it: each is computed, or fails, by itself. DRAWN of a failed
+        step may be any token, as nobody uses what comes of it.
+        """
+        ...
+
+    def pool_view(self) -> memoryview:
+        """The adapter pool as writable bytes."""
+        ...
+
+    def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
+        """Tokens of ``slot`` use the slab that lies at ``base_elements`` of the pool from now on.
+
+        Raises ValueError where the slab cannot be used.
+        """
+        ...
+
+    def remove(self, slot: int) -> None:
+        """Tokens of ``slot`` compute as the base model from now on."""
+        ...
