@@ -21,6 +21,7 @@ Positive = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 # The upper bound also keeps out infinity and NaN.
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
+Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Factor = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
@@ -62,18 +63,23 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
-    """``weights`` float32 is exact; fp16 is half the bytes with float32 activations; auto picks the faster that runs.
+    """``device`` auto is a GPU where there is one. On a CPU ``weights`` float32 is exact, fp16 is half the bytes with
+    float32 activations, and auto the faster that runs; ``kv_bytes`` and ``pool_bytes`` are its memory. On a GPU
+    ``weights`` are of the adapters' dtype; the engine takes ``memory_fraction`` of the GPU, and of what the weights
+    leave of it ``pool_fraction`` is the adapters' pool and the rest the KV cache.
 
     ``threads`` 0 is cores / engines, at least 1.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    weights: Literal["auto", "float32", "fp16"] = "auto"
+    weights: Literal["auto", "float32", "fp16", "bf16"] = "auto"
     slab_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     threads: Natural = 0
     kv_bytes: Positive = 1 << 30
     block_tokens: Positive = 16
     pool_bytes: Positive = 512 << 20
+    memory_fraction: Share = 0.9
+    pool_fraction: Share = 0.3
     max_adapters: Positive = 64
     max_rank: Positive = 256
     max_running: Positive = 64

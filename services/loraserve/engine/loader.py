@@ -9,10 +9,10 @@ import time
 from collections import deque
 
 import msgspec
-import numpy as np
 
 from loraserve.adapter.format import SlabHeader, decode_header, encode_header
 from loraserve.bus.protocol import Bus
+from loraserve.engine.pool_memory import Bytes, PoolMemory
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import AdapterRef, OpenSlab, ReadSlab, SlabChunk, SlabInfo
 
@@ -40,7 +40,7 @@ class Loaded(msgspec.Struct, frozen=True):
 class SlabLoader:
     """Reads slabs from the store straight into the pool's memory, bounded in time and memory."""
 
-    def __init__(self, bus: Bus, pool: memoryview, chunk_bytes: int, timeout_s: float) -> None:
+    def __init__(self, bus: Bus, pool: PoolMemory, chunk_bytes: int, timeout_s: float) -> None:
         self._bus = bus
         self._pool = pool
         self._chunk_bytes = chunk_bytes
@@ -51,11 +51,10 @@ class SlabLoader:
 
         Raises LoadFailed; the extent's content is then undefined.
         """
-        extent = self._pool[offset_bytes : offset_bytes + adapter.slab_bytes]
         try:
             async with asyncio.timeout(self._timeout_s):
                 while True:
-                    loaded = await self._try(adapter, extent)
+                    loaded = await self._try(adapter, offset_bytes)
                     if loaded is not None:
                         return loaded
                     await asyncio.sleep(ASK_AGAIN_S)
@@ -64,19 +63,19 @@ class SlabLoader:
         except PeerError as error:
             raise LoadFailed(error.code, error.message) from error
 
-    async def _try(self, adapter: AdapterRef, extent: memoryview) -> Loaded | None:
+    async def _try(self, adapter: AdapterRef, offset_bytes: int) -> Loaded | None:
         """None where the store went away or has only begun to start."""
         started_s = time.monotonic()
         try:
             header = await self._open(adapter)
-            await self._copy(adapter.version, extent)
+            await self._copy(adapter, offset_bytes)
         except RequestTimeout:
             return None
         except PeerError as error:
             if error.code == "starting":
                 return None
             raise
-        await self._verify(adapter, header, extent)
+        await asyncio.to_thread(self._verify, adapter, header, offset_bytes)
         return Loaded(header, adapter.slab_bytes / max(time.monotonic() - started_s, 1e-9))
 
     async def _open(self, adapter: AdapterRef) -> SlabHeader:
@@ -95,25 +94,28 @@ class SlabLoader:
             )
         return header
 
-    async def _copy(self, version: str, extent: memoryview) -> None:
+    async def _copy(self, adapter: AdapterRef, offset_bytes: int) -> None:
         """Chunks in order, a few in flight. A failing chunk ends the whole: the others are cancelled."""
-        waiting: deque[tuple[int, asyncio.Task[memoryview | bytes]]] = deque()
-        starts = iter(range(0, len(extent), self._chunk_bytes))
+        waiting: deque[tuple[int, asyncio.Task[Bytes]]] = deque()
+        starts = iter(range(0, adapter.slab_bytes, self._chunk_bytes))
         try:
             while True:
                 while len(waiting) < CHUNKS_IN_FLIGHT and (start := next(starts, None)) is not None:
-                    length = min(self._chunk_bytes, len(extent) - start)
-                    waiting.append((start, asyncio.ensure_future(self._read(version, start, length))))
+                    length = min(self._chunk_bytes, adapter.slab_bytes - start)
+                    waiting.append((start, asyncio.ensure_future(self._read(adapter.version, start, length))))
                 if not waiting:
                     return
                 start, task = waiting.popleft()
                 data = await task
-                _copy(extent[start : start + len(data)], data)
+                if self._pool.waits:
+                    await asyncio.to_thread(self._pool.write, offset_bytes + start, data)
+                else:
+                    self._pool.write(offset_bytes + start, data)
         finally:
             for _, task in waiting:
                 task.cancel()
 
-    async def _read(self, version: str, start: int, length: int) -> memoryview | bytes:
+    async def _read(self, version: str, start: int, length: int) -> Bytes:
         _, frames = await self._bus.request_frames(
             "store",
             ReadSlab(version=version, offset_bytes=start, length_bytes=length),
@@ -124,19 +126,8 @@ class SlabLoader:
             raise LoadFailed("corrupt", f"asked for {length} bytes at {start}, the answer has another size")
         return frames[0]
 
-    async def _verify(self, adapter: AdapterRef, header: SlabHeader, extent: memoryview) -> None:
-        digest = await asyncio.to_thread(_digest, header, extent)
-        if digest != adapter.version:
+    def _verify(self, adapter: AdapterRef, header: SlabHeader, offset_bytes: int) -> None:
+        digest = hashlib.sha256(encode_header(header))
+        self._pool.digest(digest, offset_bytes, adapter.slab_bytes)
+        if digest.hexdigest() != adapter.version:
             raise LoadFailed("corrupt", "the slab's digest is not its version; register the adapter again")
-
-
-def _copy(into: memoryview, data: memoryview | bytes) -> None:
-    # numpy copies without the interpreter's lock, which each of a step's kernel calls needs: measured with rank 64,
-    # the longest gap between others' tokens is 2.2 steps instead of 3.2.
-    np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(data, np.uint8))
-
-
-def _digest(header: SlabHeader, extent: memoryview) -> str:
-    digest = hashlib.sha256(encode_header(header))
-    digest.update(extent)
-    return digest.hexdigest()

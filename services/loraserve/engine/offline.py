@@ -146,7 +146,7 @@ class OfflineEngine:
 
     def _load(self, version: str, slot: int, offset_bytes: int) -> None:
         slab = self._slabs[version]
-        self.runner.pool_view()[offset_bytes : offset_bytes + len(slab.data)] = slab.data
+        self.runner.pool.write(offset_bytes, slab.data)
         self.runner.install(slot, slab.header, offset_bytes // ITEM_BYTES[slab.header.dtype])
         self._tell(AdapterLoaded(version))
 

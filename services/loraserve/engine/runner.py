@@ -6,18 +6,18 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from loraserve.adapter.format import ITEM_BYTES, SlabHeader
 from loraserve.config import EngineConfig
 from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
-from loraserve.engine.model.config import DecoderConfig, read_decoder_config
+from loraserve.engine.model.config import DecoderConfig, context_limit, read_decoder_config
 from loraserve.engine.model.decoder import Decoder, StepInputs
-from loraserve.engine.model.linear import pick_backend
+from loraserve.engine.model.linear import HostForm, pick_backend
 from loraserve.engine.model.weights import load_weights
 from loraserve.engine.runner_protocol import ComputedStep
+from loraserve.engine.packed import pack
+from loraserve.engine.pool_memory import HostPool
 from loraserve.engine.sampler import sample
 from loraserve.errors import ConfigError
 from loraserve.kernels import attention, fused, linear, lora
@@ -30,7 +30,7 @@ class ModelRunner:
     """The model on this machine's CPU.
 
     ``submit``, ``step``, ``logits`` and ``warm_up`` belong to one thread. ``install`` and ``remove`` may be called from
-    another for slots that no step in flight uses, and ``pool_view`` may be written by another outside the extents in
+    another for slots that no step in flight uses, and ``pool`` may be written by another outside the extents in
     use. ``submit`` computes at once, so that steps ahead would bring nothing; they are computed all the same.
     """
 
@@ -47,17 +47,18 @@ class ModelRunner:
         self.eos_token_ids = config.eos_token_ids
         self.block_tokens = engine.block_tokens
         self.kv_blocks = _kv_blocks(config, engine)
-        self.max_positions = _max_positions(config, progress)
+        self.max_positions = context_limit(config, progress)
         self.slab_dtype = engine.slab_dtype
         self.pool_elements = _pool_elements(engine)
         self.weights_backend = pick_backend(engine.weights)
-        self._pool_memory = mmap.mmap(-1, max(engine.pool_bytes, mmap.PAGESIZE))
+        memory = mmap.mmap(-1, max(engine.pool_bytes, mmap.PAGESIZE))
+        self.pool = HostPool(memoryview(memory)[: self.pool_elements * ITEM_BYTES[engine.slab_dtype]])
         self._tables = lora.AdapterTables(config.shape, engine.max_adapters)
         self._decoder = Decoder(
             config,
-            load_weights(model_dir, config, self.weights_backend, progress),
+            load_weights(model_dir, config, HostForm(self.weights_backend), progress),
             attention.KvCache(config.shape, self.kv_blocks, engine.block_tokens),
-            torch.frombuffer(self._pool_memory, dtype=DTYPES[engine.slab_dtype], count=self.pool_elements),
+            torch.frombuffer(memory, dtype=DTYPES[engine.slab_dtype], count=self.pool_elements),
             self._tables,
             min(self.max_positions, self.kv_blocks * engine.block_tokens),
         )
@@ -74,10 +75,6 @@ class ModelRunner:
                 request_id="", tokens=tokens, start=0, blocks=(0,), sampling=sampling, prompt_length=1
             )
             self.step(StepBatch(step_id=0, sequences=(sequence,)))
-
-    def pool_view(self) -> memoryview:
-        """The adapter pool as writable bytes."""
-        return memoryview(self._pool_memory)[: self.pool_elements * ITEM_BYTES[self.slab_dtype]]
 
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
         """Tokens of ``slot`` use the slab that lies at ``base_elements`` of the pool from now on.
@@ -140,15 +137,6 @@ def _kv_blocks(config: DecoderConfig, engine: EngineConfig) -> int:
     return blocks
 
 
-def _max_positions(config: DecoderConfig, progress: Callable[[str], None]) -> int:
-    window = config.sliding_window
-    if window is None or window >= config.max_positions:
-        return config.max_positions
-    # Within the window every token sees the whole context, so computing is exact up to there.
-    progress(f"context limited to {window} tokens: the model's sliding_window is not computed beyond")
-    return window
-
-
 def _resolved(batch: StepBatch, drawn: Mapping[str, int]) -> StepBatch:
     """The batch with the tokens that DRAWN stands for; any token where the step before it failed."""
     sequences = tuple(
@@ -159,36 +147,16 @@ def _resolved(batch: StepBatch, drawn: Mapping[str, int]) -> StepBatch:
 
 
 def _inputs(sequences: tuple[SequenceStep, ...], block_tokens: int) -> StepInputs:
-    lengths = np.array([len(s.tokens) for s in sequences], dtype=np.int32)
-    starts = np.array([s.start for s in sequences], dtype=np.int64)
-    query_start = np.zeros(len(sequences) + 1, dtype=np.int32)
-    np.cumsum(lengths, out=query_start[1:])
-    total = int(query_start[-1])
-    tokens = np.fromiter((token for s in sequences for token in s.tokens), dtype=np.int64, count=total)
-    # Position of each token: its index in the packed batch, moved from where its sequence begins to ``start``.
-    positions = np.arange(total, dtype=np.int64) + np.repeat(starts - query_start[:-1], lengths)
-    table = np.zeros((len(sequences), max(len(s.blocks) for s in sequences)), dtype=np.int32)
-    for row, sequence in zip(table, sequences, strict=True):
-        row[: len(sequence.blocks)] = sequence.blocks
-    of_token = np.repeat(np.arange(len(sequences)), lengths)
-    slots = np.array([s.slot for s in sequences], dtype=np.int32)[of_token]
-    last = query_start[1:][np.array([s.sample for s in sequences], dtype=np.bool_)] - 1
+    packed = pack(sequences, block_tokens)
     return StepInputs(
-        tokens=torch.from_numpy(tokens),
-        positions=torch.from_numpy(positions),
+        tokens=torch.from_numpy(packed.tokens).long(),
+        positions=torch.from_numpy(packed.positions).long(),
         attention=attention.AttentionBatch(
-            query_start=torch.from_numpy(query_start),
-            seq_len=torch.from_numpy((starts + lengths).astype(np.int32)),
-            block_table=torch.from_numpy(table),
-            slot_mapping=torch.from_numpy(_slot_mapping(table, of_token, positions, block_tokens)),
+            query_start=torch.from_numpy(packed.query_start),
+            seq_len=torch.from_numpy(packed.seq_len),
+            block_table=torch.from_numpy(packed.table),
+            slot_mapping=torch.from_numpy(packed.kv_slots).long(),
         ),
-        lora=lora.plan_batch(torch.from_numpy(slots)),
-        sampled_rows=torch.from_numpy(last.astype(np.int64)),
+        lora=lora.plan_batch(torch.from_numpy(packed.slots)),
+        sampled_rows=torch.from_numpy(packed.sampled).long(),
     )
-
-
-def _slot_mapping(
-    table: NDArray[np.int32], of_token: NDArray[np.int64], positions: NDArray[np.int64], block_tokens: int
-) -> NDArray[np.int64]:
-    blocks = table[of_token, positions // block_tokens].astype(np.int64)
-    return blocks * block_tokens + positions % block_tokens

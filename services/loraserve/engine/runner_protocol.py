@@ -6,6 +6,7 @@ import msgspec
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.engine.batch import StepBatch, StepResult
+from loraserve.engine.pool_memory import PoolMemory
 
 
 class PendingStep(Protocol):
@@ -30,7 +31,7 @@ class Runner(Protocol):
 
     ``submit`` belongs to one thread, ``result`` of what it returns to one thread, which may be another; results are
     asked for in the order of the steps. ``install`` and ``remove`` may be called from a third for slots that no step in
-    flight uses, and ``pool_view`` may be written by another outside the extents in use.
+    flight uses, and ``pool`` may be written by another outside the extents in use.
     """
 
     @property
@@ -58,9 +59,8 @@ class Runner(Protocol):
         """
         ...
 
-    def pool_view(self) -> memoryview:
-        """The adapter pool as writable bytes."""
-        ...
+    @property
+    def pool(self) -> PoolMemory: ...
 
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
         """Tokens of ``slot`` use the slab that lies at ``base_elements`` of the pool from now on.

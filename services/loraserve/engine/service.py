@@ -91,7 +91,7 @@ class EngineService(Service):
         self._runner = await self._in_worker(self._build, self.config, self._progress)
         self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
         engine = self.config.engine
-        self._loader = SlabLoader(self.bus, self._runner.pool_view(), engine.load_chunk_bytes, engine.load_timeout_s)
+        self._loader = SlabLoader(self.bus, self._runner.pool, engine.load_chunk_bytes, engine.load_timeout_s)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         return [self._report_load(), self._await_steps()]

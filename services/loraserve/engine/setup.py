@@ -39,7 +39,7 @@ def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
     return SchedulerLimits(
         kv_blocks=runner.kv_blocks,
         block_tokens=engine.block_tokens,
-        pool_bytes=engine.pool_bytes,
+        pool_bytes=len(runner.pool),
         max_adapters=engine.max_adapters,
         max_rank=engine.max_rank,
         max_running=engine.max_running,

@@ -198,8 +198,8 @@ def install(runner: ModelRunner, directories: Sequence[Path]) -> None:
     offset = 0
     for slot, directory in enumerate(directories):
         slab = pack_peft(directory, runner.shape, runner.slab_dtype, 256)
-        runner.pool_view()[offset : offset + len(slab.data)] = slab.data
-        runner.install(slot, slab.header, offset * runner.pool_elements // len(runner.pool_view()))
+        runner.pool.write(offset, slab.data)
+        runner.install(slot, slab.header, offset * runner.pool_elements // len(runner.pool))
         offset += -(-len(slab.data) // 4096) * 4096
 
 

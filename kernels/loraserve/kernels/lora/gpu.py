@@ -32,12 +32,12 @@ def add_lora(
     """y[t, slice i] += scale_i * (x[t] @ A_i.T) @ B_i^T for every token t with an adapter; rounded once."""
     widths = tables.out_features[module]
     assert tables is batch.tables, "the batch was planned for other tables"
-    assert x.shape == (batch.tokens, tables.in_features[module]), (x.shape, batch.tokens)
-    assert y.shape == (batch.tokens, sum(widths)), (y.shape, batch.tokens)
+    assert x.shape == (batch.used, tables.in_features[module]), (x.shape, batch.used)
+    assert y.shape == (batch.used, sum(widths)), (y.shape, batch.used)
     assert x.dtype == pool.dtype, (x.dtype, pool.dtype)
     assert x.is_contiguous(), x.stride()
     assert y.is_contiguous(), y.stride()
-    if batch.tokens == 0:
+    if batch.used == 0:
         return
     launch = _decode if batch.tokens <= DECODE_TOKENS else _prefill
     launch(y, x, pool, batch, layer * len(MODULES) + module, module)

@@ -49,17 +49,17 @@ class AdapterTables:
                 layout.append(self._fields(header, layer, module))
                 scales.append(list(row.scales) + [0.0] * (SLICES_MAX - len(row.scales)))
                 elements.append(row_elements(self.shape, name, row.ranks))
-        self.layout[slot].copy_(torch.tensor(layout).view_as(self.layout[slot]))
-        self.scales[slot].copy_(torch.tensor(scales).view_as(self.scales[slot]))
+        _send(self.layout[slot], torch.tensor(layout))
+        _send(self.scales[slot], torch.tensor(scales))
         self.elements[slot].copy_(torch.tensor(elements).view_as(self.elements[slot]))
-        self.base[slot] = base_elements
+        _send(self.base[slot], torch.tensor(base_elements))
         self._rank_slot(slot, header.rank)
 
     def remove(self, slot: int) -> None:
         """Free the slot."""
         self.layout[slot].zero_()
         self.scales[slot].zero_()
-        self.base[slot] = 0
+        self.base[slot].zero_()
         self.elements[slot] = 0
         self._rank_slot(slot, 0)
 
@@ -74,8 +74,8 @@ class AdapterTables:
     def _rank_slot(self, slot: int, rank: int) -> None:
         self._ranks[slot] = rank
         order = torch.tensor(sorted(range(len(self._ranks)), key=lambda s: -self._ranks[s]), dtype=torch.int32)
-        self.order.copy_(order)
-        self.turn.copy_(torch.argsort(order).to(torch.int32))
+        _send(self.order, order)
+        _send(self.turn, torch.argsort(order).to(torch.int32))
 
     def _fields(self, header: SlabHeader, layer: int, module: int) -> list[int]:
         row = header.row(layer, module)
@@ -86,3 +86,9 @@ class AdapterTables:
             offsets.append(offset)
             offset += rank * width
         return [row.offset, row.total_rank, *ranks, *offsets, *([0] * (SLICES_MAX - len(offsets)))]
+
+
+def _send(target: torch.Tensor, values: torch.Tensor) -> None:
+    """To the device without waiting: in the order of its stream, behind the steps that read the old ones."""
+    values = values.view_as(target)
+    target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)

@@ -57,7 +57,7 @@ def most_groups(tokens: int, slots: int, blocks: Blocks) -> int:
 
 
 class LoraWork:
-    """Who uses which adapter in a step of ``tokens`` tokens, and what each (layer, module) has to do about it.
+    """Who uses which adapter in a step of up to ``tokens`` tokens, and what each (layer, module) has to do about it.
 
     Buffers keep their addresses, and ``plan`` neither reads anything back nor launches more for a larger batch: a graph
     captured over one batch computes every other. One step at a time.
@@ -69,7 +69,7 @@ class LoraWork:
         """``blocks``, one a module, stand in for the tuned ones. Raises ValueError where they exceed ``workspace``."""
         self.tables = tables
         self.workspace = workspace
-        self.tokens = tokens
+        self.tokens = self.used = tokens
         self.blocks = blocks or pick_blocks(tables, tokens, workspace.max_rank)
         slots, rows, device = len(tables.base), tables.shape.layers * len(MODULES), tables.base.device
         self.groups = max(most_groups(tokens, slots, b) for b in self.blocks)
@@ -89,14 +89,18 @@ class LoraWork:
         self.group_scale = buffer(rows, self.groups, 4, dtype=torch.float32)
 
     def plan(self, slot_of_token: torch.Tensor) -> None:
-        """``slot_of_token`` int32 [tokens] on the device; NO_ADAPTER for a token without one, or for no token."""
-        assert slot_of_token.shape == (self.tokens,), (slot_of_token.shape, self.tokens)
+        """``slot_of_token`` int32 [up to ``tokens``] on the device, negative for a token without an adapter.
+
+        As many tokens are in the operands of the step.
+        """
+        self.used = len(slot_of_token)
+        assert self.used <= self.tokens, (self.used, self.tokens)
         assert slot_of_token.dtype == torch.int32, slot_of_token.dtype
-        if self.tokens == 0:
+        if self.used == 0:
             return
         tables = self.tables
         slots, rows = len(tables.base), self.lengths.shape[0]
-        sort_tokens[(slots,)](slot_of_token, tables.turn, self.count, self.perm, self.tokens, BLOCK=SORT_BLOCK)
+        sort_tokens[(slots,)](slot_of_token, tables.turn, self.count, self.perm, self.used, BLOCK=SORT_BLOCK)
         list_work[(rows,)](
             self.count,
             tables.order,

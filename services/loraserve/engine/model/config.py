@@ -1,7 +1,7 @@
 """What a Hugging Face directory says about its model, as far as computing it needs; what we cannot do is refused."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +67,16 @@ def read_decoder_config(model_dir: Path) -> DecoderConfig:
         tied=bool(config.get("tie_word_embeddings", False)),
         eos_token_ids=_eos_token_ids(model_dir, config),
     )
+
+
+def context_limit(config: DecoderConfig, progress: Callable[[str], None]) -> int:
+    """The longest context that is computed exactly, in tokens."""
+    window = config.sliding_window
+    if window is None or window >= config.max_positions:
+        return config.max_positions
+    # Within the window every token sees the whole context, so computing is exact up to there.
+    progress(f"context limited to {window} tokens: the model's sliding_window is not computed beyond")
+    return window
 
 
 def _refuse_unsupported(config: Mapping[str, Any]) -> None:

@@ -47,6 +47,26 @@ def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, backend: Backen
     return Linear(weight, bias)
 
 
+class HostForm:
+    """Weights of the CPU engine. The embedding keeps the dtype it came in: rows are widened as they are read."""
+
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+
+    def embedding(self, weight: torch.Tensor) -> torch.Tensor:
+        # A copy: the tensor that was taken maps the file, whose pages could be dropped or changed under us.
+        return weight.clone()
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return make_linear(weight, bias, self._backend)
+
+    def tied_head(self, embedding: torch.Tensor) -> Linear:
+        return make_linear(embedding.to(torch.float32, copy=True), None, self._backend)
+
+    def vector(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight
+
+
 def fp16_runs() -> bool:
     """Tried with a product whose result is known; no compiler or an unknown processor are reasons why not."""
     weight = torch.ones(8, 16)
@@ -56,10 +76,14 @@ def fp16_runs() -> bool:
         return False
 
 
-def pick_backend(setting: Literal["auto", "float32", "fp16"], fp16_runs: Callable[[], bool] = fp16_runs) -> Backend:
+def pick_backend(
+    setting: Literal["auto", "float32", "fp16", "bf16"], fp16_runs: Callable[[], bool] = fp16_runs
+) -> Backend:
     """The backend for ``engine.weights``. Raises ConfigError where fp16 is asked for and does not run here."""
     if setting == "float32":
         return "float32"
+    if setting == "bf16":
+        raise ConfigError("engine.weights=bf16 is for GPUs; set engine.weights to auto, fp16 or float32 on a CPU")
     if fp16_runs():
         return "fp16"
     if setting == "fp16":

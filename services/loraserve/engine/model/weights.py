@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
 from loraserve.engine.model.checkpoint import Checkpoint
 from loraserve.engine.model.config import DecoderConfig
-from loraserve.engine.model.linear import Backend, Linear, make_linear
+from loraserve.engine.model.linear import Linear
 from loraserve.model_shape import MODULES, SLICES
 
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
@@ -30,7 +31,7 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class DecoderWeights:
-    """A whole decoder. ``embedding`` [vocab, hidden] keeps the dtype it came in: rows are widened as they are read."""
+    """A whole decoder. ``embedding`` is [vocab, hidden]."""
 
     embedding: torch.Tensor
     layers: list[LayerWeights]
@@ -38,35 +39,53 @@ class DecoderWeights:
     head: Linear
 
 
+class WeightForm(Protocol):
+    """In what form weights compute. Tensors that are handed over are float32, but for the embedding, and not kept."""
+
+    def embedding(self, weight: torch.Tensor) -> torch.Tensor:
+        """``weight`` [vocab, hidden] in the dtype it came in, which maps a file."""
+        ...
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """``weight`` [out, in], ``bias`` [out]."""
+        ...
+
+    def tied_head(self, embedding: torch.Tensor) -> Linear:
+        """The head of a model whose head is its embedding, in the form that ``embedding`` gave it."""
+        ...
+
+    def vector(self, weight: torch.Tensor) -> torch.Tensor:
+        """A norm's weight, which stays float32."""
+        ...
+
+
 def load_weights(
-    model_dir: Path, config: DecoderConfig, backend: Backend, progress: Callable[[str], None]
+    model_dir: Path, config: DecoderConfig, form: WeightForm, progress: Callable[[str], None]
 ) -> DecoderWeights:
     """Takes little more memory than the result. Raises ConfigError naming the tensor that does not fit."""
     source = Checkpoint(model_dir)
     shape = config.shape
-    # A copy: the tensor that was taken maps the file, whose pages could be dropped or changed under us.
-    embedding = source.take(EMBEDDING, (shape.vocab, shape.hidden)).clone()
+    embedding = form.embedding(source.take(EMBEDDING, (shape.vocab, shape.hidden)))
     if config.tied:
         source.skip(HEAD)
-        head_weight = embedding
+        head = form.tied_head(embedding)
     else:
-        head_weight = source.take(HEAD, (shape.vocab, shape.hidden))
-    head = make_linear(_float32(head_weight), None, backend)
+        head = form.linear(_float32(source.take(HEAD, (shape.vocab, shape.hidden))), None)
     layers = []
     for layer in range(shape.layers):
-        layers.append(_load_layer(source, config, layer, backend))
+        layers.append(_load_layer(source, config, layer, form))
         progress(f"loading weights: layer {layer + 1} of {shape.layers}")
-    norm = _float32(source.take(NORM, (shape.hidden,)))
+    norm = form.vector(_float32(source.take(NORM, (shape.hidden,))))
     source.assert_all_taken()
     return DecoderWeights(embedding, layers, norm, head)
 
 
-def _load_layer(source: Checkpoint, config: DecoderConfig, layer: int, backend: Backend) -> LayerWeights:
+def _load_layer(source: Checkpoint, config: DecoderConfig, layer: int, form: WeightForm) -> LayerWeights:
     prefix = f"model.layers.{layer}."
     shape = config.shape
 
     def norm(name: str, width: int) -> torch.Tensor:
-        return _float32(source.take(f"{prefix}{name}.weight", (width,)))
+        return form.vector(_float32(source.take(f"{prefix}{name}.weight", (width,))))
 
     has_bias = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
     linears = {}
@@ -75,7 +94,7 @@ def _load_layer(source: Checkpoint, config: DecoderConfig, layer: int, backend: 
         widths = shape.out_features(module)
         weight = _fuse(source, [f"{name}.weight" for name in names], [(w, shape.in_features(module)) for w in widths])
         bias = _fuse(source, [f"{name}.bias" for name in names], [(w,) for w in widths]) if has_bias[module] else None
-        linears[module] = make_linear(weight, bias, backend)
+        linears[module] = form.linear(weight, bias)
     source.skip(f"{prefix}self_attn.rotary_emb.inv_freq")  # old checkpoints repeat what config.json says
     head_norms = None
     if config.qk_norm:

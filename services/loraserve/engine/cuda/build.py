@@ -1,0 +1,23 @@
+"""From a model directory to a CUDA runner; what this machine lacks is said with what to do about it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from loraserve.config import EngineConfig
+from loraserve.engine.cuda.runner import CudaRunner
+from loraserve.engine.cuda.state import allocate
+from loraserve.engine.cuda.weights import DTYPES, DeviceForm, compute_dtype
+from loraserve.engine.model.config import context_limit, read_decoder_config
+from loraserve.engine.model.weights import load_weights
+
+
+def load_cuda_runner(
+    model_dir: Path, engine: EngineConfig, device: torch.device, progress: Callable[[str], None]
+) -> CudaRunner:
+    """The model on ``device``, not warm yet. Raises ConfigError naming the setting, field or tensor at fault."""
+    config = read_decoder_config(model_dir)
+    form = DeviceForm(DTYPES[compute_dtype(engine)], device)
+    weights = load_weights(model_dir, config, form, progress)
+    return CudaRunner(allocate(config, weights, engine, context_limit(config, progress), progress), engine)

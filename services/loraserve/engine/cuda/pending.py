@@ -1,0 +1,37 @@
+"""A step on its way through the GPU: its results are copied back behind it, and waited for once."""
+
+from collections.abc import Sequence
+
+import torch
+
+from loraserve.engine.batch import SequenceStep, StepResult
+from loraserve.engine.cuda.sampling import Drawn, sampled
+
+
+class PendingGpuStep:
+    """Made on the stream that computes, right after everything was launched. ``result`` may be called elsewhere."""
+
+    def __init__(
+        self, step_id: int, rows: Sequence[SequenceStep], drawn: Drawn | None, started: torch.cuda.Event
+    ) -> None:
+        self._step_id = step_id
+        self._rows = rows
+        parts = (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs) if drawn else ()
+        self._parts = [None if part is None else _sent_back(part) for part in parts]
+        self._started = started
+        self._ended = torch.cuda.Event(enable_timing=True)
+        self._ended.record()
+
+    def result(self) -> StepResult:
+        """Waits for the step; raises what the GPU reports. ``duration_s`` is the time on the GPU alone."""
+        self._ended.synchronize()
+        arrays = [None if part is None else part.numpy() for part in self._parts]
+        tokens = tuple(sampled(self._rows, *arrays)) if arrays else ()  # type: ignore[arg-type]
+        return StepResult(
+            step_id=self._step_id, sampled=tokens, duration_s=self._started.elapsed_time(self._ended) / 1e3
+        )
+
+
+def _sent_back(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)

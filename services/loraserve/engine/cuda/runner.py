@@ -1,0 +1,190 @@
+"""The model on one CUDA GPU: turns a StepBatch into one upload, one replayed graph and one download."""
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loraserve.adapter.format import SlabHeader
+from loraserve.config import EngineConfig
+from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
+from loraserve.engine.cuda.decoder import GpuDecoder
+from loraserve.engine.cuda.graphs import DecodeGraphs, batch_sizes, table_widths
+from loraserve.engine.cuda.pending import PendingGpuStep
+from loraserve.engine.cuda.sampling import Drawn, draw, sampled
+from loraserve.engine.cuda.sampling_rows import prepare
+from loraserve.engine.cuda.state import DeviceState
+from loraserve.engine.cuda.step_buffer import UNKNOWN, StepBuffer, StepShape
+from loraserve.engine.packed import PackedStep, pack
+from loraserve.engine.pool_memory import PoolMemory
+from loraserve.engine.runner_protocol import ComputedStep, PendingStep
+from loraserve.kernels.attention.gpu import GpuAttentionBatch
+from loraserve.kernels.lora.work import LoraWork
+
+
+class CudaRunner:
+    """A Runner whose steps overlap: the host prepares the next one while the GPU computes.
+
+    Everything is launched on one stream, in order, changes of the adapter tables included: what a step in flight reads
+    never changes under it. On a device that is no GPU (tests) the same code computes without streams and graphs.
+    """
+
+    def __init__(self, state: DeviceState, engine: EngineConfig) -> None:
+        self.steps_ahead = 1
+        self.shape = state.config.shape
+        self.eos_token_ids = state.config.eos_token_ids
+        self.block_tokens = engine.block_tokens
+        self.kv_blocks = state.shares.kv_blocks
+        self.max_positions = state.positions
+        self.slab_dtype = engine.slab_dtype
+        self.pool_elements = state.pool.tensor.numel()
+        self.weights_backend = state.describe()
+        self.pool: PoolMemory = state.pool
+        self._state = state
+        self._device = state.device
+        self._stream = torch.cuda.Stream(state.device) if state.device.type == "cuda" else None
+        # Written by who loads, carried out before the next step by who computes.
+        self._changes: deque[Callable[[], None]] = deque()
+        self._drawn = torch.zeros(engine.max_running, dtype=torch.int64, device=state.device)
+        self._row_of: dict[str, int] = {}
+        self._works: dict[int, LoraWork] = {}
+        self._most_tokens = engine.max_step_tokens
+        most_blocks = -(-self.max_positions // engine.block_tokens)
+        self._graphs = DecodeGraphs(
+            state.decoder,
+            self._drawn,
+            batch_sizes(engine.max_running),
+            table_widths(most_blocks, state.attention),
+            self._work,
+        )
+
+    def warm_up(self, progress: Callable[[str], None]) -> None:
+        """Compiles the kernels of every size, and captures the graphs, so that no request waits for either."""
+        with self._computing():
+            size = 1
+            while True:
+                progress(f"compiling kernels for steps of {size} tokens")
+                self._state.try_step(min(size, self._most_tokens), self._work(size))
+                if size >= self._most_tokens:
+                    break
+                size *= 2
+            if self._stream is not None:
+                self._graphs.capture(progress)
+
+    def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
+        """Steps submitted from now on use the slab at ``base_elements`` of the pool for tokens of ``slot``.
+
+        Raises ValueError where the slab is of another dtype or model, or would not end within the pool.
+        """
+        if header.dtype != self.slab_dtype:
+            raise ValueError(
+                f"slab is {header.dtype}, engine.slab_dtype is {self.slab_dtype}; register the adapter again"
+            )
+        if header.shape != self.shape:
+            raise ValueError(f"slab is for {header.shape}, this model is {self.shape}; register the adapter again")
+        if not 0 <= base_elements <= self.pool_elements - header.elements:
+            raise ValueError(f"slab of {header.elements} elements at {base_elements} is outside {self.pool_elements}")
+        self._changes.append(partial(self._state.tables.install, slot, header, base_elements))
+
+    def remove(self, slot: int) -> None:
+        """Tokens of ``slot`` compute as the base model from the next step on."""
+        self._changes.append(partial(self._state.tables.remove, slot))
+
+    def submit(self, batch: StepBatch) -> PendingStep:
+        """Launch the step behind those before it. Returns as soon as everything is on its way."""
+        rows = [sequence for sequence in batch.sequences if sequence.sample]
+        with self._computing():
+            started = self._event()
+            logits = self._forward(batch.sequences)
+            drawn = self._draw(logits, rows) if rows else None
+            if isinstance(started, float):
+                return ComputedStep(_computed(batch.step_id, rows, drawn, started))
+            return PendingGpuStep(batch.step_id, rows, drawn, started)
+
+    def step(self, batch: StepBatch) -> StepResult:
+        """Compute one step and wait for it."""
+        return self.submit(batch).result()
+
+    def logits(self, batch: StepBatch) -> torch.Tensor:
+        """Writes the KV of all tokens; float32 logits [sequences with ``sample``, vocab] on the host."""
+        with self._computing():
+            return self._forward(batch.sequences).float().cpu()
+
+    def _forward(self, sequences: Sequence[SequenceStep]) -> torch.Tensor:
+        while self._changes:
+            self._changes.popleft()()
+        packed = pack(sequences, self.block_tokens)
+        source = _sources(sequences, packed, self._row_of)
+        adapted = bool((packed.slots >= 0).any())
+        if len(packed.sampled) == len(sequences) == len(packed.tokens):
+            graph = self._graphs.find(len(sequences), packed.table.shape[1], adapted)
+            if graph is not None:
+                graph.step.send(packed, source)
+                graph.graph.replay()
+                return graph.logits[: len(sequences)]
+        return self._eager(packed, source, adapted)
+
+    def _eager(self, packed: PackedStep, source: NDArray[np.int32], adapted: bool) -> torch.Tensor:
+        tokens, (sequences, blocks) = len(packed.tokens), packed.table.shape
+        step = StepBuffer(StepShape(tokens, sequences, blocks, len(packed.sampled)), self._device)
+        step.send(packed, source)
+        batch = GpuAttentionBatch(
+            step.query_start,
+            step.seq_len,
+            step.table,
+            tuple(packed.queries.tolist()),
+            tuple(packed.seq_len.tolist()),
+        )
+        work = self._work(1 << (tokens - 1).bit_length()) if adapted else None
+        return self._state.decoder.forward(step, self._drawn, batch, work)
+
+    def _draw(self, logits: torch.Tensor, rows: Sequence[SequenceStep]) -> Drawn:
+        inputs = prepare(rows, self.shape.vocab, self.eos_token_ids, self._device)
+        drawn = draw(logits, inputs)
+        self._drawn[: len(rows)].copy_(drawn.tokens)
+        self._row_of = {sequence.request_id: row for row, sequence in enumerate(rows)}
+        return drawn
+
+    def _work(self, size: int) -> LoraWork:
+        if size not in self._works:
+            self._works[size] = LoraWork(self._state.tables, self._state.space, size)
+        return self._works[size]
+
+    @contextmanager
+    def _computing(self) -> Iterator[None]:
+        with torch.inference_mode():
+            if self._stream is None:
+                yield
+                return
+            with torch.cuda.device(self._device), torch.cuda.stream(self._stream):
+                yield
+
+    def _event(self) -> "torch.cuda.Event | float":
+        """When a step began: on the GPU, or by the clock where there is none."""
+        if self._stream is None:
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def _sources(sequences: Sequence[SequenceStep], packed: PackedStep, row_of: dict[str, int]) -> NDArray[np.int32]:
+    """For each token its row among the last step's drawn ones, UNKNOWN where the token is known."""
+    source = np.full(len(packed.tokens), UNKNOWN, dtype=np.int32)
+    for index, sequence in enumerate(sequences):
+        if sequence.tokens[0] == DRAWN:
+            # Where that step failed, any token will do: nobody uses what comes of it.
+            source[packed.query_start[index]] = row_of.get(sequence.request_id, 0)
+    return source
+
+
+def _computed(step_id: int, rows: Sequence[SequenceStep], drawn: Drawn | None, started_s: float) -> StepResult:
+    parts = (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs) if drawn else ()
+    arrays = [None if part is None else part.numpy() for part in parts]
+    tokens = tuple(sampled(rows, *arrays)) if arrays else ()  # type: ignore[arg-type]
+    return StepResult(step_id=step_id, sampled=tokens, duration_s=time.monotonic() - started_s)

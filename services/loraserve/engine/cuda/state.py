@@ -1,0 +1,134 @@
+"""What a GPU holds for an engine: weights, adapter tables, KV cache and pool, sized to what is free."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from loraserve.config import EngineConfig
+from loraserve.engine.batch import SequenceStep
+from loraserve.engine.cuda.decoder import GpuDecoder
+from loraserve.engine.cuda.memory import Measured, Shares, divide, room
+from loraserve.engine.cuda.pool import DevicePool
+from loraserve.engine.cuda.sampling import draw
+from loraserve.engine.cuda.sampling_rows import prepare
+from loraserve.engine.cuda.step_buffer import UNKNOWN, StepBuffer, StepShape
+from loraserve.engine.model.config import DecoderConfig
+from loraserve.engine.model.weights import DecoderWeights
+from loraserve.engine.packed import pack
+from loraserve.errors import ConfigError
+from loraserve.kernels.attention.gpu import Backend, GpuAttentionBatch, GpuKvCache, gpu_block_bytes, pick_backend
+from loraserve.kernels.lora.tables import AdapterTables
+from loraserve.kernels.lora.work import LoraWork, Workspace
+from loraserve.messages.base import SamplingParams
+
+
+@dataclass(frozen=True)
+class DeviceState:
+    """Allocated once. ``positions`` is the longest context; ``attention`` how the cache is read."""
+
+    config: DecoderConfig
+    device: torch.device
+    dtype: torch.dtype
+    tables: AdapterTables
+    space: Workspace
+    pool: DevicePool
+    decoder: GpuDecoder
+    shares: Shares
+    positions: int
+    attention: Backend
+    block_tokens: int
+    max_running: int
+
+    def describe(self) -> str:
+        """Name of the form in which weights compute."""
+        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
+
+    def try_step(self, tokens: int, work: LoraWork | None) -> None:
+        """Compute a step of that many tokens which touches no KV block but the first, and draw from all its rows."""
+        rows = _trial_rows(self, tokens)
+        packed = pack(rows, self.block_tokens)
+        step = StepBuffer(StepShape(tokens, len(rows), packed.table.shape[1], len(rows)), self.device)
+        step.send(packed, np.full(tokens, UNKNOWN, np.int32))
+        batch = GpuAttentionBatch(
+            step.query_start,
+            step.seq_len,
+            step.table,
+            tuple(packed.queries.tolist()),
+            tuple(packed.seq_len.tolist()),
+        )
+        drawn = torch.zeros(1, dtype=torch.int64, device=self.device)
+        logits = self.decoder.forward(step, drawn, batch, work)
+        draw(logits, prepare(rows, self.config.shape.vocab, self.config.eos_token_ids, self.device))
+
+
+def allocate(
+    config: DecoderConfig,
+    weights: DecoderWeights,
+    engine: EngineConfig,
+    positions: int,
+    progress: Callable[[str], None],
+) -> DeviceState:
+    """Everything beside the weights. Raises ConfigError where the GPU's memory or a setting does not allow it."""
+    device, dtype = weights.embedding.device, weights.embedding.dtype
+    attention, why = pick_backend(config.shape, engine.block_tokens, dtype, device)
+    progress(f"attention: {attention} ({why})")
+    tables = AdapterTables(config.shape, engine.max_adapters, str(device))
+    space = Workspace(tables, engine.max_step_tokens, engine.max_rank, dtype)
+
+    def state(shares: Shares) -> DeviceState:
+        cache = GpuKvCache(config.shape, shares.kv_blocks, engine.block_tokens, dtype, device)
+        pool = DevicePool(shares.pool_bytes // dtype.itemsize, dtype, device)
+        longest = min(positions, shares.kv_blocks * engine.block_tokens)
+        decoder = GpuDecoder(config, weights, cache, pool.tensor, tables, longest, attention)
+        return DeviceState(
+            config, device, dtype, tables, space, pool, decoder, shares, longest, attention, engine.block_tokens,
+            engine.max_running,
+        )  # fmt: skip
+
+    block_bytes = gpu_block_bytes(config.shape, engine.block_tokens, dtype)
+    if device.type == "cuda":
+        trial = Shares(kv_blocks=-(-engine.max_step_tokens // engine.block_tokens), pool_bytes=1 << 20)
+        measured = _measure(state(trial), engine.max_step_tokens)
+        shares = divide(measured, engine.memory_fraction, engine.pool_fraction, block_bytes)
+    else:
+        shares = Shares(kv_blocks=engine.kv_bytes // block_bytes, pool_bytes=engine.pool_bytes)
+    if shares.kv_blocks < 1:
+        raise ConfigError(f"engine.kv_bytes={engine.kv_bytes} holds not one block; give at least {block_bytes}")
+    progress(room(config.shape, engine.slab_dtype, shares, engine.block_tokens, engine.max_adapters))
+    return state(shares)
+
+
+def _measure(state: DeviceState, tokens: int) -> Measured:
+    """What the largest step takes beside what stays, by computing one."""
+    with torch.inference_mode(), torch.cuda.device(state.device):
+        work = LoraWork(state.tables, state.space, 1 << (tokens - 1).bit_length())
+        state.try_step(tokens, work)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        free_bytes, total_bytes = torch.cuda.mem_get_info()
+        state.try_step(tokens, work)
+        torch.cuda.synchronize()
+        step_bytes = torch.cuda.max_memory_allocated() - before
+        torch.cuda.empty_cache()
+    return Measured(total_bytes=total_bytes, used_bytes=total_bytes - free_bytes, step_bytes=step_bytes)
+
+
+def _trial_rows(state: DeviceState, tokens: int) -> list[SequenceStep]:
+    """Sequences as equal as can be, none longer than the context, all in the first block."""
+    count = max(min(state.max_running, tokens), -(-tokens // state.positions))
+    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9)
+    return [
+        SequenceStep(
+            request_id=str(i),
+            tokens=(0,) * len(part),
+            start=0,
+            blocks=(0,) * -(-len(part) // state.block_tokens),
+            sampling=sampling,
+            prompt_length=len(part),
+        )
+        for i, part in enumerate(np.array_split(np.arange(tokens), count))
+    ]
