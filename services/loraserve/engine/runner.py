@@ -15,9 +15,9 @@ from loraserve.engine.model.config import DecoderConfig, context_limit, read_dec
 from loraserve.engine.model.decoder import Decoder, StepInputs
 from loraserve.engine.model.linear import HostForm, pick_backend
 from loraserve.engine.model.weights import load_weights
-from loraserve.engine.runner_protocol import ComputedStep
 from loraserve.engine.packed import pack
 from loraserve.engine.pool_memory import HostPool
+from loraserve.engine.runner_protocol import ComputedStep
 from loraserve.engine.sampler import sample
 from loraserve.errors import ConfigError
 from loraserve.kernels import attention, fused, linear, lora

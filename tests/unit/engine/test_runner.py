@@ -43,7 +43,7 @@ def test_a_slab_is_used_once_it_is_installed_and_until_it_is_removed(
     base = tokens(helpers, runner)
     assert tokens(helpers, runner, slot=2) == base, "a slot without an adapter is the base model"
     last = runner.pool_elements - slab.header.elements
-    runner.pool_view()[last * 4 :] = slab.data
+    runner.pool.write(last * 4, slab.data)
     runner.install(2, slab.header, last)
     assert tokens(helpers, runner, slot=2) != base
     assert tokens(helpers, runner) == base
@@ -76,8 +76,8 @@ def test_a_slab_for_another_model_is_refused(make_runner: MakeRunner, slab: Slab
 
 def test_the_pool_is_as_large_as_its_setting(make_runner: MakeRunner) -> None:
     runner = make_runner(pool_bytes=10_001, slab_dtype="bfloat16")
-    assert (runner.pool_elements, len(runner.pool_view())) == (5000, 10_000)
-    runner.pool_view()[:] = b"\1" * 10_000
+    assert (runner.pool_elements, len(runner.pool)) == (5000, 10_000)
+    runner.pool.write(0, b"\1" * 10_000)
 
 
 def test_too_little_kv_memory_names_the_setting_and_what_is_enough(make_runner: MakeRunner) -> None:

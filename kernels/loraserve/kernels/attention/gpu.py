@@ -115,7 +115,7 @@ def _paged(
 ) -> torch.Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
-    result: torch.Tensor = varlen_attn(
+    result = varlen_attn(
         q,
         keys,
         values,
@@ -129,6 +129,7 @@ def _paged(
         seqused_k=batch.seq_len,
         block_table=batch.table,
     )
+    assert isinstance(result, torch.Tensor)  # no auxiliary output was asked for
     return result
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -81,7 +82,7 @@ class DecodeGraphs:
             for width in reversed(self._widths):
                 yield from ((size, width, adapted) for adapted in (True, False))
 
-    def _capture(self, size: int, width: int, adapted: bool, pool: tuple[int, int]) -> DecodeGraph:
+    def _capture(self, size: int, width: int, adapted: bool, pool: Any) -> DecodeGraph:
         step = StepBuffer(StepShape(size, size, width, size), self._drawn.device)
         step.source.fill_(-1)
         step.kv_slots.fill_(-1)

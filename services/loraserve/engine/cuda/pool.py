@@ -32,7 +32,7 @@ class DevicePool:
         for start in range(offset_bytes, offset_bytes + length_bytes, READ_BYTES):
             part = staged[: min(READ_BYTES, offset_bytes + length_bytes - start)]
             self._copy(part, self._bytes[start : start + len(part)])
-            digest.update(memoryview(part.numpy()))
+            digest.update(part.numpy().data)
 
     def _copy(self, into: torch.Tensor, data: torch.Tensor) -> None:
         if self._stream is None:

@@ -13,7 +13,6 @@ from numpy.typing import NDArray
 from loraserve.adapter.format import SlabHeader
 from loraserve.config import EngineConfig
 from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
-from loraserve.engine.cuda.decoder import GpuDecoder
 from loraserve.engine.cuda.graphs import DecodeGraphs, batch_sizes, table_widths
 from loraserve.engine.cuda.pending import PendingGpuStep
 from loraserve.engine.cuda.sampling import Drawn, draw, sampled
@@ -140,7 +139,7 @@ class CudaRunner:
             tuple(packed.queries.tolist()),
             tuple(packed.seq_len.tolist()),
         )
-        work = self._work(1 << (tokens - 1).bit_length()) if adapted else None
+        work = self._work(tokens) if adapted else None
         return self._state.decoder.forward(step, self._drawn, batch, work)
 
     def _draw(self, logits: torch.Tensor, rows: Sequence[SequenceStep]) -> Drawn:
@@ -150,7 +149,9 @@ class CudaRunner:
         self._row_of = {sequence.request_id: row for row, sequence in enumerate(rows)}
         return drawn
 
-    def _work(self, size: int) -> LoraWork:
+    def _work(self, tokens: int) -> LoraWork:
+        """One for each size up to which steps are rounded."""
+        size = min(1 << (tokens - 1).bit_length(), self._most_tokens)
         if size not in self._works:
             self._works[size] = LoraWork(self._state.tables, self._state.space, size)
         return self._works[size]

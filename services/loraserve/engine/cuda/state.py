@@ -103,7 +103,7 @@ def allocate(
 def _measure(state: DeviceState, tokens: int) -> Measured:
     """What the largest step takes beside what stays, by computing one."""
     with torch.inference_mode(), torch.cuda.device(state.device):
-        work = LoraWork(state.tables, state.space, 1 << (tokens - 1).bit_length())
+        work = LoraWork(state.tables, state.space, tokens)
         state.try_step(tokens, work)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()

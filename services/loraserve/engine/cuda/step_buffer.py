@@ -28,16 +28,16 @@ class StepShape:
 class StepBuffer:
     """int32 views of one device buffer, whose addresses stay, so that a captured graph can read them.
 
-    ``tokens``, ``source``, ``positions``, ``slots``, ``kv_slots`` [tokens]; ``query_start`` [sequences + 1]; ``seq_len``
-    [sequences]; ``table`` [sequences, blocks]; ``sampled``. ``source`` is the row of the last step's drawn tokens that
-    a token is, or UNKNOWN where ``tokens`` says it.
+    ``tokens``, ``source``, ``positions``, ``slots``, ``kv_slots`` [tokens]; ``query_start`` [sequences + 1];
+    ``seq_len`` [sequences]; ``table`` [sequences, blocks]; ``sampled``. ``source`` is the row of the last step's drawn
+    tokens that a token is, or UNKNOWN where ``tokens`` says it.
     """
 
     def __init__(self, shape: StepShape, device: torch.device) -> None:
         self.shape = shape
         self._sizes = shape.sizes()
         self._memory = torch.zeros(sum(self._sizes), dtype=torch.int32, device=device)
-        views = self._memory.split(list(self._sizes))
+        views = torch.split(self._memory, list(self._sizes))
         self.tokens, self.source, self.positions, self.slots, self.kv_slots = views[:5]
         self.query_start, self.seq_len, table, self.sampled = views[5:]
         self.table = table.view(shape.sequences, shape.blocks)
