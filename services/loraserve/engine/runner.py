@@ -36,8 +36,6 @@ class ModelRunner:
 
     def __init__(self, model_dir: Path, engine: EngineConfig, threads: int, progress: Callable[[str], None]) -> None:
         """Loads the weights; raises ConfigError naming the setting, field or tensor at fault."""
-        if engine.device == "cuda":
-            raise ConfigError("engine.device=cuda: the CUDA runner is not part of this version; use cpu")
         self.steps_ahead = 0
         self._drawn: dict[str, int] = {}
         self._threads = threads

@@ -11,6 +11,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -68,9 +69,9 @@ class EngineService(Service):
 
     inbox = ToEngine
 
-    def __init__(self, config: Config, bus: Bus, clock: Clock, build: BuildRunner = build_runner) -> None:
+    def __init__(self, config: Config, bus: Bus, clock: Clock, build: BuildRunner | None = None) -> None:
         super().__init__(config, bus, clock)
-        self._build = build
+        self._build = build or partial(build_runner, index=_number(bus.name))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
         self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result")
         # Emptied by one loop: the scheduler must hear of steps in their order, whether they fail or not.
@@ -252,3 +253,9 @@ class EngineService(Service):
 
     def _in_worker(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
+
+
+def _number(name: str) -> int:
+    """0 of engine-0, and of a name that has none."""
+    digits = name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0

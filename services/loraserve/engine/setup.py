@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from loraserve.config import Config
+from loraserve.device import device_of
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.runner import ModelRunner
 from loraserve.engine.runner_protocol import Runner
@@ -16,15 +17,58 @@ def threads_for(config: Config) -> int:
     return config.engine.threads or max(1, (os.cpu_count() or 1) // max(1, config.cluster.engines))
 
 
-def build_runner(config: Config, progress: Callable[[str], None]) -> ModelRunner:
-    """Load the model and warm it up. Raises ConfigError naming the setting or the file at fault."""
+def build_runner(config: Config, progress: Callable[[str], None], index: int = 0) -> Runner:
+    """Load the model and warm it up; ``index`` is the engine's number on its machine, and so of its GPU.
+
+    Raises ConfigError naming the setting or the file at fault.
+    """
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
+    reason = gpu_unusable() if device_of(config.engine.device) == "cuda" else ""
+    if reason and config.engine.device == "cuda":
+        raise ConfigError(f"engine.device=cuda: {reason}, or set engine.device=cpu")
+    if reason:
+        progress(f"computing on the CPU: {reason}")
+    if device_of(config.engine.device) == "cuda" and not reason:
+        return _cuda_runner(config, progress, index)
+    return cpu_runner(config, progress)
+
+
+def cpu_runner(config: Config, progress: Callable[[str], None]) -> ModelRunner:
+    """The model on this machine's CPU, warm."""
     progress("loading weights")
     runner = ModelRunner(Path(config.model.path), config.engine, threads_for(config), progress)
     progress("warming up")
     runner.warm_up()
     return runner
+
+
+def _cuda_runner(config: Config, progress: Callable[[str], None], index: int) -> Runner:
+    # Imported here: machines without a GPU need not have triton.
+    import torch
+
+    from loraserve.engine.cuda.build import load_cuda_runner
+
+    device = torch.device("cuda", index % torch.cuda.device_count())
+    progress(f"loading weights onto {torch.cuda.get_device_name(device)}")
+    runner = load_cuda_runner(Path(config.model.path), config.engine, device, progress)
+    runner.warm_up(progress)
+    return runner
+
+
+def gpu_unusable() -> str:
+    """What keeps the installed packages from using a GPU, with the remedy; empty where nothing does."""
+    import importlib.util
+
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is a CPU build; install torch for CUDA"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA GPU; look at nvidia-smi and CUDA_VISIBLE_DEVICES"
+    if importlib.util.find_spec("triton") is None:
+        return "triton is missing; pip install 'loraserve[gpu]'"
+    return ""
 
 
 def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:

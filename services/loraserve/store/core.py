@@ -25,12 +25,15 @@ GRACE_S = 600.0
 
 
 class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be registered. ``allowed_dirs`` empty allows any directory; ``served_model`` is no adapter's name."""
+    """What may be registered. ``allowed_dirs`` empty allows any directory; ``served_model`` is no adapter's name.
+
+    ``pool_bytes`` is None where the engines' pools are not known here.
+    """
 
     served_model: str
     max_rank: int
     engine_max_rank: int
-    pool_bytes: int
+    pool_bytes: int | None
     allowed_dirs: tuple[str, ...] = ()
 
 
@@ -114,6 +117,8 @@ class AdapterStore:
                 f"the adapter has rank {rank}, engine.max_rank is {most}; raise engine.max_rank or train with a "
                 "smaller rank",
             )
+        if self._limits.pool_bytes is None:
+            return
         needed, largest = extent_bytes(slab.header.slab_bytes), largest_extent_bytes(self._limits.pool_bytes)
         if needed > largest:
             raise AdapterError(

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
+from loraserve.device import device_of
 from loraserve.errors import AdapterError, ConfigError, LoraServeError
 from loraserve.messages import (
     AdapterList,
@@ -136,7 +137,8 @@ def open_store(config: Config, now: float) -> AdapterStore:
         served_model=config.model.name or model_dir.name,
         max_rank=config.store.max_rank,
         engine_max_rank=config.engine.max_rank,
-        pool_bytes=config.engine.pool_bytes,
+        # A GPU engine's pool is sized when the engine starts: it refuses by itself what it can never hold.
+        pool_bytes=config.engine.pool_bytes if device_of(config.engine.device) == "cpu" else None,
         allowed_dirs=config.store.allowed_dirs,
     )
     root = Path(config.cluster.data_dir or ".") / "store"

@@ -101,9 +101,24 @@ def test_settings_that_cannot_be_used_are_named(make_runner: MakeRunner, setting
         make_runner(**{setting: value})
 
 
-def test_a_gpu_is_refused_with_what_to_use(make_runner: MakeRunner) -> None:
-    with pytest.raises(ConfigError, match=r"engine\.device=cuda.*use cpu"):
-        make_runner(device="cuda")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there_is_refused_with_what_to_do() -> None:
+    config = Config(model=ModelConfig(path="anywhere"), engine=EngineConfig(device="cuda"))
+    with pytest.raises(
+        ConfigError, match=r"engine\.device=cuda: torch .*; (install|look at).*, or set engine\.device=cpu"
+    ):
+        build_runner(config, quiet)
+
+
+def test_auto_computes_on_the_cpu_where_no_gpu_can_be_used(
+    model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "device_of", lambda setting: "cuda")
+    monkeypatch.setattr(setup, "gpu_unusable", lambda: "torch is a CPU build; install torch for CUDA")
+    said: list[str] = []
+    runner = build_runner(Config(model=ModelConfig(path=str(model_dirs["llama"]))), said.append)
+    assert isinstance(runner, ModelRunner)
+    assert "computing on the CPU: torch is a CPU build; install torch for CUDA" in said
 
 
 @pytest.mark.parametrize("slab_dtype", ["float32", "bfloat16", "float16"])
