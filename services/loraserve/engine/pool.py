@@ -80,7 +80,8 @@ class AdapterPool:
             needed = self._buddy.extent_bytes(adapter.slab_bytes)
             return (
                 f"adapter {adapter.name} needs an extent of {needed} bytes, the largest that engine.pool_bytes="
-                f"{self._pool_bytes} can give is {self._buddy.largest_bytes}; raise engine.pool_bytes"
+                f"{self._pool_bytes} can give is {self._buddy.largest_bytes}; raise engine.pool_bytes "
+                "(on a GPU engine.pool_fraction)"
             )
         return None
 

@@ -53,6 +53,7 @@ class CudaRunner:
         self._row_of: dict[str, int] = {}
         self._works: dict[int, LoraWork] = {}
         self._most_tokens = engine.max_step_tokens
+        self._max_rank = engine.max_rank
         most_blocks = -(-self.max_positions // engine.block_tokens)
         self._graphs = DecodeGraphs(
             state.decoder,
@@ -78,7 +79,7 @@ class CudaRunner:
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
         """Steps submitted from now on use the slab at ``base_elements`` of the pool for tokens of ``slot``.
 
-        Raises ValueError where the slab is of another dtype or model, or would not end within the pool.
+        Raises ValueError where the slab is of another dtype or model, of too large a rank, or not within the pool.
         """
         if header.dtype != self.slab_dtype:
             raise ValueError(
@@ -86,6 +87,8 @@ class CudaRunner:
             )
         if header.shape != self.shape:
             raise ValueError(f"slab is for {header.shape}, this model is {self.shape}; register the adapter again")
+        if header.rank > self._max_rank:
+            raise ValueError(f"slab has rank {header.rank}, engine.max_rank is {self._max_rank}; raise it")
         if not 0 <= base_elements <= self.pool_elements - header.elements:
             raise ValueError(f"slab of {header.elements} elements at {base_elements} is outside {self.pool_elements}")
         self._changes.append(partial(self._state.tables.install, slot, header, base_elements))
