@@ -123,8 +123,9 @@ class OfflineEngine:
                 if before_step is not None:
                     before_step(batch)
                 self._begin_step(batch)
-            case LoadAdapter(adapter, slot, offset_bytes):
-                self._load(adapter.version, slot, offset_bytes)
+            case LoadAdapter() as load:
+                self._fill(load)
+                self._tell(AdapterLoaded(load.adapter.version))
             case EvictAdapter(_, slot):
                 self.runner.remove(slot)
             case Emit(_, delta):
@@ -144,11 +145,10 @@ class OfflineEngine:
         self.steps.append(StepRecord(len(batch.sequences), tokens, result.duration_s))
         self._tell(StepDone(result))
 
-    def _load(self, version: str, slot: int, offset_bytes: int) -> None:
-        slab = self._slabs[version]
-        self.runner.pool.write(offset_bytes, slab.data)
-        self.runner.install(slot, slab.header, offset_bytes // ITEM_BYTES[slab.header.dtype])
-        self._tell(AdapterLoaded(version))
+    def _fill(self, load: LoadAdapter) -> None:
+        slab = self._slabs[load.adapter.version]
+        self.runner.pool.write(load.offset_bytes, slab.data)
+        self.runner.install(load.slot, slab.header, load.offset_bytes // ITEM_BYTES[slab.header.dtype])
 
     def _note(self, delta: TokenDelta) -> None:
         output = self._outputs[delta.request_id]
