@@ -189,7 +189,7 @@ def test_any_number_of_parts_of_k(mixed: Mixed, split: int) -> None:
 def test_modules_of_a_step_may_differ_in_their_blocks(mixed: Mixed, tokens: int) -> None:
     """As tables of tuned sizes make them: many groups here, many tiles there, in a workspace for just these."""
     steps = Steps(mixed("even", "float16"), tokens)
-    sizes = dict(bk=32, bn=32, be=16)
+    sizes = {"bk": 32, "bn": 32, "be": 16}
     wide = tuning.Blocks(bm=16, br=128, split=1, **sizes)
     tall = tuning.Blocks(bm=64, br=16, split=2, **sizes)
     blocks = (wide, tall, tall, wide)

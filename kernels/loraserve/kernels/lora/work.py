@@ -41,7 +41,7 @@ class Workspace:
         dtype: torch.dtype,
         blocks: tuple[Blocks, ...] | None = None,
     ) -> None:
-        """For steps of up to ``tokens`` tokens and adapters of up to ``max_rank``, in ``blocks`` where they are given."""
+        """For steps of up to ``tokens`` tokens and adapters of up to ``max_rank``, in ``blocks`` if given."""
         device = tables.base.device
         self.tokens = tokens
         # Slices begin at multiples of 16 columns, whatever the largest rank is: h is read 128 bits at a time.
