@@ -185,6 +185,21 @@ def test_any_number_of_parts_of_k(mixed: Mixed, split: int) -> None:
         assert steps.error(slots, 0, module, work) < TOLERANCE["float32"]
 
 
+@pytest.mark.parametrize("tokens", [64, 300])
+def test_modules_of_a_step_may_differ_in_their_blocks(mixed: Mixed, tokens: int) -> None:
+    """As tables of tuned sizes make them: many groups here, many tiles there, in a workspace for just these."""
+    steps = Steps(mixed("even", "float16"), tokens)
+    sizes = {"bk": 32, "bn": 32, "be": 16}
+    wide = tuning.Blocks(bm=16, br=128, split=1, **sizes)
+    tall = tuning.Blocks(bm=64, br=16, split=2, **sizes)
+    blocks = (wide, tall, tall, wide)
+    steps.space = Workspace(steps.tables, tokens, 33, steps.dtype, blocks)
+    slots = random_slots(tokens, 6, 4)
+    work = steps.plan(slots, blocks)
+    for module in range(len(MODULES)):
+        assert steps.error(slots, 0, module, work) < TOLERANCE["float16"]
+
+
 def test_ragged_prefill_beside_decodes(mixed: Mixed) -> None:
     """Prompts of very different length, whole groups and unfinished ones, with single tokens between them."""
     steps = Steps(mixed("even", "bfloat16"), 400)

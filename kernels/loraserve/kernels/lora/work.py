@@ -33,18 +33,25 @@ class Workspace:
     two such for the rank-space intermediate. ``parts``, ``ready`` and ``turnstile`` int32 are zero between launches.
     """
 
-    def __init__(self, tables: AdapterTables, tokens: int, max_rank: int, dtype: torch.dtype) -> None:
-        """For steps of up to ``tokens`` tokens and adapters of up to ``max_rank``."""
+    def __init__(
+        self,
+        tables: AdapterTables,
+        tokens: int,
+        max_rank: int,
+        dtype: torch.dtype,
+        blocks: tuple[Blocks, ...] | None = None,
+    ) -> None:
+        """For steps of up to ``tokens`` tokens and adapters of up to ``max_rank``, in ``blocks`` if given."""
         device = tables.base.device
         self.tokens = tokens
         # Slices begin at multiples of 16 columns, whatever the largest rank is: h is read 128 bits at a time.
         self.max_rank = -(-max_rank // 16) * 16
         width = SLICES_MAX * self.max_rank
         sizes = sorted({min(limit, tokens) for limit in TOKEN_BUCKETS})
-        blocks = [(size, b) for size in sizes for b in pick_blocks(tables, size, self.max_rank)]
-        groups = max(most_groups(size, len(tables.base), b) for size, b in blocks)
-        tiles = max(most_groups(size, len(tables.base), b) * -(-width // b.br) for size, b in blocks)
-        self.planes = torch.empty(max(size * b.split for size, b in blocks) * width, dtype=torch.float32, device=device)
+        steps = [(size, b) for size in sizes for b in blocks or pick_blocks(tables, size, self.max_rank)]
+        groups = max(most_groups(size, len(tables.base), b) for size, b in steps)
+        tiles = max(most_groups(size, len(tables.base), b) * -(-width // b.br) for size, b in steps)
+        self.planes = torch.empty(max(size * b.split for size, b in steps) * width, dtype=torch.float32, device=device)
         self.hidden = torch.empty(2 * tokens * width, dtype=dtype, device=device)
         self.parts = torch.zeros(tiles, dtype=torch.int32, device=device)
         self.ready = torch.zeros(triton.next_power_of_2(groups), dtype=torch.int32, device=device)
@@ -125,8 +132,9 @@ class LoraWork:
         )
 
     def _most_tiles(self, module: int) -> int:
+        b = self.blocks[module]
         rank = len(self.tables.out_features[module]) * self.workspace.max_rank
-        return self.groups * -(-rank // self.blocks[module].br)
+        return most_groups(self.tokens, len(self.tables.base), b) * -(-rank // b.br)
 
     def _check_room(self, tiles: int) -> None:
         space = self.workspace

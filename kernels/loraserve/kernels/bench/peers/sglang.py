@@ -1,0 +1,53 @@
+"""What SGLang's back ends share: pooled adapters, each packed at its own rank within rows of the largest."""
+
+from typing import NamedTuple
+
+import torch
+
+from loraserve.kernels.bench.world import World
+from loraserve.model_shape import MODULES
+
+
+class Pool(NamedTuple):
+    """By layer and module: A [slots, slices * max_rank, in], slice after slice at the adapter's own rank; B [slots,
+    sum of out, max_rank]; then of each slot its rank (int32) and its scale (float32)."""
+
+    a: list[list[torch.Tensor]]
+    b: list[list[torch.Tensor]]
+    ranks: torch.Tensor
+    scales: torch.Tensor
+
+
+def fill_pool(world: World, max_rank: int) -> Pool:
+    """The adapters of ``world`` as SGLang keeps them. What is beyond an adapter's rank is zero."""
+    rows = [
+        [_filled(world, layer, module, max_rank) for module in range(len(MODULES))]
+        for layer in range(world.shape.layers)
+    ]
+    return Pool(
+        [[a for a, _ in row] for row in rows],
+        [[b for _, b in row] for row in rows],
+        torch.tensor(world.ranks, dtype=torch.int32, device=world.device),
+        torch.tensor(world.scales, dtype=torch.float32, device=world.device),
+    )
+
+
+def _filled(world: World, layer: int, module: int, max_rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+    out, k, slots = world.tables.out_features[module], world.tables.in_features[module], len(world.ranks)
+    a = torch.zeros(slots, len(out) * max_rank, k, dtype=world.dtype, device=world.device)
+    b = torch.zeros(slots, sum(out), max_rank, dtype=world.dtype, device=world.device)
+    for slot, rank in enumerate(world.ranks):
+        column = 0
+        for index, width in enumerate(out):
+            a[slot, index * rank : (index + 1) * rank] = world.a(slot, layer, module, index)
+            b[slot, column : column + width, :rank] = world.b(slot, layer, module, index).T
+            column += width
+    return a, b
+
+
+def offsets(world: World, module: int) -> tuple[int, ...]:
+    """Where each slice of a module's output begins, and where the last one ends."""
+    found = [0]
+    for width in world.tables.out_features[module]:
+        found.append(found[-1] + width)
+    return tuple(found)

@@ -1,0 +1,107 @@
+"""Just enough of vLLM's and SGLang's packages for their kernels to import. Settings are their defaults."""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+
+def capability() -> tuple[int, int]:
+    """Of the GPU; (0, 0) where kernels are interpreted."""
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
+
+
+def load(root: Path, stand_ins: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> list[ModuleType]:
+    """Import modules that lie under ``root``; what they import of their package is a stand-in or lies there too.
+
+    Packages get a path and none of their own ``__init__``, which would import the rest.
+    """
+    for name in {parent for module in (*stand_ins, *wanted) for parent in _parents(module)}:
+        package = sys.modules.setdefault(name, ModuleType(name))
+        package.__path__ = [str(root.joinpath(*name.split(".")))]
+    for name, content in stand_ins.items():
+        module = sys.modules.setdefault(name, ModuleType(name))
+        vars(module).update(content)
+        parent, _, last = name.rpartition(".")
+        setattr(sys.modules[parent], last, module)
+    return [importlib.import_module(name) for name in wanted]
+
+
+@contextmanager
+def answering(module: ModuleType, name: str, answer: Any) -> Iterator[None]:
+    """Make ``module.name(...)`` return ``answer`` in place of what it would look up; None leaves it alone."""
+    own = getattr(module, name)
+    try:
+        if answer is not None:
+            setattr(module, name, lambda *named, **sizes: answer)
+        yield
+    finally:
+        setattr(module, name, own)
+
+
+def _parents(module: str) -> list[str]:
+    parts = module.split(".")
+    return [".".join(parts[:count]) for count in range(1, len(parts))]
+
+
+def vllm() -> dict[str, dict[str, Any]]:
+    """What vLLM's LoRA kernels take from vLLM. No custom ops: there the kernels' functions are used as they are."""
+    quiet = logging.getLogger("vllm")
+    log = SimpleNamespace(warning_once=quiet.debug, info_once=quiet.debug, warning=quiet.warning, info=quiet.debug)
+    platform = SimpleNamespace(
+        is_cuda=torch.cuda.is_available,
+        has_device_capability=lambda wanted: capability()[0] * 10 + capability()[1] >= wanted,
+        is_device_capability=lambda wanted: capability()[0] * 10 + capability()[1] == wanted,
+    )
+    envs = {
+        "VLLM_BATCH_INVARIANT": False,
+        "VLLM_LORA_DISABLE_PDL": False,
+        "VLLM_LORA_ENABLE_DUAL_STREAM": False,
+        "VLLM_TUNED_CONFIG_FOLDER": None,
+    }
+    return {
+        "vllm.envs": envs,
+        "vllm.logger": {"init_logger": lambda name: log},
+        "vllm.platforms": {"current_platform": platform},
+        "vllm.triton_utils": {"tl": tl, "triton": triton},
+        "vllm.utils.math_utils": {"next_power_of_2": triton.next_power_of_2},
+        "vllm.utils.torch_utils": {"async_tensor_h2d": torch.tensor, "direct_register_custom_op": _no_custom_ops},
+    }
+
+
+def _no_custom_ops(**operation: Any) -> None:
+    raise AttributeError("no custom ops here")
+
+
+def sglang() -> dict[str, dict[str, Any]]:
+    """What SGLang's LoRA kernels take from SGLang."""
+    off = SimpleNamespace(get=lambda: False)
+    envs = SimpleNamespace(SGLANG_ENABLE_LORA_CSGMV_SPLIT_K=off, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=off)
+    return {
+        "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: capability()[0] >= 9},
+        "sglang.kernels.ops.lora.moe.virtual_experts": {"_align_block_size_jit": _not_compiled},
+        "sglang.srt.environ": {"envs": envs},
+        "sglang.srt.lora.utils": {"LoRABatchInfo": SimpleNamespace},
+        "sglang.srt.utils": {"cached_triton_kernel": _uncached, "get_device_name": _device_name},
+    }
+
+
+def _device_name() -> str:
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "interpreter"
+
+
+def _not_compiled(*operands: Any, **options: Any) -> None:
+    raise NotImplementedError("this way to build routes is CUDA code that is compiled by nvcc; ask for a capacity")
+
+
+def _uncached(key: Callable[..., Any]) -> Callable[[Any], Any]:
+    """Their cache spares the launcher's work on the CPU, of which nothing is left in a captured graph."""
+    return lambda kernel: kernel

@@ -1,0 +1,52 @@
+"""Without a GPU: every side once, in Triton's interpreter at a tiny size, against the definition."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from loraserve.kernels.bench.cases import Case
+from loraserve.kernels.bench.peers.csgmv import Csgmv
+from loraserve.kernels.bench.peers.sglang_v2 import SglangV2
+from loraserve.kernels.bench.peers.vllm import Vllm
+from loraserve.kernels.bench.program import CSGMV, OURS, SGLANG_V2
+from loraserve.kernels.bench.report import say
+from loraserve.kernels.bench.sides import Ours, Side, error
+from loraserve.kernels.bench.world import World
+from loraserve.model_shape import ModelShape
+
+TINY = ModelShape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=50)
+CASE = Case(name="self-check", slots=(0, 1, 2, 0, 3, 3, 2, 1, 0, 2), ranks=(8, 16, 32, 8))
+MAX_RANK = 32
+
+
+def light(side: Side) -> Side:
+    """With the blocks of which there are the fewest: the interpreter runs them one after the other."""
+    for setting in side.setting:
+        setting.update({name: options[-1] for name, options in side.knobs.items() if name == "shrink"})
+    return side
+
+
+def errors(peers: Path) -> tuple[dict[str, float | None], dict[str, str]]:
+    """(largest relative error, why there is none), each by side.
+
+    In float16: the interpreter adds bfloat16 wrongly, which ours never does and peers do.
+    """
+    world = World(TINY, CASE.ranks, "cpu", torch.float16)
+    makes: dict[str, Callable[[], Side]] = {
+        OURS: lambda: Ours(world, CASE),
+        "vllm": lambda: Vllm(peers, world, CASE, MAX_RANK),
+        SGLANG_V2: lambda: SglangV2(peers, world, CASE, MAX_RANK),
+        CSGMV: lambda: Csgmv(peers, world, CASE, MAX_RANK),
+    }
+    found: dict[str, float | None] = {}
+    reasons: dict[str, str] = {}
+    for name, make in makes.items():
+        try:
+            off = found[name] = error(light(make()), world, CASE)
+            say(f"{name}: largest error {off:.1e} of the largest element")
+        except (ImportError, OSError) as problem:
+            found[name] = None
+            reasons[name] = f"{type(problem).__name__}: {problem}"
+            say(f"{name}: {reasons[name]}")
+    return found, reasons

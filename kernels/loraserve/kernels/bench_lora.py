@@ -1,0 +1,89 @@
+"""LoRA time a layer on a CUDA GPU, beside the memory's floor and beside vLLM's and SGLang's kernels.
+
+A step is all four modules of 8 layers of Llama-3-8B in bfloat16, replayed as a CUDA graph. The floor moves A and B of
+the step's adapters once, reads x, reads and writes y, at the speed of a large copy measured in the same run. Every side
+is held against the definition before it is timed. Peers get a search over their blocks; `--peers` names where their
+kernels are. On a machine without CUDA nothing is timed: the kernels are checked in Triton's interpreter instead.
+
+    python -m loraserve.kernels.bench_lora --quick
+"""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from loraserve.kernels.bench.peers import DEFAULT_FOLDER
+from loraserve.kernels.bench.program import PEERS
+from loraserve.kernels.bench.report import Value, last_line, say
+from loraserve.testing.triton_interpreter import use_interpreter
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(prog=prog, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--quick", action="store_true", help="the ratios' cases alone, fewer blocks tried for peers")
+    made.add_argument(
+        "--peers", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="where the peers' kernels are (.peers)"
+    )
+    made.add_argument(
+        "--side", action="append", choices=PEERS, help="time this peer alone beside ours; may be repeated (all)"
+    )
+    return made
+
+
+def run(options: argparse.Namespace) -> int:
+    """Returns 0 once the line is printed, nulls for what this machine cannot measure; 1 where a result is wrong."""
+    return _measure(options) if torch.cuda.is_available() else _check_only(options)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    return run(parser("python -m loraserve.kernels.bench_lora").parse_args(arguments))
+
+
+def _check_only(options: argparse.Namespace) -> int:
+    """Triton looks for its interpreter when kernels are imported: that is here, not above."""
+    from loraserve.kernels.bench.keys import NO_RATIOS
+
+    say("no CUDA GPU here: nothing is timed, every ratio is null; the kernels are checked in Triton's interpreter")
+    use_interpreter()
+    try:
+        from loraserve.kernels.bench.self_check import errors
+        from loraserve.kernels.bench.sides import TOLERANCE
+    except ImportError as problem:
+        say(f"nor is there Triton ({problem}): nothing is checked")
+        print(last_line("lora", NO_RATIOS, {}))
+        return 0
+    found, reasons = errors(options.peers)
+    figures: dict[str, Value] = {f"interpreter_error_{name}": value for name, value in found.items()}
+    figures.update({f"{name}_not_checked": reason for name, reason in reasons.items()})
+    print(last_line("lora", NO_RATIOS, figures))
+    wrong = [name for name, value in found.items() if value is not None and not value < TOLERANCE]
+    if wrong:
+        say(f"wrong results: {', '.join(wrong)}")
+    return 1 if wrong else 0
+
+
+def _measure(options: argparse.Namespace) -> int:
+    from loraserve.kernels.bench import results
+    from loraserve.kernels.bench.cases import DECODE_64X64
+    from loraserve.kernels.bench.measure import Measurer
+    from loraserve.kernels.bench.program import OURS, makers, program
+    from loraserve.kernels.bench.timing import GraphTimer, copy_bytes_per_s
+
+    timer = GraphTimer()
+    bytes_per_s = copy_bytes_per_s(timer)
+    say(f"copying moves {bytes_per_s / 1e9:.0f} GB/s, read and written")
+    measured = Measurer(timer, bytes_per_s, quick=options.quick)
+    plan_ms = measured.plan_ms(DECODE_64X64)
+    makes = makers(options.peers)
+    for case, peers in program(options.quick):
+        for side in (OURS, *(peer for peer in peers if not options.side or peer in options.side)):
+            measured.measure(side, makes[side], case)
+    print(results.lines_table(measured) + "\n")
+    print(last_line("lora", results.ratios(measured), results.figures(measured, bytes_per_s, plan_ms)))
+    return 1 if any(side == OURS for _, side in measured.reasons) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
