@@ -26,7 +26,7 @@ GAP = 64
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """``error``: the largest, over the largest element of what is to be added; ``untouched``: others kept their bits."""
+    """``error``: the largest, over the largest element that is to be added; ``untouched``: others kept their bits."""
 
     dtype: str
     module: str

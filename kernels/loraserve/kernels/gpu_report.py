@@ -9,7 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import msgspec
@@ -25,13 +25,14 @@ SLOTS, MAX_RANK = 128, 256
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One kernel at one set of constants."""
+    """One kernel at one set of constants; ``copies`` are the 128-bit async copies that its tiles take."""
 
     name: str
     kernel: Any
     constants: dict[str, Any]
-    warps: int
-    decode: bool
+    warps: int = 4
+    decode: bool = False
+    copies: int = 0
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,16 +46,22 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     shared_bytes: int
     async_128: int
     async_narrow: int
+    wanted_async: int
     matrix: str
 
     @property
     def faults(self) -> list[str]:
-        """What must not be: spills or narrow copies in a decode kernel, more shared memory than there is."""
+        """What must not be: spills in a decode kernel, tiles that are not copied 128 bits at a time, too much memory.
+
+        Narrow copies would go through the core's own cache, where what other programs wrote may be stale.
+        """
         found = []
         if self.decode and self.spilled_bytes:
             found.append(f"spills {self.spilled_bytes} bytes")
-        if self.decode and (self.async_narrow or not self.async_128):
-            found.append(f"{self.async_narrow} narrow async copies beside {self.async_128} of 128 bits")
+        if self.async_narrow or self.async_128 < self.wanted_async:
+            found.append(
+                f"{self.async_128} of {self.wanted_async} async copies of 128 bits, {self.async_narrow} narrower"
+            )
         if self.shared_bytes > SHARED_BYTES[self.architecture]:
             found.append(f"needs {self.shared_bytes} bytes of shared memory")
         return found
@@ -63,24 +70,46 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 POINTERS = {
     "x": "*bf16", "y": "*bf16", "pool": "*bf16", "hidden": "*bf16", "planes": "*fp32", "scales": "*fp32",
     "group_scale": "*fp32", "base": "*i64", "layout": "*i64", "tile_a": "*i64", "group_b": "*i64",
+    "delta": "*bf16", "out": "*bf16", "qkv": "*bf16", "q": "*bf16", "keys": "*bf16", "values": "*bf16",
+    "gate_up": "*bf16", "weight": "*fp32", "q_weight": "*fp32", "k_weight": "*fp32", "cos": "*fp32", "sin": "*fp32",
 }  # fmt: skip
+SCALARS = {"T": "i32", "eps": "fp32", "width": "i32"}
 
 
-def cases(shape: ModelShape = LLAMA_3_8B) -> Iterator[Case]:
+def cases(shape: ModelShape = LLAMA_3_8B, modules: Sequence[str] = MODULES) -> Iterator[Case]:
     """Every kernel, as the default block sizes launch it for decode and for prefill."""
     from loraserve.kernels.lora import decode, expand, shrink
 
-    for module in MODULES:
+    for module in modules:
         k, widths = shape.in_features(module), shape.out_features(module)
-        sizes = {"K": k, "MAX_RANK": MAX_RANK, **_widths(widths)}
+        sizes = {"K": k, "MAX_RANK": MAX_RANK, "LOW": True, **_widths(widths)}
         for tokens in (8, 64, 256):
             b = default_blocks(k, tokens)
-            constants = {**sizes, **_blocks(b), "A_ALIGN": 16, "B_ALIGN": 16, "GROUPS": 256, "LOW": True}
-            yield _case(f"decode {module} T={tokens}", decode.decode, constants, b, decode=True)
+            constants = {**sizes, **_blocks(b), "A_ALIGN": 16, "B_ALIGN": 16, "GROUPS": 256}
+            copies = _shrink_copies(b) + _expand_copies(b)
+            yield _case(f"decode {module} T={tokens}", decode.decode, constants, b.warps, True, copies)
         b = default_blocks(k, 2048)
-        constants = {**sizes, **_blocks(b), "ALIGN": 16, "LOW": True}
-        for function in (shrink.shrink, expand.expand):
-            yield _case(f"{function.fn.__name__} {module}", function, constants, b, decode=False)
+        constants = {**sizes, **_blocks(b), "ALIGN": 16}
+        yield _case(f"shrink {module}", shrink.shrink, constants, b.warps, False, _shrink_copies(b))
+        yield _case(f"expand {module}", expand.expand, constants, b.warps, False, _expand_copies(b))
+    yield from _small_cases(shape)
+
+
+def _small_cases(shape: ModelShape) -> Iterator[Case]:
+    """What runs once a step, or moves a row at a time."""
+    from loraserve.kernels import fused_gpu
+    from loraserve.kernels.lora import work_kernels
+
+    yield _case("sort_tokens", work_kernels.sort_tokens, {"BLOCK": 256})
+    b = [default_blocks(shape.in_features(module), 64) for module in MODULES]
+    constants = {"SLOTS": SLOTS, "LANES": SLOTS, "ROWS": 4 * shape.layers, "TILES": 4096, "GROUPS": 256, "BLOCK": 16}
+    for i, module in enumerate(MODULES):
+        constants |= {f"K{i}": shape.in_features(module), f"BM{i}": b[i].bm, f"BR{i}": b[i].br}
+    yield _case("list_work", work_kernels.list_work, constants)
+    yield _case("add_rms_norm", fused_gpu._norm, {"ADD": True, "BLOCK": 4096})
+    head = {"HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "DIM": shape.head_dim, "BLOCK": shape.head_dim // 2}
+    yield _case("rotate_and_keep", fused_gpu._rotate, {**head, "NORMED": True}, 1)
+    yield _case("silu_mul", fused_gpu._silu_mul, {"BLOCK": fused_gpu.SILU_BLOCK})
 
 
 def compile_case(case: Case, architecture: int) -> Report:
@@ -90,9 +119,8 @@ def compile_case(case: Case, architecture: int) -> Report:
     from triton.compiler.compiler import ASTSource
 
     names = case.kernel.arg_names
-    signature = {name: "constexpr" if name in case.constants else POINTERS.get(name, "*i32") for name in names}
-    if "T" in signature:
-        signature["T"] = "i32"
+    types = {**dict.fromkeys(names, "*i32"), **POINTERS, **SCALARS, **dict.fromkeys(case.constants, "constexpr")}
+    signature = {name: types[name] for name in names}
     # As the launcher finds them: torch's buffers begin at multiples of 16.
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
     source = ASTSource(
@@ -114,6 +142,7 @@ def compile_case(case: Case, architecture: int) -> Report:
         shared_bytes=compiled.metadata.shared,
         async_128=wide,
         async_narrow=len(copies) - wide,
+        wanted_async=case.copies,
         matrix="wgmma" if "HGMMA" in assembly else "mma" if "HMMA" in assembly else "-",
     )
 
@@ -135,11 +164,11 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 def table(reports: Iterable[Report]) -> str:
     """For BENCHMARKS.md and for the terminal."""
-    names = ("kernel", "sm", "registers", "spilled bytes", "shared KB", "async 128-bit", "narrower", "matrix")
+    names = ("kernel", "sm", "registers", "spilled bytes", "shared KB", "async 128-bit", "wanted", "narrower", "matrix")
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     lines += [
         f"| {r.name} | {r.architecture} | {r.registers} | {r.spilled_bytes} | {r.shared_bytes / 1024:.0f} "
-        f"| {r.async_128} | {r.async_narrow} | {r.matrix} |"
+        f"| {r.async_128} | {r.wanted_async} | {r.async_narrow} | {r.matrix} |"
         for r in reports
     ]
     return "\n".join(lines)
@@ -148,11 +177,13 @@ def table(reports: Iterable[Report]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sm", type=int, action="append", choices=ARCHITECTURES, help="only this architecture")
+    parser.add_argument("--module", action="append", choices=MODULES, help="only this module's")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
         parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
-    reports = [compile_case(case, sm) for sm in arguments.sm or ARCHITECTURES for case in cases()]
+    found = list(cases(modules=arguments.module or MODULES))
+    reports = [compile_case(case, sm) for sm in arguments.sm or ARCHITECTURES for case in found]
     print(msgspec.json.encode(reports).decode() if arguments.json else table(reports))
     faults = [f"{r.name} sm_{r.architecture}: {fault}" for r in reports for fault in r.faults]
     print("\n".join(faults) if faults else "no faults")
@@ -167,9 +198,21 @@ def _blocks(b: Blocks) -> dict[str, int]:
     return {"SPLIT": b.split, "BM": b.bm, "BR": b.br, "BK": b.bk, "BN": b.bn, "BE": b.be, "STAGES": b.stages}
 
 
-def _case(name: str, kernel: Any, constants: dict[str, Any], blocks: Blocks, decode: bool) -> Case:
+def _shrink_copies(b: Blocks) -> int:
+    """Of a tile of A and of its inputs, for every stage: bfloat16, 16 bytes a thread."""
+    return b.stages * (b.br * b.bk + b.bm * b.bk) * 2 // (b.warps * 32 * 16)
+
+
+def _expand_copies(b: Blocks) -> int:
+    """Of a tile of B and of h's two parts."""
+    return b.stages * (b.be * b.bn + 2 * b.bm * b.be) * 2 // (b.warps * 32 * 16)
+
+
+def _case(
+    name: str, kernel: Any, constants: dict[str, Any], warps: int = 4, decode: bool = False, copies: int = 0
+) -> Case:
     used = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    return Case(name=name, kernel=kernel, constants=used, warps=blocks.warps, decode=decode)
+    return Case(name=name, kernel=kernel, constants=used, warps=warps, decode=decode, copies=copies)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -105,7 +105,7 @@ def keep_hidden(
 def shrink_tile(
     x,
     pool,
-    planes,  # float32 [SPLIT, T, 3 * MAX_RANK], A's rows side by side
+    planes,  # float32 [SPLIT, T, 3 * MAX_RANK rounded up to tiles], A's rows side by side
     hidden,
     perm,
     tile_a,
@@ -133,10 +133,12 @@ def shrink_tile(
     if SPLIT > 1:
         m = tl.arange(0, BM)
         rows = tl.arange(0, BR)
-        used = (m < tl.load(place + 2))[:, None] & (rows < tl.load(place + 4))[None, :]
-        own = planes + (tl.load(place + 1) + m).to(tl.int64)[:, None] * (3 * MAX_RANK)
-        own += (tl.load(place + 3) + rows)[None, :]
-        plane = tl.cast(T, tl.int64) * (3 * MAX_RANK)
+        # Whole tiles, so that accesses are as wide as can be; rows that are not there are zero.
+        used = (m < tl.load(place + 2))[:, None] & (rows >= 0)[None, :]
+        WIDTH: tl.constexpr = (3 * MAX_RANK + 127) // 128 * 128
+        own = planes + (tl.load(place + 1) + m).to(tl.int64)[:, None] * WIDTH
+        own += (tl.multiple_of(tl.load(place + 3), BR) + rows)[None, :]
+        plane = tl.cast(T, tl.int64) * WIDTH
         tl.store(own + part * plane, sums, mask=used)
         # Every thread's share of the plane is written before the one that counts says so.
         tl.debug_barrier()
@@ -159,7 +161,7 @@ def shrink(
     planes,
     hidden,
     perm,
-    lengths,  # int32 [2], groups and tiles of this (layer, module)
+    lengths,  # int32 [4], groups and tiles of this (layer, module)
     tile_a,
     tile_place,
     parts,

@@ -26,11 +26,16 @@ def pick_blocks(tables: AdapterTables, tokens: int, max_rank: int) -> tuple[Bloc
     )
 
 
+TILE_ROWS = 128
+"""Every tile of A has a number of rows that divides it."""
+
+
 class Workspace:
     """Scratch memory that the launches of one stream share: nothing in it outlives a call of ``add_lora``.
 
-    ``planes`` float32 holds partial sums of K's parts, [tokens, 3 * max_rank] each; ``hidden``, in the pool's dtype,
-    two such for the rank-space intermediate. ``parts``, ``ready`` and ``turnstile`` int32 are zero between launches.
+    ``planes`` float32 holds partial sums of K's parts, [tokens, 3 * max_rank] each, the width rounded up to whole
+    tiles; ``hidden``, in the pool's dtype, two [tokens, 3 * max_rank] for the rank-space intermediate. ``parts``,
+    ``ready`` and ``turnstile`` int32 are zero between launches.
     """
 
     def __init__(
@@ -51,7 +56,9 @@ class Workspace:
         steps = [(size, b) for size in sizes for b in blocks or pick_blocks(tables, size, self.max_rank)]
         groups = max(most_groups(size, len(tables.base), b) for size, b in steps)
         tiles = max(most_groups(size, len(tables.base), b) * -(-width // b.br) for size, b in steps)
-        self.planes = torch.empty(max(size * b.split for size, b in steps) * width, dtype=torch.float32, device=device)
+        self.plane_width = -(-width // TILE_ROWS) * TILE_ROWS
+        rows = max(size * b.split for size, b in steps)
+        self.planes = torch.empty(rows * self.plane_width, dtype=torch.float32, device=device)
         self.hidden = torch.empty(2 * tokens * width, dtype=dtype, device=device)
         self.parts = torch.zeros(tiles, dtype=torch.int32, device=device)
         self.ready = torch.zeros(triton.next_power_of_2(groups), dtype=torch.int32, device=device)
@@ -82,13 +89,15 @@ class LoraWork:
         self.groups = max(most_groups(tokens, slots, b) for b in self.blocks)
         tiles = max(self._most_tiles(module) for module in range(len(MODULES)))
         self._check_room(tiles)
+        tiles += tiles % 2
 
         def buffer(*size: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
             return torch.zeros(*size, dtype=dtype, device=device)
 
         self.perm = buffer(tokens)
         self.count = buffer(slots)
-        self.lengths = buffer(rows, 2)
+        # Rows begin at multiples of 16 bytes: a kernel is compiled once for all of them.
+        self.lengths = buffer(rows, 4)
         self.tile_a = buffer(rows, tiles, dtype=torch.int64)
         self.tile_place = buffer(rows, tiles, 8)
         self.group_b = buffer(rows, self.groups, 4, dtype=torch.int64)
@@ -139,7 +148,8 @@ class LoraWork:
     def _check_room(self, tiles: int) -> None:
         space = self.workspace
         rows = self.tokens * max(b.split for b in self.blocks)
-        planes = rows * SLICES_MAX * space.max_rank
+        planes = rows * space.plane_width
+        assert all(TILE_ROWS % b.br == 0 for b in self.blocks), "a tile would reach into the next token's plane"
         if (
             self.tokens > space.tokens
             or planes > space.planes.numel()

@@ -55,7 +55,7 @@ def list_work(
     base,  # int64 [slots]
     layout,  # int64 [slots, rows, 8], see tables.py
     scales,  # float32 [slots, rows, 3]
-    lengths,  # int32 [rows, 2], written: groups, tiles
+    lengths,  # int32 [rows, 4], written: groups, tiles
     tile_a,  # int64 [rows, TILES], written: where the tile's first row of A lies in the pool
     tile_place,  # int32 [rows, TILES, 8], written: group, first token in perm, tokens, first row, rows
     group_b,  # int64 [rows, GROUPS, 4], written: where each slice's B lies in the pool
@@ -102,8 +102,8 @@ def list_work(
     first_token = tl.cumsum(tokens, 0) - tokens
     first_group = tl.cumsum(groups, 0) - groups
     first_tile = tl.cumsum(groups * tiles, 0) - groups * tiles
-    tl.store(lengths + row * 2, tl.sum(groups, 0))
-    tl.store(lengths + row * 2 + 1, tl.sum(groups * tiles, 0))
+    tl.store(lengths + row * 4, tl.sum(groups, 0))
+    tl.store(lengths + row * 4 + 1, tl.sum(groups * tiles, 0))
 
     most_tiles = tl.max(tl.where(live, tiles, 0), 0)
     for j in range(0, tl.max(groups, 0)):
@@ -125,10 +125,10 @@ def list_work(
             q = tile0 + tl.arange(0, BLOCK)[None, :]
             wanted = mine[:, None] & (q < tiles[:, None])
             tile = row * TILES + (first_tile + j * tiles)[:, None] + q
-            place = tile_place + tile * 8
+            own = tile_place + tile * 8
             tl.store(tile_a + tile, a[:, None] + q.to(tl.int64) * br * k, mask=wanted)
-            tl.store(place, (first_group + j)[:, None] + q * 0, mask=wanted)
-            tl.store(place + 1, (first_token + j * bm)[:, None] + q * 0, mask=wanted)
-            tl.store(place + 2, length[:, None] + q * 0, mask=wanted)
-            tl.store(place + 3, q * br + tiles[:, None] * 0, mask=wanted)
-            tl.store(place + 4, tl.minimum(br, total[:, None] - q * br), mask=wanted)
+            tl.store(own, (first_group + j)[:, None] + q * 0, mask=wanted)
+            tl.store(own + 1, (first_token + j * bm)[:, None] + q * 0, mask=wanted)
+            tl.store(own + 2, length[:, None] + q * 0, mask=wanted)
+            tl.store(own + 3, q * br + tiles[:, None] * 0, mask=wanted)
+            tl.store(own + 4, tl.minimum(br, total[:, None] - q * br), mask=wanted)
