@@ -9,11 +9,15 @@ from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.pool_memory import PoolMemory
 
 
+class DeviceLost(Exception):
+    """The device computes nothing any more, whatever it is asked: only a new process can use it again."""
+
+
 class PendingStep(Protocol):
     """A step that was handed to a runner."""
 
     def result(self) -> StepResult:
-        """Waits until the step is done; raises what kept it from being computed."""
+        """Waits until the step is done; raises what kept it from being computed, DeviceLost where that will stay."""
         ...
 
 

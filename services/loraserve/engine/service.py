@@ -41,7 +41,7 @@ from loraserve.engine.events import (
 )
 from loraserve.engine.loader import LoadFailed, SlabLoader
 from loraserve.engine.rates import Rates
-from loraserve.engine.runner_protocol import Runner
+from loraserve.engine.runner_protocol import DeviceLost, Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.setup import build_runner, scheduler_limits
 from loraserve.messages import (
@@ -184,6 +184,10 @@ class EngineService(Service):
     async def _await_step(self, batch: StepBatch, step: asyncio.Future[StepResult]) -> None:
         try:
             result = await step
+        except DeviceLost as error:
+            # The supervisor starts the process anew: to go on would be to fail every request.
+            self.log.critical("device_lost", step=batch.step_id, reason=str(error))
+            raise
         except Exception as error:
             self.log.exception("step_failed", step=batch.step_id, requests=[s.request_id for s in batch.sequences])
             self._tell(StepFailed(batch.step_id, f"{self.bus.name} could not compute a step: {error}"))

@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from loraserve.config import ModelConfig
+from loraserve.engine.runner_protocol import DeviceLost
 from loraserve.engine.service import EngineService
 from loraserve.errors import ConfigError
 from loraserve.messages import (
@@ -93,6 +94,17 @@ def test_a_step_that_cannot_be_computed_fails_its_requests_and_the_engine_lives(
         assert (await stage.fresh_load()).leaks == 0
 
     play(scenario)
+
+
+def test_a_lost_device_ends_the_process_so_that_it_is_started_anew(play: Play) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.admit("deadly", prompt=(1, 88_888))
+        await stage.until(stage.running.done)
+        with pytest.raises(DeviceLost, match="illegal memory access"):
+            await stage.running
+        stage.running = asyncio.ensure_future(asyncio.sleep(0))
+
+    play(scenario, steps_ahead=1)
 
 
 @pytest.mark.parametrize("steps_ahead", [1, 2])

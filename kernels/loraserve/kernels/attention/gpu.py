@@ -153,10 +153,10 @@ def _gathered_decode(
         part.index_select(0, flat).view(sequences, -1, *part.shape[2:]).masked_fill_(beyond, 0.0).transpose(1, 2)
         for part in (keys, values)
     )
-    attended = functional.scaled_dot_product_attention(
-        q[:, :, None], k, v, attn_mask=past[:, None, None, :], scale=scale, enable_gqa=True
-    )
-    out.copy_(attended[:, :, 0])
+    # Heads that share keys are queries of one head: torch's fast kernels take masks, or shared heads, but not both.
+    grouped = q.view(sequences, k.shape[1], -1, q.shape[2])
+    attended = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=past[:, None, None, :], scale=scale)
+    out.copy_(attended.reshape(out.shape))
 
 
 def _gathered_prefill(
@@ -164,12 +164,16 @@ def _gathered_prefill(
 ) -> torch.Tensor:
     """The queries of one sequence, [queries, heads, dim]."""
     k, v = (part.index_select(0, blocks).flatten(0, 1)[:length].transpose(0, 1)[None] for part in (keys, values))
-    queries = q.shape[0]
-    mask = None
-    if queries != length:
-        places = torch.arange(length, device=q.device)
-        mask = places[None, :] <= places[length - queries :, None]
-    attended = functional.scaled_dot_product_attention(
-        q.transpose(0, 1)[None], k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
-    return attended[0].transpose(0, 1)
+    queries, heads, dim = q.shape
+    if queries == length:
+        whole = functional.scaled_dot_product_attention(
+            q.transpose(0, 1)[None], k, v, is_causal=True, scale=scale, enable_gqa=True
+        )
+        return whole[0].transpose(0, 1)
+    places = torch.arange(length, device=q.device)
+    mask = places[None, :] <= places[length - queries :, None]
+    group = heads // k.shape[1]
+    # [kv_heads, group * queries]: as in decode, heads that share keys are queries of one head.
+    grouped = q.view(queries, -1, group, dim).permute(1, 2, 0, 3).reshape(1, -1, group * queries, dim)
+    attended = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(group, 1), scale=scale)
+    return attended.view(-1, group, queries, dim).permute(2, 0, 1, 3).reshape(queries, heads, dim)

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from loraserve.engine.batch import SequenceStep, StepResult
+from loraserve.engine.cuda.errors import device_errors
 from loraserve.engine.cuda.sampling import Drawn, sampled
 
 
@@ -24,7 +25,8 @@ class PendingGpuStep:
 
     def result(self) -> StepResult:
         """Waits for the step; raises what the GPU reports. ``duration_s`` is the time on the GPU alone."""
-        self._ended.synchronize()
+        with device_errors():
+            self._ended.synchronize()
         arrays = [None if part is None else part.numpy() for part in self._parts]
         tokens = tuple(sampled(self._rows, *arrays)) if arrays else ()  # type: ignore[arg-type]
         return StepResult(

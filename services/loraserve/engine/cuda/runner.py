@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from loraserve.adapter.format import SlabHeader
 from loraserve.config import EngineConfig
 from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
+from loraserve.engine.cuda.errors import device_errors
 from loraserve.engine.cuda.graphs import DecodeGraphs, batch_sizes, table_widths
 from loraserve.engine.cuda.pending import PendingGpuStep
 from loraserve.engine.cuda.sampling import Drawn, draw, sampled
@@ -121,6 +122,9 @@ class CudaRunner:
         while self._changes:
             self._changes.popleft()()
         packed = pack(sequences, self.block_tokens)
+        if packed.tokens.max() >= self.shape.vocab:
+            # On the device it would be the end of more than this step.
+            raise ValueError(f"token id {packed.tokens.max()} is outside the vocabulary of {self.shape.vocab}")
         source = _sources(sequences, packed, self._row_of)
         adapted = bool((packed.slots >= 0).any())
         if len(packed.sampled) == len(sequences) == len(packed.tokens):
@@ -161,7 +165,7 @@ class CudaRunner:
 
     @contextmanager
     def _computing(self) -> Iterator[None]:
-        with torch.inference_mode():
+        with torch.inference_mode(), device_errors():
             if self._stream is None:
                 yield
                 return
