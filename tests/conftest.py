@@ -49,3 +49,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.section("measured")
         for line in lines:
             terminalreporter.line(line)
+    if not torch.cuda.is_available():
+        _tell_what_waits(terminalreporter)
+
+
+def _tell_what_waits(terminalreporter: pytest.TerminalReporter) -> None:
+    """Kernels were interpreted; what that cannot show is said, so that nobody takes it for shown."""
+    waiting = [report for report in terminalreporter.stats.get("skipped", ()) if "CUDA GPU" in str(report.longrepr)]
+    if waiting:
+        terminalreporter.section("waits for a GPU")
+        terminalreporter.line(
+            f"{len(waiting)} tests (captured graphs, streams, the GPU's own arithmetic), and the rest of"
+        )
+        terminalreporter.line("scripts/gpu_check: kernels against float64 at full size, benchmarks, compute-sanitizer.")
