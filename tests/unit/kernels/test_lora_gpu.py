@@ -29,14 +29,16 @@ Mixed = Callable[[str, str], Any]
 class Steps:
     """Adapters on the device, and steps over them. Whatever a kernel must not read is NaN or far out of range."""
 
-    def __init__(self, adapters: Any, capacity: int, max_rank: int = 256) -> None:
+    def __init__(
+        self, adapters: Any, capacity: int, max_rank: int = 256, blocks: tuple[tuning.Blocks, ...] | None = None
+    ) -> None:
         self.adapters = adapters
         self.dtype = adapters.pool.dtype
         self.pool = adapters.pool.to(DEVICE)
         self.tables = AdapterTables(adapters.shape, len(adapters.headers), DEVICE)
         for slot, header in enumerate(adapters.headers):
             self.tables.install(slot, header, int(adapters.tables.base[slot]))
-        self.space = Workspace(self.tables, capacity, max_rank, self.dtype)
+        self.space = Workspace(self.tables, capacity, max_rank, self.dtype, blocks)
         self.space.planes.fill_(NAN)
         self.space.hidden.fill_(NAN)
 
@@ -177,10 +179,10 @@ def test_the_same_batch_gives_the_same_bits(mixed: Mixed, tokens: int, monkeypat
 @pytest.mark.parametrize("split", [1, 2, 5])
 def test_any_number_of_parts_of_k(mixed: Mixed, split: int) -> None:
     """More parts than K has blocks, too: the last ones have nothing to sum and still count."""
-    steps = Steps(mixed("odd", "float32"), 256)
+    blocks = (tuning.Blocks(bm=16, br=16, bk=32, bn=32, be=16, split=split),) * len(MODULES)
+    steps = Steps(mixed("odd", "float32"), 256, blocks=blocks)
     slots = random_slots(20, 6, 2)
-    one = tuning.Blocks(bm=16, br=16, bk=32, bn=32, be=16, split=split)
-    work = steps.plan(slots, (one,) * len(MODULES))
+    work = steps.plan(slots, blocks)
     for module in range(len(MODULES)):
         assert steps.error(slots, 0, module, work) < TOLERANCE["float32"]
 

@@ -65,13 +65,9 @@ def decode(
                 tl.debug_barrier()
                 tl.atomic_add(ready + tl.load(tile_place + tile * 8), 1, sem="release")
         else:
-            group = (work - shrinks) // BLOCKS
-            wanted = tl.load(group_place + group * 8 + 2)
-            while tl.atomic_add(ready + group, 0, sem="acquire") < wanted:
-                pass
             expand_tile(
-                y, pool, hidden, perm, group_place, group_b, group, (work - shrinks) % BLOCKS, T,
-                MAX_RANK, N0, N1, N2, LOW, B_ALIGN, BM, BN, BE, STAGES,
+                y, pool, hidden, perm, group_place, group_b, ready, (work - shrinks) // BLOCKS,
+                (work - shrinks) % BLOCKS, T, True, MAX_RANK, N0, N1, N2, LOW, B_ALIGN, BM, BN, BE, STAGES,
             )  # fmt: skip
         work = following
     if tl.atomic_add(turnstile + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:

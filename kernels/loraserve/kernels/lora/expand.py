@@ -12,9 +12,11 @@ def expand_tile(
     perm,
     group_place,
     group_b,
+    ready,  # int32 [GROUPS]: tiles of each group whose h is there; not looked at without WAIT
     group,
     block,
     T,
+    WAIT: tl.constexpr,
     MAX_RANK: tl.constexpr,
     N0: tl.constexpr,
     N1: tl.constexpr,
@@ -51,6 +53,15 @@ def expand_tile(
         b_at = b + ranks.to(tl.int64)[:, None] * width + n[None, :]
         h_at = hidden + (first + m).to(tl.int64)[:, None] * (3 * MAX_RANK) + (index * MAX_RANK + ranks)[None, :]
         low = tl.cast(T, tl.int64) * (3 * MAX_RANK)
+        # What does not depend on h is read before h is waited for.
+        token = tl.load(perm + first + m, mask=m_there, other=0).to(tl.int64)
+        y_at = y + token[:, None] * (N0 + N1 + N2) + (y_column + n)[None, :]
+        y_there = m_there[:, None] & n_there[None, :]
+        before = tl.load(y_at, mask=y_there, other=0.0)
+        if WAIT:
+            wanted = tl.load(place + 2)
+            while tl.atomic_add(ready + group, 0, sem="acquire") < wanted:
+                pass
         sums = tl.zeros((BM, BN), tl.float32)
         for r in tl.range(0, rank, BE, num_stages=STAGES):
             r_there = ranks < rank - r
@@ -66,11 +77,7 @@ def expand_tile(
                 sums = tl.dot(h_low, b_tile, sums, input_precision="ieee")
             b_at += BE * width
             h_at += BE
-        token = tl.load(perm + first + m, mask=m_there, other=0).to(tl.int64)
-        y_at = y + token[:, None] * (N0 + N1 + N2) + (y_column + n)[None, :]
-        y_there = m_there[:, None] & n_there[None, :]
-        before = tl.load(y_at, mask=y_there, other=0.0).to(tl.float32)
-        tl.store(y_at, (before + sums).to(y.dtype.element_ty), mask=y_there)
+        tl.store(y_at, (before.to(tl.float32) + sums).to(y.dtype.element_ty), mask=y_there)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -100,7 +107,7 @@ def expand(
     work = tl.program_id(0)
     while work < total:
         expand_tile(
-            y, pool, hidden, perm, group_place, group_b, work // BLOCKS, work % BLOCKS, T,
-            MAX_RANK, N0, N1, N2, LOW, ALIGN, BM, BN, BE, STAGES,
+            y, pool, hidden, perm, group_place, group_b, group_place, work // BLOCKS, work % BLOCKS, T,
+            False, MAX_RANK, N0, N1, N2, LOW, ALIGN, BM, BN, BE, STAGES,
         )  # fmt: skip
         work += tl.num_programs(0)

@@ -12,6 +12,7 @@ import msgspec
 
 DECODE_TOKENS = 256
 """Steps of up to this many tokens run the one-launch kernel."""
+DECODE_BK = 128
 TOKEN_BUCKETS = (8, 32, 64, 128, 256, 1024, 4096, 1 << 30)
 RANK_BUCKETS = (16, 64, 256)
 TABLES = Path(__file__).parent / "tuned"
@@ -73,8 +74,9 @@ def default_blocks(k: int, tokens: int) -> Blocks:
         return Blocks(bm=64, br=64, bk=64, bn=128, be=64, split=split, stages=3, programs=2)
     # Few tokens are few tiles: more parts of K keep every multiprocessor busy.
     split = 16 if tokens <= 8 else 8 if tokens <= 64 else 4
-    bk = 128 if tokens <= 8 else 256
-    return Blocks(bm=16, br=32, bk=bk, bn=128, be=64, split=max(1, min(split, k // bk)), stages=3, programs=3)
+    split = max(1, min(split, k // DECODE_BK))
+    # 40 KiB of shared memory and at most 128 registers: four programs fit a multiprocessor.
+    return Blocks(bm=16, br=64, bk=DECODE_BK, bn=128, be=64, split=split, stages=3, programs=4)
 
 
 @cache
