@@ -1,0 +1,98 @@
+"""scripts/gpu_check without a GPU: what it refuses, what it would run, how it reads results and writes them down."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+import zipfile
+from importlib.machinery import SourceFileLoader
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "gpu_check"
+RESULT = {
+    "machine": {"gpu": "NVIDIA H200", "torch": "2.11.0", "triton": "3.6.0"},
+    "date": "2026-11-25",
+    "commit": "abc1234",
+    "command": "scripts/gpu_check",
+    "parts": {
+        "accuracy": {"status": "passed", "took_s": 12.0, "figures": {"checks": 24, "largest_error": 0.00312345}},
+        "bench_lora": {"status": "failed (1)", "took_s": 3.0, "figures": {"ratios": {"vs_vllm_128": None}}},
+    },
+}
+
+
+@pytest.fixture
+def script() -> Any:
+    loader = SourceFileLoader("gpu_check", str(SCRIPT))
+    spec = importlib.util.spec_from_loader("gpu_check", loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    return module
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "torch sees no CUDA GPU" in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_every_part_is_there_and_all_fit_into_the_time(script: Any) -> None:
+    found = {name: command for name, _, command, _ in script.parts(quick=True, peers="")}
+    for name, command in found.items():
+        modules = [after for word, after in pairwise(command) if word == "-m"]
+        assert modules, name
+        assert all(importlib.util.find_spec(module) for module in modules), modules
+    assert set(script.TESTS) == set(script.existing()), "a test was renamed"
+    assert script.LIMIT_S < 9 * 60
+
+
+def test_a_part_that_hangs_is_stopped_and_one_that_fails_is_told(script: Any, tmp_path: Path) -> None:
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    assert script.run_part("hangs", sleep, 0.5, None, tmp_path)["status"] == "stopped after 0 s"
+    fails = script.run_part("fails", [sys.executable, "-c", "print('{\"a\": 1}'); exit(3)"], 60, None, tmp_path)
+    assert (fails["status"], fails["figures"]) == ("failed (3)", {"a": 1})
+    assert script.run_part("absent", ["no-such-program"], 9, None, tmp_path)["status"] == (
+        "not run: no-such-program is not installed"
+    )
+
+
+def test_wheels_are_unpacked_for_the_run(script: Any, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried_for_a_test.py", "x = 1\n")
+    env = script.environment(str(tmp_path))
+    assert script.missing(env, ["carried_for_a_test", "loraserve.kernels.lora.gpu", "not_there_at_all"]) == [
+        "not_there_at_all"
+    ]
+    with pytest.raises(SystemExit, match=r"holds no \.whl file"):
+        script.environment(str(tmp_path / "nowhere"))
+
+
+def test_figures_are_written_into_their_place(script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = tmp_path / "BENCHMARKS.md"
+    page.write_text(f"before\n{script.BEGIN}\nnot measured\n{script.END}\nafter\n")
+    monkeypatch.setattr(script, "BENCHMARKS", page)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    (tmp_path / "result.json").write_text(json.dumps(RESULT))
+    assert script.record(tmp_path / "result.json") == 0
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert "NVIDIA H200, torch 2.11.0, triton 3.6.0, commit abc1234" in text
+    assert "| accuracy: largest_error | 0.003123 |" in text
+    assert "| bench_lora: ratios.vs_vllm_128 | not measured |" in text
+    assert "| bench_lora | failed (1) | 3.0 |" in text
+    page.write_text("no place for figures\n")
+    assert script.record(tmp_path / "result.json") == 1
+
+
+def test_the_real_page_has_the_place(script: Any) -> None:
+    text = script.BENCHMARKS.read_text()
+    assert text.count(script.BEGIN) == text.count(script.END) == 1
