@@ -97,3 +97,21 @@ def test_a_runner_with_graphs_draws_what_it_draws_without(tmp_path: Path) -> Non
     captured.warm_up(print)
     for sequences in (1, 3, 8):
         assert decode(captured, sequences, 8) == decode(eager, sequences, 8)
+
+
+def test_launching_a_captured_step_does_not_wait_for_the_gpu(tmp_path: Path) -> None:
+    from loraserve.engine.cuda.build import load_cuda_runner
+
+    write_tiny_model(tmp_path, "llama", 0)
+    engine = EngineConfig(slab_dtype="float32", max_running=4, max_adapters=2, max_step_tokens=64, max_rank=16)
+    runner = load_cuda_runner(tmp_path, engine, torch.device("cuda"), print)
+    runner.warm_up(print)
+    sampling = SamplingParams(max_tokens=8, temperature=0.7, top_p=0.9)
+    step = SequenceStep(request_id="0", tokens=(1,), start=0, blocks=(0,), sampling=sampling, prompt_length=1)
+    runner.step(StepBatch(step_id=0, sequences=(step,)))
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        pending = runner.submit(StepBatch(step_id=1, sequences=(step,)))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(pending.result().sampled) == 1

@@ -48,6 +48,9 @@ class CudaRunner:
         self._state = state
         self._device = state.device
         self._stream = torch.cuda.Stream(state.device) if state.device.type == "cuda" else None
+        if self._stream is not None:
+            # What was allocated and filled so far was so on another stream.
+            torch.cuda.synchronize(state.device)
         # Written by who loads, carried out before the next step by who computes.
         self._changes: deque[Callable[[], None]] = deque()
         self._drawn = torch.zeros(engine.max_running, dtype=torch.int64, device=state.device)
