@@ -16,6 +16,7 @@ from loraserve.model_shape import MODULES, ModelShape
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
 from loraserve.kernels import tune
+from loraserve.kernels.bench import search
 from loraserve.kernels.bench import tuner as tuner_module
 from loraserve.kernels.bench.cases import LLAMA_3_8B
 from loraserve.kernels.bench.search import DECODE, PREFILL, SKIPPED, Target, cases_of, descend, targets
@@ -117,6 +118,12 @@ def test_the_descent_finds_the_best_of_independent_fields_and_tries_nothing_twic
 def test_the_descent_ends_with_the_time() -> None:
     tried = descend([default_blocks(4096, 1024)], PREFILL, 4096, lambda blocks: 1.0, lambda: False)
     assert list(tried) == [default_blocks(4096, 1024)], "what is known to work is always measured"
+
+
+@pytest.fixture(autouse=True)
+def few_residents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter lists the work of each in turn."""
+    monkeypatch.setattr(search, "RESIDENTS", 8)
 
 
 def tune_tiny(ms: Callable[[int], float], target: Target | None = None) -> Entry | None:

@@ -88,7 +88,7 @@ def cases_of(target: Target) -> tuple[Case, Case]:
     ranks = tuple(mix[slot % len(mix)] for slot in range(RESIDENTS))
     tokens = min(target.tokens, MOST_TOKENS)
     if tokens <= DECODE_TOKENS:
-        return decode(tokens, min(tokens, RESIDENTS), ranks), decode(tokens, max(1, tokens // 8), ranks)
+        return decode(tokens, min(tokens, RESIDENTS), ranks), decode(tokens, min(max(1, tokens // 8), RESIDENTS), ranks)
     return prefill(8, tokens // 8, ranks), prefill(RESIDENTS, tokens // RESIDENTS, ranks)
 
 
