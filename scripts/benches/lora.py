@@ -3,17 +3,18 @@
 import sys
 from collections.abc import Sequence
 
-from harness.report import BenchError
+from harness.report import ROOT, BenchError
 from peers import kernel_wheels
 
 from loraserve.kernels import bench_lora
-from loraserve.kernels.bench.peers import SGLANG, VLLM
+from loraserve.kernels.bench.peers import DEFAULT_FOLDER, SGLANG, VLLM
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns 0 once the line is printed, nulls for what this machine cannot measure; 1 where a result is wrong."""
     parser = bench_lora.parser("scripts/bench lora")
     parser.add_argument("--install-peers", action="store_true", help="get vLLM's and SGLang's kernel files, then end")
+    parser.set_defaults(peers=ROOT / DEFAULT_FOLDER)
     options = parser.parse_args(arguments)
     if not options.install_peers:
         return bench_lora.run(options)

@@ -1,9 +1,10 @@
 """LoRA time a layer on a CUDA GPU, beside the memory's floor and beside vLLM's and SGLang's kernels.
 
-A step is all four modules of 8 layers of Llama-3-8B in bfloat16, replayed as a CUDA graph. The floor moves A and B of
-the step's adapters once, reads x, reads and writes y, at the speed of a large copy measured in the same run. Every side
-is held against the definition before it is timed. Peers get a search over their blocks; `--peers` names where their
-kernels are. On a machine without CUDA nothing is timed: the kernels are checked in Triton's interpreter instead.
+A step is all four modules of 8 layers of Llama-3-8B in bfloat16, replayed as a CUDA graph with a cold L2 cache. The
+floor moves A and B of the step's adapters once, reads x, reads and writes y, at the speed of a large copy measured in
+the same run. Every side is held against the definition before it is timed. Peers get a search over their blocks;
+`--peers` names where their kernels are. On a machine without CUDA nothing is timed: the kernels are checked in Triton's
+interpreter instead.
 
     python -m loraserve.kernels.bench_lora --quick
 """
@@ -15,7 +16,7 @@ from pathlib import Path
 import torch
 
 from loraserve.kernels.bench.peers import DEFAULT_FOLDER
-from loraserve.kernels.bench.program import PEERS
+from loraserve.kernels.bench.program import OURS, PEERS
 from loraserve.kernels.bench.report import Value, last_line, say
 from loraserve.testing.triton_interpreter import use_interpreter
 
@@ -27,7 +28,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--peers", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="where the peers' kernels are (.peers)"
     )
     made.add_argument(
-        "--side", action="append", choices=PEERS, help="time this peer alone beside ours; may be repeated (all)"
+        "--side", action="append", choices=(OURS, *PEERS), help="time this side alone, and ours; may be repeated (all)"
     )
     return made
 
@@ -68,7 +69,7 @@ def _measure(options: argparse.Namespace) -> int:
     from loraserve.kernels.bench import results
     from loraserve.kernels.bench.cases import DECODE_64X64
     from loraserve.kernels.bench.measure import Measurer
-    from loraserve.kernels.bench.program import OURS, makers, program
+    from loraserve.kernels.bench.program import makers, program
     from loraserve.kernels.bench.timing import GraphTimer, copy_bytes_per_s
 
     timer = GraphTimer()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from loraserve.kernels import bench_lora
 from loraserve.kernels.bench import cases
 from loraserve.kernels.bench.cases import LLAMA_3_8B, MIXED_64, Case
 from loraserve.kernels.bench.floor import layer_bytes, milliseconds, module_bytes
@@ -233,6 +234,31 @@ def test_the_line_is_one_line_of_json() -> None:
         "x  y  0.123",
         "x  y      -",
     ]
+
+
+def test_the_whole_bench_by_a_made_up_clock(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mixed = Case(name=cases.DECODE_64X64.name, slots=SMALL.slots, ranks=SMALL.ranks)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("loraserve.kernels.bench.report.machine", lambda: "a GPU")
+    monkeypatch.setattr("loraserve.kernels.bench.timing.GraphTimer", FakeTimer)
+    monkeypatch.setattr("loraserve.kernels.bench.timing.copy_bytes_per_s", lambda timer: 1e9)
+    monkeypatch.setattr("loraserve.kernels.bench.cases.DECODE_64X64", mixed)
+    monkeypatch.setattr("loraserve.kernels.bench.program.program", lambda quick: [(mixed, (VLLM_128, SGLANG_V2))])
+    monkeypatch.setattr(
+        "loraserve.kernels.bench.measure.Measurer",
+        lambda timer, speed, quick: Measurer(timer, speed, "cpu", TINY, 1, torch.float16, quick),
+    )
+    assert bench_lora.main(["--quick", "--peers", str(tmp_path), "--side", SGLANG_V2]) == 0
+    *lines, last = capsys.readouterr().out.splitlines()
+    content = json.loads(last)
+    assert list(content["ratios"]) == KEYS
+    assert content["ratios"]["vs_floor_64x64"] == pytest.approx(1e6 / layer_bytes(TINY, mixed), rel=1e-3)
+    assert content["figures"]["copy_gb_per_s"] == 1.0
+    assert "decode_64x64_sglang_v2_not_measured" in content["figures"]
+    assert "decode_64x64_vllm_128_not_measured" not in content["figures"], "it was not asked for"
+    assert lines[1].startswith(f"{mixed.name}  {OURS}")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is said without a GPU")

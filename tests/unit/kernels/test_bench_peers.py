@@ -14,7 +14,7 @@ from loraserve.kernels.bench.cases import Case
 from loraserve.kernels.bench.peers import SGLANG, VLLM, missing, root_of
 from loraserve.kernels.bench.peers.csgmv import Csgmv
 from loraserve.kernels.bench.peers.sglang_v2 import SglangV2, first_match, read_plans
-from loraserve.kernels.bench.peers.vllm import COMMON, SHRINK, Vllm
+from loraserve.kernels.bench.peers.vllm import COMMON, SHRINK, Vllm, load
 from loraserve.kernels.bench.self_check import light
 from loraserve.kernels.bench.sides import Side, error
 from loraserve.kernels.bench.world import World
@@ -52,9 +52,14 @@ def test_vllm_computes_the_definition() -> None:
 @needs_vllm
 def test_vllm_knows_new_weights_at_old_addresses() -> None:
     """Its cache of pointers must not outlive the weights of the server before."""
+    world = World(TINY, MIXED.ranks, DEVICE, torch.float16)
+    pointers = load(root_of(PEERS, VLLM))[3]
     for max_rank in (32, 64):
-        world = World(TINY, MIXED.ranks, DEVICE, torch.float16)
-        assert error(light(Vllm(PEERS, world, MIXED, max_rank)), world, MIXED, range(1)) < ERROR
+        side = light(Vllm(PEERS, world, MIXED, max_rank))
+        assert not pointers._LORA_A_PTR_DICT
+        assert not pointers._LORA_B_PTR_DICT
+        assert error(side, world, MIXED, range(1)) < ERROR
+        assert pointers._LORA_A_PTR_DICT, "there is something to forget"
 
 
 @needs_sglang

@@ -4,6 +4,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -169,6 +170,22 @@ def test_targets_share_the_time_and_each_entry_is_kept_at_once(capsys: pytest.Ca
     assert tune.run(wanted, lambda target, deadline_s: entry(), 1.0, kept.append) == len(wanted) == len(kept)
     assert tune.run(wanted, lambda target, deadline_s: entry(), 0.0, kept.append) == 0
     assert f"{len(wanted)} of {len(wanted)} entries were not measured" in capsys.readouterr().err
+
+
+def test_the_whole_run_by_a_made_up_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
+    monkeypatch.setattr("loraserve.kernels.bench.timing.GraphTimer", lambda seconds: FakeTimer(lambda call: 1.0))
+    monkeypatch.setattr("loraserve.kernels.bench.timing.copy_bytes_per_s", lambda timer: 1e9)
+    monkeypatch.setattr(tuner_module, "Tuner", lambda *given: Tuner(*given, "cpu", 1, torch.float16))
+    monkeypatch.setattr(tune, "LLAMA_3_8B", TINY)
+    arguments = ["--tokens", "8", "--ranks", "16", "--minutes", "0.0005", "--out", str(tmp_path)]
+    clock = iter([0.0, 0.0, 0.0, 1.0])
+    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert tune.main(arguments) == 0
+    table = msgspec.json.decode(tune.table_path(tmp_path, GPU).read_bytes(), type=Table)
+    assert table.command == "scripts/tune_kernels " + " ".join(arguments)
+    assert [(e.k, e.widths, e.tokens, e.rank) for e in table.entries] == [(64, (64, 32, 32), 8, 16)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is said without a GPU")
