@@ -26,6 +26,9 @@ from loraserve.kernels.bench.search import Target, targets
 from loraserve.kernels.lora.tuning import RANK_BUCKETS, TABLES, TOKEN_BUCKETS, Entry, Table
 from loraserve.model_shape import read_config, shape_of
 
+LEAST_SEARCH_S = 45.0
+"""About 40 kernels are compiled and timed in it."""
+
 
 def table_path(folder: Path, gpu: str) -> Path:
     """Where the table of a GPU of this name lies."""
@@ -49,16 +52,20 @@ def run(
     minutes: float,
     keep: Callable[[Entry], None],
 ) -> int:
-    """How many entries were kept before the time was up. Each target gets an equal part of what is left of it."""
-    deadline_s = time.monotonic() + 60 * minutes
+    """How many entries were kept before the time was up.
+
+    Each target gets an equal part of what is left, but enough for a search: the first ones are done well, or none is.
+    """
+    end_s = time.monotonic() + 60 * minutes
     kept = 0
     for index, target in enumerate(wanted):
-        left_s = deadline_s - time.monotonic()
-        if left_s <= 0:
+        now_s = time.monotonic()
+        if now_s >= end_s:
             say(f"time is up: {len(wanted) - index} of {len(wanted)} entries were not measured")
             break
         say(f"{index + 1}/{len(wanted)}: {target.name}")
-        entry = tune(target, time.monotonic() + left_s / (len(wanted) - index))
+        fair_s = (end_s - now_s) / (len(wanted) - index)
+        entry = tune(target, min(end_s, now_s + max(LEAST_SEARCH_S, fair_s)))
         if entry is not None:
             kept += 1
             keep(entry)

@@ -167,7 +167,16 @@ def test_sizes_with_a_wrong_result_are_not_used(monkeypatch: pytest.MonkeyPatch)
 def test_targets_share_the_time_and_each_entry_is_kept_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     wanted = targets(TINY, [8], [16])
     kept: list[Entry] = []
-    assert tune.run(wanted, lambda target, deadline_s: entry(), 1.0, kept.append) == len(wanted) == len(kept)
+    deadlines_s: list[float] = []
+
+    def measure(target: Target, deadline_s: float) -> Entry:
+        deadlines_s.append(deadline_s - time.monotonic())
+        return entry()
+
+    assert tune.run(wanted, measure, 10.0, kept.append) == len(wanted) == len(kept)
+    assert [round(left_s) for left_s in deadlines_s] == [150, 200, 300, 600]
+    tune.run(wanted, measure, 1.0, kept.append)
+    assert [round(left_s) for left_s in deadlines_s[4:]] == [45, 45, 45, 60]
     assert tune.run(wanted, lambda target, deadline_s: entry(), 0.0, kept.append) == 0
     assert f"{len(wanted)} of {len(wanted)} entries were not measured" in capsys.readouterr().err
 
@@ -180,7 +189,7 @@ def test_the_whole_run_by_a_made_up_clock(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(tuner_module, "Tuner", lambda *given: Tuner(*given, "cpu", 1, torch.float16))
     monkeypatch.setattr(tune, "LLAMA_3_8B", TINY)
     arguments = ["--tokens", "8", "--ranks", "16", "--minutes", "0.0005", "--out", str(tmp_path)]
-    clock = iter([0.0, 0.0, 0.0, 1.0])
+    clock = iter([0.0, 0.0, 1.0])
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert tune.main(arguments) == 0
     table = msgspec.json.decode(tune.table_path(tmp_path, GPU).read_bytes(), type=Table)

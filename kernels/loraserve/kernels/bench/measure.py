@@ -15,7 +15,7 @@ from loraserve.kernels.bench.timing import Timer
 from loraserve.kernels.bench.world import Operands, World
 from loraserve.model_shape import MODULES, ModelShape
 
-QUICK_OPTIONS = 3
+QUICK_OPTIONS = 2
 """Of each knob, the default among them."""
 
 Make = Callable[[World, Case], Side]
