@@ -1,22 +1,25 @@
 """LoRA kernels on a GPU against the memory's speed, vLLM's and SGLang's; without a GPU they are checked, not timed."""
 
+import json
+import subprocess
 import sys
 from collections.abc import Sequence
 
-from harness.report import BenchError
+from harness.report import ROOT, BenchError
 from peers import kernel_wheels
 
 from loraserve.kernels import bench_lora
-from loraserve.kernels.bench.peers import SGLANG, VLLM
+from loraserve.kernels.bench.peers import DEFAULT_FOLDER, SGLANG, VLLM
 
 
 def main(arguments: Sequence[str]) -> int:
     """Returns 0 once the line is printed, nulls for what this machine cannot measure; 1 where a result is wrong."""
     parser = bench_lora.parser("scripts/bench lora")
     parser.add_argument("--install-peers", action="store_true", help="get vLLM's and SGLang's kernel files, then end")
+    parser.set_defaults(peers=ROOT / DEFAULT_FOLDER)
     options = parser.parse_args(arguments)
     if not options.install_peers:
-        return bench_lora.run(options)
+        return bench_lora.run(options, decode_with_64_adapters)
     try:
         for name in (VLLM, SGLANG):
             kernel_wheels.install(options.peers, name)
@@ -24,3 +27,18 @@ def main(arguments: Sequence[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def decode_with_64_adapters(quick: bool) -> float | None:
+    """Tokens a second of the whole engine with an adapter for every sequence, over those with none.
+
+    In a process of its own: it wants the GPU's memory for itself.
+    """
+    command = [sys.executable, "-m", "loraserve.engine.cuda.bench", *(["--quick"] if quick else [])]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    print(done.stdout, end="")
+    last = done.stdout.splitlines()[-1:] or [""]
+    if done.returncode or not last[0].startswith("{"):
+        return None
+    ratio: float = json.loads(last[0])["decode_with_64_adapters"]
+    return ratio

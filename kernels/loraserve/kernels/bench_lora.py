@@ -1,21 +1,22 @@
 """LoRA time a layer on a CUDA GPU, beside the memory's floor and beside vLLM's and SGLang's kernels.
 
-A step is all four modules of 8 layers of Llama-3-8B in bfloat16, replayed as a CUDA graph. The floor moves A and B of
-the step's adapters once, reads x, reads and writes y, at the speed of a large copy measured in the same run. Every side
-is held against the definition before it is timed. Peers get a search over their blocks; `--peers` names where their
-kernels are. On a machine without CUDA nothing is timed: the kernels are checked in Triton's interpreter instead.
+A step is all four modules of 8 layers of Llama-3-8B in bfloat16, replayed as a CUDA graph with a cold L2 cache. The
+floor moves A and B of the step's adapters once, reads x, reads and writes y, at the speed of a large copy measured in
+the same run. Every side is held against the definition before it is timed. Peers get a search over their blocks;
+`--peers` names where their kernels are. On a machine without CUDA nothing is timed: the kernels are checked in Triton's
+interpreter instead.
 
     python -m loraserve.kernels.bench_lora --quick
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from loraserve.kernels.bench.peers import DEFAULT_FOLDER
-from loraserve.kernels.bench.program import PEERS
+from loraserve.kernels.bench.program import OURS, PEERS
 from loraserve.kernels.bench.report import Value, last_line, say
 from loraserve.testing.triton_interpreter import use_interpreter
 
@@ -27,14 +28,17 @@ def parser(prog: str) -> argparse.ArgumentParser:
         "--peers", type=Path, default=DEFAULT_FOLDER, metavar="DIR", help="where the peers' kernels are (.peers)"
     )
     made.add_argument(
-        "--side", action="append", choices=PEERS, help="time this peer alone beside ours; may be repeated (all)"
+        "--side", action="append", choices=(OURS, *PEERS), help="time this side alone, and ours; may be repeated (all)"
     )
     return made
 
 
-def run(options: argparse.Namespace) -> int:
-    """Returns 0 once the line is printed, nulls for what this machine cannot measure; 1 where a result is wrong."""
-    return _measure(options) if torch.cuda.is_available() else _check_only(options)
+def run(options: argparse.Namespace, whole_steps: Callable[[bool], float | None] = lambda quick: None) -> int:
+    """Returns 0 once the line is printed, nulls for what this machine cannot measure; 1 where a result is wrong.
+
+    ``whole_steps`` measures ``decode_with_64_adapters``, which takes an engine; without it the key stays null.
+    """
+    return _measure(options, whole_steps) if torch.cuda.is_available() else _check_only(options)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -64,11 +68,11 @@ def _check_only(options: argparse.Namespace) -> int:
     return 1 if wrong else 0
 
 
-def _measure(options: argparse.Namespace) -> int:
+def _measure(options: argparse.Namespace, whole_steps: Callable[[bool], float | None]) -> int:
     from loraserve.kernels.bench import results
     from loraserve.kernels.bench.cases import DECODE_64X64
     from loraserve.kernels.bench.measure import Measurer
-    from loraserve.kernels.bench.program import OURS, makers, program
+    from loraserve.kernels.bench.program import makers, program
     from loraserve.kernels.bench.timing import GraphTimer, copy_bytes_per_s
 
     timer = GraphTimer()
@@ -81,7 +85,8 @@ def _measure(options: argparse.Namespace) -> int:
         for side in (OURS, *(peer for peer in peers if not options.side or peer in options.side)):
             measured.measure(side, makes[side], case)
     print(results.lines_table(measured) + "\n")
-    print(last_line("lora", results.ratios(measured), results.figures(measured, bytes_per_s, plan_ms)))
+    ratios = {**results.ratios(measured), "decode_with_64_adapters": whole_steps(options.quick)}
+    print(last_line("lora", ratios, results.figures(measured, bytes_per_s, plan_ms)))
     return 1 if any(side == OURS for _, side in measured.reasons) else 0
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import msgspec
 
+from loraserve.kernels.bench.cases import LLAMA_3_8B
 from loraserve.kernels.lora.tuning import Blocks, default_blocks
 from loraserve.model_shape import MODULES, ModelShape
 
-LLAMA_3_8B = ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
 ARCHITECTURES = (90, 80)
 SHARED_BYTES = {90: 232448, 80: 166912}
 """Most shared memory that one program may use."""

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import msgspec
 
+from loraserve.kernels.lora.batch import NO_ADAPTER
 from loraserve.model_shape import ModelShape
 
 LLAMA_3_8B = ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
@@ -16,7 +17,7 @@ SMALL, LARGE = MIX[0], MIX[-1]
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """A step. ``slots`` has one entry a token; an adapter's slot is its place in ``ranks``, those of all residents."""
+    """A step. ``slots`` has one entry a token, NO_ADAPTER for none; a slot is a place in the residents' ``ranks``."""
 
     name: str
     slots: tuple[int, ...]
@@ -29,7 +30,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def used_ranks(self) -> list[int]:
         """Ranks of the adapters of this step, each once."""
-        return [self.ranks[slot] for slot in sorted(set(self.slots))]
+        return [self.ranks[slot] for slot in sorted(set(self.slots)) if slot != NO_ADAPTER]
 
 
 def decode(tokens: int, adapters: int, ranks: tuple[int, ...] = MIXED_64) -> Case:

@@ -11,7 +11,7 @@ def module_bytes(shape: ModelShape, module: str, case: Case) -> int:
     """A and B of each adapter of the step once; of each token with an adapter x read, y read and written."""
     k, out = shape.in_features(module), shape.out_features(module)
     tokens = sum(slot != NO_ADAPTER for slot in case.slots)
-    weights = sum(rank for slot, rank in enumerate(case.ranks) if slot in set(case.slots)) * (len(out) * k + sum(out))
+    weights = sum(case.used_ranks) * (len(out) * k + sum(out))
     return ITEM_BYTES * (weights + tokens * (k + 2 * sum(out)))
 
 

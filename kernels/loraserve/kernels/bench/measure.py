@@ -10,12 +10,12 @@ from loraserve.kernels.bench.cases import LAYERS, LLAMA_3_8B, Case
 from loraserve.kernels.bench.floor import layer_bytes, milliseconds
 from loraserve.kernels.bench.program import OURS
 from loraserve.kernels.bench.report import say
-from loraserve.kernels.bench.sides import TOLERANCE, Ours, Side, error, run_layers
+from loraserve.kernels.bench.sides import PEER_TOLERANCE, TOLERANCE, Ours, Side, error, run_layers
 from loraserve.kernels.bench.timing import Timer
 from loraserve.kernels.bench.world import Operands, World
 from loraserve.model_shape import MODULES, ModelShape
 
-QUICK_OPTIONS = 3
+QUICK_OPTIONS = 2
 """Of each knob, the default among them."""
 
 Make = Callable[[World, Case], Side]
@@ -92,14 +92,11 @@ class Measurer:
 
         off = _checked(side, world, case)
         untuned_ms = self._timer.ms(step)
-        before = [dict(setting) for setting in side.setting]
         tune(side, operands, world.shape.layers, self._timer, QUICK_OPTIONS if self._quick else None)
         ms = untuned_ms
-        if side.knobs:
-            ms = self._timer.ms(step)
-            off = max(off, _checked(side, world, case))
-        if ms > untuned_ms:
-            side.setting[:], ms = before, untuned_ms
+        # What its compiler gets wrong at other sizes than its own is not held against a peer, nor for it.
+        if side.knobs and error(side, world, case) < allowed(side):
+            ms = min(ms, self._timer.ms(step))
         line = Line(
             case=case.name,
             side=side.name,
@@ -124,9 +121,16 @@ class Measurer:
 
 def _checked(side: Side, world: World, case: Case) -> float:
     off = error(side, world, case)
-    if not off < TOLERANCE:
-        raise Wrong(f"{side.name} is off by {off:.2g} of the largest element at {case.name}, {TOLERANCE} is allowed")
+    if not off < allowed(side):
+        raise Wrong(
+            f"{side.name} is off by {off:.2g} of the largest element at {case.name}, {allowed(side)} is allowed"
+        )
     return off
+
+
+def allowed(side: Side) -> float:
+    """Largest error with which a side's time still means something."""
+    return TOLERANCE if side.name == OURS else PEER_TOLERANCE
 
 
 def tune(side: Side, operands: Operands, layers: int, timer: Timer, options: int | None = None) -> None:

@@ -22,8 +22,6 @@ def ratios(measured: Measurer) -> dict[str, Value]:
         "vs_vllm_256": measured.ratio(DECODE_64X64, VLLM_256),
         "vs_sglang_v2": measured.ratio(DECODE_64X64, SGLANG_V2),
         "rank8_penalty": measured.ratio(HALF_LARGE, OURS, OURS, ALL_SMALL),
-        # Whole decode steps need a model: this one is for the engine to measure and to fill in.
-        "decode_with_64_adapters": None,
     }
 
 

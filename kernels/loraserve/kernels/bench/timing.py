@@ -7,7 +7,9 @@ from typing import Protocol
 import torch
 
 COPY_BYTES = 2 << 30
-ROUNDS = 5
+FLUSH_BYTES = 256 << 20
+"""More than any L2 cache holds."""
+LEAST_REPLAYS, MOST_REPLAYS = 5, 200
 WARM_UPS = 3
 
 
@@ -19,16 +21,35 @@ class Timer(Protocol):
 
 
 class GraphTimer:
-    """Median over rounds of replays; a round takes about ``seconds / ROUNDS``."""
+    """Median of replays that take about ``seconds``, each with a cold L2 cache: a step that reads what it needs once
+    reads it from memory, however little it is.
+
+    A replay's start is part of it, a few microseconds: steps of many layers keep that small.
+    """
 
     def __init__(self, seconds: float = 0.15) -> None:
         self._seconds = seconds
+        self._flush = torch.zeros(FLUSH_BYTES // 4, dtype=torch.float32, device="cuda")
+        self._sum = torch.zeros((), dtype=torch.float32, device="cuda")
 
     def ms(self, step: Callable[[], None]) -> float:
         graph = capture(step)
-        once_ms = _replays_ms(graph, 1)
-        count = max(1, round(1e3 * self._seconds / ROUNDS / max(once_ms, 1e-3)))
-        return statistics.median(_replays_ms(graph, count) / count for _ in range(ROUNDS))
+        once_ms = statistics.median(self._replays_ms(graph, LEAST_REPLAYS))
+        count = round(1e3 * self._seconds / max(once_ms, 1e-3))
+        return statistics.median(self._replays_ms(graph, min(MOST_REPLAYS, max(LEAST_REPLAYS, count))))
+
+    def _replays_ms(self, graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
+        spans = []
+        for _ in range(count):
+            # By reading: lines that were written would be written back at the cost of the step.
+            torch.sum(self._flush, dim=0, out=self._sum)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            graph.replay()
+            end.record()
+            spans.append((begin, end))
+        torch.cuda.synchronize()
+        return [float(begin.elapsed_time(end)) for begin, end in spans]
 
 
 def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
@@ -46,16 +67,6 @@ def capture(step: Callable[[], None]) -> torch.cuda.CUDAGraph:
     graph.replay()
     torch.cuda.synchronize()
     return graph
-
-
-def _replays_ms(graph: torch.cuda.CUDAGraph, count: int) -> float:
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    for _ in range(count):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
 
 
 def copy_bytes_per_s(timer: Timer, size_bytes: int = COPY_BYTES) -> float:

@@ -191,8 +191,8 @@ def first_match(rows: list[dict[str, Any]], phase: str, sizes: dict[str, int]) -
     for row in rows:
         if row.get("phase") not in (None, phase) or "linear" not in (row.get("kinds") or ["linear"]):
             continue
-        too_large = any(size > row.get(f"max_{name}", size) for name, size in sizes.items())
-        too_small = any(size < row.get(f"min_{name}", size) for name, size in sizes.items())
+        too_large = any(size > (row.get(f"max_{name}") or size) for name, size in sizes.items())
+        too_small = any(size < (row.get(f"min_{name}") or size) for name, size in sizes.items())
         if not too_large and not too_small:
             spec: dict[str, Any] = row["spec"]
             return spec

@@ -86,7 +86,8 @@ def sglang() -> dict[str, dict[str, Any]]:
     off = SimpleNamespace(get=lambda: False)
     envs = SimpleNamespace(SGLANG_ENABLE_LORA_CSGMV_SPLIT_K=off, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=off)
     return {
-        "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: capability()[0] >= 9},
+        # Only the builders of routes would use it, and those are not timed.
+        "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: False},
         "sglang.kernels.ops.lora.moe.virtual_experts": {"_align_block_size_jit": _not_compiled},
         "sglang.srt.environ": {"envs": envs},
         "sglang.srt.lora.utils": {"LoRABatchInfo": SimpleNamespace},

@@ -1,0 +1,128 @@
+"""Which block sizes the tuner tries, for what, and in which order. Nothing here touches a device.
+
+Coordinate descent: from sizes that are known to work, one field after the other is set to the best of a few values,
+until a round changes nothing. The fields hardly depend on each other (shrink's, expand's and the grid's), so that
+about 40 of some 100,000 combinations come near the best; a full search would need days for each kind of GPU.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import msgspec
+
+from loraserve.kernels.bench.cases import MIX, Case, decode, prefill
+from loraserve.kernels.lora.tuning import DECODE_TOKENS, RANK_BUCKETS, TOKEN_BUCKETS, Blocks
+from loraserve.model_shape import MODULES, ModelShape
+
+Options = Mapping[str, tuple[int, ...]]
+
+RESIDENTS = 64
+BY_WEIGHT = (64, 8, 256, 4096, 32, 128, 1024, 1 << 30)
+"""Token buckets, those first that are asked for first when the time does not suffice."""
+MOST_TOKENS = 16384
+"""Stands for the last bucket, which has no end."""
+DECODE: Options = {
+    "split": (1, 2, 4, 8, 16, 32),
+    "bk": (64, 128, 256, 512),
+    "br": (16, 32, 64),
+    "programs": (1, 2, 3, 4, 6),
+    "bn": (64, 128, 256),
+    "be": (16, 32, 64, 128),
+    "warps": (4, 8),
+    "stages": (2, 3, 4),
+    "bm": (16, 32),
+}
+PREFILL: Options = {
+    "bm": (32, 64, 128),
+    "bn": (64, 128, 256),
+    "be": (32, 64, 128),
+    "warps": (4, 8),
+    "split": (1, 2, 4, 8),
+    "bk": (32, 64, 128),
+    "br": (16, 32, 64, 128),
+    "programs": (1, 2, 3, 4),
+    "stages": (2, 3, 4),
+}
+SKIPPED = float("inf")
+"""The score of sizes that do not compile, spill, or do not fit."""
+
+assert set(BY_WEIGHT) == set(TOKEN_BUCKETS), "every bucket has its turn"
+
+
+class Target(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of a table: a module of a model shape, at a bucket of tokens and of ranks."""
+
+    module: int
+    k: int
+    widths: tuple[int, ...]
+    tokens: int
+    rank: int
+
+    @property
+    def name(self) -> str:
+        return f"{MODULES[self.module]}, up to {self.tokens} tokens, rank {self.rank}"
+
+
+def targets(
+    shape: ModelShape, tokens: Iterable[int] = TOKEN_BUCKETS, ranks: Iterable[int] = RANK_BUCKETS
+) -> list[Target]:
+    """Large ranks first, and token buckets by weight: what is served is mixed, and decodes."""
+    wanted = set(tokens)
+    return [
+        Target(
+            module=module,
+            k=shape.in_features(name),
+            widths=shape.out_features(name),
+            tokens=bucket,
+            rank=rank,
+        )
+        for rank in sorted(ranks, reverse=True)
+        for bucket in BY_WEIGHT
+        if bucket in wanted
+        for module, name in enumerate(MODULES)
+    ]
+
+
+def cases_of(target: Target) -> tuple[Case, Case]:
+    """Steps that an entry has to serve: many adapters of few tokens, and few of many; ranks are mixed."""
+    mix = [rank for rank in MIX if rank <= target.rank]
+    ranks = tuple(mix[slot % len(mix)] for slot in range(RESIDENTS))
+    tokens = min(target.tokens, MOST_TOKENS)
+    if tokens <= DECODE_TOKENS:
+        return decode(tokens, min(tokens, RESIDENTS), ranks), decode(tokens, min(max(1, tokens // 8), RESIDENTS), ranks)
+    return prefill(8, tokens // 8, ranks), prefill(RESIDENTS, tokens // RESIDENTS, ranks)
+
+
+def options_of(target: Target) -> Options:
+    """What is tried for each field."""
+    return DECODE if target.tokens <= DECODE_TOKENS else PREFILL
+
+
+def descend(
+    starts: Iterable[Blocks], options: Options, k: int, score: Callable[[Blocks], float], go_on: Callable[[], bool]
+) -> dict[Blocks, float]:
+    """Scores of everything tried, the least is the best; ``score`` is asked once for each."""
+    tried: dict[Blocks, float] = {}
+    for start in starts:
+        if start not in tried:
+            tried[start] = score(start)
+    best = min(tried, key=lambda blocks: tried[blocks])
+    changed = True
+    while changed:
+        changed = False
+        for field, values in options.items():
+            for candidate in _variants(best, field, values, k):
+                if not go_on():
+                    return tried
+                if candidate not in tried:
+                    tried[candidate] = score(candidate)
+            found = min(tried, key=lambda blocks: tried[blocks])
+            changed, best = changed or found != best, found
+    return tried
+
+
+def _variants(blocks: Blocks, field: str, values: tuple[int, ...], k: int) -> Iterator[Blocks]:
+    """Those of which no part of K would be empty."""
+    for value in values:
+        candidate = msgspec.structs.replace(blocks, **{field: value})
+        if candidate.split == 1 or candidate.split * candidate.bk <= k:
+            yield candidate
