@@ -90,9 +90,9 @@ class Heads:
         self.positions = torch.randint(0, POSITIONS, (tokens,), generator=generator).int().to(DEVICE)
         self.norms = (random(dim, seed=2), random(dim, seed=3)) if normed else None
         self.q = nans_like(self.qkv, tokens, self.heads, dim)
-        self.keys, self.values = (
-            nans_like(self.qkv, BLOCKS, BLOCK_TOKENS, self.kv_heads, dim) for _ in ("keys", "values")
-        )
+        # What lies before the caches shows whether a place of -1 was written.
+        self.memory = [nans_like(self.qkv, BLOCKS + 1, BLOCK_TOKENS, self.kv_heads, dim) for _ in ("keys", "values")]
+        self.keys, self.values = (memory[1:] for memory in self.memory)
 
     def run(self, kv_slots: list[int]) -> None:
         places = torch.tensor(kv_slots, dtype=torch.int32, device=DEVICE)
@@ -135,10 +135,10 @@ def test_nothing_is_kept_but_where_a_slot_says(normed: bool) -> None:
     heads = Heads(torch.bfloat16, 24, tokens=3, normed=normed)
     heads.run([-1, 5, -1])
     assert not heads.q.isnan().any(), "queries of tokens that are not kept are there all the same"
-    for cache in (heads.keys, heads.values):
-        kept = ~cache.flatten(0, 1).isnan().flatten(1)
-        assert kept[5].all()
-        kept[5] = False
+    for memory in heads.memory:
+        kept = ~memory.flatten(0, 1).isnan().flatten(1)
+        assert kept[BLOCK_TOKENS + 5].all()
+        kept[BLOCK_TOKENS + 5] = False
         assert not kept.any()
 
 

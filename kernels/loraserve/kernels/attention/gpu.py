@@ -5,6 +5,7 @@ blocks are gathered first, which costs three times the memory traffic. Which of 
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -61,16 +62,10 @@ def attend(
     if backend == "paged":
         return _paged(q, keys, values, batch, scale).flatten(1)
     out = torch.empty_like(q)
-    singles = [i for i, n in enumerate(batch.queries) if n == 1]
-    if not batch.queries or len(singles) == len(batch.queries):
+    if batch.queries:
+        _gathered(q, out, keys, values, batch, scale)
+    else:
         _gathered_decode(q, out, keys, values, batch.table, batch.seq_len, scale)
-        return out.flatten(1)
-    start = 0
-    for index, (queries, length) in enumerate(zip(batch.queries, batch.lengths, strict=True)):
-        rows = slice(start, start + queries)
-        blocks = batch.table[index, : -(-length // cache.block_tokens)]
-        out[rows] = _gathered_prefill(q[rows], keys, values, blocks, length, scale)
-        start += queries
     return out.flatten(1)
 
 
@@ -131,6 +126,28 @@ def _paged(
     )
     assert isinstance(result, torch.Tensor)  # no auxiliary output was asked for
     return result
+
+
+def _gathered(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: GpuAttentionBatch,
+    scale: float,
+) -> None:
+    """Neighbours that decode are computed together, prompts one by one."""
+    token = index = 0
+    for decode, run in groupby(batch.queries, lambda queries: queries == 1):
+        for queries in [tuple(run)] if decode else [(n,) for n in run]:
+            rows, own = slice(token, token + sum(queries)), slice(index, index + len(queries))
+            length = max(batch.lengths[own])
+            table = batch.table[own, : -(-length // keys.shape[1])]
+            if decode:
+                _gathered_decode(q[rows], out[rows], keys, values, table, batch.seq_len[own], scale)
+            else:
+                out[rows] = _gathered_prefill(q[rows], keys, values, table[0], length, scale)
+            token, index = rows.stop, own.stop
 
 
 def _gathered_decode(
