@@ -124,6 +124,22 @@ def test_those_who_decode_are_computed_together(monkeypatch: pytest.MonkeyPatch)
     assert together == [len(MIXES["decodes"])]
 
 
+@pytest.mark.parametrize("tokens", [1, 2 * 6 * BLOCK_TOKENS, 3 * 6 * BLOCK_TOKENS - 1])
+def test_no_more_is_gathered_at_a_time_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+    monkeypatch.setattr(gpu, "GATHERED_TOKENS", tokens)
+    together: list[int] = []
+    decode = gpu._decode_together
+
+    def noted(q: torch.Tensor, *others: Any) -> None:
+        together.append(len(q))
+        decode(q, *others)
+
+    monkeypatch.setattr(gpu, "_decode_together", noted)
+    paged = Paged(SHAPES["groups of three"], [*MIXES["decodes"], (21, 22)])
+    assert_close(gathered(paged, paged.batch()), paged.exact())
+    assert together == ([1] * 5 if tokens == 1 else [2, 2, 1])
+
+
 @pytest.mark.parametrize("padding", [0, 3])
 def test_a_captured_graph_knows_neither_lengths_nor_who_is_there(padding: int) -> None:
     paged = Paged(SHAPES["groups of three"], MIXES["decodes"])
@@ -180,8 +196,9 @@ def test_paged_attention_is_used_where_it_comes_out_right(
 ) -> None:
     def paged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Any, scale: float) -> torch.Tensor:
         out = torch.empty_like(q)
-        gpu._gathered_decode(q, out, keys, values, batch.table, batch.seq_len, scale)
-        return out + off
+        gpu._gathered(q, out, keys, values, batch, scale)
+        out[1] += off  # in the middle of a chunk
+        return out
 
     monkeypatch.setattr(gpu, "_paged", paged)
     assert gpu._try_paged(SHAPES["groups of three"], 16, torch.float32, DEVICE) == picked
