@@ -248,12 +248,17 @@ def make_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., ModelRunn
 
 
 @pytest.fixture
-def make_cuda_runner(model_dirs: dict[str, Path]) -> Callable[..., Any]:
-    """A CudaRunner over the small model, on a GPU where there is one; not warm, so that it has no captured graphs."""
+def make_cuda_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., Any]]:
+    """A CudaRunner over the small model, on a GPU where there is one; not warm, so that it has no captured graphs.
+
+    Where there is none one thread computes: on a busy machine the others would be waited for at every tiny operation.
+    """
     pytest.importorskip("triton", reason="the CUDA runner needs triton")
     from loraserve.engine.cuda.build import load_cuda_runner
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
 
     def make(progress: Callable[[str], None] = lambda text: None, **engine: Any) -> Any:
         settings = {
@@ -262,7 +267,8 @@ def make_cuda_runner(model_dirs: dict[str, Path]) -> Callable[..., Any]:
         }  # fmt: skip
         return load_cuda_runner(model_dirs["small"], EngineConfig(**{**settings, **engine}), device, progress)
 
-    return make
+    yield make
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
