@@ -1,6 +1,7 @@
 """Triton's interpreter, so that GPU kernels are computed where there is no GPU.
 
-Up to triton 3.7 it keeps bfloat16 as its bits and multiplies those in ``tl.dot``; ``repair`` widens them first.
+Up to triton 3.7 it keeps bfloat16 as its bits, multiplies those in ``tl.dot`` and cuts off what a number has beyond
+them; ``repair`` makes both as on a GPU, which multiplies the values and rounds to the nearest.
 """
 
 import os
@@ -19,19 +20,28 @@ def use_interpreter() -> None:
 
 
 def repair() -> None:
-    """Make products of bfloat16 tiles products of their values. Raises ImportError where triton is missing."""
+    """Make bfloat16 what it is on a GPU. Raises ImportError where triton is missing."""
     import triton.language as tl
     from triton.runtime import interpreter
 
-    original = interpreter.InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    dot, cast = builder.create_dot, builder.cast_impl
 
     def create_dot(self: Any, a: Any, b: Any, d: Any, *options: Any) -> Any:
         if a.dtype.scalar != tl.bfloat16:
-            return original(self, a, b, d, *options)
+            return dot(self, a, b, d, *options)
         product = np.matmul(_widen(a.data), _widen(b.data))
         return interpreter.TensorHandle(product + d.data, d.dtype.scalar)
 
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    def cast_impl(self: Any, source: Any, to: Any) -> Any:
+        kinds = source.dtype.scalar, to.scalar
+        if kinds == (tl.float32, tl.bfloat16):
+            return interpreter.TensorHandle(_round(source.data), tl.bfloat16)
+        if kinds == (tl.bfloat16, tl.float32):
+            return interpreter.TensorHandle(_widen(source.data), tl.float32)
+        return cast(self, source, to)
+
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
     interpreter.InterpretedFunction.__call__ = _call_once_patched(interpreter)
 
 
@@ -54,3 +64,10 @@ def _call_once_patched(interpreter: Any) -> Any:
 
 def _widen(bits: Any) -> Any:
     return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _round(values: Any) -> Any:
+    """The nearest bfloat16, the even one of two, as its bits; a NaN stays one."""
+    bits = values.astype(np.float32).view(np.uint32)
+    nearest = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
+    return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)

@@ -106,14 +106,22 @@ class SlabLoader:
                 if not waiting:
                     return
                 start, task = waiting.popleft()
-                data = await task
-                if self._pool.waits:
-                    await asyncio.to_thread(self._pool.write, offset_bytes + start, data)
-                else:
-                    self._pool.write(offset_bytes + start, data)
+                await self._write(offset_bytes + start, await task)
         finally:
             for _, task in waiting:
                 task.cancel()
+
+    async def _write(self, offset_bytes: int, data: Bytes) -> None:
+        if not self._pool.waits:
+            self._pool.write(offset_bytes, data)
+            return
+        writing = asyncio.ensure_future(asyncio.to_thread(self._pool.write, offset_bytes, data))
+        try:
+            await asyncio.shield(writing)
+        except asyncio.CancelledError:
+            # Nothing stops a thread, and the extent may be another's as soon as this load has failed.
+            await asyncio.wait([writing])
+            raise
 
     async def _read(self, version: str, start: int, length: int) -> Bytes:
         _, frames = await self._bus.request_frames(

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from loraserve.config import Config
+from loraserve.config import Config, EngineConfig
 from loraserve.device import device_of
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.runner import ModelRunner
@@ -24,6 +24,7 @@ def build_runner(config: Config, progress: Callable[[str], None], index: int = 0
     """
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
+    _check_step(config.engine)
     reason = gpu_unusable() if device_of(config.engine.device) == "cuda" else ""
     if reason and config.engine.device == "cuda":
         raise ConfigError(f"engine.device=cuda: {reason}, or set engine.device=cpu")
@@ -74,11 +75,7 @@ def gpu_unusable() -> str:
 def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
     """What the scheduler may count on. Raises ConfigError where the settings contradict each other."""
     engine = config.engine
-    if engine.max_step_tokens < engine.max_running:
-        raise ConfigError(
-            f"engine.max_step_tokens is {engine.max_step_tokens}, it must be at least engine.max_running "
-            f"({engine.max_running}), or some requests would never decode"
-        )
+    _check_step(engine)
     longest = config.model.max_model_tokens or runner.max_positions
     return SchedulerLimits(
         kv_blocks=runner.kv_blocks,
@@ -94,3 +91,11 @@ def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
         prefix_cache=engine.prefix_cache,
         steps_ahead=runner.steps_ahead,
     )
+
+
+def _check_step(engine: EngineConfig) -> None:
+    if engine.max_step_tokens < engine.max_running:
+        raise ConfigError(
+            f"engine.max_step_tokens is {engine.max_step_tokens}, it must be at least engine.max_running "
+            f"({engine.max_running}), or some requests would never decode"
+        )

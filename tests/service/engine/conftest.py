@@ -16,9 +16,8 @@ from loraserve.bus.protocol import Envelope
 from loraserve.config import Config, EngineConfig, ModelConfig
 from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
-from loraserve.engine.runner import ModelRunner
 from loraserve.engine.runner_protocol import DeviceLost, PendingStep, Runner
-from loraserve.engine.service import EngineService
+from loraserve.engine.service import BuildRunner, EngineService
 from loraserve.engine.setup import build_runner
 from loraserve.messages import (
     Admit,
@@ -129,7 +128,7 @@ class Late:
 class LateRunner:
     """The real runner as one that takes steps ahead, which a GPU's does."""
 
-    def __init__(self, runner: ModelRunner, steps_ahead: int) -> None:
+    def __init__(self, runner: Any, steps_ahead: int) -> None:
         self._runner = runner
         self.steps_ahead = steps_ahead
 
@@ -145,17 +144,17 @@ class LateRunner:
 class Stage:
     """One engine, and the store, gateway and monitor around it."""
 
-    def __init__(self, models: Models, steps_ahead: int = 0, **engine: Any) -> None:
+    def __init__(self, models: Models, steps_ahead: int = 0, build: BuildRunner = build_runner, **engine: Any) -> None:
         network = MemoryNetwork()
         self.models = models
         settings = msgspec.structs.replace(models.config.engine, **engine)
         config = msgspec.structs.replace(models.config, engine=settings)
 
-        def build(config: Config, progress: Callable[[str], None]) -> Runner:
-            runner = build_runner(config, progress)
+        def built(config: Config, progress: Callable[[str], None]) -> Runner:
+            runner = build(config, progress)
             return LateRunner(runner, steps_ahead) if steps_ahead else runner
 
-        self.engine = EngineService(config, network.bus("engine-0", EngineService.inbox), SystemClock(), build)
+        self.engine = EngineService(config, network.bus("engine-0", EngineService.inbox), SystemClock(), built)
         self.store = ScriptedStore(models.slabs)
         self.gateway = network.bus("gateway-0", ToGateway)
         self._monitor = network.bus("monitor", ToMonitor)

@@ -1,6 +1,7 @@
 """Adapters that come while an engine serves: from a store that is slow, damaged, silent, dead, or the real one."""
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from loraserve.config import ClusterConfig, StoreConfig
+from loraserve.config import ClusterConfig, Config, StoreConfig
+from loraserve.engine.setup import build_runner
 from loraserve.service import State
 from loraserve.store.service import StoreService
 from loraserve.system_clock import SystemClock
@@ -125,6 +127,70 @@ def test_a_store_that_stays_away_ends_the_load_in_time(play: Play, models: Any) 
         assert "timeout: the store did not send all of it within 0.5 s" in stage.failed["waits"].message
 
     play(scenario, load_timeout_s=0.5)
+
+
+class DevicesPool:
+    """The pool as a device's: a write waits for ``open``, and notes in which thread."""
+
+    waits = True
+
+    def __init__(self) -> None:
+        self.open = threading.Event()
+        self.writing: list[threading.Thread] = []
+        self.written = 0
+
+    def build(self, config: Config, progress: Callable[[str], None]) -> Any:
+        runner: Any = build_runner(config, progress)
+        self._pool = runner.pool
+        runner.pool = self
+        return runner
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def write(self, offset_bytes: int, data: Any) -> None:
+        self.writing.append(threading.current_thread())
+        assert self.open.wait(20.0)
+        self._pool.write(offset_bytes, data)
+        self.written += len(data)
+
+    def digest(self, *arguments: Any) -> None:
+        self._pool.digest(*arguments)
+
+
+def test_others_decode_while_a_slab_is_written_to_a_device(play: Play, models: Any) -> None:
+    pool = DevicesPool()
+
+    async def scenario(stage: Any) -> None:
+        await stage.admit("waits", "one")
+        await stage.until(lambda: pool.writing)
+        await stage.admit("base")
+        await stage.finished("base")
+        assert stage.tokens == {"waits": [], "base": models.expected("", 8)}
+        pool.open.set()
+        await stage.finished("waits")
+        assert stage.tokens["waits"] == models.expected("one", 8)
+        assert pool.written == models.refs["one"].slab_bytes
+        assert threading.main_thread() not in pool.writing
+
+    play(scenario, build=pool.build)
+
+
+def test_a_load_that_fails_leaves_nobody_writing(play: Play, models: Any) -> None:
+    """Its extent is given to the next adapter."""
+    pool = DevicesPool()
+
+    async def scenario(stage: Any) -> None:
+        await stage.admit("waits", "one")
+        await stage.until(lambda: pool.writing)
+        await asyncio.sleep(0.3)
+        assert not stage.failed, "its time is up, but a thread is at it"
+        pool.open.set()
+        await stage.finished("waits")
+        assert "timeout: the store did not send all of it within 0.1 s" in stage.failed["waits"].message
+        assert pool.written == models.config.engine.load_chunk_bytes
+
+    play(scenario, build=pool.build, load_timeout_s=0.1)
 
 
 def test_the_real_stores_slabs_are_computed_with(play: Play, models: Any, tmp_path: Path) -> None:

@@ -39,6 +39,8 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "qwen2": {"tie_word_embeddings": True},
     "qwen3": {"head_dim": 24},
 }
+SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
+"""The fields of a model that Triton's interpreter, which takes a while for each head, is done with soon."""
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
 EOS = 0
 UNIT = 4096
@@ -205,11 +207,12 @@ def install(runner: ModelRunner, directories: Sequence[Path]) -> None:
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model directory by family."""
+    """A tiny model directory by family, and a ``small`` one."""
     root = tmp_path_factory.mktemp("models")
     for seed, (family, fields) in enumerate(FAMILY_FIELDS.items()):
         write_tiny_model(root / family, family, seed, **fields)
-    return {family: root / family for family in FAMILY_FIELDS}
+    write_tiny_model(root / "small", "llama", **SMALL)
+    return {family: root / family for family in (*FAMILY_FIELDS, "small")}
 
 
 @pytest.fixture
@@ -239,6 +242,30 @@ def make_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., ModelRunn
     def make(family: str = "llama", threads: int = 1, **engine: Any) -> ModelRunner:
         settings = {"slab_dtype": "float32", "weights": "float32", "pool_bytes": 4 << 20, "kv_bytes": 4 << 20}
         return ModelRunner(model_dirs[family], EngineConfig(**{**settings, **engine}), threads, lambda text: None)
+
+    yield make
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def make_cuda_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., Any]]:
+    """A CudaRunner over the small model, on a GPU where there is one; not warm, so that it has no captured graphs.
+
+    Where there is none one thread computes: on a busy machine the others would be waited for at every tiny operation.
+    """
+    pytest.importorskip("triton", reason="the CUDA runner needs triton")
+    from loraserve.engine.cuda.build import load_cuda_runner
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def make(progress: Callable[[str], None] = lambda text: None, **engine: Any) -> Any:
+        settings = {
+            "slab_dtype": "float32", "max_running": 8, "max_adapters": 3, "max_step_tokens": 16, "max_rank": 8,
+            "kv_bytes": 1 << 20, "pool_bytes": 1 << 20, "memory_fraction": 0.3,
+        }  # fmt: skip
+        return load_cuda_runner(model_dirs["small"], EngineConfig(**{**settings, **engine}), device, progress)
 
     yield make
     torch.set_num_threads(before)

@@ -161,6 +161,12 @@ def test_limits_that_contradict_each_other_are_refused(make_runner: MakeRunner) 
         scheduler_limits(config, make_runner())
 
 
+def test_settings_that_contradict_each_other_are_refused_before_anything_is_loaded() -> None:
+    config = Config(model=ModelConfig(path="anywhere"), engine=EngineConfig(max_step_tokens=4, max_running=8))
+    with pytest.raises(ConfigError, match=r"engine\.max_step_tokens is 4"):
+        build_runner(config, quiet)
+
+
 @pytest.mark.parametrize(("asked", "given"), [(0, 512), (100, 100), (100_000, 512)])
 def test_the_context_is_the_models_own_at_most(make_runner: MakeRunner, asked: int, given: int) -> None:
     config = Config(model=ModelConfig(max_model_tokens=asked))

@@ -5,6 +5,7 @@ blocks are gathered first, which costs three times the memory traffic. Which of 
 """
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 import torch
@@ -13,6 +14,9 @@ from torch.nn import functional
 from loraserve.model_shape import ModelShape
 
 Backend = Literal["paged", "gathered"]
+
+GATHERED_TOKENS = 1 << 16
+"""KV of those who decode that is copied at a time. All of it at once takes more memory than is set aside for a step."""
 
 
 class GpuKvCache:
@@ -61,21 +65,15 @@ def attend(
     if backend == "paged":
         return _paged(q, keys, values, batch, scale).flatten(1)
     out = torch.empty_like(q)
-    singles = [i for i, n in enumerate(batch.queries) if n == 1]
-    if not batch.queries or len(singles) == len(batch.queries):
+    if batch.queries:
+        _gathered(q, out, keys, values, batch, scale)
+    else:
         _gathered_decode(q, out, keys, values, batch.table, batch.seq_len, scale)
-        return out.flatten(1)
-    start = 0
-    for index, (queries, length) in enumerate(zip(batch.queries, batch.lengths, strict=True)):
-        rows = slice(start, start + queries)
-        blocks = batch.table[index, : -(-length // cache.block_tokens)]
-        out[rows] = _gathered_prefill(q[rows], keys, values, blocks, length, scale)
-        start += queries
     return out.flatten(1)
 
 
 def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Backend, str]:
-    """(backend, why): ``paged`` where one attention over two blocks comes out right."""
+    """(backend, why): ``paged`` where a chunk behind a cached prefix and a decode, over two blocks, come out right."""
     if device.type != "cuda":
         return "gathered", "no GPU"
     try:
@@ -85,7 +83,11 @@ def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, devic
     try:
         return _try_paged(shape, block_tokens, dtype, device)
     except (RuntimeError, TypeError, ValueError) as error:
-        return "gathered", f"varlen_attn with block tables: {str(error).splitlines()[0]}"
+        return "gathered", f"varlen_attn with block tables: {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Backend, str]:
@@ -95,15 +97,15 @@ def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device:
     )  # fmt: skip
     cache.keys.normal_()
     cache.values.normal_()
-    length = block_tokens + 1
-    q = torch.randn(1, shape.heads, shape.head_dim, dtype=dtype, device=device)
+    queries, lengths = (3, 1), (block_tokens + 3, block_tokens + 1)
+
+    def integers(*values: int) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
     batch = GpuAttentionBatch(
-        query_start=torch.tensor([0, 1], dtype=torch.int32, device=device),
-        seq_len=torch.tensor([length], dtype=torch.int32, device=device),
-        table=torch.tensor([[2, 0]], dtype=torch.int32, device=device),
-        queries=(1,),
-        lengths=(length,),
+        integers(0, 3, 4), integers(*lengths), integers(2, 0, 1, 2).view(2, 2), queries=queries, lengths=lengths
     )
+    q = torch.randn(sum(queries), shape.heads, shape.head_dim, dtype=dtype, device=device)
     paged, gathered = (attend(q, cache, batch, 0, shape.head_dim**-0.5, b) for b in ("paged", "gathered"))
     if not torch.allclose(paged.float(), gathered.float(), atol=2e-2, rtol=2e-2):
         return "gathered", "varlen_attn with block tables gave a wrong result"
@@ -133,6 +135,28 @@ def _paged(
     return result
 
 
+def _gathered(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: GpuAttentionBatch,
+    scale: float,
+) -> None:
+    """Neighbours that decode are computed together, prompts one by one."""
+    token = index = 0
+    for decode, run in groupby(batch.queries, lambda queries: queries == 1):
+        for queries in [tuple(run)] if decode else [(n,) for n in run]:
+            rows, own = slice(token, token + sum(queries)), slice(index, index + len(queries))
+            length = max(batch.lengths[own])
+            table = batch.table[own, : -(-length // keys.shape[1])]
+            if decode:
+                _gathered_decode(q[rows], out[rows], keys, values, table, batch.seq_len[own], scale)
+            else:
+                out[rows] = _gathered_prefill(q[rows], keys, values, table[0], length, scale)
+            token, index = rows.stop, own.stop
+
+
 def _gathered_decode(
     q: torch.Tensor,
     out: torch.Tensor,
@@ -142,7 +166,22 @@ def _gathered_decode(
     seq_len: torch.Tensor,
     scale: float,
 ) -> None:
-    """One query a sequence, all at once, over as many blocks as the table is wide."""
+    """One query a sequence over as many blocks as the table is wide, GATHERED_TOKENS at a time."""
+    rows = max(1, GATHERED_TOKENS // (table.shape[1] * keys.shape[1]))
+    for start in range(0, len(q), rows):
+        own = slice(start, start + rows)
+        _decode_together(q[own], out[own], keys, values, table[own], seq_len[own], scale)
+
+
+def _decode_together(
+    q: torch.Tensor,
+    out: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    table: torch.Tensor,
+    seq_len: torch.Tensor,
+    scale: float,
+) -> None:
     sequences, blocks = table.shape
     places = torch.arange(blocks * keys.shape[1], device=q.device)
     past = places[None, :] < seq_len[:, None]
@@ -153,27 +192,31 @@ def _gathered_decode(
         part.index_select(0, flat).view(sequences, -1, *part.shape[2:]).masked_fill_(beyond, 0.0).transpose(1, 2)
         for part in (keys, values)
     )
-    # Heads that share keys are queries of one head: torch's fast kernels take masks, or shared heads, but not both.
-    grouped = q.view(sequences, k.shape[1], -1, q.shape[2])
+    # Queries that share a key head pose as queries of one head, so that no kernel has to repeat keys for them.
+    grouped = q.view(sequences, keys.shape[2], -1, q.shape[2])
     attended = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=past[:, None, None, :], scale=scale)
-    out.copy_(attended.reshape(out.shape))
+    out.copy_(attended.flatten(1, 2))
 
 
 def _gathered_prefill(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, length: int, scale: float
 ) -> torch.Tensor:
     """The queries of one sequence, [queries, heads, dim]."""
-    k, v = (part.index_select(0, blocks).flatten(0, 1)[:length].transpose(0, 1)[None] for part in (keys, values))
-    queries, heads, dim = q.shape
-    if queries == length:
-        whole = functional.scaled_dot_product_attention(
-            q.transpose(0, 1)[None], k, v, is_causal=True, scale=scale, enable_gqa=True
-        )
-        return whole[0].transpose(0, 1)
-    places = torch.arange(length, device=q.device)
-    mask = places[None, :] <= places[length - queries :, None]
-    group = heads // k.shape[1]
-    # [kv_heads, group * queries]: as in decode, heads that share keys are queries of one head.
-    grouped = q.view(queries, -1, group, dim).permute(1, 2, 0, 3).reshape(1, -1, group * queries, dim)
-    attended = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask.repeat(group, 1), scale=scale)
-    return attended.view(-1, group, queries, dim).permute(2, 0, 1, 3).reshape(queries, heads, dim)
+    queries, kv_heads = q.shape[0], keys.shape[2]
+    # Heads that share keys are together; their keys are a view that names the same ones for each.
+    grouped = q.view(queries, kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)
+    k, v = (
+        part.index_select(0, blocks)
+        .flatten(0, 1)[:length]
+        .transpose(0, 1)[:, None]
+        .expand(-1, grouped.shape[1], -1, -1)
+        for part in (keys, values)
+    )
+    mask = None
+    if queries != length:
+        places = torch.arange(length, device=q.device)
+        mask = places[None, :] <= places[length - queries :, None]
+    attended = functional.scaled_dot_product_attention(
+        grouped, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
+    )
+    return attended.permute(2, 0, 1, 3).flatten(1, 2)

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from loraserve.adapter.format import ITEM_BYTES, Dtype, row_elements
+from loraserve.adapter.format import Dtype, lay_out
 from loraserve.engine.buddy import BuddyAllocator
 from loraserve.errors import ConfigError
 from loraserve.model_shape import MODULES, SLICES, ModelShape
@@ -49,9 +49,10 @@ def divide(memory: Measured, memory_fraction: float, pool_fraction: float, block
 
 
 def adapter_bytes(shape: ModelShape, dtype: Dtype, rank: int) -> int:
-    """Slab of an adapter with this rank in every projection, without the few bytes of alignment."""
-    per_layer = sum(row_elements(shape, module, (rank,) * len(SLICES[module])) for module in MODULES)
-    return shape.layers * per_layer * ITEM_BYTES[dtype]
+    """Slab of an adapter with this rank in every projection."""
+    ranks = [(rank,) * len(SLICES[module]) for module in MODULES] * shape.layers
+    scales = [(1.0,) * len(row) for row in ranks]
+    return lay_out(shape, dtype, ranks, scales).slab_bytes
 
 
 def adapters_that_fit(shape: ModelShape, dtype: Dtype, pool_bytes: int, slots: int, rank: int) -> int:

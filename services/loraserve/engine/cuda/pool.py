@@ -18,6 +18,9 @@ class DevicePool:
         self.tensor = torch.zeros(elements, dtype=dtype, device=device)
         self._bytes = self.tensor.view(torch.uint8)
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        if self._stream is not None:
+            # The zeros come first: they are written on the stream that is current now.
+            self._stream.wait_stream(torch.cuda.current_stream(device))
 
     def __len__(self) -> int:
         return self._bytes.numel()

@@ -66,6 +66,9 @@ class CudaRunner:
             table_widths(most_blocks, state.attention),
             self._work,
         )
+        if self._stream is not None:
+            # Weights, cache and tables were filled on the stream that is current now.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def warm_up(self, progress: Callable[[str], None]) -> None:
         """Compiles the kernels of every size, and captures the graphs, so that no request waits for either."""

@@ -1,0 +1,34 @@
+"""The engine's process over the CUDA runner, which Triton's interpreter computes for where there is no GPU."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from loraserve.config import Config
+
+pytest.importorskip("triton", reason="the CUDA runner needs triton")
+
+from loraserve.engine.cuda.build import load_cuda_runner
+from loraserve.engine.cuda.runner import CudaRunner
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def build(config: Config, progress: Callable[[str], None]) -> CudaRunner:
+    return load_cuda_runner(Path(config.model.path), config.engine, DEVICE, progress)
+
+
+def test_a_base_and_an_adapter_request_get_their_tokens(play: Callable[..., None], models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        for name, adapter in (("base", ""), ("adapted", "one")):
+            await stage.admit(name, adapter, tokens=3)
+        await stage.finished("base", "adapted")
+        for name, adapter in (("base", ""), ("adapted", "one")):
+            assert stage.tokens[name] == models.expected(adapter, 3)
+        assert stage.tokens["base"] != stage.tokens["adapted"]
+        assert (await stage.fresh_load()).leaks == 0
+
+    play(scenario, build=build, max_adapters=2, max_rank=8, max_step_tokens=32, max_running=2, memory_fraction=0.3)
