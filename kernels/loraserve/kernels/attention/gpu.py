@@ -4,6 +4,7 @@
 blocks are gathered first, which costs three times the memory traffic. Which of the two is tried out once.
 """
 
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -86,11 +87,26 @@ def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, devic
         return "gathered", f"varlen_attn with block tables: {_first_line(error)}"
 
 
+def _activate_installed_flash_attention(device: torch.device) -> None:
+    """torch's own FlashAttention reads no block tables; a newer one, where it is installed, takes its place."""
+    import torch.nn.attention as attention
+
+    newer = "FA3" if torch.cuda.get_device_capability(device) < (10, 0) else "FA4"
+    activate = getattr(attention, "activate_flash_attention_impl", None)
+    if activate is None:  # torch 2.11
+        return
+    # Where it is not there, or not for this GPU, torch's own stays.
+    with suppress(ImportError, RuntimeError, ValueError, NotImplementedError):
+        activate(newer)
+
+
 def _first_line(error: Exception) -> str:
     return str(error).partition("\n")[0]
 
 
 def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Backend, str]:
+    if device.type == "cuda":
+        _activate_installed_flash_attention(device)
     cache = GpuKvCache(
         ModelShape(1, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab),
         3, block_tokens, dtype, device,

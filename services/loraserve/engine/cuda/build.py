@@ -11,6 +11,7 @@ from loraserve.engine.cuda.state import allocate
 from loraserve.engine.cuda.weights import DTYPES, DeviceForm, compute_dtype
 from loraserve.engine.model.config import context_limit, read_decoder_config
 from loraserve.engine.model.weights import load_weights
+from loraserve.errors import ConfigError
 
 
 def load_cuda_runner(
@@ -19,5 +20,12 @@ def load_cuda_runner(
     """The model on ``device``, not warm yet. Raises ConfigError naming the setting, field or tensor at fault."""
     config = read_decoder_config(model_dir)
     form = DeviceForm(DTYPES[compute_dtype(engine)], device)
-    weights = load_weights(model_dir, config, form, progress)
-    return CudaRunner(allocate(config, weights, engine, context_limit(config, progress), progress), engine)
+    try:
+        weights = load_weights(model_dir, config, form, progress)
+        state = allocate(config, weights, engine, context_limit(config, progress), progress)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"GPU memory: the model does not fit ({str(error).splitlines()[0]}); give each engine a GPU of its own "
+            "(cluster.engines), stop what else runs there, or use a smaller model"
+        ) from error
+    return CudaRunner(state, engine)

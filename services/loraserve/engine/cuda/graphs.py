@@ -12,7 +12,8 @@ from loraserve.kernels.attention.gpu import Backend, GpuAttentionBatch
 from loraserve.kernels.lora.tuning import bucket
 from loraserve.kernels.lora.work import LoraWork
 
-NARROWEST_BLOCKS = 16
+NARROWEST_BLOCKS = {"gathered": 16, "paged": 256}
+WIDER = {"gathered": 4, "paged": 8}
 
 
 def batch_sizes(max_running: int) -> tuple[int, ...]:
@@ -24,15 +25,13 @@ def batch_sizes(max_running: int) -> tuple[int, ...]:
 def table_widths(most_blocks: int, attention: Backend) -> tuple[int, ...]:
     """Blocks of a sequence that a graph has room for.
 
-    Gathered attention reads all of that room, so there are several sizes; paged attention reads what is used.
+    Gathered attention reads all of that room, so that there are many sizes; for paged attention it is only sent.
     """
-    if attention == "paged":
-        return (most_blocks,)
     widths = {most_blocks}
-    width = NARROWEST_BLOCKS
+    width = NARROWEST_BLOCKS[attention]
     while width < most_blocks:
         widths.add(width)
-        width *= 4
+        width *= WIDER[attention]
     return tuple(sorted(widths))
 
 
@@ -63,6 +62,7 @@ class DecodeGraphs:
         self._widths = widths
         self._work = work
         self._graphs: dict[tuple[int, int, bool], DecodeGraph] = {}
+        self._logits = torch.empty(0)
 
     def capture(self, progress: Callable[[str], None]) -> None:
         """Capture all, largest first, so that the smaller ones find its memory. On the stream that will replay them."""
@@ -97,9 +97,11 @@ class DecodeGraphs:
             return self._decoder.forward(step, self._drawn, batch, lora)
 
         # What is compiled, or allocated once, must be so before.
-        forward()
+        logits = forward()
+        if not self._logits.numel():  # of the largest batch; one for all graphs, as they run one after the other
+            self._logits = torch.empty_like(logits)
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
-            logits = forward()
-        return DecodeGraph(step, graph, logits)
+            self._logits[:size].copy_(forward())
+        return DecodeGraph(step, graph, self._logits[:size])

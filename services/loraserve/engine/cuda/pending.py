@@ -20,12 +20,13 @@ class PendingGpuStep:
         parts = (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs) if drawn else ()
         self._parts = [None if part is None else _sent_back(part) for part in parts]
         self._started = started
+        self._device = torch.cuda.current_device()
         self._ended = torch.cuda.Event(enable_timing=True)
         self._ended.record()
 
     def result(self) -> StepResult:
         """Waits for the step; raises what the GPU reports. ``duration_s`` is the time on the GPU alone."""
-        with device_errors():
+        with device_errors(), torch.cuda.device(self._device):
             self._ended.synchronize()
         arrays = [None if part is None else part.numpy() for part in self._parts]
         tokens = tuple(sampled(self._rows, *arrays)) if arrays else ()  # type: ignore[arg-type]

@@ -1,5 +1,6 @@
 """The model on one CUDA GPU: turns a StepBatch into one upload, one replayed graph and one download."""
 
+import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,7 @@ from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
 from loraserve.engine.cuda.errors import device_errors
 from loraserve.engine.cuda.graphs import DecodeGraphs, batch_sizes, table_widths
 from loraserve.engine.cuda.pending import PendingGpuStep
+from loraserve.engine.cuda.pool import READ_BYTES
 from loraserve.engine.cuda.sampling import Drawn, draw, sampled
 from loraserve.engine.cuda.sampling_rows import prepare
 from loraserve.engine.cuda.state import DeviceState
@@ -25,6 +27,7 @@ from loraserve.engine.pool_memory import PoolMemory
 from loraserve.engine.runner_protocol import ComputedStep, PendingStep
 from loraserve.kernels.attention.gpu import GpuAttentionBatch
 from loraserve.kernels.lora.work import LoraWork
+from loraserve.messages.base import SamplingParams
 
 
 class CudaRunner:
@@ -82,6 +85,12 @@ class CudaRunner:
                 size *= 2
             if self._stream is not None:
                 self._graphs.capture(progress)
+        # What is left to be allocated once, page-locked memory above all, is so before the first request.
+        self.pool.write(0, bytes(1))
+        self.pool.digest(hashlib.sha256(), 0, min(len(self.pool), READ_BYTES))
+        sampling = SamplingParams(max_tokens=1, temperature=0.0)
+        first = SequenceStep(request_id="", tokens=(0,), start=0, blocks=(0,), sampling=sampling, prompt_length=1)
+        self.step(StepBatch(step_id=0, sequences=(first,)))
 
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
         """Steps submitted from now on use the slab at ``base_elements`` of the pool for tokens of ``slot``.

@@ -9,7 +9,7 @@ import torch
 from loraserve.config import EngineConfig
 from loraserve.engine.batch import SequenceStep
 from loraserve.engine.cuda.decoder import GpuDecoder
-from loraserve.engine.cuda.memory import Measured, Shares, divide, room
+from loraserve.engine.cuda.memory import SHOWN_RANKS, Measured, Shares, divide, room
 from loraserve.engine.cuda.pool import DevicePool
 from loraserve.engine.cuda.sampling import draw
 from loraserve.engine.cuda.sampling_rows import prepare
@@ -22,6 +22,9 @@ from loraserve.kernels.attention.gpu import Backend, GpuAttentionBatch, GpuKvCac
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.work import LoraWork, Workspace
 from loraserve.messages.base import SamplingParams
+
+GRAPHS_BYTES = 512 << 20
+"""Left for what captured graphs and the libraries take, which shows only when it is too late to divide anew."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +48,12 @@ class DeviceState:
         """Name of the form in which weights compute."""
         return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
 
-    def try_step(self, tokens: int, work: LoraWork | None) -> None:
-        """Compute a step of that many tokens which touches no KV block but the first, and draw from all its rows."""
-        rows = _trial_rows(self, tokens)
+    def try_step(self, tokens: int, work: LoraWork | None, context: int = 0) -> None:
+        """Compute a step of that many tokens which touches no KV block but the first, and draw from all its rows.
+
+        With a ``context`` they are the end of one sequence of that length, else as many sequences as may run.
+        """
+        rows = [_trial(self, 0, tokens, context - tokens)] if context > tokens else _trial_rows(self, tokens)
         packed = pack(rows, self.block_tokens)
         step = StepBuffer(StepShape(tokens, len(rows), packed.table.shape[1], len(rows)), self.device)
         step.send(packed, np.full(tokens, UNKNOWN, np.int32))
@@ -77,10 +83,9 @@ def allocate(
     tables = AdapterTables(config.shape, engine.max_adapters, str(device))
     space = Workspace(tables, engine.max_step_tokens, engine.max_rank, dtype)
 
-    def state(shares: Shares) -> DeviceState:
+    def state(shares: Shares, longest: int) -> DeviceState:
         cache = GpuKvCache(config.shape, shares.kv_blocks, engine.block_tokens, dtype, device)
         pool = DevicePool(shares.pool_bytes // dtype.itemsize, dtype, device)
-        longest = min(positions, shares.kv_blocks * engine.block_tokens)
         decoder = GpuDecoder(config, weights, cache, pool.tensor, tables, longest, attention)
         return DeviceState(
             config, device, dtype, tables, space, pool, decoder, shares, longest, attention, engine.block_tokens,
@@ -90,18 +95,19 @@ def allocate(
     block_bytes = gpu_block_bytes(config.shape, engine.block_tokens, dtype)
     if device.type == "cuda":
         trial = Shares(kv_blocks=-(-engine.max_step_tokens // engine.block_tokens), pool_bytes=1 << 20)
-        measured = _measure(state(trial), engine.max_step_tokens)
+        measured = _measure(state(trial, positions), engine.max_step_tokens)
         shares = divide(measured, engine.memory_fraction, engine.pool_fraction, block_bytes)
     else:
         shares = Shares(kv_blocks=engine.kv_bytes // block_bytes, pool_bytes=engine.pool_bytes)
     if shares.kv_blocks < 1:
         raise ConfigError(f"engine.kv_bytes={engine.kv_bytes} holds not one block; give at least {block_bytes}")
-    progress(room(config.shape, engine.slab_dtype, shares, engine.block_tokens, engine.max_adapters))
-    return state(shares)
+    ranks = [rank for rank in SHOWN_RANKS if rank <= engine.max_rank]
+    progress(room(config.shape, engine.slab_dtype, shares, engine.block_tokens, engine.max_adapters, ranks))
+    return state(shares, min(positions, shares.kv_blocks * engine.block_tokens))
 
 
 def _measure(state: DeviceState, tokens: int) -> Measured:
-    """What the largest step takes beside what stays, by computing one."""
+    """What the largest steps take beside what stays, by computing them: many sequences, and one long context."""
     with torch.inference_mode(), torch.cuda.device(state.device):
         work = LoraWork(state.tables, state.space, tokens)
         state.try_step(tokens, work)
@@ -111,24 +117,27 @@ def _measure(state: DeviceState, tokens: int) -> Measured:
         before = torch.cuda.memory_allocated()
         free_bytes, total_bytes = torch.cuda.mem_get_info()
         state.try_step(tokens, work)
+        state.try_step(tokens, work, context=state.positions)
         torch.cuda.synchronize()
         step_bytes = torch.cuda.max_memory_allocated() - before
         torch.cuda.empty_cache()
-    return Measured(total_bytes=total_bytes, used_bytes=total_bytes - free_bytes, step_bytes=step_bytes)
+    used_bytes = total_bytes - free_bytes
+    return Measured(total_bytes=total_bytes, used_bytes=used_bytes, step_bytes=step_bytes + GRAPHS_BYTES)
 
 
 def _trial_rows(state: DeviceState, tokens: int) -> list[SequenceStep]:
-    """Sequences as equal as can be, none longer than the context, all in the first block."""
+    """Sequences as equal as can be, none longer than the context."""
     count = max(min(state.max_running, tokens), -(-tokens // state.positions))
-    sampling = SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9)
-    return [
-        SequenceStep(
-            request_id=str(i),
-            tokens=(0,) * len(part),
-            start=0,
-            blocks=(0,) * -(-len(part) // state.block_tokens),
-            sampling=sampling,
-            prompt_length=len(part),
-        )
-        for i, part in enumerate(np.array_split(np.arange(tokens), count))
-    ]
+    return [_trial(state, i, len(part)) for i, part in enumerate(np.array_split(np.arange(tokens), count))]
+
+
+def _trial(state: DeviceState, index: int, tokens: int, start: int = 0) -> SequenceStep:
+    """All in the first block, and drawn with what takes the most memory."""
+    return SequenceStep(
+        request_id=str(index),
+        tokens=(0,) * tokens,
+        start=start,
+        blocks=(0,) * -(-(start + tokens) // state.block_tokens),
+        sampling=SamplingParams(max_tokens=1, temperature=1.0, top_p=0.9),
+        prompt_length=tokens,
+    )

@@ -42,7 +42,10 @@ class DeviceForm:
         return weight.to(self._device)
 
     def _moved(self, weight: torch.Tensor) -> torch.Tensor:
-        return weight.to(self._device, self._dtype, copy=True)
+        moved = weight.to(self._device, self._dtype, copy=True)
+        if self._dtype == torch.float16 and not bool(moved.isfinite().all()):
+            raise ConfigError("engine.weights=fp16: the model has weights beyond 65504; use bf16 weights and slabs")
+        return moved
 
 
 def compute_dtype(engine: EngineConfig) -> str:
