@@ -42,8 +42,10 @@ def test_a_killed_engine_is_left_survived_and_used_again(
             stop = asyncio.Event()
             asking = asyncio.create_task(keep_asking(http, stop))
             kill_again = asyncio.create_task(kill_while_it_starts(cluster, first_pid))
+            # Watched from now on: where streams take long to end, it may be back before they do.
+            back = asyncio.create_task(wait_until_back(cluster, http, killed_s))
             check_ends(await asyncio.gather(*long))
-            dead_until_s = await wait_until_back(cluster, http, killed_s)
+            dead_until_s = await back
             await kill_again
             stop.set()
             meanwhile = [

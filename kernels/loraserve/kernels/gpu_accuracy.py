@@ -44,6 +44,7 @@ class Setup:
 
     def __init__(self, shape: ModelShape, dtype: str, device: torch.device) -> None:
         choose = random.Random(0)
+        torch.manual_seed(0)
         self.shape, self.device = shape, device
         self.headers = [self._header(shape, dtype, rank, choose) for rank in RANKS]
         size = sum(header.elements + GAP for header in self.headers) + GAP

@@ -26,14 +26,14 @@ def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
         right(y, *rest)  # type: ignore[arg-type]
         y[1, 0] = 0.0
 
-    def loses_a_column(y: torch.Tensor, *rest: object) -> None:
+    def loses_a_block(y: torch.Tensor, *rest: object) -> None:
         right(y, *rest)  # type: ignore[arg-type]
-        y[0, -1] = 0.0
+        y[0, -64:] = 0.0
 
     def reads_poison(y: torch.Tensor, *rest: object) -> None:
         right(y, *rest)  # type: ignore[arg-type]
         y[0, 3] = float("nan")
 
-    for wrong in (touches_others, loses_a_column, reads_poison):
+    for wrong in (touches_others, loses_a_block, reads_poison):
         monkeypatch.setattr(gpu_accuracy, "add_lora", wrong)
         assert not setup.check(1, BATCHES["decode"], "decode").good, wrong.__name__
