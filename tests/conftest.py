@@ -19,6 +19,18 @@ APART = "tests/cluster/test_lifecycle.py"
 """It starts clusters of its own, with hardly anything to compute."""
 
 
+LONGEST_FIRST = ("test_lora_gpu.py", "test_cuda_truth.py", "test_gpu_report.py", "test_tune.py")
+"""Files of a minute or so: begun first among those of a kind, so that none is what everybody waits for at the end."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def turn(item: pytest.Item) -> tuple[bool, bool]:
+        file = item.nodeid.partition("::")[0]
+        return not file.startswith(WHOLE_MACHINE), not file.endswith(LONGEST_FIRST)
+
+    items.sort(key=turn)
+
+
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
     """Tests of a file stay together, and so do those that need the whole machine."""
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import msgspec
 
+from loraserve.device import default_engines
 from loraserve.errors import ConfigError
 
 ENV_PREFIX = "LORASERVE_"
@@ -45,7 +46,9 @@ class BusConfig(Section, frozen=True, kw_only=True):
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
-    engines: Positive = 2
+    """``engines`` 0 is one for each GPU, or two on a CPU."""
+
+    engines: Natural = 0
     run_dir: str = ""
     data_dir: str = ""
     log_dir: str = ""
@@ -166,7 +169,12 @@ def load_config(
 
 def engine_names(config: Config) -> tuple[str, ...]:
     """Names of the engine processes of this cluster."""
-    return tuple(f"engine-{index}" for index in range(config.cluster.engines))
+    return tuple(f"engine-{index}" for index in range(engine_count(config)))
+
+
+def engine_count(config: Config) -> int:
+    """Engine processes of this cluster."""
+    return config.cluster.engines or default_engines(config.engine.device)
 
 
 def _read_toml(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 import msgspec
 
 from loraserve.bus.claim import NameClaim, private_dir
-from loraserve.config import Config, load_config
+from loraserve.config import Config, engine_count, load_config
 from loraserve.demo import demo_adapters
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
@@ -121,8 +121,8 @@ def _configuration(arguments: argparse.Namespace) -> Config:
         run_dir=cluster.run_dir or str(data_dir / "run"),
         log_dir=cluster.log_dir or str(data_dir / "logs"),
     )
-    if cluster.engines < 1:
-        raise ConfigError(f"cluster.engines is {cluster.engines}; at least 1 engine is needed (--engines N)")
+    # Written down, so that every process counts the same.
+    cluster = msgspec.structs.replace(cluster, engines=engine_count(config))
     return msgspec.structs.replace(config, cluster=cluster)
 
 
@@ -214,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--name", help="what clients call the model; default: the folder's name")
     start.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="PEFT directory to register")
     start.add_argument("--engines", metavar="N", help="engine processes (2)")
-    start.add_argument("--device", help="auto, cpu or cuda")
+    start.add_argument("--device", help="auto (a GPU where there is one), cpu or cuda")
     start.add_argument("--host", help="address to serve on (127.0.0.1)")
     start.add_argument("--port", help="port to serve on (8000)")
     start.add_argument("--detach", action="store_true", help="return once ready and serve in the background")

@@ -4,7 +4,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from loraserve.config import Config, EngineConfig
+from loraserve.config import Config, EngineConfig, engine_count
 from loraserve.device import device_of
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.runner import ModelRunner
@@ -14,7 +14,7 @@ from loraserve.errors import ConfigError
 
 def threads_for(config: Config) -> int:
     """Compute threads of one engine: engines of one machine split its cores."""
-    return config.engine.threads or max(1, (os.cpu_count() or 1) // max(1, config.cluster.engines))
+    return config.engine.threads or max(1, (os.cpu_count() or 1) // engine_count(config))
 
 
 def build_runner(config: Config, progress: Callable[[str], None], index: int = 0) -> Runner:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from loraserve.config import Config, engine_names
+from loraserve.config import Config, engine_count, engine_names
 from loraserve.supervisor.restart import GiveUp, RestartHistory
 
 STOP_TIMEOUT_S = 15.0
@@ -32,7 +32,7 @@ def kind_of(name: str) -> str:
 
 def threads_per_engine(config: Config) -> int:
     """Cores are split: engines that compete for them slow each other down far more than their share."""
-    return config.engine.threads or max(1, (os.cpu_count() or 1) // config.cluster.engines)
+    return config.engine.threads or max(1, (os.cpu_count() or 1) // engine_count(config))
 
 
 def environment(config: Config, kind: str) -> dict[str, str]:

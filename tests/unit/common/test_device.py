@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.device import device_of
+from loraserve.device import default_engines, device_of
 
 
 @pytest.mark.parametrize(
@@ -32,3 +32,12 @@ def test_what_is_asked_for_is_taken_whatever_is_there(tmp_path: Path) -> None:
     assert device_of("cuda", tmp_path) == "cuda"
     (tmp_path / "nvidia0").touch()
     assert device_of("cpu", tmp_path) == "cpu"
+
+
+def test_there_is_an_engine_for_each_gpu_or_two_on_a_cpu(tmp_path: Path) -> None:
+    assert default_engines("auto", tmp_path) == 2
+    for number in range(3):
+        (tmp_path / f"nvidia{number}").touch()
+    assert default_engines("auto", tmp_path) == 3
+    assert default_engines("cpu", tmp_path) == 2
+    assert default_engines("cuda", tmp_path / "missing") == 1
