@@ -213,7 +213,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     start.add_argument("--name", help="what clients call the model; default: the folder's name")
     start.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="PEFT directory to register")
-    start.add_argument("--engines", metavar="N", help="engine processes (2)")
+    start.add_argument("--engines", metavar="N", help="engine processes (one for each GPU, or 2 on a CPU)")
     start.add_argument("--device", help="auto (a GPU where there is one), cpu or cuda")
     start.add_argument("--host", help="address to serve on (127.0.0.1)")
     start.add_argument("--port", help="port to serve on (8000)")
