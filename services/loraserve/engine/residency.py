@@ -4,6 +4,7 @@ Requests come before the plan, a few loads run at once, and a load that fails is
 """
 
 from collections.abc import Iterable
+from math import inf
 
 from loraserve.engine.events import EvictAdapter, Instruction, LoadAdapter, PlanReady
 from loraserve.engine.limits import SchedulerLimits
@@ -69,12 +70,16 @@ class Residency:
         """
         instructions: list[Instruction] = []
         keep: set[str] = set()
+        no_room_bytes = inf
         for adapter in requested:
-            if self.pool.loading >= self._max_loads:
-                return instructions
-            if adapter.version not in self.pool:
+            # Where one found no room none of its size will, as ``keep`` only grows: a long queue costs one look.
+            if adapter.version not in self.pool and adapter.slab_bytes < no_room_bytes:
+                if self.pool.loading >= self._max_loads:
+                    return instructions
                 begun = self._load(adapter, now, keep, drop_plan_pins=False)
-                instructions += begun or self._load(adapter, now, keep, drop_plan_pins=True)
+                begun = begun or self._load(adapter, now, keep, drop_plan_pins=True)
+                instructions += begun
+                no_room_bytes = no_room_bytes if begun else adapter.slab_bytes
             keep.add(adapter.version)
         for adapter in list(self._wanted.values()):
             if self.pool.loading >= self._max_loads:

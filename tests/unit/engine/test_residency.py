@@ -1,9 +1,12 @@
 """Which adapter is loaded when: requests before the plan, few at once, and every wish gets its answer."""
 
+from collections.abc import Collection
+
 import msgspec
 
 from loraserve.engine.events import EvictAdapter, Instruction, LoadAdapter, PlanReady
 from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.pool import AdapterPool, Placed
 from loraserve.engine.residency import Residency
 from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef
@@ -158,3 +161,35 @@ def test_retired_copies_lose_their_pin_and_stay_until_room_is_wanted() -> None:
     assert made.retire(keep=("b",)) == 0
     assert made.ready("a")
     assert evictions(made.start_loads([C], 5.0, idle=True)) == ["a"]
+
+
+class CountingPool(AdapterPool):
+    """Counts how often room was looked for."""
+
+    looks = 0
+
+    def place(
+        self, adapter: AdapterRef, now: float, keep: Collection[str] = (), drop_plan_pins: bool = False
+    ) -> Placed | None:
+        self.looks += 1
+        return super().place(adapter, now, keep, drop_plan_pins)
+
+
+def test_a_long_queue_before_a_full_pool_costs_one_look_a_size() -> None:
+    made = residency(units=2)
+    made.pool = pool = CountingPool(2 * UNIT, 8)
+    for adapter in (A, B):
+        made.start_loads([adapter], 0.0, idle=False)
+        made.loaded(adapter.version)
+        pool.start_running(adapter.version, 0.0)
+    pool.looks = 0
+    queue = [msgspec.structs.replace(C, version=f"v{i}", slab_bytes=(2 - i % 2) * UNIT) for i in range(500)]
+    assert made.start_loads([*queue, *queue], 1.0, idle=False) == []
+    assert pool.looks == 4, "two sizes, with and without the plan's pins"
+
+
+def test_a_smaller_adapter_loads_where_a_larger_one_found_no_room() -> None:
+    made = residency(units=2, loaded=(A, B))
+    made.pool.start_running("a", 0.0)
+    double = msgspec.structs.replace(HUGE, slab_bytes=2 * UNIT)
+    assert loads(made.start_loads([double, C], 1.0, idle=False)) == ["c"]
