@@ -1,5 +1,6 @@
 """Which kind of device engines compute on, as far as that can be told without asking the device itself."""
 
+import os
 from pathlib import Path
 from typing import Literal
 
@@ -15,8 +16,19 @@ def device_of(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/de
 
 
 def gpus(devices: Path = Path("/dev")) -> int:
-    """GPUs that the driver shows to this process; Windows' subsystem for Linux shows no number, so one."""
-    return len(list(devices.glob("nvidia[0-9]*"))) or int((devices / "dxg").exists())
+    """GPUs that this process may use. Windows' subsystem for Linux shows no number, so one.
+
+    CUDA_VISIBLE_DEVICES hides some or all of what the driver shows, as it does from CUDA itself.
+    """
+    shown = len(list(devices.glob("nvidia[0-9]*"))) or int((devices / "dxg").exists())
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return shown if visible is None else min(shown, _listed(visible))
+
+
+def _listed(visible: str) -> int:
+    """Entries up to the first that names no GPU, which hides those behind it."""
+    names = [name.strip() for name in visible.split(",")]
+    return next((index for index, name in enumerate(names) if name in ("", "-1", "NoDevFiles")), len(names))
 
 
 def default_engines(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/dev")) -> int:

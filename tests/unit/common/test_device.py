@@ -7,6 +7,11 @@ import pytest
 from loraserve.device import default_engines, device_of
 
 
+@pytest.fixture(autouse=True)
+def nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+
+
 @pytest.mark.parametrize(
     ("there", "kind"),
     [
@@ -41,3 +46,18 @@ def test_there_is_an_engine_for_each_gpu_or_two_on_a_cpu(tmp_path: Path) -> None
     assert default_engines("auto", tmp_path) == 3
     assert default_engines("cpu", tmp_path) == 2
     assert default_engines("cuda", tmp_path / "missing") == 1
+
+
+@pytest.mark.parametrize(
+    ("visible", "engines"),
+    [("0", 1), ("2,0", 2), ("GPU-8932f937", 1), ("0,1,2,3,4", 3), ("", 2), ("-1", 2), ("NoDevFiles", 2), ("1,-1,0", 1)],
+)
+def test_gpus_that_are_hidden_from_cuda_get_no_engine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, visible: str, engines: int
+) -> None:
+    for number in range(3):
+        (tmp_path / f"nvidia{number}").touch()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert default_engines("auto", tmp_path) == engines
+    hidden = visible in ("", "-1", "NoDevFiles")
+    assert device_of("auto", tmp_path) == ("cpu" if hidden else "cuda")
