@@ -88,12 +88,23 @@ def decode(runner: Any, sequences: int, steps: int) -> list[list[int]]:
     return outputs
 
 
+def small_engine(max_running: int, memory_fraction: float = 0.1) -> EngineConfig:
+    return EngineConfig(
+        slab_dtype="float32", max_running=max_running, max_adapters=2, max_step_tokens=64, max_rank=16,
+        memory_fraction=memory_fraction,
+    )  # fmt: skip
+
+
 def test_a_runner_with_graphs_draws_what_it_draws_without(tmp_path: Path) -> None:
     from loraserve.engine.cuda.build import load_cuda_runner
 
     write_tiny_model(tmp_path, "llama", 0)
-    engine = EngineConfig(slab_dtype="float32", max_running=8, max_adapters=2, max_step_tokens=64, max_rank=16)
-    eager, captured = (load_cuda_runner(tmp_path, engine, torch.device("cuda"), print) for _ in range(2))
+    eager, captured = (
+        load_cuda_runner(
+            tmp_path, small_engine(max_running=8, memory_fraction=tenths / 10), torch.device("cuda"), print
+        )
+        for tenths in (1, 2)  # the second beside the first
+    )
     captured.warm_up(print)
     for sequences in (1, 3, 8):
         assert decode(captured, sequences, 8) == decode(eager, sequences, 8)
@@ -103,8 +114,7 @@ def test_launching_a_captured_step_does_not_wait_for_the_gpu(tmp_path: Path) -> 
     from loraserve.engine.cuda.build import load_cuda_runner
 
     write_tiny_model(tmp_path, "llama", 0)
-    engine = EngineConfig(slab_dtype="float32", max_running=4, max_adapters=2, max_step_tokens=64, max_rank=16)
-    runner = load_cuda_runner(tmp_path, engine, torch.device("cuda"), print)
+    runner = load_cuda_runner(tmp_path, small_engine(max_running=4), torch.device("cuda"), print)
     runner.warm_up(print)
     sampling = SamplingParams(max_tokens=8, temperature=0.7, top_p=0.9)
     step = SequenceStep(request_id="0", tokens=(1,), start=0, blocks=(0,), sampling=sampling, prompt_length=1)

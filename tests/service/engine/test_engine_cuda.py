@@ -31,4 +31,4 @@ def test_a_base_and_an_adapter_request_get_their_tokens(play: Callable[..., None
         assert stage.tokens["base"] != stage.tokens["adapted"]
         assert (await stage.fresh_load()).leaks == 0
 
-    play(scenario, build=build, max_adapters=2, max_rank=8, max_step_tokens=32, max_running=2, memory_fraction=0.3)
+    play(scenario, build=build, max_adapters=2, max_rank=8, max_step_tokens=32, max_running=2, memory_fraction=0.1)

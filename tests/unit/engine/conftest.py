@@ -3,6 +3,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,7 +252,8 @@ def make_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., ModelRunn
 def make_cuda_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., Any]]:
     """A CudaRunner over the small model, on a GPU where there is one; not warm, so that it has no captured graphs.
 
-    Where there is none one thread computes: on a busy machine the others would be waited for at every tiny operation.
+    Each takes a tenth of a GPU's memory beside those made before it. Where there is no GPU one thread computes: on a
+    busy machine the others would be waited for at every tiny operation.
     """
     pytest.importorskip("triton", reason="the CUDA runner needs triton")
     from loraserve.engine.cuda.build import load_cuda_runner
@@ -260,10 +262,12 @@ def make_cuda_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., Any]
     before = torch.get_num_threads()
     torch.set_num_threads(1)
 
+    tenths = count(1)
+
     def make(progress: Callable[[str], None] = lambda text: None, **engine: Any) -> Any:
         settings = {
             "slab_dtype": "float32", "max_running": 8, "max_adapters": 3, "max_step_tokens": 16, "max_rank": 8,
-            "kv_bytes": 1 << 20, "pool_bytes": 1 << 20, "memory_fraction": 0.3,
+            "kv_bytes": 1 << 20, "pool_bytes": 1 << 20, "memory_fraction": next(tenths) / 10,
         }  # fmt: skip
         return load_cuda_runner(model_dirs["small"], EngineConfig(**{**settings, **engine}), device, progress)
 

@@ -34,7 +34,7 @@ SLOTS = {"base": -1, "all": 0, "qv": 1, "mixed": 2, "wide": 3, "all again": 0}
 def make_cuda_runner(model_dir: Path, **engine: Any) -> CudaRunner:
     settings = {
         "slab_dtype": "float32", "max_running": 8, "max_adapters": 4, "max_step_tokens": 96, "max_rank": 48,
-        "kv_bytes": 4 << 20, "pool_bytes": 4 << 20,
+        "kv_bytes": 4 << 20, "pool_bytes": 4 << 20, "memory_fraction": 0.1,
     }  # fmt: skip
     runner = load_cuda_runner(model_dir, EngineConfig(**{**settings, **engine}), DEVICE, lambda text: None)
     if DEVICE.type == "cuda":

@@ -45,7 +45,7 @@ def sequence(name: str, tokens: tuple[int, ...], start: int, slot: int) -> Seque
 def test_a_step_is_launched_without_waiting(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     engine = EngineConfig(
         slab_dtype="float32", max_running=4, max_adapters=2, max_step_tokens=16, max_rank=8, kv_bytes=1 << 20,
-        pool_bytes=1 << 20,
+        pool_bytes=1 << 20, memory_fraction=0.1,
     )  # fmt: skip
     runner = load_cuda_runner(model_dirs["llama"], engine, DEVICE, lambda text: None)
     slab = pack_peft(write_peft_adapter(tmp_path / "a", shape=runner.shape, rank=4), runner.shape, "float32", 8)

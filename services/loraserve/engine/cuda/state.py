@@ -1,5 +1,6 @@
 """What a GPU holds for an engine: weights, adapter tables, KV cache and pool, sized to what is free."""
 
+import gc
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -108,6 +109,7 @@ def allocate(
 
 def _measure(state: DeviceState, tokens: int) -> Measured:
     """What the largest steps take beside what stays, by computing them: many sequences, and one long context."""
+    gc.collect()  # what another runner of this process left behind is not in use
     with torch.inference_mode(), torch.cuda.device(state.device):
         work = LoraWork(state.tables, state.space, tokens)
         state.try_step(tokens, work)
