@@ -8,6 +8,7 @@ import zipfile
 from importlib.machinery import SourceFileLoader
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -42,6 +43,23 @@ def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "torch sees no CUDA GPU" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+def test_a_part_that_is_none_is_refused_not_passed(tmp_path: Path) -> None:
+    command = [sys.executable, SCRIPT, "--only", "tests", "benches", "--out", tmp_path / "out"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "--only benches: the parts are accuracy, compile, bench_lora, bench_engine, sanitizer, tests" in done.stderr
+
+
+def test_a_python_that_lacks_something_is_told_which_one_has_it(
+    script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script.NEEDED = ("not_there_at_all",)
+    assert script.check(SimpleNamespace(wheels=None)) == 1
+    said = capsys.readouterr().out
+    assert said.startswith(f"error: {sys.executable} lacks not_there_at_all; ")
+    assert ".venv/bin/python" in said
 
 
 def test_every_part_is_there_and_all_fit_into_the_time(script: Any) -> None:
