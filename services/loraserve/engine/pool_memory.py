@@ -14,7 +14,10 @@ class Digest(Protocol):
 
 
 class PoolMemory(Protocol):
-    """Bytes of one pool. Calls from several threads are fine where their extents differ."""
+    """Bytes of one pool. Calls from several threads are fine where their extents differ.
+
+    What cannot be reached any more raises DeviceLost.
+    """
 
     @property
     def waits(self) -> bool:

@@ -203,6 +203,10 @@ class EngineService(Service):
             loaded = await self._loader.load(adapter, load.offset_bytes)
             base = load.offset_bytes // ITEM_BYTES[loaded.header.dtype]
             self._runner.install(load.slot, loaded.header, base)
+        except DeviceLost as error:
+            # No step may be there to find out: an engine without residents would refuse adapter after adapter.
+            log.critical("device_lost", reason=str(error))
+            raise
         except Exception as error:
             # Whatever an adapter brings about is its own failure and nobody else's.
             code = error.code if isinstance(error, LoadFailed) else "mismatch"

@@ -48,13 +48,11 @@ def _cuda_runner(config: Config, progress: Callable[[str], None], index: int) ->
     # Imported here: machines without a GPU need not have triton.
     import torch
 
-    from loraserve.engine.cuda.build import load_cuda_runner
+    from loraserve.engine.cuda.build import start_cuda_runner
 
     device = torch.device("cuda", index % torch.cuda.device_count())
     progress(f"loading weights onto {torch.cuda.get_device_name(device)}")
-    runner = load_cuda_runner(Path(config.model.path), config.engine, device, progress)
-    runner.warm_up(progress)
-    return runner
+    return start_cuda_runner(Path(config.model.path), config.engine, device, progress)
 
 
 def gpu_unusable() -> str:

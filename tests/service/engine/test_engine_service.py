@@ -10,6 +10,7 @@ import pytest
 from loraserve.config import ModelConfig
 from loraserve.engine.runner_protocol import DeviceLost
 from loraserve.engine.service import EngineService
+from loraserve.engine.setup import build_runner
 from loraserve.errors import ConfigError
 from loraserve.messages import (
     Abort,
@@ -105,6 +106,37 @@ def test_a_lost_device_ends_the_process_so_that_it_is_started_anew(play: Play) -
         stage.running = asyncio.ensure_future(asyncio.sleep(0))
 
     play(scenario, steps_ahead=1)
+
+
+class LostPool:
+    """The pool of a GPU that was lost while no step ran."""
+
+    waits = True
+
+    def __init__(self, pool: Any) -> None:
+        self._pool = pool
+
+    def __len__(self) -> int:
+        return len(self._pool)
+
+    def write(self, offset_bytes: int, data: object) -> None:
+        raise DeviceLost("CUDA error: unspecified launch failure")
+
+
+def test_a_device_that_a_load_finds_lost_ends_the_process_too(play: Play) -> None:
+    def build(config: Any, progress: Any) -> Any:
+        runner: Any = build_runner(config, progress)
+        runner.pool = LostPool(runner.pool)
+        return runner
+
+    async def scenario(stage: Any) -> None:
+        await stage.admit("adapted", "one")
+        await stage.until(stage.running.done)
+        with pytest.raises(DeviceLost, match="unspecified launch failure"):
+            await stage.running
+        stage.running = asyncio.ensure_future(asyncio.sleep(0))
+
+    play(scenario, build=build)
 
 
 @pytest.mark.parametrize("steps_ahead", [1, 2])

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.config import EngineConfig
 from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch
 from loraserve.engine.runner import ModelRunner
 from loraserve.errors import ConfigError
@@ -190,6 +191,24 @@ def test_what_changed_before_a_step_that_fails_is_not_lost(make_cuda_runner: Mak
     assert torch.equal(logits(runner, 0), logits(other, 0))
 
 
+def test_a_change_that_could_not_be_made_is_made_before_the_next_step(
+    make_cuda_runner: Make, slab: Slab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner, other = make_cuda_runner(), make_cuda_runner()
+    for each in (runner, other):
+        each.pool.write(0, slab.data)
+        each.install(0, slab.header, 0)
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("loraserve.kernels.lora.tables._send", no_memory)
+        with pytest.raises(torch.OutOfMemoryError):
+            logits(runner, 0)
+    assert torch.equal(logits(runner, 0), logits(other, 0)), "it must not compute as the base model"
+
+
 def test_warming_up_changes_nothing_and_says_what_it_does(make_cuda_runner: Make) -> None:
     runner = make_cuda_runner(max_step_tokens=3, max_running=2)
     before, said = logits(runner, -1), []
@@ -198,6 +217,23 @@ def test_warming_up_changes_nothing_and_says_what_it_does(make_cuda_runner: Make
         f"compiling kernels for steps of {size} tokens" for size in (1, 2, 4)
     ]
     assert torch.equal(logits(runner, -1), before)
+
+
+def test_memory_that_runs_out_while_warming_up_names_the_setting_to_lower(
+    make_cuda_runner: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from loraserve.engine.cuda import build
+
+    def no_memory(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB\nmore")
+
+    runner = make_cuda_runner()
+    monkeypatch.setattr(runner, "warm_up", no_memory)
+    monkeypatch.setattr(build, "load_cuda_runner", lambda *_: runner)
+    with pytest.raises(
+        ConfigError, match=r"Tried to allocate 2\.00 GiB\); lower engine\.memory_fraction \(it is 0\.9\)"
+    ):
+        build.start_cuda_runner(Path(), EngineConfig(), torch.device("cpu"), lambda text: None)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is measured")

@@ -14,6 +14,21 @@ from loraserve.engine.model.weights import load_weights
 from loraserve.errors import ConfigError
 
 
+def start_cuda_runner(
+    model_dir: Path, engine: EngineConfig, device: torch.device, progress: Callable[[str], None]
+) -> CudaRunner:
+    """The model on ``device``, warm. Raises ConfigError naming the setting, field or tensor at fault."""
+    runner = load_cuda_runner(model_dir, engine, device, progress)
+    try:
+        runner.warm_up(progress)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"GPU memory: not enough is left to compute beside what is set aside ({str(error).splitlines()[0]}); lower "
+            f"engine.memory_fraction (it is {engine.memory_fraction:g}) or engine.max_running"
+        ) from error
+    return runner
+
+
 def load_cuda_runner(
     model_dir: Path, engine: EngineConfig, device: torch.device, progress: Callable[[str], None]
 ) -> CudaRunner:

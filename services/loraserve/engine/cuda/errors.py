@@ -5,13 +5,17 @@ from contextlib import contextmanager
 
 from loraserve.engine.runner_protocol import DeviceLost
 
+LOST = ("CUDA error", "Triton Error [CUDA]")
+"""How torch and Triton begin what the driver told them: whichever calls it next hears of a kernel that crashed."""
+
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Turns what CUDA reports once and for ever into DeviceLost; running out of memory, or of luck, stays as it is."""
+    """Turns what CUDA reports once and for ever into DeviceLost, whoever notices; running out of memory stays."""
     try:
         yield
     except RuntimeError as error:
-        if "CUDA error" in str(error):
-            raise DeviceLost(str(error).splitlines()[0]) from error
+        text = str(error)
+        if any(sign in text for sign in LOST) and "out of memory" not in text:
+            raise DeviceLost(text.splitlines()[0]) from error
         raise

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from loraserve.engine.cuda.errors import device_errors
 from loraserve.engine.pool_memory import Bytes, Digest
 
 READ_BYTES = 8 << 20
@@ -41,6 +42,7 @@ class DevicePool:
         if self._stream is None:
             into.copy_(data)
             return
-        with torch.cuda.stream(self._stream):
-            into.copy_(data, non_blocking=True)
-        self._stream.synchronize()
+        with device_errors():
+            with torch.cuda.stream(self._stream):
+                into.copy_(data, non_blocking=True)
+            self._stream.synchronize()

@@ -135,7 +135,9 @@ class CudaRunner:
 
     def _forward(self, sequences: Sequence[SequenceStep]) -> torch.Tensor:
         while self._changes:
-            self._changes.popleft()()
+            # Gone once it is carried out: what failed for want of memory must not leave its slot the base model's.
+            self._changes[0]()
+            self._changes.popleft()
         packed = pack(sequences, self.block_tokens)
         if packed.tokens.max() >= self.shape.vocab:
             # On the device it would be the end of more than this step.
