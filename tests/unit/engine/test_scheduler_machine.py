@@ -2,6 +2,8 @@
 solo run, nothing leaks, and everything ends.
 """
 
+# Long because one state machine is one class, and the device that it is held against is read beside it.
+
 from collections import deque
 from collections.abc import Iterator
 from hashlib import blake2b
