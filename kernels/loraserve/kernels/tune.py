@@ -107,7 +107,13 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face model's folder (Llama-3-8B's shape)")
     parser.add_argument("--minutes", type=float, default=20.0, help="when to stop (20)")
     parser.add_argument(
-        "--tokens", type=int, nargs="+", choices=TOKEN_BUCKETS, default=TOKEN_BUCKETS, help="these buckets alone"
+        "--tokens",
+        type=int,
+        nargs="+",
+        choices=TOKEN_BUCKETS,
+        default=TOKEN_BUCKETS,
+        metavar="N",
+        help=f"these buckets alone, of {', '.join(map(str, TOKEN_BUCKETS[:-1]))} and {TOKEN_BUCKETS[-1]} for all above",
     )
     parser.add_argument(
         "--ranks", type=int, nargs="+", choices=RANK_BUCKETS, default=RANK_BUCKETS, help="these buckets alone"

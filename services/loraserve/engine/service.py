@@ -82,6 +82,7 @@ class EngineService(Service):
         self._idle = asyncio.Event()
         self._idle.set()
         self._leaks = 0
+        self._checked = False
         self._runner: Runner
         self._scheduler: Scheduler
         self._loader: SlabLoader
@@ -147,6 +148,7 @@ class EngineService(Service):
                 refusals[instruction.request_id] = instruction
             else:
                 self._carry_out(instruction)
+        self._checked = False
         (self._idle.set if self._scheduler.idle else self._idle.clear)()
         for gateway, batch in deltas.items():
             self.bus.send(
@@ -242,8 +244,9 @@ class EngineService(Service):
 
     def _check_idle(self) -> None:
         """With no request left every block must be free and every invariant hold; anything else is a leak."""
-        if not self._scheduler.idle:
+        if self._checked or not self._scheduler.idle:
             return
+        self._checked = True  # looking at every block takes a while: once each time that all is done
         try:
             self._scheduler.validate()
             load = self._scheduler.load()

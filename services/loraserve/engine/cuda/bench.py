@@ -146,6 +146,7 @@ def figures(outputs: Sequence[OfflineOutput], decode_steps_s: Sequence[float]) -
     """From the moment when every sequence has its first token to the one when the first ends."""
     failed = [output.error for output in outputs if output.error]
     assert not failed, failed[0]
+    assert decode_steps_s, "the sequences never decoded all together: their adapters or their KV do not fit this GPU"
     begin = max(output.times_s[0] for output in outputs)
     end = min(output.times_s[-1] for output in outputs)
     tokens = sum(begin < time <= end for output in outputs for time in output.times_s)
