@@ -34,6 +34,7 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     decode: bool = False
     copies: int = 0
     tiles: int = 0
+    most_registers: int | None = None
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,7 +94,8 @@ def cases(shape: ModelShape = LLAMA_3_8B, modules: Sequence[str] = MODULES) -> I
             b = default_blocks(k, tokens)
             constants = {**sizes, **_blocks(b), "A_ALIGN": 16, "B_ALIGN": 16, "GROUPS": 256}
             copies = _shrink_copies(b) + _expand_copies(b)
-            yield _case(f"decode {module} T={tokens}", decode.decode, constants, b.warps, True, copies, 5)
+            case = _case(f"decode {module} T={tokens}", decode.decode, constants, b.warps, True, copies, 5)
+            yield msgspec.structs.replace(case, most_registers=b.registers)
         b = default_blocks(k, 2048)
         constants = {**sizes, **_blocks(b), "ALIGN": 16}
         yield _case(f"shrink {module}", shrink.shrink, constants, b.warps, False, _shrink_copies(b), 2)
@@ -135,7 +137,8 @@ def compile_case(case: Case, architecture: int) -> Report:
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs=attributes,
     )
-    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})
+    options = {"num_warps": case.warps, "maxnreg": case.most_registers}
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options=options)
     usage, assembly = disassemble(compiled.asm["cubin"])
     copies = re.findall(r"\bLDGSTS\S*", assembly)
     wide = sum(".128" in copy for copy in copies)
@@ -158,7 +161,8 @@ def compile_case(case: Case, architecture: int) -> Report:
 def async_tiles(ttgir: str) -> int:
     """Loads of the source, each counted once, of which every copy is asynchronous and of eight elements a thread."""
     copies = [line for line in ttgir.splitlines() if "ttg.async_copy_global_to_local" in line]
-    wide, narrow = set(), set()
+    wide: set[str] = set()
+    narrow: set[str] = set()
     for line in copies:
         (wide if "contiguity = 8 " in line else narrow).add(line.rpartition("loc(")[2])
     return len(wide - narrow)

@@ -34,6 +34,8 @@ def test_every_kernel_compiles_without_faults(
     assert len(decode) >= 6
     assert all(report.spilled_bytes == 0 for report in decode), table(decode)
     assert all(report.async_128 >= report.wanted_async > 0 for report in decode), table(decode)
+    full = [report for report in decode if not report.name.endswith("T=8")]
+    assert all(4 * 4 * 32 * report.registers <= 65536 for report in full), "four programs fit a multiprocessor"
     assert all(report.async_narrow == 0 and not report.faults for report in found), table(found)
     measured(
         f"sm_{architecture}: {len(found)} kernels compiled, {len(decode)} of them for decode: 0 spilled bytes, "
