@@ -15,6 +15,8 @@ if not torch.cuda.is_available():
 MEASURED = "measured"
 WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/")
 """Tests here share one cluster, or need most of the machine: one worker runs them all, one after the other."""
+KERNELS = "tests/unit/kernels/"
+"""On a GPU each test compiles for itself, which takes longer than all else: none waits for its neighbours."""
 APART = "tests/cluster/test_lifecycle.py"
 """It starts clusters of its own, with hardly anything to compute."""
 
@@ -36,6 +38,8 @@ class ByFile(LoadScopeScheduling):  # type: ignore[misc]
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
+        if torch.cuda.is_available() and file.startswith(KERNELS):
+            return nodeid
         return "whole machine" if file.startswith(WHOLE_MACHINE) and file != APART else file
 
 

@@ -25,7 +25,7 @@ SLOTS, MAX_RANK = 128, 256
 
 
 class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One kernel at one set of constants; ``copies`` are the 128-bit async copies that its tiles take."""
+    """One kernel at one set of constants; ``copies`` are the 128-bit async copies that its ``tiles`` take."""
 
     name: str
     kernel: Any
@@ -33,6 +33,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     warps: int = 4
     decode: bool = False
     copies: int = 0
+    tiles: int = 0
+    most_registers: int | None = None
 
 
 class Report(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,6 +49,8 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
     async_128: int
     async_narrow: int
     wanted_async: int
+    async_tiles: int
+    wanted_tiles: int
     matrix: str
 
     @property
@@ -62,6 +66,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             found.append(
                 f"{self.async_128} of {self.wanted_async} async copies of 128 bits, {self.async_narrow} narrower"
             )
+        # The compiler may write a loop's copies twice, which would make up for those of another that it left out.
+        if self.async_tiles != self.wanted_tiles:
+            found.append(f"{self.async_tiles} of {self.wanted_tiles} tiles are copied asynchronously")
         if self.shared_bytes > SHARED_BYTES[self.architecture]:
             found.append(f"needs {self.shared_bytes} bytes of shared memory")
         return found
@@ -87,11 +94,12 @@ def cases(shape: ModelShape = LLAMA_3_8B, modules: Sequence[str] = MODULES) -> I
             b = default_blocks(k, tokens)
             constants = {**sizes, **_blocks(b), "A_ALIGN": 16, "B_ALIGN": 16, "GROUPS": 256}
             copies = _shrink_copies(b) + _expand_copies(b)
-            yield _case(f"decode {module} T={tokens}", decode.decode, constants, b.warps, True, copies)
+            case = _case(f"decode {module} T={tokens}", decode.decode, constants, b.warps, True, copies, 5)
+            yield msgspec.structs.replace(case, most_registers=b.registers)
         b = default_blocks(k, 2048)
         constants = {**sizes, **_blocks(b), "ALIGN": 16}
-        yield _case(f"shrink {module}", shrink.shrink, constants, b.warps, False, _shrink_copies(b))
-        yield _case(f"expand {module}", expand.expand, constants, b.warps, False, _expand_copies(b))
+        yield _case(f"shrink {module}", shrink.shrink, constants, b.warps, False, _shrink_copies(b), 2)
+        yield _case(f"expand {module}", expand.expand, constants, b.warps, False, _expand_copies(b), 3)
     yield from _small_cases(shape)
 
 
@@ -129,7 +137,8 @@ def compile_case(case: Case, architecture: int) -> Report:
         constexprs={(names.index(name),): value for name, value in case.constants.items()},
         attrs=attributes,
     )
-    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})
+    options = {"num_warps": case.warps, "maxnreg": case.most_registers}
+    compiled = triton.compile(source, GPUTarget("cuda", architecture, 32), options=options)
     usage, assembly = disassemble(compiled.asm["cubin"])
     copies = re.findall(r"\bLDGSTS\S*", assembly)
     wide = sum(".128" in copy for copy in copies)
@@ -143,8 +152,20 @@ def compile_case(case: Case, architecture: int) -> Report:
         async_128=wide,
         async_narrow=len(copies) - wide,
         wanted_async=case.copies,
+        async_tiles=async_tiles(compiled.asm["ttgir"]),
+        wanted_tiles=case.tiles,
         matrix="wgmma" if "HGMMA" in assembly else "mma" if "HMMA" in assembly else "-",
     )
+
+
+def async_tiles(ttgir: str) -> int:
+    """Loads of the source, each counted once, of which every copy is asynchronous and of eight elements a thread."""
+    copies = [line for line in ttgir.splitlines() if "ttg.async_copy_global_to_local" in line]
+    wide: set[str] = set()
+    narrow: set[str] = set()
+    for line in copies:
+        (wide if "contiguity = 8 " in line else narrow).add(line.rpartition("loc(")[2])
+    return len(wide - narrow)
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -209,10 +230,16 @@ def _expand_copies(b: Blocks) -> int:
 
 
 def _case(
-    name: str, kernel: Any, constants: dict[str, Any], warps: int = 4, decode: bool = False, copies: int = 0
+    name: str,
+    kernel: Any,
+    constants: dict[str, Any],
+    warps: int = 4,
+    decode: bool = False,
+    copies: int = 0,
+    tiles: int = 0,
 ) -> Case:
     used = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    return Case(name=name, kernel=kernel, constants=used, warps=warps, decode=decode, copies=copies)
+    return Case(name=name, kernel=kernel, constants=used, warps=warps, decode=decode, copies=copies, tiles=tiles)
 
 
 def _number(pattern: str, text: str) -> int:

@@ -204,6 +204,18 @@ def test_paged_attention_is_used_where_it_comes_out_right(
     assert gpu._try_paged(SHAPES["groups of three"], 16, torch.float32, DEVICE) == picked
 
 
+def test_paged_attention_that_reads_beyond_the_kv_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of zero there hide it until what lies there is NaN."""
+
+    def paged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Any, scale: float) -> torch.Tensor:
+        out = torch.empty_like(q)
+        gpu._gathered(q, out, keys, values, batch, scale)
+        return out + 0.0 * values[batch.table[0].long()].sum()
+
+    monkeypatch.setattr(gpu, "_paged", paged)
+    assert gpu._try_paged(SHAPES["groups of three"], 16, torch.float32, DEVICE)[0] == "gathered"
+
+
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_memory_of_a_block(dtype: torch.dtype) -> None:
     cache = GpuKvCache(SHAPES["groups of three"], 5, 16, dtype, DEVICE)

@@ -11,6 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
 from loraserve.kernels.gpu_report import Report, table
+from loraserve.kernels.lora.tuning import default_blocks
 
 
 def reports(*arguments: str) -> list[Report]:
@@ -33,6 +34,8 @@ def test_every_kernel_compiles_without_faults(
     assert len(decode) >= 6
     assert all(report.spilled_bytes == 0 for report in decode), table(decode)
     assert all(report.async_128 >= report.wanted_async > 0 for report in decode), table(decode)
+    full = [report for report in decode if not report.name.endswith("T=8")]
+    assert all(4 * 4 * 32 * report.registers <= 65536 for report in full), "four programs fit a multiprocessor"
     assert all(report.async_narrow == 0 and not report.faults for report in found), table(found)
     measured(
         f"sm_{architecture}: {len(found)} kernels compiled, {len(decode)} of them for decode: 0 spilled bytes, "
@@ -44,13 +47,14 @@ def test_every_kernel_compiles_without_faults(
 def test_faults_are_found() -> None:
     good = Report(
         name="decode", architecture=90, decode=True, registers=128, spilled_bytes=0, shared_bytes=49152, async_128=66,
-        async_narrow=0, wanted_async=66, matrix="mma",
+        async_narrow=0, wanted_async=66, async_tiles=5, wanted_tiles=5, matrix="mma",
     )  # fmt: skip
     assert good.faults == []
     for change, fault in (
         ({"spilled_bytes": 8}, "spills 8 bytes"),
         ({"async_128": 65}, "65 of 66 async copies of 128 bits, 0 narrower"),
         ({"async_narrow": 2}, "66 of 66 async copies of 128 bits, 2 narrower"),
+        ({"async_tiles": 3, "async_128": 99}, "3 of 5 tiles are copied asynchronously"),
         ({"shared_bytes": 1 << 20}, "needs 1048576 bytes of shared memory"),
     ):
         assert msgspec.structs.replace(good, **change).faults == [fault]
@@ -62,3 +66,11 @@ def test_interpreted_kernels_are_not_taken_for_compiled_ones() -> None:
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET is set" in done.stderr
+
+
+@pytest.mark.parametrize("k", [576, 896, 1536, 3584, 4096, 14336, 28672])
+@pytest.mark.parametrize("tokens", [1, 8, 64, 256, 512, 2048, 8192])
+def test_default_parts_of_k_are_loops(k: int, tokens: int) -> None:
+    """Of a loop that runs once, Qwen2-0.5B's in eight parts, nothing was copied asynchronously."""
+    blocks = default_blocks(k, tokens)
+    assert -(-k // blocks.split) > blocks.bk, blocks

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 import zipfile
 from importlib.machinery import SourceFileLoader
 from itertools import pairwise
@@ -68,7 +69,8 @@ def test_every_part_is_there_and_all_fit_into_the_time(script: Any) -> None:
         modules = [after for word, after in pairwise(command) if word == "-m"]
         assert modules, name
         assert all(importlib.util.find_spec(module) for module in modules), modules
-    assert set(script.TESTS) == set(script.existing()), "a test was renamed"
+    for tests in (script.KERNEL_TESTS, script.TESTS):
+        assert tests == script.existing(tests), "a test was renamed"
     assert script.LIMIT_S < 9 * 60
 
 
@@ -80,6 +82,25 @@ def test_a_part_that_hangs_is_stopped_and_one_that_fails_is_told(script: Any, tm
     assert script.run_part("absent", ["no-such-program"], 9, None, tmp_path)["status"] == (
         "not run: no-such-program is not installed"
     )
+
+
+def test_what_a_stopped_part_started_is_stopped_too(script: Any, tmp_path: Path) -> None:
+    late = tmp_path / "late"
+    child = f"import pathlib, time; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    assert script.run_part("parent", [sys.executable, "-c", code], 1, None, tmp_path)["status"] == "stopped after 1 s"
+    time.sleep(3)
+    assert not late.exists()
+
+
+def test_a_log_line_that_only_looks_like_json_costs_nothing(script: Any) -> None:
+    assert script.figures("tests", '{"a": 1}\n{not json}\n') == {"a": 1}
+    assert script.figures("tests", "{not json}\n1 failed\n") == {"last_line": "1 failed"}
+
+
+def test_without_git_there_is_no_commit(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert script.commit() is None
 
 
 def test_wheels_are_unpacked_for_the_run(script: Any, tmp_path: Path) -> None:

@@ -114,6 +114,8 @@ def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device:
     cache.keys.normal_()
     cache.values.normal_()
     queries, lengths = (3, 1), (block_tokens + 3, block_tokens + 1)
+    # What a request left behind the end of another's KV must not count, not even as 0 * NaN.
+    cache.keys[:, 0, 3:] = cache.values[:, 0, 3:] = float("nan")
 
     def integers(*values: int) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=device)

@@ -77,6 +77,7 @@ def _decode(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWor
         b.be,
         b.stages,
         num_warps=b.warps,
+        maxnreg=b.registers,
     )
 
 
