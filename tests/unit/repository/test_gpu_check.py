@@ -50,7 +50,7 @@ def test_a_part_that_is_none_is_refused_not_passed(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--only", "tests", "benches", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
-    assert "--only benches: the parts are accuracy, compile, bench_lora, bench_engine, sanitizer, tests" in done.stderr
+    assert "--only benches: the parts are accuracy, bench_lora, bench_engine, sanitizer" in done.stderr
 
 
 def test_a_python_that_lacks_something_is_told_which_one_has_it(
