@@ -25,7 +25,7 @@ from loraserve.engine.cuda.runner import CudaRunner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
-TOKENS = 4
+TOKENS = 3
 GREEDY = SamplingParams(max_tokens=TOKENS, temperature=0.0)
 LENGTHS = {"base": 5, "all": 41, "qv": 16, "mixed": 33, "wide": 9, "all again": 17}
 SLOTS = {"base": -1, "all": 0, "qv": 1, "mixed": 2, "wide": 3, "all again": 0}

@@ -146,5 +146,5 @@ def _alignment(k: int, n: tuple[int, int, int]) -> tuple[int, int]:
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors. The interpreter runs programs one after the other: two show that it does not matter how many."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
+    """Multiprocessors; one where there is no GPU, as the interpreter runs programs one after the other."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
