@@ -116,6 +116,16 @@ def test_the_descent_finds_the_best_of_independent_fields_and_tries_nothing_twic
     assert all(b.split == 1 or b.split * b.bk <= 4096 for b in seen[1:]), "no part of K is empty"
 
 
+@pytest.mark.parametrize(("tokens", "options"), [(64, DECODE), (4096, PREFILL)])
+def test_no_candidate_would_copy_less_than_128_bits_at_a_time(tokens: int, options: search.Options) -> None:
+    start = default_blocks(4096, tokens)
+    tried = descend([start], options, 4096, lambda b: -float(b.be + b.warps), lambda: True)
+    assert len({b.warps for b in tried}) > 1
+    assert len({b.be for b in tried}) > 1
+    for b in tried:
+        assert min(b.bm * b.be, b.bm * b.bk, b.br * b.bk, b.be * b.bn) // (32 * b.warps) >= 8, b
+
+
 def test_the_descent_ends_with_the_time() -> None:
     tried = descend([default_blocks(4096, 1024)], PREFILL, 4096, lambda blocks: 1.0, lambda: False)
     assert list(tried) == [default_blocks(4096, 1024)], "what is known to work is always measured"

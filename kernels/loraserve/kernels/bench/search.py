@@ -122,8 +122,14 @@ def descend(
 
 
 def _variants(blocks: Blocks, field: str, values: tuple[int, ...], k: int) -> Iterator[Blocks]:
-    """Those of which no part of K would be empty."""
+    """Those of which no part of K would be empty, and whose tiles every thread copies 128 bits at a time."""
     for value in values:
         candidate = msgspec.structs.replace(blocks, **{field: value})
-        if candidate.split == 1 or candidate.split * candidate.bk <= k:
+        if (candidate.split == 1 or candidate.split * candidate.bk <= k) and copies_whole_vectors(candidate):
             yield candidate
+
+
+def copies_whole_vectors(b: Blocks) -> bool:
+    """Whether each tile has eight elements for every thread; of smaller ones the copies would be narrower."""
+    least = min(b.bm * b.bk, b.br * b.bk, b.be * b.bn, b.bm * b.be)
+    return least >= 8 * 32 * b.warps
