@@ -16,6 +16,9 @@ FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 MODULES = ("qkv", "o", "gate_up", "down")
 """Fused modules of a layer, in the order in which they run and lie in a slab."""
 
+QKV, OUT, GATE_UP, DOWN = range(len(MODULES))
+"""Their indices."""
+
 SLICES: dict[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
     "o": ("o_proj",),

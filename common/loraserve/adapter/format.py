@@ -11,7 +11,7 @@ from typing import Literal
 
 import msgspec
 
-from loraserve.model_shape import MODULES, ModelShape
+from loraserve.model_shape import MODULES, SLICES, ModelShape
 
 SLAB_FORMAT = 1
 ROW_ALIGN_ELEMENTS = 16
@@ -76,6 +76,12 @@ def lay_out(
         offset += -(-size // ROW_ALIGN_ELEMENTS) * ROW_ALIGN_ELEMENTS
     largest = max((r for row in ranks for r in row), default=0)
     return SlabHeader(dtype=dtype, shape=shape, rank=largest, elements=offset, rows=tuple(rows))
+
+
+def lay_out_uniform(shape: ModelShape, dtype: Dtype, rank: int, scale: float = 1.0) -> SlabHeader:
+    """Header of a slab with the same rank and scale in every projection."""
+    slices = [len(SLICES[module]) for _ in range(shape.layers) for module in MODULES]
+    return lay_out(shape, dtype, [(rank,) * n for n in slices], [(scale,) * n for n in slices])
 
 
 def encode_header(header: SlabHeader) -> bytes:

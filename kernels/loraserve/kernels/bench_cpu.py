@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from loraserve.adapter.format import lay_out
+from loraserve.adapter.format import lay_out_uniform
 from loraserve.kernels import attention, lora
 from loraserve.kernels.attention import AttentionBatch, KvCache, block_bytes, paged_attention
 from loraserve.kernels.compiled import Kernel
 from loraserve.kernels.lora import AdapterTables, add_lora, plan_batch
 from loraserve.kernels.memory import int64s, take_part
 from loraserve.kernels.workers import run
-from loraserve.model_shape import MODULES, SLICES, ModelShape
+from loraserve.model_shape import MODULES, ModelShape
 
 SHAPE = ModelShape(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152)
 RANKS = (8, 16, 32, 64)
@@ -57,7 +57,7 @@ class LoraCase:
     """add_lora over a whole step: the adapters of ``slots`` (one entry a token) out of 16 resident ones."""
 
     def __init__(self) -> None:
-        headers = [self._header(rank) for rank in RANKS * 4]
+        headers = [lay_out_uniform(SHAPE, "bfloat16", rank) for rank in RANKS * 4]
         self.pool = torch.empty(sum(header.elements for header in headers), dtype=torch.bfloat16)
         self.pool.copy_(
             torch.randn(1 << 20).to(torch.bfloat16).repeat(self.pool.numel() // (1 << 20) + 1)[: len(self.pool)]
@@ -69,11 +69,6 @@ class LoraCase:
             self.tables.install(slot, header, start)
             self.slabs.append(self.pool[start : start + header.elements])
             start += header.elements
-
-    def _header(self, rank: int):  # type: ignore[no-untyped-def]
-        modules = [module for _ in range(SHAPE.layers) for module in MODULES]
-        ranks = [(rank,) * len(SLICES[module]) for module in modules]
-        return lay_out(SHAPE, "bfloat16", ranks, [(1.0,) * len(r) for r in ranks])
 
     def step(self, slots: list[int]) -> Callable[[], None]:
         batch = plan_batch(torch.tensor(slots, dtype=torch.int32))

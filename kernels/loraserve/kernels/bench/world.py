@@ -2,10 +2,10 @@
 
 import torch
 
-from loraserve.adapter.format import SlabHeader, lay_out
+from loraserve.adapter.format import Dtype, SlabHeader, lay_out_uniform
 from loraserve.kernels.bench.cases import Case
 from loraserve.kernels.lora.tables import AdapterTables
-from loraserve.model_shape import MODULES, SLICES, ModelShape
+from loraserve.model_shape import ModelShape
 
 SPREAD_RANK = 16
 
@@ -50,10 +50,8 @@ class World:
         return self._starts[slot] + self._headers[slot].row(layer, module).offset
 
     def _header(self, slot: int) -> SlabHeader:
-        rows = [SLICES[module] for _ in range(self.shape.layers) for module in MODULES]
-        ranks = [(self.ranks[slot],) * len(slices) for slices in rows]
-        scales = [(self.scales[slot],) * len(slices) for slices in rows]
-        return lay_out(self.shape, "bfloat16" if self.dtype == torch.bfloat16 else "float16", ranks, scales)
+        dtype: Dtype = "bfloat16" if self.dtype == torch.bfloat16 else "float16"
+        return lay_out_uniform(self.shape, dtype, self.ranks[slot], self.scales[slot])
 
 
 class Operands:

@@ -13,21 +13,22 @@ from typing import Any
 import msgspec
 import torch
 
-from loraserve.adapter.format import SlabHeader, lay_out
+from loraserve.adapter.format import SlabHeader, lay_out_uniform
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.cuda.runner import CudaRunner
 from loraserve.engine.cuda.state import allocate
-from loraserve.engine.cuda.weights import DTYPES, DeviceLinear, compute_dtype
+from loraserve.engine.cuda.weights import DTYPES, compute_dtype
 from loraserve.engine.events import LoadAdapter
 from loraserve.engine.model.config import DecoderConfig, Rope
+from loraserve.engine.model.linear import Linear
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
 from loraserve.engine.offline import OfflineEngine, OfflineOutput, OfflineRequest
 from loraserve.engine.setup import gpu_unusable
+from loraserve.kernels.bench.cases import LLAMA_3_8B
 from loraserve.messages import AdapterRef
 from loraserve.messages.base import SamplingParams
-from loraserve.model_shape import MODULES, SLICES, ModelShape
+from loraserve.model_shape import MODULES, ModelShape
 
-LLAMA_3_8B = ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
 RANKS = (8, 16, 32, 64, 128)
 SEQUENCES = 64
 
@@ -78,17 +79,12 @@ def cases(sequences: int, quick: bool) -> list[Case]:
     return [Case(name=n, ranks=r, prompt_tokens=prompt, output_tokens=output) for n, r in ranks.items()]
 
 
-def uniform_header(shape: ModelShape, dtype: Any, rank: int) -> SlabHeader:
-    rows = [(rank,) * len(SLICES[module]) for _ in range(shape.layers) for module in MODULES]
-    return lay_out(shape, dtype, rows, [(1.0,) * len(row) for row in rows])
-
-
 def random_weights(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
     """Small random numbers on the device; norms are one."""
     shape = config.shape
 
-    def linear(out: int, width: int) -> DeviceLinear:
-        return DeviceLinear(torch.randn(out, width, dtype=dtype, device=device) * 0.02, None)
+    def linear(out: int, width: int) -> Linear:
+        return Linear(torch.randn(out, width, dtype=dtype, device=device) * 0.02, None)
 
     def ones(width: int) -> torch.Tensor:
         return torch.ones(width, device=device)
@@ -123,7 +119,7 @@ def make_runner(shape: ModelShape, engine: EngineConfig, device: torch.device) -
 def measure(config: Config, runner: CudaRunner, case: Case, sequences: int) -> Figures:
     """One run to load and warm, one to measure."""
     shape, dtype = runner.shape, config.engine.slab_dtype
-    headers = {f"{i}-rank{rank}": uniform_header(shape, dtype, rank) for i, rank in enumerate(case.ranks)}
+    headers = {f"{i}-rank{rank}": lay_out_uniform(shape, dtype, rank) for i, rank in enumerate(case.ranks)}
     engine = RandomPoolEngine(config, headers, runner)
     names = list(headers) or [""]
     sampling = SamplingParams(max_tokens=case.output_tokens, temperature=0.0, ignore_eos=True)

@@ -12,9 +12,7 @@ from loraserve.kernels.fused_gpu import add_rms_norm, rotate_and_keep, silu_mul
 from loraserve.kernels.lora.gpu import add_lora
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.work import LoraWork
-
-QKV, OUT, GATE_UP, DOWN = range(4)
-"""Indices into MODULES."""
+from loraserve.model_shape import DOWN, GATE_UP, OUT, QKV
 
 
 class GpuDecoder:

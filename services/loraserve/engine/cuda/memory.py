@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import msgspec
 
-from loraserve.adapter.format import Dtype, lay_out
+from loraserve.adapter.format import Dtype, lay_out_uniform
 from loraserve.engine.buddy import BuddyAllocator
 from loraserve.errors import ConfigError
-from loraserve.model_shape import MODULES, SLICES, ModelShape
+from loraserve.model_shape import ModelShape
 
 SHOWN_RANKS = (8, 16, 64, 128)
 MIB = 1 << 20
@@ -50,9 +50,7 @@ def divide(memory: Measured, memory_fraction: float, pool_fraction: float, block
 
 def adapter_bytes(shape: ModelShape, dtype: Dtype, rank: int) -> int:
     """Slab of an adapter with this rank in every projection."""
-    ranks = [(rank,) * len(SLICES[module]) for module in MODULES] * shape.layers
-    scales = [(1.0,) * len(row) for row in ranks]
-    return lay_out(shape, dtype, ranks, scales).slab_bytes
+    return lay_out_uniform(shape, dtype, rank).slab_bytes
 
 
 def adapters_that_fit(shape: ModelShape, dtype: Dtype, pool_bytes: int, slots: int, rank: int) -> int:

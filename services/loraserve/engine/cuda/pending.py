@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from loraserve.engine.batch import SequenceStep, StepResult
+from loraserve.engine.batch import Sampled, SequenceStep, StepResult
 from loraserve.engine.cuda.errors import device_errors
 from loraserve.engine.cuda.sampling import Drawn, sampled
 
@@ -17,8 +17,7 @@ class PendingGpuStep:
     ) -> None:
         self._step_id = step_id
         self._rows = rows
-        parts = (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs) if drawn else ()
-        self._parts = [None if part is None else _sent_back(part) for part in parts]
+        self._results = [None if part is None else _sent_back(part) for part in results(drawn)]
         self._started = started
         self._device = torch.cuda.current_device()
         self._ended = torch.cuda.Event(enable_timing=True)
@@ -28,11 +27,21 @@ class PendingGpuStep:
         """Waits for the step; raises what the GPU reports. ``duration_s`` is the time on the GPU alone."""
         with device_errors(), torch.cuda.device(self._device):
             self._ended.synchronize()
-        arrays = [None if part is None else part.numpy() for part in self._parts]
-        tokens = tuple(sampled(self._rows, *arrays)) if arrays else ()  # type: ignore[arg-type]
+        tokens = collect(self._rows, self._results)
         return StepResult(
             step_id=self._step_id, sampled=tokens, duration_s=self._started.elapsed_time(self._ended) / 1e3
         )
+
+
+def results(drawn: Drawn | None) -> tuple[torch.Tensor | None, ...]:
+    """What is to be read back; nothing where nobody drew."""
+    return (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs) if drawn else ()
+
+
+def collect(rows: Sequence[SequenceStep], parts: Sequence[torch.Tensor | None]) -> tuple[Sampled, ...]:
+    """From what ``results`` gave, on the host by now, to tokens."""
+    arrays = [None if part is None else part.numpy() for part in parts]
+    return tuple(sampled(rows, *arrays)) if arrays else ()  # type: ignore[arg-type]
 
 
 def _sent_back(tensor: torch.Tensor) -> torch.Tensor:

@@ -16,16 +16,15 @@ from loraserve.config import EngineConfig
 from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
 from loraserve.engine.cuda.errors import device_errors
 from loraserve.engine.cuda.graphs import DecodeGraphs, batch_sizes, table_widths
-from loraserve.engine.cuda.pending import PendingGpuStep
+from loraserve.engine.cuda.pending import PendingGpuStep, collect, results
 from loraserve.engine.cuda.pool import READ_BYTES
-from loraserve.engine.cuda.sampling import Drawn, draw, sampled
+from loraserve.engine.cuda.sampling import Drawn, draw
 from loraserve.engine.cuda.sampling_rows import prepare
 from loraserve.engine.cuda.state import DeviceState
-from loraserve.engine.cuda.step_buffer import UNKNOWN, StepBuffer, StepShape
+from loraserve.engine.cuda.step_buffer import UNKNOWN, eager_step
 from loraserve.engine.packed import PackedStep, pack
 from loraserve.engine.pool_memory import PoolMemory
 from loraserve.engine.runner_protocol import ComputedStep, PendingStep
-from loraserve.kernels.attention.gpu import GpuAttentionBatch
 from loraserve.kernels.lora.work import LoraWork
 from loraserve.messages.base import SamplingParams
 
@@ -121,7 +120,10 @@ class CudaRunner:
             logits = self._forward(batch.sequences)
             drawn = self._draw(logits, rows) if rows else None
             if isinstance(started, float):
-                return ComputedStep(_computed(batch.step_id, rows, drawn, started))
+                tokens = collect(rows, results(drawn))
+                return ComputedStep(
+                    StepResult(step_id=batch.step_id, sampled=tokens, duration_s=time.monotonic() - started)
+                )
             return PendingGpuStep(batch.step_id, rows, drawn, started)
 
     def step(self, batch: StepBatch) -> StepResult:
@@ -153,17 +155,8 @@ class CudaRunner:
         return self._eager(packed, source, adapted)
 
     def _eager(self, packed: PackedStep, source: NDArray[np.int32], adapted: bool) -> torch.Tensor:
-        tokens, (sequences, blocks) = len(packed.tokens), packed.table.shape
-        step = StepBuffer(StepShape(tokens, sequences, blocks, len(packed.sampled)), self._device)
-        step.send(packed, source)
-        batch = GpuAttentionBatch(
-            step.query_start,
-            step.seq_len,
-            step.table,
-            tuple(packed.queries.tolist()),
-            tuple(packed.seq_len.tolist()),
-        )
-        work = self._work(tokens) if adapted else None
+        step, batch = eager_step(packed, source, self._device)
+        work = self._work(len(packed.tokens)) if adapted else None
         return self._state.decoder.forward(step, self._drawn, batch, work)
 
     def _draw(self, logits: torch.Tensor, rows: Sequence[SequenceStep]) -> Drawn:
@@ -206,10 +199,3 @@ def _sources(sequences: Sequence[SequenceStep], packed: PackedStep, row_of: dict
             # Where that step failed, any token will do: nobody uses what comes of it.
             source[packed.query_start[index]] = row_of.get(sequence.request_id, 0)
     return source
-
-
-def _computed(step_id: int, rows: Sequence[SequenceStep], drawn: Drawn | None, started_s: float) -> StepResult:
-    parts = (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs) if drawn else ()
-    arrays = [None if part is None else part.numpy() for part in parts]
-    tokens = tuple(sampled(rows, *arrays)) if arrays else ()  # type: ignore[arg-type]
-    return StepResult(step_id=step_id, sampled=tokens, duration_s=time.monotonic() - started_s)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from loraserve.engine.batch import SequenceStep
+from loraserve.engine.batch import SequenceStep, changes_logits
 from loraserve.engine.sampler import GREEDY_BELOW, uniform
 from loraserve.messages.base import SamplingParams
 
@@ -130,7 +130,7 @@ def _draw_values(step: SequenceStep, vocab: int) -> tuple[float, ...]:
 
 def _change_arrays(rows: Sequence[SequenceStep], vocab: int, eos_token_ids: Collection[int]) -> list[Array]:
     """The rows' places [n], tokens that are forbidden, repeated and put out, and the three penalties [3, n]."""
-    places = [place for place, step in enumerate(rows) if _changes_logits(step)]
+    places = [place for place, step in enumerate(rows) if changes_logits(step.sampling, step.output_index)]
     steps = [rows[place] for place in places]
     penalties = [
         (s.sampling.repetition_penalty, s.sampling.presence_penalty, s.sampling.frequency_penalty) for s in steps
@@ -142,11 +142,6 @@ def _change_arrays(rows: Sequence[SequenceStep], vocab: int, eos_token_ids: Coll
         _flat((step.history[step.prompt_length :] if _counts_output(step) else () for step in steps), vocab),
         np.array(penalties, dtype=np.float64).reshape(-1, 3).T,
     ]
-
-
-def _changes_logits(step: SequenceStep) -> bool:
-    p = step.sampling
-    return step.output_index < p.min_tokens or p.repetition_penalty != 1.0 or _counts_output(step)
 
 
 def _counts_output(step: SequenceStep) -> bool:

@@ -14,12 +14,12 @@ from loraserve.engine.cuda.memory import SHOWN_RANKS, Measured, Shares, divide, 
 from loraserve.engine.cuda.pool import DevicePool
 from loraserve.engine.cuda.sampling import draw
 from loraserve.engine.cuda.sampling_rows import prepare
-from loraserve.engine.cuda.step_buffer import UNKNOWN, StepBuffer, StepShape
+from loraserve.engine.cuda.step_buffer import UNKNOWN, eager_step
 from loraserve.engine.model.config import DecoderConfig
 from loraserve.engine.model.weights import DecoderWeights
 from loraserve.engine.packed import pack
 from loraserve.errors import ConfigError
-from loraserve.kernels.attention.gpu import Backend, GpuAttentionBatch, GpuKvCache, gpu_block_bytes, pick_backend
+from loraserve.kernels.attention.gpu import Backend, GpuKvCache, gpu_block_bytes, pick_backend
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.work import LoraWork, Workspace
 from loraserve.messages.base import SamplingParams
@@ -56,15 +56,7 @@ class DeviceState:
         """
         rows = [_trial(self, 0, tokens, context - tokens)] if context > tokens else _trial_rows(self, tokens)
         packed = pack(rows, self.block_tokens)
-        step = StepBuffer(StepShape(tokens, len(rows), packed.table.shape[1], len(rows)), self.device)
-        step.send(packed, np.full(tokens, UNKNOWN, np.int32))
-        batch = GpuAttentionBatch(
-            step.query_start,
-            step.seq_len,
-            step.table,
-            tuple(packed.queries.tolist()),
-            tuple(packed.seq_len.tolist()),
-        )
+        step, batch = eager_step(packed, np.full(tokens, UNKNOWN, np.int32), self.device)
         drawn = torch.zeros(1, dtype=torch.int64, device=self.device)
         logits = self.decoder.forward(step, drawn, batch, work)
         draw(logits, prepare(rows, self.config.shape.vocab, self.config.eos_token_ids, self.device))

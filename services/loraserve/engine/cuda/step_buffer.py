@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from loraserve.engine.packed import PackedStep
+from loraserve.kernels.attention.gpu import GpuAttentionBatch
 
 UNKNOWN = -1
 
@@ -72,3 +73,14 @@ class StepBuffer:
         rows[:sequences, : packed.table.shape[1]] = packed.table
         sampled[: len(packed.sampled)] = packed.sampled
         sampled[len(packed.sampled) :] = used + np.arange(len(sampled) - len(packed.sampled))
+
+
+def eager_step(
+    packed: PackedStep, source: NDArray[np.int32], device: torch.device
+) -> tuple[StepBuffer, GpuAttentionBatch]:
+    """A step with exactly the room that it takes, on its way to the device."""
+    sequences, blocks = packed.table.shape
+    step = StepBuffer(StepShape(len(packed.tokens), sequences, blocks, len(packed.sampled)), device)
+    step.send(packed, source)
+    queries, lengths = tuple(packed.queries.tolist()), tuple(packed.seq_len.tolist())
+    return step, GpuAttentionBatch(step.query_start, step.seq_len, step.table, queries, lengths)

@@ -1,7 +1,6 @@
 """The form in which weights compute on the GPU: one dtype for all products, norms in float32."""
 
 import torch
-from torch.nn import functional
 
 from loraserve.config import EngineConfig
 from loraserve.engine.model.linear import Linear
@@ -9,17 +8,6 @@ from loraserve.errors import ConfigError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 SLAB_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
-
-
-class DeviceLinear(Linear):
-    """y [tokens, out] = x [tokens, in] @ weight.T + bias, all of one dtype, on the device."""
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self._weight = weight
-        self._bias = bias
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self._weight, self._bias)
 
 
 class DeviceForm:
@@ -32,11 +20,11 @@ class DeviceForm:
     def embedding(self, weight: torch.Tensor) -> torch.Tensor:
         return self._moved(weight)
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> DeviceLinear:
-        return DeviceLinear(self._moved(weight), None if bias is None else self._moved(bias))
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return Linear(self._moved(weight), None if bias is None else self._moved(bias))
 
-    def tied_head(self, embedding: torch.Tensor) -> DeviceLinear:
-        return DeviceLinear(embedding, None)
+    def tied_head(self, embedding: torch.Tensor) -> Linear:
+        return Linear(embedding, None)
 
     def vector(self, weight: torch.Tensor) -> torch.Tensor:
         return weight.to(self._device)

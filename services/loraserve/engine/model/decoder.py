@@ -11,9 +11,7 @@ from loraserve.engine.model.weights import DecoderWeights, LayerWeights
 from loraserve.kernels.attention import AttentionBatch, KvCache, paged_attention
 from loraserve.kernels.fused import add_rms_norm, rotate, silu_mul
 from loraserve.kernels.lora import AdapterTables, LoraBatch, add_lora
-
-QKV, OUT, GATE_UP, DOWN = range(4)
-"""Indices into MODULES."""
+from loraserve.model_shape import DOWN, GATE_UP, OUT, QKV
 
 
 @dataclass(slots=True)

@@ -15,10 +15,10 @@ FP16_MAX = 65504.0
 
 
 class Linear:
-    """y [tokens, out] = x [tokens, in] @ weight.T + bias, all activations float32."""
+    """y [tokens, out] = x [tokens, in] @ weight.T + bias, all of the weight's dtype and on its device."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.backend: Backend = "float32"
+        self.backend = str(weight.dtype).removeprefix("torch.")
         self._weight = weight
         self._bias = bias
 
