@@ -4,6 +4,8 @@ from typing import Protocol
 
 import numpy as np
 
+from loraserve.adapter.format import SlabHeader
+
 Bytes = memoryview | bytes | bytearray
 
 
@@ -54,3 +56,11 @@ class HostPool:
 
     def digest(self, digest: Digest, offset_bytes: int, length_bytes: int) -> None:
         digest.update(self._memory[offset_bytes : offset_bytes + length_bytes])
+
+
+def check_slab(header: SlabHeader, slab_dtype: str, base_elements: int, pool_elements: int) -> None:
+    """Raises ValueError where the slab is of another dtype than the pool, or would not lie within it."""
+    if header.dtype != slab_dtype:
+        raise ValueError(f"slab is {header.dtype}, engine.slab_dtype is {slab_dtype}; register the adapter again")
+    if not 0 <= base_elements <= pool_elements - header.elements:
+        raise ValueError(f"slab of {header.elements} elements at {base_elements} is outside {pool_elements}")

@@ -16,7 +16,7 @@ from loraserve.engine.model.decoder import Decoder, StepInputs
 from loraserve.engine.model.linear import HostForm, pick_backend
 from loraserve.engine.model.weights import load_weights
 from loraserve.engine.packed import pack
-from loraserve.engine.pool_memory import HostPool
+from loraserve.engine.pool_memory import HostPool, check_slab
 from loraserve.engine.runner_protocol import ComputedStep
 from loraserve.engine.sampler import sample
 from loraserve.errors import ConfigError
@@ -79,12 +79,7 @@ class ModelRunner:
 
         Raises ValueError where the slab is of another dtype or model, or would not end within the pool.
         """
-        if header.dtype != self.slab_dtype:
-            raise ValueError(
-                f"slab is {header.dtype}, engine.slab_dtype is {self.slab_dtype}; register the adapter again"
-            )
-        if not 0 <= base_elements <= self.pool_elements - header.elements:
-            raise ValueError(f"slab of {header.elements} elements at {base_elements} is outside {self.pool_elements}")
+        check_slab(header, self.slab_dtype, base_elements, self.pool_elements)
         self._tables.install(slot, header, base_elements)
 
     def remove(self, slot: int) -> None:

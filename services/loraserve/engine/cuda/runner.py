@@ -23,7 +23,7 @@ from loraserve.engine.cuda.sampling_rows import prepare
 from loraserve.engine.cuda.state import DeviceState
 from loraserve.engine.cuda.step_buffer import UNKNOWN, eager_step
 from loraserve.engine.packed import PackedStep, pack
-from loraserve.engine.pool_memory import PoolMemory
+from loraserve.engine.pool_memory import PoolMemory, check_slab
 from loraserve.engine.runner_protocol import ComputedStep, PendingStep
 from loraserve.kernels.lora.work import LoraWork
 from loraserve.messages.base import SamplingParams
@@ -96,16 +96,11 @@ class CudaRunner:
 
         Raises ValueError where the slab is of another dtype or model, of too large a rank, or not within the pool.
         """
-        if header.dtype != self.slab_dtype:
-            raise ValueError(
-                f"slab is {header.dtype}, engine.slab_dtype is {self.slab_dtype}; register the adapter again"
-            )
+        check_slab(header, self.slab_dtype, base_elements, self.pool_elements)
         if header.shape != self.shape:
             raise ValueError(f"slab is for {header.shape}, this model is {self.shape}; register the adapter again")
         if header.rank > self._max_rank:
             raise ValueError(f"slab has rank {header.rank}, engine.max_rank is {self._max_rank}; raise it")
-        if not 0 <= base_elements <= self.pool_elements - header.elements:
-            raise ValueError(f"slab of {header.elements} elements at {base_elements} is outside {self.pool_elements}")
         self._changes.append(partial(self._state.tables.install, slot, header, base_elements))
 
     def remove(self, slot: int) -> None:
