@@ -46,9 +46,14 @@ class BusConfig(Section, frozen=True, kw_only=True):
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
-    """``engines`` 0 is one for each GPU, or two on a CPU."""
+    """``engines`` 0 is one for each GPU, or two on a CPU.
+
+    ``profile`` is what router and planner price with at first: a file written by scripts/profile, or the name of a
+    shipped one; "" takes the shipped one of this model and device where there is one.
+    """
 
     engines: Natural = 0
+    profile: str = ""
     run_dir: str = ""
     data_dir: str = ""
     log_dir: str = ""
@@ -95,6 +100,9 @@ class EngineConfig(Section, frozen=True, kw_only=True):
 
 
 class RouterConfig(Section, frozen=True, kw_only=True):
+    """``policy`` predicted sends a request where it will start soonest; shares samples the plan's shares alone."""
+
+    policy: Literal["predicted", "shares"] = "predicted"
     admit_timeout_s: Seconds = 1.0
     slo_ttft_s: Seconds = 10.0
     reject_factor: Factor = 4.0
@@ -107,6 +115,10 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
 
 
 class PlannerConfig(Section, frozen=True, kw_only=True):
+    """``policy`` loraserve is the paper's algorithm. ``pins``: by adapter name, the engines its copies are on."""
+
+    policy: Literal["ours", "loraserve"] = "ours"
+    pins: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
     interval_s: Seconds = 30.0
     min_copies: Positive = 1
     prepare_timeout_s: Seconds = 60.0

@@ -15,7 +15,10 @@ class EngineSeen(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterDemand(msgspec.Struct, frozen=True, kw_only=True):
-    """Demand seen and expected for one adapter over the monitor's window."""
+    """Demand seen and expected for one adapter over the monitor's window.
+
+    ``forecast_std_tokens_per_s`` is how far the forecast has been off (one standard deviation).
+    """
 
     version: str
     name: str
@@ -24,6 +27,7 @@ class AdapterDemand(msgspec.Struct, frozen=True, kw_only=True):
     decode_tokens_per_s: float
     requests_per_s: float
     forecast_tokens_per_s: float
+    forecast_std_tokens_per_s: float = 0.0
 
 
 class ClusterLoad(Message, frozen=True, tag=True, kw_only=True):

@@ -15,7 +15,10 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """One difference between two plans. ``source`` or ``target`` "" means that a copy appears or goes."""
+    """One difference between two plans. ``source`` or ``target`` "" means that a copy appears or goes.
+
+    ``gain_s``: how much sooner requests start after it than before, in the predicted P95 TTFT; memory is no gain.
+    """
 
     version: str
     name: str
@@ -23,6 +26,7 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
     target: str
     slab_bytes: int
     reason: str
+    gain_s: float = 0.0
 
 
 class Plan(Message, frozen=True, tag=True, kw_only=True):

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import msgspec
 
-from loraserve.cost import CostModel, extent_bytes
+from loraserve.cost import CostModel, StepShape, extent_bytes
 from loraserve.messages import AdapterRef, Plan, Rejected, Route
 from loraserve.router.view import ClusterView, EngineView
 
@@ -129,7 +129,7 @@ def _rejected(request: Route, code: str, message: str, retry_after_s: float = 1.
 def _score(engine: EngineView, request: Route, share: float, cost: CostModel, output_tokens: float) -> _Scored:
     load = engine.load
     requests = engine.requests
-    step_s = load.decode_step_s or cost.step_s(requests)
+    step_s = load.decode_step_s or cost.step_s(StepShape(decode_sequences=requests))
     prefill_token_s = 1 / load.prefill_tokens_per_s if load.prefill_tokens_per_s else cost.prefill_token_s
     queue_s = (load.waiting_prefill_tokens + engine.pending_tokens) * prefill_token_s
     prior = step_s * PRIOR_STEPS if share else 0.0

@@ -11,13 +11,11 @@ from loraserve.cost import (
     LARGEST_SURPRISE,
     LEARNING_RATE,
     CostModel,
-    dump_cost,
+    StepShape,
     extent_bytes,
     largest_extent_bytes,
-    load_cost,
 )
 from loraserve.engine.buddy import BuddyAllocator
-from loraserve.errors import ConfigError
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, resident
 
 COST = CostModel()
@@ -32,13 +30,13 @@ def learned(cost: CostModel, reports: int = 1, **changes: Any) -> CostModel:
 
 
 def test_an_empty_step_costs_its_base() -> None:
-    assert COST.step_s(0) == COST.step_base_s
+    assert COST.step_s(StepShape()) == COST.step_base_s
 
 
 @pytest.mark.parametrize("term", LOADED)
 def test_a_step_costs_more_for_everything_in_it_and_in_proportion(term: str) -> None:
     def extra_s(amount: int) -> float:
-        return COST.step_s(**{"decode_sequences": 0, term: amount}) - COST.step_base_s
+        return COST.step_s(StepShape(**{term: amount})) - COST.step_base_s
 
     assert extra_s(1000) > 0
     assert extra_s(3000) == pytest.approx(3 * extra_s(1000))
@@ -76,7 +74,8 @@ def test_measured_rates_are_approached_and_leave_the_rest_alone() -> None:
     cost = learned(COST, reports=200, prefill_tokens_per_s=2000.0, load_bytes_per_s=1e9)
     assert cost.prefill_token_s == pytest.approx(1 / 2000.0, rel=1e-3)
     assert cost.load_byte_s == pytest.approx(1e-9, rel=1e-3)
-    assert cost.step_s(10, slab_bytes=MIB) == COST.step_s(10, slab_bytes=MIB)
+    shape = StepShape(decode_sequences=10, slab_bytes=MIB)
+    assert cost.step_s(shape) == COST.step_s(shape)
 
 
 @pytest.mark.parametrize("rate", [1e-6, 1e12])
@@ -92,7 +91,8 @@ def test_decode_steps_are_predicted_as_they_are_measured(step_s: float) -> None:
     adapter = adapter_ref(1, slab_bytes=20 * MIB, rank=64)
     held = (resident(adapter, running=6), resident(adapter_ref(2, slab_bytes=900 * MIB)))
     cost = learned(COST, reports=300, running=8, decode_step_s=step_s, kv_blocks_free=900, resident=held)
-    predicted = cost.step_s(8, kv_tokens=100 * 16, slab_bytes=20 * MIB, rank_tokens=6 * 64)
+    shape = StepShape(decode_sequences=8, kv_tokens=100 * 16, slab_bytes=20 * MIB, rank_tokens=6 * 64)
+    predicted = cost.step_s(shape)
     assert predicted == pytest.approx(step_s, rel=0.05)
     assert cost.prefill_token_s == COST.prefill_token_s
 
@@ -118,28 +118,11 @@ def test_a_surprise_is_blamed_most_on_what_takes_most_of_the_step() -> None:
         max_size=30,
     )
 )
-def test_whatever_is_measured_every_coefficient_stays_positive_and_can_be_kept(reports: list[dict[str, Any]]) -> None:
+def test_whatever_is_measured_every_coefficient_stays_positive(reports: list[dict[str, Any]]) -> None:
     cost = COST
     for report in reports:
         cost = cost.observe(engine_load(**report))
-    assert load_cost(dump_cost(cost)) == cost
-
-
-def test_coefficients_that_are_missing_are_the_defaults() -> None:
-    assert load_cost(b'{"step_base_s": 0.5}') == CostModel(step_base_s=0.5)
-
-
-@pytest.mark.parametrize("name", msgspec.structs.asdict(COST))
-@pytest.mark.parametrize("value", [0.0, -1.0])
-def test_a_coefficient_that_is_not_positive_is_refused(name: str, value: float) -> None:
-    with pytest.raises(ConfigError, match="positive"):
-        load_cost(dump_cost(msgspec.structs.replace(COST, **{name: value})))
-
-
-@pytest.mark.parametrize("data", [b"", b"[1]", b'{"step_base_s": "fast"}', b'{"step_base_s": 1e999}', b"\xff{}"])
-def test_anything_else_is_refused_with_the_remedy(data: bytes) -> None:
-    with pytest.raises(ConfigError, match="remove the file"):
-        load_cost(data)
+    assert min(v for v in msgspec.structs.astuple(cost) if not isinstance(v, str)) >= 0
 
 
 @settings(max_examples=200, deadline=None)

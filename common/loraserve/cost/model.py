@@ -1,23 +1,44 @@
 """What a step, a load and a stream of requests cost: the one model that router, planner and simulator price with. Pure.
 
-Linear in what a step reads and computes. The coefficients begin as rough values of a small model on two CPU cores and
-follow what the engines measure. Memory has a price as well: an engine gives out extents of power-of-two sizes.
+Linear in what a step reads and computes. The coefficients begin as those of a profile and follow what the engines
+measure.
 """
+
+from typing import Literal
 
 import msgspec
 
-from loraserve.errors import ConfigError
 from loraserve.messages import EngineLoad
 
 LEARNING_RATE = 0.1
 """How far one report moves the coefficients towards what it says: reports are smoothed already, so slowly."""
 LARGEST_SURPRISE = 4.0
 """A measurement further off than this factor counts as this far off: one odd step must not bend the model."""
-MIN_EXTENT_BYTES = 4096
+
+
+class StepShape(msgspec.Struct, frozen=True, kw_only=True, gc=False):
+    """What a step holds, as far as its time depends on it.
+
+    ``kv_tokens``: context that decoding sequences attend to. ``prefill_kv_tokens``: the same of prefill tokens, summed
+    over them (tokens times the mean of what each attends to). ``slab_bytes``: of the distinct adapters in it.
+    ``rank_tokens``: the sum over its tokens of their adapters' ranks. ``max_rank``: the largest of these.
+    """
+
+    decode_sequences: float = 0
+    kv_tokens: float = 0
+    prefill_tokens: float = 0
+    prefill_kv_tokens: float = 0
+    slab_bytes: float = 0
+    rank_tokens: float = 0
+    max_rank: int = 0
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True):
-    """Seconds per unit. A step costs ``step_base_s`` whatever it holds, and the rest for what it holds."""
+    """Seconds per unit. A step costs ``step_base_s`` whatever it holds, and the rest for what it holds.
+
+    What LoRA costs is priced in one of two ways. ``exact``: the bytes of the distinct adapters, and each token's own
+    rank; our kernels. ``padded``: every token at the largest rank of the batch; S-LoRA's BGMV, Punica, vLLM.
+    """
 
     step_base_s: float = 0.022
     sequence_s: float = 0.0025
@@ -25,32 +46,38 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
     kv_token_s: float = 2e-7
     """Of each token of context that a decoding sequence attends to."""
     prefill_token_s: float = 0.002
+    prefill_kv_token_s: float = 0.0
+    """Of each pair of a prefill token and a token that it attends to."""
+    lora: Literal["exact", "padded"] = "exact"
     slab_byte_s: float = 1e-10
-    """Of the bytes of the distinct adapters in the step: they are read once, whoever shares them."""
+    """Exact: of the bytes of the distinct adapters in the step: they are read once, whoever shares them."""
     rank_token_s: float = 5e-6
-    """Of each token times the rank of its adapter."""
+    """Exact: of each token times the rank of its adapter."""
+    padded_prefill_s: float = 5e-6
+    """Padded: of each prefill token times the largest rank in the step."""
+    padded_decode_s: float = 5e-6
+    """Padded: of each decoding sequence times the largest rank in the step."""
     load_base_s: float = 0.005
     """Of a load whatever its size: asking, verifying, installing."""
     load_byte_s: float = 2e-9
 
-    def step_s(
-        self,
-        decode_sequences: int,
-        kv_tokens: int = 0,
-        prefill_tokens: int = 0,
-        slab_bytes: int = 0,
-        rank_tokens: int = 0,
-    ) -> float:
-        """One step: sequences that decode, their context, prefill tokens, bytes of its distinct adapters, and the sum
-        over its tokens of their adapters' ranks."""
+    def step_s(self, shape: StepShape) -> float:
+        """One step."""
         return (
             self.step_base_s
-            + decode_sequences * self.sequence_s
-            + kv_tokens * self.kv_token_s
-            + prefill_tokens * self.prefill_token_s
-            + slab_bytes * self.slab_byte_s
-            + rank_tokens * self.rank_token_s
+            + shape.decode_sequences * self.sequence_s
+            + shape.kv_tokens * self.kv_token_s
+            + shape.prefill_tokens * self.prefill_token_s
+            + shape.prefill_kv_tokens * self.prefill_kv_token_s
+            + self.lora_s(shape)
         )
+
+    def lora_s(self, shape: StepShape) -> float:
+        """What its adapters add to a step."""
+        if self.lora == "padded":
+            per_rank_s = shape.prefill_tokens * self.padded_prefill_s + shape.decode_sequences * self.padded_decode_s
+            return shape.max_rank * per_rank_s
+        return shape.slab_bytes * self.slab_byte_s + shape.rank_tokens * self.rank_token_s
 
     def load_s(self, slab_bytes: int) -> float:
         """Bringing an absent adapter in."""
@@ -63,7 +90,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
 
         Its slab is read once a step that has it, so that the bytes weigh on rare traffic and are shared by dense.
         """
-        steps_per_s = min(decode_tokens_per_s, 1 / self.step_s(1, slab_bytes=slab_bytes))
+        steps_per_s = min(decode_tokens_per_s, 1 / self.step_s(StepShape(decode_sequences=1, slab_bytes=slab_bytes)))
         return (
             prefill_tokens_per_s * (self.prefill_token_s + rank * self.rank_token_s)
             + decode_tokens_per_s * (self.sequence_s + rank * self.rank_token_s)
@@ -95,32 +122,6 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
             name: getattr(self, name) * (1 + LEARNING_RATE * surprise * term / predicted_s)
             for name, term in terms.items()
         }
-
-
-def dump_cost(cost: CostModel) -> bytes:
-    """As JSON."""
-    return msgspec.json.format(msgspec.json.encode(cost))
-
-
-def load_cost(data: bytes) -> CostModel:
-    """Inverse of ``dump_cost``. Raises ConfigError on anything else."""
-    try:
-        cost = msgspec.json.decode(data, type=CostModel)
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"cost model: {error}; remove the file to begin with the defaults") from error
-    if min(msgspec.structs.astuple(cost)) <= 0:
-        raise ConfigError("cost model: every coefficient must be positive; remove the file to begin with the defaults")
-    return cost
-
-
-def extent_bytes(slab_bytes: int) -> int:
-    """What a slab takes of a pool."""
-    return max(MIN_EXTENT_BYTES, 1 << (slab_bytes - 1).bit_length()) if slab_bytes > 0 else MIN_EXTENT_BYTES
-
-
-def largest_extent_bytes(pool_bytes: int) -> int:
-    """The largest extent that a pool of this size can ever give; 0 where it is too small for any."""
-    return 1 << (pool_bytes.bit_length() - 1) if pool_bytes >= MIN_EXTENT_BYTES else 0
 
 
 def _towards(old: float, measured: float) -> float:

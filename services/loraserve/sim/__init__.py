@@ -1,0 +1,1 @@
+"""The simulator: discrete events in place of time, sockets and models; the decisions are the live ones."""
