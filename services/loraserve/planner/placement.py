@@ -11,6 +11,7 @@ import msgspec
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.planner.settings import PlanSettings
 
 POOL_FRACTION = 0.75
 """Of a pool that the plan may pin; the rest is for adapters that come on demand."""
@@ -34,7 +35,7 @@ def plan(
     engines: Sequence[EngineLoad],
     current: Sequence[Placement],
     cost: CostModel,
-    min_copies: int = 1,
+    settings: PlanSettings,
 ) -> tuple[Placement, ...]:
     """Copies by (version, engine) with their shares of traffic; adapters nobody asks for are planned nowhere new."""
     targets = [_Engine(e.engine, int(e.pool_total_bytes * POOL_FRACTION)) for e in engines]
@@ -45,7 +46,7 @@ def plan(
     placements: list[Placement] = []
     # Heaviest first: the light ones then fill the gaps (longest processing time first).
     for version in sorted(weights, key=lambda v: (-weights[v], v)):
-        copies = _copies(weights[version], fair, min_copies, len(targets))
+        copies = _copies(weights[version], fair, settings.min_copies, len(targets))
         stay = [p.engine for p in current if p.version == version]
         chosen = _choose(targets, adapters[version], weights[version], copies, stay, fair)
         name = adapters[version].name
