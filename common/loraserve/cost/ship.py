@@ -13,7 +13,7 @@ ON = {"a100": "a100-80gb", "h200": "h200"}
 
 def derived_profiles() -> dict[str, Profile]:
     """By the name that they are shipped under."""
-    profiles = {}
+    profiles: dict[str, Profile] = {}
     for short, name in ON.items():
         hardware = HARDWARE[name]
         efficiencies = efficiencies_of(hardware)
