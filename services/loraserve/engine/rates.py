@@ -15,7 +15,10 @@ class Rates:
         self.load_bytes_per_s = 0.0
 
     def step_done(self, batch: StepBatch, duration_s: float, times: int = 1) -> None:
-        """Count one step, or ``times`` alike; those with prefill, a preempted request's output among it, say nothing about decoding."""
+        """Count one step, or ``times`` alike.
+
+        Those with prefill, a preempted request's output among it, say nothing about decoding.
+        """
         if duration_s <= 0:
             return
         prefill_tokens = sum(len(s.tokens) for s in batch.sequences if s.output_index == 0 or len(s.tokens) > 1)

@@ -51,7 +51,14 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
         return next(p.p95_ttft_s for p in self.results[policy].curve if abs(p.rps - rps) < 1e-6 * rps)
 
 
-def compare(base: Job, policies: Sequence[str], guess_rps: float, run: Run, shares: Sequence[float]) -> Comparison:
+def compare(
+    base: Job,
+    policies: Sequence[str],
+    guess_rps: float,
+    run: Run,
+    shares: Sequence[float],
+    count_engines: bool = True,
+) -> Comparison:
     """All policies on the workload, engines and profile of ``base``. ``shares`` has 0.8 in it."""
     curves: dict[str, dict[float, Point]] = {policy: {} for policy in policies}
     largest = find_largest(base, policies, guess_rps, run, curves)
@@ -59,7 +66,9 @@ def compare(base: Job, policies: Sequence[str], guess_rps: float, run: Run, shar
     best = max(baselines, key=lambda p: largest[p])
     wanted = [(policy, share * largest[best]) for policy in policies for share in sorted(shares)]
     _simulate(base, [(p, rps) for p, rps in wanted if rps not in curves[p]], run, curves)
-    needed = engines_needed(base, policies, largest[best], run) if largest[best] else dict.fromkeys(policies)
+    needed: dict[str, int | None] = dict.fromkeys(policies)
+    if count_engines and largest[best]:
+        needed = engines_needed(base, policies, largest[best], run)
     return Comparison(
         engines=base.engines,
         slo_ttft_s=base.settings.slo_ttft_s,

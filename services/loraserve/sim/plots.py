@@ -11,7 +11,7 @@ from loraserve.sim.compare import Comparison
 from loraserve.sim.outcome import Outcome
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 SIZE_INCHES = (7.0, 4.5)
 DPI = 120

@@ -6,7 +6,7 @@ from pathlib import Path
 import msgspec
 
 from loraserve.cost.profile import Profile
-from loraserve.sim.cluster import Simulation, SimSettings
+from loraserve.sim.cluster import SimSettings, Simulation
 from loraserve.sim.outcome import Outcome
 from loraserve.sim.policies import policy_named
 from loraserve.sim.synthetic import Shape, draw

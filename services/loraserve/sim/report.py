@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
+from statistics import median
 from typing import Any
 
 from loraserve.sim.compare import OURS, Comparison
@@ -63,9 +64,7 @@ def summary(comparison: Comparison) -> str:
 
 def load_table(comparison: Comparison) -> str:
     """P95 TTFT of each policy at each share of the best baseline's largest load."""
-    rows = [
-        [name, *(comparison.p95_at(name, share) for share in comparison.shares)] for name in comparison.results
-    ]
+    rows = [[name, *(comparison.p95_at(name, share) for share in comparison.shares)] for name in comparison.results]
     return table(["P95 TTFT (s) at load", *(f"{share:.0%}" for share in comparison.shares)], rows)
 
 
@@ -143,3 +142,24 @@ def _p95_pair(comparison: Comparison, share: float) -> str:
     """Ours / the lowest of any baseline."""
     others = min(comparison.p95_at(name, share) for name in comparison.results if name != OURS)
     return f"{cell(comparison.p95_at(OURS, share))}/{cell(others)}"
+
+
+def gains(comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
+    """Ours against toppings and the best baseline in largest load, over all workloads."""
+    toppings = sorted(c.results[OURS].max_rps / (c.results[TOPPINGS].max_rps or 1e-9) for c in comparisons.values())
+    best = sorted(c.results[OURS].max_rps / (c.best_baseline_rps or 1e-9) for c in comparisons.values())
+    return {
+        "vs_toppings_best": number(toppings[-1]),
+        "vs_toppings_median": number(median(toppings)),
+        "vs_toppings_worst": number(toppings[0]),
+        "vs_best_baseline_median": number(median(best)),
+        "vs_best_baseline_worst": number(best[0]),
+    }
+
+
+def gains_text(found: Mapping[str, float | None]) -> str:
+    return (
+        f"max rps of ours / toppings: best {cell(found['vs_toppings_best'])}, median "
+        f"{cell(found['vs_toppings_median'])}, worst {cell(found['vs_toppings_worst'])}; / best baseline: median "
+        f"{cell(found['vs_best_baseline_median'])}, worst {cell(found['vs_best_baseline_worst'])}"
+    )

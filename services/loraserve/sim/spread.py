@@ -13,7 +13,9 @@ SAY_EVERY_S = 2.0
 
 
 @contextmanager
-def spread(workers: int = 0, say: Callable[[str], None] | None = None) -> Iterator[Callable[[Sequence[Job]], list[Point]]]:
+def spread(
+    workers: int = 0, say: Callable[[str], None] | None = None
+) -> Iterator[Callable[[Sequence[Job]], list[Point]]]:
     """A function that simulates jobs, in their order; ``workers`` 0 is one for each core."""
     with ProcessPoolExecutor(max_workers=workers or cores()) as pool:
         counter = _Counter(say or _to_stderr)
@@ -53,7 +55,9 @@ class _Counter:
         now = time.monotonic()
         if now - self._said_s >= SAY_EVERY_S:
             self._said_s = now
-            what = f"{point.policy} at {point.rps:.1f} rps on {point.engines} engines: P95 TTFT {point.p95_ttft_s:.2f} s"
+            what = (
+                f"{point.policy} at {point.rps:.1f} rps on {point.engines} engines: P95 TTFT {point.p95_ttft_s:.2f} s"
+            )
             self._say(f"[{now - self._started_s:6.1f} s] {self._ended} of {self._begun} runs; {what}")
 
 

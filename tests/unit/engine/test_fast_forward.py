@@ -83,9 +83,7 @@ HAPPENINGS = st.lists(
 
 @settings(max_examples=300, deadline=None)
 @given(happenings=HAPPENINGS, kv_blocks=st.integers(12, 60), max_running=st.integers(1, 6))
-def test_skipped_steps_end_where_single_ones_do(
-    happenings: list[Happening], kv_blocks: int, max_running: int
-) -> None:
+def test_skipped_steps_end_where_single_ones_do(happenings: list[Happening], kv_blocks: int, max_running: int) -> None:
     single = Engine(kv_blocks=kv_blocks, max_running=max_running)
     fast = Engine(kv_blocks=kv_blocks, max_running=max_running)
     for number, (kind, first, second, third) in enumerate(happenings):
