@@ -14,8 +14,10 @@ from random import Random
 
 from loraserve.cost import CostModel, StepShape
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement, Rejected, Route
+from loraserve.planner.settings import PlanSettings
+from loraserve.router.engine_view import EngineView
 from loraserve.router.policy import Candidate, Choice, PlannedCopies, Rng, Slo
-from loraserve.router.view import ClusterView, EngineView
+from loraserve.router.view import ClusterView
 
 PLACEMENT_SEED = 1
 HYSTERESIS = 0.2
@@ -28,7 +30,7 @@ def place_at_random(
     engines: Sequence[EngineLoad],
     current: Sequence[Placement],
     cost: CostModel,
-    slo_ttft_s: float,
+    settings: PlanSettings,
 ) -> tuple[Placement, ...]:
     """Once, as many adapters on one engine as on another."""
     versions = sorted(adapters)
@@ -42,7 +44,7 @@ def place_contiguously(
     engines: Sequence[EngineLoad],
     current: Sequence[Placement],
     cost: CostModel,
-    slo_ttft_s: float,
+    settings: PlanSettings,
 ) -> tuple[Placement, ...]:
     """Once, in order of registration: the first so many on the first engine, and so on."""
     versions = sorted(adapters)
@@ -55,7 +57,7 @@ def place_everywhere(
     engines: Sequence[EngineLoad],
     current: Sequence[Placement],
     cost: CostModel,
-    slo_ttft_s: float,
+    settings: PlanSettings,
 ) -> tuple[Placement, ...]:
     share = 1 / len(engines)
     return tuple(current) or tuple(
@@ -69,7 +71,7 @@ def place_by_rendezvous(
     engines: Sequence[EngineLoad],
     current: Sequence[Placement],
     cost: CostModel,
-    slo_ttft_s: float,
+    settings: PlanSettings,
 ) -> tuple[Placement, ...]:
     """Copies in proportion to requests a second, at least one; an engine has slots for its share of them."""
     names = [engine.engine for engine in engines]

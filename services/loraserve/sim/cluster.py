@@ -26,6 +26,7 @@ from loraserve.messages import (
 )
 from loraserve.monitor.demand import DemandWindow
 from loraserve.planner.diff import diff
+from loraserve.planner.settings import PlanSettings
 from loraserve.router.policy import PlannedCopies, Slo
 from loraserve.router.view import ClusterView
 from loraserve.sim.engine import SimEngine, Watcher
@@ -64,6 +65,9 @@ class Simulation(Watcher):
         self._timeline = Timeline()
         self._rng = Random(self._settings.seed)
         self._slo = Slo(self._settings.slo_ttft_s, self._settings.reject_factor)
+        self._plan_settings = PlanSettings(
+            slo_ttft_s=self._settings.slo_ttft_s, interval_s=self._settings.plan_interval_s
+        )
         self._adapters = {adapter.version: adapter for adapter in workload.adapters}
         limits = _limits(profile, workload, policy.everywhere)
         self._engines = {
@@ -192,7 +196,7 @@ class Simulation(Watcher):
         if self._next is not None:
             return
         placements = self._policy.place(
-            self._seen(now), self._adapters, self._loads, self._plan.placements, self._cost, self._slo.ttft_s
+            self._seen(now), self._adapters, self._loads, self._plan.placements, self._cost, self._plan_settings
         )
         moves = diff(self._plan.placements, placements, self._adapters)
         if not moves and self._planned is not None:

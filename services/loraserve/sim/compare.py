@@ -21,7 +21,7 @@ OURS = "ours"
 
 
 class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
-    """``curve`` in order of load, all points that were simulated; ``at_80pct`` is at 80 % of the best baseline's max."""
+    """``curve`` in order of load, all points there are; ``at_80pct`` is at 80 % of the best baseline's max."""
 
     policy: str
     max_rps: float

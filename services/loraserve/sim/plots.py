@@ -28,7 +28,7 @@ COLOURS = {
 def plot_comparison(comparison: Comparison, title: str, folder: Path) -> list[Path]:
     """P95 TTFT and goodput against load; engines needed, adapters held and moves by policy."""
     results = comparison.results
-    bars = {
+    bars: dict[str, dict[str, float]] = {
         "engines needed": {n: r.engines_needed or 0 for n, r in results.items()},
         "adapters per engine": {n: r.at_80pct.adapters_per_engine for n, r in results.items()},
         "moves per interval": {n: r.at_80pct.moves_per_interval for n, r in results.items()},

@@ -1,4 +1,4 @@
-"""Workloads drawn from distributions: arrivals, popularity, ranks and their drift, lengths. Pure: randomness is passed in.
+"""Workloads drawn from distributions: arrivals, popularity, ranks and their drift, lengths. Pure.
 
 Loads are set afterwards (``Workload.at``): here a request a second arrives on average.
 """
@@ -115,7 +115,7 @@ def _lognormal(mean: float, rng: Random) -> Callable[[], int]:
 
 
 def grid(requests: int = 4000, adapters: int = 100, seed: int = 0) -> list[Shape]:
-    """Four mixes of ranks, two kinds of arrival, three of drift, with lengths from prefill-heavy to decode-heavy: 24."""
+    """24: four mixes of ranks, two kinds of arrival, three of drift; lengths from prefill-heavy to decode-heavy."""
     lengths = list(LENGTHS)
     shapes = []
     for mix_index, mix in enumerate(RANK_MIXES):
