@@ -36,6 +36,8 @@ from loraserve.sim.policies import Policy
 from loraserve.sim.workload import SimRequest, Workload
 
 ZEROS = (0,) * 40_000
+TELL_EVERY = 500
+"""Requests between two words of progress."""
 
 
 class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,7 +72,7 @@ class Simulation(Watcher):
         )
         self._adapters = {adapter.version: adapter for adapter in workload.adapters}
         limits = _limits(profile, workload, policy.everywhere)
-        self._engines = {
+        self.engines = {
             name: SimEngine(name, limits, profile.cost, self._timeline, self, free_loads=policy.everywhere)
             for name in (f"engine-{index}" for index in range(engines))
         }
@@ -84,29 +86,27 @@ class Simulation(Watcher):
         self._pictures = 0
         self._requests: dict[str, RequestOutcome] = {}
         self._live = 0
-        self._late = 0
         self._intervals: list[Interval] = []
         self._moved = 0
         self._moved_bytes = 0
         self._whys: dict[str, int] = {}
+        self._hopeless = False
 
     def run(self, progress: Callable[[float], None] = lambda share: None) -> Outcome:
         """The whole workload; ``progress`` is told now and then what share of it has arrived."""
         self._report(0.0)
         self._replan(0.0)
+        self._give_up(0.0)
         requests = self._workload.requests
         if requests:
             self._timeline.at(requests[0].time_s, lambda now: self._arrive(0, now))
-        hopeless = False
-        told = 0
-        while not hopeless and (len(self._requests) < len(requests) or self._live):
+        while not self._hopeless and (len(self._requests) < len(requests) or self._live):
             if not self._timeline.next():
                 break
-            if len(self._requests) >= told + 500:
-                told = len(self._requests)
-                progress(told / len(requests))
-                hopeless = self._hopeless()
-        return self._outcome(hopeless)
+            if len(self._requests) % TELL_EVERY == 0:
+                progress(len(self._requests) / len(requests))
+        progress(1.0)
+        return self._outcome()
 
     def first_token(self, request_id: str, now: float) -> None:
         self._requests[request_id].first_token_s = now
@@ -154,7 +154,7 @@ class Simulation(Watcher):
             sampling=route.sampling,
             adapter=route.adapter,
         )
-        self._engines[chosen.engine].admit(admit, now)
+        self.engines[chosen.engine].admit(admit, now)
         self._view.admitted(chosen.engine, request_id, "simulated", now)
 
     def _route_message(self, request_id: str, index: int, request: SimRequest) -> Route:
@@ -173,7 +173,7 @@ class Simulation(Watcher):
     def _report(self, now: float) -> None:
         """Every engine reports; the monitor's picture reaches the router."""
         self._timeline.at(now + self._settings.report_interval_s, self._report)
-        loads = [engine.report(now) for engine in self._engines.values()]
+        loads = [engine.report(now) for engine in self.engines.values()]
         for load in loads:
             self._demand.report(load, now)
             self._cost = self._cost.observe(load)
@@ -206,28 +206,28 @@ class Simulation(Watcher):
         self._roll_out(Plan(epoch=self._plan.epoch + 1, created_unix_s=now, placements=placements), now)
 
     def _roll_out(self, plan: Plan, now: float) -> None:
-        wanted: dict[str, list[AdapterRef]] = {name: [] for name in self._engines}
+        wanted: dict[str, list[AdapterRef]] = {name: [] for name in self.engines}
         for placement in plan.placements:
             wanted[placement.engine].append(self._adapters[placement.version])
         self._next = plan
-        self._unprepared = set(self._engines)
-        for name, engine in self._engines.items():
+        self._unprepared = set(self.engines)
+        for name, engine in self.engines.items():
             engine.prepare(plan.epoch, tuple(wanted[name]), now)
 
     def _publish(self, now: float) -> None:
         assert self._next is not None
         self._plan, self._next = self._next, None
         self._planned = PlannedCopies(self._plan)
-        keep: dict[str, list[str]] = {name: [] for name in self._engines}
+        keep: dict[str, list[str]] = {name: [] for name in self.engines}
         for placement in self._plan.placements:
             keep[placement.engine].append(placement.version)
         # Engines answer from within an event of theirs: what follows happens after it, at the same time.
-        for name, engine in self._engines.items():
+        for name, engine in self.engines.items():
             versions = tuple(keep[name])
             self._timeline.at(now, lambda at, e=engine, v=versions: e.retire(self._plan.epoch, v, at))  # type: ignore[misc]
 
     def _note_interval(self, now: float) -> None:
-        held = [engine.held_bytes() for engine in self._engines.values()]
+        held = [engine.held_bytes() for engine in self.engines.values()]
         self._intervals.append(
             Interval(
                 time_s=now,
@@ -235,43 +235,43 @@ class Simulation(Watcher):
                 moved_bytes=self._moved_bytes,
                 held_bytes=tuple(h for h, _ in held),
                 needed_bytes=tuple(n for _, n in held),
-                rank_tokens=tuple(dict(engine.rank_tokens) for engine in self._engines.values()),
+                rank_tokens=tuple(dict(engine.rank_tokens) for engine in self.engines.values()),
                 adapters=tuple(
-                    sum(1 for _ in engine.scheduler.residency.pool.entries()) for engine in self._engines.values()
+                    sum(1 for _ in engine.scheduler.residency.pool.entries()) for engine in self.engines.values()
                 ),
             )
         )
         self._moved = self._moved_bytes = 0
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             engine.rank_tokens.clear()
 
-    def _hopeless(self) -> bool:
-        """So many have waited so long that the P95 cannot come back below what is of interest."""
+    def _give_up(self, now: float) -> None:
+        """Where so many have waited so long that the P95 cannot come back to what is of interest."""
+        self._timeline.at(now + self._settings.slo_ttft_s, self._give_up)
         limit_s = self._settings.hopeless * self._slo.ttft_s
         first = int(len(self._workload.requests) * self._settings.warmup)
-        now = self._timeline.now_s
         late = sum(
             r.rejected or (r.first_token_s or now) - r.arrival_s > limit_s
             for r in self._requests.values()
             if r.index >= first
         )
-        return late > 0.05 * (len(self._workload.requests) - first)
+        self._hopeless = late > 0.05 * (len(self._workload.requests) - first)
 
-    def _outcome(self, hopeless: bool) -> Outcome:
+    def _outcome(self) -> Outcome:
         first = int(len(self._workload.requests) * self._settings.warmup)
         self._note_interval(self._timeline.now_s)
         return Outcome(
             policy=self._policy.name,
-            engines=len(self._engines),
+            engines=len(self.engines),
             workload=self._workload.name,
             rps=self._workload.rps,
             slo_ttft_s=self._slo.ttft_s,
-            hopeless=hopeless,
+            hopeless=self._hopeless,
             duration_s=self._timeline.now_s,
             requests=tuple(r for r in self._requests.values() if r.index >= first),
             intervals=tuple(self._intervals),
             all_bytes=sum(adapter.slab_bytes for adapter in self._workload.adapters),
-            busy_share=sum(e.busy_s for e in self._engines.values()) / len(self._engines) / (self._timeline.now_s or 1),
+            busy_share=sum(e.busy_s for e in self.engines.values()) / len(self.engines) / (self._timeline.now_s or 1),
             whys=dict(self._whys),
         )
 
