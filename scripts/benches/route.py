@@ -1,4 +1,4 @@
-"""Microseconds that the router takes to choose an engine, at 8, 64 and 1,000 engines, and to take the monitor's picture.
+"""Microseconds in which the router chooses an engine among 8, 64 and 1,000, and takes a picture of the cluster.
 
 Each choice is made as the service makes it: requests that no report mentions expire, the engine is chosen, what was
 sent counts as load there. Engines hold 25 adapters each and have queues, running requests and requests on their way;

@@ -7,11 +7,13 @@ import numpy as np
 from loraserve.cost import CostModel
 from loraserve.messages import Route
 from loraserve.router.choice import Candidate, Rng, Seconds
-from loraserve.router.prices import Array, PriceTable
+from loraserve.router.prices import Array
 from loraserve.router.score import Scores, own_seconds
+from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
-MOST_CANDIDATES = 8
+MOST_CANDIDATES = 4
+"""Whoever does not answer costs a second, and gateways do not wait for ever."""
 NEAR = 0.05
 """Scores within this share of the best's time, or of a step, are a tie: the prediction's error is larger."""
 LEAST_TIE_S = 5e-5
@@ -26,8 +28,8 @@ def best_columns(scores: Scores, table: PriceTable, shares: Mapping[int, float],
     """
     ranked = suspects_last(scores.score, table)
     best = int(ranked.argmin())
-    tie_s = max(NEAR * max(scores.ttft_s[best], table.columns.decode_step_s[best]), LEAST_TIE_S)
-    near = (ranked <= ranked[best] + tie_s).nonzero()[0].tolist()
+    tie_s = NEAR * max(scores.ttft_s.item(best), table.columns.decode_step_s.item(best)) + LEAST_TIE_S
+    near = (ranked <= ranked.item(best) + tie_s).nonzero()[0].tolist()
     first = near if len(near) == 1 else by_lot(near, shares, rng)
     if len(first) >= MOST_CANDIDATES:
         return first
@@ -61,9 +63,9 @@ def _shuffled(columns: Sequence[int], rng: Rng) -> list[int]:
 def _smallest(ranked: Array) -> list[int]:
     """The columns with the smallest values, in order; without those that are out of the question."""
     count = min(len(ranked), MOST_CANDIDATES)
-    columns: list[int] = ranked.argpartition(count - 1)[:count].tolist()
-    values = ranked[columns].tolist()
-    return [column for value, column in sorted(zip(values, columns, strict=True)) if value < np.inf]
+    columns = ranked.argpartition(count - 1)[:count].tolist()
+    ordered = sorted((ranked.item(column), column) for column in columns)
+    return [column for value, column in ordered if value < np.inf]
 
 
 def candidates(
@@ -90,13 +92,13 @@ def candidates(
 
 def _candidate(column: int, why: str, table: PriceTable, scores: Scores) -> Candidate:
     parts = Seconds(
-        float(scores.queue_s[column]),
-        float(scores.load_s[column]),
-        float(scores.own_s[column]),
-        float(scores.step_s[column]),
-        float(scores.harm_s[column]),
+        scores.queue_s.item(column),
+        scores.load_s.item(column),
+        scores.own_s.item(column),
+        scores.step_s.item(column),
+        scores.harm_s.item(column),
     )
-    return Candidate(table.engines[column].name, float(scores.ttft_s[column]), why, parts)
+    return Candidate(table.engines[column].name, scores.ttft_s.item(column), why, parts)
 
 
 def _column_of_live(request: Route, view: ClusterView, scores: Scores) -> int | None:

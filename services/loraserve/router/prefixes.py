@@ -10,7 +10,7 @@ BLOCK_TOKENS = 128
 MOST_BLOCKS = 64
 """Of one prompt that are remembered."""
 MOST_PREFIXES = 100_000
-MOST_ENGINES = 16
+MOST_ENGINES = 8
 """That are remembered for one prefix, the latest first: where it is everywhere, it decides nothing."""
 
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterRef, Route
-from loraserve.router.prices import Array, PriceTable
+from loraserve.router.prices import Array
+from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
 HARM_WEIGHT = 1.0
@@ -39,12 +40,10 @@ class Scores(NamedTuple):
 def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[int, float], cost: CostModel) -> Scores:
     """At every ready engine, those that cannot serve it too. ``shares`` of the plan by column."""
     prices, tokens = table.columns, len(request.prompt_tokens)
-    # What it will take of the engine is known no better than by the mean.
-    output_tokens = min(view.output_tokens, max(1, request.sampling.max_tokens))
     saved = _saved_tokens(request, view)
     queue_s = prices.queue_s + np.maximum(prices.place_s, prices.kv_wait_token_s * tokens + prices.kv_wait_s)
     step_s, own_s = own_seconds(request, view, table, cost, _without(saved, tokens, len(table.engines)))
-    harm_s = _harm_s(request, view, table, cost, output_tokens)
+    harm_s = _harm_s(request, view, table, cost)
     if request.adapter is None:
         load_s = np.zeros(len(table.engines))
         ttft_s = queue_s + own_s
@@ -66,36 +65,38 @@ def own_seconds(
     prices, adapter = table.columns, request.adapter
     token_s = cost.prefill_token_s + len(request.prompt_tokens) / 2 * cost.prefill_kv_token_s
     steps = np.maximum(prices.steps_per_token * tokens, 1.0) * prices.pace
+    paced_tokens = prices.pace * tokens
     if cost.lora == "padded":
         rank = np.maximum(prices.rank, adapter.rank if adapter is not None else 0)
-        step_s = steps * (prices.step_s + rank * prices.step_rank_s)
-        return step_s, step_s + prices.pace * ((rank * cost.padded_prefill_s + token_s) * tokens)
+        step_s = (rank * prices.step_rank_s + prices.step_s) * steps
+        return step_s, step_s + (rank * cost.padded_prefill_s + token_s) * paced_tokens
     if adapter is None:
-        step_s = steps * prices.step_s
-    else:
-        token_s += adapter.rank * cost.rank_token_s
-        slab_s = adapter.slab_bytes * cost.slab_byte_s
-        step_s = steps * (prices.step_s + slab_s)
-        for column in _running(adapter.version, view):
-            step_s[column] -= steps[column] * slab_s
-    return step_s, step_s + prices.pace * (tokens * token_s)
+        step_s = prices.step_s * steps
+        return step_s, step_s + paced_tokens * token_s
+    slab_s = adapter.slab_bytes * cost.slab_byte_s
+    step_s = (prices.step_s + slab_s) * steps
+    for column in _running(adapter.version, view):
+        step_s[column] -= steps[column] * slab_s
+    return step_s, step_s + paced_tokens * (token_s + adapter.rank * cost.rank_token_s)
 
 
-def _harm_s(request: Route, view: ClusterView, table: PriceTable, cost: CostModel, output_tokens: float) -> Array:
+def _harm_s(request: Route, view: ClusterView, table: PriceTable, cost: CostModel) -> Array:
     """Engine time that the request costs because of who else is there, over all of its life.
 
-    Padded: with a larger rank than the others' it widens them, with a smaller one it is widened itself. An engine is
-    taken to fill up to the mean again, and to run what the plan keeps there: what it holds this very moment is gone
-    before the request is. Exact: its slab is read in every step, unless it is read there anyway.
+    Padded: with a larger rank than the others' it widens them, with a smaller one it is widened itself. Exact: its slab
+    is read in every step, unless it is read there anyway.
     """
     prices, adapter = table.columns, request.adapter
+    # How long it goes on is known no better than by the mean.
+    output_tokens = min(view.output_tokens, max(1, request.sampling.max_tokens))
     if cost.lora == "padded":
         rank = adapter.rank if adapter is not None else 0
+        itself_s = output_tokens * cost.padded_decode_s + len(request.prompt_tokens) * cost.padded_prefill_s
         widest = np.maximum(prices.harm_rank, rank)
-        decode_s = output_tokens * cost.padded_decode_s
-        others_s = np.maximum(prices.sequences, table.requests) * decode_s + prices.queue_tokens * cost.padded_prefill_s
-        itself_s = decode_s + len(request.prompt_tokens) * cost.padded_prefill_s
-        return (widest - prices.harm_rank) * others_s + (widest - rank) * itself_s
+        others_s = (widest - prices.harm_rank) * prices.widening_s
+        if output_tokens < view.output_tokens:
+            others_s *= output_tokens / view.output_tokens
+        return others_s + (widest - rank) * itself_s
     if adapter is None:
         return np.zeros(len(table.engines))
     harm_s = np.full(len(table.engines), adapter.slab_bytes * cost.slab_byte_s * output_tokens)
@@ -108,7 +109,9 @@ def _load_s(adapter: AdapterRef, view: ClusterView, table: PriceTable) -> Array:
     """Until an absent adapter is there: its load, after those on their way, and a wait where the pool is in use."""
     prices = table.columns
     alone_s = prices.load_byte_s * adapter.slab_bytes + prices.load_base_s
-    load_s = alone_s + (prices.room_bytes < extent_bytes(adapter.slab_bytes)) * prices.room_wait_s
+    extent, load_s = extent_bytes(adapter.slab_bytes), alone_s.copy()
+    if extent > table.least_room_bytes:
+        load_s += (prices.room_bytes < extent) * prices.room_wait_s
     for engine in view.near(adapter.version).values():
         if engine.column < 0:
             continue
