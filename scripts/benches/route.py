@@ -145,15 +145,14 @@ def measure(engines: int, policy: str, lora: Literal["exact", "padded"], picture
         measured.pictures.append(_seconds(lambda picture=picture: cluster.view.update(picture, cluster.now)))  # type: ignore[misc]
         # The first choice after a picture makes all prices: it belongs to the picture.
         measured.pictures[-1] += _seconds(lambda: cluster.view.prices(cluster.cost))
-        for number in range(choices):
-            kind = KINDS[number % 8 == 7]
+        for request in [cluster.request(KINDS[number % 8 == 7]) for number in range(choices)]:
             cluster.now += 0.2 / choices
-            _choose_once(cluster, choose, kind, measured)
+            _choose_once(cluster, choose, request, measured)
     return measured
 
 
-def _choose_once(cluster: Cluster, choose: Callable[..., object], kind: str, measured: Measured) -> None:
-    request, view = cluster.request(kind), cluster.view
+def _choose_once(cluster: Cluster, choose: Callable[..., object], request: Route, measured: Measured) -> None:
+    view = cluster.view
     began_s = time.perf_counter()
     view.expire(cluster.now)
     choosing_s = time.perf_counter()
@@ -162,7 +161,7 @@ def _choose_once(cluster: Cluster, choose: Callable[..., object], kind: str, mea
     assert isinstance(choice, Choice), choice
     view.sent(choice.candidates[0].engine, request, cluster.now, choice.candidates[0])
     measured.whole.append(time.perf_counter() - began_s)
-    measured.choosing[kind].append(chosen_s - choosing_s)
+    measured.choosing[KINDS[request.adapter is None]].append(chosen_s - choosing_s)
 
 
 def _seconds(work: Callable[[], object]) -> float:

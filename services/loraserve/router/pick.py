@@ -8,7 +8,7 @@ from loraserve.cost import CostModel
 from loraserve.messages import Route
 from loraserve.router.choice import Candidate, Rng, Seconds
 from loraserve.router.prices import Array
-from loraserve.router.score import Scores, own_seconds
+from loraserve.router.score import Scores, near_engines, own_seconds
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
@@ -31,9 +31,7 @@ def best_columns(scores: Scores, table: PriceTable, shares: Mapping[int, float],
     tie_s = NEAR * max(scores.ttft_s.item(best), table.columns.decode_step_s.item(best)) + LEAST_TIE_S
     near = (ranked <= ranked.item(best) + tie_s).nonzero()[0].tolist()
     first = near if len(near) == 1 else by_lot(near, shares, rng)
-    if len(first) >= MOST_CANDIDATES:
-        return first
-    return first + [column for column in _smallest(ranked) if column not in first]
+    return first + _next_best(ranked, first) if len(first) < MOST_CANDIDATES else first
 
 
 def suspects_last(score: Array, table: PriceTable) -> Array:
@@ -60,12 +58,17 @@ def _shuffled(columns: Sequence[int], rng: Rng) -> list[int]:
     return rest[:count]
 
 
-def _smallest(ranked: Array) -> list[int]:
-    """The columns with the smallest values, in order; without those that are out of the question."""
-    count = min(len(ranked), MOST_CANDIDATES)
-    columns = ranked.argpartition(count - 1)[:count].tolist()
-    ordered = sorted((ranked.item(column), column) for column in columns)
-    return [column for value, column in ordered if value < np.inf]
+def _next_best(ranked: Array, first: Sequence[int]) -> list[int]:
+    """Those that come after the first; without those that are out of the question."""
+    rest, found = ranked.copy(), list[int]()
+    rest[first] = np.inf
+    while len(first) + len(found) < MOST_CANDIDATES:
+        column = int(rest.argmin())
+        if rest.item(column) == np.inf:
+            break
+        found.append(column)
+        rest[column] = np.inf
+    return found
 
 
 def candidates(
@@ -128,6 +131,6 @@ def _prefix_decided(
     column: int, request: Route, view: ClusterView, table: PriceTable, scores: Scores, cost: CostModel
 ) -> bool:
     """Whether another would be the best if nothing of the prompt were there."""
-    _, own_s = own_seconds(request, view, table, cost, float(len(request.prompt_tokens)))
+    _, own_s = own_seconds(request, near_engines(request, view), table, cost, float(len(request.prompt_tokens)))
     without = suspects_last(scores.score - scores.own_s + own_s, table)
     return bool(without[column] > without.min())

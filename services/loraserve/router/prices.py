@@ -24,16 +24,15 @@ DEFAULT_STEP_TOKENS = 512
 class Prices(NamedTuple, Generic[T]):
     """Of one engine as floats, of all as arrays in the order of their columns.
 
-    A step that carries prefill takes ``pace`` times (``step_s`` + rank * ``step_rank_s`` + its prefill tokens), where
-    rank is the largest in it (``step_rank_s`` is 0 with exact cost). ``rank``: the largest that runs or waits there;
-    ``harm_rank``: that, or the largest that the plan keeps there. ``widening_s``: engine time that one more rank costs
-    those there, over the life of a mean request. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those
-    before it counted. ``kv_wait_token_s``, ``kv_wait_s``: waiting for room in the KV cache for t tokens, where that is
-    more than 0.
+    A step that carries prefill takes ``step_s`` + rank * ``step_rank_s`` + ``pace`` * its prefill tokens' time, where
+    rank is the largest in it (``step_rank_s`` is 0 with exact cost). ``queue_s``: until all that is there has been
+    computed and there is a place in the batch; ``kv_wait_token_s``, ``kv_wait_s``: longer by this for t tokens, where
+    it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: that, or
+    the largest that the plan keeps there. ``widening_s``: engine time that one more rank costs those there, over the
+    life of a mean request. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those before it counted.
     """
 
     queue_s: T
-    place_s: T
     kv_wait_token_s: T
     kv_wait_s: T
     steps_per_token: T
@@ -74,20 +73,20 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
     full_token_s = token_s + whole_step_s / chunk_tokens
     pace = _pace(load, full_token_s, slowness)
     request_s = common.output_tokens * whole_step_s * slowness
+    place_s = _place_wait_s(engine, request_s)
     kv_wait_token_s, kv_wait_s = _kv_wait(load, queue_tokens, request_s)
     # A request comes, on average, in the middle of a step.
     rest_s = whole_step_s / 2 if load.running > 0 else 0.0
     loads = 1 + len(engine.loading) / 2
     load_byte_s = 1 / load.load_bytes_per_s if _known(load.load_bytes_per_s) else cost.load_byte_s
     return Prices(
-        queue_s=pace * (rest_s + queue_tokens * full_token_s),
-        place_s=_place_wait_s(engine, request_s),
+        queue_s=pace * (rest_s + queue_tokens * full_token_s) + place_s,
         kv_wait_token_s=kv_wait_token_s,
-        kv_wait_s=kv_wait_s,
+        kv_wait_s=kv_wait_s - place_s,
         steps_per_token=1 / chunk_tokens,
         pace=pace,
-        step_s=step_s,
-        step_rank_s=step_rank_s,
+        step_s=step_s * pace,
+        step_rank_s=step_rank_s * pace,
         decode_step_s=whole_step_s * slowness,
         rank=rank,
         harm_rank=max(rank, engine.mix.planned_rank),
@@ -100,6 +99,11 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
         largest_extent_bytes=engine.largest_extent_bytes,
         avoided=engine.avoided_since_s is not None,
     )
+
+
+def fitting_tokens(prices: Prices[float]) -> float:
+    """Prompts up to this length do not wait for room in the KV cache."""
+    return -prices.kv_wait_s / prices.kv_wait_token_s if prices.kv_wait_token_s > 0 else INFINITY
 
 
 def sequences_at(engine: EngineView) -> int:

@@ -3,13 +3,14 @@
 score = predicted time to first token + HARM_WEIGHT * harm - what the plan and a copy that is there are worth.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterRef, Route
+from loraserve.router.engine_view import EngineView
 from loraserve.router.prices import Array
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
@@ -40,31 +41,40 @@ class Scores(NamedTuple):
 def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[int, float], cost: CostModel) -> Scores:
     """At every ready engine, those that cannot serve it too. ``shares`` of the plan by column."""
     prices, tokens = table.columns, len(request.prompt_tokens)
-    saved = _saved_tokens(request, view)
-    queue_s = prices.queue_s + np.maximum(prices.place_s, prices.kv_wait_token_s * tokens + prices.kv_wait_s)
-    step_s, own_s = own_seconds(request, view, table, cost, _without(saved, tokens, len(table.engines)))
-    harm_s = _harm_s(request, view, table, cost)
+    near, saved = near_engines(request, view), _saved_tokens(request, view)
+    queue_s = prices.queue_s
+    if tokens > table.fitting_tokens:
+        queue_s = queue_s + np.maximum(prices.kv_wait_token_s * tokens + prices.kv_wait_s, 0.0)
+    step_s, own_s = own_seconds(request, near, table, cost, _without(saved, tokens, len(table.engines)))
+    harm_s = _harm_s(request, near, table, cost, view.output_tokens)
     if request.adapter is None:
         load_s = np.zeros(len(table.engines))
         ttft_s = queue_s + own_s
     else:
-        load_s = _load_s(request.adapter, view, table)
+        load_s = _load_s(request.adapter, near, table)
         # It loads while it waits in the queue; neither makes the other longer.
         ttft_s = np.maximum(queue_s, load_s) + own_s
-        harm_s = harm_s + load_s * LOAD_HARM
+        harm_s += load_s * LOAD_HARM
     total = ttft_s + harm_s * HARM_WEIGHT
-    _subtract_priors(total, request, view, table, shares)
+    _subtract_priors(total, request, near, table, shares)
     return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, harm_s, saved)
 
 
+def near_engines(request: Route, view: ClusterView) -> list[EngineView]:
+    """Ready ones where something of the request's adapter may be: itself, its load, other requests with it."""
+    if request.adapter is None:
+        return []
+    return [engine for engine in view.near(request.adapter.version).values() if engine.column >= 0]
+
+
 def own_seconds(
-    request: Route, view: ClusterView, table: PriceTable, cost: CostModel, tokens: Tokens
+    request: Route, near: Sequence[EngineView], table: PriceTable, cost: CostModel, tokens: Tokens
 ) -> tuple[Array, Array]:
     """The steps that carry ``tokens`` of its prefill, without and with that prefill: a step holds no more than so many
     tokens, and whoever decodes there decodes in each of them."""
     prices, adapter = table.columns, request.adapter
     token_s = cost.prefill_token_s + len(request.prompt_tokens) / 2 * cost.prefill_kv_token_s
-    steps = np.maximum(prices.steps_per_token * tokens, 1.0) * prices.pace
+    steps = np.maximum(prices.steps_per_token * tokens, 1.0)
     paced_tokens = prices.pace * tokens
     if cost.lora == "padded":
         rank = np.maximum(prices.rank, adapter.rank if adapter is not None else 0)
@@ -73,14 +83,17 @@ def own_seconds(
     if adapter is None:
         step_s = prices.step_s * steps
         return step_s, step_s + paced_tokens * token_s
-    slab_s = adapter.slab_bytes * cost.slab_byte_s
+    slab_s = prices.pace * (adapter.slab_bytes * cost.slab_byte_s)
+    for engine in near:
+        if engine.runs(adapter.version):
+            slab_s[engine.column] = 0.0
     step_s = (prices.step_s + slab_s) * steps
-    for column in _running(adapter.version, view):
-        step_s[column] -= steps[column] * slab_s
     return step_s, step_s + paced_tokens * (token_s + adapter.rank * cost.rank_token_s)
 
 
-def _harm_s(request: Route, view: ClusterView, table: PriceTable, cost: CostModel) -> Array:
+def _harm_s(
+    request: Route, near: Sequence[EngineView], table: PriceTable, cost: CostModel, mean_output_tokens: float
+) -> Array:
     """Engine time that the request costs because of who else is there, over all of its life.
 
     Padded: with a larger rank than the others' it widens them, with a smaller one it is widened itself. Exact: its slab
@@ -88,43 +101,39 @@ def _harm_s(request: Route, view: ClusterView, table: PriceTable, cost: CostMode
     """
     prices, adapter = table.columns, request.adapter
     # How long it goes on is known no better than by the mean.
-    output_tokens = min(view.output_tokens, max(1, request.sampling.max_tokens))
+    output_tokens = min(mean_output_tokens, max(1, request.sampling.max_tokens))
     if cost.lora == "padded":
         rank = adapter.rank if adapter is not None else 0
         itself_s = output_tokens * cost.padded_decode_s + len(request.prompt_tokens) * cost.padded_prefill_s
         widest = np.maximum(prices.harm_rank, rank)
         others_s = (widest - prices.harm_rank) * prices.widening_s
-        if output_tokens < view.output_tokens:
-            others_s *= output_tokens / view.output_tokens
-        return others_s + (widest - rank) * itself_s
+        if output_tokens < mean_output_tokens:
+            others_s *= output_tokens / mean_output_tokens
+        others_s += (widest - rank) * itself_s
+        return others_s
     if adapter is None:
         return np.zeros(len(table.engines))
     harm_s = np.full(len(table.engines), adapter.slab_bytes * cost.slab_byte_s * output_tokens)
-    for column in _running(adapter.version, view):
-        harm_s[column] = 0.0
+    for engine in near:
+        if engine.runs(adapter.version):
+            harm_s[engine.column] = 0.0
     return harm_s
 
 
-def _load_s(adapter: AdapterRef, view: ClusterView, table: PriceTable) -> Array:
+def _load_s(adapter: AdapterRef, near: Sequence[EngineView], table: PriceTable) -> Array:
     """Until an absent adapter is there: its load, after those on their way, and a wait where the pool is in use."""
-    prices = table.columns
-    alone_s = prices.load_byte_s * adapter.slab_bytes + prices.load_base_s
-    extent, load_s = extent_bytes(adapter.slab_bytes), alone_s.copy()
+    prices, extent = table.columns, extent_bytes(adapter.slab_bytes)
+    load_s = prices.load_byte_s * adapter.slab_bytes + prices.load_base_s
+    # Of a load that has begun some time ago, half is left.
+    begun = [(e.column, load_s.item(e.column) / 2) for e in near if e.fetches(adapter.version)]
     if extent > table.least_room_bytes:
         load_s += (prices.room_bytes < extent) * prices.room_wait_s
-    for engine in view.near(adapter.version).values():
-        if engine.column < 0:
-            continue
+    for column, left_s in begun:
+        load_s[column] = left_s
+    for engine in near:
         if adapter.version in engine.resident:
             load_s[engine.column] = 0.0
-        elif engine.fetches(adapter.version):
-            # It began some time ago.
-            load_s[engine.column] = alone_s[engine.column] / 2
     return load_s
-
-
-def _running(version: str, view: ClusterView) -> list[int]:
-    return [e.column for e in view.near(version).values() if e.column >= 0 and e.runs(version)]
 
 
 def _saved_tokens(request: Route, view: ClusterView) -> Mapping[int, int]:
@@ -145,13 +154,11 @@ def _without(saved: Mapping[int, int], tokens: int, engines: int) -> Tokens:
 
 
 def _subtract_priors(
-    total: Array, request: Route, view: ClusterView, table: PriceTable, shares: Mapping[int, float]
+    total: Array, request: Route, near: Sequence[EngineView], table: PriceTable, shares: Mapping[int, float]
 ) -> None:
-    if request.adapter is None:
-        return
     decode_step_s = table.columns.decode_step_s
     for column in shares:
-        total[column] -= PRIOR_STEPS * decode_step_s[column]
-    for engine in view.near(request.adapter.version).values():
-        if engine.column >= 0 and request.adapter.version in engine.resident:
-            total[engine.column] -= PRIOR_STEPS * decode_step_s[engine.column]
+        total[column] -= PRIOR_STEPS * decode_step_s.item(column)
+    for engine in near:
+        if request.adapter is not None and request.adapter.version in engine.resident:
+            total[engine.column] -= PRIOR_STEPS * decode_step_s.item(engine.column)

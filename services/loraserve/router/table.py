@@ -6,7 +6,7 @@ import numpy as np
 
 from loraserve.cost import CostModel
 from loraserve.router.engine_view import EngineView
-from loraserve.router.prices import Array, Common, Prices, prices_of, sequences_at, slowness_of
+from loraserve.router.prices import Array, Common, Prices, fitting_tokens, prices_of, sequences_at, slowness_of
 
 FIELDS = len(Prices._fields)
 
@@ -20,6 +20,8 @@ class PriceTable:
         self.least_longest_tokens = 0.0
         self.least_extent_bytes = 0.0
         self.least_room_bytes = 0.0
+        self.fitting_tokens = 0.0
+        """Prompts up to this length wait for room in the KV cache nowhere; perhaps longer ones do not either."""
         self.suspects = 0
         """Engines that are avoided."""
         self._values = np.zeros((FIELDS, 0))
@@ -62,11 +64,13 @@ class PriceTable:
         self.least_longest_tokens = float(columns.longest_tokens.min(initial=np.inf))
         self.least_extent_bytes = float(columns.largest_extent_bytes.min(initial=np.inf))
         self.least_room_bytes = float(columns.room_bytes.min(initial=np.inf))
+        self.fitting_tokens = min((fitting_tokens(row) for row in rows), default=0.0)
         self.suspects = int(columns.avoided.sum())
 
     def _renew(self, column: int, common: Common) -> None:
         prices = prices_of(self.engines[column], common, self._slowness[column])
         self.suspects += int(prices.avoided - self.columns.avoided.item(column))
+        self.fitting_tokens = min(self.fitting_tokens, fitting_tokens(prices))
         self._values[:, column] = prices
 
     def validate(self) -> None:
@@ -80,4 +84,5 @@ class PriceTable:
                 fresh = prices_of(engine, self._common, slowness_of(engine, self._common.cost))
                 kept = self._values[:, column].tolist()
                 assert kept == list(fresh), f"{engine.name}: its prices are out of date"
+                assert self.fitting_tokens <= fitting_tokens(fresh), f"{engine.name}: its KV cache was overlooked"
         assert self._changed or self.suspects == self.columns.avoided.sum(), "the number of suspects"
