@@ -102,10 +102,6 @@ class EngineView(msgspec.Struct):
         """On its way already, or asked for by a request just sent there."""
         return version in self.loading or version in self.pending_mix.versions
 
-    def runs(self, version: str) -> bool:
-        """Some request there has this adapter, so that its slab is read anyway."""
-        return version in self.active or version in self.pending_mix.versions
-
     def take(self, load: EngineLoad, reported_s: float, alive: bool, known: Iterable[Live] = ()) -> None:
         """A report. ``known``: of its requests, those whose adapter is known. Of another incarnation it makes all that
         was known of the engine void."""
@@ -132,9 +128,11 @@ class EngineView(msgspec.Struct):
                 active.append(adapter.version)
                 slab_bytes += adapter.slab_bytes
                 rank_sum += adapter.running * adapter.rank
-                running_rank = max(running_rank, adapter.rank)
+                if adapter.rank > running_rank:
+                    running_rank = adapter.rank
             if adapter.pinned:
-                planned_rank = max(planned_rank, adapter.rank)
+                if adapter.rank > planned_rank:
+                    planned_rank = adapter.rank
                 if adapter.running <= 0:
                     room_bytes += extent_bytes(adapter.slab_bytes)
         largest_rank = running_rank

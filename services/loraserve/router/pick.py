@@ -8,7 +8,7 @@ from loraserve.cost import CostModel
 from loraserve.messages import Route
 from loraserve.router.choice import Candidate, Rng, Seconds
 from loraserve.router.prices import Array
-from loraserve.router.score import Scores, near_engines, own_seconds
+from loraserve.router.score import Scores, own_seconds
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
@@ -84,11 +84,10 @@ def candidates(
     live = _column_of_live(request, view, scores)
     if live is not None:
         columns = [live, *(column for column in columns if column != live)][:MOST_CANDIDATES]
-    version = request.adapter.version if request.adapter is not None else ""
-    whys = _whys(columns, version, view, table, shares)
+    whys = ["base" for _ in columns] if request.adapter is None else _whys(columns, scores, shares)
     if live is not None:
         whys[0] = "live"
-    elif columns[0] in scores.saved_tokens and _prefix_decided(columns[0], request, view, table, scores, cost):
+    elif columns[0] in scores.saved_tokens and _prefix_decided(columns[0], request, table, scores, cost):
         whys[0] = "prefix"
     return tuple(_candidate(column, why, table, scores) for column, why in zip(columns, whys, strict=True))
 
@@ -111,26 +110,13 @@ def _column_of_live(request: Route, view: ClusterView, scores: Scores) -> int | 
     return engine.column if engine is not None and able else None
 
 
-def _whys(
-    columns: Iterable[int], version: str, view: ClusterView, table: PriceTable, shares: Mapping[int, float]
-) -> list[str]:
-    if not version:
-        return ["base" for _ in columns]
-    near = view.near(version)
-    held = any(engine.column >= 0 and version in engine.resident for engine in near.values())
-    absent = "spill" if held else "load"
-    whys = []
-    for column in columns:
-        engine = table.engines[column]
-        has_it = engine.name in near and (version in engine.resident or version in engine.loading)
-        whys.append(("planned" if column in shares else "resident") if has_it else absent)
-    return whys
+def _whys(columns: Iterable[int], scores: Scores, shares: Mapping[int, float]) -> list[str]:
+    held, absent = (*scores.near.resident, *scores.near.begun), "spill" if scores.near.resident else "load"
+    return [("planned" if column in shares else "resident") if column in held else absent for column in columns]
 
 
-def _prefix_decided(
-    column: int, request: Route, view: ClusterView, table: PriceTable, scores: Scores, cost: CostModel
-) -> bool:
+def _prefix_decided(column: int, request: Route, table: PriceTable, scores: Scores, cost: CostModel) -> bool:
     """Whether another would be the best if nothing of the prompt were there."""
-    _, own_s = own_seconds(request, near_engines(request, view), table, cost, float(len(request.prompt_tokens)))
+    _, own_s = own_seconds(request, scores.near, table, cost, float(len(request.prompt_tokens)))
     without = suspects_last(scores.score - scores.own_s + own_s, table)
     return bool(without[column] > without.min())

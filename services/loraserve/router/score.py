@@ -3,14 +3,13 @@
 score = predicted time to first token + HARM_WEIGHT * harm - what the plan and a copy that is there are worth.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterRef, Route
-from loraserve.router.engine_view import EngineView
 from loraserve.router.prices import Array
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
@@ -25,6 +24,14 @@ PRIOR_STEPS = 0.5
 Tokens: TypeAlias = float | Array
 
 
+class Near(NamedTuple):
+    """Columns where the request's adapter is, where its load has begun, and where requests with it are."""
+
+    resident: list[int]
+    begun: list[int]
+    running: list[int]
+
+
 class Scores(NamedTuple):
     """Arrays in the order of the table's columns; ``own_s`` holds ``step_s``. ``saved_tokens`` by column."""
 
@@ -36,12 +43,13 @@ class Scores(NamedTuple):
     step_s: Array
     harm_s: Array
     saved_tokens: Mapping[int, int]
+    near: Near
 
 
 def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[int, float], cost: CostModel) -> Scores:
     """At every ready engine, those that cannot serve it too. ``shares`` of the plan by column."""
     prices, tokens = table.columns, len(request.prompt_tokens)
-    near, saved = near_engines(request, view), _saved_tokens(request, view)
+    near, saved = columns_near(request, view), _saved_tokens(request, view)
     queue_s = prices.queue_s
     if tokens > table.fitting_tokens:
         queue_s = queue_s + np.maximum(prices.kv_wait_token_s * tokens + prices.kv_wait_s, 0.0)
@@ -56,20 +64,29 @@ def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[
         ttft_s = np.maximum(queue_s, load_s) + own_s
         harm_s += load_s * LOAD_HARM
     total = ttft_s + harm_s * HARM_WEIGHT
-    _subtract_priors(total, request, near, table, shares)
-    return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, harm_s, saved)
+    _subtract_priors(total, near, table, shares)
+    return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, harm_s, saved, near)
 
 
-def near_engines(request: Route, view: ClusterView) -> list[EngineView]:
-    """Ready ones where something of the request's adapter may be: itself, its load, other requests with it."""
+def columns_near(request: Route, view: ClusterView) -> Near:
+    near = Near([], [], [])
     if request.adapter is None:
-        return []
-    return [engine for engine in view.near(request.adapter.version).values() if engine.column >= 0]
+        return near
+    version = request.adapter.version
+    for engine in view.near(version).values():
+        if engine.column < 0:
+            continue
+        asked_for = version in engine.pending_mix.versions
+        if version in engine.resident:
+            near.resident.append(engine.column)
+        elif asked_for or version in engine.loading:
+            near.begun.append(engine.column)
+        if asked_for or version in engine.active:
+            near.running.append(engine.column)
+    return near
 
 
-def own_seconds(
-    request: Route, near: Sequence[EngineView], table: PriceTable, cost: CostModel, tokens: Tokens
-) -> tuple[Array, Array]:
+def own_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, tokens: Tokens) -> tuple[Array, Array]:
     """The steps that carry ``tokens`` of its prefill, without and with that prefill: a step holds no more than so many
     tokens, and whoever decodes there decodes in each of them."""
     prices, adapter = table.columns, request.adapter
@@ -84,16 +101,13 @@ def own_seconds(
         step_s = prices.step_s * steps
         return step_s, step_s + paced_tokens * token_s
     slab_s = prices.pace * (adapter.slab_bytes * cost.slab_byte_s)
-    for engine in near:
-        if engine.runs(adapter.version):
-            slab_s[engine.column] = 0.0
+    for column in near.running:
+        slab_s[column] = 0.0
     step_s = (prices.step_s + slab_s) * steps
     return step_s, step_s + paced_tokens * (token_s + adapter.rank * cost.rank_token_s)
 
 
-def _harm_s(
-    request: Route, near: Sequence[EngineView], table: PriceTable, cost: CostModel, mean_output_tokens: float
-) -> Array:
+def _harm_s(request: Route, near: Near, table: PriceTable, cost: CostModel, mean_output_tokens: float) -> Array:
     """Engine time that the request costs because of who else is there, over all of its life.
 
     Padded: with a larger rank than the others' it widens them, with a smaller one it is widened itself. Exact: its slab
@@ -114,25 +128,23 @@ def _harm_s(
     if adapter is None:
         return np.zeros(len(table.engines))
     harm_s = np.full(len(table.engines), adapter.slab_bytes * cost.slab_byte_s * output_tokens)
-    for engine in near:
-        if engine.runs(adapter.version):
-            harm_s[engine.column] = 0.0
+    for column in near.running:
+        harm_s[column] = 0.0
     return harm_s
 
 
-def _load_s(adapter: AdapterRef, near: Sequence[EngineView], table: PriceTable) -> Array:
+def _load_s(adapter: AdapterRef, near: Near, table: PriceTable) -> Array:
     """Until an absent adapter is there: its load, after those on their way, and a wait where the pool is in use."""
     prices, extent = table.columns, extent_bytes(adapter.slab_bytes)
     load_s = prices.load_byte_s * adapter.slab_bytes + prices.load_base_s
     # Of a load that has begun some time ago, half is left.
-    begun = [(e.column, load_s.item(e.column) / 2) for e in near if e.fetches(adapter.version)]
+    left = [load_s.item(column) / 2 for column in near.begun]
     if extent > table.least_room_bytes:
         load_s += (prices.room_bytes < extent) * prices.room_wait_s
-    for column, left_s in begun:
+    for column, left_s in zip(near.begun, left, strict=True):
         load_s[column] = left_s
-    for engine in near:
-        if adapter.version in engine.resident:
-            load_s[engine.column] = 0.0
+    for column in near.resident:
+        load_s[column] = 0.0
     return load_s
 
 
@@ -153,12 +165,7 @@ def _without(saved: Mapping[int, int], tokens: int, engines: int) -> Tokens:
     return left
 
 
-def _subtract_priors(
-    total: Array, request: Route, near: Sequence[EngineView], table: PriceTable, shares: Mapping[int, float]
-) -> None:
+def _subtract_priors(total: Array, near: Near, table: PriceTable, shares: Mapping[int, float]) -> None:
     decode_step_s = table.columns.decode_step_s
-    for column in shares:
+    for column in (*shares, *near.resident):
         total[column] -= PRIOR_STEPS * decode_step_s.item(column)
-    for engine in near:
-        if request.adapter is not None and request.adapter.version in engine.resident:
-            total[engine.column] -= PRIOR_STEPS * decode_step_s.item(engine.column)
