@@ -89,7 +89,7 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
         step_rank_s=step_rank_s * pace,
         decode_step_s=whole_step_s * slowness,
         rank=rank,
-        harm_rank=max(rank, engine.mix.planned_rank),
+        harm_rank=engine.mix.planned_rank or rank,
         widening_s=widening_s,
         load_base_s=cost.load_base_s * loads,
         load_byte_s=load_byte_s * loads,

@@ -146,7 +146,7 @@ class Simulation(Watcher):
         outcome = self._requests[request_id] = RequestOutcome(index, request.adapter, now)
         self._live += 1
         self._view.expire(now)
-        route = self._route_message(request_id, index, request)
+        route, output_tokens = self._route_message(request_id, index, request)
         choice = self._policy.route(route, self._view, self._planned, self._cost, self._slo, self._rng)
         if isinstance(choice, Rejected):
             self.rejected(request_id, now)
@@ -160,24 +160,28 @@ class Simulation(Watcher):
             request_id=request_id,
             gateway="gateway",
             prompt_tokens=route.prompt_tokens,
-            sampling=route.sampling,
+            sampling=msgspec.structs.replace(route.sampling, max_tokens=output_tokens),
             adapter=route.adapter,
         )
         self.engines[chosen.engine].admit(admit, now)
         self._view.admitted(chosen.engine, request_id, "simulated", now)
 
-    def _route_message(self, request_id: str, index: int, request: SimRequest) -> Route:
-        """Prompts begin differently: a trace says nothing of shared prefixes, so there are none."""
+    def _route_message(self, request_id: str, index: int, request: SimRequest) -> tuple[Route, int]:
+        """What the router sees, and the output tokens, which it does not: who asks rarely knows them beforehand.
+
+        Prompts begin differently: a trace says nothing of shared prefixes, so there are none.
+        """
         longest = self._profile.engine.max_model_tokens
         prompt = max(1, min(request.prompt_tokens, longest - 2))
         output = max(1, min(request.output_tokens, longest - prompt - 1))
-        return Route(
+        route = Route(
             request_id=request_id,
             gateway="gateway",
             prompt_tokens=(index + 1, *ZEROS[: prompt - 1]),
-            sampling=SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=longest, temperature=0.0, ignore_eos=True),
             adapter=self._workload.adapters[request.adapter],
         )
+        return route, output
 
     def _report(self, now: float) -> None:
         """Every engine reports; the monitor's picture reaches the router."""
