@@ -62,6 +62,6 @@ def test_tokens_are_counted_by_adapter_and_kind(helpers: SimpleNamespace) -> Non
             desk.loaded("a")
         desk.step_done()
     assert desk.scheduler.load().adapter_tokens == (
-        AdapterTokens(version="", prefill_tokens=12, decode_tokens=2, requests=1),
-        AdapterTokens(version="a", prefill_tokens=6, decode_tokens=0, requests=2),
+        AdapterTokens(version="", prefill_tokens=12, decode_tokens=2, requests=1, span=1),
+        AdapterTokens(version="a", prefill_tokens=6, decode_tokens=0, requests=2, span=2),
     )
