@@ -62,9 +62,7 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("scripts/bench forecast", description=__doc__)
     parser.add_argument("trace", help="CSV of requests, plain or .gz (see loraserve/sim/traces.py)")
-    parser.add_argument(
-        "--adapters", type=_positive, default=200, help="split clients into about so many (%(default)s)"
-    )
+    parser.add_argument("--adapters", type=_positive, default=200, help="split clients into so many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="only the trace's first hour")
     return parser

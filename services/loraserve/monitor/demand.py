@@ -1,8 +1,8 @@
 """Demand per adapter from the engines' counters: rates over a window, and what to expect next. Pure.
 
-Engines count tokens; differences between two reports of one incarnation are demand, and a restart begins from zero again.
-A version that is missing from a report is unchanged; under a new ``span`` it counts from zero. Sums are kept, not made
-anew: a report costs what it lists, and while a piece of the window lasts only what was reported is made again.
+Engines count tokens; differences between two reports of one incarnation are demand, and a restart begins from zero
+again. A version that is missing from a report is unchanged; under a new ``span`` it counts from zero. Sums are kept,
+not made anew: a report costs what it lists, and while a piece of the window lasts only what was reported is made again.
 """
 
 from collections import deque

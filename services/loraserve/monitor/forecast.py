@@ -33,6 +33,7 @@ class Forecaster(Protocol):
 
     def settle(self, tokens_per_s: float) -> None:
         """A whole horizon is over, with this mean; the next one begins now. Who learns from its errors does it here."""
+        return
 
 
 class Smoothed(Forecaster):
