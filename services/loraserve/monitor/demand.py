@@ -65,8 +65,8 @@ class DemandWindow:
     def report(self, load: EngineLoad, now: float) -> None:
         """Count what an engine did since its last report."""
         slot = self._slot(now)
-        last = self._reported.get(load.engine)
         counted = {tokens.version: tokens for tokens in load.adapter_tokens}
+        last = self._reported.get(load.engine)
         if last is None:
             # Of an engine heard for the first time it is not known when it counted what it has: no demand of now.
             self._reported[load.engine] = _Reported(load.incarnation, counted, set(counted))
@@ -74,7 +74,10 @@ class DemandWindow:
         if last.incarnation != load.incarnation:
             last = self._reported[load.engine] = _Reported(load.incarnation, {}, set())
         for version, tokens in counted.items():
-            self._count(slot, version, _added(tokens, last.counters.get(version)))
+            before = last.counters.get(version)
+            # Engines go on reporting what they once served: that alone is no demand.
+            if tokens != before:
+                self._count(slot, version, _added(tokens, before))
         _remember(last, counted)
 
     def rates(self, now: float) -> dict[str, Rates]:
@@ -117,15 +120,17 @@ class DemandWindow:
         return max(min(self._window_s, since_s), self._slot_s)
 
     def _count(self, slot: _Slot, version: str, added: tuple[int, int, int]) -> None:
-        # Engines go on reporting what they once served: that alone is no demand.
         if not any(added):
             return
         if version not in self._totals and version not in self._forecasts:
             self._order = None
         for counts in (slot.counts, self._totals):
-            count = counts.setdefault(version, [0, 0, 0])
-            for index, more in enumerate(added):
-                count[index] += more
+            count = counts.get(version)
+            if count is None:
+                counts[version] = list(added)
+            else:
+                for index, more in enumerate(added):
+                    count[index] += more
         self._made.pop(version, None)
 
     def _slot(self, now: float) -> _Slot:

@@ -5,6 +5,7 @@ minute (FORECASTS.md has the comparison). ``Mixture`` therefore asks several and
 """
 
 import math
+from functools import lru_cache
 from typing import Protocol
 
 ERROR_MEMORY_S = 1800.0
@@ -15,6 +16,7 @@ TRUST_POWER = 8
 """A forecaster's weight is one over this power of its mean squared error: the best counts nearly alone."""
 
 
+@lru_cache
 def gain(step_s: float, time_constant_s: float) -> float:
     """Weight of a new step where old ones fade with the time constant."""
     return 1.0 - math.exp(-step_s / time_constant_s)
@@ -67,9 +69,7 @@ class Holt(Forecaster):
         self._level_gain = gain(step_s, level_s)
         self._trend_gain = self._level_gain * gain(step_s, trend_s)
         self._damping = damping
-        # The mean over the horizon of the trend's sum so far: (h + 1) / 2 where it does not fade.
-        sums = [sum(damping**step for step in range(1, steps + 1)) for steps in range(1, horizon_steps + 1)]
-        self._reach_steps = sum(sums) / horizon_steps
+        self._reach_steps = _reach_steps(horizon_steps, damping)
         self._level = self._trend = 0.0
         self._steps = 0
 
@@ -86,6 +86,13 @@ class Holt(Forecaster):
 
     def ahead(self) -> float:
         return max(0.0, self._level + self._reach_steps * self._trend)
+
+
+@lru_cache
+def _reach_steps(horizon_steps: int, damping: float) -> float:
+    """The mean over the horizon of what the trend has added up to: (h + 1) / 2 where it does not fade."""
+    sums = [sum(damping**step for step in range(1, steps + 1)) for steps in range(1, horizon_steps + 1)]
+    return sum(sums) / horizon_steps
 
 
 class Mixture(Forecaster):
@@ -129,6 +136,7 @@ def _weights(squared_errors: list[float]) -> list[float]:
     return [part / whole for part in trust]
 
 
+@lru_cache
 def error_gain(step_s: float, horizon_steps: int) -> float:
     """Weight of a new error at the horizon; at long horizons errors are few and each has to last."""
     horizon_s = step_s * horizon_steps
