@@ -62,6 +62,7 @@ FORECASTERS: dict[str, Callable[[float, int], Forecaster]] = {
     "smoothed 120 s": lambda step_s, steps: Smoothed(step_s, 120.0),
     "smoothed 480 s": lambda step_s, steps: Smoothed(step_s, 480.0),
     "back to mean": lambda step_s, steps: BackToMean(step_s),
+    "Holt 10 s, 1 step": lambda step_s, steps: Holt(step_s, 1, 10.0, 22.0),
     "Holt 10 s": lambda step_s, steps: Holt(step_s, steps, 10.0, 22.0),
     "Holt 60 s": lambda step_s, steps: Holt(step_s, steps),
     "damped Holt 60 s": lambda step_s, steps: Holt(step_s, steps, damping=0.9),
