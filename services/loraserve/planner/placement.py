@@ -48,10 +48,10 @@ def plan(
     filling = fill(problem)
     held = problem.current
     for _ in range(ROUNDS):
-        chosen, stays = _round(problem, filling, held)
-        held = chosen.copies
-        if stays:
+        chosen = _round(problem, filling, held)
+        if chosen.copies == held:
             break
+        held = chosen.copies
     return placements(problem, chosen.pieces)
 
 
@@ -64,18 +64,18 @@ class _Candidate(msgspec.Struct):
     loads_s: float
 
 
-def _round(problem: Problem, filling: Filling, held: Copies) -> tuple[_Candidate, bool]:
-    """The best of what is held completed, the same levelled, and a fresh one; and whether it is the first."""
+def _round(problem: Problem, filling: Filling, held: Copies) -> _Candidate:
+    """The best of what is held completed, the same levelled, and a fresh one."""
     kept = best = _candidate(problem, held, _kept(problem, filling, held))
     if kept.ttft_s <= 0:
-        return kept, True
+        return kept
     levelled = [list(on) for on in kept.copies]
     level(problem, levelled, kept.pieces)
     for copies in (levelled, _fresh(problem, filling, held)):
         if copies != best.copies:
             other = _candidate(problem, held, copies)
             best = other if _pays(problem, best, other) else best
-    return best, best is kept
+    return best
 
 
 def _candidate(problem: Problem, held: Copies, copies: Copies) -> _Candidate:

@@ -71,6 +71,13 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
     def padded(self) -> bool:
         return self.cost.lora == "padded"
 
+    def index(self) -> dict[str, int]:
+        """Adapters by version."""
+        return {version: i for i, version in enumerate(self.versions)}
+
+    def engine_index(self) -> dict[str, int]:
+        return {engine: i for i, engine in enumerate(self.engines)}
+
     def whole(self) -> Floats:
         """Work of each adapter on an engine where no rank is larger than its own."""
         return self.work.base + self.ranks * self.work.slope
