@@ -52,6 +52,8 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     prefix_queries_tokens: int = 0
     preemptions: int = 0
     max_model_tokens: int = 0
+    max_step_tokens: int = 0
+    """Of one step, prefill and decode together; 0 where an older engine does not say."""
     leaks: int = 0
     """Times that the engine, idle, found its own state inconsistent or memory held by nobody."""
     supports: dict[str, str] = msgspec.field(default_factory=dict)

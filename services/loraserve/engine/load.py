@@ -53,6 +53,7 @@ class SchedulerLoad(msgspec.Struct, frozen=True, kw_only=True):
     pool_free_bytes: int
     max_running: int
     max_model_tokens: int
+    max_step_tokens: int
     steps: int
     preemptions: int
     prefix_hits_tokens: int
@@ -78,6 +79,7 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
         pool_free_bytes=scheduler.residency.pool.free_bytes,
         max_running=scheduler.limits.max_running,
         max_model_tokens=scheduler.max_model_tokens,
+        max_step_tokens=scheduler.limits.max_step_tokens,
         steps=scheduler.steps,
         preemptions=scheduler.counts.preemptions,
         prefix_hits_tokens=scheduler.counts.prefix_hits,

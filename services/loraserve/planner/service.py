@@ -30,6 +30,7 @@ from loraserve.messages import (
 from loraserve.planner.diff import diff
 from loraserve.planner.epochs import Epochs
 from loraserve.planner.placement import plan as make_plan
+from loraserve.planner.settings import PlanSettings
 from loraserve.service import Service
 
 REPUBLISH_S = 2.0
@@ -97,8 +98,7 @@ class PlannerService(Service):
                 return RebalanceDone(plan=self._plan, moves=(), applied=False, message=unknown, failed=(unknown,))
             engines = self._engines()
             demand = self._load.demand if self._load else ()
-            minimum = self.config.planner.min_copies
-            placements = make_plan(demand, self._adapters, engines, self._plan.placements, self._cost, minimum)
+            placements = make_plan(demand, self._adapters, engines, self._plan.placements, self._cost, self._settings())
             moves = tuple(diff(self._plan.placements, placements, self._adapters))
             if dry_run:
                 return RebalanceDone(plan=self._next(placements), moves=moves, applied=False, message="dry run")
@@ -110,6 +110,10 @@ class PlannerService(Service):
             done = tuple(diff(before.placements, self._plan.placements, self._adapters))
             applied = self._plan is not before
             return RebalanceDone(plan=self._plan, moves=done, applied=applied, message="; ".join(failed), failed=failed)
+
+    def _settings(self) -> PlanSettings:
+        planner = self.config.planner
+        return PlanSettings(min_copies=planner.min_copies, interval_s=planner.interval_s, pins=planner.pins)
 
     def _unknown(self) -> str:
         """What is missing to plan with, in words; "" where nothing is."""

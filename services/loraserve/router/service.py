@@ -9,7 +9,9 @@ from loraserve.config import Config
 from loraserve.cost.profile import starting_cost
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import Abort, Admit, Admitted, ClusterLoad, Plan, Rejected, Route, Routed, ToRouter
-from loraserve.router.policy import Candidate, PlannedCopies, Slo, route
+from loraserve.router.choice import Candidate, Slo
+from loraserve.router.policies import ROUTERS
+from loraserve.router.shares import PlannedCopies
 from loraserve.router.view import ClusterView
 from loraserve.service import Service
 
@@ -24,7 +26,8 @@ class RouterService(Service):
 
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
-        self._view = ClusterView()
+        self._view = ClusterView(config.engine.prefix_cache)
+        self._choose = ROUTERS[config.router.policy]
         self._plan: PlannedCopies | None = None
         self._cost = starting_cost(config)
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
@@ -63,7 +66,7 @@ class RouterService(Service):
 
     async def _route(self, envelope: Envelope, request: Route) -> None:
         self._view.expire(self.clock.monotonic_s())
-        choice = route(request, self._view, self._plan, self._cost, self._slo, self._rng)
+        choice = self._choose(request, self._view, self._plan, self._cost, self._slo, self._rng)
         answer = choice if isinstance(choice, Rejected) else await self._admit_first(request, choice.candidates)
         if isinstance(answer, Rejected):
             self._rejected.labels(answer.code).inc()

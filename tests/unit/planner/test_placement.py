@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
 from loraserve.planner.placement import POOL_FRACTION, plan
+from loraserve.planner.settings import PlanSettings
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
 
 COST = CostModel()
@@ -26,7 +27,7 @@ class Situation(msgspec.Struct):
 
     def plan(self, current: tuple[Placement, ...] | None = None) -> tuple[Placement, ...]:
         current = self.current if current is None else current
-        return plan(self.demand, self.adapters, self.engines, current, COST, self.min_copies)
+        return plan(self.demand, self.adapters, self.engines, current, COST, PlanSettings(min_copies=self.min_copies))
 
 
 def situation(*rates: float, engines: int = 2, pool_bytes: int = 64 * MIB, slab_bytes: int = MIB) -> Situation:

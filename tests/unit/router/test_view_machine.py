@@ -4,7 +4,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loraserve.router.view import LONGEST_AVOIDANCE_S, TIMEOUTS_TO_AVOID, UNSEEN_S, ClusterView
+from loraserve.router.engine_view import LONGEST_AVOIDANCE_S, TIMEOUTS_TO_AVOID
+from loraserve.router.view import UNSEEN_S, ClusterView
 from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
 
 ENGINES = ("e0", "e1", "e2")
