@@ -58,8 +58,9 @@ class RouterService(Service):
         """Published again and again. A planner that lost its disk begins at epoch 1 again, and is followed."""
         if self._plan is not None and plan.epoch == self._plan.epoch:
             return
-        self.log.info("plan", epoch=plan.epoch, copies=len(plan.placements))
+        self.log.info("plan", epoch=plan.epoch, copies=len(plan.placements), drained=plan.drained)
         self._plan = PlannedCopies(plan)
+        self._view.drained = frozenset(plan.drained)
 
     async def _route(self, envelope: Envelope, request: Route) -> None:
         self._view.expire(self.clock.monotonic_s())

@@ -94,6 +94,8 @@ class ClusterView:
     def __init__(self) -> None:
         self.engines: dict[str, EngineView] = {}
         self.live: dict[str, Live] = {}
+        self.drained: frozenset[str] = frozenset()
+        """Engines that the plan empties."""
         self.output_tokens = DEFAULT_OUTPUT_TOKENS
         """Mean output of a request lately."""
         self._picture: tuple[str, int] = ("", 0)
@@ -120,8 +122,10 @@ class ClusterView:
         return True
 
     def ready(self) -> list[EngineView]:
-        """Engines that take requests as far as is known, those that are avoided too."""
-        return self._ready
+        """Engines that take requests as far as is known, those that are avoided too; drained ones as a last resort."""
+        if not self.drained:
+            return self._ready
+        return [view for view in self._ready if view.name not in self.drained] or self._ready
 
     def sent(self, engine: str, request: Route, now: float) -> None:
         """A request is on its way to an engine: from now on it counts as load there."""
