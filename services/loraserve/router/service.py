@@ -26,6 +26,8 @@ class RouterService(Service):
         super().__init__(config, bus, clock)
         self._view = ClusterView()
         self._plan: PlannedCopies | None = None
+        self._plan_of = (0, 0.0)
+        """Epoch and date of the plan."""
         self._cost = CostModel()
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
         self._rng = Random(bus.incarnation)
@@ -55,9 +57,10 @@ class RouterService(Service):
                 self._cost = self._cost.observe(engine.load)
 
     def _take_plan(self, plan: Plan) -> None:
-        """Published again and again. A planner that lost its disk begins at epoch 1 again, and is followed."""
-        if self._plan is not None and plan.epoch == self._plan.epoch:
+        """Published again and again. A planner that lost its disk may begin at epoch 1 again, and is followed."""
+        if self._plan_of == (plan.epoch, plan.created_unix_s):
             return
+        self._plan_of = plan.epoch, plan.created_unix_s
         self.log.info("plan", epoch=plan.epoch, copies=len(plan.placements), drained=plan.drained)
         self._plan = PlannedCopies(plan)
         self._view.drained = frozenset(plan.drained)

@@ -59,9 +59,10 @@ def test_ctrl_c_in_an_install_ends_in_one_line(tmp_path: Path) -> None:
     assert rest == "stopped; run the script again to go on with the install\n"
 
 
-@pytest.mark.parametrize(
-    "script", ["up", "down", "status", "adapters", "rebalance", "train_adapter", "bench", "tune_kernels", "test"]
-)
+OPS = ["status", "adapters", "rebalance", "drain", "undrain"]
+
+
+@pytest.mark.parametrize("script", ["up", "down", *OPS, "train_adapter", "bench", "tune_kernels", "test"])
 def test_modules_in_the_users_folder_are_not_imported(script: str, tmp_path: Path) -> None:
     for name in ("random", "json", "argparse", "asyncio", "loraserve"):
         (tmp_path / f"{name}.py").write_text('raise SystemExit("boo")')
