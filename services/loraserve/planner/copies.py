@@ -1,6 +1,6 @@
 """Copies of adapters as engines hold them and as plans name them. Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import msgspec
 
@@ -30,12 +30,6 @@ def pinned(load: EngineLoad) -> set[str]:
     return {adapter.version for adapter in load.resident if adapter.pinned}
 
 
-def missing(placements: Iterable[Placement], engines: Iterable[EngineLoad]) -> set[Copy]:
-    """Planned copies that no engine reports as held for the plan."""
-    held = {(load.engine, version) for load in engines for version in pinned(load)}
-    return {copy_of(p) for p in placements} - held
-
-
 def with_shares(placements: Iterable[Placement]) -> tuple[Placement, ...]:
     """The shares of an adapter's copies sum to 1 again, in the proportion in which they stand."""
     copies = list(placements)
@@ -59,13 +53,15 @@ def prepared(
     target: Iterable[Placement],
     absent: Mapping[Copy, str],
     before: Iterable[Placement],
-    engines: Iterable[str],
+    engines: Collection[str],
+    answered: Collection[str],
     drained: frozenset[str],
 ) -> tuple[Placement, ...]:
     """The target without the copies that are ``absent``; each of those keeps one of the plan before in its place.
 
     Make before break: a move whose target failed is not made, or an adapter could be left without any copy. Kept is
-    what lies on ``engines``, drained ones last.
+    what lies on ``engines``, drained ones last. Where an adapter would be planned nowhere, copies stay planned that
+    were lost with an engine (one that has not ``answered``): it is asked for them as soon as it is back.
     """
     ready = [p for p in target if copy_of(p) not in absent]
     have = {copy_of(p) for p in ready}
@@ -76,6 +72,9 @@ def prepared(
         if spare and old.version in lost:
             lost.remove(old.version)
             kept.append(old)
+    somewhere = {p.version for p in (*ready, *kept)}
+    gone = [old for old in before if old.version not in somewhere and old.engine not in answered]
+    kept += [old for old in gone if old.version in lost]
     return with_shares(sorted([*ready, *kept], key=lambda p: (p.name, p.version, p.engine)))
 
 

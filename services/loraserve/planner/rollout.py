@@ -14,12 +14,13 @@ nobody wants, as a dead planner leaves them, are retired.
 
 from collections import deque
 from collections.abc import Mapping
-from enum import StrEnum
+from math import inf
 
 import msgspec
 
 from loraserve.messages import AdapterRef, EngineLoad, Plan
-from loraserve.planner.copies import Copy, by_engine, copy_of, pinned, prepared
+from loraserve.planner.attempt import Attempt, Phase
+from loraserve.planner.copies import by_engine, copy_of, pinned, prepared
 from loraserve.planner.events import (
     Begin,
     Ended,
@@ -44,30 +45,12 @@ RETRY_S = 5.0
 KEPT_LINES = 1000
 
 
-class Phase(StrEnum):
-    IDLE = "IDLE"
-    PREPARING = "PREPARING"
-    WRITING = "WRITING"
-    RETIRING = "RETIRING"
+class _Asked(msgspec.Struct, frozen=True):
+    """``ended_s`` is infinite while there is no answer."""
 
-
-class _Attempt(msgspec.Struct):
-    """One roll-out under way."""
-
+    incarnation: str
     epoch: int
-    begin: Begin
-    incarnations: dict[str, str]
-    waiting: set[str]
-    absent: dict[Copy, str]
-    phase: Phase = Phase.PREPARING
-    plan: Plan | None = None
-    applied: bool = False
-    refused: str = ""
-
-    @property
-    def failed(self) -> tuple[str, ...]:
-        failed = [f"{engine}: {reason}" for (engine, _), reason in sorted(self.absent.items())]
-        return (*failed, self.refused) if self.refused else tuple(failed)
+    ended_s: float
 
 
 class Rollout:
@@ -77,12 +60,12 @@ class Rollout:
         self.plan = plan
         self.epoch = plan.epoch
         self.engines: dict[str, EngineLoad] = {}
-        self._attempt: _Attempt | None = None
+        self._attempt: Attempt | None = None
         self._left_out: dict[str, str] = {}
         """Engines that the last roll-outs lost, with the incarnation that was lost."""
-        self._asked: dict[str, tuple[str, float]] = {}
-        self._retired: dict[str, tuple[str, float]] = {}
-        """By engine: which incarnation was last asked to prepare or to retire, and when."""
+        self._asked: dict[str, _Asked] = {}
+        self._retired: dict[str, _Asked] = {}
+        """By engine, what it was last asked to prepare and to retire."""
         self._lines: deque[tuple[int, str]] = deque(maxlen=KEPT_LINES)
 
     @property
@@ -93,14 +76,16 @@ class Rollout:
         """What to do about one event."""
         match event:
             case Begin():
-                return self._begin(event, now)
+                return self._begin(event)
             case GiveUp():
                 return self._give_up(now)
             case EnginesSeen(engines, adapters):
                 return self._seen(engines, adapters, now)
             case PrepareAnswered(engine, incarnation, epoch, failed):
+                self._note_end(engine, epoch, now)
                 return self._answered(engine, incarnation, epoch, failed)
             case PrepareFailed(engine, epoch, reason):
+                self._note_end(engine, epoch, now)
                 self._tell(epoch, f"{engine} did not prepare: {reason}")
                 return self._lose({engine: reason}) if self._waits_for(engine, epoch, Phase.PREPARING) else []
             case Written(epoch):
@@ -109,6 +94,12 @@ class Rollout:
                 return self._write_failed(epoch, reason, now)
             case RetireEnded(engine, epoch):
                 return self._retire_ended(engine) if self._waits_for(engine, epoch, Phase.RETIRING) else []
+
+    def lacks(self, now: float) -> bool:
+        """Whether engines do not hold what is planned, although they were asked for it a while ago."""
+        planned = by_engine(self.plan.placements)
+        late = (load for load in self.engines.values() if _due(self._asked, load, now))
+        return any(planned.get(load.engine, set()) - pinned(load) for load in late)
 
     def story(self, epoch: int) -> list[str]:
         """What happened to one of the last epochs."""
@@ -131,11 +122,11 @@ class Rollout:
         assert {engine for engine, _ in attempt.absent}.isdisjoint(attempt.waiting) or attempt.phase is Phase.RETIRING
         assert attempt.absent.keys() <= {copy_of(p) for p in attempt.begin.placements}
 
-    def _begin(self, begin: Begin, now: float) -> list[Instruction]:
+    def _begin(self, begin: Begin) -> list[Instruction]:
         assert self.phase is not Phase.WRITING, "a plan is begun before the last was written"
         ended = self._end() if self._attempt else []
         self.epoch += 1
-        attempt = self._attempt = _Attempt(self.epoch, begin, {}, set(), {})
+        attempt = self._attempt = Attempt(self.epoch, begin, {}, set(), {})
         instructions: list[Instruction] = [*ended]
         for engine, versions in sorted(by_engine(begin.placements).items()):
             if engine not in self.engines:
@@ -143,7 +134,7 @@ class Rollout:
                 continue
             attempt.incarnations[engine] = self.engines[engine].incarnation
             attempt.waiting.add(engine)
-            instructions.append(self._prepare(engine, attempt.epoch, versions, begin.adapters, now))
+            instructions.append(self._prepare(engine, attempt.epoch, versions, begin.adapters))
         self._tell(attempt.epoch, f"begun: {len(begin.placements)} copies on {len(attempt.waiting)} engines")
         return [*instructions, *self._write_when_prepared()]
 
@@ -180,7 +171,9 @@ class Rollout:
         if attempt is None or attempt.phase is not Phase.PREPARING or attempt.waiting:
             return []
         begin = attempt.begin
-        copies = prepared(begin.placements, attempt.absent, self.plan.placements, self.engines, begin.drained)
+        answered = attempt.incarnations.keys()
+        before = self.plan.placements
+        copies = prepared(begin.placements, attempt.absent, before, self.engines, answered, begin.drained)
         drained = tuple(sorted(begin.drained))
         attempt.plan = Plan(epoch=attempt.epoch, created_unix_s=begin.unix_s, placements=copies, drained=drained)
         attempt.phase = Phase.WRITING
@@ -265,21 +258,24 @@ class Rollout:
             if (held - wanted or unfinished) and _due(self._retired, load, now):
                 instructions.append(self._retire(engine, self.epoch, now))
             if (wanted - held) & adapters.keys() and _due(self._asked, load, now):
-                instructions.append(self._prepare(engine, self.epoch, wanted, adapters, now))
+                instructions.append(self._prepare(engine, self.epoch, wanted, adapters))
         return instructions
 
-    def _prepare(
-        self, engine: str, epoch: int, versions: set[str], adapters: Mapping[str, AdapterRef], now: float
-    ) -> Prepare:
-        self._asked[engine] = self.engines[engine].incarnation, now
+    def _prepare(self, engine: str, epoch: int, versions: set[str], adapters: Mapping[str, AdapterRef]) -> Prepare:
+        self._asked[engine] = _Asked(self.engines[engine].incarnation, epoch, inf)
         return Prepare(engine, epoch, tuple(adapters[v] for v in sorted(versions) if v in adapters))
 
     def _retire_all(self, epoch: int, now: float) -> list[Instruction]:
         return [self._retire(engine, epoch, now) for engine in sorted(self.engines)]
 
     def _retire(self, engine: str, epoch: int, now: float) -> Retire:
-        self._retired[engine] = self.engines[engine].incarnation, now
+        self._retired[engine] = _Asked(self.engines[engine].incarnation, epoch, now)
         return Retire(engine, epoch, tuple(sorted(by_engine(self.plan.placements).get(engine, ()))))
+
+    def _note_end(self, engine: str, epoch: int, now: float) -> None:
+        asked = self._asked.get(engine)
+        if asked is not None and asked.epoch == epoch:
+            self._asked[engine] = msgspec.structs.replace(asked, ended_s=now)
 
     def _waits_for(self, engine: str, epoch: int, phase: Phase) -> bool:
         """Answers that come twice, or for an attempt that is over, are nobody's."""
@@ -290,7 +286,7 @@ class Rollout:
         self._lines.append((epoch, text))
 
 
-def _due(asked: Mapping[str, tuple[str, float]], load: EngineLoad, now: float) -> bool:
-    """An engine that was restarted at once, else after a while."""
-    incarnation, at_s = asked.get(load.engine, ("", 0.0))
-    return incarnation != load.incarnation or now - at_s >= RETRY_S
+def _due(asked: Mapping[str, _Asked], load: EngineLoad, now: float) -> bool:
+    """An engine that was restarted at once, else a while after it answered or did not."""
+    last = asked.get(load.engine)
+    return last is None or last.incarnation != load.incarnation or now - last.ended_s >= RETRY_S

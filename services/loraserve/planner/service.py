@@ -6,6 +6,7 @@ What a roll-out does next is decided in rollout.py; here its instructions are ca
 import asyncio
 from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +32,11 @@ from loraserve.messages import (
     RetireDone,
     ToPlanner,
 )
-from loraserve.planner.copies import missing, recovered, shares_moved, with_shares
+from loraserve.planner import events
+from loraserve.planner.copies import recovered, shares_moved
 from loraserve.planner.diff import diff
 from loraserve.planner.engines import EngineBook
 from loraserve.planner.epochs import Epochs
-from loraserve.planner.events import (
-    Begin,
-    Ended,
-    EnginesSeen,
-    Event,
-    GiveUp,
-    Instruction,
-    Prepare,
-    PrepareAnswered,
-    PrepareFailed,
-    Publish,
-    Replan,
-    Retire,
-    RetireEnded,
-    Write,
-    WriteFailed,
-    Written,
-)
 from loraserve.planner.placement import plan as make_plan
 from loraserve.planner.rollout import Rollout
 from loraserve.planner.settings import PlanSettings
@@ -82,7 +66,7 @@ class PlannerService(Service):
         self._unknown_pins: set[str] = set()
         self._one_at_a_time = asyncio.Lock()
         self._due = asyncio.Event()
-        self._ended: dict[int, asyncio.Future[Ended]] = {}
+        self._ended: dict[int, asyncio.Future[events.Ended]] = {}
         self._cost = CostModel()
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -125,7 +109,7 @@ class PlannerService(Service):
         self._demand = load.demand
         for engine in self._engines.ready():
             self._cost = self._cost.observe(engine)
-        self._tell(EnginesSeen(tuple(self._engines.ready()), self._adapters))
+        self._tell(events.EnginesSeen(tuple(self._engines.ready()), self._adapters))
 
     def _take_registry(self, adapters: tuple[AdapterRef, ...]) -> None:
         self._adapters = {adapter.version: adapter for adapter in adapters}
@@ -138,13 +122,11 @@ class PlannerService(Service):
 
     async def _plan_every_interval(self) -> None:
         while True:
+            wait_s = min(self.config.planner.interval_s, DRAIN_RETRY_S if self._drain_is_open() else inf)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._due.wait(), self.config.planner.interval_s)
+                await asyncio.wait_for(self._due.wait(), wait_s)
             self._due.clear()
             await self._rebalance(dry_run=False)
-            if self._drained != frozenset(self._rollout.plan.drained):
-                await asyncio.sleep(min(DRAIN_RETRY_S, self.config.planner.interval_s))
-                self._due.set()
 
     async def _republish(self) -> None:
         while True:
@@ -166,11 +148,15 @@ class PlannerService(Service):
                 return self._nothing_done(text, failed=True)
             self._drained = drained
             self.log.info("drain", engine=engine, on=on, drained=sorted(drained))
-            self._tell(GiveUp())
+            self._tell(events.GiveUp())
         done = await self._rebalance(dry_run=False)
-        if frozenset(self._rollout.plan.drained) != self._drained:
+        if self._drain_is_open():
             self._due.set()
         return done
+
+    def _drain_is_open(self) -> bool:
+        """Not rolled out yet: a planner may have died over it, or the disk was full."""
+        return self._drained != frozenset(self._rollout.plan.drained)
 
     async def _rebalance(self, dry_run: bool) -> RebalanceDone:
         async with self._one_at_a_time:
@@ -217,21 +203,23 @@ class PlannerService(Service):
 
     def _place(self, current: tuple[Placement, ...]) -> tuple[tuple[Placement, ...], str]:
         """The plan to be, and what is wrong with it in words."""
-        engines = [load for load in self._engines.ready() if load.engine not in self._drained]
+        ready = self._engines.ready()
+        engines, drained, problem = [e for e in ready if e.engine not in self._drained], self._drained, ""
         if not engines:
-            ready = {load.engine for load in self._engines.ready()}
-            left = with_shares(p for p in current if p.engine in ready and p.version in self._adapters)
-            return left, f"only drained engines are ready ({', '.join(sorted(ready))}); they serve until another is"
-        return make_plan(self._demand, self._adapters, engines, current, self._cost, self._settings()), ""
+            names = ", ".join(load.engine for load in ready)
+            problem = f"only drained engines are ready ({names}); they serve until another is"
+            engines, drained = ready, frozenset()
+        settings = self._settings(drained)
+        return make_plan(self._demand, self._adapters, engines, current, self._cost, settings), problem
 
-    def _settings(self) -> PlanSettings:
+    def _settings(self, drained: frozenset[str]) -> PlanSettings:
         planner = self.config.planner
         return PlanSettings(
             min_copies=planner.min_copies,
             slo_ttft_s=self.config.router.slo_ttft_s,
             interval_s=planner.interval_s,
             pins=planner.pins,
-            drained=self._drained,
+            drained=drained,
         )
 
     def _has_to_change(self, placements: tuple[Placement, ...]) -> bool:
@@ -241,13 +229,13 @@ class PlannerService(Service):
             before != {(p.engine, p.version) for p in placements}
             or self._drained != frozenset(plan.drained)
             or shares_moved(plan.placements, placements)
-            or bool(missing(plan.placements, self._engines.ready()))
+            or self._rollout.lacks(self.clock.monotonic_s())
         )
 
-    async def _roll_out(self, placements: tuple[Placement, ...]) -> Ended:
-        begin = Begin(placements, self._adapters, self._drained, self.clock.unix_s())
+    async def _roll_out(self, placements: tuple[Placement, ...]) -> events.Ended:
+        begin = events.Begin(placements, self._adapters, self._drained, self.clock.unix_s())
         epoch = self._rollout.epoch + 1
-        ended: asyncio.Future[Ended] = asyncio.get_running_loop().create_future()
+        ended: asyncio.Future[events.Ended] = asyncio.get_running_loop().create_future()
         self._ended[epoch] = ended
         self._tell(begin)
         try:
@@ -255,55 +243,55 @@ class PlannerService(Service):
         finally:
             del self._ended[epoch]
 
-    def _tell(self, event: Event) -> None:
+    def _tell(self, event: events.Event) -> None:
         """One event to the roll-out, its instructions to the world."""
         for instruction in self._rollout.handle(event, self.clock.monotonic_s()):
             self._carry_out(instruction)
 
-    def _carry_out(self, instruction: Instruction) -> None:
+    def _carry_out(self, instruction: events.Instruction) -> None:
         match instruction:
-            case Prepare():
+            case events.Prepare():
                 self.spawn(self._prepare(instruction))
-            case Write(plan):
+            case events.Write(plan):
                 self._tell(self._write(plan))
-            case Publish(plan):
+            case events.Publish(plan):
                 self.bus.publish("plan", plan)
                 self.log.info("plan_published", epoch=plan.epoch, copies=len(plan.placements), drained=plan.drained)
-            case Retire():
+            case events.Retire():
                 self.spawn(self._retire(instruction))
-            case Ended(epoch, applied, failed):
+            case events.Ended(epoch, applied, failed):
                 self.log.info("roll_out_ended", epoch=epoch, applied=applied, failed=failed)
                 if epoch in self._ended and not self._ended[epoch].done():
                     self._ended[epoch].set_result(instruction)
-            case Replan(engine):
+            case events.Replan(engine):
                 self.log.info("engine_is_back", engine=engine)
                 self._due.set()
 
-    def _write(self, plan: Plan) -> Written | WriteFailed:
+    def _write(self, plan: Plan) -> events.Written | events.WriteFailed:
         try:
             self._epochs.write(plan)
         except OSError as error:
             self.log.error("plan_not_written", epoch=plan.epoch, reason=str(error))
-            return WriteFailed(plan.epoch, str(error))
-        return Written(plan.epoch)
+            return events.WriteFailed(plan.epoch, str(error))
+        return events.Written(plan.epoch)
 
-    async def _prepare(self, asked: Prepare) -> None:
+    async def _prepare(self, asked: events.Prepare) -> None:
         message = PreparePlan(epoch=asked.epoch, adapters=asked.adapters)
         timeout_s = self.config.planner.prepare_timeout_s
         try:
             answer = await self.bus.request(asked.engine, message, Prepared, timeout_s)
         except (RequestTimeout, PeerError) as error:
             self.log.warning("engine_not_prepared", engine=asked.engine, epoch=asked.epoch, reason=str(error))
-            self._tell(PrepareFailed(asked.engine, asked.epoch, str(error)))
+            self._tell(events.PrepareFailed(asked.engine, asked.epoch, str(error)))
             return
         if answer.failed:
             self.log.warning("copies_not_prepared", engine=asked.engine, epoch=asked.epoch, failed=answer.failed)
-        self._tell(PrepareAnswered(asked.engine, answer.incarnation, answer.epoch, answer.failed))
+        self._tell(events.PrepareAnswered(asked.engine, answer.incarnation, answer.epoch, answer.failed))
 
-    async def _retire(self, asked: Retire) -> None:
+    async def _retire(self, asked: events.Retire) -> None:
         message = RetireCopies(epoch=asked.epoch, keep=asked.keep)
         try:
             await self.bus.request(asked.engine, message, RetireDone, RETIRE_TIMEOUT_S)
         except (RequestTimeout, PeerError) as error:
             self.log.warning("engine_not_retired", engine=asked.engine, epoch=asked.epoch, reason=str(error))
-        self._tell(RetireEnded(asked.engine, asked.epoch))
+        self._tell(events.RetireEnded(asked.engine, asked.epoch))

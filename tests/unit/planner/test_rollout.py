@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from loraserve.messages import EngineLoad, Placement, Plan
+from loraserve.planner.attempt import Phase
 from loraserve.planner.events import (
     Begin,
     Ended,
@@ -24,7 +25,7 @@ from loraserve.planner.events import (
     WriteFailed,
     Written,
 )
-from loraserve.planner.rollout import RETRY_S, Phase, Rollout
+from loraserve.planner.rollout import RETRY_S, Rollout
 from loraserve.testing.reports import adapter_ref, engine_load, resident
 
 A, B, C = (adapter_ref(n) for n in range(3))
@@ -126,13 +127,26 @@ def test_an_engine_lost_while_it_prepares_is_done_without_and_planned_for_again_
     desk.begin(("e0", A), ("e1", A), ("e1", B))
     assert desk.answer("e0", 5) == []
     lost = desk.tell(PrepareFailed("e1", 5, "no answer")) if silent else desk.see(BOTH[0])
-    assert lost == [Write(plan(5, ("e0", A)))]
+    assert lost == [Write(plan(5, ("e0", A)))], "nobody had B"
     desk.write(lost)
     for engine in ("e0", "e1"):
         desk.tell(RetireEnded(engine, 5))
     assert desk.see(holding("e0", A)) == []
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i2")) == [Replan("e1")]
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i2")) == []
+
+
+def test_an_adapter_whose_only_engine_was_lost_stays_planned_there() -> None:
+    desk = Desk(plan(4, ("e0", A), ("e1", B)), (holding("e0", A), holding("e1", B)))
+    desk.begin(("e1", A), ("e1", B))
+    assert desk.see(holding("e0", A)) == [Write(plan(5, ("e0", A), ("e1", B)))]
+
+
+def test_a_copy_that_cannot_be_loaded_any_more_is_not_planned_again() -> None:
+    desk = Desk(plan(4, ("e0", A), ("e1", B)), (holding("e0", A), engine_load("e1")))
+    desk.begin(("e0", A), ("e1", B))
+    desk.answer("e0", 5)
+    assert desk.answer("e1", 5, v1="corrupt") == [Write(plan(5, ("e0", A)))]
 
 
 def test_engines_lost_after_they_prepared_are_done_without_all_at_once() -> None:
@@ -216,7 +230,13 @@ def test_a_restarted_engine_is_asked_for_its_copies_at_once_and_again_if_it_has_
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i2")) == [Prepare("e1", 4, (A,))]
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i2")) == []
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i3")) == [Prepare("e1", 4, (A,))]
+    desk.now += 10 * RETRY_S
+    assert desk.see(holding("e0", A), engine_load("e1", incarnation="i3")) == [], "it is loading still"
+    desk.answer("e1", 4, v0="corrupt")
+    assert desk.see(holding("e0", A), engine_load("e1", incarnation="i3")) == []
+    assert not desk.rollout.lacks(desk.now)
     desk.now += RETRY_S
+    assert desk.rollout.lacks(desk.now)
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i3")) == [Prepare("e1", 4, (A,))]
 
 

@@ -13,6 +13,7 @@ from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.residency import Residency
 from loraserve.engine.story import Story
 from loraserve.messages import EngineLoad, Placement, Plan
+from loraserve.planner.attempt import Phase
 from loraserve.planner.copies import by_engine, copy_of
 from loraserve.planner.events import (
     Begin,
@@ -30,7 +31,7 @@ from loraserve.planner.events import (
     WriteFailed,
     Written,
 )
-from loraserve.planner.rollout import RETRY_S, Phase, Rollout
+from loraserve.planner.rollout import RETRY_S, Rollout
 from loraserve.testing.reports import adapter_ref, engine_load, resident
 
 UNIT = 4096
