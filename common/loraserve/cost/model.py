@@ -4,6 +4,7 @@ Linear in what a step reads and computes. The coefficients begin as those of a p
 measure.
 """
 
+from math import isfinite
 from typing import Literal
 
 import msgspec
@@ -89,8 +90,14 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         """Share of one engine's time that this traffic takes, beside the steps' own base.
 
         Its slab is read once a step that has it, so that the bytes weigh on rare traffic and are shared by dense.
+        Padded, it is priced at its own rank: what a larger one beside it costs it depends on where it is placed.
         """
-        steps_per_s = min(decode_tokens_per_s, 1 / self.step_s(StepShape(decode_sequences=1, slab_bytes=slab_bytes)))
+        if self.lora == "padded":
+            return prefill_tokens_per_s * (
+                self.prefill_token_s + rank * self.padded_prefill_s
+            ) + decode_tokens_per_s * (self.sequence_s + rank * self.padded_decode_s)
+        step_s = self.step_s(StepShape(decode_sequences=1, slab_bytes=slab_bytes))
+        steps_per_s = min(decode_tokens_per_s, 1 / step_s) if step_s > 0 else decode_tokens_per_s
         return (
             prefill_tokens_per_s * (self.prefill_token_s + rank * self.rank_token_s)
             + decode_tokens_per_s * (self.sequence_s + rank * self.rank_token_s)
@@ -107,24 +114,40 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         return msgspec.structs.replace(self, **changes) if changes else self
 
     def _decode_changes(self, load: EngineLoad) -> dict[str, float]:
-        """The surprise in a decode step's time, blamed on each term by its share of the prediction."""
-        running = [adapter for adapter in load.resident if adapter.running]
+        """The surprise in a decode step's time, blamed on each term by its share of the prediction.
+
+        What is 0 has no share and stays 0; where all are, the step's base is what there is to learn.
+        """
         terms = {
             "step_base_s": self.step_base_s,
             "sequence_s": load.running * self.sequence_s,
             "kv_token_s": (load.kv_blocks_total - load.kv_blocks_free) * load.block_tokens * self.kv_token_s,
-            "slab_byte_s": sum(adapter.slab_bytes for adapter in running) * self.slab_byte_s,
-            "rank_token_s": sum(adapter.running * adapter.rank for adapter in running) * self.rank_token_s,
+            **self._lora_terms(load),
         }
         predicted_s = sum(terms.values())
+        if predicted_s <= 0:
+            return {"step_base_s": _towards(0.0, load.decode_step_s)}
         surprise = _bounded(load.decode_step_s / predicted_s) - 1
         return {
             name: getattr(self, name) * (1 + LEARNING_RATE * surprise * term / predicted_s)
             for name, term in terms.items()
         }
 
+    def _lora_terms(self, load: EngineLoad) -> dict[str, float]:
+        running = [adapter for adapter in load.resident if adapter.running]
+        if self.lora == "padded":
+            max_rank = max((adapter.rank for adapter in running), default=0)
+            return {"padded_decode_s": load.running * max_rank * self.padded_decode_s}
+        return {
+            "slab_byte_s": sum(adapter.slab_bytes for adapter in running) * self.slab_byte_s,
+            "rank_token_s": sum(adapter.running * adapter.rank for adapter in running) * self.rank_token_s,
+        }
+
 
 def _towards(old: float, measured: float) -> float:
+    """From 0 no factor leads anywhere, so that a measurement counts by what it is."""
+    if old <= 0:
+        return LEARNING_RATE * measured if isfinite(measured) else 0.0
     return old * (1 + LEARNING_RATE * (_bounded(measured / old) - 1))
 
 

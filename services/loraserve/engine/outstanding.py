@@ -22,6 +22,11 @@ class Outstanding:
         return len(self._steps) >= self._most
 
     @property
+    def only(self) -> StepBatch | None:
+        """The step that is out, where there is just one."""
+        return self._steps[0] if len(self._steps) == 1 else None
+
+    @property
     def newest(self) -> Collection[str]:
         """Who is in the step that was sent last."""
         return {part.request_id for part in self._steps[-1].sequences} if self._steps else ()

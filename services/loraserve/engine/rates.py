@@ -14,20 +14,23 @@ class Rates:
         self.prefill_tokens_per_s = 0.0
         self.load_bytes_per_s = 0.0
 
-    def step_done(self, batch: StepBatch, duration_s: float) -> None:
-        """Count one step; those with prefill, a preempted request's output among it, say nothing about decoding."""
+    def step_done(self, batch: StepBatch, duration_s: float, times: int = 1) -> None:
+        """Count one step, or ``times`` alike.
+
+        Those with prefill, a preempted request's output among it, say nothing about decoding.
+        """
         if duration_s <= 0:
             return
         prefill_tokens = sum(len(s.tokens) for s in batch.sequences if s.output_index == 0 or len(s.tokens) > 1)
         if prefill_tokens:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, prefill_tokens / duration_s)
         else:
-            self.decode_step_s = _smooth(self.decode_step_s, duration_s)
+            self.decode_step_s = _smooth(self.decode_step_s, duration_s, times)
 
     def load_done(self, bytes_per_s: float) -> None:
         """Count one finished load."""
         self.load_bytes_per_s = _smooth(self.load_bytes_per_s, bytes_per_s)
 
 
-def _smooth(old: float, new: float) -> float:
-    return new if old == 0.0 else old + SMOOTHING * (new - old)
+def _smooth(old: float, new: float, times: int = 1) -> float:
+    return new if old == 0.0 else new + (1 - SMOOTHING) ** times * (old - new)

@@ -55,8 +55,8 @@ class Scheduler:
         self.running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
-        self._steps = 0
-        self._outstanding = Outstanding(1 + limits.steps_ahead)
+        self.steps = 0
+        self.outstanding = Outstanding(1 + limits.steps_ahead)
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
         """What to do about one event."""
@@ -91,11 +91,7 @@ class Scheduler:
     @property
     def idle(self) -> bool:
         """Nothing to do and nothing outstanding."""
-        return not self._sequences and not self._outstanding
-
-    @property
-    def steps(self) -> int:
-        return self._steps
+        return not self._sequences and not self.outstanding
 
     def validate(self) -> None:
         """Every invariant of the state; raises AssertionError naming the one that broke."""
@@ -105,7 +101,7 @@ class Scheduler:
         assert {s.request_id for s in live} == self._sequences.keys(), "a request is in no list or in two"
         assert len(live) == len(self._sequences), "a request is listed twice"
         check_queues(self.waiting, self.running, self.blocks, self.residency.pool)
-        self._outstanding.validate(self.running)
+        self.outstanding.validate(self.running)
 
     def _arrive(self, admit: Admit, now: float) -> list[Instruction]:
         known = self._sequences.get(admit.request_id)
@@ -153,7 +149,7 @@ class Scheduler:
     def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
         drawn = {sampled.request_id: sampled for sampled in result.sampled}
         instructions: list[Instruction] = []
-        for part in self._outstanding.take(result.step_id).sequences:
+        for part in self.outstanding.take(result.step_id).sequences:
             sequence = self._sequences[part.request_id]
             sequence.landed(part)
             if sequence.trusts(part):
@@ -179,7 +175,7 @@ class Scheduler:
 
     def _step_failed(self, step_id: int, message: str, now: float) -> list[Instruction]:
         instructions: list[Instruction] = []
-        for part in self._outstanding.take(step_id).sequences:
+        for part in self.outstanding.take(step_id).sequences:
             sequence = self._sequences[part.request_id]
             sequence.landed(part)
             if sequence.state is State.LEAVING:
@@ -229,16 +225,16 @@ class Scheduler:
         """Start the loads and the steps that have become possible."""
         wanted = (s.admit.adapter for s in self.waiting if s.admit.adapter is not None)
         instructions = self.residency.start_loads(wanted, now, idle=not self._sequences)
-        while not self._outstanding.full and (self.running or self.waiting):
+        while not self.outstanding.full and (self.running or self.waiting):
             batch = self._form_step(now)
             if batch is None:
                 break
-            self._outstanding.send(batch)
+            self.outstanding.send(batch)
             instructions.append(RunStep(batch))
         return instructions
 
     def _form_step(self, now: float) -> StepBatch | None:
-        builder = StepBuilder(self.blocks, self.limits.max_step_tokens, self._outstanding.newest)
+        builder = StepBuilder(self.blocks, self.limits.max_step_tokens, self.outstanding.newest)
         builder.continue_running(self.running)
         for sequence in builder.preempted:
             self._preempt(sequence, now)
@@ -247,8 +243,8 @@ class Scheduler:
         parts = builder.parts()
         if not parts:
             return None
-        self._steps += 1
-        return StepBatch(step_id=self._steps, sequences=parts)
+        self.steps += 1
+        return StepBatch(step_id=self.steps, sequences=parts)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
         self._story.tell(sequence.request_id, now, "preempted")

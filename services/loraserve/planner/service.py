@@ -37,7 +37,7 @@ from loraserve.planner.copies import recovered, shares_moved
 from loraserve.planner.diff import diff
 from loraserve.planner.engines import EngineBook
 from loraserve.planner.epochs import Epochs
-from loraserve.planner.placement import plan as make_plan
+from loraserve.planner.policies import PLANNERS
 from loraserve.planner.rollout import Rollout
 from loraserve.planner.settings import PlanSettings
 from loraserve.service import Service
@@ -210,7 +210,9 @@ class PlannerService(Service):
             problem = f"only drained engines are ready ({names}); they serve until another is"
             engines, drained = ready, frozenset()
         settings = self._settings(drained)
-        return make_plan(self._demand, self._adapters, engines, current, self._cost, settings), problem
+        return PLANNERS[self.config.planner.policy](
+            self._demand, self._adapters, engines, current, self._cost, settings
+        ), problem
 
     def _settings(self, drained: frozenset[str]) -> PlanSettings:
         planner = self.config.planner

@@ -9,7 +9,9 @@ from loraserve.config import Config
 from loraserve.cost import CostModel
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import Abort, Admit, Admitted, ClusterLoad, Plan, Rejected, Route, Routed, ToRouter
-from loraserve.router.policy import Candidate, PlannedCopies, Slo, route
+from loraserve.router.choice import Candidate, Slo
+from loraserve.router.policies import ROUTERS
+from loraserve.router.shares import PlannedCopies
 from loraserve.router.view import ClusterView
 from loraserve.service import Service
 
@@ -24,7 +26,8 @@ class RouterService(Service):
 
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
-        self._view = ClusterView()
+        self._view = ClusterView(config.engine.prefix_cache)
+        self._choose = ROUTERS[config.router.policy]
         self._plan: PlannedCopies | None = None
         self._plan_of = (0, 0.0)
         """Epoch and date of the plan."""
@@ -63,25 +66,25 @@ class RouterService(Service):
         self._plan_of = plan.epoch, plan.created_unix_s
         self.log.info("plan", epoch=plan.epoch, copies=len(plan.placements), drained=plan.drained)
         self._plan = PlannedCopies(plan)
-        self._view.drained = frozenset(plan.drained)
+        self._view.drain(frozenset(plan.drained))
 
     async def _route(self, envelope: Envelope, request: Route) -> None:
         self._view.expire(self.clock.monotonic_s())
-        choice = route(request, self._view, self._plan, self._cost, self._slo, self._rng)
+        choice = self._choose(request, self._view, self._plan, self._cost, self._slo, self._rng)
         answer = choice if isinstance(choice, Rejected) else await self._admit_first(request, choice.candidates)
         if isinstance(answer, Rejected):
             self._rejected.labels(answer.code).inc()
             self.log.warning("rejected", request=request.request_id, code=answer.code, reason=answer.message)
         else:
             self._routed.labels(answer.engine, answer.why).inc()
-            adapter = request.adapter.name if request.adapter else ""
-            self.log.info("routed", request=request.request_id, adapter=adapter, engine=answer.engine, why=answer.why)
         self.bus.respond(envelope, answer)
 
     async def _admit_first(self, request: Route, candidates: tuple[Candidate, ...]) -> Routed | Rejected:
         """The first engine that takes it. What no engine would take is not tried everywhere."""
         refusal = Rejected(request_id=request.request_id, code="no_engine", message="no engine answered; try again")
         for candidate in candidates:
+            if refusal.code == "overloaded" and candidate.engine in self._view.drained:
+                break  # It is there for those that are lost, or under load it would never be empty.
             answer = await self._admit(request, candidate)
             if isinstance(answer, Routed):
                 return answer
@@ -96,7 +99,7 @@ class RouterService(Service):
     async def _admit(self, request: Route, candidate: Candidate) -> Routed | Rejected | None:
         """None where the engine did not answer."""
         engine = candidate.engine
-        self._view.sent(engine, request, self.clock.monotonic_s())
+        self._view.sent(engine, request, self.clock.monotonic_s(), candidate)
         admit = Admit(
             request_id=request.request_id,
             gateway=request.gateway,
@@ -119,6 +122,15 @@ class RouterService(Service):
         if not answer.ok:
             return self._refused(engine, request, answer.code, answer.message)
         self._view.admitted(engine, request.request_id, answer.incarnation, self.clock.monotonic_s())
+        adapter = request.adapter.name if request.adapter else ""
+        self.log.info(
+            "routed",
+            request=request.request_id,
+            adapter=adapter,
+            engine=engine,
+            why=candidate.why,
+            reason=candidate.reason,
+        )
         return Routed(request_id=request.request_id, engine=engine, incarnation=answer.incarnation, why=candidate.why)
 
     def _refused(self, engine: str, request: Route, code: str, message: str) -> Rejected:

@@ -5,12 +5,14 @@ engine that looked best in the first. Where the monitor is silent the last pictu
 evidence: engines that did not answer are asked last.
 """
 
-from collections.abc import Iterable
+from collections.abc import Mapping
+from typing import Protocol
 
-import msgspec
-
-from loraserve.cost import extent_bytes, largest_extent_bytes
+from loraserve.cost import CostModel
 from loraserve.messages import ClusterLoad, EngineLoad, Route
+from loraserve.router.engine_view import TIMEOUTS_TO_AVOID, EngineView, Live, Pending, PendingMix
+from loraserve.router.prefixes import PrefixMemory
+from loraserve.router.table import PriceTable
 
 UNSEEN_S = 1.0
 """A request that no report mentions this long after it was sent has ended, or never began."""
@@ -18,89 +20,38 @@ DATE_MARGIN_S = 0.05
 """A report is dated from its age when published; the way from there to here takes time too."""
 FORGET_MISSING_S = 5.0
 """A monitor that has just started has not heard of every engine yet."""
-TIMEOUTS_TO_AVOID = 2
-FIRST_AVOIDANCE_S = 0.5
-LONGEST_AVOIDANCE_S = 8.0
 MOST_LIVE = 50_000
 MOST_STORIES = 5_000
 DEFAULT_OUTPUT_TOKENS = 64.0
 
 
-class Pending(msgspec.Struct, frozen=True):
-    """A request this router sent to an engine and no report has counted yet."""
-
-    tokens: int
-    version: str
-    since_s: float
-
-
-class Live(msgspec.Struct, frozen=True):
-    """Where a request runs."""
-
-    engine: str
-    since_s: float
-
-
-class EngineView(msgspec.Struct):
-    """One engine: its report in the form in which requests are priced, and what came on top."""
-
-    name: str
-    load: EngineLoad
-    reported_s: float
-    alive: bool
-    resident: frozenset[str] = frozenset()
-    loading: frozenset[str] = frozenset()
-    largest_extent_bytes: int = 0
-    room_bytes: int = 0
-    """Of the pool, for a request's adapter: what is free, and what only the plan pins."""
-    pending: dict[str, Pending] = msgspec.field(default_factory=dict)
-    pending_tokens: int = 0
-    timeouts: int = 0
-    avoided_since_s: float | None = None
-    avoidance_s: float = 0.0
+class Explained(Protocol):
+    """A candidate: why it was chosen, put into words only if somebody asks."""
 
     @property
-    def requests(self) -> int:
-        return self.load.running + self.load.waiting + len(self.pending)
-
-    def fetches(self, version: str) -> bool:
-        """On its way already, or asked for by a request just sent there."""
-        return version in self.loading or any(p.version == version for p in self.pending.values())
-
-    def take(self, load: EngineLoad, reported_s: float, alive: bool) -> None:
-        """A report. Of another incarnation it makes all that was known of the engine void."""
-        if load.incarnation != self.load.incarnation:
-            self.pending, self.pending_tokens = {}, 0
-            self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
-        self.load, self.reported_s, self.alive = load, reported_s, alive
-        self.resident = frozenset(adapter.version for adapter in load.resident)
-        self.loading = frozenset(load.loading)
-        self.largest_extent_bytes = largest_extent_bytes(load.pool_total_bytes)
-        only_planned = (extent_bytes(a.slab_bytes) for a in load.resident if a.pinned and not a.running)
-        self.room_bytes = load.pool_free_bytes + sum(only_planned)
-        if alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
-            # One more timeout and it is avoided again, for longer: reports alone do not prove that it serves.
-            self.avoided_since_s, self.timeouts = None, TIMEOUTS_TO_AVOID - 1
-
-    def drop_pending(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
-            gone = self.pending.pop(request_id, None)
-            self.pending_tokens -= gone.tokens if gone else 0
+    def reason(self) -> str: ...
 
 
 class ClusterView:
-    """Engines by name, where requests are, own evidence of engines that do not answer."""
+    """Engines by name, where requests are, own evidence of engines that do not answer.
 
-    def __init__(self) -> None:
+    ``prefix_cache``: whether engines keep the KV of prompts.
+    """
+
+    def __init__(self, prefix_cache: bool = True) -> None:
         self.engines: dict[str, EngineView] = {}
         self.live: dict[str, Live] = {}
         self.drained: frozenset[str] = frozenset()
-        """Engines that the plan empties."""
+        """Engines that the plan empties. See ``drain``."""
         self.output_tokens = DEFAULT_OUTPUT_TOKENS
         """Mean output of a request lately."""
+        self.prefixes = PrefixMemory() if prefix_cache else None
+        self._prices = PriceTable()
+        self._near: dict[str, dict[str, EngineView]] = {}
         self._picture: tuple[str, int] = ("", 0)
-        self._ready: list[EngineView] = []
-        self._stories: dict[str, list[str]] = {}
+        self._oldest_pending_s = float("inf")
+        """No pending request was sent before."""
+        self._stories: dict[str, list[tuple[float, str, Explained | None]]] = {}
 
     def update(self, picture: ClusterLoad, now: float) -> bool:
         """A picture from the monitor; one that is older than the last changes nothing, which is False."""
@@ -113,96 +64,183 @@ class ClusterView:
         reported = {seen.load.engine for seen in picture.engines}
         for name in self.engines.keys() - reported:
             if now - self.engines[name].reported_s > FORGET_MISSING_S:
-                del self.engines[name]
+                self._forget(name)
         self._drop_ended()
         requests_per_s = sum(demand.requests_per_s for demand in picture.demand)
         if requests_per_s > 0:
             self.output_tokens = max(1.0, sum(d.decode_tokens_per_s for d in picture.demand) / requests_per_s)
-        self._list_ready()
+        self._prices.begin([view for _, view in sorted(self.engines.items()) if view.is_ready])
         return True
 
     def ready(self) -> list[EngineView]:
-        """Engines that take requests as far as is known, those that are avoided too; drained ones as a last resort."""
-        if not self.drained:
-            return self._ready
-        return [view for view in self._ready if view.name not in self.drained] or self._ready
+        """Engines that take requests as far as is known, those that are asked last too; by name."""
+        return self._prices.engines
 
-    def sent(self, engine: str, request: Route, now: float) -> None:
+    def drain(self, engines: frozenset[str]) -> None:
+        """The plan empties these, and only these: they are asked after all others."""
+        self.drained = engines
+        for name, view in self.engines.items():
+            if view.drained != (name in engines):
+                view.drained = name in engines
+                self._prices.changed(view)
+
+    def prices(self, cost: CostModel) -> PriceTable:
+        """Of the ready engines, in the same order."""
+        self._prices.refresh(cost, self.output_tokens)
+        return self._prices
+
+    def near(self, version: str) -> Mapping[str, EngineView]:
+        """By name, every engine where this adapter is, is on its way to, or has requests; and perhaps some more."""
+        return self._near.get(version, _NO_ENGINES)
+
+    def cached_tokens(self, request: Route) -> Mapping[str, int]:
+        """By engine, tokens of the prompt that it most likely has computed already."""
+        return self.prefixes.cached_tokens(request) if self.prefixes is not None else _NO_TOKENS
+
+    def sent(self, engine: str, request: Route, now: float, chosen: Explained | None = None) -> None:
         """A request is on its way to an engine: from now on it counts as load there."""
         view = self.engines.get(engine)
         if view is not None:
-            view.drop_pending([request.request_id])
-            tokens = len(request.prompt_tokens)
-            view.pending[request.request_id] = Pending(tokens, request.adapter.version if request.adapter else "", now)
-            view.pending_tokens += tokens
-        self._tell(request.request_id, now, f"sent to {engine}")
+            view.add_pending(request.request_id, self._pending(engine, request, now))
+            if request.adapter is not None:
+                self._near.setdefault(request.adapter.version, {})[engine] = view
+                view.listed.add(request.adapter.version)
+            self._oldest_pending_s = min(self._oldest_pending_s, now)
+            self._prices.changed(view)
+        self._tell(request.request_id, now, f"sent to {engine}", chosen)
 
     def admitted(self, engine: str, request_id: str, incarnation: str, now: float) -> None:
         """The engine has it."""
         view = self.engines.get(engine)
+        pending = None
         if view is not None:
-            view.timeouts, view.avoided_since_s, view.avoidance_s = 0, None, 0.0
+            pending = view.pending.get(request_id)
+            if view.timeouts:
+                view.answered()
+                self._prices.changed(view)
             if incarnation != view.load.incarnation:
-                # It was restarted since its last report, so its pool is empty.
-                view.resident = view.loading = frozenset()
-        self._runs(request_id, engine, now)
+                view.emptied()
+                self._prices.begin(self.ready())
+        self._runs(request_id, engine, now, pending)
         self._tell(request_id, now, f"admitted by {engine}")
 
     def refused(self, engine: str, request_id: str, code: str, now: float) -> None:
         """The engine did not take it."""
-        if engine in self.engines:
-            self.engines[engine].drop_pending([request_id])
+        view = self.engines.get(engine)
+        if view is not None:
+            view.drop_pending([request_id])
+            self._prices.changed(view)
         self._tell(request_id, now, f"refused by {engine}: {code}")
 
     def timed_out(self, engine: str, request_id: str, now: float) -> None:
         """The engine did not answer. After two in a row it is asked last, until a report shows that it lives."""
         self._tell(request_id, now, f"no answer from {engine}")
         view = self.engines.get(engine)
-        if view is None:
-            return
-        view.drop_pending([request_id])
-        view.timeouts += 1
-        if view.timeouts >= TIMEOUTS_TO_AVOID and view.avoided_since_s is None:
-            view.avoided_since_s = now
-            view.avoidance_s = min(LONGEST_AVOIDANCE_S, max(FIRST_AVOIDANCE_S, 2 * view.avoidance_s))
+        if view is not None:
+            view.drop_pending([request_id])
+            view.timed_out(now)
+            self._prices.changed(view)
 
     def expire(self, now: float) -> None:
         """Stop counting requests that no report has mentioned; cheap, to be called before each decision."""
-        for view in self._ready:
-            if view.pending and next(iter(view.pending.values())).since_s < now - UNSEEN_S:
+        if self._oldest_pending_s >= now - UNSEEN_S:
+            return
+        for view in self.ready():
+            if view.pending and _sent_first_s(view) < now - UNSEEN_S:
                 view.drop_pending([i for i, p in view.pending.items() if p.since_s < now - UNSEEN_S])
+                self._prices.changed(view)
+        self._oldest_pending_s = min((_sent_first_s(v) for v in self.ready() if v.pending), default=float("inf"))
 
     def validate(self) -> None:
         """Sums agree with what they sum, tables stay bounded; raises AssertionError naming what broke."""
         for name, view in self.engines.items():
             assert view.name == name == view.load.engine, f"{name} is listed under another name"
+            assert view.drained == (name in self.drained), f"{name}: drained or not"
             assert view.pending_tokens == sum(p.tokens for p in view.pending.values()), f"{name}: pending tokens"
+            mix = PendingMix()
+            for pending in view.pending.values():
+                mix.add(pending, view.active)
+            assert view.pending_mix == mix, f"{name}: adapters of pending requests"
             times = [p.since_s for p in view.pending.values()]
             assert times == sorted(times), f"{name}: pending requests are out of order"
+            assert view.column < 0 or not times or self._oldest_pending_s <= times[0], f"{name}: would never expire"
             assert (view.avoided_since_s is None) or view.timeouts >= TIMEOUTS_TO_AVOID, (
                 f"{name} is avoided without reason"
             )
-        assert [v.name for v in self._ready] == sorted(v.name for v in self.engines.values() if _is_ready(v))
+            assert _found_at(view) <= view.listed, f"{name} is not listed for all that it has"
+            assert all(self.near(version).get(name) is view for version in view.listed), f"{name} is not listed"
+        for version, views in self._near.items():
+            assert views, f"{version} is listed for nobody"
+            assert all(self.engines.get(name) is view for name, view in views.items()), f"{version}: a lost engine"
+        assert [v.name for v in self.ready()] == sorted(v.name for v in self.engines.values() if v.is_ready)
         assert len(self.live) <= MOST_LIVE
         assert len(self._stories) <= MOST_STORIES
+        self._prices.validate()
+        if self.prefixes is not None:
+            self.prefixes.validate()
 
     def story(self, request_id: str) -> list[str]:
         """What this router did with one of the last few thousand requests."""
-        return list(self._stories.get(request_id, ()))
+        told = self._stories.get(request_id, ())
+        return [f"{now:.3f} {what}" + (f", {chosen.reason}" if chosen else "") for now, what, chosen in told]
 
     def _report(self, load: EngineLoad, reported_s: float, alive: bool, now: float) -> None:
         view = self.engines.get(load.engine)
         if view is None:
-            view = self.engines[load.engine] = EngineView(load.engine, load, reported_s, alive)
-        view.take(load, reported_s, alive)
-        counted = [i for i, p in view.pending.items() if p.since_s < max(reported_s - DATE_MARGIN_S, now - UNSEEN_S)]
-        view.drop_pending([*counted, *(i for i in load.request_ids if i in view.pending)])
+            view = EngineView(load.engine, load, reported_s, alive, drained=load.engine in self.drained)
+            self.engines[load.engine] = view
+        if load.incarnation != view.load.incarnation and self.prefixes is not None:
+            self.prefixes.forget(load.engine)
         for request_id in load.request_ids:
             if request_id not in self.live:
-                self._runs(request_id, load.engine, reported_s)
+                self._runs(request_id, load.engine, reported_s, view.pending.get(request_id))
+        known = (self.live[i] for i in load.request_ids if i in self.live)
+        view.take(load, reported_s, alive, known)
+        if view.pending:
+            sent_before_s = max(reported_s - DATE_MARGIN_S, now - UNSEEN_S)
+            view.drop_pending([i for i, p in view.pending.items() if p.since_s < sent_before_s])
+            view.drop_pending([i for i in load.request_ids if i in view.pending])
+        self._list_near(view)
 
-    def _runs(self, request_id: str, engine: str, since_s: float) -> None:
-        self.live[request_id] = Live(engine, since_s)
+    def _list_near(self, view: EngineView) -> None:
+        found = _found_at(view)
+        for version in view.listed - found:
+            self._unlist(view, version)
+        for version in found - view.listed:
+            self._near.setdefault(version, {})[view.name] = view
+        view.listed = found
+
+    def _unlist(self, view: EngineView, version: str) -> None:
+        views = self._near[version]
+        del views[view.name]
+        if not views:
+            del self._near[version]
+
+    def _forget(self, name: str) -> None:
+        view = self.engines.pop(name)
+        for version in view.listed:
+            self._unlist(view, version)
+        if self.prefixes is not None:
+            self.prefixes.forget(name)
+
+    def _pending(self, engine: str, request: Route, now: float) -> Pending:
+        tokens = len(request.prompt_tokens)
+        if self.prefixes is not None:
+            tokens -= self.prefixes.cached_tokens(request).get(engine, 0)
+            self.prefixes.sent(engine, request)
+        if request.adapter is None:
+            return Pending(tokens, "", now)
+        return Pending(tokens, request.adapter.version, now, request.adapter.rank, request.adapter.slab_bytes)
+
+    def _runs(self, request_id: str, engine: str, since_s: float, pending: Pending | None) -> None:
+        """Its adapter is known for as long as it runs, if this router sent it."""
+        if pending is not None:
+            self.live[request_id] = Live(engine, since_s, pending.version, pending.rank)
+        else:
+            before = self.live.get(request_id)
+            self.live[request_id] = (
+                Live(engine, since_s, before.version, before.rank) if before else Live(engine, since_s)
+            )
         if len(self.live) > MOST_LIVE:
             del self.live[next(iter(self.live))]
 
@@ -215,14 +253,20 @@ class ClusterView:
             if view is None or not view.alive or (later and request_id not in running[live.engine]):
                 del self.live[request_id]
 
-    def _list_ready(self) -> None:
-        self._ready = [view for _, view in sorted(self.engines.items()) if _is_ready(view)]
-
-    def _tell(self, request_id: str, now: float, what: str) -> None:
+    def _tell(self, request_id: str, now: float, what: str, chosen: Explained | None = None) -> None:
         if request_id not in self._stories and len(self._stories) >= MOST_STORIES:
             del self._stories[next(iter(self._stories))]
-        self._stories.setdefault(request_id, []).append(f"{now:.3f} {what}")
+        self._stories.setdefault(request_id, []).append((now, what, chosen))
 
 
-def _is_ready(view: EngineView) -> bool:
-    return view.alive and view.load.state == "READY"
+_NO_ENGINES: Mapping[str, EngineView] = {}
+_NO_TOKENS: Mapping[str, int] = {}
+
+
+def _found_at(view: EngineView) -> set[str]:
+    """Versions that requests may find something of there."""
+    return view.pending_mix.versions.union(view.resident, view.loading, view.active)
+
+
+def _sent_first_s(view: EngineView) -> float:
+    return next(iter(view.pending.values())).since_s

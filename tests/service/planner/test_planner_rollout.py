@@ -84,7 +84,7 @@ class Cluster:
         self.strike: Callable[[Any], bool] | None = None
         self.struck = asyncio.Event()
         self.victim = ""
-        self.asked = ADAPTERS
+        self.registered = ADAPTERS
         self.holders = {name: Holder(self.network, name, "i1") for name in ENGINES}
         self.dead: set[str] = set()
         self.operator = self.network.bus("gateway-0", Ping)
@@ -108,9 +108,9 @@ class Cluster:
         while True:
             sequence += 1
             loads = [holder.report() for holder in self.holders.values()]
-            demand = [asked_for(adapter, 10.0) for adapter in self.asked]
+            demand = [asked_for(adapter, 10.0) for adapter in self.registered]
             self.monitor.publish("load", picture(*loads, sequence=sequence, dead=self.dead, demand=demand))
-            self.store.publish("registry", RegistryChanged(revision=1, adapters=ADAPTERS))
+            self.store.publish("registry", RegistryChanged(revision=1, adapters=self.registered))
             await asyncio.sleep(0.25)
 
     def start_planner(self) -> None:
@@ -293,7 +293,7 @@ def test_a_monitor_that_has_just_started_loses_no_engine(play) -> None:
 
 def test_the_store_gone_while_a_plan_is_prepared_costs_only_what_could_not_be_loaded(play) -> None:
     async def scenario(cluster: Cluster) -> None:
-        cluster.asked = ADAPTERS[:2]
+        cluster.registered = ADAPTERS[:2]
         await asyncio.sleep(0.5)
         first = (await cluster.ask(Rebalance())).plan
         target = cluster.holders["engine-1"]
@@ -355,10 +355,10 @@ def test_the_last_engine_that_is_drained_serves_on_and_that_is_said(play) -> Non
 
 def test_a_drain_does_not_wait_for_a_plan_that_is_being_prepared(play) -> None:
     async def scenario(cluster: Cluster) -> None:
-        cluster.asked = ADAPTERS[:2]
+        cluster.registered = ADAPTERS[:2]
         await asyncio.sleep(0.5)
         await cluster.ask(Rebalance())
-        cluster.asked = ADAPTERS
+        cluster.registered = ADAPTERS
         cluster.holders["engine-0"].peer.script = lambda message: None
         await asyncio.sleep(0.5)
         slow = asyncio.create_task(cluster.ask(Rebalance()))

@@ -1,5 +1,6 @@
 """The cost model: what it predicts, how it learns, how it is kept, and the price of memory."""
 
+import math
 from typing import Any
 
 import msgspec
@@ -19,6 +20,8 @@ from loraserve.engine.buddy import BuddyAllocator
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, resident
 
 COST = CostModel()
+PADDED = CostModel(lora="padded")
+COEFFICIENTS = [name for name in CostModel.__struct_fields__ if name != "lora"]
 LOADED = ("decode_sequences", "kv_tokens", "prefill_tokens", "slab_bytes", "rank_tokens")
 NOTHING_MEASURED = {"decode_step_s": 0.0, "prefill_tokens_per_s": 0.0, "load_bytes_per_s": 0.0}
 
@@ -103,8 +106,46 @@ def test_a_surprise_is_blamed_most_on_what_takes_most_of_the_step() -> None:
     assert cost.slab_byte_s == COST.slab_byte_s, "no adapter ran"
 
 
+@pytest.mark.parametrize("step_s", [0.004, 0.1])
+def test_padded_steps_are_learned_at_the_largest_rank_that_runs(step_s: float) -> None:
+    held = (
+        resident(adapter_ref(1, rank=64), running=6),
+        resident(adapter_ref(2, rank=8), running=2),
+        resident(adapter_ref(3, rank=256)),
+    )
+    cost = learned(PADDED, reports=300, running=8, decode_step_s=step_s, kv_blocks_free=1000, resident=held)
+    assert cost.step_s(StepShape(decode_sequences=8, max_rank=64)) == pytest.approx(step_s, rel=0.05)
+    assert cost.padded_decode_s != PADDED.padded_decode_s
+    assert (cost.slab_byte_s, cost.rank_token_s) == (PADDED.slab_byte_s, PADDED.rank_token_s), "not its terms"
+
+
+def test_padded_traffic_of_a_higher_rank_takes_more_of_an_engine() -> None:
+    ranks = [PADDED.busy_share(100.0, 50.0, rank, slab_bytes=MIB) for rank in (0, 8, 64, 256)]
+    assert ranks == sorted(set(ranks))
+    own = ranks[1] - ranks[0]
+    assert own == pytest.approx(8 * (100.0 * PADDED.padded_prefill_s + 50.0 * PADDED.padded_decode_s))
+
+
+def test_a_coefficient_that_a_fit_found_to_be_zero_is_no_trap() -> None:
+    cost = learned(msgspec.structs.replace(COST, kv_token_s=0.0), reports=300, running=8, decode_step_s=0.1)
+    assert cost.kv_token_s == 0.0
+    assert cost.step_s(StepShape(decode_sequences=8)) == pytest.approx(0.1, rel=0.05)
+
+
+def test_a_model_of_nothing_but_zeros_learns() -> None:
+    nothing = CostModel(**dict.fromkeys(COEFFICIENTS, 0.0))
+    assert nothing.busy_share(10.0, 10.0, rank=8, slab_bytes=MIB) == 0.0
+    reports = {"running": 4, "decode_step_s": 0.05, "prefill_tokens_per_s": 500.0, "load_bytes_per_s": 1e9}
+    cost = learned(nothing, reports=200, **reports)
+    assert cost.step_s(StepShape(decode_sequences=4)) == pytest.approx(0.05, rel=0.01)
+    assert cost.prefill_token_s == pytest.approx(1 / 500, rel=0.01)
+    assert cost.load_byte_s == pytest.approx(1e-9, rel=0.01)
+
+
 @settings(max_examples=100, deadline=None)
 @given(
+    lora=st.sampled_from(["exact", "padded"]),
+    zeros=st.sets(st.sampled_from(COEFFICIENTS)),
     reports=st.lists(
         st.fixed_dictionaries(
             {
@@ -116,13 +157,17 @@ def test_a_surprise_is_blamed_most_on_what_takes_most_of_the_step() -> None:
             }
         ),
         max_size=30,
-    )
+    ),
 )
-def test_whatever_is_measured_every_coefficient_stays_positive(reports: list[dict[str, Any]]) -> None:
-    cost = COST
+def test_whatever_is_measured_every_coefficient_stays_finite_and_not_negative(
+    lora: str, zeros: set[str], reports: list[dict[str, Any]]
+) -> None:
+    cost = msgspec.structs.replace(COST, lora=lora, **dict.fromkeys(zeros, 0.0))
     for report in reports:
         cost = cost.observe(engine_load(**report))
-    assert min(v for v in msgspec.structs.astuple(cost) if not isinstance(v, str)) >= 0
+    values = [v for v in msgspec.structs.astuple(cost) if not isinstance(v, str)]
+    assert min(values) >= 0
+    assert all(math.isfinite(value) for value in values)
 
 
 @settings(max_examples=200, deadline=None)

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from loraserve.cost import CostModel
 from loraserve.messages import EngineLoad, Placement, Plan, Rejected, Route
+from loraserve.router.engine_view import TIMEOUTS_TO_AVOID
 from loraserve.router.policy import MOST_CANDIDATES, Candidate, Choice, PlannedCopies, Slo, route
-from loraserve.router.view import TIMEOUTS_TO_AVOID, ClusterView
+from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
 SLO = Slo(ttft_s=10.0, reject_factor=4.0)
@@ -58,8 +59,7 @@ def refusal(view: ClusterView, request: Route, **options: Any) -> Rejected:
 
 def wins(view: ClusterView, request: Route, plan: PlannedCopies | None, rounds: int = 300) -> Counter[str]:
     """How often each engine is first, over many lots."""
-    rng = Random(7)
-    choices = (route(request, view, plan, CostModel(), SLO, rng) for _ in range(rounds))
+    choices = (route(request, view, plan, CostModel(), SLO, rng) for rng in [Random(7)] for _ in range(rounds))
     return Counter(c.candidates[0].engine for c in choices if isinstance(c, Choice))
 
 
@@ -92,13 +92,13 @@ def test_an_adapter_goes_only_where_a_pool_can_hold_it() -> None:
     assert large.name in answer.message
 
 
-def test_the_shorter_queue_wins_and_the_prediction_is_its_length() -> None:
+def test_the_shorter_queue_wins_and_the_prediction_is_its_length_and_the_request_s_own_step() -> None:
     view = view_of(
         engine_load("e0", running=1, waiting_prefill_tokens=3000), engine_load("e1", waiting_prefill_tokens=500)
     )
     best, other = candidates(view)
     assert (best.engine, best.why) == ("e1", "base")
-    assert best.predicted_s == pytest.approx(0.5)
+    assert 0.5 < best.predicted_s < 0.53
     assert other.predicted_s == pytest.approx(3.0, abs=0.1)
 
 
@@ -155,7 +155,7 @@ def test_a_start_a_little_sooner_is_not_worth_a_load() -> None:
 def test_an_adapter_loads_while_its_request_waits() -> None:
     view = view_of(engine_load("e0", waiting_prefill_tokens=500))
     (only,) = candidates(view, route_request(adapter=adapter_ref(1, slab_bytes=50 * MIB)))
-    assert only.predicted_s == pytest.approx(0.5, abs=0.02)
+    assert only.predicted_s == pytest.approx(0.5, abs=0.03)
 
 
 def test_a_load_waits_where_the_pool_is_in_use() -> None:

@@ -6,18 +6,8 @@ from itertools import count
 import pytest
 
 from loraserve.messages import AdapterRef, EngineLoad
-from loraserve.router.view import (
-    DATE_MARGIN_S,
-    FIRST_AVOIDANCE_S,
-    FORGET_MISSING_S,
-    LONGEST_AVOIDANCE_S,
-    MOST_LIVE,
-    MOST_STORIES,
-    TIMEOUTS_TO_AVOID,
-    UNSEEN_S,
-    ClusterView,
-    EngineView,
-)
+from loraserve.router.engine_view import FIRST_AVOIDANCE_S, LONGEST_AVOIDANCE_S, TIMEOUTS_TO_AVOID, EngineView
+from loraserve.router.view import DATE_MARGIN_S, FORGET_MISSING_S, MOST_LIVE, MOST_STORIES, UNSEEN_S, ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load, picture, resident, route_request
 
 PIRATE = adapter_ref(1)

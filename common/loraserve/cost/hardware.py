@@ -1,0 +1,126 @@
+"""Datasheet figures of GPUs, and which share of them real kernels reach, each with its source."""
+
+import msgspec
+
+from loraserve.cost.profile import Efficiency
+
+
+class Hardware(msgspec.Struct, frozen=True, kw_only=True):
+    """Datasheet figures of one GPU and what it is connected by.
+
+    ``bf16_flops`` is dense, per second. ``host_bytes_per_s`` is its PCIe link, one direction; ``nic_bytes_per_s`` that
+    of the network card which the vendor's own eight-GPU system has for each GPU. ``architecture`` picks efficiencies.
+    """
+
+    name: str
+    architecture: str
+    hbm_bytes: float
+    hbm_bytes_per_s: float
+    bf16_flops: float
+    host_bytes_per_s: float
+    nic_bytes_per_s: float
+
+
+# NVIDIA's datasheets of the SXM parts; DGX A100 has 200 Gb/s and DGX H100 and H200 400 Gb/s for each GPU.
+HARDWARE: dict[str, Hardware] = {
+    "a100-80gb": Hardware(
+        name="NVIDIA A100-SXM4-80GB",
+        architecture="ampere",
+        hbm_bytes=80e9,
+        hbm_bytes_per_s=2.039e12,
+        bf16_flops=312e12,
+        host_bytes_per_s=32e9,
+        nic_bytes_per_s=25e9,
+    ),
+    "a100-40gb": Hardware(
+        name="NVIDIA A100-SXM4-40GB",
+        architecture="ampere",
+        hbm_bytes=40e9,
+        hbm_bytes_per_s=1.555e12,
+        bf16_flops=312e12,
+        host_bytes_per_s=32e9,
+        nic_bytes_per_s=25e9,
+    ),
+    "h100": Hardware(
+        name="NVIDIA H100-SXM5-80GB",
+        architecture="hopper",
+        hbm_bytes=80e9,
+        hbm_bytes_per_s=3.35e12,
+        bf16_flops=989e12,
+        host_bytes_per_s=64e9,
+        nic_bytes_per_s=50e9,
+    ),
+    "h200": Hardware(
+        name="NVIDIA H200-SXM-141GB",
+        architecture="hopper",
+        hbm_bytes=141e9,
+        hbm_bytes_per_s=4.8e12,
+        bf16_flops=989e12,
+        host_bytes_per_s=64e9,
+        nic_bytes_per_s=50e9,
+    ),
+}
+
+_STREAMING = {
+    "ampere": Efficiency(
+        value=0.84,
+        source="published: 1,219 to 1,225 of 1,448 GiB/s of an A100-SXM4-40GB (GPUInspector.jl, docs/src/examples/"
+        "data_bandwidth.md, github.com/pc2/GPUInspector.jl)",
+    ),
+    "hopper": Efficiency(value=0.896, source="measured on an H200: 4.3 of 4.8 TB/s"),
+}
+
+_ATTENTION = {
+    "ampere": Efficiency(
+        value=0.5,
+        source="published: 50% to 73% of an A100's peak, the low end (Dao, FlashAttention-2, arXiv:2307.08691)",
+    ),
+    "hopper": Efficiency(
+        value=0.35,
+        source="published: FlashAttention-2 reaches 35% of an H100's peak (Shah et al., FlashAttention-3, "
+        "arXiv:2407.08608, abstract)",
+    ),
+}
+
+_MFU = Efficiency(
+    value=0.462,
+    source="published: model FLOPs utilization of PaLM 540B (Chowdhery et al., arXiv:2204.02311); the low end: 72% on "
+    "an A100 (FlashAttention-2, arXiv:2307.08691), 76% of prefill on TPU v4 (Pope et al., arXiv:2211.05102)",
+)
+
+
+def efficiencies_of(hardware: Hardware) -> dict[str, Efficiency]:
+    """What ``derive`` asks for, by name; change a value to see what hangs on it.
+
+    Where nothing is published of LoRA kernels, they get what the base model's kernels reach. For ``padded`` that is
+    the peers' best case: what they lose to padding is bytes and FLOPs, never a worse kernel.
+    """
+    streaming = _STREAMING[hardware.architecture]
+    return {
+        "memory_bandwidth": streaming,
+        "exact_lora_bandwidth": _as("memory_bandwidth: slabs are contiguous", streaming),
+        "padded_lora_bandwidth": _as(
+            "memory_bandwidth, the peers' best case: each token reads its adapter (BGMV; S-LoRA, arXiv:2311.03285); "
+            "its expand kernel is reported to reach less (github.com/punica-ai/punica, issue 47)",
+            streaming,
+        ),
+        "linear_flops": _MFU,
+        "attention_flops": _ATTENTION[hardware.architecture],
+        "exact_lora_flops": _as("linear_flops", _MFU),
+        "padded_lora_flops": _as("linear_flops, the peers' best case", _MFU),
+        "link": Efficiency(
+            value=0.775,
+            source="published: 24.8 of 32 GB/s, host to an A100 (nvbandwidth, forums.developer.nvidia.com/t/352186); "
+            "the low end: 55.6 of 64 GB/s over PCIe 5 (NVIDIA's blog on nvbandwidth)",
+        ),
+        "digest_bytes_per_s": Efficiency(
+            value=1.8e9, source="measured on an AMD EPYC: SHA-256 in one thread, as each load is verified"
+        ),
+        "load_base_s": Efficiency(
+            value=0.005, source="an allowance, not measured: lease, read, install and release over the bus"
+        ),
+    }
+
+
+def _as(why: str, other: Efficiency) -> Efficiency:
+    return Efficiency(value=other.value, source=f"as {why}")

@@ -1,0 +1,34 @@
+"""Writes the derived profiles that are shipped: ``python -m loraserve.cost.ship``."""
+
+from pathlib import Path
+
+from loraserve.cost.derived import derive
+from loraserve.cost.hardware import HARDWARE, efficiencies_of
+from loraserve.cost.profile import SHIPPED, Profile, write_profile
+from loraserve.model_shape import ModelShape
+
+LLAMA_3_8B = ModelShape(layers=32, hidden=4096, heads=32, kv_heads=8, head_dim=128, ffn=14336, vocab=128256)
+ON = {"a100": "a100-80gb", "h200": "h200"}
+
+
+def derived_profiles() -> dict[str, Profile]:
+    """By the name that they are shipped under."""
+    profiles: dict[str, Profile] = {}
+    for short, name in ON.items():
+        hardware = HARDWARE[name]
+        efficiencies = efficiencies_of(hardware)
+        exact = derive(LLAMA_3_8B, hardware, efficiencies, "exact", model="Llama-3-8B")
+        padded = derive(LLAMA_3_8B, hardware, efficiencies, "padded", model="Llama-3-8B")
+        profiles |= {f"llama-3-8b-{short}": exact, f"llama-3-8b-{short}-padded": padded}
+    return profiles
+
+
+def ship(directory: Path = SHIPPED) -> None:
+    """Raises OSError where the disk refuses."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, profile in derived_profiles().items():
+        write_profile(profile, directory / f"{name}.json")
+
+
+if __name__ == "__main__":
+    ship()

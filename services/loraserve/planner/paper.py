@@ -1,0 +1,177 @@
+"""The placement of LoRAServe's paper, as the policy ``loraserve``. Pure and deterministic.
+
+"Serving Heterogeneous LoRA Adapters in Distributed LLM Inference Systems", Jaiswal et al., arXiv:2511.22880. Its steps:
+operating points per rank; demand per rank in tokens; server budgets per rank, as fractions; adapters of one rank packed
+together, split over servers with shares; what is left over goes to servers that already hold a high rank; a permutation
+of the servers to least moves. Requests then sample the shares.
+
+Chosen here, where what we have of the paper (its abstract and a summary) does not say: budgets are scaled so that all
+servers are used; a rank fills as many servers as its budget has whole ones, in order of versions; what a server of a
+higher rank takes is counted at that rank's operating point; what finds no server goes to the emptiest. Memory, pins,
+the least number of copies and adapters nobody asks for are dealt with as in our own policy.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+
+from loraserve.cost import CostModel
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.planner.operating import operating_points
+from loraserve.planner.packing import Packer
+from loraserve.planner.problem import Copies, Floats, Pieces, Problem, placements, problem_of
+from loraserve.planner.relabel import relabel
+from loraserve.planner.settings import PlanSettings
+from loraserve.planner.shares import LEAST_SHARE
+
+ROUNDS = 4
+NOTHING = 1e-9
+
+
+class _Server(msgspec.Struct):
+    """``parts``: by adapter, of its traffic. ``used``: of the server."""
+
+    rank: int = 0
+    used: float = 0.0
+    parts: dict[int, float] = msgspec.field(default_factory=dict)
+
+
+class _Piece(msgspec.Struct):
+    """Traffic that needs a place; ``part`` of the adapter's, ``servers`` full of it at its own rank."""
+
+    adapter: int
+    rank: int
+    part: float
+    servers: float
+
+
+def plan(
+    demand: Sequence[AdapterDemand],
+    adapters: Mapping[str, AdapterRef],
+    engines: Sequence[EngineLoad],
+    current: Sequence[Placement],
+    cost: CostModel,
+    settings: PlanSettings,
+) -> tuple[Placement, ...]:
+    """Copies by (version, engine) with the shares that requests are to be sampled by."""
+    problem = problem_of(demand, adapters, engines, current, cost, settings)
+    if not problem.engines:
+        return ()
+    servers = _pack(problem)
+    held = problem.current
+    for _ in range(ROUNDS):
+        copies, parts = _realise(problem, servers, held)
+        if copies == held:
+            break
+        held = copies
+    return placements(problem, _pieces(copies, parts))
+
+
+def _pack(problem: Problem) -> list[_Server]:
+    """As many servers as engines, by rank; which engine is which is open yet."""
+    left, servers = [], []
+    points, sizes = _budgets(problem)
+    for rank in sorted(sizes, reverse=True):
+        line = [_Piece(adapter=a, rank=rank, part=1.0, servers=size) for a, size in sizes[rank]]
+        for _ in range(int(sum(piece.servers for piece in line) + NOTHING)):
+            server = _Server(rank=rank)
+            line = _fill(server, line, points)
+            servers.append(server)
+        left += line
+    for piece in left:
+        _overflow(servers, piece, points, len(problem.engines))
+    return servers + [_Server() for _ in range(len(problem.engines) - len(servers))]
+
+
+def _budgets(problem: Problem) -> tuple[dict[int, float], dict[int, list[tuple[int, float]]]]:
+    """Operating points, and by rank its adapters with the servers that each is to have."""
+    tokens, ranks = problem.work.tokens_per_s, problem.ranks.tolist()
+    asked = np.flatnonzero(tokens > 0).tolist()
+    points = operating_points(problem, {ranks[a] for a in asked})
+    total = sum(tokens[a] / points[ranks[a]] for a in asked)
+    sizes: dict[int, list[tuple[int, float]]] = {}
+    for a in asked:
+        size = float(tokens[a]) / points[ranks[a]] / total * len(problem.engines)
+        sizes.setdefault(ranks[a], []).append((a, size))
+    return points, sizes
+
+
+def _fill(server: _Server, line: list[_Piece], points: Mapping[int, float]) -> list[_Piece]:
+    """Pieces in order until the server is full, the last one split; what is left of them."""
+    for i, piece in enumerate(line):
+        rest = _take(server, piece, points)
+        if rest is not None:
+            return [rest, *line[i + 1 :]]
+    return []
+
+
+def _take(server: _Server, piece: _Piece, points: Mapping[int, float]) -> _Piece | None:
+    """Puts as much of the piece as fits at the server's rank; what does not is the answer."""
+    dearer = points[piece.rank] / points[max(server.rank, piece.rank)]
+    needs = piece.servers * dearer
+    fits = min(1.0, max(0.0, 1.0 - server.used) / needs)
+    if fits * needs <= NOTHING:
+        return piece
+    _put(server, piece, fits, fits * needs)
+    if (1 - fits) * needs <= NOTHING:
+        return None
+    rest = 1 - fits
+    return _Piece(adapter=piece.adapter, rank=piece.rank, part=piece.part * rest, servers=piece.servers * rest)
+
+
+def _put(server: _Server, piece: _Piece, fits: float, used: float) -> None:
+    server.rank = max(server.rank, piece.rank)
+    server.used += used
+    server.parts[piece.adapter] = server.parts.get(piece.adapter, 0.0) + piece.part * fits
+
+
+def _overflow(servers: list[_Server], piece: _Piece, points: Mapping[int, float], most: int) -> None:
+    """To servers that hold a rank as high, the highest first, as far as they have room; then to a new one."""
+    rest: _Piece | None = piece
+    for server in sorted(servers, key=lambda s: -s.rank):
+        if rest is not None and server.rank >= piece.rank:
+            rest = _take(server, rest, points)
+    while rest is not None and len(servers) < most:
+        servers.append(_Server())
+        rest = _take(servers[-1], rest, points)
+    if rest is not None:
+        emptiest = min(servers, key=lambda s: s.used)
+        _put(emptiest, rest, 1.0, rest.servers * points[rest.rank] / points[max(emptiest.rank, rest.rank)])
+
+
+def _realise(problem: Problem, servers: list[_Server], held: Copies) -> tuple[Copies, dict[tuple[int, int], float]]:
+    """Servers become engines; copies as memory allows, and the parts of traffic that were meant for them."""
+    engine_of = relabel(_kept_bytes(problem, servers, held)).tolist()
+    parts = {(a, engine_of[i]): part for i, server in enumerate(servers) for a, part in server.parts.items()}
+    packer = Packer(problem, [[] for _ in problem.versions])
+    packer.pin()
+    by_adapter: dict[int, list[int]] = {}
+    for a, e in sorted(parts, key=lambda at: (-parts[at], at)):
+        by_adapter.setdefault(a, []).append(e)
+    for a in packer.by_weight:
+        if a not in problem.pins:
+            for e in by_adapter.get(a, ()):
+                packer.put(a, e, parts[a, e])
+    packer.stay(held, asked=False)
+    packer.complete(held)
+    return packer.copies, parts
+
+
+def _kept_bytes(problem: Problem, servers: list[_Server], held: Copies) -> Floats:
+    kept = np.zeros((len(servers), len(problem.engines)))
+    for i, server in enumerate(servers):
+        for a in server.parts:
+            kept[i, held[a]] += problem.extents[a]
+    return kept
+
+
+def _pieces(copies: Copies, parts: Mapping[tuple[int, int], float]) -> Pieces:
+    """Shares are the parts; a copy that no traffic was meant for gets next to none beside one that it was."""
+    adapters, engines, shares = [], [], []
+    for a, held in enumerate(copies):
+        meant = [max(parts.get((a, e), 0.0), LEAST_SHARE) for e in held]
+        adapters += [a] * len(held)
+        engines += held
+        shares += [part / sum(meant) for part in meant]
+    return Pieces(np.array(adapters, np.int64), np.array(engines, np.int64), np.array(shares, np.float64))

@@ -1,0 +1,242 @@
+"""What a plan is made from, as arrays: what each adapter's traffic costs an engine, and what each engine has room for.
+
+Pure. Work is a share of one engine's time. Adapters are counted in the order of their versions and engines in the
+order of their names, so that the order in which they are told changes nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from loraserve.cost import CostModel, extent_bytes
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.planner.settings import PlanSettings
+
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+Copies = list[list[int]]
+"""By adapter, the engines that hold it."""
+
+POOL_FRACTION = 0.75
+"""Of a pool that the plan may pin; the rest is for adapters that come on demand."""
+NEXT_TO_NOTHING = 1e-6
+"""Requests a second."""
+USUAL_TOKENS = 500.0
+"""Of a request, where nothing was seen of any: only what is forecast without having been seen needs it."""
+
+
+class Pieces(msgspec.Struct, frozen=True, eq=False):
+    """Copies with their shares of the adapter's traffic, one an entry."""
+
+    adapters: Ints
+    engines: Ints
+    shares: Floats
+
+
+class Work(msgspec.Struct, frozen=True, eq=False):
+    """By adapter: ``base`` and, per unit of the engine's largest rank, ``slope``; of both, the part before the first
+    token (``prefill_base``, ``prefill_slope``); its share that grows less than traffic does because a slab is read once
+    a step (``slab_read``: of one read); ``decode_tokens_per_s``, ``requests_per_s`` and all ``tokens_per_s``."""
+
+    base: Floats
+    slope: Floats
+    prefill_base: Floats
+    prefill_slope: Floats
+    slab_read: Floats
+    decode_tokens_per_s: Floats
+    requests_per_s: Floats
+    tokens_per_s: Floats
+
+
+class Problem(msgspec.Struct, frozen=True, eq=False):
+    """``room_bytes``: of each engine, what the plan may use. ``pins``: adapter to the engines it is pinned to that are
+    there. ``batch``: sequences that an engine can decode at once. ``steps_per_s``: of an engine at half of that."""
+
+    versions: list[str]
+    refs: list[AdapterRef]
+    ranks: Ints
+    slab_bytes: Floats
+    extents: Ints
+    engines: list[str]
+    room_bytes: Ints
+    current: Copies
+    pins: dict[int, list[int]]
+    work: Work
+    batch: float
+    steps_per_s: float
+    cost: CostModel
+    settings: PlanSettings
+
+    @property
+    def padded(self) -> bool:
+        return self.cost.lora == "padded"
+
+    def whole(self) -> Floats:
+        """Work of each adapter on an engine where no rank is larger than its own."""
+        return self.work.base + self.ranks * self.work.slope
+
+
+def problem_of(
+    demand: Sequence[AdapterDemand],
+    adapters: Mapping[str, AdapterRef],
+    engines: Sequence[EngineLoad],
+    current: Sequence[Placement],
+    cost: CostModel,
+    settings: PlanSettings,
+) -> Problem:
+    """Engines that are drained are not there; what is planned on them now is not either."""
+    loads = sorted((e for e in engines if e.engine not in settings.drained), key=lambda e: e.engine)
+    engine_index = {load.engine: i for i, load in enumerate(loads)}
+    versions = sorted(adapters)
+    refs = [adapters[version] for version in versions]
+    index = {version: i for i, version in enumerate(versions)}
+    rates = _rates(demand, index, len(loads))
+    if not rates.requests.any():
+        rates = _nothing_known(len(index))
+    batch = _batch(loads, rates)
+    step_s = cost.step_base_s + batch / 2 * cost.sequence_s
+    return Problem(
+        versions=versions,
+        refs=refs,
+        ranks=np.fromiter((ref.rank for ref in refs), np.int64, len(refs)),
+        slab_bytes=np.fromiter((ref.slab_bytes for ref in refs), np.float64, len(refs)),
+        extents=np.fromiter((extent_bytes(ref.slab_bytes) for ref in refs), np.int64, len(refs)),
+        engines=[load.engine for load in loads],
+        room_bytes=np.array([int(load.pool_total_bytes * POOL_FRACTION) for load in loads], np.int64),
+        current=_copies(current, index, engine_index),
+        pins=_pins(refs, engine_index, settings.pins),
+        work=_work(rates, refs, cost, batch, 1 / step_s),
+        batch=batch,
+        steps_per_s=1 / step_s,
+        cost=cost,
+        settings=settings,
+    )
+
+
+def placements(problem: Problem, pieces: Pieces) -> tuple[Placement, ...]:
+    """In order of names, versions, engines."""
+    refs, names = problem.refs, problem.engines
+    found = [
+        Placement(version=refs[a].version, name=refs[a].name, engine=names[e], share=share)
+        for a, e, share in zip(pieces.adapters.tolist(), pieces.engines.tolist(), pieces.shares.tolist(), strict=True)
+    ]
+    return tuple(sorted(found, key=lambda p: (p.name, p.version, p.engine)))
+
+
+class _Rates(msgspec.Struct, eq=False):
+    """What is expected of each adapter, a second."""
+
+    prefill: Floats
+    decode: Floats
+    requests: Floats
+
+
+def _rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: int) -> _Rates:
+    """The forecast and a margin for how wrong it has been, split into prefill, decode and requests as was seen."""
+    told = {index[d.version]: d for d in demand if d.version in index}
+    count = len(told)
+    at = np.fromiter(told, np.int64, count)
+    asked = list(told.values())
+    prefill = np.fromiter((d.prefill_tokens_per_s for d in asked), np.float64, count)
+    decode = np.fromiter((d.decode_tokens_per_s for d in asked), np.float64, count)
+    requests = np.fromiter((d.requests_per_s for d in asked), np.float64, count)
+    forecast = np.fromiter((d.forecast_tokens_per_s for d in asked), np.float64, count)
+    std = np.fromiter((d.forecast_std_tokens_per_s for d in asked), np.float64, count)
+    seen = prefill + decode
+    expected = np.where(forecast > 0, forecast, seen) + _margin(std, engines)
+    new = (seen <= 0) & (expected > 0)
+    # What was never seen is taken to be like all the others together; without any, to be decoding.
+    share = prefill.sum() / seen.sum() if seen.sum() > 0 else 0.0
+    tokens = seen.sum() / requests.sum() if requests.sum() > 0 and seen.sum() > 0 else USUAL_TOKENS
+    growth = np.divide(expected, seen, out=np.zeros(count), where=seen > 0)
+    result = _Rates(*(np.zeros(len(index)) for _ in range(3)))
+    result.prefill[at] = np.where(new, expected * share, prefill * growth)
+    result.decode[at] = np.where(new, expected * (1 - share), decode * growth)
+    known = ~new & (requests > 0)
+    result.requests[at] = np.where(known, requests * growth, expected / tokens)
+    return result
+
+
+def _nothing_known(adapters: int) -> _Rates:
+    """Before anything was asked for all adapters are taken to be asked for alike, and for next to nothing: ranks are
+    apart then from the beginning."""
+    tokens = np.full(adapters, NEXT_TO_NOTHING * USUAL_TOKENS / 2)
+    return _Rates(tokens, tokens, np.full(adapters, NEXT_TO_NOTHING))
+
+
+def _margin(std: Floats, engines: int) -> Floats:
+    """Tokens/s that an engine must have to spare for each adapter: one standard deviation of what the engine gets.
+
+    Errors of many adapters even out on an engine; those of one that brings more than an engine's part do not.
+    """
+    variance = std * std
+    pooled = np.sqrt(variance.sum() / max(1, engines))
+    return np.minimum(std, variance / pooled) if pooled > 0 else std
+
+
+def _batch(loads: Sequence[EngineLoad], rates: _Rates) -> float:
+    """Sequences that an engine can decode at once, as its KV memory holds them."""
+    if not loads:
+        return 1.0
+    requests = rates.requests.sum()
+    context = (rates.prefill.sum() + rates.decode.sum() / 2) / requests if requests > 0 else USUAL_TOKENS
+    fits = [min(e.max_running, e.kv_blocks_total * e.block_tokens / max(1.0, context)) for e in loads]
+    return max(1.0, float(np.median(fits)))
+
+
+def _work(rates: _Rates, refs: Sequence[AdapterRef], cost: CostModel, batch: float, steps_per_s: float) -> Work:
+    """Linear in traffic. The steps' base is divided among a full batch: it is what is paid where time gets short."""
+    requests = np.maximum(rates.requests, 1e-12)
+    prompt, output = rates.prefill / requests, rates.decode / requests
+    prefill = rates.prefill * (cost.prefill_token_s + prompt / 2 * cost.prefill_kv_token_s)
+    token_s = cost.sequence_s + cost.step_base_s / batch + (prompt + output / 2) * cost.kv_token_s
+    decode = rates.decode * token_s
+    slope = prefill_slope = slab_read = np.zeros(len(refs))
+    if cost.lora == "padded":
+        prefill_slope = rates.prefill * cost.padded_prefill_s
+        slope = prefill_slope + rates.decode * cost.padded_decode_s
+    else:
+        ranks = np.fromiter((ref.rank for ref in refs), np.float64, len(refs))
+        slab_read = np.fromiter((ref.slab_bytes for ref in refs), np.float64, len(refs)) * cost.slab_byte_s
+        prefill = prefill + rates.prefill * ranks * cost.rank_token_s + rates.requests * slab_read
+        decode = decode + rates.decode * ranks * cost.rank_token_s
+        decode = decode + slab_read * reads_per_s(rates.decode, steps_per_s)
+    return Work(
+        base=prefill + decode,
+        slope=slope,
+        prefill_base=prefill,
+        prefill_slope=prefill_slope,
+        slab_read=slab_read,
+        decode_tokens_per_s=rates.decode,
+        requests_per_s=rates.requests,
+        tokens_per_s=rates.prefill + rates.decode,
+    )
+
+
+def reads_per_s(decode_tokens_per_s: Floats, steps_per_s: float) -> Floats:
+    """Steps a second that hold at least one of an adapter's sequences, where these come independently (Poisson)."""
+    return steps_per_s * -np.expm1(-decode_tokens_per_s / steps_per_s)
+
+
+def _copies(current: Sequence[Placement], index: Mapping[str, int], engines: Mapping[str, int]) -> Copies:
+    copies: Copies = [[] for _ in index]
+    for placement in current:
+        adapter, engine = index.get(placement.version), engines.get(placement.engine)
+        if adapter is not None and engine is not None and engine not in copies[adapter]:
+            copies[adapter].append(engine)
+    for held in copies:
+        if len(held) > 1:
+            held.sort()
+    return copies
+
+
+def _pins(
+    refs: Sequence[AdapterRef], engines: Mapping[str, int], pins: Mapping[str, tuple[str, ...]]
+) -> dict[int, list[int]]:
+    """A pin to engines none of which is there is no pin: an adapter is never lost for it."""
+    if not pins:
+        return {}
+    found = {a: sorted({engines[e] for e in pins.get(ref.name, ()) if e in engines}) for a, ref in enumerate(refs)}
+    return {a: held for a, held in found.items() if held}

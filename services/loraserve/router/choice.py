@@ -1,0 +1,72 @@
+"""What a routing policy is asked with and what it answers. Pure."""
+
+from typing import Protocol
+
+import msgspec
+
+from loraserve.messages import Rejected, Route
+
+
+class Seconds(msgspec.Struct, frozen=True, gc=False):
+    """A prediction by its parts. ``load_s`` and ``queue_s`` pass at the same time; then comes ``own_s``.
+
+    ``queue_s``: what is before it there, a place in the batch and room in the KV cache. ``load_s``: of an absent
+    adapter. ``own_s``: its own prefill, ``step_s`` of which is what the steps that carry it take for all else.
+    ``harm_s``: engine time that others there lose by it.
+    """
+
+    queue_s: float
+    load_s: float
+    own_s: float
+    step_s: float
+    harm_s: float
+
+
+class Candidate(msgspec.Struct, frozen=True, gc=False):
+    """An engine that can serve the request, its predicted time to first token, and why it would be chosen.
+
+    ``why``: ``base`` (no adapter), ``planned`` (holds a copy by plan, or its load has begun), ``resident`` (the same by
+    chance), ``spill`` (others hold it, but this one starts sooner), ``load`` (nobody holds it), ``prefix`` (it computed
+    the beginning of this prompt before, and would not be the best otherwise), ``live`` (has the request already).
+    """
+
+    engine: str
+    predicted_s: float
+    why: str
+    parts: Seconds | None = None
+
+    @property
+    def reason(self) -> str:
+        """For people; made when asked for."""
+        parts = self.parts
+        if parts is None:
+            return self.why
+        return (
+            f"{self.why}: first token in {self.predicted_s:.3f} s (queue {parts.queue_s:.3f}, load {parts.load_s:.3f}, "
+            f"steps {parts.step_s:.3f}, prefill {parts.own_s - parts.step_s:.3f}; harm {parts.harm_s:.3f})"
+        )
+
+
+class Choice(msgspec.Struct, frozen=True):
+    """Engines to try, best first."""
+
+    candidates: tuple[Candidate, ...]
+
+
+class Slo(msgspec.Struct, frozen=True):
+    """A request is refused where the soonest first token is later than ``reject_factor`` times what was promised:
+    ``ttft_s``, or its own prefill and load where those alone take longer."""
+
+    ttft_s: float
+    reject_factor: float
+
+
+class Rng(Protocol):
+    """As random.Random."""
+
+    def random(self) -> float: ...
+
+
+def rejected(request: Route, code: str, message: str, retry_after_s: float = 1.0) -> Rejected:
+    """Nobody is told to come back at once."""
+    return Rejected(request_id=request.request_id, code=code, message=message, retry_after_s=max(1.0, retry_after_s))

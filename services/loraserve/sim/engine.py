@@ -1,0 +1,225 @@
+"""A simulated engine: the real scheduler and pool; steps and loads take the time that the cost model says. Pure."""
+
+from collections.abc import Callable
+
+import msgspec
+
+from loraserve.cost import CostModel, StepShape
+from loraserve.engine.batch import Sampled, StepBatch, StepResult
+from loraserve.engine.events import (
+    AdapterLoaded,
+    CopiesRetired,
+    Emit,
+    Event,
+    EvictAdapter,
+    LoadAdapter,
+    PlanPrepared,
+    PlanReady,
+    Reject,
+    RequestArrived,
+    RunStep,
+    StepDone,
+)
+from loraserve.engine.fast_forward import quiet_steps, skip
+from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.rates import Rates
+from loraserve.engine.scheduler import Scheduler
+from loraserve.messages import AdapterRef, Admit, EngineLoad
+from loraserve.sim.events import Timeline
+
+TOKEN = 1
+"""What every step draws for everybody; it stops nobody."""
+
+
+class Watcher:
+    """Who is told what comes out of an engine; the simulation overrides what it wants to know."""
+
+    def first_token(self, request_id: str, now: float) -> None: ...
+
+    def finished(self, request_id: str, now: float) -> None: ...
+
+    def rejected(self, request_id: str, now: float) -> None: ...
+
+    def prepared(self, engine: str, epoch: int, failed: dict[str, str], now: float) -> None: ...
+
+
+class SimEngine:
+    """``free_loads`` brings adapters in at once: for baselines that are given every adapter for nothing."""
+
+    def __init__(
+        self,
+        name: str,
+        limits: SchedulerLimits,
+        cost: CostModel,
+        timeline: Timeline,
+        watcher: Watcher,
+        free_loads: bool = False,
+    ) -> None:
+        self.name = name
+        self.scheduler = Scheduler(limits)
+        self._cost = cost
+        self._timeline = timeline
+        self._watcher = watcher
+        self._free_loads = free_loads
+        self._rates = Rates()
+        self._slots: dict[int, AdapterRef] = {}
+        self._batch: StepBatch | None = None
+        self._began_s = 0.0
+        self._step_s = 0.0
+        self._growth_s = 0.0
+        self._quiet = 0
+        self._alarm = 0
+        self._link_free_s = 0.0
+        self.busy_s = 0.0
+        self.rank_tokens: dict[int, int] = {}
+        """Tokens computed since the last look, by the rank of their adapter."""
+
+    def admit(self, admit: Admit, now: float) -> None:
+        self._tell(RequestArrived(admit), now)
+
+    def prepare(self, epoch: int, adapters: tuple[AdapterRef, ...], now: float) -> None:
+        self._tell(PlanPrepared(epoch, adapters), now)
+
+    def retire(self, epoch: int, keep: tuple[str, ...], now: float) -> None:
+        self._tell(CopiesRetired(epoch, keep), now)
+
+    def report(self, now: float) -> EngineLoad:
+        """As the engine process sends it."""
+        self._advance(now)
+        return EngineLoad(
+            engine=self.name,
+            incarnation="simulated",
+            state="READY",
+            decode_step_s=self._rates.decode_step_s,
+            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
+            load_bytes_per_s=self._rates.load_bytes_per_s,
+            **msgspec.structs.asdict(self.scheduler.load()),
+        )
+
+    def held_bytes(self) -> tuple[int, int]:
+        """Bytes of slabs in the pool: all, and those that the plan, a request or a load needs there."""
+        entries = list(self.scheduler.residency.pool.entries())
+        needed = sum(e.adapter.slab_bytes for e in entries if not e.evictable)
+        return sum(e.adapter.slab_bytes for e in entries), needed
+
+    def _tell(self, event: Event, now: float) -> None:
+        self._advance(now)
+        self._handle(event, now)
+        self._set_alarm()
+
+    def _handle(self, event: Event, now: float) -> None:
+        for instruction in self.scheduler.handle(event, now):
+            match instruction:
+                case RunStep(batch):
+                    self._begin(batch, now)
+                case Emit(_, delta):
+                    if delta.index == 0:
+                        self._watcher.first_token(delta.request_id, now)
+                    if delta.finish is not None:
+                        self._watcher.finished(delta.request_id, now)
+                case LoadAdapter(adapter, slot):
+                    self._slots[slot] = adapter
+                    self._load(adapter, now)
+                case EvictAdapter(_, slot):
+                    self._slots.pop(slot, None)
+                case Reject(request_id):
+                    self._watcher.rejected(request_id, now)
+                case PlanReady(epoch, failed):
+                    self._watcher.prepared(self.name, epoch, failed, now)
+
+    def _load(self, adapter: AdapterRef, now: float) -> None:
+        """One link: its bytes come after those of loads before it."""
+        if self._free_loads:
+            self._timeline.at(now, self._loaded(adapter, now, 0.0))
+            return
+        began_s = max(now, self._link_free_s)
+        self._link_free_s = began_s + adapter.slab_bytes * self._cost.load_byte_s
+        load_s = self._cost.load_s(adapter.slab_bytes)
+        self._timeline.at(began_s + load_s, self._loaded(adapter, now, load_s))
+
+    def _loaded(self, adapter: AdapterRef, began_s: float, load_s: float) -> Callable[[float], None]:
+        def happens(now: float) -> None:
+            if load_s:
+                self._rates.load_done(adapter.slab_bytes / max(now - began_s, load_s))
+            self._tell(AdapterLoaded(adapter.version), now)
+
+        return happens
+
+    def _begin(self, batch: StepBatch, now: float) -> None:
+        shape = self._shape(batch)
+        self._batch, self._began_s = batch, now
+        self._step_s = self._cost.step_s(shape)
+        self._growth_s = shape.decode_sequences * self._cost.kv_token_s
+
+    def _set_alarm(self) -> None:
+        """For the end of the first step that changes anything."""
+        self._alarm += 1
+        if self._batch is None:
+            return
+        self._quiet = quiet_steps(self.scheduler)
+        alarm = self._alarm
+        end_s = self._began_s + self._steps_s(self._quiet + 1)
+        self._timeline.at(end_s, lambda now: self._step_ends(now) if alarm == self._alarm else None)
+
+    def _step_ends(self, now: float) -> None:
+        assert self._batch is not None
+        if self._quiet:
+            self._skip(self._quiet)
+        batch, self._batch = self._batch, None
+        self._count(batch, self._step_s, 1)
+        sampled = tuple(Sampled(request_id=part.request_id, token=TOKEN) for part in batch.sequences if part.sample)
+        self._handle(StepDone(StepResult(step_id=batch.step_id, sampled=sampled, duration_s=self._step_s)), now)
+        self._set_alarm()
+
+    def _advance(self, now: float) -> None:
+        """Let the quiet steps that have ended by now have happened."""
+        steps, quiet = 0, self._quiet if self._batch is not None else 0
+        while steps < quiet and self._began_s + self._steps_s(steps + 1) <= now:
+            steps += 1
+        if steps:
+            self._skip(steps)
+
+    def _skip(self, steps: int) -> None:
+        assert self._batch is not None
+        self._began_s += self._steps_s(steps)
+        self._step_s += steps * self._growth_s
+        self._quiet -= steps
+        self._batch = skip(self.scheduler, steps, TOKEN)
+        self._count(self._batch, self._step_s, steps)
+
+    def _steps_s(self, steps: int) -> float:
+        """The outstanding step and those after it that only grow."""
+        return steps * self._step_s + self._growth_s * (steps * (steps - 1) / 2)
+
+    def _count(self, batch: StepBatch, step_s: float, steps: int) -> None:
+        self._rates.step_done(batch, step_s, steps)
+        self.busy_s += step_s * steps
+        for part in batch.sequences:
+            rank = self._slots[part.slot].rank if part.slot >= 0 else 0
+            self.rank_tokens[rank] = self.rank_tokens.get(rank, 0) + len(part.tokens) * steps
+
+    def _shape(self, batch: StepBatch) -> StepShape:
+        decode = kv = prefill = prefill_kv = rank_tokens = max_rank = 0
+        slots = set()
+        for part in batch.sequences:
+            tokens = len(part.tokens)
+            if tokens == 1 and part.output_index > 0:
+                decode += 1
+                kv += part.start + 1
+            else:
+                prefill += tokens
+                prefill_kv += tokens * part.start + tokens * (tokens + 1) // 2
+            if part.slot >= 0:
+                rank = self._slots[part.slot].rank
+                rank_tokens += tokens * rank
+                max_rank = max(max_rank, rank)
+                slots.add(part.slot)
+        return StepShape(
+            decode_sequences=decode,
+            kv_tokens=kv,
+            prefill_tokens=prefill,
+            prefill_kv_tokens=prefill_kv,
+            slab_bytes=sum(self._slots[slot].slab_bytes for slot in slots),
+            rank_tokens=rank_tokens,
+            max_rank=max_rank,
+        )

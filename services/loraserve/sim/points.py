@@ -1,0 +1,99 @@
+"""One simulated run as a value in and a value out, so that many can be spread over processes."""
+
+from functools import lru_cache
+from pathlib import Path
+
+import msgspec
+
+from loraserve.cost.profile import Profile
+from loraserve.sim.cluster import SimSettings, Simulation
+from loraserve.sim.outcome import Outcome
+from loraserve.sim.policies import policy_named
+from loraserve.sim.synthetic import Shape, draw
+from loraserve.sim.tenants import tenants_workload
+from loraserve.sim.traces import read_trace
+from loraserve.sim.workload import Workload
+
+
+class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests of a trace file, for so many adapters."""
+
+    path: str
+    adapters: int = 100
+    requests: int = 6000
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return f"{Path(self.path).name.partition('.')[0]}, {self.adapters} adapters"
+
+
+Source = TraceSource | Shape
+
+
+class Job(msgspec.Struct, frozen=True, kw_only=True):
+    """One policy at one load."""
+
+    source: Source
+    policy: str
+    engines: int
+    rps: float
+    profile: Profile
+    settings: SimSettings = SimSettings()
+
+
+class Point(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of a run; see Outcome."""
+
+    policy: str
+    engines: int
+    rps: float
+    p50_ttft_s: float
+    p95_ttft_s: float
+    goodput_rps: float
+    tpot_s: float
+    busy_share: float
+    bytes_share: float
+    held_share: float
+    adapters_per_engine: float
+    moves_per_interval: float
+    rejected: int
+    hopeless: bool
+
+
+def simulate(job: Job) -> Outcome:
+    """Raises ConfigError where the trace or the policy cannot be used."""
+    workload = load(job.source, job.profile.engine.slab_bytes_per_rank).at(job.rps)
+    return Simulation(workload, policy_named(job.policy), job.profile, job.engines, job.settings).run()
+
+
+def point(job: Job) -> Point:
+    """See ``simulate``."""
+    outcome = simulate(job)
+    later = outcome.intervals[1:]
+    held = [sum(i.adapters) / len(i.adapters) for i in later]
+    return Point(
+        policy=job.policy,
+        engines=job.engines,
+        rps=job.rps,
+        p50_ttft_s=outcome.p50_ttft_s,
+        p95_ttft_s=outcome.p95_ttft_s,
+        goodput_rps=outcome.goodput_rps,
+        tpot_s=outcome.tpot_s,
+        busy_share=outcome.busy_share,
+        bytes_share=outcome.bytes_share,
+        held_share=outcome.held_share,
+        adapters_per_engine=sum(held) / len(held) if held else 0.0,
+        moves_per_interval=outcome.moves_per_interval,
+        rejected=outcome.rejected,
+        hopeless=outcome.hopeless,
+    )
+
+
+@lru_cache(maxsize=8)
+def load(source: Source, slab_bytes_per_rank: int) -> Workload:
+    """The workload of a source. Raises ConfigError where a trace cannot be used."""
+    if isinstance(source, Shape):
+        return draw(source, slab_bytes_per_rank)
+    trace = read_trace(source.path)
+    return tenants_workload(trace, source.adapters, source.requests, slab_bytes_per_rank, source.name, source.seed)

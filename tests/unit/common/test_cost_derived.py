@@ -1,0 +1,110 @@
+"""Derived profiles: the arithmetic against figures worked out by hand, and the shipped files against the code."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from loraserve.adapter.format import lay_out_uniform
+from loraserve.cost import StepShape
+from loraserve.cost.derived import derive, rank_elements, weight_bytes
+from loraserve.cost.hardware import HARDWARE, efficiencies_of
+from loraserve.cost.profile import SHIPPED, Efficiency, Profile, read_profile
+from loraserve.cost.ship import LLAMA_3_8B, derived_profiles, ship
+
+H200 = HARDWARE["h200"]
+A100 = HARDWARE["a100-80gb"]
+RANKS = (8, 16, 32, 64, 128)
+
+
+def llama(name: str) -> Profile:
+    return derived_profiles()[f"llama-3-8b-{name}"]
+
+
+@pytest.mark.parametrize("name", sorted(derived_profiles()))
+def test_the_shipped_files_are_what_the_code_derives(name: str) -> None:
+    shipped = read_profile(name)
+    assert shipped == derived_profiles()[name], "run python -m loraserve.cost.ship"
+    assert shipped.origin == "derived"
+    assert shipped.residuals is None
+    assert all(efficiency.source for efficiency in shipped.efficiencies.values())
+
+
+def test_shipping_writes_them(tmp_path: Path) -> None:
+    ship(tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{name}.json" for name in derived_profiles()}
+    assert all((tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes() for name in names)
+
+
+def test_a_model_has_the_bytes_it_is_known_to_have() -> None:
+    assert weight_bytes(LLAMA_3_8B) == pytest.approx(2 * 8.03e9, rel=1e-3)
+    assert rank_elements(LLAMA_3_8B) == 32 * 81_920
+    assert rank_elements(LLAMA_3_8B) * 16 == lay_out_uniform(LLAMA_3_8B, "bfloat16", 16).elements
+    assert llama("h200").engine.slab_bytes_per_rank == 5_242_880
+    assert llama("h200").engine.kv_bytes_per_token == 131_072
+
+
+def test_figures_of_an_h200_worked_out_by_hand() -> None:
+    cost = llama("h200").cost
+    assert cost.step_base_s == pytest.approx(15.01e9 / 4.3e12, rel=2e-3)
+    assert cost.kv_token_s == pytest.approx(131_072 / 4.3e12, rel=1e-3)
+    assert cost.slab_byte_s == pytest.approx(1 / 4.3e12, rel=1e-3)
+    assert cost.prefill_kv_token_s == pytest.approx(4 * 32 * 4096 / (989e12 * 0.35))
+    activations_s = 32 * 2 * (26_624 + 2 * 43_008) / 4.3e12
+    assert cost.prefill_token_s == pytest.approx(2 * 6.979e9 / (989e12 * 0.462) + activations_s, rel=1e-3)
+
+
+def test_lora_alone_takes_what_the_kernels_floor_was_found_to_be() -> None:
+    """64 tokens of 64 adapters on an H200 at 4.3 TB/s: 3.88 ms exact, 10.1 ms padded to 128; x and y apart."""
+    ranks = [RANKS[i % len(RANKS)] for i in range(64)]
+    unit = llama("h200").engine.slab_bytes_per_rank
+    step = StepShape(decode_sequences=64, slab_bytes=sum(ranks) * unit, rank_tokens=sum(ranks), max_rank=128)
+    assert llama("h200").cost.lora_s(step) == pytest.approx(3.88e-3, rel=0.05)
+    assert llama("h200-padded").cost.lora_s(step) == pytest.approx(10.1e-3, rel=0.02)
+
+
+def test_memory_is_divided_as_on_the_engine() -> None:
+    from loraserve.engine.cuda.memory import Measured, divide
+
+    engine = llama("a100").engine
+    used = weight_bytes(LLAMA_3_8B)
+    memory = Measured(total_bytes=int(A100.hbm_bytes), used_bytes=used, step_bytes=0)
+    block_bytes = engine.block_tokens * engine.kv_bytes_per_token
+    without_steps = divide(memory, 0.9, 0.3, block_bytes)
+    taken = engine.pool_bytes + engine.kv_blocks * block_bytes
+    available = without_steps.pool_bytes + without_steps.kv_blocks * block_bytes
+    assert 0 < available - taken < 1e9, "a step takes something, and little"
+    assert engine.pool_bytes / taken == pytest.approx(0.3, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(efficiencies_of(H200)))
+def test_halving_an_efficiency_never_makes_anything_that_it_is_of_cheaper(name: str) -> None:
+    efficiencies = efficiencies_of(H200)
+    halved = efficiencies | {name: Efficiency(value=efficiencies[name].value / 2, source="test")}
+    for lora in ("exact", "padded"):
+        before = msgspec.to_builtins(derive(LLAMA_3_8B, H200, efficiencies, lora).cost)
+        after = msgspec.to_builtins(derive(LLAMA_3_8B, H200, halved, lora).cost)
+        changed = {key for key in before if before[key] != after[key]}
+        assert changed
+        if name == "load_base_s":
+            assert changed == {"load_base_s"}
+            continue
+        # A slower reading hides more of the computing.
+        assert all(after[key] > before[key] for key in changed - {"sequence_s"})
+
+
+def test_the_same_traffic_is_slower_on_the_smaller_gpu_and_padded() -> None:
+    ranks = [RANKS[i % len(RANKS)] for i in range(32)]
+    unit = llama("a100").engine.slab_bytes_per_rank
+    step = StepShape(
+        decode_sequences=32,
+        kv_tokens=32_000,
+        prefill_tokens=512,
+        slab_bytes=sum(ranks) * unit,
+        rank_tokens=sum(ranks) + 512 * 64,
+        max_rank=128,
+    )
+    seconds = {name: llama(name).cost.step_s(step) for name in ("h200", "h200-padded", "a100", "a100-padded")}
+    assert seconds["h200"] < seconds["h200-padded"] < seconds["a100-padded"]
+    assert seconds["h200"] < seconds["a100"] < seconds["a100-padded"]
