@@ -6,7 +6,7 @@ from random import Random
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
-from loraserve.cost import CostModel
+from loraserve.cost.profile import starting_cost
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import Abort, Admit, Admitted, ClusterLoad, Plan, Rejected, Route, Routed, ToRouter
 from loraserve.router.choice import Candidate, Slo
@@ -29,7 +29,7 @@ class RouterService(Service):
         self._view = ClusterView(config.engine.prefix_cache)
         self._choose = ROUTERS[config.router.policy]
         self._plan: PlannedCopies | None = None
-        self._cost = CostModel()
+        self._cost = starting_cost(config)
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
         self._rng = Random(bus.incarnation)
         self._routed = self.metrics.counter("routed_total", "Requests given to an engine", ["engine", "why"])
