@@ -29,7 +29,7 @@ from loraserve.messages import (
 )
 from loraserve.planner.diff import diff
 from loraserve.planner.epochs import Epochs
-from loraserve.planner.placement import plan as make_plan
+from loraserve.planner.policies import PLANNERS
 from loraserve.planner.settings import PlanSettings
 from loraserve.service import Service
 
@@ -98,7 +98,8 @@ class PlannerService(Service):
                 return RebalanceDone(plan=self._plan, moves=(), applied=False, message=unknown, failed=(unknown,))
             engines = self._engines()
             demand = self._load.demand if self._load else ()
-            placements = make_plan(demand, self._adapters, engines, self._plan.placements, self._cost, self._settings())
+            place = PLANNERS[self.config.planner.policy]
+            placements = place(demand, self._adapters, engines, self._plan.placements, self._cost, self._settings())
             moves = tuple(diff(self._plan.placements, placements, self._adapters))
             if dry_run:
                 return RebalanceDone(plan=self._next(placements), moves=moves, applied=False, message="dry run")

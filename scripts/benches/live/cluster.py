@@ -1,0 +1,136 @@
+"""A live cluster under one policy: started, filled, measured alone, then asked for the whole workload."""
+
+import asyncio
+import contextlib
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from harness.our_cluster import OurCluster
+from harness.report import BenchError, say
+
+from live.cpu_share import cores_used_s, held_to, share_of_core
+from live.policies import LivePolicy
+from live.replay import Replayed, Served, replay, stream
+from live.scene import ENGINE_SETTINGS, ENGINES, Scene, mean_prompt_tokens, prompt_of
+from loraserve.sim.workload import Workload
+
+PLAN_INTERVAL_S = 5.0
+WINDOW_S = 20.0
+WARMUP = 0.2
+"""Of the requests, the first ones: they do not count, as in the simulator."""
+PLANNED_TIMEOUT_S = 30.0
+ALONE = 6
+
+
+class LiveResult(NamedTuple):
+    """``alone_s``: TTFT of a mean prompt with nothing else there. ``whys``: requests by the router's reason. ``plans``:
+    epochs published. ``engine_cores`` and ``other_cores``: cores in use meanwhile, by engines and by all else."""
+
+    replayed: Replayed
+    alone_s: float
+    whys: dict[str, int]
+    plans: int
+    engine_cores: float
+    other_cores: float | None
+
+
+def run_live(
+    folder: Path, scene: Scene, workload: Workload, policy: LivePolicy, slo_s: float, profile: Path | None
+) -> LiveResult:
+    """Raises LoraServeError where the cluster does not come up, BenchError where it does not do as it is told."""
+    settings = [*ENGINE_SETTINGS, *cluster_settings(slo_s, profile), *policy.settings(workload, ENGINES)]
+    say(f"{policy.name}: starting {ENGINES} engines")
+    with OurCluster(folder, scene.model, scene.adapters, ENGINES, settings) as cluster:
+        return asyncio.run(_measure(cluster, scene, workload, policy))
+
+
+def cluster_settings(slo_s: float, profile: Path | None) -> list[str]:
+    """The same under every policy."""
+    return [
+        f"planner.interval_s={PLAN_INTERVAL_S}",
+        f"monitor.window_s={WINDOW_S}",
+        f"router.slo_ttft_s={slo_s}",
+        *([f"cluster.profile={profile}"] if profile else []),
+    ]
+
+
+async def _measure(cluster: OurCluster, scene: Scene, workload: Workload, policy: LivePolicy) -> LiveResult:
+    engines = [pid for name, pid in cluster.pids().items() if name.startswith("engine-")]
+    if policy.place is not None:
+        await _until_planned(cluster, len(scene.adapters))
+    with held_to(share_of_core(ENGINES), engines):
+        alone_s = await _alone_s(cluster, scene)
+        say(f"{policy.name}: {len(workload.requests)} requests in {workload.duration_s:.0f} s, {workload.rps:.1f} rps")
+        before, began_s, busy_s = _cpu_s(engines), time.perf_counter(), cores_used_s()
+        replayed = await replay(cluster.url, workload, scene.shape.vocab, WARMUP, _progress(policy.name, workload))
+        took_s = time.perf_counter() - began_s
+        own = (_cpu_s(engines) - before) / took_s
+        after_s = cores_used_s()
+    whys, plans = read_logs(cluster.data_dir / "logs")
+    other = None if busy_s is None or after_s is None else (after_s - busy_s) / took_s - own
+    return LiveResult(replayed, alone_s, whys, plans, own, other)
+
+
+async def _until_planned(cluster: OurCluster, copies: int) -> None:
+    """Raises BenchError where the planner does not bring all pinned copies in."""
+    deadline_s = time.monotonic() + PLANNED_TIMEOUT_S
+    async with cluster.session() as http:
+        while True:
+            async with http.get("/admin/plan") as response:
+                plan = await response.json()
+            if len(plan.get("placements", ())) == copies:
+                return
+            if time.monotonic() > deadline_s:
+                raise BenchError(f"of {copies} pinned adapters {len(plan.get('placements', ()))} are planned")
+            await asyncio.sleep(0.5)
+
+
+async def _alone_s(cluster: OurCluster, scene: Scene) -> float:
+    """Median TTFT of the base model, one request after the other. Raises BenchError where one fails."""
+    prompt_tokens = mean_prompt_tokens(scene.workload)
+    found = []
+    async with cluster.session() as http:
+        for number in range(ALONE):
+            served = Served(due_s=time.perf_counter())
+            prompt = prompt_of(1_000_000 + number, prompt_tokens, scene.shape.vocab)
+            body = {"prompt": prompt, "max_tokens": 2, "temperature": 0, "stream": True, "ignore_eos": True}
+            await stream(http, cluster.url, {**body, **cluster.body("")}, served, time.perf_counter)
+            if served.error:
+                raise BenchError(f"a request that was alone failed: {served.error}")
+            found.append(served.ttft_s)
+    return statistics.median(found)
+
+
+def read_logs(folder: Path) -> tuple[dict[str, int], int]:
+    """Requests by the router's reason, and how many plans the planner published."""
+    whys: dict[str, int] = {}
+    for event in _events(folder / "router.log", "routed"):
+        whys[event["why"]] = whys.get(event["why"], 0) + 1
+    return dict(sorted(whys.items())), sum(1 for _ in _events(folder / "planner.log", "plan_published"))
+
+
+def _events(log: Path, name: str) -> Iterator[dict[str, Any]]:
+    for line in log.read_text(errors="replace").splitlines():
+        if f'"{name}"' in line:
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                if event.get("event") == name:
+                    yield event
+
+
+def _cpu_s(pids: Sequence[int]) -> float:
+    return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
+
+
+def _progress(name: str, workload: Workload) -> Callable[[int], None]:
+    step = max(1, len(workload.requests) // 4)
+
+    def ended(count: int) -> None:
+        if count % step == 0:
+            say(f"{name}: {count} of {len(workload.requests)} requests have ended")
+
+    return ended
