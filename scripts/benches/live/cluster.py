@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,7 +13,7 @@ from typing import Any, NamedTuple
 from harness.our_cluster import OurCluster
 from harness.report import BenchError, say
 
-from live.cpu_share import cores_used_s, held_to, share_of_core
+from live.cpu_share import CoresMeter, held_to, share_of_core
 from live.policies import LivePolicy
 from live.replay import Replayed, Served, replay, stream
 from live.scene import ENGINE_SETTINGS, ENGINES, Scene, mean_prompt_tokens, prompt_of
@@ -24,17 +25,20 @@ WARMUP = 0.2
 """Of the requests, the first ones: they do not count, as in the simulator."""
 PLANNED_TIMEOUT_S = 30.0
 ALONE = 6
+MOST_ERRORS = 5
 
 
 class LiveResult(NamedTuple):
     """``alone_s``: TTFT of a mean prompt with nothing else there. ``whys``: requests by the router's reason. ``plans``:
-    epochs published. ``engine_cores`` and ``other_cores``: cores in use meanwhile, by engines and by all else."""
+    epochs published. Cores in use meanwhile: by engines, by gateway, router and the like with the load generator, and
+    by whatever else the machine does, None where that is not known."""
 
     replayed: Replayed
     alone_s: float
     whys: dict[str, int]
     plans: int
     engine_cores: float
+    service_cores: float
     other_cores: float | None
 
 
@@ -59,20 +63,23 @@ def cluster_settings(slo_s: float, profile: Path | None) -> list[str]:
 
 
 async def _measure(cluster: OurCluster, scene: Scene, workload: Workload, policy: LivePolicy) -> LiveResult:
-    engines = [pid for name, pid in cluster.pids().items() if name.startswith("engine-")]
+    pids = cluster.pids()
+    engines = [pid for name, pid in pids.items() if name.startswith("engine-")]
+    services = [os.getpid(), *(pid for pid in pids.values() if pid not in engines)]
     if policy.place is not None:
         await _until_planned(cluster, len(scene.adapters))
-    with held_to(share_of_core(ENGINES), engines):
+    with held_to(share_of_core(ENGINES), engines) as limiter:
         alone_s = await _alone_s(cluster, scene)
         say(f"{policy.name}: {len(workload.requests)} requests in {workload.duration_s:.0f} s, {workload.rps:.1f} rps")
-        before, began_s, busy_s = _cpu_s(engines), time.perf_counter(), cores_used_s()
+        meters = [CoresMeter(engines), CoresMeter([*services, limiter]), CoresMeter()]
         replayed = await replay(cluster.url, workload, scene.shape.vocab, WARMUP, _progress(policy.name, workload))
-        took_s = time.perf_counter() - began_s
-        own = (_cpu_s(engines) - before) / took_s
-        after_s = cores_used_s()
+        by_engines, by_services, by_all = (meter.cores() for meter in meters)
+    for error in sorted({served.error for served in replayed.served if served.error})[:MOST_ERRORS]:
+        say(f"{policy.name}: a request failed: {error}")
     whys, plans = read_logs(cluster.data_dir / "logs")
-    other = None if busy_s is None or after_s is None else (after_s - busy_s) / took_s - own
-    return LiveResult(replayed, alone_s, whys, plans, own, other)
+    assert by_engines is not None and by_services is not None, "known of one's own processes"
+    others = None if by_all is None else max(0.0, by_all - by_engines - by_services)
+    return LiveResult(replayed, alone_s, whys, plans, by_engines, by_services, others)
 
 
 async def _until_planned(cluster: OurCluster, copies: int) -> None:
@@ -120,10 +127,6 @@ def _events(log: Path, name: str) -> Iterator[dict[str, Any]]:
                 event = json.loads(line)
                 if event.get("event") == name:
                     yield event
-
-
-def _cpu_s(pids: Sequence[int]) -> float:
-    return sum(time.clock_gettime((~pid << 3) | 2) for pid in pids)
 
 
 def _progress(name: str, workload: Workload) -> Callable[[int], None]:

@@ -17,6 +17,8 @@ class Predicted(NamedTuple):
     p50_s: float | None
     p95_s: float | None
     goodput_rps: float
+    busy: float
+    """Share of time in which an engine computes, mean over engines."""
 
 
 def predict(workload: Workload, policy: str, profile: Profile, slo_s: float) -> Predicted:
@@ -31,4 +33,4 @@ def predict(workload: Workload, policy: str, profile: Profile, slo_s: float) -> 
     )
     outcome = Simulation(workload, policy_named(policy), profile, ENGINES, settings).run()
     p50_s, p95_s = (value if isfinite(value) else None for value in (outcome.p50_ttft_s, outcome.p95_ttft_s))
-    return Predicted(p50_s, p95_s, outcome.goodput_rps)
+    return Predicted(p50_s, p95_s, outcome.goodput_rps, outcome.busy_share)

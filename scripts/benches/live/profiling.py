@@ -1,7 +1,9 @@
-"""A profile of this very engine: as many at once as the bench has, each held to the same share of a core.
+"""A profile of this very engine, of as many at once as the bench has.
 
-Each times other batches, so that together they are the samples of one fit; what they lose to each other (memory
-bandwidth, caches) and to being stopped is in the times, as it is in the live cluster.
+What is timed is CPU time, and what a profile holds is that divided by the share of a core that each engine is held to:
+so long a step takes there. Engines at once lose to each other what they lose in the live cluster (caches, memory
+bandwidth); what else this machine does meanwhile adds nothing, as it would to wall time. Each times other batches:
+together they are the samples of one fit.
 """
 
 import datetime
@@ -15,7 +17,7 @@ import msgspec
 from harness.report import BenchError, machine, say
 from harness.worker import Worker
 
-from live.cpu_share import held_to, share_of_core
+from live.cpu_share import share_of_core
 from live.scene import ENGINE_SETTINGS, ENGINES, Scene, mean_prompt_tokens
 from loraserve.cost import StepShape
 from loraserve.cost.fit import fit
@@ -32,12 +34,11 @@ class Profiled(NamedTuple):
 
 def measure_profile(scene: Scene, batches: int, rounds: int) -> Profiled:
     """``batches`` on each engine. Raises BenchError where engines end or what they measure cannot be fitted."""
-    say(f"profile: {ENGINES} engines at once, each at {share_of_core(ENGINES):.2f} of a core, {batches} batches each")
+    say(f"profile: {ENGINES} engines at once, {batches} batches each")
     arguments = [str(scene.model), ",".join(map(str, RANKS)), *ENGINE_SETTINGS]
     started = [Worker("profiled_engine", arguments, {}) for _ in range(ENGINES)]
     with ExitStack() as stack:
         workers = [stack.enter_context(worker) for worker in started]
-        stack.enter_context(held_to(share_of_core(ENGINES), [worker.hello["pid"] for worker in workers]))
         answers = _all_at_once(workers, batches, rounds, mean_prompt_tokens(scene.workload))
         limits = workers[0].hello["limits"]
     return _fitted(scene, limits, answers)
@@ -56,8 +57,9 @@ def _all_at_once(workers: Sequence[Worker], batches: int, rounds: int, prompt_to
 def _fitted(scene: Scene, limits: dict[str, Any], answers: Sequence[dict[str, Any]]) -> Profiled:
     # In turn, so that every engine has its part in what the fit is tested on.
     rows = [row for turn in zip(*(answer["steps"] for answer in answers), strict=True) for row in turn]
-    steps = [(msgspec.convert(shape, StepShape), seconds) for shape, seconds in rows]
-    loads = [(int(size), seconds) for answer in answers for size, seconds in answer["loads"]]
+    share = share_of_core(ENGINES)
+    steps = [(msgspec.convert(shape, StepShape), cpu_s / share) for shape, cpu_s in rows]
+    loads = [(int(size), cpu_s / share) for answer in answers for size, cpu_s in answer["loads"]]
     try:
         cost, residuals = fit(steps, loads, "exact")
     except ValueError as error:
@@ -67,7 +69,7 @@ def _fitted(scene: Scene, limits: dict[str, Any], answers: Sequence[dict[str, An
     profile = Profile(
         model=scene.model.name,
         shape=scene.shape,
-        hardware=f"{machine()}; {ENGINES} engines, each {share_of_core(ENGINES):.2f} of a core",
+        hardware=f"{machine()}; {ENGINES} engines, each {share:.2f} of a core",
         date=datetime.date.today().isoformat(),
         origin="measured",
         cost=cost,
@@ -75,4 +77,4 @@ def _fitted(scene: Scene, limits: dict[str, Any], answers: Sequence[dict[str, An
         device="cpu",
         residuals=residuals,
     )
-    return Profiled(profile, statistics.median(answer["alone_s"] for answer in answers))
+    return Profiled(profile, statistics.median(answer["alone_s"] / share for answer in answers))

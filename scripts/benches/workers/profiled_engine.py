@@ -1,11 +1,12 @@
-"""One engine out of several that are timed at once: its steps, its loads, and a first token with nothing else there.
+"""One engine out of several that are timed at once: CPU seconds of its steps and loads, and of a prompt by itself.
 
 profiled_engine.py MODEL RANK,RANK,... SETTING...
 """
 
-import os
 import statistics
 import sys
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from harness.worker import serve
 
 from loraserve.config import load_config
 from loraserve.engine.profile.design import Batch, Part, SizedAdapter, design, shape_of_batch
-from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place
+from loraserve.engine.profile.measure import made_up_slab, measure_loads, place, to_step
 from loraserve.engine.setup import build_runner, scheduler_limits
 
 ALONE = 5
@@ -35,26 +36,30 @@ class Engine:
 
     def hello(self) -> dict[str, Any]:
         limits = {name: value for name, value in msgspec.structs.asdict(self.limits).items() if name != "eos_token_ids"}
-        return {"pid": os.getpid(), "limits": limits, "weights": self.runner.weights_backend}
+        return {"limits": limits, "weights": self.runner.weights_backend}
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         batches = design(self.limits, len(self.adapters), question["batches"], question["seed"])
         alone = Batch("prefill", (Part(question["prompt_tokens"], 0),))
-        steps_s = [self._times(batches) for _ in range(question["rounds"])]
+        rounds = [self._cpu_s(batches) for _ in range(question["rounds"])]
         loads = measure_loads(self.runner, self.placed, self.config.engine.load_chunk_bytes, question["rounds"])
         return {
-            # Means: an engine that is held to a share of a core is stopped during some steps and not during others.
             "steps": [
-                (msgspec.structs.asdict(shape_of_batch(batch, self.adapters)), statistics.fmean(seconds))
-                for batch, *seconds in zip(batches, *steps_s, strict=True)
+                (msgspec.structs.asdict(shape_of_batch(batch, self.adapters)), statistics.median(seconds))
+                for batch, *seconds in zip(batches, *rounds, strict=True)
             ],
             "loads": loads,
-            "alone_s": statistics.median(self._times([alone])[0] for _ in range(ALONE)),
+            "alone_s": statistics.median(self._cpu_s([alone] * ALONE)),
         }
 
-    def _times(self, batches: list[Batch]) -> list[float]:
-        limits = self.limits
-        return measure_steps(self.runner, batches, limits.block_tokens, self.runner.shape.vocab, 1, lambda text: None)
+    def _cpu_s(self, batches: Sequence[Batch]) -> list[float]:
+        return [self._step_cpu_s(index, batch) for index, batch in enumerate(batches)]
+
+    def _step_cpu_s(self, index: int, batch: Batch) -> float:
+        step = to_step(index, batch, self.limits.block_tokens, self.runner.shape.vocab)
+        began_s = time.process_time()
+        self.runner.submit(step).result()
+        return time.process_time() - began_s
 
 
 if __name__ == "__main__":
