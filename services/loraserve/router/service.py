@@ -73,8 +73,6 @@ class RouterService(Service):
             self.log.warning("rejected", request=request.request_id, code=answer.code, reason=answer.message)
         else:
             self._routed.labels(answer.engine, answer.why).inc()
-            adapter = request.adapter.name if request.adapter else ""
-            self.log.info("routed", request=request.request_id, adapter=adapter, engine=answer.engine, why=answer.why)
         self.bus.respond(envelope, answer)
 
     async def _admit_first(self, request: Route, candidates: tuple[Candidate, ...]) -> Routed | Rejected:
@@ -95,7 +93,7 @@ class RouterService(Service):
     async def _admit(self, request: Route, candidate: Candidate) -> Routed | Rejected | None:
         """None where the engine did not answer."""
         engine = candidate.engine
-        self._view.sent(engine, request, self.clock.monotonic_s())
+        self._view.sent(engine, request, self.clock.monotonic_s(), candidate)
         admit = Admit(
             request_id=request.request_id,
             gateway=request.gateway,
@@ -118,6 +116,15 @@ class RouterService(Service):
         if not answer.ok:
             return self._refused(engine, request, answer.code, answer.message)
         self._view.admitted(engine, request.request_id, answer.incarnation, self.clock.monotonic_s())
+        adapter = request.adapter.name if request.adapter else ""
+        self.log.info(
+            "routed",
+            request=request.request_id,
+            adapter=adapter,
+            engine=engine,
+            why=candidate.why,
+            reason=candidate.reason,
+        )
         return Routed(request_id=request.request_id, engine=engine, incarnation=answer.incarnation, why=candidate.why)
 
     def _refused(self, engine: str, request: Route, code: str, message: str) -> Rejected:

@@ -48,6 +48,7 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
     reject_factor: float = 4.0
     report_interval_s: float = 0.25
     plan_interval_s: float = 30.0
+    prepare_timeout_s: float = 60.0
     window_s: float = 60.0
     warmup: float = 0.2
     hopeless: float = 3.0
@@ -91,6 +92,7 @@ class Simulation(Watcher):
         self._moved_bytes = 0
         self._whys: dict[str, int] = {}
         self._hopeless = False
+        self._began_s = 0.0
 
     def run(self, progress: Callable[[float], None] = lambda share: None) -> Outcome:
         """The whole workload; ``progress`` is told now and then what share of it has arrived."""
@@ -98,13 +100,13 @@ class Simulation(Watcher):
         self._replan(0.0)
         self._give_up(0.0)
         requests = self._workload.requests
-        if requests:
-            self._timeline.at(requests[0].time_s, lambda now: self._arrive(0, now))
+        told = 0
         while not self._hopeless and (len(self._requests) < len(requests) or self._live):
             if not self._timeline.next():
                 break
-            if len(self._requests) % TELL_EVERY == 0:
-                progress(len(self._requests) / len(requests))
+            if len(self._requests) >= told + TELL_EVERY:
+                told = len(self._requests)
+                progress(told / len(requests))
         progress(1.0)
         return self._outcome()
 
@@ -129,15 +131,22 @@ class Simulation(Watcher):
         if not self._unprepared:
             self._publish(now)
 
+    def _begin(self, now: float) -> None:
+        """The cluster is warm: requests begin to arrive, so long after now as the workload says."""
+        self._began_s = now
+        if self._workload.requests:
+            self._timeline.at(now + self._workload.requests[0].time_s, lambda at: self._arrive(0, at))
+
     def _arrive(self, index: int, now: float) -> None:
         request = self._workload.requests[index]
         request_id = f"r{index}"
         if index + 1 < len(self._workload.requests):
-            self._timeline.at(self._workload.requests[index + 1].time_s, lambda later: self._arrive(index + 1, later))
+            next_s = self._began_s + self._workload.requests[index + 1].time_s
+            self._timeline.at(next_s, lambda later: self._arrive(index + 1, later))
         outcome = self._requests[request_id] = RequestOutcome(index, request.adapter, now)
         self._live += 1
         self._view.expire(now)
-        route = self._route_message(request_id, index, request)
+        route, output_tokens = self._route_message(request_id, index, request)
         choice = self._policy.route(route, self._view, self._planned, self._cost, self._slo, self._rng)
         if isinstance(choice, Rejected):
             self.rejected(request_id, now)
@@ -151,24 +160,28 @@ class Simulation(Watcher):
             request_id=request_id,
             gateway="gateway",
             prompt_tokens=route.prompt_tokens,
-            sampling=route.sampling,
+            sampling=msgspec.structs.replace(route.sampling, max_tokens=output_tokens),
             adapter=route.adapter,
         )
         self.engines[chosen.engine].admit(admit, now)
         self._view.admitted(chosen.engine, request_id, "simulated", now)
 
-    def _route_message(self, request_id: str, index: int, request: SimRequest) -> Route:
-        """Prompts begin differently: a trace says nothing of shared prefixes, so there are none."""
+    def _route_message(self, request_id: str, index: int, request: SimRequest) -> tuple[Route, int]:
+        """What the router sees, and the output tokens, which it does not: who asks rarely knows them beforehand.
+
+        Prompts begin differently: a trace says nothing of shared prefixes, so there are none.
+        """
         longest = self._profile.engine.max_model_tokens
         prompt = max(1, min(request.prompt_tokens, longest - 2))
         output = max(1, min(request.output_tokens, longest - prompt - 1))
-        return Route(
+        route = Route(
             request_id=request_id,
             gateway="gateway",
             prompt_tokens=(index + 1, *ZEROS[: prompt - 1]),
-            sampling=SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=longest, temperature=0.0, ignore_eos=True),
             adapter=self._workload.adapters[request.adapter],
         )
+        return route, output
 
     def _report(self, now: float) -> None:
         """Every engine reports; the monitor's picture reaches the router."""
@@ -211,11 +224,23 @@ class Simulation(Watcher):
             wanted[placement.engine].append(self._adapters[placement.version])
         self._next = plan
         self._unprepared = set(self.engines)
+        self._timeline.at(now + self._settings.prepare_timeout_s, lambda later: self._prepare_ends(plan.epoch, later))
         for name, engine in self.engines.items():
             engine.prepare(plan.epoch, tuple(wanted[name]), now)
 
+    def _prepare_ends(self, epoch: int, now: float) -> None:
+        """Copies that are not there by now are left out."""
+        if self._next is None or self._next.epoch != epoch or not self._unprepared:
+            return
+        pools = {name: engine.scheduler.residency for name, engine in self.engines.items()}
+        kept = [p for p in self._next.placements if pools[p.engine].ready(p.version)]
+        self._next = msgspec.structs.replace(self._next, placements=_with_shares(kept))
+        self._publish(now)
+
     def _publish(self, now: float) -> None:
         assert self._next is not None
+        if self._planned is None:
+            self._begin(now)
         self._plan, self._next = self._next, None
         self._planned = PlannedCopies(self._plan)
         keep: dict[str, list[str]] = {name: [] for name in self.engines}
