@@ -66,8 +66,7 @@ async def _measure(cluster: OurCluster, scene: Scene, workload: Workload, policy
     pids = cluster.pids()
     engines = [pid for name, pid in pids.items() if name.startswith("engine-")]
     services = [os.getpid(), *(pid for pid in pids.values() if pid not in engines)]
-    if policy.place is not None:
-        await _until_planned(cluster, len(scene.adapters))
+    await _until_planned(cluster, set(scene.adapters))
     with held_to(share_of_core(ENGINES), engines) as limiter:
         alone_s = await _alone_s(cluster, scene)
         say(f"{policy.name}: {len(workload.requests)} requests in {workload.duration_s:.0f} s, {workload.rps:.1f} rps")
@@ -82,18 +81,22 @@ async def _measure(cluster: OurCluster, scene: Scene, workload: Workload, policy
     return LiveResult(replayed, alone_s, whys, plans, by_engines, by_services, others)
 
 
-async def _until_planned(cluster: OurCluster, copies: int) -> None:
-    """Raises BenchError where the planner does not bring all pinned copies in."""
+async def _until_planned(cluster: OurCluster, adapters: set[str]) -> None:
+    """As in the simulator, the first plan is there before the first request, and it has a copy of every adapter.
+
+    Raises BenchError where that does not come about.
+    """
     deadline_s = time.monotonic() + PLANNED_TIMEOUT_S
     async with cluster.session() as http:
         while True:
             async with http.get("/admin/plan") as response:
                 plan = await response.json()
-            if len(plan.get("placements", ())) == copies:
+            missing = adapters - {placement["name"] for placement in plan.get("placements", ())}
+            if not missing:
                 return
             if time.monotonic() > deadline_s:
-                raise BenchError(f"of {copies} pinned adapters {len(plan.get('placements', ()))} are planned")
-            await asyncio.sleep(0.5)
+                raise BenchError(f"after {PLANNED_TIMEOUT_S:.0f} s the planner has no copies of {sorted(missing)}")
+            await asyncio.sleep(0.2)
 
 
 async def _alone_s(cluster: OurCluster, scene: Scene) -> float:
