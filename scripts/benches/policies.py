@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.report import BenchError, Number, last_line, ratio, say, table
-
-from live.cpu_share import share_of_core
 from live.cluster import LiveResult, run_live
+from live.cpu_share import share_of_core
 from live.policies import CONTIGUOUS, LIVE_POLICIES, OURS, RANDOM, LivePolicy
 from live.prediction import Predicted, predict
 from live.profiling import Profiled, measure_profile
 from live.scene import ENGINES, Scene, make_scene
+
 from loraserve.cost.profile import write_profile
 from loraserve.errors import LoraServeError
 from loraserve.sim.estimate import capacity_rps
@@ -33,6 +33,9 @@ LOAD = 0.8
 """Of what the profile says that engines with full batches and equal work could serve."""
 SLO_FACTOR = 5.0
 """The SLO, in first tokens of a mean prompt with nothing else there."""
+
+
+LEAST_REQUESTS = 40
 
 
 class Effort(NamedTuple):
@@ -126,7 +129,13 @@ class Bench:
         rows = [self._row(name) for name in self.live]
         text = table(title, header, rows)
         reasons = [[name, _counts(result.whys), *_cores(result)] for name, result in self.live.items()]
-        return text + "\n" + table("Why the router chose", ["policy", "", "engines' cores", "services'", "others'"], reasons)
+        return (
+            text
+            + "\n"
+            + table(
+                "Why the router chose", ["policy", "", "engines' cores", "services'", "others'", "waiting"], reasons
+            )
+        )
 
     def _row(self, name: str) -> list[object]:
         result, predicted = self.live[name], self.predicted.get(name)
@@ -161,11 +170,14 @@ def _live_figures(result: LiveResult | None, slo_s: float) -> dict[str, Number]:
         "engine_cores": result and result.engine_cores,
         "service_cores": result and result.service_cores,
         "other_cores": result and result.other_cores,
+        "engine_threads_waiting": result and result.waiting,
     }
 
 
 def _both(measured: Number, predicted: Number) -> str:
-    return " ".join(["-" if measured is None else f"{measured:.2f}", "(-)" if predicted is None else f"({predicted:.2f})"])
+    return " ".join(
+        ["-" if measured is None else f"{measured:.2f}", "(-)" if predicted is None else f"({predicted:.2f})"]
+    )
 
 
 def _counts(whys: dict[str, int]) -> str:
@@ -173,7 +185,7 @@ def _counts(whys: dict[str, int]) -> str:
 
 
 def _cores(result: LiveResult) -> list[Number]:
-    return [result.engine_cores, result.service_cores, result.other_cores]
+    return [result.engine_cores, result.service_cores, result.other_cores, result.waiting]
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -207,12 +219,28 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="two policies, fewer requests, a rougher profile")
     parser.add_argument("--trace", default="", metavar="FILE", help="CSV of requests; default: drawn, Zipf popularity")
-    parser.add_argument("--load", type=float, default=LOAD, help=f"share of the engines' capacity ({LOAD})")
-    parser.add_argument("--slo", type=float, default=SLO_FACTOR, help=f"in unloaded first tokens ({SLO_FACTOR})")
-    parser.add_argument("--seconds", type=float, help=f"of requests under each policy ({WHOLE.seconds:.0f})")
-    parser.add_argument("--requests", type=int, default=1000, help="drawn, of which those of so many seconds are sent")
+    parser.add_argument("--load", type=_positive, default=LOAD, help=f"share of the engines' capacity ({LOAD})")
+    parser.add_argument("--slo", type=_positive, default=SLO_FACTOR, help=f"in unloaded first tokens ({SLO_FACTOR})")
+    parser.add_argument("--seconds", type=_positive, help=f"of requests under each policy ({WHOLE.seconds:.0f})")
+    parser.add_argument(
+        "--requests", type=_requests, default=2000, help="drawn, of which those of so many seconds are sent"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the workload (0)")
     return parser
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e6:
+        raise argparse.ArgumentTypeError(f"is {text}, it must be more than 0")
+    return value
+
+
+def _requests(text: str) -> int:
+    value = int(text)
+    if value < LEAST_REQUESTS:
+        raise argparse.ArgumentTypeError(f"is {text}, at least {LEAST_REQUESTS} are needed for percentiles")
+    return value
 
 
 if __name__ == "__main__":

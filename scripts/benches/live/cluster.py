@@ -6,14 +6,14 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from harness.our_cluster import OurCluster
 from harness.report import BenchError, say
 
-from live.cpu_share import CoresMeter, held_to, share_of_core
+from live.cpu_share import Meter, held_to, machine_s, share_of_core, used_s, waited_s
 from live.policies import LivePolicy
 from live.replay import Replayed, Served, replay, stream
 from live.scene import ENGINE_SETTINGS, ENGINES, Scene, mean_prompt_tokens, prompt_of
@@ -21,6 +21,8 @@ from loraserve.sim.workload import Workload
 
 PLAN_INTERVAL_S = 5.0
 WINDOW_S = 20.0
+REJECT_FACTOR = 1e6
+"""Nobody is refused: policies are compared by how long all requests wait."""
 WARMUP = 0.2
 """Of the requests, the first ones: they do not count, as in the simulator."""
 PLANNED_TIMEOUT_S = 30.0
@@ -31,15 +33,18 @@ MOST_ERRORS = 5
 class LiveResult(NamedTuple):
     """``alone_s``: TTFT of a mean prompt with nothing else there. ``whys``: requests by the router's reason. ``plans``:
     epochs published. Cores in use meanwhile: by engines, by gateway, router and the like with the load generator, and
-    by whatever else the machine does, None where that is not known."""
+    by whatever else the machine does. ``waiting``: threads of engines that wait for a core, which no simulator knows.
+    None is not known.
+    """
 
     replayed: Replayed
     alone_s: float
     whys: dict[str, int]
     plans: int
-    engine_cores: float
-    service_cores: float
+    engine_cores: float | None
+    service_cores: float | None
     other_cores: float | None
+    waiting: float | None
 
 
 def run_live(
@@ -58,6 +63,7 @@ def cluster_settings(slo_s: float, profile: Path | None) -> list[str]:
         f"planner.interval_s={PLAN_INTERVAL_S}",
         f"monitor.window_s={WINDOW_S}",
         f"router.slo_ttft_s={slo_s}",
+        f"router.reject_factor={REJECT_FACTOR}",
         *([f"cluster.profile={profile}"] if profile else []),
     ]
 
@@ -70,15 +76,16 @@ async def _measure(cluster: OurCluster, scene: Scene, workload: Workload, policy
     with held_to(share_of_core(ENGINES), engines) as limiter:
         alone_s = await _alone_s(cluster, scene)
         say(f"{policy.name}: {len(workload.requests)} requests in {workload.duration_s:.0f} s, {workload.rps:.1f} rps")
-        meters = [CoresMeter(engines), CoresMeter([*services, limiter]), CoresMeter()]
+        readings = (lambda: used_s(engines), lambda: used_s([*services, limiter]), machine_s, lambda: waited_s(engines))
+        meters = [Meter(read_s) for read_s in readings]
         replayed = await replay(cluster.url, workload, scene.shape.vocab, WARMUP, _progress(policy.name, workload))
-        by_engines, by_services, by_all = (meter.cores() for meter in meters)
+        by_engines, by_services, by_all, waiting = (meter.rate() for meter in meters)
     for error in sorted({served.error for served in replayed.served if served.error})[:MOST_ERRORS]:
         say(f"{policy.name}: a request failed: {error}")
     whys, plans = read_logs(cluster.data_dir / "logs")
-    assert by_engines is not None and by_services is not None, "known of one's own processes"
-    others = None if by_all is None else max(0.0, by_all - by_engines - by_services)
-    return LiveResult(replayed, alone_s, whys, plans, by_engines, by_services, others)
+    known = by_all is not None and by_engines is not None and by_services is not None
+    others = max(0.0, by_all - by_engines - by_services) if known else None
+    return LiveResult(replayed, alone_s, whys, plans, by_engines, by_services, others, waiting)
 
 
 async def _until_planned(cluster: OurCluster, adapters: set[str]) -> None:

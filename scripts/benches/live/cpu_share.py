@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -34,30 +34,42 @@ def held_to(share: float, pids: Sequence[int]) -> Iterator[int]:
         limiter.wait(timeout=10)
 
 
-class CoresMeter:
-    """How many cores processes use from now on; without any, all that runs on the machine."""
+class Meter:
+    """How much a counter of seconds grows a second from now on: cores in use, threads that wait."""
 
-    def __init__(self, pids: Sequence[int] | None = None) -> None:
-        self._pids = pids
+    def __init__(self, read_s: Callable[[], float | None]) -> None:
+        self._read_s = read_s
         self._began_s = time.monotonic()
-        self._used_s = self._cpu_s()
+        self._first_s = self._known_s()
 
-    def cores(self) -> float | None:
-        """None where the machine does not say."""
-        used_s = self._cpu_s()
-        if used_s is None or self._used_s is None:
+    def rate(self) -> float | None:
+        """None where the machine does not say, or a process of these has ended."""
+        now_s = self._known_s()
+        if now_s is None or self._first_s is None:
             return None
-        return (used_s - self._used_s) / (time.monotonic() - self._began_s)
+        return (now_s - self._first_s) / (time.monotonic() - self._began_s)
 
-    def _cpu_s(self) -> float | None:
-        return machine_cpu_s() if self._pids is None else sum(map(cpu_s, self._pids))
+    def _known_s(self) -> float | None:
+        try:
+            return self._read_s()
+        except OSError:
+            return None
 
 
-def machine_cpu_s() -> float | None:
-    """CPU time of all cores since the machine started; None where it is not Linux."""
-    try:
-        fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    except OSError:
-        return None
+def used_s(pids: Sequence[int]) -> float:
+    """CPU time of all of them. Raises OSError where one has ended."""
+    return sum(map(cpu_s, pids))
+
+
+def machine_s() -> float:
+    """CPU time of all cores since the machine started. Raises OSError where it is not Linux."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     idle = fields[3] + fields[4]
     return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
+
+
+def waited_s(pids: Sequence[int]) -> float | None:
+    """Time in which threads of these could have run and had no core; who is held back waits for its budget, which is
+    not counted. None where the kernel does not count it."""
+    files = [path for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
+    return sum(int(path.read_text().split()[1]) for path in files) / 1e9 if files else None

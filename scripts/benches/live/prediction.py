@@ -3,10 +3,10 @@
 from math import isfinite
 from typing import NamedTuple
 
-from live.cluster import PLAN_INTERVAL_S, WARMUP, WINDOW_S
+from live.cluster import PLAN_INTERVAL_S, REJECT_FACTOR, WARMUP, WINDOW_S
 from live.scene import ENGINES
 from loraserve.cost.profile import Profile
-from loraserve.sim.cluster import Simulation, SimSettings
+from loraserve.sim.cluster import SimSettings, Simulation
 from loraserve.sim.policies import policy_named
 from loraserve.sim.workload import Workload
 
@@ -25,11 +25,12 @@ def predict(workload: Workload, policy: str, profile: Profile, slo_s: float) -> 
     """The simulator knows no HTTP, no gateway and no bus: its TTFT is the engine's part of it."""
     settings = SimSettings(
         slo_ttft_s=slo_s,
+        reject_factor=REJECT_FACTOR,
         plan_interval_s=PLAN_INTERVAL_S,
         window_s=WINDOW_S,
         warmup=WARMUP,
         # A run that is far above the SLO is of interest here as well.
-        hopeless=1e9,
+        hopeless=1e6,
     )
     outcome = Simulation(workload, policy_named(policy), profile, ENGINES, settings).run()
     p50_s, p95_s = (value if isfinite(value) else None for value in (outcome.p50_ttft_s, outcome.p95_ttft_s))

@@ -41,7 +41,7 @@ def measure_profile(scene: Scene, batches: int, rounds: int) -> Profiled:
         workers = [stack.enter_context(worker) for worker in started]
         answers = _all_at_once(workers, batches, rounds, mean_prompt_tokens(scene.workload))
         limits = workers[0].hello["limits"]
-    return _fitted(scene, limits, answers)
+    return fitted(scene, limits, answers)
 
 
 def _all_at_once(workers: Sequence[Worker], batches: int, rounds: int, prompt_tokens: int) -> list[dict[str, Any]]:
@@ -54,7 +54,7 @@ def _all_at_once(workers: Sequence[Worker], batches: int, rounds: int, prompt_to
         return list(pool.map(ask, range(len(workers))))
 
 
-def _fitted(scene: Scene, limits: dict[str, Any], answers: Sequence[dict[str, Any]]) -> Profiled:
+def fitted(scene: Scene, limits: dict[str, Any], answers: Sequence[dict[str, Any]]) -> Profiled:
     # In turn, so that every engine has its part in what the fit is tested on.
     rows = [row for turn in zip(*(answer["steps"] for answer in answers), strict=True) for row in turn]
     share = share_of_core(ENGINES)

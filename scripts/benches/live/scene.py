@@ -79,9 +79,7 @@ def shortened(workload: Workload, prompt_tokens: float, output_tokens: float, lo
     requests = workload.requests
     prompt = prompt_tokens * len(requests) / sum(r.prompt_tokens for r in requests)
     output = output_tokens * len(requests) / sum(r.output_tokens for r in requests)
-    scaled = [
-        (r, max(1, round(r.prompt_tokens * prompt)), max(2, round(r.output_tokens * output))) for r in requests
-    ]
+    scaled = [(r, max(1, round(r.prompt_tokens * prompt)), max(2, round(r.output_tokens * output))) for r in requests]
     return Workload(
         workload.name,
         workload.adapters,
