@@ -1,12 +1,21 @@
 """What changes between two plans, as moves with reasons. Pure."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from loraserve.messages import AdapterRef, Move, Placement
+from loraserve.planner.gains import Outlook
 
 
-def diff(current: Iterable[Placement], target: Iterable[Placement], adapters: Mapping[str, AdapterRef]) -> list[Move]:
-    """Copies that appear, go, or change places: one that appears is paired with one of the same adapter that goes."""
+def diff(
+    current: Sequence[Placement],
+    target: Sequence[Placement],
+    adapters: Mapping[str, AdapterRef],
+    outlook: Outlook | None = None,
+) -> list[Move]:
+    """Copies that appear, go, or change places: one that appears is paired with one of the same adapter that goes.
+
+    With an outlook each has its predicted gain and a reason with figures; without, a reason that needs none.
+    """
     before, after = _engines(current), _engines(target)
     names = {p.version: p.name for p in (*current, *target)}
     moves: list[Move] = []
@@ -28,7 +37,7 @@ def diff(current: Iterable[Placement], target: Iterable[Placement], adapters: Ma
                     reason=reason,
                 )
             )
-    return moves
+    return outlook.priced(moves, current, target) if outlook else moves
 
 
 def _engines(placements: Iterable[Placement]) -> dict[str, set[str]]:

@@ -13,7 +13,7 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from loraserve.planner.problem import Problem
+from loraserve.planner.problem import Pieces, Problem
 
 PRECISION = 1e-4
 
@@ -26,11 +26,13 @@ class Bin(msgspec.Struct):
 
 
 class Filling(msgspec.Struct):
-    """``class_of``: by adapter; adapters nobody asks for have class -1. ``utilisation``: of the fullest engine."""
+    """``class_of``: by adapter; adapters nobody asks for have class -1. ``utilisation``: of the fullest engine.
+    ``pieces``: adapters cut as if their parts took no memory and cost no load; engine i is bin i."""
 
     utilisation: float
     bins: list[Bin]
     class_of: list[int]
+    pieces: Pieces
 
 
 class _Line:
@@ -76,7 +78,8 @@ def fill(problem: Problem) -> Filling:
     engines, class_of = len(problem.engines), [-1] * len(problem.versions)
     line = _Line(problem)
     if not line.ranks:
-        return Filling(utilisation=0.0, bins=[Bin(0.0, {}) for _ in range(engines)], class_of=class_of)
+        none = np.zeros(0, np.int64)
+        return Filling(0.0, [Bin(0.0, {}) for _ in range(engines)], class_of, Pieces(none, none, np.zeros(0)))
     for a in line.order.tolist():
         class_of[a] = int(problem.ranks[a]) if problem.padded else 0
     utilisation = _least(line, problem, engines)
@@ -84,7 +87,8 @@ def fill(problem: Problem) -> Filling:
     cuts[-1] = line.end
     classes = [class_of[a] for a in line.order.tolist()]
     bins = [_bin(line, classes, *ends) for ends in pairwise(cuts)]
-    return Filling(utilisation, bins + [Bin(0.0, {}) for _ in range(engines - len(bins))], class_of)
+    bins += [Bin(0.0, {}) for _ in range(engines - len(bins))]
+    return Filling(utilisation, bins, class_of, _pieces(line, cuts))
 
 
 def _least(line: _Line, problem: Problem, engines: int) -> float:
@@ -99,6 +103,13 @@ def _least(line: _Line, problem: Problem, engines: int) -> float:
         else:
             low = middle
     return high
+
+
+def _pieces(line: _Line, cuts: list[float]) -> Pieces:
+    ends = np.unique(np.concatenate([np.arange(line.end + 1), cuts]))
+    starts = ends[:-1]
+    engines = np.searchsorted(np.array(cuts), starts, side="right") - 1
+    return Pieces(line.order[starts.astype(np.int64)], engines.astype(np.int64), np.diff(ends))
 
 
 def _bin(line: _Line, classes: list[int], start: float, end: float) -> Bin:

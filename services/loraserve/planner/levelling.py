@@ -1,11 +1,15 @@
 """Whole adapters leave the fullest engine while that helps: what packing them into budgets left uneven. Pure."""
 
+from bisect import insort
+
 import numpy as np
 
-from loraserve.planner.problem import Copies, Floats, Ints, Pieces, Problem
+from loraserve.planner.problem import Copies, Floats, Pieces, Problem
 from loraserve.planner.utilisation import work_of
 
 STEPS_PER_ENGINE = 3
+MOST_STEPS = 400
+"""Where engines are many, adapters are small beside them, and packing leaves little to level."""
 TARGETS = 4
 """Least busy engines that are looked at for each step."""
 GAIN = 0.005
@@ -15,85 +19,98 @@ GAIN = 0.005
 def level(problem: Problem, copies: Copies, pieces: Pieces) -> None:
     """Changes ``copies``: only of adapters that have one copy, are asked for and are not pinned."""
     state = _State(problem, copies, pieces)
-    stuck = np.zeros(len(problem.engines), bool)
-    for _ in range(STEPS_PER_ENGINE * len(problem.engines)):
-        utilisation = state.utilisation()
-        if stuck.all() or not state.step(int(np.argmax(np.where(stuck, -1.0, utilisation))), utilisation, stuck):
+    for _ in range(min(MOST_STEPS, STEPS_PER_ENGINE * len(problem.engines))):
+        if not state.step():
             break
 
 
 class _State:
     def __init__(self, problem: Problem, copies: Copies, pieces: Pieces) -> None:
         self._problem, self._copies = problem, copies
-        work = work_of(problem, pieces)
+        work, count = work_of(problem, pieces), len(problem.engines)
         self._base, self._slope, self._rank = work.base, work.slope, work.rank
-        held = np.bincount(pieces.engines, problem.extents[pieces.adapters], len(problem.engines))
+        held = np.bincount(pieces.engines, problem.extents[pieces.adapters], count)
         self._room = problem.room_bytes - held
-        self._asked: list[list[int]] = [[] for _ in problem.engines]
-        whole = problem.whole()
-        for a, e in zip(pieces.adapters.tolist(), pieces.engines.tolist(), strict=True):
-            if whole[a] > 0:
-                self._asked[e].append(a)
+        self._stuck = np.zeros(count, bool)
+        self._asked: list[list[int]] = [[] for _ in range(count)]
+        asked = problem.whole()[pieces.adapters] > 0
+        for a, e in zip(pieces.adapters[asked].tolist(), pieces.engines[asked].tolist(), strict=True):
+            self._asked[e].append(a)
+        self._ranks: dict[int, list[int]] = {}
 
-    def utilisation(self) -> Floats:
-        return self._base + self._rank * self._slope
-
-    def step(self, full: int, utilisation: Floats, stuck: "np.ndarray[tuple[int], np.dtype[np.bool_]]") -> bool:
-        """One move off that engine, or it is stuck from now on. False where the fullest are stuck for good."""
+    def step(self) -> bool:
+        """One move off the fullest engine not stuck yet, or it is. False where that is no fuller than the mean."""
+        utilisation = self._base + self._rank * self._slope
+        full = int(np.argmax(np.where(self._stuck, -1.0, utilisation)))
+        if self._stuck[full] or utilisation[full] <= utilisation.mean() * (1 + GAIN):
+            return False
         found = self._best(full, utilisation)
         if found is None:
-            # Engines that are no fuller than the mean have nothing to give.
-            stuck[full] = True
-            return bool(utilisation[full] > utilisation.mean() * (1 + GAIN))
-        adapter, goal = found
-        self._move(adapter, full, goal)
-        stuck[goal] = False
+            self._stuck[full] = True
+        else:
+            self._move(found[0], full, found[1])
+            self._stuck[found[1]] = False
         return True
 
     def _best(self, full: int, utilisation: Floats) -> tuple[int, int] | None:
         """The move after which the fuller of both engines is least full."""
-        problem, work = self._problem, self._problem.work
-        free = [a for a in self._asked[full] if len(self._copies[a]) == 1 and a not in problem.pins]
-        if not free:
+        problem, work, copies = self._problem, self._problem.work, self._copies
+        free = [a for a in self._asked[full] if len(copies[a]) == 1 and a not in problem.pins]
+        goals = np.array(self._goals(full, utilisation), np.int64)
+        if not free or not len(goals):
             return None
         a = np.array(free, np.int64)
-        ranks = problem.ranks[a].astype(np.float64)
-        left_rank = self._rank_without(full, a)
-        after_here = self._base[full] - work.base[a] + left_rank * (self._slope[full] - work.slope[a])
-        best, least = None, utilisation[full] * (1 - GAIN)
-        for goal in self._goals(full, utilisation):
-            rank = np.maximum(self._rank[goal], ranks)
-            after_there = self._base[goal] + work.base[a] + rank * (self._slope[goal] + work.slope[a])
-            after = np.maximum(after_here, after_there)
-            after[problem.extents[a] > self._room[goal]] = np.inf
-            i = int(np.argmin(after))
-            if after[i] < least:
-                best, least = (int(a[i]), goal), after[i]
-        return best
+        ranks, base, slope = problem.ranks[a].astype(np.float64), work.base[a], work.slope[a]
+        left = np.where(ranks >= self._rank[full], self._second_rank(full), self._rank[full])
+        here = self._base[full] - base + left * (self._slope[full] - slope)
+        # Rows are goals, columns adapters.
+        rank = np.maximum(self._rank[goals][:, None], ranks)
+        there = self._base[goals][:, None] + base + rank * (self._slope[goals][:, None] + slope)
+        after = np.maximum(here, there)
+        after[problem.extents[a] > self._room[goals][:, None]] = np.inf
+        goal, i = divmod(int(np.argmin(after)), len(a))
+        if after[goal, i] >= utilisation[full] * (1 - GAIN):
+            return None
+        return int(a[i]), int(goals[goal])
 
     def _goals(self, full: int, utilisation: Floats) -> list[int]:
         """The least busy of all, and of those at a rank that is not lower."""
-        count = min(TARGETS, len(utilisation))
-        goals = np.argsort(utilisation, kind="stable")[:count].tolist()
-        high = np.where(self._rank >= self._rank[full], utilisation, np.inf)
-        goals += np.argsort(high, kind="stable")[:count].tolist()
+        goals = _least(utilisation, TARGETS)
+        goals += _least(np.where(self._rank >= self._rank[full], utilisation, np.inf), TARGETS)
         return [g for g in dict.fromkeys(goals) if g != full]
 
-    def _rank_without(self, engine: int, adapters: Ints) -> Floats:
-        """The largest rank left on it without each of these."""
-        ranks = np.sort(self._problem.ranks[np.array(self._asked[engine])])
-        second = float(ranks[-2]) if len(ranks) > 1 else 0.0
-        own = self._problem.ranks[adapters].astype(np.float64)
-        return np.where(own >= self._rank[engine], second, self._rank[engine])
+    def _second_rank(self, engine: int) -> float:
+        """The largest rank left without one adapter of the largest."""
+        ranks = self._ranks_on(engine)
+        return float(ranks[-2]) if len(ranks) > 1 else 0.0
+
+    def _ranks_on(self, engine: int) -> list[int]:
+        if engine not in self._ranks:
+            self._ranks[engine] = sorted(self._problem.ranks[self._asked[engine]].tolist())
+        return self._ranks[engine]
 
     def _move(self, adapter: int, here: int, there: int) -> None:
         work, problem = self._problem.work, self._problem
-        self._rank[here] = self._rank_without(here, np.array([adapter]))[0]
-        self._rank[there] = max(self._rank[there], problem.ranks[adapter])
+        rank = int(problem.ranks[adapter])
+        # What an engine holds is known before the move changes it.
+        ranks_here, ranks_there = self._ranks_on(here), self._ranks_on(there)
+        ranks_here.remove(rank)
+        insort(ranks_there, rank)
+        self._rank[here] = ranks_here[-1] if ranks_here else 0.0
+        self._rank[there] = ranks_there[-1]
         for engine, sign in ((here, -1), (there, 1)):
             self._base[engine] += sign * work.base[adapter]
             self._slope[engine] += sign * work.slope[adapter]
             self._room[engine] -= sign * problem.extents[adapter]
         self._asked[here].remove(adapter)
         self._asked[there].append(adapter)
-        self._copies[adapter] = [there]
+        self._copies[adapter] = problem.alone[there]
+
+
+def _least(values: Floats, count: int) -> list[int]:
+    """Indices of the smallest, in order; of equal ones the first."""
+    if len(values) > 8 * count:
+        bound = np.partition(values, count)[count]
+        near = np.flatnonzero(values <= bound)
+        return near[np.argsort(values[near], kind="stable")][:count].tolist()  # type: ignore[no-any-return]
+    return np.argsort(values, kind="stable")[:count].tolist()  # type: ignore[no-any-return]

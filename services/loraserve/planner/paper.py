@@ -6,9 +6,9 @@ together, split over servers with shares; what is left over goes to servers that
 of the servers to least moves. Requests then sample the shares.
 
 Chosen here, where what we have of the paper (its abstract and a summary) does not say: budgets are scaled so that all
-servers are used; a rank fills as many servers as its budget has whole ones, in order of versions; what a server of a
-higher rank takes is counted at that rank's operating point; what finds no server goes to the emptiest. Memory, pins,
-the least number of copies and adapters nobody asks for are dealt with as in our own policy.
+servers are used; a rank fills as many servers as its budget has whole ones, in order of versions; what is left
+over is counted at its own rank's operating point wherever it goes, so that budgets fill the servers exactly. Memory,
+pins, the least number of copies and adapters nobody asks for are dealt with as in our own policy.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,8 +18,8 @@ import numpy as np
 
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.planner.holdings import Holdings
 from loraserve.planner.operating import operating_points
-from loraserve.planner.packing import Packer
 from loraserve.planner.problem import Copies, Floats, Pieces, Problem, placements, problem_of
 from loraserve.planner.relabel import relabel
 from loraserve.planner.settings import PlanSettings
@@ -71,21 +71,21 @@ def plan(
 def _pack(problem: Problem) -> list[_Server]:
     """As many servers as engines, by rank; which engine is which is open yet."""
     left, servers = [], []
-    points, sizes = _budgets(problem)
+    sizes = _budgets(problem)
     for rank in sorted(sizes, reverse=True):
         line = [_Piece(adapter=a, rank=rank, part=1.0, servers=size) for a, size in sizes[rank]]
         for _ in range(int(sum(piece.servers for piece in line) + NOTHING)):
             server = _Server(rank=rank)
-            line = _fill(server, line, points)
+            line = _fill(server, line)
             servers.append(server)
         left += line
     for piece in left:
-        _overflow(servers, piece, points, len(problem.engines))
+        _overflow(servers, piece, len(problem.engines))
     return servers + [_Server() for _ in range(len(problem.engines) - len(servers))]
 
 
-def _budgets(problem: Problem) -> tuple[dict[int, float], dict[int, list[tuple[int, float]]]]:
-    """Operating points, and by rank its adapters with the servers that each is to have."""
+def _budgets(problem: Problem) -> dict[int, list[tuple[int, float]]]:
+    """By rank its adapters, with the servers that each is to have."""
     tokens, ranks = problem.work.tokens_per_s, problem.ranks.tolist()
     asked = np.flatnonzero(tokens > 0).tolist()
     points = operating_points(problem, {ranks[a] for a in asked})
@@ -94,81 +94,79 @@ def _budgets(problem: Problem) -> tuple[dict[int, float], dict[int, list[tuple[i
     for a in asked:
         size = float(tokens[a]) / points[ranks[a]] / total * len(problem.engines)
         sizes.setdefault(ranks[a], []).append((a, size))
-    return points, sizes
+    return sizes
 
 
-def _fill(server: _Server, line: list[_Piece], points: Mapping[int, float]) -> list[_Piece]:
+def _fill(server: _Server, line: list[_Piece]) -> list[_Piece]:
     """Pieces in order until the server is full, the last one split; what is left of them."""
     for i, piece in enumerate(line):
-        rest = _take(server, piece, points)
+        rest = _take(server, piece)
         if rest is not None:
             return [rest, *line[i + 1 :]]
     return []
 
 
-def _take(server: _Server, piece: _Piece, points: Mapping[int, float]) -> _Piece | None:
-    """Puts as much of the piece as fits at the server's rank; what does not is the answer."""
-    dearer = points[piece.rank] / points[max(server.rank, piece.rank)]
-    needs = piece.servers * dearer
-    fits = min(1.0, max(0.0, 1.0 - server.used) / needs)
-    if fits * needs <= NOTHING:
+def _take(server: _Server, piece: _Piece) -> _Piece | None:
+    """Puts as much of the piece as fits; what does not is the answer."""
+    fits = min(1.0, max(0.0, 1.0 - server.used) / piece.servers)
+    if fits * piece.servers <= NOTHING:
         return piece
-    _put(server, piece, fits, fits * needs)
-    if (1 - fits) * needs <= NOTHING:
+    _put(server, piece, fits)
+    if (1 - fits) * piece.servers <= NOTHING:
         return None
     rest = 1 - fits
     return _Piece(adapter=piece.adapter, rank=piece.rank, part=piece.part * rest, servers=piece.servers * rest)
 
 
-def _put(server: _Server, piece: _Piece, fits: float, used: float) -> None:
+def _put(server: _Server, piece: _Piece, fits: float) -> None:
     server.rank = max(server.rank, piece.rank)
-    server.used += used
+    server.used += piece.servers * fits
     server.parts[piece.adapter] = server.parts.get(piece.adapter, 0.0) + piece.part * fits
 
 
-def _overflow(servers: list[_Server], piece: _Piece, points: Mapping[int, float], most: int) -> None:
+def _overflow(servers: list[_Server], piece: _Piece, most: int) -> None:
     """To servers that hold a rank as high, the highest first, as far as they have room; then to a new one."""
     rest: _Piece | None = piece
     for server in sorted(servers, key=lambda s: -s.rank):
         if rest is not None and server.rank >= piece.rank:
-            rest = _take(server, rest, points)
+            rest = _take(server, rest)
     while rest is not None and len(servers) < most:
         servers.append(_Server())
-        rest = _take(servers[-1], rest, points)
-    if rest is not None:
-        emptiest = min(servers, key=lambda s: s.used)
-        _put(emptiest, rest, 1.0, rest.servers * points[rest.rank] / points[max(emptiest.rank, rest.rank)])
+        rest = _take(servers[-1], rest)
+    if rest is not None:  # Rounding.
+        _put(min(servers, key=lambda s: s.used), rest, 1.0)
 
 
 def _realise(problem: Problem, servers: list[_Server], held: Copies) -> tuple[Copies, dict[tuple[int, int], float]]:
     """Servers become engines; copies as memory allows, and the parts of traffic that were meant for them."""
     engine_of = relabel(_kept_bytes(problem, servers, held)).tolist()
     parts = {(a, engine_of[i]): part for i, server in enumerate(servers) for a, part in server.parts.items()}
-    packer = Packer(problem, [[] for _ in problem.versions])
-    packer.pin()
+    holdings = Holdings(problem)
     by_adapter: dict[int, list[int]] = {}
     for a, e in sorted(parts, key=lambda at: (-parts[at], at)):
         by_adapter.setdefault(a, []).append(e)
-    for a in packer.by_weight:
+    for a in holdings.by_weight:
         if a not in problem.pins:
             for e in by_adapter.get(a, ()):
-                packer.put(a, e, parts[a, e])
-    packer.stay(held, asked=False)
-    packer.complete(held)
-    return packer.copies, parts
+                holdings.put(a, e, parts[a, e])
+    holdings.stay(held, asked=False)
+    holdings.complete(held)
+    return holdings.copies, parts
 
 
 def _kept_bytes(problem: Problem, servers: list[_Server], held: Copies) -> Floats:
     kept = np.zeros((len(servers), len(problem.engines)))
     for i, server in enumerate(servers):
         for a in server.parts:
-            kept[i, held[a]] += problem.extents[a]
+            kept[i, list(held[a])] += problem.extents[a]
     return kept
 
 
 def _pieces(copies: Copies, parts: Mapping[tuple[int, int], float]) -> Pieces:
     """Shares are the parts; a copy that no traffic was meant for gets next to none beside one that it was."""
-    adapters, engines, shares = [], [], []
+    adapters: list[int] = []
+    engines: list[int] = []
+    shares: list[float] = []
     for a, held in enumerate(copies):
         meant = [max(parts.get((a, e), 0.0), LEAST_SHARE) for e in held]
         adapters += [a] * len(held)

@@ -14,13 +14,14 @@ import numpy as np
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
 from loraserve.planner.fill import Filling, fill
+from loraserve.planner.holdings import Holdings
 from loraserve.planner.levelling import level
-from loraserve.planner.packing import Packer
-from loraserve.planner.problem import POOL_FRACTION, Copies, Floats, Pieces, Problem, placements, problem_of
+from loraserve.planner.packing import pack
+from loraserve.planner.problem import POOL_FRACTION, Copies, Floats, Pieces, Problem, flat, placements, problem_of
 from loraserve.planner.relabel import relabel
 from loraserve.planner.settings import PlanSettings
 from loraserve.planner.shares import pieces_of
-from loraserve.planner.utilisation import predicted_ttft_s, ttft_s, work_of
+from loraserve.planner.utilisation import placed_part, predicted_ttft_s, ttft_s, work_of
 
 __all__ = ["HYSTERESIS", "POOL_FRACTION", "plan"]
 
@@ -28,6 +29,8 @@ HYSTERESIS = 0.05
 """Of the predicted TTFT: a plan that gains less is not worth its moves."""
 LOADING_SLOWS = 0.1
 """Of a request's start on an engine that is loading: what the copying takes of its memory's speed, at most."""
+PLACED = 0.01
+"""Of all requests: where memory is short, a plan with copies for so many more is better whatever it costs."""
 SAME = 0.001
 """Of the predicted TTFT: what differs less is the same, where it needs no more loads."""
 ROUNDS = 6
@@ -46,36 +49,44 @@ def plan(
     if not problem.engines:
         return ()
     filling = fill(problem)
+    ideal_s = predicted_ttft_s(problem, filling.pieces)
     held = problem.current
     for _ in range(ROUNDS):
-        chosen, stays = _round(problem, filling, held)
-        held = chosen.copies
-        if stays:
+        chosen = _round(problem, filling, ideal_s, held)
+        if chosen.copies == held:
             break
+        held = chosen.copies
     return placements(problem, chosen.pieces)
 
 
 class _Candidate(msgspec.Struct):
-    """Copies, their shares, what is predicted of them, and what loading them costs from what is held."""
+    """Copies, their shares, what is predicted of them, what loading them costs from what is held, and the part
+    of all requests whose adapters have a copy."""
 
     copies: Copies
     pieces: Pieces
     ttft_s: float
     loads_s: float
+    placed: float
 
 
-def _round(problem: Problem, filling: Filling, held: Copies) -> tuple[_Candidate, bool]:
-    """The best of what is held completed, the same levelled, and a fresh one; and whether it is the first."""
+def _round(problem: Problem, filling: Filling, ideal_s: float, held: Copies) -> _Candidate:
+    """The best of what is held completed, the same levelled, and a fresh one.
+
+    Others are not looked at where what is held is within the hysteresis of a plan for which memory and moves were free.
+    """
+    if not any(held):
+        return _candidate(problem, held, _fresh(problem, filling, held))
     kept = best = _candidate(problem, held, _kept(problem, filling, held))
-    if kept.ttft_s <= 0:
-        return kept, True
-    levelled = [list(on) for on in kept.copies]
+    if kept.placed >= 1 - PLACED and kept.ttft_s <= ideal_s * (1 + HYSTERESIS):
+        return kept
+    levelled = list(kept.copies)
     level(problem, levelled, kept.pieces)
     for copies in (levelled, _fresh(problem, filling, held)):
         if copies != best.copies:
             other = _candidate(problem, held, copies)
             best = other if _pays(problem, best, other) else best
-    return best, best is kept
+    return best
 
 
 def _candidate(problem: Problem, held: Copies, copies: Copies) -> _Candidate:
@@ -85,35 +96,30 @@ def _candidate(problem: Problem, held: Copies, copies: Copies) -> _Candidate:
         pieces=pieces,
         ttft_s=predicted_ttft_s(problem, pieces),
         loads_s=_loads_s(problem, held, pieces),
+        placed=placed_part(problem, pieces),
     )
 
 
 def _kept(problem: Problem, filling: Filling, held: Copies) -> Copies:
     """What is held, where it may stay, and what that lacks."""
-    packer = _pinned(problem)
-    packer.stay(held, asked=True)
-    packer.drop_surplus(filling.utilisation)
-    packer.complete(held)
-    packer.replicate(filling.utilisation, held)
-    return packer.copies
+    holdings = Holdings(problem)
+    holdings.stay(held, asked=True)
+    holdings.drop_surplus(filling.utilisation)
+    holdings.complete(held)
+    holdings.replicate(filling.utilisation, held)
+    return holdings.copies
 
 
 def _fresh(problem: Problem, filling: Filling, held: Copies) -> Copies:
     """What would be planned if moves cost nothing, still with as few as that allows."""
-    packer = _pinned(problem)
-    packer.pack(filling, relabel(_kept_bytes(problem, filling, held)).tolist(), held)
-    packer.stay(held, asked=False)
-    packer.drop_surplus(filling.utilisation)
-    packer.complete(held)
-    packer.replicate(filling.utilisation, held)
-    level(problem, packer.copies, pieces_of(problem, packer.copies))
-    return packer.copies
-
-
-def _pinned(problem: Problem) -> Packer:
-    packer = Packer(problem, [[] for _ in problem.versions])
-    packer.pin()
-    return packer
+    holdings = Holdings(problem)
+    pack(holdings, filling, relabel(_kept_bytes(problem, filling, held)).tolist(), held)
+    holdings.stay(held, asked=False)
+    holdings.drop_surplus(filling.utilisation)
+    holdings.complete(held)
+    holdings.replicate(filling.utilisation, held)
+    level(problem, holdings.copies, pieces_of(problem, holdings.copies))
+    return holdings.copies
 
 
 def _kept_bytes(problem: Problem, filling: Filling, held: Copies) -> Floats:
@@ -125,16 +131,18 @@ def _kept_bytes(problem: Problem, filling: Filling, held: Copies) -> Floats:
             wanted[i, classes[kind]] = budget
     wanted /= np.maximum(wanted.sum(axis=0), 1e-300)
     holds = np.zeros((len(classes), len(problem.engines)))
-    at = [(classes[filling.class_of[a]], e, a) for a, on in enumerate(held) if filling.class_of[a] >= 0 for e in on]
-    if at:
-        kinds, engines, adapters = np.array(at).T
-        np.add.at(holds, (kinds, engines), problem.extents[adapters])
+    adapters, engines, _ = flat(held)
+    rows = np.array([classes.get(kind, -1) for kind in filling.class_of], np.int64)[adapters]
+    asked = rows >= 0
+    np.add.at(holds, (rows[asked], engines[asked]), problem.extents[adapters[asked]])
     result: Floats = wanted @ holds
     return result
 
 
 def _pays(problem: Problem, best: _Candidate, other: _Candidate) -> bool:
     """Whether the time that requests save until the next plan is worth the further loads, and enough to bother."""
+    if abs(other.placed - best.placed) > PLACED:
+        return other.placed > best.placed
     further_s = other.loads_s - best.loads_s
     least = HYSTERESIS if further_s > 0 else SAME
     if best.ttft_s <= other.ttft_s * (1 + least):
@@ -145,9 +153,9 @@ def _pays(problem: Problem, best: _Candidate, other: _Candidate) -> bool:
 
 def _loads_s(problem: Problem, held: Copies, pieces: Pieces) -> float:
     """Seconds of waiting, of all requests together, that bringing in the copies costs that are not held."""
-    new = np.array(
-        [e not in held[a] for a, e in zip(pieces.adapters.tolist(), pieces.engines.tolist(), strict=True)], bool
-    )
+    there, on, _ = flat(held)
+    count = len(problem.engines)
+    new = ~np.isin(pieces.adapters * count + pieces.engines, there * count + on)
     cost, work = problem.cost, work_of(problem, pieces)
     loads_s = cost.load_base_s + problem.slab_bytes[pieces.adapters[new]] * cost.load_byte_s
     loading_s = np.bincount(pieces.engines[new], loads_s, len(problem.engines))

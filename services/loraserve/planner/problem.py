@@ -1,10 +1,11 @@
 """What a plan is made from, as arrays: what each adapter's traffic costs an engine, and what each engine has room for.
 
-Pure. Work is a share of one engine's time. Adapters are counted in the order of their versions and engines in the
-order of their names, so that the order in which they are told changes nothing.
+Pure. Work is a share of one engine's time. Adapters are counted in the order of their names and versions,
+engines in the order of theirs, so that the order in which they are told changes nothing.
 """
 
 from collections.abc import Mapping, Sequence
+from itertools import chain
 
 import msgspec
 import numpy as np
@@ -16,8 +17,8 @@ from loraserve.planner.settings import PlanSettings
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
-Copies = list[list[int]]
-"""By adapter, the engines that hold it."""
+Copies = list[tuple[int, ...]]
+"""By adapter, the engines that hold it, in order."""
 
 POOL_FRACTION = 0.75
 """Of a pool that the plan may pin; the rest is for adapters that come on demand."""
@@ -52,7 +53,8 @@ class Work(msgspec.Struct, frozen=True, eq=False):
 
 class Problem(msgspec.Struct, frozen=True, eq=False):
     """``room_bytes``: of each engine, what the plan may use. ``pins``: adapter to the engines it is pinned to that are
-    there. ``batch``: sequences that an engine can decode at once. ``steps_per_s``: of an engine at half of that."""
+    there. ``alone``: by engine, the copies of an adapter that has one there: tuples that all such adapters share.
+    ``batch``: sequences that an engine can decode at once. ``steps_per_s``: of an engine at half of that."""
 
     versions: list[str]
     refs: list[AdapterRef]
@@ -61,8 +63,9 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
     extents: Ints
     engines: list[str]
     room_bytes: Ints
+    alone: list[tuple[int, ...]]
     current: Copies
-    pins: dict[int, list[int]]
+    pins: dict[int, tuple[int, ...]]
     work: Work
     batch: float
     steps_per_s: float
@@ -72,6 +75,13 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
     @property
     def padded(self) -> bool:
         return self.cost.lora == "padded"
+
+    def index(self) -> dict[str, int]:
+        """Adapters by version."""
+        return {version: i for i, version in enumerate(self.versions)}
+
+    def engine_index(self) -> dict[str, int]:
+        return {engine: i for i, engine in enumerate(self.engines)}
 
     def whole(self) -> Floats:
         """Work of each adapter on an engine where no rank is larger than its own."""
@@ -89,23 +99,25 @@ def problem_of(
     """Engines that are drained are not there; what is planned on them now is not either."""
     loads = sorted((e for e in engines if e.engine not in settings.drained), key=lambda e: e.engine)
     engine_index = {load.engine: i for i, load in enumerate(loads)}
-    versions = sorted(adapters)
-    refs = [adapters[version] for version in versions]
+    refs = sorted(adapters.values(), key=lambda ref: (ref.name, ref.version))
+    versions = [ref.version for ref in refs]
     index = {version: i for i, version in enumerate(versions)}
     rates = _rates(demand, index, len(loads))
     if not rates.requests.any():
         rates = _nothing_known(len(index))
     batch = _batch(loads, rates)
-    step_s = cost.step_base_s + batch / 2 * cost.sequence_s
+    alone: list[tuple[int, ...]] = [(e,) for e in range(len(loads))]
+    step_s = max(1e-6, cost.step_base_s + batch / 2 * cost.sequence_s)
     return Problem(
         versions=versions,
         refs=refs,
         ranks=np.fromiter((ref.rank for ref in refs), np.int64, len(refs)),
         slab_bytes=np.fromiter((ref.slab_bytes for ref in refs), np.float64, len(refs)),
-        extents=np.fromiter((extent_bytes(ref.slab_bytes) for ref in refs), np.int64, len(refs)),
+        extents=_extents(refs),
         engines=[load.engine for load in loads],
         room_bytes=np.array([int(load.pool_total_bytes * POOL_FRACTION) for load in loads], np.int64),
-        current=_copies(current, index, engine_index),
+        alone=alone,
+        current=_copies(current, index, engine_index, alone),
         pins=_pins(refs, engine_index, settings.pins),
         work=_work(rates, refs, cost, batch, 1 / step_s),
         batch=batch,
@@ -118,11 +130,23 @@ def problem_of(
 def placements(problem: Problem, pieces: Pieces) -> tuple[Placement, ...]:
     """In order of names, versions, engines."""
     refs, names = problem.refs, problem.engines
-    found = [
+    return tuple(
         Placement(version=refs[a].version, name=refs[a].name, engine=names[e], share=share)
         for a, e, share in zip(pieces.adapters.tolist(), pieces.engines.tolist(), pieces.shares.tolist(), strict=True)
-    ]
-    return tuple(sorted(found, key=lambda p: (p.name, p.version, p.engine)))
+    )
+
+
+def flat(copies: Copies) -> tuple[Ints, Ints, Ints]:
+    """One entry a copy: its adapter and its engine; and by adapter the number of copies."""
+    counts = np.fromiter(map(len, copies), np.int64, len(copies))
+    engines = np.fromiter(chain.from_iterable(copies), np.int64, int(counts.sum()))
+    return np.repeat(np.arange(len(copies)), counts), engines, counts
+
+
+def _extents(refs: Sequence[AdapterRef]) -> Ints:
+    sizes = {ref.slab_bytes for ref in refs}
+    extents = {size: extent_bytes(size) for size in sizes}
+    return np.fromiter((extents[ref.slab_bytes] for ref in refs), np.int64, len(refs))
 
 
 class _Rates(msgspec.Struct, eq=False):
@@ -220,23 +244,28 @@ def reads_per_s(decode_tokens_per_s: Floats, steps_per_s: float) -> Floats:
     return steps_per_s * -np.expm1(-decode_tokens_per_s / steps_per_s)
 
 
-def _copies(current: Sequence[Placement], index: Mapping[str, int], engines: Mapping[str, int]) -> Copies:
-    copies: Copies = [[] for _ in index]
+def _copies(
+    current: Sequence[Placement],
+    index: Mapping[str, int],
+    engines: Mapping[str, int],
+    alone: list[tuple[int, ...]],
+) -> Copies:
+    copies: Copies = [()] * len(index)
     for placement in current:
         adapter, engine = index.get(placement.version), engines.get(placement.engine)
         if adapter is not None and engine is not None and engine not in copies[adapter]:
-            copies[adapter].append(engine)
-    for held in copies:
-        if len(held) > 1:
-            held.sort()
+            held = copies[adapter]
+            copies[adapter] = tuple(sorted((*held, engine))) if held else alone[engine]
     return copies
 
 
 def _pins(
     refs: Sequence[AdapterRef], engines: Mapping[str, int], pins: Mapping[str, tuple[str, ...]]
-) -> dict[int, list[int]]:
+) -> dict[int, tuple[int, ...]]:
     """A pin to engines none of which is there is no pin: an adapter is never lost for it."""
     if not pins:
         return {}
-    found = {a: sorted({engines[e] for e in pins.get(ref.name, ()) if e in engines}) for a, ref in enumerate(refs)}
+    found = {
+        a: tuple(sorted({engines[e] for e in pins.get(ref.name, ()) if e in engines})) for a, ref in enumerate(refs)
+    }
     return {a: held for a, held in found.items() if held}

@@ -5,7 +5,7 @@ Depends on where copies are and on demand, never on the shares before: the same 
 
 import numpy as np
 
-from loraserve.planner.problem import Copies, Floats, Pieces, Problem
+from loraserve.planner.problem import Copies, Floats, Pieces, Problem, flat
 
 LEAST_SHARE = 0.01
 """Of a copy that had better get nothing: a share of 0 would be no copy."""
@@ -14,9 +14,7 @@ SWEEPS = 2
 
 def pieces_of(problem: Problem, copies: Copies) -> Pieces:
     """All copies with their shares, in order of adapters."""
-    counts = np.fromiter((len(held) for held in copies), np.int64, len(copies))
-    adapters = np.repeat(np.arange(len(copies)), counts)
-    engines = np.fromiter((e for held in copies for e in held), np.int64, int(counts.sum()))
+    adapters, engines, counts = flat(copies)
     shares = np.ones(len(adapters))
     starts = np.cumsum(counts) - counts
     whole = problem.whole()

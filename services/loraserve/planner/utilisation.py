@@ -7,6 +7,7 @@ Systems" (1975), 3.2. It is rough, and it is monotone: it says where waiting gro
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from loraserve.planner.problem import Floats, Pieces, Problem, reads_per_s
 
@@ -88,7 +89,7 @@ def predicted_ttft_s(problem: Problem, pieces: Pieces) -> float:
     if total <= 0:
         return 0.0
     waited = float((engines.requests_per_s * ttft_s(problem, engines)).sum())
-    placed = np.bincount(pieces.adapters, pieces.shares, len(requests)) > 0
+    placed = _placed(problem, pieces)
     served = float(requests[placed].sum())
     if served >= total * (1 - 1e-9):
         return waited / total
@@ -97,3 +98,14 @@ def predicted_ttft_s(problem: Problem, pieces: Pieces) -> float:
     loads = float((requests[~placed] * (cost.load_base_s + sizes * cost.load_byte_s)).sum())
     everywhere = waited / served if served > 0 else 0.0
     return (waited + (total - served) * everywhere + loads) / total
+
+
+def placed_part(problem: Problem, pieces: Pieces) -> float:
+    """Of all requests, those whose adapters have a copy."""
+    requests = problem.work.requests_per_s
+    total = float(requests.sum())
+    return float(requests[_placed(problem, pieces)].sum()) / total if total > 0 else 1.0
+
+
+def _placed(problem: Problem, pieces: Pieces) -> npt.NDArray[np.bool_]:
+    return np.bincount(pieces.adapters, minlength=len(problem.versions)) > 0

@@ -16,6 +16,7 @@ from loraserve.router.view import ClusterView
 
 HARM_WEIGHT = 1.0
 """Seconds of this request's start that one second of an engine's time is worth, taken from others who go on there."""
+K = 1.0
 LOAD_HARM = 0.5
 """Seconds of an engine's time that a second of loading costs it: room and bandwidth are taken from others."""
 PRIOR_STEPS = 0.5
@@ -63,7 +64,7 @@ def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[
         # It loads while it waits in the queue; neither makes the other longer.
         ttft_s = np.maximum(queue_s, load_s) + own_s
         harm_s += load_s * LOAD_HARM
-    total = ttft_s + harm_s * HARM_WEIGHT
+    total = ttft_s + harm_s * (HARM_WEIGHT + K * table.mean_queue_s * view.requests_per_s / len(table.engines))
     _subtract_priors(total, near, table, shares)
     return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, harm_s, saved, near)
 

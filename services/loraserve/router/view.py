@@ -43,6 +43,7 @@ class ClusterView:
         self.live: dict[str, Live] = {}
         self.output_tokens = DEFAULT_OUTPUT_TOKENS
         """Mean output of a request lately."""
+        self.requests_per_s = 0.0
         self.prefixes = PrefixMemory() if prefix_cache else None
         self._prices = PriceTable()
         self._near: dict[str, dict[str, EngineView]] = {}
@@ -64,9 +65,10 @@ class ClusterView:
             if now - self.engines[name].reported_s > FORGET_MISSING_S:
                 self._forget(name)
         self._drop_ended()
-        requests_per_s = sum(demand.requests_per_s for demand in picture.demand)
-        if requests_per_s > 0:
-            self.output_tokens = max(1.0, sum(d.decode_tokens_per_s for d in picture.demand) / requests_per_s)
+        self.requests_per_s = sum(demand.requests_per_s for demand in picture.demand)
+        if self.requests_per_s > 0:
+            decode_tokens_per_s = sum(demand.decode_tokens_per_s for demand in picture.demand)
+            self.output_tokens = max(1.0, decode_tokens_per_s / self.requests_per_s)
         self._prices.begin([view for _, view in sorted(self.engines.items()) if view.is_ready])
         return True
 

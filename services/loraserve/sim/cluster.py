@@ -47,9 +47,9 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
     slo_ttft_s: float = 10.0
     reject_factor: float = 4.0
     report_interval_s: float = 0.25
-    plan_interval_s: float = 30.0
+    plan_interval_s: float = 10.0
     prepare_timeout_s: float = 60.0
-    window_s: float = 60.0
+    window_s: float = 30.0
     warmup: float = 0.2
     hopeless: float = 3.0
     seed: int = 0
@@ -78,7 +78,7 @@ class Simulation(Watcher):
             for name in (f"engine-{index}" for index in range(engines))
         }
         self._view = ClusterView()
-        self._demand = DemandWindow(self._settings.window_s)
+        self._demand = DemandWindow(self._settings.window_s, self._settings.plan_interval_s)
         self._cost: CostModel = profile.cost
         self._plan = Plan(epoch=0, created_unix_s=0.0, placements=())
         self._planned: PlannedCopies | None = None

@@ -130,6 +130,25 @@ def test_none_named_takes_the_shipped_one_of_the_model_and_device(tmp_path: Path
     assert profile_for(config()) is None
 
 
+def test_the_demo_model_on_a_cpu_has_a_measured_one(tmp_path: Path) -> None:
+    demo = hugging_face_dir(
+        tmp_path / "demo",
+        num_hidden_layers=30,
+        hidden_size=576,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        intermediate_size=1536,
+        vocab_size=49152,
+    )
+    found = profile_for(config(demo, device="cpu"))
+    assert found == read_profile("smollm2-135m-cpu")
+    assert found is not None
+    assert found.residuals is not None
+    assert (found.origin, found.device) == ("measured", "cpu")
+    assert found.residuals.median < 0.1
+    assert found.residuals.held_out >= 30
+
+
 def test_pricing_starts_from_the_profile_or_the_defaults(tmp_path: Path) -> None:
     assert starting_cost(config("", "llama-3-8b-h200")) == H200.cost
     assert starting_cost(config()) == CostModel()

@@ -16,26 +16,26 @@ from loraserve.cost.fit import Lora, StepSample, fit
 from loraserve.cost.profile import EngineShape, Profile, write_profile
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.profile.design import SizedAdapter, design, shape_of_batch
-from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place
+from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place, to_step
 from loraserve.engine.profile.report import coefficients, errors, verdict
 from loraserve.engine.runner import ModelRunner
 from loraserve.engine.runner_protocol import Runner
 from loraserve.engine.setup import build_runner, scheduler_limits, threads_for
-from loraserve.errors import LoraServeError
+from loraserve.errors import ConfigError, LoraServeError
 from loraserve.kernels import attention
 from loraserve.model_shape import ModelShape, read_config, shape_of
 
 STARTED_S = time.monotonic()
 RANKS = (8, 16, 32, 64)
 COPIES = 4
-BATCHES, ROUNDS = 240, 5
-QUICK_BATCHES, QUICK_ROUNDS = 72, 3
+BATCHES, ROUNDS = 180, 3
+QUICK_BATCHES, QUICK_ROUNDS = 60, 2
 WANTED_ERROR = 0.1
 """Median, on held-out batches: beyond it the machine was busy with other things, or the model does not fit it."""
 
 HELP = """\
 examples:
-  scripts/profile --model DIR --out mine.json           a few minutes on a CPU; the machine should be idle
+  scripts/profile --model DIR --out mine.json           a few minutes; the machine should be idle
   scripts/profile --model DIR --out mine.json --quick   fewer batches, fewer repeats
   scripts/profile --model DIR --out mine.json --adapter ./support-r16 --ranks 8,128
   scripts/profile --model DIR --out mine.json --set engine.threads=4 --set engine.max_running=32
@@ -44,8 +44,9 @@ examples:
 What it does: builds the engine in this process, with the configuration that a cluster here would give it (the cores
 are split among the engines), and times some hundred batches of random tokens: prefill and decode, few and many, short
 and long contexts, no adapter to many of mixed ranks. A linear model of what is in a step is fitted to the medians, and
-tested on every fifth batch, which the fit has not seen. Loads are timed as well, from memory: what the store and the
-network add, router and planner learn from the engines' reports. The adapters are made up unless --adapter names some.
+tested on every fifth batch, which the fit has not seen. An engine of one thread is timed in CPU seconds, which other
+processes hardly disturb. Loads are timed from memory: what store and network add, router and planner learn from the
+engines' reports. The adapters are made up unless --adapter names some.
 
 --lora padded fits the cost that other servers have (each token at the largest rank of the batch) to the same batches.
 The same command measures a GPU where there is one. The exit status is 1 where the median error is over 10%.
@@ -70,6 +71,8 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
     config = load_config(options.config, overrides=[*options.set, f"model.path={options.model}"])
     shape = shape_of(read_config(options.model))
     runner = build_runner(config, _say)
@@ -78,10 +81,12 @@ def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
     adapters = [SizedAdapter(slab.header.rank, slab.header.slab_bytes) for _, slab in placed]
     count, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if options.quick else (BATCHES, ROUNDS)
     _say(f"timing loads of {len(adapters)} adapters")
-    loads = measure_loads(runner, placed, config.engine.load_chunk_bytes, rounds)
+    cpu_seconds = _in_cpu_seconds(config, runner)
+    loads = measure_loads(runner, placed, config.engine.load_chunk_bytes, rounds, cpu_seconds)
     batches = design(limits, len(adapters), count)
-    _say(f"timing {count} steps, {rounds} times each")
-    seconds = measure_steps(runner, batches, limits.block_tokens, shape.vocab, rounds, _say)
+    _say(f"timing {count} steps, {rounds} times each, {'in CPU seconds' if cpu_seconds else 'by the clock'}")
+    to_time = [to_step(index, batch, limits.block_tokens, shape.vocab) for index, batch in enumerate(batches)]
+    seconds = measure_steps(runner, to_time, rounds, cpu_seconds, _say)
     steps: list[StepSample] = [(shape_of_batch(b, adapters), s) for b, s in zip(batches, seconds, strict=True)]
     lora: Lora = options.lora
     cost, found = fit(steps, loads, lora)
@@ -129,7 +134,12 @@ def _hardware(config: Config, runner: Runner) -> str:
         import torch
 
         return torch.cuda.get_device_name()
-    return f"{_processor()}, {threads_for(config)} of {os.cpu_count()} cores"
+    timed = ", in CPU seconds" if _in_cpu_seconds(config, runner) else ""
+    return f"{_processor()}, {threads_for(config)} of {os.cpu_count()} cores{timed}"
+
+
+def _in_cpu_seconds(config: Config, runner: Runner) -> bool:
+    return isinstance(runner, ModelRunner) and threads_for(config) == 1
 
 
 def _processor() -> str:

@@ -74,29 +74,28 @@ def _batch(kind: str, limits: SchedulerLimits, adapters: int, rng: Random) -> Ba
     chosen = [-1]
     if "adapters" in kind:
         chosen = rng.sample(range(adapters), _even_log(rng, 1, adapters))
-    # A third of the room for each of at most three prefills is there whatever the decodes take.
-    decodes = _even_log(rng, 1, limits.max_running) if "prefill" not in kind else 0
+    most_decodes = min(limits.max_running, max(1, limits.kv_blocks - MOST_PREFILLS))
+    decodes = _even_log(rng, 1, most_decodes) if "prefill" not in kind else 0
     budget = limits.max_step_tokens - decodes
-    prefill_tokens = _even_log(rng, SHORTEST_PREFILL, budget) if "decode" not in kind else 0
-    if prefill_tokens < SHORTEST_PREFILL:
-        prefill_tokens = 0
-    prefills = _split(prefill_tokens, rng)
+    prefills = _split(_even_log(rng, SHORTEST_PREFILL, budget), rng) if "decode" not in kind else []
+    if not prefills:
+        decodes = max(decodes, 1)
     room = limits.kv_blocks // (decodes + len(prefills)) * limits.block_tokens
     longest = min(limits.max_model_tokens, room)
-    parts = [Part(1, _context(rng, longest - 1), rng.choice(chosen)) for _ in range(decodes)]
-    parts += [Part(t, rng.choice((0, _context(rng, longest - t))), rng.choice(chosen)) for t in prefills if t < longest]
-    return Batch(kind, tuple(parts) or (Part(1, 0, rng.choice(chosen)),))
+    lengths = [1] * decodes + [min(tokens, longest) for tokens in prefills]
+    return Batch(kind, tuple(_part(tokens, longest, rng.choice(chosen), rng) for tokens in lengths))
+
+
+def _part(tokens: int, longest: int, adapter: int, rng: Random) -> Part:
+    """A sequence that decodes has a context; one that prefills has none, or goes on behind one."""
+    context = _even_log(rng, SHORTEST_CONTEXT, longest - tokens)
+    return Part(tokens, context if tokens == 1 else rng.choice((0, context)), adapter)
 
 
 def _split(tokens: int, rng: Random) -> list[int]:
-    count = rng.randint(1, MOST_PREFILLS)
-    if tokens < count * SHORTEST_PREFILL:
-        return [tokens] if tokens else []
+    """Among one to three sequences; none where there are too few tokens for one."""
+    count = min(rng.randint(1, MOST_PREFILLS), tokens // SHORTEST_PREFILL)
     return [tokens // count + (index < tokens % count) for index in range(count)]
-
-
-def _context(rng: Random, most: int) -> int:
-    return _even_log(rng, SHORTEST_CONTEXT, most)
 
 
 def _even_log(rng: Random, least: int, most: int) -> int:

@@ -1,4 +1,8 @@
-"""Times steps and loads on a runner, through what every runner has: no scheduler, no bus."""
+"""Times steps and loads on a runner, through what every runner has: no scheduler, no bus.
+
+An engine that computes in one thread of a CPU is timed in CPU seconds: those are what the work takes on a core of its
+own, whatever else the machine does meanwhile. Others are timed by the runner's own clock.
+"""
 
 import hashlib
 import statistics
@@ -47,26 +51,25 @@ def place(slabs: Sequence[Slab], pool_bytes: int, most: int) -> list[tuple[int, 
 
 
 def measure_loads(
-    runner: Runner, placed: Sequence[tuple[int, Slab]], chunk_bytes: int, rounds: int
+    runner: Runner, placed: Sequence[tuple[int, Slab]], chunk_bytes: int, rounds: int, cpu_seconds: bool
 ) -> list[LoadSample]:
     """Copying, verifying and installing each: what the engine does with a slab once it has it. All stay installed."""
     taken: list[list[float]] = [[] for _ in placed]
     for _ in range(rounds):
         for slot, (offset_bytes, slab) in enumerate(placed):
-            taken[slot].append(_load_s(runner, slot, offset_bytes, slab, chunk_bytes))
+            taken[slot].append(_load_s(runner, slot, offset_bytes, slab, chunk_bytes, cpu_seconds))
     return [(slab.header.slab_bytes, statistics.median(s)) for (_, slab), s in zip(placed, taken, strict=True)]
 
 
 def measure_steps(
-    runner: Runner, batches: Sequence[Batch], block_tokens: int, vocab: int, rounds: int, progress: Progress
+    runner: Runner, steps: Sequence[StepBatch], rounds: int, cpu_seconds: bool, progress: Progress
 ) -> list[float]:
     """Median seconds of each. All are run in turn and then again, so that a slow minute is not one batch's alone."""
-    steps = [to_step(index, batch, block_tokens, vocab) for index, batch in enumerate(batches)]
     taken: list[list[float]] = [[] for _ in steps]
     said_s = time.monotonic()
     for turn in range(rounds):
         for index, step in enumerate(steps):
-            taken[index].append(runner.submit(step).result().duration_s)
+            taken[index].append(_step_s(runner, step, cpu_seconds))
             if time.monotonic() - said_s > SAY_EVERY_S:
                 said_s = time.monotonic()
                 progress(f"steps: round {turn + 1} of {rounds}, {index + 1} of {len(steps)}")
@@ -98,9 +101,16 @@ def _sequence(index: int, part: Part, blocks: range, rng: Random, vocab: int) ->
     )
 
 
-def _load_s(runner: Runner, slot: int, offset_bytes: int, slab: Slab, chunk_bytes: int) -> float:
+def _step_s(runner: Runner, step: StepBatch, cpu_seconds: bool) -> float:
+    started_s = time.process_time()
+    result = runner.submit(step).result()
+    return time.process_time() - started_s if cpu_seconds else result.duration_s
+
+
+def _load_s(runner: Runner, slot: int, offset_bytes: int, slab: Slab, chunk_bytes: int, cpu_seconds: bool) -> float:
+    clock = time.process_time if cpu_seconds else time.monotonic
     runner.remove(slot)
-    started_s = time.monotonic()
+    started_s = clock()
     for start in range(0, slab.header.slab_bytes, chunk_bytes):
         runner.pool.write(offset_bytes + start, slab.data[start : start + chunk_bytes])
     digest = hashlib.sha256(encode_header(slab.header))
@@ -108,4 +118,4 @@ def _load_s(runner: Runner, slot: int, offset_bytes: int, slab: Slab, chunk_byte
     if digest.hexdigest() != slab.version:
         raise ConfigError("what was written into the adapter pool is not what is read from it; check the memory")
     runner.install(slot, slab.header, offset_bytes // ITEM_BYTES[slab.header.dtype])
-    return time.monotonic() - started_s
+    return clock() - started_s
