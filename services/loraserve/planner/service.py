@@ -37,6 +37,7 @@ from loraserve.planner.copies import recovered, shares_moved
 from loraserve.planner.diff import diff
 from loraserve.planner.engines import EngineBook
 from loraserve.planner.epochs import Epochs
+from loraserve.planner.gains import Outlook, outlook
 from loraserve.planner.policies import PLANNERS
 from loraserve.planner.rollout import Rollout
 from loraserve.planner.settings import PlanSettings
@@ -164,8 +165,8 @@ class PlannerService(Service):
             if unknown:
                 return self._nothing_done(unknown, failed=True)
             before = self._current()
-            placements, problem = self._place(before)
-            moves = tuple(diff(before, placements, self._adapters))
+            placements, expected, problem = self._place(before)
+            moves = tuple(diff(before, placements, self._adapters, expected))
             failed = (problem,) if problem else ()
             if dry_run:
                 plan = Plan(
@@ -180,7 +181,9 @@ class PlannerService(Service):
                 return RebalanceDone(plan=done.plan, moves=(), applied=False, message=done.message, failed=failed)
             ended = await self._roll_out(placements)
             failed = (*failed, *ended.failed)
-            made = tuple(diff(before, self._rollout.plan.placements, self._adapters)) if ended.applied else ()
+            made = ()
+            if ended.applied:
+                made = tuple(diff(before, self._rollout.plan.placements, self._adapters, expected))
             return RebalanceDone(
                 plan=self._rollout.plan, moves=made, applied=ended.applied, message="; ".join(failed), failed=failed
             )
@@ -201,18 +204,17 @@ class PlannerService(Service):
         plan = self._rollout.plan
         return plan.placements if plan.epoch else recovered(self._engines.ready(), self._adapters)
 
-    def _place(self, current: tuple[Placement, ...]) -> tuple[tuple[Placement, ...], str]:
-        """The plan to be, and what is wrong with it in words."""
+    def _place(self, current: tuple[Placement, ...]) -> tuple[tuple[Placement, ...], Outlook, str]:
+        """The plan to be, what its moves are priced with, and what is wrong with it in words."""
         ready = self._engines.ready()
         engines, drained, problem = [e for e in ready if e.engine not in self._drained], self._drained, ""
         if not engines:
             names = ", ".join(load.engine for load in ready)
             problem = f"only drained engines are ready ({names}); they serve until another is"
             engines, drained = ready, frozenset()
-        settings = self._settings(drained)
-        return PLANNERS[self.config.planner.policy](
-            self._demand, self._adapters, engines, current, self._cost, settings
-        ), problem
+        place, settings = PLANNERS[self.config.planner.policy], self._settings(drained)
+        placements = place(self._demand, self._adapters, engines, current, self._cost, settings)
+        return placements, outlook(self._demand, self._adapters, ready, self._cost, settings), problem
 
     def _settings(self, drained: frozenset[str]) -> PlanSettings:
         planner = self.config.planner
