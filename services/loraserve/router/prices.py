@@ -27,8 +27,8 @@ class Prices(NamedTuple, Generic[T]):
     A step that carries prefill takes ``step_s`` + rank * ``step_rank_s`` + ``pace`` * its prefill tokens' time, where
     rank is the largest in it (``step_rank_s`` is 0 with exact cost). ``queue_s``: until all that is there has been
     computed and there is a place in the batch; ``kv_wait_token_s``, ``kv_wait_s``: longer by this for t tokens, where
-    it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: that, or
-    the largest that the plan keeps there. ``widening_s``: engine time that one more rank costs those there, over the
+    it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: the
+    largest that the plan keeps there, or that if it keeps nothing. ``widening_s``: engine time that one more rank costs those there, over the
     life of a mean request. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those before it counted.
     """
 
