@@ -126,6 +126,8 @@ def _kept_bytes(problem: Problem, filling: Filling, held: Copies) -> Floats:
     """By bin and engine: bytes held there of the classes that the bin wants, each by the part of it that it wants."""
     classes = {kind: i for i, kind in enumerate(sorted({kind for part in filling.bins for kind in part.budgets}))}
     wanted = np.zeros((len(filling.bins), len(classes)))
+    if len(classes) <= 1:  # All bins want the same.
+        return np.zeros((len(filling.bins), len(filling.bins)))
     for i, part in enumerate(filling.bins):
         for kind, budget in part.budgets.items():
             wanted[i, classes[kind]] = budget

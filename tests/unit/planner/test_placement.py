@@ -340,3 +340,15 @@ def test_how_wrong_forecasts_were_makes_room_for_the_hot() -> None:
     beside = Counter(p.engine for p in placements if p.version != "v0")
     (engine,) = where(placements)["v0"][:1]
     assert beside[engine] <= 3
+
+
+@pytest.mark.parametrize("lora", ["padded", "exact"])
+def test_an_adapter_of_many_engines_worth_has_as_many_also_when_some_are_lost(lora: Literal["padded", "exact"]) -> None:
+    s = ranked([8, 16] * 100, 12.0, 40, lora)
+    s.demand[0] = asked_for(s.adapters["v0"], 2400.0, 2400.0)
+    placements = s.plan()
+    assert max(s.utilisation(placements)) <= 1.2 * fill(s.problem(placements)).utilisation
+    hot = sorted(where(placements)["v0"])
+    s.engines = [e for e in s.engines if e.engine not in hot[: len(hot) // 2]]
+    after = s.plan(placements)
+    assert max(s.utilisation(after)) <= 1.25 * fill(s.problem(after)).utilisation
