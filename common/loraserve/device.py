@@ -25,6 +25,15 @@ def gpus(devices: Path = Path("/dev")) -> int:
     return shown if visible is None else min(shown, _listed(visible))
 
 
+def gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
+    """What the NVIDIA driver calls the first GPU; "" where it does not say."""
+    try:
+        lines = next(iter(sorted(driver.glob("*/information")))).read_text().splitlines()
+    except (OSError, StopIteration):
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("Model:")), "")
+
+
 def _listed(visible: str) -> int:
     """Entries up to the first that names no GPU, which hides those behind it."""
     names = [name.strip() for name in visible.split(",")]

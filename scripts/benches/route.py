@@ -1,9 +1,10 @@
-"""Microseconds that the router takes to choose an engine at 8, 64 and 1,000 engines, and to take in a picture.
+"""Microseconds in which the router chooses an engine among 8, 64 and 1,000, and takes a picture of the cluster.
 
 Each choice is made as the service makes it: requests that no report mentions expire, the engine is chosen, what was
 sent counts as load there. Engines hold 25 adapters each and have queues, running requests and requests on their way;
-the plan has two copies of each adapter; prompts are of 600 tokens, half of them beginning alike; between two pictures,
-as many choices as engines. Choosing alone stands beside it, of adapters' requests and of the base model's.
+the plan has two copies of each adapter; prompts are of 600 tokens, half of them beginning alike; between two pictures
+there are as many choices as engines, up to 250. route_N_us is the median of route() itself for requests with an
+adapter, with the prices that what was sent before has changed; route_and_sent_N_us of all three together.
 """
 
 import argparse
@@ -43,6 +44,7 @@ RUNNING = 12
 BYTES_PER_RANK = 5 << 20
 SLO = Slo(ttft_s=10.0, reject_factor=4.0)
 KINDS = ("adapter", "base")
+MAIN = ("predicted", "exact")
 GOALS = {8: "< 40", 64: "< 50", 1000: "< 500"}
 
 
@@ -129,12 +131,25 @@ def _adapter(number: int) -> AdapterRef:
 
 
 class Measured:
-    """Seconds of each choice: with all that belongs to it, and of the choosing alone by kind; of each picture."""
+    """Seconds of each choice: by kind, and with all that belongs to it; of each picture."""
 
     def __init__(self) -> None:
-        self.whole: list[float] = []
         self.choosing: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        self.whole: list[float] = []
         self.pictures: list[float] = []
+
+    def row(self, goal: str) -> list[object]:
+        chosen_s = self.choosing["adapter"]
+        p99_s, base_s = sorted(chosen_s)[len(chosen_s) * 99 // 100], median(self.choosing["base"])
+        times_us = [p99_s * 1e6, base_s * 1e6, median(self.whole) * 1e6]
+        return [median(chosen_s) * 1e6, goal, *times_us, median(self.pictures) * 1e3]
+
+    def figures(self, name: str) -> dict[str, float | int | None]:
+        return {
+            f"route_{name}_us": median(self.choosing["adapter"]) * 1e6,
+            f"route_and_sent_{name}_us": median(self.whole) * 1e6,
+            f"picture_{name}_ms": median(self.pictures) * 1e3,
+        }
 
 
 def measure(engines: int, policy: str, lora: Literal["exact", "padded"], pictures: int, choices: int) -> Measured:
@@ -145,15 +160,14 @@ def measure(engines: int, policy: str, lora: Literal["exact", "padded"], picture
         measured.pictures.append(_seconds(lambda picture=picture: cluster.view.update(picture, cluster.now)))  # type: ignore[misc]
         # The first choice after a picture makes all prices: it belongs to the picture.
         measured.pictures[-1] += _seconds(lambda: cluster.view.prices(cluster.cost))
-        for number in range(choices):
-            kind = KINDS[number % 8 == 7]
+        for request in [cluster.request(KINDS[number % 8 == 7]) for number in range(choices)]:
             cluster.now += 0.2 / choices
-            _choose_once(cluster, choose, kind, measured)
+            _choose_once(cluster, choose, request, measured)
     return measured
 
 
-def _choose_once(cluster: Cluster, choose: Callable[..., object], kind: str, measured: Measured) -> None:
-    request, view = cluster.request(kind), cluster.view
+def _choose_once(cluster: Cluster, choose: Callable[..., object], request: Route, measured: Measured) -> None:
+    view = cluster.view
     began_s = time.perf_counter()
     view.expire(cluster.now)
     choosing_s = time.perf_counter()
@@ -162,7 +176,7 @@ def _choose_once(cluster: Cluster, choose: Callable[..., object], kind: str, mea
     assert isinstance(choice, Choice), choice
     view.sent(choice.candidates[0].engine, request, cluster.now, choice.candidates[0])
     measured.whole.append(time.perf_counter() - began_s)
-    measured.choosing[kind].append(chosen_s - choosing_s)
+    measured.choosing[KINDS[request.adapter is None]].append(chosen_s - choosing_s)
 
 
 def _seconds(work: Callable[[], object]) -> float:
@@ -186,16 +200,10 @@ def main(arguments: Sequence[str]) -> int:
             say(f"{engines} engines, {policy}, {lora} cost")
             choices = max(64, min(engines, 250))
             measured = measure(engines, policy, lora, pictures, choices)  # type: ignore[arg-type]
-            whole_us, picture_ms = median(measured.whole) * 1e6, median(measured.pictures) * 1e3
-            alone_us = [median(measured.choosing[kind]) * 1e6 for kind in KINDS]
-            p99_us = sorted(measured.whole)[len(measured.whole) * 99 // 100] * 1e6
-            rows.append([f"{engines}, {policy}, {lora}", whole_us, GOALS[engines], p99_us, *alone_us, picture_ms])
-            name = f"{engines}" if (policy, lora) == ("predicted", "exact") else f"{engines}_{policy}_{lora}"
-            figures |= {f"route_{name}_us": whole_us, f"route_{name}_p99_us": p99_us}
-            if name == f"{engines}":
-                figures[f"picture_{name}_ms"] = picture_ms
-    header = ["engines, policy, cost", "median us", "goal", "p99 us", "adapter us", "base us", "picture ms"]
-    print(table("One choice with all that belongs to it; choosing alone; one picture", header, rows))
+            rows.append([f"{engines}, {policy}, {lora}", *measured.row(GOALS[engines])])
+            figures |= measured.figures(f"{engines}" if (policy, lora) == MAIN else f"{engines}_{policy}_{lora}")
+    header = ["engines, policy, cost", "route() us", "goal", "p99 us", "base us", "with sent() us", "picture ms"]
+    print(table("One choice; one that asks for no adapter; all that belongs to one; one picture", header, rows))
     print(last_line("route", {}, figures))
     return 0
 

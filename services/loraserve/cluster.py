@@ -14,6 +14,7 @@ import msgspec
 
 from loraserve.bus.claim import NameClaim, private_dir
 from loraserve.config import Config, engine_count, load_config
+from loraserve.cost.profile import profile_for
 from loraserve.demo import demo_adapters
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
@@ -71,6 +72,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
         Path(cluster.run_dir), RunState(pid=os.getpid(), url=base_url(config), log_dir=cluster.log_dir, model="")
     )
     config, adapters = _with_model(config, arguments)
+    profile_for(config)  # one that cannot be used is told here, not in the logs of whoever prices with it
     asyncio.run(LocalCluster(config, adapters, _say).run(lambda: _announce(config, adapters)))
 
 

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -53,9 +53,9 @@ def refuses(code: str) -> Script:
 class Stage:
     """The router, a gateway that asks, a monitor and a planner that publish, and engines e0 (nearest), e1, ..."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: Literal["predicted", "shares"] = "predicted") -> None:
         self.network = MemoryNetwork()
-        config = Config(router=RouterConfig(admit_timeout_s=ADMIT_TIMEOUT_S))
+        config = Config(router=RouterConfig(admit_timeout_s=ADMIT_TIMEOUT_S, policy=policy))
         self.router = RouterService(config, self.network.bus("router", ToRouter), LoopClock())
         self.gateway = self.network.bus("gateway-0", Ping)
         self.monitor = self.network.bus("monitor", Ping)
@@ -82,9 +82,13 @@ class Stage:
         return await self.gateway.request("router", request or route_request(), Routed | Rejected, 60.0)
 
 
-def play(scenario: Callable[[Stage], Coroutine[Any, Any, None]], *scripts: Script) -> None:
+def play(
+    scenario: Callable[[Stage], Coroutine[Any, Any, None]],
+    *scripts: Script,
+    policy: Literal["predicted", "shares"] = "predicted",
+) -> None:
     async def main() -> None:
-        stage = Stage()
+        stage = Stage(policy)
         stage.start_engines(*scripts)
         async with serving(stage.router):
             await stage.see()
@@ -213,6 +217,36 @@ def test_a_refusal_of_the_policy_comes_back_as_it_is() -> None:
         assert stage.engines[0].received == []
 
     play(scenario, takes)
+
+
+def test_who_was_chosen_and_why_is_logged_with_the_prediction_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    async def scenario(stage: Stage) -> None:
+        for number in range(3):
+            assert isinstance(await stage.route(route_request(f"r{number}", tokens=1, adapter=PIRATE)), Routed)
+        await stage.see(engine_load("e0", waiting_prefill_tokens=100_000))
+        assert isinstance(await stage.route(route_request("r9")), Rejected)
+        metrics = stage.router.metrics.render().decode()
+        # The load that the first began is what the others find.
+        assert 'loraserve_routed_total{engine="e0",why="load"} 1.0' in metrics
+        assert 'loraserve_routed_total{engine="e0",why="resident"} 2.0' in metrics
+        assert 'loraserve_rejected_total{code="overloaded"} 1.0' in metrics
+
+    play(scenario, takes)
+    routed = [line for line in capsys.readouterr().out.splitlines() if "routed" in line]
+    assert len(routed) == 3
+    assert "why=load" in routed[0]
+    assert "load: first token in 0." in routed[0]
+
+
+def test_the_configured_policy_routes() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.plan(1, "e1")
+        await stage.see(engine_load("e0", **HELD), engine_load("e1", waiting_prefill_tokens=9000, **HELD))
+        answer = await stage.route(route_request("r1", tokens=1, adapter=PIRATE))
+        assert isinstance(answer, Routed)
+        assert (answer.engine, answer.why) == ("e1", "planned")
+
+    play(scenario, takes, takes, policy="shares")
 
 
 def test_before_the_first_picture_there_is_no_engine() -> None:

@@ -6,7 +6,7 @@ from loraserve.cost.profile import Efficiency
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):
-    """Datasheet figures of one GPU and what it is connected by.
+    """Datasheet figures of one GPU, ``name`` as the driver has it, and what it is connected by.
 
     ``bf16_flops`` is dense, per second. ``host_bytes_per_s`` is its PCIe link, one direction; ``nic_bytes_per_s`` that
     of the network card which the vendor's own eight-GPU system has for each GPU. ``architecture`` picks efficiencies.
@@ -42,7 +42,7 @@ HARDWARE: dict[str, Hardware] = {
         nic_bytes_per_s=25e9,
     ),
     "h100": Hardware(
-        name="NVIDIA H100-SXM5-80GB",
+        name="NVIDIA H100 80GB HBM3",
         architecture="hopper",
         hbm_bytes=80e9,
         hbm_bytes_per_s=3.35e12,
@@ -51,7 +51,7 @@ HARDWARE: dict[str, Hardware] = {
         nic_bytes_per_s=50e9,
     ),
     "h200": Hardware(
-        name="NVIDIA H200-SXM-141GB",
+        name="NVIDIA H200",
         architecture="hopper",
         hbm_bytes=141e9,
         hbm_bytes_per_s=4.8e12,

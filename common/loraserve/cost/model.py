@@ -34,7 +34,7 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     max_rank: int = 0
 
 
-class CostModel(msgspec.Struct, frozen=True, kw_only=True):
+class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds per unit. A step costs ``step_base_s`` whatever it holds, and the rest for what it holds.
 
     What LoRA costs is priced in one of two ways. ``exact``: the bytes of the distinct adapters, and each token's own
@@ -93,9 +93,8 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True):
         Padded, it is priced at its own rank: what a larger one beside it costs it depends on where it is placed.
         """
         if self.lora == "padded":
-            return prefill_tokens_per_s * (
-                self.prefill_token_s + rank * self.padded_prefill_s
-            ) + decode_tokens_per_s * (self.sequence_s + rank * self.padded_decode_s)
+            prefill_s = prefill_tokens_per_s * (self.prefill_token_s + rank * self.padded_prefill_s)
+            return prefill_s + decode_tokens_per_s * (self.sequence_s + rank * self.padded_decode_s)
         step_s = self.step_s(StepShape(decode_sequences=1, slab_bytes=slab_bytes))
         steps_per_s = min(decode_tokens_per_s, 1 / step_s) if step_s > 0 else decode_tokens_per_s
         return (

@@ -3,16 +3,21 @@
 JSON on disk; the shipped ones lie in ``profiles/``. Read once at start.
 """
 
+from math import isfinite
 from pathlib import Path
 from typing import Literal
 
 import msgspec
 
-from loraserve.cost.model import CostModel
+from loraserve.config import Config
+from loraserve.cost.model import CostModel, StepShape
+from loraserve.device import Device, device_of, gpu_name
 from loraserve.errors import ConfigError
-from loraserve.model_shape import ModelShape
+from loraserve.model_shape import ModelShape, read_config, shape_of
 
 SHIPPED = Path(__file__).parent / "profiles"
+REMEDY = "measure one with scripts/profile"
+ONE_SEQUENCE = StepShape(decode_sequences=1)
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -48,7 +53,10 @@ class EngineShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``origin`` derived: from datasheets and ``efficiencies``, never run. ``date`` is ISO 8601."""
+    """``origin`` derived: from datasheets and ``efficiencies``, never run. ``date`` is ISO 8601.
+
+    ``device`` is the kind that ``hardware`` names one of.
+    """
 
     model: str
     shape: ModelShape
@@ -57,6 +65,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     origin: Literal["measured", "derived"]
     cost: CostModel
     engine: EngineShape
+    device: Device = "cuda"
     residuals: Residuals | None = None
     efficiencies: dict[str, Efficiency] = msgspec.field(default_factory=dict)
 
@@ -72,10 +81,84 @@ def read_profile(name_or_path: str) -> Profile:
         known = ", ".join(sorted(p.stem for p in SHIPPED.glob("*.json")))
         raise ConfigError(f"cost profile {name_or_path}: there is no such file; shipped ones are {known}") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"cost profile {path}: {error}; measure a new one with scripts/profile") from error
+        raise ConfigError(f"cost profile {path}: {error}; {REMEDY}") from error
+    nonsense = _nonsense(profile)
+    if nonsense:
+        raise ConfigError(f"cost profile {path}: {nonsense}; {REMEDY}")
     return profile
 
 
 def write_profile(profile: Profile, path: Path) -> None:
     """Raises OSError where the disk refuses."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
+
+
+def check_model(profile: Profile, shape: ModelShape, name: str = "") -> None:
+    """Raises ConfigError where ``profile``, called ``name`` in the message, is of a model of another shape."""
+    if profile.shape == shape:
+        return
+    ours, theirs = msgspec.structs.asdict(shape), msgspec.structs.asdict(profile.shape)
+    differing = [field for field in ours if ours[field] != theirs[field]]
+    raise ConfigError(
+        f"cost profile {name or profile.model} is for another model: it is of {profile.model} with "
+        f"{_fields(theirs, differing)}, the model here has {_fields(ours, differing)}; {REMEDY} and name it in "
+        'cluster.profile, or leave cluster.profile ""'
+    )
+
+
+def profile_for(config: Config) -> Profile | None:
+    """What ``cluster.profile`` says; for "" the shipped one of this model and kind of device.
+
+    Of several that of this very GPU, then a measured one; None where there is none. Raises ConfigError where a profile
+    that is named cannot be read or is for another model; a process that has no model directory takes its word for it.
+    """
+    name = config.cluster.profile
+    shape = _shape(config.model.path)
+    if name:
+        profile = read_profile(name)
+        if shape is not None:
+            check_model(profile, shape, name)
+        return profile
+    device = device_of(config.engine.device)
+    shipped = [read_profile(str(path)) for path in sorted(SHIPPED.glob("*.json"))] if shape else []
+    fitting = [p for p in shipped if p.shape == shape and p.device == device and p.cost.lora == "exact"]
+    here = gpu_name()
+    return min(fitting, key=lambda p: (p.hardware != here, p.origin != "measured"), default=None)
+
+
+def starting_cost(config: Config) -> CostModel:
+    """What to price with before anything is measured: the profile's cost, or the defaults. Raises as profile_for."""
+    profile = profile_for(config)
+    return profile.cost if profile else CostModel()
+
+
+def _shape(model_dir: str) -> ModelShape | None:
+    try:
+        return shape_of(read_config(Path(model_dir))) if model_dir else None
+    except ConfigError:
+        # Whoever needs the model says so; to price with is not worth failing for.
+        return None
+
+
+def _nonsense(profile: Profile) -> str:
+    """Which field cannot be, and why; "" where all can."""
+    for field, value in msgspec.structs.asdict(profile.cost).items():
+        if field != "lora" and not (isfinite(value) and value >= 0):
+            return f"cost.{field} is {value}, it must be finite and not negative"
+    if not profile.cost.step_s(ONE_SEQUENCE) > 0:
+        return "cost: a step takes no time"
+    engine = profile.engine
+    for field, value in msgspec.structs.asdict(engine).items():
+        least = 0 if field in ("pool_bytes", "kv_bytes_per_token") else 1
+        if value < least:
+            return f"engine.{field} is {value}, it must be at least {least}"
+    if engine.max_step_tokens < engine.max_running:
+        return f"engine.max_step_tokens is {engine.max_step_tokens}, less than engine.max_running {engine.max_running}"
+    for field, value in msgspec.structs.asdict(profile.shape).items():
+        if value < 1:
+            return f"shape.{field} is {value}, it must be at least 1"
+    return ""
+
+
+def _fields(values: dict[str, int], names: list[str]) -> str:
+    return ", ".join(f"{name} {values[name]}" for name in names)

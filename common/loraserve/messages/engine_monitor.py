@@ -17,12 +17,17 @@ class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterTokens(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens computed for one adapter since the incarnation began; ``version`` "" is the base model."""
+    """Tokens computed for one adapter since its ``span`` began; ``version`` "" is the base model.
+
+    An engine forgets what has been idle for many reports and no longer lists it; when it is asked for again, it counts
+    from zero in a new span (numbered within the incarnation). Span 0 is the whole incarnation: nothing is forgotten.
+    """
 
     version: str
     prefill_tokens: int
     decode_tokens: int
     requests: int = 0
+    span: int = 0
 
 
 class EngineLoad(Message, frozen=True, tag=True, kw_only=True):

@@ -10,20 +10,43 @@ if TYPE_CHECKING:
     from loraserve.engine.scheduler import Scheduler
 
 
+IDLE_REPORTS = 40
+"""An adapter that this many reports found unchanged is forgotten: so many may be lost, and no token is."""
+
+
+class _Count(msgspec.Struct):
+    """One adapter's. ``changed`` is the number of reports that were out when it last grew."""
+
+    span: int
+    prefill: int = 0
+    decode: int = 0
+    requests: int = 0
+    changed: int = 0
+
+
 class TokenCounts:
-    """What was computed since the engine began, by adapter version ("" is the base model)."""
+    """What was computed, by adapter version ("" is the base model), of those that were lately asked for.
+
+    It is bounded by what is active: the versions an engine has ever served would be all there are.
+    """
 
     def __init__(self) -> None:
-        self._tokens: dict[str, list[int]] = {}
+        self._counts: dict[str, _Count] = {}
+        self._spans = 0
+        self._reports = 0
         self.preemptions = 0
         self.prefix_hits = 0
         self.prefix_queries = 0
 
     def request(self, version: str) -> None:
-        self._of(version)[2] += 1
+        self._of(version).requests += 1
 
     def computed(self, version: str, tokens: int, decode: bool) -> None:
-        self._of(version)[1 if decode else 0] += tokens
+        count = self._of(version)
+        if decode:
+            count.decode += tokens
+        else:
+            count.prefill += tokens
 
     def prefix(self, known: int, cached: int) -> None:
         """A sequence began with ``cached`` of its ``known`` tokens already computed."""
@@ -32,12 +55,30 @@ class TokenCounts:
 
     def by_adapter(self) -> tuple[AdapterTokens, ...]:
         return tuple(
-            AdapterTokens(version=version, prefill_tokens=prefill, decode_tokens=decode, requests=requests)
-            for version, (prefill, decode, requests) in self._tokens.items()
+            AdapterTokens(
+                version=version,
+                prefill_tokens=count.prefill,
+                decode_tokens=count.decode,
+                requests=count.requests,
+                span=count.span,
+            )
+            for version, count in self._counts.items()
         )
 
-    def _of(self, version: str) -> list[int]:
-        return self._tokens.setdefault(version, [0, 0, 0])
+    def reported(self) -> None:
+        """A report is out: what was idle for many of them is forgotten, and begins a new span when it comes again."""
+        self._reports += 1
+        oldest = self._reports - IDLE_REPORTS
+        for version in [version for version, count in self._counts.items() if count.changed < oldest]:
+            del self._counts[version]
+
+    def _of(self, version: str) -> _Count:
+        count = self._counts.get(version)
+        if count is None:
+            self._spans += 1
+            count = self._counts[version] = _Count(self._spans)
+        count.changed = self._reports
+        return count
 
 
 class SchedulerLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -227,6 +227,7 @@ class EngineService(Service):
         while True:
             self._check_idle()
             self.bus.send("monitor", self._engine_load())
+            self._scheduler.counts.reported()
             await asyncio.sleep(self.config.engine.load_interval_s)
 
     def _engine_load(self) -> EngineLoad:

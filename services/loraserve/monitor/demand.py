@@ -1,8 +1,8 @@
 """Demand per adapter from the engines' counters: rates over a window, and what to expect next. Pure.
 
-Engines count tokens since their incarnation began; differences between two reports of one incarnation are demand, and a
-restart begins from zero again. The forecast is level plus trend (Holt, "Forecasting seasonals and trends by
-exponentially weighted moving averages", 1957).
+Engines count tokens; differences between two reports of one incarnation are demand, and a restart begins from zero
+again. A version that is missing from a report is unchanged; under a new ``span`` it counts from zero. Sums are kept,
+not made anew: a report costs what it lists, and while a piece of the window lasts only what was reported is made again.
 """
 
 from collections import deque
@@ -10,10 +10,12 @@ from collections import deque
 import msgspec
 
 from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineLoad
+from loraserve.monitor.forecast import Mixture, Tracked
 
 SLOTS = 12
 """A window is kept in this many pieces; a rate is exact to one piece of it."""
-LEVEL_WEIGHT, TREND_WEIGHT = 0.4, 0.2
+FORGOTTEN_BELOW_TOKENS_PER_S = 0.01
+"""An adapter that is expected to do less, and did nothing in the window, is no longer spoken of."""
 
 
 class Rates(msgspec.Struct, frozen=True):
@@ -24,76 +26,112 @@ class Rates(msgspec.Struct, frozen=True):
     requests: float = 0.0
 
 
+_Counts = dict[str, list[int]]
+"""By version: prefill tokens, decode tokens, requests."""
+
+
 class _Slot(msgspec.Struct):
     start_s: float
-    counts: dict[str, list[int]]
+    counts: _Counts
+
+
+class _Reported(msgspec.Struct):
+    """What an engine said last, and the versions that its last report listed."""
+
+    incarnation: str
+    counters: dict[str, AdapterTokens]
+    listed: set[str]
 
 
 class DemandWindow:
-    """Sliding window over all engines. The version "" is the base model."""
+    """Sliding window over all engines. The version "" is the base model.
 
-    def __init__(self, window_s: float) -> None:
+    ``horizon_s`` is how far ahead forecasts reach, the planner's interval; one piece of the window without it.
+    """
+
+    def __init__(self, window_s: float, horizon_s: float | None = None) -> None:
         self._slot_s = window_s / SLOTS
         self._window_s = window_s
+        self._horizon_steps = max(1, round((horizon_s or 0.0) / self._slot_s))
         self._began_s: float | None = None
         self._slots: deque[_Slot] = deque()
-        self._last: dict[str, tuple[str, dict[str, AdapterTokens]]] = {}
-        self._forecasts: dict[str, _Holt] = {}
+        self._totals: _Counts = {}
+        self._reported: dict[str, _Reported] = {}
+        self._forecasts: dict[str, Tracked] = {}
+        self._made: dict[str, AdapterDemand] = {}
+        self._made_for_s = 0.0
+        self._order: list[str] | None = None
 
     def report(self, load: EngineLoad, now: float) -> None:
         """Count what an engine did since its last report."""
         slot = self._slot(now)
         counted = {tokens.version: tokens for tokens in load.adapter_tokens}
-        # Of an engine heard for the first time it is not known when it counted what it has: that is no demand of now.
-        incarnation, before = self._last.get(load.engine, (load.incarnation, counted))
-        self._last[load.engine] = (load.incarnation, counted)
-        if incarnation != load.incarnation:
-            before = {}
-        for tokens in load.adapter_tokens:
-            past = before.get(tokens.version)
-            added = (
-                tokens.prefill_tokens - (past.prefill_tokens if past else 0),
-                tokens.decode_tokens - (past.decode_tokens if past else 0),
-                tokens.requests - (past.requests if past else 0),
-            )
+        last = self._reported.get(load.engine)
+        if last is None:
+            # Of an engine heard for the first time it is not known when it counted what it has: no demand of now.
+            self._reported[load.engine] = _Reported(load.incarnation, counted, set(counted))
+            return
+        if last.incarnation != load.incarnation:
+            last = self._reported[load.engine] = _Reported(load.incarnation, {}, set())
+        for version, tokens in counted.items():
+            before = last.counters.get(version)
             # Engines go on reporting what they once served: that alone is no demand.
-            if any(added):
-                counts = slot.counts.setdefault(tokens.version, [0, 0, 0])
-                slot.counts[tokens.version] = [count + more for count, more in zip(counts, added, strict=True)]
+            if tokens != before:
+                self._count(slot, version, _added(tokens, before))
+        _remember(last, counted)
 
     def rates(self, now: float) -> dict[str, Rates]:
         """Per version over the window, or over the time since the first report where that is shorter."""
         self._slot(now)
-        if self._began_s is None:
-            return {}
-        seconds = max(min(self._window_s, now - self._began_s), self._slot_s)
-        totals: dict[str, list[int]] = {}
-        for slot in self._slots:
-            for version, counts in slot.counts.items():
-                total = totals.setdefault(version, [0, 0, 0])
-                for index, count in enumerate(counts):
-                    total[index] += count
-        return {version: Rates(*(count / seconds for count in total)) for version, total in totals.items()}
+        seconds = self._seconds(now)
+        return {version: Rates(*(count / seconds for count in total)) for version, total in self._totals.items()}
 
     def demand(self, now: float, adapters: dict[str, AdapterRef]) -> tuple[AdapterDemand, ...]:
         """Demand and forecast of every adapter that has any, by version."""
-        rates = self.rates(now)
-        found = []
-        for version in sorted(rates.keys() | self._forecasts.keys()):
-            rate = rates.get(version, Rates())
-            adapter = adapters.get(version)
-            found.append(
-                AdapterDemand(
-                    version=version,
-                    name=adapter.name if adapter else "",
-                    rank=adapter.rank if adapter else 0,
-                    prefill_tokens_per_s=rate.prefill_tokens,
-                    decode_tokens_per_s=rate.decode_tokens,
-                    requests_per_s=rate.requests,
-                    forecast_tokens_per_s=self._forecasts.get(version, _Holt()).next(),
-                )
-            )
-        return tuple(found)
+        self._slot(now)
+        seconds = self._seconds(now)
+        if seconds != self._made_for_s:
+            self._made, self._made_for_s = {}, seconds
+        if self._order is None:
+            self._order = sorted(self._totals.keys() | self._forecasts.keys())
+        return tuple([self._demand_of(version, adapters.get(version), seconds) for version in self._order])
+
+    def _demand_of(self, version: str, adapter: AdapterRef | None, seconds: float) -> AdapterDemand:
+        name, rank = (adapter.name, adapter.rank) if adapter else ("", 0)
+        made = self._made.get(version)
+        if made is not None and made.name == name and made.rank == rank:
+            return made
+        prefill, decode, requests = self._totals.get(version, (0, 0, 0))
+        tracked = self._forecasts.get(version)
+        made = self._made[version] = AdapterDemand(
+            version=version,
+            name=name,
+            rank=rank,
+            prefill_tokens_per_s=prefill / seconds,
+            decode_tokens_per_s=decode / seconds,
+            requests_per_s=requests / seconds,
+            forecast_tokens_per_s=tracked.forecaster.ahead() if tracked else 0.0,
+            forecast_std_tokens_per_s=tracked.std_tokens_per_s if tracked else 0.0,
+        )
+        return made
+
+    def _seconds(self, now: float) -> float:
+        since_s = 0.0 if self._began_s is None else now - self._began_s
+        return max(min(self._window_s, since_s), self._slot_s)
+
+    def _count(self, slot: _Slot, version: str, added: tuple[int, int, int]) -> None:
+        if not any(added):
+            return
+        if version not in self._totals and version not in self._forecasts:
+            self._order = None
+        for counts in (slot.counts, self._totals):
+            count = counts.get(version)
+            if count is None:
+                counts[version] = list(added)
+            else:
+                for index, more in enumerate(added):
+                    count[index] += more
+        self._made.pop(version, None)
 
     def _slot(self, now: float) -> _Slot:
         """The current piece of the window; closing a piece feeds the forecasts."""
@@ -105,32 +143,48 @@ class DemandWindow:
             self._close(self._slots[-1])
             self._slots.append(_Slot(self._slots[-1].start_s + self._slot_s, {}))
             if len(self._slots) > SLOTS:
-                self._slots.popleft()
+                self._leave(self._slots.popleft())
         return self._slots[-1]
 
     def _close(self, slot: _Slot) -> None:
-        for version in slot.counts.keys() | self._forecasts.keys():
+        for version in slot.counts.keys() - self._forecasts.keys():
+            forecaster = Mixture(self._slot_s, self._horizon_steps)
+            self._forecasts[version] = Tracked(forecaster, self._slot_s, self._horizon_steps)
+        for version, tracked in self._forecasts.items():
             prefill, decode, _ = slot.counts.get(version, (0, 0, 0))
-            forecast = self._forecasts.setdefault(version, _Holt())
-            forecast.observe((prefill + decode) / self._slot_s)
-        self._forecasts = {v: f for v, f in self._forecasts.items() if f.next() > 1e-3}
+            tracked.observe((prefill + decode) / self._slot_s)
+        self._made, self._order = {}, None
+
+    def _leave(self, slot: _Slot) -> None:
+        """A piece is older than the window: nothing of it is in the sums any more, and who is idle may be forgotten."""
+        for version, counts in slot.counts.items():
+            total = self._totals[version]
+            for index, count in enumerate(counts):
+                total[index] -= count
+            if not any(total):
+                del self._totals[version]
+        self._forecasts = {
+            version: tracked
+            for version, tracked in self._forecasts.items()
+            if version in self._totals or tracked.forecaster.ahead() >= FORGOTTEN_BELOW_TOKENS_PER_S
+        }
 
 
-class _Holt:
-    """Level and trend of one series."""
+def _added(tokens: AdapterTokens, before: AdapterTokens | None) -> tuple[int, int, int]:
+    """What was done since; counters of another span began at zero."""
+    if before is None or before.span != tokens.span:
+        return tokens.prefill_tokens, tokens.decode_tokens, tokens.requests
+    return (
+        tokens.prefill_tokens - before.prefill_tokens,
+        tokens.decode_tokens - before.decode_tokens,
+        tokens.requests - before.requests,
+    )
 
-    def __init__(self) -> None:
-        self._level: float | None = None
-        self._trend = 0.0
 
-    def observe(self, value: float) -> None:
-        if self._level is None:
-            self._level = value
-            return
-        before = self._level
-        self._level = LEVEL_WEIGHT * value + (1 - LEVEL_WEIGHT) * (before + self._trend)
-        self._trend = TREND_WEIGHT * (self._level - before) + (1 - TREND_WEIGHT) * self._trend
-
-    def next(self) -> float:
-        """Expected value of the next interval; demand is never negative."""
-        return max(0.0, (self._level or 0.0) + self._trend)
+def _remember(last: _Reported, counted: dict[str, AdapterTokens]) -> None:
+    """What is no longer listed is unchanged; where spans are counted it comes again only under another one."""
+    for version in last.listed - counted.keys():
+        if last.counters[version].span:
+            del last.counters[version]
+    last.counters.update(counted)
+    last.listed = set(counted)

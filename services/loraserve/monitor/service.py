@@ -23,7 +23,7 @@ class MonitorService(Service):
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
         self._liveness = Liveness(config.monitor.dead_after_s)
-        self._demand = DemandWindow(config.monitor.window_s)
+        self._demand = DemandWindow(config.monitor.window_s, config.planner.interval_s)
         self._adapters: dict[str, AdapterRef] = {}
         self._alive: set[str] = set()
         self._sequence = itertools.count(1)

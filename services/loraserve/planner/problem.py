@@ -22,6 +22,8 @@ Copies = list[tuple[int, ...]]
 
 POOL_FRACTION = 0.75
 """Of a pool that the plan may pin; the rest is for adapters that come on demand."""
+NEXT_TO_NOTHING = 1e-6
+"""Requests a second."""
 USUAL_TOKENS = 500.0
 """Of a request, where nothing was seen of any: only what is forecast without having been seen needs it."""
 
@@ -101,6 +103,8 @@ def problem_of(
     versions = [ref.version for ref in refs]
     index = {version: i for i, version in enumerate(versions)}
     rates = _rates(demand, index, len(loads))
+    if not rates.requests.any():
+        rates = _nothing_known(len(index))
     batch = _batch(loads, rates)
     alone: list[tuple[int, ...]] = [(e,) for e in range(len(loads))]
     step_s = max(1e-6, cost.step_base_s + batch / 2 * cost.sequence_s)
@@ -177,6 +181,13 @@ def _rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: i
     known = ~new & (requests > 0)
     result.requests[at] = np.where(known, requests * growth, expected / tokens)
     return result
+
+
+def _nothing_known(adapters: int) -> _Rates:
+    """Before anything was asked for all adapters are taken to be asked for alike, and for next to nothing: ranks are
+    apart then from the beginning."""
+    tokens = np.full(adapters, NEXT_TO_NOTHING * USUAL_TOKENS / 2)
+    return _Rates(tokens, tokens, np.full(adapters, NEXT_TO_NOTHING))
 
 
 def _margin(std: Floats, engines: int) -> Floats:

@@ -9,7 +9,7 @@ from typing import Any
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
-from loraserve.cost import CostModel
+from loraserve.cost.profile import starting_cost
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import (
     AdapterRef,
@@ -50,7 +50,7 @@ class PlannerService(Service):
         self._adapters: dict[str, AdapterRef] = {}
         self._registry_known = False
         self._rollout = asyncio.Lock()
-        self._cost = CostModel()
+        self._cost = starting_cost(config)
 
     async def start(self, stack: AsyncExitStack) -> None:
         self._plan = self._epochs.read() or self._plan

@@ -25,9 +25,9 @@ class Seconds(msgspec.Struct, frozen=True, gc=False):
 class Candidate(msgspec.Struct, frozen=True, gc=False):
     """An engine that can serve the request, its predicted time to first token, and why it would be chosen.
 
-    ``why``: ``base`` (no adapter), ``planned`` (holds a copy by plan), ``resident`` (holds one by chance), ``spill``
-    (others hold it, but this one starts sooner), ``load`` (nobody holds it), ``prefix`` (it computed the beginning of
-    this prompt before, and would not be the best otherwise), ``live`` (has the request already).
+    ``why``: ``base`` (no adapter), ``planned`` (holds a copy by plan, or its load has begun), ``resident`` (the same by
+    chance), ``spill`` (others hold it, but this one starts sooner), ``load`` (nobody holds it), ``prefix`` (it computed
+    the beginning of this prompt before, and would not be the best otherwise), ``live`` (has the request already).
     """
 
     engine: str

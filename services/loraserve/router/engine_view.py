@@ -46,6 +46,25 @@ class Mix(msgspec.Struct, frozen=True, gc=False):
     planned_rank: int = 0
 
 
+class PendingMix(msgspec.Struct):
+    """The same of pending requests. ``versions``: all of their adapters; ``slab_bytes``: of those that no report has
+    active."""
+
+    versions: set[str] = msgspec.field(default_factory=set)
+    slab_bytes: int = 0
+    rank_sum: int = 0
+    largest_rank: int = 0
+
+    def add(self, pending: Pending, active: frozenset[str]) -> None:
+        if not pending.version:
+            return
+        if pending.version not in self.versions and pending.version not in active:
+            self.slab_bytes += pending.slab_bytes
+        self.versions.add(pending.version)
+        self.rank_sum += pending.rank
+        self.largest_rank = max(self.largest_rank, pending.rank)
+
+
 class EngineView(msgspec.Struct):
     """``column``: its place in the table of prices, -1 where it takes no requests."""
 
@@ -66,6 +85,7 @@ class EngineView(msgspec.Struct):
     """Of the pool, for a request's adapter: what is free, and what only the plan pins."""
     pending: dict[str, Pending] = msgspec.field(default_factory=dict)
     pending_tokens: int = 0
+    pending_mix: PendingMix = msgspec.field(default_factory=PendingMix)
     timeouts: int = 0
     avoided_since_s: float | None = None
     avoidance_s: float = 0.0
@@ -80,22 +100,19 @@ class EngineView(msgspec.Struct):
 
     def fetches(self, version: str) -> bool:
         """On its way already, or asked for by a request just sent there."""
-        return version in self.loading or any(p.version == version for p in self.pending.values())
-
-    def runs(self, version: str) -> bool:
-        """Some request there has this adapter, so that its slab is read anyway."""
-        return version in self.active or any(p.version == version for p in self.pending.values())
+        return version in self.loading or version in self.pending_mix.versions
 
     def take(self, load: EngineLoad, reported_s: float, alive: bool, known: Iterable[Live] = ()) -> None:
         """A report. ``known``: of its requests, those whose adapter is known. Of another incarnation it makes all that
         was known of the engine void."""
         if load.incarnation != self.load.incarnation:
-            self.pending, self.pending_tokens = {}, 0
+            self.pending = {}
             self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
         self.load, self.reported_s, self.alive = load, reported_s, alive
         self.loading = frozenset(load.loading)
         self.largest_extent_bytes = largest_extent_bytes(load.pool_total_bytes)
         self._take_adapters(load, known)
+        self._count_pending()
         if alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
             # One more timeout and it is avoided again, for longer: reports alone do not prove that it serves.
             self.avoided_since_s, self.timeouts = None, TIMEOUTS_TO_AVOID - 1
@@ -111,9 +128,11 @@ class EngineView(msgspec.Struct):
                 active.append(adapter.version)
                 slab_bytes += adapter.slab_bytes
                 rank_sum += adapter.running * adapter.rank
-                running_rank = max(running_rank, adapter.rank)
+                if adapter.rank > running_rank:
+                    running_rank = adapter.rank
             if adapter.pinned:
-                planned_rank = max(planned_rank, adapter.rank)
+                if adapter.rank > planned_rank:
+                    planned_rank = adapter.rank
                 if adapter.running <= 0:
                     room_bytes += extent_bytes(adapter.slab_bytes)
         largest_rank = running_rank
@@ -126,18 +145,28 @@ class EngineView(msgspec.Struct):
         self.mix = Mix(slab_bytes, rank_sum, running_rank, largest_rank, planned_rank)
 
     def add_pending(self, request_id: str, pending: Pending) -> None:
+        """In place of what it was before."""
+        self.drop_pending([request_id])
         self.pending[request_id] = pending
         self.pending_tokens += pending.tokens
+        self.pending_mix.add(pending, self.active)
 
     def drop_pending(self, request_ids: Iterable[str]) -> None:
-        for request_id in request_ids:
-            gone = self.pending.pop(request_id, None)
-            self.pending_tokens -= gone.tokens if gone else 0
+        gone = [request_id for request_id in request_ids if self.pending.pop(request_id, None)]
+        if gone:
+            self._count_pending()
+
+    def _count_pending(self) -> None:
+        self.pending_tokens = sum(p.tokens for p in self.pending.values())
+        self.pending_mix = PendingMix()
+        for pending in self.pending.values():
+            self.pending_mix.add(pending, self.active)
 
     def emptied(self) -> None:
         """It was restarted since its last report: its pool is empty."""
         self.resident = self.loading = self.active = frozenset()
         self.mix = Mix()
+        self._count_pending()
 
     def timed_out(self, now: float) -> None:
         self.timeouts += 1

@@ -6,7 +6,7 @@ import numpy.typing as npt
 from loraserve.cost import extent_bytes
 from loraserve.messages import Rejected, Route
 from loraserve.router.choice import rejected
-from loraserve.router.prices import PriceTable
+from loraserve.router.table import PriceTable
 
 Mask = npt.NDArray[np.bool_]
 

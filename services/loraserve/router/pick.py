@@ -7,11 +7,13 @@ import numpy as np
 from loraserve.cost import CostModel
 from loraserve.messages import Route
 from loraserve.router.choice import Candidate, Rng, Seconds
-from loraserve.router.prices import Array, PriceTable
+from loraserve.router.prices import Array
 from loraserve.router.score import Scores, own_seconds
+from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
-MOST_CANDIDATES = 8
+MOST_CANDIDATES = 4
+"""Whoever does not answer costs a second, and gateways do not wait for ever."""
 NEAR = 0.05
 """Scores within this share of the best's time, or of a step, are a tie: the prediction's error is larger."""
 LEAST_TIE_S = 5e-5
@@ -26,12 +28,10 @@ def best_columns(scores: Scores, table: PriceTable, shares: Mapping[int, float],
     """
     ranked = suspects_last(scores.score, table)
     best = int(ranked.argmin())
-    tie_s = max(NEAR * max(scores.ttft_s[best], table.columns.decode_step_s[best]), LEAST_TIE_S)
-    near = (ranked <= ranked[best] + tie_s).nonzero()[0].tolist()
+    tie_s = NEAR * max(scores.ttft_s.item(best), table.columns.decode_step_s.item(best)) + LEAST_TIE_S
+    near = (ranked <= ranked.item(best) + tie_s).nonzero()[0].tolist()
     first = near if len(near) == 1 else by_lot(near, shares, rng)
-    if len(first) >= MOST_CANDIDATES:
-        return first
-    return first + [column for column in _smallest(ranked) if column not in first]
+    return first + _next_best(ranked, first) if len(first) < MOST_CANDIDATES else first
 
 
 def suspects_last(score: Array, table: PriceTable) -> Array:
@@ -58,12 +58,17 @@ def _shuffled(columns: Sequence[int], rng: Rng) -> list[int]:
     return rest[:count]
 
 
-def _smallest(ranked: Array) -> list[int]:
-    """The columns with the smallest values, in order; without those that are out of the question."""
-    count = min(len(ranked), MOST_CANDIDATES)
-    columns: list[int] = ranked.argpartition(count - 1)[:count].tolist()
-    values = ranked[columns].tolist()
-    return [column for value, column in sorted(zip(values, columns, strict=True)) if value < np.inf]
+def _next_best(ranked: Array, first: Sequence[int]) -> list[int]:
+    """Those that come after the first; without those that are out of the question."""
+    rest, found = ranked.copy(), list[int]()
+    rest[first] = np.inf
+    while len(first) + len(found) < MOST_CANDIDATES:
+        column = int(rest.argmin())
+        if rest.item(column) == np.inf:
+            break
+        found.append(column)
+        rest[column] = np.inf
+    return found
 
 
 def candidates(
@@ -79,24 +84,23 @@ def candidates(
     live = _column_of_live(request, view, scores)
     if live is not None:
         columns = [live, *(column for column in columns if column != live)][:MOST_CANDIDATES]
-    version = request.adapter.version if request.adapter is not None else ""
-    whys = _whys(columns, version, view, table, shares)
+    whys = ["base" for _ in columns] if request.adapter is None else _whys(columns, scores, shares)
     if live is not None:
         whys[0] = "live"
-    elif columns[0] in scores.saved_tokens and _prefix_decided(columns[0], request, view, table, scores, cost):
+    elif columns[0] in scores.saved_tokens and _prefix_decided(columns[0], request, table, scores, cost):
         whys[0] = "prefix"
     return tuple(_candidate(column, why, table, scores) for column, why in zip(columns, whys, strict=True))
 
 
 def _candidate(column: int, why: str, table: PriceTable, scores: Scores) -> Candidate:
     parts = Seconds(
-        float(scores.queue_s[column]),
-        float(scores.load_s[column]),
-        float(scores.own_s[column]),
-        float(scores.step_s[column]),
-        float(scores.harm_s[column]),
+        scores.queue_s.item(column),
+        scores.load_s.item(column),
+        scores.own_s.item(column),
+        scores.step_s.item(column),
+        scores.harm_s.item(column),
     )
-    return Candidate(table.engines[column].name, float(scores.ttft_s[column]), why, parts)
+    return Candidate(table.engines[column].name, scores.ttft_s.item(column), why, parts)
 
 
 def _column_of_live(request: Route, view: ClusterView, scores: Scores) -> int | None:
@@ -106,26 +110,13 @@ def _column_of_live(request: Route, view: ClusterView, scores: Scores) -> int | 
     return engine.column if engine is not None and able else None
 
 
-def _whys(
-    columns: Iterable[int], version: str, view: ClusterView, table: PriceTable, shares: Mapping[int, float]
-) -> list[str]:
-    if not version:
-        return ["base" for _ in columns]
-    near = view.near(version)
-    held = any(engine.column >= 0 and version in engine.resident for engine in near.values())
-    absent = "spill" if held else "load"
-    whys = []
-    for column in columns:
-        engine = table.engines[column]
-        has_it = engine.name in near and (version in engine.resident or version in engine.loading)
-        whys.append(("planned" if column in shares else "resident") if has_it else absent)
-    return whys
+def _whys(columns: Iterable[int], scores: Scores, shares: Mapping[int, float]) -> list[str]:
+    held, absent = (*scores.near.resident, *scores.near.begun), "spill" if scores.near.resident else "load"
+    return [("planned" if column in shares else "resident") if column in held else absent for column in columns]
 
 
-def _prefix_decided(
-    column: int, request: Route, view: ClusterView, table: PriceTable, scores: Scores, cost: CostModel
-) -> bool:
+def _prefix_decided(column: int, request: Route, table: PriceTable, scores: Scores, cost: CostModel) -> bool:
     """Whether another would be the best if nothing of the prompt were there."""
-    _, own_s = own_seconds(request, view, table, cost, float(len(request.prompt_tokens)))
+    _, own_s = own_seconds(request, scores.near, table, cost, float(len(request.prompt_tokens)))
     without = suspects_last(scores.score - scores.own_s + own_s, table)
     return bool(without[column] > without.min())

@@ -4,13 +4,15 @@ Prompts are named by a chain of hashes over blocks of tokens, begun with the ada
 no use to another. Engines work in smaller blocks; larger ones here keep the table small and a look-up cheap.
 """
 
+from collections.abc import Mapping
+
 from loraserve.messages import Route
 
 BLOCK_TOKENS = 128
 MOST_BLOCKS = 64
 """Of one prompt that are remembered."""
 MOST_PREFIXES = 100_000
-MOST_ENGINES = 16
+MOST_ENGINES = 8
 """That are remembered for one prefix, the latest first: where it is everywhere, it decides nothing."""
 
 
@@ -26,30 +28,38 @@ class PrefixMemory:
         self._numbered = 0
         self._request: Route | None = None
         self._chain: list[int] = []
+        self._found: dict[str, int] | None = None
 
     def __len__(self) -> int:
         return len(self._engines_of)
 
-    def cached_tokens(self, request: Route) -> dict[str, int]:
+    def cached_tokens(self, request: Route) -> Mapping[str, int]:
         """By engine, tokens of the prompt that need no prefill there; at least one always does."""
+        self._turn_to(request)
+        if self._found is None:
+            self._found = self._look_up(request)
+        return self._found
+
+    def _look_up(self, request: Route) -> dict[str, int]:
         found: dict[str, int] = {}
-        last = len(request.prompt_tokens) - 1
-        for block in range(min(last // BLOCK_TOKENS + 1, MOST_BLOCKS)):
-            tokens = (block + 1) * BLOCK_TOKENS
-            if tokens > last + 1:
-                break
+        most = len(request.prompt_tokens) - 1
+        for block in range(_blocks(request)):
             numbers = self._engines_of.get(self._digest(request, block))
             if numbers is None:
                 break
+            tokens = min((block + 1) * BLOCK_TOKENS, most)
             for number in numbers:
                 if number in self._names:
-                    found[self._names[number]] = min(tokens, last)
+                    found[self._names[number]] = tokens
         return found
 
     def sent(self, engine: str, request: Route) -> None:
         """The engine is about to compute all of this prompt."""
         number = self._number(engine)
-        for block in range(min(len(request.prompt_tokens) // BLOCK_TOKENS, MOST_BLOCKS)):
+        self._turn_to(request)
+        self._found = None
+        # The last block first: those that come before it are of no less use, and must not be forgotten sooner.
+        for block in reversed(range(_blocks(request))):
             digest = self._digest(request, block)
             others = self._engines_of.pop(digest, ())
             if others[:1] != (number,):
@@ -63,6 +73,7 @@ class PrefixMemory:
         number = self._numbers.pop(engine, None)
         if number is not None:
             del self._names[number]
+            self._found = None
 
     def validate(self) -> None:
         """Raises AssertionError naming what broke."""
@@ -79,13 +90,21 @@ class PrefixMemory:
             self._names[number] = engine
         return number
 
-    def _digest(self, request: Route, block: int) -> int:
-        """Of the prompt up to the end of a block. A request is looked up and then sent: its chain is kept between."""
+    def _turn_to(self, request: Route) -> None:
+        """A request is looked up and then sent: what was computed of it is kept between."""
         if request is not self._request:
-            self._request, self._chain = request, []
+            self._request, self._chain, self._found = request, [], None
+
+    def _digest(self, request: Route, block: int) -> int:
+        """Of the prompt up to the end of a block."""
         chain = self._chain
         while len(chain) <= block:
             first = len(chain) * BLOCK_TOKENS
             before = chain[-1] if chain else hash(request.adapter.version if request.adapter else "")
             chain.append(hash((before, request.prompt_tokens[first : first + BLOCK_TOKENS])))
         return chain[block]
+
+
+def _blocks(request: Route) -> int:
+    """Whole ones of its prompt that are remembered."""
+    return min(len(request.prompt_tokens) // BLOCK_TOKENS, MOST_BLOCKS)

@@ -6,7 +6,7 @@ from random import Random
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
-from loraserve.cost import CostModel
+from loraserve.cost.profile import starting_cost
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import Abort, Admit, Admitted, ClusterLoad, Plan, Rejected, Route, Routed, ToRouter
 from loraserve.router.choice import Candidate, Slo
@@ -29,7 +29,7 @@ class RouterService(Service):
         self._view = ClusterView(config.engine.prefix_cache)
         self._choose = ROUTERS[config.router.policy]
         self._plan: PlannedCopies | None = None
-        self._cost = CostModel()
+        self._cost = starting_cost(config)
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
         self._rng = Random(bus.incarnation)
         self._routed = self.metrics.counter("routed_total", "Requests given to an engine", ["engine", "why"])
@@ -73,8 +73,6 @@ class RouterService(Service):
             self.log.warning("rejected", request=request.request_id, code=answer.code, reason=answer.message)
         else:
             self._routed.labels(answer.engine, answer.why).inc()
-            adapter = request.adapter.name if request.adapter else ""
-            self.log.info("routed", request=request.request_id, adapter=adapter, engine=answer.engine, why=answer.why)
         self.bus.respond(envelope, answer)
 
     async def _admit_first(self, request: Route, candidates: tuple[Candidate, ...]) -> Routed | Rejected:
@@ -95,7 +93,7 @@ class RouterService(Service):
     async def _admit(self, request: Route, candidate: Candidate) -> Routed | Rejected | None:
         """None where the engine did not answer."""
         engine = candidate.engine
-        self._view.sent(engine, request, self.clock.monotonic_s())
+        self._view.sent(engine, request, self.clock.monotonic_s(), candidate)
         admit = Admit(
             request_id=request.request_id,
             gateway=request.gateway,
@@ -118,6 +116,15 @@ class RouterService(Service):
         if not answer.ok:
             return self._refused(engine, request, answer.code, answer.message)
         self._view.admitted(engine, request.request_id, answer.incarnation, self.clock.monotonic_s())
+        adapter = request.adapter.name if request.adapter else ""
+        self.log.info(
+            "routed",
+            request=request.request_id,
+            adapter=adapter,
+            engine=engine,
+            why=candidate.why,
+            reason=candidate.reason,
+        )
         return Routed(request_id=request.request_id, engine=engine, incarnation=answer.incarnation, why=candidate.why)
 
     def _refused(self, engine: str, request: Route, code: str, message: str) -> Rejected:

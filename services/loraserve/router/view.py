@@ -10,9 +10,9 @@ from typing import Protocol
 
 from loraserve.cost import CostModel
 from loraserve.messages import ClusterLoad, EngineLoad, Route
-from loraserve.router.engine_view import TIMEOUTS_TO_AVOID, EngineView, Live, Pending
+from loraserve.router.engine_view import TIMEOUTS_TO_AVOID, EngineView, Live, Pending, PendingMix
 from loraserve.router.prefixes import PrefixMemory
-from loraserve.router.prices import PriceTable
+from loraserve.router.table import PriceTable
 
 UNSEEN_S = 1.0
 """A request that no report mentions this long after it was sent has ended, or never began."""
@@ -43,6 +43,7 @@ class ClusterView:
         self.live: dict[str, Live] = {}
         self.output_tokens = DEFAULT_OUTPUT_TOKENS
         """Mean output of a request lately."""
+        self.requests_per_s = 0.0
         self.prefixes = PrefixMemory() if prefix_cache else None
         self._prices = PriceTable()
         self._near: dict[str, dict[str, EngineView]] = {}
@@ -64,9 +65,10 @@ class ClusterView:
             if now - self.engines[name].reported_s > FORGET_MISSING_S:
                 self._forget(name)
         self._drop_ended()
-        requests_per_s = sum(demand.requests_per_s for demand in picture.demand)
-        if requests_per_s > 0:
-            self.output_tokens = max(1.0, sum(d.decode_tokens_per_s for d in picture.demand) / requests_per_s)
+        self.requests_per_s = sum(demand.requests_per_s for demand in picture.demand)
+        if self.requests_per_s > 0:
+            decode_tokens_per_s = sum(demand.decode_tokens_per_s for demand in picture.demand)
+            self.output_tokens = max(1.0, decode_tokens_per_s / self.requests_per_s)
         self._prices.begin([view for _, view in sorted(self.engines.items()) if view.is_ready])
         return True
 
@@ -91,7 +93,6 @@ class ClusterView:
         """A request is on its way to an engine: from now on it counts as load there."""
         view = self.engines.get(engine)
         if view is not None:
-            view.drop_pending([request.request_id])
             view.add_pending(request.request_id, self._pending(engine, request, now))
             if request.adapter is not None:
                 self._near.setdefault(request.adapter.version, {})[engine] = view
@@ -111,7 +112,7 @@ class ClusterView:
                 self._prices.changed(view)
             if incarnation != view.load.incarnation:
                 view.emptied()
-                self._prices.changed(view)
+                self._prices.begin(self.ready())
         self._runs(request_id, engine, now, pending)
         self._tell(request_id, now, f"admitted by {engine}")
 
@@ -147,6 +148,10 @@ class ClusterView:
         for name, view in self.engines.items():
             assert view.name == name == view.load.engine, f"{name} is listed under another name"
             assert view.pending_tokens == sum(p.tokens for p in view.pending.values()), f"{name}: pending tokens"
+            mix = PendingMix()
+            for pending in view.pending.values():
+                mix.add(pending, view.active)
+            assert view.pending_mix == mix, f"{name}: adapters of pending requests"
             times = [p.since_s for p in view.pending.values()]
             assert times == sorted(times), f"{name}: pending requests are out of order"
             assert view.column < 0 or not times or self._oldest_pending_s <= times[0], f"{name}: would never expire"
@@ -250,8 +255,7 @@ _NO_TOKENS: Mapping[str, int] = {}
 
 def _found_at(view: EngineView) -> set[str]:
     """Versions that requests may find something of there."""
-    pending = (p.version for p in view.pending.values() if p.version)
-    return set().union(view.resident, view.loading, view.active, pending)
+    return view.pending_mix.versions.union(view.resident, view.loading, view.active)
 
 
 def _sent_first_s(view: EngineView) -> float:

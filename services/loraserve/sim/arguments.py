@@ -74,5 +74,5 @@ def _cluster_flags(group: argparse._ArgumentGroup) -> None:
         help="what LoRA costs: tokens times the batch's largest rank, as peers' kernels, or true ranks, as ours",
     )
     group.add_argument("--slo-s", type=float, default=10.0, metavar="S", help="P95 TTFT that is promised")
-    group.add_argument("--plan-interval-s", type=float, default=30.0, metavar="S")
+    group.add_argument("--plan-interval-s", type=float, default=10.0, metavar="S")
     group.add_argument("--report-interval-s", type=float, default=0.25, metavar="S")

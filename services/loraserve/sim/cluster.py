@@ -36,6 +36,8 @@ from loraserve.sim.policies import Policy
 from loraserve.sim.workload import SimRequest, Workload
 
 ZEROS = (0,) * 40_000
+TELL_EVERY = 500
+"""Requests between two words of progress."""
 
 
 class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,8 +47,9 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
     slo_ttft_s: float = 10.0
     reject_factor: float = 4.0
     report_interval_s: float = 0.25
-    plan_interval_s: float = 30.0
-    window_s: float = 60.0
+    plan_interval_s: float = 10.0
+    prepare_timeout_s: float = 60.0
+    window_s: float = 30.0
     warmup: float = 0.2
     hopeless: float = 3.0
     seed: int = 0
@@ -70,12 +73,12 @@ class Simulation(Watcher):
         )
         self._adapters = {adapter.version: adapter for adapter in workload.adapters}
         limits = _limits(profile, workload, policy.everywhere)
-        self._engines = {
+        self.engines = {
             name: SimEngine(name, limits, profile.cost, self._timeline, self, free_loads=policy.everywhere)
             for name in (f"engine-{index}" for index in range(engines))
         }
         self._view = ClusterView()
-        self._demand = DemandWindow(self._settings.window_s)
+        self._demand = DemandWindow(self._settings.window_s, self._settings.plan_interval_s)
         self._cost: CostModel = profile.cost
         self._plan = Plan(epoch=0, created_unix_s=0.0, placements=())
         self._planned: PlannedCopies | None = None
@@ -84,29 +87,28 @@ class Simulation(Watcher):
         self._pictures = 0
         self._requests: dict[str, RequestOutcome] = {}
         self._live = 0
-        self._late = 0
         self._intervals: list[Interval] = []
         self._moved = 0
         self._moved_bytes = 0
         self._whys: dict[str, int] = {}
+        self._hopeless = False
+        self._began_s = 0.0
 
     def run(self, progress: Callable[[float], None] = lambda share: None) -> Outcome:
         """The whole workload; ``progress`` is told now and then what share of it has arrived."""
         self._report(0.0)
         self._replan(0.0)
+        self._give_up(0.0)
         requests = self._workload.requests
-        if requests:
-            self._timeline.at(requests[0].time_s, lambda now: self._arrive(0, now))
-        hopeless = False
         told = 0
-        while not hopeless and (len(self._requests) < len(requests) or self._live):
+        while not self._hopeless and (len(self._requests) < len(requests) or self._live):
             if not self._timeline.next():
                 break
-            if len(self._requests) >= told + 500:
+            if len(self._requests) >= told + TELL_EVERY:
                 told = len(self._requests)
                 progress(told / len(requests))
-                hopeless = self._hopeless()
-        return self._outcome(hopeless)
+        progress(1.0)
+        return self._outcome()
 
     def first_token(self, request_id: str, now: float) -> None:
         self._requests[request_id].first_token_s = now
@@ -129,15 +131,22 @@ class Simulation(Watcher):
         if not self._unprepared:
             self._publish(now)
 
+    def _begin(self, now: float) -> None:
+        """The cluster is warm: requests begin to arrive, so long after now as the workload says."""
+        self._began_s = now
+        if self._workload.requests:
+            self._timeline.at(now + self._workload.requests[0].time_s, lambda at: self._arrive(0, at))
+
     def _arrive(self, index: int, now: float) -> None:
         request = self._workload.requests[index]
         request_id = f"r{index}"
         if index + 1 < len(self._workload.requests):
-            self._timeline.at(self._workload.requests[index + 1].time_s, lambda later: self._arrive(index + 1, later))
+            next_s = self._began_s + self._workload.requests[index + 1].time_s
+            self._timeline.at(next_s, lambda later: self._arrive(index + 1, later))
         outcome = self._requests[request_id] = RequestOutcome(index, request.adapter, now)
         self._live += 1
         self._view.expire(now)
-        route = self._route_message(request_id, index, request)
+        route, output_tokens = self._route_message(request_id, index, request)
         choice = self._policy.route(route, self._view, self._planned, self._cost, self._slo, self._rng)
         if isinstance(choice, Rejected):
             self.rejected(request_id, now)
@@ -151,29 +160,33 @@ class Simulation(Watcher):
             request_id=request_id,
             gateway="gateway",
             prompt_tokens=route.prompt_tokens,
-            sampling=route.sampling,
+            sampling=msgspec.structs.replace(route.sampling, max_tokens=output_tokens),
             adapter=route.adapter,
         )
-        self._engines[chosen.engine].admit(admit, now)
+        self.engines[chosen.engine].admit(admit, now)
         self._view.admitted(chosen.engine, request_id, "simulated", now)
 
-    def _route_message(self, request_id: str, index: int, request: SimRequest) -> Route:
-        """Prompts begin differently: a trace says nothing of shared prefixes, so there are none."""
+    def _route_message(self, request_id: str, index: int, request: SimRequest) -> tuple[Route, int]:
+        """What the router sees, and the output tokens, which it does not: who asks rarely knows them beforehand.
+
+        Prompts begin differently: a trace says nothing of shared prefixes, so there are none.
+        """
         longest = self._profile.engine.max_model_tokens
         prompt = max(1, min(request.prompt_tokens, longest - 2))
         output = max(1, min(request.output_tokens, longest - prompt - 1))
-        return Route(
+        route = Route(
             request_id=request_id,
             gateway="gateway",
             prompt_tokens=(index + 1, *ZEROS[: prompt - 1]),
-            sampling=SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True),
+            sampling=SamplingParams(max_tokens=longest, temperature=0.0, ignore_eos=True),
             adapter=self._workload.adapters[request.adapter],
         )
+        return route, output
 
     def _report(self, now: float) -> None:
         """Every engine reports; the monitor's picture reaches the router."""
         self._timeline.at(now + self._settings.report_interval_s, self._report)
-        loads = [engine.report(now) for engine in self._engines.values()]
+        loads = [engine.report(now) for engine in self.engines.values()]
         for load in loads:
             self._demand.report(load, now)
             self._cost = self._cost.observe(load)
@@ -206,28 +219,40 @@ class Simulation(Watcher):
         self._roll_out(Plan(epoch=self._plan.epoch + 1, created_unix_s=now, placements=placements), now)
 
     def _roll_out(self, plan: Plan, now: float) -> None:
-        wanted: dict[str, list[AdapterRef]] = {name: [] for name in self._engines}
+        wanted: dict[str, list[AdapterRef]] = {name: [] for name in self.engines}
         for placement in plan.placements:
             wanted[placement.engine].append(self._adapters[placement.version])
         self._next = plan
-        self._unprepared = set(self._engines)
-        for name, engine in self._engines.items():
+        self._unprepared = set(self.engines)
+        self._timeline.at(now + self._settings.prepare_timeout_s, lambda later: self._prepare_ends(plan.epoch, later))
+        for name, engine in self.engines.items():
             engine.prepare(plan.epoch, tuple(wanted[name]), now)
+
+    def _prepare_ends(self, epoch: int, now: float) -> None:
+        """Copies that are not there by now are left out."""
+        if self._next is None or self._next.epoch != epoch or not self._unprepared:
+            return
+        pools = {name: engine.scheduler.residency for name, engine in self.engines.items()}
+        kept = [p for p in self._next.placements if pools[p.engine].ready(p.version)]
+        self._next = msgspec.structs.replace(self._next, placements=_with_shares(kept))
+        self._publish(now)
 
     def _publish(self, now: float) -> None:
         assert self._next is not None
+        if self._planned is None:
+            self._begin(now)
         self._plan, self._next = self._next, None
         self._planned = PlannedCopies(self._plan)
-        keep: dict[str, list[str]] = {name: [] for name in self._engines}
+        keep: dict[str, list[str]] = {name: [] for name in self.engines}
         for placement in self._plan.placements:
             keep[placement.engine].append(placement.version)
         # Engines answer from within an event of theirs: what follows happens after it, at the same time.
-        for name, engine in self._engines.items():
+        for name, engine in self.engines.items():
             versions = tuple(keep[name])
             self._timeline.at(now, lambda at, e=engine, v=versions: e.retire(self._plan.epoch, v, at))  # type: ignore[misc]
 
     def _note_interval(self, now: float) -> None:
-        held = [engine.held_bytes() for engine in self._engines.values()]
+        held = [engine.held_bytes() for engine in self.engines.values()]
         self._intervals.append(
             Interval(
                 time_s=now,
@@ -235,43 +260,43 @@ class Simulation(Watcher):
                 moved_bytes=self._moved_bytes,
                 held_bytes=tuple(h for h, _ in held),
                 needed_bytes=tuple(n for _, n in held),
-                rank_tokens=tuple(dict(engine.rank_tokens) for engine in self._engines.values()),
+                rank_tokens=tuple(dict(engine.rank_tokens) for engine in self.engines.values()),
                 adapters=tuple(
-                    sum(1 for _ in engine.scheduler.residency.pool.entries()) for engine in self._engines.values()
+                    sum(1 for _ in engine.scheduler.residency.pool.entries()) for engine in self.engines.values()
                 ),
             )
         )
         self._moved = self._moved_bytes = 0
-        for engine in self._engines.values():
+        for engine in self.engines.values():
             engine.rank_tokens.clear()
 
-    def _hopeless(self) -> bool:
-        """So many have waited so long that the P95 cannot come back below what is of interest."""
+    def _give_up(self, now: float) -> None:
+        """Where so many have waited so long that the P95 cannot come back to what is of interest."""
+        self._timeline.at(now + self._settings.slo_ttft_s, self._give_up)
         limit_s = self._settings.hopeless * self._slo.ttft_s
         first = int(len(self._workload.requests) * self._settings.warmup)
-        now = self._timeline.now_s
         late = sum(
             r.rejected or (r.first_token_s or now) - r.arrival_s > limit_s
             for r in self._requests.values()
             if r.index >= first
         )
-        return late > 0.05 * (len(self._workload.requests) - first)
+        self._hopeless = late > 0.05 * (len(self._workload.requests) - first)
 
-    def _outcome(self, hopeless: bool) -> Outcome:
+    def _outcome(self) -> Outcome:
         first = int(len(self._workload.requests) * self._settings.warmup)
         self._note_interval(self._timeline.now_s)
         return Outcome(
             policy=self._policy.name,
-            engines=len(self._engines),
+            engines=len(self.engines),
             workload=self._workload.name,
             rps=self._workload.rps,
             slo_ttft_s=self._slo.ttft_s,
-            hopeless=hopeless,
+            hopeless=self._hopeless,
             duration_s=self._timeline.now_s,
             requests=tuple(r for r in self._requests.values() if r.index >= first),
             intervals=tuple(self._intervals),
             all_bytes=sum(adapter.slab_bytes for adapter in self._workload.adapters),
-            busy_share=sum(e.busy_s for e in self._engines.values()) / len(self._engines) / (self._timeline.now_s or 1),
+            busy_share=sum(e.busy_s for e in self.engines.values()) / len(self.engines) / (self._timeline.now_s or 1),
             whys=dict(self._whys),
         )
 

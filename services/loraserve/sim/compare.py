@@ -15,6 +15,10 @@ Run = Callable[[Sequence[Job]], list[Point]]
 PRECISION = 0.02
 """The largest load is found to within this share."""
 FIRST_FACTOR = 1.5
+LATER_FACTOR = 4.0
+NEARBY_TRIES = 4
+MOST_TRIES = 12
+"""To find a load that is served, or one that is not: a short workload may never break the SLO."""
 LOAD_SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
 """Of the best baseline's largest load: where all are compared."""
 OURS = "ours"
@@ -130,9 +134,13 @@ class _Search:
 
     @property
     def done(self) -> bool:
-        if self._low is None and self._high is not None:
-            return self._tries >= 12
-        return self._low is not None and self._high is not None and self._high.rps <= self._low.rps * (1 + PRECISION)
+        if self._low is None or self._high is None:
+            return self._tries >= MOST_TRIES
+        return self._high.rps <= self._low.rps * (1 + PRECISION)
+
+    @property
+    def _factor(self) -> float:
+        return FIRST_FACTOR if self._tries < NEARBY_TRIES else LATER_FACTOR
 
     def saw(self, point: Point) -> None:
         self._tries += 1
@@ -141,9 +149,9 @@ class _Search:
         else:
             self._high = point
         if self._low is None:
-            self.next_rps = point.rps / FIRST_FACTOR
+            self.next_rps = point.rps / self._factor
         elif self._high is None:
-            self.next_rps = point.rps * FIRST_FACTOR
+            self.next_rps = point.rps * self._factor
         else:
             self.next_rps = (self._low.rps * self._high.rps) ** 0.5
 

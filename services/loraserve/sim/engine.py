@@ -86,6 +86,11 @@ class SimEngine:
     def report(self, now: float) -> EngineLoad:
         """As the engine process sends it."""
         self._advance(now)
+        load = self._load_message()
+        self.scheduler.counts.reported()
+        return load
+
+    def _load_message(self) -> EngineLoad:
         return EngineLoad(
             engine=self.name,
             incarnation="simulated",

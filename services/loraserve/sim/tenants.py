@@ -12,7 +12,8 @@ from loraserve.sim.workload import RANKS, SimRequest, Workload, make_adapters
 
 POWER = 1.0
 """Of a tenant's adapters the k-th is asked for 1 / k ** POWER times as often as the first."""
-STRETCHES = 8
+STRETCHES = 3
+"""Of a trace of a day: its beginning, its middle and its end."""
 
 
 def tenants_workload(

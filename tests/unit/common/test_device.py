@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.device import default_engines, device_of
+from loraserve.device import default_engines, device_of, gpu_name
 
 
 @pytest.fixture(autouse=True)
@@ -61,3 +61,11 @@ def test_gpus_that_are_hidden_from_cuda_get_no_engine(
     assert default_engines("auto", tmp_path) == engines
     hidden = visible in ("", "-1", "NoDevFiles")
     assert device_of("auto", tmp_path) == ("cpu" if hidden else "cuda")
+
+
+def test_the_driver_names_the_gpu(tmp_path: Path) -> None:
+    assert gpu_name(tmp_path) == ""
+    folder = tmp_path / "0000:3b:00.0"
+    folder.mkdir()
+    (folder / "information").write_text("Model: \t\t NVIDIA A100-SXM4-80GB\nIRQ:   \t\t 42\n")
+    assert gpu_name(tmp_path) == "NVIDIA A100-SXM4-80GB"

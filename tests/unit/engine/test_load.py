@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from loraserve.engine.load import IDLE_REPORTS, TokenCounts
 from loraserve.messages import AdapterTokens, ResidentAdapter
 
 
@@ -62,6 +63,38 @@ def test_tokens_are_counted_by_adapter_and_kind(helpers: SimpleNamespace) -> Non
             desk.loaded("a")
         desk.step_done()
     assert desk.scheduler.load().adapter_tokens == (
-        AdapterTokens(version="", prefill_tokens=12, decode_tokens=2, requests=1),
-        AdapterTokens(version="a", prefill_tokens=6, decode_tokens=0, requests=2),
+        AdapterTokens(version="", prefill_tokens=12, decode_tokens=2, requests=1, span=1),
+        AdapterTokens(version="a", prefill_tokens=6, decode_tokens=0, requests=2, span=2),
     )
+
+
+def test_what_is_idle_for_many_reports_is_listed_no_more() -> None:
+    counts = TokenCounts()
+    counts.computed("idle", 5, decode=False)
+    counts.computed("busy", 5, decode=False)
+    for _ in range(IDLE_REPORTS):
+        counts.reported()
+        counts.computed("busy", 1, decode=True)
+    assert [tokens.version for tokens in counts.by_adapter()] == ["idle", "busy"]
+    counts.reported()
+    assert counts.by_adapter() == (
+        AdapterTokens(version="busy", prefill_tokens=5, decode_tokens=IDLE_REPORTS, requests=0, span=2),
+    )
+
+
+def test_who_comes_again_counts_from_zero_under_another_span() -> None:
+    counts = TokenCounts()
+    counts.computed("a", 5, decode=False)
+    for _ in range(IDLE_REPORTS + 1):
+        counts.reported()
+    counts.request("a")
+    counts.computed("a", 3, decode=False)
+    assert counts.by_adapter() == (AdapterTokens(version="a", prefill_tokens=3, decode_tokens=0, requests=1, span=2),)
+
+
+def test_an_engine_that_served_thousands_lists_only_those_of_late() -> None:
+    counts = TokenCounts()
+    for number in range(2000):
+        counts.computed(f"v{number}", 1, decode=False)
+        counts.reported()
+        assert len(counts.by_adapter()) <= IDLE_REPORTS + 1

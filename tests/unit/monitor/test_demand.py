@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.messages import AdapterTokens, EngineLoad
+from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineLoad
 from loraserve.monitor.demand import SLOTS, DemandWindow, Rates
 from loraserve.testing.reports import adapter_ref, engine_load
 
@@ -174,3 +174,75 @@ def test_within_a_window_no_token_is_lost_or_counted_twice(steps: list[tuple[flo
     at_most = sum(tokens for at_s, tokens in done if at_s >= now - WINDOW_S - 1e-6)
     assert surely - 1e-6 <= rate.prefill_tokens * seconds <= at_most + 1e-6
     assert all(d.forecast_tokens_per_s >= 0 for d in window.demand(now, {}))
+
+
+def told(window: DemandWindow, now: float, adapters: dict[str, AdapterRef] | None = None) -> dict[str, AdapterDemand]:
+    return {demand.version: demand for demand in window.demand(now, adapters or {})}
+
+
+@settings(max_examples=60, deadline=None)
+@given(steps=st.lists(st.tuples(st.floats(0.0, 20.0), st.sampled_from("abc"), st.integers(0, 1000)), max_size=60))
+def test_what_is_kept_is_what_would_be_made_anew(steps: list[tuple[float, str, int]]) -> None:
+    window, now, totals = DemandWindow(WINDOW_S, 30.0), 0.0, dict.fromkeys("abc", 0)
+    window.report(engine_load("e0"), now)
+    adapters = {"a": adapter_ref(1)}
+    for pause_s, version, tokens in steps:
+        now += pause_s
+        totals[version] += tokens
+        window.report(counted(totals[version], 2 * totals[version], version=version), now)
+        demands = window.demand(now, adapters)
+        assert [demand.version for demand in demands] == sorted({demand.version for demand in demands})
+        rates = window.rates(now)
+        assert rates.keys() <= {demand.version for demand in demands}
+        for demand in demands:
+            rate = rates.get(demand.version, Rates())
+            assert (demand.prefill_tokens_per_s, demand.decode_tokens_per_s) == (
+                rate.prefill_tokens,
+                rate.decode_tokens,
+            )
+            assert demand.forecast_tokens_per_s >= 0
+            assert demand.forecast_std_tokens_per_s >= 0
+    assert window.demand(now + 3 * 3600.0, adapters) == ()
+
+
+def test_an_adapter_that_is_registered_later_is_named_from_then_on() -> None:
+    window = DemandWindow(WINDOW_S)
+    window.report(counted(0), 0.0)
+    window.report(counted(6000), 2 * WINDOW_S)
+    assert told(window, 2 * WINDOW_S)[V].name == ""
+    assert told(window, 2 * WINDOW_S, {V: PIRATE})[V].name == PIRATE.name
+
+
+def test_demand_that_did_not_change_is_not_made_again() -> None:
+    window = DemandWindow(WINDOW_S)
+    for now in (0.0, 2 * WINDOW_S):
+        for version in ("a", "b"):
+            window.report(counted(int(now), engine=version, version=version), now)
+    before = told(window, 2 * WINDOW_S)
+    window.report(counted(500, engine="a", version="a"), 2 * WINDOW_S + 1)
+    after = told(window, 2 * WINDOW_S + 1)
+    assert after["b"] is before["b"]
+    assert after["a"].prefill_tokens_per_s > before["a"].prefill_tokens_per_s
+
+
+def test_the_forecast_reaches_over_the_planners_interval() -> None:
+    near, far = Steady("e0"), Steady("e0")
+    far.window = DemandWindow(WINDOW_S, horizon_s=60.0)
+    for steady in (near, far):
+        for rate in range(0, 600, 10):
+            steady.run(int(SLOT_S), rate)
+    assert near.forecast == pytest.approx(600.0, rel=0.03)
+    assert far.forecast == pytest.approx(600.0 + 10 * (SLOTS - 1) / 2, rel=0.03)
+
+
+def test_the_std_is_what_forecasts_were_off_by() -> None:
+    steady = Steady("e0")
+    steady.run(300, tokens_per_s=100)
+    calm = told(steady.window, steady.now)[V].forecast_std_tokens_per_s
+    for rate in (0, 200) * 20:
+        steady.run(int(SLOT_S), rate)
+    shaken = told(steady.window, steady.now)[V].forecast_std_tokens_per_s
+    # A report's tokens fall into the piece in which it comes: a fifth of each piece is its neighbour's, so that 100 are
+    # expected and 40 or 160 seen, in 40 of 100 pieces.
+    assert calm < 5
+    assert shaken == pytest.approx(60 * 0.4**0.5, rel=0.1)

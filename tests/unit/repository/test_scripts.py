@@ -60,7 +60,8 @@ def test_ctrl_c_in_an_install_ends_in_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "script", ["up", "down", "status", "adapters", "rebalance", "train_adapter", "bench", "tune_kernels", "test"]
+    "script",
+    ["up", "down", "status", "adapters", "rebalance", "profile", "train_adapter", "bench", "tune_kernels", "test"],
 )
 def test_modules_in_the_users_folder_are_not_imported(script: str, tmp_path: Path) -> None:
     for name in ("random", "json", "argparse", "asyncio", "loraserve"):

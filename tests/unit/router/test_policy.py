@@ -59,8 +59,7 @@ def refusal(view: ClusterView, request: Route, **options: Any) -> Rejected:
 
 def wins(view: ClusterView, request: Route, plan: PlannedCopies | None, rounds: int = 300) -> Counter[str]:
     """How often each engine is first, over many lots."""
-    rng = Random(7)
-    choices = (route(request, view, plan, CostModel(), SLO, rng) for _ in range(rounds))
+    choices = (route(request, view, plan, CostModel(), SLO, rng) for rng in [Random(7)] for _ in range(rounds))
     return Counter(c.candidates[0].engine for c in choices if isinstance(c, Choice))
 
 
@@ -99,8 +98,7 @@ def test_the_shorter_queue_wins_and_the_prediction_is_its_length_and_the_request
     )
     best, other = candidates(view)
     assert (best.engine, best.why) == ("e1", "base")
-    assert best.predicted_s == pytest.approx(0.5, abs=0.03)
-    assert best.predicted_s > 0.5
+    assert 0.5 < best.predicted_s < 0.53
     assert other.predicted_s == pytest.approx(3.0, abs=0.1)
 
 

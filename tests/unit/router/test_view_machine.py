@@ -4,13 +4,15 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from loraserve.cost import CostModel
 from loraserve.router.engine_view import LONGEST_AVOIDANCE_S, TIMEOUTS_TO_AVOID
 from loraserve.router.view import UNSEEN_S, ClusterView
 from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
 
 ENGINES = ("e0", "e1", "e2")
 REQUESTS = tuple(f"r{n}" for n in range(6))
-ADAPTERS = (None, adapter_ref(1), adapter_ref(2))
+ADAPTERS = (None, adapter_ref(1), adapter_ref(2, rank=64))
+COSTS = (CostModel(), CostModel(lora="padded"))
 LONG_S = LONGEST_AVOIDANCE_S + UNSEEN_S
 
 engines = st.sampled_from([*ENGINES, "stranger"])
@@ -62,6 +64,13 @@ class ViewMachine(RuleBasedStateMachine):
     @rule(engine=st.sampled_from(ENGINES))
     def restart(self, engine: str) -> None:
         self.incarnations[engine] += 1
+
+    @rule(cost=st.sampled_from(COSTS))
+    def price(self, cost: CostModel) -> None:
+        """From here on what changes an engine must renew its prices; validate compares them."""
+        table = self.view.prices(cost)
+        assert [engine.name for engine in table.engines] == [view.name for view in self.view.ready()]
+        assert table.suspects == sum(view.avoided_since_s is not None for view in self.view.ready())
 
     @rule()
     def expire(self) -> None:

@@ -1,0 +1,89 @@
+"""The paper's routing: shares are drawn, whatever waits where."""
+
+from collections import Counter
+from random import Random
+
+import pytest
+
+from loraserve.cost import CostModel
+from loraserve.messages import EngineLoad, Placement, Plan, Rejected, Route
+from loraserve.router.choice import Choice, Slo
+from loraserve.router.engine_view import TIMEOUTS_TO_AVOID
+from loraserve.router.policies import ROUTERS
+from loraserve.router.shares import PlannedCopies
+from loraserve.router.view import ClusterView
+from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
+
+PIRATE = adapter_ref(1)
+HELD = {"resident": (resident(PIRATE),)}
+SLO = Slo(ttft_s=1.0, reject_factor=1.0)
+ROUNDS = 2000
+
+
+def view_of(*loads: EngineLoad) -> ClusterView:
+    view = ClusterView()
+    view.update(picture(*loads), now=100.0)
+    return view
+
+
+def plan_of(**shares: float) -> PlannedCopies:
+    copies = (Placement(version=PIRATE.version, name=PIRATE.name, engine=e, share=s) for e, s in shares.items())
+    return PlannedCopies(Plan(epoch=1, created_unix_s=0.0, placements=tuple(copies)))
+
+
+def drawn(view: ClusterView, plan: PlannedCopies | None, request: Route | None = None) -> Counter[tuple[str, str]]:
+    """How often each engine came first, and why."""
+    rng, counts = Random(3), Counter[tuple[str, str]]()
+    for _ in range(ROUNDS):
+        choice = ROUTERS["shares"](request or route_request(adapter=PIRATE), view, plan, CostModel(), SLO, rng)
+        assert isinstance(choice, Choice)
+        assert len({c.engine for c in choice.candidates}) == len(choice.candidates)
+        counts[choice.candidates[0].engine, choice.candidates[0].why] += 1
+    return counts
+
+
+def test_copies_are_drawn_in_proportion_to_their_shares_whatever_waits_there() -> None:
+    view = view_of(*(engine_load(f"e{n}", waiting_prefill_tokens=n * 50_000, **HELD) for n in range(4)))
+    counts = drawn(view, plan_of(e0=0.2, e1=0.1, e2=0.7))
+    assert set(counts) == {("e0", "planned"), ("e1", "planned"), ("e2", "planned")}
+    for engine, share in (("e0", 0.2), ("e1", 0.1), ("e2", 0.7)):
+        # Four standard deviations.
+        assert counts[engine, "planned"] / ROUNDS == pytest.approx(share, abs=4 * (share * (1 - share) / ROUNDS) ** 0.5)
+
+
+def test_a_planned_copy_that_is_not_there_yet_is_loaded_by_who_comes() -> None:
+    view = view_of(engine_load("e0", **HELD), engine_load("e1"))
+    assert drawn(view, plan_of(e1=1.0)) == {("e1", "spill"): ROUNDS}
+    assert drawn(view_of(engine_load("e0"), engine_load("e1")), plan_of(e1=1.0)) == {("e1", "load"): ROUNDS}
+
+
+def test_without_a_copy_that_is_ready_any_engine_is_drawn() -> None:
+    loads = [engine_load("e0", state="DRAINING", **HELD), engine_load("e1"), engine_load("e2")]
+    for plan in (plan_of(e0=1.0), plan_of(gone=1.0), None):
+        counts = drawn(view_of(*loads), plan)
+        assert set(counts) == {("e1", "load"), ("e2", "load")}
+        assert min(counts.values()) > ROUNDS / 2 - 4 * (ROUNDS / 4) ** 0.5
+
+
+def test_the_base_model_is_drawn_anywhere() -> None:
+    counts = drawn(view_of(*(engine_load(f"e{n}") for n in range(2))), plan_of(e0=1.0), route_request())
+    assert set(counts) == {("e0", "base"), ("e1", "base")}
+
+
+def test_who_does_not_answer_is_asked_last_and_who_has_it_first() -> None:
+    view = view_of(engine_load("e0", **HELD), engine_load("e1"), engine_load("e2", request_ids=("r7",)))
+    for number in range(TIMEOUTS_TO_AVOID):
+        view.timed_out("e0", f"lost{number}", now=100.0)
+    counts = drawn(view, plan_of(e0=1.0))
+    assert {engine for engine, _ in counts} == {"e1", "e2"}
+    assert drawn(view, plan_of(e0=1.0), route_request("r7", adapter=PIRATE)) == {("e2", "live"): ROUNDS}
+
+
+def test_it_never_goes_where_it_cannot_be_held() -> None:
+    large = adapter_ref(1, slab_bytes=5 * MIB)
+    small, fits = engine_load("e0", pool_total_bytes=4 * MIB), engine_load("e1", pool_total_bytes=8 * MIB)
+    assert {e for e, _ in drawn(view_of(small, fits), plan_of(e0=1.0), route_request(adapter=large))} == {"e1"}
+    for view, code in ((view_of(small), "adapter_unavailable"), (ClusterView(), "no_engine")):
+        answer = ROUTERS["shares"](route_request(adapter=large), view, None, CostModel(), SLO, Random(0))
+        assert isinstance(answer, Rejected)
+        assert answer.code == code

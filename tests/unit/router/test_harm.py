@@ -1,0 +1,156 @@
+"""Who is sent where for the sake of others: mixes of ranks, slabs that are read anyway, beginnings of prompts."""
+
+from random import Random
+
+import pytest
+
+from loraserve.cost import CostModel
+from loraserve.messages import AdapterRef, EngineLoad, Placement, Plan, Route
+from loraserve.router.choice import Choice, Slo
+from loraserve.router.policy import Candidate, PlannedCopies, route
+from loraserve.router.prefixes import BLOCK_TOKENS
+from loraserve.router.view import ClusterView
+from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
+
+SLO = Slo(ttft_s=100.0, reject_factor=4.0)
+LOW = adapter_ref(8, rank=8)
+HIGH = adapter_ref(128, rank=128)
+OTHER_HIGH = adapter_ref(129, rank=128)
+PADDED = CostModel(lora="padded")
+EXACT = CostModel(lora="exact", slab_byte_s=1e-9)
+
+
+def view_of(*loads: EngineLoad) -> ClusterView:
+    view = ClusterView()
+    view.update(picture(*loads), now=100.0)
+    return view
+
+
+def engine(name: str, *adapters: AdapterRef, running: int = 0, queue: int = 0, pinned: bool = False) -> EngineLoad:
+    """It holds all adapters of these tests; of these, ``running`` requests each, and pinned by the plan or not."""
+    held = tuple(
+        resident(a, pinned and a in adapters, running if a in adapters else 0) for a in (LOW, HIGH, OTHER_HIGH)
+    )
+    return engine_load(name, running=running * len(adapters), waiting_prefill_tokens=queue, resident=held)
+
+
+def best(view: ClusterView, request: Route, cost: CostModel, plan: PlannedCopies | None = None) -> Candidate:
+    choice = route(request, view, plan, cost, SLO, Random(1))
+    assert isinstance(choice, Choice)
+    return choice.candidates[0]
+
+
+@pytest.mark.parametrize("queue", [0, 20, 40])
+def test_padded_a_high_rank_keeps_away_from_low_ranks_where_another_is_nearly_as_free(queue: int) -> None:
+    view = view_of(engine("e0", LOW, running=8), engine("e1", HIGH, running=8, queue=queue))
+    assert best(view, route_request(adapter=HIGH), PADDED).engine == "e1"
+
+
+def test_padded_a_high_rank_goes_among_low_ranks_when_its_like_are_far_behind() -> None:
+    view = view_of(engine("e0", LOW, running=8), engine("e1", HIGH, running=8, queue=5000))
+    assert best(view, route_request(adapter=HIGH), PADDED).engine == "e0"
+
+
+def test_padded_a_low_rank_is_not_widened_for_nothing() -> None:
+    view = view_of(engine("e0", HIGH, running=8), engine("e1", LOW, running=8, queue=4))
+    assert best(view, route_request(adapter=LOW), PADDED).engine == "e1"
+
+
+def test_padded_what_was_just_sent_counts_among_the_ranks() -> None:
+    view = view_of(engine("e0", LOW, running=4), engine("e1", LOW, running=4))
+    view.sent("e1", route_request("r0", tokens=1, adapter=HIGH), now=100.0)
+    assert best(view, route_request("r1", adapter=HIGH), PADDED).engine == "e1"
+    assert best(view, route_request("r2", adapter=LOW), PADDED).engine == "e0"
+
+
+def test_padded_what_waits_there_is_known_after_a_report_too() -> None:
+    view = view_of(engine("e0", LOW, running=4), engine("e1", LOW, running=4))
+    view.sent("e1", route_request("r0", tokens=1, adapter=HIGH), now=100.0)
+    held = tuple(resident(a, running=4 if a == LOW else 0) for a in (LOW, HIGH))
+    waits = engine_load("e1", running=4, waiting=1, waiting_prefill_tokens=1, resident=held, request_ids=("r0",))
+    view.update(picture(engine("e0", LOW, running=4), waits, sequence=2), now=100.2)
+    assert not view.engines["e1"].pending
+    assert best(view, route_request("r1", adapter=HIGH), PADDED).engine == "e1"
+
+
+def test_padded_an_idle_engine_that_is_planned_for_low_ranks_stays_so() -> None:
+    busy = engine("e2", LOW, running=8)
+    view = view_of(engine("e0", LOW, pinned=True), engine("e1", HIGH, pinned=True, queue=20), busy)
+    assert best(view, route_request(adapter=OTHER_HIGH), PADDED).engine == "e1"
+    far = view_of(engine("e0", LOW, pinned=True), engine("e1", HIGH, pinned=True, queue=5000), busy)
+    assert best(far, route_request(adapter=OTHER_HIGH), PADDED).engine == "e0"
+
+
+def test_exact_ranks_mix_freely() -> None:
+    view = view_of(engine("e0", LOW, running=8), engine("e1", HIGH, running=8, queue=100))
+    assert best(view, route_request(adapter=OTHER_HIGH), EXACT).engine == "e0"
+
+
+def test_exact_a_slab_that_is_read_anyway_costs_nothing_more() -> None:
+    heavy = adapter_ref(1, rank=8, slab_bytes=16 * MIB)
+    other = adapter_ref(2, rank=8, slab_bytes=16 * MIB)
+    loads = [
+        engine_load(f"e{n}", running=1, resident=(resident(heavy, running=n), resident(other, running=1 - n)))
+        for n in range(2)
+    ]
+    assert best(view_of(*loads), route_request(adapter=heavy), EXACT).engine == "e1"
+    assert best(view_of(*loads), route_request(adapter=other), EXACT).engine == "e0"
+
+
+def test_a_prompt_follows_its_beginning_until_the_queue_is_longer_than_what_that_saves() -> None:
+    view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50))
+    view.sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
+    view.expire(now=101.0)
+    follows = best(view, route_request("r1", tokens=4 * BLOCK_TOKENS + 9), EXACT)
+    assert (follows.engine, follows.why) == ("e1", "prefix")
+    view.update(picture(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=2000), sequence=2), now=101.0)
+    leaves = best(view, route_request("r2", tokens=4 * BLOCK_TOKENS + 9), EXACT)
+    assert (leaves.engine, leaves.why) == ("e0", "base")
+
+
+def test_a_beginning_that_decides_nothing_is_no_reason() -> None:
+    view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=500))
+    view.sent("e0", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
+    view.expire(now=101.0)
+    assert best(view, route_request("r1", tokens=4 * BLOCK_TOKENS), EXACT).why == "base"
+
+
+def test_without_a_prefix_cache_beginnings_are_worth_nothing() -> None:
+    view = ClusterView(prefix_cache=False)
+    view.update(picture(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50)), now=100.0)
+    view.sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
+    view.expire(now=101.0)
+    assert best(view, route_request("r1", tokens=4 * BLOCK_TOKENS + 9), EXACT).engine == "e0"
+
+
+def test_a_restarted_engine_has_no_beginnings() -> None:
+    view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50))
+    view.sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=100.0)
+    fresh = engine_load("e1", waiting_prefill_tokens=50, incarnation="i2")
+    view.update(picture(engine_load("e0"), fresh, sequence=2), now=100.1)
+    assert best(view, route_request("r1", tokens=4 * BLOCK_TOKENS + 9), EXACT).engine == "e0"
+
+
+def test_what_is_saved_is_no_load_either() -> None:
+    view = view_of(engine_load("e0"))
+    view.sent("e0", route_request("r0", tokens=2 * BLOCK_TOKENS), now=100.0)
+    view.sent("e0", route_request("r1", tokens=2 * BLOCK_TOKENS + 7), now=100.0)
+    assert view.engines["e0"].pending_tokens == 2 * BLOCK_TOKENS + 7
+
+
+def test_the_reason_names_the_parts_of_the_prediction() -> None:
+    plan = Plan(
+        epoch=1,
+        created_unix_s=0.0,
+        placements=(Placement(version=LOW.version, name=LOW.name, engine="e0", share=1.0),),
+    )
+    view = view_of(engine("e0", HIGH, running=8, queue=500), engine("e1", HIGH, queue=9000))
+    chosen = best(view, route_request(adapter=LOW), PADDED, PlannedCopies(plan))
+    parts = chosen.parts
+    assert parts is not None
+    assert chosen.predicted_s == pytest.approx(max(parts.queue_s, parts.load_s) + parts.own_s)
+    assert 0 < parts.step_s < parts.own_s
+    assert parts.harm_s > 0
+    assert chosen.reason.startswith(f"planned: first token in {chosen.predicted_s:.3f} s (queue {parts.queue_s:.3f}")
+    view.sent("e0", route_request("r9", adapter=LOW), 100.0, chosen)
+    assert view.story("r9") == [f"100.000 sent to e0, {chosen.reason}"]

@@ -1,0 +1,79 @@
+"""A simulated cluster under every policy."""
+
+from math import inf
+
+import pytest
+
+from loraserve.cost.profile import Profile
+from loraserve.sim.cluster import SimSettings, Simulation
+from loraserve.sim.outcome import Outcome
+from loraserve.sim.policies import POLICIES, policy_named
+from loraserve.sim.synthetic import Shape, draw
+from loraserve.sim.workload import Workload
+
+ENGINES = 3
+SETTINGS = SimSettings(plan_interval_s=5.0, window_s=10.0)
+
+
+def workload(profile: Profile, rps: float, requests: int = 300) -> Workload:
+    return draw(Shape(requests=requests, adapters=20), profile.engine.slab_bytes_per_rank).at(rps)
+
+
+def simulate(profile: Profile, policy: str, rps: float = 10.0, requests: int = 300) -> Outcome:
+    return Simulation(workload(profile, rps, requests), policy_named(policy), profile, ENGINES, SETTINGS).run()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_request_is_served_and_every_engine_ends_clean(policy: str, profile: Profile) -> None:
+    simulation = Simulation(workload(profile, 10.0), policy_named(policy), profile, ENGINES, SETTINGS)
+    outcome = simulation.run()
+    assert len(outcome.requests) == 240, "the first fifth is left out"
+    for request in outcome.requests:
+        assert request.arrival_s < (request.first_token_s or inf) <= (request.end_s or inf) < inf
+    assert outcome.p95_ttft_s < 10
+    for engine in simulation.engines.values():
+        engine.scheduler.validate()
+        assert engine.scheduler.idle
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_run_twice_is_the_same(policy: str, profile: Profile) -> None:
+    first, second = (simulate(profile, policy) for _ in range(2))
+    assert [r.first_token_s for r in first.requests] == [r.first_token_s for r in second.requests]
+
+
+def test_who_is_given_every_adapter_holds_every_adapter_and_others_do_not(profile: Profile) -> None:
+    assert simulate(profile, "toppings").bytes_share == pytest.approx(1.0)
+    assert simulate(profile, "slora-random").bytes_share == pytest.approx(1 / ENGINES, rel=0.05)
+    assert simulate(profile, "ours").bytes_share < 0.7
+
+
+def test_more_load_never_makes_it_faster(profile: Profile) -> None:
+    times = [simulate(profile, "toppings", rps).p95_ttft_s for rps in (5.0, 20.0, 80.0)]
+    assert times == sorted(times)
+
+
+def test_a_hopeless_run_is_broken_off(profile: Profile) -> None:
+    outcome = simulate(profile, "slora-random", rps=300.0, requests=1500)
+    assert outcome.hopeless
+    assert outcome.p95_ttft_s == inf
+    assert any(request.end_s is None for request in outcome.requests)
+
+
+def test_whoever_is_rejected_never_began(profile: Profile) -> None:
+    settings = SimSettings(slo_ttft_s=0.05, reject_factor=1.0, hopeless=1e9)
+    outcome = Simulation(workload(profile, 200.0), policy_named("ours"), profile, ENGINES, settings).run()
+    rejected = [request for request in outcome.requests if request.rejected]
+    assert rejected
+    assert all(request.ttft_s == inf for request in rejected)
+    assert outcome.rejected == len(rejected)
+
+
+def test_an_adapter_that_does_not_fit_is_rejected_not_lost(profile: Profile) -> None:
+    tight = draw(Shape(requests=60, adapters=20), slab_bytes_per_rank=4 << 20).at(10.0)
+    settings = SimSettings(hopeless=1e9)
+    outcome = Simulation(tight, policy_named("slora-random"), profile, ENGINES, settings).run()
+    large = {i for i, adapter in enumerate(tight.adapters) if adapter.rank == 128}
+    assert {r.adapter for r in outcome.requests if r.rejected} <= large
+    assert all(r.rejected or r.end_s is not None for r in outcome.requests)
+    assert outcome.rejected > 0

@@ -1,0 +1,116 @@
+"""Comparisons find what a known queue says, and say where ours falls short."""
+
+from collections.abc import Sequence
+from math import inf
+
+import msgspec
+import pytest
+
+from loraserve.sim import report
+from loraserve.sim.compare import LOAD_SHARES, PRECISION, Comparison, compare
+from loraserve.sim.points import Job, Point
+from loraserve.sim.synthetic import Shape
+from loraserve.testing.small_profile import small_profile
+
+CAPACITY_RPS = {"ours": 30.0, "toppings": 24.0, "slora-random": 10.0}
+"""At 4 engines."""
+BASE = Job(source=Shape(), policy="ours", engines=4, rps=0.0, profile=small_profile())
+
+
+def queue(jobs: Sequence[Job]) -> list[Point]:
+    """P95 of an M/M/1-like queue; at its capacity and above, hopeless."""
+    points = []
+    for job in jobs:
+        load = job.rps / (CAPACITY_RPS[job.policy] * job.engines / 4)
+        p95_s = 0.5 / (1 - load) if load < 0.99 else inf
+        points.append(
+            Point(
+                policy=job.policy,
+                engines=job.engines,
+                rps=job.rps,
+                p50_ttft_s=p95_s / 3,
+                p95_ttft_s=p95_s,
+                goodput_rps=job.rps,
+                tpot_s=1.0,
+                busy_share=min(load, 1.0),
+                bytes_share=1.0 if job.policy == "toppings" else 0.3,
+                held_share=0.4,
+                adapters_per_engine=10.0,
+                moves_per_interval=0.0,
+                rejected=0,
+                hopeless=p95_s > 30,
+            )
+        )
+    return points
+
+
+@pytest.fixture(scope="module")
+def comparison() -> Comparison:
+    return compare(BASE, list(CAPACITY_RPS), 7.0, queue, LOAD_SHARES)
+
+
+@pytest.mark.parametrize("policy", CAPACITY_RPS)
+def test_the_largest_load_is_where_the_p95_crosses_the_slo(policy: str, comparison: Comparison) -> None:
+    crossing_rps = CAPACITY_RPS[policy] * (1 - 0.5 / 10)
+    assert comparison.results[policy].max_rps == pytest.approx(crossing_rps, rel=PRECISION)
+
+
+@pytest.mark.parametrize("guess_rps", [0.01, 1.0, 1000.0])
+def test_a_bad_guess_costs_time_only(guess_rps: float) -> None:
+    found = compare(BASE, ["toppings"], guess_rps, queue, (0.8,), count_engines=False)
+    assert found.results["toppings"].max_rps == pytest.approx(24 * 0.95, rel=PRECISION)
+
+
+def test_all_are_compared_at_shares_of_the_best_baselines_load(comparison: Comparison) -> None:
+    assert comparison.best_baseline == "toppings"
+    best_rps = comparison.best_baseline_rps
+    assert comparison.p95_at("ours", 0.8) == pytest.approx(0.5 / (1 - 0.8 * best_rps / 30))
+    assert comparison.p95_at("slora-random", 1.2) == inf
+
+
+def test_engines_needed_are_the_fewest_that_serve_the_load(comparison: Comparison) -> None:
+    assert comparison.results["toppings"].engines_needed == 4
+    assert comparison.results["ours"].engines_needed == 4, "3 engines would have a capacity of 22.5"
+    assert comparison.results["slora-random"].engines_needed == 10
+
+
+def test_a_policy_that_cannot_at_any_size_needs_no_number_of_engines() -> None:
+    def never(jobs: Sequence[Job]) -> list[Point]:
+        return [
+            msgspec.structs.replace(p, p95_ttft_s=inf, hopeless=True) if p.policy == "slora-random" else p
+            for p in queue(jobs)
+        ]
+
+    found = compare(BASE, list(CAPACITY_RPS), 7.0, never, LOAD_SHARES)
+    assert found.results["slora-random"].engines_needed is None
+    assert found.results["slora-random"].max_rps == 0.0
+
+
+def test_where_ours_falls_short_is_said(comparison: Comparison) -> None:
+    said = " ".join(report.shortfalls(comparison))
+    assert "30.0% of all adapter bytes" in said
+    assert "2x" not in said
+    results = {**comparison.results, "ours": comparison.results["slora-random"]}
+    worse = " ".join(report.shortfalls(msgspec.structs.replace(comparison, results=results)))
+    assert "1.00x of slora-random's, not 2x" in worse
+    assert "P95 TTFT at 80% load" in worse
+
+
+def test_the_json_has_null_for_what_is_not_finite(comparison: Comparison) -> None:
+    found = report.as_json(comparison)
+    assert found["slora-random"]["p95_at_80pct_s"] is None
+    assert set(found["ours"]) == {
+        "max_rps",
+        "p95_at_80pct_s",
+        "engines_needed",
+        "adapter_bytes_share",
+        "moves_per_interval",
+    }
+
+
+def test_tables_name_every_policy_and_load(comparison: Comparison) -> None:
+    for text in (report.summary(comparison), report.load_table(comparison), report.grid_table({"w": comparison})):
+        assert len({len(line.split("  ")) for line in text.splitlines()}) >= 1
+    assert all(name in report.summary(comparison) for name in CAPACITY_RPS)
+    assert "120%" in report.load_table(comparison)
+    assert report.gains({"w": comparison})["vs_toppings_best"] == pytest.approx(1.25, rel=0.05)
