@@ -78,7 +78,8 @@ def _round(problem: Problem, filling: Filling, ideal_s: float, held: Copies) -> 
     if not any(held):
         return _candidate(problem, held, _fresh(problem, filling, held))
     kept = best = _candidate(problem, held, _kept(problem, filling, held))
-    if kept.placed >= 1 - PLACED and kept.ttft_s <= ideal_s * (1 + HYSTERESIS):
+    # On a guess nothing moves: a night without requests must not undo the day's plan.
+    if problem.quiet or (kept.placed >= 1 - PLACED and kept.ttft_s <= ideal_s * (1 + HYSTERESIS)):
         return kept
     levelled = list(kept.copies)
     level(problem, levelled, kept.pieces)
