@@ -1,6 +1,6 @@
 """Our side over HTTP: a real cluster on a free port, in a data folder of its own."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,18 @@ from loraserve.testing.local_cluster import LocalCluster
 
 
 class OurCluster(LocalCluster):
-    """``engines`` share the cores; the model folder is only read."""
+    """``engines`` share the cores; the model folder is only read. ``settings`` are section.key=value."""
 
-    def __init__(self, folder: Path, model: Path, adapters: Mapping[str, Path], engines: int) -> None:
-        flags = ("--model", str(model), "--name", model.name, "--engines", str(engines))
+    def __init__(
+        self,
+        folder: Path,
+        model: Path,
+        adapters: Mapping[str, Path],
+        engines: int,
+        settings: Sequence[str] = (),
+    ) -> None:
+        flags = ["--model", str(model), "--name", model.name, "--engines", str(engines)]
+        flags += [f"--set={setting}" for setting in settings]
         super().__init__(folder, *flags, adapters=adapters)
         self._model = model.name
 

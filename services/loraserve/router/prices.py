@@ -50,6 +50,7 @@ class Prices(NamedTuple, Generic[T]):
     longest_tokens: T
     largest_extent_bytes: T
     avoided: T
+    """0 where it is asked in its turn; see EngineView.reluctance."""
 
 
 class Common(NamedTuple):
@@ -97,7 +98,7 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
         room_wait_s=request_s,
         longest_tokens=load.max_model_tokens or INFINITY,
         largest_extent_bytes=engine.largest_extent_bytes,
-        avoided=engine.avoided_since_s is not None,
+        avoided=engine.reluctance,
     )
 
 
