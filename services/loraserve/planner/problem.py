@@ -52,8 +52,8 @@ class Work(msgspec.Struct, frozen=True, eq=False):
 
 
 class Problem(msgspec.Struct, frozen=True, eq=False):
-    """``room_bytes``: of each engine, what the plan may use. ``alone``: by engine, the copies of an adapter that has one
-    there: tuples that all such adapters share. ``pins``: adapter to the engines it is pinned to that are there.
+    """``room_bytes``: of each engine, what the plan may use. ``alone``: by engine, the copies of an adapter that has
+    one there: tuples that all such adapters share. ``pins``: adapter to the engines it is pinned to that are there.
     ``quiet``: nothing is asked for, and ``work`` is a guess. ``batch``: sequences that an engine can decode at once.
     ``steps_per_s``: of an engine at half of that."""
 
