@@ -181,12 +181,10 @@ class PlannerService(Service):
                 return RebalanceDone(plan=done.plan, moves=(), applied=False, message=done.message, failed=failed)
             ended = await self._roll_out(placements)
             failed = (*failed, *ended.failed)
-            made = ()
-            if ended.applied:
-                made = tuple(diff(before, self._rollout.plan.placements, self._adapters, expected))
-            return RebalanceDone(
-                plan=self._rollout.plan, moves=made, applied=ended.applied, message="; ".join(failed), failed=failed
-            )
+            plan = self._rollout.plan
+            made = tuple(diff(before, plan.placements, self._adapters, expected)) if ended.applied else ()
+            text = "; ".join(failed)
+            return RebalanceDone(plan=plan, moves=made, applied=ended.applied, message=text, failed=failed)
 
     def _nothing_done(self, message: str, failed: bool = False) -> RebalanceDone:
         problems = (message,) if failed else ()
