@@ -17,6 +17,7 @@ from loraserve.router.view import ClusterView
 HARM_WEIGHT = 1.0
 """Seconds of this request's start that a second of an engine's time is worth, taken from one who is there or comes
 before the queue is gone: it is paid once for whoever is there, and once for each who comes (see ``harm_weight``)."""
+K = 1.0
 LOAD_HARM = 0.5
 """Seconds of an engine's time that a second of loading costs it: room and bandwidth are taken from others."""
 PRIOR_STEPS = 0.5
@@ -73,7 +74,7 @@ def harm_weight(view: ClusterView, table: PriceTable) -> float:
     """An engine's time that is lost delays all who arrive while its queue lasts: nearly nobody where engines are idle,
     and many near the limit, where only what it costs decides how much can be served."""
     arrivals = view.requests_per_s / len(table.engines) * table.mean_queue_s
-    return HARM_WEIGHT * (1 + arrivals)
+    return HARM_WEIGHT + K * arrivals
 
 
 def columns_near(request: Route, view: ClusterView) -> Near:
