@@ -12,7 +12,7 @@ import pytest
 from harness.report import BenchError
 from hypothesis import given
 from hypothesis import strategies as st
-from live.cluster import LiveResult, cluster_settings, read_logs
+from live.cluster import LiveResult, cluster_settings, misplaced, read_logs
 from live.cpu_share import Meter, held_to, share_of_core, used_s, waited_s
 from live.policies import CONTIGUOUS, OURS, RANDOM
 from live.prediction import Predicted, predict
@@ -23,9 +23,10 @@ from policies import Bench, main
 from workers.limit_cpu import LARGEST_CREDIT_S, Budget
 
 from loraserve.config import load_config
-from loraserve.cost import CostModel, StepShape
+from loraserve.cost import CostModel, StepShape, extent_bytes
 from loraserve.cost.derived import ITEM_BYTES, rank_elements
 from loraserve.model_shape import ModelShape
+from loraserve.planner.placement import POOL_FRACTION
 
 SHAPE = ModelShape(layers=8, hidden=384, heads=12, kv_heads=4, head_dim=32, ffn=1024, vocab=94)
 COST = CostModel(
@@ -117,6 +118,19 @@ def test_settings_of_the_cluster_are_settings() -> None:
     config = load_config(environ={}, overrides=[*ENGINE_SETTINGS, *cluster_settings(1.5, Path("profile.json"))])
     assert (config.router.slo_ttft_s, config.cluster.profile) == (1.5, "profile.json")
     assert load_config(environ={}, overrides=cluster_settings(1.5, None)).cluster.profile == ""
+
+
+def test_pinned_copies_have_to_be_where_they_are_pinned() -> None:
+    placements = [{"name": "a", "engine": "engine-0"}, {"name": "b", "engine": "engine-1"}]
+    assert misplaced(placements, {"a", "b"}, {}) == {}
+    assert misplaced(placements, {"a", "b"}, {"a": ["engine-0"], "b": ["engine-1"]}) == {}
+    assert misplaced(placements, {"a", "b", "c"}, {"a": ["engine-3"]}) == {"a": ["engine-0"], "c": []}
+
+
+def test_any_adapters_that_are_dealt_to_one_engine_fit_into_its_plan() -> None:
+    extents = sorted(extent_bytes(adapter.slab_bytes) for adapter in scene().workload.adapters)
+    pool_bytes = load_config(environ={}, overrides=ENGINE_SETTINGS).engine.pool_bytes
+    assert sum(extents[-len(extents) // ENGINES :]) <= POOL_FRACTION * pool_bytes < sum(extents)
 
 
 def scene() -> Scene:
