@@ -189,6 +189,18 @@ def engine_count(config: Config) -> int:
     return config.cluster.engines or default_engines(config.engine.device)
 
 
+def check_pins(config: Config) -> None:
+    """Raises ConfigError where an adapter is pinned to an engine that this cluster does not have, or to none."""
+    names = engine_names(config)
+    for adapter, engines in config.planner.pins.items():
+        field = f"planner.pins.{adapter}"
+        if not engines:
+            raise ConfigError(f"{field} names no engine; name some of {', '.join(names)}, or leave the pin out")
+        for engine in engines:
+            if engine not in names:
+                raise ConfigError(f"{field}: there is no engine {engine!r}; this cluster has {', '.join(names)}")
+
+
 def _read_toml(path: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())

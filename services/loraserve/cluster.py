@@ -19,7 +19,7 @@ from loraserve.demo import demo_adapters
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
 from loraserve.errors import ConfigError, LoraServeError
-from loraserve.supervisor.preflight import check_disk, check_model, check_not_running, check_port
+from loraserve.supervisor.preflight import check_configuration, check_disk, check_model, check_not_running, check_port
 from loraserve.supervisor.processes import ProcessFailed
 from loraserve.supervisor.state import RunState, clear_run_dir, read_state, stop_cluster, write_state
 from loraserve.supervisor.up import LocalCluster, base_url, try_lines
@@ -47,6 +47,7 @@ def up(arguments: argparse.Namespace) -> int:
     """Start everything and stay with it until stopped; with --detach, until it is ready."""
     config = _configuration(arguments)
     run_dir = Path(config.cluster.run_dir)
+    check_configuration(config)
     check_not_running(run_dir)
     check_port(config.gateway.host, config.gateway.port)
     for folder in (Path(config.cluster.log_dir), Path(config.cluster.data_dir)):

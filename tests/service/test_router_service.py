@@ -73,9 +73,10 @@ class Stage:
         self.monitor.publish("load", picture(*(loads or queued), sequence=self.sequence))
         await asyncio.sleep(0.01)
 
-    async def plan(self, epoch: int, engine: str) -> None:
+    async def plan(self, epoch: int, engine: str, created_unix_s: float = 0.0, drained: tuple[str, ...] = ()) -> None:
         copy = Placement(version=PIRATE.version, name=PIRATE.name, engine=engine, share=1.0)
-        self.planner.publish("plan", Plan(epoch=epoch, created_unix_s=0.0, placements=(copy,)))
+        plan = Plan(epoch=epoch, created_unix_s=created_unix_s, placements=(copy,), drained=drained)
+        self.planner.publish("plan", plan)
         await asyncio.sleep(0.01)
 
     async def route(self, request: Route | None = None) -> Routed | Rejected:
@@ -318,13 +319,29 @@ def test_a_request_that_is_asked_for_again_goes_where_it_runs() -> None:
 
 def test_the_plan_settles_ties_and_another_epoch_replaces_it() -> None:
     async def scenario(stage: Stage) -> None:
-        for epoch, engine in ((5, "e1"), (6, "e0"), (1, "e1")):
-            await stage.plan(epoch, engine)
+        # A planner that lost its disk may come to the same epoch with another plan.
+        for epoch, created_unix_s, engine in ((5, 1.0, "e1"), (6, 2.0, "e0"), (1, 3.0, "e1"), (1, 4.0, "e0")):
+            await stage.plan(epoch, engine, created_unix_s)
             for number in range(6):
                 await asyncio.sleep(2.0)
                 await stage.see(engine_load("e0", **HELD), engine_load("e1", **HELD))
-                answer = await stage.route(route_request(f"{epoch}-{number}", tokens=1, adapter=PIRATE))
+                answer = await stage.route(route_request(f"{created_unix_s}-{number}", tokens=1, adapter=PIRATE))
                 assert isinstance(answer, Routed)
                 assert (answer.engine, answer.why) == (engine, "planned")
 
     play(scenario, takes, takes)
+
+
+@pytest.mark.parametrize(
+    ("other", "expected"),
+    [(takes, "e1"), (silent, "e0"), (refuses("draining"), "e0"), (refuses("overloaded"), "overloaded")],
+    ids=["takes", "silent", "draining", "overloaded"],
+)
+def test_a_drained_engine_takes_what_is_lost_elsewhere_and_nothing_more(other: Script, expected: str) -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.plan(1, "e0", drained=("e0",))
+        await stage.see()
+        answer = await stage.route(route_request())
+        assert (answer.engine if isinstance(answer, Routed) else answer.code) == expected
+
+    play(scenario, takes, other)

@@ -10,7 +10,7 @@ from loraserve.messages.base import PROTOCOL_VERSION, AdapterRef, Message, Sampl
 from loraserve.messages.engine_gateway import Failed, TokenBatch, TokenDelta
 from loraserve.messages.engine_monitor import AdapterTokens, EngineLoad, ResidentAdapter
 from loraserve.messages.gateway_engine import Abort
-from loraserve.messages.gateway_planner import GetPlan, Rebalance, RebalanceDone
+from loraserve.messages.gateway_planner import Drain, GetPlan, Rebalance, RebalanceDone
 from loraserve.messages.gateway_router import Rejected, Route, Routed
 from loraserve.messages.monitor_cluster import AdapterDemand, ClusterLoad, EngineSeen
 from loraserve.messages.planner_engine import Prepared, PreparePlan, RetireCopies, RetireDone
@@ -33,7 +33,7 @@ from loraserve.messages.store import (
 ToGateway = TokenBatch | Failed | ClusterLoad | RegistryChanged | Ping
 ToRouter = Route | ClusterLoad | Plan | Ping
 ToMonitor = EngineLoad | RegistryChanged | Ping
-ToPlanner = ClusterLoad | RegistryChanged | Rebalance | GetPlan | Ping
+ToPlanner = ClusterLoad | RegistryChanged | Rebalance | Drain | GetPlan | Ping
 ToEngine = Admit | Abort | PreparePlan | RetireCopies | Ping
 ToStore = RegisterAdapter | UnregisterAdapter | ListAdapters | OpenSlab | ReadSlab | Ping
 
@@ -49,6 +49,7 @@ __all__ = [
     "Admit",
     "Admitted",
     "ClusterLoad",
+    "Drain",
     "EngineLoad",
     "EngineSeen",
     "Failed",

@@ -61,4 +61,6 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     """Of one step, prefill and decode together; 0 where an older engine does not say."""
     leaks: int = 0
     """Times that the engine, idle, found its own state inconsistent or memory held by nobody."""
+    plan_epoch: int = 0
+    """The newest epoch that this incarnation was asked to prepare or to retire for; 0 before the first."""
     supports: dict[str, str] = msgspec.field(default_factory=dict)

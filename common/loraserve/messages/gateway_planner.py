@@ -14,6 +14,16 @@ class Rebalance(Message, frozen=True, tag=True, kw_only=True):
     dry_run: bool = False
 
 
+class Drain(Message, frozen=True, tag=True, kw_only=True):
+    """Empty an engine (``on``) or use it again: remembered over restarts, and rolled out at once.
+
+    Answered by RebalanceDone once the plan without it is in force, or could not be; requests that run there finish.
+    """
+
+    engine: str
+    on: bool
+
+
 class RebalanceDone(Message, frozen=True, tag=True, kw_only=True):
     """``applied`` False for dry runs and when nothing was to be done. ``failed`` says what could not be, in words."""
 

@@ -4,7 +4,10 @@ from loraserve.messages.base import AdapterRef, Message
 
 
 class PreparePlan(Message, frozen=True, tag=True, kw_only=True):
-    """Load and pin these copies. Answered by Prepared when all are resident or have failed."""
+    """Load and pin these copies. Answered by Prepared when all are resident or have failed.
+
+    Epochs are a fence: an older one than an engine has heard of is refused, copy by copy.
+    """
 
     epoch: int
     adapters: tuple[AdapterRef, ...]
@@ -20,7 +23,8 @@ class Prepared(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RetireCopies(Message, frozen=True, tag=True, kw_only=True):
-    """Unpin everything but ``keep`` (versions); it goes when memory is wanted and nobody runs it."""
+    """Unpin everything that was prepared up to ``epoch`` but ``keep`` (versions); it goes when memory is wanted and
+    nobody runs it. What was prepared for newer epochs stays, so a late one does no harm."""
 
     epoch: int
     keep: tuple[str, ...]

@@ -30,8 +30,12 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(Message, frozen=True, tag=True, kw_only=True):
-    """A complete plan. Epochs only grow, over restarts of the planner too."""
+    """A complete plan. Epochs only grow, over restarts of the planner too; those that were given up leave gaps.
+
+    ``drained`` engines get no new requests while any other is ready.
+    """
 
     epoch: int
     created_unix_s: float
     placements: tuple[Placement, ...]
+    drained: tuple[str, ...] = ()

@@ -43,7 +43,7 @@ class PlanPrepared(msgspec.Struct, frozen=True):
 
 
 class CopiesRetired(msgspec.Struct, frozen=True):
-    """The planner no longer wants any copy but ``keep`` (versions)."""
+    """The planner no longer wants any copy of plans up to ``epoch`` but ``keep`` (versions)."""
 
     epoch: int
     keep: tuple[str, ...]

@@ -103,6 +103,7 @@ class SchedulerLoad(msgspec.Struct, frozen=True, kw_only=True):
     loading: tuple[str, ...]
     adapter_tokens: tuple[AdapterTokens, ...]
     request_ids: tuple[str, ...]
+    plan_epoch: int
 
 
 def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
@@ -140,4 +141,5 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
         loading=tuple(e.adapter.version for e in entries if not e.resident),
         adapter_tokens=scheduler.counts.by_adapter(),
         request_ids=tuple(s.request_id for s in live),
+        plan_epoch=scheduler.residency.plan_epoch,
     )

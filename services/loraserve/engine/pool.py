@@ -21,6 +21,8 @@ class Entry(msgspec.Struct):
     resident: bool = False
     running: int = 0
     planned: bool = False
+    planned_epoch: int = 0
+    """Of the last plan that wanted it here."""
     used_s: float = 0.0
 
     @property
@@ -130,12 +132,13 @@ class AdapterPool:
         entry.running -= 1
         entry.used_s = now
 
-    def plan(self, version: str, wanted: bool) -> bool:
-        """Set or drop the plan's pin; True where that changed something."""
+    def plan(self, version: str, wanted: bool, epoch: int = 0) -> bool:
+        """Set the pin of the plan of an epoch, or drop it; True where that changed something."""
         entry = self._entries.get(version)
         changed = entry is not None and entry.planned != wanted
         if entry is not None:
             entry.planned = wanted
+            entry.planned_epoch = epoch if wanted else 0
         return changed
 
     def validate(self) -> None:

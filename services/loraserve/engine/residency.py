@@ -20,6 +20,8 @@ class Residency:
         self.pool = AdapterPool(limits.pool_bytes, limits.max_adapters, max_rank=limits.max_rank)
         self._max_loads = limits.max_loads
         self._story = story
+        self.plan_epoch = 0
+        """The newest plan that was heard of, 0 before the first."""
         self._epoch: int | None = None
         self._wanted: dict[str, AdapterRef] = {}
         self._failed: dict[str, str] = {}
@@ -30,9 +32,15 @@ class Residency:
         return version == "" or (entry is not None and entry.resident)
 
     def prepare(self, epoch: int, adapters: tuple[AdapterRef, ...]) -> list[Instruction]:
-        """The plan wants these; a plan that was still being prepared is given up."""
+        """The plan wants these; a plan that was still being prepared is given up.
+
+        What a planner asked for before it died may come after what its successor asked for: it is refused.
+        """
+        if epoch < self.plan_epoch:
+            late = f"epoch {epoch} is older than epoch {self.plan_epoch}, which was asked for here already"
+            return [PlanReady(epoch, dict.fromkeys((a.version for a in adapters), late))]
         ended = self._end_plan("a newer plan came") if self._epoch is not None else []
-        self._epoch = epoch
+        self._epoch = self.plan_epoch = epoch
         self._wanted = {adapter.version: adapter for adapter in adapters}
         self._failed = {}
         for adapter in adapters:
@@ -43,12 +51,20 @@ class Residency:
                 self._settle(adapter.version)
         return [*ended, *self._plan_done()]
 
-    def retire(self, keep: tuple[str, ...]) -> int:
-        """Pins that go."""
+    def retire(self, epoch: int, keep: tuple[str, ...]) -> list[Instruction]:
+        """Nothing that a plan up to ``epoch`` wanted is wanted any more, but ``keep``: pins go, and loads to come.
+
+        Newer plans are not touched. A plan that was prepared and never published goes with the next epoch that is.
+        """
+        self.plan_epoch = max(self.plan_epoch, epoch)
         kept = set(keep)
-        return sum(
-            self.pool.plan(e.adapter.version, False) for e in self.pool.entries() if e.adapter.version not in kept
-        )
+        for entry in self.pool.entries():
+            if entry.planned_epoch <= epoch and entry.adapter.version not in kept:
+                self.pool.plan(entry.adapter.version, False)
+        if self._epoch is not None and self._epoch <= epoch:
+            for version in self._wanted.keys() - kept:
+                self._fail(version, f"epoch {epoch} does without it")
+        return self._plan_done()
 
     def loaded(self, version: str) -> list[Instruction]:
         self.pool.loaded(version)
@@ -102,7 +118,8 @@ class Residency:
         return [*evictions, LoadAdapter(adapter, placed.slot, placed.offset_bytes)]
 
     def _settle(self, version: str) -> None:
-        self.pool.plan(version, True)
+        assert self._epoch is not None, "nothing is wanted but by a plan that is being prepared"
+        self.pool.plan(version, True, self._epoch)
         self._wanted.pop(version, None)
 
     def _fail(self, version: str, message: str) -> None:

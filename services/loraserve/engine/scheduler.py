@@ -76,9 +76,8 @@ class Scheduler:
                 instructions = self._load_failed(version, code, message, now)
             case PlanPrepared(epoch, adapters):
                 instructions = self.residency.prepare(epoch, adapters)
-            case CopiesRetired(_, keep):
-                self.residency.retire(keep)
-                instructions = []
+            case CopiesRetired(epoch, keep):
+                instructions = self.residency.retire(epoch, keep)
         return instructions + self._go_on(now)
 
     def load(self) -> SchedulerLoad:

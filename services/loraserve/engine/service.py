@@ -7,7 +7,7 @@ its results, so that the first can hand it the next step.
 
 import asyncio
 import time
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -77,8 +77,8 @@ class EngineService(Service):
         # Emptied by one loop: the scheduler must hear of steps in their order, whether they fail or not.
         self._steps: asyncio.Queue[tuple[StepBatch, asyncio.Future[StepResult]]] = asyncio.Queue()
         self._rates = Rates()
-        # Plans are answered in the order in which they came, each once, whatever their epochs.
-        self._preparing: deque[Envelope] = deque()
+        # Plans are answered each once; those of one epoch in the order in which they came.
+        self._preparing: list[Envelope] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self._leaks = 0
@@ -221,7 +221,9 @@ class EngineService(Service):
 
     def _answer_plan(self, epoch: int, failed: dict[str, str]) -> None:
         answer = Prepared(engine=self.bus.name, incarnation=self.bus.incarnation, epoch=epoch, failed=failed)
-        self.bus.respond(self._preparing.popleft(), answer)
+        asked = next(envelope for envelope in self._preparing if envelope.message.epoch == epoch)
+        self._preparing.remove(asked)
+        self.bus.respond(asked, answer)
 
     async def _report_load(self) -> None:
         while True:

@@ -1,4 +1,7 @@
-"""GET /admin/cluster and /admin/plan, POST /admin/rebalance: what the operators' scripts read and ask for."""
+"""What the operators' scripts read and ask for.
+
+GET /admin/cluster and /admin/plan, POST /admin/rebalance, POST /admin/engines/{id}/drain and .../undrain.
+"""
 
 import asyncio
 from typing import Any, TypeVar
@@ -12,7 +15,7 @@ from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import ApiError, unavailable
 from loraserve.gateway.health import ping
 from loraserve.gateway.openai_schema import RebalanceRequest, decode
-from loraserve.messages import GetPlan, Plan, Rebalance, RebalanceDone
+from loraserve.messages import Drain, GetPlan, Plan, Rebalance, RebalanceDone
 
 T = TypeVar("T")
 
@@ -41,6 +44,7 @@ async def cluster(http: web.Request) -> web.Response:
             ],
             "demand": watch.cluster.demand if watch.cluster else (),
             "plan_epoch": plan.epoch if plan else None,
+            "drained": plan.drained if plan else (),
             "registry": {"revision": gateway.registry.revision, "adapters": gateway.registry.adapters},
         }
     )
@@ -58,12 +62,29 @@ async def rebalance(http: web.Request) -> web.Response:
     return reply(await ask_planner(gateway, Rebalance(dry_run=bool(request.dry_run)), RebalanceDone, timeout_s))
 
 
+async def drain(http: web.Request) -> web.Response:
+    """No new requests for the engine, and its copies move elsewhere; answered once they have. Repeating is fine."""
+    return await set_drained(http, on=True)
+
+
+async def undrain(http: web.Request) -> web.Response:
+    return await set_drained(http, on=False)
+
+
+async def set_drained(http: web.Request, on: bool) -> web.Response:
+    gateway = http.app[GATEWAY]
+    timeout_s = gateway.config.planner.prepare_timeout_s + REBALANCE_MARGIN_S
+    return reply(await ask_planner(gateway, Drain(engine=http.match_info["id"], on=on), RebalanceDone, timeout_s))
+
+
 async def ask_planner(gateway: Gateway, message: Any, answer: type[T], timeout_s: float) -> T:
     try:
         return await gateway.bus.request(PLANNER, message, answer, timeout_s)
     except RequestTimeout as error:
         raise unavailable(f"The planner gave no answer ({error}); try again", "no_planner") from error
     except PeerError as error:
+        if error.code == "unknown_engine":
+            raise ApiError(404, error.message, param="id", code="engine_not_found") from error
         raise ApiError(500, f"The planner refused: {error.message}", type_="server_error", code=error.code) from error
 
 

@@ -43,6 +43,8 @@ def make_app(gateway: Gateway) -> web.Application:
             web.get("/admin/cluster", admin.cluster),
             web.get("/admin/plan", admin.plan),
             web.post("/admin/rebalance", admin.rebalance),
+            web.post("/admin/engines/{id}/drain", admin.drain),
+            web.post("/admin/engines/{id}/undrain", admin.undrain),
         ]
     )
     return app

@@ -24,8 +24,25 @@ examples:
   scripts/rebalance                   plan from the demand seen so far and make it so, now
   scripts/rebalance --json | jq .moves
 
+GAIN is how much sooner 95 of 100 requests are predicted to start after the move; one for memory or a drain has none.
 New copies are loaded before requests are sent to them, and old ones go once nobody runs them: no request fails.
 The planner does the same by itself every planner.interval_s. The exit status is 1 when something could not be done.
+"""
+
+DRAIN = """\
+examples:
+  scripts/drain engine-1              empty it: no new requests, its copies move elsewhere, what runs there finishes
+  scripts/drain engine-1 --timeout 60 give up waiting after a minute; it goes on draining all the same
+  scripts/undrain engine-1            use it again
+
+Ends once the engine has no request and no planned copy, so that it can be stopped or worked on. A drain outlives
+restarts of the engine and of the planner. The exit status is 1 when the engine is not empty in the end, as where no
+other engine is there to take over.
+"""
+
+UNDRAIN = """\
+examples:
+  scripts/undrain engine-1            use a drained engine again; copies come back as demand asks for them
 """
 
 ADAPTERS = """\
@@ -47,6 +64,11 @@ def parser() -> argparse.ArgumentParser:
     status.add_argument("--watch", action="store_true", help="again every 2 s, until Ctrl-C")
     rebalance = _command(commands, "rebalance", "Places adapters anew from the demand seen so far.", REBALANCE)
     rebalance.add_argument("--dry-run", action="store_true", help="say what would move, change nothing")
+    drain = _command(commands, "drain", "Empties an engine, and waits until it is empty.", DRAIN)
+    drain.add_argument("engine", metavar="ENGINE", help="such as engine-1; scripts/status lists them")
+    drain.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="wait no longer (600)")
+    undrain = _command(commands, "undrain", "Uses a drained engine again.", UNDRAIN)
+    undrain.add_argument("engine", metavar="ENGINE")
     adapters = _command(commands, "adapters", "Lists, loads and unloads the adapters of a running cluster.", ADAPTERS)
     actions = adapters.add_subparsers(dest="action", metavar="list | load NAME DIR [--replace] | unload NAME")
     # The flags may also stand behind the action; there they have no default, which would undo those before it.

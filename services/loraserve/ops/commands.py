@@ -4,7 +4,7 @@ import argparse
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -12,7 +12,9 @@ import msgspec
 
 from loraserve.ops import adapters, rebalance, status
 from loraserve.ops.arguments import parser
+from loraserve.ops.drain import do_drain, do_undrain
 from loraserve.ops.http import Ask, GatewayAddress, OpsError, exchange, patience
+from loraserve.ops.text import one_line
 
 WATCH_INTERVAL_S = 2.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
@@ -22,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 0 done, 1 could not be done, 2 wrong usage."""
     arguments = parser().parse_args(argv)
     ask = partial(exchange, GatewayAddress(arguments.url, arguments.api_key))
-    run = {"status": show_status, "rebalance": do_rebalance, "adapters": do_adapters}[arguments.command]
+    run = COMMANDS[arguments.command]
     try:
         return run(arguments, ask)
     except OpsError as error:
@@ -104,5 +106,10 @@ def store_path(text: str) -> str:
     return str(path.resolve()) if path.is_dir() else text
 
 
-def one_line(content: bytes) -> str:
-    return msgspec.json.format(content, indent=-1).decode()
+COMMANDS: dict[str, Callable[[argparse.Namespace, Ask], int]] = {
+    "status": show_status,
+    "rebalance": do_rebalance,
+    "drain": do_drain,
+    "undrain": do_undrain,
+    "adapters": do_adapters,
+}

@@ -24,10 +24,22 @@ def render(done: RebalanceDone, dry_run: bool) -> str:
 
 def moves_table(moves: tuple[Move, ...]) -> str:
     rows = [
-        [m.name, m.source or "(new copy)", m.target or "(copy goes)", size(m.slab_bytes) if m.target else "-", m.reason]
-        for m in moves
+        [
+            move.name,
+            move.source or "(new copy)",
+            move.target or "(copy goes)",
+            size(move.slab_bytes) if move.target else "-",
+            gain(move.gain_s),
+            move.reason,
+        ]
+        for move in moves
     ]
-    return table(["ADAPTER", "FROM", "TO", "SIZE", "REASON"], rows)
+    return table(["ADAPTER", "FROM", "TO", "SIZE", "GAIN", "REASON"], rows)
+
+
+def gain(gain_s: float) -> str:
+    """How much sooner requests are predicted to start; a move for memory or for a drain has none, or costs some."""
+    return f"{gain_s * 1000:.1f} ms" if gain_s else "-"
 
 
 def verdict(done: RebalanceDone, dry_run: bool) -> str:
@@ -39,7 +51,7 @@ def verdict(done: RebalanceDone, dry_run: bool) -> str:
     if done.applied and done.moves:
         return f"epoch {done.plan.epoch}: {count} made, {brought} loaded"
     if done.applied:
-        return f"epoch {done.plan.epoch}: no copy changed its place; what engines had lost was asked for again"
+        return f"epoch {done.plan.epoch}: no copy changed its place; shares, drains and lost copies were set right"
     return f"epoch {done.plan.epoch} stays: {done.message or 'nothing was applied'}"
 
 

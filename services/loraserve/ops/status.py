@@ -40,6 +40,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     engines: tuple[EngineState, ...]
     demand: tuple[AdapterDemand, ...]
     plan_epoch: int | None
+    drained: tuple[str, ...] = ()
     registry: RegistryState
 
 
@@ -77,16 +78,30 @@ def processes(state: ClusterState) -> str:
 def engines(state: ClusterState) -> str:
     return table(
         ["ENGINE", "ALIVE", "WAITING", "RUNNING", "KV CACHE", "ADAPTER POOL", "POOL USED", "DECODE STEP"],
-        [_engine_row(engine) for engine in state.engines],
+        [_engine_row(engine, engine.name in state.drained) for engine in state.engines],
     )
 
 
-def _engine_row(engine: EngineState) -> list[str]:
+def left_to_drain(load: EngineLoad) -> tuple[int, int]:
+    """Requests and planned copies that a drained engine still has."""
+    return load.running + load.waiting, sum(adapter.pinned for adapter in load.resident)
+
+
+def engine_state(engine: EngineState, drained: bool) -> str:
+    """DRAINING while a drained engine still has something, DRAINED when it is empty; else its own state."""
+    if not engine.alive:
+        return f"no, silent for {engine.age_s:.0f} s"
+    if drained and engine.load.state == "READY":
+        return "DRAINING" if any(left_to_drain(engine.load)) else "DRAINED"
+    return engine.load.state
+
+
+def _engine_row(engine: EngineState, drained: bool) -> list[str]:
     load = engine.load
     pool_used = load.pool_total_bytes - load.pool_free_bytes
     return [
         engine.name,
-        load.state if engine.alive else f"no, silent for {engine.age_s:.0f} s",
+        engine_state(engine, drained),
         str(load.waiting),
         str(load.running),
         bar(load.kv_blocks_total - load.kv_blocks_free, load.kv_blocks_total),

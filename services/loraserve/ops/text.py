@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+import msgspec
+
 BAR_CELLS = 10
 
 
@@ -30,6 +32,11 @@ def size(count_bytes: float) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} GiB"
+
+
+def one_line(content: bytes) -> str:
+    """JSON without line breaks, for programs that read lines."""
+    return msgspec.json.format(content, indent=-1).decode()
 
 
 def _is_figure(cell: str) -> bool:

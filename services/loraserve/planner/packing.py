@@ -11,8 +11,10 @@ from loraserve.planner.problem import Copies
 
 SPLIT = 0.1
 """Of the planned utilisation: an adapter that brings less gets no further copy only to make engines level."""
+HUGE = 0.5
+"""Of the planned utilisation: an adapter that brings more is placed before lighter ones may stay where they are."""
 PIECE = 0.1
-"""Of an adapter: it is not split into less."""
+"""Of the planned utilisation: an adapter is not split into less."""
 SCARCE = 0.9
 """Of all room: where one copy of everything takes more, the hottest choose first, or what stays could keep them out."""
 
@@ -30,8 +32,12 @@ def pack(holdings: Holdings, filling: Filling, engine_of: list[int], held: Copie
     heavy = [a for a in asked if packing.may_split(a) or len(held[a]) > 1]
     light = asked if not heavy else [a for a in asked if not (packing.may_split(a) or len(held[a]) > 1)]
     bumped = [a for a in heavy if not packing.keep(a)]
+    # What fills engines finds them before the light do: what is small fits anywhere, and had better stay.
+    filling_engines = [a for a in bumped if holdings.whole[a] >= HUGE * filling.utilisation]
+    for a in filling_engines:
+        packing.place(a)
     light = packing.keep_all(light)
-    for a in bumped:
+    for a in bumped[len(filling_engines) :]:
         packing.place(a)
     packing.pour(light)
 
@@ -72,17 +78,19 @@ class _Packing:
         if budgets.work(a, roomy) - left[roomy] <= budgets.slack or not self.may_split(a):
             self._give(a, roomy, 1.0)
             return
-        self._split(a, sorted((e for e in left if self._fits(a, e)), key=lambda e: (-left[e], e)))
+        held = self._held[a]
+        self._split(a, sorted((e for e in left if self._fits(a, e)), key=lambda e: (e not in held, -left[e], e)))
 
     def _split(self, a: int, engines: list[int]) -> None:
-        missing = 1.0
+        missing, least = 1.0, PIECE * self._budgets.utilisation
         for e in engines:
-            part = min(missing, max(0.0, self._budgets.of(a)[e]) / self._budgets.work(a, e))
-            if part < min(PIECE, missing) and self._holdings.copies[a]:
-                break
+            work, left = self._budgets.work(a, e), max(0.0, self._budgets.of(a)[e])
+            if left < min(least, missing * work) and self._holdings.copies[a]:
+                continue
+            part = min(missing, left / work)
             self._give(a, e, max(part, 1e-9))
             missing -= part
-            if missing <= PIECE / 2:
+            if missing * work <= least / 2:
                 break
 
     def _give(self, a: int, e: int, part: float) -> None:

@@ -168,7 +168,7 @@ def _pieces(copies: Copies, parts: Mapping[tuple[int, int], float]) -> Pieces:
     engines: list[int] = []
     shares: list[float] = []
     for a, held in enumerate(copies):
-        meant = [max(parts.get((a, e), 0.0), LEAST_SHARE) for e in held]
+        meant = [max(parts.get((a, e), 0.0), LEAST_SHARE / len(held)) for e in held]
         adapters += [a] * len(held)
         engines += held
         shares += [part / sum(meant) for part in meant]

@@ -78,7 +78,8 @@ def _round(problem: Problem, filling: Filling, ideal_s: float, held: Copies) -> 
     if not any(held):
         return _candidate(problem, held, _fresh(problem, filling, held))
     kept = best = _candidate(problem, held, _kept(problem, filling, held))
-    if kept.placed >= 1 - PLACED and kept.ttft_s <= ideal_s * (1 + HYSTERESIS):
+    # On a guess nothing moves: a night without requests must not undo the day's plan.
+    if problem.quiet or (kept.placed >= 1 - PLACED and kept.ttft_s <= ideal_s * (1 + HYSTERESIS)):
         return kept
     levelled = list(kept.copies)
     level(problem, levelled, kept.pieces)
@@ -126,6 +127,8 @@ def _kept_bytes(problem: Problem, filling: Filling, held: Copies) -> Floats:
     """By bin and engine: bytes held there of the classes that the bin wants, each by the part of it that it wants."""
     classes = {kind: i for i, kind in enumerate(sorted({kind for part in filling.bins for kind in part.budgets}))}
     wanted = np.zeros((len(filling.bins), len(classes)))
+    if len(classes) <= 1:  # All bins want the same.
+        return np.zeros((len(filling.bins), len(filling.bins)))
     for i, part in enumerate(filling.bins):
         for kind, budget in part.budgets.items():
             wanted[i, classes[kind]] = budget

@@ -52,9 +52,10 @@ class Work(msgspec.Struct, frozen=True, eq=False):
 
 
 class Problem(msgspec.Struct, frozen=True, eq=False):
-    """``room_bytes``: of each engine, what the plan may use. ``pins``: adapter to the engines it is pinned to that are
-    there. ``alone``: by engine, the copies of an adapter that has one there: tuples that all such adapters share.
-    ``batch``: sequences that an engine can decode at once. ``steps_per_s``: of an engine at half of that."""
+    """``room_bytes``: of each engine, what the plan may use. ``alone``: by engine, the copies of an adapter that has
+    one there: tuples that all such adapters share. ``pins``: adapter to the engines it is pinned to that are there.
+    ``quiet``: nothing is asked for, and ``work`` is a guess. ``batch``: sequences that an engine can decode at once.
+    ``steps_per_s``: of an engine at half of that."""
 
     versions: list[str]
     refs: list[AdapterRef]
@@ -67,6 +68,7 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
     current: Copies
     pins: dict[int, tuple[int, ...]]
     work: Work
+    quiet: bool
     batch: float
     steps_per_s: float
     cost: CostModel
@@ -103,7 +105,8 @@ def problem_of(
     versions = [ref.version for ref in refs]
     index = {version: i for i, version in enumerate(versions)}
     rates = _rates(demand, index, len(loads))
-    if not rates.requests.any():
+    quiet = not rates.requests.any()
+    if quiet:
         rates = _nothing_known(len(index))
     batch = _batch(loads, rates)
     alone: list[tuple[int, ...]] = [(e,) for e in range(len(loads))]
@@ -120,6 +123,7 @@ def problem_of(
         current=_copies(current, index, engine_index, alone),
         pins=_pins(refs, engine_index, settings.pins),
         work=_work(rates, refs, cost, batch, 1 / step_s),
+        quiet=quiet,
         batch=batch,
         steps_per_s=1 / step_s,
         cost=cost,

@@ -1,20 +1,25 @@
-"""The planner process: a plan every interval or on demand, rolled out make-before-break."""
+"""The planner process: a plan every interval or on demand, rolled out make-before-break.
+
+What a roll-out does next is decided in rollout.py; here its instructions are carried out.
+"""
 
 import asyncio
 from collections.abc import Coroutine
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
-from loraserve.config import Config
+from loraserve.config import Config, check_pins, engine_names
 from loraserve.cost.profile import starting_cost
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import (
+    AdapterDemand,
     AdapterRef,
     ClusterLoad,
-    EngineLoad,
+    Drain,
     GetPlan,
     Placement,
     Plan,
@@ -27,34 +32,51 @@ from loraserve.messages import (
     RetireDone,
     ToPlanner,
 )
+from loraserve.planner import events
+from loraserve.planner.copies import recovered, shares_moved
 from loraserve.planner.diff import diff
+from loraserve.planner.engines import EngineBook
 from loraserve.planner.epochs import Epochs
+from loraserve.planner.gains import Outlook, outlook
 from loraserve.planner.policies import PLANNERS
+from loraserve.planner.rollout import Rollout
 from loraserve.planner.settings import PlanSettings
 from loraserve.service import Service
 
 REPUBLISH_S = 2.0
 RETIRE_TIMEOUT_S = 5.0
+DRAIN_RETRY_S = 5.0
+"""Until a drain that could not be rolled out is tried again."""
+NO_PLAN = Plan(epoch=0, created_unix_s=0.0, placements=())
 
 
 class PlannerService(Service):
-    """Prepares copies, then publishes the epoch, then retires what it no longer wants; one roll-out at a time."""
+    """One roll-out at a time; a drain does not wait for one that is being prepared, it takes its place."""
 
     inbox = ToPlanner
 
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
         self._epochs = Epochs(Path(config.cluster.data_dir) / "planner")
-        self._plan = Plan(epoch=0, created_unix_s=0.0, placements=())
-        self._load: ClusterLoad | None = None
+        self._rollout = Rollout(NO_PLAN)
+        self._drained: frozenset[str] = frozenset()
+        self._engines = EngineBook()
+        self._demand: tuple[AdapterDemand, ...] = ()
         self._adapters: dict[str, AdapterRef] = {}
         self._registry_known = False
-        self._rollout = asyncio.Lock()
+        self._unknown_pins: set[str] = set()
+        self._one_at_a_time = asyncio.Lock()
+        self._due = asyncio.Event()
+        self._ended: dict[int, asyncio.Future[events.Ended]] = {}
         self._cost = starting_cost(config)
 
     async def start(self, stack: AsyncExitStack) -> None:
-        self._plan = self._epochs.read() or self._plan
-        self.log.info("plan_read", epoch=self._plan.epoch, copies=len(self._plan.placements))
+        """Raises ConfigError where a pin names an engine that does not exist."""
+        check_pins(self.config)
+        self._rollout = Rollout(self._epochs.read() or NO_PLAN)
+        self._drained = self._epochs.read_drained()
+        plan = self._rollout.plan
+        self.log.info("plan_read", epoch=plan.epoch, copies=len(plan.placements), drained=sorted(self._drained))
         self.bus.subscribe("monitor", "load")
         self.bus.subscribe("store", "registry")
 
@@ -62,136 +84,216 @@ class PlannerService(Service):
         return [self._plan_every_interval(), self._republish()]
 
     def ready_detail(self) -> str:
-        return f"epoch {self._plan.epoch}, {len(self._plan.placements)} copies"
+        plan = self._rollout.plan
+        drained = f", drained: {', '.join(sorted(self._drained))}" if self._drained else ""
+        return f"epoch {plan.epoch}, {len(plan.placements)} copies{drained}"
 
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:
             case ClusterLoad() as load:
-                self._load = load
-                for engine in self._engines():
-                    self._cost = self._cost.observe(engine)
+                self._take_load(load)
             case RegistryChanged(adapters=adapters):
-                self._adapters = {adapter.version: adapter for adapter in adapters}
-                self._registry_known = True
+                self._take_registry(adapters)
             case GetPlan():
-                self.bus.respond(envelope, self._plan)
+                self.bus.respond(envelope, self._rollout.plan)
             case Rebalance(dry_run=dry_run):
-                self.spawn(self._answer_rebalance(envelope, dry_run))
+                self.spawn(self._answer(envelope, self._rebalance(dry_run)))
+            case Drain(engine=engine, on=on):
+                # Not behind a roll-out that is being prepared: it takes its place.
+                self.spawn(self._answer(envelope, self._drain(engine, on)))
 
-    async def _answer_rebalance(self, envelope: Envelope, dry_run: bool) -> None:
-        self.bus.respond(envelope, await self._rebalance(dry_run))
+    async def _answer(self, envelope: Envelope, work: Coroutine[Any, Any, RebalanceDone]) -> None:
+        self.bus.respond(envelope, await work)
+
+    def _take_load(self, load: ClusterLoad) -> None:
+        self._engines.update(load, self.clock.monotonic_s())
+        self._demand = load.demand
+        for engine in self._engines.ready():
+            self._cost = self._cost.observe(engine)
+        self._tell(events.EnginesSeen(tuple(self._engines.ready()), self._adapters))
+
+    def _take_registry(self, adapters: tuple[AdapterRef, ...]) -> None:
+        self._adapters = {adapter.version: adapter for adapter in adapters}
+        self._registry_known = True
+        unknown = self.config.planner.pins.keys() - {adapter.name for adapter in adapters}
+        if unknown != self._unknown_pins:
+            self._unknown_pins = unknown
+            for name in sorted(unknown):
+                self.log.warning("pin_waits", field=f"planner.pins.{name}", reason="no adapter of this name is loaded")
 
     async def _plan_every_interval(self) -> None:
         while True:
-            await asyncio.sleep(self.config.planner.interval_s)
+            wait_s = min(self.config.planner.interval_s, DRAIN_RETRY_S if self._drain_is_open() else inf)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._due.wait(), wait_s)
+            self._due.clear()
             await self._rebalance(dry_run=False)
 
     async def _republish(self) -> None:
         while True:
-            self.bus.publish("plan", self._plan)
+            # Where there is none, on disk neither, routers keep what they have.
+            if self._rollout.plan.epoch:
+                self.bus.publish("plan", self._rollout.plan)
             await asyncio.sleep(REPUBLISH_S)
 
+    async def _drain(self, engine: str, on: bool) -> RebalanceDone:
+        names = {*engine_names(self.config), *self._engines.names(), *self._drained}
+        if engine not in names:
+            raise PeerError("unknown_engine", f"there is no engine {engine}; there are {', '.join(sorted(names))}")
+        drained = self._drained | {engine} if on else self._drained - {engine}
+        if drained != self._drained:
+            try:
+                self._epochs.write_drained(drained)
+            except OSError as error:
+                text = f"which engines are drained could not be written, and stays as it was: {error}"
+                return self._nothing_done(text, failed=True)
+            self._drained = drained
+            self.log.info("drain", engine=engine, on=on, drained=sorted(drained))
+            self._tell(events.GiveUp())
+        done = await self._rebalance(dry_run=False)
+        if self._drain_is_open():
+            self._due.set()
+        return done
+
+    def _drain_is_open(self) -> bool:
+        """Not rolled out yet: a planner may have died over it, or the disk was full."""
+        return self._drained != frozenset(self._rollout.plan.drained)
+
     async def _rebalance(self, dry_run: bool) -> RebalanceDone:
-        async with self._rollout:
+        async with self._one_at_a_time:
             unknown = self._unknown()
             if unknown:
-                return RebalanceDone(plan=self._plan, moves=(), applied=False, message=unknown, failed=(unknown,))
-            engines = self._engines()
-            demand = self._load.demand if self._load else ()
-            place = PLANNERS[self.config.planner.policy]
-            placements = place(demand, self._adapters, engines, self._plan.placements, self._cost, self._settings())
-            moves = tuple(diff(self._plan.placements, placements, self._adapters))
+                return self._nothing_done(unknown, failed=True)
+            before = self._current()
+            placements, expected, problem = self._place(before)
+            moves = tuple(diff(before, placements, self._adapters, expected))
+            failed = (problem,) if problem else ()
             if dry_run:
-                return RebalanceDone(plan=self._next(placements), moves=moves, applied=False, message="dry run")
-            if not (moves or self._lost_copies()):
-                text = "the plan is right as it is"
-                return RebalanceDone(plan=self._plan, moves=(), applied=False, message=text)
-            before = self._plan
-            failed = tuple(await self._roll_out(placements))
-            done = tuple(diff(before.placements, self._plan.placements, self._adapters))
-            applied = self._plan is not before
-            return RebalanceDone(plan=self._plan, moves=done, applied=applied, message="; ".join(failed), failed=failed)
+                plan = Plan(
+                    epoch=self._rollout.epoch + 1,
+                    created_unix_s=self.clock.unix_s(),
+                    placements=placements,
+                    drained=tuple(sorted(self._drained)),
+                )
+                return RebalanceDone(plan=plan, moves=moves, applied=False, message="dry run", failed=failed)
+            if not self._has_to_change(placements):
+                done = self._nothing_done("the plan is right as it is")
+                return RebalanceDone(plan=done.plan, moves=(), applied=False, message=done.message, failed=failed)
+            ended = await self._roll_out(placements)
+            failed = (*failed, *ended.failed)
+            plan = self._rollout.plan
+            made = tuple(diff(before, plan.placements, self._adapters, expected)) if ended.applied else ()
+            text = "; ".join(failed)
+            return RebalanceDone(plan=plan, moves=made, applied=ended.applied, message=text, failed=failed)
 
-    def _settings(self) -> PlanSettings:
-        planner = self.config.planner
-        return PlanSettings(min_copies=planner.min_copies, interval_s=planner.interval_s, pins=planner.pins)
+    def _nothing_done(self, message: str, failed: bool = False) -> RebalanceDone:
+        problems = (message,) if failed else ()
+        return RebalanceDone(plan=self._rollout.plan, moves=(), applied=False, message=message, failed=problems)
 
     def _unknown(self) -> str:
         """What is missing to plan with, in words; "" where nothing is."""
-        if not self._engines():
+        if not self._engines.ready():
             return "no engine is ready"
         # A planner that has just started would take every adapter of its plan for unregistered.
         return "" if self._registry_known else "the store has not told yet which adapters there are; ask again"
 
-    async def _roll_out(self, placements: tuple[Placement, ...]) -> list[str]:
-        """Prepare, write, publish, retire. What could not be done, and why, is the answer.
+    def _current(self) -> tuple[Placement, ...]:
+        """What is in force; where the plan was lost, what engines still hold of it."""
+        plan = self._rollout.plan
+        return plan.placements if plan.epoch else recovered(self._engines.ready(), self._adapters)
 
-        Copies that could not be prepared are left out. A plan that cannot be written is not published: the old one
-        stays, and engines retire what they prepared for the new.
-        """
-        epoch = self._plan.epoch + 1
-        by_engine = _by_engine(placements, self._adapters)
-        answers = await asyncio.gather(*(self._prepare(e, epoch, refs) for e, refs in sorted(by_engine.items())))
-        missing = {copy: reason for answer in answers for copy, reason in answer.items()}
-        failed = [f"{engine}: {reason}" for (engine, _), reason in sorted(missing.items())]
-        ready = [p for p in placements if (p.engine, p.version) not in missing]
-        plan = self._next(_with_shares(ready))
+    def _place(self, current: tuple[Placement, ...]) -> tuple[tuple[Placement, ...], Outlook, str]:
+        """The plan to be, what its moves are priced with, and what is wrong with it in words."""
+        ready = self._engines.ready()
+        engines, drained, problem = [e for e in ready if e.engine not in self._drained], self._drained, ""
+        if not engines:
+            names = ", ".join(load.engine for load in ready)
+            problem = f"only drained engines are ready ({names}); they serve until another is"
+            engines, drained = ready, frozenset()
+        place, settings = PLANNERS[self.config.planner.policy], self._settings(drained)
+        placements = place(self._demand, self._adapters, engines, current, self._cost, settings)
+        return placements, outlook(self._demand, self._adapters, ready, self._cost, settings), problem
+
+    def _settings(self, drained: frozenset[str]) -> PlanSettings:
+        planner = self.config.planner
+        return PlanSettings(
+            min_copies=planner.min_copies,
+            slo_ttft_s=self.config.router.slo_ttft_s,
+            interval_s=planner.interval_s,
+            pins=planner.pins,
+            drained=drained,
+        )
+
+    def _has_to_change(self, placements: tuple[Placement, ...]) -> bool:
+        plan = self._rollout.plan
+        before = {(p.engine, p.version) for p in plan.placements}
+        return (
+            before != {(p.engine, p.version) for p in placements}
+            or self._drained != frozenset(plan.drained)
+            or shares_moved(plan.placements, placements)
+            or self._rollout.lacks(self.clock.monotonic_s())
+        )
+
+    async def _roll_out(self, placements: tuple[Placement, ...]) -> events.Ended:
+        begin = events.Begin(placements, self._adapters, self._drained, self.clock.unix_s())
+        epoch = self._rollout.epoch + 1
+        ended: asyncio.Future[events.Ended] = asyncio.get_running_loop().create_future()
+        self._ended[epoch] = ended
+        self._tell(begin)
+        try:
+            return await ended
+        finally:
+            del self._ended[epoch]
+
+    def _tell(self, event: events.Event) -> None:
+        """One event to the roll-out, its instructions to the world."""
+        for instruction in self._rollout.handle(event, self.clock.monotonic_s()):
+            self._carry_out(instruction)
+
+    def _carry_out(self, instruction: events.Instruction) -> None:
+        match instruction:
+            case events.Prepare():
+                self.spawn(self._prepare(instruction))
+            case events.Write(plan):
+                self._tell(self._write(plan))
+            case events.Publish(plan):
+                self.bus.publish("plan", plan)
+                self.log.info("plan_published", epoch=plan.epoch, copies=len(plan.placements), drained=plan.drained)
+            case events.Retire():
+                self.spawn(self._retire(instruction))
+            case events.Ended(epoch, applied, failed):
+                self.log.info("roll_out_ended", epoch=epoch, applied=applied, failed=failed)
+                if epoch in self._ended and not self._ended[epoch].done():
+                    self._ended[epoch].set_result(instruction)
+            case events.Replan(engine):
+                self.log.info("engine_is_back", engine=engine)
+                self._due.set()
+
+    def _write(self, plan: Plan) -> events.Written | events.WriteFailed:
         try:
             self._epochs.write(plan)
         except OSError as error:
-            self.log.error("plan_not_written", epoch=epoch, reason=str(error))
-            failed.append(f"epoch {epoch} could not be written, epoch {self._plan.epoch} stays: {error}")
-        else:
-            self._plan = plan
-            self.bus.publish("plan", plan)
-            self.log.info("plan_published", epoch=epoch, copies=len(ready), left_out=len(missing))
-        await asyncio.gather(*(self._retire(load.engine, self._plan.epoch) for load in self._engines()))
-        return failed
+            self.log.error("plan_not_written", epoch=plan.epoch, reason=str(error))
+            return events.WriteFailed(plan.epoch, str(error))
+        return events.Written(plan.epoch)
 
-    async def _prepare(self, engine: str, epoch: int, adapters: list[AdapterRef]) -> dict[tuple[str, str], str]:
-        """Copies that the engine does not have in the end, with the reason."""
+    async def _prepare(self, asked: events.Prepare) -> None:
+        message = PreparePlan(epoch=asked.epoch, adapters=asked.adapters)
         timeout_s = self.config.planner.prepare_timeout_s
         try:
-            message = PreparePlan(epoch=epoch, adapters=tuple(adapters))
-            answer = await self.bus.request(engine, message, Prepared, timeout_s)
+            answer = await self.bus.request(asked.engine, message, Prepared, timeout_s)
         except (RequestTimeout, PeerError) as error:
-            self.log.warning("engine_not_prepared", engine=engine, epoch=epoch, reason=str(error))
-            return {(engine, adapter.version): str(error) for adapter in adapters}
-        return {(engine, version): reason for version, reason in answer.failed.items()}
+            self.log.warning("engine_not_prepared", engine=asked.engine, epoch=asked.epoch, reason=str(error))
+            self._tell(events.PrepareFailed(asked.engine, asked.epoch, str(error)))
+            return
+        if answer.failed:
+            self.log.warning("copies_not_prepared", engine=asked.engine, epoch=asked.epoch, failed=answer.failed)
+        self._tell(events.PrepareAnswered(asked.engine, answer.incarnation, answer.epoch, answer.failed))
 
-    async def _retire(self, engine: str, epoch: int) -> None:
-        keep = tuple(p.version for p in self._plan.placements if p.engine == engine)
+    async def _retire(self, asked: events.Retire) -> None:
+        message = RetireCopies(epoch=asked.epoch, keep=asked.keep)
         try:
-            await self.bus.request(engine, RetireCopies(epoch=epoch, keep=keep), RetireDone, RETIRE_TIMEOUT_S)
+            await self.bus.request(asked.engine, message, RetireDone, RETIRE_TIMEOUT_S)
         except (RequestTimeout, PeerError) as error:
-            # Its pins cost memory, not correctness, and the next roll-out retires them.
-            self.log.warning("engine_not_retired", engine=engine, epoch=epoch, reason=str(error))
-
-    def _engines(self) -> list[EngineLoad]:
-        seen = self._load.engines if self._load else ()
-        return [s.load for s in seen if s.alive and s.load.state == "READY"]
-
-    def _lost_copies(self) -> bool:
-        """An engine that restarted has nothing of what the plan says it has."""
-        held = {load.engine: {a.version for a in load.resident if a.pinned} for load in self._engines()}
-        return any(p.version not in held.get(p.engine, set()) for p in self._plan.placements)
-
-    def _next(self, placements: tuple[Placement, ...]) -> Plan:
-        return Plan(epoch=self._plan.epoch + 1, created_unix_s=self.clock.unix_s(), placements=placements)
-
-
-def _by_engine(placements: tuple[Placement, ...], adapters: dict[str, AdapterRef]) -> dict[str, list[AdapterRef]]:
-    engines: dict[str, list[AdapterRef]] = {}
-    for placement in sorted(placements, key=lambda p: p.version):
-        engines.setdefault(placement.engine, []).append(adapters[placement.version])
-    return engines
-
-
-def _with_shares(placements: list[Placement]) -> tuple[Placement, ...]:
-    """Shares of the copies that are there sum to 1 again."""
-    copies: dict[str, int] = {}
-    for placement in placements:
-        copies[placement.version] = copies.get(placement.version, 0) + 1
-    return tuple(
-        Placement(version=p.version, name=p.name, engine=p.engine, share=1 / copies[p.version]) for p in placements
-    )
+            self.log.warning("engine_not_retired", engine=asked.engine, epoch=asked.epoch, reason=str(error))
+        self._tell(events.RetireEnded(asked.engine, asked.epoch))

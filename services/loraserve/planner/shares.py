@@ -7,8 +7,8 @@ import numpy as np
 
 from loraserve.planner.problem import Copies, Floats, Pieces, Problem, flat
 
-LEAST_SHARE = 0.01
-"""Of a copy that had better get nothing: a share of 0 would be no copy."""
+LEAST_SHARE = 0.02
+"""Of an even share, for a copy that had better get nothing: a share of 0 would be no copy."""
 SWEEPS = 2
 
 
@@ -53,7 +53,7 @@ class _Levels:
     def add(self, adapter: int, held: np.ndarray, shares: Floats) -> None:
         self._base[held] += self._work.base[adapter] * shares
         self._slope[held] += self._work.slope[adapter] * shares
-        used = held[shares > LEAST_SHARE]
+        used = held[shares > LEAST_SHARE / len(held)]
         self._rank[used] = np.maximum(self._rank[used], self._ranks[adapter])
 
     def shares(self, adapter: int, held: np.ndarray, mean: float) -> Floats:
@@ -84,6 +84,6 @@ def _levelled(before: Floats, needs: Floats) -> tuple[Floats, float]:
 
 
 def _at_least(parts: Floats) -> Floats:
-    parts = np.maximum(parts, LEAST_SHARE)
+    parts = np.maximum(parts, LEAST_SHARE / len(parts))
     result: Floats = parts / parts.sum()
     return result

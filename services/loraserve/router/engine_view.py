@@ -89,6 +89,8 @@ class EngineView(msgspec.Struct):
     timeouts: int = 0
     avoided_since_s: float | None = None
     avoidance_s: float = 0.0
+    drained: bool = False
+    """The plan empties it: requests go there only where nobody else answers."""
 
     @property
     def requests(self) -> int:
@@ -97,6 +99,11 @@ class EngineView(msgspec.Struct):
     @property
     def is_ready(self) -> bool:
         return self.alive and self.load.state == "READY"
+
+    @property
+    def reluctance(self) -> int:
+        """0 where it is asked in its turn, more where it is asked last: those that are drained, then the silent."""
+        return self.drained + 2 * (self.avoided_since_s is not None)
 
     def fetches(self, version: str) -> bool:
         """On its way already, or asked for by a request just sent there."""

@@ -18,7 +18,7 @@ NEAR = 0.05
 """Scores within this share of the best's time, or of a step, are a tie: the prediction's error is larger."""
 LEAST_TIE_S = 5e-5
 SUSPECT_S = 1e9
-"""Added to the score of an engine that does not answer: it is asked after all others."""
+"""Added to the score of an engine that does not answer, or is drained: it is asked after all others."""
 
 
 def best_columns(scores: Scores, table: PriceTable, shares: Mapping[int, float], rng: Rng) -> list[int]:

@@ -27,9 +27,10 @@ class Prices(NamedTuple, Generic[T]):
     A step that carries prefill takes ``step_s`` + rank * ``step_rank_s`` + ``pace`` * its prefill tokens' time, where
     rank is the largest in it (``step_rank_s`` is 0 with exact cost). ``queue_s``: until all that is there has been
     computed and there is a place in the batch; ``kv_wait_token_s``, ``kv_wait_s``: longer by this for t tokens, where
-    it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: that, or
-    the largest that the plan keeps there. ``widening_s``: engine time that one more rank costs those there, over the
-    life of a mean request. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those before it counted.
+    it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: the
+    largest that the plan keeps there, or the former where it keeps nothing. ``widening_s``: engine time that one more
+    rank costs those there, over the life of a mean request. A load of b bytes takes ``load_base_s`` + b *
+    ``load_byte_s``, those before it counted.
     """
 
     queue_s: T
@@ -50,6 +51,7 @@ class Prices(NamedTuple, Generic[T]):
     longest_tokens: T
     largest_extent_bytes: T
     avoided: T
+    """0 where it is asked in its turn; see EngineView.reluctance."""
 
 
 class Common(NamedTuple):
@@ -97,7 +99,7 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
         room_wait_s=request_s,
         longest_tokens=load.max_model_tokens or INFINITY,
         largest_extent_bytes=engine.largest_extent_bytes,
-        avoided=engine.avoided_since_s is not None,
+        avoided=engine.reluctance,
     )
 
 

@@ -1,6 +1,6 @@
 """What a request would see at each engine, and what those there would see of it: one score, in seconds. Pure.
 
-score = predicted time to first token + HARM_WEIGHT * harm - what the plan and a copy that is there are worth.
+score = predicted time to first token + weight * harm - what the plan and a copy that is there are worth.
 """
 
 from collections.abc import Mapping
@@ -15,8 +15,8 @@ from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
 HARM_WEIGHT = 1.0
-"""Seconds of this request's start that one second of an engine's time is worth, taken from others who go on there."""
-K = 1.0
+"""Seconds of this request's start that a second of an engine's time is worth, taken from one who is there or comes
+before the queue is gone: it is paid once for whoever is there, and once for each who comes (see ``harm_weight``)."""
 LOAD_HARM = 0.5
 """Seconds of an engine's time that a second of loading costs it: room and bandwidth are taken from others."""
 PRIOR_STEPS = 0.5
@@ -64,9 +64,16 @@ def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[
         # It loads while it waits in the queue; neither makes the other longer.
         ttft_s = np.maximum(queue_s, load_s) + own_s
         harm_s += load_s * LOAD_HARM
-    total = ttft_s + harm_s * (HARM_WEIGHT + K * table.mean_queue_s * view.requests_per_s / len(table.engines))
+    total = ttft_s + harm_s * harm_weight(view, table)
     _subtract_priors(total, near, table, shares)
     return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, harm_s, saved, near)
+
+
+def harm_weight(view: ClusterView, table: PriceTable) -> float:
+    """An engine's time that is lost delays all who arrive while its queue lasts: nearly nobody where engines are idle,
+    and many near the limit, where only what it costs decides how much can be served."""
+    arrivals = view.requests_per_s / len(table.engines) * table.mean_queue_s
+    return HARM_WEIGHT * (1 + arrivals)
 
 
 def columns_near(request: Route, view: ClusterView) -> Near:
@@ -111,8 +118,9 @@ def own_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, 
 def _harm_s(request: Route, near: Near, table: PriceTable, cost: CostModel, mean_output_tokens: float) -> Array:
     """Engine time that the request costs because of who else is there, over all of its life.
 
-    Padded: with a larger rank than the others' it widens them, with a smaller one it is widened itself. Exact: its slab
-    is read in every step, unless it is read there anyway.
+    Padded: with a larger rank than the others' it widens them, with a smaller one it is widened itself. The others'
+    rank is what the plan keeps there: where a larger one runs there now, its being the next of its kind would keep the
+    engine wide for good. Exact: its slab is read in every step, unless it is read there anyway.
     """
     prices, adapter = table.columns, request.adapter
     # How long it goes on is known no better than by the mean.

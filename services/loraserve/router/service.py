@@ -29,6 +29,8 @@ class RouterService(Service):
         self._view = ClusterView(config.engine.prefix_cache)
         self._choose = ROUTERS[config.router.policy]
         self._plan: PlannedCopies | None = None
+        self._plan_of = (0, 0.0)
+        """Epoch and date of the plan."""
         self._cost = starting_cost(config)
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
         self._rng = Random(bus.incarnation)
@@ -58,11 +60,13 @@ class RouterService(Service):
                 self._cost = self._cost.observe(engine.load)
 
     def _take_plan(self, plan: Plan) -> None:
-        """Published again and again. A planner that lost its disk begins at epoch 1 again, and is followed."""
-        if self._plan is not None and plan.epoch == self._plan.epoch:
+        """Published again and again. A planner that lost its disk may begin at epoch 1 again, and is followed."""
+        if self._plan_of == (plan.epoch, plan.created_unix_s):
             return
-        self.log.info("plan", epoch=plan.epoch, copies=len(plan.placements))
+        self._plan_of = plan.epoch, plan.created_unix_s
+        self.log.info("plan", epoch=plan.epoch, copies=len(plan.placements), drained=plan.drained)
         self._plan = PlannedCopies(plan)
+        self._view.drain(frozenset(plan.drained))
 
     async def _route(self, envelope: Envelope, request: Route) -> None:
         self._view.expire(self.clock.monotonic_s())
@@ -79,6 +83,8 @@ class RouterService(Service):
         """The first engine that takes it. What no engine would take is not tried everywhere."""
         refusal = Rejected(request_id=request.request_id, code="no_engine", message="no engine answered; try again")
         for candidate in candidates:
+            if refusal.code == "overloaded" and candidate.engine in self._view.drained:
+                break  # It is there for those that are lost, or under load it would never be empty.
             answer = await self._admit(request, candidate)
             if isinstance(answer, Routed):
                 return answer

@@ -25,7 +25,7 @@ class PriceTable:
         self.mean_queue_s = 0.0
         """Of all engines, at the last picture."""
         self.suspects = 0
-        """Engines that are avoided."""
+        """0 where no engine is to be asked after all others."""
         self._values = np.zeros((FIELDS, 0))
         self._slowness: list[float] = []
         self._common: Common | None = None
@@ -88,4 +88,4 @@ class PriceTable:
                 kept = self._values[:, column].tolist()
                 assert kept == list(fresh), f"{engine.name}: its prices are out of date"
                 assert self.fitting_tokens <= fitting_tokens(fresh), f"{engine.name}: its KV cache was overlooked"
-        assert self._changed or self.suspects == self.columns.avoided.sum(), "the number of suspects"
+        assert self._changed or self.suspects == self.columns.avoided.sum(), "suspects were overlooked"

@@ -41,6 +41,8 @@ class ClusterView:
     def __init__(self, prefix_cache: bool = True) -> None:
         self.engines: dict[str, EngineView] = {}
         self.live: dict[str, Live] = {}
+        self.drained: frozenset[str] = frozenset()
+        """Engines that the plan empties. See ``drain``."""
         self.output_tokens = DEFAULT_OUTPUT_TOKENS
         """Mean output of a request lately."""
         self.requests_per_s = 0.0
@@ -73,8 +75,16 @@ class ClusterView:
         return True
 
     def ready(self) -> list[EngineView]:
-        """Engines that take requests as far as is known, those that are avoided too; by name."""
+        """Engines that take requests as far as is known, those that are asked last too; by name."""
         return self._prices.engines
+
+    def drain(self, engines: frozenset[str]) -> None:
+        """The plan empties these, and only these: they are asked after all others."""
+        self.drained = engines
+        for name, view in self.engines.items():
+            if view.drained != (name in engines):
+                view.drained = name in engines
+                self._prices.changed(view)
 
     def prices(self, cost: CostModel) -> PriceTable:
         """Of the ready engines, in the same order."""
@@ -147,6 +157,7 @@ class ClusterView:
         """Sums agree with what they sum, tables stay bounded; raises AssertionError naming what broke."""
         for name, view in self.engines.items():
             assert view.name == name == view.load.engine, f"{name} is listed under another name"
+            assert view.drained == (name in self.drained), f"{name}: drained or not"
             assert view.pending_tokens == sum(p.tokens for p in view.pending.values()), f"{name}: pending tokens"
             mix = PendingMix()
             for pending in view.pending.values():
@@ -178,7 +189,8 @@ class ClusterView:
     def _report(self, load: EngineLoad, reported_s: float, alive: bool, now: float) -> None:
         view = self.engines.get(load.engine)
         if view is None:
-            view = self.engines[load.engine] = EngineView(load.engine, load, reported_s, alive)
+            view = EngineView(load.engine, load, reported_s, alive, drained=load.engine in self.drained)
+            self.engines[load.engine] = view
         if load.incarnation != view.load.incarnation and self.prefixes is not None:
             self.prefixes.forget(load.engine)
         for request_id in load.request_ids:

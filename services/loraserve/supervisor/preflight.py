@@ -4,6 +4,7 @@ import shutil
 import socket
 from pathlib import Path
 
+from loraserve.config import Config, check_pins
 from loraserve.errors import ConfigError
 from loraserve.model_shape import read_config, shape_of
 from loraserve.supervisor.state import is_ours, read_state
@@ -32,6 +33,11 @@ def check_port(host: str, port: int) -> None:
             raise ConfigError(
                 f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port N"
             ) from error
+
+
+def check_configuration(config: Config) -> None:
+    """Raises ConfigError where a setting names what this cluster does not have."""
+    check_pins(config)
 
 
 def check_disk(folder: Path) -> None:

@@ -240,6 +240,28 @@ def test_every_plan_gets_its_own_answer(play: Play, models: Any, epoch: int) -> 
     play(scenario)
 
 
+def test_what_comes_too_late_is_answered_beside_what_is_being_prepared(play: Play, models: Any) -> None:
+    """A dead planner's last wish arrives after its successor's, and after it a retire that would undo both."""
+
+    async def scenario(stage: Any) -> None:
+        one, two = models.refs["one"], models.refs["two"]
+        stage.store.open.clear()
+        newer = asyncio.create_task(stage.ask(PreparePlan(epoch=5, adapters=(one,)), Prepared))
+        await stage.until(lambda: stage.store.chunks_asked)
+        late = await stage.ask(PreparePlan(epoch=4, adapters=(two,)), Prepared)
+        assert (late.epoch, late.failed.keys()) == (4, {two.version})
+        await stage.ask(RetireCopies(epoch=4, keep=()), RetireDone)
+        assert not newer.done()
+        stage.store.open.set()
+        done = await newer
+        assert (done.epoch, done.failed) == (5, {})
+        load = await stage.fresh_load()
+        assert [(a.name, a.pinned) for a in load.resident] == [("one", True)]
+        assert load.plan_epoch == 5
+
+    play(scenario)
+
+
 def test_an_engine_without_a_model_does_not_start(models: Any) -> None:
     async def main() -> None:
         config = msgspec.structs.replace(models.config, model=ModelConfig())

@@ -25,6 +25,7 @@ from loraserve.messages import (
     AdapterRegistered,
     AdapterUnregistered,
     ClusterLoad,
+    Drain,
     EngineLoad,
     EngineSeen,
     Failed,
@@ -161,6 +162,11 @@ class FakeCluster:
                     bus.respond(envelope, AdapterUnregistered(name=adapter))
             case GetPlan():
                 bus.respond(envelope, self.plan())
+            case Drain(engine=engine, on=on) if engine in ("engine-0", "engine-1"):
+                plan = msgspec.structs.replace(self.plan(), drained=(engine,) if on else ())
+                bus.respond(envelope, RebalanceDone(plan=plan, moves=(), applied=True))
+            case Drain(engine=engine):
+                bus.refuse(envelope, "unknown_engine", f"there is no engine {engine}; there are engine-0, engine-1")
             case Rebalance(dry_run=dry_run):
                 bus.respond(envelope, RebalanceDone(plan=self.plan(), moves=(), applied=not dry_run, message="nothing"))
 

@@ -178,6 +178,13 @@ def test_admin(start_gateway: Start) -> None:
             assert plan["placements"][0]["engine"] == "engine-0"
             _, done = await gateway.post("/admin/rebalance", {"dry_run": True})
             assert (done["applied"], done["message"]) == (False, "nothing")
+            assert body["drained"] == []
+            for how, drained in (("drain", ["engine-1"]), ("undrain", [])):
+                status, done = await gateway.post(f"/admin/engines/engine-1/{how}", {})
+                assert (status, done["plan"]["drained"]) == (200, drained)
+                status, body = await gateway.post(f"/admin/engines/engine-9/{how}", {})
+                assert (status, body["error"]["code"]) == (404, "engine_not_found")
+                assert "engine-0, engine-1" in body["error"]["message"]
             gateway.cluster.unreachable.update(("planner", "engine-1"))
             _, body = await gateway.get("/admin/cluster")
             assert body["processes"]["planner"] == {"state": "UNREACHABLE"}

@@ -157,10 +157,67 @@ def test_a_request_drops_a_plan_pin_where_nothing_else_makes_room() -> None:
 def test_retired_copies_lose_their_pin_and_stay_until_room_is_wanted() -> None:
     made = residency(loaded=(A, B))
     made.prepare(1, (A, B))
-    assert made.retire(keep=("b",)) == 1
-    assert made.retire(keep=("b",)) == 0
+    for _ in range(2):
+        assert made.retire(1, keep=("b",)) == []
+        assert pins(made) == {"b": 1}
     assert made.ready("a")
     assert evictions(made.start_loads([C], 5.0, idle=True)) == ["a"]
+
+
+def pins(made: Residency) -> dict[str, int]:
+    """Epochs of the plan's pins by version."""
+    return {e.adapter.version: e.planned_epoch for e in made.pool.entries() if e.planned}
+
+
+def test_a_late_retire_of_an_older_plan_leaves_what_a_newer_one_pinned() -> None:
+    made = residency(units=4, loaded=(A, B, C))
+    made.prepare(4, (A, B))
+    made.prepare(5, (B, C))
+    made.retire(4, keep=())
+    assert pins(made) == {"b": 5, "c": 5}, "b was wanted by both"
+    made.retire(5, keep=("b",))
+    assert pins(made) == {"b": 5}
+
+
+def test_a_retire_gives_up_what_is_still_to_come_for_a_plan_that_was_never_published() -> None:
+    made = residency(units=4, loaded=(A,))
+    made.prepare(4, (A,))
+    assert made.prepare(5, (A, B, C, D)) == []
+    assert loads(made.start_loads([], 1.0, idle=True)) == ["b", "c"]
+    (given_up,) = made.retire(5, keep=("a",))
+    assert isinstance(given_up, PlanReady)
+    assert given_up.failed == dict.fromkeys("bcd", "epoch 5 does without it")
+    assert [*made.loaded("b"), *made.loaded("c"), *made.start_loads([], 2.0, idle=True)] == []
+    assert pins(made) == {"a": 5}
+
+
+def test_a_retire_of_an_older_plan_does_not_end_what_is_being_prepared() -> None:
+    made = residency()
+    made.prepare(5, (A,))
+    made.start_loads([], 1.0, idle=True)
+    assert made.retire(4, keep=()) == []
+    assert made.loaded("a") == [PlanReady(5, {})]
+    assert pins(made) == {"a": 5}
+
+
+def test_what_a_dead_planner_asked_for_comes_too_late_and_is_refused() -> None:
+    made = residency(units=4)
+    made.prepare(5, (A,))
+    (late,) = made.prepare(4, (B,))
+    assert isinstance(late, PlanReady)
+    assert (late.epoch, late.failed.keys()) == (4, {"b"})
+    assert "older than epoch 5" in late.failed["b"]
+    assert loads(made.start_loads([], 1.0, idle=True)) == ["a"]
+    assert made.loaded("a") == [PlanReady(5, {})], "the newer plan was not disturbed"
+
+
+def test_the_newest_epoch_heard_of_is_told() -> None:
+    made = residency(loaded=(A,))
+    assert made.plan_epoch == 0
+    made.prepare(3, (A,))
+    made.retire(7, keep=())
+    made.retire(6, keep=())
+    assert made.plan_epoch == 7
 
 
 class CountingPool(AdapterPool):

@@ -63,7 +63,17 @@ def gateway() -> Iterator[Gateway]:
         thread.join()
 
 
-@pytest.mark.parametrize("command", [["status"], ["rebalance", "--dry-run"], ["adapters"], ["adapters", "unload", "x"]])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["status"],
+        ["rebalance", "--dry-run"],
+        ["drain", "engine-0"],
+        ["undrain", "engine-0"],
+        ["adapters"],
+        ["adapters", "unload", "x"],
+    ],
+)
 def test_no_gateway_is_one_line_with_the_remedy(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command, "--url", f"http://127.0.0.1:{free_port()}"]) == 1
     out, err = capsys.readouterr()
@@ -192,7 +202,7 @@ def test_what_takes_long_says_that_it_goes_on_and_what_does_not_is_silent() -> N
     assert quick.getvalue() == ""
 
 
-@pytest.mark.parametrize("name", ["status", "rebalance", "adapters"])
+@pytest.mark.parametrize("name", ["status", "rebalance", "drain", "undrain", "adapters"])
 def test_help_teaches_by_examples(name: str) -> None:
     command = [sys.executable, "-m", "loraserve.ops", name, "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout

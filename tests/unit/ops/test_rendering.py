@@ -104,6 +104,20 @@ def test_status_shows_what_engines_do_and_hold() -> None:
     assert held[2].split() == ["engine-1", "-"]
 
 
+def test_status_tells_drained_engines_that_are_empty_from_those_that_are_not() -> None:
+    engines = [
+        {"name": "engine-0", "alive": True, "age_s": 0.1, "load": load("engine-0", running=1)},
+        {"name": "engine-1", "alive": True, "age_s": 0.1, "load": load("engine-1")},
+        {"name": "engine-2", "alive": True, "age_s": 0.1, "load": load("engine-2")},
+    ]
+    shown = status.engines(status.parse(cluster(engines=engines, drained=["engine-0", "engine-1"]))).splitlines()
+    assert [line.split()[:2] for line in shown[1:]] == [
+        ["engine-0", "DRAINING"],
+        ["engine-1", "DRAINED"],
+        ["engine-2", "READY"],
+    ]
+
+
 def test_status_shows_demand_and_says_when_there_is_none() -> None:
     assert words(line_of(status.render(status.parse(cluster())), "pirate")) == "pirate 8 0.50 12.3 5.0 17.0"
     assert "no adapter was asked for" in status.render(status.parse(cluster(demand=[])))
@@ -133,8 +147,16 @@ def test_an_answer_of_something_else_is_refused_with_a_remedy(parse: Any, conten
         parse(content)
 
 
-def move(source: str, target: str, slab_bytes: int = 0) -> Move:
-    return Move(version="a", name="pirate", source=source, target=target, slab_bytes=slab_bytes, reason="because")
+def move(source: str, target: str, slab_bytes: int = 0, gain_s: float = 0.0) -> Move:
+    return Move(
+        version="a",
+        name="pirate",
+        source=source,
+        target=target,
+        slab_bytes=slab_bytes,
+        reason="because",
+        gain_s=gain_s,
+    )
 
 
 def done(
@@ -145,12 +167,12 @@ def done(
 
 
 def test_a_rebalance_names_adapter_from_to_size_and_reason() -> None:
-    answer = done(move("engine-0", "engine-1", 3 << 20), move("", "engine-0", 1 << 20), move("engine-1", ""))
+    answer = done(move("engine-0", "engine-1", 3 << 20, 0.0123), move("", "engine-0", 1 << 20), move("engine-1", ""))
     lines = rebalance.render(answer, dry_run=False).splitlines()
-    assert lines[0].split() == ["ADAPTER", "FROM", "TO", "SIZE", "REASON"]
-    assert words(lines[1]) == "pirate engine-0 engine-1 3.0 MiB because"
-    assert words(lines[2]) == "pirate (new copy) engine-0 1.0 MiB because"
-    assert words(lines[3]) == "pirate engine-1 (copy goes) - because"
+    assert lines[0].split() == ["ADAPTER", "FROM", "TO", "SIZE", "GAIN", "REASON"]
+    assert words(lines[1]) == "pirate engine-0 engine-1 3.0 MiB 12.3 ms because"
+    assert words(lines[2]) == "pirate (new copy) engine-0 1.0 MiB - because"
+    assert words(lines[3]) == "pirate engine-1 (copy goes) - - because"
     assert lines[4] == "epoch 7: 3 moves made, 4.0 MiB loaded"
     assert rebalance.exit_status(answer) == 0
 

@@ -60,7 +60,13 @@ def test_with_exact_cost_there_is_one_class() -> None:
 def test_what_nobody_asks_for_has_no_class_and_no_budget() -> None:
     filling = fill(problem([8, 64], [10.0, 0.0], 2))
     assert filling.class_of == [8, -1]
-    assert all(part.budgets == {} for part in fill(problem([8], [0.0], 3)).bins)
+    assert {kind for part in filling.bins for kind in part.budgets} == {8}
+
+
+def test_before_anything_is_asked_for_all_are_taken_to_be_alike() -> None:
+    filling = fill(problem([8, 8, 64], [0.0, 0.0, 0.0], 3))
+    assert filling.class_of == [8, 8, 64]
+    assert 0 < filling.utilisation < 1e-3
 
 
 @settings(max_examples=60, deadline=None)

@@ -59,9 +59,11 @@ def test_ctrl_c_in_an_install_ends_in_one_line(tmp_path: Path) -> None:
     assert rest == "stopped; run the script again to go on with the install\n"
 
 
+OPS = ["status", "adapters", "rebalance", "drain", "undrain"]
+
+
 @pytest.mark.parametrize(
-    "script",
-    ["up", "down", "status", "adapters", "rebalance", "profile", "train_adapter", "bench", "tune_kernels", "test"],
+    "script", ["up", "down", *OPS, "profile", "simulate", "train_adapter", "bench", "tune_kernels", "test"]
 )
 def test_modules_in_the_users_folder_are_not_imported(script: str, tmp_path: Path) -> None:
     for name in ("random", "json", "argparse", "asyncio", "loraserve"):

@@ -224,6 +224,26 @@ def test_when_all_engines_are_suspect_the_best_of_them_is_asked() -> None:
     assert [c.engine for c in candidates(view)] == ["e0", "e1"]
 
 
+def test_a_drained_engine_is_asked_after_all_others_but_before_those_that_are_silent() -> None:
+    view = view_of(engine_load("e0", **HELD), engine_load("e1", waiting_prefill_tokens=5000), engine_load("e2"))
+    for _ in range(TIMEOUTS_TO_AVOID):
+        view.timed_out("e2", "r0", 100.0)
+    view.drain(frozenset(("e0",)))
+    request = route_request(adapter=PIRATE)
+    assert [c.engine for c in candidates(view, request, plan=plan_of(e0=1.0))] == ["e1", "e0", "e2"]
+    view.drain(frozenset(("e0", "e1")))
+    assert first(view, request)[0] == "e0", "where nothing else is left, it serves"
+    view.drain(frozenset())
+    assert first(view, request)[0] == "e0"
+
+
+def test_an_engine_that_is_seen_for_the_first_time_may_be_drained_already() -> None:
+    view = ClusterView()
+    view.drain(frozenset(("e0",)))
+    view.update(picture(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=5000)), now=100.0)
+    assert first(view)[0] == "e1"
+
+
 def test_equal_engines_share_by_lot() -> None:
     view = view_of(*(engine_load(f"e{n}") for n in range(4)))
     counts = wins(view, route_request(), plan=None)

@@ -14,7 +14,7 @@ from loraserve.router.choice import Choice, Slo
 from loraserve.router.pick import NEAR
 from loraserve.router.policy import route
 from loraserve.router.prices import DEFAULT_STEP_TOKENS
-from loraserve.router.score import HARM_WEIGHT, LOAD_HARM, PRIOR_STEPS, score
+from loraserve.router.score import HARM_WEIGHT, LOAD_HARM, PRIOR_STEPS, harm_weight, score
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
@@ -127,7 +127,8 @@ class Plainly:
         if cost.lora == "exact":
             return adapter.slab_bytes * cost.slab_byte_s * life if adapter and adapter.version not in self.here else 0.0
         rank = adapter.rank if adapter else 0
-        before, n = max([self.rank, *(a.rank for a in self.load.resident if a.pinned)]), self.company
+        planned = max((a.rank for a in self.load.resident if a.pinned), default=0)
+        before, n = planned or self.rank, self.company
         widest = max(before, rank)
         decode_s = cost.padded_decode_s * life * (widest * (n + 1) - before * n - rank)
         queue_s = (widest - before) * self.queue_tokens * cost.padded_prefill_s * life / self.output_tokens
@@ -296,3 +297,14 @@ def test_reports_of_zeros_and_nonsense_give_finite_predictions(bad, adapter, lor
     for values in scores[:7]:
         assert np.isfinite(values).all()
     assert (scores.ttft_s > 0).all()
+
+
+def test_harm_weighs_as_many_as_arrive_while_the_queue_lasts() -> None:
+    cost = COSTS["padded"]
+    loads = [engine_load(f"e{i}", running=4, waiting=20, waiting_prefill_tokens=4000) for i in range(2)]
+    view = view_of(loads, {"e0": [], "e1": []}, cost)
+    table = view.prices(cost)
+    assert harm_weight(view, table) == HARM_WEIGHT, "nobody is known to come"
+    view.requests_per_s = 10.0
+    assert table.mean_queue_s > 0.5
+    assert harm_weight(view, table) == pytest.approx(HARM_WEIGHT * (1 + 5.0 * table.mean_queue_s))

@@ -70,7 +70,12 @@ class ViewMachine(RuleBasedStateMachine):
         """From here on what changes an engine must renew its prices; validate compares them."""
         table = self.view.prices(cost)
         assert [engine.name for engine in table.engines] == [view.name for view in self.view.ready()]
-        assert table.suspects == sum(view.avoided_since_s is not None for view in self.view.ready())
+        assert table.suspects == sum(view.reluctance for view in self.view.ready())
+
+    @rule(drained=st.sets(engines))
+    def drain(self, drained: set[str]) -> None:
+        self.view.drain(frozenset(drained))
+        assert {name for name, view in self.view.engines.items() if view.drained} == drained & self.view.engines.keys()
 
     @rule()
     def expire(self) -> None:

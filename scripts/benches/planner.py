@@ -1,0 +1,175 @@
+"""Seconds and memory that planning takes, at 8 engines x 200 adapters and at 1,000 x 100,000, on one core.
+
+Demand falls off by a power law; ranks are 8 to 128; LoRA is padded, where placement has most to decide, and exact. A
+plan is made from nothing, again from itself, after demand has drifted (each by up to 30%) and after an engine
+in a hundred was lost. The figures are the slowest of these in either cost, each the median of its runs, in processor
+time: what a core takes that has nothing else to do, whoever else is on the machine. Memory is the peak of what Python
+and numpy allocate (tracemalloc, a run of its own), the inputs left out.
+"""
+
+import argparse
+import sys
+import time
+import tracemalloc
+from collections.abc import Sequence
+from random import Random
+from statistics import median
+from typing import Literal
+
+import msgspec
+from harness.report import last_line, say, table
+
+from loraserve.cost import CostModel
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.planner.policies import PLANNERS
+from loraserve.planner.settings import PlanSettings
+
+SMALL, LARGE = (8, 200), (1000, 100_000)
+RANKS = (8, 16, 32, 64, 128)
+BYTES_PER_RANK = 5 << 20
+POOL_BYTES = 160 << 30
+REQUESTS_PER_ENGINE = 3.5
+PROMPT_TOKENS, OUTPUT_TOKENS = 900, 250
+DRIFT = 0.3
+GOALS = {SMALL: "< 20 ms", LARGE: "< 2 s"}
+SETTINGS = PlanSettings()
+
+
+class Cluster(msgspec.Struct):
+    """What a plan is made from."""
+
+    demand: list[AdapterDemand]
+    adapters: dict[str, AdapterRef]
+    engines: list[EngineLoad]
+    cost: CostModel
+
+    def plan(self, current: Sequence[Placement]) -> tuple[Placement, ...]:
+        return PLANNERS["ours"](self.demand, self.adapters, self.engines, current, self.cost, SETTINGS)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns 0 once the line is printed."""
+    parser = argparse.ArgumentParser("scripts/bench planner", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="fewer runs")
+    parser.add_argument("--runs", type=int, help="of each; 3 by default at the large size, 1 with --quick")
+    options = parser.parse_args(arguments)
+    runs = options.runs or (1 if options.quick else 3)
+    rows, slowest = [], {SMALL: 0.0, LARGE: 0.0}
+    for size, repeat in ((SMALL, runs * 7), (LARGE, runs)):
+        for lora in ("padded", "exact"):
+            say(f"{size[0]} engines x {size[1]} adapters, {lora}")
+            for name, seconds in _measured(_cluster(*size, lora), repeat):
+                slowest[size] = max(slowest[size], seconds)
+                rows.append([f"{size[0]} x {size[1]} {lora}, {name}", seconds * 1e3, GOALS[size]])
+    say("memory")
+    peak_mib = _peak_bytes(_cluster(*LARGE, "padded")) / (1 << 20)
+    print(table("milliseconds, median", ["plan", "ms", "goal"], rows))
+    print(f"\npeak memory at {LARGE[0]} x {LARGE[1]}: {peak_mib:.0f} MiB")
+    figures = {
+        "plan_1000x100000_s": slowest[LARGE],
+        "plan_8x200_ms": slowest[SMALL] * 1e3,
+        "peak_mib": peak_mib,
+    }
+    print(last_line("planner", {}, figures))
+    return 0
+
+
+def _cluster(engines: int, adapters: int, lora: Literal["padded", "exact"]) -> Cluster:
+    """Coefficients are of the order of an 8-billion model's on a data-centre GPU."""
+    rng = Random(adapters)
+    refs = [_adapter(number, rng.choice(RANKS)) for number in range(adapters)]
+    weights = [1 / (number + 1) ** 0.9 for number in range(adapters)]
+    scale = engines * REQUESTS_PER_ENGINE / sum(weights)
+    return Cluster(
+        demand=[_demand(ref, weight * scale) for ref, weight in zip(refs, weights, strict=True)],
+        adapters={ref.version: ref for ref in refs},
+        engines=[_engine(f"engine-{number}") for number in range(engines)],
+        cost=CostModel(
+            step_base_s=0.01,
+            sequence_s=1e-4,
+            kv_token_s=6.5e-8,
+            prefill_token_s=8e-5,
+            lora=lora,
+            slab_byte_s=6e-13,
+            rank_token_s=1e-7,
+            padded_prefill_s=4e-7,
+            padded_decode_s=6e-7,
+            load_byte_s=1e-10,
+        ),
+    )
+
+
+def _adapter(number: int, rank: int) -> AdapterRef:
+    return AdapterRef(name=f"adapter-{number}", version=f"v{number}", rank=rank, slab_bytes=rank * BYTES_PER_RANK)
+
+
+def _demand(ref: AdapterRef, requests_per_s: float) -> AdapterDemand:
+    tokens_per_s = requests_per_s * (PROMPT_TOKENS + OUTPUT_TOKENS)
+    return AdapterDemand(
+        version=ref.version,
+        name=ref.name,
+        rank=ref.rank,
+        prefill_tokens_per_s=requests_per_s * PROMPT_TOKENS,
+        decode_tokens_per_s=requests_per_s * OUTPUT_TOKENS,
+        requests_per_s=requests_per_s,
+        forecast_tokens_per_s=tokens_per_s,
+        forecast_std_tokens_per_s=tokens_per_s / 10,
+    )
+
+
+def _engine(name: str) -> EngineLoad:
+    return EngineLoad(
+        engine=name,
+        incarnation="i",
+        state="READY",
+        waiting=0,
+        running=0,
+        waiting_prefill_tokens=0,
+        kv_blocks_total=20_000,
+        kv_blocks_free=20_000,
+        block_tokens=16,
+        pool_total_bytes=POOL_BYTES,
+        pool_free_bytes=POOL_BYTES,
+        max_running=256,
+        decode_step_s=0.02,
+        prefill_tokens_per_s=10_000.0,
+    )
+
+
+def _measured(cluster: Cluster, runs: int) -> list[tuple[str, float]]:
+    """Median seconds of a plan from nothing, from itself, after a drift and after a loss."""
+    plan = cluster.plan(())
+    rng = Random(1)
+    demand = [
+        _demand(cluster.adapters[d.version], d.requests_per_s * (1 + rng.uniform(-DRIFT, DRIFT)))
+        for d in cluster.demand
+    ]
+    drifted = msgspec.structs.replace(cluster, demand=demand)
+    lost = msgspec.structs.replace(cluster, engines=cluster.engines[max(1, len(cluster.engines) // 100) :])
+    return [
+        ("from nothing", _seconds(cluster, (), runs)),
+        ("again", _seconds(cluster, plan, runs)),
+        ("after a drift", _seconds(drifted, plan, runs)),
+        ("engines lost", _seconds(lost, plan, runs)),
+    ]
+
+
+def _seconds(cluster: Cluster, current: Sequence[Placement], runs: int) -> float:
+    times = []
+    for _ in range(runs):
+        start = time.process_time()
+        cluster.plan(current)
+        times.append(time.process_time() - start)
+    return median(times)
+
+
+def _peak_bytes(cluster: Cluster) -> int:
+    tracemalloc.start()
+    cluster.plan(())
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return peak
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
