@@ -29,7 +29,7 @@ from loraserve.errors import LoraServeError
 from loraserve.sim.estimate import capacity_rps
 from loraserve.sim.workload import Workload
 
-LOAD = 0.8
+LOAD = 0.7
 """Of what the profile says that engines with full batches and equal work could serve."""
 SLO_FACTOR = 5.0
 """The SLO, in first tokens of a mean prompt with nothing else there."""
@@ -48,7 +48,7 @@ class Effort(NamedTuple):
 
 
 WHOLE = Effort(45.0, LIVE_POLICIES, 48, 3)
-QUICK = Effort(10.0, (OURS, RANDOM), 18, 2)
+QUICK = Effort(7.0, (OURS, RANDOM), 14, 2)
 
 
 class Bench:

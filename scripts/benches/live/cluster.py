@@ -6,7 +6,7 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ from harness.our_cluster import OurCluster
 from harness.report import BenchError, say
 
 from live.cpu_share import Meter, held_to, machine_s, share_of_core, used_s, waited_s
-from live.policies import LivePolicy
+from live.policies import LivePolicy, pins
 from live.replay import Replayed, Served, replay, stream
 from live.scene import ENGINE_SETTINGS, ENGINES, Scene, mean_prompt_tokens, prompt_of
 from loraserve.sim.workload import Workload
@@ -72,7 +72,8 @@ async def _measure(cluster: OurCluster, scene: Scene, workload: Workload, policy
     pids = cluster.pids()
     engines = [pid for name, pid in pids.items() if name.startswith("engine-")]
     services = [os.getpid(), *(pid for pid in pids.values() if pid not in engines)]
-    await _until_planned(cluster, set(scene.adapters))
+    pinned = pins(policy.place, workload, ENGINES) if policy.place else {}
+    await _until_planned(cluster, set(scene.adapters), pinned)
     with held_to(share_of_core(ENGINES), engines) as limiter:
         alone_s = await _alone_s(cluster, scene)
         say(f"{policy.name}: {len(workload.requests)} requests in {workload.duration_s:.0f} s, {workload.rps:.1f} rps")
@@ -88,22 +89,32 @@ async def _measure(cluster: OurCluster, scene: Scene, workload: Workload, policy
     return LiveResult(replayed, alone_s, whys, plans, by_engines, by_services, others, waiting)
 
 
-async def _until_planned(cluster: OurCluster, adapters: set[str]) -> None:
+async def _until_planned(cluster: OurCluster, adapters: set[str], pinned: Mapping[str, list[str]]) -> None:
     """As in the simulator, the first plan is there before the first request, and it has a copy of every adapter.
 
-    Raises BenchError where that does not come about.
+    Raises BenchError where that does not come about, or where a copy is not where it is pinned.
     """
     deadline_s = time.monotonic() + PLANNED_TIMEOUT_S
     async with cluster.session() as http:
         while True:
             async with http.get("/admin/plan") as response:
                 plan = await response.json()
-            missing = adapters - {placement["name"] for placement in plan.get("placements", ())}
-            if not missing:
+            wrong = misplaced(plan.get("placements", ()), adapters, pinned)
+            if not wrong:
                 return
             if time.monotonic() > deadline_s:
-                raise BenchError(f"after {PLANNED_TIMEOUT_S:.0f} s the planner has no copies of {sorted(missing)}")
+                raise BenchError(f"after {PLANNED_TIMEOUT_S:.0f} s copies are not where they are to be: {wrong}")
             await asyncio.sleep(0.2)
+
+
+def misplaced(
+    placements: Sequence[Mapping[str, Any]], adapters: set[str], pinned: Mapping[str, list[str]]
+) -> dict[str, list[str]]:
+    """Adapters without a copy, and those whose copies are not where they are pinned, with where their copies are."""
+    engines: dict[str, list[str]] = {name: [] for name in sorted(adapters)}
+    for placement in placements:
+        engines[placement["name"]].append(placement["engine"])
+    return {name: found for name, found in engines.items() if not found or found != pinned.get(name, found)}
 
 
 async def _alone_s(cluster: OurCluster, scene: Scene) -> float:

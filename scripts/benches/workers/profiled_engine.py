@@ -3,9 +3,7 @@
 profiled_engine.py MODEL RANK,RANK,... SETTING...
 """
 
-import statistics
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ import msgspec
 from harness.worker import serve
 
 from loraserve.config import load_config
+from loraserve.cost.fit import LoadSample
 from loraserve.engine.profile.design import Batch, Part, SizedAdapter, design, shape_of_batch
-from loraserve.engine.profile.measure import made_up_slab, measure_loads, place, to_step
+from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place, to_step
 from loraserve.engine.setup import build_runner, scheduler_limits
 
 ALONE = 5
@@ -32,7 +31,7 @@ class Engine:
         slabs = [made_up_slab(shape, dtype, rank, seed) for seed, rank in enumerate(ranks)]
         self.placed = place(slabs, self.limits.pool_bytes, self.limits.max_adapters)
         self.adapters = [SizedAdapter(slab.header.rank, slab.header.slab_bytes) for _, slab in self.placed]
-        measure_loads(self.runner, self.placed, self.config.engine.load_chunk_bytes, 1)
+        self._loads(1)
 
     def hello(self) -> dict[str, Any]:
         limits = {name: value for name, value in msgspec.structs.asdict(self.limits).items() if name != "eos_token_ids"}
@@ -40,26 +39,22 @@ class Engine:
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         batches = design(self.limits, len(self.adapters), question["batches"], question["seed"])
+        shapes = [msgspec.structs.asdict(shape_of_batch(batch, self.adapters)) for batch in batches]
         alone = Batch("prefill", (Part(question["prompt_tokens"], 0),))
-        rounds = [self._cpu_s(batches) for _ in range(question["rounds"])]
-        loads = measure_loads(self.runner, self.placed, self.config.engine.load_chunk_bytes, question["rounds"])
         return {
-            "steps": [
-                (msgspec.structs.asdict(shape_of_batch(batch, self.adapters)), statistics.median(seconds))
-                for batch, *seconds in zip(batches, *rounds, strict=True)
-            ],
-            "loads": loads,
-            "alone_s": statistics.median(self._cpu_s([alone] * ALONE)),
+            "steps": list(zip(shapes, self._cpu_s(batches, question["rounds"]), strict=True)),
+            "loads": self._loads(question["rounds"]),
+            "alone_s": self._cpu_s([alone], ALONE)[0],
         }
 
-    def _cpu_s(self, batches: Sequence[Batch]) -> list[float]:
-        return [self._step_cpu_s(index, batch) for index, batch in enumerate(batches)]
+    def _cpu_s(self, batches: Sequence[Batch], rounds: int) -> list[float]:
+        """Median CPU seconds of each."""
+        block_tokens, vocab = self.limits.block_tokens, self.runner.shape.vocab
+        steps = [to_step(index, batch, block_tokens, vocab) for index, batch in enumerate(batches)]
+        return measure_steps(self.runner, steps, rounds, True, lambda text: None)
 
-    def _step_cpu_s(self, index: int, batch: Batch) -> float:
-        step = to_step(index, batch, self.limits.block_tokens, self.runner.shape.vocab)
-        began_s = time.process_time()
-        self.runner.submit(step).result()
-        return time.process_time() - began_s
+    def _loads(self, rounds: int) -> list[LoadSample]:
+        return measure_loads(self.runner, self.placed, self.config.engine.load_chunk_bytes, rounds, True)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Engines that are held to a share of a core, a profile of them, and what the simulator predicts with it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 from harness.report import BenchError
 from hypothesis import given
 from hypothesis import strategies as st
-from live.cluster import LiveResult, cluster_settings, read_logs
+from live.cluster import LiveResult, cluster_settings, misplaced, read_logs
 from live.cpu_share import Meter, held_to, share_of_core, used_s, waited_s
 from live.policies import CONTIGUOUS, OURS, RANDOM
 from live.prediction import Predicted, predict
@@ -21,11 +22,15 @@ from live.replay import Replayed, Served
 from live.scene import ENGINE_SETTINGS, ENGINES, Scene, make_workload
 from policies import Bench, main
 from workers.limit_cpu import LARGEST_CREDIT_S, Budget
+from workers.profiled_engine import Engine
 
 from loraserve.config import load_config
-from loraserve.cost import CostModel, StepShape
+from loraserve.cost import CostModel, StepShape, extent_bytes
 from loraserve.cost.derived import ITEM_BYTES, rank_elements
 from loraserve.model_shape import ModelShape
+from loraserve.planner.placement import POOL_FRACTION
+from loraserve.sim.workload import RANKS
+from loraserve.testing.tiny_model import write_tiny_model
 
 SHAPE = ModelShape(layers=8, hidden=384, heads=12, kv_heads=4, head_dim=32, ffn=1024, vocab=94)
 COST = CostModel(
@@ -119,6 +124,19 @@ def test_settings_of_the_cluster_are_settings() -> None:
     assert load_config(environ={}, overrides=cluster_settings(1.5, None)).cluster.profile == ""
 
 
+def test_pinned_copies_have_to_be_where_they_are_pinned() -> None:
+    placements = [{"name": "a", "engine": "engine-0"}, {"name": "b", "engine": "engine-1"}]
+    assert misplaced(placements, {"a", "b"}, {}) == {}
+    assert misplaced(placements, {"a", "b"}, {"a": ["engine-0"], "b": ["engine-1"]}) == {}
+    assert misplaced(placements, {"a", "b", "c"}, {"a": ["engine-3"]}) == {"a": ["engine-0"], "c": []}
+
+
+def test_any_adapters_that_are_dealt_to_one_engine_fit_into_its_plan() -> None:
+    extents = sorted(extent_bytes(adapter.slab_bytes) for adapter in scene().workload.adapters)
+    pool_bytes = load_config(environ={}, overrides=ENGINE_SETTINGS).engine.pool_bytes
+    assert sum(extents[-len(extents) // ENGINES :]) <= POOL_FRACTION * pool_bytes < sum(extents)
+
+
 def scene() -> Scene:
     workload = make_workload(400, rank_elements(SHAPE) * ITEM_BYTES)
     return Scene(Path("model"), SHAPE, {}, workload)
@@ -152,6 +170,20 @@ def test_a_profile_is_cpu_time_over_the_share_of_a_core() -> None:
     assert profile.residuals is not None
     assert profile.residuals.median < 1e-3
     assert profile.engine.slab_bytes_per_rank == 89_000
+
+
+def test_an_engine_that_is_timed_answers_what_is_fitted(tmp_path: Path) -> None:
+    write_tiny_model(tmp_path / "model", "llama")
+    settings = ["engine.threads=1", f"engine.kv_bytes={4 << 20}", f"engine.pool_bytes={8 << 20}"]
+    engine = Engine(tmp_path / "model", RANKS, settings)
+    questions = [{"batches": 30, "rounds": 1, "seed": seed, "prompt_tokens": 20} for seed in range(2)]
+    timed = [json.loads(json.dumps(engine.answer(question))) for question in questions]
+    assert timed[0]["steps"] != timed[1]["steps"]
+    limits = json.loads(json.dumps(engine.hello()))["limits"]
+    profile, alone_s = fitted(scene(), limits, timed)
+    assert alone_s > 0
+    assert profile.engine.kv_blocks == engine.limits.kv_blocks
+    assert profile.cost.step_s(StepShape(prefill_tokens=200)) > profile.cost.step_s(StepShape(prefill_tokens=1))
 
 
 def test_what_cannot_be_fitted_is_an_error() -> None:
