@@ -20,7 +20,7 @@ Ints = npt.NDArray[np.int64]
 Copies = list[tuple[int, ...]]
 """By adapter, the engines that hold it, in order."""
 
-POOL_FRACTION = 0.75
+POOL_FRACTION = 0.9
 """Of a pool that the plan may pin; the rest is for adapters that come on demand."""
 NEXT_TO_NOTHING = 1e-6
 """Requests a second."""

@@ -14,11 +14,11 @@ from loraserve.router.prices import Array
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
-HARM_WEIGHT = 1.0
+HARM_WEIGHT = 0.1
 """Seconds of this request's start that a second of an engine's time is worth, taken from one who is there or comes
 before the queue is gone: it is paid once for whoever is there, and once for each who comes (see ``harm_weight``)."""
 K = 1.0
-LOAD_HARM = 0.5
+LOAD_HARM = 1.0
 """Seconds of an engine's time that a second of loading costs it: room and bandwidth are taken from others."""
 PRIOR_STEPS = 0.5
 """What a planned copy, and one that is there already, is worth in steps: enough to settle what is nearly a tie."""
