@@ -6,6 +6,7 @@ engines in the order of theirs, so that the order in which they are told changes
 
 from collections.abc import Mapping, Sequence
 from itertools import chain
+from math import fsum
 
 import msgspec
 import numpy as np
@@ -172,8 +173,12 @@ def _rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: i
     requests = np.fromiter((d.requests_per_s for d in asked), np.float64, count)
     forecast = np.fromiter((d.forecast_tokens_per_s for d in asked), np.float64, count)
     std = np.fromiter((d.forecast_std_tokens_per_s for d in asked), np.float64, count)
+    if requests.any():
+        # Who waits has not decoded yet, and an engine that is behind decodes less than it is asked for: what is asked
+        # for is at least its requests with a mean output.
+        decode = np.maximum(decode, requests * (fsum(decode) / fsum(requests)))
     seen = prefill + decode
-    expected = np.where(forecast > 0, forecast, seen) + _margin(std, engines)
+    expected = np.where(forecast > 0, np.maximum(forecast, seen), seen) + _margin(std, engines)
     new = (seen <= 0) & (expected > 0)
     # What was never seen is taken to be like all the others together; without any, to be decoding.
     share = prefill.sum() / seen.sum() if seen.sum() > 0 else 0.0

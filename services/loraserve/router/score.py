@@ -1,6 +1,7 @@
 """What a request would see at each engine, and what those there would see of it: one score, in seconds. Pure.
 
-score = predicted time to first token + weight * harm - what the plan and a copy that is there are worth.
+score = predicted time to first token + weight * harm + what a load costs others - what the plan and a copy there are
+worth.
 """
 
 from collections.abc import Mapping
@@ -14,12 +15,13 @@ from loraserve.router.prices import Array
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
-HARM_WEIGHT = 0.1
-"""Seconds of this request's start that a second of an engine's time is worth, taken from one who is there or comes
-before the queue is gone: it is paid once for whoever is there, and once for each who comes (see ``harm_weight``)."""
-K = 1.0
-LOAD_HARM = 1.0
-"""Seconds of an engine's time that a second of loading costs it: room and bandwidth are taken from others."""
+HARM_WEIGHT = 0.25
+"""Seconds of this request's start that a second of an engine's time is worth where nobody waits: those who run there
+lose time between tokens, and whoever comes next waits for a longer step."""
+BEHIND_WEIGHT = 1.0
+"""What it is worth for each request that comes before the queue there is gone: it waits that second longer."""
+LOAD_HARM = 0.5
+"""Of a load's time, added to the score: room and bandwidth are taken from others."""
 PRIOR_STEPS = 0.5
 """What a planned copy, and one that is there already, is worth in steps: enough to settle what is nearly a tie."""
 
@@ -64,17 +66,17 @@ def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[
         load_s = _load_s(request.adapter, near, table)
         # It loads while it waits in the queue; neither makes the other longer.
         ttft_s = np.maximum(queue_s, load_s) + own_s
-        harm_s += load_s * LOAD_HARM
-    total = ttft_s + harm_s * harm_weight(view, table)
+    total = ttft_s + harm_s * harm_weight(view, table) + load_s * LOAD_HARM
     _subtract_priors(total, near, table, shares)
     return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, harm_s, saved, near)
 
 
-def harm_weight(view: ClusterView, table: PriceTable) -> float:
-    """An engine's time that is lost delays all who arrive while its queue lasts: nearly nobody where engines are idle,
-    and many near the limit, where only what it costs decides how much can be served."""
-    arrivals = view.requests_per_s / len(table.engines) * table.mean_queue_s
-    return HARM_WEIGHT + K * arrivals
+def harm_weight(view: ClusterView, table: PriceTable) -> Array:
+    """Of each engine. Its time that is lost delays all who arrive there while its queue lasts: nearly nobody where it
+    is idle, and many near the limit, where only what a request costs decides how much can be served."""
+    arrivals_per_s = view.requests_per_s / len(table.engines)
+    weight: Array = table.columns.queue_s * (BEHIND_WEIGHT * arrivals_per_s) + HARM_WEIGHT
+    return weight
 
 
 def columns_near(request: Route, view: ClusterView) -> Near:

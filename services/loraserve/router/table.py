@@ -22,8 +22,6 @@ class PriceTable:
         self.least_room_bytes = 0.0
         self.fitting_tokens = 0.0
         """Prompts up to this length wait for room in the KV cache nowhere; perhaps longer ones do not either."""
-        self.mean_queue_s = 0.0
-        """Of all engines, at the last picture."""
         self.suspects = 0
         """0 where no engine is to be asked after all others."""
         self._values = np.zeros((FIELDS, 0))
@@ -67,7 +65,6 @@ class PriceTable:
         self.least_extent_bytes = float(columns.largest_extent_bytes.min(initial=np.inf))
         self.least_room_bytes = float(columns.room_bytes.min(initial=np.inf))
         self.fitting_tokens = min((fitting_tokens(row) for row in rows), default=0.0)
-        self.mean_queue_s = float(columns.queue_s.mean()) if rows else 0.0
         self.suspects = int(columns.avoided.sum())
 
     def _renew(self, column: int, common: Common) -> None:

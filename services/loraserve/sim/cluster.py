@@ -4,6 +4,7 @@ Every decision is the live code's. Messages take no time, and all engines report
 """
 
 from collections.abc import Callable
+from math import isinf
 from random import Random
 
 import msgspec
@@ -42,7 +43,7 @@ TELL_EVERY = 500
 
 class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
     """``warmup`` is the share of requests, the first ones, that the outcome leaves out. A run of which it is certain
-    that its P95 TTFT is more than ``hopeless`` times the SLO is broken off."""
+    that its P95 TTFT is more than ``hopeless`` times the SLO is broken off; infinite: none is."""
 
     slo_ttft_s: float = 10.0
     reject_factor: float = 4.0
@@ -272,6 +273,8 @@ class Simulation(Watcher):
 
     def _give_up(self, now: float) -> None:
         """Where so many have waited so long that the P95 cannot come back to what is of interest."""
+        if isinf(self._settings.hopeless):
+            return
         self._timeline.at(now + self._settings.slo_ttft_s, self._give_up)
         limit_s = self._settings.hopeless * self._slo.ttft_s
         first = int(len(self._workload.requests) * self._settings.warmup)

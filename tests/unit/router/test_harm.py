@@ -40,7 +40,7 @@ def best(view: ClusterView, request: Route, cost: CostModel, plan: PlannedCopies
     return choice.candidates[0]
 
 
-@pytest.mark.parametrize("queue", [0, 20, 40])
+@pytest.mark.parametrize("queue", [0, 2, 4])
 def test_padded_a_high_rank_keeps_away_from_low_ranks_where_another_is_nearly_as_free(queue: int) -> None:
     view = view_of(engine("e0", LOW, running=8), engine("e1", HIGH, running=8, queue=queue))
     assert best(view, route_request(adapter=HIGH), PADDED).engine == "e1"
@@ -53,6 +53,7 @@ def test_padded_a_high_rank_goes_among_low_ranks_when_its_like_are_far_behind() 
 
 def test_padded_a_low_rank_is_not_widened_for_nothing() -> None:
     view = view_of(engine("e0", HIGH, running=8), engine("e1", LOW, running=8, queue=4))
+    view.output_tokens = 500.0
     assert best(view, route_request(adapter=LOW), PADDED).engine == "e1"
 
 
@@ -75,7 +76,7 @@ def test_padded_what_waits_there_is_known_after_a_report_too() -> None:
 
 def test_padded_an_idle_engine_that_is_planned_for_low_ranks_stays_so() -> None:
     busy = engine("e2", LOW, running=8)
-    view = view_of(engine("e0", LOW, pinned=True), engine("e1", HIGH, pinned=True, queue=20), busy)
+    view = view_of(engine("e0", LOW, pinned=True), engine("e1", HIGH, pinned=True, queue=2), busy)
     assert best(view, route_request(adapter=OTHER_HIGH), PADDED).engine == "e1"
     far = view_of(engine("e0", LOW, pinned=True), engine("e1", HIGH, pinned=True, queue=5000), busy)
     assert best(far, route_request(adapter=OTHER_HIGH), PADDED).engine == "e0"

@@ -14,7 +14,7 @@ from loraserve.router.choice import Choice, Slo
 from loraserve.router.pick import NEAR
 from loraserve.router.policy import route
 from loraserve.router.prices import DEFAULT_STEP_TOKENS
-from loraserve.router.score import HARM_WEIGHT, LOAD_HARM, PRIOR_STEPS, harm_weight, score
+from loraserve.router.score import BEHIND_WEIGHT, HARM_WEIGHT, LOAD_HARM, PRIOR_STEPS, harm_weight, score
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
@@ -140,10 +140,10 @@ class Plainly:
 
     def score(self, request: Route, planned: bool) -> float:
         adapter = request.adapter
-        harm_s = self.harm_s(request) + LOAD_HARM * self.load_s(adapter)
         held = adapter is not None and any(a.version == adapter.version for a in self.load.resident)
         prior_s = (planned + held) * PRIOR_STEPS * self.step_s() * self.slowness
-        return self.ttft_s(request) + HARM_WEIGHT * harm_s - prior_s
+        harm_s = HARM_WEIGHT * self.harm_s(request) + LOAD_HARM * self.load_s(adapter)
+        return self.ttft_s(request) + harm_s - prior_s
 
 
 @st.composite
@@ -210,8 +210,7 @@ def test_scores_are_those_of_a_plain_computation(cluster, adapter, tokens, lora,
         assert scores.own_s[column] == pytest.approx(plain.own_s(request))
         assert scores.load_s[column] == pytest.approx(plain.load_s(adapter))
         assert scores.ttft_s[column] == pytest.approx(plain.ttft_s(request))
-        harm_s = plain.harm_s(request) + LOAD_HARM * plain.load_s(adapter)
-        assert scores.harm_s[column] == pytest.approx(harm_s, abs=1e-12)
+        assert scores.harm_s[column] == pytest.approx(plain.harm_s(request), abs=1e-12)
         assert scores.score[column] == pytest.approx(plain.score(request, column in shares), abs=1e-9)
     view.validate()
 
@@ -301,10 +300,12 @@ def test_reports_of_zeros_and_nonsense_give_finite_predictions(bad, adapter, lor
 
 def test_harm_weighs_as_many_as_arrive_while_the_queue_lasts() -> None:
     cost = COSTS["padded"]
-    loads = [engine_load(f"e{i}", running=4, waiting=20, waiting_prefill_tokens=4000) for i in range(2)]
+    loads = [engine_load("e0"), engine_load("e1", running=4, waiting=20, waiting_prefill_tokens=4000)]
     view = view_of(loads, {"e0": [], "e1": []}, cost)
     table = view.prices(cost)
-    assert harm_weight(view, table) == HARM_WEIGHT, "nobody is known to come"
+    assert harm_weight(view, table).tolist() == [HARM_WEIGHT, HARM_WEIGHT], "nobody is known to come"
     view.requests_per_s = 10.0
-    assert table.mean_queue_s > 0.5
-    assert harm_weight(view, table) == pytest.approx(HARM_WEIGHT * (1 + 5.0 * table.mean_queue_s))
+    idle, busy = harm_weight(view, table).tolist()
+    assert idle == pytest.approx(HARM_WEIGHT)
+    assert busy == pytest.approx(HARM_WEIGHT + BEHIND_WEIGHT * 5.0 * table.columns.queue_s[1])
+    assert busy > 1

@@ -71,7 +71,7 @@ def test_whoever_is_rejected_never_began(profile: Profile) -> None:
 
 def test_an_adapter_that_does_not_fit_is_rejected_not_lost(profile: Profile) -> None:
     tight = draw(Shape(requests=60, adapters=20), slab_bytes_per_rank=4 << 20).at(10.0)
-    settings = SimSettings(hopeless=1e9)
+    settings = SimSettings(hopeless=inf)
     outcome = Simulation(tight, policy_named("slora-random"), profile, ENGINES, settings).run()
     large = {i for i, adapter in enumerate(tight.adapters) if adapter.rank == 128}
     assert {r.adapter for r in outcome.requests if r.rejected} <= large
