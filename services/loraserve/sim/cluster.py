@@ -52,7 +52,7 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
     prepare_timeout_s: float = 60.0
     window_s: float = 30.0
     warmup: float = 0.2
-    hopeless: float = 3.0
+    hopeless: float = 1.5
     seed: int = 0
 
 

@@ -23,8 +23,7 @@ from loraserve.sim.sensitivity import changed_profiles
 from loraserve.sim.spread import spread
 from loraserve.sim.synthetic import LENGTHS, RANK_MIXES, Shape, grid
 
-GRID_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)
-REQUESTS_PER_ENGINE = 1000
+REQUESTS_PER_ENGINE = 400
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -217,7 +216,7 @@ def run_grid(arguments: argparse.Namespace, base: Job, names: list[str]) -> tupl
     with spread(arguments.workers, _say(arguments.json)) as run:
         for shape in shapes:
             comparisons[shape.name] = _compare(
-                msgspec.structs.replace(base, source=shape), names, run, GRID_SHARES, count_engines=False
+                msgspec.structs.replace(base, source=shape), names, run, LOAD_SHARES, count_engines=False
             )
     written = _plots(arguments, lambda folder: _grid_plots(comparisons, folder))
     gains = report.gains(comparisons)

@@ -12,14 +12,14 @@ from loraserve.sim.points import Job, Point
 
 Run = Callable[[Sequence[Job]], list[Point]]
 
-PRECISION = 0.02
+PRECISION = 0.04
 """The largest load is found to within this share."""
-FIRST_FACTOR = 1.5
+FIRST_FACTOR = 1.3
 LATER_FACTOR = 4.0
 NEARBY_TRIES = 4
 MOST_TRIES = 12
 """To find a load that is served, or one that is not: a short workload may never break the SLO."""
-LOAD_SHARES = (0.3, 0.5, 0.7, 0.8, 0.9, 1.0, 1.1, 1.2)
+LOAD_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)
 """Of the best baseline's largest load: where all are compared."""
 OURS = "ours"
 

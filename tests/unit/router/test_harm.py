@@ -2,6 +2,7 @@
 
 from random import Random
 
+import msgspec
 import pytest
 
 from loraserve.cost import CostModel
@@ -54,7 +55,9 @@ def test_padded_a_high_rank_goes_among_low_ranks_when_its_like_are_far_behind() 
 def test_padded_a_low_rank_is_not_widened_for_nothing() -> None:
     view = view_of(engine("e0", HIGH, running=8), engine("e1", LOW, running=8, queue=4))
     view.output_tokens = 500.0
-    assert best(view, route_request(adapter=LOW), PADDED).engine == "e1"
+    request = route_request(adapter=LOW)
+    long = msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, max_tokens=1000))
+    assert best(view, long, PADDED).engine == "e1"
 
 
 def test_padded_what_was_just_sent_counts_among_the_ranks() -> None:
