@@ -14,25 +14,23 @@ from loraserve.cost.profile import Profile
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.messages import (
     AdapterDemand,
-    AdapterRef,
     Admit,
     ClusterLoad,
     EngineLoad,
     EngineSeen,
-    Placement,
     Plan,
     Rejected,
     Route,
     SamplingParams,
 )
 from loraserve.monitor.demand import DemandWindow
-from loraserve.planner.diff import diff
 from loraserve.planner.settings import PlanSettings
 from loraserve.router.policy import PlannedCopies, Slo
 from loraserve.router.view import ClusterView
 from loraserve.sim.engine import SimEngine, Watcher
 from loraserve.sim.events import Timeline
 from loraserve.sim.outcome import Interval, Outcome, RequestOutcome
+from loraserve.sim.planner import SimPlanner
 from loraserve.sim.policies import Policy
 from loraserve.sim.workload import SimRequest, Workload
 
@@ -69,28 +67,29 @@ class Simulation(Watcher):
         self._timeline = Timeline()
         self._rng = Random(self._settings.seed)
         self._slo = Slo(self._settings.slo_ttft_s, self._settings.reject_factor)
-        self._plan_settings = PlanSettings(
-            slo_ttft_s=self._settings.slo_ttft_s, interval_s=self._settings.plan_interval_s
-        )
         self._adapters = {adapter.version: adapter for adapter in workload.adapters}
         limits = _limits(profile, workload, policy.everywhere)
         self.engines = {
             name: SimEngine(name, limits, profile.cost, self._timeline, self, free_loads=policy.everywhere)
             for name in (f"engine-{index}" for index in range(engines))
         }
+        self._planner = SimPlanner(
+            policy,
+            self._adapters,
+            self.engines,
+            self._timeline,
+            PlanSettings(slo_ttft_s=self._settings.slo_ttft_s, interval_s=self._settings.plan_interval_s),
+            self._settings.prepare_timeout_s,
+            self._publish,
+        )
         self._view = ClusterView()
         self._demand = DemandWindow(self._settings.window_s, self._settings.plan_interval_s)
         self._cost: CostModel = profile.cost
-        self._plan = Plan(epoch=0, created_unix_s=0.0, placements=())
         self._planned: PlannedCopies | None = None
-        self._next: Plan | None = None
-        self._unprepared: set[str] = set()
         self._pictures = 0
         self._requests: dict[str, RequestOutcome] = {}
         self._live = 0
         self._intervals: list[Interval] = []
-        self._moved = 0
-        self._moved_bytes = 0
         self._whys: dict[str, int] = {}
         self._hopeless = False
         self._began_s = 0.0
@@ -123,14 +122,7 @@ class Simulation(Watcher):
         self._live -= 1
 
     def prepared(self, engine: str, epoch: int, failed: dict[str, str], now: float) -> None:
-        if self._next is None or epoch != self._next.epoch:
-            return
-        self._unprepared.discard(engine)
-        if failed:
-            kept = [p for p in self._next.placements if not (p.engine == engine and p.version in failed)]
-            self._next = msgspec.structs.replace(self._next, placements=_with_shares(kept))
-        if not self._unprepared:
-            self._publish(now)
+        self._planner.prepared(engine, epoch, failed, now)
 
     def _begin(self, now: float) -> None:
         """The cluster is warm: requests begin to arrive, so long after now as the workload says."""
@@ -200,6 +192,7 @@ class Simulation(Watcher):
         )
         self._view.update(picture, now)
         self._loads = loads
+        self._planner.see(loads, now)
 
     def _seen(self, now: float) -> tuple[AdapterDemand, ...]:
         return self._demand.demand(now, self._adapters)
@@ -207,58 +200,21 @@ class Simulation(Watcher):
     def _replan(self, now: float) -> None:
         self._timeline.at(now + self._settings.plan_interval_s, self._replan)
         self._note_interval(now)
-        if self._next is not None:
-            return
-        placements = self._policy.place(
-            self._seen(now), self._adapters, self._loads, self._plan.placements, self._cost, self._plan_settings
-        )
-        moves = diff(self._plan.placements, placements, self._adapters)
-        if not moves and self._planned is not None:
-            return
-        self._moved += sum(bool(move.target) for move in moves)
-        self._moved_bytes += sum(move.slab_bytes for move in moves)
-        self._roll_out(Plan(epoch=self._plan.epoch + 1, created_unix_s=now, placements=placements), now)
+        self._planner.plan(self._seen(now), self._loads, self._cost, now)
 
-    def _roll_out(self, plan: Plan, now: float) -> None:
-        wanted: dict[str, list[AdapterRef]] = {name: [] for name in self.engines}
-        for placement in plan.placements:
-            wanted[placement.engine].append(self._adapters[placement.version])
-        self._next = plan
-        self._unprepared = set(self.engines)
-        self._timeline.at(now + self._settings.prepare_timeout_s, lambda later: self._prepare_ends(plan.epoch, later))
-        for name, engine in self.engines.items():
-            engine.prepare(plan.epoch, tuple(wanted[name]), now)
-
-    def _prepare_ends(self, epoch: int, now: float) -> None:
-        """Copies that are not there by now are left out."""
-        if self._next is None or self._next.epoch != epoch or not self._unprepared:
-            return
-        pools = {name: engine.scheduler.residency for name, engine in self.engines.items()}
-        kept = [p for p in self._next.placements if pools[p.engine].ready(p.version)]
-        self._next = msgspec.structs.replace(self._next, placements=_with_shares(kept))
-        self._publish(now)
-
-    def _publish(self, now: float) -> None:
-        assert self._next is not None
+    def _publish(self, plan: Plan, now: float) -> None:
         if self._planned is None:
             self._begin(now)
-        self._plan, self._next = self._next, None
-        self._planned = PlannedCopies(self._plan)
-        keep: dict[str, list[str]] = {name: [] for name in self.engines}
-        for placement in self._plan.placements:
-            keep[placement.engine].append(placement.version)
-        # Engines answer from within an event of theirs: what follows happens after it, at the same time.
-        for name, engine in self.engines.items():
-            versions = tuple(keep[name])
-            self._timeline.at(now, lambda at, e=engine, v=versions: e.retire(self._plan.epoch, v, at))  # type: ignore[misc]
+        self._planned = PlannedCopies(plan)
 
     def _note_interval(self, now: float) -> None:
         held = [engine.held_bytes() for engine in self.engines.values()]
+        moves, moved_bytes = self._planner.take_moves()
         self._intervals.append(
             Interval(
                 time_s=now,
-                moves=self._moved,
-                moved_bytes=self._moved_bytes,
+                moves=moves,
+                moved_bytes=moved_bytes,
                 held_bytes=tuple(h for h, _ in held),
                 needed_bytes=tuple(n for _, n in held),
                 rank_tokens=tuple(dict(engine.rank_tokens) for engine in self.engines.values()),
@@ -267,7 +223,6 @@ class Simulation(Watcher):
                 ),
             )
         )
-        self._moved = self._moved_bytes = 0
         for engine in self.engines.values():
             engine.rank_tokens.clear()
 
@@ -324,11 +279,3 @@ def _limits(profile: Profile, workload: Workload, everywhere: bool) -> Scheduler
         prefix_cache=False,
         max_loads=len(workload.adapters) if everywhere else 2,
     )
-
-
-def _with_shares(placements: list[Placement]) -> tuple[Placement, ...]:
-    """Shares of the copies that are left sum to 1 again."""
-    totals: dict[str, float] = {}
-    for placement in placements:
-        totals[placement.version] = totals.get(placement.version, 0.0) + placement.share
-    return tuple(msgspec.structs.replace(p, share=p.share / totals[p.version]) for p in placements)
