@@ -1,5 +1,7 @@
 """The router among engines that answer from a script, in virtual time."""
 
+# Long because one scripted cluster serves all of its tests.
+
 import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal

@@ -1,5 +1,7 @@
 """A roll-out among engines that hold what they are told; planner, engine and router are killed in each phase of it."""
 
+# Long because the scripted cluster that dies in each phase is read beside what is seen of it.
+
 import asyncio
 from collections.abc import Callable, Coroutine
 from contextlib import suppress

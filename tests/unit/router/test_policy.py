@@ -1,5 +1,7 @@
 """Which engine a request goes to, and when it is refused."""
 
+# Long because what decides for one engine and against another is read in one place.
+
 from collections import Counter
 from random import Random
 from typing import Any

@@ -1,5 +1,7 @@
 """What a request is predicted to see and to do at an engine: against a plain computation, engine by engine."""
 
+# Long because the plain computation is read beside what is held against it.
+
 from random import Random
 from typing import Any
 
