@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 def _workload_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trace", metavar="FILE", default="", help="a trace; without it a workload is drawn")
     group.add_argument("--adapters", type=int, default=100, metavar="N")
-    group.add_argument("--requests", type=int, default=0, metavar="N", help="of the trace; 0 is 400 for each engine")
+    group.add_argument("--requests", type=int, default=0, metavar="N", help="of the trace; 0 is 500 for each engine")
     group.add_argument("--rps", type=float, default=0.0, help="load of a single run, requests/s")
     group.add_argument("--loads", default="", metavar="A,B,C", help="loads of a sweep, requests/s")
     group.add_argument("--ranks", default="uniform", help="of a drawn workload: uniform, mostly-small, two-ends, ...")

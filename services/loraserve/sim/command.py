@@ -23,7 +23,7 @@ from loraserve.sim.sensitivity import changed_profiles
 from loraserve.sim.spread import spread
 from loraserve.sim.synthetic import LENGTHS, RANK_MIXES, Shape, grid
 
-REQUESTS_PER_ENGINE = 400
+REQUESTS_PER_ENGINE = 500
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,6 +12,8 @@ from loraserve.sim.points import Job, Point
 
 Run = Callable[[Sequence[Job]], list[Point]]
 
+MOST_ENGINES = 3
+"""Times as many as there are: policies that need more are not counted."""
 PRECISION = 0.04
 """The largest load is found to within this share."""
 FIRST_FACTOR = 1.3
@@ -106,9 +108,9 @@ def find_largest(
 
 
 def engines_needed(base: Job, policies: Sequence[str], rps: float, run: Run) -> dict[str, int | None]:
-    """The fewest engines that serve this load under the SLO; None where four times as many as now do not."""
+    """The fewest engines that serve this load under the SLO; None where three times as many as now do not."""
     low = dict.fromkeys(policies, 0)
-    high: dict[str, int] = dict.fromkeys(policies, 4 * base.engines + 1)
+    high: dict[str, int] = dict.fromkeys(policies, MOST_ENGINES * base.engines + 1)
     tried = dict.fromkeys(policies, base.engines)
     while open_ := [p for p in policies if high[p] - low[p] > 1]:
         jobs = [msgspec.structs.replace(base, policy=p, engines=tried[p], rps=rps) for p in open_]
@@ -119,7 +121,7 @@ def engines_needed(base: Job, policies: Sequence[str], rps: float, run: Run) -> 
             # Most policies need about as many as there are: look nearby before halving the whole.
             near = ceil(tried[policy] * (0.8 if meets else 1.25))
             tried[policy] = near if low[policy] < near < high[policy] else step
-    return {p: None if high[p] > 4 * base.engines else high[p] for p in policies}
+    return {p: None if high[p] > MOST_ENGINES * base.engines else high[p] for p in policies}
 
 
 class _Search:

@@ -12,17 +12,14 @@ from loraserve.sim.workload import RANKS, SimRequest, Workload, make_adapters
 
 POWER = 1.0
 """Of a tenant's adapters the k-th is asked for 1 / k ** POWER times as often as the first."""
-STRETCHES = 3
-"""Of a trace of a day: its beginning, its middle and its end."""
 
 
 def tenants_workload(
     trace: Sequence[TraceRequest], adapters: int, requests: int, slab_bytes_per_rank: int, name: str, seed: int = 0
 ) -> Workload:
-    """So many requests of the trace, for so many adapters.
+    """The first so many requests of the trace, for so many adapters.
 
-    The requests are ``STRETCHES`` stretches at even distances, joined: each keeps its own bursts, all together the
-    drift of the whole. Every tenant has an adapter, those with more requests have more, and each request of a tenant
+    Every tenant has an adapter, those with more requests have more, and each request of a tenant
     draws one by a power law. Ranks are dealt out evenly, at random. Where there are fewer adapters than tenants, the
     smallest tenants share the last one. Raises ConfigError where the trace is too short for the load to be a load.
     """
@@ -34,10 +31,10 @@ def tenants_workload(
     owned = _owned([client for client, _ in Counter(r.client for r in trace).most_common()], trace, adapters)
     weights = {c: list(accumulate(1 / (k + 1) ** POWER for k in range(len(own)))) for c, own in owned.items()}
     drawn = []
-    for time_s, r in _stretches(trace, requests):
+    for r in trace[:requests]:
         own, bounds = owned[r.client], weights[r.client]
         adapter = own[min(bisect(bounds, rng.random() * bounds[-1]), len(own) - 1)]
-        drawn.append(SimRequest(time_s, adapter, r.prompt_tokens, r.output_tokens))
+        drawn.append(SimRequest(r.time_s, adapter, r.prompt_tokens, r.output_tokens))
     ranks = [RANKS[i % len(RANKS)] for i in range(adapters)]
     rng.shuffle(ranks)
     names = [""] * adapters
@@ -62,19 +59,3 @@ def _owned(clients: Sequence[str], trace: Sequence[TraceRequest], adapters: int)
         else:
             owned[client] = [adapters - 1]
     return owned
-
-
-def _stretches(trace: Sequence[TraceRequest], requests: int) -> list[tuple[float, TraceRequest]]:
-    """(time, request): equally long stretches of the sequence, set one after the other as if nothing lay between."""
-    requests = min(requests, len(trace))
-    stretches = min(STRETCHES, max(1, requests // 2))
-    joined: list[tuple[float, TraceRequest]] = []
-    end_s = 0.0
-    for index in range(stretches):
-        length = requests * (index + 1) // stretches - requests * index // stretches
-        start = (len(trace) - length) * index // max(1, stretches - 1) if stretches > 1 else 0
-        part = trace[start : start + length]
-        joined += [(end_s + r.time_s - part[0].time_s, r) for r in part]
-        span_s = part[-1].time_s - part[0].time_s
-        end_s += span_s * len(part) / max(1, len(part) - 1)
-    return joined

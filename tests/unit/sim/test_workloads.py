@@ -87,14 +87,9 @@ def test_fewer_adapters_than_tenants_share_the_last() -> None:
     assert {r.adapter for r in workload.requests} == {0, 1}
 
 
-def test_a_part_of_a_trace_spans_all_of_it() -> None:
+def test_a_part_of_a_trace_is_its_beginning() -> None:
     workload = tenants_workload(trace(), adapters=4, requests=80, slab_bytes_per_rank=UNIT, name="t")
-    prompts = [r.prompt_tokens for r in workload.requests]
-    assert len(prompts) == 80
-    assert min(prompts) == 10
-    assert max(prompts) == 809
-    times = [r.time_s for r in workload.requests]
-    assert times == sorted(times)
+    assert [r.prompt_tokens for r in workload.requests] == list(range(10, 90))
     assert workload.rps == pytest.approx(2.0, rel=0.05)
 
 
