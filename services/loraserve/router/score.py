@@ -20,7 +20,7 @@ HARM_WEIGHT = 0.25
 lose time between tokens, and whoever comes next waits for a longer step."""
 BEHIND_WEIGHT = 1.0
 """What it is worth for each request that comes before the queue there is gone: it waits that second longer."""
-LOAD_HARM = 0.5
+LOAD_HARM = 1.5
 """Of a load's time, added to the score: room and bandwidth are taken from others."""
 PRIOR_STEPS = 0.5
 """What a planned copy, and one that is there already, is worth in steps: enough to settle what is nearly a tie."""
