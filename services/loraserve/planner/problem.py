@@ -173,12 +173,12 @@ def _rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: i
     requests = np.fromiter((d.requests_per_s for d in asked), np.float64, count)
     forecast = np.fromiter((d.forecast_tokens_per_s for d in asked), np.float64, count)
     std = np.fromiter((d.forecast_std_tokens_per_s for d in asked), np.float64, count)
-    if requests.any():
-        # Who waits has not decoded yet, and an engine that is behind decodes less than it is asked for: what is asked
-        # for is at least its requests with a mean output.
-        decode = np.maximum(decode, requests * (fsum(decode) / fsum(requests)))
+    measured = prefill + decode
+    decode = _asked_for(decode, requests)
     seen = prefill + decode
-    expected = np.where(forecast > 0, np.maximum(forecast, seen), seen) + _margin(std, engines)
+    # What is forecast is tokens that engines will compute: it says how that changes, from what is asked for now.
+    change = np.divide(forecast, measured, out=np.ones(count), where=(measured > 0) & (forecast > 0))
+    expected = np.where(measured > 0, seen * change, forecast) + _margin(std, engines)
     new = (seen <= 0) & (expected > 0)
     # What was never seen is taken to be like all the others together; without any, to be decoding.
     share = prefill.sum() / seen.sum() if seen.sum() > 0 else 0.0
@@ -189,6 +189,20 @@ def _rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: i
     result.decode[at] = np.where(new, expected * (1 - share), decode * growth)
     known = ~new & (requests > 0)
     result.requests[at] = np.where(known, requests * growth, expected / tokens)
+    return result
+
+
+def _asked_for(decode: Floats, requests: Floats) -> Floats:
+    """Decode tokens/s as they are asked for, which in all are those that were computed.
+
+    Who waits has not decoded yet, and an engine that is behind decodes less than it is asked for: planned by what it
+    did it would be given more. Each adapter is taken to ask at least for its requests with the mean output.
+    """
+    total = fsum(decode)
+    if total <= 0 or not requests.any():
+        return decode
+    asked = np.maximum(decode, requests * (total / fsum(requests)))
+    result: Floats = asked * (total / fsum(asked))
     return result
 
 

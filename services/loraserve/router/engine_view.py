@@ -105,10 +105,6 @@ class EngineView(msgspec.Struct):
         """0 where it is asked in its turn, more where it is asked last: those that are drained, then the silent."""
         return self.drained + 2 * (self.avoided_since_s is not None)
 
-    def fetches(self, version: str) -> bool:
-        """On its way already, or asked for by a request just sent there."""
-        return version in self.loading or version in self.pending_mix.versions
-
     def take(self, load: EngineLoad, reported_s: float, alive: bool, known: Iterable[Live] = ()) -> None:
         """A report. ``known``: of its requests, those whose adapter is known. Of another incarnation it makes all that
         was known of the engine void."""

@@ -2,6 +2,8 @@
 
 import argparse
 
+from loraserve.sim.cluster import SimSettings
+
 EXAMPLES = """\
 examples:
   scripts/simulate --engines 8 --rps 30                       one run of ours on a drawn workload, with its timeline
@@ -52,9 +54,12 @@ def parser() -> argparse.ArgumentParser:
 
 def _workload_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trace", metavar="FILE", default="", help="a trace; without it a workload is drawn")
-    group.add_argument("--adapters", type=int, default=100, metavar="N")
-    group.add_argument("--requests", type=int, default=0, metavar="N", help="of the trace; 0 is 500 for each engine")
-    group.add_argument("--rps", type=float, default=0.0, help="load of a single run, requests/s")
+    group.add_argument("--adapters", type=int, default=100, metavar="N", help="(default: 100)")
+    group.add_argument("--seconds", type=float, default=300.0, metavar="S", help="of arrivals in a run (default: 300)")
+    group.add_argument("--requests", type=int, default=0, metavar="N", help="in a run, in place of --seconds")
+    group.add_argument(
+        "--rps", type=float, default=0.0, help="load of a single run, requests/s (default: 0.7 of the guessed capacity)"
+    )
     group.add_argument("--loads", default="", metavar="A,B,C", help="loads of a sweep, requests/s")
     group.add_argument("--ranks", default="uniform", help="of a drawn workload: uniform, mostly-small, two-ends, ...")
     group.add_argument("--arrivals", choices=("poisson", "bursts"), default="poisson")
@@ -64,7 +69,7 @@ def _workload_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def _cluster_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--engines", type=int, default=4, metavar="N")
+    group.add_argument("--engines", type=int, default=4, metavar="N", help="(default: 4)")
     group.add_argument("--policies", default="", metavar="A,B,C", help="those to simulate (default: all, or ours)")
     group.add_argument("--profile", default="llama-3-8b-a100", help="a shipped profile's name or a file")
     group.add_argument(
@@ -73,6 +78,6 @@ def _cluster_flags(group: argparse._ArgumentGroup) -> None:
         default="padded",
         help="what LoRA costs: tokens times the batch's largest rank, as peers' kernels, or true ranks, as ours",
     )
-    group.add_argument("--slo-s", type=float, default=10.0, metavar="S", help="P95 TTFT that is promised")
-    group.add_argument("--plan-interval-s", type=float, default=10.0, metavar="S")
-    group.add_argument("--report-interval-s", type=float, default=0.25, metavar="S")
+    group.add_argument("--slo-s", type=float, default=10.0, metavar="S", help="P95 TTFT that is promised (default: 10)")
+    group.add_argument("--plan-interval-s", type=float, default=SimSettings().plan_interval_s, metavar="S")
+    group.add_argument("--report-interval-s", type=float, default=SimSettings().report_interval_s, metavar="S")

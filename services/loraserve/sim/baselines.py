@@ -4,7 +4,7 @@
 placements that LoRAServe's paper compares with). ``toppings``: every adapter everywhere, each request where it ends
 first by a model that knows ranks (Li et al., "Toppings: CPU-Assisted, Rank-Aware Adapter Serving for LLM Inference",
 USENIX ATC 2025). ``dynamo``: copies in proportion to load on engines chosen by rendezvous hashing, by counts of
-adapters and requests, the target kept until it is off for two plans in a row (NVIDIA Dynamo 1.3, ``lora/routing``).
+adapters and requests, with hysteresis (NVIDIA Dynamo 1.3, ``lora/routing``).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,12 +19,12 @@ from loraserve.router.engine_view import EngineView
 from loraserve.router.policy import Candidate, Choice, PlannedCopies, Rng, Slo
 from loraserve.router.view import ClusterView
 
-PLACEMENT_SEED = 1
 HYSTERESIS = 0.2
 """Of the number of copies: a target that is off by less leaves them as they are."""
 
 
 def place_at_random(
+    seed: int,
     demand: Sequence[AdapterDemand],
     adapters: Mapping[str, AdapterRef],
     engines: Sequence[EngineLoad],
@@ -34,7 +34,7 @@ def place_at_random(
 ) -> tuple[Placement, ...]:
     """Once, as many adapters on one engine as on another."""
     versions = sorted(adapters)
-    Random(PLACEMENT_SEED).shuffle(versions)
+    Random(f"placement {seed}").shuffle(versions)
     return tuple(current) or _dealt(versions, adapters, engines, lambda i: i % len(engines))
 
 
@@ -46,8 +46,8 @@ def place_contiguously(
     cost: CostModel,
     settings: PlanSettings,
 ) -> tuple[Placement, ...]:
-    """Once, in order of registration: the first so many on the first engine, and so on."""
-    versions = sorted(adapters)
+    """Once, in order of their names: the first so many on the first engine, and so on."""
+    versions = sorted(adapters, key=lambda version: (adapters[version].name, version))
     return tuple(current) or _dealt(versions, adapters, engines, lambda i: i * len(engines) // len(versions))
 
 
@@ -118,15 +118,15 @@ def route_to_least_finish(
 
 def finish_s(request: Route, engine: EngineView, cost: CostModel, output_tokens: float) -> float:
     """The length of the output is not known beforehand: the mean is taken."""
-    load = engine.load
+    load, mix, pending = engine.load, engine.mix, engine.pending_mix
     rank = request.adapter.rank if request.adapter else 0
-    running = [adapter for adapter in load.resident if adapter.running]
-    max_rank = max([rank, *(adapter.rank for adapter in running)])
+    max_rank = max(rank, mix.largest_rank, pending.largest_rank)
+    sequences = engine.requests + 1
     batch = StepShape(
-        decode_sequences=engine.requests + 1,
+        decode_sequences=min(sequences, load.max_running) if load.max_running else sequences,
         kv_tokens=(load.kv_blocks_total - load.kv_blocks_free) * load.block_tokens + len(request.prompt_tokens),
-        slab_bytes=sum(adapter.slab_bytes for adapter in running),
-        rank_tokens=sum(adapter.running * adapter.rank for adapter in running) + rank,
+        slab_bytes=mix.slab_bytes + pending.slab_bytes,
+        rank_tokens=mix.rank_sum + pending.rank_sum + rank,
         max_rank=max_rank,
     )
     waiting_tokens = load.waiting_prefill_tokens + engine.pending_tokens + len(request.prompt_tokens)

@@ -9,6 +9,7 @@ from random import Random
 
 import msgspec
 
+from loraserve.config import MonitorConfig, PlannerConfig
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.cost.profile import Profile
 from loraserve.engine.limits import SchedulerLimits
@@ -34,7 +35,6 @@ from loraserve.sim.planner import SimPlanner
 from loraserve.sim.policies import Policy
 from loraserve.sim.workload import SimRequest, Workload
 
-ZEROS = (0,) * 40_000
 TELL_EVERY = 500
 """Requests between two words of progress."""
 
@@ -45,10 +45,10 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     slo_ttft_s: float = 10.0
     reject_factor: float = 4.0
-    report_interval_s: float = 0.25
-    plan_interval_s: float = 10.0
-    prepare_timeout_s: float = 60.0
-    window_s: float = 30.0
+    report_interval_s: float = MonitorConfig().publish_interval_s
+    plan_interval_s: float = PlannerConfig().interval_s
+    prepare_timeout_s: float = PlannerConfig().prepare_timeout_s
+    window_s: float = MonitorConfig().window_s
     warmup: float = 0.2
     hopeless: float = 1.5
     seed: int = 0
@@ -170,7 +170,7 @@ class Simulation(Watcher):
         route = Route(
             request_id=request_id,
             gateway="gateway",
-            prompt_tokens=(index + 1, *ZEROS[: prompt - 1]),
+            prompt_tokens=(index + 1,) + (0,) * (prompt - 1),
             sampling=SamplingParams(max_tokens=longest, temperature=0.0, ignore_eos=True),
             adapter=self._workload.adapters[request.adapter],
         )

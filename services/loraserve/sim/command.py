@@ -9,21 +9,24 @@ from typing import Any
 
 import msgspec
 
-from loraserve.cost.profile import Profile, read_profile
-from loraserve.errors import ConfigError, LoraServeError
+from loraserve.errors import LoraServeError
 from loraserve.sim import report
 from loraserve.sim.arguments import parser
-from loraserve.sim.cluster import SimSettings, Simulation
+from loraserve.sim.cluster import Simulation
 from loraserve.sim.compare import LOAD_SHARES, OURS, Comparison, Run, compare
 from loraserve.sim.estimate import capacity_rps
+from loraserve.sim.jobs import check, job_of, loads_of, policies_of
 from loraserve.sim.outcome import Outcome
-from loraserve.sim.points import Job, Point, Source, TraceSource, load
-from loraserve.sim.policies import POLICIES, policy_named
+from loraserve.sim.points import Job, Point, load, workload_of
+from loraserve.sim.policies import policy_named
 from loraserve.sim.sensitivity import changed_profiles
 from loraserve.sim.spread import spread
-from loraserve.sim.synthetic import LENGTHS, RANK_MIXES, Shape, grid
+from loraserve.sim.synthetic import grid
 
-REQUESTS_PER_ENGINE = 500
+USUAL_LOAD = 0.7
+"""Of the guessed capacity: where a single run is that names no load."""
+SAMPLE = 2000
+"""Requests that a first guess of the capacity is made from."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -32,6 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         base = job_of(arguments)
         names = policies_of(arguments)
+        check(arguments, names)
         content, text = _mode(arguments)(arguments, base, names)
     except LoraServeError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -42,70 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text, end="\n\n")
     print(json.dumps(content, allow_nan=False))
     return 0
-
-
-def job_of(arguments: argparse.Namespace) -> Job:
-    """What the flags ask for, at no load yet. Raises ConfigError naming the flag."""
-    for flag in ("engines", "adapters"):
-        if getattr(arguments, flag) < 1:
-            raise ConfigError(f"--{flag} {getattr(arguments, flag)}: at least 1 is needed")
-    for flag in ("slo_s", "plan_interval_s", "report_interval_s"):
-        if not getattr(arguments, flag) > 0:
-            raise ConfigError(f"--{flag.replace('_', '-')} {getattr(arguments, flag)}: seconds, more than 0")
-    if arguments.rps < 0 or arguments.requests < 0:
-        raise ConfigError("--rps and --requests are not negative")
-    profile = profile_of(arguments)
-    return Job(
-        source=_source(arguments),
-        policy=OURS,
-        engines=arguments.engines,
-        rps=arguments.rps,
-        profile=profile,
-        settings=SimSettings(
-            slo_ttft_s=arguments.slo_s,
-            plan_interval_s=arguments.plan_interval_s,
-            report_interval_s=arguments.report_interval_s,
-            seed=arguments.seed,
-        ),
-    )
-
-
-def profile_of(arguments: argparse.Namespace) -> Profile:
-    """The profile with the kind of LoRA cost that was asked for. Derived ones are shipped for both."""
-    name: str = arguments.profile
-    if "/" not in name and not name.endswith(".json") and arguments.cost == "padded":
-        name = name.removesuffix("-padded") + "-padded"
-    profile = read_profile(name)
-    if profile.cost.lora != arguments.cost:
-        raise ConfigError(
-            f"profile {name} has {profile.cost.lora} LoRA cost, --cost says {arguments.cost}; "
-            f"take another profile, or measure one with scripts/profile --lora {arguments.cost}"
-        )
-    return profile
-
-
-def policies_of(arguments: argparse.Namespace) -> list[str]:
-    several = arguments.compare or arguments.grid or arguments.sensitivity or arguments.loads
-    names = [n for n in arguments.policies.split(",") if n] or (list(POLICIES) if several else [OURS])
-    return [policy_named(name).name for name in dict.fromkeys(names)]
-
-
-def _source(arguments: argparse.Namespace) -> Source:
-    requests = arguments.requests or REQUESTS_PER_ENGINE * arguments.engines
-    if arguments.trace:
-        return TraceSource(path=arguments.trace, adapters=arguments.adapters, requests=requests, seed=arguments.seed)
-    for flag, known in (("ranks", RANK_MIXES), ("lengths", LENGTHS)):
-        if getattr(arguments, flag) not in known:
-            raise ConfigError(f"--{flag} {getattr(arguments, flag)}: there are {', '.join(known)}")
-    return Shape(
-        ranks=arguments.ranks,
-        arrivals=arguments.arrivals,
-        drift=arguments.drift,
-        lengths=arguments.lengths,
-        adapters=arguments.adapters,
-        requests=requests,
-        seed=arguments.seed,
-    )
 
 
 Mode = Callable[[argparse.Namespace, Job, list[str]], tuple[dict[str, Any], str]]
@@ -123,9 +63,10 @@ def _mode(arguments: argparse.Namespace) -> Mode:
 
 def run_one(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
     """One policy at one load, with its timeline."""
-    workload = load(base.source, base.profile.engine.slab_bytes_per_rank)
-    rps = base.rps or 0.7 * capacity_rps(workload, base.profile, base.engines)
-    simulation = Simulation(workload.at(rps), policy_named(names[0]), base.profile, base.engines, base.settings)
+    rps = base.rps or USUAL_LOAD * _guess_rps(base)
+    workload = workload_of(msgspec.structs.replace(base, rps=rps))
+    policy = policy_named(names[0], base.settings.seed)
+    simulation = Simulation(workload, policy, base.profile, base.engines, base.settings)
     outcome = simulation.run(_progress(arguments.json))
     written = _plots(arguments, lambda folder: [_timeline(outcome, folder)])
     rows = [[name, value] for name, value in run_figures(outcome).items()]
@@ -153,12 +94,7 @@ def run_figures(outcome: Outcome) -> dict[str, float]:
 
 def run_sweep(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
     """Every policy at every load that was named."""
-    try:
-        loads = [float(text) for text in (arguments.loads or str(base.rps)).split(",")]
-    except ValueError as error:
-        raise ConfigError(f"--loads {arguments.loads}: {error}; write requests/s, such as 10,20,30") from error
-    if min(loads) <= 0:
-        raise ConfigError("--loads (or --rps): requests/s, more than 0")
+    loads = loads_of(arguments) or [base.rps or USUAL_LOAD * _guess_rps(base)]
     jobs = [msgspec.structs.replace(base, policy=name, rps=rps) for name in names for rps in loads]
     with spread(arguments.workers, _say(arguments.json)) as run:
         points = run(jobs)
@@ -177,16 +113,15 @@ def _point_json(point: Point) -> dict[str, Any]:
 
 def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
     """The whole comparison on one workload."""
-    workload = load(base.source, base.profile.engine.slab_bytes_per_rank)
     with spread(arguments.workers, _say(arguments.json)) as run:
         comparison = _compare(base, names, run, LOAD_SHARES)
     title = (
-        f"{workload.name}, {base.engines} engines, {base.profile.model} on {base.profile.hardware}, {arguments.cost}"
+        f"{base.source.name}, {base.engines} engines, {base.profile.model} on {base.profile.hardware}, {arguments.cost}"
     )
     written = _plots(arguments, lambda folder: _comparison_plots(comparison, title, folder, base))
     text = "\n".join(
         [
-            f"{title}, SLO P95 TTFT {arguments.slo_s:g} s, {len(workload.requests)} requests a run",
+            f"{title}, SLO P95 TTFT {arguments.slo_s:g} s, {_length(base)} a run",
             "",
             report.summary(comparison),
             f"(P95 and adapters at 80% of {comparison.best_baseline}'s largest load; engines needed for all of it, "
@@ -200,7 +135,7 @@ def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> t
     )
     return {
         "simulate": "compare",
-        "workload": workload.name,
+        "workload": base.source.name,
         "engines": base.engines,
         "cost": arguments.cost,
         "slo_s": arguments.slo_s,
@@ -210,8 +145,7 @@ def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> t
 
 def run_grid(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
     """Ours against the baselines on drawn workloads of every kind."""
-    requests = arguments.requests or REQUESTS_PER_ENGINE * arguments.engines
-    shapes = grid(requests, arguments.adapters, arguments.seed)
+    shapes = grid(arguments.requests, arguments.adapters, arguments.seed)
     comparisons: dict[str, Comparison] = {}
     with spread(arguments.workers, _say(arguments.json)) as run:
         for shape in shapes:
@@ -245,21 +179,23 @@ def run_sensitivity(arguments: argparse.Namespace, base: Job, names: list[str]) 
 
 
 def _compare(base: Job, names: list[str], run: Run, shares: Sequence[float], count_engines: bool = True) -> Comparison:
-    workload = load(base.source, base.profile.engine.slab_bytes_per_rank)
-    guess_rps = capacity_rps(workload, base.profile, base.engines)
-    return compare(base, names, guess_rps, run, shares, count_engines)
+    return compare(base, names, _guess_rps(base), run, shares, count_engines)
+
+
+def _guess_rps(base: Job) -> float:
+    source = msgspec.structs.replace(base.source, requests=base.source.requests or SAMPLE)
+    return capacity_rps(load(source, base.profile.engine.slab_bytes_per_rank), base.profile, base.engines)
+
+
+def _length(base: Job) -> str:
+    return f"{base.source.requests} requests" if base.source.requests else f"{base.duration_s:g} s"
 
 
 def _plots(arguments: argparse.Namespace, draw: Callable[[Path], list[Path]]) -> list[str]:
     """Lines that name what was written."""
     if not arguments.out:
         return []
-    folder = Path(arguments.out)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        return [f"wrote {path}" for path in draw(folder)]
-    except OSError as error:
-        raise ConfigError(f"--out {folder}: {error.strerror}; name a folder that can be written to") from error
+    return [f"wrote {path}" for path in draw(Path(arguments.out))]
 
 
 def _comparison_plots(comparison: Comparison, title: str, folder: Path, base: Job) -> list[Path]:

@@ -4,22 +4,24 @@
 """
 
 from collections.abc import Callable, Sequence
-from math import ceil, inf, isinf, log
+from math import ceil, inf
 
 import msgspec
 
+from loraserve.errors import ConfigError
 from loraserve.sim.points import Job, Point
 
 Run = Callable[[Sequence[Job]], list[Point]]
 
 MOST_ENGINES = 3
 """Times as many as there are: policies that need more are not counted."""
-PRECISION = 0.04
+PRECISION = 0.02
 """The largest load is found to within this share."""
 FIRST_FACTOR = 1.3
 LATER_FACTOR = 4.0
 NEARBY_TRIES = 4
 MOST_TRIES = 12
+LEAST_OF_GUESS = 200.0
 """To find a load that is served, or one that is not: a short workload may never break the SLO."""
 LOAD_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)
 """Of the best baseline's largest load: where all are compared."""
@@ -65,15 +67,21 @@ def compare(
     shares: Sequence[float],
     count_engines: bool = True,
 ) -> Comparison:
-    """All policies on the workload, engines and profile of ``base``. ``shares`` has 0.8 in it."""
+    """All policies on the workload, engines and profile of ``base``. ``shares`` has 0.8 in it.
+
+    Raises ConfigError where no baseline meets the SLO at any load: there is nothing to compare with.
+    """
     curves: dict[str, dict[float, Point]] = {policy: {} for policy in policies}
     largest = find_largest(base, policies, guess_rps, run, curves)
     baselines = [p for p in policies if p != OURS] or list(policies)
     best = max(baselines, key=lambda p: largest[p])
+    if not largest[best]:
+        slo_s = base.settings.slo_ttft_s
+        raise ConfigError(f"no baseline serves this workload within {slo_s} s; promise more (--slo-s)")
     wanted = [(policy, share * largest[best]) for policy in policies for share in sorted(shares)]
     _simulate(base, [(p, rps) for p, rps in wanted if rps not in curves[p]], run, curves)
     needed: dict[str, int | None] = dict.fromkeys(policies)
-    if count_engines and largest[best]:
+    if count_engines:
         needed = engines_needed(base, policies, largest[best], run)
     return Comparison(
         engines=base.engines,
@@ -129,6 +137,7 @@ class _Search:
 
     def __init__(self, guess_rps: float, slo_ttft_s: float) -> None:
         self.next_rps = guess_rps
+        self._guess_rps = guess_rps
         self._slo_s = slo_ttft_s
         self._low: Point | None = None
         self._high: Point | None = None
@@ -137,12 +146,15 @@ class _Search:
     @property
     def done(self) -> bool:
         if self._low is None or self._high is None:
-            return self._tries >= MOST_TRIES
+            return self._tries >= MOST_TRIES or self._hopelessly_low(self.next_rps)
         return self._high.rps <= self._low.rps * (1 + PRECISION)
 
     @property
     def _factor(self) -> float:
         return FIRST_FACTOR if self._tries < NEARBY_TRIES else LATER_FACTOR
+
+    def _hopelessly_low(self, rps: float) -> bool:
+        return rps < self._guess_rps / LEAST_OF_GUESS
 
     def saw(self, point: Point) -> None:
         self._tries += 1
@@ -159,14 +171,8 @@ class _Search:
 
     @property
     def largest_rps(self) -> float:
-        """Where the P95 crosses the SLO, on a straight line of its logarithm between the last two points."""
-        if self._low is None:
-            return 0.0
-        low, high = self._low, self._high
-        if high is None or isinf(high.p95_ttft_s) or low.p95_ttft_s <= 0:
-            return low.rps
-        share = log(self._slo_s / low.p95_ttft_s) / log(high.p95_ttft_s / low.p95_ttft_s)
-        return low.rps + share * (high.rps - low.rps)
+        """The largest load that was simulated and met the SLO; 0 where none did."""
+        return self._low.rps if self._low is not None else 0.0
 
 
 def _simulate(base: Job, wanted: Sequence[tuple[str, float]], run: Run, curves: dict[str, dict[float, Point]]) -> None:

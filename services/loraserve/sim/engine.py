@@ -186,11 +186,12 @@ class SimEngine:
 
     def _skip(self, steps: int) -> None:
         assert self._batch is not None
-        self._began_s += self._steps_s(steps)
+        took_s = self._steps_s(steps)
+        self._began_s += took_s
         self._step_s += steps * self._growth_s
         self._quiet -= steps
         self._batch = skip(self.scheduler, steps, TOKEN)
-        self._count(self._batch, self._step_s, steps)
+        self._count(self._batch, took_s / steps, steps)
 
     def _steps_s(self, steps: int) -> float:
         """The outstanding step and those after it that only grow."""

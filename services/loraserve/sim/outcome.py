@@ -95,7 +95,8 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def moves_per_interval(self) -> float:
         """Copies brought somewhere, after the first plan."""
-        later = self.intervals[2:]
+        last_s = self.requests[-1].arrival_s if self.requests else 0.0
+        later = [i for i in self.intervals[2:] if i.time_s <= last_s]
         return sum(i.moves for i in later) / len(later) if later else 0.0
 
     def _share(self, bytes_by_engine: list[tuple[int, ...]]) -> float:

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Plan
 from loraserve.planner import events
-from loraserve.planner.copies import recovered
+from loraserve.planner.copies import recovered, shares_moved
 from loraserve.planner.diff import diff
 from loraserve.planner.rollout import Rollout
 from loraserve.planner.settings import PlanSettings
@@ -57,7 +57,7 @@ class SimPlanner:
         current = plan.placements if plan.epoch else recovered(loads, self._adapters)
         placements = self._policy.place(demand, self._adapters, loads, current, cost, self._settings)
         moves = diff(current, placements, self._adapters)
-        if not moves and plan.epoch:
+        if not moves and plan.epoch and not shares_moved(current, placements):
             return
         self.moves += sum(bool(move.target) for move in moves)
         self.moved_bytes += sum(move.slab_bytes for move in moves)

@@ -11,16 +11,19 @@ from loraserve.sim.outcome import Outcome
 from loraserve.sim.policies import policy_named
 from loraserve.sim.synthetic import Shape, draw
 from loraserve.sim.tenants import tenants_workload
-from loraserve.sim.traces import read_trace
+from loraserve.sim.traces import TraceRequest, read_trace
 from loraserve.sim.workload import Workload
+
+LEAST_REQUESTS = 100
+"""Of a run: a P95 of fewer says nothing."""
 
 
 class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests of a trace file, for so many adapters."""
+    """The first requests of a trace file, for so many adapters. ``requests`` 0: as the run is long."""
 
     path: str
     adapters: int = 100
-    requests: int = 6000
+    requests: int = 0
     seed: int = 0
 
     @property
@@ -32,7 +35,8 @@ Source = TraceSource | Shape
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One policy at one load."""
+    """One policy at one load. A source that names no number of requests brings them for ``duration_s``: an overload
+    shows only where a run is much longer than the SLO."""
 
     source: Source
     policy: str
@@ -40,6 +44,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     rps: float
     profile: Profile
     settings: SimSettings = SimSettings()
+    duration_s: float = 300.0
 
 
 class Point(msgspec.Struct, frozen=True, kw_only=True):
@@ -63,8 +68,17 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
 
 def simulate(job: Job) -> Outcome:
     """Raises ConfigError where the trace or the policy cannot be used."""
-    workload = load(job.source, job.profile.engine.slab_bytes_per_rank).at(job.rps)
-    return Simulation(workload, policy_named(job.policy), job.profile, job.engines, job.settings).run()
+    policy = policy_named(job.policy, job.settings.seed)
+    return Simulation(workload_of(job), policy, job.profile, job.engines, job.settings).run()
+
+
+def workload_of(job: Job) -> Workload:
+    """At the job's load, as long as it says. Raises ConfigError where the trace cannot be used."""
+    source = job.source
+    if not source.requests:
+        requests = max(LEAST_REQUESTS, int(job.rps * job.duration_s))
+        source = msgspec.structs.replace(source, requests=requests)
+    return load(source, job.profile.engine.slab_bytes_per_rank).at(job.rps)
 
 
 def point(job: Job) -> Point:
@@ -95,5 +109,10 @@ def load(source: Source, slab_bytes_per_rank: int) -> Workload:
     """The workload of a source. Raises ConfigError where a trace cannot be used."""
     if isinstance(source, Shape):
         return draw(source, slab_bytes_per_rank)
-    trace = read_trace(source.path)
+    trace = _trace(source.path)
     return tenants_workload(trace, source.adapters, source.requests, slab_bytes_per_rank, source.name, source.seed)
+
+
+@lru_cache(maxsize=1)
+def _trace(path: str) -> list[TraceRequest]:
+    return read_trace(path)

@@ -1,5 +1,7 @@
 """The policies that are compared, each a way to place and a way to route."""
 
+from functools import partial
+
 import msgspec
 
 from loraserve.errors import ConfigError
@@ -17,21 +19,22 @@ class Policy(msgspec.Struct, frozen=True):
     everywhere: bool = False
 
 
-POLICIES = {
-    policy.name: policy
-    for policy in (
-        Policy("slora-random", baselines.place_at_random, baselines.route_to_copy),
-        Policy("slora-contiguous", baselines.place_contiguously, baselines.route_to_copy),
-        Policy("toppings", baselines.place_everywhere, baselines.route_to_least_finish, everywhere=True),
-        Policy("dynamo", baselines.place_by_rendezvous, baselines.route_to_least_requests),
-        Policy("loraserve", PLANNERS["loraserve"], ROUTERS["shares"]),
-        Policy("ours", PLANNERS["ours"], ROUTERS["predicted"]),
-    )
-}
+NAMES = ("slora-random", "slora-contiguous", "toppings", "dynamo", "loraserve", "ours")
 
 
-def policy_named(name: str) -> Policy:
-    """Raises ConfigError naming those that there are."""
-    if name not in POLICIES:
-        raise ConfigError(f"policy {name!r} is not known; there are {', '.join(POLICIES)}")
-    return POLICIES[name]
+def policy_named(name: str, seed: int = 0) -> Policy:
+    """``seed`` is of placements at random. Raises ConfigError naming the policies that there are."""
+    match name:
+        case "slora-random":
+            return Policy(name, partial(baselines.place_at_random, seed), baselines.route_to_copy)
+        case "slora-contiguous":
+            return Policy(name, baselines.place_contiguously, baselines.route_to_copy)
+        case "toppings":
+            return Policy(name, baselines.place_everywhere, baselines.route_to_least_finish, everywhere=True)
+        case "dynamo":
+            return Policy(name, baselines.place_by_rendezvous, baselines.route_to_least_requests)
+        case "loraserve":
+            return Policy(name, PLANNERS["loraserve"], ROUTERS["shares"])
+        case "ours":
+            return Policy(name, PLANNERS["ours"], ROUTERS["predicted"])
+    raise ConfigError(f"policy {name!r} is not known; there are {', '.join(NAMES)}")

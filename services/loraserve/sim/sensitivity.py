@@ -17,7 +17,10 @@ def changed_profiles(profile: Profile) -> dict[str, Profile]:
     """
     if profile.origin != "derived":
         raise ConfigError(f"profile of {profile.model} on {profile.hardware} was measured; take a derived one")
-    hardware = next(h for h in HARDWARE.values() if h.name == profile.hardware)
+    hardware = next((h for h in HARDWARE.values() if h.name == profile.hardware), None)
+    if hardware is None:
+        known = ", ".join(h.name for h in HARDWARE.values())
+        raise ConfigError(f"profile of {profile.model}: there is no datasheet of {profile.hardware}, only of {known}")
     changed = {"nothing": profile}
     for name, efficiency in profile.efficiencies.items():
         for factor in FACTORS:

@@ -41,14 +41,14 @@ LENGTH_SIGMA = 0.8
 
 
 class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """What a workload is drawn from."""
+    """What a workload is drawn from. ``requests`` 0: as the run is long."""
 
     ranks: str = "uniform"
     arrivals: Arrivals = "poisson"
     drift: Drift = "none"
     lengths: str = "chat"
     adapters: int = 100
-    requests: int = 4000
+    requests: int = 0
     seed: int = 0
 
     @property
@@ -114,7 +114,7 @@ def _lognormal(mean: float, rng: Random) -> Callable[[], int]:
     return lambda: max(1, int(exp(rng.gauss(mu, LENGTH_SIGMA))))
 
 
-def grid(requests: int = 4000, adapters: int = 100, seed: int = 0) -> list[Shape]:
+def grid(requests: int = 0, adapters: int = 100, seed: int = 0) -> list[Shape]:
     """24: four mixes of ranks, two kinds of arrival, three of drift; lengths from prefill-heavy to decode-heavy."""
     lengths = list(LENGTHS)
     shapes = []

@@ -25,13 +25,14 @@ def tenants_workload(
     """
     if adapters < 1:
         raise ConfigError(f"--adapters {adapters}: at least one adapter is needed")
-    if len(trace) < 2 or trace[-1].time_s <= trace[0].time_s:
-        raise ConfigError(f"{name}: a trace needs two requests at different times, or there is no load to scale")
+    drawn_from = trace[:requests]
+    if len(drawn_from) < 2 or drawn_from[-1].time_s <= drawn_from[0].time_s:
+        raise ConfigError(f"{name}: the first {requests} requests are all at one time: there is no load to scale")
     rng = Random(seed)
     owned = _owned([client for client, _ in Counter(r.client for r in trace).most_common()], trace, adapters)
     weights = {c: list(accumulate(1 / (k + 1) ** POWER for k in range(len(own)))) for c, own in owned.items()}
     drawn = []
-    for r in trace[:requests]:
+    for r in drawn_from:
         own, bounds = owned[r.client], weights[r.client]
         adapter = own[min(bisect(bounds, rng.random() * bounds[-1]), len(own) - 1)]
         drawn.append(SimRequest(r.time_s, adapter, r.prompt_tokens, r.output_tokens))

@@ -71,7 +71,7 @@ def test_what_is_sent_counts_as_load_at_once(watcher: Watcher) -> None:
     watcher.sends("r1", tokens=30, adapter=PIRATE)
     watcher.sends("r2", tokens=12)
     assert (watcher.e0.requests, watcher.e0.pending_tokens) == (2, 42)
-    assert watcher.e0.fetches(PIRATE.version)
+    assert PIRATE.version in watcher.e0.pending_mix.versions
 
 
 def test_sending_again_counts_once(watcher: Watcher) -> None:
@@ -129,7 +129,7 @@ def test_an_answer_of_another_incarnation_means_an_empty_pool(watcher: Watcher) 
     assert watcher.e0.resident == {PIRATE.version}
     watcher.view.admitted("e0", "r2", "i2", watcher.now)
     assert not watcher.e0.resident
-    assert not watcher.e0.fetches("v2")
+    assert "v2" not in watcher.e0.pending_mix.versions | watcher.e0.loading
 
 
 def test_room_is_what_is_free_and_what_only_the_plan_pins(watcher: Watcher) -> None:

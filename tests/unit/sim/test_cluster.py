@@ -7,7 +7,7 @@ import pytest
 from loraserve.cost.profile import Profile
 from loraserve.sim.cluster import SimSettings, Simulation
 from loraserve.sim.outcome import Outcome
-from loraserve.sim.policies import POLICIES, policy_named
+from loraserve.sim.policies import NAMES, policy_named
 from loraserve.sim.synthetic import Shape, draw
 from loraserve.sim.workload import Workload
 
@@ -23,7 +23,7 @@ def simulate(profile: Profile, policy: str, rps: float = 10.0, requests: int = 3
     return Simulation(workload(profile, rps, requests), policy_named(policy), profile, ENGINES, SETTINGS).run()
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", NAMES)
 def test_every_request_is_served_and_every_engine_ends_clean(policy: str, profile: Profile) -> None:
     simulation = Simulation(workload(profile, 10.0), policy_named(policy), profile, ENGINES, SETTINGS)
     outcome = simulation.run()
@@ -36,7 +36,7 @@ def test_every_request_is_served_and_every_engine_ends_clean(policy: str, profil
         assert engine.scheduler.idle
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", NAMES)
 def test_the_same_run_twice_is_the_same(policy: str, profile: Profile) -> None:
     first, second = (simulate(profile, policy) for _ in range(2))
     assert [r.first_token_s for r in first.requests] == [r.first_token_s for r in second.requests]

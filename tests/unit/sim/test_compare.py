@@ -6,6 +6,7 @@ from math import inf
 import msgspec
 import pytest
 
+from loraserve.errors import ConfigError
 from loraserve.sim import report
 from loraserve.sim.compare import LOAD_SHARES, PRECISION, Comparison, compare
 from loraserve.sim.points import Job, Point
@@ -52,13 +53,13 @@ def comparison() -> Comparison:
 @pytest.mark.parametrize("policy", CAPACITY_RPS)
 def test_the_largest_load_is_where_the_p95_crosses_the_slo(policy: str, comparison: Comparison) -> None:
     crossing_rps = CAPACITY_RPS[policy] * (1 - 0.5 / 10)
-    assert comparison.results[policy].max_rps == pytest.approx(crossing_rps, rel=PRECISION)
+    assert crossing_rps / (1 + PRECISION) <= comparison.results[policy].max_rps <= crossing_rps
 
 
 @pytest.mark.parametrize("guess_rps", [0.01, 1.0, 1000.0])
 def test_a_bad_guess_costs_time_only(guess_rps: float) -> None:
     found = compare(BASE, ["toppings"], guess_rps, queue, (0.8,), count_engines=False)
-    assert found.results["toppings"].max_rps == pytest.approx(24 * 0.95, rel=PRECISION)
+    assert 24 * 0.95 / (1 + PRECISION) <= found.results["toppings"].max_rps <= 24 * 0.95
 
 
 def test_all_are_compared_at_shares_of_the_best_baselines_load(comparison: Comparison) -> None:
@@ -109,8 +110,14 @@ def test_the_json_has_null_for_what_is_not_finite(comparison: Comparison) -> Non
 
 
 def test_tables_name_every_policy_and_load(comparison: Comparison) -> None:
-    for text in (report.summary(comparison), report.load_table(comparison), report.grid_table({"w": comparison})):
-        assert len({len(line.split("  ")) for line in text.splitlines()}) >= 1
     assert all(name in report.summary(comparison) for name in CAPACITY_RPS)
     assert "120%" in report.load_table(comparison)
     assert report.gains({"w": comparison})["vs_toppings_best"] == pytest.approx(1.25, rel=0.05)
+
+
+def test_where_no_baseline_serves_at_any_load_there_is_nothing_to_compare() -> None:
+    def never(jobs: Sequence[Job]) -> list[Point]:
+        return [msgspec.structs.replace(p, p95_ttft_s=inf, hopeless=True) for p in queue(jobs)]
+
+    with pytest.raises(ConfigError, match="promise more"):
+        compare(BASE, list(CAPACITY_RPS), 7.0, never, LOAD_SHARES)
