@@ -8,7 +8,7 @@ import msgspec
 from loraserve.cost import CostModel
 from loraserve.planner.policies import Planner
 from loraserve.planner.settings import PlanSettings
-from loraserve.sim.baselines import place_at_random, place_contiguously
+from loraserve.sim.policies import policy_named
 from loraserve.sim.workload import Workload
 from loraserve.testing.reports import engine_load
 
@@ -32,8 +32,8 @@ class LivePolicy(NamedTuple):
 OURS = LivePolicy("ours", "ours", "predicted")
 LORASERVE = LivePolicy("loraserve", "loraserve", "shares")
 # The planner's own policy decides nothing where every adapter is pinned.
-RANDOM = LivePolicy("slora-random", "ours", "shares", place_at_random)
-CONTIGUOUS = LivePolicy("slora-contiguous", "ours", "shares", place_contiguously)
+RANDOM = LivePolicy("slora-random", "ours", "shares", policy_named("slora-random").place)
+CONTIGUOUS = LivePolicy("slora-contiguous", "ours", "shares", policy_named("slora-contiguous").place)
 LIVE_POLICIES = (OURS, LORASERVE, RANDOM, CONTIGUOUS)
 
 

@@ -12,7 +12,7 @@ from policies import first_seconds
 
 from loraserve.config import load_config
 from loraserve.errors import ConfigError
-from loraserve.sim.policies import POLICIES
+from loraserve.sim.policies import NAMES, policy_named
 from loraserve.sim.workload import SimRequest, Workload, make_adapters
 
 SLAB_BYTES_PER_RANK = 90_000
@@ -56,8 +56,8 @@ def test_prompts_begin_differently_and_have_only_tokens_that_there_are() -> None
 @pytest.mark.parametrize("policy", [RANDOM, CONTIGUOUS])
 def test_pins_deal_every_adapter_to_one_engine_as_many_to_each(policy) -> None:
     workload = make_workload(100, SLAB_BYTES_PER_RANK)
-    assert policy.place is POLICIES[policy.name].place
     pinned = pins(policy.place, workload, 4)
+    assert pinned == pins(policy_named(policy.name).place, workload, 4)
     assert set(pinned) == {adapter.name for adapter in workload.adapters}
     engines = [engine for engines in pinned.values() for engine in engines]
     assert len(engines) == len(pinned)
@@ -71,7 +71,7 @@ def test_the_settings_of_a_policy_are_settings_of_the_cluster(policy) -> None:
     assert (config.planner.policy, config.router.policy) == (policy.planner, policy.router)
     assert len(config.planner.pins) == (ADAPTERS if policy.place else 0)
     assert (config.router.policy == "predicted") == (policy == OURS)
-    assert policy.name in POLICIES
+    assert policy.name in NAMES
 
 
 def test_a_trace_is_replayed_with_its_clients_as_tenants(tmp_path: Path) -> None:
