@@ -25,6 +25,11 @@ def gpus(devices: Path = Path("/dev")) -> int:
     return shown if visible is None else min(shown, _listed(visible))
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
     """What the NVIDIA driver calls the first GPU; "" where it does not say."""
     try:

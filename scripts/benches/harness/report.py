@@ -1,7 +1,6 @@
 """What a bench prints: progress on stderr, a table for people, one line of JSON at the end."""
 
 import json
-import os
 import platform
 import subprocess
 import sys
@@ -10,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from loraserve.device import cores
 
 STARTED_S = time.monotonic()
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,11 +72,6 @@ def last_line(bench: str, ratios: Mapping[str, Number], figures: Mapping[str, Nu
 def machine() -> str:
     """Processor, cores and the torch build: what figures depend on most."""
     return f"{_processor()}, {cores()} cores, torch {version('torch')}"
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _processor() -> str:

@@ -82,7 +82,8 @@ class Simulation(Watcher):
             self._settings.prepare_timeout_s,
             self._publish,
         )
-        self._view = ClusterView()
+        self._view = ClusterView(prefix_cache=False)
+        self._loads: list[EngineLoad] = []
         self._demand = DemandWindow(self._settings.window_s, self._settings.plan_interval_s)
         self._cost: CostModel = profile.cost
         self._planned: PlannedCopies | None = None
@@ -147,7 +148,6 @@ class Simulation(Watcher):
         chosen = choice.candidates[0]
         self._whys[chosen.why] = self._whys.get(chosen.why, 0) + 1
         outcome.engine = chosen.engine
-        outcome.predicted_s = chosen.predicted_s
         self._view.sent(chosen.engine, route, now)
         admit = Admit(
             request_id=request_id,
@@ -209,12 +209,11 @@ class Simulation(Watcher):
 
     def _note_interval(self, now: float) -> None:
         held = [engine.held_bytes() for engine in self.engines.values()]
-        moves, moved_bytes = self._planner.take_moves()
+        moves = self._planner.take_moves()
         self._intervals.append(
             Interval(
                 time_s=now,
                 moves=moves,
-                moved_bytes=moved_bytes,
                 held_bytes=tuple(h for h, _ in held),
                 needed_bytes=tuple(n for _, n in held),
                 rank_tokens=tuple(dict(engine.rank_tokens) for engine in self.engines.values()),
@@ -250,15 +249,12 @@ class Simulation(Watcher):
             rps=self._workload.rps,
             slo_ttft_s=self._slo.ttft_s,
             hopeless=self._hopeless,
-            duration_s=self._timeline.now_s,
             requests=tuple(r for r in self._requests.values() if r.index >= first),
             intervals=tuple(self._intervals),
             all_bytes=sum(adapter.slab_bytes for adapter in self._workload.adapters),
             busy_share=sum(e.busy_s for e in self.engines.values()) / len(self.engines) / (self._timeline.now_s or 1),
             whys=dict(self._whys),
         )
-
-    _loads: list[EngineLoad]
 
 
 def _limits(profile: Profile, workload: Workload, everywhere: bool) -> SchedulerLimits:

@@ -82,7 +82,7 @@ def run_figures(outcome: Outcome) -> dict[str, float]:
         "p50_ttft_s": outcome.p50_ttft_s,
         "p95_ttft_s": outcome.p95_ttft_s,
         "goodput_rps": outcome.goodput_rps,
-        "decode_s": outcome.tpot_s,
+        "decode_s": outcome.decode_s,
         "rejected": outcome.rejected,
         "busy_share": outcome.busy_share,
         "adapter_bytes_share": outcome.bytes_share,

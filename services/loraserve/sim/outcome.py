@@ -7,7 +7,7 @@ import msgspec
 
 
 class RequestOutcome(msgspec.Struct, gc=False):
-    """``predicted_s`` is what the router expected until its start."""
+    """What one request saw."""
 
     index: int
     adapter: int
@@ -16,7 +16,6 @@ class RequestOutcome(msgspec.Struct, gc=False):
     first_token_s: float | None = None
     end_s: float | None = None
     rejected: bool = False
-    predicted_s: float = 0.0
 
     @property
     def ttft_s(self) -> float:
@@ -33,7 +32,6 @@ class Interval(msgspec.Struct, frozen=True):
 
     time_s: float
     moves: int
-    moved_bytes: int
     held_bytes: tuple[int, ...]
     needed_bytes: tuple[int, ...]
     rank_tokens: tuple[dict[int, int], ...]
@@ -49,7 +47,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     rps: float
     slo_ttft_s: float
     hopeless: bool
-    duration_s: float
     requests: tuple[RequestOutcome, ...]
     intervals: tuple[Interval, ...]
     all_bytes: int
@@ -73,7 +70,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         return met / (self.requests[-1].arrival_s - self.requests[0].arrival_s)
 
     @property
-    def tpot_s(self) -> float:
+    def decode_s(self) -> float:
         """Mean time from the first token to the end, of requests that ended."""
         times = [r.end_s - r.first_token_s for r in self.requests if r.end_s and r.first_token_s is not None]
         return sum(times) / len(times) if times else 0.0

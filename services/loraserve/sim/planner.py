@@ -21,7 +21,7 @@ INCARNATION = "simulated"
 
 
 class SimPlanner:
-    """``moves`` and ``moved_bytes``: copies that plans brought somewhere since they were last taken."""
+    """``moves``: copies that plans brought somewhere since they were last taken."""
 
     def __init__(
         self,
@@ -43,7 +43,6 @@ class SimPlanner:
         self._rollout = Rollout(NO_PLAN)
         self._busy = False
         self.moves = 0
-        self.moved_bytes = 0
 
     def see(self, loads: Sequence[EngineLoad], now: float) -> None:
         """Reports of all engines."""
@@ -60,7 +59,6 @@ class SimPlanner:
         if not moves and plan.epoch and not shares_moved(current, placements):
             return
         self.moves += sum(bool(move.target) for move in moves)
-        self.moved_bytes += sum(move.slab_bytes for move in moves)
         self._busy = True
         self._tell(events.Begin(placements, self._adapters, frozenset(), now), now)
 
@@ -68,9 +66,8 @@ class SimPlanner:
         """An engine's answer."""
         self._tell(events.PrepareAnswered(engine, INCARNATION, epoch, failed), now)
 
-    def take_moves(self) -> tuple[int, int]:
-        taken = self.moves, self.moved_bytes
-        self.moves = self.moved_bytes = 0
+    def take_moves(self) -> int:
+        taken, self.moves = self.moves, 0
         return taken
 
     def _tell(self, event: events.Event, now: float) -> None:

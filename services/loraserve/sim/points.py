@@ -56,7 +56,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     p50_ttft_s: float
     p95_ttft_s: float
     goodput_rps: float
-    tpot_s: float
+    decode_s: float
     busy_share: float
     bytes_share: float
     held_share: float
@@ -93,7 +93,7 @@ def point(job: Job) -> Point:
         p50_ttft_s=outcome.p50_ttft_s,
         p95_ttft_s=outcome.p95_ttft_s,
         goodput_rps=outcome.goodput_rps,
-        tpot_s=outcome.tpot_s,
+        decode_s=outcome.decode_s,
         busy_share=outcome.busy_share,
         bytes_share=outcome.bytes_share,
         held_share=outcome.held_share,

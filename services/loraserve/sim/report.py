@@ -5,6 +5,7 @@ from math import isfinite
 from statistics import median
 from typing import Any
 
+from loraserve.ops import text
 from loraserve.sim.compare import OURS, Comparison
 
 RANDOM, TOPPINGS = "slora-random", "toppings"
@@ -14,13 +15,8 @@ SAME_P95 = 1.02
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned columns; the first is text."""
-    cells = [[cell(value) for value in row] for row in [header, *rows]]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
-    return "\n".join(
-        "  ".join([row[0].ljust(widths[0]), *(t.rjust(w) for t, w in zip(row[1:], widths[1:], strict=True))]).rstrip()
-        for row in cells
-    )
+    """Aligned columns, figures on the right."""
+    return text.table(header, [[cell(value) for value in row] for row in rows])
 
 
 def cell(value: Any) -> str:
@@ -92,10 +88,10 @@ def shortfalls(comparison: Comparison) -> list[str]:
 
 def _bytes_reason(comparison: Comparison) -> str:
     share = comparison.results[OURS].at_80pct.bytes_share
-    text = f"holds {share:.1%} of all adapter bytes per engine, not a quarter"
+    said = f"holds {share:.1%} of all adapter bytes per engine, not a quarter"
     if comparison.engines <= 4:
-        text += f" (one copy of each on {comparison.engines} engines is {1 / comparison.engines:.0%} already)"
-    return text
+        said += f" (one copy of each on {comparison.engines} engines is {1 / comparison.engines:.0%} already)"
+    return said
 
 
 def as_json(comparison: Comparison) -> dict[str, dict[str, float | int | None]]:

@@ -1,12 +1,12 @@
 """Simulations side by side on the machine's cores, with progress."""
 
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 
+from loraserve.device import cores
 from loraserve.sim.points import Job, Point, point
 
 SAY_EVERY_S = 2.0
@@ -32,11 +32,6 @@ def spread(
             return [points[i] for i in range(len(jobs))]
 
         yield run
-
-
-def cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Counter:

@@ -32,7 +32,7 @@ def queue(jobs: Sequence[Job]) -> list[Point]:
                 p50_ttft_s=p95_s / 3,
                 p95_ttft_s=p95_s,
                 goodput_rps=job.rps,
-                tpot_s=1.0,
+                decode_s=1.0,
                 busy_share=min(load, 1.0),
                 bytes_share=1.0 if job.policy == "toppings" else 0.3,
                 held_share=0.4,
