@@ -1,13 +1,14 @@
-"""Memory has a price as well: a pool gives out extents of power-of-two sizes. Pure."""
+"""Memory has a price as well: a pool gives out extents in whole granules. Pure."""
 
 MIN_EXTENT_BYTES = 4096
+"""A granule: every extent begins and ends at a multiple of it."""
 
 
-def extent_bytes(slab_bytes: int) -> int:
+def extent_bytes(slab_bytes: int, granule_bytes: int = MIN_EXTENT_BYTES) -> int:
     """What a slab takes of a pool."""
-    return max(MIN_EXTENT_BYTES, 1 << (slab_bytes - 1).bit_length()) if slab_bytes > 0 else MIN_EXTENT_BYTES
+    return max(1, -(-slab_bytes // granule_bytes)) * granule_bytes
 
 
-def largest_extent_bytes(pool_bytes: int) -> int:
+def largest_extent_bytes(pool_bytes: int, granule_bytes: int = MIN_EXTENT_BYTES) -> int:
     """The largest extent that a pool of this size can ever give; 0 where it is too small for any."""
-    return 1 << (pool_bytes.bit_length() - 1) if pool_bytes >= MIN_EXTENT_BYTES else 0
+    return pool_bytes // granule_bytes * granule_bytes

@@ -36,10 +36,10 @@ ENGINE_SETTINGS = (
     "engine.max_running=16",
     "engine.max_step_tokens=256",
     f"engine.kv_bytes={64 << 20}",
-    f"engine.pool_bytes={96 << 20}",
+    f"engine.pool_bytes={80 << 20}",
 )
 """The pool has room for any quarter of the adapters, which the baselines deal to an engine, and for all of them none:
-in extents they take 124 MiB, and a plan may fill three quarters of a pool."""
+in extents they take 103 MiB, and a plan may fill nine tenths of a pool."""
 
 
 class Scene(NamedTuple):

@@ -4,11 +4,12 @@ An adapter is LOADING or RESIDENT. It stays while a request runs it, while the p
 its extent is held for another reason; the rest goes, least recently used first, when room is wanted.
 """
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 
 import msgspec
 
-from loraserve.engine.buddy import MIN_EXTENT_BYTES, BuddyAllocator
+from loraserve.cost import MIN_EXTENT_BYTES
+from loraserve.engine.extents import ExtentAllocator
 from loraserve.messages import AdapterRef
 
 
@@ -39,12 +40,12 @@ class Placed(msgspec.Struct, frozen=True):
 
 
 class AdapterPool:
-    """The engine's adapter memory: buddy extents, slots, pins, least recently used."""
+    """The engine's adapter memory: extents, slots, pins, least recently used."""
 
     def __init__(
         self, pool_bytes: int, slots: int, min_extent_bytes: int = MIN_EXTENT_BYTES, max_rank: int | None = None
     ) -> None:
-        self._buddy = BuddyAllocator(pool_bytes, min_extent_bytes)
+        self._extents = ExtentAllocator(pool_bytes, min_extent_bytes)
         self._pool_bytes = pool_bytes
         self._slots = slots
         self._max_rank = max_rank
@@ -63,9 +64,9 @@ class AdapterPool:
 
     @property
     def free_bytes(self) -> int:
-        """Free now, plus what would leave at once if room were wanted."""
-        return self._buddy.free_bytes + sum(
-            self._buddy.extent_bytes(e.adapter.slab_bytes) for e in self._entries.values() if e.evictable
+        """Free now, plus what would leave at once if room were wanted; not all of it need lie in one piece."""
+        return self._extents.free_bytes + sum(
+            self._extents.extent_bytes(e.adapter.slab_bytes) for e in self._entries.values() if e.evictable
         )
 
     @property
@@ -78,11 +79,11 @@ class AdapterPool:
             return "engine.max_adapters is 0; raise it to serve adapters"
         if self._max_rank is not None and adapter.rank > self._max_rank:
             return f"adapter {adapter.name} has rank {adapter.rank}, engine.max_rank is {self._max_rank}; raise it"
-        if self._buddy.extent_bytes(adapter.slab_bytes) > self._buddy.largest_bytes:
-            needed = self._buddy.extent_bytes(adapter.slab_bytes)
+        if self._extents.extent_bytes(adapter.slab_bytes) > self._extents.largest_bytes:
+            needed = self._extents.extent_bytes(adapter.slab_bytes)
             return (
                 f"adapter {adapter.name} needs an extent of {needed} bytes, the largest that engine.pool_bytes="
-                f"{self._pool_bytes} can give is {self._buddy.largest_bytes}; raise engine.pool_bytes "
+                f"{self._pool_bytes} can give is {self._extents.largest_bytes}; raise engine.pool_bytes "
                 "(on a GPU engine.pool_fraction)"
             )
         return None
@@ -105,7 +106,7 @@ class AdapterPool:
         for victim in victims:
             self.plan_pins_dropped += victim.planned
             self._remove(victim)
-        offset = self._buddy.allocate(adapter.slab_bytes)
+        offset = self._extents.allocate(adapter.slab_bytes)
         assert offset is not None, "victims did not make the room they were chosen for"
         slot = self._free_slots.pop()
         self._entries[adapter.version] = Entry(adapter, slot, offset, used_s=now)
@@ -143,51 +144,28 @@ class AdapterPool:
 
     def validate(self) -> None:
         """Extents disjoint and as large as their slabs, slots given out once, counts not negative."""
-        self._buddy.validate()
+        self._extents.validate()
         slots = [entry.slot for entry in self._entries.values()] + self._free_slots
         assert sorted(slots) == list(range(self._slots)), "a slot is lost or given out twice"
         for version, entry in self._entries.items():
             assert entry.adapter.version == version, version
             assert entry.running >= 0, f"{version} runs {entry.running} times"
             assert entry.resident or entry.running == 0, f"{version} runs before it is loaded"
-            used = self._buddy.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
+            used = self._extents.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
             assert used == [entry.offset_bytes], f"{version} shares its extent"
 
     def _victims(self, wanted_bytes: int, ready: list[Entry]) -> list[Entry] | None:
-        """The cheapest of ``ready`` whose leaving makes room: fewest plan pins, longest unused, least bytes."""
-        if self._fits(wanted_bytes):
-            if self._free_slots:
-                return []
-            return [min(ready, key=_cost)] if ready else None
-        by_offset = {entry.offset_bytes: entry for entry in ready}
-        best: tuple[tuple[int, float, int, int], list[Entry]] | None = None
-        for entry in ready:
-            window = self._buddy.window(entry.offset_bytes, wanted_bytes)
-            if window is None:
-                continue
-            inside = self._buddy.used_in(*window)
-            if any(start not in by_offset for start in inside):
-                continue
-            victims = [by_offset[start] for start in inside]
-            cost = (
-                sum(v.planned for v in victims),
-                max(v.used_s for v in victims),
-                sum(v.adapter.slab_bytes for v in victims),
-                window[0],
-            )
-            if best is None or cost < best[0]:
-                best = cost, victims
-        return best[1] if best else None
-
-    def _fits(self, wanted_bytes: int) -> bool:
-        offset = self._buddy.allocate(wanted_bytes)
-        if offset is None:
-            return False
-        self._buddy.release(offset)
-        return True
+        """The cheapest of ``ready`` whose leaving makes room: fewest plan pins, longest unused, least bytes, lowest."""
+        if not self._extents.fits(wanted_bytes):
+            by_offset = {entry.offset_bytes: entry for entry in ready}
+            runs = self._extents.runs(wanted_bytes, by_offset)
+            return min(([by_offset[start] for start in run] for run in runs), key=_cost, default=None)
+        if self._free_slots:
+            return []
+        return min(([entry] for entry in ready), key=_cost, default=None)
 
     def _remove(self, entry: Entry) -> None:
-        self._buddy.release(entry.offset_bytes)
+        self._extents.release(entry.offset_bytes)
         self._free_slots.append(entry.slot)
         del self._entries[entry.adapter.version]
 
@@ -196,5 +174,11 @@ def _unused(entry: Entry) -> bool:
     return entry.resident and entry.running == 0
 
 
-def _cost(entry: Entry) -> tuple[bool, float, int]:
-    return entry.planned, entry.used_s, entry.adapter.slab_bytes
+def _cost(victims: Sequence[Entry]) -> tuple[int, float, int, int]:
+    """Of a run that has a member to spare, always more than without it."""
+    return (
+        sum(victim.planned for victim in victims),
+        max(victim.used_s for victim in victims),
+        sum(victim.adapter.slab_bytes for victim in victims),
+        victims[0].offset_bytes,
+    )

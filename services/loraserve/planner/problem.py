@@ -22,7 +22,7 @@ Copies = list[tuple[int, ...]]
 """By adapter, the engines that hold it, in order."""
 
 POOL_FRACTION = 0.9
-"""Of a pool that the plan may pin; the rest is for adapters that come on demand."""
+"""Of a pool that the plan may pin; the rest is for adapters that come on demand, and for holes between pins."""
 NEXT_TO_NOTHING = 1e-6
 """Requests a second."""
 USUAL_TOKENS = 500.0

@@ -82,7 +82,7 @@ class EngineView(msgspec.Struct):
     """Versions that the cluster's view lists this engine for."""
     largest_extent_bytes: int = 0
     room_bytes: int = 0
-    """Of the pool, for a request's adapter: what is free, and what only the plan pins."""
+    """Of the pool, for a request's adapter: what is free, and what only the plan pins. It need not lie in one piece."""
     pending: dict[str, Pending] = msgspec.field(default_factory=dict)
     pending_tokens: int = 0
     pending_mix: PendingMix = msgspec.field(default_factory=PendingMix)

@@ -260,7 +260,7 @@ class Simulation(Watcher):
 def _limits(profile: Profile, workload: Workload, everywhere: bool) -> SchedulerLimits:
     engine = profile.engine
     # Whoever is given every adapter for nothing is given the memory as well.
-    all_bytes = 2 * sum(extent_bytes(adapter.slab_bytes) for adapter in workload.adapters)
+    all_bytes = sum(extent_bytes(adapter.slab_bytes) for adapter in workload.adapters)
     return SchedulerLimits(
         kv_blocks=engine.kv_blocks,
         block_tokens=engine.block_tokens,

@@ -16,7 +16,7 @@ from loraserve.cost import (
     extent_bytes,
     largest_extent_bytes,
 )
-from loraserve.engine.buddy import BuddyAllocator
+from loraserve.engine.extents import ExtentAllocator
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, resident
 
 COST = CostModel()
@@ -173,8 +173,10 @@ def test_whatever_is_measured_every_coefficient_stays_finite_and_not_negative(
 @settings(max_examples=200, deadline=None)
 @given(pool_bytes=st.integers(0, 1 << 30), slab_bytes=st.integers(0, 1 << 28))
 def test_memory_is_priced_as_the_engine_gives_it_out(pool_bytes: int, slab_bytes: int) -> None:
-    pool = BuddyAllocator(pool_bytes)
+    pool = ExtentAllocator(pool_bytes)
     assert largest_extent_bytes(pool_bytes) == pool.largest_bytes
     assert extent_bytes(slab_bytes) == pool.extent_bytes(slab_bytes)
     fits = extent_bytes(slab_bytes) <= largest_extent_bytes(pool_bytes)
     assert (pool.allocate(slab_bytes) is not None) == fits
+    taken_bytes = largest_extent_bytes(pool_bytes) - pool.free_bytes
+    assert taken_bytes == (extent_bytes(slab_bytes) if fits else 0)

@@ -1,6 +1,6 @@
 """The pool: what is needed stays, what has been unused for longest goes first, and nothing goes in vain."""
 
-from itertools import pairwise
+from itertools import combinations, pairwise
 
 import pytest
 from hypothesis import settings
@@ -14,8 +14,8 @@ MIN = 16
 UNITS = (1, 1, 2, 2, 3, 4, 6, 8)
 
 
-def ref(version: str, units: int = 1) -> AdapterRef:
-    return AdapterRef(name=f"name-{version}", version=version, rank=8, slab_bytes=MIN * units)
+def ref(version: str, units: int = 1, less_bytes: int = 0) -> AdapterRef:
+    return AdapterRef(name=f"name-{version}", version=version, rank=8, slab_bytes=MIN * units - less_bytes)
 
 
 def pool_with(*adapters: AdapterRef, units: int = 4, slots: int = 4) -> AdapterPool:
@@ -33,18 +33,19 @@ def evicted(placed: Placed | None) -> list[str]:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Against a model that keeps who is needed, and knows room by trying every aligned place."""
+    """Against a model that keeps who is needed, and knows room and victims by trying every place and every run."""
 
     @initialize(units=st.integers(1, 16), slots=st.integers(1, 5))
     def begin(self, units: int, slots: int) -> None:
         self.units = units
         self.slots = slots
         self.pool = AdapterPool(MIN * units, slots, MIN)
-        self.adapters = [ref(f"v{index}", size) for index, size in enumerate(UNITS)]
+        self.adapters = [ref(f"v{index}", size, index % 3) for index, size in enumerate(UNITS)]
         self.held: dict[str, tuple[int, int]] = {}
         self.loading: set[str] = set()
         self.running: dict[str, int] = {}
         self.planned: set[str] = set()
+        self.used_s: dict[str, float] = {}
         self.now = 0.0
 
     def evictable(self, version: str, drop_plan_pins: bool) -> bool:
@@ -52,18 +53,23 @@ class PoolMachine(RuleBasedStateMachine):
         return not needed and (drop_plan_pins or version not in self.planned)
 
     def room(self, size: int, staying: set[str]) -> bool:
-        """Whether an aligned place for ``size`` bytes and a slot are free where only ``staying`` is left."""
+        """Whether a place for ``size`` bytes and a slot are free where only ``staying`` is left."""
         extents = [(self.held[v][0], self.held[v][0] + self.held[v][1]) for v in staying]
-        start = 0
-        for bit in range(self.units.bit_length(), -1, -1):
-            if not self.units >> bit & 1:
-                continue
-            for first in range(start, start + (MIN << bit), size):
-                inside = first + size <= start + (MIN << bit)
-                if inside and all(end <= first or begin >= first + size for begin, end in extents):
-                    return len(staying) < self.slots
-            start += MIN << bit
-        return False
+        places = range(0, MIN * self.units - size + 1, MIN)
+        free = (all(end <= at or begin >= at + size for begin, end in extents) for at in places)
+        return len(staying) < self.slots and any(free)
+
+    def cheapest(self, size: int, may_go: set[str]) -> set[str]:
+        """Of all runs of neighbours that may go and whose leaving makes room."""
+        by_address = sorted(self.held, key=lambda v: self.held[v][0])
+        runs = [by_address[i:j] for i, j in combinations(range(len(by_address) + 1), 2)]
+        enough = [run for run in runs if set(run) <= may_go and self.room(size, self.held.keys() - set(run))]
+        return set(min(enough, key=self.cost))
+
+    def cost(self, run: list[str]) -> tuple[int, float, int, int]:
+        bytes_of = {adapter.version: adapter.slab_bytes for adapter in self.adapters}
+        last_used_s = max(self.used_s[v] for v in run)
+        return len(self.planned & set(run)), last_used_s, sum(bytes_of[v] for v in run), self.held[run[0]][0]
 
     @rule(index=st.integers(0, len(UNITS) - 1), drop=st.booleans(), keep=st.sets(st.sampled_from(["v0", "v2", "v4"])))
     def place(self, index: int, drop: bool, keep: set[str]) -> None:
@@ -71,19 +77,23 @@ class PoolMachine(RuleBasedStateMachine):
         if adapter.version in self.pool:
             return
         self.now += 1.0
-        size = max(MIN, 1 << (adapter.slab_bytes - 1).bit_length())
+        size = -(-adapter.slab_bytes // MIN) * MIN
         may_go = {v for v in self.held if v not in keep and self.evictable(v, drop)}
+        possible = self.room(size, self.held.keys() - may_go)
+        expected = self.cheapest(size, may_go) if possible and not self.room(size, set(self.held)) else set()
         placed = self.pool.place(adapter, self.now, keep, drop)
-        assert (placed is not None) == self.room(size, self.held.keys() - may_go)
+        assert (placed is not None) == possible
         if placed is None:
             return
         gone = set(evicted(placed))
         assert gone <= may_go, "something that is needed was evicted"
-        assert not (gone and self.room(size, set(self.held))), "evicted in vain"
+        assert all(not self.room(size, self.held.keys() - gone | {v}) for v in gone), "evicted in vain"
+        assert gone == expected, "others would have cost less"
         self.planned -= gone
         for version in gone:
             del self.held[version]
         self.held[adapter.version] = (placed.offset_bytes, size)
+        self.used_s[adapter.version] = self.now
         self.loading.add(adapter.version)
 
     @precondition(lambda self: self.loading)
@@ -105,6 +115,7 @@ class PoolMachine(RuleBasedStateMachine):
             version = data.draw(st.sampled_from(ready))
             (self.pool.start_running if starts else self.pool.stop_running)(version, self.now)
             self.running[version] = self.running.get(version, 0) + (1 if starts else -1)
+            self.used_s[version] = self.now
 
     @rule(index=st.integers(0, len(UNITS) - 1), wanted=st.booleans())
     def plan(self, index: int, wanted: bool) -> None:
@@ -148,10 +159,27 @@ def test_no_more_leaves_than_the_new_one_needs() -> None:
 
 def test_neighbours_leave_together_where_that_keeps_what_was_used_last() -> None:
     pool = pool_with(ref("a"), ref("b"), ref("c"), ref("d"))
+    pool.start_running("b", 20.0)
+    pool.stop_running("b", 20.0)
+    # "a" has been unused for longest, but beside it lies only "b".
+    assert evicted(pool.place(ref("two", 2), 21.0)) == ["c", "d"]
+
+
+def test_neighbours_leave_together_wherever_they_lie() -> None:
+    pool = pool_with(ref("a"), ref("b"), ref("c"), ref("d"))
     pool.start_running("a", 20.0)
     pool.stop_running("a", 20.0)
-    # "a" and "b" lie side by side, as do "c" and "d": two units are had from one pair alone.
-    assert evicted(pool.place(ref("two", 2), 21.0)) == ["c", "d"]
+    assert evicted(pool.place(ref("two", 2), 21.0)) == ["b", "c"]
+
+
+@pytest.mark.parametrize("hole", ["a", "c"])
+def test_a_hole_on_either_side_of_a_victim_is_room(hole: str) -> None:
+    pool = AdapterPool(MIN * 3, 4, MIN)
+    for adapter in (ref("a"), ref("b"), ref("c")):
+        pool.place(adapter, 0.0)
+    pool.load_failed(hole)
+    pool.loaded("b")
+    assert evicted(pool.place(ref("two", 2), 1.0)) == ["b"]
 
 
 @pytest.mark.parametrize("need", ["running", "planned", "loading", "kept"])
@@ -196,12 +224,12 @@ def test_two_requests_pin_until_both_have_ended() -> None:
 
 
 def test_refusals_name_the_setting_to_raise() -> None:
-    refusal = AdapterPool(MIN * 5, 4, MIN).refusal(ref("big", 6))
+    refusal = AdapterPool(MIN * 5 + 3, 4, MIN).refusal(ref("big", 6, 1))
     assert refusal is not None
-    assert f"needs an extent of {8 * MIN} bytes" in refusal
-    assert f"engine.pool_bytes={5 * MIN} can give is {4 * MIN}; raise engine.pool_bytes" in refusal
+    assert f"needs an extent of {6 * MIN} bytes" in refusal
+    assert f"engine.pool_bytes={5 * MIN + 3} can give is {5 * MIN}; raise engine.pool_bytes" in refusal
     assert AdapterPool(MIN, 0, MIN).refusal(ref("any")) == "engine.max_adapters is 0; raise it to serve adapters"
-    assert AdapterPool(MIN * 5, 4, MIN).refusal(ref("fits", 4)) is None
+    assert AdapterPool(MIN * 5, 4, MIN).refusal(ref("fits", 5)) is None
 
 
 def test_a_rank_above_the_limit_is_refused_by_name() -> None:

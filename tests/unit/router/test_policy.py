@@ -86,10 +86,11 @@ def test_a_long_prompt_goes_where_it_leaves_room_for_a_token() -> None:
 
 
 def test_an_adapter_goes_only_where_a_pool_can_hold_it() -> None:
-    large = adapter_ref(9, slab_bytes=5 * MIB)
-    view = view_of(engine_load("e0", pool_total_bytes=7 * MIB), engine_load("e1", pool_total_bytes=8 * MIB))
+    large = adapter_ref(9, slab_bytes=5 * MIB - 1)
+    # Room for the slab is not enough: its extent is a byte larger.
+    view = view_of(engine_load("e0", pool_total_bytes=5 * MIB - 1), engine_load("e1", pool_total_bytes=5 * MIB))
     assert [c.engine for c in candidates(view, route_request(adapter=large))] == ["e1"]
-    answer = refusal(view_of(engine_load("e0", pool_total_bytes=7 * MIB)), route_request(adapter=large))
+    answer = refusal(view_of(engine_load("e0", pool_total_bytes=5 * MIB - 1)), route_request(adapter=large))
     assert answer.code == "adapter_unavailable"
     assert large.name in answer.message
 

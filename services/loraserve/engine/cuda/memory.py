@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import msgspec
 
 from loraserve.adapter.format import Dtype, lay_out_uniform
-from loraserve.engine.buddy import BuddyAllocator
+from loraserve.engine.extents import ExtentAllocator
 from loraserve.errors import ConfigError
 from loraserve.model_shape import ModelShape
 
@@ -55,10 +55,10 @@ def adapter_bytes(shape: ModelShape, dtype: Dtype, rank: int) -> int:
 
 def adapters_that_fit(shape: ModelShape, dtype: Dtype, pool_bytes: int, slots: int, rank: int) -> int:
     """How many adapters of this rank the pool holds at a time, as extents are given out."""
-    buddy = BuddyAllocator(pool_bytes)
+    extents = ExtentAllocator(pool_bytes)
     wanted = adapter_bytes(shape, dtype, rank)
     count = 0
-    while count < slots and buddy.allocate(wanted) is not None:
+    while count < slots and extents.allocate(wanted) is not None:
         count += 1
     return count
 

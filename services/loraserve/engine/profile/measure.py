@@ -17,7 +17,7 @@ from loraserve.adapter.format import ITEM_BYTES, Dtype, encode_header, lay_out_u
 from loraserve.adapter.pack import Slab
 from loraserve.cost.fit import LoadSample
 from loraserve.engine.batch import SequenceStep, StepBatch
-from loraserve.engine.buddy import BuddyAllocator
+from loraserve.engine.extents import ExtentAllocator
 from loraserve.engine.profile.design import Batch, Part
 from loraserve.engine.runner_protocol import Runner
 from loraserve.errors import ConfigError
@@ -39,10 +39,10 @@ def made_up_slab(shape: ModelShape, dtype: Dtype, rank: int, seed: int) -> Slab:
 
 def place(slabs: Sequence[Slab], pool_bytes: int, most: int) -> list[tuple[int, Slab]]:
     """Offsets for as many as the pool and its slots hold. Raises ConfigError where there is room for none."""
-    buddy = BuddyAllocator(pool_bytes)
+    extents = ExtentAllocator(pool_bytes)
     placed: list[tuple[int, Slab]] = []
     for slab in slabs:
-        offset_bytes = buddy.allocate(slab.header.slab_bytes) if len(placed) < most else None
+        offset_bytes = extents.allocate(slab.header.slab_bytes) if len(placed) < most else None
         if offset_bytes is not None:
             placed.append((offset_bytes, slab))
     if not placed:
