@@ -182,6 +182,22 @@ def test_a_hole_on_either_side_of_a_victim_is_room(hole: str) -> None:
     assert evicted(pool.place(ref("two", 2), 1.0)) == ["b"]
 
 
+def test_one_plan_pin_goes_before_two_that_were_used_earlier() -> None:
+    pool = pool_with(ref("a"), ref("b"), ref("c", 2))
+    for version in "abc":
+        pool.plan(version, True)
+    assert evicted(pool.place(ref("two", 2), 9.0, drop_plan_pins=True)) == ["c"]
+
+
+@pytest.mark.parametrize(("units", "goes"), [((3, 2, 2), "b"), ((2, 2, 3), "a")])
+def test_of_those_used_last_at_once_the_smallest_goes_then_the_lowest(units: tuple[int, ...], goes: str) -> None:
+    pool = AdapterPool(MIN * sum(units), 4, MIN)
+    for version, size in zip("abc", units, strict=True):
+        pool.place(ref(version, size), 0.0)
+        pool.loaded(version)
+    assert evicted(pool.place(ref("two", 2), 1.0)) == [goes]
+
+
 @pytest.mark.parametrize("need", ["running", "planned", "loading", "kept"])
 def test_who_is_needed_stays(need: str) -> None:
     pool = AdapterPool(MIN, 4, MIN)
