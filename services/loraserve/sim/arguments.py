@@ -8,7 +8,8 @@ EXAMPLES = """\
 examples:
   scripts/simulate --engines 8 --rps 30                       one run of ours on a drawn workload, with its timeline
   scripts/simulate --trace T.csv.gz --policies ours,toppings --loads 10,20,30
-                                                              a sweep: each policy at each load
+                                                              a sweep: each policy at each load, with --out its timeline
+                                                              at the highest
   scripts/simulate --compare --trace T.csv.gz --adapters 100 --engines 8 --cost padded
                                                               the largest load under the SLO of every policy, P95 TTFT
                                                               at the same loads, engines needed, adapters held
@@ -47,7 +48,12 @@ def parser() -> argparse.ArgumentParser:
     _cluster_flags(top.add_argument_group("who serves it"))
     out = top.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="nothing but the one line of JSON")
-    out.add_argument("--out", metavar="DIR", default="", help="folder for plots (PNG); none without it")
+    out.add_argument(
+        "--out",
+        metavar="DIR",
+        default="",
+        help="folder for plots (PNG), none without it; of a sweep each policy's timeline at the highest load",
+    )
     out.add_argument("--workers", type=int, default=0, help="simulations side by side; 0 is one for each core")
     return top
 

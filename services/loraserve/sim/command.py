@@ -103,11 +103,16 @@ def run_sweep(arguments: argparse.Namespace, base: Job, names: list[str]) -> tup
         for p in points
     ]
     header = ["policy", "rps", "P50 TTFT (s)", "P95 TTFT (s)", "goodput", "busy", "bytes needed", "moves/interval"]
-    return {"simulate": "sweep", "points": [_point_json(p) for p in points]}, report.table(header, rows)
+    highest = [max((p for p in points if p.policy == name), key=lambda p: p.rps) for name in names]
+    written = _plots(arguments, lambda folder: [_timeline(p, folder, f"timeline_{p.policy}.png") for p in highest])
+    text = "\n".join([report.table(header, rows), *written])
+    return {"simulate": "sweep", "points": [_point_json(p) for p in points]}, text
 
 
 def _point_json(point: Point) -> dict[str, Any]:
+    """Its figures; what happened when is drawn."""
     values = msgspec.structs.asdict(point)
+    del values["intervals"]
     return {k: report.number(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
@@ -207,11 +212,11 @@ def _comparison_plots(comparison: Comparison, title: str, folder: Path, base: Jo
     return [*plot_comparison(comparison, title, folder), _timeline(outcome, folder)]
 
 
-def _timeline(outcome: Outcome, folder: Path) -> Path:
+def _timeline(ran: Outcome | Point, folder: Path, name: str = "timeline.png") -> Path:
     # Imported where it is needed: without --out the simulator works without matplotlib.
     from loraserve.sim.plots import plot_timeline
 
-    return plot_timeline(outcome, f"{outcome.policy}, {outcome.rps:.1f} rps", folder / "timeline.png")
+    return plot_timeline(ran.intervals, f"{ran.policy}, {ran.rps:.1f} rps", folder / name)
 
 
 def _grid_plots(comparisons: Mapping[str, Comparison], folder: Path) -> list[Path]:

@@ -39,6 +39,23 @@ def test_a_sweep_has_a_point_for_each_policy_and_load(flags: list[str], capsys: 
     assert [(p["policy"], p["rps"]) for p in points] == [("ours", 2), ("ours", 4), ("dynamo", 2), ("dynamo", 4)]
 
 
+def test_a_sweep_draws_what_each_policy_did_at_the_highest_load(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def drawn(loads: str) -> dict[str, bytes]:
+        out = tmp_path / loads
+        assert main([*flags, "--policies", "ours,dynamo", "--loads", loads, "--out", str(out)]) == 0
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    both = drawn("4,2")
+    assert set(both) == {"timeline_ours.png", "timeline_dynamo.png"}
+    assert both == drawn("4")
+    assert both != drawn("2")
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / '4,2' / 'timeline_ours.png'}" in said
+    assert "intervals" not in json.loads(said.splitlines()[-1])["points"][0]
+
+
 def test_a_comparison_of_a_trace_ends_in_the_agreed_json_and_draws(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
