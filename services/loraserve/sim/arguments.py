@@ -21,7 +21,7 @@ what is simulated:
   profile's cost model says. Profiles: a file of scripts/profile, or a shipped one by its name.
 
 policies:
-  slora-random, slora-contiguous    adapters dealt out once; a request goes where its adapter is
+  slora-random, slora-contiguous    adapters dealt out once; a request goes where its adapter is (random: see --draws)
   toppings                          every adapter on every engine for nothing; rank-aware least finish time
   dynamo                            copies in proportion to load, rendezvous hashing, fewest requests
   loraserve                         the paper: operating points, budgets per rank, routing by shares
@@ -77,6 +77,14 @@ def _workload_flags(group: argparse._ArgumentGroup) -> None:
 def _cluster_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--engines", type=int, default=4, metavar="N", help="(default: 4)")
     group.add_argument("--policies", default="", metavar="A,B,C", help="those to simulate (default: all, or ours)")
+    group.add_argument(
+        "--draws",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of slora-random's placement in --compare, with this seed and those after it; its row is that of the "
+        "median draw by max rps, of an even number the lower one (default: 3)",
+    )
     group.add_argument("--profile", default="llama-3-8b-a100", help="a shipped profile's name or a file")
     group.add_argument(
         "--cost",

@@ -119,7 +119,7 @@ def _point_json(point: Point) -> dict[str, Any]:
 def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
     """The whole comparison on one workload."""
     with spread(arguments.workers, _say(arguments.json)) as run:
-        comparison = _compare(base, names, run, LOAD_SHARES)
+        comparison = _compare(base, names, run, LOAD_SHARES, draws=arguments.draws)
     title = (
         f"{base.source.name}, {base.engines} engines, {base.profile.model} on {base.profile.hardware}, {arguments.cost}"
     )
@@ -131,6 +131,7 @@ def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> t
             report.summary(comparison),
             f"(P95 and adapters at 80% of {comparison.best_baseline}'s largest load; engines needed for all of it, "
             f"{comparison.engines_rps:.1f} rps)",
+            *report.draws(comparison),
             "",
             report.load_table(comparison),
             "",
@@ -183,8 +184,10 @@ def run_sensitivity(arguments: argparse.Namespace, base: Job, names: list[str]) 
     return {"simulate": "sensitivity", "ratios": content}, report.table(header, rows)
 
 
-def _compare(base: Job, names: list[str], run: Run, shares: Sequence[float], count_engines: bool = True) -> Comparison:
-    return compare(base, names, _guess_rps(base), run, shares, count_engines)
+def _compare(
+    base: Job, names: list[str], run: Run, shares: Sequence[float], count_engines: bool = True, draws: int = 1
+) -> Comparison:
+    return compare(base, names, _guess_rps(base), run, shares, count_engines, draws)
 
 
 def _guess_rps(base: Job) -> float:

@@ -74,11 +74,15 @@ def test_a_comparison_of_a_trace_ends_in_the_agreed_json_and_draws(
         assert figures["max_rps"] > 0
         assert set(figures) == {
             "max_rps",
+            "max_rps_draws",
             "p95_at_80pct_s",
             "engines_needed",
             "adapter_bytes_share",
             "moves_per_interval",
         }
+    draws = content["policies"]["slora-random"]["max_rps_draws"]
+    assert (len(draws), draws[1]) == (3, content["policies"]["slora-random"]["max_rps"])
+    assert content["policies"]["ours"]["max_rps_draws"] == [content["policies"]["ours"]["max_rps"]]
     drawn = {path.name for path in out.iterdir()}
     assert drawn == {
         "p95_ttft.png",
@@ -98,6 +102,7 @@ def test_a_comparison_of_a_trace_ends_in_the_agreed_json_and_draws(
         (["--profile", "llama-9"], "shipped ones are"),
         (["--cost", "exact"], "has padded LoRA cost, --cost says exact"),
         (["--engines", "0"], "--engines 0"),
+        (["--compare", "--draws", "0"], "--draws 0"),
         (["--slo-s", "0"], "--slo-s 0.0"),
         (["--loads", "1,fast"], "--loads 1,fast"),
         (["--ranks", "huge"], "--ranks huge: there are uniform"),
