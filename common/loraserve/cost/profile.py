@@ -10,6 +10,7 @@ from typing import Literal
 import msgspec
 
 from loraserve.config import Config
+from loraserve.cost.extents import extent_bytes, largest_extent_bytes
 from loraserve.cost.model import CostModel, StepShape
 from loraserve.device import Device, device_of, gpu_name
 from loraserve.errors import ConfigError
@@ -18,6 +19,8 @@ from loraserve.model_shape import ModelShape, read_config, shape_of
 SHIPPED = Path(__file__).parent / "profiles"
 REMEDY = "measure one with scripts/profile"
 ONE_SEQUENCE = StepShape(decode_sequences=1)
+LEAST_RANK = 8
+"""Of adapters: a pool without room for one serves none."""
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -154,9 +157,30 @@ def _nonsense(profile: Profile) -> str:
             return f"engine.{field} is {value}, it must be at least {least}"
     if engine.max_step_tokens < engine.max_running:
         return f"engine.max_step_tokens is {engine.max_step_tokens}, less than engine.max_running {engine.max_running}"
+    unfit = _unfit(engine)
+    if unfit:
+        return unfit
     for field, value in msgspec.structs.asdict(profile.shape).items():
         if value < 1:
             return f"shape.{field} is {value}, it must be at least 1"
+    return ""
+
+
+def _unfit(engine: EngineShape) -> str:
+    """What the memory has no room for, with the remedy. A cache that is shorter than the longest context is no fault:
+    engines take it for the longest request."""
+    kv_tokens = engine.kv_blocks * engine.block_tokens
+    if kv_tokens < engine.max_step_tokens:
+        return (
+            f"engine.kv_blocks is {engine.kv_blocks}, room for {kv_tokens} tokens and not for one step of "
+            f"engine.max_step_tokens {engine.max_step_tokens}; give the KV cache more memory"
+        )
+    needed_bytes = extent_bytes(LEAST_RANK * engine.slab_bytes_per_rank)
+    if largest_extent_bytes(engine.pool_bytes) < needed_bytes:
+        return (
+            f"engine.pool_bytes is {engine.pool_bytes}, no room for an adapter of rank {LEAST_RANK}, an extent of "
+            f"{needed_bytes} bytes by engine.slab_bytes_per_rank {engine.slab_bytes_per_rank}; give it more memory"
+        )
     return ""
 
 

@@ -1,15 +1,11 @@
 """A hardware profile for simulations in tests: small numbers that are easy to reckon with."""
 
-from typing import Literal
-
 from loraserve.cost import CostModel
 from loraserve.cost.profile import EngineShape, Profile
 from loraserve.model_shape import ModelShape
 
 
-def small_profile(
-    lora: Literal["exact", "padded"] = "padded", pool_bytes: int = 256 << 20, kv_blocks: int = 4000
-) -> Profile:
+def small_profile() -> Profile:
     return Profile(
         model="small",
         shape=ModelShape(layers=2, hidden=64, heads=2, kv_heads=1, head_dim=32, ffn=128, vocab=100),
@@ -21,7 +17,7 @@ def small_profile(
             sequence_s=1e-4,
             kv_token_s=1e-7,
             prefill_token_s=1e-4,
-            lora=lora,
+            lora="padded",
             padded_decode_s=3e-6,
             padded_prefill_s=1e-7,
             slab_byte_s=1e-12,

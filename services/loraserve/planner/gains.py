@@ -1,6 +1,7 @@
 """What each move is worth, and why it is made: predicted with the plan's own model. Pure."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 
 import msgspec
 import numpy as np
@@ -14,14 +15,21 @@ from loraserve.planner.utilisation import ttft_of, work_of
 NOWHERE = -1
 
 
-class Outlook(msgspec.Struct, frozen=True, eq=False):
-    """What is expected, for pricing moves."""
+class Outlook:
+    """What is expected, for pricing moves. Reckoned when the first move is to be priced: most plans move nothing."""
 
-    problem: Problem
+    def __init__(self, problem: Callable[[], Problem]) -> None:
+        self._make_problem = problem
+
+    @cached_property
+    def problem(self) -> Problem:
+        return self._make_problem()
 
     def priced(self, moves: Sequence[Move], current: Sequence[Placement], target: Sequence[Placement]) -> list[Move]:
         """The moves, each with its gain beside all the others: what the target plan predicts without it, less what it
         predicts with it. A copy that only goes frees memory, and its gain may be a little below 0."""
+        if not moves:
+            return []
         before, after = self._pieces(current), self._pieces(target)
         gains = _Gains(self.problem, before, after).of(moves)
         reasons = _Reasons(self.problem, before, after)
@@ -48,7 +56,7 @@ def outlook(
     settings: PlanSettings,
 ) -> Outlook:
     """Of the same that a plan is made from."""
-    return Outlook(problem_of(demand, adapters, engines, (), cost, settings))
+    return Outlook(lambda: problem_of(demand, adapters, engines, (), cost, settings))
 
 
 class _Gains:

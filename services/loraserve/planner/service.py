@@ -166,9 +166,9 @@ class PlannerService(Service):
                 return self._nothing_done(unknown, failed=True)
             before = self._current()
             placements, expected, problem = self._place(before)
-            moves = tuple(diff(before, placements, self._adapters, expected))
             failed = (problem,) if problem else ()
             if dry_run:
+                moves = tuple(diff(before, placements, self._adapters, expected))
                 plan = Plan(
                     epoch=self._rollout.epoch + 1,
                     created_unix_s=self.clock.unix_s(),

@@ -8,7 +8,8 @@ EXAMPLES = """\
 examples:
   scripts/simulate --engines 8 --rps 30                       one run of ours on a drawn workload, with its timeline
   scripts/simulate --trace T.csv.gz --policies ours,toppings --loads 10,20,30
-                                                              a sweep: each policy at each load
+                                                              a sweep: each policy at each load, with --out its timeline
+                                                              at the highest
   scripts/simulate --compare --trace T.csv.gz --adapters 100 --engines 8 --cost padded
                                                               the largest load under the SLO of every policy, P95 TTFT
                                                               at the same loads, engines needed, adapters held
@@ -20,7 +21,7 @@ what is simulated:
   profile's cost model says. Profiles: a file of scripts/profile, or a shipped one by its name.
 
 policies:
-  slora-random, slora-contiguous    adapters dealt out once; a request goes where its adapter is
+  slora-random, slora-contiguous    adapters dealt out once; a request goes where its adapter is (random: see --draws)
   toppings                          every adapter on every engine for nothing; rank-aware least finish time
   dynamo                            copies in proportion to load, rendezvous hashing, fewest requests
   loraserve                         the paper: operating points, budgets per rank, routing by shares
@@ -47,7 +48,12 @@ def parser() -> argparse.ArgumentParser:
     _cluster_flags(top.add_argument_group("who serves it"))
     out = top.add_argument_group("output")
     out.add_argument("--json", action="store_true", help="nothing but the one line of JSON")
-    out.add_argument("--out", metavar="DIR", default="", help="folder for plots (PNG); none without it")
+    out.add_argument(
+        "--out",
+        metavar="DIR",
+        default="",
+        help="folder for plots (PNG), none without it; of a sweep each policy's timeline at the highest load",
+    )
     out.add_argument("--workers", type=int, default=0, help="simulations side by side; 0 is one for each core")
     return top
 
@@ -71,6 +77,14 @@ def _workload_flags(group: argparse._ArgumentGroup) -> None:
 def _cluster_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--engines", type=int, default=4, metavar="N", help="(default: 4)")
     group.add_argument("--policies", default="", metavar="A,B,C", help="those to simulate (default: all, or ours)")
+    group.add_argument(
+        "--draws",
+        type=int,
+        default=3,
+        metavar="N",
+        help="of slora-random's placement in --compare, with this seed and those after it; its row is that of the "
+        "median draw by max rps, of an even number the lower one (default: 3)",
+    )
     group.add_argument("--profile", default="llama-3-8b-a100", help="a shipped profile's name or a file")
     group.add_argument(
         "--cost",

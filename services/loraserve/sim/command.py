@@ -103,18 +103,23 @@ def run_sweep(arguments: argparse.Namespace, base: Job, names: list[str]) -> tup
         for p in points
     ]
     header = ["policy", "rps", "P50 TTFT (s)", "P95 TTFT (s)", "goodput", "busy", "bytes needed", "moves/interval"]
-    return {"simulate": "sweep", "points": [_point_json(p) for p in points]}, report.table(header, rows)
+    highest = [max((p for p in points if p.policy == name), key=lambda p: p.rps) for name in names]
+    written = _plots(arguments, lambda folder: [_timeline(p, folder, f"timeline_{p.policy}.png") for p in highest])
+    text = "\n".join([report.table(header, rows), *written])
+    return {"simulate": "sweep", "points": [_point_json(p) for p in points]}, text
 
 
 def _point_json(point: Point) -> dict[str, Any]:
+    """Its figures; what happened when is drawn."""
     values = msgspec.structs.asdict(point)
+    del values["intervals"]
     return {k: report.number(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
 def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
     """The whole comparison on one workload."""
     with spread(arguments.workers, _say(arguments.json)) as run:
-        comparison = _compare(base, names, run, LOAD_SHARES)
+        comparison = _compare(base, names, run, LOAD_SHARES, draws=arguments.draws)
     title = (
         f"{base.source.name}, {base.engines} engines, {base.profile.model} on {base.profile.hardware}, {arguments.cost}"
     )
@@ -126,6 +131,7 @@ def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> t
             report.summary(comparison),
             f"(P95 and adapters at 80% of {comparison.best_baseline}'s largest load; engines needed for all of it, "
             f"{comparison.engines_rps:.1f} rps)",
+            *report.draws(comparison),
             "",
             report.load_table(comparison),
             "",
@@ -178,8 +184,10 @@ def run_sensitivity(arguments: argparse.Namespace, base: Job, names: list[str]) 
     return {"simulate": "sensitivity", "ratios": content}, report.table(header, rows)
 
 
-def _compare(base: Job, names: list[str], run: Run, shares: Sequence[float], count_engines: bool = True) -> Comparison:
-    return compare(base, names, _guess_rps(base), run, shares, count_engines)
+def _compare(
+    base: Job, names: list[str], run: Run, shares: Sequence[float], count_engines: bool = True, draws: int = 1
+) -> Comparison:
+    return compare(base, names, _guess_rps(base), run, shares, count_engines, draws)
 
 
 def _guess_rps(base: Job) -> float:
@@ -207,11 +215,11 @@ def _comparison_plots(comparison: Comparison, title: str, folder: Path, base: Jo
     return [*plot_comparison(comparison, title, folder), _timeline(outcome, folder)]
 
 
-def _timeline(outcome: Outcome, folder: Path) -> Path:
+def _timeline(ran: Outcome | Point, folder: Path, name: str = "timeline.png") -> Path:
     # Imported where it is needed: without --out the simulator works without matplotlib.
     from loraserve.sim.plots import plot_timeline
 
-    return plot_timeline(outcome, f"{outcome.policy}, {outcome.rps:.1f} rps", folder / "timeline.png")
+    return plot_timeline(ran.intervals, f"{ran.policy}, {ran.rps:.1f} rps", folder / name)
 
 
 def _grid_plots(comparisons: Mapping[str, Comparison], folder: Path) -> list[Path]:

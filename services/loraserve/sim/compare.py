@@ -3,13 +3,15 @@
 ``run`` simulates a batch of jobs; all of a batch are independent, so that they can run side by side.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from math import ceil, inf
+from typing import NamedTuple
 
 import msgspec
 
 from loraserve.errors import ConfigError
 from loraserve.sim.points import Job, Point
+from loraserve.sim.policies import policy_named
 
 Run = Callable[[Sequence[Job]], list[Point]]
 
@@ -28,11 +30,26 @@ LOAD_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)
 OURS = "ours"
 
 
+class Entrant(NamedTuple):
+    """A policy with the seed of its runs: one whose placement is drawn enters once for each draw."""
+
+    policy: str
+    seed: int
+
+
+Curves = dict[Entrant, dict[float, Point]]
+"""By load."""
+
+
 class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
-    """``curve`` in order of load, all points there are; ``at_80pct`` is at 80 % of the best baseline's max."""
+    """``curve`` in order of load, all points there are; ``at_80pct`` is at 80 % of the best baseline's max.
+
+    Where the placement was drawn several times all is the median draw's; ``max_rps_draws`` are those of all, ascending.
+    """
 
     policy: str
     max_rps: float
+    max_rps_draws: tuple[float, ...]
     at_80pct: Point
     engines_needed: int | None
     curve: tuple[Point, ...]
@@ -66,23 +83,28 @@ def compare(
     run: Run,
     shares: Sequence[float],
     count_engines: bool = True,
+    draws: int = 1,
 ) -> Comparison:
-    """All policies on the workload, engines and profile of ``base``. ``shares`` has 0.8 in it.
+    """All policies on the workload, engines and profile of ``base``. ``shares`` has 0.8 in it. Of a policy whose
+    placement is drawn ``draws`` are searched, and the median one by its largest load is compared.
 
     Raises ConfigError where no baseline meets the SLO at any load: there is nothing to compare with.
     """
-    curves: dict[str, dict[float, Point]] = {policy: {} for policy in policies}
-    largest = find_largest(base, policies, guess_rps, run, curves)
+    entrants = {policy: _entrants(policy, base.settings.seed, draws) for policy in policies}
+    curves: Curves = {entrant: {} for draws_of in entrants.values() for entrant in draws_of}
+    largest_of = find_largest(base, guess_rps, run, curves)
+    chosen = {policy: _median(draws_of, largest_of) for policy, draws_of in entrants.items()}
+    largest = {policy: largest_of[entrant] for policy, entrant in chosen.items()}
     baselines = [p for p in policies if p != OURS] or list(policies)
     best = max(baselines, key=lambda p: largest[p])
     if not largest[best]:
         slo_s = base.settings.slo_ttft_s
         raise ConfigError(f"no baseline serves this workload within {slo_s} s; promise more (--slo-s)")
-    wanted = [(policy, share * largest[best]) for policy in policies for share in sorted(shares)]
-    _simulate(base, [(p, rps) for p, rps in wanted if rps not in curves[p]], run, curves)
-    needed: dict[str, int | None] = dict.fromkeys(policies)
+    wanted = [(entrant, share * largest[best]) for entrant in chosen.values() for share in sorted(shares)]
+    _simulate(base, [(e, rps) for e, rps in wanted if rps not in curves[e]], run, curves)
+    needed: dict[Entrant, int | None] = dict.fromkeys(chosen.values())
     if count_engines:
-        needed = engines_needed(base, policies, largest[best], run)
+        needed = engines_needed(base, list(chosen.values()), largest[best], run)
     return Comparison(
         engines=base.engines,
         slo_ttft_s=base.settings.slo_ttft_s,
@@ -94,42 +116,50 @@ def compare(
             policy: PolicyResult(
                 policy=policy,
                 max_rps=largest[policy],
-                at_80pct=curves[policy][0.8 * largest[best]],
-                engines_needed=needed[policy],
-                curve=tuple(point for _, point in sorted(curves[policy].items())),
+                max_rps_draws=tuple(sorted(largest_of[draw] for draw in entrants[policy])),
+                at_80pct=curves[entrant][0.8 * largest[best]],
+                engines_needed=needed[entrant],
+                curve=tuple(point for _, point in sorted(curves[entrant].items())),
             )
-            for policy in policies
+            for policy, entrant in chosen.items()
         },
     )
 
 
-def find_largest(
-    base: Job, policies: Sequence[str], guess_rps: float, run: Run, curves: dict[str, dict[float, Point]]
-) -> dict[str, float]:
-    """The largest load under the SLO of each policy: a bracket first, then halving it, all policies at once."""
-    searches = {policy: _Search(guess_rps, base.settings.slo_ttft_s) for policy in policies}
-    while open_ := {p: s for p, s in searches.items() if not s.done}:
-        _simulate(base, [(p, s.next_rps) for p, s in open_.items()], run, curves)
-        for policy, search in open_.items():
-            search.saw(curves[policy][search.next_rps])
-    return {policy: search.largest_rps for policy, search in searches.items()}
+def find_largest(base: Job, guess_rps: float, run: Run, curves: Curves) -> dict[Entrant, float]:
+    """The largest load under the SLO of each entrant: a bracket first, then halving it, all entrants at once."""
+    searches = {entrant: _Search(guess_rps, base.settings.slo_ttft_s) for entrant in curves}
+    while open_ := {e: s for e, s in searches.items() if not s.done}:
+        _simulate(base, [(e, s.next_rps) for e, s in open_.items()], run, curves)
+        for entrant, search in open_.items():
+            search.saw(curves[entrant][search.next_rps])
+    return {entrant: search.largest_rps for entrant, search in searches.items()}
 
 
-def engines_needed(base: Job, policies: Sequence[str], rps: float, run: Run) -> dict[str, int | None]:
+def engines_needed(base: Job, entrants: Sequence[Entrant], rps: float, run: Run) -> dict[Entrant, int | None]:
     """The fewest engines that serve this load under the SLO; None where three times as many as now do not."""
-    low = dict.fromkeys(policies, 0)
-    high: dict[str, int] = dict.fromkeys(policies, MOST_ENGINES * base.engines + 1)
-    tried = dict.fromkeys(policies, base.engines)
-    while open_ := [p for p in policies if high[p] - low[p] > 1]:
-        jobs = [msgspec.structs.replace(base, policy=p, engines=tried[p], rps=rps) for p in open_]
-        for policy, point in zip(open_, run(jobs), strict=True):
+    low = dict.fromkeys(entrants, 0)
+    high: dict[Entrant, int] = dict.fromkeys(entrants, MOST_ENGINES * base.engines + 1)
+    tried = dict.fromkeys(entrants, base.engines)
+    while open_ := [e for e in entrants if high[e] - low[e] > 1]:
+        jobs = [msgspec.structs.replace(_job(base, e, rps), engines=tried[e]) for e in open_]
+        for entrant, point in zip(open_, run(jobs), strict=True):
             meets = point.p95_ttft_s <= base.settings.slo_ttft_s
-            (high if meets else low)[policy] = tried[policy]
-            step = (low[policy] + high[policy]) // 2
+            (high if meets else low)[entrant] = tried[entrant]
+            step = (low[entrant] + high[entrant]) // 2
             # Most policies need about as many as there are: look nearby before halving the whole.
-            near = ceil(tried[policy] * (0.8 if meets else 1.25))
-            tried[policy] = near if low[policy] < near < high[policy] else step
-    return {p: None if high[p] > MOST_ENGINES * base.engines else high[p] for p in policies}
+            near = ceil(tried[entrant] * (0.8 if meets else 1.25))
+            tried[entrant] = near if low[entrant] < near < high[entrant] else step
+    return {e: None if high[e] > MOST_ENGINES * base.engines else high[e] for e in entrants}
+
+
+def _entrants(policy: str, seed: int, draws: int) -> list[Entrant]:
+    return [Entrant(policy, seed + draw) for draw in range(draws if policy_named(policy).drawn else 1)]
+
+
+def _median(entrants: Sequence[Entrant], largest: Mapping[Entrant, float]) -> Entrant:
+    """By largest load; of an even number the lower of the two in the middle."""
+    return sorted(entrants, key=lambda entrant: largest[entrant])[(len(entrants) - 1) // 2]
 
 
 class _Search:
@@ -175,15 +205,21 @@ class _Search:
         return self._low.rps if self._low is not None else 0.0
 
 
-def _simulate(base: Job, wanted: Sequence[tuple[str, float]], run: Run, curves: dict[str, dict[float, Point]]) -> None:
+def _simulate(base: Job, wanted: Sequence[tuple[Entrant, float]], run: Run, curves: Curves) -> None:
     """Points into the curves. Above a load that was hopeless all are: they are not simulated."""
-    hopeless = {p: min((rps for rps, q in c.items() if q.hopeless), default=inf) for p, c in curves.items()}
-    jobs = []
-    for policy, rps in wanted:
-        if rps > hopeless[policy] * 1.15:
-            worst = curves[policy][hopeless[policy]]
-            curves[policy][rps] = msgspec.structs.replace(worst, rps=rps)
+    hopeless = {e: min((rps for rps, q in c.items() if q.hopeless), default=inf) for e, c in curves.items()}
+    asked = []
+    for entrant, rps in wanted:
+        if rps > hopeless[entrant] * 1.15:
+            worst = curves[entrant][hopeless[entrant]]
+            curves[entrant][rps] = msgspec.structs.replace(worst, rps=rps)
         else:
-            jobs.append(msgspec.structs.replace(base, policy=policy, rps=rps))
-    for job, point in zip(jobs, run(jobs), strict=True):
-        curves[job.policy][job.rps] = point
+            asked.append((entrant, rps))
+    points = run([_job(base, entrant, rps) for entrant, rps in asked])
+    for (entrant, rps), point in zip(asked, points, strict=True):
+        curves[entrant][rps] = point
+
+
+def _job(base: Job, entrant: Entrant, rps: float) -> Job:
+    settings = msgspec.structs.replace(base.settings, seed=entrant.seed)
+    return msgspec.structs.replace(base, policy=entrant.policy, rps=rps, settings=settings)

@@ -56,7 +56,7 @@ def loads_of(arguments: argparse.Namespace) -> list[float]:
 
 def check(arguments: argparse.Namespace, names: list[str]) -> None:
     """Raises ConfigError naming the flag that cannot be, before any time is spent."""
-    for flag, least in (("engines", 1), ("adapters", 1), ("workers", 0)):
+    for flag, least in (("engines", 1), ("adapters", 1), ("draws", 1), ("workers", 0)):
         if getattr(arguments, flag) < least:
             raise ConfigError(f"--{flag} {getattr(arguments, flag)}: at least {least} is needed")
     for flag in ("slo_s", "plan_interval_s", "report_interval_s", "seconds"):

@@ -1,6 +1,6 @@
 """Comparisons as pictures: PNG files in a folder."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib
 
 from loraserve.sim.compare import Comparison
-from loraserve.sim.outcome import Outcome
+from loraserve.sim.outcome import Interval
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -40,15 +40,15 @@ def plot_comparison(comparison: Comparison, title: str, folder: Path) -> list[Pa
     ]
 
 
-def plot_timeline(outcome: Outcome, title: str, path: Path) -> Path:
+def plot_timeline(intervals: Sequence[Interval], title: str, path: Path) -> Path:
     """The mix of ranks that each engine computes for, over time."""
-    engines = min(outcome.engines, 12)
+    engines = min(len(intervals[0].rank_tokens), 12)
     figure, axes = pyplot.subplots(engines, 1, figsize=(7.0, 1.1 * engines + 1), sharex=True, squeeze=False)
-    ranks = sorted({rank for i in outcome.intervals for tokens in i.rank_tokens for rank in tokens})
-    times = [i.time_s for i in outcome.intervals[1:]]
+    ranks = sorted({rank for i in intervals for tokens in i.rank_tokens for rank in tokens})
+    times = [i.time_s for i in intervals[1:]]
     colours = pyplot.get_cmap("viridis")
     for engine, axis in enumerate(axes[:, 0]):
-        mixes = [i.rank_tokens[engine] for i in outcome.intervals[1:]]
+        mixes = [i.rank_tokens[engine] for i in intervals[1:]]
         shares = [[mix.get(rank, 0) / (sum(mix.values()) or 1) for mix in mixes] for rank in ranks]
         axis.stackplot(times, shares, colors=[colours(k / max(1, len(ranks) - 1)) for k in range(len(ranks))])
         axis.set_ylim(0, 1)

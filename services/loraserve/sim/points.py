@@ -7,7 +7,7 @@ import msgspec
 
 from loraserve.cost.profile import Profile
 from loraserve.sim.cluster import SimSettings, Simulation
-from loraserve.sim.outcome import Outcome
+from loraserve.sim.outcome import Interval, Outcome
 from loraserve.sim.policies import policy_named
 from loraserve.sim.synthetic import Shape, draw
 from loraserve.sim.tenants import tenants_workload
@@ -64,6 +64,7 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     moves_per_interval: float
     rejected: int
     hopeless: bool
+    intervals: tuple[Interval, ...] = ()
 
 
 def simulate(job: Job) -> Outcome:
@@ -101,6 +102,7 @@ def point(job: Job) -> Point:
         moves_per_interval=outcome.moves_per_interval,
         rejected=outcome.rejected,
         hopeless=outcome.hopeless,
+        intervals=outcome.intervals,
     )
 
 

@@ -11,12 +11,13 @@ from loraserve.sim import baselines
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """``everywhere``: every engine holds every adapter, at no cost."""
+    """``everywhere``: every engine holds every adapter, at no cost. ``drawn``: its placement hangs on the seed."""
 
     name: str
     place: Planner
     route: Router
     everywhere: bool = False
+    drawn: bool = False
 
 
 NAMES = ("slora-random", "slora-contiguous", "toppings", "dynamo", "loraserve", "ours")
@@ -26,7 +27,7 @@ def policy_named(name: str, seed: int = 0) -> Policy:
     """``seed`` is of placements at random. Raises ConfigError naming the policies that there are."""
     match name:
         case "slora-random":
-            return Policy(name, partial(baselines.place_at_random, seed), baselines.route_to_copy)
+            return Policy(name, partial(baselines.place_at_random, seed), baselines.route_to_copy, drawn=True)
         case "slora-contiguous":
             return Policy(name, baselines.place_contiguously, baselines.route_to_copy)
         case "toppings":

@@ -58,6 +58,15 @@ def summary(comparison: Comparison) -> str:
     return table(header, rows)
 
 
+def draws(comparison: Comparison) -> list[str]:
+    """Of each policy that was drawn several times, how far its draws are apart."""
+    return [
+        f"({name}: the median of {len(found)} draws, whose max rps are {cell(found[0])} to {cell(found[-1])})"
+        for name, result in comparison.results.items()
+        if len(found := result.max_rps_draws) > 1
+    ]
+
+
 def load_table(comparison: Comparison) -> str:
     """P95 TTFT of each policy at each share of the best baseline's largest load."""
     rows = [[name, *(comparison.p95_at(name, share) for share in comparison.shares)] for name in comparison.results]
@@ -94,11 +103,12 @@ def _bytes_reason(comparison: Comparison) -> str:
     return said
 
 
-def as_json(comparison: Comparison) -> dict[str, dict[str, float | int | None]]:
+def as_json(comparison: Comparison) -> dict[str, dict[str, Any]]:
     """By policy, the keys that the project's benches agree on; what is infinite is null."""
     return {
         name: {
             "max_rps": number(result.max_rps),
+            "max_rps_draws": [number(rps) for rps in result.max_rps_draws],
             "p95_at_80pct_s": number(result.p95_at_80pct_s),
             "engines_needed": result.engines_needed,
             "adapter_bytes_share": number(result.at_80pct.bytes_share),

@@ -10,6 +10,7 @@ import pytest
 from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig
 from loraserve.cost import CostModel
 from loraserve.cost.profile import (
+    SHIPPED,
     Profile,
     check_model,
     profile_for,
@@ -19,8 +20,11 @@ from loraserve.cost.profile import (
 )
 from loraserve.cost.ship import LLAMA_3_8B
 from loraserve.errors import ConfigError
+from loraserve.testing.small_profile import small_profile
 
 H200 = read_profile("llama-3-8b-h200")
+RANK_8_BYTES = 8 * H200.engine.slab_bytes_per_rank
+"""40 MiB, which takes an extent of 64 MiB."""
 
 
 def hugging_face_dir(directory: Path, **changes: Any) -> str:
@@ -63,6 +67,9 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         (changed("engine", kv_blocks=0), "engine.kv_blocks is 0"),
         (changed("engine", pool_bytes=-1), "engine.pool_bytes is -1"),
         (changed("engine", max_step_tokens=100), "engine.max_step_tokens is 100, less than engine.max_running 256"),
+        (changed("engine", kv_blocks=127), "engine.kv_blocks is 127, room for 2032 tokens and not for one step"),
+        (changed("engine", pool_bytes=0), "engine.pool_bytes is 0, no room for an adapter of rank 8"),
+        (changed("engine", pool_bytes=RANK_8_BYTES), "give it more memory; measure one"),
         (changed("shape", layers=0), "shape.layers is 0"),
     ],
 )
@@ -73,6 +80,26 @@ def test_nonsense_is_refused_naming_file_and_field(tmp_path: Path, profile: Prof
         read_profile(str(path))
     assert str(path) in str(error.value)
     assert reason in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        changed("engine", kv_blocks=128),
+        changed("engine", pool_bytes=64 << 20),
+        small_profile(),
+    ],
+    ids=["one step", "one adapter of rank 8", "that of the tests"],
+)
+def test_memory_for_the_least_there_can_be_is_enough(tmp_path: Path, profile: Profile) -> None:
+    path = tmp_path / "tight.json"
+    write_profile(profile, path)
+    assert read_profile(str(path)) == profile
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in SHIPPED.glob("*.json")))
+def test_those_that_are_shipped_can_be_read(name: str) -> None:
+    assert read_profile(name).engine.pool_bytes > 0
 
 
 @pytest.mark.parametrize(

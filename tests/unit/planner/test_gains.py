@@ -1,10 +1,12 @@
 """What moves are said to be worth, and why they are made."""
 
+from collections.abc import Iterator
+
 import msgspec
 import pytest
 
 from loraserve.cost import CostModel
-from loraserve.messages import AdapterRef, Placement
+from loraserve.messages import AdapterDemand, AdapterRef, Placement
 from loraserve.planner.diff import diff
 from loraserve.planner.gains import Outlook, outlook
 from loraserve.planner.placement import plan
@@ -141,3 +143,16 @@ def test_every_move_of_a_plan_has_a_reason_and_those_that_part_ranks_a_gain() ->
     ]
     assert all(m.reason for m in moves)
     assert sum(m.gain_s > 0 for m in moves) >= len(moves) / 2
+
+
+def test_nothing_is_reckoned_where_nothing_moves() -> None:
+    class Unread(list[AdapterDemand]):
+        def __iter__(self) -> Iterator[AdapterDemand]:
+            raise AssertionError("the demand was looked at")
+
+    refs = refs_of([8, 128])
+    expected = outlook(Unread(), refs, [engine_load("e0"), engine_load("e1")], EXACT, PlanSettings())
+    placements = copies((0, "e0"), (1, "e1"))
+    assert diff(placements, placements, refs, expected) == []
+    with pytest.raises(AssertionError, match="was looked at"):
+        diff(placements, copies((0, "e1"), (1, "e1")), refs, expected)

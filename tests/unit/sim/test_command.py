@@ -39,6 +39,23 @@ def test_a_sweep_has_a_point_for_each_policy_and_load(flags: list[str], capsys: 
     assert [(p["policy"], p["rps"]) for p in points] == [("ours", 2), ("ours", 4), ("dynamo", 2), ("dynamo", 4)]
 
 
+def test_a_sweep_draws_what_each_policy_did_at_the_highest_load(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def drawn(loads: str) -> dict[str, bytes]:
+        out = tmp_path / loads
+        assert main([*flags, "--policies", "ours,dynamo", "--loads", loads, "--out", str(out)]) == 0
+        return {path.name: path.read_bytes() for path in out.iterdir()}
+
+    both = drawn("4,2")
+    assert set(both) == {"timeline_ours.png", "timeline_dynamo.png"}
+    assert both == drawn("4")
+    assert both != drawn("2")
+    said = capsys.readouterr().out
+    assert f"wrote {tmp_path / '4,2' / 'timeline_ours.png'}" in said
+    assert "intervals" not in json.loads(said.splitlines()[-1])["points"][0]
+
+
 def test_a_comparison_of_a_trace_ends_in_the_agreed_json_and_draws(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -57,11 +74,15 @@ def test_a_comparison_of_a_trace_ends_in_the_agreed_json_and_draws(
         assert figures["max_rps"] > 0
         assert set(figures) == {
             "max_rps",
+            "max_rps_draws",
             "p95_at_80pct_s",
             "engines_needed",
             "adapter_bytes_share",
             "moves_per_interval",
         }
+    draws = content["policies"]["slora-random"]["max_rps_draws"]
+    assert (len(draws), draws[1]) == (3, content["policies"]["slora-random"]["max_rps"])
+    assert content["policies"]["ours"]["max_rps_draws"] == [content["policies"]["ours"]["max_rps"]]
     drawn = {path.name for path in out.iterdir()}
     assert drawn == {
         "p95_ttft.png",
@@ -81,6 +102,7 @@ def test_a_comparison_of_a_trace_ends_in_the_agreed_json_and_draws(
         (["--profile", "llama-9"], "shipped ones are"),
         (["--cost", "exact"], "has padded LoRA cost, --cost says exact"),
         (["--engines", "0"], "--engines 0"),
+        (["--compare", "--draws", "0"], "--draws 0"),
         (["--slo-s", "0"], "--slo-s 0.0"),
         (["--loads", "1,fast"], "--loads 1,fast"),
         (["--ranks", "huge"], "--ranks huge: there are uniform"),

@@ -102,6 +102,7 @@ def test_the_json_has_null_for_what_is_not_finite(comparison: Comparison) -> Non
     assert found["slora-random"]["p95_at_80pct_s"] is None
     assert set(found["ours"]) == {
         "max_rps",
+        "max_rps_draws",
         "p95_at_80pct_s",
         "engines_needed",
         "adapter_bytes_share",
