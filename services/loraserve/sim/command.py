@@ -14,7 +14,7 @@ from loraserve.sim import report
 from loraserve.sim.arguments import parser
 from loraserve.sim.cluster import Simulation
 from loraserve.sim.compare import LOAD_SHARES, OURS, Comparison, Run, compare
-from loraserve.sim.estimate import capacity_rps
+from loraserve.sim.estimate import capacity_rps, limit_rps
 from loraserve.sim.jobs import check, job_of, loads_of, policies_of
 from loraserve.sim.outcome import Outcome
 from loraserve.sim.points import Job, Point, load, workload_of
@@ -120,6 +120,7 @@ def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> t
     """The whole comparison on one workload."""
     with spread(arguments.workers, _say(arguments.json)) as run:
         comparison = _compare(base, names, run, LOAD_SHARES, draws=arguments.draws)
+    limit = _limit_rps(msgspec.structs.replace(base, rps=comparison.best_baseline_rps))
     title = (
         f"{base.source.name}, {base.engines} engines, {base.profile.model} on {base.profile.hardware}, {arguments.cost}"
     )
@@ -132,10 +133,11 @@ def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> t
             f"(P95 and adapters at 80% of {comparison.best_baseline}'s largest load; engines needed for all of it, "
             f"{comparison.engines_rps:.1f} rps)",
             *report.draws(comparison),
+            f"(no placement serves more than {limit:.1f} rps for good: full batches, and each token pays its own rank)",
             "",
             report.load_table(comparison),
             "",
-            *(f"ours falls short: {text}" for text in report.shortfalls(comparison)),
+            *(f"ours falls short: {text}" for text in report.shortfalls(comparison, limit)),
             *written,
         ]
     )
@@ -145,6 +147,7 @@ def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> t
         "engines": base.engines,
         "cost": arguments.cost,
         "slo_s": arguments.slo_s,
+        "limit_rps": report.number(limit),
         "policies": report.as_json(comparison),
     }, text
 
@@ -193,6 +196,11 @@ def _compare(
 def _guess_rps(base: Job) -> float:
     source = msgspec.structs.replace(base.source, requests=base.source.requests or SAMPLE)
     return capacity_rps(load(source, base.profile.engine.slab_bytes_per_rank), base.profile, base.engines)
+
+
+def _limit_rps(base: Job) -> float:
+    """Of the workload at the job's load: the longer a run is, the more of a trace it is."""
+    return limit_rps(workload_of(base), base.profile, base.engines)
 
 
 def _length(base: Job) -> str:

@@ -88,12 +88,13 @@ def test_a_policy_that_cannot_at_any_size_needs_no_number_of_engines() -> None:
 
 
 def test_where_ours_falls_short_is_said(comparison: Comparison) -> None:
-    said = " ".join(report.shortfalls(comparison))
+    said = " ".join(report.shortfalls(comparison, limit_rps=30.0))
     assert "30.0% of all adapter bytes" in said
     assert "2x" not in said
     results = {**comparison.results, "ours": comparison.results["slora-random"]}
-    worse = " ".join(report.shortfalls(msgspec.structs.replace(comparison, results=results)))
-    assert "1.00x of slora-random's, not 2x" in worse
+    worse = " ".join(report.shortfalls(msgspec.structs.replace(comparison, results=results), limit_rps=12.0))
+    assert "1.00x of slora-random's, not 2x (that is " in worse
+    assert "no placement serves 12)" in worse
     assert "P95 TTFT at 80% load" in worse
 
 
