@@ -29,6 +29,9 @@ def tenants_workload(
     if len(drawn_from) < 2 or drawn_from[-1].time_s <= drawn_from[0].time_s:
         raise ConfigError(f"{name}: the first {requests} requests are all at one time: there is no load to scale")
     rng = Random(seed)
+    ranks = [RANKS[i % len(RANKS)] for i in range(adapters)]
+    # Before any request is drawn: the ranks are the same whatever the load, which is how many requests there are.
+    rng.shuffle(ranks)
     owned = _owned([client for client, _ in Counter(r.client for r in trace).most_common()], trace, adapters)
     weights = {c: list(accumulate(1 / (k + 1) ** POWER for k in range(len(own)))) for c, own in owned.items()}
     drawn = []
@@ -36,8 +39,6 @@ def tenants_workload(
         own, bounds = owned[r.client], weights[r.client]
         adapter = own[min(bisect(bounds, rng.random() * bounds[-1]), len(own) - 1)]
         drawn.append(SimRequest(r.time_s, adapter, r.prompt_tokens, r.output_tokens))
-    ranks = [RANKS[i % len(RANKS)] for i in range(adapters)]
-    rng.shuffle(ranks)
     names = [""] * adapters
     for client, own in owned.items():
         for place, adapter in enumerate(own):

@@ -39,6 +39,12 @@ def test_what_is_drawn_is_the_same_every_time_and_differs_by_seed() -> None:
     assert draw(Shape(requests=50, seed=1), UNIT).requests != draw(Shape(requests=50), UNIT).requests
 
 
+def test_adapters_of_a_trace_have_the_same_ranks_at_every_load() -> None:
+    few, many = (tenants_workload(trace(), 12, requests, UNIT, "t") for requests in (100, 700))
+    assert few.adapters == many.adapters
+    assert few.requests[0] == many.requests[0]
+
+
 def test_bursts_vary_more_than_poisson() -> None:
     def variation(shape: Shape) -> float:
         times = [r.time_s for r in draw(shape, UNIT).requests]
