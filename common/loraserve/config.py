@@ -76,13 +76,15 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     ``weights`` are of the adapters' dtype; the engine takes ``memory_fraction`` of the GPU, and of what the weights
     leave of it ``pool_fraction`` is the adapters' pool and the rest the KV cache.
 
-    ``threads`` 0 is cores / engines, at least 1.
+    ``threads`` 0 is cores / engines, at least 1. ``digest_threads`` verify an adapter while it is loaded: 0 is half of
+    cores / engines on a GPU and what ``threads`` leaves of it on a CPU, from 1 to 8.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     weights: Literal["auto", "float32", "fp16", "bf16"] = "auto"
     slab_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
     threads: Natural = 0
+    digest_threads: Natural = 0
     kv_bytes: Positive = 1 << 30
     block_tokens: Positive = 16
     pool_bytes: Positive = 512 << 20

@@ -4,20 +4,24 @@ For each layer and fused module, in that order, a *row* of the layout: the A row
 ``[sum of r_i, in]``, then each present slice's transposed B, ``[r_i, out_i]``. What is absent takes no bytes. A
 token x that uses the adapter adds ``scale_i * (x @ A_i.T) @ B_i^T`` to slice i of the module's output. Source:
 DESIGN.md section 1.
+
+The header holds a digest of each layer's bytes, and its own digest is the version: a header is verified by itself, and
+then each layer alone, in any thread, as soon as its bytes are there.
 """
 
 import hashlib
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
-SLAB_FORMAT = 1
+SLAB_FORMAT = 2
 ROW_ALIGN_ELEMENTS = 16
 """Rows start at multiples of this, so that kernels may use 128-bit loads at any of the dtypes."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+Sha256 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -38,21 +42,35 @@ class LayoutRow(msgspec.Struct, frozen=True, array_like=True):
 
 
 class SlabHeader(msgspec.Struct, frozen=True):
-    """Everything that is needed to read a slab. ``rows`` is layer-major, modules in ``MODULES`` order."""
+    """Everything that is needed to read a slab. ``rows`` is layer-major, modules in ``MODULES`` order.
+
+    ``layer_digests`` are the SHA-256 of each ``layer``'s bytes; a header without them is a layout, not sealed yet.
+    """
 
     dtype: Dtype
     shape: ModelShape
     rank: int
     elements: int
     rows: tuple[LayoutRow, ...]
+    layer_digests: tuple[Sha256, ...] = ()
     format: int = SLAB_FORMAT
 
     @property
     def slab_bytes(self) -> int:
         return self.elements * ITEM_BYTES[self.dtype]
 
+    @property
+    def sealed(self) -> bool:
+        return len(self.layer_digests) == self.shape.layers
+
     def row(self, layer: int, module: int) -> LayoutRow:
         return self.rows[layer * len(MODULES) + module]
+
+    def layer(self, layer: int) -> range:
+        """The bytes of one layer in the slab. The layers' follow each other, the last to the slab's end."""
+        last = layer + 1 == self.shape.layers
+        end = self.elements if last else self.row(layer + 1, 0).offset
+        return range(self.row(layer, 0).offset * ITEM_BYTES[self.dtype], end * ITEM_BYTES[self.dtype])
 
 
 def row_elements(shape: ModelShape, module: str, ranks: tuple[int, ...]) -> int:
@@ -67,7 +85,7 @@ def lay_out(
     ranks: list[tuple[int, ...]],
     scales: list[tuple[float, ...]],
 ) -> SlabHeader:
-    """Header of a slab whose rows have the given per-slice ranks and scales (both layer-major)."""
+    """Layout of a slab whose rows have the given per-slice ranks and scales (both layer-major)."""
     rows = []
     offset = 0
     for index, (row_ranks, row_scales) in enumerate(zip(ranks, scales, strict=True)):
@@ -79,23 +97,58 @@ def lay_out(
 
 
 def lay_out_uniform(shape: ModelShape, dtype: Dtype, rank: int, scale: float = 1.0) -> SlabHeader:
-    """Header of a slab with the same rank and scale in every projection."""
+    """Layout of a slab with the same rank and scale in every projection."""
     slices = [len(SLICES[module]) for _ in range(shape.layers) for module in MODULES]
     return lay_out(shape, dtype, [(rank,) * n for n in slices], [(scale,) * n for n in slices])
 
 
+def seal(layout: SlabHeader, slab: bytes | bytearray | memoryview) -> SlabHeader:
+    """The header of ``slab``: its layout with the digest of each layer. Raises ValueError where it has another size."""
+    if len(slab) != layout.slab_bytes:
+        raise ValueError(f"slab of {len(slab)} bytes, its layout says {layout.slab_bytes}")
+    view = memoryview(slab)
+    layers = [layout.layer(layer) for layer in range(layout.shape.layers)]
+    digests = tuple(hashlib.sha256(view[part.start : part.stop]).digest() for part in layers)
+    return msgspec.structs.replace(layout, layer_digests=digests)
+
+
 def encode_header(header: SlabHeader) -> bytes:
-    """Canonical MessagePack bytes: equal headers give equal bytes, so they may be hashed."""
+    """Canonical MessagePack bytes: equal headers give equal bytes, so they may be hashed.
+
+    Raises ValueError on a layout: its bytes would say nothing of the slab's.
+    """
+    if not header.sealed:
+        raise ValueError(f"{len(header.layer_digests)} digests for {header.shape.layers} layers; seal the layout first")
     return msgspec.msgpack.encode(header, order="deterministic")
 
 
 def decode_header(data: bytes) -> SlabHeader:
-    """Inverse of ``encode_header``. Raises msgspec.ValidationError on anything else."""
-    return msgspec.msgpack.decode(data, type=SlabHeader, strict=True)
+    """Inverse of ``encode_header``. Raises msgspec.ValidationError on what it never gives.
+
+    Rows that lie otherwise than ``lay_out`` lays them would leave bytes that no layer's digest is of.
+    """
+    header = msgspec.msgpack.decode(data, type=SlabHeader, strict=True)
+    if header.format != SLAB_FORMAT:
+        raise msgspec.ValidationError(f"its format is {header.format}, this version reads {SLAB_FORMAT}")
+    if not header.sealed:
+        raise msgspec.ValidationError(f"{len(header.layer_digests)} digests for {header.shape.layers} layers")
+    if not _as_laid_out(header):
+        raise msgspec.ValidationError("its rows do not lie as its ranks and shape put them")
+    if encode_header(header) != data:
+        raise msgspec.ValidationError("its bytes are not canonical")
+    return header
 
 
-def slab_version(header: SlabHeader, slab: bytes | bytearray | memoryview) -> str:
-    """The adapter's version: hex SHA-256 over the canonical header and the slab's bytes."""
-    digest = hashlib.sha256(encode_header(header))
-    digest.update(slab)
-    return digest.hexdigest()
+def _as_laid_out(header: SlabHeader) -> bool:
+    if len(header.rows) != header.shape.layers * len(MODULES):
+        return False
+    ranks = [row.ranks for row in header.rows]
+    if any(len(r) != len(SLICES[MODULES[i % len(MODULES)]]) or min(r) < 0 for i, r in enumerate(ranks)):
+        return False
+    layout = lay_out(header.shape, header.dtype, ranks, [row.scales for row in header.rows])
+    return msgspec.structs.replace(layout, layer_digests=header.layer_digests) == header
+
+
+def slab_version(header: SlabHeader) -> str:
+    """The adapter's version: hex SHA-256 over the canonical header, whose digests stand for the slab's bytes."""
+    return hashlib.sha256(encode_header(header)).hexdigest()

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from loraserve.adapter.dtypes import Elements, all_finite, convert, storage, to_float32
-from loraserve.adapter.format import Dtype, LayoutRow, SlabHeader, lay_out, slab_version
+from loraserve.adapter.format import Dtype, LayoutRow, SlabHeader, lay_out, seal, slab_version
 from loraserve.adapter.peft import WEIGHTS_FILE, read_config
 from loraserve.adapter.tensor_file import TensorEntry, TensorFile
 from loraserve.adapter.validate import LoraPair, check_directory, pair_up
@@ -21,7 +21,7 @@ Matrices = tuple[NDArray[np.float32], NDArray[np.float32], float]
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """A packed adapter. ``data`` holds ``header.slab_bytes`` bytes; ``version`` is their digest with the header."""
+    """A packed adapter. ``data`` holds ``header.slab_bytes`` bytes; ``version`` is the digest of the header."""
 
     header: SlabHeader
     data: memoryview
@@ -38,13 +38,19 @@ def pack_peft(directory: Path, shape: ModelShape, dtype: Dtype, max_rank: int) -
     config = read_config(directory)
     with TensorFile(directory / WEIGHTS_FILE) as file:
         pairs = pair_up(config, file.entries, shape, max_rank)
-        header = _lay_out_pairs(pairs, shape, dtype)
+        layout = _lay_out_pairs(pairs, shape, dtype)
         # Zeros, so that the alignment gaps are the same in every packing of the same adapter.
-        elements = np.zeros(header.elements, dtype=storage(dtype))
-        for layer, module, row in _rows(header):
-            _fill_row(elements, row, module, [pairs.get((layer, name)) for name in SLICES[module]], file, header)
+        elements = np.zeros(layout.elements, dtype=storage(dtype))
+        for layer, module, row in _rows(layout):
+            _fill_row(elements, row, module, [pairs.get((layer, name)) for name in SLICES[module]], file, layout)
+    return sealed(layout, elements)
+
+
+def sealed(layout: SlabHeader, elements: Elements) -> Slab:
+    """The slab that has these elements."""
     data = elements.view(np.uint8).data.toreadonly()
-    return Slab(header, data, slab_version(header, data))
+    header = seal(layout, data)
+    return Slab(header, data, slab_version(header))
 
 
 def unpack(header: SlabHeader, data: bytes | bytearray | memoryview) -> dict[tuple[int, str], Matrices]:
@@ -95,13 +101,13 @@ def _fill_row(
     module: str,
     pairs: list[LoraPair | None],
     file: TensorFile,
-    header: SlabHeader,
+    layout: SlabHeader,
 ) -> None:
-    a_rows, b_blocks = _views(elements, row, module, header.shape)
+    a_rows, b_blocks = _views(elements, row, module, layout.shape)
     for pair, a, b in zip(pairs, a_rows, b_blocks, strict=True):
         if pair is not None:
-            a[:] = _read_finite(file, pair.a, header.dtype)
-            b[:] = _read_finite(file, pair.b, header.dtype).T
+            a[:] = _read_finite(file, pair.a, layout.dtype)
+            b[:] = _read_finite(file, pair.b, layout.dtype).T
 
 
 def _read_finite(file: TensorFile, entry: TensorEntry, dtype: Dtype) -> Elements:

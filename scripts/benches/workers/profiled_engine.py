@@ -15,7 +15,7 @@ from loraserve.config import load_config
 from loraserve.cost.fit import LoadSample
 from loraserve.engine.profile.design import Batch, Part, SizedAdapter, design, shape_of_batch
 from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place, to_step
-from loraserve.engine.setup import build_runner, scheduler_limits
+from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits
 
 ALONE = 5
 
@@ -54,7 +54,8 @@ class Engine:
         return measure_steps(self.runner, steps, rounds, True, lambda text: None)
 
     def _loads(self, rounds: int) -> list[LoadSample]:
-        return measure_loads(self.runner, self.placed, self.config.engine.load_chunk_bytes, rounds, True)
+        threads = digest_threads_for(self.config, on_device=self.runner.pool.waits)
+        return measure_loads(self.runner, self.placed, self.config.engine.load_chunk_bytes, threads, rounds, True)
 
 
 if __name__ == "__main__":

@@ -1,24 +1,33 @@
 """Fills an extent of the pool with an adapter's slab while steps run.
 
-Today the source is the store. What arrives is verified against the version before anyone computes with it.
+Today the source is the store. What arrives is verified against the version before anyone computes with it: the header
+at once, each layer in a thread as soon as it is there, while those behind it are still on their way.
 """
 
 import asyncio
-import hashlib
 import time
 from collections import deque
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import TypeVar
 
 import msgspec
 
-from loraserve.adapter.format import SlabHeader, decode_header, encode_header
+from loraserve.adapter.format import SlabHeader, decode_header, slab_version
 from loraserve.bus.protocol import Bus
+from loraserve.engine.layers import Arrivals, damaged_layer
 from loraserve.engine.pool_memory import Bytes, PoolMemory
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import AdapterRef, OpenSlab, ReadSlab, SlabChunk, SlabInfo
 
 CHUNKS_IN_FLIGHT = 2
 """One is copied while the next is on its way; more would only hold memory."""
+WRITERS = 4
+"""Loads that write to a device at the same time, each a chunk; others wait for their turn."""
 ASK_AGAIN_S = 0.2
+
+T = TypeVar("T")
 
 
 class LoadFailed(Exception):
@@ -38,18 +47,25 @@ class Loaded(msgspec.Struct, frozen=True):
 
 
 class SlabLoader:
-    """Reads slabs from the store straight into the pool's memory, bounded in time and memory."""
+    """Reads slabs from the store straight into the pool's memory, bounded in time, memory and threads."""
 
-    def __init__(self, bus: Bus, pool: PoolMemory, chunk_bytes: int, timeout_s: float) -> None:
+    def __init__(self, bus: Bus, pool: PoolMemory, chunk_bytes: int, timeout_s: float, digest_threads: int) -> None:
         self._bus = bus
         self._pool = pool
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
+        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
+        # Not the writers': a chunk that waits for digests would hold up the layers behind it.
+        self._digesters = ThreadPoolExecutor(digest_threads, thread_name_prefix="digest")
+
+    def close(self) -> None:
+        for threads in (self._writers, self._digesters):
+            threads.shutdown(wait=True, cancel_futures=True)
 
     async def load(self, adapter: AdapterRef, offset_bytes: int) -> Loaded:
         """Copy the slab to ``offset_bytes`` of the pool; a store that is restarted meanwhile is asked again.
 
-        Raises LoadFailed; the extent's content is then undefined.
+        Raises LoadFailed; the extent's content is then undefined, and no thread is at it any more.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -68,14 +84,13 @@ class SlabLoader:
         started_s = time.monotonic()
         try:
             header = await self._open(adapter)
-            await self._copy(adapter, offset_bytes)
+            await self._fill(adapter, header, offset_bytes)
         except RequestTimeout:
             return None
         except PeerError as error:
             if error.code == "starting":
                 return None
             raise
-        await asyncio.to_thread(self._verify, adapter, header, offset_bytes)
         return Loaded(header, adapter.slab_bytes / max(time.monotonic() - started_s, 1e-9))
 
     async def _open(self, adapter: AdapterRef) -> SlabHeader:
@@ -92,10 +107,29 @@ class SlabLoader:
                 f"slab_bytes is {adapter.slab_bytes} in the request, {info.slab_bytes} in the store and "
                 f"{header.slab_bytes} in the header; register the adapter again",
             )
+        if slab_version(header) != adapter.version:
+            raise LoadFailed("corrupt", "the slab's header is not what its version names; register the adapter again")
         return header
 
-    async def _copy(self, adapter: AdapterRef, offset_bytes: int) -> None:
-        """Chunks in order, a few in flight. A failing chunk ends the whole: the others are cancelled."""
+    async def _fill(self, adapter: AdapterRef, header: SlabHeader, offset_bytes: int) -> None:
+        """Copy in one task and check in others. The first that fails ends all, and they are over when this raises."""
+        arrivals = Arrivals(header)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+
+                def copied(slab_bytes: int) -> None:
+                    if layers := arrivals.upto(slab_bytes):
+                        tasks.create_task(self._check(header, offset_bytes, layers))
+
+                tasks.create_task(self._copy(adapter, offset_bytes, copied))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def _copy(self, adapter: AdapterRef, offset_bytes: int, copied: Callable[[int], None]) -> None:
+        """Chunks in order, a few in flight; ``copied`` hears how many bytes of the slab are there.
+
+        A failing chunk ends the whole: the others are cancelled.
+        """
         waiting: deque[tuple[int, asyncio.Task[Bytes]]] = deque()
         starts = iter(range(0, adapter.slab_bytes, self._chunk_bytes))
         try:
@@ -106,22 +140,24 @@ class SlabLoader:
                 if not waiting:
                     return
                 start, task = waiting.popleft()
-                await self._write(offset_bytes + start, await task)
+                data = await task
+                await self._write(offset_bytes + start, data)
+                copied(start + len(data))
         finally:
             for _, task in waiting:
                 task.cancel()
 
     async def _write(self, offset_bytes: int, data: Bytes) -> None:
-        if not self._pool.waits:
+        if self._pool.waits:
+            await _in_thread(self._writers, partial(self._pool.write, offset_bytes, data))
+        else:
             self._pool.write(offset_bytes, data)
-            return
-        writing = asyncio.ensure_future(asyncio.to_thread(self._pool.write, offset_bytes, data))
-        try:
-            await asyncio.shield(writing)
-        except asyncio.CancelledError:
-            # Nothing stops a thread, and the extent may be another's as soon as this load has failed.
-            await asyncio.wait([writing])
-            raise
+
+    async def _check(self, header: SlabHeader, offset_bytes: int, layers: range) -> None:
+        look = partial(damaged_layer, self._pool, header, offset_bytes, layers)
+        damaged = await _in_thread(self._digesters, look)
+        if damaged is not None:
+            raise LoadFailed("corrupt", f"layer {damaged} is not what its digest is of; register the adapter again")
 
     async def _read(self, version: str, start: int, length: int) -> Bytes:
         _, frames = await self._bus.request_frames(
@@ -134,8 +170,17 @@ class SlabLoader:
             raise LoadFailed("corrupt", f"asked for {length} bytes at {start}, the answer has another size")
         return frames[0]
 
-    def _verify(self, adapter: AdapterRef, header: SlabHeader, offset_bytes: int) -> None:
-        digest = hashlib.sha256(encode_header(header))
-        self._pool.digest(digest, offset_bytes, adapter.slab_bytes)
-        if digest.hexdigest() != adapter.version:
-            raise LoadFailed("corrupt", "the slab's digest is not its version; register the adapter again")
+
+async def _in_thread(threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
+    """Also where this is cancelled it ends only once no thread is at it, and what has not begun never does.
+
+    Nothing stops a thread, and the extent may be another's as soon as the load has failed.
+    """
+    job = threads.submit(function)
+    work = asyncio.wrap_future(job)
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        job.cancel()
+        await asyncio.wait([work])
+        raise

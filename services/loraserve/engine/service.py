@@ -43,7 +43,7 @@ from loraserve.engine.loader import LoadFailed, SlabLoader
 from loraserve.engine.rates import Rates
 from loraserve.engine.runner_protocol import DeviceLost, Runner
 from loraserve.engine.scheduler import Scheduler
-from loraserve.engine.setup import build_runner, scheduler_limits
+from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits
 from loraserve.messages import (
     Abort,
     Admit,
@@ -93,7 +93,10 @@ class EngineService(Service):
         self._runner = await self._in_worker(self._build, self.config, self._progress)
         self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
         engine = self.config.engine
-        self._loader = SlabLoader(self.bus, self._runner.pool, engine.load_chunk_bytes, engine.load_timeout_s)
+        pool = self._runner.pool
+        threads = digest_threads_for(self.config, on_device=pool.waits)
+        self._loader = SlabLoader(self.bus, pool, engine.load_chunk_bytes, engine.load_timeout_s, threads)
+        stack.callback(self._loader.close)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         return [self._report_load(), self._await_steps()]

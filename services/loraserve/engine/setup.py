@@ -4,17 +4,33 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
+
 from loraserve.config import Config, EngineConfig, engine_count
-from loraserve.device import device_of
+from loraserve.device import cores, device_of
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.runner import ModelRunner
 from loraserve.engine.runner_protocol import Runner
 from loraserve.errors import ConfigError
 
+MOST_DIGEST_THREADS = 8
+"""At 1 to 2 GB/s each they keep up with the link that slabs come over; more would wait for bytes."""
+
 
 def threads_for(config: Config) -> int:
     """Compute threads of one engine: engines of one machine split its cores."""
     return config.engine.threads or max(1, (os.cpu_count() or 1) // engine_count(config))
+
+
+def digest_threads_for(config: Config, on_device: bool) -> int:
+    """Threads that verify what one engine loads, into a pool on a device or in the machine's own memory.
+
+    With a GPU they get half of the engine's cores: the others launch steps, move chunks and serve HTTP. On a CPU steps
+    compute on the cores, where a thread more than they leave free would hold each of them up; but one there must be.
+    """
+    of_engine = cores() // engine_count(config)
+    free = of_engine // 2 if on_device else of_engine - threads_for(config)
+    return config.engine.digest_threads or max(1, min(MOST_DIGEST_THREADS, free))
 
 
 def build_runner(config: Config, progress: Callable[[str], None], index: int = 0) -> Runner:
@@ -52,7 +68,8 @@ def _cuda_runner(config: Config, progress: Callable[[str], None], index: int) ->
 
     device = torch.device("cuda", index % torch.cuda.device_count())
     progress(f"loading weights onto {torch.cuda.get_device_name(device)}")
-    return start_cuda_runner(Path(config.model.path), config.engine, device, progress)
+    engine = msgspec.structs.replace(config.engine, digest_threads=digest_threads_for(config, on_device=True))
+    return start_cuda_runner(Path(config.model.path), engine, device, progress)
 
 
 def gpu_unusable() -> str:

@@ -17,11 +17,12 @@ from loraserve.cost import extent_bytes, largest_extent_bytes
 from loraserve.errors import AdapterError, LoraServeError
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
-from loraserve.store.registry import AdapterRecord, Registry
+from loraserve.store.registry import AdapterRecord, Registry, packed_from
 from loraserve.store.slabs import Slabs
 
 GRACE_S = 600.0
 """How long a slab without a name stays: longer than any engine takes to fetch it."""
+REGISTRY_FILE = "registry.sqlite"
 
 
 class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,10 +46,11 @@ class AdapterStore:
         self._shape = shape
         self._dtype: Dtype = dtype
         self._limits = limits
+        self._root = root
         self.folder = root / namespace(shape, dtype)
         self._lock_fd = _lock(self.folder)
         try:
-            self.registry = Registry(self.folder / "registry.sqlite", now)
+            self.registry = Registry(self.folder / REGISTRY_FILE, now)
             self.slabs = Slabs(self.folder)
         except BaseException:
             os.close(self._lock_fd)
@@ -90,6 +92,13 @@ class AdapterStore:
         present = self.slabs.versions()
         return [name for name, record in self.registry.snapshot.records.items() if record.version not in present]
 
+    def left_behind(self) -> dict[str, str]:
+        """Names that only a store of an earlier slab format knows, and the directory that each was packed from."""
+        found: dict[str, str] = {}
+        for slab_format in range(1, SLAB_FORMAT):
+            found |= packed_from(self._root / namespace(self._shape, self._dtype, slab_format) / REGISTRY_FILE)
+        return {name: source for name, source in found.items() if name not in self.registry.snapshot.records}
+
     def validate(self) -> None:
         """Assert that the registry is sound and every name's slab is there and intact. Reads all slabs."""
         self.registry.validate()
@@ -128,9 +137,9 @@ class AdapterStore:
             )
 
 
-def namespace(shape: ModelShape, dtype: Dtype) -> str:
-    """Folder name for what a slab must fit, so that another model or dtype never meets slabs of this one."""
-    key = msgspec.msgpack.encode((SLAB_FORMAT, shape, dtype))
+def namespace(shape: ModelShape, dtype: Dtype, slab_format: int = SLAB_FORMAT) -> str:
+    """Folder name for what a slab must fit, so that another model, dtype or format never meets slabs of this one."""
+    key = msgspec.msgpack.encode((slab_format, shape, dtype))
     return f"{dtype}-{hashlib.sha256(key).hexdigest()[:16]}"
 
 

@@ -6,7 +6,7 @@ All methods block; those that change something do so in one durable transaction 
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from types import MappingProxyType
 
@@ -157,3 +157,12 @@ class Registry:
         names = [column[0] for column in rows.description]
         records = (AdapterRecord(**dict(zip(names, row, strict=True))) for row in rows)
         return Snapshot(revision, MappingProxyType({record.name: record for record in records}))
+
+
+def packed_from(path: Path) -> dict[str, str]:
+    """The directories that the adapters of another registry came from, by name; none where it cannot be read."""
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
+            return dict(db.execute("SELECT name, source FROM adapters"))
+    except sqlite3.Error:
+        return {}

@@ -52,6 +52,9 @@ class StoreService(Service):
             self.log.error("slab_missing", adapter=name, remedy="register the adapter again")
         for name, path in self.config.store.adapters.items():
             await self._register_at_start(name, path)
+        for name, source in self._store.left_behind().items():
+            remedy = "its slab is of an earlier format; register the adapter again"
+            self.log.error("slab_outdated", adapter=name, packed_from=source, remedy=remedy)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         return [self._publish_now_and_then(), self._collect_garbage()]

@@ -17,13 +17,13 @@ from typing import BinaryIO
 
 import msgspec
 
-from loraserve.adapter.format import decode_header, encode_header
+from loraserve.adapter.format import SlabHeader, decode_header, encode_header, slab_version
 from loraserve.adapter.pack import Slab
 from loraserve.errors import AdapterError
 from loraserve.store.errors import storage_error
 from loraserve.store.garbage import removable
 
-MAGIC = b"LORASLB1"
+MAGIC = b"LORASLB2"
 DATA_ALIGN_BYTES = 4096
 MAX_READ_BYTES = 16 << 20
 _PREFIX_BYTES = len(MAGIC) + 8
@@ -78,7 +78,7 @@ class Slabs:
         return True
 
     def open(self, version: str, now: float) -> OpenedSlab:
-        """Where the slab lies; its digest is checked once a process. Keeps it from being removed for the grace.
+        """Where the slab lies; its digests are checked once a process. Keeps it from being removed for the grace.
 
         Raises AdapterError ``not_found``, or ``corrupt`` where the file was damaged: it is then set aside.
         """
@@ -97,15 +97,16 @@ class Slabs:
                 os.utime(path, (now, now))
 
     def verify(self, version: str) -> OpenedSlab:
-        """Read the whole slab and check its digest. Raises AdapterError like ``open``."""
+        """Read the whole slab and check its digests. Raises AdapterError like ``open``."""
         try:
             with self._existing(version).open("rb") as file:
-                header, digest, slab_bytes = _read_through(file)
+                data, header = _read_header(file)
+                intact = header is not None and slab_version(header) == version and _holds(file, data, header)
         except OSError as error:
             raise storage_error(error, f"slab {version}") from error
-        if digest != version or not _describes(header, slab_bytes):
+        if header is None or not intact:
             raise self._set_aside(version)
-        return OpenedSlab(version, header, _data_begin(header), slab_bytes)
+        return OpenedSlab(version, data, _data_begin(data), header.slab_bytes)
 
     def read(self, version: str, offset: int, length: int, now: float) -> bytes:
         """Exactly ``length`` bytes of the slab. Raises AdapterError, also ``bad_range``."""
@@ -179,32 +180,36 @@ class Slabs:
             self._opened.pop(version, None)
         return AdapterError(
             "corrupt",
-            f"slab {version} was damaged on disk and has been set aside as {path.stem[:12]}...corrupt; register the "
-            "adapter again",
+            f"slab {version} was damaged on disk, or is of another format, and has been set aside as "
+            f"{path.stem[:12]}...corrupt; register the adapter again",
         )
 
 
-def _read_through(file: BinaryIO) -> tuple[bytes, str, int]:
-    """The header, the digest of header and slab ("" for another kind of file) and the slab's bytes."""
+def _read_header(file: BinaryIO) -> tuple[bytes, SlabHeader | None]:
+    """The header as it lies there and what it says: None in another kind of file, one of an earlier format too."""
     prefix = file.read(_PREFIX_BYTES)
     length = int.from_bytes(prefix[len(MAGIC) :], "little")
     if not prefix.startswith(MAGIC) or length > _MAX_HEADER_BYTES:
-        return b"", "", 0
-    header = file.read(length)
-    file.seek(_data_begin(header))
-    digest = hashlib.sha256(header)
-    slab_bytes = 0
-    while block := file.read(_HASH_BYTES):
-        digest.update(block)
-        slab_bytes += len(block)
-    return header, digest.hexdigest(), slab_bytes
-
-
-def _describes(header: bytes, slab_bytes: int) -> bool:
+        return b"", None
+    data = file.read(length)
     try:
-        return decode_header(header).slab_bytes == slab_bytes
+        return data, decode_header(data)
     except msgspec.MsgspecError:
-        return False
+        return data, None
+
+
+def _holds(file: BinaryIO, data: bytes, header: SlabHeader) -> bool:
+    """Whether each layer of the slab is there, and nothing behind the last."""
+    file.seek(_data_begin(data))
+    for layer, digest in enumerate(header.layer_digests):
+        found = hashlib.sha256()
+        left = len(header.layer(layer))
+        while left and (block := file.read(min(left, _HASH_BYTES))):
+            found.update(block)
+            left -= len(block)
+        if found.digest() != digest:
+            return False
+    return not file.read(1)
 
 
 def _data_begin(header: bytes) -> int:

@@ -1,7 +1,6 @@
 """The store's process on the in-memory bus, PEFT directories for it, and somebody who asks."""
 
 import asyncio
-import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from loraserve.adapter.format import decode_header, seal, slab_version
 from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig, StoreConfig
 from loraserve.messages import (
     AdapterList,
@@ -105,7 +105,7 @@ class Stage:
 
     async def is_whole(self, adapter: AdapterRef) -> bool:
         header, slab = await self.fetch(adapter)
-        return hashlib.sha256(header + slab).hexdigest() == adapter.version
+        return slab_version(seal(decode_header(header), slab)) == adapter.version
 
     async def hear(self) -> None:
         while True:
@@ -143,4 +143,4 @@ def opened(tmp_path: Path) -> Callable[..., AbstractAsyncContextManager[Stage]]:
 
 @pytest.fixture
 def helpers() -> SimpleNamespace:
-    return SimpleNamespace(store_config=store_config, store_folder=store_folder)
+    return SimpleNamespace(store_config=store_config, store_folder=store_folder, shape=SHAPE)

@@ -24,6 +24,7 @@ from loraserve.messages import (
     SlabInfo,
     UnregisterAdapter,
 )
+from loraserve.store.core import namespace
 from loraserve.store.service import StoreService
 from loraserve.system_clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
@@ -234,6 +235,24 @@ def test_a_slab_that_rots_on_disk_is_never_handed_out_and_can_be_registered_agai
             assert await stage.is_whole(ref)
 
     asyncio.run(main())
+
+
+def test_adapters_of_an_earlier_format_are_named_at_start_with_the_remedy(
+    opened: Opened, peft: Peft, tmp_path: Path, helpers: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def main() -> None:
+        async with opened() as stage:
+            await stage.register("a", peft(0))
+            await stage.register("b", peft(1))
+        folder = helpers.store_folder(tmp_path)
+        folder.rename(folder.parent / namespace(helpers.shape, "bfloat16", slab_format=1))
+        async with opened(adapters={"a": str(peft(0))}) as stage:
+            assert (await stage.names()).keys() == {"a"}
+
+    asyncio.run(main())
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "slab_outdated" in line]
+    for text in ("adapter=b", f"packed_from={peft(1)}", "of an earlier format; register the adapter again"):
+        assert text in told
 
 
 def test_a_store_that_cannot_be_used_does_not_start(opened: Opened, tmp_path: Path, helpers: SimpleNamespace) -> None:

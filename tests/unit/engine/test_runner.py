@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from loraserve.adapter.pack import Slab, pack_peft
-from loraserve.config import Config, EngineConfig, ModelConfig
+from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig
 from loraserve.engine import setup
 from loraserve.engine.runner import ModelRunner
-from loraserve.engine.setup import build_runner, scheduler_limits, threads_for
+from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits, threads_for
 from loraserve.errors import ConfigError
 from loraserve.testing.tiny_model import write_peft_adapter
 
@@ -153,6 +153,29 @@ def test_engines_of_one_machine_share_its_cores() -> None:
     engines = msgspec.structs.replace(Config().cluster, engines=10_000)
     assert threads_for(Config(cluster=engines)) == 1
     assert threads_for(Config(engine=EngineConfig(threads=3), cluster=engines)) == 3
+
+
+@pytest.mark.parametrize(
+    ("cores", "engines", "on_device", "settings", "threads"),
+    [
+        (256, 8, True, {}, 8),
+        (28, 2, True, {}, 7),
+        (1, 1, True, {}, 1),
+        (64, 2, False, {}, 1),
+        (64, 2, False, {"threads": 28}, 4),
+        (64, 2, False, {"threads": 4}, 8),
+        (2, 2, False, {"threads": 8}, 1),
+        (2, 2, False, {"digest_threads": 5}, 5),
+        (256, 8, True, {"digest_threads": 16}, 16),
+    ],
+)
+def test_digests_get_cores_that_steps_leave_free(
+    cores: int, engines: int, on_device: bool, settings: dict[str, int], threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(setup, "cores", lambda: cores)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    config = Config(cluster=ClusterConfig(engines=engines), engine=EngineConfig(**settings))
+    assert digest_threads_for(config, on_device) == threads
 
 
 def test_limits_that_contradict_each_other_are_refused(make_runner: MakeRunner) -> None:

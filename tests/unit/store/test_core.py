@@ -9,6 +9,7 @@ import pytest
 from loraserve.cost import extent_bytes
 from loraserve.errors import AdapterError, LoraServeError
 from loraserve.store.core import GRACE_S, AdapterStore, StoreLimits, allowed_directory, namespace
+from loraserve.store.registry import AdapterRecord, Registry
 from loraserve.testing.peft_writer import TINY_SHAPE
 
 LIMITS = StoreLimits(served_model="base", max_rank=64, engine_max_rank=64, pool_bytes=1 << 20)
@@ -128,6 +129,27 @@ def test_lost_slabs_are_named_and_come_back_by_registering(open_store: OpenStore
     store.unregister("a", 0.0)
 
 
+def test_what_a_store_of_an_earlier_format_knew_is_named_until_it_is_registered_again(
+    open_store: OpenStore, adapter_dir: AdapterDir
+) -> None:
+    store = open_store()
+    assert store.left_behind() == {}
+    earlier = store.folder.parent / namespace(TINY_SHAPE, "bfloat16", slab_format=1)
+    earlier.mkdir()
+    registry = Registry(earlier / "registry.sqlite", 0.0)
+    for name in ("a", "b"):
+        source = f"/adapters/{name}"
+        registry.put(
+            AdapterRecord(name=name, version="v", rank=8, slab_bytes=9, source=source, created_unix_s=0.0), False
+        )
+    assert store.left_behind() == {"a": "/adapters/a", "b": "/adapters/b"}, "while its process runs"
+    registry.close()
+    store.register("a", str(adapter_dir()), False, 0.0)
+    assert open_store().left_behind() == {"b": "/adapters/b"}
+    (earlier / "registry.sqlite").write_bytes(b"rubbish" * 999)
+    assert open_store().left_behind() == {}
+
+
 def test_one_process_at_a_time(open_store: OpenStore, tmp_path: Path) -> None:
     open_store()
     with pytest.raises(LoraServeError, match=r"cluster\.data_dir"):
@@ -140,7 +162,8 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
         AdapterStore(tmp_path / "file", TINY_SHAPE, "bfloat16", LIMITS, 0.0)
 
 
-def test_other_shapes_and_dtypes_have_other_folders() -> None:
+def test_other_shapes_dtypes_and_formats_have_other_folders() -> None:
     other = msgspec.structs.replace(TINY_SHAPE, layers=3)
     names = {namespace(shape, dtype) for shape in (TINY_SHAPE, other) for dtype in ("float32", "bfloat16")}
-    assert len(names) == 4
+    names.add(namespace(TINY_SHAPE, "float32", slab_format=1))
+    assert len(names) == 5

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.adapter.format import decode_header, slab_version
+from loraserve.adapter.format import decode_header, seal, slab_version
 from loraserve.adapter.pack import Slab
 from loraserve.errors import AdapterError
 from loraserve.store.garbage import removable
@@ -29,7 +29,7 @@ def test_a_slab_comes_back_as_it_was(tmp_path: Path, make_slab: MakeSlab) -> Non
     data = slabs.read(slab.version, 0, opened.slab_bytes, now=2.0)
     assert decode_header(opened.header) == slab.header
     assert data == bytes(slab.data)
-    assert slab_version(decode_header(opened.header), data) == slab.version
+    assert slab_version(seal(decode_header(opened.header), data)) == slab.version
     assert opened.data_begin % DATA_ALIGN_BYTES == 0
 
 
@@ -78,10 +78,25 @@ def _flip(data: bytearray, at: int) -> bytearray:
         lambda data: _flip(data, 0),
         lambda data: _flip(data, 10),
         lambda data: _flip(data, 40),
+        lambda data: b"LORASLB1" + data[8:],
         lambda data: _flip(data, DATA_ALIGN_BYTES),
+        lambda data: _flip(data, (DATA_ALIGN_BYTES + len(data)) // 2),
         lambda data: _flip(data, len(data) - 1),
     ],
-    ids=["short", "long", "prefix", "header", "empty", "magic", "length", "in-header", "first-byte", "last-byte"],
+    ids=[
+        "short",
+        "long",
+        "prefix",
+        "header",
+        "empty",
+        "magic",
+        "length",
+        "in-header",
+        "first-format",
+        "first-byte",
+        "middle-byte",
+        "last-byte",
+    ],
 )
 def test_a_damaged_file_is_set_aside_and_can_be_stored_again(
     tmp_path: Path, make_slab: MakeSlab, damage: Callable[[bytearray], bytes]

@@ -1,5 +1,8 @@
 """The adapter pool in GPU memory, written and read back through page-locked memory, beside the steps."""
 
+import hashlib
+from queue import Empty, SimpleQueue
+
 import numpy as np
 import torch
 
@@ -7,42 +10,64 @@ from loraserve.engine.cuda.errors import device_errors
 from loraserve.engine.pool_memory import Bytes, Digest
 
 READ_BYTES = 8 << 20
-"""Read back at a time."""
+"""Read back at a time by each thread."""
 
 
 class DevicePool:
-    """One flat tensor of the slabs' dtype. Copies run on a stream of their own, so that no step waits for one."""
+    """One flat tensor of the slabs' dtype. Copies run on streams of their own, so that no step waits for one, and none
+    in one direction for one in the other."""
 
     waits = True
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tensor = torch.zeros(elements, dtype=dtype, device=device)
         self._bytes = self.tensor.view(torch.uint8)
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        if self._stream is not None:
-            # The zeros come first: they are written on the stream that is current now.
-            self._stream.wait_stream(torch.cuda.current_stream(device))
+        self._pinned = device.type == "cuda"
+        self._writes = torch.cuda.Stream(device) if self._pinned else None
+        self._reads = torch.cuda.Stream(device) if self._pinned else None
+        # As many as threads ever read at a time: to allocate page-locked memory may wait for the device.
+        self._staged: SimpleQueue[torch.Tensor] = SimpleQueue()
+        for stream in (self._writes, self._reads):
+            if stream is not None:
+                # The zeros come first: they are written on the stream that is current now.
+                stream.wait_stream(torch.cuda.current_stream(device))
 
     def __len__(self) -> int:
         return self._bytes.numel()
 
+    def warm_up(self, write_bytes: int, readers: int) -> None:
+        """Allocate what a write of that size and that many threads that read will need. Only before the first write."""
+        self.write(0, bytes(min(write_bytes, len(self))))
+        for _ in range(readers):
+            self._staged.put(self._page_locked(READ_BYTES))
+        self.digest(hashlib.sha256(), 0, min(len(self), READ_BYTES))
+
     def write(self, offset_bytes: int, data: Bytes) -> None:
-        staged = torch.empty(len(data), dtype=torch.uint8, pin_memory=self._stream is not None)
+        staged = self._page_locked(len(data))
         np.copyto(staged.numpy(), np.frombuffer(data, np.uint8))
-        self._copy(self._bytes[offset_bytes : offset_bytes + len(data)], staged)
+        self._copy(self._bytes[offset_bytes : offset_bytes + len(data)], staged, self._writes)
 
     def digest(self, digest: Digest, offset_bytes: int, length_bytes: int) -> None:
-        staged = torch.empty(min(length_bytes, READ_BYTES), dtype=torch.uint8, pin_memory=self._stream is not None)
-        for start in range(offset_bytes, offset_bytes + length_bytes, READ_BYTES):
-            part = staged[: min(READ_BYTES, offset_bytes + length_bytes - start)]
-            self._copy(part, self._bytes[start : start + len(part)])
-            digest.update(part.numpy().data)
+        try:
+            staged = self._staged.get_nowait()
+        except Empty:
+            staged = self._page_locked(READ_BYTES)
+        try:
+            for start in range(offset_bytes, offset_bytes + length_bytes, READ_BYTES):
+                part = staged[: min(READ_BYTES, offset_bytes + length_bytes - start)]
+                self._copy(part, self._bytes[start : start + len(part)], self._reads)
+                digest.update(part.numpy().data)
+        finally:
+            self._staged.put(staged)
 
-    def _copy(self, into: torch.Tensor, data: torch.Tensor) -> None:
-        if self._stream is None:
+    def _page_locked(self, length_bytes: int) -> torch.Tensor:
+        return torch.empty(length_bytes, dtype=torch.uint8, pin_memory=self._pinned)
+
+    def _copy(self, into: torch.Tensor, data: torch.Tensor, stream: "torch.cuda.Stream | None") -> None:
+        if stream is None:
             into.copy_(data)
             return
         with device_errors():
-            with torch.cuda.stream(self._stream):
+            with torch.cuda.stream(stream):
                 into.copy_(data, non_blocking=True)
-            self._stream.synchronize()
+            stream.synchronize()

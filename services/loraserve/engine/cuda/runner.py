@@ -1,6 +1,5 @@
 """The model on one CUDA GPU: turns a StepBatch into one upload, one replayed graph and one download."""
 
-import hashlib
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +16,6 @@ from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
 from loraserve.engine.cuda.errors import device_errors
 from loraserve.engine.cuda.graphs import DecodeGraphs, batch_sizes, table_widths
 from loraserve.engine.cuda.pending import PendingGpuStep, collect, results
-from loraserve.engine.cuda.pool import READ_BYTES
 from loraserve.engine.cuda.sampling import Drawn, draw
 from loraserve.engine.cuda.sampling_rows import prepare
 from loraserve.engine.cuda.state import DeviceState
@@ -47,6 +45,7 @@ class CudaRunner:
         self.pool_elements = state.pool.tensor.numel()
         self.weights_backend = state.describe()
         self.pool: PoolMemory = state.pool
+        self._engine = engine
         self._state = state
         self._device = state.device
         self._stream = torch.cuda.Stream(state.device) if state.device.type == "cuda" else None
@@ -85,8 +84,7 @@ class CudaRunner:
             if self._stream is not None:
                 self._graphs.capture(progress)
         # What is left to be allocated once, page-locked memory above all, is so before the first request.
-        self.pool.write(0, bytes(1))
-        self.pool.digest(hashlib.sha256(), 0, min(len(self.pool), READ_BYTES))
+        self._state.pool.warm_up(self._engine.load_chunk_bytes, self._engine.digest_threads)
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         first = SequenceStep(request_id="", tokens=(0,), start=0, blocks=(0,), sampling=sampling, prompt_length=1)
         self.step(StepBatch(step_id=0, sequences=(first,)))

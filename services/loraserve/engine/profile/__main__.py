@@ -20,7 +20,7 @@ from loraserve.engine.profile.measure import made_up_slab, measure_loads, measur
 from loraserve.engine.profile.report import coefficients, errors, verdict
 from loraserve.engine.runner import ModelRunner
 from loraserve.engine.runner_protocol import Runner
-from loraserve.engine.setup import build_runner, scheduler_limits, threads_for
+from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits, threads_for
 from loraserve.errors import ConfigError, LoraServeError
 from loraserve.kernels import attention
 from loraserve.model_shape import ModelShape, read_config, shape_of
@@ -82,7 +82,8 @@ def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
     count, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if options.quick else (BATCHES, ROUNDS)
     _say(f"timing loads of {len(adapters)} adapters")
     cpu_seconds = _in_cpu_seconds(config, runner)
-    loads = measure_loads(runner, placed, config.engine.load_chunk_bytes, rounds, cpu_seconds)
+    threads = digest_threads_for(config, on_device=runner.pool.waits)
+    loads = measure_loads(runner, placed, config.engine.load_chunk_bytes, threads, rounds, cpu_seconds)
     batches = design(limits, len(adapters), count)
     _say(f"timing {count} steps, {rounds} times each, {'in CPU seconds' if cpu_seconds else 'by the clock'}")
     to_time = [to_step(index, batch, limits.block_tokens, shape.vocab) for index, batch in enumerate(batches)]

@@ -4,20 +4,22 @@ An engine that computes in one thread of a CPU is timed in CPU seconds: those ar
 own, whatever else the machine does meanwhile. Others are timed by the runner's own clock.
 """
 
-import hashlib
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from random import Random
 
 import numpy as np
 
 from loraserve.adapter.dtypes import from_float32
-from loraserve.adapter.format import ITEM_BYTES, Dtype, encode_header, lay_out_uniform, slab_version
-from loraserve.adapter.pack import Slab
+from loraserve.adapter.format import ITEM_BYTES, Dtype, lay_out_uniform
+from loraserve.adapter.pack import Slab, sealed
 from loraserve.cost.fit import LoadSample
 from loraserve.engine.batch import SequenceStep, StepBatch
 from loraserve.engine.extents import ExtentAllocator
+from loraserve.engine.layers import Arrivals, damaged_layer
+from loraserve.engine.pool_memory import PoolMemory
 from loraserve.engine.profile.design import Batch, Part
 from loraserve.engine.runner_protocol import Runner
 from loraserve.errors import ConfigError
@@ -31,10 +33,9 @@ SAY_EVERY_S = 5.0
 
 def made_up_slab(shape: ModelShape, dtype: Dtype, rank: int, seed: int) -> Slab:
     """Random values, of the size that trained adapters have: what they are does not change what they cost."""
-    header = lay_out_uniform(shape, dtype, rank, scale=1.0 / rank)
-    values = np.random.default_rng(seed).standard_normal(header.elements, dtype=np.float32) * np.float32(0.01)
-    data = from_float32(values, dtype).view(np.uint8).data.toreadonly()
-    return Slab(header, data, slab_version(header, data))
+    layout = lay_out_uniform(shape, dtype, rank, scale=1.0 / rank)
+    values = np.random.default_rng(seed).standard_normal(layout.elements, dtype=np.float32) * np.float32(0.01)
+    return sealed(layout, from_float32(values, dtype))
 
 
 def place(slabs: Sequence[Slab], pool_bytes: int, most: int) -> list[tuple[int, Slab]]:
@@ -51,13 +52,24 @@ def place(slabs: Sequence[Slab], pool_bytes: int, most: int) -> list[tuple[int, 
 
 
 def measure_loads(
-    runner: Runner, placed: Sequence[tuple[int, Slab]], chunk_bytes: int, rounds: int, cpu_seconds: bool
+    runner: Runner,
+    placed: Sequence[tuple[int, Slab]],
+    chunk_bytes: int,
+    digest_threads: int,
+    rounds: int,
+    cpu_seconds: bool,
 ) -> list[LoadSample]:
     """Copying, verifying and installing each: what the engine does with a slab once it has it. All stay installed."""
     taken: list[list[float]] = [[] for _ in placed]
-    for _ in range(rounds):
-        for slot, (offset_bytes, slab) in enumerate(placed):
-            taken[slot].append(_load_s(runner, slot, offset_bytes, slab, chunk_bytes, cpu_seconds))
+    clock = time.process_time if cpu_seconds else time.monotonic
+    with ThreadPoolExecutor(digest_threads) as threads:
+        for _ in range(rounds):
+            for slot, (offset_bytes, slab) in enumerate(placed):
+                runner.remove(slot)
+                started_s = clock()
+                _load(runner.pool, offset_bytes, slab, chunk_bytes, threads)
+                runner.install(slot, slab.header, offset_bytes // ITEM_BYTES[slab.header.dtype])
+                taken[slot].append(clock() - started_s)
     return [(slab.header.slab_bytes, statistics.median(s)) for (_, slab), s in zip(placed, taken, strict=True)]
 
 
@@ -107,15 +119,14 @@ def _step_s(runner: Runner, step: StepBatch, cpu_seconds: bool) -> float:
     return time.process_time() - started_s if cpu_seconds else result.duration_s
 
 
-def _load_s(runner: Runner, slot: int, offset_bytes: int, slab: Slab, chunk_bytes: int, cpu_seconds: bool) -> float:
-    clock = time.process_time if cpu_seconds else time.monotonic
-    runner.remove(slot)
-    started_s = clock()
+def _load(pool: PoolMemory, offset_bytes: int, slab: Slab, chunk_bytes: int, threads: ThreadPoolExecutor) -> None:
+    """As loader.py does it, from memory: layers are verified in threads while those behind them are copied."""
+    arrivals = Arrivals(slab.header)
+    checks = []
     for start in range(0, slab.header.slab_bytes, chunk_bytes):
-        runner.pool.write(offset_bytes + start, slab.data[start : start + chunk_bytes])
-    digest = hashlib.sha256(encode_header(slab.header))
-    runner.pool.digest(digest, offset_bytes, slab.header.slab_bytes)
-    if digest.hexdigest() != slab.version:
+        chunk = slab.data[start : start + chunk_bytes]
+        pool.write(offset_bytes + start, chunk)
+        if layers := arrivals.upto(start + len(chunk)):
+            checks.append(threads.submit(damaged_layer, pool, slab.header, offset_bytes, layers))
+    if any(check.result() is not None for check in checks):
         raise ConfigError("what was written into the adapter pool is not what is read from it; check the memory")
-    runner.install(slot, slab.header, offset_bytes // ITEM_BYTES[slab.header.dtype])
-    return clock() - started_s
