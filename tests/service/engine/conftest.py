@@ -79,13 +79,14 @@ class Models:
 
 
 class ScriptedStore:
-    """Answers from ``slabs`` once ``open`` is set, each chunk as ``corrupt`` makes it."""
+    """Answers from ``slabs`` once ``open`` is set and no longer ``holds`` a chunk, each as ``corrupt`` makes it."""
 
     def __init__(self, slabs: dict[str, Slab]) -> None:
         self.slabs = {slab.version: slab for slab in slabs.values()}
         self.open = asyncio.Event()
         self.open.set()
         self.corrupt: Callable[[bytes], bytes] = lambda chunk: chunk
+        self.holds: Callable[[ReadSlab], bool] = lambda message: False
         self.slab_bytes_off = 0
         self.chunks_asked = 0
 
@@ -105,6 +106,8 @@ class ScriptedStore:
         elif isinstance(message, ReadSlab):
             self.chunks_asked += 1
             await self.open.wait()
+            while self.holds(message):  # noqa: ASYNC110
+                await asyncio.sleep(0.002)
             data = slab.data[message.offset_bytes : message.offset_bytes + message.length_bytes]
             chunk = SlabChunk(version=slab.version, offset_bytes=message.offset_bytes)
             bus.respond(envelope, chunk, [self.corrupt(bytes(data))])
@@ -249,6 +252,11 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Models]:
     before = torch.get_num_threads()
     yield Models(tmp_path_factory.mktemp("engine"))
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def scripted_store() -> type[ScriptedStore]:
+    return ScriptedStore
 
 
 @pytest.fixture

@@ -1,0 +1,293 @@
+"""The loader on a bus in memory: layers verified while others are on their way, and what is left where that fails."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.adapter.dtypes import storage
+from loraserve.adapter.format import lay_out
+from loraserve.adapter.pack import Slab, sealed
+from loraserve.engine.loader import LoadFailed, SlabLoader
+from loraserve.engine.offline import adapter_reference
+from loraserve.engine.pool_memory import HostPool
+from loraserve.engine.runner_protocol import DeviceLost
+from loraserve.messages import ToEngine, ToStore
+from loraserve.model_shape import MODULES, SLICES, ModelShape
+from loraserve.testing.bus import MemoryNetwork
+
+SHAPE = ModelShape(layers=5, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=24, vocab=64)
+OFFSET = 4096
+TIMEOUT_S = 20.0
+
+
+def make_slab(ranks: tuple[int, ...] = (2, 1, 3, 1, 2)) -> Slab:
+    """``ranks`` are of the layers, in all their projections."""
+    rows = [(rank,) * len(SLICES[module]) for rank in ranks for module in MODULES]
+    layout = lay_out(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
+    return sealed(layout, np.arange(1, layout.elements + 1).astype(storage("float32")))
+
+
+class WatchedPool:
+    """A pool that knows who is at it. ``before_digest`` and ``before_write`` are called in the thread, with a byte."""
+
+    def __init__(self, waits: bool = False) -> None:
+        self.memory = bytearray(1 << 17)
+        self.waits = waits
+        self.before_digest: Callable[[int], object] = lambda at: None
+        self.before_write: Callable[[int], object] = lambda at: None
+        self.read: list[int] = []
+        self.busy = self.most_reading = self._reading = 0
+        self._pool = HostPool(memoryview(self.memory))
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def write(self, offset_bytes: int, data: Any) -> None:
+        self._count(1, 0)
+        try:
+            self.before_write(offset_bytes - OFFSET)
+            self._pool.write(offset_bytes, data)
+        finally:
+            self._count(-1, 0)
+
+    def digest(self, digest: Any, offset_bytes: int, length_bytes: int) -> None:
+        self._count(1, 1)
+        self.read.append(offset_bytes - OFFSET)
+        try:
+            self.before_digest(offset_bytes - OFFSET)
+            self._pool.digest(digest, offset_bytes, length_bytes)
+        finally:
+            self._count(-1, -1)
+
+    def _count(self, busy: int, reading: int) -> None:
+        with self._lock:
+            self.busy += busy
+            self._reading += reading
+            self.most_reading = max(self.most_reading, self._reading)
+
+
+class Scene:
+    """One loader and the store that it reads from."""
+
+    def __init__(self, slab: Slab, store: Any, pool: WatchedPool, chunk_bytes: int, threads: int) -> None:
+        self.slab, self.store, self.pool = slab, store, pool
+        network = MemoryNetwork()
+        self._bus = network.bus("store", ToStore)
+        self._loader = SlabLoader(network.bus("engine-0", ToEngine), pool, chunk_bytes, TIMEOUT_S, threads)
+
+    async def __aenter__(self) -> "Scene":
+        self._serving = asyncio.create_task(self.store.serve(self._bus))
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._serving.cancel()
+        await asyncio.wait([self._serving])
+        self._loader.close()
+
+    def load(self, offset_bytes: int = OFFSET) -> asyncio.Task[Any]:
+        return asyncio.create_task(self._loader.load(adapter_reference("a", self.slab), offset_bytes))
+
+    def holds_the_slab(self) -> bool:
+        return self.pool.memory[OFFSET : OFFSET + self.slab.header.slab_bytes] == self.slab.data
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(TIMEOUT_S):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.002)
+
+
+def flip(slab: Slab, at: int) -> Slab:
+    data = bytearray(slab.data)
+    data[at] ^= 1
+    return Slab(slab.header, memoryview(data), slab.version)
+
+
+@pytest.fixture
+def play(scripted_store: Callable[..., Any]) -> Callable[..., None]:
+    """Runs a scenario; ``sent`` is what the store has under the version of ``slab``."""
+
+    def run(
+        scenario: Callable[[Scene], Awaitable[None]],
+        slab: Slab | None = None,
+        sent: Slab | None = None,
+        pool: WatchedPool | None = None,
+        chunk_bytes: int = 1000,
+        threads: int = 2,
+    ) -> None:
+        async def main() -> None:
+            held = slab or make_slab()
+            async with Scene(
+                held, scripted_store({"a": sent or held}), pool or WatchedPool(), chunk_bytes, threads
+            ) as scene:
+                await scenario(scene)
+            assert scene.pool.busy == 0
+
+        asyncio.run(main())
+
+    return run
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ranks=st.tuples(*[st.integers(0, 3)] * SHAPE.layers).filter(any),
+    chunk_bytes=st.integers(300, 40_000),
+    threads=st.integers(1, 4),
+    waits=st.booleans(),
+    damaged=st.none() | st.floats(0, 1, exclude_max=True),
+)
+def test_a_slab_is_whole_or_the_layer_that_is_not_is_named(
+    scripted_store: Callable[..., Any],
+    ranks: tuple[int, ...],
+    chunk_bytes: int,
+    threads: int,
+    waits: bool,
+    damaged: float | None,
+) -> None:
+    slab = make_slab(ranks)
+    at = None if damaged is None else int(damaged * slab.header.slab_bytes)
+
+    async def main() -> None:
+        store = scripted_store({"a": slab if at is None else flip(slab, at)})
+        async with Scene(slab, store, WatchedPool(waits), chunk_bytes, threads) as scene:
+            if at is None:
+                assert (await scene.load()).header == slab.header
+                assert scene.holds_the_slab()
+                assert not any(scene.pool.memory[:OFFSET])
+                assert not any(scene.pool.memory[OFFSET + slab.header.slab_bytes :])
+                return
+            (layer,) = [n for n in range(SHAPE.layers) if at in slab.header.layer(n)]
+            with pytest.raises(LoadFailed, match=f"layer {layer} is not what its digest is of; register") as failed:
+                await scene.load()
+            assert failed.value.code == "corrupt"
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("layer", [0, 2, SHAPE.layers - 1], ids=["first", "middle", "last"])
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_a_damaged_layer_ends_the_load_though_the_rest_never_comes(
+    play: Callable[..., None], layer: int, where: str
+) -> None:
+    slab = make_slab()
+    part = slab.header.layer(layer)
+
+    async def scenario(scene: Scene) -> None:
+        scene.store.holds = lambda message: message.offset_bytes >= part.stop
+        with pytest.raises(LoadFailed, match=f"layer {layer} is not"):
+            await scene.load()
+
+    play(scenario, slab, sent=flip(slab, part.start if where == "first" else part.stop - 1))
+
+
+def test_a_layer_is_verified_while_those_behind_it_are_on_their_way(play: Callable[..., None]) -> None:
+    verified = threading.Event()
+
+    async def scenario(scene: Scene) -> None:
+        first = scene.slab.header.layer(0)
+        scene.pool.before_digest = lambda at: verified.set() if at == first.start else None
+        scene.store.holds = lambda message: message.offset_bytes >= first.stop and not verified.is_set()
+        await scene.load()
+        assert scene.holds_the_slab()
+
+    play(scenario)
+
+
+def test_a_header_of_another_version_is_refused_before_any_byte_is_asked_for(play: Callable[..., None]) -> None:
+    slab = make_slab()
+    other = flip(slab, 0)
+    swapped = Slab(sealed(slab.header, np.frombuffer(other.data, storage("float32"))).header, other.data, slab.version)
+
+    async def scenario(scene: Scene) -> None:
+        with pytest.raises(LoadFailed, match="the slab's header is not what its version names; register") as failed:
+            await scene.load()
+        assert (failed.value.code, scene.store.chunks_asked) == ("corrupt", 0)
+
+    play(scenario, slab, sent=swapped)
+
+
+@pytest.mark.parametrize("at", ["digest", "write"])
+def test_who_gives_up_waits_for_the_threads_that_are_at_the_extent(play: Callable[..., None], at: str) -> None:
+    """It may be another's right after."""
+    let_go = threading.Event()
+    pool = WatchedPool(waits=True)
+
+    def hold(_: int) -> None:
+        assert let_go.wait(TIMEOUT_S)
+
+    async def scenario(scene: Scene) -> None:
+        if at == "digest":
+            pool.before_digest = hold
+        else:
+            pool.before_write = hold
+        loading = scene.load()
+        await until(lambda: pool.busy if at == "write" else len(pool.read) == 2)
+        loading.cancel()
+        await asyncio.sleep(0.1)
+        assert not loading.done(), "threads are at it"
+        let_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+        assert pool.busy == 0
+        read, memory = list(pool.read), bytes(pool.memory)
+        await asyncio.sleep(0.05)
+        assert (read, memory) == (pool.read, bytes(pool.memory)), "nobody came back"
+        assert len(read) == (2 if at == "digest" else 0), "layers that waited for a thread were given up"
+
+    play(scenario, pool=pool)
+
+
+def test_a_damaged_layer_is_not_told_before_the_other_threads_are_done(play: Callable[..., None]) -> None:
+    slab = make_slab()
+    let_go = threading.Event()
+    pool = WatchedPool()
+
+    def hold(at: int) -> None:
+        if at == slab.header.layer(1).start:
+            assert let_go.wait(TIMEOUT_S)
+
+    async def scenario(scene: Scene) -> None:
+        pool.before_digest = hold
+        loading = scene.load()
+        await until(lambda: len(pool.read) > 2)
+        await asyncio.sleep(0.05)
+        assert not loading.done()
+        let_go.set()
+        with pytest.raises(LoadFailed, match="layer 2 is not"):
+            await loading
+
+    play(scenario, slab, sent=flip(slab, slab.header.layer(2).start), pool=pool)
+
+
+def test_a_device_that_is_lost_while_a_layer_is_read_is_told_as_that(play: Callable[..., None]) -> None:
+    def lost(_: int) -> None:
+        raise DeviceLost("CUDA error: an illegal memory access was encountered")
+
+    async def scenario(scene: Scene) -> None:
+        scene.pool.before_digest = lost
+        with pytest.raises(DeviceLost, match="illegal memory access"):
+            await scene.load()
+
+    play(scenario)
+
+
+def test_loads_share_the_threads(play: Callable[..., None]) -> None:
+    pool = WatchedPool()
+    together = threading.Barrier(3)
+
+    async def scenario(scene: Scene) -> None:
+        # Three come together, or this would break: as many threads as were asked for do run at a time.
+        pool.before_digest = lambda at: together.wait(TIMEOUT_S)
+        size = scene.slab.header.slab_bytes
+        await asyncio.gather(*(scene.load(OFFSET + n * size) for n in range(3)))
+        assert len(pool.read) == 3 * SHAPE.layers
+        assert pool.most_reading == 3
+
+    play(scenario, pool=pool, threads=3)
