@@ -75,9 +75,22 @@ def _cost(
         padded_prefill_s=rank_unit_flops / (hardware.bf16_flops * value["padded_lora_flops"]),
         padded_decode_s=rank_elements(shape) * ITEM_BYTES / padded_bandwidth,
         load_base_s=value["load_base_s"],
-        load_byte_s=1 / (min(hardware.host_bytes_per_s, hardware.nic_bytes_per_s) * value["link"])
-        + 1 / value["digest_bytes_per_s"],
+        load_byte_s=_load_byte_s(shape, hardware, value),
     )
+
+
+def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, float]) -> float:
+    """A load takes what the slower of link and digests takes, and of the faster what nothing goes on beside.
+
+    Threads verify a layer each, read back from the GPU, while later layers come: the digests of the last layer are
+    behind the link, or the link fills all threads once before they are what everything waits for. Both are the share
+    that as many layers as there are threads have of the slab.
+    """
+    link_byte_s = 1 / (min(hardware.host_bytes_per_s, hardware.nic_bytes_per_s) * value["link"])
+    thread_byte_s = 1 / value["digest_bytes_per_s"] + 1 / (hardware.host_bytes_per_s * value["link"])
+    layers_at_once = min(value["digest_threads"], shape.layers)
+    faster, slower = sorted((link_byte_s, thread_byte_s / layers_at_once))
+    return slower + faster * layers_at_once / shape.layers
 
 
 def _beside_the_weights(flops_s: float, step_base_s: float) -> float:

@@ -67,7 +67,11 @@ _STREAMING = {
         source="published: 1,219 to 1,225 of 1,448 GiB/s of an A100-SXM4-40GB (GPUInspector.jl, docs/src/examples/"
         "data_bandwidth.md, github.com/pc2/GPUInspector.jl)",
     ),
-    "hopper": Efficiency(value=0.896, source="measured on an H200: 4.3 of 4.8 TB/s"),
+    "hopper": Efficiency(
+        value=0.896,
+        source="measured on an H200, 4.3 of 4.8 TB/s, while the design's facts were gathered; not recorded in this "
+        "repository",
+    ),
 }
 
 _ATTENTION = {
@@ -84,8 +88,9 @@ _ATTENTION = {
 
 _MFU = Efficiency(
     value=0.462,
-    source="published: model FLOPs utilization of PaLM 540B (Chowdhery et al., arXiv:2204.02311); the low end: 72% on "
-    "an A100 (FlashAttention-2, arXiv:2307.08691), 76% of prefill on TPU v4 (Pope et al., arXiv:2211.05102)",
+    source="published: model FLOPs utilization of PaLM 540B in training, a figure on TPU v4 and of no GPU (Chowdhery "
+    "et al., arXiv:2204.02311); taken as the low end: 72% on an A100 (FlashAttention-2, arXiv:2307.08691), 76% of "
+    "prefill on TPU v4 (Pope et al., arXiv:2211.05102)",
 )
 
 
@@ -114,7 +119,15 @@ def efficiencies_of(hardware: Hardware) -> dict[str, Efficiency]:
             "the low end: 55.6 of 64 GB/s over PCIe 5 (NVIDIA's blog on nvbandwidth)",
         ),
         "digest_bytes_per_s": Efficiency(
-            value=1.8e9, source="measured on an AMD EPYC: SHA-256 in one thread, as each load is verified"
+            value=1.8e9,
+            source="measured on an AMD EPYC: SHA-256 in one thread. On a busy Intel Xeon at 2.6 GHz with two virtual "
+            "cores, in pieces of 20 MiB: 1.1 to 1.9 GB for each second of CPU alone, 1.1 to 1.7 for each of two at "
+            "once. None of it is recorded in this repository",
+        ),
+        "digest_threads": Efficiency(
+            value=8,
+            source="an assumption: what engine.digest_threads = 0 gives where each GPU has 16 hardware threads, each "
+            "as fast as one alone. NVIDIA's datasheets: DGX A100 has 128 cores for 8 GPUs, DGX H200 has 112",
         ),
         "load_base_s": Efficiency(
             value=0.005, source="an allowance, not measured: lease, read, install and release over the bus"

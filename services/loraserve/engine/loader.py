@@ -1,7 +1,7 @@
 """Fills an extent of the pool with an adapter's slab while steps run.
 
 Today the source is the store. What arrives is verified against the version before anyone computes with it: the header
-at once, each layer in a thread as soon as it is there, while those behind it are still on their way.
+at once, each layer in a thread, on a device as soon as it is there, while those behind it are still on their way.
 """
 
 import asyncio
@@ -16,7 +16,7 @@ import msgspec
 
 from loraserve.adapter.format import SlabHeader, decode_header, slab_version
 from loraserve.bus.protocol import Bus
-from loraserve.engine.layers import Arrivals, damaged_layer
+from loraserve.engine.layers import Arrivals, damaged_layer, shares
 from loraserve.engine.pool_memory import Bytes, PoolMemory
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import AdapterRef, OpenSlab, ReadSlab, SlabChunk, SlabInfo
@@ -54,6 +54,7 @@ class SlabLoader:
         self._pool = pool
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
+        self._digest_threads = digest_threads
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         # Not the writers': a chunk that waits for digests would hold up the layers behind it.
         self._digesters = ThreadPoolExecutor(digest_threads, thread_name_prefix="digest")
@@ -113,12 +114,12 @@ class SlabLoader:
 
     async def _fill(self, adapter: AdapterRef, header: SlabHeader, offset_bytes: int) -> None:
         """Copy in one task and check in others. The first that fails ends all, and they are over when this raises."""
-        arrivals = Arrivals(header)
+        arrivals = Arrivals(header, on_device=self._pool.waits)
         try:
             async with asyncio.TaskGroup() as tasks:
 
                 def copied(slab_bytes: int) -> None:
-                    if layers := arrivals.upto(slab_bytes):
+                    for layers in shares(arrivals.upto(slab_bytes), self._digest_threads):
                         tasks.create_task(self._check(header, offset_bytes, layers))
 
                 tasks.create_task(self._copy(adapter, offset_bytes, copied))

@@ -36,7 +36,7 @@ def make_slab(ranks: tuple[int, ...] = (2, 1, 3, 1, 2)) -> Slab:
 class WatchedPool:
     """A pool that knows who is at it. ``before_digest`` and ``before_write`` are called in the thread, with a byte."""
 
-    def __init__(self, waits: bool = False) -> None:
+    def __init__(self, waits: bool = True) -> None:
         self.memory = bytearray(1 << 17)
         self.waits = waits
         self.before_digest: Callable[[int], object] = lambda at: None
@@ -200,6 +200,20 @@ def test_a_layer_is_verified_while_those_behind_it_are_on_their_way(play: Callab
     play(scenario)
 
 
+def test_where_steps_compute_on_the_cores_nothing_is_verified_beside_the_copy(play: Callable[..., None]) -> None:
+    pool = WatchedPool(waits=False)
+
+    async def scenario(scene: Scene) -> None:
+        last = scene.slab.header.slab_bytes - 1
+        pool.before_digest = lambda at: found.append(pool.memory[OFFSET + last])
+        found: list[int] = []
+        await scene.load()
+        assert found == [scene.slab.data[last]] * SHAPE.layers
+        assert pool.most_reading <= 2
+
+    play(scenario, pool=pool)
+
+
 def test_a_header_of_another_version_is_refused_before_any_byte_is_asked_for(play: Callable[..., None]) -> None:
     slab = make_slab()
     other = flip(slab, 0)
@@ -217,7 +231,7 @@ def test_a_header_of_another_version_is_refused_before_any_byte_is_asked_for(pla
 def test_who_gives_up_waits_for_the_threads_that_are_at_the_extent(play: Callable[..., None], at: str) -> None:
     """It may be another's right after."""
     let_go = threading.Event()
-    pool = WatchedPool(waits=True)
+    pool = WatchedPool()
 
     def hold(_: int) -> None:
         assert let_go.wait(TIMEOUT_S)

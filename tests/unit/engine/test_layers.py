@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from loraserve.adapter.dtypes import storage
 from loraserve.adapter.format import lay_out
 from loraserve.adapter.pack import Slab, sealed
-from loraserve.engine.layers import Arrivals, damaged_layer
+from loraserve.engine.layers import Arrivals, damaged_layer, shares
 from loraserve.engine.pool_memory import HostPool
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
@@ -27,14 +27,27 @@ def make_slab(ranks: tuple[int, ...]) -> Slab:
     ranks=st.tuples(*[st.integers(0, 3)] * SHAPE.layers),
     cuts=st.lists(st.floats(0, 1), max_size=12),
 )
-def test_each_layer_is_told_once_in_order_and_as_soon_as_it_is_whole(ranks: tuple[int, ...], cuts: list[float]) -> None:
+def test_each_layer_is_told_once_in_order_as_soon_as_it_is_whole_or_all_are(
+    ranks: tuple[int, ...], cuts: list[float]
+) -> None:
     header = make_slab(ranks).header
-    arrivals = Arrivals(header)
-    told: list[int] = []
-    for there in [*sorted(int(cut * header.slab_bytes) for cut in cuts), header.slab_bytes]:
-        told += arrivals.upto(there)
-        assert told == [layer for layer in range(SHAPE.layers) if header.layer(layer).stop <= there]
-    assert told == list(range(SHAPE.layers))
+    for on_device in (True, False):
+        arrivals = Arrivals(header, on_device)
+        told: list[int] = []
+        for there in [*sorted(int(cut * header.slab_bytes) for cut in cuts), header.slab_bytes]:
+            told += arrivals.upto(there)
+            whole = [layer for layer in range(SHAPE.layers) if header.layer(layer).stop <= there]
+            assert told == (whole if on_device or there == header.slab_bytes else [])
+        assert told == list(range(SHAPE.layers))
+
+
+@given(first=st.integers(0, 50), count=st.integers(0, 50), threads=st.integers(1, 10))
+def test_layers_are_shared_out_in_order_and_evenly(first: int, count: int, threads: int) -> None:
+    layers = range(first, first + count)
+    pieces = shares(layers, threads)
+    assert [layer for piece in pieces for layer in piece] == list(layers)
+    assert len(pieces) <= threads
+    assert all(0 < len(piece) <= -(-count // threads) for piece in pieces)
 
 
 @pytest.mark.parametrize("damaged", range(SHAPE.layers))

@@ -7,7 +7,7 @@ own, whatever else the machine does meanwhile. Others are timed by the runner's 
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from random import Random
 
 import numpy as np
@@ -18,7 +18,7 @@ from loraserve.adapter.pack import Slab, sealed
 from loraserve.cost.fit import LoadSample
 from loraserve.engine.batch import SequenceStep, StepBatch
 from loraserve.engine.extents import ExtentAllocator
-from loraserve.engine.layers import Arrivals, damaged_layer
+from loraserve.engine.layers import Arrivals, damaged_layer, shares
 from loraserve.engine.pool_memory import PoolMemory
 from loraserve.engine.profile.design import Batch, Part
 from loraserve.engine.runner_protocol import Runner
@@ -67,7 +67,7 @@ def measure_loads(
             for slot, (offset_bytes, slab) in enumerate(placed):
                 runner.remove(slot)
                 started_s = clock()
-                _load(runner.pool, offset_bytes, slab, chunk_bytes, threads)
+                _load(runner.pool, offset_bytes, slab, chunk_bytes, threads, digest_threads)
                 runner.install(slot, slab.header, offset_bytes // ITEM_BYTES[slab.header.dtype])
                 taken[slot].append(clock() - started_s)
     return [(slab.header.slab_bytes, statistics.median(s)) for (_, slab), s in zip(placed, taken, strict=True)]
@@ -119,14 +119,21 @@ def _step_s(runner: Runner, step: StepBatch, cpu_seconds: bool) -> float:
     return time.process_time() - started_s if cpu_seconds else result.duration_s
 
 
-def _load(pool: PoolMemory, offset_bytes: int, slab: Slab, chunk_bytes: int, threads: ThreadPoolExecutor) -> None:
-    """As loader.py does it, from memory: layers are verified in threads while those behind them are copied."""
-    arrivals = Arrivals(slab.header)
-    checks = []
+def _load(
+    pool: PoolMemory,
+    offset_bytes: int,
+    slab: Slab,
+    chunk_bytes: int,
+    threads: ThreadPoolExecutor,
+    digest_threads: int,
+) -> None:
+    """As loader.py does it, from memory."""
+    arrivals = Arrivals(slab.header, on_device=pool.waits)
+    checks: list[Future[int | None]] = []
     for start in range(0, slab.header.slab_bytes, chunk_bytes):
         chunk = slab.data[start : start + chunk_bytes]
         pool.write(offset_bytes + start, chunk)
-        if layers := arrivals.upto(start + len(chunk)):
-            checks.append(threads.submit(damaged_layer, pool, slab.header, offset_bytes, layers))
+        due = shares(arrivals.upto(start + len(chunk)), digest_threads)
+        checks += [threads.submit(damaged_layer, pool, slab.header, offset_bytes, layers) for layers in due]
     if any(check.result() is not None for check in checks):
         raise ConfigError("what was written into the adapter pool is not what is read from it; check the memory")
