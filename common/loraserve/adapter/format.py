@@ -123,11 +123,14 @@ def encode_header(header: SlabHeader) -> bytes:
 
 
 def decode_header(data: bytes) -> SlabHeader:
-    """Inverse of ``encode_header``. Raises msgspec.ValidationError on what it never gives.
+    """Inverse of ``encode_header``. Raises msgspec.DecodeError on what it never gives.
 
     Rows that lie otherwise than ``lay_out`` lays them would leave bytes that no layer's digest is of.
     """
-    header = msgspec.msgpack.decode(data, type=SlabHeader, strict=True)
+    try:
+        header = msgspec.msgpack.decode(data, type=SlabHeader, strict=True)
+    except (UnicodeDecodeError, RecursionError) as error:
+        raise msgspec.DecodeError(f"MessagePack data is malformed: {error}") from error
     if header.format != SLAB_FORMAT:
         raise msgspec.ValidationError(f"its format is {header.format}, this version reads {SLAB_FORMAT}")
     if not header.sealed:

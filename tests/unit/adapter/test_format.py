@@ -153,6 +153,14 @@ def test_a_header_is_what_encode_header_gives_and_nothing_beside_it(header: Slab
             decode_header(msgspec.msgpack.encode(other))
 
 
+def test_what_no_decoder_reads_is_refused_like_the_rest(header: SlabHeader) -> None:
+    no_text = encode_header(header).replace(b"float32", b"\xa5loat32")
+    too_deep = b"\x81" + msgspec.msgpack.encode("more") + b"\x91" * 100_000
+    for data in (no_text, too_deep):
+        with pytest.raises(msgspec.DecodeError, match="MessagePack data is malformed"):
+            decode_header(data)
+
+
 def test_a_header_of_the_first_format_is_refused(header: SlabHeader) -> None:
     fields = {name: value for name, value in msgspec.structs.asdict(header).items() if name != "layer_digests"}
     with pytest.raises(msgspec.ValidationError, match="its format is 1, this version reads 2"):
