@@ -1,6 +1,8 @@
 """How a GPU's memory is divided, what is said about it, and the pool that lies in it."""
 
 import hashlib
+import random
+from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 
 import pytest
@@ -139,6 +141,24 @@ def test_what_is_written_to_the_pool_is_read_back(
         pool.digest(digest, offset, length)
         expected = hashlib.sha256(b"header" + bytes(pool.tensor.view(torch.uint8).tolist())[offset : offset + length])
         assert digest.digest() == expected.digest(), (offset, length)
+
+
+def test_threads_read_their_own_parts_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pool_module, "READ_BYTES", 1000)
+    pool = DevicePool(200_000, torch.bfloat16, DEVICE)
+    pool.warm_up(4096, readers=2)
+    assert not pool.tensor.any()
+    data = random.Random(0).randbytes(400_000)
+    pool.write(0, data)
+
+    def found(part: int) -> bytes:
+        digest = hashlib.sha256()
+        pool.digest(digest, part * 10_000, 10_000)
+        return digest.digest()
+
+    with ThreadPoolExecutor(4) as threads:
+        digests = list(threads.map(found, range(40)))
+    assert digests == [hashlib.sha256(data[at : at + 10_000]).digest() for at in range(0, 400_000, 10_000)]
 
 
 @pytest.mark.parametrize(
