@@ -24,7 +24,7 @@ from loraserve.testing.small_profile import small_profile
 
 H200 = read_profile("llama-3-8b-h200")
 RANK_8_BYTES = 8 * H200.engine.slab_bytes_per_rank
-"""40 MiB, which takes an extent of 64 MiB."""
+"""40 MiB, in whole granules of an extent."""
 
 
 def hugging_face_dir(directory: Path, **changes: Any) -> str:
@@ -69,7 +69,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         (changed("engine", max_step_tokens=100), "engine.max_step_tokens is 100, less than engine.max_running 256"),
         (changed("engine", kv_blocks=127), "engine.kv_blocks is 127, room for 2032 tokens and not for one step"),
         (changed("engine", pool_bytes=0), "engine.pool_bytes is 0, no room for an adapter of rank 8"),
-        (changed("engine", pool_bytes=RANK_8_BYTES), "give it more memory; measure one"),
+        (changed("engine", pool_bytes=RANK_8_BYTES - 1), "give it more memory; measure one"),
         (changed("shape", layers=0), "shape.layers is 0"),
     ],
 )
