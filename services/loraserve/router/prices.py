@@ -17,6 +17,14 @@ Array: TypeAlias = npt.NDArray[np.float64]
 T = TypeVar("T", float, Array)
 
 INFINITY = float("inf")
+HARM_WEIGHT = 0.25
+"""Seconds of a request's start that a second of an idle engine's time is worth: those who run there lose time between
+tokens, and whoever comes next waits for a longer step."""
+FULL_WEIGHT = 3.0
+"""What it is worth beside that on an engine that is half full; it grows as a queue does, as f / (1 - f). Prefill goes
+before decode, so that nobody waits until places or KV memory are used up; what was wasted until then is paid then."""
+FULL = 0.98
+"""Of its places or its KV memory, whichever is fuller, in use: from here on no engine counts as fuller."""
 DEFAULT_STEP_TOKENS = 512
 """Of a step, where an engine does not say."""
 
@@ -29,8 +37,8 @@ class Prices(NamedTuple, Generic[T]):
     computed and there is a place in the batch; ``kv_wait_token_s``, ``kv_wait_s``: longer by this for t tokens, where
     it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: the
     largest that the plan keeps there, or the former where it keeps nothing. ``widening_s``: engine time that one more
-    rank costs those there, over the life of a mean request. A load of b bytes takes ``load_base_s`` + b *
-    ``load_byte_s``, those before it counted.
+    rank costs those there, over the life of a mean request; ``harm_weight``: what a second of its time is worth, by how
+    full it is. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those before it counted.
     """
 
     queue_s: T
@@ -44,6 +52,7 @@ class Prices(NamedTuple, Generic[T]):
     rank: T
     harm_rank: T
     widening_s: T
+    harm_weight: T
     load_base_s: T
     load_byte_s: T
     room_bytes: T
@@ -93,6 +102,7 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
         rank=rank,
         harm_rank=engine.mix.planned_rank or rank,
         widening_s=widening_s,
+        harm_weight=_harm_weight(load),
         load_base_s=cost.load_base_s * loads,
         load_byte_s=load_byte_s * loads,
         room_bytes=engine.room_bytes,
@@ -146,6 +156,13 @@ def _place_wait_s(engine: EngineView, request_s: float) -> float:
     most = engine.load.max_running
     excess = engine.requests + 1 - most
     return excess / most * request_s if most > 0 and excess > 0 else 0.0
+
+
+def _harm_weight(load: EngineLoad) -> float:
+    places = load.running / load.max_running if load.max_running > 0 else 0.0
+    blocks = 1 - load.kv_blocks_free / load.kv_blocks_total if load.kv_blocks_total > 0 else 0.0
+    full = min(max(places, blocks, 0.0), FULL)
+    return HARM_WEIGHT + FULL_WEIGHT * full / (1 - full)
 
 
 def _known(measured: float) -> bool:

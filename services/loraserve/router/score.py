@@ -15,11 +15,9 @@ from loraserve.router.prices import Array
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
-HARM_WEIGHT = 0.25
-"""Seconds of this request's start that a second of an engine's time is worth where nobody waits: those who run there
-lose time between tokens, and whoever comes next waits for a longer step."""
 BEHIND_WEIGHT = 1.0
-"""What it is worth for each request that comes before the queue there is gone: it waits that second longer."""
+"""What a second of an engine's time is worth, beside its ``harm_weight``, for each request that comes before the queue
+there is gone: it waits that second longer."""
 LOAD_HARM = 1.5
 """Of a load's time, added to the score: room and bandwidth are taken from others."""
 PRIOR_STEPS = 0.5
@@ -72,10 +70,11 @@ def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[
 
 
 def harm_weight(view: ClusterView, table: PriceTable) -> Array:
-    """Of each engine. Its time that is lost delays all who arrive there while its queue lasts: nearly nobody where it
-    is idle, and many near the limit, where only what a request costs decides how much can be served."""
+    """Of each engine. Its time that is lost delays all who arrive there while its queue lasts, and fills it sooner:
+    nearly nobody where it is idle, and many near the limit, where only what a request costs decides how much can be
+    served."""
     arrivals_per_s = view.requests_per_s / len(table.engines)
-    weight: Array = table.columns.queue_s * (BEHIND_WEIGHT * arrivals_per_s) + HARM_WEIGHT
+    weight: Array = table.columns.queue_s * (BEHIND_WEIGHT * arrivals_per_s) + table.columns.harm_weight
     return weight
 
 

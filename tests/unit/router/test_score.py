@@ -15,8 +15,8 @@ from loraserve.messages import AdapterRef, EngineLoad, Rejected, Route
 from loraserve.router.choice import Choice, Slo
 from loraserve.router.pick import NEAR
 from loraserve.router.policy import route
-from loraserve.router.prices import DEFAULT_STEP_TOKENS
-from loraserve.router.score import BEHIND_WEIGHT, HARM_WEIGHT, LOAD_HARM, PRIOR_STEPS, harm_weight, score
+from loraserve.router.prices import DEFAULT_STEP_TOKENS, FULL, FULL_WEIGHT, HARM_WEIGHT
+from loraserve.router.score import BEHIND_WEIGHT, LOAD_HARM, PRIOR_STEPS, harm_weight, score
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
@@ -136,6 +136,13 @@ class Plainly:
         queue_s = (widest - before) * self.queue_tokens * cost.padded_prefill_s * life / self.output_tokens
         return decode_s + queue_s + (widest - rank) * tokens * cost.padded_prefill_s
 
+    def weight(self) -> float:
+        load = self.load
+        places = load.running / load.max_running if load.max_running else 0.0
+        blocks = (load.kv_blocks_total - load.kv_blocks_free) / load.kv_blocks_total if load.kv_blocks_total else 0.0
+        full = min(FULL, max(places, blocks))
+        return HARM_WEIGHT + FULL_WEIGHT * full / (1 - full)
+
     def ttft_s(self, request: Route) -> float:
         waits_s = max(self.queue_s(len(request.prompt_tokens)), self.load_s(request.adapter))
         return waits_s + self.own_s(request)
@@ -144,7 +151,7 @@ class Plainly:
         adapter = request.adapter
         held = adapter is not None and any(a.version == adapter.version for a in self.load.resident)
         prior_s = (planned + held) * PRIOR_STEPS * self.step_s() * self.slowness
-        harm_s = HARM_WEIGHT * self.harm_s(request) + LOAD_HARM * self.load_s(adapter)
+        harm_s = self.weight() * self.harm_s(request) + LOAD_HARM * self.load_s(adapter)
         return self.ttft_s(request) + harm_s - prior_s
 
 
@@ -305,9 +312,30 @@ def test_harm_weighs_as_many_as_arrive_while_the_queue_lasts() -> None:
     loads = [engine_load("e0"), engine_load("e1", running=4, waiting=20, waiting_prefill_tokens=4000)]
     view = view_of(loads, {"e0": [], "e1": []}, cost)
     table = view.prices(cost)
-    assert harm_weight(view, table).tolist() == [HARM_WEIGHT, HARM_WEIGHT], "nobody is known to come"
+    alone = table.columns.harm_weight
+    assert harm_weight(view, table).tolist() == alone.tolist(), "nobody is known to come"
     view.requests_per_s = 10.0
     idle, busy = harm_weight(view, table).tolist()
     assert idle == pytest.approx(HARM_WEIGHT)
-    assert busy == pytest.approx(HARM_WEIGHT + BEHIND_WEIGHT * 5.0 * table.columns.queue_s[1])
-    assert busy > 1
+    assert busy == pytest.approx(alone[1] + BEHIND_WEIGHT * 5.0 * table.columns.queue_s[1])
+    assert busy > alone[1] + 0.75
+
+
+@pytest.mark.parametrize(
+    ("report", "weight"),
+    [
+        ({}, HARM_WEIGHT),
+        ({"running": 4, "max_running": 8}, HARM_WEIGHT + FULL_WEIGHT),
+        ({"running": 6, "max_running": 8}, HARM_WEIGHT + 3 * FULL_WEIGHT),
+        (
+            {"running": 4, "max_running": 8, "kv_blocks_free": 250, "kv_blocks_total": 1000},
+            HARM_WEIGHT + 3 * FULL_WEIGHT,
+        ),
+        ({"running": 8, "max_running": 8}, HARM_WEIGHT + 49 * FULL_WEIGHT),
+        ({"running": 8, "max_running": 0}, HARM_WEIGHT),
+    ],
+)
+def test_harm_weighs_more_the_fuller_an_engine_is_of_requests_or_of_their_context(report, weight) -> None:
+    cost = COSTS["padded"]
+    view = view_of([engine_load("e0", **report)], {"e0": []}, cost)
+    assert view.prices(cost).columns.harm_weight.tolist() == pytest.approx([weight])
