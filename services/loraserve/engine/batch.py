@@ -42,6 +42,11 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     step_id: int
     sequences: tuple[SequenceStep, ...]
 
+    @property
+    def prefill_tokens(self) -> int:
+        """Those of sequences that do not decode; a preempted request's output is among them."""
+        return sum(len(s.tokens) for s in self.sequences if s.output_index == 0 or len(s.tokens) > 1)
+
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A drawn token. ``logprob`` and ``top`` ((token, log-probability), best first) are filled where asked for."""

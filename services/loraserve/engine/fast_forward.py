@@ -4,9 +4,11 @@ While nothing but decoding goes on, a step differs from the one before it in pos
 decision, and at any scale they are most of all steps.
 """
 
+from msgspec.structs import replace
+
 from loraserve.engine.batch import StepBatch
 from loraserve.engine.scheduler import Scheduler
-from loraserve.engine.sequence import Sequence, State
+from loraserve.engine.sequence import RUNNING, Sequence
 
 
 def quiet_steps(scheduler: Scheduler) -> int:
@@ -19,7 +21,8 @@ def quiet_steps(scheduler: Scheduler) -> int:
     batch = scheduler.outstanding.only
     if batch is None or scheduler.limits.prefix_cache or len(batch.sequences) != len(running):
         return 0
-    if not all(s.decoding and s.drawing and s.state is State.RUNNING for s in running) or _lets_in(scheduler):
+    # The latest arrivals may still prefill: they are looked at first.
+    if _lets_in(scheduler) or not all(s.decoding and s.drawing and s.state is RUNNING for s in reversed(running)):
         return 0
     steps = min(s.max_tokens - s.output_length - 1 for s in running)
     free = scheduler.blocks.free
@@ -39,13 +42,10 @@ def skip(scheduler: Scheduler, steps: int, token: int) -> StepBatch:
     _grow(scheduler, steps)
     parts = []
     for sequence, part in zip(scheduler.running, before.sequences, strict=True):
-        sequence.landed(part)
-        sequence.history.extend([token] * steps)
-        sequence.begin(sequence.computed + steps)
+        sequence.skip(steps, token)
         scheduler.counts.computed(sequence.version, steps, decode=True)
-        part = sequence.step(1)
-        sequence.sent(part)
-        parts.append(part)
+        start, output_index = part.start + steps, part.output_index + steps
+        parts.append(replace(part, tokens=(token,), start=start, blocks=sequence.blocks, output_index=output_index))
     batch = StepBatch(step_id=before.step_id + steps, sequences=tuple(parts))
     scheduler.outstanding.send(batch)
     scheduler.steps += steps
@@ -70,12 +70,12 @@ def _blocks_missing(sequence: Sequence, steps: int) -> int:
 def _grow(scheduler: Scheduler, steps: int) -> None:
     """Blocks in the order in which the steps would take them."""
     block_tokens = scheduler.limits.block_tokens
-    due = [
-        (held * block_tokens - sequence.computed, place)
-        for place, sequence in enumerate(scheduler.running)
-        for held in range(len(sequence.blocks), len(sequence.blocks) + _blocks_missing(sequence, steps))
-    ]
+    due: list[tuple[int, int]] = []
+    for place, sequence in enumerate(scheduler.running):
+        held = len(sequence.blocks)
+        more = range(held, held + _blocks_missing(sequence, steps))
+        due += [(index * block_tokens - sequence.computed, place) for index in more]
     for _, place in sorted(due):
         block = scheduler.blocks.take()
         assert block is not None, "free blocks vanished"
-        scheduler.running[place].blocks.append(block)
+        scheduler.running[place].blocks += (block,)

@@ -98,7 +98,7 @@ class AdapterPool:
         ready = [
             entry
             for version, entry in self._entries.items()
-            if version not in keep and (entry.evictable or (drop_plan_pins and _unused(entry)))
+            if version not in keep and entry.resident and not entry.running and (drop_plan_pins or not entry.planned)
         ]
         victims = self._victims(adapter.slab_bytes, ready)
         if victims is None:
@@ -168,10 +168,6 @@ class AdapterPool:
         self._extents.release(entry.offset_bytes)
         self._free_slots.append(entry.slot)
         del self._entries[entry.adapter.version]
-
-
-def _unused(entry: Entry) -> bool:
-    return entry.resident and entry.running == 0
 
 
 def _cost(victims: Sequence[Entry]) -> tuple[int, float, int, int]:

@@ -1,7 +1,5 @@
 """Rates measured on this engine, smoothed. Pure."""
 
-from loraserve.engine.batch import StepBatch
-
 SMOOTHING = 0.1
 """Weight of the newest observation: ten steps set the picture, one slow step does not."""
 
@@ -14,14 +12,10 @@ class Rates:
         self.prefill_tokens_per_s = 0.0
         self.load_bytes_per_s = 0.0
 
-    def step_done(self, batch: StepBatch, duration_s: float, times: int = 1) -> None:
-        """Count one step, or ``times`` alike.
-
-        Those with prefill, a preempted request's output among it, say nothing about decoding.
-        """
+    def step_done(self, prefill_tokens: int, duration_s: float, times: int = 1) -> None:
+        """Count one step, or ``times`` alike. Those with prefill say nothing about decoding."""
         if duration_s <= 0:
             return
-        prefill_tokens = sum(len(s.tokens) for s in batch.sequences if s.output_index == 0 or len(s.tokens) > 1)
         if prefill_tokens:
             self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, prefill_tokens / duration_s)
         else:

@@ -88,7 +88,7 @@ class Residency:
         keep: set[str] = set()
         no_room_bytes = inf
         for adapter in requested:
-            # Where one found no room none of its size will, as ``keep`` only grows: a long queue costs one look.
+            # Where one found no room none of its size will, as ``keep`` only grows: a long queue costs few looks.
             if adapter.version not in self.pool and adapter.slab_bytes < no_room_bytes:
                 if self.pool.loading >= self._max_loads:
                     return instructions
@@ -98,11 +98,13 @@ class Residency:
                 no_room_bytes = no_room_bytes if begun else adapter.slab_bytes
             keep.add(adapter.version)
         for adapter in list(self._wanted.values()):
-            if self.pool.loading >= self._max_loads:
-                return instructions
             if adapter.version not in self.pool:
-                begun = self._load(adapter, now, keep, drop_plan_pins=False)
+                if self.pool.loading >= self._max_loads:
+                    return instructions
+                fits = adapter.slab_bytes < no_room_bytes
+                begun = self._load(adapter, now, keep, drop_plan_pins=False) if fits else []
                 instructions += begun
+                no_room_bytes = no_room_bytes if begun else min(no_room_bytes, adapter.slab_bytes)
                 if not begun and idle and self.pool.loading == 0:
                     self._fail(adapter.version, "no room beside what the plan pins; raise engine.pool_bytes")
         return [*instructions, *self._plan_done()]

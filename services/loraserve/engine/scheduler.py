@@ -5,6 +5,9 @@ while one still runs, with tokens in them that nobody knows yet. A request whose
 the others.
 """
 
+from bisect import insort
+from operator import attrgetter
+
 from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.blocks import BlockManager
 from loraserve.engine.events import (
@@ -27,11 +30,12 @@ from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.load import SchedulerLoad, TokenCounts, snapshot
 from loraserve.engine.outstanding import Outstanding
 from loraserve.engine.residency import Residency
-from loraserve.engine.sequence import Sequence, State
+from loraserve.engine.sequence import LEAVING, RUNNING, Sequence, State
 from loraserve.engine.steps import StepBuilder
 from loraserve.engine.story import Story
 from loraserve.messages import Admit
 
+ORDER = attrgetter("order")
 MOST_BYPASSED = 64
 """Requests with other adapters that may overtake one which waits for room in the pool, before they wait for it too."""
 
@@ -154,7 +158,7 @@ class Scheduler:
             sequence.landed(part)
             if sequence.trusts(part):
                 self._computed(sequence, len(part.tokens))
-            if sequence.state is State.LEAVING:
+            if sequence.state is LEAVING:
                 self._end(sequence, now)
             elif part.sample:
                 delta = sequence.accept(drawn[part.request_id], self.limits.eos_token_ids)
@@ -167,10 +171,11 @@ class Scheduler:
     def _computed(self, sequence: Sequence, tokens: int) -> None:
         """The KV of these tokens exists: full blocks become shareable."""
         self.counts.computed(sequence.version, tokens, decode=sequence.decoding)
-        first = sequence.computed // self.limits.block_tokens
+        before = sequence.computed
         sequence.computed += tokens
         if self.limits.prefix_cache:
-            for index in range(first, sequence.computed // self.limits.block_tokens):
+            block_tokens = self.limits.block_tokens
+            for index in range(before // block_tokens, sequence.computed // block_tokens):
                 self.blocks.publish(sequence.blocks[index], sequence.digest(index))
 
     def _step_failed(self, step_id: int, message: str, now: float) -> list[Instruction]:
@@ -217,7 +222,7 @@ class Scheduler:
     def _stop(self, sequence: Sequence, now: float) -> None:
         self.running.remove(sequence)
         self.blocks.give_back(sequence.blocks)
-        sequence.blocks = []
+        sequence.blocks = ()
         if sequence.version:
             self.residency.pool.stop_running(sequence.version, now)
 
@@ -251,13 +256,14 @@ class Scheduler:
         self.counts.preemptions += 1
         self._stop(sequence, now)
         sequence.state = State.WAITING
-        self.waiting.append(sequence)
-        self.waiting.sort(key=lambda s: s.order)
+        insort(self.waiting, sequence, key=ORDER)
 
     def _admit_waiting(self, builder: StepBuilder, now: float) -> None:
         """In order of arrival. Who waits for an adapter is passed by; who waits for memory is not."""
+        if not self.waiting:
+            return
         passed: list[Sequence] = []
-        places = self.limits.max_running - sum(s.state is State.RUNNING for s in self.running)
+        places = self.limits.max_running - sum(s.state is RUNNING for s in self.running)
         for sequence in list(self.waiting):
             if places == 0 or builder.budget == 0:
                 return
@@ -279,7 +285,6 @@ class Scheduler:
         sequence.state = State.RUNNING
         if sequence.version:
             sequence.slot = self.residency.pool.start_running(sequence.version, now)
-        self.running.append(sequence)
-        self.running.sort(key=lambda s: s.order)
+        insort(self.running, sequence, key=ORDER)
         self.counts.prefix(len(sequence.history), sequence.computed)
         self._story.tell(sequence.request_id, now, f"running, {sequence.computed} tokens cached")

@@ -16,6 +16,10 @@ class State(Enum):
     FINISHED = "finished"
 
 
+# Compared with once a token: in Python 3.11 a member is a slow look-up in its class.
+RUNNING, LEAVING = State.RUNNING, State.LEAVING
+
+
 class Sequence:
     """Known tokens are the prompt and the output so far; ``computed`` of them have their KV.
 
@@ -33,7 +37,7 @@ class Sequence:
         self.max_tokens = min(admit.sampling.max_tokens, max_model_tokens - self.prompt_length)
         self.state = State.WAITING
         self.slot = -1
-        self.blocks: list[int] = []
+        self.blocks: tuple[int, ...] = ()
         self.computed = 0
         self.scheduled = 0
         self.drawing = 0
@@ -54,7 +58,8 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        return self.remaining == 1 and self.output_length > 0
+        """All known tokens have their KV but the last, which is of the output."""
+        return self.prompt_length <= self.computed == len(self.history) - 1
 
     @property
     def unscheduled(self) -> int:
@@ -63,7 +68,8 @@ class Sequence:
 
     @property
     def decodes_next(self) -> bool:
-        return self.unscheduled == 1 and self.output_length + self.drawing > 0
+        """The same once the steps in flight are done."""
+        return self.prompt_length <= self.scheduled == len(self.history) + self.drawing - 1
 
     @property
     def goes_ahead(self) -> bool:
@@ -86,16 +92,17 @@ class Sequence:
 
     def step(self, tokens: int) -> SequenceStep:
         """This sequence's part of a step that computes its next ``tokens`` tokens."""
+        known = len(self.history) + self.drawing
         return SequenceStep(
             request_id=self.request_id,
             tokens=tuple(self.history[self.scheduled : self.scheduled + tokens]) or (DRAWN,),
             start=self.scheduled,
-            blocks=tuple(self.blocks),
+            blocks=self.blocks,
             sampling=self.admit.sampling,
             prompt_length=self.prompt_length,
             slot=self.slot,
-            sample=tokens == self.unscheduled,
-            output_index=self.output_length + self.drawing,
+            sample=self.scheduled + tokens == known,
+            output_index=known - self.prompt_length,
             history=self.history,
         )
 
@@ -114,6 +121,12 @@ class Sequence:
         self.in_flight -= 1
         self.drawing -= part.sample
 
+    def skip(self, steps: int, token: int) -> None:
+        """Of decode steps that were sent one by one as many have come back, each with this token; the next is out."""
+        self.history.extend([token] * steps)
+        self.computed += steps
+        self.scheduled += steps
+
     def trusts(self, part: SequenceStep) -> bool:
         """Whether what a done step computed is the KV of known tokens, upon KV that is.
 
@@ -123,18 +136,18 @@ class Sequence:
 
     def accept(self, sampled: Sampled, eos: frozenset[int]) -> TokenDelta:
         """Take the drawn token. A token that stops the request is not part of the output."""
-        index = self.output_length
+        index, token = len(self.history) - self.prompt_length, sampled.token
         sampling = self.admit.sampling
-        ends = eos if not sampling.ignore_eos else frozenset()
-        stopped = index >= sampling.min_tokens and (sampled.token in ends or sampled.token in sampling.stop_token_ids)
+        ends = token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos)
+        stopped = ends and index >= sampling.min_tokens
         if not stopped:
-            self.history.append(sampled.token)
-        finish = "stop" if stopped else "length" if self.output_length >= self.max_tokens else None
+            self.history.append(token)
+        finish = "stop" if stopped else "length" if index + 1 >= self.max_tokens else None
         logprobs = ((sampled.logprob, sampled.top),) if sampling.logprobs is not None and not stopped else ()
         return TokenDelta(
             request_id=self.request_id,
             index=index,
-            tokens=() if stopped else (sampled.token,),
+            tokens=() if stopped else (token,),
             finish=finish,
             cached_tokens=self.cached_tokens if index == 0 else 0,
             logprobs=logprobs,

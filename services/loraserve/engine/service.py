@@ -197,7 +197,7 @@ class EngineService(Service):
             self.log.exception("step_failed", step=batch.step_id, requests=[s.request_id for s in batch.sequences])
             self._tell(StepFailed(batch.step_id, f"{self.bus.name} could not compute a step: {error}"))
             return
-        self._rates.step_done(batch, result.duration_s)
+        self._rates.step_done(batch.prefill_tokens, result.duration_s)
         self._tell(StepDone(result))
 
     async def _load(self, load: LoadAdapter) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from loraserve.engine.batch import SequenceStep
 from loraserve.engine.blocks import BlockManager
-from loraserve.engine.sequence import Sequence, State
+from loraserve.engine.sequence import RUNNING, Sequence, State
 
 
 class StepBuilder:
@@ -33,8 +33,12 @@ class StepBuilder:
         back what a step in flight uses: who lacks blocks while in flight sits this step out, and one who finds only
         such victims lets nobody after it join, so that they can give way once they have landed.
         """
-        joining = [s for s in running if self._joins(s)]
-        for sequence in sorted(joining, key=lambda s: not s.decodes_next):
+        decoding: list[Sequence] = []
+        prefilling: list[Sequence] = []
+        for sequence in running:
+            if sequence.state is RUNNING and (not sequence.in_flight or self._follows(sequence)):
+                (decoding if sequence.decodes_next else prefilling).append(sequence)
+        for sequence in decoding + prefilling:
             if self._budget == 0:
                 return
             if sequence in self.preempted:
@@ -61,7 +65,7 @@ class StepBuilder:
         if needed > self._blocks.free:
             self._blocks.give_back(shared)
             return False
-        sequence.blocks = shared
+        sequence.blocks = tuple(shared)
         sequence.begin(len(shared) * self._blocks.block_tokens)
         if sequence.output_length == 0:
             sequence.cached_tokens = sequence.computed
@@ -77,11 +81,9 @@ class StepBuilder:
     def parts(self) -> tuple[SequenceStep, ...]:
         return tuple(self._parts.values())
 
-    def _joins(self, sequence: Sequence) -> bool:
+    def _follows(self, sequence: Sequence) -> bool:
         """The token that a sequence in flight goes on with must be drawn by the step just before this one."""
-        if sequence.state is not State.RUNNING:
-            return False
-        return not sequence.in_flight or (sequence.request_id in self._newest and sequence.goes_ahead)
+        return sequence.request_id in self._newest and sequence.goes_ahead
 
     def _add(self, sequence: Sequence, tokens: int) -> None:
         part = sequence.step(tokens)
@@ -92,12 +94,16 @@ class StepBuilder:
     def _grow(self, sequence: Sequence, tokens: int) -> bool:
         """Blocks for the next ``tokens``; all or none."""
         missing = sequence.blocks_for(sequence.scheduled + tokens) - len(sequence.blocks)
+        if missing <= 0:
+            return True
         if missing > self._blocks.free:
             return False
+        taken = []
         for _ in range(missing):
             block = self._blocks.take()
             assert block is not None, "free blocks vanished"
-            sequence.blocks.append(block)
+            taken.append(block)
+        sequence.blocks += tuple(taken)
         return True
 
     def _victim(self, running: list[Sequence], sequence: Sequence) -> Sequence | None:
@@ -111,7 +117,7 @@ class StepBuilder:
 
     def _take_back(self, sequence: Sequence) -> None:
         self._blocks.give_back(sequence.blocks)
-        sequence.blocks = []
+        sequence.blocks = ()
         sequence.begin(0)
         self.preempted.append(sequence)
 

@@ -110,7 +110,7 @@ class DemandWindow:
             prefill_tokens_per_s=prefill / seconds,
             decode_tokens_per_s=decode / seconds,
             requests_per_s=requests / seconds,
-            forecast_tokens_per_s=tracked.forecaster.ahead() if tracked else 0.0,
+            forecast_tokens_per_s=tracked.ahead if tracked else 0.0,
             forecast_std_tokens_per_s=tracked.std_tokens_per_s if tracked else 0.0,
         )
         return made
@@ -120,7 +120,8 @@ class DemandWindow:
         return max(min(self._window_s, since_s), self._slot_s)
 
     def _count(self, slot: _Slot, version: str, added: tuple[int, int, int]) -> None:
-        if not any(added):
+        prefill, decode, requests = added
+        if not (prefill or decode or requests):
             return
         if version not in self._totals and version not in self._forecasts:
             self._order = None
@@ -129,8 +130,9 @@ class DemandWindow:
             if count is None:
                 counts[version] = list(added)
             else:
-                for index, more in enumerate(added):
-                    count[index] += more
+                count[0] += prefill
+                count[1] += decode
+                count[2] += requests
         self._made.pop(version, None)
 
     def _slot(self, now: float) -> _Slot:
@@ -166,7 +168,7 @@ class DemandWindow:
         self._forecasts = {
             version: tracked
             for version, tracked in self._forecasts.items()
-            if version in self._totals or tracked.forecaster.ahead() >= FORGOTTEN_BELOW_TOKENS_PER_S
+            if version in self._totals or tracked.ahead >= FORGOTTEN_BELOW_TOKENS_PER_S
         }
 
 

@@ -146,7 +146,17 @@ def error_gain(step_s: float, horizon_steps: int) -> float:
 class Tracked:
     """A forecaster with the errors that it has shown over whole horizons, one after another since the first step."""
 
-    __slots__ = ("_error_gain", "_horizon_steps", "_promised", "_settled", "_steps", "_sum", "_variance", "forecaster")
+    __slots__ = (
+        "_error_gain",
+        "_horizon_steps",
+        "_promised",
+        "_settled",
+        "_steps",
+        "_sum",
+        "_variance",
+        "ahead",
+        "forecaster",
+    )
 
     def __init__(self, forecaster: Forecaster, step_s: float, horizon_steps: int) -> None:
         self.forecaster = forecaster
@@ -155,6 +165,8 @@ class Tracked:
         self._promised: float | None = None
         self._variance, self._settled = 0.0, 0
         self._sum, self._steps = 0.0, 0
+        self.ahead = forecaster.ahead()
+        """What it expects now, asked for more often than it changes."""
 
     def observe(self, tokens_per_s: float) -> None:
         """One more step is over."""
@@ -163,6 +175,7 @@ class Tracked:
         self._steps += 1
         if self._steps == self._horizon_steps:
             self._settle(self._sum / self._steps)
+        self.ahead = self.forecaster.ahead()
 
     def _settle(self, tokens_per_s: float) -> None:
         if self._promised is not None:

@@ -67,6 +67,8 @@ class SimEngine:
         self._began_s = 0.0
         self._step_s = 0.0
         self._growth_s = 0.0
+        self._prefill_tokens = 0
+        self._rank_mix: dict[int, int] = {}
         self._quiet = 0
         self._alarm = 0
         self._link_free_s = 0.0
@@ -115,13 +117,13 @@ class SimEngine:
     def _handle(self, event: Event, now: float) -> None:
         for instruction in self.scheduler.handle(event, now):
             match instruction:
-                case RunStep(batch):
-                    self._begin(batch, now)
-                case Emit(_, delta):
+                case Emit(delta=delta):
                     if delta.index == 0:
                         self._watcher.first_token(delta.request_id, now)
                     if delta.finish is not None:
                         self._watcher.finished(delta.request_id, now)
+                case RunStep(batch):
+                    self._begin(batch, now)
                 case LoadAdapter(adapter, slot):
                     self._slots[slot] = adapter
                     self._load(adapter, now)
@@ -155,10 +157,8 @@ class SimEngine:
         return happens
 
     def _begin(self, batch: StepBatch, now: float) -> None:
-        shape = self._shape(batch)
         self._batch, self._began_s = batch, now
-        self._step_s = self._cost.step_s(shape)
-        self._growth_s = shape.decode_sequences * self._cost.kv_token_s
+        self._measure(batch)
 
     def _set_alarm(self) -> None:
         """For the end of the first step that changes anything."""
@@ -175,7 +175,7 @@ class SimEngine:
         if self._quiet:
             self._skip(self._quiet)
         batch, self._batch = self._batch, None
-        self._count(batch, self._step_s, 1)
+        self._count(self._step_s, 1)
         sampled = tuple(Sampled(request_id=part.request_id, token=TOKEN) for part in batch.sequences if part.sample)
         self._handle(StepDone(StepResult(step_id=batch.step_id, sampled=sampled, duration_s=self._step_s)), now)
         self._set_alarm()
@@ -195,41 +195,44 @@ class SimEngine:
         self._step_s += steps * self._growth_s
         self._quiet -= steps
         self._batch = skip(self.scheduler, steps, TOKEN)
-        self._count(self._batch, took_s / steps, steps)
+        self._count(took_s / steps, steps)
 
     def _steps_s(self, steps: int) -> float:
         """The outstanding step and those after it that only grow."""
         return steps * self._step_s + self._growth_s * (steps * (steps - 1) / 2)
 
-    def _count(self, batch: StepBatch, step_s: float, steps: int) -> None:
-        self._rates.step_done(batch, step_s, steps)
+    def _count(self, step_s: float, steps: int) -> None:
+        self._rates.step_done(self._prefill_tokens, step_s, steps)
         self.busy_s += step_s * steps
-        for part in batch.sequences:
-            rank = self._slots[part.slot].rank if part.slot >= 0 else 0
-            self.rank_tokens[rank] = self.rank_tokens.get(rank, 0) + len(part.tokens) * steps
+        for rank, tokens in self._rank_mix.items():
+            self.rank_tokens[rank] = self.rank_tokens.get(rank, 0) + tokens * steps
 
-    def _shape(self, batch: StepBatch) -> StepShape:
-        decode = kv = prefill = prefill_kv = rank_tokens = max_rank = 0
-        slots = set()
+    def _measure(self, batch: StepBatch) -> None:
+        """What is in the step, and how long it takes. Of the quiet ones after it only the time differs."""
+        decode = kv = prefill = prefill_kv = 0
+        slot_tokens: dict[int, int] = {}
         for part in batch.sequences:
             tokens = len(part.tokens)
+            slot_tokens[part.slot] = slot_tokens.get(part.slot, 0) + tokens
             if tokens == 1 and part.output_index > 0:
                 decode += 1
                 kv += part.start + 1
             else:
                 prefill += tokens
                 prefill_kv += tokens * part.start + tokens * (tokens + 1) // 2
-            if part.slot >= 0:
-                rank = self._slots[part.slot].rank
-                rank_tokens += tokens * rank
-                max_rank = max(max_rank, rank)
-                slots.add(part.slot)
-        return StepShape(
+        mix: dict[int, int] = {}
+        for slot, tokens in slot_tokens.items():
+            rank = self._slots[slot].rank if slot >= 0 else 0
+            mix[rank] = mix.get(rank, 0) + tokens
+        shape = StepShape(
             decode_sequences=decode,
             kv_tokens=kv,
             prefill_tokens=prefill,
             prefill_kv_tokens=prefill_kv,
-            slab_bytes=sum(self._slots[slot].slab_bytes for slot in slots),
-            rank_tokens=rank_tokens,
-            max_rank=max_rank,
+            slab_bytes=sum(self._slots[slot].slab_bytes for slot in slot_tokens if slot >= 0),
+            rank_tokens=sum(rank * tokens for rank, tokens in mix.items()),
+            max_rank=max(mix),
         )
+        self._prefill_tokens, self._rank_mix = prefill, mix
+        self._step_s = self._cost.step_s(shape)
+        self._growth_s = decode * self._cost.kv_token_s

@@ -228,7 +228,7 @@ def sequence(name: str, order: int, prompt: list[int], **sampling: Any) -> Seque
 
 def test_nobody_goes_on_from_a_step_that_is_not_the_last() -> None:
     running = sequence("r", 1, PROMPT)
-    running.blocks = [0, 1]
+    running.blocks = (0, 1)
     running.sent(running.step(8))
     for newest, joined in ((["other"], 0), (["r"], 1)):
         builder = StepBuilder(BlockManager(8, 4), 16, newest)
@@ -239,7 +239,7 @@ def test_nobody_goes_on_from_a_step_that_is_not_the_last() -> None:
 def test_who_waits_for_what_an_ended_request_still_holds_is_not_preempted() -> None:
     blocks = BlockManager(1, 4)
     leaving, running = sequence("leaving", 1, [1]), sequence("r", 2, PROMPT)
-    leaving.blocks = [blocks.take() or 0]
+    leaving.blocks = (blocks.take() or 0,)
     leaving.sent(leaving.step(1))
     leaving.state = State.LEAVING
     builder = StepBuilder(blocks, 16, ["leaving"])
@@ -249,7 +249,7 @@ def test_who_waits_for_what_an_ended_request_still_holds_is_not_preempted() -> N
 
 def test_who_decodes_ahead_goes_before_those_that_prefill() -> None:
     prefills, decodes = sequence("prefills", 1, PROMPT), sequence("decodes", 2, [1])
-    decodes.blocks = [0]
+    decodes.blocks = (0,)
     decodes.sent(decodes.step(1))
     builder = StepBuilder(BlockManager(8, 4), 8, ["decodes"])
     builder.continue_running([prefills, decodes])

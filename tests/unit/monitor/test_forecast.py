@@ -42,6 +42,7 @@ def test_a_forecast_is_a_number_that_is_not_negative(make: Callable[[], Forecast
     for value in values:
         found.observe(value)
         assert 0.0 <= found.forecaster.ahead() < math.inf
+        assert found.ahead == found.forecaster.ahead()
         assert 0.0 <= found.std_tokens_per_s < math.inf
 
 
