@@ -36,9 +36,9 @@ class Prices(NamedTuple, Generic[T]):
     rank is the largest in it (``step_rank_s`` is 0 with exact cost). ``queue_s``: until all that is there has been
     computed and there is a place in the batch; ``kv_wait_token_s``, ``kv_wait_s``: longer by this for t tokens, where
     it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: the
-    largest that the plan keeps there, or the former where it keeps nothing. ``widening_s``: engine time that one more
-    rank costs those there, over the life of a mean request; ``harm_weight``: what a second of its time is worth, by how
-    full it is. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those before it counted.
+    largest at a time of what the plan keeps there, or the former where it keeps nothing. ``widening_s``: engine time
+    that one more rank costs those there, over the life of a mean request; ``harm_weight``: what a second of its time is
+    worth, by how full it is. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those before it counted.
     """
 
     queue_s: T

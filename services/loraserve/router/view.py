@@ -50,6 +50,8 @@ class ClusterView:
         self._prices = PriceTable()
         self._near: dict[str, dict[str, EngineView]] = {}
         self._picture: tuple[str, int] = ("", 0)
+        self._decoded: Mapping[str, float] = {}
+        """See EngineView.take."""
         self._oldest_pending_s = float("inf")
         """No pending request was sent before."""
         self._stories: dict[str, list[tuple[float, str, Explained | None]]] = {}
@@ -60,6 +62,7 @@ class ClusterView:
         if picture.incarnation == incarnation and picture.sequence <= sequence:
             return False
         self._picture = picture.incarnation, picture.sequence
+        self._decoded = {d.version: d.decode_tokens_per_s / max(1, len(self.near(d.version))) for d in picture.demand}
         for seen in picture.engines:
             self._report(seen.load, now - seen.age_s, seen.alive, now)
         reported = {seen.load.engine for seen in picture.engines}
@@ -197,7 +200,7 @@ class ClusterView:
             if request_id not in self.live:
                 self._runs(request_id, load.engine, reported_s, view.pending.get(request_id))
         known = (self.live[i] for i in load.request_ids if i in self.live)
-        view.take(load, reported_s, alive, known)
+        view.take(load, reported_s, alive, known, self._decoded)
         if view.pending:
             sent_before_s = max(reported_s - DATE_MARGIN_S, now - UNSEEN_S)
             view.drop_pending([i for i, p in view.pending.items() if p.since_s < sent_before_s])

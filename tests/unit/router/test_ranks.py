@@ -1,0 +1,85 @@
+"""The largest rank at a time, of what an engine keeps."""
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraserve.messages import AdapterDemand, AdapterRef
+from loraserve.router.ranks import largest_at_a_time
+from loraserve.router.view import ClusterView
+from loraserve.testing.reports import adapter_ref, engine_load, picture, resident
+
+LOW, HIGH = adapter_ref(0, rank=8), adapter_ref(1, rank=128)
+SEQUENCES = st.dictionaries(st.sampled_from([8, 16, 64, 128]), st.floats(0, 50), min_size=1)
+
+
+def poisson(mean: float, rng: Random) -> int:
+    count, time = 0, rng.expovariate(1.0)
+    while time < mean:
+        count, time = count + 1, time + rng.expovariate(1.0)
+    return count
+
+
+def test_it_is_the_mean_of_the_largest_of_random_batches() -> None:
+    sequences, rng = {8: 4.0, 64: 0.5, 128: 0.1}, Random(0)
+    batches = [max((r for r, n in sequences.items() if poisson(n, rng)), default=0) for _ in range(40_000)]
+    assert largest_at_a_time(sequences) == pytest.approx(sum(batches) / len(batches), rel=0.02)
+
+
+@given(SEQUENCES)
+def test_it_lies_between_none_and_the_largest(sequences: dict[int, float]) -> None:
+    assert 0 <= largest_at_a_time(sequences) <= max(sequences)
+
+
+@given(SEQUENCES, st.sampled_from([8, 16, 64, 128]), st.floats(0, 5))
+def test_more_requests_of_any_rank_never_lower_it(sequences: dict[int, float], rank: int, more: float) -> None:
+    larger = {**sequences, rank: sequences.get(rank, 0.0) + more}
+    assert largest_at_a_time(larger) >= largest_at_a_time(sequences) - 1e-9
+
+
+def demand_of(adapter: AdapterRef, decode_tokens_per_s: float) -> AdapterDemand:
+    return AdapterDemand(
+        version=adapter.version,
+        name=adapter.name,
+        rank=adapter.rank,
+        prefill_tokens_per_s=0.0,
+        decode_tokens_per_s=decode_tokens_per_s,
+        requests_per_s=decode_tokens_per_s / 100,
+        forecast_tokens_per_s=decode_tokens_per_s,
+    )
+
+
+def planned_rank(high_tokens_per_s: float, step_s: float = 0.05, copies: int = 1) -> float:
+    """Of an engine with a copy of each, that is asked for the low one all the time."""
+    held = (resident(LOW, True, 0), resident(HIGH, True, 0))
+    loads = [engine_load(f"e{n}", resident=held, decode_step_s=step_s) for n in range(copies)]
+    demand = demand_of(LOW, 900.0 * copies), demand_of(HIGH, high_tokens_per_s)
+    view = ClusterView()
+    for sequence in (1, 2):  # Where copies are is known from the first.
+        view.update(picture(*loads, sequence=sequence, demand=demand), now=100.0 + sequence)
+    return view.engines["e0"].mix.planned_rank
+
+
+def test_a_copy_that_is_hardly_asked_for_widens_nobody() -> None:
+    assert planned_rank(0.0) == pytest.approx(8.0)
+    assert planned_rank(0.1) < 9
+    assert planned_rank(1000.0) == pytest.approx(128.0)
+
+
+def test_it_depends_on_how_long_steps_are_and_on_how_many_copies_share_it() -> None:
+    assert planned_rank(10.0, step_s=0.01) < planned_rank(10.0, step_s=0.1)
+    assert planned_rank(10.0, copies=4) == pytest.approx(planned_rank(2.5))
+
+
+@pytest.mark.parametrize("step_s", [0.0, float("inf"), float("nan"), -1.0])
+def test_a_step_time_that_is_none_is_not_believed(step_s: float) -> None:
+    assert 8 < planned_rank(10.0, step_s=step_s) < 128
+
+
+def test_where_no_demand_is_known_the_largest_copy_counts() -> None:
+    held = (resident(LOW, True, 0), resident(HIGH, True, 0))
+    view = ClusterView()
+    view.update(picture(engine_load("e0", resident=held)), now=100.0)
+    assert view.engines["e0"].mix.planned_rank == 128
