@@ -13,9 +13,10 @@ from loraserve.cost import CostModel
 from loraserve.messages import Rejected, Route
 from loraserve.router.choice import Candidate, Choice, Rng, Seconds, Slo, rejected
 from loraserve.router.filters import able_columns, no_engine, unfit
-from loraserve.router.pick import MOST_CANDIDATES, best_columns, candidates
+from loraserve.router.pick import MOST_CANDIDATES, best_columns, candidates, suspects_last
 from loraserve.router.score import Scores, score
 from loraserve.router.shares import PlannedCopies, shares_of
+from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
 __all__ = [
@@ -45,7 +46,7 @@ def route(
     scores = score(request, view, table, shares, cost)
     if able is not None:
         scores.score[~able] = scores.ttft_s[~able] = np.inf
-    refusal = _overloaded(request, scores, cost, slo)
+    refusal = _overloaded(request, scores, table, cost, slo)
     if refusal is not None:
         return refusal
     columns = best_columns(scores, table, shares, rng)
@@ -59,10 +60,11 @@ def shares_by_column(plan: PlannedCopies | None, request: Route, view: ClusterVi
     return {column: share for column, share in planned if column >= 0 and share > 0}
 
 
-def _overloaded(request: Route, scores: Scores, cost: CostModel, slo: Slo) -> Rejected | None:
-    """Where every engine would break the promise by the factor. A prompt that alone takes longer than the SLO is
-    promised no more than that: coming back later would not help it."""
-    soonest = int(scores.ttft_s.argmin())
+def _overloaded(request: Route, scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) -> Rejected | None:
+    """Where every engine would break the promise by the factor; one that is drained or silent is idle for nobody, and
+    counts only where there is no other. A prompt that alone takes longer than the SLO is promised no more than that:
+    coming back later would not help it."""
+    soonest = int(suspects_last(scores.ttft_s, table).argmin())
     soonest_s = float(scores.ttft_s[soonest])
     if soonest_s <= slo.ttft_s * slo.reject_factor:
         return None

@@ -197,6 +197,19 @@ def test_it_is_refused_only_where_no_start_is_near_enough() -> None:
     assert answer.retry_after_s == pytest.approx(40.0, abs=0.5)
 
 
+@pytest.mark.parametrize("suspect", ["drained", "silent"])
+def test_an_idle_engine_that_is_asked_last_does_not_make_up_for_others_that_are_overloaded(suspect: str) -> None:
+    view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50_000))
+    if suspect == "drained":
+        view.drain(frozenset(("e0",)))
+    else:
+        silence(view, "e0")
+    assert refusal(view, route_request()).code == "overloaded"
+    alone = view_of(engine_load("e0"))
+    alone.drain(frozenset(("e0",)))
+    assert first(alone)[0] == "e0", "where there is no other it serves"
+
+
 def test_nobody_is_told_to_come_back_at_once() -> None:
     view = view_of(engine_load("e0", waiting_prefill_tokens=200))
     answer = refusal(view, route_request(), slo=Slo(ttft_s=0.1, reject_factor=1.0))
