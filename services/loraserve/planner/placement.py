@@ -83,6 +83,7 @@ def _round(problem: Problem, filling: Filling, ideal_s: float, held: Copies) -> 
         return kept
     levelled = list(kept.copies)
     level(problem, levelled, kept.pieces)
+    levelled = _refilled(problem, levelled, held)
     for copies in (levelled, _fresh(problem, filling, held)):
         if copies != best.copies:
             other = _candidate(problem, held, copies)
@@ -120,6 +121,16 @@ def _fresh(problem: Problem, filling: Filling, held: Copies) -> Copies:
     holdings.complete(held)
     holdings.replicate(filling.utilisation, held)
     level(problem, holdings.copies, pieces_of(problem, holdings.copies))
+    return _refilled(problem, holdings.copies, held)
+
+
+def _refilled(problem: Problem, levelled: Copies, held: Copies) -> Copies:
+    """The same with what found no room before: what moved to level engines has left room behind."""
+    if all(len(on) >= problem.settings.min_copies for on in levelled):
+        return levelled
+    holdings = Holdings(problem)
+    holdings.stay(levelled, asked=True)
+    holdings.complete(held)
     return holdings.copies
 
 

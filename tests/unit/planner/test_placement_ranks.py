@@ -12,7 +12,7 @@ from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
 from loraserve.planner.fill import fill
 from loraserve.planner.gains import outlook
 from loraserve.planner.placement import plan
-from loraserve.planner.problem import Problem
+from loraserve.planner.problem import POOL_FRACTION, Problem
 from loraserve.planner.settings import PlanSettings
 from loraserve.planner.shares import pieces_of
 from loraserve.planner.utilisation import predicted_ttft_s, work_of
@@ -95,6 +95,23 @@ def test_the_light_fill_the_gaps_that_the_copies_of_the_heavy_leave() -> None:
     assert len(where(placements)["v0"]) == 2
     utilisation = s.utilisation(placements)
     assert max(utilisation) <= 1.1 * min(utilisation)
+
+
+def test_room_that_levelling_leaves_behind_is_used() -> None:
+    """A copy moves off the fullest engine, and what had found no room before is planned where it was."""
+    ranks = [128, 128, 64, 32, 64, 32, 32, 32]
+    rates = [50.0, 50.0, 5.0, 1.0, 1.0, 1.0, 20.0, 20.0]
+    refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(ranks)]
+    demand = [asked_for(ref, rate) for ref, rate in zip(refs, rates, strict=True)]
+    pools = [int(mib * MIB / POOL_FRACTION) + 1 for mib in (30, 20, 2, 16)]
+    engines = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n, pool_bytes in enumerate(pools)]
+    s = Situation(demand, {ref.version: ref for ref in refs}, engines, cost=CostModel(lora="padded"))
+    placements = s.plan()
+    room = {e.engine: int(e.pool_total_bytes * POOL_FRACTION) for e in engines}
+    for p in placements:
+        room[p.engine] -= s.adapters[p.version].slab_bytes
+    left_out = s.adapters.keys() - where(placements).keys()
+    assert all(s.adapters[version].slab_bytes > max(room.values()) for version in left_out)
 
 
 def test_with_padded_cost_engines_serve_one_rank_each_but_for_the_one_between() -> None:
