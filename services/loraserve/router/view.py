@@ -150,11 +150,13 @@ class ClusterView:
         """Stop counting requests that no report has mentioned; cheap, to be called before each decision."""
         if self._oldest_pending_s >= now - UNSEEN_S:
             return
-        for view in self.ready():
+        # Also of engines that take no requests now: they may again before they report any later.
+        for view in self.engines.values():
             if view.pending and _sent_first_s(view) < now - UNSEEN_S:
                 view.drop_pending([i for i, p in view.pending.items() if p.since_s < now - UNSEEN_S])
                 self._prices.changed(view)
-        self._oldest_pending_s = min((_sent_first_s(v) for v in self.ready() if v.pending), default=float("inf"))
+        pending = (_sent_first_s(view) for view in self.engines.values() if view.pending)
+        self._oldest_pending_s = min(pending, default=float("inf"))
 
     def validate(self) -> None:
         """Sums agree with what they sum, tables stay bounded; raises AssertionError naming what broke."""

@@ -56,6 +56,21 @@ def test_ready_engines_are_listed_by_name(watcher: Watcher) -> None:
     assert [v.name for v in watcher.view.ready()] == ["e0"]
 
 
+def test_what_is_on_its_way_to_an_engine_expires_also_where_that_took_no_requests_for_a_moment(
+    watcher: Watcher,
+) -> None:
+    watcher.sees(engine_load("e0"), engine_load("e1"))
+    watcher.sends("old", "e1")
+    watcher.passes(0.9)
+    watcher.sends("new", "e0")
+    watcher.sees(engine_load("e0", state="STARTING"), engine_load("e1"), age_s=0.95)
+    watcher.passes(0.2)
+    watcher.sees(engine_load("e0"), engine_load("e1"), age_s=0.4)
+    assert set(watcher.e0.pending) == {"new"}
+    watcher.passes(UNSEEN_S)
+    assert not watcher.e0.pending
+
+
 def test_an_older_picture_changes_nothing(watcher: Watcher) -> None:
     watcher.view.update(picture(engine_load("e0", running=7), sequence=1), watcher.now)
     assert watcher.e0.load.running == 0
