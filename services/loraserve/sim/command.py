@@ -133,6 +133,7 @@ def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> t
             f"(P95 and adapters at 80% of {comparison.best_baseline}'s largest load; engines needed for all of it, "
             f"{comparison.engines_rps:.1f} rps)",
             *report.draws(comparison),
+            *report.too_short(comparison),
             f"(no placement serves more than {limit:.1f} rps for good: full batches, and each token pays its own rank)",
             "",
             report.load_table(comparison),

@@ -63,11 +63,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def goodput_rps(self) -> float:
-        """Requests a second that began within the SLO."""
-        if len(self.requests) < 2:
-            return 0.0
+        """Requests a second that began within the SLO; 0 where all came at once, which is no rate."""
+        took_s = self.requests[-1].arrival_s - self.requests[0].arrival_s if self.requests else 0.0
         met = sum(r.ttft_s <= self.slo_ttft_s for r in self.requests)
-        return met / (self.requests[-1].arrival_s - self.requests[0].arrival_s)
+        return met / took_s if took_s > 0 else 0.0
 
     @property
     def decode_s(self) -> float:

@@ -67,6 +67,18 @@ def draws(comparison: Comparison) -> list[str]:
     ]
 
 
+def too_short(comparison: Comparison) -> list[str]:
+    """Of each policy for which no load was too much: its largest load is the end of the search, no limit of its own."""
+    names = [
+        name
+        for name, result in comparison.results.items()
+        if all(point.p95_ttft_s <= comparison.slo_ttft_s for point in result.curve)
+    ]
+    if not names:
+        return []
+    return [f"({', '.join(names)}: no load was too much for so short a run, max rps says nothing; make runs longer)"]
+
+
 def load_table(comparison: Comparison) -> str:
     """P95 TTFT of each policy at each share of the best baseline's largest load."""
     rows = [[name, *(comparison.p95_at(name, share) for share in comparison.shares)] for name in comparison.results]
@@ -139,7 +151,7 @@ def grid_table(comparisons: Mapping[str, Comparison]) -> str:
                 c.best_baseline,
                 c.best_baseline_rps,
                 ours.max_rps / c.best_baseline_rps,
-                ours.max_rps / toppings.max_rps,
+                ours.max_rps / toppings.max_rps if toppings.max_rps else None,
                 *(_p95_pair(c, share) for share in c.shares),
             ]
         )

@@ -2,6 +2,7 @@
 
 from math import inf
 
+import msgspec
 import pytest
 
 from loraserve.cost.profile import Profile
@@ -40,6 +41,15 @@ def test_every_request_is_served_and_every_engine_ends_clean(policy: str, profil
 def test_the_same_run_twice_is_the_same(policy: str, profile: Profile) -> None:
     first, second = (simulate(profile, policy) for _ in range(2))
     assert [r.first_token_s for r in first.requests] == [r.first_token_s for r in second.requests]
+
+
+def test_requests_that_come_all_at_once_have_no_rate(profile: Profile) -> None:
+    drawn = workload(profile, 10.0, requests=40)
+    burst = [msgspec.structs.replace(r, time_s=1.0 if i else 0.0) for i, r in enumerate(drawn.requests)]
+    at_once = msgspec.structs.replace(drawn, requests=tuple(burst))
+    outcome = Simulation(at_once, policy_named("ours"), profile, ENGINES, SETTINGS).run()
+    assert outcome.goodput_rps == 0.0
+    assert outcome.p95_ttft_s < inf
 
 
 def test_who_is_given_every_adapter_holds_every_adapter_and_others_do_not(profile: Profile) -> None:

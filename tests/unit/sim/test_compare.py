@@ -117,6 +117,21 @@ def test_tables_name_every_policy_and_load(comparison: Comparison) -> None:
     assert report.gains({"w": comparison})["vs_toppings_best"] == pytest.approx(1.25, rel=0.05)
 
 
+def test_a_grid_names_also_workloads_that_toppings_serves_at_no_load(comparison: Comparison) -> None:
+    toppings = msgspec.structs.replace(comparison.results["toppings"], max_rps=0.0)
+    results = {**comparison.results, "toppings": toppings}
+    assert "  -  " in report.grid_table({"w": msgspec.structs.replace(comparison, results=results)})
+
+
+def test_a_run_too_short_for_any_load_to_be_too_much_is_said_to_be(comparison: Comparison) -> None:
+    def patient(jobs: Sequence[Job]) -> list[Point]:
+        return [msgspec.structs.replace(p, p95_ttft_s=1.0, hopeless=False) for p in queue(jobs)]
+
+    assert report.too_short(comparison) == []
+    (text,) = report.too_short(compare(BASE, list(CAPACITY_RPS), 7.0, patient, LOAD_SHARES))
+    assert all(name in text for name in CAPACITY_RPS)
+
+
 def test_where_no_baseline_serves_at_any_load_there_is_nothing_to_compare() -> None:
     def never(jobs: Sequence[Job]) -> list[Point]:
         return [msgspec.structs.replace(p, p95_ttft_s=inf, hopeless=True) for p in queue(jobs)]
