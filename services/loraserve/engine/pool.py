@@ -112,6 +112,11 @@ class AdapterPool:
         self._entries[adapter.version] = Entry(adapter, slot, offset, used_s=now)
         return Placed(slot, offset, tuple(victims))
 
+    def room_beside_plan(self, adapter: AdapterRef) -> bool:
+        """Whether it would find room once all had left that no plan wants: those that run or load now as well."""
+        others = [entry for entry in self._entries.values() if not entry.planned]
+        return self._victims(adapter.slab_bytes, others) is not None
+
     def loaded(self, version: str) -> None:
         self._entries[version].resident = True
 

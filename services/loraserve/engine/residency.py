@@ -97,6 +97,8 @@ class Residency:
                 instructions += begun
                 no_room_bytes = no_room_bytes if begun else adapter.slab_bytes
             keep.add(adapter.version)
+        # Room that comes for one comes for all that are no larger: they need no look either.
+        room_to_come_bytes = 0
         for adapter in list(self._wanted.values()):
             if adapter.version not in self.pool:
                 if self.pool.loading >= self._max_loads:
@@ -105,9 +107,17 @@ class Residency:
                 begun = self._load(adapter, now, keep, drop_plan_pins=False) if fits else []
                 instructions += begun
                 no_room_bytes = no_room_bytes if begun else min(no_room_bytes, adapter.slab_bytes)
-                if not begun and idle and self.pool.loading == 0:
+                if begun or adapter.slab_bytes <= room_to_come_bytes:
+                    continue
+                if self._waits_in_vain(adapter, idle):
                     self._fail(adapter.version, "no room beside what the plan pins; raise engine.pool_bytes")
+                else:
+                    room_to_come_bytes = adapter.slab_bytes
         return [*instructions, *self._plan_done()]
+
+    def _waits_in_vain(self, adapter: AdapterRef, idle: bool) -> bool:
+        """Also under load: pins of the epoch before go only after this one is answered."""
+        return (idle and self.pool.loading == 0) or not self.pool.room_beside_plan(adapter)
 
     def _load(self, adapter: AdapterRef, now: float, keep: set[str], drop_plan_pins: bool) -> list[Instruction]:
         placed = self.pool.place(adapter, now, keep, drop_plan_pins)

@@ -64,6 +64,27 @@ def test_requests_are_served_before_the_plan() -> None:
     assert loads(made.start_loads([A], 0.0, idle=True)) == ["a", "b"]
 
 
+def test_a_plan_for_which_other_pins_leave_no_room_is_answered_though_requests_run() -> None:
+    made = residency(units=3, loaded=(A, B))
+    made.prepare(1, (A,))
+    made.pool.start_running("b", 2.0)
+    made.prepare(2, (HUGE, C))
+    begun = made.start_loads([], 3.0, idle=False)
+    assert (loads(begun), answers(begun)) == (["c"], []), "beside the pin of the first plan there is no room for HUGE"
+    (answer,) = answers(made.loaded("c"))
+    assert (answer.epoch, list(answer.failed)) == (2, ["huge"])
+
+
+def test_a_plan_waits_for_room_that_a_running_request_will_leave() -> None:
+    made = residency(units=2, loaded=(A, B))
+    made.prepare(1, (A,))
+    made.pool.start_running("b", 2.0)
+    made.prepare(2, (C,))
+    assert made.start_loads([], 3.0, idle=False) == [], "what runs may end and make room"
+    made.pool.stop_running("b", 4.0)
+    assert loads(made.start_loads([], 4.0, idle=False)) == ["c"]
+
+
 def test_few_adapters_load_at_once() -> None:
     made = residency(units=8)
     assert loads(made.start_loads([A, B, C, D], 0.0, idle=True)) == ["a", "b"]
@@ -140,8 +161,7 @@ def test_a_plan_never_drops_its_own_pins_and_says_so_once_nothing_else_can_make_
     made.loaded("a")
     assert answers(made.start_loads([], 1.0, idle=True)) == [], "b is still on its way and may fail"
     made.loaded("b")
-    assert answers(made.start_loads([], 2.0, idle=False)) == [], "what runs may end and make room"
-    (answer,) = answers(made.start_loads([], 3.0, idle=True))
+    (answer,) = answers(made.start_loads([], 2.0, idle=False))
     assert answer.failed.keys() == {"c"}
     assert "raise engine.pool_bytes" in answer.failed["c"]
 
