@@ -68,7 +68,11 @@ class Epochs:
             temporary.replace(file)
         finally:
             temporary.unlink(missing_ok=True)
-        _sync_folder(self._folder)
+        try:
+            _sync_folder(self._folder)
+        except OSError as error:
+            # Whoever reads the file from now on finds the new content: it is in force, whatever a power cut may do.
+            log.error("folder_not_synced", folder=str(self._folder), reason=str(error))
 
 
 def _sync_folder(folder: Path) -> None:

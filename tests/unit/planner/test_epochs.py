@@ -89,6 +89,20 @@ def test_a_disk_that_is_full_raises_and_the_old_plan_stays(tmp_path: Path) -> No
     assert epochs.read() == plan(3)
 
 
+def test_a_folder_that_cannot_be_synced_is_no_reason_to_say_that_the_old_plan_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    epochs = Epochs(tmp_path)
+    epochs.write(plan(1))
+
+    def refuses(folder: Path) -> None:
+        raise OSError("Input/output error")
+
+    monkeypatch.setattr("loraserve.planner.epochs._sync_folder", refuses)
+    epochs.write(plan(2))
+    assert epochs.read() == plan(2), "it is there for the next process, so it has to be in force in this one"
+
+
 def test_a_folder_that_cannot_be_made_raises(tmp_path: Path) -> None:
     (tmp_path / "planner").write_text("a file is in its place")
     with pytest.raises(OSError, match="planner"):
