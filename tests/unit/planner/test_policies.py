@@ -1,6 +1,7 @@
 """What holds of every placement policy, whatever is asked for and whatever there is."""
 
 from collections import Counter
+from random import Random
 
 import msgspec
 import pytest
@@ -131,6 +132,24 @@ def test_there_are_as_many_copies_as_asked_for_where_there_is_room(policy: str, 
 def test_planning_again_from_its_own_plan_changes_nothing(policy: str, s: Situation) -> None:
     first = s.plan(policy)
     assert s.plan(policy, first) == first
+
+
+def _crowded(seed: int) -> Situation:
+    """Adapters that lie anywhere, in pools that hold little more than one copy of each: one round does not settle."""
+    rng = Random(seed)
+    refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(rng.choices([8, 16, 32, 64, 128], k=30))]
+    demand = [asked_for(ref, 30 * rng.random() / (n + 1), 100 * rng.random() / (n + 1)) for n, ref in enumerate(refs)]
+    pool_bytes = int(sum(ref.slab_bytes for ref in refs) / 4 * 1.2 / POOL_FRACTION)
+    engines = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n in range(4)]
+    current = tuple(Placement(version=r.version, name=r.name, engine=f"e{rng.randrange(4)}", share=1.0) for r in refs)
+    return Situation(demand, {ref.version: ref for ref in refs}, engines, current, CostModel(lora="padded"))
+
+
+@pytest.mark.parametrize("seed", [5, 26, 30, 55])
+def test_ours_planned_again_where_memory_is_short_changes_nothing(seed: int) -> None:
+    s = _crowded(seed)
+    first = s.plan("ours")
+    assert s.plan("ours", first) == first
 
 
 @each_policy
