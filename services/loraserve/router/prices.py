@@ -21,8 +21,10 @@ HARM_WEIGHT = 0.25
 """Seconds of a request's start that a second of an idle engine's time is worth: those who run there lose time between
 tokens, and whoever comes next waits for a longer step."""
 FULL_WEIGHT = 3.0
-"""What it is worth beside that on an engine that is half full; it grows as a queue does, as f / (1 - f). Prefill goes
-before decode, so that nobody waits until places or KV memory are used up; what was wasted until then is paid then."""
+"""What it is worth beside that where the part f of an engine is full: this times f**2 / (1 - f), as queues grow.
+
+Prefill goes before decode, so that nobody waits until places or KV memory are used up; what was wasted until then is
+paid then."""
 FULL = 0.98
 """Of its places or its KV memory, whichever is fuller, in use: from here on no engine counts as fuller."""
 DEFAULT_STEP_TOKENS = 512
@@ -162,7 +164,7 @@ def _harm_weight(load: EngineLoad) -> float:
     places = load.running / load.max_running if load.max_running > 0 else 0.0
     blocks = 1 - load.kv_blocks_free / load.kv_blocks_total if load.kv_blocks_total > 0 else 0.0
     full = min(max(places, blocks, 0.0), FULL)
-    return HARM_WEIGHT + FULL_WEIGHT * full / (1 - full)
+    return HARM_WEIGHT + FULL_WEIGHT * full * full / (1 - full)
 
 
 def _known(measured: float) -> bool:

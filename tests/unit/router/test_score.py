@@ -141,7 +141,7 @@ class Plainly:
         places = load.running / load.max_running if load.max_running else 0.0
         blocks = (load.kv_blocks_total - load.kv_blocks_free) / load.kv_blocks_total if load.kv_blocks_total else 0.0
         full = min(FULL, max(places, blocks))
-        return HARM_WEIGHT + FULL_WEIGHT * full / (1 - full)
+        return HARM_WEIGHT + FULL_WEIGHT * full**2 / (1 - full)
 
     def ttft_s(self, request: Route) -> float:
         waits_s = max(self.queue_s(len(request.prompt_tokens)), self.load_s(request.adapter))
@@ -325,13 +325,13 @@ def test_harm_weighs_as_many_as_arrive_while_the_queue_lasts() -> None:
     ("report", "weight"),
     [
         ({}, HARM_WEIGHT),
-        ({"running": 4, "max_running": 8}, HARM_WEIGHT + FULL_WEIGHT),
-        ({"running": 6, "max_running": 8}, HARM_WEIGHT + 3 * FULL_WEIGHT),
+        ({"running": 4, "max_running": 8}, HARM_WEIGHT + 0.5 * FULL_WEIGHT),
+        ({"running": 6, "max_running": 8}, HARM_WEIGHT + 2.25 * FULL_WEIGHT),
         (
             {"running": 4, "max_running": 8, "kv_blocks_free": 250, "kv_blocks_total": 1000},
-            HARM_WEIGHT + 3 * FULL_WEIGHT,
+            HARM_WEIGHT + 2.25 * FULL_WEIGHT,
         ),
-        ({"running": 8, "max_running": 8}, HARM_WEIGHT + 49 * FULL_WEIGHT),
+        ({"running": 8, "max_running": 8}, HARM_WEIGHT + 48.02 * FULL_WEIGHT),
         ({"running": 8, "max_running": 0}, HARM_WEIGHT),
     ],
 )
