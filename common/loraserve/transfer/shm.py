@@ -1,0 +1,133 @@
+"""Reads between processes of one machine: the reader maps the owner's memory and copies; the owner does nothing.
+
+Measured on 2 cores of a Xeon, against a plain copy of as much: 0.95 to 1.1 from a mapping that was read before, 0.7
+where each page is touched first (so mappings are kept; populating them ahead of the copy gives 0.8), 0.4 to 0.8 with
+preadv instead.
+"""
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Event
+
+import numpy as np
+import numpy.typing as npt
+
+from loraserve.threads import in_thread
+from loraserve.transfer.mapping import Mapping, there
+from loraserve.transfer.protocol import PROTOCOL, Handle, Range, ShmHandle, TransferError, checked, pieces
+from loraserve.transfer.shared_memory import SharedMemory
+
+DIRECT_BYTES = 1 << 20
+"""Copied at once, in about 0.1 ms; a thread would take as long to wake."""
+PIECE_BYTES = 256 << 20
+"""Between pieces a copy notices that it was cancelled. Shorter ones were up to twice as slow for a slab of 256 MiB:
+the C library writes past the caches only where one copy is larger than they are."""
+THREADS = 2
+MAPPINGS = 64
+
+Bytes = npt.NDArray[np.uint8]
+
+
+class ShmExporter:
+    """See Exporter. A region is a SharedMemory."""
+
+    def __init__(self, owner: str, incarnation: str) -> None:
+        self._owner = owner
+        self._incarnation = incarnation
+        self._descriptors: list[int] = []
+
+    def register(self, region: SharedMemory) -> ShmHandle:
+        descriptor = region.export()
+        self._descriptors.append(descriptor)
+        return ShmHandle(
+            protocol=PROTOCOL,
+            owner=self._owner,
+            incarnation=self._incarnation,
+            length_bytes=region.length_bytes,
+            pid=os.getpid(),
+            descriptor=descriptor,
+            name=region.name,
+        )
+
+    def close(self) -> None:
+        while self._descriptors:
+            os.close(self._descriptors.pop())
+
+
+class ShmReader:
+    """See Reader. Used from one event loop; large copies run in threads, beside it."""
+
+    def __init__(self, piece_bytes: int = PIECE_BYTES, mappings: int = MAPPINGS) -> None:
+        self._piece_bytes = piece_bytes
+        self._most_mappings = mappings
+        self._mappings: OrderedDict[ShmHandle, Mapping] = OrderedDict()
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="shm")
+
+    async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
+        mine, target = checked(handle, ShmHandle, ranges, into)
+        await self._fill(mine, ranges, np.frombuffer(target, np.uint8))
+        # Once more, and with nothing in hand of what may be gone: an error that somebody keeps would keep it mapped.
+        self._check(mine)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=True, cancel_futures=True)
+        for handle in list(self._mappings):
+            self._drop(handle)
+
+    @property
+    def mapped(self) -> int:
+        """How many peers' memories are mapped."""
+        return len(self._mappings)
+
+    async def _fill(self, handle: ShmHandle, ranges: Sequence[Range], target: Bytes) -> None:
+        stop = Event()
+        copy = partial(_copy, _copies(self._mapped(handle), ranges, target, self._piece_bytes), stop)
+        if target.nbytes <= DIRECT_BYTES:
+            copy()
+        else:
+            await in_thread(self._threads, copy, stop.set)
+
+    def _mapped(self, handle: ShmHandle) -> Bytes:
+        self._check(handle)
+        mapping = self._mappings.get(handle)
+        if mapping is None:
+            mapping = Mapping(handle)
+            self._mappings[handle] = mapping
+            # The memory of a process that died is the machine's again at once, not at the next read.
+            mapping.loop.add_reader(mapping.death, self._drop, handle)
+            while len(self._mappings) > self._most_mappings:
+                self._drop(next(iter(self._mappings)))
+        self._mappings.move_to_end(handle)
+        return mapping.data
+
+    def _check(self, handle: ShmHandle) -> None:
+        try:
+            there(handle)
+        except TransferError:
+            self._drop(handle)
+            raise
+
+    def _drop(self, handle: ShmHandle) -> None:
+        # A copy that is under way keeps what it reads.
+        mapping = self._mappings.pop(handle, None)
+        if mapping is not None:
+            mapping.loop.remove_reader(mapping.death)
+            mapping.close()
+
+
+def _copies(source: Bytes, ranges: Sequence[Range], target: Bytes, piece_bytes: int) -> list[tuple[Bytes, Bytes]]:
+    return [
+        (target[at : at + each.length_bytes], source[each.offset_bytes : each.offset_bytes + each.length_bytes])
+        for at, each in pieces(ranges, piece_bytes)
+    ]
+
+
+def _copy(copies: Sequence[tuple[Bytes, Bytes]], stop: Event) -> None:
+    for target, source in copies:
+        if stop.is_set():
+            return
+        # Without the interpreter's lock.
+        np.copyto(target, source)
