@@ -20,8 +20,9 @@ from loraserve.transfer.mapping import Mapping, there
 from loraserve.transfer.protocol import PROTOCOL, Handle, Range, ShmHandle, TransferError, checked, pieces
 from loraserve.transfer.shared_memory import SharedMemory
 
-DIRECT_BYTES = 1 << 20
-"""Copied at once, in about 0.1 ms; a thread would take as long to wake."""
+DIRECT_BYTES = 4 << 20
+"""Up to here the event loop's thread copies, for 0.1 ms a MiB: another thread takes 0.15 to 0.9 ms to wake and to
+report where cores are busy, and slices with turns for others between them cost a third of the bandwidth."""
 PIECE_BYTES = 256 << 20
 """Between pieces a copy notices that it was cancelled. Shorter ones were up to twice as slow for a slab of 256 MiB:
 the C library writes past the caches only where one copy is larger than they are."""
@@ -60,7 +61,10 @@ class ShmExporter:
 class ShmReader:
     """See Reader. Used from one event loop; large copies run in threads, beside it."""
 
-    def __init__(self, piece_bytes: int = PIECE_BYTES, mappings: int = MAPPINGS) -> None:
+    def __init__(
+        self, piece_bytes: int = PIECE_BYTES, mappings: int = MAPPINGS, direct_bytes: int = DIRECT_BYTES
+    ) -> None:
+        self._direct_bytes = direct_bytes
         self._piece_bytes = piece_bytes
         self._most_mappings = mappings
         self._mappings: OrderedDict[ShmHandle, Mapping] = OrderedDict()
@@ -68,7 +72,10 @@ class ShmReader:
 
     async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
         mine, target = checked(handle, ShmHandle, ranges, into)
-        await self._fill(mine, ranges, np.frombuffer(target, np.uint8))
+        if target.nbytes <= self._direct_bytes:
+            _copy(self._mapped(mine), ranges, np.frombuffer(target, np.uint8))
+            return
+        await self._copy_beside(mine, ranges, np.frombuffer(target, np.uint8))
         # Once more, and with nothing in hand of what may be gone: an error that somebody keeps would keep it mapped.
         self._check(mine)
 
@@ -82,13 +89,10 @@ class ShmReader:
         """How many peers' memories are mapped."""
         return len(self._mappings)
 
-    async def _fill(self, handle: ShmHandle, ranges: Sequence[Range], target: Bytes) -> None:
+    async def _copy_beside(self, handle: ShmHandle, ranges: Sequence[Range], target: Bytes) -> None:
         stop = Event()
-        copy = partial(_copy, _copies(self._mapped(handle), ranges, target, self._piece_bytes), stop)
-        if target.nbytes <= DIRECT_BYTES:
-            copy()
-        else:
-            await in_thread(self._threads, copy, stop.set)
+        copy = partial(_copy, self._mapped(handle), ranges, target, self._piece_bytes, stop)
+        await in_thread(self._threads, copy, stop.set)
 
     def _mapped(self, handle: ShmHandle) -> Bytes:
         self._check(handle)
@@ -118,16 +122,12 @@ class ShmReader:
             mapping.close()
 
 
-def _copies(source: Bytes, ranges: Sequence[Range], target: Bytes, piece_bytes: int) -> list[tuple[Bytes, Bytes]]:
-    return [
-        (target[at : at + each.length_bytes], source[each.offset_bytes : each.offset_bytes + each.length_bytes])
-        for at, each in pieces(ranges, piece_bytes)
-    ]
-
-
-def _copy(copies: Sequence[tuple[Bytes, Bytes]], stop: Event) -> None:
-    for target, source in copies:
-        if stop.is_set():
+def _copy(
+    source: Bytes, ranges: Sequence[Range], target: Bytes, piece_bytes: int = PIECE_BYTES, stop: Event | None = None
+) -> None:
+    for at_bytes, each in pieces(ranges, piece_bytes):
+        if stop is not None and stop.is_set():
             return
+        start, length = each.offset_bytes, each.length_bytes
         # Without the interpreter's lock.
-        np.copyto(target, source)
+        np.copyto(target[at_bytes : at_bytes + length], source[start : start + length])
