@@ -1,8 +1,9 @@
 """Reads between processes of one machine: the reader maps the owner's memory and copies; the owner does nothing.
 
-Measured on 2 cores of a Xeon, against a plain copy of as much: 0.95 to 1.1 from a mapping that was read before, 0.7
-where each page is touched first (so mappings are kept; populating them ahead of the copy gives 0.8), 0.4 to 0.8 with
-preadv instead.
+Measured on 2 busy cores of a Xeon, against a plain copy of as much: the copy itself 0.95 to 1.1 from a mapping that
+was read before, 0.7 where each page is touched first (so mappings are kept; populating them ahead of the copy gave
+0.8), 0.4 to 0.8 with preadv instead. A read adds 0.05 ms, a third of it to look whether the memory is still offered,
+and beyond DIRECT_BYTES what a thread takes to wake.
 """
 
 import os
