@@ -151,6 +151,13 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     max_body_bytes: Positive = 16 << 20
 
 
+class TransferConfig(Section, frozen=True, kw_only=True):
+    """How engines read adapters from each other: the first of ``transports`` that both processes can use, and the next
+    where a read fails. None at all leaves the store as the only source."""
+
+    transports: tuple[Literal["cuda_ipc", "shm", "verbs", "tcp"], ...] = ("cuda_ipc", "shm", "verbs", "tcp")
+
+
 class Config(Section, frozen=True, kw_only=True):
     bus: BusConfig = BusConfig()
     cluster: ClusterConfig = ClusterConfig()
@@ -161,6 +168,7 @@ class Config(Section, frozen=True, kw_only=True):
     planner: PlannerConfig = PlannerConfig()
     store: StoreConfig = StoreConfig()
     gateway: GatewayConfig = GatewayConfig()
+    transfer: TransferConfig = TransferConfig()
 
 
 def load_config(

@@ -29,6 +29,7 @@ from loraserve.messages.store import (
     SlabInfo,
     UnregisterAdapter,
 )
+from loraserve.messages.transfer import ReadRegion, RegionChunk
 
 ToGateway = TokenBatch | Failed | ClusterLoad | RegistryChanged | Ping
 ToRouter = Route | ClusterLoad | Plan | Ping
@@ -64,9 +65,11 @@ __all__ = [
     "Pong",
     "PreparePlan",
     "Prepared",
+    "ReadRegion",
     "ReadSlab",
     "Rebalance",
     "RebalanceDone",
+    "RegionChunk",
     "RegisterAdapter",
     "RegistryChanged",
     "Rejected",

@@ -10,7 +10,6 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import TypeVar
 
 import msgspec
 
@@ -20,14 +19,13 @@ from loraserve.engine.layers import Arrivals, damaged_layer, shares
 from loraserve.engine.pool_memory import Bytes, PoolMemory
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import AdapterRef, OpenSlab, ReadSlab, SlabChunk, SlabInfo
+from loraserve.threads import in_thread
 
 CHUNKS_IN_FLIGHT = 2
 """One is copied while the next is on its way; more would only hold memory."""
 WRITERS = 4
 """Loads that write to a device at the same time, each a chunk; others wait for their turn."""
 ASK_AGAIN_S = 0.2
-
-T = TypeVar("T")
 
 
 class LoadFailed(Exception):
@@ -150,13 +148,13 @@ class SlabLoader:
 
     async def _write(self, offset_bytes: int, data: Bytes) -> None:
         if self._pool.waits:
-            await _in_thread(self._writers, partial(self._pool.write, offset_bytes, data))
+            await in_thread(self._writers, partial(self._pool.write, offset_bytes, data))
         else:
             self._pool.write(offset_bytes, data)
 
     async def _check(self, header: SlabHeader, offset_bytes: int, layers: range) -> None:
         look = partial(damaged_layer, self._pool, header, offset_bytes, layers)
-        damaged = await _in_thread(self._digesters, look)
+        damaged = await in_thread(self._digesters, look)
         if damaged is not None:
             raise LoadFailed("corrupt", f"layer {damaged} is not what its digest is of; register the adapter again")
 
@@ -170,18 +168,3 @@ class SlabLoader:
         if len(frames) != 1 or len(frames[0]) != length:
             raise LoadFailed("corrupt", f"asked for {length} bytes at {start}, the answer has another size")
         return frames[0]
-
-
-async def _in_thread(threads: ThreadPoolExecutor, function: Callable[[], T]) -> T:
-    """Also where this is cancelled it ends only once no thread is at it, and what has not begun never does.
-
-    Nothing stops a thread, and the extent may be another's as soon as the load has failed.
-    """
-    job = threads.submit(function)
-    work = asyncio.wrap_future(job)
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        job.cancel()
-        await asyncio.wait([work])
-        raise

@@ -1,0 +1,37 @@
+"""What this process can announce of itself."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraserve.transfer.choice import Abilities
+from loraserve.transfer.protocol import PROTOCOL, Transport
+from loraserve.transfer.shared_memory import supported
+
+NAMESPACES = ("pid", "ipc")
+
+
+def abilities(offered: Sequence[Transport], device: str) -> Abilities:
+    """``offered``, but for what this machine cannot do."""
+    return Abilities(
+        protocol=PROTOCOL,
+        host=_boot(),
+        neighbourhood=_neighbourhood(),
+        transports=tuple(each for each in offered if each != "shm" or supported()),
+        device=device,
+    )
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _neighbourhood() -> str:
+    try:
+        spaces = [os.readlink(f"/proc/self/ns/{name}") for name in NAMESPACES]
+    except OSError:
+        return ""
+    return " ".join([*spaces, f"user:{os.getuid()}"])

@@ -1,0 +1,20 @@
+"""Sends as fast as a plain socket can: prints its port, then answers every eight-byte length with as many bytes."""
+
+import socket
+import sys
+
+LONGEST_BYTES = 256 << 20
+
+
+def main() -> None:
+    data = memoryview(bytes(range(256)) * (LONGEST_BYTES // 256))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        print(server.getsockname()[1], flush=True)
+        peer, _ = server.accept()
+    with peer:
+        while asked := peer.recv(8, socket.MSG_WAITALL):
+            peer.sendall(data[: int.from_bytes(asked, "big")])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
