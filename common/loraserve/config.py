@@ -153,7 +153,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
 
 class TransferConfig(Section, frozen=True, kw_only=True):
     """How engines read adapters from each other: the first of ``transports`` that both processes can use, and the next
-    where a read fails. None at all leaves the store as the only source."""
+    where a read fails. None at all leaves the store as the only source. Nothing hangs on it yet: engines still read
+    from the store only."""
 
     transports: tuple[Literal["cuda_ipc", "shm", "verbs", "tcp"], ...] = ("cuda_ipc", "shm", "verbs", "tcp")
 
