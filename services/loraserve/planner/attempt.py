@@ -17,13 +17,15 @@ class Phase(StrEnum):
 
 
 class Attempt(msgspec.Struct):
-    """``incarnations`` are of engines that were asked and not lost since, ``absent`` copies not there, with reasons."""
+    """``incarnations`` are of engines that were asked and not lost since, ``silent`` those of them that did not answer
+    in time, ``absent`` copies not there, with reasons."""
 
     epoch: int
     begin: Begin
     incarnations: dict[str, str]
     waiting: set[str]
     absent: dict[Copy, str]
+    silent: set[str] = msgspec.field(default_factory=set)
     phase: Phase = Phase.PREPARING
     plan: Plan | None = None
     applied: bool = False

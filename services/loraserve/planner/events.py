@@ -35,7 +35,7 @@ class PrepareAnswered(msgspec.Struct, frozen=True):
 
 
 class PrepareFailed(msgspec.Struct, frozen=True):
-    """Silence or a refusal: none of its copies is there as far as is known."""
+    """Silence or a refusal: of its copies those are there that its last report says it holds."""
 
     engine: str
     epoch: int

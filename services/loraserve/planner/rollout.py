@@ -19,6 +19,7 @@ from math import inf
 import msgspec
 
 from loraserve.messages import AdapterRef, EngineLoad, Plan
+from loraserve.planner.asked import Asked, due
 from loraserve.planner.attempt import Attempt, Phase
 from loraserve.planner.copies import by_engine, copy_of, pinned, prepared
 from loraserve.planner.events import (
@@ -40,17 +41,7 @@ from loraserve.planner.events import (
     Written,
 )
 
-RETRY_S = 5.0
-"""An engine that does not hold what it should is asked again after this long; reports are late by less."""
 KEPT_LINES = 1000
-
-
-class _Asked(msgspec.Struct, frozen=True):
-    """``ended_s`` is infinite while there is no answer."""
-
-    incarnation: str
-    epoch: int
-    ended_s: float
 
 
 class Rollout:
@@ -63,8 +54,8 @@ class Rollout:
         self._attempt: Attempt | None = None
         self._left_out: dict[str, str] = {}
         """Engines that the last roll-outs lost, with the incarnation that was lost."""
-        self._asked: dict[str, _Asked] = {}
-        self._retired: dict[str, _Asked] = {}
+        self._asked: dict[str, Asked] = {}
+        self._retired: dict[str, Asked] = {}
         """By engine, what it was last asked to prepare and to retire."""
         self._lines: deque[tuple[int, str]] = deque(maxlen=KEPT_LINES)
 
@@ -87,19 +78,24 @@ class Rollout:
             case PrepareFailed(engine, epoch, reason):
                 self._note_end(engine, epoch, now)
                 self._tell(epoch, f"{engine} did not prepare: {reason}")
-                return self._lose({engine: reason}) if self._waits_for(engine, epoch, Phase.PREPARING) else []
+                return self._silent(engine, reason) if self.waits_for(engine, epoch, Phase.PREPARING) else []
             case Written(epoch):
                 return self._written(epoch, now)
             case WriteFailed(epoch, reason):
                 return self._write_failed(epoch, reason, now)
             case RetireEnded(engine, epoch):
-                return self._retire_ended(engine) if self._waits_for(engine, epoch, Phase.RETIRING) else []
+                return self._retire_ended(engine) if self.waits_for(engine, epoch, Phase.RETIRING) else []
 
     def lacks(self, now: float) -> bool:
         """Whether engines do not hold what is planned, although they were asked for it a while ago."""
         planned = by_engine(self.plan.placements)
-        late = (load for load in self.engines.values() if _due(self._asked, load, now))
+        late = (load for load in self.engines.values() if due(self._asked, load, now))
         return any(planned.get(load.engine, set()) - pinned(load) for load in late)
+
+    def waits_for(self, engine: str, epoch: int, phase: Phase) -> bool:
+        """Answers that come twice, or for an attempt that is over, are nobody's."""
+        attempt = self._attempt
+        return attempt is not None and (attempt.epoch, attempt.phase) == (epoch, phase) and engine in attempt.waiting
 
     def story(self, epoch: int) -> list[str]:
         """What happened to one of the last epochs."""
@@ -148,12 +144,30 @@ class Rollout:
         for version, reason in failed.items():
             self._tell(epoch, f"{engine} did not prepare {version}: {reason}")
         attempt = self._attempt
-        if attempt is None or not self._waits_for(engine, epoch, Phase.PREPARING):
+        if attempt is None or not self.waits_for(engine, epoch, Phase.PREPARING):
             return []
         planned = {version for e, version in map(copy_of, attempt.begin.placements) if e == engine}
         attempt.absent.update({(engine, v): reason for v, reason in failed.items() if v in planned})
         attempt.incarnations[engine] = incarnation
         attempt.waiting.discard(engine)
+        return self._write_when_prepared()
+
+    def _silent(self, engine: str, reason: str) -> list[Instruction]:
+        """Only what it was last seen to hold counts: where one copy found no room, the others are there all the same.
+
+        Where it would be planned nowhere, what was not seen stays planned there as it does on an engine that was lost.
+        """
+        attempt = self._attempt
+        assert attempt is not None, "nothing is under way"
+        load = self.engines.get(engine)
+        if load is None or load.incarnation != attempt.incarnations[engine]:
+            return self._lose({engine: reason})
+        held = pinned(load)
+        planned = [copy_of(p) for p in attempt.begin.placements if p.engine == engine]
+        attempt.absent.update({copy: reason for copy in planned if copy[1] not in held})
+        attempt.waiting.discard(engine)
+        attempt.silent.add(engine)
+        self._left_out[engine] = load.incarnation
         return self._write_when_prepared()
 
     def _lose(self, reasons: Mapping[str, str]) -> list[Instruction]:
@@ -171,7 +185,7 @@ class Rollout:
         if attempt is None or attempt.phase is not Phase.PREPARING or attempt.waiting:
             return []
         begin = attempt.begin
-        answered = attempt.incarnations.keys()
+        answered = attempt.incarnations.keys() - attempt.silent
         before = self.plan.placements
         copies = prepared(begin.placements, attempt.absent, before, self.engines, answered, begin.drained)
         drained = tuple(sorted(begin.drained))
@@ -255,21 +269,21 @@ class Rollout:
         for engine, load in sorted(self.engines.items()):
             wanted, held = planned.get(engine, set()), pinned(load)
             unfinished = load.plan_epoch > self.plan.epoch and engine not in self._retired
-            if (held - wanted or unfinished) and _due(self._retired, load, now):
+            if (held - wanted or unfinished) and due(self._retired, load, now):
                 instructions.append(self._retire(engine, self.epoch, now))
-            if (wanted - held) & adapters.keys() and _due(self._asked, load, now):
+            if (wanted - held) & adapters.keys() and due(self._asked, load, now):
                 instructions.append(self._prepare(engine, self.epoch, wanted, adapters))
         return instructions
 
     def _prepare(self, engine: str, epoch: int, versions: set[str], adapters: Mapping[str, AdapterRef]) -> Prepare:
-        self._asked[engine] = _Asked(self.engines[engine].incarnation, epoch, inf)
+        self._asked[engine] = Asked(self.engines[engine].incarnation, epoch, inf)
         return Prepare(engine, epoch, tuple(adapters[v] for v in sorted(versions) if v in adapters))
 
     def _retire_all(self, epoch: int, now: float) -> list[Instruction]:
         return [self._retire(engine, epoch, now) for engine in sorted(self.engines)]
 
     def _retire(self, engine: str, epoch: int, now: float) -> Retire:
-        self._retired[engine] = _Asked(self.engines[engine].incarnation, epoch, now)
+        self._retired[engine] = Asked(self.engines[engine].incarnation, epoch, now)
         return Retire(engine, epoch, tuple(sorted(by_engine(self.plan.placements).get(engine, ()))))
 
     def _note_end(self, engine: str, epoch: int, now: float) -> None:
@@ -277,16 +291,5 @@ class Rollout:
         if asked is not None and asked.epoch == epoch:
             self._asked[engine] = msgspec.structs.replace(asked, ended_s=now)
 
-    def _waits_for(self, engine: str, epoch: int, phase: Phase) -> bool:
-        """Answers that come twice, or for an attempt that is over, are nobody's."""
-        attempt = self._attempt
-        return attempt is not None and (attempt.epoch, attempt.phase) == (epoch, phase) and engine in attempt.waiting
-
     def _tell(self, epoch: int, text: str) -> None:
         self._lines.append((epoch, text))
-
-
-def _due(asked: Mapping[str, _Asked], load: EngineLoad, now: float) -> bool:
-    """An engine that was restarted at once, else a while after it answered or did not."""
-    last = asked.get(load.engine)
-    return last is None or last.incarnation != load.incarnation or now - last.ended_s >= RETRY_S

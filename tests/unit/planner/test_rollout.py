@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from loraserve.messages import EngineLoad, Placement, Plan
+from loraserve.planner.asked import RETRY_S
 from loraserve.planner.attempt import Phase
 from loraserve.planner.events import (
     Begin,
@@ -25,7 +26,7 @@ from loraserve.planner.events import (
     WriteFailed,
     Written,
 )
-from loraserve.planner.rollout import RETRY_S, Rollout
+from loraserve.planner.rollout import Rollout
 from loraserve.testing.reports import adapter_ref, engine_load, resident
 
 A, B, C = (adapter_ref(n) for n in range(3))
@@ -134,6 +135,34 @@ def test_an_engine_lost_while_it_prepares_is_done_without_and_planned_for_again_
     assert desk.see(holding("e0", A)) == []
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i2")) == [Replan("e1")]
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i2")) == []
+
+
+def test_of_an_engine_that_did_not_answer_in_time_what_it_holds_is_planned_and_the_rest_is_not() -> None:
+    desk = Desk(plan(4, ("e0", A), ("e0", B)), (holding("e0", A, B), holding("e1")))
+    desk.begin(("e0", A), ("e1", A), ("e1", B), ("e1", C))
+    desk.answer("e0", 5)
+    desk.see(holding("e0", A, B), holding("e1", A))
+    silent = desk.tell(PrepareFailed("e1", 5, "no answer"))
+    assert silent == [Write(plan(5, ("e0", A), ("e1", A), ("e0", B)))], "B does not move, and C is nowhere"
+    assert desk.write(silent)[1:] == retires(5, e0=("v0", "v1"), e1=("v0",))
+    for engine in ("e0", "e1"):
+        ended = desk.tell(RetireEnded(engine, 5))
+    assert ended == [Ended(5, True, ("e1: no answer", "e1: no answer"))]
+
+
+def test_an_engine_that_did_not_answer_and_then_is_lost_is_done_without() -> None:
+    desk = Desk(plan(4, ("e0", A)), (holding("e0", A), holding("e1", A)))
+    desk.begin(("e0", A), ("e1", A))
+    assert desk.tell(PrepareFailed("e1", 5, "no answer")) == []
+    assert desk.see(holding("e0", A), engine_load("e1", incarnation="i2")) == []
+    assert desk.answer("e0", 5) == [Write(plan(5, ("e0", A)))]
+
+
+def test_a_copy_that_was_not_seen_in_time_stays_planned_where_it_is_the_only_one() -> None:
+    desk = Desk(plan(4, ("e0", A), ("e1", B)), (holding("e0", A), engine_load("e1")))
+    desk.begin(("e0", A), ("e1", B))
+    desk.answer("e0", 5)
+    assert desk.tell(PrepareFailed("e1", 5, "no answer")) == [Write(plan(5, ("e0", A), ("e1", B)))]
 
 
 def test_an_adapter_whose_only_engine_was_lost_stays_planned_there() -> None:

@@ -13,8 +13,9 @@ from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.residency import Residency
 from loraserve.engine.story import Story
 from loraserve.messages import EngineLoad, Placement, Plan
+from loraserve.planner.asked import RETRY_S
 from loraserve.planner.attempt import Phase
-from loraserve.planner.copies import by_engine, copy_of
+from loraserve.planner.copies import Copy, by_engine, copy_of
 from loraserve.planner.events import (
     Begin,
     EnginesSeen,
@@ -31,7 +32,7 @@ from loraserve.planner.events import (
     WriteFailed,
     Written,
 )
-from loraserve.planner.rollout import RETRY_S, Rollout
+from loraserve.planner.rollout import Rollout
 from loraserve.testing.reports import adapter_ref, engine_load, resident
 
 UNIT = 4096
@@ -39,16 +40,9 @@ ENGINES = ("e0", "e1", "e2")
 ADAPTERS = tuple(adapter_ref(n, UNIT) for n in range(4))
 REFS = {a.version: a for a in ADAPTERS}
 LIMITS = SchedulerLimits(
-    kv_blocks=8,
-    block_tokens=4,
-    pool_bytes=16 * UNIT,
-    max_adapters=16,
-    max_running=4,
-    max_waiting=4,
-    max_step_tokens=16,
-    max_model_tokens=32,
-    eos_token_ids=frozenset(),
-)
+    kv_blocks=8, block_tokens=4, pool_bytes=16 * UNIT, max_adapters=16, max_running=4, max_waiting=4,
+    max_step_tokens=16, max_model_tokens=32, eos_token_ids=frozenset(),
+)  # fmt: skip
 NOTHING = Plan(epoch=0, created_unix_s=0.0, placements=())
 
 
@@ -104,6 +98,9 @@ class RolloutMachine(RuleBasedStateMachine):
         self.wire: list[Sent] = []
         self.answers: list[tuple[int, Event]] = []
         self.published: list[Plan] = []
+        self.begun: set[Copy] = set()
+        self.held: dict[tuple[str, str], set[Copy]] = {}
+        """Of what is begun, by name and incarnation what engines hold that did not answer in time and are there."""
         self.see()
 
     def tell(self, event: Event) -> None:
@@ -121,6 +118,7 @@ class RolloutMachine(RuleBasedStateMachine):
                     self.publish(plan)
 
     def write(self, plan: Plan) -> None:
+        assert set().union(*self.held.values()) <= {copy_of(p) for p in plan.placements}, "what is there is planned"
         if self.disk_is_full:
             self.tell(WriteFailed(plan.epoch, "full"))
         else:
@@ -159,6 +157,7 @@ class RolloutMachine(RuleBasedStateMachine):
     def begin(self, pairs: set[tuple[str, str]], drained: set[str]) -> None:
         count = {v: sum(w == v for _, w in pairs) for _, v in pairs}
         wanted = tuple(Placement(version=v, name=REFS[v].name, engine=e, share=1 / count[v]) for e, v in sorted(pairs))
+        self.begun, self.held = {copy_of(p) for p in wanted}, {}
         self.tell(Begin(wanted, REFS, frozenset(drained), 1.0))
 
     @rule()
@@ -178,6 +177,20 @@ class RolloutMachine(RuleBasedStateMachine):
         """The message never arrives, or its answer does not come in time."""
         sent = self.wire.pop(data.draw(st.integers(0, len(self.wire) - 1)))
         self.answers.append((sent.planner, _silence(sent.message)))
+
+    @precondition(lambda self: self.rollout.phase is Phase.PREPARING)
+    @rule(engine=st.sampled_from(ENGINES), loads=st.integers(0, 3))
+    def time_out(self, engine: str, loads: int) -> None:
+        """It is alive and at it, but its answer does not come in time."""
+        at, epoch = self.engines[engine], self.rollout.epoch
+        for sent in [s for s in self.wire if (s.message.engine, s.message.epoch) == (engine, epoch)]:
+            self.arrive(sent)
+        for _ in at.loading[:loads]:
+            self.end_load(at, fails=False)
+        self.see()
+        if self.rollout.waits_for(engine, epoch, Phase.PREPARING):
+            self.held[engine, at.incarnation] = self.begun & {(engine, version) for version in at.pins()}
+            self.tell(PrepareFailed(engine, epoch, "no answer"))
 
     @precondition(lambda self: self.answers)
     @rule(data=st.data(), again=st.booleans())
@@ -200,6 +213,8 @@ class RolloutMachine(RuleBasedStateMachine):
 
     @rule()
     def see(self, engines: tuple[str, ...] = ENGINES) -> None:
+        seen = {(name, self.engines[name].incarnation) for name in engines}
+        self.held = {silent: held for silent, held in self.held.items() if silent in seen}
         self.tell(EnginesSeen(tuple(self.engines[name].report() for name in engines), REFS))
 
     @rule(engine=st.sampled_from(ENGINES))
@@ -218,7 +233,7 @@ class RolloutMachine(RuleBasedStateMachine):
         if loses_disk == 9:
             # Where no engine has heard of an epoch either, epochs begin anew.
             self.disk, self.published = NOTHING, []
-        self.rollout = Rollout(self.disk)
+        self.rollout, self.held = Rollout(self.disk), {}
         self.see()
 
     @rule(full=st.booleans())
