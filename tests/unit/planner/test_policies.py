@@ -152,6 +152,40 @@ def test_ours_planned_again_where_memory_is_short_changes_nothing(seed: int) -> 
     assert s.plan("ours", first) == first
 
 
+def _turning(seed: int) -> Situation:
+    """Much of what is held is asked for by nobody and takes the room of what is."""
+    rng = Random(seed)
+    engines, count = rng.randrange(3, 9), rng.randrange(8, 40)
+    refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(rng.choices([8, 16, 32, 64, 128], k=count))]
+    demand = [
+        asked_for(ref, 30 * rng.random() / (n + 1), 100 * rng.random() / (n + 1))
+        for n, ref in enumerate(refs)
+        if rng.random() < 0.7
+    ]
+    spare = rng.choice([1.0, 1.2, 1.5, 2, 3])
+    pool_bytes = int(sum(ref.slab_bytes for ref in refs) / engines * spare / POOL_FRACTION)
+    loads = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n in range(engines)]
+    held = [(ref, f"e{e}") for ref in refs for e in rng.sample(range(engines), rng.randrange(3))]
+    current = tuple(Placement(version=r.version, name=r.name, engine=e, share=1.0) for r, e in held)
+    planned = PlanSettings(min_copies=rng.choice([1, 1, 2]))
+    return Situation(demand, {r.version: r for r in refs}, loads, current, CostModel(lora="padded"), planned)
+
+
+@pytest.mark.parametrize("seed", [1476, 3271])
+def test_the_papers_planned_again_where_three_plans_take_turns_changes_nothing(seed: int) -> None:
+    s = _turning(seed)
+    first = s.plan("loraserve")
+    assert s.plan("loraserve", first) == first
+
+
+@any_situation
+@given(seed=st.integers(0, 1 << 32))
+def test_the_papers_planned_again_where_memory_is_short_changes_nothing(seed: int) -> None:
+    for s in (_turning(seed), _crowded(seed)):
+        first = s.plan("loraserve")
+        assert s.plan("loraserve", first) == first
+
+
 @each_policy
 @any_situation
 @given(s=situations(), random=st.randoms(use_true_random=False))
