@@ -67,9 +67,12 @@ class Holdings:
             self.copies[a] = tuple(sorted((*held, e))) if held else problem.alone[e]
 
     def stay(self, held: Copies, asked: bool) -> None:
-        """What is held, hot first, as far as there is memory; ``asked`` False: only of what nobody asks for."""
+        """What is held, hot first, as far as there is memory; ``asked`` False: only of what is idle and nowhere yet."""
         adapters, engines, counts = flat(held)
-        chosen = np.ones(len(adapters), bool) if asked else self.problem.whole()[adapters] <= 0
+        chosen = np.ones(len(adapters), bool)
+        if not asked:
+            nowhere = np.fromiter((not on for on in self.copies), bool, len(self.copies))
+            chosen = (nowhere & (self.problem.whole() <= 0))[adapters]
         if self.problem.pins:
             chosen &= ~np.isin(adapters, list(self.problem.pins))
         adapters, engines = adapters[chosen], engines[chosen]

@@ -13,6 +13,8 @@ from loraserve.planner.utilisation import ttft_of
 LEAST_UTILISATION = 0.05
 """Where the SLO cannot be kept even by an idle engine, engines are planned this full rather than not at all."""
 HALVINGS = 40
+LEAST_TOKEN_S = 1e-12
+"""Where the cost model says that tokens cost nothing, an engine is still not without end."""
 
 
 def operating_points(problem: Problem, ranks: Iterable[int]) -> dict[int, float]:
@@ -46,4 +48,4 @@ def _costs(problem: Problem, rank: int) -> tuple[float, float]:
     decode_token_s = cost.sequence_s + cost.step_base_s / problem.batch + (prompt + output / 2) * cost.kv_token_s
     decode_token_s += rank * (cost.padded_decode_s if padded else cost.rank_token_s)
     all_s = (tokens - decode) * prefill_token_s + decode * decode_token_s
-    return all_s / tokens, prompt * prefill_token_s
+    return max(LEAST_TOKEN_S, all_s / tokens), prompt * prefill_token_s

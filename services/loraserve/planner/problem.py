@@ -4,7 +4,7 @@ Pure. Work is a share of one engine's time. Adapters are counted in the order of
 engines in the order of theirs, so that the order in which they are told changes nothing.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from math import fsum
 
@@ -25,6 +25,8 @@ POOL_FRACTION = 0.9
 """Of a pool that the plan may pin; the rest is for adapters that come on demand, and for holes between pins."""
 NEXT_TO_NOTHING = 1e-6
 """Requests a second."""
+RATES = 1e-9, 1e9
+"""A second. What is told beyond them, or is no number, counts as nothing: with it no sum or quotient would be one."""
 USUAL_TOKENS = 500.0
 """Of a request, where nothing was seen of any: only what is forecast without having been seen needs it."""
 
@@ -166,13 +168,12 @@ def _rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: i
     """The forecast and a margin for how wrong it has been, split into prefill, decode and requests as was seen."""
     told = {index[d.version]: d for d in demand if d.version in index}
     count = len(told)
-    at = np.fromiter(told, np.int64, count)
-    asked = list(told.values())
-    prefill = np.fromiter((d.prefill_tokens_per_s for d in asked), np.float64, count)
-    decode = np.fromiter((d.decode_tokens_per_s for d in asked), np.float64, count)
-    requests = np.fromiter((d.requests_per_s for d in asked), np.float64, count)
-    forecast = np.fromiter((d.forecast_tokens_per_s for d in asked), np.float64, count)
-    std = np.fromiter((d.forecast_std_tokens_per_s for d in asked), np.float64, count)
+    at, asked = np.fromiter(told, np.int64, count), told.values()
+    prefill = _told(d.prefill_tokens_per_s for d in asked)
+    decode = _told(d.decode_tokens_per_s for d in asked)
+    requests = _told(d.requests_per_s for d in asked)
+    forecast = _told(d.forecast_tokens_per_s for d in asked)
+    std = _told(d.forecast_std_tokens_per_s for d in asked)
     measured = prefill + decode
     decode = _asked_for(decode, requests)
     seen = prefill + decode
@@ -190,6 +191,11 @@ def _rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: i
     known = ~new & (requests > 0)
     result.requests[at] = np.where(known, requests * growth, expected / tokens)
     return result
+
+
+def _told(rates: Iterable[float]) -> Floats:
+    told = np.fromiter(rates, np.float64)
+    return np.where((told >= RATES[0]) & (told <= RATES[1]), told, 0.0)
 
 
 def _asked_for(decode: Floats, requests: Floats) -> Floats:

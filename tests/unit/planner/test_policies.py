@@ -1,7 +1,9 @@
 """What holds of every placement policy, whatever is asked for and whatever there is."""
 
 from collections import Counter
+from math import inf, nan
 from random import Random
+from typing import Any
 
 import msgspec
 import pytest
@@ -16,6 +18,7 @@ from loraserve.planner.settings import PlanSettings
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
 
 COSTS = (CostModel(), CostModel(lora="padded"), CostModel(lora="padded", step_base_s=0.0, load_byte_s=0.0))
+SECONDS = [name for name in CostModel.__struct_fields__ if name.endswith("_s")]
 RATES = st.sampled_from([0.0, 0.01, 1.0, 7.0, 30.0, 333.3])
 
 
@@ -196,6 +199,43 @@ def test_the_order_of_what_it_is_told_does_not_matter(policy: str, s: Situation,
     current = list(s.current)
     random.shuffle(current)
     assert s.plan(policy, tuple(current)) == expected
+
+
+RATE_FIELDS = [name for name in AdapterDemand.__struct_fields__ if name.endswith("_per_s")]
+ODD = [nan, inf, -inf, -1.0, 1e308, 1e30, 1e-300, 5.0]
+
+
+@each_policy
+@any_situation
+@given(s=situations(), random=st.randoms(use_true_random=False))
+def test_demand_that_is_no_rate_keeps_nobody_from_a_plan(policy: str, s: Situation, random: Random) -> None:
+    s.demand = [msgspec.structs.replace(d, **{random.choice(RATE_FIELDS): random.choice(ODD)}) for d in s.demand]
+    placements = s.plan(policy)
+    assert all(0 < p.share <= 1 for p in placements)
+    assert s.plan(policy, placements) == placements
+
+
+@each_policy
+@pytest.mark.parametrize("rate", [nan, inf, -inf, -1.0])
+def test_demand_that_is_no_number_counts_as_none(policy: str, rate: float) -> None:
+    s = _crowded(5)
+    told, (first, *others) = s.demand, s.demand
+    s.demand = [msgspec.structs.replace(first, **dict.fromkeys(RATE_FIELDS, rate)), *others]
+    odd, s.demand = s.plan(policy), others
+    assert odd == s.plan(policy)
+    s.demand = told
+    assert odd != s.plan(policy)
+
+
+@each_policy
+@any_situation
+@given(s=situations(), zeros=st.sets(st.sampled_from(SECONDS)), lora=st.sampled_from(["padded", "exact"]))
+def test_a_cost_model_may_say_that_anything_is_free(policy: str, s: Situation, zeros: set[str], lora: Any) -> None:
+    for free in (zeros, SECONDS):
+        s.cost = CostModel(lora=lora, **dict.fromkeys(free, 0.0))
+        placements = s.plan(policy)
+        assert max(Counter((p.version, p.engine) for p in placements).values(), default=1) == 1
+        assert s.plan(policy, placements) == placements
 
 
 @each_policy
