@@ -16,8 +16,9 @@ def bench_names() -> list[str]:
 def usage() -> str:
     lines = ["usage: scripts/bench NAME [--quick] [--help]", "", "benches:"]
     for name in bench_names():
-        summary = (importlib.import_module(name).__doc__ or "").splitlines()[0]
-        lines.append(f"  {name:10s} {summary}")
+        bench = importlib.import_module(name)
+        needs = getattr(bench, "NEEDS", "")
+        lines.append(f"  {f'{name} {needs}':14s} {(bench.__doc__ or '').splitlines()[0]}")
     return "\n".join(lines)
 
 

@@ -15,6 +15,8 @@ from loraserve.sim.traces import TraceRequest, read_trace
 STEP_S = 5.0
 """A piece of the monitor's window of a minute."""
 INTERVALS_S = (30, 60, 300)
+NEEDS = "TRACE"
+"""Arguments that have to be given, as ``scripts/bench --help`` lists them."""
 FIRST_COUNTED = 2
 """Intervals count from this one on (from 0), when each forecaster has seen two."""
 QUICK_S = 3600.0
@@ -61,7 +63,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("scripts/bench forecast", description=__doc__)
-    parser.add_argument("trace", help="CSV of requests, plain or .gz (see loraserve/sim/traces.py)")
+    parser.add_argument("trace", metavar=NEEDS, help="CSV of requests, plain or .gz (see loraserve/sim/traces.py)")
     parser.add_argument("--adapters", type=_positive, default=200, help="split clients into so many (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
     parser.add_argument("--quick", action="store_true", help="only the trace's first hour")

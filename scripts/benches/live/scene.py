@@ -68,7 +68,8 @@ def make_workload(requests: int, slab_bytes_per_rank: int, trace: str = "", seed
     """From the trace, or Poisson arrivals of adapters whose popularity is Zipf's; lengths are what engines here can
     serve. Raises ConfigError."""
     if trace:
-        drawn = tenants_workload(read_trace(trace), ADAPTERS, requests, slab_bytes_per_rank, Path(trace).name, seed)
+        size = ADAPTERS, requests, slab_bytes_per_rank
+        drawn = tenants_workload(read_trace(trace), *size, Path(trace).name, seed, trace)
     else:
         shape = Shape(lengths="prefill-heavy", adapters=ADAPTERS, requests=requests, seed=seed)
         drawn = draw(shape, slab_bytes_per_rank)

@@ -112,7 +112,8 @@ def load(source: Source, slab_bytes_per_rank: int) -> Workload:
     if isinstance(source, Shape):
         return draw(source, slab_bytes_per_rank)
     trace = _trace(source.path)
-    return tenants_workload(trace, source.adapters, source.requests, slab_bytes_per_rank, source.name, source.seed)
+    size = source.adapters, source.requests, slab_bytes_per_rank
+    return tenants_workload(trace, *size, source.name, source.seed, source.path)
 
 
 @lru_cache(maxsize=1)

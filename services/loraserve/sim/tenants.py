@@ -15,19 +15,28 @@ POWER = 1.0
 
 
 def tenants_workload(
-    trace: Sequence[TraceRequest], adapters: int, requests: int, slab_bytes_per_rank: int, name: str, seed: int = 0
+    trace: Sequence[TraceRequest],
+    adapters: int,
+    requests: int,
+    slab_bytes_per_rank: int,
+    name: str,
+    seed: int = 0,
+    path: str = "",
 ) -> Workload:
     """The first so many requests of the trace, for so many adapters.
 
     Every tenant has an adapter, those with more requests have more, and each request of a tenant
     draws one by a power law. Ranks are dealt out evenly, at random. Where there are fewer adapters than tenants, the
-    smallest tenants share the last one. Raises ConfigError where the trace is too short for the load to be a load.
+    smallest tenants share the last one. Raises ConfigError where the trace is too short for the load to be a load, and
+    calls it by its ``path``, where there is one.
     """
     if adapters < 1:
         raise ConfigError(f"--adapters {adapters}: at least one adapter is needed")
     drawn_from = trace[:requests]
     if len(drawn_from) < 2 or drawn_from[-1].time_s <= drawn_from[0].time_s:
-        raise ConfigError(f"{name}: the first {requests} requests are all at one time: there is no load to scale")
+        raise ConfigError(
+            f"{path or name}: the first {requests} requests are all at one time: there is no load to scale"
+        )
     rng = Random(seed)
     ranks = [RANKS[i % len(RANKS)] for i in range(adapters)]
     # Before any request is drawn: the ranks are the same whatever the load, which is how many requests there are.

@@ -43,7 +43,9 @@ def test_an_unknown_bench_is_refused_with_the_list() -> None:
 
 
 def test_benches_have_help_and_are_listed() -> None:
-    assert "  engine " in run("--list").stdout
+    listed = run("--list").stdout
+    assert "  engine " in listed
+    assert "  forecast TRACE " in listed, "it cannot run without one"
     done = run("engine", "--help")
     assert done.returncode == 0
     assert "--quick" in done.stdout

@@ -2,10 +2,12 @@
 
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 
 from loraserve.errors import ConfigError
+from loraserve.sim.points import TraceSource, load
 from loraserve.sim.synthetic import Shape, draw, grid
 from loraserve.sim.tenants import tenants_workload
 from loraserve.sim.traces import TraceRequest
@@ -103,3 +105,10 @@ def test_a_part_of_a_trace_is_its_beginning() -> None:
 def test_what_is_no_load_is_refused(adapters: int, requests: list[TraceRequest]) -> None:
     with pytest.raises(ConfigError, match=r"at least one adapter|at one time"):
         tenants_workload(requests, adapters=adapters, requests=10, slab_bytes_per_rank=UNIT, name="t")
+
+
+def test_a_trace_without_any_load_is_called_by_its_path(tmp_path: Path) -> None:
+    path = tmp_path / "burst.csv"
+    path.write_text("time_s,client,prompt_tokens,output_tokens\n" + "7,a,1,1\n" * 3)
+    with pytest.raises(ConfigError, match=f"^{path}: the first 2 requests are all at one time"):
+        load(TraceSource(path=str(path), adapters=2, requests=2), UNIT)
