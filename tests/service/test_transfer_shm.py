@@ -7,6 +7,7 @@ from pathlib import Path
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from loraserve.errors import ConfigError
@@ -108,11 +109,17 @@ def test_a_killed_owner_is_gone_and_leaves_nothing_behind(owner: MemoryOwner) ->
     play(scenario)
 
 
+async def begun(reader: ShmReader, owner: MemoryOwner) -> "tuple[npt.NDArray[np.uint8], asyncio.Task[None]]":
+    """A read of everything that has written its first bytes."""
+    into = np.zeros(LENGTH, np.uint8)
+    read = asyncio.create_task(reader.read(owner.shm, [Range(0, LENGTH)], into.data))
+    await until(lambda: into[0] != UNTOUCHED)
+    return into, read
+
+
 def test_an_owner_that_is_killed_while_it_is_read_is_gone(owner: MemoryOwner) -> None:
     async def scenario(reader: ShmReader) -> None:
-        into = np.zeros(LENGTH, np.uint8)
-        read = asyncio.create_task(reader.read(owner.shm, [Range(0, LENGTH)], into.data))
-        await until(lambda: into[0] != UNTOUCHED)
+        into, read = await begun(reader, owner)
         owner.kill()
         assert into[-1] == UNTOUCHED, "the read was over before the owner was"
         with pytest.raises(TransferError) as failed:
@@ -125,9 +132,7 @@ def test_an_owner_that_is_killed_while_it_is_read_is_gone(owner: MemoryOwner) ->
 
 def test_nobody_writes_once_a_read_was_cancelled(owner: MemoryOwner) -> None:
     async def scenario(reader: ShmReader) -> None:
-        into = np.zeros(LENGTH, np.uint8)
-        read = asyncio.create_task(reader.read(owner.shm, [Range(0, LENGTH)], into.data))
-        await until(lambda: into[0] != UNTOUCHED)
+        into, read = await begun(reader, owner)
         read.cancel()
         with pytest.raises(asyncio.CancelledError):
             await read

@@ -172,7 +172,7 @@ def test_storing_and_removing_at_once_never_loses_what_was_just_stored(tmp_path:
         for _ in range(150):
             now[0] += 10.0
             slabs.put(slab, now[0])
-            slabs.verify(slab.version)
+            assert slabs.verify(slab.version).slab_bytes == slab.header.slab_bytes
     finally:
         stop.set()
         collector.join()
