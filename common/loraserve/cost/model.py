@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from loraserve.messages import EngineLoad
+from loraserve.messages import EngineLoad, MeanStep
 
 LEARNING_RATE = 0.1
 """How far one report moves the coefficients towards what it says: reports are smoothed already, so slowly."""
@@ -105,31 +105,67 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
     def observe(self, load: EngineLoad) -> "CostModel":
         """This model, moved towards what one engine reports as measured."""
-        changes = self._decode_changes(load) if load.running and load.decode_step_s > 0 else {}
-        if load.prefill_tokens_per_s > 0:
-            changes["prefill_token_s"] = _towards(self.prefill_token_s, 1 / load.prefill_tokens_per_s)
-        if load.load_bytes_per_s > 0:
-            changes["load_byte_s"] = _towards(self.load_byte_s, 1 / load.load_bytes_per_s)
-        return msgspec.structs.replace(self, **changes) if changes else self
+        cost = self
+        if load.running and load.decode_step is not None:
+            cost = cost._observe_step(load.decode_step)
+        elif load.running and load.decode_step_s > 0:
+            cost = cost._corrected(cost._running_terms(load), load.decode_step_s, "step_base_s", 1.0)
+        if load.prefill_step is not None:
+            cost = cost._observe_step(load.prefill_step)
+        if load.load_bytes > 0 and load.load_bytes_per_s > 0:
+            terms = {"load_base_s": cost.load_base_s, "load_byte_s": load.load_bytes * cost.load_byte_s}
+            cost = cost._corrected(terms, load.load_bytes / load.load_bytes_per_s, "load_byte_s", load.load_bytes)
+        return cost
 
-    def _decode_changes(self, load: EngineLoad) -> dict[str, float]:
-        """The surprise in a decode step's time, blamed on each term by its share of the prediction.
-
-        What is 0 has no share and stays 0; where all are, the step's base is what there is to learn.
-        """
+    def _observe_step(self, step: MeanStep) -> "CostModel":
+        """The whole of it: what decodes beside prefill is not the prefill's own time."""
         terms = {
+            "step_base_s": self.step_base_s,
+            "sequence_s": step.decode_sequences * self.sequence_s,
+            "kv_token_s": step.kv_tokens * self.kv_token_s,
+        }
+        prefill = {
+            "prefill_token_s": step.prefill_tokens * self.prefill_token_s,
+            "prefill_kv_token_s": step.prefill_kv_tokens * self.prefill_kv_token_s,
+        }
+        if self.lora == "padded":
+            terms["padded_decode_s"] = step.padded_decode_tokens * self.padded_decode_s
+            prefill["padded_prefill_s"] = step.padded_prefill_tokens * self.padded_prefill_s
+        else:
+            terms["slab_byte_s"] = step.slab_bytes * self.slab_byte_s
+            terms["rank_token_s"] = step.rank_tokens * self.rank_token_s
+        if step.prefill_tokens > 0 and sum(prefill.values()) <= 0:
+            # What decode steps have taught is not moved for what only prefill can have taken.
+            rest_s = step.duration_s - sum(terms.values())
+            return self._corrected(prefill, rest_s, "prefill_token_s", step.prefill_tokens)
+        return self._corrected({**terms, **prefill}, step.duration_s, "step_base_s", 1.0)
+
+    def _corrected(self, terms: dict[str, float], measured_s: float, unknown: str, unknown_units: float) -> "CostModel":
+        """The surprise in a measured time, blamed on each term by its share of the prediction.
+
+        What is 0 has no share and stays 0; where all are, no factor leads anywhere, and ``unknown``, of which there
+        were ``unknown_units``, is what there is to learn.
+        """
+        predicted_s = sum(terms.values())
+        if predicted_s <= 0:
+            learned = LEARNING_RATE * max(0.0, measured_s) / unknown_units
+            return msgspec.structs.replace(self, **{unknown: learned}) if isfinite(learned) else self
+        if not isfinite(predicted_s):
+            return self
+        surprise = _bounded(measured_s / predicted_s) - 1
+        changes = {
+            name: getattr(self, name) * (1 + LEARNING_RATE * surprise * term / predicted_s)
+            for name, term in terms.items()
+        }
+        return msgspec.structs.replace(self, **changes)
+
+    def _running_terms(self, load: EngineLoad) -> dict[str, float]:
+        """Of a decode step of what runs there now, where an older engine does not say what was in those measured."""
+        return {
             "step_base_s": self.step_base_s,
             "sequence_s": load.running * self.sequence_s,
             "kv_token_s": (load.kv_blocks_total - load.kv_blocks_free) * load.block_tokens * self.kv_token_s,
             **self._lora_terms(load),
-        }
-        predicted_s = sum(terms.values())
-        if predicted_s <= 0:
-            return {"step_base_s": _towards(0.0, load.decode_step_s)}
-        surprise = _bounded(load.decode_step_s / predicted_s) - 1
-        return {
-            name: getattr(self, name) * (1 + LEARNING_RATE * surprise * term / predicted_s)
-            for name, term in terms.items()
         }
 
     def _lora_terms(self, load: EngineLoad) -> dict[str, float]:
@@ -141,13 +177,6 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             "slab_byte_s": sum(adapter.slab_bytes for adapter in running) * self.slab_byte_s,
             "rank_token_s": sum(adapter.running * adapter.rank for adapter in running) * self.rank_token_s,
         }
-
-
-def _towards(old: float, measured: float) -> float:
-    """From 0 no factor leads anywhere, so that a measurement counts by what it is."""
-    if old <= 0:
-        return LEARNING_RATE * measured if isfinite(measured) else 0.0
-    return old * (1 + LEARNING_RATE * (_bounded(measured / old) - 1))
 
 
 def _bounded(ratio: float) -> float:

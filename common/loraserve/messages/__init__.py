@@ -8,7 +8,7 @@ they are raw frames beside the message.
 from loraserve.messages.admin import Ping, Pong
 from loraserve.messages.base import PROTOCOL_VERSION, AdapterRef, Message, SamplingParams
 from loraserve.messages.engine_gateway import Failed, TokenBatch, TokenDelta
-from loraserve.messages.engine_monitor import AdapterTokens, EngineLoad, ResidentAdapter
+from loraserve.messages.engine_monitor import AdapterTokens, EngineLoad, MeanStep, ResidentAdapter
 from loraserve.messages.gateway_engine import Abort
 from loraserve.messages.gateway_planner import Drain, GetPlan, Rebalance, RebalanceDone
 from loraserve.messages.gateway_router import Rejected, Route, Routed
@@ -56,6 +56,7 @@ __all__ = [
     "Failed",
     "GetPlan",
     "ListAdapters",
+    "MeanStep",
     "Message",
     "Move",
     "OpenSlab",

@@ -30,6 +30,24 @@ class AdapterTokens(msgspec.Struct, frozen=True, kw_only=True):
     span: int = 0
 
 
+class MeanStep(msgspec.Struct, frozen=True, kw_only=True):
+    """What recent steps of one kind held and took, all smoothed alike: as one, it can be held against a prediction.
+
+    Fields are those of StepShape; ``padded_prefill_tokens`` and ``padded_decode_tokens`` are the step's of either kind
+    times the largest rank in it.
+    """
+
+    duration_s: float
+    decode_sequences: float
+    kv_tokens: float
+    prefill_tokens: float
+    prefill_kv_tokens: float
+    slab_bytes: float
+    rank_tokens: float
+    padded_prefill_tokens: float
+    padded_decode_tokens: float
+
+
 class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     """What the router prices and the planner plans with; rates and step times are measured."""
 
@@ -48,6 +66,13 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     decode_step_s: float
     prefill_tokens_per_s: float
     load_bytes_per_s: float = 0.0
+    """Of the loads' own time on the link, without what they waited for others there."""
+    load_bytes: float = 0.0
+    """Of a mean load, which takes these / ``load_bytes_per_s``; 0 where an older engine does not say."""
+    decode_step: MeanStep | None = None
+    """Of steps without prefill; None before the first, or from an older engine. So is the next."""
+    prefill_step: MeanStep | None = None
+    """Of steps with prefill, what decodes beside it included."""
     steps: int = 0
     resident: tuple[ResidentAdapter, ...] = ()
     loading: tuple[str, ...] = ()

@@ -16,6 +16,7 @@ import msgspec
 from loraserve.adapter.format import SlabHeader, decode_header, slab_version
 from loraserve.bus.protocol import Bus
 from loraserve.engine.layers import Arrivals, damaged_layer, shares
+from loraserve.engine.link import SharedLink
 from loraserve.engine.pool_memory import Bytes, PoolMemory
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import AdapterRef, OpenSlab, ReadSlab, SlabChunk, SlabInfo
@@ -38,10 +39,10 @@ class LoadFailed(Exception):
 
 
 class Loaded(msgspec.Struct, frozen=True):
-    """A verified slab in its extent, and how fast it came."""
+    """A verified slab in its extent, and the seconds that it took, its share of those that other loads took too."""
 
     header: SlabHeader
-    bytes_per_s: float
+    own_s: float
 
 
 class SlabLoader:
@@ -53,6 +54,7 @@ class SlabLoader:
         self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
         self._digest_threads = digest_threads
+        self._link = SharedLink()
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
         # Not the writers': a chunk that waits for digests would hold up the layers behind it.
         self._digesters = ThreadPoolExecutor(digest_threads, thread_name_prefix="digest")
@@ -80,7 +82,7 @@ class SlabLoader:
 
     async def _try(self, adapter: AdapterRef, offset_bytes: int) -> Loaded | None:
         """None where the store went away or has only begun to start."""
-        started_s = time.monotonic()
+        began = self._link.begin(time.monotonic())
         try:
             header = await self._open(adapter)
             await self._fill(adapter, header, offset_bytes)
@@ -90,7 +92,9 @@ class SlabLoader:
             if error.code == "starting":
                 return None
             raise
-        return Loaded(header, adapter.slab_bytes / max(time.monotonic() - started_s, 1e-9))
+        finally:
+            own_s = self._link.end(began, time.monotonic())
+        return Loaded(header, own_s)
 
     async def _open(self, adapter: AdapterRef) -> SlabHeader:
         info, frames = await self._bus.request_frames(

@@ -1,30 +1,84 @@
 """Rates measured on this engine, smoothed. Pure."""
 
+import msgspec
+
+from loraserve.cost import StepShape
+from loraserve.messages import MeanStep
+
 SMOOTHING = 0.1
 """Weight of the newest observation: ten steps set the picture, one slow step does not."""
 
 
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields are those of EngineLoad that are measured; 0 and None are not measured yet."""
+
+    decode_step_s: float
+    prefill_tokens_per_s: float
+    load_bytes_per_s: float
+    load_bytes: float
+    decode_step: MeanStep | None
+    prefill_step: MeanStep | None
+
+
 class Rates:
-    """What EngineLoad reports as measured: seconds per decode step, prefill tokens/s, load bytes/s."""
+    """Amounts and the seconds that they took are smoothed each: a mean of rates would count short steps too much."""
 
     def __init__(self) -> None:
-        self.decode_step_s = 0.0
-        self.prefill_tokens_per_s = 0.0
-        self.load_bytes_per_s = 0.0
+        self._decode_step: MeanStep | None = None
+        self._prefill_step: MeanStep | None = None
+        self._load_bytes = 0.0
+        self._load_s = 0.0
 
-    def step_done(self, prefill_tokens: int, duration_s: float, times: int = 1) -> None:
-        """Count one step, or ``times`` alike. Those with prefill say nothing about decoding."""
+    def measured(self) -> Measured:
+        decode, prefill = self._decode_step, self._prefill_step
+        return Measured(
+            decode_step_s=decode.duration_s if decode else 0.0,
+            prefill_tokens_per_s=prefill.prefill_tokens / prefill.duration_s if prefill else 0.0,
+            load_bytes_per_s=self._load_bytes / self._load_s if self._load_s else 0.0,
+            load_bytes=self._load_bytes,
+            decode_step=decode,
+            prefill_step=prefill,
+        )
+
+    def step_done(self, shape: StepShape, duration_s: float, times: int = 1) -> None:
+        """Count one step, or ``times`` alike. Those with prefill say nothing about decoding alone."""
         if duration_s <= 0:
             return
-        if prefill_tokens:
-            self.prefill_tokens_per_s = _smooth(self.prefill_tokens_per_s, prefill_tokens / duration_s)
+        if shape.prefill_tokens:
+            self._prefill_step = _smooth(self._prefill_step, _mean_step(shape, duration_s), times)
         else:
-            self.decode_step_s = _smooth(self.decode_step_s, duration_s, times)
+            self._decode_step = _smooth(self._decode_step, _mean_step(shape, duration_s), times)
 
-    def load_done(self, bytes_per_s: float) -> None:
-        """Count one finished load."""
-        self.load_bytes_per_s = _smooth(self.load_bytes_per_s, bytes_per_s)
+    def load_done(self, slab_bytes: int, own_s: float) -> None:
+        """Count one finished load. ``own_s``: without what it waited for others on the link."""
+        if own_s <= 0:
+            return
+        first = not self._load_s
+        self._load_bytes = float(slab_bytes) if first else _towards(self._load_bytes, slab_bytes)
+        self._load_s = own_s if first else _towards(self._load_s, own_s)
 
 
-def _smooth(old: float, new: float, times: int = 1) -> float:
-    return new if old == 0.0 else new + (1 - SMOOTHING) ** times * (old - new)
+def _mean_step(shape: StepShape, duration_s: float) -> MeanStep:
+    """Of steps that are all alike."""
+    return MeanStep(
+        duration_s=duration_s,
+        decode_sequences=shape.decode_sequences,
+        kv_tokens=shape.kv_tokens,
+        prefill_tokens=shape.prefill_tokens,
+        prefill_kv_tokens=shape.prefill_kv_tokens,
+        slab_bytes=shape.slab_bytes,
+        rank_tokens=shape.rank_tokens,
+        padded_prefill_tokens=shape.max_rank * shape.prefill_tokens,
+        padded_decode_tokens=shape.max_rank * shape.decode_sequences,
+    )
+
+
+def _smooth(old: MeanStep | None, new: MeanStep, times: int) -> MeanStep:
+    if old is None:
+        return new
+    fields = MeanStep.__struct_fields__
+    return MeanStep(**{name: _towards(getattr(old, name), getattr(new, name), times) for name in fields})
+
+
+def _towards(old: float, new: float, times: int = 1) -> float:
+    return new + (1 - SMOOTHING) ** times * (old - new)

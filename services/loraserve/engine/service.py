@@ -20,6 +20,7 @@ from loraserve.adapter.format import ITEM_BYTES
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
+from loraserve.cost import StepShape
 from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.events import (
     AdapterLoaded,
@@ -44,6 +45,7 @@ from loraserve.engine.rates import Rates
 from loraserve.engine.runner_protocol import DeviceLost, Runner
 from loraserve.engine.scheduler import Scheduler
 from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits
+from loraserve.engine.shape import shape_of
 from loraserve.messages import (
     Abort,
     Admit,
@@ -75,7 +77,7 @@ class EngineService(Service):
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
         self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result")
         # Emptied by one loop: the scheduler must hear of steps in their order, whether they fail or not.
-        self._steps: asyncio.Queue[tuple[StepBatch, asyncio.Future[StepResult]]] = asyncio.Queue()
+        self._steps: asyncio.Queue[tuple[StepBatch, StepShape, asyncio.Future[StepResult]]] = asyncio.Queue()
         self._rates = Rates()
         # Plans are answered each once; those of one epoch in the order in which they came.
         self._preparing: list[Envelope] = []
@@ -163,7 +165,8 @@ class EngineService(Service):
         match instruction:
             case RunStep(batch):
                 # Begun at once: tokens of the last step are sent while this one computes.
-                self._steps.put_nowait((batch, self._begin(batch)))
+                step = self._begin(batch)
+                self._steps.put_nowait((batch, self._shape_of(batch), step))
             case LoadAdapter() as load:
                 self.spawn_vital(self._load(load))
             case EvictAdapter(version, slot):
@@ -182,11 +185,16 @@ class EngineService(Service):
         submitted = self._executor.submit(self._runner.submit, batch)
         return asyncio.get_running_loop().run_in_executor(self._waiter, lambda: submitted.result().result())
 
+    def _shape_of(self, batch: StepBatch) -> StepShape:
+        """Looked at while it computes, and while its slots are its adapters' for certain."""
+        adapters = {entry.slot: entry.adapter for entry in self._scheduler.residency.pool.entries()}
+        return shape_of(batch, adapters)[0]
+
     async def _await_steps(self) -> None:
         while True:
             await self._await_step(*await self._steps.get())
 
-    async def _await_step(self, batch: StepBatch, step: asyncio.Future[StepResult]) -> None:
+    async def _await_step(self, batch: StepBatch, shape: StepShape, step: asyncio.Future[StepResult]) -> None:
         try:
             result = await step
         except DeviceLost as error:
@@ -197,7 +205,7 @@ class EngineService(Service):
             self.log.exception("step_failed", step=batch.step_id, requests=[s.request_id for s in batch.sequences])
             self._tell(StepFailed(batch.step_id, f"{self.bus.name} could not compute a step: {error}"))
             return
-        self._rates.step_done(batch.prefill_tokens, result.duration_s)
+        self._rates.step_done(shape, result.duration_s)
         self._tell(StepDone(result))
 
     async def _load(self, load: LoadAdapter) -> None:
@@ -218,7 +226,7 @@ class EngineService(Service):
             log.error("adapter_load_failed", code=code, reason=str(error))
             self._tell(AdapterLoadFailed(adapter.version, code, str(error)))
             return
-        self._rates.load_done(loaded.bytes_per_s)
+        self._rates.load_done(adapter.slab_bytes, loaded.own_s)
         log.info("adapter_loaded", rank=adapter.rank, bytes=adapter.slab_bytes, took_s=time.monotonic() - started_s)
         self._tell(AdapterLoaded(adapter.version))
 
@@ -236,16 +244,13 @@ class EngineService(Service):
             await asyncio.sleep(self.config.engine.load_interval_s)
 
     def _engine_load(self) -> EngineLoad:
-        load = msgspec.structs.asdict(self._scheduler.load())
         return EngineLoad(
             engine=self.bus.name,
             incarnation=self.bus.incarnation,
             state=self.state,
-            decode_step_s=self._rates.decode_step_s,
-            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
-            load_bytes_per_s=self._rates.load_bytes_per_s,
             leaks=self._leaks,
-            **load,
+            **msgspec.structs.asdict(self._rates.measured()),
+            **msgspec.structs.asdict(self._scheduler.load()),
         )
 
     def _check_idle(self) -> None:

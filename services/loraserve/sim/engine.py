@@ -24,6 +24,7 @@ from loraserve.engine.fast_forward import quiet_steps, skip
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.rates import Rates
 from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.shape import shape_of
 from loraserve.messages import AdapterRef, Admit, EngineLoad
 from loraserve.sim.events import Timeline
 
@@ -67,7 +68,7 @@ class SimEngine:
         self._began_s = 0.0
         self._step_s = 0.0
         self._growth_s = 0.0
-        self._prefill_tokens = 0
+        self._shape = StepShape()
         self._rank_mix: dict[int, int] = {}
         self._quiet = 0
         self._alarm = 0
@@ -97,9 +98,7 @@ class SimEngine:
             engine=self.name,
             incarnation="simulated",
             state="READY",
-            decode_step_s=self._rates.decode_step_s,
-            prefill_tokens_per_s=self._rates.prefill_tokens_per_s,
-            load_bytes_per_s=self._rates.load_bytes_per_s,
+            **msgspec.structs.asdict(self._rates.measured()),
             **msgspec.structs.asdict(self.scheduler.load()),
         )
 
@@ -141,17 +140,16 @@ class SimEngine:
         2,039 GB/s that an A100's memory moves: 1 % of a step that does nothing but read.
         """
         if self._free_loads:
-            self._timeline.at(now, self._loaded(adapter, now, 0.0))
+            self._timeline.at(now, self._loaded(adapter, 0.0))
             return
         began_s = max(now, self._link_free_s)
         self._link_free_s = began_s + adapter.slab_bytes * self._cost.load_byte_s
         load_s = self._cost.load_s(adapter.slab_bytes)
-        self._timeline.at(began_s + load_s, self._loaded(adapter, now, load_s))
+        self._timeline.at(began_s + load_s, self._loaded(adapter, load_s))
 
-    def _loaded(self, adapter: AdapterRef, began_s: float, load_s: float) -> Callable[[float], None]:
+    def _loaded(self, adapter: AdapterRef, load_s: float) -> Callable[[float], None]:
         def happens(now: float) -> None:
-            if load_s:
-                self._rates.load_done(adapter.slab_bytes / max(now - began_s, load_s))
+            self._rates.load_done(adapter.slab_bytes, load_s)
             self._tell(AdapterLoaded(adapter.version), now)
 
         return happens
@@ -195,44 +193,27 @@ class SimEngine:
         self._step_s += steps * self._growth_s
         self._quiet -= steps
         self._batch = skip(self.scheduler, steps, TOKEN)
+        self._grow((steps - 1) / 2)
         self._count(took_s / steps, steps)
+        self._grow((steps + 1) / 2)
 
     def _steps_s(self, steps: int) -> float:
         """The outstanding step and those after it that only grow."""
         return steps * self._step_s + self._growth_s * (steps * (steps - 1) / 2)
 
+    def _grow(self, steps: float) -> None:
+        """Every sequence that decodes attends to one token more at each."""
+        kv_tokens = self._shape.kv_tokens + steps * self._shape.decode_sequences
+        self._shape = msgspec.structs.replace(self._shape, kv_tokens=kv_tokens)
+
     def _count(self, step_s: float, steps: int) -> None:
-        self._rates.step_done(self._prefill_tokens, step_s, steps)
+        self._rates.step_done(self._shape, step_s, steps)
         self.busy_s += step_s * steps
         for rank, tokens in self._rank_mix.items():
             self.rank_tokens[rank] = self.rank_tokens.get(rank, 0) + tokens * steps
 
     def _measure(self, batch: StepBatch) -> None:
         """What is in the step, and how long it takes. Of the quiet ones after it only the time differs."""
-        decode = kv = prefill = prefill_kv = 0
-        slot_tokens: dict[int, int] = {}
-        for part in batch.sequences:
-            tokens = len(part.tokens)
-            slot_tokens[part.slot] = slot_tokens.get(part.slot, 0) + tokens
-            if tokens == 1 and part.output_index > 0:
-                decode += 1
-                kv += part.start + 1
-            else:
-                prefill += tokens
-                prefill_kv += tokens * part.start + tokens * (tokens + 1) // 2
-        mix: dict[int, int] = {}
-        for slot, tokens in slot_tokens.items():
-            rank = self._slots[slot].rank if slot >= 0 else 0
-            mix[rank] = mix.get(rank, 0) + tokens
-        shape = StepShape(
-            decode_sequences=decode,
-            kv_tokens=kv,
-            prefill_tokens=prefill,
-            prefill_kv_tokens=prefill_kv,
-            slab_bytes=sum(self._slots[slot].slab_bytes for slot in slot_tokens if slot >= 0),
-            rank_tokens=sum(rank * tokens for rank, tokens in mix.items()),
-            max_rank=max(mix),
-        )
-        self._prefill_tokens, self._rank_mix = prefill, mix
-        self._step_s = self._cost.step_s(shape)
-        self._growth_s = decode * self._cost.kv_token_s
+        self._shape, self._rank_mix = shape_of(batch, self._slots)
+        self._step_s = self._cost.step_s(self._shape)
+        self._growth_s = self._shape.decode_sequences * self._cost.kv_token_s

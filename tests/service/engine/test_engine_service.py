@@ -200,6 +200,12 @@ def test_the_load_it_reports_is_what_it_holds_and_did(play: Play, models: Any) -
         assert counted == {"": (20, 9, 1), ref.version: (20, 9, 1)}
         assert 0 < load.decode_step_s < 5
         assert load.prefill_tokens_per_s > 0
+        assert load.load_bytes == ref.slab_bytes
+        assert load.decode_step.duration_s == load.decode_step_s
+        assert load.prefill_step.prefill_tokens / load.prefill_step.duration_s == pytest.approx(
+            load.prefill_tokens_per_s
+        )
+        assert load.prefill_step.rank_tokens > 0, "it knows whose prefill that was"
         assert load.load_bytes_per_s > 0
         assert load.steps >= 10
 

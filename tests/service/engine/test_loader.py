@@ -283,7 +283,7 @@ def test_a_device_that_is_lost_while_a_layer_is_read_is_told_as_that(play: Calla
     play(scenario)
 
 
-def test_loads_share_the_threads(play: Callable[..., None]) -> None:
+def test_loads_share_the_threads_and_the_time(play: Callable[..., None]) -> None:
     pool = WatchedPool()
     together = threading.Barrier(3)
 
@@ -291,7 +291,9 @@ def test_loads_share_the_threads(play: Callable[..., None]) -> None:
         # Three come together, or this would break: as many threads as were asked for do run at a time.
         pool.before_digest = lambda at: together.wait(TIMEOUT_S)
         size = scene.slab.header.slab_bytes
-        await asyncio.gather(*(scene.load(OFFSET + n * size) for n in range(3)))
+        began_s = asyncio.get_running_loop().time()
+        loaded = await asyncio.gather(*(scene.load(OFFSET + n * size) for n in range(3)))
+        assert 0 < sum(each.own_s for each in loaded) <= asyncio.get_running_loop().time() - began_s + 1e-6
         assert len(pool.read) == 3 * SHAPE.layers
         assert pool.most_reading == 3
 

@@ -13,7 +13,9 @@ from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.profile.__main__ import main
 from loraserve.engine.profile.design import KINDS, Batch, Part, SizedAdapter, design, shape_of_batch
 from loraserve.engine.profile.measure import made_up_slab, place, to_step
+from loraserve.engine.shape import shape_of
 from loraserve.errors import ConfigError
+from loraserve.messages import AdapterRef
 from loraserve.testing.peft_writer import TINY_SHAPE
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
@@ -55,6 +57,13 @@ def test_no_batch_exceeds_what_the_engine_takes(
         used = [block for sequence in to_step(0, batch, BLOCK, 100).sequences for block in sequence.blocks]
         assert len(used) == len(set(used))
         assert max(used) < kv_blocks
+
+
+def test_an_engine_sees_in_a_step_what_the_profile_was_fitted_to() -> None:
+    adapters = [SizedAdapter(8 << n, 1000 << n) for n in range(4)]
+    refs = {n: AdapterRef(name="", version="", rank=a.rank, slab_bytes=a.slab_bytes) for n, a in enumerate(adapters)}
+    for index, batch in enumerate(design(limits(4000, 64, 512, 4096), len(adapters), 60)):
+        assert shape_of(to_step(index, batch, BLOCK, 100), refs)[0] == shape_of_batch(batch, adapters)
 
 
 def test_every_kind_is_among_those_that_are_held_out_and_they_are_as_they_are_called() -> None:

@@ -112,5 +112,8 @@ def test_loads_share_one_link(profile: Profile) -> None:
     loaded = []
     while timeline.next():
         loaded.append(timeline.now_s)
+    assert simulated.report(timeline.now_s).load_bytes == 64 << 20
+    own_s = (64 << 20) / simulated.report(timeline.now_s).load_bytes_per_s
+    assert own_s == pytest.approx(profile.cost.load_s(64 << 20)), "the second waited, which is not its own time"
     byte_s, base_s = profile.cost.load_byte_s, profile.cost.load_base_s
     assert loaded == pytest.approx([(64 << 20) * byte_s + base_s, 2 * (64 << 20) * byte_s + base_s])

@@ -1,0 +1,140 @@
+"""What reports of prefill and loads teach: what they themselves took, and nothing of what was beside or before them."""
+
+from random import Random
+
+import msgspec
+import pytest
+
+from loraserve.cost import CostModel, StepShape
+from loraserve.messages import EngineLoad
+from loraserve.testing.reports import MIB, adapter_ref, engine_load, mean_step, resident
+
+EXACT = CostModel(prefill_kv_token_s=1e-7)
+PADDED = msgspec.structs.replace(EXACT, lora="padded")
+OF_PREFILL = ("prefill_token_s", "prefill_kv_token_s", "padded_prefill_s")
+OF_LOADS = ("load_base_s", "load_byte_s")
+BLOCK_TOKENS = 16
+
+either = pytest.mark.parametrize("cost", [EXACT, PADDED], ids=["exact", "padded"])
+
+
+def times(cost: CostModel, factor: float, *names: str) -> CostModel:
+    return msgspec.structs.replace(cost, **{name: factor * getattr(cost, name) for name in names})
+
+
+def everything(cost: CostModel) -> tuple[str, ...]:
+    return tuple(name for name in cost.__struct_fields__ if name != "lora")
+
+
+def shapes(rng: Random) -> tuple[StepShape, StepShape]:
+    """A step of decoding alone and one with prefill, of sequences of one adapter."""
+    sequences, blocks, rank = rng.randint(1, 40), rng.randint(10, 500), rng.choice((8, 16, 64))
+    decode = StepShape(
+        decode_sequences=sequences,
+        kv_tokens=blocks * BLOCK_TOKENS,
+        slab_bytes=rank * MIB,
+        rank_tokens=sequences * rank,
+        max_rank=rank,
+    )
+    tokens = rng.randint(10, 500)
+    prefill = msgspec.structs.replace(
+        decode,
+        prefill_tokens=tokens,
+        prefill_kv_tokens=tokens * tokens / 2,
+        rank_tokens=(sequences + tokens) * rank,
+    )
+    return decode, prefill
+
+
+def report(hardware: CostModel, rng: Random) -> EngineLoad:
+    """Of an engine that behaves exactly as ``hardware`` says; not always does it say what was in decode steps."""
+    says = rng.random() < 0.5
+    decode, prefill = shapes(rng)
+    adapter = adapter_ref(slab_bytes=int(decode.slab_bytes), rank=decode.max_rank)
+    load_bytes = rng.choice((1, 20, 400)) * MIB
+    return engine_load(
+        running=int(decode.decode_sequences),
+        kv_blocks_free=1000 - int(decode.kv_tokens) // BLOCK_TOKENS,
+        resident=(resident(adapter, running=int(decode.decode_sequences)),),
+        decode_step_s=hardware.step_s(decode),
+        decode_step=mean_step(decode, hardware.step_s(decode)) if says else None,
+        prefill_tokens_per_s=prefill.prefill_tokens / hardware.step_s(prefill),
+        prefill_step=mean_step(prefill, hardware.step_s(prefill)),
+        load_bytes=float(load_bytes),
+        load_bytes_per_s=load_bytes / hardware.load_s(load_bytes),
+    )
+
+
+def learned(cost: CostModel, hardware: CostModel, reports: int = 1000) -> CostModel:
+    rng = Random(0)
+    for _ in range(reports):
+        cost = cost.observe(report(hardware, rng))
+    return cost
+
+
+@either
+def test_hardware_that_is_as_the_model_says_teaches_nothing(cost: CostModel) -> None:
+    after = learned(cost, hardware=cost, reports=300)
+    for name in everything(cost):
+        assert getattr(after, name) == pytest.approx(getattr(cost, name), rel=1e-9), name
+
+
+@either
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_hardware_of_another_speed_is_found_to_be_of_that(cost: CostModel, factor: float) -> None:
+    hardware = times(cost, factor, *everything(cost))
+    after = learned(cost, hardware)
+    for name in ("prefill_token_s", "sequence_s", "step_base_s", *OF_LOADS):
+        assert getattr(after, name) == pytest.approx(getattr(hardware, name), rel=0.1), name
+    rng = Random(1)
+    for shape in (shape for _ in range(100) for shape in shapes(rng)):
+        assert after.step_s(shape) == pytest.approx(hardware.step_s(shape), rel=0.1)
+    assert after.load_s(100 * MIB) == pytest.approx(hardware.load_s(100 * MIB), rel=0.05)
+
+
+@either
+def test_slow_prefill_is_not_taken_for_slow_decoding(cost: CostModel) -> None:
+    hardware = times(cost, 2.0, *OF_PREFILL)
+    after = learned(cost, hardware)
+    assert after.prefill_token_s == pytest.approx(hardware.prefill_token_s, rel=0.1)
+    for name in ("step_base_s", "sequence_s"):
+        assert getattr(after, name) == pytest.approx(getattr(cost, name), rel=0.1), name
+    assert all(getattr(after, name) == getattr(cost, name) for name in OF_LOADS)
+
+
+def test_what_decodes_beside_prefill_is_not_its_own_time() -> None:
+    shape = StepShape(decode_sequences=40, kv_tokens=50_000, prefill_tokens=10)
+    assert 10 / EXACT.step_s(shape) < 0.2 / EXACT.prefill_token_s, "its rate alone looks slow"
+    load = engine_load(prefill_step=mean_step(shape, EXACT.step_s(shape)), load_bytes_per_s=0.0)
+    assert EXACT.observe(load).prefill_token_s == pytest.approx(EXACT.prefill_token_s)
+
+
+def test_the_base_of_small_loads_is_not_taken_for_their_bytes() -> None:
+    small = engine_load(load_bytes=1000.0, load_bytes_per_s=1000 / EXACT.load_s(1000))
+    assert EXACT.observe(small).load_byte_s == pytest.approx(EXACT.load_byte_s)
+
+
+def test_an_engine_that_does_not_say_what_was_in_its_steps_and_loads_teaches_nothing_of_them() -> None:
+    assert EXACT.observe(engine_load(prefill_tokens_per_s=1.0, load_bytes_per_s=1.0)) == EXACT
+
+
+def test_prefill_that_cost_nothing_is_learned_beside_what_decoding_costs() -> None:
+    free = times(EXACT, 0.0, *OF_PREFILL)
+    decode = StepShape(decode_sequences=4)
+    step = msgspec.structs.replace(decode, prefill_tokens=100)
+    reported = engine_load(
+        running=4,
+        decode_step=mean_step(decode, free.step_s(decode)),
+        prefill_step=mean_step(step, free.step_s(decode) + 0.2),
+    )
+    cost = free
+    for _ in range(1000):
+        cost = cost.observe(reported)
+    assert cost.prefill_token_s == pytest.approx(0.002, rel=0.02)
+    assert cost.step_s(decode) == pytest.approx(free.step_s(decode), rel=0.02)
+
+
+def test_what_runs_now_is_not_taken_for_what_ran_in_the_steps_that_were_measured() -> None:
+    small = StepShape(decode_sequences=1)
+    load = engine_load(running=40, decode_step_s=EXACT.step_s(small), decode_step=mean_step(small, EXACT.step_s(small)))
+    assert EXACT.observe(load).sequence_s == pytest.approx(EXACT.sequence_s)
