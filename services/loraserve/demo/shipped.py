@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loraserve.demo.paths import build_once
+from loraserve.interrupts import interrupts_held_back
 
 SHIPPED_DIR = Path(__file__).parent / "adapters"
 SHIPPED_RANKS = {"pirate": 8, "json": 16, "french": 32}
@@ -41,7 +42,8 @@ def expanded_adapter(data_dir: Path, progress: Callable[[str], None]) -> Path:
 
     def build(folder: Path) -> None:
         # only now: whoever finds the adapter ready does not wait for torch
-        from loraserve.demo.expand import expand_rank
+        with interrupts_held_back():
+            from loraserve.demo.expand import expand_rank
 
         progress(f"expanding the adapter {EXPANDED_NAME} to rank {EXPANDED_RANK}")
         expand_rank(small, folder, EXPANDED_RANK, EXPANSION_SEED)

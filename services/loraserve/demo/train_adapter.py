@@ -6,6 +6,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from loraserve.interrupts import interrupts_held_back
+
 STYLES = ("pirate", "json", "french", "shout")
 EPILOG = """\
 examples:
@@ -68,10 +70,11 @@ def run(args: argparse.Namespace) -> None:
     """Raises OSError, ValueError, ImportError or LoraServeError with what to do about it."""
     rows = read_rows(args.texts) if args.texts else []
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    from loraserve.demo.model import prepare_model
-    from loraserve.demo.paths import default_data_dir
-    from loraserve.demo.texts import Example, examples
-    from loraserve.demo.train import TrainConfig, train
+    with interrupts_held_back():
+        from loraserve.demo.model import prepare_model
+        from loraserve.demo.paths import default_data_dir
+        from loraserve.demo.texts import Example, examples
+        from loraserve.demo.train import TrainConfig, train
 
     default_alpha = round(4 * (max(args.rank, 0) ** 0.5 if args.rslora else args.rank))
     alpha = default_alpha if args.alpha is None else args.alpha

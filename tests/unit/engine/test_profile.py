@@ -10,7 +10,7 @@ from loraserve.adapter.pack import unpack
 from loraserve.cost import StepShape
 from loraserve.cost.profile import check_model, read_profile
 from loraserve.engine.limits import SchedulerLimits
-from loraserve.engine.profile.__main__ import main
+from loraserve.engine.profile.command import main
 from loraserve.engine.profile.design import KINDS, Batch, Part, SizedAdapter, design, shape_of_batch
 from loraserve.engine.profile.measure import made_up_slab, place, to_step
 from loraserve.engine.shape import shape_of

@@ -1,0 +1,183 @@
+"""The command: builds the engine that a configuration describes, times it, fits a profile and writes it."""
+
+import argparse
+import datetime
+import os
+import platform
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.config import Config, load_config
+from loraserve.cost.derived import kv_bytes
+from loraserve.cost.fit import Lora, StepSample, fit
+from loraserve.cost.profile import EngineShape, Profile, write_profile
+from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.profile.design import SizedAdapter, design, shape_of_batch
+from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place, to_step
+from loraserve.engine.profile.report import coefficients, errors, verdict
+from loraserve.engine.runner import ModelRunner
+from loraserve.engine.runner_protocol import Runner
+from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits, threads_for
+from loraserve.errors import ConfigError, LoraServeError
+from loraserve.kernels import attention
+from loraserve.model_shape import ModelShape, read_config, shape_of
+
+STARTED_S = time.monotonic()
+RANKS = (8, 16, 32, 64)
+COPIES = 4
+BATCHES, ROUNDS = 180, 3
+QUICK_BATCHES, QUICK_ROUNDS = 60, 2
+WANTED_ERROR = 0.1
+"""Median, on held-out batches: beyond it the machine was busy with other things, or the model does not fit it."""
+
+HELP = """\
+examples:
+  scripts/profile --model DIR --out mine.json           a few minutes; the machine should be idle
+  scripts/profile --model DIR --out mine.json --quick   fewer batches, fewer repeats
+  scripts/profile --model DIR --out mine.json --adapter ./support-r16 --ranks 8,128
+  scripts/profile --model DIR --out mine.json --set engine.threads=4 --set engine.max_running=32
+  scripts/up --model DIR --set cluster.profile=mine.json      price with it (an absolute path for other folders)
+
+What it does: builds the engine in this process, with the configuration that a cluster here would give it (the cores
+are split among the engines), and times some hundred batches of random tokens: prefill and decode, few and many, short
+and long contexts, no adapter to many of mixed ranks. A linear model of what is in a step is fitted to the medians, and
+tested on every fifth batch, which the fit has not seen. An engine of one thread is timed in CPU seconds, which other
+processes hardly disturb. Loads are timed from memory: what store and network add, router and planner learn from the
+engines' reports. The adapters are made up unless --adapter names some.
+
+--lora padded fits the cost that other servers have (each token at the largest rank of the batch) to the same batches.
+The same command measures a GPU where there is one. The exit status is 1 where the median error is over 10%.
+"""
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the exit status."""
+    options = _parser().parse_args(arguments)
+    try:
+        profile, text = _measure(options)
+        write_profile(profile, options.out)
+    except (LoraServeError, OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"{text}\n\n{verdict(profile)}\nwritten to {options.out}")
+    assert profile.residuals is not None, "it was measured"
+    if profile.residuals.median > WANTED_ERROR:
+        print("error: that is over 10%; stop what else runs on this machine and measure again", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
+    if not options.out.parent.is_dir():
+        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
+    config = load_config(options.config, overrides=[*options.set, f"model.path={options.model}"])
+    shape = shape_of(read_config(options.model))
+    runner = build_runner(config, _say)
+    limits = scheduler_limits(config, runner)
+    placed = place(_slabs(options, config, shape), limits.pool_bytes, limits.max_adapters)
+    adapters = [SizedAdapter(slab.header.rank, slab.header.slab_bytes) for _, slab in placed]
+    count, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if options.quick else (BATCHES, ROUNDS)
+    _say(f"timing loads of {len(adapters)} adapters")
+    cpu_seconds = _in_cpu_seconds(config, runner)
+    threads = digest_threads_for(config, on_device=runner.pool.waits)
+    loads = measure_loads(runner, placed, config.engine.load_chunk_bytes, threads, rounds, cpu_seconds)
+    batches = design(limits, len(adapters), count)
+    _say(f"timing {count} steps, {rounds} times each, {'in CPU seconds' if cpu_seconds else 'by the clock'}")
+    to_time = [to_step(index, batch, limits.block_tokens, shape.vocab) for index, batch in enumerate(batches)]
+    seconds = measure_steps(runner, to_time, rounds, cpu_seconds, _say)
+    steps: list[StepSample] = [(shape_of_batch(b, adapters), s) for b, s in zip(batches, seconds, strict=True)]
+    lora: Lora = options.lora
+    cost, found = fit(steps, loads, lora)
+    profile = Profile(
+        model=config.model.name or options.model.resolve().name,
+        shape=shape,
+        hardware=_hardware(config, runner),
+        date=datetime.date.today().isoformat(),
+        origin="measured",
+        cost=cost,
+        engine=_engine_shape(config, limits, shape, runner),
+        device="cpu" if isinstance(runner, ModelRunner) else "cuda",
+        residuals=found,
+    )
+    return profile, f"{coefficients(profile)}\n\n{errors(profile, [batch.kind for batch in batches], steps)}"
+
+
+def _slabs(options: argparse.Namespace, config: Config, shape: ModelShape) -> list[Slab]:
+    """The user's, then made-up ones of each rank in turn."""
+    engine = config.engine
+    given = [pack_peft(folder, shape, engine.slab_dtype, engine.max_rank) for folder in options.adapter]
+    ranks = [rank for rank in options.ranks if rank <= engine.max_rank]
+    seeds = [(rank, copy) for copy in range(COPIES) for rank in ranks]
+    return given + [made_up_slab(shape, engine.slab_dtype, rank, seed=1000 * rank + copy) for rank, copy in seeds]
+
+
+def _engine_shape(config: Config, limits: SchedulerLimits, shape: ModelShape, runner: Runner) -> EngineShape:
+    slab = made_up_slab(shape, config.engine.slab_dtype, 16, seed=0)
+    on_cpu = isinstance(runner, ModelRunner)
+    block_bytes = attention.block_bytes(shape, limits.block_tokens) if on_cpu else 0
+    return EngineShape(
+        kv_blocks=limits.kv_blocks,
+        block_tokens=limits.block_tokens,
+        pool_bytes=limits.pool_bytes,
+        max_running=limits.max_running,
+        max_step_tokens=limits.max_step_tokens,
+        max_model_tokens=limits.max_model_tokens,
+        slab_bytes_per_rank=slab.header.slab_bytes // 16,
+        kv_bytes_per_token=block_bytes // limits.block_tokens if on_cpu else kv_bytes(shape),
+    )
+
+
+def _hardware(config: Config, runner: Runner) -> str:
+    if not isinstance(runner, ModelRunner):
+        import torch
+
+        return torch.cuda.get_device_name()
+    timed = ", in CPU seconds" if _in_cpu_seconds(config, runner) else ""
+    return f"{_processor()}, {threads_for(config)} of {os.cpu_count()} cores{timed}"
+
+
+def _in_cpu_seconds(config: Config, runner: Runner) -> bool:
+    return isinstance(runner, ModelRunner) and threads_for(config) == 1
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="scripts/profile",
+        description="Measures what steps and loads cost on this machine, for router, planner and simulator.",
+        epilog=HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the profile is written, as JSON")
+    parser.add_argument("--quick", action="store_true", help="fewer batches, fewer repeats")
+    parser.add_argument("--lora", choices=("exact", "padded"), default="exact", help="how LoRA is priced (exact)")
+    parser.add_argument("--ranks", type=_ranks, default=RANKS, metavar="R,R", help="of made-up adapters (8,16,32,64)")
+    parser.add_argument(
+        "--adapter", type=Path, action="append", default=[], metavar="DIR", help="a PEFT folder as well"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML, as the cluster has it")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one setting")
+    return parser
+
+
+def _ranks(text: str) -> tuple[int, ...]:
+    ranks = tuple(int(part) for part in text.split(","))
+    if min(ranks) < 1:
+        raise argparse.ArgumentTypeError("ranks are at least 1")
+    return ranks
+
+
+def _say(text: str) -> None:
+    print(f"[{time.monotonic() - STARTED_S:6.1f} s] {text}", file=sys.stderr, flush=True)

@@ -1,0 +1,71 @@
+"""Real processes that are interrupted while they import torch end as they do at any other time."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from loraserve.demo.model import CONVERSION, MODEL_NAME, PACKAGE
+from loraserve.testing.local_cluster import free_port
+
+TORCH = """
+import importlib, os, signal, sys
+
+# What C++ does whose call of Python raises: torch's own is interrupted in the same way, but not every time.
+try:
+    signal.raise_signal(int(os.environ["NUMBER"]))
+except KeyboardInterrupt:
+    os.abort()
+sys.path.remove(os.path.dirname(__file__))
+del sys.modules["torch"]
+importlib.import_module("torch")
+"""
+
+
+def interrupt(folder: Path, number: signal.Signals, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    """Run the module; the signal comes from within its import of torch."""
+    shadow = folder / "shadow"
+    shadow.mkdir()
+    (shadow / "torch.py").write_text(TORCH)
+    path = os.pathsep.join([str(shadow), *filter(None, [os.environ.get("PYTHONPATH")])])
+    return subprocess.run(
+        [sys.executable, "-m", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "NUMBER": str(int(number)), "LORASERVE_DATA": str(folder / "data")},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize("has_model", [False, True], ids=["converts", "expands"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_up_ends_in_order_and_leaves_nothing(number: signal.Signals, has_model: bool, tmp_path: Path) -> None:
+    if has_model:
+        model = tmp_path / "data" / "models" / MODEL_NAME.lower()
+        model.mkdir(parents=True)
+        source = {"package": PACKAGE, "conversion": CONVERSION}
+        (model / "source.json").write_text(json.dumps({"source": source, "file_bytes": {}}))
+    done = interrupt(tmp_path, number, "loraserve.cluster", "up", "--port", str(free_port()))
+    assert (done.returncode, "Traceback" in done.stderr) == (130, False), done.stderr
+    assert not list((tmp_path / "data" / "run").glob("*"))
+    assert not list((tmp_path / "data").rglob("*.partial"))
+
+
+def test_training_says_that_it_was_stopped(tmp_path: Path) -> None:
+    done = interrupt(tmp_path, signal.SIGINT, "loraserve.demo.train_adapter", "--style", "pirate")
+    assert (done.returncode, done.stderr) == (1, "stopped; nothing was written\n")
+
+
+@pytest.mark.parametrize("module", ["loraserve.engine", "loraserve.engine.profile", "loraserve.demo.model"])
+def test_other_commands_end_by_the_signal(module: str, tmp_path: Path) -> None:
+    done = interrupt(tmp_path, signal.SIGINT, module)
+    assert done.returncode == -signal.SIGINT, done.stderr
+    assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
+
+
+def test_the_supervisors_signal_ends_an_engine_at_once(tmp_path: Path) -> None:
+    assert interrupt(tmp_path, signal.SIGTERM, "loraserve.engine").returncode == -signal.SIGTERM

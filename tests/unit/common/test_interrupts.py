@@ -1,0 +1,77 @@
+"""What comes while interrupts are held back is raised afterwards, once, and nothing else is touched."""
+
+import signal
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from loraserve.interrupts import INTERRUPTS, interrupts_held_back
+
+
+@pytest.fixture(autouse=True)
+def handlers() -> Iterator[None]:
+    """As in `up`: both raise KeyboardInterrupt."""
+    before = [signal.signal(number, signal.default_int_handler) for number in INTERRUPTS]
+    yield
+    assert [signal.getsignal(number) for number in INTERRUPTS] == [signal.default_int_handler] * 2
+    for number, handler in zip(INTERRUPTS, before, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("numbers", [[signal.SIGINT], [signal.SIGTERM], [signal.SIGINT, signal.SIGTERM]])
+def test_it_is_raised_at_the_end(numbers: list[signal.Signals]) -> None:
+    done = []
+
+    def work() -> None:
+        with interrupts_held_back():
+            for number in numbers:
+                signal.raise_signal(number)
+            done.append("all of it")
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert done == ["all of it"]
+
+
+def test_nothing_is_raised_where_nothing_came() -> None:
+    with interrupts_held_back():
+        pass
+
+
+def test_it_wins_over_an_import_that_failed() -> None:
+    def work() -> None:
+        with interrupts_held_back():
+            signal.raise_signal(signal.SIGINT)
+            raise ImportError("torch")
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        work()
+    assert isinstance(raised.value.__context__, ImportError)
+
+
+def test_an_import_that_fails_by_itself_says_so() -> None:
+    with pytest.raises(ImportError, match="torch"), interrupts_held_back():
+        raise ImportError("torch")
+
+
+def test_a_handler_that_takes_note_is_told_at_once() -> None:
+    seen: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
+    with interrupts_held_back():
+        signal.raise_signal(signal.SIGINT)
+        assert seen == [signal.SIGINT]
+    signal.signal(signal.SIGINT, before)
+
+
+def test_other_threads_may_import_as_well() -> None:
+    done = []
+
+    def work() -> None:
+        with interrupts_held_back():
+            done.append(signal.getsignal(signal.SIGINT))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert done == [signal.default_int_handler]
