@@ -5,6 +5,7 @@ environment, ``--set section.key=value``.
 """
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,8 @@ from loraserve.device import default_engines
 from loraserve.errors import ConfigError
 
 ENV_PREFIX = "LORASERVE_"
+PLACE = re.compile(r"`\$\.(\w+\.\w+)")
+"""How a refusal names the setting at fault."""
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -177,17 +180,22 @@ def load_config(
 ) -> Config:
     """Merge all sources. Raises ConfigError naming the key and where it came from."""
     merged: dict[str, Any] = {}
+    sources: dict[str, str] = {}
     if path is not None:
         _merge(merged, _read_toml(path))
     for name, value in sorted(environ.items()):
         if name.startswith(ENV_PREFIX) and "__" in name:
-            _assign(merged, name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1), value, f"environment {name}")
+            key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
+            sources[key] = f"environment {name}"
+            _assign(merged, key, value, sources[key])
     for text in overrides:
-        key, equals, value = text.partition("=")
+        name, equals, value = text.partition("=")
         if not equals:
             raise ConfigError(f"--set {text}: write section.key=value")
-        _assign(merged, key.strip(), value, f"--set {text}")
-    return _convert(merged)
+        key = name.strip()
+        sources[key] = f"--set {text}"
+        _assign(merged, key, value, sources[key])
+    return _convert(merged, sources)
 
 
 def engine_names(config: Config) -> tuple[str, ...]:
@@ -232,7 +240,7 @@ def _assign(into: dict[str, Any], key: str, text: str, source: str) -> None:
     if not dot:
         raise ConfigError(f"{source}: write section.key, such as engine.pool_bytes")
     value: Any = text
-    if text[:1] in "[{":
+    if text.startswith(("[", "{")):
         try:
             value = msgspec.json.decode(text)
         except msgspec.DecodeError as error:
@@ -243,11 +251,13 @@ def _assign(into: dict[str, Any], key: str, text: str, source: str) -> None:
     values[name] = value
 
 
-def _convert(merged: dict[str, Any]) -> Config:
+def _convert(merged: dict[str, Any], sources: Mapping[str, str]) -> Config:
     try:
         return msgspec.convert(merged, Config, strict=False)
     except msgspec.ValidationError as error:
-        raise ConfigError(f"configuration: {error}; see the fields in loraserve/config.py") from error
+        place = PLACE.search(str(error))
+        source = sources.get(place[1], "configuration") if place else "configuration"
+        raise ConfigError(f"{source}: {error}; see the fields in loraserve/config.py") from error
 
 
 def to_toml(config: Config) -> str:

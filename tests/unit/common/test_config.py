@@ -94,12 +94,34 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
         (["threads=2"], "write section.key"),
         (["engine.speed=2"], "unknown field `speed`"),
         (["gateway.api_keys=[1"], "--set gateway.api_keys"),
-        (["engine.threads=many"], r"\$\.engine\.threads"),
+        (["engine.threads=many"], r"--set engine\.threads=many: .*\$\.engine\.threads"),
+        (["engine.threads="], r"--set engine\.threads=: Expected `int`, got `str`"),
+        (["engine.threads=2", "engine.threads="], r"--set engine\.threads=: "),
+        (["engine.prefix_cache="], r"--set engine\.prefix_cache=: Expected `bool`"),
+        (["engine.device="], r"--set engine\.device=: Invalid enum value ''"),
+        (["gateway.api_keys="], r"--set gateway\.api_keys=: Expected `array`"),
+        (['gateway.api_keys=["k", 3]'], r"--set gateway\.api_keys=.*api_keys\[1\]"),
     ],
 )
 def test_flags_that_cannot_be_used_are_refused(overrides: list[str], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         load_config(environ={}, overrides=overrides)
+
+
+def test_a_text_may_be_set_to_nothing() -> None:
+    environ = {"LORASERVE_CLUSTER__PROFILE": "", "LORASERVE_MODEL__NAME": "mine"}
+    config = load_config(environ=environ, overrides=["model.name="])
+    assert (config.cluster.profile, config.model.name) == ("", "")
+
+
+def test_a_value_of_the_environment_that_cannot_be_used_is_named() -> None:
+    with pytest.raises(ConfigError, match="environment LORASERVE_ENGINE__THREADS: Expected `int`"):
+        load_config(environ={"LORASERVE_ENGINE__THREADS": ""})
+
+
+def test_a_file_is_not_taken_for_the_flag_beside_it(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="configuration: Expected `int`"):
+        load_config(write(tmp_path, '[engine]\nthreads = "two"\n'), {}, ["engine.device=cpu"])
 
 
 def test_a_flag_for_a_section_given_as_a_value_is_refused(tmp_path: Path) -> None:
