@@ -49,7 +49,9 @@ def up(arguments: argparse.Namespace) -> int:
     run_dir = Path(config.cluster.run_dir)
     check_configuration(config)
     check_not_running(run_dir)
-    check_port(config.gateway.host, config.gateway.port)
+    # Chosen once: a gateway that is started again has to be where the announced address says.
+    port = check_port(config.gateway.host, config.gateway.port)
+    config = msgspec.structs.replace(config, gateway=msgspec.structs.replace(config.gateway, port=port))
     for folder in (Path(config.cluster.log_dir), Path(config.cluster.data_dir)):
         _make_folder(folder)
     private_dir(run_dir)
@@ -219,7 +221,7 @@ def _parser() -> argparse.ArgumentParser:
     start.add_argument("--engines", metavar="N", help="engine processes (one for each GPU, or 2 on a CPU)")
     start.add_argument("--device", help="auto (a GPU where there is one), cpu or cuda")
     start.add_argument("--host", help="address to serve on (127.0.0.1)")
-    start.add_argument("--port", help="port to serve on (8000)")
+    start.add_argument("--port", help="port to serve on (8000); 0: one that is free")
     start.add_argument("--detach", action="store_true", help="return once ready and serve in the background")
     start.set_defaults(run=up)
     stop = commands.add_parser("down", help="stop the cluster and leave nothing behind")

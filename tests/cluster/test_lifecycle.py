@@ -5,6 +5,7 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,6 +61,15 @@ def test_children_end_with_a_killed_supervisor(tiny: Path, tmp_path: Path) -> No
                 break
             asyncio.run(asyncio.sleep(0.1))
         assert not left
+
+
+def test_a_port_that_the_system_chooses_is_announced_and_served(tiny: Path, tmp_path: Path) -> None:
+    with LocalCluster(tmp_path / "data", "--model", str(tiny), "--engines", "1", "--port", "0") as running:
+        state = read_state(tmp_path / "data" / "run")
+        assert state is not None
+        with urllib.request.urlopen(f"{state.url}/health", timeout=10) as response:
+            assert response.status == 200
+        assert f"curl -s {state.url}/v1/" in (running.data_dir / "logs" / "up.log").read_text()
 
 
 def test_what_is_still_preparing_is_seen_by_others_and_stopped(tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ def check_not_running(run_dir: Path) -> None:
         )
 
 
-def check_port(host: str, port: int) -> None:
-    """Raises ConfigError where nobody could listen there. Port 0 is always free."""
+def check_port(host: str, port: int) -> int:
+    """The port to listen on: for 0, one that the system chose. Raises ConfigError where nobody could listen there."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
+            return int(probe.getsockname()[1])
         except OSError as error:
             raise ConfigError(
                 f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port N"

@@ -46,6 +46,13 @@ def test_a_busy_port_is_named() -> None:
             check_port("127.0.0.1", port)
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
+def test_the_port_is_the_one_asked_for_or_one_that_is_free(host: str) -> None:
+    chosen = check_port(host, 0)
+    assert chosen > 0
+    assert check_port(host, chosen) == chosen
+
+
 def test_a_running_cluster_is_named(tmp_path: Path) -> None:
     command = [sys.executable, "-c", "print(1, flush=True); input() # loraserve"]
     child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
