@@ -17,7 +17,7 @@ TRIES = 8
 class Budgets:
     """What each engine has left of each class."""
 
-    def __init__(self, problem: Problem, filling: Filling, engine_of: list[int]) -> None:
+    def __init__(self, problem: Problem, filling: Filling, engine_of: list[int], short: frozenset[int]) -> None:
         self.utilisation = filling.utilisation
         self.slack = SLACK * filling.utilisation
         self.class_of = filling.class_of
@@ -30,7 +30,8 @@ class Budgets:
             for kind, budget in part.budgets.items():
                 self.left.setdefault(kind, {})[e] = budget
         self._heaps = {kind: [(-left, e) for e, left in of.items()] for kind, of in self.left.items()}
-        for heap in self._heaps.values():
+        self._short = {kind: [entry for entry in heap if entry[1] in short] for kind, heap in self._heaps.items()}
+        for heap in (*self._heaps.values(), *self._short.values()):
             heapify(heap)
 
     def of(self, a: int) -> dict[int, float]:
@@ -72,9 +73,10 @@ class Budgets:
             if e in left:
                 left[e] -= self.work(a, e) / len(engines)
 
-    def roomiest(self, a: int, fits: Callable[[int], bool]) -> int | None:
-        """The engine of its class with most left that has the memory; None where the first few have not."""
-        heap, left = self._heaps[self.class_of[a]], self.of(a)
+    def roomiest(self, a: int, fits: Callable[[int], bool], short: bool = False) -> int | None:
+        """The engine of its class with most left that has the memory, of all or of the short ones; None where the first
+        few have not."""
+        heap, left = (self._short if short else self._heaps)[self.class_of[a]], self.of(a)
         aside: list[tuple[float, int]] = []
         found = None
         while heap and len(aside) < TRIES:

@@ -19,11 +19,16 @@ SCARCE = 0.9
 """Of all room: where one copy of everything takes more, the hottest choose first, or what stays could keep them out."""
 
 
-def pack(holdings: Holdings, filling: Filling, engine_of: list[int], held: Copies) -> None:
-    """Copies stay where they are as far as budgets go; the others follow, heaviest first."""
-    packing = _Packing(holdings, filling, engine_of, held)
+def pack(holdings: Holdings, filling: Filling, engine_of: list[int], held: Copies, short: frozenset[int]) -> None:
+    """Copies stay where they are as far as budgets go; the others follow, heaviest first.
+
+    ``short``: engines with less room than others, and too little for what they are to have.
+    """
+    packing = _Packing(holdings, filling, engine_of, held, short)
     pins = holdings.problem.pins
     asked = [a for a in holdings.by_weight if filling.class_of[a] >= 0 and a not in pins]
+    if short:
+        asked = packing.fill_short(asked)
     if sum(holdings.extents) > SCARCE * sum(holdings.room):
         for a in asked:
             if not packing.keep(a):
@@ -43,15 +48,35 @@ def pack(holdings: Holdings, filling: Filling, engine_of: list[int], held: Copie
 
 
 class _Packing:
-    def __init__(self, holdings: Holdings, filling: Filling, engine_of: list[int], held: Copies) -> None:
-        self._holdings, self._held = holdings, held
-        self._budgets = Budgets(holdings.problem, filling, engine_of)
+    def __init__(
+        self, holdings: Holdings, filling: Filling, engine_of: list[int], held: Copies, short: frozenset[int]
+    ) -> None:
+        self._holdings, self._held, self._short = holdings, held, short
+        self._budgets = Budgets(holdings.problem, filling, engine_of, short)
         self._split_from = max(SPLIT * filling.utilisation, WORTH_A_COPY)
         for a in holdings.problem.pins:
             self._budgets.spend(a, holdings.copies[a])
 
     def may_split(self, a: int) -> bool:
         return self._holdings.whole[a] >= self._split_from
+
+    def fill_short(self, asked: list[int]) -> list[int]:
+        """Short engines get what brings most work by the byte, or cold adapters would take their memory and leave them
+        idle. The answer is those that they have not got."""
+        whole, extents = self._holdings.whole, self._holdings.extents
+        given = {a for a in sorted(asked, key=lambda a: -whole[a] / extents[a]) if self._give_short(a)}
+        return [a for a in asked if a not in given]
+
+    def _give_short(self, a: int) -> bool:
+        """Whole, where it is rather than elsewhere; False where none has the room and the budget."""
+        budgets, left = self._budgets, self._budgets.of(a)
+        mine = [e for e in self._held[a] if e in self._short and e in left and self._fits(a, e)]
+        roomy = budgets.roomiest(a, lambda e: self._fits(a, e), short=True)
+        for e in (*mine, roomy):
+            if e is not None and budgets.work(a, e) - left[e] <= budgets.slack:
+                self._give(a, e, 1.0)
+                return True
+        return False
 
     def keep(self, a: int) -> bool:
         """Where it is, on one engine or on all; False where they are to have too little of its class."""

@@ -1,9 +1,9 @@
 """Where copies of adapters should live, from forecast demand: our policy, the default. Pure and deterministic.
 
 The current plan, completed by what it lacks, stands against a fresh one: engines filled by rank to the least
-utilisation (fill), taking over what they hold (relabel, packing). The fresh one is taken where requests would start
-sooner by more than the hysteresis and by more than its loads cost; and then a better one still is looked for, so that
-what is answered is what would be answered again.
+utilisation (fill), where there is room for it (wishes) and taking over what they hold (relabel, packing). The fresh one
+is taken where requests would start sooner by more than the hysteresis and by more than its loads cost; and then a
+better one still is looked for, so that what is answered is what would be answered again.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,11 +17,12 @@ from loraserve.planner.fill import Filling, fill
 from loraserve.planner.holdings import Holdings
 from loraserve.planner.levelling import level
 from loraserve.planner.packing import pack
-from loraserve.planner.problem import POOL_FRACTION, Copies, Floats, Pieces, Problem, flat, placements, problem_of
+from loraserve.planner.problem import POOL_FRACTION, Copies, Pieces, Problem, flat, placements, problem_of
 from loraserve.planner.relabel import relabel
 from loraserve.planner.settings import PlanSettings
 from loraserve.planner.shares import pieces_of
 from loraserve.planner.utilisation import placed_part, predicted_ttft_s, ttft_s, work_of
+from loraserve.planner.wishes import kept_bytes, spilt_bytes, wishes_of
 
 __all__ = ["HYSTERESIS", "POOL_FRACTION", "plan"]
 
@@ -33,6 +34,9 @@ PLACED = 0.01
 """Of all requests: where memory is short, a plan with copies for so many more is better whatever it costs."""
 SAME = 0.001
 """Of the predicted TTFT: what differs less is the same, where it needs no more loads."""
+SPILT = 20.0
+"""Bytes loaded that one without room weighs: a load is paid once, and what spills over slows others at their rank for
+as long as the plan lasts."""
 ROUNDS = 6
 
 
@@ -115,13 +119,27 @@ def _kept(problem: Problem, filling: Filling, held: Copies) -> Copies:
 def _fresh(problem: Problem, filling: Filling, held: Copies) -> Copies:
     """What would be planned if moves cost nothing, still with as few as that allows."""
     holdings = Holdings(problem)
-    pack(holdings, filling, relabel(_kept_bytes(problem, filling, held)).tolist(), held)
+    engine_of, short = _dealt(problem, filling, held)
+    pack(holdings, filling, engine_of, held, short)
     holdings.stay(held, asked=False)
     holdings.drop_surplus(filling.utilisation)
     holdings.complete(held)
     holdings.replicate(filling.utilisation, held)
     level(problem, holdings.copies, pieces_of(problem, holdings.copies))
     return _refilled(problem, holdings.copies, held)
+
+
+def _dealt(problem: Problem, filling: Filling, held: Copies) -> tuple[list[int], frozenset[int]]:
+    """By bin its engine; and the engines with less room than others, and too little for what they are to have."""
+    wishes = wishes_of(filling)
+    kept = kept_bytes(problem, wishes, held)
+    if (problem.room_bytes == problem.room_bytes[0]).all():
+        return relabel(kept).tolist(), frozenset()
+    spilt = spilt_bytes(problem, wishes)
+    # Of one class all bins want the same, and solving that takes longest.
+    engine_of = relabel(kept - SPILT * spilt if wishes.parts.shape[1] > 1 else kept)
+    short = engine_of[spilt[np.arange(len(spilt)), engine_of] > 0]
+    return engine_of.tolist(), frozenset(short.tolist())
 
 
 def _refilled(problem: Problem, levelled: Copies, held: Copies) -> Copies:
@@ -132,25 +150,6 @@ def _refilled(problem: Problem, levelled: Copies, held: Copies) -> Copies:
     holdings.stay(levelled, asked=True)
     holdings.complete(held)
     return holdings.copies
-
-
-def _kept_bytes(problem: Problem, filling: Filling, held: Copies) -> Floats:
-    """By bin and engine: bytes held there of the classes that the bin wants, each by the part of it that it wants."""
-    classes = {kind: i for i, kind in enumerate(sorted({kind for part in filling.bins for kind in part.budgets}))}
-    wanted = np.zeros((len(filling.bins), len(classes)))
-    if len(classes) <= 1:  # All bins want the same.
-        return np.zeros((len(filling.bins), len(filling.bins)))
-    for i, part in enumerate(filling.bins):
-        for kind, budget in part.budgets.items():
-            wanted[i, classes[kind]] = budget
-    wanted /= np.maximum(wanted.sum(axis=0), 1e-300)
-    holds = np.zeros((len(classes), len(problem.engines)))
-    adapters, engines, _ = flat(held)
-    rows = np.array([classes.get(kind, -1) for kind in filling.class_of], np.int64)[adapters]
-    asked = rows >= 0
-    np.add.at(holds, (rows[asked], engines[asked]), problem.extents[adapters[asked]])
-    result: Floats = wanted @ holds
-    return result
 
 
 def _pays(problem: Problem, best: _Candidate, other: _Candidate) -> bool:
