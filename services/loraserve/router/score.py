@@ -122,7 +122,8 @@ def _harm_s(request: Route, near: Near, table: PriceTable, cost: CostModel, mean
     """
     prices, adapter = table.columns, request.adapter
     # How long it goes on is known no better than by the mean.
-    output_tokens = min(mean_output_tokens, max(1, request.sampling.max_tokens))
+    most_tokens = max(1, request.sampling.max_tokens)
+    output_tokens = most_tokens if most_tokens < mean_output_tokens else mean_output_tokens
     if cost.lora == "padded":
         rank = _rank(adapter)
         itself_s = output_tokens * cost.padded_decode_s + len(request.prompt_tokens) * cost.padded_prefill_s

@@ -97,7 +97,9 @@ class PriceTable:
             self.suspects.add(column)
         else:
             self.suspects.discard(column)
-        self.fitting_tokens = min(self.fitting_tokens, fitting_tokens(prices))
+        fitting = fitting_tokens(prices)
+        if fitting < self.fitting_tokens:
+            self.fitting_tokens = fitting
         self._values[:, column] = self._values_of(prices)
 
     def validate(self) -> None:
