@@ -174,7 +174,7 @@ def _choose_once(cluster: Cluster, choose: Callable[..., object], request: Route
     choice = choose(request, view, cluster.plan, cluster.cost, SLO, cluster.rng)
     chosen_s = time.perf_counter()
     assert isinstance(choice, Choice), choice
-    view.sent(choice.candidates[0].engine, request, cluster.now, choice.candidates[0])
+    view.sent(choice.first.engine, request, cluster.now, choice.first)
     measured.whole.append(time.perf_counter() - began_s)
     measured.choosing[KINDS[request.adapter is None]].append(chosen_s - choosing_s)
 

@@ -12,7 +12,7 @@ from loraserve.cost import CostModel
 from loraserve.messages import Rejected, Route
 from loraserve.router.choice import Choice, Rng, Slo
 from loraserve.router.filters import able_columns, no_engine, unfit
-from loraserve.router.pick import MOST_CANDIDATES, by_lot, candidates
+from loraserve.router.pick import MOST_CANDIDATES, by_lot, choice_of
 from loraserve.router.policy import shares_by_column
 from loraserve.router.score import score
 from loraserve.router.shares import PlannedCopies
@@ -40,4 +40,4 @@ def route_by_shares(
         if len(chosen) < MOST_CANDIDATES:
             group = [c for c in columns if (c in shares) == planned and bool(avoided[c]) == suspect]
             chosen += by_lot(group, shares, rng)
-    return Choice(candidates(chosen[:MOST_CANDIDATES], request, view, table, scores, shares, cost))
+    return choice_of(chosen, None, view, table, scores, cost)

@@ -1,5 +1,6 @@
 """What a routing policy is asked with and what it answers. Pure."""
 
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import msgspec
@@ -48,9 +49,18 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """Engines to try, best first."""
+    """Engines to try, best first. ``others`` are looked for when asked for: nearly always the first takes it."""
 
-    candidates: tuple[Candidate, ...]
+    first: Candidate
+    others: Callable[[], tuple[Candidate, ...]] = tuple
+
+    def __iter__(self) -> Iterator[Candidate]:
+        yield self.first
+        yield from self.others()
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        return tuple(self)
 
 
 class Slo(msgspec.Struct, frozen=True):

@@ -14,11 +14,12 @@ Mask = npt.NDArray[np.bool_]
 def able_columns(request: Route, table: PriceTable) -> Mask | None:
     """Where the context and, by size, the adapter fit; None where that is everywhere."""
     tokens = len(request.prompt_tokens)
-    extent = extent_bytes(request.adapter.slab_bytes) if request.adapter is not None else 0
-    if tokens < table.least_longest_tokens and extent <= table.least_extent_bytes:
+    # Extents are of whole granules, so that a slab that is no larger than one fits into it.
+    slab_bytes = request.adapter.slab_bytes if request.adapter is not None else 0
+    if tokens < table.least_longest_tokens and slab_bytes <= table.least_extent_bytes:
         return None
     columns = table.columns
-    return (columns.longest_tokens > tokens) & (columns.largest_extent_bytes >= extent)
+    return (columns.longest_tokens > tokens) & (columns.largest_extent_bytes >= slab_bytes)
 
 
 def no_engine(request: Route) -> Rejected:

@@ -1,14 +1,14 @@
 """From scores to the engines that are asked, best first, and why. Pure."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 
 import numpy as np
 
 from loraserve.cost import CostModel
-from loraserve.messages import Route
-from loraserve.router.choice import Candidate, Rng, Seconds
+from loraserve.router.choice import Candidate, Choice, Rng, Seconds
 from loraserve.router.prices import Array
-from loraserve.router.score import Scores, own_seconds
+from loraserve.router.score import Scores, own_seconds, prefill_tokens
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
@@ -21,17 +21,14 @@ SUSPECT_S = 1e9
 """Added to the score of an engine that does not answer, or is drained: it is asked after all others."""
 
 
-def best_columns(scores: Scores, table: PriceTable, shares: Mapping[int, float], rng: Rng) -> list[int]:
-    """By score, near-ties by lot so that equal engines share the load; suspects last.
+def near_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng: Rng) -> list[int]:
+    """The best by lot, so that equal engines share the load.
 
     Among near-ties a copy of the plan wins: a long queue makes what the plan is worth smaller than the tie.
     """
-    ranked = suspects_last(scores.score, table)
-    best = int(ranked.argmin())
     tie_s = NEAR * max(scores.ttft_s.item(best), table.columns.decode_step_s.item(best)) + LEAST_TIE_S
-    near = (ranked <= ranked.item(best) + tie_s).nonzero()[0].tolist()
-    first = near if len(near) == 1 else by_lot(near, shares, rng)
-    return first + _next_best(ranked, first) if len(first) < MOST_CANDIDATES else first
+    near = (ranked <= np.array(ranked.item(best) + tie_s)).nonzero()[0].tolist()
+    return near if len(near) == 1 else by_lot(near, scores.shares, rng)
 
 
 def suspects_last(score: Array, table: PriceTable) -> Array:
@@ -71,28 +68,29 @@ def _next_best(ranked: Array, first: Sequence[int]) -> list[int]:
     return found
 
 
-def candidates(
-    columns: Sequence[int],
-    request: Route,
-    view: ClusterView,
-    table: PriceTable,
-    scores: Scores,
-    shares: Mapping[int, float],
-    cost: CostModel,
-) -> tuple[Candidate, ...]:
-    """These, each with its prediction and why. Who has the request already comes first."""
-    live = _column_of_live(request, view, scores)
-    if live is not None:
-        columns = [live, *(column for column in columns if column != live)][:MOST_CANDIDATES]
-    whys = ["base" for _ in columns] if request.adapter is None else _whys(columns, scores, shares)
-    if live is not None:
-        whys[0] = "live"
-    elif columns[0] in scores.saved_tokens and _prefix_decided(columns[0], request, table, scores, cost):
-        whys[0] = "prefix"
-    return tuple(_candidate(column, why, table, scores) for column, why in zip(columns, whys, strict=True))
+def choice_of(
+    columns: Sequence[int], ranked: Array | None, view: ClusterView, table: PriceTable, scores: Scores, cost: CostModel
+) -> Choice:
+    """These and then the best by ``ranked``, each with its prediction and why. Who has the request already comes first.
+
+    Others than the first are worked out when they are asked for, from what was known when the first was chosen.
+    """
+    first = _column_of_live(view, scores)
+    if first is not None:
+        why = "live"
+    else:
+        first = columns[0]
+        why = "prefix" if _prefix_decided(first, table, scores, cost) else _why(first, scores)
+    return Choice(_candidate(first, why, scores), partial(_others, first, columns, ranked, scores))
 
 
-def _candidate(column: int, why: str, table: PriceTable, scores: Scores) -> Candidate:
+def _others(first: int, columns: Sequence[int], ranked: Array | None, scores: Scores) -> tuple[Candidate, ...]:
+    more = _next_best(ranked, columns) if ranked is not None else []
+    rest = [column for column in (*columns, *more) if column != first][: MOST_CANDIDATES - 1]
+    return tuple(_candidate(column, _why(column, scores), scores) for column in rest)
+
+
+def _candidate(column: int, why: str, scores: Scores) -> Candidate:
     parts = Seconds(
         scores.queue_s.item(column),
         scores.load_s.item(column),
@@ -100,23 +98,30 @@ def _candidate(column: int, why: str, table: PriceTable, scores: Scores) -> Cand
         scores.step_s.item(column),
         scores.harm_s.item(column),
     )
-    return Candidate(table.engines[column].name, scores.ttft_s.item(column), why, parts)
+    return Candidate(scores.engines[column].name, scores.ttft_s.item(column), why, parts)
 
 
-def _column_of_live(request: Route, view: ClusterView, scores: Scores) -> int | None:
-    live = view.live.get(request.request_id)
-    engine = view.engines.get(live.engine) if live is not None else None
-    able = engine is not None and engine.column >= 0 and scores.score[engine.column] < np.inf
-    return engine.column if engine is not None and able else None
+def _column_of_live(view: ClusterView, scores: Scores) -> int | None:
+    live = view.live.get(scores.request.request_id)
+    if live is None or live.engine not in view.engines:
+        return None
+    column = view.engines[live.engine].column
+    return column if column >= 0 and scores.score[column] < np.inf else None
 
 
-def _whys(columns: Iterable[int], scores: Scores, shares: Mapping[int, float]) -> list[str]:
-    held, absent = (*scores.near.resident, *scores.near.begun), "spill" if scores.near.resident else "load"
-    return [("planned" if column in shares else "resident") if column in held else absent for column in columns]
+def _why(column: int, scores: Scores) -> str:
+    if scores.request.adapter is None:
+        return "base"
+    if column in scores.near.resident or column in scores.near.begun:
+        return "planned" if column in scores.shares else "resident"
+    return "spill" if scores.near.resident else "load"
 
 
-def _prefix_decided(column: int, request: Route, table: PriceTable, scores: Scores, cost: CostModel) -> bool:
-    """Whether another would be the best if nothing of the prompt were there."""
-    _, own_s = own_seconds(request, scores.near, table, cost, float(len(request.prompt_tokens)))
+def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostModel) -> bool:
+    """Whether it has some of the prompt, and another would be the best if nothing of it were there."""
+    if column not in scores.saved_tokens:
+        return False
+    tokens = prefill_tokens(scores.request, table, {})
+    _, own_s = own_seconds(scores.request, scores.near, table, cost, tokens)
     without = suspects_last(scores.score - scores.own_s + own_s, table)
     return bool(without[column] > without.min())

@@ -13,7 +13,7 @@ from loraserve.cost import CostModel
 from loraserve.messages import Rejected, Route
 from loraserve.router.choice import Candidate, Choice, Rng, Seconds, Slo, rejected
 from loraserve.router.filters import able_columns, no_engine, unfit
-from loraserve.router.pick import MOST_CANDIDATES, best_columns, candidates, suspects_last
+from loraserve.router.pick import MOST_CANDIDATES, choice_of, near_ties, suspects_last
 from loraserve.router.score import Scores, score
 from loraserve.router.shares import PlannedCopies, shares_of
 from loraserve.router.table import PriceTable
@@ -46,33 +46,40 @@ def route(
     scores = score(request, view, table, shares, cost)
     if able is not None:
         scores.score[~able] = scores.ttft_s[~able] = np.inf
-    refusal = _overloaded(request, scores, table, cost, slo)
-    if refusal is not None:
-        return refusal
-    columns = best_columns(scores, table, shares, rng)
-    return Choice(candidates(columns, request, view, table, scores, shares, cost))
+    ranked = suspects_last(scores.score, table)
+    best = int(ranked.argmin())
+    # Where it is in time, so is the soonest.
+    if table.suspects or scores.ttft_s.item(best) > slo.ttft_s * slo.reject_factor:
+        refusal = _overloaded(scores, table, cost, slo)
+        if refusal is not None:
+            return refusal
+    first = near_ties(ranked, best, scores, table, rng)
+    return choice_of(first, ranked, view, table, scores, cost)
 
 
 def shares_by_column(plan: PlannedCopies | None, request: Route, view: ClusterView) -> Mapping[int, float]:
     """Of the planned copies at engines that take requests."""
-    engines = view.engines
-    planned = ((engines[name].column, s) for name, s in shares_of(plan, request).items() if name in engines)
-    return {column: share for column, share in planned if column >= 0 and share > 0}
+    shares: dict[int, float] = {}
+    for name, share in shares_of(plan, request).items():
+        engine = view.engines.get(name)
+        if engine is not None and engine.column >= 0 and share > 0:
+            shares[engine.column] = share
+    return shares
 
 
-def _overloaded(request: Route, scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) -> Rejected | None:
+def _overloaded(scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) -> Rejected | None:
     """Where every engine would break the promise by the factor; one that is drained or silent is idle for nobody, and
     counts only where there is no other. A prompt that alone takes longer than the SLO is promised no more than that:
     coming back later would not help it."""
     soonest = int(suspects_last(scores.ttft_s, table).argmin())
-    soonest_s = float(scores.ttft_s[soonest])
+    soonest_s = scores.ttft_s.item(soonest)
     if soonest_s <= slo.ttft_s * slo.reject_factor:
         return None
-    alone_s = float(scores.own_s[soonest])
-    if request.adapter is not None and scores.load_s[soonest] > 0:
-        alone_s += cost.load_s(request.adapter.slab_bytes)
+    alone_s = scores.own_s.item(soonest)
+    if scores.request.adapter is not None and scores.load_s[soonest] > 0:
+        alone_s += cost.load_s(scores.request.adapter.slab_bytes)
     promised_s = max(slo.ttft_s, alone_s)
     if soonest_s <= promised_s * slo.reject_factor:
         return None
     text = f"every engine would take {soonest_s:.0f} s or more to start this request; try again later"
-    return rejected(request, "overloaded", text, retry_after_s=soonest_s - promised_s)
+    return rejected(scores.request, "overloaded", text, retry_after_s=soonest_s - promised_s)

@@ -35,19 +35,18 @@ class PrefixMemory:
 
     def cached_tokens(self, request: Route) -> Mapping[str, int]:
         """By engine, tokens of the prompt that need no prefill there; at least one always does."""
-        self._turn_to(request)
-        if self._found is None:
+        if request is not self._request or self._found is None:
+            self._turn_to(request)
             self._found = self._look_up(request)
         return self._found
 
     def _look_up(self, request: Route) -> dict[str, int]:
         found: dict[str, int] = {}
-        most = len(request.prompt_tokens) - 1
         for block in range(_blocks(request)):
             numbers = self._engines_of.get(self._digest(request, block))
             if numbers is None:
                 break
-            tokens = min((block + 1) * BLOCK_TOKENS, most)
+            tokens = min((block + 1) * BLOCK_TOKENS, len(request.prompt_tokens) - 1)
             for number in numbers:
                 if number in self._names:
                     found[self._names[number]] = tokens

@@ -6,6 +6,7 @@ request is priced at all engines at once.
 
 from typing import Generic, NamedTuple, TypeAlias, TypeVar
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -31,7 +32,7 @@ DEFAULT_STEP_TOKENS = 512
 """Of a step, where an engine does not say."""
 
 
-class Prices(NamedTuple, Generic[T]):
+class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
     """Of one engine as floats, of all as arrays in the order of their columns.
 
     A step that carries prefill takes ``step_s`` + rank * ``step_rank_s`` + ``pace`` * its prefill tokens' time, where

@@ -4,29 +4,27 @@ score = predicted time to first token + weight * harm + what a load costs others
 worth.
 """
 
-from collections.abc import Mapping
-from typing import NamedTuple, TypeAlias
+from collections.abc import Mapping, Sequence
 
+import msgspec
 import numpy as np
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterRef, Route
+from loraserve.router.engine_view import EngineView
 from loraserve.router.prices import Array
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
-BEHIND_WEIGHT = 1.0
-"""What a second of an engine's time is worth, beside its ``harm_weight``, for each request that comes before the queue
-there is gone: it waits that second longer."""
 LOAD_HARM = 1.5
 """Of a load's time, added to the score: room and bandwidth are taken from others."""
+_LOAD_HARM, _ONE = np.array(LOAD_HARM), np.array(1.0)
+# Where there are as few engines as usual, numpy takes twice as long for an array and a number as for two arrays.
 PRIOR_STEPS = 0.5
 """What a planned copy, and one that is there already, is worth in steps: enough to settle what is nearly a tie."""
 
-Tokens: TypeAlias = float | Array
 
-
-class Near(NamedTuple):
+class Near(msgspec.Struct, frozen=True, gc=False):
     """Columns where the request's adapter is, where its load has begun, and where requests with it are."""
 
     resident: list[int]
@@ -34,8 +32,11 @@ class Near(NamedTuple):
     running: list[int]
 
 
-class Scores(NamedTuple):
-    """Arrays in the order of the table's columns; ``own_s`` holds ``step_s``. ``saved_tokens`` by column."""
+class Scores(msgspec.Struct, frozen=True, gc=False):
+    """Of a request, in arrays by column; ``own_s`` holds ``step_s``. ``saved_tokens`` and ``shares`` by column.
+
+    They stay as they are when the table changes, and ``engines`` those that had the columns then.
+    """
 
     score: Array
     ttft_s: Array
@@ -46,16 +47,20 @@ class Scores(NamedTuple):
     harm_s: Array
     saved_tokens: Mapping[int, int]
     near: Near
+    request: Route
+    shares: Mapping[int, float]
+    engines: Sequence[EngineView]
 
 
 def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[int, float], cost: CostModel) -> Scores:
     """At every ready engine, those that cannot serve it too. ``shares`` of the plan by column."""
     prices, tokens = table.columns, len(request.prompt_tokens)
     near, saved = columns_near(request, view), _saved_tokens(request, view)
-    queue_s = prices.queue_s
+    # What is sent from now on changes the table; a prediction stays as it is.
+    queue_s = prices.queue_s.copy()
     if tokens > table.fitting_tokens:
         queue_s = queue_s + np.maximum(prices.kv_wait_token_s * tokens + prices.kv_wait_s, 0.0)
-    step_s, own_s = own_seconds(request, near, table, cost, _without(saved, tokens, len(table.engines)))
+    step_s, own_s = own_seconds(request, near, table, cost, prefill_tokens(request, table, saved))
     harm_s = _harm_s(request, near, table, cost, view.output_tokens)
     if request.adapter is None:
         load_s = np.zeros(len(table.engines))
@@ -64,18 +69,9 @@ def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[
         load_s = _load_s(request.adapter, near, table)
         # It loads while it waits in the queue; neither makes the other longer.
         ttft_s = np.maximum(queue_s, load_s) + own_s
-    total = ttft_s + harm_s * harm_weight(view, table) + load_s * LOAD_HARM
+    total = ttft_s + harm_s * table.harm_weight + load_s * _LOAD_HARM
     _subtract_priors(total, near, table, shares)
-    return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, harm_s, saved, near)
-
-
-def harm_weight(view: ClusterView, table: PriceTable) -> Array:
-    """Of each engine. Its time that is lost delays all who arrive there while its queue lasts, and fills it sooner:
-    nearly nobody where it is idle, and many near the limit, where only what a request costs decides how much can be
-    served."""
-    arrivals_per_s = view.requests_per_s / len(table.engines)
-    weight: Array = table.columns.queue_s * (BEHIND_WEIGHT * arrivals_per_s) + table.columns.harm_weight
-    return weight
+    return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, harm_s, saved, near, request, shares, table.engines)
 
 
 def columns_near(request: Route, view: ClusterView) -> Near:
@@ -96,25 +92,25 @@ def columns_near(request: Route, view: ClusterView) -> Near:
     return near
 
 
-def own_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, tokens: Tokens) -> tuple[Array, Array]:
+def own_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, tokens: Array) -> tuple[Array, Array]:
     """The steps that carry ``tokens`` of its prefill, without and with that prefill: a step holds no more than so many
     tokens, and whoever decodes there decodes in each of them."""
     prices, adapter = table.columns, request.adapter
     token_s = cost.prefill_token_s + len(request.prompt_tokens) / 2 * cost.prefill_kv_token_s
-    steps = np.maximum(prices.steps_per_token * tokens, 1.0)
+    steps = np.maximum(prices.steps_per_token * tokens, _ONE)
     paced_tokens = prices.pace * tokens
     if cost.lora == "padded":
-        rank = np.maximum(prices.rank, adapter.rank if adapter is not None else 0)
+        rank = np.maximum(prices.rank, _rank(adapter))
         step_s = (rank * prices.step_rank_s + prices.step_s) * steps
-        return step_s, step_s + (rank * cost.padded_prefill_s + token_s) * paced_tokens
+        return step_s, step_s + (rank * np.array(cost.padded_prefill_s) + np.array(token_s)) * paced_tokens
     if adapter is None:
         step_s = prices.step_s * steps
-        return step_s, step_s + paced_tokens * token_s
-    slab_s = prices.pace * (adapter.slab_bytes * cost.slab_byte_s)
+        return step_s, step_s + paced_tokens * np.array(token_s)
+    slab_s = prices.pace * np.array(adapter.slab_bytes * cost.slab_byte_s)
     for column in near.running:
         slab_s[column] = 0.0
     step_s = (prices.step_s + slab_s) * steps
-    return step_s, step_s + paced_tokens * (token_s + adapter.rank * cost.rank_token_s)
+    return step_s, step_s + paced_tokens * np.array(token_s + adapter.rank * cost.rank_token_s)
 
 
 def _harm_s(request: Route, near: Near, table: PriceTable, cost: CostModel, mean_output_tokens: float) -> Array:
@@ -126,34 +122,40 @@ def _harm_s(request: Route, near: Near, table: PriceTable, cost: CostModel, mean
     """
     prices, adapter = table.columns, request.adapter
     # How long it goes on is known no better than by the mean.
-    output_tokens = min(mean_output_tokens, max(1, request.sampling.max_tokens))
+    most_tokens = max(1, request.sampling.max_tokens)
+    output_tokens = most_tokens if most_tokens < mean_output_tokens else mean_output_tokens
     if cost.lora == "padded":
-        rank = adapter.rank if adapter is not None else 0
+        rank = _rank(adapter)
         itself_s = output_tokens * cost.padded_decode_s + len(request.prompt_tokens) * cost.padded_prefill_s
         widest = np.maximum(prices.harm_rank, rank)
         others_s = (widest - prices.harm_rank) * prices.widening_s
         if output_tokens < mean_output_tokens:
             others_s *= output_tokens / mean_output_tokens
-        others_s += (widest - rank) * itself_s
+        others_s += (widest - rank) * np.array(itself_s)
         return others_s
     if adapter is None:
         return np.zeros(len(table.engines))
-    harm_s = np.full(len(table.engines), adapter.slab_bytes * cost.slab_byte_s * output_tokens)
+    harm_s: Array = table.ones * np.array(adapter.slab_bytes * cost.slab_byte_s * output_tokens)
     for column in near.running:
         harm_s[column] = 0.0
     return harm_s
 
 
+def _rank(adapter: AdapterRef | None) -> Array:
+    return np.array(float(adapter.rank) if adapter is not None else 0.0)
+
+
 def _load_s(adapter: AdapterRef, near: Near, table: PriceTable) -> Array:
     """Until an absent adapter is there: its load, after those on their way, and a wait where the pool is in use."""
-    prices, extent = table.columns, extent_bytes(adapter.slab_bytes)
-    load_s = prices.load_byte_s * adapter.slab_bytes + prices.load_base_s
-    # Of a load that has begun some time ago, half is left.
-    left = [load_s.item(column) / 2 for column in near.begun]
-    if extent > table.least_room_bytes:
-        load_s += (prices.room_bytes < extent) * prices.room_wait_s
-    for column, left_s in zip(near.begun, left, strict=True):
-        load_s[column] = left_s
+    prices = table.columns
+    load_s: Array = prices.load_byte_s * np.array(float(adapter.slab_bytes)) + prices.load_base_s
+    for column in near.begun:
+        # Some time ago: half of it is left, and it has its room.
+        load_s[column] /= 2
+    if adapter.slab_bytes > table.fitting_slab_bytes:
+        wait_s = (prices.room_bytes < extent_bytes(adapter.slab_bytes)) * prices.room_wait_s
+        wait_s[near.begun] = 0.0
+        load_s += wait_s
     for column in near.resident:
         load_s[column] = 0.0
     return load_s
@@ -167,10 +169,12 @@ def _saved_tokens(request: Route, view: ClusterView) -> Mapping[int, int]:
     return {column: tokens for column, tokens in columns if column >= 0}
 
 
-def _without(saved: Mapping[int, int], tokens: int, engines: int) -> Tokens:
+def prefill_tokens(request: Route, table: PriceTable, saved: Mapping[int, int]) -> Array:
+    """Of its prompt, without what is saved: at each engine, or one number where that is nothing."""
+    tokens = np.array(float(len(request.prompt_tokens)))
     if not saved:
-        return float(tokens)
-    left = np.full(engines, float(tokens))
+        return tokens
+    left = np.full(len(table.engines), tokens)
     for column, cached in saved.items():
         left[column] -= cached
     return left
@@ -179,4 +183,4 @@ def _without(saved: Mapping[int, int], tokens: int, engines: int) -> Tokens:
 def _subtract_priors(total: Array, near: Near, table: PriceTable, shares: Mapping[int, float]) -> None:
     decode_step_s = table.columns.decode_step_s
     for column in (*shares, *near.resident):
-        total[column] -= PRIOR_STEPS * decode_step_s.item(column)
+        total[column] = total.item(column) - PRIOR_STEPS * decode_step_s.item(column)

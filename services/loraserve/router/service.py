@@ -1,5 +1,6 @@
 """The router process: a request in, an engine that has taken it out."""
 
+from collections.abc import Iterable
 from contextlib import AsyncExitStack
 from random import Random
 
@@ -71,7 +72,7 @@ class RouterService(Service):
     async def _route(self, envelope: Envelope, request: Route) -> None:
         self._view.expire(self.clock.monotonic_s())
         choice = self._choose(request, self._view, self._plan, self._cost, self._slo, self._rng)
-        answer = choice if isinstance(choice, Rejected) else await self._admit_first(request, choice.candidates)
+        answer = choice if isinstance(choice, Rejected) else await self._admit_first(request, choice)
         if isinstance(answer, Rejected):
             self._rejected.labels(answer.code).inc()
             self.log.warning("rejected", request=request.request_id, code=answer.code, reason=answer.message)
@@ -79,7 +80,7 @@ class RouterService(Service):
             self._routed.labels(answer.engine, answer.why).inc()
         self.bus.respond(envelope, answer)
 
-    async def _admit_first(self, request: Route, candidates: tuple[Candidate, ...]) -> Routed | Rejected:
+    async def _admit_first(self, request: Route, candidates: Iterable[Candidate]) -> Routed | Rejected:
         """The first engine that takes it. What no engine would take is not tried everywhere."""
         refusal = Rejected(request_id=request.request_id, code="no_engine", message="no engine answered; try again")
         for candidate in candidates:

@@ -91,7 +91,7 @@ class ClusterView:
 
     def prices(self, cost: CostModel) -> PriceTable:
         """Of the ready engines, in the same order."""
-        self._prices.refresh(cost, self.output_tokens)
+        self._prices.refresh(cost, self.output_tokens, self.requests_per_s)
         return self._prices
 
     def near(self, version: str) -> Mapping[str, EngineView]:

@@ -152,7 +152,7 @@ def _least(
     if not able:
         return Rejected(request_id=request.request_id, code="no_engine", message="no engine is ready")
     best = min(able, key=price)
-    return Choice((Candidate(best.name, 0.0, "planned" if best.name in copies else "load"),))
+    return Choice(Candidate(best.name, 0.0, "planned" if best.name in copies else "load"))
 
 
 def _dealt(

@@ -145,7 +145,7 @@ class Simulation(Watcher):
         if isinstance(choice, Rejected):
             self.rejected(request_id, now)
             return
-        chosen = choice.candidates[0]
+        chosen = choice.first
         self._whys[chosen.why] = self._whys.get(chosen.why, 0) + 1
         outcome.engine = chosen.engine
         self._view.sent(chosen.engine, route, now)

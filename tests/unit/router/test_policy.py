@@ -286,6 +286,23 @@ def test_the_plan_does_not_outweigh_a_nearer_start() -> None:
     assert first(view, route_request(adapter=PIRATE), plan=plan_of(e0=1.0)) == ("e1", "resident")
 
 
+def test_who_comes_after_the_first_stays_as_it_was_when_that_was_chosen() -> None:
+    """The first may take a second not to answer; until then others are chosen and a picture comes."""
+    reports = [engine_load(f"e{n}", waiting_prefill_tokens=1000 * n, **HELD) for n in range(6)]
+    view, cost = view_of(*reports), CostModel()
+    choices = [route(route_request("r", adapter=PIRATE), view, None, cost, SLO, Random(0)) for _ in range(3)]
+    at_once, in_time, late = (choice for choice in choices if isinstance(choice, Choice))
+    assert [candidate.engine for candidate in at_once] == ["e0", "e1", "e2", "e3"]
+    expected = at_once.candidates
+    for n in range(6):
+        view.sent(f"e{n}", route_request(f"sent-{n}", 3000, PIRATE), now=100.0)
+    view.prices(cost)
+    assert in_time.candidates == expected
+    view.update(picture(*reports[3:], sequence=2), now=200.0)
+    view.prices(cost)
+    assert late.candidates == expected
+
+
 @st.composite
 def loads(draw: st.DrawFn) -> list[EngineLoad]:
     count = draw(st.integers(1, 12))
@@ -313,10 +330,13 @@ def loads(draw: st.DrawFn) -> list[EngineLoad]:
 def test_whatever_the_load_the_candidates_are_ready_distinct_and_reproducible(loads, adapter, seed) -> None:
     request, plan = route_request(adapter=adapter), plan_of(e00=0.7, e01=0.3)
     answer = decide(view_of(*loads), request, plan, seed)
-    assert answer == decide(view_of(*loads), request, plan, seed)
+    again = decide(view_of(*loads), request, plan, seed)
     if isinstance(answer, Rejected):
+        assert again == answer
         assert answer.code in ("no_engine", "overloaded")
         return
+    assert isinstance(again, Choice)
+    assert again.candidates == answer.candidates
     names = [c.engine for c in answer.candidates]
     ready = {load.engine for load in loads if load.state == "READY"}
     assert len(names) == len(set(names)) == min(MOST_CANDIDATES, len(ready))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from msgspec.structs import astuple
 
 from loraserve.cost import LARGEST_SURPRISE, CostModel, StepShape, extent_bytes
 from loraserve.messages import AdapterRef, EngineLoad, Rejected, Route
@@ -16,7 +17,8 @@ from loraserve.router.choice import Choice, Slo
 from loraserve.router.pick import NEAR
 from loraserve.router.policy import route
 from loraserve.router.prices import DEFAULT_STEP_TOKENS, FULL, FULL_WEIGHT, HARM_WEIGHT
-from loraserve.router.score import BEHIND_WEIGHT, LOAD_HARM, PRIOR_STEPS, harm_weight, score
+from loraserve.router.score import LOAD_HARM, PRIOR_STEPS, score
+from loraserve.router.table import BEHIND_WEIGHT
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
@@ -302,7 +304,7 @@ BAD: dict[str, list[Any]] = {
 def test_reports_of_zeros_and_nonsense_give_finite_predictions(bad, adapter, lora) -> None:
     view = view_of([engine_load("e0", **bad), engine_load("e1")], {}, COSTS[lora])
     scores = score(route_request("r", 50, adapter), view, view.prices(COSTS[lora]), {}, COSTS[lora])
-    for values in scores[:7]:
+    for values in astuple(scores)[:7]:
         assert np.isfinite(values).all()
     assert (scores.ttft_s > 0).all()
 
@@ -313,9 +315,9 @@ def test_harm_weighs_as_many_as_arrive_while_the_queue_lasts() -> None:
     view = view_of(loads, {"e0": [], "e1": []}, cost)
     table = view.prices(cost)
     alone = table.columns.harm_weight
-    assert harm_weight(view, table).tolist() == alone.tolist(), "nobody is known to come"
+    assert table.harm_weight.tolist() == alone.tolist(), "nobody is known to come"
     view.requests_per_s = 10.0
-    idle, busy = harm_weight(view, table).tolist()
+    idle, busy = view.prices(cost).harm_weight.tolist()
     assert idle == pytest.approx(HARM_WEIGHT)
     assert busy == pytest.approx(alone[1] + BEHIND_WEIGHT * 5.0 * table.columns.queue_s[1])
     assert busy > alone[1] + 0.75

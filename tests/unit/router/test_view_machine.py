@@ -70,7 +70,7 @@ class ViewMachine(RuleBasedStateMachine):
         """From here on what changes an engine must renew its prices; validate compares them."""
         table = self.view.prices(cost)
         assert [engine.name for engine in table.engines] == [view.name for view in self.view.ready()]
-        assert table.suspects == sum(view.reluctance for view in self.view.ready())
+        assert table.suspects == {view.column for view in self.view.ready() if view.reluctance}
 
     @rule(drained=st.sets(engines))
     def drain(self, drained: set[str]) -> None:
