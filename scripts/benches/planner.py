@@ -130,6 +130,7 @@ def _engine(name: str) -> EngineLoad:
         block_tokens=16,
         pool_total_bytes=POOL_BYTES,
         pool_free_bytes=POOL_BYTES,
+        pool_room_bytes=POOL_BYTES,
         max_running=256,
         decode_step_s=0.02,
         prefill_tokens_per_s=10_000.0,

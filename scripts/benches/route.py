@@ -104,6 +104,7 @@ class Cluster:
             block_tokens=16,
             pool_total_bytes=32 << 30,
             pool_free_bytes=4 << 30,
+            pool_room_bytes=4 << 30,
             max_running=64,
             max_model_tokens=8192,
             max_step_tokens=512,

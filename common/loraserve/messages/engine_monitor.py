@@ -62,6 +62,8 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     block_tokens: int
     pool_total_bytes: int
     pool_free_bytes: int
+    pool_room_bytes: int
+    """The largest slab that would find room in one piece now, if a request wanted it."""
     max_running: int
     decode_step_s: float
     prefill_tokens_per_s: float

@@ -28,11 +28,13 @@ IDLE: dict[str, Any] = {
     "block_tokens": 16,
     "pool_total_bytes": 64 * MIB,
     "pool_free_bytes": 64 * MIB,
+    "pool_room_bytes": 64 * MIB,
     "max_running": 64,
     "max_model_tokens": 4096,
     "decode_step_s": 0.02,
     "prefill_tokens_per_s": 1000.0,
     "load_bytes_per_s": 100.0 * MIB,
+    "load_bytes": 64.0 * MIB,
 }
 
 

@@ -83,6 +83,16 @@ class ExtentAllocator:
             if end - first >= wanted > start - first:
                 yield list(run)
 
+    def longest_without(self, may_go: Container[int]) -> int:
+        """Bytes of the largest hole that there would be without ``may_go``."""
+        longest = first = 0
+        for start in (*sorted(self._used.keys()), self._region_bytes):
+            if start in may_go:
+                continue
+            longest = max(longest, start - first)
+            first = start + self._used.get(start, 0)
+        return longest
+
     def used_in(self, first: int, end: int) -> list[int]:
         """Starts of the extents in use that overlap a window."""
         return [start for start, size in self._used.items() if start < end and start + size > first]

@@ -92,6 +92,7 @@ class SchedulerLoad(msgspec.Struct, frozen=True, kw_only=True):
     block_tokens: int
     pool_total_bytes: int
     pool_free_bytes: int
+    pool_room_bytes: int
     max_running: int
     max_model_tokens: int
     max_step_tokens: int
@@ -119,6 +120,7 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
         block_tokens=scheduler.limits.block_tokens,
         pool_total_bytes=scheduler.limits.pool_bytes,
         pool_free_bytes=scheduler.residency.pool.free_bytes,
+        pool_room_bytes=scheduler.residency.pool.room_bytes,
         max_running=scheduler.limits.max_running,
         max_model_tokens=scheduler.max_model_tokens,
         max_step_tokens=scheduler.limits.max_step_tokens,

@@ -4,13 +4,15 @@ An adapter is LOADING or RESIDENT. It stays while a request runs it, while the p
 its extent is held for another reason; the rest goes, least recently used first, when room is wanted.
 """
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import msgspec
 
 from loraserve.cost import MIN_EXTENT_BYTES
 from loraserve.engine.extents import ExtentAllocator
 from loraserve.messages import AdapterRef
+
+_Cost = tuple[int, float, int, int]
 
 
 class Entry(msgspec.Struct):
@@ -70,6 +72,12 @@ class AdapterPool:
         )
 
     @property
+    def room_bytes(self) -> int:
+        """The largest extent that a request's adapter would find now, once what no request needs had left for it."""
+        idle = {e.offset_bytes for e in self._entries.values() if e.resident and not e.running}
+        return self._extents.longest_without(idle) if idle or self._free_slots else 0
+
+    @property
     def loading(self) -> int:
         return sum(not entry.resident for entry in self._entries.values())
 
@@ -100,7 +108,7 @@ class AdapterPool:
             for version, entry in self._entries.items()
             if version not in keep and entry.resident and not entry.running and (drop_plan_pins or not entry.planned)
         ]
-        victims = self._victims(adapter.slab_bytes, ready)
+        victims = self._victims(adapter.slab_bytes, ready, _cost)
         if victims is None:
             return None
         for victim in victims:
@@ -115,7 +123,12 @@ class AdapterPool:
     def room_beside_plan(self, adapter: AdapterRef) -> bool:
         """Whether it would find room once all had left that no plan wants: those that run or load now as well."""
         others = [entry for entry in self._entries.values() if not entry.planned]
-        return self._victims(adapter.slab_bytes, others) is not None
+        return self._victims(adapter.slab_bytes, others, _cost) is not None
+
+    def in_the_way(self, adapter: AdapterRef) -> frozenset[str]:
+        """Which adapters have to leave before this one finds room: those that the fewest requests run with."""
+        victims = self._victims(adapter.slab_bytes, list(self._entries.values()), _requests)
+        return frozenset(victim.adapter.version for victim in victims or ())
 
     def loaded(self, version: str) -> None:
         self._entries[version].resident = True
@@ -159,15 +172,17 @@ class AdapterPool:
             used = self._extents.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
             assert used == [entry.offset_bytes], f"{version} shares its extent"
 
-    def _victims(self, wanted_bytes: int, ready: list[Entry]) -> list[Entry] | None:
-        """The cheapest of ``ready`` whose leaving makes room: fewest plan pins, longest unused, least bytes, lowest."""
+    def _victims(
+        self, wanted_bytes: int, ready: list[Entry], cost: Callable[[Sequence[Entry]], _Cost]
+    ) -> list[Entry] | None:
+        """The cheapest of ``ready`` whose leaving makes room."""
         if not self._extents.fits(wanted_bytes):
             by_offset = {entry.offset_bytes: entry for entry in ready}
             runs = self._extents.runs(wanted_bytes, by_offset)
-            return min(([by_offset[start] for start in run] for run in runs), key=_cost, default=None)
+            return min(([by_offset[start] for start in run] for run in runs), key=cost, default=None)
         if self._free_slots:
             return []
-        return min(([entry] for entry in ready), key=_cost, default=None)
+        return min(([entry] for entry in ready), key=cost, default=None)
 
     def _remove(self, entry: Entry) -> None:
         self._extents.release(entry.offset_bytes)
@@ -175,11 +190,17 @@ class AdapterPool:
         del self._entries[entry.adapter.version]
 
 
-def _cost(victims: Sequence[Entry]) -> tuple[int, float, int, int]:
-    """Of a run that has a member to spare, always more than without it."""
+def _cost(victims: Sequence[Entry]) -> _Cost:
+    """Fewest plan pins, longest unused, least bytes, lowest: of a run with a member to spare more than without it."""
     return (
         sum(victim.planned for victim in victims),
         max(victim.used_s for victim in victims),
         sum(victim.adapter.slab_bytes for victim in victims),
         victims[0].offset_bytes,
     )
+
+
+def _requests(victims: Sequence[Entry]) -> _Cost:
+    """Fewest requests that run with them, then as above. It only falls while nobody begins to run with them."""
+    planned, _, slab_bytes, offset_bytes = _cost(victims)
+    return sum(victim.running for victim in victims), planned, slab_bytes, offset_bytes

@@ -115,6 +115,10 @@ class Residency:
                     room_to_come_bytes = adapter.slab_bytes
         return [*instructions, *self._plan_done()]
 
+    def in_the_way(self, adapter: AdapterRef | None) -> frozenset[str]:
+        """What has to leave for an adapter that waits for room."""
+        return frozenset() if adapter is None or adapter.version in self.pool else self.pool.in_the_way(adapter)
+
     def _waits_in_vain(self, adapter: AdapterRef, idle: bool) -> bool:
         """Also under load: pins of the epoch before go only after this one is answered."""
         return (idle and self.pool.loading == 0) or not self.pool.room_beside_plan(adapter)

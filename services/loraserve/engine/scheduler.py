@@ -37,7 +37,7 @@ from loraserve.messages import Admit
 
 ORDER = attrgetter("order")
 MOST_BYPASSED = 64
-"""Requests with other adapters that may overtake one which waits for room in the pool, before they wait for it too."""
+"""Requests that may overtake one which waits for room in the pool, before no more begin with adapters in its way."""
 
 
 class Scheduler:
@@ -259,18 +259,25 @@ class Scheduler:
         insort(self.waiting, sequence, key=ORDER)
 
     def _admit_waiting(self, builder: StepBuilder, now: float) -> None:
-        """In order of arrival. Who waits for an adapter is passed by; who waits for memory is not."""
+        """In order of arrival. Who waits for an adapter is passed by; who waits for memory is not.
+
+        Who was passed by too often gets room: what is in its way is left to run out. Only the first of them, so that
+        all the others go on.
+        """
         if not self.waiting:
             return
         passed: list[Sequence] = []
+        in_the_way: frozenset[str] | None = None
         places = self.limits.max_running - sum(s.state is RUNNING for s in self.running)
         for sequence in list(self.waiting):
             if places == 0 or builder.budget == 0:
                 return
             if not self.residency.ready(sequence.version):
                 passed.append(sequence)
+                if in_the_way is None and sequence.bypassed >= MOST_BYPASSED:
+                    in_the_way = self.residency.in_the_way(sequence.admit.adapter)
                 continue
-            if sequence.version and any(s.bypassed >= MOST_BYPASSED for s in passed):
+            if in_the_way and sequence.version in in_the_way:
                 continue
             if not builder.admit(sequence, self.limits.prefix_cache):
                 return

@@ -218,6 +218,7 @@ class FakeCluster:
             block_tokens=16,
             pool_total_bytes=1000,
             pool_free_bytes=400,
+            pool_room_bytes=400,
             max_running=8,
             decode_step_s=0.02,
             prefill_tokens_per_s=1000.0,

@@ -115,7 +115,7 @@ def test_the_base_of_small_loads_is_not_taken_for_their_bytes() -> None:
 
 
 def test_an_engine_that_does_not_say_what_was_in_its_steps_and_loads_teaches_nothing_of_them() -> None:
-    assert EXACT.observe(engine_load(prefill_tokens_per_s=1.0, load_bytes_per_s=1.0)) == EXACT
+    assert EXACT.observe(engine_load(prefill_tokens_per_s=1.0, load_bytes_per_s=1.0, load_bytes=0.0)) == EXACT
 
 
 def test_prefill_that_cost_nothing_is_learned_beside_what_decoding_costs() -> None:

@@ -47,6 +47,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.planned: set[str] = set()
         self.used_s: dict[str, float] = {}
         self.now = 0.0
+        self.by_requests = False
 
     def evictable(self, version: str, drop_plan_pins: bool) -> bool:
         needed = version in self.loading or self.running.get(version, 0) > 0
@@ -66,9 +67,12 @@ class PoolMachine(RuleBasedStateMachine):
         enough = [run for run in runs if set(run) <= may_go and self.room(size, self.held.keys() - set(run))]
         return set(min(enough, key=self.cost))
 
-    def cost(self, run: list[str]) -> tuple[int, float, int, int]:
+    def cost(self, run: list[str]) -> tuple[float, ...]:
         bytes_of = {adapter.version: adapter.slab_bytes for adapter in self.adapters}
         last_used_s = max(self.used_s[v] for v in run)
+        if self.by_requests:
+            requests = sum(self.running.get(v, 0) for v in run)
+            return requests, len(self.planned & set(run)), sum(bytes_of[v] for v in run), self.held[run[0]][0]
         return len(self.planned & set(run)), last_used_s, sum(bytes_of[v] for v in run), self.held[run[0]][0]
 
     @rule(index=st.integers(0, len(UNITS) - 1), drop=st.booleans(), keep=st.sets(st.sampled_from(["v0", "v2", "v4"])))
@@ -95,6 +99,20 @@ class PoolMachine(RuleBasedStateMachine):
         self.held[adapter.version] = (placed.offset_bytes, size)
         self.used_s[adapter.version] = self.now
         self.loading.add(adapter.version)
+
+    @rule(index=st.integers(0, len(UNITS) - 1))
+    def look_what_is_in_the_way(self, index: int) -> None:
+        adapter = self.adapters[index]
+        size = -(-adapter.slab_bytes // MIN) * MIN
+        if adapter.version in self.held or size > MIN * self.units:
+            return
+        in_the_way = self.pool.in_the_way(adapter)
+        if self.room(size, set(self.held)):
+            assert not in_the_way
+            return
+        self.by_requests = True
+        assert in_the_way == self.cheapest(size, set(self.held))
+        self.by_requests = False
 
     @precondition(lambda self: self.loading)
     @rule(data=st.data(), fails=st.booleans())
@@ -134,6 +152,9 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.loading == len(self.loading)
         needed = sum(size for v, (_, size) in self.held.items() if not self.evictable(v, drop_plan_pins=False))
         assert self.pool.free_bytes == MIN * self.units - needed
+        staying = {v for v in self.held if not self.evictable(v, drop_plan_pins=True)}
+        sizes = range(MIN, MIN * self.units + 1, MIN)
+        assert self.pool.room_bytes == max((s for s in sizes if self.room(s, staying)), default=0)
         extents = sorted((start, start + size) for start, size in self.held.values())
         assert all(before[1] <= after[0] for before, after in pairwise(extents))
 

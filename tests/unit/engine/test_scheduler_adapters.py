@@ -95,6 +95,28 @@ def test_who_waits_for_room_is_passed_by_so_often_and_no_more(helpers: SimpleNam
     assert "patient" in desk.sizes
 
 
+def test_only_what_is_in_the_way_is_held_back_for_who_waits_for_room(helpers: SimpleNamespace) -> None:
+    desk = resident(helpers, "busy", "other", max_waiting=1000, max_running=8, kv_blocks=64)
+    arrived = 0
+    while not desk.loads:
+        # Of each adapter a long request always runs; quick ones overtake who waits for room.
+        if arrived % 4 == 0:
+            name = ("busy", "other")[arrived // 4 % 2]
+            desk.arrive(f"long-{arrived}", [1], helpers.adapter(name), max_tokens=12)
+        if arrived == 8:
+            desk.arrive("patient", [1], helpers.adapter("wanted"))
+        desk.arrive(f"quick-{arrived}", [1], helpers.adapter("busy"), max_tokens=1)
+        arrived += 1
+        desk.step_done()
+        assert arrived < 8 + 2 * MOST_BYPASSED, "it would starve"
+    assert arrived >= MOST_BYPASSED / 2, "room came by itself"
+    (stayed,) = (version for version in ("busy", "other") if version in desk.scheduler.residency.pool)
+    desk.arrive("late", [1], helpers.adapter(stayed), max_tokens=1)
+    for _ in range(4):
+        desk.step_done()
+    assert "late" in desk.finish, "what is not in the way goes on"
+
+
 def test_a_failed_load_rejects_who_waits_for_it_with_the_reason(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("base", PROMPT)

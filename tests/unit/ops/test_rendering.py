@@ -29,6 +29,7 @@ def load(name: str, **changes: Any) -> EngineLoad:
         "block_tokens": 16,
         "pool_total_bytes": 512 << 20,
         "pool_free_bytes": 512 << 20,
+        "pool_room_bytes": 512 << 20,
         "max_running": 64,
         "decode_step_s": 0.0,
         "prefill_tokens_per_s": 0.0,
