@@ -13,14 +13,14 @@ class Seconds(msgspec.Struct, frozen=True, gc=False):
 
     ``queue_s``: what is before it there, a place in the batch and room in the KV cache. ``load_s``: of an absent
     adapter. ``own_s``: its own prefill, ``step_s`` of which is what the steps that carry it take for all else.
-    ``harm_s``: engine time that others there lose by it.
+    ``engine_s``: engine time that it takes over all of its life, and what others there lose by it.
     """
 
     queue_s: float
     load_s: float
     own_s: float
     step_s: float
-    harm_s: float
+    engine_s: float
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
@@ -44,7 +44,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
             return self.why
         return (
             f"{self.why}: first token in {self.predicted_s:.3f} s (queue {parts.queue_s:.3f}, load {parts.load_s:.3f}, "
-            f"steps {parts.step_s:.3f}, prefill {parts.own_s - parts.step_s:.3f}; harm {parts.harm_s:.3f})"
+            f"steps {parts.step_s:.3f}, prefill {parts.own_s - parts.step_s:.3f}; engine time {parts.engine_s:.3f})"
         )
 
 

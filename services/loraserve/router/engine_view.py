@@ -7,13 +7,16 @@ from types import MappingProxyType
 
 import msgspec
 
-from loraserve.cost import extent_bytes, largest_extent_bytes
+from loraserve.cost import largest_extent_bytes
 from loraserve.messages import EngineLoad
 from loraserve.router.ranks import largest_at_a_time
 
 TIMEOUTS_TO_AVOID = 2
 FIRST_AVOIDANCE_S = 0.5
 LONGEST_AVOIDANCE_S = 8.0
+GOES_ON = 0.5
+"""Of the requests that run, so many are taken to be followed by one of their rank: with more of them an engine that
+falls behind the plan's demand is helped sooner, with less the plan's order lasts longer near the limit."""
 IDLE_STEP_S = 0.02
 """Of decoding, where an engine has not done any yet."""
 _NOTHING: Mapping[str, float] = MappingProxyType({})
@@ -42,15 +45,16 @@ class Mix(msgspec.Struct, frozen=True, gc=False):
     """Adapters of an engine's requests, as far as steps pay for them.
 
     ``slab_bytes`` of the distinct ones that run, ``rank_sum`` over the requests that run; ``largest_rank`` also of
-    those that wait. ``planned_rank``: the largest at a time of the copies that the plan keeps there, on average; one
-    that is hardly ever asked for widens nobody.
+    those that wait. ``expected_rank``: the largest at a time, on average, of the copies that the plan keeps there and
+    of what runs there beside them; a rank that is hardly ever asked for widens nobody, and where several of one run
+    that the plan knows nothing of, it is no longer the next that widens the others. 0 where the plan keeps nothing.
     """
 
     slab_bytes: int = 0
     rank_sum: int = 0
     running_rank: int = 0
     largest_rank: int = 0
-    planned_rank: float = 0.0
+    expected_rank: float = 0.0
 
 
 class PendingMix(msgspec.Struct):
@@ -89,7 +93,7 @@ class EngineView(msgspec.Struct):
     """Versions that the cluster's view lists this engine for."""
     largest_extent_bytes: int = 0
     room_bytes: int = 0
-    """Of the pool, for a request's adapter: what is free, and what only the plan pins. It need not lie in one piece."""
+    """The largest slab that the pool has room for now, if a request wants it."""
     pending: dict[str, Pending] = msgspec.field(default_factory=dict)
     pending_tokens: int = 0
     pending_mix: PendingMix = msgspec.field(default_factory=PendingMix)
@@ -129,6 +133,7 @@ class EngineView(msgspec.Struct):
         self.load, self.reported_s, self.alive = load, reported_s, alive
         self.loading = frozenset(load.loading)
         self.largest_extent_bytes = largest_extent_bytes(load.pool_total_bytes)
+        self.room_bytes = load.pool_room_bytes
         self._take_adapters(load, known, decoded)
         self._count_pending()
         if alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
@@ -137,9 +142,9 @@ class EngineView(msgspec.Struct):
 
     def _take_adapters(self, load: EngineLoad, known: Iterable[Live], decoded: Mapping[str, float]) -> None:
         """One pass over what may be hundreds of adapters, four times a second, for each of a thousand engines."""
-        room_bytes = load.pool_free_bytes
         slab_bytes = rank_sum = running_rank = 0
         planned: dict[int, float] = {}
+        runs: dict[int, int] = {}
         resident, active = [], []
         for adapter in load.resident:
             resident.append(adapter.version)
@@ -147,25 +152,26 @@ class EngineView(msgspec.Struct):
                 active.append(adapter.version)
                 slab_bytes += adapter.slab_bytes
                 rank_sum += adapter.running * adapter.rank
+                runs[adapter.rank] = runs.get(adapter.rank, 0) + adapter.running
                 if adapter.rank > running_rank:
                     running_rank = adapter.rank
             if adapter.pinned:
                 planned[adapter.rank] = planned.get(adapter.rank, 0.0) + decoded.get(adapter.version, 0.0)
-                if adapter.running <= 0:
-                    room_bytes += extent_bytes(adapter.slab_bytes)
         largest_rank = running_rank
         for live in known:
             if live.version:
                 active.append(live.version)
                 largest_rank = max(largest_rank, live.rank)
         self.resident, self.active = frozenset(resident), frozenset(active)
-        self.room_bytes = room_bytes
-        if decoded:
+        if decoded and planned:
             step_s = load.decode_step_s if 0 < load.decode_step_s < inf else IDLE_STEP_S
-            planned_rank = largest_at_a_time({rank: tokens * step_s for rank, tokens in planned.items()})
+            kept = {rank: tokens * step_s for rank, tokens in planned.items()}
+            ranks = kept.keys() | runs.keys()
+            sequences = {rank: max(kept.get(rank, 0.0), GOES_ON * runs.get(rank, 0)) for rank in ranks}
+            expected_rank = largest_at_a_time(sequences)
         else:
-            planned_rank = max(planned, default=0)
-        self.mix = Mix(slab_bytes, rank_sum, running_rank, largest_rank, planned_rank)
+            expected_rank = max(planned, default=0)
+        self.mix = Mix(slab_bytes, rank_sum, running_rank, largest_rank, expected_rank)
 
     def add_pending(self, request_id: str, pending: Pending) -> None:
         """In place of what it was before."""

@@ -96,7 +96,7 @@ def _candidate(column: int, why: str, scores: Scores) -> Candidate:
         scores.load_s.item(column),
         scores.own_s.item(column),
         scores.step_s.item(column),
-        scores.harm_s.item(column),
+        scores.engine_s.item(column),
     )
     return Candidate(scores.engines[column].name, scores.ttft_s.item(column), why, parts)
 

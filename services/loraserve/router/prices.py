@@ -18,10 +18,10 @@ Array: TypeAlias = npt.NDArray[np.float64]
 T = TypeVar("T", float, Array)
 
 INFINITY = float("inf")
-HARM_WEIGHT = 0.25
+HARM_WEIGHT = 0.5
 """Seconds of a request's start that a second of an idle engine's time is worth: those who run there lose time between
 tokens, and whoever comes next waits for a longer step."""
-FULL_WEIGHT = 3.0
+FULL_WEIGHT = 1.0
 """What it is worth beside that where the part f of an engine is full: this times f**2 / (1 - f), as queues grow.
 
 Prefill goes before decode, so that nobody waits until places or KV memory are used up; what was wasted until then is
@@ -38,10 +38,11 @@ class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
     A step that carries prefill takes ``step_s`` + rank * ``step_rank_s`` + ``pace`` * its prefill tokens' time, where
     rank is the largest in it (``step_rank_s`` is 0 with exact cost). ``queue_s``: until all that is there has been
     computed and there is a place in the batch; ``kv_wait_token_s``, ``kv_wait_s``: longer by this for t tokens, where
-    it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: the
-    largest at a time of what the plan keeps there, or the former where it keeps nothing. ``widening_s``: engine time
-    that one more rank costs those there, over the life of a mean request; ``harm_weight``: what a second of its time is
-    worth, by how full it is. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those before it counted.
+    it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: that
+    which is expected at a time (Mix.expected_rank), or the former where the plan keeps nothing. ``widening_s``: engine
+    time that one more rank costs those there, over the life of a mean request; ``harm_weight``: what a second of its
+    time is worth, by how full it is. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those before it
+    counted.
     """
 
     queue_s: T
@@ -92,7 +93,6 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
     # A request comes, on average, in the middle of a step.
     rest_s = whole_step_s / 2 if load.running > 0 else 0.0
     loads = 1 + len(engine.loading) / 2
-    load_byte_s = 1 / load.load_bytes_per_s if _known(load.load_bytes_per_s) else cost.load_byte_s
     return Prices(
         queue_s=pace * (rest_s + queue_tokens * full_token_s) + place_s,
         kv_wait_token_s=kv_wait_token_s,
@@ -103,11 +103,11 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
         step_rank_s=step_rank_s * pace,
         decode_step_s=whole_step_s * slowness,
         rank=rank,
-        harm_rank=engine.mix.planned_rank or rank,
+        harm_rank=engine.mix.expected_rank or rank,
         widening_s=widening_s,
         harm_weight=_harm_weight(load),
         load_base_s=cost.load_base_s * loads,
-        load_byte_s=load_byte_s * loads,
+        load_byte_s=_load_byte_s(load, cost) * loads,
         room_bytes=engine.room_bytes,
         room_wait_s=request_s,
         longest_tokens=load.max_model_tokens or INFINITY,
@@ -166,6 +166,13 @@ def _harm_weight(load: EngineLoad) -> float:
     blocks = 1 - load.kv_blocks_free / load.kv_blocks_total if load.kv_blocks_total > 0 else 0.0
     full = min(max(places, blocks, 0.0), FULL)
     return HARM_WEIGHT + FULL_WEIGHT * full * full / (1 - full)
+
+
+def _load_byte_s(load: EngineLoad, cost: CostModel) -> float:
+    """As a mean load took there, without what every load takes beside its bytes."""
+    if not (_known(load.load_bytes_per_s) and _known(load.load_bytes)):
+        return cost.load_byte_s
+    return max(1 / load.load_bytes_per_s - cost.load_base_s / load.load_bytes, 0.0)
 
 
 def _known(measured: float) -> bool:

@@ -1,7 +1,7 @@
 """What a request would see at each engine, and what those there would see of it: one score, in seconds. Pure.
 
-score = predicted time to first token + weight * harm + what a load costs others - what the plan and a copy there are
-worth.
+score = predicted time to first token + weight * engine time that it takes + what a load costs others - what a share of
+the plan and a copy there are worth.
 """
 
 from collections.abc import Mapping, Sequence
@@ -44,7 +44,7 @@ class Scores(msgspec.Struct, frozen=True, gc=False):
     load_s: Array
     own_s: Array
     step_s: Array
-    harm_s: Array
+    engine_s: Array
     saved_tokens: Mapping[int, int]
     near: Near
     request: Route
@@ -61,7 +61,7 @@ def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[
     if tokens > table.fitting_tokens:
         queue_s = queue_s + np.maximum(prices.kv_wait_token_s * tokens + prices.kv_wait_s, 0.0)
     step_s, own_s = own_seconds(request, near, table, cost, prefill_tokens(request, table, saved))
-    harm_s = _harm_s(request, near, table, cost, view.output_tokens)
+    engine_s = _engine_s(request, near, table, cost, view.output_tokens)
     if request.adapter is None:
         load_s = np.zeros(len(table.engines))
         ttft_s = queue_s + own_s
@@ -69,9 +69,9 @@ def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[
         load_s = _load_s(request.adapter, near, table)
         # It loads while it waits in the queue; neither makes the other longer.
         ttft_s = np.maximum(queue_s, load_s) + own_s
-    total = ttft_s + harm_s * table.harm_weight + load_s * _LOAD_HARM
+    total = ttft_s + engine_s * table.harm_weight + load_s * _LOAD_HARM
     _subtract_priors(total, near, table, shares)
-    return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, harm_s, saved, near, request, shares, table.engines)
+    return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, engine_s, saved, near, request, shares, table.engines)
 
 
 def columns_near(request: Route, view: ClusterView) -> Near:
@@ -113,32 +113,35 @@ def own_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, 
     return step_s, step_s + paced_tokens * np.array(token_s + adapter.rank * cost.rank_token_s)
 
 
-def _harm_s(request: Route, near: Near, table: PriceTable, cost: CostModel, mean_output_tokens: float) -> Array:
-    """Engine time that the request costs because of who else is there, over all of its life.
+def _engine_s(request: Route, near: Near, table: PriceTable, cost: CostModel, mean_output_tokens: float) -> Array:
+    """Engine time that the request takes over all of its life: its own, and what others there lose by it.
 
     Padded: with a larger rank than the others' it widens them, with a smaller one it is widened itself. The others'
-    rank is what the plan keeps there: where a larger one runs there now, its being the next of its kind would keep the
-    engine wide for good. Exact: its slab is read in every step, unless it is read there anyway.
+    rank is what is expected there: where a single larger one runs there now, its being the next of its kind would keep
+    the engine wide for good. Exact: its slab is read in every step, unless it is read there anyway.
     """
-    prices, adapter = table.columns, request.adapter
+    prices, adapter, prompt_tokens = table.columns, request.adapter, len(request.prompt_tokens)
     # How long it goes on is known no better than by the mean.
     most_tokens = max(1, request.sampling.max_tokens)
     output_tokens = most_tokens if most_tokens < mean_output_tokens else mean_output_tokens
+    kv_tokens = prompt_tokens + output_tokens / 2
+    own_s = output_tokens * (cost.sequence_s + kv_tokens * cost.kv_token_s)
+    own_s += prompt_tokens * (cost.prefill_token_s + prompt_tokens / 2 * cost.prefill_kv_token_s)
     if cost.lora == "padded":
-        rank = _rank(adapter)
-        itself_s = output_tokens * cost.padded_decode_s + len(request.prompt_tokens) * cost.padded_prefill_s
-        widest = np.maximum(prices.harm_rank, rank)
-        others_s = (widest - prices.harm_rank) * prices.widening_s
+        widest = np.maximum(prices.harm_rank, _rank(adapter))
+        engine_s: Array = (widest - prices.harm_rank) * prices.widening_s
         if output_tokens < mean_output_tokens:
-            others_s *= output_tokens / mean_output_tokens
-        others_s += (widest - rank) * np.array(itself_s)
-        return others_s
+            engine_s *= output_tokens / mean_output_tokens
+        engine_s += widest * np.array(output_tokens * cost.padded_decode_s + prompt_tokens * cost.padded_prefill_s)
+        engine_s += np.array(own_s)
+        return engine_s
     if adapter is None:
-        return np.zeros(len(table.engines))
-    harm_s: Array = table.ones * np.array(adapter.slab_bytes * cost.slab_byte_s * output_tokens)
+        return table.ones * np.array(own_s)
+    own_s += (output_tokens + prompt_tokens) * adapter.rank * cost.rank_token_s
+    engine_s = table.ones * np.array(own_s + adapter.slab_bytes * cost.slab_byte_s * output_tokens)
     for column in near.running:
-        harm_s[column] = 0.0
-    return harm_s
+        engine_s[column] = own_s
+    return engine_s
 
 
 def _rank(adapter: AdapterRef | None) -> Array:

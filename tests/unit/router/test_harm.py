@@ -154,7 +154,7 @@ def test_the_reason_names_the_parts_of_the_prediction() -> None:
     assert parts is not None
     assert chosen.predicted_s == pytest.approx(max(parts.queue_s, parts.load_s) + parts.own_s)
     assert 0 < parts.step_s < parts.own_s
-    assert parts.harm_s > 0
+    assert parts.engine_s > 0
     assert chosen.reason.startswith(f"planned: first token in {chosen.predicted_s:.3f} s (queue {parts.queue_s:.3f}")
     view.sent("e0", route_request("r9", adapter=LOW), 100.0, chosen)
     assert view.story("r9") == [f"100.000 sent to e0, {chosen.reason}"]

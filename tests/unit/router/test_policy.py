@@ -162,16 +162,16 @@ def test_an_adapter_loads_while_its_request_waits() -> None:
 
 
 def test_a_load_waits_where_the_pool_is_in_use() -> None:
-    used = engine_load("e0", running=2, pool_free_bytes=0)
+    used = engine_load("e0", running=2, pool_room_bytes=0)
     free = engine_load("e1", running=3)
     assert first(view_of(used, free), route_request(adapter=PIRATE)) == ("e1", "load")
 
 
-def test_what_only_the_plan_pins_is_room_for_a_request() -> None:
-    other = adapter_ref(2)
-    pinned = engine_load("e0", pool_free_bytes=0, resident=(resident(other, pinned=True),))
-    run = engine_load("e1", pool_free_bytes=0, resident=(resident(other, pinned=True, running=1),))
-    assert first(view_of(pinned, run), route_request(adapter=PIRATE))[0] == "e0"
+def test_free_bytes_that_do_not_lie_in_one_piece_are_no_room() -> None:
+    pieces = engine_load("e0", pool_free_bytes=64 * MIB, pool_room_bytes=2 * MIB)
+    whole = engine_load("e1", running=3, pool_free_bytes=8 * MIB, pool_room_bytes=8 * MIB)
+    large = adapter_ref(3, slab_bytes=4 * MIB)
+    assert first(view_of(pieces, whole), route_request(adapter=large))[0] == "e1"
 
 
 def test_a_second_request_follows_the_load_that_the_first_began() -> None:
@@ -314,7 +314,7 @@ def loads(draw: st.DrawFn) -> list[EngineLoad]:
             waiting=draw(st.integers(0, 5)),
             waiting_prefill_tokens=draw(st.integers(0, 3000)),
             kv_blocks_free=draw(st.integers(0, 1000)),
-            pool_free_bytes=draw(st.sampled_from([0, 64 * MIB])),
+            pool_room_bytes=draw(st.sampled_from([0, 64 * MIB])),
             decode_step_s=draw(st.sampled_from([0.0, 0.05])),
             prefill_tokens_per_s=draw(st.sampled_from([0.0, 500.0])),
             load_bytes_per_s=draw(st.sampled_from([0.0, 1e6])),

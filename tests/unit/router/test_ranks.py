@@ -11,7 +11,7 @@ from loraserve.router.ranks import largest_at_a_time
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import adapter_ref, engine_load, picture, resident
 
-LOW, HIGH = adapter_ref(0, rank=8), adapter_ref(1, rank=128)
+LOW, HIGH, OTHER_HIGH = adapter_ref(0, rank=8), adapter_ref(1, rank=128), adapter_ref(2, rank=128)
 SEQUENCES = st.dictionaries(st.sampled_from([8, 16, 64, 128]), st.floats(0, 50), min_size=1)
 
 
@@ -51,35 +51,50 @@ def demand_of(adapter: AdapterRef, decode_tokens_per_s: float) -> AdapterDemand:
     )
 
 
-def planned_rank(high_tokens_per_s: float, step_s: float = 0.05, copies: int = 1) -> float:
-    """Of an engine with a copy of each, that is asked for the low one all the time."""
-    held = (resident(LOW, True, 0), resident(HIGH, True, 0))
+def expected_rank(high_tokens_per_s: float, step_s: float = 0.05, copies: int = 1, runs: int = 0) -> float:
+    """Of an engine with a copy of each, that is asked for the low one all the time; of another high one, which the plan
+    does not keep there, ``runs`` run."""
+    held = (resident(LOW, True, 0), resident(HIGH, True, 0), resident(OTHER_HIGH, False, runs))
     loads = [engine_load(f"e{n}", resident=held, decode_step_s=step_s) for n in range(copies)]
     demand = demand_of(LOW, 900.0 * copies), demand_of(HIGH, high_tokens_per_s)
     view = ClusterView()
     for sequence in (1, 2):  # Where copies are is known from the first.
         view.update(picture(*loads, sequence=sequence, demand=demand), now=100.0 + sequence)
-    return view.engines["e0"].mix.planned_rank
+    return view.engines["e0"].mix.expected_rank
 
 
 def test_a_copy_that_is_hardly_asked_for_widens_nobody() -> None:
-    assert planned_rank(0.0) == pytest.approx(8.0)
-    assert planned_rank(0.1) < 9
-    assert planned_rank(1000.0) == pytest.approx(128.0)
+    assert expected_rank(0.0) == pytest.approx(8.0)
+    assert expected_rank(0.1) < 9
+    assert expected_rank(1000.0) == pytest.approx(128.0)
 
 
 def test_it_depends_on_how_long_steps_are_and_on_how_many_copies_share_it() -> None:
-    assert planned_rank(10.0, step_s=0.01) < planned_rank(10.0, step_s=0.1)
-    assert planned_rank(10.0, copies=4) == pytest.approx(planned_rank(2.5))
+    assert expected_rank(10.0, step_s=0.01) < expected_rank(10.0, step_s=0.1)
+    assert expected_rank(10.0, copies=4) == pytest.approx(expected_rank(2.5))
 
 
 @pytest.mark.parametrize("step_s", [0.0, float("inf"), float("nan"), -1.0])
 def test_a_step_time_that_is_none_is_not_believed(step_s: float) -> None:
-    assert 8 < planned_rank(10.0, step_s=step_s) < 128
+    assert 8 < expected_rank(10.0, step_s=step_s) < 128
 
 
 def test_where_no_demand_is_known_the_largest_copy_counts() -> None:
     held = (resident(LOW, True, 0), resident(HIGH, True, 0))
     view = ClusterView()
     view.update(picture(engine_load("e0", resident=held)), now=100.0)
-    assert view.engines["e0"].mix.planned_rank == 128
+    assert view.engines["e0"].mix.expected_rank == 128
+
+
+def test_what_runs_there_beside_the_plan_is_expected_to_go_on() -> None:
+    one, several = expected_rank(0.0, runs=1), expected_rank(0.0, runs=16)
+    assert 8 < one < 100, "the next of its kind still costs those that are there"
+    assert several > 127, "they are widened already"
+
+
+def test_where_the_plan_keeps_nothing_no_rank_is_expected() -> None:
+    view = ClusterView()
+    held = (resident(HIGH, False, 3),)
+    demand = (demand_of(HIGH, 100.0),)
+    view.update(picture(engine_load("e0", resident=held), demand=demand), now=100.0)
+    assert view.engines["e0"].mix.expected_rank == 0

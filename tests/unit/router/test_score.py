@@ -116,27 +116,36 @@ class Plainly:
         load = self.load
         if adapter is None or any(a.version == adapter.version for a in load.resident):
             return 0.0
-        byte_s = 1 / load.load_bytes_per_s if load.load_bytes_per_s else self.cost.load_byte_s
+        byte_s = self.cost.load_byte_s
+        if load.load_bytes_per_s and load.load_bytes:
+            byte_s = max(0.0, 1 / load.load_bytes_per_s - self.cost.load_base_s / load.load_bytes)
         alone_s = (self.cost.load_base_s + adapter.slab_bytes * byte_s) * (1 + len(load.loading) / 2)
         if adapter.version in load.loading or any(r.adapter == adapter for r in self.sent):
             return alone_s / 2
-        pinned = sum(extent_bytes(a.slab_bytes) for a in load.resident if a.pinned and not a.running)
-        full = extent_bytes(adapter.slab_bytes) > load.pool_free_bytes + pinned
+        full = extent_bytes(adapter.slab_bytes) > load.pool_room_bytes
         return alone_s + (self.output_tokens * self.step_s() * self.slowness if full else 0.0)
 
-    def harm_s(self, request: Route) -> float:
+    def engine_s(self, request: Route) -> float:
         """Steps of all who will be there, with this request and without, over its life."""
         cost, adapter, tokens = self.cost, request.adapter, len(request.prompt_tokens)
         life = min(self.output_tokens, request.sampling.max_tokens)
+        own = StepShape(
+            prefill_tokens=tokens,
+            prefill_kv_tokens=tokens * tokens / 2,
+            decode_sequences=life,
+            kv_tokens=life * (tokens + life / 2),
+        )
+        own_s, rank = cost.step_s(own) - cost.step_base_s, adapter.rank if adapter else 0
         if cost.lora == "exact":
-            return adapter.slab_bytes * cost.slab_byte_s * life if adapter and adapter.version not in self.here else 0.0
-        rank = adapter.rank if adapter else 0
+            read = life if adapter and adapter.version not in self.here else 0
+            slab_bytes = adapter.slab_bytes if adapter else 0
+            return own_s + (tokens + life) * rank * cost.rank_token_s + read * slab_bytes * cost.slab_byte_s
         planned = max((a.rank for a in self.load.resident if a.pinned), default=0)
         before, n = planned or self.rank, self.company
         widest = max(before, rank)
-        decode_s = cost.padded_decode_s * life * (widest * (n + 1) - before * n - rank)
+        decode_s = cost.padded_decode_s * life * (widest * (n + 1) - before * n)
         queue_s = (widest - before) * self.queue_tokens * cost.padded_prefill_s * life / self.output_tokens
-        return decode_s + queue_s + (widest - rank) * tokens * cost.padded_prefill_s
+        return own_s + decode_s + queue_s + widest * tokens * cost.padded_prefill_s
 
     def weight(self) -> float:
         load = self.load
@@ -153,8 +162,8 @@ class Plainly:
         adapter = request.adapter
         held = adapter is not None and any(a.version == adapter.version for a in self.load.resident)
         prior_s = (planned + held) * PRIOR_STEPS * self.step_s() * self.slowness
-        harm_s = self.weight() * self.harm_s(request) + LOAD_HARM * self.load_s(adapter)
-        return self.ttft_s(request) + harm_s - prior_s
+        others_s = self.weight() * self.engine_s(request) + LOAD_HARM * self.load_s(adapter)
+        return self.ttft_s(request) + others_s - prior_s
 
 
 @st.composite
@@ -167,10 +176,11 @@ def reports(draw: st.DrawFn, name: str) -> EngineLoad:
         waiting=draw(st.integers(0, 5)),
         waiting_prefill_tokens=draw(st.sampled_from([0, 100, 5000])),
         kv_blocks_free=draw(st.sampled_from([0, 5, 500, 1000])),
-        pool_free_bytes=draw(st.sampled_from([0, 64 * MIB])),
+        pool_room_bytes=draw(st.sampled_from([0, 64 * MIB])),
         decode_step_s=draw(st.sampled_from([0.0, 0.01, 0.05, 3.0])),
         prefill_tokens_per_s=draw(st.sampled_from([0.0, 10.0, 500.0, 1e5])),
         load_bytes_per_s=draw(st.sampled_from([0.0, 1e7])),
+        load_bytes=draw(st.sampled_from([0.0, 4e6])),
         max_running=draw(st.sampled_from([0, 4, 64])),
         max_step_tokens=draw(st.sampled_from([0, 64, 2048])),
         resident=tuple(resident(a, draw(st.booleans()), count) for a, count in zip(held, counts, strict=True)),
@@ -221,7 +231,7 @@ def test_scores_are_those_of_a_plain_computation(cluster, adapter, tokens, lora,
         assert scores.own_s[column] == pytest.approx(plain.own_s(request))
         assert scores.load_s[column] == pytest.approx(plain.load_s(adapter))
         assert scores.ttft_s[column] == pytest.approx(plain.ttft_s(request))
-        assert scores.harm_s[column] == pytest.approx(plain.harm_s(request), abs=1e-12)
+        assert scores.engine_s[column] == pytest.approx(plain.engine_s(request), abs=1e-12)
         assert scores.score[column] == pytest.approx(plain.score(request, column in shares), abs=1e-9)
     view.validate()
 
