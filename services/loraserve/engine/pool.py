@@ -4,7 +4,8 @@ An adapter is LOADING or RESIDENT. It stays while a request runs it, while the p
 its extent is held for another reason; the rest goes, least recently used first, when room is wanted.
 """
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from heapq import nsmallest
 
 import msgspec
 
@@ -108,7 +109,7 @@ class AdapterPool:
             for version, entry in self._entries.items()
             if version not in keep and entry.resident and not entry.running and (drop_plan_pins or not entry.planned)
         ]
-        victims = self._victims(adapter.slab_bytes, ready, _cost)
+        victims = self._victims(adapter.slab_bytes, ready)
         if victims is None:
             return None
         for victim in victims:
@@ -123,12 +124,15 @@ class AdapterPool:
     def room_beside_plan(self, adapter: AdapterRef) -> bool:
         """Whether it would find room once all had left that no plan wants: those that run or load now as well."""
         others = [entry for entry in self._entries.values() if not entry.planned]
-        return self._victims(adapter.slab_bytes, others, _cost) is not None
+        return self._victims(adapter.slab_bytes, others) is not None
 
-    def in_the_way(self, adapter: AdapterRef) -> frozenset[str]:
-        """Which adapters have to leave before this one finds room: those that the fewest requests run with."""
-        victims = self._victims(adapter.slab_bytes, list(self._entries.values()), _requests)
-        return frozenset(victim.adapter.version for victim in victims or ())
+    def in_the_way(self, adapter: AdapterRef, places: int) -> frozenset[str]:
+        """Which adapters have to leave before this one finds room in one of so many places: those with the fewest
+        running requests. None where what no request needs can leave now."""
+        if self._extents.extent_bytes(adapter.slab_bytes) <= self.room_bytes:
+            return frozenset()
+        choices = self._choices(adapter.slab_bytes, list(self._entries.values()))
+        return frozenset(e.adapter.version for choice in nsmallest(places, choices, key=_requests) for e in choice)
 
     def loaded(self, version: str) -> None:
         self._entries[version].resident = True
@@ -172,17 +176,20 @@ class AdapterPool:
             used = self._extents.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
             assert used == [entry.offset_bytes], f"{version} shares its extent"
 
-    def _victims(
-        self, wanted_bytes: int, ready: list[Entry], cost: Callable[[Sequence[Entry]], _Cost]
-    ) -> list[Entry] | None:
-        """The cheapest of ``ready`` whose leaving makes room."""
-        if not self._extents.fits(wanted_bytes):
-            by_offset = {entry.offset_bytes: entry for entry in ready}
-            runs = self._extents.runs(wanted_bytes, by_offset)
-            return min(([by_offset[start] for start in run] for run in runs), key=cost, default=None)
-        if self._free_slots:
+    def _victims(self, wanted_bytes: int, ready: list[Entry]) -> list[Entry] | None:
+        """The cheapest of ``ready`` whose leaving makes room; none has to leave where there is room."""
+        if self._free_slots and self._extents.fits(wanted_bytes):
             return []
-        return min(([entry] for entry in ready), key=cost, default=None)
+        return min(self._choices(wanted_bytes, ready), key=_cost, default=None)
+
+    def _choices(self, wanted_bytes: int, ready: list[Entry]) -> Iterator[list[Entry]]:
+        """Of ``ready``, where there is no room: each set that makes it by leaving, without a member to spare."""
+        if self._extents.fits(wanted_bytes):
+            yield from ([entry] for entry in ready)
+            return
+        by_offset = {entry.offset_bytes: entry for entry in ready}
+        for run in self._extents.runs(wanted_bytes, by_offset):
+            yield [by_offset[start] for start in run]
 
     def _remove(self, entry: Entry) -> None:
         self._extents.release(entry.offset_bytes)

@@ -115,9 +115,11 @@ class Residency:
                     room_to_come_bytes = adapter.slab_bytes
         return [*instructions, *self._plan_done()]
 
-    def in_the_way(self, adapter: AdapterRef | None) -> frozenset[str]:
-        """What has to leave for an adapter that waits for room."""
-        return frozenset() if adapter is None or adapter.version in self.pool else self.pool.in_the_way(adapter)
+    def in_the_way(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:
+        """What has to leave for an adapter that waits for room; see AdapterPool."""
+        if adapter is None or adapter.version in self.pool:
+            return frozenset()
+        return self.pool.in_the_way(adapter, places)
 
     def _waits_in_vain(self, adapter: AdapterRef, idle: bool) -> bool:
         """Also under load: pins of the epoch before go only after this one is answered."""

@@ -261,8 +261,8 @@ class Scheduler:
     def _admit_waiting(self, builder: StepBuilder, now: float) -> None:
         """In order of arrival. Who waits for an adapter is passed by; who waits for memory is not.
 
-        Who was passed by too often gets room: what is in its way is left to run out. Only the first of them, so that
-        all the others go on.
+        For the first who was passed by too often one place in the pool is left to run out, so that all the others go
+        on; and one more whenever it was passed by as often again, as what runs in the first may run for long.
         """
         if not self.waiting:
             return
@@ -275,7 +275,7 @@ class Scheduler:
             if not self.residency.ready(sequence.version):
                 passed.append(sequence)
                 if in_the_way is None and sequence.bypassed >= MOST_BYPASSED:
-                    in_the_way = self.residency.in_the_way(sequence.admit.adapter)
+                    in_the_way = self.residency.in_the_way(sequence.admit.adapter, sequence.bypassed // MOST_BYPASSED)
                 continue
             if in_the_way and sequence.version in in_the_way:
                 continue

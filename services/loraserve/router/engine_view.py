@@ -47,14 +47,14 @@ class Mix(msgspec.Struct, frozen=True, gc=False):
     ``slab_bytes`` of the distinct ones that run, ``rank_sum`` over the requests that run; ``largest_rank`` also of
     those that wait. ``expected_rank``: the largest at a time, on average, of the copies that the plan keeps there and
     of what runs there beside them; a rank that is hardly ever asked for widens nobody, and where several of one run
-    that the plan knows nothing of, it is no longer the next that widens the others. 0 where the plan keeps nothing.
+    that the plan knows nothing of, it is no longer the next that widens the others. None where the plan keeps nothing.
     """
 
     slab_bytes: int = 0
     rank_sum: int = 0
     running_rank: int = 0
     largest_rank: int = 0
-    expected_rank: float = 0.0
+    expected_rank: float | None = None
 
 
 class PendingMix(msgspec.Struct):
@@ -163,14 +163,13 @@ class EngineView(msgspec.Struct):
                 active.append(live.version)
                 largest_rank = max(largest_rank, live.rank)
         self.resident, self.active = frozenset(resident), frozenset(active)
+        expected_rank: float | None = max(planned, default=None)
         if decoded and planned:
             step_s = load.decode_step_s if 0 < load.decode_step_s < inf else IDLE_STEP_S
             kept = {rank: tokens * step_s for rank, tokens in planned.items()}
             ranks = kept.keys() | runs.keys()
             sequences = {rank: max(kept.get(rank, 0.0), GOES_ON * runs.get(rank, 0)) for rank in ranks}
             expected_rank = largest_at_a_time(sequences)
-        else:
-            expected_rank = max(planned, default=0)
         self.mix = Mix(slab_bytes, rank_sum, running_rank, largest_rank, expected_rank)
 
     def add_pending(self, request_id: str, pending: Pending) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 from loraserve.cost import CostModel
 from loraserve.router.choice import Candidate, Choice, Rng, Seconds
 from loraserve.router.prices import Array
-from loraserve.router.score import Scores, own_seconds, prefill_tokens
+from loraserve.router.score import Scores, engine_seconds, own_seconds, prefill_tokens
 from loraserve.router.table import PriceTable
 from loraserve.router.view import ClusterView
 
@@ -123,5 +123,6 @@ def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostMo
         return False
     tokens = prefill_tokens(scores.request, table, {})
     _, own_s = own_seconds(scores.request, scores.near, table, cost, tokens)
-    without = suspects_last(scores.score - scores.own_s + own_s, table)
+    further_s = engine_seconds(scores.request, scores.near, table, cost, tokens) - scores.engine_s
+    without = suspects_last(scores.score + (own_s - scores.own_s) + further_s * table.harm_weight, table)
     return bool(without[column] > without.min())

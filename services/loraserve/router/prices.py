@@ -103,7 +103,7 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
         step_rank_s=step_rank_s * pace,
         decode_step_s=whole_step_s * slowness,
         rank=rank,
-        harm_rank=engine.mix.expected_rank or rank,
+        harm_rank=rank if engine.mix.expected_rank is None else engine.mix.expected_rank,
         widening_s=widening_s,
         harm_weight=_harm_weight(load),
         load_base_s=cost.load_base_s * loads,

@@ -60,8 +60,9 @@ def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[
     queue_s = prices.queue_s.copy()
     if tokens > table.fitting_tokens:
         queue_s = queue_s + np.maximum(prices.kv_wait_token_s * tokens + prices.kv_wait_s, 0.0)
-    step_s, own_s = own_seconds(request, near, table, cost, prefill_tokens(request, table, saved))
-    engine_s = _engine_s(request, near, table, cost, view.output_tokens)
+    prefill = prefill_tokens(request, table, saved)
+    step_s, own_s = own_seconds(request, near, table, cost, prefill)
+    engine_s = engine_seconds(request, near, table, cost, prefill)
     if request.adapter is None:
         load_s = np.zeros(len(table.engines))
         ttft_s = queue_s + own_s
@@ -113,8 +114,9 @@ def own_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, 
     return step_s, step_s + paced_tokens * np.array(token_s + adapter.rank * cost.rank_token_s)
 
 
-def _engine_s(request: Route, near: Near, table: PriceTable, cost: CostModel, mean_output_tokens: float) -> Array:
-    """Engine time that the request takes over all of its life: its own, and what others there lose by it.
+def engine_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, tokens: Array) -> Array:
+    """Engine time that the request takes over all of its life: its own, and what others there lose by it. ``tokens`` of
+    it need prefill.
 
     Padded: with a larger rank than the others' it widens them, with a smaller one it is widened itself. The others'
     rank is what is expected there: where a single larger one runs there now, its being the next of its kind would keep
@@ -122,26 +124,24 @@ def _engine_s(request: Route, near: Near, table: PriceTable, cost: CostModel, me
     """
     prices, adapter, prompt_tokens = table.columns, request.adapter, len(request.prompt_tokens)
     # How long it goes on is known no better than by the mean.
-    most_tokens = max(1, request.sampling.max_tokens)
+    most_tokens, mean_output_tokens = max(1, request.sampling.max_tokens), table.output_tokens
     output_tokens = most_tokens if most_tokens < mean_output_tokens else mean_output_tokens
-    kv_tokens = prompt_tokens + output_tokens / 2
-    own_s = output_tokens * (cost.sequence_s + kv_tokens * cost.kv_token_s)
-    own_s += prompt_tokens * (cost.prefill_token_s + prompt_tokens / 2 * cost.prefill_kv_token_s)
+    token_s = cost.prefill_token_s + prompt_tokens / 2 * cost.prefill_kv_token_s
+    decode_s = output_tokens * (cost.sequence_s + (prompt_tokens + output_tokens / 2) * cost.kv_token_s)
     if cost.lora == "padded":
         widest = np.maximum(prices.harm_rank, _rank(adapter))
         engine_s: Array = (widest - prices.harm_rank) * prices.widening_s
         if output_tokens < mean_output_tokens:
             engine_s *= output_tokens / mean_output_tokens
-        engine_s += widest * np.array(output_tokens * cost.padded_decode_s + prompt_tokens * cost.padded_prefill_s)
-        engine_s += np.array(own_s)
-        return engine_s
+        rank_s = tokens * np.array(cost.padded_prefill_s) + np.array(output_tokens * cost.padded_decode_s)
+        return engine_s + widest * rank_s + (tokens * np.array(token_s) + np.array(decode_s))
     if adapter is None:
-        return table.ones * np.array(own_s)
-    own_s += (output_tokens + prompt_tokens) * adapter.rank * cost.rank_token_s
-    engine_s = table.ones * np.array(own_s + adapter.slab_bytes * cost.slab_byte_s * output_tokens)
+        return table.ones * (tokens * np.array(token_s) + np.array(decode_s))
+    rank_token_s = adapter.rank * cost.rank_token_s
+    slab_s: Array = table.ones * np.array(adapter.slab_bytes * cost.slab_byte_s * output_tokens)
     for column in near.running:
-        engine_s[column] = own_s
-    return engine_s
+        slab_s[column] = 0.0
+    return slab_s + (tokens * np.array(token_s + rank_token_s) + np.array(decode_s + output_tokens * rank_token_s))
 
 
 def _rank(adapter: AdapterRef | None) -> Array:

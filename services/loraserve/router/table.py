@@ -27,6 +27,8 @@ class PriceTable:
         """Prompts up to this length wait for room in the KV cache nowhere, and adapters up to this size for room in the
         pool; perhaps larger ones do not either."""
         self.ones: Array = np.ones(0)
+        self.output_tokens = 0.0
+        """Mean of a request."""
         self.harm_weight: Array = np.zeros(0)
         """By column. Time that an engine loses delays all who arrive there while its queue lasts, and fills it sooner:
         nearly nobody where it is idle, and many near the limit, where only what a request costs decides how much can be
@@ -71,6 +73,7 @@ class PriceTable:
     def _make(self, cost: CostModel, output_tokens: float, requests_per_s: float) -> None:
         sequences = sum(sequences_at(engine) for engine in self.engines) / max(1, len(self.engines))
         common = self._common = Common(cost, output_tokens, sequences)
+        self.output_tokens = output_tokens
         self._slowness = [slowness_of(engine, cost) for engine in self.engines]
         priced = zip(self.engines, self._slowness, strict=True)
         rows = [prices_of(engine, common, slowness) for engine, slowness in priced]

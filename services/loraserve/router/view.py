@@ -6,6 +6,7 @@ evidence: engines that did not answer are asked last.
 """
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Protocol
 
 from loraserve.cost import CostModel
@@ -62,7 +63,8 @@ class ClusterView:
         if picture.incarnation == incarnation and picture.sequence <= sequence:
             return False
         self._picture = picture.incarnation, picture.sequence
-        self._decoded = {d.version: d.decode_tokens_per_s / max(1, len(self.near(d.version))) for d in picture.demand}
+        demand = [d for d in picture.demand if isfinite(d.requests_per_s) and isfinite(d.decode_tokens_per_s)]
+        self._decoded = {d.version: d.decode_tokens_per_s / max(1, len(self.near(d.version))) for d in demand}
         for seen in picture.engines:
             self._report(seen.load, now - seen.age_s, seen.alive, now)
         reported = {seen.load.engine for seen in picture.engines}
@@ -70,9 +72,9 @@ class ClusterView:
             if now - self.engines[name].reported_s > FORGET_MISSING_S:
                 self._forget(name)
         self._drop_ended()
-        self.requests_per_s = sum(demand.requests_per_s for demand in picture.demand)
+        self.requests_per_s = sum(d.requests_per_s for d in demand)
         if self.requests_per_s > 0:
-            decode_tokens_per_s = sum(demand.decode_tokens_per_s for demand in picture.demand)
+            decode_tokens_per_s = sum(d.decode_tokens_per_s for d in demand)
             self.output_tokens = max(1.0, decode_tokens_per_s / self.requests_per_s)
         self._prices.begin([view for _, view in sorted(self.engines.items()) if view.is_ready])
         return True

@@ -106,13 +106,16 @@ class PoolMachine(RuleBasedStateMachine):
         size = -(-adapter.slab_bytes // MIN) * MIN
         if adapter.version in self.held or size > MIN * self.units:
             return
-        in_the_way = self.pool.in_the_way(adapter)
-        if self.room(size, set(self.held)):
+        in_the_way = self.pool.in_the_way(adapter, 1)
+        if self.room(size, {v for v in self.held if not self.evictable(v, drop_plan_pins=True)}):
             assert not in_the_way
             return
         self.by_requests = True
         assert in_the_way == self.cheapest(size, set(self.held))
         self.by_requests = False
+        more = self.pool.in_the_way(adapter, 2)
+        assert more >= in_the_way
+        assert self.pool.in_the_way(adapter, 100) >= more
 
     @precondition(lambda self: self.loading)
     @rule(data=st.data(), fails=st.booleans())

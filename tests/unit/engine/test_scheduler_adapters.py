@@ -117,6 +117,40 @@ def test_only_what_is_in_the_way_is_held_back_for_who_waits_for_room(helpers: Si
     assert "late" in desk.finish, "what is not in the way goes on"
 
 
+def test_who_waits_for_room_does_not_wait_for_the_longest(helpers: SimpleNamespace) -> None:
+    desk = resident(helpers, "long", "short", max_waiting=1000, max_running=8, kv_blocks=256, max_model_tokens=1000)
+    desk.arrive("endless", [1], helpers.adapter("long"), max_tokens=900)
+    desk.arrive("first", [1], helpers.adapter("short"), max_tokens=3)
+    desk.arrive("patient", [1], helpers.adapter("wanted"))
+    arrived = 0
+    while not desk.loads:
+        # One request runs with long, and always two with short.
+        for _ in range(2):
+            desk.arrive(f"short-{arrived}", [1], helpers.adapter("short"), max_tokens=2 + arrived % 3)
+            arrived += 1
+        desk.step_done()
+        assert "endless" not in desk.finish, "there was another place"
+    assert arrived >= MOST_BYPASSED
+    desk.loaded("wanted")
+    desk.step_done()
+    assert "patient" in desk.sizes
+
+
+def test_only_for_the_first_who_waits_for_room_others_are_held_back(helpers: SimpleNamespace) -> None:
+    desk = resident(helpers, "busy", "other", max_waiting=1000, max_running=8, kv_blocks=256, max_model_tokens=1000)
+    for name in ("busy", "other"):
+        desk.arrive(f"endless-{name}", [1], helpers.adapter(name), max_tokens=900)
+    desk.arrive("first", [1], helpers.adapter("wanted"))
+    desk.arrive("second", [1], helpers.adapter("wanted-too"))
+    ended = 0
+    for arrived in range(MOST_BYPASSED + 20):
+        name = ("busy", "other")[arrived % 2]
+        desk.arrive(f"quick-{arrived}", [1], helpers.adapter(name), max_tokens=1)
+        desk.step_done()
+        ended = sum(request_id.startswith("quick") for request_id in desk.finish)
+    assert MOST_BYPASSED < ended < MOST_BYPASSED + 20, "one of two adapters goes on"
+
+
 def test_a_failed_load_rejects_who_waits_for_it_with_the_reason(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("base", PROMPT)

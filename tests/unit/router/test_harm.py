@@ -10,6 +10,7 @@ from loraserve.messages import AdapterRef, EngineLoad, Placement, Plan, Route
 from loraserve.router.choice import Choice, Slo
 from loraserve.router.policy import Candidate, PlannedCopies, route
 from loraserve.router.prefixes import BLOCK_TOKENS
+from loraserve.router.score import score
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
@@ -110,6 +111,19 @@ def test_a_prompt_follows_its_beginning_until_the_queue_is_longer_than_what_that
     view.update(picture(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=2000), sequence=2), now=101.0)
     leaves = best(view, route_request("r2", tokens=4 * BLOCK_TOKENS + 9), EXACT)
     assert (leaves.engine, leaves.why) == ("e0", "base")
+
+
+def test_where_an_engine_is_full_what_is_saved_there_counts_for_more() -> None:
+    """Time that it does not take there is time for those who wait."""
+    saved = []
+    for free in (1000, 50):
+        view = view_of(engine_load("e0", kv_blocks_free=free), engine_load("e1", kv_blocks_free=free))
+        view.sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
+        view.expire(now=101.0)
+        request = route_request("r1", tokens=4 * BLOCK_TOKENS + 9)
+        scores = score(request, view, view.prices(EXACT), {}, EXACT)
+        saved.append(scores.score[0] - scores.score[1])
+    assert saved[1] > 2 * saved[0]
 
 
 def test_a_beginning_that_decides_nothing_is_no_reason() -> None:

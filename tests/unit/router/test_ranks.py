@@ -6,10 +6,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef
+from loraserve.router.choice import Choice, Slo
+from loraserve.router.policy import route
 from loraserve.router.ranks import largest_at_a_time
 from loraserve.router.view import ClusterView
-from loraserve.testing.reports import adapter_ref, engine_load, picture, resident
+from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
 
 LOW, HIGH, OTHER_HIGH = adapter_ref(0, rank=8), adapter_ref(1, rank=128), adapter_ref(2, rank=128)
 SEQUENCES = st.dictionaries(st.sampled_from([8, 16, 64, 128]), st.floats(0, 50), min_size=1)
@@ -95,6 +98,23 @@ def test_what_runs_there_beside_the_plan_is_expected_to_go_on() -> None:
 def test_where_the_plan_keeps_nothing_no_rank_is_expected() -> None:
     view = ClusterView()
     held = (resident(HIGH, False, 3),)
-    demand = (demand_of(HIGH, 100.0),)
+    view.update(picture(engine_load("e0", resident=held), demand=(demand_of(HIGH, 100.0),)), now=100.0)
+    assert view.engines["e0"].mix.expected_rank is None
+
+
+def test_a_plan_that_nobody_asks_for_expects_no_rank() -> None:
+    view = ClusterView()
+    held = (resident(LOW, True, 0),)
+    view.update(picture(engine_load("e0", resident=held), demand=(demand_of(LOW, 0.0),)), now=100.0)
+    view.sent("e0", route_request(adapter=HIGH), now=100.0)
+    assert view.prices(CostModel(lora="padded")).columns.harm_rank.tolist() == [0.0]
+
+
+@pytest.mark.parametrize("rate", [float("nan"), float("inf")])
+def test_demand_that_is_no_number_is_left_out(rate: float) -> None:
+    view = ClusterView()
+    held = (resident(LOW, True, 0), resident(HIGH, True, 0))
+    demand = demand_of(LOW, 900.0), demand_of(HIGH, rate)
     view.update(picture(engine_load("e0", resident=held), demand=demand), now=100.0)
-    assert view.engines["e0"].mix.expected_rank == 0
+    assert view.requests_per_s == 9.0
+    assert isinstance(route(route_request(), view, None, CostModel(), Slo(10.0, 4.0), Random(0)), Choice)
