@@ -34,6 +34,8 @@ def interrupts_held_back() -> Iterator[None]:
         yield
     finally:
         for number in raising:
-            signal.signal(number, signal.default_int_handler)
+            # What is imported may have set a handler of its own.
+            if signal.getsignal(number) is note:
+                signal.signal(number, signal.default_int_handler)
         if came:
             raise KeyboardInterrupt

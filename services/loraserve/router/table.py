@@ -117,5 +117,7 @@ class PriceTable:
                 kept = self._values[:, column].tolist()
                 assert kept == list(self._values_of(fresh)), f"{engine.name}: its prices are out of date"
                 assert self.fitting_tokens <= fitting_tokens(fresh), f"{engine.name}: its KV cache was overlooked"
+                room_bytes = fresh.room_bytes - MIN_EXTENT_BYTES
+                assert self.fitting_slab_bytes <= room_bytes, f"{engine.name}: its pool was overlooked"
         suspects = set(self.columns.avoided.nonzero()[0].tolist())
         assert self._changed or self.suspects == suspects, "suspects were overlooked"

@@ -3,6 +3,7 @@
 import argparse
 
 from loraserve.sim.cluster import SimSettings
+from loraserve.sim.synthetic import RANK_MIXES
 
 EXAMPLES = """\
 examples:
@@ -67,7 +68,7 @@ def _workload_flags(group: argparse._ArgumentGroup) -> None:
         "--rps", type=float, default=0.0, help="load of a single run, requests/s (default: 0.7 of the guessed capacity)"
     )
     group.add_argument("--loads", default="", metavar="A,B,C", help="loads of a sweep, requests/s")
-    group.add_argument("--ranks", default="uniform", help="of a drawn workload: uniform, mostly-small, two-ends, ...")
+    group.add_argument("--ranks", default="uniform", help=f"of a drawn workload: {', '.join(RANK_MIXES)}")
     group.add_argument("--arrivals", choices=("poisson", "bursts"), default="poisson")
     group.add_argument("--drift", choices=("none", "ranks", "popularity"), default="none")
     group.add_argument("--lengths", choices=("prefill-heavy", "chat", "decode-heavy"), default="chat")

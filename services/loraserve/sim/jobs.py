@@ -5,7 +5,7 @@ from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
 
-from loraserve.cost.profile import Profile, read_profile
+from loraserve.cost.profile import SHIPPED, Profile, read_profile
 from loraserve.errors import ConfigError
 from loraserve.sim.cluster import SimSettings
 from loraserve.sim.compare import OURS
@@ -62,7 +62,7 @@ def check(arguments: argparse.Namespace, names: list[str]) -> None:
     for flag in ("slo_s", "plan_interval_s", "report_interval_s", "seconds"):
         value = getattr(arguments, flag)
         if not (isfinite(value) and value > 0):
-            raise ConfigError(f"--{flag.replace('_', '-')} {value}: seconds, more than 0")
+            raise ConfigError(f"--{flag.replace('_', '-')} {value}: seconds, finite and more than 0")
     if arguments.rps and not (isfinite(arguments.rps) and arguments.rps >= LEAST_RPS):
         raise ConfigError(f"--rps {arguments.rps}: requests/s, finite and at least {LEAST_RPS}")
     if arguments.requests and arguments.requests < LEAST_REQUESTS:
@@ -87,8 +87,9 @@ def _make_folder(folder: Path) -> None:
 def _profile(arguments: argparse.Namespace) -> Profile:
     """The profile with the kind of LoRA cost that was asked for. Derived ones are shipped for both."""
     name: str = arguments.profile
-    if "/" not in name and not name.endswith(".json") and arguments.cost == "padded":
-        name = name.removesuffix("-padded") + "-padded"
+    padded = name.removesuffix("-padded") + "-padded"
+    if arguments.cost == "padded" and (SHIPPED / f"{padded}.json").exists():
+        name = padded
     profile = read_profile(name)
     if profile.cost.lora != arguments.cost:
         raise ConfigError(
