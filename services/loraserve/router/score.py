@@ -122,6 +122,7 @@ def engine_seconds(request: Route, near: Near, table: PriceTable, cost: CostMode
     rank is what is expected there: where a single larger one runs there now, its being the next of its kind would keep
     the engine wide for good. Exact: its slab is read in every step, unless it is read there anyway.
     """
+    engine_s: Array
     prices, adapter, prompt_tokens = table.columns, request.adapter, len(request.prompt_tokens)
     # How long it goes on is known no better than by the mean.
     most_tokens, mean_output_tokens = max(1, request.sampling.max_tokens), table.output_tokens
@@ -130,18 +131,21 @@ def engine_seconds(request: Route, near: Near, table: PriceTable, cost: CostMode
     decode_s = output_tokens * (cost.sequence_s + (prompt_tokens + output_tokens / 2) * cost.kv_token_s)
     if cost.lora == "padded":
         widest = np.maximum(prices.harm_rank, _rank(adapter))
-        engine_s: Array = (widest - prices.harm_rank) * prices.widening_s
+        engine_s = (widest - prices.harm_rank) * prices.widening_s
         if output_tokens < mean_output_tokens:
             engine_s *= output_tokens / mean_output_tokens
         rank_s = tokens * np.array(cost.padded_prefill_s) + np.array(output_tokens * cost.padded_decode_s)
-        return engine_s + widest * rank_s + (tokens * np.array(token_s) + np.array(decode_s))
+        engine_s = engine_s + widest * rank_s + (tokens * np.array(token_s) + np.array(decode_s))
+        return engine_s
     if adapter is None:
-        return table.ones * (tokens * np.array(token_s) + np.array(decode_s))
+        engine_s = table.ones * (tokens * np.array(token_s) + np.array(decode_s))
+        return engine_s
     rank_token_s = adapter.rank * cost.rank_token_s
-    slab_s: Array = table.ones * np.array(adapter.slab_bytes * cost.slab_byte_s * output_tokens)
+    engine_s = table.ones * np.array(adapter.slab_bytes * cost.slab_byte_s * output_tokens)
     for column in near.running:
-        slab_s[column] = 0.0
-    return slab_s + (tokens * np.array(token_s + rank_token_s) + np.array(decode_s + output_tokens * rank_token_s))
+        engine_s[column] = 0.0
+    engine_s += tokens * np.array(token_s + rank_token_s) + np.array(decode_s + output_tokens * rank_token_s)
+    return engine_s
 
 
 def _rank(adapter: AdapterRef | None) -> Array:
