@@ -132,6 +132,7 @@ def _engine(name: str) -> EngineLoad:
         pool_free_bytes=POOL_BYTES,
         pool_room_bytes=POOL_BYTES,
         max_running=256,
+        max_step_tokens=512,
         decode_step_s=0.02,
         prefill_tokens_per_s=10_000.0,
     )

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from loraserve.bus.protocol import Envelope
 from loraserve.config import ClusterConfig, Config, ModelConfig
-from loraserve.cost import CostModel
+from loraserve.cost import CostModel, StepShape
 from loraserve.cost.profile import read_profile
 from loraserve.errors import ConfigError
 from loraserve.messages import ToPlanner, ToRouter
@@ -14,6 +15,7 @@ from loraserve.planner.service import PlannerService
 from loraserve.router.service import RouterService
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.reports import engine_load, mean_step, picture
 from loraserve.testing.tiny_model import write_tiny_model
 
 KINDS = [("router", RouterService, ToRouter), ("planner", PlannerService, ToPlanner)]
@@ -27,7 +29,7 @@ def cost_of(name: str, kind: Any, inbox: Any, profile: str, data_dir: Path, mode
 
     async def begin() -> CostModel:
         service = kind(config, MemoryNetwork().bus(name, inbox), LoopClock())
-        cost: CostModel = service._cost
+        cost: CostModel = service._learner.cost
         return cost
 
     return run_virtual(begin())
@@ -45,3 +47,25 @@ def test_a_profile_for_another_model_starts_neither(name: str, kind: Any, inbox:
     write_tiny_model(tmp_path / "tiny", "llama")
     with pytest.raises(ConfigError, match=r"llama-3-8b-a100 is for another model.*scripts/profile"):
         cost_of(name, kind, inbox, "llama-3-8b-a100", tmp_path, str(tmp_path / "tiny"))
+
+
+@pytest.mark.parametrize(("name", "kind", "inbox"), KINDS)
+def test_what_an_idle_engine_repeats_teaches_neither_again(name: str, kind: Any, inbox: Any, tmp_path: Path) -> None:
+    slow = mean_step(StepShape(prefill_tokens=32), 3.0)
+    config = Config(cluster=ClusterConfig(data_dir=str(tmp_path)))
+
+    async def learned(*prefill_steps: int) -> CostModel:
+        service = kind(config, MemoryNetwork().bus(name, inbox), LoopClock())
+        for sequence, steps in enumerate(prefill_steps, 1):
+            load = engine_load(prefill_step=slow, prefill_steps=steps)
+            await service.handle(Envelope("monitor", picture(load, sequence=sequence)))
+        cost: CostModel = service._learner.cost
+        return cost
+
+    async def scenario() -> None:
+        once = await learned(1)
+        assert once.prefill_token_s > CostModel().prefill_token_s
+        assert await learned(1, 1, 1) == once
+        assert (await learned(1, 2)).prefill_token_s > once.prefill_token_s
+
+    run_virtual(scenario())

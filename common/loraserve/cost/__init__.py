@@ -1,12 +1,14 @@
 """What steps, loads and memory cost, and where the figures come from."""
 
 from loraserve.cost.extents import MIN_EXTENT_BYTES, extent_bytes, largest_extent_bytes
+from loraserve.cost.learner import CostLearner
 from loraserve.cost.model import LARGEST_SURPRISE, LEARNING_RATE, CostModel, StepShape
 
 __all__ = [
     "LARGEST_SURPRISE",
     "LEARNING_RATE",
     "MIN_EXTENT_BYTES",
+    "CostLearner",
     "CostModel",
     "StepShape",
     "extent_bytes",

@@ -4,7 +4,7 @@ Linear in what a step reads and computes. The coefficients begin as those of a p
 measure.
 """
 
-from math import isfinite
+from math import inf, isfinite
 from typing import Literal
 
 import msgspec
@@ -104,14 +104,11 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
     def observe(self, load: EngineLoad) -> "CostModel":
-        """This model, moved towards what one engine reports as measured."""
+        """This model, moved towards what one engine reports as measured. See CostLearner: once is enough."""
         cost = self
-        if load.running and load.decode_step is not None:
-            cost = cost._observe_step(load.decode_step)
-        elif load.running and load.decode_step_s > 0:
-            cost = cost._corrected(cost._running_terms(load), load.decode_step_s, "step_base_s", 1.0)
-        if load.prefill_step is not None:
-            cost = cost._observe_step(load.prefill_step)
+        for step in (load.decode_step, load.prefill_step):
+            if step is not None:
+                cost = cost._observe_step(step)
         if load.load_bytes > 0 and load.load_bytes_per_s > 0:
             terms = {"load_base_s": cost.load_base_s, "load_byte_s": load.load_bytes * cost.load_byte_s}
             cost = cost._corrected(terms, load.load_bytes / load.load_bytes_per_s, "load_byte_s", load.load_bytes)
@@ -144,39 +141,20 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """The surprise in a measured time, blamed on each term by its share of the prediction.
 
         What is 0 has no share and stays 0; where all are, no factor leads anywhere, and ``unknown``, of which there
-        were ``unknown_units``, is what there is to learn.
+        were ``unknown_units``, is what there is to learn. What no clock can have measured teaches nothing.
         """
+        if not 0 <= measured_s < inf:
+            return self
         predicted_s = sum(terms.values())
         if predicted_s <= 0:
-            learned = LEARNING_RATE * max(0.0, measured_s) / unknown_units
-            return msgspec.structs.replace(self, **{unknown: learned}) if isfinite(learned) else self
-        if not isfinite(predicted_s):
-            return self
-        surprise = _bounded(measured_s / predicted_s) - 1
-        changes = {
-            name: getattr(self, name) * (1 + LEARNING_RATE * surprise * term / predicted_s)
-            for name, term in terms.items()
-        }
-        return msgspec.structs.replace(self, **changes)
-
-    def _running_terms(self, load: EngineLoad) -> dict[str, float]:
-        """Of a decode step of what runs there now, where an older engine does not say what was in those measured."""
-        return {
-            "step_base_s": self.step_base_s,
-            "sequence_s": load.running * self.sequence_s,
-            "kv_token_s": (load.kv_blocks_total - load.kv_blocks_free) * load.block_tokens * self.kv_token_s,
-            **self._lora_terms(load),
-        }
-
-    def _lora_terms(self, load: EngineLoad) -> dict[str, float]:
-        running = [adapter for adapter in load.resident if adapter.running]
-        if self.lora == "padded":
-            max_rank = max((adapter.rank for adapter in running), default=0)
-            return {"padded_decode_s": load.running * max_rank * self.padded_decode_s}
-        return {
-            "slab_byte_s": sum(adapter.slab_bytes for adapter in running) * self.slab_byte_s,
-            "rank_token_s": sum(adapter.running * adapter.rank for adapter in running) * self.rank_token_s,
-        }
+            changes = {unknown: LEARNING_RATE * measured_s / unknown_units}
+        else:
+            surprise = _bounded(measured_s / predicted_s) - 1
+            changes = {
+                name: getattr(self, name) * (1 + LEARNING_RATE * surprise * term / predicted_s)
+                for name, term in terms.items()
+            }
+        return msgspec.structs.replace(self, **changes) if all(map(isfinite, changes.values())) else self
 
 
 def _bounded(ratio: float) -> float:

@@ -70,11 +70,15 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     load_bytes_per_s: float = 0.0
     """Of the loads' own time on the link, without what they waited for others there."""
     load_bytes: float = 0.0
-    """Of a mean load, which takes these / ``load_bytes_per_s``; 0 where an older engine does not say."""
+    """Of a mean load, which takes these / ``load_bytes_per_s``; 0 before the first."""
+    loads: int = 0
+    """Counted in the mean one by this incarnation: more than in the report before is news. So are the steps below."""
     decode_step: MeanStep | None = None
-    """Of steps without prefill; None before the first, or from an older engine. So is the next."""
+    """Of steps without prefill; None before the first. So is the next."""
+    decode_steps: int = 0
     prefill_step: MeanStep | None = None
     """Of steps with prefill, what decodes beside it included."""
+    prefill_steps: int = 0
     steps: int = 0
     resident: tuple[ResidentAdapter, ...] = ()
     loading: tuple[str, ...] = ()
@@ -84,8 +88,8 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     prefix_queries_tokens: int = 0
     preemptions: int = 0
     max_model_tokens: int = 0
-    max_step_tokens: int = 0
-    """Of one step, prefill and decode together; 0 where an older engine does not say."""
+    max_step_tokens: int
+    """Of one step, prefill and decode together."""
     leaks: int = 0
     """Times that the engine, idle, found its own state inconsistent or memory held by nobody."""
     plan_epoch: int = 0

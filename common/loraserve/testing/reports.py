@@ -31,6 +31,7 @@ IDLE: dict[str, Any] = {
     "pool_room_bytes": 64 * MIB,
     "max_running": 64,
     "max_model_tokens": 4096,
+    "max_step_tokens": 512,
     "decode_step_s": 0.02,
     "prefill_tokens_per_s": 1000.0,
     "load_bytes_per_s": 100.0 * MIB,

@@ -1,5 +1,7 @@
 """Rates measured on this engine, smoothed. Pure."""
 
+from math import inf
+
 import msgspec
 
 from loraserve.cost import StepShape
@@ -16,8 +18,11 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True):
     prefill_tokens_per_s: float
     load_bytes_per_s: float
     load_bytes: float
+    loads: int
     decode_step: MeanStep | None
+    decode_steps: int
     prefill_step: MeanStep | None
+    prefill_steps: int
 
 
 class Rates:
@@ -28,6 +33,9 @@ class Rates:
         self._prefill_step: MeanStep | None = None
         self._load_bytes = 0.0
         self._load_s = 0.0
+        self._decode_steps = 0
+        self._prefill_steps = 0
+        self._loads = 0
 
     def measured(self) -> Measured:
         decode, prefill = self._decode_step, self._prefill_step
@@ -36,24 +44,30 @@ class Rates:
             prefill_tokens_per_s=prefill.prefill_tokens / prefill.duration_s if prefill else 0.0,
             load_bytes_per_s=self._load_bytes / self._load_s if self._load_s else 0.0,
             load_bytes=self._load_bytes,
+            loads=self._loads,
             decode_step=decode,
+            decode_steps=self._decode_steps,
             prefill_step=prefill,
+            prefill_steps=self._prefill_steps,
         )
 
     def step_done(self, shape: StepShape, duration_s: float, times: int = 1) -> None:
         """Count one step, or ``times`` alike. Those with prefill say nothing about decoding alone."""
-        if duration_s <= 0:
+        if not 0 < duration_s < inf:
             return
         if shape.prefill_tokens:
+            self._prefill_steps += times
             self._prefill_step = _smooth(self._prefill_step, _mean_step(shape, duration_s), times)
         else:
+            self._decode_steps += times
             self._decode_step = _smooth(self._decode_step, _mean_step(shape, duration_s), times)
 
     def load_done(self, slab_bytes: int, own_s: float) -> None:
         """Count one finished load. ``own_s``: without what it waited for others on the link."""
-        if own_s <= 0:
+        if not 0 < own_s < inf:
             return
-        first = not self._load_s
+        first = not self._loads
+        self._loads += 1
         self._load_bytes = float(slab_bytes) if first else _towards(self._load_bytes, slab_bytes)
         self._load_s = own_s if first else _towards(self._load_s, own_s)
 

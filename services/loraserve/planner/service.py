@@ -13,6 +13,7 @@ from typing import Any
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config, check_pins, engine_names
+from loraserve.cost import CostLearner
 from loraserve.cost.profile import starting_cost
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import (
@@ -68,7 +69,7 @@ class PlannerService(Service):
         self._one_at_a_time = asyncio.Lock()
         self._due = asyncio.Event()
         self._ended: dict[int, asyncio.Future[events.Ended]] = {}
-        self._cost = starting_cost(config)
+        self._learner = CostLearner(starting_cost(config))
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Raises ConfigError where a pin names an engine that does not exist."""
@@ -108,8 +109,7 @@ class PlannerService(Service):
     def _take_load(self, load: ClusterLoad) -> None:
         self._engines.update(load, self.clock.monotonic_s())
         self._demand = load.demand
-        for engine in self._engines.ready():
-            self._cost = self._cost.observe(engine)
+        self._learner.learn(self._engines.ready(), self._engines.names())
         self._tell(events.EnginesSeen(tuple(self._engines.ready()), self._adapters))
 
     def _take_registry(self, adapters: tuple[AdapterRef, ...]) -> None:
@@ -211,8 +211,8 @@ class PlannerService(Service):
             problem = f"only drained engines are ready ({names}); they serve until another is"
             engines, drained = ready, frozenset()
         place, settings = PLANNERS[self.config.planner.policy], self._settings(drained)
-        placements = place(self._demand, self._adapters, engines, current, self._cost, settings)
-        return placements, outlook(self._demand, self._adapters, ready, self._cost, settings), problem
+        placements = place(self._demand, self._adapters, engines, current, self._learner.cost, settings)
+        return placements, outlook(self._demand, self._adapters, ready, self._learner.cost, settings), problem
 
     def _settings(self, drained: frozenset[str]) -> PlanSettings:
         planner = self.config.planner

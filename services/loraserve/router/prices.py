@@ -28,8 +28,6 @@ Prefill goes before decode, so that nobody waits until places or KV memory are u
 paid then."""
 FULL = 0.98
 """Of its places or its KV memory, whichever is fuller, in use: from here on no engine counts as fuller."""
-DEFAULT_STEP_TOKENS = 512
-"""Of a step, where an engine does not say."""
 
 
 class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
@@ -84,7 +82,7 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
     queue_tokens = max(0, load.waiting_prefill_tokens) + engine.pending_tokens
     step_s, token_s, step_rank_s, widening_s = _step(engine, common, sequences, rank, queue_tokens)
     whole_step_s = step_s + rank * step_rank_s
-    chunk_tokens = max(1, (load.max_step_tokens or DEFAULT_STEP_TOKENS) - sequences)
+    chunk_tokens = max(1, load.max_step_tokens - sequences)
     full_token_s = token_s + whole_step_s / chunk_tokens
     pace = _pace(load, full_token_s, slowness)
     request_s = common.output_tokens * whole_step_s * slowness

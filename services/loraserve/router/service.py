@@ -7,6 +7,7 @@ from random import Random
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
+from loraserve.cost import CostLearner
 from loraserve.cost.profile import starting_cost
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import Abort, Admit, Admitted, ClusterLoad, Plan, Rejected, Route, Routed, ToRouter
@@ -32,7 +33,7 @@ class RouterService(Service):
         self._plan: PlannedCopies | None = None
         self._plan_of = (0, 0.0)
         """Epoch and date of the plan."""
-        self._cost = starting_cost(config)
+        self._learner = CostLearner(starting_cost(config))
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
         self._rng = Random(bus.incarnation)
         self._routed = self.metrics.counter("routed_total", "Requests given to an engine", ["engine", "why"])
@@ -57,8 +58,7 @@ class RouterService(Service):
 
     def _take_picture(self, picture: ClusterLoad) -> None:
         if self._view.update(picture, self.clock.monotonic_s()):
-            for engine in self._view.ready():
-                self._cost = self._cost.observe(engine.load)
+            self._learner.learn((engine.load for engine in self._view.ready()), self._view.engines)
 
     def _take_plan(self, plan: Plan) -> None:
         """Published again and again. A planner that lost its disk may begin at epoch 1 again, and is followed."""
@@ -71,7 +71,7 @@ class RouterService(Service):
 
     async def _route(self, envelope: Envelope, request: Route) -> None:
         self._view.expire(self.clock.monotonic_s())
-        choice = self._choose(request, self._view, self._plan, self._cost, self._slo, self._rng)
+        choice = self._choose(request, self._view, self._plan, self._learner.cost, self._slo, self._rng)
         answer = choice if isinstance(choice, Rejected) else await self._admit_first(request, choice)
         if isinstance(answer, Rejected):
             self._rejected.labels(answer.code).inc()

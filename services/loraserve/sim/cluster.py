@@ -10,7 +10,7 @@ from random import Random
 import msgspec
 
 from loraserve.config import MonitorConfig, PlannerConfig
-from loraserve.cost import CostModel, extent_bytes
+from loraserve.cost import CostLearner, extent_bytes
 from loraserve.cost.profile import Profile
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.messages import (
@@ -85,7 +85,7 @@ class Simulation(Watcher):
         self._view = ClusterView(prefix_cache=False)
         self._loads: list[EngineLoad] = []
         self._demand = DemandWindow(self._settings.window_s, self._settings.plan_interval_s)
-        self._cost: CostModel = profile.cost
+        self._learner = CostLearner(profile.cost)
         self._planned: PlannedCopies | None = None
         self._pictures = 0
         self._requests: dict[str, RequestOutcome] = {}
@@ -141,7 +141,7 @@ class Simulation(Watcher):
         self._live += 1
         self._view.expire(now)
         route, output_tokens = self._route_message(request_id, index, request)
-        choice = self._policy.route(route, self._view, self._planned, self._cost, self._slo, self._rng)
+        choice = self._policy.route(route, self._view, self._planned, self._learner.cost, self._slo, self._rng)
         if isinstance(choice, Rejected):
             self.rejected(request_id, now)
             return
@@ -182,7 +182,7 @@ class Simulation(Watcher):
         loads = [engine.report(now) for engine in self.engines.values()]
         for load in loads:
             self._demand.report(load, now)
-            self._cost = self._cost.observe(load)
+        self._learner.learn(loads, self.engines)
         self._pictures += 1
         picture = ClusterLoad(
             incarnation="simulated",
@@ -200,7 +200,7 @@ class Simulation(Watcher):
     def _replan(self, now: float) -> None:
         self._timeline.at(now + self._settings.plan_interval_s, self._replan)
         self._note_interval(now)
-        self._planner.plan(self._seen(now), self._loads, self._cost, now)
+        self._planner.plan(self._seen(now), self._loads, self._learner.cost, now)
 
     def _publish(self, plan: Plan, now: float) -> None:
         if self._planned is None:

@@ -208,6 +208,8 @@ def test_the_load_it_reports_is_what_it_holds_and_did(play: Play, models: Any) -
         assert load.prefill_step.rank_tokens > 0, "it knows whose prefill that was"
         assert load.load_bytes_per_s > 0
         assert load.steps >= 10
+        assert load.decode_steps + load.prefill_steps == load.steps
+        assert load.loads == 1
 
     play(scenario)
 

@@ -220,6 +220,7 @@ class FakeCluster:
             pool_free_bytes=400,
             pool_room_bytes=400,
             max_running=8,
+            max_step_tokens=512,
             decode_step_s=0.02,
             prefill_tokens_per_s=1000.0,
             max_model_tokens=CONTEXT,

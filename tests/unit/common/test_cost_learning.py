@@ -1,13 +1,14 @@
 """What reports of prefill and loads teach: what they themselves took, and nothing of what was beside or before them."""
 
+from math import inf, nan
 from random import Random
 
 import msgspec
 import pytest
 
-from loraserve.cost import CostModel, StepShape
+from loraserve.cost import LEARNING_RATE, CostModel, StepShape
 from loraserve.messages import EngineLoad
-from loraserve.testing.reports import MIB, adapter_ref, engine_load, mean_step, resident
+from loraserve.testing.reports import MIB, engine_load, mean_step
 
 EXACT = CostModel(prefill_kv_token_s=1e-7)
 PADDED = msgspec.structs.replace(EXACT, lora="padded")
@@ -47,18 +48,11 @@ def shapes(rng: Random) -> tuple[StepShape, StepShape]:
 
 
 def report(hardware: CostModel, rng: Random) -> EngineLoad:
-    """Of an engine that behaves exactly as ``hardware`` says; not always does it say what was in decode steps."""
-    says = rng.random() < 0.5
+    """Of an engine that behaves exactly as ``hardware`` says."""
     decode, prefill = shapes(rng)
-    adapter = adapter_ref(slab_bytes=int(decode.slab_bytes), rank=decode.max_rank)
     load_bytes = rng.choice((1, 20, 400)) * MIB
     return engine_load(
-        running=int(decode.decode_sequences),
-        kv_blocks_free=1000 - int(decode.kv_tokens) // BLOCK_TOKENS,
-        resident=(resident(adapter, running=int(decode.decode_sequences)),),
-        decode_step_s=hardware.step_s(decode),
-        decode_step=mean_step(decode, hardware.step_s(decode)) if says else None,
-        prefill_tokens_per_s=prefill.prefill_tokens / hardware.step_s(prefill),
+        decode_step=mean_step(decode, hardware.step_s(decode)),
         prefill_step=mean_step(prefill, hardware.step_s(prefill)),
         load_bytes=float(load_bytes),
         load_bytes_per_s=load_bytes / hardware.load_s(load_bytes),
@@ -134,7 +128,26 @@ def test_prefill_that_cost_nothing_is_learned_beside_what_decoding_costs() -> No
     assert cost.step_s(decode) == pytest.approx(free.step_s(decode), rel=0.02)
 
 
+def test_the_first_prefill_is_charged_nothing_of_what_decodes_beside_it() -> None:
+    """Also where no later report would put it right."""
+    free = times(EXACT, 0.0, *OF_PREFILL)
+    step = StepShape(decode_sequences=40, kv_tokens=50_000, prefill_tokens=100)
+    cost = free.observe(engine_load(prefill_step=mean_step(step, free.step_s(step) + 0.2)))
+    assert cost.prefill_token_s == pytest.approx(LEARNING_RATE * 0.2 / 100)
+
+
+@either
+@pytest.mark.parametrize("measured_s", [nan, inf, -inf, -1.0])
+def test_what_no_clock_can_have_measured_teaches_nothing(cost: CostModel, measured_s: float) -> None:
+    decode, prefill = shapes(Random(0))
+    steps = {"decode_step": mean_step(decode, measured_s), "prefill_step": mean_step(prefill, measured_s)}
+    for believed in (cost, times(cost, 0.0, *OF_PREFILL), times(cost, 0.0, *everything(cost))):
+        assert believed.observe(engine_load(load_bytes_per_s=0.0, **steps)) == believed
+        assert believed.observe(engine_load(load_bytes=1e6, load_bytes_per_s=1e6 / measured_s)) == believed
+        assert believed.observe(engine_load(load_bytes=measured_s)) == believed
+
+
 def test_what_runs_now_is_not_taken_for_what_ran_in_the_steps_that_were_measured() -> None:
     small = StepShape(decode_sequences=1)
-    load = engine_load(running=40, decode_step_s=EXACT.step_s(small), decode_step=mean_step(small, EXACT.step_s(small)))
+    load = engine_load(running=40, decode_step=mean_step(small, EXACT.step_s(small)))
     assert EXACT.observe(load).sequence_s == pytest.approx(EXACT.sequence_s)

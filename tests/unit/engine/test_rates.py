@@ -69,14 +69,23 @@ def test_one_slow_step_changes_little_and_many_change_all() -> None:
     assert rates.measured().decode_step_s == pytest.approx(1.0, rel=0.01)
 
 
-def test_a_step_that_took_no_time_is_not_counted() -> None:
+def test_it_says_how_many_steps_and_loads_it_counted() -> None:
     rates = Rates()
-    rates.step_done(step(part(10, 0)), 0.0)
-    rates.step_done(step(DECODE), -1.0)
+    rates.step_done(step(DECODE), 0.02)
+    rates.step_done(step(DECODE), 0.02, times=6)
+    rates.step_done(step(DECODE, part(40, 5)), 0.5, times=2)
+    rates.load_done(1000, 0.1)
     seen = rates.measured()
-    assert (seen.decode_step_s, seen.prefill_tokens_per_s) == (0.0, 0.0)
-    rates.load_done(1000, 0.0)
-    assert rates.measured().load_bytes == 0.0
+    assert (seen.decode_steps, seen.prefill_steps, seen.loads) == (7, 2, 1)
+
+
+@pytest.mark.parametrize("taken_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_what_no_clock_can_have_measured_is_not_counted(taken_s: float) -> None:
+    rates = Rates()
+    rates.step_done(step(part(10, 0)), taken_s)
+    rates.step_done(step(DECODE), taken_s)
+    rates.load_done(1000, taken_s)
+    assert rates.measured() == Rates().measured()
 
 
 def test_what_is_reported_together_is_of_the_same_steps_and_loads() -> None:

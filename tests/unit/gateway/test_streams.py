@@ -37,6 +37,7 @@ def engine_seen(
         pool_free_bytes=1,
         pool_room_bytes=1,
         max_running=1,
+        max_step_tokens=1,
         decode_step_s=0.02,
         prefill_tokens_per_s=100.0,
     )

@@ -31,6 +31,7 @@ def load(name: str, **changes: Any) -> EngineLoad:
         "pool_free_bytes": 512 << 20,
         "pool_room_bytes": 512 << 20,
         "max_running": 64,
+        "max_step_tokens": 512,
         "decode_step_s": 0.0,
         "prefill_tokens_per_s": 0.0,
     }

@@ -16,7 +16,7 @@ from loraserve.messages import AdapterRef, EngineLoad, Rejected, Route
 from loraserve.router.choice import Choice, Slo
 from loraserve.router.pick import NEAR
 from loraserve.router.policy import route
-from loraserve.router.prices import DEFAULT_STEP_TOKENS, FULL, FULL_WEIGHT, HARM_WEIGHT
+from loraserve.router.prices import FULL, FULL_WEIGHT, HARM_WEIGHT
 from loraserve.router.score import LOAD_HARM, PRIOR_STEPS, score
 from loraserve.router.table import BEHIND_WEIGHT
 from loraserve.router.view import ClusterView
@@ -74,7 +74,7 @@ class Plainly:
 
     @property
     def step_tokens(self) -> int:
-        return max(1, (self.load.max_step_tokens or DEFAULT_STEP_TOKENS) - self.sequences)
+        return max(1, self.load.max_step_tokens - self.sequences)
 
     def token_s(self) -> float:
         """Of the queue, with its share of the steps that carry it."""

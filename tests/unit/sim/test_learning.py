@@ -28,7 +28,7 @@ class Watched(Simulation):
 
     @property
     def believed(self) -> CostModel:
-        return self._cost
+        return self._learner.cost
 
     def reports(self) -> list[EngineLoad]:
         return [engine.report(self._timeline.now_s) for engine in self.engines.values()]
