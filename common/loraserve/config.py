@@ -157,9 +157,14 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
 class TransferConfig(Section, frozen=True, kw_only=True):
     """How engines read adapters from each other: the first of ``transports`` that both processes can use, and the next
     where a read fails. None at all leaves the store as the only source. Nothing hangs on it yet: engines still read
-    from the store only."""
+    from the store only.
+
+    ``lease_s`` is how long an adapter stays where it is for a peer that reads it and is not heard of any more;
+    renewed, a lease lasts up to ``engine.load_timeout_s``.
+    """
 
     transports: tuple[Literal["cuda_ipc", "shm", "verbs", "tcp"], ...] = ("cuda_ipc", "shm", "verbs", "tcp")
+    lease_s: Seconds = 5.0
 
 
 class Config(Section, frozen=True, kw_only=True):

@@ -7,6 +7,14 @@ they are raw frames beside the message.
 
 from loraserve.messages.admin import Ping, Pong
 from loraserve.messages.base import PROTOCOL_VERSION, AdapterRef, Message, SamplingParams
+from loraserve.messages.engine_engine import (
+    LeaseGranted,
+    LeaseReleased,
+    LeaseRenewed,
+    LeaseSlab,
+    ReleaseLease,
+    RenewLease,
+)
 from loraserve.messages.engine_gateway import Failed, TokenBatch, TokenDelta
 from loraserve.messages.engine_monitor import AdapterTokens, EngineLoad, MeanStep, ResidentAdapter
 from loraserve.messages.gateway_engine import Abort
@@ -35,7 +43,7 @@ ToGateway = TokenBatch | Failed | ClusterLoad | RegistryChanged | Ping
 ToRouter = Route | ClusterLoad | Plan | Ping
 ToMonitor = EngineLoad | RegistryChanged | Ping
 ToPlanner = ClusterLoad | RegistryChanged | Rebalance | Drain | GetPlan | Ping
-ToEngine = Admit | Abort | PreparePlan | RetireCopies | Ping
+ToEngine = Admit | Abort | PreparePlan | RetireCopies | LeaseSlab | RenewLease | ReleaseLease | Ping
 ToStore = RegisterAdapter | UnregisterAdapter | ListAdapters | OpenSlab | ReadSlab | Ping
 
 __all__ = [
@@ -55,6 +63,10 @@ __all__ = [
     "EngineSeen",
     "Failed",
     "GetPlan",
+    "LeaseGranted",
+    "LeaseReleased",
+    "LeaseRenewed",
+    "LeaseSlab",
     "ListAdapters",
     "MeanStep",
     "Message",
@@ -74,6 +86,8 @@ __all__ = [
     "RegisterAdapter",
     "RegistryChanged",
     "Rejected",
+    "ReleaseLease",
+    "RenewLease",
     "ResidentAdapter",
     "RetireCopies",
     "RetireDone",

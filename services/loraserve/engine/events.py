@@ -49,6 +49,10 @@ class CopiesRetired(msgspec.Struct, frozen=True):
     keep: tuple[str, ...]
 
 
+class LeasesEnded(msgspec.Struct, frozen=True):
+    """Peers do not read any more what they had leases on: there may be room."""
+
+
 Event = (
     RequestArrived
     | RequestAborted
@@ -58,6 +62,7 @@ Event = (
     | AdapterLoadFailed
     | PlanPrepared
     | CopiesRetired
+    | LeasesEnded
 )
 
 

@@ -1,7 +1,7 @@
 """Which adapters are in the pool, where, and who needs them there. Pure.
 
 An adapter is LOADING or RESIDENT. It stays while a request runs it, while the plan wants it, while it loads or while
-its extent is held for another reason; the rest goes, least recently used first, when room is wanted.
+a peer has a lease on its extent; the rest goes, least recently used first, when room is wanted.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -22,8 +22,11 @@ class Entry(msgspec.Struct):
     adapter: AdapterRef
     slot: int
     offset_bytes: int
+    generation: int = 0
+    """Which of all that were ever placed: another entry of the same version or in the same extent differs."""
     resident: bool = False
     running: int = 0
+    leases: int = 0
     planned: bool = False
     planned_epoch: int = 0
     """Of the last plan that wanted it here."""
@@ -31,7 +34,7 @@ class Entry(msgspec.Struct):
 
     @property
     def evictable(self) -> bool:
-        return self.resident and self.running == 0 and not self.planned
+        return self.resident and self.running == 0 and not self.planned and not self.leases
 
 
 class Placed(msgspec.Struct, frozen=True):
@@ -54,6 +57,10 @@ class AdapterPool:
         self._max_rank = max_rank
         self._free_slots = list(range(slots - 1, -1, -1))
         self._entries: dict[str, Entry] = {}
+        self._placed = 0
+        self.leases = 0
+        self.awaited: frozenset[str] = frozenset()
+        """Versions that have to leave once their leases end, because room is wanted: nobody gets new ones."""
         self.plan_pins_dropped = 0
 
     def __contains__(self, version: str) -> bool:
@@ -75,7 +82,7 @@ class AdapterPool:
     @property
     def room_bytes(self) -> int:
         """The largest extent that a request's adapter would find now, once what no request needs had left for it."""
-        idle = {e.offset_bytes for e in self._entries.values() if e.resident and not e.running}
+        idle = {e.offset_bytes for e in self._entries.values() if e.resident and not e.running and not e.leases}
         return self._extents.longest_without(idle) if idle or self._free_slots else 0
 
     @property
@@ -104,11 +111,7 @@ class AdapterPool:
 
         Nothing is evicted in vain: victims are taken only when they make the room. Versions in ``keep`` stay.
         """
-        ready = [
-            entry
-            for version, entry in self._entries.items()
-            if version not in keep and entry.resident and not entry.running and (drop_plan_pins or not entry.planned)
-        ]
+        ready = [entry for entry in self._idle(keep, drop_plan_pins) if not entry.leases]
         victims = self._victims(adapter.slab_bytes, ready)
         if victims is None:
             return None
@@ -118,8 +121,18 @@ class AdapterPool:
         offset = self._extents.allocate(adapter.slab_bytes)
         assert offset is not None, "victims did not make the room they were chosen for"
         slot = self._free_slots.pop()
-        self._entries[adapter.version] = Entry(adapter, slot, offset, used_s=now)
+        self._placed += 1
+        self._entries[adapter.version] = Entry(adapter, slot, offset, self._placed, used_s=now)
         return Placed(slot, offset, tuple(victims))
+
+    def leased_in_the_way(
+        self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
+    ) -> frozenset[str]:
+        """Where ``place`` finds no room: the adapters whose leases have to end for it; none where that is not all."""
+        if not self.leases:
+            return frozenset()
+        victims = self._victims(adapter.slab_bytes, self._idle(keep, drop_plan_pins))
+        return frozenset(victim.adapter.version for victim in victims or () if victim.leases)
 
     def room_beside_plan(self, adapter: AdapterRef) -> bool:
         """Whether it would find room once all had left that no plan wants: those that run or load now as well."""
@@ -128,7 +141,7 @@ class AdapterPool:
 
     def in_the_way(self, adapter: AdapterRef, places: int) -> frozenset[str]:
         """Which adapters have to leave before this one finds room in one of so many places: those with the fewest
-        running requests. None where what no request needs can leave now."""
+        running requests; leases end by themselves. None where what nobody needs can leave now."""
         if self._extents.extent_bytes(adapter.slab_bytes) <= self.room_bytes:
             return frozenset()
         choices = self._choices(adapter.slab_bytes, list(self._entries.values()))
@@ -155,6 +168,20 @@ class AdapterPool:
         entry.running -= 1
         entry.used_s = now
 
+    def lease(self, version: str) -> Entry:
+        """Pin for one more reader; the entry that it reads."""
+        entry = self._entries[version]
+        assert entry.resident, f"{version} was leased before it is loaded"
+        entry.leases += 1
+        self.leases += 1
+        return entry
+
+    def end_lease(self, version: str, generation: int) -> None:
+        entry = self._entries[version]
+        assert entry.generation == generation, f"{version} left while it was leased"
+        entry.leases -= 1
+        self.leases -= 1
+
     def plan(self, version: str, wanted: bool, epoch: int = 0) -> bool:
         """Set the pin of the plan of an epoch, or drop it; True where that changed something."""
         entry = self._entries.get(version)
@@ -172,9 +199,19 @@ class AdapterPool:
         for version, entry in self._entries.items():
             assert entry.adapter.version == version, version
             assert entry.running >= 0, f"{version} runs {entry.running} times"
-            assert entry.resident or entry.running == 0, f"{version} runs before it is loaded"
+            assert entry.leases >= 0, f"{version} has {entry.leases} leases"
+            assert entry.resident or entry.running == entry.leases == 0, f"{version} is used before it is loaded"
             used = self._extents.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
             assert used == [entry.offset_bytes], f"{version} shares its extent"
+        assert self.leases == sum(entry.leases for entry in self._entries.values()), "a lease is on nothing"
+
+    def _idle(self, keep: Collection[str], drop_plan_pins: bool) -> list[Entry]:
+        """Who would leave if nobody had leases."""
+        return [
+            entry
+            for version, entry in self._entries.items()
+            if version not in keep and entry.resident and not entry.running and (drop_plan_pins or not entry.planned)
+        ]
 
     def _victims(self, wanted_bytes: int, ready: list[Entry]) -> list[Entry] | None:
         """The cheapest of ``ready`` whose leaving makes room; none has to leave where there is room."""
@@ -192,6 +229,7 @@ class AdapterPool:
             yield [by_offset[start] for start in run]
 
     def _remove(self, entry: Entry) -> None:
+        assert not entry.leases, f"{entry.adapter.version} left while it was leased"
         self._extents.release(entry.offset_bytes)
         self._free_slots.append(entry.slot)
         del self._entries[entry.adapter.version]

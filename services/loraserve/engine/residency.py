@@ -6,7 +6,15 @@ Requests come before the plan, a few loads run at once, and a load that fails is
 from collections.abc import Iterable
 from math import inf
 
-from loraserve.engine.events import EvictAdapter, Instruction, LoadAdapter, PlanReady
+from loraserve.engine.events import (
+    CopiesRetired,
+    EvictAdapter,
+    Instruction,
+    LeasesEnded,
+    LoadAdapter,
+    PlanPrepared,
+    PlanReady,
+)
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.pool import AdapterPool
 from loraserve.engine.story import Story
@@ -30,6 +38,15 @@ class Residency:
         """The base model always is."""
         entry = self.pool.get(version)
         return version == "" or (entry is not None and entry.resident)
+
+    def handle(self, event: PlanPrepared | CopiesRetired | LeasesEnded) -> list[Instruction]:
+        match event:
+            case PlanPrepared(epoch, adapters):
+                return self.prepare(epoch, adapters)
+            case CopiesRetired(epoch, keep):
+                return self.retire(epoch, keep)
+            case LeasesEnded():
+                return []
 
     def prepare(self, epoch: int, adapters: tuple[AdapterRef, ...]) -> list[Instruction]:
         """The plan wants these; a plan that was still being prepared is given up.
@@ -86,23 +103,26 @@ class Residency:
         """
         instructions: list[Instruction] = []
         keep: set[str] = set()
+        awaited: frozenset[str] = frozenset()
         no_room_bytes = inf
         for adapter in requested:
             # Where one found no room none of its size will, as ``keep`` only grows: a long queue costs few looks.
             if adapter.version not in self.pool and adapter.slab_bytes < no_room_bytes:
                 if self.pool.loading >= self._max_loads:
-                    return instructions
+                    return self._await_also(awaited, instructions)
                 begun = self._load(adapter, now, keep, drop_plan_pins=False)
                 begun = begun or self._load(adapter, now, keep, drop_plan_pins=True)
                 instructions += begun
-                no_room_bytes = no_room_bytes if begun else adapter.slab_bytes
+                if not begun:
+                    no_room_bytes = adapter.slab_bytes
+                    awaited |= self.pool.leased_in_the_way(adapter, keep, drop_plan_pins=True)
             keep.add(adapter.version)
         # Room that comes for one comes for all that are no larger: they need no look either.
         room_to_come_bytes = 0
         for adapter in list(self._wanted.values()):
             if adapter.version not in self.pool:
                 if self.pool.loading >= self._max_loads:
-                    return instructions
+                    return self._await_also(awaited, instructions)
                 fits = adapter.slab_bytes < no_room_bytes
                 begun = self._load(adapter, now, keep, drop_plan_pins=False) if fits else []
                 instructions += begun
@@ -113,6 +133,8 @@ class Residency:
                     self._fail(adapter.version, "no room beside what the plan pins; raise engine.pool_bytes")
                 else:
                     room_to_come_bytes = adapter.slab_bytes
+                    awaited |= self.pool.leased_in_the_way(adapter, keep)
+        self.pool.awaited = awaited
         return [*instructions, *self._plan_done()]
 
     def in_the_way(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:
@@ -123,7 +145,13 @@ class Residency:
 
     def _waits_in_vain(self, adapter: AdapterRef, idle: bool) -> bool:
         """Also under load: pins of the epoch before go only after this one is answered."""
-        return (idle and self.pool.loading == 0) or not self.pool.room_beside_plan(adapter)
+        idle = idle and self.pool.loading == 0 and not self.pool.leases
+        return idle or not self.pool.room_beside_plan(adapter)
+
+    def _await_also(self, awaited: frozenset[str], instructions: list[Instruction]) -> list[Instruction]:
+        """Not all were looked at: what was awaited for the others still is, or readers could take turns for ever."""
+        self.pool.awaited |= awaited
+        return instructions
 
     def _load(self, adapter: AdapterRef, now: float, keep: set[str], drop_plan_pins: bool) -> list[Instruction]:
         placed = self.pool.place(adapter, now, keep, drop_plan_pins)

@@ -17,6 +17,7 @@ from loraserve.engine.events import (
     Emit,
     Event,
     Instruction,
+    LeasesEnded,
     PlanPrepared,
     Reject,
     RequestAborted,
@@ -78,10 +79,8 @@ class Scheduler:
                 instructions = self.residency.loaded(version)
             case AdapterLoadFailed(version, code, message):
                 instructions = self._load_failed(version, code, message, now)
-            case PlanPrepared(epoch, adapters):
-                instructions = self.residency.prepare(epoch, adapters)
-            case CopiesRetired(epoch, keep):
-                instructions = self.residency.retire(epoch, keep)
+            case PlanPrepared() | CopiesRetired() | LeasesEnded():
+                instructions = self.residency.handle(event)
         return instructions + self._go_on(now)
 
     def load(self) -> SchedulerLoad:

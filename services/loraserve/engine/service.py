@@ -8,7 +8,7 @@ its results, so that the first can hand it the next step.
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
@@ -30,6 +30,7 @@ from loraserve.engine.events import (
     Event,
     EvictAdapter,
     Instruction,
+    LeasesEnded,
     LoadAdapter,
     PlanPrepared,
     PlanReady,
@@ -40,11 +41,12 @@ from loraserve.engine.events import (
     StepDone,
     StepFailed,
 )
+from loraserve.engine.lender import Lender, Lending, PoolExporter
 from loraserve.engine.loader import LoadFailed, SlabLoader
 from loraserve.engine.rates import Rates
 from loraserve.engine.runner_protocol import DeviceLost, Runner
 from loraserve.engine.scheduler import Scheduler
-from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits
+from loraserve.engine.setup import build_runner, digest_threads_for, number_of, scheduler_limits
 from loraserve.engine.shape import shape_of
 from loraserve.messages import (
     Abort,
@@ -67,13 +69,21 @@ BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
 
 
 class EngineService(Service):
-    """One engine. Ready once the model is loaded and its kernels are warm."""
+    """One engine. Ready once the model is loaded and its kernels are warm. ``exporters`` offer its pool to peers."""
 
     inbox = ToEngine
 
-    def __init__(self, config: Config, bus: Bus, clock: Clock, build: BuildRunner | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        bus: Bus,
+        clock: Clock,
+        build: BuildRunner | None = None,
+        exporters: Sequence[PoolExporter] = (),
+    ) -> None:
         super().__init__(config, bus, clock)
-        self._build = build or partial(build_runner, index=_number(bus.name))
+        self._build = build or partial(build_runner, index=number_of(bus.name))
+        self._exporters = exporters
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
         self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result")
         # Emptied by one loop: the scheduler must hear of steps in their order, whether they fail or not.
@@ -88,6 +98,7 @@ class EngineService(Service):
         self._runner: Runner
         self._scheduler: Scheduler
         self._loader: SlabLoader
+        self._lender: Lender
 
     async def start(self, stack: AsyncExitStack) -> None:
         for executor in (self._waiter, self._executor):
@@ -99,6 +110,9 @@ class EngineService(Service):
         threads = digest_threads_for(self.config, on_device=pool.waits)
         self._loader = SlabLoader(self.bus, pool, engine.load_chunk_bytes, engine.load_timeout_s, threads)
         stack.callback(self._loader.close)
+        self._lender = Lender(self.bus, self.config, self._scheduler.residency.pool, lambda: self._tell(LeasesEnded()))
+        stack.callback(self._lender.close)
+        self._lender.offer(pool, self._exporters)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         return [self._report_load(), self._await_steps()]
@@ -128,6 +142,8 @@ class EngineService(Service):
                 before = self._pinned()
                 self._tell(CopiesRetired(epoch, keep))
                 self.bus.respond(envelope, RetireDone(epoch=epoch, unpinned=before - self._pinned()))
+            case message if isinstance(message, Lending):
+                self._lender.answer(envelope, self.clock.monotonic_s())
 
     def _admit(self, envelope: Envelope, admit: Admit) -> None:
         """Take the request or say at once why not, so that the router may ask another engine."""
@@ -171,6 +187,7 @@ class EngineService(Service):
                 self.spawn_vital(self._load(load))
             case EvictAdapter(version, slot):
                 self._runner.remove(slot)
+                self._lender.evicted(version)
                 self.log.info("adapter_evicted", version=version, slot=slot)
             case Reject(request_id, gateway, code, message):
                 self.log.warning("request_failed", request=request_id, code=code, reason=message)
@@ -226,6 +243,7 @@ class EngineService(Service):
             log.error("adapter_load_failed", code=code, reason=str(error))
             self._tell(AdapterLoadFailed(adapter.version, code, str(error)))
             return
+        self._lender.loaded(adapter.version, loaded.header)
         self._rates.load_done(adapter.slab_bytes, loaded.own_s)
         log.info("adapter_loaded", rank=adapter.rank, bytes=adapter.slab_bytes, took_s=time.monotonic() - started_s)
         self._tell(AdapterLoaded(adapter.version))
@@ -238,6 +256,7 @@ class EngineService(Service):
 
     async def _report_load(self) -> None:
         while True:
+            self._lender.expire(self.clock.monotonic_s())
             self._check_idle()
             self.bus.send("monitor", self._engine_load())
             self._scheduler.counts.reported()
@@ -260,6 +279,7 @@ class EngineService(Service):
         self._checked = True  # looking at every block takes a while: once each time that all is done
         try:
             self._scheduler.validate()
+            self._lender.validate()
             load = self._scheduler.load()
             assert load.kv_blocks_free == load.kv_blocks_total, "blocks are held by nobody"
         except AssertionError as error:
@@ -275,9 +295,3 @@ class EngineService(Service):
 
     def _in_worker(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
         return asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)
-
-
-def _number(name: str) -> int:
-    """0 of engine-0, and of a name that has none."""
-    digits = name.rpartition("-")[2]
-    return int(digits) if digits.isdecimal() else 0

@@ -17,6 +17,12 @@ MOST_DIGEST_THREADS = 8
 """At 1 to 2 GB/s each they keep up with the link that slabs come over; more would wait for bytes."""
 
 
+def number_of(name: str) -> int:
+    """An engine's by its name: 0 of engine-0, and of a name that has none."""
+    digits = name.rpartition("-")[2]
+    return int(digits) if digits.isdecimal() else 0
+
+
 def threads_for(config: Config) -> int:
     """Compute threads of one engine: engines of one machine split its cores."""
     return config.engine.threads or max(1, (os.cpu_count() or 1) // engine_count(config))
