@@ -45,12 +45,14 @@ class PoolMachine(RuleBasedStateMachine):
         self.loading: set[str] = set()
         self.running: dict[str, int] = {}
         self.planned: set[str] = set()
+        self.leased: dict[str, int] = {}
         self.used_s: dict[str, float] = {}
         self.now = 0.0
         self.by_requests = False
 
-    def evictable(self, version: str, drop_plan_pins: bool) -> bool:
+    def evictable(self, version: str, drop_plan_pins: bool, leases_end: bool = False) -> bool:
         needed = version in self.loading or self.running.get(version, 0) > 0
+        needed = needed or (not leases_end and self.leased.get(version, 0) > 0)
         return not needed and (drop_plan_pins or version not in self.planned)
 
     def room(self, size: int, staying: set[str]) -> bool:
@@ -88,6 +90,9 @@ class PoolMachine(RuleBasedStateMachine):
         placed = self.pool.place(adapter, self.now, keep, drop)
         assert (placed is not None) == possible
         if placed is None:
+            would = {v for v in self.held if v not in keep and self.evictable(v, drop, leases_end=True)}
+            victims = self.cheapest(size, would) if self.room(size, self.held.keys() - would) else set()
+            assert self.pool.leased_in_the_way(adapter, keep, drop) == {v for v in victims if self.leased.get(v, 0)}
             return
         gone = set(evicted(placed))
         assert gone <= may_go, "something that is needed was evicted"
@@ -137,6 +142,17 @@ class PoolMachine(RuleBasedStateMachine):
             (self.pool.start_running if starts else self.pool.stop_running)(version, self.now)
             self.running[version] = self.running.get(version, 0) + (1 if starts else -1)
             self.used_s[version] = self.now
+
+    @rule(data=st.data(), starts=st.booleans())
+    def lease(self, data: st.DataObject, starts: bool) -> None:
+        ready = sorted(v for v in self.held if v not in self.loading and (starts or self.leased.get(v, 0)))
+        if ready:
+            version = data.draw(st.sampled_from(ready))
+            entry = self.pool.lease(version) if starts else self.pool.get(version)
+            assert entry is not None
+            if not starts:
+                self.pool.end_lease(version, entry.generation)
+            self.leased[version] = self.leased.get(version, 0) + (1 if starts else -1)
 
     @rule(index=st.integers(0, len(UNITS) - 1), wanted=st.booleans())
     def plan(self, index: int, wanted: bool) -> None:
@@ -222,7 +238,7 @@ def test_of_those_used_last_at_once_the_smallest_goes_then_the_lowest(units: tup
     assert evicted(pool.place(ref("two", 2), 1.0)) == [goes]
 
 
-@pytest.mark.parametrize("need", ["running", "planned", "loading", "kept"])
+@pytest.mark.parametrize("need", ["running", "planned", "loading", "leased", "kept"])
 def test_who_is_needed_stays(need: str) -> None:
     pool = AdapterPool(MIN, 4, MIN)
     pool.place(ref("a"), 0.0)
@@ -232,6 +248,8 @@ def test_who_is_needed_stays(need: str) -> None:
         pool.start_running("a", 1.0)
     if need == "planned":
         pool.plan("a", True)
+    if need == "leased":
+        pool.lease("a")
     assert pool.place(ref("b"), 2.0, keep={"a"} if need == "kept" else ()) is None
     assert "a" in pool
     assert "b" not in pool
