@@ -37,8 +37,8 @@ class Held(msgspec.Struct):
 class LeasesMachine(RuleBasedStateMachine):
     """The pool's memory is modelled too: a load overwrites its extent at once, and no two loads write the same."""
 
-    @initialize(slots=st.integers(1, 5))
-    def begin(self, slots: int) -> None:
+    @initialize(slots=st.integers(2, 5), loaded=st.lists(st.sampled_from(ADAPTERS), max_size=3, unique=True))
+    def begin(self, slots: int, loaded: list[AdapterRef]) -> None:
         limits = SchedulerLimits(
             kv_blocks=8, block_tokens=4, pool_bytes=POOL_UNITS * UNIT, max_adapters=slots, max_running=4,
             max_waiting=4, max_step_tokens=16, max_model_tokens=32, eos_token_ids=frozenset(),
@@ -54,8 +54,14 @@ class LeasesMachine(RuleBasedStateMachine):
         self.held: dict[str, Held] = {}
         self.past: dict[str, Reader] = {}
         self.lives = dict.fromkeys(READERS, 0)
-        self.epoch = 0
+        self.epoch = 1
         self.now = 0.0
+        for adapter in loaded:
+            self.residency.prepare(1, (adapter,))
+            self.go_on()
+            if self.loading:
+                self.end_load(fails=False)
+        self.residency.retire(1, ())
 
     def reader(self, name: str) -> Reader:
         return Reader(name, f"{self.lives[name]}")
@@ -111,7 +117,7 @@ class LeasesMachine(RuleBasedStateMachine):
         self.go_on()
 
     @precondition(lambda self: self.loading)
-    @rule(fails=st.booleans())
+    @rule(fails=st.sampled_from([False, False, True]))
     def end_load(self, fails: bool) -> None:
         version = self.loading.pop(0)
         if fails:
@@ -132,9 +138,12 @@ class LeasesMachine(RuleBasedStateMachine):
     def time_passes(self, seconds: float) -> None:
         self.now += seconds
 
-    @rule(adapter=st.sampled_from(ADAPTERS), name=st.sampled_from(READERS), read=st.integers(0, 3), more=st.booleans())
-    def grant(self, adapter: AdapterRef, name: str, read: int, more: bool) -> None:
-        reader, read_id, size = self.reader(name), f"read-{read}", adapter.slab_bytes + (more and read == 0)
+    @rule(data=st.data(), name=st.sampled_from(READERS), read=st.integers(0, 3), other_size=st.booleans())
+    def grant(self, data: st.DataObject, name: str, read: int, other_size: bool) -> None:
+        here = [entry.adapter for entry in self.pool.entries() if entry.resident]
+        adapter = data.draw(st.sampled_from(here * 3 + ADAPTERS))
+        reader, read_id = self.reader(name), f"read-{read}"
+        size = adapter.slab_bytes + (other_size and read == 0)
         answer = self.leases.grant(reader, read_id, adapter.version, size, self.now)
         self.prune()
         own = {i: held for i, held in self.held.items() if held.reader.name == name}
@@ -244,4 +253,4 @@ class LeasesMachine(RuleBasedStateMachine):
 
 
 TestLeases = LeasesMachine.TestCase
-TestLeases.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestLeases.settings = settings(max_examples=80, stateful_step_count=50, deadline=None)
