@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config, EngineConfig, ModelConfig
 from loraserve.engine.batch import StepBatch, StepResult
+from loraserve.engine.lender import PoolExporter
 from loraserve.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
 from loraserve.engine.runner_protocol import DeviceLost, PendingStep, Runner
 from loraserve.engine.service import BuildRunner, EngineService
@@ -147,7 +148,14 @@ class LateRunner:
 class Stage:
     """One engine, and the store, gateway and monitor around it."""
 
-    def __init__(self, models: Models, steps_ahead: int = 0, build: BuildRunner = build_runner, **engine: Any) -> None:
+    def __init__(
+        self,
+        models: Models,
+        steps_ahead: int = 0,
+        build: BuildRunner = build_runner,
+        exporters: Sequence[PoolExporter] = (),
+        **engine: Any,
+    ) -> None:
         network = MemoryNetwork()
         self.models = models
         settings = msgspec.structs.replace(models.config.engine, **engine)
@@ -157,7 +165,8 @@ class Stage:
             runner = build(config, progress)
             return LateRunner(runner, steps_ahead) if steps_ahead else runner
 
-        self.engine = EngineService(config, network.bus("engine-0", EngineService.inbox), SystemClock(), built)
+        bus = network.bus("engine-0", EngineService.inbox)
+        self.engine = EngineService(config, bus, SystemClock(), built, exporters)
         self.store = ScriptedStore(models.slabs)
         self.gateway = network.bus("gateway-0", ToGateway)
         self._monitor = network.bus("monitor", ToMonitor)

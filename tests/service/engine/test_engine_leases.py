@@ -1,0 +1,260 @@
+"""Peers that read adapters out of an engine's pool: what they are told, and what waits for them for how long."""
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraserve.adapter.format import decode_header, slab_version
+from loraserve.adapter.pack import pack_peft
+from loraserve.cost import extent_bytes
+from loraserve.engine.layers import damaged_layer
+from loraserve.engine.offline import adapter_reference
+from loraserve.engine.pool_memory import HostPool, PoolMemory
+from loraserve.errors import PeerError
+from loraserve.messages import (
+    AdapterRef,
+    Admit,
+    Admitted,
+    LeaseGranted,
+    LeaseReleased,
+    LeaseRenewed,
+    LeaseSlab,
+    ReleaseLease,
+    RenewLease,
+    SamplingParams,
+    ToEngine,
+)
+from loraserve.testing.clock import FakeClock
+from loraserve.testing.tiny_model import write_peft_adapter
+from loraserve.transfer.protocol import PROTOCOL, Range, ShmHandle
+from loraserve.transfer.shared_memory import SharedMemory
+from loraserve.transfer.shm import ShmExporter, ShmReader
+
+Play = Callable[..., None]
+TIMEOUT_S = 20.0
+
+
+class Peer:
+    """An engine that reads from engine-0."""
+
+    def __init__(self, stage: Any, name: str = "engine-1") -> None:
+        self.bus = stage.network.bus(name, ToEngine)
+
+    async def lease(self, ref: AdapterRef, read_id: str = "read", **other: Any) -> tuple[LeaseGranted, bytes]:
+        fields: dict[str, Any] = {"version": ref.version, "slab_bytes": ref.slab_bytes, "protocol": PROTOCOL, **other}
+        asked = LeaseSlab(incarnation=self.bus.incarnation, read_id=read_id, **fields)
+        granted, frames = await self.bus.request_frames("engine-0", asked, LeaseGranted, TIMEOUT_S)
+        (header,) = frames
+        return granted, bytes(header)
+
+    async def renew(self, lease_id: str) -> LeaseRenewed:
+        renewal = RenewLease(lease_id=lease_id, incarnation=self.bus.incarnation)
+        answer: LeaseRenewed = await self.bus.request("engine-0", renewal, LeaseRenewed, TIMEOUT_S)
+        return answer
+
+    async def release(self, lease_id: str) -> bool:
+        release = ReleaseLease(lease_id=lease_id, incarnation=self.bus.incarnation)
+        answer: LeaseReleased = await self.bus.request("engine-0", release, LeaseReleased, TIMEOUT_S)
+        return answer.held
+
+
+class SharedCopy:
+    """Exports shared memory as large as the pool; ``take`` brings what is in the pool now."""
+
+    def register(self, region: PoolMemory) -> ShmHandle:
+        self.pool = region
+        self.memory = SharedMemory(len(region))
+        self._exporter = ShmExporter("engine-0", "this life")
+        return self._exporter.register(self.memory)
+
+    def close(self) -> None:
+        self._exporter.close()
+        self.memory.close()
+
+    def take(self) -> None:
+        self._at = 0
+        self.pool.digest(self, 0, len(self.pool))
+
+    def update(self, data: memoryview) -> None:
+        self.memory.view[self._at : self._at + len(data)] = data
+        self._at += len(data)
+
+
+async def resident(stage: Any, *names: str) -> FakeClock:
+    """Adapters that ran once each. From now on the engine's time stands still."""
+    stage.engine.clock = FakeClock()
+    for name in names:
+        stage.engine.clock.advance(1.0)
+        await stage.admit(f"warm-{name}", name)
+        await stage.finished(f"warm-{name}")
+    return stage.engine.clock
+
+
+async def waits(stage: Any, name: str) -> None:
+    """A request for it finds no room, after a while neither."""
+    await stage.admit("waits", name)
+    for _ in range(3):
+        load = await stage.fresh_load()
+        assert (load.waiting, load.loading) == (1, ())
+    assert load.pool_room_bytes == 0
+
+
+def pool_for(models: Any, adapters: int) -> int:
+    return adapters * extent_bytes(max(ref.slab_bytes for ref in models.refs.values()))
+
+
+def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, models: Any) -> None:
+    exporter = SharedCopy()
+
+    async def scenario(stage: Any) -> None:
+        await resident(stage, "one", "two")
+        granted, header_bytes = await Peer(stage).lease(models.refs["two"])
+        assert (granted.version, granted.lasts_s) == (models.refs["two"].version, 5.0)
+        header = decode_header(header_bytes)
+        assert slab_version(header) == granted.version
+        exporter.take()
+        reader = ShmReader()
+        (handle,) = granted.handles
+        into = bytearray(granted.slab_bytes)
+        await reader.read(handle, [Range(granted.offset_bytes, granted.slab_bytes)], memoryview(into))
+        reader.close()
+        assert damaged_layer(HostPool(memoryview(into)), header, 0, range(header.shape.layers)) is None
+        assert bytes(into) == bytes(models.slabs["two"].data)
+
+    play(scenario, exporters=[exporter])
+
+
+def test_an_engine_that_offers_nothing_says_so_and_grants_all_the_same(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await resident(stage, "one")
+        granted, _ = await Peer(stage).lease(models.refs["one"])
+        assert granted.handles == ()
+
+    play(scenario)
+
+
+async def refused(asked: Any) -> str:
+    with pytest.raises(PeerError) as refusal:
+        await asked
+    assert refusal.value.message.startswith("engine-0")
+    return refusal.value.code
+
+
+def test_what_cannot_be_granted_is_refused_by_its_code(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await resident(stage, "one")
+        stage.store.open.clear()
+        await stage.admit("loads", "two")
+        peer, one, two = Peer(stage), models.refs["one"], models.refs["two"]
+        assert await refused(peer.lease(one, protocol=PROTOCOL + 1)) == "version"
+        assert await refused(peer.lease(one, version="unheard of")) == "not_found"
+        assert await refused(peer.lease(one, slab_bytes=one.slab_bytes + 1)) == "mismatch"
+        assert await refused(peer.lease(two)) == "loading"
+        for number in range(16):
+            await peer.lease(one, f"read-{number}")
+        assert await refused(peer.lease(one, "one more")) == "too_many_leases"
+        stage.store.open.set()
+        await stage.finished("loads")
+        assert stage.tokens["loads"] == models.expected("two", 8)
+
+    play(scenario)
+
+
+def test_a_load_that_failed_leaves_nothing_to_lend(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        stage.store.corrupt = lambda chunk: bytes([chunk[0] ^ 1]) + chunk[1:]
+        await stage.admit("hurt", "one")
+        await stage.finished("hurt")
+        assert await refused(Peer(stage).lease(models.refs["one"])) == "not_found"
+
+    play(scenario)
+
+
+def test_a_request_waits_for_the_reader_of_the_only_extent_and_runs_once_that_is_released(
+    play: Play, models: Any
+) -> None:
+    async def scenario(stage: Any) -> None:
+        await resident(stage, "one")
+        peer = Peer(stage)
+        granted, _ = await peer.lease(models.refs["one"])
+        await waits(stage, "two")
+        assert await refused(Peer(stage, "engine-2").lease(models.refs["one"])) == "making_room"
+        assert await peer.release(granted.lease_id)
+        await stage.finished("waits")
+        assert stage.tokens["waits"] == models.expected("two", 8)
+        assert not await peer.release(granted.lease_id), "once more does no harm"
+        assert await refused(peer.lease(models.refs["one"])) == "not_found"
+
+    play(scenario, pool_bytes=pool_for(models, 1))
+
+
+def test_a_lease_that_nobody_renews_ends_by_its_deadline(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        clock = await resident(stage, "one")
+        peer = Peer(stage)
+        granted, _ = await peer.lease(models.refs["one"])
+        clock.advance(4.0)
+        assert (await peer.renew(granted.lease_id)).lasts_s == 5.0
+        clock.advance(4.0)
+        await waits(stage, "two")
+        clock.advance(1.5)
+        await stage.finished("waits")
+        assert stage.tokens["waits"] == models.expected("two", 8)
+        assert await refused(peer.renew(granted.lease_id)) == "expired"
+
+    play(scenario, pool_bytes=pool_for(models, 1))
+
+
+def test_leases_of_a_reader_that_died_end_with_its_next_life(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await resident(stage, "one")
+        granted, _ = await Peer(stage).lease(models.refs["one"])
+        await waits(stage, "two")
+        stage.network.kill("engine-1")
+        reborn = Peer(stage)
+        assert await refused(reborn.renew(granted.lease_id)) == "not_yours"
+        assert await refused(reborn.lease(models.refs["one"])) == "making_room"
+        await stage.finished("waits")
+        assert stage.tokens["waits"] == models.expected("two", 8)
+
+    play(scenario, pool_bytes=pool_for(models, 1))
+
+
+def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tmp_path: Path) -> None:
+    shape = models.slabs["one"].header.shape
+    third = pack_peft(write_peft_adapter(tmp_path / "third", shape, rank=8, seed=7), shape, "float32", 64)
+    ref = adapter_reference("third", third)
+
+    async def scenario(stage: Any) -> None:
+        await resident(stage, "one", "two")
+        stage.store.slabs[third.version] = third
+        granted, _ = await Peer(stage).lease(models.refs["one"])
+        stage.tokens["third"] = []
+        sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
+        admit = Admit(request_id="third", gateway="gateway-0", prompt_tokens=(5, 6), sampling=sampling, adapter=ref)
+        await stage.ask(admit, Admitted)
+        await stage.finished("third")
+        load = await stage.fresh_load()
+        assert {each.name for each in load.resident} == {"one", "third"}, "one was unused for longer"
+        again, _ = await Peer(stage, "engine-2").lease(models.refs["one"])
+        assert again.offset_bytes == granted.offset_bytes
+
+    play(scenario, pool_bytes=pool_for(models, 2))
+
+
+def test_an_engine_whose_peers_read_and_vanish_ends_clean(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        clock = await resident(stage, "one", "two")
+        peers = [Peer(stage, f"engine-{number}") for number in range(1, 4)]
+        await asyncio.gather(*(peer.lease(models.refs["one"]) for peer in peers))
+        for peer in peers:
+            stage.network.kill(peer.bus.name)
+        assert (await stage.fresh_load()).pool_free_bytes < stage.load.pool_total_bytes
+        clock.advance(5.0)
+        await stage.until(lambda: stage.load.pool_free_bytes == stage.load.pool_total_bytes)
+        assert stage.load.leaks == 0
+
+    play(scenario)
