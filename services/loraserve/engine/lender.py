@@ -31,6 +31,7 @@ class Lender:
 
     def __init__(self, bus: Bus, config: Config, pool: AdapterPool, on_ended: Callable[[], None]) -> None:
         self._bus = bus
+        self._pool = pool
         limits = LeaseLimits(lasts_s=config.transfer.lease_s, longest_s=config.engine.load_timeout_s)
         self._leases = Leases(bus.incarnation, pool, limits)
         self._on_ended = on_ended
@@ -83,7 +84,10 @@ class Lender:
         self._end()
 
     def validate(self) -> None:
+        """Leases are as they should be, and headers are there of all that can be lent and of nothing else."""
         self._leases.validate()
+        resident = {entry.adapter.version for entry in self._pool.entries() if entry.resident}
+        assert self._headers.keys() == resident, "headers and residents differ"
 
     def _grant(self, envelope: Envelope, asked: LeaseSlab, now: float) -> None:
         lease = self._granted(Reader(envelope.sender, asked.incarnation), asked, now)

@@ -187,6 +187,8 @@ def test_a_request_waits_for_the_reader_of_the_only_extent_and_runs_once_that_is
         assert stage.tokens["waits"] == models.expected("two", 8)
         assert not await peer.release(granted.lease_id), "once more does no harm"
         assert await refused(peer.lease(models.refs["one"])) == "not_found"
+        for _ in range(2):
+            assert (await stage.fresh_load()).leaks == 0, "something of it is left"
 
     play(scenario, pool_bytes=pool_for(models, 1))
 
