@@ -237,4 +237,4 @@ def test_what_is_in_the_way_may_be_read_as_its_leases_end() -> None:
     owner = Owner(A, B)
     owner.lease(A)
     owner.pool.start_running("b", 0.0)
-    assert owner.residency.in_the_way(C) == {"a"}
+    assert owner.residency.in_the_way(C, 1) == {"a"}
