@@ -1,6 +1,12 @@
-"""Any process -> the owner of memory that is read over the bus."""
+"""Any process -> the owner of memory that is read: over the bus, or over a connection that is made over the bus."""
+
+from typing import Annotated
+
+import msgspec
 
 from loraserve.messages.base import Message
+
+Number24 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
 
 
 class ReadRegion(Message, frozen=True, tag=True, kw_only=True):
@@ -18,3 +24,33 @@ class ReadRegion(Message, frozen=True, tag=True, kw_only=True):
 class RegionChunk(Message, frozen=True, tag=True, kw_only=True):
     token: str
     offset_bytes: int
+
+
+class QueueEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """One end of an RDMA connection: all that the other must know of it. ``mtu`` is the verbs enum of it."""
+
+    number: Number24
+    first_packet: Number24
+    gid: Annotated[str, msgspec.Meta(max_length=39)]
+    lid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
+    mtu: Annotated[int, msgspec.Meta(ge=1, le=5)]
+    link_layer: str
+    reads: Annotated[int, msgspec.Meta(ge=1, le=255)]
+    """So many it asks for, or serves, at once."""
+
+
+class ConnectQueue(Message, frozen=True, tag=True, kw_only=True):
+    """Answered by QueueConnected when the owner's end is ready to serve. Refused with a code of TransferError.
+
+    ``protocol`` is the transfer protocol's, ``incarnation`` the owner's that gave the handle. ``link`` is the reader's
+    name for this connection: another ConnectQueue with the same one replaces it.
+    """
+
+    protocol: int
+    incarnation: str
+    link: str
+    end: QueueEnd
+
+
+class QueueConnected(Message, frozen=True, tag=True, kw_only=True):
+    end: QueueEnd
