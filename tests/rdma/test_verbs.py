@@ -25,7 +25,7 @@ from loraserve.transfer.verbs_device import Device
 MIB = 1 << 20
 LENGTH = 8 * MIB
 TRUTH = pattern(LENGTH)
-TIMEOUT_S = 10.0
+TIMEOUT_S = 5.0
 HANGS_S = 60.0
 ALL = [Range(0, LENGTH)]
 Say = Callable[[str], None]

@@ -21,8 +21,8 @@ from loraserve.transfer.verbs_device import Device, Memory, Place, as_array, err
 from loraserve.transfer.verbs_link import Interrupted, Link, Target
 from loraserve.transfer.verbs_queue import Completions, QueuePair
 
-PIECE_BYTES = 1 << 20
-DEPTH = 64
+PIECE_BYTES = 4 << 20
+DEPTH = 32
 """Pieces of one owner's that are asked for at once: so much a read that was cancelled still waits for."""
 LINKS = 64
 BATCH = 64
