@@ -3,13 +3,18 @@
 They import no torch: that takes more than a minute in there.
 """
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
+from loraserve.config import ClusterConfig, Config
+from loraserve.testing.memory_owner import pattern
+from loraserve.testing.verbs_owner import VerbsOwner
 from loraserve.transfer.verbs_ports import why_not
 
+LENGTH = 8 << 20
 WHY_NOT = why_not()
 collect_ignore_glob = ["test_verbs*.py"] if WHY_NOT else []
 
@@ -30,3 +35,28 @@ def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
             print(f"\n[rdma] {text}", flush=True)
 
     return through
+
+
+@pytest.fixture(scope="session")
+def config() -> Iterator[Config]:
+    with tempfile.TemporaryDirectory(prefix="ls-") as folder:
+        yield Config(cluster=ClusterConfig(run_dir=f"{folder}/run"))
+
+
+@pytest.fixture(scope="session")
+def lasting(config: Config) -> Iterator[VerbsOwner]:
+    with VerbsOwner(pattern(LENGTH), config) as owner:
+        yield owner
+
+
+@pytest.fixture
+def owner(lasting: VerbsOwner) -> VerbsOwner:
+    """Nobody is connected to it."""
+    lasting.forget("reader")
+    return lasting
+
+
+@pytest.fixture
+def mortal(config: Config) -> Iterator[VerbsOwner]:
+    with VerbsOwner(pattern(LENGTH), config, "mortal") as owner:
+        yield owner

@@ -2,9 +2,8 @@
 
 import asyncio
 import hashlib
-import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import msgspec
@@ -12,14 +11,11 @@ import numpy as np
 import pytest
 
 from loraserve.bus.zmq import open_bus
-from loraserve.config import ClusterConfig, Config
-from loraserve.errors import ConfigError
+from loraserve.config import Config
 from loraserve.testing.memory_owner import pattern
 from loraserve.testing.verbs_owner import FORK, VerbsOwner
-from loraserve.transfer.here import abilities
 from loraserve.transfer.protocol import PROTOCOL, Range, TransferError, VerbsHandle
 from loraserve.transfer.verbs import VerbsReader
-from loraserve.transfer.verbs_cuda import GpuMemory
 from loraserve.transfer.verbs_device import Device
 
 MIB = 1 << 20
@@ -30,31 +26,6 @@ HANGS_S = 60.0
 ALL = [Range(0, LENGTH)]
 Say = Callable[[str], None]
 Scenario = Callable[[VerbsReader], Awaitable[None]]
-
-
-@pytest.fixture(scope="module")
-def config() -> Iterator[Config]:
-    with tempfile.TemporaryDirectory(prefix="ls-") as folder:
-        yield Config(cluster=ClusterConfig(run_dir=f"{folder}/run"))
-
-
-@pytest.fixture(scope="module")
-def lasting(config: Config) -> Iterator[VerbsOwner]:
-    with VerbsOwner(TRUTH, config) as owner:
-        yield owner
-
-
-@pytest.fixture
-def owner(lasting: VerbsOwner) -> VerbsOwner:
-    """Nobody is connected to it."""
-    lasting.forget("reader")
-    return lasting
-
-
-@pytest.fixture
-def mortal(config: Config) -> Iterator[VerbsOwner]:
-    with VerbsOwner(TRUTH, config, "mortal") as owner:
-        yield owner
 
 
 async def reading(config: Config, scenario: Scenario, name: str = "reader", **options: int) -> None:
@@ -94,10 +65,6 @@ async def check(reader: VerbsReader, handle: VerbsHandle, ranges: list[Range]) -
 async def begun(into: "np.ndarray[tuple[int], np.dtype[np.uint8]]") -> None:
     while not into[0]:  # noqa: ASYNC110
         await asyncio.sleep(0.001)
-
-
-def test_this_machine_offers_verbs() -> None:
-    assert abilities(("verbs", "tcp"), "cpu").transports == ("verbs", "tcp")
 
 
 def test_everything_and_ranges_of_it_arrive(owner: VerbsOwner, config: Config) -> None:
@@ -276,12 +243,3 @@ def test_descriptors_are_let_go(owner: VerbsOwner, config: Config) -> None:
     before = opened()
     play(config, lambda reader: check(reader, owner.handle, [Range(0, 1)]))
     assert opened() == before
-
-
-def test_memory_that_cannot_be_registered_is_a_clear_error() -> None:
-    device = Device()
-    with pytest.raises(ConfigError, match=r"GPU's memory cannot be registered.*nvidia-peermem"):
-        device.readable(GpuMemory(1 << 30, MIB))
-    device.close()
-    with pytest.raises(ConfigError, match="'none-such' is up"):
-        Device("none-such")

@@ -17,7 +17,7 @@ SKIPPED = 77
 MAKING_S = 200.0
 """Packages are fetched once; after that the machine is there at once."""
 RUN_S = 240.0
-SAID = re.compile(r"^(\[rdma\].*|rdma_vm: .*|=+ .*(passed|failed).*|tests/rdma\S+ (PASSED|FAILED|ERROR|SKIPPED).*)$")
+SAID = re.compile(r"^(\[rdma\].*|rdma_vm: .*|=+ .*(passed|failed).*|tests/rdma/\S+::.*|(PASSED|FAILED|ERROR).*)$")
 PYTEST = ["-p", "no:cacheprovider", "-p", "pytest_timeout", "--confcutdir=tests/rdma", "--tb=short", "-v"]
 
 

@@ -1,12 +1,8 @@
 """Any process -> the owner of memory that is read: over the bus, or over a connection that is made over the bus."""
 
-from typing import Annotated
-
 import msgspec
 
 from loraserve.messages.base import Message
-
-Number24 = Annotated[int, msgspec.Meta(ge=0, lt=1 << 24)]
 
 
 class ReadRegion(Message, frozen=True, tag=True, kw_only=True):
@@ -29,13 +25,13 @@ class RegionChunk(Message, frozen=True, tag=True, kw_only=True):
 class QueueEnd(msgspec.Struct, frozen=True, kw_only=True):
     """One end of an RDMA connection: all that the other must know of it. ``mtu`` is the verbs enum of it."""
 
-    number: Number24
-    first_packet: Number24
-    gid: Annotated[str, msgspec.Meta(max_length=39)]
-    lid: Annotated[int, msgspec.Meta(ge=0, lt=1 << 16)]
-    mtu: Annotated[int, msgspec.Meta(ge=1, le=5)]
+    number: int
+    first_packet: int
+    gid: str
+    lid: int
+    mtu: int
     link_layer: str
-    reads: Annotated[int, msgspec.Meta(ge=1, le=255)]
+    reads: int
     """So many it asks for, or serves, at once."""
 
 

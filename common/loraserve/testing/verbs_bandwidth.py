@@ -27,7 +27,7 @@ from loraserve.transfer.verbs_device import Device, Place
 
 MIB = 1 << 20
 ROUNDS = 5
-LEAST_MIB = 16
+LEAST_MIB = 32
 """What is shorter is read again and again, until so much was."""
 TIMEOUT_S = 30.0
 PERFTEST = "ib_read_bw"

@@ -18,8 +18,8 @@ from loraserve.config import Config
 from loraserve.messages import ConnectQueue
 from loraserve.testing.memory_owner import NAME
 from loraserve.transfer.protocol import VerbsHandle
-from loraserve.transfer.verbs import VerbsExporter
 from loraserve.transfer.verbs_device import Device
+from loraserve.transfer.verbs_exporter import VerbsExporter
 
 FORK = get_context("fork")
 PATIENCE_S = 60.0

@@ -10,6 +10,8 @@ from loraserve.transfer.verbs_ports import ETHERNET
 
 READS_IN_FLIGHT = 16
 """Of a queue pair, on the wire; what else is posted waits in the device."""
+MTUS = range(1, 6)
+READS = range(1, 256)
 TIMEOUT = 14
 """4.096 us * 2 ** 14 = 67 ms without a sign of the peer; then it is asked again, so many times."""
 RETRIES = 3
@@ -94,6 +96,8 @@ class QueuePair:
 
     def connect(self, peer: QueueEnd) -> None:
         """Raises what ``errors`` names. Holds the interpreter's lock for some milliseconds."""
+        if not (peer.mtu in MTUS and peer.reads in READS):
+            raise ValueError(f"mtu {peer.mtu}, {peer.reads} reads: no such end of a connection")
         mine = self.end
         attributes = module("qp").QPAttr(port_num=self._device.port.number)
         attributes.qp_access_flags = enums().IBV_ACCESS_REMOTE_READ if self._served else 0

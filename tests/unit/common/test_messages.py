@@ -2,7 +2,7 @@
 
 import types
 import typing
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any, Union, get_args, get_origin
 
 import msgpack  # type: ignore[import-untyped]
 import msgspec
@@ -35,9 +35,6 @@ def values(annotation: Any) -> "st.SearchStrategy[Any]":
         return st.tuples(*map(values, arguments))
     if origin is dict:
         return st.dictionaries(values(arguments[0]), values(arguments[1]), max_size=3)
-    if get_origin(annotation) is Annotated:
-        kind, limits = get_args(annotation)
-        return least(kind) if limits.ge is None else limits.ge
     if issubclass(annotation, msgspec.Struct):
         hints = typing.get_type_hints(annotation)
         return st.builds(annotation, **{field: values(hints[field]) for field in annotation.__struct_fields__})
@@ -66,9 +63,6 @@ def least(annotation: Any) -> Any:
         return get_origin(annotation)()
     if get_origin(annotation) in (Union, types.UnionType):
         return None if type(None) in get_args(annotation) else least(get_args(annotation)[0])
-    if get_origin(annotation) is Annotated:
-        kind, limits = get_args(annotation)
-        return least(kind) if limits.ge is None else limits.ge
     if issubclass(annotation, msgspec.Struct):
         required = (field for field in msgspec.structs.fields(annotation) if field.required)
         return annotation(**{field.name: least(field.type) for field in required})
