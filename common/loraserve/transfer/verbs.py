@@ -1,7 +1,8 @@
 """One-sided reads by RDMA, between processes whose devices reach each other: the reader's side.
 
-The owner's side is in verbs_exporter; its processor does nothing while it is read. In a virtual machine with a device
-in software reads were as fast as perftest's, as far as its other tenants let that be seen.
+The owner's side is in verbs_exporter; its processor does nothing while it is read. Measured in an emulated machine with
+a device in software on 2 busy cores, against ib_read_bw with messages of one size, medians of five in turn: 0.85 for
+slabs of 1 MiB, 1.0 for 16 and 64 MiB, at 60 to 76 MiB/s (single runs spread from 25 to 85). On hardware: not yet.
 """
 
 import asyncio
