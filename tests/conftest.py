@@ -13,7 +13,7 @@ if not torch.cuda.is_available():
     use_interpreter()
 
 MEASURED = "measured"
-WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/")
+WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/", "tests/rdma/")
 """Tests here share one cluster, or need most of the machine: one worker runs them all, one after the other."""
 KERNELS = "tests/unit/kernels/"
 """On a GPU each test compiles for itself, which takes longer than all else: none waits for its neighbours."""

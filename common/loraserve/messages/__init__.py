@@ -37,7 +37,7 @@ from loraserve.messages.store import (
     SlabInfo,
     UnregisterAdapter,
 )
-from loraserve.messages.transfer import ReadRegion, RegionChunk
+from loraserve.messages.transfer import ConnectQueue, QueueConnected, QueueEnd, ReadRegion, RegionChunk
 
 ToGateway = TokenBatch | Failed | ClusterLoad | RegistryChanged | Ping
 ToRouter = Route | ClusterLoad | Plan | Ping
@@ -58,6 +58,7 @@ __all__ = [
     "Admit",
     "Admitted",
     "ClusterLoad",
+    "ConnectQueue",
     "Drain",
     "EngineLoad",
     "EngineSeen",
@@ -78,6 +79,8 @@ __all__ = [
     "Pong",
     "PreparePlan",
     "Prepared",
+    "QueueConnected",
+    "QueueEnd",
     "ReadRegion",
     "ReadSlab",
     "Rebalance",

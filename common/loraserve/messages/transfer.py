@@ -1,4 +1,6 @@
-"""Any process -> the owner of memory that is read over the bus."""
+"""Any process -> the owner of memory that is read: over the bus, or over a connection that is made over the bus."""
+
+import msgspec
 
 from loraserve.messages.base import Message
 
@@ -18,3 +20,33 @@ class ReadRegion(Message, frozen=True, tag=True, kw_only=True):
 class RegionChunk(Message, frozen=True, tag=True, kw_only=True):
     token: str
     offset_bytes: int
+
+
+class QueueEnd(msgspec.Struct, frozen=True, kw_only=True):
+    """One end of an RDMA connection: all that the other must know of it. ``mtu`` is the verbs enum of it."""
+
+    number: int
+    first_packet: int
+    gid: str
+    lid: int
+    mtu: int
+    link_layer: str
+    reads: int
+    """So many it asks for, or serves, at once."""
+
+
+class ConnectQueue(Message, frozen=True, tag=True, kw_only=True):
+    """Answered by QueueConnected when the owner's end is ready to serve. Refused with a code of TransferError.
+
+    ``protocol`` is the transfer protocol's, ``incarnation`` the owner's that gave the handle. ``link`` is the reader's
+    name for this connection: another ConnectQueue with the same one replaces it.
+    """
+
+    protocol: int
+    incarnation: str
+    link: str
+    end: QueueEnd
+
+
+class QueueConnected(Message, frozen=True, tag=True, kw_only=True):
+    end: QueueEnd

@@ -7,6 +7,7 @@ from pathlib import Path
 from loraserve.transfer.choice import Abilities
 from loraserve.transfer.protocol import PROTOCOL, Transport
 from loraserve.transfer.shared_memory import supported
+from loraserve.transfer.verbs_ports import why_not
 
 NAMESPACES = ("pid", "ipc")
 
@@ -17,9 +18,19 @@ def abilities(offered: Sequence[Transport], device: str) -> Abilities:
         protocol=PROTOCOL,
         host=_boot(),
         neighbourhood=_neighbourhood(),
-        transports=tuple(each for each in offered if each != "shm" or supported()),
+        transports=tuple(each for each in offered if _possible(each)),
         device=device,
     )
+
+
+def _possible(transport: Transport) -> bool:
+    match transport:
+        case "shm":
+            return supported()
+        case "verbs":
+            return not why_not()
+        case "cuda_ipc" | "tcp":
+            return True
 
 
 def _boot() -> str:

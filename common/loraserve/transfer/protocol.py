@@ -6,7 +6,7 @@ right ones is the digest's: a transport only says that the memory was there when
 """
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, Protocol, TypeVar
+from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
 import msgspec
 
@@ -60,8 +60,16 @@ class TcpHandle(HandleBase, frozen=True, kw_only=True, tag=True):
     token: str
 
 
+class VerbsHandle(HandleBase, frozen=True, kw_only=True, tag=True):
+    """Read by RDMA over a connection to the owner. ``key`` opens the memory at ``base``, until the owner voids it."""
+
+    transport: ClassVar[Transport] = "verbs"
+    base: int
+    key: int
+
+
 # Further transports join here; who does not know a member refuses the message, so PROTOCOL_VERSION grows with it.
-Handle = ShmHandle | TcpHandle
+Handle = ShmHandle | TcpHandle | VerbsHandle
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -101,6 +109,11 @@ class Reader(Protocol):
     def close(self) -> None:
         """Lets go of everything that belongs to peers. No read may be under way."""
         ...
+
+
+def known_code(code: str) -> Code:
+    """A peer's word for why it refused."""
+    return next((each for each in get_args(Code) if each == code), "refused")
 
 
 def asked(handle: HandleBase, what: str) -> str:

@@ -3,7 +3,6 @@
 import asyncio
 import secrets
 from collections.abc import Iterator, Sequence
-from typing import get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,6 @@ from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import ReadRegion, RegionChunk
 from loraserve.transfer.protocol import (
     PROTOCOL,
-    Code,
     Handle,
     Range,
     TcpHandle,
@@ -21,6 +19,7 @@ from loraserve.transfer.protocol import (
     asked,
     check_ranges,
     checked,
+    known_code,
     pieces,
 )
 
@@ -148,11 +147,7 @@ class TcpReader:
         except PeerError as error:
             if error.code == "starting":
                 return None
-            raise TransferError(_code(error), f"{what}: {error.message}") from error
+            raise TransferError(known_code(error.code), f"{what}: {error.message}") from error
         if answer.offset_bytes != wanted.offset_bytes or [len(frame) for frame in frames] != [wanted.length_bytes]:
             raise TransferError("size", f"{what}: the answer is of another size or place; read from another source")
         return frames[0]
-
-
-def _code(error: PeerError) -> Code:
-    return next((code for code in get_args(Code) if code == error.code), "refused")

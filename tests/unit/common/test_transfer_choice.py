@@ -10,6 +10,7 @@ from loraserve.errors import ConfigError
 from loraserve.transfer.choice import Abilities, choose
 from loraserve.transfer.here import abilities
 from loraserve.transfer.protocol import PROTOCOL
+from loraserve.transfer.verbs_ports import why_not
 
 ALL = TransferConfig().transports
 HERE = Abilities(protocol=PROTOCOL, host="boot-1", neighbourhood="n", transports=ALL, device="cuda")
@@ -60,6 +61,13 @@ def test_both_sides_choose_the_same_of_what_both_offer_in_the_configured_order(
 def test_this_process_is_its_own_neighbour() -> None:
     mine = abilities(("shm", "tcp"), "cpu")
     assert choose(mine, mine, ALL) == ("shm", "tcp")
+
+
+def test_verbs_is_announced_only_where_there_is_a_device_for_it() -> None:
+    announced = abilities(ALL, "cpu").transports
+    assert ("verbs" in announced) == (not why_not())
+    without = msgspec.structs.replace(ELSEWHERE, transports=("shm", "tcp"))
+    assert choose(HERE, without, ALL) == choose(without, HERE, ALL) == ("tcp",)
 
 
 def test_the_configuration_orders_and_leaves_out_transports() -> None:

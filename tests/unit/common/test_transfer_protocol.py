@@ -14,7 +14,9 @@ from loraserve.transfer.protocol import (
     ShmHandle,
     TcpHandle,
     TransferError,
+    VerbsHandle,
     checked,
+    known_code,
     pieces,
 )
 
@@ -22,6 +24,7 @@ LENGTH = 1000
 COMMON: dict[str, Any] = {"protocol": PROTOCOL, "owner": "engine-1", "incarnation": "i", "length_bytes": LENGTH}
 TCP = TcpHandle(**COMMON, token="t")
 SHM = ShmHandle(**COMMON, pid=1, descriptor=3, name="n")
+VERBS = VerbsHandle(**COMMON, base=1 << 46, key=7)
 
 ranges_within = st.lists(
     st.integers(0, LENGTH).flatmap(lambda start: st.builds(Range, st.just(start), st.integers(0, LENGTH - start))),
@@ -40,7 +43,7 @@ def refusal(handle: Handle, ranges: list[Range], into: memoryview) -> TransferEr
     return refused.value
 
 
-@pytest.mark.parametrize("handle", [TCP, SHM])
+@pytest.mark.parametrize("handle", [TCP, SHM, VERBS])
 def test_a_handle_survives_the_wire_and_keeps_its_kind(handle: Handle) -> None:
     wire = msgspec.msgpack.encode(handle)
     assert msgspec.msgpack.decode(wire, type=Handle) == handle
@@ -115,3 +118,7 @@ def test_pieces_are_the_ranges_in_order_and_fill_the_buffer_without_gaps(ranges:
     assert bytes(into) == whole
     assert all(0 < each.length_bytes <= longest for _, each in cut)
     assert sum(each.length_bytes for _, each in cut) == len(whole)
+
+
+def test_a_code_of_a_peer_that_nobody_knows_is_a_refusal() -> None:
+    assert [known_code(code) for code in ("gone", "timeout", "pigeon", "")] == ["gone", "timeout", "refused", "refused"]

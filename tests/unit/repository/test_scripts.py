@@ -1,6 +1,7 @@
 """The scripts start from anywhere, and an install that was interrupted is taken up again."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -82,3 +83,17 @@ def test_scripts_run_in_the_venv_that_the_user_names(script: str, tmp_path: Path
     command = [sys.executable, str(SCRIPTS / script), "--help"]
     done = subprocess.run(command, env=environment(tmp_path), capture_output=True, text=True)
     assert (done.returncode, f"LORASERVE_VENV={tmp_path}" in done.stderr) == (1, True)
+
+
+def test_rdma_vm_says_what_it_does_and_skips_in_one_line_where_it_cannot(tmp_path: Path) -> None:
+    script = SCRIPTS / "rdma_vm"
+    shown = subprocess.run([script, "--help"], capture_output=True, text=True)
+    assert (shown.returncode, "scripts/rdma_vm COMMAND" in shown.stdout, "set -" in shown.stdout) == (0, True, False)
+    for tool in ("bash", "uname"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    for required, status in (("0", 77), ("1", 125)):
+        bare = {"PATH": str(tmp_path), "HOME": str(tmp_path), "RDMA_VM_REQUIRED": required}
+        done = subprocess.run([script, "true"], env=bare, capture_output=True, text=True)
+        assert done.returncode == status
+        assert done.stderr.startswith("SKIP: rdma_vm: ")
+        assert done.stderr.count("\n") == 1

@@ -1,0 +1,115 @@
+"""The owner's side of reads by RDMA.
+
+A key alone opens nothing: only who is connected can use it, and connections are made over the bus. So what a peer was
+given is void as soon as its connection is (``forget``), and for everybody when the memory is deregistered (``close``).
+"""
+
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+from loraserve.bus.protocol import Bus, Envelope
+from loraserve.messages import ConnectQueue, QueueConnected, QueueEnd
+from loraserve.threads import in_thread
+from loraserve.transfer.protocol import PROTOCOL, TransferError, VerbsHandle
+from loraserve.transfer.verbs_device import Device, Memory, Place, errors
+from loraserve.transfer.verbs_queue import Completions, QueuePair
+
+SERVED = 1024
+"""Connections of peers; beyond, the oldest goes, and is made anew when it is read over again."""
+
+
+class VerbsExporter:
+    """See Exporter; a region is host memory or a GPU's. ConnectQueue that its process receives goes to ``answer``.
+
+    ``register`` blocks: it belongs where the process starts, or in a thread.
+    """
+
+    def __init__(self, bus: Bus, device: Device) -> None:
+        self._bus = bus
+        self._device = device
+        self._completions = Completions(device, 1)
+        self._places: list[Place] = []
+        self._served: OrderedDict[tuple[str, str], QueuePair] = OrderedDict()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="verbs")
+
+    def register(self, region: Memory) -> VerbsHandle:
+        place = self._device.readable(region)
+        self._places.append(place)
+        return VerbsHandle(
+            protocol=PROTOCOL,
+            owner=self._bus.name,
+            incarnation=self._bus.incarnation,
+            length_bytes=place.length_bytes,
+            base=place.base,
+            key=place.remote_key,
+        )
+
+    async def answer(self, envelope: Envelope) -> None:
+        """What cannot be connected is refused."""
+        request: ConnectQueue = envelope.message
+        try:
+            self._check(request)
+            pair, end = await in_thread(self._thread, partial(self._connected, request.end))
+        except TransferError as error:
+            self._bus.refuse(envelope, error.code, error.message)
+            return
+        if not self._places:
+            # Withdrawn meanwhile.
+            pair.close()
+            return
+        self._serve((envelope.sender, request.link), pair)
+        self._bus.respond(envelope, QueueConnected(end=end))
+
+    def forget(self, peer: str) -> None:
+        """It can read nothing any more, unless it connects again."""
+        for key in [key for key in self._served if key[0] == peer]:
+            self._served.pop(key).close()
+
+    @property
+    def serving(self) -> int:
+        """How many connections of peers there are."""
+        return len(self._served)
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        # In this order: who reads still is told that the memory is gone, and need not wait for an answer.
+        while self._places:
+            self._places.pop().close()
+        while self._served:
+            self._served.popitem()[1].close()
+        self._completions.close()
+
+    def _check(self, request: ConnectQueue) -> None:
+        name, mine = self._bus.name, self._device.port.link_layer
+        if request.protocol != PROTOCOL:
+            raise TransferError(
+                "version",
+                f"{name} speaks transfer protocol {PROTOCOL}, asked in {request.protocol}; "
+                "run the same release everywhere",
+            )
+        if request.incarnation != self._bus.incarnation or not self._places:
+            raise TransferError(
+                "gone", f"{name} does not offer this memory any more, or not since it started; use another source"
+            )
+        if request.end.link_layer != mine:
+            raise TransferError(
+                "refused", f"{name}'s RDMA device is of {mine}, not of {request.end.link_layer}; use another transport"
+            )
+
+    def _connected(self, peer: QueueEnd) -> tuple[QueuePair, QueueEnd]:
+        try:
+            pair = QueuePair(self._device, self._completions.queue, depth=1, served=True)
+            pair.connect(peer)
+        except errors() as error:
+            raise TransferError(
+                "refused", f"{self._bus.name} cannot connect to {peer.gid}: {error}; use another transport"
+            ) from error
+        return pair, pair.end
+
+    def _serve(self, key: tuple[str, str], pair: QueuePair) -> None:
+        if key in self._served:
+            self._served.pop(key).close()
+        self._served[key] = pair
+        while len(self._served) > SERVED:
+            self._served.popitem(last=False)[1].close()

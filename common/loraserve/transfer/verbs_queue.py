@@ -1,0 +1,142 @@
+"""Queue pairs and the one place where their completions are told."""
+
+import os
+import secrets
+from typing import Protocol
+
+from loraserve.messages import QueueEnd
+from loraserve.transfer.verbs_device import Device, enums, errors, module, opening
+from loraserve.transfer.verbs_ports import ETHERNET
+
+READS_IN_FLIGHT = 16
+"""Of a queue pair, on the wire; what else is posted waits in the device."""
+MTUS = range(1, 6)
+READS = range(1, 256)
+TIMEOUT = 14
+"""4.096 us * 2 ** 14 = 67 ms without a sign of the peer; then it is asked again, so many times."""
+RETRIES = 3
+FOR_EVER = 7
+HOPS = 64
+SHORTEST_WAIT = 12
+EVENTS = "anon_inode:[infinibandevent]"
+
+
+class CompletionQueue(Protocol):
+    """pyverbs' CQ, as far as it is used."""
+
+    def close(self) -> None: ...
+
+
+class Completions:
+    """``descriptor`` becomes readable when something is over; then ``acknowledge``, and ``poll`` until it is empty."""
+
+    def __init__(self, device: Device, entries: int) -> None:
+        cq = module("cq")
+        with opening:
+            # pyverbs keeps the channel's descriptor to itself.
+            before = _event_descriptors()
+            self._channel = cq.CompChannel(device.context)
+            (self.descriptor,) = _event_descriptors() - before
+        # Whoever asks for an event that is not there must not wait with the interpreter's lock.
+        os.set_blocking(self.descriptor, False)
+        self.queue = cq.CQ(device.context, entries, None, self._channel, 0)
+        self.queue.req_notify()
+
+    def acknowledge(self) -> None:
+        try:
+            self._channel.get_cq_event(self.queue)
+        except errors():
+            # It was none of ours to wait for.
+            return
+        # One by one: the queue cannot be closed while an event of it is out.
+        self.queue.ack_events(1)
+        self.queue.req_notify()
+
+    def poll(self, most: int) -> list[tuple[int, int]]:
+        """(number, status) of requests that are over; status 0 is success."""
+        _, found = self.queue.poll(most)
+        return [(one.wr_id, one.status) for one in found]
+
+    def close(self) -> None:
+        self.queue.close()
+        self._channel.close()
+
+
+class QueuePair:
+    """One end of a connection. With ``served`` peers read through it, else this process reads."""
+
+    def __init__(self, device: Device, completions: CompletionQueue, depth: int, served: bool) -> None:
+        self._device = device
+        self._served = served
+        self._psn = secrets.randbits(24)
+        qp = module("qp")
+        self._pair = qp.QP(
+            device.domain,
+            qp.QPInitAttr(
+                qp_type=enums().IBV_QPT_RC,
+                scq=completions,
+                rcq=completions,
+                cap=qp.QPCap(max_send_wr=depth, max_recv_wr=1),
+                sq_sig_all=1,
+            ),
+        )
+
+    @property
+    def end(self) -> QueueEnd:
+        device = self._device
+        return QueueEnd(
+            number=self._pair.qp_num,
+            first_packet=self._psn,
+            gid=device.port.gid,
+            lid=device.lid,
+            mtu=device.mtu,
+            link_layer=device.port.link_layer,
+            reads=min(READS_IN_FLIGHT, device.reads_served if self._served else device.reads_asked),
+        )
+
+    def connect(self, peer: QueueEnd) -> None:
+        """Raises what ``errors`` names. Holds the interpreter's lock for some milliseconds."""
+        if not (peer.mtu in MTUS and peer.reads in READS):
+            raise ValueError(f"mtu {peer.mtu}, {peer.reads} reads: no such end of a connection")
+        mine = self.end
+        attributes = module("qp").QPAttr(port_num=self._device.port.number)
+        attributes.qp_access_flags = enums().IBV_ACCESS_REMOTE_READ if self._served else 0
+        attributes.dest_qp_num = peer.number
+        attributes.rq_psn, attributes.sq_psn = peer.first_packet, self._psn
+        attributes.path_mtu = min(mine.mtu, peer.mtu)
+        attributes.max_rd_atomic = attributes.max_dest_rd_atomic = min(mine.reads, peer.reads)
+        attributes.timeout, attributes.retry_cnt = TIMEOUT, RETRIES
+        attributes.min_rnr_timer, attributes.rnr_retry = SHORTEST_WAIT, FOR_EVER
+        attributes.ah_attr = self._way_to(peer)
+        self._pair.to_rts(attributes)
+
+    def ask(self, number: int, to: int, local_key: int, source: int, remote_key: int, length_bytes: int) -> None:
+        """One READ of ``source`` in the peer's memory, told as ``number`` when it is over."""
+        wr = module("wr")
+        into = wr.SGE(to, length_bytes, local_key)
+        request = wr.SendWR(wr_id=number, opcode=enums().IBV_WR_RDMA_READ, num_sge=1, sg=[into])
+        request.set_wr_rdma(remote_key, source)
+        self._pair.post_send(request)
+
+    def close(self) -> None:
+        """Nothing that was asked for is written any more."""
+        self._pair.close()
+
+    def _way_to(self, peer: QueueEnd) -> object:
+        addr, port = module("addr"), self._device.port
+        if port.link_layer != ETHERNET:
+            return addr.AHAttr(dlid=peer.lid, is_global=0, port_num=port.number)
+        route = addr.GlobalRoute(dgid=addr.GID(peer.gid), sgid_index=port.gid_index, hop_limit=HOPS)
+        return addr.AHAttr(gr=route, is_global=1, port_num=port.number)
+
+
+def _event_descriptors() -> set[int]:
+    found = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            if os.readlink(f"/proc/self/fd/{name}") == EVENTS:
+                found.add(int(name))
+        except OSError:
+            # The one that listed them.
+            continue
+    return found

@@ -1,0 +1,45 @@
+"""The rest of this folder, in a virtual machine with a software RDMA device, and what it says there."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from loraserve.transfer.verbs_ports import why_not
+
+ROOT = Path(__file__).resolve().parents[2]
+SKIPPED = 77
+MAKING_S = 200.0
+"""Packages are fetched once; after that the machine is there at once."""
+RUN_S = 240.0
+SAID = re.compile(r"^(\[rdma\].*|rdma_vm: .*|=+ .*(passed|failed).*|tests/rdma/\S+::.*|(PASSED|FAILED|ERROR).*)$")
+PYTEST = ["-p", "no:cacheprovider", "-p", "pytest_timeout", "--confcutdir=tests/rdma", "--tb=short", "-v"]
+
+
+@pytest.mark.skipif(not why_not(), reason="this machine has an RDMA device: the tests run on it")
+@pytest.mark.timeout(MAKING_S + RUN_S)
+def test_the_rdma_tests_pass_in_a_virtual_machine(measured: Callable[[str], None]) -> None:
+    places = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    within = "PYTHONPATH=" + os.pathsep.join([*map(shlex.quote, places), "$RDMA_VM_PYVERBS"])
+    command = f"{within} {shlex.join([sys.executable, '-m', 'pytest', 'tests/rdma', *PYTEST])}"
+    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    names = "PYTEST_DISABLE_PLUGIN_AUTOLOAD PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH"
+    done = subprocess.run(
+        [ROOT / "scripts" / "rdma_vm", command, ROOT],
+        env={**environ, "RDMA_VM_ENV": names, "RDMA_VM_TIMEOUT": f"{RUN_S:.0f}"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    lines = done.stdout.splitlines()
+    if done.returncode == SKIPPED:
+        pytest.skip(next(line for line in reversed(lines) if line.startswith("SKIP:")))
+    for line in lines:
+        if SAID.match(line):
+            measured(f"rdma: {line}")
+    assert done.returncode == 0, done.stdout[-8000:]
