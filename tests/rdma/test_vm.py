@@ -27,8 +27,8 @@ def test_the_rdma_tests_pass_in_a_virtual_machine(measured: Callable[[str], None
     places = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     within = "PYTHONPATH=" + os.pathsep.join([*map(shlex.quote, places), "$RDMA_VM_PYVERBS"])
     command = f"{within} {shlex.join([sys.executable, '-m', 'pytest', 'tests/rdma', *PYTEST])}"
-    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1"}
-    names = "PYTEST_DISABLE_PLUGIN_AUTOLOAD PYTHONDONTWRITEBYTECODE PYTHONSAFEPATH"
+    environ = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    names = "PYTEST_DISABLE_PLUGIN_AUTOLOAD PYTHONSAFEPATH"
     done = subprocess.run(
         [ROOT / "scripts" / "rdma_vm", command, ROOT],
         env={**environ, "RDMA_VM_ENV": names, "RDMA_VM_TIMEOUT": f"{RUN_S:.0f}"},
