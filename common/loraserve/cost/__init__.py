@@ -2,7 +2,7 @@
 
 from loraserve.cost.extents import MIN_EXTENT_BYTES, extent_bytes, largest_extent_bytes
 from loraserve.cost.learner import CostLearner
-from loraserve.cost.model import LARGEST_SURPRISE, LEARNING_RATE, CostModel, StepShape
+from loraserve.cost.model import LARGEST_SURPRISE, LEARNING_RATE, CostModel, StepShape, mean_step
 
 __all__ = [
     "LARGEST_SURPRISE",
@@ -13,4 +13,5 @@ __all__ = [
     "StepShape",
     "extent_bytes",
     "largest_extent_bytes",
+    "mean_step",
 ]

@@ -34,6 +34,21 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     max_rank: int = 0
 
 
+def mean_step(shape: StepShape, duration_s: float) -> MeanStep:
+    """As it is reported of steps that are all alike."""
+    return MeanStep(
+        duration_s=duration_s,
+        decode_sequences=shape.decode_sequences,
+        kv_tokens=shape.kv_tokens,
+        prefill_tokens=shape.prefill_tokens,
+        prefill_kv_tokens=shape.prefill_kv_tokens,
+        slab_bytes=shape.slab_bytes,
+        rank_tokens=shape.rank_tokens,
+        padded_prefill_tokens=shape.max_rank * shape.prefill_tokens,
+        padded_decode_tokens=shape.max_rank * shape.decode_sequences,
+    )
+
+
 class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Seconds per unit. A step costs ``step_base_s`` whatever it holds, and the rest for what it holds.
 

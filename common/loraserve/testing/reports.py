@@ -3,14 +3,12 @@
 from collections.abc import Iterable
 from typing import Any
 
-from loraserve.cost import StepShape
 from loraserve.messages import (
     AdapterDemand,
     AdapterRef,
     ClusterLoad,
     EngineLoad,
     EngineSeen,
-    MeanStep,
     ResidentAdapter,
     Route,
     SamplingParams,
@@ -57,21 +55,6 @@ def resident(adapter: AdapterRef, pinned: bool = False, running: int = 0) -> Res
         slab_bytes=adapter.slab_bytes,
         pinned=pinned,
         running=running,
-    )
-
-
-def mean_step(shape: StepShape, duration_s: float) -> MeanStep:
-    """As an engine reports it that had one such step."""
-    return MeanStep(
-        duration_s=duration_s,
-        decode_sequences=shape.decode_sequences,
-        kv_tokens=shape.kv_tokens,
-        prefill_tokens=shape.prefill_tokens,
-        prefill_kv_tokens=shape.prefill_kv_tokens,
-        slab_bytes=shape.slab_bytes,
-        rank_tokens=shape.rank_tokens,
-        padded_prefill_tokens=shape.prefill_tokens * shape.max_rank,
-        padded_decode_tokens=shape.decode_sequences * shape.max_rank,
     )
 
 

@@ -116,6 +116,22 @@ def known_code(code: str) -> Code:
     return next((each for each in get_args(Code) if each == code), "refused")
 
 
+def check_protocol(owner: str, protocol: int) -> None:
+    """Raises TransferError where ``owner`` is asked in another protocol than this process's."""
+    if protocol != PROTOCOL:
+        raise TransferError(
+            "version",
+            f"{owner} speaks transfer protocol {PROTOCOL}, asked in {protocol}; run the same release everywhere",
+        )
+
+
+def withdrawn(owner: str) -> TransferError:
+    """What ``owner`` says of memory under a handle that it does not know."""
+    return TransferError(
+        "gone", f"{owner} does not offer this memory any more, or not since it started; use another source"
+    )
+
+
 def asked(handle: HandleBase, what: str) -> str:
     """The beginning of an error: whose memory, and what was wanted of it."""
     return f"{what} of {handle.owner}'s {handle.length_bytes} bytes over {handle.transport}"

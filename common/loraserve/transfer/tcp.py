@@ -17,10 +17,12 @@ from loraserve.transfer.protocol import (
     TcpHandle,
     TransferError,
     asked,
+    check_protocol,
     check_ranges,
     checked,
     known_code,
     pieces,
+    withdrawn,
 )
 
 CHUNK_BYTES = 2 << 20
@@ -65,16 +67,9 @@ class TcpExporter:
 
     def _chunk(self, request: ReadRegion) -> memoryview:
         name = self._bus.name
-        if request.protocol != PROTOCOL:
-            raise TransferError(
-                "version",
-                f"{name} speaks transfer protocol {PROTOCOL}, asked in {request.protocol}; "
-                "run the same release everywhere",
-            )
+        check_protocol(name, request.protocol)
         if request.token not in self._regions:
-            raise TransferError(
-                "gone", f"{name} does not offer this memory any more, or not since it started; use another source"
-            )
+            raise withdrawn(name)
         handle, region = self._regions[request.token]
         check_ranges(handle, [Range(request.offset_bytes, request.length_bytes)])
         if request.length_bytes > LONGEST_CHUNK_BYTES:

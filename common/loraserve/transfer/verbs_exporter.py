@@ -11,7 +11,7 @@ from functools import partial
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.messages import ConnectQueue, QueueConnected, QueueEnd
 from loraserve.threads import in_thread
-from loraserve.transfer.protocol import PROTOCOL, TransferError, VerbsHandle
+from loraserve.transfer.protocol import PROTOCOL, TransferError, VerbsHandle, check_protocol, withdrawn
 from loraserve.transfer.verbs_device import Device, Memory, Place, errors
 from loraserve.transfer.verbs_queue import Completions, QueuePair
 
@@ -82,16 +82,9 @@ class VerbsExporter:
 
     def _check(self, request: ConnectQueue) -> None:
         name, mine = self._bus.name, self._device.port.link_layer
-        if request.protocol != PROTOCOL:
-            raise TransferError(
-                "version",
-                f"{name} speaks transfer protocol {PROTOCOL}, asked in {request.protocol}; "
-                "run the same release everywhere",
-            )
+        check_protocol(name, request.protocol)
         if request.incarnation != self._bus.incarnation or not self._places:
-            raise TransferError(
-                "gone", f"{name} does not offer this memory any more, or not since it started; use another source"
-            )
+            raise withdrawn(name)
         if request.end.link_layer != mine:
             raise TransferError(
                 "refused", f"{name}'s RDMA device is of {mine}, not of {request.end.link_layer}; use another transport"

@@ -17,7 +17,7 @@ from loraserve.messages import (
     ReleaseLease,
     RenewLease,
 )
-from loraserve.transfer.protocol import PROTOCOL, Exporter, Handle
+from loraserve.transfer.protocol import Exporter, Handle, TransferError, check_protocol
 
 PoolExporter = Exporter[PoolMemory, Handle]
 Lending = LeaseSlab | RenewLease | ReleaseLease
@@ -105,12 +105,10 @@ class Lender:
         self._bus.respond(envelope, granted, [encode_header(self._headers[lease.version])])
 
     def _granted(self, reader: Reader, asked: LeaseSlab, now: float) -> Lease | Refused:
-        if asked.protocol != PROTOCOL:
-            return Refused(
-                "version",
-                f"{self._bus.name} speaks transfer protocol {PROTOCOL}, asked in {asked.protocol}; "
-                "run the same release everywhere",
-            )
+        try:
+            check_protocol(self._bus.name, asked.protocol)
+        except TransferError as error:
+            return Refused(error.code, error.message)
         return self._leases.grant(reader, asked.read_id, asked.version, asked.slab_bytes, now)
 
     def _refuse(self, envelope: Envelope, refusal: Refused) -> None:

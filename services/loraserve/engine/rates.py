@@ -4,7 +4,7 @@ from math import inf
 
 import msgspec
 
-from loraserve.cost import StepShape
+from loraserve.cost import StepShape, mean_step
 from loraserve.messages import MeanStep
 
 SMOOTHING = 0.1
@@ -57,10 +57,10 @@ class Rates:
             return
         if shape.prefill_tokens:
             self._prefill_steps += times
-            self._prefill_step = _smooth(self._prefill_step, _mean_step(shape, duration_s), times)
+            self._prefill_step = _smooth(self._prefill_step, mean_step(shape, duration_s), times)
         else:
             self._decode_steps += times
-            self._decode_step = _smooth(self._decode_step, _mean_step(shape, duration_s), times)
+            self._decode_step = _smooth(self._decode_step, mean_step(shape, duration_s), times)
 
     def load_done(self, slab_bytes: int, own_s: float) -> None:
         """Count one finished load. ``own_s``: without what it waited for others on the link."""
@@ -70,21 +70,6 @@ class Rates:
         self._loads += 1
         self._load_bytes = float(slab_bytes) if first else _towards(self._load_bytes, slab_bytes)
         self._load_s = own_s if first else _towards(self._load_s, own_s)
-
-
-def _mean_step(shape: StepShape, duration_s: float) -> MeanStep:
-    """Of steps that are all alike."""
-    return MeanStep(
-        duration_s=duration_s,
-        decode_sequences=shape.decode_sequences,
-        kv_tokens=shape.kv_tokens,
-        prefill_tokens=shape.prefill_tokens,
-        prefill_kv_tokens=shape.prefill_kv_tokens,
-        slab_bytes=shape.slab_bytes,
-        rank_tokens=shape.rank_tokens,
-        padded_prefill_tokens=shape.max_rank * shape.prefill_tokens,
-        padded_decode_tokens=shape.max_rank * shape.decode_sequences,
-    )
 
 
 def _smooth(old: MeanStep | None, new: MeanStep, times: int) -> MeanStep:

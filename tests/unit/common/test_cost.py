@@ -15,10 +15,11 @@ from loraserve.cost import (
     StepShape,
     extent_bytes,
     largest_extent_bytes,
+    mean_step,
 )
 from loraserve.engine.extents import ExtentAllocator
 from loraserve.messages import MeanStep
-from loraserve.testing.reports import MIB, engine_load, mean_step
+from loraserve.testing.reports import MIB, engine_load
 
 COST = CostModel()
 PADDED = CostModel(lora="padded")

@@ -3,9 +3,9 @@
 import msgspec
 import pytest
 
-from loraserve.cost import CostLearner, CostModel, StepShape
+from loraserve.cost import CostLearner, CostModel, StepShape, mean_step
 from loraserve.messages import EngineLoad
-from loraserve.testing.reports import engine_load, mean_step
+from loraserve.testing.reports import engine_load
 
 COST = CostModel()
 DECODE = StepShape(decode_sequences=8, kv_tokens=4000)

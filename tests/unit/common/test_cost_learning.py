@@ -6,9 +6,9 @@ from random import Random
 import msgspec
 import pytest
 
-from loraserve.cost import LEARNING_RATE, CostModel, StepShape
+from loraserve.cost import LEARNING_RATE, CostModel, StepShape, mean_step
 from loraserve.messages import EngineLoad
-from loraserve.testing.reports import MIB, engine_load, mean_step
+from loraserve.testing.reports import MIB, engine_load
 
 EXACT = CostModel(prefill_kv_token_s=1e-7)
 PADDED = msgspec.structs.replace(EXACT, lora="padded")

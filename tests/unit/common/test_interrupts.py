@@ -35,8 +35,10 @@ def test_it_is_raised_at_the_end(numbers: list[signal.Signals]) -> None:
 
 
 def test_nothing_is_raised_where_nothing_came() -> None:
+    before = [signal.getsignal(number) for number in INTERRUPTS]
     with interrupts_held_back():
         pass
+    assert [signal.getsignal(number) for number in INTERRUPTS] == before
 
 
 def test_it_wins_over_an_import_that_failed() -> None:
