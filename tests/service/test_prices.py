@@ -7,7 +7,7 @@ import pytest
 
 from loraserve.bus.protocol import Envelope
 from loraserve.config import ClusterConfig, Config, ModelConfig
-from loraserve.cost import CostModel, StepShape
+from loraserve.cost import CostModel, StepShape, mean_step
 from loraserve.cost.profile import read_profile
 from loraserve.errors import ConfigError
 from loraserve.messages import ToPlanner, ToRouter
@@ -15,7 +15,7 @@ from loraserve.planner.service import PlannerService
 from loraserve.router.service import RouterService
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
-from loraserve.testing.reports import engine_load, mean_step, picture
+from loraserve.testing.reports import engine_load, picture
 from loraserve.testing.tiny_model import write_tiny_model
 
 KINDS = [("router", RouterService, ToRouter), ("planner", PlannerService, ToPlanner)]
