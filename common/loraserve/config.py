@@ -79,6 +79,10 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     ``weights`` are of the adapters' dtype; the engine takes ``memory_fraction`` of the GPU, and of what the weights
     leave of it ``pool_fraction`` is the adapters' pool and the rest the KV cache.
 
+    Adapters that leave the pool are kept in ``host_cache_bytes`` of this machine's memory for each engine, page-locked
+    on a GPU, from where it and its peers have them sooner than from the store. 0 is none; auto is none on a CPU, where
+    ``pool_bytes`` does the same, and on a GPU 8 GiB, but all engines together at most a quarter of the memory.
+
     ``threads`` 0 is cores / engines, at least 1. ``digest_threads`` verify an adapter while it is loaded: 0 is half of
     cores / engines on a GPU and what ``threads`` leaves of it on a CPU, from 1 to 8.
     """
@@ -93,6 +97,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     pool_bytes: Positive = 512 << 20
     memory_fraction: Share = 0.9
     pool_fraction: Share = 0.3
+    host_cache_bytes: Natural | Literal["auto"] = "auto"
     max_adapters: Positive = 64
     max_rank: Positive = 256
     max_running: Positive = 64
@@ -152,12 +157,15 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     drain_timeout_s: Seconds = 8.0
     """How long streams may go on after a stop was asked for; under the ten seconds containers get."""
     max_body_bytes: Positive = 16 << 20
+    expect_characters: Positive = 4000
+    """Of a prompt from so long on the router hears before it is tokenized, which takes 2 ms and more: its adapter is
+    brought to an engine meanwhile."""
 
 
 class TransferConfig(Section, frozen=True, kw_only=True):
-    """How engines read adapters from each other: the first of ``transports`` that both processes can use, and the next
-    where a read fails. None at all leaves the store as the only source. Nothing hangs on it yet: engines still read
-    from the store only.
+    """How engines read adapters from each other: over those of ``transports`` that both can use, whichever is expected
+    to be soonest, the next where a read fails, and the store beside them all. An empty list leaves the store, and what
+    this engine's host cache has.
 
     ``lease_s`` is how long an adapter stays where it is for a peer that reads it and is not heard of any more;
     renewed, a lease lasts up to ``engine.load_timeout_s``.

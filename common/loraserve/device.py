@@ -1,6 +1,7 @@
 """Which kind of device engines compute on, as far as that can be told without asking the device itself."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,26 @@ def gpus(devices: Path = Path("/dev")) -> int:
 def cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def memory_bytes(
+    limits: Sequence[Path] = (
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ),
+) -> int:
+    """Memory that this process may use: the machine's, or less where its container is limited."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([machine, *(limit for path in limits if (limit := _number(path)))])
+
+
+def _number(path: Path) -> int:
+    """0 where it holds none."""
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return 0
+    return int(text) if text.isdecimal() else 0
 
 
 def gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:

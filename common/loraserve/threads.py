@@ -23,17 +23,20 @@ async def in_thread(
     except asyncio.CancelledError:
         job.cancel()
         stop()
-        await _over(work)
+        await ended(work)
         raise
 
 
-async def _over(work: "asyncio.Future[T]") -> None:
-    # A deadline may cancel what a caller has cancelled already: each time the thread is still waited for.
+async def ended(work: "asyncio.Future[T]") -> bool:
+    """Waits until it is over, whatever happens; what came of it is nobody's any more. Whether this was cancelled."""
+    # A deadline may cancel what a caller has cancelled already: each time it is still waited for.
+    cancelled = False
     while not work.done():
         try:
             await asyncio.wait([work])
         except asyncio.CancelledError:
-            continue
+            cancelled = True
     if not work.cancelled():
         # Nobody asks for it any more; asyncio would complain.
         work.exception()
+    return cancelled

@@ -10,9 +10,9 @@ from loraserve.config import Config
 from loraserve.errors import ConfigError, PeerError
 from loraserve.messages import ConnectQueue, QueueConnected, QueueEnd
 from loraserve.testing.verbs_owner import VerbsOwner
+from loraserve.transfer.cuda_driver import GpuMemory
 from loraserve.transfer.here import abilities
 from loraserve.transfer.protocol import PROTOCOL
-from loraserve.transfer.verbs_cuda import GpuMemory
 from loraserve.transfer.verbs_device import Device
 
 MIB = 1 << 20
@@ -25,7 +25,9 @@ def test_this_machine_offers_verbs() -> None:
 
 def test_a_connection_that_cannot_be_is_refused(owner: VerbsOwner, config: Config) -> None:
     end = QueueEnd(number=17, first_packet=1, gid="::1", lid=0, mtu=5, link_layer="Ethernet", reads=1)
-    good = ConnectQueue(protocol=PROTOCOL, incarnation=owner.handle.incarnation, link="mine", end=end)
+    good = ConnectQueue(
+        protocol=PROTOCOL, incarnation=owner.handle.incarnation, link="mine", reader_incarnation="1", end=end
+    )
     cases: list[tuple[dict[str, object], dict[str, object], str]] = [
         ({"protocol": PROTOCOL + 1}, {}, "version"),
         ({"incarnation": "another"}, {}, "gone"),

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = 77
 MAKING_S = 200.0
 """Packages are fetched once; after that the machine is there at once."""
-RUN_S = 240.0
+RUN_S = 420.0
 SAID = re.compile(r"^(\[rdma\].*|rdma_vm: .*|=+ .*(passed|failed).*|tests/rdma/\S+::.*|(PASSED|FAILED|ERROR).*)$")
 PYTEST = ["-p", "no:cacheprovider", "-p", "pytest_timeout", "--confcutdir=tests/rdma", "--tb=short", "-v"]
 

@@ -8,12 +8,24 @@ from typing import Any
 import pytest
 
 from loraserve.config import Config, MonitorConfig
-from loraserve.messages import AdapterTokens, ClusterLoad, Ping, Pong, RegistryChanged, ToMonitor, ToRouter
+from loraserve.messages import (
+    AdapterTokens,
+    ClusterLoad,
+    Copies,
+    EngineGone,
+    FindCopies,
+    Ping,
+    Pong,
+    RegistryChanged,
+    ToMonitor,
+    ToRouter,
+)
 from loraserve.monitor.service import MonitorService
 from loraserve.testing.bus import MemoryBus, MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.peers import serving
-from loraserve.testing.reports import adapter_ref, engine_load
+from loraserve.testing.reports import adapter_ref, engine_load, resident
+from loraserve.transfer.choice import Abilities
 
 INTERVAL_S, DEAD_AFTER_S = 10.0, 1.5
 """The interval is long, so that what is published at once can be told from what was due."""
@@ -203,5 +215,33 @@ def test_it_says_how_many_engines_live() -> None:
         pong = await stage.listener.request("monitor", Ping(), Pong, 1.0)
         assert pong.detail == "1 engines alive"
         assert "loraserve_engines_alive 1.0" in stage.monitor.metrics.render().decode()
+
+    play(scenario)
+
+
+def test_who_asks_for_a_copy_is_told_who_lives_and_has_it_and_everyone_hears_who_is_gone() -> None:
+    async def scenario(stage: Stage) -> None:
+        able = Abilities(protocol=1, host="h", neighbourhood="n", transports=("shm",), device="cpu")
+        reader = stage.network.bus("engine-9", Ping | EngineGone)
+        reader.subscribe("monitor", "gone")
+
+        async def holders() -> list[tuple[str, str]]:
+            found = await reader.request("monitor", FindCopies(version=PIRATE.version), Copies, 1.0)
+            return [(each.engine, each.incarnation) for each in found.holders]
+
+        stage.start_engine("e0", resident=(resident(PIRATE),), abilities=able)
+        stage.start_engine("e1", resident=(resident(PIRATE),))
+        await asyncio.sleep(0.1)
+        assert await holders() == [("e0", "i1")]
+        stage.silence("e0")
+        assert (await reader.receive()).message == EngineGone(engine="e0", incarnation="i1")
+        assert await holders() == []
+        stage.start_engine("e0", resident=(resident(PIRATE),), abilities=able, incarnation="i2")
+        await asyncio.sleep(0.1)
+        assert await holders() == [("e0", "i2")]
+        stage.silence("e0")
+        stage.start_engine("e0", incarnation="i3")
+        assert (await reader.receive()).message == EngineGone(engine="e0", incarnation="i2")
+        assert await holders() == []
 
     play(scenario)

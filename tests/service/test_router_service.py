@@ -15,6 +15,8 @@ from loraserve.messages import (
     Admit,
     Admitted,
     EngineLoad,
+    Expect,
+    ExpectAdapter,
     Ping,
     Placement,
     Plan,
@@ -347,3 +349,24 @@ def test_a_drained_engine_takes_what_is_lost_elsewhere_and_nothing_more(other: S
         assert (answer.engine if isinstance(answer, Routed) else answer.code) == expected
 
     play(scenario, takes, other)
+
+
+def test_the_engine_that_a_request_will_go_to_hears_of_its_adapter_once() -> None:
+    async def scenario(stage: Stage) -> None:
+        for _ in range(2):
+            stage.gateway.send("router", Expect(adapter=PIRATE, prompt_tokens=10))
+            await asyncio.sleep(0.01)
+        assert [engine.received for engine in stage.engines] == [[ExpectAdapter(adapter=PIRATE)], []]
+        assert (await stage.route(route_request("r1", adapter=PIRATE))).why == "resident"
+        assert [type(message) for message in stage.engines[0].received] == [ExpectAdapter, Admit]
+
+    play(scenario, takes, takes)
+
+
+def test_where_a_lot_decides_nobody_hears_of_an_adapter() -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.gateway.send("router", Expect(adapter=PIRATE, prompt_tokens=10))
+        await asyncio.sleep(0.01)
+        assert [engine.received for engine in stage.engines] == [[], []]
+
+    play(scenario, takes, takes, policy="shares")

@@ -12,7 +12,7 @@ import pytest
 
 from loraserve.errors import ConfigError
 from loraserve.testing.memory_owner import MemoryOwner, pattern
-from loraserve.transfer.mapping import there
+from loraserve.transfer.near import there
 from loraserve.transfer.protocol import PROTOCOL, Range, ShmHandle, TransferError
 from loraserve.transfer.shared_memory import NAME, SharedMemory
 from loraserve.transfer.shm import ShmExporter, ShmReader
@@ -22,6 +22,8 @@ LENGTH = 16 * MIB
 UNTOUCHED = 0
 TINY_PIECES = 32
 """Half a million copies: the better part of a second, in which a test kills or cancels."""
+HOW = [{"sliced_bytes": 0, "piece_bytes": TINY_PIECES}, {"direct_bytes": TINY_PIECES}]
+"""In another thread, or by slices in the event loop's."""
 NOBODY = 65_534
 
 
@@ -62,7 +64,7 @@ def maps() -> str:
     return Path("/proc/self/maps").read_text()
 
 
-@pytest.mark.parametrize("options", [{}, {"piece_bytes": 100_000}])
+@pytest.mark.parametrize("options", [{}, {"direct_bytes": 100_000}, {"sliced_bytes": 0, "piece_bytes": 100_000}])
 def test_ranges_arrive_one_after_another(owner: MemoryOwner, options: dict[str, int]) -> None:
     ranges = [Range(5, 10), Range(LENGTH - 3 * MIB, 3 * MIB), Range(0, 0), Range(7, 1)]
     truth = pattern(LENGTH)
@@ -117,7 +119,8 @@ async def begun(reader: ShmReader, owner: MemoryOwner) -> "tuple[npt.NDArray[np.
     return into, read
 
 
-def test_an_owner_that_is_killed_while_it_is_read_is_gone(owner: MemoryOwner) -> None:
+@pytest.mark.parametrize("options", HOW)
+def test_an_owner_that_is_killed_while_it_is_read_is_gone(owner: MemoryOwner, options: dict[str, int]) -> None:
     async def scenario(reader: ShmReader) -> None:
         into, read = await begun(reader, owner)
         owner.kill()
@@ -127,10 +130,11 @@ def test_an_owner_that_is_killed_while_it_is_read_is_gone(owner: MemoryOwner) ->
         assert failed.value.code == "gone"
         await until(lambda: owner.shm.name not in maps())
 
-    play(scenario, piece_bytes=TINY_PIECES)
+    play(scenario, **options)
 
 
-def test_nobody_writes_once_a_read_was_cancelled(owner: MemoryOwner) -> None:
+@pytest.mark.parametrize("options", HOW)
+def test_nobody_writes_once_a_read_was_cancelled(owner: MemoryOwner, options: dict[str, int]) -> None:
     async def scenario(reader: ShmReader) -> None:
         into, read = await begun(reader, owner)
         read.cancel()
@@ -141,7 +145,7 @@ def test_nobody_writes_once_a_read_was_cancelled(owner: MemoryOwner) -> None:
         await asyncio.sleep(0.1)
         assert not into.any()
 
-    play(scenario, piece_bytes=TINY_PIECES)
+    play(scenario, **options)
 
 
 def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: MemoryOwner) -> None:

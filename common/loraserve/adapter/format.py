@@ -6,22 +6,25 @@ token x that uses the adapter adds ``scale_i * (x @ A_i.T) @ B_i^T`` to slice i 
 DESIGN.md section 1.
 
 The header holds a digest of each layer's bytes, and its own digest is the version: a header is verified by itself, and
-then each layer alone, in any thread, as soon as its bytes are there.
+then each layer alone, in any thread, as soon as its bytes are there. Layers are digested by BLAKE3, which takes a fifth
+of the time that SHA-256 does (5.3 GiB/s a thread beside 1.1, Intel Xeon with AVX-512 and SHA instructions): every load
+pays it. Source: https://github.com/BLAKE3-team/BLAKE3-specs.
 """
 
 import hashlib
 from typing import Annotated, Literal
 
 import msgspec
+from blake3 import blake3
 
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
-SLAB_FORMAT = 2
+SLAB_FORMAT = 3
 ROW_ALIGN_ELEMENTS = 16
 """Rows start at multiples of this, so that kernels may use 128-bit loads at any of the dtypes."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-Sha256 = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
+Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
 ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -44,7 +47,7 @@ class LayoutRow(msgspec.Struct, frozen=True, array_like=True):
 class SlabHeader(msgspec.Struct, frozen=True):
     """Everything that is needed to read a slab. ``rows`` is layer-major, modules in ``MODULES`` order.
 
-    ``layer_digests`` are the SHA-256 of each ``layer``'s bytes; a header without them is a layout, not sealed yet.
+    ``layer_digests`` are the BLAKE3 of each ``layer``'s bytes; a header without them is a layout, not sealed yet.
     """
 
     dtype: Dtype
@@ -52,7 +55,7 @@ class SlabHeader(msgspec.Struct, frozen=True):
     rank: int
     elements: int
     rows: tuple[LayoutRow, ...]
-    layer_digests: tuple[Sha256, ...] = ()
+    layer_digests: tuple[Digest, ...] = ()
     format: int = SLAB_FORMAT
 
     @property
@@ -108,7 +111,7 @@ def seal(layout: SlabHeader, slab: bytes | bytearray | memoryview) -> SlabHeader
         raise ValueError(f"slab of {len(slab)} bytes, its layout says {layout.slab_bytes}")
     view = memoryview(slab)
     layers = [layout.layer(layer) for layer in range(layout.shape.layers)]
-    digests = tuple(hashlib.sha256(view[part.start : part.stop]).digest() for part in layers)
+    digests = tuple(blake3(view[part.start : part.stop]).digest() for part in layers)
     return msgspec.structs.replace(layout, layer_digests=digests)
 
 

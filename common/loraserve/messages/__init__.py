@@ -14,16 +14,28 @@ from loraserve.messages.engine_engine import (
     LeaseSlab,
     ReleaseLease,
     RenewLease,
+    SlabDamaged,
 )
 from loraserve.messages.engine_gateway import Failed, TokenBatch, TokenDelta
-from loraserve.messages.engine_monitor import AdapterTokens, EngineLoad, MeanStep, ResidentAdapter
+from loraserve.messages.engine_monitor import (
+    AdapterTokens,
+    Copies,
+    EngineGone,
+    EngineLoad,
+    FindCopies,
+    Holder,
+    MeanStep,
+    PrefetchCounts,
+    ReadCounts,
+    ResidentAdapter,
+)
 from loraserve.messages.gateway_engine import Abort
 from loraserve.messages.gateway_planner import Drain, GetPlan, Rebalance, RebalanceDone
-from loraserve.messages.gateway_router import Rejected, Route, Routed
+from loraserve.messages.gateway_router import Expect, Rejected, Route, Routed
 from loraserve.messages.monitor_cluster import AdapterDemand, ClusterLoad, EngineSeen
 from loraserve.messages.planner_engine import Prepared, PreparePlan, RetireCopies, RetireDone
 from loraserve.messages.planner_router import Move, Placement, Plan
-from loraserve.messages.router_engine import Admit, Admitted
+from loraserve.messages.router_engine import Admit, Admitted, ExpectAdapter
 from loraserve.messages.store import (
     AdapterList,
     AdapterRegistered,
@@ -40,10 +52,24 @@ from loraserve.messages.store import (
 from loraserve.messages.transfer import ConnectQueue, QueueConnected, QueueEnd, ReadRegion, RegionChunk
 
 ToGateway = TokenBatch | Failed | ClusterLoad | RegistryChanged | Ping
-ToRouter = Route | ClusterLoad | Plan | Ping
-ToMonitor = EngineLoad | RegistryChanged | Ping
+ToRouter = Route | Expect | ClusterLoad | Plan | Ping
+ToMonitor = EngineLoad | FindCopies | RegistryChanged | Ping
 ToPlanner = ClusterLoad | RegistryChanged | Rebalance | Drain | GetPlan | Ping
-ToEngine = Admit | Abort | PreparePlan | RetireCopies | LeaseSlab | RenewLease | ReleaseLease | Ping
+ToEngine = (
+    Admit
+    | Abort
+    | ExpectAdapter
+    | PreparePlan
+    | RetireCopies
+    | LeaseSlab
+    | RenewLease
+    | ReleaseLease
+    | SlabDamaged
+    | ReadRegion
+    | ConnectQueue
+    | EngineGone
+    | Ping
+)
 ToStore = RegisterAdapter | UnregisterAdapter | ListAdapters | OpenSlab | ReadSlab | Ping
 
 __all__ = [
@@ -59,11 +85,17 @@ __all__ = [
     "Admitted",
     "ClusterLoad",
     "ConnectQueue",
+    "Copies",
     "Drain",
+    "EngineGone",
     "EngineLoad",
     "EngineSeen",
+    "Expect",
+    "ExpectAdapter",
     "Failed",
+    "FindCopies",
     "GetPlan",
+    "Holder",
     "LeaseGranted",
     "LeaseReleased",
     "LeaseRenewed",
@@ -77,10 +109,12 @@ __all__ = [
     "Placement",
     "Plan",
     "Pong",
+    "PrefetchCounts",
     "PreparePlan",
     "Prepared",
     "QueueConnected",
     "QueueEnd",
+    "ReadCounts",
     "ReadRegion",
     "ReadSlab",
     "Rebalance",
@@ -98,6 +132,7 @@ __all__ = [
     "Routed",
     "SamplingParams",
     "SlabChunk",
+    "SlabDamaged",
     "SlabInfo",
     "ToEngine",
     "ToGateway",

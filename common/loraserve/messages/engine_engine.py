@@ -1,4 +1,4 @@
-"""Engine -> engine: leases on an adapter's extent, so that it stays where it is while a peer reads it."""
+"""Engine -> engine: leases on an extent, so that it stays where it is while a peer reads it, and complaints."""
 
 from loraserve.messages.base import Message
 from loraserve.transfer.protocol import Handle
@@ -51,7 +51,8 @@ class LeaseRenewed(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ReleaseLease(Message, frozen=True, tag=True, kw_only=True):
-    """The read is over. Answered by LeaseReleased, as often as it is asked. Refused with ``not_yours``."""
+    """The read is over. Mostly sent one-way; a request is answered by LeaseReleased, as often as it is asked. Refused
+    with ``not_yours``."""
 
     lease_id: str
     incarnation: str
@@ -62,3 +63,14 @@ class LeaseReleased(Message, frozen=True, tag=True, kw_only=True):
 
     lease_id: str
     held: bool
+
+
+class SlabDamaged(Message, frozen=True, tag=True, kw_only=True):
+    """What was read under this lease is not what its digest is of, beginning with ``layer``; no answer.
+
+    The owner looks at its own copy: either it is damaged there, or it was on the way.
+    """
+
+    version: str
+    lease_id: str
+    layer: int

@@ -1,8 +1,9 @@
-"""Engine -> monitor: its load, every 250 ms."""
+"""Engine -> monitor: its load, every 250 ms, and who else holds an adapter; monitor -> engines: who is gone."""
 
 import msgspec
 
 from loraserve.messages.base import Message
+from loraserve.transfer.choice import Abilities
 
 
 class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
@@ -46,6 +47,36 @@ class MeanStep(msgspec.Struct, frozen=True, kw_only=True):
     rank_tokens: float
     padded_prefill_tokens: float
     padded_decode_tokens: float
+
+
+class ReadCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Slabs that an engine read from one source over one transport, since its incarnation began.
+
+    ``source`` is a peer's name, or ``store``. ``mismatched`` of the ``failed`` were not what their digests are of.
+    ``predicted_bytes_per_s`` is what a large slab is expected to come with now, 0 before the first.
+    """
+
+    source: str
+    transport: str
+    reads: int = 0
+    read_bytes: int = 0
+    failed: int = 0
+    mismatched: int = 0
+    predicted_bytes_per_s: float = 0.0
+
+
+class PrefetchCounts(msgspec.Struct, frozen=True, kw_only=True):
+    """Slabs that an engine brought in before a request waited for them, since its incarnation began.
+
+    ``kind``: ``plan`` (the planner wanted them there), ``admission`` (the router said that a request was about to
+    come), ``pattern`` (they usually follow what was asked for). ``useful``: a request ran with it before it left the
+    pool; ``wasted``: it left without; the rest is there and was not asked for yet.
+    """
+
+    kind: str
+    loaded_bytes: int = 0
+    useful_bytes: int = 0
+    wasted_bytes: int = 0
 
 
 class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
@@ -95,3 +126,40 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     plan_epoch: int = 0
     """The newest epoch that this incarnation was asked to prepare or to retire for; 0 before the first."""
     supports: dict[str, str] = msgspec.field(default_factory=dict)
+    abilities: Abilities | None = None
+    """How peers can read what it holds; None where they cannot."""
+    reads: tuple[ReadCounts, ...] = ()
+    prefetched: tuple[PrefetchCounts, ...] = ()
+    cached: tuple[str, ...] = ()
+    """Versions in the host cache; some of them may be resident as well."""
+    cache_abilities: Abilities | None = None
+    """How peers can read those; None where they cannot."""
+
+
+class FindCopies(Message, frozen=True, tag=True, kw_only=True):
+    """Answered by Copies, as of the engines' last reports."""
+
+    version: str
+
+
+class Holder(msgspec.Struct, frozen=True, kw_only=True):
+    """An engine that had the adapter resident or cached, and lived, when it was heard of last; ``abilities`` are those
+    with which it is read there."""
+
+    engine: str
+    incarnation: str
+    abilities: Abilities
+
+
+class Copies(Message, frozen=True, tag=True, kw_only=True):
+    """Some of the engines that hold it, not all where there are many."""
+
+    version: str
+    holders: tuple[Holder, ...]
+
+
+class EngineGone(Message, frozen=True, tag=True, kw_only=True):
+    """Publication ``gone``: this incarnation was silent for too long, or another took its place."""
+
+    engine: str
+    incarnation: str

@@ -1,4 +1,4 @@
-"""Gateway -> router: choose an engine for one request; the router admits it there and answers."""
+"""Gateway -> router: choose an engine for one request; the router admits it there and answers. Or one is to come."""
 
 from loraserve.messages.base import AdapterRef, Message, SamplingParams
 
@@ -29,3 +29,10 @@ class Rejected(Message, frozen=True, tag=True, kw_only=True):
     code: str
     message: str
     retry_after_s: float = 1.0
+
+
+class Expect(Message, frozen=True, tag=True, kw_only=True):
+    """A request for this adapter is about to come, of about so many tokens; no answer."""
+
+    adapter: AdapterRef
+    prompt_tokens: int

@@ -1,4 +1,4 @@
-"""Router -> engine: run this request."""
+"""Router -> engine: run this request, or one is to come."""
 
 from loraserve.messages.base import AdapterRef, Message, SamplingParams
 
@@ -21,3 +21,9 @@ class Admitted(Message, frozen=True, tag=True, kw_only=True):
     ok: bool = True
     code: str = ""
     message: str = ""
+
+
+class ExpectAdapter(Message, frozen=True, tag=True, kw_only=True):
+    """A request for this adapter is about to come: have it there, if that costs nobody anything. No answer."""
+
+    adapter: AdapterRef

@@ -39,12 +39,14 @@ class ConnectQueue(Message, frozen=True, tag=True, kw_only=True):
     """Answered by QueueConnected when the owner's end is ready to serve. Refused with a code of TransferError.
 
     ``protocol`` is the transfer protocol's, ``incarnation`` the owner's that gave the handle. ``link`` is the reader's
-    name for this connection: another ConnectQueue with the same one replaces it.
+    name for this connection: another ConnectQueue with the same one replaces it. A new ``reader_incarnation`` says that
+    the reader's past self is dead: its connections go.
     """
 
     protocol: int
     incarnation: str
     link: str
+    reader_incarnation: str
     end: QueueEnd
 
 

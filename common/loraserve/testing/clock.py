@@ -5,6 +5,9 @@ import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
+from loraserve.clock import Clock
+from loraserve.system_clock import SystemClock
+
 T = TypeVar("T")
 
 START_UNIX_S = 1_700_000_000.0
@@ -71,3 +74,16 @@ def run_virtual(main: Coroutine[Any, Any, T]) -> T:
     """``asyncio.run`` in virtual time: an hour of waiting takes no time. Raises Deadlock instead of hanging."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)
+
+
+class StoppableClock:
+    """The machine's, until another is put in its place."""
+
+    def __init__(self) -> None:
+        self.of: Clock = SystemClock()
+
+    def monotonic_s(self) -> float:
+        return self.of.monotonic_s()
+
+    def unix_s(self) -> float:
+        return self.of.unix_s()

@@ -7,23 +7,25 @@ is, over tcp, and withdraws them when a line comes in.
 """
 
 import asyncio
-import subprocess
 import sys
-from types import TracebackType
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+import uvloop
 
 from loraserve.bus.zmq import open_bus
 from loraserve.config import Config
 from loraserve.messages import ReadRegion
+from loraserve.testing.owner_process import OwnerProcess
 from loraserve.transfer.protocol import ShmHandle, TcpHandle
 from loraserve.transfer.shared_memory import SharedMemory
 from loraserve.transfer.shm import ShmExporter
 from loraserve.transfer.tcp import TcpExporter
 
 NAME = "owner"
+BLOCK_BYTES = 4 << 20
+"""Made at a time: numbers take four times as much as the bytes that they become."""
 
 
 class Handles(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,25 +35,22 @@ class Handles(msgspec.Struct, frozen=True, kw_only=True):
 
 def pattern(length_bytes: int) -> npt.NDArray[np.uint8]:
     """What such an owner's memory holds: no zeros, and no two neighbouring pages alike."""
-    at = np.arange(length_bytes, dtype=np.uint32)
-    return ((at * 7 + (at >> 8)) % 255 + 1).astype(np.uint8)
+    whole = np.empty(length_bytes, np.uint8)
+    for start in range(0, length_bytes, BLOCK_BYTES):
+        at = np.arange(start, min(start + BLOCK_BYTES, length_bytes), dtype=np.uint32)
+        whole[start : start + len(at)] = (at * 7 + (at >> 8)) % 255 + 1
+    return whole
 
 
-class MemoryOwner:
-    """Such a process, from outside; it is killed at the end at the latest."""
+class MemoryOwner(OwnerProcess):
+    """Such a process, from outside."""
 
     def __init__(self, length_bytes: int, config: Config | None = None) -> None:
         command = [sys.executable, "-m", "loraserve.testing.memory_owner", str(length_bytes)]
         if config is not None:
             command.append(msgspec.json.encode(config).decode())
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.handles = msgspec.json.decode(self._line(), type=Handles)
-
-    def __enter__(self) -> "MemoryOwner":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
-        self.kill()
+        super().__init__(command)
+        self.handles = msgspec.json.decode(self.line(), type=Handles)
 
     @property
     def shm(self) -> ShmHandle:
@@ -63,22 +62,7 @@ class MemoryOwner:
         return self.handles.tcp
 
     def withdraw(self) -> None:
-        assert self.process.stdin is not None
-        self.process.stdin.write("withdraw\n")
-        self.process.stdin.flush()
-        self._line()
-
-    def kill(self) -> None:
-        """kill -9, and returns when it is over."""
-        self.process.kill()
-        self.process.wait()
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
+        self.tell("withdraw")
 
 
 async def own(length_bytes: int, config: Config | None) -> None:
@@ -101,10 +85,11 @@ async def own(length_bytes: int, config: Config | None) -> None:
 
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), withdraw)
     while bus is not None and tcp is not None:
-        tcp.answer(await bus.receive())
+        later = tcp.answer(await bus.receive())
+        assert later is None, "host memory is answered for at once"
     await asyncio.Event().wait()
 
 
 if __name__ == "__main__":
     given = msgspec.json.decode(sys.argv[2], type=Config) if len(sys.argv) > 2 else None
-    asyncio.run(own(int(sys.argv[1]), given))
+    uvloop.run(own(int(sys.argv[1]), given))

@@ -52,8 +52,8 @@ class VerbsOwner:
         """Its memory is gone, and it lives on."""
         self._do("withdraw")
 
-    def forget(self, peer: str) -> None:
-        self._do(f"forget {peer}")
+    def forget(self, peer: str, incarnation: str = "") -> None:
+        self._do(f"forget {peer} {incarnation}")
 
     def serving(self) -> int:
         """How many peers are connected."""

@@ -1,110 +1,117 @@
-"""A peer's shared memory in this process."""
+"""Peers' memories in this process: one by one, and the few that were read last."""
 
 import asyncio
 import fcntl
 import mmap
 import os
-import select
 import stat
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 
-from loraserve.transfer.protocol import ShmHandle, TransferError, asked
+from loraserve.transfer.near import failed, gone, path, refused, there, watch
+from loraserve.transfer.protocol import NearHandle, ShmHandle, TransferError
 from loraserve.transfer.shared_memory import SEALS, link_text
 
 
-class Mapping:
-    """Readable, never writable. Raises TransferError ``gone`` or ``refused``.
+class Closes(Protocol):
+    def close(self) -> None: ...
 
-    ``death`` is a descriptor that becomes readable when the owner dies.
-    """
+
+HandleT = TypeVar("HandleT", bound=NearHandle)
+MappedT = TypeVar("MappedT", bound=Closes)
+
+
+class Mappings(Generic[HandleT, MappedT]):
+    """Opened by ``opened``, for whoever asks in one event loop. Of more than ``most`` the least recently read goes, of
+    a process that died all at once, not at the next read: it is the machine's again."""
+
+    def __init__(self, opened: Callable[[HandleT], MappedT], most: int) -> None:
+        self._opened = opened
+        self._most = most
+        self._mapped: OrderedDict[HandleT, tuple[MappedT, int]] = OrderedDict()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def __len__(self) -> int:
+        return len(self._mapped)
+
+    def get(self, handle: HandleT) -> MappedT:
+        """Raises TransferError."""
+        self.check(handle)
+        found = self._mapped.get(handle)
+        if found is None:
+            found = self._open(handle)
+        self._mapped.move_to_end(handle)
+        return found[0]
+
+    def check(self, handle: HandleT) -> None:
+        """Raises TransferError unless the memory is offered still."""
+        try:
+            there(handle)
+        except TransferError:
+            self.drop(handle)
+            raise
+
+    def drop(self, handle: HandleT) -> None:
+        if handle in self._mapped:
+            mapped, death = self._mapped.pop(handle)
+            assert self._loop is not None
+            self._loop.remove_reader(death)
+            os.close(death)
+            mapped.close()
+
+    def close(self) -> None:
+        for handle in list(self._mapped):
+            self.drop(handle)
+
+    def _open(self, handle: HandleT) -> tuple[MappedT, int]:
+        self._loop = asyncio.get_running_loop()
+        mapped = self._opened(handle)
+        try:
+            death = watch(handle)
+        except TransferError:
+            mapped.close()
+            raise
+        self._mapped[handle] = mapped, death
+        self._loop.add_reader(death, self.drop, handle)
+        while len(self._mapped) > self._most:
+            self.drop(next(iter(self._mapped)))
+        return mapped, death
+
+
+class Mapping:
+    """Shared memory: readable, never writable. Raises TransferError ``gone`` or ``refused``."""
 
     def __init__(self, handle: ShmHandle) -> None:
-        self.loop = asyncio.get_running_loop()
         descriptor = _opened(handle)
         try:
             _check(handle, descriptor)
             memory = mmap.mmap(descriptor, handle.length_bytes, prot=mmap.PROT_READ)
-            self.death = os.pidfd_open(handle.pid)
         except (OSError, ValueError, OverflowError) as error:
-            raise _failed(handle, error) from error
+            raise failed(handle, error) from error
         finally:
             os.close(descriptor)
-        # Unmapped with the last array that lies in it.
         self.data = np.frombuffer(memory, np.uint8)
-        try:
-            # The number may have been another process's by then.
-            there(handle)
-        except TransferError:
-            os.close(self.death)
-            raise
 
     def close(self) -> None:
-        """What is being copied stays mapped until it is."""
-        os.close(self.death)
-
-
-def there(handle: ShmHandle) -> None:
-    """Raises TransferError unless the owner still lives and offers this very memory."""
-    try:
-        found = os.readlink(_path(handle))
-    except OSError as error:
-        raise _failed(handle, error) from error
-    if found != link_text(handle.name):
-        raise _gone(handle)
+        """Unmapped with the last array that lies in it: what is being copied stays mapped until it is."""
 
 
 def _opened(handle: ShmHandle) -> int:
     try:
         # A descriptor that became a pipe meanwhile must not make us wait.
-        return os.open(_path(handle), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        return os.open(path(handle), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
-        raise _failed(handle, error) from error
+        raise failed(handle, error) from error
 
 
 def _check(handle: ShmHandle, descriptor: int) -> None:
     if os.readlink(f"/proc/self/fd/{descriptor}") != link_text(handle.name):
-        raise _gone(handle)
+        raise gone(handle)
     found = os.fstat(descriptor)
     if not stat.S_ISREG(found.st_mode) or found.st_size < handle.length_bytes:
-        raise _refused(handle, f"it is of {found.st_size} bytes")
+        raise refused(handle, f"it is of {found.st_size} bytes")
     if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
-        raise _refused(handle, "its length is not sealed")
-
-
-def _path(handle: ShmHandle) -> str:
-    return f"/proc/{handle.pid}/fd/{handle.descriptor}"
-
-
-def _failed(handle: ShmHandle, error: Exception) -> TransferError:
-    # What is left of a dead process until its parent has heard of it is not ours to look at either.
-    if isinstance(error, FileNotFoundError | ProcessLookupError) or _dead(handle.pid):
-        return _gone(handle)
-    return _refused(handle, str(error))
-
-
-def _dead(pid: int) -> bool:
-    try:
-        watch = os.pidfd_open(pid)
-    except OSError:
-        return True
-    try:
-        look = select.poll()
-        look.register(watch, select.POLLIN)
-        return bool(look.poll(0))
-    finally:
-        os.close(watch)
-
-
-def _gone(handle: ShmHandle) -> TransferError:
-    return TransferError(
-        "gone",
-        f"{asked(handle, 'a read')}: process {handle.pid} died or withdrew them; read from another source",
-    )
-
-
-def _refused(handle: ShmHandle, why: str) -> TransferError:
-    return TransferError(
-        "refused",
-        f"{asked(handle, 'a read')}: {why}; both processes must be of one user and one PID namespace, or use tcp",
-    )
+        raise refused(handle, "its length is not sealed")

@@ -44,13 +44,30 @@ class HandleBase(msgspec.Struct, frozen=True, kw_only=True, tag=True):
     length_bytes: int
 
 
-class ShmHandle(HandleBase, frozen=True, kw_only=True, tag=True):
-    """A descriptor of the owner's, opened through /proc. ``name`` is unguessable: a number that was reused differs."""
+class NearHandle(HandleBase, frozen=True, kw_only=True, tag=True):
+    """Of a process of this machine, which offers the memory as long as it holds a descriptor of this name.
 
-    transport: ClassVar[Transport] = "shm"
+    ``name`` is unguessable: a number of a process or descriptor that was reused differs.
+    """
+
     pid: int
     descriptor: int
     name: str
+
+
+class ShmHandle(NearHandle, frozen=True, kw_only=True, tag=True):
+    """The descriptor is the memory, and is opened through /proc."""
+
+    transport: ClassVar[Transport] = "shm"
+
+
+class CudaIpcHandle(NearHandle, frozen=True, kw_only=True, tag=True):
+    """Of a GPU's memory, ``offset_bytes`` into the allocation that ``allocation`` opens; ``gpu`` is its UUID."""
+
+    transport: ClassVar[Transport] = "cuda_ipc"
+    allocation: bytes
+    offset_bytes: int
+    gpu: str
 
 
 class TcpHandle(HandleBase, frozen=True, kw_only=True, tag=True):
@@ -69,7 +86,7 @@ class VerbsHandle(HandleBase, frozen=True, kw_only=True, tag=True):
 
 
 # Further transports join here; who does not know a member refuses the message, so PROTOCOL_VERSION grows with it.
-Handle = ShmHandle | TcpHandle | VerbsHandle
+Handle = ShmHandle | TcpHandle | VerbsHandle | CudaIpcHandle
 
 
 class Range(msgspec.Struct, frozen=True):
@@ -141,6 +158,12 @@ def checked(
     handle: HandleBase, kind: type[KindT], ranges: Sequence[Range], into: memoryview
 ) -> tuple[KindT, memoryview]:
     """The handle as this transport's, and ``into`` as plain bytes. Raises TransferError for a read that cannot be."""
+    mine = checked_handle(handle, kind, ranges)
+    return mine, _as_bytes(handle, into, sum([each.length_bytes for each in ranges]))
+
+
+def checked_handle(handle: HandleBase, kind: type[KindT], ranges: Sequence[Range]) -> KindT:
+    """The same for a read whose target is no memory of the host's."""
     if handle.protocol != PROTOCOL:
         raise TransferError(
             "version",
@@ -152,7 +175,7 @@ def checked(
             "refused", f"{asked(handle, 'a read')}: this reader is for {kind.transport} alone; use the handle's own"
         )
     check_ranges(handle, ranges)
-    return handle, _as_bytes(handle, into, sum(each.length_bytes for each in ranges))
+    return handle
 
 
 def check_ranges(handle: HandleBase, ranges: Sequence[Range]) -> None:

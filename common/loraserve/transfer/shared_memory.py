@@ -9,6 +9,7 @@ import fcntl
 import mmap
 import os
 import secrets
+import weakref
 
 from loraserve.errors import ConfigError
 
@@ -36,21 +37,24 @@ class SharedMemory:
     """Zeroed; pages are taken when they are first written, as of any memory. To have them all at once is no check of
     whether there are enough: the kernel goes on until it must kill somebody."""
 
-    def __init__(self, length_bytes: int) -> None:
+    def __init__(
+        self, length_bytes: int, remedy: str = "lower engine.pool_bytes or take shm out of transfer.transports"
+    ) -> None:
         self.name = NAME + secrets.token_hex(16)
         self.length_bytes = length_bytes
-        self._descriptor = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        descriptor = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
-            os.fchmod(self._descriptor, 0o600)
-            os.ftruncate(self._descriptor, length_bytes)
-            fcntl.fcntl(self._descriptor, fcntl.F_ADD_SEALS, SEALS)
-            self.view = memoryview(mmap.mmap(self._descriptor, length_bytes))
+            os.fchmod(descriptor, 0o600)
+            os.ftruncate(descriptor, length_bytes)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+            self.view = memoryview(mmap.mmap(descriptor, length_bytes))
         except (OSError, ValueError, OverflowError) as error:
-            os.close(self._descriptor)
-            raise ConfigError(
-                f"{length_bytes} bytes of shared memory cannot be had: {error}; "
-                "lower engine.pool_bytes or take shm out of transfer.transports"
-            ) from error
+            os.close(descriptor)
+            raise ConfigError(f"{length_bytes} bytes of shared memory cannot be had: {error}; {remedy}") from error
+
+        self._descriptor = descriptor
+        # Also of one that is forgotten.
+        self._closed = weakref.finalize(self, os.close, descriptor)
 
     def export(self) -> int:
         """One more descriptor of it, for peers; whoever asked closes it."""
@@ -58,6 +62,5 @@ class SharedMemory:
 
     def close(self) -> None:
         """Repeating changes nothing. The bytes are there until the last view of them goes."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        self._descriptor = -1
+        self._closed()

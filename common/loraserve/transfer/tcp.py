@@ -2,7 +2,10 @@
 
 import asyncio
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -10,6 +13,7 @@ import numpy.typing as npt
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.messages import ReadRegion, RegionChunk
+from loraserve.threads import in_thread
 from loraserve.transfer.protocol import (
     PROTOCOL,
     Handle,
@@ -34,38 +38,75 @@ CHUNKS_IN_FLIGHT = 8
 ASK_AGAIN_S = 0.2
 
 
+READERS = 2
+"""Threads that read a region which cannot be sent from where it lies: so many chunks of it are copied at a time."""
+
+
+class ReadableRegion(Protocol):
+    """Memory that the network cannot be given as it is, such as a GPU's."""
+
+    def __len__(self) -> int: ...
+
+    def read_into(self, offset_bytes: int, into: memoryview) -> None:
+        """Fill ``into``, which is not empty, with what lies there. Blocks, and may be called from several threads."""
+        ...
+
+
 class TcpExporter:
-    """See Exporter; a region is host memory. Its process hands every ReadRegion it receives to ``answer``."""
+    """See Exporter; a region is host memory, or can be read. Its process hands every ReadRegion to ``answer``."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._regions: dict[str, tuple[TcpHandle, memoryview]] = {}
+        self._regions: dict[str, tuple[TcpHandle, memoryview | ReadableRegion]] = {}
+        self._threads = ThreadPoolExecutor(READERS, thread_name_prefix="tcp")
 
-    def register(self, region: memoryview) -> TcpHandle:
+    def register(self, region: memoryview | ReadableRegion) -> TcpHandle:
         handle = TcpHandle(
             protocol=PROTOCOL,
             owner=self._bus.name,
             incarnation=self._bus.incarnation,
-            length_bytes=region.nbytes,
+            length_bytes=region.nbytes if isinstance(region, memoryview) else len(region),
             token=secrets.token_hex(16),
         )
-        self._regions[handle.token] = handle, region.toreadonly().cast("B")
+        kept = region.toreadonly().cast("B") if isinstance(region, memoryview) else region
+        self._regions[handle.token] = handle, kept
         return handle
 
-    def answer(self, envelope: Envelope) -> None:
-        """Quick and without a copy; what cannot be answered is refused."""
+    def answer(self, envelope: Envelope) -> Coroutine[Any, Any, None] | None:
+        """Quick and without a copy; what cannot be answered is refused. Where the region must be read first the answer
+        is sent by what is returned, for a task of the caller's to await, which then also hears of a lost device."""
         request: ReadRegion = envelope.message
         try:
-            data = self._chunk(request)
+            region = self._region(request)
         except TransferError as error:
             self._bus.refuse(envelope, error.code, error.message)
-        else:
-            self._bus.respond(envelope, RegionChunk(token=request.token, offset_bytes=request.offset_bytes), [data])
+            return None
+        if not isinstance(region, memoryview):
+            return self._answer_read(envelope, region)
+        self._send(envelope, region[request.offset_bytes : request.offset_bytes + request.length_bytes])
+        return None
 
     def close(self) -> None:
         self._regions.clear()
+        self._threads.shutdown(wait=True)
 
-    def _chunk(self, request: ReadRegion) -> memoryview:
+    async def _answer_read(self, envelope: Envelope, region: ReadableRegion) -> None:
+        request: ReadRegion = envelope.message
+        try:
+            # It may be withdrawn before this begins, and while it is read.
+            self._region(request)
+            data = await in_thread(self._threads, partial(_read, region, request.offset_bytes, request.length_bytes))
+            self._region(request)
+        except TransferError as error:
+            self._bus.refuse(envelope, error.code, error.message)
+        else:
+            self._send(envelope, data)
+
+    def _send(self, envelope: Envelope, data: memoryview) -> None:
+        request: ReadRegion = envelope.message
+        self._bus.respond(envelope, RegionChunk(token=request.token, offset_bytes=request.offset_bytes), [data])
+
+    def _region(self, request: ReadRegion) -> memoryview | ReadableRegion:
         name = self._bus.name
         check_protocol(name, request.protocol)
         if request.token not in self._regions:
@@ -76,7 +117,14 @@ class TcpExporter:
             raise TransferError(
                 "size", f"{name} sends at most {LONGEST_CHUNK_BYTES} bytes at once, asked for {request.length_bytes}"
             )
-        return region[request.offset_bytes : request.offset_bytes + request.length_bytes]
+        return region
+
+
+def _read(region: ReadableRegion, offset_bytes: int, length_bytes: int) -> memoryview:
+    data = np.empty(length_bytes, np.uint8).data
+    if length_bytes:
+        region.read_into(offset_bytes, data)
+    return data
 
 
 class TcpReader:
@@ -94,10 +142,16 @@ class TcpReader:
     async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
         mine, target = checked(handle, TcpHandle, ranges, into)
         chunks = pieces(ranges, self._chunk_bytes)
+        memory = np.frombuffer(target, np.uint8)
+        most = sum([-(-each.length_bytes // self._chunk_bytes) for each in ranges])
+        if most <= 1:
+            # Over sooner than a task has begun.
+            await self._fetch(mine, chunks, memory)
+            return
         try:
             async with asyncio.TaskGroup() as tasks:
-                for _ in range(self._chunks_in_flight):
-                    tasks.create_task(self._fetch(mine, chunks, np.frombuffer(target, np.uint8)))
+                for _ in range(min(self._chunks_in_flight, most)):
+                    tasks.create_task(self._fetch(mine, chunks, memory))
         except ExceptionGroup as failed:
             raise failed.exceptions[0] from None
 
@@ -114,20 +168,18 @@ class TcpReader:
             np.copyto(target[at_bytes : at_bytes + wanted.length_bytes], np.frombuffer(data, np.uint8))
 
     async def _chunk(self, handle: TcpHandle, wanted: Range) -> bytes | memoryview:
-        what = asked(handle, f"{wanted.length_bytes} bytes at {wanted.offset_bytes}")
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                while True:
-                    data = await self._ask(handle, wanted, what)
-                    if data is not None:
-                        return data
-                    await asyncio.sleep(ASK_AGAIN_S)
-        except TimeoutError as error:
-            raise TransferError(
-                "timeout", f"{what}: not there within {self._timeout_s:g} s; read from another source"
-            ) from error
+        loop = asyncio.get_running_loop()
+        deadline_s = loop.time() + self._timeout_s
+        while (left_s := deadline_s - loop.time()) > 0:
+            data = await self._ask(handle, wanted, left_s)
+            if data is not None:
+                return data
+            await asyncio.sleep(min(ASK_AGAIN_S, left_s))
+        raise TransferError(
+            "timeout", f"{_what(handle, wanted)}: not there within {self._timeout_s:g} s; read from another source"
+        )
 
-    async def _ask(self, handle: TcpHandle, wanted: Range, what: str) -> bytes | memoryview | None:
+    async def _ask(self, handle: TcpHandle, wanted: Range, timeout_s: float) -> bytes | memoryview | None:
         """None where the owner went away or has only begun to start."""
         request = ReadRegion(
             protocol=PROTOCOL,
@@ -136,13 +188,19 @@ class TcpReader:
             length_bytes=wanted.length_bytes,
         )
         try:
-            answer, frames = await self._bus.request_frames(handle.owner, request, RegionChunk, self._timeout_s)
+            answer, frames = await self._bus.request_frames(handle.owner, request, RegionChunk, timeout_s)
         except RequestTimeout:
             return None
         except PeerError as error:
             if error.code == "starting":
                 return None
-            raise TransferError(known_code(error.code), f"{what}: {error.message}") from error
+            raise TransferError(known_code(error.code), f"{_what(handle, wanted)}: {error.message}") from error
         if answer.offset_bytes != wanted.offset_bytes or [len(frame) for frame in frames] != [wanted.length_bytes]:
-            raise TransferError("size", f"{what}: the answer is of another size or place; read from another source")
+            raise TransferError(
+                "size", f"{_what(handle, wanted)}: the answer is of another size or place; read from another source"
+            )
         return frames[0]
+
+
+def _what(handle: TcpHandle, wanted: Range) -> str:
+    return asked(handle, f"{wanted.length_bytes} bytes at {wanted.offset_bytes}")

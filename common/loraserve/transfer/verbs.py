@@ -8,7 +8,7 @@ slabs of 1 MiB, 1.0 for 16 and 64 MiB, at 60 to 76 MiB/s (single runs spread fro
 import asyncio
 import secrets
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from functools import partial
@@ -17,7 +17,17 @@ from loraserve.bus.protocol import Bus
 from loraserve.errors import ConfigError, PeerError, RequestTimeout
 from loraserve.messages import ConnectQueue, QueueConnected
 from loraserve.threads import in_thread
-from loraserve.transfer.protocol import Handle, Range, TransferError, VerbsHandle, asked, checked, known_code
+from loraserve.transfer.cuda_driver import CudaFailed
+from loraserve.transfer.protocol import (
+    Handle,
+    Range,
+    TransferError,
+    VerbsHandle,
+    asked,
+    checked,
+    checked_handle,
+    known_code,
+)
 from loraserve.transfer.verbs_device import Device, Memory, Place, as_array, errors
 from loraserve.transfer.verbs_link import Interrupted, Link, Target
 from loraserve.transfer.verbs_queue import Completions, QueuePair
@@ -78,11 +88,19 @@ class VerbsReader:
 
     async def read_into(self, handle: VerbsHandle, ranges: Sequence[Range], place: Place, at_bytes: int) -> None:
         """The same into registered memory, of a GPU's too. ``into`` of a checked size is the caller's to find."""
+        checked_handle(handle, VerbsHandle, ranges)
         wanted_bytes = sum(each.length_bytes for each in ranges)
         if not 0 <= at_bytes <= place.length_bytes - wanted_bytes:
             raise TransferError("size", f"{asked(handle, f'{wanted_bytes} bytes')}: no room for them at {at_bytes}")
         await self._read(handle, ranges, Target(place.base + at_bytes, place.local_key))
-        place.settle()
+        try:
+            place.settle()
+        except CudaFailed as error:
+            raise TransferError("refused", f"{asked(handle, 'a read')}: {error}; use another transport") from error
+
+    def forget(self, owner: str, incarnation: str) -> None:
+        """It died: what is read from it fails at once, and nothing of the connection is left."""
+        self._give_up(lambda name, life: (name, life) == (owner, incarnation))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -109,14 +127,23 @@ class VerbsReader:
         if kept is not None:
             yield kept
             return
+        made: list[Place] = []
         try:
-            place = await in_thread(self._thread, partial(self._device.writable, target))
+            await self._register(handle, target, made)
+            yield made[0]
+        finally:
+            # However often this is cancelled, nothing stays registered that the caller has back.
+            for place in made:
+                try:
+                    await in_thread(self._thread, place.close)
+                finally:
+                    place.close()
+
+    async def _register(self, handle: VerbsHandle, target: memoryview, made: list[Place]) -> None:
+        try:
+            await in_thread(self._thread, lambda: made.append(self._device.writable(target)))
         except ConfigError as error:
             raise TransferError("refused", f"{asked(handle, 'a read')}: {error}") from error
-        try:
-            yield place
-        finally:
-            await in_thread(self._thread, place.close)
 
     async def _read(self, handle: VerbsHandle, ranges: Sequence[Range], target: Target) -> None:
         try:
@@ -154,13 +181,20 @@ class VerbsReader:
         self._links_made += 1
         link = Link(queue, self._depth, self._links_made)
         self._by_number[link.number] = link
+        self._give_up(lambda owner, life: owner == handle.owner and life != handle.incarnation)
         return link
 
     def _new_queue(self) -> QueuePair:
         return QueuePair(self._device, self._completions.queue, self._depth, served=False)
 
     async def _introduce(self, handle: VerbsHandle, queue: QueuePair, what: str) -> None:
-        request = ConnectQueue(protocol=handle.protocol, incarnation=handle.incarnation, link=self._name, end=queue.end)
+        request = ConnectQueue(
+            protocol=handle.protocol,
+            incarnation=handle.incarnation,
+            link=self._name,
+            reader_incarnation=self._bus.incarnation,
+            end=queue.end,
+        )
         try:
             answer = await self._bus.request(handle.owner, request, QueueConnected, self._timeout_s)
             await in_thread(self._thread, partial(queue.connect, answer.end))
@@ -184,11 +218,22 @@ class VerbsReader:
         if len(over) == BATCH:
             self._loop.call_soon(self._tell)
 
-    def _make_room(self, handle: VerbsHandle) -> None:
-        """The completion queue holds what so many links can have under way."""
+    def _give_up(self, dead: Callable[[str, str], bool]) -> None:
+        """Those that are being made fail by themselves."""
+        for owner in [owner for owner, made in self._links.items() if made.done() and dead(*owner)]:
+            made = self._links.pop(owner)
+            if not _useless(made):
+                made.result().give_up()
+        self._forget_broken()
+
+    def _forget_broken(self) -> None:
         for number, link in list(self._by_number.items()):
             if link.broken:
                 del self._by_number[number]
+
+    def _make_room(self, handle: VerbsHandle) -> None:
+        """The completion queue holds what so many links can have under way."""
+        self._forget_broken()
         while len(self._links) >= self._most_links:
             spare = next((owner for owner, made in self._links.items() if _useless(made) or _idle(made)), None)
             if spare is None:

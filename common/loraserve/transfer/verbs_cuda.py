@@ -1,17 +1,16 @@
-"""A GPU's memory for an RDMA device: the CUDA driver's part of it. No torch; the process's current context is used."""
+"""A GPU's memory for an RDMA device: the CUDA driver's part of it."""
 
 import ctypes
 import mmap
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 
-import msgspec
-
 from loraserve.errors import ConfigError
+from loraserve.transfer.cuda_driver import CudaFailed, GpuMemory, call, current, device_attribute
 
+WRITES_ORDERING = 118
 DMA_BUF_SUPPORTED = 124
 DMA_BUF_DESCRIPTOR = 1
 CURRENT_CONTEXT = 0
@@ -19,23 +18,12 @@ TO_OWNER = 100
 PEERMEM = Path("/sys/module/nvidia_peermem")
 
 
-class GpuMemory(msgspec.Struct, frozen=True):
-    """Of one cuMemAlloc: what torch's expandable segments give cannot be registered as one."""
-
-    address: int
-    length_bytes: int
-
-
-def dma_buf_works() -> bool:
-    """Whether the current context's GPU can hand its memory out as a dma-buf."""
+def dma_buf_works(device: int) -> bool:
+    """Whether the GPU can hand its memory out as a dma-buf."""
     try:
-        driver = _driver()
-    except ConfigError:
+        return bool(device_attribute(device, DMA_BUF_SUPPORTED))
+    except (ConfigError, CudaFailed):
         return False
-    device, value = ctypes.c_int(), ctypes.c_int()
-    if driver.cuCtxGetDevice(ctypes.byref(device)) != 0:
-        return False
-    return driver.cuDeviceGetAttribute(ctypes.byref(value), DMA_BUF_SUPPORTED, device) == 0 and bool(value.value)
 
 
 def peermem_works() -> bool:
@@ -49,40 +37,22 @@ def dma_buf(memory: GpuMemory) -> Iterator[tuple[int, int]]:
     start = memory.address // mmap.PAGESIZE * mmap.PAGESIZE
     end = -(-(memory.address + memory.length_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
     descriptor = ctypes.c_int(-1)
-    _check(
-        "cuMemGetHandleForAddressRange",
-        _driver().cuMemGetHandleForAddressRange(
-            ctypes.byref(descriptor),
-            ctypes.c_uint64(start),
-            ctypes.c_size_t(end - start),
-            DMA_BUF_DESCRIPTOR,
-            ctypes.c_uint64(0),
-        ),
-    )
+    try:
+        with current(memory.device):
+            call("cuMemGetHandleForAddressRange", ctypes.byref(descriptor), start, end - start, DMA_BUF_DESCRIPTOR, 0)
+    except CudaFailed as error:
+        raise ConfigError(
+            f"a GPU's memory cannot be registered: {error}; the pool must be one cuMemAlloc, and the driver one with "
+            "open kernel modules"
+        ) from error
     try:
         yield descriptor.value, memory.address - start
     finally:
         os.close(descriptor.value)
 
 
-def flush_remote_writes() -> None:
+def flush_remote_writes(device: int) -> None:
     """What was written into the GPU's memory from outside is seen by kernels that are launched after this."""
-    _check("cuFlushGPUDirectRDMAWrites", _driver().cuFlushGPUDirectRDMAWrites(CURRENT_CONTEXT, TO_OWNER))
-
-
-@cache
-def _driver() -> ctypes.CDLL:
-    try:
-        return ctypes.CDLL("libcuda.so.1")
-    except OSError as error:
-        raise ConfigError(
-            f"a GPU's memory cannot be registered: no CUDA driver ({error}); take verbs out of transfer.transports"
-        ) from error
-
-
-def _check(call: str, result: int) -> None:
-    if result != 0:
-        raise ConfigError(
-            f"a GPU's memory cannot be registered: {call} failed with CUDA error {result}; "
-            "the pool must be one cuMemAlloc in the current context, and the driver one with open kernel modules"
-        )
+    if device_attribute(device, WRITES_ORDERING) < TO_OWNER:
+        with current(device):
+            call("cuFlushGPUDirectRDMAWrites", CURRENT_CONTEXT, TO_OWNER)

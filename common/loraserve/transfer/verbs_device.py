@@ -14,7 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from loraserve.errors import ConfigError
-from loraserve.transfer.verbs_cuda import GpuMemory, dma_buf, dma_buf_works, flush_remote_writes, peermem_works
+from loraserve.transfer.cuda_driver import GpuMemory
+from loraserve.transfer.verbs_cuda import dma_buf, dma_buf_works, flush_remote_writes, peermem_works
 from loraserve.transfer.verbs_ports import Port, usable_ports, why_not
 
 Memory = memoryview | GpuMemory
@@ -71,7 +72,7 @@ class Place:
     def settle(self) -> None:
         """After a read into it, before it is used."""
         if isinstance(self._keeps, GpuMemory):
-            flush_remote_writes()
+            flush_remote_writes(self._keeps.device)
 
     def close(self) -> None:
         """Its keys are void from here on."""
@@ -126,7 +127,7 @@ class Device:
     def _register_gpu(self, memory: GpuMemory, access: int) -> Place:
         what = f"{memory.length_bytes} bytes of a GPU's memory"
         try:
-            if dma_buf_works():
+            if dma_buf_works(memory.device):
                 with dma_buf(memory) as (descriptor, offset):
                     make = module("mr").DmaBufMR
                     registered = make(self.domain, memory.length_bytes, access, descriptor, offset)

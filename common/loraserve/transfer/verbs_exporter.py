@@ -5,6 +5,7 @@ given is void as soon as its connection is (``forget``), and for everybody when 
 """
 
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -19,6 +20,21 @@ SERVED = 1024
 """Connections of peers; beyond, the oldest goes, and is made anew when it is read over again."""
 
 
+class _Connection:
+    """Of a reader in one of its lives; ``pair`` once it is made."""
+
+    def __init__(self, peer: str, incarnation: str) -> None:
+        self.peer = peer
+        self.incarnation = incarnation
+        self.given_up = False
+        self.pair: QueuePair | None = None
+
+    def close(self) -> None:
+        self.given_up = True
+        if self.pair is not None:
+            self.pair.close()
+
+
 class VerbsExporter:
     """See Exporter; a region is host memory or a GPU's. ConnectQueue that its process receives goes to ``answer``.
 
@@ -30,7 +46,8 @@ class VerbsExporter:
         self._device = device
         self._completions = Completions(device, 1)
         self._places: list[Place] = []
-        self._served: OrderedDict[tuple[str, str], QueuePair] = OrderedDict()
+        self._served: OrderedDict[tuple[str, str], _Connection] = OrderedDict()
+        self._connecting: list[_Connection] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verbs")
 
     def register(self, region: Memory) -> VerbsHandle:
@@ -48,23 +65,18 @@ class VerbsExporter:
     async def answer(self, envelope: Envelope) -> None:
         """What cannot be connected is refused."""
         request: ConnectQueue = envelope.message
+        connection = _Connection(envelope.sender, request.reader_incarnation)
         try:
-            self._check(request)
-            pair, end = await in_thread(self._thread, partial(self._connected, request.end))
+            end = await self._made(connection, request)
         except TransferError as error:
             self._bus.refuse(envelope, error.code, error.message)
             return
-        if not self._places:
-            # Withdrawn meanwhile.
-            pair.close()
-            return
-        self._serve((envelope.sender, request.link), pair)
+        self._serve((envelope.sender, request.link), connection)
         self._bus.respond(envelope, QueueConnected(end=end))
 
-    def forget(self, peer: str) -> None:
-        """It can read nothing any more, unless it connects again."""
-        for key in [key for key in self._served if key[0] == peer]:
-            self._served.pop(key).close()
+    def forget(self, peer: str, incarnation: str = "") -> None:
+        """In that life, or in any, it can read nothing any more, unless it connects again."""
+        self._drop(lambda each: each.peer == peer and incarnation in ("", each.incarnation))
 
     @property
     def serving(self) -> int:
@@ -80,6 +92,30 @@ class VerbsExporter:
             self._served.popitem()[1].close()
         self._completions.close()
 
+    def _drop(self, dead: Callable[[_Connection], bool]) -> None:
+        for key in [key for key, each in self._served.items() if dead(each)]:
+            self._served.pop(key).close()
+        for each in filter(dead, self._connecting):
+            # Its pair is being made in a thread: who waits for that closes it.
+            each.given_up = True
+
+    async def _made(self, connection: _Connection, request: ConnectQueue) -> QueueEnd:
+        """However this fails, nothing is left of it."""
+        self._check(request)
+        self._connecting.append(connection)
+        try:
+            end = await in_thread(self._thread, partial(self._connect, connection, request.end))
+            # Much may have happened meanwhile.
+            self._check(request)
+            if connection.given_up:
+                raise TransferError("gone", f"{self._bus.name} heard that {connection.peer} is gone; ask again")
+        except BaseException:
+            connection.close()
+            raise
+        finally:
+            self._connecting.remove(connection)
+        return end
+
     def _check(self, request: ConnectQueue) -> None:
         name, mine = self._bus.name, self._device.port.link_layer
         check_protocol(name, request.protocol)
@@ -90,19 +126,21 @@ class VerbsExporter:
                 "refused", f"{name}'s RDMA device is of {mine}, not of {request.end.link_layer}; use another transport"
             )
 
-    def _connected(self, peer: QueueEnd) -> tuple[QueuePair, QueueEnd]:
+    def _connect(self, connection: _Connection, peer: QueueEnd) -> QueueEnd:
         try:
-            pair = QueuePair(self._device, self._completions.queue, depth=1, served=True)
-            pair.connect(peer)
+            connection.pair = QueuePair(self._device, self._completions.queue, depth=1, served=True)
+            connection.pair.connect(peer)
         except errors() as error:
             raise TransferError(
                 "refused", f"{self._bus.name} cannot connect to {peer.gid}: {error}; use another transport"
             ) from error
-        return pair, pair.end
+        return connection.pair.end
 
-    def _serve(self, key: tuple[str, str], pair: QueuePair) -> None:
+    def _serve(self, key: tuple[str, str], connection: _Connection) -> None:
+        peer, incarnation = connection.peer, connection.incarnation
+        self._drop(lambda each: each.peer == peer and each.incarnation != incarnation)
         if key in self._served:
             self._served.pop(key).close()
-        self._served[key] = pair
+        self._served[key] = connection
         while len(self._served) > SERVED:
             self._served.popitem(last=False)[1].close()

@@ -60,7 +60,8 @@ class Link:
     def arrived(self, number: int, status: int) -> None:
         """A request is over."""
         read = self._turns.whose(number)
-        if read is None:
+        if read is None or self.broken:
+            # Some that were under way when it broke are told of afterwards; their reads have failed.
             return
         self._arrivals += 1
         if status != 0:
@@ -72,6 +73,10 @@ class Link:
     def close(self) -> None:
         """Nothing is written any more; what was under way fails."""
         self._end({}, "the connection was closed", Interrupted)
+
+    def give_up(self) -> None:
+        """The owner is gone: so is what was under way, and nobody need ask again."""
+        self._end({}, "it died; read from another source", TransferError)
 
     async def _until(self, me: int, over: "asyncio.Future[None]", timeout_s: float) -> None:
         cancelled = False

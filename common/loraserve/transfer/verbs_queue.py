@@ -4,6 +4,7 @@ import os
 import secrets
 from typing import Protocol
 
+from loraserve.errors import ConfigError
 from loraserve.messages import QueueEnd
 from loraserve.transfer.verbs_device import Device, enums, errors, module, opening
 from loraserve.transfer.verbs_ports import ETHERNET
@@ -31,6 +32,15 @@ class Completions:
     """``descriptor`` becomes readable when something is over; then ``acknowledge``, and ``poll`` until it is empty."""
 
     def __init__(self, device: Device, entries: int) -> None:
+        try:
+            self._open(device, entries)
+        except errors() as error:
+            raise ConfigError(
+                f"RDMA device {device.port.device} has no room for {entries} completions: {error}; "
+                "raise the limit of locked memory (ulimit -l unlimited) or take verbs out of transfer.transports"
+            ) from error
+
+    def _open(self, device: Device, entries: int) -> None:
         cq = module("cq")
         with opening:
             # pyverbs keeps the channel's descriptor to itself.

@@ -71,6 +71,13 @@ class BlockManager:
             self._cached[digest] = block
             self._digest_of[block] = digest
 
+    def forget(self) -> None:
+        """Nothing is shared any more of what was computed so far."""
+        self._unused.extend(self._idle)
+        self._idle.clear()
+        self._cached.clear()
+        self._digest_of.clear()
+
     def give_back(self, blocks: Sequence[int]) -> None:
         """One holder less for each; the last blocks of a sequence are the first to be reused."""
         for block in reversed(blocks):

@@ -5,6 +5,9 @@ import msgspec
 from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.messages import AdapterRef, Admit, TokenDelta
 
+CANCELLED = "cancelled"
+"""The code of a load that ended because nobody wanted it: no failure of its adapter."""
+
 
 class RequestArrived(msgspec.Struct, frozen=True):
     admit: Admit
@@ -35,6 +38,12 @@ class AdapterLoadFailed(msgspec.Struct, frozen=True):
     message: str
 
 
+class AdapterDamaged(msgspec.Struct, frozen=True):
+    """What lies in the extent of a resident adapter is not its slab any more: nothing computed with it is right."""
+
+    version: str
+
+
 class PlanPrepared(msgspec.Struct, frozen=True):
     """The planner wants these copies here."""
 
@@ -49,6 +58,12 @@ class CopiesRetired(msgspec.Struct, frozen=True):
     keep: tuple[str, ...]
 
 
+class AdapterExpected(msgspec.Struct, frozen=True):
+    """A request for it is about to come, as far as the router can tell."""
+
+    adapter: AdapterRef
+
+
 class LeasesEnded(msgspec.Struct, frozen=True):
     """Peers do not read any more what they had leases on: there may be room."""
 
@@ -60,8 +75,10 @@ Event = (
     | StepFailed
     | AdapterLoaded
     | AdapterLoadFailed
+    | AdapterDamaged
     | PlanPrepared
     | CopiesRetired
+    | AdapterExpected
     | LeasesEnded
 )
 
@@ -80,11 +97,27 @@ class LoadAdapter(msgspec.Struct, frozen=True):
     offset_bytes: int
 
 
+class CancelLoad(msgspec.Struct, frozen=True):
+    """Nobody wants it any more: end it soon. Report AdapterLoadFailed with CANCELLED once nothing writes to its extent,
+    or however it ended before; its extent stays its own until then."""
+
+    version: str
+
+
+class LeftSlab(msgspec.Struct, frozen=True):
+    """A verified slab that lies in an extent which is nobody's, until that is filled anew."""
+
+    adapter: AdapterRef
+    offset_bytes: int
+
+
 class EvictAdapter(msgspec.Struct, frozen=True):
-    """The slot and its extent belong to nobody any more."""
+    """The slot and its extent belong to nobody any more. ``left`` is None where the adapter never was all there, or
+    was damaged there."""
 
     version: str
     slot: int
+    left: LeftSlab | None = None
 
 
 class Emit(msgspec.Struct, frozen=True):
@@ -108,4 +141,4 @@ class PlanReady(msgspec.Struct, frozen=True):
     failed: dict[str, str]
 
 
-Instruction = RunStep | LoadAdapter | EvictAdapter | Emit | Reject | PlanReady
+Instruction = RunStep | LoadAdapter | CancelLoad | EvictAdapter | Emit | Reject | PlanReady

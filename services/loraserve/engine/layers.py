@@ -1,7 +1,8 @@
 """The layers of a slab while its bytes come: which are whole, and whether each is the one that was packed."""
 
-import hashlib
 from collections.abc import Iterable, Sequence
+
+from blake3 import blake3
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.engine.pool_memory import PoolMemory
@@ -42,7 +43,7 @@ def damaged_layer(pool: PoolMemory, header: SlabHeader, offset_bytes: int, layer
     """
     for layer in layers:
         part = header.layer(layer)
-        digest = hashlib.sha256()
+        digest = blake3()
         pool.digest(digest, offset_bytes + part.start, len(part))
         if digest.digest() != header.layer_digests[layer]:
             return layer

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from loraserve.messages import AdapterTokens, ResidentAdapter
+from loraserve.messages import AdapterTokens, PrefetchCounts, ResidentAdapter
 
 if TYPE_CHECKING:
     from loraserve.engine.scheduler import Scheduler
@@ -105,6 +105,7 @@ class SchedulerLoad(msgspec.Struct, frozen=True, kw_only=True):
     adapter_tokens: tuple[AdapterTokens, ...]
     request_ids: tuple[str, ...]
     plan_epoch: int
+    prefetched: tuple[PrefetchCounts, ...]
 
 
 def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
@@ -144,4 +145,5 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
         adapter_tokens=scheduler.counts.by_adapter(),
         request_ids=tuple(s.request_id for s in live),
         plan_epoch=scheduler.residency.plan_epoch,
+        prefetched=scheduler.residency.prefetched(),
     )

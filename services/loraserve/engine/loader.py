@@ -1,174 +1,154 @@
-"""Fills an extent of the pool with an adapter's slab while steps run.
+"""Fills an extent of the pool with an adapter's slab while steps run, from wherever it is there soonest.
 
-Today the source is the store. What arrives is verified against the version before anyone computes with it: the header
-at once, each layer in a thread, on a device as soon as it is there, while those behind it are still on their way.
+What fails or mismatches leaves it to the next source, and beside one that takes much longer than expected another is
+tried.
 """
 
 import asyncio
-import time
 from collections import deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from collections.abc import Sequence
 
-import msgspec
+import numpy as np
 
-from loraserve.adapter.format import SlabHeader, decode_header, slab_version
-from loraserve.bus.protocol import Bus
-from loraserve.engine.layers import Arrivals, damaged_layer, shares
-from loraserve.engine.link import SharedLink
-from loraserve.engine.pool_memory import Bytes, PoolMemory
-from loraserve.errors import PeerError, RequestTimeout
-from loraserve.messages import AdapterRef, OpenSlab, ReadSlab, SlabChunk, SlabInfo
-from loraserve.threads import in_thread
+from loraserve.adapter.format import SlabHeader
+from loraserve.clock import Clock
+from loraserve.engine.landing import Landing
+from loraserve.engine.pool_memory import HostPool, PoolMemory
+from loraserve.engine.slab_reader import Loaded, SlabReader
+from loraserve.engine.source import LoadFailed, Source
+from loraserve.engine.source_order import FROM_STORE, hedge_after_s
+from loraserve.engine.sources import Sources
+from loraserve.log import get_logger
+from loraserve.messages import AdapterRef, ReadCounts
+from loraserve.threads import ended
 
-CHUNKS_IN_FLIGHT = 2
-"""One is copied while the next is on its way; more would only hold memory."""
-WRITERS = 4
-"""Loads that write to a device at the same time, each a chunk; others wait for their turn."""
 ASK_AGAIN_S = 0.2
-
-
-class LoadFailed(Exception):
-    """The slab could not be had. ``code`` is ``not_found``, ``timeout``, ``corrupt``, ``mismatch`` or the store's."""
-
-    def __init__(self, code: str, message: str) -> None:
-        super().__init__(f"{code}: {message}")
-        self.code = code
-        self.message = message
-
-
-class Loaded(msgspec.Struct, frozen=True):
-    """A verified slab in its extent, and the seconds that it took, its share of those that other loads took too."""
-
-    header: SlabHeader
-    own_s: float
+SPARE_PIECE_BYTES = 8 << 20
 
 
 class SlabLoader:
-    """Reads slabs from the store straight into the pool's memory, bounded in time, memory and threads."""
+    """Reads slabs straight into the pool's memory, bounded in time, memory and threads."""
 
-    def __init__(self, bus: Bus, pool: PoolMemory, chunk_bytes: int, timeout_s: float, digest_threads: int) -> None:
-        self._bus = bus
+    def __init__(self, sources: Sources, pool: PoolMemory, clock: Clock, timeout_s: float, digest_threads: int) -> None:
+        self._sources = sources
         self._pool = pool
-        self._chunk_bytes = chunk_bytes
         self._timeout_s = timeout_s
-        self._digest_threads = digest_threads
-        self._link = SharedLink()
-        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
-        # Not the writers': a chunk that waits for digests would hold up the layers behind it.
-        self._digesters = ThreadPoolExecutor(digest_threads, thread_name_prefix="digest")
+        self._reader = SlabReader(sources.speeds, clock, digest_threads)
+        self._hedging = False
+        self._log = get_logger(__name__)
 
     def close(self) -> None:
-        for threads in (self._writers, self._digesters):
-            threads.shutdown(wait=True, cancel_futures=True)
+        self._reader.close()
+
+    def counts(self) -> tuple[ReadCounts, ...]:
+        """What was read from where so far."""
+        return self._reader.tally.counts(self._sources.speeds)
 
     async def load(self, adapter: AdapterRef, offset_bytes: int) -> Loaded:
-        """Copy the slab to ``offset_bytes`` of the pool; a store that is restarted meanwhile is asked again.
+        """Read the slab to ``offset_bytes`` of the pool; a store that is restarted meanwhile is asked again.
 
         Raises LoadFailed; the extent's content is then undefined, and no thread is at it any more.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
                 while True:
-                    loaded = await self._try(adapter, offset_bytes)
-                    if loaded is not None:
-                        return loaded
+                    sources = await self._sources.find(adapter)
+                    try:
+                        return await self._from_any(adapter, offset_bytes, sources)
+                    except LoadFailed as error:
+                        if not error.passing:
+                            raise
                     await asyncio.sleep(ASK_AGAIN_S)
         except TimeoutError as error:
-            raise LoadFailed("timeout", f"the store did not send all of it within {self._timeout_s:g} s") from error
-        except PeerError as error:
-            raise LoadFailed(error.code, error.message) from error
-
-    async def _try(self, adapter: AdapterRef, offset_bytes: int) -> Loaded | None:
-        """None where the store went away or has only begun to start."""
-        began = self._link.begin(time.monotonic())
-        try:
-            header = await self._open(adapter)
-            await self._fill(adapter, header, offset_bytes)
-        except RequestTimeout:
-            return None
-        except PeerError as error:
-            if error.code == "starting":
-                return None
-            raise
-        finally:
-            own_s = self._link.end(began, time.monotonic())
-        return Loaded(header, own_s)
-
-    async def _open(self, adapter: AdapterRef) -> SlabHeader:
-        info, frames = await self._bus.request_frames(
-            "store", OpenSlab(version=adapter.version), SlabInfo, self._timeout_s
-        )
-        try:
-            header = decode_header(bytes(frames[0]))
-        except (IndexError, msgspec.DecodeError) as error:
-            raise LoadFailed("corrupt", f"the slab's header cannot be read: {error}") from error
-        if not info.slab_bytes == header.slab_bytes == adapter.slab_bytes:
             raise LoadFailed(
-                "mismatch",
-                f"slab_bytes is {adapter.slab_bytes} in the request, {info.slab_bytes} in the store and "
-                f"{header.slab_bytes} in the header; register the adapter again",
-            )
-        if slab_version(header) != adapter.version:
-            raise LoadFailed("corrupt", "the slab's header is not what its version names; register the adapter again")
-        return header
+                "timeout", f"neither a peer nor the store sent all of it within {self._timeout_s:g} s"
+            ) from error
 
-    async def _fill(self, adapter: AdapterRef, header: SlabHeader, offset_bytes: int) -> None:
-        """Copy in one task and check in others. The first that fails ends all, and they are over when this raises."""
-        arrivals = Arrivals(header, on_device=self._pool.waits)
+    async def damaged_layer(self, header: SlabHeader, offset_bytes: int) -> int | None:
+        """The first layer of a resident slab that is not what its digest is of, None where all are."""
+        return await self._reader.damaged_layer(self._pool, header, offset_bytes, range(header.shape.layers))
+
+    async def _from_any(self, adapter: AdapterRef, offset_bytes: int, sources: Sequence[Source]) -> Loaded:
+        """One after another. Of several failures it is the store's that is told, which has every adapter there is."""
+        rest = deque(sources)
+        while True:
+            source = rest.popleft()
+            spare = next((each for each in rest if each.way.source != source.way.source), None)
+            try:
+                return await self._read_or_hedge(adapter, offset_bytes, source, spare)
+            except LoadFailed as error:
+                _stop_if_cancelled()
+                if source.way == FROM_STORE:
+                    of_store = error
+                if not error.of_way:
+                    rest = deque(each for each in rest if each.way.source != source.way.source)
+                if not rest:
+                    raise of_store from None
+
+    async def _read_or_hedge(
+        self, adapter: AdapterRef, offset_bytes: int, source: Source, spare: Source | None
+    ) -> Loaded:
+        first = asyncio.ensure_future(self._reader.read(adapter, self._pool, offset_bytes, source))
         try:
-            async with asyncio.TaskGroup() as tasks:
-
-                def copied(slab_bytes: int) -> None:
-                    for layers in shares(arrivals.upto(slab_bytes), self._digest_threads):
-                        tasks.create_task(self._check(header, offset_bytes, layers))
-
-                tasks.create_task(self._copy(adapter, offset_bytes, copied))
-        except ExceptionGroup as failed:
-            raise failed.exceptions[0] from None
-
-    async def _copy(self, adapter: AdapterRef, offset_bytes: int, copied: Callable[[int], None]) -> None:
-        """Chunks in order, a few in flight; ``copied`` hears how many bytes of the slab are there.
-
-        A failing chunk ends the whole: the others are cancelled.
-        """
-        waiting: deque[tuple[int, asyncio.Task[Bytes]]] = deque()
-        starts = iter(range(0, adapter.slab_bytes, self._chunk_bytes))
-        try:
-            while True:
-                while len(waiting) < CHUNKS_IN_FLIGHT and (start := next(starts, None)) is not None:
-                    length = min(self._chunk_bytes, adapter.slab_bytes - start)
-                    waiting.append((start, asyncio.ensure_future(self._read(adapter.version, start, length))))
-                if not waiting:
-                    return
-                start, task = waiting.popleft()
-                data = await task
-                await self._write(offset_bytes + start, data)
-                copied(start + len(data))
+            if spare is not None:
+                patience_s = hedge_after_s(self._sources.predicted_s(source, adapter.slab_bytes))
+                await asyncio.wait([first], timeout=patience_s)
+                while self._hedging and not first.done():
+                    # Another load does, whose memory is all there is for that: then it is this one's turn.
+                    await asyncio.wait([first], timeout=ASK_AGAIN_S)
+            if spare is None or first.done():
+                return await first
+            return await self._race(adapter, offset_bytes, first, spare)
         finally:
-            for _, task in waiting:
-                task.cancel()
+            await _give_up(first)
 
-    async def _write(self, offset_bytes: int, data: Bytes) -> None:
-        if self._pool.waits:
-            await in_thread(self._writers, partial(self._pool.write, offset_bytes, data))
-        else:
-            self._pool.write(offset_bytes, data)
+    async def _race(
+        self, adapter: AdapterRef, offset_bytes: int, first: "asyncio.Future[Loaded]", spare: Source
+    ) -> Loaded:
+        """Another source beside the first, into memory of its own: one at a time, which bounds that memory."""
+        self._log.info("load_hedged", adapter=adapter.name, spare=spare.way.source, transport=spare.way.transport)
+        # Nothing is zeroed: for 256 MiB that would hold up the event loop for a tenth of a second and more.
+        beside = HostPool(np.empty(adapter.slab_bytes, np.uint8).data)
+        second = asyncio.ensure_future(self._reader.read(adapter, beside, 0, spare))
+        self._hedging = True
+        try:
+            await asyncio.wait([first, second], return_when=asyncio.FIRST_COMPLETED)
+            if (first.done() and first.exception() is None) or (second.done() and second.exception() is not None):
+                return await first
+            try:
+                loaded = await second
+            except LoadFailed:
+                # The first had failed before: what is told of it is its own failure.
+                return await first
+            await _give_up(first)
+            await self._bring(beside, adapter, loaded.header, offset_bytes)
+            return loaded
+        finally:
+            try:
+                await _give_up(second)
+            finally:
+                self._hedging = False
 
-    async def _check(self, header: SlabHeader, offset_bytes: int, layers: range) -> None:
-        look = partial(damaged_layer, self._pool, header, offset_bytes, layers)
-        damaged = await in_thread(self._digesters, look)
-        if damaged is not None:
-            raise LoadFailed("corrupt", f"layer {damaged} is not what its digest is of; register the adapter again")
+    async def _bring(self, beside: HostPool, adapter: AdapterRef, header: SlabHeader, offset_bytes: int) -> None:
+        async def fetch(start: int, length: int) -> memoryview:
+            return beside.view(start, length)
 
-    async def _read(self, version: str, start: int, length: int) -> Bytes:
-        _, frames = await self._bus.request_frames(
-            "store",
-            ReadSlab(version=version, offset_bytes=start, length_bytes=length),
-            SlabChunk,
-            self._timeout_s,
-        )
-        if len(frames) != 1 or len(frames[0]) != length:
-            raise LoadFailed("corrupt", f"asked for {length} bytes at {start}, the answer has another size")
-        return frames[0]
+        async def copy(landing: Landing) -> None:
+            await landing.stream(SPARE_PIECE_BYTES, fetch)
+
+        await self._reader.fill(adapter, header, self._pool, offset_bytes, copy)
+
+
+def _stop_if_cancelled() -> None:
+    """Tasks that fail while they are cancelled tell of the failure alone, and a deadline cancels but once."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError
+
+
+async def _give_up(read: "asyncio.Future[Loaded]") -> None:
+    """Unless it is over. Afterwards nobody is at its memory any more."""
+    read.cancel()
+    if await ended(read):
+        # The load is given up as well.
+        raise asyncio.CancelledError

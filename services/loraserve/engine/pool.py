@@ -25,12 +25,18 @@ class Entry(msgspec.Struct):
     generation: int = 0
     """Which of all that were ever placed: another entry of the same version or in the same extent differs."""
     resident: bool = False
+    cancelled: bool = False
+    """Nobody wanted it while it was on its way: its load is being ended."""
     running: int = 0
     leases: int = 0
     planned: bool = False
     planned_epoch: int = 0
     """Of the last plan that wanted it here."""
     used_s: float = 0.0
+    prefetch: str = ""
+    """The kind for which it was brought in before any request waited for it."""
+    ran: bool = False
+    """A request has run with it."""
 
     @property
     def evictable(self) -> bool:
@@ -59,8 +65,9 @@ class AdapterPool:
         self._entries: dict[str, Entry] = {}
         self._placed = 0
         self.leases = 0
-        self.awaited: frozenset[str] = frozenset()
-        """Versions that have to leave once their leases end, because room is wanted: nobody gets new ones."""
+        self._awaited: frozenset[str] = frozenset()
+        self.damaged: set[str] = set()
+        """Nobody begins to use these; each goes with the last that does."""
         self.plan_pins_dropped = 0
 
     def __contains__(self, version: str) -> bool:
@@ -71,6 +78,15 @@ class AdapterPool:
 
     def entries(self) -> Iterable[Entry]:
         return self._entries.values()
+
+    @property
+    def awaited(self) -> frozenset[str]:
+        """Versions that have to leave once their leases end, for room or for damage: nobody gets new ones."""
+        return self._awaited | self.damaged
+
+    def await_leases(self, versions: frozenset[str]) -> None:
+        """Of those that are in the way of what finds no room."""
+        self._awaited = versions
 
     @property
     def free_bytes(self) -> int:
@@ -89,10 +105,15 @@ class AdapterPool:
     def loading(self) -> int:
         return sum(not entry.resident for entry in self._entries.values())
 
+    def is_loading(self, version: str) -> bool:
+        return version in self._entries and not self._entries[version].resident
+
     def refusal(self, adapter: AdapterRef) -> str | None:
         """Why this adapter can never be held here, with the remedy; None where it can."""
         if self._slots == 0:
             return "engine.max_adapters is 0; raise it to serve adapters"
+        if adapter.slab_bytes < 1:
+            return f"adapter {adapter.name} has {adapter.slab_bytes} bytes; register it again"
         if self._max_rank is not None and adapter.rank > self._max_rank:
             return f"adapter {adapter.name} has rank {adapter.rank}, engine.max_rank is {self._max_rank}; raise it"
         if self._extents.extent_bytes(adapter.slab_bytes) > self._extents.largest_bytes:
@@ -147,8 +168,17 @@ class AdapterPool:
         choices = self._choices(adapter.slab_bytes, list(self._entries.values()))
         return frozenset(e.adapter.version for choice in nsmallest(places, choices, key=_requests) for e in choice)
 
-    def loaded(self, version: str) -> None:
-        self._entries[version].resident = True
+    def loaded(self, version: str) -> Entry:
+        entry = self._entries[version]
+        entry.resident, entry.cancelled = True, False
+        return entry
+
+    def cancel(self, wanted: Collection[str]) -> list[str]:
+        """Versions on their way that are not ``wanted`` and were not cancelled before: from now on they are."""
+        unwanted = [v for v, e in self._entries.items() if not e.resident and not e.cancelled and v not in wanted]
+        for version in unwanted:
+            self._entries[version].cancelled = True
+        return unwanted
 
     def load_failed(self, version: str) -> Entry:
         """The entry that is gone."""
@@ -156,10 +186,27 @@ class AdapterPool:
         self._remove(entry)
         return entry
 
+    def damage(self, version: str) -> bool:
+        """False where it is not there any more, or was damaged already."""
+        entry = self._entries.get(version)
+        found = entry is not None and entry.resident and version not in self.damaged
+        if found:
+            self.damaged.add(version)
+        return found
+
+    def take_damaged(self) -> list[Entry]:
+        """Those that nobody uses any more; they are gone."""
+        damaged = map(self._entries.__getitem__, sorted(self.damaged))
+        gone = [entry for entry in damaged if not entry.running and not entry.leases]
+        for entry in gone:
+            self._remove(entry)
+        return gone
+
     def start_running(self, version: str, now: float) -> int:
         """Pin for one more request; the adapter's slot."""
         entry = self._entries[version]
         entry.running += 1
+        entry.ran = True
         entry.used_s = now
         return entry.slot
 
@@ -201,6 +248,7 @@ class AdapterPool:
             assert entry.running >= 0, f"{version} runs {entry.running} times"
             assert entry.leases >= 0, f"{version} has {entry.leases} leases"
             assert entry.resident or entry.running == entry.leases == 0, f"{version} is used before it is loaded"
+            assert not (entry.resident and entry.cancelled), f"{version} is here and its load is being ended"
             used = self._extents.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
             assert used == [entry.offset_bytes], f"{version} shares its extent"
         assert self.leases == sum(entry.leases for entry in self._entries.values()), "a lease is on nothing"
@@ -233,6 +281,7 @@ class AdapterPool:
         self._extents.release(entry.offset_bytes)
         self._free_slots.append(entry.slot)
         del self._entries[entry.adapter.version]
+        self.damaged.discard(entry.adapter.version)
 
 
 def _cost(victims: Sequence[Entry]) -> _Cost:

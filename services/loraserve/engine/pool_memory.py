@@ -1,10 +1,12 @@
 """The adapter pool's memory as the loader sees it: slabs are written into it and read back to be verified."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
 from loraserve.adapter.format import SlabHeader
+from loraserve.transfer.cuda_driver import GpuMemory
+from loraserve.transfer.shared_memory import SharedMemory
 
 Bytes = memoryview | bytes | bytearray
 
@@ -12,7 +14,7 @@ Bytes = memoryview | bytes | bytearray
 class Digest(Protocol):
     """A hash that is being computed."""
 
-    def update(self, data: Bytes, /) -> None: ...
+    def update(self, data: Bytes, /) -> object: ...
 
 
 class PoolMemory(Protocol):
@@ -28,6 +30,10 @@ class PoolMemory(Protocol):
 
     def __len__(self) -> int: ...
 
+    def view(self, offset_bytes: int, length_bytes: int) -> memoryview | None:
+        """These bytes, to be written to as memory of this process; None where they are a device's."""
+        ...
+
     def write(self, offset_bytes: int, data: Bytes) -> None:
         """Returns when the bytes are there for whatever computes next."""
         ...
@@ -36,17 +42,38 @@ class PoolMemory(Protocol):
         """Feed what lies there to ``digest``."""
         ...
 
+    def read_into(self, offset_bytes: int, into: memoryview) -> None:
+        """Fill ``into`` with what lies there; returns when it is all there."""
+        ...
+
+
+@runtime_checkable
+class LendableDevice(Protocol):
+    """A pool on a device that peers can read. ``memory`` is where it lies, if that is a GPU."""
+
+    memory: GpuMemory | None
+
+    def __len__(self) -> int: ...
+
+    def read_into(self, offset_bytes: int, into: memoryview) -> None:
+        """Fill ``into`` with what lies there; returns when it is all there."""
+        ...
+
 
 class HostPool:
-    """A pool in this machine's memory."""
+    """A pool in this machine's memory; ``shared`` is what it lies in at the beginning of, where peers can map that."""
 
     waits = False
 
-    def __init__(self, memory: memoryview) -> None:
+    def __init__(self, memory: memoryview, shared: SharedMemory | None = None) -> None:
         self._memory = memory
+        self.shared = shared
 
     def __len__(self) -> int:
         return len(self._memory)
+
+    def view(self, offset_bytes: int, length_bytes: int) -> memoryview:
+        return self._memory[offset_bytes : offset_bytes + length_bytes]
 
     def write(self, offset_bytes: int, data: Bytes) -> None:
         # numpy copies without the interpreter's lock, which each of a step's kernel calls needs: measured with rank
@@ -56,6 +83,10 @@ class HostPool:
 
     def digest(self, digest: Digest, offset_bytes: int, length_bytes: int) -> None:
         digest.update(self._memory[offset_bytes : offset_bytes + length_bytes])
+
+    def read_into(self, offset_bytes: int, into: memoryview) -> None:
+        data = self._memory[offset_bytes : offset_bytes + len(into)]
+        np.copyto(np.frombuffer(into, np.uint8), np.frombuffer(data, np.uint8))
 
 
 def check_slab(header: SlabHeader, slab_dtype: str, base_elements: int, pool_elements: int) -> None:

@@ -22,6 +22,7 @@ from loraserve.engine.sampler import sample
 from loraserve.errors import ConfigError
 from loraserve.kernels import attention, fused, linear, lora
 from loraserve.messages.base import SamplingParams
+from loraserve.transfer.shared_memory import SharedMemory, supported
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -49,8 +50,8 @@ class ModelRunner:
         self.slab_dtype = engine.slab_dtype
         self.pool_elements = _pool_elements(engine)
         self.weights_backend = pick_backend(engine.weights)
-        memory = mmap.mmap(-1, max(engine.pool_bytes, mmap.PAGESIZE))
-        self.pool = HostPool(memoryview(memory)[: self.pool_elements * ITEM_BYTES[engine.slab_dtype]])
+        memory, shared = _pool_memory(max(engine.pool_bytes, mmap.PAGESIZE))
+        self.pool = HostPool(memory[: self.pool_elements * ITEM_BYTES[engine.slab_dtype]], shared)
         self._tables = lora.AdapterTables(config.shape, engine.max_adapters)
         self._decoder = Decoder(
             config,
@@ -106,6 +107,14 @@ class ModelRunner:
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
             return self._decoder.forward(_inputs(batch.sequences, self.block_tokens))
+
+
+def _pool_memory(length_bytes: int) -> tuple[memoryview, SharedMemory | None]:
+    """Such as peers on this machine can map, where it can."""
+    if supported():
+        shared = SharedMemory(length_bytes)
+        return shared.view, shared
+    return memoryview(mmap.mmap(-1, length_bytes)), None
 
 
 def _pool_elements(engine: EngineConfig) -> int:

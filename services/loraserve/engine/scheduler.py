@@ -11,6 +11,9 @@ from operator import attrgetter
 from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.blocks import BlockManager
 from loraserve.engine.events import (
+    CANCELLED,
+    AdapterDamaged,
+    AdapterExpected,
     AdapterLoaded,
     AdapterLoadFailed,
     CopiesRetired,
@@ -30,6 +33,7 @@ from loraserve.engine.invariants import check_queues
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.load import SchedulerLoad, TokenCounts, snapshot
 from loraserve.engine.outstanding import Outstanding
+from loraserve.engine.refusals import refusal_of
 from loraserve.engine.residency import Residency
 from loraserve.engine.sequence import LEAVING, RUNNING, Sequence, State
 from loraserve.engine.steps import StepBuilder
@@ -79,8 +83,10 @@ class Scheduler:
                 instructions = self.residency.loaded(version)
             case AdapterLoadFailed(version, code, message):
                 instructions = self._load_failed(version, code, message, now)
-            case PlanPrepared() | CopiesRetired() | LeasesEnded():
-                instructions = self.residency.handle(event)
+            case AdapterDamaged(version):
+                instructions = self._damaged(version, now)
+            case PlanPrepared() | CopiesRetired() | LeasesEnded() | AdapterExpected():
+                instructions = self.residency.handle(event, now)
         return instructions + self._go_on(now)
 
     def load(self) -> SchedulerLoad:
@@ -99,7 +105,7 @@ class Scheduler:
     def validate(self) -> None:
         """Every invariant of the state; raises AssertionError naming the one that broke."""
         self.blocks.validate()
-        self.residency.pool.validate()
+        self.residency.validate()
         live = self.waiting + self.running
         assert {s.request_id for s in live} == self._sequences.keys(), "a request is in no list or in two"
         assert len(live) == len(self._sequences), "a request is listed twice"
@@ -113,7 +119,7 @@ class Scheduler:
             return [Reject(admit.request_id, admit.gateway, "overloaded", text)]
         if known is not None:
             return []
-        refusal = self._refusal(admit)
+        refusal = refusal_of(admit, self.limits, self.max_model_tokens, len(self.waiting), self.residency.pool)
         if refusal is not None:
             self._story.tell(admit.request_id, now, f"refused: {refusal[1]}")
             return [Reject(admit.request_id, admit.gateway, *refusal)]
@@ -122,25 +128,10 @@ class Scheduler:
         self._sequences[admit.request_id] = sequence
         self.waiting.append(sequence)
         self.counts.request(sequence.version)
+        if admit.adapter is not None:
+            self.residency.arrived(admit.adapter, now)
         self._story.tell(admit.request_id, now, f"waiting, {sequence.prompt_length} prompt tokens")
         return []
-
-    def _refusal(self, admit: Admit) -> tuple[str, str] | None:
-        """(code, message with the remedy) where this request cannot be served here."""
-        length = len(admit.prompt_tokens)
-        if length == 0:
-            return "bad_request", "prompt_tokens is empty; send at least one token"
-        if admit.sampling.max_tokens < 1:
-            return "bad_request", f"max_tokens is {admit.sampling.max_tokens}; ask for at least 1"
-        if length >= self.max_model_tokens:
-            return "context_length", (
-                f"This model's maximum context length is {self.max_model_tokens} tokens. However, your prompt has "
-                f"{length} tokens; shorten it."
-            )
-        if len(self.waiting) >= self.limits.max_waiting:
-            return "overloaded", f"{len(self.waiting)} requests wait already; try again later"
-        unfit = self.residency.pool.refusal(admit.adapter) if admit.adapter else None
-        return ("adapter_unavailable", unfit) if unfit else None
 
     def _abort(self, request_id: str, now: float) -> list[Instruction]:
         sequence = self._sequences.get(request_id)
@@ -172,7 +163,7 @@ class Scheduler:
         self.counts.computed(sequence.version, tokens, decode=sequence.decoding)
         before = sequence.computed
         sequence.computed += tokens
-        if self.limits.prefix_cache:
+        if self.limits.prefix_cache and self.residency.ready(sequence.version):
             block_tokens = self.limits.block_tokens
             for index in range(before // block_tokens, sequence.computed // block_tokens):
                 self.blocks.publish(sequence.blocks[index], sequence.digest(index))
@@ -190,12 +181,25 @@ class Scheduler:
 
     def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
         self._story.tell(version, now, f"load failed: {code}: {message}")
+        if code == CANCELLED:
+            return self.residency.load_cancelled(version)
         instructions = self.residency.load_failed(version, message)
         for sequence in [s for s in self.waiting if s.version == version]:
             assert sequence.admit.adapter is not None
             text = f"adapter {sequence.admit.adapter.name} could not be loaded: {message}"
             instructions.append(self._reject(sequence, "adapter_unavailable", text, now))
         return instructions
+
+    def _damaged(self, version: str, now: float) -> list[Instruction]:
+        """Who has been computed with it ends; who has not waits for it to be loaded anew. The prefix cache may hold
+        what came of it, under names that nobody can tell: all of it goes."""
+        if not self.residency.pool.damage(version):
+            return []
+        self._story.tell(version, now, "damaged in the pool: it goes with the last that uses it")
+        self.blocks.forget()
+        begun = [s for s in self.waiting + self.running if s.version == version and s.begun]
+        text = "its adapter was damaged in this engine's memory; send it again"
+        return [self._reject(sequence, "engine_error", text, now) for sequence in begun]
 
     def _reject(self, sequence: Sequence, code: str, message: str, now: float) -> Reject:
         self._story.tell(sequence.request_id, now, f"failed: {code}")
@@ -228,7 +232,7 @@ class Scheduler:
     def _go_on(self, now: float) -> list[Instruction]:
         """Start the loads and the steps that have become possible."""
         wanted = (s.admit.adapter for s in self.waiting if s.admit.adapter is not None)
-        instructions = self.residency.start_loads(wanted, now, idle=not self._sequences)
+        instructions = self.residency.start_loads(wanted, now, not self._sequences, stepping=bool(self.running))
         while not self.outstanding.full and (self.running or self.waiting):
             batch = self._form_step(now)
             if batch is None:

@@ -52,6 +52,11 @@ class Sequence:
         return len(self.history) - self.prompt_length
 
     @property
+    def begun(self) -> bool:
+        """It goes on with what was computed of it, now or once it runs again."""
+        return self.state is RUNNING or (self.state is State.WAITING and self.output_length > 0)
+
+    @property
     def remaining(self) -> int:
         """Known tokens whose KV is still to be computed; 1 while decoding."""
         return len(self.history) - self.computed

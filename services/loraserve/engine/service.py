@@ -6,9 +6,8 @@ its results, so that the first can hand it the next step.
 """
 
 import asyncio
-import time
 from collections import defaultdict
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
@@ -16,21 +15,19 @@ from typing import Any, TypeVar
 
 import msgspec
 
-from loraserve.adapter.format import ITEM_BYTES
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.cost import StepShape
 from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.events import (
-    AdapterLoaded,
-    AdapterLoadFailed,
+    AdapterExpected,
+    CancelLoad,
     CopiesRetired,
     Emit,
     Event,
     EvictAdapter,
     Instruction,
-    LeasesEnded,
     LoadAdapter,
     PlanPrepared,
     PlanReady,
@@ -41,18 +38,19 @@ from loraserve.engine.events import (
     StepDone,
     StepFailed,
 )
-from loraserve.engine.lender import Lender, Lending, PoolExporter
-from loraserve.engine.loader import LoadFailed, SlabLoader
+from loraserve.engine.exchange import AdapterExchange, Exchanged
 from loraserve.engine.rates import Rates
 from loraserve.engine.runner_protocol import DeviceLost, Runner
 from loraserve.engine.scheduler import Scheduler
-from loraserve.engine.setup import build_runner, digest_threads_for, number_of, scheduler_limits
+from loraserve.engine.setup import build_runner, number_of, scheduler_limits
 from loraserve.engine.shape import shape_of
 from loraserve.messages import (
     Abort,
     Admit,
     Admitted,
+    ConnectQueue,
     EngineLoad,
+    ExpectAdapter,
     Failed,
     Prepared,
     PreparePlan,
@@ -69,21 +67,13 @@ BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
 
 
 class EngineService(Service):
-    """One engine. Ready once the model is loaded and its kernels are warm. ``exporters`` offer its pool to peers."""
+    """One engine. Ready once the model is loaded and its kernels are warm."""
 
     inbox = ToEngine
 
-    def __init__(
-        self,
-        config: Config,
-        bus: Bus,
-        clock: Clock,
-        build: BuildRunner | None = None,
-        exporters: Sequence[PoolExporter] = (),
-    ) -> None:
+    def __init__(self, config: Config, bus: Bus, clock: Clock, build: BuildRunner | None = None) -> None:
         super().__init__(config, bus, clock)
         self._build = build or partial(build_runner, index=number_of(bus.name))
-        self._exporters = exporters
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
         self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result")
         # Emptied by one loop: the scheduler must hear of steps in their order, whether they fail or not.
@@ -97,22 +87,17 @@ class EngineService(Service):
         self._checked = False
         self._runner: Runner
         self._scheduler: Scheduler
-        self._loader: SlabLoader
-        self._lender: Lender
+        self._exchange: AdapterExchange
 
     async def start(self, stack: AsyncExitStack) -> None:
         for executor in (self._waiter, self._executor):
             stack.callback(executor.shutdown, wait=True, cancel_futures=True)
         self._runner = await self._in_worker(self._build, self.config, self._progress)
         self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
-        engine = self.config.engine
-        pool = self._runner.pool
-        threads = digest_threads_for(self.config, on_device=pool.waits)
-        self._loader = SlabLoader(self.bus, pool, engine.load_chunk_bytes, engine.load_timeout_s, threads)
-        stack.callback(self._loader.close)
-        self._lender = Lender(self.bus, self.config, self._scheduler.residency.pool, lambda: self._tell(LeasesEnded()))
-        stack.callback(self._lender.close)
-        self._lender.offer(pool, self._exporters)
+        pool = self._scheduler.residency.pool
+        self._exchange = AdapterExchange(
+            self.bus, self.config, self.clock, self._runner, pool, self._rates, self._tell, self.spawn, stack
+        )
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         return [self._report_load(), self._await_steps()]
@@ -135,6 +120,9 @@ class EngineService(Service):
                 self._admit(envelope, admit)
             case Abort(request_id=request_id):
                 self._tell(RequestAborted(request_id))
+            case ExpectAdapter(adapter=adapter):
+                if self.state is State.READY:
+                    self._tell(AdapterExpected(adapter))
             case PreparePlan(epoch=epoch, adapters=adapters):
                 self._preparing.append(envelope)
                 self._tell(PlanPrepared(epoch, adapters))
@@ -142,8 +130,10 @@ class EngineService(Service):
                 before = self._pinned()
                 self._tell(CopiesRetired(epoch, keep))
                 self.bus.respond(envelope, RetireDone(epoch=epoch, unpinned=before - self._pinned()))
-            case message if isinstance(message, Lending):
-                self._lender.answer(envelope, self.clock.monotonic_s())
+            case ConnectQueue():
+                self.spawn(self._exchange.connect(envelope))
+            case message if isinstance(message, Exchanged):
+                self._exchange.answer(envelope)
 
     def _admit(self, envelope: Envelope, admit: Admit) -> None:
         """Take the request or say at once why not, so that the router may ask another engine."""
@@ -152,6 +142,8 @@ class EngineService(Service):
             text = f"{self.bus.name} is draining"
             refusals[admit.request_id] = Reject(admit.request_id, admit.gateway, "draining", text)
         else:
+            if admit.adapter is not None:
+                self._exchange.wanted(admit.adapter.version)
             self._tell(RequestArrived(admit), refusals)
         refusal = refusals.get(admit.request_id)
         answer = Admitted(request_id=admit.request_id, incarnation=self.bus.incarnation)
@@ -184,10 +176,12 @@ class EngineService(Service):
                 step = self._begin(batch)
                 self._steps.put_nowait((batch, self._shape_of(batch), step))
             case LoadAdapter() as load:
-                self.spawn_vital(self._load(load))
-            case EvictAdapter(version, slot):
+                self.spawn_vital(self._exchange.load(load))
+            case CancelLoad(version):
+                self._exchange.cancel(version)
+            case EvictAdapter(version, slot) as evicted:
                 self._runner.remove(slot)
-                self._lender.evicted(version)
+                self._exchange.evicted(evicted)
                 self.log.info("adapter_evicted", version=version, slot=slot)
             case Reject(request_id, gateway, code, message):
                 self.log.warning("request_failed", request=request_id, code=code, reason=message)
@@ -225,29 +219,6 @@ class EngineService(Service):
         self._rates.step_done(shape, result.duration_s)
         self._tell(StepDone(result))
 
-    async def _load(self, load: LoadAdapter) -> None:
-        adapter = load.adapter
-        log = self.log.bind(adapter=adapter.name, version=adapter.version[:12])
-        started_s = time.monotonic()
-        try:
-            loaded = await self._loader.load(adapter, load.offset_bytes)
-            base = load.offset_bytes // ITEM_BYTES[loaded.header.dtype]
-            self._runner.install(load.slot, loaded.header, base)
-        except DeviceLost as error:
-            # No step may be there to find out: an engine without residents would refuse adapter after adapter.
-            log.critical("device_lost", reason=str(error))
-            raise
-        except Exception as error:
-            # Whatever an adapter brings about is its own failure and nobody else's.
-            code = error.code if isinstance(error, LoadFailed) else "mismatch"
-            log.error("adapter_load_failed", code=code, reason=str(error))
-            self._tell(AdapterLoadFailed(adapter.version, code, str(error)))
-            return
-        self._lender.loaded(adapter.version, loaded.header)
-        self._rates.load_done(adapter.slab_bytes, loaded.own_s)
-        log.info("adapter_loaded", rank=adapter.rank, bytes=adapter.slab_bytes, took_s=time.monotonic() - started_s)
-        self._tell(AdapterLoaded(adapter.version))
-
     def _answer_plan(self, epoch: int, failed: dict[str, str]) -> None:
         answer = Prepared(engine=self.bus.name, incarnation=self.bus.incarnation, epoch=epoch, failed=failed)
         asked = next(envelope for envelope in self._preparing if envelope.message.epoch == epoch)
@@ -256,7 +227,7 @@ class EngineService(Service):
 
     async def _report_load(self) -> None:
         while True:
-            self._lender.expire(self.clock.monotonic_s())
+            self._exchange.expire()
             self._check_idle()
             self.bus.send("monitor", self._engine_load())
             self._scheduler.counts.reported()
@@ -268,6 +239,10 @@ class EngineService(Service):
             incarnation=self.bus.incarnation,
             state=self.state,
             leaks=self._leaks,
+            abilities=self._exchange.abilities,
+            cached=self._exchange.cached,
+            cache_abilities=self._exchange.cache_abilities,
+            reads=self._exchange.reads(),
             **msgspec.structs.asdict(self._rates.measured()),
             **msgspec.structs.asdict(self._scheduler.load()),
         )
@@ -279,7 +254,7 @@ class EngineService(Service):
         self._checked = True  # looking at every block takes a while: once each time that all is done
         try:
             self._scheduler.validate()
-            self._lender.validate()
+            self._exchange.validate()
             load = self._scheduler.load()
             assert load.kv_blocks_free == load.kv_blocks_total, "blocks are held by nobody"
         except AssertionError as error:

@@ -1,18 +1,29 @@
-"""From the configuration to a warm model runner and the scheduler's limits."""
+"""From the configuration to a warm model runner and the scheduler's limits.
+
+Runners are imported where they are built: a process that is given another needs neither torch nor compiled kernels.
+"""
 
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import msgspec
 
 from loraserve.config import Config, EngineConfig, engine_count
-from loraserve.device import cores, device_of
+from loraserve.device import cores, device_of, memory_bytes
 from loraserve.engine.limits import SchedulerLimits
-from loraserve.engine.runner import ModelRunner
 from loraserve.engine.runner_protocol import Runner
 from loraserve.errors import ConfigError
+from loraserve.transfer.shared_memory import supported
 
+if TYPE_CHECKING:
+    from loraserve.engine.runner import ModelRunner
+
+HOST_CACHE_BYTES = 8 << 30
+"""On a GPU, where nothing else is asked for: beside a pool of 20 to 30 GB what was there a while ago."""
+HOST_CACHE_SHARE = 0.25
+"""Of the machine's memory, for all engines: page-locked memory is lost to everything else."""
 MOST_DIGEST_THREADS = 8
 """At 1 to 2 GB/s each they keep up with the link that slabs come over; more would wait for bytes."""
 
@@ -39,6 +50,26 @@ def digest_threads_for(config: Config, on_device: bool) -> int:
     return config.engine.digest_threads or max(1, min(MOST_DIGEST_THREADS, free))
 
 
+def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None) -> int:
+    """Of one engine, whose pool is on a device or not; ``memory`` bytes are the machine's.
+
+    Raises ConfigError where they cannot be had.
+    """
+    wanted, engines = config.engine.host_cache_bytes, engine_count(config)
+    memory = memory_bytes() if memory is None else memory
+    if wanted == "auto":
+        share = int(memory * HOST_CACHE_SHARE) // engines
+        return min(HOST_CACHE_BYTES, share) if on_device and supported() else 0
+    if wanted * engines > memory:
+        raise ConfigError(
+            f"engine.host_cache_bytes is {wanted} for each of {engines} engines, there are {memory} bytes of memory; "
+            "lower it"
+        )
+    if wanted and not supported():
+        raise ConfigError("engine.host_cache_bytes needs Linux (memfd); set it to 0")
+    return wanted
+
+
 def build_runner(config: Config, progress: Callable[[str], None], index: int = 0) -> Runner:
     """Load the model and warm it up; ``index`` is the engine's number on its machine, and so of its GPU.
 
@@ -57,8 +88,10 @@ def build_runner(config: Config, progress: Callable[[str], None], index: int = 0
     return cpu_runner(config, progress)
 
 
-def cpu_runner(config: Config, progress: Callable[[str], None]) -> ModelRunner:
+def cpu_runner(config: Config, progress: Callable[[str], None]) -> "ModelRunner":
     """The model on this machine's CPU, warm."""
+    from loraserve.engine.runner import ModelRunner
+
     progress("loading weights")
     runner = ModelRunner(Path(config.model.path), config.engine, threads_for(config), progress)
     progress("warming up")

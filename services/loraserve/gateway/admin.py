@@ -15,6 +15,7 @@ from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import ApiError, unavailable
 from loraserve.gateway.health import ping
 from loraserve.gateway.openai_schema import RebalanceRequest, decode
+from loraserve.gateway.transports import reads_from
 from loraserve.messages import Drain, GetPlan, Plan, Rebalance, RebalanceDone
 
 T = TypeVar("T")
@@ -33,13 +34,21 @@ async def cluster(http: web.Request) -> web.Response:
         asyncio.gather(*(ping(gateway, name) for name in names)), current_plan_or_none(gateway)
     )
     watch, now = gateway.streams.watch, gateway.clock.monotonic_s()
+    alive = [report.load for report in watch.reports.values() if report.alive]
+    read_from = reads_from(alive, gateway.config.transfer.transports)
     return reply(
         {
             "gateway": {"name": gateway.bus.name, "streams": len(gateway.streams), "model": gateway.model_name},
             "processes": {name: pong or {"state": "UNREACHABLE"} for name, pong in zip(names, pongs, strict=True)},
             "load_age_s": now - watch.cluster_s if watch.cluster else None,
             "engines": [
-                {"name": name, "alive": report.alive, "age_s": now - report.reported_s, "load": report.load}
+                {
+                    "name": name,
+                    "alive": report.alive,
+                    "age_s": now - report.reported_s,
+                    "load": report.load,
+                    "reads_from": read_from.get(name, {}),
+                }
                 for name, report in sorted(watch.reports.items())
             ],
             "demand": watch.cluster.demand if watch.cluster else (),

@@ -73,7 +73,9 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
     check_chat(request)
     target = await gateway.resolve(request.model)
     messages = request.messages or []
-    check_length(gateway, characters_of(messages), "messages")
+    characters = characters_of(messages)
+    check_length(gateway, characters, "messages")
+    gateway.expect(target, characters)
     options = ChatOptions(
         add_generation_prompt=request.add_generation_prompt is not False,
         continue_final_message=bool(request.continue_final_message),

@@ -68,6 +68,9 @@ async def completions(http: web.Request) -> web.StreamResponse:
     if isinstance(request.prompt, list) and request.prompt and isinstance(request.prompt[0], int):
         check_count(gateway, len(request.prompt), "prompt")
     texts = prompt_items(request.prompt)
+    characters = longest_text(texts)
+    check_length(gateway, characters, "prompt")
+    gateway.expect(target, characters)
     prompts = [await prompt_tokens(gateway, item, request.add_special_tokens is not False) for item in texts]
     prompting = Prompting(prompts=prompts, param="prompt", max_tokens=request.max_tokens, logprobs=request.logprobs)
     format_ = CompletionFormat(gateway.tokenizer.pieces, request.logprobs is not None, echoes(gateway, request, texts))
@@ -89,6 +92,11 @@ def prompt_items(prompt: str | list[int | str | list[int]] | None) -> list[str |
         message = "prompt: a list holds either texts, or token ids, or lists of token ids"
         raise bad_request(message, "prompt", "invalid_type")
     return [item for item in prompt if not isinstance(item, int)]
+
+
+def longest_text(items: Sequence[str | list[int]]) -> int:
+    """Characters that have to become tokens before the first request can be sent: of the longest of them."""
+    return max((len(item) for item in items if isinstance(item, str)), default=0)
 
 
 async def prompt_tokens(gateway: Gateway, item: str | list[int], add_special_tokens: bool) -> list[int]:

@@ -16,7 +16,11 @@ from loraserve.gateway.registry import Registry
 from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.tokenizer import ModelTokenizer
 from loraserve.log import Logger
-from loraserve.messages import Abort, AdapterRef
+from loraserve.messages import Abort, AdapterRef, Expect
+
+ROUTER = "router"
+CHARACTERS_A_TOKEN = 4
+"""About so many, of text in English."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,12 @@ class Gateway:
         if not known:
             raise unavailable("No engine has reported the model's context length yet", "no_engine")
         return min(known)
+
+    def expect(self, target: Target, characters: int) -> None:
+        """Before a long prompt is turned into tokens: its adapter may be on its way meanwhile."""
+        if target.adapter is not None and characters >= self.config.gateway.expect_characters:
+            tokens = characters // CHARACTERS_A_TOKEN
+            self.bus.send(ROUTER, Expect(adapter=target.adapter, prompt_tokens=tokens))
 
     def abort(self, engine: str, request_id: str, reason: str) -> None:
         """Tell the engine that nobody waits for this request."""

@@ -11,12 +11,11 @@ import msgspec
 
 from loraserve.errors import PeerError, RequestTimeout
 from loraserve.gateway.assemble import Choice, Piece, StopRules
-from loraserve.gateway.context import Gateway
+from loraserve.gateway.context import ROUTER, Gateway
 from loraserve.gateway.errors import refused, unavailable
 from loraserve.gateway.streams import Stream
 from loraserve.messages import Rejected, Route, Routed
 
-ROUTER = "router"
 ROUTER_ANSWER: Any = Routed | Rejected
 
 

@@ -82,6 +82,19 @@ class ClusterCollector(Collector):
             for load in loads:
                 counter.add_metric((*self._labels, load.engine), count(load))
             yield counter
+        for name, text, attribute in READ_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=("engine", "source", "transport"))
+            for load in loads:
+                for read in load.reads:
+                    labels = (load.engine, read.source, read.transport)
+                    counter.add_metric(labels, getattr(read, attribute))
+            yield counter
+        for name, text, attribute in PREFETCH_COUNTERS:
+            counter = CounterMetricFamily(name, text, labels=("engine", "kind"))
+            for load in loads:
+                for brought in load.prefetched:
+                    counter.add_metric((load.engine, brought.kind), getattr(brought, attribute))
+            yield counter
         yield self._lora_info(loads)
 
     def _lora_info(self, loads: list[EngineLoad]) -> Metric:
@@ -114,4 +127,15 @@ ENGINE_COUNTERS: tuple[tuple[str, str, Value], ...] = (
     ("vllm:prefix_cache_hits", "Prompt tokens found in the cache", lambda load: load.prefix_hits_tokens),
     ("vllm:num_preemptions", "Requests put back to waiting", lambda load: load.preemptions),
     ("loraserve_engine_steps", "Steps since the engine started", lambda load: load.steps),
+)
+READ_COUNTERS: tuple[tuple[str, str, str], ...] = (
+    ("loraserve_adapter_reads", "Slabs read, by where from", "reads"),
+    ("loraserve_adapter_read_bytes", "Their bytes", "read_bytes"),
+    ("loraserve_adapter_reads_failed", "Reads that failed; another source was taken", "failed"),
+    ("loraserve_adapter_reads_mismatched", "Of these, not what the digest is of", "mismatched"),
+)
+PREFETCH_COUNTERS: tuple[tuple[str, str, str], ...] = (
+    ("loraserve_adapter_prefetched_bytes", "Slabs brought in before a request waited for them, by why", "loaded_bytes"),
+    ("loraserve_adapter_prefetched_useful_bytes", "Of these, with which a request ran", "useful_bytes"),
+    ("loraserve_adapter_prefetched_wasted_bytes", "Of these, that left without", "wasted_bytes"),
 )

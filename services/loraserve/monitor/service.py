@@ -1,4 +1,4 @@
-"""The monitor process: reports in, one picture of the cluster out, several times a second."""
+"""The monitor process: reports in, one picture of the cluster out, several times a second; and who holds what."""
 
 import asyncio
 import itertools
@@ -9,7 +9,17 @@ from typing import Any
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
-from loraserve.messages import AdapterRef, ClusterLoad, EngineLoad, RegistryChanged, ToMonitor
+from loraserve.messages import (
+    AdapterRef,
+    ClusterLoad,
+    Copies,
+    EngineGone,
+    EngineLoad,
+    FindCopies,
+    RegistryChanged,
+    ToMonitor,
+)
+from loraserve.monitor.copies import CopyIndex
 from loraserve.monitor.demand import DemandWindow
 from loraserve.monitor.liveness import Liveness
 from loraserve.service import Service
@@ -24,8 +34,10 @@ class MonitorService(Service):
         super().__init__(config, bus, clock)
         self._liveness = Liveness(config.monitor.dead_after_s)
         self._demand = DemandWindow(config.monitor.window_s, config.planner.interval_s)
+        self._copies = CopyIndex()
         self._adapters: dict[str, AdapterRef] = {}
-        self._alive: set[str] = set()
+        self._alive: dict[str, str] = {}
+        """Incarnations, by engine."""
         self._sequence = itertools.count(1)
         self._changed = asyncio.Event()
         self._engines_alive = self.metrics.gauge("engines_alive", "Engines that reported lately")
@@ -44,8 +56,12 @@ class MonitorService(Service):
             case EngineLoad() as load:
                 now = self.clock.monotonic_s()
                 self._demand.report(load, now)
+                self._copies.report(load)
                 if self._liveness.report(load, now):
                     self._changed.set()
+            case FindCopies(version=version):
+                holders = self._copies.holders(version, envelope.sender)
+                self.bus.respond(envelope, Copies(version=version, holders=holders))
             case RegistryChanged(adapters=adapters):
                 self._adapters = {adapter.version: adapter for adapter in adapters}
 
@@ -53,7 +69,7 @@ class MonitorService(Service):
         while True:
             now = self.clock.monotonic_s()
             engines = self._liveness.engines(now)
-            self._note_changes({seen.load.engine for seen in engines if seen.alive})
+            self._note_changes({seen.load.engine: seen.load.incarnation for seen in engines if seen.alive})
             picture = ClusterLoad(
                 incarnation=self.bus.incarnation,
                 sequence=next(self._sequence),
@@ -75,10 +91,14 @@ class MonitorService(Service):
         except TimeoutError:
             return
 
-    def _note_changes(self, alive: set[str]) -> None:
-        for engine in alive - self._alive:
+    def _note_changes(self, alive: dict[str, str]) -> None:
+        for engine in alive.keys() - self._alive.keys():
             self.log.info("engine_alive", engine=engine)
-        for engine in self._alive - alive:
+        for engine in self._alive.keys() - alive.keys():
             self.log.warning("engine_dead", engine=engine, silent_s=self.config.monitor.dead_after_s)
+            self._copies.drop(engine)
+        for engine, incarnation in self._alive.items():
+            if alive.get(engine) != incarnation:
+                self.bus.publish("gone", EngineGone(engine=engine, incarnation=incarnation))
         self._alive = alive
         self._engines_alive.set(len(alive))

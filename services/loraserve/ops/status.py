@@ -2,7 +2,7 @@
 
 import msgspec
 
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, ReadCounts
 from loraserve.ops.http import OpsError
 from loraserve.ops.text import bar, size, table
 
@@ -24,6 +24,8 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     alive: bool
     age_s: float
     load: EngineLoad
+    reads_from: dict[str, tuple[str, ...]] = {}
+    """Transports by peer."""
 
 
 class RegistryState(msgspec.Struct, frozen=True, kw_only=True):
@@ -53,7 +55,7 @@ def parse(content: bytes) -> ClusterState:
 
 
 def render(state: ClusterState) -> str:
-    parts = [summary(state), processes(state), engines(state), residents(state), demand(state)]
+    parts = [summary(state), processes(state), engines(state), residents(state), reads(state), demand(state)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -124,6 +126,20 @@ def residents(state: ClusterState) -> str:
         words += [f"{names.get(version, version[:12])} (loading)" for version in engine.load.loading]
         lines.append(f"{engine.name:<{width}}  {'  '.join(words) or '-'}")
     return "\n".join(lines)
+
+
+def reads(state: ClusterState) -> str:
+    """A line for every pair that has read, or can: how, how much, and how often that failed."""
+    rows = []
+    for engine in state.engines:
+        done = {(read.source, read.transport): read for read in engine.load.reads}
+        first = {(peer, ways[0]) for peer, ways in engine.reads_from.items() if ways}
+        for source, transport in sorted(done.keys() | first):
+            read = done.get((source, transport)) or ReadCounts(source=source, transport=transport)
+            rate = f"{size(read.predicted_bytes_per_s)}/s" if read.predicted_bytes_per_s else "-"
+            figures = [str(read.reads), size(read.read_bytes), rate, str(read.failed), str(read.mismatched)]
+            rows.append([engine.name, source, transport, *figures])
+    return table(["READS", "FROM", "OVER", "READS", "BYTES", "RATE", "FAILED", "MISMATCHED"], rows) if rows else ""
 
 
 def demand(state: ClusterState) -> str:

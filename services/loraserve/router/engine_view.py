@@ -95,6 +95,8 @@ class EngineView(msgspec.Struct):
     room_bytes: int = 0
     """The largest slab that the pool has room for now, if a request wants it."""
     pending: dict[str, Pending] = msgspec.field(default_factory=dict)
+    expected: dict[str, float] = msgspec.field(default_factory=dict)
+    """Versions that the engine was told to expect, and since when; oldest first."""
     pending_tokens: int = 0
     pending_mix: PendingMix = msgspec.field(default_factory=PendingMix)
     timeouts: int = 0
@@ -128,7 +130,7 @@ class EngineView(msgspec.Struct):
         at each copy; empty where nothing is known of any. Of another incarnation it makes all that was known of the
         engine void."""
         if load.incarnation != self.load.incarnation:
-            self.pending = {}
+            self.pending, self.expected = {}, {}
             self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
         self.load, self.reported_s, self.alive = load, reported_s, alive
         self.loading = frozenset(load.loading)
@@ -172,6 +174,26 @@ class EngineView(msgspec.Struct):
             expected_rank = largest_at_a_time(sequences)
         self.mix = Mix(slab_bytes, rank_sum, running_rank, largest_rank, expected_rank)
 
+    @property
+    def oldest_s(self) -> float:
+        """When the first of what no report has counted yet was sent."""
+        request_s = next(iter(self.pending.values())).since_s if self.pending else inf
+        return min(request_s, next(iter(self.expected.values()), inf))
+
+    def has(self, version: str) -> bool:
+        """It is there, or on its way."""
+        begun = version in self.loading or version in self.expected
+        return begun or version in self.resident or version in self.pending_mix.versions
+
+    def expect(self, version: str, now: float) -> None:
+        self.expected.pop(version, None)
+        self.expected[version] = now
+
+    def drop_older(self, before_s: float) -> None:
+        """Of what no report has counted yet."""
+        self.drop_pending([request_id for request_id, p in self.pending.items() if p.since_s < before_s])
+        self.expected = {version: since_s for version, since_s in self.expected.items() if since_s >= before_s}
+
     def add_pending(self, request_id: str, pending: Pending) -> None:
         """In place of what it was before."""
         self.drop_pending([request_id])
@@ -193,6 +215,7 @@ class EngineView(msgspec.Struct):
     def emptied(self) -> None:
         """It was restarted since its last report: its pool is empty."""
         self.resident = self.loading = self.active = frozenset()
+        self.expected = {}
         self.mix = Mix()
         self._count_pending()
 

@@ -86,7 +86,7 @@ def columns_near(request: Route, view: ClusterView) -> Near:
         asked_for = version in engine.pending_mix.versions
         if version in engine.resident:
             near.resident.append(engine.column)
-        elif asked_for or version in engine.loading:
+        elif asked_for or version in engine.loading or version in engine.expected:
             near.begun.append(engine.column)
         if asked_for or version in engine.active:
             near.running.append(engine.column)

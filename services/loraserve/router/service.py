@@ -10,8 +10,21 @@ from loraserve.config import Config
 from loraserve.cost import CostLearner
 from loraserve.cost.profile import starting_cost
 from loraserve.errors import PeerError, RequestTimeout
-from loraserve.messages import Abort, Admit, Admitted, ClusterLoad, Plan, Rejected, Route, Routed, ToRouter
+from loraserve.messages import (
+    Abort,
+    Admit,
+    Admitted,
+    ClusterLoad,
+    Expect,
+    ExpectAdapter,
+    Plan,
+    Rejected,
+    Route,
+    Routed,
+    ToRouter,
+)
 from loraserve.router.choice import Candidate, Slo
+from loraserve.router.expectation import expected_at
 from loraserve.router.policies import ROUTERS
 from loraserve.router.shares import PlannedCopies
 from loraserve.router.view import ClusterView
@@ -51,6 +64,8 @@ class RouterService(Service):
         match envelope.message:
             case Route() as request:
                 self.spawn(self._route(envelope, request))
+            case Expect() as expect:
+                self._expect(expect)
             case ClusterLoad() as picture:
                 self._take_picture(picture)
             case Plan() as plan:
@@ -79,6 +94,17 @@ class RouterService(Service):
         else:
             self._routed.labels(answer.engine, answer.why).inc()
         self.bus.respond(envelope, answer)
+
+    def _expect(self, expect: Expect) -> None:
+        """Only where the request is sure to find what is on its way: a lot by shares is drawn anew."""
+        now = self.clock.monotonic_s()
+        self._view.expire(now)
+        if self.config.router.policy != "predicted":
+            return
+        engine = expected_at(expect, self._view, self._plan, self._learner.cost, self._slo, self._rng)
+        if engine is not None:
+            self._view.expected(engine, expect.adapter.version, now)
+            self.bus.send(engine, ExpectAdapter(adapter=expect.adapter))
 
     async def _admit_first(self, request: Route, candidates: Iterable[Candidate]) -> Routed | Rejected:
         """The first engine that takes it. What no engine would take is not tried everywhere."""

@@ -110,11 +110,17 @@ class ClusterView:
         if view is not None:
             view.add_pending(request.request_id, self._pending(engine, request, now))
             if request.adapter is not None:
-                self._near.setdefault(request.adapter.version, {})[engine] = view
-                view.listed.add(request.adapter.version)
+                self._list(view, request.adapter.version)
             self._oldest_pending_s = min(self._oldest_pending_s, now)
             self._prices.changed(view)
         self._tell(request.request_id, now, f"sent to {engine}", chosen)
+
+    def expected(self, engine: str, version: str, now: float) -> None:
+        """The engine was told that a request for this adapter is about to come: it is on its way there."""
+        view = self.engines[engine]
+        view.expect(version, now)
+        self._list(view, version)
+        self._oldest_pending_s = min(self._oldest_pending_s, now)
 
     def admitted(self, engine: str, request_id: str, incarnation: str, now: float) -> None:
         """The engine has it."""
@@ -154,11 +160,10 @@ class ClusterView:
             return
         # Also of engines that take no requests now: they may again before they report any later.
         for view in self.engines.values():
-            if view.pending and _sent_first_s(view) < now - UNSEEN_S:
-                view.drop_pending([i for i, p in view.pending.items() if p.since_s < now - UNSEEN_S])
+            if view.oldest_s < now - UNSEEN_S:
+                view.drop_older(now - UNSEEN_S)
                 self._prices.changed(view)
-        pending = (_sent_first_s(view) for view in self.engines.values() if view.pending)
-        self._oldest_pending_s = min(pending, default=float("inf"))
+        self._oldest_pending_s = min((view.oldest_s for view in self.engines.values()), default=float("inf"))
 
     def validate(self) -> None:
         """Sums agree with what they sum, tables stay bounded; raises AssertionError naming what broke."""
@@ -172,7 +177,8 @@ class ClusterView:
             assert view.pending_mix == mix, f"{name}: adapters of pending requests"
             times = [p.since_s for p in view.pending.values()]
             assert times == sorted(times), f"{name}: pending requests are out of order"
-            assert view.column < 0 or not times or self._oldest_pending_s <= times[0], f"{name}: would never expire"
+            assert list(view.expected.values()) == sorted(view.expected.values()), f"{name}: expected out of order"
+            assert view.column < 0 or self._oldest_pending_s <= view.oldest_s, f"{name}: would never expire"
             assert (view.avoided_since_s is None) or view.timeouts >= TIMEOUTS_TO_AVOID, (
                 f"{name} is avoided without reason"
             )
@@ -205,9 +211,8 @@ class ClusterView:
                 self._runs(request_id, load.engine, reported_s, view.pending.get(request_id))
         known = (self.live[i] for i in load.request_ids if i in self.live)
         view.take(load, reported_s, alive, known, self._decoded)
-        if view.pending:
-            sent_before_s = max(reported_s - DATE_MARGIN_S, now - UNSEEN_S)
-            view.drop_pending([i for i, p in view.pending.items() if p.since_s < sent_before_s])
+        if view.pending or view.expected:
+            view.drop_older(max(reported_s - DATE_MARGIN_S, now - UNSEEN_S))
             view.drop_pending([i for i in load.request_ids if i in view.pending])
         self._list_near(view)
 
@@ -216,8 +221,12 @@ class ClusterView:
         for version in view.listed - found:
             self._unlist(view, version)
         for version in found - view.listed:
-            self._near.setdefault(version, {})[view.name] = view
+            self._list(view, version)
         view.listed = found
+
+    def _list(self, view: EngineView, version: str) -> None:
+        self._near.setdefault(version, {})[view.name] = view
+        view.listed.add(version)
 
     def _unlist(self, view: EngineView, version: str) -> None:
         views = self._near[version]
@@ -274,8 +283,4 @@ _NO_TOKENS: Mapping[str, int] = {}
 
 def _found_at(view: EngineView) -> set[str]:
     """Versions that requests may find something of there."""
-    return view.pending_mix.versions.union(view.resident, view.loading, view.active)
-
-
-def _sent_first_s(view: EngineView) -> float:
-    return next(iter(view.pending.values())).since_s
+    return view.pending_mix.versions.union(view.resident, view.loading, view.active, view.expected)

@@ -6,7 +6,6 @@ blocks and may be called from any thread.
 """
 
 import contextlib
-import hashlib
 import itertools
 import os
 import re
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import msgspec
+from blake3 import blake3
 
 from loraserve.adapter.format import SlabHeader, decode_header, encode_header, slab_version
 from loraserve.adapter.pack import Slab
@@ -202,7 +202,7 @@ def _holds(file: BinaryIO, data: bytes, header: SlabHeader) -> bool:
     """Whether each layer of the slab is there, and nothing behind the last."""
     file.seek(_data_begin(data))
     for layer, digest in enumerate(header.layer_digests):
-        found = hashlib.sha256()
+        found = blake3()
         left = len(header.layer(layer))
         while left and (block := file.read(min(left, _HASH_BYTES))):
             found.update(block)

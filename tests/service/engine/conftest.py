@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,8 @@ import torch
 from loraserve.adapter.format import encode_header
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.bus.protocol import Envelope
-from loraserve.config import Config, EngineConfig, ModelConfig
+from loraserve.config import Config, EngineConfig, ModelConfig, TransferConfig
 from loraserve.engine.batch import StepBatch, StepResult
-from loraserve.engine.lender import PoolExporter
 from loraserve.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
 from loraserve.engine.runner_protocol import DeviceLost, PendingStep, Runner
 from loraserve.engine.service import BuildRunner, EngineService
@@ -23,8 +22,11 @@ from loraserve.engine.setup import build_runner
 from loraserve.messages import (
     Admit,
     Admitted,
+    Copies,
     EngineLoad,
     Failed,
+    FindCopies,
+    Holder,
     OpenSlab,
     ReadSlab,
     SamplingParams,
@@ -36,8 +38,8 @@ from loraserve.messages import (
     ToStore,
 )
 from loraserve.service import State
-from loraserve.system_clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
+from loraserve.testing.clock import StoppableClock
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
 PROMPT = tuple(range(5, 25))
@@ -50,6 +52,9 @@ def greedy(tokens: int) -> SamplingParams:
 
 class Models:
     """One tiny model with two adapters, and what each request must bring."""
+
+    prompt = PROMPT
+    greedy = staticmethod(greedy)
 
     def __init__(self, root: Path) -> None:
         shape = write_tiny_model(root / "model", "llama")
@@ -153,20 +158,23 @@ class Stage:
         models: Models,
         steps_ahead: int = 0,
         build: BuildRunner = build_runner,
-        exporters: Sequence[PoolExporter] = (),
+        transfer: TransferConfig = TransferConfig(),  # noqa: B008
         **engine: Any,
     ) -> None:
         network = MemoryNetwork()
         self.models = models
+        self.clock = StoppableClock()
+        self.holders: tuple[Holder, ...] = ()
+        """Whom the monitor names as those who have an adapter."""
         settings = msgspec.structs.replace(models.config.engine, **engine)
-        config = msgspec.structs.replace(models.config, engine=settings)
+        config = msgspec.structs.replace(models.config, engine=settings, transfer=transfer)
 
         def built(config: Config, progress: Callable[[str], None]) -> Runner:
             runner = build(config, progress)
             return LateRunner(runner, steps_ahead) if steps_ahead else runner
 
         bus = network.bus("engine-0", EngineService.inbox)
-        self.engine = EngineService(config, bus, SystemClock(), built, exporters)
+        self.engine = EngineService(config, bus, self.clock, built)
         self.store = ScriptedStore(models.slabs)
         self.gateway = network.bus("gateway-0", ToGateway)
         self._monitor = network.bus("monitor", ToMonitor)
@@ -253,7 +261,12 @@ class Stage:
 
     async def _read_load(self) -> None:
         while True:
-            self.load = (await self._monitor.receive()).message
+            envelope = await self._monitor.receive()
+            match envelope.message:
+                case FindCopies(version=version):
+                    self._monitor.respond(envelope, Copies(version=version, holders=self.holders))
+                case load:
+                    self.load = load
 
 
 @pytest.fixture(scope="session")

@@ -9,10 +9,11 @@ import pytest
 
 from loraserve.adapter.format import decode_header, slab_version
 from loraserve.adapter.pack import pack_peft
+from loraserve.config import TransferConfig
 from loraserve.cost import extent_bytes
 from loraserve.engine.layers import damaged_layer
 from loraserve.engine.offline import adapter_reference
-from loraserve.engine.pool_memory import HostPool, PoolMemory
+from loraserve.engine.pool_memory import HostPool
 from loraserve.errors import PeerError
 from loraserve.messages import (
     AdapterRef,
@@ -25,13 +26,13 @@ from loraserve.messages import (
     ReleaseLease,
     RenewLease,
     SamplingParams,
+    SlabDamaged,
     ToEngine,
 )
 from loraserve.testing.clock import FakeClock
 from loraserve.testing.tiny_model import write_peft_adapter
 from loraserve.transfer.protocol import PROTOCOL, Range, ShmHandle
-from loraserve.transfer.shared_memory import SharedMemory
-from loraserve.transfer.shm import ShmExporter, ShmReader
+from loraserve.transfer.shm import ShmReader
 
 Play = Callable[..., None]
 TIMEOUT_S = 20.0
@@ -61,36 +62,14 @@ class Peer:
         return answer.held
 
 
-class SharedCopy:
-    """Exports shared memory as large as the pool; ``take`` brings what is in the pool now."""
-
-    def register(self, region: PoolMemory) -> ShmHandle:
-        self.pool = region
-        self.memory = SharedMemory(len(region))
-        self._exporter = ShmExporter("engine-0", "this life")
-        return self._exporter.register(self.memory)
-
-    def close(self) -> None:
-        self._exporter.close()
-        self.memory.close()
-
-    def take(self) -> None:
-        self._at = 0
-        self.pool.digest(self, 0, len(self.pool))
-
-    def update(self, data: memoryview) -> None:
-        self.memory.view[self._at : self._at + len(data)] = data
-        self._at += len(data)
-
-
 async def resident(stage: Any, *names: str) -> FakeClock:
     """Adapters that ran once each. From now on the engine's time stands still."""
-    stage.engine.clock = FakeClock()
+    clock = stage.clock.of = FakeClock()
     for name in names:
-        stage.engine.clock.advance(1.0)
+        clock.advance(1.0)
         await stage.admit(f"warm-{name}", name)
         await stage.finished(f"warm-{name}")
-    return stage.engine.clock
+    return clock
 
 
 async def waits(stage: Any, name: str) -> None:
@@ -107,24 +86,21 @@ def pool_for(models: Any, adapters: int) -> int:
 
 
 def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, models: Any) -> None:
-    exporter = SharedCopy()
-
     async def scenario(stage: Any) -> None:
         await resident(stage, "one", "two")
         granted, header_bytes = await Peer(stage).lease(models.refs["two"])
         assert (granted.version, granted.lasts_s) == (models.refs["two"].version, 5.0)
         header = decode_header(header_bytes)
         assert slab_version(header) == granted.version
-        exporter.take()
         reader = ShmReader()
-        (handle,) = granted.handles
+        handle = next(each for each in granted.handles if isinstance(each, ShmHandle))
         into = bytearray(granted.slab_bytes)
         await reader.read(handle, [Range(granted.offset_bytes, granted.slab_bytes)], memoryview(into))
         reader.close()
         assert damaged_layer(HostPool(memoryview(into)), header, 0, range(header.shape.layers)) is None
         assert bytes(into) == bytes(models.slabs["two"].data)
 
-    play(scenario, exporters=[exporter])
+    play(scenario)
 
 
 def test_an_engine_that_offers_nothing_says_so_and_grants_all_the_same(play: Play, models: Any) -> None:
@@ -133,7 +109,7 @@ def test_an_engine_that_offers_nothing_says_so_and_grants_all_the_same(play: Pla
         granted, _ = await Peer(stage).lease(models.refs["one"])
         assert granted.handles == ()
 
-    play(scenario)
+    play(scenario, transfer=TransferConfig(transports=()))
 
 
 async def refused(asked: Any) -> str:
@@ -258,5 +234,26 @@ def test_an_engine_whose_peers_read_and_vanish_ends_clean(play: Play, models: An
         clock.advance(5.0)
         await stage.until(lambda: stage.load.pool_free_bytes == stage.load.pool_total_bytes)
         assert stage.load.leaks == 0
+
+    play(scenario)
+
+
+def test_who_complains_of_a_slab_must_have_leased_it(play: Play, models: Any, capfd: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await resident(stage, "one")
+        peer, other = Peer(stage), Peer(stage, "engine-2")
+        granted, _ = await peer.lease(models.refs["one"])
+        for bus, version in ((other.bus, granted.version), (peer.bus, "another")):
+            bus.send("engine-0", SlabDamaged(version=version, lease_id=granted.lease_id, layer=0))
+        await peer.release(granted.lease_id)
+        peer.bus.send("engine-0", SlabDamaged(version=granted.version, lease_id=granted.lease_id, layer=0))
+        granted, _ = await peer.lease(models.refs["one"], "again")
+        said = capfd.readouterr().out
+        assert said.count("complaint_without_lease") == 3
+        assert "own_copy_looked_at" not in said
+        peer.bus.send("engine-0", SlabDamaged(version=granted.version, lease_id=granted.lease_id, layer=0))
+        await stage.until(lambda: "damaged_layer=None" in capfd.readouterr().out)
+        # It was on the way: the copy is sound, and stays.
+        assert models.refs["one"].version in stage.engine._scheduler.residency.pool
 
     play(scenario)

@@ -11,6 +11,7 @@ import pytest
 
 from loraserve.config import ClusterConfig, Config, StoreConfig
 from loraserve.engine.setup import build_runner
+from loraserve.messages import Abort, ExpectAdapter, PrefetchCounts
 from loraserve.service import State
 from loraserve.store.service import StoreService
 from loraserve.system_clock import SystemClock
@@ -73,7 +74,7 @@ def test_a_store_that_never_answers_ends_the_load_in_time(play: Play, models: An
         await stage.admit("waits", "one")
         await stage.finished("waits")
         assert stage.failed["waits"].message == (
-            "adapter one could not be loaded: timeout: the store did not send all of it within 0.3 s"
+            "adapter one could not be loaded: timeout: neither a peer nor the store sent all of it within 0.3 s"
         )
         load = await stage.fresh_load()
         assert (load.loading, load.pool_free_bytes) == ((), load.pool_total_bytes)
@@ -124,9 +125,61 @@ def test_a_store_that_stays_away_ends_the_load_in_time(play: Play, models: Any) 
         stage.store_dies()
         await stage.admit("waits", "one")
         await stage.finished("waits")
-        assert "timeout: the store did not send all of it within 0.5 s" in stage.failed["waits"].message
+        assert "timeout: neither a peer nor the store sent all of it within 0.5 s" in stage.failed["waits"].message
 
     play(scenario, load_timeout_s=0.5)
+
+
+def test_a_load_that_nobody_waits_for_any_more_gives_its_room_back(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        stage.store.open.clear()
+        await stage.admit("gone", "one")
+        await stage.until(lambda: stage.store.chunks_asked)
+        await stage.fresh_load()
+        await stage.until(lambda: stage.load.loading == (models.refs["one"].version,))
+        stage.gateway.send("engine-0", Abort(request_id="gone"))
+        await stage.until(lambda: not stage.load.loading)
+        assert stage.load.pool_free_bytes == stage.load.pool_total_bytes
+        stage.store.open.set()
+        await stage.admit("next", "one")
+        await stage.finished("next")
+        assert (stage.tokens, stage.failed) == ({"gone": [], "next": models.expected("one", 8)}, {})
+
+    play(scenario)
+
+
+def test_an_adapter_that_is_expected_is_there_before_its_request(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        adapter = models.refs["one"]
+        await stage.fresh_load()
+        stage.gateway.send("engine-0", ExpectAdapter(adapter=adapter))
+        await stage.until(lambda: [held.version for held in stage.load.resident] == [adapter.version])
+        brought = PrefetchCounts(kind="admission", loaded_bytes=adapter.slab_bytes)
+        assert stage.load.prefetched == (brought,)
+        await stage.admit("r", "one")
+        await stage.finished("r")
+        assert stage.tokens["r"] == models.expected("one", 8)
+        useful = msgspec.structs.replace(brought, useful_bytes=adapter.slab_bytes)
+        await stage.until(lambda: stage.load.prefetched == (useful,))
+
+    play(scenario)
+
+
+def test_who_comes_while_a_load_is_being_cancelled_is_served(play: Play, models: Any) -> None:
+    pool = DevicesPool()
+
+    async def scenario(stage: Any) -> None:
+        await stage.admit("gone", "one")
+        await stage.until(lambda: pool.writing)
+        stage.gateway.send("engine-0", Abort(request_id="gone"))
+        await stage.admit("next", "one")
+        assert (await stage.fresh_load()).loading == (models.refs["one"].version,), "a thread is at its extent"
+        pool.open.set()
+        await stage.finished("next")
+        assert (stage.tokens["next"], stage.failed) == (models.expected("one", 8), {})
+        assert pool.written > models.refs["one"].slab_bytes, "the first load wrote a chunk in vain"
+
+    play(scenario, build=pool.build)
 
 
 class DevicesPool:
@@ -187,7 +240,7 @@ def test_a_load_that_fails_leaves_nobody_writing(play: Play, models: Any) -> Non
         assert not stage.failed, "its time is up, but a thread is at it"
         pool.open.set()
         await stage.finished("waits")
-        assert "timeout: the store did not send all of it within 0.1 s" in stage.failed["waits"].message
+        assert "timeout: neither a peer nor the store sent all of it within 0.1 s" in stage.failed["waits"].message
         assert pool.written == models.config.engine.load_chunk_bytes
 
     play(scenario, build=pool.build, load_timeout_s=0.1)

@@ -2,8 +2,7 @@
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import numpy as np
@@ -14,12 +13,17 @@ from hypothesis import strategies as st
 from loraserve.adapter.dtypes import storage
 from loraserve.adapter.format import lay_out
 from loraserve.adapter.pack import Slab, sealed
-from loraserve.engine.loader import LoadFailed, SlabLoader
+from loraserve.config import Config, EngineConfig
+from loraserve.engine.loader import SlabLoader
 from loraserve.engine.offline import adapter_reference
-from loraserve.engine.pool_memory import HostPool
+from loraserve.engine.readers import Readers
 from loraserve.engine.runner_protocol import DeviceLost
+from loraserve.engine.source import LoadFailed
+from loraserve.engine.sources import Sources
+from loraserve.engine.testing.watched_pool import WatchedPool
 from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape
+from loraserve.system_clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
 
 SHAPE = ModelShape(layers=5, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=24, vocab=64)
@@ -34,47 +38,6 @@ def make_slab(ranks: tuple[int, ...] = (2, 1, 3, 1, 2)) -> Slab:
     return sealed(layout, np.arange(1, layout.elements + 1).astype(storage("float32")))
 
 
-class WatchedPool:
-    """A pool that knows who is at it. ``before_digest`` and ``before_write`` are called in the thread, with a byte."""
-
-    def __init__(self, waits: bool = True) -> None:
-        self.memory = bytearray(1 << 17)
-        self.waits = waits
-        self.before_digest: Callable[[int], object] = lambda at: None
-        self.before_write: Callable[[int], object] = lambda at: None
-        self.read: list[int] = []
-        self.busy = self.most_reading = self._reading = 0
-        self._pool = HostPool(memoryview(self.memory))
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return len(self.memory)
-
-    def write(self, offset_bytes: int, data: Any) -> None:
-        with self._busy(reading=0):
-            self.before_write(offset_bytes - OFFSET)
-            self._pool.write(offset_bytes, data)
-
-    def digest(self, digest: Any, offset_bytes: int, length_bytes: int) -> None:
-        self.read.append(offset_bytes - OFFSET)
-        with self._busy(reading=1):
-            self.before_digest(offset_bytes - OFFSET)
-            self._pool.digest(digest, offset_bytes, length_bytes)
-
-    @contextmanager
-    def _busy(self, reading: int) -> Iterator[None]:
-        self._count(1, reading)
-        try:
-            yield
-        finally:
-            self._count(-1, -reading)
-
-    def _count(self, busy: int, reading: int) -> None:
-        with self._lock:
-            self.busy, self._reading = self.busy + busy, self._reading + reading
-            self.most_reading = max(self.most_reading, self._reading)
-
-
 class Scene:
     """One loader and the store that it reads from."""
 
@@ -82,7 +45,10 @@ class Scene:
         self.slab, self.store, self.pool = slab, store, pool
         network = MemoryNetwork()
         self._bus = network.bus("store", ToStore)
-        self._loader = SlabLoader(network.bus("engine-0", ToEngine), pool, chunk_bytes, TIMEOUT_S, threads)
+        bus, clock = network.bus("engine-0", ToEngine), SystemClock()
+        config = Config(engine=EngineConfig(load_chunk_bytes=chunk_bytes, load_timeout_s=TIMEOUT_S))
+        sources = Sources(bus, config, clock, Readers(bus, pool, None), None)
+        self._loader = SlabLoader(sources, pool, clock, TIMEOUT_S, threads)
 
     async def __aenter__(self) -> "Scene":
         self._serving = asyncio.create_task(self.store.serve(self._bus))
@@ -126,7 +92,7 @@ def play(scripted_store: Callable[..., Any]) -> Callable[..., None]:
         async def main() -> None:
             held = slab or make_slab()
             store = scripted_store({"a": sent or held})
-            async with Scene(held, store, pool or WatchedPool(), 1000, threads) as scene:
+            async with Scene(held, store, pool or WatchedPool(OFFSET), 1000, threads) as scene:
                 await scenario(scene)
             assert scene.pool.busy == 0
 
@@ -151,7 +117,7 @@ def test_a_slab_is_whole_or_the_layer_that_is_not_is_named(
 
     async def main() -> None:
         store = scripted_store({"a": slab if at is None else flip(slab, at)})
-        async with Scene(slab, store, WatchedPool(waits), chunk_bytes, threads) as scene:
+        async with Scene(slab, store, WatchedPool(OFFSET, waits), chunk_bytes, threads) as scene:
             if at is None:
                 assert (await scene.load()).header == slab.header
                 assert scene.holds_the_slab()
@@ -196,7 +162,7 @@ def test_a_layer_is_verified_while_those_behind_it_are_on_their_way(play: Callab
 
 
 def test_where_steps_compute_on_the_cores_nothing_is_verified_beside_the_copy(play: Callable[..., None]) -> None:
-    pool = WatchedPool(waits=False)
+    pool = WatchedPool(OFFSET, waits=False)
 
     async def scenario(scene: Scene) -> None:
         last = scene.slab.header.slab_bytes - 1
@@ -226,7 +192,7 @@ def test_a_header_of_another_version_is_refused_before_any_byte_is_asked_for(pla
 def test_who_gives_up_waits_for_the_threads_that_are_at_the_extent(play: Callable[..., None], at: str) -> None:
     """It may be another's right after."""
     let_go = threading.Event()
-    pool = WatchedPool()
+    pool = WatchedPool(OFFSET)
 
     def hold(_: int) -> None:
         assert let_go.wait(TIMEOUT_S)
@@ -252,7 +218,7 @@ def test_who_gives_up_waits_for_the_threads_that_are_at_the_extent(play: Callabl
 def test_a_damaged_layer_is_not_told_before_the_other_threads_are_done(play: Callable[..., None]) -> None:
     slab = make_slab()
     let_go = threading.Event()
-    pool = WatchedPool()
+    pool = WatchedPool(OFFSET)
 
     def hold(at: int) -> None:
         if at == slab.header.layer(1).start:
@@ -271,6 +237,30 @@ def test_a_damaged_layer_is_not_told_before_the_other_threads_are_done(play: Cal
     play(scenario, slab, sent=flip(slab, slab.header.layer(2).start), pool=pool)
 
 
+def test_a_load_that_fails_and_is_given_up_meanwhile_is_given_up(play: Callable[..., None]) -> None:
+    """Or a deadline that passes just then would never end it, as another source would be tried."""
+    slab = make_slab()
+    let_go = threading.Event()
+    pool = WatchedPool(OFFSET)
+
+    def hold(at: int) -> None:
+        if at == slab.header.layer(1).start:
+            assert let_go.wait(TIMEOUT_S)
+
+    async def scenario(scene: Scene) -> None:
+        pool.before_digest = hold
+        loading = scene.load()
+        await until(lambda: len(pool.read) > 2)
+        await asyncio.sleep(0.05)
+        loading.cancel()
+        await asyncio.sleep(0.01)
+        let_go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await loading
+
+    play(scenario, slab, sent=flip(slab, slab.header.layer(2).start), pool=pool)
+
+
 def test_a_device_that_is_lost_while_a_layer_is_read_is_told_as_that(play: Callable[..., None]) -> None:
     def lost(_: int) -> None:
         raise DeviceLost("CUDA error: an illegal memory access was encountered")
@@ -284,7 +274,7 @@ def test_a_device_that_is_lost_while_a_layer_is_read_is_told_as_that(play: Calla
 
 
 def test_loads_share_the_threads_and_the_time(play: Callable[..., None]) -> None:
-    pool = WatchedPool()
+    pool = WatchedPool(OFFSET)
     together = threading.Barrier(3)
 
     async def scenario(scene: Scene) -> None:

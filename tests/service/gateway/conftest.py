@@ -28,6 +28,7 @@ from loraserve.messages import (
     Drain,
     EngineLoad,
     EngineSeen,
+    Expect,
     Failed,
     GetPlan,
     ListAdapters,
@@ -35,6 +36,7 @@ from loraserve.messages import (
     Placement,
     Plan,
     Pong,
+    PrefetchCounts,
     Rebalance,
     RebalanceDone,
     RegisterAdapter,
@@ -106,6 +108,8 @@ class FakeCluster:
     revision: int = 1
     publishes_registry: bool = True
     routes: list[Route] = field(default_factory=list)
+    expected: list[tuple[Expect, int]] = field(default_factory=list)
+    """Each with how many requests had come before."""
     aborts: list[tuple[str, str]] = field(default_factory=list)
     lists_asked: int = 0
     playing: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -145,6 +149,8 @@ class FakeCluster:
                 bus.respond(envelope, pong)
             case Route() as route:
                 self.tasks.append(asyncio.create_task(self.route(bus, envelope, route)))
+            case Expect() as expect:
+                self.expected.append((expect, len(self.routes)))
             case Abort(request_id=request_id):
                 self.aborts.append((name, request_id))
                 if request_id in self.playing:
@@ -224,6 +230,7 @@ class FakeCluster:
             decode_step_s=0.02,
             prefill_tokens_per_s=1000.0,
             max_model_tokens=CONTEXT,
+            prefetched=(PrefetchCounts(kind="plan", loaded_bytes=30, useful_bytes=20, wasted_bytes=10),),
         )
         dead = name in self.dead
         return EngineSeen(load=load, age_s=5.0 if dead else 0.0, alive=not dead)

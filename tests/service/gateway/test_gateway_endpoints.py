@@ -11,6 +11,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
 HI = [{"role": "user", "content": "hi"}]
+OUTCOMES = ("", "_useful", "_wasted")
 
 
 def test_models_base_first_with_odd_names(start_gateway: Start) -> None:
@@ -158,6 +159,8 @@ def test_metrics_under_vllm_s_names(start_gateway: Start) -> None:
             assert samples["vllm:kv_cache_usage_perc", "engine-1", "tiny"] == 0.25
             assert samples["vllm:num_requests_waiting", "engine-0", "tiny"] == 0
             assert samples["loraserve_requests_total", "ok", "pirate"] == 1
+            brought = [samples[f"loraserve_adapter_prefetched{of}_bytes_total", "engine-0", "plan"] for of in OUTCOMES]
+            assert brought == [30, 20, 10]
             assert samples["loraserve_http_responses_total", "/v1/models/{id}", "404"] == 1
             assert any(name[0] == "vllm:lora_requests_info" for name in samples)
 
@@ -172,6 +175,7 @@ def test_admin(start_gateway: Start) -> None:
             assert body["processes"]["router"]["state"] == "READY"
             assert [engine["name"] for engine in body["engines"]] == ["engine-0", "engine-1"]
             assert body["engines"][0]["load"]["kv_blocks_free"] == 75
+            assert body["engines"][0]["reads_from"] == {}
             assert body["plan_epoch"] == 3
             assert [adapter["name"] for adapter in body["registry"]["adapters"]] == ["me/x:1", "pirate"]
             _, plan = await gateway.get("/admin/plan")

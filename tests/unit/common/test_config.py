@@ -166,6 +166,16 @@ def test_what_is_written_reads_back_the_same(tmp_path_factory: pytest.TempPathFa
     assert load_config(path, {}) == config
 
 
+def test_a_size_may_be_a_number_or_left_to_the_program() -> None:
+    sizes = [
+        load_config(environ={}, overrides=[f"engine.host_cache_bytes={text}"]).engine.host_cache_bytes
+        for text in ("auto", "0", "4096")
+    ]
+    assert sizes == ["auto", 0, 4096]
+    with pytest.raises(ConfigError, match=r"engine\.host_cache_bytes"):
+        load_config(environ={}, overrides=["engine.host_cache_bytes=-1"])
+
+
 def test_every_default_is_within_its_own_bounds() -> None:
     values: dict[str, Any] = msgspec.to_builtins(Config())
     assert msgspec.convert(values, Config) == Config()

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.device import default_engines, device_of, gpu_name
+from loraserve.device import default_engines, device_of, gpu_name, memory_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -69,3 +69,14 @@ def test_the_driver_names_the_gpu(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "information").write_text("Model: \t\t NVIDIA A100-SXM4-80GB\nIRQ:   \t\t 42\n")
     assert gpu_name(tmp_path) == "NVIDIA A100-SXM4-80GB"
+
+
+def test_a_container_s_limit_counts_where_it_is_less_than_the_machine_s_memory(tmp_path: Path) -> None:
+    machine = memory_bytes(())
+    limits = [tmp_path / name for name in ("none", "old", "new")]
+    assert memory_bytes(limits) == machine > 1 << 20
+    limits[1].write_text(f"{1 << 62}\n")
+    limits[2].write_text("max\n")
+    assert memory_bytes(limits) == machine
+    limits[2].write_text("1048576\n")
+    assert memory_bytes(limits) == 1 << 20

@@ -42,6 +42,7 @@ def values(annotation: Any) -> "st.SearchStrategy[Any]":
         int: st.integers(-(2**63), 2**64 - 1),
         float: st.floats(allow_nan=False),
         str: st.text(alphabet=st.characters(exclude_categories=["Cs"]), max_size=8),
+        bytes: st.binary(max_size=8),
         bool: st.booleans(),
         type(None): st.none(),
     }

@@ -161,3 +161,19 @@ def test_a_block_given_back_twice_is_noticed() -> None:
     blocks.give_back(held)
     with pytest.raises(AssertionError, match=f"block {held[0]} has -1 holders"):
         blocks.validate()
+
+
+def test_what_is_forgotten_is_shared_with_nobody_and_free() -> None:
+    manager = BlockManager(3, 4)
+    held, idle = manager.take(), manager.take()
+    assert held is not None
+    assert idle is not None
+    manager.publish(held, b"held")
+    manager.publish(idle, b"idle")
+    manager.give_back([idle])
+    manager.forget()
+    manager.validate()
+    assert (manager.share(b"held"), manager.share(b"idle"), manager.free) == (None, None, 2)
+    manager.give_back([held])
+    manager.validate()
+    assert manager.free == 3

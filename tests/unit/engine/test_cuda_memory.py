@@ -141,6 +141,19 @@ def test_what_is_written_to_the_pool_is_read_back(
         pool.digest(digest, offset, length)
         expected = hashlib.sha256(b"header" + bytes(pool.tensor.view(torch.uint8).tolist())[offset : offset + length])
         assert digest.digest() == expected.digest(), (offset, length)
+        into = bytearray(length)
+        pool.read_into(offset, memoryview(into))
+        assert into == bytes(pool.tensor.view(torch.uint8).tolist())[offset : offset + length]
+
+
+@pytest.mark.parametrize("read_bytes", [7, 1 << 20])
+def test_the_pool_fills_host_memory_with_what_lies_in_it(monkeypatch: pytest.MonkeyPatch, read_bytes: int) -> None:
+    monkeypatch.setattr(pool_module, "READ_BYTES", read_bytes)
+    data = random.Random(0).randbytes(100)
+    pool, into = DevicePool(50, torch.bfloat16, DEVICE), bytearray(44)
+    pool.write(0, data)
+    pool.read_into(31, memoryview(into)[2:42])
+    assert bytes(into) == bytes(2) + data[31:71] + bytes(2)
 
 
 def test_threads_read_their_own_parts_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:

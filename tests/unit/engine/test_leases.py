@@ -141,7 +141,7 @@ def test_all_leases_of_a_reader_end_with_it_and_those_of_others_do_not() -> None
     for each in (A, B):
         owner.lease(each, ONE)
     kept = owner.lease(A, TWO)
-    owner.leases.reader_gone(ONE.name, 1.0)
+    owner.leases.reader_gone(ONE, 1.0)
     assert [(ended.lease.version, ended.why) for ended in owner.leases.take_ended()] == [
         ("a", "reader_gone"), ("b", "reader_gone")
     ]  # fmt: skip
@@ -184,7 +184,7 @@ def test_where_all_is_read_a_request_waits_until_a_lease_ends() -> None:
     assert owner.waits(C) == ([], [])
     owner.leases.release(ONE, leases[1].lease_id, 1.0)
     assert (owner.pool.free_bytes, owner.pool.room_bytes) == (UNIT, UNIT)
-    assert owner.residency.handle(LeasesEnded()) == []
+    assert owner.residency.handle(LeasesEnded(), 0.0) == []
     assert owner.waits(C) == (["b"], ["c"])
 
 

@@ -206,12 +206,17 @@ class LeasesMachine(RuleBasedStateMachine):
             self.end([lease_id] if held is not None else [])
         self.heard()
 
-    @rule(name=st.sampled_from(READERS), is_told=st.booleans())
-    def reader_dies(self, name: str, is_told: bool) -> None:
+    @rule(name=st.sampled_from(READERS))
+    def reader_dies(self, name: str) -> None:
         self.lives[name] += 1
-        if is_told:
-            self.leases.reader_gone(name, self.now)
-            self.end([lease_id for lease_id, held in self.held.items() if held.reader.name == name])
+
+    @rule(name=st.sampled_from(READERS))
+    def a_past_life_is_told_of(self, name: str) -> None:
+        """Perhaps long after, and when its next has leases."""
+        if self.lives[name]:
+            gone = Reader(name, f"{self.lives[name] - 1}")
+            self.leases.reader_gone(gone, self.now)
+            self.end([lease_id for lease_id, held in self.held.items() if held.reader == gone])
             self.heard()
 
     @rule()

@@ -288,6 +288,7 @@ def test_refusals_name_the_setting_to_raise() -> None:
     assert f"engine.pool_bytes={5 * MIN + 3} can give is {5 * MIN}; raise engine.pool_bytes" in refusal
     assert AdapterPool(MIN, 0, MIN).refusal(ref("any")) == "engine.max_adapters is 0; raise it to serve adapters"
     assert AdapterPool(MIN * 5, 4, MIN).refusal(ref("fits", 5)) is None
+    assert AdapterPool(MIN * 5, 4, MIN).refusal(ref("none", 0)) == "adapter name-none has 0 bytes; register it again"
 
 
 def test_a_rank_above_the_limit_is_refused_by_name() -> None:

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 import msgspec
 
-from loraserve.engine.events import EvictAdapter, Instruction, LoadAdapter, PlanReady
+from loraserve.engine.events import EvictAdapter, Instruction, LeftSlab, LoadAdapter, PlanReady
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.pool import AdapterPool, Placed
 from loraserve.engine.residency import Residency
@@ -115,6 +115,7 @@ def test_an_eviction_comes_before_the_load_that_needs_it() -> None:
     assert isinstance(evict, EvictAdapter)
     assert isinstance(load, LoadAdapter)
     assert (evict.version, load.offset_bytes) == ("a", 0)
+    assert evict.left == LeftSlab(A, 0), "it lies there until the load begins"
 
 
 def test_a_plan_is_answered_when_all_of_it_is_there_and_pinned() -> None:
@@ -270,3 +271,15 @@ def test_a_smaller_adapter_loads_where_a_larger_one_found_no_room() -> None:
     made.pool.start_running("a", 0.0)
     double = msgspec.structs.replace(HUGE, slab_bytes=2 * UNIT)
     assert loads(made.start_loads([double, C], 1.0, idle=False)) == ["c"]
+
+
+def test_while_steps_run_a_plan_s_adapters_come_one_by_one_and_requests_are_not_held_up() -> None:
+    made = residency(units=8)
+    made.prepare(1, (A, B, C))
+    assert loads(made.start_loads([], 0.0, idle=False, stepping=True)) == ["a"]
+    assert loads(made.start_loads([D], 0.01, idle=False, stepping=True)) == ["d"]
+    made.loaded("a")
+    assert loads(made.start_loads([D], 0.01, idle=False, stepping=True)) == [], "it rests"
+    assert loads(made.start_loads([D], 0.1, idle=False, stepping=True)) == ["b"]
+    made.loaded("d")
+    assert loads(made.start_loads([], 0.1, idle=False, stepping=False)) == ["c"], "nothing runs any more"

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,7 +13,13 @@ from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig
 from loraserve.engine import setup
 from loraserve.engine.runner import ModelRunner
-from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits, threads_for
+from loraserve.engine.setup import (
+    build_runner,
+    digest_threads_for,
+    host_cache_bytes,
+    scheduler_limits,
+    threads_for,
+)
 from loraserve.errors import ConfigError
 from loraserve.testing.tiny_model import write_peft_adapter
 
@@ -176,6 +183,32 @@ def test_digests_get_cores_that_steps_leave_free(
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     config = Config(cluster=ClusterConfig(engines=engines), engine=EngineConfig(**settings))
     assert digest_threads_for(config, on_device) == threads
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("wanted", "engines", "on_device", "memory", "expected"),
+    [
+        ("auto", 1, False, 64 * GIB, 0),
+        ("auto", 1, True, 64 * GIB, 8 * GIB),
+        ("auto", 4, True, 64 * GIB, 4 * GIB),
+        (0, 1, True, 64 * GIB, 0),
+        (GIB, 2, False, 2 * GIB, GIB),
+    ],
+)
+def test_the_host_cache_takes_what_is_asked_for_or_some_of_what_a_gpu_s_machine_has(
+    wanted: Any, engines: int, on_device: bool, memory: int, expected: int
+) -> None:
+    config = Config(cluster=ClusterConfig(engines=engines), engine=EngineConfig(host_cache_bytes=wanted))
+    assert host_cache_bytes(config, on_device, memory) == expected
+
+
+def test_host_caches_that_are_larger_than_the_memory_are_refused() -> None:
+    config = Config(cluster=ClusterConfig(engines=2), engine=EngineConfig(host_cache_bytes=GIB))
+    with pytest.raises(ConfigError, match=r"host_cache_bytes is 1073741824 for each of 2 engines.*lower it"):
+        host_cache_bytes(config, False, 2 * GIB - 1)
 
 
 def test_limits_that_contradict_each_other_are_refused(make_runner: MakeRunner) -> None:

@@ -6,6 +6,7 @@ from loraserve.engine.events import (
     AdapterLoadFailed,
     CopiesRetired,
     EvictAdapter,
+    LeftSlab,
     PlanPrepared,
     PlanReady,
     RequestAborted,
@@ -70,7 +71,7 @@ def test_a_running_request_keeps_its_adapter(helpers: SimpleNamespace) -> None:
     desk.step_done()
     assert desk.loads == []
     instructions = desk.step_done()
-    assert EvictAdapter("a", 0) in instructions
+    assert EvictAdapter("a", 0, LeftSlab(helpers.adapter("a"), 0)) in instructions
     assert desk.loads == ["b"]
     desk.loaded("b")
     assert desk.sizes == {"waits": 1}

@@ -4,8 +4,8 @@ solo run, nothing leaks, and everything ends.
 
 # Long because one state machine is one class, and the device that it is held against is read beside it.
 
-from collections import deque
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
 from hashlib import blake2b
 
 from hypothesis import settings
@@ -15,8 +15,12 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from loraserve.engine.batch import DRAWN, Sampled, SequenceStep, StepBatch, StepResult, changes_logits
 from loraserve.engine.blocks import chain, root
 from loraserve.engine.events import (
+    CANCELLED,
+    AdapterDamaged,
+    AdapterExpected,
     AdapterLoaded,
     AdapterLoadFailed,
+    CancelLoad,
     CopiesRetired,
     Emit,
     Event,
@@ -100,6 +104,12 @@ class Device:
         self._spoilt |= {part.request_id for part in batch.sequences}
         self.compute(batch)
 
+    def damage(self, version: str, steps: Iterable[StepBatch]) -> None:
+        """Whatever was computed with it, or is being computed, is worth nothing."""
+        self.kv = {place: None if was and was[0] == version else was for place, was in self.kv.items()}
+        parts = [part for batch in steps for part in batch.sequences]
+        self._spoilt |= {p.request_id for p in parts if version_of(self.admits[p.request_id]) == version}
+
     def _part(self, part: SequenceStep) -> int:
         admit = self.admits[part.request_id]
         end = part.start + len(part.tokens)
@@ -159,6 +169,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.output: dict[str, list[int]] = {}
         self.steps: deque[StepBatch] = deque()
         self.loads: list[LoadAdapter] = []
+        self.cancelled: set[str] = set()
+        """Of the versions that load."""
         self.count = 0
         self.plan_epoch = 0
         self.plans_open = 0
@@ -172,6 +184,10 @@ class SchedulerMachine(RuleBasedStateMachine):
                 case LoadAdapter(slot=slot):
                     assert slot not in self.device.resident, "a slot is filled twice"
                     self.loads.append(instruction)
+                case CancelLoad(version):
+                    assert version not in self.cancelled, "a load is cancelled twice"
+                    assert version in {load.adapter.version for load in self.loads}
+                    self.cancelled.add(version)
                 case EvictAdapter(version, slot):
                     assert self.device.resident.pop(slot, version) == version
                 case Emit(_, delta):
@@ -281,12 +297,35 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.loads)
     @rule(data=st.data(), fails=st.integers(0, 4))
     def finish_load(self, data: st.DataObject, fails: int) -> None:
+        """One that was cancelled mostly ends as that, but may have ended otherwise before it heard of it."""
         load = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
-        if fails == 4:
+        if load.adapter.version in self.cancelled and fails < 3:
+            self.end_cancelled(load)
+        elif fails == 4:
+            self.cancelled.discard(load.adapter.version)
             self.tell(AdapterLoadFailed(load.adapter.version, "not_found", "gone"))
         else:
-            self.device.resident[load.slot] = load.adapter.version
-            self.tell(AdapterLoaded(load.adapter.version))
+            self.end_load(load)
+
+    def end_load(self, load: LoadAdapter) -> None:
+        self.cancelled.discard(load.adapter.version)
+        self.device.resident[load.slot] = load.adapter.version
+        self.tell(AdapterLoaded(load.adapter.version))
+
+    def end_cancelled(self, load: LoadAdapter) -> None:
+        self.cancelled.remove(load.adapter.version)
+        live = self.live.copy()
+        self.tell(AdapterLoadFailed(load.adapter.version, CANCELLED, "nobody wants it any more"))
+        assert self.live == live, "who came since is not to blame"
+
+    @precondition(lambda self: self.device.resident)
+    @rule(data=st.data())
+    def damage(self, data: st.DataObject) -> None:
+        version = data.draw(st.sampled_from(sorted(self.device.resident.values())))
+        self.device.damage(version, self.steps)
+        self.tell(AdapterDamaged(version))
+        begun = {request_id for request_id, output in self.output.items() if output} & self.live
+        assert version not in {version_of(self.device.admits[request_id]) for request_id in begun}
 
     @rule(adapters=st.lists(st.sampled_from(ADAPTERS), unique_by=lambda a: a.version, max_size=3))
     def plan(self, adapters: list[AdapterRef]) -> None:
@@ -295,6 +334,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tell(PlanPrepared(self.plan_epoch, tuple(adapters)))
         self.tell(CopiesRetired(self.plan_epoch, tuple(a.version for a in adapters)))
 
+    @rule(adapter=st.sampled_from(ADAPTERS))
+    def expect(self, adapter: AdapterRef) -> None:
+        self.tell(AdapterExpected(adapter))
+
+    @rule(seconds=st.sampled_from([2.0, 30.0]))
+    def time_passes(self, seconds: float) -> None:
+        self.now += seconds
+
     @invariant()
     def consistent(self) -> None:
         self.scheduler.validate()
@@ -302,6 +349,27 @@ class SchedulerMachine(RuleBasedStateMachine):
         listed = set(self.scheduler.load().request_ids)
         assert self.live <= listed <= self.live | in_steps, "a request that ended is held longer than its steps"
         assert self.scheduler.idle == (not listed and not self.steps)
+
+    @invariant()
+    def loads_are_wanted_or_cancelled(self) -> None:
+        residency = self.scheduler.residency
+        wanted = {s.version for s in self.scheduler.waiting}.union(
+            residency._plan.wanted, residency._guesses.versions()
+        )
+        for entry in residency.pool.entries():
+            assert entry.cancelled == (not entry.resident and entry.adapter.version in self.cancelled)
+            assert entry.resident or entry.cancelled or entry.adapter.version in wanted, "it loads for nobody"
+
+    @invariant()
+    def what_was_brought_in_is_useful_wasted_or_here(self) -> None:
+        entries = [e for e in self.scheduler.residency.pool.entries() if e.prefetch and e.resident]
+        undecided = Counter[str]()
+        for entry in entries:
+            undecided[entry.prefetch] += 0 if entry.ran else entry.adapter.slab_bytes
+        for counts in self.scheduler.load().prefetched:
+            decided = counts.useful_bytes + counts.wasted_bytes
+            assert counts.loaded_bytes == decided + undecided.pop(counts.kind, 0)
+        assert not any(undecided.values())
 
     @invariant()
     def shared_blocks_hold_what_their_names_say(self) -> None:
@@ -333,8 +401,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.finish_step()
             while self.loads:
                 load = self.loads.pop()
-                self.device.resident[load.slot] = load.adapter.version
-                self.tell(AdapterLoaded(load.adapter.version))
+                (self.end_cancelled if load.adapter.version in self.cancelled else self.end_load)(load)
             self.scheduler.validate()
         assert not self.live, [self.scheduler.story(r) for r in self.live]
         assert self.plans_open == 0, "a plan was never answered"

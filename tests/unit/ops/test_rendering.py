@@ -7,10 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Move, Plan, RebalanceDone, ResidentAdapter
+from loraserve.messages import (
+    AdapterDemand,
+    AdapterRef,
+    EngineLoad,
+    Move,
+    Plan,
+    ReadCounts,
+    RebalanceDone,
+    ResidentAdapter,
+)
 from loraserve.ops import adapters, rebalance, status
 from loraserve.ops.http import OpsError
 from loraserve.ops.text import BAR_CELLS, bar, size, table
+from loraserve.transfer.choice import Abilities
+from loraserve.transfer.protocol import PROTOCOL
 
 PIRATE = AdapterRef(name="pirate", version="a" * 64, rank=8, slab_bytes=900 << 10)
 FRENCH = AdapterRef(name="french", version="b" * 64, rank=32, slab_bytes=4 << 20)
@@ -240,3 +251,36 @@ def test_sizes_take_the_largest_unit(count: int, text: str) -> None:
 
 def test_figures_stand_on_the_right_and_words_on_the_left() -> None:
     assert table(["NAME", "N"], [["a", "7"], ["bbbbb", "12"]]).splitlines() == ["NAME    N", "a       7", "bbbbb  12"]
+
+
+def test_who_reads_from_whom_is_a_line_a_pair_before_and_after_the_first_read() -> None:
+    able = Abilities(protocol=PROTOCOL, host="a", neighbourhood="n", transports=("shm", "tcp"), device="cpu")
+    read = ReadCounts(
+        source="engine-1",
+        transport="tcp",
+        reads=3,
+        read_bytes=6 << 20,
+        failed=2,
+        mismatched=1,
+        predicted_bytes_per_s=1e9,
+    )
+    state = status.parse(
+        cluster(
+            engines=[
+                {
+                    "name": "engine-0",
+                    "alive": True,
+                    "age_s": 0.1,
+                    "load": load("engine-0", abilities=able, reads=(read,)),
+                    "reads_from": {"engine-1": ["shm", "tcp"], "engine-2": []},
+                }
+            ]
+        )
+    )
+    lines = [line.split() for line in status.reads(state).splitlines()]
+    assert lines[1:] == [
+        ["engine-0", "engine-1", "shm", "0", "0", "B", "-", "0", "0"],
+        ["engine-0", "engine-1", "tcp", "3", "6.0", "MiB", "953.7", "MiB/s", "2", "1"],
+    ]
+    assert status.reads(state) in status.render(state)
+    assert status.reads(status.parse(cluster(engines=[]))) == ""

@@ -43,6 +43,12 @@ class ViewMachine(RuleBasedStateMachine):
         view = self.view.engines.get(engine)
         assert view is None or view.pending[request_id].tokens == tokens
 
+    @rule(engine=st.sampled_from(ENGINES), version=st.sampled_from(["v1", "v2"]))
+    def expect(self, engine: str, version: str) -> None:
+        if engine in self.view.engines:
+            self.view.expected(engine, version, self.now)
+            assert self.view.engines[engine].has(version)
+
     @rule(engine=engines, request_id=requests)
     def admit(self, engine: str, request_id: str) -> None:
         self.view.admitted(engine, request_id, self.incarnation(engine), self.now)
@@ -81,7 +87,7 @@ class ViewMachine(RuleBasedStateMachine):
     def expire(self) -> None:
         self.view.expire(self.now)
         for view in self.view.ready():
-            assert all(self.now - p.since_s <= UNSEEN_S for p in view.pending.values())
+            assert self.now - view.oldest_s <= UNSEEN_S
 
     @rule(
         reporting=st.sets(st.sampled_from(ENGINES)),
@@ -136,6 +142,7 @@ class ViewMachine(RuleBasedStateMachine):
         assert not self.view.live
         for view in self.view.ready():
             assert not view.pending
+            assert not view.expected
             assert view.avoided_since_s is None
             assert view.timeouts < TIMEOUTS_TO_AVOID
 

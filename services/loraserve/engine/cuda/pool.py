@@ -1,11 +1,12 @@
 """The adapter pool in GPU memory, written and read back through page-locked memory, beside the steps."""
 
-import hashlib
 from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
+from blake3 import blake3
 
+from loraserve.engine.cuda.device_memory import zeros
 from loraserve.engine.cuda.errors import device_errors
 from loraserve.engine.pool_memory import Bytes, Digest
 
@@ -14,13 +15,13 @@ READ_BYTES = 8 << 20
 
 
 class DevicePool:
-    """One flat tensor of the slabs' dtype. Copies run on streams of their own, so that no step waits for one, and none
-    in one direction for one in the other."""
+    """One flat tensor of the slabs' dtype, in ``memory`` where that is a GPU's. Copies run on streams of their own, so
+    that no step waits for one, and none in one direction for one in the other."""
 
     waits = True
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.tensor = torch.zeros(elements, dtype=dtype, device=device)
+        self.tensor, self.memory = zeros(elements, dtype, device)
         self._bytes = self.tensor.view(torch.uint8)
         self._pinned = device.type == "cuda"
         self._writes = torch.cuda.Stream(device) if self._pinned else None
@@ -40,7 +41,10 @@ class DevicePool:
         self.write(0, bytes(min(write_bytes, len(self))))
         for _ in range(readers):
             self._staged.put(self._page_locked(READ_BYTES))
-        self.digest(hashlib.sha256(), 0, min(len(self), READ_BYTES))
+        self.digest(blake3(), 0, min(len(self), READ_BYTES))
+
+    def view(self, offset_bytes: int, length_bytes: int) -> None:
+        return None
 
     def write(self, offset_bytes: int, data: Bytes) -> None:
         staged = self._page_locked(len(data))
@@ -59,6 +63,14 @@ class DevicePool:
                 digest.update(part.numpy().data)
         finally:
             self._staged.put(staged)
+
+    def read_into(self, offset_bytes: int, into: memoryview) -> None:
+        target = torch.frombuffer(into, dtype=torch.uint8)
+        # In pieces, so that digests of what is loaded meanwhile get their turns on the stream.
+        for start in range(0, len(target), READ_BYTES):
+            part = target[start : start + READ_BYTES]
+            at = offset_bytes + start
+            self._copy(part, self._bytes[at : at + len(part)], self._reads)
 
     def _page_locked(self, length_bytes: int) -> torch.Tensor:
         return torch.empty(length_bytes, dtype=torch.uint8, pin_memory=self._pinned)

@@ -1,0 +1,48 @@
+"""Services in processes of their own, forked: to import them takes a new process some twenty seconds in the RDMA tests'
+virtual machine."""
+
+import os
+import sys
+from multiprocessing import get_context
+from types import TracebackType
+
+from loraserve.config import Config
+from loraserve.process import run_process
+from loraserve.service import Service
+
+FORK = get_context("fork")
+STOPS_WITHIN_S = 30.0
+
+
+class Forked:
+    """Such a process, from outside; it is ended at the end at the latest. Begun where no event loop runs."""
+
+    def __init__(self, kind: type[Service], name: str, config: Config) -> None:
+        self._process = FORK.Process(target=_run, args=(kind, name, config, os.getpid()), name=name, daemon=True)
+        self._process.start()
+
+    def __enter__(self) -> "Forked":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.kill()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    def kill(self) -> None:
+        """kill -9, and returns when it is over."""
+        self._process.kill()
+        self._process.join()
+
+    def stop(self) -> int | None:
+        """As its supervisor would. Its exit status, None where it does not end."""
+        self._process.terminate()
+        self._process.join(STOPS_WITHIN_S)
+        return self._process.exitcode
+
+
+def _run(kind: type[Service], name: str, config: Config, parent_pid: int) -> None:
+    sys.exit(run_process(kind, name, config, parent_pid))

@@ -1,0 +1,145 @@
+"""What this machine's GPU gives to peers: CUDA IPC between two processes, dma-buf, registration with an RDMA device.
+
+    python -m loraserve.testing.gpu_reads
+
+Prints one line of JSON: on which hardware, what worked, how fast, and why not what did not. scripts/gpu_check runs it.
+"""
+
+import asyncio
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+
+import msgspec
+
+from loraserve.errors import ConfigError
+from loraserve.testing.gpu_owner import GpuOwner, from_gpu
+from loraserve.testing.memory_owner import pattern
+from loraserve.transfer import verbs_ports
+from loraserve.transfer.cuda_driver import CudaFailed, GpuMemory, allocate, device_name, free
+from loraserve.transfer.cuda_ipc import CudaIpcReader, why_not
+from loraserve.transfer.protocol import Range, TransferError
+from loraserve.transfer.verbs_cuda import dma_buf, dma_buf_works, peermem_works
+from loraserve.transfer.verbs_device import Device
+
+SLAB_BYTES = 256 << 20
+READS = 10
+KILLS = 10
+READS_AT_A_KILL = 50
+"""One after another, so that the owner dies during one, and what is left of it is read by those behind."""
+
+
+class Report(msgspec.Struct, kw_only=True):
+    """What could not be tried is None, and its ``why`` says why."""
+
+    gpu: str
+    cuda_ipc_why_not: str
+    cuda_ipc_right: bool | None = None
+    cuda_ipc_gb_s: float | None = None
+    owners_killed_while_read: dict[str, int] | None = None
+    right_after_the_kills: bool | None = None
+    dma_buf: bool
+    dma_buf_why_not: str
+    peermem: bool
+    rdma_device: str
+    rdma_registered: bool | None
+    rdma_why_not: str
+
+
+def report(slab_bytes: int) -> Report:
+    """Raises ConfigError or CudaFailed where there is no GPU."""
+    memory = allocate(slab_bytes, 0)
+    dma_buf_why_not = _why_not(lambda: _try_dma_buf(memory))
+    device, registered, rdma_why_not = _registered(memory)
+    found = Report(
+        gpu=device_name(0),
+        cuda_ipc_why_not=why_not(0),
+        dma_buf=not dma_buf_why_not,
+        dma_buf_why_not=dma_buf_why_not,
+        peermem=peermem_works(),
+        rdma_device=device,
+        rdma_registered=registered,
+        rdma_why_not=rdma_why_not,
+    )
+    if not found.cuda_ipc_why_not:
+        asyncio.run(_read(found, memory))
+    free(memory)
+    return found
+
+
+async def _read(found: Report, memory: GpuMemory) -> None:
+    reader, whole = CudaIpcReader(0), [Range(0, memory.length_bytes)]
+    with GpuOwner(memory.length_bytes) as owner:
+        took_s = []
+        for _ in range(READS):
+            started_s = time.monotonic()
+            await reader.read_into(owner.handle, whole, memory, 0)
+            took_s.append(time.monotonic() - started_s)
+        found.cuda_ipc_right = _right(memory)
+        found.cuda_ipc_gb_s = memory.length_bytes / min(took_s) / 1e9
+    outcomes = [await _killed(reader, memory) for _ in range(KILLS)]
+    found.owners_killed_while_read = dict(sum(outcomes, Counter[str]()))
+    with GpuOwner(memory.length_bytes) as owner:
+        await reader.read_into(owner.handle, whole, memory, 0)
+    found.right_after_the_kills = _right(memory)
+    reader.close()
+
+
+async def _killed(reader: CudaIpcReader, memory: GpuMemory) -> Counter[str]:
+    """How reads end whose owner is killed meanwhile."""
+    whole = [Range(0, memory.length_bytes)]
+    with GpuOwner(memory.length_bytes) as owner:
+        reads = [reader.read_into(owner.handle, whole, memory, 0) for _ in range(READS_AT_A_KILL)]
+        tasks = [asyncio.create_task(read) for read in reads]
+        await tasks[0]
+        owner.kill()
+        ended = await asyncio.gather(*tasks, return_exceptions=True)
+    for error in ended:
+        if error is not None and not isinstance(error, TransferError):
+            raise error
+    return Counter(error.code if isinstance(error, TransferError) else "whole" for error in ended)
+
+
+def _right(memory: GpuMemory) -> bool:
+    return bool((from_gpu(memory) == pattern(memory.length_bytes)).all())
+
+
+def _try_dma_buf(memory: GpuMemory) -> None:
+    if not dma_buf_works(memory.device):
+        raise ConfigError("the CUDA driver says that this GPU has none")
+    with dma_buf(memory):
+        pass
+
+
+def _registered(memory: GpuMemory) -> tuple[str, bool | None, str]:
+    """The RDMA device, whether it takes the memory for both directions, and why not."""
+    reason = verbs_ports.why_not()
+    if reason:
+        return "", None, f"not tried: {reason}"
+    device = Device()
+    try:
+        why = _why_not(lambda: _register(device, memory))
+    finally:
+        device.close()
+    return device.port.device, not why, why
+
+
+def _register(device: Device, memory: GpuMemory) -> None:
+    for place in (device.readable(memory), device.writable(memory)):
+        place.close()
+
+
+def _why_not(attempt: Callable[[], object]) -> str:
+    try:
+        attempt()
+    except (ConfigError, CudaFailed) as error:
+        return str(error)
+    return ""
+
+
+if __name__ == "__main__":
+    try:
+        print(msgspec.json.encode(report(SLAB_BYTES)).decode())
+    except (ConfigError, CudaFailed) as error:
+        sys.exit(f"not run: {error}")

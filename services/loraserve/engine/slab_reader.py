@@ -1,0 +1,126 @@
+"""Reads a slab from one source into an extent, and verifies it.
+
+What arrives is verified against the version before anyone computes with it: the header at once, each layer in a thread,
+on a device as soon as it is there, while those behind it are still on their way.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import msgspec
+
+from loraserve.adapter.format import SlabHeader
+from loraserve.clock import Clock
+from loraserve.engine.landing import Landing
+from loraserve.engine.layers import Arrivals, damaged_layer, shares
+from loraserve.engine.link import SharedLink
+from loraserve.engine.link_speeds import LinkSpeeds, Way
+from loraserve.engine.pool_memory import PoolMemory
+from loraserve.engine.read_tally import ReadTally
+from loraserve.engine.runner_protocol import DeviceLost
+from loraserve.engine.source import Damaged, LoadFailed, Source
+from loraserve.log import get_logger
+from loraserve.messages import AdapterRef
+from loraserve.threads import in_thread
+
+WRITERS = 4
+"""Loads that write to a device at the same time, each a piece; others wait for their turn."""
+
+
+class Loaded(msgspec.Struct, frozen=True):
+    """A verified slab in its extent, and the seconds that it took, its share of those that other loads took too."""
+
+    header: SlabHeader
+    own_s: float
+    way: Way
+
+
+class SlabReader:
+    """Bounded in threads. What it sees of the sources' ways goes to ``speeds`` and ``tally``."""
+
+    def __init__(self, speeds: LinkSpeeds, clock: Clock, digest_threads: int) -> None:
+        self._speeds = speeds
+        self._clock = clock
+        self._digest_threads = digest_threads
+        self._link = SharedLink()
+        self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
+        # Not the writers': a piece that waits for digests would hold up the layers behind it.
+        self._digesters = ThreadPoolExecutor(digest_threads, thread_name_prefix="digest")
+        self._log = get_logger(__name__)
+        self.tally = ReadTally()
+
+    def close(self) -> None:
+        for threads in (self._writers, self._digesters):
+            threads.shutdown(wait=True, cancel_futures=True)
+
+    async def read(self, adapter: AdapterRef, pool: PoolMemory, offset_bytes: int, source: Source) -> Loaded:
+        """Raises LoadFailed, which is counted. However this ends nobody is at the extent any more."""
+        way = source.way
+        began = self._link.begin(time.monotonic())
+        self._speeds.began(way)
+        damaged: Damaged | None = None
+        try:
+            header = await source.open(adapter)
+            await self.fill(adapter, header, pool, offset_bytes, partial(source.copy, adapter))
+        except (asyncio.CancelledError, DeviceLost):
+            self._speeds.given_up(way)
+            raise
+        except Exception as error:
+            damaged = error if isinstance(error, Damaged) else None
+            raise self._failed(adapter, way, error) from error
+        finally:
+            own_s = self._link.end(began, time.monotonic())
+            source.close(damaged)
+        self._speeds.done(way, adapter.slab_bytes, own_s)
+        self.tally.done(way, adapter.slab_bytes)
+        return Loaded(header, own_s, way)
+
+    async def fill(
+        self,
+        adapter: AdapterRef,
+        header: SlabHeader,
+        pool: PoolMemory,
+        offset_bytes: int,
+        copy: Callable[[Landing], Awaitable[None]],
+    ) -> None:
+        """Copy in one task and check in others. The first that fails ends all, and they are over when this raises."""
+        arrivals = Arrivals(header, on_device=pool.waits)
+        try:
+            async with asyncio.TaskGroup() as tasks:
+
+                def arrived(slab_bytes: int) -> None:
+                    for layers in shares(arrivals.upto(slab_bytes), self._digest_threads):
+                        tasks.create_task(self._check(pool, header, offset_bytes, layers))
+
+                await copy(Landing(pool, offset_bytes, adapter.slab_bytes, arrived, self._writers))
+        except ExceptionGroup as failed:
+            raise failed.exceptions[0] from None
+
+    async def damaged_layer(self, pool: PoolMemory, header: SlabHeader, offset_bytes: int, layers: range) -> int | None:
+        """The first of them that is not what its digest is of."""
+        return await in_thread(self._digesters, partial(damaged_layer, pool, header, offset_bytes, layers))
+
+    async def _check(self, pool: PoolMemory, header: SlabHeader, offset_bytes: int, layers: range) -> None:
+        damaged = await self.damaged_layer(pool, header, offset_bytes, layers)
+        if damaged is not None:
+            raise Damaged(damaged)
+
+    def _failed(self, adapter: AdapterRef, way: Way, error: Exception) -> LoadFailed:
+        """Counted and logged, with both sides."""
+        failed = error if isinstance(error, LoadFailed) else LoadFailed("internal", f"{way.source}: {error!r}")
+        self._speeds.failed(way, self._clock.monotonic_s())
+        self.tally.failed(way, mismatched=isinstance(error, Damaged))
+        self._log.warning(
+            "source_failed",
+            adapter=adapter.name,
+            version=adapter.version[:12],
+            source=way.source,
+            transport=way.transport,
+            code=failed.code,
+            reason=failed.message,
+            exc_info=failed is not error,
+        )
+        return failed

@@ -1,0 +1,1 @@
+"""Parts of an engine for tests that are about something else."""

@@ -1,0 +1,89 @@
+"""A loader between peers that misbehave, a monitor that names them and a store, for tests: real loader, real tcp."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import AsyncExitStack
+from typing import Any
+
+from loraserve.adapter.pack import Slab
+from loraserve.config import Config, EngineConfig
+from loraserve.engine.loader import SlabLoader
+from loraserve.engine.offline import adapter_reference
+from loraserve.engine.pool_memory import HostPool
+from loraserve.engine.readers import Readers
+from loraserve.engine.sources import Sources
+from loraserve.messages import Copies, FindCopies, ToEngine, ToMonitor, ToStore
+from loraserve.system_clock import SystemClock
+from loraserve.testing.bus import MemoryNetwork
+from loraserve.testing.scripted_owner import ABLE, ScriptedOwner
+
+OFFSET, GUARD = 4096, b"\x55"
+TIMEOUT_S = 20.0
+
+
+class LoadScene:
+    """Around the extent nothing may change."""
+
+    def __init__(self, slab: Slab, store: Any, peers: int) -> None:
+        self.network = MemoryNetwork()
+        self.slab = slab
+        self.ref = adapter_reference("one", self.slab)
+        self.store = store
+        self.owners = [ScriptedOwner(self.network.bus(f"engine-{n}", ToEngine), self.slab) for n in range(1, peers + 1)]
+        self.monitor = self.network.bus("monitor", ToMonitor)
+        self.memory = bytearray(GUARD * (OFFSET + len(self.slab.data) + OFFSET))
+        pool = HostPool(memoryview(self.memory))
+        bus, clock = self.network.bus("engine-0", ToEngine), SystemClock()
+        config = Config(engine=EngineConfig(load_chunk_bytes=8192, load_timeout_s=TIMEOUT_S))
+        self.sources = Sources(bus, config, clock, Readers(bus, pool, None), ABLE)
+        self.loader = SlabLoader(self.sources, pool, clock, TIMEOUT_S, 1)
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        serving = [owner.serve() for owner in self.owners]
+        serving += [self.store.serve(self.network.bus("store", ToStore)), self._name_holders()]
+        for work in serving:
+            stack.callback(asyncio.create_task(work).cancel)
+        stack.callback(self.loader.close)
+
+    async def load(self) -> str:
+        """From where it came. What it brought, and what is around it, is as it should be."""
+        loaded = await self.loader.load(self.ref, OFFSET)
+        assert bytes(self.memory[OFFSET : OFFSET + len(self.slab.data)]) == bytes(self.slab.data)
+        self.check_around()
+        return loaded.way.source
+
+    def check_around(self) -> None:
+        assert self.memory[:OFFSET] == GUARD * OFFSET
+        assert self.memory[-OFFSET:] == GUARD * OFFSET
+
+    def failed(self, source: str) -> tuple[int, int]:
+        """Reads that failed from there, and mismatches among them."""
+        counts = [each for each in self.loader.counts() if each.source == source]
+        return sum(each.failed for each in counts), sum(each.mismatched for each in counts)
+
+    async def until(self, condition: Callable[[], object]) -> None:
+        async with asyncio.timeout(TIMEOUT_S):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
+
+    async def _name_holders(self) -> None:
+        while True:
+            envelope = await self.monitor.receive()
+            assert isinstance(envelope.message, FindCopies)
+            holders = tuple(owner.holder() for owner in self.owners)
+            self.monitor.respond(envelope, Copies(version=envelope.message.version, holders=holders))
+
+
+Scenario = Callable[[LoadScene], Awaitable[None]]
+
+
+def play(scenario: Scenario, slab: Slab, store: Any, peers: int) -> None:
+    """The scenario in a scene of its own; ``store`` serves what it is given."""
+
+    async def main() -> None:
+        async with AsyncExitStack() as stack:
+            made = LoadScene(slab, store, peers)
+            await made.start(stack)
+            await scenario(made)
+
+    asyncio.run(main())

@@ -1,0 +1,53 @@
+"""A pool in memory that tells who is at it, and lets a test hold them up."""
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from loraserve.engine.pool_memory import HostPool
+
+
+class WatchedPool:
+    """A pool that knows who is at it. ``before_digest`` and ``before_write`` are called in the thread, with a byte."""
+
+    def __init__(self, offset_bytes: int, waits: bool = True) -> None:
+        self._offset_bytes = offset_bytes
+        self.memory = bytearray(1 << 17)
+        self.waits = waits
+        self.before_digest: Callable[[int], object] = lambda at: None
+        self.before_write: Callable[[int], object] = lambda at: None
+        self.read: list[int] = []
+        self.busy = self.most_reading = self._reading = 0
+        self._pool = HostPool(memoryview(self.memory))
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self.memory)
+
+    def view(self, offset_bytes: int, length_bytes: int) -> memoryview | None:
+        return None if self.waits else self._pool.view(offset_bytes, length_bytes)
+
+    def write(self, offset_bytes: int, data: Any) -> None:
+        with self._busy(reading=0):
+            self.before_write(offset_bytes - self._offset_bytes)
+            self._pool.write(offset_bytes, data)
+
+    def digest(self, digest: Any, offset_bytes: int, length_bytes: int) -> None:
+        self.read.append(offset_bytes - self._offset_bytes)
+        with self._busy(reading=1):
+            self.before_digest(offset_bytes - self._offset_bytes)
+            self._pool.digest(digest, offset_bytes, length_bytes)
+
+    @contextmanager
+    def _busy(self, reading: int) -> Iterator[None]:
+        self._count(1, reading)
+        try:
+            yield
+        finally:
+            self._count(-1, -reading)
+
+    def _count(self, busy: int, reading: int) -> None:
+        with self._lock:
+            self.busy, self._reading = self.busy + busy, self._reading + reading
+            self.most_reading = max(self.most_reading, self._reading)

@@ -1,0 +1,189 @@
+"""What is left of peers that went, of connections that failed and of reads that were cancelled: nothing."""
+
+import asyncio
+import json
+import shutil
+import subprocess
+from collections.abc import Awaitable, Callable
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from loraserve.bus.protocol import Envelope
+from loraserve.bus.zmq import open_bus
+from loraserve.config import Config
+from loraserve.errors import ConfigError
+from loraserve.messages import ConnectQueue
+from loraserve.testing.bus import MemoryNetwork
+from loraserve.testing.memory_owner import pattern
+from loraserve.testing.verbs_owner import VerbsOwner
+from loraserve.transfer.protocol import PROTOCOL, Range, TransferError
+from loraserve.transfer.verbs import VerbsReader
+from loraserve.transfer.verbs_device import Device
+from loraserve.transfer.verbs_exporter import VerbsExporter
+from loraserve.transfer.verbs_queue import Completions, QueuePair
+
+TIMEOUT_S = 5.0
+HANGS_S = 60.0
+ONE = [Range(0, 1)]
+Scenario = Callable[[VerbsReader], Awaitable[None]]
+
+
+def held() -> dict[str, int]:
+    """What the kernel counts of all processes' queue pairs, completion queues and registered memory."""
+    tool = shutil.which("rdma")
+    if tool is None:
+        pytest.skip("iproute2's `rdma` is needed to count what is held")
+    counted = json.loads(subprocess.check_output([tool, "-j", "resource", "show"]))
+    return {kind: sum(device.get(kind, 0) for device in counted) for kind in ("qp", "cq", "mr", "pd")}
+
+
+def play(config: Config, scenario: Scenario) -> str:
+    """The incarnation under which the reader read."""
+
+    async def main() -> str:
+        bus, device = open_bus(config, "reader", None), Device()
+        reader = VerbsReader(bus, device, TIMEOUT_S)
+        try:
+            async with asyncio.timeout(HANGS_S):
+                await scenario(reader)
+        finally:
+            reader.close()
+            device.close()
+            await bus.close()
+        return bus.incarnation
+
+    return asyncio.run(main())
+
+
+def reads_from(owner: VerbsOwner) -> Scenario:
+    return lambda reader: reader.read(owner.handle, ONE, memoryview(bytearray(1)))
+
+
+async def endless(reader: VerbsReader, owner: VerbsOwner, into: NDArray[np.uint8]) -> None:
+    while True:
+        await reader.read(owner.handle, [Range(0, len(into))], into.data)
+
+
+def test_a_readers_next_life_takes_the_place_of_its_last(owner: VerbsOwner, config: Config) -> None:
+    lives = [play(config, reads_from(owner)) for _ in range(3)]
+    assert owner.serving() == 1
+
+    async def scenario(reader: VerbsReader) -> None:
+        await reads_from(owner)(reader)
+        # The news of a death may come when the next life reads already.
+        owner.forget("reader", lives[-1])
+        assert owner.serving() == 1
+        await reads_from(owner)(reader)
+
+    last = play(config, scenario)
+    owner.forget("reader", last)
+    assert owner.serving() == 0
+
+
+def test_an_owners_next_life_takes_the_place_of_its_last(config: Config) -> None:
+    async def scenario(reader: VerbsReader) -> None:
+        for _ in range(3):
+            # Killed while nobody reads, which nobody notices.
+            with VerbsOwner(pattern(4096), config, "mortal") as mortal:
+                await reads_from(mortal)(reader)
+            assert reader.connected == 1
+
+    play(config, scenario)
+
+
+def test_what_is_read_from_an_owner_that_is_said_to_be_gone_ends_at_once(owner: VerbsOwner, config: Config) -> None:
+    async def scenario(reader: VerbsReader) -> None:
+        into = np.zeros(owner.handle.length_bytes, np.uint8)
+        reader.keep(into.data)
+        reads = [asyncio.create_task(endless(reader, owner, into)) for _ in range(4)]
+        while not into[0]:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        reader.forget("mortal", owner.handle.incarnation)
+        reader.forget(owner.handle.owner, "another")
+        assert reader.connected == 1
+        while not any(read.done() for read in reads):
+            # It may be that all were over just then, and begin anew.
+            reader.forget(owner.handle.owner, owner.handle.incarnation)
+            assert reader.connected == 0
+            await asyncio.sleep(0.005)
+        failed = [read for read in reads if read.done()]
+        with pytest.raises(TransferError, match="it died") as gone:
+            await failed.pop()
+        assert gone.value.code == "gone"
+        for read in reads:
+            read.cancel()
+        await asyncio.gather(*reads, return_exceptions=True)
+        await reads_from(owner)(reader)
+        before = held()
+        reader.forget(owner.handle.owner, owner.handle.incarnation)
+        assert held() == {**before, "qp": before["qp"] - 1}
+
+    play(config, scenario)
+
+
+def test_a_connection_is_not_made_for_a_peer_that_went_meanwhile() -> None:
+    before = held()
+
+    async def main() -> None:
+        network = MemoryNetwork()
+        bus, device = network.bus("owner", ConnectQueue), Device()
+        exporter = VerbsExporter(bus, device)
+        handle = exporter.register(pattern(4096).data)
+        completions = Completions(device, 1)
+        end = QueuePair(device, completions.queue, 1, served=False).end
+
+        async def meanwhile(happens: Callable[[], object], link: str = "a", life: str = "2") -> int:
+            asked = ConnectQueue(
+                protocol=PROTOCOL, incarnation=handle.incarnation, link=link, reader_incarnation=life, end=end
+            )
+            answer = asyncio.create_task(exporter.answer(Envelope("reader", asked)))
+            await asyncio.sleep(0)
+            happens()
+            await asyncio.gather(answer, return_exceptions=True)
+            return exporter.serving
+
+        one_more = {"qp": held()["qp"] + 1}
+        assert await meanwhile(lambda: exporter.forget("reader")) == 0
+        assert await meanwhile(lambda: exporter.forget("reader", "2")) == 0
+        assert await meanwhile(lambda: exporter.forget("other")) == 1
+        assert await meanwhile(lambda: exporter.forget("reader", "1"), "b") == 2
+        assert await meanwhile(lambda: None, "b") == 2
+        exporter.forget("reader")
+        assert await meanwhile(lambda: None) == 1
+        assert held()["qp"] == one_more["qp"]
+        assert await meanwhile(exporter.close) == 0
+        completions.close()
+        device.close()
+
+    asyncio.run(main())
+    assert held() == before
+
+
+def test_cancelled_reads_leave_nothing_registered(owner: VerbsOwner, config: Config) -> None:
+    async def scenario(reader: VerbsReader) -> None:
+        await reads_from(owner)(reader)
+        before = held()
+        into = np.zeros(owner.handle.length_bytes, np.uint8)
+        for begun in range(8):
+            read = asyncio.create_task(endless(reader, owner, into))
+            for _ in range(begun):
+                await asyncio.sleep(0.002)
+            for _ in range(3):
+                read.cancel()
+                await asyncio.sleep(0)
+            await asyncio.wait([read])
+            assert read.cancelled()
+            assert held() == before
+
+    play(config, scenario)
+
+
+def test_a_completion_queue_that_cannot_be_is_a_clear_error() -> None:
+    before = held()
+    device = Device()
+    with pytest.raises(ConfigError, match="no room for"):
+        Completions(device, 1 << 30)
+    device.close()
+    assert held() == before

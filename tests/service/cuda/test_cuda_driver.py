@@ -1,0 +1,249 @@
+"""What only a driver in software can be made to do: GPUs that do not reach each other, refusals, slow copies."""
+
+import asyncio
+import mmap
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+import pytest
+
+from loraserve.errors import ConfigError
+from loraserve.testing.gpu_owner import GpuOwner, from_gpu, to_gpu
+from loraserve.testing.gpu_reads import KILLS, READS_AT_A_KILL, report
+from loraserve.testing.memory_owner import pattern
+from loraserve.transfer.cuda_driver import (
+    OTHER_LIBRARY,
+    CudaFailed,
+    GpuMemory,
+    allocate,
+    call,
+    device_count,
+    device_name,
+    device_uuid,
+    free,
+)
+from loraserve.transfer.cuda_ipc import CudaIpcReader, why_not
+from loraserve.transfer.here import abilities
+from loraserve.transfer.protocol import Range, TransferError
+from loraserve.transfer.verbs_cuda import dma_buf, dma_buf_works, flush_remote_writes
+
+MIB = 1 << 20
+LENGTH = 4 * MIB
+Setting = Callable[[str, int], None]
+
+
+def test_without_a_driver_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OTHER_LIBRARY, "/none/such.so")
+    with pytest.raises(ConfigError, match=r"there is no CUDA driver.*/none/such\.so"):
+        allocate(MIB, 0)
+    assert "there is no CUDA driver" in why_not(0)
+    assert not dma_buf_works(0)
+    assert abilities(("cuda_ipc", "tcp"), "cuda").transports == ("tcp",)
+
+
+def test_another_library_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OTHER_LIBRARY, "libc.so.6")
+    with pytest.raises(ConfigError, match=r"there is no CUDA driver, or it is older than.*cuInit"):
+        device_count()
+
+
+def test_errors_have_the_driver_s_names(software: None, setting: Setting) -> None:
+    setting("BYTES", 4 * MIB)
+    with pytest.raises(CudaFailed, match="cuMemAlloc failed with CUDA_ERROR_OUT_OF_MEMORY") as failed:
+        allocate(4 * MIB + 1, 0)
+    assert failed.value.name == "CUDA_ERROR_OUT_OF_MEMORY"
+    with pytest.raises(CudaFailed, match="cuDeviceGet failed with CUDA_ERROR_INVALID_DEVICE"):
+        allocate(MIB, 1)
+    with pytest.raises(CudaFailed, match="cuStreamSynchronize failed with CUDA_ERROR_INVALID_CONTEXT"):
+        call("cuStreamSynchronize", None)
+    memory = allocate(4 * MIB, 0)
+    free(memory)
+    free(allocate(4 * MIB, 0))
+    with pytest.raises(CudaFailed, match="cuMemFree failed with CUDA_ERROR_INVALID_VALUE"):
+        free(memory)
+
+
+def test_each_thread_s_calls_are_about_the_gpu_of_the_memory(software: None, setting: Setting) -> None:
+    setting("DEVICES", 2)
+    assert device_count() == 2
+    assert (device_name(0), device_name(1)) == ("software GPU 0", "software GPU 1")
+    assert device_uuid(0) != device_uuid(1)
+    data = pattern(MIB)
+
+    def round_trip(device: int) -> bool:
+        memory = allocate(MIB, device)
+        to_gpu(memory, data)
+        same = bool((from_gpu(memory) == data).all())
+        free(memory)
+        return same
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(round_trip, [0, 1] * 10))
+
+
+def test_memory_that_cannot_be_exported_is_not_announced(setting: Setting) -> None:
+    setting("IPC", 0)
+    assert why_not(0) == "cuIpcGetMemHandle failed with CUDA_ERROR_NOT_SUPPORTED"
+    assert abilities(("cuda_ipc", "shm"), "cuda").transports == ("shm",)
+    setting("IPC", 1)
+    assert abilities(("cuda_ipc", "shm"), "cuda", gpu=0).transports == ("cuda_ipc", "shm")
+    assert abilities(("cuda_ipc", "shm"), "cuda", gpu=1).transports == ("shm",), "there is no such GPU"
+
+
+async def read(device: int, owner: GpuOwner) -> bool:
+    """Whether what another GPU reads is right."""
+    reader = CudaIpcReader(device)
+    memory = allocate(LENGTH, device)
+    try:
+        await reader.read_into(owner.handle, [Range(0, LENGTH)], memory, 0)
+        return bool((from_gpu(memory) == pattern(LENGTH)).all())
+    finally:
+        reader.close()
+        free(memory)
+
+
+@pytest.mark.parametrize(
+    ("first", "reach", "why"),
+    [
+        (0, 1, ""),
+        (0, 0, "GPU 1 cannot access the memory of GPU 0"),
+        (1, 1, "cuIpcOpenMemHandle failed with CUDA_ERROR_INVALID_DEVICE"),
+    ],
+)
+def test_another_gpu_s_memory(setting: Setting, first: int, reach: int, why: str) -> None:
+    """Which this process may use, cannot access, or may not use."""
+    with GpuOwner(LENGTH) as owner:
+        setting("DEVICES", 2)
+        setting("FIRST", first)
+        setting("REACH", reach)
+        if not why:
+            assert asyncio.run(read(1, owner))
+            return
+        with pytest.raises(TransferError) as refused:
+            asyncio.run(read(1, owner))
+        assert refused.value.code == "refused"
+        assert why in refused.value.message
+
+
+def test_nobody_writes_once_a_read_was_cancelled(setting: Setting) -> None:
+    async def main(owner: GpuOwner) -> None:
+        reader = CudaIpcReader(0)
+        first, second = allocate(LENGTH, 0), allocate(LENGTH, 0)
+        ranges = [Range(0, LENGTH)]
+        reads = [asyncio.create_task(reader.read_into(owner.handle, ranges, into, 0)) for into in (first, second)]
+        await asyncio.sleep(0.1)
+        for each in reads:
+            each.cancel()
+        done = await asyncio.gather(*reads, return_exceptions=True)
+        assert all(isinstance(each, asyncio.CancelledError) for each in done)
+        for memory in (first, second):
+            to_gpu(memory, np.zeros(LENGTH, np.uint8))
+        await reader.read(owner.handle, [Range(0, 1)], memoryview(bytearray(1)))
+        assert not from_gpu(first).any()
+        assert not from_gpu(second).any()
+        reader.close()
+
+    with GpuOwner(LENGTH) as owner:
+        setting("COPY_US", 500_000)
+        asyncio.run(main(owner))
+
+
+def test_an_owner_that_dies_while_it_is_read_is_gone(setting: Setting) -> None:
+    async def main(owner: GpuOwner) -> None:
+        reader = CudaIpcReader(0)
+        task = asyncio.create_task(reader.read(owner.handle, [Range(0, LENGTH)], memoryview(bytearray(LENGTH))))
+        await asyncio.sleep(0.1)
+        owner.kill()
+        with pytest.raises(TransferError) as failed:
+            await task
+        assert failed.value.code == "gone"
+        assert reader.mapped == 0
+        reader.close()
+
+    with GpuOwner(LENGTH) as owner:
+        setting("COPY_US", 500_000)
+        asyncio.run(main(owner))
+
+
+def test_an_owner_that_dies_before_its_memory_is_opened_is_gone(setting: Setting) -> None:
+    """Whatever the driver says of it."""
+
+    async def main(owner: GpuOwner, other: GpuOwner) -> None:
+        reader = CudaIpcReader(0)
+        first, second = (
+            asyncio.create_task(reader.read(each.handle, [Range(0, 1)], memoryview(bytearray(1))))
+            for each in (other, owner)
+        )
+        await asyncio.sleep(0.1)
+        owner.kill()
+        await first
+        with pytest.raises(TransferError, match="gone"):
+            await second
+        reader.close()
+
+    with GpuOwner(LENGTH) as owner, GpuOwner(LENGTH) as other:
+        setting("COPY_US", 500_000)
+        asyncio.run(main(owner, other))
+
+
+@pytest.mark.parametrize(("start", "length"), [(0, MIB), (100, 5), (mmap.PAGESIZE, mmap.PAGESIZE + 1)])
+def test_memory_as_a_dma_buf_lies_in_whole_pages_of_it(software: None, start: int, length: int) -> None:
+    whole = allocate(2 * MIB, 0)
+    to_gpu(whole, pattern(2 * MIB))
+    assert dma_buf_works(0)
+    before = len(os.listdir("/proc/self/fd"))
+    with dma_buf(GpuMemory(whole.address + start, length)) as (descriptor, offset):
+        # In software a dma-buf is of the whole allocation; of what was asked for a real one is.
+        at = start // mmap.PAGESIZE * mmap.PAGESIZE + offset
+        assert os.pread(descriptor, length, at) == pattern(2 * MIB)[start : start + length].tobytes()
+    assert len(os.listdir("/proc/self/fd")) == before
+    flush_remote_writes(0)
+    free(whole)
+    with pytest.raises(ConfigError, match=r"cuMemGetHandleForAddressRange failed with CUDA_ERROR_INVALID_VALUE.*open"):
+        dma_buf(whole).__enter__()
+
+
+def test_what_the_driver_refuses_is_refused_in_its_words_and_the_next_read_goes_on(software: None) -> None:
+    async def main(owner: GpuOwner) -> None:
+        reader = CudaIpcReader(0)
+        for changes, at in (({"allocation": b"\x01" * 64}, 0), ({"length_bytes": 64 * MIB}, 64 * MIB - 1)):
+            handle = msgspec.structs.replace(owner.handle, **changes)
+            into = bytearray(2)
+            with pytest.raises(TransferError, match=r"refused.*(CUDA_ERROR_INVALID_VALUE|that its handle opens); use"):
+                await reader.read(handle, [Range(0, 1), Range(at, 1)], memoryview(into))
+            await reader.read(owner.handle, [Range(0, 2)], memoryview(into))
+            assert into == pattern(2).tobytes()
+            assert reader.mapped == 1, "what failed is let go of"
+        reader.close()
+
+    with GpuOwner(LENGTH) as owner:
+        asyncio.run(main(owner))
+
+
+def test_what_a_gpu_gives_to_peers_is_reported_whole(software: None, setting: Setting) -> None:
+    """scripts/gpu_check runs it on hardware; here it must only not fail of itself."""
+    setting("COPY_US", 1000)
+    found = report(4 * MIB)
+    assert (found.gpu, found.cuda_ipc_why_not, found.cuda_ipc_right) == ("software GPU 0", "", True)
+    assert found.owners_killed_while_read is not None
+    assert found.owners_killed_while_read.keys() == {"whole", "gone"}
+    assert sum(found.owners_killed_while_read.values()) == KILLS * READS_AT_A_KILL
+    assert found.right_after_the_kills
+    assert (found.dma_buf, found.dma_buf_why_not) == (True, "")
+    assert (found.rdma_registered is None) == found.rdma_why_not.startswith("not tried: ")
+    setting("IPC", 0)
+    found = report(4 * MIB)
+    assert "CUDA_ERROR_NOT_SUPPORTED" in found.cuda_ipc_why_not
+    assert found.cuda_ipc_gb_s is None
+
+
+def test_without_a_gpu_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(OTHER_LIBRARY, "/none/such.so")
+    done = subprocess.run([sys.executable, "-m", "loraserve.testing.gpu_reads"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("not run: there is no CUDA driver")

@@ -1,0 +1,241 @@
+"""GPU memory between real processes, over a CUDA driver in software and, where there is a GPU, over the real one."""
+
+import asyncio
+import hashlib
+import os
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+
+import msgspec
+import numpy as np
+import pytest
+
+from loraserve.errors import ConfigError
+from loraserve.testing.gpu_owner import OFFSET, GpuOwner, from_gpu, to_gpu
+from loraserve.testing.memory_owner import pattern
+from loraserve.transfer.cuda_driver import GpuMemory, allocate, free
+from loraserve.transfer.cuda_ipc import CudaIpcExporter, CudaIpcReader, why_not
+from loraserve.transfer.here import abilities
+from loraserve.transfer.protocol import PROTOCOL, CudaIpcHandle, Range, TcpHandle, TransferError
+from loraserve.transfer.shared_memory import NAME
+
+MIB = 1 << 20
+LENGTH = 16 * MIB
+RANGES = [Range(5, 10), Range(LENGTH - 3 * MIB, 3 * MIB), Range(0, 0), Range(7, 1)]
+WANTED = sum(each.length_bytes for each in RANGES)
+GUARD = 64
+
+
+def expected() -> bytes:
+    truth = pattern(LENGTH)
+    return np.concatenate([truth[each.offset_bytes :][: each.length_bytes] for each in RANGES]).tobytes()
+
+
+@pytest.fixture
+def owner(driver: str) -> Iterator[GpuOwner]:
+    with GpuOwner(LENGTH) as owner:
+        yield owner
+
+
+@contextmanager
+def room(length_bytes: int, device: int = 0) -> Iterator[GpuMemory]:
+    """Zeroed memory of the GPU."""
+    memory = allocate(length_bytes, device)
+    to_gpu(memory, np.zeros(length_bytes, np.uint8))
+    try:
+        yield memory
+    finally:
+        free(memory)
+
+
+def play(scenario: Callable[[CudaIpcReader], Awaitable[None]], device: int = 0, **options: int) -> None:
+    async def main() -> None:
+        reader = CudaIpcReader(device, **options)
+        try:
+            await scenario(reader)
+        finally:
+            reader.close()
+
+    asyncio.run(main())
+
+
+async def refusal(reader: CudaIpcReader, handle: CudaIpcHandle, ranges: list[Range], device: int = 0) -> TransferError:
+    """The error of reads that must fail and must not write, to the GPU and to the host."""
+    length = max(1, sum(each.length_bytes for each in ranges))
+    into = bytearray(sum(each.length_bytes for each in ranges))
+    with room(length, device) as memory:
+        with pytest.raises(TransferError) as refused:
+            await reader.read_into(handle, ranges, memory, 0)
+        assert not from_gpu(memory).any()
+    with pytest.raises(TransferError) as here:
+        await reader.read(handle, ranges, memoryview(into))
+    assert not any(into)
+    assert here.value.code == refused.value.code
+    assert handle.owner in refused.value.message
+    return refused.value
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+
+
+def test_ranges_arrive_in_the_gpu_s_memory_and_nothing_beside_them(owner: GpuOwner) -> None:
+    async def scenario(reader: CudaIpcReader) -> None:
+        with room(WANTED + 2 * GUARD) as memory:
+            for _ in range(2):
+                await reader.read_into(owner.handle, RANGES, memory, GUARD)
+                found = from_gpu(memory)
+                assert hashlib.sha256(found[GUARD:-GUARD]).digest() == hashlib.sha256(expected()).digest()
+                assert not found[:GUARD].any()
+                assert not found[-GUARD:].any()
+            assert reader.mapped == 1
+            await reader.read_into(owner.handle, [], memory, memory.length_bytes)
+
+    play(scenario)
+
+
+def test_ranges_arrive_in_the_host_s_memory(owner: GpuOwner) -> None:
+    async def scenario(reader: CudaIpcReader) -> None:
+        into = bytearray(WANTED)
+        await reader.read(owner.handle, RANGES, memoryview(into))
+        assert into == expected()
+        await reader.read(owner.handle, [], memoryview(bytearray()))
+
+    play(scenario)
+
+
+def test_many_reads_at_the_same_time_each_get_their_own(owner: GpuOwner) -> None:
+    truth = pattern(LENGTH)
+
+    async def scenario(reader: CudaIpcReader) -> None:
+        with room(100 * 1000) as memory:
+            reads = (reader.read_into(owner.handle, [Range(i * 7919, 1000)], memory, i * 1000) for i in range(100))
+            await asyncio.gather(*reads)
+            found = from_gpu(memory).reshape(100, 1000)
+            for i, row in enumerate(found):
+                assert (row == truth[i * 7919 : i * 7919 + 1000]).all(), i
+
+    play(scenario)
+
+
+def test_a_killed_owner_is_gone_and_its_memory_is_let_go_before_anybody_reads(owner: GpuOwner) -> None:
+    async def scenario(reader: CudaIpcReader) -> None:
+        await reader.read(owner.handle, [Range(0, 1)], memoryview(bytearray(1)))
+        assert reader.mapped == 1
+        owner.kill()
+        await until(lambda: reader.mapped == 0)
+        error = await refusal(reader, owner.handle, [Range(0, MIB)])
+        assert error.code == "gone"
+        assert "another source" in error.message
+        with GpuOwner(LENGTH) as other, room(MIB) as memory:
+            await reader.read_into(other.handle, [Range(0, MIB)], memory, 0)
+            assert (from_gpu(memory) == pattern(LENGTH)[:MIB]).all(), "the reader goes on with others"
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("command", ["withdraw", "free"])
+def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: GpuOwner, command: str) -> None:
+    async def scenario(reader: CudaIpcReader) -> None:
+        await reader.read(owner.handle, [Range(0, 1)], memoryview(bytearray(1)))
+        owner.tell(command)
+        assert (await refusal(reader, owner.handle, [Range(0, 1)])).code == "gone"
+        assert reader.mapped == 0
+        assert (await refusal(reader, owner.handle, [Range(0, 1)])).code == "gone"
+
+    play(scenario)
+
+
+def test_handles_that_name_something_else(owner: GpuOwner) -> None:
+    good = owner.handle
+    cases = [
+        ({"name": NAME + "0" * 32}, "gone"),
+        ({"descriptor": 0}, "gone"),
+        ({"descriptor": 10**15}, "gone"),
+        ({"pid": os.getpid()}, "gone"),
+        ({"pid": 2**62}, "gone"),
+        ({"protocol": PROTOCOL + 1}, "version"),
+        ({"allocation": b""}, "refused"),
+        ({"allocation": bytes(64)}, "refused"),
+        ({"offset_bytes": 1 << 40}, "refused"),
+        ({"offset_bytes": -1}, "refused"),
+        ({"length_bytes": 1 << 40}, "refused"),
+    ]
+
+    async def scenario(reader: CudaIpcReader) -> None:
+        for changes, code in cases:
+            handle = msgspec.structs.replace(good, **changes)
+            assert (await refusal(reader, handle, [Range(0, 1)])).code == code, changes
+        for ranges in ([Range(0, 2), Range(LENGTH - 1, 2)], [Range(-1, 1)]):
+            assert (await refusal(reader, good, ranges)).code == "out_of_range"
+        tcp = TcpHandle(protocol=PROTOCOL, owner="owner", incarnation="i", length_bytes=LENGTH, token="t")
+        assert (await refusal(reader, tcp, [Range(0, 1)])).code == "refused"  # type: ignore[arg-type]
+        with room(10) as memory:
+            for at_bytes, memory_given, code in (
+                (1, memory, "size"),
+                (-1, memory, "size"),
+                (0, GpuMemory(memory.address, 10, 1), "refused"),
+            ):
+                with pytest.raises(TransferError) as refused:
+                    await reader.read_into(good, [Range(0, 10)], memory_given, at_bytes)
+                assert refused.value.code == code
+            assert not from_gpu(memory).any()
+            await reader.read_into(good, [Range(0, 10)], memory, 0)
+            assert (from_gpu(memory) == pattern(10)).all(), "the GPU is none the worse"
+
+    play(scenario)
+
+
+def test_a_process_does_not_open_what_it_exported_itself(driver: str) -> None:
+    async def scenario(reader: CudaIpcReader) -> None:
+        with room(MIB) as memory:
+            exporter = CudaIpcExporter("me", "i")
+            error = await refusal(reader, exporter.register(memory), [Range(0, 1)])
+            assert error.code == "refused"
+            assert "cuIpcOpenMemHandle failed with CUDA_ERROR_" in error.message
+            exporter.close()
+
+    play(scenario)
+
+
+def test_mappings_and_descriptors_are_bounded_and_let_go(driver: str) -> None:
+    async def scenario(reader: CudaIpcReader) -> None:
+        owners = [GpuOwner(MIB) for _ in range(3)]
+        into = bytearray(1)
+        await reader.read(owners[0].handle, [Range(0, 1)], memoryview(into))
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            for owner in owners:
+                into = bytearray(1)
+                await reader.read(owner.handle, [Range(0, 1)], memoryview(into))
+                assert into == pattern(1).tobytes()
+                assert reader.mapped == 1
+        # The thread closes behind what is read. The real driver's descriptors are its own affair.
+        await until(lambda: driver == "hardware" or len(os.listdir("/proc/self/fd")) == before)
+        for owner in owners:
+            owner.kill()
+
+    play(scenario, mappings=1)
+
+
+def test_memory_outside_of_its_allocation_cannot_be_offered(driver: str) -> None:
+    exporter = CudaIpcExporter("me", "i")
+    with room(2 * MIB) as memory, pytest.raises(ConfigError, match=r"2097153 bytes of a GPU's memory.*ends after 2097"):
+        exporter.register(GpuMemory(memory.address, memory.length_bytes + 1))
+    with pytest.raises(ConfigError, match=r"cuMemGetAddressRange failed with CUDA_ERROR_\w+.*transfer.transports"):
+        exporter.register(GpuMemory(4096, MIB))
+
+
+def test_a_handle_says_where_in_the_allocation_its_memory_is(owner: GpuOwner) -> None:
+    assert owner.handle.offset_bytes == OFFSET
+    assert owner.handle.length_bytes == LENGTH
+    wire = msgspec.msgpack.encode(owner.handle)
+    assert msgspec.msgpack.decode(wire, type=CudaIpcHandle) == owner.handle
+
+
+def test_what_can_be_exported_is_announced(driver: str) -> None:
+    assert why_not(0) == ""
+    assert abilities(("cuda_ipc", "tcp"), "cuda").transports == ("cuda_ipc", "tcp")
+    assert abilities(("cuda_ipc", "tcp"), "cpu").transports == ("tcp",)

@@ -1,0 +1,136 @@
+"""An engine whose pool is a GPU's memory: what it offers, and how it reads from peers straight into its pool."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import msgspec
+import numpy as np
+import pytest
+
+from loraserve.bus.memory import MemoryNetwork
+from loraserve.config import Config, TransferConfig
+from loraserve.engine.landing import Landing
+from loraserve.engine.offers import Offers
+from loraserve.engine.readers import Readers
+from loraserve.messages import ReadRegion
+from loraserve.testing.gpu_owner import GpuOwner, from_gpu, to_gpu
+from loraserve.testing.memory_owner import pattern
+from loraserve.transfer.cuda_driver import GpuMemory, allocate, call, current, free
+from loraserve.transfer.protocol import CudaIpcHandle, Range, TcpHandle, TransferError
+from loraserve.transfer.tcp import TcpReader
+
+MIB = 1 << 20
+LENGTH = 20 * MIB
+SLAB = 9 * MIB
+START, AT = MIB + 7, 3 * MIB
+TIMEOUT_S = 20.0
+CONFIG = Config(transfer=TransferConfig(transports=("cuda_ipc", "shm", "tcp")))
+
+
+class GpuPool:
+    """A pool without torch, so that it can lie in the memory of a GPU in software."""
+
+    waits = True
+
+    def __init__(self) -> None:
+        self.memory: GpuMemory | None = allocate(LENGTH, 0)
+        self.gpu = self.memory
+        to_gpu(self.gpu, np.zeros(LENGTH, np.uint8))
+
+    def __len__(self) -> int:
+        return LENGTH
+
+    def view(self, offset_bytes: int, length_bytes: int) -> None:
+        return None
+
+    def write(self, offset_bytes: int, data: memoryview | bytes | bytearray) -> None:
+        to_gpu(GpuMemory(self.gpu.address + offset_bytes, len(data)), np.frombuffer(data, np.uint8))
+
+    def read_into(self, offset_bytes: int, into: memoryview) -> None:
+        with current(0):
+            target = np.frombuffer(into, np.uint8).ctypes.data
+            call("cuMemcpyDtoH_v2", target, self.gpu.address + offset_bytes, into.nbytes)
+
+    def digest(self, *_: object) -> None:
+        raise AssertionError("nobody asked for a digest")
+
+
+@pytest.fixture
+def pool(driver: str) -> Iterator[GpuPool]:
+    pool = GpuPool()
+    yield pool
+    free(pool.gpu)
+
+
+def play(scenario: Callable[[MemoryNetwork], Awaitable[None]]) -> None:
+    async def main() -> None:
+        async with asyncio.timeout(2 * TIMEOUT_S):
+            await scenario(MemoryNetwork())
+
+    asyncio.run(main())
+
+
+def test_a_gpu_s_pool_is_offered_to_its_neighbours_and_over_the_network(pool: GpuPool) -> None:
+    async def scenario(network: MemoryNetwork) -> None:
+        bus = network.bus("engine-0", ReadRegion)
+        offers = Offers(bus, CONFIG, pool)
+        ipc, tcp = offers.handles
+        assert isinstance(ipc, CudaIpcHandle)
+        assert isinstance(tcp, TcpHandle)
+        assert (ipc.length_bytes, tcp.length_bytes, ipc.offset_bytes) == (LENGTH, LENGTH, 0)
+        assert (offers.abilities.transports, offers.abilities.device) == (("cuda_ipc", "tcp"), "cuda")
+        pool.write(5, pattern(MIB).data)
+
+        async def serve() -> None:
+            while True:
+                later = offers.answer(await bus.receive())
+                assert later is not None, "a GPU is read in a thread"
+                await later
+
+        serving = asyncio.create_task(serve())
+        into = bytearray(MIB)
+        await TcpReader(network.bus("engine-1", None), TIMEOUT_S).read(tcp, [Range(5, MIB)], memoryview(into))
+        assert into == pattern(MIB).tobytes()
+        serving.cancel()
+        offers.close()
+
+    play(scenario)
+
+
+def test_a_peer_s_slab_is_read_straight_into_the_pool(pool: GpuPool) -> None:
+    async def scenario(network: MemoryNetwork) -> None:
+        arrived: list[int] = []
+        with GpuOwner(LENGTH) as owner, ThreadPoolExecutor(1) as writers:
+            readers = Readers(network.bus("engine-1", None), pool, None)
+            landing = Landing(pool, AT, SLAB, arrived.append, writers)
+            for _ in range(2):
+                await readers.read(owner.handle, START, landing)
+            assert arrived == [SLAB, SLAB]
+            found = from_gpu(pool.gpu)
+            assert (found[AT : AT + SLAB] == pattern(LENGTH)[START : START + SLAB]).all()
+            assert not found[:AT].any()
+            assert not found[AT + SLAB :].any()
+            with pytest.raises(TransferError, match="out_of_range"):
+                await readers.read(owner.handle, LENGTH - SLAB + 1, landing)
+            owner.kill()
+            with pytest.raises(TransferError, match="gone"):
+                await readers.read(owner.handle, START, landing)
+            assert arrived == [SLAB, SLAB]
+            readers.close()
+
+    play(scenario)
+
+
+def test_a_pool_that_is_no_gpu_s_does_not_read_from_one(pool: GpuPool) -> None:
+    async def scenario(network: MemoryNetwork) -> None:
+        with GpuOwner(LENGTH) as owner, ThreadPoolExecutor(1) as writers:
+            pool.memory = None
+            readers = Readers(network.bus("engine-1", None), pool, None)
+            with pytest.raises(TransferError, match=r"refused.*not offered here"):
+                await readers.read(owner.handle, START, Landing(pool, AT, SLAB, print, writers))
+            without = msgspec.structs.replace(CONFIG, transfer=TransferConfig(transports=("cuda_ipc",)))
+            offers = Offers(network.bus("engine-0", None), without, pool)
+            assert (offers.handles, offers.abilities.transports, offers.abilities.device) == ((), (), "cpu")
+
+    play(scenario)

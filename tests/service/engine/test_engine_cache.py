@@ -1,0 +1,247 @@
+"""An engine whose pool holds one adapter at a time: what left it is read from host memory, by itself and by peers."""
+
+from collections.abc import Callable
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loraserve.adapter.format import decode_header
+from loraserve.cost import extent_bytes
+from loraserve.engine.layers import damaged_layer
+from loraserve.engine.pool_memory import HostPool
+from loraserve.errors import PeerError
+from loraserve.messages import (
+    LeaseGranted,
+    LeaseReleased,
+    LeaseRenewed,
+    LeaseSlab,
+    ReadCounts,
+    ReleaseLease,
+    RenewLease,
+    ToEngine,
+)
+from loraserve.testing.clock import FakeClock
+from loraserve.transfer.protocol import PROTOCOL, Range, ShmHandle
+from loraserve.transfer.shm import ShmReader
+
+Play = Callable[..., None]
+TIMEOUT_S = 20.0
+CACHE_BYTES = 1 << 20
+
+
+def largest(models: Any, adapters: int = 1) -> int:
+    return adapters * extent_bytes(max(ref.slab_bytes for ref in models.refs.values()))
+
+
+async def runs(stage: Any, request: str, adapter: str) -> None:
+    await stage.admit(request, adapter)
+    await stage.finished(request)
+    assert stage.tokens[request] == stage.models.expected(adapter, 8)
+
+
+async def cached(stage: Any, *names: str) -> None:
+    """The engine reports these, and nothing else, as kept in its host cache."""
+    versions = {stage.models.refs[name].version for name in names}
+    await stage.fresh_load()
+    await stage.until(lambda: set(stage.load.cached) == versions)
+
+
+def reads(stage: Any) -> dict[str, ReadCounts]:
+    return {each.source: each for each in stage.load.reads}
+
+
+def tier(stage: Any) -> Any:
+    return stage.engine._exchange._cache
+
+
+def poison(stage: Any, adapter: str) -> None:
+    entry = tier(stage).cache.get(stage.models.refs[adapter].version)
+    np.frombuffer(tier(stage).memory.view(entry.offset_bytes, 1), np.uint8)[0] ^= 1
+
+
+class Peer:
+    """An engine that reads from engine-0."""
+
+    def __init__(self, stage: Any) -> None:
+        self.bus = stage.network.bus("engine-1", ToEngine)
+
+    async def lease(self, ref: Any, read_id: str = "read", less_bytes: int = 0) -> tuple[LeaseGranted, bytes]:
+        asked = LeaseSlab(
+            protocol=PROTOCOL,
+            incarnation=self.bus.incarnation,
+            read_id=read_id,
+            version=ref.version,
+            slab_bytes=ref.slab_bytes - less_bytes,
+        )
+        granted, (header,) = await self.bus.request_frames("engine-0", asked, LeaseGranted, TIMEOUT_S)
+        return granted, bytes(header)
+
+    async def renew(self, lease_id: str) -> LeaseRenewed:
+        renewal = RenewLease(lease_id=lease_id, incarnation=self.bus.incarnation)
+        answer: LeaseRenewed = await self.bus.request("engine-0", renewal, LeaseRenewed, TIMEOUT_S)
+        return answer
+
+    async def release(self, lease_id: str) -> bool:
+        release = ReleaseLease(lease_id=lease_id, incarnation=self.bus.incarnation)
+        answer: LeaseReleased = await self.bus.request("engine-0", release, LeaseReleased, TIMEOUT_S)
+        return answer.held
+
+
+async def refused(asked: Any) -> str:
+    with pytest.raises(PeerError) as refusal:
+        await asked
+    return refusal.value.code
+
+
+def test_what_left_the_pool_comes_back_without_the_store(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        for number, adapter in enumerate(("one", "two")):
+            await runs(stage, f"first-{number}", adapter)
+        await cached(stage, "one")
+        asked = stage.store.chunks_asked
+        for number, adapter in enumerate(("one", "two", "one", "two")):
+            await runs(stage, f"again-{number}", adapter)
+        assert stage.store.chunks_asked == asked
+        await cached(stage, "one", "two")
+        assert (reads(stage)["cache"].reads, reads(stage)["store"].reads) == (4, 2)
+        for _ in range(2):
+            assert (await stage.fresh_load()).leaks == 0
+        tier(stage).validate()
+
+    play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
+
+
+def test_an_extent_is_not_filled_before_what_lay_there_is_saved(play: Play, models: Any) -> None:
+    gate = Event()
+
+    async def scenario(stage: Any) -> None:
+        await runs(stage, "a", "one")
+        chunks = stage.store.chunks_asked
+        tier(stage)._thread.submit(gate.wait, TIMEOUT_S)
+        await stage.admit("b", "two")
+        for _ in range(3):
+            load = await stage.fresh_load()
+            assert (load.loading, load.cached) == ((models.refs["two"].version,), ())
+        assert stage.store.chunks_asked == chunks
+        gate.set()
+        await stage.finished("b")
+        await runs(stage, "c", "one")
+        await cached(stage, "one", "two")
+        assert (reads(stage)["cache"].reads, reads(stage)["cache"].failed) == (1, 0)
+
+    play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
+
+
+def test_on_a_cpu_nothing_is_kept_unless_it_is_asked_for(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        for number, adapter in enumerate(("one", "two", "one")):
+            await runs(stage, f"run-{number}", adapter)
+        await cached(stage)
+        assert stage.load.cache_abilities is None
+        assert reads(stage)["store"].reads == 3
+
+    play(scenario, pool_bytes=largest(models))
+
+
+def test_a_cached_slab_that_is_damaged_is_not_used_but_read_from_the_store(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await runs(stage, "a", "one")
+        await runs(stage, "b", "two")
+        await cached(stage, "one")
+        poison(stage, "one")
+        await runs(stage, "c", "one")
+        await cached(stage, "two")
+        assert (reads(stage)["cache"].mismatched, reads(stage)["store"].reads) == (1, 3)
+        assert stage.load.leaks == 0
+
+    play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
+
+
+def test_of_two_slabs_and_room_for_one_that_which_is_asked_for_more_stays(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        stage.clock.of = FakeClock()
+        for number in range(3):
+            await runs(stage, f"one-{number}", "one")
+        await runs(stage, "two", "two")
+        await runs(stage, "one-again", "one")
+        await cached(stage, "one")
+        assert "not cached" in tier(stage).story(models.refs["two"].version)[-1]
+
+    play(scenario, pool_bytes=largest(models), host_cache_bytes=largest(models))
+
+
+def test_a_peer_reads_what_is_cached_with_all_that_it_takes_to_verify(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await runs(stage, "a", "one")
+        peer = Peer(stage)
+        await runs(stage, "b", "two")
+        await cached(stage, "one")
+        granted, encoded = await peer.lease(models.refs["one"])
+        assert {handle.length_bytes for handle in granted.handles} == {CACHE_BYTES}
+        handle = next(each for each in granted.handles if isinstance(each, ShmHandle))
+        into, reader = bytearray(granted.slab_bytes), ShmReader()
+        await reader.read(handle, [Range(granted.offset_bytes, granted.slab_bytes)], memoryview(into))
+        reader.close()
+        header = decode_header(encoded)
+        assert damaged_layer(HostPool(memoryview(into)), header, 0, range(header.shape.layers)) is None
+        assert (await peer.renew(granted.lease_id)).lasts_s > 0
+        assert await peer.release(granted.lease_id)
+        assert not await peer.release(granted.lease_id)
+
+    play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
+
+
+def test_what_a_peer_reads_from_the_cache_stays_there_until_it_is_done(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await runs(stage, "a", "one")
+        await runs(stage, "b", "two")
+        await cached(stage, "one")
+        peer = Peer(stage)
+        granted, _ = await peer.lease(models.refs["one"])
+        for number in range(20):
+            # So often that what a busy machine makes of the speeds does not decide which is worth more.
+            await runs(stage, f"two-{number}", "two")
+        await runs(stage, "c", "one")
+        await cached(stage, "one")
+        assert await peer.release(granted.lease_id)
+        await runs(stage, "d", "two")
+        await runs(stage, "e", "one")
+        await cached(stage, "two")
+        assert await refused(peer.lease(models.refs["two"], "other size", less_bytes=1)) == "mismatch"
+        assert await refused(peer.lease(models.refs["one"], "other size", less_bytes=1)) == "mismatch"
+        assert stage.load.leaks == 0
+
+    play(scenario, pool_bytes=largest(models), host_cache_bytes=largest(models))
+
+
+def test_a_read_that_asks_again_has_its_lease_though_the_pool_has_the_adapter_now(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await runs(stage, "a", "one")
+        await runs(stage, "b", "two")
+        await cached(stage, "one")
+        peer = Peer(stage)
+        first, _ = await peer.lease(models.refs["one"])
+        await runs(stage, "c", "one")
+        again, _ = await peer.lease(models.refs["one"])
+        assert (again.lease_id, again.offset_bytes) == (first.lease_id, first.offset_bytes)
+        another, _ = await peer.lease(models.refs["one"], "another read")
+        pools = {handle.length_bytes for handle in another.handles}
+        assert pools == {stage.load.pool_total_bytes}, "the pool comes first"
+
+    play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
+
+
+def test_leases_of_a_peer_s_past_life_end_in_the_cache_as_well(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await runs(stage, "a", "one")
+        await runs(stage, "b", "two")
+        await cached(stage, "one")
+        await Peer(stage).lease(models.refs["one"])
+        stage.network.kill("engine-1")
+        assert [entry.leases for entry in tier(stage).cache.entries()] == [1]
+        await Peer(stage).lease(models.refs["two"])
+        assert [entry.leases for entry in tier(stage).cache.entries()] == [0]
+
+    play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)

@@ -1,0 +1,118 @@
+"""Another source beside one that takes much longer than expected: real loader, real tcp, peers that misbehave."""
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from loraserve.engine import source_order
+from loraserve.engine.link_speeds import Way
+from loraserve.engine.testing.load_scene import LoadScene as Scene
+from loraserve.engine.testing.load_scene import Scenario, play
+from loraserve.messages import ReadRegion, ReleaseLease, ToStore
+from loraserve.system_clock import SystemClock
+
+
+@pytest.fixture
+def scene(models: Any, scripted_store: Any) -> Callable[..., None]:
+    def run(scenario: Scenario, peers: int = 1) -> None:
+        play(scenario, models.slabs["one"], scripted_store(models.slabs), peers)
+
+    return run
+
+
+def test_beside_a_peer_that_stalls_the_next_is_tried_and_the_first_gives_up(
+    scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+
+    async def scenario(scene: Scene) -> None:
+        scene.owners[0].stalls = True
+        assert await scene.load() == "store"
+        # It was slow, not wrong.
+        assert scene.failed("engine-1") == (0, 0)
+        await asyncio.sleep(0.01)
+        assert scene.owners[0].saw(ReleaseLease) == 1
+
+    scene(scenario)
+
+
+def test_a_first_that_comes_after_all_wins(scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+
+    async def scenario(scene: Scene) -> None:
+        scene.owners[0].stalls = True
+        scene.store.open.clear()
+        loading = asyncio.create_task(scene.load())
+        await scene.until(lambda: scene.store.chunks_asked)
+        scene.owners[0].goes_on()
+        assert await loading == "engine-1"
+        assert scene.failed("store") == (0, 0)
+
+    scene(scenario)
+
+
+def test_a_spare_that_fails_leaves_the_first_to_go_on(
+    scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+
+    async def scenario(scene: Scene) -> None:
+        scene.owners[0].stalls = True
+        scene.store.corrupt = lambda chunk: chunk[:-1]
+        loading = asyncio.create_task(scene.load())
+        await scene.until(lambda: scene.failed("store") != (0, 0))
+        scene.owners[0].goes_on()
+        assert await loading == "engine-1"
+
+    scene(scenario)
+
+
+def test_who_finds_another_hedging_hedges_after_it(scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+
+    async def scenario(scene: Scene) -> None:
+        from_owner, speeds = Way("engine-1", "tcp"), scene.sources.speeds
+        for _ in range(50):
+            # So fast that both loads begin there.
+            speeds.began(from_owner)
+            speeds.done(from_owner, len(scene.slab.data), 1e-6)
+        scene.owners[0].stalls = True
+        scene.store.open.clear()
+        both = [asyncio.create_task(scene.load()) for _ in range(2)]
+        await scene.until(lambda: scene.owners[0].saw(ReadRegion) == 2 and scene.store.chunks_asked)
+        # The one that is later has found the other at it by then.
+        await asyncio.sleep(0.2)
+        scene.store.open.set()
+        assert await asyncio.gather(*both) == ["store", "store"]
+        assert scene.failed("engine-1") == (0, 0), "it was waited for until it failed"
+
+    scene(scenario)
+
+
+def test_where_both_fail_it_is_the_first_s_failure_that_counts(
+    scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that is restarted is asked again, whatever a peer says beside it."""
+    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+
+    async def scenario(scene: Scene) -> None:
+        owner, from_owner = scene.owners[0], Way("engine-1", "tcp")
+        for _ in range(8):
+            scene.sources.speeds.began(from_owner)
+            scene.sources.speeds.failed(from_owner, SystemClock().monotonic_s())
+        owner.stalls, owner.lasts_s = True, 0.2
+        scene.store.open.clear()
+        loading = asyncio.create_task(scene.load())
+        await scene.until(lambda: scene.store.chunks_asked and owner.saw(ReadRegion))
+        scene.network.kill("store")
+        await scene.until(lambda: scene.failed("store") != (0, 0))
+        owner.renews, owner.refuses = False, "not_found"
+        await scene.until(lambda: scene.failed("engine-1") != (0, 0))
+        scene.store.open.set()
+        serving = asyncio.create_task(scene.store.serve(scene.network.bus("store", ToStore)))
+        assert await loading == "store"
+        serving.cancel()
+
+    scene(scenario)

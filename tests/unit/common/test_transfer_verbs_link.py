@@ -1,0 +1,78 @@
+"""A connection that broke is told of what was under way over it: that concerns nobody any more."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import pytest
+
+from loraserve.transfer.protocol import PROTOCOL, Range, TransferError, VerbsHandle
+from loraserve.transfer.verbs_link import Interrupted, Link, Target
+from loraserve.transfer.verbs_plan import FLUSHED
+
+HANDLE = VerbsHandle(protocol=PROTOCOL, owner="engine-0", incarnation="1", length_bytes=1 << 20, base=1 << 30, key=7)
+DEPTH = 2
+DENIED = 10
+
+
+class FakeQueue:
+    """Keeps what is asked of it; nothing ever comes by itself."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.closed = False
+
+    def ask(self, number: int, to: int, local_key: int, source: int, remote_key: int, length_bytes: int) -> None:
+        assert not self.closed, "a queue pair that is closed was asked"
+        self.asked.append(number)
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def play(scenario: Callable[[Link, FakeQueue], Awaitable[None]]) -> None:
+    queue = FakeQueue()
+    # What a Link uses of a QueuePair is these two.
+    asyncio.run(scenario(Link(queue, DEPTH, number=1), queue))  # type: ignore[arg-type, func-returns-value]
+
+
+def begin(link: Link, timeout_s: float = 60.0) -> "asyncio.Task[None]":
+    """A read of four pieces, of which two are asked for at once."""
+    return asyncio.create_task(link.read(HANDLE, [Range(0, 4096)], Target(0, 1), 1024, timeout_s))
+
+
+@pytest.mark.parametrize("status", [0, DENIED, FLUSHED])
+def test_completions_of_a_connection_that_timed_out_are_no_news(status: int) -> None:
+    async def scenario(link: Link, queue: FakeQueue) -> None:
+        with pytest.raises(TransferError, match="nothing came for"):
+            await begin(link, timeout_s=0.01)
+        assert queue.closed
+        for number in queue.asked:
+            link.arrived(number, status)
+        assert len(queue.asked) == DEPTH
+
+    play(scenario)
+
+
+def test_one_that_failed_for_another_may_be_tried_again_and_the_guilty_may_not() -> None:
+    async def scenario(link: Link, queue: FakeQueue) -> None:
+        guilty, other = begin(link), begin(link)
+        await asyncio.sleep(0)
+        link.arrived(queue.asked[0], DENIED)
+        link.arrived(queue.asked[1], DENIED)
+        failed = await asyncio.gather(guilty, other, return_exceptions=True)
+        assert [type(each) for each in failed] == [TransferError, Interrupted]
+
+    play(scenario)
+
+
+def test_an_owner_that_is_gone_is_not_asked_again() -> None:
+    async def scenario(link: Link, queue: FakeQueue) -> None:
+        read = begin(link)
+        await asyncio.sleep(0)
+        link.give_up()
+        assert queue.closed
+        with pytest.raises(TransferError, match="it died") as failed:
+            await read
+        assert (type(failed.value), failed.value.code) == (TransferError, "gone")
+
+    play(scenario)

@@ -1,0 +1,29 @@
+"""What /admin/cluster says of who reads from whom over what."""
+
+import msgspec
+
+from loraserve.gateway.transports import MOST_ENGINES, reads_from
+from loraserve.testing.reports import engine_load
+from loraserve.transfer.choice import Abilities
+from loraserve.transfer.protocol import PROTOCOL
+
+HERE = Abilities(protocol=PROTOCOL, host="a", neighbourhood="n", transports=("shm", "tcp"), device="cpu")
+THERE = msgspec.structs.replace(HERE, host="b")
+
+
+def test_pairs_are_told_with_their_first_choice_first() -> None:
+    loads = [
+        engine_load("engine-0", abilities=HERE),
+        engine_load("engine-1", abilities=HERE),
+        engine_load("engine-2", abilities=THERE),
+        engine_load("engine-3"),
+    ]
+    told = reads_from(loads, ("shm", "tcp"))
+    assert told["engine-0"] == {"engine-1": ["shm", "tcp"], "engine-2": ["tcp"]}
+    assert told["engine-2"] == {"engine-0": ["tcp"], "engine-1": ["tcp"]}
+    assert "engine-3" not in told
+    assert reads_from(loads, ("tcp",))["engine-0"]["engine-1"] == ["tcp"]
+
+
+def test_of_very_many_no_table_is_made() -> None:
+    assert reads_from([engine_load(f"e{n}", abilities=HERE) for n in range(MOST_ENGINES + 1)], ("shm",)) == {}
