@@ -1,54 +1,74 @@
-"""How fast a peer's memory is read, by transport: over a plain copy of as much, and over plain sockets.
+"""How fast an adapter is read from a peer, by transport, and what requests notice of it.
 
-For slabs of 1 to 256 MiB, read again and again into the same buffer, all ways in turn: a plain copy within the process;
-shm from another process (also where nothing of it was mapped before, which each engine pays once for each page);
-sockets over loopback with nothing but recv_into; tcp, that is the bus over such sockets. The two ratios are those of
-the size that does worst, in its median round. What verbs, steps and whole requests take is not measured yet.
+1. Bandwidth, for slabs of 1 to 256 MiB, all ways in turn: a plain copy within the process, of memory such as pools lie
+   in (memcpy) and of ordinary memory, with huge pages where the kernel gives them (memcpy_ordinary); shm from another
+   process (also where nothing of it was mapped before, which each engine pays once for each page); sockets over
+   loopback with nothing but recv_into; tcp, that is the bus over such sockets. As in an engine no slab is where the
+   last one was, neither where it is read from nor where it is read to: small ones do not stay in a processor's cache.
+   All memory is touched first. The ratios are those of the size that does worst, in its median round.
+2. verbs beside perftest's ib_read_bw, in a virtual machine with a software RDMA device where there is no other.
+3. Four engines of one thread each: one holds adapters of ranks 8 and 64 on all seven projections, the others read
+   them over shm, over tcp and from the store, whose file is not in the page cache; to those that read from the peer
+   the store is made slow, so that each reads in its own way alone. Time to the first token of a request for an
+   adapter that is not there yet, and for the same one once it is; and the steps of streams that are there while 50
+   adapters of a plan, whose loads are paced, come one after another, and while none does.
+
+--quick makes fewer rounds of 1, leaves out 2 (null) and has 26 adapters come, twice, in 3.
 """
 
 import argparse
-import asyncio
+import itertools
 import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import numpy.typing as npt
-from harness.report import Number, last_line, rounded, say, table
+import uvloop
+from harness.remote_figures import FULL, QUICK, Remote, measure_remote
+from harness.report import BenchError, Number, last_line, rounded, say, table
+from harness.verbs import Slab, measure_verbs, verbs_figures, verbs_ratio, verbs_table
 
 from loraserve.bus.zmq import open_bus
 from loraserve.config import BusConfig, ClusterConfig, Config
+from loraserve.errors import LoraServeError
 from loraserve.testing.local_cluster import free_port
 from loraserve.testing.memory_owner import NAME, MemoryOwner, pattern
 from loraserve.transfer.protocol import Range
+from loraserve.transfer.shared_memory import SharedMemory
 from loraserve.transfer.shm import ShmReader
 from loraserve.transfer.tcp import TcpReader
 
 MIB = 1 << 20
 SIZES_MIB = (1, 4, 16, 64, 256)
+HELD_BYTES = max(SIZES_MIB) * MIB
 ROUNDS_MIB = 2048
 """Of each size as many rounds as this is large, within bounds."""
 FEWEST, MOST = 9, 200
 QUICK_SHARE = 4
-WAYS = ("memcpy", "shm", "shm_first", "raw", "tcp")
-GOALS = (">= 0.8", "", ">= 0.6")
+WAYS = ("memcpy", "memcpy_ordinary", "shm", "shm_first", "raw", "tcp")
+GOALS = (">= 0.8", "", "", ">= 0.6")
 TIMEOUT_S = 60.0
 SENDER = Path(__file__).parent / "workers" / "raw_sender.py"
 
 Bytes = npt.NDArray[np.uint8]
-Way = Callable[[Bytes], Awaitable[None]]
+Way = Callable[[Bytes, int], Awaitable[None]]
 
 
 @asynccontextmanager
 async def ways() -> AsyncIterator[dict[str, Way]]:
-    """Each fills a buffer with the beginning of what somebody holds."""
-    own = pattern(max(SIZES_MIB) * MIB)
+    """Each fills a buffer with what somebody holds from some place on."""
+    # Of the same kind as the owner's, with pages of the same size.
+    held = SharedMemory(HELD_BYTES)
+    own = np.frombuffer(held.view, np.uint8)
+    own[:] = pattern(HELD_BYTES)
+    ordinary = own.copy()
     with tempfile.TemporaryDirectory(prefix="ls-") as folder:
         peers = {NAME: f"tcp://127.0.0.1:{free_port()},tcp://127.0.0.1:{free_port()}"}
         config = Config(cluster=ClusterConfig(run_dir=folder), bus=BusConfig(peers=peers))
@@ -56,24 +76,28 @@ async def ways() -> AsyncIterator[dict[str, Way]]:
         with MemoryOwner(own.nbytes, config) as owner, closing(ShmReader()) as reader, sender() as raw:
             over_bus = TcpReader(bus, TIMEOUT_S)
 
-            async def memcpy(into: Bytes) -> None:
-                np.copyto(into, own[: into.nbytes])
+            async def memcpy(into: Bytes, start: int) -> None:
+                np.copyto(into, own[start : start + into.nbytes])
 
-            async def shm(into: Bytes) -> None:
-                await reader.read(owner.shm, [Range(0, into.nbytes)], into.data)
+            async def memcpy_ordinary(into: Bytes, start: int) -> None:
+                np.copyto(into, ordinary[start : start + into.nbytes])
 
-            async def shm_first(into: Bytes) -> None:
+            async def shm(into: Bytes, start: int) -> None:
+                await reader.read(owner.shm, [Range(start, into.nbytes)], into.data)
+
+            async def shm_first(into: Bytes, start: int) -> None:
                 with closing(ShmReader()) as unmapped:
-                    await unmapped.read(owner.shm, [Range(0, into.nbytes)], into.data)
+                    await unmapped.read(owner.shm, [Range(start, into.nbytes)], into.data)
 
-            async def sockets(into: Bytes) -> None:
-                receive(raw, into)
+            async def sockets(into: Bytes, start: int) -> None:
+                receive(raw, into, start)
 
-            async def tcp(into: Bytes) -> None:
-                await over_bus.read(owner.tcp, [Range(0, into.nbytes)], into.data)
+            async def tcp(into: Bytes, start: int) -> None:
+                await over_bus.read(owner.tcp, [Range(start, into.nbytes)], into.data)
 
-            yield dict(zip(WAYS, (memcpy, shm, shm_first, sockets, tcp), strict=True))
+            yield dict(zip(WAYS, (memcpy, memcpy_ordinary, shm, shm_first, sockets, tcp), strict=True))
         await bus.close()
+    held.close()
 
 
 def sender() -> socket.socket:
@@ -83,8 +107,8 @@ def sender() -> socket.socket:
     return socket.create_connection(("127.0.0.1", int(process.stdout.readline())))
 
 
-def receive(connection: socket.socket, into: Bytes) -> None:
-    connection.sendall(into.nbytes.to_bytes(8, "big"))
+def receive(connection: socket.socket, into: Bytes, start: int) -> None:
+    connection.sendall(start.to_bytes(8, "big") + into.nbytes.to_bytes(8, "big"))
     rest = into.data
     while rest.nbytes:
         rest = rest[connection.recv_into(rest) :]
@@ -105,40 +129,59 @@ class Measured:
         return median(b / a for a, b in zip(self._taken_s[ours], self._taken_s[theirs], strict=True))
 
 
-async def measure(size_mib: int, rounds: int, each: dict[str, Way]) -> Measured:
-    into = np.empty(size_mib * MIB, np.uint8)
+def places(size_bytes: int) -> Iterator[int]:
+    """Where one slab after another lies."""
+    return itertools.cycle(range(0, HELD_BYTES - size_bytes + 1, size_bytes))
+
+
+async def measure(size_mib: int, rounds: int, each: dict[str, Way], memory: Bytes) -> Measured:
+    """Nobody is always the first of a round, nor always after the same other."""
+    size_bytes = size_mib * MIB
     taken_s: dict[str, list[float]] = {name: [] for name in each}
-    for number in range(rounds + 1):
-        for name, way in each.items():
+    place, names = places(size_bytes), list(each)
+    for number in range(rounds):
+        for name in [*names[number % len(names) :], *names[: number % len(names)]]:
+            start = next(place)
+            into = memory[start : start + size_bytes]
             began_s = time.perf_counter()
-            await way(into)
-            # The first round maps, connects and touches.
-            if number:
-                taken_s[name].append(time.perf_counter() - began_s)
-    return Measured(into.nbytes, taken_s)
+            await each[name](into, start)
+            taken_s[name].append(time.perf_counter() - began_s)
+    return Measured(size_bytes, taken_s)
 
 
-async def run(quick: bool) -> dict[int, Measured]:
+async def bandwidth(quick: bool) -> dict[int, Measured]:
+    """By slab size in MiB."""
     found = {}
+    memory = np.empty(HELD_BYTES, np.uint8)
     async with ways() as each:
+        # Maps, connects and touches.
+        for way in each.values():
+            await way(memory, 0)
         for size_mib in SIZES_MIB:
             rounds = min(max(ROUNDS_MIB // (QUICK_SHARE if quick else 1) // size_mib, FEWEST), MOST)
             say(f"slabs of {size_mib} MiB, {rounds} rounds")
-            found[size_mib] = await measure(size_mib, rounds, each)
+            found[size_mib] = await measure(size_mib, rounds, each, memory)
     return found
 
 
-def ratios(found: dict[int, Measured]) -> dict[str, Number]:
+def ratios(found: dict[int, Measured], verbs: list[Slab], remote: Remote | None) -> dict[str, Number]:
+    """shm_vs_memcpy is over a copy of memory with pages such as shm reads: it is to say what the transport costs. What
+    the pages cost no transport can save; shm/ordinary in the table has both."""
+    nothing: dict[str, Number] = {"step_growth_while_loading": None, "remote_ttft_vs_resident": None}
     return {
         "shm_vs_memcpy": rounded(min(each.over("shm", "memcpy") for each in found.values())),
         "tcp_vs_raw": rounded(min(each.over("tcp", "raw") for each in found.values())),
-        "verbs_vs_ib_read_bw": None,
-        "step_growth_while_loading": None,
-        "remote_ttft_vs_resident": None,
+        "verbs_vs_ib_read_bw": verbs_ratio(verbs),
+        **(remote.ratios() if remote is not None else nothing),
     }
 
 
-PAIRS = {"shm/memcpy": ("shm", "memcpy"), "first/memcpy": ("shm_first", "memcpy"), "tcp/raw": ("tcp", "raw")}
+PAIRS = {
+    "shm/memcpy": ("shm", "memcpy"),
+    "shm/ordinary": ("shm", "memcpy_ordinary"),
+    "first/memcpy": ("shm_first", "memcpy"),
+    "tcp/raw": ("tcp", "raw"),
+}
 
 
 def rows(found: dict[int, Measured]) -> list[list[object]]:
@@ -152,22 +195,45 @@ def rows(found: dict[int, Measured]) -> list[list[object]]:
     ]
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Returns 0 once the line is printed."""
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer rounds")
-    options = parser.parse_args(arguments)
-    found = asyncio.run(run(options.quick))
-    print(table("GiB/s, and ratios", ["slab", *WAYS, *PAIRS], [*rows(found), ["goal", *[""] * len(WAYS), *GOALS]]))
-    figures = {
+def bandwidth_figures(found: dict[int, Measured]) -> dict[str, Number]:
+    return {
         f"{name}_{size_mib}_mib_bytes_per_s": rate
         for size_mib, each in found.items()
         for name, rate in each.bytes_per_s().items()
     }
-    print(last_line("transfer", ratios(found), figures))
-    return 0
+
+
+def engines_measured(quick: bool) -> Remote | None:
+    """None, with a line that says why, where they could not be."""
+    try:
+        return measure_remote(QUICK if quick else FULL)
+    except (BenchError, LoraServeError) as error:
+        say(f"engines not measured: {error}")
+        return None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns 0 once the line is printed, 1 where engines could not be measured."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="under a minute; says above what it leaves out")
+    options = parser.parse_args(arguments)
+    found = uvloop.run(bandwidth(options.quick))
+    remote = engines_measured(options.quick)
+    verbs = [] if options.quick else measure_verbs()
+    print(table("GiB/s, and ratios", ["slab", *WAYS, *PAIRS], [*rows(found), ["goal", *[""] * len(WAYS), *GOALS]]))
+    if verbs:
+        print(verbs_table(verbs))
+    if remote is not None:
+        print(remote.tables())
+    figures = {
+        **bandwidth_figures(found),
+        **verbs_figures(verbs),
+        **(remote.figures() if remote is not None else {}),
+    }
+    print(last_line("transfer", ratios(found, verbs, remote), figures))
+    return 0 if remote is not None else 1
 
 
 if __name__ == "__main__":

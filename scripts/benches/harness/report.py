@@ -62,7 +62,7 @@ def last_line(bench: str, ratios: Mapping[str, Number], figures: Mapping[str, Nu
     content = {
         "bench": bench,
         "ratios": dict(ratios),
-        "figures": {key: value if value is None else rounded(value) for key, value in figures.items()},
+        "figures": {key: rounded(value) if isinstance(value, float) else value for key, value in figures.items()},
         "machine": machine(),
         "commit": commit(),
     }

@@ -1,4 +1,5 @@
-"""Sends as fast as a plain socket can: prints its port, then answers every eight-byte length with as many bytes."""
+"""Sends as fast as a plain socket can: prints its port, then answers two numbers of eight bytes, a place and a
+length, with as many bytes from there."""
 
 import socket
 import sys
@@ -12,8 +13,9 @@ def main() -> None:
         print(server.getsockname()[1], flush=True)
         peer, _ = server.accept()
     with peer:
-        while asked := peer.recv(8, socket.MSG_WAITALL):
-            peer.sendall(data[: int.from_bytes(asked, "big")])
+        while asked := peer.recv(16, socket.MSG_WAITALL):
+            start, length = int.from_bytes(asked[:8], "big"), int.from_bytes(asked[8:], "big")
+            peer.sendall(data[start : start + length])
 
 
 if __name__ == "__main__":

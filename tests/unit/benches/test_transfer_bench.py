@@ -1,11 +1,17 @@
 """What scripts/bench transfer makes of its rounds."""
 
+import itertools
 import socket
 import threading
 
 import numpy as np
 import pytest
 import transfer
+from harness.remote_figures import FULL, QUICK, Remote
+from harness.remote_reads import READER_POOL_BYTES, Read, StepGaps, gaps_within
+from harness.verbs import Slab, verbs_figures, verbs_ratio
+
+from loraserve.cost import extent_bytes
 
 RATIO_KEYS = {
     "shm_vs_memcpy",
@@ -27,14 +33,63 @@ def test_ways_are_compared_within_a_round() -> None:
     assert slowed_down.bytes_per_s()["shm"] == 25.0
 
 
+def test_slabs_lie_where_the_last_did_not_until_all_memory_was_used() -> None:
+    size = 64 << 20
+    places = list(itertools.islice(transfer.places(size), 5))
+    assert places == [0, size, 2 * size, 3 * size, 0]
+    assert next(transfer.places(transfer.HELD_BYTES)) == 0
+
+
 def test_the_ratios_are_those_of_the_size_that_does_worst_and_the_rest_is_null() -> None:
     found = {1: measured(shm=[4.0] * 3, tcp=[1.0] * 3), 4: measured(shm=[2.0] * 3, tcp=[8.0] * 3)}
-    ratios = transfer.ratios(found)
+    ratios = transfer.ratios(found, [], None)
     assert set(ratios) == RATIO_KEYS
     assert {key: value for key, value in ratios.items() if value is not None} == {
         "shm_vs_memcpy": 0.25,
         "tcp_vs_raw": 0.125,
     }
+
+
+READS = {
+    "shm": [Read(0.3, 0.1, 0.02), Read(2.0, 1.0, 0.04), Read(0.2, 0.1, 0.03)],
+    "tcp": [Read(0.4, 0.1, 0.05)],
+    "store": [Read(0.5, 0.1, 0.06)],
+}
+
+
+def test_what_was_measured_of_engines_and_verbs_is_told() -> None:
+    small = {**READS, "shm": [Read(0.15, 0.1, 0.01)]}
+    remote = Remote({8: small, 64: READS}, StepGaps([0.05, 0.06, 0.07], [0.05, 0.05, 0.2], 100))
+    verbs = [Slab(1, 80.0, 100.0, 0.8), Slab(4, 90.0, 100.0, 0.9)]
+    ratios = transfer.ratios({1: measured()}, verbs, remote)
+    assert set(ratios) == RATIO_KEYS
+    assert ratios["remote_ttft_vs_resident"] == 2.0
+    assert ratios["step_growth_while_loading"] == 0.2
+    assert ratios["verbs_vs_ib_read_bw"] == 0.8
+    figures = remote.figures()
+    assert (figures["ttft_shm_r64_s"], figures["read_shm_r64_s"]) == (0.3, 0.03)
+    assert (figures["ttft_resident_r64_s"], figures["read_store_r8_s"]) == (0.1, 0.06)
+    assert figures["step_quiet_p99_s"] == pytest.approx(0.197)
+    assert "rank 64" in remote.tables()
+
+
+def test_verbs_without_perftest_are_shown_and_compared_with_nothing() -> None:
+    slabs = [Slab(1, 80.0, None, None)]
+    assert verbs_ratio(slabs) is None
+    assert verbs_figures(slabs) == {"verbs_1_mib_bytes_per_s": 80.0 * (1 << 20), "ib_read_bw_1_mib_bytes_per_s": None}
+
+
+def test_only_steps_that_lie_within_one_block_count() -> None:
+    times_s = [0.0, 1.0, 1.5, 2.5, 4.0, 4.25]
+    assert gaps_within(times_s, [(1.0, 2.0), (2.4, 4.5)]) == [0.5, 1.5, 0.25]
+
+
+def test_adapters_that_come_are_more_than_a_reader_has_room_for() -> None:
+    for plan in (FULL, QUICK):
+        sizes = {rank: extent_bytes(rank * 610_560) for rank in set(plan.ranks)}
+        for rank, size_bytes in sizes.items():
+            assert plan.ranks.count(rank) * size_bytes > READER_POOL_BYTES, f"those of rank {rank} would stay"
+    assert len(FULL.ranks) - 1 == 50
 
 
 def test_the_table_has_a_cell_for_every_column() -> None:
@@ -49,11 +104,12 @@ def test_a_plain_socket_fills_the_whole_buffer(size: int) -> None:
     with ours, theirs:
 
         def send() -> None:
-            theirs.sendall(bytes([7]) * int.from_bytes(theirs.recv(8), "big"))
+            place, length = theirs.recv(8), theirs.recv(8)
+            theirs.sendall(bytes([int.from_bytes(place, "big")]) * int.from_bytes(length, "big"))
 
         sending = threading.Thread(target=send)
         sending.start()
         into = np.zeros(size, np.uint8)
-        transfer.receive(ours, into)
+        transfer.receive(ours, into, 7)
         sending.join()
     assert (into == 7).all()

@@ -1,0 +1,134 @@
+"""Engines that read adapters from each other are killed, stopped and poisoned: does a token come wrong, or not at all?
+
+Three engines on this machine serve greedy requests for twelve adapters, of which each has room for some half: the rest
+they read from each other, two over shm and tcp, one over tcp alone. Meanwhile, every second or two, one that reads or
+one that is read from is killed (kill -9) or stopped (SIGSTOP) for longer than its lease lasts, or a copy in an owner's
+memory is damaged from outside. Every token is compared with what one engine by itself said before; what was lost with
+a killed engine is asked again elsewhere, as the gateway does. An engine is not asked for a copy that was damaged in its
+own memory until it has started anew. At the end: what memory and sockets are left of the dead?
+
+Exit status 1 where a token was wrong, a request stuck or failed, an engine ended by itself or anything leaked.
+"""
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+from chaotic.cluster import ENGINES, Victims
+from chaotic.counts import Counts
+from chaotic.traffic import DEADLINE_S, Traffic
+from chaotic.trouble import Trouble, progress
+from chaotic.truth import Case, compute_truth, write_adapters
+from harness.driver import driving
+from harness.engines import SERVICES, Engines, config_for, short_folder
+from harness.peer_memory import named_segments, poisoning
+from harness.report import last_line, say
+
+from loraserve.config import TransferConfig
+from loraserve.demo.model import prepare_model
+from loraserve.demo.paths import default_data_dir
+from loraserve.model_shape import read_config, shape_of
+
+MINUTES, QUICK_MINUTES = 10.0, 0.5
+ASKERS = 4
+LEASE_S = 0.2
+REPORT_EVERY_S = 10.0
+POOL_BYTES = 64 << 20
+CACHE_BYTES = 48 << 20
+SETTINGS = {"engine-2": ['transfer.transports=["tcp"]']}
+"""Two engines read over whatever is best, one over tcp alone."""
+
+
+def run(folder: Path, minutes: float, seed: int) -> Counts:
+    """Raises BenchError where engines do not come up."""
+    counts, rng = Counts(), Random(seed)
+    model = prepare_model(default_data_dir(), say)
+    shape = shape_of(read_config(model))
+    say("adapters, and what each says by itself")
+    folders = write_adapters(folder / "adapters", shape)
+    before = named_segments()
+    with short_folder() as run_dir:
+        transfer = TransferConfig(transports=("shm", "tcp"), lease_s=LEASE_S)
+        overrides = {"engine": {"pool_bytes": POOL_BYTES, "host_cache_bytes": CACHE_BYTES}, "transfer": transfer}
+        config = config_for(folder, run_dir, model, len(ENGINES), overrides)
+        cases = compute_truth(config, shape, folders)
+        say(f"{len(cases)} prompts; starting {len(ENGINES)} engines")
+        with Engines(folder, config, SETTINGS) as engines:
+            victims = asyncio.run(_run(engines, folders, cases, rng, counts, minutes * 60.0))
+        victims.count_left_behind()
+        left = [path.name for path in run_dir.iterdir() if path.suffix != ".lock"]
+        counts.leaked_sockets += len(left)
+        _read_logs(engines, counts)
+    counts.leaked_shm_files += len(named_segments() - before)
+    return counts
+
+
+async def _run(
+    engines: Engines, folders: dict[str, Path], cases: list[Case], rng: Random, counts: Counts, seconds: float
+) -> Victims:
+    async with driving(engines.config) as driver, poisoning(engines.config) as poisoner:
+        engines.start(*SERVICES)
+        await driver.ready(*SERVICES)
+        adapters = {name: await driver.register(name, path) for name, path in folders.items()}
+        victims = Victims(engines, driver, adapters, counts)
+        await asyncio.gather(*(victims.start(name) for name in ENGINES))
+        await victims.spread()
+        traffic = Traffic(driver, victims, cases, rng, counts, DEADLINE_S)
+        trouble = Trouble(victims, traffic, poisoner, rng, counts)
+        say(f"making trouble for {seconds:.0f} s")
+        over = asyncio.Event()
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(ASKERS):
+                tasks.create_task(traffic.keep_asking(over))
+            tasks.create_task(trouble.make(over))
+            await _wait(counts, seconds)
+            over.set()
+        victims.note_crashes()
+        await victims.count_mapped_of_dead()
+        return victims
+
+
+async def _wait(counts: Counts, seconds: float) -> None:
+    began_s = time.monotonic()
+    while (left_s := began_s + seconds - time.monotonic()) > 0:
+        await asyncio.sleep(min(left_s, REPORT_EVERY_S))
+        progress(counts, time.monotonic() - began_s)
+
+
+def _read_logs(engines: Engines, counts: Counts) -> None:
+    for name in ENGINES:
+        ended = [each for each in engines.events(name, "lease_ended") if each["reader"] in ENGINES]
+        counts.leases_expired += sum(each["why"] == "expired" for each in ended)
+        counts.mismatches_seen += sum(each["code"] == "corrupt" for each in engines.events(name, "source_failed"))
+        loaded = [each["transport"] for each in engines.events(name, "adapter_loaded") if each["source"] in ENGINES]
+        counts.read_over_shm += loaded.count("shm")
+        counts.read_over_tcp += loaded.count("tcp")
+        counts.engine_leaks += sum(1 for _ in engines.events(name, "leak"))
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns 1 where anything went wrong that must not."""
+    parser = argparse.ArgumentParser(
+        prog="scripts/bench chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="of trouble (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES} minutes of it")
+    parser.add_argument("--seed", type=int, default=0, help="of what is chosen, though not of when (%(default)s)")
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="for logs and adapters, kept afterwards")
+    options = parser.parse_args(arguments)
+    minutes = QUICK_MINUTES if options.quick else options.minutes
+    with tempfile.TemporaryDirectory(prefix="ls-chaos-") as made:
+        counts = run(options.keep or Path(made), minutes, options.seed)
+    print(counts.text())
+    faults = counts.faults()
+    print(last_line("chaos", faults, counts.figures()))
+    return 1 if any(faults.values()) else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Engines that are killed, stopped and poisoned while they serve."""

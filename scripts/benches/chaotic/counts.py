@@ -1,0 +1,69 @@
+"""What happened in a chaos run, and what of it must not have."""
+
+from dataclasses import dataclass, field, fields
+
+from harness.report import Number, table
+
+MOST_NOTES = 8
+
+
+@dataclass
+class Counts:
+    """``resubmitted``: sent again because their engine was killed. The rest of the first block is what was done to the
+    engines and what they said of it; none of the second may be anything but 0."""
+
+    requests: int = 0
+    tokens: int = 0
+    resubmitted: int = 0
+    owners_killed: int = 0
+    readers_killed: int = 0
+    owners_stopped: int = 0
+    readers_stopped: int = 0
+    poisonings: int = 0
+    mismatches_seen: int = 0
+    leases_expired: int = 0
+    read_over_shm: int = 0
+    read_over_tcp: int = 0
+    restarts: int = 0
+    wrong_tokens: int = 0
+    stuck_requests: int = 0
+    failed_requests: int = 0
+    crashed_engines: int = 0
+    leaked_memfds: int = 0
+    leaked_shm_files: int = 0
+    leaked_sockets: int = 0
+    engine_leaks: int = 0
+    notes: list[str] = field(default_factory=list)
+    """The first faults, in words."""
+
+    def note(self, text: str) -> None:
+        if len(self.notes) < MOST_NOTES:
+            self.notes.append(text)
+
+    def faults(self) -> dict[str, int]:
+        return {name: getattr(self, name) for name in FAULTS}
+
+    def figures(self) -> dict[str, Number]:
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "notes"}
+
+    def text(self) -> str:
+        names = [name for name in self.figures() if name not in FAULTS]
+        done = table("What happened", ["", "count"], [[_words(name), getattr(self, name)] for name in names])
+        bad = table("What must not", ["", "count", "goal"], [[_words(n), v, 0] for n, v in self.faults().items()])
+        return "\n".join([done, bad, *(f"  {note}" for note in self.notes)])
+
+
+FAULTS = (
+    "wrong_tokens",
+    "stuck_requests",
+    "failed_requests",
+    "crashed_engines",
+    "leaked_memfds",
+    "leaked_shm_files",
+    "leaked_sockets",
+    "engine_leaks",
+)
+
+
+def _words(name: str) -> str:
+    return name.replace("_", " ")

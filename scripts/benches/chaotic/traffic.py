@@ -1,0 +1,108 @@
+"""Requests for random adapters to random engines, each checked token by token, and sent again where its engine dies."""
+
+import asyncio
+import time
+from collections.abc import Mapping, Sequence
+from random import Random
+
+from harness.driver import Asked, Driver
+
+from chaotic.cluster import Victims
+from chaotic.counts import Counts
+from chaotic.truth import Case
+
+DEADLINE_S = 60.0
+"""Of one request with all its tries: engines need some 15 s to start on a busy machine, and stop for 1 s."""
+PAUSE_S = 0.05
+
+
+class Traffic:
+    """``counts`` has what came of it. ``at`` says who is asked for what just now."""
+
+    def __init__(
+        self, driver: Driver, victims: Victims, cases: Sequence[Case], rng: Random, counts: Counts, deadline_s: float
+    ) -> None:
+        self.at: list[tuple[str, str]] = []
+        self._driver = driver
+        self._victims = victims
+        self._cases = cases
+        self._by_adapter = _by_adapter(cases)
+        self._rng = rng
+        self._counts = counts
+        self._deadline_s = deadline_s
+
+    async def keep_asking(self, until: asyncio.Event) -> None:
+        """One after the other."""
+        while not until.is_set():
+            await self.serve(self._rng.choice(self._cases))
+
+    async def serve_for(self, adapter: str, engine: str) -> None:
+        """Any prompt for this adapter, first at this engine."""
+        await self.serve(self._rng.choice(self._by_adapter[adapter]), engine)
+
+    async def serve(self, case: Case, first: str = "") -> None:
+        """Until it has ended well, or is stuck."""
+        self._counts.requests += 1
+        ends_s = time.monotonic() + self._deadline_s
+        engine = first
+        while (left_s := ends_s - time.monotonic()) > 0:
+            candidates = self._victims.askable(case.adapter)
+            if engine not in candidates:
+                if not candidates:
+                    await asyncio.sleep(PAUSE_S)
+                    continue
+                engine = self._rng.choice(candidates)
+            if await self._try(case, engine, left_s):
+                return
+            engine = ""
+            await asyncio.sleep(PAUSE_S)
+        self._counts.stuck_requests += 1
+        self._counts.note(
+            f"a request for {case.adapter} had not ended after {self._deadline_s:.0f} s, last at {engine}"
+        )
+
+    async def _try(self, case: Case, engine: str, timeout_s: float) -> bool:
+        """Whether it is over. Where its engine was killed under it, it is not."""
+        place = (engine, case.adapter)
+        self.at.append(place)
+        try:
+            adapter = self._victims.adapters[case.adapter]
+            asked = await self._driver.ask(engine, adapter, case.prompt, len(case.tokens))
+            ended = await self._driver.finished(asked, timeout_s)
+        finally:
+            self.at.remove(place)
+        self._counts.tokens += len(asked.tokens)
+        if not self._as_it_should(case, asked):
+            return True
+        if not ended:
+            return False
+        if asked.error:
+            self._note_failure(asked)
+            return False
+        return True
+
+    def _as_it_should(self, case: Case, asked: Asked) -> bool:
+        """What came, all of it or not, is what should come."""
+        came = tuple(asked.tokens)
+        wrong = sum(a != b for a, b in zip(came, case.tokens, strict=False))
+        if not asked.error and asked.over.is_set():
+            wrong += abs(len(case.tokens) - len(came))
+        if wrong:
+            self._counts.wrong_tokens += wrong
+            self._counts.note(f"{asked.engine} said {came} with {case.adapter}, should say {case.tokens}")
+        return not wrong
+
+    def _note_failure(self, asked: Asked) -> None:
+        """An engine that dies takes its requests with it; one that lives must not fail any."""
+        if asked.engine in self._victims.usable and not asked.error.startswith("killed"):
+            self._counts.failed_requests += 1
+            self._counts.note(f"{asked.engine} failed a request for {asked.adapter}: {asked.error}")
+        else:
+            self._counts.resubmitted += 1
+
+
+def _by_adapter(cases: Sequence[Case]) -> Mapping[str, list[Case]]:
+    found: dict[str, list[Case]] = {}
+    for case in cases:
+        found.setdefault(case.adapter, []).append(case)
+    return found

@@ -1,0 +1,236 @@
+"""Asks engines for tokens and copies over the bus, as gateway, router and planner do, and hears what they say."""
+
+import asyncio
+import itertools
+import time
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from harness.report import BenchError
+from loraserve.bus.zmq import ZmqBus, open_bus
+from loraserve.config import Config
+from loraserve.errors import PeerError, RequestTimeout
+from loraserve.messages import (
+    Abort,
+    AdapterRef,
+    AdapterRegistered,
+    Admit,
+    Admitted,
+    ClusterLoad,
+    EngineLoad,
+    Failed,
+    Ping,
+    Pong,
+    Prepared,
+    PreparePlan,
+    RegisterAdapter,
+    RetireCopies,
+    RetireDone,
+    SamplingParams,
+    ToGateway,
+    TokenBatch,
+)
+
+NAME = "gateway-0"
+READY_TIMEOUT_S = 120.0
+ADMIT_TIMEOUT_S = 5.0
+PLAN_TIMEOUT_S = 60.0
+
+
+class Asked:
+    """One request at one engine: its tokens as they come, each with its time."""
+
+    def __init__(self, request_id: str, engine: str, adapter: str, most: int, on_tokens: "OnTokens | None") -> None:
+        self.request_id = request_id
+        self.engine = engine
+        self.adapter = adapter
+        self.sent_s = 0.0
+        self.tokens: list[int] = []
+        self.times_s: list[float] = []
+        self.error = ""
+        self.over = asyncio.Event()
+        self._most = most
+        self._on_tokens = on_tokens
+
+    @property
+    def ttft_s(self) -> float:
+        return self.times_s[0] - self.sent_s
+
+    def add(self, index: int, tokens: Sequence[int], finish: str | None, now: float) -> None:
+        if index != len(self.tokens):
+            self.fail(f"lost: token {index} came when {len(self.tokens)} were there")
+            return
+        self.tokens += tokens
+        self.times_s += [now] * len(tokens)
+        if self._on_tokens is not None:
+            self._on_tokens(self)
+        if finish is not None:
+            if finish == "abort" or len(self.tokens) > self._most:
+                self.error = f"{finish} after {len(self.tokens)} tokens"
+            self.over.set()
+
+    def fail(self, error: str) -> None:
+        """The first end counts."""
+        if not self.over.is_set():
+            self.error = error
+            self.over.set()
+
+
+OnTokens = Callable[[Asked], None]
+
+
+class Driver:
+    """See ``driving``. Everything on one event loop."""
+
+    def __init__(self, bus: ZmqBus) -> None:
+        self._bus = bus
+        self._asked: dict[str, Asked] = {}
+        self._numbers = itertools.count(1)
+        self._epochs: dict[str, int] = defaultdict(int)
+        self.loads: dict[str, EngineLoad] = {}
+        """The last that the monitor published, by engine."""
+        self.loads_s: dict[str, float] = {}
+        """And when it had been reported, by this process's clock."""
+        self.step_times_s: dict[str, list[float]] = defaultdict(list)
+        """When tokens came from each engine: once a step."""
+
+    async def ready(self, *names: str) -> None:
+        """Raises BenchError where one is not ready in time."""
+        for name in names:
+            try:
+                async with asyncio.timeout(READY_TIMEOUT_S):
+                    # It says so to whoever asks, and to nobody else.
+                    while await self._state(name) != "READY":  # noqa: ASYNC110
+                        await asyncio.sleep(0.05)
+            except TimeoutError as error:
+                raise BenchError(f"{name} is not ready after {READY_TIMEOUT_S:.0f} s") from error
+
+    async def register(self, name: str, folder: Path) -> AdapterRef:
+        """``folder`` is absolute: the store reads it."""
+        message = RegisterAdapter(name=name, path=str(folder), replace=True)
+        answer = await self._bus.request("store", message, AdapterRegistered, PLAN_TIMEOUT_S)
+        return answer.adapter
+
+    async def ask(
+        self,
+        engine: str,
+        adapter: AdapterRef | None,
+        prompt: Sequence[int],
+        tokens: int,
+        on_tokens: OnTokens | None = None,
+    ) -> Asked:
+        """Returns when the engine has taken it, or not: then it is over and has an error."""
+        request_id = f"bench-{next(self._numbers)}"
+        asked = Asked(request_id, engine, adapter.name if adapter else "", tokens, on_tokens)
+        self._asked[request_id] = asked
+        sampling = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)
+        message = Admit(
+            request_id=request_id, gateway=NAME, prompt_tokens=tuple(prompt), sampling=sampling, adapter=adapter
+        )
+        asked.sent_s = time.perf_counter()
+        try:
+            answer = await self._bus.request(engine, message, Admitted, ADMIT_TIMEOUT_S)
+        except (RequestTimeout, PeerError) as error:
+            asked.fail(f"not admitted: {error}")
+        else:
+            if not answer.ok:
+                asked.fail(f"{answer.code}: {answer.message}")
+        return asked
+
+    async def finished(self, asked: Asked, timeout_s: float) -> bool:
+        """False where it did not end in time. Either way it is not listened to any more."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                await asked.over.wait()
+        except TimeoutError:
+            return False
+        finally:
+            self._asked.pop(asked.request_id, None)
+        return True
+
+    async def first_token_s(self, engine: str, adapter: AdapterRef | None, prompt: Sequence[int]) -> float:
+        """Seconds until the first token of a request. Raises BenchError where none comes."""
+        asked = await self.ask(engine, adapter, prompt, 1)
+        if not await self.finished(asked, PLAN_TIMEOUT_S) or asked.error:
+            raise BenchError(f"{engine} gave no token: {asked.error or 'nothing came'}")
+        return asked.ttft_s
+
+    def give_up(self, asked: Asked) -> None:
+        """Nobody waits for it any more."""
+        self._asked.pop(asked.request_id, None)
+        self._bus.send(asked.engine, Abort(request_id=asked.request_id))
+
+    async def pause(self, seconds: float) -> None:
+        """Tokens go on coming."""
+        await asyncio.sleep(seconds)
+
+    def fail_all(self, engine: str, why: str) -> None:
+        """It was killed: nothing more comes of what it had."""
+        for asked in list(self._asked.values()):
+            if asked.engine == engine:
+                asked.fail(why)
+
+    async def hold(self, engine: str, adapters: Sequence[AdapterRef]) -> None:
+        """Returns when they are resident and pinned. Raises BenchError where one could not be loaded."""
+        self._epochs[engine] += 1
+        message = PreparePlan(epoch=self._epochs[engine], adapters=tuple(adapters))
+        answer = await self._bus.request(engine, message, Prepared, PLAN_TIMEOUT_S)
+        if answer.failed:
+            raise BenchError(
+                f"{engine} does not hold {len(answer.failed)} adapters: {next(iter(answer.failed.values()))}"
+            )
+
+    async def let_go(self, engine: str) -> None:
+        """Whatever it holds may leave when room is wanted."""
+        message = RetireCopies(epoch=self._epochs[engine], keep=())
+        await self._bus.request(engine, message, RetireDone, PLAN_TIMEOUT_S)
+
+    async def fresh_load(self, engine: str) -> EngineLoad:
+        """One that was reported after this was called."""
+        asked_s = time.perf_counter()
+        async with asyncio.timeout(PLAN_TIMEOUT_S):
+            while self.loads_s.get(engine, 0.0) < asked_s:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        return self.loads[engine]
+
+    async def listen(self) -> None:
+        while True:
+            match (await self._bus.receive()).message:
+                case TokenBatch() as batch:
+                    self._on_batch(batch, time.perf_counter())
+                case Failed(request_id=request_id, code=code, message=message):
+                    if request_id in self._asked:
+                        self._asked[request_id].fail(f"{code}: {message}")
+                case ClusterLoad(engines=engines):
+                    now = time.perf_counter()
+                    self.loads = {seen.load.engine: seen.load for seen in engines if seen.alive}
+                    self.loads_s = {seen.load.engine: now - seen.age_s for seen in engines if seen.alive}
+
+    async def _state(self, name: str) -> str:
+        try:
+            return (await self._bus.request(name, Ping(), Pong, 1.0)).state
+        except (RequestTimeout, PeerError):
+            return ""
+
+    def _on_batch(self, batch: TokenBatch, now: float) -> None:
+        self.step_times_s[batch.engine].append(now)
+        for delta in batch.deltas:
+            asked = self._asked.get(delta.request_id)
+            if asked is not None:
+                asked.add(delta.index, delta.tokens, delta.finish, now)
+
+
+@asynccontextmanager
+async def driving(config: Config) -> AsyncIterator[Driver]:
+    """Gateway, router and planner of the engines of this configuration, and a listener to the monitor."""
+    bus = open_bus(config, NAME, ToGateway)
+    bus.subscribe("monitor", "load")
+    driver = Driver(bus)
+    listening = asyncio.create_task(driver.listen())
+    try:
+        yield driver
+    finally:
+        listening.cancel()
+        await bus.close()
