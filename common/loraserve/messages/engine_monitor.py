@@ -118,6 +118,9 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
     prefix_hits_tokens: int = 0
     prefix_queries_tokens: int = 0
     preemptions: int = 0
+    early_starts: int = 0
+    """Requests that began before the last of their adapter was there; in vain where that did not come in time."""
+    early_starts_in_vain: int = 0
     max_model_tokens: int = 0
     max_step_tokens: int
     """Of one step, prefill and decode together."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Coroutine
 from typing import Any
 
-from loraserve.adapter.format import ITEM_BYTES
+from loraserve.engine.arrival_watch import ArrivalWatch, ArrivalWatches, base_elements
 from loraserve.engine.cache_tier import CacheTier
 from loraserve.engine.cancellable import CalledOff, Cancellable
 from loraserve.engine.events import CANCELLED, AdapterLoaded, AdapterLoadFailed, Event, LoadAdapter
@@ -36,6 +36,7 @@ class AdapterLoads:
         self._rates = rates
         self._tell = tell
         self._cancellable = Cancellable()
+        self._early = ArrivalWatches(runner, rates, tell)
         self._log = get_logger(__name__)
 
     def load(self, load: LoadAdapter) -> Coroutine[Any, Any, None]:
@@ -52,9 +53,9 @@ class AdapterLoads:
         log = self._log.bind(adapter=adapter.name, version=adapter.version[:12])
         started_s = time.monotonic()
         try:
-            loaded = await self._cancellable.run(adapter.version, self._filled(load))
-            base = load.offset_bytes // ITEM_BYTES[loaded.header.dtype]
-            self._runner.install(load.slot, loaded.header, base)
+            watch = self._early.watch(load)
+            loaded = await self._cancellable.run(adapter.version, self._filled(load, watch))
+            self._runner.install(load.slot, loaded.header, base_elements(load, loaded.header))
         except DeviceLost as error:
             # No step may be there to find out: an engine without residents would refuse adapter after adapter.
             log.critical("device_lost", reason=str(error))
@@ -80,9 +81,9 @@ class AdapterLoads:
             transport=loaded.way.transport,
             took_s=time.monotonic() - started_s,
         )
-        self._tell(AdapterLoaded(adapter.version))
+        self._tell(AdapterLoaded(adapter.version, watch.read if watch is not None else 0))
 
-    async def _filled(self, load: LoadAdapter) -> Loaded:
+    async def _filled(self, load: LoadAdapter, watch: ArrivalWatch | None) -> Loaded:
         """The slab of another may be on its way out of the extent still."""
         await self._cache.before_reuse(load.offset_bytes, load.adapter.slab_bytes)
-        return await self._loader.load(load.adapter, load.offset_bytes)
+        return await self._loader.load(load.adapter, load.offset_bytes, watch)

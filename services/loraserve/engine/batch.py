@@ -60,12 +60,14 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """What a step brought, in the order of its sequences.
 
-    ``duration_s`` is the time it took the model, without that of steps before it which it had to wait for.
+    ``duration_s`` is the time it took the model, without that of steps before it which it had to wait for. ``late`` are
+    requests whose adapters arrived too late for some layer: what was computed and drawn for them means nothing.
     """
 
     step_id: int
     sampled: tuple[Sampled, ...]
     duration_s: float
+    late: tuple[str, ...] = ()
 
 
 def changes_logits(sampling: SamplingParams, output_index: int) -> bool:

@@ -55,6 +55,10 @@ class BlockManager:
         self._holders[block] = 1
         return block
 
+    def knows(self, digest: bytes) -> bool:
+        """Whether a block of this content can be shared."""
+        return digest in self._cached
+
     def share(self, digest: bytes) -> int | None:
         """One more holder of the block with this content, or None where nobody computed it."""
         block = self._cached.get(digest)

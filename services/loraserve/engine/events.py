@@ -28,8 +28,23 @@ class StepFailed(msgspec.Struct, frozen=True):
     message: str
 
 
-class AdapterLoaded(msgspec.Struct, frozen=True):
+class AdapterArriving(msgspec.Struct, frozen=True):
+    """Some of an adapter that loads is there, by the read of this number, and the runner knows its layout.
+
+    A step of at least ``least_tokens`` prefill tokens is expected to last until all of it is verified. Read numbers
+    are never used again, and a read that fails is followed by another number.
+    """
+
     version: str
+    read: int
+    least_tokens: int
+
+
+class AdapterLoaded(msgspec.Struct, frozen=True):
+    """``read`` is the one that was verified, 0 where nobody was told that it arrives."""
+
+    version: str
+    read: int = 0
 
 
 class AdapterLoadFailed(msgspec.Struct, frozen=True):
@@ -73,6 +88,7 @@ Event = (
     | RequestAborted
     | StepDone
     | StepFailed
+    | AdapterArriving
     | AdapterLoaded
     | AdapterLoadFailed
     | AdapterDamaged

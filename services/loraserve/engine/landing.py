@@ -34,28 +34,30 @@ class Landing:
         """The extent as memory of this process; None where it is a device's."""
         return self.pool.view(self.offset_bytes, self.slab_bytes)
 
-    async def stream(self, piece_bytes: int, fetch: Callable[[int, int], Awaitable[Bytes]]) -> None:
-        """Everything, by pieces in order, a few in flight: ``fetch`` brings those of a start and a length.
+    async def stream(self, piece_bytes: int, fetch: Callable[[int, int], Awaitable[Bytes | None]]) -> None:
+        """Everything, by pieces in order, a few in flight: ``fetch`` brings those of a start and a length, or None
+        where it has put them in their place itself.
 
         A failing piece ends the whole: the others are cancelled, and are over when this ends.
         """
-        waiting: deque[tuple[int, asyncio.Future[Bytes]]] = deque()
+        waiting: deque[tuple[int, int, asyncio.Future[Bytes | None]]] = deque()
         starts = iter(range(0, self.slab_bytes, piece_bytes))
         try:
             while True:
                 while len(waiting) < PIECES_IN_FLIGHT and (start := next(starts, None)) is not None:
                     length = min(piece_bytes, self.slab_bytes - start)
-                    waiting.append((start, asyncio.ensure_future(fetch(start, length))))
+                    waiting.append((start, length, asyncio.ensure_future(fetch(start, length))))
                 if not waiting:
                     return
-                start, piece = waiting.popleft()
+                start, length, piece = waiting.popleft()
                 data = await piece
-                await self._write(start, data)
-                self.arrived(start + len(data))
+                if data is not None:
+                    await self._write(start, data)
+                self.arrived(start + length)
         finally:
-            for _, piece in waiting:
+            for _, _, piece in waiting:
                 piece.cancel()
-            await asyncio.gather(*(piece for _, piece in waiting), return_exceptions=True)
+            await asyncio.gather(*(piece for _, _, piece in waiting), return_exceptions=True)
 
     async def _write(self, start: int, data: Bytes) -> None:
         write = partial(self.pool.write, self.offset_bytes + start, data)

@@ -22,3 +22,10 @@ class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
     prefix_cache: bool = True
     max_loads: int = 2
     steps_ahead: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_step_tokens < self.max_running:
+            raise ValueError(
+                f"engine.max_step_tokens is {self.max_step_tokens}, it must be at least engine.max_running "
+                f"({self.max_running}), or some requests would never decode"
+            )

@@ -105,6 +105,11 @@ class LinkSpeeds:
         pair = self._pairs.get(way)
         return (1 + (pair.under_way if pair else 0)) * self.speed(way).seconds(length_bytes)
 
+    def under_way_s(self, way: Way, length_bytes: int) -> float:
+        """Seconds that a read which is under way takes, if nothing comes to it and nothing goes."""
+        pair = self._pairs.get(way)
+        return max(1, pair.under_way if pair else 0) * self.speed(way).seconds(length_bytes)
+
     def speed(self, way: Way) -> Speed:
         pair = self._pairs.get(way)
         if pair is not None:

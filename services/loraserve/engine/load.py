@@ -98,6 +98,8 @@ class SchedulerLoad(msgspec.Struct, frozen=True, kw_only=True):
     max_step_tokens: int
     steps: int
     preemptions: int
+    early_starts: int
+    early_starts_in_vain: int
     prefix_hits_tokens: int
     prefix_queries_tokens: int
     resident: tuple[ResidentAdapter, ...]
@@ -127,6 +129,8 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
         max_step_tokens=scheduler.limits.max_step_tokens,
         steps=scheduler.steps,
         preemptions=scheduler.counts.preemptions,
+        early_starts=scheduler.early.begun,
+        early_starts_in_vain=scheduler.early.in_vain,
         prefix_hits_tokens=scheduler.counts.prefix_hits,
         prefix_queries_tokens=scheduler.counts.prefix_queries,
         resident=tuple(

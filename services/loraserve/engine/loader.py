@@ -14,7 +14,7 @@ from loraserve.adapter.format import SlabHeader
 from loraserve.clock import Clock
 from loraserve.engine.landing import Landing
 from loraserve.engine.pool_memory import HostPool, PoolMemory
-from loraserve.engine.slab_reader import Loaded, SlabReader
+from loraserve.engine.slab_reader import Loaded, SlabReader, Watch
 from loraserve.engine.source import LoadFailed, Source
 from loraserve.engine.source_order import FROM_STORE, hedge_after_s
 from loraserve.engine.sources import Sources
@@ -44,8 +44,9 @@ class SlabLoader:
         """What was read from where so far."""
         return self._reader.tally.counts(self._sources.speeds)
 
-    async def load(self, adapter: AdapterRef, offset_bytes: int) -> Loaded:
-        """Read the slab to ``offset_bytes`` of the pool; a store that is restarted meanwhile is asked again.
+    async def load(self, adapter: AdapterRef, offset_bytes: int, watch: Watch | None = None) -> Loaded:
+        """Read the slab to ``offset_bytes`` of the pool; a store that is restarted meanwhile is asked again. ``watch``
+        hears of what is read there; where the slab came another way in the end the last it heard is that it is broken.
 
         Raises LoadFailed; the extent's content is then undefined, and no thread is at it any more.
         """
@@ -54,7 +55,7 @@ class SlabLoader:
                 while True:
                     sources = await self._sources.find(adapter)
                     try:
-                        return await self._from_any(adapter, offset_bytes, sources)
+                        return await self._from_any(adapter, offset_bytes, sources, watch)
                     except LoadFailed as error:
                         if not error.passing:
                             raise
@@ -68,14 +69,16 @@ class SlabLoader:
         """The first layer of a resident slab that is not what its digest is of, None where all are."""
         return await self._reader.damaged_layer(self._pool, header, offset_bytes, range(header.shape.layers))
 
-    async def _from_any(self, adapter: AdapterRef, offset_bytes: int, sources: Sequence[Source]) -> Loaded:
+    async def _from_any(
+        self, adapter: AdapterRef, offset_bytes: int, sources: Sequence[Source], watch: Watch | None
+    ) -> Loaded:
         """One after another. Of several failures it is the store's that is told, which has every adapter there is."""
         rest = deque(sources)
         while True:
             source = rest.popleft()
             spare = next((each for each in rest if each.way.source != source.way.source), None)
             try:
-                return await self._read_or_hedge(adapter, offset_bytes, source, spare)
+                return await self._read_or_hedge(adapter, offset_bytes, source, spare, watch)
             except LoadFailed as error:
                 _stop_if_cancelled()
                 if source.way == FROM_STORE:
@@ -86,9 +89,9 @@ class SlabLoader:
                     raise of_store from None
 
     async def _read_or_hedge(
-        self, adapter: AdapterRef, offset_bytes: int, source: Source, spare: Source | None
+        self, adapter: AdapterRef, offset_bytes: int, source: Source, spare: Source | None, watch: Watch | None
     ) -> Loaded:
-        first = asyncio.ensure_future(self._reader.read(adapter, self._pool, offset_bytes, source))
+        first = asyncio.ensure_future(self._reader.read(adapter, self._pool, offset_bytes, source, watch))
         try:
             if spare is not None:
                 patience_s = hedge_after_s(self._sources.predicted_s(source, adapter.slab_bytes))

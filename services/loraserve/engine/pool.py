@@ -10,37 +10,11 @@ from heapq import nsmallest
 import msgspec
 
 from loraserve.cost import MIN_EXTENT_BYTES
+from loraserve.engine.entry import Entry
 from loraserve.engine.extents import ExtentAllocator
 from loraserve.messages import AdapterRef
 
 _Cost = tuple[int, float, int, int]
-
-
-class Entry(msgspec.Struct):
-    """One adapter in the pool."""
-
-    adapter: AdapterRef
-    slot: int
-    offset_bytes: int
-    generation: int = 0
-    """Which of all that were ever placed: another entry of the same version or in the same extent differs."""
-    resident: bool = False
-    cancelled: bool = False
-    """Nobody wanted it while it was on its way: its load is being ended."""
-    running: int = 0
-    leases: int = 0
-    planned: bool = False
-    planned_epoch: int = 0
-    """Of the last plan that wanted it here."""
-    used_s: float = 0.0
-    prefetch: str = ""
-    """The kind for which it was brought in before any request waited for it."""
-    ran: bool = False
-    """A request has run with it."""
-
-    @property
-    def evictable(self) -> bool:
-        return self.resident and self.running == 0 and not self.planned and not self.leases
 
 
 class Placed(msgspec.Struct, frozen=True):
@@ -67,7 +41,7 @@ class AdapterPool:
         self.leases = 0
         self._awaited: frozenset[str] = frozenset()
         self.damaged: set[str] = set()
-        """Nobody begins to use these; each goes with the last that does."""
+        """Nobody begins to use these, some of which never were all here; each goes with the last that does."""
         self.plan_pins_dropped = 0
 
     def __contains__(self, version: str) -> bool:
@@ -103,10 +77,16 @@ class AdapterPool:
 
     @property
     def loading(self) -> int:
-        return sum(not entry.resident for entry in self._entries.values())
+        over = sum(not self._entries[version].resident for version in self.damaged)
+        return sum(not entry.resident for entry in self._entries.values()) - over
 
     def is_loading(self, version: str) -> bool:
         return version in self._entries and not self._entries[version].resident
+
+    def arrives(self, version: str) -> bool:
+        """It loads, and that load will not be in vain as far as is known."""
+        entry = self._entries.get(version)
+        return entry is not None and not (entry.resident or entry.cancelled or version in self.damaged)
 
     def refusal(self, adapter: AdapterRef) -> str | None:
         """Why this adapter can never be held here, with the remedy; None where it can."""
@@ -175,14 +155,17 @@ class AdapterPool:
 
     def cancel(self, wanted: Collection[str]) -> list[str]:
         """Versions on their way that are not ``wanted`` and were not cancelled before: from now on they are."""
-        unwanted = [v for v, e in self._entries.items() if not e.resident and not e.cancelled and v not in wanted]
+        unwanted = [v for v, e in self._entries.items() if e.cancellable and v not in wanted and v not in self.damaged]
         for version in unwanted:
             self._entries[version].cancelled = True
         return unwanted
 
-    def load_failed(self, version: str) -> Entry:
-        """The entry that is gone."""
+    def load_failed(self, version: str) -> Entry | None:
+        """The entry that is gone; None where it goes with the last that began with it before it was all there."""
         entry = self._entries[version]
+        if entry.running:
+            self.damaged.add(version)
+            return None
         self._remove(entry)
         return entry
 
@@ -247,7 +230,7 @@ class AdapterPool:
             assert entry.adapter.version == version, version
             assert entry.running >= 0, f"{version} runs {entry.running} times"
             assert entry.leases >= 0, f"{version} has {entry.leases} leases"
-            assert entry.resident or entry.running == entry.leases == 0, f"{version} is used before it is loaded"
+            assert entry.resident or not entry.leases, f"{version} is lent before it is loaded"
             assert not (entry.resident and entry.cancelled), f"{version} is here and its load is being ended"
             used = self._extents.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
             assert used == [entry.offset_bytes], f"{version} shares its extent"

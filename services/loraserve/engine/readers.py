@@ -28,8 +28,9 @@ from loraserve.transfer.verbs_device import Device, Place
 
 SILENCE_S = 5.0
 """A piece that takes longer than this is not waited for any more."""
-STAGED_BYTES = 8 << 20
-"""Read into this process's memory at a time, on the way to a device's."""
+PIECE_BYTES = 8 << 20
+"""Read at a time: on the way to a device's memory so much of this process's is held, and where a slab is read into this
+process's a step may begin after the first."""
 
 
 class Readers:
@@ -60,17 +61,17 @@ class Readers:
             landing.arrived(landing.slab_bytes)
             return
         reader = self._reader(handle)
-        if into is not None:
+        if into is not None and landing.slab_bytes <= PIECE_BYTES:
             await reader.read(handle, [Range(start, landing.slab_bytes)], into)
             landing.arrived(landing.slab_bytes)
             return
 
-        async def fetch(at: int, length: int) -> Bytes:
-            staged = np.empty(length, np.uint8).data
-            await reader.read(handle, [Range(start + at, length)], staged)
-            return staged
+        async def fetch(at: int, length: int) -> Bytes | None:
+            piece = np.empty(length, np.uint8).data if into is None else into[at : at + length]
+            await reader.read(handle, [Range(start + at, length)], piece)
+            return piece if into is None else None
 
-        await landing.stream(STAGED_BYTES, fetch)
+        await landing.stream(PIECE_BYTES, fetch)
 
     def forget(self, owner: str, incarnation: str) -> None:
         """It is gone, and what was connected to it with it. Other readers notice by themselves."""

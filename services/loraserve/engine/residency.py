@@ -9,6 +9,7 @@ from math import inf
 
 import msgspec
 
+from loraserve.engine.entry import Entry
 from loraserve.engine.events import (
     AdapterExpected,
     CancelLoad,
@@ -24,7 +25,7 @@ from loraserve.engine.events import (
 from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.pace import Pace
 from loraserve.engine.plan_wishes import PlanWishes
-from loraserve.engine.pool import AdapterPool, Entry
+from loraserve.engine.pool import AdapterPool
 from loraserve.engine.prefetch import SPARES_S, Brought, Guesses, Kind, PrefetchTally
 from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef, PrefetchCounts
@@ -120,14 +121,14 @@ class Residency:
         return self._plan.done()
 
     def load_failed(self, version: str, message: str) -> list[Instruction]:
-        entry = self.pool.load_failed(version)
+        gone = self.pool.load_failed(version)
         self._guesses.failed(version)
         self._plan.fail(version, message)
-        return [EvictAdapter(version, entry.slot), *self._plan.done()]
+        return [*_never_was(gone), *self._plan.done()]
 
     def load_cancelled(self, version: str) -> list[Instruction]:
         """Whoever wants it by now gets another load."""
-        return [EvictAdapter(version, self.pool.load_failed(version).slot)]
+        return _never_was(self.pool.load_failed(version))
 
     def start_loads(
         self, requested: Iterable[AdapterRef], now: float, idle: bool, stepping: bool = False
@@ -177,7 +178,7 @@ class Residency:
     def _drop_damaged(self) -> list[Instruction]:
         """Whoever wants it gets it anew; the plan's pin is the planner's to ask for again."""
         gone = self.pool.take_damaged()
-        for brought in _brought(gone):
+        for brought in _brought(entry for entry in gone if entry.resident):
             self._tally.left(brought)
         return [EvictAdapter(entry.adapter.version, entry.slot) for entry in gone]
 
@@ -280,6 +281,11 @@ class Residency:
 def _brought(entries: Iterable[Entry]) -> Iterator[Brought]:
     """Those of them that no request waited for when their loads began."""
     return (Brought(Kind(e.prefetch), e.adapter.slab_bytes, e.ran) for e in entries if e.prefetch)
+
+
+def _never_was(gone: Entry | None) -> list[Instruction]:
+    """Of an adapter that was not all there, if it is gone."""
+    return [EvictAdapter(gone.adapter.version, gone.slot)] if gone is not None else []
 
 
 def _evict(entry: Entry) -> EvictAdapter:

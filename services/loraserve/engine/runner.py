@@ -10,6 +10,7 @@ import torch
 
 from loraserve.adapter.format import ITEM_BYTES, SlabHeader
 from loraserve.config import EngineConfig
+from loraserve.engine.arrival import Arrival, Gate, gate_of, late_of
 from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
 from loraserve.engine.model.config import DecoderConfig, context_limit, read_decoder_config
 from loraserve.engine.model.decoder import Decoder, StepInputs
@@ -39,6 +40,7 @@ class ModelRunner:
         """Loads the weights; raises ConfigError naming the setting, field or tensor at fault."""
         self.steps_ahead = 0
         self._drawn: dict[str, int] = {}
+        self._arrivals: dict[int, Arrival] = {}
         self._threads = threads
         torch.set_num_threads(threads)
         config = read_decoder_config(model_dir)
@@ -80,11 +82,19 @@ class ModelRunner:
 
         Raises ValueError where the slab is of another dtype or model, or would not end within the pool.
         """
-        check_slab(header, self.slab_dtype, base_elements, self.pool_elements)
-        self._tables.install(slot, header, base_elements)
+        if self._arrivals.pop(slot, None) is None:
+            check_slab(header, self.slab_dtype, base_elements, self.pool_elements)
+            self._tables.install(slot, header, base_elements)
+
+    def arrive(self, slot: int, header: SlabHeader, base_elements: int, arrival: Arrival) -> None:
+        """See LayeredRunner. Raises as ``install``."""
+        if slot not in self._arrivals:
+            self.install(slot, header, base_elements)
+        self._arrivals[slot] = arrival
 
     def remove(self, slot: int) -> None:
         """Tokens of ``slot`` compute as the base model from now on."""
+        self._arrivals.pop(slot, None)
         self._tables.remove(slot)
 
     def submit(self, batch: StepBatch) -> ComputedStep:
@@ -96,17 +106,19 @@ class ModelRunner:
         started_s = time.monotonic()
         batch = _resolved(batch, self._drawn)
         rows = [sequence for sequence in batch.sequences if sequence.sample]
-        logits = self.logits(batch).numpy()
+        gate = gate_of(batch, self._arrivals)
+        logits = self.logits(batch, gate).numpy()
         sampled = tuple(sample(logits, rows, self.eos_token_ids))
         self._drawn = {s.request_id: s.token for s in sampled}
-        return StepResult(step_id=batch.step_id, sampled=sampled, duration_s=time.monotonic() - started_s)
+        late = late_of(batch, gate)
+        return StepResult(step_id=batch.step_id, sampled=sampled, duration_s=time.monotonic() - started_s, late=late)
 
-    def logits(self, batch: StepBatch) -> torch.Tensor:
+    def logits(self, batch: StepBatch, gate: Gate | None = None) -> torch.Tensor:
         """Writes the KV of all tokens; float32 logits [sequences with ``sample``, vocab] in their order."""
         if torch.get_num_threads() != self._threads:  # it is kept per thread
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
-            return self._decoder.forward(_inputs(batch.sequences, self.block_tokens))
+            return self._decoder.forward(_inputs(batch.sequences, self.block_tokens), gate)
 
 
 def _pool_memory(length_bytes: int) -> tuple[memoryview, SharedMemory | None]:

@@ -1,10 +1,11 @@
 """What the engine asks of a model runner, whatever device it computes on."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import msgspec
 
 from loraserve.adapter.format import SlabHeader
+from loraserve.engine.arrival import Arrival
 from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.pool_memory import PoolMemory
 
@@ -75,4 +76,16 @@ class Runner(Protocol):
 
     def remove(self, slot: int) -> None:
         """Tokens of ``slot`` compute as the base model from now on."""
+        ...
+
+
+@runtime_checkable
+class LayeredRunner(Runner, Protocol):
+    """A Runner whose steps can use the first layers of a slab before the last are there, and say who was late."""
+
+    def arrive(self, slot: int, header: SlabHeader, base_elements: int, arrival: Arrival) -> None:
+        """As ``install``, of a slab that is being read: until that is called, steps look at ``arrival`` for each layer.
+
+        May be called again for another read of the same slab to the same place, also while steps use it.
+        """
         ...

@@ -10,8 +10,11 @@ from operator import attrgetter
 
 from loraserve.engine.batch import StepBatch, StepResult
 from loraserve.engine.blocks import BlockManager
+from loraserve.engine.bypass import Bypass
+from loraserve.engine.early import EarlyStarts
 from loraserve.engine.events import (
     CANCELLED,
+    AdapterArriving,
     AdapterDamaged,
     AdapterExpected,
     AdapterLoaded,
@@ -41,30 +44,23 @@ from loraserve.engine.story import Story
 from loraserve.messages import Admit
 
 ORDER = attrgetter("order")
-MOST_BYPASSED = 64
-"""Requests that may overtake one which waits for room in the pool, before no more begin with adapters in its way."""
 
 
 class Scheduler:
     """State: sequences waiting (in order of arrival) and running (likewise), KV blocks, the pool, steps."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
-        if limits.max_step_tokens < limits.max_running:
-            raise ValueError(
-                f"engine.max_step_tokens is {limits.max_step_tokens}, it must be at least engine.max_running "
-                f"({limits.max_running}), or some requests would never decode"
-            )
         self.limits = limits
         self.max_model_tokens = min(limits.max_model_tokens, limits.kv_blocks * limits.block_tokens)
         self.blocks = BlockManager(limits.kv_blocks, limits.block_tokens, limits.prefix_cache)
         self.counts = TokenCounts()
         self._story = Story()
         self.residency = Residency(limits, self._story)
+        self.early = EarlyStarts(self.residency.pool)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}
-        self._arrivals = 0
-        self.steps = 0
+        self._arrivals = self.steps = 0
         self.outstanding = Outstanding(1 + limits.steps_ahead)
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
@@ -78,8 +74,12 @@ class Scheduler:
                 instructions = self._step_done(result, now)
             case StepFailed(step_id, message):
                 instructions = self._step_failed(step_id, message, now)
-            case AdapterLoaded(version):
+            case AdapterArriving(version, read, least_tokens):
+                self.early.arriving(version, read, least_tokens)
+                instructions = []
+            case AdapterLoaded(version, read):
                 self._story.tell(version, now, "loaded")
+                self.early.over(version, read)
                 instructions = self.residency.loaded(version)
             case AdapterLoadFailed(version, code, message):
                 instructions = self._load_failed(version, code, message, now)
@@ -106,11 +106,9 @@ class Scheduler:
         """Every invariant of the state; raises AssertionError naming the one that broke."""
         self.blocks.validate()
         self.residency.validate()
-        live = self.waiting + self.running
-        assert {s.request_id for s in live} == self._sequences.keys(), "a request is in no list or in two"
-        assert len(live) == len(self._sequences), "a request is listed twice"
-        check_queues(self.waiting, self.running, self.blocks, self.residency.pool)
+        check_queues(self.waiting, self.running, self._sequences.keys(), self.blocks, self.residency.pool)
         self.outstanding.validate(self.running)
+        self.early.validate(self.running)
 
     def _arrive(self, admit: Admit, now: float) -> list[Instruction]:
         known = self._sequences.get(admit.request_id)
@@ -146,9 +144,13 @@ class Scheduler:
         for part in self.outstanding.take(result.step_id).sequences:
             sequence = self._sequences[part.request_id]
             sequence.landed(part)
-            if sequence.trusts(part):
+            came = self.early.came(sequence, part.request_id in result.late)
+            if came and sequence.trusts(part):
                 self._computed(sequence, len(part.tokens))
-            if sequence.state is LEAVING:
+            if not came and sequence.state is RUNNING:
+                sequence.begin(0)
+                self._set_back(sequence, now, "set back: its adapter was not there in time")
+            elif sequence.state is LEAVING:
                 self._end(sequence, now)
             elif part.sample:
                 delta = sequence.accept(drawn[part.request_id], self.limits.eos_token_ids)
@@ -161,11 +163,11 @@ class Scheduler:
     def _computed(self, sequence: Sequence, tokens: int) -> None:
         """The KV of these tokens exists: full blocks become shareable."""
         self.counts.computed(sequence.version, tokens, decode=sequence.decoding)
-        before = sequence.computed
+        block_tokens = self.limits.block_tokens
+        first = sequence.computed // block_tokens
         sequence.computed += tokens
         if self.limits.prefix_cache and self.residency.ready(sequence.version):
-            block_tokens = self.limits.block_tokens
-            for index in range(before // block_tokens, sequence.computed // block_tokens):
+            for index in range(first, sequence.computed // block_tokens):
                 self.blocks.publish(sequence.blocks[index], sequence.digest(index))
 
     def _step_failed(self, step_id: int, message: str, now: float) -> list[Instruction]:
@@ -173,18 +175,20 @@ class Scheduler:
         for part in self.outstanding.take(step_id).sequences:
             sequence = self._sequences[part.request_id]
             sequence.landed(part)
-            if sequence.state is State.LEAVING:
-                self._end(sequence, now)
-            else:
+            if sequence.state is not LEAVING:
                 instructions.append(self._reject(sequence, "engine_error", message, now))
+            else:
+                self._end(sequence, now)
         return instructions
 
     def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
         self._story.tell(version, now, f"load failed: {code}: {message}")
+        self.early.over(version)
         if code == CANCELLED:
             return self.residency.load_cancelled(version)
         instructions = self.residency.load_failed(version, message)
-        for sequence in [s for s in self.waiting if s.version == version]:
+        waiting = [s for s in self.waiting if s.version == version]
+        for sequence in self.early.begun_with(version, self.running) + waiting:
             assert sequence.admit.adapter is not None
             text = f"adapter {sequence.admit.adapter.name} could not be loaded: {message}"
             instructions.append(self._reject(sequence, "adapter_unavailable", text, now))
@@ -199,7 +203,7 @@ class Scheduler:
         self.blocks.forget()
         begun = [s for s in self.waiting + self.running if s.version == version and s.begun]
         text = "its adapter was damaged in this engine's memory; send it again"
-        return [self._reject(sequence, "engine_error", text, now) for sequence in begun]
+        return [self._reject(s, "engine_error", text, now) for s in begun]
 
     def _reject(self, sequence: Sequence, code: str, message: str, now: float) -> Reject:
         self._story.tell(sequence.request_id, now, f"failed: {code}")
@@ -255,46 +259,42 @@ class Scheduler:
         return StepBatch(step_id=self.steps, sequences=parts)
 
     def _preempt(self, sequence: Sequence, now: float) -> None:
-        self._story.tell(sequence.request_id, now, "preempted")
         self.counts.preemptions += 1
+        self._set_back(sequence, now, "preempted")
+
+    def _set_back(self, sequence: Sequence, now: float, why: str) -> None:
+        self._story.tell(sequence.request_id, now, why)
         self._stop(sequence, now)
         sequence.state = State.WAITING
         insort(self.waiting, sequence, key=ORDER)
 
     def _admit_waiting(self, builder: StepBuilder, now: float) -> None:
-        """In order of arrival. Who waits for an adapter is passed by; who waits for memory is not.
-
-        For the first who was passed by too often one place in the pool is left to run out, so that all the others go
-        on; and one more whenever it was passed by as often again, as what runs in the first may run for long.
-        """
+        """In order of arrival. Who waits for an adapter is passed by; who waits for memory is not."""
         if not self.waiting:
             return
-        passed: list[Sequence] = []
-        in_the_way: frozenset[str] | None = None
+        bypass = Bypass(self.residency.in_the_way)
         places = self.limits.max_running - sum(s.state is RUNNING for s in self.running)
         for sequence in list(self.waiting):
             if places == 0 or builder.budget == 0:
                 return
-            if not self.residency.ready(sequence.version):
-                passed.append(sequence)
-                if in_the_way is None and sequence.bypassed >= MOST_BYPASSED:
-                    in_the_way = self.residency.in_the_way(sequence.admit.adapter, sequence.bypassed // MOST_BYPASSED)
+            if not (self.residency.ready(sequence.version) or self.early.may_begin(sequence, builder.first_tokens)):
+                bypass.passes(sequence)
                 continue
-            if in_the_way and sequence.version in in_the_way:
+            if bypass.holds_up(sequence):
                 continue
-            if not builder.admit(sequence, self.limits.prefix_cache):
+            if not builder.admit(sequence):
                 return
             self._start(sequence, now)
             places -= 1
             builder.begin(sequence)
-            for other in passed:
-                other.bypassed += bool(sequence.version)
+            bypass.began(sequence)
 
     def _start(self, sequence: Sequence, now: float) -> None:
         self.waiting.remove(sequence)
         sequence.state = State.RUNNING
         if sequence.version:
             sequence.slot = self.residency.pool.start_running(sequence.version, now)
+            self.early.begin(sequence)
         insort(self.running, sequence, key=ORDER)
         self.counts.prefix(len(sequence.history), sequence.computed)
         self._story.tell(sequence.request_id, now, f"running, {sequence.computed} tokens cached")

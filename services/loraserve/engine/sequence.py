@@ -44,6 +44,8 @@ class Sequence:
         self.in_flight = 0
         self.cached_tokens = 0
         self.bypassed = 0
+        self.read = 0
+        """It began with this read of its adapter, and is in the step that shows whether that came in time."""
         self._block_tokens = block_tokens
         self._digests: list[bytes] = []
 

@@ -9,11 +9,13 @@ import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from typing import Protocol
 
 import msgspec
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.clock import Clock
+from loraserve.engine.early import rest_s
 from loraserve.engine.landing import Landing
 from loraserve.engine.layers import Arrivals, damaged_layer, shares
 from loraserve.engine.link import SharedLink
@@ -28,6 +30,22 @@ from loraserve.threads import in_thread
 
 WRITERS = 4
 """Loads that write to a device at the same time, each a piece; others wait for their turn."""
+
+
+class Watch(Protocol):
+    """Follows the reads of one slab into its extent, one after another."""
+
+    def begins(self, header: SlabHeader) -> None:
+        """A read does, whose bytes take the place of those that came before."""
+        ...
+
+    def landed(self, slab_bytes: int, left_s: float) -> None:
+        """So many bytes from the slab's beginning on are there, and all will be, verified, in so many seconds."""
+        ...
+
+    def broken(self) -> None:
+        """The read that began last has failed or was given up."""
+        ...
 
 
 class Loaded(msgspec.Struct, frozen=True):
@@ -56,15 +74,37 @@ class SlabReader:
         for threads in (self._writers, self._digesters):
             threads.shutdown(wait=True, cancel_futures=True)
 
-    async def read(self, adapter: AdapterRef, pool: PoolMemory, offset_bytes: int, source: Source) -> Loaded:
+    async def read(
+        self, adapter: AdapterRef, pool: PoolMemory, offset_bytes: int, source: Source, watch: Watch | None = None
+    ) -> Loaded:
         """Raises LoadFailed, which is counted. However this ends nobody is at the extent any more."""
+        try:
+            return await self._read(adapter, pool, offset_bytes, source, watch)
+        except BaseException:
+            if watch is not None:
+                watch.broken()
+            raise
+
+    async def _read(
+        self, adapter: AdapterRef, pool: PoolMemory, offset_bytes: int, source: Source, watch: Watch | None
+    ) -> Loaded:
         way = source.way
-        began = self._link.begin(time.monotonic())
+        began_s = time.monotonic()
+        began = self._link.begin(began_s)
         self._speeds.began(way)
         damaged: Damaged | None = None
+
+        def landed(slab_bytes: int) -> None:
+            if watch is not None and slab_bytes:
+                expected_s = self._speeds.under_way_s(way, adapter.slab_bytes)
+                share = slab_bytes / adapter.slab_bytes
+                watch.landed(slab_bytes, rest_s(expected_s, time.monotonic() - began_s, share))
+
         try:
             header = await source.open(adapter)
-            await self.fill(adapter, header, pool, offset_bytes, partial(source.copy, adapter))
+            if watch is not None:
+                watch.begins(header)
+            await self.fill(adapter, header, pool, offset_bytes, partial(source.copy, adapter), landed)
         except (asyncio.CancelledError, DeviceLost):
             self._speeds.given_up(way)
             raise
@@ -85,13 +125,18 @@ class SlabReader:
         pool: PoolMemory,
         offset_bytes: int,
         copy: Callable[[Landing], Awaitable[None]],
+        landed: Callable[[int], None] = lambda slab_bytes: None,
     ) -> None:
-        """Copy in one task and check in others. The first that fails ends all, and they are over when this raises."""
+        """Copy in one task and check in others. The first that fails ends all, and they are over when this raises.
+
+        ``landed`` hears how many bytes are there, whenever there are more.
+        """
         arrivals = Arrivals(header, on_device=pool.waits)
         try:
             async with asyncio.TaskGroup() as tasks:
 
                 def arrived(slab_bytes: int) -> None:
+                    landed(slab_bytes)
                     for layers in shares(arrivals.upto(slab_bytes), self._digest_threads):
                         tasks.create_task(self._check(pool, header, offset_bytes, layers))
 

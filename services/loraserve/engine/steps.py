@@ -58,9 +58,9 @@ class StepBuilder:
             else:
                 self._add(sequence, tokens)
 
-    def admit(self, sequence: Sequence, prefix_cache: bool) -> bool:
+    def admit(self, sequence: Sequence) -> bool:
         """Begin a waiting sequence if all its known tokens fit beside what runs; it then is part of this step."""
-        shared = self._share_prefix(sequence) if prefix_cache else []
+        shared = self._share_prefix(sequence)
         needed = sequence.blocks_for(len(sequence.history) + 1) - len(shared)
         if needed > self._blocks.free:
             self._blocks.give_back(shared)
@@ -73,6 +73,11 @@ class StepBuilder:
         grown = self._grow(sequence, tokens)
         assert grown, "free blocks vanished"
         return True
+
+    def first_tokens(self, sequence: Sequence) -> int:
+        """That this step would compute of a waiting sequence."""
+        cached = self._cached_prefix(sequence) * self._blocks.block_tokens
+        return min(len(sequence.history) - cached, self._budget)
 
     def begin(self, sequence: Sequence) -> None:
         """Add a sequence that ``admit`` let in, once it has its slot."""
@@ -120,6 +125,11 @@ class StepBuilder:
         sequence.blocks = ()
         sequence.begin(0)
         self.preempted.append(sequence)
+
+    def _cached_prefix(self, sequence: Sequence) -> int:
+        """So many blocks ``_share_prefix`` would find."""
+        most = (len(sequence.history) - 1) // self._blocks.block_tokens
+        return next((index for index in range(most) if not self._blocks.knows(sequence.digest(index))), most)
 
     def _share_prefix(self, sequence: Sequence) -> list[int]:
         """Blocks whose content is known already; the last known token is always computed, its output is wanted."""

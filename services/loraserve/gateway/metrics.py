@@ -126,6 +126,12 @@ ENGINE_COUNTERS: tuple[tuple[str, str, Value], ...] = (
     ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache", lambda load: load.prefix_queries_tokens),
     ("vllm:prefix_cache_hits", "Prompt tokens found in the cache", lambda load: load.prefix_hits_tokens),
     ("vllm:num_preemptions", "Requests put back to waiting", lambda load: load.preemptions),
+    ("loraserve_early_starts", "Requests that began while their adapter was read", lambda load: load.early_starts),
+    (
+        "loraserve_early_starts_in_vain",
+        "Of these, set back as it came too late",
+        lambda load: load.early_starts_in_vain,
+    ),
     ("loraserve_engine_steps", "Steps since the engine started", lambda load: load.steps),
 )
 READ_COUNTERS: tuple[tuple[str, str, str], ...] = (

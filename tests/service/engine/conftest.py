@@ -202,6 +202,9 @@ class Stage:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def beside(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.create_task(work))
+
     def store_dies(self) -> None:
         """As kill -9."""
         self._tasks.pop(0).cancel()

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+from loraserve.engine.bypass import MOST_BYPASSED
 from loraserve.engine.events import (
     AdapterLoadFailed,
     CopiesRetired,
@@ -11,7 +12,6 @@ from loraserve.engine.events import (
     PlanReady,
     RequestAborted,
 )
-from loraserve.engine.scheduler import MOST_BYPASSED
 
 PROMPT = [1] * 8
 

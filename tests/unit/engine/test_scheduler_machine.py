@@ -5,7 +5,7 @@ solo run, nothing leaks, and everything ends.
 # Long because one state machine is one class, and the device that it is held against is read beside it.
 
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from hashlib import blake2b
 
 from hypothesis import settings
@@ -14,8 +14,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from loraserve.engine.batch import DRAWN, Sampled, SequenceStep, StepBatch, StepResult, changes_logits
 from loraserve.engine.blocks import chain, root
+from loraserve.engine.entry import Entry
 from loraserve.engine.events import (
     CANCELLED,
+    AdapterArriving,
     AdapterDamaged,
     AdapterExpected,
     AdapterLoaded,
@@ -94,9 +96,9 @@ class Device:
         self._drawn: dict[str, int] = {}
         self._spoilt: set[str] = set()
 
-    def compute(self, batch: StepBatch) -> dict[str, int]:
-        """The tokens that are drawn, by request."""
-        drawn = {part.request_id: self._part(part) for part in batch.sequences}
+    def compute(self, batch: StepBatch, in_vain: Collection[str] = ()) -> dict[str, int]:
+        """The tokens that are drawn, by request. Of ``in_vain`` what this step brings is worth nothing."""
+        drawn = {part.request_id: self._part(part, part.request_id in in_vain) for part in batch.sequences}
         self._drawn = {part.request_id: drawn[part.request_id] for part in batch.sequences if part.sample}
         return self._drawn
 
@@ -110,11 +112,11 @@ class Device:
         parts = [part for batch in steps for part in batch.sequences]
         self._spoilt |= {p.request_id for p in parts if version_of(self.admits[p.request_id]) == version}
 
-    def _part(self, part: SequenceStep) -> int:
+    def _part(self, part: SequenceStep, in_vain: bool) -> int:
         admit = self.admits[part.request_id]
         end = part.start + len(part.tokens)
         places = [(part.blocks[position // BLOCK], position % BLOCK) for position in range(end)]
-        if part.request_id in self._spoilt:
+        if in_vain or part.request_id in self._spoilt:
             self.kv.update(dict.fromkeys(places[part.start :]))
             return 1
         version = version_of(admit)
@@ -171,6 +173,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.loads: list[LoadAdapter] = []
         self.cancelled: set[str] = set()
         """Of the versions that load."""
+        self.reads: dict[str, int] = {}
+        """Of the versions that load and of which a read was told."""
+        self.reads_told = 0
+        self.verified: dict[str, int] = {}
+        """By version, as which read; 0 where none was told."""
+        self.began_with: dict[str, int] = {}
+        """The read that a request's step in flight counts on."""
         self.count = 0
         self.plan_epoch = 0
         self.plans_open = 0
@@ -204,6 +213,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         for part in batch.sequences:
             assert part.request_id in self.live, "a step for a request that ended"
             self.sent_part(part)
+            if part.slot >= 0 and part.slot not in self.device.resident:
+                self.began_with[part.request_id] = self.reads[version_of(self.device.admits[part.request_id])]
         self.steps.append(batch)
 
     def sent_part(self, part: SequenceStep) -> None:
@@ -272,24 +283,69 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.tell(RequestAborted(request_id))
 
     @precondition(lambda self: self.steps)
-    @rule(steps=st.integers(1, 6))
-    def finish_steps(self, steps: int) -> None:
+    @rule(steps=st.integers(1, 6), late=st.booleans())
+    def finish_steps(self, steps: int, late: bool) -> None:
         """Mostly several, so that requests get far before anything befalls them."""
         while self.steps and steps:
-            self.finish_step()
+            self.finish_step(late)
             self.scheduler.validate()
             steps -= 1
 
-    def finish_step(self) -> None:
+    def finish_step(self, late: bool = False) -> None:
+        """``late``: no adapter that was on its way when it began had all its layers there in time."""
         batch = self.steps.popleft()
-        drawn = self.device.compute(batch)
+        began = {p.request_id: self.began_with.pop(p.request_id, 0) for p in batch.sequences}
+        versions = {request_id: version_of(self.device.admits[request_id]) for request_id in began}
+        resident = self.device.resident.values()
+        in_vain = {
+            r for r, read in began.items()
+            if read and (late or versions[r] not in resident or self.verified[versions[r]] != read)
+        }  # fmt: skip
+        drawn = self.device.compute(batch, in_vain)
         sampled = tuple(Sampled(request_id=request_id, token=token) for request_id, token in drawn.items())
-        self.tell(StepDone(StepResult(step_id=batch.step_id, sampled=sampled, duration_s=0.01)))
+        were_late = tuple(request_id for request_id, read in began.items() if read and late)
+        self.tell(StepDone(StepResult(step_id=batch.step_id, sampled=sampled, duration_s=0.01, late=were_late)))
+
+    @precondition(lambda self: self.loads and not self.steps_ahead)
+    @rule(data=st.data(), tokens=st.integers(1, 8), anew=st.booleans())
+    def arrives(self, data: st.DataObject, tokens: int, anew: bool) -> None:
+        """Another part of a slab is there; ``anew``: by another read, after the one before has failed."""
+        self.arrives_of(data.draw(st.sampled_from([load.adapter.version for load in self.loads])), tokens, anew)
+
+    def arrives_of(self, version: str, tokens: int, anew: bool) -> None:
+        if anew or version not in self.reads:
+            self.reads_told += 1
+            self.reads[version] = self.reads_told
+        self.tell(AdapterArriving(version, self.reads[version], tokens))
+
+    @precondition(lambda self: self.loads and not self.steps_ahead)
+    @rule(data=st.data(), prompt=PROMPTS, ends=st.sampled_from(["loads", "breaks", "late", "fails", "goes on"]))
+    def begin_early(self, data: st.DataObject, prompt: list[int], ends: str) -> None:
+        """A request comes for what is on its way, begins, and then that read ends in some way or goes on."""
+        load = data.draw(st.sampled_from(self.loads))
+        self.arrive(prompt, load.adapter, 3, False, 0, 0.0)
+        if self.steps:
+            self.finish_step()
+        if load not in self.loads:
+            return
+        self.arrives_of(load.adapter.version, 1, anew=False)
+        if ends == "breaks":
+            self.arrives_of(load.adapter.version, 1, anew=True)
+        if ends in ("loads", "breaks", "late"):
+            self.loads.remove(load)
+            self.end_load(load)
+        elif ends == "fails":
+            self.loads.remove(load)
+            self.fail_load(load)
+        if self.steps:
+            self.finish_step(late=ends == "late")
 
     @precondition(lambda self: self.steps)
     @rule()
     def fail_step(self) -> None:
         batch = self.steps.popleft()
+        for part in batch.sequences:
+            self.began_with.pop(part.request_id, None)
         self.device.fail(batch)
         self.tell(StepFailed(batch.step_id, "boom"))
         assert not {s.request_id for s in batch.sequences} & self.live
@@ -302,18 +358,24 @@ class SchedulerMachine(RuleBasedStateMachine):
         if load.adapter.version in self.cancelled and fails < 3:
             self.end_cancelled(load)
         elif fails == 4:
-            self.cancelled.discard(load.adapter.version)
-            self.tell(AdapterLoadFailed(load.adapter.version, "not_found", "gone"))
+            self.fail_load(load)
         else:
             self.end_load(load)
+
+    def fail_load(self, load: LoadAdapter) -> None:
+        self.cancelled.discard(load.adapter.version)
+        self.reads.pop(load.adapter.version, None)
+        self.tell(AdapterLoadFailed(load.adapter.version, "not_found", "gone"))
 
     def end_load(self, load: LoadAdapter) -> None:
         self.cancelled.discard(load.adapter.version)
         self.device.resident[load.slot] = load.adapter.version
-        self.tell(AdapterLoaded(load.adapter.version))
+        read = self.verified[load.adapter.version] = self.reads.pop(load.adapter.version, 0)
+        self.tell(AdapterLoaded(load.adapter.version, read))
 
     def end_cancelled(self, load: LoadAdapter) -> None:
         self.cancelled.remove(load.adapter.version)
+        self.reads.pop(load.adapter.version, None)
         live = self.live.copy()
         self.tell(AdapterLoadFailed(load.adapter.version, CANCELLED, "nobody wants it any more"))
         assert self.live == live, "who came since is not to blame"
@@ -357,8 +419,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             residency._plan.wanted, residency._guesses.versions()
         )
         for entry in residency.pool.entries():
+            if entry.adapter.version in residency.pool.damaged:
+                continue
             assert entry.cancelled == (not entry.resident and entry.adapter.version in self.cancelled)
-            assert entry.resident or entry.cancelled or entry.adapter.version in wanted, "it loads for nobody"
+            assert entry.resident or entry.cancelled or entry.running or entry.adapter.version in wanted, "for nobody"
 
     @invariant()
     def what_was_brought_in_is_useful_wasted_or_here(self) -> None:
@@ -388,9 +452,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         writer: dict[int, str] = {}
         for part in (part for batch in self.steps for part in batch.sequences):
             assert tuple(held[part.request_id].blocks[: len(part.blocks)]) == part.blocks
-            assert self.device.resident.get(part.slot, "") == version_of(self.device.admits[part.request_id])
+            version = version_of(self.device.admits[part.request_id])
+            there = self.device.resident.get(part.slot, "") == version
+            assert there or self.entry_of(version).slot == part.slot, "its extent may be another's"
             for position in range(part.start, part.start + len(part.tokens)):
                 assert writer.setdefault(part.blocks[position // BLOCK], part.request_id) == part.request_id
+
+    def entry_of(self, version: str) -> Entry:
+        entry = self.scheduler.residency.pool.get(version)
+        assert entry is not None
+        return entry
 
     def teardown(self) -> None:
         """Once nothing new comes, everything ends within a bounded number of turns and gives all back."""

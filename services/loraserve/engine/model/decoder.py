@@ -1,6 +1,7 @@
 """The forward pass: every token of a step, of any sequence and adapter, in one packed batch."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch.nn import functional
@@ -12,6 +13,12 @@ from loraserve.kernels.attention import AttentionBatch, KvCache, paged_attention
 from loraserve.kernels.fused import add_rms_norm, rotate, silu_mul
 from loraserve.kernels.lora import AdapterTables, LoraBatch, add_lora
 from loraserve.model_shape import DOWN, GATE_UP, OUT, QKV
+
+
+class LayerGate(Protocol):
+    def wait(self, layer: int) -> None:
+        """Returns when this layer may be computed."""
+        ...
 
 
 @dataclass(slots=True)
@@ -52,12 +59,14 @@ class Decoder:
         self._cos, self._sin = rotary_tables(config.rope, config.shape.head_dim, positions)
         self._scale = config.shape.head_dim**-0.5
 
-    def forward(self, inputs: StepInputs) -> torch.Tensor:
-        """Writes the KV of all tokens; returns float32 logits [sampled rows, vocab]."""
+    def forward(self, inputs: StepInputs, gate: LayerGate | None = None) -> torch.Tensor:
+        """Writes the KV of all tokens; returns float32 logits [sampled rows, vocab]. ``gate`` opens each layer."""
         x = functional.embedding(inputs.tokens, self._weights.embedding).float()
         delta = None
         buffers = self._buffers(x.shape[0])
         for index, layer in enumerate(self._weights.layers):
+            if gate is not None:
+                gate.wait(index)
             delta = self._layer(index, layer, x, delta, inputs, buffers)
         assert delta is not None
         rows = inputs.sampled_rows

@@ -1,0 +1,141 @@
+"""Requests that begin while the last of their adapter is read, by an engine whose estimate is always that it pays."""
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from loraserve.adapter.pack import Slab
+from loraserve.config import TransferConfig
+from loraserve.engine import arrival, arrival_watch
+from loraserve.engine.arrival import Gate
+from loraserve.messages import ToEngine
+from loraserve.testing.scripted_owner import ScriptedOwner
+
+Play = Callable[..., None]
+LONG_S = 20.0
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrival_watch, "least_tokens", lambda left_s, measured: 1)
+
+
+def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    monkeypatch.setattr(arrival, "PATIENCE_S", seconds)
+
+
+def last_chunk(stage: Any, adapter: str) -> Callable[[Any], bool]:
+    """Whether a message asks for it; what is before it has landed when it is asked for again and again."""
+    size = stage.models.refs[adapter].slab_bytes
+    return lambda message: bool(message.offset_bytes + message.length_bytes == size)
+
+
+def test_a_request_begins_before_the_last_chunk_is_there_and_its_tokens_are_right(
+    play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Any) -> None:
+        patience(monkeypatch, LONG_S)
+        in_step = threading.Event()
+        wait = Gate.wait
+
+        def waits(self: Gate, layer: int) -> None:
+            in_step.set()
+            wait(self, layer)
+            if layer == models.slabs["one"].header.shape.layers - 1:
+                verified.wait(LONG_S)
+
+        verified = threading.Event()
+        monkeypatch.setattr(Gate, "wait", waits)
+        stage.store.holds = last_chunk(stage, "one")
+        await stage.admit("early", "one")
+        await stage.until(in_step.is_set)
+        stage.store.holds = lambda message: False
+        residency = stage.engine._scheduler.residency
+        await stage.until(lambda: residency.ready(models.refs["one"].version))
+        verified.set()
+        await stage.finished("early")
+        assert stage.tokens["early"] == models.expected("one", 8)
+        load = await stage.fresh_load()
+        assert (load.early_starts, load.early_starts_in_vain, load.leaks) == (1, 0, 0)
+
+    play(scenario)
+
+
+def test_others_decode_beside_what_came_too_late_and_it_begins_anew(
+    play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Any) -> None:
+        patience(monkeypatch, 0.001)
+        stage.store.holds = last_chunk(stage, "one")
+        await stage.admit("base", tokens=300)
+        await stage.admit("early", "one")
+        await stage.until(lambda: stage.engine._scheduler.early.in_vain == 1)
+        seen = len(stage.tokens["base"])
+        await stage.until(lambda: len(stage.tokens["base"]) > seen + 20)
+        assert stage.tokens["early"] == []
+        stage.store.holds = lambda message: False
+        await stage.finished("base", "early")
+        assert stage.tokens["early"] == models.expected("one", 8)
+        assert stage.tokens["base"] == models.expected("", 300)
+        assert (await stage.fresh_load()).early_starts_in_vain == 1, "it waited for the rest of that read"
+
+    play(scenario)
+
+
+def damaged(slab: Slab) -> Slab:
+    """In its last layer."""
+    data = bytearray(slab.data)
+    data[-1] ^= 1
+    return Slab(slab.header, memoryview(data), slab.version)
+
+
+def test_what_a_peer_s_damaged_copy_brought_is_never_told(
+    play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Any) -> None:
+        patience(monkeypatch, 0.001)
+        owner = ScriptedOwner(stage.network.bus("engine-1", ToEngine), damaged(models.slabs["one"]))
+        stage.beside(owner.serve())
+        stage.holders = (owner.holder(),)
+        stage.store.holds = last_chunk(stage, "one")
+        await stage.admit("early", "one")
+        early = stage.engine._scheduler.early
+        await stage.until(lambda: early.begun >= 1 and stage.store.chunks_asked)
+        stage.store.holds = lambda message: False
+        await stage.finished("early")
+        assert stage.tokens["early"] == models.expected("one", 8)
+        assert any(each.mismatched for each in (await stage.fresh_load()).reads)
+        assert stage.load.leaks == 0
+
+    play(scenario, transfer=TransferConfig(transports=("tcp",)))
+
+
+def test_where_no_copy_is_whole_the_request_fails_without_a_token(
+    play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario(stage: Any) -> None:
+        patience(monkeypatch, 0.001)
+        stage.store.slabs[models.refs["one"].version] = damaged(models.slabs["one"])
+        await stage.admit("hurt", "one")
+        await stage.finished("hurt")
+        assert stage.failed["hurt"].code == "adapter_unavailable"
+        assert stage.tokens["hurt"] == []
+        await stage.admit("base", tokens=4)
+        await stage.finished("base")
+        assert stage.tokens["base"] == models.expected("", 4)
+        load = await stage.fresh_load()
+        assert (load.leaks, load.loading, load.pool_free_bytes) == (0, (), load.pool_total_bytes)
+
+    play(scenario)
+
+
+def test_a_runner_that_takes_steps_ahead_uses_whole_slabs_alone(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.admit("late", "one")
+        await stage.finished("late")
+        assert stage.tokens["late"] == models.expected("one", 8)
+        assert (await stage.fresh_load()).early_starts == 0
+
+    play(scenario, steps_ahead=1)
