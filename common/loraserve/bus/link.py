@@ -15,14 +15,22 @@ from loraserve.bus.wire import Parts
 COPY_BELOW_BYTES = 65_536
 # Messages taken from one socket before others of the event loop get their turn.
 BURST_MESSAGES = 128
+# As numbers: ZeroMQ's own are enumerations, which cost more to combine than a part costs to send.
+_NOW = int(zmq.NOBLOCK)
+_NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
+_EVENTS = int(zmq.EVENTS)
+_READABLE = int(zmq.POLLIN)
 _WATCHED = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
 def send_now(socket: Socket, parts: Sequence[Frame]) -> bool:
     """False when the socket's queue is full. Other ZeroMQ errors are raised."""
-    large = any(memoryview(part).nbytes >= COPY_BELOW_BYTES for part in parts)
+    # Before the first is sent: half a message cannot be taken back.
+    copied = [memoryview(part).nbytes < COPY_BELOW_BYTES for part in parts]
     try:
-        socket.send_multipart(parts, zmq.NOBLOCK, copy=not large)
+        for part, copy in zip(parts[:-1], copied, strict=False):
+            socket.send(part, _NOW_AND_MORE, copy)
+        socket.send(parts[-1], _NOW, copied[-1])
     except zmq.Again:
         return False
     return True
@@ -30,16 +38,27 @@ def send_now(socket: Socket, parts: Sequence[Frame]) -> bool:
 
 def readable(socket: Socket) -> bool:
     """Whether a message has arrived. Asking also rearms the socket's descriptor, which only signals changes."""
-    return bool(int(socket.get(zmq.EVENTS)) & zmq.POLLIN)
+    return bool(int(socket.get(_EVENTS)) & _READABLE)
 
 
 def receive_now(socket: Socket) -> list[Frame] | None:
     """One message, large parts without a copy; None when there is none."""
+    # The error for a message that is not there costs more than to ask.
+    if not readable(socket):
+        return None
     try:
-        frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
+        frame = socket.recv(_NOW, False)
     except zmq.Again:
         return None
-    return [frame.bytes if len(frame) < COPY_BELOW_BYTES else frame.buffer for frame in frames]
+    parts = [_content(frame)]
+    while frame.more:
+        frame = socket.recv(_NOW, False)
+        parts.append(_content(frame))
+    return parts
+
+
+def _content(frame: zmq.Frame) -> Frame:
+    return frame.bytes if len(frame) < COPY_BELOW_BYTES else frame.buffer
 
 
 class Link:
