@@ -2,6 +2,7 @@
 
 import asyncio
 import tempfile
+import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
 
@@ -258,3 +259,26 @@ def test_nobody_writes_once_a_read_was_cancelled() -> None:
         assert not into.any()
 
     play(scenario)
+
+
+class Answers:
+    """The part of a bus that a reader needs. Each answer is memory of its own; ``most`` of those before were held."""
+
+    def __init__(self) -> None:
+        self._given: list[weakref.ref[Any]] = []
+        self.most = 0
+
+    async def request_frames(self, _peer: str, asked: ReadRegion, *_: Any) -> tuple[RegionChunk, tuple[memoryview]]:
+        self.most = max(self.most, sum(each() is not None for each in self._given))
+        data = np.ones(asked.length_bytes, np.uint8)
+        self._given.append(weakref.ref(data))
+        return RegionChunk(token=asked.token, offset_bytes=asked.offset_bytes), (data.data,)
+
+
+def test_a_chunk_is_let_go_before_the_next_is_asked_for() -> None:
+    answers, into = Answers(), np.zeros(10, np.uint8)
+    handle = TcpHandle(protocol=PROTOCOL, owner="owner", incarnation="i", length_bytes=10, token="t")
+    reader = TcpReader(answers, TIMEOUT_S, 3, 1)  # type: ignore[arg-type]
+    asyncio.run(reader.read(handle, [Range(0, 10)], into.data))
+    assert into.all()
+    assert answers.most == 0

@@ -166,6 +166,8 @@ class TcpReader:
             data = await self._chunk(handle, wanted)
             # Not in a thread: a chunk is short, and so nobody writes once a read was cancelled.
             np.copyto(target[at_bytes : at_bytes + wanted.length_bytes], np.frombuffer(data, np.uint8))
+            # Before the next one is asked for, which then arrives where this one lay: in memory that is in use already.
+            del data
 
     async def _chunk(self, handle: TcpHandle, wanted: Range) -> bytes | memoryview:
         loop = asyncio.get_running_loop()
