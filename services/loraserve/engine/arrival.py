@@ -62,7 +62,11 @@ class Gate:
 
 def gate_of(batch: StepBatch, arrivals: Mapping[int, Arrival]) -> Gate | None:
     """For the slots of this step that are on their way; None where all are there, as mostly."""
-    found = {s.slot: arrivals[s.slot] for s in batch.sequences if s.slot in arrivals} if arrivals else {}
+    if not arrivals:
+        return None
+    # Asked for once each: the event loop's thread takes out what is all there, between two looks too.
+    asked = {s.slot: arrivals.get(s.slot) for s in batch.sequences}
+    found = {slot: arrival for slot, arrival in asked.items() if arrival is not None}
     return Gate(found, PATIENCE_S) if found else None
 
 

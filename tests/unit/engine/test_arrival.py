@@ -128,3 +128,18 @@ def test_only_a_step_with_a_slot_that_arrives_has_a_gate(header: SlabHeader) -> 
     assert gate is not None
     gate.late.add(2)
     assert late_of(batch, gate) == ("a", "c")
+
+
+def test_what_is_all_there_while_a_step_begins_is_waited_for_no_more(header: SlabHeader) -> None:
+    class Installing(dict[int, Arrival]):
+        """The other thread takes it out right after it was found."""
+
+        def __contains__(self, slot: object) -> bool:
+            found = super().__contains__(slot)
+            self.clear()
+            return found
+
+    sampling = SamplingParams(max_tokens=1)
+    part = SequenceStep(request_id="a", tokens=(1,), start=0, blocks=(0,), sampling=sampling, prompt_length=1, slot=2)
+    batch = StepBatch(step_id=1, sequences=(part,))
+    assert gate_of(batch, Installing({2: Arrival(header)})) is not None, "as it was when it was looked for"
