@@ -162,6 +162,17 @@ def test_who_comes_after_such_a_failure_gets_another_load(desk: Any, helpers: Si
     assert desk.sizes == {"next": 1}
 
 
+def test_the_place_of_such_a_load_is_free_at_once(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_loads=1)
+    desk.arrive("early", PROMPT, helpers.adapter("a"))
+    desk.tell(AdapterArriving("a", 1, 1))
+    desk.arrive("other", [1], helpers.adapter("b"))
+    assert desk.loads == ["a"]
+    desk.loads.remove("a")
+    desk.tell(AdapterLoadFailed("a", "not_found", "gone"))
+    assert desk.loads == ["b"], "though a step computes with what lies there"
+
+
 def test_a_load_is_not_cancelled_under_who_began_with_it(desk: Any) -> None:
     assert desk.tell(RequestAborted("early")) == []
     assert desk.step_done() == [CancelLoad("a")], "now nobody wants it"
