@@ -20,6 +20,7 @@ from loraserve.transfer.protocol import (
     Transport,
     VerbsHandle,
     asked,
+    check_ranges,
 )
 from loraserve.transfer.shm import SLICED_BYTES, ShmReader
 from loraserve.transfer.tcp import TcpReader
@@ -65,6 +66,9 @@ class Readers:
             await reader.read(handle, [Range(start, landing.slab_bytes)], into)
             landing.arrived(landing.slab_bytes)
             return
+
+        # Of all before any: a step could begin with the pieces before one that cannot be.
+        check_ranges(handle, [Range(start, landing.slab_bytes)])
 
         async def fetch(at: int, length: int) -> Bytes | None:
             piece = np.empty(length, np.uint8).data if into is None else into[at : at + length]

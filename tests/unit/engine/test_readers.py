@@ -14,7 +14,7 @@ from loraserve.engine.pool_memory import HostPool
 from loraserve.engine.readers import Readers
 from loraserve.errors import ConfigError
 from loraserve.testing.bus import MemoryNetwork
-from loraserve.transfer.protocol import PROTOCOL, Handle, Range, ShmHandle, TcpHandle
+from loraserve.transfer.protocol import PROTOCOL, Handle, Range, ShmHandle, TcpHandle, TransferError
 
 MIB = 1 << 20
 COMMON: dict[str, Any] = {"protocol": PROTOCOL, "owner": "engine-1", "incarnation": "i", "length_bytes": 64 * MIB}
@@ -55,6 +55,19 @@ class NotingReader:
         assert into.nbytes == sum(each.length_bytes for each in ranges)
 
 
+def read(
+    handle: Handle, start: int, slab_bytes: int, reader: NotingReader | None = None
+) -> tuple[NotingReader, list[int]]:
+    """What was asked for, and how much was there then."""
+    reader, there = reader or NotingReader(), list[int]()
+    pool = HostPool(np.empty(slab_bytes, np.uint8).data)
+    readers = Readers(MemoryNetwork().bus("engine-0", None), pool, None)
+    readers._readers[handle.transport] = reader  # type: ignore[assignment]
+    with ThreadPoolExecutor(1) as writers:
+        asyncio.run(readers.read(handle, start, Landing(pool, 0, slab_bytes, there.append, writers)))
+    return reader, there
+
+
 @pytest.mark.parametrize(
     ("handle", "slab", "lengths"),
     [
@@ -67,14 +80,15 @@ class NotingReader:
 def test_a_slab_is_read_by_pieces_but_where_a_thread_copies_it_at_once(
     handle: Handle, slab: int, lengths: list[int]
 ) -> None:
-    pool = HostPool(np.empty(slab * MIB, np.uint8).data)
-    readers = Readers(MemoryNetwork().bus("engine-0", None), pool, None)
-    reader = NotingReader()
-    readers._readers[handle.transport] = reader  # type: ignore[assignment]
-    there: list[int] = []
-    with ThreadPoolExecutor(1) as writers:
-        landing = Landing(pool, 0, slab * MIB, there.append, writers)
-        asyncio.run(readers.read(handle, MIB, landing))
+    reader, there = read(handle, MIB, slab * MIB)
     starts = [MIB + sum(lengths[:index]) * MIB for index in range(len(lengths))]
     assert reader.asked == [Range(start, length * MIB) for start, length in zip(starts, lengths, strict=True)]
     assert there == [sum(lengths[: index + 1]) * MIB for index in range(len(lengths))]
+
+
+@pytest.mark.parametrize("start", [-1, TCP.length_bytes - 20 * MIB + 1])
+def test_a_slab_that_is_not_all_within_the_region_is_not_begun(start: int) -> None:
+    reader = NotingReader()
+    with pytest.raises(TransferError, match="out_of_range"):
+        read(TCP, start, 20 * MIB, reader)
+    assert reader.asked == []
