@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 
 from loraserve.adapter.pack import Slab
+from loraserve.bus.protocol import Envelope
 from loraserve.config import TransferConfig
-from loraserve.engine import arrival, arrival_watch
+from loraserve.engine import arrival, arrival_watch, readers, source_order
 from loraserve.engine.arrival import Gate
-from loraserve.messages import ToEngine
+from loraserve.messages import ReadRegion, ToEngine
 from loraserve.testing.scripted_owner import ScriptedOwner
 
 Play = Callable[..., None]
@@ -108,6 +109,51 @@ def test_what_a_peer_s_damaged_copy_brought_is_never_told(
         assert stage.tokens["early"] == models.expected("one", 8)
         assert any(each.mismatched for each in (await stage.fresh_load()).reads)
         assert stage.load.leaks == 0
+
+    play(scenario, transfer=TransferConfig(transports=("tcp",)))
+
+
+class Stalling(ScriptedOwner):
+    """It sends what lies before the last piece, and never that."""
+
+    def answer(self, envelope: Envelope) -> None:
+        message = envelope.message
+        last = isinstance(message, ReadRegion) and message.offset_bytes + message.length_bytes > len(self.slab.data)
+        self.stalls = last
+        super().answer(envelope)
+
+
+def test_a_step_that_computes_while_a_spare_takes_the_place_of_the_first_is_in_vain(
+    play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the first brought is damaged, and what the spare has is not; the step sees some of both."""
+
+    async def scenario(stage: Any) -> None:
+        patience(monkeypatch, LONG_S)
+        monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+        monkeypatch.setattr(readers, "PIECE_BYTES", 4096)
+        slab = models.slabs["one"]
+        data = memoryview(bytes(byte ^ 1 for byte in slab.data))
+        owner = Stalling(stage.network.bus("engine-1", ToEngine), Slab(slab.header, data, slab.version))
+        stage.beside(owner.serve())
+        stage.holders = (owner.holder(),)
+        stage.store.open.clear()
+        in_step = threading.Event()
+        wait = Gate.wait
+
+        def waits(self: Gate, layer: int) -> None:
+            in_step.set()
+            wait(self, layer)
+
+        monkeypatch.setattr(Gate, "wait", waits)
+        await stage.admit("early", "one")
+        await stage.until(in_step.is_set)
+        stage.store.open.set()
+        await stage.finished("early")
+        assert stage.tokens["early"] == models.expected("one", 8)
+        load = await stage.fresh_load()
+        assert (load.early_starts, load.early_starts_in_vain, load.leaks) == (1, 1, 0)
+        assert [read.source for read in load.reads if read.reads] == ["store"]
 
     play(scenario, transfer=TransferConfig(transports=("tcp",)))
 
