@@ -46,7 +46,7 @@ class ArrivalWatch:
             return
         self._arrival.landed(slab_bytes)
         tokens = least_tokens(left_s, self._rates.measured())
-        if tokens is not None and (self._told is None or tokens < self._told):
+        if tokens != self._told:
             self._told = tokens
             self._tell(AdapterArriving(self._load.adapter.version, self.read, tokens))
 

@@ -46,7 +46,7 @@ class _Read(msgspec.Struct):
     """The read under way of an adapter. ``given_up``: a step that began with it came to nothing."""
 
     number: int
-    least_tokens: int
+    least_tokens: int | None
     given_up: bool = False
 
 
@@ -59,8 +59,8 @@ class EarlyStarts:
         self.begun = 0
         self.in_vain = 0
 
-    def arriving(self, version: str, read: int, tokens: int) -> None:
-        """A step of at least so many tokens lasts until the adapter is there."""
+    def arriving(self, version: str, read: int, tokens: int | None) -> None:
+        """A step of at least so many tokens lasts until the adapter is there; None: no step is worth it."""
         known = self._reads.get(version)
         if known is not None and known.number == read:
             known.least_tokens = tokens
@@ -77,7 +77,7 @@ class EarlyStarts:
     def may_begin(self, sequence: Sequence, first_tokens: Callable[[Sequence], int]) -> bool:
         """Before its adapter is there; its first step computes so many tokens."""
         read = self._reads.get(sequence.version)
-        if read is None or read.given_up or not self._pool.arrives(sequence.version):
+        if read is None or read.given_up or read.least_tokens is None or not self._pool.arrives(sequence.version):
             return False
         return first_tokens(sequence) >= read.least_tokens
 

@@ -97,6 +97,8 @@ def test_a_step_that_would_be_over_too_soon_is_not_begun(helpers: SimpleNamespac
     desk.arrive("short", [1, 2], helpers.adapter("a"))
     desk.tell(AdapterArriving("a", 1, 3))
     assert desk.step is None
+    desk.tell(AdapterArriving("a", 1, None))
+    assert desk.step is None
     desk.tell(AdapterArriving("a", 1, 2))
     assert desk.sizes == {"short": 2}
 
