@@ -31,8 +31,8 @@ class StepFailed(msgspec.Struct, frozen=True):
 class AdapterArriving(msgspec.Struct, frozen=True):
     """Some of an adapter that loads is there, by the read of this number, and the runner knows its layout.
 
-    A step of at least ``least_tokens`` prefill tokens is expected to last until all of it is verified; None: no step is,
-    or it is not worth it. Read numbers are never used again, and a read that fails is followed by another number.
+    A step of at least ``least_tokens`` prefill tokens is expected to last until all of it is verified; None: no step
+    is, or it is not worth it. Read numbers are never used again, and a read that fails is followed by another number.
     """
 
     version: str

@@ -60,9 +60,7 @@ def test_the_runner_hears_of_each_layer_and_the_scheduler_of_the_read(watched: A
     assert watched.watch.read == 1
 
 
-def test_the_scheduler_hears_again_where_more_or_fewer_tokens_are_needed_or_none_will_do(
-    watched: Any, header: SlabHeader
-) -> None:
+def test_the_scheduler_hears_again_whenever_the_estimate_changes(watched: Any, header: SlabHeader) -> None:
     watched.watch.begins(header)
     for watched.tokens in (None, 5, 5, 6, None, 4):
         watched.watch.landed(16, 1.0)
