@@ -18,6 +18,7 @@ from loraserve.engine.model.linear import HostForm, pick_backend
 from loraserve.engine.model.weights import load_weights
 from loraserve.engine.packed import pack
 from loraserve.engine.pool_memory import HostPool, check_slab
+from loraserve.engine.populate import populate
 from loraserve.engine.runner_protocol import ComputedStep
 from loraserve.engine.sampler import sample
 from loraserve.errors import ConfigError
@@ -53,6 +54,7 @@ class ModelRunner:
         self.pool_elements = _pool_elements(engine)
         self.weights_backend = pick_backend(engine.weights)
         memory, shared = _pool_memory(max(engine.pool_bytes, mmap.PAGESIZE))
+        populate(memory)
         self.pool = HostPool(memory[: self.pool_elements * ITEM_BYTES[engine.slab_dtype]], shared)
         self._tables = lora.AdapterTables(config.shape, engine.max_adapters)
         self._decoder = Decoder(

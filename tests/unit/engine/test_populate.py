@@ -1,0 +1,93 @@
+"""The pages of a pool are there before a load needs them, where there is memory to spare."""
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from loraserve.engine import populate as module
+from loraserve.engine.populate import IDLE, LEAST_AVAILABLE, available, populate
+from loraserve.transfer.shared_memory import SharedMemory, supported
+
+pytestmark = pytest.mark.skipif(not supported(), reason="needs memfd, which tells how many pages it has")
+LENGTH_BYTES = 5 * (1 << 20)
+LONG_S = 60.0
+
+
+@pytest.fixture
+def memory(monkeypatch: pytest.MonkeyPatch) -> SharedMemory:
+    monkeypatch.setattr(module, "PIECE_BYTES", 2 << 20)
+    monkeypatch.setattr(module, "available", lambda: 1.0)
+    return SharedMemory(LENGTH_BYTES)
+
+
+def taken_bytes(memory: SharedMemory) -> int:
+    descriptor = memory.export()
+    try:
+        return os.fstat(descriptor).st_blocks * 512
+    finally:
+        os.close(descriptor)
+
+
+def test_all_pages_are_taken_and_keep_what_was_written_before(memory: SharedMemory) -> None:
+    memory.view[3 << 20 : (3 << 20) + 4] = b"here"
+    assert taken_bytes(memory) < LENGTH_BYTES
+    populate(memory.view).join(LONG_S)
+    assert taken_bytes(memory) == LENGTH_BYTES
+    assert memory.view[3 << 20 : (3 << 20) + 4] == b"here"
+    assert not any(memory.view[: 1 << 20])
+
+
+def test_where_memory_is_short_the_rest_is_left(
+    memory: SharedMemory, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    shares = iter([LEAST_AVAILABLE, LEAST_AVAILABLE - 0.01])
+    monkeypatch.setattr(module, "available", lambda: next(shares))
+    populate(memory.view).join(LONG_S)
+    assert taken_bytes(memory) == 2 << 20
+    assert "little memory is available" in capfd.readouterr().out
+
+
+def test_a_kernel_that_cannot_leaves_it_to_the_first_write(
+    memory: SharedMemory, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    monkeypatch.setattr(module, "POPULATE_WRITE", 9999)
+    populate(memory.view).join(LONG_S)
+    assert taken_bytes(memory) == 0
+    assert "Invalid argument" in capfd.readouterr().out
+    memory.view[0] = 1
+
+
+def test_steps_go_first(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+    priorities: list[int] = []
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+
+    def noted() -> float:
+        priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return 1.0
+
+    monkeypatch.setattr(module, "available", noted)
+    populate(memory.view).join(LONG_S)
+    assert priorities == [IDLE] * 3
+    assert os.getpriority(os.PRIO_PROCESS, 0) == own, "this thread goes on as before"
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("MemTotal:       1000 kB\nMemFree:  1 kB\nMemAvailable:    250 kB\n", 0.25),
+        ("MemTotal:       1000 kB\n", 0.0),
+        ("MemTotal: 0 kB\nMemAvailable: 0 kB\n", 0.0),
+        ("what is this", 0.0),
+    ],
+)
+def test_what_is_available_is_what_the_kernel_says(tmp_path: Path, text: str, share: float) -> None:
+    file = tmp_path / "meminfo"
+    file.write_text(text)
+    assert available(file) == share
+
+
+def test_where_the_kernel_says_nothing_nothing_is_taken_for_available(tmp_path: Path) -> None:
+    assert available(tmp_path / "none") == 0.0
