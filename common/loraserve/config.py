@@ -75,9 +75,10 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
 class EngineConfig(Section, frozen=True, kw_only=True):
     """``device`` auto is a GPU where there is one. On a CPU ``weights`` float32 is exact, fp16 is half the bytes with
-    float32 activations, and auto the faster that runs; ``kv_bytes`` and ``pool_bytes`` are its memory. On a GPU
-    ``weights`` are of the adapters' dtype; the engine takes ``memory_fraction`` of the GPU, and of what the weights
-    leave of it ``pool_fraction`` is the adapters' pool and the rest the KV cache.
+    float32 activations, and auto the faster that runs; ``kv_bytes`` and ``pool_bytes`` are its memory, the pool's from
+    the start on as far as a quarter of the machine's stays available. On a GPU ``weights`` are of the adapters' dtype;
+    the engine takes ``memory_fraction`` of the GPU, and of what the weights leave of it ``pool_fraction`` is the
+    adapters' pool and the rest the KV cache.
 
     Adapters that leave the pool are kept in ``host_cache_bytes`` of this machine's memory for each engine, page-locked
     on a GPU, from where it and its peers have them sooner than from the store. 0 is none; auto is none on a CPU, where
