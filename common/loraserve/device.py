@@ -42,6 +42,22 @@ def memory_bytes(
     return min([machine, *(limit for path in limits if (limit := _number(path)))])
 
 
+def available_share(meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")) -> float:
+    """Of the memory that this process may use, what can be had without taking it from anybody; 0 where nobody knows."""
+    try:
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        share = int(lines["MemAvailable"].split()[0]) / int(lines["MemTotal"].split()[0])
+    except (OSError, KeyError, ValueError, IndexError, ZeroDivisionError):
+        return 0.0
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        if most := _number(groups / limit):
+            share = min(share, max(0.0, 1 - _number(groups / used) / most))
+    return share
+
+
 def _number(path: Path) -> int:
     """0 where it holds none."""
     try:

@@ -62,6 +62,10 @@ class AdapterPool:
         """Of those that are in the way of what finds no room."""
         self._awaited = versions
 
+    def await_also(self, versions: frozenset[str]) -> None:
+        """Beside those that were."""
+        self._awaited |= versions
+
     @property
     def free_bytes(self) -> int:
         """Free now, plus what would leave at once if room were wanted; not all of it need lie in one piece."""

@@ -151,7 +151,7 @@ class Residency:
             self._load_usual(look)
         else:
             # Not all were looked at: what was awaited for the others still is, or readers could take turns for ever.
-            self.pool.await_leases(self.pool.awaited | look.awaited)
+            self.pool.await_also(look.awaited)
         return [*look.instructions, *self._plan.done()]
 
     def in_the_way(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:

@@ -175,10 +175,10 @@ class Scheduler:
         for part in self.outstanding.take(step_id).sequences:
             sequence = self._sequences[part.request_id]
             sequence.landed(part)
-            if sequence.state is not LEAVING:
-                instructions.append(self._reject(sequence, "engine_error", message, now))
-            else:
+            if sequence.state is LEAVING:
                 self._end(sequence, now)
+            else:
+                instructions.append(self._reject(sequence, "engine_error", message, now))
         return instructions
 
     def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:

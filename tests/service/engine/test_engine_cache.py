@@ -11,19 +11,13 @@ from loraserve.adapter.format import decode_header
 from loraserve.cost import extent_bytes
 from loraserve.engine.layers import damaged_layer
 from loraserve.engine.pool_memory import HostPool
+from loraserve.engine.testing.peer import Peer
 from loraserve.errors import PeerError
 from loraserve.messages import (
-    LeaseGranted,
-    LeaseReleased,
-    LeaseRenewed,
-    LeaseSlab,
     ReadCounts,
-    ReleaseLease,
-    RenewLease,
-    ToEngine,
 )
 from loraserve.testing.clock import FakeClock
-from loraserve.transfer.protocol import PROTOCOL, Range, ShmHandle
+from loraserve.transfer.protocol import Range, ShmHandle
 from loraserve.transfer.shm import ShmReader
 
 Play = Callable[..., None]
@@ -59,34 +53,6 @@ def tier(stage: Any) -> Any:
 def poison(stage: Any, adapter: str) -> None:
     entry = tier(stage).cache.get(stage.models.refs[adapter].version)
     np.frombuffer(tier(stage).memory.view(entry.offset_bytes, 1), np.uint8)[0] ^= 1
-
-
-class Peer:
-    """An engine that reads from engine-0."""
-
-    def __init__(self, stage: Any) -> None:
-        self.bus = stage.network.bus("engine-1", ToEngine)
-
-    async def lease(self, ref: Any, read_id: str = "read", less_bytes: int = 0) -> tuple[LeaseGranted, bytes]:
-        asked = LeaseSlab(
-            protocol=PROTOCOL,
-            incarnation=self.bus.incarnation,
-            read_id=read_id,
-            version=ref.version,
-            slab_bytes=ref.slab_bytes - less_bytes,
-        )
-        granted, (header,) = await self.bus.request_frames("engine-0", asked, LeaseGranted, TIMEOUT_S)
-        return granted, bytes(header)
-
-    async def renew(self, lease_id: str) -> LeaseRenewed:
-        renewal = RenewLease(lease_id=lease_id, incarnation=self.bus.incarnation)
-        answer: LeaseRenewed = await self.bus.request("engine-0", renewal, LeaseRenewed, TIMEOUT_S)
-        return answer
-
-    async def release(self, lease_id: str) -> bool:
-        release = ReleaseLease(lease_id=lease_id, incarnation=self.bus.incarnation)
-        answer: LeaseReleased = await self.bus.request("engine-0", release, LeaseReleased, TIMEOUT_S)
-        return answer.held
 
 
 async def refused(asked: Any) -> str:
@@ -175,7 +141,7 @@ def test_of_two_slabs_and_room_for_one_that_which_is_asked_for_more_stays(play: 
 def test_a_peer_reads_what_is_cached_with_all_that_it_takes_to_verify(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await runs(stage, "a", "one")
-        peer = Peer(stage)
+        peer = Peer(stage.network)
         await runs(stage, "b", "two")
         await cached(stage, "one")
         granted, encoded = await peer.lease(models.refs["one"])
@@ -198,7 +164,7 @@ def test_what_a_peer_reads_from_the_cache_stays_there_until_it_is_done(play: Pla
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")
         await cached(stage, "one")
-        peer = Peer(stage)
+        peer = Peer(stage.network)
         granted, _ = await peer.lease(models.refs["one"])
         for number in range(20):
             # So often that what a busy machine makes of the speeds does not decide which is worth more.
@@ -209,8 +175,14 @@ def test_what_a_peer_reads_from_the_cache_stays_there_until_it_is_done(play: Pla
         await runs(stage, "d", "two")
         await runs(stage, "e", "one")
         await cached(stage, "two")
-        assert await refused(peer.lease(models.refs["two"], "other size", less_bytes=1)) == "mismatch"
-        assert await refused(peer.lease(models.refs["one"], "other size", less_bytes=1)) == "mismatch"
+        assert (
+            await refused(peer.lease(models.refs["two"], "other size", slab_bytes=models.refs["two"].slab_bytes - 1))
+            == "mismatch"
+        )
+        assert (
+            await refused(peer.lease(models.refs["one"], "other size", slab_bytes=models.refs["one"].slab_bytes - 1))
+            == "mismatch"
+        )
         assert stage.load.leaks == 0
 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=largest(models))
@@ -221,7 +193,7 @@ def test_a_read_that_asks_again_has_its_lease_though_the_pool_has_the_adapter_no
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")
         await cached(stage, "one")
-        peer = Peer(stage)
+        peer = Peer(stage.network)
         first, _ = await peer.lease(models.refs["one"])
         await runs(stage, "c", "one")
         again, _ = await peer.lease(models.refs["one"])
@@ -238,10 +210,10 @@ def test_leases_of_a_peer_s_past_life_end_in_the_cache_as_well(play: Play, model
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")
         await cached(stage, "one")
-        await Peer(stage).lease(models.refs["one"])
+        await Peer(stage.network).lease(models.refs["one"])
         stage.network.kill("engine-1")
         assert [entry.leases for entry in tier(stage).cache.entries()] == [1]
-        await Peer(stage).lease(models.refs["two"])
+        await Peer(stage.network).lease(models.refs["two"])
         assert [entry.leases for entry in tier(stage).cache.entries()] == [0]
 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)

@@ -14,20 +14,13 @@ from loraserve.cost import extent_bytes
 from loraserve.engine.layers import damaged_layer
 from loraserve.engine.offline import adapter_reference
 from loraserve.engine.pool_memory import HostPool
+from loraserve.engine.testing.peer import Peer
 from loraserve.errors import PeerError
 from loraserve.messages import (
-    AdapterRef,
     Admit,
     Admitted,
-    LeaseGranted,
-    LeaseReleased,
-    LeaseRenewed,
-    LeaseSlab,
-    ReleaseLease,
-    RenewLease,
     SamplingParams,
     SlabDamaged,
-    ToEngine,
 )
 from loraserve.testing.clock import FakeClock
 from loraserve.testing.tiny_model import write_peft_adapter
@@ -36,30 +29,6 @@ from loraserve.transfer.shm import ShmReader
 
 Play = Callable[..., None]
 TIMEOUT_S = 20.0
-
-
-class Peer:
-    """An engine that reads from engine-0."""
-
-    def __init__(self, stage: Any, name: str = "engine-1") -> None:
-        self.bus = stage.network.bus(name, ToEngine)
-
-    async def lease(self, ref: AdapterRef, read_id: str = "read", **other: Any) -> tuple[LeaseGranted, bytes]:
-        fields: dict[str, Any] = {"version": ref.version, "slab_bytes": ref.slab_bytes, "protocol": PROTOCOL, **other}
-        asked = LeaseSlab(incarnation=self.bus.incarnation, read_id=read_id, **fields)
-        granted, frames = await self.bus.request_frames("engine-0", asked, LeaseGranted, TIMEOUT_S)
-        (header,) = frames
-        return granted, bytes(header)
-
-    async def renew(self, lease_id: str) -> LeaseRenewed:
-        renewal = RenewLease(lease_id=lease_id, incarnation=self.bus.incarnation)
-        answer: LeaseRenewed = await self.bus.request("engine-0", renewal, LeaseRenewed, TIMEOUT_S)
-        return answer
-
-    async def release(self, lease_id: str) -> bool:
-        release = ReleaseLease(lease_id=lease_id, incarnation=self.bus.incarnation)
-        answer: LeaseReleased = await self.bus.request("engine-0", release, LeaseReleased, TIMEOUT_S)
-        return answer.held
 
 
 async def resident(stage: Any, *names: str) -> FakeClock:
@@ -88,7 +57,7 @@ def pool_for(models: Any, adapters: int) -> int:
 def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one", "two")
-        granted, header_bytes = await Peer(stage).lease(models.refs["two"])
+        granted, header_bytes = await Peer(stage.network).lease(models.refs["two"])
         assert (granted.version, granted.lasts_s) == (models.refs["two"].version, 5.0)
         header = decode_header(header_bytes)
         assert slab_version(header) == granted.version
@@ -106,7 +75,7 @@ def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, mo
 def test_an_engine_that_offers_nothing_says_so_and_grants_all_the_same(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
-        granted, _ = await Peer(stage).lease(models.refs["one"])
+        granted, _ = await Peer(stage.network).lease(models.refs["one"])
         assert granted.handles == ()
 
     play(scenario, transfer=TransferConfig(transports=()))
@@ -124,7 +93,7 @@ def test_what_cannot_be_granted_is_refused_by_its_code(play: Play, models: Any) 
         await resident(stage, "one")
         stage.store.open.clear()
         await stage.admit("loads", "two")
-        peer, one, two = Peer(stage), models.refs["one"], models.refs["two"]
+        peer, one, two = Peer(stage.network), models.refs["one"], models.refs["two"]
         assert await refused(peer.lease(one, protocol=PROTOCOL + 1)) == "version"
         assert await refused(peer.lease(one, version="unheard of")) == "not_found"
         assert await refused(peer.lease(one, slab_bytes=one.slab_bytes + 1)) == "mismatch"
@@ -144,7 +113,7 @@ def test_a_load_that_failed_leaves_nothing_to_lend(play: Play, models: Any) -> N
         stage.store.corrupt = lambda chunk: bytes([chunk[0] ^ 1]) + chunk[1:]
         await stage.admit("hurt", "one")
         await stage.finished("hurt")
-        assert await refused(Peer(stage).lease(models.refs["one"])) == "not_found"
+        assert await refused(Peer(stage.network).lease(models.refs["one"])) == "not_found"
 
     play(scenario)
 
@@ -154,10 +123,10 @@ def test_a_request_waits_for_the_reader_of_the_only_extent_and_runs_once_that_is
 ) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
-        peer = Peer(stage)
+        peer = Peer(stage.network)
         granted, _ = await peer.lease(models.refs["one"])
         await waits(stage, "two")
-        assert await refused(Peer(stage, "engine-2").lease(models.refs["one"])) == "making_room"
+        assert await refused(Peer(stage.network, "engine-2").lease(models.refs["one"])) == "making_room"
         assert await peer.release(granted.lease_id)
         await stage.finished("waits")
         assert stage.tokens["waits"] == models.expected("two", 8)
@@ -172,7 +141,7 @@ def test_a_request_waits_for_the_reader_of_the_only_extent_and_runs_once_that_is
 def test_a_lease_that_nobody_renews_ends_by_its_deadline(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         clock = await resident(stage, "one")
-        peer = Peer(stage)
+        peer = Peer(stage.network)
         granted, _ = await peer.lease(models.refs["one"])
         clock.advance(4.0)
         assert (await peer.renew(granted.lease_id)).lasts_s == 5.0
@@ -189,10 +158,10 @@ def test_a_lease_that_nobody_renews_ends_by_its_deadline(play: Play, models: Any
 def test_leases_of_a_reader_that_died_end_with_its_next_life(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
-        granted, _ = await Peer(stage).lease(models.refs["one"])
+        granted, _ = await Peer(stage.network).lease(models.refs["one"])
         await waits(stage, "two")
         stage.network.kill("engine-1")
-        reborn = Peer(stage)
+        reborn = Peer(stage.network)
         assert await refused(reborn.renew(granted.lease_id)) == "not_yours"
         assert await refused(reborn.lease(models.refs["one"])) == "making_room"
         await stage.finished("waits")
@@ -209,7 +178,7 @@ def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tm
     async def scenario(stage: Any) -> None:
         await resident(stage, "one", "two")
         stage.store.slabs[third.version] = third
-        granted, _ = await Peer(stage).lease(models.refs["one"])
+        granted, _ = await Peer(stage.network).lease(models.refs["one"])
         stage.tokens["third"] = []
         sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
         admit = Admit(request_id="third", gateway="gateway-0", prompt_tokens=(5, 6), sampling=sampling, adapter=ref)
@@ -217,7 +186,7 @@ def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tm
         await stage.finished("third")
         load = await stage.fresh_load()
         assert {each.name for each in load.resident} == {"one", "third"}, "one was unused for longer"
-        again, _ = await Peer(stage, "engine-2").lease(models.refs["one"])
+        again, _ = await Peer(stage.network, "engine-2").lease(models.refs["one"])
         assert again.offset_bytes == granted.offset_bytes
 
     play(scenario, pool_bytes=pool_for(models, 2))
@@ -226,7 +195,7 @@ def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tm
 def test_an_engine_whose_peers_read_and_vanish_ends_clean(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         clock = await resident(stage, "one", "two")
-        peers = [Peer(stage, f"engine-{number}") for number in range(1, 4)]
+        peers = [Peer(stage.network, f"engine-{number}") for number in range(1, 4)]
         await asyncio.gather(*(peer.lease(models.refs["one"]) for peer in peers))
         for peer in peers:
             stage.network.kill(peer.bus.name)
@@ -241,7 +210,7 @@ def test_an_engine_whose_peers_read_and_vanish_ends_clean(play: Play, models: An
 def test_who_complains_of_a_slab_must_have_leased_it(play: Play, models: Any, capfd: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
-        peer, other = Peer(stage), Peer(stage, "engine-2")
+        peer, other = Peer(stage.network), Peer(stage.network, "engine-2")
         granted, _ = await peer.lease(models.refs["one"])
         for bus, version in ((other.bus, granted.version), (peer.bus, "another")):
             bus.send("engine-0", SlabDamaged(version=version, lease_id=granted.lease_id, layer=0))

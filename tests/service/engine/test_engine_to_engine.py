@@ -232,6 +232,7 @@ def test_a_reader_s_lease_is_over_when_it_has_read(pair: Callable[..., None]) ->
         await both.run("engine-0", "first", "one")
         await both.known("engine-0", "one")
         await both.run("engine-1", "second", "one")
+        assert (await both.reads("engine-1")).keys() == {"engine-0 shm"}
         pool = both.engines["engine-0"]._scheduler.residency.pool
         await both.until(lambda: pool.leases == 0)
 

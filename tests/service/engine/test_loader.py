@@ -66,6 +66,18 @@ class Scene:
         return self.pool.memory[OFFSET : OFFSET + self.slab.header.slab_bytes] == self.slab.data
 
 
+def held_at(slab: Slab, layer: int) -> tuple[WatchedPool, threading.Event]:
+    """A pool where whoever verifies this layer waits for the event."""
+    pool, let_go = WatchedPool(OFFSET), threading.Event()
+
+    def hold(at: int) -> None:
+        if at == slab.header.layer(layer).start:
+            assert let_go.wait(TIMEOUT_S)
+
+    pool.before_digest = hold
+    return pool, let_go
+
+
 async def until(condition: Callable[[], object]) -> None:
     async with asyncio.timeout(TIMEOUT_S):
         while not condition():  # noqa: ASYNC110
@@ -217,15 +229,9 @@ def test_who_gives_up_waits_for_the_threads_that_are_at_the_extent(play: Callabl
 
 def test_a_damaged_layer_is_not_told_before_the_other_threads_are_done(play: Callable[..., None]) -> None:
     slab = make_slab()
-    let_go = threading.Event()
-    pool = WatchedPool(OFFSET)
-
-    def hold(at: int) -> None:
-        if at == slab.header.layer(1).start:
-            assert let_go.wait(TIMEOUT_S)
+    pool, let_go = held_at(slab, 1)
 
     async def scenario(scene: Scene) -> None:
-        pool.before_digest = hold
         loading = scene.load()
         await until(lambda: len(pool.read) > 2)
         await asyncio.sleep(0.05)
@@ -240,15 +246,9 @@ def test_a_damaged_layer_is_not_told_before_the_other_threads_are_done(play: Cal
 def test_a_load_that_fails_and_is_given_up_meanwhile_is_given_up(play: Callable[..., None]) -> None:
     """Or a deadline that passes just then would never end it, as another source would be tried."""
     slab = make_slab()
-    let_go = threading.Event()
-    pool = WatchedPool(OFFSET)
-
-    def hold(at: int) -> None:
-        if at == slab.header.layer(1).start:
-            assert let_go.wait(TIMEOUT_S)
+    pool, let_go = held_at(slab, 1)
 
     async def scenario(scene: Scene) -> None:
-        pool.before_digest = hold
         loading = scene.load()
         await until(lambda: len(pool.read) > 2)
         await asyncio.sleep(0.05)

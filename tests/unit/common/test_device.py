@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.device import default_engines, device_of, gpu_name, memory_bytes
+from loraserve.device import available_share, default_engines, device_of, gpu_name, memory_bytes
 
 
 @pytest.fixture(autouse=True)
@@ -80,3 +80,38 @@ def test_a_container_s_limit_counts_where_it_is_less_than_the_machine_s_memory(t
     assert memory_bytes(limits) == machine
     limits[2].write_text("1048576\n")
     assert memory_bytes(limits) == 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("text", "share"),
+    [
+        ("MemTotal:       1000 kB\nMemFree:  1 kB\nMemAvailable:    250 kB\n", 0.25),
+        ("MemTotal:       1000 kB\n", 0.0),
+        ("MemTotal: 0 kB\nMemAvailable: 0 kB\n", 0.0),
+        ("what is this", 0.0),
+    ],
+)
+def test_what_is_available_is_what_the_kernel_says(tmp_path: Path, text: str, share: float) -> None:
+    file = tmp_path / "meminfo"
+    file.write_text(text)
+    assert available_share(file, tmp_path) == share
+
+
+def test_where_the_kernel_says_nothing_nothing_is_taken_for_available(tmp_path: Path) -> None:
+    assert available_share(tmp_path / "none", tmp_path) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")],
+)
+def test_in_a_container_with_a_limit_it_is_what_that_leaves(tmp_path: Path, limit: str, used: str) -> None:
+    (tmp_path / "memory").mkdir()
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal: 1000 kB\nMemAvailable: 900 kB\n")
+    for current, share in (("50", 0.75), ("10", 0.9), ("300", 0.0)):
+        (tmp_path / limit).write_text("200\n")
+        (tmp_path / used).write_text(current)
+        assert available_share(file, tmp_path) == share
+    (tmp_path / limit).write_text("max\n")
+    assert available_share(file, tmp_path) == 0.9

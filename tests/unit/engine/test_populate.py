@@ -2,13 +2,12 @@
 
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from loraserve.engine import populate as module
-from loraserve.engine.populate import IDLE, LEAST_AVAILABLE, available, populate
+from loraserve.engine.populate import IDLE, LEAST_AVAILABLE, populate
 from loraserve.transfer.shared_memory import SharedMemory, supported
 
 pytestmark = pytest.mark.skipif(not supported(), reason="needs memfd, which tells how many pages it has")
@@ -19,7 +18,7 @@ LONG_S = 60.0
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> SharedMemory:
     monkeypatch.setattr(module, "PIECE_BYTES", 2 << 20)
-    monkeypatch.setattr(module, "available", lambda: 1.0)
+    monkeypatch.setattr(module, "available_share", lambda: 1.0)
     return SharedMemory(LENGTH_BYTES)
 
 
@@ -44,7 +43,7 @@ def test_where_memory_is_short_the_rest_is_left(
     memory: SharedMemory, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     shares = iter([LEAST_AVAILABLE, LEAST_AVAILABLE - 0.01])
-    monkeypatch.setattr(module, "available", lambda: next(shares))
+    monkeypatch.setattr(module, "available_share", lambda: next(shares))
     populate(memory.view).join(LONG_S)
     assert taken_bytes(memory) == 2 << 20
     assert "little memory is available" in capfd.readouterr().out
@@ -68,26 +67,7 @@ def test_steps_go_first(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -
         priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         return 1.0
 
-    monkeypatch.setattr(module, "available", noted)
+    monkeypatch.setattr(module, "available_share", noted)
     populate(memory.view).join(LONG_S)
     assert priorities == [IDLE] * 3
     assert os.getpriority(os.PRIO_PROCESS, 0) == own, "this thread goes on as before"
-
-
-@pytest.mark.parametrize(
-    ("text", "share"),
-    [
-        ("MemTotal:       1000 kB\nMemFree:  1 kB\nMemAvailable:    250 kB\n", 0.25),
-        ("MemTotal:       1000 kB\n", 0.0),
-        ("MemTotal: 0 kB\nMemAvailable: 0 kB\n", 0.0),
-        ("what is this", 0.0),
-    ],
-)
-def test_what_is_available_is_what_the_kernel_says(tmp_path: Path, text: str, share: float) -> None:
-    file = tmp_path / "meminfo"
-    file.write_text(text)
-    assert available(file) == share
-
-
-def test_where_the_kernel_says_nothing_nothing_is_taken_for_available(tmp_path: Path) -> None:
-    assert available(tmp_path / "none") == 0.0

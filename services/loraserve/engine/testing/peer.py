@@ -1,0 +1,39 @@
+"""An engine that reads from engine-0, as that sees it: it asks for leases, renews them and lets go of them."""
+
+from typing import Any
+
+from loraserve.messages import (
+    AdapterRef,
+    LeaseGranted,
+    LeaseReleased,
+    LeaseRenewed,
+    LeaseSlab,
+    ReleaseLease,
+    RenewLease,
+    ToEngine,
+)
+from loraserve.testing.bus import MemoryNetwork
+from loraserve.transfer.protocol import PROTOCOL
+
+TIMEOUT_S = 20.0
+
+
+class Peer:
+    def __init__(self, network: MemoryNetwork, name: str = "engine-1") -> None:
+        self.bus = network.bus(name, ToEngine)
+
+    async def lease(self, ref: AdapterRef, read_id: str = "read", **other: Any) -> tuple[LeaseGranted, bytes]:
+        """What is granted, and the slab's header; ``other`` fields of the message than those that are right."""
+        fields: dict[str, Any] = {"version": ref.version, "slab_bytes": ref.slab_bytes, "protocol": PROTOCOL, **other}
+        asked = LeaseSlab(incarnation=self.bus.incarnation, read_id=read_id, **fields)
+        granted, (header,) = await self.bus.request_frames("engine-0", asked, LeaseGranted, TIMEOUT_S)
+        return granted, bytes(header)
+
+    async def renew(self, lease_id: str) -> LeaseRenewed:
+        renewal = RenewLease(lease_id=lease_id, incarnation=self.bus.incarnation)
+        return await self.bus.request("engine-0", renewal, LeaseRenewed, TIMEOUT_S)
+
+    async def release(self, lease_id: str) -> bool:
+        """Whether it had it."""
+        release = ReleaseLease(lease_id=lease_id, incarnation=self.bus.incarnation)
+        return (await self.bus.request("engine-0", release, LeaseReleased, TIMEOUT_S)).held
