@@ -14,7 +14,7 @@ from loraserve.model_shape import MODULES, ModelShape
 
 ITEM_BYTES = 2
 """bfloat16 weights, KV and adapters."""
-DERIVED_ON = "2026-11-25"
+DERIVED_ON = "2026-12-01"
 
 # The engine's defaults (config.py).
 MEMORY_FRACTION = 0.9
