@@ -12,9 +12,9 @@ from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.gateway.errors import bad_request, unavailable
 from loraserve.gateway.metrics import GatewayMetrics
-from loraserve.gateway.registry import Registry
+from loraserve.gateway.registry import RegistryCopy
 from loraserve.gateway.streams import StreamTable
-from loraserve.gateway.tokenizer import ModelTokenizer
+from loraserve.gateway.text.tokenizer import ModelTokenizer
 from loraserve.log import Logger
 from loraserve.messages import Abort, AdapterRef, Expect
 
@@ -24,7 +24,7 @@ CHARACTERS_A_TOKEN = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Target:
+class ServedModel:
     """The model that a request named: the base, or one version of an adapter."""
 
     name: str
@@ -45,7 +45,7 @@ class Gateway:
     log: Logger
     model_name: str
     tokenizer: ModelTokenizer
-    registry: Registry
+    registry: RegistryCopy
     streams: StreamTable
     metrics: GatewayMetrics
     render_metrics: Callable[[], bytes]
@@ -66,14 +66,14 @@ class Gateway:
             if not self.active_requests:
                 self.idle.set()
 
-    async def resolve(self, model: str | None) -> Target:
+    async def resolve(self, model: str | None) -> ServedModel:
         """Who answers a request for ``model``. Raises ApiError 400, 404 or 503; nothing falls back to the base."""
         if not model:
             message = "model: name the model or adapter to use; GET /v1/models lists them"
             raise bad_request(message, "model", "missing_required_parameter")
         if model == self.model_name:
-            return Target(model, None)
-        return Target(model, await self.registry.resolve(model))
+            return ServedModel(model, None)
+        return ServedModel(model, await self.registry.resolve(model))
 
     def context_tokens(self) -> int:
         """Longest prompt plus output that the model and every engine take. Raises ApiError 503 while unknown."""
@@ -86,7 +86,7 @@ class Gateway:
             raise unavailable("No engine has reported the model's context length yet", "no_engine")
         return min(known)
 
-    def expect(self, target: Target, characters: int) -> None:
+    def expect(self, target: ServedModel, characters: int) -> None:
         """Before a long prompt is turned into tokens: its adapter may be on its way meanwhile."""
         if target.adapter is not None and characters >= self.config.gateway.expect_characters:
             tokens = characters // CHARACTERS_A_TOKEN

@@ -10,16 +10,16 @@ from typing import Any
 import msgspec
 
 from loraserve.errors import PeerError, RequestTimeout
-from loraserve.gateway.assemble import Choice, Piece, StopRules
 from loraserve.gateway.context import ROUTER, Gateway
 from loraserve.gateway.errors import refused, unavailable
 from loraserve.gateway.streams import Stream
+from loraserve.gateway.text.output import OutputAssembler, Piece, StopRules
 from loraserve.messages import Rejected, Route, Routed
 
 ROUTER_ANSWER: Any = Routed | Rejected
 
 
-class Job(msgspec.Struct, frozen=True, kw_only=True):
+class ChoiceRequest(msgspec.Struct, frozen=True, kw_only=True):
     """One choice: what the router gets, and how its tokens become text.
 
     ``prompt`` is the prompt's number, ``param`` the field it came in.
@@ -55,7 +55,7 @@ class Mailbox:
 class Generation:
     """The choices of one request in flight."""
 
-    def __init__(self, gateway: Gateway, jobs: Sequence[Job], arrived_s: float) -> None:
+    def __init__(self, gateway: Gateway, jobs: Sequence[ChoiceRequest], arrived_s: float) -> None:
         self._gateway = gateway
         self._jobs = jobs
         self._arrived_s = arrived_s
@@ -68,7 +68,7 @@ class Generation:
         ]
         detokenizer = gateway.tokenizer.pieces.detokenizer
         self._choices = [
-            Choice(index, detokenizer(job.skip_special_tokens), job.rules) for index, job in enumerate(jobs)
+            OutputAssembler(index, detokenizer(job.skip_special_tokens), job.rules) for index, job in enumerate(jobs)
         ]
 
     @property
@@ -128,7 +128,7 @@ class Generation:
                 self._gateway.abort(stream.engine, stream.request_id, reason)
             self._gateway.streams.close(stream, now)
 
-    async def _route(self, job: Job, stream: Stream) -> None:
+    async def _route(self, job: ChoiceRequest, stream: Stream) -> None:
         gateway = self._gateway
         asked_s = gateway.clock.monotonic_s()
         timeout_s = gateway.config.gateway.route_timeout_s
@@ -159,7 +159,7 @@ class Generation:
             self._first_token_s[index] = now
             metrics.ttft_s.observe(now - self._arrived_s)
 
-    def _finish(self, stream: Stream, choice: Choice, reason: str) -> None:
+    def _finish(self, stream: Stream, choice: OutputAssembler, reason: str) -> None:
         gateway, metrics = self._gateway, self._gateway.metrics
         now = gateway.clock.monotonic_s()
         if choice.stopped_early and stream.finish is None:
@@ -176,7 +176,7 @@ class Generation:
 
 
 @asynccontextmanager
-async def generation(gateway: Gateway, jobs: Sequence[Job], arrived_s: float) -> AsyncIterator[Generation]:
+async def generation(gateway: Gateway, jobs: Sequence[ChoiceRequest], arrived_s: float) -> AsyncIterator[Generation]:
     """The jobs running on engines; whatever ends the block, nothing of them stays behind."""
     run = Generation(gateway, jobs, arrived_s)
     try:
@@ -187,7 +187,7 @@ async def generation(gateway: Gateway, jobs: Sequence[Job], arrived_s: float) ->
         run.close()
 
 
-async def _ask_router(gateway: Gateway, job: Job, timeout_s: float) -> Routed:
+async def _ask_router(gateway: Gateway, job: ChoiceRequest, timeout_s: float) -> Routed:
     """Raises ApiError where no engine takes the request."""
     try:
         answer = await _ask_twice(gateway, job.route, timeout_s)

@@ -7,7 +7,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from loraserve.clock import Clock
-from loraserve.gateway.registry import Registry
+from loraserve.gateway.registry import RegistryCopy
 from loraserve.gateway.streams import StreamTable
 from loraserve.messages import EngineLoad
 from loraserve.metrics import Metrics
@@ -58,7 +58,9 @@ class GatewayMetrics:
 class ClusterCollector(Collector):
     """Engine gauges, made from the monitor's last publication when somebody looks."""
 
-    def __init__(self, streams: StreamTable, adapters: Registry, clock: Clock, model_name: str, max_lora: int) -> None:
+    def __init__(
+        self, streams: StreamTable, adapters: RegistryCopy, clock: Clock, model_name: str, max_lora: int
+    ) -> None:
         self._streams = streams
         self._adapters = adapters
         self._clock = clock

@@ -13,7 +13,7 @@ ASK_TIMEOUT_S = 1.0
 ASK_INTERVAL_S = 0.2
 
 
-class Registry:
+class RegistryCopy:
     """Follows the store's publications, and asks it before calling a name unknown, once for all who wait."""
 
     def __init__(self, bus: Bus, clock: Clock) -> None:

@@ -12,13 +12,13 @@ from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.errors import ConfigError
-from loraserve.gateway.app import make_app
+from loraserve.gateway.api.app import make_app
 from loraserve.gateway.context import Gateway
 from loraserve.gateway.errors import unavailable
 from loraserve.gateway.metrics import ClusterCollector, GatewayMetrics
-from loraserve.gateway.registry import STORE, Registry
+from loraserve.gateway.registry import STORE, RegistryCopy
 from loraserve.gateway.streams import StreamTable
-from loraserve.gateway.tokenizer import ModelTokenizer
+from loraserve.gateway.text.tokenizer import ModelTokenizer
 from loraserve.messages import ClusterLoad, Failed, RegistryChanged, ToGateway, TokenBatch
 from loraserve.service import Service
 
@@ -100,7 +100,7 @@ class GatewayService(Service):
 
     def _gateway(self, tokenizer: ModelTokenizer, model_name: str) -> Gateway:
         streams = StreamTable(self.config.monitor.dead_after_s)
-        registry = Registry(self.bus, self.clock)
+        registry = RegistryCopy(self.bus, self.clock)
         self.metrics.registry.register(
             ClusterCollector(streams, registry, self.clock, model_name, self.config.engine.max_adapters)
         )

@@ -11,7 +11,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from loraserve.errors import ConfigError
-from loraserve.gateway.openai_schema import ChatRequest, CompletionRequest, TokenizeRequest
+from loraserve.gateway.api.schema import ChatRequest, CompletionRequest, TokenizeRequest
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
 HI = [{"role": "user", "content": "hi"}]

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from loraserve.errors import PeerError, RequestTimeout
+from loraserve.gateway.api.models import refused_adapter, store_silent
 from loraserve.gateway.errors import INVALID, bad_request, model_not_found, refused, timed_out, unavailable
-from loraserve.gateway.models import refused_adapter, store_silent
 
 
 @pytest.mark.parametrize(

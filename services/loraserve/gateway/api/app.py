@@ -8,10 +8,10 @@ from importlib.metadata import PackageNotFoundError, version
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
-from loraserve.gateway import admin, chat, completions, health, models, tokenize_api
+from loraserve.gateway.api import admin, chat, completions, models, tokenize
+from loraserve.gateway.api.generate import CLIENT_LEFT
 from loraserve.gateway.context import ARRIVED_S, GATEWAY, REQUEST_ID, Gateway
 from loraserve.gateway.errors import SERVER, ApiError, bad_request, unavailable
-from loraserve.gateway.serve import CLIENT_LEFT
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -33,11 +33,11 @@ def make_app(gateway: Gateway) -> web.Application:
             web.get("/v1/models/{id:.+}", models.get_model),
             web.post("/v1/load_lora_adapter", models.load_adapter),
             web.post("/v1/unload_lora_adapter", models.unload_adapter),
-            web.post("/tokenize", tokenize_api.tokenize),
-            web.post("/detokenize", tokenize_api.detokenize),
-            web.get("/health", health.health),
-            web.get("/ping", health.health),
-            web.get("/live", health.live),
+            web.post("/tokenize", tokenize.tokenize),
+            web.post("/detokenize", tokenize.detokenize),
+            web.get("/health", admin.health),
+            web.get("/ping", admin.health),
+            web.get("/live", admin.live),
             web.get("/metrics", show_metrics),
             web.get("/version", show_version),
             web.get("/admin/cluster", admin.cluster),

@@ -8,13 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.gateway.assemble import Choice, Piece, StopRules
-from loraserve.gateway.detokenize import Pieces
+from loraserve.gateway.text.detokenize import TokenBytes
+from loraserve.gateway.text.output import OutputAssembler, Piece, StopRules
 from loraserve.testing.tiny_tokenizer import CHAT_END, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 END = TOKENIZER.token_to_id(CHAT_END) or 0
-PIECES = Pieces(
+PIECES = TokenBytes(
     TOKENIZER.id_to_token,
     lambda tokens: TOKENIZER.decode(list(tokens), skip_special_tokens=False),
     frozenset({END}),
@@ -22,8 +22,8 @@ PIECES = Pieces(
 )
 
 
-def choice(skip: bool = True, **rules: Any) -> Choice:
-    return Choice(0, PIECES.detokenizer(skip), StopRules(end_tokens=frozenset({END}), **rules))
+def choice(skip: bool = True, **rules: Any) -> OutputAssembler:
+    return OutputAssembler(0, PIECES.detokenizer(skip), StopRules(end_tokens=frozenset({END}), **rules))
 
 
 def ids(text: str) -> list[int]:

@@ -11,9 +11,9 @@ import msgspec
 from tokenizers import Tokenizer
 
 from loraserve.errors import ConfigError
-from loraserve.gateway.detokenize import Pieces
+from loraserve.gateway.api.schema import ChatMessage
 from loraserve.gateway.errors import bad_request, unsupported
-from loraserve.gateway.openai_schema import ChatMessage
+from loraserve.gateway.text.detokenize import TokenBytes
 from loraserve.model_shape import read_config
 
 T = TypeVar("T")
@@ -49,7 +49,7 @@ class ModelTokenizer:
         added = self._backend.get_added_tokens_decoder()
         special = frozenset(id_ for id_, token in added.items() if token.special)
         decoder = json.loads(self._backend.to_str())["decoder"]
-        self.pieces = Pieces(self._backend.id_to_token, self.decode, special, decoder)
+        self.pieces = TokenBytes(self._backend.id_to_token, self.decode, special, decoder)
         self.vocab = _positive(config.get("vocab_size")) or self._backend.get_vocab_size()
         self.max_positions = _positive(config.get("max_position_embeddings"))
         self.end_tokens = _end_tokens(directory, config, self._hf.eos_token_id)

@@ -5,9 +5,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from loraserve.gateway.completions import check_token_ids, prompt_items
-from loraserve.gateway.errors import ApiError
-from loraserve.gateway.openai_schema import (
+from loraserve.gateway.api.completions import check_token_ids, prompt_items
+from loraserve.gateway.api.schema import (
     ChatRequest,
     CompletionRequest,
     check_chat,
@@ -15,6 +14,7 @@ from loraserve.gateway.openai_schema import (
     decode,
     stops_of,
 )
+from loraserve.gateway.errors import ApiError
 
 MESSAGES = [{"role": "user", "content": "hi"}]
 

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from loraserve.errors import ConfigError
+from loraserve.gateway.api.schema import ChatMessage, ContentPart
 from loraserve.gateway.errors import ApiError
-from loraserve.gateway.openai_schema import ChatMessage, ContentPart
-from loraserve.gateway.tokenizer import INLINE_CHARACTERS, ChatOptions, ModelTokenizer, check_template_arguments
+from loraserve.gateway.text.tokenizer import INLINE_CHARACTERS, ChatOptions, ModelTokenizer, check_template_arguments
 from loraserve.testing.tiny_tokenizer import CHAT_END, write_tiny_tokenizer
 
 

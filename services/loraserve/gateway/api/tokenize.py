@@ -2,11 +2,11 @@
 
 from aiohttp import web
 
-from loraserve.gateway.completions import check_token_ids
+from loraserve.gateway.api.completions import check_token_ids
+from loraserve.gateway.api.schema import DetokenizeRequest, TokenizeRequest, decode
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import bad_request
-from loraserve.gateway.openai_schema import DetokenizeRequest, TokenizeRequest, decode
-from loraserve.gateway.tokenizer import ChatOptions, check_template_arguments
+from loraserve.gateway.text.tokenizer import ChatOptions, check_template_arguments
 
 
 async def tokenize(http: web.Request) -> web.Response:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from loraserve.gateway.transports import MOST_ENGINES, reads_from
+from loraserve.gateway.api.admin import MOST_ENGINES, reads_from
 from loraserve.testing.reports import engine_load
 from loraserve.transfer.choice import Abilities
 from loraserve.transfer.protocol import PROTOCOL

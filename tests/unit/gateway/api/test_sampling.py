@@ -4,9 +4,8 @@ from typing import Any
 
 import pytest
 
+from loraserve.gateway.api.schema import INT64, ChatRequest, output_limit, sampling_params, stop_rules
 from loraserve.gateway.errors import ApiError
-from loraserve.gateway.openai_schema import INT64, ChatRequest
-from loraserve.gateway.sampling import output_limit, sampling_params, stop_rules
 
 
 def params(choice: int = 0, seed: int = 5, **fields: Any) -> Any:

@@ -5,9 +5,9 @@ from typing import Any
 from aiohttp import web
 
 from loraserve.errors import PeerError, RequestTimeout
+from loraserve.gateway.api.schema import LoadAdapterRequest, UnloadAdapterRequest, decode
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import ApiError, bad_request, refused, unavailable
-from loraserve.gateway.openai_schema import LoadAdapterRequest, UnloadAdapterRequest, decode
 from loraserve.gateway.registry import STORE
 from loraserve.messages import AdapterRef, AdapterRegistered, AdapterUnregistered, RegisterAdapter, UnregisterAdapter
 

@@ -4,6 +4,7 @@ GET /admin/cluster and /admin/plan, POST /admin/rebalance, POST /admin/engines/{
 """
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
@@ -11,12 +12,12 @@ from aiohttp import web
 
 from loraserve.config import engine_names
 from loraserve.errors import PeerError, RequestTimeout
+from loraserve.gateway.api.schema import RebalanceRequest, decode
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import ApiError, unavailable
-from loraserve.gateway.health import ping
-from loraserve.gateway.openai_schema import RebalanceRequest, decode
-from loraserve.gateway.transports import reads_from
-from loraserve.messages import Drain, GetPlan, Plan, Rebalance, RebalanceDone
+from loraserve.messages import Drain, EngineLoad, GetPlan, Ping, Plan, Pong, Rebalance, RebalanceDone
+from loraserve.transfer.choice import choose
+from loraserve.transfer.protocol import Transport
 
 T = TypeVar("T")
 
@@ -106,3 +107,62 @@ async def current_plan_or_none(gateway: Gateway) -> Plan | None:
 
 def reply(value: Any) -> web.Response:
     return web.Response(body=msgspec.json.encode(value), content_type="application/json")
+
+
+# MERGED: loraserve.gateway.api.admin
+# """GET /health: 200 only while a request sent now would find an engine."""
+
+
+PING_TIMEOUT_S = 1.0
+NEEDED = ("router", "store")
+
+
+async def health(http: web.Request) -> web.Response:
+    gateway = http.app[GATEWAY]
+    pongs = await asyncio.gather(*(ping(gateway, name) for name in NEEDED))
+    states = {name: pong.state if pong else "UNREACHABLE" for name, pong in zip(NEEDED, pongs, strict=True)}
+    engines = gateway.streams.watch.ready_engines(gateway.clock.monotonic_s())
+    problems = [f"{name} is {state}" for name, state in states.items() if state != "READY"]
+    if not engines:
+        problems.append("no engine is alive and READY")
+    if gateway.draining:
+        problems.append("this gateway is shutting down")
+    detail: dict[str, Any] = {"status": "unavailable" if problems else "ok", "engines": engines, **states}
+    return web.Response(
+        status=503 if problems else 200,
+        body=msgspec.json.encode(detail | {"problems": problems}),
+        content_type="application/json",
+    )
+
+
+async def live(http: web.Request) -> web.Response:
+    """200 while this process answers at all."""
+    return web.json_response({"status": "ok", "name": http.app[GATEWAY].bus.name})
+
+
+async def ping(gateway: Gateway, name: str) -> Pong | None:
+    try:
+        return await gateway.bus.request(name, Ping(), Pong, PING_TIMEOUT_S)
+    except (RequestTimeout, PeerError):
+        return None
+
+
+# MERGED: loraserve.gateway.api.admin
+# """Over which transports engines read adapters from each other, for /admin/cluster. Pure."""
+
+
+MOST_ENGINES = 64
+"""A table of pairs is of no use to anybody beyond, and takes long to make."""
+
+
+def reads_from(loads: Sequence[EngineLoad], preferred: Sequence[Transport]) -> dict[str, dict[str, list[str]]]:
+    """By reader and owner, the transports that carry between the two, first choice first; the store does always."""
+    able = {load.engine: load.abilities for load in loads if load.abilities is not None}
+    if len(able) > MOST_ENGINES:
+        return {}
+    return {
+        reader: {
+            owner: list(choose(mine, theirs, preferred)) for owner, theirs in sorted(able.items()) if owner != reader
+        }
+        for reader, mine in able.items()
+    }

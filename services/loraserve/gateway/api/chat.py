@@ -5,12 +5,12 @@ from typing import Any
 
 from aiohttp import web
 
-from loraserve.gateway.assemble import Piece, Scored
+from loraserve.gateway.api.generate import Choices, Prompting, answer, check_length, plan_call
+from loraserve.gateway.api.schema import ChatRequest, check_chat, decode
 from loraserve.gateway.context import GATEWAY
-from loraserve.gateway.detokenize import Pieces
-from loraserve.gateway.openai_schema import ChatRequest, check_chat, decode
-from loraserve.gateway.serve import Choices, Prompting, answer, check_length, plan_call
-from loraserve.gateway.tokenizer import ChatOptions, characters_of, check_template_arguments
+from loraserve.gateway.text.detokenize import TokenBytes
+from loraserve.gateway.text.output import Piece, Scored
+from loraserve.gateway.text.tokenizer import ChatOptions, characters_of, check_template_arguments
 
 LEAST_LOGPROB = -9999.0
 """Stands for minus infinity, which JSON cannot say."""
@@ -21,7 +21,7 @@ class ChatFormat:
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
 
-    def __init__(self, pieces: Pieces, logprobs: bool) -> None:
+    def __init__(self, pieces: TokenBytes, logprobs: bool) -> None:
         self._pieces = pieces
         self._logprobs = logprobs
         self._begun: set[int] = set()

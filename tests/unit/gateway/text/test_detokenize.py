@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
 from loraserve.demo.paths import default_data_dir
-from loraserve.gateway.detokenize import REPLACEMENT, Pieces
+from loraserve.gateway.text.detokenize import REPLACEMENT, TokenBytes
 from loraserve.testing.tiny_tokenizer import CHAT_END, byte_level_tokenizer
 
 
 @cache
-def pieces_of(tokenizer: Tokenizer) -> Pieces:
+def pieces_of(tokenizer: Tokenizer) -> TokenBytes:
     def decode(tokens: Sequence[int]) -> str:
         return tokenizer.decode(list(tokens), skip_special_tokens=False)
 
     special = frozenset(id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-    return Pieces(tokenizer.id_to_token, decode, special, json.loads(tokenizer.to_str())["decoder"])
+    return TokenBytes(tokenizer.id_to_token, decode, special, json.loads(tokenizer.to_str())["decoder"])
 
 
 def sentencepiece_tokenizer(strip: bool = True) -> Tokenizer:
@@ -44,7 +44,7 @@ def tokenizers() -> dict[str, Tokenizer]:
 BYTE_LEVEL = tokenizers()
 
 
-def run(pieces: Pieces, tokens: Sequence[int], cuts: Sequence[int], skip: bool = True) -> list[str]:
+def run(pieces: TokenBytes, tokens: Sequence[int], cuts: Sequence[int], skip: bool = True) -> list[str]:
     """What each group of tokens brought, then what was held back."""
     detokenizer = pieces.detokenizer(skip)
     bounds = [0, *sorted(cut % (len(tokens) + 1) for cut in cuts), len(tokens)]

@@ -5,13 +5,13 @@ from typing import Any
 
 from aiohttp import web
 
-from loraserve.gateway.assemble import Piece, Scored
-from loraserve.gateway.chat import LEAST_LOGPROB
+from loraserve.gateway.api.chat import LEAST_LOGPROB
+from loraserve.gateway.api.generate import Choices, Prompting, answer, check_count, check_length, plan_call
+from loraserve.gateway.api.schema import MAX_CHOICES, CompletionRequest, check_completion, decode
 from loraserve.gateway.context import GATEWAY, Gateway
-from loraserve.gateway.detokenize import Pieces
 from loraserve.gateway.errors import bad_request
-from loraserve.gateway.openai_schema import MAX_CHOICES, CompletionRequest, check_completion, decode
-from loraserve.gateway.serve import Choices, Prompting, answer, check_count, check_length, plan_call
+from loraserve.gateway.text.detokenize import TokenBytes
+from loraserve.gateway.text.output import Piece, Scored
 
 
 class CompletionFormat:
@@ -21,7 +21,7 @@ class CompletionFormat:
     chunk_object = "text_completion"
     whole_object = "text_completion"
 
-    def __init__(self, pieces: Pieces, logprobs: bool, echoes: Sequence[str]) -> None:
+    def __init__(self, pieces: TokenBytes, logprobs: bool, echoes: Sequence[str]) -> None:
         self._pieces = pieces
         self._logprobs = logprobs
         self._echoes = dict(enumerate(echoes))

@@ -25,7 +25,7 @@ class Detokenizer(Protocol):
         """What was held back, after the last token."""
 
 
-class Pieces:
+class TokenBytes:
     """The bytes of every token of one vocabulary, worked out once each.
 
     ``drop_first_space``: the decoder drops the space with which SentencePiece starts every text. ``known`` is False
@@ -77,7 +77,7 @@ class ByteDetokenizer:
     would take back characters already sent; here each bad byte sequence becomes one U+FFFD, as in byte-level BPE.
     """
 
-    def __init__(self, pieces: Pieces, skipped: frozenset[int]) -> None:
+    def __init__(self, pieces: TokenBytes, skipped: frozenset[int]) -> None:
         self._pieces = pieces
         self._skipped = skipped
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")

@@ -2,19 +2,24 @@
 
 import asyncio
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 import msgspec
 from aiohttp import web
 
-from loraserve.gateway.assemble import Piece
-from loraserve.gateway.context import ARRIVED_S, REQUEST_ID, Gateway, Target
+from loraserve.gateway.api.schema import (
+    INT64,
+    MAX_CHOICES,
+    GenerationRequest,
+    output_limit,
+    sampling_params,
+    stop_rules,
+)
+from loraserve.gateway.context import ARRIVED_S, REQUEST_ID, Gateway, ServedModel
 from loraserve.gateway.errors import ApiError, bad_request, context_exceeded, timed_out
-from loraserve.gateway.generation import Generation, Job, generation
-from loraserve.gateway.openai_schema import INT64, MAX_CHOICES, GenerationRequest
-from loraserve.gateway.sampling import output_limit, sampling_params, stop_rules
-from loraserve.gateway.sse import DONE, events, fail_stream, open_stream
+from loraserve.gateway.generation import ChoiceRequest, Generation, generation
+from loraserve.gateway.text.output import Piece
 from loraserve.messages import Route
 
 Choices = list[dict[str, Any]]
@@ -41,8 +46,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     """A request ready to run."""
 
     id: str
-    target: Target
-    jobs: list[Job]
+    target: ServedModel
+    jobs: list[ChoiceRequest]
     format: Format
     request: GenerationRequest
 
@@ -57,7 +62,7 @@ class Prompting(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def plan_call(
-    gateway: Gateway, request: GenerationRequest, target: Target, format_: Format, prompting: Prompting
+    gateway: Gateway, request: GenerationRequest, target: ServedModel, format_: Format, prompting: Prompting
 ) -> Call:
     """The jobs of all choices. Raises ApiError 400 where prompt and output do not fit or choices are too many."""
     n = request.n or 1
@@ -68,7 +73,7 @@ def plan_call(
     seed = secrets.randbelow(INT64) if request.seed is None else request.seed
     context, default = gateway.context_tokens(), gateway.config.gateway.default_max_tokens
     rules = stop_rules(request, gateway.tokenizer.end_tokens)
-    jobs: list[Job] = []
+    jobs: list[ChoiceRequest] = []
     for number, prompt in enumerate(prompting.prompts):
         limit = output_limit(prompting.max_tokens, len(prompt), context, default, prompting.param)
         for choice in range(n):
@@ -80,7 +85,9 @@ def plan_call(
                 adapter=target.adapter,
             )
             skip = request.skip_special_tokens is not False
-            job = Job(prompt=number, param=prompting.param, route=route, rules=rules, skip_special_tokens=skip)
+            job = ChoiceRequest(
+                prompt=number, param=prompting.param, route=route, rules=rules, skip_special_tokens=skip
+            )
             jobs.append(job)
     return Call(id=id_, target=target, jobs=jobs, format=format_, request=request)
 
@@ -228,3 +235,39 @@ def join(parts: Sequence[Piece]) -> Piece:
         parts[-1].finish,
         parts[-1].stop_reason,
     )
+
+
+# MERGED: loraserve.gateway.api.generate
+# """Server-sent events, as OpenAI's clients read them."""
+
+
+DONE = b"data: [DONE]\n\n"
+LAST_WORDS_S = 1.0
+
+_encoder = msgspec.json.Encoder()
+
+
+def events(payloads: Iterable[Mapping[str, Any]]) -> bytes:
+    """One event a payload, to be written together."""
+    return b"".join([b"data: " + _encoder.encode(payload) + b"\n\n" for payload in payloads])
+
+
+async def open_stream(request: web.Request, headers: Mapping[str, str]) -> web.StreamResponse:
+    """Status and headers go out; what fails from now on is told by an event."""
+    response = web.StreamResponse(headers=headers)
+    response.content_type = "text/event-stream"
+    response.charset = "utf-8"
+    response.headers["Cache-Control"] = "no-cache"
+    response.headers["X-Accel-Buffering"] = "no"
+    await response.prepare(request)
+    return response
+
+
+async def fail_stream(request: web.Request, response: web.StreamResponse, error: ApiError) -> None:
+    """The error as the last event; a client that does not read even that is cut off."""
+    try:
+        async with asyncio.timeout(LAST_WORDS_S):
+            await response.write(events([error.body]) + DONE)
+    except TimeoutError:
+        if request.transport is not None:
+            request.transport.abort()

@@ -1,0 +1,1 @@
+"""The HTTP API: routes, request bodies, and one handler module per group of endpoints."""
