@@ -15,8 +15,8 @@ import transformers
 
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import Config, EngineConfig, ModelConfig
-from loraserve.engine.batch import StepBatch
 from loraserve.engine.offline import OfflineEngine, OfflineOutput, OfflineRequest
+from loraserve.engine.schedule.events import StepBatch
 from loraserve.kernels import attention
 from loraserve.messages import SamplingParams
 from loraserve.model_shape import ModelShape, read_config, shape_of

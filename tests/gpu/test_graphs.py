@@ -10,7 +10,7 @@ import torch
 
 from loraserve.adapter.format import lay_out
 from loraserve.config import EngineConfig
-from loraserve.engine.batch import SequenceStep, StepBatch
+from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.messages.base import SamplingParams
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 from loraserve.testing.tiny_model import write_tiny_model
@@ -96,7 +96,7 @@ def small_engine(max_running: int, memory_fraction: float = 0.1) -> EngineConfig
 
 
 def test_a_runner_with_graphs_draws_what_it_draws_without(tmp_path: Path) -> None:
-    from loraserve.engine.cuda.build import load_cuda_runner
+    from loraserve.engine.cuda.runner import load_cuda_runner
 
     write_tiny_model(tmp_path, "llama", 0)
     eager, captured = (
@@ -111,7 +111,7 @@ def test_a_runner_with_graphs_draws_what_it_draws_without(tmp_path: Path) -> Non
 
 
 def test_launching_a_captured_step_does_not_wait_for_the_gpu(tmp_path: Path) -> None:
-    from loraserve.engine.cuda.build import load_cuda_runner
+    from loraserve.engine.cuda.runner import load_cuda_runner
 
     write_tiny_model(tmp_path, "llama", 0)
     runner = load_cuda_runner(tmp_path, small_engine(max_running=4), torch.device("cuda"), print)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from loraserve.bus.memory import MemoryNetwork
+from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.cuda.pool import DevicePool
-from loraserve.engine.runner_protocol import DeviceLost
 from loraserve.errors import PeerError
 from loraserve.messages import ReadRegion, RegionChunk
 from loraserve.testing.memory_owner import pattern

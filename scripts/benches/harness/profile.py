@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import loraserve.engine.compute.runner as runner
 import loraserve.engine.model.decoder as decoder
-import loraserve.engine.runner as runner
 from loraserve.engine.model.linear import Fp16Linear, Linear
 from loraserve.model_shape import MODULES
 

@@ -6,7 +6,7 @@ from loraserve.interrupts import interrupts_held_back
 
 with interrupts_held_back():
     # The service imports it in a thread, once it builds the model: too late for a signal to end an import at once.
-    import loraserve.engine.runner  # noqa: F401
+    import loraserve.engine.compute.runner  # noqa: F401
     from loraserve.engine.service import EngineService
     from loraserve.process import main
 

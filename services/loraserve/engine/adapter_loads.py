@@ -7,11 +7,11 @@ from typing import Any
 from loraserve.engine.arrival_watch import ArrivalWatch, ArrivalWatches, base_elements
 from loraserve.engine.cache_tier import CacheTier
 from loraserve.engine.cancellable import CalledOff, Cancellable
-from loraserve.engine.events import CANCELLED, AdapterLoaded, AdapterLoadFailed, Event, LoadAdapter
+from loraserve.engine.compute.protocol import DeviceLost, Runner
 from loraserve.engine.lender import Lender
 from loraserve.engine.loader import SlabLoader
-from loraserve.engine.rates import Rates
-from loraserve.engine.runner_protocol import DeviceLost, Runner
+from loraserve.engine.schedule.events import CANCELLED, AdapterLoaded, AdapterLoadFailed, Event, LoadAdapter
+from loraserve.engine.schedule.report import Rates
 from loraserve.engine.slab_reader import Loaded
 from loraserve.engine.source import LoadFailed
 from loraserve.log import get_logger

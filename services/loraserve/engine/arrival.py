@@ -5,7 +5,7 @@ from threading import Condition
 from time import monotonic
 
 from loraserve.adapter.format import SlabHeader
-from loraserve.engine.batch import StepBatch
+from loraserve.engine.schedule.events import StepBatch
 
 PATIENCE_S = 0.005
 """A step waits so long in all, a fraction of one with prefill: others may be in it."""

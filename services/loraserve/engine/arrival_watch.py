@@ -5,10 +5,10 @@ from itertools import count
 
 from loraserve.adapter.format import ITEM_BYTES, SlabHeader
 from loraserve.engine.arrival import Arrival
-from loraserve.engine.early import least_tokens
-from loraserve.engine.events import AdapterArriving, Event, LoadAdapter
-from loraserve.engine.rates import Rates
-from loraserve.engine.runner_protocol import LayeredRunner, Runner
+from loraserve.engine.compute.protocol import LayeredRunner, Runner
+from loraserve.engine.schedule.early import least_tokens
+from loraserve.engine.schedule.events import AdapterArriving, Event, LoadAdapter
+from loraserve.engine.schedule.report import Rates
 
 
 class ArrivalWatch:

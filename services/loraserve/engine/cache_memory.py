@@ -23,7 +23,7 @@ class CacheMemory:
         if not self._copied_from.waits:
             return
         # Imported here: machines without a GPU need not have a torch that could.
-        from loraserve.engine.cuda.page_lock import page_locked
+        from loraserve.engine.cuda.pool import page_locked
 
         try:
             self._closing.enter_context(page_locked(self._shared.view, self._copied_from))

@@ -12,11 +12,11 @@ from loraserve.adapter.format import SlabHeader
 from loraserve.clock import Clock
 from loraserve.engine.cache_memory import CacheMemory
 from loraserve.engine.cache_source import FROM_CACHE, CacheSource
-from loraserve.engine.events import LeftSlab
 from loraserve.engine.host_cache import HostCache
 from loraserve.engine.layers import damaged_layer
 from loraserve.engine.link_speeds import Way
 from loraserve.engine.pool_memory import HostPool, PoolMemory
+from loraserve.engine.schedule.events import LeftSlab
 from loraserve.log import get_logger
 from loraserve.messages import AdapterRef
 from loraserve.threads import in_thread

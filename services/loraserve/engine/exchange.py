@@ -9,16 +9,16 @@ from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.engine.adapter_loads import AdapterLoads
 from loraserve.engine.cache_tier import CacheTier
-from loraserve.engine.events import AdapterDamaged, Event, EvictAdapter, LeasesEnded, LoadAdapter
+from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.leases import Reader
 from loraserve.engine.lender import Lender
 from loraserve.engine.link_speeds import Way
 from loraserve.engine.loader import SlabLoader
 from loraserve.engine.offers import Offers
 from loraserve.engine.pool import AdapterPool
-from loraserve.engine.rates import Rates
 from loraserve.engine.readers import Readers
-from loraserve.engine.runner_protocol import Runner
+from loraserve.engine.schedule.events import AdapterDamaged, Event, EvictAdapter, LeasesEnded, LoadAdapter
+from loraserve.engine.schedule.report import Rates
 from loraserve.engine.setup import digest_threads_for, host_cache_bytes
 from loraserve.engine.source_order import FROM_STORE
 from loraserve.engine.sources import Sources

@@ -13,8 +13,8 @@ import msgspec
 from loraserve.adapter.format import ITEM_BYTES
 from loraserve.adapter.pack import Slab
 from loraserve.config import Config
-from loraserve.engine.batch import StepBatch
-from loraserve.engine.events import (
+from loraserve.engine.compute.protocol import PendingStep, Runner
+from loraserve.engine.schedule.events import (
     AdapterLoaded,
     Emit,
     Event,
@@ -24,10 +24,10 @@ from loraserve.engine.events import (
     Reject,
     RequestArrived,
     RunStep,
+    StepBatch,
     StepDone,
 )
-from loraserve.engine.runner_protocol import PendingStep, Runner
-from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.engine.setup import build_runner, scheduler_limits
 from loraserve.messages import AdapterRef, Admit, SamplingParams, TokenDelta
 

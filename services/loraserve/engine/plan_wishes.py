@@ -2,8 +2,8 @@
 
 from collections.abc import Collection
 
-from loraserve.engine.events import Instruction, PlanReady
 from loraserve.engine.pool import AdapterPool
+from loraserve.engine.schedule.events import Instruction, PlanReady
 from loraserve.messages import AdapterRef
 
 

@@ -10,7 +10,11 @@ from math import inf
 import msgspec
 
 from loraserve.engine.entry import Entry
-from loraserve.engine.events import (
+from loraserve.engine.pace import Pace
+from loraserve.engine.plan_wishes import PlanWishes
+from loraserve.engine.pool import AdapterPool
+from loraserve.engine.prefetch import SPARES_S, Brought, Guesses, Kind, PrefetchTally
+from loraserve.engine.schedule.events import (
     AdapterExpected,
     CancelLoad,
     CopiesRetired,
@@ -21,12 +25,8 @@ from loraserve.engine.events import (
     LoadAdapter,
     PlanPrepared,
     PlanReady,
+    SchedulerLimits,
 )
-from loraserve.engine.limits import SchedulerLimits
-from loraserve.engine.pace import Pace
-from loraserve.engine.plan_wishes import PlanWishes
-from loraserve.engine.pool import AdapterPool
-from loraserve.engine.prefetch import SPARES_S, Brought, Guesses, Kind, PrefetchTally
 from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef, PrefetchCounts
 

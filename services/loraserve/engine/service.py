@@ -19,8 +19,9 @@ from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.cost import StepShape
-from loraserve.engine.batch import StepBatch, StepResult
-from loraserve.engine.events import (
+from loraserve.engine.compute.protocol import DeviceLost, Runner
+from loraserve.engine.exchange import AdapterExchange, Exchanged
+from loraserve.engine.schedule.events import (
     AdapterExpected,
     CancelLoad,
     CopiesRetired,
@@ -35,15 +36,14 @@ from loraserve.engine.events import (
     RequestAborted,
     RequestArrived,
     RunStep,
+    StepBatch,
     StepDone,
     StepFailed,
+    StepResult,
 )
-from loraserve.engine.exchange import AdapterExchange, Exchanged
-from loraserve.engine.rates import Rates
-from loraserve.engine.runner_protocol import DeviceLost, Runner
-from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.schedule.report import Rates, shape_of
+from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.engine.setup import build_runner, number_of, scheduler_limits
-from loraserve.engine.shape import shape_of
 from loraserve.messages import (
     Abort,
     Admit,

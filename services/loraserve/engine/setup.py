@@ -12,13 +12,13 @@ import msgspec
 
 from loraserve.config import Config, EngineConfig, engine_count
 from loraserve.device import cores, device_of, memory_bytes
-from loraserve.engine.limits import SchedulerLimits
-from loraserve.engine.runner_protocol import Runner
+from loraserve.engine.compute.protocol import Runner
+from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.errors import ConfigError
 from loraserve.transfer.shared_memory import supported
 
 if TYPE_CHECKING:
-    from loraserve.engine.runner import ModelRunner
+    from loraserve.engine.compute.runner import ModelRunner
 
 HOST_CACHE_BYTES = 8 << 30
 """On a GPU, where nothing else is asked for: beside a pool of 20 to 30 GB what was there a while ago."""
@@ -90,7 +90,7 @@ def build_runner(config: Config, progress: Callable[[str], None], index: int = 0
 
 def cpu_runner(config: Config, progress: Callable[[str], None]) -> "ModelRunner":
     """The model on this machine's CPU, warm."""
-    from loraserve.engine.runner import ModelRunner
+    from loraserve.engine.compute.runner import ModelRunner
 
     progress("loading weights")
     runner = ModelRunner(Path(config.model.path), config.engine, threads_for(config), progress)
@@ -103,7 +103,7 @@ def _cuda_runner(config: Config, progress: Callable[[str], None], index: int) ->
     # Imported here: machines without a GPU need not have triton.
     import torch
 
-    from loraserve.engine.cuda.build import start_cuda_runner
+    from loraserve.engine.cuda.runner import start_cuda_runner
 
     device = torch.device("cuda", index % torch.cuda.device_count())
     progress(f"loading weights onto {torch.cuda.get_device_name(device)}")

@@ -15,14 +15,14 @@ import msgspec
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.clock import Clock
-from loraserve.engine.early import rest_s
+from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.landing import Landing
 from loraserve.engine.layers import Arrivals, damaged_layer, shares
 from loraserve.engine.link import SharedLink
 from loraserve.engine.link_speeds import LinkSpeeds, Way
 from loraserve.engine.pool_memory import PoolMemory
 from loraserve.engine.read_tally import ReadTally
-from loraserve.engine.runner_protocol import DeviceLost
+from loraserve.engine.schedule.early import rest_s
 from loraserve.engine.source import Damaged, LoadFailed, Source
 from loraserve.log import get_logger
 from loraserve.messages import AdapterRef

@@ -12,7 +12,7 @@ import msgspec
 from loraserve.config import MonitorConfig, PlannerConfig
 from loraserve.cost import CostLearner, extent_bytes
 from loraserve.cost.profile import Profile
-from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.messages import (
     AdapterDemand,
     Admit,

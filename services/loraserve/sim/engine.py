@@ -5,8 +5,7 @@ from collections.abc import Callable
 import msgspec
 
 from loraserve.cost import CostModel, StepShape
-from loraserve.engine.batch import Sampled, StepBatch, StepResult
-from loraserve.engine.events import (
+from loraserve.engine.schedule.events import (
     AdapterLoaded,
     CopiesRetired,
     Emit,
@@ -18,13 +17,15 @@ from loraserve.engine.events import (
     Reject,
     RequestArrived,
     RunStep,
+    Sampled,
+    SchedulerLimits,
+    StepBatch,
     StepDone,
+    StepResult,
 )
-from loraserve.engine.fast_forward import quiet_steps, skip
-from loraserve.engine.limits import SchedulerLimits
-from loraserve.engine.rates import Rates
-from loraserve.engine.scheduler import Scheduler
-from loraserve.engine.shape import shape_of
+from loraserve.engine.schedule.fast_forward import quiet_steps, skip
+from loraserve.engine.schedule.report import Rates, shape_of
+from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.messages import AdapterRef, Admit, EngineLoad
 from loraserve.sim.events import Timeline
 

@@ -14,9 +14,9 @@ from loraserve.adapter.format import encode_header
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config, EngineConfig, ModelConfig, TransferConfig
-from loraserve.engine.batch import StepBatch, StepResult
+from loraserve.engine.compute.protocol import DeviceLost, PendingStep, Runner
 from loraserve.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
-from loraserve.engine.runner_protocol import DeviceLost, PendingStep, Runner
+from loraserve.engine.schedule.events import StepBatch, StepResult
 from loraserve.engine.service import BuildRunner, EngineService
 from loraserve.engine.setup import build_runner
 from loraserve.messages import (

@@ -11,8 +11,7 @@ from loraserve.config import Config
 
 pytest.importorskip("triton", reason="the CUDA runner needs triton")
 
-from loraserve.engine.cuda.build import load_cuda_runner
-from loraserve.engine.cuda.runner import CudaRunner
+from loraserve.engine.cuda.runner import CudaRunner, load_cuda_runner
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

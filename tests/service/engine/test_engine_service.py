@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from loraserve.config import ModelConfig
-from loraserve.engine.runner_protocol import DeviceLost
+from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.service import EngineService
 from loraserve.engine.setup import build_runner
 from loraserve.errors import ConfigError

@@ -242,7 +242,7 @@ def test_a_reader_s_lease_is_over_when_it_has_read(pair: Callable[..., None]) ->
 def test_a_device_s_pool_is_read_over_the_network_into_another_s(pair: Callable[..., None], models: Any) -> None:
     """Both are the CUDA runner's, which Triton's interpreter computes for where there is no GPU."""
     pytest.importorskip("triton", reason="the CUDA runner needs triton")
-    from loraserve.engine.cuda.build import load_cuda_runner
+    from loraserve.engine.cuda.runner import load_cuda_runner
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -14,10 +14,10 @@ from loraserve.adapter.dtypes import storage
 from loraserve.adapter.format import lay_out
 from loraserve.adapter.pack import Slab, sealed
 from loraserve.config import Config, EngineConfig
+from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.loader import SlabLoader
 from loraserve.engine.offline import adapter_reference
 from loraserve.engine.readers import Readers
-from loraserve.engine.runner_protocol import DeviceLost
 from loraserve.engine.source import LoadFailed
 from loraserve.engine.sources import Sources
 from loraserve.engine.testing.watched_pool import WatchedPool

@@ -13,8 +13,8 @@ import torch
 
 from loraserve.adapter.pack import pack_peft
 from loraserve.config import EngineConfig
-from loraserve.engine.batch import Sampled, SequenceStep, StepBatch, StepResult
-from loraserve.engine.events import (
+from loraserve.engine.compute.runner import ModelRunner
+from loraserve.engine.schedule.events import (
     AdapterLoaded,
     Emit,
     Event,
@@ -24,12 +24,15 @@ from loraserve.engine.events import (
     Reject,
     RequestArrived,
     RunStep,
+    Sampled,
+    SchedulerLimits,
+    SequenceStep,
+    StepBatch,
     StepDone,
     StepFailed,
+    StepResult,
 )
-from loraserve.engine.limits import SchedulerLimits
-from loraserve.engine.runner import ModelRunner
-from loraserve.engine.scheduler import Scheduler
+from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.messages import AdapterRef, Admit
 from loraserve.messages.base import SamplingParams
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
@@ -256,7 +259,7 @@ def make_cuda_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., Any]
     busy machine the others would be waited for at every tiny operation.
     """
     pytest.importorskip("triton", reason="the CUDA runner needs triton")
-    from loraserve.engine.cuda.build import load_cuda_runner
+    from loraserve.engine.cuda.runner import load_cuda_runner
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     before = torch.get_num_threads()

@@ -8,7 +8,7 @@ import pytest
 
 from loraserve.adapter.format import SlabHeader, lay_out
 from loraserve.engine.arrival import Arrival, Gate, gate_of, late_of
-from loraserve.engine.batch import SequenceStep, StepBatch
+from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.messages.base import SamplingParams
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 

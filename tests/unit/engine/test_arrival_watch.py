@@ -10,8 +10,8 @@ from loraserve.adapter.format import SlabHeader, lay_out
 from loraserve.engine import arrival_watch
 from loraserve.engine.arrival import Arrival
 from loraserve.engine.arrival_watch import ArrivalWatch, ArrivalWatches
-from loraserve.engine.events import AdapterArriving, LoadAdapter
-from loraserve.engine.rates import Rates
+from loraserve.engine.schedule.events import AdapterArriving, LoadAdapter
+from loraserve.engine.schedule.report import Rates
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 

@@ -14,10 +14,10 @@ import pytest
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.engine.cache_source import FROM_CACHE
 from loraserve.engine.cache_tier import CacheTier
-from loraserve.engine.events import LeftSlab
 from loraserve.engine.landing import Landing
 from loraserve.engine.link_speeds import Way
 from loraserve.engine.pool_memory import HostPool
+from loraserve.engine.schedule.events import LeftSlab
 from loraserve.engine.source import Damaged, LoadFailed
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape

@@ -12,10 +12,9 @@ import torch
 
 from loraserve.adapter.format import lay_out_uniform, seal, slab_version
 from loraserve.engine.cache_tier import CacheTier
-from loraserve.engine.cuda.page_lock import page_locked
-from loraserve.engine.cuda.pool import DevicePool
-from loraserve.engine.events import LeftSlab
+from loraserve.engine.cuda.pool import DevicePool, page_locked
 from loraserve.engine.landing import Landing
+from loraserve.engine.schedule.events import LeftSlab
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
 from loraserve.testing.clock import FakeClock

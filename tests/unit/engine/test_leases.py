@@ -2,10 +2,16 @@
 
 import pytest
 
-from loraserve.engine.events import EvictAdapter, Instruction, LeasesEnded, LoadAdapter, PlanReady
 from loraserve.engine.leases import Lease, LeaseLimits, Leases, Reader, Refused
-from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.residency import Residency
+from loraserve.engine.schedule.events import (
+    EvictAdapter,
+    Instruction,
+    LeasesEnded,
+    LoadAdapter,
+    PlanReady,
+    SchedulerLimits,
+)
 from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef
 

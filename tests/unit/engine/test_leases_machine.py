@@ -5,10 +5,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraserve.engine.events import EvictAdapter, LoadAdapter
 from loraserve.engine.leases import Lease, LeaseLimits, Leases, Reader, Refused
-from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.residency import Residency
+from loraserve.engine.schedule.events import EvictAdapter, LoadAdapter, SchedulerLimits
 from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef
 

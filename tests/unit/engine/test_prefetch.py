@@ -2,7 +2,9 @@
 
 from types import SimpleNamespace
 
-from loraserve.engine.events import (
+from loraserve.engine.followers import LEAST_TIMES, WINDOW_S
+from loraserve.engine.prefetch import ADMISSION_LASTS_S, MOST_GUESSES, SPARES_S, Kind
+from loraserve.engine.schedule.events import (
     CANCELLED,
     AdapterExpected,
     AdapterLoadFailed,
@@ -11,8 +13,6 @@ from loraserve.engine.events import (
     PlanReady,
     RequestAborted,
 )
-from loraserve.engine.followers import LEAST_TIMES, WINDOW_S
-from loraserve.engine.prefetch import ADMISSION_LASTS_S, MOST_GUESSES, SPARES_S, Kind
 from loraserve.messages import PrefetchCounts
 
 

@@ -4,10 +4,16 @@ from collections.abc import Collection
 
 import msgspec
 
-from loraserve.engine.events import EvictAdapter, Instruction, LeftSlab, LoadAdapter, PlanReady
-from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.pool import AdapterPool, Placed
 from loraserve.engine.residency import Residency
+from loraserve.engine.schedule.events import (
+    EvictAdapter,
+    Instruction,
+    LeftSlab,
+    LoadAdapter,
+    PlanReady,
+    SchedulerLimits,
+)
 from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef
 

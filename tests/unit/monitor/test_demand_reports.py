@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.engine.load import IDLE_REPORTS, TokenCounts
+from loraserve.engine.schedule.report import IDLE_REPORTS, TokenCounts
 from loraserve.messages import AdapterTokens, EngineLoad
 from loraserve.monitor.demand import SLOTS, DemandWindow
 from loraserve.testing.reports import engine_load

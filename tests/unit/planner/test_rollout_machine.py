@@ -7,10 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loraserve.engine.events import Instruction as EngineInstruction
-from loraserve.engine.events import LoadAdapter, PlanReady
-from loraserve.engine.limits import SchedulerLimits
 from loraserve.engine.residency import Residency
+from loraserve.engine.schedule.events import Instruction as EngineInstruction
+from loraserve.engine.schedule.events import LoadAdapter, PlanReady, SchedulerLimits
 from loraserve.engine.story import Story
 from loraserve.messages import EngineLoad, Placement, Plan
 from loraserve.planner.asked import RETRY_S

@@ -4,7 +4,7 @@ import pytest
 
 from loraserve.cost import StepShape
 from loraserve.cost.profile import Profile
-from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.messages import AdapterRef, Admit, SamplingParams
 from loraserve.sim.engine import SimEngine, Watcher
 from loraserve.sim.events import Timeline

@@ -16,13 +16,12 @@ import torch
 from loraserve.adapter.format import SlabHeader, lay_out_uniform
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.cuda.runner import CudaRunner
-from loraserve.engine.cuda.state import allocate
-from loraserve.engine.cuda.weights import DTYPES, compute_dtype
-from loraserve.engine.events import LoadAdapter
+from loraserve.engine.cuda.state import DTYPES, allocate, compute_dtype
 from loraserve.engine.model.config import DecoderConfig, Rope
 from loraserve.engine.model.linear import Linear
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
 from loraserve.engine.offline import OfflineEngine, OfflineOutput, OfflineRequest
+from loraserve.engine.schedule.events import LoadAdapter
 from loraserve.engine.setup import gpu_unusable
 from loraserve.kernels.bench.cases import LLAMA_3_8B
 from loraserve.messages import AdapterRef

@@ -5,7 +5,7 @@ from torch.nn import functional
 
 from loraserve.engine.cuda.step_buffer import StepBuffer
 from loraserve.engine.model.config import DecoderConfig
-from loraserve.engine.model.rotary import rotary_tables
+from loraserve.engine.model.decoder import rotary_tables
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
 from loraserve.kernels.attention.gpu import Backend, GpuAttentionBatch, GpuKvCache, attend
 from loraserve.kernels.fused_gpu import add_rms_norm, rotate_and_keep, silu_mul

@@ -1,14 +1,15 @@
 """The adapter pool in GPU memory, written and read back through page-locked memory, beside the steps."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import Empty, SimpleQueue
 
 import numpy as np
 import torch
 from blake3 import blake3
 
-from loraserve.engine.cuda.device_memory import zeros
-from loraserve.engine.cuda.errors import device_errors
-from loraserve.engine.pool_memory import Bytes, Digest
+from loraserve.engine.cuda.memory import device_errors, zeros
+from loraserve.engine.pool_memory import Bytes, Digest, PoolMemory
 
 READ_BYTES = 8 << 20
 """Read back at a time by each thread."""
@@ -83,3 +84,27 @@ class DevicePool:
             with torch.cuda.stream(stream):
                 into.copy_(data, non_blocking=True)
             stream.synchronize()
+
+
+# MERGED: loraserve.engine.cuda.pool
+# """Memory of this machine that a GPU copies to and from by itself."""
+
+
+FOR_ALL_CONTEXTS = 1
+"""cudaHostRegisterPortable."""
+
+
+@contextmanager
+def page_locked(memory: memoryview, pool: PoolMemory) -> Iterator[None]:
+    """While it lasts ``memory`` stays where it is, for copies between it and the pool's GPU. Raises RuntimeError."""
+    if not isinstance(pool, DevicePool) or pool.tensor.device.type != "cuda":
+        raise RuntimeError("the pool is not a GPU's")
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    # On another device a context would be made, of some hundred MB.
+    with torch.cuda.device(pool.tensor.device):
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, len(memory), FOR_ALL_CONTEXTS)))
+    try:
+        yield
+    finally:
+        with torch.cuda.device(pool.tensor.device):
+            torch.cuda.cudart().cudaHostUnregister(address)

@@ -1,10 +1,11 @@
-"""The model on one CUDA GPU: turns a StepBatch into one upload, one replayed graph and one download."""
+"""A step on its way through the GPU: its results are copied back behind it, and waited for once."""
 
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,19 +13,64 @@ from numpy.typing import NDArray
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.config import EngineConfig
-from loraserve.engine.batch import DRAWN, SequenceStep, StepBatch, StepResult
-from loraserve.engine.cuda.errors import device_errors
+from loraserve.engine.compute.protocol import ComputedStep, PendingStep
+from loraserve.engine.compute.runner import PackedStep, pack
 from loraserve.engine.cuda.graphs import DecodeGraphs, batch_sizes, table_widths
-from loraserve.engine.cuda.pending import PendingGpuStep, collect, results
-from loraserve.engine.cuda.sampling import Drawn, draw
-from loraserve.engine.cuda.sampling_rows import prepare
-from loraserve.engine.cuda.state import DeviceState
+from loraserve.engine.cuda.memory import device_errors
+from loraserve.engine.cuda.sampling import Drawn, draw, prepare, sampled
+from loraserve.engine.cuda.state import DTYPES, DeviceForm, DeviceState, allocate, compute_dtype
 from loraserve.engine.cuda.step_buffer import UNKNOWN, eager_step
-from loraserve.engine.packed import PackedStep, pack
+from loraserve.engine.model.config import context_limit, read_decoder_config
+from loraserve.engine.model.weights import load_weights
 from loraserve.engine.pool_memory import PoolMemory, check_slab
-from loraserve.engine.runner_protocol import ComputedStep, PendingStep
+from loraserve.engine.schedule.events import DRAWN, Sampled, SequenceStep, StepBatch, StepResult
+from loraserve.errors import ConfigError
 from loraserve.kernels.lora.work import LoraWork
 from loraserve.messages.base import SamplingParams
+
+
+class PendingGpuStep:
+    """Made on the stream that computes, right after everything was launched. ``result`` may be called elsewhere."""
+
+    def __init__(
+        self, step_id: int, rows: Sequence[SequenceStep], drawn: Drawn | None, started: torch.cuda.Event
+    ) -> None:
+        self._step_id = step_id
+        self._rows = rows
+        self._results = [None if part is None else _sent_back(part) for part in results(drawn)]
+        self._started = started
+        self._device = torch.cuda.current_device()
+        self._ended = torch.cuda.Event(enable_timing=True)
+        self._ended.record()
+
+    def result(self) -> StepResult:
+        """Waits for the step; raises what the GPU reports. ``duration_s`` is the time on the GPU alone."""
+        with device_errors(), torch.cuda.device(self._device):
+            self._ended.synchronize()
+        tokens = collect(self._rows, self._results)
+        return StepResult(
+            step_id=self._step_id, sampled=tokens, duration_s=self._started.elapsed_time(self._ended) / 1e3
+        )
+
+
+def results(drawn: Drawn | None) -> tuple[torch.Tensor | None, ...]:
+    """What is to be read back; nothing where nobody drew."""
+    return (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs) if drawn else ()
+
+
+def collect(rows: Sequence[SequenceStep], parts: Sequence[torch.Tensor | None]) -> tuple[Sampled, ...]:
+    """From what ``results`` gave, on the host by now, to tokens."""
+    arrays = [None if part is None else part.numpy() for part in parts]
+    return tuple(sampled(rows, *arrays)) if arrays else ()  # type: ignore[arg-type]
+
+
+def _sent_back(tensor: torch.Tensor) -> torch.Tensor:
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    return host.copy_(tensor, non_blocking=True)
+
+
+# MERGED: loraserve.engine.cuda.runner
+# """The model on one CUDA GPU: turns a StepBatch into one upload, one replayed graph and one download."""
 
 
 class CudaRunner:
@@ -192,3 +238,39 @@ def _sources(sequences: Sequence[SequenceStep], packed: PackedStep, row_of: dict
             # Where that step failed, any token will do: nobody uses what comes of it.
             source[packed.query_start[index]] = row_of.get(sequence.request_id, 0)
     return source
+
+
+# MERGED: loraserve.engine.cuda.runner
+# """From a model directory to a CUDA runner; what this machine lacks is said with what to do about it."""
+
+
+def start_cuda_runner(
+    model_dir: Path, engine: EngineConfig, device: torch.device, progress: Callable[[str], None]
+) -> CudaRunner:
+    """The model on ``device``, warm. Raises ConfigError naming the setting, field or tensor at fault."""
+    runner = load_cuda_runner(model_dir, engine, device, progress)
+    try:
+        runner.warm_up(progress)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"GPU memory: not enough is left to compute beside what is set aside ({str(error).splitlines()[0]}); lower "
+            f"engine.memory_fraction (it is {engine.memory_fraction:g}) or engine.max_running"
+        ) from error
+    return runner
+
+
+def load_cuda_runner(
+    model_dir: Path, engine: EngineConfig, device: torch.device, progress: Callable[[str], None]
+) -> CudaRunner:
+    """The model on ``device``, not warm yet. Raises ConfigError naming the setting, field or tensor at fault."""
+    config = read_decoder_config(model_dir)
+    form = DeviceForm(DTYPES[compute_dtype(engine)], device)
+    try:
+        weights = load_weights(model_dir, config, form, progress)
+        state = allocate(config, weights, engine, context_limit(config, progress), progress)
+    except torch.OutOfMemoryError as error:
+        raise ConfigError(
+            f"GPU memory: the model does not fit ({str(error).splitlines()[0]}); give each engine a GPU of its own "
+            "(cluster.engines), stop what else runs there, or use a smaller model"
+        ) from error
+    return CudaRunner(state, engine)

@@ -1,4 +1,4 @@
-"""What a GPU holds for an engine: weights, adapter tables, KV cache and pool, sized to what is free."""
+"""The form in which weights compute on the GPU: one dtype for all products, norms in float32."""
 
 import gc
 from collections.abc import Callable
@@ -8,21 +8,70 @@ import numpy as np
 import torch
 
 from loraserve.config import EngineConfig
-from loraserve.engine.batch import SequenceStep
+from loraserve.engine.compute.runner import pack
 from loraserve.engine.cuda.decoder import GpuDecoder
 from loraserve.engine.cuda.memory import SHOWN_RANKS, Measured, Shares, divide, room
 from loraserve.engine.cuda.pool import DevicePool
-from loraserve.engine.cuda.sampling import draw
-from loraserve.engine.cuda.sampling_rows import prepare
+from loraserve.engine.cuda.sampling import draw, prepare
 from loraserve.engine.cuda.step_buffer import UNKNOWN, eager_step
 from loraserve.engine.model.config import DecoderConfig
+from loraserve.engine.model.linear import Linear
 from loraserve.engine.model.weights import DecoderWeights
-from loraserve.engine.packed import pack
+from loraserve.engine.schedule.events import SequenceStep
 from loraserve.errors import ConfigError
 from loraserve.kernels.attention.gpu import Backend, GpuKvCache, gpu_block_bytes, pick_backend
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.work import LoraWork, Workspace
 from loraserve.messages.base import SamplingParams
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
+SLAB_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
+
+
+class DeviceForm:
+    """A WeightForm: each tensor is rounded to ``dtype`` and moved as it is read, so that the host never holds all."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self._dtype = dtype
+        self._device = device
+
+    def embedding(self, weight: torch.Tensor) -> torch.Tensor:
+        return self._moved(weight)
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        return Linear(self._moved(weight), None if bias is None else self._moved(bias))
+
+    def tied_head(self, embedding: torch.Tensor) -> Linear:
+        return Linear(embedding, None)
+
+    def vector(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight.to(self._device)
+
+    def _moved(self, weight: torch.Tensor) -> torch.Tensor:
+        moved = weight.to(self._device, self._dtype, copy=True)
+        if self._dtype == torch.float16 and not bool(moved.isfinite().all()):
+            raise ConfigError("engine.weights=fp16: the model has weights beyond 65504; use bf16 weights and slabs")
+        return moved
+
+
+def compute_dtype(engine: EngineConfig) -> str:
+    """The key of DTYPES that ``engine.weights`` asks for; auto is the adapters' own.
+
+    Raises ConfigError where weights and adapters would be of different dtypes: kernels multiply like with like.
+    """
+    if engine.weights == "auto":
+        return next(name for name, slab in SLAB_DTYPES.items() if slab == engine.slab_dtype)
+    if SLAB_DTYPES[engine.weights] != engine.slab_dtype:
+        raise ConfigError(
+            f"engine.weights={engine.weights} needs engine.slab_dtype={SLAB_DTYPES[engine.weights]} on a GPU, it is "
+            f"{engine.slab_dtype}; set both alike, or engine.weights=auto"
+        )
+    return engine.weights
+
+
+# MERGED: loraserve.engine.cuda.state
+# """What a GPU holds for an engine: weights, adapter tables, KV cache and pool, sized to what is free."""
+
 
 GRAPHS_BYTES = 512 << 20
 """Left for what captured graphs and the libraries take, which shows only when it is too late to divide anew."""

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from loraserve.engine.packed import PackedStep
+from loraserve.engine.compute.runner import PackedStep
 from loraserve.kernels.attention.gpu import GpuAttentionBatch
 
 UNKNOWN = -1

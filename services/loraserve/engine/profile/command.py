@@ -14,12 +14,12 @@ from loraserve.config import Config, load_config
 from loraserve.cost.derived import kv_bytes
 from loraserve.cost.fit import Lora, StepSample, fit
 from loraserve.cost.profile import EngineShape, Profile, write_profile
-from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.compute.protocol import Runner
+from loraserve.engine.compute.runner import ModelRunner
 from loraserve.engine.profile.design import SizedAdapter, design, shape_of_batch
 from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place, to_step
 from loraserve.engine.profile.report import coefficients, errors, verdict
-from loraserve.engine.runner import ModelRunner
-from loraserve.engine.runner_protocol import Runner
+from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits, threads_for
 from loraserve.errors import ConfigError, LoraServeError
 from loraserve.kernels import attention

@@ -6,7 +6,7 @@ from random import Random
 import msgspec
 
 from loraserve.cost import StepShape
-from loraserve.engine.limits import SchedulerLimits
+from loraserve.engine.schedule.events import SchedulerLimits
 
 KINDS = (
     "decode",

@@ -16,12 +16,12 @@ from loraserve.adapter.dtypes import from_float32
 from loraserve.adapter.format import ITEM_BYTES, Dtype, lay_out_uniform
 from loraserve.adapter.pack import Slab, sealed
 from loraserve.cost.fit import LoadSample
-from loraserve.engine.batch import SequenceStep, StepBatch
+from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.extents import ExtentAllocator
 from loraserve.engine.layers import Arrivals, damaged_layer, shares
 from loraserve.engine.pool_memory import PoolMemory
 from loraserve.engine.profile.design import Batch, Part
-from loraserve.engine.runner_protocol import Runner
+from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.errors import ConfigError
 from loraserve.messages import SamplingParams
 from loraserve.model_shape import ModelShape

@@ -1,0 +1,164 @@
+"""From logits to tokens: a pure function of each row's logits, history, parameters and output index.
+
+Nothing here keeps state or looks at other rows, so that a stream's tokens are the same in any batch, after any
+preemption and on any engine. Names and semantics are vLLM's.
+"""
+
+from collections.abc import Collection, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from loraserve.engine.schedule.events import Sampled, SequenceStep, changes_logits
+from loraserve.messages.base import SamplingParams
+
+Row = NDArray[np.float32]
+
+GREEDY_BELOW = 1e-5
+"""Temperatures below this are greedy."""
+BLOCK_TOKENS = 256
+"""A running sum over the whole vocabulary is slow; sums of blocks and a running sum in one of them are not."""
+GROUPS = 32
+
+_MASK64 = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+
+
+def sample(logits: NDArray[np.float32], rows: Sequence[SequenceStep], eos_token_ids: Collection[int]) -> list[Sampled]:
+    """One token per row of ``logits`` [rows, vocab], which may be overwritten."""
+    return [_sample_row(row, step, eos_token_ids) for row, step in zip(logits, rows, strict=True)]
+
+
+def _sample_row(logits: Row, step: SequenceStep, eos_token_ids: Collection[int]) -> Sampled:
+    params = step.sampling
+    # Log-probabilities are the model's own: taken before penalties and temperature.
+    log_normalizer = _log_sum_exp(logits) if params.logprobs is not None else 0.0
+    raw = logits.copy() if params.logprobs is not None and _changes_logits(step) else logits
+    if _changes_logits(step):
+        _forbid_early_stop(logits, step, eos_token_ids)
+        _penalize(logits, step)
+    if params.temperature < GREEDY_BELOW:
+        token = int(logits.argmax())
+    else:
+        token = _draw(logits, params, uniform(params.seed, step.output_index))
+    if params.logprobs is None:
+        return Sampled(request_id=step.request_id, token=token)
+    top = tuple((t, float(raw[t]) - log_normalizer) for t in _largest(raw, params.logprobs))
+    return Sampled(request_id=step.request_id, token=token, logprob=float(raw[token]) - log_normalizer, top=top)
+
+
+def _changes_logits(step: SequenceStep) -> bool:
+    return changes_logits(step.sampling, step.output_index)
+
+
+def _forbid_early_stop(logits: Row, step: SequenceStep, eos_token_ids: Collection[int]) -> None:
+    if step.output_index < step.sampling.min_tokens:
+        for token in (*eos_token_ids, *step.sampling.stop_token_ids):
+            if 0 <= token < len(logits):
+                logits[token] = -np.inf
+
+
+def _penalize(logits: Row, step: SequenceStep) -> None:
+    """Repetition counts prompt and output, presence and frequency the output alone."""
+    params = step.sampling
+    history = np.asarray(step.history, dtype=np.int64)
+    if params.repetition_penalty != 1.0:
+        seen = np.unique(history)
+        values = logits[seen]
+        penalty = np.float32(params.repetition_penalty)
+        logits[seen] = np.where(values > 0, values / penalty, values * penalty)
+    if params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
+        seen, counts = np.unique(history[step.prompt_length :], return_counts=True)
+        logits[seen] -= (params.frequency_penalty * counts + params.presence_penalty).astype(np.float32)
+
+
+def _draw(logits: Row, params: SamplingParams, u: float) -> int:
+    """The token at ``u`` of the cumulative distribution over the tokens that temperature and filters leave."""
+    largest = logits.max()
+    if not np.isfinite(largest):
+        return int(logits.argmax())
+    weights = np.exp((logits - largest) / np.float32(params.temperature))
+    tokens = _candidates(weights, params)
+    if tokens is None:
+        return _pick(weights, u)
+    return int(tokens[_pick(weights[tokens], u)])
+
+
+def _pick(weights: Row, u: float) -> int:
+    """The index at ``u`` in [0, 1) of the cumulative weights: first its block, then its place in the block."""
+    sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK_TOKENS)).astype(np.float64)
+    ends = np.cumsum(sums)
+    target = u * ends[-1]
+    block = _first_beyond(ends, target)
+    start = block * BLOCK_TOKENS
+    inner = np.cumsum(weights[start : start + BLOCK_TOKENS], dtype=np.float64)
+    fraction = (target - ends[block] + sums[block]) / sums[block]
+    return start + _first_beyond(inner, fraction * inner[-1])
+
+
+def _first_beyond(cumulative: NDArray[np.float64], target: float) -> int:
+    index = int(np.searchsorted(cumulative, target, side="right"))
+    if index < len(cumulative):
+        return index
+    # The target was rounded up to the total: the last entry that has a share.
+    return int(np.searchsorted(cumulative, cumulative[-1], side="left"))
+
+
+def _candidates(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None:
+    """Tokens that min_p, top_k and top_p leave, in this order, the most likely first; None for all.
+
+    The largest of ``weights`` is 1, so that min_p is itself the least weight it leaves.
+    """
+    top_k = params.top_k if 0 < params.top_k < len(weights) else 0
+    if not top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
+        return None
+    floor = np.float32(params.min_p)
+    total = float(weights.sum(dtype=np.float64) if floor <= 0 else weights[weights >= floor].sum(dtype=np.float64))
+    if top_k:
+        floor = max(floor, _exceeded_by(weights, top_k))
+    elif params.top_p < 1.0:
+        # Tokens below this sum to less than what top_p cuts off: they need not be sorted.
+        floor = max(floor, np.float32(0.99 * (1.0 - params.top_p) * total / len(weights)))
+    tokens = np.flatnonzero(weights >= floor)
+    # Ties go to the smaller id, so that exactly top_k are left.
+    tokens = tokens[np.argsort(-weights[tokens], kind="stable")]
+    if top_k:
+        tokens = tokens[:top_k]
+        total = float(weights[tokens].sum(dtype=np.float64))
+    if params.top_p < 1.0:
+        cumulative = np.cumsum(weights[tokens], dtype=np.float64)
+        tokens = tokens[: np.searchsorted(cumulative, params.top_p * total, side="left") + 1]
+    return tokens
+
+
+def _largest(row: Row, count: int) -> list[int]:
+    """The ``count`` largest, best first, ties by id."""
+    count = min(count, len(row))
+    if count <= 0:
+        return []
+    tokens = np.flatnonzero(row >= _exceeded_by(row, count))
+    return [int(token) for token in tokens[np.argsort(-row[tokens], kind="stable")][:count]]
+
+
+def _exceeded_by(row: Row, count: int) -> np.float32:
+    """A value that at least ``count`` entries reach and few more: found among the largest of groups, not all."""
+    width = len(row) // GROUPS
+    values = row[: width * GROUPS].reshape(GROUPS, width).max(axis=0) if width >= count else row
+    return np.float32(np.partition(values, len(values) - count)[len(values) - count])
+
+
+def _log_sum_exp(row: Row) -> float:
+    largest = row.max()
+    return float(largest) + float(np.log(np.exp(row - largest).sum(dtype=np.float64)))
+
+
+def uniform(seed: int, index: int) -> float:
+    """A number in [0, 1) that looks random and depends on nothing but the two (SplitMix64)."""
+    return (_mix(_mix((seed & _MASK64) + _GOLDEN) + (index + 1) * _GOLDEN) >> 11) * 2.0**-53
+
+
+def _mix(value: int) -> int:
+    value &= _MASK64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _MASK64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _MASK64
+    return value ^ (value >> 31)

@@ -1,0 +1,270 @@
+"""The scheduler's state as numbers for the monitor and the operator. Pure."""
+
+from collections.abc import Mapping
+from math import inf
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from loraserve.cost import StepShape, mean_step
+from loraserve.engine.schedule.events import StepBatch
+from loraserve.messages import AdapterRef, AdapterTokens, MeanStep, PrefetchCounts, ResidentAdapter
+
+if TYPE_CHECKING:
+    from loraserve.engine.schedule.scheduler import Scheduler
+
+
+IDLE_REPORTS = 40
+"""An adapter that this many reports found unchanged is forgotten: so many may be lost, and no token is."""
+
+
+class _Count(msgspec.Struct):
+    """One adapter's. ``changed`` is the number of reports that were out when it last grew."""
+
+    span: int
+    prefill: int = 0
+    decode: int = 0
+    requests: int = 0
+    changed: int = 0
+
+
+class TokenCounts:
+    """What was computed, by adapter version ("" is the base model), of those that were lately asked for.
+
+    It is bounded by what is active: the versions an engine has ever served would be all there are.
+    """
+
+    def __init__(self) -> None:
+        self._counts: dict[str, _Count] = {}
+        self._spans = 0
+        self._reports = 0
+        self.preemptions = 0
+        self.prefix_hits = 0
+        self.prefix_queries = 0
+
+    def request(self, version: str) -> None:
+        self._of(version).requests += 1
+
+    def computed(self, version: str, tokens: int, decode: bool) -> None:
+        count = self._of(version)
+        if decode:
+            count.decode += tokens
+        else:
+            count.prefill += tokens
+
+    def prefix(self, known: int, cached: int) -> None:
+        """A sequence began with ``cached`` of its ``known`` tokens already computed."""
+        self.prefix_queries += known
+        self.prefix_hits += cached
+
+    def by_adapter(self) -> tuple[AdapterTokens, ...]:
+        return tuple(
+            AdapterTokens(
+                version=version,
+                prefill_tokens=count.prefill,
+                decode_tokens=count.decode,
+                requests=count.requests,
+                span=count.span,
+            )
+            for version, count in self._counts.items()
+        )
+
+    def reported(self) -> None:
+        """A report is out: what was idle for many of them is forgotten, and begins a new span when it comes again."""
+        self._reports += 1
+        oldest = self._reports - IDLE_REPORTS
+        for version in [version for version, count in self._counts.items() if count.changed < oldest]:
+            del self._counts[version]
+
+    def _of(self, version: str) -> _Count:
+        count = self._counts.get(version)
+        if count is None:
+            self._spans += 1
+            count = self._counts[version] = _Count(self._spans)
+        count.changed = self._reports
+        return count
+
+
+class SchedulerLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields are those of EngineLoad that the scheduler knows."""
+
+    waiting: int
+    running: int
+    waiting_prefill_tokens: int
+    kv_blocks_total: int
+    kv_blocks_free: int
+    block_tokens: int
+    pool_total_bytes: int
+    pool_free_bytes: int
+    pool_room_bytes: int
+    max_running: int
+    max_model_tokens: int
+    max_step_tokens: int
+    steps: int
+    preemptions: int
+    early_starts: int
+    early_starts_in_vain: int
+    prefix_hits_tokens: int
+    prefix_queries_tokens: int
+    resident: tuple[ResidentAdapter, ...]
+    loading: tuple[str, ...]
+    adapter_tokens: tuple[AdapterTokens, ...]
+    request_ids: tuple[str, ...]
+    plan_epoch: int
+    prefetched: tuple[PrefetchCounts, ...]
+
+
+def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
+    """The load right now."""
+    live = scheduler.waiting + scheduler.running
+    entries = list(scheduler.residency.pool.entries())
+    return SchedulerLoad(
+        waiting=len(scheduler.waiting),
+        running=len(scheduler.running),
+        waiting_prefill_tokens=sum(s.remaining for s in live if not s.decoding),
+        kv_blocks_total=scheduler.limits.kv_blocks,
+        kv_blocks_free=scheduler.blocks.free,
+        block_tokens=scheduler.limits.block_tokens,
+        pool_total_bytes=scheduler.limits.pool_bytes,
+        pool_free_bytes=scheduler.residency.pool.free_bytes,
+        pool_room_bytes=scheduler.residency.pool.room_bytes,
+        max_running=scheduler.limits.max_running,
+        max_model_tokens=scheduler.max_model_tokens,
+        max_step_tokens=scheduler.limits.max_step_tokens,
+        steps=scheduler.steps,
+        preemptions=scheduler.counts.preemptions,
+        early_starts=scheduler.early.begun,
+        early_starts_in_vain=scheduler.early.in_vain,
+        prefix_hits_tokens=scheduler.counts.prefix_hits,
+        prefix_queries_tokens=scheduler.counts.prefix_queries,
+        resident=tuple(
+            ResidentAdapter(
+                name=e.adapter.name,
+                version=e.adapter.version,
+                rank=e.adapter.rank,
+                slab_bytes=e.adapter.slab_bytes,
+                pinned=e.planned,
+                running=e.running,
+            )
+            for e in entries
+            if e.resident
+        ),
+        loading=tuple(e.adapter.version for e in entries if not e.resident),
+        adapter_tokens=scheduler.counts.by_adapter(),
+        request_ids=tuple(s.request_id for s in live),
+        plan_epoch=scheduler.residency.plan_epoch,
+        prefetched=scheduler.residency.prefetched(),
+    )
+
+
+# MERGED: loraserve.engine.schedule.report
+# """Rates measured on this engine, smoothed. Pure."""
+
+
+SMOOTHING = 0.1
+"""Weight of the newest observation: ten steps set the picture, one slow step does not."""
+
+
+class Measured(msgspec.Struct, frozen=True, kw_only=True):
+    """Fields are those of EngineLoad that are measured; 0 and None are not measured yet."""
+
+    decode_step_s: float
+    prefill_tokens_per_s: float
+    load_bytes_per_s: float
+    load_bytes: float
+    loads: int
+    decode_step: MeanStep | None
+    decode_steps: int
+    prefill_step: MeanStep | None
+    prefill_steps: int
+
+
+class Rates:
+    """Amounts and the seconds that they took are smoothed each: a mean of rates would count short steps too much."""
+
+    def __init__(self) -> None:
+        self._decode_step: MeanStep | None = None
+        self._prefill_step: MeanStep | None = None
+        self._load_bytes = 0.0
+        self._load_s = 0.0
+        self._decode_steps = 0
+        self._prefill_steps = 0
+        self._loads = 0
+
+    def measured(self) -> Measured:
+        decode, prefill = self._decode_step, self._prefill_step
+        return Measured(
+            decode_step_s=decode.duration_s if decode else 0.0,
+            prefill_tokens_per_s=prefill.prefill_tokens / prefill.duration_s if prefill else 0.0,
+            load_bytes_per_s=self._load_bytes / self._load_s if self._load_s else 0.0,
+            load_bytes=self._load_bytes,
+            loads=self._loads,
+            decode_step=decode,
+            decode_steps=self._decode_steps,
+            prefill_step=prefill,
+            prefill_steps=self._prefill_steps,
+        )
+
+    def step_done(self, shape: StepShape, duration_s: float, times: int = 1) -> None:
+        """Count one step, or ``times`` alike. Those with prefill say nothing about decoding alone."""
+        if not 0 < duration_s < inf:
+            return
+        if shape.prefill_tokens:
+            self._prefill_steps += times
+            self._prefill_step = _smooth(self._prefill_step, mean_step(shape, duration_s), times)
+        else:
+            self._decode_steps += times
+            self._decode_step = _smooth(self._decode_step, mean_step(shape, duration_s), times)
+
+    def load_done(self, slab_bytes: int, own_s: float) -> None:
+        """Count one finished load. ``own_s``: without what it waited for others on the link."""
+        if not 0 < own_s < inf:
+            return
+        first = not self._loads
+        self._loads += 1
+        self._load_bytes = float(slab_bytes) if first else _towards(self._load_bytes, slab_bytes)
+        self._load_s = own_s if first else _towards(self._load_s, own_s)
+
+
+def _smooth(old: MeanStep | None, new: MeanStep, times: int) -> MeanStep:
+    if old is None:
+        return new
+    fields = MeanStep.__struct_fields__
+    return MeanStep(**{name: _towards(getattr(old, name), getattr(new, name), times) for name in fields})
+
+
+def _towards(old: float, new: float, times: int = 1) -> float:
+    return new + (1 - SMOOTHING) ** times * (old - new)
+
+
+# MERGED: loraserve.engine.schedule.report
+# """What a step holds, as the cost model sees it. Pure."""
+
+
+def shape_of(batch: StepBatch, adapters: Mapping[int, AdapterRef]) -> tuple[StepShape, dict[int, int]]:
+    """And its tokens by the rank of their adapter, 0 the base model; ``adapters`` are by slot."""
+    decode = kv = prefill = prefill_kv = 0
+    slot_tokens: dict[int, int] = {}
+    for part in batch.sequences:
+        tokens = len(part.tokens)
+        slot_tokens[part.slot] = slot_tokens.get(part.slot, 0) + tokens
+        if tokens == 1 and part.output_index > 0:
+            decode += 1
+            kv += part.start + 1
+        else:
+            prefill += tokens
+            prefill_kv += tokens * part.start + tokens * (tokens + 1) // 2
+    mix: dict[int, int] = {}
+    for slot, tokens in slot_tokens.items():
+        rank = adapters[slot].rank if slot >= 0 else 0
+        mix[rank] = mix.get(rank, 0) + tokens
+    shape = StepShape(
+        decode_sequences=decode,
+        kv_tokens=kv,
+        prefill_tokens=prefill,
+        prefill_kv_tokens=prefill_kv,
+        slab_bytes=sum(adapters[slot].slab_bytes for slot in slot_tokens if slot >= 0),
+        rank_tokens=sum(rank * tokens for rank, tokens in mix.items()),
+        max_rank=max(mix, default=0),
+    )
+    return shape, mix

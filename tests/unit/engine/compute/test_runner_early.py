@@ -1,0 +1,151 @@
+"""A step that computes with the first layers of a slab while the last are on their way, on a tiny model."""
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.engine import arrival as arrivals
+from loraserve.engine.arrival import Arrival
+from loraserve.engine.compute.protocol import LayeredRunner
+from loraserve.engine.compute.runner import ModelRunner
+from loraserve.engine.schedule.events import StepBatch, StepResult
+from loraserve.testing.tiny_model import write_peft_adapter
+
+MakeRunner = Callable[..., ModelRunner]
+PROMPT = [5, 6, 7, 8]
+LONG_S = 60.0
+
+
+@pytest.fixture
+def runner(make_runner: MakeRunner) -> ModelRunner:
+    made = make_runner()
+    assert isinstance(made, LayeredRunner)
+    return made
+
+
+@pytest.fixture
+def slab(tmp_path: Path, runner: ModelRunner) -> Slab:
+    """Strong enough that its tokens are not the base model's."""
+    folder = write_peft_adapter(tmp_path / "peft", runner.shape, rank=8, strength=4.0)
+    return pack_peft(folder, runner.shape, "float32", 64)
+
+
+def step(helpers: Any, runner: ModelRunner, *slots: int) -> StepResult:
+    """The first step of a request for each slot."""
+    streams = [helpers.Stream(f"slot {slot}", PROMPT, blocks=[number], slot=slot) for number, slot in enumerate(slots)]
+    return runner.step(StepBatch(step_id=1, sequences=tuple(stream.next(16) for stream in streams)))
+
+
+def tokens(result: StepResult) -> dict[str, int]:
+    return {sampled.request_id: sampled.token for sampled in result.sampled}
+
+
+def spoil(runner: ModelRunner, slab: Slab) -> None:
+    """What lay in the extent before is no number."""
+    runner.pool.write(0, np.full(slab.header.elements, np.nan, np.float32).tobytes())
+
+
+@pytest.fixture
+def expected(runner: ModelRunner, slab: Slab, helpers: SimpleNamespace) -> dict[str, int]:
+    runner.pool.write(0, slab.data)
+    runner.install(0, slab.header, 0)
+    found = tokens(step(helpers, runner, -1, 0))
+    runner.remove(0)
+    spoil(runner, slab)
+    assert found["slot -1"] != found["slot 0"]
+    return found
+
+
+def test_each_layer_is_computed_with_once_it_is_there(
+    runner: ModelRunner,
+    slab: Slab,
+    helpers: SimpleNamespace,
+    expected: dict[str, int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(arrivals, "PATIENCE_S", LONG_S)
+    arrival = Arrival(slab.header)
+    waits_for: list[int] = []
+    came = threading.Condition()
+    has = Arrival.has
+
+    def noted(self: Arrival, layer: int, until_s: float) -> bool:
+        with came:
+            waits_for.append(layer)
+            came.notify_all()
+        return has(self, layer, until_s)
+
+    monkeypatch.setattr(Arrival, "has", noted)
+    runner.arrive(0, slab.header, 0, arrival)
+    results: list[StepResult] = []
+    thread = threading.Thread(target=lambda: results.append(step(helpers, runner, -1, 0)))
+    thread.start()
+    for layer in range(slab.header.shape.layers):
+        with came:
+            assert came.wait_for(lambda layer=layer: layer in waits_for, timeout=LONG_S)
+        part = slab.header.layer(layer)
+        runner.pool.write(part.start, slab.data[part.start : part.stop])
+        arrival.landed(part.stop)
+    thread.join(LONG_S)
+    assert waits_for == list(range(slab.header.shape.layers))
+    assert tokens(results[0]) == expected
+    assert results[0].late == ()
+
+
+def test_who_is_late_is_named_and_harms_nobody_else(
+    runner: ModelRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
+) -> None:
+    arrival = Arrival(slab.header)
+    runner.arrive(0, slab.header, 0, arrival)
+    first = slab.header.layer(0)
+    runner.pool.write(first.start, slab.data[first.start : first.stop])
+    arrival.landed(first.stop)
+    result = step(helpers, runner, -1, 0)
+    assert result.late == ("slot 0",)
+    assert tokens(result)["slot -1"] == expected["slot -1"]
+
+
+def test_a_slab_that_is_all_there_is_waited_for_no_more(
+    runner: ModelRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
+) -> None:
+    runner.arrive(0, slab.header, 0, Arrival(slab.header))
+    runner.pool.write(0, slab.data)
+    runner.install(0, slab.header, 0)
+    result = step(helpers, runner, -1, 0)
+    assert (tokens(result), result.late) == (expected, ())
+
+
+def test_a_slot_that_is_freed_is_waited_for_no_more(
+    runner: ModelRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
+) -> None:
+    runner.arrive(0, slab.header, 0, Arrival(slab.header))
+    runner.remove(0)
+    result = step(helpers, runner, 0)
+    assert (tokens(result), result.late) == ({"slot 0": expected["slot -1"]}, ())
+
+
+def test_another_read_of_the_same_slab_takes_the_place_of_one_that_failed(
+    runner: ModelRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
+) -> None:
+    failed, next_one = Arrival(slab.header), Arrival(slab.header)
+    runner.arrive(0, slab.header, 0, failed)
+    failed.give_up()
+    runner.arrive(0, slab.header, 0, next_one)
+    runner.pool.write(0, slab.data)
+    next_one.landed(slab.header.slab_bytes)
+    result = step(helpers, runner, -1, 0)
+    assert (tokens(result), result.late) == (expected, ())
+
+
+def test_a_slab_that_cannot_be_used_is_refused_as_it_arrives(make_runner: MakeRunner, slab: Slab) -> None:
+    runner = make_runner(slab_dtype="bfloat16")
+    with pytest.raises(ValueError, match=r"slab is float32, engine\.slab_dtype is bfloat16; register"):
+        runner.arrive(0, slab.header, 0, Arrival(slab.header))
+    with pytest.raises(ValueError, match="bfloat16"):
+        runner.install(0, slab.header, 0)

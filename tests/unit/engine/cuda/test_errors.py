@@ -1,0 +1,38 @@
+"""Which of a GPU's errors mean that nothing will be computed on it any more."""
+
+import pytest
+import torch
+
+from loraserve.engine.compute.protocol import DeviceLost
+from loraserve.engine.cuda.memory import device_errors
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: an illegal memory access was encountered\nCUDA kernel errors might be reported late",
+        "CUDA error: device-side assert triggered",
+        "Triton Error [CUDA]: an illegal memory access was encountered",
+        "Triton Error [CUDA]: unspecified launch failure",
+    ],
+)
+def test_who_ever_notices_it_the_device_is_lost(text: str) -> None:
+    with pytest.raises(DeviceLost) as lost, device_errors():
+        raise RuntimeError(text)
+    assert str(lost.value) == text.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("CUDA error: out of memory"),  # page-locked memory of the host
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        RuntimeError("shape mismatch"),
+        ValueError("token id 7 is outside the vocabulary of 5"),
+    ],
+)
+def test_what_another_step_may_not_meet_stays_as_it_is(error: Exception) -> None:
+    with pytest.raises(type(error)) as raised, device_errors():
+        raise error
+    assert raised.value is error

@@ -1,0 +1,100 @@
+"""The load that an engine reports: what waits, what runs, what it holds and what it has computed."""
+
+from types import SimpleNamespace
+
+from loraserve.engine.schedule.report import IDLE_REPORTS, TokenCounts
+from loraserve.messages import AdapterTokens, ResidentAdapter
+
+
+def test_an_idle_engine_has_everything_free(helpers: SimpleNamespace) -> None:
+    load = helpers.Desk().scheduler.load()
+    assert (load.waiting, load.running, load.waiting_prefill_tokens, load.steps) == (0, 0, 0, 0)
+    assert (load.kv_blocks_total, load.kv_blocks_free, load.block_tokens) == (16, 16, 4)
+    assert load.pool_total_bytes == load.pool_free_bytes == 2 * helpers.UNIT
+    assert (load.max_running, load.max_model_tokens) == (4, 48)
+    assert (load.resident, load.loading, load.adapter_tokens, load.request_ids) == ((), (), (), ())
+
+
+def test_requests_are_counted_where_they_are(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_step_tokens=8, max_running=1)
+    desk.arrive("runs", [1] * 12)
+    desk.arrive("waits", [2] * 5)
+    desk.step_done()
+    load = desk.scheduler.load()
+    assert (load.waiting, load.running) == (1, 1)
+    assert sorted(load.request_ids) == ["runs", "waits"]
+    # Eight of the first twelve are computed.
+    assert load.waiting_prefill_tokens == 4 + 5
+    assert load.kv_blocks_free == 16 - 3
+    assert load.steps == 2
+    desk.step_done()
+    assert desk.scheduler.load().waiting_prefill_tokens == 5, "who decodes waits for no prefill"
+
+
+def test_adapters_are_listed_by_what_they_are(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1], helpers.adapter("a"))
+    load = desk.scheduler.load()
+    assert (load.resident, load.loading) == ((), ("a",))
+    assert load.pool_free_bytes == helpers.UNIT
+    desk.loaded("a")
+    load = desk.scheduler.load()
+    held = ResidentAdapter(name="name-a", version="a", rank=8, slab_bytes=helpers.UNIT, pinned=False, running=1)
+    assert (load.resident, load.loading) == ((held,), ())
+
+
+def test_the_room_of_what_nobody_needs_counts_as_free(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1], helpers.adapter("a"), max_tokens=1)
+    desk.loaded("a")
+    assert desk.scheduler.load().pool_free_bytes == helpers.UNIT
+    desk.step_done()
+    assert desk.scheduler.load().pool_free_bytes == 2 * helpers.UNIT
+
+
+def test_tokens_are_counted_by_adapter_and_kind(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_step_tokens=8)
+    desk.arrive("base", [1] * 12, max_tokens=3)
+    for _ in range(4):
+        desk.step_done()
+    for name in ("one", "two"):
+        desk.arrive(name, [2] * 3, helpers.adapter("a"), max_tokens=1)
+        if desk.loads:
+            desk.loaded("a")
+        desk.step_done()
+    assert desk.scheduler.load().adapter_tokens == (
+        AdapterTokens(version="", prefill_tokens=12, decode_tokens=2, requests=1, span=1),
+        AdapterTokens(version="a", prefill_tokens=6, decode_tokens=0, requests=2, span=2),
+    )
+
+
+def test_what_is_idle_for_many_reports_is_listed_no_more() -> None:
+    counts = TokenCounts()
+    counts.computed("idle", 5, decode=False)
+    counts.computed("busy", 5, decode=False)
+    for _ in range(IDLE_REPORTS):
+        counts.reported()
+        counts.computed("busy", 1, decode=True)
+    assert [tokens.version for tokens in counts.by_adapter()] == ["idle", "busy"]
+    counts.reported()
+    assert counts.by_adapter() == (
+        AdapterTokens(version="busy", prefill_tokens=5, decode_tokens=IDLE_REPORTS, requests=0, span=2),
+    )
+
+
+def test_who_comes_again_counts_from_zero_under_another_span() -> None:
+    counts = TokenCounts()
+    counts.computed("a", 5, decode=False)
+    for _ in range(IDLE_REPORTS + 1):
+        counts.reported()
+    counts.request("a")
+    counts.computed("a", 3, decode=False)
+    assert counts.by_adapter() == (AdapterTokens(version="a", prefill_tokens=3, decode_tokens=0, requests=1, span=2),)
+
+
+def test_an_engine_that_served_thousands_lists_only_those_of_late() -> None:
+    counts = TokenCounts()
+    for number in range(2000):
+        counts.computed(f"v{number}", 1, decode=False)
+        counts.reported()
+        assert len(counts.by_adapter()) <= IDLE_REPORTS + 1

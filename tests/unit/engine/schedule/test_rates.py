@@ -1,0 +1,113 @@
+"""Measured rates: the first observation counts whole, later ones move the picture slowly."""
+
+import pytest
+
+from loraserve.cost import StepShape
+from loraserve.engine.schedule.events import SequenceStep, StepBatch
+from loraserve.engine.schedule.report import Rates, shape_of
+from loraserve.messages import SamplingParams
+
+
+def part(tokens: int, output_index: int) -> SequenceStep:
+    return SequenceStep(
+        request_id=f"r{tokens}",
+        tokens=(1,) * tokens,
+        start=0,
+        blocks=(0,),
+        sampling=SamplingParams(max_tokens=9),
+        prompt_length=1,
+        output_index=output_index,
+    )
+
+
+def step(*parts: SequenceStep) -> StepShape:
+    return shape_of(StepBatch(step_id=1, sequences=parts), {})[0]
+
+
+DECODE = part(1, output_index=3)
+
+
+def test_nothing_measured_is_zero() -> None:
+    rates = Rates()
+    seen = rates.measured()
+    assert (seen.decode_step_s, seen.prefill_tokens_per_s, seen.load_bytes_per_s) == (0.0, 0.0, 0.0)
+    assert (seen.prefill_step, seen.load_bytes) == (None, 0.0)
+
+
+def test_the_first_observation_is_taken_as_it_is() -> None:
+    rates = Rates()
+    rates.step_done(step(DECODE), 0.02)
+    rates.step_done(step(DECODE, part(100, 0)), 0.5)
+    rates.load_done(1_000_000, 0.5)
+    seen = rates.measured()
+    assert (seen.decode_step_s, seen.prefill_tokens_per_s, seen.load_bytes_per_s) == (0.02, 200.0, 2e6)
+
+
+def test_steps_with_prefill_say_nothing_about_decoding() -> None:
+    rates = Rates()
+    rates.step_done(step(DECODE), 0.02)
+    rates.step_done(step(DECODE, part(512, 0)), 3.0)
+    rates.step_done(step(part(1, 0)), 3.0)
+    assert rates.measured().decode_step_s == 0.02
+
+
+def test_computing_again_what_was_preempted_is_prefill() -> None:
+    rates = Rates()
+    rates.step_done(step(DECODE, part(40, 5)), 0.5)
+    seen = rates.measured()
+    assert (seen.decode_step_s, seen.prefill_tokens_per_s) == (0.0, 80.0)
+
+
+def test_one_slow_step_changes_little_and_many_change_all() -> None:
+    rates = Rates()
+    rates.step_done(step(DECODE), 0.01)
+    rates.step_done(step(DECODE), 1.0)
+    assert 0.01 < rates.measured().decode_step_s < 0.2
+    for _ in range(100):
+        rates.step_done(step(DECODE), 1.0)
+    assert rates.measured().decode_step_s == pytest.approx(1.0, rel=0.01)
+
+
+def test_it_says_how_many_steps_and_loads_it_counted() -> None:
+    rates = Rates()
+    rates.step_done(step(DECODE), 0.02)
+    rates.step_done(step(DECODE), 0.02, times=6)
+    rates.step_done(step(DECODE, part(40, 5)), 0.5, times=2)
+    rates.load_done(1000, 0.1)
+    seen = rates.measured()
+    assert (seen.decode_steps, seen.prefill_steps, seen.loads) == (7, 2, 1)
+
+
+@pytest.mark.parametrize("taken_s", [0.0, -1.0, float("nan"), float("inf")])
+def test_what_no_clock_can_have_measured_is_not_counted(taken_s: float) -> None:
+    rates = Rates()
+    rates.step_done(step(part(10, 0)), taken_s)
+    rates.step_done(step(DECODE), taken_s)
+    rates.load_done(1000, taken_s)
+    assert rates.measured() == Rates().measured()
+
+
+def test_what_is_reported_together_is_of_the_same_steps_and_loads() -> None:
+    rates = Rates()
+    contents = [(part(100, 0),), (DECODE, part(5, 0)), (DECODE, DECODE, part(700, 0)), (part(1, 0),)]
+    for parts in contents:
+        shape = step(*parts)
+        rates.step_done(shape, 0.01 + 0.002 * shape.decode_sequences + 0.001 * shape.prefill_tokens)
+        rates.load_done(len(parts) << 20, 0.005 + 1e-9 * (len(parts) << 20))
+    seen = rates.measured()
+    mean = seen.prefill_step
+    assert mean is not None
+    assert mean.duration_s == pytest.approx(0.01 + 0.002 * mean.decode_sequences + 0.001 * mean.prefill_tokens)
+    assert seen.prefill_tokens_per_s == pytest.approx(mean.prefill_tokens / mean.duration_s)
+    assert seen.load_bytes / seen.load_bytes_per_s == pytest.approx(0.005 + 1e-9 * seen.load_bytes)
+    assert 1 << 20 < seen.load_bytes < 3 << 20
+
+
+def test_a_step_is_padded_to_the_largest_rank_in_it() -> None:
+    rates = Rates()
+    rates.step_done(StepShape(decode_sequences=3, prefill_tokens=10, max_rank=8), 0.1)
+    rates.step_done(StepShape(decode_sequences=3, prefill_tokens=10, max_rank=64), 0.1)
+    mean = rates.measured().prefill_step
+    assert mean is not None
+    rank = 0.9 * 8 + 0.1 * 64
+    assert (mean.padded_decode_tokens, mean.padded_prefill_tokens) == pytest.approx((3 * rank, 10 * rank))

@@ -1,0 +1,273 @@
+"""Batching without adapters: chunks, preemption, the prefix cache, ends and refusals, one event at a time."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from loraserve.engine.schedule.events import RequestAborted
+
+ONES, TWOS, THREES = [1] * 8, [2] * 8, [3] * 8
+
+
+def test_a_long_prompt_is_computed_in_chunks_beside_those_that_decode(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_step_tokens=8, max_running=2)
+    desk.arrive("short", [1, 1])
+    desk.arrive("long", [2] * 20)
+    assert desk.sizes == {"short": 2}
+    sizes = []
+    for _ in range(3):
+        desk.step_done()
+        sizes.append(desk.sizes)
+    assert sizes == [{"short": 1, "long": 7}, {"short": 1, "long": 7}, {"short": 1, "long": 6}]
+    assert (len(desk.output["short"]), desk.output["long"]) == (3, [])
+    assert desk.part("long").sample
+    desk.step_done(long=9)
+    assert desk.output["long"] == [9]
+    assert desk.part("long").tokens == (9,)
+    assert desk.part("long").start == 20
+
+
+def test_a_chunk_says_where_it_goes_on_and_draws_only_at_the_end(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_step_tokens=5)
+    desk.arrive("r", range(10, 22))
+    seen = []
+    for _ in range(3):
+        part = desk.part("r")
+        seen.append((part.start, part.tokens, part.sample, len(part.blocks)))
+        desk.step_done()
+    assert seen == [
+        (0, (10, 11, 12, 13, 14), False, 2),
+        (5, (15, 16, 17, 18, 19), False, 3),
+        (10, (20, 21), True, 3),
+    ]
+
+
+def test_no_more_run_than_may(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_running=2)
+    for name in ("a", "b", "c"):
+        desk.arrive(name, [1], max_tokens=2)
+    desk.step_done()
+    assert desk.sizes == {"a": 1, "b": 1}
+    desk.step_done()
+    assert desk.finish == {"a": "length"}
+    assert desk.sizes == {"b": 1, "c": 1}
+
+
+def until_one_is_preempted(helpers: SimpleNamespace) -> SimpleNamespace:
+    """Three requests that fill two blocks each, on six blocks in all, until one needs a third."""
+    desk = helpers.Desk(kv_blocks=6, max_model_tokens=24, prefix_cache=False, max_step_tokens=24)
+    for name, prompt in (("first", ONES[:7]), ("second", TWOS[:7]), ("third", THREES[:7])):
+        desk.arrive(name, prompt)
+    while desk.scheduler.load().preemptions == 0:
+        desk.step_done(first=11, second=21, third=31)
+    return desk
+
+
+def test_the_last_that_came_gives_way_when_blocks_run_out(helpers: SimpleNamespace) -> None:
+    desk = until_one_is_preempted(helpers)
+    assert [s.request_id for s in desk.scheduler.waiting] == ["third"]
+    assert desk.sizes.keys() == {"first", "second"}
+    assert desk.output["third"] == [31]
+    assert any("preempted" in line for line in desk.scheduler.story("third"))
+
+
+def test_a_preempted_request_computes_all_it_knows_again_and_loses_no_token(helpers: SimpleNamespace) -> None:
+    desk = until_one_is_preempted(helpers)
+    desk.arrive("fourth", [4])
+    while "third" not in desk.sizes:
+        assert "fourth" not in desk.sizes, "nobody overtakes who waits for memory"
+        desk.step_done(first=11, second=21)
+    part = desk.part("third")
+    assert (part.start, list(part.tokens), part.output_index) == (0, [*THREES[:7], 31], 1)
+    desk.step_done(third=33)
+    assert desk.output["third"] == [31, 33]
+
+
+def test_an_equal_prefix_is_computed_once(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    prompt = list(range(1, 11))
+    desk.arrive("first", prompt, max_tokens=1)
+    desk.step_done()
+    desk.arrive("same", prompt, max_tokens=1)
+    # Two full blocks of four are known; the rest is not.
+    assert (desk.part("same").start, desk.part("same").tokens) == (8, (9, 10))
+    desk.step_done()
+    assert (desk.cached["first"], desk.cached["same"]) == (0, 8)
+    desk.arrive("other", [99, *prompt[1:]], max_tokens=1)
+    assert desk.part("other").start == 0
+    load = desk.scheduler.load()
+    assert (load.prefix_hits_tokens, load.prefix_queries_tokens) == (8, 30)
+
+
+def test_a_prompt_that_is_wholly_known_still_computes_its_last_token(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    for name in ("first", "same"):
+        desk.arrive(name, ONES, max_tokens=1)
+        part = desk.part(name)
+        desk.step_done()
+    assert part.start == 4
+    assert desk.output["same"] == [7]
+
+
+def test_the_prefix_cache_can_be_off(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(prefix_cache=False)
+    for name in ("first", "same"):
+        desk.arrive(name, ONES, max_tokens=1)
+        assert desk.part(name).start == 0
+        desk.step_done()
+
+
+def test_max_tokens_ends_a_request_with_its_last_token(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1], max_tokens=2)
+    desk.step_done(5)
+    desk.step_done(6)
+    assert (desk.output["r"], desk.finish["r"]) == ([5, 6], "length")
+    assert desk.scheduler.idle
+
+
+def test_the_context_ends_a_request_however_many_tokens_it_asked_for(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_model_tokens=6)
+    desk.arrive("r", [1, 1, 1, 1], max_tokens=100)
+    desk.step_done()
+    desk.step_done()
+    assert (desk.output["r"], desk.finish["r"]) == ([7, 7], "length")
+
+
+@pytest.mark.parametrize("token", [0, 5], ids=["eos", "stop_token_ids"])
+def test_a_token_that_stops_is_not_part_of_the_output(helpers: SimpleNamespace, token: int) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1], stop_token_ids=(5,))
+    desk.step_done(8)
+    desk.step_done(token)
+    assert (desk.output["r"], desk.finish["r"]) == ([8], "stop")
+    assert desk.scheduler.idle
+
+
+def test_ignore_eos_ignores_eos_alone(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1], ignore_eos=True, stop_token_ids=(5,))
+    desk.step_done(helpers.EOS)
+    desk.step_done(5)
+    assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS], "stop")
+
+
+def test_nothing_stops_before_min_tokens(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1], min_tokens=1)
+    desk.step_done(helpers.EOS)
+    desk.step_done(helpers.EOS)
+    assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS], "stop")
+
+
+def test_who_waits_is_aborted_at_once(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_running=1)
+    desk.arrive("runs", [1])
+    desk.arrive("waits", [2])
+    desk.tell(RequestAborted("waits"))
+    assert desk.scheduler.load().request_ids == ("runs",)
+
+
+def test_who_is_in_a_step_is_aborted_when_it_is_done(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(prefix_cache=False)
+    desk.arrive("gone", ONES)
+    desk.arrive("stays", TWOS)
+    free = desk.scheduler.load().kv_blocks_free
+    desk.tell(RequestAborted("gone"))
+    assert desk.scheduler.load().kv_blocks_free == free, "the step still writes to its blocks"
+    desk.step_done()
+    assert desk.output["gone"] == []
+    assert desk.sizes == {"stays": 8}
+    assert desk.scheduler.load().kv_blocks_free == 16 - 2
+    desk.tell(RequestAborted("gone"))
+
+
+def test_an_id_that_was_aborted_is_not_taken_until_its_step_is_done(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1], max_tokens=1)
+    desk.tell(RequestAborted("r"))
+    desk.arrive("r", [1], max_tokens=1)
+    assert desk.rejected["r"].code == "overloaded", "taken, it would end with the step and nobody would hear of it"
+    desk.step_done()
+    desk.arrive("r", [1], max_tokens=1)
+    desk.step_done()
+    assert (desk.output["r"], desk.finish["r"]) == ([7], "length")
+
+
+def test_who_runs_but_is_not_in_the_step_is_aborted_at_once(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_step_tokens=4, prefix_cache=False)
+    desk.arrive("long", [1] * 8)
+    desk.step_done()
+    desk.arrive("waits", [2] * 8)
+    assert desk.sizes == {"long": 4}
+    desk.tell(RequestAborted("waits"))
+    assert desk.scheduler.load().request_ids == ("long",)
+
+
+def test_a_failed_step_fails_its_batch_alone(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_running=2)
+    for name in ("a", "b", "waits"):
+        desk.arrive(name, [1])
+    desk.step_done()
+    assert desk.sizes.keys() == {"a", "b"}
+    desk.step_failed()
+    assert {name: (r.code, r.message) for name, r in desk.rejected.items()} == {
+        "a": ("engine_error", "boom"),
+        "b": ("engine_error", "boom"),
+    }
+    desk.step_done()
+    assert desk.output["waits"] == [7]
+
+
+def test_a_failed_step_says_nothing_about_who_was_aborted(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("gone", [1])
+    desk.tell(RequestAborted("gone"))
+    desk.step_failed()
+    assert desk.rejected == {}
+    assert desk.scheduler.idle
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "code", "text"),
+    [
+        ([], 1, "bad_request", "send at least one token"),
+        ([1], 0, "bad_request", "ask for at least 1"),
+        ([1] * 48, 1, "context_length", "maximum context length is 48 tokens. However, your prompt has 48"),
+    ],
+)
+def test_what_can_never_run_is_refused_at_once(
+    helpers: SimpleNamespace, prompt: list[int], max_tokens: int, code: str, text: str
+) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", prompt, max_tokens=max_tokens)
+    assert desk.rejected["r"].code == code
+    assert text in desk.rejected["r"].message
+    assert desk.scheduler.idle
+
+
+def test_the_context_is_no_longer_than_the_kv_cache(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(kv_blocks=2, max_model_tokens=48)
+    desk.arrive("r", ONES)
+    assert "maximum context length is 8 tokens" in desk.rejected["r"].message
+
+
+def test_too_many_waiting_is_overload(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_running=1, max_waiting=2)
+    for name in "abcd":
+        desk.arrive(name, [1])
+    assert {name: r.code for name, r in desk.rejected.items()} == {"d": "overloaded"}
+    assert "try again later" in desk.rejected["d"].message
+
+
+def test_an_id_that_is_live_is_taken_once(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1], max_tokens=1)
+    desk.arrive("r", [1], max_tokens=1)
+    desk.step_done()
+    assert (desk.output["r"], desk.scheduler.idle) == ([7], True)
+
+
+def test_a_budget_below_the_running_limit_is_refused(helpers: SimpleNamespace) -> None:
+    with pytest.raises(ValueError, match=r"engine\.max_step_tokens is 3, it must be at least engine\.max_running"):
+        helpers.Desk(max_step_tokens=3)
