@@ -176,8 +176,6 @@ def _upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     ]
 
 
-
-
 WHOLE = 2.0**44
 """The share of a row's most likely token. Tokens less likely than it by more than this have none."""
 
