@@ -21,8 +21,8 @@ from harness.report import last_line, say, table
 
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
-from loraserve.planner.policies import PLANNERS
-from loraserve.planner.settings import PlanSettings
+from loraserve.planner.placement.policies import PLANNERS
+from loraserve.planner.placement.problem import PlanSettings
 
 SMALL, LARGE = (8, 200), (1000, 100_000)
 RANKS = (8, 16, 32, 64, 128)

@@ -6,8 +6,8 @@ from typing import NamedTuple
 import msgspec
 
 from loraserve.cost import CostModel
-from loraserve.planner.policies import Planner
-from loraserve.planner.settings import PlanSettings
+from loraserve.planner.placement.policies import Planner
+from loraserve.planner.placement.problem import PlanSettings
 from loraserve.sim.policies import policy_named
 from loraserve.sim.workload import Workload
 from loraserve.testing.reports import engine_load

@@ -33,15 +33,14 @@ from loraserve.messages import (
     RetireDone,
     ToPlanner,
 )
-from loraserve.planner import events
-from loraserve.planner.copies import recovered, shares_moved
-from loraserve.planner.diff import diff
-from loraserve.planner.engines import EngineBook
-from loraserve.planner.epochs import Epochs
-from loraserve.planner.gains import Outlook, outlook
-from loraserve.planner.policies import PLANNERS
-from loraserve.planner.rollout import Rollout
-from loraserve.planner.settings import PlanSettings
+from loraserve.planner.cluster_state import EngineBook
+from loraserve.planner.placement.moves import Outlook, diff, outlook
+from loraserve.planner.placement.policies import PLANNERS
+from loraserve.planner.placement.problem import PlanSettings
+from loraserve.planner.plan_files import Epochs
+from loraserve.planner.rollout import events
+from loraserve.planner.rollout.copies import recovered, shares_moved
+from loraserve.planner.rollout.machine import Rollout
 from loraserve.service import Service
 
 REPUBLISH_S = 2.0

@@ -14,7 +14,7 @@ from random import Random
 
 from loraserve.cost import CostModel, StepShape
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement, Rejected, Route
-from loraserve.planner.settings import PlanSettings
+from loraserve.planner.placement.problem import PlanSettings
 from loraserve.router.engine_view import EngineView
 from loraserve.router.policy import Candidate, Choice, PlannedCopies, Rng, Slo
 from loraserve.router.view import ClusterView

@@ -25,7 +25,7 @@ from loraserve.messages import (
     SamplingParams,
 )
 from loraserve.monitor.demand import DemandWindow
-from loraserve.planner.settings import PlanSettings
+from loraserve.planner.placement.problem import PlanSettings
 from loraserve.router.policy import PlannedCopies, Slo
 from loraserve.router.view import ClusterView
 from loraserve.sim.engine import SimEngine, Watcher

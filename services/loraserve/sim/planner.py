@@ -7,11 +7,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Plan
-from loraserve.planner import events
-from loraserve.planner.copies import recovered, shares_moved
-from loraserve.planner.diff import diff
-from loraserve.planner.rollout import Rollout
-from loraserve.planner.settings import PlanSettings
+from loraserve.planner.placement.moves import diff
+from loraserve.planner.placement.problem import PlanSettings
+from loraserve.planner.rollout import events
+from loraserve.planner.rollout.copies import recovered, shares_moved
+from loraserve.planner.rollout.machine import Rollout
 from loraserve.sim.engine import SimEngine
 from loraserve.sim.events import Timeline
 from loraserve.sim.policies import Policy

@@ -5,7 +5,7 @@ from functools import partial
 import msgspec
 
 from loraserve.errors import ConfigError
-from loraserve.planner.policies import PLANNERS, Planner
+from loraserve.planner.placement.policies import PLANNERS, Planner
 from loraserve.router.policies import ROUTERS, Router
 from loraserve.sim import baselines
 

@@ -29,7 +29,7 @@ from loraserve.messages import (
     ToPlanner,
     ToRouter,
 )
-from loraserve.planner.copies import by_engine
+from loraserve.planner.rollout.copies import by_engine
 from loraserve.planner.service import PlannerService
 from loraserve.service import State
 from loraserve.testing.bus import Fault, MemoryNetwork

@@ -4,7 +4,7 @@ import asyncio
 from pathlib import Path
 
 from loraserve.messages import Plan, ToRouter
-from loraserve.planner.asked import RETRY_S
+from loraserve.planner.rollout.machine import RETRY_S
 from loraserve.testing.clock import START_UNIX_S
 from loraserve.testing.reports import engine_load
 

@@ -1,0 +1,88 @@
+"""How much of which rank each engine is to serve."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.cost import CostModel
+from loraserve.planner.placement.bins import Filling, fill
+from loraserve.planner.placement.problem import PlanSettings, Problem, problem_of
+from loraserve.planner.placement.utilisation import work_of
+from loraserve.testing.reports import adapter_ref, asked_for, engine_load
+
+# Work is tokens alone, doubled at rank 100.
+COST = CostModel(lora="padded", step_base_s=0.0, kv_token_s=0.0, sequence_s=0.01, padded_decode_s=1e-4)
+
+
+def problem(ranks: list[int], rates: list[float], engines: int, cost: CostModel = COST) -> Problem:
+    refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
+    demand = [asked_for(ref, rate) for ref, rate in zip(refs, rates, strict=True)]
+    loads = [engine_load(f"e{n}") for n in range(engines)]
+    return problem_of(demand, {r.version: r for r in refs}, loads, (), cost, PlanSettings())
+
+
+def carried(p: Problem, filling: Filling) -> list[float]:
+    """Of each bin, recomputed from the pieces by another way: the one that prices plans."""
+    found: list[float] = work_of(p, filling.pieces).utilisation().tolist()
+    return found
+
+
+def test_equal_ranks_are_filled_to_the_mean() -> None:
+    p = problem([8] * 6, [10.0] * 6, 4)
+    filling = fill(p)
+    assert filling.utilisation == pytest.approx(p.whole().sum() / 4, rel=1e-3)
+    assert carried(p, filling) == pytest.approx([filling.utilisation] * 4, rel=1e-3)
+
+
+def test_ranks_are_segregated_with_the_two_that_meet_on_one_engine() -> None:
+    filling = fill(problem([100] * 3 + [1] * 3, [10.0] * 6, 4))
+    assert [part.rank for part in filling.bins] == [100, 100, 100, 1]
+    assert [sorted(part.budgets) for part in filling.bins] == [[100], [100], [1, 100], [1]]
+
+
+def test_two_ranks_of_whole_engines_do_not_meet() -> None:
+    # At twice the cost, as much traffic of rank 100 fills twice the engines.
+    p = problem([100, 1], [20.0, 39.603960396], 2)
+    filling = fill(p)
+    # But for what bisection leaves.
+    budgets = [{kind for kind, budget in part.budgets.items() if budget > 1e-3} for part in filling.bins]
+    assert budgets == [{100}, {1}]
+    assert filling.utilisation == pytest.approx(0.4, rel=1e-3)
+
+
+def test_with_exact_cost_there_is_one_class() -> None:
+    filling = fill(problem([8, 64], [10.0, 10.0], 2, CostModel()))
+    assert {kind for part in filling.bins for kind in part.budgets} == {0}
+
+
+def test_what_nobody_asks_for_has_no_class_and_no_budget() -> None:
+    filling = fill(problem([8, 64], [10.0, 0.0], 2))
+    assert filling.class_of == [8, -1]
+    assert {kind for part in filling.bins for kind in part.budgets} == {8}
+
+
+def test_before_anything_is_asked_for_all_are_taken_to_be_alike() -> None:
+    filling = fill(problem([8, 8, 64], [0.0, 0.0, 0.0], 3))
+    assert filling.class_of == [8, 8, 64]
+    assert 0 < filling.utilisation < 1e-3
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    adapters=st.lists(st.tuples(st.sampled_from([1, 8, 64, 128]), st.floats(0.1, 100.0)), min_size=1, max_size=12),
+    engines=st.integers(1, 6),
+    dealt=st.lists(st.integers(0, 5), min_size=12, max_size=12),
+)
+def test_no_division_of_whole_adapters_is_less_full(adapters, engines: int, dealt: list[int]) -> None:
+    ranks, rates = [rank for rank, _ in adapters], [rate for _, rate in adapters]
+    p = problem(ranks, rates, engines)
+    filling = fill(p)
+    base, slope, largest = np.zeros(engines), np.zeros(engines), np.zeros(engines)
+    for a, to in zip(range(len(ranks)), dealt, strict=False):
+        base[to % engines] += p.work.base[a]
+        slope[to % engines] += p.work.slope[a]
+        largest[to % engines] = max(largest[to % engines], p.ranks[a])
+    assert filling.utilisation <= max(base + largest * slope) * 1.001
+    assert max(carried(p, filling)) <= filling.utilisation * 1.001
+    assert np.bincount(filling.pieces.adapters, filling.pieces.shares) == pytest.approx(np.ones(len(ranks)))

@@ -1,0 +1,127 @@
+"""Placement on engines whose pools differ in size."""
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.cost import CostModel, extent_bytes
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.planner.placement.balancing import pieces_of
+from loraserve.planner.placement.bins import fill
+from loraserve.planner.placement.policies import PLANNERS
+from loraserve.planner.placement.problem import POOL_FRACTION, PlanSettings, problem_of
+from loraserve.planner.placement.utilisation import predicted_ttft_s, work_of
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+
+# A token at rank 128 costs twice what it costs at rank 8, nearly.
+PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_prefill_s=1.6e-5)
+
+
+class Situation(msgspec.Struct):
+    """All that a plan is made from; slabs take a MiB for each 8 of their ranks."""
+
+    demand: list[AdapterDemand]
+    adapters: dict[str, AdapterRef]
+    engines: list[EngineLoad]
+    cost: CostModel
+
+    def plan(self, current: tuple[Placement, ...] = (), policy: str = "ours") -> tuple[Placement, ...]:
+        return PLANNERS[policy](self.demand, self.adapters, self.engines, current, self.cost, PlanSettings())
+
+    def utilisation(self, placements: tuple[Placement, ...]) -> list[float]:
+        problem = problem_of(self.demand, self.adapters, self.engines, placements, self.cost, PlanSettings())
+        found: list[float] = work_of(problem, pieces_of(problem, problem.current)).utilisation().tolist()
+        return found
+
+    def above_ideal(self, placements: tuple[Placement, ...]) -> float:
+        """Predicted TTFT, by that of a plan for which memory is free."""
+        problem = problem_of(self.demand, self.adapters, self.engines, placements, self.cost, PlanSettings())
+        ideal_s = predicted_ttft_s(problem, fill(problem).pieces)
+        return predicted_ttft_s(problem, pieces_of(problem, problem.current)) / ideal_s
+
+    def room(self, placements: tuple[Placement, ...]) -> dict[str, int]:
+        room = {e.engine: int(e.pool_total_bytes * POOL_FRACTION) for e in self.engines}
+        for p in placements:
+            room[p.engine] -= extent_bytes(self.adapters[p.version].slab_bytes)
+        return room
+
+
+def situation(ranks: list[int], rates: list[float], rooms_mib: list[int], cost: CostModel) -> Situation:
+    refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(ranks)]
+    demand = [asked_for(ref, rate / 2, rate / 2) for ref, rate in zip(refs, rates, strict=True) if rate]
+    pools = [int(mib * MIB / POOL_FRACTION) + 1 for mib in rooms_mib]
+    loads = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n, pool_bytes in enumerate(pools)]
+    return Situation(demand, {ref.version: ref for ref in refs}, loads, cost)
+
+
+def ranks_by_engine(s: Situation, placements: tuple[Placement, ...]) -> dict[str, set[int]]:
+    ranks: dict[str, set[int]] = {}
+    for p in placements:
+        ranks.setdefault(p.engine, set()).add(s.adapters[p.version].rank)
+    return ranks
+
+
+@pytest.mark.parametrize("rooms_mib", [[40, 40, 200, 200], [200, 40, 200, 40], [200, 200, 40, 40]])
+def test_ranks_that_take_many_bytes_are_where_the_room_is(rooms_mib: list[int]) -> None:
+    s = situation([8, 128] * 12, [20.0] * 24, rooms_mib, PADDED)
+    placements = s.plan()
+    ranks = ranks_by_engine(s, placements)
+    small = [f"e{n}" for n, mib in enumerate(rooms_mib) if mib == 40]
+    # One engine's worth of rank 8 and one of both ranks.
+    assert sorted(map(len, ranks.values())) == [1, 1, 1, 2]
+    assert {8} in [ranks[e] for e in small]
+    assert s.above_ideal(placements) < 1.05
+
+
+@pytest.mark.parametrize("rooms_mib", [[80, 80, 320, 320], [80, 320, 80, 320], [90, 90, 300, 300]])
+def test_a_plan_for_even_pools_gives_way_where_they_are_uneven(rooms_mib: list[int]) -> None:
+    ranks, rates = [8, 16, 32, 64, 128] * 8, [200.0 / (n + 1) ** 0.9 for n in range(40)]
+    current = situation(ranks, rates, [200] * 4, PADDED).plan()
+    s = situation(ranks, rates, rooms_mib, PADDED)
+    assert s.above_ideal(s.plan(current)) < 1.1
+
+
+@pytest.mark.parametrize("rooms_mib", [[3, 3, 40, 40], [40, 3, 40, 3]])
+def test_hot_adapters_keep_small_pools_as_busy_as_large_ones(rooms_mib: list[int]) -> None:
+    s = situation([8] * 40, [100.0 / (n + 1) for n in range(40)], rooms_mib, CostModel())
+    placements = s.plan()
+    assert len({p.version for p in placements}) == 40
+    utilisation = s.utilisation(placements)
+    assert max(utilisation) <= 1.05 * min(utilisation)
+
+
+def test_a_small_pool_keeps_what_it_holds_when_demand_changes_a_little() -> None:
+    rates = [100.0 / (n + 1) for n in range(40)]
+    s = situation([8] * 40, rates, [3, 3, 40, 40], CostModel())
+    before = s.plan()
+    s.demand = situation(
+        [8] * 40, [r * (1.04 if n % 2 else 0.96) for n, r in enumerate(rates)], [1], CostModel()
+    ).demand
+    assert {(p.version, p.engine) for p in s.plan(before)} == {(p.version, p.engine) for p in before}
+
+
+@st.composite
+def uneven(draw: st.DrawFn) -> Situation:
+    ranks = draw(st.lists(st.sampled_from([8, 32, 128]), min_size=1, max_size=30))
+    rates = draw(st.lists(st.sampled_from([0.0, 1.0, 5.0, 20.0]), min_size=len(ranks), max_size=len(ranks)))
+    rooms_mib = draw(st.lists(st.sampled_from([0, 2, 10, 40, 160, 640]), min_size=2, max_size=6))
+    return situation(ranks, rates, rooms_mib, draw(st.sampled_from([PADDED, CostModel()])))
+
+
+@pytest.mark.parametrize("policy", sorted(PLANNERS))
+@settings(max_examples=150, deadline=None)
+@given(s=uneven())
+def test_uneven_pools_are_never_overfull_hold_what_they_can_and_are_planned_the_same_again(
+    policy: str, s: Situation
+) -> None:
+    placements = s.plan(policy=policy)
+    room = s.room(placements)
+    assert min(room.values()) >= 0
+    extents = {version: extent_bytes(ref.slab_bytes) for version, ref in s.adapters.items()}
+    left_out = extents.keys() - {p.version for p in placements}
+    assert all(extents[version] > max(room.values()) for version in left_out)
+    # Copies of the hot take less than as much again, and what each engine cannot use is less than the largest slab.
+    if sum(s.room(()).values()) >= 2 * sum(extents.values()) + len(s.engines) * max(extents.values()):
+        assert not left_out
+    assert s.plan(placements, policy) == placements

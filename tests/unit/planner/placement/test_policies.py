@@ -1,0 +1,265 @@
+"""What holds of every placement policy, whatever is asked for and whatever there is."""
+
+from collections import Counter
+from math import inf, nan
+from random import Random
+from typing import Any
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from loraserve.cost import CostModel, extent_bytes
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.planner.placement.policies import PLANNERS
+from loraserve.planner.placement.problem import POOL_FRACTION, PlanSettings
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+
+COSTS = (CostModel(), CostModel(lora="padded"), CostModel(lora="padded", step_base_s=0.0, load_byte_s=0.0))
+SECONDS = [name for name in CostModel.__struct_fields__ if name.endswith("_s")]
+RATES = st.sampled_from([0.0, 0.01, 1.0, 7.0, 30.0, 333.3])
+
+
+class Situation(msgspec.Struct):
+    """All that a plan is made from."""
+
+    demand: list[AdapterDemand]
+    adapters: dict[str, AdapterRef]
+    engines: list[EngineLoad]
+    current: tuple[Placement, ...] = ()
+    cost: CostModel = COSTS[0]
+    settings: PlanSettings = PlanSettings()
+
+    def plan(self, policy: str, current: tuple[Placement, ...] | None = None) -> tuple[Placement, ...]:
+        current = self.current if current is None else current
+        return PLANNERS[policy](self.demand, self.adapters, self.engines, current, self.cost, self.settings)
+
+    def room(self, placements: tuple[Placement, ...]) -> dict[str, int]:
+        """What is left of each engine that is not drained."""
+        drained = self.settings.drained
+        room = {e.engine: int(e.pool_total_bytes * POOL_FRACTION) for e in self.engines if e.engine not in drained}
+        for p in placements:
+            room[p.engine] -= extent_bytes(self.adapters[p.version].slab_bytes)
+        return room
+
+
+@st.composite
+def situations(draw: st.DrawFn, pools: tuple[int, ...] = (0, 2, 6, 16, 64), most: int = 5) -> Situation:
+    sizes = draw(st.lists(st.sampled_from([1, 4096, MIB - 1, MIB, 3 * MIB, 9 * MIB]), min_size=1, max_size=10))
+    refs = [adapter_ref(n, size, draw(st.sampled_from([1, 8, 64]))) for n, size in enumerate(sizes)]
+    demand = [_demand(draw, ref) for ref in refs if draw(st.booleans())]
+    sizes = draw(st.lists(st.sampled_from(pools), min_size=1, max_size=most))
+    engines = [engine_load(f"e{n}", pool_total_bytes=mib * MIB) for n, mib in enumerate(sizes)]
+    names = st.sampled_from(["e0", "e1", "e2", "gone"])
+    places = draw(st.sets(st.tuples(st.integers(0, len(refs) + 1), names), max_size=8))
+    pins = draw(st.dictionaries(st.sampled_from([ref.name for ref in refs]), st.tuples(names), max_size=2))
+    planned = PlanSettings(
+        min_copies=draw(st.integers(1, 3)), pins=pins, drained=frozenset(draw(st.sets(names, max_size=1)))
+    )
+    current = tuple(
+        Placement(version=f"v{n}", name=f"adapter-{n}", engine=engine, share=1.0) for n, engine in sorted(places)
+    )
+    adapters = {r.version: r for r in refs}
+    return Situation(demand, adapters, engines, current, draw(st.sampled_from(COSTS)), planned)
+
+
+def _demand(draw: st.DrawFn, ref: AdapterRef) -> AdapterDemand:
+    demand = asked_for(ref, draw(RATES), draw(RATES), draw(st.none() | RATES))
+    return msgspec.structs.replace(demand, forecast_std_tokens_per_s=draw(RATES))
+
+
+def versions(placements: tuple[Placement, ...]) -> set[str]:
+    return {p.version for p in placements}
+
+
+any_situation = settings(max_examples=80, deadline=None)
+each_policy = pytest.mark.parametrize("policy", sorted(PLANNERS))
+
+
+@each_policy
+@any_situation
+@given(s=situations())
+def test_no_pool_is_overfull_and_drained_engines_end_empty(policy: str, s: Situation) -> None:
+    placements = s.plan(policy)
+    assert all(left >= 0 for left in s.room(placements).values())
+    assert not {p.engine for p in placements} & s.settings.drained
+
+
+@each_policy
+@any_situation
+@given(s=situations())
+def test_copies_are_of_registered_adapters_under_their_names_and_no_engine_has_two(policy: str, s: Situation) -> None:
+    placements = s.plan(policy)
+    assert all(p.name == s.adapters[p.version].name for p in placements)
+    assert max(Counter((p.version, p.engine) for p in placements).values(), default=1) == 1
+
+
+@each_policy
+@any_situation
+@given(s=situations())
+def test_shares_of_an_adapter_sum_to_one(policy: str, s: Situation) -> None:
+    shares: dict[str, float] = {}
+    for p in s.plan(policy):
+        assert p.share > 0
+        shares[p.version] = shares.get(p.version, 0.0) + p.share
+    assert all(total == pytest.approx(1.0) for total in shares.values())
+
+
+@each_policy
+@any_situation
+@given(s=situations())
+def test_an_adapter_is_left_out_only_where_no_engine_has_room(policy: str, s: Situation) -> None:
+    placements = s.plan(policy)
+    most = max(s.room(placements).values(), default=-1)
+    for version in s.adapters.keys() - versions(placements):
+        assert extent_bytes(s.adapters[version].slab_bytes) > most
+
+
+@each_policy
+@any_situation
+@given(s=situations())
+def test_there_are_as_many_copies_as_asked_for_where_there_is_room(policy: str, s: Situation) -> None:
+    placements = s.plan(policy)
+    room = s.room(placements)
+    for version, ref in s.adapters.items():
+        held = {p.engine for p in placements if p.version == version}
+        if ref.name not in s.settings.pins and len(held) < s.settings.min_copies:
+            assert all(room[e] < extent_bytes(ref.slab_bytes) for e in room if e not in held)
+
+
+@each_policy
+@any_situation
+@given(s=situations())
+def test_planning_again_from_its_own_plan_changes_nothing(policy: str, s: Situation) -> None:
+    first = s.plan(policy)
+    assert s.plan(policy, first) == first
+
+
+def _crowded(seed: int) -> Situation:
+    """Adapters that lie anywhere, in pools that hold little more than one copy of each: one round does not settle."""
+    rng = Random(seed)
+    refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(rng.choices([8, 16, 32, 64, 128], k=30))]
+    demand = [asked_for(ref, 30 * rng.random() / (n + 1), 100 * rng.random() / (n + 1)) for n, ref in enumerate(refs)]
+    pool_bytes = int(sum(ref.slab_bytes for ref in refs) / 4 * 1.2 / POOL_FRACTION)
+    engines = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n in range(4)]
+    current = tuple(Placement(version=r.version, name=r.name, engine=f"e{rng.randrange(4)}", share=1.0) for r in refs)
+    return Situation(demand, {ref.version: ref for ref in refs}, engines, current, CostModel(lora="padded"))
+
+
+@pytest.mark.parametrize("seed", [5, 26, 30, 55])
+def test_ours_planned_again_where_memory_is_short_changes_nothing(seed: int) -> None:
+    s = _crowded(seed)
+    first = s.plan("ours")
+    assert s.plan("ours", first) == first
+
+
+def _turning(seed: int) -> Situation:
+    """Much of what is held is asked for by nobody and takes the room of what is."""
+    rng = Random(seed)
+    engines, count = rng.randrange(3, 9), rng.randrange(8, 40)
+    refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(rng.choices([8, 16, 32, 64, 128], k=count))]
+    demand = [
+        asked_for(ref, 30 * rng.random() / (n + 1), 100 * rng.random() / (n + 1))
+        for n, ref in enumerate(refs)
+        if rng.random() < 0.7
+    ]
+    spare = rng.choice([1.0, 1.2, 1.5, 2, 3])
+    pool_bytes = int(sum(ref.slab_bytes for ref in refs) / engines * spare / POOL_FRACTION)
+    loads = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n in range(engines)]
+    held = [(ref, f"e{e}") for ref in refs for e in rng.sample(range(engines), rng.randrange(3))]
+    current = tuple(Placement(version=r.version, name=r.name, engine=e, share=1.0) for r, e in held)
+    planned = PlanSettings(min_copies=rng.choice([1, 1, 2]))
+    return Situation(demand, {r.version: r for r in refs}, loads, current, CostModel(lora="padded"), planned)
+
+
+@pytest.mark.parametrize("seed", [1476, 3271])
+def test_the_papers_planned_again_where_three_plans_take_turns_changes_nothing(seed: int) -> None:
+    s = _turning(seed)
+    first = s.plan("loraserve")
+    assert s.plan("loraserve", first) == first
+
+
+@any_situation
+@given(seed=st.integers(0, 1 << 32))
+def test_the_papers_planned_again_where_memory_is_short_changes_nothing(seed: int) -> None:
+    for s in (_turning(seed), _crowded(seed)):
+        first = s.plan("loraserve")
+        assert s.plan("loraserve", first) == first
+
+
+@each_policy
+@any_situation
+@given(s=situations(), random=st.randoms(use_true_random=False))
+def test_the_order_of_what_it_is_told_does_not_matter(policy: str, s: Situation, random) -> None:
+    expected = s.plan(policy)
+    for told in (s.demand, s.engines):
+        random.shuffle(told)
+    current = list(s.current)
+    random.shuffle(current)
+    assert s.plan(policy, tuple(current)) == expected
+
+
+RATE_FIELDS = [name for name in AdapterDemand.__struct_fields__ if name.endswith("_per_s")]
+ODD = [nan, inf, -inf, -1.0, 1e308, 1e30, 1e-300, 5.0]
+
+
+@each_policy
+@any_situation
+@given(s=situations(), random=st.randoms(use_true_random=False))
+def test_demand_that_is_no_rate_keeps_nobody_from_a_plan(policy: str, s: Situation, random: Random) -> None:
+    s.demand = [msgspec.structs.replace(d, **{random.choice(RATE_FIELDS): random.choice(ODD)}) for d in s.demand]
+    placements = s.plan(policy)
+    assert all(0 < p.share <= 1 for p in placements)
+    assert s.plan(policy, placements) == placements
+
+
+@each_policy
+@pytest.mark.parametrize("rate", [nan, inf, -inf, -1.0])
+def test_demand_that_is_no_number_counts_as_none(policy: str, rate: float) -> None:
+    s = _crowded(5)
+    told, (first, *others) = s.demand, s.demand
+    s.demand = [msgspec.structs.replace(first, **dict.fromkeys(RATE_FIELDS, rate)), *others]
+    odd, s.demand = s.plan(policy), others
+    assert odd == s.plan(policy)
+    s.demand = told
+    assert odd != s.plan(policy)
+
+
+@each_policy
+@any_situation
+@given(s=situations(), zeros=st.sets(st.sampled_from(SECONDS)), lora=st.sampled_from(["padded", "exact"]))
+def test_a_cost_model_may_say_that_anything_is_free(policy: str, s: Situation, zeros: set[str], lora: Any) -> None:
+    for free in (zeros, SECONDS):
+        s.cost = CostModel(lora=lora, **dict.fromkeys(free, 0.0))
+        placements = s.plan(policy)
+        assert max(Counter((p.version, p.engine) for p in placements).values(), default=1) == 1
+        assert s.plan(policy, placements) == placements
+
+
+@each_policy
+@any_situation
+@given(s=situations(pools=(64, 256)))
+def test_pinned_adapters_are_where_they_are_pinned_and_nowhere_else(policy: str, s: Situation) -> None:
+    placements = s.plan(policy)
+    alive = {e.engine for e in s.engines} - s.settings.drained
+    for version, ref in s.adapters.items():
+        pinned = set(s.settings.pins.get(ref.name, ())) & alive
+        if pinned:
+            assert {p.engine for p in placements if p.version == version} == pinned
+
+
+@each_policy
+@any_situation
+@given(s=situations(pools=(256,)), lost=st.integers(0, 4))
+def test_an_engine_that_is_lost_takes_no_adapter_with_it(policy: str, s: Situation, lost: int) -> None:
+    before = s.plan(policy)
+    s.engines = [e for e in s.engines if e.engine != f"e{lost}"]
+    left = {e.engine for e in s.engines} - s.settings.drained
+    assert versions(s.plan(policy, before)) == (versions(before) if left else set())
+
+
+@each_policy
+def test_without_engines_there_is_no_plan(policy: str) -> None:
+    ref = adapter_ref()
+    assert Situation([asked_for(ref, 5.0)], {ref.version: ref}, []).plan(policy) == ()
