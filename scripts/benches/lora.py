@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from harness.report import ROOT, BenchError
 from peers import kernel_wheels
 
-from loraserve.kernels import bench_lora
-from loraserve.kernels.bench.peers import DEFAULT_FOLDER, SGLANG, VLLM
+from loraserve.benchmarks.lora import command as bench_lora
+from loraserve.benchmarks.lora.peers import DEFAULT_FOLDER, SGLANG, VLLM
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -34,7 +34,7 @@ def decode_with_64_adapters(quick: bool) -> float | None:
 
     In a process of its own: it wants the GPU's memory for itself.
     """
-    command = [sys.executable, "-m", "loraserve.engine.cuda.bench", *(["--quick"] if quick else [])]
+    command = [sys.executable, "-m", "loraserve.benchmarks.engine", *(["--quick"] if quick else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     print(done.stdout, end="")
     last = done.stdout.splitlines()[-1:] or [""]

@@ -31,13 +31,13 @@ from loraserve.config import (
     StoreConfig,
     TransferConfig,
 )
-from loraserve.engine.testing.byte_engine import ByteEngine, generated, pool_of
-from loraserve.engine.testing.client import EngineClient, reference, until, within
 from loraserve.messages import AdapterRef, ToGateway
 from loraserve.model_shape import ModelShape
 from loraserve.monitor.service import MonitorService
 from loraserve.service import Service
 from loraserve.store.service import StoreService
+from loraserve.testing.engine.byte_engine import ByteEngine, generated, pool_of
+from loraserve.testing.engine.client import EngineClient, reference, until, within
 from loraserve.testing.forked import Forked
 from loraserve.testing.peft_writer import named_tensors, random_pairs, write_peft
 

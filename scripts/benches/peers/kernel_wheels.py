@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.report import BenchError, say
 
-from loraserve.kernels.bench.peers import SGLANG, VLLM, WANTED, missing, version
+from loraserve.benchmarks.lora.peers import SGLANG, VLLM, WANTED, missing, version
 
 REQUIREMENTS = {VLLM: "vllm>=0.33", SGLANG: "sglang>=0.5.23"}
 LICENCE_FILES = ("*.dist-info/licenses/LICENSE*", "*.dist-info/LICENSE*")

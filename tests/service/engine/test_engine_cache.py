@@ -11,12 +11,12 @@ from loraserve.adapter.format import decode_header
 from loraserve.cost import extent_bytes
 from loraserve.engine.layers import damaged_layer
 from loraserve.engine.pool_memory import HostPool
-from loraserve.engine.testing.peer import Peer
 from loraserve.errors import PeerError
 from loraserve.messages import (
     ReadCounts,
 )
 from loraserve.testing.clock import FakeClock
+from loraserve.testing.engine.peer import Peer
 from loraserve.transfer.protocol import Range, ShmHandle
 from loraserve.transfer.shm import ShmReader
 

@@ -14,7 +14,6 @@ from loraserve.cost import extent_bytes
 from loraserve.engine.layers import damaged_layer
 from loraserve.engine.offline import adapter_reference
 from loraserve.engine.pool_memory import HostPool
-from loraserve.engine.testing.peer import Peer
 from loraserve.errors import PeerError
 from loraserve.messages import (
     Admit,
@@ -23,6 +22,7 @@ from loraserve.messages import (
     SlabDamaged,
 )
 from loraserve.testing.clock import FakeClock
+from loraserve.testing.engine.peer import Peer
 from loraserve.testing.tiny_model import write_peft_adapter
 from loraserve.transfer.protocol import PROTOCOL, Range, ShmHandle
 from loraserve.transfer.shm import ShmReader

@@ -8,10 +8,10 @@ import pytest
 
 from loraserve.engine import source_order
 from loraserve.engine.link_speeds import Way
-from loraserve.engine.testing.load_scene import LoadScene as Scene
-from loraserve.engine.testing.load_scene import Scenario, play
 from loraserve.messages import ReadRegion, ReleaseLease, ToStore
 from loraserve.system_clock import SystemClock
+from loraserve.testing.engine.load_scene import LoadScene as Scene
+from loraserve.testing.engine.load_scene import Scenario, play
 
 
 @pytest.fixture

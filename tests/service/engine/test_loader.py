@@ -20,11 +20,11 @@ from loraserve.engine.offline import adapter_reference
 from loraserve.engine.readers import Readers
 from loraserve.engine.source import LoadFailed
 from loraserve.engine.sources import Sources
-from loraserve.engine.testing.watched_pool import WatchedPool
 from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 from loraserve.system_clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
+from loraserve.testing.engine.watched_pool import WatchedPool
 
 SHAPE = ModelShape(layers=5, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=24, vocab=64)
 OFFSET = 4096

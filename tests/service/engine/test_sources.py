@@ -9,9 +9,9 @@ import pytest
 
 from loraserve.engine import source_order
 from loraserve.engine.source import LoadFailed
-from loraserve.engine.testing.load_scene import LoadScene as Scene
-from loraserve.engine.testing.load_scene import Scenario, play
 from loraserve.messages import LeaseGranted, LeaseSlab, ReadRegion, ReleaseLease, RenewLease, SlabDamaged
+from loraserve.testing.engine.load_scene import LoadScene as Scene
+from loraserve.testing.engine.load_scene import Scenario, play
 from loraserve.testing.scripted_owner import BEFORE
 from loraserve.transfer.protocol import PROTOCOL
 

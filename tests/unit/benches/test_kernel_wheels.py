@@ -9,7 +9,7 @@ from harness.report import BenchError
 from peers import kernel_wheels
 from peers.kernel_wheels import install, unpack
 
-from loraserve.kernels.bench.peers import VLLM, WANTED, missing, version
+from loraserve.benchmarks.lora.peers import VLLM, WANTED, missing, version
 
 METADATA = "Metadata-Version: 2.4\nName: vllm\nVersion: 0.99\n"
 

@@ -9,7 +9,7 @@ from loraserve.model_shape import ModelShape
 
 pytest.importorskip("triton", reason="the CUDA runner needs triton")
 
-from loraserve.engine.cuda import bench
+from loraserve.benchmarks import engine as bench
 
 TINY = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, ffn=48, vocab=64)
 

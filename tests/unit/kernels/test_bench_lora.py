@@ -10,21 +10,21 @@ from typing import Any
 import pytest
 import torch
 
-from loraserve.kernels import bench_lora
-from loraserve.kernels.bench import cases
-from loraserve.kernels.bench.cases import LLAMA_3_8B, MIXED_64, Case
-from loraserve.kernels.bench.floor import layer_bytes, milliseconds, module_bytes
-from loraserve.kernels.bench.report import last_line, table
+from loraserve.benchmarks.lora import cases
+from loraserve.benchmarks.lora import command as bench_lora
+from loraserve.benchmarks.lora.cases import LLAMA_3_8B, MIXED_64, Case
+from loraserve.benchmarks.lora.floor import layer_bytes, milliseconds, module_bytes
+from loraserve.benchmarks.lora.report import last_line, table
 from loraserve.kernels.lora import NO_ADAPTER, plan_batch, reference
 from loraserve.model_shape import MODULES, ModelShape
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.kernels.bench import results
-from loraserve.kernels.bench.measure import Measurer
-from loraserve.kernels.bench.program import OURS, PEERS, SGLANG_V2, VLLM_8, VLLM_128, VLLM_256, makers, program
-from loraserve.kernels.bench.sides import TOLERANCE, Ours, error
-from loraserve.kernels.bench.world import Operands, World
+from loraserve.benchmarks.lora import results
+from loraserve.benchmarks.lora.measure import Measurer
+from loraserve.benchmarks.lora.program import OURS, PEERS, SGLANG_V2, VLLM_8, VLLM_128, VLLM_256, makers, program
+from loraserve.benchmarks.lora.sides import TOLERANCE, Ours, error
+from loraserve.benchmarks.lora.world import Operands, World
 
 KEYS = [
     "vs_floor_64x64", "vs_floor_64x8", "vs_floor_prefill", "vs_vllm_128", "vs_vllm_256", "vs_sglang_v2",
@@ -241,13 +241,13 @@ def test_the_whole_bench_by_a_made_up_clock(
 ) -> None:
     mixed = Case(name=cases.DECODE_64X64.name, slots=SMALL.slots, ranks=SMALL.ranks)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr("loraserve.kernels.bench.report.machine", lambda: "a GPU")
-    monkeypatch.setattr("loraserve.kernels.bench.timing.GraphTimer", FakeTimer)
-    monkeypatch.setattr("loraserve.kernels.bench.timing.copy_bytes_per_s", lambda timer: 1e9)
-    monkeypatch.setattr("loraserve.kernels.bench.cases.DECODE_64X64", mixed)
-    monkeypatch.setattr("loraserve.kernels.bench.program.program", lambda quick: [(mixed, (VLLM_128, SGLANG_V2))])
+    monkeypatch.setattr("loraserve.benchmarks.lora.report.machine", lambda: "a GPU")
+    monkeypatch.setattr("loraserve.benchmarks.lora.timing.GraphTimer", FakeTimer)
+    monkeypatch.setattr("loraserve.benchmarks.lora.timing.copy_bytes_per_s", lambda timer: 1e9)
+    monkeypatch.setattr("loraserve.benchmarks.lora.cases.DECODE_64X64", mixed)
+    monkeypatch.setattr("loraserve.benchmarks.lora.program.program", lambda quick: [(mixed, (VLLM_128, SGLANG_V2))])
     monkeypatch.setattr(
-        "loraserve.kernels.bench.measure.Measurer",
+        "loraserve.benchmarks.lora.measure.Measurer",
         lambda timer, speed, quick: Measurer(timer, speed, "cpu", TINY, 1, torch.float16, quick),
     )
     assert bench_lora.main(["--quick", "--peers", str(tmp_path), "--side", SGLANG_V2]) == 0
@@ -263,7 +263,7 @@ def test_the_whole_bench_by_a_made_up_clock(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is said without a GPU")
 def test_without_a_gpu_kernels_are_checked_and_all_ratios_are_null(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "loraserve.kernels.bench_lora", "--quick", "--peers", str(tmp_path)]
+    command = [sys.executable, "-m", "loraserve.benchmarks.lora.command", "--quick", "--peers", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     content: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])

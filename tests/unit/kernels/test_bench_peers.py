@@ -10,14 +10,14 @@ from loraserve.model_shape import ModelShape
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.kernels.bench.cases import Case
-from loraserve.kernels.bench.peers import SGLANG, VLLM, missing, root_of
-from loraserve.kernels.bench.peers.csgmv import Csgmv
-from loraserve.kernels.bench.peers.sglang_v2 import SglangV2, first_match, read_plans
-from loraserve.kernels.bench.peers.vllm import COMMON, SHRINK, Vllm, load
-from loraserve.kernels.bench.self_check import light
-from loraserve.kernels.bench.sides import Side, error
-from loraserve.kernels.bench.world import World
+from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.peers import SGLANG, VLLM, missing, root_of
+from loraserve.benchmarks.lora.peers.csgmv import Csgmv
+from loraserve.benchmarks.lora.peers.sglang_v2 import SglangV2, first_match, read_plans
+from loraserve.benchmarks.lora.peers.vllm import COMMON, SHRINK, Vllm, load
+from loraserve.benchmarks.lora.self_check import light
+from loraserve.benchmarks.lora.sides import Side, error
+from loraserve.benchmarks.lora.world import World
 
 ROOT = Path(__file__).resolve().parents[3]
 PEERS = ROOT / ".peers"
@@ -81,7 +81,7 @@ def test_sglang_v2_in_every_family_of_kernels(families: tuple[str, str]) -> None
 
 @needs_sglang
 def test_sglang_v2_routes_large_batches_by_its_other_builder(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("loraserve.kernels.bench.peers.sglang_v2.SMALL_ROUTE_PAIRS", 8)
+    monkeypatch.setattr("loraserve.benchmarks.lora.peers.sglang_v2.SMALL_ROUTE_PAIRS", 8)
     assert off(SglangV2, MIXED) < ERROR
 
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.kernels import gpu_accuracy
+from loraserve.benchmarks import gpu_accuracy
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 BATCHES = {"decode": [0, -1, 1, 5], "prefill": [3] * 260 + [-1]}

@@ -10,14 +10,14 @@ import pytest
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.kernels.gpu_report import Report, table
+from loraserve.benchmarks.gpu_report import Report, table
 from loraserve.kernels.lora.tuning import default_blocks
 
 
 def reports(*arguments: str) -> list[Report]:
     """Compiled in a process of its own: in this one kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "loraserve.kernels.gpu_report", "--json", *arguments]
+    command = [sys.executable, "-m", "loraserve.benchmarks.gpu_report", "--json", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return msgspec.json.decode(done.stdout.splitlines()[0], type=list[Report])
@@ -62,7 +62,7 @@ def test_faults_are_found() -> None:
 
 def test_interpreted_kernels_are_not_taken_for_compiled_ones() -> None:
     environment = {**os.environ, "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "loraserve.kernels.gpu_report"]
+    command = [sys.executable, "-m", "loraserve.benchmarks.gpu_report"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "TRITON_INTERPRET is set" in done.stderr

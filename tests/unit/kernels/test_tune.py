@@ -16,12 +16,12 @@ from loraserve.model_shape import MODULES, ModelShape
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.kernels import tune
-from loraserve.kernels.bench import search
-from loraserve.kernels.bench import tuner as tuner_module
-from loraserve.kernels.bench.cases import LLAMA_3_8B
-from loraserve.kernels.bench.search import DECODE, PREFILL, SKIPPED, Target, cases_of, descend, targets
-from loraserve.kernels.bench.tuner import Tuner
+from loraserve.benchmarks import tune
+from loraserve.benchmarks.lora import search
+from loraserve.benchmarks.lora import tuner as tuner_module
+from loraserve.benchmarks.lora.cases import LLAMA_3_8B
+from loraserve.benchmarks.lora.search import DECODE, PREFILL, SKIPPED, Target, cases_of, descend, targets
+from loraserve.benchmarks.lora.tuner import Tuner
 
 GPU = "NVIDIA H100 80GB HBM3"
 TINY = ModelShape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=50)
@@ -194,8 +194,8 @@ def test_targets_share_the_time_and_each_entry_is_kept_at_once(capsys: pytest.Ca
 def test_the_whole_run_by_a_made_up_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
-    monkeypatch.setattr("loraserve.kernels.bench.timing.GraphTimer", lambda seconds: FakeTimer(lambda call: 1.0))
-    monkeypatch.setattr("loraserve.kernels.bench.timing.copy_bytes_per_s", lambda timer: 1e9)
+    monkeypatch.setattr("loraserve.benchmarks.lora.timing.GraphTimer", lambda seconds: FakeTimer(lambda call: 1.0))
+    monkeypatch.setattr("loraserve.benchmarks.lora.timing.copy_bytes_per_s", lambda timer: 1e9)
     monkeypatch.setattr(tuner_module, "Tuner", lambda *given: Tuner(*given, "cpu", 1, torch.float16))
     monkeypatch.setattr(tune, "LLAMA_3_8B", TINY)
     arguments = ["--tokens", "8", "--ranks", "16", "--minutes", "0.0005", "--out", str(tmp_path)]

@@ -1,6 +1,6 @@
 """The keys of the bench, DESIGN.md section 9."""
 
-from loraserve.kernels.bench.report import Value
+from loraserve.benchmarks.lora.report import Value
 
 NO_RATIOS: dict[str, Value] = dict.fromkeys(
     (

@@ -3,7 +3,7 @@
 import torch
 
 from loraserve.adapter.format import Dtype, SlabHeader, lay_out_uniform
-from loraserve.kernels.bench.cases import Case
+from loraserve.benchmarks.lora.cases import Case
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.model_shape import ModelShape
 

@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 import torch
 
-from loraserve.kernels.bench.world import World
+from loraserve.benchmarks.lora.world import World
 from loraserve.model_shape import MODULES
 
 

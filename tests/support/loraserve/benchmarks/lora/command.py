@@ -6,7 +6,7 @@ the same run. Every side is held against the definition before it is timed. Peer
 `--peers` names where their kernels are. On a machine without CUDA nothing is timed: the kernels are checked in Triton's
 interpreter instead.
 
-    python -m loraserve.kernels.bench_lora --quick
+    python -m loraserve.benchmarks.lora.command --quick
 """
 
 import argparse
@@ -15,9 +15,9 @@ from pathlib import Path
 
 import torch
 
-from loraserve.kernels.bench.peers import DEFAULT_FOLDER
-from loraserve.kernels.bench.program import OURS, PEERS
-from loraserve.kernels.bench.report import Value, last_line, say
+from loraserve.benchmarks.lora.peers import DEFAULT_FOLDER
+from loraserve.benchmarks.lora.program import OURS, PEERS
+from loraserve.benchmarks.lora.report import Value, last_line, say
 from loraserve.testing.triton_interpreter import use_interpreter
 
 
@@ -42,18 +42,18 @@ def run(options: argparse.Namespace, whole_steps: Callable[[bool], float | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    return run(parser("python -m loraserve.kernels.bench_lora").parse_args(arguments))
+    return run(parser("python -m loraserve.benchmarks.lora.command").parse_args(arguments))
 
 
 def _check_only(options: argparse.Namespace) -> int:
     """Triton looks for its interpreter when kernels are imported: that is here, not above."""
-    from loraserve.kernels.bench.keys import NO_RATIOS
+    from loraserve.benchmarks.lora.keys import NO_RATIOS
 
     say("no CUDA GPU here: nothing is timed, every ratio is null; the kernels are checked in Triton's interpreter")
     use_interpreter()
     try:
-        from loraserve.kernels.bench.self_check import errors
-        from loraserve.kernels.bench.sides import TOLERANCE
+        from loraserve.benchmarks.lora.self_check import errors
+        from loraserve.benchmarks.lora.sides import TOLERANCE
     except ImportError as problem:
         say(f"nor is there Triton ({problem}): nothing is checked")
         print(last_line("lora", NO_RATIOS, {}))
@@ -69,11 +69,11 @@ def _check_only(options: argparse.Namespace) -> int:
 
 
 def _measure(options: argparse.Namespace, whole_steps: Callable[[bool], float | None]) -> int:
-    from loraserve.kernels.bench import results
-    from loraserve.kernels.bench.cases import DECODE_64X64
-    from loraserve.kernels.bench.measure import Measurer
-    from loraserve.kernels.bench.program import makers, program
-    from loraserve.kernels.bench.timing import GraphTimer, copy_bytes_per_s
+    from loraserve.benchmarks.lora import results
+    from loraserve.benchmarks.lora.cases import DECODE_64X64
+    from loraserve.benchmarks.lora.measure import Measurer
+    from loraserve.benchmarks.lora.program import makers, program
+    from loraserve.benchmarks.lora.timing import GraphTimer, copy_bytes_per_s
 
     timer = GraphTimer()
     bytes_per_s = copy_bytes_per_s(timer)

@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
-from loraserve.kernels.bench.cases import Case
-from loraserve.kernels.bench.peers import VLLM, root_of, stand_ins
-from loraserve.kernels.bench.world import World
+from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.peers import VLLM, root_of, stand_ins
+from loraserve.benchmarks.lora.world import World
 from loraserve.model_shape import MODULES
 
 OPS = "vllm.lora.ops.triton_ops"

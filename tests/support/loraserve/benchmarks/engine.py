@@ -1,4 +1,4 @@
-"""The whole engine on a GPU with a random model of Llama-3-8B's shape: ``python -m loraserve.engine.cuda.bench``.
+"""The whole engine on a GPU with a random model of Llama-3-8B's shape: ``python -m loraserve.benchmarks.engine``.
 
 The real scheduler, runner, graphs and sampler decode a batch with no adapters and with a distinct adapter for every
 sequence, in one run; adapters are random bytes of the pool, so that nothing has to be read. A table, then one line of
@@ -14,6 +14,7 @@ import msgspec
 import torch
 
 from loraserve.adapter.format import SlabHeader, lay_out_uniform
+from loraserve.benchmarks.lora.cases import LLAMA_3_8B
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.cuda.runner import CudaRunner
 from loraserve.engine.cuda.state import DTYPES, allocate, compute_dtype
@@ -23,7 +24,6 @@ from loraserve.engine.model.weights import DecoderWeights, LayerWeights
 from loraserve.engine.offline import OfflineEngine, OfflineOutput, OfflineRequest
 from loraserve.engine.schedule.events import LoadAdapter
 from loraserve.engine.setup import gpu_unusable
-from loraserve.kernels.bench.cases import LLAMA_3_8B
 from loraserve.messages import AdapterRef
 from loraserve.messages.base import SamplingParams
 from loraserve.model_shape import MODULES, ModelShape

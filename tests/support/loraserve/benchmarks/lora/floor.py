@@ -1,6 +1,6 @@
 """The least time a step's LoRA may take: every byte that must move, once, at the memory's measured speed."""
 
-from loraserve.kernels.bench.cases import Case
+from loraserve.benchmarks.lora.cases import Case
 from loraserve.kernels.lora.batch import NO_ADAPTER
 from loraserve.model_shape import MODULES, ModelShape
 

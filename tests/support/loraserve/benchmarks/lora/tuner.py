@@ -7,13 +7,13 @@ from typing import Any
 import msgspec
 import torch
 
-from loraserve.kernels.bench.cases import LAYERS, Case
-from loraserve.kernels.bench.floor import milliseconds, module_bytes
-from loraserve.kernels.bench.report import say
-from loraserve.kernels.bench.search import SKIPPED, Options, Target, cases_of, descend, options_of
-from loraserve.kernels.bench.sides import TOLERANCE, Ours, error
-from loraserve.kernels.bench.timing import Timer
-from loraserve.kernels.bench.world import Operands, World
+from loraserve.benchmarks.lora.cases import LAYERS, Case
+from loraserve.benchmarks.lora.floor import milliseconds, module_bytes
+from loraserve.benchmarks.lora.report import say
+from loraserve.benchmarks.lora.search import SKIPPED, Options, Target, cases_of, descend, options_of
+from loraserve.benchmarks.lora.sides import TOLERANCE, Ours, error
+from loraserve.benchmarks.lora.timing import Timer
+from loraserve.benchmarks.lora.world import Operands, World
 from loraserve.kernels.lora.decode import decode
 from loraserve.kernels.lora.expand import expand
 from loraserve.kernels.lora.shrink import shrink

@@ -4,8 +4,8 @@ from typing import Any, Protocol
 
 import torch
 
-from loraserve.kernels.bench.cases import Case
-from loraserve.kernels.bench.world import Operands, World
+from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.world import Operands, World
 from loraserve.kernels.lora import gpu, plan_batch, reference
 from loraserve.kernels.lora.tuning import Blocks
 from loraserve.kernels.lora.work import LoraWork, Workspace

@@ -6,13 +6,13 @@ from collections.abc import Callable
 import msgspec
 import torch
 
-from loraserve.kernels.bench.cases import LAYERS, LLAMA_3_8B, Case
-from loraserve.kernels.bench.floor import layer_bytes, milliseconds
-from loraserve.kernels.bench.program import OURS
-from loraserve.kernels.bench.report import say
-from loraserve.kernels.bench.sides import PEER_TOLERANCE, TOLERANCE, Ours, Side, error, run_layers
-from loraserve.kernels.bench.timing import Timer
-from loraserve.kernels.bench.world import Operands, World
+from loraserve.benchmarks.lora.cases import LAYERS, LLAMA_3_8B, Case
+from loraserve.benchmarks.lora.floor import layer_bytes, milliseconds
+from loraserve.benchmarks.lora.program import OURS
+from loraserve.benchmarks.lora.report import say
+from loraserve.benchmarks.lora.sides import PEER_TOLERANCE, TOLERANCE, Ours, Side, error, run_layers
+from loraserve.benchmarks.lora.timing import Timer
+from loraserve.benchmarks.lora.world import Operands, World
 from loraserve.model_shape import MODULES, ModelShape
 
 QUICK_OPTIONS = 2

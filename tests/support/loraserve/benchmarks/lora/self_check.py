@@ -5,14 +5,14 @@ from pathlib import Path
 
 import torch
 
-from loraserve.kernels.bench.cases import Case
-from loraserve.kernels.bench.peers.csgmv import Csgmv
-from loraserve.kernels.bench.peers.sglang_v2 import SglangV2
-from loraserve.kernels.bench.peers.vllm import Vllm
-from loraserve.kernels.bench.program import CSGMV, OURS, SGLANG_V2
-from loraserve.kernels.bench.report import say
-from loraserve.kernels.bench.sides import Ours, Side, error
-from loraserve.kernels.bench.world import World
+from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.peers.csgmv import Csgmv
+from loraserve.benchmarks.lora.peers.sglang_v2 import SglangV2
+from loraserve.benchmarks.lora.peers.vllm import Vllm
+from loraserve.benchmarks.lora.program import CSGMV, OURS, SGLANG_V2
+from loraserve.benchmarks.lora.report import say
+from loraserve.benchmarks.lora.sides import Ours, Side, error
+from loraserve.benchmarks.lora.world import World
 from loraserve.model_shape import ModelShape
 
 TINY = ModelShape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=50)

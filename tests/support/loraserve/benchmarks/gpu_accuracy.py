@@ -1,4 +1,4 @@
-"""The GPU kernels against float64 at full size: ``python -m loraserve.kernels.gpu_accuracy``.
+"""The GPU kernels against float64 at full size: ``python -m loraserve.benchmarks.gpu_accuracy``.
 
 One layer of Llama-3-8B's shape, mixed ranks, decode and ragged prefill, every module. Memory that no kernel may read is
 NaN, and outputs that none may touch must keep their bits. ``--small`` is for compute-sanitizer, which is slow.

@@ -1,4 +1,4 @@
-"""What the compiler makes of the GPU kernels, without a GPU: ``python -m loraserve.kernels.gpu_report``.
+"""What the compiler makes of the GPU kernels, without a GPU: ``python -m loraserve.benchmarks.gpu_report``.
 
 Compiles every kernel for the shapes of Llama-3-8B and reads registers, spills, shared memory and the width of the async
 copies from the machine code. TRITON_INTERPRET must not be set.
@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from loraserve.kernels.bench.cases import LLAMA_3_8B
+from loraserve.benchmarks.lora.cases import LLAMA_3_8B
 from loraserve.kernels.lora.tuning import Blocks, default_blocks
 from loraserve.model_shape import MODULES, ModelShape
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from loraserve.kernels.bench.cases import Case
-from loraserve.kernels.bench.peers import SGLANG, root_of, stand_ins
-from loraserve.kernels.bench.peers.sglang import fill_pool, offsets
-from loraserve.kernels.bench.world import World
+from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.peers import SGLANG, root_of, stand_ins
+from loraserve.benchmarks.lora.peers.sglang import fill_pool, offsets
+from loraserve.benchmarks.lora.world import World
 from loraserve.model_shape import MODULES
 
 OPS = "sglang.kernels.ops.lora.dense"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
-from loraserve.kernels.bench.cases import MIX, Case, decode, prefill
+from loraserve.benchmarks.lora.cases import MIX, Case, decode, prefill
 from loraserve.kernels.lora.tuning import DECODE_TOKENS, RANK_BUCKETS, TOKEN_BUCKETS, Blocks
 from loraserve.model_shape import MODULES, ModelShape
 

@@ -1,10 +1,10 @@
 """From measured lines to the keys of the bench. What was not measured is None, with its reason among the figures."""
 
-from loraserve.kernels.bench.cases import ALL_LARGE, ALL_SMALL, DECODE_64X8, DECODE_64X64, HALF_LARGE, PREFILL, Case
-from loraserve.kernels.bench.keys import NO_RATIOS
-from loraserve.kernels.bench.measure import Measurer
-from loraserve.kernels.bench.program import CSGMV, OURS, SGLANG_V2, VLLM_8, VLLM_128, VLLM_256
-from loraserve.kernels.bench.report import Value, table
+from loraserve.benchmarks.lora.cases import ALL_LARGE, ALL_SMALL, DECODE_64X8, DECODE_64X64, HALF_LARGE, PREFILL, Case
+from loraserve.benchmarks.lora.keys import NO_RATIOS
+from loraserve.benchmarks.lora.measure import Measurer
+from loraserve.benchmarks.lora.program import CSGMV, OURS, SGLANG_V2, VLLM_8, VLLM_128, VLLM_256
+from loraserve.benchmarks.lora.report import Value, table
 
 
 def ratios(measured: Measurer) -> dict[str, Value]:

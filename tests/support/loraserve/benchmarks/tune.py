@@ -19,10 +19,10 @@ from pathlib import Path
 import msgspec
 import torch
 
+from loraserve.benchmarks.lora.cases import LLAMA_3_8B
+from loraserve.benchmarks.lora.report import say
+from loraserve.benchmarks.lora.search import Target, targets
 from loraserve.errors import ConfigError
-from loraserve.kernels.bench.cases import LLAMA_3_8B
-from loraserve.kernels.bench.report import say
-from loraserve.kernels.bench.search import Target, targets
 from loraserve.kernels.lora.tuning import RANK_BUCKETS, TABLES, TOKEN_BUCKETS, Entry, Table
 from loraserve.model_shape import read_config, shape_of
 
@@ -84,8 +84,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    from loraserve.kernels.bench.timing import GraphTimer, copy_bytes_per_s
-    from loraserve.kernels.bench.tuner import Tuner
+    from loraserve.benchmarks.lora.timing import GraphTimer, copy_bytes_per_s
+    from loraserve.benchmarks.lora.tuner import Tuner
 
     gpu = torch.cuda.get_device_name()
     timer = GraphTimer(options.seconds)

@@ -1,4 +1,4 @@
-"""CPU figures beside their floor, the plain reading of the same bytes: ``python -m loraserve.kernels.bench_cpu``.
+"""CPU figures beside their floor, the plain reading of the same bytes: ``python -m loraserve.benchmarks.cpu_kernels``.
 
 The shape is SmolLM2-135M's and a step is all 30 layers. Kernel and floor take turns, so that a busy machine slows both.
 """

@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from loraserve.kernels.bench import cases
-from loraserve.kernels.bench.cases import Case
+from loraserve.benchmarks.lora import cases
+from loraserve.benchmarks.lora.cases import Case
 
 OURS, VLLM_8, VLLM_128, VLLM_256 = "ours", "vllm_8", "vllm_128", "vllm_256"
 SGLANG_V2, CSGMV = "sglang_v2", "sglang_csgmv"
@@ -32,10 +32,10 @@ def program(quick: bool) -> Iterator[tuple[Case, tuple[str, ...]]]:
 
 def makers(peers: Path) -> dict[str, Callable[..., Any]]:
     """How each side is prepared for (world, case). The number is the rank that a peer pads to."""
-    from loraserve.kernels.bench.peers.csgmv import Csgmv
-    from loraserve.kernels.bench.peers.sglang_v2 import SglangV2
-    from loraserve.kernels.bench.peers.vllm import Vllm
-    from loraserve.kernels.bench.sides import Ours
+    from loraserve.benchmarks.lora.peers.csgmv import Csgmv
+    from loraserve.benchmarks.lora.peers.sglang_v2 import SglangV2
+    from loraserve.benchmarks.lora.peers.vllm import Vllm
+    from loraserve.benchmarks.lora.sides import Ours
 
     return {
         OURS: Ours,
