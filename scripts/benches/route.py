@@ -29,9 +29,8 @@ from loraserve.messages import (
     Route,
     SamplingParams,
 )
-from loraserve.router.choice import Choice, Slo
-from loraserve.router.policies import ROUTERS
-from loraserve.router.shares import PlannedCopies
+from loraserve.router.context import Choice, PlannedCopies, Slo
+from loraserve.router.policy import ROUTERS
 from loraserve.router.view import ClusterView
 
 ENGINES = (8, 64, 1000)

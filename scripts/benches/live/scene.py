@@ -6,10 +6,8 @@ from typing import NamedTuple
 
 from loraserve.cost.derived import ITEM_BYTES, rank_elements
 from loraserve.model_shape import ModelShape
-from loraserve.sim.synthetic import Shape, draw
-from loraserve.sim.tenants import tenants_workload
 from loraserve.sim.traces import read_trace
-from loraserve.sim.workload import SimRequest, Workload
+from loraserve.sim.workload import Shape, SimRequest, Workload, draw, tenants_workload
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 from loraserve.testing.tiny_tokenizer import write_tiny_tokenizer
 

@@ -2,14 +2,14 @@
 router has sent there since. Pure."""
 
 from collections.abc import Iterable, Mapping
-from math import inf
+from itertools import pairwise
+from math import expm1, inf
 from types import MappingProxyType
 
 import msgspec
 
 from loraserve.cost import largest_extent_bytes
 from loraserve.messages import EngineLoad
-from loraserve.router.ranks import largest_at_a_time
 
 TIMEOUTS_TO_AVOID = 2
 FIRST_AVOIDANCE_S = 0.5
@@ -227,3 +227,20 @@ class EngineView(msgspec.Struct):
 
     def answered(self) -> None:
         self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
+
+
+# MERGED: loraserve.router.engine_view
+# """Which rank an engine's batches have, of the copies that it keeps. Pure."""
+
+
+def largest_at_a_time(sequences: Mapping[int, float]) -> float:
+    """The largest rank in a batch, on average over time; ``sequences``: by rank, how many of it decode at a time.
+
+    They are taken to come independently: none of rank r or more is there for exp(-n) of the time, n being all of these
+    (Poisson), and the mean of the largest is the integral over r of the time that there is one.
+    """
+    above, largest = 0.0, 0.0
+    for rank, below in pairwise([*sorted(sequences, reverse=True), 0]):
+        above += sequences[rank]
+        largest -= (rank - below) * expm1(-above)
+    return largest

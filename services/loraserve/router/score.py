@@ -12,8 +12,7 @@ import numpy as np
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterRef, Route
 from loraserve.router.engine_view import EngineView
-from loraserve.router.prices import Array
-from loraserve.router.table import PriceTable
+from loraserve.router.prices import Array, PriceTable
 from loraserve.router.view import ClusterView
 
 LOAD_HARM = 1.5

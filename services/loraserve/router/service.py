@@ -23,10 +23,8 @@ from loraserve.messages import (
     Routed,
     ToRouter,
 )
-from loraserve.router.choice import Candidate, Slo
-from loraserve.router.expectation import expected_at
-from loraserve.router.policies import ROUTERS
-from loraserve.router.shares import PlannedCopies
+from loraserve.router.context import Candidate, PlannedCopies, Slo
+from loraserve.router.policy import ROUTERS, expected_at
 from loraserve.router.view import ClusterView
 from loraserve.service import Service
 

@@ -13,7 +13,7 @@ from loraserve.cost import CostModel
 from loraserve.messages import ClusterLoad, EngineLoad, Route
 from loraserve.router.engine_view import TIMEOUTS_TO_AVOID, EngineView, Live, Pending, PendingMix
 from loraserve.router.prefixes import PrefixMemory
-from loraserve.router.table import PriceTable
+from loraserve.router.prices import PriceTable
 
 UNSEEN_S = 1.0
 """A request that no report mentions this long after it was sent has ended, or never began."""

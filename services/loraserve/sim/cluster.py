@@ -28,8 +28,7 @@ from loraserve.monitor.demand import DemandWindow
 from loraserve.planner.placement.problem import PlanSettings
 from loraserve.router.policy import PlannedCopies, Slo
 from loraserve.router.view import ClusterView
-from loraserve.sim.engine import SimEngine, Watcher
-from loraserve.sim.events import Timeline
+from loraserve.sim.engine import SimEngine, Timeline, Watcher
 from loraserve.sim.outcome import Interval, Outcome, RequestOutcome
 from loraserve.sim.planner import SimPlanner
 from loraserve.sim.policies import Policy

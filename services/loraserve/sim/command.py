@@ -11,17 +11,15 @@ import msgspec
 
 from loraserve.errors import LoraServeError
 from loraserve.sim import report
-from loraserve.sim.arguments import parser
+from loraserve.sim.arguments import check, job_of, loads_of, parser, policies_of
 from loraserve.sim.cluster import Simulation
-from loraserve.sim.compare import LOAD_SHARES, OURS, Comparison, Run, compare
+from loraserve.sim.compare import LOAD_SHARES, OURS, Comparison, Run, changed_profiles, compare
 from loraserve.sim.estimate import capacity_rps, limit_rps
-from loraserve.sim.jobs import check, job_of, loads_of, policies_of
 from loraserve.sim.outcome import Outcome
-from loraserve.sim.points import Job, Point, load, workload_of
+from loraserve.sim.parallel import spread
 from loraserve.sim.policies import policy_named
-from loraserve.sim.sensitivity import changed_profiles
-from loraserve.sim.spread import spread
-from loraserve.sim.synthetic import grid
+from loraserve.sim.runs import Job, Point, load, workload_of
+from loraserve.sim.workload import grid
 
 USUAL_LOAD = 0.7
 """Of the guessed capacity: where a single run is that names no load."""
@@ -217,7 +215,7 @@ def _plots(arguments: argparse.Namespace, draw: Callable[[Path], list[Path]]) ->
 
 def _comparison_plots(comparison: Comparison, title: str, folder: Path, base: Job) -> list[Path]:
     from loraserve.sim.plots import plot_comparison
-    from loraserve.sim.points import simulate
+    from loraserve.sim.runs import simulate
 
     rps = 0.8 * comparison.best_baseline_rps
     outcome = simulate(msgspec.structs.replace(base, policy=OURS, rps=rps))

@@ -1,6 +1,7 @@
 """A simulated engine: the real scheduler and pool; steps and loads take the time that the cost model says. Pure."""
 
 from collections.abc import Callable
+from heapq import heappop, heappush
 
 import msgspec
 
@@ -27,7 +28,31 @@ from loraserve.engine.schedule.fast_forward import quiet_steps, skip
 from loraserve.engine.schedule.report import Rates, shape_of
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.messages import AdapterRef, Admit, EngineLoad
-from loraserve.sim.events import Timeline
+
+Happens = Callable[[float], None]
+"""Called with the time at which it happens."""
+
+
+class Timeline:
+    """Things happen in order of their time, and in the order in which they were set where that is the same."""
+
+    def __init__(self) -> None:
+        self._due: list[tuple[float, int, Happens]] = []
+        self._set = 0
+        self.now_s = 0.0
+
+    def at(self, time_s: float, happens: Happens) -> None:
+        self._set += 1
+        heappush(self._due, (time_s, self._set, happens))
+
+    def next(self) -> bool:
+        """Let the next thing happen; False where there is none."""
+        if not self._due:
+            return False
+        self.now_s, _, happens = heappop(self._due)
+        happens(self.now_s)
+        return True
+
 
 TOKEN = 1
 """What every step draws for everybody; it stops nobody."""

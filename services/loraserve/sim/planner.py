@@ -12,8 +12,7 @@ from loraserve.planner.placement.problem import PlanSettings
 from loraserve.planner.rollout import events
 from loraserve.planner.rollout.copies import recovered, shares_moved
 from loraserve.planner.rollout.machine import Rollout
-from loraserve.sim.engine import SimEngine
-from loraserve.sim.events import Timeline
+from loraserve.sim.engine import SimEngine, Timeline
 from loraserve.sim.policies import Policy
 
 NO_PLAN = Plan(epoch=0, created_unix_s=0.0, placements=())

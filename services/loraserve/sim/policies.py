@@ -1,13 +1,21 @@
 """The policies that are compared, each a way to place and a way to route."""
 
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from hashlib import blake2b
+from math import ceil
+from random import Random
 
 import msgspec
 
+from loraserve.cost import CostModel, StepShape
 from loraserve.errors import ConfigError
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement, Rejected, Route
 from loraserve.planner.placement.policies import PLANNERS, Planner
-from loraserve.router.policies import ROUTERS, Router
-from loraserve.sim import baselines
+from loraserve.planner.placement.problem import PlanSettings
+from loraserve.router.engine_view import EngineView
+from loraserve.router.policy import ROUTERS, Candidate, Choice, PlannedCopies, Rng, Router, Slo
+from loraserve.router.view import ClusterView
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -27,15 +35,183 @@ def policy_named(name: str, seed: int = 0) -> Policy:
     """``seed`` is of placements at random. Raises ConfigError naming the policies that there are."""
     match name:
         case "slora-random":
-            return Policy(name, partial(baselines.place_at_random, seed), baselines.route_to_copy, drawn=True)
+            return Policy(name, partial(place_at_random, seed), route_to_copy, drawn=True)
         case "slora-contiguous":
-            return Policy(name, baselines.place_contiguously, baselines.route_to_copy)
+            return Policy(name, place_contiguously, route_to_copy)
         case "toppings":
-            return Policy(name, baselines.place_everywhere, baselines.route_to_least_finish, everywhere=True)
+            return Policy(name, place_everywhere, route_to_least_finish, everywhere=True)
         case "dynamo":
-            return Policy(name, baselines.place_by_rendezvous, baselines.route_to_least_requests)
+            return Policy(name, place_by_rendezvous, route_to_least_requests)
         case "loraserve":
             return Policy(name, PLANNERS["loraserve"], ROUTERS["shares"])
         case "ours":
             return Policy(name, PLANNERS["ours"], ROUTERS["predicted"])
     raise ConfigError(f"policy {name!r} is not known; there are {', '.join(NAMES)}")
+
+
+# MERGED:
+# """What others do, as far as their papers and sources say. Pure. ``slora-random`` and ``slora-contiguous``:
+# adapters dealt out to engines once, a request goes where its adapter is (the placements that LoRAServe's
+# paper compares with). ``toppings``: every adapter everywhere, each request where it ends first by a model
+# that knows ranks (Li et al., "Toppings: CPU-Assisted, Rank-Aware Adapter Serving for LLM Inference", USENIX
+# ATC 2025). ``dynamo``: copies in proportion to load on engines chosen by rendezvous hashing, by counts of
+# adapters and requests, with hysteresis (NVIDIA Dynamo 1.3, ``lora/routing``).
+# """
+
+
+HYSTERESIS = 0.2
+"""Of the number of copies: a target that is off by less leaves them as they are."""
+
+
+def place_at_random(
+    seed: int,
+    demand: Sequence[AdapterDemand],
+    adapters: Mapping[str, AdapterRef],
+    engines: Sequence[EngineLoad],
+    current: Sequence[Placement],
+    cost: CostModel,
+    settings: PlanSettings,
+) -> tuple[Placement, ...]:
+    """Once, as many adapters on one engine as on another."""
+    versions = sorted(adapters)
+    Random(f"placement {seed}").shuffle(versions)
+    return tuple(current) or _dealt(versions, adapters, engines, lambda i: i % len(engines))
+
+
+def place_contiguously(
+    demand: Sequence[AdapterDemand],
+    adapters: Mapping[str, AdapterRef],
+    engines: Sequence[EngineLoad],
+    current: Sequence[Placement],
+    cost: CostModel,
+    settings: PlanSettings,
+) -> tuple[Placement, ...]:
+    """Once, in order of their names: the first so many on the first engine, and so on."""
+    versions = sorted(adapters, key=lambda version: (adapters[version].name, version))
+    return tuple(current) or _dealt(versions, adapters, engines, lambda i: i * len(engines) // len(versions))
+
+
+def place_everywhere(
+    demand: Sequence[AdapterDemand],
+    adapters: Mapping[str, AdapterRef],
+    engines: Sequence[EngineLoad],
+    current: Sequence[Placement],
+    cost: CostModel,
+    settings: PlanSettings,
+) -> tuple[Placement, ...]:
+    share = 1 / len(engines)
+    return tuple(current) or tuple(
+        _placement(adapters[version], engine.engine, share) for version in sorted(adapters) for engine in engines
+    )
+
+
+def place_by_rendezvous(
+    demand: Sequence[AdapterDemand],
+    adapters: Mapping[str, AdapterRef],
+    engines: Sequence[EngineLoad],
+    current: Sequence[Placement],
+    cost: CostModel,
+    settings: PlanSettings,
+) -> tuple[Placement, ...]:
+    """Copies in proportion to requests a second, at least one; an engine has slots for its share of them."""
+    names = [engine.engine for engine in engines]
+    total_rps = sum(d.requests_per_s for d in demand)
+    rps = {d.version: d.requests_per_s for d in demand}
+    held: dict[str, int] = {}
+    for placement in current:
+        held[placement.version] = held.get(placement.version, 0) + 1
+    targets = {
+        version: _copies(rps.get(version, 0.0) / total_rps if total_rps else 0.0, len(names), held.get(version, 0))
+        for version in adapters
+    }
+    slots = dict.fromkeys(names, ceil(sum(targets.values()) / len(names)) + 1)
+    placements: list[Placement] = []
+    for version in sorted(adapters, key=lambda v: (-targets[v], v)):
+        ranked = sorted(names, key=lambda name: _weight(version, name), reverse=True)
+        chosen = [name for name in ranked if slots[name] > 0][: targets[version]] or ranked[:1]
+        for name in chosen:
+            slots[name] -= 1
+            placements.append(_placement(adapters[version], name, 1 / len(chosen)))
+    return tuple(placements)
+
+
+def route_to_copy(
+    request: Route, view: ClusterView, plan: PlannedCopies | None, cost: CostModel, slo: Slo, rng: Rng
+) -> Choice | Rejected:
+    """The one engine whose adapter it is."""
+    return _least(request, view, plan, lambda engine: 0.0)
+
+
+def route_to_least_requests(
+    request: Route, view: ClusterView, plan: PlannedCopies | None, cost: CostModel, slo: Slo, rng: Rng
+) -> Choice | Rejected:
+    """The copy with the fewest requests, whatever they are."""
+    return _least(request, view, plan, lambda engine: engine.requests + rng.random())
+
+
+def route_to_least_finish(
+    request: Route, view: ClusterView, plan: PlannedCopies | None, cost: CostModel, slo: Slo, rng: Rng
+) -> Choice | Rejected:
+    """Where it would end first: what waits there, its own prefill, and as many steps of that batch as it takes."""
+    return _least(request, view, plan, lambda engine: finish_s(request, engine, cost, view.output_tokens))
+
+
+def finish_s(request: Route, engine: EngineView, cost: CostModel, output_tokens: float) -> float:
+    """The length of the output is not known beforehand: the mean is taken."""
+    load, mix, pending = engine.load, engine.mix, engine.pending_mix
+    rank = request.adapter.rank if request.adapter else 0
+    max_rank = max(rank, mix.largest_rank, pending.largest_rank)
+    sequences = engine.requests + 1
+    batch = StepShape(
+        decode_sequences=min(sequences, load.max_running) if load.max_running else sequences,
+        kv_tokens=(load.kv_blocks_total - load.kv_blocks_free) * load.block_tokens + len(request.prompt_tokens),
+        slab_bytes=mix.slab_bytes + pending.slab_bytes,
+        rank_tokens=mix.rank_sum + pending.rank_sum + rank,
+        max_rank=max_rank,
+    )
+    waiting_tokens = load.waiting_prefill_tokens + engine.pending_tokens + len(request.prompt_tokens)
+    prefill = StepShape(prefill_tokens=waiting_tokens, rank_tokens=waiting_tokens * rank, max_rank=max_rank)
+    return cost.step_s(prefill) + output_tokens * cost.step_s(batch) + _wait_for_place_s(engine, cost, output_tokens)
+
+
+def _wait_for_place_s(engine: EngineView, cost: CostModel, output_tokens: float) -> float:
+    """Who waits although there is little to prefill waits for the end of others."""
+    load = engine.load
+    if not load.max_running or engine.requests < load.max_running:
+        return 0.0
+    step_s = cost.step_s(StepShape(decode_sequences=load.max_running))
+    return (engine.requests + 1 - load.max_running) / load.max_running * output_tokens * step_s
+
+
+def _least(
+    request: Route, view: ClusterView, plan: PlannedCopies | None, price: Callable[[EngineView], float]
+) -> Choice | Rejected:
+    ready = view.ready()
+    copies = plan.of(request.adapter.version) if plan and request.adapter else {}
+    able = [engine for engine in ready if engine.name in copies] or ready
+    if not able:
+        return Rejected(request_id=request.request_id, code="no_engine", message="no engine is ready")
+    best = min(able, key=price)
+    return Choice(Candidate(best.name, 0.0, "planned" if best.name in copies else "load"))
+
+
+def _dealt(
+    versions: Sequence[str],
+    adapters: Mapping[str, AdapterRef],
+    engines: Sequence[EngineLoad],
+    engine_of: Callable[[int], int],
+) -> tuple[Placement, ...]:
+    return tuple(_placement(adapters[v], engines[engine_of(i)].engine, 1.0) for i, v in enumerate(versions))
+
+
+def _placement(adapter: AdapterRef, engine: str, share: float) -> Placement:
+    return Placement(version=adapter.version, name=adapter.name, engine=engine, share=share)
+
+
+def _copies(load_share: float, engines: int, held: int) -> int:
+    target = min(engines, max(1, ceil(load_share * engines)))
+    return held if held and abs(target - held) <= HYSTERESIS * held else target
+
+
+def _weight(version: str, engine: str) -> bytes:
+    return blake2b(f"{version}/{engine}".encode(), digest_size=8).digest()

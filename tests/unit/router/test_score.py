@@ -13,12 +13,10 @@ from msgspec.structs import astuple
 
 from loraserve.cost import LARGEST_SURPRISE, CostModel, StepShape, extent_bytes
 from loraserve.messages import AdapterRef, EngineLoad, Rejected, Route
-from loraserve.router.choice import Choice, Slo
-from loraserve.router.pick import NEAR
-from loraserve.router.policy import route
-from loraserve.router.prices import FULL, FULL_WEIGHT, HARM_WEIGHT
+from loraserve.router.context import Choice, Slo
+from loraserve.router.policy import NEAR, route
+from loraserve.router.prices import BEHIND_WEIGHT, FULL, FULL_WEIGHT, HARM_WEIGHT
 from loraserve.router.score import LOAD_HARM, PRIOR_STEPS, score
-from loraserve.router.table import BEHIND_WEIGHT
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 

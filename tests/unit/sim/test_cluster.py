@@ -9,8 +9,7 @@ from loraserve.cost.profile import Profile
 from loraserve.sim.cluster import SimSettings, Simulation
 from loraserve.sim.outcome import Outcome
 from loraserve.sim.policies import NAMES, policy_named
-from loraserve.sim.synthetic import Shape, draw
-from loraserve.sim.workload import Workload
+from loraserve.sim.workload import Shape, Workload, draw
 
 ENGINES = 3
 SETTINGS = SimSettings(plan_interval_s=5.0, window_s=10.0)

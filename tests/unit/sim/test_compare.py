@@ -9,8 +9,8 @@ import pytest
 from loraserve.errors import ConfigError
 from loraserve.sim import report
 from loraserve.sim.compare import LOAD_SHARES, PRECISION, Comparison, compare
-from loraserve.sim.points import Job, Point
-from loraserve.sim.synthetic import Shape
+from loraserve.sim.runs import Job, Point
+from loraserve.sim.workload import Shape
 from loraserve.testing.small_profile import small_profile
 
 CAPACITY_RPS = {"ours": 30.0, "toppings": 24.0, "slora-random": 10.0}

@@ -6,8 +6,7 @@ from loraserve.cost import StepShape
 from loraserve.cost.profile import Profile
 from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.messages import AdapterRef, Admit, SamplingParams
-from loraserve.sim.engine import SimEngine, Watcher
-from loraserve.sim.events import Timeline
+from loraserve.sim.engine import SimEngine, Timeline, Watcher
 
 ADAPTER = AdapterRef(name="a", version="v", rank=64, slab_bytes=64 << 16)
 

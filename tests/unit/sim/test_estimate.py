@@ -7,8 +7,7 @@ from loraserve.cost.profile import Profile
 from loraserve.sim.cluster import SimSettings, Simulation
 from loraserve.sim.estimate import capacity_rps, limit_rps
 from loraserve.sim.policies import policy_named
-from loraserve.sim.synthetic import Shape, draw
-from loraserve.sim.workload import SimRequest, Workload, make_adapters
+from loraserve.sim.workload import Shape, SimRequest, Workload, draw, make_adapters
 
 UNIT = 1 << 16
 

@@ -6,8 +6,7 @@ import pytest
 
 from loraserve.cost import CostModel
 from loraserve.messages import EngineLoad, Expect, Rejected
-from loraserve.router.expectation import expected_at
-from loraserve.router.policy import Slo, route
+from loraserve.router.policy import Slo, expected_at, route
 from loraserve.router.view import UNSEEN_S, ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 

@@ -1,11 +1,11 @@
 """What a routing policy is asked with and what it answers. Pure."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import msgspec
 
-from loraserve.messages import Rejected, Route
+from loraserve.messages import Plan, Rejected, Route
 
 
 class Seconds(msgspec.Struct, frozen=True, gc=False):
@@ -80,3 +80,29 @@ class Rng(Protocol):
 def rejected(request: Route, code: str, message: str, retry_after_s: float = 1.0) -> Rejected:
     """Nobody is told to come back at once."""
     return Rejected(request_id=request.request_id, code=code, message=message, retry_after_s=max(1.0, retry_after_s))
+
+
+# MERGED: loraserve.router.context
+# """A plan as the router looks it up. Pure."""
+
+
+_NOWHERE: Mapping[str, float] = {}
+
+
+class PlannedCopies:
+    """The share of traffic of each copy."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.epoch = plan.epoch
+        self._shares: dict[str, dict[str, float]] = {}
+        for copy in plan.placements:
+            self._shares.setdefault(copy.version, {})[copy.engine] = copy.share
+
+    def of(self, version: str) -> Mapping[str, float]:
+        """Share by engine of one adapter's copies."""
+        return self._shares.get(version, _NOWHERE)
+
+
+def shares_of(plan: PlannedCopies | None, request: Route) -> Mapping[str, float]:
+    """Share by engine of the copies of the request's adapter; empty without a plan or an adapter."""
+    return plan.of(request.adapter.version) if plan is not None and request.adapter is not None else _NOWHERE

@@ -7,11 +7,9 @@ from pathlib import Path
 import pytest
 
 from loraserve.errors import ConfigError
-from loraserve.sim.points import TraceSource, load
-from loraserve.sim.synthetic import Shape, draw, grid
-from loraserve.sim.tenants import tenants_workload
+from loraserve.sim.runs import TraceSource, load
 from loraserve.sim.traces import TraceRequest
-from loraserve.sim.workload import RANKS, Workload
+from loraserve.sim.workload import RANKS, Shape, Workload, draw, grid, tenants_workload
 
 UNIT = 1 << 20
 

@@ -7,7 +7,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 
 from loraserve.device import cores
-from loraserve.sim.points import Job, Point, point
+from loraserve.sim.runs import Job, Point, point
 
 SAY_EVERY_S = 2.0
 

@@ -8,8 +8,8 @@ import pytest
 from loraserve.sim import report
 from loraserve.sim.cluster import SimSettings
 from loraserve.sim.compare import LOAD_SHARES, PRECISION, Comparison, compare
-from loraserve.sim.points import Job, Point, point
-from loraserve.sim.synthetic import Shape
+from loraserve.sim.runs import Job, Point, point
+from loraserve.sim.workload import Shape
 from loraserve.testing.small_profile import small_profile
 
 SEED = 5

@@ -9,10 +9,8 @@ from loraserve.cost.profile import Profile
 from loraserve.sim.cluster import SimSettings, Simulation
 from loraserve.sim.outcome import Interval, Outcome
 from loraserve.sim.policies import policy_named
-from loraserve.sim.synthetic import Shape, draw
-from loraserve.sim.tenants import tenants_workload
 from loraserve.sim.traces import TraceRequest, read_trace
-from loraserve.sim.workload import Workload
+from loraserve.sim.workload import Shape, Workload, draw, tenants_workload
 
 LEAST_REQUESTS = 100
 """Of a run: a P95 of fewer says nothing."""

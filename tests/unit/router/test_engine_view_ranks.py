@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef
-from loraserve.router.choice import Choice, Slo
+from loraserve.router.context import Choice, Slo
+from loraserve.router.engine_view import largest_at_a_time
 from loraserve.router.policy import route
-from loraserve.router.ranks import largest_at_a_time
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
 

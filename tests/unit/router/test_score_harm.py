@@ -7,7 +7,7 @@ import pytest
 
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterRef, EngineLoad, Placement, Plan, Route
-from loraserve.router.choice import Choice, Slo
+from loraserve.router.context import Choice, Slo
 from loraserve.router.policy import Candidate, PlannedCopies, route
 from loraserve.router.prefixes import BLOCK_TOKENS
 from loraserve.router.score import score

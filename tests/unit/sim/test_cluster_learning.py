@@ -7,7 +7,7 @@ from loraserve.cost.profile import Profile, read_profile
 from loraserve.messages import EngineLoad
 from loraserve.sim.cluster import SimSettings, Simulation
 from loraserve.sim.policies import policy_named
-from loraserve.sim.synthetic import Shape, draw
+from loraserve.sim.workload import Shape, draw
 from loraserve.testing.small_profile import small_profile
 
 SECONDS = 25

@@ -7,10 +7,9 @@ import pytest
 
 from loraserve.cost import CostModel
 from loraserve.messages import EngineLoad, Placement, Plan, Rejected, Route
-from loraserve.router.choice import Choice, Slo
+from loraserve.router.context import Choice, PlannedCopies, Slo
 from loraserve.router.engine_view import TIMEOUTS_TO_AVOID
-from loraserve.router.policies import ROUTERS
-from loraserve.router.shares import PlannedCopies
+from loraserve.router.policy import ROUTERS
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
