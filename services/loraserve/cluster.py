@@ -22,7 +22,7 @@ from loraserve.errors import ConfigError, LoraServeError
 from loraserve.supervisor.preflight import check_configuration, check_disk, check_model, check_not_running, check_port
 from loraserve.supervisor.processes import ProcessFailed
 from loraserve.supervisor.state import RunState, clear_run_dir, read_state, stop_cluster, write_state
-from loraserve.supervisor.up import LocalCluster, base_url, try_lines
+from loraserve.supervisor.up import Supervisor, base_url, try_lines
 
 STARTED_S = time.monotonic()
 DETACH_POLL_S = 0.2
@@ -76,7 +76,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     )
     config, adapters = _with_model(config, arguments)
     profile_for(config)  # one that cannot be used is told here, not in the logs of whoever prices with it
-    asyncio.run(LocalCluster(config, adapters, _say).run(lambda: _announce(config, adapters)))
+    asyncio.run(Supervisor(config, adapters, _say).run(lambda: _announce(config, adapters)))
 
 
 def down(arguments: argparse.Namespace) -> int:

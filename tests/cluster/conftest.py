@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from loraserve.demo import demo_adapters
-from loraserve.demo.expand import expand_rank
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
 from loraserve.demo.shipped import SHIPPED_DIR
+from loraserve.demo.weights import expand_rank
 from loraserve.testing.local_cluster import LocalCluster
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from loraserve.demo.expand import expand_rank
 from loraserve.demo.shipped import SHIPPED_DIR
+from loraserve.demo.weights import expand_rank
 from loraserve.testing.local_cluster import LocalCluster, chat
 
 NAME, RANK = "ops-pirate", 12

@@ -43,7 +43,7 @@ def expanded_adapter(data_dir: Path, progress: Callable[[str], None]) -> Path:
     def build(folder: Path) -> None:
         # only now: whoever finds the adapter ready does not wait for torch
         with interrupts_held_back():
-            from loraserve.demo.expand import expand_rank
+            from loraserve.demo.weights import expand_rank
 
         progress(f"expanding the adapter {EXPANDED_NAME} to rank {EXPANDED_RANK}")
         expand_rank(small, folder, EXPANDED_RANK, EXPANSION_SEED)

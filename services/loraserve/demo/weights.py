@@ -1,11 +1,16 @@
-"""Writing safetensors files that others can read, with failures that callers can tell apart."""
+"""Writes adapter weights to safetensors files, and expands an adapter to a larger rank."""
 
 import errno
+import json
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+
+from loraserve.errors import AdapterError
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -19,3 +24,59 @@ def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
         number = errno.ENOSPC if "No space left" in str(error) else errno.EIO
         raise OSError(number, str(error), str(path)) from error
     path.chmod(mode)
+
+
+A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
+
+
+def expand_rank(src_dir: Path, dst_dir: Path, rank: int, seed: int) -> None:
+    """Writes to the existing folder ``dst_dir`` the PEFT adapter of ``src_dir`` at ``rank``, dense, in float32.
+
+    With Q a random orthogonal ``[rank, rank]`` for each projection, A' = Q [A; 0] and B' = [B, 0] Q^T, so B' A' = B A.
+    Raises AdapterError when the rank would shrink or differs by layer, or the adapter is more than A and B.
+    """
+    config = json.loads((src_dir / "adapter_config.json").read_text(encoding="utf-8"))
+    check_expandable(config, rank)
+    weights = load_file(src_dir / "adapter_model.safetensors")
+    generator = torch.Generator().manual_seed(seed)
+    expanded: dict[str, torch.Tensor] = {}
+    for name in sorted(weights):
+        if name.endswith(A_SUFFIX):
+            b_name = name.removesuffix(A_SUFFIX) + B_SUFFIX
+            expanded[name], expanded[b_name] = rotate(weights[name], weights[b_name], rank, generator)
+    if expanded.keys() != weights.keys():
+        extra = sorted(weights.keys() - expanded.keys())[0]
+        raise AdapterError("unsupported", f"tensor {extra!r} is neither lora_A nor lora_B; only plain LoRA expands")
+    save_weights(expanded, dst_dir / "adapter_model.safetensors")
+    config = expanded_config(config, rank)
+    (dst_dir / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def check_expandable(config: dict[str, Any], rank: int) -> None:
+    """Raises AdapterError on a configuration whose ranks or scales are not one for all, or on a smaller rank."""
+    for field in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
+        if config.get(field):
+            raise AdapterError("unsupported", f"adapter_config.json field {field}: such an adapter cannot be expanded")
+    if rank < config["r"]:
+        raise AdapterError("bad_rank", f"rank {rank} is below the adapter's own {config['r']}; give a larger one")
+
+
+def rotate(
+    a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """a ``[r, in]``, b ``[out, r]`` -> dense ``[rank, in]`` and ``[out, rank]`` in float32 with the same product."""
+    noise = torch.randn(rank, rank, dtype=torch.float64, generator=generator)
+    # the zero rows of [A; 0] only ever meet the last columns of Q
+    q = torch.linalg.qr(noise).Q[:, : a.shape[0]]
+    return (q @ a.double()).float().contiguous(), (b.double() @ q.T).float().contiguous()
+
+
+def expanded_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
+    """The configuration at ``rank`` with alpha chosen so that the scale, alpha over rank, is what it was."""
+    root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
+    alpha = config["lora_alpha"] / root * rank
+    return config | {
+        "r": rank,
+        "lora_alpha": int(alpha) if alpha.is_integer() else alpha,
+        "use_rslora": False,
+    }

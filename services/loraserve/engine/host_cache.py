@@ -14,9 +14,9 @@ import msgspec
 from loraserve.adapter.format import SlabHeader
 from loraserve.cost import MIN_EXTENT_BYTES
 from loraserve.engine.extents import ExtentAllocator
-from loraserve.engine.story import Story
 from loraserve.engine.uses import Uses
 from loraserve.messages import AdapterRef
+from loraserve.story import Story
 
 _Cost = tuple[float, float, int, int]
 

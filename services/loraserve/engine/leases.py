@@ -10,8 +10,8 @@ from typing import Protocol
 
 import msgspec
 
-from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef
+from loraserve.story import Story
 
 
 class Held(Protocol):

@@ -27,8 +27,8 @@ from loraserve.engine.schedule.events import (
     PlanReady,
     SchedulerLimits,
 )
-from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef, PrefetchCounts
+from loraserve.story import Story
 
 
 class _Look(msgspec.Struct):

@@ -1,4 +1,4 @@
-"""The operators' commands, from arguments to output and exit status."""
+"""The operators' commands: each sends requests to the gateway, prints the answer and returns an exit status."""
 
 import argparse
 import os
@@ -10,18 +10,29 @@ from pathlib import Path
 
 import msgspec
 
-from loraserve.ops import adapters, rebalance, status
+from loraserve.ops import rendering, status
 from loraserve.ops.arguments import parser
-from loraserve.ops.drain import do_drain, do_undrain
-from loraserve.ops.http import Ask, GatewayAddress, OpsError, exchange, patience
-from loraserve.ops.text import one_line
+from loraserve.ops.gateway_client import Ask, GatewayAddress, OpsError, exchange, report_progress
 
 WATCH_INTERVAL_S = 2.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
+DRAIN_POLL_S = 0.5
+DRAIN_REPORT_INTERVAL_S = 2.0
+
+
+class DrainResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome of scripts/drain --json."""
+
+    engine: str
+    empty: bool
+    requests: int
+    copies: int
+    epoch: int
+    failed: tuple[str, ...]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 could not be done, 2 wrong usage."""
+    """Run one command. Returns 0 on success, 1 if it failed and 2 on wrong usage."""
     arguments = parser().parse_args(argv)
     ask = partial(exchange, GatewayAddress(arguments.url, arguments.api_key))
     run = COMMANDS[arguments.command]
@@ -33,83 +44,168 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # Whoever read the output has enough. What is still buffered must not fail again at exit.
+        # The reader closed the pipe, as `head` does. Output that is still buffered must not fail again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def show_status(arguments: argparse.Namespace, ask: Ask) -> int:
-    show_status_once(arguments, ask)
+    """Print the state of the cluster, with --watch until Ctrl-C."""
+    _show_status_once(arguments, ask)
     while arguments.watch:
         time.sleep(WATCH_INTERVAL_S)
         try:
-            show_status_once(arguments, ask)
+            _show_status_once(arguments, ask)
         except OpsError as error:
-            # Whoever watches a restart wants to see the cluster come back.
+            # Keep watching: the user may be waiting for a cluster that restarts.
             print(f"error: {error}", file=sys.stderr)
     return 0
 
 
-def show_status_once(arguments: argparse.Namespace, ask: Ask) -> None:
-    with patience("asking the gateway"):
+def _show_status_once(arguments: argparse.Namespace, ask: Ask) -> None:
+    with report_progress("asking the gateway"):
         content = ask("/admin/cluster", None)
     state = status.parse(content)
     if arguments.json:
-        print(one_line(content), flush=True)
+        print(rendering.one_line(content), flush=True)
         return
     clear = CLEAR_SCREEN if arguments.watch and sys.stdout.isatty() else ""
     print(clear + status.render(state), end="\n\n" if arguments.watch else "\n", flush=True)
 
 
-def do_rebalance(arguments: argparse.Namespace, ask: Ask) -> int:
-    with patience("planning" if arguments.dry_run else "planning and loading adapters"):
+def rebalance(arguments: argparse.Namespace, ask: Ask) -> int:
+    """Plan and move adapters now, or print what would move with --dry-run."""
+    with report_progress("planning" if arguments.dry_run else "planning and loading adapters"):
         content = ask("/admin/rebalance", {"dry_run": arguments.dry_run})
-    done = rebalance.parse(content)
-    print(one_line(content) if arguments.json else rebalance.render(done, arguments.dry_run))
-    return rebalance.exit_status(done)
+    done = rendering.parse_rebalance(content)
+    print(rendering.one_line(content) if arguments.json else rendering.render_rebalance(done, arguments.dry_run))
+    return rendering.exit_status(done)
 
 
-def do_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
+def drain(arguments: argparse.Namespace, ask: Ask) -> int:
+    """Drain an engine and wait until it has no request and no planned copy."""
+    engine = arguments.engine
+    with report_progress(f"moving the copies of {engine} to other engines"):
+        done = rendering.parse_rebalance(ask(f"/admin/engines/{engine_path(engine)}/drain", {}))
+    if not arguments.json:
+        print(rendering.render_rebalance(done, dry_run=False))
+    # Where the plan keeps copies on the engine, it never becomes empty, so it is checked only once.
+    keeps_copies = engine not in done.plan.drained or any(p.engine == engine for p in done.plan.placements)
+    deadline_s = time.monotonic() + (0.0 if keeps_copies else arguments.timeout)
+    requests, copies = _wait_until_empty(engine, deadline_s, ask)
+    empty = not requests and not copies
+    result = DrainResult(
+        engine=engine, empty=empty, requests=requests, copies=copies, epoch=done.plan.epoch, failed=done.failed
+    )
+    print(rendering.one_line(msgspec.json.encode(result)) if arguments.json else _drain_outcome(result))
+    return 0 if empty else 1
+
+
+def undrain(arguments: argparse.Namespace, ask: Ask) -> int:
+    """Let a drained engine receive copies and requests again."""
+    with report_progress(f"placing adapters on {arguments.engine}"):
+        content = ask(f"/admin/engines/{engine_path(arguments.engine)}/undrain", {})
+    done = rendering.parse_rebalance(content)
+    print(rendering.one_line(content) if arguments.json else rendering.render_rebalance(done, dry_run=False))
+    if not (done.failed or arguments.json):
+        print(f"{arguments.engine} accepts requests again")
+    return rendering.exit_status(done)
+
+
+def _wait_until_empty(engine: str, deadline_s: float, ask: Ask) -> tuple[int, int]:
+    """Poll until the engine is empty or the deadline passes. Returns its remaining requests and planned copies."""
+    reported_s = time.monotonic()
+    empty_polls = 0
+    while True:
+        requests, copies = _remaining(status.parse(ask("/admin/cluster", None)), engine)
+        # A load report is a moment old and may miss a request that has just arrived: require two empty polls.
+        empty_polls = 0 if requests or copies else empty_polls + 1
+        now = time.monotonic()
+        if empty_polls > 1 or now > deadline_s:
+            return requests, copies
+        if not empty_polls and now - reported_s >= DRAIN_REPORT_INTERVAL_S:
+            reported_s = now
+            print(f"{engine} still has {_counts(requests, copies)}", file=sys.stderr, flush=True)
+        time.sleep(DRAIN_POLL_S)
+
+
+def _remaining(state: status.ClusterState, engine: str) -> tuple[int, int]:
+    """Return the engine's requests and planned copies. A dead or unknown engine has none."""
+    found = [e for e in state.engines if e.name == engine and e.alive]
+    return status.left_to_drain(found[0].load) if found else (0, 0)
+
+
+def _drain_outcome(result: DrainResult) -> str:
+    if result.empty:
+        return f"{result.engine} is drained: it has no request and no planned copy, and can be stopped"
+    remaining = _counts(result.requests, result.copies)
+    return f"{result.engine} is not empty: it still has {remaining}; it continues to drain"
+
+
+def _counts(requests: int, copies: int) -> str:
+    return f"{requests} {'request' if requests == 1 else 'requests'} and {copies} planned {_copies(copies)}"
+
+
+def _copies(number: int) -> str:
+    return "copy" if number == 1 else "copies"
+
+
+def engine_path(engine: str) -> str:
+    """Return an engine's name for use in a URL path.
+
+    Raises:
+        OpsError: The text cannot be an engine's name.
+    """
+    if not engine or not all(c.isalnum() or c in "-_." for c in engine):
+        raise OpsError(f"{engine!r} is not an engine's name; scripts/status lists the engines")
+    return engine
+
+
+def manage_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
+    """List, load or unload adapters."""
     match arguments.action:
         case "load":
-            said = load_adapter(arguments.name, arguments.dir, arguments.replace, ask)
+            said = _load_adapter(arguments.name, arguments.dir, arguments.replace, ask)
         case "unload":
-            with patience(f"unloading {arguments.name}"):
+            with report_progress(f"unloading {arguments.name}"):
                 said = ask("/v1/unload_lora_adapter", {"lora_name": arguments.name})
         case _:
-            return list_adapters(arguments, ask)
+            return _list_adapters(arguments, ask)
     text = said.decode(errors="replace")
     print(msgspec.json.encode({"adapter": arguments.name, "message": text}).decode() if arguments.json else text)
     return 0
 
 
-def load_adapter(name: str, folder: str, replace: bool, ask: Ask) -> bytes:
+def _load_adapter(name: str, folder: str, replace: bool, ask: Ask) -> bytes:
     body = {"lora_name": name, "lora_path": store_path(folder), "load_inplace": replace}
     try:
-        with patience(f"checking and packing {name}"):
+        with report_progress(f"checking and packing {name}"):
             return ask("/v1/load_lora_adapter", body)
     except OpsError as error:
         if error.code != "duplicate":
             raise
-        raise OpsError(f"an adapter named {name} is loaded already; --replace puts this one in its place") from error
+        raise OpsError(f"an adapter named {name} is already loaded; replace it with --replace") from error
 
 
-def list_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
-    found = adapters.parse(ask("/v1/models", None))
-    print(msgspec.json.encode(found).decode() if arguments.json else adapters.render(found))
+def _list_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
+    found = rendering.parse_adapters(ask("/v1/models", None))
+    print(msgspec.json.encode(found).decode() if arguments.json else rendering.render_adapters(found))
     return 0
 
 
 def store_path(text: str) -> str:
-    """A folder that is here is named in full, for the store was started elsewhere; any other is the store's to find."""
+    """Return the absolute path of a folder that exists here, else the text as it is.
+
+    The store runs in another working directory. A folder that does not exist here may exist on the store's machine.
+    """
     path = Path(text).expanduser()
     return str(path.resolve()) if path.is_dir() else text
 
 
 COMMANDS: dict[str, Callable[[argparse.Namespace, Ask], int]] = {
     "status": show_status,
-    "rebalance": do_rebalance,
-    "drain": do_drain,
-    "undrain": do_undrain,
-    "adapters": do_adapters,
+    "rebalance": rebalance,
+    "drain": drain,
+    "undrain": undrain,
+    "adapters": manage_adapters,
 }

@@ -1,40 +1,49 @@
-"""What /admin/cluster says, for people. Pure."""
+"""Decodes the answer of /admin/cluster and renders it for a terminal. Pure."""
 
 import msgspec
 
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, ReadCounts
-from loraserve.ops.http import OpsError
-from loraserve.ops.text import bar, size, table
+from loraserve.ops.rendering import VERSION_CHARACTERS, not_a_gateway
+from loraserve.text import bar, size, table
+
+STALE_LOAD_S = 3.0
 
 
 class GatewayState(msgspec.Struct, frozen=True, kw_only=True):
+    """The gateway that answers."""
+
     name: str
     streams: int
     model: str
 
 
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
+    """What a process answered to a ping."""
+
     state: str
     detail: str = ""
     pid: int | None = None
 
 
 class EngineState(msgspec.Struct, frozen=True, kw_only=True):
+    """The last load report of an engine. ``reads_from`` lists the usable transports for each peer, best first."""
+
     name: str
     alive: bool
     age_s: float
     load: EngineLoad
     reads_from: dict[str, tuple[str, ...]] = {}
-    """Transports by peer."""
 
 
 class RegistryState(msgspec.Struct, frozen=True, kw_only=True):
+    """The gateway's copy of the adapter registry."""
+
     revision: int
     adapters: tuple[AdapterRef, ...]
 
 
 class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of /admin/cluster; fields that a newer gateway adds are passed over."""
+    """The answer of /admin/cluster. Fields that a newer gateway adds are ignored."""
 
     gateway: GatewayState
     processes: dict[str, ProcessState]
@@ -47,37 +56,47 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def parse(content: bytes) -> ClusterState:
-    """Raises OpsError where that is not the answer of a gateway of this version."""
+    """Decode the answer of /admin/cluster.
+
+    Raises:
+        OpsError: The answer is not one of a LoRAServe gateway of this version.
+    """
     try:
         return msgspec.json.decode(content, type=ClusterState)
     except msgspec.DecodeError as error:
-        raise OpsError(f"the answer is not a LoRAServe gateway's ({error}); see --url") from error
+        raise not_a_gateway(error) from error
 
 
 def render(state: ClusterState) -> str:
+    """Return everything that scripts/status prints."""
     parts = [summary(state), processes(state), engines(state), residents(state), reads(state), demand(state)]
     return "\n\n".join(part for part in parts if part)
 
 
 def summary(state: ClusterState) -> str:
+    """Return the model, the plan's epoch and the counts, with a warning if load reports are missing or old."""
     epoch = "unknown, the planner does not answer" if state.plan_epoch is None else str(state.plan_epoch)
     adapters = len(state.registry.adapters)
-    line = f"{state.gateway.model}   plan epoch {epoch}   {adapters} adapters   {state.gateway.streams} streams open"
+    line = f"{state.gateway.model}   plan epoch {epoch}   {adapters} adapters   {state.gateway.streams} open streams"
     if state.load_age_s is None:
-        return f"{line}\nno load was reported yet: is the monitor up?"
-    return f"{line}\nload is {state.load_age_s:.0f} s old: is the monitor up?" if state.load_age_s > 3 else line
+        return f"{line}\nno load report has arrived: is the monitor up?"
+    if state.load_age_s > STALE_LOAD_S:
+        return f"{line}\nthe last load report is {state.load_age_s:.0f} s old: is the monitor up?"
+    return line
 
 
 def processes(state: ClusterState) -> str:
-    here = {state.gateway.name: ProcessState(state="READY", detail="answers this")}
+    """Return a row for each process."""
+    gateway = {state.gateway.name: ProcessState(state="READY", detail="sent this answer")}
     rows = [
         [name, process.state, "-" if process.pid is None else str(process.pid), process.detail]
-        for name, process in {**state.processes, **here}.items()
+        for name, process in {**state.processes, **gateway}.items()
     ]
     return table(["PROCESS", "STATE", "PID", ""], rows)
 
 
 def engines(state: ClusterState) -> str:
+    """Return a row for each engine: its queues, its memory and its step time."""
     return table(
         ["ENGINE", "ALIVE", "WAITING", "RUNNING", "KV CACHE", "ADAPTER POOL", "POOL USED", "DECODE STEP"],
         [_engine_row(engine, engine.name in state.drained) for engine in state.engines],
@@ -85,12 +104,12 @@ def engines(state: ClusterState) -> str:
 
 
 def left_to_drain(load: EngineLoad) -> tuple[int, int]:
-    """Requests and planned copies that a drained engine still has."""
+    """Return the requests and the planned copies that a drained engine still has."""
     return load.running + load.waiting, sum(adapter.pinned for adapter in load.resident)
 
 
 def engine_state(engine: EngineState, drained: bool) -> str:
-    """DRAINING while a drained engine still has something, DRAINED when it is empty; else its own state."""
+    """Return DRAINING or DRAINED for a drained engine that is ready, else the engine's own state."""
     if not engine.alive:
         return f"no, silent for {engine.age_s:.0f} s"
     if drained and engine.load.state == "READY":
@@ -114,7 +133,7 @@ def _engine_row(engine: EngineState, drained: bool) -> list[str]:
 
 
 def residents(state: ClusterState) -> str:
-    """A line an engine: ``name:rank``, with a star where the plan or a running request pins it."""
+    """Return a line for each engine with its adapters as ``name:rank``. A star marks a pinned adapter."""
     if not state.engines:
         return ""
     lines = ["RESIDENT (adapter:rank, * pinned)"]
@@ -123,18 +142,19 @@ def residents(state: ClusterState) -> str:
     for engine in state.engines:
         held = sorted(engine.load.resident, key=lambda adapter: (adapter.name, adapter.version))
         words = [f"{a.name}:{a.rank}" + "*" * a.pinned for a in held]
-        words += [f"{names.get(version, version[:12])} (loading)" for version in engine.load.loading]
+        loading = (names.get(version, version[:VERSION_CHARACTERS]) for version in engine.load.loading)
+        words += [f"{name} (loading)" for name in loading]
         lines.append(f"{engine.name:<{width}}  {'  '.join(words) or '-'}")
     return "\n".join(lines)
 
 
 def reads(state: ClusterState) -> str:
-    """A line for every pair that has read, or can: how, how much, and how often that failed."""
+    """Return a row for each pair of engines that has read adapters, or can: transport, volume and failures."""
     rows = []
     for engine in state.engines:
         done = {(read.source, read.transport): read for read in engine.load.reads}
-        first = {(peer, ways[0]) for peer, ways in engine.reads_from.items() if ways}
-        for source, transport in sorted(done.keys() | first):
+        preferred = {(peer, transports[0]) for peer, transports in engine.reads_from.items() if transports}
+        for source, transport in sorted(done.keys() | preferred):
             read = done.get((source, transport)) or ReadCounts(source=source, transport=transport)
             rate = f"{size(read.predicted_bytes_per_s)}/s" if read.predicted_bytes_per_s else "-"
             figures = [str(read.reads), size(read.read_bytes), rate, str(read.failed), str(read.mismatched)]
@@ -143,14 +163,15 @@ def reads(state: ClusterState) -> str:
 
 
 def demand(state: ClusterState) -> str:
+    """Return a row for each adapter with recent requests, highest forecast first."""
     if not state.demand:
-        return "DEMAND\nno adapter was asked for lately"
+        return "DEMAND\nno adapter has been requested recently"
     ordered = sorted(state.demand, key=lambda d: (-d.forecast_tokens_per_s, d.name))
     return table(
         ["DEMAND", "RANK", "REQUESTS/S", "PREFILL TOKENS/S", "DECODE TOKENS/S", "FORECAST TOKENS/S"],
         [
             [
-                d.name or d.version[:12] or "(base model)",
+                d.name or d.version[:VERSION_CHARACTERS] or "(base model)",
                 str(d.rank) if d.rank else "-",
                 f"{d.requests_per_s:.2f}",
                 f"{d.prefill_tokens_per_s:.1f}",

@@ -5,7 +5,7 @@ from math import isfinite
 from statistics import median
 from typing import Any
 
-from loraserve.ops import text
+from loraserve import text
 from loraserve.sim.compare import OURS, Comparison
 
 RANDOM, TOPPINGS = "slora-random", "toppings"

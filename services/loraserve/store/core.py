@@ -17,7 +17,7 @@ from loraserve.cost import extent_bytes, largest_extent_bytes
 from loraserve.errors import AdapterError, LoraServeError
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
-from loraserve.store.registry import AdapterRecord, Registry, packed_from
+from loraserve.store.registry import AdapterRecord, AdapterRegistry, packed_from
 from loraserve.store.slabs import Slabs
 
 GRACE_S = 600.0
@@ -50,7 +50,7 @@ class AdapterStore:
         self.folder = root / namespace(shape, dtype)
         self._lock_fd = _lock(self.folder)
         try:
-            self.registry = Registry(self.folder / REGISTRY_FILE, now)
+            self.registry = AdapterRegistry(self.folder / REGISTRY_FILE, now)
             self.slabs = Slabs(self.folder)
         except BaseException:
             os.close(self._lock_fd)

@@ -14,7 +14,7 @@ import msgspec
 
 from loraserve.errors import AdapterError, LoraServeError
 from loraserve.messages import AdapterRef
-from loraserve.store.errors import storage_error
+from loraserve.store.disk import storage_error
 
 _SCHEMA_VERSION = 1
 _SCHEMA = """
@@ -53,7 +53,7 @@ class Snapshot(msgspec.Struct, frozen=True):
         return {record.version for record in self.records.values()}
 
 
-class Registry:
+class AdapterRegistry:
     """``snapshot`` is always what the disk holds; it is replaced as a whole after each transaction."""
 
     def __init__(self, path: Path, now: float) -> None:

@@ -10,7 +10,7 @@ import itertools
 import os
 import re
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,8 +20,7 @@ from blake3 import blake3
 from loraserve.adapter.format import SlabHeader, decode_header, encode_header, slab_version
 from loraserve.adapter.pack import Slab
 from loraserve.errors import AdapterError
-from loraserve.store.errors import storage_error
-from loraserve.store.garbage import removable
+from loraserve.store.disk import storage_error
 
 MAGIC = b"LORASLB2"
 DATA_ALIGN_BYTES = 4096
@@ -237,3 +236,12 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def removable(last_used: Mapping[str, float], referenced: Collection[str], now: float, grace_s: float) -> list[str]:
+    """Versions of slabs that no name refers to and that nobody has stored or opened for ``grace_s``.
+
+    The grace covers engines that are still fetching a version whose name has just gone, and a registration whose slab
+    is on disk while its name is not yet in the registry. ``last_used`` is in unix seconds, like ``now``.
+    """
+    return sorted(v for v, used in last_used.items() if v not in referenced and now - used > grace_s)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loraserve.config import Config, engine_count, engine_names
-from loraserve.supervisor.restart import GiveUp, RestartHistory
+from loraserve.supervisor.restart import RestartHistory, StopCluster
 
 STOP_TIMEOUT_S = 15.0
 LAST_LINES = 10
@@ -82,7 +82,7 @@ class Processes:
             if self.stopping():
                 return
             decision = history.ended(status, time.monotonic() - started_s, self.ready)
-            if isinstance(decision, GiveUp):
+            if isinstance(decision, StopCluster):
                 raise ProcessFailed(f"{decision.reason}: {last_words(self.log_file(name), name)}")
             self._say(f"{name} ended (exit status {status}); starting it again in {decision.delay_s:.1f} s")
             await asyncio.sleep(decision.delay_s)

@@ -15,7 +15,7 @@ class Restart(msgspec.Struct, frozen=True):
     delay_s: float
 
 
-class GiveUp(msgspec.Struct, frozen=True):
+class StopCluster(msgspec.Struct, frozen=True):
     """Starting it again cannot help; the cluster stops and says why."""
 
     reason: str
@@ -28,13 +28,13 @@ class RestartHistory:
         self._name = name
         self._failures = 0
 
-    def ended(self, exit_status: int, ran_s: float, cluster_ready: bool) -> Restart | GiveUp:
+    def ended(self, exit_status: int, ran_s: float, cluster_ready: bool) -> Restart | StopCluster:
         """What to do about an end that nobody asked for. ``exit_status`` is negative for signals."""
         if exit_status == CONFIG_ERROR_EXIT:
-            return GiveUp(f"{self._name} refused its configuration")
+            return StopCluster(f"{self._name} refused its configuration")
         if ran_s >= CALM_S:
             self._failures = 0
         self._failures += 1
         if not cluster_ready and self._failures >= 3:
-            return GiveUp(f"{self._name} ended {self._failures} times while starting (exit status {exit_status})")
+            return StopCluster(f"{self._name} ended {self._failures} times while starting (exit status {exit_status})")
         return Restart(min(FIRST_DELAY_S * 2 ** (self._failures - 1), LONGEST_DELAY_S))

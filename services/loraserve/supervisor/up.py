@@ -26,7 +26,7 @@ REGISTER_TIMEOUT_S = 60.0
 Say = Callable[[str], None]
 
 
-class LocalCluster:
+class Supervisor:
     """One run of the local cluster, from writing its configuration to removing its last file."""
 
     def __init__(self, config: Config, adapters: Mapping[str, Path], say: Say) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from loraserve.demo.expand import expand_rank
+from loraserve.demo.weights import expand_rank
 from loraserve.errors import AdapterError
 
 PREFIX = "base_model.model.model.layers.{layer}.self_attn.{name}.lora_{matrix}.weight"

@@ -8,8 +8,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from loraserve.engine.leases import Lease, LeaseLimits, Leases, Reader, Refused
 from loraserve.engine.residency import Residency
 from loraserve.engine.schedule.events import EvictAdapter, LoadAdapter, SchedulerLimits
-from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef
+from loraserve.story import Story
 
 UNIT = 4096
 POOL_UNITS = 6

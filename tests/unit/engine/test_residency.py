@@ -14,8 +14,8 @@ from loraserve.engine.schedule.events import (
     PlanReady,
     SchedulerLimits,
 )
-from loraserve.engine.story import Story
 from loraserve.messages import AdapterRef
+from loraserve.story import Story
 
 UNIT = 4096
 LIMITS = SchedulerLimits(

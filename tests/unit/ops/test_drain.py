@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from loraserve.messages import EngineLoad, Placement, Plan, RebalanceDone
-from loraserve.ops import commands, drain
+from loraserve.ops import commands
 from loraserve.ops.arguments import parser
 from loraserve.testing.reports import adapter_ref, engine_load, resident
 
@@ -46,8 +46,8 @@ class Cluster:
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    monkeypatch.setattr(drain, "POLL_S", 0.0)
-    monkeypatch.setattr(drain, "TELL_EVERY_S", 0.0)
+    monkeypatch.setattr(commands, "DRAIN_POLL_S", 0.0)
+    monkeypatch.setattr(commands, "DRAIN_REPORT_INTERVAL_S", 0.0)
 
     def run(cluster: Cluster, *command: str) -> int:
         arguments = parser().parse_args(command)
@@ -94,12 +94,12 @@ def test_undrain_asks_once_and_says_so(run: Any, capsys: pytest.CaptureFixture[s
     cluster = Cluster(engine_load("engine-1"))
     assert run(cluster, "undrain", "engine-1") == 0
     assert cluster.asked == [("/admin/engines/engine-1/undrain", {})]
-    assert "engine-1 takes requests again" in capsys.readouterr().out
+    assert "engine-1 accepts requests again" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", ["", "../rebalance", "engine 1", "engine-1/undrain"])
 def test_what_is_no_name_is_not_asked_for(run: Any, name: str) -> None:
     cluster = Cluster(engine_load("engine-1"))
-    with pytest.raises(Exception, match="no engine's name"):
+    with pytest.raises(Exception, match="not an engine's name"):
         run(cluster, "drain", name)
     assert cluster.asked == []

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from loraserve.ops.commands import main, store_path
-from loraserve.ops.http import patience
+from loraserve.ops.gateway_client import report_progress
 from loraserve.testing.local_cluster import free_port
 
 
@@ -96,7 +96,7 @@ def test_an_address_that_is_none_says_so(url: str, capsys: pytest.CaptureFixture
 def test_something_else_on_the_port_is_named_as_such(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
     gateway.status, gateway.body = 404, b"<html>not here</html>"
     assert main(["status", "--url", gateway.url]) == 1
-    assert "is that a LoRAServe gateway?" in capsys.readouterr().err
+    assert "is it a LoRAServe gateway?" in capsys.readouterr().err
 
 
 def test_a_peer_that_speaks_no_http_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +118,7 @@ def test_a_peer_that_speaks_no_http_is_one_line(capsys: pytest.CaptureFixture[st
 def test_a_missing_key_and_a_wrong_key_name_the_flag(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
     gateway.refuse(401, "Incorrect or missing API key", "invalid_api_key")
     assert main(["status", "--url", gateway.url]) == 1
-    assert "it wants an API key; set --api-key or LORASERVE_API_KEY" in capsys.readouterr().err
+    assert "it requires an API key; set --api-key or LORASERVE_API_KEY" in capsys.readouterr().err
     assert main(["status", "--url", gateway.url, "--api-key", "secret"]) == 1
     error = capsys.readouterr().err
     assert "not one of its keys" in error
@@ -194,10 +194,10 @@ class Screen(io.StringIO):
 
 def test_what_takes_long_says_that_it_goes_on_and_what_does_not_is_silent() -> None:
     slow, quick = Screen(), Screen()
-    with patience("planning", slow, every_s=0.001):
+    with report_progress("planning", slow, interval_s=0.001):
         assert slow.written.wait(10)
     assert slow.getvalue().startswith("planning ... 0 s\n")
-    with patience("planning", quick, every_s=60):
+    with report_progress("planning", quick, interval_s=60):
         pass
     assert quick.getvalue() == ""
 

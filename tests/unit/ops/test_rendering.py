@@ -17,9 +17,16 @@ from loraserve.messages import (
     RebalanceDone,
     ResidentAdapter,
 )
-from loraserve.ops import adapters, rebalance, status
-from loraserve.ops.http import OpsError
-from loraserve.ops.text import BAR_CELLS, bar, size, table
+from loraserve.ops import status
+from loraserve.ops.gateway_client import OpsError
+from loraserve.ops.rendering import (
+    exit_status,
+    parse_adapters,
+    parse_rebalance,
+    render_adapters,
+    render_rebalance,
+)
+from loraserve.text import BAR_CELLS, bar, size, table
 from loraserve.transfer.choice import Abilities
 from loraserve.transfer.protocol import PROTOCOL
 
@@ -103,7 +110,7 @@ def words(line: str) -> str:
 
 def test_status_shows_what_each_process_says_of_itself() -> None:
     text = status.render(status.parse(cluster()))
-    assert text.startswith("smol   plan epoch 12   2 adapters   2 streams open\n")
+    assert text.startswith("smol   plan epoch 12   2 adapters   2 open streams\n")
     assert line_of(text, "store").split() == ["store", "READY", "7", "4", "adapters"]
     assert line_of(text, "planner").split() == ["planner", "UNREACHABLE", "-"]
 
@@ -133,7 +140,7 @@ def test_status_tells_drained_engines_that_are_empty_from_those_that_are_not() -
 
 def test_status_shows_demand_and_says_when_there_is_none() -> None:
     assert words(line_of(status.render(status.parse(cluster())), "pirate")) == "pirate 8 0.50 12.3 5.0 17.0"
-    assert "no adapter was asked for" in status.render(status.parse(cluster(demand=[])))
+    assert "no adapter has been requested" in status.render(status.parse(cluster(demand=[])))
 
 
 def test_demand_for_an_adapter_without_a_name_is_not_the_base_model_s() -> None:
@@ -153,10 +160,10 @@ def test_status_without_monitor_and_planner_says_who_is_missing() -> None:
     assert "is the monitor up?" not in status.render(status.parse(cluster()))
 
 
-@pytest.mark.parametrize("parse", [status.parse, rebalance.parse, adapters.parse])
+@pytest.mark.parametrize("parse", [status.parse, parse_rebalance, parse_adapters])
 @pytest.mark.parametrize("content", [b"<html>", b"{}", b"[]", b""])
 def test_an_answer_of_something_else_is_refused_with_a_remedy(parse: Any, content: bytes) -> None:
-    with pytest.raises(OpsError, match=r"not a LoRAServe gateway's .*--url"):
+    with pytest.raises(OpsError, match=r"not from a LoRAServe gateway of this version .*--url"):
         parse(content)
 
 
@@ -181,42 +188,42 @@ def done(
 
 def test_a_rebalance_names_adapter_from_to_size_and_reason() -> None:
     answer = done(move("engine-0", "engine-1", 3 << 20, 0.0123), move("", "engine-0", 1 << 20), move("engine-1", ""))
-    lines = rebalance.render(answer, dry_run=False).splitlines()
+    lines = render_rebalance(answer, dry_run=False).splitlines()
     assert lines[0].split() == ["ADAPTER", "FROM", "TO", "SIZE", "GAIN", "REASON"]
     assert words(lines[1]) == "pirate engine-0 engine-1 3.0 MiB 12.3 ms because"
     assert words(lines[2]) == "pirate (new copy) engine-0 1.0 MiB - because"
-    assert words(lines[3]) == "pirate engine-1 (copy goes) - - because"
+    assert words(lines[3]) == "pirate engine-1 (copy removed) - - because"
     assert lines[4] == "epoch 7: 3 moves made, 4.0 MiB loaded"
-    assert rebalance.exit_status(answer) == 0
+    assert exit_status(answer) == 0
 
 
 def test_a_dry_run_says_that_nothing_was_changed() -> None:
-    text = rebalance.render(done(move("", "engine-0", 1 << 20), applied=False), dry_run=True)
+    text = render_rebalance(done(move("", "engine-0", 1 << 20), applied=False), dry_run=True)
     assert "dry run, nothing was changed: would make 1 move and load 1.0 MiB; the next epoch is 7" in text
-    assert "nothing would move" in rebalance.render(done(applied=False), dry_run=True)
+    assert "no adapter would move" in render_rebalance(done(applied=False), dry_run=True)
 
 
 def test_a_right_plan_is_a_success_that_keeps_its_epoch() -> None:
     answer = done(applied=False, message="the plan is right as it is")
-    assert rebalance.render(answer, dry_run=False) == "epoch 7 stays: the plan is right as it is"
-    assert rebalance.exit_status(answer) == 0
+    assert render_rebalance(answer, dry_run=False) == "epoch 7 stays in force: the plan is right as it is"
+    assert exit_status(answer) == 0
 
 
 def test_copies_lost_and_loaded_again_are_not_called_moves() -> None:
-    assert "no copy changed its place" in rebalance.render(done(), dry_run=False)
+    assert "no copy moved" in render_rebalance(done(), dry_run=False)
 
 
 def test_what_could_not_be_done_is_listed_and_fails_the_command() -> None:
     answer = done(move("", "engine-0"), failed=("engine-1: timeout", "engine-1: pool is full"))
-    assert rebalance.render(answer, dry_run=False).splitlines()[-2:] == [
+    assert render_rebalance(answer, dry_run=False).splitlines()[-2:] == [
         "failed: engine-1: timeout",
         "failed: engine-1: pool is full",
     ]
-    assert rebalance.exit_status(answer) == 1
+    assert exit_status(answer) == 1
     nobody = done(applied=False, failed=("no engine is ready",), message="no engine is ready")
     for dry_run in (False, True):
-        assert rebalance.render(nobody, dry_run).startswith("epoch 7 stays: no engine is ready")
-    assert rebalance.exit_status(nobody) == 1
+        assert render_rebalance(nobody, dry_run).startswith("epoch 7 stays in force: no engine is ready")
+    assert exit_status(nobody) == 1
 
 
 def test_adapters_are_listed_without_the_base_model() -> None:
@@ -225,12 +232,12 @@ def test_adapters_are_listed_without_the_base_model() -> None:
         {"id": "pirate", "parent": "smol", "version": "a" * 64, "rank": 8, "slab_bytes": 900 << 10},
         {"id": "french", "parent": "smol", "version": "b" * 64, "rank": 32, "slab_bytes": 4 << 20},
     ]
-    found = adapters.parse(msgspec.json.encode({"object": "list", "data": cards}))
-    assert [line.split() for line in adapters.render(found).splitlines()[1:]] == [
+    found = parse_adapters(msgspec.json.encode({"object": "list", "data": cards}))
+    assert [line.split() for line in render_adapters(found).splitlines()[1:]] == [
         ["french", "32", "4.0", "MiB", "b" * 12],
         ["pirate", "8", "900.0", "KiB", "a" * 12],
     ]
-    assert "scripts/adapters load NAME DIR" in adapters.render([])
+    assert "scripts/adapters load NAME DIR" in render_adapters([])
 
 
 @given(used=st.floats(0, 2e12), total=st.floats(0, 1e12))

@@ -9,7 +9,7 @@ import pytest
 from loraserve.cost import extent_bytes
 from loraserve.errors import AdapterError, LoraServeError
 from loraserve.store.core import GRACE_S, AdapterStore, StoreLimits, allowed_directory, namespace
-from loraserve.store.registry import AdapterRecord, Registry
+from loraserve.store.registry import AdapterRecord, AdapterRegistry
 from loraserve.testing.peft_writer import TINY_SHAPE
 
 LIMITS = StoreLimits(served_model="base", max_rank=64, engine_max_rank=64, pool_bytes=1 << 20)
@@ -136,7 +136,7 @@ def test_what_a_store_of_an_earlier_format_knew_is_named_until_it_is_registered_
     assert store.left_behind() == {}
     earlier = store.folder.parent / namespace(TINY_SHAPE, "bfloat16", slab_format=1)
     earlier.mkdir()
-    registry = Registry(earlier / "registry.sqlite", 0.0)
+    registry = AdapterRegistry(earlier / "registry.sqlite", 0.0)
     for name in ("a", "b"):
         source = f"/adapters/{name}"
         registry.put(

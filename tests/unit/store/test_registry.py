@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraserve.errors import AdapterError, LoraServeError
-from loraserve.store.registry import AdapterRecord, Registry
+from loraserve.store.registry import AdapterRecord, AdapterRegistry
 
 
 def _record(name: str, version: str = "v1") -> AdapterRecord:
@@ -16,21 +16,21 @@ def _record(name: str, version: str = "v1") -> AdapterRecord:
 
 
 def test_what_is_put_is_there_after_a_restart(tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "r", now=500.0)
+    registry = AdapterRegistry(tmp_path / "r", now=500.0)
     assert registry.snapshot.revision == 500
     assert registry.put(_record("org/a:1"), replace=False) is True
     assert registry.put(_record("Ünï 'quoted\""), replace=False) is True
     registry.remove("org/a:1")
     before = registry.snapshot
     registry.close()
-    again = Registry(tmp_path / "r", now=0.0)
+    again = AdapterRegistry(tmp_path / "r", now=0.0)
     assert again.snapshot == before
     assert again.snapshot.revision == 503
     assert [ref.name for ref in again.snapshot.refs()] == ["Ünï 'quoted\""]
 
 
 def test_a_name_changes_its_meaning_only_when_asked(tmp_path: Path) -> None:
-    registry = Registry(tmp_path / "r", now=0.0)
+    registry = AdapterRegistry(tmp_path / "r", now=0.0)
     registry.put(_record("a"), replace=False)
     assert registry.put(_record("a"), replace=False) is False
     assert registry.put(_record("a"), replace=True) is False
@@ -45,7 +45,7 @@ def test_a_name_changes_its_meaning_only_when_asked(tmp_path: Path) -> None:
 
 def test_unknown_names_are_not_found(tmp_path: Path) -> None:
     with pytest.raises(AdapterError) as caught:
-        Registry(tmp_path / "r", now=0.0).remove("nobody")
+        AdapterRegistry(tmp_path / "r", now=0.0).remove("nobody")
     assert caught.value.code == "not_found"
 
 
@@ -59,7 +59,7 @@ def test_a_file_that_is_no_registry_is_refused_with_the_remedy(tmp_path: Path, c
     else:
         path.write_bytes(content)
     with pytest.raises(LoraServeError, match="move it away"):
-        Registry(path, now=0.0)
+        AdapterRegistry(path, now=0.0)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -72,7 +72,7 @@ def test_a_file_that_is_no_registry_is_refused_with_the_remedy(tmp_path: Path, c
 def test_it_agrees_with_a_dictionary(tmp_path: Path, steps: list[tuple], data: st.DataObject) -> None:
     path = tmp_path / f"r{data.draw(st.integers(0, 10**9))}"
     path.unlink(missing_ok=True)
-    registry, model, revision = Registry(path, now=0.0), {}, 0
+    registry, model, revision = AdapterRegistry(path, now=0.0), {}, 0
     for name, version, replace in steps:
         before = dict(model)
         try:

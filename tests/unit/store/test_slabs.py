@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from loraserve.adapter.format import decode_header, seal, slab_version
 from loraserve.adapter.pack import Slab
 from loraserve.errors import AdapterError
-from loraserve.store.garbage import removable
-from loraserve.store.slabs import DATA_ALIGN_BYTES, MAX_READ_BYTES, Slabs
+from loraserve.store.slabs import DATA_ALIGN_BYTES, MAX_READ_BYTES, Slabs, removable
 
 MakeSlab = Callable[..., Slab]
 

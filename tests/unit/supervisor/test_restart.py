@@ -1,6 +1,13 @@
 """When a process is started again."""
 
-from loraserve.supervisor.restart import CALM_S, CONFIG_ERROR_EXIT, LONGEST_DELAY_S, GiveUp, Restart, RestartHistory
+from loraserve.supervisor.restart import (
+    CALM_S,
+    CONFIG_ERROR_EXIT,
+    LONGEST_DELAY_S,
+    Restart,
+    RestartHistory,
+    StopCluster,
+)
 
 
 def test_delays_double_up_to_a_limit() -> None:
@@ -23,12 +30,12 @@ def test_a_calm_run_makes_the_next_restart_quick_again() -> None:
 
 def test_a_refused_configuration_is_never_retried() -> None:
     decision = RestartHistory("store").ended(CONFIG_ERROR_EXIT, ran_s=0.1, cluster_ready=True)
-    assert decision == GiveUp("store refused its configuration")
+    assert decision == StopCluster("store refused its configuration")
 
 
 def test_failing_while_the_cluster_starts_ends_it() -> None:
     history = RestartHistory("engine-1")
     decisions = [history.ended(1, ran_s=0.5, cluster_ready=False) for _ in range(3)]
-    assert [type(d) for d in decisions] == [Restart, Restart, GiveUp]
-    assert isinstance(decisions[-1], GiveUp)
+    assert [type(d) for d in decisions] == [Restart, Restart, StopCluster]
+    assert isinstance(decisions[-1], StopCluster)
     assert "engine-1" in decisions[-1].reason

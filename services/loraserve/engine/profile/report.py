@@ -7,7 +7,7 @@ import numpy as np
 from loraserve.cost.fit import StepSample
 from loraserve.cost.profile import Profile
 from loraserve.engine.profile.design import KINDS
-from loraserve.ops.text import table
+from loraserve.text import table
 
 UNITS = {
     "step_base_s": ("ms a step", 1e3),

@@ -40,8 +40,8 @@ from loraserve.engine.schedule.overtaking import Bypass
 from loraserve.engine.schedule.report import SchedulerLoad, TokenCounts, snapshot
 from loraserve.engine.schedule.sequence import LEAVING, RUNNING, Sequence, State
 from loraserve.engine.schedule.steps import Outstanding, StepBuilder
-from loraserve.engine.story import Story
 from loraserve.messages import Admit
+from loraserve.story import Story
 
 ORDER = attrgetter("order")
 

@@ -10,7 +10,6 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from loraserve.engine.residency import Residency
 from loraserve.engine.schedule.events import Instruction as EngineInstruction
 from loraserve.engine.schedule.events import LoadAdapter, PlanReady, SchedulerLimits
-from loraserve.engine.story import Story
 from loraserve.messages import EngineLoad, Placement, Plan
 from loraserve.planner.rollout.copies import Copy, by_engine, copy_of
 from loraserve.planner.rollout.events import (
@@ -30,6 +29,7 @@ from loraserve.planner.rollout.events import (
     Written,
 )
 from loraserve.planner.rollout.machine import RETRY_S, Phase, Rollout
+from loraserve.story import Story
 from loraserve.testing.reports import adapter_ref, engine_load, resident
 
 UNIT = 4096

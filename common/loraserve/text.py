@@ -1,14 +1,12 @@
-"""Tables, bars and sizes for terminals. Pure."""
+"""Tables, bars and sizes for terminal output. Pure."""
 
 from collections.abc import Sequence
-
-import msgspec
 
 BAR_CELLS = 10
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their longest cell; those whose cells are all figures stand on the right."""
+    """Return aligned columns. A column whose cells are all figures is right-aligned."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     right = [bool(rows) and all(_is_figure(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join(
@@ -18,25 +16,20 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def bar(used: float, total: float) -> str:
-    """``###.......  31%``; the first cell shows as soon as anything is used."""
+    """Return a bar such as ``###.......  31%``. Any use at all fills the first cell."""
     share = min(max(used / total, 0.0), 1.0) if total > 0 else 0.0
     cells = max(round(share * BAR_CELLS), 1 if share else 0)
     return "#" * cells + "." * (BAR_CELLS - cells) + f"{share:5.0%}"
 
 
 def size(count_bytes: float) -> str:
-    """In the largest binary unit that leaves at least 1."""
+    """Return a byte count in the largest binary unit that leaves at least 1."""
     value = float(count_bytes)
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
         value /= 1024
     return f"{value:.1f} GiB"
-
-
-def one_line(content: bytes) -> str:
-    """JSON without line breaks, for programs that read lines."""
-    return msgspec.json.format(content, indent=-1).decode()
 
 
 def _is_figure(cell: str) -> bool:

@@ -1,6 +1,6 @@
 """Stories: what happened to one id, in order, in bounded memory."""
 
-from loraserve.engine.story import KEPT_LINES, Story
+from loraserve.story import KEPT_LINES, Story
 
 
 def test_one_id_has_its_own_lines_oldest_first_with_their_times() -> None:

@@ -1,0 +1,109 @@
+"""Sends HTTP requests to a gateway and turns every failure into one line with a remedy."""
+
+import http.client
+import json
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, TextIO
+
+from loraserve.errors import LoraServeError
+
+TIMEOUT_S = 150.0
+"""Longer than the gateway waits for the store or the planner, whose error messages say more than a timeout here."""
+
+PROGRESS_INTERVAL_S = 2.0
+
+Ask = Callable[[str, Any], bytes]
+"""``exchange`` with one gateway: takes a path and a body, None for GET; returns the content of the answer."""
+
+
+class OpsError(LoraServeError):
+    """A command failed; the text is one line with the remedy. ``code`` is the gateway's error code, "" if none."""
+
+    def __init__(self, text: str, code: str = "") -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class GatewayAddress(NamedTuple):
+    """The URL of a gateway and the API key to send, "" to send none."""
+
+    url: str
+    api_key: str = ""
+
+
+def exchange(gateway: GatewayAddress, path: str, body: Any = None, timeout_s: float = TIMEOUT_S) -> bytes:
+    """Send a POST with ``body`` as JSON, or a GET if it is None. Returns the content of the answer.
+
+    Raises:
+        OpsError: There is no answer, or it is an HTTP error.
+    """
+    url = gateway.url.rstrip("/") + path
+    headers = {"Content-Type": "application/json"}
+    if gateway.api_key:
+        headers["Authorization"] = f"Bearer {gateway.api_key}"
+    data = None if body is None else json.dumps(body).encode()
+    try:
+        request = urllib.request.Request(url, data=data, headers=headers)
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
+            content: bytes = response.read()
+            return content
+    except urllib.error.HTTPError as error:
+        raise _http_error(gateway, path, error.code, error.read()) from error
+    except TimeoutError as error:
+        raise OpsError(
+            f"{gateway.url} did not answer within {timeout_s:g} s; scripts/status shows which processes are up"
+        ) from error
+    except ValueError as error:
+        raise OpsError(f"--url {gateway.url}: {error}; write it like http://127.0.0.1:8000") from error
+    except (OSError, http.client.HTTPException) as error:
+        reason = getattr(error, "reason", error)
+        raise OpsError(_no_answer(gateway.url, reason)) from error
+
+
+def _no_answer(url: str, reason: object) -> str:
+    # http.client quotes the first line of an answer that is not HTTP, with its line break.
+    detail = getattr(reason, "strerror", None) or str(reason).strip() or type(reason).__name__
+    return (
+        f"no gateway answers at {url} ({detail}); start a cluster with scripts/up, "
+        "or name another gateway with --url or LORASERVE_URL"
+    )
+
+
+def _http_error(gateway: GatewayAddress, path: str, status: int, content: bytes) -> OpsError:
+    """Return the gateway's own message where there is one. The server may also be something else than a gateway."""
+    try:
+        error = json.loads(content)["error"]
+        message, code = str(error["message"]), str(error.get("code") or "")
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return OpsError(
+            f"{gateway.url}{path} answered HTTP {status} without a message; is it a LoRAServe gateway? Check --url"
+        )
+    if status == 401:
+        problem = "the API key is not one of its keys" if gateway.api_key else "it requires an API key"
+        return OpsError(f"{gateway.url}: {problem}; set --api-key or LORASERVE_API_KEY", code)
+    return OpsError(message, code)
+
+
+@contextmanager
+def report_progress(what: str, to: TextIO = sys.stderr, interval_s: float = PROGRESS_INTERVAL_S) -> Iterator[None]:
+    """Print ``what`` and the elapsed time every ``interval_s`` while the block runs."""
+    done = threading.Event()
+    thread = threading.Thread(target=_print_until, args=(done, what, to, interval_s), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _print_until(done: threading.Event, what: str, to: TextIO, interval_s: float) -> None:
+    started_s = time.monotonic()
+    while not done.wait(interval_s):
+        print(f"{what} ... {time.monotonic() - started_s:.0f} s", file=to, flush=True)
