@@ -7,21 +7,19 @@ from typing import Any
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
-from loraserve.engine.adapter_loads import AdapterLoads
-from loraserve.engine.cache_tier import CacheTier
+from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.compute.protocol import Runner
-from loraserve.engine.leases import Reader
-from loraserve.engine.lender import Lender
-from loraserve.engine.link_speeds import Way
-from loraserve.engine.loader import SlabLoader
-from loraserve.engine.offers import Offers
-from loraserve.engine.pool import AdapterPool
-from loraserve.engine.readers import Readers
+from loraserve.engine.host_cache.tier import CacheTier
+from loraserve.engine.lending.leases import Reader
+from loraserve.engine.lending.lender import Lender
+from loraserve.engine.lending.offers import Offers
+from loraserve.engine.loading.loader import AdapterLoads, SlabLoader
+from loraserve.engine.loading.peers import Readers
+from loraserve.engine.loading.sources import Sources
+from loraserve.engine.loading.speeds import FROM_STORE, Way
 from loraserve.engine.schedule.events import AdapterDamaged, Event, EvictAdapter, LeasesEnded, LoadAdapter
 from loraserve.engine.schedule.report import Rates
 from loraserve.engine.setup import digest_threads_for, host_cache_bytes
-from loraserve.engine.source_order import FROM_STORE
-from loraserve.engine.sources import Sources
 from loraserve.log import get_logger
 from loraserve.messages import (
     EngineGone,

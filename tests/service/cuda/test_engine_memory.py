@@ -10,9 +10,9 @@ import pytest
 
 from loraserve.bus.memory import MemoryNetwork
 from loraserve.config import Config, TransferConfig
-from loraserve.engine.landing import Landing
-from loraserve.engine.offers import Offers
-from loraserve.engine.readers import Readers
+from loraserve.engine.lending.offers import Offers
+from loraserve.engine.loading.memory import Landing
+from loraserve.engine.loading.peers import Readers
 from loraserve.messages import ReadRegion
 from loraserve.testing.gpu_owner import GpuOwner, from_gpu, to_gpu
 from loraserve.testing.memory_owner import pattern

@@ -9,8 +9,8 @@ import pytest
 from loraserve.adapter.pack import Slab
 from loraserve.bus.protocol import Envelope
 from loraserve.config import TransferConfig
-from loraserve.engine import arrival, arrival_watch, readers, source_order
-from loraserve.engine.arrival import Gate
+from loraserve.engine.loading import arrival, arrival_watch, peers, speeds
+from loraserve.engine.loading.arrival import Gate
 from loraserve.messages import ReadRegion, ToEngine
 from loraserve.testing.scripted_owner import ScriptedOwner
 
@@ -130,8 +130,8 @@ def test_a_step_that_computes_while_a_spare_takes_the_place_of_the_first_is_in_v
 
     async def scenario(stage: Any) -> None:
         patience(monkeypatch, LONG_S)
-        monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
-        monkeypatch.setattr(readers, "PIECE_BYTES", 4096)
+        monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
+        monkeypatch.setattr(peers, "PIECE_BYTES", 4096)
         slab = models.slabs["one"]
         data = memoryview(bytes(byte ^ 1 for byte in slab.data))
         owner = Stalling(stage.network.bus("engine-1", ToEngine), Slab(slab.header, data, slab.version))

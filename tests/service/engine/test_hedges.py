@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from loraserve.engine import source_order
-from loraserve.engine.link_speeds import Way
+from loraserve.engine.loading import speeds
+from loraserve.engine.loading.speeds import Way
 from loraserve.messages import ReadRegion, ReleaseLease, ToStore
 from loraserve.system_clock import SystemClock
 from loraserve.testing.engine.load_scene import LoadScene as Scene
@@ -25,7 +25,7 @@ def scene(models: Any, scripted_store: Any) -> Callable[..., None]:
 def test_beside_a_peer_that_stalls_the_next_is_tried_and_the_first_gives_up(
     scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+    monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
         scene.owners[0].stalls = True
@@ -39,7 +39,7 @@ def test_beside_a_peer_that_stalls_the_next_is_tried_and_the_first_gives_up(
 
 
 def test_a_first_that_comes_after_all_wins(scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+    monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
         scene.owners[0].stalls = True
@@ -56,7 +56,7 @@ def test_a_first_that_comes_after_all_wins(scene: Callable[..., None], monkeypat
 def test_a_spare_that_fails_leaves_the_first_to_go_on(
     scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+    monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
         scene.owners[0].stalls = True
@@ -70,14 +70,14 @@ def test_a_spare_that_fails_leaves_the_first_to_go_on(
 
 
 def test_who_finds_another_hedging_hedges_after_it(scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+    monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
-        from_owner, speeds = Way("engine-1", "tcp"), scene.sources.speeds
+        from_owner, known = Way("engine-1", "tcp"), scene.sources.speeds
         for _ in range(50):
             # So fast that both loads begin there.
-            speeds.began(from_owner)
-            speeds.done(from_owner, len(scene.slab.data), 1e-6)
+            known.began(from_owner)
+            known.done(from_owner, len(scene.slab.data), 1e-6)
         scene.owners[0].stalls = True
         scene.store.open.clear()
         both = [asyncio.create_task(scene.load()) for _ in range(2)]
@@ -95,7 +95,7 @@ def test_where_both_fail_it_is_the_first_s_failure_that_counts(
     scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A store that is restarted is asked again, whatever a peer says beside it."""
-    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 0.05)
+    monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
         owner, from_owner = scene.owners[0], Way("engine-1", "tcp")

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 import pytest
 
-from loraserve.engine import source_order
-from loraserve.engine.source import LoadFailed
+from loraserve.engine.loading import speeds
+from loraserve.engine.loading.source import LoadFailed
 from loraserve.messages import LeaseGranted, LeaseSlab, ReadRegion, ReleaseLease, RenewLease, SlabDamaged
 from loraserve.testing.engine.load_scene import LoadScene as Scene
 from loraserve.testing.engine.load_scene import Scenario, play
@@ -95,7 +95,7 @@ def test_a_peer_that_dies_while_it_is_read_leaves_it_to_another(scene: Callable[
 def test_a_lease_is_renewed_while_the_read_goes_on_and_one_that_ends_ends_the_read(
     scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(source_order, "HEDGE_FLOOR_S", 30.0)
+    monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 30.0)
 
     async def scenario(scene: Scene) -> None:
         owner = scene.owners[0]

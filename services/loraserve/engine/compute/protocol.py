@@ -5,8 +5,8 @@ from typing import Protocol, runtime_checkable
 import msgspec
 
 from loraserve.adapter.format import SlabHeader
-from loraserve.engine.arrival import Arrival
-from loraserve.engine.pool_memory import PoolMemory
+from loraserve.engine.loading.arrival import Arrival
+from loraserve.engine.loading.memory import PoolMemory
 from loraserve.engine.schedule.events import StepBatch, StepResult
 
 

@@ -13,15 +13,14 @@ from numpy.typing import NDArray
 
 from loraserve.adapter.format import ITEM_BYTES, SlabHeader
 from loraserve.config import EngineConfig
-from loraserve.engine.arrival import Arrival, Gate, gate_of, late_of
 from loraserve.engine.compute.protocol import ComputedStep
 from loraserve.engine.compute.sampler import sample
+from loraserve.engine.loading.arrival import Arrival, Gate, gate_of, late_of
+from loraserve.engine.loading.memory import HostPool, check_slab, populate
 from loraserve.engine.model.config import DecoderConfig, context_limit, read_decoder_config
 from loraserve.engine.model.decoder import Decoder, StepInputs
 from loraserve.engine.model.linear import HostForm, pick_backend
 from loraserve.engine.model.weights import load_weights
-from loraserve.engine.pool_memory import HostPool, check_slab
-from loraserve.engine.populate import populate
 from loraserve.engine.schedule.events import DRAWN, SequenceStep, StepBatch, StepResult
 from loraserve.errors import ConfigError
 from loraserve.kernels import attention, fused, linear, lora

@@ -8,8 +8,8 @@ import msgspec
 import torch
 
 from loraserve.adapter.format import Dtype, lay_out_uniform
+from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.engine.compute.protocol import DeviceLost
-from loraserve.engine.extents import ExtentAllocator
 from loraserve.errors import ConfigError
 from loraserve.model_shape import ModelShape
 from loraserve.transfer.cuda_driver import CudaFailed, GpuMemory, allocate, free

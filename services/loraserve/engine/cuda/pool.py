@@ -9,7 +9,7 @@ import torch
 from blake3 import blake3
 
 from loraserve.engine.cuda.memory import device_errors, zeros
-from loraserve.engine.pool_memory import Bytes, Digest, PoolMemory
+from loraserve.engine.loading.memory import Bytes, Digest, PoolMemory
 
 READ_BYTES = 8 << 20
 """Read back at a time by each thread."""

@@ -20,9 +20,9 @@ from loraserve.engine.cuda.memory import device_errors
 from loraserve.engine.cuda.sampling import Drawn, draw, prepare, sampled
 from loraserve.engine.cuda.state import DTYPES, DeviceForm, DeviceState, allocate, compute_dtype
 from loraserve.engine.cuda.step_buffer import UNKNOWN, eager_step
+from loraserve.engine.loading.memory import PoolMemory, check_slab
 from loraserve.engine.model.config import context_limit, read_decoder_config
 from loraserve.engine.model.weights import load_weights
-from loraserve.engine.pool_memory import PoolMemory, check_slab
 from loraserve.engine.schedule.events import DRAWN, Sampled, SequenceStep, StepBatch, StepResult
 from loraserve.errors import ConfigError
 from loraserve.kernels.lora.work import LoraWork

@@ -16,10 +16,10 @@ from loraserve.adapter.dtypes import from_float32
 from loraserve.adapter.format import ITEM_BYTES, Dtype, lay_out_uniform
 from loraserve.adapter.pack import Slab, sealed
 from loraserve.cost.fit import LoadSample
+from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.engine.compute.protocol import Runner
-from loraserve.engine.extents import ExtentAllocator
-from loraserve.engine.layers import Arrivals, damaged_layer, shares
-from loraserve.engine.pool_memory import PoolMemory
+from loraserve.engine.loading.memory import PoolMemory
+from loraserve.engine.loading.slab_reader import Arrivals, damaged_layer, shares
 from loraserve.engine.profile.design import Batch, Part
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.errors import ConfigError

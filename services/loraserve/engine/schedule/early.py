@@ -10,7 +10,7 @@ from math import ceil
 
 import msgspec
 
-from loraserve.engine.pool import AdapterPool
+from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.schedule.report import Measured
 from loraserve.engine.schedule.sequence import LEAVING, Sequence
 

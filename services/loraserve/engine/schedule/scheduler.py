@@ -9,8 +9,8 @@ from bisect import insort
 from collections.abc import Set
 from operator import attrgetter
 
-from loraserve.engine.pool import AdapterPool
-from loraserve.engine.residency import Residency
+from loraserve.engine.adapters.pool import AdapterPool
+from loraserve.engine.adapters.residency import Residency
 from loraserve.engine.schedule.blocks import BlockManager
 from loraserve.engine.schedule.early import EarlyStarts
 from loraserve.engine.schedule.events import (

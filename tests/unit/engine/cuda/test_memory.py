@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 
 from loraserve.adapter.format import SlabHeader, lay_out
 from loraserve.config import EngineConfig
+from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.cuda import pool as pool_module
 from loraserve.engine.cuda.memory import MIB, Measured, Shares, adapter_bytes, adapters_that_fit, divide, room
 from loraserve.engine.cuda.pool import DevicePool
 from loraserve.engine.cuda.state import DTYPES, compute_dtype
-from loraserve.engine.pool import AdapterPool
 from loraserve.errors import ConfigError
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import MODULES, SLICES, ModelShape

@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraserve.engine.entry import Entry
+from loraserve.engine.adapters.lifecycle import Entry
 from loraserve.engine.schedule.blocks import chain, root
 from loraserve.engine.schedule.events import (
     CANCELLED,

@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from loraserve.engine.residency import Residency
+from loraserve.engine.adapters.residency import Residency
 from loraserve.engine.schedule.events import Instruction as EngineInstruction
 from loraserve.engine.schedule.events import LoadAdapter, PlanReady, SchedulerLimits
 from loraserve.messages import EngineLoad, Placement, Plan

@@ -20,7 +20,7 @@ from loraserve.bus.protocol import Bus
 from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.engine.compute.protocol import ComputedStep
-from loraserve.engine.pool_memory import HostPool, check_slab
+from loraserve.engine.loading.memory import HostPool, check_slab
 from loraserve.engine.schedule.events import Sampled, SequenceStep, StepBatch, StepResult
 from loraserve.engine.service import EngineService
 from loraserve.transfer.shared_memory import NAME, SharedMemory, link_text

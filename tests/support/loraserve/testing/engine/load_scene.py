@@ -7,11 +7,11 @@ from typing import Any
 
 from loraserve.adapter.pack import Slab
 from loraserve.config import Config, EngineConfig
-from loraserve.engine.loader import SlabLoader
+from loraserve.engine.loading.loader import SlabLoader
+from loraserve.engine.loading.memory import HostPool
+from loraserve.engine.loading.peers import Readers
+from loraserve.engine.loading.sources import Sources
 from loraserve.engine.offline import adapter_reference
-from loraserve.engine.pool_memory import HostPool
-from loraserve.engine.readers import Readers
-from loraserve.engine.sources import Sources
 from loraserve.messages import Copies, FindCopies, ToEngine, ToMonitor, ToStore
 from loraserve.system_clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from loraserve.engine.pool_memory import HostPool
+from loraserve.engine.loading.memory import HostPool
 
 
 class WatchedPool:

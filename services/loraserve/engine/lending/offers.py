@@ -1,0 +1,134 @@
+"""How peers can read this engine's memories: one exporter for each transport that is configured and works here."""
+
+from collections.abc import Callable, Coroutine, Iterable
+from typing import Any
+
+from loraserve.bus.protocol import Bus, Envelope
+from loraserve.config import Config
+from loraserve.engine.loading.memory import HostPool, LendableDevice, PoolMemory
+from loraserve.errors import ConfigError
+from loraserve.log import get_logger
+from loraserve.transfer.cuda_ipc import CudaIpcExporter
+from loraserve.transfer.here import abilities
+from loraserve.transfer.protocol import Handle, Transport
+from loraserve.transfer.shm import ShmExporter
+from loraserve.transfer.tcp import TcpExporter
+from loraserve.transfer.verbs_device import Device
+from loraserve.transfer.verbs_exporter import VerbsExporter
+
+
+class Offers:
+    """``handles`` name the pool, each over its transport, ``cache_handles`` the host cache's memory where there is one.
+    What fails to be offered is logged and left out.
+
+    Made where the engine starts: to register memory with an RDMA device blocks.
+    """
+
+    def __init__(self, bus: Bus, config: Config, pool: PoolMemory, cache: HostPool | None = None) -> None:
+        self._bus = bus
+        self._log = get_logger(__name__)
+        self._closing: list[Callable[[], None]] = []
+        self._shm: ShmExporter | None = None
+        self._ipc: CudaIpcExporter | None = None
+        self._tcp: TcpExporter | None = None
+        self._verbs: tuple[Device, VerbsExporter] | None = None
+        self.device: Device | None = None
+        """The RDMA device, opened; this process's own reads use it too."""
+        gpu = pool.memory if isinstance(pool, LendableDevice) else None
+        where, number = ("cpu", 0) if gpu is None else ("cuda", gpu.device)
+        possible = abilities(config.transfer.transports, where, number).transports
+        transports = [each for each in config.transfer.transports if each in possible]
+        self.handles = self._of(pool, transports)
+        self.abilities = abilities([handle.transport for handle in self.handles], where, number)
+        """What others are told; of transports that this process can read over as well."""
+        self.cache_handles = self._of(cache, transports) if cache is not None else ()
+        of_cache = [handle.transport for handle in self.cache_handles]
+        self.cache_abilities = abilities(of_cache, "cpu") if cache is not None else None
+
+    def answer(self, envelope: Envelope) -> Coroutine[Any, Any, None] | None:
+        """ReadRegion. What is returned has still to be done: a device is read in a thread first."""
+        if self._tcp is not None:
+            return self._tcp.answer(envelope)
+        self._refuse(envelope, "tcp")
+        return None
+
+    async def connect(self, envelope: Envelope) -> None:
+        """ConnectQueue."""
+        if self._verbs is not None:
+            await self._verbs[1].answer(envelope)
+        else:
+            self._refuse(envelope, "verbs")
+
+    def forget(self, peer: str, incarnation: str) -> None:
+        """It is gone: what it was given to read with is void."""
+        if self._verbs is not None:
+            self._verbs[1].forget(peer, incarnation)
+
+    def close(self) -> None:
+        """Nothing can be read any more."""
+        self.handles = self.cache_handles = ()
+        while self._closing:
+            self._closing.pop()()
+
+    def _refuse(self, envelope: Envelope, transport: Transport) -> None:
+        self._bus.refuse(envelope, "refused", f"{self._bus.name} does not offer {transport}; use another transport")
+
+    def _of(self, memory: PoolMemory, transports: Iterable[Transport]) -> tuple[Handle, ...]:
+        offered = [self._offered(each, memory) for each in transports]
+        return tuple(handle for handle in offered if handle is not None)
+
+    def _offered(self, transport: Transport, memory: PoolMemory) -> Handle | None:
+        try:
+            return self._registered(transport, memory)
+        except ConfigError as error:
+            self._log.warning("transport_left_out", transport=transport, reason=str(error))
+            return None
+
+    def _registered(self, transport: Transport, pool: PoolMemory) -> Handle | None:
+        """None where this kind of memory is not read this way."""
+        host = pool if isinstance(pool, HostPool) else None
+        lendable = pool if isinstance(pool, LendableDevice) else None
+        whole = host.view(0, len(host)) if host is not None else None
+        gpu = lendable.memory if lendable is not None else None
+        memory, readable = whole or gpu, whole or lendable
+        match transport:
+            case "shm" if host is not None and host.shared is not None:
+                return self._shm_exporter().register(host.shared)
+            case "cuda_ipc" if gpu is not None:
+                return self._ipc_exporter().register(gpu)
+            case "tcp" if readable is not None:
+                return self._tcp_exporter().register(readable)
+            case "verbs" if memory is not None:
+                device, exporter = self._verbs_exporter()
+                handle = exporter.register(memory)
+                # Not before: what the device cannot register it cannot read to either.
+                self.device = device
+                return handle
+            case _:
+                return None
+
+    def _shm_exporter(self) -> ShmExporter:
+        if self._shm is None:
+            self._shm = ShmExporter(self._bus.name, self._bus.incarnation)
+            self._closing.append(self._shm.close)
+        return self._shm
+
+    def _ipc_exporter(self) -> CudaIpcExporter:
+        if self._ipc is None:
+            self._ipc = CudaIpcExporter(self._bus.name, self._bus.incarnation)
+            self._closing.append(self._ipc.close)
+        return self._ipc
+
+    def _tcp_exporter(self) -> TcpExporter:
+        if self._tcp is None:
+            self._tcp = TcpExporter(self._bus)
+            self._closing.append(self._tcp.close)
+        return self._tcp
+
+    def _verbs_exporter(self) -> tuple[Device, VerbsExporter]:
+        if self._verbs is None:
+            device = Device()
+            self._closing.append(device.close)
+            self._verbs = device, VerbsExporter(self._bus, device)
+            self._closing.append(self._verbs[1].close)
+        return self._verbs

@@ -1,0 +1,257 @@
+"""Saves out of the pool: what waits for them, what they leave, and what comes back."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from threading import Event
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.engine.host_cache.tier import FROM_CACHE, CacheTier
+from loraserve.engine.loading.memory import HostPool, Landing
+from loraserve.engine.loading.source import Damaged, LoadFailed
+from loraserve.engine.loading.speeds import Way
+from loraserve.engine.schedule.events import LeftSlab
+from loraserve.messages import AdapterRef
+from loraserve.model_shape import ModelShape
+from loraserve.testing.clock import FakeClock
+from loraserve.testing.tiny_model import write_peft_adapter
+
+POOL_BYTES = 1 << 20
+AT = 8192
+SHAPE = ModelShape(2, 32, 2, 1, 16, 48, 64)
+FROM_PEER = Way("engine-1", "shm")
+
+
+class SlowPool(HostPool):
+    """Copies begin once ``open`` is set, and fail while ``breaks``."""
+
+    def __init__(self) -> None:
+        super().__init__(memoryview(bytearray(POOL_BYTES)))
+        self.open = Event()
+        self.breaks = False
+
+    def read_into(self, offset_bytes: int, into: memoryview) -> None:
+        self.open.wait(20.0)
+        if self.breaks:
+            raise OSError("a page could not be read")
+        super().read_into(offset_bytes, into)
+
+
+class Stage:
+    """A tier, with a slab of the pool at AT that may leave."""
+
+    def __init__(self, slab: Slab, cache_bytes: int = POOL_BYTES) -> None:
+        self.pool = SlowPool()
+        self.pool.write(AT, slab.data)
+        self.slab = slab
+        self.ref = AdapterRef(name="one", version=slab.version, rank=4, slab_bytes=slab.header.slab_bytes)
+        self.tasks: list[asyncio.Task[None]] = []
+        self.predicted: list[Way | None] = []
+        self.tier = CacheTier(cache_bytes, self.pool, FakeClock(), self.spawn, self.predict)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self.tasks.append(asyncio.ensure_future(work))
+
+    def predict(self, way: Way | None, slab_bytes: int) -> float:
+        self.predicted.append(way)
+        return 1.0
+
+    def evict(self) -> None:
+        self.tier.evicted(LeftSlab(self.ref, AT), self.slab.header)
+        self.tier.validate()
+
+    async def saved(self) -> None:
+        self.pool.open.set()
+        await asyncio.gather(*self.tasks)
+        self.tier.validate()
+
+    async def reload(self, into: HostPool, offset_bytes: int, damaged: Damaged | None = None) -> list[int]:
+        """As a loader does; how many bytes had arrived when."""
+        source = await self.tier.source(self.ref)
+        assert source is not None
+        assert await source.open(self.ref) == self.slab.header
+        arrived: list[int] = []
+        with ThreadPoolExecutor(1) as threads:
+            await source.copy(self.ref, Landing(into, offset_bytes, self.ref.slab_bytes, arrived.append, threads))
+        source.close(damaged)
+        return arrived
+
+
+Play = Callable[..., None]
+
+
+@pytest.fixture(scope="module")
+def slab(tmp_path_factory: pytest.TempPathFactory) -> Slab:
+    folder = write_peft_adapter(tmp_path_factory.mktemp("adapters") / "one", SHAPE, rank=4, seed=1)
+    return pack_peft(Path(folder), SHAPE, "float32", 64)
+
+
+@pytest.fixture
+def play(slab: Slab) -> Play:
+    def run(scenario: Callable[[Stage], Awaitable[None]], cache_bytes: int = POOL_BYTES) -> None:
+        async def main() -> None:
+            stage = Stage(slab, cache_bytes)
+            with closing(stage.tier):
+                await asyncio.wait_for(scenario(stage), 20.0)
+
+        asyncio.run(main())
+
+    return run
+
+
+def test_a_slab_that_left_comes_back_as_it_was(play: Play) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.evict()
+        await stage.saved()
+        stage.pool.write(AT, bytes(stage.ref.slab_bytes))
+        assert stage.tier.versions == (stage.ref.version,)
+        into = HostPool(memoryview(bytearray(POOL_BYTES)))
+        arrived = await stage.reload(into, 4096)
+        assert arrived[-1] == stage.ref.slab_bytes
+        assert bytes(into.view(4096, stage.ref.slab_bytes)) == bytes(stage.slab.data)
+        stage.tier.validate()
+        assert not any(entry.reads for entry in stage.tier.cache.entries())
+
+    play(scenario)
+
+
+def test_a_load_waits_for_what_is_saved_from_its_extent_and_for_nothing_else(play: Play) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.evict()
+        end = AT + stage.ref.slab_bytes
+        for first, length in ((0, AT), (end, 4096)):
+            await stage.tier.before_reuse(first, length)
+        waiting = [
+            asyncio.ensure_future(stage.tier.before_reuse(first, length))
+            for first, length in ((0, AT + 1), (end - 1, 1), (AT, 4096), (0, POOL_BYTES))
+        ]
+        await asyncio.sleep(0.01)
+        assert not any(load.done() for load in waiting)
+        await stage.saved()
+        await asyncio.gather(*waiting)
+
+    play(scenario)
+
+
+def test_a_load_of_what_is_being_saved_waits_for_that_and_has_it_from_here(play: Play) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.evict()
+        assert stage.tier.versions == ()
+        asking = asyncio.ensure_future(stage.tier.source(stage.ref))
+        await asyncio.sleep(0.01)
+        assert not asking.done()
+        await stage.saved()
+        assert await asking is not None
+
+    play(scenario)
+
+
+def test_a_load_that_is_given_up_while_it_waits_does_no_harm_to_the_save(play: Play) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.evict()
+        waiting = asyncio.ensure_future(stage.tier.before_reuse(AT, 1))
+        await asyncio.sleep(0)
+        waiting.cancel()
+        await asyncio.wait([waiting])
+        await stage.saved()
+        assert stage.tier.versions == (stage.ref.version,)
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("given_up", [False, True])
+def test_a_save_that_fails_leaves_nothing_and_keeps_nobody_waiting(play: Play, given_up: bool) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.pool.breaks = True
+        stage.evict()
+        waiting = asyncio.ensure_future(stage.tier.before_reuse(AT, 1))
+        await asyncio.sleep(0.01)
+        if given_up:
+            stage.tasks[0].cancel()
+        stage.pool.open.set()
+        await asyncio.wait(stage.tasks)
+        await waiting
+        stage.tier.validate()
+        assert await stage.tier.source(stage.ref) is None
+        assert list(stage.tier.cache.entries()) == []
+
+    play(scenario)
+
+
+def test_what_is_kept_already_is_not_copied_again_and_costs_what_it_did(play: Play) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.tier.loaded(stage.ref.version, FROM_PEER)
+        stage.evict()
+        await stage.saved()
+        stage.tier.loaded(stage.ref.version, FROM_CACHE)
+        stage.evict()
+        assert len(stage.tasks) == 1
+        assert stage.predicted == [FROM_PEER], "the second time nothing is known of any other way"
+
+    play(scenario)
+
+
+def test_what_a_load_finds_damaged_is_here_no_more(play: Play) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.evict()
+        await stage.saved()
+        await stage.reload(HostPool(memoryview(bytearray(POOL_BYTES))), 0, Damaged(1))
+        assert await stage.tier.source(stage.ref) is None
+        stage.tier.validate()
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("layer", [None, 1])
+def test_when_a_peer_complains_the_copy_is_looked_at(play: Play, layer: int | None) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.evict()
+        await stage.saved()
+        entry = stage.tier.cache.get(stage.ref.version)
+        memory = stage.tier.memory
+        assert entry is not None
+        assert memory is not None
+        if layer is not None:
+            first = entry.offset_bytes + stage.slab.header.layer(layer).start
+            np.frombuffer(memory.view(first, 1), np.uint8)[0] ^= 1
+        assert await stage.tier.look_at(stage.ref.version) == layer
+        assert (stage.tier.versions == ()) is (layer is not None)
+        stage.tier.validate()
+
+    play(scenario)
+
+
+def test_a_source_of_what_has_left_or_is_of_another_size_says_so(play: Play) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.evict()
+        await stage.saved()
+        source = await stage.tier.source(stage.ref)
+        assert source is not None
+        larger = AdapterRef(name="one", version=stage.ref.version, rank=4, slab_bytes=stage.ref.slab_bytes + 1)
+        with pytest.raises(LoadFailed, match="mismatch"):
+            await source.open(larger)
+        source.close(None)
+        stage.tier.cache.damage(stage.ref.version, 0.0)
+        with pytest.raises(LoadFailed, match="not_found"):
+            await source.open(stage.ref)
+        source.close(None)
+        stage.tier.validate()
+
+    play(scenario)
+
+
+def test_without_memory_nothing_is_kept(play: Play) -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.tier.used(stage.ref.version)
+        stage.evict()
+        assert (stage.tasks, stage.tier.memory, stage.tier.versions) == ([], None, ())
+        assert await stage.tier.source(stage.ref) is None
+        await stage.tier.before_reuse(0, POOL_BYTES)
+
+    play(scenario, cache_bytes=0)

@@ -1,0 +1,192 @@
+"""The host cache: what is worth its place stays, what is read or saved always does, and what comes is worth it."""
+
+from random import Random
+
+import pytest
+
+from loraserve.adapter.format import SlabHeader, lay_out_uniform
+from loraserve.engine.host_cache.cache import HostCache
+from loraserve.messages import AdapterRef
+from loraserve.model_shape import ModelShape
+
+UNIT = 4096
+HEADER: SlabHeader = lay_out_uniform(ModelShape(1, 8, 1, 1, 8, 8, 8), "float32", 1)
+
+
+def adapter(version: str, units: int = 1) -> AdapterRef:
+    return AdapterRef(name=f"name-{version}", version=version, rank=8, slab_bytes=UNIT * units - 7)
+
+
+def offer(cache: HostCache, wanted: AdapterRef, reload_s: float = 1.0, now: float = 0.0, uses: int = 1) -> bool:
+    """It was asked for so often, leaves the pool, and is saved where it is worth that."""
+    for _ in range(uses):
+        cache.used(wanted.version, now)
+    offset = cache.offer(wanted, HEADER, reload_s, now)
+    if offset is not None:
+        cache.saved(wanted.version, now)
+    cache.validate()
+    return offset is not None
+
+
+def cache_with(*wanted: AdapterRef, units: int, **offered: float) -> HostCache:
+    cache = HostCache(UNIT * units)
+    for each in wanted:
+        assert offer(cache, each, **offered)  # type: ignore[arg-type]
+    return cache
+
+
+A, B, C, D = (adapter(version) for version in "abcd")
+
+
+def test_what_there_is_room_for_is_kept_though_nobody_asked_for_it() -> None:
+    cache = HostCache(2 * UNIT)
+    assert offer(cache, A, uses=0)
+    assert offer(cache, B, uses=0)
+    assert (cache.versions, cache.free_bytes) == (("a", "b"), 0)
+
+
+def test_a_slab_larger_than_the_cache_is_not_kept() -> None:
+    cache = cache_with(A, units=2)
+    assert not offer(cache, adapter("large", units=3), uses=100)
+    assert not offer(HostCache(0), A)
+    assert cache.versions == ("a",)
+
+
+@pytest.mark.parametrize(("reload_s", "uses", "kept"), [(1.0, 1, False), (1.0, 4, True), (4.0, 1, True)])
+def test_what_is_asked_for_more_or_takes_longer_to_have_displaces_others(
+    reload_s: float, uses: int, kept: bool
+) -> None:
+    cache = HostCache(UNIT)
+    offer(cache, A, uses=2)
+    assert offer(cache, B, reload_s, uses=uses) is kept
+    assert cache.versions == (("b",) if kept else ("a",))
+
+
+def test_the_cheapest_of_those_here_goes() -> None:
+    cache = HostCache(3 * UNIT)
+    offer(cache, A, reload_s=1.0, uses=3)
+    offer(cache, B, reload_s=0.5, uses=4)
+    offer(cache, C, reload_s=5.0, uses=1)
+    assert offer(cache, D, reload_s=1.0, uses=3)
+    assert cache.versions == ("a", "c", "d")
+
+
+def test_what_the_pool_has_lost_is_worth_its_place_again() -> None:
+    cache = cache_with(A, units=1, uses=3)
+    cache.loaded("a")
+    cache.unloaded("a")
+    assert not offer(cache, B)
+    assert cache.versions == ("a",)
+
+
+def test_of_two_that_make_the_room_the_one_with_less_value_per_byte_goes() -> None:
+    cache = HostCache(4 * UNIT)
+    offer(cache, adapter("large", units=2), uses=3)
+    offer(cache, A, uses=2)
+    offer(cache, B, uses=2)
+    assert offer(cache, adapter("new", units=2), uses=4)
+    assert cache.versions == ("a", "b", "new"), "together the small ones are worth more than the large one"
+
+
+def test_what_nobody_asks_for_any_more_grows_cheap() -> None:
+    cache = HostCache(UNIT)
+    offer(cache, A, uses=4, now=0.0)
+    assert not offer(cache, B, now=0.0)
+    assert offer(cache, B, now=1000.0)
+
+
+def test_of_equal_value_what_came_first_goes() -> None:
+    cache = HostCache(2 * UNIT)
+    for now, each in enumerate((A, B, C)):
+        assert offer(cache, each, uses=0, now=float(now))
+    assert cache.versions == ("b", "c")
+
+
+def test_what_is_here_needs_no_copy_when_it_leaves_the_pool_again() -> None:
+    cache = cache_with(A, units=2)
+    cache.loaded("a")
+    assert not offer(cache, A)
+    assert cache.versions == ("a",)
+
+
+def test_what_the_pool_has_as_well_goes_first_until_it_leaves_there() -> None:
+    cache = HostCache(2 * UNIT)
+    offer(cache, A, uses=9)
+    offer(cache, B, uses=1)
+    cache.loaded("a")
+    assert offer(cache, C, uses=1)
+    assert cache.versions == ("b", "c")
+    cache.loaded("b")
+    offer(cache, B, uses=9)
+    assert offer(cache, D, uses=1)
+    assert cache.versions == ("b", "d"), "b has left the pool: here is the only copy"
+
+
+def test_what_is_being_saved_is_read_by_nobody_and_stays() -> None:
+    cache = HostCache(UNIT)
+    assert cache.offer(A, HEADER, 1.0, 0.0) == 0
+    assert (cache.versions, cache.read("a")) == ((), None)
+    assert cache.offer(B, HEADER, 100.0, 0.0) is None
+    cache.failed("a", 1.0)
+    cache.validate()
+    assert cache.offer(B, HEADER, 1.0, 1.0) == 0
+    assert "could not be saved" in cache.story("a")[-1]
+
+
+def test_what_a_load_or_a_peer_reads_stays() -> None:
+    cache = cache_with(A, B, units=2, uses=0)
+    slab = cache.read("a")
+    assert slab is not None
+    cache.lease("b")
+    assert not offer(cache, C, uses=9)
+    cache.done(slab)
+    assert offer(cache, C)
+    assert cache.versions == ("b", "c")
+
+
+def test_what_is_damaged_is_given_to_nobody_and_goes_with_its_last_reader() -> None:
+    cache = cache_with(A, units=1)
+    slab, leased = cache.read("a"), cache.lease("a")
+    assert slab is not None
+    cache.damage("a", 1.0)
+    assert (cache.versions, cache.read("a"), cache.awaited) == ((), None, frozenset("a"))
+    cache.done(slab)
+    assert not offer(cache, A), "a peer reads what lies there still"
+    cache.end_lease("a", leased.generation)
+    cache.validate()
+    assert (cache.get("a"), cache.awaited) == (None, frozenset())
+    assert offer(cache, A)
+    cache.damage("a", 2.0)
+    assert cache.get("a") is None, "nobody read it"
+    cache.damage("a", 2.0)
+
+
+def test_the_story_tells_where_it_was_and_why_it_went() -> None:
+    cache = HostCache(UNIT)
+    offer(cache, A, now=1.0)
+    offer(cache, B, now=2.0)
+    offer(cache, A, now=3.0, reload_s=0.1)
+    assert cache.story("a") == [
+        "1.000 saving to the host cache at 0",
+        "1.000 saved",
+        "2.000 dropped for name-b",
+        "3.000 not cached: what is in its way is worth more, or is read",
+    ]
+
+
+def test_it_spares_more_waiting_than_the_least_recently_used_would() -> None:
+    """Requests of Zipf popularity for adapters of ranks 8 to 64, behind a pool that holds none of them for long."""
+    random = Random(5)
+    adapters = [adapter(f"v{index}", units=random.choice((1, 2, 4, 8))) for index in range(60)]
+    weights = [1 / (1 + rank) for rank in range(len(adapters))]
+    cache, recent = HostCache(60 * UNIT), list[AdapterRef]()
+    spared_s = recent_spared_s = 0.0
+    for now, wanted in enumerate(random.choices(adapters, weights, k=4000)):
+        reload_s = 0.01 + wanted.slab_bytes / (400 * UNIT)
+        spared_s += reload_s if wanted.version in cache.versions else 0.0
+        recent_spared_s += reload_s if wanted in recent else 0.0
+        offer(cache, wanted, reload_s, float(now))
+        recent = [wanted, *(other for other in recent if other != wanted)]
+        while sum(other.slab_bytes for other in recent) > 60 * UNIT:
+            recent.pop()
+    assert spared_s > 1.15 * recent_spared_s

@@ -1,0 +1,145 @@
+"""A step waits for the layers of a slab that is on its way, and for none longer than it may."""
+
+import threading
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+
+from loraserve.adapter.format import SlabHeader, lay_out
+from loraserve.engine.loading.arrival import Arrival, Gate, gate_of, late_of
+from loraserve.engine.schedule.events import SequenceStep, StepBatch
+from loraserve.messages.base import SamplingParams
+from loraserve.model_shape import MODULES, SLICES, ModelShape
+
+SHAPE = ModelShape(layers=4, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=24, vocab=64)
+LONG_S, NOW_S = 60.0, 0.0
+
+
+@pytest.fixture
+def header() -> SlabHeader:
+    rows = [(2,) * len(SLICES[module]) for _ in range(SHAPE.layers) for module in MODULES]
+    return lay_out(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
+
+
+@pytest.fixture
+def stepping() -> Iterator[SimpleNamespace]:
+    """Takes a gate through the layers in a thread; ``passed`` are those that it let through."""
+    made = SimpleNamespace(passed=[], changed=threading.Condition(), threads=[])
+
+    def go(gate: Gate) -> threading.Thread:
+        def step() -> None:
+            for layer in range(SHAPE.layers):
+                gate.wait(layer)
+                with made.changed:
+                    made.passed.append(layer)
+                    made.changed.notify_all()
+
+        thread = threading.Thread(target=step)
+        made.threads.append(thread)
+        thread.start()
+        return thread
+
+    def until(count: int) -> bool:
+        with made.changed:
+            return made.changed.wait_for(lambda: len(made.passed) >= count, timeout=LONG_S)
+
+    made.go, made.until = go, until
+    yield made
+    for thread in made.threads:
+        thread.join(LONG_S)
+
+
+def test_each_layer_is_let_through_once_it_is_all_there(header: SlabHeader, stepping: SimpleNamespace) -> None:
+    arrival = Arrival(header)
+    gate = Gate({3: arrival}, LONG_S)
+    thread = stepping.go(gate)
+    for layer in range(SHAPE.layers):
+        arrival.landed(header.layer(layer).stop - 1)
+        assert stepping.passed == list(range(layer)), "its last byte is missing"
+        arrival.landed(header.layer(layer).stop)
+        assert stepping.until(layer + 1)
+    thread.join(LONG_S)
+    assert gate.late == set()
+
+
+def test_a_step_goes_on_without_what_does_not_come(header: SlabHeader) -> None:
+    slow, quick = Arrival(header), Arrival(header)
+    slow.landed(header.layer(1).stop)
+    quick.landed(header.slab_bytes)
+    gate = Gate({0: slow, 1: quick}, NOW_S)
+    for layer in range(SHAPE.layers):
+        gate.wait(layer)
+        assert gate.late == ({0} if layer > 1 else set())
+    slow.landed(header.slab_bytes)
+    gate.wait(SHAPE.layers - 1)
+    assert gate.late == {0}, "what was computed without it stays so"
+
+
+def test_a_step_has_one_patience_for_all(header: SlabHeader, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = 100.0
+    waited: list[float] = []
+
+    def has(self: Arrival, layer: int, until_s: float) -> bool:
+        nonlocal now_s
+        waited.append(until_s - now_s)
+        now_s += 2.0
+        return True
+
+    monkeypatch.setattr("loraserve.engine.loading.arrival.monotonic", lambda: now_s)
+    monkeypatch.setattr(Arrival, "has", has)
+    gate = Gate({0: Arrival(header), 1: Arrival(header)}, 5.0)
+    gate.wait(0)
+    gate.wait(1)
+    assert waited == [5.0, 3.0, 1.0, -1.0]
+
+
+def test_who_waits_hears_at_once_that_a_read_was_given_up(header: SlabHeader, stepping: SimpleNamespace) -> None:
+    arrival = Arrival(header)
+    gate = Gate({0: arrival}, LONG_S)
+    thread = stepping.go(gate)
+    arrival.give_up()
+    thread.join(LONG_S)
+    assert not thread.is_alive()
+    assert gate.late == {0}
+
+
+def test_bytes_of_a_read_that_was_given_up_are_of_no_use(header: SlabHeader) -> None:
+    arrival = Arrival(header)
+    arrival.landed(header.slab_bytes)
+    arrival.give_up()
+    gate = Gate({0: arrival}, NOW_S)
+    gate.wait(0)
+    assert gate.late == {0}
+
+
+def test_only_a_step_with_a_slot_that_arrives_has_a_gate(header: SlabHeader) -> None:
+    def part(name: str, slot: int) -> SequenceStep:
+        sampling = SamplingParams(max_tokens=1)
+        return SequenceStep(
+            request_id=name, tokens=(1,), start=0, blocks=(0,), sampling=sampling, prompt_length=1, slot=slot
+        )
+
+    batch = StepBatch(step_id=1, sequences=(part("base", -1), part("a", 2), part("b", 3), part("c", 2)))
+    assert gate_of(batch, {}) is None
+    assert gate_of(batch, {5: Arrival(header)}) is None
+    assert late_of(batch, None) == ()
+    gate = gate_of(batch, {2: Arrival(header), 5: Arrival(header)})
+    assert gate is not None
+    gate.late.add(2)
+    assert late_of(batch, gate) == ("a", "c")
+
+
+def test_what_is_all_there_while_a_step_begins_is_waited_for_no_more(header: SlabHeader) -> None:
+    class Installing(dict[int, Arrival]):
+        """The other thread takes it out right after it was found."""
+
+        def __contains__(self, slot: object) -> bool:
+            found = super().__contains__(slot)
+            self.clear()
+            return found
+
+    sampling = SamplingParams(max_tokens=1)
+    part = SequenceStep(request_id="a", tokens=(1,), start=0, blocks=(0,), sampling=sampling, prompt_length=1, slot=2)
+    batch = StepBatch(step_id=1, sequences=(part,))
+    assert gate_of(batch, Installing({2: Arrival(header)})) is not None, "as it was when it was looked for"

@@ -1,0 +1,94 @@
+"""What is told of a slab that is being read: to the runner how far it is, to the scheduler which read, how long yet."""
+
+from itertools import count
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loraserve.adapter.format import SlabHeader, lay_out
+from loraserve.engine.loading import arrival_watch
+from loraserve.engine.loading.arrival import Arrival
+from loraserve.engine.loading.arrival_watch import ArrivalWatch, ArrivalWatches
+from loraserve.engine.schedule.events import AdapterArriving, LoadAdapter
+from loraserve.engine.schedule.report import Rates
+from loraserve.messages import AdapterRef
+from loraserve.model_shape import MODULES, SLICES, ModelShape
+
+SHAPE = ModelShape(layers=2, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=24, vocab=64)
+OFFSET_BYTES = 4096
+
+
+@pytest.fixture
+def header() -> SlabHeader:
+    rows = [(2,) * len(SLICES[module]) for _ in range(SHAPE.layers) for module in MODULES]
+    return lay_out(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
+
+
+@pytest.fixture
+def load(header: SlabHeader) -> LoadAdapter:
+    return LoadAdapter(AdapterRef(name="a", version="v", rank=2, slab_bytes=header.slab_bytes), 3, OFFSET_BYTES)
+
+
+@pytest.fixture
+def watched(load: LoadAdapter, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """One load: ``tokens`` is what the estimate says, ``refuses`` whether the runner can use it at all."""
+    made = SimpleNamespace(arrived=[], told=[], tokens=5, refuses=False)
+
+    def arrive(slot: int, header: SlabHeader, base_elements: int, arrival: Arrival) -> None:
+        if made.refuses:
+            raise ValueError("slab is of another dtype")
+        made.arrived.append((slot, base_elements, arrival))
+
+    monkeypatch.setattr(arrival_watch, "least_tokens", lambda left_s, measured: made.tokens)
+    made.runner = SimpleNamespace(arrive=arrive)
+    made.watch = ArrivalWatch(load, made.runner, Rates(), made.told.append, count(1))
+    return made
+
+
+def there(arrival: Arrival, layer: int) -> bool:
+    return arrival.has(layer, 0.0)
+
+
+def test_the_runner_hears_of_each_layer_and_the_scheduler_of_the_read(watched: Any, header: SlabHeader) -> None:
+    watched.watch.begins(header)
+    ((slot, base_elements, arrival),) = watched.arrived
+    assert (slot, base_elements) == (3, OFFSET_BYTES // 4)
+    watched.watch.landed(header.layer(0).stop, 1.0)
+    assert (there(arrival, 0), there(arrival, 1)) == (True, False)
+    assert watched.told == [AdapterArriving("v", 1, 5)]
+    assert watched.watch.read == 1
+
+
+def test_the_scheduler_hears_again_whenever_the_estimate_changes(watched: Any, header: SlabHeader) -> None:
+    watched.watch.begins(header)
+    for watched.tokens in (None, 5, 5, 6, None, 4):
+        watched.watch.landed(16, 1.0)
+    assert [told.least_tokens for told in watched.told] == [5, 6, None, 4]
+
+
+def test_a_read_that_broke_is_none_and_the_next_has_another_number(watched: Any, header: SlabHeader) -> None:
+    watched.watch.begins(header)
+    watched.watch.landed(header.slab_bytes, 1.0)
+    watched.watch.broken()
+    assert watched.watch.read == 0, "what comes another way is not what anybody began with"
+    watched.watch.landed(header.slab_bytes, 1.0)
+    watched.watch.begins(header)
+    assert watched.watch.read == 2
+    (_, _, broken), (_, _, second) = watched.arrived
+    assert not there(broken, 0)
+    assert not there(second, 0), "nothing of it is there yet"
+    watched.watch.landed(16, 1.0)
+    assert [(told.read, told.least_tokens) for told in watched.told] == [(1, 5), (2, 5)]
+
+
+def test_of_what_the_runner_cannot_use_nobody_is_told(watched: Any, header: SlabHeader) -> None:
+    watched.refuses = True
+    watched.watch.begins(header)
+    watched.watch.landed(header.slab_bytes, 1.0)
+    watched.watch.broken()
+    assert (watched.watch.read, watched.told) == (0, [])
+
+
+def test_a_runner_without_layers_is_not_watched(load: LoadAdapter) -> None:
+    assert ArrivalWatches(SimpleNamespace(steps_ahead=0), Rates(), lambda event: None).watch(load) is None  # type: ignore[arg-type]

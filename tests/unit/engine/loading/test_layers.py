@@ -1,0 +1,64 @@
+"""Which layers are whole as bytes come, and which of them are not what they should be."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraserve.adapter.dtypes import storage
+from loraserve.adapter.format import lay_out
+from loraserve.adapter.pack import Slab, sealed
+from loraserve.engine.loading.memory import HostPool
+from loraserve.engine.loading.slab_reader import Arrivals, damaged_layer, shares
+from loraserve.model_shape import MODULES, SLICES, ModelShape
+
+SHAPE = ModelShape(layers=4, hidden=8, heads=2, kv_heads=1, head_dim=4, ffn=12, vocab=64)
+OFFSET = 48
+
+
+def make_slab(ranks: tuple[int, ...]) -> Slab:
+    """``ranks`` are of the layers, in all their projections."""
+    rows = [(rank,) * len(SLICES[module]) for rank in ranks for module in MODULES]
+    layout = lay_out(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
+    return sealed(layout, np.arange(layout.elements).astype(storage("float32")))
+
+
+@given(
+    ranks=st.tuples(*[st.integers(0, 3)] * SHAPE.layers),
+    cuts=st.lists(st.floats(0, 1), max_size=12),
+)
+def test_each_layer_is_told_once_in_order_as_soon_as_it_is_whole_or_all_are(
+    ranks: tuple[int, ...], cuts: list[float]
+) -> None:
+    header = make_slab(ranks).header
+    for on_device in (True, False):
+        arrivals = Arrivals(header, on_device)
+        told: list[int] = []
+        for there in [*sorted(int(cut * header.slab_bytes) for cut in cuts), header.slab_bytes]:
+            told += arrivals.upto(there)
+            whole = [layer for layer in range(SHAPE.layers) if header.layer(layer).stop <= there]
+            assert told == (whole if on_device or there == header.slab_bytes else [])
+        assert told == list(range(SHAPE.layers))
+
+
+@given(first=st.integers(0, 50), count=st.integers(0, 50), threads=st.integers(1, 10))
+def test_layers_are_shared_out_in_order_and_evenly(first: int, count: int, threads: int) -> None:
+    layers = range(first, first + count)
+    pieces = shares(layers, threads)
+    assert [layer for piece in pieces for layer in piece] == list(layers)
+    assert len(pieces) <= threads
+    assert all(0 < len(piece) <= -(-count // threads) for piece in pieces)
+
+
+@pytest.mark.parametrize("damaged", range(SHAPE.layers))
+def test_the_first_damaged_layer_of_those_asked_for_is_named(damaged: int) -> None:
+    slab = make_slab((1, 2, 1, 3))
+    memory = bytearray(OFFSET + slab.header.slab_bytes)
+    pool = HostPool(memoryview(memory))
+    pool.write(OFFSET, slab.data)
+    assert damaged_layer(pool, slab.header, OFFSET, range(SHAPE.layers)) is None
+    for layer in {damaged, SHAPE.layers - 1}:
+        memory[OFFSET + slab.header.layer(layer).stop - 1] ^= 1
+    assert damaged_layer(pool, slab.header, OFFSET, range(SHAPE.layers)) == damaged
+    assert damaged_layer(pool, slab.header, OFFSET, [damaged]) == damaged
+    assert damaged_layer(pool, slab.header, OFFSET, range(damaged)) is None

@@ -1,0 +1,95 @@
+"""What is expected of a way to read, before and after it was read over."""
+
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from loraserve.engine.loading.speeds import EXPECTED, MIB, LinkSpeeds, Speed, Way
+
+SHM = Way("engine-0", "shm")
+OTHER = Way("engine-1", "shm")
+
+
+def read(speeds: LinkSpeeds, way: Way, length_bytes: int, seconds: float) -> None:
+    speeds.began(way)
+    speeds.done(way, length_bytes, seconds)
+
+
+def test_latency_and_bandwidth_are_told_apart() -> None:
+    speeds, rng = LinkSpeeds(), Random(1)
+    truth = Speed(0.02, 300 * MIB)
+    for _ in range(60):
+        size = rng.randint(1, 128) * MIB
+        read(speeds, SHM, size, truth.seconds(size) * rng.uniform(0.9, 1.1))
+    found = speeds.speed(SHM)
+    assert found.latency_s == pytest.approx(truth.latency_s, rel=0.5)
+    assert found.bytes_per_s == pytest.approx(truth.bytes_per_s, rel=0.15)
+
+
+def test_a_way_that_was_never_used_is_taken_for_one_like_the_others_of_its_transport() -> None:
+    speeds = LinkSpeeds()
+    assert speeds.speed(SHM).bytes_per_s == pytest.approx(EXPECTED["shm"].bytes_per_s)
+    for _ in range(30):
+        read(speeds, SHM, 64 * MIB, 1.0)
+    assert speeds.predict(OTHER, 64 * MIB) == pytest.approx(1.0, rel=0.1)
+    assert speeds.predict(Way("engine-0", "tcp"), 64 * MIB) < 0.2
+
+
+def test_it_becomes_what_it_is_now() -> None:
+    speeds = LinkSpeeds()
+    for seconds in [0.1] * 30 + [0.4] * 30:
+        read(speeds, SHM, 16 * MIB, seconds)
+    assert speeds.predict(SHM, 16 * MIB) == pytest.approx(0.4, rel=0.1)
+
+
+def test_reads_under_way_share() -> None:
+    speeds = LinkSpeeds()
+    alone = speeds.predict(SHM, MIB)
+    speeds.began(SHM)
+    assert speeds.predict(SHM, MIB) == pytest.approx(2 * alone)
+    speeds.given_up(SHM)
+    assert speeds.predict(SHM, MIB) == pytest.approx(alone)
+
+
+def test_what_fails_is_avoided_for_longer_each_time_until_it_works_or_is_another() -> None:
+    speeds = LinkSpeeds()
+    for now, until in ((0.0, 1.0), (1.0, 3.0), (3.0, 7.0)):
+        speeds.began(SHM)
+        speeds.failed(SHM, now)
+        assert speeds.avoided(SHM, until - 0.01)
+        assert not speeds.avoided(SHM, until)
+    assert not speeds.avoided(OTHER, 3.5)
+    speeds.gone("engine-1")
+    assert speeds.avoided(SHM, 3.5)
+    speeds.gone("engine-0")
+    assert not speeds.avoided(SHM, 3.5)
+    speeds.began(SHM)
+    speeds.failed(SHM, 10.0)
+    read(speeds, SHM, MIB, 0.1)
+    assert not speeds.avoided(SHM, 10.0)
+
+
+@given(st.lists(st.tuples(st.integers(1, 1 << 32), st.floats(1e-6, 1e3)), max_size=60), st.integers(1, 1 << 34))
+def test_whatever_was_seen_a_prediction_is_a_time_that_grows_with_the_bytes(
+    reads: list[tuple[int, float]], wanted_bytes: int
+) -> None:
+    speeds = LinkSpeeds()
+    for size, seconds in reads:
+        read(speeds, SHM, size, seconds)
+    speed = speeds.speed(SHM)
+    assert speed.latency_s >= 0
+    assert speed.bytes_per_s > 0
+    assert 0 < speeds.predict(SHM, wanted_bytes) <= speeds.predict(SHM, 2 * wanted_bytes) < float("inf")
+
+
+def test_noise_does_not_make_a_way_endlessly_fast() -> None:
+    rng = Random(3)
+    for _ in range(200):
+        speeds = LinkSpeeds()
+        for _ in range(30):
+            size = rng.randint(15, 17) * MIB
+            read(speeds, SHM, size, 0.1 * rng.uniform(0.7, 1.4))
+        assert 0.02 < speeds.predict(SHM, 16 * MIB) < 0.2
+        assert speeds.predict(SHM, 256 * MIB) > 0.2

@@ -1,0 +1,93 @@
+"""What an engine reads over, in which pieces, and where a part of it does not work here."""
+
+import asyncio
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+
+from loraserve.engine.loading import peers as engine_readers
+from loraserve.engine.loading.memory import HostPool, Landing
+from loraserve.engine.loading.peers import Readers
+from loraserve.errors import ConfigError
+from loraserve.testing.bus import MemoryNetwork
+from loraserve.transfer.protocol import PROTOCOL, Handle, Range, ShmHandle, TcpHandle, TransferError
+
+MIB = 1 << 20
+COMMON: dict[str, Any] = {"protocol": PROTOCOL, "owner": "engine-1", "incarnation": "i", "length_bytes": 64 * MIB}
+SHM = ShmHandle(**COMMON, pid=1, descriptor=3, name="n")
+TCP = TcpHandle(**COMMON, token="t")
+
+
+class UnwillingVerbs:
+    """A VerbsReader whose device registers none of the pool's memory; the real one needs a device."""
+
+    closed = False
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def keep(self, memory: object) -> None:
+        raise ConfigError("cannot be registered: its driver offers no dma-buf")
+
+    def close(self) -> None:
+        UnwillingVerbs.closed = True
+
+
+def test_an_engine_starts_whose_pool_the_rdma_device_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its host cache is offered over that device all the same."""
+    monkeypatch.setattr(engine_readers, "VerbsReader", UnwillingVerbs)
+    pool = HostPool(memoryview(bytearray(4096)))
+    readers = Readers(MemoryNetwork().bus("engine-0", None), pool, object())  # type: ignore[arg-type]
+    readers.close()
+    assert UnwillingVerbs.closed
+
+
+class NotingReader:
+    def __init__(self) -> None:
+        self.asked: list[Range] = []
+
+    async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
+        self.asked += ranges
+        assert into.nbytes == sum(each.length_bytes for each in ranges)
+
+
+def read(
+    handle: Handle, start: int, slab_bytes: int, reader: NotingReader | None = None
+) -> tuple[NotingReader, list[int]]:
+    """What was asked for, and how much was there then."""
+    reader, there = reader or NotingReader(), list[int]()
+    pool = HostPool(np.empty(slab_bytes, np.uint8).data)
+    readers = Readers(MemoryNetwork().bus("engine-0", None), pool, None)
+    readers._readers[handle.transport] = reader  # type: ignore[assignment]
+    with ThreadPoolExecutor(1) as writers:
+        asyncio.run(readers.read(handle, start, Landing(pool, 0, slab_bytes, there.append, writers)))
+    return reader, there
+
+
+@pytest.mark.parametrize(
+    ("handle", "slab", "lengths"),
+    [
+        (SHM, 8, [8]),
+        (SHM, 20, [8, 8, 4]),
+        (SHM, 33, [33]),
+        (TCP, 33, [8, 8, 8, 8, 1]),
+    ],
+)
+def test_a_slab_is_read_by_pieces_but_where_a_thread_copies_it_at_once(
+    handle: Handle, slab: int, lengths: list[int]
+) -> None:
+    reader, there = read(handle, MIB, slab * MIB)
+    starts = [MIB + sum(lengths[:index]) * MIB for index in range(len(lengths))]
+    assert reader.asked == [Range(start, length * MIB) for start, length in zip(starts, lengths, strict=True)]
+    assert there == [sum(lengths[: index + 1]) * MIB for index in range(len(lengths))]
+
+
+@pytest.mark.parametrize("start", [-1, TCP.length_bytes - 20 * MIB + 1])
+def test_a_slab_that_is_not_all_within_the_region_is_not_begun(start: int) -> None:
+    reader = NotingReader()
+    with pytest.raises(TransferError, match="out_of_range"):
+        read(TCP, start, 20 * MIB, reader)
+    assert reader.asked == []
