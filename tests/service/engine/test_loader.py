@@ -16,10 +16,10 @@ from loraserve.adapter.pack import Slab, sealed
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.loading.loader import SlabLoader
-from loraserve.engine.offline import adapter_reference
 from loraserve.engine.loading.peers import Readers
 from loraserve.engine.loading.source import LoadFailed
 from loraserve.engine.loading.sources import Sources
+from loraserve.engine.offline import adapter_reference
 from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 from loraserve.system_clock import SystemClock
