@@ -1,5 +1,6 @@
-"""Time as an argument: services hold a Clock, decisions get a number."""
+"""Time as an argument: services hold a Clock; decisions receive a number."""
 
+import time
 from typing import Protocol
 
 
@@ -9,3 +10,11 @@ class Clock(Protocol):
 
     def unix_s(self) -> float:
         """Seconds since 1970, for people and files."""
+
+
+class SystemClock:
+    def monotonic_s(self) -> float:
+        return time.monotonic()
+
+    def unix_s(self) -> float:
+        return time.time()

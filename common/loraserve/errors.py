@@ -22,7 +22,7 @@ class AdapterError(LoraServeError):
         self.message = message
 
 
-class RequestTimeout(LoraServeError):
+class RequestTimeoutError(LoraServeError):
     """A peer did not answer in time."""
 
 

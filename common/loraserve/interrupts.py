@@ -15,7 +15,7 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 
 @contextmanager
-def interrupts_held_back() -> Iterator[None]:
+def hold_back_interrupts() -> Iterator[None]:
     """Around imports of C++: KeyboardInterrupt is raised after them rather than within.
 
     A signal that ends the process without asking Python, or that an event loop takes note of, does no harm and is left

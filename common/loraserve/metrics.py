@@ -6,7 +6,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from loraserve.bus.counters import BusCounters
+from loraserve.bus.protocol import BusCounters
 
 PREFIX = "loraserve_"
 

@@ -53,7 +53,7 @@ class ModelShape(msgspec.Struct, frozen=True):
         return (self.hidden,)
 
 
-def shape_of(config: dict[str, object]) -> ModelShape:
+def shape_from_config(config: dict[str, object]) -> ModelShape:
     """Shape from the parsed ``config.json`` of a supported family.
 
     Raises ConfigError where the family is unknown or a field is missing or not a positive integer.
@@ -85,7 +85,7 @@ def shape_of(config: dict[str, object]) -> ModelShape:
     )
 
 
-def read_config(model_dir: Path) -> dict[str, object]:
+def read_model_config(model_dir: Path) -> dict[str, object]:
     """The parsed ``config.json`` of a model directory. Raises ConfigError where it cannot be read."""
     path = model_dir / "config.json"
     try:

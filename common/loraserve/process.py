@@ -1,28 +1,67 @@
 """Runs a service as a process: flags, configuration, logging, signals, bus. Every ``__main__`` calls ``main``.
 
-Exit status: 0 stopped as asked, 1 crashed, 2 the configuration cannot be used.
+Exit status: 0 stopped on request, 1 crashed, 2 the configuration cannot be used.
 """
 
 import argparse
 import asyncio
+import ctypes
 import faulthandler
 import logging
 import os
 import signal
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import uvloop
 
 from loraserve.bus.zmq import open_bus
+from loraserve.clock import SystemClock
 from loraserve.config import Config, load_config
 from loraserve.errors import ConfigError
 from loraserve.log import configure_logging, get_logger
-from loraserve.parent import Parent
 from loraserve.service import Service
-from loraserve.system_clock import SystemClock
+
+CHECK_INTERVAL_S = 1.0
+_PR_SET_PDEATHSIG = 1
+
+
+class Parent:
+    """The supervisor named by ``--parent-pid``; it need not be the direct parent."""
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        self._direct = os.getppid() == pid
+        if self._direct:
+            _ask_for_signal()
+
+    def is_alive(self) -> bool:
+        if self._direct:
+            # Also right where the id was given to another process since, or the parent is a zombie.
+            return os.getppid() == self._pid
+        try:
+            os.kill(self._pid, 0)
+        except ProcessLookupError:
+            return False
+        except PermissionError:
+            return True
+        return True
+
+    async def watch(self, on_gone: Callable[[], None]) -> None:
+        """Calls ``on_gone`` once, within CHECK_INTERVAL_S of the parent's end."""
+        # The kernel tells nobody but direct children, so there is nothing to wait on but time.
+        while self.is_alive():  # noqa: ASYNC110
+            await asyncio.sleep(CHECK_INTERVAL_S)
+        on_gone()
+
+
+def _ask_for_signal() -> None:
+    """Linux: SIGTERM the moment the parent dies, even while this process is busy importing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
+
 
 OK, CRASHED, BAD_CONFIG = 0, 1, 2
 EXIT_GRACE_S = 5.0

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
-from loraserve.errors import AdapterError, LoraServeError, PeerError, RequestTimeout
+from loraserve.errors import AdapterError, LoraServeError, PeerError, RequestTimeoutError
 from loraserve.log import get_logger
 from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
 from loraserve.metrics import Metrics
@@ -21,7 +21,7 @@ from loraserve.metrics import Metrics
 _handling: ContextVar[Envelope | None] = ContextVar("handling", default=None)
 
 
-class State(StrEnum):
+class ServiceState(StrEnum):
     STARTING = "STARTING"
     READY = "READY"
     DRAINING = "DRAINING"
@@ -48,7 +48,7 @@ class Service:
         self.log = get_logger(type(self).__module__)
         self.metrics = Metrics()
         self.metrics.watch_bus(bus.counters)
-        self._state = State.STARTING
+        self._state = ServiceState.STARTING
         self._stopping = asyncio.Event()
         self._start_scope: asyncio.Timeout | None = None
         self._tasks: asyncio.TaskGroup | None = None
@@ -77,9 +77,9 @@ class Service:
         return ""
 
     @property
-    def state(self) -> State:
-        if self._state is State.READY and not self.is_ready():
-            return State.STARTING
+    def state(self) -> ServiceState:
+        if self._state is ServiceState.READY and not self.is_ready():
+            return ServiceState.STARTING
         return self._state
 
     def stop(self) -> None:
@@ -93,7 +93,7 @@ class Service:
 
         If it fails that is logged, and the request that is being handled (or ``envelope``) is refused.
         """
-        if self._tasks is None and self._state is State.STARTING:
+        if self._tasks is None and self._state is ServiceState.STARTING:
             work.close()
             raise RuntimeError(f"{self.bus.name} does not run yet, so nothing can be started in it")
         guarded = self._guard(work, envelope or _handling.get())
@@ -118,7 +118,7 @@ class Service:
             raise _single(group) from None
         finally:
             self._tasks = None
-            self._state = State.STOPPED
+            self._state = ServiceState.STOPPED
             self.log.info("stopped")
 
     async def _live(self, stack: AsyncExitStack) -> None:
@@ -127,12 +127,12 @@ class Service:
             return
         while self._held:
             await self._dispatch(self._held.popleft())
-        self._state = State.READY
+        self._state = ServiceState.READY
         self.log.info("started", detail=self.ready_detail())
         for loop in self.loops():
             self._create(loop)
         await self._stopping.wait()
-        self._state = State.DRAINING
+        self._state = ServiceState.DRAINING
         self.log.info("draining")
         try:
             async with asyncio.timeout(self.drain_timeout_s):
@@ -161,7 +161,7 @@ class Service:
             envelope = await self.bus.receive()
             if isinstance(envelope.message, Ping):
                 self.bus.respond(envelope, self._pong())
-            elif self._state is not State.STARTING:
+            elif self._state is not ServiceState.STARTING:
                 await self._dispatch(envelope)
             elif envelope.reply_to:
                 self.bus.refuse(envelope, "starting", f"{self.bus.name} is starting; ask again")
@@ -200,7 +200,7 @@ class Service:
             incarnation=self.bus.incarnation,
             pid=os.getpid(),
             protocol=PROTOCOL_VERSION,
-            detail=self.starting_detail if self._state is State.STARTING else self.ready_detail(),
+            detail=self.starting_detail if self._state is ServiceState.STARTING else self.ready_detail(),
         )
 
     def _create(self, work: Coroutine[Any, Any, None]) -> bool:
@@ -219,7 +219,7 @@ class Service:
     def _cancel_all(self) -> None:
         # What is cancelled may spawn more on its way out, which nobody would cancel any more.
         self._tasks = None
-        self._state = State.STOPPED
+        self._state = ServiceState.STOPPED
         for task in self._running:
             task.cancel()
 
@@ -228,7 +228,7 @@ def _code(error: Exception) -> str:
     match error:
         case PeerError() | AdapterError():
             return error.code
-        case RequestTimeout():
+        case RequestTimeoutError():
             return "timeout"
         case LoraServeError():
             return "refused"

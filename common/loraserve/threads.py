@@ -8,7 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-async def in_thread(
+async def run_in_thread(
     threads: ThreadPoolExecutor, function: Callable[[], T], stop: Callable[[], object] = lambda: None
 ) -> T:
     """Also where this is cancelled it ends only once no thread is at it, and what has not begun never does.
@@ -23,11 +23,11 @@ async def in_thread(
     except asyncio.CancelledError:
         job.cancel()
         stop()
-        await ended(work)
+        await wait_finished(work)
         raise
 
 
-async def ended(work: "asyncio.Future[T]") -> bool:
+async def wait_finished(work: "asyncio.Future[T]") -> bool:
     """Waits until it is over, whatever happens; what came of it is nobody's any more. Whether this was cancelled."""
     # A deadline may cancel what a caller has cancelled already: each time it is still waited for.
     cancelled = False

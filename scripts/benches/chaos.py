@@ -32,7 +32,7 @@ from harness.report import last_line, say
 from loraserve.config import TransferConfig
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
-from loraserve.model_shape import read_config, shape_of
+from loraserve.model_shape import read_model_config, shape_from_config
 
 MINUTES, QUICK_MINUTES = 10.0, 0.5
 ASKERS = 4
@@ -48,7 +48,7 @@ def run(folder: Path, minutes: float, seed: int) -> Counts:
     """Raises BenchError where engines do not come up."""
     counts, rng = Counts(), Random(seed)
     model = prepare_model(default_data_dir(), say)
-    shape = shape_of(read_config(model))
+    shape = shape_from_config(read_model_config(model))
     say("adapters, and what each says by itself")
     folders = write_adapters(folder / "adapters", shape)
     before = named_segments()

@@ -26,7 +26,7 @@ from loraserve.config import ClusterConfig, Config
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
 from loraserve.errors import LoraServeError
-from loraserve.model_shape import read_config, shape_of
+from loraserve.model_shape import read_model_config, shape_from_config
 from loraserve.supervisor.processes import environment
 
 OURS, OURS_2, EXACT, Q4_1, VLLM = "ours_1engine", "ours_2engines", "llamacpp_f32", "llamacpp_q4_1", "vllm_cpu"
@@ -52,7 +52,7 @@ class EngineBench:
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
         self._model: Path = options.model or prepare_model(options.data, say)
-        self._shape = shape_of(read_config(self._model))
+        self._shape = shape_from_config(read_model_config(self._model))
         self._folder = options.data / "bench"
         self._adapters = write_adapters(self._folder / "adapters", self._shape)
         self._rank64 = loading_gap.write_rank64(self._folder / "rank64", self._shape, 1 if options.quick else 3)

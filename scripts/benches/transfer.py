@@ -40,9 +40,8 @@ from loraserve.config import BusConfig, ClusterConfig, Config
 from loraserve.errors import LoraServeError
 from loraserve.testing.local_cluster import free_port
 from loraserve.testing.memory_owner import NAME, MemoryOwner, pattern
-from loraserve.transfer.protocol import Range
-from loraserve.transfer.shared_memory import SharedMemory
-from loraserve.transfer.shm import ShmReader
+from loraserve.transfer.protocol import ByteRange
+from loraserve.transfer.shm import SharedMemory, ShmReader
 from loraserve.transfer.tcp import TcpReader
 
 MIB = 1 << 20
@@ -83,17 +82,17 @@ async def ways() -> AsyncIterator[dict[str, Way]]:
                 np.copyto(into, ordinary[start : start + into.nbytes])
 
             async def shm(into: Bytes, start: int) -> None:
-                await reader.read(owner.shm, [Range(start, into.nbytes)], into.data)
+                await reader.read(owner.shm, [ByteRange(start, into.nbytes)], into.data)
 
             async def shm_first(into: Bytes, start: int) -> None:
                 with closing(ShmReader()) as unmapped:
-                    await unmapped.read(owner.shm, [Range(start, into.nbytes)], into.data)
+                    await unmapped.read(owner.shm, [ByteRange(start, into.nbytes)], into.data)
 
             async def sockets(into: Bytes, start: int) -> None:
                 receive(raw, into, start)
 
             async def tcp(into: Bytes, start: int) -> None:
-                await over_bus.read(owner.tcp, [Range(start, into.nbytes)], into.data)
+                await over_bus.read(owner.tcp, [ByteRange(start, into.nbytes)], into.data)
 
             yield dict(zip(WAYS, (memcpy, memcpy_ordinary, shm, shm_first, sockets, tcp), strict=True))
         await bus.close()

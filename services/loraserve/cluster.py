@@ -12,7 +12,7 @@ from pathlib import Path
 
 import msgspec
 
-from loraserve.bus.claim import NameClaim, private_dir
+from loraserve.bus.addresses import NameClaim, private_dir
 from loraserve.config import Config, engine_count, load_config
 from loraserve.cost.profile import profile_for
 from loraserve.demo import demo_adapters

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.model_shape import read_config, shape_of
+from loraserve.model_shape import read_model_config, shape_from_config
 from loraserve.supervisor.state import is_ours, read_state
 from loraserve.testing.local_cluster import LocalCluster, chat, free_port
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
@@ -32,7 +32,7 @@ def make_tiny(folder: Path, family: str) -> Path:
 
 def test_a_local_model_is_served_and_nothing_is_left_behind(tiny: Path, tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
-    write_peft_adapter(adapter, shape_of(read_config(tiny)), 4)
+    write_peft_adapter(adapter, shape_from_config(read_model_config(tiny)), 4)
     running = LocalCluster(tmp_path / "data", "--model", str(tiny), "--engines", "1", adapters={"mine": adapter})
     with running:
         pids = running.pids()

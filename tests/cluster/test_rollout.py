@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from loraserve.model_shape import read_config, shape_of
+from loraserve.model_shape import read_model_config, shape_from_config
 from loraserve.testing.local_cluster import LocalCluster, chat
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 from loraserve.testing.tiny_tokenizer import write_tiny_tokenizer
@@ -45,7 +45,7 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
     model = root / "tiny"
     write_tiny_model(model, "llama", vocab_size=512, max_position_embeddings=4096)
     write_tiny_tokenizer(model)
-    shape = shape_of(read_config(model))
+    shape = shape_from_config(read_model_config(model))
     adapters: dict[str, Path] = {}
     for seed, name in enumerate(NAMES):
         adapters[name] = root / name

@@ -19,7 +19,7 @@ from loraserve.engine.offline import OfflineEngine, OfflineOutput, OfflineReques
 from loraserve.engine.schedule.events import StepBatch
 from loraserve.kernels import attention
 from loraserve.messages import SamplingParams
-from loraserve.model_shape import ModelShape, read_config, shape_of
+from loraserve.model_shape import ModelShape, read_model_config, shape_from_config
 from loraserve.testing.peft_writer import PROJECTIONS
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
@@ -110,7 +110,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="module")
 def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapters:
     """Ranks 8 to 64 on all projections, one on q and v alone, one with other ranks here and there."""
-    shape, root = shape_of(read_config(model_dir)), tmp_path_factory.mktemp("adapters")
+    shape, root = shape_from_config(read_model_config(model_dir)), tmp_path_factory.mktemp("adapters")
     kinds: dict[str, dict[str, Any]] = {
         "r8": {"rank": 8},
         "r16": {"rank": 16},
@@ -163,7 +163,7 @@ def engine_config(model_dir: Path, shape: ModelShape, kv_blocks: int, **settings
 def test_base_and_six_adapters_in_one_batch_equal_transformers_and_peft(
     model_dir: Path, adapters: Adapters, measured: Callable[[str], None]
 ) -> None:
-    shape = shape_of(read_config(model_dir))
+    shape = shape_from_config(read_model_config(model_dir))
     truth = Truth(model_dir, adapters.folders)
     config = engine_config(model_dir, shape, kv_blocks=34, weights="float32", slab_dtype="float32")
     engine = OfflineEngine(config, adapters.slabs)
@@ -196,7 +196,7 @@ def test_agreement_of_the_default_weights_is_measured(
     model_dir: Path, adapters: Adapters, measured: Callable[[str], None]
 ) -> None:
     """fp16 weights with bfloat16 slabs, where this processor has them: how often float32 chooses the same token."""
-    shape = shape_of(read_config(model_dir))
+    shape = shape_from_config(read_model_config(model_dir))
     truth = Truth(model_dir, adapters.folders)
     engine = OfflineEngine(
         engine_config(model_dir, shape, kv_blocks=200),

@@ -14,7 +14,7 @@ from loraserve.testing.gpu_owner import GpuOwner
 from loraserve.testing.memory_owner import pattern
 from loraserve.transfer.cuda_driver import allocation
 from loraserve.transfer.cuda_ipc import CudaIpcExporter, CudaIpcReader
-from loraserve.transfer.protocol import Range
+from loraserve.transfer.protocol import ByteRange
 
 MIB = 1 << 20
 LENGTH = 64 * MIB
@@ -84,7 +84,7 @@ def test_what_a_peer_is_read_for_is_seen_by_kernels() -> None:
 
     async def read(owner: GpuOwner) -> None:
         reader = CudaIpcReader(0)
-        await reader.read_into(owner.handle, [Range(START, SLAB)], memory, AT)
+        await reader.read_into(owner.handle, [ByteRange(START, SLAB)], memory, AT)
         reader.close()
 
     with GpuOwner(LENGTH) as owner:

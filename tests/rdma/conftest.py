@@ -13,11 +13,11 @@ import pytest
 from loraserve.config import ClusterConfig, Config
 from loraserve.testing.memory_owner import pattern
 from loraserve.testing.verbs_owner import VerbsOwner
-from loraserve.transfer.verbs_ports import why_not
+from loraserve.transfer.verbs.device import unusable_reason
 
 LENGTH = 8 << 20
 SKIPPED = 77
-WHY_NOT = why_not()
+WHY_NOT = unusable_reason()
 collect_ignore_glob = ["test_verbs*.py", "test_engines.py"] if WHY_NOT else []
 
 

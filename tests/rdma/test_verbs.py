@@ -12,24 +12,25 @@ import pytest
 
 from loraserve.bus.zmq import open_bus
 from loraserve.config import Config
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, VerbsHandle
 from loraserve.testing.memory_owner import pattern
 from loraserve.testing.verbs_owner import FORK, VerbsOwner
-from loraserve.transfer.protocol import PROTOCOL, Range, TransferError, VerbsHandle
-from loraserve.transfer.verbs import VerbsReader
-from loraserve.transfer.verbs_device import Device
+from loraserve.transfer.protocol import ByteRange, TransferError
+from loraserve.transfer.verbs.device import RdmaDevice
+from loraserve.transfer.verbs.reader import VerbsReader
 
 MIB = 1 << 20
 LENGTH = 8 * MIB
 TRUTH = pattern(LENGTH)
 TIMEOUT_S = 5.0
 HANGS_S = 60.0
-ALL = [Range(0, LENGTH)]
+ALL = [ByteRange(0, LENGTH)]
 Say = Callable[[str], None]
 Scenario = Callable[[VerbsReader], Awaitable[None]]
 
 
 async def reading(config: Config, scenario: Scenario, name: str = "reader", **options: int) -> None:
-    bus, device = open_bus(config, name, None), Device()
+    bus, device = open_bus(config, name, None), RdmaDevice()
     reader = VerbsReader(bus, device, TIMEOUT_S, **options)
     try:
         async with asyncio.timeout(HANGS_S):
@@ -44,7 +45,7 @@ def play(config: Config, scenario: Scenario, **options: int) -> None:
     asyncio.run(reading(config, scenario, **options))
 
 
-async def refusal(reader: VerbsReader, handle: VerbsHandle, ranges: list[Range]) -> TransferError:
+async def refusal(reader: VerbsReader, handle: VerbsHandle, ranges: list[ByteRange]) -> TransferError:
     into = bytearray(sum(each.length_bytes for each in ranges))
     with pytest.raises(TransferError) as refused:
         await reader.read(handle, ranges, memoryview(into))
@@ -53,7 +54,7 @@ async def refusal(reader: VerbsReader, handle: VerbsHandle, ranges: list[Range])
     return refused.value
 
 
-async def check(reader: VerbsReader, handle: VerbsHandle, ranges: list[Range]) -> None:
+async def check(reader: VerbsReader, handle: VerbsHandle, ranges: list[ByteRange]) -> None:
     """Reads into a larger buffer's middle: what is around it must stay as it was."""
     around = np.zeros(sum(each.length_bytes for each in ranges) + 2, np.uint8)
     await reader.read(handle, ranges, around.data[1:-1])
@@ -74,11 +75,15 @@ def test_everything_and_ranges_of_it_arrive(owner: VerbsOwner, config: Config) -
         await reader.read(owner.handle, ALL, into.data)
         assert hashlib.sha256(into).digest() == hashlib.sha256(TRUTH).digest()
         into[:] = 0
-        await reader.read_into(owner.handle, [Range(7, 5)], place, 11)
+        await reader.read_into(owner.handle, [ByteRange(7, 5)], place, 11)
         assert (into[11:16] == TRUTH[7:12]).all()
         assert not into[:11].any()
         assert not into[16:].any()
-        await check(reader, owner.handle, [Range(5, 10), Range(LENGTH - 3 * MIB, 3 * MIB), Range(0, 0), Range(7, 1)])
+        await check(
+            reader,
+            owner.handle,
+            [ByteRange(5, 10), ByteRange(LENGTH - 3 * MIB, 3 * MIB), ByteRange(0, 0), ByteRange(7, 1)],
+        )
         await reader.read(owner.handle, [], memoryview(bytearray()))
         assert reader.connected == owner.serving() == 1
 
@@ -95,7 +100,9 @@ def test_a_thousand_small_reads_at_once(owner: VerbsOwner, config: Config, say: 
         reader.keep(into.reshape(-1).data)
         started_s = time.monotonic()
         starts = range(0, 1000 * 8192, 8192)
-        reads = [reader.read(owner.handle, [Range(at, 4096)], row.data) for at, row in zip(starts, into, strict=True)]
+        reads = [
+            reader.read(owner.handle, [ByteRange(at, 4096)], row.data) for at, row in zip(starts, into, strict=True)
+        ]
         await asyncio.gather(*reads)
         say(f"1,000 reads of 4 KiB at once: {time.monotonic() - started_s:.2f} s")
         assert all((row == TRUTH[at : at + 4096]).all() for at, row in zip(starts, into, strict=True))
@@ -108,27 +115,27 @@ def test_a_wrong_key_is_refused_and_harms_no_other_read(owner: VerbsOwner, confi
     async def scenario(reader: VerbsReader) -> None:
         wrong = msgspec.structs.replace(owner.handle, key=owner.handle.key ^ 0xFF00)
         good = asyncio.create_task(check(reader, owner.handle, ALL))
-        error = await refusal(reader, wrong, [Range(0, 4096)])
+        error = await refusal(reader, wrong, [ByteRange(0, 4096)])
         assert error.code == "gone"
         assert "key" in error.message
         await good
-        await check(reader, owner.handle, [Range(3, 4)])
+        await check(reader, owner.handle, [ByteRange(3, 4)])
 
     play(config, scenario)
 
 
 def test_what_lies_outside_the_region_is_not_read(owner: VerbsOwner, config: Config) -> None:
     async def scenario(reader: VerbsReader) -> None:
-        assert (await refusal(reader, owner.handle, [Range(0, 2), Range(LENGTH - 1, 2)])).code == "out_of_range"
-        newer = msgspec.structs.replace(owner.handle, protocol=PROTOCOL + 1)
-        assert (await refusal(reader, newer, [Range(0, 1)])).code == "version"
+        assert (await refusal(reader, owner.handle, [ByteRange(0, 2), ByteRange(LENGTH - 1, 2)])).code == "out_of_range"
+        newer = msgspec.structs.replace(owner.handle, protocol=TRANSFER_PROTOCOL_VERSION + 1)
+        assert (await refusal(reader, newer, [ByteRange(0, 1)])).code == "version"
         assert reader.connected == 0, "neither was asked for"
         # The device itself refuses what a handle that lies would let through.
         longer = msgspec.structs.replace(owner.handle, length_bytes=2 * LENGTH)
-        assert (await refusal(reader, longer, [Range(LENGTH - 1, 2)])).code == "gone"
+        assert (await refusal(reader, longer, [ByteRange(LENGTH - 1, 2)])).code == "gone"
         before = msgspec.structs.replace(owner.handle, base=owner.handle.base - 1)
-        assert (await refusal(reader, before, [Range(0, 1)])).code == "gone"
-        await check(reader, owner.handle, [Range(0, 1)])
+        assert (await refusal(reader, before, [ByteRange(0, 1)])).code == "gone"
+        await check(reader, owner.handle, [ByteRange(0, 1)])
 
     play(config, scenario)
 
@@ -153,10 +160,10 @@ def test_an_owner_that_is_killed_while_it_is_read_is_gone(mortal: VerbsOwner, co
         assert "gone" in codes
         # There is nobody to connect to for those whose next read began just then, nor for any later one.
         assert set(codes) <= {"gone", "timeout"}
-        assert (await refusal(reader, mortal.handle, [Range(0, 1)])).code == "timeout"
+        assert (await refusal(reader, mortal.handle, [ByteRange(0, 1)])).code == "timeout"
         with VerbsOwner(TRUTH, config, "mortal") as again:
-            assert (await refusal(reader, mortal.handle, [Range(0, 1)])).code == "gone"
-            await check(reader, again.handle, [Range(0, MIB)])
+            assert (await refusal(reader, mortal.handle, [ByteRange(0, 1)])).code == "gone"
+            await check(reader, again.handle, [ByteRange(0, MIB)])
 
     play(config, scenario)
 
@@ -179,17 +186,17 @@ def test_a_reader_that_is_killed_leaves_the_owner_as_it_was(owner: VerbsOwner, c
         assert owner.serving() == 2, "nobody told it yet"
         owner.forget("other")
         assert owner.serving() == 1
-        await check(reader, owner.handle, [Range(0, 1)])
+        await check(reader, owner.handle, [ByteRange(0, 1)])
 
     play(config, scenario)
 
 
 def test_a_peer_that_was_forgotten_reads_nothing_until_it_connects_anew(owner: VerbsOwner, config: Config) -> None:
     async def scenario(reader: VerbsReader) -> None:
-        await check(reader, owner.handle, [Range(0, 1)])
+        await check(reader, owner.handle, [ByteRange(0, 1)])
         owner.forget("reader")
-        assert (await refusal(reader, owner.handle, [Range(0, 1)])).code == "gone"
-        await check(reader, owner.handle, [Range(0, 1)])
+        assert (await refusal(reader, owner.handle, [ByteRange(0, 1)])).code == "gone"
+        await check(reader, owner.handle, [ByteRange(0, 1)])
         assert owner.serving() == 1
 
     play(config, scenario)
@@ -197,10 +204,10 @@ def test_a_peer_that_was_forgotten_reads_nothing_until_it_connects_anew(owner: V
 
 def test_withdrawn_memory_is_gone_also_for_those_who_are_connected(mortal: VerbsOwner, config: Config) -> None:
     async def scenario(reader: VerbsReader) -> None:
-        await check(reader, mortal.handle, [Range(0, 1)])
+        await check(reader, mortal.handle, [ByteRange(0, 1)])
         mortal.withdraw()
         for _ in range(2):
-            assert (await refusal(reader, mortal.handle, [Range(0, 1)])).code == "gone"
+            assert (await refusal(reader, mortal.handle, [ByteRange(0, 1)])).code == "gone"
 
     play(config, scenario)
 
@@ -228,7 +235,7 @@ def test_nobody_writes_once_a_read_was_cancelled(owner: VerbsOwner, config: Conf
 
 def test_a_connection_that_is_idle_takes_no_processor_time(owner: VerbsOwner, config: Config) -> None:
     async def scenario(reader: VerbsReader) -> None:
-        await check(reader, owner.handle, [Range(0, 1)])
+        await check(reader, owner.handle, [ByteRange(0, 1)])
         before_s = time.process_time()
         await asyncio.sleep(2.0)
         assert time.process_time() - before_s < 1.0
@@ -241,5 +248,5 @@ def test_descriptors_are_let_go(owner: VerbsOwner, config: Config) -> None:
         return len(list(Path("/proc/self/fd").iterdir()))
 
     before = opened()
-    play(config, lambda reader: check(reader, owner.handle, [Range(0, 1)]))
+    play(config, lambda reader: check(reader, owner.handle, [ByteRange(0, 1)]))
     assert opened() == before

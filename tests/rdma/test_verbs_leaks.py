@@ -15,18 +15,19 @@ from loraserve.bus.zmq import open_bus
 from loraserve.config import Config
 from loraserve.errors import ConfigError
 from loraserve.messages import ConnectQueue
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.memory_owner import pattern
 from loraserve.testing.verbs_owner import VerbsOwner
-from loraserve.transfer.protocol import PROTOCOL, Range, TransferError
-from loraserve.transfer.verbs import VerbsReader
-from loraserve.transfer.verbs_device import Device
-from loraserve.transfer.verbs_exporter import VerbsExporter
-from loraserve.transfer.verbs_queue import Completions, QueuePair
+from loraserve.transfer.protocol import ByteRange, TransferError
+from loraserve.transfer.verbs.device import RdmaDevice
+from loraserve.transfer.verbs.exporter import VerbsExporter
+from loraserve.transfer.verbs.queue import Completions, QueuePair
+from loraserve.transfer.verbs.reader import VerbsReader
 
 TIMEOUT_S = 5.0
 HANGS_S = 60.0
-ONE = [Range(0, 1)]
+ONE = [ByteRange(0, 1)]
 Scenario = Callable[[VerbsReader], Awaitable[None]]
 
 
@@ -43,7 +44,7 @@ def play(config: Config, scenario: Scenario) -> str:
     """The incarnation under which the reader read."""
 
     async def main() -> str:
-        bus, device = open_bus(config, "reader", None), Device()
+        bus, device = open_bus(config, "reader", None), RdmaDevice()
         reader = VerbsReader(bus, device, TIMEOUT_S)
         try:
             async with asyncio.timeout(HANGS_S):
@@ -63,7 +64,7 @@ def reads_from(owner: VerbsOwner) -> Scenario:
 
 async def endless(reader: VerbsReader, owner: VerbsOwner, into: NDArray[np.uint8]) -> None:
     while True:
-        await reader.read(owner.handle, [Range(0, len(into))], into.data)
+        await reader.read(owner.handle, [ByteRange(0, len(into))], into.data)
 
 
 def test_a_readers_next_life_takes_the_place_of_its_last(owner: VerbsOwner, config: Config) -> None:
@@ -128,7 +129,7 @@ def test_a_connection_is_not_made_for_a_peer_that_went_meanwhile() -> None:
 
     async def main() -> None:
         network = MemoryNetwork()
-        bus, device = network.bus("owner", ConnectQueue), Device()
+        bus, device = network.bus("owner", ConnectQueue), RdmaDevice()
         exporter = VerbsExporter(bus, device)
         handle = exporter.register(pattern(4096).data)
         completions = Completions(device, 1)
@@ -136,7 +137,11 @@ def test_a_connection_is_not_made_for_a_peer_that_went_meanwhile() -> None:
 
         async def meanwhile(happens: Callable[[], object], link: str = "a", life: str = "2") -> int:
             asked = ConnectQueue(
-                protocol=PROTOCOL, incarnation=handle.incarnation, link=link, reader_incarnation=life, end=end
+                protocol=TRANSFER_PROTOCOL_VERSION,
+                incarnation=handle.incarnation,
+                link=link,
+                reader_incarnation=life,
+                end=end,
             )
             answer = asyncio.create_task(exporter.answer(Envelope("reader", asked)))
             await asyncio.sleep(0)
@@ -182,7 +187,7 @@ def test_cancelled_reads_leave_nothing_registered(owner: VerbsOwner, config: Con
 
 def test_a_completion_queue_that_cannot_be_is_a_clear_error() -> None:
     before = held()
-    device = Device()
+    device = RdmaDevice()
     with pytest.raises(ConfigError, match="no room for"):
         Completions(device, 1 << 30)
     device.close()

@@ -9,27 +9,31 @@ from loraserve.bus.zmq import open_bus
 from loraserve.config import Config
 from loraserve.errors import ConfigError, PeerError
 from loraserve.messages import ConnectQueue, QueueConnected, QueueEnd
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
 from loraserve.testing.verbs_owner import VerbsOwner
+from loraserve.transfer.abilities import local_abilities
 from loraserve.transfer.cuda_driver import GpuMemory
-from loraserve.transfer.here import abilities
-from loraserve.transfer.protocol import PROTOCOL
-from loraserve.transfer.verbs_device import Device
+from loraserve.transfer.verbs.device import RdmaDevice
 
 MIB = 1 << 20
 TIMEOUT_S = 5.0
 
 
 def test_this_machine_offers_verbs() -> None:
-    assert abilities(("verbs", "tcp"), "cpu").transports == ("verbs", "tcp")
+    assert local_abilities(("verbs", "tcp"), "cpu").transports == ("verbs", "tcp")
 
 
 def test_a_connection_that_cannot_be_is_refused(owner: VerbsOwner, config: Config) -> None:
     end = QueueEnd(number=17, first_packet=1, gid="::1", lid=0, mtu=5, link_layer="Ethernet", reads=1)
     good = ConnectQueue(
-        protocol=PROTOCOL, incarnation=owner.handle.incarnation, link="mine", reader_incarnation="1", end=end
+        protocol=TRANSFER_PROTOCOL_VERSION,
+        incarnation=owner.handle.incarnation,
+        link="mine",
+        reader_incarnation="1",
+        end=end,
     )
     cases: list[tuple[dict[str, object], dict[str, object], str]] = [
-        ({"protocol": PROTOCOL + 1}, {}, "version"),
+        ({"protocol": TRANSFER_PROTOCOL_VERSION + 1}, {}, "version"),
         ({"incarnation": "another"}, {}, "gone"),
         ({}, {"link_layer": "InfiniBand"}, "refused"),
         ({}, {"gid": "nonsense"}, "refused"),
@@ -53,9 +57,9 @@ def test_a_connection_that_cannot_be_is_refused(owner: VerbsOwner, config: Confi
 
 
 def test_memory_that_cannot_be_registered_is_a_clear_error() -> None:
-    device = Device()
+    device = RdmaDevice()
     with pytest.raises(ConfigError, match=r"GPU's memory cannot be registered.*nvidia-peermem"):
         device.readable(GpuMemory(1 << 30, MIB))
     device.close()
     with pytest.raises(ConfigError, match="'none-such' is up"):
-        Device("none-such")
+        RdmaDevice("none-such")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.transfer.verbs_ports import why_not
+from loraserve.transfer.verbs.device import unusable_reason
 
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = 77
@@ -21,7 +21,7 @@ SAID = re.compile(r"^(\[rdma\].*|rdma_vm: .*|=+ .*(passed|failed).*|tests/rdma/\
 PYTEST = ["-p", "no:cacheprovider", "-p", "pytest_timeout", "--confcutdir=tests/rdma", "--tb=short", "-v"]
 
 
-@pytest.mark.skipif(not why_not(), reason="this machine has an RDMA device: the tests run on it")
+@pytest.mark.skipif(not unusable_reason(), reason="this machine has an RDMA device: the tests run on it")
 @pytest.mark.timeout(MAKING_S + RUN_S)
 def test_the_rdma_tests_pass_in_a_virtual_machine(measured: Callable[[str], None]) -> None:
     places = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]

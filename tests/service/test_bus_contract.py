@@ -13,7 +13,7 @@ from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Bus, Frame
 from loraserve.bus.zmq import open_bus
 from loraserve.config import BusConfig, ClusterConfig, Config
-from loraserve.errors import ConfigError, LoraServeError, PeerError, RequestTimeout
+from loraserve.errors import ConfigError, LoraServeError, PeerError, RequestTimeoutError
 
 TIMEOUT_S = 10.0
 QUEUE_MESSAGES = 2000
@@ -185,7 +185,7 @@ def test_answering_a_one_way_message_does_nothing(run: Callable[[Scenario], None
 def test_silence_is_a_timeout_and_a_late_answer_is_dropped(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
-        with pytest.raises(RequestTimeout, match=r"b did not answer Ask in 0.2 s"):
+        with pytest.raises(RequestTimeoutError, match=r"b did not answer Ask in 0.2 s"):
             await a.request("b", Ask(number=1), Told, 0.2)
         late = await b.receive()
         b.respond(late, Told(number=1))
@@ -256,7 +256,7 @@ def test_messages_wait_for_a_peer_that_is_not_there_yet(run: Callable[[Scenario]
 def test_a_request_that_timed_out_is_not_delivered_later(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a = cluster.bus("a")
-        with pytest.raises(RequestTimeout):
+        with pytest.raises(RequestTimeoutError):
             await a.request("b", Ask(number=1), Told, 0.05)
         cancelled = asyncio.create_task(a.request("b", Ask(number=2), Told, TIMEOUT_S))
         await asyncio.sleep(0.05)
@@ -273,7 +273,7 @@ def test_a_full_queue_says_so_and_loses_only_what_came_after(run: Callable[[Scen
         a = cluster.bus("a")
         taken = [a.send("b", Note(number=n)) for n in range(QUEUE_MESSAGES + 3)]
         assert taken == [True] * QUEUE_MESSAGES + [False] * 3
-        with pytest.raises(RequestTimeout, match="queue for it is full"):
+        with pytest.raises(RequestTimeoutError, match="queue for it is full"):
             await a.request("b", Ask(number=1), Told, TIMEOUT_S)
         assert a.counters.dropped == {"b": 4}
         b = cluster.bus("b")
@@ -305,7 +305,7 @@ def test_a_peer_that_dies_fails_its_requests_at_once(run: Callable[[Scenario], N
         await b.receive()
         started_s = asyncio.get_running_loop().time()
         await cluster.end(b)
-        with pytest.raises(RequestTimeout, match="connection was lost"):
+        with pytest.raises(RequestTimeoutError, match="connection was lost"):
             await ask
         assert asyncio.get_running_loop().time() - started_s < 5
 
@@ -339,7 +339,7 @@ def test_an_answer_to_a_restarted_asker_is_dropped(run: Callable[[Scenario], Non
         ask = asyncio.create_task(a.request("b", Ask(number=1), Told, TIMEOUT_S))
         question = await b.receive()
         await cluster.end(a)
-        with pytest.raises(RequestTimeout, match="closed"):
+        with pytest.raises(RequestTimeoutError, match="closed"):
             await ask
         a = cluster.bus("a")
         a.send("b", Note(number=1))
@@ -408,7 +408,7 @@ def test_forgetting_a_peer_drops_what_waits_for_it(run: Callable[[Scenario], Non
         await asyncio.sleep(0)
         a.forget("b")
         a.forget("never-known")
-        with pytest.raises(RequestTimeout, match="given up"):
+        with pytest.raises(RequestTimeoutError, match="given up"):
             await ask
         a.send("b", Note(number=3))
         assert await numbers(cluster.bus("b"), 1) == [3]
@@ -428,7 +428,7 @@ def test_a_closed_bus_ends_all_that_waits(run: Callable[[Scenario], None]) -> No
             with pytest.raises(LoraServeError, match="closed"):
                 await task
         assert not a.send("b", Note(number=1))
-        with pytest.raises(RequestTimeout, match="closed"):
+        with pytest.raises(RequestTimeoutError, match="closed"):
             await a.request("b", Ask(number=1), Told, 60)
 
     run(scenario)

@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import zmq
 
-from loraserve.bus.link import COPY_BELOW_BYTES, readable, receive_now, send_now
+from loraserve.bus.link import COPY_BELOW_BYTES, Socket, readable, receive_now, send_now
 from loraserve.bus.protocol import Frame
-from loraserve.bus.sockets import Socket
 
 LARGE = bytes(range(256)) * (COPY_BELOW_BYTES // 256)
 Pair = tuple[Socket, Socket]

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from loraserve.bus import wire
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
 from loraserve.testing.bus import Fault, MemoryBus, MemoryNetwork
 from loraserve.testing.clock import Deadlock, run_virtual
@@ -41,7 +41,7 @@ def test_a_lost_answer_is_a_timeout() -> None:
         a, b = network.bus("a", Ping), network.bus("b", Ping)
         ask = asyncio.create_task(a.request("b", Ping(), Pong, 30))
         b.respond(await b.receive(), PONG)
-        with pytest.raises(RequestTimeout):
+        with pytest.raises(RequestTimeoutError):
             await ask
         assert asyncio.get_running_loop().time() == pytest.approx(30)
 
@@ -83,8 +83,8 @@ def test_another_version_is_refused_as_over_sockets() -> None:
     async def scenario() -> None:
         network = MemoryNetwork()
         a, b = network.bus("a", Ping), network.bus("b", Ping)
-        future = wire.hello("a", a.incarnation, PROTOCOL_VERSION + 1)
-        b.arrive(future, wire.pack(wire.SEND, wire.NO_CORRELATION, Ping()))
+        future = wire.encode_hello("a", a.incarnation, PROTOCOL_VERSION + 1)
+        b.arrive(future, wire.pack_message(wire.SEND, wire.NO_CORRELATION, Ping()))
         assert b.counters.bad == {("a", "protocol_mismatch"): 1}
         assert b.arrived_messages == 0
 
@@ -110,7 +110,7 @@ def test_killing_cuts_both_directions_and_the_name_is_free_again() -> None:
         b.subscribe("a", "news")
         network.kill("b")
         assert not b.send("a", Ping())
-        with pytest.raises(RequestTimeout, match="closed"):
+        with pytest.raises(RequestTimeoutError, match="closed"):
             await b.request("a", Ping(), Pong, 1)
         a.publish("news", Ping())
         again = network.bus("b", Ping)

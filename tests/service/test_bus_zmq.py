@@ -19,7 +19,7 @@ import zmq.asyncio
 from loraserve.bus import wire
 from loraserve.bus.zmq import ZmqBus, open_bus
 from loraserve.config import BusConfig, ClusterConfig, Config
-from loraserve.errors import ConfigError, RequestTimeout
+from loraserve.errors import ConfigError, RequestTimeoutError
 from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
 
 TIMEOUT_S = 10.0
@@ -109,7 +109,7 @@ def test_strangers_and_other_versions_are_refused(config: Config, hello: bytes, 
     async def scenario() -> None:
         bus = open_bus(config, "b", Ping)
         reader = asyncio.create_task(bus.receive())
-        parts = [bytes(part) for part in wire.pack(wire.REQUEST, b"12345678", Ping())]
+        parts = [bytes(part) for part in wire.pack_message(wire.REQUEST, b"12345678", Ping())]
         kind, correlation, payload = await ask_as(hello, f"ipc://{config.cluster.run_dir}/b.sock", parts)
         assert (kind, correlation) == (wire.ERROR, b"12345678")
         refusal = msgspec.msgpack.decode(payload, type=wire.Refusal)
@@ -131,7 +131,7 @@ def test_hostile_parts_are_counted_and_do_no_harm(config: Config) -> None:
         good = [wire.REQUEST, b"12345678", msgspec.msgpack.encode({"type": "Ping"})]
         context = zmq.asyncio.Context()
         attacker = context.socket(zmq.DEALER)
-        attacker.set(zmq.ROUTING_ID, wire.hello("a", INCARNATION))
+        attacker.set(zmq.ROUTING_ID, wire.encode_hello("a", INCARNATION))
         attacker.connect(address)
         bad_frames = [[b""], [b"S"], [b"X", b"12345678", b"\x80"], [b"S", b"short", b"\x80"], [b"R" * 5000, b"", b""]]
         # Cut short, not MessagePack, far too deep, a key that is no text.
@@ -164,7 +164,7 @@ def test_a_killed_process_is_noticed_and_its_files_do_not_stop_the_next(config: 
         await asyncio.sleep(0.05)
         assert not ask.done()
         end_process(first)
-        with pytest.raises(RequestTimeout, match="connection was lost"):
+        with pytest.raises(RequestTimeoutError, match="connection was lost"):
             await asyncio.wait_for(ask, TIMEOUT_S)
         assert "b.sock" in os.listdir(config.cluster.run_dir)
         second = await asyncio.to_thread(start_process, config)

@@ -20,12 +20,12 @@ from loraserve.messages import (
     ToMonitor,
     ToRouter,
 )
+from loraserve.messages.transfer import Abilities
 from loraserve.monitor.service import MonitorService
 from loraserve.testing.bus import MemoryBus, MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.peers import serving
 from loraserve.testing.reports import adapter_ref, engine_load, resident
-from loraserve.transfer.choice import Abilities
 
 INTERVAL_S, DEAD_AFTER_S = 10.0, 1.5
 """The interval is long, so that what is published at once can be told from what was due."""

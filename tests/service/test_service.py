@@ -10,9 +10,9 @@ import pytest
 
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config
-from loraserve.errors import AdapterError, PeerError, RequestTimeout
+from loraserve.errors import AdapterError, PeerError, RequestTimeoutError
 from loraserve.messages import Abort, GetPlan, ListAdapters, Ping, Pong
-from loraserve.service import Service, State
+from loraserve.service import Service, ServiceState
 from loraserve.testing.bus import MemoryBus, MemoryNetwork
 from loraserve.testing.clock import FakeClock, run_virtual
 
@@ -91,7 +91,7 @@ class Stage:
 
     async def up(self) -> None:
         self.running = asyncio.create_task(self.worker.run())
-        while self.worker.state is State.STARTING and not self.running.done():  # noqa: ASYNC110
+        while self.worker.state is ServiceState.STARTING and not self.running.done():  # noqa: ASYNC110
             await asyncio.sleep(0.01)
 
     async def down(self) -> None:
@@ -117,7 +117,7 @@ def test_from_start_to_stop_in_order() -> None:
         assert (pong.name, pong.state, pong.detail) == ("worker", "READY", "all well")
         assert pong.incarnation == stage.worker.bus.incarnation
         await stage.down()
-        assert stage.worker.state is State.STOPPED
+        assert stage.worker.state is ServiceState.STOPPED
         assert stage.worker.diary == ["started", "looped", "draining", "drained", "closed"]
 
     play(scenario)
@@ -201,7 +201,7 @@ def test_a_crashing_loop_ends_the_run_with_its_error() -> None:
         with pytest.raises(ZeroDivisionError, match="tick"):
             await stage.running
         assert stage.worker.diary == ["started", "looped", "closed"]
-        assert stage.worker.state is State.STOPPED
+        assert stage.worker.state is ServiceState.STOPPED
 
     play(scenario)
 
@@ -235,7 +235,7 @@ def test_a_crash_while_draining_ends_the_run_too() -> None:
         (ValueError("bad luck"), "internal", "bad luck"),
         (AdapterError("bad_rank", "rank 0"), "bad_rank", "rank 0"),
         (PeerError("no_engine", "none alive"), "no_engine", "none alive"),
-        (RequestTimeout("store did not answer"), "timeout", "store did not answer"),
+        (RequestTimeoutError("store did not answer"), "timeout", "store did not answer"),
         (KeyError(), "internal", "KeyError"),
         (TimeoutError(), "internal", "TimeoutError"),
     ],

@@ -11,11 +11,11 @@ import numpy.typing as npt
 import pytest
 
 from loraserve.errors import ConfigError
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, ShmHandle
 from loraserve.testing.memory_owner import MemoryOwner, pattern
-from loraserve.transfer.near import there
-from loraserve.transfer.protocol import PROTOCOL, Range, ShmHandle, TransferError
-from loraserve.transfer.shared_memory import NAME, SharedMemory
-from loraserve.transfer.shm import ShmExporter, ShmReader
+from loraserve.transfer.protocol import ByteRange, TransferError
+from loraserve.transfer.same_host import NAME_PREFIX, check_offered
+from loraserve.transfer.shm import SharedMemory, ShmExporter, ShmReader
 
 MIB = 1 << 20
 LENGTH = 16 * MIB
@@ -44,7 +44,7 @@ def play(scenario: Callable[[ShmReader], Awaitable[None]], **options: int) -> No
     asyncio.run(main())
 
 
-async def refusal(reader: ShmReader, handle: ShmHandle, ranges: list[Range], into_bytes: int) -> TransferError:
+async def refusal(reader: ShmReader, handle: ShmHandle, ranges: list[ByteRange], into_bytes: int) -> TransferError:
     """The error of a read that must fail and must not write."""
     into = bytearray(into_bytes)
     with pytest.raises(TransferError) as refused:
@@ -66,7 +66,7 @@ def maps() -> str:
 
 @pytest.mark.parametrize("options", [{}, {"direct_bytes": 100_000}, {"sliced_bytes": 0, "piece_bytes": 100_000}])
 def test_ranges_arrive_one_after_another(owner: MemoryOwner, options: dict[str, int]) -> None:
-    ranges = [Range(5, 10), Range(LENGTH - 3 * MIB, 3 * MIB), Range(0, 0), Range(7, 1)]
+    ranges = [ByteRange(5, 10), ByteRange(LENGTH - 3 * MIB, 3 * MIB), ByteRange(0, 0), ByteRange(7, 1)]
     truth = pattern(LENGTH)
 
     async def scenario(reader: ShmReader) -> None:
@@ -87,7 +87,7 @@ def test_what_the_owner_writes_later_is_read_without_its_doing() -> None:
         for value in (1, 2):
             memory.view[10] = value
             into = bytearray(1)
-            await reader.read(handle, [Range(10, 1)], memoryview(into))
+            await reader.read(handle, [ByteRange(10, 1)], memoryview(into))
             assert into[0] == value
         exporter.close()
         memory.close()
@@ -97,14 +97,14 @@ def test_what_the_owner_writes_later_is_read_without_its_doing() -> None:
 
 def test_a_killed_owner_is_gone_and_leaves_nothing_behind(owner: MemoryOwner) -> None:
     async def scenario(reader: ShmReader) -> None:
-        await reader.read(owner.shm, [Range(0, 1)], memoryview(bytearray(1)))
+        await reader.read(owner.shm, [ByteRange(0, 1)], memoryview(bytearray(1)))
         assert owner.shm.name in maps()
         owner.kill()
         await until(lambda: reader.mapped == 0)
         assert owner.shm.name not in maps(), "its memory is the machine's again before anybody reads"
-        assert not [name for name in os.listdir("/dev/shm") if NAME in name]
+        assert not [name for name in os.listdir("/dev/shm") if NAME_PREFIX in name]
         for reads in (reader, ShmReader()):
-            error = await refusal(reads, owner.shm, [Range(0, 2 * MIB)], 2 * MIB)
+            error = await refusal(reads, owner.shm, [ByteRange(0, 2 * MIB)], 2 * MIB)
             assert error.code == "gone"
             assert "another source" in error.message
 
@@ -114,7 +114,7 @@ def test_a_killed_owner_is_gone_and_leaves_nothing_behind(owner: MemoryOwner) ->
 async def begun(reader: ShmReader, owner: MemoryOwner) -> "tuple[npt.NDArray[np.uint8], asyncio.Task[None]]":
     """A read of everything that has written its first bytes."""
     into = np.zeros(LENGTH, np.uint8)
-    read = asyncio.create_task(reader.read(owner.shm, [Range(0, LENGTH)], into.data))
+    read = asyncio.create_task(reader.read(owner.shm, [ByteRange(0, LENGTH)], into.data))
     await until(lambda: into[0] != UNTOUCHED)
     return into, read
 
@@ -150,9 +150,9 @@ def test_nobody_writes_once_a_read_was_cancelled(owner: MemoryOwner, options: di
 
 def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: MemoryOwner) -> None:
     async def scenario(reader: ShmReader) -> None:
-        await reader.read(owner.shm, [Range(0, 1)], memoryview(bytearray(1)))
+        await reader.read(owner.shm, [ByteRange(0, 1)], memoryview(bytearray(1)))
         owner.withdraw()
-        assert (await refusal(reader, owner.shm, [Range(0, 1)], 1)).code == "gone"
+        assert (await refusal(reader, owner.shm, [ByteRange(0, 1)], 1)).code == "gone"
         assert owner.shm.name not in maps()
 
     play(scenario)
@@ -161,7 +161,7 @@ def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: MemoryOwne
 def test_handles_that_name_something_else(owner: MemoryOwner) -> None:
     good = owner.shm
     cases = [
-        ({"name": NAME + "0" * 32}, "gone"),
+        ({"name": NAME_PREFIX + "0" * 32}, "gone"),
         ({"descriptor": 0}, "gone"),
         ({"descriptor": -1}, "gone"),
         ({"descriptor": 10**15}, "gone"),
@@ -169,15 +169,15 @@ def test_handles_that_name_something_else(owner: MemoryOwner) -> None:
         ({"pid": 2**62}, "gone"),
         ({"length_bytes": LENGTH + 1}, "refused"),
         ({"length_bytes": 2**63}, "refused"),
-        ({"protocol": PROTOCOL + 1}, "version"),
+        ({"protocol": TRANSFER_PROTOCOL_VERSION + 1}, "version"),
     ]
 
     async def scenario(reader: ShmReader) -> None:
         for changes, code in cases:
             handle = msgspec.structs.replace(good, **changes)
-            assert (await refusal(reader, handle, [Range(0, 1)], 1)).code == code, changes
-        assert (await refusal(reader, good, [Range(0, 2), Range(LENGTH - 1, 2)], 4)).code == "out_of_range"
-        assert (await refusal(reader, good, [Range(0, 2)], 3)).code == "size"
+            assert (await refusal(reader, handle, [ByteRange(0, 1)], 1)).code == code, changes
+        assert (await refusal(reader, good, [ByteRange(0, 2), ByteRange(LENGTH - 1, 2)], 4)).code == "out_of_range"
+        assert (await refusal(reader, good, [ByteRange(0, 2)], 3)).code == "size"
         assert reader.mapped == 0
 
     play(scenario)
@@ -185,20 +185,20 @@ def test_handles_that_name_something_else(owner: MemoryOwner) -> None:
 
 def test_memory_that_its_owner_could_cut_short_is_not_mapped() -> None:
     """A copy from pages that are no more would kill the reader with SIGBUS."""
-    descriptor = os.memfd_create(NAME + "open", os.MFD_ALLOW_SEALING)
+    descriptor = os.memfd_create(NAME_PREFIX + "open", os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, MIB)
     handle = ShmHandle(
-        protocol=PROTOCOL,
+        protocol=TRANSFER_PROTOCOL_VERSION,
         owner="me",
         incarnation="i",
         length_bytes=MIB,
         pid=os.getpid(),
         descriptor=descriptor,
-        name=NAME + "open",
+        name=NAME_PREFIX + "open",
     )
 
     async def scenario(reader: ShmReader) -> None:
-        error = await refusal(reader, handle, [Range(0, 1)], 1)
+        error = await refusal(reader, handle, [ByteRange(0, 1)], 1)
         assert error.code == "refused"
         assert "sealed" in error.message
 
@@ -230,7 +230,7 @@ def test_another_user_is_refused_and_sees_the_dead_as_gone(owner: MemoryOwner) -
         if os.fork() == 0:
             try:
                 os.setuid(NOBODY)
-                there(owner.shm)
+                check_offered(owner.shm)
             except TransferError as error:
                 os.write(writing, error.code.encode())
             finally:
@@ -267,7 +267,7 @@ def test_mappings_and_descriptors_are_bounded_and_let_go() -> None:
         for _ in range(2):
             for value, handle in enumerate(handles, 1):
                 into = bytearray(1)
-                await reader.read(handle, [Range(0, 1)], memoryview(into))
+                await reader.read(handle, [ByteRange(0, 1)], memoryview(into))
                 assert into[0] == value
                 assert reader.mapped <= 2
         del memory

@@ -15,9 +15,10 @@ from loraserve.bus.zmq import open_bus
 from loraserve.config import ClusterConfig, Config
 from loraserve.errors import PeerError
 from loraserve.messages import ReadRegion, RegionChunk
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, TcpHandle
 from loraserve.testing.memory_owner import MemoryOwner, pattern
 from loraserve.testing.peers import Peer
-from loraserve.transfer.protocol import PROTOCOL, Range, TcpHandle, TransferError
+from loraserve.transfer.protocol import ByteRange, TransferError
 from loraserve.transfer.tcp import LONGEST_CHUNK_BYTES, TcpExporter, TcpReader
 
 MIB = 1 << 20
@@ -25,7 +26,7 @@ LENGTH = 16 * MIB
 LONG = LONGEST_CHUNK_BYTES + 2 * MIB
 TIMEOUT_S = 20.0
 SHORT_S = 0.5
-RANGES = [Range(5, 10), Range(LENGTH - 3 * MIB, 3 * MIB), Range(0, 0), Range(7, 1)]
+RANGES = [ByteRange(5, 10), ByteRange(LENGTH - 3 * MIB, 3 * MIB), ByteRange(0, 0), ByteRange(7, 1)]
 
 
 class Owner:
@@ -64,7 +65,7 @@ def play(scenario: Callable[[MemoryNetwork], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-async def check(reader: TcpReader, handle: TcpHandle, ranges: list[Range]) -> None:
+async def check(reader: TcpReader, handle: TcpHandle, ranges: list[ByteRange]) -> None:
     """Reads into a larger buffer's middle: what is around it must stay as it was."""
     length = sum(each.length_bytes for each in ranges)
     around = np.zeros(length + 2, np.uint8)
@@ -75,7 +76,7 @@ async def check(reader: TcpReader, handle: TcpHandle, ranges: list[Range]) -> No
     assert around[0] == around[-1] == 0
 
 
-async def refusal(reader: TcpReader, handle: TcpHandle, ranges: list[Range], into_bytes: int) -> TransferError:
+async def refusal(reader: TcpReader, handle: TcpHandle, ranges: list[ByteRange], into_bytes: int) -> TransferError:
     into = bytearray(into_bytes)
     with pytest.raises(TransferError) as refused:
         await reader.read(handle, ranges, memoryview(into))
@@ -99,9 +100,9 @@ def test_ranges_arrive_from_another_process_over_sockets(config: Config) -> None
             bus = open_bus(config, "reader", None)
             reader = TcpReader(bus, TIMEOUT_S)
             await check(reader, owner.tcp, RANGES)
-            assert (await refusal(reader, owner.shm, [Range(0, 1)], 1)).code == "refused"  # type: ignore[arg-type]
+            assert (await refusal(reader, owner.shm, [ByteRange(0, 1)], 1)).code == "refused"  # type: ignore[arg-type]
             owner.withdraw()
-            assert (await refusal(reader, owner.tcp, [Range(0, 1)], 1)).code == "gone"
+            assert (await refusal(reader, owner.tcp, [ByteRange(0, 1)], 1)).code == "gone"
             await bus.close()
 
     asyncio.run(main())
@@ -113,7 +114,9 @@ def test_an_owner_that_is_killed_while_it_is_read_and_comes_back_is_gone(config:
         first = MemoryOwner(LENGTH, config)
         into = np.zeros(LENGTH, np.uint8)
         # So many chunks that it dies in the middle.
-        read = asyncio.create_task(TcpReader(bus, TIMEOUT_S, 1000, 2).read(first.tcp, [Range(0, LENGTH)], into.data))
+        read = asyncio.create_task(
+            TcpReader(bus, TIMEOUT_S, 1000, 2).read(first.tcp, [ByteRange(0, LENGTH)], into.data)
+        )
         while not into[0]:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         first.kill()
@@ -132,7 +135,7 @@ def test_an_owner_that_stays_away_is_a_timeout() -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner, bus = Owner(network), network.bus("reader", None)
         network.kill("owner")
-        error = await refusal(TcpReader(bus, SHORT_S), owner.handle, [Range(0, 1)], 1)
+        error = await refusal(TcpReader(bus, SHORT_S), owner.handle, [ByteRange(0, 1)], 1)
         assert error.code == "timeout"
         assert "another source" in error.message
 
@@ -153,7 +156,7 @@ def test_what_was_lost_with_a_connection_is_asked_for_again_and_the_rest_is_not(
             bus.lost("owner")
 
         losing = asyncio.create_task(lose())
-        await check(TcpReader(bus, TIMEOUT_S, MIB, 1), owner.handle, [Range(0, 5 * MIB)])
+        await check(TcpReader(bus, TIMEOUT_S, MIB, 1), owner.handle, [ByteRange(0, 5 * MIB)])
         await losing
         assert owner.answered == 5 + 1
 
@@ -174,8 +177,12 @@ def test_an_owner_that_is_starting_is_asked_again() -> None:
 def test_an_answer_without_its_bytes_is_not_written(answer: RegionChunk) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         Peer(network, "owner", ReadRegion, lambda _: answer)
-        handle = TcpHandle(protocol=PROTOCOL, owner="owner", incarnation="i", length_bytes=2, token="t")
-        assert (await refusal(TcpReader(network.bus("reader", None), SHORT_S), handle, [Range(0, 2)], 2)).code == "size"
+        handle = TcpHandle(
+            protocol=TRANSFER_PROTOCOL_VERSION, owner="owner", incarnation="i", length_bytes=2, token="t"
+        )
+        assert (
+            await refusal(TcpReader(network.bus("reader", None), SHORT_S), handle, [ByteRange(0, 2)], 2)
+        ).code == "size"
 
     play(scenario)
 
@@ -184,7 +191,7 @@ def test_an_answer_without_its_bytes_is_not_written(answer: RegionChunk) -> None
     ("changes", "start", "code"),
     [
         ({"token": "0" * 32}, 0, "gone"),
-        ({"protocol": PROTOCOL + 1}, 0, "version"),
+        ({"protocol": TRANSFER_PROTOCOL_VERSION + 1}, 0, "version"),
         ({"length_bytes": LENGTH + 1}, LENGTH, "out_of_range"),
     ],
 )
@@ -193,7 +200,7 @@ def test_handles_that_name_something_else(changes: dict[str, Any], start: int, c
         owner = Owner(network)
         handle = msgspec.structs.replace(owner.handle, **changes)
         reader = TcpReader(network.bus("reader", None), TIMEOUT_S)
-        assert (await refusal(reader, handle, [Range(start, 1)], 1)).code == code
+        assert (await refusal(reader, handle, [ByteRange(start, 1)], 1)).code == code
 
     play(scenario)
 
@@ -201,7 +208,7 @@ def test_handles_that_name_something_else(changes: dict[str, Any], start: int, c
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"protocol": PROTOCOL + 1}, "version"),
+        ({"protocol": TRANSFER_PROTOCOL_VERSION + 1}, "version"),
         ({"token": ""}, "gone"),
         ({"offset_bytes": -1}, "out_of_range"),
         ({"offset_bytes": LONG - 9}, "out_of_range"),
@@ -213,7 +220,7 @@ def test_handles_that_name_something_else(changes: dict[str, Any], start: int, c
 def test_an_owner_trusts_no_request(changes: dict[str, Any], code: str) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner, bus = Owner(network, LONG), network.bus("reader", None)
-        good = ReadRegion(protocol=PROTOCOL, token=owner.handle.token, offset_bytes=0, length_bytes=10)
+        good = ReadRegion(protocol=TRANSFER_PROTOCOL_VERSION, token=owner.handle.token, offset_bytes=0, length_bytes=10)
         _, frames = await bus.request_frames("owner", good, RegionChunk, TIMEOUT_S)
         assert [len(frame) for frame in frames] == [10]
         asked = msgspec.structs.replace(good, **changes)
@@ -236,7 +243,7 @@ def test_no_more_chunks_are_under_way_than_allowed() -> None:
             return Fault(delay_s=0.001)
 
         network.faults = watch
-        await check(TcpReader(bus, TIMEOUT_S, 100_000, 3), owner.handle, [Range(0, 4 * MIB)])
+        await check(TcpReader(bus, TIMEOUT_S, 100_000, 3), owner.handle, [ByteRange(0, 4 * MIB)])
         assert (most, under_way) == (3, 0)
 
     play(scenario)
@@ -247,7 +254,9 @@ def test_nobody_writes_once_a_read_was_cancelled() -> None:
         owner, bus = Owner(network), network.bus("reader", None)
         network.faults = lambda *_: Fault(delay_s=0.01)
         into = np.zeros(LENGTH, np.uint8)
-        read = asyncio.create_task(TcpReader(bus, TIMEOUT_S, MIB, 4).read(owner.handle, [Range(0, LENGTH)], into.data))
+        read = asyncio.create_task(
+            TcpReader(bus, TIMEOUT_S, MIB, 4).read(owner.handle, [ByteRange(0, LENGTH)], into.data)
+        )
         while not into[0]:  # noqa: ASYNC110
             await asyncio.sleep(0.001)
         read.cancel()
@@ -277,8 +286,8 @@ class Answers:
 
 def test_a_chunk_is_let_go_before_the_next_is_asked_for() -> None:
     answers, into = Answers(), np.zeros(10, np.uint8)
-    handle = TcpHandle(protocol=PROTOCOL, owner="owner", incarnation="i", length_bytes=10, token="t")
+    handle = TcpHandle(protocol=TRANSFER_PROTOCOL_VERSION, owner="owner", incarnation="i", length_bytes=10, token="t")
     reader = TcpReader(answers, TIMEOUT_S, 3, 1)  # type: ignore[arg-type]
-    asyncio.run(reader.read(handle, [Range(0, 10)], into.data))
+    asyncio.run(reader.read(handle, [ByteRange(0, 10)], into.data))
     assert into.all()
     assert answers.most == 0

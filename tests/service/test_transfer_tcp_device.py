@@ -13,14 +13,15 @@ from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.cuda.pool import DevicePool
 from loraserve.errors import PeerError
 from loraserve.messages import ReadRegion, RegionChunk
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
 from loraserve.testing.memory_owner import pattern
-from loraserve.transfer.protocol import PROTOCOL, Range, TransferError
+from loraserve.transfer.protocol import ByteRange, TransferError
 from loraserve.transfer.tcp import LONGEST_CHUNK_BYTES, ReadableRegion, TcpExporter, TcpReader
 
 MIB = 1 << 20
 LENGTH = 20 * MIB
 TIMEOUT_S = 20.0
-RANGES = [Range(5, 10), Range(LENGTH - 17 * MIB, 17 * MIB), Range(0, 0), Range(7, 1)]
+RANGES = [ByteRange(5, 10), ByteRange(LENGTH - 17 * MIB, 17 * MIB), ByteRange(0, 0), ByteRange(7, 1)]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -87,14 +88,16 @@ def test_ranges_of_a_device_s_pool_arrive(chunk_bytes: int, in_flight: int) -> N
         truth = pattern(LENGTH)
         assert (into == np.concatenate([truth[each.offset_bytes :][: each.length_bytes] for each in RANGES])).all()
         bus = network.bus("another", None)
-        nothing = ReadRegion(protocol=PROTOCOL, token=owner.handle.token, offset_bytes=LENGTH, length_bytes=0)
+        nothing = ReadRegion(
+            protocol=TRANSFER_PROTOCOL_VERSION, token=owner.handle.token, offset_bytes=LENGTH, length_bytes=0
+        )
         _, frames = await bus.request_frames("owner", nothing, RegionChunk, TIMEOUT_S)
         assert [len(frame) for frame in frames] == [0]
         with pytest.raises(TransferError, match="out_of_range"):
-            await reader.read(owner.handle, [Range(LENGTH, 1)], memoryview(bytearray(1)))
+            await reader.read(owner.handle, [ByteRange(LENGTH, 1)], memoryview(bytearray(1)))
         owner.exporter.close()
         with pytest.raises(TransferError, match="gone"):
-            await reader.read(owner.handle, [Range(0, 1)], memoryview(bytearray(1)))
+            await reader.read(owner.handle, [ByteRange(0, 1)], memoryview(bytearray(1)))
 
     play(scenario)
 
@@ -105,11 +108,11 @@ def test_an_owner_answers_others_while_its_device_is_read() -> None:
         owner, bus = Owner(network, held), network.bus("reader", None)
         quick = owner.exporter.register(pattern(MIB).data)
         slow = asyncio.create_task(
-            TcpReader(bus, TIMEOUT_S).read(owner.handle, [Range(0, 1)], memoryview(bytearray(1)))
+            TcpReader(bus, TIMEOUT_S).read(owner.handle, [ByteRange(0, 1)], memoryview(bytearray(1)))
         )
         await until(held.begun)
         into = bytearray(MIB)
-        await TcpReader(bus, TIMEOUT_S).read(quick, [Range(0, MIB)], memoryview(into))
+        await TcpReader(bus, TIMEOUT_S).read(quick, [ByteRange(0, MIB)], memoryview(into))
         assert into == pattern(MIB).tobytes()
         assert not slow.done()
         held.may_end.set()
@@ -122,7 +125,9 @@ def test_what_is_withdrawn_while_it_is_read_is_not_sent() -> None:
     async def scenario(network: MemoryNetwork) -> None:
         held = Held()
         owner, bus = Owner(network, held), network.bus("reader", None)
-        request = ReadRegion(protocol=PROTOCOL, token=owner.handle.token, offset_bytes=0, length_bytes=10)
+        request = ReadRegion(
+            protocol=TRANSFER_PROTOCOL_VERSION, token=owner.handle.token, offset_bytes=0, length_bytes=10
+        )
         asked = asyncio.create_task(bus.request_frames("owner", request, RegionChunk, TIMEOUT_S))
         await until(held.begun)
         asyncio.get_running_loop().call_later(0.05, held.may_end.set)
@@ -141,7 +146,7 @@ def test_a_device_that_is_lost_is_heard_of_by_whoever_answers() -> None:
         held.may_end.set()
         owner, bus = Owner(network, held), network.bus("reader", None)
         with pytest.raises(TransferError, match="timeout"):
-            await TcpReader(bus, 0.5).read(owner.handle, [Range(0, 1)], memoryview(bytearray(1)))
+            await TcpReader(bus, 0.5).read(owner.handle, [ByteRange(0, 1)], memoryview(bytearray(1)))
         with pytest.raises(DeviceLost):
             await owner.answering[0]
 

@@ -1,8 +1,9 @@
-"""What both transports share: requests and their answers, strict decoding, counting."""
+"""What both bus transports share: requests and answers, strict decoding, counting, queues for absent peers."""
 
 import asyncio
 import os
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Sequence
 from types import UnionType
 from typing import Any, TypeVar
@@ -10,9 +11,36 @@ from typing import Any, TypeVar
 import msgspec
 
 from loraserve.bus import wire
-from loraserve.bus.counters import BusCounters
-from loraserve.bus.protocol import Envelope, Frame
-from loraserve.errors import ConfigError, PeerError, RequestTimeout
+from loraserve.bus.protocol import BusCounters, Envelope, Frame
+from loraserve.bus.wire import Parts
+from loraserve.errors import ConfigError, PeerError, RequestTimeoutError
+
+
+class Backlog:
+    """In order, bounded. Kept here and not in the socket so that a request which timed out can be taken back."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._parts: deque[Parts] = deque()
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def add(self, parts: Parts) -> bool:
+        """False when it is full."""
+        if len(self._parts) >= self._limit:
+            return False
+        self._parts.append(parts)
+        return True
+
+    def withdraw(self, correlation: bytes) -> None:
+        self._parts = deque(parts for parts in self._parts if parts[1] != correlation)
+
+    def take_all(self) -> list[Parts]:
+        taken = list(self._parts)
+        self._parts.clear()
+        return taken
+
 
 T = TypeVar("T")
 Answer = tuple[bytes, Frame, tuple[Frame, ...]]
@@ -33,7 +61,7 @@ class Endpoint(ABC):
             raise ConfigError(f"process name {name!r}: use at most 64 of a-z, 0-9, '.', '_', '-', such as engine-0")
         self._name = name
         self._incarnation = incarnation
-        self._hello = wire.hello(name, incarnation)
+        self._hello = wire.encode_hello(name, incarnation)
         self._inbox: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(inbox if inbox is not None else None)
         self._decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
         self._hellos: dict[bytes, wire.Hello] = {}
@@ -51,7 +79,7 @@ class Endpoint(ABC):
         return self._incarnation
 
     def send(self, peer: str, message: Any, frames: Sequence[Frame] = ()) -> bool:
-        return self._transmit(peer, message, wire.pack(wire.SEND, wire.NO_CORRELATION, message, frames))
+        return self._transmit(peer, message, wire.pack_message(wire.SEND, wire.NO_CORRELATION, message, frames))
 
     async def request(
         self, peer: str, message: Any, reply: type[T] | UnionType, timeout_s: float, frames: Sequence[Frame] = ()
@@ -65,16 +93,18 @@ class Endpoint(ABC):
         kind, payload, answer_frames = await self._ask(peer, message, timeout_s, frames)
         try:
             if kind == wire.ERROR:
-                refusal = wire.decode(self._decoder(wire.Refusal), payload)
+                refusal = wire.decode_payload(self._decoder(wire.Refusal), payload)
                 raise PeerError(refusal.code, refusal.message)
-            return wire.decode(self._decoder(reply), payload), answer_frames  # type: ignore[return-value]
+            return wire.decode_payload(self._decoder(reply), payload), answer_frames  # type: ignore[return-value]
         except msgspec.DecodeError as error:
             self.counters.count_bad(peer, "bad_reply", str(error))
             raise PeerError("bad_reply", f"{peer} answered {type(message).__name__} with: {error}") from error
 
     def respond(self, envelope: Envelope, message: Any, frames: Sequence[Frame] = ()) -> None:
         if envelope.reply_to:
-            self._answer(envelope.reply_to, message, wire.pack(wire.REPLY, envelope.reply_to[1], message, frames))
+            self._answer(
+                envelope.reply_to, message, wire.pack_message(wire.REPLY, envelope.reply_to[1], message, frames)
+            )
 
     def refuse(self, envelope: Envelope, code: str, message: str) -> None:
         if envelope.reply_to:
@@ -101,7 +131,7 @@ class Endpoint(ABC):
 
     async def _ask(self, peer: str, message: Any, timeout_s: float, frames: Sequence[Frame]) -> Answer:
         if self._closed:
-            raise RequestTimeout(f"{type(message).__name__} to {peer}: this bus is closed")
+            raise RequestTimeoutError(f"{type(message).__name__} to {peer}: this bus is closed")
         self._last_correlation += 1
         correlation = self._last_correlation.to_bytes(8, "big")
         loop = asyncio.get_running_loop()
@@ -110,12 +140,12 @@ class Endpoint(ABC):
         # A fifth of what asyncio.timeout costs a request.
         timer = loop.call_later(timeout_s, _expire, waiting.answer)
         try:
-            if not self._transmit(peer, message, wire.pack(wire.REQUEST, correlation, message, frames)):
-                raise RequestTimeout(f"{type(message).__name__} to {peer}: the queue for it is full")
+            if not self._transmit(peer, message, wire.pack_message(wire.REQUEST, correlation, message, frames)):
+                raise RequestTimeoutError(f"{type(message).__name__} to {peer}: the queue for it is full")
             return await waiting.answer
         except TimeoutError:
             self._gave_up(peer, correlation)
-            raise RequestTimeout(f"{peer} did not answer {type(message).__name__} in {timeout_s:g} s") from None
+            raise RequestTimeoutError(f"{peer} did not answer {type(message).__name__} in {timeout_s:g} s") from None
         finally:
             timer.cancel()
             del self._waiting[correlation]
@@ -127,8 +157,8 @@ class Endpoint(ABC):
         self.counters.received += 1
         sender = self._who(hello)
         try:
-            kind, correlation, payload, frames = wire.split(parts)
-        except wire.BadParts as error:
+            kind, correlation, payload, frames = wire.split_message(parts)
+        except wire.BadPartsError as error:
             self.counters.count_bad(sender.name, "bad_frames", str(error))
             return None
         reply_to = (hello, correlation) if kind == wire.REQUEST else ()
@@ -136,7 +166,7 @@ class Endpoint(ABC):
             self._reject(sender.name, reply_to, "protocol_mismatch", sender.refusal)
             return None
         try:
-            message = wire.decode(self._inbox, payload)
+            message = wire.decode_payload(self._inbox, payload)
         except msgspec.DecodeError as error:
             self._reject(sender.name, reply_to, "bad_message", str(error))
             return None
@@ -150,7 +180,7 @@ class Endpoint(ABC):
     def _accept_publication(self, publisher: str, topic: str, payload: Frame) -> Envelope | None:
         self.counters.received += 1
         try:
-            return Envelope(publisher, wire.decode(self._inbox, payload), topic=topic)
+            return Envelope(publisher, wire.decode_payload(self._inbox, payload), topic=topic)
         except msgspec.DecodeError as error:
             self.counters.count_bad(publisher, "bad_message", f"publication {topic}: {error}")
             return None
@@ -158,8 +188,8 @@ class Endpoint(ABC):
     def _accept_answer(self, peer: str, parts: Sequence[Frame]) -> None:
         self.counters.received += 1
         try:
-            kind, correlation, payload, frames = wire.split(parts)
-        except wire.BadParts as error:
+            kind, correlation, payload, frames = wire.split_message(parts)
+        except wire.BadPartsError as error:
             self.counters.count_bad(peer, "bad_frames", str(error))
             return
         waiting = self._waiting.get(correlation)
@@ -172,11 +202,11 @@ class Endpoint(ABC):
         """End the requests to a peer (None: to all), because they can have no answer any more."""
         for waiting in self._waiting.values():
             if peer in (None, waiting.peer) and not waiting.answer.done():
-                waiting.answer.set_exception(RequestTimeout(f"{waiting.peer}: {why}"))
+                waiting.answer.set_exception(RequestTimeoutError(f"{waiting.peer}: {why}"))
 
     def _refuse(self, reply_to: tuple[bytes, ...], code: str, message: str) -> None:
         refusal = wire.Refusal(code, message)
-        self._answer(reply_to, refusal, wire.pack(wire.ERROR, reply_to[1], refusal))
+        self._answer(reply_to, refusal, wire.pack_message(wire.ERROR, reply_to[1], refusal))
 
     def _who(self, hello: bytes) -> wire.Hello:
         known = self._hellos.get(hello)

@@ -10,8 +10,7 @@ from typing import Any
 import msgspec
 
 from loraserve.bus import wire
-from loraserve.bus.backlog import Backlog
-from loraserve.bus.endpoint import Endpoint, new_incarnation
+from loraserve.bus.endpoint import Backlog, Endpoint, new_incarnation
 from loraserve.bus.protocol import Envelope, Frame
 from loraserve.errors import ConfigError, LoraServeError
 

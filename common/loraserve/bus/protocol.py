@@ -1,16 +1,51 @@
-"""What every process sees of the bus, whatever carries it.
+"""What every process sees of the bus, over any transport, and the counters of what went wrong on it.
 
-A process has one name (``router``, ``engine-0``, ...) and one inbox. ``send`` and ``publish`` never wait; delivery is
-at most once and in order per pair of processes, so whoever must know asks with ``request``.
+A process has one name (``router``, ``engine-0``, ...) and one inbox. ``send`` and ``publish`` never wait. Messages are
+delivered at most once, and in order per pair of processes; a sender that must know whether a message arrived uses
+``request``.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from types import UnionType
 from typing import Any, Protocol, TypeVar
 
 import msgspec
+import structlog
 
-from loraserve.bus.counters import BusCounters
+_log = structlog.get_logger("loraserve.bus")
+
+LOGGED_FIRST = 3
+LOGGED_EVERY = 1000
+REMEMBERED_PEERS = 1000
+
+
+class BusCounters:
+    """Plain counters. Strangers all count as "?", so a flood of made-up names cannot grow the tables."""
+
+    def __init__(self, owner: str) -> None:
+        self._owner = owner
+        self.sent = 0
+        self.received = 0
+        self.late_replies = 0
+        self.bad: Counter[tuple[str, str]] = Counter()
+        self.dropped: Counter[str] = Counter()
+
+    def count_bad(self, sender: str, reason: str, detail: str) -> None:
+        """A message that was refused or dropped because of what it held."""
+        sender = sender if len(self.bad) < REMEMBERED_PEERS else "?"
+        self.bad[sender, reason] += 1
+        count = self.bad[sender, reason]
+        if count <= LOGGED_FIRST or count % LOGGED_EVERY == 0:
+            _log.warning("bad_message", bus=self._owner, sender=sender, reason=reason, detail=detail, count=count)
+
+    def count_dropped(self, peer: str, why: str) -> None:
+        """A message of ours that will not reach its peer."""
+        self.dropped[peer] += 1
+        count = self.dropped[peer]
+        if count <= LOGGED_FIRST or count % LOGGED_EVERY == 0:
+            _log.warning("message_dropped", bus=self._owner, peer=peer, why=why, count=count)
+
 
 Frame = bytes | bytearray | memoryview
 T = TypeVar("T")

@@ -42,11 +42,11 @@ class Refusal(msgspec.Struct, frozen=True, array_like=True):
     message: str
 
 
-class BadParts(Exception):
+class BadPartsError(Exception):
     """Parts that are no message at all."""
 
 
-def hello(name: str, incarnation: str, version: int = PROTOCOL_VERSION) -> bytes:
+def encode_hello(name: str, incarnation: str, version: int = PROTOCOL_VERSION) -> bytes:
     return f"loraserve/{version}|{name}|{incarnation}".encode()
 
 
@@ -63,19 +63,19 @@ def parse_hello(data: bytes) -> Hello:
     return Hello(name, incarnation)
 
 
-def pack(kind: bytes, correlation: bytes, message: Any, frames: Sequence[Frame] = ()) -> Parts:
+def pack_message(kind: bytes, correlation: bytes, message: Any, frames: Sequence[Frame] = ()) -> Parts:
     return [kind, correlation, _encoder.encode(message), *frames]
 
 
-def split(parts: Sequence[Frame]) -> tuple[bytes, bytes, Frame, tuple[Frame, ...]]:
+def split_message(parts: Sequence[Frame]) -> tuple[bytes, bytes, Frame, tuple[Frame, ...]]:
     """(kind, correlation, payload, raw frames). Raises BadParts."""
     if len(parts) < 3:
-        raise BadParts(f"{len(parts)} parts, expected at least kind, correlation and payload")
+        raise BadPartsError(f"{len(parts)} parts, expected at least kind, correlation and payload")
     kind, correlation = bytes(parts[0]), bytes(parts[1])
     if kind not in (SEND, REQUEST, REPLY, ERROR):
-        raise BadParts(f"unknown kind {kind[:16]!r}")
+        raise BadPartsError(f"unknown kind {kind[:16]!r}")
     if len(correlation) != len(NO_CORRELATION):
-        raise BadParts(f"correlation of {len(correlation)} bytes, expected {len(NO_CORRELATION)}")
+        raise BadPartsError(f"correlation of {len(correlation)} bytes, expected {len(NO_CORRELATION)}")
     return kind, correlation, parts[2], tuple(parts[3:])
 
 
@@ -88,7 +88,7 @@ def pack_publication(topic: str, message: Any) -> Parts:
     return [topic_frame(topic), _encoder.encode(message)]
 
 
-def decode(decoder: "msgspec.msgpack.Decoder[Any]", payload: Frame) -> Any:
+def decode_payload(decoder: "msgspec.msgpack.Decoder[Any]", payload: Frame) -> Any:
     """Strict decode. Raises msgspec.DecodeError, whose text has the path of what is wrong."""
     try:
         return decoder.decode(payload)

@@ -11,11 +11,11 @@ from typing import Any
 
 import zmq
 
-from loraserve.bus import sockets, wire
-from loraserve.bus.addresses import IPC, Addresses, addresses, run_dir
-from loraserve.bus.claim import NameClaim
+from loraserve.bus import link as sockets
+from loraserve.bus import wire
+from loraserve.bus.addresses import IPC, Addresses, NameClaim, addresses, run_dir
 from loraserve.bus.endpoint import Endpoint, new_incarnation
-from loraserve.bus.link import BURST_MESSAGES, Link, readable, receive_now, send_now
+from loraserve.bus.link import BURST_MESSAGES, PeerLink, readable, receive_now, send_now
 from loraserve.bus.protocol import Envelope, Frame
 from loraserve.config import Config
 from loraserve.errors import ConfigError, LoraServeError
@@ -38,7 +38,7 @@ class ZmqBus(Endpoint):
         self._config = config
         self._queue_messages = config.bus.queue_messages
         self._loop = asyncio.get_running_loop()
-        self._links: dict[str, Link] = {}
+        self._links: dict[str, PeerLink] = {}
         self._subscriptions: dict[str, tuple[_Source, set[str]]] = {}
         self._readable: deque[_Source] = deque()
         self._wake: asyncio.Future[None] | None = None
@@ -170,11 +170,11 @@ class ZmqBus(Endpoint):
         if peer in self._links:
             self._links[peer].withdraw(correlation)
 
-    def _link(self, peer: str) -> Link:
+    def _link(self, peer: str) -> PeerLink:
         link = self._links.get(peer)
         if link is None:
             address = addresses(self._config, peer).inbox
-            link = self._links[peer] = Link(
+            link = self._links[peer] = PeerLink(
                 partial(sockets.outbox_socket, self._context, address, self._queue_messages, self._hello),
                 address,
                 self._queue_messages,

@@ -14,7 +14,7 @@ from loraserve.cost.extents import extent_bytes, largest_extent_bytes
 from loraserve.cost.model import CostModel, StepShape
 from loraserve.device import Device, device_of, gpu_name
 from loraserve.errors import ConfigError
-from loraserve.model_shape import ModelShape, read_config, shape_of
+from loraserve.model_shape import ModelShape, read_model_config, shape_from_config
 
 SHIPPED = Path(__file__).parent / "profiles"
 REMEDY = "measure one with scripts/profile"
@@ -137,7 +137,7 @@ def starting_cost(config: Config) -> CostModel:
 
 def _shape(model_dir: str) -> ModelShape | None:
     try:
-        return shape_of(read_config(Path(model_dir))) if model_dir else None
+        return shape_from_config(read_model_config(Path(model_dir))) if model_dir else None
     except ConfigError:
         # Whoever needs the model says so; to price with is not worth failing for.
         return None

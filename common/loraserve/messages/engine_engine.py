@@ -1,7 +1,7 @@
 """Engine -> engine: leases on an extent, so that it stays where it is while a peer reads it, and complaints."""
 
 from loraserve.messages.base import Message
-from loraserve.transfer.protocol import Handle
+from loraserve.messages.transfer import Handle
 
 
 class LeaseSlab(Message, frozen=True, tag=True, kw_only=True):

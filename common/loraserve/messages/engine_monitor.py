@@ -3,7 +3,7 @@
 import msgspec
 
 from loraserve.messages.base import Message
-from loraserve.transfer.choice import Abilities
+from loraserve.messages.transfer import Abilities
 
 
 class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):

@@ -64,7 +64,7 @@ SIGNATURES = {
 }
 
 
-class CudaFailed(LoraServeError):
+class CudaCallError(LoraServeError):
     """``name`` is the driver's own, as CUDA_ERROR_OUT_OF_MEMORY."""
 
     def __init__(self, function: str, name: str) -> None:
@@ -90,7 +90,7 @@ def call(function: str, *arguments: object) -> None:
 
 
 @contextmanager
-def current(device: int) -> Iterator[None]:
+def current_device(device: int) -> Iterator[None]:
     """What this thread calls is about that GPU."""
     context = _primary_context(os.environ.get(OTHER_LIBRARY, LIBRARY), device)
     call("cuCtxPushCurrent_v2", context)
@@ -103,21 +103,21 @@ def current(device: int) -> Iterator[None]:
 def allocate(length_bytes: int, device: int) -> GpuMemory:
     """In blocks of its own. Raises CudaFailed."""
     address = c_uint64()
-    with current(device):
+    with current_device(device):
         call("cuMemAlloc_v2", ctypes.byref(address), -(-length_bytes // WHOLE_BYTES) * WHOLE_BYTES)
     return GpuMemory(address.value, length_bytes, device)
 
 
 def free(memory: GpuMemory) -> None:
     """Waits for what the GPU has still to do."""
-    with current(memory.device):
+    with current_device(memory.device):
         call("cuMemFree_v2", memory.address)
 
 
 def allocation(memory: GpuMemory) -> tuple[int, int]:
     """Address and length of the allocation that it lies in."""
     base, size = c_uint64(), c_size_t()
-    with current(memory.device):
+    with current_device(memory.device):
         call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), memory.address)
     return base.value, size.value
 
@@ -148,7 +148,7 @@ def device_attribute(device: int, attribute: int) -> int:
     return value.value
 
 
-def reaches(device: int, other: int) -> bool:
+def can_access(device: int, other: int) -> bool:
     """Whether one GPU can access the other's memory."""
     value = c_int()
     call("cuDeviceCanAccessPeer", ctypes.byref(value), _ordinal(device), _ordinal(other))
@@ -186,4 +186,4 @@ def _check(library: ctypes.CDLL, function: str, result: int) -> None:
     if result != 0:
         name = c_char_p()
         library.cuGetErrorName(result, ctypes.byref(name))
-        raise CudaFailed(function, name.value.decode() if name.value else f"CUDA error {result}")
+        raise CudaCallError(function, name.value.decode() if name.value else f"CUDA error {result}")

@@ -18,35 +18,25 @@ from functools import partial
 import numpy as np
 
 from loraserve.errors import ConfigError
-from loraserve.threads import in_thread
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, CudaIpcHandle, Handle
+from loraserve.threads import run_in_thread
 from loraserve.transfer.cuda_driver import (
     IPC_HANDLE_BYTES,
     WHOLE_BYTES,
-    CudaFailed,
+    CudaCallError,
     GpuMemory,
     IpcMemHandle,
     allocate,
     allocation,
     call,
-    current,
+    can_access,
+    current_device,
     device_count,
     device_uuid,
     free,
-    reaches,
 )
-from loraserve.transfer.mapping import Mappings
-from loraserve.transfer.near import NearExporter, there
-from loraserve.transfer.protocol import (
-    PROTOCOL,
-    CudaIpcHandle,
-    Handle,
-    Range,
-    TransferError,
-    asked,
-    checked,
-    checked_handle,
-)
-from loraserve.transfer.shared_memory import NAME
+from loraserve.transfer.protocol import ByteRange, TransferError, check_handle, check_read, describe
+from loraserve.transfer.same_host import NAME_PREFIX, Mappings, SameHostExporter, check_offered
 
 LAZY_PEER_ACCESS = 1
 NON_BLOCKING = 1
@@ -57,7 +47,7 @@ Copy = Callable[[int, int, int, int], None]
 """(to, source, length in bytes, stream): begins it."""
 
 
-def why_not(device: int) -> str:
+def unusable_reason(device: int) -> str:
     """Why that GPU's memory cannot be read by other processes; empty where it can. Tried: no attribute says it."""
     try:
         trial = allocate(WHOLE_BYTES, device)
@@ -65,12 +55,12 @@ def why_not(device: int) -> str:
             _exported(trial.address, device)
         finally:
             free(trial)
-    except (ConfigError, CudaFailed) as error:
+    except (ConfigError, CudaCallError) as error:
         return str(error)
     return ""
 
 
-class CudaIpcExporter(NearExporter):
+class CudaIpcExporter(SameHostExporter):
     """See Exporter. A region lies in one cuMemAlloc, which peers map as a whole."""
 
     def register(self, region: GpuMemory) -> CudaIpcHandle:
@@ -79,15 +69,15 @@ class CudaIpcExporter(NearExporter):
             base, size = allocation(region)
             opens = _exported(base, region.device)
             gpu = device_uuid(region.device)
-        except CudaFailed as error:
+        except CudaCallError as error:
             raise _cannot(region, str(error)) from error
         if region.address + region.length_bytes > base + size:
             raise _cannot(region, f"its allocation ends after {base + size - region.address}")
-        name = NAME + secrets.token_hex(16)
+        name = NAME_PREFIX + secrets.token_hex(16)
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
         self._descriptors.append(descriptor)
         return CudaIpcHandle(
-            protocol=PROTOCOL,
+            protocol=TRANSFER_PROTOCOL_VERSION,
             owner=self._owner,
             incarnation=self._incarnation,
             length_bytes=region.length_bytes,
@@ -112,21 +102,21 @@ class CudaIpcReader:
         self._mappings = Mappings(self._mapping, mappings)
         stream = ctypes.c_void_p()
         try:
-            with current(device):
+            with current_device(device):
                 call("cuStreamCreate", ctypes.byref(stream), NON_BLOCKING)
-        except CudaFailed as error:
+        except CudaCallError as error:
             raise ConfigError(f"GPU {device} cannot read: {error}; take cuda_ipc out of transfer.transports") from error
         self._stream: int = stream.value or 0
 
-    async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
-        mine, target = checked(handle, CudaIpcHandle, ranges, into)
+    async def read(self, handle: Handle, ranges: Sequence[ByteRange], into: memoryview) -> None:
+        mine, target = check_read(handle, CudaIpcHandle, ranges, into)
         await self._read(mine, ranges, np.frombuffer(target, np.uint8).ctypes.data, _to_host)
 
-    async def read_into(self, handle: Handle, ranges: Sequence[Range], memory: GpuMemory, at_bytes: int) -> None:
+    async def read_into(self, handle: Handle, ranges: Sequence[ByteRange], memory: GpuMemory, at_bytes: int) -> None:
         """The same into memory of ``device``: what is launched after this sees it."""
-        mine = checked_handle(handle, CudaIpcHandle, ranges)
+        mine = check_handle(handle, CudaIpcHandle, ranges)
         wanted_bytes = sum(each.length_bytes for each in ranges)
-        what = asked(mine, f"{wanted_bytes} bytes")
+        what = describe(mine, f"{wanted_bytes} bytes")
         if not 0 <= at_bytes <= memory.length_bytes - wanted_bytes:
             raise TransferError("size", f"{what}: no room for them at {at_bytes} of {memory.length_bytes}")
         if memory.device != self._device:
@@ -143,20 +133,20 @@ class CudaIpcReader:
         """How many peers' memories are mapped."""
         return len(self._mappings)
 
-    async def _read(self, handle: CudaIpcHandle, ranges: Sequence[Range], target: int, copy: Copy) -> None:
+    async def _read(self, handle: CudaIpcHandle, ranges: Sequence[ByteRange], target: int, copy: Copy) -> None:
         mapping = self._mappings.get(handle)
         try:
-            await in_thread(self._thread, partial(self._copy, mapping, ranges, target, copy))
-        except (CudaFailed, ConfigError) as error:
+            await run_in_thread(self._thread, partial(self._copy, mapping, ranges, target, copy))
+        except (CudaCallError, ConfigError) as error:
             # Opened anew for the next read.
             self._mappings.drop(handle)
             # An owner that went away is gone, whatever the driver calls it.
-            there(handle)
-            raise TransferError("refused", f"{asked(handle, 'a read')}: {error}; use another transport") from error
+            check_offered(handle)
+            raise TransferError("refused", f"{describe(handle, 'a read')}: {error}; use another transport") from error
         self._mappings.check(handle)
 
-    def _copy(self, mapping: "_Mapping", ranges: Sequence[Range], target: int, copy: Copy) -> None:
-        with current(self._device):
+    def _copy(self, mapping: "_Mapping", ranges: Sequence[ByteRange], target: int, copy: Copy) -> None:
+        with current_device(self._device):
             source = mapping.address()
             try:
                 for each in ranges:
@@ -171,7 +161,7 @@ class CudaIpcReader:
         return _Mapping(handle, self._device, self._thread)
 
     def _destroy(self) -> None:
-        with current(self._device):
+        with current_device(self._device):
             call("cuStreamDestroy_v2", self._stream)
 
 
@@ -207,7 +197,7 @@ class _Mapping:
         start, length = self._handle.offset_bytes, self._handle.length_bytes
         try:
             _, size = allocation(GpuMemory(address=self._base, length_bytes=1, device=self._device))
-        except CudaFailed:
+        except CudaCallError:
             # Not seen on hardware: a driver that does not say this of mapped memory leaves the owner's word.
             return
         if start < 0 or start + length > size:
@@ -217,18 +207,18 @@ class _Mapping:
         for other in range(device_count()):
             # One that this process may not use is the driver's to refuse.
             found = device_uuid(other) == self._handle.gpu and other != self._device
-            if found and not reaches(self._device, other):
+            if found and not can_access(self._device, other):
                 raise ConfigError(f"GPU {self._device} cannot access the memory of GPU {other}")
 
     def _close(self) -> None:
         if self._base:
-            with current(self._device):
+            with current_device(self._device):
                 call("cuIpcCloseMemHandle", self._base)
 
 
 def _exported(allocation_address: int, device: int) -> bytes:
     opens = IpcMemHandle()
-    with current(device):
+    with current_device(device):
         call("cuIpcGetMemHandle", ctypes.byref(opens), allocation_address)
     return bytes(opens)
 

@@ -1,30 +1,32 @@
-"""What all transports share: handles, ranges, errors, and the checks that come before a byte is written.
+"""What all transports share: errors, byte ranges, the two sides' interfaces, and the checks made before a read.
 
-An owner registers a region once and gives its handle away over the bus; whoever has the handle reads ranges of the
-region into memory of its own. What lies there meanwhile is the owner's promise (a lease), and that the bytes are the
-right ones is the digest's: a transport only says that the memory was there when the read began and when it ended.
+The handles themselves are messages (see messages/transfer.py). A transport guarantees only that the memory was offered
+when a read began and when it ended. That the owner does not reuse the memory during the read is guaranteed by a lease;
+that the bytes are the right ones is verified with their digest.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import ClassVar, Literal, Protocol, TypeVar, get_args
+from typing import Literal, Protocol, TypeVar, get_args
 
 import msgspec
 
 from loraserve.errors import LoraServeError
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Abilities, Handle, HandleBase, Transport
 
-PROTOCOL = 1
-"""Of handles and of what is asked with them; processes of different versions do not read from each other."""
-
-Transport = Literal["cuda_ipc", "shm", "verbs", "tcp"]
 Code = Literal["gone", "out_of_range", "version", "refused", "timeout", "size"]
+
+RegionT = TypeVar("RegionT", contravariant=True)
+HandleT = TypeVar("HandleT", bound=HandleBase, covariant=True)
+KindT = TypeVar("KindT", bound=HandleBase)
 
 
 class TransferError(LoraServeError):
-    """A read that did not take place, or not whole; what ``into`` holds then is undefined.
+    """A read failed. The destination buffer then holds undefined bytes.
 
-    ``code`` is for programs: ``gone`` (the owner died or withdrew the memory: take the next source), ``out_of_range``,
-    ``version`` (another protocol), ``refused`` (not allowed, or not by this transport), ``timeout``, ``size`` (``into``
-    or an answer of another size than the ranges). The message names the owner, what was asked and the remedy.
+    ``code`` is stable for programs: ``gone`` (the owner died or withdrew the memory; take the next source),
+    ``out_of_range``, ``version`` (the owner uses another transfer protocol), ``refused`` (not allowed, or not possible
+    with this transport), ``timeout``, ``size`` (the buffer or an answer differs in size from the ranges). The message
+    names the owner, what was asked for and the remedy.
     """
 
     def __init__(self, code: Code, message: str) -> None:
@@ -33,182 +35,149 @@ class TransferError(LoraServeError):
         self.message = message
 
 
-class HandleBase(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """What every handle says. It is no secret of its own: whoever can read it is a process of this cluster."""
-
-    transport: ClassVar[Transport]
-    protocol: int
-    owner: str
-    """Name of the process on the bus."""
-    incarnation: str
-    length_bytes: int
-
-
-class NearHandle(HandleBase, frozen=True, kw_only=True, tag=True):
-    """Of a process of this machine, which offers the memory as long as it holds a descriptor of this name.
-
-    ``name`` is unguessable: a number of a process or descriptor that was reused differs.
-    """
-
-    pid: int
-    descriptor: int
-    name: str
-
-
-class ShmHandle(NearHandle, frozen=True, kw_only=True, tag=True):
-    """The descriptor is the memory, and is opened through /proc."""
-
-    transport: ClassVar[Transport] = "shm"
-
-
-class CudaIpcHandle(NearHandle, frozen=True, kw_only=True, tag=True):
-    """Of a GPU's memory, ``offset_bytes`` into the allocation that ``allocation`` opens; ``gpu`` is its UUID."""
-
-    transport: ClassVar[Transport] = "cuda_ipc"
-    allocation: bytes
-    offset_bytes: int
-    gpu: str
-
-
-class TcpHandle(HandleBase, frozen=True, kw_only=True, tag=True):
-    """Asked for over the bus; ``token`` is unguessable and dies with the owner's incarnation."""
-
-    transport: ClassVar[Transport] = "tcp"
-    token: str
-
-
-class VerbsHandle(HandleBase, frozen=True, kw_only=True, tag=True):
-    """Read by RDMA over a connection to the owner. ``key`` opens the memory at ``base``, until the owner voids it."""
-
-    transport: ClassVar[Transport] = "verbs"
-    base: int
-    key: int
-
-
-# Further transports join here; who does not know a member refuses the message, so PROTOCOL_VERSION grows with it.
-Handle = ShmHandle | TcpHandle | VerbsHandle | CudaIpcHandle
-
-
-class Range(msgspec.Struct, frozen=True):
-    """Bytes of a region."""
+class ByteRange(msgspec.Struct, frozen=True):
+    """A range of bytes in a region."""
 
     offset_bytes: int
     length_bytes: int
 
 
-RegionT = TypeVar("RegionT", contravariant=True)
-HandleT = TypeVar("HandleT", bound=HandleBase, covariant=True)
-KindT = TypeVar("KindT", bound=HandleBase)
-
-
-class Exporter(Protocol[RegionT, HandleT]):
-    """The owner's side of a transport. What a region is differs: host memory, shared memory, a GPU's."""
+class RegionExporter(Protocol[RegionT, HandleT]):
+    """The owner's side of a transport. The type of a region depends on the transport."""
 
     def register(self, region: RegionT) -> HandleT:
-        """Lets peers read the region until ``close``."""
+        """Let peers read the region until ``close``, and return its handle."""
         ...
 
     def close(self) -> None:
-        """Withdraws every handle: new reads fail with ``gone``; the memory stays the owner's."""
+        """Withdraw all handles: new reads fail with ``gone``. The memory stays the owner's."""
         ...
 
 
-class Reader(Protocol):
-    """The other side. Reads may run side by side, also of one region, into memory of their own each."""
+class RegionReader(Protocol):
+    """The reader's side of a transport. Reads may run concurrently, each into its own buffer."""
 
-    async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
-        """Fills ``into`` with the ranges, one after another. Raises TransferError.
+    async def read(self, handle: Handle, ranges: Sequence[ByteRange], into: memoryview) -> None:
+        """Read the ranges, one after another, into ``into``. Raises TransferError.
 
-        However this ends (also cancelled) nothing writes to ``into`` any more afterwards.
+        When this returns, raises or is cancelled, nothing writes to ``into`` any more.
         """
         ...
 
     def close(self) -> None:
-        """Lets go of everything that belongs to peers. No read may be under way."""
+        """Release everything that belongs to peers. No read may be in progress."""
         ...
 
 
-def known_code(code: str) -> Code:
-    """A peer's word for why it refused."""
-    return next((each for each in get_args(Code) if each == code), "refused")
+def choose_transports(mine: Abilities, theirs: Abilities, preferred: Sequence[Transport]) -> tuple[Transport, ...]:
+    """Return the transports of ``preferred``, in its order, that work between the two processes."""
+    if not mine.protocol == theirs.protocol == TRANSFER_PROTOCOL_VERSION:
+        return ()
+    common = [each for each in preferred if each in mine.transports and each in theirs.transports]
+    return tuple(each for each in common if _connects(each, mine, theirs))
 
 
-def check_protocol(owner: str, protocol: int) -> None:
-    """Raises TransferError where ``owner`` is asked in another protocol than this process's."""
-    if protocol != PROTOCOL:
-        raise TransferError(
-            "version",
-            f"{owner} speaks transfer protocol {PROTOCOL}, asked in {protocol}; run the same release everywhere",
-        )
+def _connects(transport: Transport, mine: Abilities, theirs: Abilities) -> bool:
+    match transport:
+        case "shm":
+            return _are_neighbours(mine, theirs)
+        case "cuda_ipc":
+            return _are_neighbours(mine, theirs) and mine.device == theirs.device == "cuda"
+        case "verbs" | "tcp":
+            return True
 
 
-def withdrawn(owner: str) -> TransferError:
-    """What ``owner`` says of memory under a handle that it does not know."""
-    return TransferError(
-        "gone", f"{owner} does not offer this memory any more, or not since it started; use another source"
-    )
+def _are_neighbours(mine: Abilities, theirs: Abilities) -> bool:
+    here = (mine.host, mine.neighbourhood)
+    return all(here) and here == (theirs.host, theirs.neighbourhood)
 
 
-def asked(handle: HandleBase, what: str) -> str:
-    """The beginning of an error: whose memory, and what was wanted of it."""
-    return f"{what} of {handle.owner}'s {handle.length_bytes} bytes over {handle.transport}"
-
-
-def checked(
-    handle: HandleBase, kind: type[KindT], ranges: Sequence[Range], into: memoryview
+def check_read(
+    handle: HandleBase, kind: type[KindT], ranges: Sequence[ByteRange], into: memoryview
 ) -> tuple[KindT, memoryview]:
-    """The handle as this transport's, and ``into`` as plain bytes. Raises TransferError for a read that cannot be."""
-    mine = checked_handle(handle, kind, ranges)
-    return mine, _as_bytes(handle, into, sum([each.length_bytes for each in ranges]))
+    """Return the handle as ``kind`` and ``into`` as plain bytes. Raises TransferError if the read is impossible."""
+    check_read = check_handle(handle, kind, ranges)
+    return check_read, _as_bytes(handle, into, sum([each.length_bytes for each in ranges]))
 
 
-def checked_handle(handle: HandleBase, kind: type[KindT], ranges: Sequence[Range]) -> KindT:
-    """The same for a read whose target is no memory of the host's."""
-    if handle.protocol != PROTOCOL:
+def check_handle(handle: HandleBase, kind: type[KindT], ranges: Sequence[ByteRange]) -> KindT:
+    """Return the handle as ``kind``. Raises TransferError if the ranges cannot be read with it."""
+    if handle.protocol != TRANSFER_PROTOCOL_VERSION:
         raise TransferError(
             "version",
-            f"{asked(handle, 'a read')}: its handle is of transfer protocol {handle.protocol}, this process speaks "
-            f"{PROTOCOL}; run the same release everywhere",
+            f"{describe(handle, 'a read')}: its handle has transfer protocol {handle.protocol}, this process uses "
+            f"{TRANSFER_PROTOCOL_VERSION}; run the same release everywhere",
         )
     if not isinstance(handle, kind):
         raise TransferError(
-            "refused", f"{asked(handle, 'a read')}: this reader is for {kind.transport} alone; use the handle's own"
+            "refused",
+            f"{describe(handle, 'a read')}: this reader handles {kind.transport} only; use the reader for "
+            f"{handle.transport}",
         )
     check_ranges(handle, ranges)
     return handle
 
 
-def check_ranges(handle: HandleBase, ranges: Sequence[Range]) -> None:
-    """Raises TransferError where a range is not wholly within the region."""
+def check_ranges(handle: HandleBase, ranges: Sequence[ByteRange]) -> None:
+    """Raise TransferError if a range is not completely inside the region."""
     for each in ranges:
         start, length = each.offset_bytes, each.length_bytes
         if start < 0 or length < 0 or start + length > handle.length_bytes:
             raise TransferError(
                 "out_of_range",
-                f"{asked(handle, f'{length} bytes at {start}')}: not within them; ask the owner where it lies now",
+                f"{describe(handle, f'{length} bytes at {start}')}: not inside the region; ask the owner for the "
+                "current location",
             )
+
+
+def check_protocol(owner: str, protocol: int) -> None:
+    """Raise TransferError if a reader asked ``owner`` (this process) in another protocol version."""
+    if protocol != TRANSFER_PROTOCOL_VERSION:
+        raise TransferError(
+            "version",
+            f"{owner} uses transfer protocol {TRANSFER_PROTOCOL_VERSION}, the reader {protocol}; run the same release "
+            "everywhere",
+        )
+
+
+def withdrawn_error(owner: str) -> TransferError:
+    """Return the error with which ``owner`` answers a request for memory it does not know."""
+    return TransferError(
+        "gone", f"{owner} does not offer this memory any more, or was restarted since; use another source"
+    )
+
+
+def describe(handle: HandleBase, what: str) -> str:
+    """Return the beginning of an error message: what was asked of whose memory."""
+    return f"{what} of {handle.owner}'s {handle.length_bytes} bytes over {handle.transport}"
+
+
+def code_of_refusal(code: str) -> Code:
+    """Return the code with which a peer refused, or ``refused`` if it is not one of TransferError's."""
+    return next((each for each in get_args(Code) if each == code), "refused")
+
+
+def split_ranges(ranges: Sequence[ByteRange], piece_bytes: int) -> Iterator[tuple[int, ByteRange]]:
+    """Split the ranges into pieces of at most ``piece_bytes``; yield each with its offset in the destination."""
+    at_bytes = 0
+    for each in ranges:
+        end = each.offset_bytes + each.length_bytes
+        for start in range(each.offset_bytes, end, piece_bytes):
+            length = min(piece_bytes, end - start)
+            yield at_bytes, ByteRange(start, length)
+            at_bytes += length
 
 
 def _as_bytes(handle: HandleBase, into: memoryview, wanted_bytes: int) -> memoryview:
     if into.nbytes != wanted_bytes:
         raise TransferError(
             "size",
-            f"{asked(handle, f'{wanted_bytes} bytes')}: the buffer for them has {into.nbytes}; give one of their size",
+            f"{describe(handle, f'{wanted_bytes} bytes')}: the buffer has {into.nbytes} bytes; pass one of the size "
+            "of the ranges",
         )
     if into.readonly or not into.c_contiguous:
         raise TransferError(
-            "refused", f"{asked(handle, f'{wanted_bytes} bytes')}: the buffer for them is read-only or has gaps"
+            "refused", f"{describe(handle, f'{wanted_bytes} bytes')}: the buffer is read-only or not contiguous"
         )
-    # What is empty cannot be cast.
+    # An empty memoryview cannot be cast.
     return into.cast("B") if wanted_bytes else memoryview(bytearray())
-
-
-def pieces(ranges: Sequence[Range], piece_bytes: int) -> Iterator[tuple[int, Range]]:
-    """The ranges cut into pieces of at most ``piece_bytes``, each with where in ``into`` it goes."""
-    at_bytes = 0
-    for each in ranges:
-        end = each.offset_bytes + each.length_bytes
-        for start in range(each.offset_bytes, end, piece_bytes):
-            length = min(piece_bytes, end - start)
-            yield at_bytes, Range(start, length)
-            at_bytes += length

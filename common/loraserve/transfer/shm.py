@@ -1,14 +1,23 @@
-"""Reads between processes of one machine: the reader maps the owner's memory and copies; the owner does nothing.
+"""Transport between processes of one machine: the reader maps the owner's memory and copies; the owner does nothing.
 
-Measured on 2 busy cores of a Xeon, against a plain copy of as much: the copy itself 0.95 to 1.1 from a mapping that
-was read before, 0.7 where each page is touched first (so mappings are kept; populating them ahead of the copy gave
-0.8), 0.4 to 0.8 with preadv instead. A read adds some 0.04 ms, several times what it takes while its code is
-in the caches, which a copy clears; half of it is to look whether the memory is still offered. Beyond SLICED_BYTES a
-thread has to wake.
+The memory is a memfd, which peers open as /proc/PID/fd/N. The kernel frees it when its last user ends, however that
+happens; a file in /dev/shm would survive a kill -9 of its owner. In exchange both processes must be in one PID
+namespace (containers: `pid: service:...`); otherwise `choose_transports` takes another transport.
+
+Measured on 2 busy cores of a Xeon, relative to a plain memory copy of the same size: 0.95 to 1.1 from a mapping that
+was read before, 0.7 if the copy touches each page for the first time (so mappings are kept; populating them before the
+copy gave 0.8), 0.4 to 0.8 with preadv. Each read costs about 0.04 ms more, several times what it costs while its code
+is in the caches, which a copy clears; half of it is the check that the memory is still offered. Above SLICED_BYTES the
+wake-up of a thread is added.
 """
 
 import asyncio
+import fcntl
+import mmap
 import os
+import secrets
+import stat
+import weakref
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -17,34 +26,93 @@ from threading import Event
 import numpy as np
 import numpy.typing as npt
 
-from loraserve.threads import in_thread
-from loraserve.transfer.mapping import Mapping, Mappings
-from loraserve.transfer.near import NearExporter
-from loraserve.transfer.protocol import PROTOCOL, Handle, Range, ShmHandle, checked, pieces
-from loraserve.transfer.shared_memory import SharedMemory
+from loraserve.errors import ConfigError
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Handle, ShmHandle
+from loraserve.threads import run_in_thread
+from loraserve.transfer.protocol import ByteRange, check_read, split_ranges
+from loraserve.transfer.same_host import (
+    NAME_PREFIX,
+    Mappings,
+    SameHostExporter,
+    descriptor_path,
+    error_of,
+    gone_error,
+    link_text,
+    refused_error,
+)
 
+SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SEAL") else 0
+"""Nobody, not even the owner, can shorten the memory, so a reader's copy never touches missing pages (SIGBUS)."""
 DIRECT_BYTES = 4 << 20
-"""So much the event loop's thread copies at once, for 0.2 ms a MiB."""
+"""Reads up to this size are copied at once by the event loop's thread, at 0.2 ms a MiB."""
 SLICED_BYTES = 32 << 20
-"""Up to here it does the whole copy, and gives others their turn after every DIRECT_BYTES. That costs a twentieth;
-another thread takes 0.15 to 2 ms to wake and to report where cores are busy, for 16 MiB a third of the copy."""
+"""Reads up to this size are copied by the event loop's thread, which runs other tasks after every DIRECT_BYTES. That
+costs a twentieth; another thread takes 0.15 to 2 ms to wake up and report on busy cores, a third of a 16 MiB copy."""
 PIECE_BYTES = 256 << 20
-"""Between pieces a copy notices that it was cancelled. Shorter ones were up to twice as slow for a slab of 256 MiB:
-the C library writes past the caches only where one copy is larger than they are."""
+"""A copy in a thread checks for cancellation between pieces. Shorter pieces were up to twice as slow for a slab of 256
+MiB, because the C library bypasses the caches only for copies larger than the caches."""
 THREADS = 2
 MAPPINGS = 64
 
 Bytes = npt.NDArray[np.uint8]
 
 
-class ShmExporter(NearExporter):
-    """See Exporter. A region is a SharedMemory."""
+def is_supported() -> bool:
+    """Return whether this machine supports everything the transport needs."""
+    try:
+        os.close(os.pidfd_open(os.getpid()))
+        os.close(os.memfd_create(NAME_PREFIX, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING))
+    except (AttributeError, OSError):
+        return False
+    return SEALS != 0 and os.path.isdir("/proc/self/fd")
+
+
+class SharedMemory:
+    """Zeroed memory that other processes of this user can map.
+
+    Pages are allocated when they are first written. Allocating them all at the start would not check whether there
+    are enough: the kernel overcommits until it has to kill a process. Raises ConfigError, which ends with ``remedy``.
+    """
+
+    def __init__(
+        self, length_bytes: int, remedy: str = "lower engine.pool_bytes or take shm out of transfer.transports"
+    ) -> None:
+        self.name = NAME_PREFIX + secrets.token_hex(16)
+        self.length_bytes = length_bytes
+        descriptor = os.memfd_create(self.name, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.fchmod(descriptor, 0o600)
+            os.ftruncate(descriptor, length_bytes)
+            fcntl.fcntl(descriptor, fcntl.F_ADD_SEALS, SEALS)
+            self.view = memoryview(mmap.mmap(descriptor, length_bytes))
+        except (OSError, ValueError, OverflowError) as error:
+            os.close(descriptor)
+            raise ConfigError(
+                f"{length_bytes} bytes of shared memory cannot be allocated: {error}; {remedy}"
+            ) from error
+
+        self._descriptor = descriptor
+        # Closes the descriptor also if nobody calls close.
+        self._finalizer = weakref.finalize(self, os.close, descriptor)
+
+    def export(self) -> int:
+        """Return another descriptor of the memory, for peers to open. The caller closes it."""
+        return os.dup(self._descriptor)
+
+    def close(self) -> None:
+        """Close the descriptor; may be repeated. The bytes live until the last view of them is gone."""
+        self._descriptor = -1
+        self._finalizer()
+
+
+class ShmExporter(SameHostExporter):
+    """See RegionExporter. A region is a SharedMemory."""
 
     def register(self, region: SharedMemory) -> ShmHandle:
         descriptor = region.export()
         self._descriptors.append(descriptor)
         return ShmHandle(
-            protocol=PROTOCOL,
+            protocol=TRANSFER_PROTOCOL_VERSION,
             owner=self._owner,
             incarnation=self._incarnation,
             length_bytes=region.length_bytes,
@@ -55,7 +123,7 @@ class ShmExporter(NearExporter):
 
 
 class ShmReader:
-    """See Reader. Used from one event loop; large copies run in threads, beside it."""
+    """See RegionReader. Used from one event loop; large copies run in threads."""
 
     def __init__(
         self,
@@ -67,20 +135,21 @@ class ShmReader:
         self._direct_bytes = direct_bytes
         self._sliced_bytes = sliced_bytes
         self._piece_bytes = piece_bytes
-        self._mappings = Mappings(Mapping, mappings)
+        self._mappings = Mappings(_Mapping, mappings)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="shm")
 
-    async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
-        mine, memory = checked(handle, ShmHandle, ranges, into)
+    async def read(self, handle: Handle, ranges: Sequence[ByteRange], into: memoryview) -> None:
+        mine, memory = check_read(handle, ShmHandle, ranges, into)
         target = np.frombuffer(memory, np.uint8)
         if target.nbytes <= self._direct_bytes:
-            _copy_at_once(self._mapped(mine), ranges, target)
+            _copy(self._map(mine), ranges, target)
             return
         if target.nbytes <= self._sliced_bytes:
-            await self._copy_by_slices(mine, ranges, target)
+            await self._copy_in_slices(mine, ranges, target)
         else:
-            await self._copy_beside(mine, ranges, target)
-        # Once more, and with nothing in hand of what may be gone: an error that somebody keeps would keep it mapped.
+            await self._copy_in_thread(mine, ranges, target)
+        # The owner may have withdrawn the memory meanwhile. No reference to the mapping is held here: a traceback that
+        # somebody keeps would keep it mapped.
         self._mappings.check(mine)
 
     def close(self) -> None:
@@ -89,36 +158,71 @@ class ShmReader:
 
     @property
     def mapped(self) -> int:
-        """How many peers' memories are mapped."""
+        """The number of peers' memories that are mapped."""
         return len(self._mappings)
 
-    async def _copy_by_slices(self, handle: ShmHandle, ranges: Sequence[Range], target: Bytes) -> None:
-        source = self._mapped(handle)
-        for at_bytes, each in pieces(ranges, self._direct_bytes):
-            _copy_at_once(source, [each], target[at_bytes:])
+    async def _copy_in_slices(self, handle: ShmHandle, ranges: Sequence[ByteRange], target: Bytes) -> None:
+        source = self._map(handle)
+        for at_bytes, piece in split_ranges(ranges, self._direct_bytes):
+            _copy(source, [piece], target[at_bytes:])
             await asyncio.sleep(0)
 
-    async def _copy_beside(self, handle: ShmHandle, ranges: Sequence[Range], target: Bytes) -> None:
+    async def _copy_in_thread(self, handle: ShmHandle, ranges: Sequence[ByteRange], target: Bytes) -> None:
         stop = Event()
-        copy = partial(_copy, self._mapped(handle), ranges, target, self._piece_bytes, stop)
-        await in_thread(self._threads, copy, stop.set)
+        copy = partial(_copy_until, stop, self._map(handle), ranges, target, self._piece_bytes)
+        await run_in_thread(self._threads, copy, stop.set)
 
-    def _mapped(self, handle: ShmHandle) -> Bytes:
+    def _map(self, handle: ShmHandle) -> Bytes:
         return self._mappings.get(handle).data
 
 
-def _copy_at_once(source: Bytes, ranges: Sequence[Range], target: Bytes) -> None:
+class _Mapping:
+    """A peer's shared memory, mapped read-only. Raises TransferError ``gone`` or ``refused``."""
+
+    def __init__(self, handle: ShmHandle) -> None:
+        descriptor = _open(handle)
+        try:
+            _check(handle, descriptor)
+            memory = mmap.mmap(descriptor, handle.length_bytes, prot=mmap.PROT_READ)
+        except (OSError, ValueError, OverflowError) as error:
+            raise error_of(handle, error) from error
+        finally:
+            os.close(descriptor)
+        self.data = np.frombuffer(memory, np.uint8)
+
+    def close(self) -> None:
+        """Do nothing: the memory is unmapped with the last array that refers to it, so a copy in progress is safe."""
+
+
+def _open(handle: ShmHandle) -> int:
+    try:
+        # If the descriptor has become a pipe meanwhile, opening it must not block.
+        return os.open(descriptor_path(handle), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise error_of(handle, error) from error
+
+
+def _check(handle: ShmHandle, descriptor: int) -> None:
+    if os.readlink(f"/proc/self/fd/{descriptor}") != link_text(handle.name):
+        raise gone_error(handle)
+    found = os.fstat(descriptor)
+    if not stat.S_ISREG(found.st_mode) or found.st_size < handle.length_bytes:
+        raise refused_error(handle, f"the memory has {found.st_size} bytes")
+    if fcntl.fcntl(descriptor, fcntl.F_GET_SEALS) & SEALS != SEALS:
+        raise refused_error(handle, "the length of the memory is not sealed")
+
+
+def _copy(source: Bytes, ranges: Sequence[ByteRange], target: Bytes) -> None:
     at_bytes = 0
     for each in ranges:
         start, length = each.offset_bytes, each.length_bytes
-        # Begins in two thirds of copyto's time, and also goes without the interpreter's lock.
+        # Starts in two thirds of the time of np.copyto, and releases the interpreter's lock as well.
         target[at_bytes : at_bytes + length] = source[start : start + length]
         at_bytes += length
 
 
-def _copy(source: Bytes, ranges: Sequence[Range], target: Bytes, piece_bytes: int, stop: Event) -> None:
-    for at_bytes, each in pieces(ranges, piece_bytes):
+def _copy_until(stop: Event, source: Bytes, ranges: Sequence[ByteRange], target: Bytes, piece_bytes: int) -> None:
+    for at_bytes, piece in split_ranges(ranges, piece_bytes):
         if stop.is_set():
             return
-        # Without the interpreter's lock.
-        _copy_at_once(source, [each], target[at_bytes:])
+        _copy(source, [piece], target[at_bytes:])

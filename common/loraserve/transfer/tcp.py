@@ -11,22 +11,20 @@ import numpy as np
 import numpy.typing as npt
 
 from loraserve.bus.protocol import Bus, Envelope
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import ReadRegion, RegionChunk
-from loraserve.threads import in_thread
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Handle, TcpHandle
+from loraserve.threads import run_in_thread
 from loraserve.transfer.protocol import (
-    PROTOCOL,
-    Handle,
-    Range,
-    TcpHandle,
+    ByteRange,
     TransferError,
-    asked,
     check_protocol,
     check_ranges,
-    checked,
-    known_code,
-    pieces,
-    withdrawn,
+    check_read,
+    code_of_refusal,
+    describe,
+    split_ranges,
+    withdrawn_error,
 )
 
 CHUNK_BYTES = 2 << 20
@@ -64,7 +62,7 @@ class TcpExporter:
 
     def register(self, region: memoryview | ReadableRegion) -> TcpHandle:
         handle = TcpHandle(
-            protocol=PROTOCOL,
+            protocol=TRANSFER_PROTOCOL_VERSION,
             owner=self._bus.name,
             incarnation=self._bus.incarnation,
             length_bytes=region.nbytes if isinstance(region, memoryview) else len(region),
@@ -97,7 +95,9 @@ class TcpExporter:
         try:
             # It may be withdrawn before this begins, and while it is read.
             self._region(request)
-            data = await in_thread(self._threads, partial(_read, region, request.offset_bytes, request.length_bytes))
+            data = await run_in_thread(
+                self._threads, partial(_read, region, request.offset_bytes, request.length_bytes)
+            )
             self._region(request)
         except TransferError as error:
             self._bus.refuse(envelope, error.code, error.message)
@@ -112,9 +112,9 @@ class TcpExporter:
         name = self._bus.name
         check_protocol(name, request.protocol)
         if request.token not in self._regions:
-            raise withdrawn(name)
+            raise withdrawn_error(name)
         handle, region = self._regions[request.token]
-        check_ranges(handle, [Range(request.offset_bytes, request.length_bytes)])
+        check_ranges(handle, [ByteRange(request.offset_bytes, request.length_bytes)])
         if request.length_bytes > LONGEST_CHUNK_BYTES:
             raise TransferError(
                 "size", f"{name} sends at most {LONGEST_CHUNK_BYTES} bytes at once, asked for {request.length_bytes}"
@@ -141,9 +141,9 @@ class TcpReader:
         self._chunk_bytes = chunk_bytes
         self._chunks_in_flight = chunks_in_flight
 
-    async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
-        mine, target = checked(handle, TcpHandle, ranges, into)
-        chunks = pieces(ranges, self._chunk_bytes)
+    async def read(self, handle: Handle, ranges: Sequence[ByteRange], into: memoryview) -> None:
+        mine, target = check_read(handle, TcpHandle, ranges, into)
+        chunks = split_ranges(ranges, self._chunk_bytes)
         memory = np.frombuffer(target, np.uint8)
         most = sum([-(-each.length_bytes // self._chunk_bytes) for each in ranges])
         if most <= 1:
@@ -161,7 +161,7 @@ class TcpReader:
         """Nothing of a peer's is held between reads."""
 
     async def _fetch(
-        self, handle: TcpHandle, chunks: Iterator[tuple[int, Range]], target: npt.NDArray[np.uint8]
+        self, handle: TcpHandle, chunks: Iterator[tuple[int, ByteRange]], target: npt.NDArray[np.uint8]
     ) -> None:
         """The next chunk, until there is none: as many are in flight as run this."""
         for at_bytes, wanted in chunks:
@@ -171,7 +171,7 @@ class TcpReader:
             # Before the next one is asked for, which then arrives where this one lay: in memory that is in use already.
             del data
 
-    async def _chunk(self, handle: TcpHandle, wanted: Range) -> bytes | memoryview:
+    async def _chunk(self, handle: TcpHandle, wanted: ByteRange) -> bytes | memoryview:
         loop = asyncio.get_running_loop()
         deadline_s = loop.time() + self._timeout_s
         while (left_s := deadline_s - loop.time()) > 0:
@@ -183,22 +183,22 @@ class TcpReader:
             "timeout", f"{_what(handle, wanted)}: not there within {self._timeout_s:g} s; read from another source"
         )
 
-    async def _ask(self, handle: TcpHandle, wanted: Range, timeout_s: float) -> bytes | memoryview | None:
+    async def _ask(self, handle: TcpHandle, wanted: ByteRange, timeout_s: float) -> bytes | memoryview | None:
         """None where the owner went away or has only begun to start."""
         request = ReadRegion(
-            protocol=PROTOCOL,
+            protocol=TRANSFER_PROTOCOL_VERSION,
             token=handle.token,
             offset_bytes=wanted.offset_bytes,
             length_bytes=wanted.length_bytes,
         )
         try:
             answer, frames = await self._bus.request_frames(handle.owner, request, RegionChunk, timeout_s)
-        except RequestTimeout:
+        except RequestTimeoutError:
             return None
         except PeerError as error:
             if error.code == "starting":
                 return None
-            raise TransferError(known_code(error.code), f"{_what(handle, wanted)}: {error.message}") from error
+            raise TransferError(code_of_refusal(error.code), f"{_what(handle, wanted)}: {error.message}") from error
         if answer.offset_bytes != wanted.offset_bytes or [len(frame) for frame in frames] != [wanted.length_bytes]:
             raise TransferError(
                 "size", f"{_what(handle, wanted)}: the answer is of another size or place; read from another source"
@@ -206,5 +206,5 @@ class TcpReader:
         return frames[0]
 
 
-def _what(handle: TcpHandle, wanted: Range) -> str:
-    return asked(handle, f"{wanted.length_bytes} bytes at {wanted.offset_bytes}")
+def _what(handle: TcpHandle, wanted: ByteRange) -> str:
+    return describe(handle, f"{wanted.length_bytes} bytes at {wanted.offset_bytes}")

@@ -11,7 +11,7 @@ from pathlib import Path
 from harness.report import BenchError
 from loraserve.bus.zmq import ZmqBus, open_bus
 from loraserve.config import Config
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import (
     Abort,
     AdapterRef,
@@ -132,7 +132,7 @@ class Driver:
         asked.sent_s = time.perf_counter()
         try:
             answer = await self._bus.request(engine, message, Admitted, ADMIT_TIMEOUT_S)
-        except (RequestTimeout, PeerError) as error:
+        except (RequestTimeoutError, PeerError) as error:
             asked.fail(f"not admitted: {error}")
         else:
             if not answer.ok:
@@ -211,7 +211,7 @@ class Driver:
     async def _state(self, name: str) -> str:
         try:
             return (await self._bus.request(name, Ping(), Pong, 1.0)).state
-        except (RequestTimeout, PeerError):
+        except (RequestTimeoutError, PeerError):
             return ""
 
     def _on_batch(self, batch: TokenBatch, now: float) -> None:

@@ -10,14 +10,14 @@ from pathlib import Path
 
 from loraserve.bus.zmq import ZmqBus, open_bus
 from loraserve.config import Config
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRef, LeaseGranted, LeaseReleased, LeaseSlab, ReleaseLease
-from loraserve.transfer.protocol import PROTOCOL
-from loraserve.transfer.shared_memory import NAME
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
+from loraserve.transfer.same_host import NAME_PREFIX
 
 TIMEOUT_S = 2.0
 DAMAGED_BYTES = 64
-MEMFD = re.compile(rf"/memfd:({NAME}[0-9a-f]+)")
+MEMFD = re.compile(rf"/memfd:({NAME_PREFIX}[0-9a-f]+)")
 
 
 class Poisoner:
@@ -33,7 +33,7 @@ class Poisoner:
         None: the lease was over before the bytes were written, so that another's may have been."""
         self._reads += 1
         message = LeaseSlab(
-            protocol=PROTOCOL,
+            protocol=TRANSFER_PROTOCOL_VERSION,
             incarnation=self._bus.incarnation,
             read_id=f"poison-{self._reads}",
             version=adapter.version,
@@ -42,7 +42,7 @@ class Poisoner:
         asked_s = time.monotonic()
         try:
             granted = await self._bus.request(engine, message, LeaseGranted, TIMEOUT_S)
-        except (PeerError, RequestTimeout):
+        except (PeerError, RequestTimeoutError):
             return False
         offsets = [granted.offset_bytes + int(place * (adapter.slab_bytes - DAMAGED_BYTES)) for place in places]
         # Elsewhere, as in a cache, it would be of another memory than the pool.
@@ -52,7 +52,7 @@ class Poisoner:
         done = in_pool and in_time and flip(pid, self._pool_bytes, offsets)
         certain = time.monotonic() < asked_s + granted.lasts_s
         release = ReleaseLease(lease_id=granted.lease_id, incarnation=self._bus.incarnation)
-        with contextlib.suppress(PeerError, RequestTimeout):
+        with contextlib.suppress(PeerError, RequestTimeoutError):
             certain |= (await self._bus.request(engine, release, LeaseReleased, TIMEOUT_S)).held
         return done and (True if certain else None)
 
@@ -112,4 +112,4 @@ def left_of(names: set[str]) -> set[str]:
 def named_segments() -> set[str]:
     """Ours in /dev/shm, where a kill would leave them behind."""
     folder = Path("/dev/shm")
-    return {path.name for path in folder.iterdir() if path.name.startswith(NAME)} if folder.exists() else set()
+    return {path.name for path in folder.iterdir() if path.name.startswith(NAME_PREFIX)} if folder.exists() else set()

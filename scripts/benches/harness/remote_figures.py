@@ -27,7 +27,7 @@ from harness.remote_reads import (
 from harness.report import BenchError, Number, rounded, table
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
-from loraserve.model_shape import read_config, shape_of
+from loraserve.model_shape import read_model_config, shape_from_config
 
 SMALL, LARGE = 8, 64
 GOAL_GROWTH = 0.10
@@ -107,7 +107,7 @@ def measure_remote(plan: Plan) -> Remote:
     with tempfile.TemporaryDirectory(prefix="ls-transfer-") as made, short_folder() as run_dir:
         folder = Path(made)
         model = prepare_model(default_data_dir(), lambda text: None)
-        shape = shape_of(read_config(model))
+        shape = shape_from_config(read_model_config(model))
         adapters = write_adapters(folder / "adapters", shape, plan.ranks)
         overrides = {"engine": {"pool_bytes": pool_for_ranks(shape, plan.ranks)}}
         config = config_for(folder, run_dir, model, 1 + len(READERS), overrides)
@@ -121,7 +121,9 @@ def measure_remote(plan: Plan) -> Remote:
 async def _measure(engines: Engines, folders: Mapping[str, Path], plan: Plan) -> Remote:
     async with driving(engines.config) as driver:
         adapters = await start_all(engines, driver, folders)
-        remote = RemoteReads(engines, driver, adapters, shape_of(read_config(Path(engines.config.model.path))))
+        remote = RemoteReads(
+            engines, driver, adapters, shape_from_config(read_model_config(Path(engines.config.model.path)))
+        )
         small = await remote.first_tokens(SMALL, plan.small_reads)
         large = await remote.first_tokens(LARGE, plan.large_reads)
         return Remote({SMALL: small, LARGE: large}, await remote.while_loading(plan.blocks))

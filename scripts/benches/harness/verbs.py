@@ -8,7 +8,7 @@ import sys
 import msgspec
 
 from harness.report import ROOT, Number, rounded, say, table
-from loraserve.transfer.verbs_ports import why_not
+from loraserve.transfer.verbs.device import unusable_reason
 
 SKIPPED = 77
 TIMEOUT_S = 600
@@ -28,10 +28,10 @@ def measure_verbs() -> list[Slab]:
     """Nothing, with a line that says why, where it cannot be measured."""
     sizes = " ".join(map(str, SIZES_MIB))
     module = f"-m loraserve.testing.verbs_bandwidth {sizes}"
-    if not why_not():
+    if not unusable_reason():
         command = [sys.executable, *module.split()]
     else:
-        say(f"verbs: {why_not()}; in a virtual machine instead, which takes a minute or more")
+        say(f"verbs: {unusable_reason()}; in a virtual machine instead, which takes a minute or more")
         places = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         within = "PYTHONPATH=" + os.pathsep.join([*map(shlex.quote, map(os.path.abspath, places)), "$RDMA_VM_PYVERBS"])
         command = [str(ROOT / "scripts" / "rdma_vm"), f"{within} {shlex.quote(sys.executable)} {module}", str(ROOT)]

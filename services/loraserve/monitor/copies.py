@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 from loraserve.messages import EngineLoad, Holder
-from loraserve.transfer.choice import Abilities
+from loraserve.messages.transfer import Abilities
 
 MOST_HOLDERS = 8
 """Named to one who asks: it tries the nearest few and then the store."""

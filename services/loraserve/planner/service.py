@@ -15,7 +15,7 @@ from loraserve.clock import Clock
 from loraserve.config import Config, check_pins, engine_names
 from loraserve.cost import CostLearner
 from loraserve.cost.profile import starting_cost
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import (
     AdapterDemand,
     AdapterRef,
@@ -281,7 +281,7 @@ class PlannerService(Service):
         timeout_s = self.config.planner.prepare_timeout_s
         try:
             answer = await self.bus.request(asked.engine, message, Prepared, timeout_s)
-        except (RequestTimeout, PeerError) as error:
+        except (RequestTimeoutError, PeerError) as error:
             self.log.warning("engine_not_prepared", engine=asked.engine, epoch=asked.epoch, reason=str(error))
             self._tell(events.PrepareFailed(asked.engine, asked.epoch, str(error)))
             return
@@ -293,6 +293,6 @@ class PlannerService(Service):
         message = RetireCopies(epoch=asked.epoch, keep=asked.keep)
         try:
             await self.bus.request(asked.engine, message, RetireDone, RETIRE_TIMEOUT_S)
-        except (RequestTimeout, PeerError) as error:
+        except (RequestTimeoutError, PeerError) as error:
             self.log.warning("engine_not_retired", engine=asked.engine, epoch=asked.epoch, reason=str(error))
         self._tell(events.RetireEnded(asked.engine, asked.epoch))

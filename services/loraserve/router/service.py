@@ -9,7 +9,7 @@ from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.cost import CostLearner
 from loraserve.cost.profile import starting_cost
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import (
     Abort,
     Admit,
@@ -134,7 +134,7 @@ class RouterService(Service):
         )
         try:
             answer = await self.bus.request(engine, admit, Admitted, self.config.router.admit_timeout_s)
-        except RequestTimeout:
+        except RequestTimeoutError:
             self.log.warning("engine_silent", engine=engine, request=request.request_id)
             self._view.timed_out(engine, request.request_id, self.clock.monotonic_s())
             # It may have the request all the same, and the next engine must be the only one that runs it.

@@ -27,7 +27,7 @@ from loraserve.messages import (
     ToStore,
     UnregisterAdapter,
 )
-from loraserve.model_shape import read_config, shape_of
+from loraserve.model_shape import read_model_config, shape_from_config
 from loraserve.service import Service
 from loraserve.store.core import AdapterStore, StoreLimits
 
@@ -146,7 +146,9 @@ def open_store(config: Config, now: float) -> AdapterStore:
     )
     root = Path(config.cluster.data_dir or ".") / "store"
     try:
-        store = AdapterStore(root, shape_of(read_config(model_dir)), config.engine.slab_dtype, limits, now)
+        store = AdapterStore(
+            root, shape_from_config(read_model_config(model_dir)), config.engine.slab_dtype, limits, now
+        )
     except LoraServeError as error:
         raise ConfigError(str(error)) from error
     if limits.served_model in store.registry.snapshot.records:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from loraserve.config import Config, check_pins
 from loraserve.errors import ConfigError
-from loraserve.model_shape import read_config, shape_of
+from loraserve.model_shape import read_model_config, shape_from_config
 from loraserve.supervisor.state import is_ours, read_state
 
 NEEDED_BYTES = 1 << 30
@@ -53,7 +53,7 @@ def check_disk(folder: Path) -> None:
 
 def check_model(model_dir: Path) -> None:
     """Raises ConfigError where the directory is not a model that engines can serve."""
-    shape_of(read_config(model_dir))
+    shape_from_config(read_model_config(model_dir))
     if not any(model_dir.glob("*.safetensors")):
         raise ConfigError(f"{model_dir}: no *.safetensors file; --model needs weights in the safetensors format")
     if not (model_dir / "tokenizer.json").exists() and not (model_dir / "tokenizer_config.json").exists():

@@ -13,7 +13,7 @@ import msgspec
 from loraserve.bus.protocol import Bus
 from loraserve.bus.zmq import open_bus
 from loraserve.config import Config, to_toml
-from loraserve.errors import ConfigError, PeerError, RequestTimeout
+from loraserve.errors import ConfigError, PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRegistered, Ping, Pong, RegisterAdapter
 from loraserve.supervisor.processes import Processes, process_names
 from loraserve.supervisor.state import CONFIG_NAME, RunState, clear_run_dir, write_state
@@ -119,7 +119,7 @@ class Supervisor:
 
 
 async def _is_ready(bus: Bus, name: str) -> bool:
-    with contextlib.suppress(RequestTimeout, PeerError):
+    with contextlib.suppress(RequestTimeoutError, PeerError):
         answer = await bus.request(name, Ping(), Pong, PING_TIMEOUT_S)
         return answer.state == "READY"
     return False

@@ -16,9 +16,10 @@ from loraserve.errors import ConfigError
 from loraserve.testing.gpu_owner import GpuOwner, from_gpu, to_gpu
 from loraserve.testing.gpu_reads import KILLS, READS_AT_A_KILL, report
 from loraserve.testing.memory_owner import pattern
+from loraserve.transfer.abilities import local_abilities
 from loraserve.transfer.cuda_driver import (
     OTHER_LIBRARY,
-    CudaFailed,
+    CudaCallError,
     GpuMemory,
     allocate,
     call,
@@ -27,10 +28,9 @@ from loraserve.transfer.cuda_driver import (
     device_uuid,
     free,
 )
-from loraserve.transfer.cuda_ipc import CudaIpcReader, why_not
-from loraserve.transfer.here import abilities
-from loraserve.transfer.protocol import Range, TransferError
-from loraserve.transfer.verbs_cuda import dma_buf, dma_buf_works, flush_remote_writes
+from loraserve.transfer.cuda_ipc import CudaIpcReader, unusable_reason
+from loraserve.transfer.protocol import ByteRange, TransferError
+from loraserve.transfer.verbs.device import dma_buf, dma_buf_works, flush_remote_writes
 
 MIB = 1 << 20
 LENGTH = 4 * MIB
@@ -41,9 +41,9 @@ def test_without_a_driver_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OTHER_LIBRARY, "/none/such.so")
     with pytest.raises(ConfigError, match=r"there is no CUDA driver.*/none/such\.so"):
         allocate(MIB, 0)
-    assert "there is no CUDA driver" in why_not(0)
+    assert "there is no CUDA driver" in unusable_reason(0)
     assert not dma_buf_works(0)
-    assert abilities(("cuda_ipc", "tcp"), "cuda").transports == ("tcp",)
+    assert local_abilities(("cuda_ipc", "tcp"), "cuda").transports == ("tcp",)
 
 
 def test_another_library_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,17 +54,17 @@ def test_another_library_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_errors_have_the_driver_s_names(software: None, setting: Setting) -> None:
     setting("BYTES", 4 * MIB)
-    with pytest.raises(CudaFailed, match="cuMemAlloc failed with CUDA_ERROR_OUT_OF_MEMORY") as failed:
+    with pytest.raises(CudaCallError, match="cuMemAlloc failed with CUDA_ERROR_OUT_OF_MEMORY") as failed:
         allocate(4 * MIB + 1, 0)
     assert failed.value.name == "CUDA_ERROR_OUT_OF_MEMORY"
-    with pytest.raises(CudaFailed, match="cuDeviceGet failed with CUDA_ERROR_INVALID_DEVICE"):
+    with pytest.raises(CudaCallError, match="cuDeviceGet failed with CUDA_ERROR_INVALID_DEVICE"):
         allocate(MIB, 1)
-    with pytest.raises(CudaFailed, match="cuStreamSynchronize failed with CUDA_ERROR_INVALID_CONTEXT"):
+    with pytest.raises(CudaCallError, match="cuStreamSynchronize failed with CUDA_ERROR_INVALID_CONTEXT"):
         call("cuStreamSynchronize", None)
     memory = allocate(4 * MIB, 0)
     free(memory)
     free(allocate(4 * MIB, 0))
-    with pytest.raises(CudaFailed, match="cuMemFree failed with CUDA_ERROR_INVALID_VALUE"):
+    with pytest.raises(CudaCallError, match="cuMemFree failed with CUDA_ERROR_INVALID_VALUE"):
         free(memory)
 
 
@@ -88,11 +88,11 @@ def test_each_thread_s_calls_are_about_the_gpu_of_the_memory(software: None, set
 
 def test_memory_that_cannot_be_exported_is_not_announced(setting: Setting) -> None:
     setting("IPC", 0)
-    assert why_not(0) == "cuIpcGetMemHandle failed with CUDA_ERROR_NOT_SUPPORTED"
-    assert abilities(("cuda_ipc", "shm"), "cuda").transports == ("shm",)
+    assert unusable_reason(0) == "cuIpcGetMemHandle failed with CUDA_ERROR_NOT_SUPPORTED"
+    assert local_abilities(("cuda_ipc", "shm"), "cuda").transports == ("shm",)
     setting("IPC", 1)
-    assert abilities(("cuda_ipc", "shm"), "cuda", gpu=0).transports == ("cuda_ipc", "shm")
-    assert abilities(("cuda_ipc", "shm"), "cuda", gpu=1).transports == ("shm",), "there is no such GPU"
+    assert local_abilities(("cuda_ipc", "shm"), "cuda", gpu=0).transports == ("cuda_ipc", "shm")
+    assert local_abilities(("cuda_ipc", "shm"), "cuda", gpu=1).transports == ("shm",), "there is no such GPU"
 
 
 async def read(device: int, owner: GpuOwner) -> bool:
@@ -100,7 +100,7 @@ async def read(device: int, owner: GpuOwner) -> bool:
     reader = CudaIpcReader(device)
     memory = allocate(LENGTH, device)
     try:
-        await reader.read_into(owner.handle, [Range(0, LENGTH)], memory, 0)
+        await reader.read_into(owner.handle, [ByteRange(0, LENGTH)], memory, 0)
         return bool((from_gpu(memory) == pattern(LENGTH)).all())
     finally:
         reader.close()
@@ -134,7 +134,7 @@ def test_nobody_writes_once_a_read_was_cancelled(setting: Setting) -> None:
     async def main(owner: GpuOwner) -> None:
         reader = CudaIpcReader(0)
         first, second = allocate(LENGTH, 0), allocate(LENGTH, 0)
-        ranges = [Range(0, LENGTH)]
+        ranges = [ByteRange(0, LENGTH)]
         reads = [asyncio.create_task(reader.read_into(owner.handle, ranges, into, 0)) for into in (first, second)]
         await asyncio.sleep(0.1)
         for each in reads:
@@ -143,7 +143,7 @@ def test_nobody_writes_once_a_read_was_cancelled(setting: Setting) -> None:
         assert all(isinstance(each, asyncio.CancelledError) for each in done)
         for memory in (first, second):
             to_gpu(memory, np.zeros(LENGTH, np.uint8))
-        await reader.read(owner.handle, [Range(0, 1)], memoryview(bytearray(1)))
+        await reader.read(owner.handle, [ByteRange(0, 1)], memoryview(bytearray(1)))
         assert not from_gpu(first).any()
         assert not from_gpu(second).any()
         reader.close()
@@ -156,7 +156,7 @@ def test_nobody_writes_once_a_read_was_cancelled(setting: Setting) -> None:
 def test_an_owner_that_dies_while_it_is_read_is_gone(setting: Setting) -> None:
     async def main(owner: GpuOwner) -> None:
         reader = CudaIpcReader(0)
-        task = asyncio.create_task(reader.read(owner.handle, [Range(0, LENGTH)], memoryview(bytearray(LENGTH))))
+        task = asyncio.create_task(reader.read(owner.handle, [ByteRange(0, LENGTH)], memoryview(bytearray(LENGTH))))
         await asyncio.sleep(0.1)
         owner.kill()
         with pytest.raises(TransferError) as failed:
@@ -176,7 +176,7 @@ def test_an_owner_that_dies_before_its_memory_is_opened_is_gone(setting: Setting
     async def main(owner: GpuOwner, other: GpuOwner) -> None:
         reader = CudaIpcReader(0)
         first, second = (
-            asyncio.create_task(reader.read(each.handle, [Range(0, 1)], memoryview(bytearray(1))))
+            asyncio.create_task(reader.read(each.handle, [ByteRange(0, 1)], memoryview(bytearray(1))))
             for each in (other, owner)
         )
         await asyncio.sleep(0.1)
@@ -215,8 +215,8 @@ def test_what_the_driver_refuses_is_refused_in_its_words_and_the_next_read_goes_
             handle = msgspec.structs.replace(owner.handle, **changes)
             into = bytearray(2)
             with pytest.raises(TransferError, match=r"refused.*(CUDA_ERROR_INVALID_VALUE|that its handle opens); use"):
-                await reader.read(handle, [Range(0, 1), Range(at, 1)], memoryview(into))
-            await reader.read(owner.handle, [Range(0, 2)], memoryview(into))
+                await reader.read(handle, [ByteRange(0, 1), ByteRange(at, 1)], memoryview(into))
+            await reader.read(owner.handle, [ByteRange(0, 2)], memoryview(into))
             assert into == pattern(2).tobytes()
             assert reader.mapped == 1, "what failed is let go of"
         reader.close()

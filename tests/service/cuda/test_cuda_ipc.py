@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from loraserve.errors import ConfigError
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, CudaIpcHandle, TcpHandle
 from loraserve.testing.gpu_owner import OFFSET, GpuOwner, from_gpu, to_gpu
 from loraserve.testing.memory_owner import pattern
+from loraserve.transfer.abilities import local_abilities
 from loraserve.transfer.cuda_driver import GpuMemory, allocate, free
-from loraserve.transfer.cuda_ipc import CudaIpcExporter, CudaIpcReader, why_not
-from loraserve.transfer.here import abilities
-from loraserve.transfer.protocol import PROTOCOL, CudaIpcHandle, Range, TcpHandle, TransferError
-from loraserve.transfer.shared_memory import NAME
+from loraserve.transfer.cuda_ipc import CudaIpcExporter, CudaIpcReader, unusable_reason
+from loraserve.transfer.protocol import ByteRange, TransferError
+from loraserve.transfer.same_host import NAME_PREFIX
 
 MIB = 1 << 20
 LENGTH = 16 * MIB
-RANGES = [Range(5, 10), Range(LENGTH - 3 * MIB, 3 * MIB), Range(0, 0), Range(7, 1)]
+RANGES = [ByteRange(5, 10), ByteRange(LENGTH - 3 * MIB, 3 * MIB), ByteRange(0, 0), ByteRange(7, 1)]
 WANTED = sum(each.length_bytes for each in RANGES)
 GUARD = 64
 
@@ -59,7 +60,9 @@ def play(scenario: Callable[[CudaIpcReader], Awaitable[None]], device: int = 0, 
     asyncio.run(main())
 
 
-async def refusal(reader: CudaIpcReader, handle: CudaIpcHandle, ranges: list[Range], device: int = 0) -> TransferError:
+async def refusal(
+    reader: CudaIpcReader, handle: CudaIpcHandle, ranges: list[ByteRange], device: int = 0
+) -> TransferError:
     """The error of reads that must fail and must not write, to the GPU and to the host."""
     length = max(1, sum(each.length_bytes for each in ranges))
     into = bytearray(sum(each.length_bytes for each in ranges))
@@ -111,7 +114,7 @@ def test_many_reads_at_the_same_time_each_get_their_own(owner: GpuOwner) -> None
 
     async def scenario(reader: CudaIpcReader) -> None:
         with room(100 * 1000) as memory:
-            reads = (reader.read_into(owner.handle, [Range(i * 7919, 1000)], memory, i * 1000) for i in range(100))
+            reads = (reader.read_into(owner.handle, [ByteRange(i * 7919, 1000)], memory, i * 1000) for i in range(100))
             await asyncio.gather(*reads)
             found = from_gpu(memory).reshape(100, 1000)
             for i, row in enumerate(found):
@@ -122,15 +125,15 @@ def test_many_reads_at_the_same_time_each_get_their_own(owner: GpuOwner) -> None
 
 def test_a_killed_owner_is_gone_and_its_memory_is_let_go_before_anybody_reads(owner: GpuOwner) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
-        await reader.read(owner.handle, [Range(0, 1)], memoryview(bytearray(1)))
+        await reader.read(owner.handle, [ByteRange(0, 1)], memoryview(bytearray(1)))
         assert reader.mapped == 1
         owner.kill()
         await until(lambda: reader.mapped == 0)
-        error = await refusal(reader, owner.handle, [Range(0, MIB)])
+        error = await refusal(reader, owner.handle, [ByteRange(0, MIB)])
         assert error.code == "gone"
         assert "another source" in error.message
         with GpuOwner(LENGTH) as other, room(MIB) as memory:
-            await reader.read_into(other.handle, [Range(0, MIB)], memory, 0)
+            await reader.read_into(other.handle, [ByteRange(0, MIB)], memory, 0)
             assert (from_gpu(memory) == pattern(LENGTH)[:MIB]).all(), "the reader goes on with others"
 
     play(scenario)
@@ -139,11 +142,11 @@ def test_a_killed_owner_is_gone_and_its_memory_is_let_go_before_anybody_reads(ow
 @pytest.mark.parametrize("command", ["withdraw", "free"])
 def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: GpuOwner, command: str) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
-        await reader.read(owner.handle, [Range(0, 1)], memoryview(bytearray(1)))
+        await reader.read(owner.handle, [ByteRange(0, 1)], memoryview(bytearray(1)))
         owner.tell(command)
-        assert (await refusal(reader, owner.handle, [Range(0, 1)])).code == "gone"
+        assert (await refusal(reader, owner.handle, [ByteRange(0, 1)])).code == "gone"
         assert reader.mapped == 0
-        assert (await refusal(reader, owner.handle, [Range(0, 1)])).code == "gone"
+        assert (await refusal(reader, owner.handle, [ByteRange(0, 1)])).code == "gone"
 
     play(scenario)
 
@@ -151,12 +154,12 @@ def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: GpuOwner, 
 def test_handles_that_name_something_else(owner: GpuOwner) -> None:
     good = owner.handle
     cases = [
-        ({"name": NAME + "0" * 32}, "gone"),
+        ({"name": NAME_PREFIX + "0" * 32}, "gone"),
         ({"descriptor": 0}, "gone"),
         ({"descriptor": 10**15}, "gone"),
         ({"pid": os.getpid()}, "gone"),
         ({"pid": 2**62}, "gone"),
-        ({"protocol": PROTOCOL + 1}, "version"),
+        ({"protocol": TRANSFER_PROTOCOL_VERSION + 1}, "version"),
         ({"allocation": b""}, "refused"),
         ({"allocation": bytes(64)}, "refused"),
         ({"offset_bytes": 1 << 40}, "refused"),
@@ -167,11 +170,13 @@ def test_handles_that_name_something_else(owner: GpuOwner) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
         for changes, code in cases:
             handle = msgspec.structs.replace(good, **changes)
-            assert (await refusal(reader, handle, [Range(0, 1)])).code == code, changes
-        for ranges in ([Range(0, 2), Range(LENGTH - 1, 2)], [Range(-1, 1)]):
+            assert (await refusal(reader, handle, [ByteRange(0, 1)])).code == code, changes
+        for ranges in ([ByteRange(0, 2), ByteRange(LENGTH - 1, 2)], [ByteRange(-1, 1)]):
             assert (await refusal(reader, good, ranges)).code == "out_of_range"
-        tcp = TcpHandle(protocol=PROTOCOL, owner="owner", incarnation="i", length_bytes=LENGTH, token="t")
-        assert (await refusal(reader, tcp, [Range(0, 1)])).code == "refused"  # type: ignore[arg-type]
+        tcp = TcpHandle(
+            protocol=TRANSFER_PROTOCOL_VERSION, owner="owner", incarnation="i", length_bytes=LENGTH, token="t"
+        )
+        assert (await refusal(reader, tcp, [ByteRange(0, 1)])).code == "refused"  # type: ignore[arg-type]
         with room(10) as memory:
             for at_bytes, memory_given, code in (
                 (1, memory, "size"),
@@ -179,10 +184,10 @@ def test_handles_that_name_something_else(owner: GpuOwner) -> None:
                 (0, GpuMemory(memory.address, 10, 1), "refused"),
             ):
                 with pytest.raises(TransferError) as refused:
-                    await reader.read_into(good, [Range(0, 10)], memory_given, at_bytes)
+                    await reader.read_into(good, [ByteRange(0, 10)], memory_given, at_bytes)
                 assert refused.value.code == code
             assert not from_gpu(memory).any()
-            await reader.read_into(good, [Range(0, 10)], memory, 0)
+            await reader.read_into(good, [ByteRange(0, 10)], memory, 0)
             assert (from_gpu(memory) == pattern(10)).all(), "the GPU is none the worse"
 
     play(scenario)
@@ -192,7 +197,7 @@ def test_a_process_does_not_open_what_it_exported_itself(driver: str) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
         with room(MIB) as memory:
             exporter = CudaIpcExporter("me", "i")
-            error = await refusal(reader, exporter.register(memory), [Range(0, 1)])
+            error = await refusal(reader, exporter.register(memory), [ByteRange(0, 1)])
             assert error.code == "refused"
             assert "cuIpcOpenMemHandle failed with CUDA_ERROR_" in error.message
             exporter.close()
@@ -204,12 +209,12 @@ def test_mappings_and_descriptors_are_bounded_and_let_go(driver: str) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
         owners = [GpuOwner(MIB) for _ in range(3)]
         into = bytearray(1)
-        await reader.read(owners[0].handle, [Range(0, 1)], memoryview(into))
+        await reader.read(owners[0].handle, [ByteRange(0, 1)], memoryview(into))
         before = len(os.listdir("/proc/self/fd"))
         for _ in range(3):
             for owner in owners:
                 into = bytearray(1)
-                await reader.read(owner.handle, [Range(0, 1)], memoryview(into))
+                await reader.read(owner.handle, [ByteRange(0, 1)], memoryview(into))
                 assert into == pattern(1).tobytes()
                 assert reader.mapped == 1
         # The thread closes behind what is read. The real driver's descriptors are its own affair.
@@ -236,6 +241,6 @@ def test_a_handle_says_where_in_the_allocation_its_memory_is(owner: GpuOwner) ->
 
 
 def test_what_can_be_exported_is_announced(driver: str) -> None:
-    assert why_not(0) == ""
-    assert abilities(("cuda_ipc", "tcp"), "cuda").transports == ("cuda_ipc", "tcp")
-    assert abilities(("cuda_ipc", "tcp"), "cpu").transports == ("tcp",)
+    assert unusable_reason(0) == ""
+    assert local_abilities(("cuda_ipc", "tcp"), "cuda").transports == ("cuda_ipc", "tcp")
+    assert local_abilities(("cuda_ipc", "tcp"), "cpu").transports == ("tcp",)

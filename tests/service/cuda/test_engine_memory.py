@@ -14,10 +14,11 @@ from loraserve.engine.lending.offers import Offers
 from loraserve.engine.loading.memory import Landing
 from loraserve.engine.loading.peers import Readers
 from loraserve.messages import ReadRegion
+from loraserve.messages.transfer import CudaIpcHandle, TcpHandle
 from loraserve.testing.gpu_owner import GpuOwner, from_gpu, to_gpu
 from loraserve.testing.memory_owner import pattern
-from loraserve.transfer.cuda_driver import GpuMemory, allocate, call, current, free
-from loraserve.transfer.protocol import CudaIpcHandle, Range, TcpHandle, TransferError
+from loraserve.transfer.cuda_driver import GpuMemory, allocate, call, current_device, free
+from loraserve.transfer.protocol import ByteRange, TransferError
 from loraserve.transfer.tcp import TcpReader
 
 MIB = 1 << 20
@@ -48,7 +49,7 @@ class GpuPool:
         to_gpu(GpuMemory(self.gpu.address + offset_bytes, len(data)), np.frombuffer(data, np.uint8))
 
     def read_into(self, offset_bytes: int, into: memoryview) -> None:
-        with current(0):
+        with current_device(0):
             target = np.frombuffer(into, np.uint8).ctypes.data
             call("cuMemcpyDtoH_v2", target, self.gpu.address + offset_bytes, into.nbytes)
 
@@ -90,7 +91,7 @@ def test_a_gpu_s_pool_is_offered_to_its_neighbours_and_over_the_network(pool: Gp
 
         serving = asyncio.create_task(serve())
         into = bytearray(MIB)
-        await TcpReader(network.bus("engine-1", None), TIMEOUT_S).read(tcp, [Range(5, MIB)], memoryview(into))
+        await TcpReader(network.bus("engine-1", None), TIMEOUT_S).read(tcp, [ByteRange(5, MIB)], memoryview(into))
         assert into == pattern(MIB).tobytes()
         serving.cancel()
         offers.close()

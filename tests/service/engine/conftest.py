@@ -37,7 +37,7 @@ from loraserve.messages import (
     ToMonitor,
     ToStore,
 )
-from loraserve.service import State
+from loraserve.service import ServiceState
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import StoppableClock
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
@@ -191,7 +191,7 @@ class Stage:
         work = (self.store.serve(self._store_bus), self._read_tokens(), self._read_load())
         self._tasks = [asyncio.create_task(w) for w in work]
         self.running = asyncio.create_task(self.engine.run())
-        await self.until(lambda: self.engine.state is State.READY or self.running.done())
+        await self.until(lambda: self.engine.state is ServiceState.READY or self.running.done())
         return self
 
     async def __aexit__(self, *_: object) -> None:

@@ -15,9 +15,10 @@ from loraserve.errors import PeerError
 from loraserve.messages import (
     ReadCounts,
 )
+from loraserve.messages.transfer import ShmHandle
 from loraserve.testing.clock import FakeClock
 from loraserve.testing.engine.peer import Peer
-from loraserve.transfer.protocol import Range, ShmHandle
+from loraserve.transfer.protocol import ByteRange
 from loraserve.transfer.shm import ShmReader
 
 Play = Callable[..., None]
@@ -148,7 +149,7 @@ def test_a_peer_reads_what_is_cached_with_all_that_it_takes_to_verify(play: Play
         assert {handle.length_bytes for handle in granted.handles} == {CACHE_BYTES}
         handle = next(each for each in granted.handles if isinstance(each, ShmHandle))
         into, reader = bytearray(granted.slab_bytes), ShmReader()
-        await reader.read(handle, [Range(granted.offset_bytes, granted.slab_bytes)], memoryview(into))
+        await reader.read(handle, [ByteRange(granted.offset_bytes, granted.slab_bytes)], memoryview(into))
         reader.close()
         header = decode_header(encoded)
         assert damaged_layer(HostPool(memoryview(into)), header, 0, range(header.shape.layers)) is None

@@ -21,10 +21,11 @@ from loraserve.messages import (
     SamplingParams,
     SlabDamaged,
 )
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, ShmHandle
 from loraserve.testing.clock import FakeClock
 from loraserve.testing.engine.peer import Peer
 from loraserve.testing.tiny_model import write_peft_adapter
-from loraserve.transfer.protocol import PROTOCOL, Range, ShmHandle
+from loraserve.transfer.protocol import ByteRange
 from loraserve.transfer.shm import ShmReader
 
 Play = Callable[..., None]
@@ -64,7 +65,7 @@ def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, mo
         reader = ShmReader()
         handle = next(each for each in granted.handles if isinstance(each, ShmHandle))
         into = bytearray(granted.slab_bytes)
-        await reader.read(handle, [Range(granted.offset_bytes, granted.slab_bytes)], memoryview(into))
+        await reader.read(handle, [ByteRange(granted.offset_bytes, granted.slab_bytes)], memoryview(into))
         reader.close()
         assert damaged_layer(HostPool(memoryview(into)), header, 0, range(header.shape.layers)) is None
         assert bytes(into) == bytes(models.slabs["two"].data)
@@ -94,7 +95,7 @@ def test_what_cannot_be_granted_is_refused_by_its_code(play: Play, models: Any) 
         stage.store.open.clear()
         await stage.admit("loads", "two")
         peer, one, two = Peer(stage.network), models.refs["one"], models.refs["two"]
-        assert await refused(peer.lease(one, protocol=PROTOCOL + 1)) == "version"
+        assert await refused(peer.lease(one, protocol=TRANSFER_PROTOCOL_VERSION + 1)) == "version"
         assert await refused(peer.lease(one, version="unheard of")) == "not_found"
         assert await refused(peer.lease(one, slab_bytes=one.slab_bytes + 1)) == "mismatch"
         assert await refused(peer.lease(two)) == "loading"

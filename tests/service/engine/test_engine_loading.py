@@ -9,12 +9,12 @@ from typing import Any
 import msgspec
 import pytest
 
+from loraserve.clock import SystemClock
 from loraserve.config import ClusterConfig, Config, StoreConfig
 from loraserve.engine.setup import build_runner
 from loraserve.messages import Abort, ExpectAdapter, PrefetchCounts
-from loraserve.service import State
+from loraserve.service import ServiceState
 from loraserve.store.service import StoreService
-from loraserve.system_clock import SystemClock
 
 Play = Callable[..., None]
 
@@ -256,7 +256,7 @@ def test_the_real_stores_slabs_are_computed_with(play: Play, models: Any, tmp_pa
         )
         store = StoreService(config, stage.network.bus("store", StoreService.inbox), SystemClock())
         serving = asyncio.create_task(store.run())
-        await stage.until(lambda: store.state is State.READY)
+        await stage.until(lambda: store.state is ServiceState.READY)
         for name in ("one", "two"):
             await stage.admit(name, name)
         await stage.finished("one", "two")

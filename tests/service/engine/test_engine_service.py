@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from loraserve.clock import SystemClock
 from loraserve.config import ModelConfig
 from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.service import EngineService
@@ -19,8 +20,7 @@ from loraserve.messages import (
     RetireCopies,
     RetireDone,
 )
-from loraserve.service import State
-from loraserve.system_clock import SystemClock
+from loraserve.service import ServiceState
 from loraserve.testing.bus import MemoryNetwork
 
 Play = Callable[..., None]
@@ -171,14 +171,14 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(play: Play, models: A
         await stage.admit("runs", tokens=300)
         await stage.admit("waits for its adapter", "one", tokens=20)
         stage.engine.stop()
-        await stage.until(lambda: stage.load.state == State.DRAINING)
+        await stage.until(lambda: stage.load.state == ServiceState.DRAINING)
         refused = await stage.admit("late")
         assert (refused.ok, refused.code, refused.message) == (False, "draining", "engine-0 is draining")
         assert (await stage.admit("runs")).ok, "it has that one already"
         await stage.running
         assert stage.tokens["runs"] == models.expected("", 300)
         assert stage.tokens["waits for its adapter"] == models.expected("one", 20)
-        assert (stage.tokens["late"], stage.engine.state) == ([], State.STOPPED)
+        assert (stage.tokens["late"], stage.engine.state) == ([], ServiceState.STOPPED)
 
     play(scenario, steps_ahead=steps_ahead)
 

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from loraserve.clock import SystemClock
 from loraserve.config import Config, MonitorConfig, TransferConfig
 from loraserve.cost import extent_bytes
 from loraserve.engine.service import BuildRunner, EngineService
@@ -27,7 +28,6 @@ from loraserve.messages import (
     ToStore,
 )
 from loraserve.monitor.service import MonitorService
-from loraserve.system_clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.peers import serving
 

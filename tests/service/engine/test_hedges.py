@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from loraserve.clock import SystemClock
 from loraserve.engine.loading import speeds
 from loraserve.engine.loading.speeds import Way
 from loraserve.messages import ReadRegion, ReleaseLease, ToStore
-from loraserve.system_clock import SystemClock
 from loraserve.testing.engine.load_scene import LoadScene as Scene
 from loraserve.testing.engine.load_scene import Scenario, play
 

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loraserve.adapter.dtypes import storage
 from loraserve.adapter.format import lay_out
 from loraserve.adapter.pack import Slab, sealed
+from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.loading.loader import SlabLoader
@@ -22,7 +23,6 @@ from loraserve.engine.loading.sources import Sources
 from loraserve.engine.offline import adapter_reference
 from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape
-from loraserve.system_clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.engine.watched_pool import WatchedPool
 

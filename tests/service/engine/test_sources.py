@@ -10,10 +10,10 @@ import pytest
 from loraserve.engine.loading import speeds
 from loraserve.engine.loading.source import LoadFailed
 from loraserve.messages import LeaseGranted, LeaseSlab, ReadRegion, ReleaseLease, RenewLease, SlabDamaged
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
 from loraserve.testing.engine.load_scene import LoadScene as Scene
 from loraserve.testing.engine.load_scene import Scenario, play
 from loraserve.testing.scripted_owner import BEFORE
-from loraserve.transfer.protocol import PROTOCOL
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ WRONG: dict[str, Callable[[LeaseGranted], LeaseGranted]] = {
     "outside the region": lambda granted: msgspec.structs.replace(granted, offset_bytes=1 << 40),
     "before the region": lambda granted: msgspec.structs.replace(granted, offset_bytes=-1),
     "elsewhere in the region": lambda granted: msgspec.structs.replace(granted, offset_bytes=0),
-    "another protocol": lambda granted: other_handle(granted, protocol=PROTOCOL + 1),
+    "another protocol": lambda granted: other_handle(granted, protocol=TRANSFER_PROTOCOL_VERSION + 1),
     "another size": lambda granted: msgspec.structs.replace(granted, slab_bytes=granted.slab_bytes - 16),
     "another's memory": lambda granted: other_handle(granted, owner="engine-7"),
     "nothing": lambda granted: msgspec.structs.replace(granted, handles=()),

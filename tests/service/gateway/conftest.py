@@ -16,6 +16,7 @@ from openai import AsyncOpenAI
 
 from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Bus, Envelope
+from loraserve.clock import SystemClock
 from loraserve.config import Config, load_config
 from loraserve.gateway.service import GatewayService
 from loraserve.messages import (
@@ -54,7 +55,6 @@ from loraserve.messages import (
     ToStore,
     UnregisterAdapter,
 )
-from loraserve.system_clock import SystemClock
 from loraserve.testing.tiny_tokenizer import CHAT_END, write_tiny_tokenizer
 
 MODEL = "tiny"

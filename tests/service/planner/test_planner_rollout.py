@@ -31,7 +31,7 @@ from loraserve.messages import (
 )
 from loraserve.planner.rollout.copies import by_engine
 from loraserve.planner.service import PlannerService
-from loraserve.service import State
+from loraserve.service import ServiceState
 from loraserve.testing.bus import Fault, MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.peers import Peer
@@ -161,7 +161,7 @@ class Cluster:
         return await self.operator.request("planner", message, answer, 600.0)
 
     async def until_ready(self) -> None:
-        while self.planner.state is not State.READY:  # noqa: ASYNC110
+        while self.planner.state is not ServiceState.READY:  # noqa: ASYNC110
             await asyncio.sleep(0.01)
         await asyncio.sleep(0.5)
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from loraserve.adapter.format import decode_header, seal, slab_version
+from loraserve.clock import SystemClock
 from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig, StoreConfig
 from loraserve.messages import (
     AdapterList,
@@ -26,9 +27,8 @@ from loraserve.messages import (
     ToGateway,
 )
 from loraserve.model_shape import ModelShape
-from loraserve.service import State
+from loraserve.service import ServiceState
 from loraserve.store.service import StoreService
-from loraserve.system_clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.peft_writer import named_tensors, random_pairs, write_peft
 
@@ -120,7 +120,7 @@ async def open_stage(config: Config) -> AsyncIterator[Stage]:
     hearing = asyncio.create_task(stage.hear())
     try:
         async with asyncio.timeout(TIMEOUT_S):
-            while stage.store.state is not State.READY and not serving.done():  # noqa: ASYNC110
+            while stage.store.state is not ServiceState.READY and not serving.done():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
         yield stage
     finally:

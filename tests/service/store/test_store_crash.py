@@ -35,7 +35,7 @@ from loraserve.errors import PeerError
 from loraserve.messages import AdapterRegistered, Ping, RegisterAdapter
 from loraserve.service import State
 from loraserve.store.service import StoreService
-from loraserve.system_clock import SystemClock
+from loraserve.clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
 
 

@@ -14,7 +14,7 @@ from peft.utils.other import get_pattern_key
 from loraserve.adapter.pack import pack_peft, unpack
 from loraserve.adapter.peft import PeftConfig, Scaling
 from loraserve.errors import AdapterError
-from loraserve.model_shape import ModelShape, shape_of
+from loraserve.model_shape import ModelShape, shape_from_config
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -25,7 +25,7 @@ def _base() -> tuple[transformers.LlamaForCausalLM, ModelShape]:
         hidden_size=32, num_attention_heads=4, num_key_value_heads=2, head_dim=12, intermediate_size=40, vocab_size=64,
         num_hidden_layers=2,
     )  # fmt: skip
-    return transformers.LlamaForCausalLM(config), shape_of(config.to_dict())
+    return transformers.LlamaForCausalLM(config), shape_from_config(config.to_dict())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from chaotic.truth import Case, distinct
 from harness.driver import Asked
 from harness.peer_memory import DAMAGED_BYTES, flip, held_by, left_of, mapped_by
 
-from loraserve.transfer.shared_memory import SharedMemory
+from loraserve.transfer.shm import SharedMemory
 
 CASE = Case("pirate", (1, 2), (5, 6, 7))
 

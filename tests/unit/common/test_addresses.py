@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.bus.addresses import Addresses, addresses, run_dir
-from loraserve.bus.claim import NameClaim, private_dir
+from loraserve.bus.addresses import Addresses, NameClaim, addresses, private_dir, run_dir
 from loraserve.config import BusConfig, ClusterConfig, Config
 from loraserve.errors import ConfigError
 
@@ -106,7 +105,7 @@ def test_a_name_is_claimed_once_and_free_after_release(tmp_path: Path) -> None:
 def test_a_claim_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
     folder = private_dir(tmp_path / "run")
     code = (
-        "import os, signal, sys; from pathlib import Path; from loraserve.bus.claim import NameClaim;"
+        "import os, signal, sys; from pathlib import Path; from loraserve.bus.addresses import NameClaim;"
         "claim = NameClaim(Path(sys.argv[1]), 'a'); os.kill(os.getpid(), signal.SIGKILL)"
     )
     assert subprocess.run([sys.executable, "-c", code, str(folder)], check=False).returncode == -9

@@ -5,8 +5,7 @@ import time
 
 import pytest
 
-from loraserve.clock import Clock
-from loraserve.system_clock import SystemClock
+from loraserve.clock import Clock, SystemClock
 from loraserve.testing.clock import Deadlock, FakeClock, LoopClock, run_virtual
 
 

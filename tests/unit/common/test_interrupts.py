@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from loraserve.interrupts import INTERRUPTS, interrupts_held_back
+from loraserve.interrupts import INTERRUPTS, hold_back_interrupts
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def test_it_is_raised_at_the_end(numbers: list[signal.Signals]) -> None:
     done = []
 
     def work() -> None:
-        with interrupts_held_back():
+        with hold_back_interrupts():
             for number in numbers:
                 signal.raise_signal(number)
             done.append("all of it")
@@ -36,14 +36,14 @@ def test_it_is_raised_at_the_end(numbers: list[signal.Signals]) -> None:
 
 def test_nothing_is_raised_where_nothing_came() -> None:
     before = [signal.getsignal(number) for number in INTERRUPTS]
-    with interrupts_held_back():
+    with hold_back_interrupts():
         pass
     assert [signal.getsignal(number) for number in INTERRUPTS] == before
 
 
 def test_it_wins_over_an_import_that_failed() -> None:
     def work() -> None:
-        with interrupts_held_back():
+        with hold_back_interrupts():
             signal.raise_signal(signal.SIGINT)
             raise ImportError("torch")
 
@@ -53,14 +53,14 @@ def test_it_wins_over_an_import_that_failed() -> None:
 
 
 def test_an_import_that_fails_by_itself_says_so() -> None:
-    with pytest.raises(ImportError, match="torch"), interrupts_held_back():
+    with pytest.raises(ImportError, match="torch"), hold_back_interrupts():
         raise ImportError("torch")
 
 
 def test_a_handler_that_takes_note_is_told_at_once() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
-    with interrupts_held_back():
+    with hold_back_interrupts():
         signal.raise_signal(signal.SIGINT)
         assert seen == [signal.SIGINT]
     signal.signal(signal.SIGINT, before)
@@ -70,7 +70,7 @@ def test_other_threads_may_import_as_well() -> None:
     done = []
 
     def work() -> None:
-        with interrupts_held_back():
+        with hold_back_interrupts():
             done.append(signal.getsignal(signal.SIGINT))
 
     thread = threading.Thread(target=work)

@@ -13,7 +13,7 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraserve.bus.counters import REMEMBERED_PEERS, BusCounters
+from loraserve.bus.protocol import REMEMBERED_PEERS, BusCounters
 from loraserve.config import ClusterConfig, Config
 from loraserve.errors import ConfigError
 from loraserve.log import configure_logging, get_logger

@@ -50,7 +50,7 @@ def values(annotation: Any) -> "st.SearchStrategy[Any]":
 
 
 def encoded(message: Any) -> bytes:
-    return bytes(wire.pack(wire.SEND, wire.NO_CORRELATION, message)[2])
+    return bytes(wire.pack_message(wire.SEND, wire.NO_CORRELATION, message)[2])
 
 
 def example(kind: type[Message]) -> Message:
@@ -76,10 +76,10 @@ def least(annotation: Any) -> Any:
 def test_every_message_survives_the_wire(kind: type[Message], data: st.DataObject) -> None:
     message = data.draw(values(kind))
     payload = encoded(message)
-    assert wire.decode(msgspec.msgpack.Decoder(kind), payload) == message
+    assert wire.decode_payload(msgspec.msgpack.Decoder(kind), payload) == message
     for union in UNIONS.values():
         if kind in get_args(union):
-            assert wire.decode(msgspec.msgpack.Decoder(union), payload) == message
+            assert wire.decode_payload(msgspec.msgpack.Decoder(union), payload) == message
 
 
 @each_message

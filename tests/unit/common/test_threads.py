@@ -6,7 +6,7 @@ from threading import Event
 
 import pytest
 
-from loraserve.threads import in_thread
+from loraserve.threads import run_in_thread
 
 
 async def begun(event: Event) -> None:
@@ -24,7 +24,7 @@ def test_a_second_cancel_does_not_leave_the_thread_behind() -> None:
 
     async def main() -> None:
         with ThreadPoolExecutor(1) as threads:
-            task = asyncio.create_task(in_thread(threads, work))
+            task = asyncio.create_task(run_in_thread(threads, work))
             await begun(running)
             for _ in range(2):
                 task.cancel()
@@ -49,7 +49,7 @@ def test_a_thread_is_told_that_nobody_waits_any_more() -> None:
 
     async def main() -> None:
         with ThreadPoolExecutor(1) as threads:
-            task = asyncio.create_task(in_thread(threads, work, stop.set))
+            task = asyncio.create_task(run_in_thread(threads, work, stop.set))
             await begun(running)
             task.cancel()
             with pytest.raises(asyncio.CancelledError):
@@ -64,9 +64,9 @@ def test_what_has_not_begun_never_does() -> None:
 
     async def main() -> None:
         with ThreadPoolExecutor(1) as threads:
-            first = asyncio.create_task(in_thread(threads, lambda: (running.set(), release.wait())))
+            first = asyncio.create_task(run_in_thread(threads, lambda: (running.set(), release.wait())))
             await begun(running)
-            second = asyncio.create_task(in_thread(threads, ran.set))
+            second = asyncio.create_task(run_in_thread(threads, ran.set))
             await asyncio.sleep(0)
             second.cancel()
             with pytest.raises(asyncio.CancelledError):

@@ -7,38 +7,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.transfer.protocol import (
-    PROTOCOL,
-    Handle,
-    Range,
-    ShmHandle,
-    TcpHandle,
-    TransferError,
-    VerbsHandle,
-    checked,
-    known_code,
-    pieces,
-)
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Handle, ShmHandle, TcpHandle, VerbsHandle
+from loraserve.transfer.protocol import ByteRange, TransferError, check_read, code_of_refusal, split_ranges
 
 LENGTH = 1000
-COMMON: dict[str, Any] = {"protocol": PROTOCOL, "owner": "engine-1", "incarnation": "i", "length_bytes": LENGTH}
+COMMON: dict[str, Any] = {
+    "protocol": TRANSFER_PROTOCOL_VERSION,
+    "owner": "engine-1",
+    "incarnation": "i",
+    "length_bytes": LENGTH,
+}
 TCP = TcpHandle(**COMMON, token="t")
 SHM = ShmHandle(**COMMON, pid=1, descriptor=3, name="n")
 VERBS = VerbsHandle(**COMMON, base=1 << 46, key=7)
 
 ranges_within = st.lists(
-    st.integers(0, LENGTH).flatmap(lambda start: st.builds(Range, st.just(start), st.integers(0, LENGTH - start))),
+    st.integers(0, LENGTH).flatmap(lambda start: st.builds(ByteRange, st.just(start), st.integers(0, LENGTH - start))),
     max_size=5,
 )
 
 
-def buffer(ranges: list[Range]) -> bytearray:
+def buffer(ranges: list[ByteRange]) -> bytearray:
     return bytearray(sum(each.length_bytes for each in ranges))
 
 
-def refusal(handle: Handle, ranges: list[Range], into: memoryview) -> TransferError:
+def refusal(handle: Handle, ranges: list[ByteRange], into: memoryview) -> TransferError:
     with pytest.raises(TransferError) as refused:
-        checked(handle, TcpHandle, ranges, into)
+        check_read(handle, TcpHandle, ranges, into)
     assert "engine-1" in refused.value.message
     return refused.value
 
@@ -59,25 +54,25 @@ def test_a_handle_without_one_of_its_fields_is_none(field: str) -> None:
 
 
 @given(ranges_within)
-def test_ranges_within_the_region_are_taken(ranges: list[Range]) -> None:
-    handle, into = checked(TCP, TcpHandle, ranges, memoryview(buffer(ranges)))
+def test_ranges_within_the_region_are_taken(ranges: list[ByteRange]) -> None:
+    handle, into = check_read(TCP, TcpHandle, ranges, memoryview(buffer(ranges)))
     assert handle is TCP
     assert into.nbytes == sum(each.length_bytes for each in ranges)
 
 
 @given(ranges_within, st.integers(-LENGTH, 2 * LENGTH), st.integers(-LENGTH, 2 * LENGTH), st.integers(0, 5))
-def test_one_range_that_is_not_within_spoils_all(ranges: list[Range], start: int, length: int, at: int) -> None:
+def test_one_range_that_is_not_within_spoils_all(ranges: list[ByteRange], start: int, length: int, at: int) -> None:
     within = start >= 0 and length >= 0 and start + length <= LENGTH
-    ranges.insert(at, Range(start, length))
+    ranges.insert(at, ByteRange(start, length))
     into = memoryview(bytearray(max(0, sum(each.length_bytes for each in ranges))))
     if within:
-        checked(TCP, TcpHandle, ranges, into)
+        check_read(TCP, TcpHandle, ranges, into)
     else:
         assert refusal(TCP, ranges, into).code == "out_of_range"
 
 
 @given(ranges_within, st.integers(0, LENGTH))
-def test_a_buffer_of_another_size_is_refused(ranges: list[Range], size: int) -> None:
+def test_a_buffer_of_another_size_is_refused(ranges: list[ByteRange], size: int) -> None:
     if size != len(buffer(ranges)):
         error = refusal(TCP, ranges, memoryview(bytearray(size)))
         assert error.code == "size"
@@ -85,33 +80,33 @@ def test_a_buffer_of_another_size_is_refused(ranges: list[Range], size: int) -> 
 
 
 def test_another_protocol_version_is_refused_before_all_else() -> None:
-    newer = msgspec.structs.replace(TCP, protocol=PROTOCOL + 1)
-    error = refusal(newer, [Range(LENGTH, 1)], memoryview(bytearray(5)))
+    newer = msgspec.structs.replace(TCP, protocol=TRANSFER_PROTOCOL_VERSION + 1)
+    error = refusal(newer, [ByteRange(LENGTH, 1)], memoryview(bytearray(5)))
     assert error.code == "version"
     assert "same release" in error.message
 
 
 def test_another_transport_s_handle_is_refused() -> None:
-    error = refusal(SHM, [Range(0, 1)], memoryview(bytearray(1)))
+    error = refusal(SHM, [ByteRange(0, 1)], memoryview(bytearray(1)))
     assert error.code == "refused"
-    assert "for tcp alone" in error.message
+    assert "handles tcp only" in error.message
 
 
 @pytest.mark.parametrize("into", [memoryview(b"12"), memoryview(bytearray(4))[::2]])
 def test_a_buffer_that_cannot_be_filled_is_refused(into: memoryview) -> None:
-    assert refusal(TCP, [Range(0, 2)], into).code == "refused"
+    assert refusal(TCP, [ByteRange(0, 2)], into).code == "refused"
 
 
 def test_a_buffer_of_other_elements_is_taken_as_bytes() -> None:
-    _, into = checked(TCP, TcpHandle, [Range(0, 8)], memoryview(bytearray(8)).cast("H"))
+    _, into = check_read(TCP, TcpHandle, [ByteRange(0, 8)], memoryview(bytearray(8)).cast("H"))
     assert (into.format, len(into)) == ("B", 8)
 
 
 @given(ranges_within, st.integers(1, LENGTH))
-def test_pieces_are_the_ranges_in_order_and_fill_the_buffer_without_gaps(ranges: list[Range], longest: int) -> None:
+def test_pieces_are_the_ranges_in_order_and_fill_the_buffer_without_gaps(ranges: list[ByteRange], longest: int) -> None:
     region = bytes(index % 251 for index in range(LENGTH))
     into = buffer(ranges)
-    cut = list(pieces(ranges, longest))
+    cut = list(split_ranges(ranges, longest))
     for at, each in cut:
         into[at : at + each.length_bytes] = region[each.offset_bytes : each.offset_bytes + each.length_bytes]
     whole = b"".join(region[each.offset_bytes : each.offset_bytes + each.length_bytes] for each in ranges)
@@ -121,4 +116,9 @@ def test_pieces_are_the_ranges_in_order_and_fill_the_buffer_without_gaps(ranges:
 
 
 def test_a_code_of_a_peer_that_nobody_knows_is_a_refusal() -> None:
-    assert [known_code(code) for code in ("gone", "timeout", "pigeon", "")] == ["gone", "timeout", "refused", "refused"]
+    assert [code_of_refusal(code) for code in ("gone", "timeout", "pigeon", "")] == [
+        "gone",
+        "timeout",
+        "refused",
+        "refused",
+    ]

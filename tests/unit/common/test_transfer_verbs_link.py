@@ -5,11 +5,14 @@ from collections.abc import Awaitable, Callable
 
 import pytest
 
-from loraserve.transfer.protocol import PROTOCOL, Range, TransferError, VerbsHandle
-from loraserve.transfer.verbs_link import Interrupted, Link, Target
-from loraserve.transfer.verbs_plan import FLUSHED
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, VerbsHandle
+from loraserve.transfer.protocol import ByteRange, TransferError
+from loraserve.transfer.verbs.link import InterruptedReadError, ReadConnection, ReadDestination
+from loraserve.transfer.verbs.plan import FLUSHED
 
-HANDLE = VerbsHandle(protocol=PROTOCOL, owner="engine-0", incarnation="1", length_bytes=1 << 20, base=1 << 30, key=7)
+HANDLE = VerbsHandle(
+    protocol=TRANSFER_PROTOCOL_VERSION, owner="engine-0", incarnation="1", length_bytes=1 << 20, base=1 << 30, key=7
+)
 DEPTH = 2
 DENIED = 10
 
@@ -29,20 +32,20 @@ class FakeQueue:
         self.closed = True
 
 
-def play(scenario: Callable[[Link, FakeQueue], Awaitable[None]]) -> None:
+def play(scenario: Callable[[ReadConnection, FakeQueue], Awaitable[None]]) -> None:
     queue = FakeQueue()
     # What a Link uses of a QueuePair is these two.
-    asyncio.run(scenario(Link(queue, DEPTH, number=1), queue))  # type: ignore[arg-type, func-returns-value]
+    asyncio.run(scenario(ReadConnection(queue, DEPTH, number=1), queue))  # type: ignore[arg-type, func-returns-value]
 
 
-def begin(link: Link, timeout_s: float = 60.0) -> "asyncio.Task[None]":
+def begin(link: ReadConnection, timeout_s: float = 60.0) -> "asyncio.Task[None]":
     """A read of four pieces, of which two are asked for at once."""
-    return asyncio.create_task(link.read(HANDLE, [Range(0, 4096)], Target(0, 1), 1024, timeout_s))
+    return asyncio.create_task(link.read(HANDLE, [ByteRange(0, 4096)], ReadDestination(0, 1), 1024, timeout_s))
 
 
 @pytest.mark.parametrize("status", [0, DENIED, FLUSHED])
 def test_completions_of_a_connection_that_timed_out_are_no_news(status: int) -> None:
-    async def scenario(link: Link, queue: FakeQueue) -> None:
+    async def scenario(link: ReadConnection, queue: FakeQueue) -> None:
         with pytest.raises(TransferError, match="nothing came for"):
             await begin(link, timeout_s=0.01)
         assert queue.closed
@@ -54,19 +57,19 @@ def test_completions_of_a_connection_that_timed_out_are_no_news(status: int) -> 
 
 
 def test_one_that_failed_for_another_may_be_tried_again_and_the_guilty_may_not() -> None:
-    async def scenario(link: Link, queue: FakeQueue) -> None:
+    async def scenario(link: ReadConnection, queue: FakeQueue) -> None:
         guilty, other = begin(link), begin(link)
         await asyncio.sleep(0)
         link.arrived(queue.asked[0], DENIED)
         link.arrived(queue.asked[1], DENIED)
         failed = await asyncio.gather(guilty, other, return_exceptions=True)
-        assert [type(each) for each in failed] == [TransferError, Interrupted]
+        assert [type(each) for each in failed] == [TransferError, InterruptedReadError]
 
     play(scenario)
 
 
 def test_an_owner_that_is_gone_is_not_asked_again() -> None:
-    async def scenario(link: Link, queue: FakeQueue) -> None:
+    async def scenario(link: ReadConnection, queue: FakeQueue) -> None:
         read = begin(link)
         await asyncio.sleep(0)
         link.give_up()

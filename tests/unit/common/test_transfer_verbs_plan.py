@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.transfer.protocol import Range, pieces
-from loraserve.transfer.verbs_plan import FLUSHED, Turns, best_gid, concerns_one, failure
-from loraserve.transfer.verbs_ports import Port, usable_ports, why_not
+from loraserve.transfer.protocol import ByteRange, split_ranges
+from loraserve.transfer.verbs.device import Port, unusable_reason, usable_ports
+from loraserve.transfer.verbs.plan import FLUSHED, PieceQueue, best_gid, concerns_one, failure
 
 IPV4 = "0000:0000:0000:0000:0000:ffff:c000:0201"
 IPV6 = "2001:0db8:0000:0000:0000:0000:0000:0001"
@@ -18,16 +18,16 @@ NONE = "0000:0000:0000:0000:0000:0000:0000:0000"
 
 
 def test_a_short_read_does_not_wait_for_the_rest_of_a_long_one() -> None:
-    turns = Turns(depth=2)
-    turns.add(0, pieces([Range(0, 30)], 10))
-    assert turns.next() == (0, 0, 0, Range(0, 10))
-    turns.add(1, pieces([Range(7, 3)], 10))
-    assert turns.next() == (1, 0, 10, Range(10, 10))
+    turns = PieceQueue(depth=2)
+    turns.add(0, split_ranges([ByteRange(0, 30)], 10))
+    assert turns.next() == (0, 0, 0, ByteRange(0, 10))
+    turns.add(1, split_ranges([ByteRange(7, 3)], 10))
+    assert turns.next() == (1, 0, 10, ByteRange(10, 10))
     assert turns.next() is None, "so many are under way"
     assert turns.arrived(0) is None
-    assert turns.next() == (2, 1, 0, Range(7, 3))
+    assert turns.next() == (2, 1, 0, ByteRange(7, 3))
     assert turns.arrived(2) == 1
-    assert turns.next() == (3, 0, 20, Range(20, 10))
+    assert turns.next() == (3, 0, 20, ByteRange(20, 10))
     assert turns.arrived(3) is None
     assert not turns.idle
     assert turns.arrived(1) == 0
@@ -35,9 +35,9 @@ def test_a_short_read_does_not_wait_for_the_rest_of_a_long_one() -> None:
 
 
 def test_a_dropped_read_is_over_with_what_was_asked_for() -> None:
-    turns = Turns(depth=4, first=5 << 32)
-    turns.add(0, pieces([Range(0, 30)], 10))
-    turns.add(1, pieces([Range(0, 10)], 10))
+    turns = PieceQueue(depth=4, first=5 << 32)
+    turns.add(0, split_ranges([ByteRange(0, 30)], 10))
+    turns.add(1, split_ranges([ByteRange(0, 10)], 10))
     asked = turns.next()
     assert asked is not None
     number = asked[0]
@@ -61,9 +61,12 @@ def test_every_piece_of_every_read_is_asked_for_once(
     reads: list[list[int]], depth: int, piece_bytes: int, choose: random.Random
 ) -> None:
     """In any order of arrivals and with reads dropped on the way, every read ends once."""
-    turns = Turns(depth)
-    wanted = {i: list(pieces([Range(0, length) for length in lengths], piece_bytes)) for i, lengths in enumerate(reads)}
-    asked: dict[int, list[tuple[int, Range]]] = {i: [] for i in wanted}
+    turns = PieceQueue(depth)
+    wanted = {
+        i: list(split_ranges([ByteRange(0, length) for length in lengths], piece_bytes))
+        for i, lengths in enumerate(reads)
+    }
+    asked: dict[int, list[tuple[int, ByteRange]]] = {i: [] for i in wanted}
     begun, under_way, dropped = 0, list[int](), set[int]()
     ended: list[int | None] = []
     while begun < len(reads) or not turns.idle:
@@ -141,7 +144,7 @@ def test_ports_that_are_up_are_found_with_their_best_address(tmp_path: Path) -> 
 
 
 def test_why_verbs_cannot_be_used_is_said(tmp_path: Path) -> None:
-    assert "no RDMA device" in why_not(tmp_path / "none")
-    assert "no RDMA device" in why_not(tmp_path)
+    assert "no RDMA device" in unusable_reason(tmp_path / "none")
+    assert "no RDMA device" in unusable_reason(tmp_path)
     device(tmp_path, "rxe0", "1: DOWN", {0: (IPV4, "RoCE v2")})
-    assert "is up" in why_not(tmp_path)
+    assert "is up" in unusable_reason(tmp_path)

@@ -15,13 +15,13 @@ ADMIT = Admit(request_id="r", gateway="g", prompt_tokens=(1, 2), sampling=Sampli
 
 
 def test_a_hello_names_version_process_and_incarnation() -> None:
-    data = wire.hello("engine-0", INCARNATION)
+    data = wire.encode_hello("engine-0", INCARNATION)
     assert data == f"loraserve/{PROTOCOL_VERSION}|engine-0|{INCARNATION}".encode()
     assert wire.parse_hello(data) == wire.Hello("engine-0", INCARNATION, "")
 
 
 def test_another_version_is_refused_but_named() -> None:
-    seen = wire.parse_hello(wire.hello("engine-0", INCARNATION, PROTOCOL_VERSION + 1))
+    seen = wire.parse_hello(wire.encode_hello("engine-0", INCARNATION, PROTOCOL_VERSION + 1))
     assert (seen.name, seen.incarnation) == ("engine-0", INCARNATION)
     assert f"speaks protocol {PROTOCOL_VERSION + 1}, this process {PROTOCOL_VERSION}" in seen.refusal
 
@@ -51,13 +51,13 @@ def test_what_is_no_hello_is_a_stranger(data: bytes) -> None:
 @given(st.binary(max_size=255))
 def test_no_hello_raises(data: bytes) -> None:
     seen = wire.parse_hello(data)
-    assert seen.refusal or wire.hello(seen.name, seen.incarnation) == data
+    assert seen.refusal or wire.encode_hello(seen.name, seen.incarnation) == data
 
 
 def test_a_message_is_kind_correlation_payload_and_frames() -> None:
-    parts = wire.pack(wire.REQUEST, b"12345678", Ping(), [b"a", memoryview(b"bc")])
+    parts = wire.pack_message(wire.REQUEST, b"12345678", Ping(), [b"a", memoryview(b"bc")])
     assert parts[:2] == [b"Q", b"12345678"]
-    kind, correlation, payload, frames = wire.split(parts)
+    kind, correlation, payload, frames = wire.split_message(parts)
     assert (kind, correlation, frames) == (wire.REQUEST, b"12345678", (b"a", b"bc"))
     assert msgspec.msgpack.decode(payload) == {"type": "Ping"}
 
@@ -74,8 +74,8 @@ def test_a_message_is_kind_correlation_payload_and_frames() -> None:
     ],
 )
 def test_parts_that_are_no_message_are_refused(parts: list[bytes], words: str) -> None:
-    with pytest.raises(wire.BadParts, match=words):
-        wire.split(parts)
+    with pytest.raises(wire.BadPartsError, match=words):
+        wire.split_message(parts)
 
 
 def test_a_publication_carries_the_version_in_its_topic() -> None:
@@ -97,12 +97,12 @@ def test_a_publication_carries_the_version_in_its_topic() -> None:
 )
 def test_a_wrong_message_is_refused_with_its_path(payload: Any, words: str) -> None:
     with pytest.raises(msgspec.DecodeError) as refused:
-        wire.decode(msgspec.msgpack.Decoder(ToEngine), msgspec.msgpack.encode(payload))
+        wire.decode_payload(msgspec.msgpack.Decoder(ToEngine), msgspec.msgpack.encode(payload))
     assert words in str(refused.value)
 
 
 GOOD = [
-    bytes(wire.pack(wire.SEND, wire.NO_CORRELATION, message)[2])
+    bytes(wire.pack_message(wire.SEND, wire.NO_CORRELATION, message)[2])
     for message in (ADMIT, Ping(), TokenBatch(engine="e", incarnation="i", deltas=()))
 ]
 
@@ -120,7 +120,7 @@ def test_no_bytes_do_more_than_fail_to_decode(payload: bytes) -> None:
 def decode_or_refuse(payload: bytes) -> None:
     for union in (ToEngine, ToGateway):
         try:
-            message = wire.decode(msgspec.msgpack.Decoder(union), payload)
+            message = wire.decode_payload(msgspec.msgpack.Decoder(union), payload)
         except msgspec.DecodeError:
             continue
         assert isinstance(message, union)

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.api.models import refused_adapter, store_silent
 from loraserve.gateway.errors import INVALID, bad_request, model_not_found, refused, timed_out, unavailable
 
@@ -67,7 +67,7 @@ def test_what_the_store_says_of_an_adapter(code: str, status: int) -> None:
 
 
 def test_a_store_that_died_is_not_said_to_be_slow() -> None:
-    error = store_silent(RequestTimeout("store: its connection was lost before it answered"))
+    error = store_silent(RequestTimeoutError("store: its connection was lost before it answered"))
     assert (error.status, error.code) == (503, "no_store")
     assert "its connection was lost" in error.message
 

@@ -5,9 +5,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loraserve.messages import EngineLoad
+from loraserve.messages.transfer import Abilities
 from loraserve.monitor.copies import MOST_HOLDERS, CopyIndex
 from loraserve.testing.reports import adapter_ref, engine_load, resident
-from loraserve.transfer.choice import Abilities
 
 ABLE = Abilities(protocol=1, host="h", neighbourhood="n", transports=("shm",), device="cpu")
 names = st.sampled_from([f"engine-{n}" for n in range(4)])

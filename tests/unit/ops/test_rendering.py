@@ -17,6 +17,7 @@ from loraserve.messages import (
     RebalanceDone,
     ResidentAdapter,
 )
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Abilities
 from loraserve.ops import status
 from loraserve.ops.gateway_client import OpsError
 from loraserve.ops.rendering import (
@@ -27,8 +28,6 @@ from loraserve.ops.rendering import (
     render_rebalance,
 )
 from loraserve.text import BAR_CELLS, bar, size, table
-from loraserve.transfer.choice import Abilities
-from loraserve.transfer.protocol import PROTOCOL
 
 PIRATE = AdapterRef(name="pirate", version="a" * 64, rank=8, slab_bytes=900 << 10)
 FRENCH = AdapterRef(name="french", version="b" * 64, rank=32, slab_bytes=4 << 20)
@@ -261,7 +260,9 @@ def test_figures_stand_on_the_right_and_words_on_the_left() -> None:
 
 
 def test_who_reads_from_whom_is_a_line_a_pair_before_and_after_the_first_read() -> None:
-    able = Abilities(protocol=PROTOCOL, host="a", neighbourhood="n", transports=("shm", "tcp"), device="cpu")
+    able = Abilities(
+        protocol=TRANSFER_PROTOCOL_VERSION, host="a", neighbourhood="n", transports=("shm", "tcp"), device="cpu"
+    )
     read = ReadCounts(
         source="engine-1",
         transport="tcp",

@@ -25,7 +25,7 @@ from loraserve.engine.schedule.events import DRAWN, SequenceStep, StepBatch, Ste
 from loraserve.errors import ConfigError
 from loraserve.kernels import attention, fused, linear, lora
 from loraserve.messages.base import SamplingParams
-from loraserve.transfer.shared_memory import SharedMemory, supported
+from loraserve.transfer.shm import SharedMemory, is_supported
 
 Int32s = NDArray[np.int32]
 
@@ -184,7 +184,7 @@ class ModelRunner:
 
 def _pool_memory(length_bytes: int) -> tuple[memoryview, SharedMemory | None]:
     """Such as peers on this machine can map, where it can."""
-    if supported():
+    if is_supported():
         shared = SharedMemory(length_bytes)
         return shared.view, shared
     return memoryview(mmap.mmap(-1, length_bytes)), None

@@ -12,7 +12,7 @@ from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.errors import ConfigError
 from loraserve.model_shape import ModelShape
-from loraserve.transfer.cuda_driver import CudaFailed, GpuMemory, allocate, free
+from loraserve.transfer.cuda_driver import CudaCallError, GpuMemory, allocate, free
 
 LOST = ("CUDA error", "Triton Error [CUDA]")
 """How torch and Triton begin what the driver told them: whichever calls it next hears of a kernel that crashed."""
@@ -117,7 +117,7 @@ def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[torc
     number = torch.cuda.current_device() if device.index is None else device.index
     try:
         allocation = _Allocation(allocate(elements * dtype.itemsize, number))
-    except CudaFailed as error:
+    except CudaCallError as error:
         raise ConfigError(
             f"GPU memory: {elements * dtype.itemsize} bytes for the adapter pool cannot be had ({error}); lower "
             "engine.memory_fraction or stop what else runs on this GPU"
@@ -144,5 +144,5 @@ class _Allocation:
 
 def _free(memory: GpuMemory) -> None:
     # Of a GPU that is lost nothing is to be had back.
-    with suppress(CudaFailed):
+    with suppress(CudaCallError):
         free(memory)

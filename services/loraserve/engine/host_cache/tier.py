@@ -19,8 +19,8 @@ from loraserve.engine.loading.speeds import Way
 from loraserve.engine.schedule.events import LeftSlab
 from loraserve.log import get_logger
 from loraserve.messages import AdapterRef
-from loraserve.threads import in_thread
-from loraserve.transfer.shared_memory import SharedMemory
+from loraserve.threads import run_in_thread
+from loraserve.transfer.shm import SharedMemory
 
 
 class CacheMemory:
@@ -200,7 +200,7 @@ class CacheTier:
         try:
             layers = range(slab.header.shape.layers)
             look = partial(damaged_layer, memory, slab.header, slab.offset_bytes, layers)
-            layer = await in_thread(self._thread, look)
+            layer = await run_in_thread(self._thread, look)
         finally:
             self.cache.done(slab)
         if layer is not None:
@@ -223,7 +223,7 @@ class CacheTier:
         try:
             assert self.memory is not None, "a place was given in no memory"
             into = self.memory.view(offset_bytes, left.adapter.slab_bytes)
-            await in_thread(self._thread, partial(self._pool.read_into, left.offset_bytes, into))
+            await run_in_thread(self._thread, partial(self._pool.read_into, left.offset_bytes, into))
             self.cache.saved(version, self._clock.monotonic_s())
         except BaseException as error:
             # A device that is lost shows at the next step or load as well: those end the process.

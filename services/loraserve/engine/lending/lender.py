@@ -18,7 +18,8 @@ from loraserve.messages import (
     RenewLease,
     SlabDamaged,
 )
-from loraserve.transfer.protocol import Handle, TransferError, check_protocol
+from loraserve.messages.transfer import Handle
+from loraserve.transfer.protocol import TransferError, check_protocol
 
 
 class _Region:

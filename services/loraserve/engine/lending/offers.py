@@ -8,13 +8,13 @@ from loraserve.config import Config
 from loraserve.engine.loading.memory import HostPool, LendableDevice, PoolMemory
 from loraserve.errors import ConfigError
 from loraserve.log import get_logger
+from loraserve.messages.transfer import Handle, Transport
+from loraserve.transfer.abilities import local_abilities
 from loraserve.transfer.cuda_ipc import CudaIpcExporter
-from loraserve.transfer.here import abilities
-from loraserve.transfer.protocol import Handle, Transport
 from loraserve.transfer.shm import ShmExporter
 from loraserve.transfer.tcp import TcpExporter
-from loraserve.transfer.verbs_device import Device
-from loraserve.transfer.verbs_exporter import VerbsExporter
+from loraserve.transfer.verbs.device import RdmaDevice
+from loraserve.transfer.verbs.exporter import VerbsExporter
 
 
 class Offers:
@@ -31,19 +31,19 @@ class Offers:
         self._shm: ShmExporter | None = None
         self._ipc: CudaIpcExporter | None = None
         self._tcp: TcpExporter | None = None
-        self._verbs: tuple[Device, VerbsExporter] | None = None
-        self.device: Device | None = None
+        self._verbs: tuple[RdmaDevice, VerbsExporter] | None = None
+        self.device: RdmaDevice | None = None
         """The RDMA device, opened; this process's own reads use it too."""
         gpu = pool.memory if isinstance(pool, LendableDevice) else None
         where, number = ("cpu", 0) if gpu is None else ("cuda", gpu.device)
-        possible = abilities(config.transfer.transports, where, number).transports
+        possible = local_abilities(config.transfer.transports, where, number).transports
         transports = [each for each in config.transfer.transports if each in possible]
         self.handles = self._of(pool, transports)
-        self.abilities = abilities([handle.transport for handle in self.handles], where, number)
+        self.abilities = local_abilities([handle.transport for handle in self.handles], where, number)
         """What others are told; of transports that this process can read over as well."""
         self.cache_handles = self._of(cache, transports) if cache is not None else ()
         of_cache = [handle.transport for handle in self.cache_handles]
-        self.cache_abilities = abilities(of_cache, "cpu") if cache is not None else None
+        self.cache_abilities = local_abilities(of_cache, "cpu") if cache is not None else None
 
     def answer(self, envelope: Envelope) -> Coroutine[Any, Any, None] | None:
         """ReadRegion. What is returned has still to be done: a device is read in a thread first."""
@@ -125,9 +125,9 @@ class Offers:
             self._closing.append(self._tcp.close)
         return self._tcp
 
-    def _verbs_exporter(self) -> tuple[Device, VerbsExporter]:
+    def _verbs_exporter(self) -> tuple[RdmaDevice, VerbsExporter]:
         if self._verbs is None:
-            device = Device()
+            device = RdmaDevice()
             self._closing.append(device.close)
             self._verbs = device, VerbsExporter(self._bus, device)
             self._closing.append(self._verbs[1].close)

@@ -27,7 +27,7 @@ from loraserve.engine.schedule.events import CANCELLED, AdapterLoaded, AdapterLo
 from loraserve.engine.schedule.report import Rates
 from loraserve.log import get_logger
 from loraserve.messages import AdapterRef, ReadCounts
-from loraserve.threads import ended
+from loraserve.threads import wait_finished
 
 ASK_AGAIN_S = 0.2
 SPARE_PIECE_BYTES = 8 << 20
@@ -159,7 +159,7 @@ def _stop_if_cancelled() -> None:
 async def _give_up(read: "asyncio.Future[Loaded]") -> None:
     """Unless it is over. Afterwards nobody is at its memory any more."""
     read.cancel()
-    if await ended(read):
+    if await wait_finished(read):
         # The load is given up as well.
         raise asyncio.CancelledError
 

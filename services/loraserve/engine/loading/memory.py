@@ -15,9 +15,9 @@ import numpy as np
 from loraserve.adapter.format import SlabHeader
 from loraserve.device import available_share
 from loraserve.log import get_logger
-from loraserve.threads import in_thread
+from loraserve.threads import run_in_thread
 from loraserve.transfer.cuda_driver import GpuMemory
-from loraserve.transfer.shared_memory import SharedMemory
+from loraserve.transfer.shm import SharedMemory
 
 Bytes = memoryview | bytes | bytearray
 
@@ -191,6 +191,6 @@ class Landing:
     async def _write(self, start: int, data: Bytes) -> None:
         write = partial(self.pool.write, self.offset_bytes + start, data)
         if self.pool.waits:
-            await in_thread(self._writers, write)
+            await run_in_thread(self._writers, write)
         else:
             write()

@@ -12,7 +12,7 @@ from loraserve.bus.protocol import Bus
 from loraserve.engine.loading.memory import Bytes, Landing, LendableDevice, PoolMemory
 from loraserve.engine.loading.source import Damaged, LoadFailed, checked_header
 from loraserve.engine.loading.speeds import Way
-from loraserve.errors import ConfigError, PeerError, RequestTimeout
+from loraserve.errors import ConfigError, PeerError, RequestTimeoutError
 from loraserve.log import get_logger
 from loraserve.messages import (
     AdapterRef,
@@ -23,24 +23,14 @@ from loraserve.messages import (
     RenewLease,
     SlabDamaged,
 )
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, CudaIpcHandle, Handle, Transport, VerbsHandle
 from loraserve.transfer.cuda_driver import GpuMemory
 from loraserve.transfer.cuda_ipc import CudaIpcReader
-from loraserve.transfer.protocol import (
-    PROTOCOL,
-    CudaIpcHandle,
-    Handle,
-    Range,
-    Reader,
-    TransferError,
-    Transport,
-    VerbsHandle,
-    asked,
-    check_ranges,
-)
+from loraserve.transfer.protocol import ByteRange, RegionReader, TransferError, check_ranges, describe
 from loraserve.transfer.shm import SLICED_BYTES, ShmReader
 from loraserve.transfer.tcp import TcpReader
-from loraserve.transfer.verbs import VerbsReader
-from loraserve.transfer.verbs_device import Device, Place
+from loraserve.transfer.verbs.device import RdmaDevice, RegisteredMemory
+from loraserve.transfer.verbs.reader import VerbsReader
 
 SILENCE_S = 5.0
 """A piece that takes longer than this is not waited for any more."""
@@ -52,16 +42,16 @@ process's a step may begin after the first."""
 class Readers:
     """Made when they are first needed, in the event loop. ``device`` is the RDMA device, where there is one."""
 
-    def __init__(self, bus: Bus, pool: PoolMemory, device: Device | None) -> None:
+    def __init__(self, bus: Bus, pool: PoolMemory, device: RdmaDevice | None) -> None:
         self._bus = bus
-        self._readers: dict[Transport, Reader] = {}
-        self._makers: dict[Transport, Callable[[], Reader]] = {
+        self._readers: dict[Transport, RegionReader] = {}
+        self._makers: dict[Transport, Callable[[], RegionReader]] = {
             "shm": ShmReader,
             "tcp": lambda: TcpReader(bus, SILENCE_S),
         }
         self._gpu = pool.memory if isinstance(pool, LendableDevice) else None
         self._ipc: CudaIpcReader | None = None
-        self._verbs: tuple[VerbsReader, Place] | None = None
+        self._verbs: tuple[VerbsReader, RegisteredMemory] | None = None
         if device is not None:
             try:
                 self._open_verbs(bus, pool, device)
@@ -73,21 +63,21 @@ class Readers:
         """Fills the landing from ``start`` of the handle's region on. Raises TransferError."""
         into = landing.view()
         gpu = self._gpu if into is None else None
-        if gpu is not None and await self._to_gpu(handle, [Range(start, landing.slab_bytes)], gpu, landing):
+        if gpu is not None and await self._to_gpu(handle, [ByteRange(start, landing.slab_bytes)], gpu, landing):
             landing.arrived(landing.slab_bytes)
             return
         reader = self._reader(handle)
         if into is not None and _whole(handle, landing.slab_bytes):
-            await reader.read(handle, [Range(start, landing.slab_bytes)], into)
+            await reader.read(handle, [ByteRange(start, landing.slab_bytes)], into)
             landing.arrived(landing.slab_bytes)
             return
 
         # Of all before any: a step could begin with the pieces before one that cannot be.
-        check_ranges(handle, [Range(start, landing.slab_bytes)])
+        check_ranges(handle, [ByteRange(start, landing.slab_bytes)])
 
         async def fetch(at: int, length: int) -> Bytes | None:
             piece = np.empty(length, np.uint8).data if into is None else into[at : at + length]
-            await reader.read(handle, [Range(start + at, length)], piece)
+            await reader.read(handle, [ByteRange(start + at, length)], piece)
             return piece if into is None else None
 
         await landing.stream(PIECE_BYTES, fetch)
@@ -104,13 +94,13 @@ class Readers:
         if self._ipc is not None:
             self._ipc.close()
 
-    def _open_verbs(self, bus: Bus, pool: PoolMemory, device: Device) -> None:
+    def _open_verbs(self, bus: Bus, pool: PoolMemory, device: RdmaDevice) -> None:
         verbs = self._readers["verbs"] = VerbsReader(bus, device, SILENCE_S)
         whole = pool.view(0, len(pool)) if self._gpu is None else self._gpu
         if whole is not None:
             self._verbs = verbs, verbs.keep(whole)
 
-    async def _to_gpu(self, handle: Handle, ranges: list[Range], gpu: GpuMemory, landing: Landing) -> bool:
+    async def _to_gpu(self, handle: Handle, ranges: list[ByteRange], gpu: GpuMemory, landing: Landing) -> bool:
         """Whether this transport writes there by itself, and has."""
         match handle:
             case CudaIpcHandle():
@@ -127,14 +117,14 @@ class Readers:
             try:
                 self._ipc = CudaIpcReader(gpu.device)
             except ConfigError as error:
-                raise TransferError("refused", f"{asked(handle, 'a read')}: {error}") from error
+                raise TransferError("refused", f"{describe(handle, 'a read')}: {error}") from error
         return self._ipc
 
-    def _reader(self, handle: Handle) -> Reader:
+    def _reader(self, handle: Handle) -> RegionReader:
         transport = handle.transport
         if transport not in self._readers:
             if transport not in self._makers:
-                raise TransferError("refused", f"{asked(handle, 'a read')}: not offered here; use another transport")
+                raise TransferError("refused", f"{describe(handle, 'a read')}: not offered here; use another transport")
             self._readers[transport] = self._makers[transport]()
         return self._readers[transport]
 
@@ -163,8 +153,8 @@ class PeerSource:
         self._lasts_until_s = 0.0
 
     async def open(self, adapter: AdapterRef) -> SlabHeader:
-        asked = LeaseSlab(
-            protocol=PROTOCOL,
+        describe = LeaseSlab(
+            protocol=TRANSFER_PROTOCOL_VERSION,
             incarnation=self._bus.incarnation,
             read_id=secrets.token_hex(8),
             version=adapter.version,
@@ -172,8 +162,8 @@ class PeerSource:
         )
         asked_s = time.monotonic()
         try:
-            granted, frames = await self._bus.request_frames(self.way.source, asked, LeaseGranted, ANSWER_S)
-        except RequestTimeout as error:
+            granted, frames = await self._bus.request_frames(self.way.source, describe, LeaseGranted, ANSWER_S)
+        except RequestTimeoutError as error:
             raise LoadFailed("timeout", f"{self.way.source} did not answer: {error}") from error
         except PeerError as error:
             raise LoadFailed(error.code, error.message) from error
@@ -224,7 +214,7 @@ class PeerSource:
             asked_s = time.monotonic()
             try:
                 renewed = await self._bus.request(self.way.source, renewal, LeaseRenewed, ANSWER_S)
-            except RequestTimeout as error:
+            except RequestTimeoutError as error:
                 if time.monotonic() < self._lasts_until_s:
                     # Its processor may be busy, and its memory is read without it.
                     continue

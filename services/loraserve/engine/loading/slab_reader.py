@@ -23,7 +23,7 @@ from loraserve.engine.loading.speeds import LinkSpeeds, ReadTally, SharedLink, W
 from loraserve.engine.schedule.early import rest_s
 from loraserve.log import get_logger
 from loraserve.messages import AdapterRef
-from loraserve.threads import in_thread
+from loraserve.threads import run_in_thread
 
 WRITERS = 4
 """Loads that write to a device at the same time, each a piece; others wait for their turn."""
@@ -143,7 +143,7 @@ class SlabReader:
 
     async def damaged_layer(self, pool: PoolMemory, header: SlabHeader, offset_bytes: int, layers: range) -> int | None:
         """The first of them that is not what its digest is of."""
-        return await in_thread(self._digesters, partial(damaged_layer, pool, header, offset_bytes, layers))
+        return await run_in_thread(self._digesters, partial(damaged_layer, pool, header, offset_bytes, layers))
 
     async def _check(self, pool: PoolMemory, header: SlabHeader, offset_bytes: int, layers: range) -> None:
         damaged = await self.damaged_layer(pool, header, offset_bytes, layers)

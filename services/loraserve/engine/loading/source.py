@@ -8,7 +8,7 @@ from loraserve.adapter.format import SlabHeader, decode_header, slab_version
 from loraserve.bus.protocol import Bus, Frame
 from loraserve.engine.loading.memory import Bytes, Landing
 from loraserve.engine.loading.speeds import FROM_STORE, STORE, Way
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRef, OpenSlab, ReadSlab, SlabChunk, SlabInfo
 
 
@@ -102,7 +102,7 @@ class StoreSource:
     async def _ask(self, message: OpenSlab | ReadSlab, reply: type[T]) -> tuple[T, tuple[bytes | memoryview, ...]]:
         try:
             return await self._bus.request_frames(STORE, message, reply, self._timeout_s)
-        except RequestTimeout as error:
+        except RequestTimeoutError as error:
             raise LoadFailed("timeout", f"the store did not answer: {error}", passing=True) from error
         except PeerError as error:
             raise LoadFailed(error.code, error.message, passing=error.code == "starting") from error

@@ -7,9 +7,9 @@ from loraserve.engine.host_cache.tier import CacheTier
 from loraserve.engine.loading.peers import PeerSource, Readers
 from loraserve.engine.loading.source import Source, StoreSource
 from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds, Way, ways
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRef, Copies, FindCopies, Holder
-from loraserve.transfer.choice import Abilities
+from loraserve.messages.transfer import Abilities
 
 FIND_S = 0.25
 """A monitor that is slower than this is not waited for: the store is always there."""
@@ -69,7 +69,7 @@ class Sources:
             return ()
         try:
             found = await self._bus.request("monitor", FindCopies(version=version), Copies, FIND_S)
-        except (RequestTimeout, PeerError):
+        except (RequestTimeoutError, PeerError):
             self._silent_until_s = now + SILENT_S
             return ()
         return found.holders

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import msgspec
 
 from loraserve.messages import Holder, ReadCounts
-from loraserve.transfer.choice import Abilities, choose
-from loraserve.transfer.protocol import Transport
+from loraserve.messages.transfer import Abilities, Transport
+from loraserve.transfer.protocol import choose_transports
 
 MIB = 1 << 20
 FORGETTING = 0.9
@@ -270,7 +270,7 @@ def ways(
         return speeds.avoided(way, now), speeds.predict(way, slab_bytes)
 
     by_peer = [
-        [Way(holder.engine, transport) for transport in choose(mine, holder.abilities, preferred)]
+        [Way(holder.engine, transport) for transport in choose_transports(mine, holder.abilities, preferred)]
         for holder in holders
         if mine is not None
     ]

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 from loraserve.errors import ConfigError
-from loraserve.model_shape import ModelShape, read_config, shape_of
+from loraserve.model_shape import ModelShape, read_model_config, shape_from_config
 
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -43,8 +43,8 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 def read_decoder_config(model_dir: Path) -> DecoderConfig:
     """Raises ConfigError naming the field of ``config.json`` that is missing, wrong or not supported."""
-    config = read_config(model_dir)
-    shape = shape_of(config)
+    config = read_model_config(model_dir)
+    shape = shape_from_config(config)
     family = str(config["model_type"])
     _refuse_unsupported(config)
     if shape.heads % shape.kv_heads:

@@ -2,9 +2,9 @@
 
 import sys
 
-from loraserve.interrupts import interrupts_held_back
+from loraserve.interrupts import hold_back_interrupts
 
-with interrupts_held_back():
+with hold_back_interrupts():
     from loraserve.engine.profile.command import main
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits, threads_for
 from loraserve.errors import ConfigError, LoraServeError
 from loraserve.kernels import attention
-from loraserve.model_shape import ModelShape, read_config, shape_of
+from loraserve.model_shape import ModelShape, read_model_config, shape_from_config
 
 STARTED_S = time.monotonic()
 RANKS = (8, 16, 32, 64)
@@ -74,7 +74,7 @@ def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
     if not options.out.parent.is_dir():
         raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
     config = load_config(options.config, overrides=[*options.set, f"model.path={options.model}"])
-    shape = shape_of(read_config(options.model))
+    shape = shape_from_config(read_model_config(options.model))
     runner = build_runner(config, _say)
     limits = scheduler_limits(config, runner)
     placed = place(_slabs(options, config, shape), limits.pool_bytes, limits.max_adapters)

@@ -11,13 +11,13 @@ import msgspec
 from aiohttp import web
 
 from loraserve.config import engine_names
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.api.schema import RebalanceRequest, decode
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import ApiError, unavailable
 from loraserve.messages import Drain, EngineLoad, GetPlan, Ping, Plan, Pong, Rebalance, RebalanceDone
-from loraserve.transfer.choice import choose
-from loraserve.transfer.protocol import Transport
+from loraserve.messages.transfer import Transport
+from loraserve.transfer.protocol import choose_transports
 
 T = TypeVar("T")
 
@@ -90,7 +90,7 @@ async def set_drained(http: web.Request, on: bool) -> web.Response:
 async def ask_planner(gateway: Gateway, message: Any, answer: type[T], timeout_s: float) -> T:
     try:
         return await gateway.bus.request(PLANNER, message, answer, timeout_s)
-    except RequestTimeout as error:
+    except RequestTimeoutError as error:
         raise unavailable(f"The planner gave no answer ({error}); try again", "no_planner") from error
     except PeerError as error:
         if error.code == "unknown_engine":
@@ -143,7 +143,7 @@ async def live(http: web.Request) -> web.Response:
 async def ping(gateway: Gateway, name: str) -> Pong | None:
     try:
         return await gateway.bus.request(name, Ping(), Pong, PING_TIMEOUT_S)
-    except (RequestTimeout, PeerError):
+    except (RequestTimeoutError, PeerError):
         return None
 
 
@@ -162,7 +162,9 @@ def reads_from(loads: Sequence[EngineLoad], preferred: Sequence[Transport]) -> d
         return {}
     return {
         reader: {
-            owner: list(choose(mine, theirs, preferred)) for owner, theirs in sorted(able.items()) if owner != reader
+            owner: list(choose_transports(mine, theirs, preferred))
+            for owner, theirs in sorted(able.items())
+            if owner != reader
         }
         for reader, mine in able.items()
     }

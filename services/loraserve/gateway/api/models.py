@@ -4,7 +4,7 @@ from typing import Any
 
 from aiohttp import web
 
-from loraserve.errors import PeerError, RequestTimeout
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.api.schema import LoadAdapterRequest, UnloadAdapterRequest, decode
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import ApiError, bad_request, refused, unavailable
@@ -64,7 +64,7 @@ async def unload_adapter(http: web.Request) -> web.Response:
             raise refused(error.code, error.message) from error
         message = f"The lora adapter '{request.lora_name}' cannot be found."
         raise ApiError(404, message, type_="NotFoundError", param="lora_name", code="not_found") from error
-    except RequestTimeout as error:
+    except RequestTimeoutError as error:
         raise store_silent(error) from error
     await gateway.registry.refresh()
     gateway.log.info("adapter_unloaded", adapter=request.lora_name)
@@ -78,7 +78,7 @@ async def register(gateway: Gateway, name: str, path: str, replace: bool) -> Ada
         done = await gateway.bus.request(STORE, message, AdapterRegistered, REGISTER_TIMEOUT_S)
     except PeerError as error:
         raise refused_adapter(name, error) from error
-    except RequestTimeout as error:
+    except RequestTimeoutError as error:
         raise store_silent(error) from error
     await gateway.registry.refresh()
     gateway.log.info("adapter_loaded", adapter=name, version=done.adapter.version, created=done.created)
@@ -97,7 +97,7 @@ def refused_adapter(name: str, error: PeerError) -> ApiError:
     return bad_request(f"The lora adapter '{name}' cannot be loaded: {error.message}", "lora_path", error.code)
 
 
-def store_silent(error: RequestTimeout) -> ApiError:
+def store_silent(error: RequestTimeoutError) -> ApiError:
     return unavailable(f"The adapter store gave no answer ({error}); try again", "no_store")
 
 

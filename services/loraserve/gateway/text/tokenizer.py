@@ -14,7 +14,7 @@ from loraserve.errors import ConfigError
 from loraserve.gateway.api.schema import ChatMessage
 from loraserve.gateway.errors import bad_request, unsupported
 from loraserve.gateway.text.detokenize import TokenBytes
-from loraserve.model_shape import read_config
+from loraserve.model_shape import read_model_config
 
 T = TypeVar("T")
 
@@ -41,7 +41,7 @@ class ModelTokenizer:
 
     def __init__(self, directory: Path) -> None:
         """Raises ConfigError when the directory holds no tokenizer that can be used."""
-        config = read_config(directory)
+        config = read_model_config(directory)
         self._hf = _load(directory)
         self._backend: Tokenizer = self._hf.backend_tokenizer
         self._backend.no_truncation()

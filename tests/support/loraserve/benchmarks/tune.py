@@ -24,7 +24,7 @@ from loraserve.benchmarks.lora.report import say
 from loraserve.benchmarks.lora.search import Target, targets
 from loraserve.errors import ConfigError
 from loraserve.kernels.lora.tuning import RANK_BUCKETS, TABLES, TOKEN_BUCKETS, Entry, Table
-from loraserve.model_shape import read_config, shape_of
+from loraserve.model_shape import read_model_config, shape_from_config
 
 LEAST_SEARCH_S = 45.0
 """About 40 kernels are compiled and timed in it."""
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: no CUDA GPU here; block sizes can only be measured on the GPU that they are for", file=sys.stderr)
         return 1
     try:
-        shape = shape_of(read_config(options.model)) if options.model else LLAMA_3_8B
+        shape = shape_from_config(read_model_config(options.model)) if options.model else LLAMA_3_8B
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

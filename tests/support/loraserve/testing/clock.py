@@ -5,8 +5,7 @@ import selectors
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
-from loraserve.clock import Clock
-from loraserve.system_clock import SystemClock
+from loraserve.clock import Clock, SystemClock
 
 T = TypeVar("T")
 

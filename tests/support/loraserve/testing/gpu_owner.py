@@ -12,11 +12,11 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
+from loraserve.messages.transfer import CudaIpcHandle
 from loraserve.testing.memory_owner import pattern
 from loraserve.testing.owner_process import OwnerProcess
-from loraserve.transfer.cuda_driver import GpuMemory, allocate, call, current, free
+from loraserve.transfer.cuda_driver import GpuMemory, allocate, call, current_device, free
 from loraserve.transfer.cuda_ipc import CudaIpcExporter
-from loraserve.transfer.protocol import CudaIpcHandle
 
 NAME = "owner"
 OFFSET = 12_345
@@ -41,14 +41,14 @@ class GpuOwner(OwnerProcess):
 
 def to_gpu(memory: GpuMemory, data: Bytes) -> None:
     """Writes the beginning of it."""
-    with current(memory.device):
+    with current_device(memory.device):
         call("cuMemcpyHtoD_v2", memory.address, data.ctypes.data, data.nbytes)
 
 
 def from_gpu(memory: GpuMemory) -> Bytes:
     """All that lies there."""
     data = np.empty(memory.length_bytes, np.uint8)
-    with current(memory.device):
+    with current_device(memory.device):
         call("cuMemcpyDtoH_v2", data.ctypes.data, memory.address, data.nbytes)
     return data
 

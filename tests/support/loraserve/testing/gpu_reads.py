@@ -16,12 +16,11 @@ import msgspec
 from loraserve.errors import ConfigError
 from loraserve.testing.gpu_owner import GpuOwner, from_gpu
 from loraserve.testing.memory_owner import pattern
-from loraserve.transfer import verbs_ports
-from loraserve.transfer.cuda_driver import CudaFailed, GpuMemory, allocate, device_name, free
-from loraserve.transfer.cuda_ipc import CudaIpcReader, why_not
-from loraserve.transfer.protocol import Range, TransferError
-from loraserve.transfer.verbs_cuda import dma_buf, dma_buf_works, peermem_works
-from loraserve.transfer.verbs_device import Device
+from loraserve.transfer.cuda_driver import CudaCallError, GpuMemory, allocate, device_name, free
+from loraserve.transfer.cuda_ipc import CudaIpcReader, unusable_reason
+from loraserve.transfer.protocol import ByteRange, TransferError
+from loraserve.transfer.verbs import device as verbs_device
+from loraserve.transfer.verbs.device import RdmaDevice, dma_buf, dma_buf_works, peermem_works
 
 SLAB_BYTES = 256 << 20
 READS = 10
@@ -54,7 +53,7 @@ def report(slab_bytes: int) -> Report:
     device, registered, rdma_why_not = _registered(memory)
     found = Report(
         gpu=device_name(0),
-        cuda_ipc_why_not=why_not(0),
+        cuda_ipc_why_not=unusable_reason(0),
         dma_buf=not dma_buf_why_not,
         dma_buf_why_not=dma_buf_why_not,
         peermem=peermem_works(),
@@ -69,7 +68,7 @@ def report(slab_bytes: int) -> Report:
 
 
 async def _read(found: Report, memory: GpuMemory) -> None:
-    reader, whole = CudaIpcReader(0), [Range(0, memory.length_bytes)]
+    reader, whole = CudaIpcReader(0), [ByteRange(0, memory.length_bytes)]
     with GpuOwner(memory.length_bytes) as owner:
         took_s = []
         for _ in range(READS):
@@ -88,7 +87,7 @@ async def _read(found: Report, memory: GpuMemory) -> None:
 
 async def _killed(reader: CudaIpcReader, memory: GpuMemory) -> Counter[str]:
     """How reads end whose owner is killed meanwhile."""
-    whole = [Range(0, memory.length_bytes)]
+    whole = [ByteRange(0, memory.length_bytes)]
     with GpuOwner(memory.length_bytes) as owner:
         reads = [reader.read_into(owner.handle, whole, memory, 0) for _ in range(READS_AT_A_KILL)]
         tasks = [asyncio.create_task(read) for read in reads]
@@ -114,10 +113,10 @@ def _try_dma_buf(memory: GpuMemory) -> None:
 
 def _registered(memory: GpuMemory) -> tuple[str, bool | None, str]:
     """The RDMA device, whether it takes the memory for both directions, and why not."""
-    reason = verbs_ports.why_not()
+    reason = verbs_device.unusable_reason()
     if reason:
         return "", None, f"not tried: {reason}"
-    device = Device()
+    device = RdmaDevice()
     try:
         why = _why_not(lambda: _register(device, memory))
     finally:
@@ -125,7 +124,7 @@ def _registered(memory: GpuMemory) -> tuple[str, bool | None, str]:
     return device.port.device, not why, why
 
 
-def _register(device: Device, memory: GpuMemory) -> None:
+def _register(device: RdmaDevice, memory: GpuMemory) -> None:
     for place in (device.readable(memory), device.writable(memory)):
         place.close()
 
@@ -133,7 +132,7 @@ def _register(device: Device, memory: GpuMemory) -> None:
 def _why_not(attempt: Callable[[], object]) -> str:
     try:
         attempt()
-    except (ConfigError, CudaFailed) as error:
+    except (ConfigError, CudaCallError) as error:
         return str(error)
     return ""
 
@@ -141,5 +140,5 @@ def _why_not(attempt: Callable[[], object]) -> str:
 if __name__ == "__main__":
     try:
         print(msgspec.json.encode(report(SLAB_BYTES)).decode())
-    except (ConfigError, CudaFailed) as error:
+    except (ConfigError, CudaCallError) as error:
         sys.exit(f"not run: {error}")

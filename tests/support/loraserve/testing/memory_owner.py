@@ -17,10 +17,9 @@ import uvloop
 from loraserve.bus.zmq import open_bus
 from loraserve.config import Config
 from loraserve.messages import ReadRegion
+from loraserve.messages.transfer import ShmHandle, TcpHandle
 from loraserve.testing.owner_process import OwnerProcess
-from loraserve.transfer.protocol import ShmHandle, TcpHandle
-from loraserve.transfer.shared_memory import SharedMemory
-from loraserve.transfer.shm import ShmExporter
+from loraserve.transfer.shm import SharedMemory, ShmExporter
 from loraserve.transfer.tcp import TcpExporter
 
 NAME = "owner"

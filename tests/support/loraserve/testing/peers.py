@@ -8,7 +8,7 @@ from typing import Any
 
 from loraserve.bus.memory import MemoryNetwork
 from loraserve.errors import LoraServeError, PeerError
-from loraserve.service import Service, State
+from loraserve.service import Service, ServiceState
 
 Script = Callable[[Any], Any]
 """A received message -> the answer; a PeerError refuses, None stays silent."""
@@ -48,7 +48,7 @@ class Peer:
 async def serving(service: Service) -> AsyncIterator[None]:
     """The service runs, from READY on, and is stopped at the end; raises what it died of."""
     running = asyncio.create_task(service.run())
-    while service.state is State.STARTING and not running.done():  # noqa: ASYNC110
+    while service.state is ServiceState.STARTING and not running.done():  # noqa: ASYNC110
         await asyncio.sleep(0.01)
     try:
         yield

@@ -14,11 +14,10 @@ from loraserve.messages import (
     ReadRegion,
     RenewLease,
 )
-from loraserve.transfer.choice import Abilities
-from loraserve.transfer.protocol import PROTOCOL
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Abilities
 from loraserve.transfer.tcp import TcpExporter
 
-ABLE = Abilities(protocol=PROTOCOL, host="h", neighbourhood="n", transports=("tcp",), device="cpu")
+ABLE = Abilities(protocol=TRANSFER_PROTOCOL_VERSION, host="h", neighbourhood="n", transports=("tcp",), device="cpu")
 BEFORE, BEHIND = b"\x11" * 64, b"\x22" * 64
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from loraserve.adapter.format import Dtype
-from loraserve.model_shape import ModelShape, read_config, shape_of
+from loraserve.model_shape import ModelShape, read_model_config, shape_from_config
 from loraserve.testing.peft_writer import PROJECTIONS, named_tensors, random_pairs, tensor_name, write_peft
 
 SIZES = {
@@ -47,7 +47,7 @@ def write_tiny_model(directory: Path, family: str, seed: int = 0, dtype: Dtype =
             parameter.data = noise * parameter.shape[1] ** -0.5
     model.tie_weights()
     model.to(getattr(torch, dtype)).save_pretrained(directory)
-    return shape_of(read_config(directory))
+    return shape_from_config(read_model_config(directory))
 
 
 def write_peft_adapter(

@@ -19,11 +19,12 @@ import numpy as np
 
 from loraserve.bus.zmq import open_bus
 from loraserve.config import ClusterConfig, Config
+from loraserve.messages.transfer import VerbsHandle
 from loraserve.testing.memory_owner import pattern
 from loraserve.testing.verbs_owner import VerbsOwner
-from loraserve.transfer.protocol import Range, VerbsHandle
-from loraserve.transfer.verbs import PIECE_BYTES, VerbsReader
-from loraserve.transfer.verbs_device import Device, Place
+from loraserve.transfer.protocol import ByteRange
+from loraserve.transfer.verbs.device import RdmaDevice, RegisteredMemory
+from loraserve.transfer.verbs.reader import PIECE_BYTES, VerbsReader
 
 MIB = 1 << 20
 ROUNDS = 5
@@ -71,20 +72,20 @@ def _client(command: list[str], server: "subprocess.Popen[bytes]") -> float:
         time.sleep(0.1)
 
 
-async def verbs_mib_per_s(reader: VerbsReader, handle: VerbsHandle, place: Place, slab_bytes: int) -> float:
+async def verbs_mib_per_s(reader: VerbsReader, handle: VerbsHandle, place: RegisteredMemory, slab_bytes: int) -> float:
     """As many slabs at once as perftest has messages under way, or all."""
     times = max(1, LEAST_MIB * MIB // slab_bytes)
     started_s = time.monotonic()
-    await asyncio.gather(*(reader.read_into(handle, [Range(0, slab_bytes)], place, 0) for _ in range(times)))
+    await asyncio.gather(*(reader.read_into(handle, [ByteRange(0, slab_bytes)], place, 0) for _ in range(times)))
     return times * slab_bytes / MIB / (time.monotonic() - started_s)
 
 
 async def _measure(owner: VerbsOwner, config: Config, slab_mib: int, rounds: int) -> Bandwidth:
-    bus, device = open_bus(config, "reader", None), Device()
+    bus, device = open_bus(config, "reader", None), RdmaDevice()
     reader = VerbsReader(bus, device, TIMEOUT_S)
     try:
         place = reader.keep(np.zeros(slab_mib * MIB, np.uint8).data)
-        await reader.read_into(owner.handle, [Range(0, MIB)], place, 0)
+        await reader.read_into(owner.handle, [ByteRange(0, MIB)], place, 0)
         ours, theirs = [], []
         for _ in range(rounds):
             ours.append(await verbs_mib_per_s(reader, owner.handle, place, slab_mib * MIB))

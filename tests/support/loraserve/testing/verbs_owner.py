@@ -16,10 +16,10 @@ import numpy.typing as npt
 from loraserve.bus.zmq import open_bus
 from loraserve.config import Config
 from loraserve.messages import ConnectQueue
+from loraserve.messages.transfer import VerbsHandle
 from loraserve.testing.memory_owner import NAME
-from loraserve.transfer.protocol import VerbsHandle
-from loraserve.transfer.verbs_device import Device
-from loraserve.transfer.verbs_exporter import VerbsExporter
+from loraserve.transfer.verbs.device import RdmaDevice
+from loraserve.transfer.verbs.exporter import VerbsExporter
 
 FORK = get_context("fork")
 PATIENCE_S = 60.0
@@ -75,7 +75,7 @@ def _run(data: Bytes, config: Config, name: str, orders: Connection) -> None:
 async def _own(data: Bytes, config: Config, name: str, orders: Connection) -> None:
     memory = data.copy()
     bus = open_bus(config, name, ConnectQueue)
-    exporter = VerbsExporter(bus, Device())
+    exporter = VerbsExporter(bus, RdmaDevice())
     orders.send(msgspec.json.encode(exporter.register(memory.data)).decode())
     does: dict[str, Callable[..., object]] = {
         "withdraw": exporter.close,

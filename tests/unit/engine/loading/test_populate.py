@@ -8,9 +8,9 @@ import pytest
 
 from loraserve.engine.loading import memory as module
 from loraserve.engine.loading.memory import IDLE, LEAST_AVAILABLE, populate
-from loraserve.transfer.shared_memory import SharedMemory, supported
+from loraserve.transfer.shm import SharedMemory, is_supported
 
-pytestmark = pytest.mark.skipif(not supported(), reason="needs memfd, which tells how many pages it has")
+pytestmark = pytest.mark.skipif(not is_supported(), reason="needs memfd, which tells how many pages it has")
 LENGTH_BYTES = 5 * (1 << 20)
 LONG_S = 60.0
 

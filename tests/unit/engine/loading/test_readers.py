@@ -12,11 +12,17 @@ from loraserve.engine.loading import peers as engine_readers
 from loraserve.engine.loading.memory import HostPool, Landing
 from loraserve.engine.loading.peers import Readers
 from loraserve.errors import ConfigError
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Handle, ShmHandle, TcpHandle
 from loraserve.testing.bus import MemoryNetwork
-from loraserve.transfer.protocol import PROTOCOL, Handle, Range, ShmHandle, TcpHandle, TransferError
+from loraserve.transfer.protocol import ByteRange, TransferError
 
 MIB = 1 << 20
-COMMON: dict[str, Any] = {"protocol": PROTOCOL, "owner": "engine-1", "incarnation": "i", "length_bytes": 64 * MIB}
+COMMON: dict[str, Any] = {
+    "protocol": TRANSFER_PROTOCOL_VERSION,
+    "owner": "engine-1",
+    "incarnation": "i",
+    "length_bytes": 64 * MIB,
+}
 SHM = ShmHandle(**COMMON, pid=1, descriptor=3, name="n")
 TCP = TcpHandle(**COMMON, token="t")
 
@@ -47,9 +53,9 @@ def test_an_engine_starts_whose_pool_the_rdma_device_cannot_reach(monkeypatch: p
 
 class NotingReader:
     def __init__(self) -> None:
-        self.asked: list[Range] = []
+        self.asked: list[ByteRange] = []
 
-    async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
+    async def read(self, handle: Handle, ranges: Sequence[ByteRange], into: memoryview) -> None:
         self.asked += ranges
         assert into.nbytes == sum(each.length_bytes for each in ranges)
 
@@ -81,7 +87,7 @@ def test_a_slab_is_read_by_pieces_but_where_a_thread_copies_it_at_once(
 ) -> None:
     reader, there = read(handle, MIB, slab * MIB)
     starts = [MIB + sum(lengths[:index]) * MIB for index in range(len(lengths))]
-    assert reader.asked == [Range(start, length * MIB) for start, length in zip(starts, lengths, strict=True)]
+    assert reader.asked == [ByteRange(start, length * MIB) for start, length in zip(starts, lengths, strict=True)]
     assert there == [sum(lengths[: index + 1]) * MIB for index in range(len(lengths))]
 
 

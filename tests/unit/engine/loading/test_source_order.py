@@ -16,11 +16,12 @@ from loraserve.engine.loading.speeds import (
     ways,
 )
 from loraserve.messages import Holder
-from loraserve.transfer.choice import Abilities
-from loraserve.transfer.protocol import PROTOCOL
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Abilities
 
 ALL = TransferConfig().transports
-HERE = Abilities(protocol=PROTOCOL, host="a", neighbourhood="n", transports=("shm", "tcp"), device="cpu")
+HERE = Abilities(
+    protocol=TRANSFER_PROTOCOL_VERSION, host="a", neighbourhood="n", transports=("shm", "tcp"), device="cpu"
+)
 THERE = msgspec.structs.replace(HERE, host="b")
 
 
@@ -38,7 +39,7 @@ def test_a_neighbour_comes_first_then_the_network_then_the_store() -> None:
 
 
 def test_nobody_holds_it_or_nobody_can_be_read() -> None:
-    newer = msgspec.structs.replace(HERE, protocol=PROTOCOL + 1)
+    newer = msgspec.structs.replace(HERE, protocol=TRANSFER_PROTOCOL_VERSION + 1)
     assert order(LinkSpeeds()) == [FROM_STORE]
     assert order(LinkSpeeds(), holder("near"), mine=None) == [FROM_STORE]
     assert order(LinkSpeeds(), holder("near", newer)) == [FROM_STORE]

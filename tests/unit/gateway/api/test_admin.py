@@ -3,11 +3,12 @@
 import msgspec
 
 from loraserve.gateway.api.admin import MOST_ENGINES, reads_from
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Abilities
 from loraserve.testing.reports import engine_load
-from loraserve.transfer.choice import Abilities
-from loraserve.transfer.protocol import PROTOCOL
 
-HERE = Abilities(protocol=PROTOCOL, host="a", neighbourhood="n", transports=("shm", "tcp"), device="cpu")
+HERE = Abilities(
+    protocol=TRANSFER_PROTOCOL_VERSION, host="a", neighbourhood="n", transports=("shm", "tcp"), device="cpu"
+)
 THERE = msgspec.structs.replace(HERE, host="b")
 
 

@@ -23,7 +23,8 @@ from loraserve.engine.compute.protocol import ComputedStep
 from loraserve.engine.loading.memory import HostPool, check_slab
 from loraserve.engine.schedule.events import Sampled, SequenceStep, StepBatch, StepResult
 from loraserve.engine.service import EngineService
-from loraserve.transfer.shared_memory import NAME, SharedMemory, link_text
+from loraserve.transfer.same_host import NAME_PREFIX, link_text
+from loraserve.transfer.shm import SharedMemory
 
 KV_TOKEN_BYTES = 64
 Bytes = bytes | memoryview
@@ -44,7 +45,7 @@ def generated(slab: Bytes, prompt: Sequence[int], count: int) -> list[int]:
 
 def pool_of(pid: int) -> NDArray[np.uint8]:
     """The very memory of such an engine's pool, in another process: what is written here that engine has."""
-    begins = link_text(NAME).split()[0]
+    begins = link_text(NAME_PREFIX).split()[0]
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
             if os.readlink(path).startswith(begins):

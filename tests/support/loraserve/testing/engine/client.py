@@ -20,7 +20,7 @@ from loraserve.messages import (
     SamplingParams,
     TokenBatch,
 )
-from loraserve.service import State
+from loraserve.service import ServiceState
 
 POLL_S = 0.005
 ANSWER_S = 30.0
@@ -56,7 +56,7 @@ class EngineClient:
         """Any process, once it does."""
         while True:
             pong = await self._pong(name)
-            if pong is not None and pong.state == State.READY:
+            if pong is not None and pong.state == ServiceState.READY:
                 return pong
             await asyncio.sleep(POLL_S)
 

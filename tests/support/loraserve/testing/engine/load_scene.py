@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from loraserve.adapter.pack import Slab
+from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.loading.loader import SlabLoader
 from loraserve.engine.loading.memory import HostPool
@@ -13,7 +14,6 @@ from loraserve.engine.loading.peers import Readers
 from loraserve.engine.loading.sources import Sources
 from loraserve.engine.offline import adapter_reference
 from loraserve.messages import Copies, FindCopies, ToEngine, ToMonitor, ToStore
-from loraserve.system_clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.scripted_owner import ABLE, ScriptedOwner
 

@@ -12,8 +12,8 @@ from loraserve.messages import (
     RenewLease,
     ToEngine,
 )
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
 from loraserve.testing.bus import MemoryNetwork
-from loraserve.transfer.protocol import PROTOCOL
 
 TIMEOUT_S = 20.0
 
@@ -24,7 +24,12 @@ class Peer:
 
     async def lease(self, ref: AdapterRef, read_id: str = "read", **other: Any) -> tuple[LeaseGranted, bytes]:
         """What is granted, and the slab's header; ``other`` fields of the message than those that are right."""
-        fields: dict[str, Any] = {"version": ref.version, "slab_bytes": ref.slab_bytes, "protocol": PROTOCOL, **other}
+        fields: dict[str, Any] = {
+            "version": ref.version,
+            "slab_bytes": ref.slab_bytes,
+            "protocol": TRANSFER_PROTOCOL_VERSION,
+            **other,
+        }
         asked = LeaseSlab(incarnation=self.bus.incarnation, read_id=read_id, **fields)
         granted, (header,) = await self.bus.request_frames("engine-0", asked, LeaseGranted, TIMEOUT_S)
         return granted, bytes(header)

@@ -3,7 +3,7 @@
 from collections import deque
 from collections.abc import Iterable
 
-from loraserve.transfer.protocol import Code, Range
+from loraserve.transfer.protocol import ByteRange, Code
 
 GID_TYPE = "RoCE v2"
 MAPPED_IPV4 = "0000:0000:0000:0000:0000:ffff:"
@@ -17,7 +17,7 @@ SILENT = {12, 13}
 LOCAL = {1, 2, 4}
 
 
-class Turns:
+class PieceQueue:
     """Reads take turns piece by piece, so that a short one does not wait for the rest of a long one.
 
     At most ``depth`` pieces are under way. Their numbers begin at ``first`` and are never used again.
@@ -26,18 +26,18 @@ class Turns:
     def __init__(self, depth: int, first: int = 0) -> None:
         self._depth = depth
         self._next_number = first
-        self._waiting: dict[int, deque[tuple[int, Range]]] = {}
+        self._waiting: dict[int, deque[tuple[int, ByteRange]]] = {}
         self._turn: deque[int] = deque()
         self._under_way: dict[int, int] = {}
         self._count: dict[int, int] = {}
 
-    def add(self, read: int, pieces: Iterable[tuple[int, Range]]) -> None:
+    def add(self, read: int, pieces: Iterable[tuple[int, ByteRange]]) -> None:
         """At least one piece, each with where it goes."""
         self._waiting[read] = deque(pieces)
         self._count[read] = 0
         self._turn.append(read)
 
-    def next(self) -> tuple[int, int, int, Range] | None:
+    def next(self) -> tuple[int, int, int, ByteRange] | None:
         """A piece's number, its read, where it goes and what it is; None as long as there is nothing to ask for."""
         if not self._turn or len(self._under_way) >= self._depth:
             return None

@@ -11,10 +11,11 @@ from functools import partial
 
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.messages import ConnectQueue, QueueConnected, QueueEnd
-from loraserve.threads import in_thread
-from loraserve.transfer.protocol import PROTOCOL, TransferError, VerbsHandle, check_protocol, withdrawn
-from loraserve.transfer.verbs_device import Device, Memory, Place, errors
-from loraserve.transfer.verbs_queue import Completions, QueuePair
+from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, VerbsHandle
+from loraserve.threads import run_in_thread
+from loraserve.transfer.protocol import TransferError, check_protocol, withdrawn_error
+from loraserve.transfer.verbs.device import Memory, RdmaDevice, RegisteredMemory, verbs_errors
+from loraserve.transfer.verbs.queue import Completions, QueuePair
 
 SERVED = 1024
 """Connections of peers; beyond, the oldest goes, and is made anew when it is read over again."""
@@ -41,11 +42,11 @@ class VerbsExporter:
     ``register`` blocks: it belongs where the process starts, or in a thread.
     """
 
-    def __init__(self, bus: Bus, device: Device) -> None:
+    def __init__(self, bus: Bus, device: RdmaDevice) -> None:
         self._bus = bus
         self._device = device
         self._completions = Completions(device, 1)
-        self._places: list[Place] = []
+        self._places: list[RegisteredMemory] = []
         self._served: OrderedDict[tuple[str, str], _Connection] = OrderedDict()
         self._connecting: list[_Connection] = []
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verbs")
@@ -54,7 +55,7 @@ class VerbsExporter:
         place = self._device.readable(region)
         self._places.append(place)
         return VerbsHandle(
-            protocol=PROTOCOL,
+            protocol=TRANSFER_PROTOCOL_VERSION,
             owner=self._bus.name,
             incarnation=self._bus.incarnation,
             length_bytes=place.length_bytes,
@@ -104,7 +105,7 @@ class VerbsExporter:
         self._check(request)
         self._connecting.append(connection)
         try:
-            end = await in_thread(self._thread, partial(self._connect, connection, request.end))
+            end = await run_in_thread(self._thread, partial(self._connect, connection, request.end))
             # Much may have happened meanwhile.
             self._check(request)
             if connection.given_up:
@@ -120,7 +121,7 @@ class VerbsExporter:
         name, mine = self._bus.name, self._device.port.link_layer
         check_protocol(name, request.protocol)
         if request.incarnation != self._bus.incarnation or not self._places:
-            raise withdrawn(name)
+            raise withdrawn_error(name)
         if request.end.link_layer != mine:
             raise TransferError(
                 "refused", f"{name}'s RDMA device is of {mine}, not of {request.end.link_layer}; use another transport"
@@ -130,7 +131,7 @@ class VerbsExporter:
         try:
             connection.pair = QueuePair(self._device, self._completions.queue, depth=1, served=True)
             connection.pair.connect(peer)
-        except errors() as error:
+        except verbs_errors() as error:
             raise TransferError(
                 "refused", f"{self._bus.name} cannot connect to {peer.gid}: {error}; use another transport"
             ) from error

@@ -14,23 +14,15 @@ from contextlib import asynccontextmanager
 from functools import partial
 
 from loraserve.bus.protocol import Bus
-from loraserve.errors import ConfigError, PeerError, RequestTimeout
+from loraserve.errors import ConfigError, PeerError, RequestTimeoutError
 from loraserve.messages import ConnectQueue, QueueConnected
-from loraserve.threads import in_thread
-from loraserve.transfer.cuda_driver import CudaFailed
-from loraserve.transfer.protocol import (
-    Handle,
-    Range,
-    TransferError,
-    VerbsHandle,
-    asked,
-    checked,
-    checked_handle,
-    known_code,
-)
-from loraserve.transfer.verbs_device import Device, Memory, Place, as_array, errors
-from loraserve.transfer.verbs_link import Interrupted, Link, Target
-from loraserve.transfer.verbs_queue import Completions, QueuePair
+from loraserve.messages.transfer import Handle, VerbsHandle
+from loraserve.threads import run_in_thread
+from loraserve.transfer.cuda_driver import CudaCallError
+from loraserve.transfer.protocol import ByteRange, TransferError, check_handle, check_read, code_of_refusal, describe
+from loraserve.transfer.verbs.device import Memory, RdmaDevice, RegisteredMemory, as_array, verbs_errors
+from loraserve.transfer.verbs.link import InterruptedReadError, ReadConnection, ReadDestination
+from loraserve.transfer.verbs.queue import Completions, QueuePair
 
 PIECE_BYTES = 4 << 20
 DEPTH = 32
@@ -49,7 +41,7 @@ class VerbsReader:
     def __init__(
         self,
         bus: Bus,
-        device: Device,
+        device: RdmaDevice,
         timeout_s: float,
         piece_bytes: int = PIECE_BYTES,
         depth: int = DEPTH,
@@ -62,9 +54,9 @@ class VerbsReader:
         self._depth = min(depth, device.longest_queue)
         self._most_links = min(links, device.longest_queue // self._depth)
         self._name = secrets.token_hex(16)
-        self._kept: list[Place] = []
-        self._links: OrderedDict[tuple[str, str], asyncio.Task[Link]] = OrderedDict()
-        self._by_number: dict[int, Link] = {}
+        self._kept: list[RegisteredMemory] = []
+        self._links: OrderedDict[tuple[str, str], asyncio.Task[ReadConnection]] = OrderedDict()
+        self._by_number: dict[int, ReadConnection] = {}
         self._links_made = 0
         self._open = True
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verbs")
@@ -72,31 +64,33 @@ class VerbsReader:
         self._loop = asyncio.get_running_loop()
         self._loop.add_reader(self._completions.descriptor, self._woken)
 
-    def keep(self, memory: Memory) -> Place:
+    def keep(self, memory: Memory) -> RegisteredMemory:
         """Until ``close``. Blocks, as Device.writable does."""
         place = self._device.writable(memory)
         self._kept.append(place)
         return place
 
-    async def read(self, handle: Handle, ranges: Sequence[Range], into: memoryview) -> None:
-        mine, target = checked(handle, VerbsHandle, ranges, into)
+    async def read(self, handle: Handle, ranges: Sequence[ByteRange], into: memoryview) -> None:
+        mine, target = check_read(handle, VerbsHandle, ranges, into)
         if not target.nbytes:
             return
         address = as_array(target).ctypes.data
         async with self._registered(mine, target, address) as place:
-            await self._read(mine, ranges, Target(address, place.local_key))
+            await self._read(mine, ranges, ReadDestination(address, place.local_key))
 
-    async def read_into(self, handle: VerbsHandle, ranges: Sequence[Range], place: Place, at_bytes: int) -> None:
+    async def read_into(
+        self, handle: VerbsHandle, ranges: Sequence[ByteRange], place: RegisteredMemory, at_bytes: int
+    ) -> None:
         """The same into registered memory, of a GPU's too. ``into`` of a checked size is the caller's to find."""
-        checked_handle(handle, VerbsHandle, ranges)
+        check_handle(handle, VerbsHandle, ranges)
         wanted_bytes = sum(each.length_bytes for each in ranges)
         if not 0 <= at_bytes <= place.length_bytes - wanted_bytes:
-            raise TransferError("size", f"{asked(handle, f'{wanted_bytes} bytes')}: no room for them at {at_bytes}")
-        await self._read(handle, ranges, Target(place.base + at_bytes, place.local_key))
+            raise TransferError("size", f"{describe(handle, f'{wanted_bytes} bytes')}: no room for them at {at_bytes}")
+        await self._read(handle, ranges, ReadDestination(place.base + at_bytes, place.local_key))
         try:
             place.settle()
-        except CudaFailed as error:
-            raise TransferError("refused", f"{asked(handle, 'a read')}: {error}; use another transport") from error
+        except CudaCallError as error:
+            raise TransferError("refused", f"{describe(handle, 'a read')}: {error}; use another transport") from error
 
     def forget(self, owner: str, incarnation: str) -> None:
         """It died: what is read from it fails at once, and nothing of the connection is left."""
@@ -122,12 +116,14 @@ class VerbsReader:
         return sum(not link.broken for link in self._by_number.values())
 
     @asynccontextmanager
-    async def _registered(self, handle: VerbsHandle, target: memoryview, address: int) -> AsyncIterator[Place]:
+    async def _registered(
+        self, handle: VerbsHandle, target: memoryview, address: int
+    ) -> AsyncIterator[RegisteredMemory]:
         kept = next((place for place in self._kept if place.holds(address, target.nbytes)), None)
         if kept is not None:
             yield kept
             return
-        made: list[Place] = []
+        made: list[RegisteredMemory] = []
         try:
             await self._register(handle, target, made)
             yield made[0]
@@ -135,28 +131,28 @@ class VerbsReader:
             # However often this is cancelled, nothing stays registered that the caller has back.
             for place in made:
                 try:
-                    await in_thread(self._thread, place.close)
+                    await run_in_thread(self._thread, place.close)
                 finally:
                     place.close()
 
-    async def _register(self, handle: VerbsHandle, target: memoryview, made: list[Place]) -> None:
+    async def _register(self, handle: VerbsHandle, target: memoryview, made: list[RegisteredMemory]) -> None:
         try:
-            await in_thread(self._thread, lambda: made.append(self._device.writable(target)))
+            await run_in_thread(self._thread, lambda: made.append(self._device.writable(target)))
         except ConfigError as error:
-            raise TransferError("refused", f"{asked(handle, 'a read')}: {error}") from error
+            raise TransferError("refused", f"{describe(handle, 'a read')}: {error}") from error
 
-    async def _read(self, handle: VerbsHandle, ranges: Sequence[Range], target: Target) -> None:
+    async def _read(self, handle: VerbsHandle, ranges: Sequence[ByteRange], target: ReadDestination) -> None:
         try:
             await self._try(handle, ranges, target)
-        except Interrupted:
+        except InterruptedReadError:
             # Once: what fails for another's mistake again and again has many such others.
             await self._try(handle, ranges, target)
 
-    async def _try(self, handle: VerbsHandle, ranges: Sequence[Range], target: Target) -> None:
+    async def _try(self, handle: VerbsHandle, ranges: Sequence[ByteRange], target: ReadDestination) -> None:
         link = await self._link(handle)
         await link.read(handle, ranges, target, self._piece_bytes, self._timeout_s)
 
-    async def _link(self, handle: VerbsHandle) -> Link:
+    async def _link(self, handle: VerbsHandle) -> ReadConnection:
         """One for all reads from an owner. Who waits for it may give up; it is made all the same, for the others."""
         owner = handle.owner, handle.incarnation
         made = self._links.get(owner)
@@ -166,20 +162,20 @@ class VerbsReader:
         self._links.move_to_end(owner)
         return await asyncio.shield(made)
 
-    async def _connect(self, handle: VerbsHandle) -> Link:
-        what = asked(handle, "a connection for reads")
+    async def _connect(self, handle: VerbsHandle) -> ReadConnection:
+        what = describe(handle, "a connection for reads")
         try:
-            queue = await in_thread(self._thread, self._new_queue)
+            queue = await run_in_thread(self._thread, self._new_queue)
             # TransferErrors are raised as they are; what is left open here goes with the queue pair.
             await self._introduce(handle, queue, what)
-        except RequestTimeout as error:
+        except RequestTimeoutError as error:
             raise TransferError("timeout", f"{what}: no answer; read from another source") from error
         except PeerError as error:
-            raise TransferError(known_code(error.code), f"{what}: {error.message}") from error
-        except errors() as error:
+            raise TransferError(code_of_refusal(error.code), f"{what}: {error.message}") from error
+        except verbs_errors() as error:
             raise TransferError("refused", f"{what}: {error}; use another transport") from error
         self._links_made += 1
-        link = Link(queue, self._depth, self._links_made)
+        link = ReadConnection(queue, self._depth, self._links_made)
         self._by_number[link.number] = link
         self._give_up(lambda owner, life: owner == handle.owner and life != handle.incarnation)
         return link
@@ -197,7 +193,7 @@ class VerbsReader:
         )
         try:
             answer = await self._bus.request(handle.owner, request, QueueConnected, self._timeout_s)
-            await in_thread(self._thread, partial(queue.connect, answer.end))
+            await run_in_thread(self._thread, partial(queue.connect, answer.end))
         except BaseException:
             queue.close()
             raise
@@ -237,15 +233,15 @@ class VerbsReader:
         while len(self._links) >= self._most_links:
             spare = next((owner for owner, made in self._links.items() if _useless(made) or _idle(made)), None)
             if spare is None:
-                raise TransferError("refused", f"{asked(handle, 'a read')}: {len(self._links)} owners are read from")
+                raise TransferError("refused", f"{describe(handle, 'a read')}: {len(self._links)} owners are read from")
             made = self._links.pop(spare)
             if not _useless(made):
                 made.result().close()
 
 
-def _useless(made: "asyncio.Task[Link]") -> bool:
+def _useless(made: "asyncio.Task[ReadConnection]") -> bool:
     return made.done() and (made.cancelled() or made.exception() is not None or made.result().broken)
 
 
-def _idle(made: "asyncio.Task[Link]") -> bool:
+def _idle(made: "asyncio.Task[ReadConnection]") -> bool:
     return made.done() and made.result().idle

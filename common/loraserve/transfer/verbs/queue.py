@@ -6,8 +6,7 @@ from typing import Protocol
 
 from loraserve.errors import ConfigError
 from loraserve.messages import QueueEnd
-from loraserve.transfer.verbs_device import Device, enums, errors, module, opening
-from loraserve.transfer.verbs_ports import ETHERNET
+from loraserve.transfer.verbs.device import ETHERNET, RdmaDevice, opening, pyverbs_module, verbs_enums, verbs_errors
 
 READS_IN_FLIGHT = 16
 """Of a queue pair, on the wire; what else is posted waits in the device."""
@@ -31,17 +30,17 @@ class CompletionQueue(Protocol):
 class Completions:
     """``descriptor`` becomes readable when something is over; then ``acknowledge``, and ``poll`` until it is empty."""
 
-    def __init__(self, device: Device, entries: int) -> None:
+    def __init__(self, device: RdmaDevice, entries: int) -> None:
         try:
             self._open(device, entries)
-        except errors() as error:
+        except verbs_errors() as error:
             raise ConfigError(
                 f"RDMA device {device.port.device} has no room for {entries} completions: {error}; "
                 "raise the limit of locked memory (ulimit -l unlimited) or take verbs out of transfer.transports"
             ) from error
 
-    def _open(self, device: Device, entries: int) -> None:
-        cq = module("cq")
+    def _open(self, device: RdmaDevice, entries: int) -> None:
+        cq = pyverbs_module("cq")
         with opening:
             # pyverbs keeps the channel's descriptor to itself.
             before = _event_descriptors()
@@ -55,7 +54,7 @@ class Completions:
     def acknowledge(self) -> None:
         try:
             self._channel.get_cq_event(self.queue)
-        except errors():
+        except verbs_errors():
             # It was none of ours to wait for.
             return
         # One by one: the queue cannot be closed while an event of it is out.
@@ -75,15 +74,15 @@ class Completions:
 class QueuePair:
     """One end of a connection. With ``served`` peers read through it, else this process reads."""
 
-    def __init__(self, device: Device, completions: CompletionQueue, depth: int, served: bool) -> None:
+    def __init__(self, device: RdmaDevice, completions: CompletionQueue, depth: int, served: bool) -> None:
         self._device = device
         self._served = served
         self._psn = secrets.randbits(24)
-        qp = module("qp")
+        qp = pyverbs_module("qp")
         self._pair = qp.QP(
             device.domain,
             qp.QPInitAttr(
-                qp_type=enums().IBV_QPT_RC,
+                qp_type=verbs_enums().IBV_QPT_RC,
                 scq=completions,
                 rcq=completions,
                 cap=qp.QPCap(max_send_wr=depth, max_recv_wr=1),
@@ -109,8 +108,8 @@ class QueuePair:
         if not (peer.mtu in MTUS and peer.reads in READS):
             raise ValueError(f"mtu {peer.mtu}, {peer.reads} reads: no such end of a connection")
         mine = self.end
-        attributes = module("qp").QPAttr(port_num=self._device.port.number)
-        attributes.qp_access_flags = enums().IBV_ACCESS_REMOTE_READ if self._served else 0
+        attributes = pyverbs_module("qp").QPAttr(port_num=self._device.port.number)
+        attributes.qp_access_flags = verbs_enums().IBV_ACCESS_REMOTE_READ if self._served else 0
         attributes.dest_qp_num = peer.number
         attributes.rq_psn, attributes.sq_psn = peer.first_packet, self._psn
         attributes.path_mtu = min(mine.mtu, peer.mtu)
@@ -122,9 +121,9 @@ class QueuePair:
 
     def ask(self, number: int, to: int, local_key: int, source: int, remote_key: int, length_bytes: int) -> None:
         """One READ of ``source`` in the peer's memory, told as ``number`` when it is over."""
-        wr = module("wr")
+        wr = pyverbs_module("wr")
         into = wr.SGE(to, length_bytes, local_key)
-        request = wr.SendWR(wr_id=number, opcode=enums().IBV_WR_RDMA_READ, num_sge=1, sg=[into])
+        request = wr.SendWR(wr_id=number, opcode=verbs_enums().IBV_WR_RDMA_READ, num_sge=1, sg=[into])
         request.set_wr_rdma(remote_key, source)
         self._pair.post_send(request)
 
@@ -133,7 +132,7 @@ class QueuePair:
         self._pair.close()
 
     def _way_to(self, peer: QueueEnd) -> object:
-        addr, port = module("addr"), self._device.port
+        addr, port = pyverbs_module("addr"), self._device.port
         if port.link_layer != ETHERNET:
             return addr.AHAttr(dlid=peer.lid, is_global=0, port_num=port.number)
         route = addr.GlobalRoute(dgid=addr.GID(peer.gid), sgid_index=port.gid_index, hop_limit=HOPS)

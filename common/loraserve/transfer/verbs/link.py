@@ -4,38 +4,39 @@ import asyncio
 from collections.abc import Iterable
 from typing import NamedTuple
 
-from loraserve.transfer.protocol import Range, TransferError, VerbsHandle, asked, pieces
-from loraserve.transfer.verbs_device import errors
-from loraserve.transfer.verbs_plan import FLUSHED, Turns, concerns_one, failure
-from loraserve.transfer.verbs_queue import QueuePair
+from loraserve.messages.transfer import VerbsHandle
+from loraserve.transfer.protocol import ByteRange, TransferError, describe, split_ranges
+from loraserve.transfer.verbs.device import verbs_errors
+from loraserve.transfer.verbs.plan import FLUSHED, PieceQueue, concerns_one, failure
+from loraserve.transfer.verbs.queue import QueuePair
 
 
-class Interrupted(TransferError):
+class InterruptedReadError(TransferError):
     """It failed for another's mistake, and may be tried once more."""
 
 
-class Target(NamedTuple):
+class ReadDestination(NamedTuple):
     """Where in registered memory of this process a read goes."""
 
     address: int
     key: int
 
 
-class _Read(NamedTuple):
+class _PendingRead(NamedTuple):
     handle: VerbsHandle
-    target: Target
+    target: ReadDestination
     over: "asyncio.Future[None]"
 
 
-class Link:
+class ReadConnection:
     """Used from one event loop; ``number`` is its own, and those of its requests begin at ``number << 32``."""
 
     def __init__(self, queue: QueuePair, depth: int, number: int) -> None:
         self.number = number
         self.broken = False
         self._queue = queue
-        self._turns = Turns(depth, number << 32)
-        self._reads: dict[int, _Read] = {}
+        self._turns = PieceQueue(depth, number << 32)
+        self._reads: dict[int, _PendingRead] = {}
         self._reads_begun = 0
         self._arrivals = 0
 
@@ -44,16 +45,21 @@ class Link:
         return self._turns.idle
 
     async def read(
-        self, handle: VerbsHandle, ranges: Iterable[Range], target: Target, piece_bytes: int, timeout_s: float
+        self,
+        handle: VerbsHandle,
+        ranges: Iterable[ByteRange],
+        target: ReadDestination,
+        piece_bytes: int,
+        timeout_s: float,
     ) -> None:
         """Ends only once nothing is under way of it, however often this is cancelled. Raises TransferError."""
         if self.broken:
-            raise Interrupted("gone", f"{asked(handle, 'a read')}: the connection failed just now")
+            raise InterruptedReadError("gone", f"{describe(handle, 'a read')}: the connection failed just now")
         me = self._reads_begun
         self._reads_begun += 1
         over = asyncio.get_running_loop().create_future()
-        self._reads[me] = _Read(handle, target, over)
-        self._turns.add(me, pieces(list(ranges), piece_bytes))
+        self._reads[me] = _PendingRead(handle, target, over)
+        self._turns.add(me, split_ranges(list(ranges), piece_bytes))
         self._ask()
         await self._until(me, over, timeout_s)
 
@@ -72,7 +78,7 @@ class Link:
 
     def close(self) -> None:
         """Nothing is written any more; what was under way fails."""
-        self._end({}, "the connection was closed", Interrupted)
+        self._end({}, "the connection was closed", InterruptedReadError)
 
     def give_up(self) -> None:
         """The owner is gone: so is what was under way, and nobody need ask again."""
@@ -103,7 +109,7 @@ class Link:
             source = handle.base + wanted.offset_bytes
             try:
                 self._queue.ask(number, target.address + at_bytes, target.key, source, handle.key, wanted.length_bytes)
-            except errors() as error:
+            except verbs_errors() as error:
                 self._end({}, f"it could not be asked for: {error}; read from another source", TransferError)
                 return
 
@@ -117,8 +123,8 @@ class Link:
             self._end({}, "the connection failed; read from another source", TransferError)
             return
         code, why = failure(status)
-        guilty = {read: TransferError(code, f"{asked(self._reads[read].handle, 'a read')}: {why}")}
-        self._end(guilty, why, Interrupted if concerns_one(status) else TransferError)
+        guilty = {read: TransferError(code, f"{describe(self._reads[read].handle, 'a read')}: {why}")}
+        self._end(guilty, why, InterruptedReadError if concerns_one(status) else TransferError)
 
     def _end(self, guilty: dict[int, TransferError], why: str, kind: type[TransferError]) -> None:
         if self.broken:
@@ -129,5 +135,5 @@ class Link:
         finally:
             while self._reads:
                 number, read = self._reads.popitem()
-                error = guilty.get(number) or kind("gone", f"{asked(read.handle, 'a read')}: {why}")
+                error = guilty.get(number) or kind("gone", f"{describe(read.handle, 'a read')}: {why}")
                 read.over.set_exception(error)

@@ -1,0 +1,1 @@
+"""Transport by one-sided RDMA reads (InfiniBand verbs)."""
