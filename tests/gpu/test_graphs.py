@@ -11,7 +11,7 @@ import torch
 from loraserve.adapter.format import lay_out
 from loraserve.config import EngineConfig
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 from loraserve.testing.tiny_model import write_tiny_model
 

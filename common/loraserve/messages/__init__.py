@@ -6,7 +6,7 @@ they are raw frames beside the message.
 """
 
 from loraserve.messages.admin import Ping, Pong
-from loraserve.messages.base import PROTOCOL_VERSION, AdapterRef, Message, SamplingParams
+from loraserve.messages.base import PROTOCOL_VERSION, AdapterRef, Message
 from loraserve.messages.engine_engine import (
     LeaseGranted,
     LeaseReleased,
@@ -36,6 +36,7 @@ from loraserve.messages.monitor_cluster import AdapterDemand, ClusterLoad, Engin
 from loraserve.messages.planner_engine import Prepared, PreparePlan, RetireCopies, RetireDone
 from loraserve.messages.planner_router import Move, Placement, Plan
 from loraserve.messages.router_engine import Admit, Admitted, ExpectAdapter
+from loraserve.messages.sampling import SamplingParams
 from loraserve.messages.store import (
     AdapterList,
     AdapterRegistered,

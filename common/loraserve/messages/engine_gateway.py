@@ -8,9 +8,10 @@ from loraserve.messages.base import Message
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request.
 
-    ``index`` is the output index of the first, so that a lost message is seen as a gap. ``finish`` is None while it
-    runs, else ``stop``, ``length`` or ``abort``. ``logprobs`` has, per token, its own log-probability first and then
-    (token, log-probability) of the most likely, or is empty.
+    ``index`` is the output index of the first token, so that the gateway notices a lost message. ``finish`` is None
+    while the request runs, else ``stop``, ``length`` or ``abort``; ``stop_reason`` is the stop token of the request
+    that ended it (see ``loraserve.messages.stop``). ``logprobs`` is empty or has one entry a token: its own
+    log-probability, then (token, log-probability) of the most likely tokens.
     """
 
     request_id: str
@@ -19,6 +20,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     finish: str | None = None
     cached_tokens: int = 0
     logprobs: tuple[tuple[float, tuple[tuple[int, float], ...]], ...] = ()
+    stop_reason: int | None = None
 
 
 class TokenBatch(Message, frozen=True, tag=True, kw_only=True):

@@ -1,6 +1,7 @@
 """Gateway -> router: choose an engine for one request; the router admits it there and answers. Or one is to come."""
 
-from loraserve.messages.base import AdapterRef, Message, SamplingParams
+from loraserve.messages.base import AdapterRef, Message
+from loraserve.messages.sampling import SamplingParams
 
 
 class Route(Message, frozen=True, tag=True, kw_only=True):

@@ -1,6 +1,7 @@
 """Router -> engine: run this request, or one is to come."""
 
-from loraserve.messages.base import AdapterRef, Message, SamplingParams
+from loraserve.messages.base import AdapterRef, Message
+from loraserve.messages.sampling import SamplingParams
 
 
 class Admit(Message, frozen=True, tag=True, kw_only=True):

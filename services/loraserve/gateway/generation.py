@@ -13,7 +13,7 @@ from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.context import ROUTER, Gateway
 from loraserve.gateway.errors import refused, unavailable
 from loraserve.gateway.streams import Stream
-from loraserve.gateway.text.output import OutputAssembler, Piece, StopRules
+from loraserve.gateway.text.output import OutputAssembler, OutputChunk, StopRules
 from loraserve.messages import Rejected, Route, Routed
 
 ROUTER_ANSWER: Any = Routed | Rejected
@@ -103,7 +103,7 @@ class Generation:
             for task in tasks:
                 task.cancel()
 
-    async def next(self) -> Piece | None:
+    async def next(self) -> OutputChunk | None:
         """What is ready next of any choice, None when all have finished. Raises ApiError when one fails."""
         while self._unfinished:
             stream = await self._mailbox.get()
@@ -112,7 +112,7 @@ class Generation:
                 continue
             progress = stream.take()
             self._note_tokens(stream.choice, len(progress.tokens))
-            piece = choice.feed(progress.tokens, progress.logprobs, progress.finish)
+            piece = choice.feed(progress.tokens, progress.logprobs, progress.finish, progress.stop_reason)
             if piece.finish is not None:
                 self._finish(stream, choice, piece.finish)
             if not piece.is_empty:
@@ -162,7 +162,7 @@ class Generation:
     def _finish(self, stream: Stream, choice: OutputAssembler, reason: str) -> None:
         gateway, metrics = self._gateway, self._gateway.metrics
         now = gateway.clock.monotonic_s()
-        if choice.stopped_early and stream.finish is None:
+        if choice.needs_abort and stream.finish is None:
             gateway.abort(stream.engine, stream.request_id, "stop_string")
         gateway.streams.close(stream, now)
         self._unfinished -= 1

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import msgspec
 
 from loraserve.gateway.errors import ApiError, refused
-from loraserve.gateway.text.output import Logprobs
+from loraserve.gateway.text.output import TokenLogprobs
 from loraserve.messages import ClusterLoad, EngineLoad, Failed, TokenBatch, TokenDelta
 
 ABORT_AGAIN_S = 1.0
@@ -17,8 +17,9 @@ class Progress(msgspec.Struct, frozen=True):
     """Everything that came since the last look; a slow reader gets more at once, so memory stays one output's."""
 
     tokens: tuple[int, ...]
-    logprobs: tuple[Logprobs, ...]
+    logprobs: tuple[TokenLogprobs, ...]
     finish: str | None
+    stop_reason: int | None = None
 
 
 class Stream:
@@ -38,11 +39,12 @@ class Stream:
         self.cached_tokens = 0
         self.duplicate_tokens = 0
         self.finish: str | None = None
+        self.stop_reason: int | None = None
         self.failure: ApiError | None = None
         self._wake = wake
         self._early: list[tuple[str, str, TokenDelta | Failed]] = []
         self._tokens: list[int] = []
-        self._logprobs: list[Logprobs] = []
+        self._logprobs: list[TokenLogprobs] = []
 
     @property
     def is_over(self) -> bool:
@@ -92,7 +94,7 @@ class Stream:
         """What came since the last call. Raises the stream's failure once everything before it was taken."""
         if self.failure is not None and not self._tokens:
             raise self.failure
-        progress = Progress(tuple(self._tokens), tuple(self._logprobs), self.finish)
+        progress = Progress(tuple(self._tokens), tuple(self._logprobs), self.finish, self.stop_reason)
         self._tokens, self._logprobs = [], []
         if self.failure is not None:
             self._wake(self)
@@ -111,7 +113,7 @@ class Stream:
         if delta.finish == "abort":
             self.failure = refused("engine_error", f"{self.engine} aborted the request")
         else:
-            self.finish = delta.finish
+            self.finish, self.stop_reason = delta.finish, delta.stop_reason
         self._wake(self)
 
 

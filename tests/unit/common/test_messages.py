@@ -2,7 +2,7 @@
 
 import types
 import typing
-from typing import Any, Union, get_args, get_origin
+from typing import Annotated, Any, Union, get_args, get_origin
 
 import msgpack  # type: ignore[import-untyped]
 import msgspec
@@ -60,6 +60,8 @@ def example(kind: type[Message]) -> Message:
 
 
 def least(annotation: Any) -> Any:
+    if get_origin(annotation) is Annotated:
+        return least(get_args(annotation)[0])
     if get_origin(annotation) in (tuple, dict):
         return get_origin(annotation)()
     if get_origin(annotation) in (Union, types.UnionType):
@@ -133,7 +135,7 @@ def test_a_missing_required_field_is_refused_by_name(kind: type[Message]) -> Non
 def test_token_deltas_are_arrays_that_may_grow_at_the_end() -> None:
     delta = TokenDelta("r", 3, (5, 6))
     message = TokenBatch(engine="engine-0", incarnation="x", deltas=(delta,))
-    for row in (["r", 3, [5, 6]], ["r", 3, [5, 6], None, 0, [], "added later"]):
+    for row in (["r", 3, [5, 6]], ["r", 3, [5, 6], None, 0, [], None, "added later"]):
         sent = {"type": "TokenBatch", "engine": "engine-0", "incarnation": "x", "deltas": [row]}
         assert msgspec.msgpack.decode(msgspec.msgpack.encode(sent), type=TokenBatch) == message
 

@@ -34,7 +34,7 @@ from loraserve.engine.schedule.events import (
 )
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.messages import AdapterRef, Admit
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
 FAMILY_FIELDS: dict[str, dict[str, Any]] = {

@@ -24,7 +24,7 @@ from loraserve.engine.model.weights import load_weights
 from loraserve.engine.schedule.events import DRAWN, SequenceStep, StepBatch, StepResult
 from loraserve.errors import ConfigError
 from loraserve.kernels import attention, fused, linear, lora
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 from loraserve.transfer.shm import SharedMemory, is_supported
 
 Int32s = NDArray[np.int32]

@@ -9,8 +9,8 @@ from collections.abc import Collection, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from loraserve.engine.schedule.events import Sampled, SequenceStep, changes_logits
-from loraserve.messages.base import SamplingParams
+from loraserve.engine.schedule.events import Sampled, SequenceStep
+from loraserve.messages.sampling import SamplingParams
 
 Row = NDArray[np.float32]
 
@@ -48,7 +48,7 @@ def _sample_row(logits: Row, step: SequenceStep, eos_token_ids: Collection[int])
 
 
 def _changes_logits(step: SequenceStep) -> bool:
-    return changes_logits(step.sampling, step.output_index)
+    return step.sampling.changes_logits(step.output_index)
 
 
 def _forbid_early_stop(logits: Row, step: SequenceStep, eos_token_ids: Collection[int]) -> None:

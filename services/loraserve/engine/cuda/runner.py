@@ -26,7 +26,7 @@ from loraserve.engine.model.weights import load_weights
 from loraserve.engine.schedule.events import DRAWN, Sampled, SequenceStep, StepBatch, StepResult
 from loraserve.errors import ConfigError
 from loraserve.kernels.lora.work import LoraWork
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 
 
 class PendingGpuStep:

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from loraserve.engine.compute.sampler import BLOCK_TOKENS, GREEDY_BELOW, uniform
-from loraserve.engine.schedule.events import Sampled, SequenceStep, changes_logits
-from loraserve.messages.base import SamplingParams
+from loraserve.engine.schedule.events import Sampled, SequenceStep
+from loraserve.messages.sampling import SamplingParams
 
 MAX_VOCAB = (1 << 19) - 1
 """The shares of a row's tokens are whole numbers up to 2^44, and their sum must fit int64."""
@@ -130,7 +130,7 @@ def _draw_values(step: SequenceStep, vocab: int) -> tuple[float, ...]:
 
 def _change_arrays(rows: Sequence[SequenceStep], vocab: int, eos_token_ids: Collection[int]) -> list[Array]:
     """The rows' places [n], tokens that are forbidden, repeated and put out, and the three penalties [3, n]."""
-    places = [place for place, step in enumerate(rows) if changes_logits(step.sampling, step.output_index)]
+    places = [place for place, step in enumerate(rows) if step.sampling.changes_logits(step.output_index)]
     steps = [rows[place] for place in places]
     penalties = [
         (s.sampling.repetition_penalty, s.sampling.presence_penalty, s.sampling.frequency_penalty) for s in steps

@@ -22,7 +22,7 @@ from loraserve.errors import ConfigError
 from loraserve.kernels.attention.gpu import Backend, GpuKvCache, gpu_block_bytes, pick_backend
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.work import LoraWork, Workspace
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 SLAB_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}

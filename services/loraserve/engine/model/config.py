@@ -1,12 +1,12 @@
 """What a Hugging Face directory says about its model, as far as computing it needs; what we cannot do is refused."""
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from loraserve.eos_tokens import eos_token_ids
 from loraserve.errors import ConfigError
 from loraserve.model_shape import ModelShape, read_model_config, shape_from_config
 
@@ -65,7 +65,7 @@ def read_decoder_config(model_dir: Path) -> DecoderConfig:
         mlp_bias=family == "llama" and bool(config.get("mlp_bias", False)),
         qk_norm=family == "qwen3",
         tied=bool(config.get("tie_word_embeddings", False)),
-        eos_token_ids=_eos_token_ids(model_dir, config),
+        eos_token_ids=eos_token_ids(model_dir, config),
     )
 
 
@@ -137,19 +137,3 @@ def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
     else:
         window = None
     return None if window is None else int(_number({"sliding_window": window}, "sliding_window", None))
-
-
-def _eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
-    path = model_dir / "generation_config.json"
-    eos = None
-    if path.exists():
-        try:
-            eos = json.loads(path.read_text()).get("eos_token_id")
-        except (OSError, ValueError, AttributeError) as error:
-            raise ConfigError(f"{path}: {error}; repair it, or remove it to use config.json's eos_token_id") from error
-    if eos is None:
-        eos = config.get("eos_token_id")
-    ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    if not all(isinstance(token, int) and token >= 0 for token in ids):
-        raise ConfigError(f"eos_token_id must be a token id or a list of them, found {eos!r}")
-    return tuple(ids)

@@ -6,7 +6,7 @@ Plain data, so that the scheduler stays pure.
 import msgspec
 
 from loraserve.messages import AdapterRef, Admit, TokenDelta
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 
 DRAWN = -1
 """In ``SequenceStep.tokens``: the token that the step sent just before draws for this sequence.
@@ -69,16 +69,6 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     sampled: tuple[Sampled, ...]
     duration_s: float
     late: tuple[str, ...] = ()
-
-
-def changes_logits(sampling: SamplingParams, output_index: int) -> bool:
-    """Whether the token of this index is drawn from other logits than the model's, which takes the whole history."""
-    return (
-        output_index < sampling.min_tokens
-        or sampling.repetition_penalty != 1.0
-        or sampling.presence_penalty != 0.0
-        or sampling.frequency_penalty != 0.0
-    )
 
 
 # MERGED: loraserve.engine.schedule.events

@@ -3,8 +3,9 @@
 from enum import Enum
 
 from loraserve.engine.schedule.blocks import chain, root
-from loraserve.engine.schedule.events import DRAWN, Sampled, SequenceStep, changes_logits
+from loraserve.engine.schedule.events import DRAWN, Sampled, SequenceStep
 from loraserve.messages import Admit, TokenDelta
+from loraserve.messages.stop import STOP, finish_of
 
 
 class State(Enum):
@@ -84,7 +85,7 @@ class Sequence:
         if not self.drawing:
             return True
         next_index = self.output_length + self.drawing
-        return next_index < self.max_tokens and not changes_logits(self.admit.sampling, next_index)
+        return next_index < self.max_tokens and not self.admit.sampling.changes_logits(next_index)
 
     def blocks_for(self, tokens: int) -> int:
         return -(-tokens // self._block_tokens)
@@ -142,20 +143,18 @@ class Sequence:
         return part.start == self.computed and part.start + len(part.tokens) <= len(self.history)
 
     def accept(self, sampled: Sampled, eos: frozenset[int]) -> TokenDelta:
-        """Take the drawn token. A token that stops the request is not part of the output."""
-        index, token = len(self.history) - self.prompt_length, sampled.token
-        sampling = self.admit.sampling
-        ends = token in sampling.stop_token_ids or (token in eos and not sampling.ignore_eos)
-        stopped = ends and index >= sampling.min_tokens
-        if not stopped:
+        """Add the drawn token to the output, and return what the gateway is sent."""
+        index, token, sampling = self.output_length, sampled.token, self.admit.sampling
+        finish, stop_reason = finish_of(token, index, sampling, self.max_tokens, eos)
+        # No step may build on a token that stops the request: it stays out of the history.
+        if finish != STOP:
             self.history.append(token)
-        finish = "stop" if stopped else "length" if index + 1 >= self.max_tokens else None
-        logprobs = ((sampled.logprob, sampled.top),) if sampling.logprobs is not None and not stopped else ()
         return TokenDelta(
             request_id=self.request_id,
             index=index,
-            tokens=() if stopped else (token,),
+            tokens=(token,),
             finish=finish,
             cached_tokens=self.cached_tokens if index == 0 else 0,
-            logprobs=logprobs,
+            logprobs=((sampled.logprob, sampled.top),) if sampling.logprobs is not None else (),
+            stop_reason=stop_reason,
         )

@@ -9,7 +9,7 @@ from loraserve.gateway.api.generate import Choices, Prompting, answer, check_len
 from loraserve.gateway.api.schema import ChatRequest, check_chat, decode
 from loraserve.gateway.context import GATEWAY
 from loraserve.gateway.text.detokenize import TokenBytes
-from loraserve.gateway.text.output import Piece, Scored
+from loraserve.gateway.text.output import OutputChunk, ScoredToken
 from loraserve.gateway.text.tokenizer import ChatOptions, characters_of, check_template_arguments
 
 LEAST_LOGPROB = -9999.0
@@ -26,7 +26,7 @@ class ChatFormat:
         self._logprobs = logprobs
         self._begun: set[int] = set()
 
-    def chunks(self, piece: Piece) -> list[Choices]:
+    def chunks(self, piece: OutputChunk) -> list[Choices]:
         found = []
         if piece.choice not in self._begun:
             self._begun.add(piece.choice)
@@ -37,7 +37,7 @@ class ChatFormat:
             found.append([self._chunk(piece, {}, finish=piece.finish) | {"stop_reason": piece.stop_reason}])
         return found
 
-    def whole(self, piece: Piece) -> dict[str, Any]:
+    def whole(self, piece: OutputChunk) -> dict[str, Any]:
         return {
             "index": piece.choice,
             "message": {"role": "assistant", "content": piece.text, "refusal": None},
@@ -47,12 +47,17 @@ class ChatFormat:
         }
 
     def _chunk(
-        self, piece: Piece, delta: dict[str, Any], *, scored: Sequence[Scored] = (), finish: str | None = None
+        self,
+        piece: OutputChunk,
+        delta: dict[str, Any],
+        *,
+        scored: Sequence[ScoredToken] = (),
+        finish: str | None = None,
     ) -> dict[str, Any]:
         scores = self._scores(scored) if scored else None
         return {"index": piece.choice, "delta": delta, "logprobs": scores, "finish_reason": finish}
 
-    def _scores(self, scored: Sequence[Scored]) -> dict[str, Any] | None:
+    def _scores(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         content = [

@@ -11,7 +11,7 @@ from loraserve.gateway.api.schema import MAX_CHOICES, CompletionRequest, check_c
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import bad_request
 from loraserve.gateway.text.detokenize import TokenBytes
-from loraserve.gateway.text.output import Piece, Scored
+from loraserve.gateway.text.output import OutputChunk, ScoredToken
 
 
 class CompletionFormat:
@@ -27,10 +27,10 @@ class CompletionFormat:
         self._echoes = dict(enumerate(echoes))
         self._offsets: dict[int, int] = {}
 
-    def chunks(self, piece: Piece) -> list[Choices]:
+    def chunks(self, piece: OutputChunk) -> list[Choices]:
         return [[self.whole(piece)]]
 
-    def whole(self, piece: Piece) -> dict[str, Any]:
+    def whole(self, piece: OutputChunk) -> dict[str, Any]:
         return {
             "index": piece.choice,
             "text": self._echoes.pop(piece.choice, "") + piece.text,
@@ -39,7 +39,7 @@ class CompletionFormat:
             "stop_reason": piece.stop_reason,
         }
 
-    def _scores(self, piece: Piece) -> dict[str, Any]:
+    def _scores(self, piece: OutputChunk) -> dict[str, Any]:
         """Four lists with an entry a token; offsets go on from the choice's last piece."""
         tokens = [self._pieces.text(one.token) for one in piece.scored]
         offset = self._offsets.get(piece.choice, 0)
@@ -55,7 +55,7 @@ class CompletionFormat:
             "text_offset": offsets,
         }
 
-    def _top(self, one: Scored) -> dict[str, float]:
+    def _top(self, one: ScoredToken) -> dict[str, float]:
         likely = ((one.token, one.logprob), *one.top)
         return {self._pieces.text(token): max(logprob, LEAST_LOGPROB) for token, logprob in likely}
 

@@ -19,7 +19,7 @@ from loraserve.gateway.api.schema import (
 from loraserve.gateway.context import ARRIVED_S, REQUEST_ID, Gateway, ServedModel
 from loraserve.gateway.errors import ApiError, bad_request, context_exceeded, timed_out
 from loraserve.gateway.generation import ChoiceRequest, Generation, generation
-from loraserve.gateway.text.output import Piece
+from loraserve.gateway.text.output import OutputChunk
 from loraserve.messages import Route
 
 Choices = list[dict[str, Any]]
@@ -35,10 +35,10 @@ class Format(Protocol):
     chunk_object: str
     whole_object: str
 
-    def chunks(self, piece: Piece) -> list[Choices]:
+    def chunks(self, piece: OutputChunk) -> list[Choices]:
         """The ``choices`` of each event for this piece."""
 
-    def whole(self, piece: Piece) -> dict[str, Any]:
+    def whole(self, piece: OutputChunk) -> dict[str, Any]:
         """One finished choice, its pieces joined."""
 
 
@@ -72,7 +72,7 @@ def plan_call(
     id_ = f"{format_.id_prefix}{secrets.token_hex(16)}"
     seed = secrets.randbelow(INT64) if request.seed is None else request.seed
     context, default = gateway.context_tokens(), gateway.config.gateway.default_max_tokens
-    rules = stop_rules(request, gateway.tokenizer.end_tokens)
+    rules = stop_rules(request)
     jobs: list[ChoiceRequest] = []
     for number, prompt in enumerate(prompting.prompts):
         limit = output_limit(prompting.max_tokens, len(prompt), context, default, prompting.param)
@@ -165,7 +165,7 @@ class Sending:
 
 
 async def _whole(gateway: Gateway, call: Call, run: Generation, sending: Sending) -> None:
-    pieces: list[list[Piece]] = [[] for _ in call.jobs]
+    pieces: list[list[OutputChunk]] = [[] for _ in call.jobs]
     while (piece := await run.next()) is not None:
         pieces[piece.choice].append(piece)
     choices = [call.format.whole(join(parts)) for parts in pieces]
@@ -194,7 +194,7 @@ class ChunkWriter:
         self._running_usage = bool(options and options.continuous_usage_stats) and self._usage
         self._envelope = envelope(gateway, call, call.format.chunk_object, [])
 
-    def piece(self, piece: Piece) -> bytes:
+    def piece(self, piece: OutputChunk) -> bytes:
         usage = self._usage_field(self._run.usage() if self._running_usage else None)
         return events([self._envelope | {"choices": choices} | usage for choices in self._format.chunks(piece)])
 
@@ -226,9 +226,9 @@ def answer_headers(call: Call, run: Generation) -> dict[str, str]:
     return headers
 
 
-def join(parts: Sequence[Piece]) -> Piece:
+def join(parts: Sequence[OutputChunk]) -> OutputChunk:
     """All pieces of one finished choice as one."""
-    return Piece(
+    return OutputChunk(
         parts[0].choice,
         "".join(part.text for part in parts),
         tuple(scored for part in parts for scored in part.scored),

@@ -286,12 +286,10 @@ def sampling_params(
     )
 
 
-def stop_rules(request: GenerationRequest, end_tokens: frozenset[int]) -> StopRules:
-    """What ends the text, as the gateway sees it. ``end_tokens`` are the model's."""
+def stop_rules(request: GenerationRequest) -> StopRules:
+    """Return what the gateway has to know to end and cut the text."""
     return StopRules(
         strings=stops_of(request),
-        end_tokens=frozenset() if request.ignore_eos else end_tokens,
-        stop_tokens=frozenset(request.stop_token_ids or ()),
         include=bool(request.include_stop_str_in_output),
         min_tokens=request.min_tokens or 0,
     )

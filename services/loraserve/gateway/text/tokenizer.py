@@ -52,7 +52,6 @@ class ModelTokenizer:
         self.pieces = TokenBytes(self._backend.id_to_token, self.decode, special, decoder)
         self.vocab = _positive(config.get("vocab_size")) or self._backend.get_vocab_size()
         self.max_positions = _positive(config.get("max_position_embeddings"))
-        self.end_tokens = _end_tokens(directory, config, self._hf.eos_token_id)
         self.has_chat_template = bool(self._hf.chat_template)
         self._longest_characters = max(map(len, self._backend.get_vocab()), default=1)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
@@ -150,12 +149,3 @@ def _load(directory: Path) -> Any:
 
 def _positive(value: object) -> int:
     return value if isinstance(value, int) and value > 0 else 0
-
-
-def _end_tokens(directory: Path, config: dict[str, object], tokenizer_end: int | None) -> frozenset[int]:
-    """Everything that ends an output, by any of the three files that may say so."""
-    path = directory / "generation_config.json"
-    generation = json.loads(path.read_text()) if path.exists() else {}
-    found = (generation.get("eos_token_id"), config.get("eos_token_id"), tokenizer_end)
-    each = [id_ for value in found for id_ in (value if isinstance(value, list) else [value])]
-    return frozenset(id_ for id_ in each if isinstance(id_, int))

@@ -25,7 +25,7 @@ from loraserve.engine.offline import OfflineEngine, OfflineOutput, OfflineReques
 from loraserve.engine.schedule.events import LoadAdapter
 from loraserve.engine.setup import gpu_unusable
 from loraserve.messages import AdapterRef
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 from loraserve.model_shape import MODULES, ModelShape
 
 RANKS = (8, 16, 32, 64, 128)

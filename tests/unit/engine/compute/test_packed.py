@@ -7,7 +7,7 @@ import pytest
 
 from loraserve.engine.compute.runner import PackedStep, pack
 from loraserve.engine.schedule.events import DRAWN, SequenceStep
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from loraserve.engine.compute.sampler import sample, uniform
 from loraserve.engine.schedule.events import Sampled, SequenceStep
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 
 EOS = (1,)
 Floats = NDArray[np.float64]

@@ -13,7 +13,7 @@ from loraserve.config import EngineConfig
 from loraserve.engine.compute.runner import ModelRunner
 from loraserve.engine.schedule.events import DRAWN, SequenceStep, StepBatch
 from loraserve.errors import ConfigError
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 from loraserve.testing.tiny_model import write_peft_adapter
 
 Make = Callable[..., Any]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from loraserve.engine.compute import sampler
 from loraserve.engine.cuda.sampling import MAX_VOCAB, NARROW, Drawn, draw, largest_first, prepare, sampled
 from loraserve.engine.schedule.events import Sampled, SequenceStep
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 
 EOS = (1,)
 ROUNDING = 1e-6

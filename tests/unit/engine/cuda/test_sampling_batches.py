@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraserve.engine.cuda.sampling import NARROW, draw, prepare, sampled
 from loraserve.engine.schedule.events import Sampled, SequenceStep
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 
 EOS = (1,)
 DEVICES = [

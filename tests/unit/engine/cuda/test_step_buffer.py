@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from loraserve.engine.compute.runner import PackedStep, pack
 from loraserve.engine.schedule.events import SequenceStep
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 
 pytest.importorskip("triton", reason="the CUDA runner needs triton")
 

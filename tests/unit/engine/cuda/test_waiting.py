@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from loraserve.adapter.pack import pack_peft
 from loraserve.config import EngineConfig
 from loraserve.engine.schedule.events import DRAWN, SequenceStep, StepBatch
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 from loraserve.testing.tiny_model import write_peft_adapter
 
 pytest.importorskip("triton", reason="the CUDA runner needs triton")

@@ -9,7 +9,7 @@ import pytest
 from loraserve.adapter.format import SlabHeader, lay_out
 from loraserve.engine.loading.arrival import Arrival, Gate, gate_of, late_of
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
-from loraserve.messages.base import SamplingParams
+from loraserve.messages.sampling import SamplingParams
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
 SHAPE = ModelShape(layers=4, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=24, vocab=64)

@@ -135,12 +135,12 @@ def test_the_context_ends_a_request_however_many_tokens_it_asked_for(helpers: Si
 
 
 @pytest.mark.parametrize("token", [0, 5], ids=["eos", "stop_token_ids"])
-def test_a_token_that_stops_is_not_part_of_the_output(helpers: SimpleNamespace, token: int) -> None:
+def test_the_token_that_stops_a_request_is_its_last(helpers: SimpleNamespace, token: int) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], stop_token_ids=(5,))
     desk.step_done(8)
     desk.step_done(token)
-    assert (desk.output["r"], desk.finish["r"]) == ([8], "stop")
+    assert (desk.output["r"], desk.finish["r"]) == ([8, token], "stop")
     assert desk.scheduler.idle
 
 
@@ -149,7 +149,7 @@ def test_ignore_eos_ignores_eos_alone(helpers: SimpleNamespace) -> None:
     desk.arrive("r", [1], ignore_eos=True, stop_token_ids=(5,))
     desk.step_done(helpers.EOS)
     desk.step_done(5)
-    assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS], "stop")
+    assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS, 5], "stop")
 
 
 def test_nothing_stops_before_min_tokens(helpers: SimpleNamespace) -> None:
@@ -157,7 +157,7 @@ def test_nothing_stops_before_min_tokens(helpers: SimpleNamespace) -> None:
     desk.arrive("r", [1], min_tokens=1)
     desk.step_done(helpers.EOS)
     desk.step_done(helpers.EOS)
-    assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS], "stop")
+    assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS, helpers.EOS], "stop")
 
 
 def test_who_waits_is_aborted_at_once(helpers: SimpleNamespace) -> None:

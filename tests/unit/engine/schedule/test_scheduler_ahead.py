@@ -106,7 +106,7 @@ def test_who_stops_has_its_last_word_at_once_and_holds_all_until_its_step_is_bac
     desk.loaded("a")
     desk.arrive("waits", [2], helpers.adapter("b"), max_tokens=1)
     desk.step_done(helpers.EOS)
-    assert (desk.output["r"], desk.finish["r"]) == ([], "stop")
+    assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS], "stop")
     load = desk.scheduler.load()
     assert (load.kv_blocks_free, load.resident[0].running, desk.loads) == (15, 1, [])
     assert load.request_ids == ("waits", "r")

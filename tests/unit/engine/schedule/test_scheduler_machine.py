@@ -41,7 +41,6 @@ from loraserve.engine.schedule.events import (
     StepDone,
     StepFailed,
     StepResult,
-    changes_logits,
 )
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.messages import AdapterRef, Admit, SamplingParams
@@ -79,7 +78,7 @@ def solo(admit: Admit, limit: int) -> tuple[list[int], str]:
     while True:
         token = next_token(version_of(admit), history)
         if token == EOS and not admit.sampling.ignore_eos and len(output) >= admit.sampling.min_tokens:
-            return output, "stop"
+            return [*output, token], "stop"
         history.append(token)
         output.append(token)
         if len(output) >= most_tokens(admit, limit):
@@ -133,7 +132,7 @@ class Device:
             content = (version, tuple(tokens[: position + 1]))
             assert position >= part.start or self.kv.get(place) == content, f"stale KV at {position}"
             self.kv[place] = content
-        if part.sample and changes_logits(part.sampling, part.output_index):
+        if part.sample and part.sampling.changes_logits(part.output_index):
             assert part.history == tokens[:end], "penalties need the whole history"
         return tokens[end]
 
@@ -234,7 +233,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         index = len(self.output[part.request_id]) + sum(other.sample for other in own)
         assert part.sample == (part.start + len(part.tokens) == len(admit.prompt_tokens) + index)
         assert part.output_index == index < most_tokens(admit, self.scheduler.max_model_tokens)
-        assert not (draws and changes_logits(part.sampling, index)), "its history is not known"
+        assert not (draws and part.sampling.changes_logits(index)), "its history is not known"
 
     def emitted(self, request_id: str, index: int, tokens: tuple[int, ...], finish: str | None) -> None:
         assert request_id in self.live, "a token for a request that ended"

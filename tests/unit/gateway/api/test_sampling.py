@@ -53,5 +53,6 @@ def test_min_tokens_cannot_pass_the_limit() -> None:
 
 
 def test_ignoring_the_end_leaves_the_client_s_own_stops() -> None:
-    rules = stop_rules(ChatRequest(ignore_eos=True, stop_token_ids=[3], stop="x"), frozenset({2}))
-    assert (rules.end_tokens, rules.stop_tokens, rules.strings) == (frozenset(), frozenset({3}), ("x",))
+    request = ChatRequest(ignore_eos=True, stop_token_ids=[3], stop="x")
+    sampling = sampling_params(request, 10, None, 5, 0)
+    assert (sampling.ignore_eos, sampling.stop_token_ids, stop_rules(request).strings) == (True, (3,), ("x",))

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.gateway.text.detokenize import TokenBytes
-from loraserve.gateway.text.output import OutputAssembler, Piece, StopRules
+from loraserve.gateway.text.output import OutputAssembler, OutputChunk, StopRules
 from loraserve.testing.tiny_tokenizer import CHAT_END, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
@@ -23,39 +23,38 @@ PIECES = TokenBytes(
 
 
 def choice(skip: bool = True, **rules: Any) -> OutputAssembler:
-    return OutputAssembler(0, PIECES.detokenizer(skip), StopRules(end_tokens=frozenset({END}), **rules))
+    return OutputAssembler(0, PIECES.detokenizer(skip), StopRules(**rules))
 
 
 def ids(text: str) -> list[int]:
     return list(TOKENIZER.encode(text, add_special_tokens=False).ids)
 
 
-def text_of(pieces: list[Piece]) -> str:
+def text_of(pieces: list[OutputChunk]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-@pytest.mark.parametrize("sent_by_engine", [True, False])
 @pytest.mark.parametrize("skip", [True, False])
-def test_end_token_is_not_text_whether_or_not_the_engine_sends_it(sent_by_engine: bool, skip: bool) -> None:
+def test_the_eos_token_is_counted_and_not_shown(skip: bool) -> None:
     one = choice(skip)
-    tokens = [*ids("hello"), *([END] if sent_by_engine else [])]
+    tokens = [*ids("hello"), END]
     piece = one.feed(tokens, (), "stop")
     assert (piece.text, piece.finish, piece.stop_reason) == ("hello", "stop", None)
     assert one.completion_tokens == len(tokens)
-    assert not one.stopped_early
+    assert not one.needs_abort
 
 
-def test_a_stop_token_of_the_client_is_named() -> None:
+def test_a_stop_token_is_the_stop_reason_and_shown_on_request() -> None:
     (bang,) = ids("!")
-    piece = choice(stop_tokens=frozenset({bang})).feed([*ids("hello"), bang], (), "stop")
+    piece = choice().feed([*ids("hello"), bang], (), "stop", bang)
     assert (piece.text, piece.stop_reason) == ("hello", bang)
-    included = choice(stop_tokens=frozenset({bang}), include=True).feed([*ids("hello"), bang], (), "stop")
+    included = choice(include=True).feed([*ids("hello"), bang], (), "stop", bang)
     assert included.text == "hello!"
 
 
 def test_length_keeps_the_last_token() -> None:
     (bang,) = ids("!")
-    assert choice(stop_tokens=frozenset({bang})).feed([bang], (), "length").text == "!"
+    assert choice().feed([bang], (), "length").text == "!"
 
 
 def test_stop_string_ends_it_and_counts_only_tokens_up_to_it() -> None:
@@ -64,14 +63,14 @@ def test_stop_string_ends_it_and_counts_only_tokens_up_to_it() -> None:
     piece = one.feed([*before, *after], (), None)
     assert (piece.text, piece.finish, piece.stop_reason) == ("abc", "stop", "STOP")
     assert one.completion_tokens == len(before)
-    assert one.stopped_early
+    assert one.needs_abort
     assert one.feed(ids("more"), (), "length").is_empty
 
 
 def test_stop_string_on_the_engine_s_last_token_needs_no_abort() -> None:
     one = choice(strings=("STOP",))
     piece = one.feed(ids("abcSTOP"), (), "length")
-    assert (piece.text, piece.finish, one.stopped_early) == ("abc", "stop", False)
+    assert (piece.text, piece.finish, one.needs_abort) == ("abc", "stop", False)
 
 
 def test_stop_strings_wait_for_min_tokens() -> None:

@@ -32,14 +32,7 @@ def chat_text(tokenizer: ModelTokenizer, *messages: ChatMessage, **options: Any)
 
 def test_facts_of_the_model(tokenizer: ModelTokenizer) -> None:
     assert (tokenizer.vocab, tokenizer.max_positions) == (320, 512)
-    assert tokenizer.end_tokens == {tokenizer._backend.token_to_id(CHAT_END)}
     assert tokenizer.pieces.known
-
-
-def test_end_tokens_come_from_all_files(tmp_path: Path) -> None:
-    directory = model_dir(tmp_path, eos_token_id=3)
-    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [4, 5]}))
-    assert ModelTokenizer(directory).end_tokens > {3, 4, 5}
 
 
 @pytest.mark.parametrize("length", [10, INLINE_CHARACTERS * 3])

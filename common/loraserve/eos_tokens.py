@@ -1,0 +1,64 @@
+"""Which tokens end a model's output, read from the files of its Hugging Face directory.
+
+The engine needs them and has no tokenizer, so this reads the JSON files directly. As in vLLM, the EOS token of the
+tokenizer counts beside those of ``generation_config.json``: fine-tunes often change only one of the two.
+"""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from loraserve.errors import ConfigError
+
+
+def eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the ids of all EOS tokens of a model directory whose parsed ``config.json`` is ``config``.
+
+    These are ``eos_token_id`` of ``generation_config.json`` (of ``config.json`` where it names none) and the id of the
+    tokenizer's ``eos_token``. Raises ConfigError for a file that is not JSON and for ids that are not token ids.
+    """
+    declared = _read(model_dir / "generation_config.json").get("eos_token_id")
+    if declared is None:
+        declared = config.get("eos_token_id")
+    ids = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if not all(_is_token_id(token) for token in ids):
+        raise ConfigError(f"eos_token_id must be a token id or a list of token ids, found {declared!r}")
+    of_tokenizer = _tokenizer_eos(model_dir)
+    return tuple(dict.fromkeys([*ids, *([] if of_tokenizer is None else [of_tokenizer])]))
+
+
+def _tokenizer_eos(model_dir: Path) -> int | None:
+    """Return the id of the tokenizer's EOS token, None where the tokenizer has none or is not there."""
+    settings = _read(model_dir / "tokenizer_config.json")
+    named = settings.get("eos_token") or _read(model_dir / "special_tokens_map.json").get("eos_token")
+    text = named.get("content") if isinstance(named, dict) else named
+    if not isinstance(text, str):
+        return None
+    for token, added in (settings.get("added_tokens_decoder") or {}).items():
+        if added.get("content") == text:
+            return int(token)
+    tokenizer = _read(model_dir / "tokenizer.json")
+    for added in tokenizer.get("added_tokens") or ():
+        if added.get("content") == text:
+            return int(added["id"])
+    vocab = (tokenizer.get("model") or {}).get("vocab")
+    found = vocab.get(text) if isinstance(vocab, dict) else None
+    return found if _is_token_id(found) else None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Return the JSON object in a file, an empty one where there is no such file."""
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {error}; repair the file, or remove it if the model does not need it") from error
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object; repair the file")
+    return content
+
+
+def _is_token_id(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
