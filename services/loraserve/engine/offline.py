@@ -99,7 +99,7 @@ class OfflineEngine:
                 self._carry_out(self._pending.popleft(), before_step)
             else:
                 self._end_step()
-        assert self.scheduler.idle, "the scheduler stopped with requests unfinished"
+        assert self.scheduler.is_idle, "the scheduler stopped with requests unfinished"
         return [self._outputs[admit.request_id] for admit in admits]
 
     def _admit(self, request: OfflineRequest) -> Admit:

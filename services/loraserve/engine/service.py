@@ -162,7 +162,7 @@ class EngineService(Service):
             else:
                 self._carry_out(instruction)
         self._checked = False
-        (self._idle.set if self._scheduler.idle else self._idle.clear)()
+        (self._idle.set if self._scheduler.is_idle else self._idle.clear)()
         for gateway, batch in deltas.items():
             self.bus.send(
                 gateway,
@@ -249,7 +249,7 @@ class EngineService(Service):
 
     def _check_idle(self) -> None:
         """With no request left every block must be free and every invariant hold; anything else is a leak."""
-        if self._checked or not self._scheduler.idle:
+        if self._checked or not self._scheduler.is_idle:
             return
         self._checked = True  # looking at every block takes a while: once each time that all is done
         try:

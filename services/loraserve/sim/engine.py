@@ -24,7 +24,6 @@ from loraserve.engine.schedule.events import (
     StepDone,
     StepResult,
 )
-from loraserve.engine.schedule.fast_forward import quiet_steps, skip
 from loraserve.engine.schedule.report import Rates, shape_of
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.messages import AdapterRef, Admit, EngineLoad
@@ -189,7 +188,7 @@ class SimEngine:
         self._alarm += 1
         if self._batch is None:
             return
-        self._quiet = quiet_steps(self.scheduler)
+        self._quiet = self.scheduler.quiet_steps()
         alarm = self._alarm
         end_s = self._began_s + self._steps_s(self._quiet + 1)
         self._timeline.at(end_s, lambda now: self._step_ends(now) if alarm == self._alarm else None)
@@ -218,7 +217,7 @@ class SimEngine:
         self._began_s += took_s
         self._step_s += steps * self._growth_s
         self._quiet -= steps
-        self._batch = skip(self.scheduler, steps, TOKEN)
+        self._batch = self.scheduler.skip_steps(steps, TOKEN)
         self._grow((steps - 1) / 2)
         self._count(took_s / steps, steps)
         self._grow((steps + 1) / 2)

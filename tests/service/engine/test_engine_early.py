@@ -20,7 +20,7 @@ LONG_S = 20.0
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrival_watch, "least_tokens", lambda left_s, measured: 1)
+    monkeypatch.setattr(arrival_watch, "min_prefill_tokens", lambda left_s, measured: 1)
 
 
 def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -72,7 +72,7 @@ def test_others_decode_beside_what_came_too_late_and_it_begins_anew(
         stage.store.holds = last_chunk(stage, "one")
         await stage.admit("base", tokens=300)
         await stage.admit("early", "one")
-        await stage.until(lambda: stage.engine._scheduler.early.in_vain == 1)
+        await stage.until(lambda: stage.engine._scheduler.early.discarded == 1)
         seen = len(stage.tokens["base"])
         await stage.until(lambda: len(stage.tokens["base"]) > seen + 20)
         assert stage.tokens["early"] == []
@@ -103,7 +103,7 @@ def test_what_a_peer_s_damaged_copy_brought_is_never_told(
         stage.store.holds = last_chunk(stage, "one")
         await stage.admit("early", "one")
         early = stage.engine._scheduler.early
-        await stage.until(lambda: early.begun >= 1 and stage.store.chunks_asked)
+        await stage.until(lambda: early.started >= 1 and stage.store.chunks_asked)
         stage.store.holds = lambda message: False
         await stage.finished("early")
         assert stage.tokens["early"] == models.expected("one", 8)

@@ -33,7 +33,7 @@ def test_every_request_is_served_and_every_engine_ends_clean(policy: str, profil
     assert outcome.p95_ttft_s < 10
     for engine in simulation.engines.values():
         engine.scheduler.validate()
-        assert engine.scheduler.idle
+        assert engine.scheduler.is_idle
 
 
 @pytest.mark.parametrize("policy", NAMES)

@@ -41,7 +41,7 @@ class Runner(Protocol):
 
     @property
     def steps_ahead(self) -> int:
-        """So many steps are taken beside the one whose result is due; the runner resolves DRAWN in them."""
+        """How many steps are accepted before the oldest is done; the runner resolves PENDING_TOKEN in them."""
         ...
 
     @property
@@ -59,8 +59,8 @@ class Runner(Protocol):
     def submit(self, batch: StepBatch) -> PendingStep:
         """Begin a step, which computes after those before it. May raise what ``result`` may.
 
-        A step that fails takes none along that come after it: each is computed, or fails, by itself. DRAWN of a failed
-        step may be any token, as nobody uses what comes of it.
+        A failed step does not fail the steps after it: each is computed, or fails, by itself. A PENDING_TOKEN that
+        refers to a failed step may be any token, as its result is not used.
         """
         ...
 

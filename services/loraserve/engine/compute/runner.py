@@ -21,7 +21,7 @@ from loraserve.engine.model.config import DecoderConfig, context_limit, read_dec
 from loraserve.engine.model.decoder import Decoder, StepInputs
 from loraserve.engine.model.linear import HostForm, pick_backend
 from loraserve.engine.model.weights import load_weights
-from loraserve.engine.schedule.events import DRAWN, SequenceStep, StepBatch, StepResult
+from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep, StepBatch, StepResult
 from loraserve.errors import ConfigError
 from loraserve.kernels import attention, fused, linear, lora
 from loraserve.messages.sampling import SamplingParams
@@ -213,9 +213,9 @@ def _kv_blocks(config: DecoderConfig, engine: EngineConfig) -> int:
 
 
 def _resolved(batch: StepBatch, drawn: Mapping[str, int]) -> StepBatch:
-    """The batch with the tokens that DRAWN stands for; any token where the step before it failed."""
+    """The batch with the tokens that PENDING_TOKEN stands for; any token where the step before it failed."""
     sequences = tuple(
-        msgspec.structs.replace(s, tokens=(drawn.get(s.request_id, 0),)) if s.tokens[0] == DRAWN else s
+        msgspec.structs.replace(s, tokens=(drawn.get(s.request_id, 0),)) if s.tokens[0] == PENDING_TOKEN else s
         for s in batch.sequences
     )
     return msgspec.structs.replace(batch, sequences=sequences)

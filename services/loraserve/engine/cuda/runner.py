@@ -23,7 +23,7 @@ from loraserve.engine.cuda.step_buffer import UNKNOWN, eager_step
 from loraserve.engine.loading.memory import PoolMemory, check_slab
 from loraserve.engine.model.config import context_limit, read_decoder_config
 from loraserve.engine.model.weights import load_weights
-from loraserve.engine.schedule.events import DRAWN, Sampled, SequenceStep, StepBatch, StepResult
+from loraserve.engine.schedule.events import PENDING_TOKEN, Sampled, SequenceStep, StepBatch, StepResult
 from loraserve.errors import ConfigError
 from loraserve.kernels.lora.work import LoraWork
 from loraserve.messages.sampling import SamplingParams
@@ -234,7 +234,7 @@ def _sources(sequences: Sequence[SequenceStep], packed: PackedStep, row_of: dict
     """For each token its row among the last step's drawn ones, UNKNOWN where the token is known."""
     source = np.full(len(packed.tokens), UNKNOWN, dtype=np.int32)
     for index, sequence in enumerate(sequences):
-        if sequence.tokens[0] == DRAWN:
+        if sequence.tokens[0] == PENDING_TOKEN:
             # Where that step failed, any token will do: nobody uses what comes of it.
             source[packed.query_start[index]] = row_of.get(sequence.request_id, 0)
     return source

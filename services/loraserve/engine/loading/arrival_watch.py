@@ -6,7 +6,7 @@ from itertools import count
 from loraserve.adapter.format import ITEM_BYTES, SlabHeader
 from loraserve.engine.compute.protocol import LayeredRunner, Runner
 from loraserve.engine.loading.arrival import Arrival
-from loraserve.engine.schedule.early import least_tokens
+from loraserve.engine.schedule.early import min_prefill_tokens
 from loraserve.engine.schedule.events import AdapterArriving, Event, LoadAdapter
 from loraserve.engine.schedule.report import Rates
 
@@ -45,7 +45,7 @@ class ArrivalWatch:
         if self._arrival is None:
             return
         self._arrival.landed(slab_bytes)
-        tokens = least_tokens(left_s, self._rates.measured())
+        tokens = min_prefill_tokens(left_s, self._rates.measured())
         if tokens != self._told:
             self._told = tokens
             self._tell(AdapterArriving(self._load.adapter.version, self.read, tokens))

@@ -20,7 +20,7 @@ from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.loading.memory import Landing, PoolMemory
 from loraserve.engine.loading.source import Damaged, LoadFailed, Source
 from loraserve.engine.loading.speeds import LinkSpeeds, ReadTally, SharedLink, Way
-from loraserve.engine.schedule.early import rest_s
+from loraserve.engine.schedule.early import remaining_read_s
 from loraserve.log import get_logger
 from loraserve.messages import AdapterRef
 from loraserve.threads import run_in_thread
@@ -95,7 +95,7 @@ class SlabReader:
             if watch is not None and slab_bytes:
                 expected_s = self._speeds.under_way_s(way, adapter.slab_bytes)
                 share = slab_bytes / adapter.slab_bytes
-                watch.landed(slab_bytes, rest_s(expected_s, time.monotonic() - began_s, share))
+                watch.landed(slab_bytes, remaining_read_s(expected_s, time.monotonic() - began_s, share))
 
         try:
             header = await source.open(adapter)

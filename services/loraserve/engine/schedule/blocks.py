@@ -1,8 +1,9 @@
-"""KV blocks: who holds which, and which can be shared because their content is known. Pure.
+"""KV blocks: reference counts, and the prefix cache.
 
-A full block is named by the digest of (adapter version, all tokens up to its end), so that equal prefixes under the
-same adapter share memory and nothing else ever does. A block becomes shareable once its KV was computed. Blocks that
-nobody holds keep their name and content until their memory is wanted, least recently used first.
+A full block is named by the digest of the adapter version and all tokens up to the block's end. Requests with the same
+adapter and the same prefix therefore share blocks; no others do. A block enters the cache once its KV is computed. A
+cached block that no sequence refers to keeps its content until a new block is needed; the block that was released
+first is evicted first.
 """
 
 from array import array
@@ -13,98 +14,105 @@ from hashlib import blake2b
 DIGEST_BYTES = 16
 
 
-def chain(previous: bytes, tokens: Sequence[int]) -> bytes:
-    """Digest of a full block, given that of the block before it (or of the adapter for the first)."""
+def chain_digest(previous: bytes, tokens: Sequence[int]) -> bytes:
+    """Return the digest of a full block, given the digest of the preceding block (the root for the first)."""
     digest = blake2b(previous, digest_size=DIGEST_BYTES)
     digest.update(array("I", tokens).tobytes())
     return digest.digest()
 
 
-def root(version: str) -> bytes:
-    """Where the chain of an adapter's blocks begins; "" is the base model."""
+def root_digest(version: str) -> bytes:
+    """Return the digest that an adapter's chain starts from; version "" is the base model."""
     return blake2b(version.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 class BlockManager:
-    """Reference counts of ``blocks`` blocks, and the cache of shareable ones."""
+    """Hands out ``total`` KV blocks of ``block_tokens`` tokens, and finds cached ones by digest."""
 
-    def __init__(self, blocks: int, block_tokens: int, prefix_cache: bool = True) -> None:
-        self.blocks = blocks
+    def __init__(self, total: int, block_tokens: int, prefix_cache: bool = True) -> None:
         self.block_tokens = block_tokens
         self._prefix_cache = prefix_cache
-        self._unused = list(range(blocks - 1, -1, -1))
-        self._holders = [0] * blocks
+        self._unused = list(range(total - 1, -1, -1))
+        self._references = [0] * total
         self._cached: dict[bytes, int] = {}
         self._digest_of: dict[int, bytes] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        # Cached blocks without references, in the order in which they were released.
+        self._evictable: OrderedDict[int, None] = OrderedDict()
 
     @property
     def free(self) -> int:
-        """Blocks that could be given out now; idle cached ones count."""
-        return len(self._unused) + len(self._idle)
+        """Number of blocks that can be allocated now, including cached blocks that can be evicted."""
+        return len(self._unused) + len(self._evictable)
 
-    def take(self) -> int | None:
-        """A block for new content, or None where all are held."""
-        if self._unused:
-            block = self._unused.pop()
-        elif self._idle:
-            block, _ = self._idle.popitem(last=False)
-            del self._cached[self._digest_of.pop(block)]
-        else:
+    @property
+    def references(self) -> int:
+        """Sum of the reference counts of all blocks."""
+        return sum(self._references)
+
+    def blocks_for(self, tokens: int) -> int:
+        """Return how many blocks hold this many tokens."""
+        return -(-tokens // self.block_tokens)
+
+    def allocate(self, count: int) -> tuple[int, ...] | None:
+        """Return ``count`` blocks for new content, evicting cached blocks as needed; None if fewer are free."""
+        if count > self.free:
             return None
-        self._holders[block] = 1
-        return block
+        return tuple(self._allocate_one() for _ in range(count))
 
-    def knows(self, digest: bytes) -> bool:
-        """Whether a block of this content can be shared."""
+    def has_cached(self, digest: bytes) -> bool:
         return digest in self._cached
 
-    def share(self, digest: bytes) -> int | None:
-        """One more holder of the block with this content, or None where nobody computed it."""
+    def acquire_cached(self, digest: bytes) -> int | None:
+        """Add a reference to the cached block with this digest and return it; None if there is none."""
         block = self._cached.get(digest)
         if block is None:
             return None
-        if self._holders[block] == 0:
-            del self._idle[block]
-        self._holders[block] += 1
+        if self._references[block] == 0:
+            del self._evictable[block]
+        self._references[block] += 1
         return block
 
-    def publish(self, block: int, digest: bytes) -> None:
-        """The block's KV is computed: others may share it. A second block of the same content stays private."""
+    def add_to_cache(self, block: int, digest: bytes) -> None:
+        """Let later requests share a block whose KV is computed. A second block with the same content stays private."""
         if self._prefix_cache and digest not in self._cached and block not in self._digest_of:
             self._cached[digest] = block
             self._digest_of[block] = digest
 
-    def forget(self) -> None:
-        """Nothing is shared any more of what was computed so far."""
-        self._unused.extend(self._idle)
-        self._idle.clear()
+    def clear_cache(self) -> None:
+        """Forget the content of all cached blocks. Sequences keep the blocks that they refer to."""
+        self._unused.extend(self._evictable)
+        self._evictable.clear()
         self._cached.clear()
         self._digest_of.clear()
 
-    def give_back(self, blocks: Sequence[int]) -> None:
-        """One holder less for each; the last blocks of a sequence are the first to be reused."""
+    def release(self, blocks: Sequence[int]) -> None:
+        """Drop one reference to each block. The last blocks of a sequence are evicted before its first ones."""
         for block in reversed(blocks):
-            self._holders[block] -= 1
-            if self._holders[block] == 0:
+            self._references[block] -= 1
+            if self._references[block] == 0:
                 if block in self._digest_of:
-                    self._idle[block] = None
+                    self._evictable[block] = None
                 else:
                     self._unused.append(block)
 
     def validate(self) -> None:
-        """Every block is held, idle or unused, in one way only; the cache's two directions agree."""
-        unused, idle = set(self._unused), set(self._idle)
-        assert len(unused) == len(self._unused), "a block is unused twice"
-        assert not unused & idle, "a block is unused and idle"
-        for block, holders in enumerate(self._holders):
-            assert holders >= 0, f"block {block} has {holders} holders"
-            assert (holders == 0) == (block in unused or block in idle), f"block {block} is lost or given out twice"
+        """Raise AssertionError if a block is lost or listed twice, or if the cache is inconsistent."""
+        unused, evictable = set(self._unused), set(self._evictable)
+        assert len(unused) == len(self._unused), "a block is listed as unused twice"
+        assert not unused & evictable, "a block is unused and evictable"
+        for block, count in enumerate(self._references):
+            assert count >= 0, f"block {block} has {count} references"
+            is_free = block in unused or block in evictable
+            assert (count == 0) == is_free, f"block {block} is lost or allocated twice"
         assert not unused & self._digest_of.keys(), "an unused block is cached"
-        assert idle <= self._digest_of.keys(), "an idle block has no content"
-        assert {d: b for b, d in self._digest_of.items()} == self._cached, "the cache disagrees with itself"
+        assert evictable <= self._digest_of.keys(), "an evictable block has no content"
+        assert {d: b for b, d in self._digest_of.items()} == self._cached, "the cache's two indexes disagree"
 
-    @property
-    def held(self) -> int:
-        """Sum of holders over all blocks."""
-        return sum(self._holders)
+    def _allocate_one(self) -> int:
+        if self._unused:
+            block = self._unused.pop()
+        else:
+            block, _ = self._evictable.popitem(last=False)
+            del self._cached[self._digest_of.pop(block)]
+        self._references[block] = 1
+        return block

@@ -1,8 +1,9 @@
-"""Requests that begin before the last of their adapter is there: which may, and whether it came in time. Pure.
+"""Early starts: requests whose prefill begins before their adapter has been read completely.
 
-A prefill takes its layers one after the other, and so does a read: where the rest of a slab is expected well before the
-step that uses it ends, they go on side by side. What such a step brings counts only if the very read that it began with
-has been verified by then, and else the request begins anew: nothing is ever told of what was not verified.
+A prefill uses the layers of an adapter one after the other, and a read delivers them in the same order. If the rest of
+a slab is expected well before the end of the step that uses it, both can run at the same time. The step's result
+counts only if the read that it started with has been verified when the step is done. Otherwise the request starts
+again, so that no token is ever sent that was computed with an unverified adapter.
 """
 
 from collections.abc import Callable, Iterable
@@ -12,28 +13,33 @@ import msgspec
 
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.schedule.report import Measured
-from loraserve.engine.schedule.sequence import LEAVING, Sequence
+from loraserve.engine.schedule.sequence import EARLY, ENDING, Sequence
 
 MARGIN = 1.5
-"""What is left of a read is reckoned so many times as long: to begin too early costs a whole step."""
+"""Factor on the expected rest of a read: an early start that comes to nothing costs a whole step."""
 SLACK_S = 0.002
-LEAST_GAIN_S = 0.003
-"""What is there sooner is waited for: verifying beside the step takes some of what would be gained."""
+MIN_GAIN_S = 0.003
+"""A shorter rest is waited for: verifying the slab beside the step takes part of what would be gained."""
 
 
-def rest_s(expected_s: float, elapsed_s: float, landed: float) -> float:
-    """Seconds until a read is verified, of which the share ``landed``, above 0, came in ``elapsed_s``: by what its way
-    has shown, or by its own pace where that is slower."""
-    return max(expected_s - elapsed_s, elapsed_s * (1 - landed) / landed)
+def remaining_read_s(expected_s: float, elapsed_s: float, fraction: float) -> float:
+    """Estimate the seconds until a read is verified.
+
+    The read was expected to take ``expected_s``, and has delivered the ``fraction`` (above 0) of the slab in
+    ``elapsed_s``. The estimate follows the slower of the expectation and the read's own pace.
+    """
+    return max(expected_s - elapsed_s, elapsed_s * (1 - fraction) / fraction)
 
 
-def least_tokens(left_s: float, measured: Measured) -> int | None:
-    """Prefill tokens whose step lasts at least until a slab is verified that is in ``left_s``; None where no step is
-    known to, or where it does not pay. Of steps with more tokens than usual it is only believed that they take no less
-    time."""
-    if left_s < LEAST_GAIN_S:
+def min_prefill_tokens(remaining_s: float, measured: Measured) -> int | None:
+    """Return the least number of prefill tokens whose step lasts until a read with ``remaining_s`` left is verified.
+
+    None if no step is known to last as long, or if starting early does not pay. A step with more tokens than the
+    average one is only assumed to take no less time than that.
+    """
+    if remaining_s < MIN_GAIN_S:
         return None
-    needed_s = MARGIN * left_s + SLACK_S
+    needed_s = MARGIN * remaining_s + SLACK_S
     if measured.decode_step_s >= needed_s:
         return 1
     prefill = measured.prefill_step
@@ -42,74 +48,82 @@ def least_tokens(left_s: float, measured: Measured) -> int | None:
     return max(1, ceil(prefill.prefill_tokens * needed_s / prefill.duration_s))
 
 
-class _Read(msgspec.Struct):
-    """The read under way of an adapter. ``given_up``: a step that began with it came to nothing."""
+class _ReadInProgress(msgspec.Struct):
+    """The current read of one adapter. ``failed_once`` is set once a step that started with it was discarded."""
 
     number: int
-    least_tokens: int | None
-    given_up: bool = False
+    min_tokens: int | None
+    failed_once: bool = False
 
 
 class EarlyStarts:
-    """Reads are told apart by numbers, as one slab may take several; 0 is none that anybody can have begun with."""
+    """Decides which requests may start early, and whether their steps count.
+
+    Each read of a slab has its own number, as a slab may be read several times before it is verified. No request can
+    start early with read 0.
+    """
 
     def __init__(self, pool: AdapterPool) -> None:
         self._pool = pool
-        self._reads: dict[str, _Read] = {}
-        self.begun = 0
-        self.in_vain = 0
+        self._reads: dict[str, _ReadInProgress] = {}
+        self.started = 0
+        self.discarded = 0
 
-    def arriving(self, version: str, read: int, tokens: int | None) -> None:
-        """A step of at least so many tokens lasts until the adapter is there; None: no step is worth it."""
+    def read_progressed(self, version: str, read: int, min_tokens: int | None) -> None:
+        """Note that a step of ``min_tokens`` prefill tokens would last until the adapter is verified; None: no step."""
         known = self._reads.get(version)
         if known is not None and known.number == read:
-            known.least_tokens = tokens
+            known.min_tokens = min_tokens
         elif self._pool.arrives(version):
-            self._reads[version] = _Read(read, tokens)
+            self._reads[version] = _ReadInProgress(read, min_tokens)
 
-    def over(self, version: str, read: int = 0) -> None:
-        """Its load is: verified as ``read``, or failed."""
+    def load_ended(self, version: str, verified_read: int = 0) -> None:
+        """Note that the adapter's load succeeded with read ``verified_read``, or failed (0)."""
         self._reads.pop(version, None)
         entry = self._pool.get(version)
-        assert entry is not None, "it was loading"
-        entry.read = read
+        assert entry is not None, "a load ended that the pool does not know"
+        entry.read = verified_read
 
-    def may_begin(self, sequence: Sequence, first_tokens: Callable[[Sequence], int]) -> bool:
-        """Before its adapter is there; its first step computes so many tokens."""
+    def can_start(self, sequence: Sequence, first_tokens: Callable[[Sequence], int]) -> bool:
+        """Return whether the request may start with the current read; its first step computes ``first_tokens``."""
         read = self._reads.get(sequence.version)
-        if read is None or read.given_up or read.least_tokens is None or not self._pool.arrives(sequence.version):
+        if read is None or read.failed_once or read.min_tokens is None or not self._pool.arrives(sequence.version):
             return False
-        return first_tokens(sequence) >= read.least_tokens
+        return first_tokens(sequence) >= read.min_tokens
 
-    def begin(self, sequence: Sequence) -> None:
-        """It begins; if its adapter is not there, with the read under way."""
-        read = self._reads.get(sequence.version)
-        sequence.read = read.number if read is not None else 0
-        self.begun += read is not None
+    def start(self, version: str) -> int:
+        """Return the number of the read that a request starts early with; 0 if its adapter is not being read."""
+        read = self._reads.get(version)
+        if read is None:
+            return 0
+        self.started += 1
+        return read.number
 
-    def came(self, sequence: Sequence, late: bool) -> bool:
-        """Whether its step is of any use; ``late`` where the runner did not find all layers."""
-        if not sequence.read:
+    def is_valid(self, sequence: Sequence, late: bool) -> bool:
+        """Return whether the sequence's completed step counts; a step that did not start early always does.
+
+        ``late`` says that the runner computed some layer before it had been read.
+        """
+        if not sequence.early_read:
             return True
-        read, sequence.read = sequence.read, 0
+        started_with, sequence.early_read = sequence.early_read, 0
         entry = self._pool.get(sequence.version)
-        if not late and entry is not None and entry.resident and entry.read == read:
+        if not late and entry is not None and entry.resident and entry.read == started_with:
             return True
-        self.in_vain += 1
-        known = self._reads.get(sequence.version)
-        if known is not None and known.number == read:
-            known.given_up = True
+        self.discarded += 1
+        current = self._reads.get(sequence.version)
+        if current is not None and current.number == started_with:
+            current.failed_once = True
         return False
 
-    def begun_with(self, version: str, running: Iterable[Sequence]) -> list[Sequence]:
-        """Who counts on a read of it, of those that have not ended."""
-        return [s for s in running if s.version == version and s.read and s.state is not LEAVING]
-
     def validate(self, running: Iterable[Sequence]) -> None:
-        """Nobody runs without its adapter but who began with a read of it and is in that step."""
+        """Raise AssertionError if a request runs without its adapter and did not start early."""
         for sequence in running:
             entry = self._pool.get(sequence.version) if sequence.version else None
-            assert entry is None or entry.resident or sequence.read or sequence.state is LEAVING, "runs on nothing"
-            assert not sequence.read or sequence.in_flight == 1, "began early and is in no step"
+            has_adapter = entry is None or entry.resident
+            assert has_adapter or sequence.state in (EARLY, ENDING), "a request runs without its adapter"
+            assert sequence.state is not EARLY or sequence.early_read, "an early start without a read"
+            assert not sequence.early_read or sequence.state in (EARLY, ENDING), "a read of a request that runs"
+            assert not sequence.early_read or sequence.in_flight == 1, "an early start is not in exactly one step"
         loading = {entry.adapter.version for entry in self._pool.entries() if not entry.resident}
-        assert self._reads.keys() <= loading, "a read of nothing that loads"
+        assert self._reads.keys() <= loading, "a read of an adapter that is not loading"

@@ -1,28 +1,27 @@
-"""What one step computes and what it brings: the values that pass between the scheduler and the model runner.
-
-Plain data, so that the scheduler stays pure.
-"""
+"""The scheduler's interface as plain data: step batches (shared with the runner), events, instructions, limits."""
 
 import msgspec
 
 from loraserve.messages import AdapterRef, Admit, TokenDelta
 from loraserve.messages.sampling import SamplingParams
 
-DRAWN = -1
-"""In ``SequenceStep.tokens``: the token that the step sent just before draws for this sequence.
+# --- Step batches: what a runner computes, and what it returns.
 
-Nobody has seen it when the step is sent. It stands alone, as a sequence decodes one token a step.
+PENDING_TOKEN = -1
+"""Stands in ``SequenceStep.tokens`` for the token that the step sent just before samples for this sequence.
+
+That token is not known yet when the step is sent. It is the part's only token, as a sequence decodes one per step.
 """
 
 
 class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One sequence's part of a step: the KV of ``tokens`` is computed and written, maybe a next token is drawn.
+    """One sequence's part of a step: compute the KV of ``tokens`` and write it to ``blocks``.
 
-    ``slot`` is the adapter's, -1 the base model. ``start`` tokens have their KV already, so it is the position of the
-    first of ``tokens``. ``blocks`` is the block table and covers ``start + len(tokens)`` positions. ``sample`` is set
-    where ``tokens`` ends with the last token there is; the drawn one gets output index ``output_index``. ``history`` is
-    prompt and output so far, read only where penalties need it: then it is whole and does not change before the step
-    is done, since no step with penalties contains DRAWN. ``prompt_length`` says where the output begins.
+    ``start`` tokens have KV already, so it is also the position of the first of ``tokens``. ``blocks`` is the block
+    table and covers ``start + len(tokens)`` positions. ``slot`` is the adapter's, -1 for the base model. If ``sample``
+    is set, ``tokens`` ends with the sequence's last token, and the next token is sampled as output ``output_index``.
+    ``history`` is the prompt and the output so far; the output begins at ``prompt_length``. Only penalties read it. It
+    is complete and does not change before the step is done, as a step with penalties contains no PENDING_TOKEN.
     """
 
     request_id: str
@@ -38,19 +37,18 @@ class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class StepBatch(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """All sequences of one step, each at most once."""
+    """All sequences of one step. Each sequence occurs at most once."""
 
     step_id: int
     sequences: tuple[SequenceStep, ...]
 
-    @property
-    def prefill_tokens(self) -> int:
-        """Those of sequences that do not decode; a preempted request's output is among them."""
-        return sum(len(s.tokens) for s in self.sequences if s.output_index == 0 or len(s.tokens) > 1)
-
 
 class Sampled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """A drawn token. ``logprob`` and ``top`` ((token, log-probability), best first) are filled where asked for."""
+    """A sampled token.
+
+    ``logprob`` and ``top``, pairs of (token, log-probability) with the best first, are filled if the request asks for
+    them.
+    """
 
     request_id: str
     token: int
@@ -59,10 +57,10 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What a step brought, in the order of its sequences.
+    """The tokens that a step sampled, in the order of its sequences.
 
-    ``duration_s`` is the time it took the model, without that of steps before it which it had to wait for. ``late`` are
-    requests whose adapters arrived too late for some layer: what was computed and drawn for them means nothing.
+    ``duration_s`` is the model's time for this step, without the time of earlier steps that it waited for. ``late`` are
+    requests whose adapter had not been read far enough for some layer: their part of the step is meaningless.
     """
 
     step_id: int
@@ -71,12 +69,10 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     late: tuple[str, ...] = ()
 
 
-# MERGED: loraserve.engine.schedule.events
-# """What the scheduler is told, and what it tells the engine to do. Plain data, no behaviour."""
-
+# --- Events: what happened.
 
 CANCELLED = "cancelled"
-"""The code of a load that ended because nobody wanted it: no failure of its adapter."""
+"""The code of a load that was cancelled. It says nothing about the adapter."""
 
 
 class RequestArrived(msgspec.Struct, frozen=True):
@@ -92,17 +88,18 @@ class StepDone(msgspec.Struct, frozen=True):
 
 
 class StepFailed(msgspec.Struct, frozen=True):
-    """The model could not compute the step; what it wrote to the KV cache is not to be trusted."""
+    """The runner could not compute the step. The KV that it may have written is invalid."""
 
     step_id: int
     message: str
 
 
 class AdapterArriving(msgspec.Struct, frozen=True):
-    """Some of an adapter that loads is there, by the read of this number, and the runner knows its layout.
+    """Part of an adapter has been read, and the runner knows its layout.
 
-    A step of at least ``least_tokens`` prefill tokens is expected to last until all of it is verified; None: no step
-    is, or it is not worth it. Read numbers are never used again, and a read that fails is followed by another number.
+    ``read`` is the number of the read; numbers are never reused, and a retry has a new one. A step of at least
+    ``least_tokens`` prefill tokens is expected to last until the slab is verified. None: no step is, or an early start
+    does not pay.
     """
 
     version: str
@@ -111,7 +108,7 @@ class AdapterArriving(msgspec.Struct, frozen=True):
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True):
-    """``read`` is the one that was verified, 0 where nobody was told that it arrives."""
+    """A slab is in the pool and verified. ``read`` is its read's number, 0 if no AdapterArriving announced it."""
 
     version: str
     read: int = 0
@@ -124,33 +121,33 @@ class AdapterLoadFailed(msgspec.Struct, frozen=True):
 
 
 class AdapterDamaged(msgspec.Struct, frozen=True):
-    """What lies in the extent of a resident adapter is not its slab any more: nothing computed with it is right."""
+    """The extent of a resident adapter no longer holds its slab. Everything computed with it may be wrong."""
 
     version: str
 
 
 class PlanPrepared(msgspec.Struct, frozen=True):
-    """The planner wants these copies here."""
+    """The planner wants these adapters resident in this engine."""
 
     epoch: int
     adapters: tuple[AdapterRef, ...]
 
 
 class CopiesRetired(msgspec.Struct, frozen=True):
-    """The planner no longer wants any copy of plans up to ``epoch`` but ``keep`` (versions)."""
+    """The planner no longer wants the copies of plans up to ``epoch``, except the versions in ``keep``."""
 
     epoch: int
     keep: tuple[str, ...]
 
 
 class AdapterExpected(msgspec.Struct, frozen=True):
-    """A request for it is about to come, as far as the router can tell."""
+    """A request for this adapter will arrive soon."""
 
     adapter: AdapterRef
 
 
 class LeasesEnded(msgspec.Struct, frozen=True):
-    """Peers do not read any more what they had leases on: there may be room."""
+    """Peers have finished reading from this engine's pool, which may make room there."""
 
 
 Event = (
@@ -168,15 +165,17 @@ Event = (
     | LeasesEnded
 )
 
+# --- Instructions: what to do about it.
+
 
 class RunStep(msgspec.Struct, frozen=True):
-    """Compute this batch after those before it, and come back with StepDone or StepFailed, in the same order."""
+    """Compute this batch after those before it. Report StepDone or StepFailed, in the order of the instructions."""
 
     batch: StepBatch
 
 
 class LoadAdapter(msgspec.Struct, frozen=True):
-    """Fill the extent at ``offset_bytes`` of the pool, make it the adapter of ``slot``, report AdapterLoaded."""
+    """Read the slab into the pool at ``offset_bytes``, install it in ``slot`` and report AdapterLoaded."""
 
     adapter: AdapterRef
     slot: int
@@ -184,22 +183,24 @@ class LoadAdapter(msgspec.Struct, frozen=True):
 
 
 class CancelLoad(msgspec.Struct, frozen=True):
-    """Nobody wants it any more: end it soon. Report AdapterLoadFailed with CANCELLED once nothing writes to its extent,
-    or however it ended before; its extent stays its own until then."""
+    """Stop this load: no request and no plan needs the adapter any more.
+
+    Report AdapterLoadFailed with CANCELLED once nothing writes to its extent, or the load's own result if it ended
+    first. The extent stays reserved until then.
+    """
 
     version: str
 
 
 class LeftSlab(msgspec.Struct, frozen=True):
-    """A verified slab that lies in an extent which is nobody's, until that is filled anew."""
+    """A verified slab in an extent that was freed. It stays readable until the extent is filled again."""
 
     adapter: AdapterRef
     offset_bytes: int
 
 
 class EvictAdapter(msgspec.Struct, frozen=True):
-    """The slot and its extent belong to nobody any more. ``left`` is None where the adapter never was all there, or
-    was damaged there."""
+    """The slot and the extent of this adapter are free. ``left`` is None if the slab was incomplete or damaged."""
 
     version: str
     slot: int
@@ -207,12 +208,14 @@ class EvictAdapter(msgspec.Struct, frozen=True):
 
 
 class Emit(msgspec.Struct, frozen=True):
+    """Send this token to the request's gateway."""
+
     gateway: str
     delta: TokenDelta
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """The request ended without finishing; it holds nothing any more."""
+    """Tell the gateway that the request ended without finishing. The scheduler holds nothing for it any more."""
 
     request_id: str
     gateway: str
@@ -221,7 +224,7 @@ class Reject(msgspec.Struct, frozen=True):
 
 
 class PlanReady(msgspec.Struct, frozen=True):
-    """Every copy of the epoch is resident and pinned, or is in ``failed`` (version -> reason)."""
+    """Answer the planner: every copy of the epoch is resident and pinned, or is in ``failed`` (version -> reason)."""
 
     epoch: int
     failed: dict[str, str]
@@ -229,15 +232,14 @@ class PlanReady(msgspec.Struct, frozen=True):
 
 Instruction = RunStep | LoadAdapter | CancelLoad | EvictAdapter | Emit | Reject | PlanReady
 
-
-# MERGED: loraserve.engine.schedule.events
-# """What the scheduler has to work with: facts of the model and choices of the configuration."""
+# --- Limits.
 
 
 class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """``max_step_tokens`` bounds one step's prefill and decode tokens together.
+    """What the scheduler has to work with: facts of the model, and settings.
 
-    ``steps_ahead`` more steps than one may be outstanding: as many as the runner takes before it has ended the first.
+    ``max_step_tokens`` bounds the prefill and decode tokens of one step together. ``steps_ahead`` is the number of
+    steps that the runner accepts before the oldest one is done.
     """
 
     kv_blocks: int

@@ -121,7 +121,7 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
     return SchedulerLoad(
         waiting=len(scheduler.waiting),
         running=len(scheduler.running),
-        waiting_prefill_tokens=sum(s.remaining for s in live if not s.decoding),
+        waiting_prefill_tokens=sum(s.uncomputed for s in live if not s.is_decoding),
         kv_blocks_total=scheduler.limits.kv_blocks,
         kv_blocks_free=scheduler.blocks.free,
         block_tokens=scheduler.limits.block_tokens,
@@ -133,8 +133,8 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
         max_step_tokens=scheduler.limits.max_step_tokens,
         steps=scheduler.steps,
         preemptions=scheduler.counts.preemptions,
-        early_starts=scheduler.early.begun,
-        early_starts_in_vain=scheduler.early.in_vain,
+        early_starts=scheduler.early.started,
+        early_starts_in_vain=scheduler.early.discarded,
         prefix_hits_tokens=scheduler.counts.prefix_hits,
         prefix_queries_tokens=scheduler.counts.prefix_queries,
         resident=tuple(

@@ -1,15 +1,17 @@
-"""The engine's decisions: continuous batching with chunked prefill, preemption, and adapters brought in on the way.
+"""The scheduler: continuous batching with chunked prefill, preemption, and adapters loaded on demand.
 
-Pure: events in, instructions out, the time is an argument. Where the runner takes steps ahead, the next ones are sent
-while one still runs, with tokens in them that nobody knows yet. A request whose adapter is on its way never holds up
-the others.
+The contract is `Scheduler.handle(event, now) -> instructions`. After every event it starts the adapter loads and the
+steps that have become possible. If the runner accepts steps ahead, the next step is sent while one still runs; it then
+contains tokens that are not known yet (PENDING_TOKEN). A request that waits for its adapter never delays the others.
+
+A simulator may use `quiet_steps` and `skip_steps` instead of handling each decode step by itself.
 """
 
 from bisect import insort
-from collections.abc import Set
 from operator import attrgetter
 
-from loraserve.engine.adapters.pool import AdapterPool
+from msgspec.structs import replace
+
 from loraserve.engine.adapters.residency import Residency
 from loraserve.engine.schedule.blocks import BlockManager
 from loraserve.engine.schedule.early import EarlyStarts
@@ -36,18 +38,18 @@ from loraserve.engine.schedule.events import (
     StepFailed,
     StepResult,
 )
-from loraserve.engine.schedule.overtaking import Bypass
+from loraserve.engine.schedule.overtaking import OvertakingLimit
 from loraserve.engine.schedule.report import SchedulerLoad, TokenCounts, snapshot
-from loraserve.engine.schedule.sequence import LEAVING, RUNNING, Sequence, State
-from loraserve.engine.schedule.steps import Outstanding, StepBuilder
+from loraserve.engine.schedule.sequence import EARLY, ENDING, RUNNING, WAITING, Sequence, Transition
+from loraserve.engine.schedule.steps import StepBuilder, StepPipeline
 from loraserve.messages import Admit
 from loraserve.story import Story
 
-ORDER = attrgetter("order")
+ARRIVAL_ORDER = attrgetter("order")
 
 
 class Scheduler:
-    """State: sequences waiting (in order of arrival) and running (likewise), KV blocks, the pool, steps."""
+    """Holds the requests (waiting and running, in order of arrival), KV blocks, adapters and steps in flight."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
@@ -59,12 +61,14 @@ class Scheduler:
         self.early = EarlyStarts(self.residency.pool)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
+        """Holds the requests in RUNNING, EARLY and ENDING."""
+        self.pipeline = StepPipeline(1 + limits.steps_ahead)
+        self.steps = 0
         self._sequences: dict[str, Sequence] = {}
-        self._arrivals = self.steps = 0
-        self.outstanding = Outstanding(1 + limits.steps_ahead)
+        self._arrivals = 0
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
-        """What to do about one event."""
+        """Return what to do about one event, in order."""
         match event:
             case RequestArrived(admit):
                 instructions = self._arrive(admit, now)
@@ -75,52 +79,72 @@ class Scheduler:
             case StepFailed(step_id, message):
                 instructions = self._step_failed(step_id, message, now)
             case AdapterArriving(version, read, least_tokens):
-                self.early.arriving(version, read, least_tokens)
+                self.early.read_progressed(version, read, least_tokens)
                 instructions = []
             case AdapterLoaded(version, read):
                 self._story.tell(version, now, "loaded")
-                self.early.over(version, read)
+                self.early.load_ended(version, read)
                 instructions = self.residency.loaded(version)
             case AdapterLoadFailed(version, code, message):
                 instructions = self._load_failed(version, code, message, now)
             case AdapterDamaged(version):
-                instructions = self._damaged(version, now)
+                instructions = self._adapter_damaged(version, now)
             case PlanPrepared() | CopiesRetired() | LeasesEnded() | AdapterExpected():
                 instructions = self.residency.handle(event, now)
-        return instructions + self._go_on(now)
+        return instructions + self._start_work(now)
 
     def load(self) -> SchedulerLoad:
-        """The state that others decide with."""
+        """Return the state that router, planner and monitor decide with."""
         return snapshot(self)
 
     def story(self, subject: str) -> list[str]:
-        """What happened to a request (by id) or an adapter (by version)."""
+        """Return what happened to a request (by id) or an adapter (by version), oldest first."""
         return self._story.of(subject)
 
     @property
-    def idle(self) -> bool:
-        """Nothing to do and nothing outstanding."""
-        return not self._sequences and not self.outstanding
+    def is_idle(self) -> bool:
+        """Whether there is no request and no step in flight."""
+        return not self._sequences and not self.pipeline
 
     def validate(self) -> None:
-        """Every invariant of the state; raises AssertionError naming the one that broke."""
+        """Raise AssertionError naming the invariant that is broken, if one is."""
         self.blocks.validate()
         self.residency.validate()
-        check_queues(self.waiting, self.running, self._sequences.keys(), self.blocks, self.residency.pool)
-        self.outstanding.validate(self.running)
+        self.pipeline.validate(self.running, self.blocks)
         self.early.validate(self.running)
+        live = self.waiting + self.running
+        assert {s.request_id for s in live} == self._sequences.keys(), "a request is in neither queue"
+        assert len(live) == len(self._sequences), "a request is queued twice"
+        for queue in (self.waiting, self.running):
+            assert [s.order for s in queue] == sorted(s.order for s in queue), "a queue is out of order"
+        for sequence in self.waiting:
+            assert sequence.state is WAITING, f"a request in state {sequence.state.name} is queued as waiting"
+            assert not sequence.blocks, "a waiting request holds blocks"
+            assert not sequence.in_flight, "a waiting request is in a step"
+        for sequence in self.running:
+            is_running = sequence.state in (RUNNING, EARLY, ENDING)
+            assert is_running, f"a request in state {sequence.state.name} is queued as running"
+        assert self.blocks.references == sum(len(s.blocks) for s in self.running), "no request owns some blocks"
+        users: dict[str, int] = {}
+        for sequence in self.running:
+            users[sequence.version] = users.get(sequence.version, 0) + 1
+        for entry in self.residency.pool.entries():
+            pins = users.get(entry.adapter.version, 0)
+            assert entry.running == pins, f"{entry.adapter.name} has {entry.running} pins, {pins} requests use it"
+
+    # --- Requests arrive and end.
 
     def _arrive(self, admit: Admit, now: float) -> list[Instruction]:
         known = self._sequences.get(admit.request_id)
-        if known is not None and known.state is State.LEAVING:
-            text = "a request of this id has ended and is in a step still; try again"
+        if known is not None and known.state is ENDING:
+            text = "a request with this id has ended, but a step in flight still contains it; try again"
             return [Reject(admit.request_id, admit.gateway, "overloaded", text)]
         if known is not None:
             return []
-        refusal = refusal_of(admit, self.limits, self.max_model_tokens, len(self.waiting), self.residency.pool)
-        if refusal is not None:
-            self._story.tell(admit.request_id, now, f"refused: {refusal[1]}")
-            return [Reject(admit.request_id, admit.gateway, *refusal)]
+        error = self._request_error(admit)
+        if error is not None:
+            self._story.tell(admit.request_id, now, f"refused: {error[1]}")
+            return [Reject(admit.request_id, admit.gateway, *error)]
         self._arrivals += 1
         sequence = Sequence(admit, self._arrivals, self.max_model_tokens, self.limits.block_tokens)
         self._sequences[admit.request_id] = sequence
@@ -131,79 +155,29 @@ class Scheduler:
         self._story.tell(admit.request_id, now, f"waiting, {sequence.prompt_length} prompt tokens")
         return []
 
+    def _request_error(self, admit: Admit) -> tuple[str, str] | None:
+        """Return (code, message with the remedy) if the request cannot be served here."""
+        length = len(admit.prompt_tokens)
+        if length == 0:
+            return "bad_request", "prompt_tokens is empty; send at least one token"
+        if admit.sampling.max_tokens < 1:
+            return "bad_request", f"max_tokens is {admit.sampling.max_tokens}; ask for at least 1"
+        if length >= self.max_model_tokens:
+            return "context_length", (
+                f"This model's maximum context length is {self.max_model_tokens} tokens. However, your prompt has "
+                f"{length} tokens; shorten it."
+            )
+        if len(self.waiting) >= self.limits.max_waiting:
+            return "overloaded", f"{len(self.waiting)} requests are waiting already; try again later"
+        unfit = self.residency.pool.refusal(admit.adapter) if admit.adapter else None
+        return ("adapter_unavailable", unfit) if unfit else None
+
     def _abort(self, request_id: str, now: float) -> list[Instruction]:
         sequence = self._sequences.get(request_id)
-        if sequence is not None and sequence.state is not State.LEAVING:
+        if sequence is not None and sequence.state is not ENDING:
             self._story.tell(request_id, now, "aborted")
             self._end(sequence, now)
         return []
-
-    def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
-        drawn = {sampled.request_id: sampled for sampled in result.sampled}
-        instructions: list[Instruction] = []
-        for part in self.outstanding.take(result.step_id).sequences:
-            sequence = self._sequences[part.request_id]
-            sequence.landed(part)
-            came = self.early.came(sequence, part.request_id in result.late)
-            if came and sequence.trusts(part):
-                self._computed(sequence, len(part.tokens))
-            if not came and sequence.state is RUNNING:
-                sequence.begin(0)
-                self._set_back(sequence, now, "set back: its adapter was not there in time")
-            elif sequence.state is LEAVING:
-                self._end(sequence, now)
-            elif part.sample:
-                delta = sequence.accept(drawn[part.request_id], self.limits.eos_token_ids)
-                instructions.append(Emit(sequence.admit.gateway, delta))
-                if delta.finish is not None:
-                    self._story.tell(part.request_id, now, f"finished: {delta.finish}")
-                    self._end(sequence, now)
-        return instructions
-
-    def _computed(self, sequence: Sequence, tokens: int) -> None:
-        """The KV of these tokens exists: full blocks become shareable."""
-        self.counts.computed(sequence.version, tokens, decode=sequence.decoding)
-        block_tokens = self.limits.block_tokens
-        first = sequence.computed // block_tokens
-        sequence.computed += tokens
-        if self.limits.prefix_cache and self.residency.ready(sequence.version):
-            for index in range(first, sequence.computed // block_tokens):
-                self.blocks.publish(sequence.blocks[index], sequence.digest(index))
-
-    def _step_failed(self, step_id: int, message: str, now: float) -> list[Instruction]:
-        instructions: list[Instruction] = []
-        for part in self.outstanding.take(step_id).sequences:
-            sequence = self._sequences[part.request_id]
-            sequence.landed(part)
-            if sequence.state is LEAVING:
-                self._end(sequence, now)
-            else:
-                instructions.append(self._reject(sequence, "engine_error", message, now))
-        return instructions
-
-    def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
-        self._story.tell(version, now, f"load failed: {code}: {message}")
-        self.early.over(version)
-        if code == CANCELLED:
-            return self.residency.load_cancelled(version)
-        instructions = self.residency.load_failed(version, message)
-        waiting = [s for s in self.waiting if s.version == version]
-        for sequence in self.early.begun_with(version, self.running) + waiting:
-            assert sequence.admit.adapter is not None
-            text = f"adapter {sequence.admit.adapter.name} could not be loaded: {message}"
-            instructions.append(self._reject(sequence, "adapter_unavailable", text, now))
-        return instructions
-
-    def _damaged(self, version: str, now: float) -> list[Instruction]:
-        """Who has been computed with it ends; who has not waits for it to be loaded anew. The prefix cache may hold
-        what came of it, under names that nobody can tell: all of it goes."""
-        if not self.residency.pool.damage(version):
-            return []
-        self._story.tell(version, now, "damaged in the pool: it goes with the last that uses it")
-        self.blocks.forget()
-        begun = [s for s in self.waiting + self.running if s.version == version and s.begun]
-        text = "its adapter was damaged in this engine's memory; send it again"
-        return [self._reject(s, "engine_error", text, now) for s in begun]
 
     def _reject(self, sequence: Sequence, code: str, message: str, now: float) -> Reject:
         self._story.tell(sequence.request_id, now, f"failed: {code}")
@@ -211,138 +185,241 @@ class Scheduler:
         return Reject(sequence.request_id, sequence.admit.gateway, code, message)
 
     def _end(self, sequence: Sequence, now: float) -> None:
-        """Nothing more is said about it. Steps in flight still write to its blocks: they stay until those are back."""
-        if sequence.in_flight:
-            sequence.state = State.LEAVING
-        else:
+        """End the request. While steps in flight write to its blocks it stays in ENDING and keeps them."""
+        if not sequence.in_flight:
             self._release(sequence, now)
+        elif sequence.state is not ENDING:
+            sequence.advance(Transition.END)
 
     def _release(self, sequence: Sequence, now: float) -> None:
-        """Blocks, pin and place in the queues go back."""
-        if sequence.state is State.WAITING:
+        if sequence.state is WAITING:
             self.waiting.remove(sequence)
         else:
-            self._stop(sequence, now)
-        sequence.state = State.FINISHED
+            self._stop_running(sequence, now)
+        sequence.advance(Transition.RELEASE)
         del self._sequences[sequence.request_id]
 
-    def _stop(self, sequence: Sequence, now: float) -> None:
+    def _stop_running(self, sequence: Sequence, now: float) -> None:
+        """Take the request out of the running queue; release its blocks and its pin."""
         self.running.remove(sequence)
-        self.blocks.give_back(sequence.blocks)
+        self.blocks.release(sequence.blocks)
         sequence.blocks = ()
         if sequence.version:
             self.residency.pool.stop_running(sequence.version, now)
 
-    def _go_on(self, now: float) -> list[Instruction]:
-        """Start the loads and the steps that have become possible."""
+    # --- Steps return.
+
+    def _step_done(self, result: StepResult, now: float) -> list[Instruction]:
+        sampled = {token.request_id: token for token in result.sampled}
+        instructions: list[Instruction] = []
+        for part in self.pipeline.pop(result.step_id).sequences:
+            sequence = self._sequences[part.request_id]
+            sequence.part_returned(part)
+            in_time = self.early.is_valid(sequence, late=part.request_id in result.late)
+            if in_time and sequence.is_kv_valid(part):
+                self._record_kv(sequence, len(part.tokens))
+            if sequence.state is ENDING:
+                self._end(sequence, now)
+                continue
+            if not in_time:
+                sequence.reset(0)
+                self._set_back(sequence, now, "set back: its adapter did not arrive in time")
+                continue
+            if sequence.state is EARLY:
+                sequence.advance(Transition.CONFIRM)
+            if part.sample:
+                delta = sequence.accept(sampled[part.request_id], self.limits.eos_token_ids)
+                instructions.append(Emit(sequence.admit.gateway, delta))
+                if delta.finish is not None:
+                    self._story.tell(part.request_id, now, f"finished: {delta.finish}")
+                    self._end(sequence, now)
+        return instructions
+
+    def _record_kv(self, sequence: Sequence, tokens: int) -> None:
+        """Count the tokens as computed, and put the blocks that they complete into the prefix cache."""
+        self.counts.computed(sequence.version, tokens, decode=sequence.is_decoding)
+        block_tokens = self.limits.block_tokens
+        first = sequence.computed // block_tokens
+        sequence.computed += tokens
+        if self.limits.prefix_cache and self.residency.ready(sequence.version):
+            for index in range(first, sequence.computed // block_tokens):
+                self.blocks.add_to_cache(sequence.blocks[index], sequence.block_digest(index))
+
+    def _step_failed(self, step_id: int, message: str, now: float) -> list[Instruction]:
+        instructions: list[Instruction] = []
+        for part in self.pipeline.pop(step_id).sequences:
+            sequence = self._sequences[part.request_id]
+            sequence.part_returned(part)
+            if sequence.state is ENDING:
+                self._end(sequence, now)
+            else:
+                instructions.append(self._reject(sequence, "engine_error", message, now))
+        return instructions
+
+    # --- Adapters fail.
+
+    def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
+        """Reject the requests that wait for the adapter or started early with it, unless the load was cancelled."""
+        self._story.tell(version, now, f"load failed: {code}: {message}")
+        self.early.load_ended(version)
+        if code == CANCELLED:
+            return self.residency.load_cancelled(version)
+        instructions = self.residency.load_failed(version, message)
+        early = [s for s in self.running if s.version == version and s.state is EARLY]
+        waiting = [s for s in self.waiting if s.version == version]
+        for sequence in early + waiting:
+            assert sequence.admit.adapter is not None
+            text = f"adapter {sequence.admit.adapter.name} could not be loaded: {message}"
+            instructions.append(self._reject(sequence, "adapter_unavailable", text, now))
+        return instructions
+
+    def _adapter_damaged(self, version: str, now: float) -> list[Instruction]:
+        """Reject the requests that were computed with the damaged slab. Those that have not started wait for a reload.
+
+        The whole prefix cache is cleared: it names blocks by digests, so that those of one adapter cannot be found.
+        """
+        if not self.residency.pool.damage(version):
+            return []
+        self._story.tell(version, now, "damaged in the pool: it leaves once no request runs with it")
+        self.blocks.clear_cache()
+        affected = [s for s in self.waiting + self.running if s.version == version and s.has_started]
+        text = "its adapter was damaged in this engine's memory; send it again"
+        return [self._reject(s, "engine_error", text, now) for s in affected]
+
+    # --- Loads and steps start.
+
+    def _start_work(self, now: float) -> list[Instruction]:
+        """Start the adapter loads and the steps that are possible now."""
         wanted = (s.admit.adapter for s in self.waiting if s.admit.adapter is not None)
         instructions = self.residency.start_loads(wanted, now, not self._sequences, stepping=bool(self.running))
-        while not self.outstanding.full and (self.running or self.waiting):
+        while not self.pipeline.is_full and (self.running or self.waiting):
             batch = self._form_step(now)
             if batch is None:
                 break
-            self.outstanding.send(batch)
+            self.pipeline.push(batch)
             instructions.append(RunStep(batch))
         return instructions
 
     def _form_step(self, now: float) -> StepBatch | None:
-        builder = StepBuilder(self.blocks, self.limits.max_step_tokens, self.outstanding.newest)
-        builder.continue_running(self.running)
+        builder = StepBuilder(self.blocks, self.limits.max_step_tokens, self.pipeline.newest_requests)
+        builder.add_running(self.running)
         for sequence in builder.preempted:
-            self._preempt(sequence, now)
-        if not builder.preempted and not builder.short:
-            self._admit_waiting(builder, now)
+            self.counts.preemptions += 1
+            self._set_back(sequence, now, "preempted")
+        if not builder.preempted and not builder.waits_for_blocks:
+            self._start_waiting(builder, now)
         parts = builder.parts()
         if not parts:
             return None
         self.steps += 1
         return StepBatch(step_id=self.steps, sequences=parts)
 
-    def _preempt(self, sequence: Sequence, now: float) -> None:
-        self.counts.preemptions += 1
-        self._set_back(sequence, now, "preempted")
+    def _set_back(self, sequence: Sequence, now: float, reason: str) -> None:
+        """Return a running request to its place in the waiting queue."""
+        self._story.tell(sequence.request_id, now, reason)
+        self._stop_running(sequence, now)
+        sequence.advance(Transition.SET_BACK)
+        insort(self.waiting, sequence, key=ARRIVAL_ORDER)
 
-    def _set_back(self, sequence: Sequence, now: float, why: str) -> None:
-        self._story.tell(sequence.request_id, now, why)
-        self._stop(sequence, now)
-        sequence.state = State.WAITING
-        insort(self.waiting, sequence, key=ORDER)
+    def _start_waiting(self, builder: StepBuilder, now: float) -> None:
+        """Start waiting requests in order of arrival.
 
-    def _admit_waiting(self, builder: StepBuilder, now: float) -> None:
-        """In order of arrival. Who waits for an adapter is passed by; who waits for memory is not."""
+        Requests that wait for an adapter are skipped; a request that waits for KV blocks holds up those behind it.
+        """
         if not self.waiting:
             return
-        bypass = Bypass(self.residency.in_the_way)
-        places = self.limits.max_running - sum(s.state is RUNNING for s in self.running)
+        overtaking = OvertakingLimit(self.residency.in_the_way)
+        places = self.limits.max_running - sum(s.state is not ENDING for s in self.running)
         for sequence in list(self.waiting):
             if places == 0 or builder.budget == 0:
                 return
-            if not (self.residency.ready(sequence.version) or self.early.may_begin(sequence, builder.first_tokens)):
-                bypass.passes(sequence)
+            is_resident = self.residency.ready(sequence.version)
+            if not is_resident and not self.early.can_start(sequence, builder.first_tokens):
+                overtaking.skip(sequence)
                 continue
-            if bypass.holds_up(sequence):
+            if not overtaking.may_start(sequence):
                 continue
-            if not builder.admit(sequence):
+            if not builder.allocate_waiting(sequence):
                 return
             self._start(sequence, now)
             places -= 1
-            builder.begin(sequence)
-            bypass.began(sequence)
+            builder.add_started(sequence)
+            overtaking.record_start(sequence)
 
     def _start(self, sequence: Sequence, now: float) -> None:
         self.waiting.remove(sequence)
-        sequence.state = State.RUNNING
         if sequence.version:
             sequence.slot = self.residency.pool.start_running(sequence.version, now)
-            self.early.begin(sequence)
-        insort(self.running, sequence, key=ORDER)
+            sequence.early_read = self.early.start(sequence.version)
+        sequence.advance(Transition.START_EARLY if sequence.early_read else Transition.START)
+        insort(self.running, sequence, key=ARRIVAL_ORDER)
         self.counts.prefix(len(sequence.history), sequence.computed)
         self._story.tell(sequence.request_id, now, f"running, {sequence.computed} tokens cached")
 
+    # --- Fast-forward: many decode steps at once, for a simulator.
 
-# MERGED: loraserve.engine.schedule.scheduler
-# """Which requests an engine cannot serve at all, in words. Pure."""
+    def quiet_steps(self) -> int:
+        """Return how many steps, counting from the one in flight, are certain to only decode.
 
+        In a quiet step no request starts or ends, and it differs from the one before only in positions. 0 if the next
+        step may differ, if a prefix cache makes blocks depend on content, or if several steps are in flight. The
+        tokens that are sampled must not stop any request.
+        """
+        batch = self.pipeline.only_step
+        if batch is None or self.limits.prefix_cache or len(batch.sequences) != len(self.running):
+            return 0
+        # The latest arrivals may still prefill, so they are checked first.
+        decoding = all(s.is_decoding and s.pending and s.state is RUNNING for s in reversed(self.running))
+        if self._may_start_next() or not decoding:
+            return 0
+        steps = min(s.max_tokens - s.output_length - 1 for s in self.running)
+        while steps > 0 and sum(self._missing_blocks(s, steps) for s in self.running) > self.blocks.free:
+            steps //= 2
+        return max(0, steps)
 
-def refusal_of(
-    admit: Admit, limits: SchedulerLimits, max_model_tokens: int, waiting: int, pool: AdapterPool
-) -> tuple[str, str] | None:
-    """(code, message with the remedy) where this request cannot be served here; ``waiting`` do already."""
-    length = len(admit.prompt_tokens)
-    if length == 0:
-        return "bad_request", "prompt_tokens is empty; send at least one token"
-    if admit.sampling.max_tokens < 1:
-        return "bad_request", f"max_tokens is {admit.sampling.max_tokens}; ask for at least 1"
-    if length >= max_model_tokens:
-        return "context_length", (
-            f"This model's maximum context length is {max_model_tokens} tokens. However, your prompt has "
-            f"{length} tokens; shorten it."
+    def skip_steps(self, steps: int, token: int) -> StepBatch:
+        """Reach the state after ``steps`` quiet steps that sampled ``token`` for every request.
+
+        ``steps`` is between 1 and `quiet_steps()`. Returns the step that is in flight then. The result is the same as
+        that of handling StepDone for each step, without the instructions to emit the tokens.
+        """
+        current = self.pipeline.only_step
+        assert current is not None, "quiet steps need exactly one step in flight"
+        self.pipeline.pop(current.step_id)
+        self._allocate_for_quiet_steps(steps)
+        parts = []
+        for sequence, part in zip(self.running, current.sequences, strict=True):
+            sequence.history.extend([token] * steps)
+            sequence.computed += steps
+            sequence.scheduled += steps
+            self.counts.computed(sequence.version, steps, decode=True)
+            start, output_index = part.start + steps, part.output_index + steps
+            parts.append(replace(part, tokens=(token,), start=start, blocks=sequence.blocks, output_index=output_index))
+        batch = StepBatch(step_id=current.step_id + steps, sequences=tuple(parts))
+        self.pipeline.push(batch)
+        self.steps += steps
+        return batch
+
+    def _may_start_next(self) -> bool:
+        """Return whether the next step might start a waiting request."""
+        if len(self.running) >= min(self.limits.max_running, self.limits.max_step_tokens):
+            return False
+        free = self.blocks.free
+        return any(
+            self.residency.ready(s.version) and self.blocks.blocks_for(len(s.history) + 1) <= free for s in self.waiting
         )
-    if waiting >= limits.max_waiting:
-        return "overloaded", f"{waiting} requests wait already; try again later"
-    unfit = pool.refusal(admit.adapter) if admit.adapter else None
-    return ("adapter_unavailable", unfit) if unfit else None
 
+    def _missing_blocks(self, sequence: Sequence, steps: int) -> int:
+        return self.blocks.blocks_for(sequence.computed + steps + 1) - len(sequence.blocks)
 
-# MERGED: loraserve.engine.schedule.scheduler
-# """What must hold of the scheduler's requests after every event. Pure."""
-
-
-def check_queues(
-    waiting: list[Sequence], running: list[Sequence], known: Set[str], blocks: BlockManager, pool: AdapterPool
-) -> None:
-    """Both are in order and hold all that are known, and blocks and pins are held by those who run and nobody else."""
-    live = waiting + running
-    assert {s.request_id for s in live} == known, "a request is in no list or in two"
-    assert len(live) == len(known), "a request is listed twice"
-    for queue in (waiting, running):
-        assert [s.order for s in queue] == sorted(s.order for s in queue), "a queue is out of order"
-    assert all(s.state is State.WAITING and not s.blocks for s in waiting), "a waiting request holds blocks"
-    assert not any(s.in_flight for s in waiting), "a waiting request is in a step"
-    assert all(s.state in (State.RUNNING, State.LEAVING) for s in running), "a running request is in another state"
-    assert blocks.held == sum(len(s.blocks) for s in running), "blocks are held by nobody"
-    users: dict[str, int] = {}
-    for sequence in running:
-        users[sequence.version] = users.get(sequence.version, 0) + 1
-    for entry in pool.entries():
-        assert entry.running == users.get(entry.adapter.version, 0), f"{entry.adapter.name} has a stray pin"
+    def _allocate_for_quiet_steps(self, steps: int) -> None:
+        """Allocate blocks in the order in which the steps would."""
+        due: list[tuple[int, int]] = []
+        for index, sequence in enumerate(self.running):
+            held = len(sequence.blocks)
+            more = range(held, held + self._missing_blocks(sequence, steps))
+            due += [(block * self.limits.block_tokens - sequence.computed, index) for block in more]
+        for _, index in sorted(due):
+            allocated = self.blocks.allocate(1)
+            assert allocated is not None, "there are fewer free blocks than were counted"
+            self.running[index].blocks += allocated

@@ -1,31 +1,75 @@
-"""One request on this engine: its tokens, its KV blocks, and when it is finished. Pure."""
+"""One request in the scheduler: its states, its tokens and its KV blocks.
+
+The states and the transitions between them:
+
+    WAITING --START--> RUNNING          its adapter is resident and its blocks are allocated
+    WAITING --START_EARLY--> EARLY      the same, before its adapter has been read completely
+    EARLY --CONFIRM--> RUNNING          the adapter arrived in time for the step
+    EARLY --SET_BACK--> WAITING         the adapter came too late, or was read again: the step is discarded
+    RUNNING --SET_BACK--> WAITING       preempted: an earlier request needs its blocks
+    WAITING --RELEASE--> FINISHED       aborted or rejected
+    RUNNING --RELEASE--> FINISHED       finished, aborted or rejected while in no step
+    EARLY --RELEASE--> FINISHED         its step failed
+    RUNNING --END--> ENDING             ended while steps in flight still write to its blocks
+    EARLY --END--> ENDING               the same
+    ENDING --RELEASE--> FINISHED        the last of those steps came back
+
+Requests in WAITING hold neither KV blocks nor a pin on their adapter; those in RUNNING, EARLY and ENDING hold both.
+"""
 
 from enum import Enum
 
-from loraserve.engine.schedule.blocks import chain, root
-from loraserve.engine.schedule.events import DRAWN, Sampled, SequenceStep
+from loraserve.engine.schedule.blocks import chain_digest, root_digest
+from loraserve.engine.schedule.events import PENDING_TOKEN, Sampled, SequenceStep
 from loraserve.messages import Admit, TokenDelta
 from loraserve.messages.stop import STOP, finish_of
 
 
-class State(Enum):
-    """LEAVING has ended, but steps in flight still write to its blocks."""
+class SequenceState(Enum):
+    """Where a request is in its life; see the module's docstring."""
 
     WAITING = "waiting"
     RUNNING = "running"
-    LEAVING = "leaving"
+    EARLY = "early"
+    ENDING = "ending"
     FINISHED = "finished"
 
 
-# Compared with once a token: in Python 3.11 a member is a slow look-up in its class.
-RUNNING, LEAVING = State.RUNNING, State.LEAVING
+class Transition(Enum):
+    """What changes a request's state."""
+
+    START = "start"
+    START_EARLY = "start_early"
+    CONFIRM = "confirm"
+    SET_BACK = "set_back"
+    END = "end"
+    RELEASE = "release"
+
+
+# Module constants, as they are compared with once per token: in Python 3.11 `Enum.MEMBER` is a slow look-up.
+WAITING, RUNNING, EARLY, ENDING, FINISHED = SequenceState
+
+TRANSITIONS = {
+    (WAITING, Transition.START): RUNNING,
+    (WAITING, Transition.START_EARLY): EARLY,
+    (WAITING, Transition.RELEASE): FINISHED,
+    (EARLY, Transition.CONFIRM): RUNNING,
+    (EARLY, Transition.SET_BACK): WAITING,
+    (EARLY, Transition.END): ENDING,
+    (EARLY, Transition.RELEASE): FINISHED,
+    (RUNNING, Transition.SET_BACK): WAITING,
+    (RUNNING, Transition.END): ENDING,
+    (RUNNING, Transition.RELEASE): FINISHED,
+    (ENDING, Transition.RELEASE): FINISHED,
+}
 
 
 class Sequence:
-    """Known tokens are the prompt and the output so far; ``computed`` of them have their KV.
+    """A request's tokens and how far they are computed.
 
-    Steps in flight run ahead of that: ``scheduled`` tokens have their KV when they are done, and ``drawing`` more
-    tokens exist then.
+    ``history`` holds the known tokens: the prompt and the output so far. The KV of the first ``computed`` of them
+    exists. Once the ``in_flight`` steps that contain the sequence are done, ``scheduled`` tokens have their KV and
+    ``pending`` more tokens are known.
     """
 
     def __init__(self, admit: Admit, order: int, max_model_tokens: int, block_tokens: int) -> None:
@@ -36,109 +80,109 @@ class Sequence:
         self.prompt_length = len(admit.prompt_tokens)
         self.history = list(admit.prompt_tokens)
         self.max_tokens = min(admit.sampling.max_tokens, max_model_tokens - self.prompt_length)
-        self.state = State.WAITING
+        self.state = WAITING
         self.slot = -1
         self.blocks: tuple[int, ...] = ()
         self.computed = 0
         self.scheduled = 0
-        self.drawing = 0
+        self.pending = 0
         self.in_flight = 0
         self.cached_tokens = 0
-        self.bypassed = 0
-        self.read = 0
-        """It began with this read of its adapter, and is in the step that shows whether that came in time."""
+        self.overtaken = 0
+        """Number of later requests with adapters that started while this one waited for its own."""
+        self.early_read = 0
+        """Number of the read of its adapter that it started with; 0 unless it started early and is in that step."""
         self._block_tokens = block_tokens
         self._digests: list[bytes] = []
+
+    def advance(self, transition: Transition) -> None:
+        """Change the state. Raises AssertionError if the state does not allow the transition."""
+        state = TRANSITIONS.get((self.state, transition))
+        assert state is not None, f"{self.request_id}: {transition.name} in state {self.state.name}"
+        self.state = state
 
     @property
     def output_length(self) -> int:
         return len(self.history) - self.prompt_length
 
     @property
-    def begun(self) -> bool:
-        """It goes on with what was computed of it, now or once it runs again."""
-        return self.state is RUNNING or (self.state is State.WAITING and self.output_length > 0)
+    def has_started(self) -> bool:
+        """Whether anything computed for it is in use, or will be once it runs again."""
+        if self.state is WAITING:
+            return self.output_length > 0
+        return self.state is RUNNING or self.state is EARLY
 
     @property
-    def remaining(self) -> int:
-        """Known tokens whose KV is still to be computed; 1 while decoding."""
+    def uncomputed(self) -> int:
+        """Number of known tokens without KV; 1 while decoding."""
         return len(self.history) - self.computed
 
     @property
-    def decoding(self) -> bool:
-        """All known tokens have their KV but the last, which is of the output."""
+    def is_decoding(self) -> bool:
+        """Whether only the last known token, an output token, has no KV."""
         return self.prompt_length <= self.computed == len(self.history) - 1
 
     @property
     def unscheduled(self) -> int:
-        """Tokens, known or being drawn, that no step computes yet."""
-        return len(self.history) + self.drawing - self.scheduled
+        """Number of tokens, known or pending, that no step computes yet."""
+        return len(self.history) + self.pending - self.scheduled
 
     @property
-    def decodes_next(self) -> bool:
-        """The same once the steps in flight are done."""
-        return self.prompt_length <= self.scheduled == len(self.history) + self.drawing - 1
+    def will_decode(self) -> bool:
+        """Whether it is decoding once the steps in flight are done."""
+        return self.prompt_length <= self.scheduled == len(self.history) + self.pending - 1
 
     @property
-    def goes_ahead(self) -> bool:
-        """Whether it can go on before the steps it is in are done."""
-        if not self.drawing:
+    def can_run_ahead(self) -> bool:
+        """Whether its next step can be sent before the result of its last one is known."""
+        if not self.pending:
             return True
-        next_index = self.output_length + self.drawing
+        next_index = self.output_length + self.pending
         return next_index < self.max_tokens and not self.admit.sampling.changes_logits(next_index)
 
-    def blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self._block_tokens)
-
-    def digest(self, index: int) -> bytes:
-        """Name of the content of full block ``index``; computed once, as the tokens become known."""
+    def block_digest(self, index: int) -> bytes:
+        """Return the prefix cache's name of full block ``index``, whose tokens must be known."""
         while len(self._digests) <= index:
             start = len(self._digests) * self._block_tokens
-            previous = self._digests[-1] if self._digests else root(self.version)
-            self._digests.append(chain(previous, self.history[start : start + self._block_tokens]))
+            previous = self._digests[-1] if self._digests else root_digest(self.version)
+            self._digests.append(chain_digest(previous, self.history[start : start + self._block_tokens]))
         return self._digests[index]
 
-    def step(self, tokens: int) -> SequenceStep:
-        """This sequence's part of a step that computes its next ``tokens`` tokens."""
-        known = len(self.history) + self.drawing
+    def next_part(self, tokens: int) -> SequenceStep:
+        """Return this sequence's part of a step that computes its next ``tokens`` tokens."""
+        total = len(self.history) + self.pending
         return SequenceStep(
             request_id=self.request_id,
-            tokens=tuple(self.history[self.scheduled : self.scheduled + tokens]) or (DRAWN,),
+            tokens=tuple(self.history[self.scheduled : self.scheduled + tokens]) or (PENDING_TOKEN,),
             start=self.scheduled,
             blocks=self.blocks,
             sampling=self.admit.sampling,
             prompt_length=self.prompt_length,
             slot=self.slot,
-            sample=self.scheduled + tokens == known,
-            output_index=known - self.prompt_length,
+            sample=self.scheduled + tokens == total,
+            output_index=total - self.prompt_length,
             history=self.history,
         )
 
-    def begin(self, computed: int) -> None:
-        """From here on, or all over again: so many known tokens have their KV, and nothing is in flight."""
+    def reset(self, computed: int) -> None:
+        """Continue from ``computed`` tokens with KV and no step in flight."""
         self.computed = self.scheduled = computed
 
-    def sent(self, part: SequenceStep) -> None:
-        """A step with this part is on its way."""
+    def part_sent(self, part: SequenceStep) -> None:
+        """Record that a step with this part was sent to the runner."""
         self.in_flight += 1
         self.scheduled += len(part.tokens)
-        self.drawing += part.sample
+        self.pending += part.sample
 
-    def landed(self, part: SequenceStep) -> None:
-        """The step came back, done or failed."""
+    def part_returned(self, part: SequenceStep) -> None:
+        """Record that the step with this part came back, done or failed."""
         self.in_flight -= 1
-        self.drawing -= part.sample
+        self.pending -= part.sample
 
-    def skip(self, steps: int, token: int) -> None:
-        """Of decode steps that were sent one by one as many have come back, each with this token; the next is out."""
-        self.history.extend([token] * steps)
-        self.computed += steps
-        self.scheduled += steps
+    def is_kv_valid(self, part: SequenceStep) -> bool:
+        """Return whether a completed part computed KV of known tokens that follows valid KV.
 
-    def trusts(self, part: SequenceStep) -> bool:
-        """Whether what a done step computed is the KV of known tokens, upon KV that is.
-
-        It is not where a step before it failed, or drew a token that nobody took.
+        It did not if an earlier step failed, or if it computed a sampled token that was not accepted.
         """
         return part.start == self.computed and part.start + len(part.tokens) <= len(self.history)
 

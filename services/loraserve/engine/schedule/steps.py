@@ -1,189 +1,188 @@
-"""Forms the batch of the next step: decodes first, then prefill in chunks, preempting when blocks run out. Pure."""
+"""Forms the next step, and keeps the steps in flight.
+
+A step first decodes, then prefills in chunks (continuous batching with chunked prefill). When KV blocks run out, the
+request that arrived last is preempted: it gives up its blocks and waits to be computed again.
+"""
 
 from collections import deque
 from collections.abc import Collection
 
 from loraserve.engine.schedule.blocks import BlockManager
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
-from loraserve.engine.schedule.sequence import RUNNING, Sequence, State
+from loraserve.engine.schedule.sequence import ENDING, RUNNING, Sequence
 
 
 class StepBuilder:
-    """Gives tokens and blocks to sequences until the step's budget or the blocks are spent.
+    """Gives tokens and KV blocks to sequences until the step's token budget or the blocks are used up.
 
-    ``newest`` is who is in the step that was sent last. ``short`` says that one who runs waits for blocks which steps
-    in flight will free.
+    ``previous`` are the requests in the step that was sent last. ``waits_for_blocks`` is set when a running sequence
+    needs blocks that steps in flight will free; no request may start in such a step.
     """
 
-    def __init__(self, blocks: BlockManager, budget_tokens: int, newest: Collection[str]) -> None:
+    def __init__(self, blocks: BlockManager, budget_tokens: int, previous: Collection[str]) -> None:
         self._blocks = blocks
-        self._budget = budget_tokens
-        self._newest = newest
+        self._previous = previous
         self._parts: dict[str, SequenceStep] = {}
+        self.budget = budget_tokens
         self.preempted: list[Sequence] = []
-        self.short = False
+        self.waits_for_blocks = False
 
-    @property
-    def budget(self) -> int:
-        return self._budget
+    def add_running(self, running: list[Sequence]) -> None:
+        """Add the running sequences in order of arrival, those that decode before those that prefill.
 
-    def continue_running(self, running: list[Sequence]) -> None:
-        """Every running sequence in order of arrival; those that decode go before those that prefill.
-
-        Where blocks run out the latest arrival gives its own back, so that the oldest always gets on. Nobody gives
-        back what a step in flight uses: who lacks blocks while in flight sits this step out, and one who finds only
-        such victims lets nobody after it join, so that they can give way once they have landed.
+        When blocks run out, the latest arrivals are preempted, so that the oldest request always makes progress. A
+        sequence in a step in flight cannot be preempted, as the step uses its blocks. A sequence in flight that lacks
+        blocks itself sits this step out. If all possible victims are in flight, no later sequence is added either, so
+        that they can be preempted once their steps are done.
         """
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
         for sequence in running:
-            if sequence.state is RUNNING and (not sequence.in_flight or self._follows(sequence)):
-                (decoding if sequence.decodes_next else prefilling).append(sequence)
+            if sequence.state is RUNNING and (not sequence.in_flight or self._can_follow(sequence)):
+                (decoding if sequence.will_decode else prefilling).append(sequence)
         for sequence in decoding + prefilling:
-            if self._budget == 0:
+            if self.budget == 0:
                 return
             if sequence in self.preempted:
                 continue
-            tokens = min(sequence.unscheduled, self._budget)
-            while not self._grow(sequence, tokens):
+            tokens = min(sequence.unscheduled, self.budget)
+            while not self._allocate(sequence, tokens):
                 if sequence.in_flight:
-                    self.short = True
+                    self.waits_for_blocks = True
                     break
-                victim = self._victim(running, sequence)
+                victim = self._choose_victim(running, sequence)
                 if victim is None:
-                    self.short = True
+                    self.waits_for_blocks = True
                     return
-                self._take_back(victim)
+                self._preempt(victim)
                 if victim is sequence:
                     break
             else:
-                self._add(sequence, tokens)
+                self._add_part(sequence, tokens)
 
-    def admit(self, sequence: Sequence) -> bool:
-        """Begin a waiting sequence if all its known tokens fit beside what runs; it then is part of this step."""
-        shared = self._share_prefix(sequence)
-        needed = sequence.blocks_for(len(sequence.history) + 1) - len(shared)
+    def allocate_waiting(self, sequence: Sequence) -> bool:
+        """Allocate blocks for all known tokens of a waiting sequence; False if they do not fit beside what runs."""
+        cached = self._acquire_cached_prefix(sequence)
+        needed = self._blocks.blocks_for(len(sequence.history) + 1) - len(cached)
         if needed > self._blocks.free:
-            self._blocks.give_back(shared)
+            self._blocks.release(cached)
             return False
-        sequence.blocks = tuple(shared)
-        sequence.begin(len(shared) * self._blocks.block_tokens)
+        sequence.blocks = tuple(cached)
+        sequence.reset(len(cached) * self._blocks.block_tokens)
         if sequence.output_length == 0:
             sequence.cached_tokens = sequence.computed
-        tokens = min(sequence.unscheduled, self._budget)
-        grown = self._grow(sequence, tokens)
-        assert grown, "free blocks vanished"
+        allocated = self._allocate(sequence, min(sequence.unscheduled, self.budget))
+        assert allocated, "there are fewer free blocks than were counted"
         return True
 
-    def first_tokens(self, sequence: Sequence) -> int:
-        """That this step would compute of a waiting sequence."""
-        cached = self._cached_prefix(sequence) * self._blocks.block_tokens
-        return min(len(sequence.history) - cached, self._budget)
+    def add_started(self, sequence: Sequence) -> None:
+        """Add a sequence that has been started after ``allocate_waiting``."""
+        self._add_part(sequence, min(sequence.unscheduled, self.budget))
 
-    def begin(self, sequence: Sequence) -> None:
-        """Add a sequence that ``admit`` let in, once it has its slot."""
-        self._add(sequence, min(sequence.unscheduled, self._budget))
+    def first_tokens(self, sequence: Sequence) -> int:
+        """Return how many tokens of a waiting sequence this step would compute."""
+        cached = self._count_cached_prefix(sequence) * self._blocks.block_tokens
+        return min(len(sequence.history) - cached, self.budget)
 
     def parts(self) -> tuple[SequenceStep, ...]:
         return tuple(self._parts.values())
 
-    def _follows(self, sequence: Sequence) -> bool:
-        """The token that a sequence in flight goes on with must be drawn by the step just before this one."""
-        return sequence.request_id in self._newest and sequence.goes_ahead
+    def _can_follow(self, sequence: Sequence) -> bool:
+        """Return whether a sequence in flight can be in this step: only the step just before may sample its token."""
+        return sequence.request_id in self._previous and sequence.can_run_ahead
 
-    def _add(self, sequence: Sequence, tokens: int) -> None:
-        part = sequence.step(tokens)
-        sequence.sent(part)
+    def _add_part(self, sequence: Sequence, tokens: int) -> None:
+        part = sequence.next_part(tokens)
+        sequence.part_sent(part)
         self._parts[sequence.request_id] = part
-        self._budget -= tokens
+        self.budget -= tokens
 
-    def _grow(self, sequence: Sequence, tokens: int) -> bool:
-        """Blocks for the next ``tokens``; all or none."""
-        missing = sequence.blocks_for(sequence.scheduled + tokens) - len(sequence.blocks)
+    def _allocate(self, sequence: Sequence, tokens: int) -> bool:
+        """Give the sequence the blocks for its next ``tokens`` tokens: all of them or none."""
+        missing = self._blocks.blocks_for(sequence.scheduled + tokens) - len(sequence.blocks)
         if missing <= 0:
             return True
-        if missing > self._blocks.free:
+        allocated = self._blocks.allocate(missing)
+        if allocated is None:
             return False
-        taken = []
-        for _ in range(missing):
-            block = self._blocks.take()
-            assert block is not None, "free blocks vanished"
-            taken.append(block)
-        sequence.blocks += tuple(taken)
+        sequence.blocks += allocated
         return True
 
-    def _victim(self, running: list[Sequence], sequence: Sequence) -> Sequence | None:
-        """The latest arrival, or the sequence itself; None where another's blocks come free if it only waits."""
-        later = [s for s in running if s not in self.preempted and s.order > sequence.order]
-        ready = [s for s in later if not s.in_flight]
-        if ready:
-            return ready[-1]
-        landing = [s for s in running if s.state is State.LEAVING] + later
-        return None if any(s.request_id not in self._parts for s in landing) else sequence
+    def _choose_victim(self, running: list[Sequence], sequence: Sequence) -> Sequence | None:
+        """Return the latest arrival that is in no step, which may be the sequence itself.
 
-    def _take_back(self, sequence: Sequence) -> None:
-        self._blocks.give_back(sequence.blocks)
+        None if another sequence that is in flight will release blocks or can be preempted soon.
+        """
+        later = [s for s in running if s not in self.preempted and s.order > sequence.order]
+        idle = [s for s in later if not s.in_flight]
+        if idle:
+            return idle[-1]
+        in_flight = [s for s in running if s.state is ENDING] + later
+        return None if any(s.request_id not in self._parts for s in in_flight) else sequence
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._blocks.release(sequence.blocks)
         sequence.blocks = ()
-        sequence.begin(0)
+        sequence.reset(0)
         self.preempted.append(sequence)
 
-    def _cached_prefix(self, sequence: Sequence) -> int:
-        """So many blocks ``_share_prefix`` would find."""
-        most = (len(sequence.history) - 1) // self._blocks.block_tokens
-        return next((index for index in range(most) if not self._blocks.knows(sequence.digest(index))), most)
+    def _count_cached_prefix(self, sequence: Sequence) -> int:
+        """Return how many blocks ``_acquire_cached_prefix`` would find."""
+        most = self._shareable_blocks(sequence)
+        return next((i for i in range(most) if not self._blocks.has_cached(sequence.block_digest(i))), most)
 
-    def _share_prefix(self, sequence: Sequence) -> list[int]:
-        """Blocks whose content is known already; the last known token is always computed, its output is wanted."""
-        shared = []
-        for index in range((len(sequence.history) - 1) // self._blocks.block_tokens):
-            block = self._blocks.share(sequence.digest(index))
+    def _acquire_cached_prefix(self, sequence: Sequence) -> list[int]:
+        """Return references to the sequence's leading full blocks that are in the prefix cache."""
+        found = []
+        for index in range(self._shareable_blocks(sequence)):
+            block = self._blocks.acquire_cached(sequence.block_digest(index))
             if block is None:
                 break
-            shared.append(block)
-        return shared
+            found.append(block)
+        return found
+
+    def _shareable_blocks(self, sequence: Sequence) -> int:
+        """Return the number of full blocks before the last known token, which is always computed to get its output."""
+        return (len(sequence.history) - 1) // self._blocks.block_tokens
 
 
-# MERGED: loraserve.engine.schedule.steps
-# """The steps that were sent and have not come back, oldest first. Pure."""
+class StepPipeline:
+    """The steps in flight, oldest first: sent to the runner and not returned. They return in the order of sending."""
 
-
-class Outstanding:
-    """At most ``most`` steps; they are computed, and come back, in the order in which they were sent."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
+    def __init__(self, capacity: int) -> None:
+        self._capacity = capacity
         self._steps: deque[StepBatch] = deque()
 
     def __len__(self) -> int:
         return len(self._steps)
 
     @property
-    def full(self) -> bool:
-        return len(self._steps) >= self._most
+    def is_full(self) -> bool:
+        return len(self._steps) >= self._capacity
 
     @property
-    def only(self) -> StepBatch | None:
-        """The step that is out, where there is just one."""
+    def only_step(self) -> StepBatch | None:
+        """The step in flight if there is exactly one."""
         return self._steps[0] if len(self._steps) == 1 else None
 
     @property
-    def newest(self) -> Collection[str]:
-        """Who is in the step that was sent last."""
+    def newest_requests(self) -> Collection[str]:
+        """Ids of the requests in the step that was sent last; empty if no step is in flight."""
         return {part.request_id for part in self._steps[-1].sequences} if self._steps else ()
 
-    def send(self, batch: StepBatch) -> None:
-        assert not self.full, "more steps than the runner takes"
+    def push(self, batch: StepBatch) -> None:
+        assert not self.is_full, "more steps in flight than the runner accepts"
         self._steps.append(batch)
 
-    def take(self, step_id: int) -> StepBatch:
-        """The oldest step, which came back."""
-        assert self._steps, "a step came back that nobody sent"
+    def pop(self, step_id: int) -> StepBatch:
+        """Remove and return the oldest step, which must be the one with this id."""
+        assert self._steps, f"step {step_id} returned but no step is in flight"
         batch = self._steps.popleft()
-        assert batch.step_id == step_id, f"step {step_id} came back before {batch.step_id}"
+        assert batch.step_id == step_id, f"step {step_id} returned before step {batch.step_id}"
         return batch
 
-    def validate(self, running: list[Sequence]) -> None:
-        """What the sequences know of their steps is what these are."""
+    def validate(self, running: list[Sequence], blocks: BlockManager) -> None:
+        """Raise AssertionError if the sequences' own counts disagree with the steps in flight."""
         parts: dict[str, list[SequenceStep]] = {s.request_id: [] for s in running}
         for step in self._steps:
             for part in step.sequences:
@@ -191,10 +190,11 @@ class Outstanding:
                 parts[part.request_id].append(part)
         for sequence in running:
             own = parts[sequence.request_id]
-            assert sequence.in_flight == len(own), "a step and its sequences disagree"
-            assert sequence.drawing == sum(part.sample for part in own), "a sequence waits for no token of a step"
-            assert sequence.blocks_for(sequence.scheduled) <= len(sequence.blocks), "a step writes where nothing is"
-            leaving = sequence.state is State.LEAVING
-            assert own or not leaving, "a request that has ended is held for nothing"
+            assert sequence.in_flight == len(own), "a sequence miscounts its steps in flight"
+            assert sequence.pending == sum(part.sample for part in own), "a sequence miscounts its pending tokens"
+            needed = blocks.blocks_for(sequence.scheduled)
+            assert needed <= len(sequence.blocks), "a step writes beyond its sequence's blocks"
+            is_ending = sequence.state is ENDING
+            assert own or not is_ending, "a request that has ended is in no step and still holds blocks"
             ahead = sum(len(part.tokens) for part in own)
-            assert leaving or sequence.computed + ahead == sequence.scheduled, "a sequence leaps or stands still"
+            assert is_ending or sequence.computed + ahead == sequence.scheduled, "a sequence miscounts its tokens"

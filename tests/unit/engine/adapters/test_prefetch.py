@@ -41,7 +41,7 @@ def test_what_is_expected_loads_and_is_there_for_its_request(helpers: SimpleName
     desk = helpers.Desk()
     expect(desk, helpers, "a")
     assert desk.loads == ["a"]
-    assert desk.scheduler.idle
+    assert desk.scheduler.is_idle
     desk.loaded("a")
     assert counts(desk) == {"admission": (1, 0, 0)}
     desk.arrive("r", [1], helpers.adapter("a"))

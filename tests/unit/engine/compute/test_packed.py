@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from loraserve.engine.compute.runner import PackedStep, pack
-from loraserve.engine.schedule.events import DRAWN, SequenceStep
+from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep
 from loraserve.messages.sampling import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -25,14 +25,14 @@ def mixed() -> PackedStep:
         [
             part((11, 12, 13, 14, 15), blocks=(7, 2), slot=3),
             part((21, 22, 23), start=6, blocks=(5, 9, 1), sample=False),
-            part((DRAWN,), start=8, blocks=(4, 6, 8), slot=0),
+            part((PENDING_TOKEN,), start=8, blocks=(4, 6, 8), slot=0),
         ],
         block_tokens=4,
     )
 
 
 def test_tokens_follow_each_other_sequence_after_sequence(mixed: PackedStep) -> None:
-    assert mixed.tokens.tolist() == [11, 12, 13, 14, 15, 21, 22, 23, DRAWN]
+    assert mixed.tokens.tolist() == [11, 12, 13, 14, 15, 21, 22, 23, PENDING_TOKEN]
     assert mixed.slots.tolist() == [3, 3, 3, 3, 3, -1, -1, -1, 0]
     assert mixed.query_start.tolist() == [0, 5, 8, 9]
     assert mixed.queries.tolist() == [5, 3, 1]

@@ -11,7 +11,7 @@ import torch
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import EngineConfig
 from loraserve.engine.compute.runner import ModelRunner
-from loraserve.engine.schedule.events import DRAWN, SequenceStep, StepBatch
+from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep, StepBatch
 from loraserve.errors import ConfigError
 from loraserve.messages.sampling import SamplingParams
 from loraserve.testing.tiny_model import write_peft_adapter
@@ -155,7 +155,7 @@ def test_a_step_may_be_submitted_before_the_one_it_goes_on_from_is_looked_at(mak
     runner = make_cuda_runner()
     prompts = StepBatch(step_id=0, sequences=(part("a", PROMPT, 0, 0), part("b", (8, 9), 0, 1)))
     # Only the second of the two goes on: its token is no longer in the row that its part is in.
-    ahead = StepBatch(step_id=1, sequences=(part("b", (DRAWN,), 2, 1, output_index=1),))
+    ahead = StepBatch(step_id=1, sequences=(part("b", (PENDING_TOKEN,), 2, 1, output_index=1),))
     waiting = [runner.submit(prompts), runner.submit(ahead)]
     results = [pending.result() for pending in waiting]
     assert [result.step_id for result in results] == [0, 1]
@@ -177,7 +177,7 @@ def test_a_step_that_fails_takes_none_along(make_cuda_runner: Make, steps_before
     for _ in range(steps_before):
         step(runner, part("c", PROMPT, 0, 2), part("a", PROMPT, 0, 0))
     failing(runner, "a")
-    drawn = step(runner, part("a", (DRAWN,), 3, 0), part("b", PROMPT, 0, 1))
+    drawn = step(runner, part("a", (PENDING_TOKEN,), 3, 0), part("b", PROMPT, 0, 1))
     assert 0 <= drawn["a"] < runner.shape.vocab, "any token will do"
     assert drawn["b"] == expected["b"]
 

@@ -14,7 +14,7 @@ import transformers
 
 from loraserve.adapter.pack import pack_peft
 from loraserve.config import EngineConfig
-from loraserve.engine.schedule.events import DRAWN, StepBatch
+from loraserve.engine.schedule.events import PENDING_TOKEN, StepBatch
 from loraserve.messages.sampling import SamplingParams
 from loraserve.testing.tiny_model import write_peft_adapter
 
@@ -102,7 +102,7 @@ def ahead_stream(helpers: Any) -> Any:
 
         def next_ahead(self, chunk: int) -> Any:
             if self.ahead:
-                self.known.append(DRAWN)
+                self.known.append(PENDING_TOKEN)
                 step = self.next(1)
                 self.known.pop()
             else:

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from loraserve.adapter.pack import pack_peft
 from loraserve.config import EngineConfig
-from loraserve.engine.schedule.events import DRAWN, SequenceStep, StepBatch
+from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep, StepBatch
 from loraserve.messages.sampling import SamplingParams
 from loraserve.testing.tiny_model import write_peft_adapter
 
@@ -51,7 +51,9 @@ def test_a_step_is_launched_without_waiting(model_dirs: dict[str, Path], tmp_pat
     slab = pack_peft(write_peft_adapter(tmp_path / "a", shape=runner.shape, rank=4), runner.shape, "float32", 8)
     runner.pool.write(0, slab.data)
     prefill = StepBatch(step_id=0, sequences=(sequence("0", (5, 6, 7), 0, 0), sequence("1", (8, 9), 0, -1)))
-    decode = StepBatch(step_id=1, sequences=(sequence("0", (DRAWN,), 3, 0), sequence("1", (DRAWN,), 2, -1)))
+    decode = StepBatch(
+        step_id=1, sequences=(sequence("0", (PENDING_TOKEN,), 3, 0), sequence("1", (PENDING_TOKEN,), 2, -1))
+    )
     runner.step(prefill)
     with NothingWaits() as watch:
         runner.install(0, slab.header, 0)

@@ -40,7 +40,7 @@ def watched(load: LoadAdapter, monkeypatch: pytest.MonkeyPatch) -> Any:
             raise ValueError("slab is of another dtype")
         made.arrived.append((slot, base_elements, arrival))
 
-    monkeypatch.setattr(arrival_watch, "least_tokens", lambda left_s, measured: made.tokens)
+    monkeypatch.setattr(arrival_watch, "min_prefill_tokens", lambda left_s, measured: made.tokens)
     made.runner = SimpleNamespace(arrive=arrive)
     made.watch = ArrivalWatch(load, made.runner, Rates(), made.told.append, count(1))
     return made

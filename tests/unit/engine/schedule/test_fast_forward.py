@@ -17,7 +17,6 @@ from loraserve.engine.schedule.events import (
     StepDone,
     StepResult,
 )
-from loraserve.engine.schedule.fast_forward import quiet_steps, skip
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.messages import AdapterRef, Admit, SamplingParams
 
@@ -67,7 +66,7 @@ class Engine:
         self._take(self.scheduler.handle(StepDone(result), 0.0))
 
     def skip(self, steps: int) -> None:
-        self.batch = skip(self.scheduler, steps, TOKEN)
+        self.batch = self.scheduler.skip_steps(steps, TOKEN)
         self.scheduler.validate()
 
     def _take(self, instructions: list[Instruction]) -> None:
@@ -110,7 +109,7 @@ def test_skipped_steps_end_where_single_ones_do(happenings: list[Happening], kv_
 def _run_both(single: Engine, fast: Engine, steps: int) -> None:
     done = 0
     while done < steps and fast.batch is not None:
-        quiet = min(quiet_steps(fast.scheduler), steps - done)
+        quiet = min(fast.scheduler.quiet_steps(), steps - done)
         if quiet:
             fast.skip(quiet)
         else:
@@ -124,14 +123,14 @@ def test_most_of_a_long_answer_is_quiet() -> None:
     engine = Engine()
     engine.arrive(1, prompt=5, output=50)
     engine.step()
-    assert quiet_steps(engine.scheduler) == 48, "the last of 49 more tokens ends the request"
+    assert engine.scheduler.quiet_steps() == 48, "the last of 49 more tokens ends the request"
 
 
 def test_nothing_is_quiet_where_blocks_are_shared_by_content() -> None:
     engine = Engine(prefix_cache=True)
     engine.arrive(1, prompt=5, output=50)
     engine.step()
-    assert quiet_steps(engine.scheduler) == 0
+    assert engine.scheduler.quiet_steps() == 0
 
 
 def test_nothing_is_quiet_while_one_that_waits_may_begin() -> None:
@@ -139,4 +138,4 @@ def test_nothing_is_quiet_while_one_that_waits_may_begin() -> None:
     engine.arrive(1, prompt=5, output=50)
     engine.step()
     engine.arrive(2, prompt=5, output=50)
-    assert quiet_steps(engine.scheduler) == 0
+    assert engine.scheduler.quiet_steps() == 0

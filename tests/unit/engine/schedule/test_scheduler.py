@@ -123,7 +123,7 @@ def test_max_tokens_ends_a_request_with_its_last_token(helpers: SimpleNamespace)
     desk.step_done(5)
     desk.step_done(6)
     assert (desk.output["r"], desk.finish["r"]) == ([5, 6], "length")
-    assert desk.scheduler.idle
+    assert desk.scheduler.is_idle
 
 
 def test_the_context_ends_a_request_however_many_tokens_it_asked_for(helpers: SimpleNamespace) -> None:
@@ -141,7 +141,7 @@ def test_the_token_that_stops_a_request_is_its_last(helpers: SimpleNamespace, to
     desk.step_done(8)
     desk.step_done(token)
     assert (desk.output["r"], desk.finish["r"]) == ([8, token], "stop")
-    assert desk.scheduler.idle
+    assert desk.scheduler.is_idle
 
 
 def test_ignore_eos_ignores_eos_alone(helpers: SimpleNamespace) -> None:
@@ -225,7 +225,7 @@ def test_a_failed_step_says_nothing_about_who_was_aborted(helpers: SimpleNamespa
     desk.tell(RequestAborted("gone"))
     desk.step_failed()
     assert desk.rejected == {}
-    assert desk.scheduler.idle
+    assert desk.scheduler.is_idle
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_what_can_never_run_is_refused_at_once(
     desk.arrive("r", prompt, max_tokens=max_tokens)
     assert desk.rejected["r"].code == code
     assert text in desk.rejected["r"].message
-    assert desk.scheduler.idle
+    assert desk.scheduler.is_idle
 
 
 def test_the_context_is_no_longer_than_the_kv_cache(helpers: SimpleNamespace) -> None:
@@ -265,7 +265,7 @@ def test_an_id_that_is_live_is_taken_once(helpers: SimpleNamespace) -> None:
     desk.arrive("r", [1], max_tokens=1)
     desk.arrive("r", [1], max_tokens=1)
     desk.step_done()
-    assert (desk.output["r"], desk.scheduler.idle) == ([7], True)
+    assert (desk.output["r"], desk.scheduler.is_idle) == ([7], True)
 
 
 def test_a_budget_below_the_running_limit_is_refused(helpers: SimpleNamespace) -> None:

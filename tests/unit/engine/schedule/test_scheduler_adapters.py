@@ -11,7 +11,7 @@ from loraserve.engine.schedule.events import (
     PlanReady,
     RequestAborted,
 )
-from loraserve.engine.schedule.overtaking import MOST_BYPASSED
+from loraserve.engine.schedule.overtaking import MAX_OVERTAKEN
 
 PROMPT = [1] * 8
 
@@ -87,8 +87,8 @@ def test_who_waits_for_room_is_passed_by_so_often_and_no_more(helpers: SimpleNam
         desk.arrive(f"quick-{passed}", [1], helpers.adapter("busy"), max_tokens=2)
         desk.step_done()
         passed += 1
-        assert passed < 2 * MOST_BYPASSED, "it would starve"
-    assert passed >= MOST_BYPASSED
+        assert passed < 2 * MAX_OVERTAKEN, "it would starve"
+    assert passed >= MAX_OVERTAKEN
     desk.arrive("base", [1])
     assert desk.sizes == {"base": 1}, "the base model needs no room in the pool and is never held back"
     desk.loaded("wanted")
@@ -109,8 +109,8 @@ def test_only_what_is_in_the_way_is_held_back_for_who_waits_for_room(helpers: Si
         desk.arrive(f"quick-{arrived}", [1], helpers.adapter("busy"), max_tokens=1)
         arrived += 1
         desk.step_done()
-        assert arrived < 8 + 2 * MOST_BYPASSED, "it would starve"
-    assert arrived >= MOST_BYPASSED / 2, "room came by itself"
+        assert arrived < 8 + 2 * MAX_OVERTAKEN, "it would starve"
+    assert arrived >= MAX_OVERTAKEN / 2, "room came by itself"
     (stayed,) = (version for version in ("busy", "other") if version in desk.scheduler.residency.pool)
     desk.arrive("late", [1], helpers.adapter(stayed), max_tokens=1)
     for _ in range(4):
@@ -131,7 +131,7 @@ def test_who_waits_for_room_does_not_wait_for_the_longest(helpers: SimpleNamespa
             arrived += 1
         desk.step_done()
         assert "endless" not in desk.finish, "there was another place"
-    assert arrived >= MOST_BYPASSED
+    assert arrived >= MAX_OVERTAKEN
     desk.loaded("wanted")
     desk.step_done()
     assert "patient" in desk.sizes
@@ -144,12 +144,12 @@ def test_only_for_the_first_who_waits_for_room_others_are_held_back(helpers: Sim
     desk.arrive("first", [1], helpers.adapter("wanted"))
     desk.arrive("second", [1], helpers.adapter("wanted-too"))
     ended = 0
-    for arrived in range(MOST_BYPASSED + 20):
+    for arrived in range(MAX_OVERTAKEN + 20):
         name = ("busy", "other")[arrived % 2]
         desk.arrive(f"quick-{arrived}", [1], helpers.adapter(name), max_tokens=1)
         desk.step_done()
         ended = sum(request_id.startswith("quick") for request_id in desk.finish)
-    assert MOST_BYPASSED < ended < MOST_BYPASSED + 20, "one of two adapters goes on"
+    assert MAX_OVERTAKEN < ended < MAX_OVERTAKEN + 20, "one of two adapters goes on"
 
 
 def test_a_failed_load_rejects_who_waits_for_it_with_the_reason(helpers: SimpleNamespace) -> None:
@@ -190,7 +190,7 @@ def test_who_waits_for_a_load_can_be_aborted_and_the_copy_stays_for_others(helpe
     desk = helpers.Desk()
     desk.arrive("gone", [1], helpers.adapter("a"))
     desk.tell(RequestAborted("gone"))
-    assert desk.scheduler.idle
+    assert desk.scheduler.is_idle
     desk.loaded("a")
     assert desk.step is None
     desk.arrive("next", [1], helpers.adapter("a"))

@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from loraserve.engine.schedule.blocks import BlockManager
-from loraserve.engine.schedule.events import DRAWN, RequestAborted
-from loraserve.engine.schedule.sequence import Sequence, State
+from loraserve.engine.schedule.events import PENDING_TOKEN, RequestAborted
+from loraserve.engine.schedule.sequence import Sequence, Transition
 from loraserve.engine.schedule.steps import StepBuilder
 from loraserve.messages import Admit, SamplingParams
 
@@ -23,12 +23,12 @@ def shape(desk: SimpleNamespace, name: str) -> list[tuple[int, tuple[int, ...], 
 def test_a_decode_goes_ahead_with_the_token_that_is_being_drawn(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1)
     desk.arrive("r", [1, 1])
-    assert shape(desk, "r") == [(0, (1, 1), True, 0), (2, (DRAWN,), True, 1)]
+    assert shape(desk, "r") == [(0, (1, 1), True, 0), (2, (PENDING_TOKEN,), True, 1)]
     desk.step_done(5)
     assert desk.output["r"] == [5]
-    assert shape(desk, "r") == [(2, (DRAWN,), True, 1), (3, (DRAWN,), True, 2)]
+    assert shape(desk, "r") == [(2, (PENDING_TOKEN,), True, 1), (3, (PENDING_TOKEN,), True, 2)]
     desk.step_done(6)
-    assert shape(desk, "r") == [(3, (DRAWN,), True, 2), (4, (DRAWN,), True, 3)]
+    assert shape(desk, "r") == [(3, (PENDING_TOKEN,), True, 2), (4, (PENDING_TOKEN,), True, 3)]
     assert len(desk.part("r").blocks) == 2, "there is a block for what the step ahead writes"
     assert desk.output["r"] == [5, 6]
 
@@ -48,7 +48,7 @@ def test_a_prompt_goes_ahead_chunk_by_chunk_and_then_decodes(helpers: SimpleName
     assert shape(desk, "r") == [(0, (10, 11, 12, 13, 14), False, 0), (5, (15, 16, 17, 18, 19), False, 0)]
     desk.step_done()
     desk.step_done()
-    assert shape(desk, "r") == [(10, (20, 21), True, 0), (12, (DRAWN,), True, 1)]
+    assert shape(desk, "r") == [(10, (20, 21), True, 0), (12, (PENDING_TOKEN,), True, 1)]
 
 
 def test_who_arrives_joins_the_next_step_beside_those_in_flight(helpers: SimpleNamespace) -> None:
@@ -60,7 +60,7 @@ def test_who_arrives_joins_the_next_step_beside_those_in_flight(helpers: SimpleN
     assert desk.sizes == {"first": 1, "second": 2}
     desk.step_done()
     assert desk.sizes == {"first": 1, "second": 1}
-    assert shape(desk, "second") == [(0, (2, 2), True, 0), (2, (DRAWN,), True, 1)]
+    assert shape(desk, "second") == [(0, (2, 2), True, 0), (2, (PENDING_TOKEN,), True, 1)]
 
 
 @pytest.mark.parametrize("limit", [{"max_tokens": 2}, {"max_model_tokens": 4}])
@@ -72,7 +72,7 @@ def test_nobody_goes_ahead_of_the_token_that_will_be_its_last(helpers: SimpleNam
     desk.step_done(5)
     assert len(desk.steps) == 1
     desk.step_done(6)
-    assert (desk.output["r"], desk.finish["r"], desk.scheduler.idle) == ([5, 6], "length", True)
+    assert (desk.output["r"], desk.finish["r"], desk.scheduler.is_idle) == ([5, 6], "length", True)
 
 
 @pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
@@ -97,7 +97,7 @@ def test_who_must_not_stop_yet_waits_for_its_token(helpers: SimpleNamespace) -> 
     desk.arrive("r", [1, 1], min_tokens=2)
     assert shape(desk, "r") == [(0, (1, 1), True, 0)]
     desk.step_done(5)
-    assert shape(desk, "r") == [(2, (5,), True, 1), (3, (DRAWN,), True, 2)], "the third token may stop it"
+    assert shape(desk, "r") == [(2, (5,), True, 1), (3, (PENDING_TOKEN,), True, 2)], "the third token may stop it"
 
 
 def test_who_stops_has_its_last_word_at_once_and_holds_all_until_its_step_is_back(helpers: SimpleNamespace) -> None:
@@ -149,7 +149,7 @@ def test_an_abort_in_flight_waits_for_every_step(helpers: SimpleNamespace) -> No
     assert (desk.scheduler.load().kv_blocks_free, len(desk.steps)) == (15, 1)
     desk.tell(RequestAborted("gone"))
     desk.step_done()
-    assert (desk.scheduler.load().kv_blocks_free, desk.output["gone"], desk.scheduler.idle) == (16, [], True)
+    assert (desk.scheduler.load().kv_blocks_free, desk.output["gone"], desk.scheduler.is_idle) == (16, [], True)
     assert [line.split(" ", 1)[1] for line in desk.scheduler.story("gone")].count("aborted") == 1
 
 
@@ -221,37 +221,37 @@ def sequence(name: str, order: int, prompt: list[int], **sampling: Any) -> Seque
     params = SamplingParams(**{"max_tokens": 8, **sampling})
     admit = Admit(request_id=name, gateway="g", prompt_tokens=tuple(prompt), sampling=params)
     running = Sequence(admit, order, 48, 4)
-    running.state = State.RUNNING
+    running.advance(Transition.START)
     return running
 
 
 def test_nobody_goes_on_from_a_step_that_is_not_the_last() -> None:
     running = sequence("r", 1, PROMPT)
     running.blocks = (0, 1)
-    running.sent(running.step(8))
+    running.part_sent(running.next_part(8))
     for newest, joined in ((["other"], 0), (["r"], 1)):
         builder = StepBuilder(BlockManager(8, 4), 16, newest)
-        builder.continue_running([running])
+        builder.add_running([running])
         assert len(builder.parts()) == joined
 
 
 def test_who_waits_for_what_an_ended_request_still_holds_is_not_preempted() -> None:
     blocks = BlockManager(1, 4)
     leaving, running = sequence("leaving", 1, [1]), sequence("r", 2, PROMPT)
-    leaving.blocks = (blocks.take() or 0,)
-    leaving.sent(leaving.step(1))
-    leaving.state = State.LEAVING
+    leaving.blocks = blocks.allocate(1) or ()
+    leaving.part_sent(leaving.next_part(1))
+    leaving.advance(Transition.END)
     builder = StepBuilder(blocks, 16, ["leaving"])
-    builder.continue_running([leaving, running])
-    assert (builder.parts(), builder.short, builder.preempted) == ((), True, [])
+    builder.add_running([leaving, running])
+    assert (builder.parts(), builder.waits_for_blocks, builder.preempted) == ((), True, [])
 
 
 def test_who_decodes_ahead_goes_before_those_that_prefill() -> None:
     prefills, decodes = sequence("prefills", 1, PROMPT), sequence("decodes", 2, [1])
     decodes.blocks = (0,)
-    decodes.sent(decodes.step(1))
+    decodes.part_sent(decodes.next_part(1))
     builder = StepBuilder(BlockManager(8, 4), 8, ["decodes"])
-    builder.continue_running([prefills, decodes])
+    builder.add_running([prefills, decodes])
     assert [(part.request_id, len(part.tokens)) for part in builder.parts()] == [("decodes", 1), ("prefills", 7)]
 
 

@@ -51,7 +51,7 @@ def test_what_a_step_brings_counts_where_the_read_that_it_began_with_was_verifie
     desk.step_done(7)
     assert desk.output == {"early": [7]}
     assert desk.sizes == {"early": 1}, "it goes on with its next token"
-    assert desk.scheduler.early.in_vain == 0
+    assert desk.scheduler.early.discarded == 0
 
 
 @pytest.mark.parametrize("read", [0, 2])
@@ -62,7 +62,7 @@ def test_it_does_not_count_where_the_slab_came_by_another_read(desk: Any, read: 
     assert desk.sizes == {"early": len(PROMPT)}, "it begins anew, with what is there now"
     desk.step_done(8)
     assert desk.output == {"early": [8]}
-    assert (desk.scheduler.early.begun, desk.scheduler.early.in_vain) == (1, 1)
+    assert (desk.scheduler.early.started, desk.scheduler.early.discarded) == (1, 1)
 
 
 def test_it_does_not_count_before_the_slab_is_verified_and_is_not_tried_again_with_that_read(desk: Any) -> None:
@@ -150,7 +150,7 @@ def test_a_load_that_fails_ends_who_began_with_it_and_leaves_the_extent_until_th
     assert desk.scheduler.load().pool_free_bytes < desk.scheduler.limits.pool_bytes
     assert desk.step_done() == [EvictAdapter("a", 0)]
     assert desk.scheduler.load().pool_free_bytes == desk.scheduler.limits.pool_bytes
-    assert desk.scheduler.idle
+    assert desk.scheduler.is_idle
 
 
 def test_who_comes_after_such_a_failure_gets_another_load(desk: Any, helpers: SimpleNamespace) -> None:
@@ -180,7 +180,7 @@ def test_a_load_is_not_cancelled_under_who_began_with_it(desk: Any) -> None:
     assert desk.tell(RequestAborted("early")) == []
     assert desk.step_done() == [CancelLoad("a")], "now nobody wants it"
     assert desk.tell(AdapterLoadFailed("a", CANCELLED, "nobody wants it any more")) == [EvictAdapter("a", 0)]
-    assert desk.scheduler.idle
+    assert desk.scheduler.is_idle
 
 
 def test_with_a_load_that_is_being_cancelled_nobody_begins(helpers: SimpleNamespace) -> None:

@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from loraserve.engine.adapters.lifecycle import Entry
-from loraserve.engine.schedule.blocks import chain, root
+from loraserve.engine.schedule.blocks import chain_digest, root_digest
 from loraserve.engine.schedule.events import (
     CANCELLED,
-    DRAWN,
+    PENDING_TOKEN,
     AdapterArriving,
     AdapterDamaged,
     AdapterExpected,
@@ -126,7 +126,7 @@ class Device:
         version = version_of(admit)
         assert self.resident.get(part.slot, "") == version, "wrong adapter in the slot"
         tokens = self._stream(admit, end + 1)
-        fed = [self._drawn[part.request_id] if token == DRAWN else token for token in part.tokens]
+        fed = [self._drawn[part.request_id] if token == PENDING_TOKEN else token for token in part.tokens]
         assert fed == tokens[part.start : end], "a wrong token"
         for position, place in enumerate(places):
             content = (version, tuple(tokens[: position + 1]))
@@ -229,7 +229,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert own[-1] in self.steps[-1].sequences, "it would go on with a token of an older step"
             assert part.start == own[-1].start + len(own[-1].tokens)
         draws = bool(own) and own[-1].sample
-        assert part.tokens == (DRAWN,) if draws else DRAWN not in part.tokens
+        assert part.tokens == (PENDING_TOKEN,) if draws else PENDING_TOKEN not in part.tokens
         index = len(self.output[part.request_id]) + sum(other.sample for other in own)
         assert part.sample == (part.start + len(part.tokens) == len(admit.prompt_tokens) + index)
         assert part.output_index == index < most_tokens(admit, self.scheduler.max_model_tokens)
@@ -414,7 +414,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         in_steps = {part.request_id for batch in self.steps for part in batch.sequences}
         listed = set(self.scheduler.load().request_ids)
         assert self.live <= listed <= self.live | in_steps, "a request that ended is held longer than its steps"
-        assert self.scheduler.idle == (not listed and not self.steps)
+        assert self.scheduler.is_idle == (not listed and not self.steps)
 
     @invariant()
     def loads_are_wanted_or_cancelled(self) -> None:
@@ -445,9 +445,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             contents = [self.device.kv.get((block, offset)) for offset in range(BLOCK)]
             assert None not in contents, "what a failed step wrote is shared"
             version, tokens = contents[-1]
-            name = root(version)
+            name = root_digest(version)
             for start in range(0, len(tokens), BLOCK):
-                name = chain(name, tokens[start : start + BLOCK])
+                name = chain_digest(name, tokens[start : start + BLOCK])
             assert name == digest
 
     @invariant()
@@ -480,7 +480,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.scheduler.validate()
         assert not self.live, [self.scheduler.story(r) for r in self.live]
         assert self.plans_open == 0, "a plan was never answered"
-        assert self.scheduler.idle
+        assert self.scheduler.is_idle
         assert self.scheduler.blocks.free == self.scheduler.limits.kv_blocks
         assert all(entry.running == 0 for entry in self.scheduler.residency.pool.entries())
 

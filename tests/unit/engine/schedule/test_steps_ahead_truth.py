@@ -10,7 +10,7 @@ import torch
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import Config, EngineConfig, ModelConfig
 from loraserve.engine.offline import OfflineEngine, OfflineRequest
-from loraserve.engine.schedule.events import DRAWN, StepBatch
+from loraserve.engine.schedule.events import PENDING_TOKEN, StepBatch
 from loraserve.engine.setup import build_runner
 from loraserve.kernels import attention
 from loraserve.messages import SamplingParams
@@ -74,7 +74,7 @@ def test_a_mixed_batch_gets_the_tokens_of_one_step_at_a_time(
 
     def count(batch: StepBatch) -> None:
         nonlocal drawn
-        drawn += sum(part.tokens == (DRAWN,) for part in batch.sequences)
+        drawn += sum(part.tokens == (PENDING_TOKEN,) for part in batch.sequences)
 
     outputs = engine.generate(requests(), before_step=count)
     assert [(o.tokens, o.finish, o.error) for o in outputs] == [(o.tokens, o.finish, o.error) for o in expected]
