@@ -15,7 +15,6 @@ import transformers
 
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import Config, EngineConfig, ModelConfig
-from loraserve.engine.offline import OfflineEngine, OfflineOutput, OfflineRequest
 from loraserve.engine.schedule.events import StepBatch
 from loraserve.kernels import attention
 from loraserve.messages import SamplingParams

@@ -12,9 +12,9 @@ from loraserve.config import Config
 from loraserve.demo import demo_adapters
 from loraserve.demo.paths import default_data_dir
 from loraserve.device import cores
-from loraserve.engine.offline import OfflineEngine, OfflineRequest
 from loraserve.messages import SamplingParams
 from loraserve.model_shape import ModelShape
+from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest
 from loraserve.testing.tiny_model import write_peft_adapter
 
 RANKS = (8, 8, 16, 16, 24, 24, 32, 32)

@@ -10,9 +10,9 @@ from harness.worker import serve
 
 from loraserve.adapter.pack import pack_peft
 from loraserve.config import Config, EngineConfig, ModelConfig
-from loraserve.engine.offline import OfflineEngine, OfflineRequest
 from loraserve.engine.setup import build_runner
 from loraserve.messages import SamplingParams
+from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest
 
 
 class Side:

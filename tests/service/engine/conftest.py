@@ -15,7 +15,6 @@ from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config, EngineConfig, ModelConfig, TransferConfig
 from loraserve.engine.compute.protocol import DeviceLost, PendingStep, Runner
-from loraserve.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
 from loraserve.engine.schedule.events import StepBatch, StepResult
 from loraserve.engine.service import BuildRunner, EngineService
 from loraserve.engine.setup import build_runner
@@ -40,6 +39,7 @@ from loraserve.messages import (
 from loraserve.service import ServiceState
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import StoppableClock
+from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
 PROMPT = tuple(range(5, 25))

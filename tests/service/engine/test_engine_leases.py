@@ -13,7 +13,6 @@ from loraserve.config import TransferConfig
 from loraserve.cost import extent_bytes
 from loraserve.engine.loading.memory import HostPool
 from loraserve.engine.loading.slab_reader import damaged_layer
-from loraserve.engine.offline import adapter_reference
 from loraserve.errors import PeerError
 from loraserve.messages import (
     Admit,
@@ -23,6 +22,7 @@ from loraserve.messages import (
 )
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, ShmHandle
 from loraserve.testing.clock import FakeClock
+from loraserve.testing.engine.offline import adapter_reference
 from loraserve.testing.engine.peer import Peer
 from loraserve.testing.tiny_model import write_peft_adapter
 from loraserve.transfer.protocol import ByteRange

@@ -20,10 +20,10 @@ from loraserve.engine.loading.loader import SlabLoader
 from loraserve.engine.loading.peers import Readers
 from loraserve.engine.loading.source import LoadFailed
 from loraserve.engine.loading.sources import Sources
-from loraserve.engine.offline import adapter_reference
 from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 from loraserve.testing.bus import MemoryNetwork
+from loraserve.testing.engine.offline import adapter_reference
 from loraserve.testing.engine.watched_pool import WatchedPool
 
 SHAPE = ModelShape(layers=5, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=24, vocab=64)

@@ -7,8 +7,8 @@ import torch
 
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import Config, EngineConfig, ModelConfig
-from loraserve.engine.offline import OfflineEngine, OfflineRequest
 from loraserve.messages import SamplingParams
+from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
 PROMPT = tuple(range(5, 25))

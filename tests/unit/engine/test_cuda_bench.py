@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from loraserve.config import EngineConfig
-from loraserve.engine.offline import OfflineOutput
 from loraserve.model_shape import ModelShape
+from loraserve.testing.engine.offline import OfflineOutput
 
 pytest.importorskip("triton", reason="the CUDA runner needs triton")
 

@@ -21,12 +21,12 @@ from loraserve.engine.cuda.state import DTYPES, allocate, compute_dtype
 from loraserve.engine.model.config import DecoderConfig, Rope
 from loraserve.engine.model.linear import Linear
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
-from loraserve.engine.offline import OfflineEngine, OfflineOutput, OfflineRequest
 from loraserve.engine.schedule.events import LoadAdapter
 from loraserve.engine.setup import gpu_unusable
 from loraserve.messages import AdapterRef
 from loraserve.messages.sampling import SamplingParams
 from loraserve.model_shape import MODULES, ModelShape
+from loraserve.testing.engine.offline import OfflineEngine, OfflineOutput, OfflineRequest
 
 RANKS = (8, 16, 32, 64, 128)
 SEQUENCES = 64

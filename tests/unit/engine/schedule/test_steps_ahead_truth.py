@@ -9,11 +9,11 @@ import torch
 
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import Config, EngineConfig, ModelConfig
-from loraserve.engine.offline import OfflineEngine, OfflineRequest
 from loraserve.engine.schedule.events import PENDING_TOKEN, StepBatch
 from loraserve.engine.setup import build_runner
 from loraserve.kernels import attention
 from loraserve.messages import SamplingParams
+from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
 BLOCKS = 16

@@ -12,9 +12,9 @@ from loraserve.engine.loading.loader import SlabLoader
 from loraserve.engine.loading.memory import HostPool
 from loraserve.engine.loading.peers import Readers
 from loraserve.engine.loading.sources import Sources
-from loraserve.engine.offline import adapter_reference
 from loraserve.messages import Copies, FindCopies, ToEngine, ToMonitor, ToStore
 from loraserve.testing.bus import MemoryNetwork
+from loraserve.testing.engine.offline import adapter_reference
 from loraserve.testing.scripted_owner import ABLE, ScriptedOwner
 
 OFFSET, GUARD = 4096, b"\x55"
