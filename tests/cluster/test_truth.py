@@ -19,6 +19,7 @@ from loraserve.engine.schedule.events import StepBatch
 from loraserve.kernels import attention
 from loraserve.messages import SamplingParams
 from loraserve.model_shape import ModelShape, read_model_config, shape_from_config
+from loraserve.testing.engine.offline import OfflineEngine, OfflineOutput, OfflineRequest
 from loraserve.testing.peft_writer import PROJECTIONS
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
