@@ -1,5 +1,6 @@
 """For all tests: which may run beside each other, and what they measured, shown at the end of the run."""
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,11 @@ from loraserve.testing.triton_interpreter import use_interpreter
 
 if not torch.cuda.is_available():
     use_interpreter()
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A shell starts background jobs of a script with SIGINT ignored, and so do nohup and some CI runners. Children
+    # would inherit that, and tests that send them SIGINT would wait in vain.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 MEASURED = "measured"
 WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/", "tests/rdma/")

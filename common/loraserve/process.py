@@ -35,7 +35,7 @@ class Parent:
         self._pid = pid
         self._direct = os.getppid() == pid
         if self._direct:
-            _ask_for_signal()
+            end_with_parent()
 
     def is_alive(self) -> bool:
         if self._direct:
@@ -57,7 +57,7 @@ class Parent:
         on_gone()
 
 
-def _ask_for_signal() -> None:
+def end_with_parent() -> None:
     """Linux: SIGTERM the moment the parent dies, even while this process is busy importing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)

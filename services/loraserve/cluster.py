@@ -1,4 +1,4 @@
-"""`loraserve up` and `loraserve down`: a whole cluster on one machine."""
+"""The `loraserve up` and `loraserve down` commands: a whole cluster on one machine."""
 
 import argparse
 import asyncio
@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import msgspec
@@ -19,24 +19,36 @@ from loraserve.demo import demo_adapters
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
 from loraserve.errors import ConfigError, LoraServeError
+from loraserve.process import Parent
 from loraserve.supervisor.preflight import check_configuration, check_disk, check_model, check_not_running, check_port
-from loraserve.supervisor.processes import ProcessFailed
 from loraserve.supervisor.state import RunState, clear_run_dir, read_state, stop_cluster, write_state
-from loraserve.supervisor.up import Supervisor, base_url, try_lines
+from loraserve.supervisor.up import Supervisor, base_url
 
 STARTED_S = time.monotonic()
 DETACH_POLL_S = 0.2
 STOP_TIMEOUT_S = 20.0
 
+UP_EXAMPLES = """\
+examples:
+  scripts/up                                       demo model, four demo adapters, two engines
+  scripts/up --detach                              return once the cluster serves; stop it with scripts/down
+  scripts/up --model DIR --adapter support=DIR2    your own model and adapter
+  scripts/up --engines 4 --port 9000               four engines, another port
+  scripts/up --set engine.pool_bytes=2147483648    any setting of loraserve/config.py
+
+The cluster serves an OpenAI-style API. At the end, three curl commands to try are printed.
+Logs are in DATA/logs, one file per process.
+"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Entry point of the `loraserve` command. Returns the exit status."""
+    """Run the `loraserve` command. Returns the exit status."""
     raw = list(sys.argv[1:] if argv is None else argv)
     arguments = _parser().parse_args(raw)
     arguments.raw = raw
     try:
         return int(arguments.run(arguments))
-    except (LoraServeError, ProcessFailed) as error:
+    except LoraServeError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return 1
     except KeyboardInterrupt:
@@ -44,12 +56,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def up(arguments: argparse.Namespace) -> int:
-    """Start everything and stay with it until stopped; with --detach, until it is ready."""
+    """Start the cluster and supervise it until stopped. With --detach, return once it is ready."""
     config = _configuration(arguments)
     run_dir = Path(config.cluster.run_dir)
     check_configuration(config)
     check_not_running(run_dir)
-    # Chosen once: a gateway that is started again has to be where the announced address says.
+    # Port 0 is resolved once: a restarted gateway must listen where the printed address says.
     port = check_port(config.gateway.host, config.gateway.port)
     config = msgspec.structs.replace(config, gateway=msgspec.structs.replace(config.gateway, port=port))
     for folder in (Path(config.cluster.log_dir), Path(config.cluster.data_dir)):
@@ -68,23 +80,26 @@ def up(arguments: argparse.Namespace) -> int:
 
 def _serve(config: Config, arguments: argparse.Namespace) -> None:
     cluster = config.cluster
-    # Until the cluster takes over: `down` ends this and what it runs, such as a download, as Ctrl-C does.
+    # Until the supervisor installs its own handlers, `down` must interrupt this process, and what it runs, as Ctrl-C
+    # does: it may be downloading the demo model.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    # From now on, while the model is still being made, others see that somebody starts here and can stop it.
+    parent = Parent(arguments.parent_pid) if arguments.parent_pid else None
+    # Written before the model is prepared, so that `down` and a second `up` find this process.
     write_state(
         Path(cluster.run_dir), RunState(pid=os.getpid(), url=base_url(config), log_dir=cluster.log_dir, model="")
     )
     config, adapters = _with_model(config, arguments)
-    profile_for(config)  # one that cannot be used is told here, not in the logs of whoever prices with it
-    asyncio.run(Supervisor(config, adapters, _say).run(lambda: _announce(config, adapters)))
+    profile_for(config)  # Reports an unusable profile here rather than in the log of each process that reads it.
+    supervisor = Supervisor(config, adapters, _say)
+    asyncio.run(supervisor.run(lambda: _announce(config, adapters), parent))
 
 
 def down(arguments: argparse.Namespace) -> int:
-    """Stop the cluster of this data folder. Nothing running is no error."""
+    """Stop the cluster of this data folder. It is not an error if none runs."""
     run_dir = Path(_configuration(arguments).cluster.run_dir)
     state = read_state(run_dir)
     if state is None:
-        _say(f"nothing runs here ({run_dir})")
+        _say(f"no cluster runs in {run_dir}")
         return 0
     _say(f"stopping {len(state.processes)} processes")
     stop_cluster(run_dir, state, STOP_TIMEOUT_S)
@@ -99,7 +114,7 @@ def _with_model(config: Config, arguments: argparse.Namespace) -> tuple[Config, 
         check_model(Path(config.model.path))
         path = Path(config.model.path).resolve()
     else:
-        _say("preparing the demo model (once)")
+        _say("preparing the demo model (first start only)")
         path = prepare_model(data_dir, _say)
         adapters = {adapter.name: adapter.path for adapter in demo_adapters(data_dir, _say)}
     adapters.update(_named_folder(text) for text in arguments.adapter)
@@ -115,7 +130,7 @@ def _named_folder(text: str) -> tuple[str, Path]:
 
 
 def _configuration(arguments: argparse.Namespace) -> Config:
-    """Flags win over everything else; folders that nobody chose lie under the data folder."""
+    """Return the configuration. Flags override everything else; unset folders are placed under the data folder."""
     overrides = [f"{key}={value}" for key, value in _flag_values(arguments) if value is not None]
     config = load_config(arguments.config, overrides=[*arguments.set, *overrides])
     cluster = config.cluster
@@ -126,7 +141,7 @@ def _configuration(arguments: argparse.Namespace) -> Config:
         run_dir=cluster.run_dir or str(data_dir / "run"),
         log_dir=cluster.log_dir or str(data_dir / "logs"),
     )
-    # Written down, so that every process counts the same.
+    # The number of engines is fixed here, so that every process uses the same one.
     cluster = msgspec.structs.replace(cluster, engines=engine_count(config))
     return msgspec.structs.replace(config, cluster=cluster)
 
@@ -148,25 +163,25 @@ def _make_folder(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot make {folder}: {error.strerror}; choose another place with --data DIR") from error
+        raise ConfigError(f"cannot create {folder}: {error.strerror}; choose another with --data DIR") from error
 
 
 def _detach(arguments: argparse.Namespace, config: Config) -> int:
-    """Run the same command in a session of its own and show its output until it is ready or has ended."""
+    """Run the same command in a session of its own. Show its output until the cluster is ready or has failed."""
     log_file = Path(config.cluster.log_dir) / "up.log"
     command = [sys.executable, "-m", "loraserve.cluster", *[a for a in arguments.raw if a != "--detach"]]
     with log_file.open("wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     try:
-        return _follow(child, log_file, Path(config.cluster.run_dir))
+        return _show_output(child, log_file, Path(config.cluster.run_dir))
     except KeyboardInterrupt:
         _say("stopping")
         stop_cluster(Path(config.cluster.run_dir), _state_of(child, config), STOP_TIMEOUT_S)
         raise
 
 
-def _follow(child: "subprocess.Popen[bytes]", log_file: Path, run_dir: Path) -> int:
-    """Shows its output until it is ready, which is 0, or has ended."""
+def _show_output(child: "subprocess.Popen[bytes]", log_file: Path, run_dir: Path) -> int:
+    """Copy the child's output to stderr. Returns 0 once the cluster is ready, else the child's exit status."""
     with log_file.open() as output:
         while True:
             ended = child.poll() is not None
@@ -188,10 +203,29 @@ def _state_of(child: "subprocess.Popen[bytes]", config: Config) -> RunState:
     return RunState(pid=child.pid, url=base_url(config), log_dir=config.cluster.log_dir, model="")
 
 
-def _announce(config: Config, adapters: dict[str, Path]) -> None:
+def _announce(config: Config, adapters: Mapping[str, Path]) -> None:
     _say(f"ready. Logs: {config.cluster.log_dir}. Stop: Ctrl-C or scripts/down. Try:")
-    for line in try_lines(config, adapters):
+    for line in example_requests(config, adapters):
         print(f"\n{line}", file=sys.stderr, flush=True)
+
+
+def example_requests(config: Config, adapters: Mapping[str, Path]) -> list[str]:
+    """Return three curl commands: for the base model, for an adapter and for a stream."""
+    url = f"{base_url(config)}/v1/chat/completions"
+    names = [config.model.name, *adapters]
+    question = "What is the moon?"
+    lines = []
+    for title, model, extra in (
+        ("the base model", names[0], ""),
+        ("an adapter", names[min(1, len(names) - 1)], ""),
+        ("a stream", names[-1], ', "stream": true'),
+    ):
+        key = ' -H "Authorization: Bearer $API_KEY"' if config.gateway.api_keys else ""
+        messages = f'[{{"role": "user", "content": "{question}"}}]'
+        body = f'{{"model": "{model}", "max_tokens": 40{extra}, "messages": {messages}}}'
+        flag = "-sN" if extra else "-s"
+        lines.append(f"# {title}\ncurl {flag} {url}{key} -H 'Content-Type: application/json' -d '{body}'")
+    return lines
 
 
 def _say(text: str) -> None:
@@ -200,38 +234,42 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="loraserve", description="A multi-LoRA serving cluster on this machine.", allow_abbrev=False
+        prog="loraserve", description="Start or stop a multi-LoRA serving cluster on this machine.", allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="up|down")
     start = commands.add_parser(
         "up",
         help="start a cluster and serve until stopped",
+        description="Start a cluster on this machine and serve until stopped.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="examples:\n"
-        "  scripts/up                                       demo model, four demo adapters, two engines\n"
-        "  scripts/up --detach                              return once it serves\n"
-        "  scripts/up --model DIR --adapter support=DIR2    your model and adapter\n"
-        "  scripts/up --set engine.pool_bytes=2147483648    any field of loraserve/config.py",
+        epilog=UP_EXAMPLES,
     )
     start.add_argument(
-        "--model", metavar="DIR", help="Hugging Face directory (Llama, Mistral, Qwen2, Qwen3); default: demo"
+        "--model", metavar="DIR", help="Hugging Face directory (Llama, Mistral, Qwen2, Qwen3); default: the demo model"
     )
-    start.add_argument("--name", help="what clients call the model; default: the folder's name")
-    start.add_argument("--adapter", action="append", default=[], metavar="NAME=DIR", help="PEFT directory to register")
-    start.add_argument("--engines", metavar="N", help="engine processes (one for each GPU, or 2 on a CPU)")
-    start.add_argument("--device", help="auto (a GPU where there is one), cpu or cuda")
-    start.add_argument("--host", help="address to serve on (127.0.0.1)")
-    start.add_argument("--port", help="port to serve on (8000); 0: one that is free")
-    start.add_argument("--detach", action="store_true", help="return once ready and serve in the background")
+    start.add_argument("--name", help="the model's name in requests (\"model\"); default: the folder's name")
+    start.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", help="PEFT directory to serve; may be repeated"
+    )
+    start.add_argument("--engines", metavar="N", help="engine processes; default: one per GPU, 2 on a CPU")
+    start.add_argument("--device", help="auto, cpu or cuda; default: auto, which uses a GPU if there is one")
+    start.add_argument("--host", help="address to listen on; default: 127.0.0.1")
+    start.add_argument("--port", help="port to listen on; default: 8000; 0 chooses a free one")
+    start.add_argument("--detach", action="store_true", help="return once the cluster is ready; it keeps serving")
+    start.add_argument(
+        "--parent-pid", type=int, default=0, metavar="PID", help="stop the cluster when this process ends (for tests)"
+    )
     start.set_defaults(run=up)
-    stop = commands.add_parser("down", help="stop the cluster and leave nothing behind")
+    stop = commands.add_parser("down", help="stop the cluster", description="Stop the cluster of a data folder.")
     stop.set_defaults(run=down)
     for command in (start, stop):
         command.add_argument(
-            "--data", metavar="DIR", help=f"model, adapters, logs ({_home_relative(default_data_dir())})"
+            "--data", metavar="DIR", help=f"model, adapters and logs; default: {_home_relative(default_data_dir())}"
         )
-        command.add_argument("--config", type=Path, metavar="FILE", help="TOML file, see loraserve/config.py")
-        command.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any one setting")
+        command.add_argument("--config", type=Path, metavar="FILE", help="TOML file with settings")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one setting; may be repeated"
+        )
     return parser
 
 

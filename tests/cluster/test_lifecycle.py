@@ -4,6 +4,7 @@ import asyncio
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -72,30 +73,54 @@ def test_a_port_that_the_system_chooses_is_announced_and_served(tiny: Path, tmp_
         assert f"curl -s {state.url}/v1/" in (running.data_dir / "logs" / "up.log").read_text()
 
 
-def test_what_is_still_preparing_is_seen_by_others_and_stopped(tmp_path: Path) -> None:
+def test_a_cluster_that_still_prepares_its_model_is_seen_by_others_and_stopped(tmp_path: Path) -> None:
     cluster = LocalCluster(tmp_path / "data")
     run_dir = cluster.data_dir / "run"
-    first = subprocess.Popen(cluster.command("up", "--port", str(cluster.port)), stderr=subprocess.DEVNULL)
-    wait_for(lambda: (run_dir / "cluster.json").exists())
-    second = subprocess.run(cluster.command("up", "--port", str(free_port())), capture_output=True, text=True)
-    assert (second.returncode, "already runs" in second.stderr) == (1, True)
-    assert first.poll() is None
-    cluster.down()
-    assert first.wait(20) == 130
+    with cluster.starting("--port", str(cluster.port)) as first:
+        wait_for(lambda: (run_dir / "cluster.json").exists())
+        second = subprocess.run(cluster.command("up", "--port", str(free_port())), capture_output=True, text=True)
+        assert (second.returncode, "already runs" in second.stderr) == (1, True)
+        assert first.poll() is None
+        cluster.down()
+        assert first.wait(20) == 130
     assert not list(run_dir.glob("*"))
 
 
-def test_ctrl_c_while_it_waits_stops_what_was_started(tiny: Path, tmp_path: Path) -> None:
+def test_ctrl_c_while_up_waits_stops_what_was_started(tiny: Path, tmp_path: Path) -> None:
     cluster = LocalCluster(tmp_path / "data")
     run_dir = cluster.data_dir / "run"
-    flags = ("--detach", "--port", str(cluster.port), "--model", str(tiny))
-    waiting = subprocess.Popen(cluster.command("up", *flags), stderr=subprocess.DEVNULL)
-    wait_for(lambda: (state := read_state(run_dir)) is not None and len(state.processes) > 3)
-    pids = cluster.pids()
-    waiting.send_signal(signal.SIGINT)
-    assert waiting.wait(30) == 130
-    assert not [name for name, pid in pids.items() if is_ours(pid)]
+    with cluster.starting("--detach", "--port", str(cluster.port), "--model", str(tiny)) as waiting:
+        wait_for(lambda: (state := read_state(run_dir)) is not None and len(state.processes) > 3)
+        pids = cluster.pids()
+        waiting.send_signal(signal.SIGINT)
+        assert waiting.wait(30) == 130
+        assert not [name for name, pid in pids.items() if is_ours(pid)]
     assert not list(run_dir.glob("*"))
+
+
+STARTER = """
+import os, signal, sys
+from pathlib import Path
+from loraserve.testing.local_cluster import LocalCluster
+
+cluster = LocalCluster(Path(sys.argv[1]), "--model", sys.argv[2], "--engines", "1")
+cluster.up()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_cluster_ends_with_the_killed_test_that_started_it(tiny: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    done = subprocess.run([sys.executable, "-c", STARTER, str(data), str(tiny)], timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    state = read_state(data / "run")
+    try:
+        assert state is not None
+        pids = [state.pid, *state.processes.values()]
+        wait_for(lambda: not any(is_ours(pid) for pid in pids))
+        assert not list((data / "run").glob("*"))
+    finally:
+        LocalCluster(data).down()
 
 
 def wait_for(condition: Callable[[], bool]) -> None:

@@ -87,9 +87,11 @@ def test_status_names_every_process_engine_and_adapter(cluster: LocalCluster) ->
 def test_watch_shows_the_status_again(cluster: LocalCluster) -> None:
     command = [sys.executable, "-m", "loraserve.ops", "status", "--watch", "--json", "--url", cluster.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
-        assert watching.stdout is not None
-        two = [json.loads(watching.stdout.readline()) for _ in range(2)]
-        watching.terminate()
+        try:
+            assert watching.stdout is not None
+            two = [json.loads(watching.stdout.readline()) for _ in range(2)]
+        finally:
+            watching.terminate()
     assert [state["gateway"]["name"] for state in two] == ["gateway-0", "gateway-0"]
 
 

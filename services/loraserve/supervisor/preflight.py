@@ -1,4 +1,4 @@
-"""What can be known to be wrong before anything is started."""
+"""Checks before anything is started: running cluster, port, disk, model."""
 
 import shutil
 import socket
@@ -13,7 +13,7 @@ NEEDED_BYTES = 1 << 30
 
 
 def check_not_running(run_dir: Path) -> None:
-    """Raises ConfigError where a cluster already runs in this folder."""
+    """Raise ConfigError if a cluster already runs in this folder."""
     state = read_state(run_dir)
     if state is not None and is_ours(state.pid):
         raise ConfigError(
@@ -23,7 +23,7 @@ def check_not_running(run_dir: Path) -> None:
 
 
 def check_port(host: str, port: int) -> int:
-    """The port to listen on: for 0, one that the system chose. Raises ConfigError where nobody could listen there."""
+    """Return the port to listen on; for 0, a free one chosen by the system. Raise ConfigError if it is not usable."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -37,12 +37,12 @@ def check_port(host: str, port: int) -> int:
 
 
 def check_configuration(config: Config) -> None:
-    """Raises ConfigError where a setting names what this cluster does not have."""
+    """Raise ConfigError if a setting names an engine that this cluster does not have."""
     check_pins(config)
 
 
 def check_disk(folder: Path) -> None:
-    """Raises ConfigError where less than a gigabyte is free for the model, the slabs and the logs."""
+    """Raise ConfigError if less than a gigabyte is free for the model, the slabs and the logs."""
     free = shutil.disk_usage(folder).free
     if free < NEEDED_BYTES:
         raise ConfigError(
@@ -52,7 +52,7 @@ def check_disk(folder: Path) -> None:
 
 
 def check_model(model_dir: Path) -> None:
-    """Raises ConfigError where the directory is not a model that engines can serve."""
+    """Raise ConfigError if the directory does not hold a model that engines can serve."""
     shape_from_config(read_model_config(model_dir))
     if not any(model_dir.glob("*.safetensors")):
         raise ConfigError(f"{model_dir}: no *.safetensors file; --model needs weights in the safetensors format")

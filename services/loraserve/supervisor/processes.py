@@ -1,4 +1,4 @@
-"""Starts the processes of a cluster, restarts those that die, stops them all."""
+"""Starts the processes of a local cluster, restarts those that end, and stops them all."""
 
 import asyncio
 import contextlib
@@ -10,33 +10,34 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from loraserve.config import Config, engine_count, engine_names
+from loraserve.errors import LoraServeError
 from loraserve.supervisor.restart import RestartHistory, StopCluster
 
 STOP_TIMEOUT_S = 15.0
-LAST_LINES = 10
+REASON_LINES = 10
 
 
-class ProcessFailed(Exception):
-    """A process ended in a way that a restart cannot mend; the text says which and why."""
+class ProcessFailedError(LoraServeError):
+    """A process ended in a way that a restart cannot mend. The text names the process and the reason."""
 
 
 def process_names(config: Config) -> list[str]:
-    """Every process of the local cluster, in the order in which they are started."""
+    """Return every process of the local cluster, in starting order."""
     return ["store", "planner", "monitor", "router", *engine_names(config), "gateway-0"]
 
 
 def kind_of(name: str) -> str:
-    """``engine-0`` is an ``engine``."""
+    """Return the package that runs a process: ``engine`` for ``engine-0``."""
     return name.rpartition("-")[0] or name
 
 
 def threads_per_engine(config: Config) -> int:
-    """Cores are split: engines that compete for them slow each other down far more than their share."""
+    """Return an engine's share of the cores. Engines that compete for cores lose more than their share of speed."""
     return config.engine.threads or max(1, (os.cpu_count() or 1) // engine_count(config))
 
 
 def environment(config: Config, kind: str) -> dict[str, str]:
-    """The child's environment: thread pools sized for it, and nothing reached over the network by accident."""
+    """Return the environment of a child: thread pools sized for it, and no network access by libraries."""
     threads = str(threads_per_engine(config) if kind == "engine" else 1)
     values = {name: value for name, value in os.environ.items() if not name.startswith("LORASERVE_")}
     values.update(
@@ -46,14 +47,14 @@ def environment(config: Config, kind: str) -> dict[str, str]:
         TOKENIZERS_PARALLELISM="false",
         HF_HUB_OFFLINE="1",
         PYTHONUNBUFFERED="1",
-        # Modules of the folder in which somebody stands are not ours.
+        # Keeps Python from importing modules of the user's working directory.
         PYTHONSAFEPATH="1",
     )
     return values
 
 
 class Processes:
-    """The children of one supervisor. ``on_change`` is called with {name: pid} whenever one starts."""
+    """The children of a supervisor. ``on_change`` is called with {name: pid} whenever a child starts."""
 
     def __init__(
         self,
@@ -73,22 +74,22 @@ class Processes:
         self.ready = False
 
     async def watch(self, name: str) -> None:
-        """Keep one process alive until ``stop``. Raises ProcessFailed where a restart cannot help."""
+        """Keep a process running until ``stop``. Raise ProcessFailedError if a restart cannot help."""
         history = RestartHistory(name)
-        while not self.stopping():
+        while not self.is_stopping():
             started_s = time.monotonic()
             child = await self._spawn(name)
             status = await child.wait()
-            if self.stopping():
+            if self.is_stopping():
                 return
-            decision = history.ended(status, time.monotonic() - started_s, self.ready)
+            decision = history.on_exit(status, time.monotonic() - started_s, self.ready)
             if isinstance(decision, StopCluster):
-                raise ProcessFailed(f"{decision.reason}: {last_words(self.log_file(name), name)}")
-            self._say(f"{name} ended (exit status {status}); starting it again in {decision.delay_s:.1f} s")
+                raise ProcessFailedError(f"{decision.reason}: {exit_reason(self.log_file(name), name)}")
+            self._say(f"{name} ended with exit status {status}; restarting it in {decision.delay_s:.1f} s")
             await asyncio.sleep(decision.delay_s)
 
     async def stop(self) -> None:
-        """SIGTERM to all, SIGKILL to who stays."""
+        """Send SIGTERM to all children, and SIGKILL to those that do not end in time."""
         self._stopping = True
         children = [child for child in self._children.values() if child.returncode is None]
         for child in children:
@@ -101,7 +102,7 @@ class Processes:
                     _send(child, signal.SIGKILL)
                 await asyncio.wait(late)
 
-    def stopping(self) -> bool:
+    def is_stopping(self) -> bool:
         return self._stopping
 
     def log_file(self, name: str) -> Path:
@@ -119,7 +120,7 @@ class Processes:
                 stdout=log,
                 stderr=log,
                 env=environment(self._config, kind),
-                # A terminal's Ctrl-C goes to the supervisor alone, which then stops the others in order.
+                # A terminal's Ctrl-C must reach only the supervisor, which stops its children in order.
                 start_new_session=True,
             )
         self._children[name] = child
@@ -127,14 +128,14 @@ class Processes:
         return child
 
 
-def last_words(log_file: Path, name: str) -> str:
-    """The reason that a process gave before it ended, or else the last line of its log."""
+def exit_reason(log_file: Path, name: str) -> str:
+    """Return the reason that a process printed before it ended, or else the last line of its log."""
     try:
         lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         lines = []
-    # Not from further back: the log goes on from start to start.
-    reasons = [line for line in lines[-LAST_LINES:] if line.startswith(f"{name}: ")]
+    # Earlier lines may belong to an earlier run: a restarted process appends to the same log.
+    reasons = [line for line in lines[-REASON_LINES:] if line.startswith(f"{name}: ")]
     return [*(lines or ["no output"]), *reasons][-1] + f" (log: {log_file})"
 
 

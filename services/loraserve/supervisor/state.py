@@ -1,4 +1,4 @@
-"""The file by which `down` and a second `up` find a running local cluster."""
+"""The state file of a running local cluster, by which `down` and a second `up` find it."""
 
 import contextlib
 import os
@@ -11,15 +11,15 @@ import msgspec
 
 FILE_NAME = "cluster.json"
 CONFIG_NAME = "cluster.toml"
-OWNED = re.compile(
+OWNED_FILE = re.compile(
     r"cluster\.toml|\.?cluster\.json(\.\d+)?"
     r"|(up|store|planner|monitor|router|(engine|gateway|up|ping)-\d+)\.(sock|pub|lock)"
 )
-"""What a cluster puts into its run folder, by exact names: the folder may be one that a person chose."""
+"""Exact names of the files that a cluster creates in its run folder. The folder may be one that the user chose."""
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
-    """Who supervises, where it listens, and what runs under it."""
+    """The supervisor's pid, the gateway's URL and the pids of the supervised processes."""
 
     pid: int
     url: str
@@ -30,14 +30,14 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_state(run_dir: Path, state: RunState) -> None:
-    """Replace the state file in one step, so that a reader never sees half of it."""
+    """Replace the state file atomically, so that a reader never sees half of it."""
     temporary = run_dir / f".{FILE_NAME}.{os.getpid()}"
     temporary.write_bytes(msgspec.json.encode(state))
     temporary.replace(run_dir / FILE_NAME)
 
 
 def read_state(run_dir: Path) -> RunState | None:
-    """The state of the cluster in this folder, or None where there is none that can be read."""
+    """Return the state of the cluster in this folder, or None if there is no readable state file."""
     try:
         return msgspec.json.decode((run_dir / FILE_NAME).read_bytes(), type=RunState)
     except (OSError, msgspec.DecodeError):
@@ -45,15 +45,15 @@ def read_state(run_dir: Path) -> RunState | None:
 
 
 def clear_run_dir(run_dir: Path) -> None:
-    """Remove what a cluster leaves in its run folder: state, configuration, sockets and locks, and nothing else."""
-    for path in [path for path in run_dir.glob("*") if OWNED.fullmatch(path.name) and not path.is_dir()]:
+    """Remove the files that a cluster leaves in its run folder: state, configuration, sockets and locks only."""
+    for path in [path for path in run_dir.glob("*") if OWNED_FILE.fullmatch(path.name) and not path.is_dir()]:
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
         run_dir.rmdir()
 
 
 def is_ours(pid: int) -> bool:
-    """True where the process lives and is one of this project's; a reused pid is not."""
+    """Return whether the process is alive and belongs to this project. A reused pid does not."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, PermissionError):
@@ -62,12 +62,12 @@ def is_ours(pid: int) -> bool:
     try:
         return b"loraserve" in command.read_bytes()
     except OSError:
-        # No /proc (macOS): that it lives has to do.
+        # macOS has no /proc, so being alive has to suffice there.
         return not Path("/proc").exists()
 
 
 def stop_cluster(run_dir: Path, state: RunState, timeout_s: float) -> None:
-    """Ask the supervisor to stop; after the timeout, or where it is gone, end what is left the hard way."""
+    """Ask the supervisor to stop the cluster. Kill what is left after the timeout, or if the supervisor is gone."""
     _signal(state.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + timeout_s
     pids = [state.pid, *state.processes.values()]

@@ -1,4 +1,4 @@
-"""`loraserve up`: from a configuration to a ready cluster, one visible step after the other."""
+"""Runs a local cluster: starts its processes, waits until they are ready, registers adapters, stops everything."""
 
 import asyncio
 import contextlib
@@ -15,6 +15,7 @@ from loraserve.bus.zmq import open_bus
 from loraserve.config import Config, to_toml
 from loraserve.errors import ConfigError, PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRegistered, Ping, Pong, RegisterAdapter
+from loraserve.process import Parent
 from loraserve.supervisor.processes import Processes, process_names
 from loraserve.supervisor.state import CONFIG_NAME, RunState, clear_run_dir, write_state
 
@@ -27,7 +28,7 @@ Say = Callable[[str], None]
 
 
 class Supervisor:
-    """One run of the local cluster, from writing its configuration to removing its last file."""
+    """One run of a local cluster, from writing its configuration file to removing its last file."""
 
     def __init__(self, config: Config, adapters: Mapping[str, Path], say: Say) -> None:
         self._config = config
@@ -43,13 +44,19 @@ class Supervisor:
         self._processes = Processes(config, config_file, self._log_dir, self._on_change, say)
         self._write_config(config_file)
 
-    async def run(self, on_ready: Callable[[], None]) -> None:
-        """Runs until stopped by a signal. Raises ProcessFailed or LoraServeError where it cannot go on."""
+    async def run(self, on_ready: Callable[[], None], parent: Parent | None = None) -> None:
+        """Run until a signal, or the end of ``parent``, stops the cluster.
+
+        Raises:
+            ProcessFailedError: A process fails in a way that a restart cannot mend.
+            LoraServeError: The cluster does not become ready, or an adapter is refused.
+        """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop.set)
         watchers = [asyncio.ensure_future(self._processes.watch(name)) for name in process_names(self._config)]
         main = asyncio.ensure_future(self._main(on_ready))
+        watched = [asyncio.ensure_future(parent.watch(self._stop.set))] if parent else []
         try:
             done, _ = await asyncio.wait([*watchers, main], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -57,9 +64,10 @@ class Supervisor:
         finally:
             self._say("stopping")
             await self._processes.stop()
-            for task in [*watchers, main]:
+            tasks = [*watchers, main, *watched]
+            for task in tasks:
                 task.cancel()
-            await asyncio.gather(*watchers, main, return_exceptions=True)
+            await asyncio.gather(*tasks, return_exceptions=True)
             clear_run_dir(self._run_dir)
 
     async def _main(self, on_ready: Callable[[], None]) -> None:
@@ -69,7 +77,7 @@ class Supervisor:
         if not self._stop.is_set():
             starting.result()
             self._processes.ready = True
-            # Before it is called ready: whoever waits for that then shows all of it.
+            # Announced before the state file says ready: `up --detach` shows the output up to then and returns.
             on_ready()
             self._update(ready=True)
         starting.cancel()
@@ -89,7 +97,9 @@ class Supervisor:
         waiting = process_names(self._config)
         while waiting:
             if time.monotonic() - started_s > READY_TIMEOUT_S:
-                raise ConfigError(f"{', '.join(waiting)} not ready after {READY_TIMEOUT_S:.0f} s; see {self._log_dir}")
+                raise ConfigError(
+                    f"{', '.join(waiting)} not ready after {READY_TIMEOUT_S:.0f} s; see the logs in {self._log_dir}"
+                )
             states = await asyncio.gather(*(_is_ready(bus, name) for name in waiting))
             for name in [name for name, ready in zip(waiting, states, strict=True) if ready]:
                 waiting.remove(name)
@@ -113,7 +123,7 @@ class Supervisor:
 
     def _write_config(self, path: Path) -> None:
         path.touch(mode=0o600)
-        # Children log to their standard error, which the supervisor sends to one file each.
+        # Without log_dir, processes log to stderr, which the supervisor redirects to one file each.
         cluster = msgspec.structs.replace(self._config.cluster, log_dir="")
         path.write_text(to_toml(msgspec.structs.replace(self._config, cluster=cluster)))
 
@@ -126,26 +136,7 @@ async def _is_ready(bus: Bus, name: str) -> bool:
 
 
 def base_url(config: Config) -> str:
-    """Where clients reach the gateway; a wildcard address is reached over the loopback."""
+    """Return the URL of the gateway for clients on this machine; a wildcard address becomes the loopback address."""
     host = config.gateway.host
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{config.gateway.port}"
-
-
-def try_lines(config: Config, adapters: Mapping[str, Path]) -> list[str]:
-    """Three curl lines: the base model, an adapter, a stream."""
-    url = f"{base_url(config)}/v1/chat/completions"
-    names = [config.model.name, *adapters]
-    question = "What is the moon?"
-    lines = []
-    for title, model, extra in (
-        ("the base model", names[0], ""),
-        ("an adapter", names[min(1, len(names) - 1)], ""),
-        ("a stream", names[-1], ', "stream": true'),
-    ):
-        key = ' -H "Authorization: Bearer $API_KEY"' if config.gateway.api_keys else ""
-        messages = f'[{{"role": "user", "content": "{question}"}}]'
-        body = f'{{"model": "{model}", "max_tokens": 40{extra}, "messages": {messages}}}'
-        flag = "-sN" if extra else "-s"
-        lines.append(f"# {title}\ncurl {flag} {url}{key} -H 'Content-Type: application/json' -d '{body}'")
-    return lines

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from loraserve.config import Config
-from loraserve.supervisor.processes import LAST_LINES, environment, last_words
+from loraserve.supervisor.processes import REASON_LINES, environment, exit_reason
 
 
 def write(folder: Path, *lines: str) -> Path:
@@ -14,13 +14,13 @@ def write(folder: Path, *lines: str) -> Path:
 
 def test_the_reason_it_gave_comes_before_whatever_it_logged_last(tmp_path: Path) -> None:
     log = write(tmp_path, "store: model.path is empty", '{"event": "stopped"}', "")
-    assert last_words(log, "store") == f"store: model.path is empty (log: {log})"
+    assert exit_reason(log, "store") == f"store: model.path is empty (log: {log})"
 
 
 def test_without_a_reason_it_is_the_last_line(tmp_path: Path) -> None:
-    log = write(tmp_path, "store: of an earlier start", *["..."] * LAST_LINES, "killed")
-    assert last_words(log, "store") == f"killed (log: {log})"
-    assert last_words(tmp_path / "none.log", "store").startswith("no output")
+    log = write(tmp_path, "store: of an earlier start", *["..."] * REASON_LINES, "killed")
+    assert exit_reason(log, "store") == f"killed (log: {log})"
+    assert exit_reason(tmp_path / "none.log", "store").startswith("no output")
 
 
 def test_modules_of_the_folder_in_which_somebody_stands_are_not_imported() -> None:

@@ -1,9 +1,9 @@
 """When a process is started again."""
 
 from loraserve.supervisor.restart import (
-    CALM_S,
     CONFIG_ERROR_EXIT,
     LONGEST_DELAY_S,
+    STABLE_RUN_S,
     Restart,
     RestartHistory,
     StopCluster,
@@ -12,7 +12,7 @@ from loraserve.supervisor.restart import (
 
 def test_delays_double_up_to_a_limit() -> None:
     history = RestartHistory("engine-0")
-    delays = [history.ended(-9, ran_s=1.0, cluster_ready=True) for _ in range(8)]
+    delays = [history.on_exit(-9, ran_s=1.0, cluster_ready=True) for _ in range(8)]
     assert all(isinstance(d, Restart) for d in delays)
     seconds = [d.delay_s for d in delays if isinstance(d, Restart)]
     assert seconds == sorted(seconds)
@@ -22,20 +22,20 @@ def test_delays_double_up_to_a_limit() -> None:
 
 def test_a_calm_run_makes_the_next_restart_quick_again() -> None:
     history = RestartHistory("engine-0")
-    first = history.ended(-9, ran_s=1.0, cluster_ready=True)
+    first = history.on_exit(-9, ran_s=1.0, cluster_ready=True)
     for _ in range(5):
-        history.ended(-9, ran_s=1.0, cluster_ready=True)
-    assert history.ended(-9, ran_s=CALM_S, cluster_ready=True) == first
+        history.on_exit(-9, ran_s=1.0, cluster_ready=True)
+    assert history.on_exit(-9, ran_s=STABLE_RUN_S, cluster_ready=True) == first
 
 
 def test_a_refused_configuration_is_never_retried() -> None:
-    decision = RestartHistory("store").ended(CONFIG_ERROR_EXIT, ran_s=0.1, cluster_ready=True)
+    decision = RestartHistory("store").on_exit(CONFIG_ERROR_EXIT, ran_s=0.1, cluster_ready=True)
     assert decision == StopCluster("store refused its configuration")
 
 
 def test_failing_while_the_cluster_starts_ends_it() -> None:
     history = RestartHistory("engine-1")
-    decisions = [history.ended(1, ran_s=0.5, cluster_ready=False) for _ in range(3)]
+    decisions = [history.on_exit(1, ran_s=0.5, cluster_ready=False) for _ in range(3)]
     assert [type(d) for d in decisions] == [Restart, Restart, StopCluster]
     assert isinstance(decisions[-1], StopCluster)
     assert "engine-1" in decisions[-1].reason

@@ -1,4 +1,8 @@
-"""A real local cluster for tests and benches: `loraserve up` in a folder of its own, and a small HTTP client."""
+"""A real local cluster for tests and benchmarks, and a small HTTP client.
+
+The cluster is started with the `loraserve up` command in a data folder of its own. It stops when the block that started
+it is left, and also when the process that started it ends in any way: the supervisor watches it (``--parent-pid``).
+"""
 
 import asyncio
 import json
@@ -8,7 +12,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +25,7 @@ START_TIMEOUT_S = 240.0
 
 
 class Answer(NamedTuple):
-    """What a stream brought: its text, why it ended, when each piece came, and who ran it."""
+    """The outcome of a stream: its text, finish reason and error, the time of each piece and the engine."""
 
     text: str
     finish: str | None
@@ -30,7 +35,7 @@ class Answer(NamedTuple):
 
 
 class LocalCluster:
-    """Started on entering, stopped on leaving; logs stay in ``data_dir/logs``."""
+    """A context manager that starts a cluster and stops it. Logs stay in ``data_dir/logs``."""
 
     def __init__(self, data_dir: Path, *flags: str, adapters: Mapping[str, Path] | None = None) -> None:
         self.data_dir = data_dir
@@ -46,48 +51,69 @@ class LocalCluster:
         self.down()
 
     def command(self, name: str, *flags: str) -> list[str]:
-        return [sys.executable, "-m", "loraserve.cluster", name, "--data", str(self.data_dir), *flags]
+        """Return the command line of ``loraserve NAME`` for this data folder."""
+        parent = ["--parent-pid", str(os.getpid())] if name == "up" else []
+        return [sys.executable, "-m", "loraserve.cluster", name, "--data", str(self.data_dir), *parent, *flags]
 
     def up(self) -> None:
-        """Raises LoraServeError with what it said where it does not come up."""
-        done = subprocess.run(
-            self.command("up", "--detach", "--port", str(self.port), *self._flags),
-            capture_output=True,
-            text=True,
-            timeout=START_TIMEOUT_S,
-        )
+        """Start the cluster and return once it serves.
+
+        Raises:
+            LoraServeError: The cluster does not start; the text has its output and its logs.
+        """
+        command = self.command("up", "--detach", "--port", str(self.port), *self._flags)
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=START_TIMEOUT_S)
+        except BaseException:
+            self.down()
+            raise
         if done.returncode != 0:
             raise LoraServeError(f"the cluster did not start:\n{done.stderr}\n{self.log_tails()}")
 
+    @contextmanager
+    def starting(self, *flags: str) -> Iterator["subprocess.Popen[bytes]"]:
+        """Run ``loraserve up`` in the background. The cluster is stopped when the block is left, however it ends."""
+        process = subprocess.Popen(self.command("up", *flags), stderr=subprocess.DEVNULL)
+        try:
+            yield process
+        finally:
+            self.down()
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+
     def down(self) -> None:
+        """Stop the cluster. Nothing happens if none runs."""
         subprocess.run(self.command("down"), capture_output=True, timeout=60, check=True)
 
     def pids(self) -> dict[str, int]:
-        """Processes by name, as the supervisor last wrote them down."""
+        """Return the processes by name, as the supervisor last wrote them to its state file."""
         state = json.loads((self.data_dir / "run" / "cluster.json").read_text())
         return {"supervisor": state["pid"], **state["processes"]}
 
     def kill(self, name: str) -> None:
-        """kill -9, as the out-of-memory killer would."""
+        """Send SIGKILL, as the out-of-memory killer does."""
         os.kill(self.pids()[name], signal.SIGKILL)
 
     def log_tails(self) -> str:
+        """Return the end of every log file."""
         logs = sorted((self.data_dir / "logs").glob("*.log"))
         return "\n".join(f"{log.name}: {log.read_text(errors='replace')[-2000:]}" for log in logs)
 
     def session(self) -> aiohttp.ClientSession:
+        """Return an HTTP session for the gateway, without a limit on connections."""
         connector = aiohttp.TCPConnector(limit=0)
         timeout = aiohttp.ClientTimeout(total=START_TIMEOUT_S)
         return aiohttp.ClientSession(self.url, connector=connector, timeout=timeout)
 
     async def admin(self, http: aiohttp.ClientSession) -> dict[str, Any]:
-        """/admin/cluster."""
+        """Return the answer of /admin/cluster."""
         async with http.get("/admin/cluster") as response:
             content: dict[str, Any] = await response.json()
             return content
 
     async def wait_idle(self, http: aiohttp.ClientSession, timeout_s: float = 30.0) -> dict[str, Any]:
-        """/admin/cluster once no engine has a request any more."""
+        """Wait until no engine has a request, or the timeout. Returns the last answer of /admin/cluster."""
         deadline_s = time.monotonic() + timeout_s
         while True:
             state = await self.admin(http)
@@ -98,14 +124,14 @@ class LocalCluster:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
+    """Return a port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
 async def chat(http: aiohttp.ClientSession, model: str, question: str, **options: Any) -> Answer:
-    """One streamed chat request, greedy unless told otherwise. Raises AssertionError where it is refused."""
+    """Send a streamed chat request, greedy by default. Raises AssertionError if it is refused."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
