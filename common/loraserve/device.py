@@ -9,14 +9,14 @@ Device = Literal["cpu", "cuda"]
 CPU_ENGINES = 2
 
 
-def device_of(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/dev")) -> Device:
+def resolve_device(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/dev")) -> Device:
     """``engine.device`` with auto resolved: cuda where the NVIDIA driver shows a GPU to this process."""
     if setting != "auto":
         return setting
-    return "cuda" if gpus(devices) else "cpu"
+    return "cuda" if gpu_count(devices) else "cpu"
 
 
-def gpus(devices: Path = Path("/dev")) -> int:
+def gpu_count(devices: Path = Path("/dev")) -> int:
     """GPUs that this process may use. Windows' subsystem for Linux shows no number, so one.
 
     CUDA_VISIBLE_DEVICES hides some or all of what the driver shows, as it does from CUDA itself.
@@ -26,12 +26,12 @@ def gpus(devices: Path = Path("/dev")) -> int:
     return shown if visible is None else min(shown, _listed(visible))
 
 
-def cores() -> int:
+def core_count() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def memory_bytes(
+def memory_limit_bytes(
     limits: Sequence[Path] = (
         Path("/sys/fs/cgroup/memory.max"),
         Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
@@ -42,7 +42,7 @@ def memory_bytes(
     return min([machine, *(limit for path in limits if (limit := _number(path)))])
 
 
-def available_share(meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")) -> float:
+def available_memory_share(meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")) -> float:
     """Of the memory that this process may use, what can be had without taking it from anybody; 0 where nobody knows."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
@@ -84,4 +84,4 @@ def _listed(visible: str) -> int:
 
 def default_engines(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/dev")) -> int:
     """One for each GPU; on a CPU two, so that placement and routing have something to decide."""
-    return max(1, gpus(devices)) if device_of(setting, devices) == "cuda" else CPU_ENGINES
+    return max(1, gpu_count(devices)) if resolve_device(setting, devices) == "cuda" else CPU_ENGINES

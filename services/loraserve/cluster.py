@@ -12,9 +12,9 @@ from pathlib import Path
 
 import msgspec
 
-from loraserve.bus.addresses import NameClaim, private_dir
+from loraserve.bus.addresses import NameClaim, make_private_dir
 from loraserve.config import Config, engine_count, load_config
-from loraserve.cost.profile import profile_for
+from loraserve.cost.profile import find_profile
 from loraserve.demo import demo_adapters
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
@@ -66,7 +66,7 @@ def up(arguments: argparse.Namespace) -> int:
     config = msgspec.structs.replace(config, gateway=msgspec.structs.replace(config.gateway, port=port))
     for folder in (Path(config.cluster.log_dir), Path(config.cluster.data_dir)):
         _make_folder(folder)
-    private_dir(run_dir)
+    make_private_dir(run_dir)
     check_disk(Path(config.cluster.data_dir))
     if arguments.detach:
         return _detach(arguments, config)
@@ -89,7 +89,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
         Path(cluster.run_dir), RunState(pid=os.getpid(), url=base_url(config), log_dir=cluster.log_dir, model="")
     )
     config, adapters = _with_model(config, arguments)
-    profile_for(config)  # Reports an unusable profile here rather than in the log of each process that reads it.
+    find_profile(config)  # Reports an unusable profile here rather than in the log of each process that reads it.
     supervisor = Supervisor(config, adapters, _say)
     asyncio.run(supervisor.run(lambda: _announce(config, adapters), parent))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from loraserve.adapter.format import lay_out
+from loraserve.adapter.format import make_layout
 from loraserve.config import EngineConfig
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.messages.sampling import SamplingParams
@@ -26,7 +26,7 @@ def planned() -> tuple[Any, ...]:
     from loraserve.kernels.lora.work import LoraWork, Workspace
 
     rows = [[(rank,) * len(SLICES[m]) for _ in range(SHAPE.layers) for m in MODULES] for rank in RANKS]
-    headers = [lay_out(SHAPE, "bfloat16", row, [(0.5,) * len(r) for r in row]) for row in rows]
+    headers = [make_layout(SHAPE, "bfloat16", row, [(0.5,) * len(r) for r in row]) for row in rows]
     pool = torch.randn(sum(h.elements for h in headers), device="cuda", dtype=torch.bfloat16) * 0.05
     tables = AdapterTables(SHAPE, len(RANKS), "cuda")
     start = 0

@@ -22,7 +22,7 @@ _BF16_EXPONENT = np.uint16(0x7F80)
 _BF16_NAN = np.uint16(0x7FC0)
 
 
-def storage(dtype: Dtype) -> np.dtype[Any]:
+def storage_dtype(dtype: Dtype) -> np.dtype[Any]:
     """The numpy type that holds elements of ``dtype``, little-endian."""
     return _STORAGE[dtype]
 
@@ -34,7 +34,7 @@ def all_finite(values: Elements, dtype: Dtype) -> bool:
     return bool(np.isfinite(values).all())
 
 
-def convert(values: Elements, source: Dtype, target: Dtype) -> Elements:
+def convert_elements(values: Elements, source: Dtype, target: Dtype) -> Elements:
     """The same numbers as ``target``, rounded to nearest even where it is narrower; too large becomes infinite."""
     if source == target:
         return values

@@ -82,7 +82,7 @@ def row_elements(shape: ModelShape, module: str, ranks: tuple[int, ...]) -> int:
     return a + sum(r * out for r, out in zip(ranks, shape.out_features(module), strict=True))
 
 
-def lay_out(
+def make_layout(
     shape: ModelShape,
     dtype: Dtype,
     ranks: list[tuple[int, ...]],
@@ -99,13 +99,13 @@ def lay_out(
     return SlabHeader(dtype=dtype, shape=shape, rank=largest, elements=offset, rows=tuple(rows))
 
 
-def lay_out_uniform(shape: ModelShape, dtype: Dtype, rank: int, scale: float = 1.0) -> SlabHeader:
+def make_uniform_layout(shape: ModelShape, dtype: Dtype, rank: int, scale: float = 1.0) -> SlabHeader:
     """Layout of a slab with the same rank and scale in every projection."""
     slices = [len(SLICES[module]) for _ in range(shape.layers) for module in MODULES]
-    return lay_out(shape, dtype, [(rank,) * n for n in slices], [(scale,) * n for n in slices])
+    return make_layout(shape, dtype, [(rank,) * n for n in slices], [(scale,) * n for n in slices])
 
 
-def seal(layout: SlabHeader, slab: bytes | bytearray | memoryview) -> SlabHeader:
+def seal_layout(layout: SlabHeader, slab: bytes | bytearray | memoryview) -> SlabHeader:
     """The header of ``slab``: its layout with the digest of each layer. Raises ValueError where it has another size."""
     if len(slab) != layout.slab_bytes:
         raise ValueError(f"slab of {len(slab)} bytes, its layout says {layout.slab_bytes}")
@@ -151,7 +151,7 @@ def _as_laid_out(header: SlabHeader) -> bool:
     ranks = [row.ranks for row in header.rows]
     if any(len(r) != len(SLICES[MODULES[i % len(MODULES)]]) or min(r) < 0 for i, r in enumerate(ranks)):
         return False
-    layout = lay_out(header.shape, header.dtype, ranks, [row.scales for row in header.rows])
+    layout = make_layout(header.shape, header.dtype, ranks, [row.scales for row in header.rows])
     return msgspec.structs.replace(layout, layer_digests=header.layer_digests) == header
 
 

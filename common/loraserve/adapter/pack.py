@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from loraserve.adapter.dtypes import Elements, all_finite, convert, storage, to_float32
-from loraserve.adapter.format import Dtype, LayoutRow, SlabHeader, lay_out, seal, slab_version
-from loraserve.adapter.peft import WEIGHTS_FILE, read_config
+from loraserve.adapter.dtypes import Elements, all_finite, convert_elements, storage_dtype, to_float32
+from loraserve.adapter.format import Dtype, LayoutRow, SlabHeader, make_layout, seal_layout, slab_version
+from loraserve.adapter.peft import WEIGHTS_FILE, read_peft_config
 from loraserve.adapter.tensor_file import TensorEntry, TensorFile
-from loraserve.adapter.validate import LoraPair, check_directory, pair_up
+from loraserve.adapter.validate import LoraPair, check_directory, pair_matrices
 from loraserve.errors import AdapterError
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
@@ -35,27 +35,27 @@ def pack_peft(directory: Path, shape: ModelShape, dtype: Dtype, max_rank: int) -
     ``tensor_file`` for what is refused, and ``not_finite`` for values that are not finite in ``dtype``.
     """
     check_directory(directory)
-    config = read_config(directory)
+    config = read_peft_config(directory)
     with TensorFile(directory / WEIGHTS_FILE) as file:
-        pairs = pair_up(config, file.entries, shape, max_rank)
+        pairs = pair_matrices(config, file.entries, shape, max_rank)
         layout = _lay_out_pairs(pairs, shape, dtype)
         # Zeros, so that the alignment gaps are the same in every packing of the same adapter.
-        elements = np.zeros(layout.elements, dtype=storage(dtype))
+        elements = np.zeros(layout.elements, dtype=storage_dtype(dtype))
         for layer, module, row in _rows(layout):
             _fill_row(elements, row, module, [pairs.get((layer, name)) for name in SLICES[module]], file, layout)
-    return sealed(layout, elements)
+    return seal_slab(layout, elements)
 
 
-def sealed(layout: SlabHeader, elements: Elements) -> Slab:
+def seal_slab(layout: SlabHeader, elements: Elements) -> Slab:
     """The slab that has these elements."""
     data = elements.view(np.uint8).data.toreadonly()
-    header = seal(layout, data)
+    header = seal_layout(layout, data)
     return Slab(header, data, slab_version(header))
 
 
-def unpack(header: SlabHeader, data: bytes | bytearray | memoryview) -> dict[tuple[int, str], Matrices]:
+def unpack_slab(header: SlabHeader, data: bytes | bytearray | memoryview) -> dict[tuple[int, str], Matrices]:
     """The matrices of a slab in float32, by (layer, projection); absent projections are left out."""
-    elements = np.frombuffer(data, dtype=storage(header.dtype))
+    elements = np.frombuffer(data, dtype=storage_dtype(header.dtype))
     if len(elements) != header.elements:
         raise ValueError(f"slab of {len(elements)} elements, its header says {header.elements}")
     unpacked: dict[tuple[int, str], Matrices] = {}
@@ -79,7 +79,7 @@ def _lay_out_pairs(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape,
             present = [pairs.get((layer, name)) for name in SLICES[module]]
             ranks.append(tuple(pair.rank if pair else 0 for pair in present))
             scales.append(tuple(pair.scale if pair else 0.0 for pair in present))
-    return lay_out(shape, dtype, ranks, scales)
+    return make_layout(shape, dtype, ranks, scales)
 
 
 def _views(elements: Elements, row: LayoutRow, module: str, shape: ModelShape) -> tuple[list[Elements], list[Elements]]:
@@ -114,7 +114,7 @@ def _read_finite(file: TensorFile, entry: TensorEntry, dtype: Dtype) -> Elements
     values = file.read(entry)
     if not all_finite(values, entry.dtype):
         raise AdapterError("not_finite", f"{entry.name} holds infinite values or NaN; train the adapter again")
-    converted = convert(values, entry.dtype, dtype)
+    converted = convert_elements(values, entry.dtype, dtype)
     if not all_finite(converted, dtype):
         largest = float(np.abs(to_float32(values, entry.dtype)).max())
         raise AdapterError(

@@ -90,7 +90,7 @@ _NAME = re.compile(
 )
 
 
-def read_config(directory: Path) -> PeftConfig:
+def read_peft_config(directory: Path) -> PeftConfig:
     """The checked configuration. Raises AdapterError (``not_found``, ``bad_format``, ``unsupported``)."""
     text = _read_text(directory / CONFIG_FILE)
     try:
@@ -109,7 +109,7 @@ def read_config(directory: Path) -> PeftConfig:
     return config
 
 
-def parse_name(name: str) -> TensorName:
+def parse_tensor_name(name: str) -> TensorName:
     """Where a tensor belongs. Raises AdapterError ``unsupported`` for anything but A and B of a known projection."""
     match = _NAME.fullmatch(name)
     if match is None:

@@ -15,7 +15,7 @@ from typing import Annotated
 import msgspec
 import numpy as np
 
-from loraserve.adapter.dtypes import Elements, storage
+from loraserve.adapter.dtypes import Elements, storage_dtype
 from loraserve.adapter.format import ITEM_BYTES, Dtype
 from loraserve.errors import AdapterError
 
@@ -72,7 +72,7 @@ class TensorFile:
 
     def read(self, entry: TensorEntry) -> Elements:
         """The tensor's elements in the storage type of its dtype, in its shape."""
-        values = np.empty(entry.shape, dtype=storage(entry.dtype))
+        values = np.empty(entry.shape, dtype=storage_dtype(entry.dtype))
         self._fill(values.reshape(-1).view(np.uint8).data, entry.begin, entry.name)
         return values
 

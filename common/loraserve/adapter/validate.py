@@ -8,7 +8,15 @@ from pathlib import Path
 
 import msgspec
 
-from loraserve.adapter.peft import CONFIG_FILE, PICKLE_FILE, WEIGHTS_FILE, PeftConfig, Scaling, TensorName, parse_name
+from loraserve.adapter.peft import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    WEIGHTS_FILE,
+    PeftConfig,
+    Scaling,
+    TensorName,
+    parse_tensor_name,
+)
 from loraserve.adapter.tensor_file import TensorEntry
 from loraserve.errors import AdapterError
 from loraserve.model_shape import SLICES, ModelShape
@@ -56,7 +64,7 @@ def check_directory(directory: Path) -> None:
         )
 
 
-def pair_up(
+def pair_matrices(
     config: PeftConfig, tensors: Mapping[str, TensorEntry], shape: ModelShape, max_rank: int
 ) -> dict[tuple[int, str], LoraPair]:
     """Every projection that the adapter changes, by (layer, projection).
@@ -66,7 +74,7 @@ def pair_up(
     """
     found: dict[tuple[int, str], dict[str, tuple[TensorName, TensorEntry]]] = {}
     for name, entry in tensors.items():
-        place = parse_name(name)
+        place = parse_tensor_name(name)
         matrices = found.setdefault((place.layer, place.projection), {})
         if place.matrix in matrices:
             raise AdapterError("bad_format", f"{matrices[place.matrix][1].name} and {name} are the same matrix twice")

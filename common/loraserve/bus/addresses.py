@@ -36,7 +36,7 @@ def run_dir(config: Config) -> Path:
     return Path(named) if named else Path(tempfile.gettempdir()) / f"loraserve-{os.getuid()}"
 
 
-def addresses(config: Config, name: str) -> Addresses:
+def resolve_addresses(config: Config, name: str) -> Addresses:
     """Raises ConfigError for a template or path that cannot be used."""
     bus = config.bus
     inbox, publications = _fill(bus.connect, config, name), _fill(bus.connect_pub, config, name)
@@ -76,7 +76,7 @@ def _checked(address: str, field: str) -> str:
     return address
 
 
-def private_dir(path: Path) -> Path:
+def make_private_dir(path: Path) -> Path:
     """Makes the folder with mode 0700; refuses one that others own or may enter. Raises ConfigError."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -99,7 +99,7 @@ class NameClaim:
     """Holds ``<run_dir>/<name>.lock``. The kernel frees it whatever way the process ends."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
-        self._path = private_dir(run_dir) / f"{name}.lock"
+        self._path = make_private_dir(run_dir) / f"{name}.lock"
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -13,7 +13,7 @@ import zmq
 
 from loraserve.bus import link as sockets
 from loraserve.bus import wire
-from loraserve.bus.addresses import IPC, Addresses, NameClaim, addresses, run_dir
+from loraserve.bus.addresses import IPC, Addresses, NameClaim, resolve_addresses, run_dir
 from loraserve.bus.endpoint import Endpoint, new_incarnation
 from loraserve.bus.link import BURST_MESSAGES, PeerLink, readable, receive_now, send_now
 from loraserve.bus.protocol import Envelope, Frame
@@ -49,7 +49,7 @@ class ZmqBus(Endpoint):
         self._context = sockets.make_context()
         try:
             if inbox is not None:
-                self._listen(addresses(config, name))
+                self._listen(resolve_addresses(config, name))
         except ConfigError:
             self._abandon()
             raise
@@ -57,7 +57,7 @@ class ZmqBus(Endpoint):
     def subscribe(self, peer: str, topic: str) -> None:
         if peer not in self._subscriptions:
             socket = sockets.subscribing_socket(
-                self._context, addresses(self._config, peer).publications, self._queue_messages
+                self._context, resolve_addresses(self._config, peer).publications, self._queue_messages
             )
             topics: set[str] = set()
             source = _Source(socket, partial(self._accept_from_publisher, peer, topics))
@@ -134,7 +134,7 @@ class ZmqBus(Endpoint):
 
     def _release(self) -> None:
         if self._claim is not None:
-            at = addresses(self._config, self.name)
+            at = resolve_addresses(self._config, self.name)
             for address in (at.bind_inbox, at.bind_publications):
                 if address.startswith(IPC):
                     Path(address.removeprefix(IPC)).unlink(missing_ok=True)
@@ -173,7 +173,7 @@ class ZmqBus(Endpoint):
     def _link(self, peer: str) -> PeerLink:
         link = self._links.get(peer)
         if link is None:
-            address = addresses(self._config, peer).inbox
+            address = resolve_addresses(self._config, peer).inbox
             link = self._links[peer] = PeerLink(
                 partial(sockets.outbox_socket, self._context, address, self._queue_messages, self._hello),
                 address,

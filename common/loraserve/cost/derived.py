@@ -28,7 +28,7 @@ MAX_MODEL_TOKENS = 32768
 MIB = 1 << 20
 
 
-def derive(
+def derive_profile(
     shape: ModelShape,
     hardware: Hardware,
     efficiencies: Mapping[str, Efficiency],

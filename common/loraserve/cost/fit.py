@@ -46,7 +46,7 @@ UNSEEN = CostModel(
 """What no sample says anything about costs nothing."""
 
 
-def fit(
+def fit_cost_model(
     steps: Sequence[StepSample],
     loads: Sequence[LoadSample],
     lora: Lora,
@@ -63,10 +63,10 @@ def fit(
     found = _coefficients("steps", seen, {**STEP_TERMS, **LORA_TERMS[lora]})
     found |= _coefficients("loads", loads, LOAD_TERMS)
     cost = msgspec.structs.replace(unseen, lora=lora, **found)
-    return cost, residuals(cost, rest, len(steps))
+    return cost, measure_residuals(cost, rest, len(steps))
 
 
-def residuals(cost: CostModel, held_out: Sequence[StepSample], samples: int) -> Residuals:
+def measure_residuals(cost: CostModel, held_out: Sequence[StepSample], samples: int) -> Residuals:
     """Relative errors of the predictions for ``held_out``. Raises ValueError where there is none."""
     if not held_out:
         raise ValueError(f"of {samples} steps none is left to test the fit with; measure more")

@@ -94,7 +94,7 @@ _MFU = Efficiency(
 )
 
 
-def efficiencies_of(hardware: Hardware) -> dict[str, Efficiency]:
+def find_efficiencies(hardware: Hardware) -> dict[str, Efficiency]:
     """What ``derive`` asks for, by name; change a value to see what hangs on it.
 
     Where nothing is published of LoRA kernels, they get what the base model's kernels reach. For ``padded`` that is

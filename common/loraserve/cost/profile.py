@@ -12,7 +12,7 @@ import msgspec
 from loraserve.config import Config
 from loraserve.cost.extents import extent_bytes, largest_extent_bytes
 from loraserve.cost.model import CostModel, StepShape
-from loraserve.device import Device, device_of, gpu_name
+from loraserve.device import Device, gpu_name, resolve_device
 from loraserve.errors import ConfigError
 from loraserve.model_shape import ModelShape, read_model_config, shape_from_config
 
@@ -109,7 +109,7 @@ def check_model(profile: Profile, shape: ModelShape, name: str = "") -> None:
     )
 
 
-def profile_for(config: Config) -> Profile | None:
+def find_profile(config: Config) -> Profile | None:
     """What ``cluster.profile`` says; for "" the shipped one of this model and kind of device.
 
     Of several that of this very GPU, then a measured one; None where there is none. Raises ConfigError where a profile
@@ -122,16 +122,16 @@ def profile_for(config: Config) -> Profile | None:
         if shape is not None:
             check_model(profile, shape, name)
         return profile
-    device = device_of(config.engine.device)
+    device = resolve_device(config.engine.device)
     shipped = [read_profile(str(path)) for path in sorted(SHIPPED.glob("*.json"))] if shape else []
     fitting = [p for p in shipped if p.shape == shape and p.device == device and p.cost.lora == "exact"]
     here = gpu_name()
     return min(fitting, key=lambda p: (p.hardware != here, p.origin != "measured"), default=None)
 
 
-def starting_cost(config: Config) -> CostModel:
+def initial_cost_model(config: Config) -> CostModel:
     """What to price with before anything is measured: the profile's cost, or the defaults. Raises as profile_for."""
-    profile = profile_for(config)
+    profile = find_profile(config)
     return profile.cost if profile else CostModel()
 
 

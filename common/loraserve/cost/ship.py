@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from loraserve.cost.derived import derive
-from loraserve.cost.hardware import HARDWARE, efficiencies_of
+from loraserve.cost.derived import derive_profile
+from loraserve.cost.hardware import HARDWARE, find_efficiencies
 from loraserve.cost.profile import SHIPPED, Profile, write_profile
 from loraserve.model_shape import ModelShape
 
@@ -16,14 +16,14 @@ def derived_profiles() -> dict[str, Profile]:
     profiles: dict[str, Profile] = {}
     for short, name in ON.items():
         hardware = HARDWARE[name]
-        efficiencies = efficiencies_of(hardware)
-        exact = derive(LLAMA_3_8B, hardware, efficiencies, "exact", model="Llama-3-8B")
-        padded = derive(LLAMA_3_8B, hardware, efficiencies, "padded", model="Llama-3-8B")
+        efficiencies = find_efficiencies(hardware)
+        exact = derive_profile(LLAMA_3_8B, hardware, efficiencies, "exact", model="Llama-3-8B")
+        padded = derive_profile(LLAMA_3_8B, hardware, efficiencies, "padded", model="Llama-3-8B")
         profiles |= {f"llama-3-8b-{short}": exact, f"llama-3-8b-{short}-padded": padded}
     return profiles
 
 
-def ship(directory: Path = SHIPPED) -> None:
+def write_derived_profiles(directory: Path = SHIPPED) -> None:
     """Raises OSError where the disk refuses."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, profile in derived_profiles().items():
@@ -31,4 +31,4 @@ def ship(directory: Path = SHIPPED) -> None:
 
 
 if __name__ == "__main__":
-    ship()
+    write_derived_profiles()

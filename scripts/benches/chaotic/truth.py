@@ -11,7 +11,7 @@ from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import Config
 from loraserve.demo import demo_adapters
 from loraserve.demo.paths import default_data_dir
-from loraserve.device import cores
+from loraserve.device import core_count
 from loraserve.messages import SamplingParams
 from loraserve.model_shape import ModelShape
 from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest
@@ -46,7 +46,7 @@ def write_adapters(folder: Path, shape: ModelShape) -> dict[str, Path]:
 def compute_truth(config: Config, shape: ModelShape, folders: Mapping[str, Path]) -> list[Case]:
     """Of all adapters. Whatever else is in a batch, and with however many threads, this engine's logits are the same to
     the last bit, so that no rounding decides what another engine says."""
-    engine = msgspec.structs.replace(config.engine, threads=cores(), pool_bytes=512 << 20)
+    engine = msgspec.structs.replace(config.engine, threads=core_count(), pool_bytes=512 << 20)
     config = msgspec.structs.replace(config, engine=engine)
     slabs = {name: pack_peft(path, shape, engine.slab_dtype, engine.max_rank) for name, path in folders.items()}
     return _compute(OfflineEngine(config, slabs), slabs, shape.vocab)

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from loraserve.device import cores
+from loraserve.device import core_count
 
 STARTED_S = time.monotonic()
 ROOT = Path(__file__).resolve().parents[3]
@@ -71,7 +71,7 @@ def last_line(bench: str, ratios: Mapping[str, Number], figures: Mapping[str, Nu
 
 def machine() -> str:
     """Processor, cores and the torch build: what figures depend on most."""
-    return f"{_processor()}, {cores()} cores, torch {version('torch')}"
+    return f"{_processor()}, {core_count()} cores, torch {version('torch')}"
 
 
 def _processor() -> str:

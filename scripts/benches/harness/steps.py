@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from harness.cases import Case, most_adapters
-from harness.report import Number, cores, ratio, rounded, say, table
+from harness.report import Number, ratio, rounded, say, table
 from harness.worker import Worker
+from loraserve.device import core_count
 
 Times = dict[Case, list[float]]
 
@@ -33,7 +34,7 @@ class StepComparison:
         profile: bool,
     ) -> None:
         """Several rounds over all cases; each side in a process with its own OpenMP settings."""
-        arguments = [str(model), str(adapters), str(cores()), str(steps)]
+        arguments = [str(model), str(adapters), str(core_count()), str(steps)]
         ours, theirs = list(ours), list(theirs)
         say("engine steps: loading both sides")
         our_worker = Worker("ours", [*arguments, str(most_adapters(ours))], environment)
@@ -81,7 +82,7 @@ class StepComparison:
             speeds = [seconds and tokens / seconds for seconds in (ours, theirs)]
             rows.append([label, case.adapters, ours and ours * 1e3, *speeds, self.ratio(case)])
         header = ["", "adapters", "ms/step", "tok/s", "transformers+peft", "ratio"]
-        text = table(f"Steps in process ({self.weights} weights, {cores()} threads, best round)", header, rows)
+        text = table(f"Steps in process ({self.weights} weights, {core_count()} threads, best round)", header, rows)
         if self.operations:
             text += "\n" + _profile_table(self.operations)
         return text

@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from harness.report import cores
 from harness.worker import WORKERS
 from workers.limit_cpu import cpu_s
+
+from loraserve.device import core_count
 
 FOR_ENGINES = 0.6
 """Of the cores; the rest is for gateway, router, monitor and the load generator."""
@@ -18,7 +19,7 @@ FOR_ENGINES = 0.6
 
 def share_of_core(engines: int) -> float:
     """What each of so many engines has, at most one core: an engine computes with one thread here."""
-    return min(1.0, FOR_ENGINES * cores() / engines)
+    return min(1.0, FOR_ENGINES * core_count() / engines)
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from harness.worker import Worker
 from live.cpu_share import share_of_core
 from live.scene import ENGINE_SETTINGS, ENGINES, Scene, mean_prompt_tokens
 from loraserve.cost import StepShape
-from loraserve.cost.fit import fit
+from loraserve.cost.fit import fit_cost_model
 from loraserve.cost.profile import EngineShape, Profile
 from loraserve.sim.workload import RANKS
 
@@ -61,7 +61,7 @@ def fitted(scene: Scene, limits: dict[str, Any], answers: Sequence[dict[str, Any
     steps = [(msgspec.convert(shape, StepShape), cpu_s / share) for shape, cpu_s in rows]
     loads = [(int(size), cpu_s / share) for answer in answers for size, cpu_s in answer["loads"]]
     try:
-        cost, residuals = fit(steps, loads, "exact")
+        cost, residuals = fit_cost_model(steps, loads, "exact")
     except ValueError as error:
         raise BenchError(f"what {ENGINES} engines measured cannot be fitted: {error}") from error
     fields = ("kv_blocks", "block_tokens", "pool_bytes", "max_running", "max_step_tokens", "max_model_tokens")

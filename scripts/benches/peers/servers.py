@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.report import cores, say
+from harness.report import say
 
 from loraserve.demo.model import find_wheel, unpack_gguf
+from loraserve.device import core_count
 from loraserve.model_shape import ModelShape
 from loraserve.testing.local_cluster import free_port
 from peers.gguf_export import export_adapter, to_float32
@@ -23,7 +24,7 @@ class LlamaCpp(PeerProcess):
 
     def __init__(self, peers: Path, model: Path, adapters: Mapping[str, Path], log: Path) -> None:
         port = free_port()
-        command = [str(python_of(peers, LLAMACPP)), str(WORKER), str(model), str(port), str(cores())]
+        command = [str(python_of(peers, LLAMACPP)), str(WORKER), str(model), str(port), str(core_count())]
         super().__init__([*command, *map(str, adapters.values())], {}, log, port)
         self._names = list(adapters)
 
@@ -45,7 +46,7 @@ class VllmCpu(PeerProcess):
             *("--lora-modules", *(f"{name}={path}" for name, path in adapters.items())),
         ]
         environment = {
-            "VLLM_CPU_OMP_THREADS_BIND": f"0-{cores() - 1}",
+            "VLLM_CPU_OMP_THREADS_BIND": f"0-{core_count() - 1}",
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "HF_HUB_OFFLINE": "1",
             "VLLM_NO_USAGE_STATS": "1",

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from loraserve.config import Config, EngineConfig, engine_count
-from loraserve.device import cores, device_of, memory_bytes
+from loraserve.device import core_count, memory_limit_bytes, resolve_device
 from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.errors import ConfigError
@@ -45,7 +45,7 @@ def digest_threads_for(config: Config, on_device: bool) -> int:
     With a GPU they get half of the engine's cores: the others launch steps, move chunks and serve HTTP. On a CPU steps
     compute on the cores, where a thread more than they leave free would hold each of them up; but one there must be.
     """
-    of_engine = cores() // engine_count(config)
+    of_engine = core_count() // engine_count(config)
     free = of_engine // 2 if on_device else of_engine - threads_for(config)
     return config.engine.digest_threads or max(1, min(MOST_DIGEST_THREADS, free))
 
@@ -56,7 +56,7 @@ def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None)
     Raises ConfigError where they cannot be had.
     """
     wanted, engines = config.engine.host_cache_bytes, engine_count(config)
-    memory = memory_bytes() if memory is None else memory
+    memory = memory_limit_bytes() if memory is None else memory
     if wanted == "auto":
         share = int(memory * HOST_CACHE_SHARE) // engines
         return min(HOST_CACHE_BYTES, share) if on_device and is_supported() else 0
@@ -78,12 +78,12 @@ def build_runner(config: Config, progress: Callable[[str], None], index: int = 0
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
     _check_step(config.engine)
-    reason = gpu_unusable() if device_of(config.engine.device) == "cuda" else ""
+    reason = gpu_unusable() if resolve_device(config.engine.device) == "cuda" else ""
     if reason and config.engine.device == "cuda":
         raise ConfigError(f"engine.device=cuda: {reason}, or set engine.device=cpu")
     if reason:
         progress(f"computing on the CPU: {reason}")
-    if device_of(config.engine.device) == "cuda" and not reason:
+    if resolve_device(config.engine.device) == "cuda" and not reason:
         return _cuda_runner(config, progress, index)
     return cpu_runner(config, progress)
 

@@ -14,7 +14,7 @@ from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config, check_pins, engine_names
 from loraserve.cost import CostLearner
-from loraserve.cost.profile import starting_cost
+from loraserve.cost.profile import initial_cost_model
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import (
     AdapterDemand,
@@ -68,7 +68,7 @@ class PlannerService(Service):
         self._one_at_a_time = asyncio.Lock()
         self._due = asyncio.Event()
         self._ended: dict[int, asyncio.Future[events.Ended]] = {}
-        self._learner = CostLearner(starting_cost(config))
+        self._learner = CostLearner(initial_cost_model(config))
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Raises ConfigError where a pin names an engine that does not exist."""

@@ -8,7 +8,7 @@ from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.cost import CostLearner
-from loraserve.cost.profile import starting_cost
+from loraserve.cost.profile import initial_cost_model
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import (
     Abort,
@@ -44,7 +44,7 @@ class RouterService(Service):
         self._plan: PlannedCopies | None = None
         self._plan_of = (0, 0.0)
         """Epoch and date of the plan."""
-        self._learner = CostLearner(starting_cost(config))
+        self._learner = CostLearner(initial_cost_model(config))
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
         self._rng = Random(bus.incarnation)
         self._routed = self.metrics.counter("routed_total", "Requests given to an engine", ["engine", "why"])

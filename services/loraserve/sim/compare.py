@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import msgspec
 
-from loraserve.cost.derived import derive
+from loraserve.cost.derived import derive_profile
 from loraserve.cost.hardware import HARDWARE
 from loraserve.cost.profile import Profile
 from loraserve.errors import ConfigError
@@ -254,5 +254,5 @@ def changed_profiles(profile: Profile) -> dict[str, Profile]:
             value = min(value, 1.0) if efficiency.value < 1 and not name.endswith("_s") else value
             efficiencies = {**profile.efficiencies, name: msgspec.structs.replace(efficiency, value=value)}
             label = f"{name} x {factor:g}" + (" (all)" if value == 1.0 else "")
-            changed[label] = derive(profile.shape, hardware, efficiencies, profile.cost.lora, profile.model)
+            changed[label] = derive_profile(profile.shape, hardware, efficiencies, profile.cost.lora, profile.model)
     return changed

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 
-from loraserve.device import cores
+from loraserve.device import core_count
 from loraserve.sim.runs import Job, Point, point
 
 SAY_EVERY_S = 2.0
@@ -17,7 +17,7 @@ def spread(
     workers: int = 0, say: Callable[[str], None] | None = None
 ) -> Iterator[Callable[[Sequence[Job]], list[Point]]]:
     """A function that simulates jobs, in their order; ``workers`` 0 is one for each core."""
-    with ProcessPoolExecutor(max_workers=workers or cores()) as pool:
+    with ProcessPoolExecutor(max_workers=workers or core_count()) as pool:
         counter = _Counter(say or _to_stderr)
 
         def run(jobs: Sequence[Job]) -> list[Point]:

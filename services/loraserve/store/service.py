@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
-from loraserve.device import device_of
+from loraserve.device import resolve_device
 from loraserve.errors import AdapterError, ConfigError, LoraServeError
 from loraserve.messages import (
     AdapterList,
@@ -141,7 +141,7 @@ def open_store(config: Config, now: float) -> AdapterStore:
         max_rank=config.store.max_rank,
         engine_max_rank=config.engine.max_rank,
         # A GPU engine's pool is sized when the engine starts: it refuses by itself what it can never hold.
-        pool_bytes=config.engine.pool_bytes if device_of(config.engine.device) == "cpu" else None,
+        pool_bytes=config.engine.pool_bytes if resolve_device(config.engine.device) == "cpu" else None,
         allowed_dirs=config.store.allowed_dirs,
     )
     root = Path(config.cluster.data_dir or ".") / "store"

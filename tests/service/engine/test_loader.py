@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.adapter.dtypes import storage
-from loraserve.adapter.format import lay_out
-from loraserve.adapter.pack import Slab, sealed
+from loraserve.adapter.dtypes import storage_dtype
+from loraserve.adapter.format import make_layout
+from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.compute.protocol import DeviceLost
@@ -34,8 +34,8 @@ TIMEOUT_S = 20.0
 def make_slab(ranks: tuple[int, ...] = (2, 1, 3, 1, 2)) -> Slab:
     """``ranks`` are of the layers, in all their projections."""
     rows = [(rank,) * len(SLICES[module]) for rank in ranks for module in MODULES]
-    layout = lay_out(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
-    return sealed(layout, np.arange(1, layout.elements + 1).astype(storage("float32")))
+    layout = make_layout(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
+    return seal_slab(layout, np.arange(1, layout.elements + 1).astype(storage_dtype("float32")))
 
 
 class Scene:
@@ -190,7 +190,9 @@ def test_where_steps_compute_on_the_cores_nothing_is_verified_beside_the_copy(pl
 def test_a_header_of_another_version_is_refused_before_any_byte_is_asked_for(play: Callable[..., None]) -> None:
     slab = make_slab()
     other = flip(slab, 0)
-    swapped = Slab(sealed(slab.header, np.frombuffer(other.data, storage("float32"))).header, other.data, slab.version)
+    swapped = Slab(
+        seal_slab(slab.header, np.frombuffer(other.data, storage_dtype("float32"))).header, other.data, slab.version
+    )
 
     async def scenario(scene: Scene) -> None:
         with pytest.raises(LoadFailed, match="the slab's header is not what its version names; register") as failed:

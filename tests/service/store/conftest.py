@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from loraserve.adapter.format import decode_header, seal, slab_version
+from loraserve.adapter.format import decode_header, seal_layout, slab_version
 from loraserve.clock import SystemClock
 from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig, StoreConfig
 from loraserve.messages import (
@@ -105,7 +105,7 @@ class Stage:
 
     async def is_whole(self, adapter: AdapterRef) -> bool:
         header, slab = await self.fetch(adapter)
-        return slab_version(seal(decode_header(header), slab)) == adapter.version
+        return slab_version(seal_layout(decode_header(header), slab)) == adapter.version
 
     async def hear(self) -> None:
         while True:

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.adapter.dtypes import all_finite, convert, from_float32, to_float32
+from loraserve.adapter.dtypes import all_finite, convert_elements, from_float32, to_float32
 
 
 def _torch_bits(values: np.ndarray) -> np.ndarray:
@@ -28,7 +28,7 @@ def test_ties_go_to_the_even_neighbour() -> None:
 def test_every_bfloat16_survives_the_way_through_float32() -> None:
     bits = np.arange(2**16, dtype=np.uint16)
     finite = bits[(bits & 0x7F80) != 0x7F80]
-    assert np.array_equal(convert(to_float32(finite, "bfloat16"), "float32", "bfloat16"), finite)
+    assert np.array_equal(convert_elements(to_float32(finite, "bfloat16"), "float32", "bfloat16"), finite)
 
 
 def test_finite_is_seen_in_every_dtype() -> None:
@@ -39,4 +39,4 @@ def test_finite_is_seen_in_every_dtype() -> None:
 
 
 def test_what_float16_cannot_hold_becomes_infinite() -> None:
-    assert not all_finite(convert(np.array([70000.0], dtype=np.float32), "float32", "float16"), "float16")
+    assert not all_finite(convert_elements(np.array([70000.0], dtype=np.float32), "float32", "float16"), "float16")

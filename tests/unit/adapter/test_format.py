@@ -10,7 +10,7 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.adapter.dtypes import storage
+from loraserve.adapter.dtypes import storage_dtype
 from loraserve.adapter.format import (
     ITEM_BYTES,
     SLAB_FORMAT,
@@ -18,12 +18,12 @@ from loraserve.adapter.format import (
     SlabHeader,
     decode_header,
     encode_header,
-    lay_out,
-    lay_out_uniform,
-    seal,
+    make_layout,
+    make_uniform_layout,
+    seal_layout,
     slab_version,
 )
-from loraserve.adapter.pack import Slab, sealed
+from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
 SHAPE = ModelShape(layers=3, hidden=16, heads=4, kv_heads=2, head_dim=4, ffn=24, vocab=64)
@@ -35,15 +35,15 @@ def slabs(draw: st.DrawFn) -> Slab:
     counts = [len(SLICES[module]) for _ in range(SHAPE.layers) for module in MODULES]
     ranks = [tuple(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))) for n in counts]
     dtype = draw(st.sampled_from(sorted(ITEM_BYTES)))
-    layout = lay_out(SHAPE, dtype, ranks, [(0.5,) * n for n in counts])  # type: ignore[arg-type]
+    layout = make_layout(SHAPE, dtype, ranks, [(0.5,) * n for n in counts])  # type: ignore[arg-type]
     values = np.random.default_rng(draw(st.integers(0, 9))).integers(0, 99, layout.elements)
-    return sealed(layout, values.astype(storage(layout.dtype)))
+    return seal_slab(layout, values.astype(storage_dtype(layout.dtype)))
 
 
 @pytest.fixture
 def header() -> SlabHeader:
-    layout = lay_out_uniform(SHAPE, "float32", 2)
-    return seal(layout, bytes(layout.slab_bytes))
+    layout = make_uniform_layout(SHAPE, "float32", 2)
+    return seal_layout(layout, bytes(layout.slab_bytes))
 
 
 @given(slab=slabs())
@@ -65,7 +65,7 @@ def test_a_flipped_bit_changes_the_digest_of_its_own_layer_and_the_version(slab:
     data = bytearray(slab.data)
     at %= len(data)
     data[at] ^= 1 << bit
-    other = seal(slab.header, data)
+    other = seal_layout(slab.header, data)
     changed = [a != b for a, b in zip(slab.header.layer_digests, other.layer_digests, strict=True)]
     assert changed == [at in slab.header.layer(layer) for layer in range(SHAPE.layers)]
     assert slab_version(other) != slab.version
@@ -107,14 +107,14 @@ def test_the_version_stands_for_every_field(header: SlabHeader, change: dict[str
 
 
 def test_a_layout_is_no_header(header: SlabHeader) -> None:
-    layout = lay_out_uniform(SHAPE, "float32", 2)
+    layout = make_uniform_layout(SHAPE, "float32", 2)
     assert not layout.sealed
     assert header.sealed
     for refused in (encode_header, slab_version):
         with pytest.raises(ValueError, match="0 digests for 3 layers; seal the layout first"):
             refused(layout)
     with pytest.raises(ValueError, match=rf"slab of 5 bytes, its layout says {layout.slab_bytes}"):
-        seal(layout, bytes(5))
+        seal_layout(layout, bytes(5))
 
 
 def moved(header: SlabHeader, by: int) -> tuple[LayoutRow, ...]:

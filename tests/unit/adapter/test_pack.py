@@ -9,8 +9,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from loraserve.adapter.dtypes import from_float32, to_float32
-from loraserve.adapter.format import ROW_ALIGN_ELEMENTS, decode_header, encode_header, seal, slab_version
-from loraserve.adapter.pack import pack_peft, unpack
+from loraserve.adapter.format import ROW_ALIGN_ELEMENTS, decode_header, encode_header, seal_layout, slab_version
+from loraserve.adapter.pack import pack_peft, unpack_slab
 from loraserve.errors import AdapterError
 from loraserve.model_shape import MODULES
 from loraserve.testing.peft_writer import PROJECTIONS, TINY_SHAPE, named_tensors, random_pairs, tensor_name, write_peft
@@ -48,8 +48,8 @@ def test_unpack_gives_back_what_was_packed(tmp_path, ranks, alphas, rslora, sour
     assert slab.header.rank == max(ranks.values())
     assert len(slab.data) == slab.header.slab_bytes
     assert slab.version == slab_version(decode_header(encode_header(slab.header)))
-    assert slab.header == seal(slab.header, bytes(slab.data))
-    unpacked = unpack(slab.header, slab.data)
+    assert slab.header == seal_layout(slab.header, bytes(slab.data))
+    unpacked = unpack_slab(slab.header, slab.data)
     assert unpacked.keys() == pairs.keys()
     for place, (a, b) in pairs.items():
         got_a, got_b, scale = unpacked[place]
@@ -96,7 +96,7 @@ def test_both_spellings_of_names_are_read(tmp_path: Path, prefix: str, infix: st
         for matrix, values in zip("AB", pairs[1, "o_proj"], strict=True)
     }
     slab = pack_peft(write_peft(tmp_path, tensors), TINY_SHAPE, "float32", 8)
-    assert np.array_equal(unpack(slab.header, slab.data)[1, "o_proj"][0], pairs[1, "o_proj"][0])
+    assert np.array_equal(unpack_slab(slab.header, slab.data)[1, "o_proj"][0], pairs[1, "o_proj"][0])
 
 
 def test_the_first_pattern_that_matches_the_end_of_the_name_wins(tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_the_first_pattern_that_matches_the_end_of_the_name_wins(tmp_path: Path)
         alpha_pattern={r"^model\.layers\.1\.self_attn\.(q|v)_proj": 6, "layers.q_proj": 5, "q_proj": 7},
     )
     slab = pack_peft(tmp_path, TINY_SHAPE, "float32", 8)
-    scales = {place: matrices[2] for place, matrices in unpack(slab.header, slab.data).items()}
+    scales = {place: matrices[2] for place, matrices in unpack_slab(slab.header, slab.data).items()}
     assert scales == {(0, "q_proj"): 7 / 2, (1, "q_proj"): 6 / 4, (0, "k_proj"): 16 / 8}
 
 
@@ -117,7 +117,7 @@ def test_unpack_refuses_bytes_of_another_length(tmp_path: Path) -> None:
         write_peft(tmp_path, named_tensors(random_pairs(TINY_SHAPE, 8))), TINY_SHAPE, "float32", max_rank=8
     )
     with pytest.raises(ValueError, match="its header says"):
-        unpack(slab.header, slab.data[:-4])
+        unpack_slab(slab.header, slab.data[:-4])
 
 
 def test_values_that_the_target_cannot_hold_are_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from loraserve.adapter.pack import pack_peft, unpack
+from loraserve.adapter.pack import pack_peft, unpack_slab
 from loraserve.adapter.peft import PeftConfig, Scaling
 from loraserve.errors import AdapterError
 from loraserve.model_shape import ModelShape, shape_from_config
@@ -55,7 +55,7 @@ def test_delta_weights_are_pefts(tmp_path: Path, settings: dict[str, object]) ->
                 parameter.normal_()
     model.save_pretrained(tmp_path)
     slab = pack_peft(tmp_path, shape, "float32", max_rank=8)
-    unpacked = unpack(slab.header, slab.data)
+    unpacked = unpack_slab(slab.header, slab.data)
     expected = _deltas(model)
     assert unpacked.keys() == expected.keys()
     for place, (a, b, scale) in unpacked.items():

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.bus.addresses import Addresses, NameClaim, addresses, private_dir, run_dir
+from loraserve.bus.addresses import Addresses, NameClaim, make_private_dir, resolve_addresses, run_dir
 from loraserve.config import BusConfig, ClusterConfig, Config
 from loraserve.errors import ConfigError
 
@@ -19,7 +19,7 @@ def on_tcp(**changes: object) -> Config:
 
 
 def test_on_one_machine_a_process_is_two_sockets_in_the_run_dir() -> None:
-    found = addresses(Config(cluster=ClusterConfig(run_dir="/run/x")), "engine-0")
+    found = resolve_addresses(Config(cluster=ClusterConfig(run_dir="/run/x")), "engine-0")
     inbox, publications = "ipc:///run/x/engine-0.sock", "ipc:///run/x/engine-0.pub"
     assert found == Addresses(inbox, publications, inbox, publications)
     assert found.on_this_machine
@@ -27,16 +27,16 @@ def test_on_one_machine_a_process_is_two_sockets_in_the_run_dir() -> None:
 
 def test_over_tcp_a_process_may_listen_elsewhere_than_it_is_reached() -> None:
     config = on_tcp(bind="tcp://0.0.0.0:5570", bind_pub="tcp://*:5571")
-    found = addresses(config, "router")
+    found = resolve_addresses(config, "router")
     assert found == Addresses("tcp://router:5570", "tcp://router:5571", "tcp://0.0.0.0:5570", "tcp://*:5571")
     assert not found.on_this_machine
 
 
 def test_a_peer_may_be_named_by_hand() -> None:
     config = on_tcp(peers={"engine-1": "tcp://[fd00::7]:70, tcp://[fd00::7]:71"})
-    assert addresses(config, "engine-1").inbox == "tcp://[fd00::7]:70"
-    assert addresses(config, "engine-1").publications == "tcp://[fd00::7]:71"
-    assert addresses(config, "engine-0").inbox == "tcp://engine-0:5570"
+    assert resolve_addresses(config, "engine-1").inbox == "tcp://[fd00::7]:70"
+    assert resolve_addresses(config, "engine-1").publications == "tcp://[fd00::7]:71"
+    assert resolve_addresses(config, "engine-0").inbox == "tcp://engine-0:5570"
 
 
 def test_without_a_run_dir_each_user_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -58,42 +58,42 @@ def test_without_a_run_dir_each_user_has_one(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_addresses_that_cannot_be_used_name_their_field(config: Config, words: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        addresses(config, "a")
+        resolve_addresses(config, "a")
     assert words in str(refused.value)
 
 
 def test_the_run_dir_is_private(tmp_path: Path) -> None:
-    made = private_dir(tmp_path / "a" / "b")
+    made = make_private_dir(tmp_path / "a" / "b")
     assert stat.S_IMODE(made.stat().st_mode) == 0o700
-    assert private_dir(made) == made
+    assert make_private_dir(made) == made
 
 
 def test_a_run_dir_that_others_may_enter_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     with pytest.raises(ConfigError, match=r"mode 0755.*run: chmod 700"):
-        private_dir(tmp_path / "open")
+        make_private_dir(tmp_path / "open")
 
 
 def test_a_run_dir_that_is_a_link_or_a_file_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(private_dir(tmp_path / "real"))
+    (tmp_path / "link").symlink_to(make_private_dir(tmp_path / "real"))
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError, match="is not a folder"):
-        private_dir(tmp_path / "link")
+        make_private_dir(tmp_path / "link")
     with pytest.raises(ConfigError, match=r"cluster\.run_dir .*file"):
-        private_dir(tmp_path / "file")
+        make_private_dir(tmp_path / "file")
 
 
 def test_a_run_dir_of_another_user_is_refused(tmp_path: Path) -> None:
     theirs = Path("/")
     if os.getuid() == 0:
-        theirs = private_dir(tmp_path / "theirs")
+        theirs = make_private_dir(tmp_path / "theirs")
         os.chown(theirs, 12345, -1)
     with pytest.raises(ConfigError, match="belongs to user id"):
-        private_dir(theirs)
+        make_private_dir(theirs)
 
 
 def test_a_name_is_claimed_once_and_free_after_release(tmp_path: Path) -> None:
-    folder = private_dir(tmp_path / "run")
+    folder = make_private_dir(tmp_path / "run")
     words = f"a process named a already runs in .*pid {os.getpid()}"
     with NameClaim(folder, "a"), NameClaim(folder, "b"), pytest.raises(ConfigError, match=words):
         NameClaim(folder, "a")
@@ -103,7 +103,7 @@ def test_a_name_is_claimed_once_and_free_after_release(tmp_path: Path) -> None:
 
 
 def test_a_claim_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
-    folder = private_dir(tmp_path / "run")
+    folder = make_private_dir(tmp_path / "run")
     code = (
         "import os, signal, sys; from pathlib import Path; from loraserve.bus.addresses import NameClaim;"
         "claim = NameClaim(Path(sys.argv[1]), 'a'); os.kill(os.getpid(), signal.SIGKILL)"

@@ -8,12 +8,12 @@ import msgspec
 import pytest
 from blake3 import blake3
 
-from loraserve.adapter.format import lay_out_uniform, seal
+from loraserve.adapter.format import make_uniform_layout, seal_layout
 from loraserve.cost import StepShape
-from loraserve.cost.derived import derive, rank_elements, weight_bytes
-from loraserve.cost.hardware import HARDWARE, efficiencies_of
+from loraserve.cost.derived import derive_profile, rank_elements, weight_bytes
+from loraserve.cost.hardware import HARDWARE, find_efficiencies
 from loraserve.cost.profile import SHIPPED, Efficiency, Profile, read_profile
-from loraserve.cost.ship import LLAMA_3_8B, derived_profiles, ship
+from loraserve.cost.ship import LLAMA_3_8B, derived_profiles, write_derived_profiles
 from loraserve.model_shape import ModelShape
 
 H200 = HARDWARE["h200"]
@@ -35,7 +35,7 @@ def test_the_shipped_files_are_what_the_code_derives(name: str) -> None:
 
 
 def test_shipping_writes_them(tmp_path: Path) -> None:
-    ship(tmp_path)
+    write_derived_profiles(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {f"{name}.json" for name in derived_profiles()}
     assert all((tmp_path / name).read_bytes() == (SHIPPED / name).read_bytes() for name in names)
@@ -44,7 +44,7 @@ def test_shipping_writes_them(tmp_path: Path) -> None:
 def test_a_model_has_the_bytes_it_is_known_to_have() -> None:
     assert weight_bytes(LLAMA_3_8B) == pytest.approx(2 * 8.03e9, rel=1e-3)
     assert rank_elements(LLAMA_3_8B) == 32 * 81_920
-    assert rank_elements(LLAMA_3_8B) * 16 == lay_out_uniform(LLAMA_3_8B, "bfloat16", 16).elements
+    assert rank_elements(LLAMA_3_8B) * 16 == make_uniform_layout(LLAMA_3_8B, "bfloat16", 16).elements
     assert llama("h200").engine.slab_bytes_per_rank == 5_242_880
     assert llama("h200").engine.kv_bytes_per_token == 131_072
 
@@ -74,9 +74,9 @@ def simulated_load_s(slab_bytes: float, layers: int, link_byte_s: float, thread_
 )
 def test_a_load_takes_what_link_and_digests_take_side_by_side(nic_bytes_per_s: float, threads: int) -> None:
     hardware = msgspec.structs.replace(H200, nic_bytes_per_s=nic_bytes_per_s)
-    efficiencies = efficiencies_of(hardware)
+    efficiencies = find_efficiencies(hardware)
     efficiencies["digest_threads"] = Efficiency(value=threads, source="test")
-    cost = derive(LLAMA_3_8B, hardware, efficiencies, "exact").cost
+    cost = derive_profile(LLAMA_3_8B, hardware, efficiencies, "exact").cost
     slab_bytes = 640 << 20
     link_byte_s = 1 / (nic_bytes_per_s * 0.775)
     thread_byte_s = 1 / efficiencies["digest_bytes_per_s"].value + 1 / (64e9 * 0.775)
@@ -91,13 +91,13 @@ def test_verifying_the_largest_slab_is_no_longer_most_of_a_second() -> None:
 
 @pytest.mark.parametrize("name", sorted(derived_profiles()))
 def test_loads_are_priced_with_the_speed_of_the_digest_that_slabs_use(name: str) -> None:
-    layout = lay_out_uniform(
+    layout = make_uniform_layout(
         ModelShape(layers=1, hidden=8, heads=1, kv_heads=1, head_dim=8, ffn=8, vocab=8), "float32", 1
     )
     slab = bytes(layout.slab_bytes)
     layer = slab[layout.layer(0).start : layout.layer(0).stop]
     digests = {"BLAKE3": blake3(layer).digest(), "SHA-256": hashlib.sha256(layer).digest()}
-    used = [digest for digest, value in digests.items() if value == seal(layout, slab).layer_digests[0]]
+    used = [digest for digest, value in digests.items() if value == seal_layout(layout, slab).layer_digests[0]]
     speed = read_profile(name).efficiencies["digest_bytes_per_s"]
     assert [digest for digest in digests if digest in speed.source] == used
 
@@ -125,13 +125,13 @@ def test_memory_is_divided_as_on_the_engine() -> None:
     assert engine.pool_bytes / taken == pytest.approx(0.3, rel=1e-3)
 
 
-@pytest.mark.parametrize("name", sorted(efficiencies_of(H200)))
+@pytest.mark.parametrize("name", sorted(find_efficiencies(H200)))
 def test_halving_an_efficiency_never_makes_anything_that_it_is_of_cheaper(name: str) -> None:
-    efficiencies = efficiencies_of(H200)
+    efficiencies = find_efficiencies(H200)
     halved = efficiencies | {name: Efficiency(value=efficiencies[name].value / 2, source="test")}
     for lora in ("exact", "padded"):
-        before = msgspec.to_builtins(derive(LLAMA_3_8B, H200, efficiencies, lora).cost)
-        after = msgspec.to_builtins(derive(LLAMA_3_8B, H200, halved, lora).cost)
+        before = msgspec.to_builtins(derive_profile(LLAMA_3_8B, H200, efficiencies, lora).cost)
+        after = msgspec.to_builtins(derive_profile(LLAMA_3_8B, H200, halved, lora).cost)
         changed = {key for key in before if before[key] != after[key]}
         assert changed
         if name == "load_base_s":

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.cost import CostModel, StepShape
-from loraserve.cost.fit import LORA_TERMS, STEP_TERMS, LoadSample, Lora, StepSample, fit, residuals
+from loraserve.cost.fit import LORA_TERMS, STEP_TERMS, LoadSample, Lora, StepSample, fit_cost_model, measure_residuals
 
 TRUE = CostModel(
     step_base_s=0.021,
@@ -57,7 +57,7 @@ def loads(cost: CostModel, noise: float = 0.0) -> list[LoadSample]:
 @pytest.mark.parametrize(("noise", "within"), [(0.0, 1e-6), (0.05, 0.15)])
 def test_what_made_the_samples_is_found_again(lora: Lora, noise: float, within: float) -> None:
     true = msgspec.structs.replace(TRUE, lora=lora)
-    cost, found = fit(samples(true, 300, noise), loads(true, noise), lora)
+    cost, found = fit_cost_model(samples(true, 300, noise), loads(true, noise), lora)
     assert cost.lora == lora
     for name in ("step_base_s", *STEP_TERMS, *LORA_TERMS[lora], "load_base_s", "load_byte_s"):
         assert getattr(cost, name) == pytest.approx(getattr(true, name), rel=within), name
@@ -71,18 +71,18 @@ def test_small_steps_count_as_much_as_large_ones() -> None:
     """One that is 40 times as long must not decide alone: twice its time moves a decode step's price little."""
     steps = samples(TRUE, 100)
     odd = [(s, seconds * (2 if s.prefill_tokens == 512 else 1)) for s, seconds in steps]
-    cost, _ = fit(odd, loads(TRUE), "exact")
+    cost, _ = fit_cost_model(odd, loads(TRUE), "exact")
     decode = StepShape(decode_sequences=4, kv_tokens=1000)
     assert cost.step_s(decode) == pytest.approx(TRUE.step_s(decode), rel=0.35)
 
 
 def test_terms_that_no_sample_has_keep_what_is_stated() -> None:
     plain = [(StepShape(decode_sequences=n), TRUE.step_s(StepShape(decode_sequences=n))) for n in range(1, 20)]
-    cost, _ = fit(plain, loads(TRUE), "exact", unseen=CostModel())
+    cost, _ = fit_cost_model(plain, loads(TRUE), "exact", unseen=CostModel())
     assert cost.sequence_s == pytest.approx(TRUE.sequence_s)
     for name in ("kv_token_s", "prefill_token_s", *LORA_TERMS["exact"], *LORA_TERMS["padded"]):
         assert getattr(cost, name) == getattr(CostModel(), name)
-    cost, _ = fit(plain, loads(TRUE), "exact")
+    cost, _ = fit_cost_model(plain, loads(TRUE), "exact")
     assert cost.slab_byte_s == cost.padded_decode_s == cost.prefill_token_s == 0
 
 
@@ -90,7 +90,7 @@ def test_terms_that_no_sample_has_keep_what_is_stated() -> None:
 @given(seconds=st.lists(st.floats(1e-4, 10.0), min_size=40, max_size=40), lora=st.sampled_from(KINDS))
 def test_whatever_is_measured_no_price_is_negative(seconds: list[float], lora: Lora) -> None:
     shapes = [shape for shape, _ in samples(TRUE, 40)]
-    cost, found = fit(list(zip(shapes, seconds, strict=True)), loads(TRUE), lora)
+    cost, found = fit_cost_model(list(zip(shapes, seconds, strict=True)), loads(TRUE), lora)
     assert min(v for v in msgspec.structs.astuple(cost) if not isinstance(v, str)) >= 0
     assert found.median >= 0
 
@@ -98,26 +98,26 @@ def test_whatever_is_measured_no_price_is_negative(seconds: list[float], lora: L
 @pytest.mark.parametrize("count", [0, 1, 7])
 def test_too_few_steps_are_refused_with_how_many_it_takes(count: int) -> None:
     with pytest.raises(ValueError, match=r"steps: \d+ samples are too few to fit \d terms with; measure at least \d"):
-        fit(samples(TRUE, count), loads(TRUE), "exact")
+        fit_cost_model(samples(TRUE, count), loads(TRUE), "exact")
 
 
 def test_too_few_loads_are_refused() -> None:
     with pytest.raises(ValueError, match="loads: 2 samples are too few to fit 2 terms with; measure at least 3"):
-        fit(samples(TRUE, 50), loads(TRUE)[:2], "exact")
+        fit_cost_model(samples(TRUE, 50), loads(TRUE)[:2], "exact")
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
 def test_samples_that_took_no_time_are_refused(seconds: float) -> None:
     steps = samples(TRUE, 50)
     with pytest.raises(ValueError, match="steps: each sample must take a positive"):
-        fit([*steps, (steps[0][0], seconds)], loads(TRUE), "exact")
+        fit_cost_model([*steps, (steps[0][0], seconds)], loads(TRUE), "exact")
 
 
 def test_residuals_are_of_what_the_fit_has_not_seen() -> None:
     steps = samples(TRUE, 100)
     spoiled = [(s, seconds * (1.5 if i % 5 == 4 else 1)) for i, (s, seconds) in enumerate(steps)]
-    cost, found = fit(spoiled, loads(TRUE), "exact")
+    cost, found = fit_cost_model(spoiled, loads(TRUE), "exact")
     assert cost.sequence_s == pytest.approx(TRUE.sequence_s)
     assert found.median == pytest.approx(1 / 3)
     with pytest.raises(ValueError, match="none is left"):
-        residuals(cost, [], 3)
+        measure_residuals(cost, [], 3)

@@ -13,9 +13,9 @@ from loraserve.cost.profile import (
     SHIPPED,
     Profile,
     check_model,
-    profile_for,
+    find_profile,
+    initial_cost_model,
     read_profile,
-    starting_cost,
     write_profile,
 )
 from loraserve.cost.ship import LLAMA_3_8B
@@ -131,7 +131,7 @@ def test_a_missing_one_names_those_that_are_shipped() -> None:
 def test_a_profile_for_another_model_names_both(tmp_path: Path) -> None:
     model = hugging_face_dir(tmp_path / "small", num_hidden_layers=16)
     with pytest.raises(ConfigError) as error:
-        profile_for(config(model, "llama-3-8b-h200"))
+        find_profile(config(model, "llama-3-8b-h200"))
     message = str(error.value)
     for part in ("llama-3-8b-h200", "another model", "Llama-3-8B with layers 32", "has layers 16", "scripts/profile"):
         assert part in message
@@ -140,21 +140,21 @@ def test_a_profile_for_another_model_names_both(tmp_path: Path) -> None:
 
 def test_a_profile_that_is_named_is_taken(tmp_path: Path) -> None:
     model = hugging_face_dir(tmp_path / "model")
-    padded = profile_for(config(model, "llama-3-8b-a100-padded"))
+    padded = find_profile(config(model, "llama-3-8b-a100-padded"))
     assert padded is not None
     assert padded.cost.lora == "padded"
-    assert profile_for(config("", "llama-3-8b-h200")) == H200, "a router has no model directory"
+    assert find_profile(config("", "llama-3-8b-h200")) == H200, "a router has no model directory"
 
 
 def test_none_named_takes_the_shipped_one_of_the_model_and_device(tmp_path: Path) -> None:
     model = hugging_face_dir(tmp_path / "model")
-    found = profile_for(config(model))
+    found = find_profile(config(model))
     assert found is not None
     assert (found.shape, found.device, found.cost.lora) == (LLAMA_3_8B, "cuda", "exact")
-    assert profile_for(config(model, device="cpu")) is None
-    assert profile_for(config(hugging_face_dir(tmp_path / "other", vocab_size=320))) is None
-    assert profile_for(config(str(tmp_path / "missing"))) is None
-    assert profile_for(config()) is None
+    assert find_profile(config(model, device="cpu")) is None
+    assert find_profile(config(hugging_face_dir(tmp_path / "other", vocab_size=320))) is None
+    assert find_profile(config(str(tmp_path / "missing"))) is None
+    assert find_profile(config()) is None
 
 
 def test_the_demo_model_on_a_cpu_has_a_measured_one(tmp_path: Path) -> None:
@@ -167,7 +167,7 @@ def test_the_demo_model_on_a_cpu_has_a_measured_one(tmp_path: Path) -> None:
         intermediate_size=1536,
         vocab_size=49152,
     )
-    found = profile_for(config(demo, device="cpu"))
+    found = find_profile(config(demo, device="cpu"))
     assert found == read_profile("smollm2-135m-cpu")
     assert found is not None
     assert found.residuals is not None
@@ -177,5 +177,5 @@ def test_the_demo_model_on_a_cpu_has_a_measured_one(tmp_path: Path) -> None:
 
 
 def test_pricing_starts_from_the_profile_or_the_defaults(tmp_path: Path) -> None:
-    assert starting_cost(config("", "llama-3-8b-h200")) == H200.cost
-    assert starting_cost(config()) == CostModel()
+    assert initial_cost_model(config("", "llama-3-8b-h200")) == H200.cost
+    assert initial_cost_model(config()) == CostModel()

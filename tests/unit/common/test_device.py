@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.device import available_share, default_engines, device_of, gpu_name, memory_bytes
+from loraserve.device import available_memory_share, default_engines, gpu_name, memory_limit_bytes, resolve_device
 
 
 @pytest.fixture(autouse=True)
@@ -26,17 +26,17 @@ def nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_auto_is_a_gpu_where_the_driver_shows_one(tmp_path: Path, there: tuple[str, ...], kind: str) -> None:
     for name in there:
         (tmp_path / name).touch()
-    assert device_of("auto", tmp_path) == kind
+    assert resolve_device("auto", tmp_path) == kind
 
 
 def test_no_devices_at_all_are_no_gpu(tmp_path: Path) -> None:
-    assert device_of("auto", tmp_path / "missing") == "cpu"
+    assert resolve_device("auto", tmp_path / "missing") == "cpu"
 
 
 def test_what_is_asked_for_is_taken_whatever_is_there(tmp_path: Path) -> None:
-    assert device_of("cuda", tmp_path) == "cuda"
+    assert resolve_device("cuda", tmp_path) == "cuda"
     (tmp_path / "nvidia0").touch()
-    assert device_of("cpu", tmp_path) == "cpu"
+    assert resolve_device("cpu", tmp_path) == "cpu"
 
 
 def test_there_is_an_engine_for_each_gpu_or_two_on_a_cpu(tmp_path: Path) -> None:
@@ -60,7 +60,7 @@ def test_gpus_that_are_hidden_from_cuda_get_no_engine(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert default_engines("auto", tmp_path) == engines
     hidden = visible in ("", "-1", "NoDevFiles")
-    assert device_of("auto", tmp_path) == ("cpu" if hidden else "cuda")
+    assert resolve_device("auto", tmp_path) == ("cpu" if hidden else "cuda")
 
 
 def test_the_driver_names_the_gpu(tmp_path: Path) -> None:
@@ -72,14 +72,14 @@ def test_the_driver_names_the_gpu(tmp_path: Path) -> None:
 
 
 def test_a_container_s_limit_counts_where_it_is_less_than_the_machine_s_memory(tmp_path: Path) -> None:
-    machine = memory_bytes(())
+    machine = memory_limit_bytes(())
     limits = [tmp_path / name for name in ("none", "old", "new")]
-    assert memory_bytes(limits) == machine > 1 << 20
+    assert memory_limit_bytes(limits) == machine > 1 << 20
     limits[1].write_text(f"{1 << 62}\n")
     limits[2].write_text("max\n")
-    assert memory_bytes(limits) == machine
+    assert memory_limit_bytes(limits) == machine
     limits[2].write_text("1048576\n")
-    assert memory_bytes(limits) == 1 << 20
+    assert memory_limit_bytes(limits) == 1 << 20
 
 
 @pytest.mark.parametrize(
@@ -94,11 +94,11 @@ def test_a_container_s_limit_counts_where_it_is_less_than_the_machine_s_memory(t
 def test_what_is_available_is_what_the_kernel_says(tmp_path: Path, text: str, share: float) -> None:
     file = tmp_path / "meminfo"
     file.write_text(text)
-    assert available_share(file, tmp_path) == share
+    assert available_memory_share(file, tmp_path) == share
 
 
 def test_where_the_kernel_says_nothing_nothing_is_taken_for_available(tmp_path: Path) -> None:
-    assert available_share(tmp_path / "none", tmp_path) == 0.0
+    assert available_memory_share(tmp_path / "none", tmp_path) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -112,6 +112,6 @@ def test_in_a_container_with_a_limit_it_is_what_that_leaves(tmp_path: Path, limi
     for current, share in (("50", 0.75), ("10", 0.9), ("300", 0.0)):
         (tmp_path / limit).write_text("200\n")
         (tmp_path / used).write_text(current)
-        assert available_share(file, tmp_path) == share
+        assert available_memory_share(file, tmp_path) == share
     (tmp_path / limit).write_text("max\n")
-    assert available_share(file, tmp_path) == 0.9
+    assert available_memory_share(file, tmp_path) == 0.9

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from loraserve.adapter.format import Dtype, SlabHeader, lay_out
+from loraserve.adapter.format import Dtype, SlabHeader, make_layout
 from loraserve.kernels.attention import AttentionBatch, KvCache
 from loraserve.kernels.lora import AdapterTables
 from loraserve.model_shape import MODULES, SLICES, ModelShape
@@ -41,7 +41,7 @@ def make_adapters(shape: ModelShape, dtype: Dtype, ranks: list[list[tuple[int, .
     """``ranks``: for each adapter, the ranks of each slice of each (layer, module)."""
     choose = random.Random(seed)
     scales = [[tuple(choose.uniform(0.5, 2.0) for _ in row) for row in rows] for rows in ranks]
-    headers = [lay_out(shape, dtype, rows, scale) for rows, scale in zip(ranks, scales, strict=True)]
+    headers = [make_layout(shape, dtype, rows, scale) for rows, scale in zip(ranks, scales, strict=True)]
     gap = 48
     pool = torch.full((sum(h.elements + gap for h in headers) + gap,), float("nan"), dtype=DTYPES[dtype])
     tables = AdapterTables(shape, len(headers))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.adapter.format import decode_header, seal, slab_version
+from loraserve.adapter.format import decode_header, seal_layout, slab_version
 from loraserve.adapter.pack import Slab
 from loraserve.errors import AdapterError
 from loraserve.store.slabs import DATA_ALIGN_BYTES, MAX_READ_BYTES, Slabs, removable
@@ -28,7 +28,7 @@ def test_a_slab_comes_back_as_it_was(tmp_path: Path, make_slab: MakeSlab) -> Non
     data = slabs.read(slab.version, 0, opened.slab_bytes, now=2.0)
     assert decode_header(opened.header) == slab.header
     assert data == bytes(slab.data)
-    assert slab_version(seal(decode_header(opened.header), data)) == slab.version
+    assert slab_version(seal_layout(decode_header(opened.header), data)) == slab.version
     assert opened.data_begin % DATA_ALIGN_BYTES == 0
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 import msgspec
 import torch
 
-from loraserve.adapter.format import Dtype, lay_out_uniform
+from loraserve.adapter.format import Dtype, make_uniform_layout
 from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.errors import ConfigError
@@ -75,7 +75,7 @@ def divide(memory: Measured, memory_fraction: float, pool_fraction: float, block
 
 def adapter_bytes(shape: ModelShape, dtype: Dtype, rank: int) -> int:
     """Slab of an adapter with this rank in every projection."""
-    return lay_out_uniform(shape, dtype, rank).slab_bytes
+    return make_uniform_layout(shape, dtype, rank).slab_bytes
 
 
 def adapters_that_fit(shape: ModelShape, dtype: Dtype, pool_bytes: int, slots: int, rank: int) -> int:

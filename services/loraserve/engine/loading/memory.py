@@ -13,7 +13,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from loraserve.adapter.format import SlabHeader
-from loraserve.device import available_share
+from loraserve.device import available_memory_share
 from loraserve.log import get_logger
 from loraserve.threads import run_in_thread
 from loraserve.transfer.cuda_driver import GpuMemory
@@ -129,7 +129,7 @@ def _populate(memory: memoryview) -> None:
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
     for start in range(0, memory.nbytes, PIECE_BYTES):
         reason = ""
-        if available_share() < LEAST_AVAILABLE:
+        if available_memory_share() < LEAST_AVAILABLE:
             reason = "little memory is available"
         elif madvise(begin + start, min(PIECE_BYTES, memory.nbytes - start), POPULATE_WRITE):
             reason = os.strerror(ctypes.get_errno())

@@ -12,7 +12,7 @@ from pathlib import Path
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import Config, load_config
 from loraserve.cost.derived import kv_bytes
-from loraserve.cost.fit import Lora, StepSample, fit
+from loraserve.cost.fit import Lora, StepSample, fit_cost_model
 from loraserve.cost.profile import EngineShape, Profile, write_profile
 from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.compute.runner import ModelRunner
@@ -90,7 +90,7 @@ def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
     seconds = measure_steps(runner, to_time, rounds, cpu_seconds, _say)
     steps: list[StepSample] = [(shape_of_batch(b, adapters), s) for b, s in zip(batches, seconds, strict=True)]
     lora: Lora = options.lora
-    cost, found = fit(steps, loads, lora)
+    cost, found = fit_cost_model(steps, loads, lora)
     profile = Profile(
         model=config.model.name or options.model.resolve().name,
         shape=shape,

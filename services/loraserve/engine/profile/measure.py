@@ -13,8 +13,8 @@ from random import Random
 import numpy as np
 
 from loraserve.adapter.dtypes import from_float32
-from loraserve.adapter.format import ITEM_BYTES, Dtype, lay_out_uniform
-from loraserve.adapter.pack import Slab, sealed
+from loraserve.adapter.format import ITEM_BYTES, Dtype, make_uniform_layout
+from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.cost.fit import LoadSample
 from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.engine.compute.protocol import Runner
@@ -33,9 +33,9 @@ SAY_EVERY_S = 5.0
 
 def made_up_slab(shape: ModelShape, dtype: Dtype, rank: int, seed: int) -> Slab:
     """Random values, of the size that trained adapters have: what they are does not change what they cost."""
-    layout = lay_out_uniform(shape, dtype, rank, scale=1.0 / rank)
+    layout = make_uniform_layout(shape, dtype, rank, scale=1.0 / rank)
     values = np.random.default_rng(seed).standard_normal(layout.elements, dtype=np.float32) * np.float32(0.01)
-    return sealed(layout, from_float32(values, dtype))
+    return seal_slab(layout, from_float32(values, dtype))
 
 
 def place(slabs: Sequence[Slab], pool_bytes: int, most: int) -> list[tuple[int, Slab]]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable
 import numpy as np
 import torch
 
-from loraserve.adapter.format import lay_out_uniform
+from loraserve.adapter.format import make_uniform_layout
 from loraserve.kernels import attention, lora
 from loraserve.kernels.attention import AttentionBatch, KvCache, block_bytes, paged_attention
 from loraserve.kernels.compiled import Kernel
@@ -57,7 +57,7 @@ class LoraCase:
     """add_lora over a whole step: the adapters of ``slots`` (one entry a token) out of 16 resident ones."""
 
     def __init__(self) -> None:
-        headers = [lay_out_uniform(SHAPE, "bfloat16", rank) for rank in RANKS * 4]
+        headers = [make_uniform_layout(SHAPE, "bfloat16", rank) for rank in RANKS * 4]
         self.pool = torch.empty(sum(header.elements for header in headers), dtype=torch.bfloat16)
         self.pool.copy_(
             torch.randn(1 << 20).to(torch.bfloat16).repeat(self.pool.numel() // (1 << 20) + 1)[: len(self.pool)]

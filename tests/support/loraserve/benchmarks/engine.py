@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 import torch
 
-from loraserve.adapter.format import SlabHeader, lay_out_uniform
+from loraserve.adapter.format import SlabHeader, make_uniform_layout
 from loraserve.benchmarks.lora.cases import LLAMA_3_8B
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.cuda.runner import CudaRunner
@@ -118,7 +118,7 @@ def make_runner(shape: ModelShape, engine: EngineConfig, device: torch.device) -
 def measure(config: Config, runner: CudaRunner, case: Case, sequences: int) -> Figures:
     """One run to load and warm, one to measure."""
     shape, dtype = runner.shape, config.engine.slab_dtype
-    headers = {f"{i}-rank{rank}": lay_out_uniform(shape, dtype, rank) for i, rank in enumerate(case.ranks)}
+    headers = {f"{i}-rank{rank}": make_uniform_layout(shape, dtype, rank) for i, rank in enumerate(case.ranks)}
     engine = RandomPoolEngine(config, headers, runner)
     names = list(headers) or [""]
     sampling = SamplingParams(max_tokens=case.output_tokens, temperature=0.0, ignore_eos=True)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import msgspec
 import torch
 
-from loraserve.adapter.format import SlabHeader, lay_out
+from loraserve.adapter.format import SlabHeader, make_layout
 from loraserve.kernels.lora.gpu import add_lora
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.work import LoraWork, Workspace
@@ -105,7 +105,7 @@ class Setup:
     def _header(shape: ModelShape, dtype: str, rank: int, choose: random.Random) -> SlabHeader:
         rows = [tuple(rank if choose.random() > 0.1 else 0 for _ in SLICES[module]) for module in MODULES]
         scales = [tuple(choose.uniform(0.5, 2.0) for _ in row) for row in rows]
-        return lay_out(shape, dtype, rows, scales)  # type: ignore[arg-type]
+        return make_layout(shape, dtype, rows, scales)  # type: ignore[arg-type]
 
 
 def batches(small: bool) -> dict[str, list[int]]:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.adapter.format import SlabHeader, lay_out
+from loraserve.adapter.format import SlabHeader, make_layout
 from loraserve.config import EngineConfig
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.cuda import pool as pool_module
@@ -82,7 +82,7 @@ def test_where_nothing_is_left_settings_and_remedies_are_named(memory: Measured,
 
 def full_slab(shape: ModelShape, dtype: str, rank: int) -> SlabHeader:
     ranks = [(rank,) * len(SLICES[module]) for _ in range(shape.layers) for module in MODULES]
-    return lay_out(shape, dtype, ranks, [(1.0,) * len(row) for row in ranks])  # type: ignore[arg-type]
+    return make_layout(shape, dtype, ranks, [(1.0,) * len(row) for row in ranks])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

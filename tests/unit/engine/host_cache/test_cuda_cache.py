@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraserve.adapter.format import lay_out_uniform, seal, slab_version
+from loraserve.adapter.format import make_uniform_layout, seal_layout, slab_version
 from loraserve.engine.cuda.pool import DevicePool, page_locked
 from loraserve.engine.host_cache.tier import CacheTier
 from loraserve.engine.loading.memory import Landing
@@ -22,12 +22,12 @@ from loraserve.testing.clock import FakeClock
 ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
 CACHE_BYTES = 1 << 20
-LAYOUT = lay_out_uniform(ModelShape(2, 64, 2, 1, 32, 96, 64), "bfloat16", 8)
+LAYOUT = make_uniform_layout(ModelShape(2, 64, 2, 1, 32, 96, 64), "bfloat16", 8)
 
 
 def test_a_slab_goes_from_the_device_to_host_memory_and_back(capfd: pytest.CaptureFixture[str]) -> None:
     data = random.Random(3).randbytes(LAYOUT.slab_bytes)
-    header = seal(LAYOUT, data)
+    header = seal_layout(LAYOUT, data)
     ref = AdapterRef(name="one", version=slab_version(header), rank=8, slab_bytes=header.slab_bytes)
     pool = DevicePool(1 << 19, torch.bfloat16, DEVICE)
     pool.write(4096, data)

@@ -4,13 +4,13 @@ from random import Random
 
 import pytest
 
-from loraserve.adapter.format import SlabHeader, lay_out_uniform
+from loraserve.adapter.format import SlabHeader, make_uniform_layout
 from loraserve.engine.host_cache.cache import HostCache
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
 
 UNIT = 4096
-HEADER: SlabHeader = lay_out_uniform(ModelShape(1, 8, 1, 1, 8, 8, 8), "float32", 1)
+HEADER: SlabHeader = make_uniform_layout(ModelShape(1, 8, 1, 1, 8, 8, 8), "float32", 1)
 
 
 def adapter(version: str, units: int = 1) -> AdapterRef:

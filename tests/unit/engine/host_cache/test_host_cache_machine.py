@@ -5,14 +5,14 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraserve.adapter.format import lay_out_uniform
+from loraserve.adapter.format import make_uniform_layout
 from loraserve.engine.host_cache.cache import CachedSlab, HostCache
 from loraserve.engine.lending.leases import Lease, LeaseLimits, Leases, Reader
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
 
 UNIT = 4096
-HEADER = lay_out_uniform(ModelShape(1, 8, 1, 1, 8, 8, 8), "float32", 1)
+HEADER = make_uniform_layout(ModelShape(1, 8, 1, 1, 8, 8, 8), "float32", 1)
 ADAPTERS = [
     AdapterRef(name=f"name-{i}", version=f"v{i}", rank=8, slab_bytes=UNIT * units - i)
     for i, units in enumerate((1, 1, 1, 2, 2, 3, 5))

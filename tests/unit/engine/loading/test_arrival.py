@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loraserve.adapter.format import SlabHeader, lay_out
+from loraserve.adapter.format import SlabHeader, make_layout
 from loraserve.engine.loading.arrival import Arrival, Gate, gate_of, late_of
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.messages.sampling import SamplingParams
@@ -19,7 +19,7 @@ LONG_S, NOW_S = 60.0, 0.0
 @pytest.fixture
 def header() -> SlabHeader:
     rows = [(2,) * len(SLICES[module]) for _ in range(SHAPE.layers) for module in MODULES]
-    return lay_out(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
+    return make_layout(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from loraserve.adapter.format import SlabHeader, lay_out
+from loraserve.adapter.format import SlabHeader, make_layout
 from loraserve.engine.loading import arrival_watch
 from loraserve.engine.loading.arrival import Arrival
 from loraserve.engine.loading.arrival_watch import ArrivalWatch, ArrivalWatches
@@ -22,7 +22,7 @@ OFFSET_BYTES = 4096
 @pytest.fixture
 def header() -> SlabHeader:
     rows = [(2,) * len(SLICES[module]) for _ in range(SHAPE.layers) for module in MODULES]
-    return lay_out(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
+    return make_layout(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
 
 
 @pytest.fixture

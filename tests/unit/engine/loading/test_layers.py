@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.adapter.dtypes import storage
-from loraserve.adapter.format import lay_out
-from loraserve.adapter.pack import Slab, sealed
+from loraserve.adapter.dtypes import storage_dtype
+from loraserve.adapter.format import make_layout
+from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.engine.loading.memory import HostPool
 from loraserve.engine.loading.slab_reader import Arrivals, damaged_layer, shares
 from loraserve.model_shape import MODULES, SLICES, ModelShape
@@ -19,8 +19,8 @@ OFFSET = 48
 def make_slab(ranks: tuple[int, ...]) -> Slab:
     """``ranks`` are of the layers, in all their projections."""
     rows = [(rank,) * len(SLICES[module]) for rank in ranks for module in MODULES]
-    layout = lay_out(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
-    return sealed(layout, np.arange(layout.elements).astype(storage("float32")))
+    layout = make_layout(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
+    return seal_slab(layout, np.arange(layout.elements).astype(storage_dtype("float32")))
 
 
 @given(

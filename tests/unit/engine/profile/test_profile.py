@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.adapter.pack import unpack
+from loraserve.adapter.pack import unpack_slab
 from loraserve.cost import StepShape
 from loraserve.cost.profile import check_model, read_profile
 from loraserve.engine.profile.command import main
@@ -93,7 +93,7 @@ def test_what_the_cost_model_sees_of_a_batch() -> None:
 
 def test_made_up_slabs_are_adapters_and_are_placed_while_there_is_room() -> None:
     slabs = [made_up_slab(TINY_SHAPE, "bfloat16", rank, seed) for seed, rank in enumerate((4, 8, 4))]
-    a, b, scale = unpack(slabs[0].header, slabs[0].data)[0, "q_proj"]
+    a, b, scale = unpack_slab(slabs[0].header, slabs[0].data)[0, "q_proj"]
     assert (a.shape, b.shape, scale) == ((4, 16), (16, 4), 0.25)
     assert a.any()
     assert len({slab.version for slab in slabs}) == 3

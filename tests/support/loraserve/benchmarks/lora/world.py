@@ -2,7 +2,7 @@
 
 import torch
 
-from loraserve.adapter.format import Dtype, SlabHeader, lay_out_uniform
+from loraserve.adapter.format import Dtype, SlabHeader, make_uniform_layout
 from loraserve.benchmarks.lora.cases import Case
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.model_shape import ModelShape
@@ -51,7 +51,7 @@ class World:
 
     def _header(self, slot: int) -> SlabHeader:
         dtype: Dtype = "bfloat16" if self.dtype == torch.bfloat16 else "float16"
-        return lay_out_uniform(self.shape, dtype, self.ranks[slot], self.scales[slot])
+        return make_uniform_layout(self.shape, dtype, self.ranks[slot], self.scales[slot])
 
 
 class Operands:
