@@ -29,8 +29,8 @@ from loraserve.messages import (
     Route,
     SamplingParams,
 )
-from loraserve.router.context import Choice, PlannedCopies, Slo
-from loraserve.router.policy import ROUTERS
+from loraserve.router.context import Candidates, PlannedCopies, RoutingContext, Slo
+from loraserve.router.policy import POLICIES
 from loraserve.router.view import ClusterView
 
 ENGINES = (8, 64, 1000)
@@ -153,7 +153,7 @@ class Measured:
 
 
 def measure(engines: int, policy: str, lora: Literal["exact", "padded"], pictures: int, choices: int) -> Measured:
-    cluster, measured, choose = Cluster(engines, lora), Measured(), ROUTERS[policy]
+    cluster, measured, choose = Cluster(engines, lora), Measured(), POLICIES[policy]
     for _ in range(pictures):
         cluster.now += 0.25
         picture = cluster.picture()
@@ -169,12 +169,12 @@ def measure(engines: int, policy: str, lora: Literal["exact", "padded"], picture
 def _choose_once(cluster: Cluster, choose: Callable[..., object], request: Route, measured: Measured) -> None:
     view = cluster.view
     began_s = time.perf_counter()
-    view.expire(cluster.now)
+    view.expire_pending(cluster.now)
     choosing_s = time.perf_counter()
-    choice = choose(request, view, cluster.plan, cluster.cost, SLO, cluster.rng)
+    choice = choose(RoutingContext(request, view, cluster.plan, cluster.cost, SLO, cluster.rng))
     chosen_s = time.perf_counter()
-    assert isinstance(choice, Choice), choice
-    view.sent(choice.first.engine, request, cluster.now, choice.first)
+    assert isinstance(choice, Candidates), choice
+    view.record_sent(choice.first.engine, request, cluster.now)
     measured.whole.append(time.perf_counter() - began_s)
     measured.choosing[KINDS[request.adapter is None]].append(chosen_s - choosing_s)
 

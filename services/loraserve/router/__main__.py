@@ -1,4 +1,4 @@
-"""``python -m loraserve.router --config FILE``."""
+"""Run the router: ``python -m loraserve.router --config FILE``."""
 
 import sys
 

@@ -1,19 +1,76 @@
-"""What a routing policy is asked with and what it answers. Pure."""
+"""What a routing policy is given (``RoutingContext``) and what it answers (``Candidates``)."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
 import msgspec
 
+from loraserve.cost import CostModel
 from loraserve.messages import Plan, Rejected, Route
+from loraserve.router.view import ClusterView
+
+_NO_SHARES: Mapping[str, float] = {}
 
 
-class Seconds(msgspec.Struct, frozen=True, gc=False):
-    """A prediction by its parts. ``load_s`` and ``queue_s`` pass at the same time; then comes ``own_s``.
+class PlannedCopies:
+    """A plan's copies, indexed by adapter version."""
 
-    ``queue_s``: what is before it there, a place in the batch and room in the KV cache. ``load_s``: of an absent
-    adapter. ``own_s``: its own prefill, ``step_s`` of which is what the steps that carry it take for all else.
-    ``engine_s``: engine time that it takes over all of its life, and what others there lose by it.
+    def __init__(self, plan: Plan) -> None:
+        self.epoch = plan.epoch
+        self._shares: dict[str, dict[str, float]] = {}
+        for copy in plan.placements:
+            self._shares.setdefault(copy.version, {})[copy.engine] = copy.share
+
+    def shares(self, version: str) -> Mapping[str, float]:
+        """Return the traffic share of each copy of an adapter, by engine name."""
+        return self._shares.get(version, _NO_SHARES)
+
+
+class Slo(msgspec.Struct, frozen=True):
+    """The promised time to first token and how far it may be exceeded.
+
+    A request is refused if the soonest engine needs more than ``reject_factor`` times the promise. The promise is
+    ``ttft_s``, or the time that the request's own prefill and adapter load take if that is longer.
+    """
+
+    ttft_s: float
+    reject_factor: float
+
+
+class Rng(Protocol):
+    """The part of ``random.Random`` that policies use."""
+
+    def random(self) -> float:
+        """Return a number in [0, 1)."""
+        ...
+
+
+class RoutingContext(msgspec.Struct, frozen=True, gc=False):
+    """Everything that decides where one request goes."""
+
+    request: Route
+    view: ClusterView
+    plan: PlannedCopies | None
+    cost: CostModel
+    slo: Slo
+    rng: Rng
+
+    def planned_shares(self) -> Mapping[str, float]:
+        """Return the shares of the planned copies of the request's adapter, by engine name."""
+        if self.plan is None or self.request.adapter is None:
+            return _NO_SHARES
+        return self.plan.shares(self.request.adapter.version)
+
+
+class Prediction(msgspec.Struct, frozen=True, gc=False):
+    """The parts of a predicted time to first token, which is max(``queue_s``, ``load_s``) + ``own_s``.
+
+    Attributes:
+        queue_s: Wait for queued prefill, for a place in the batch and for KV memory.
+        load_s: Load of the adapter if it is absent. The queue advances at the same time.
+        own_s: All steps that carry the request's own prefill.
+        step_s: The part of ``own_s`` that these steps take for everything but the request's prefill.
+        engine_s: Engine time that the request costs over its whole life, including what other requests lose by it.
     """
 
     queue_s: float
@@ -24,22 +81,28 @@ class Seconds(msgspec.Struct, frozen=True, gc=False):
 
 
 class Candidate(msgspec.Struct, frozen=True, gc=False):
-    """An engine that can serve the request, its predicted time to first token, and why it would be chosen.
+    """An engine that can serve the request, its predicted time to first token, and why it was chosen.
 
-    ``why``: ``base`` (no adapter), ``planned`` (holds a copy by plan, or its load has begun), ``resident`` (the same by
-    chance), ``spill`` (others hold it, but this one starts sooner), ``load`` (nobody holds it), ``prefix`` (it computed
-    the beginning of this prompt before, and would not be the best otherwise), ``live`` (has the request already).
+    ``why`` is one of:
+
+    - ``base``: the request uses no adapter;
+    - ``planned``: the engine holds or loads the adapter, and the plan has a copy there;
+    - ``resident``: the engine holds or loads the adapter, and the plan has no copy there;
+    - ``spill``: other engines hold the adapter, but this one starts sooner;
+    - ``load``: no engine holds the adapter;
+    - ``prefix``: the engine has the beginning of the prompt in its prefix cache, and would not be the best without it;
+    - ``live``: the engine runs the request already.
     """
 
     engine: str
     predicted_s: float
     why: str
-    parts: Seconds | None = None
+    prediction: Prediction | None = None
 
     @property
     def reason(self) -> str:
-        """For people; made when asked for."""
-        parts = self.parts
+        """The choice in one line, for logs and stories."""
+        parts = self.prediction
         if parts is None:
             return self.why
         return (
@@ -48,8 +111,12 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
         )
 
 
-class Choice(msgspec.Struct, frozen=True):
-    """Engines to try, best first. ``others`` are looked for when asked for: nearly always the first takes it."""
+class Candidates(msgspec.Struct, frozen=True):
+    """Engines to ask, best first.
+
+    ``others`` computes the candidates after the first one. It is called only if the first one does not take the
+    request, which is rare.
+    """
 
     first: Candidate
     others: Callable[[], tuple[Candidate, ...]] = tuple
@@ -58,51 +125,7 @@ class Choice(msgspec.Struct, frozen=True):
         yield self.first
         yield from self.others()
 
-    @property
-    def candidates(self) -> tuple[Candidate, ...]:
-        return tuple(self)
 
-
-class Slo(msgspec.Struct, frozen=True):
-    """A request is refused where the soonest first token is later than ``reject_factor`` times what was promised:
-    ``ttft_s``, or its own prefill and load where those alone take longer."""
-
-    ttft_s: float
-    reject_factor: float
-
-
-class Rng(Protocol):
-    """As random.Random."""
-
-    def random(self) -> float: ...
-
-
-def rejected(request: Route, code: str, message: str, retry_after_s: float = 1.0) -> Rejected:
-    """Nobody is told to come back at once."""
+def rejection(request: Route, code: str, message: str, retry_after_s: float = 1.0) -> Rejected:
+    """Return the refusal of a request; clients are told to wait for at least one second before they retry."""
     return Rejected(request_id=request.request_id, code=code, message=message, retry_after_s=max(1.0, retry_after_s))
-
-
-# MERGED: loraserve.router.context
-# """A plan as the router looks it up. Pure."""
-
-
-_NOWHERE: Mapping[str, float] = {}
-
-
-class PlannedCopies:
-    """The share of traffic of each copy."""
-
-    def __init__(self, plan: Plan) -> None:
-        self.epoch = plan.epoch
-        self._shares: dict[str, dict[str, float]] = {}
-        for copy in plan.placements:
-            self._shares.setdefault(copy.version, {})[copy.engine] = copy.share
-
-    def of(self, version: str) -> Mapping[str, float]:
-        """Share by engine of one adapter's copies."""
-        return self._shares.get(version, _NOWHERE)
-
-
-def shares_of(plan: PlannedCopies | None, request: Route) -> Mapping[str, float]:
-    """Share by engine of the copies of the request's adapter; empty without a plan or an adapter."""
-    return plan.of(request.adapter.version) if plan is not None and request.adapter is not None else _NOWHERE

@@ -1,5 +1,7 @@
-"""One engine as the router believes it to be: its last report in the form in which requests are priced, and what this
-router has sent there since. Pure."""
+"""What the router knows of one engine: its last report, and what this router has sent there since.
+
+Reports say what an engine has at a moment. A request that was sent later is *pending* until a report counts it.
+"""
 
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
@@ -13,17 +15,18 @@ from loraserve.messages import EngineLoad
 
 TIMEOUTS_TO_AVOID = 2
 FIRST_AVOIDANCE_S = 0.5
-LONGEST_AVOIDANCE_S = 8.0
-GOES_ON = 0.5
-"""Of the requests that run, so many are taken to be followed by one of their rank: with more of them an engine that
-falls behind the plan's demand is helped sooner, with less the plan's order lasts longer near the limit."""
+MAX_AVOIDANCE_S = 8.0
+CONTINUATION = 0.5
+"""The share of running requests that are assumed to be followed by another request of their rank. With a larger
+share an engine that exceeds the plan's demand is relieved sooner; with a smaller one the plan's order lasts longer
+near the limit."""
 IDLE_STEP_S = 0.02
-"""Of decoding, where an engine has not done any yet."""
-_NOTHING: Mapping[str, float] = MappingProxyType({})
+"""Decode step of an engine that has not decoded yet."""
+_NO_RATES: Mapping[str, float] = MappingProxyType({})
 
 
-class Pending(msgspec.Struct, frozen=True, gc=False):
-    """A request this router sent to an engine and no report has counted yet. ``tokens`` of it need prefill."""
+class PendingRequest(msgspec.Struct, frozen=True, gc=False):
+    """A request that this router sent and that no report has counted yet; ``tokens`` of its prompt need prefill."""
 
     tokens: int
     version: str
@@ -32,8 +35,8 @@ class Pending(msgspec.Struct, frozen=True, gc=False):
     slab_bytes: int = 0
 
 
-class Live(msgspec.Struct, frozen=True, gc=False):
-    """Where a request runs; the adapter is known only of what this router sent."""
+class RunningRequest(msgspec.Struct, frozen=True, gc=False):
+    """The engine that runs a request; the adapter is known only if this router sent the request."""
 
     engine: str
     since_s: float
@@ -41,13 +44,17 @@ class Live(msgspec.Struct, frozen=True, gc=False):
     rank: int = 0
 
 
-class Mix(msgspec.Struct, frozen=True, gc=False):
-    """Adapters of an engine's requests, as far as steps pay for them.
+class AdapterMix(msgspec.Struct, frozen=True, gc=False):
+    """What the adapters of an engine's requests add to its steps.
 
-    ``slab_bytes`` of the distinct ones that run, ``rank_sum`` over the requests that run; ``largest_rank`` also of
-    those that wait. ``expected_rank``: the largest at a time, on average, of the copies that the plan keeps there and
-    of what runs there beside them; a rank that is hardly ever asked for widens nobody, and where several of one run
-    that the plan knows nothing of, it is no longer the next that widens the others. None where the plan keeps nothing.
+    Attributes:
+        slab_bytes: Of the distinct adapters that run.
+        rank_sum: Over the running requests.
+        running_rank: The largest rank that runs.
+        largest_rank: The largest rank that runs or waits.
+        expected_rank: The mean over time of the largest rank in a batch, from the demand for the copies that the plan
+            keeps there and from what runs beside them. A large rank that is rarely requested hardly raises it. None if
+            the plan keeps no copy there.
     """
 
     slab_bytes: int = 0
@@ -57,16 +64,16 @@ class Mix(msgspec.Struct, frozen=True, gc=False):
     expected_rank: float | None = None
 
 
-class PendingMix(msgspec.Struct):
-    """The same of pending requests. ``versions``: all of their adapters; ``slab_bytes``: of those that no report has
-    active."""
+class PendingAdapters(msgspec.Struct):
+    """The adapters of pending requests; ``slab_bytes`` counts those that are not active on the engine already."""
 
     versions: set[str] = msgspec.field(default_factory=set)
     slab_bytes: int = 0
     rank_sum: int = 0
     largest_rank: int = 0
 
-    def add(self, pending: Pending, active: frozenset[str]) -> None:
+    def add(self, pending: PendingRequest, active: frozenset[str]) -> None:
+        """Count one more request; ``active`` are the versions of requests that a report has counted."""
         if not pending.version:
             return
         if pending.version not in self.versions and pending.version not in active:
@@ -77,7 +84,30 @@ class PendingMix(msgspec.Struct):
 
 
 class EngineView(msgspec.Struct):
-    """``column``: its place in the table of prices, -1 where it takes no requests."""
+    """One engine.
+
+    Attributes:
+        name: Of the engine.
+        load: The last report.
+        reported_s: When the report was made.
+        alive: Whether the monitor believes that the engine lives.
+        column: The engine's column in the price table; -1 if it takes no requests.
+        resident: Versions in its pool.
+        loading: Versions that it loads.
+        active: Versions of requests that run or wait there, without pending ones.
+        adapters: What the adapters of these requests add to steps.
+        listed: Versions for which ``ClusterView.engines_near`` lists this engine.
+        largest_extent_bytes: The largest extent that its pool can ever provide.
+        room_bytes: The largest extent that its pool can provide now.
+        pending: Requests that no report has counted yet, in the order in which they were sent.
+        expected: Versions that the engine was told to expect, and when; oldest first.
+        pending_tokens: Prompt tokens of pending requests that need prefill.
+        pending_adapters: Adapters of pending requests.
+        timeouts: Requests in a row that the engine did not answer.
+        avoided_since_s: When the engine became one that does not answer.
+        avoidance_s: How long it is avoided before reports are believed again.
+        drained: Whether the plan empties the engine.
+    """
 
     name: str
     load: EngineLoad
@@ -87,48 +117,62 @@ class EngineView(msgspec.Struct):
     resident: frozenset[str] = frozenset()
     loading: frozenset[str] = frozenset()
     active: frozenset[str] = frozenset()
-    """Versions of requests that run or wait there, pending ones left out."""
-    mix: Mix = Mix()
+    adapters: AdapterMix = AdapterMix()
     listed: set[str] = msgspec.field(default_factory=set)
-    """Versions that the cluster's view lists this engine for."""
     largest_extent_bytes: int = 0
     room_bytes: int = 0
-    """The largest slab that the pool has room for now, if a request wants it."""
-    pending: dict[str, Pending] = msgspec.field(default_factory=dict)
+    pending: dict[str, PendingRequest] = msgspec.field(default_factory=dict)
     expected: dict[str, float] = msgspec.field(default_factory=dict)
-    """Versions that the engine was told to expect, and since when; oldest first."""
     pending_tokens: int = 0
-    pending_mix: PendingMix = msgspec.field(default_factory=PendingMix)
+    pending_adapters: PendingAdapters = msgspec.field(default_factory=PendingAdapters)
     timeouts: int = 0
     avoided_since_s: float | None = None
     avoidance_s: float = 0.0
     drained: bool = False
-    """The plan empties it: requests go there only where nobody else answers."""
 
     @property
     def requests(self) -> int:
+        """How many requests run, wait or are pending."""
         return self.load.running + self.load.waiting + len(self.pending)
 
     @property
     def is_ready(self) -> bool:
+        """Whether the engine takes requests."""
         return self.alive and self.load.state == "READY"
 
     @property
-    def reluctance(self) -> int:
-        """0 where it is asked in its turn, more where it is asked last: those that are drained, then the silent."""
+    def fallback_level(self) -> int:
+        """0 for a normal engine; 1 if drained, 2 if it does not answer, 3 if both. Higher levels are asked later."""
         return self.drained + 2 * (self.avoided_since_s is not None)
 
-    def take(
+    @property
+    def oldest_s(self) -> float:
+        """When the oldest pending request or expected adapter was sent; infinite if there is none."""
+        request_s = next(iter(self.pending.values())).since_s if self.pending else inf
+        return min(request_s, next(iter(self.expected.values()), inf))
+
+    def has(self, version: str) -> bool:
+        """Return whether the adapter is resident or on its way."""
+        begun = version in self.loading or version in self.expected
+        return begun or version in self.resident or version in self.pending_adapters.versions
+
+    def apply_report(
         self,
         load: EngineLoad,
         reported_s: float,
         alive: bool,
-        known: Iterable[Live] = (),
-        decoded: Mapping[str, float] = _NOTHING,
+        known: Iterable[RunningRequest] = (),
+        decoded: Mapping[str, float] = _NO_RATES,
     ) -> None:
-        """A report. ``known``: of its requests, those whose adapter is known. ``decoded``: by version, tokens a second
-        at each copy; empty where nothing is known of any. Of another incarnation it makes all that was known of the
-        engine void."""
+        """Replace the last report; one of another incarnation clears everything known of the engine.
+
+        Args:
+            load: The report.
+            reported_s: When it was made.
+            alive: Whether the monitor believes that the engine lives.
+            known: Those of the reported requests whose adapter is known.
+            decoded: By version, decoded tokens per second at each copy; empty if demand is not known.
+        """
         if load.incarnation != self.load.incarnation:
             self.pending, self.expected = {}, {}
             self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
@@ -136,17 +180,64 @@ class EngineView(msgspec.Struct):
         self.loading = frozenset(load.loading)
         self.largest_extent_bytes = largest_extent_bytes(load.pool_total_bytes)
         self.room_bytes = load.pool_room_bytes
-        self._take_adapters(load, known, decoded)
-        self._count_pending()
+        self._apply_adapters(load, known, decoded)
+        self._recount_pending()
         if alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
             # One more timeout and it is avoided again, for longer: reports alone do not prove that it serves.
             self.avoided_since_s, self.timeouts = None, TIMEOUTS_TO_AVOID - 1
 
-    def _take_adapters(self, load: EngineLoad, known: Iterable[Live], decoded: Mapping[str, float]) -> None:
-        """One pass over what may be hundreds of adapters, four times a second, for each of a thousand engines."""
+    def expect(self, version: str, now: float) -> None:
+        """Note that the engine was told to expect a request for this adapter."""
+        self.expected.pop(version, None)
+        self.expected[version] = now
+
+    def add_pending(self, request_id: str, pending: PendingRequest) -> None:
+        """Add a pending request, or replace it."""
+        self.drop_pending([request_id])
+        self.pending[request_id] = pending
+        self.pending_tokens += pending.tokens
+        self.pending_adapters.add(pending, self.active)
+
+    def drop_pending(self, request_ids: Iterable[str]) -> None:
+        """Remove those of the requests that are pending."""
+        removed = [request_id for request_id in request_ids if self.pending.pop(request_id, None)]
+        if removed:
+            self._recount_pending()
+
+    def drop_older(self, before_s: float) -> None:
+        """Remove pending requests and expected adapters from before this time."""
+        self.drop_pending([request_id for request_id, p in self.pending.items() if p.since_s < before_s])
+        self.expected = {version: since_s for version, since_s in self.expected.items() if since_s >= before_s}
+
+    def clear_adapters(self) -> None:
+        """Forget the adapters of an engine that restarted since its last report: its pool is empty."""
+        self.resident = self.loading = self.active = frozenset()
+        self.expected = {}
+        self.adapters = AdapterMix()
+        self._recount_pending()
+
+    def record_timeout(self, now: float) -> None:
+        """Count a request that was not answered; after ``TIMEOUTS_TO_AVOID`` in a row the engine is avoided."""
+        self.timeouts += 1
+        if self.timeouts >= TIMEOUTS_TO_AVOID and self.avoided_since_s is None:
+            self.avoided_since_s = now
+            self.avoidance_s = min(MAX_AVOIDANCE_S, max(FIRST_AVOIDANCE_S, 2 * self.avoidance_s))
+
+    def record_answer(self) -> None:
+        """Stop avoiding the engine."""
+        self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
+
+    def _recount_pending(self) -> None:
+        self.pending_tokens = sum(p.tokens for p in self.pending.values())
+        self.pending_adapters = PendingAdapters()
+        for pending in self.pending.values():
+            self.pending_adapters.add(pending, self.active)
+
+    def _apply_adapters(self, load: EngineLoad, known: Iterable[RunningRequest], decoded: Mapping[str, float]) -> None:
+        # A single pass: there may be hundreds of adapters on each of a thousand engines, four times a second.
         slab_bytes = rank_sum = running_rank = 0
         planned: dict[int, float] = {}
-        runs: dict[int, int] = {}
+        running: dict[int, int] = {}
         resident, active = [], []
         for adapter in load.resident:
             resident.append(adapter.version)
@@ -154,90 +245,33 @@ class EngineView(msgspec.Struct):
                 active.append(adapter.version)
                 slab_bytes += adapter.slab_bytes
                 rank_sum += adapter.running * adapter.rank
-                runs[adapter.rank] = runs.get(adapter.rank, 0) + adapter.running
+                running[adapter.rank] = running.get(adapter.rank, 0) + adapter.running
                 if adapter.rank > running_rank:
                     running_rank = adapter.rank
             if adapter.pinned:
                 planned[adapter.rank] = planned.get(adapter.rank, 0.0) + decoded.get(adapter.version, 0.0)
         largest_rank = running_rank
-        for live in known:
-            if live.version:
-                active.append(live.version)
-                largest_rank = max(largest_rank, live.rank)
+        for request in known:
+            if request.version:
+                active.append(request.version)
+                largest_rank = max(largest_rank, request.rank)
         self.resident, self.active = frozenset(resident), frozenset(active)
         expected_rank: float | None = max(planned, default=None)
         if decoded and planned:
             step_s = load.decode_step_s if 0 < load.decode_step_s < inf else IDLE_STEP_S
-            kept = {rank: tokens * step_s for rank, tokens in planned.items()}
-            ranks = kept.keys() | runs.keys()
-            sequences = {rank: max(kept.get(rank, 0.0), GOES_ON * runs.get(rank, 0)) for rank in ranks}
-            expected_rank = largest_at_a_time(sequences)
-        self.mix = Mix(slab_bytes, rank_sum, running_rank, largest_rank, expected_rank)
-
-    @property
-    def oldest_s(self) -> float:
-        """When the first of what no report has counted yet was sent."""
-        request_s = next(iter(self.pending.values())).since_s if self.pending else inf
-        return min(request_s, next(iter(self.expected.values()), inf))
-
-    def has(self, version: str) -> bool:
-        """It is there, or on its way."""
-        begun = version in self.loading or version in self.expected
-        return begun or version in self.resident or version in self.pending_mix.versions
-
-    def expect(self, version: str, now: float) -> None:
-        self.expected.pop(version, None)
-        self.expected[version] = now
-
-    def drop_older(self, before_s: float) -> None:
-        """Of what no report has counted yet."""
-        self.drop_pending([request_id for request_id, p in self.pending.items() if p.since_s < before_s])
-        self.expected = {version: since_s for version, since_s in self.expected.items() if since_s >= before_s}
-
-    def add_pending(self, request_id: str, pending: Pending) -> None:
-        """In place of what it was before."""
-        self.drop_pending([request_id])
-        self.pending[request_id] = pending
-        self.pending_tokens += pending.tokens
-        self.pending_mix.add(pending, self.active)
-
-    def drop_pending(self, request_ids: Iterable[str]) -> None:
-        gone = [request_id for request_id in request_ids if self.pending.pop(request_id, None)]
-        if gone:
-            self._count_pending()
-
-    def _count_pending(self) -> None:
-        self.pending_tokens = sum(p.tokens for p in self.pending.values())
-        self.pending_mix = PendingMix()
-        for pending in self.pending.values():
-            self.pending_mix.add(pending, self.active)
-
-    def emptied(self) -> None:
-        """It was restarted since its last report: its pool is empty."""
-        self.resident = self.loading = self.active = frozenset()
-        self.expected = {}
-        self.mix = Mix()
-        self._count_pending()
-
-    def timed_out(self, now: float) -> None:
-        self.timeouts += 1
-        if self.timeouts >= TIMEOUTS_TO_AVOID and self.avoided_since_s is None:
-            self.avoided_since_s = now
-            self.avoidance_s = min(LONGEST_AVOIDANCE_S, max(FIRST_AVOIDANCE_S, 2 * self.avoidance_s))
-
-    def answered(self) -> None:
-        self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
+            demanded = {rank: tokens * step_s for rank, tokens in planned.items()}
+            ranks = demanded.keys() | running.keys()
+            sequences = {rank: max(demanded.get(rank, 0.0), CONTINUATION * running.get(rank, 0)) for rank in ranks}
+            expected_rank = mean_largest_rank(sequences)
+        self.adapters = AdapterMix(slab_bytes, rank_sum, running_rank, largest_rank, expected_rank)
 
 
-# MERGED: loraserve.router.engine_view
-# """Which rank an engine's batches have, of the copies that it keeps. Pure."""
+def mean_largest_rank(sequences: Mapping[int, float]) -> float:
+    """Return the mean over time of the largest rank in a batch.
 
-
-def largest_at_a_time(sequences: Mapping[int, float]) -> float:
-    """The largest rank in a batch, on average over time; ``sequences``: by rank, how many of it decode at a time.
-
-    They are taken to come independently: none of rank r or more is there for exp(-n) of the time, n being all of these
-    (Poisson), and the mean of the largest is the integral over r of the time that there is one.
+    ``sequences`` is the mean number of decoding sequences by rank. They are assumed to arrive independently (Poisson):
+    no sequence of rank r or more is present for a share exp(-n) of the time, where n is the number of all of these. The
+    mean of the largest rank is the integral over r of the share of time in which one is present.
     """
     above, largest = 0.0, 0.0
     for rank, below in pairwise([*sorted(sequences, reverse=True), 0]):

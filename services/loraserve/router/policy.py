@@ -1,8 +1,16 @@
-"""Which engine starts a request soonest. Pure: filter, score, pick.
+"""The choice of an engine for a request.
 
-The prediction is the time to the first token: what waits there already, a place in the batch and in the KV cache, the
-adapter's load if it is absent, and the steps that carry the request's own prefill. The plan is a prior: it decides
-between engines that are about equally good, no more.
+``route_by_prediction`` (configured as ``predicted``, the default) decides in four steps:
+
+1. Filter: exclude engines whose context length or adapter pool is too small (``fitting_columns``).
+2. Score: compute a score in seconds for each engine, mostly its predicted time to first token (``score.score``).
+3. Admit: refuse the request if even the soonest engine would exceed the SLO by its ``reject_factor``.
+4. Pick: take the lowest score; ``break_ties`` chooses between scores that are nearly equal.
+
+``route_by_shares`` (configured as ``shares``) is the LoRAServe paper's routing: it draws a planned copy in proportion
+to the traffic shares and ignores queues.
+
+An engine that the plan drains or that does not answer is a *fallback*: it is asked after all other engines.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,64 +22,148 @@ import numpy.typing as npt
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import Expect, Rejected, Route, SamplingParams
-from loraserve.router.context import Candidate, Choice, PlannedCopies, Rng, Seconds, Slo, rejected, shares_of
+from loraserve.router.context import Candidate, Candidates, Prediction, Rng, RoutingContext, Slo, rejection
 from loraserve.router.prices import Array, PriceTable
-from loraserve.router.score import Scores, engine_seconds, own_seconds, prefill_tokens, score
+from loraserve.router.score import Scores, engine_seconds, prefill_seconds, prefill_tokens, score
 from loraserve.router.view import ClusterView
 
-__all__ = [
-    "MOST_CANDIDATES",
-    "Candidate",
-    "Choice",
-    "PlannedCopies",
-    "Rng",
-    "Seconds",
-    "Slo",
-    "route",
-    "shares_by_column",
-]
+Mask: TypeAlias = npt.NDArray[np.bool_]
+RoutingPolicy: TypeAlias = Callable[[RoutingContext], Candidates | Rejected]
+
+MAX_CANDIDATES = 4
+"""An engine that does not answer costs a second, and gateways wait for a limited time."""
+TIE_SHARE = 0.05
+"""Scores this close to the best one, as a share of its predicted time or of its decode step, count as a tie. The
+prediction's error is larger."""
+MIN_TIE_S = 5e-5
+FALLBACK_PENALTY_S = 1e9
+"""Added to a fallback engine's score for each level of ``EngineView.fallback_level``."""
+UNKNOWN_SAMPLING = SamplingParams(max_tokens=1 << 30)
+"""For a request that is not known yet: its output is assumed to have the mean length."""
 
 
-def route(
-    request: Route, view: ClusterView, plan: PlannedCopies | None, cost: CostModel, slo: Slo, rng: Rng
-) -> Choice | Rejected:
-    """Engines in the order in which they should be asked, or why none."""
-    table = view.prices(cost)
+def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
+    """Return the engines that start the request soonest, or why it is refused."""
+    request, view, slo = context.request, context.view, context.slo
+    table = view.prices(context.cost)
     if not table.engines:
-        return no_engine(request)
-    able = able_columns(request, table)
-    if able is not None and not able.any():
-        return unfit(request, table)
-    shares = shares_by_column(plan, request, view)
-    scores = score(request, view, table, shares, cost)
-    if able is not None:
-        scores.score[~able] = scores.ttft_s[~able] = np.inf
-    ranked = suspects_last(scores.score, table)
+        return _reject_no_engine(request)
+    fitting = fitting_columns(request, table)
+    if fitting is not None and not fitting.any():
+        return _reject_unfit(request, table)
+    scores = score(context, table, _shares_by_column(context))
+    if fitting is not None:
+        scores.score[~fitting] = scores.ttft_s[~fitting] = np.inf
+    ranked = put_fallbacks_last(scores.score, table)
     best = int(ranked.argmin())
-    # Where it is in time, so is the soonest.
-    if table.suspects or scores.ttft_s.item(best) > slo.ttft_s * slo.reject_factor:
-        refusal = _overloaded(scores, table, cost, slo)
+    # If the best-scored engine meets the limit, so does the soonest one.
+    if table.fallbacks or scores.ttft_s.item(best) > slo.ttft_s * slo.reject_factor:
+        refusal = _reject_overloaded(scores, table, context.cost, slo)
         if refusal is not None:
             return refusal
-    first = near_ties(ranked, best, scores, table, rng)
-    return choice_of(first, ranked, view, table, scores, cost)
+    first = break_ties(ranked, best, scores, table, context.rng)
+    return _candidates(context, table, scores, first, ranked)
 
 
-def shares_by_column(plan: PlannedCopies | None, request: Route, view: ClusterView) -> Mapping[int, float]:
-    """Of the planned copies at engines that take requests."""
-    shares: dict[int, float] = {}
-    for name, share in shares_of(plan, request).items():
-        engine = view.engines.get(name)
-        if engine is not None and engine.column >= 0 and share > 0:
-            shares[engine.column] = share
-    return shares
+def route_by_shares(context: RoutingContext) -> Candidates | Rejected:
+    """Return the planned copies in an order drawn by their shares, then all other engines in a random order.
+
+    Fallback engines come last. A planned copy that is not loaded yet is loaded by the request that is routed there.
+    Predictions are computed for logs only.
+    """
+    request, view = context.request, context.view
+    table = view.prices(context.cost)
+    if not table.engines:
+        return _reject_no_engine(request)
+    fitting = fitting_columns(request, table)
+    if fitting is not None and not fitting.any():
+        return _reject_unfit(request, table)
+    shares = _shares_by_column(context)
+    columns: Sequence[int] = range(len(table.engines)) if fitting is None else fitting.nonzero()[0].tolist()
+    scores = score(context, table, shares)
+    if fitting is not None:
+        scores.score[~fitting] = np.inf
+    is_fallback = table.columns.fallback_level
+    chosen: list[int] = []
+    for planned, fallback in ((True, False), (False, False), (True, True), (False, True)):
+        if len(chosen) < MAX_CANDIDATES:
+            group = [c for c in columns if (c in shares) == planned and bool(is_fallback[c]) == fallback]
+            chosen += _draw_by_share(group, shares, context.rng)
+    return _candidates(context, table, scores, chosen, None)
 
 
-def _overloaded(scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) -> Rejected | None:
-    """Where every engine would break the promise by the factor; one that is drained or silent is idle for nobody, and
-    counts only where there is no other. A prompt that alone takes longer than the SLO is promised no more than that:
-    coming back later would not help it."""
-    soonest = int(suspects_last(scores.ttft_s, table).argmin())
+POLICIES: Mapping[str, RoutingPolicy] = {"predicted": route_by_prediction, "shares": route_by_shares}
+"""By their names in the configuration."""
+
+
+def placeholder_request(expect: Expect) -> Route:
+    """Return a request for an announced adapter, with a prompt of the announced length and of unknown text."""
+    return Route(
+        request_id="",
+        gateway="",
+        # No prompt has this token, so that no engine is taken to have a prefix of it.
+        prompt_tokens=(-1,) * max(1, expect.prompt_tokens),
+        sampling=UNKNOWN_SAMPLING,
+        adapter=expect.adapter,
+    )
+
+
+def prefetch_engine(context: RoutingContext) -> str | None:
+    """Return the engine that should begin to load the adapter of ``placeholder_request`` now.
+
+    Return None if the engine where such a request would go holds or loads the adapter already, and if the request would
+    be refused.
+    """
+    choice = route_by_prediction(context)
+    if isinstance(choice, Rejected) or context.request.adapter is None:
+        return None
+    engine = choice.first.engine
+    return None if context.view.engines[engine].has(context.request.adapter.version) else engine
+
+
+# Filter
+
+
+def fitting_columns(request: Route, table: PriceTable) -> Mask | None:
+    """Return the engines whose context length and pool fit the request; None if all do."""
+    tokens = len(request.prompt_tokens)
+    # Extents are whole granules: a slab that is no larger than the largest extent fits into it.
+    slab_bytes = request.adapter.slab_bytes if request.adapter is not None else 0
+    if tokens < table.min_context_tokens and slab_bytes <= table.min_extent_bytes:
+        return None
+    columns = table.columns
+    return (columns.context_tokens > tokens) & (columns.largest_extent_bytes >= slab_bytes)
+
+
+def _reject_no_engine(request: Route) -> Rejected:
+    return rejection(request, "no_engine", "no engine is ready; try again in a moment")
+
+
+def _reject_unfit(request: Route, table: PriceTable) -> Rejected:
+    """Return the refusal of a request that fits no ready engine."""
+    length = len(request.prompt_tokens)
+    longest = float(table.columns.context_tokens.max())
+    if longest <= length:
+        text = (
+            f"This model's maximum context length is {longest:.0f} tokens. However, your prompt has {length}; "
+            "shorten it."
+        )
+        return rejection(request, "context_length", text)
+    assert request.adapter is not None
+    text = (
+        f"adapter {request.adapter.name} needs an extent of {extent_bytes(request.adapter.slab_bytes)} bytes, more "
+        "than the pool of any ready engine can provide; raise engine.pool_bytes"
+    )
+    return rejection(request, "adapter_unavailable", text)
+
+
+def _reject_overloaded(scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) -> Rejected | None:
+    """Return a refusal if every engine would exceed the promised time by the SLO's factor.
+
+    Fallback engines count only if there are no others. A request whose own prefill and load take longer than the SLO is
+    promised that time instead: to come back later would not help it.
+    """
+    soonest = int(put_fallbacks_last(scores.ttft_s, table).argmin())
     soonest_s = scores.ttft_s.item(soonest)
     if soonest_s <= slo.ttft_s * slo.reject_factor:
         return None
@@ -81,233 +173,141 @@ def _overloaded(scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) ->
     promised_s = max(slo.ttft_s, alone_s)
     if soonest_s <= promised_s * slo.reject_factor:
         return None
-    text = f"every engine would take {soonest_s:.0f} s or more to start this request; try again later"
-    return rejected(scores.request, "overloaded", text, retry_after_s=soonest_s - promised_s)
+    text = f"every engine would need {soonest_s:.0f} s or more to start this request; try again later"
+    return rejection(scores.request, "overloaded", text, retry_after_s=soonest_s - promised_s)
 
 
-# MERGED: loraserve.router.policy
-# """From scores to the engines that are asked, best first, and why. Pure."""
+# Pick
 
 
-MOST_CANDIDATES = 4
-"""Whoever does not answer costs a second, and gateways do not wait for ever."""
-NEAR = 0.05
-"""Scores within this share of the best's time, or of a step, are a tie: the prediction's error is larger."""
-LEAST_TIE_S = 5e-5
-SUSPECT_S = 1e9
-"""Added to the score of an engine that does not answer, or is drained: it is asked after all others."""
+def put_fallbacks_last(score: Array, table: PriceTable) -> Array:
+    """Return the scores with the penalty of fallback engines added."""
+    return score + table.columns.fallback_level * FALLBACK_PENALTY_S if table.fallbacks else score
 
 
-def near_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng: Rng) -> list[int]:
-    """The best by lot, so that equal engines share the load.
+def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng: Rng) -> list[int]:
+    """Return the engines to ask first, in order: the best one, or a random order of those that tie with it.
 
-    Among near-ties a copy of the plan wins: a long queue makes what the plan is worth smaller than the tie.
+    Ties are broken here and nowhere else:
+
+    - A tie is a score within ``TIE_SHARE`` of the best engine's predicted time to first token, or of its decode step if
+      that is longer.
+    - Tied engines with a planned copy come first, drawn in proportion to their traffic shares. ``score`` prefers them
+      already, but behind a long queue that preference is smaller than the tie.
+    - Without planned copies all tied engines are equally likely, so that they share the load.
+
+    Candidates after these follow in the order of their scores, equal scores in the order of the engines' names.
     """
-    tie_s = NEAR * max(scores.ttft_s.item(best), table.columns.decode_step_s.item(best)) + LEAST_TIE_S
-    near = (ranked <= np.array(ranked.item(best) + tie_s)).nonzero()[0].tolist()
-    return near if len(near) == 1 else by_lot(near, scores.shares, rng)
+    tie_s = TIE_SHARE * max(scores.ttft_s.item(best), table.columns.decode_step_s.item(best)) + MIN_TIE_S
+    tied = (ranked <= np.array(ranked.item(best) + tie_s)).nonzero()[0].tolist()
+    return tied if len(tied) == 1 else _draw_by_share(tied, scores.shares, rng)
 
 
-def suspects_last(score: Array, table: PriceTable) -> Array:
-    return score + table.columns.avoided * SUSPECT_S if table.suspects else score
-
-
-def by_lot(columns: Sequence[int], shares: Mapping[int, float], rng: Rng) -> list[int]:
-    """At most as many as are asked: those with a share first, a larger one more often; without any, all alike."""
+def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng) -> list[int]:
+    """Return up to ``MAX_CANDIDATES`` columns in a random order: those with a share first, larger shares more often."""
     planned = [column for column in columns if column in shares]
     if not planned:
         return _shuffled(columns, rng)
     # Each comes first with a probability in proportion to its share (Efraimidis and Spirakis, 2006).
     planned.sort(key=lambda column: rng.random() ** (1 / shares[column]), reverse=True)
-    return [*planned, *(column for column in columns if column not in shares)][:MOST_CANDIDATES]
+    return [*planned, *(column for column in columns if column not in shares)][:MAX_CANDIDATES]
 
 
 def _shuffled(columns: Sequence[int], rng: Rng) -> list[int]:
-    """The first few of a random order."""
-    rest = list(columns)
-    count = min(len(rest), MOST_CANDIDATES)
+    """Return the first ``MAX_CANDIDATES`` of a random order."""
+    order = list(columns)
+    count = min(len(order), MAX_CANDIDATES)
     for place in range(count):
-        other = place + int(rng.random() * (len(rest) - place))
-        rest[place], rest[other] = rest[other], rest[place]
-    return rest[:count]
+        other = place + int(rng.random() * (len(order) - place))
+        order[place], order[other] = order[other], order[place]
+    return order[:count]
 
 
-def _next_best(ranked: Array, first: Sequence[int]) -> list[int]:
-    """Those that come after the first; without those that are out of the question."""
-    rest, found = ranked.copy(), list[int]()
-    rest[first] = np.inf
-    while len(first) + len(found) < MOST_CANDIDATES:
-        column = int(rest.argmin())
-        if rest.item(column) == np.inf:
-            break
-        found.append(column)
-        rest[column] = np.inf
-    return found
+def _shares_by_column(context: RoutingContext) -> Mapping[int, float]:
+    """Return the shares of the planned copies on engines that take requests, by column."""
+    shares: dict[int, float] = {}
+    for name, share in context.planned_shares().items():
+        engine = context.view.engines.get(name)
+        if engine is not None and engine.column >= 0 and share > 0:
+            shares[engine.column] = share
+    return shares
 
 
-def choice_of(
-    columns: Sequence[int], ranked: Array | None, view: ClusterView, table: PriceTable, scores: Scores, cost: CostModel
-) -> Choice:
-    """These and then the best by ``ranked``, each with its prediction and why. Who has the request already comes first.
+# From columns to candidates
 
-    Others than the first are worked out when they are asked for, from what was known when the first was chosen.
+
+def _candidates(
+    context: RoutingContext, table: PriceTable, scores: Scores, columns: Sequence[int], ranked: Array | None
+) -> Candidates:
+    """Return the candidates: an engine that runs the request already, ``columns``, then the best of the rest.
+
+    The rest is ordered by ``ranked``; without it there is none. The candidates after the first are computed on demand,
+    from what was known when the first one was chosen.
     """
-    first = _column_of_live(view, scores)
+    first = _column_of_running(context.view, scores)
     if first is not None:
         why = "live"
     else:
         first = columns[0]
-        why = "prefix" if _prefix_decided(first, table, scores, cost) else _why(first, scores)
-    return Choice(_candidate(first, why, scores), partial(_others, first, columns, ranked, scores))
+        why = "prefix" if _prefix_decided(first, table, scores, context.cost) else _why(first, scores)
+    return Candidates(_candidate(first, why, scores), partial(_other_candidates, first, columns, ranked, scores))
 
 
-def _others(first: int, columns: Sequence[int], ranked: Array | None, scores: Scores) -> tuple[Candidate, ...]:
+def _other_candidates(
+    first: int, columns: Sequence[int], ranked: Array | None, scores: Scores
+) -> tuple[Candidate, ...]:
     more = _next_best(ranked, columns) if ranked is not None else []
-    rest = [column for column in (*columns, *more) if column != first][: MOST_CANDIDATES - 1]
-    return tuple(_candidate(column, _why(column, scores), scores) for column in rest)
+    others = [column for column in (*columns, *more) if column != first][: MAX_CANDIDATES - 1]
+    return tuple(_candidate(column, _why(column, scores), scores) for column in others)
+
+
+def _next_best(ranked: Array, first: Sequence[int]) -> list[int]:
+    """Return the columns that follow ``first`` by score; those with an infinite score are left out."""
+    remaining, found = ranked.copy(), list[int]()
+    remaining[first] = np.inf
+    while len(first) + len(found) < MAX_CANDIDATES:
+        column = int(remaining.argmin())
+        if remaining.item(column) == np.inf:
+            break
+        found.append(column)
+        remaining[column] = np.inf
+    return found
 
 
 def _candidate(column: int, why: str, scores: Scores) -> Candidate:
-    parts = Seconds(
+    prediction = Prediction(
         scores.queue_s.item(column),
         scores.load_s.item(column),
         scores.own_s.item(column),
         scores.step_s.item(column),
         scores.engine_s.item(column),
     )
-    return Candidate(scores.engines[column].name, scores.ttft_s.item(column), why, parts)
+    return Candidate(scores.engines[column].name, scores.ttft_s.item(column), why, prediction)
 
 
-def _column_of_live(view: ClusterView, scores: Scores) -> int | None:
-    live = view.live.get(scores.request.request_id)
-    if live is None or live.engine not in view.engines:
+def _column_of_running(view: ClusterView, scores: Scores) -> int | None:
+    """Return the column of the engine that runs the request already, if it takes requests."""
+    running = view.running.get(scores.request.request_id)
+    if running is None or running.engine not in view.engines:
         return None
-    column = view.engines[live.engine].column
+    column = view.engines[running.engine].column
     return column if column >= 0 and scores.score[column] < np.inf else None
 
 
 def _why(column: int, scores: Scores) -> str:
     if scores.request.adapter is None:
         return "base"
-    if column in scores.near.resident or column in scores.near.begun:
+    if column in scores.adapter_columns.resident or column in scores.adapter_columns.loading:
         return "planned" if column in scores.shares else "resident"
-    return "spill" if scores.near.resident else "load"
+    return "spill" if scores.adapter_columns.resident else "load"
 
 
 def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostModel) -> bool:
-    """Whether it has some of the prompt, and another would be the best if nothing of it were there."""
-    if column not in scores.saved_tokens:
+    """Return whether another engine would be better if this one had no prefix of the prompt in its cache."""
+    if column not in scores.cached_tokens:
         return False
     tokens = prefill_tokens(scores.request, table, {})
-    _, own_s = own_seconds(scores.request, scores.near, table, cost, tokens)
-    further_s = engine_seconds(scores.request, scores.near, table, cost, tokens) - scores.engine_s
-    without = suspects_last(scores.score + (own_s - scores.own_s) + further_s * table.harm_weight, table)
+    _, own_s = prefill_seconds(scores.request, scores.adapter_columns, table, cost, tokens)
+    further_s = engine_seconds(scores.request, scores.adapter_columns, table, cost, tokens) - scores.engine_s
+    without = put_fallbacks_last(scores.score + (own_s - scores.own_s) + further_s * table.engine_time_weight, table)
     return bool(without[column] > without.min())
-
-
-# MERGED: loraserve.router.policy
-# """Which engines could serve a request at all, and in which words it is refused where none can. Pure."""
-
-
-Mask = npt.NDArray[np.bool_]
-
-
-def able_columns(request: Route, table: PriceTable) -> Mask | None:
-    """Where the context and, by size, the adapter fit; None where that is everywhere."""
-    tokens = len(request.prompt_tokens)
-    # Extents are of whole granules, so that a slab that is no larger than one fits into it.
-    slab_bytes = request.adapter.slab_bytes if request.adapter is not None else 0
-    if tokens < table.least_longest_tokens and slab_bytes <= table.least_extent_bytes:
-        return None
-    columns = table.columns
-    return (columns.longest_tokens > tokens) & (columns.largest_extent_bytes >= slab_bytes)
-
-
-def no_engine(request: Route) -> Rejected:
-    return rejected(request, "no_engine", "no engine is ready; try again in a moment")
-
-
-def unfit(request: Route, table: PriceTable) -> Rejected:
-    """No ready engine is able."""
-    length = len(request.prompt_tokens)
-    longest = float(table.columns.longest_tokens.max())
-    if longest <= length:
-        text = (
-            f"This model's maximum context length is {longest:.0f} tokens. However, your prompt has {length}; "
-            "shorten it."
-        )
-        return rejected(request, "context_length", text)
-    assert request.adapter is not None
-    text = (
-        f"adapter {request.adapter.name} needs an extent of {extent_bytes(request.adapter.slab_bytes)} bytes, more "
-        "than the pool of any engine that is ready can give; raise engine.pool_bytes"
-    )
-    return rejected(request, "adapter_unavailable", text)
-
-
-# MERGED: loraserve.router.policy
-# """The paper's routing: a copy is drawn by the plan's shares, whatever waits there. Pure.
-#
-# A copy that is planned and not there yet is loaded by the request that comes for it. What is
-# predicted is for people to read: it decides nothing.
-# """
-
-
-def route_by_shares(
-    request: Route, view: ClusterView, plan: PlannedCopies | None, cost: CostModel, slo: Slo, rng: Rng
-) -> Choice | Rejected:
-    """Planned copies in the order of a lot, then any engine that is ready; those that do not answer last."""
-    table = view.prices(cost)
-    if not table.engines:
-        return no_engine(request)
-    able = able_columns(request, table)
-    if able is not None and not able.any():
-        return unfit(request, table)
-    shares = shares_by_column(plan, request, view)
-    avoided = table.columns.avoided
-    columns: Sequence[int] = range(len(table.engines)) if able is None else able.nonzero()[0].tolist()
-    scores = score(request, view, table, shares, cost)
-    if able is not None:
-        scores.score[~able] = np.inf
-    chosen: list[int] = []
-    for planned, suspect in ((True, False), (False, False), (True, True), (False, True)):
-        if len(chosen) < MOST_CANDIDATES:
-            group = [c for c in columns if (c in shares) == planned and bool(avoided[c]) == suspect]
-            chosen += by_lot(group, shares, rng)
-    return choice_of(chosen, None, view, table, scores, cost)
-
-
-# MERGED: loraserve.router.policy
-# """Ways to route, by the name that the configuration gives them. Pure."""
-
-
-Router: TypeAlias = Callable[[Route, ClusterView, PlannedCopies | None, CostModel, Slo, Rng], Choice | Rejected]
-
-ROUTERS: Mapping[str, Router] = {"predicted": route, "shares": route_by_shares}
-
-
-# MERGED: loraserve.router.policy
-# """Where an adapter should be on its way to while the request for it is still being made. Pure."""
-
-
-UNKNOWN = SamplingParams(max_tokens=1 << 30)
-"""Its output is taken to be as long as the mean."""
-
-
-def expected_at(
-    expect: Expect, view: ClusterView, plan: PlannedCopies | None, cost: CostModel, slo: Slo, rng: Rng
-) -> str | None:
-    """The engine where such a request would go now; None where the adapter is there or on its way, and where it would
-    be refused. Nothing is known of the prompt's text, so that no engine is taken to know its beginning."""
-    nobody = Route(
-        request_id="",
-        gateway="",
-        prompt_tokens=(-1,) * max(1, expect.prompt_tokens),
-        sampling=UNKNOWN,
-        adapter=expect.adapter,
-    )
-    choice = route(nobody, view, plan, cost, slo, rng)
-    if isinstance(choice, Rejected):
-        return None
-    engine = choice.first.engine
-    return None if view.engines[engine].has(expect.adapter.version) else engine

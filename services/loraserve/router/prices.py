@@ -1,7 +1,7 @@
-"""What can be priced of an engine before a request is known. Pure.
+"""What a request will cost at each engine, as far as it can be computed before the request is known.
 
-One row of numbers per engine, made anew when a report or what was sent there changes it; kept as columns, so that a
-request is priced at all engines at once.
+``prices_of`` computes one engine's prices. ``PriceTable`` keeps those of all ready engines as numpy columns, so that
+a request is scored at all engines at once, and renews an engine's prices when a report or a sent request changes it.
 """
 
 from collections.abc import Sequence
@@ -20,29 +20,48 @@ Array: TypeAlias = npt.NDArray[np.float64]
 T = TypeVar("T", float, Array)
 
 INFINITY = float("inf")
-HARM_WEIGHT = 0.5
-"""Seconds of a request's start that a second of an idle engine's time is worth: those who run there lose time between
-tokens, and whoever comes next waits for a longer step."""
-FULL_WEIGHT = 1.0
-"""What it is worth beside that where the part f of an engine is full: this times f**2 / (1 - f), as queues grow.
+ENGINE_TIME_WEIGHT = 0.5
+"""How many seconds of a request's start a second of an idle engine's time is worth: the requests that run there lose
+time between tokens, and the next one waits for a longer step."""
+FULLNESS_WEIGHT = 1.0
+"""Added where a fraction f of the engine is full: this times f**2 / (1 - f), as queues grow.
 
-Prefill goes before decode, so that nobody waits until places or KV memory are used up; what was wasted until then is
-paid then."""
-FULL = 0.98
-"""Of its places or its KV memory, whichever is fuller, in use: from here on no engine counts as fuller."""
+Prefill goes before decode, so that no request waits until places or KV memory are used up. What was wasted before
+costs time only then."""
+MAX_FULLNESS = 0.98
+"""No engine counts as fuller than this."""
+FOLLOWER_WEIGHT = 1.0
+"""How many seconds a second of an engine's time is worth for each request that arrives before the queue there is empty:
+that request waits a second longer."""
 
 
 class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
-    """Of one engine as floats, of all as arrays in the order of their columns.
+    """Prices of one engine as floats, or of all engines as arrays in the order of their columns.
 
-    A step that carries prefill takes ``step_s`` + rank * ``step_rank_s`` + ``pace`` * its prefill tokens' time, where
-    rank is the largest in it (``step_rank_s`` is 0 with exact cost). ``queue_s``: until all that is there has been
-    computed and there is a place in the batch; ``kv_wait_token_s``, ``kv_wait_s``: longer by this for t tokens, where
-    it is more than 0, for room in the KV cache. ``rank``: the largest that runs or waits there; ``harm_rank``: that
-    which is expected at a time (Mix.expected_rank), or the former where the plan keeps nothing. ``widening_s``: engine
-    time that one more rank costs those there, over the life of a mean request; ``harm_weight``: what a second of its
-    time is worth, by how full it is. A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``, those before it
-    counted.
+    A step that carries prefill takes ``step_s`` + r * ``step_rank_s`` + ``pace`` * time of its prefill tokens, where r
+    is the largest rank in it. A request with t prompt tokens waits ``queue_s`` + max(0, t * ``kv_wait_token_s`` +
+    ``kv_wait_s``). A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``.
+
+    Attributes:
+        queue_s: Time to compute all queued prefill and to get a place in the batch.
+        kv_wait_token_s: With ``kv_wait_s``, the additional wait for KV memory.
+        kv_wait_s: See ``kv_wait_token_s``; negative where memory is free.
+        steps_per_token: Steps that a token of prefill takes: 1 / tokens that fit into a step beside decode.
+        pace: How much longer prefill takes than the cost model says.
+        step_s: A step without prefill and without padding to a rank.
+        step_rank_s: What each unit of the largest rank adds to a step; 0 with exact cost.
+        decode_step_s: A step without prefill.
+        rank: The largest rank among running and waiting requests.
+        usual_rank: The mean largest rank (``AdapterMix.expected_rank``), or ``rank`` if the plan keeps nothing there.
+        widening_s: Engine time that one more unit of rank costs the engine's requests, over the life of a mean request.
+        engine_time_weight: What a second of the engine's time is worth, by how full the engine is.
+        load_base_s: Time of a load beside its bytes, including the loads before it.
+        load_byte_s: Time of each byte of a load, including the loads before it.
+        room_bytes: The largest extent that the pool can provide now.
+        room_wait_s: Wait for a larger extent.
+        context_tokens: The longest context that the engine serves.
+        largest_extent_bytes: The largest extent that the pool can ever provide.
+        fallback_level: See ``EngineView.fallback_level``.
     """
 
     queue_s: T
@@ -54,43 +73,165 @@ class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
     step_rank_s: T
     decode_step_s: T
     rank: T
-    harm_rank: T
+    usual_rank: T
     widening_s: T
-    harm_weight: T
+    engine_time_weight: T
     load_base_s: T
     load_byte_s: T
     room_bytes: T
     room_wait_s: T
-    longest_tokens: T
+    context_tokens: T
     largest_extent_bytes: T
-    avoided: T
-    """0 where it is asked in its turn; see EngineView.reluctance."""
+    fallback_level: T
 
 
-class Common(NamedTuple):
-    """What the prices of all engines are made with. ``output_tokens``: mean of a request, which says when those that
-    run will have ended; ``sequences``: mean of those at an engine, which it is taken to fill up to again."""
+FIELDS = len(Prices.__struct_fields__)
+
+
+class PriceInputs(NamedTuple):
+    """What the prices of all engines depend on.
+
+    ``mean_output_tokens`` says when running requests will end. ``mean_sequences`` is the mean number of sequences on an
+    engine; an engine with fewer is assumed to fill up to it again.
+    """
 
     cost: CostModel
-    output_tokens: float
-    sequences: float
+    mean_output_tokens: float
+    mean_sequences: float
 
 
-def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[float]:
-    """Of an engine as it is now; ``slowness`` as below."""
-    load, cost = engine.load, common.cost
+class PriceTable:
+    """The engines that take requests and their prices, which are up to date after each ``refresh``.
+
+    Attributes:
+        engines: In the order of their columns.
+        columns: The prices of all engines.
+        mean_output_tokens: Of a request.
+        min_context_tokens: Requests with a shorter prompt fit the context of every engine.
+        min_extent_bytes: Slabs up to this size fit every pool.
+        fitting_tokens: Prompts up to this length wait for KV memory nowhere; longer ones may.
+        fitting_slab_bytes: Slabs up to this size wait for pool space nowhere; larger ones may.
+        engine_time_weight: By column, what a second of engine time is worth, including requests that arrive while the
+            engine's queue lasts. That is little where an engine is idle. Near the limit it is much, as there the cost
+            of a request alone decides how many can be served.
+        fallbacks: Columns of engines with a ``fallback_level``.
+        ones: A one for each column.
+    """
+
+    def __init__(self) -> None:
+        self.engines: list[EngineView] = []
+        self.columns: Prices[Array] = Prices(*np.zeros((FIELDS, 0)))
+        self.mean_output_tokens = 0.0
+        self.min_context_tokens = self.min_extent_bytes = 0.0
+        self.fitting_tokens = self.fitting_slab_bytes = 0.0
+        self.engine_time_weight: Array = np.zeros(0)
+        self.fallbacks: set[int] = set()
+        self.ones: Array = np.ones(0)
+        self._values = np.zeros((FIELDS + 1, 0))
+        self._slowness: list[float] = []
+        self._inputs: PriceInputs | None = None
+        self._requests_per_s = self._follower_weight = 0.0
+        self._changed: set[int] = set()
+
+    def set_engines(self, engines: Sequence[EngineView]) -> None:
+        """Replace the engines; their reports may all have changed."""
+        for engine in self.engines:
+            engine.column = -1
+        self.engines = list(engines)
+        for column, engine in enumerate(self.engines):
+            engine.column = column
+        self._inputs = None
+
+    def mark_changed(self, engine: EngineView) -> None:
+        """Note that the engine's pending requests or its ``fallback_level`` changed."""
+        if engine.column >= 0:
+            self._changed.add(engine.column)
+
+    def refresh(self, cost: CostModel, mean_output_tokens: float, requests_per_s: float) -> None:
+        """Bring the prices up to date; ``requests_per_s`` is the rate of the whole cluster."""
+        inputs = self._inputs
+        if (
+            inputs is None
+            or inputs.cost is not cost
+            or inputs.mean_output_tokens != mean_output_tokens
+            or self._requests_per_s != requests_per_s
+        ):
+            self._compute_all(cost, mean_output_tokens, requests_per_s)
+        elif self._changed:
+            for column in self._changed:
+                self._renew(column, inputs)
+        self._changed.clear()
+
+    def _compute_all(self, cost: CostModel, mean_output_tokens: float, requests_per_s: float) -> None:
+        mean_sequences = sum(sequences_at(engine) for engine in self.engines) / max(1, len(self.engines))
+        inputs = self._inputs = PriceInputs(cost, mean_output_tokens, mean_sequences)
+        self.mean_output_tokens = mean_output_tokens
+        self._slowness = [slowness_of(engine, cost) for engine in self.engines]
+        priced = zip(self.engines, self._slowness, strict=True)
+        rows = [prices_of(engine, inputs, slowness) for engine, slowness in priced]
+        self._requests_per_s = requests_per_s
+        self._follower_weight = FOLLOWER_WEIGHT * (requests_per_s / max(1, len(self.engines)))
+        values = np.array([self._values_of(row) for row in rows], dtype=np.float64)
+        self._values = values.reshape(-1, FIELDS + 1).T.copy()
+        columns = self.columns = Prices(*self._values[:-1])
+        self.engine_time_weight = self._values[-1]
+        self.min_context_tokens = float(columns.context_tokens.min(initial=np.inf))
+        self.min_extent_bytes = float(columns.largest_extent_bytes.min(initial=np.inf))
+        self.fitting_slab_bytes = float(columns.room_bytes.min(initial=np.inf)) - MIN_EXTENT_BYTES
+        self.fitting_tokens = min((fitting_tokens(row) for row in rows), default=0.0)
+        self.ones = np.ones(len(self.engines))
+        self.fallbacks = set(columns.fallback_level.nonzero()[0].tolist())
+
+    def _values_of(self, prices: Prices[float]) -> tuple[float, ...]:
+        """Return an engine's row of the table: its prices and its ``engine_time_weight`` with followers."""
+        return *astuple(prices), prices.queue_s * self._follower_weight + prices.engine_time_weight
+
+    def _renew(self, column: int, inputs: PriceInputs) -> None:
+        prices = prices_of(self.engines[column], inputs, self._slowness[column])
+        if prices.fallback_level:
+            self.fallbacks.add(column)
+        else:
+            self.fallbacks.discard(column)
+        self.fitting_tokens = min(self.fitting_tokens, fitting_tokens(prices))
+        self._values[:, column] = self._values_of(prices)
+
+    def validate(self) -> None:
+        """Check that the table holds what would be computed now.
+
+        Raises:
+            AssertionError: The message names the engine.
+        """
+        for column, engine in enumerate(self.engines):
+            assert engine.column == column, f"{engine.name} is in another column"
+        if self._inputs is None:
+            return
+        for column, engine in enumerate(self.engines):
+            if column not in self._changed:
+                fresh = prices_of(engine, self._inputs, slowness_of(engine, self._inputs.cost))
+                row = self._values[:, column].tolist()
+                assert row == list(self._values_of(fresh)), f"{engine.name}: its prices are out of date"
+                assert self.fitting_tokens <= fitting_tokens(fresh), f"{engine.name}: its KV cache was overlooked"
+                room_bytes = fresh.room_bytes - MIN_EXTENT_BYTES
+                assert self.fitting_slab_bytes <= room_bytes, f"{engine.name}: its pool was overlooked"
+        fallbacks = set(self.columns.fallback_level.nonzero()[0].tolist())
+        assert self._changed or self.fallbacks == fallbacks, "fallback engines were overlooked"
+
+
+def prices_of(engine: EngineView, inputs: PriceInputs, slowness: float) -> Prices[float]:
+    """Return the prices of an engine in its present state; ``slowness`` is that of ``slowness_of``."""
+    load, cost = engine.load, inputs.cost
     sequences = sequences_at(engine)
-    rank = max(engine.mix.largest_rank, engine.pending_mix.largest_rank)
+    rank = max(engine.adapters.largest_rank, engine.pending_adapters.largest_rank)
     queue_tokens = max(0, load.waiting_prefill_tokens) + engine.pending_tokens
-    step_s, token_s, step_rank_s, widening_s = _step(engine, common, sequences, rank, queue_tokens)
-    whole_step_s = step_s + rank * step_rank_s
+    step = _step_prices(engine, inputs, sequences, rank, queue_tokens)
+    whole_step_s = step.step_s + rank * step.step_rank_s
     chunk_tokens = max(1, load.max_step_tokens - sequences)
-    full_token_s = token_s + whole_step_s / chunk_tokens
+    full_token_s = step.token_s + whole_step_s / chunk_tokens
     pace = _pace(load, full_token_s, slowness)
-    request_s = common.output_tokens * whole_step_s * slowness
+    request_s = inputs.mean_output_tokens * whole_step_s * slowness
     place_s = _place_wait_s(engine, request_s)
     kv_wait_token_s, kv_wait_s = _kv_wait(load, queue_tokens, request_s)
-    # A request comes, on average, in the middle of a step.
+    # A request arrives, on average, in the middle of a step.
     rest_s = whole_step_s / 2 if load.running > 0 else 0.0
     loads = 1 + len(engine.loading) / 2
     return Prices(
@@ -99,110 +240,120 @@ def prices_of(engine: EngineView, common: Common, slowness: float) -> Prices[flo
         kv_wait_s=kv_wait_s - place_s,
         steps_per_token=1 / chunk_tokens,
         pace=pace,
-        step_s=step_s * pace,
-        step_rank_s=step_rank_s * pace,
+        step_s=step.step_s * pace,
+        step_rank_s=step.step_rank_s * pace,
         decode_step_s=whole_step_s * slowness,
         rank=rank,
-        harm_rank=rank if engine.mix.expected_rank is None else engine.mix.expected_rank,
-        widening_s=widening_s,
-        harm_weight=_harm_weight(load),
+        usual_rank=rank if engine.adapters.expected_rank is None else engine.adapters.expected_rank,
+        widening_s=step.widening_s,
+        engine_time_weight=_engine_time_weight(load),
         load_base_s=cost.load_base_s * loads,
         load_byte_s=_load_byte_s(load, cost) * loads,
         room_bytes=engine.room_bytes,
         room_wait_s=request_s,
-        longest_tokens=load.max_model_tokens or INFINITY,
+        context_tokens=load.max_model_tokens or INFINITY,
         largest_extent_bytes=engine.largest_extent_bytes,
-        avoided=engine.reluctance,
+        fallback_level=engine.fallback_level,
     )
 
 
 def fitting_tokens(prices: Prices[float]) -> float:
-    """Prompts up to this length do not wait for room in the KV cache."""
+    """Return the length up to which prompts do not wait for KV memory."""
     return -prices.kv_wait_s / prices.kv_wait_token_s if prices.kv_wait_token_s > 0 else INFINITY
 
 
 def sequences_at(engine: EngineView) -> int:
-    """That decode in a step soon: whoever waits now decodes in the steps that will carry the next one's prefill."""
-    most = engine.load.max_running
-    return min(engine.requests, most) if most > 0 else engine.requests
+    """Return how many sequences will decode in a step.
+
+    Waiting requests count: they will decode in the steps that carry the next request's prefill.
+    """
+    max_running = engine.load.max_running
+    return min(engine.requests, max_running) if max_running > 0 else engine.requests
 
 
-def _step(
-    engine: EngineView, common: Common, sequences: int, rank: int, queue_tokens: int
-) -> tuple[float, float, float, float]:
-    """Seconds of a step without prefill but for what padding to a rank takes; of each token of the queue; of each rank
-    of padding in a step; of each rank more, to all who are there."""
-    cost, requests = common.cost, engine.requests
-    rank_sum = engine.mix.rank_sum + engine.pending_mix.rank_sum
+def slowness_of(engine: EngineView, cost: CostModel) -> float:
+    """Return how much longer the engine's decode steps take than the cost model says, at least 1.
+
+    The engine measures its last steps without prefill. If such steps are rare, the measurement is of a time when fewer
+    requests ran, and the busiest engine would look like the fastest. So only slowness is believed.
+    """
+    load, adapters = engine.load, engine.adapters
+    if load.running <= 0 or not _is_measured(load.decode_step_s):
+        return 1.0
+    shape = StepShape(
+        decode_sequences=load.running,
+        kv_tokens=_kv_tokens(load),
+        slab_bytes=adapters.slab_bytes,
+        rank_tokens=adapters.rank_sum,
+        max_rank=adapters.running_rank,
+    )
+    return min(max(load.decode_step_s / cost.step_s(shape), 1.0), LARGEST_SURPRISE)
+
+
+class _StepPrices(NamedTuple):
+    """See ``Prices``; ``token_s`` is the time of each queued prefill token."""
+
+    step_s: float
+    token_s: float
+    step_rank_s: float
+    widening_s: float
+
+
+def _step_prices(engine: EngineView, inputs: PriceInputs, sequences: int, rank: int, queue_tokens: int) -> _StepPrices:
+    cost, requests = inputs.cost, engine.requests
+    rank_sum = engine.adapters.rank_sum + engine.pending_adapters.rank_sum
     shape = StepShape(
         decode_sequences=sequences,
         kv_tokens=_kv_tokens(engine.load) + queue_tokens,
-        slab_bytes=engine.mix.slab_bytes + engine.pending_mix.slab_bytes,
+        slab_bytes=engine.adapters.slab_bytes + engine.pending_adapters.slab_bytes,
         rank_tokens=rank_sum,
     )
     # A token attends to half of its prompt on average.
     token_s = cost.prefill_token_s + queue_tokens / max(1, requests) / 2 * cost.prefill_kv_token_s
     if cost.lora == "padded":
-        lived_s = common.output_tokens * max(sequences, common.sequences) * cost.padded_decode_s
-        widening_s = lived_s + queue_tokens * cost.padded_prefill_s
-        return (
-            cost.step_s(shape),
-            token_s + rank * cost.padded_prefill_s,
-            sequences * cost.padded_decode_s,
-            widening_s,
+        decoded_s = inputs.mean_output_tokens * max(sequences, inputs.mean_sequences) * cost.padded_decode_s
+        return _StepPrices(
+            step_s=cost.step_s(shape),
+            token_s=token_s + rank * cost.padded_prefill_s,
+            step_rank_s=sequences * cost.padded_decode_s,
+            widening_s=decoded_s + queue_tokens * cost.padded_prefill_s,
         )
-    return cost.step_s(shape), token_s + rank_sum / max(1, requests) * cost.rank_token_s, 0.0, 0.0
+    return _StepPrices(cost.step_s(shape), token_s + rank_sum / max(1, requests) * cost.rank_token_s, 0.0, 0.0)
 
 
 def _place_wait_s(engine: EngineView, request_s: float) -> float:
-    """Until enough of the running requests, which take ``request_s`` each, have ended."""
-    most = engine.load.max_running
-    excess = engine.requests + 1 - most
-    return excess / most * request_s if most > 0 and excess > 0 else 0.0
+    """Return the wait for a place in the batch, where each running request takes ``request_s``."""
+    max_running = engine.load.max_running
+    excess = engine.requests + 1 - max_running
+    return excess / max_running * request_s if max_running > 0 and excess > 0 else 0.0
 
 
-def _harm_weight(load: EngineLoad) -> float:
+def _engine_time_weight(load: EngineLoad) -> float:
     places = load.running / load.max_running if load.max_running > 0 else 0.0
     blocks = 1 - load.kv_blocks_free / load.kv_blocks_total if load.kv_blocks_total > 0 else 0.0
-    full = min(max(places, blocks, 0.0), FULL)
-    return HARM_WEIGHT + FULL_WEIGHT * full * full / (1 - full)
+    fullness = min(max(places, blocks, 0.0), MAX_FULLNESS)
+    return ENGINE_TIME_WEIGHT + FULLNESS_WEIGHT * fullness * fullness / (1 - fullness)
 
 
 def _load_byte_s(load: EngineLoad, cost: CostModel) -> float:
-    """As a mean load took there, without what every load takes beside its bytes."""
-    if not (_known(load.load_bytes_per_s) and _known(load.load_bytes)):
+    """Return the time of a byte in the engine's mean load, without the part that does not depend on the bytes."""
+    if not (_is_measured(load.load_bytes_per_s) and _is_measured(load.load_bytes)):
         return cost.load_byte_s
     return max(1 / load.load_bytes_per_s - cost.load_base_s / load.load_bytes, 0.0)
 
 
-def _known(measured: float) -> bool:
-    """Zero is not measured; NaN and infinity are no measurements."""
-    return 0 < measured < INFINITY
-
-
-def slowness_of(engine: EngineView, cost: CostModel) -> float:
-    """How much longer this engine's decode steps take than the model says, at least 1.
-
-    The measurement is of the last steps without prefill. Where such are rare it is of a time when fewer ran, and would
-    make the busiest engine look like the fastest: being fast is not believed.
-    """
-    load, mix = engine.load, engine.mix
-    if load.running <= 0 or not _known(load.decode_step_s):
-        return 1.0
-    shape = StepShape(
-        decode_sequences=load.running,
-        kv_tokens=_kv_tokens(load),
-        slab_bytes=mix.slab_bytes,
-        rank_tokens=mix.rank_sum,
-        max_rank=mix.running_rank,
-    )
-    return min(max(load.decode_step_s / cost.step_s(shape), 1.0), LARGEST_SURPRISE)
+def _is_measured(value: float) -> bool:
+    """Return whether a reported rate is usable: zero, NaN and infinity are not."""
+    return 0 < value < INFINITY
 
 
 def _pace(load: EngineLoad, full_token_s: float, slowness: float) -> float:
-    """The same of steps with prefill. Small chunks make a measured rate low whatever the engine can do: here it is
-    being slow that is not believed, unless decode steps say the same."""
-    if not _known(load.prefill_tokens_per_s):
+    """Return how much longer steps with prefill take than the cost model says.
+
+    Small chunks make the measured rate low whatever the engine can do. So slowness is believed only as far as decode
+    steps show it too.
+    """
+    if not _is_measured(load.prefill_tokens_per_s):
         return slowness
     measured = 1 / load.prefill_tokens_per_s / full_token_s
     return min(max(measured, 1 / LARGEST_SURPRISE), slowness)
@@ -213,127 +364,12 @@ def _kv_tokens(load: EngineLoad) -> int:
 
 
 def _kv_wait(load: EngineLoad, queue_tokens: int, request_s: float) -> tuple[float, float]:
-    """Seconds per token of the prompt, and beside: until enough of the running requests have given back blocks."""
+    """Return the wait for KV memory, for each token of the prompt and beside that.
+
+    It lasts until enough of the running requests have ended and freed their blocks.
+    """
     used_blocks = load.kv_blocks_total - load.kv_blocks_free
     if used_blocks <= 0 or load.block_tokens <= 0:
         return 0.0, 0.0
     block_s = request_s / used_blocks
     return block_s / load.block_tokens, ((1 + queue_tokens) / load.block_tokens - load.kv_blocks_free) * block_s
-
-
-# MERGED: loraserve.router.prices
-# """The prices of all engines as columns, so that a request is priced at all of them at once. Pure."""
-
-
-FIELDS = len(Prices.__struct_fields__)
-BEHIND_WEIGHT = 1.0
-"""What a second of an engine's time is worth, beside its ``harm_weight``, for each request that comes before the queue
-there is gone: it waits that second longer."""
-
-
-class PriceTable:
-    """The engines that take requests; their prices are up to date whenever ``refresh`` was called."""
-
-    def __init__(self) -> None:
-        self.engines: list[EngineView] = []
-        self.columns: Prices[Array] = Prices(*np.zeros((FIELDS, 0)))
-        self.least_longest_tokens = 0.0
-        self.least_extent_bytes = 0.0
-        self.fitting_tokens = self.fitting_slab_bytes = 0.0
-        """Prompts up to this length wait for room in the KV cache nowhere, and adapters up to this size for room in the
-        pool; perhaps larger ones do not either."""
-        self.ones: Array = np.ones(0)
-        self.output_tokens = 0.0
-        """Mean of a request."""
-        self.harm_weight: Array = np.zeros(0)
-        """By column. Time that an engine loses delays all who arrive there while its queue lasts, and fills it sooner:
-        nearly nobody where it is idle, and many near the limit, where only what a request costs decides how much can be
-        served."""
-        self.suspects: set[int] = set()
-        """Columns of engines that are asked after all others."""
-        self._values = np.zeros((FIELDS + 1, 0))
-        self._slowness: list[float] = []
-        self._common: Common | None = None
-        self._requests_per_s = self._behind = 0.0
-        self._changed: set[int] = set()
-
-    def begin(self, engines: Sequence[EngineView]) -> None:
-        """These take requests now, and reports have changed them all."""
-        for engine in self.engines:
-            engine.column = -1
-        self.engines = list(engines)
-        for column, engine in enumerate(self.engines):
-            engine.column = column
-        self._common = None
-
-    def changed(self, engine: EngineView) -> None:
-        """Requests were sent there or have ended, or it is trusted more or less."""
-        if engine.column >= 0:
-            self._changed.add(engine.column)
-
-    def refresh(self, cost: CostModel, output_tokens: float, requests_per_s: float) -> None:
-        """``output_tokens``: mean of a request. ``requests_per_s``: of all engines."""
-        common = self._common
-        if (
-            common is None
-            or common.cost is not cost
-            or common.output_tokens != output_tokens
-            or self._requests_per_s != requests_per_s
-        ):
-            self._make(cost, output_tokens, requests_per_s)
-        elif self._changed:
-            for column in self._changed:
-                self._renew(column, common)
-        self._changed.clear()
-
-    def _make(self, cost: CostModel, output_tokens: float, requests_per_s: float) -> None:
-        sequences = sum(sequences_at(engine) for engine in self.engines) / max(1, len(self.engines))
-        common = self._common = Common(cost, output_tokens, sequences)
-        self.output_tokens = output_tokens
-        self._slowness = [slowness_of(engine, cost) for engine in self.engines]
-        priced = zip(self.engines, self._slowness, strict=True)
-        rows = [prices_of(engine, common, slowness) for engine, slowness in priced]
-        self._requests_per_s = requests_per_s
-        self._behind = BEHIND_WEIGHT * (requests_per_s / max(1, len(self.engines)))
-        values = np.array([self._values_of(row) for row in rows], dtype=np.float64)
-        self._values = values.reshape(-1, FIELDS + 1).T.copy()
-        columns = self.columns = Prices(*self._values[:-1])
-        self.harm_weight = self._values[-1]
-        self.least_longest_tokens = float(columns.longest_tokens.min(initial=np.inf))
-        self.least_extent_bytes = float(columns.largest_extent_bytes.min(initial=np.inf))
-        self.fitting_slab_bytes = float(columns.room_bytes.min(initial=np.inf)) - MIN_EXTENT_BYTES
-        self.fitting_tokens = min((fitting_tokens(row) for row in rows), default=0.0)
-        self.ones = np.ones(len(self.engines))
-        self.suspects = set(columns.avoided.nonzero()[0].tolist())
-
-    def _values_of(self, prices: Prices[float]) -> tuple[float, ...]:
-        """What is kept of an engine: its prices, and its ``harm_weight`` with those who arrive there."""
-        return *astuple(prices), prices.queue_s * self._behind + prices.harm_weight
-
-    def _renew(self, column: int, common: Common) -> None:
-        prices = prices_of(self.engines[column], common, self._slowness[column])
-        if prices.avoided:
-            self.suspects.add(column)
-        else:
-            self.suspects.discard(column)
-        fitting = fitting_tokens(prices)
-        if fitting < self.fitting_tokens:
-            self.fitting_tokens = fitting
-        self._values[:, column] = self._values_of(prices)
-
-    def validate(self) -> None:
-        """What is kept is what would be made now; raises AssertionError naming the engine."""
-        for column, engine in enumerate(self.engines):
-            assert engine.column == column, f"{engine.name} is in another column"
-        if self._common is None:
-            return
-        for column, engine in enumerate(self.engines):
-            if column not in self._changed:
-                fresh = prices_of(engine, self._common, slowness_of(engine, self._common.cost))
-                kept = self._values[:, column].tolist()
-                assert kept == list(self._values_of(fresh)), f"{engine.name}: its prices are out of date"
-                assert self.fitting_tokens <= fitting_tokens(fresh), f"{engine.name}: its KV cache was overlooked"
-                room_bytes = fresh.room_bytes - MIN_EXTENT_BYTES
-                assert self.fitting_slab_bytes <= room_bytes, f"{engine.name}: its pool was overlooked"
-        suspects = set(self.columns.avoided.nonzero()[0].tolist())
-        assert self._changed or self.suspects == suspects, "suspects were overlooked"

@@ -1,7 +1,11 @@
-"""What a request would see at each engine, and what those there would see of it: one score, in seconds. Pure.
+"""The score of a request at every engine, in seconds; the lowest wins.
 
-score = predicted time to first token + weight * engine time that it takes + what a load costs others - what a share of
-the plan and a copy there are worth.
+score = predicted time to first token
+      + weight * engine time that the request costs over its life, including what other requests lose by it
+      + LOAD_WEIGHT * time to load the adapter
+      - PRIOR_STEPS decode steps for a planned copy, and as many for a resident one
+
+All engines are scored at once in numpy arrays with one column for each engine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,30 +15,32 @@ import numpy as np
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterRef, Route
+from loraserve.router.context import RoutingContext
 from loraserve.router.engine_view import EngineView
 from loraserve.router.prices import Array, PriceTable
 from loraserve.router.view import ClusterView
 
-LOAD_HARM = 1.5
-"""Of a load's time, added to the score: room and bandwidth are taken from others."""
-_LOAD_HARM, _ONE = np.array(LOAD_HARM), np.array(1.0)
-# Where there are as few engines as usual, numpy takes twice as long for an array and a number as for two arrays.
+LOAD_WEIGHT = 1.5
+"""What a second of loading adds to the score beyond the wait for it: it takes pool space and bandwidth from others."""
+_LOAD_WEIGHT, _ONE = np.array(LOAD_WEIGHT), np.array(1.0)
+# With as few engines as usual, numpy takes twice as long for an array and a number as for two arrays.
 PRIOR_STEPS = 0.5
-"""What a planned copy, and one that is there already, is worth in steps: enough to settle what is nearly a tie."""
+"""What a planned copy is worth, and a resident one, in decode steps: enough to decide between nearly equal engines."""
 
 
-class Near(msgspec.Struct, frozen=True, gc=False):
-    """Columns where the request's adapter is, where its load has begun, and where requests with it are."""
+class AdapterColumns(msgspec.Struct, frozen=True, gc=False):
+    """The columns of engines by what they have of the request's adapter: a copy, a load, requests that use it."""
 
     resident: list[int]
-    begun: list[int]
-    running: list[int]
+    loading: list[int]
+    in_use: list[int]
 
 
 class Scores(msgspec.Struct, frozen=True, gc=False):
-    """Of a request, in arrays by column; ``own_s`` holds ``step_s``. ``saved_tokens`` and ``shares`` by column.
+    """The scores of a request and their parts, in arrays by column; ``cached_tokens`` and ``shares`` are by column too.
 
-    They stay as they are when the table changes, and ``engines`` those that had the columns then.
+    ``own_s`` includes ``step_s``. See ``Prediction`` for the parts. The arrays do not change when the table does, and
+    ``engines`` are those that had the columns at that time.
     """
 
     score: Array
@@ -44,57 +50,68 @@ class Scores(msgspec.Struct, frozen=True, gc=False):
     own_s: Array
     step_s: Array
     engine_s: Array
-    saved_tokens: Mapping[int, int]
-    near: Near
+    cached_tokens: Mapping[int, int]
+    adapter_columns: AdapterColumns
     request: Route
     shares: Mapping[int, float]
     engines: Sequence[EngineView]
 
 
-def score(request: Route, view: ClusterView, table: PriceTable, shares: Mapping[int, float], cost: CostModel) -> Scores:
-    """At every ready engine, those that cannot serve it too. ``shares`` of the plan by column."""
+def score(context: RoutingContext, table: PriceTable, shares: Mapping[int, float]) -> Scores:
+    """Score the request at every ready engine, including engines that it does not fit.
+
+    ``shares`` are those of planned copies, by column.
+    """
+    request, view, cost = context.request, context.view, context.cost
     prices, tokens = table.columns, len(request.prompt_tokens)
-    near, saved = columns_near(request, view), _saved_tokens(request, view)
-    # What is sent from now on changes the table; a prediction stays as it is.
+    columns, cached = adapter_columns(request, view), _cached_tokens(request, view)
+    # A copy, because requests that are sent later change the table.
     queue_s = prices.queue_s.copy()
     if tokens > table.fitting_tokens:
         queue_s = queue_s + np.maximum(prices.kv_wait_token_s * tokens + prices.kv_wait_s, 0.0)
-    prefill = prefill_tokens(request, table, saved)
-    step_s, own_s = own_seconds(request, near, table, cost, prefill)
-    engine_s = engine_seconds(request, near, table, cost, prefill)
+    prefill = prefill_tokens(request, table, cached)
+    step_s, own_s = prefill_seconds(request, columns, table, cost, prefill)
+    engine_s = engine_seconds(request, columns, table, cost, prefill)
     if request.adapter is None:
         load_s = np.zeros(len(table.engines))
         ttft_s = queue_s + own_s
     else:
-        load_s = _load_s(request.adapter, near, table)
-        # It loads while it waits in the queue; neither makes the other longer.
+        load_s = _load_seconds(request.adapter, columns, table)
+        # The adapter loads while the request waits in the queue.
         ttft_s = np.maximum(queue_s, load_s) + own_s
-    total = ttft_s + engine_s * table.harm_weight + load_s * _LOAD_HARM
-    _subtract_priors(total, near, table, shares)
-    return Scores(total, ttft_s, queue_s, load_s, own_s, step_s, engine_s, saved, near, request, shares, table.engines)
+    total = ttft_s + engine_s * table.engine_time_weight + load_s * _LOAD_WEIGHT
+    _subtract_priors(total, columns, table, shares)
+    return Scores(
+        total, ttft_s, queue_s, load_s, own_s, step_s, engine_s, cached, columns, request, shares, table.engines
+    )
 
 
-def columns_near(request: Route, view: ClusterView) -> Near:
-    near = Near([], [], [])
+def adapter_columns(request: Route, view: ClusterView) -> AdapterColumns:
+    """Return the columns of ready engines that have something of the request's adapter."""
+    columns = AdapterColumns([], [], [])
     if request.adapter is None:
-        return near
+        return columns
     version = request.adapter.version
-    for engine in view.near(version).values():
+    for engine in view.engines_near(version).values():
         if engine.column < 0:
             continue
-        asked_for = version in engine.pending_mix.versions
+        is_pending = version in engine.pending_adapters.versions
         if version in engine.resident:
-            near.resident.append(engine.column)
-        elif asked_for or version in engine.loading or version in engine.expected:
-            near.begun.append(engine.column)
-        if asked_for or version in engine.active:
-            near.running.append(engine.column)
-    return near
+            columns.resident.append(engine.column)
+        elif is_pending or version in engine.loading or version in engine.expected:
+            columns.loading.append(engine.column)
+        if is_pending or version in engine.active:
+            columns.in_use.append(engine.column)
+    return columns
 
 
-def own_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, tokens: Array) -> tuple[Array, Array]:
-    """The steps that carry ``tokens`` of its prefill, without and with that prefill: a step holds no more than so many
-    tokens, and whoever decodes there decodes in each of them."""
+def prefill_seconds(
+    request: Route, columns: AdapterColumns, table: PriceTable, cost: CostModel, tokens: Array
+) -> tuple[Array, Array]:
+    """Return the time of the steps that carry ``tokens`` of prefill: without that prefill, and in total.
+
+    A step holds a limited number of tokens, and every sequence that decodes on the engine decodes in each of the steps.
+    """
     prices, adapter = table.columns, request.adapter
     token_s = cost.prefill_token_s + len(request.prompt_tokens) / 2 * cost.prefill_kv_token_s
     steps = np.maximum(prices.steps_per_token * tokens, _ONE)
@@ -107,67 +124,78 @@ def own_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, 
         step_s = prices.step_s * steps
         return step_s, step_s + paced_tokens * np.array(token_s)
     slab_s = prices.pace * np.array(adapter.slab_bytes * cost.slab_byte_s)
-    for column in near.running:
+    for column in columns.in_use:
         slab_s[column] = 0.0
     step_s = (prices.step_s + slab_s) * steps
     return step_s, step_s + paced_tokens * np.array(token_s + adapter.rank * cost.rank_token_s)
 
 
-def engine_seconds(request: Route, near: Near, table: PriceTable, cost: CostModel, tokens: Array) -> Array:
-    """Engine time that the request takes over all of its life: its own, and what others there lose by it. ``tokens`` of
-    it need prefill.
+def engine_seconds(request: Route, columns: AdapterColumns, table: PriceTable, cost: CostModel, tokens: Array) -> Array:
+    """Return the engine time that the request costs over its life: its own, and what other requests lose by it.
 
-    Padded: with a larger rank than the others' it widens them, with a smaller one it is widened itself. The others'
-    rank is what is expected there: where a single larger one runs there now, its being the next of its kind would keep
-    the engine wide for good. Exact: its slab is read in every step, unless it is read there anyway.
+    ``tokens`` of its prompt need prefill. With padded cost, a rank above those of the other requests makes their steps
+    longer, and a rank below theirs is padded itself. The rank of the others is the one that the engine usually has: if
+    it were that of a single large adapter that happens to run, the next request of that rank would go there too and
+    keep the engine slow. With exact cost, each step reads the request's slab unless another request reads it anyway.
     """
     engine_s: Array
     prices, adapter, prompt_tokens = table.columns, request.adapter, len(request.prompt_tokens)
-    # How long it goes on is known no better than by the mean.
-    most_tokens, mean_output_tokens = max(1, request.sampling.max_tokens), table.output_tokens
-    output_tokens = most_tokens if most_tokens < mean_output_tokens else mean_output_tokens
+    # Nothing better than the mean is known of the length of the output.
+    max_tokens, mean_output_tokens = max(1, request.sampling.max_tokens), table.mean_output_tokens
+    output_tokens = max_tokens if max_tokens < mean_output_tokens else mean_output_tokens
     token_s = cost.prefill_token_s + prompt_tokens / 2 * cost.prefill_kv_token_s
     decode_s = output_tokens * (cost.sequence_s + (prompt_tokens + output_tokens / 2) * cost.kv_token_s)
     if cost.lora == "padded":
-        widest = np.maximum(prices.harm_rank, _rank(adapter))
-        engine_s = (widest - prices.harm_rank) * prices.widening_s
+        rank = np.maximum(prices.usual_rank, _rank(adapter))
+        engine_s = (rank - prices.usual_rank) * prices.widening_s
         if output_tokens < mean_output_tokens:
             engine_s *= output_tokens / mean_output_tokens
         rank_s = tokens * np.array(cost.padded_prefill_s) + np.array(output_tokens * cost.padded_decode_s)
-        engine_s = engine_s + widest * rank_s + (tokens * np.array(token_s) + np.array(decode_s))
+        engine_s = engine_s + rank * rank_s + (tokens * np.array(token_s) + np.array(decode_s))
         return engine_s
     if adapter is None:
         engine_s = table.ones * (tokens * np.array(token_s) + np.array(decode_s))
         return engine_s
     rank_token_s = adapter.rank * cost.rank_token_s
     engine_s = table.ones * np.array(adapter.slab_bytes * cost.slab_byte_s * output_tokens)
-    for column in near.running:
+    for column in columns.in_use:
         engine_s[column] = 0.0
     engine_s += tokens * np.array(token_s + rank_token_s) + np.array(decode_s + output_tokens * rank_token_s)
     return engine_s
+
+
+def prefill_tokens(request: Route, table: PriceTable, cached: Mapping[int, int]) -> Array:
+    """Return the prompt tokens that need prefill, by column, or a single number if nothing is cached anywhere."""
+    tokens = np.array(float(len(request.prompt_tokens)))
+    if not cached:
+        return tokens
+    remaining = np.full(len(table.engines), tokens)
+    for column, count in cached.items():
+        remaining[column] -= count
+    return remaining
 
 
 def _rank(adapter: AdapterRef | None) -> Array:
     return np.array(float(adapter.rank) if adapter is not None else 0.0)
 
 
-def _load_s(adapter: AdapterRef, near: Near, table: PriceTable) -> Array:
-    """Until an absent adapter is there: its load, after those on their way, and a wait where the pool is in use."""
+def _load_seconds(adapter: AdapterRef, columns: AdapterColumns, table: PriceTable) -> Array:
+    """Return the time until the adapter is resident: earlier loads, its own, and a wait for pool space if needed."""
     prices = table.columns
     load_s: Array = prices.load_byte_s * np.array(float(adapter.slab_bytes)) + prices.load_base_s
-    for column in near.begun:
-        # Some time ago: half of it is left, and it has its room.
+    for column in columns.loading:
+        # The load began at an unknown time, so half of it remains on average; it has its pool space already.
         load_s[column] /= 2
     if adapter.slab_bytes > table.fitting_slab_bytes:
         wait_s = (prices.room_bytes < extent_bytes(adapter.slab_bytes)) * prices.room_wait_s
-        wait_s[near.begun] = 0.0
+        wait_s[columns.loading] = 0.0
         load_s += wait_s
-    for column in near.resident:
+    for column in columns.resident:
         load_s[column] = 0.0
     return load_s
 
 
-def _saved_tokens(request: Route, view: ClusterView) -> Mapping[int, int]:
+def _cached_tokens(request: Route, view: ClusterView) -> Mapping[int, int]:
     cached = view.cached_tokens(request)
     if not cached:
         return {}
@@ -175,18 +203,7 @@ def _saved_tokens(request: Route, view: ClusterView) -> Mapping[int, int]:
     return {column: tokens for column, tokens in columns if column >= 0}
 
 
-def prefill_tokens(request: Route, table: PriceTable, saved: Mapping[int, int]) -> Array:
-    """Of its prompt, without what is saved: at each engine, or one number where that is nothing."""
-    tokens = np.array(float(len(request.prompt_tokens)))
-    if not saved:
-        return tokens
-    left = np.full(len(table.engines), tokens)
-    for column, cached in saved.items():
-        left[column] -= cached
-    return left
-
-
-def _subtract_priors(total: Array, near: Near, table: PriceTable, shares: Mapping[int, float]) -> None:
+def _subtract_priors(total: Array, columns: AdapterColumns, table: PriceTable, shares: Mapping[int, float]) -> None:
     decode_step_s = table.columns.decode_step_s
-    for column in (*shares, *near.resident):
+    for column in (*shares, *columns.resident):
         total[column] = total.item(column) - PRIOR_STEPS * decode_step_s.item(column)

@@ -1,4 +1,4 @@
-"""The router process: a request in, an engine that has taken it out."""
+"""The router process: it chooses an engine for each request and asks it to admit the request."""
 
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
@@ -23,27 +23,26 @@ from loraserve.messages import (
     Routed,
     ToRouter,
 )
-from loraserve.router.context import Candidate, PlannedCopies, Slo
-from loraserve.router.policy import ROUTERS, expected_at
+from loraserve.router.context import Candidate, PlannedCopies, RoutingContext, Slo
+from loraserve.router.policy import POLICIES, placeholder_request, prefetch_engine
 from loraserve.router.view import ClusterView
 from loraserve.service import Service
 
-ANOTHER_MAY_TAKE_IT = ("overloaded", "draining", "starting", "unreachable")
-"""Refusals that concern the engine, not the request."""
+ENGINE_REFUSALS = ("overloaded", "draining", "starting")
+"""Refusals that concern the engine and not the request: another engine may take it."""
 
 
 class RouterService(Service):
-    """Holds the view of the cluster and the last plan; each request is admitted in a task of its own."""
+    """Holds the view of the cluster and the last plan; each request is admitted in its own task."""
 
     inbox = ToRouter
 
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
         self._view = ClusterView(config.engine.prefix_cache)
-        self._choose = ROUTERS[config.router.policy]
+        self._policy = POLICIES[config.router.policy]
         self._plan: PlannedCopies | None = None
-        self._plan_of = (0, 0.0)
-        """Epoch and date of the plan."""
+        self._plan_id = (0, 0.0)
         self._learner = CostLearner(initial_cost_model(config))
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
         self._rng = Random(bus.incarnation)
@@ -51,41 +50,48 @@ class RouterService(Service):
         self._rejected = self.metrics.counter("rejected_total", "Requests refused", ["code"])
 
     async def start(self, stack: AsyncExitStack) -> None:
+        """Subscribe to the monitor's pictures and the planner's plans."""
         self.bus.subscribe("monitor", "load")
         self.bus.subscribe("planner", "plan")
 
     def ready_detail(self) -> str:
+        """Return the number of ready engines and the plan's epoch."""
         epoch = self._plan.epoch if self._plan else "none"
-        return f"{len(self._view.ready())} engines to choose from, plan epoch {epoch}"
+        return f"{len(self._view.ready_engines())} engines to choose from, plan epoch {epoch}"
 
     async def handle(self, envelope: Envelope) -> None:
+        """Handle one message of the inbox."""
         match envelope.message:
             case Route() as request:
                 self.spawn(self._route(envelope, request))
             case Expect() as expect:
-                self._expect(expect)
+                self._prefetch(expect)
             case ClusterLoad() as picture:
-                self._take_picture(picture)
+                self._update_view(picture)
             case Plan() as plan:
-                self._take_plan(plan)
+                self._set_plan(plan)
 
-    def _take_picture(self, picture: ClusterLoad) -> None:
+    def _update_view(self, picture: ClusterLoad) -> None:
         if self._view.update(picture, self.clock.monotonic_s()):
-            self._learner.learn((engine.load for engine in self._view.ready()), self._view.engines)
+            self._learner.learn((engine.load for engine in self._view.ready_engines()), self._view.engines)
 
-    def _take_plan(self, plan: Plan) -> None:
-        """Published again and again. A planner that lost its disk may begin at epoch 1 again, and is followed."""
-        if self._plan_of == (plan.epoch, plan.created_unix_s):
+    def _set_plan(self, plan: Plan) -> None:
+        # The planner publishes its plan again and again. The date counts too: a planner that lost its disk begins at
+        # epoch 1 again.
+        if self._plan_id == (plan.epoch, plan.created_unix_s):
             return
-        self._plan_of = plan.epoch, plan.created_unix_s
+        self._plan_id = plan.epoch, plan.created_unix_s
         self.log.info("plan", epoch=plan.epoch, copies=len(plan.placements), drained=plan.drained)
         self._plan = PlannedCopies(plan)
-        self._view.drain(frozenset(plan.drained))
+        self._view.set_drained(frozenset(plan.drained))
+
+    def _context(self, request: Route) -> RoutingContext:
+        return RoutingContext(request, self._view, self._plan, self._learner.cost, self._slo, self._rng)
 
     async def _route(self, envelope: Envelope, request: Route) -> None:
-        self._view.expire(self.clock.monotonic_s())
-        choice = self._choose(request, self._view, self._plan, self._learner.cost, self._slo, self._rng)
-        answer = choice if isinstance(choice, Rejected) else await self._admit_first(request, choice)
+        self._view.expire_pending(self.clock.monotonic_s())
+        choice = self._policy(self._context(request))
+        answer = choice if isinstance(choice, Rejected) else await self._admit_at_first(request, choice)
         if isinstance(answer, Rejected):
             self._rejected.labels(answer.code).inc()
             self.log.warning("rejected", request=request.request_id, code=answer.code, reason=answer.message)
@@ -93,38 +99,38 @@ class RouterService(Service):
             self._routed.labels(answer.engine, answer.why).inc()
         self.bus.respond(envelope, answer)
 
-    def _expect(self, expect: Expect) -> None:
-        """Only where the request is sure to find what is on its way: a lot by shares is drawn anew."""
+    def _prefetch(self, expect: Expect) -> None:
+        """Tell an engine to load the adapter of a request that is about to arrive."""
         now = self.clock.monotonic_s()
-        self._view.expire(now)
+        self._view.expire_pending(now)
         if self.config.router.policy != "predicted":
-            return
-        engine = expected_at(expect, self._view, self._plan, self._learner.cost, self._slo, self._rng)
+            return  # The other policies draw: the request would go to another engine.
+        engine = prefetch_engine(self._context(placeholder_request(expect)))
         if engine is not None:
-            self._view.expected(engine, expect.adapter.version, now)
+            self._view.record_expected(engine, expect.adapter.version, now)
             self.bus.send(engine, ExpectAdapter(adapter=expect.adapter))
 
-    async def _admit_first(self, request: Route, candidates: Iterable[Candidate]) -> Routed | Rejected:
-        """The first engine that takes it. What no engine would take is not tried everywhere."""
+    async def _admit_at_first(self, request: Route, candidates: Iterable[Candidate]) -> Routed | Rejected:
+        """Ask the candidates in turn until one admits the request, or refuses it for a reason that holds everywhere."""
         refusal = Rejected(request_id=request.request_id, code="no_engine", message="no engine answered; try again")
         for candidate in candidates:
             if refusal.code == "overloaded" and candidate.engine in self._view.drained:
-                break  # It is there for those that are lost, or under load it would never be empty.
+                break  # A drained engine replaces lost engines only: under load it would never become empty.
             answer = await self._admit(request, candidate)
             if isinstance(answer, Routed):
                 return answer
             if answer is not None:
                 refusal = answer
-                if answer.code not in ANOTHER_MAY_TAKE_IT:
+                if answer.code not in ENGINE_REFUSALS:
                     return answer
         if refusal.code not in ("overloaded", "no_engine"):
             return Rejected(request_id=request.request_id, code="no_engine", message=refusal.message)
         return refusal
 
     async def _admit(self, request: Route, candidate: Candidate) -> Routed | Rejected | None:
-        """None where the engine did not answer."""
-        engine = candidate.engine
-        self._view.sent(engine, request, self.clock.monotonic_s(), candidate)
+        """Ask one engine to admit the request; return None if it does not answer."""
+        engine, reason = candidate.engine, candidate.reason
+        self._view.record_sent(engine, request, self.clock.monotonic_s(), reason)
         admit = Admit(
             request_id=request.request_id,
             gateway=request.gateway,
@@ -136,28 +142,23 @@ class RouterService(Service):
             answer = await self.bus.request(engine, admit, Admitted, self.config.router.admit_timeout_s)
         except RequestTimeoutError:
             self.log.warning("engine_silent", engine=engine, request=request.request_id)
-            self._view.timed_out(engine, request.request_id, self.clock.monotonic_s())
-            # It may have the request all the same, and the next engine must be the only one that runs it.
+            self._view.record_timeout(engine, request.request_id, self.clock.monotonic_s())
+            # The engine may have admitted the request, and only the next engine may run it.
             self.bus.send(engine, Abort(request_id=request.request_id))
             return None
         except PeerError as error:
-            # It may have taken the request and failed to say so.
+            # The engine may have admitted the request and failed to answer.
             self.bus.send(engine, Abort(request_id=request.request_id))
-            return self._refused(engine, request, error.code, error.message)
+            return self._refuse(engine, request, error.code, error.message)
         if not answer.ok:
-            return self._refused(engine, request, answer.code, answer.message)
-        self._view.admitted(engine, request.request_id, answer.incarnation, self.clock.monotonic_s())
+            return self._refuse(engine, request, answer.code, answer.message)
+        self._view.record_admitted(engine, request.request_id, answer.incarnation, self.clock.monotonic_s())
         adapter = request.adapter.name if request.adapter else ""
         self.log.info(
-            "routed",
-            request=request.request_id,
-            adapter=adapter,
-            engine=engine,
-            why=candidate.why,
-            reason=candidate.reason,
+            "routed", request=request.request_id, adapter=adapter, engine=engine, why=candidate.why, reason=reason
         )
         return Routed(request_id=request.request_id, engine=engine, incarnation=answer.incarnation, why=candidate.why)
 
-    def _refused(self, engine: str, request: Route, code: str, message: str) -> Rejected:
-        self._view.refused(engine, request.request_id, code, self.clock.monotonic_s())
+    def _refuse(self, engine: str, request: Route, code: str, message: str) -> Rejected:
+        self._view.record_refused(engine, request.request_id, code, self.clock.monotonic_s())
         return Rejected(request_id=request.request_id, code=code, message=message)

@@ -26,7 +26,7 @@ from loraserve.messages import (
 )
 from loraserve.monitor.demand import DemandWindow
 from loraserve.planner.placement.problem import PlanSettings
-from loraserve.router.policy import PlannedCopies, Slo
+from loraserve.router.context import PlannedCopies, RoutingContext, Slo
 from loraserve.router.view import ClusterView
 from loraserve.sim.engine import SimEngine, Timeline, Watcher
 from loraserve.sim.outcome import Interval, Outcome, RequestOutcome
@@ -138,16 +138,18 @@ class Simulation(Watcher):
             self._timeline.at(next_s, lambda later: self._arrive(index + 1, later))
         outcome = self._requests[request_id] = RequestOutcome(index, request.adapter, now)
         self._live += 1
-        self._view.expire(now)
+        self._view.expire_pending(now)
         route, output_tokens = self._route_message(request_id, index, request)
-        choice = self._policy.route(route, self._view, self._planned, self._learner.cost, self._slo, self._rng)
+        choice = self._policy.route(
+            RoutingContext(route, self._view, self._planned, self._learner.cost, self._slo, self._rng)
+        )
         if isinstance(choice, Rejected):
             self.rejected(request_id, now)
             return
         chosen = choice.first
         self._whys[chosen.why] = self._whys.get(chosen.why, 0) + 1
         outcome.engine = chosen.engine
-        self._view.sent(chosen.engine, route, now)
+        self._view.record_sent(chosen.engine, route, now)
         admit = Admit(
             request_id=request_id,
             gateway="gateway",
@@ -156,7 +158,7 @@ class Simulation(Watcher):
             adapter=route.adapter,
         )
         self.engines[chosen.engine].admit(admit, now)
-        self._view.admitted(chosen.engine, request_id, "simulated", now)
+        self._view.record_admitted(chosen.engine, request_id, "simulated", now)
 
     def _route_message(self, request_id: str, index: int, request: SimRequest) -> tuple[Route, int]:
         """What the router sees, and the output tokens, which it does not: who asks rarely knows them beforehand.

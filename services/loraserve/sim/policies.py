@@ -13,9 +13,9 @@ from loraserve.errors import ConfigError
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement, Rejected, Route
 from loraserve.planner.placement.policies import PLANNERS, Planner
 from loraserve.planner.placement.problem import PlanSettings
+from loraserve.router.context import Candidate, Candidates, RoutingContext
 from loraserve.router.engine_view import EngineView
-from loraserve.router.policy import ROUTERS, Candidate, Choice, PlannedCopies, Rng, Router, Slo
-from loraserve.router.view import ClusterView
+from loraserve.router.policy import POLICIES, RoutingPolicy
 
 
 class Policy(msgspec.Struct, frozen=True):
@@ -23,7 +23,7 @@ class Policy(msgspec.Struct, frozen=True):
 
     name: str
     place: Planner
-    route: Router
+    route: RoutingPolicy
     everywhere: bool = False
     drawn: bool = False
 
@@ -43,9 +43,9 @@ def policy_named(name: str, seed: int = 0) -> Policy:
         case "dynamo":
             return Policy(name, place_by_rendezvous, route_to_least_requests)
         case "loraserve":
-            return Policy(name, PLANNERS["loraserve"], ROUTERS["shares"])
+            return Policy(name, PLANNERS["loraserve"], POLICIES["shares"])
         case "ours":
-            return Policy(name, PLANNERS["ours"], ROUTERS["predicted"])
+            return Policy(name, PLANNERS["ours"], POLICIES["predicted"])
     raise ConfigError(f"policy {name!r} is not known; there are {', '.join(NAMES)}")
 
 
@@ -135,30 +135,26 @@ def place_by_rendezvous(
     return tuple(placements)
 
 
-def route_to_copy(
-    request: Route, view: ClusterView, plan: PlannedCopies | None, cost: CostModel, slo: Slo, rng: Rng
-) -> Choice | Rejected:
+def route_to_copy(context: RoutingContext) -> Candidates | Rejected:
     """The one engine whose adapter it is."""
-    return _least(request, view, plan, lambda engine: 0.0)
+    return _least(context, lambda engine: 0.0)
 
 
-def route_to_least_requests(
-    request: Route, view: ClusterView, plan: PlannedCopies | None, cost: CostModel, slo: Slo, rng: Rng
-) -> Choice | Rejected:
+def route_to_least_requests(context: RoutingContext) -> Candidates | Rejected:
     """The copy with the fewest requests, whatever they are."""
-    return _least(request, view, plan, lambda engine: engine.requests + rng.random())
+    return _least(context, lambda engine: engine.requests + context.rng.random())
 
 
-def route_to_least_finish(
-    request: Route, view: ClusterView, plan: PlannedCopies | None, cost: CostModel, slo: Slo, rng: Rng
-) -> Choice | Rejected:
+def route_to_least_finish(context: RoutingContext) -> Candidates | Rejected:
     """Where it would end first: what waits there, its own prefill, and as many steps of that batch as it takes."""
-    return _least(request, view, plan, lambda engine: finish_s(request, engine, cost, view.output_tokens))
+    return _least(
+        context, lambda engine: finish_s(context.request, engine, context.cost, context.view.mean_output_tokens)
+    )
 
 
 def finish_s(request: Route, engine: EngineView, cost: CostModel, output_tokens: float) -> float:
     """The length of the output is not known beforehand: the mean is taken."""
-    load, mix, pending = engine.load, engine.mix, engine.pending_mix
+    load, mix, pending = engine.load, engine.adapters, engine.pending_adapters
     rank = request.adapter.rank if request.adapter else 0
     max_rank = max(rank, mix.largest_rank, pending.largest_rank)
     sequences = engine.requests + 1
@@ -183,16 +179,14 @@ def _wait_for_place_s(engine: EngineView, cost: CostModel, output_tokens: float)
     return (engine.requests + 1 - load.max_running) / load.max_running * output_tokens * step_s
 
 
-def _least(
-    request: Route, view: ClusterView, plan: PlannedCopies | None, price: Callable[[EngineView], float]
-) -> Choice | Rejected:
-    ready = view.ready()
-    copies = plan.of(request.adapter.version) if plan and request.adapter else {}
+def _least(context: RoutingContext, price: Callable[[EngineView], float]) -> Candidates | Rejected:
+    ready = context.view.ready_engines()
+    copies = context.planned_shares()
     able = [engine for engine in ready if engine.name in copies] or ready
     if not able:
-        return Rejected(request_id=request.request_id, code="no_engine", message="no engine is ready")
+        return Rejected(request_id=context.request.request_id, code="no_engine", message="no engine is ready")
     best = min(able, key=price)
-    return Choice(Candidate(best.name, 0.0, "planned" if best.name in copies else "load"))
+    return Candidates(Candidate(best.name, 0.0, "planned" if best.name in copies else "load"))
 
 
 def _dealt(

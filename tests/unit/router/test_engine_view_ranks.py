@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef
-from loraserve.router.context import Choice, Slo
-from loraserve.router.engine_view import largest_at_a_time
-from loraserve.router.policy import route
+from loraserve.router.context import Candidates, RoutingContext, Slo
+from loraserve.router.engine_view import mean_largest_rank
+from loraserve.router.policy import route_by_prediction
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
 
@@ -28,18 +28,18 @@ def poisson(mean: float, rng: Random) -> int:
 def test_it_is_the_mean_of_the_largest_of_random_batches() -> None:
     sequences, rng = {8: 4.0, 64: 0.5, 128: 0.1}, Random(0)
     batches = [max((r for r, n in sequences.items() if poisson(n, rng)), default=0) for _ in range(40_000)]
-    assert largest_at_a_time(sequences) == pytest.approx(sum(batches) / len(batches), rel=0.02)
+    assert mean_largest_rank(sequences) == pytest.approx(sum(batches) / len(batches), rel=0.02)
 
 
 @given(SEQUENCES)
 def test_it_lies_between_none_and_the_largest(sequences: dict[int, float]) -> None:
-    assert 0 <= largest_at_a_time(sequences) <= max(sequences)
+    assert 0 <= mean_largest_rank(sequences) <= max(sequences)
 
 
 @given(SEQUENCES, st.sampled_from([8, 16, 64, 128]), st.floats(0, 5))
 def test_more_requests_of_any_rank_never_lower_it(sequences: dict[int, float], rank: int, more: float) -> None:
     larger = {**sequences, rank: sequences.get(rank, 0.0) + more}
-    assert largest_at_a_time(larger) >= largest_at_a_time(sequences) - 1e-9
+    assert mean_largest_rank(larger) >= mean_largest_rank(sequences) - 1e-9
 
 
 def demand_of(adapter: AdapterRef, decode_tokens_per_s: float) -> AdapterDemand:
@@ -63,7 +63,7 @@ def expected_rank(high_tokens_per_s: float, step_s: float = 0.05, copies: int = 
     view = ClusterView()
     for sequence in (1, 2):  # Where copies are is known from the first.
         view.update(picture(*loads, sequence=sequence, demand=demand), now=100.0 + sequence)
-    return view.engines["e0"].mix.expected_rank
+    return view.engines["e0"].adapters.expected_rank
 
 
 def test_a_copy_that_is_hardly_asked_for_widens_nobody() -> None:
@@ -86,7 +86,7 @@ def test_where_no_demand_is_known_the_largest_copy_counts() -> None:
     held = (resident(LOW, True, 0), resident(HIGH, True, 0))
     view = ClusterView()
     view.update(picture(engine_load("e0", resident=held)), now=100.0)
-    assert view.engines["e0"].mix.expected_rank == 128
+    assert view.engines["e0"].adapters.expected_rank == 128
 
 
 def test_what_runs_there_beside_the_plan_is_expected_to_go_on() -> None:
@@ -99,15 +99,15 @@ def test_where_the_plan_keeps_nothing_no_rank_is_expected() -> None:
     view = ClusterView()
     held = (resident(HIGH, False, 3),)
     view.update(picture(engine_load("e0", resident=held), demand=(demand_of(HIGH, 100.0),)), now=100.0)
-    assert view.engines["e0"].mix.expected_rank is None
+    assert view.engines["e0"].adapters.expected_rank is None
 
 
 def test_a_plan_that_nobody_asks_for_expects_no_rank() -> None:
     view = ClusterView()
     held = (resident(LOW, True, 0),)
     view.update(picture(engine_load("e0", resident=held), demand=(demand_of(LOW, 0.0),)), now=100.0)
-    view.sent("e0", route_request(adapter=HIGH), now=100.0)
-    assert view.prices(CostModel(lora="padded")).columns.harm_rank.tolist() == [0.0]
+    view.record_sent("e0", route_request(adapter=HIGH), now=100.0)
+    assert view.prices(CostModel(lora="padded")).columns.usual_rank.tolist() == [0.0]
 
 
 @pytest.mark.parametrize("rate", [float("nan"), float("inf")])
@@ -117,4 +117,7 @@ def test_demand_that_is_no_number_is_left_out(rate: float) -> None:
     demand = demand_of(LOW, 900.0), demand_of(HIGH, rate)
     view.update(picture(engine_load("e0", resident=held), demand=demand), now=100.0)
     assert view.requests_per_s == 9.0
-    assert isinstance(route(route_request(), view, None, CostModel(), Slo(10.0, 4.0), Random(0)), Choice)
+    assert isinstance(
+        route_by_prediction(RoutingContext(route_request(), view, None, CostModel(), Slo(10.0, 4.0), Random(0))),
+        Candidates,
+    )

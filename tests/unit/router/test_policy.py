@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from loraserve.cost import CostModel
 from loraserve.messages import EngineLoad, Placement, Plan, Rejected, Route
+from loraserve.router.context import Candidate, Candidates, PlannedCopies, RoutingContext, Slo
 from loraserve.router.engine_view import TIMEOUTS_TO_AVOID
-from loraserve.router.policy import MOST_CANDIDATES, Candidate, Choice, PlannedCopies, Slo, route
+from loraserve.router.policy import MAX_CANDIDATES, route_by_prediction
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
@@ -36,14 +37,14 @@ def plan_of(**shares: float) -> PlannedCopies:
 
 def decide(
     view: ClusterView, request: Route, plan: PlannedCopies | None = None, seed: int = 0, slo: Slo = SLO
-) -> Choice | Rejected:
-    return route(request, view, plan, CostModel(), slo, Random(seed))
+) -> Candidates | Rejected:
+    return route_by_prediction(RoutingContext(request, view, plan, CostModel(), slo, Random(seed)))
 
 
 def candidates(view: ClusterView, request: Route | None = None, **options: Any) -> tuple[Candidate, ...]:
     choice = decide(view, request or route_request(), **options)
-    assert isinstance(choice, Choice), choice
-    return choice.candidates
+    assert isinstance(choice, Candidates), choice
+    return tuple(choice)
 
 
 def first(view: ClusterView, request: Route | None = None, **options: Any) -> tuple[str, str]:
@@ -61,8 +62,12 @@ def refusal(view: ClusterView, request: Route, **options: Any) -> Rejected:
 
 def wins(view: ClusterView, request: Route, plan: PlannedCopies | None, rounds: int = 300) -> Counter[str]:
     """How often each engine is first, over many lots."""
-    choices = (route(request, view, plan, CostModel(), SLO, rng) for rng in [Random(7)] for _ in range(rounds))
-    return Counter(c.candidates[0].engine for c in choices if isinstance(c, Choice))
+    choices = (
+        route_by_prediction(RoutingContext(request, view, plan, CostModel(), SLO, rng))
+        for rng in [Random(7)]
+        for _ in range(rounds)
+    )
+    return Counter(c.first.engine for c in choices if isinstance(c, Candidates))
 
 
 def test_only_ready_engines_are_chosen() -> None:
@@ -117,14 +122,14 @@ def test_a_burst_between_two_pictures_is_shared() -> None:
     for number in range(80):
         request = route_request(f"r{number}", tokens=200)
         engine, _ = first(view, request, seed=number)
-        view.sent(engine, request, now=100.0)
+        view.record_sent(engine, request, now=100.0)
         given_to[engine] += 1
     assert set(given_to.values()) <= set(range(18, 23)), given_to
 
 
 def test_prompts_on_their_way_are_part_of_the_queue() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=2000))
-    view.sent("e0", route_request("long", tokens=3000), now=100.0)
+    view.record_sent("e0", route_request("long", tokens=3000), now=100.0)
     assert first(view)[0] == "e1"
     assert candidates(view)[1].predicted_s == pytest.approx(3.0, abs=0.1)
 
@@ -179,7 +184,7 @@ def test_a_second_request_follows_the_load_that_the_first_began() -> None:
     request = route_request("r1", adapter=PIRATE)
     engine, why = first(view, request)
     assert why == "load"
-    view.sent(engine, request, now=100.0)
+    view.record_sent(engine, request, now=100.0)
     assert first(view, route_request("r2", adapter=PIRATE))[0] == engine
 
 
@@ -201,12 +206,12 @@ def test_it_is_refused_only_where_no_start_is_near_enough() -> None:
 def test_an_idle_engine_that_is_asked_last_does_not_make_up_for_others_that_are_overloaded(suspect: str) -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50_000))
     if suspect == "drained":
-        view.drain(frozenset(("e0",)))
+        view.set_drained(frozenset(("e0",)))
     else:
         silence(view, "e0")
     assert refusal(view, route_request()).code == "overloaded"
     alone = view_of(engine_load("e0"))
-    alone.drain(frozenset(("e0",)))
+    alone.set_drained(frozenset(("e0",)))
     assert first(alone)[0] == "e0", "where there is no other it serves"
 
 
@@ -224,7 +229,7 @@ def test_a_request_that_runs_somewhere_is_asked_for_there_first() -> None:
 
 def silence(view: ClusterView, engine: str) -> None:
     for number in range(TIMEOUTS_TO_AVOID):
-        view.timed_out(engine, f"lost{number}", now=100.0)
+        view.record_timeout(engine, f"lost{number}", now=100.0)
 
 
 def test_an_engine_that_does_not_answer_is_asked_last() -> None:
@@ -243,19 +248,19 @@ def test_when_all_engines_are_suspect_the_best_of_them_is_asked() -> None:
 def test_a_drained_engine_is_asked_after_all_others_but_before_those_that_are_silent() -> None:
     view = view_of(engine_load("e0", **HELD), engine_load("e1", waiting_prefill_tokens=5000), engine_load("e2"))
     for _ in range(TIMEOUTS_TO_AVOID):
-        view.timed_out("e2", "r0", 100.0)
-    view.drain(frozenset(("e0",)))
+        view.record_timeout("e2", "r0", 100.0)
+    view.set_drained(frozenset(("e0",)))
     request = route_request(adapter=PIRATE)
     assert [c.engine for c in candidates(view, request, plan=plan_of(e0=1.0))] == ["e1", "e0", "e2"]
-    view.drain(frozenset(("e0", "e1")))
+    view.set_drained(frozenset(("e0", "e1")))
     assert first(view, request)[0] == "e0", "where nothing else is left, it serves"
-    view.drain(frozenset())
+    view.set_drained(frozenset())
     assert first(view, request)[0] == "e0"
 
 
 def test_an_engine_that_is_seen_for_the_first_time_may_be_drained_already() -> None:
     view = ClusterView()
-    view.drain(frozenset(("e0",)))
+    view.set_drained(frozenset(("e0",)))
     view.update(picture(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=5000)), now=100.0)
     assert first(view)[0] == "e1"
 
@@ -290,17 +295,20 @@ def test_who_comes_after_the_first_stays_as_it_was_when_that_was_chosen() -> Non
     """The first may take a second not to answer; until then others are chosen and a picture comes."""
     reports = [engine_load(f"e{n}", waiting_prefill_tokens=1000 * n, **HELD) for n in range(6)]
     view, cost = view_of(*reports), CostModel()
-    choices = [route(route_request("r", adapter=PIRATE), view, None, cost, SLO, Random(0)) for _ in range(3)]
-    at_once, in_time, late = (choice for choice in choices if isinstance(choice, Choice))
+    choices = [
+        route_by_prediction(RoutingContext(route_request("r", adapter=PIRATE), view, None, cost, SLO, Random(0)))
+        for _ in range(3)
+    ]
+    at_once, in_time, late = (choice for choice in choices if isinstance(choice, Candidates))
     assert [candidate.engine for candidate in at_once] == ["e0", "e1", "e2", "e3"]
-    expected = at_once.candidates
+    expected = tuple(at_once)
     for n in range(6):
-        view.sent(f"e{n}", route_request(f"sent-{n}", 3000, PIRATE), now=100.0)
+        view.record_sent(f"e{n}", route_request(f"sent-{n}", 3000, PIRATE), now=100.0)
     view.prices(cost)
-    assert in_time.candidates == expected
+    assert tuple(in_time) == expected
     view.update(picture(*reports[3:], sequence=2), now=200.0)
     view.prices(cost)
-    assert late.candidates == expected
+    assert tuple(late) == expected
 
 
 @st.composite
@@ -335,13 +343,13 @@ def test_whatever_the_load_the_candidates_are_ready_distinct_and_reproducible(lo
         assert again == answer
         assert answer.code in ("no_engine", "overloaded")
         return
-    assert isinstance(again, Choice)
-    assert again.candidates == answer.candidates
-    names = [c.engine for c in answer.candidates]
+    assert isinstance(again, Candidates)
+    assert tuple(again) == tuple(answer)
+    names = [c.engine for c in tuple(answer)]
     ready = {load.engine for load in loads if load.state == "READY"}
-    assert len(names) == len(set(names)) == min(MOST_CANDIDATES, len(ready))
+    assert len(names) == len(set(names)) == min(MAX_CANDIDATES, len(ready))
     assert set(names) <= ready
-    assert all(0 <= c.predicted_s < 1e4 for c in answer.candidates)
+    assert all(0 <= c.predicted_s < 1e4 for c in tuple(answer))
 
 
 @settings(max_examples=60, deadline=None)
@@ -352,5 +360,5 @@ def test_more_waiting_never_makes_an_engine_look_nearer(loads, adapter, more) ->
     for load in lone:
         view = view_of(load)
         before = candidates(view, request, slo=patient)[0].predicted_s
-        view.sent(load.engine, route_request("other", tokens=more), now=100.0)
+        view.record_sent(load.engine, route_request("other", tokens=more), now=100.0)
         assert candidates(view, request, slo=patient)[0].predicted_s >= before

@@ -7,9 +7,9 @@ import pytest
 
 from loraserve.cost import CostModel
 from loraserve.messages import EngineLoad, Placement, Plan, Rejected, Route
-from loraserve.router.context import Choice, PlannedCopies, Slo
+from loraserve.router.context import Candidates, PlannedCopies, RoutingContext, Slo
 from loraserve.router.engine_view import TIMEOUTS_TO_AVOID
-from loraserve.router.policy import ROUTERS
+from loraserve.router.policy import POLICIES
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
@@ -34,10 +34,12 @@ def drawn(view: ClusterView, plan: PlannedCopies | None, request: Route | None =
     """How often each engine came first, and why."""
     rng, counts = Random(3), Counter[tuple[str, str]]()
     for _ in range(ROUNDS):
-        choice = ROUTERS["shares"](request or route_request(adapter=PIRATE), view, plan, CostModel(), SLO, rng)
-        assert isinstance(choice, Choice)
-        assert len({c.engine for c in choice.candidates}) == len(choice.candidates)
-        counts[choice.candidates[0].engine, choice.candidates[0].why] += 1
+        choice = POLICIES["shares"](
+            RoutingContext(request or route_request(adapter=PIRATE), view, plan, CostModel(), SLO, rng)
+        )
+        assert isinstance(choice, Candidates)
+        assert len({c.engine for c in tuple(choice)}) == len(tuple(choice))
+        counts[choice.first.engine, choice.first.why] += 1
     return counts
 
 
@@ -72,7 +74,7 @@ def test_the_base_model_is_drawn_anywhere() -> None:
 def test_who_does_not_answer_is_asked_last_and_who_has_it_first() -> None:
     view = view_of(engine_load("e0", **HELD), engine_load("e1"), engine_load("e2", request_ids=("r7",)))
     for number in range(TIMEOUTS_TO_AVOID):
-        view.timed_out("e0", f"lost{number}", now=100.0)
+        view.record_timeout("e0", f"lost{number}", now=100.0)
     counts = drawn(view, plan_of(e0=1.0))
     assert {engine for engine, _ in counts} == {"e1", "e2"}
     assert drawn(view, plan_of(e0=1.0), route_request("r7", adapter=PIRATE)) == {("e2", "live"): ROUNDS}
@@ -83,6 +85,8 @@ def test_it_never_goes_where_it_cannot_be_held() -> None:
     small, fits = engine_load("e0", pool_total_bytes=4 * MIB), engine_load("e1", pool_total_bytes=8 * MIB)
     assert {e for e, _ in drawn(view_of(small, fits), plan_of(e0=1.0), route_request(adapter=large))} == {"e1"}
     for view, code in ((view_of(small), "adapter_unavailable"), (ClusterView(), "no_engine")):
-        answer = ROUTERS["shares"](route_request(adapter=large), view, None, CostModel(), SLO, Random(0))
+        answer = POLICIES["shares"](
+            RoutingContext(route_request(adapter=large), view, None, CostModel(), SLO, Random(0))
+        )
         assert isinstance(answer, Rejected)
         assert answer.code == code

@@ -6,8 +6,9 @@ import pytest
 
 from loraserve.cost import CostModel
 from loraserve.messages import EngineLoad, Expect, Rejected
-from loraserve.router.policy import Slo, expected_at, route
-from loraserve.router.view import UNSEEN_S, ClusterView
+from loraserve.router.context import RoutingContext, Slo
+from loraserve.router.policy import placeholder_request, prefetch_engine, route_by_prediction
+from loraserve.router.view import PENDING_TIMEOUT_S, ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
 SLO = Slo(ttft_s=10.0, reject_factor=4.0)
@@ -24,15 +25,17 @@ def view_of(*loads: EngineLoad) -> ClusterView:
 
 def told(view: ClusterView, expect: Expect = EXPECT, slo: Slo = SLO) -> str | None:
     """Who has to hear; it is noted as the router does."""
-    engine = expected_at(expect, view, None, CostModel(), slo, Random(0))
+    engine = prefetch_engine(RoutingContext(placeholder_request(expect), view, None, CostModel(), slo, Random(0)))
     if engine is not None:
-        view.expected(engine, expect.adapter.version, NOW)
+        view.record_expected(engine, expect.adapter.version, NOW)
     view.validate()
     return engine
 
 
 def goes_to(view: ClusterView, seed: int = 0) -> tuple[str, str]:
-    choice = route(route_request("r", 50, PIRATE), view, None, CostModel(), SLO, Random(seed))
+    choice = route_by_prediction(
+        RoutingContext(route_request("r", 50, PIRATE), view, None, CostModel(), SLO, Random(seed))
+    )
     assert not isinstance(choice, Rejected)
     return choice.first.engine, choice.first.why
 
@@ -55,7 +58,7 @@ def test_nobody_hears_of_what_is_there_or_on_its_way(where: str) -> None:
     view = view_of(engine_load("e0"), engine_load("e1", **held))
     assert told(view) is None
     view = view_of(engine_load("e0"), engine_load("e1"))
-    view.sent("e1", route_request("other", 10, PIRATE), NOW)
+    view.record_sent("e1", route_request("other", 10, PIRATE), NOW)
     assert told(view) is None, "another request takes it there"
 
 
@@ -81,9 +84,9 @@ def test_a_prompt_is_priced_by_its_length(tokens: int, engine: str | None) -> No
 def test_what_was_not_begun_is_believed_for_a_moment_only() -> None:
     view = equal_engines()
     assert told(view) is not None
-    view.expire(NOW + UNSEEN_S / 2)
+    view.expire_pending(NOW + PENDING_TIMEOUT_S / 2)
     assert told(view) is None
-    view.expire(NOW + 2 * UNSEEN_S)
+    view.expire_pending(NOW + 2 * PENDING_TIMEOUT_S)
     view.validate()
     assert told(view) is not None
 
@@ -99,8 +102,8 @@ def test_a_later_report_that_does_not_know_of_it_ends_the_belief() -> None:
 def test_a_restarted_engine_has_forgotten_what_it_was_told() -> None:
     view = equal_engines(1)
     assert told(view) == "e0"
-    view.sent("e0", route_request("r"), NOW)
-    view.admitted("e0", "r", "another life", NOW)
+    view.record_sent("e0", route_request("r"), NOW)
+    view.record_admitted("e0", "r", "another life", NOW)
     assert told(view) == "e0"
     view.update(picture(engine_load("e0", incarnation="a third"), sequence=2, age_s=1.0), NOW)
     view.validate()

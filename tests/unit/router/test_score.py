@@ -13,10 +13,10 @@ from msgspec.structs import astuple
 
 from loraserve.cost import LARGEST_SURPRISE, CostModel, StepShape, extent_bytes
 from loraserve.messages import AdapterRef, EngineLoad, Rejected, Route
-from loraserve.router.context import Choice, Slo
-from loraserve.router.policy import NEAR, route
-from loraserve.router.prices import BEHIND_WEIGHT, FULL, FULL_WEIGHT, HARM_WEIGHT
-from loraserve.router.score import LOAD_HARM, PRIOR_STEPS, score
+from loraserve.router.context import Candidates, RoutingContext, Slo
+from loraserve.router.policy import TIE_SHARE, route_by_prediction
+from loraserve.router.prices import ENGINE_TIME_WEIGHT, FOLLOWER_WEIGHT, FULLNESS_WEIGHT, MAX_FULLNESS
+from loraserve.router.score import LOAD_WEIGHT, PRIOR_STEPS, score
 from loraserve.router.view import ClusterView
 from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
 
@@ -149,8 +149,8 @@ class Plainly:
         load = self.load
         places = load.running / load.max_running if load.max_running else 0.0
         blocks = (load.kv_blocks_total - load.kv_blocks_free) / load.kv_blocks_total if load.kv_blocks_total else 0.0
-        full = min(FULL, max(places, blocks))
-        return HARM_WEIGHT + FULL_WEIGHT * full**2 / (1 - full)
+        full = min(MAX_FULLNESS, max(places, blocks))
+        return ENGINE_TIME_WEIGHT + FULLNESS_WEIGHT * full**2 / (1 - full)
 
     def ttft_s(self, request: Route) -> float:
         waits_s = max(self.queue_s(len(request.prompt_tokens)), self.load_s(request.adapter))
@@ -160,7 +160,7 @@ class Plainly:
         adapter = request.adapter
         held = adapter is not None and any(a.version == adapter.version for a in self.load.resident)
         prior_s = (planned + held) * PRIOR_STEPS * self.step_s() * self.slowness
-        others_s = self.weight() * self.engine_s(request) + LOAD_HARM * self.load_s(adapter)
+        others_s = self.weight() * self.engine_s(request) + LOAD_WEIGHT * self.load_s(adapter)
         return self.ttft_s(request) + others_s - prior_s
 
 
@@ -203,7 +203,7 @@ def view_of(loads: list[EngineLoad], sent: dict[str, list[Route]], cost: CostMod
     for engine, requests in sent.items():
         for request in requests:
             view.prices(cost)
-            view.sent(engine, request, now=100.0)
+            view.record_sent(engine, request, now=100.0)
     return view
 
 
@@ -219,12 +219,12 @@ def test_scores_are_those_of_a_plain_computation(cluster, adapter, tokens, lora,
     (loads, sent), cost = cluster, COSTS[lora]
     view, request = view_of(loads, sent, cost), route_request("r", tokens, adapter)
     shares = dict.fromkeys(planned & set(range(len(loads))), 0.5) if adapter else {}
-    scores = score(request, view, view.prices(cost), shares, cost)
+    scores = score(RoutingContext(request, view, None, cost, PATIENT, Random(0)), view.prices(cost), shares)
     # The company that an engine fills up to is that of the last reports.
     counts = [min(x.running + x.waiting, x.max_running or 10**9) for x in loads]
     mean = sum(counts) / len(loads)
     for column, load in enumerate(loads):
-        plain = Plainly(load, sent[load.engine], cost, view.output_tokens, mean)
+        plain = Plainly(load, sent[load.engine], cost, view.mean_output_tokens, mean)
         assert scores.queue_s[column] == pytest.approx(plain.queue_s(tokens))
         assert scores.own_s[column] == pytest.approx(plain.own_s(request))
         assert scores.load_s[column] == pytest.approx(plain.load_s(adapter))
@@ -249,15 +249,15 @@ def test_the_first_choice_is_the_best_of_those_that_are_trusted_but_for_a_tie(
     view, request = view_of(loads, sent, cost), route_request("r", 60, adapter)
     for number in silent & set(range(len(loads))):
         for _ in range(2):
-            view.timed_out(f"e{number}", "lost", now=100.0)
-    answer = route(request, view, None, cost, PATIENT, Random(seed))
-    assert isinstance(answer, Choice)
+            view.record_timeout(f"e{number}", "lost", now=100.0)
+    answer = route_by_prediction(RoutingContext(request, view, None, cost, PATIENT, Random(seed)))
+    assert isinstance(answer, Candidates)
     table = view.prices(cost)
-    scores = score(request, view, table, {}, cost)
+    scores = score(RoutingContext(request, view, None, cost, PATIENT, Random(0)), table, {})
     trusted = [c for c, e in enumerate(table.engines) if e.avoided_since_s is None] or list(range(len(loads)))
     best = min(trusted, key=lambda column: scores.score[column])
-    tie_s = NEAR * max(scores.ttft_s[best], table.columns.decode_step_s[best]) + 1e-4
-    chosen = next(c for c, e in enumerate(table.engines) if e.name == answer.candidates[0].engine)
+    tie_s = TIE_SHARE * max(scores.ttft_s[best], table.columns.decode_step_s[best]) + 1e-4
+    chosen = next(c for c, e in enumerate(table.engines) if e.name == answer.first.engine)
     assert chosen in trusted
     assert scores.score[chosen] <= scores.score[best] + tie_s
 
@@ -274,8 +274,10 @@ def test_it_is_refused_only_where_all_break_the_promise_and_told_when_one_will_n
 ) -> None:
     loads = [engine_load(f"e{n}", waiting_prefill_tokens=queue) for n, queue in enumerate(queues)]
     view, request, cost = view_of(loads, {}, CostModel()), route_request("r", tokens, adapter), CostModel()
-    answer = route(request, view, None, cost, Slo(ttft_s=5.0, reject_factor=factor), Random(0))
-    scores = score(request, view, view.prices(cost), {}, cost)
+    answer = route_by_prediction(
+        RoutingContext(request, view, None, cost, Slo(ttft_s=5.0, reject_factor=factor), Random(0))
+    )
+    scores = score(RoutingContext(request, view, None, cost, PATIENT, Random(0)), view.prices(cost), {})
     soonest_s = float(scores.ttft_s.min())
     if isinstance(answer, Rejected):
         assert soonest_s > 5.0 * factor
@@ -287,9 +289,11 @@ def test_it_is_refused_only_where_all_break_the_promise_and_told_when_one_will_n
 
 def test_a_prompt_that_takes_longer_than_the_slo_is_served_by_an_idle_engine() -> None:
     view, request = view_of([engine_load("e0")], {}, CostModel()), route_request("r", 4000)
-    answer = route(request, view, None, CostModel(), Slo(ttft_s=0.5, reject_factor=2.0), Random(0))
-    assert isinstance(answer, Choice)
-    assert answer.candidates[0].predicted_s > 1.0
+    answer = route_by_prediction(
+        RoutingContext(request, view, None, CostModel(), Slo(ttft_s=0.5, reject_factor=2.0), Random(0))
+    )
+    assert isinstance(answer, Candidates)
+    assert answer.first.predicted_s > 1.0
 
 
 BAD: dict[str, list[Any]] = {
@@ -311,7 +315,11 @@ BAD: dict[str, list[Any]] = {
 )
 def test_reports_of_zeros_and_nonsense_give_finite_predictions(bad, adapter, lora) -> None:
     view = view_of([engine_load("e0", **bad), engine_load("e1")], {}, COSTS[lora])
-    scores = score(route_request("r", 50, adapter), view, view.prices(COSTS[lora]), {}, COSTS[lora])
+    scores = score(
+        RoutingContext(route_request("r", 50, adapter), view, None, COSTS[lora], PATIENT, Random(0)),
+        view.prices(COSTS[lora]),
+        {},
+    )
     for values in astuple(scores)[:7]:
         assert np.isfinite(values).all()
     assert (scores.ttft_s > 0).all()
@@ -322,30 +330,30 @@ def test_harm_weighs_as_many_as_arrive_while_the_queue_lasts() -> None:
     loads = [engine_load("e0"), engine_load("e1", running=4, waiting=20, waiting_prefill_tokens=4000)]
     view = view_of(loads, {"e0": [], "e1": []}, cost)
     table = view.prices(cost)
-    alone = table.columns.harm_weight
-    assert table.harm_weight.tolist() == alone.tolist(), "nobody is known to come"
+    alone = table.columns.engine_time_weight
+    assert table.engine_time_weight.tolist() == alone.tolist(), "nobody is known to come"
     view.requests_per_s = 10.0
-    idle, busy = view.prices(cost).harm_weight.tolist()
-    assert idle == pytest.approx(HARM_WEIGHT)
-    assert busy == pytest.approx(alone[1] + BEHIND_WEIGHT * 5.0 * table.columns.queue_s[1])
+    idle, busy = view.prices(cost).engine_time_weight.tolist()
+    assert idle == pytest.approx(ENGINE_TIME_WEIGHT)
+    assert busy == pytest.approx(alone[1] + FOLLOWER_WEIGHT * 5.0 * table.columns.queue_s[1])
     assert busy > alone[1] + 0.75
 
 
 @pytest.mark.parametrize(
     ("report", "weight"),
     [
-        ({}, HARM_WEIGHT),
-        ({"running": 4, "max_running": 8}, HARM_WEIGHT + 0.5 * FULL_WEIGHT),
-        ({"running": 6, "max_running": 8}, HARM_WEIGHT + 2.25 * FULL_WEIGHT),
+        ({}, ENGINE_TIME_WEIGHT),
+        ({"running": 4, "max_running": 8}, ENGINE_TIME_WEIGHT + 0.5 * FULLNESS_WEIGHT),
+        ({"running": 6, "max_running": 8}, ENGINE_TIME_WEIGHT + 2.25 * FULLNESS_WEIGHT),
         (
             {"running": 4, "max_running": 8, "kv_blocks_free": 250, "kv_blocks_total": 1000},
-            HARM_WEIGHT + 2.25 * FULL_WEIGHT,
+            ENGINE_TIME_WEIGHT + 2.25 * FULLNESS_WEIGHT,
         ),
-        ({"running": 8, "max_running": 8}, HARM_WEIGHT + 48.02 * FULL_WEIGHT),
-        ({"running": 8, "max_running": 0}, HARM_WEIGHT),
+        ({"running": 8, "max_running": 8}, ENGINE_TIME_WEIGHT + 48.02 * FULLNESS_WEIGHT),
+        ({"running": 8, "max_running": 0}, ENGINE_TIME_WEIGHT),
     ],
 )
 def test_harm_weighs_more_the_fuller_an_engine_is_of_requests_or_of_their_context(report, weight) -> None:
     cost = COSTS["padded"]
     view = view_of([engine_load("e0", **report)], {"e0": []}, cost)
-    assert view.prices(cost).columns.harm_weight.tolist() == pytest.approx([weight])
+    assert view.prices(cost).columns.engine_time_weight.tolist() == pytest.approx([weight])

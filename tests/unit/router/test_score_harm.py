@@ -7,8 +7,8 @@ import pytest
 
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterRef, EngineLoad, Placement, Plan, Route
-from loraserve.router.context import Choice, Slo
-from loraserve.router.policy import Candidate, PlannedCopies, route
+from loraserve.router.context import Candidate, Candidates, PlannedCopies, RoutingContext, Slo
+from loraserve.router.policy import route_by_prediction
 from loraserve.router.prefixes import BLOCK_TOKENS
 from loraserve.router.score import score
 from loraserve.router.view import ClusterView
@@ -37,9 +37,9 @@ def engine(name: str, *adapters: AdapterRef, running: int = 0, queue: int = 0, p
 
 
 def best(view: ClusterView, request: Route, cost: CostModel, plan: PlannedCopies | None = None) -> Candidate:
-    choice = route(request, view, plan, cost, SLO, Random(1))
-    assert isinstance(choice, Choice)
-    return choice.candidates[0]
+    choice = route_by_prediction(RoutingContext(request, view, plan, cost, SLO, Random(1)))
+    assert isinstance(choice, Candidates)
+    return choice.first
 
 
 @pytest.mark.parametrize("queue", [0, 2, 4])
@@ -55,7 +55,7 @@ def test_padded_a_high_rank_goes_among_low_ranks_when_its_like_are_far_behind() 
 
 def test_padded_a_low_rank_is_not_widened_for_nothing() -> None:
     view = view_of(engine("e0", HIGH, running=8), engine("e1", LOW, running=8, queue=4))
-    view.output_tokens = 500.0
+    view.mean_output_tokens = 500.0
     request = route_request(adapter=LOW)
     long = msgspec.structs.replace(request, sampling=msgspec.structs.replace(request.sampling, max_tokens=1000))
     assert best(view, long, PADDED).engine == "e1"
@@ -63,14 +63,14 @@ def test_padded_a_low_rank_is_not_widened_for_nothing() -> None:
 
 def test_padded_what_was_just_sent_counts_among_the_ranks() -> None:
     view = view_of(engine("e0", LOW, running=4), engine("e1", LOW, running=4))
-    view.sent("e1", route_request("r0", tokens=1, adapter=HIGH), now=100.0)
+    view.record_sent("e1", route_request("r0", tokens=1, adapter=HIGH), now=100.0)
     assert best(view, route_request("r1", adapter=HIGH), PADDED).engine == "e1"
     assert best(view, route_request("r2", adapter=LOW), PADDED).engine == "e0"
 
 
 def test_padded_what_waits_there_is_known_after_a_report_too() -> None:
     view = view_of(engine("e0", LOW, running=4), engine("e1", LOW, running=4))
-    view.sent("e1", route_request("r0", tokens=1, adapter=HIGH), now=100.0)
+    view.record_sent("e1", route_request("r0", tokens=1, adapter=HIGH), now=100.0)
     held = tuple(resident(a, running=4 if a == LOW else 0) for a in (LOW, HIGH))
     waits = engine_load("e1", running=4, waiting=1, waiting_prefill_tokens=1, resident=held, request_ids=("r0",))
     view.update(picture(engine("e0", LOW, running=4), waits, sequence=2), now=100.2)
@@ -104,8 +104,8 @@ def test_exact_a_slab_that_is_read_anyway_costs_nothing_more() -> None:
 
 def test_a_prompt_follows_its_beginning_until_the_queue_is_longer_than_what_that_saves() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50))
-    view.sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
-    view.expire(now=101.0)
+    view.record_sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
+    view.expire_pending(now=101.0)
     follows = best(view, route_request("r1", tokens=4 * BLOCK_TOKENS + 9), EXACT)
     assert (follows.engine, follows.why) == ("e1", "prefix")
     view.update(picture(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=2000), sequence=2), now=101.0)
@@ -118,32 +118,32 @@ def test_where_an_engine_is_full_what_is_saved_there_counts_for_more() -> None:
     saved = []
     for free in (1000, 50):
         view = view_of(engine_load("e0", kv_blocks_free=free), engine_load("e1", kv_blocks_free=free))
-        view.sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
-        view.expire(now=101.0)
+        view.record_sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
+        view.expire_pending(now=101.0)
         request = route_request("r1", tokens=4 * BLOCK_TOKENS + 9)
-        scores = score(request, view, view.prices(EXACT), {}, EXACT)
+        scores = score(RoutingContext(request, view, None, EXACT, SLO, Random(0)), view.prices(EXACT), {})
         saved.append(scores.score[0] - scores.score[1])
     assert saved[1] > 2 * saved[0]
 
 
 def test_a_beginning_that_decides_nothing_is_no_reason() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=500))
-    view.sent("e0", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
-    view.expire(now=101.0)
+    view.record_sent("e0", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
+    view.expire_pending(now=101.0)
     assert best(view, route_request("r1", tokens=4 * BLOCK_TOKENS), EXACT).why == "base"
 
 
 def test_without_a_prefix_cache_beginnings_are_worth_nothing() -> None:
     view = ClusterView(prefix_cache=False)
     view.update(picture(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50)), now=100.0)
-    view.sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
-    view.expire(now=101.0)
+    view.record_sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
+    view.expire_pending(now=101.0)
     assert best(view, route_request("r1", tokens=4 * BLOCK_TOKENS + 9), EXACT).engine == "e0"
 
 
 def test_a_restarted_engine_has_no_beginnings() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50))
-    view.sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=100.0)
+    view.record_sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=100.0)
     fresh = engine_load("e1", waiting_prefill_tokens=50, incarnation="i2")
     view.update(picture(engine_load("e0"), fresh, sequence=2), now=100.1)
     assert best(view, route_request("r1", tokens=4 * BLOCK_TOKENS + 9), EXACT).engine == "e0"
@@ -151,8 +151,8 @@ def test_a_restarted_engine_has_no_beginnings() -> None:
 
 def test_what_is_saved_is_no_load_either() -> None:
     view = view_of(engine_load("e0"))
-    view.sent("e0", route_request("r0", tokens=2 * BLOCK_TOKENS), now=100.0)
-    view.sent("e0", route_request("r1", tokens=2 * BLOCK_TOKENS + 7), now=100.0)
+    view.record_sent("e0", route_request("r0", tokens=2 * BLOCK_TOKENS), now=100.0)
+    view.record_sent("e0", route_request("r1", tokens=2 * BLOCK_TOKENS + 7), now=100.0)
     assert view.engines["e0"].pending_tokens == 2 * BLOCK_TOKENS + 7
 
 
@@ -164,11 +164,11 @@ def test_the_reason_names_the_parts_of_the_prediction() -> None:
     )
     view = view_of(engine("e0", HIGH, running=8, queue=500), engine("e1", HIGH, queue=9000))
     chosen = best(view, route_request(adapter=LOW), PADDED, PlannedCopies(plan))
-    parts = chosen.parts
+    parts = chosen.prediction
     assert parts is not None
     assert chosen.predicted_s == pytest.approx(max(parts.queue_s, parts.load_s) + parts.own_s)
     assert 0 < parts.step_s < parts.own_s
     assert parts.engine_s > 0
     assert chosen.reason.startswith(f"planned: first token in {chosen.predicted_s:.3f} s (queue {parts.queue_s:.3f}")
-    view.sent("e0", route_request("r9", adapter=LOW), 100.0, chosen)
+    view.record_sent("e0", route_request("r9", adapter=LOW), 100.0, chosen.reason)
     assert view.story("r9") == [f"100.000 sent to e0, {chosen.reason}"]

@@ -5,15 +5,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from loraserve.cost import CostModel
-from loraserve.router.engine_view import LONGEST_AVOIDANCE_S, TIMEOUTS_TO_AVOID
-from loraserve.router.view import UNSEEN_S, ClusterView
+from loraserve.router.engine_view import MAX_AVOIDANCE_S, TIMEOUTS_TO_AVOID
+from loraserve.router.view import PENDING_TIMEOUT_S, ClusterView
 from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
 
 ENGINES = ("e0", "e1", "e2")
 REQUESTS = tuple(f"r{n}" for n in range(6))
 ADAPTERS = (None, adapter_ref(1), adapter_ref(2, rank=64))
 COSTS = (CostModel(), CostModel(lora="padded"))
-LONG_S = LONGEST_AVOIDANCE_S + UNSEEN_S
+LONG_S = MAX_AVOIDANCE_S + PENDING_TIMEOUT_S
 
 engines = st.sampled_from([*ENGINES, "stranger"])
 requests = st.sampled_from(REQUESTS)
@@ -39,30 +39,30 @@ class ViewMachine(RuleBasedStateMachine):
 
     @rule(engine=engines, request_id=requests, tokens=st.integers(1, 50), adapter=st.sampled_from(ADAPTERS))
     def send(self, engine: str, request_id: str, tokens: int, adapter) -> None:
-        self.view.sent(engine, route_request(request_id, tokens, adapter), self.now)
+        self.view.record_sent(engine, route_request(request_id, tokens, adapter), self.now)
         view = self.view.engines.get(engine)
         assert view is None or view.pending[request_id].tokens == tokens
 
     @rule(engine=st.sampled_from(ENGINES), version=st.sampled_from(["v1", "v2"]))
     def expect(self, engine: str, version: str) -> None:
         if engine in self.view.engines:
-            self.view.expected(engine, version, self.now)
+            self.view.record_expected(engine, version, self.now)
             assert self.view.engines[engine].has(version)
 
     @rule(engine=engines, request_id=requests)
     def admit(self, engine: str, request_id: str) -> None:
-        self.view.admitted(engine, request_id, self.incarnation(engine), self.now)
+        self.view.record_admitted(engine, request_id, self.incarnation(engine), self.now)
         self.timeouts[engine] = 0
-        assert self.view.live[request_id].engine == engine
+        assert self.view.running[request_id].engine == engine
 
     @rule(engine=engines, request_id=requests)
     def refuse(self, engine: str, request_id: str) -> None:
-        self.view.refused(engine, request_id, "overloaded", self.now)
+        self.view.record_refused(engine, request_id, "overloaded", self.now)
         assert engine not in self.view.engines or request_id not in self.view.engines[engine].pending
 
     @rule(engine=engines, request_id=requests)
     def time_out(self, engine: str, request_id: str) -> None:
-        self.view.timed_out(engine, request_id, self.now)
+        self.view.record_timeout(engine, request_id, self.now)
         self.timeouts[engine] = self.timeouts.get(engine, 0) + 1
         if engine in self.view.engines:
             assert request_id not in self.view.engines[engine].pending
@@ -75,19 +75,19 @@ class ViewMachine(RuleBasedStateMachine):
     def price(self, cost: CostModel) -> None:
         """From here on what changes an engine must renew its prices; validate compares them."""
         table = self.view.prices(cost)
-        assert [engine.name for engine in table.engines] == [view.name for view in self.view.ready()]
-        assert table.suspects == {view.column for view in self.view.ready() if view.reluctance}
+        assert [engine.name for engine in table.engines] == [view.name for view in self.view.ready_engines()]
+        assert table.fallbacks == {view.column for view in self.view.ready_engines() if view.fallback_level}
 
     @rule(drained=st.sets(engines))
     def drain(self, drained: set[str]) -> None:
-        self.view.drain(frozenset(drained))
+        self.view.set_drained(frozenset(drained))
         assert {name for name, view in self.view.engines.items() if view.drained} == drained & self.view.engines.keys()
 
     @rule()
     def expire(self) -> None:
-        self.view.expire(self.now)
-        for view in self.view.ready():
-            assert self.now - view.oldest_s <= UNSEEN_S
+        self.view.expire_pending(self.now)
+        for view in self.view.ready_engines():
+            assert self.now - view.oldest_s <= PENDING_TIMEOUT_S
 
     @rule(
         reporting=st.sets(st.sampled_from(ENGINES)),
@@ -110,7 +110,7 @@ class ViewMachine(RuleBasedStateMachine):
         ]
         self.sequence += 1
         self.view.update(picture(*loads, sequence=self.sequence, age_s=age_s, dead=dead), self.now)
-        ready = {view.name for view in self.view.ready()}
+        ready = {view.name for view in self.view.ready_engines()}
         assert ready & reporting == reporting - draining - dead
         for load in loads:
             assert not set(load.request_ids) & self.view.engines[load.engine].pending.keys(), "counted twice"
@@ -118,10 +118,10 @@ class ViewMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.sequence)
     @rule()
     def see_again(self) -> None:
-        before = [view.name for view in self.view.ready()]
+        before = [view.name for view in self.view.ready_engines()]
         gone = [engine_load(engine, state="DRAINING") for engine in ENGINES]
         self.view.update(picture(*gone, sequence=self.sequence), self.now)
-        assert [view.name for view in self.view.ready()] == before
+        assert [view.name for view in self.view.ready_engines()] == before
 
     @invariant()
     def consistent(self) -> None:
@@ -138,9 +138,9 @@ class ViewMachine(RuleBasedStateMachine):
             idle = [engine_load(e, incarnation=self.incarnation(e)) for e in ENGINES]
             self.view.update(picture(*idle, sequence=self.sequence), self.now)
         self.view.validate()
-        assert [view.name for view in self.view.ready()] == list(ENGINES)
-        assert not self.view.live
-        for view in self.view.ready():
+        assert [view.name for view in self.view.ready_engines()] == list(ENGINES)
+        assert not self.view.running
+        for view in self.view.ready_engines():
             assert not view.pending
             assert not view.expected
             assert view.avoided_since_s is None
