@@ -16,7 +16,7 @@ from loraserve.engine.lending.offers import Offers
 from loraserve.engine.loading.loader import AdapterLoads, SlabLoader
 from loraserve.engine.loading.peers import Readers
 from loraserve.engine.loading.sources import Sources
-from loraserve.engine.loading.speeds import FROM_STORE, Way
+from loraserve.engine.loading.speeds import FROM_STORE, ReadSource
 from loraserve.engine.schedule.events import AdapterDamaged, Event, EvictAdapter, LeasesEnded, LoadAdapter
 from loraserve.engine.schedule.report import Rates
 from loraserve.engine.setup import digest_threads_for, host_cache_bytes
@@ -140,7 +140,7 @@ class AdapterExchange:
         self._lender.validate()
         self._cache.validate()
 
-    def _predicted_s(self, way: Way | None, slab_bytes: int) -> float:
+    def _predicted_s(self, way: ReadSource | None, slab_bytes: int) -> float:
         """To read it as it came last, or from the store."""
         return self._sources.speeds.predict(way or FROM_STORE, slab_bytes)
 

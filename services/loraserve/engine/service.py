@@ -179,10 +179,10 @@ class EngineService(Service):
                 self.spawn_vital(self._exchange.load(load))
             case CancelLoad(version):
                 self._exchange.cancel(version)
-            case EvictAdapter(version, slot) as evicted:
+            case EvictAdapter(version, slot, name, reason) as evicted:
                 self._runner.remove(slot)
                 self._exchange.evicted(evicted)
-                self.log.info("adapter_evicted", version=version, slot=slot)
+                self.log.info("adapter_evicted", adapter=name, version=version, slot=slot, reason=reason)
             case Reject(request_id, gateway, code, message):
                 self.log.warning("request_failed", request=request_id, code=code, reason=message)
                 failed = Failed(request_id=request_id, engine=self.bus.name, code=code, message=message)

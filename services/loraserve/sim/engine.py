@@ -151,7 +151,7 @@ class SimEngine:
                 case LoadAdapter(adapter, slot):
                     self._slots[slot] = adapter
                     self._load(adapter, now)
-                case EvictAdapter(_, slot):
+                case EvictAdapter(slot=slot):
                     self._slots.pop(slot, None)
                 case Reject(request_id):
                     self._watcher.rejected(request_id, now)

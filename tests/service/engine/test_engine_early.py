@@ -54,7 +54,7 @@ def test_a_request_begins_before_the_last_chunk_is_there_and_its_tokens_are_righ
         await stage.until(in_step.is_set)
         stage.store.holds = lambda message: False
         residency = stage.engine._scheduler.residency
-        await stage.until(lambda: residency.ready(models.refs["one"].version))
+        await stage.until(lambda: residency.is_ready(models.refs["one"].version))
         verified.set()
         await stage.finished("early")
         assert stage.tokens["early"] == models.expected("one", 8)

@@ -8,7 +8,7 @@ import pytest
 
 from loraserve.clock import SystemClock
 from loraserve.engine.loading import speeds
-from loraserve.engine.loading.speeds import Way
+from loraserve.engine.loading.speeds import ReadSource
 from loraserve.messages import ReadRegion, ReleaseLease, ToStore
 from loraserve.testing.engine.load_scene import LoadScene as Scene
 from loraserve.testing.engine.load_scene import Scenario, play
@@ -73,11 +73,11 @@ def test_who_finds_another_hedging_hedges_after_it(scene: Callable[..., None], m
     monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
-        from_owner, known = Way("engine-1", "tcp"), scene.sources.speeds
+        from_owner, known = ReadSource("engine-1", "tcp"), scene.sources.speeds
         for _ in range(50):
             # So fast that both loads begin there.
-            known.began(from_owner)
-            known.done(from_owner, len(scene.slab.data), 1e-6)
+            known.begin_read(from_owner)
+            known.finish_read(from_owner, len(scene.slab.data), 1e-6)
         scene.owners[0].stalls = True
         scene.store.open.clear()
         both = [asyncio.create_task(scene.load()) for _ in range(2)]
@@ -98,10 +98,10 @@ def test_where_both_fail_it_is_the_first_s_failure_that_counts(
     monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
-        owner, from_owner = scene.owners[0], Way("engine-1", "tcp")
+        owner, from_owner = scene.owners[0], ReadSource("engine-1", "tcp")
         for _ in range(8):
-            scene.sources.speeds.began(from_owner)
-            scene.sources.speeds.failed(from_owner, SystemClock().monotonic_s())
+            scene.sources.speeds.begin_read(from_owner)
+            scene.sources.speeds.fail_read(from_owner, SystemClock().monotonic_s())
         owner.stalls, owner.lasts_s = True, 0.2
         scene.store.open.clear()
         loading = asyncio.create_task(scene.load())

@@ -129,7 +129,7 @@ class Desk:
                 self.steps.append(batch)
             case LoadAdapter(adapter=wanted):
                 self.loads.append(wanted.version)
-            case EvictAdapter(version) if version in self.loads:
+            case EvictAdapter(version=version) if version in self.loads:
                 self.loads.remove(version)
             case Reject(request_id):
                 self.rejected[request_id] = instruction

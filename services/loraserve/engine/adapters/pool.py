@@ -1,32 +1,41 @@
-"""Which adapters are in the pool, where, and who needs them there. Pure.
+"""The adapters in the pool: their extents, slots, states and users.
 
-An adapter is LOADING or RESIDENT. It stays while a request runs it, while the plan wants it, while it loads or while
-a peer has a lease on its extent; the rest goes, least recently used first, when room is wanted.
+An adapter stays while it loads, while a request runs with it and while a peer has a lease on its extent. A plan's pin
+keeps it from leaving for prefetches and for other adapters of the plan, but not for a waiting request. Which of the
+others leave when room is wanted is decided in eviction.py.
 """
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from heapq import nsmallest
+from collections.abc import Collection, Iterable
 
 import msgspec
 
 from loraserve.cost import MIN_EXTENT_BYTES
+from loraserve.engine.adapters.eviction import EvictionPolicy
 from loraserve.engine.adapters.extents import ExtentAllocator
-from loraserve.engine.adapters.lifecycle import Entry
+from loraserve.engine.adapters.lifecycle import (
+    LEAVING_STATES,
+    WANTED_LOADS,
+    AdapterEvent,
+    AdapterState,
+    PoolEntry,
+    next_state,
+)
 from loraserve.messages import AdapterRef
-
-_Cost = tuple[int, float, int, int]
 
 
 class Placed(msgspec.Struct, frozen=True):
-    """Where a new adapter goes, and what had to leave for it."""
+    """The slot and the extent of a new adapter, and the entries that were evicted for it."""
 
     slot: int
     offset_bytes: int
-    evicted: tuple[Entry, ...]
+    evicted: tuple[PoolEntry, ...]
 
 
 class AdapterPool:
-    """The engine's adapter memory: extents, slots, pins, least recently used."""
+    """The engine's adapter memory. Versions that it does not hold are ABSENT.
+
+    ``leases_to_end`` are the versions whose leases stand in the way of another adapter: they get no new leases.
+    """
 
     def __init__(
         self, pool_bytes: int, slots: int, min_extent_bytes: int = MIN_EXTENT_BYTES, max_rank: int | None = None
@@ -36,64 +45,42 @@ class AdapterPool:
         self._slots = slots
         self._max_rank = max_rank
         self._free_slots = list(range(slots - 1, -1, -1))
-        self._entries: dict[str, Entry] = {}
-        self._placed = 0
+        self._entries: dict[str, PoolEntry] = {}
+        self._placements = 0
+        self.eviction = EvictionPolicy(self._entries, self._extents, self._free_slots)
         self.leases = 0
-        self._awaited: frozenset[str] = frozenset()
-        self.damaged: set[str] = set()
-        """Nobody begins to use these, some of which never were all here; each goes with the last that does."""
+        self.leases_to_end: frozenset[str] = frozenset()
         self.plan_pins_dropped = 0
 
     def __contains__(self, version: str) -> bool:
         return version in self._entries
 
-    def get(self, version: str) -> Entry | None:
+    def get(self, version: str) -> PoolEntry | None:
+        """Return the entry of a version that has an extent."""
         return self._entries.get(version)
 
-    def entries(self) -> Iterable[Entry]:
+    def entries(self) -> Iterable[PoolEntry]:
+        """Return the entries of all adapters that have an extent."""
         return self._entries.values()
+
+    def state(self, version: str) -> AdapterState:
+        """Return the state of any version."""
+        entry = self._entries.get(version)
+        return entry.state if entry is not None else AdapterState.ABSENT
 
     @property
     def awaited(self) -> frozenset[str]:
-        """Versions that have to leave once their leases end, for room or for damage: nobody gets new ones."""
-        return self._awaited | self.damaged
-
-    def await_leases(self, versions: frozenset[str]) -> None:
-        """Of those that are in the way of what finds no room."""
-        self._awaited = versions
-
-    def await_also(self, versions: frozenset[str]) -> None:
-        """Beside those that were."""
-        self._awaited |= versions
-
-    @property
-    def free_bytes(self) -> int:
-        """Free now, plus what would leave at once if room were wanted; not all of it need lie in one piece."""
-        return self._extents.free_bytes + sum(
-            self._extents.extent_bytes(e.adapter.slab_bytes) for e in self._entries.values() if e.evictable
-        )
-
-    @property
-    def room_bytes(self) -> int:
-        """The largest extent that a request's adapter would find now, once what no request needs had left for it."""
-        idle = {e.offset_bytes for e in self._entries.values() if e.resident and not e.running and not e.leases}
-        return self._extents.longest_without(idle) if idle or self._free_slots else 0
+        """The versions that get no new leases: they have to leave, for room or because they are damaged."""
+        leaving = (version for version, entry in self._entries.items() if entry.state in LEAVING_STATES)
+        return self.leases_to_end.union(leaving)
 
     @property
     def loading(self) -> int:
-        over = sum(not self._entries[version].resident for version in self.damaged)
-        return sum(not entry.resident for entry in self._entries.values()) - over
-
-    def is_loading(self, version: str) -> bool:
-        return version in self._entries and not self._entries[version].resident
-
-    def arrives(self, version: str) -> bool:
-        """It loads, and that load will not be in vain as far as is known."""
-        entry = self._entries.get(version)
-        return entry is not None and not (entry.resident or entry.cancelled or version in self.damaged)
+        """The number of loads under way."""
+        return sum(entry.is_loading for entry in self._entries.values())
 
     def refusal(self, adapter: AdapterRef) -> str | None:
-        """Why this adapter can never be held here, with the remedy; None where it can."""
+        """Return why this adapter can never be held here, with the remedy; None if it can."""
         if self._slots == 0:
             return "engine.max_adapters is 0; raise it to serve adapters"
         if adapter.slab_bytes < 1:
@@ -112,85 +99,51 @@ class AdapterPool:
     def place(
         self, adapter: AdapterRef, now: float, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> Placed | None:
-        """Room for an adapter that is absent, as LOADING; None where all that is in the way is needed.
+        """Give an absent adapter a slot and an extent; return None if no choice of victims makes the room.
 
-        Nothing is evicted in vain: victims are taken only when they make the room. Versions in ``keep`` stay.
+        Nothing is evicted in vain, and versions in ``keep`` are not evicted at all.
         """
-        ready = [entry for entry in self._idle(keep, drop_plan_pins) if not entry.leases]
-        victims = self._victims(adapter.slab_bytes, ready)
+        victims = self.eviction.find_victims(adapter, keep, drop_plan_pins)
         if victims is None:
             return None
         for victim in victims:
             self.plan_pins_dropped += victim.planned
-            self._remove(victim)
+            self._remove(victim, AdapterEvent.EVICTED)
         offset = self._extents.allocate(adapter.slab_bytes)
         assert offset is not None, "victims did not make the room they were chosen for"
         slot = self._free_slots.pop()
-        self._placed += 1
-        self._entries[adapter.version] = Entry(adapter, slot, offset, self._placed, used_s=now)
+        self._placements += 1
+        state = next_state(AdapterState.ABSENT, AdapterEvent.PLACED)
+        self._entries[adapter.version] = PoolEntry(adapter, slot, offset, self._placements, state, used_s=now)
         return Placed(slot, offset, tuple(victims))
 
-    def leased_in_the_way(
-        self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
-    ) -> frozenset[str]:
-        """Where ``place`` finds no room: the adapters whose leases have to end for it; none where that is not all."""
-        if not self.leases:
-            return frozenset()
-        victims = self._victims(adapter.slab_bytes, self._idle(keep, drop_plan_pins))
-        return frozenset(victim.adapter.version for victim in victims or () if victim.leases)
-
-    def room_beside_plan(self, adapter: AdapterRef) -> bool:
-        """Whether it would find room once all had left that no plan wants: those that run or load now as well."""
-        others = [entry for entry in self._entries.values() if not entry.planned]
-        return self._victims(adapter.slab_bytes, others) is not None
-
-    def in_the_way(self, adapter: AdapterRef, places: int) -> frozenset[str]:
-        """Which adapters have to leave before this one finds room in one of so many places: those with the fewest
-        running requests; leases end by themselves. None where what nobody needs can leave now."""
-        if self._extents.extent_bytes(adapter.slab_bytes) <= self.room_bytes:
-            return frozenset()
-        choices = self._choices(adapter.slab_bytes, list(self._entries.values()))
-        return frozenset(e.adapter.version for choice in nsmallest(places, choices, key=_requests) for e in choice)
-
-    def loaded(self, version: str) -> Entry:
+    def apply(self, version: str, event: AdapterEvent) -> PoolEntry:
+        """Change the state of an adapter that has an extent and keeps it; return its entry."""
         entry = self._entries[version]
-        entry.resident, entry.cancelled = True, False
+        entry.apply(event)
         return entry
 
-    def cancel(self, wanted: Collection[str]) -> list[str]:
-        """Versions on their way that are not ``wanted`` and were not cancelled before: from now on they are."""
-        unwanted = [v for v, e in self._entries.items() if e.cancellable and v not in wanted and v not in self.damaged]
+    def cancel_unwanted(self, wanted: Collection[str]) -> list[str]:
+        """Cancel the loads of adapters that are not ``wanted`` and that no step uses; return their versions."""
+        unwanted = [
+            version
+            for version, entry in self._entries.items()
+            if entry.state in WANTED_LOADS and not entry.running and version not in wanted
+        ]
         for version in unwanted:
-            self._entries[version].cancelled = True
+            self.apply(version, AdapterEvent.CANCELLED)
         return unwanted
 
-    def load_failed(self, version: str) -> Entry | None:
-        """The entry that is gone; None where it goes with the last that began with it before it was all there."""
-        entry = self._entries[version]
-        if entry.running:
-            self.damaged.add(version)
-            return None
-        self._remove(entry)
-        return entry
-
-    def damage(self, version: str) -> bool:
-        """False where it is not there any more, or was damaged already."""
-        entry = self._entries.get(version)
-        found = entry is not None and entry.resident and version not in self.damaged
-        if found:
-            self.damaged.add(version)
-        return found
-
-    def take_damaged(self) -> list[Entry]:
-        """Those that nobody uses any more; they are gone."""
-        damaged = map(self._entries.__getitem__, sorted(self.damaged))
-        gone = [entry for entry in damaged if not entry.running and not entry.leases]
-        for entry in gone:
-            self._remove(entry)
-        return gone
+    def remove_leaving(self) -> list[PoolEntry]:
+        """Remove the damaged adapters and failed loads that nothing uses any more; return their entries."""
+        leaving = (entry for _, entry in sorted(self._entries.items()) if entry.state in LEAVING_STATES)
+        removed = [entry for entry in leaving if not entry.running and not entry.leases]
+        for entry in removed:
+            self._remove(entry, AdapterEvent.RELEASED)
+        return removed
 
     def start_running(self, version: str, now: float) -> int:
-        """Pin for one more request; the adapter's slot."""
+        """Pin the adapter for one more request; return its slot."""
         entry = self._entries[version]
         entry.running += 1
         entry.ran = True
@@ -198,90 +151,51 @@ class AdapterPool:
         return entry.slot
 
     def stop_running(self, version: str, now: float) -> None:
+        """Drop the pin of one request."""
         entry = self._entries[version]
         entry.running -= 1
         entry.used_s = now
 
-    def lease(self, version: str) -> Entry:
-        """Pin for one more reader; the entry that it reads."""
+    def lease(self, version: str) -> PoolEntry:
+        """Pin the adapter for one more reader; return the entry that it reads."""
         entry = self._entries[version]
-        assert entry.resident, f"{version} was leased before it is loaded"
+        assert entry.is_complete, f"{version} was leased before it is loaded"
         entry.leases += 1
         self.leases += 1
         return entry
 
     def end_lease(self, version: str, generation: int) -> None:
+        """Drop the pin of one reader."""
         entry = self._entries[version]
         assert entry.generation == generation, f"{version} left while it was leased"
         entry.leases -= 1
         self.leases -= 1
 
-    def plan(self, version: str, wanted: bool, epoch: int = 0) -> bool:
-        """Set the pin of the plan of an epoch, or drop it; True where that changed something."""
+    def pin_for_plan(self, version: str, epoch: int | None) -> bool:
+        """Set the pin of the plan of an epoch, or drop it if None; return whether that pinned or unpinned something."""
         entry = self._entries.get(version)
-        changed = entry is not None and entry.planned != wanted
-        if entry is not None:
-            entry.planned = wanted
-            entry.planned_epoch = epoch if wanted else 0
+        if entry is None:
+            return False
+        changed = entry.planned != (epoch is not None)
+        entry.plan_epoch = epoch
         return changed
 
     def validate(self) -> None:
-        """Extents disjoint and as large as their slabs, slots given out once, counts not negative."""
+        """Raise AssertionError naming the invariant that is broken: extents, slots, states, users."""
         self._extents.validate()
         slots = [entry.slot for entry in self._entries.values()] + self._free_slots
         assert sorted(slots) == list(range(self._slots)), "a slot is lost or given out twice"
         for version, entry in self._entries.items():
             assert entry.adapter.version == version, version
-            assert entry.running >= 0, f"{version} runs {entry.running} times"
-            assert entry.leases >= 0, f"{version} has {entry.leases} leases"
-            assert entry.resident or not entry.leases, f"{version} is lent before it is loaded"
-            assert not (entry.resident and entry.cancelled), f"{version} is here and its load is being ended"
+            entry.validate()
             used = self._extents.used_in(entry.offset_bytes, entry.offset_bytes + entry.adapter.slab_bytes)
             assert used == [entry.offset_bytes], f"{version} shares its extent"
-        assert self.leases == sum(entry.leases for entry in self._entries.values()), "a lease is on nothing"
+        assert self.leases == sum(entry.leases for entry in self._entries.values()), "the leases are counted wrong"
 
-    def _idle(self, keep: Collection[str], drop_plan_pins: bool) -> list[Entry]:
-        """Who would leave if nobody had leases."""
-        return [
-            entry
-            for version, entry in self._entries.items()
-            if version not in keep and entry.resident and not entry.running and (drop_plan_pins or not entry.planned)
-        ]
-
-    def _victims(self, wanted_bytes: int, ready: list[Entry]) -> list[Entry] | None:
-        """The cheapest of ``ready`` whose leaving makes room; none has to leave where there is room."""
-        if self._free_slots and self._extents.fits(wanted_bytes):
-            return []
-        return min(self._choices(wanted_bytes, ready), key=_cost, default=None)
-
-    def _choices(self, wanted_bytes: int, ready: list[Entry]) -> Iterator[list[Entry]]:
-        """Of ``ready``, where there is no room: each set that makes it by leaving, without a member to spare."""
-        if self._extents.fits(wanted_bytes):
-            yield from ([entry] for entry in ready)
-            return
-        by_offset = {entry.offset_bytes: entry for entry in ready}
-        for run in self._extents.runs(wanted_bytes, by_offset):
-            yield [by_offset[start] for start in run]
-
-    def _remove(self, entry: Entry) -> None:
+    def _remove(self, entry: PoolEntry, event: AdapterEvent) -> None:
+        """Free the slot and the extent. The entry keeps the state in which it left, for whoever was given it."""
+        assert next_state(entry.state, event) is AdapterState.ABSENT, event
         assert not entry.leases, f"{entry.adapter.version} left while it was leased"
         self._extents.release(entry.offset_bytes)
         self._free_slots.append(entry.slot)
         del self._entries[entry.adapter.version]
-        self.damaged.discard(entry.adapter.version)
-
-
-def _cost(victims: Sequence[Entry]) -> _Cost:
-    """Fewest plan pins, longest unused, least bytes, lowest: of a run with a member to spare more than without it."""
-    return (
-        sum(victim.planned for victim in victims),
-        max(victim.used_s for victim in victims),
-        sum(victim.adapter.slab_bytes for victim in victims),
-        victims[0].offset_bytes,
-    )
-
-
-def _requests(victims: Sequence[Entry]) -> _Cost:
-    """Fewest requests that run with them, then as above. It only falls while nobody begins to run with them."""
-    planned, _, slab_bytes, offset_bytes = _cost(victims)
-    return sum(victim.running for victim in victims), planned, slab_bytes, offset_bytes

@@ -1,4 +1,9 @@
-"""Which adapters' requests usually follow which: counts of what came within a few seconds of what. Pure and bounded."""
+"""Adapters that are loaded before a request waits for them: which are candidates, and how useful the loads were.
+
+There are three kinds of prefetch: adapters of a plan, adapters for which a router says that a request is about to
+come, and adapters whose requests usually follow the request that has just come. The last two are candidates, which
+expire. Which adapters follow which is counted from the requests of the last few seconds.
+"""
 
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
@@ -8,15 +13,33 @@ import msgspec
 from loraserve.messages import AdapterRef, PrefetchCounts
 
 WINDOW_S = 5.0
+"""An adapter follows another if its request comes within this time."""
 LEAST_TIMES = 4
 LEAST_SHARE = 0.5
-"""So often, and after so many of the leader's windows, a follower has to have come before it is expected."""
+"""A follower is expected if it came at least LEAST_TIMES times, and in at least this share of the leader's windows."""
 HALVED_AT = 64
-"""Windows of one leader at which its counts are halved, so that what was usual long ago is forgotten."""
+"""When a leader has had so many windows its counts are halved, so that old habits are forgotten."""
 MOST_LEADERS = 512
 MOST_FOLLOWERS = 16
 MOST_OPEN = 32
-"""Windows at a time."""
+"""The number of windows that are open at a time."""
+ADMISSION_LASTS_S = 5.0
+"""A request that has not come this long after it was announced went to another engine, or was refused on the way."""
+MOST_CANDIDATES = 16
+
+
+class PrefetchKind(StrEnum):
+    """Why an adapter is loaded before a request waits for it."""
+
+    PLAN = "plan"
+    ADMISSION = "admission"
+    PATTERN = "pattern"
+
+
+LASTS_S = {PrefetchKind.ADMISSION: ADMISSION_LASTS_S, PrefetchKind.PATTERN: WINDOW_S}
+SPARES_S = {PrefetchKind.ADMISSION: ADMISSION_LASTS_S, PrefetchKind.PATTERN: 60.0}
+"""A candidate evicts no adapter that was used within this time. A request that was announced would soon evict it
+anyway; half of the adapters that usually follow may never be asked for."""
 
 
 class _Follower(msgspec.Struct):
@@ -30,59 +53,62 @@ class _Leader(msgspec.Struct):
 
 
 class _Window(msgspec.Struct):
-    """Opened by a request for the leader; further ones for it do not open another, a burst would be all evidence."""
+    """Opened by a request for the leader. Further requests for it open no other: one burst would count as many."""
 
     ends_s: float
     seen: set[str] = msgspec.field(default_factory=set)
 
 
 class Followers:
-    """Leaders that were not asked for longest are forgotten, and of one's followers those that came least often."""
+    """Counts which adapters' requests follow which.
+
+    The leaders that were asked for least recently are forgotten, and of one leader the rarest followers.
+    """
 
     def __init__(self) -> None:
-        # By the last arrival, oldest first.
         self._leaders: dict[str, _Leader] = {}
-        # All last as long: in the order in which they end.
+        """By their last request, the oldest first."""
         self._windows: dict[str, _Window] = {}
+        """In the order in which they end, as all last equally long."""
 
-    def arrived(self, adapter: AdapterRef, now: float) -> list[AdapterRef]:
-        """A request for it came: what usually follows, most often first."""
-        self._close(now)
+    def note_request(self, adapter: AdapterRef, now: float) -> list[AdapterRef]:
+        """Count a request for ``adapter``. Return the adapters that usually follow it, the most frequent first."""
+        self._close_windows(now)
         for version, window in self._windows.items():
             if version != adapter.version and adapter.version not in window.seen:
                 window.seen.add(adapter.version)
-                self._follows(self._leaders[version], adapter)
+                self._count_follower(self._leaders[version], adapter)
         leader = self._leaders.pop(adapter.version, None) or _Leader()
         self._leaders[adapter.version] = leader
-        expected = list(_usual(leader))
+        expected = list(_usual_followers(leader))
         if adapter.version not in self._windows:
-            self._open(adapter.version, leader, now)
-        self._bound()
+            self._open_window(adapter.version, leader, now)
+        self._forget_surplus()
         return expected
 
     def forget(self, version: str) -> None:
-        """It is followed for by nobody any more, as long as no request comes for it."""
+        """Stop expecting the adapter until requests for it come again."""
         for leader in self._leaders.values():
             leader.followers.pop(version, None)
 
     def validate(self) -> None:
-        """Raises AssertionError naming what broke."""
+        """Raise AssertionError naming the invariant that is broken."""
         assert len(self._leaders) <= MOST_LEADERS, "too many leaders"
         assert len(self._windows) <= MOST_OPEN, "too many windows"
-        assert self._windows.keys() <= self._leaders.keys(), "a window of nobody"
+        assert self._windows.keys() <= self._leaders.keys(), "a window has no leader"
         ends = [window.ends_s for window in self._windows.values()]
         assert ends == sorted(ends), "windows are out of order"
         for version, leader in self._leaders.items():
             assert len(leader.followers) <= MOST_FOLLOWERS, f"{version} has too many followers"
-            assert leader.windows < HALVED_AT, f"{version} was not halved"
+            assert leader.windows < HALVED_AT, f"the counts of {version} were not halved"
             for follower in leader.followers.values():
-                assert 0 < follower.times <= leader.windows, f"{version} is followed more often than it came"
+                assert 0 < follower.times <= leader.windows, f"{version} has more follow-ups than windows"
 
-    def _close(self, now: float) -> None:
+    def _close_windows(self, now: float) -> None:
         for version in [version for version, window in self._windows.items() if window.ends_s <= now]:
             del self._windows[version]
 
-    def _open(self, version: str, leader: _Leader, now: float) -> None:
+    def _open_window(self, version: str, leader: _Leader, now: float) -> None:
         leader.windows += 1
         self._windows[version] = _Window(now + WINDOW_S)
         if leader.windows >= HALVED_AT:
@@ -91,7 +117,7 @@ class Followers:
                 follower.times //= 2
             leader.followers = {name: each for name, each in leader.followers.items() if each.times}
 
-    def _follows(self, leader: _Leader, adapter: AdapterRef) -> None:
+    def _count_follower(self, leader: _Leader, adapter: AdapterRef) -> None:
         followers = leader.followers
         if adapter.version not in followers and len(followers) >= MOST_FOLLOWERS:
             del followers[min(followers, key=lambda version: followers[version].times)]
@@ -99,7 +125,7 @@ class Followers:
         follower.adapter = adapter
         follower.times += 1
 
-    def _bound(self) -> None:
+    def _forget_surplus(self) -> None:
         while len(self._windows) > MOST_OPEN:
             del self._windows[next(iter(self._windows))]
         while len(self._leaders) > MOST_LEADERS:
@@ -108,116 +134,103 @@ class Followers:
             self._windows.pop(oldest, None)
 
 
-def _usual(leader: _Leader) -> Iterator[AdapterRef]:
+def _usual_followers(leader: _Leader) -> Iterator[AdapterRef]:
     for follower in sorted(leader.followers.values(), key=lambda each: -each.times):
         if follower.times >= LEAST_TIMES and follower.times >= LEAST_SHARE * leader.windows:
             yield follower.adapter
 
 
-ADMISSION_LASTS_S = 5.0
-"""A request that is not here so long after its adapter was expected went elsewhere, or was refused on the way."""
-MOST_GUESSES = 16
+class PrefetchCandidate(msgspec.Struct, frozen=True):
+    """An adapter for which a request is expected until ``until_s``."""
 
-
-class Kind(StrEnum):
-    PLAN = "plan"
-    ADMISSION = "admission"
-    PATTERN = "pattern"
-
-
-LASTS_S = {Kind.ADMISSION: ADMISSION_LASTS_S, Kind.PATTERN: WINDOW_S}
-SPARES_S = {Kind.ADMISSION: ADMISSION_LASTS_S, Kind.PATTERN: 60.0}
-"""What was used so lately does not leave for a guess. A request that is about to come would soon make it leave anyway;
-of what usually follows half may be wrong."""
-
-
-class Guess(msgspec.Struct, frozen=True):
     adapter: AdapterRef
-    kind: Kind
+    kind: PrefetchKind
     until_s: float
 
 
-class Guesses:
-    """What requests are expected for, few at a time: while there is no place for one more it is not taken up."""
+class PrefetchCandidates:
+    """The adapters for which requests are expected. At most MOST_CANDIDATES are kept; further ones are ignored."""
 
     def __init__(self) -> None:
-        self._guesses: dict[str, Guess] = {}
+        self._candidates: dict[str, PrefetchCandidate] = {}
         self._followers = Followers()
 
-    def __contains__(self, version: str) -> bool:
-        return version in self._guesses
-
     def versions(self) -> set[str]:
-        return set(self._guesses)
+        """Return the versions of all candidates."""
+        return set(self._candidates)
 
-    def of(self, kind: Kind) -> list[AdapterRef]:
-        """In the order in which they were expected."""
-        return [guess.adapter for guess in self._guesses.values() if guess.kind == kind]
+    def of_kind(self, kind: PrefetchKind) -> list[AdapterRef]:
+        """Return the candidates of one kind, the first expected first."""
+        return [candidate.adapter for candidate in self._candidates.values() if candidate.kind == kind]
 
-    def expect(self, adapter: AdapterRef, kind: Kind, now: float) -> bool:
-        """False where nothing is new: it is expected for as good a reason already, or too many are."""
-        known = self._guesses.get(adapter.version)
-        if known is not None and known.kind == Kind.ADMISSION and kind == Kind.PATTERN:
+    def expect(self, adapter: AdapterRef, kind: PrefetchKind, now: float) -> bool:
+        """Add a candidate. Return False if it was one already, or if there are too many."""
+        known = self._candidates.get(adapter.version)
+        if known is not None and known.kind == PrefetchKind.ADMISSION and kind == PrefetchKind.PATTERN:
             return False
-        if known is None and len(self._guesses) >= MOST_GUESSES:
+        if known is None and len(self._candidates) >= MOST_CANDIDATES:
             return False
-        self._guesses[adapter.version] = Guess(adapter, kind, now + LASTS_S[kind])
+        self._candidates[adapter.version] = PrefetchCandidate(adapter, kind, now + LASTS_S[kind])
         return known is None
 
-    def arrived(self, adapter: AdapterRef, now: float) -> list[AdapterRef]:
-        """A request for it is here; what usually follows, most often first."""
+    def note_request(self, adapter: AdapterRef, now: float) -> list[AdapterRef]:
+        """Drop the candidate whose request has come. Return the adapters that usually follow it."""
         self.drop(adapter.version)
-        return self._followers.arrived(adapter, now)
+        return self._followers.note_request(adapter, now)
 
     def expire(self, now: float) -> None:
-        for version in [version for version, guess in self._guesses.items() if guess.until_s <= now]:
-            del self._guesses[version]
+        """Drop the candidates whose requests have not come in time."""
+        for version in [version for version, each in self._candidates.items() if each.until_s <= now]:
+            del self._candidates[version]
 
     def drop(self, version: str) -> None:
-        """It is here, or its request is."""
-        self._guesses.pop(version, None)
+        """Drop a candidate, as it is resident or its request has come."""
+        self._candidates.pop(version, None)
 
-    def failed(self, version: str) -> None:
-        """It cannot be had: it is not tried again until a request is here for it."""
+    def drop_failed(self, version: str) -> None:
+        """Drop a candidate whose load failed; it is not prefetched again until a request for it has come."""
         self.drop(version)
         self._followers.forget(version)
 
     def validate(self) -> None:
-        """Raises AssertionError naming what broke."""
-        assert len(self._guesses) <= MOST_GUESSES, "too many guesses"
+        """Raise AssertionError naming the invariant that is broken."""
+        assert len(self._candidates) <= MOST_CANDIDATES, "too many prefetch candidates"
         self._followers.validate()
 
 
-class Brought(msgspec.Struct):
-    """A resident that was brought in before it was asked for. ``ran``: a request has run with it."""
+class PrefetchedAdapter(msgspec.Struct):
+    """An adapter in the pool that was prefetched. ``ran``: a request has run with it."""
 
-    kind: Kind
+    kind: PrefetchKind
     slab_bytes: int
     ran: bool
 
 
 class PrefetchTally:
-    """Bytes by kind since the beginning; those of residents that nobody has run with yet are neither useful nor
-    wasted."""
+    """Prefetched bytes by kind since the engine began.
+
+    Adapters in the pool that no request has run with yet count as neither useful nor wasted.
+    """
 
     def __init__(self) -> None:
-        self._loaded = dict.fromkeys(Kind, 0)
-        self._useful = dict.fromkeys(Kind, 0)
-        self._wasted = dict.fromkeys(Kind, 0)
+        self._loaded = dict.fromkeys(PrefetchKind, 0)
+        self._useful = dict.fromkeys(PrefetchKind, 0)
+        self._wasted = dict.fromkeys(PrefetchKind, 0)
 
-    def loaded(self, brought: Brought) -> None:
-        self._loaded[brought.kind] += brought.slab_bytes
+    def count_load(self, prefetched: PrefetchedAdapter) -> None:
+        """Count an adapter that has been loaded."""
+        self._loaded[prefetched.kind] += prefetched.slab_bytes
 
-    def left(self, brought: Brought) -> None:
-        """The pool."""
-        (self._useful if brought.ran else self._wasted)[brought.kind] += brought.slab_bytes
+    def count_eviction(self, prefetched: PrefetchedAdapter) -> None:
+        """Count an adapter that has left the pool."""
+        (self._useful if prefetched.ran else self._wasted)[prefetched.kind] += prefetched.slab_bytes
 
-    def counts(self, here: Iterable[Brought]) -> tuple[PrefetchCounts, ...]:
-        """Of the kinds of which there was anything; ``here`` are the residents."""
+    def counts(self, in_pool: Iterable[PrefetchedAdapter]) -> tuple[PrefetchCounts, ...]:
+        """Return the counts of each kind that was loaded, including the adapters that are still in the pool."""
         useful = self._useful.copy()
-        for brought in here:
-            if brought.ran:
-                useful[brought.kind] += brought.slab_bytes
+        for prefetched in in_pool:
+            if prefetched.ran:
+                useful[prefetched.kind] += prefetched.slab_bytes
         return tuple(
             PrefetchCounts(
                 kind=kind.value,

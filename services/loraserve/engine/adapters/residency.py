@@ -1,13 +1,24 @@
-"""What a plan that is being prepared still wants in the pool, and what it could not get. Pure."""
+"""Which adapters are loaded, in which order, and which loads are cancelled.
+
+Requests come before the plan, and prefetch candidates evict nothing that a request or the plan needs. A few loads run
+at once. A plan is answered when each of its adapters is resident or cannot be had.
+"""
 
 from collections.abc import Callable, Collection, Iterable, Iterator
 from math import inf
 
 import msgspec
 
-from loraserve.engine.adapters.lifecycle import Entry
+from loraserve.engine.adapters.eviction import describe_eviction
+from loraserve.engine.adapters.lifecycle import AdapterEvent, AdapterState, LoadedSlab, PoolEntry
 from loraserve.engine.adapters.pool import AdapterPool
-from loraserve.engine.adapters.prefetch import SPARES_S, Brought, Guesses, Kind, PrefetchTally
+from loraserve.engine.adapters.prefetch import (
+    SPARES_S,
+    PrefetchCandidates,
+    PrefetchedAdapter,
+    PrefetchKind,
+    PrefetchTally,
+)
 from loraserve.engine.schedule.events import (
     AdapterExpected,
     CancelLoad,
@@ -24,343 +35,376 @@ from loraserve.engine.schedule.events import (
 from loraserve.messages import AdapterRef, PrefetchCounts
 from loraserve.story import Story
 
+REST_FACTOR = 7.0
+"""After a load of the plan, loads of the plan rest for so many times as long as it took."""
+LONGEST_REST_S = 0.2
+"""Loads that take long are of large slabs, whose fixed cost for the steps beside them does not count; and the plan has
+to be ready at some time."""
 
-class PlanWishes:
-    """Of one plan at a time; it is answered once nothing is wanted any more."""
+
+class PlannedLoads:
+    """The adapters that the plan being prepared still has to load, and those that it could not get.
+
+    One plan is prepared at a time; it is answered once none of its adapters is missing any more.
+    """
 
     def __init__(self, pool: AdapterPool) -> None:
         self._pool = pool
         self.newest_epoch = 0
-        """The newest plan that was heard of, 0 before the first."""
+        """The newest plan that this engine has heard of, 0 before the first."""
         self._epoch: int | None = None
-        self.wanted: dict[str, AdapterRef] = {}
+        self.missing: dict[str, AdapterRef] = {}
         self._failed: dict[str, str] = {}
 
     def begin(self, epoch: int, adapters: Collection[AdapterRef]) -> list[Instruction]:
-        """A plan that was still being prepared is given up."""
-        ended = self._end("a newer plan came") if self._epoch is not None else []
+        """Begin to prepare a plan; one that was still being prepared is given up and answered."""
+        answers = self._give_up("a newer plan came") if self._epoch is not None else []
         self._epoch = self.newest_epoch = epoch
-        self.wanted = {adapter.version: adapter for adapter in adapters}
+        self.missing = {adapter.version: adapter for adapter in adapters}
         self._failed = {}
-        return ended
+        return answers
 
     def retire(self, epoch: int, kept: Collection[str]) -> None:
-        """Nothing that a plan up to ``epoch`` wanted is wanted any more, but what is kept."""
+        """Give up the missing adapters of plans up to ``epoch``, except those that are ``kept``."""
         self.newest_epoch = max(self.newest_epoch, epoch)
         if self._epoch is not None and self._epoch <= epoch:
-            for version in self.wanted.keys() - kept:
+            for version in self.missing.keys() - kept:
                 self.fail(version, f"epoch {epoch} does without it")
 
     def settle(self, version: str) -> None:
-        """It is resident: pinned, if it is wanted."""
-        if self.wanted.pop(version, None) is not None:
-            assert self._epoch is not None, "nothing is wanted but by a plan that is being prepared"
-            self._pool.plan(version, True, self._epoch)
+        """Pin an adapter that is resident now, if the plan waits for it."""
+        if self.missing.pop(version, None) is not None:
+            assert self._epoch is not None, "an adapter is missing for no plan"
+            self._pool.pin_for_plan(version, self._epoch)
 
     def fail(self, version: str, message: str) -> None:
-        if self.wanted.pop(version, None) is not None:
+        """Take note that the plan cannot get an adapter."""
+        if self.missing.pop(version, None) is not None:
             self._failed[version] = message
 
-    def done(self) -> list[Instruction]:
-        """The answer, once there is one."""
-        if self._epoch is None or self.wanted:
+    def take_answer(self) -> list[Instruction]:
+        """Return the answer to the plan, once, when none of its adapters is missing any more."""
+        if self._epoch is None or self.missing:
             return []
-        done = PlanReady(self._epoch, self._failed)
+        answer = PlanReady(self._epoch, self._failed)
         self._epoch, self._failed = None, {}
-        return [done]
+        return [answer]
 
-    def _end(self, reason: str) -> list[Instruction]:
-        for version in list(self.wanted):
+    def _give_up(self, reason: str) -> list[Instruction]:
+        for version in list(self.missing):
             self.fail(version, reason)
-        return self.done()
+        return self.take_answer()
 
 
-REST = 7.0
-"""Times what a load took, before the next may begin."""
-LONGEST_REST_S = 0.2
-"""Loads that take long are of slabs so large that what they cost beside their bytes does not count; and a plan that is
-prepared for ever is none."""
+class LoadPace:
+    """Limits the loads of a plan while steps run: one at a time, and a rest after each.
 
-
-class Pace:
-    """One load of the plan at a time, and a rest after each, for as long as steps run."""
+    A load takes time from the steps beside it: where steps compute on the cores, each load costs them some 3 ms (its
+    messages, its copy and its digests; SmolLM2-135M, 2 cores). At full speed, loads of 13 MB made the median step 35%
+    longer, and a plan is not that urgent. Loads for waiting requests are not limited.
+    """
 
     def __init__(self) -> None:
         self._began_s: dict[str, float] = {}
         self._rests_until_s = 0.0
 
-    def began(self, version: str, now: float) -> None:
-        """A load of the plan."""
+    def begin(self, version: str, now: float) -> None:
+        """Take note that a load of the plan has begun."""
         self._began_s[version] = now
 
-    def look(self, is_loading: Callable[[str], bool], now: float) -> None:
-        """Whatever loads no more has ended."""
+    def update(self, is_loading: Callable[[str], bool], now: float) -> None:
+        """Begin the rest after each load that has ended."""
         for version in [version for version in self._began_s if not is_loading(version)]:
             took_s = now - self._began_s.pop(version)
-            self._rests_until_s = now + min(LONGEST_REST_S, REST * took_s)
+            self._rests_until_s = now + min(LONGEST_REST_S, REST_FACTOR * took_s)
 
     def allows(self, now: float, stepping: bool) -> bool:
-        """Where nothing is computed there is nothing to spare."""
+        """Return whether a load of the plan may begin. Without steps there is nothing to spare."""
         return not stepping or (not self._began_s and now >= self._rests_until_s)
 
 
-class _Look(msgspec.Struct):
-    """One look at all that could begin to load. ``keep`` stays; what is as large as ``no_room_bytes`` finds no room;
-    leases on ``awaited`` have to end for some."""
+class LoadPass(msgspec.Struct):
+    """The state of one pass over all adapters that may begin to load.
+
+    The versions in ``keep`` are not evicted. Adapters of ``no_room_bytes`` or more find no room. Leases on
+    ``leases_to_end`` have to end before some adapter finds room.
+    """
 
     now: float
     stepping: bool
     instructions: list[Instruction]
     keep: set[str] = msgspec.field(default_factory=set)
     no_room_bytes: float = inf
-    awaited: frozenset[str] = frozenset()
+    leases_to_end: frozenset[str] = frozenset()
 
 
 class Residency:
-    """The pool, its loads and the plan's wishes."""
+    """Decides about the adapters in the pool."""
 
     def __init__(self, limits: SchedulerLimits, story: Story) -> None:
         self.pool = AdapterPool(limits.pool_bytes, limits.max_adapters, max_rank=limits.max_rank)
         self._max_loads = limits.max_loads
         self._story = story
-        self._plan = PlanWishes(self.pool)
-        self._guesses = Guesses()
+        self._plan = PlannedLoads(self.pool)
+        self._candidates = PrefetchCandidates()
         self._tally = PrefetchTally()
-        self._pace = Pace()
+        self._pace = LoadPace()
 
     @property
     def plan_epoch(self) -> int:
-        """Of the newest plan that was heard of, 0 before the first."""
+        """The newest plan that this engine has heard of, 0 before the first."""
         return self._plan.newest_epoch
 
-    def ready(self, version: str) -> bool:
-        """The base model always is."""
-        entry = self.pool.get(version)
-        return version == "" or (entry is not None and entry.resident and version not in self.pool.damaged)
+    def is_ready(self, version: str) -> bool:
+        """Return whether requests for ``version`` may begin; the base model ("") is always ready."""
+        return version == "" or self.pool.state(version) is AdapterState.RESIDENT
 
     def handle(
         self, event: PlanPrepared | CopiesRetired | LeasesEnded | AdapterExpected, now: float
     ) -> list[Instruction]:
+        """Return what to do about an event that concerns no request and no load under way."""
         match event:
             case PlanPrepared(epoch, adapters):
-                return self.prepare(epoch, adapters)
+                return self.prepare_plan(epoch, adapters)
             case CopiesRetired(epoch, keep):
-                return self.retire(epoch, keep)
+                return self.retire_copies(epoch, keep)
             case AdapterExpected(adapter):
-                self._expect(adapter, Kind.ADMISSION, now)
+                self._expect(adapter, PrefetchKind.ADMISSION, now)
                 return []
             case LeasesEnded():
                 return []
 
-    def arrived(self, adapter: AdapterRef, now: float) -> None:
-        """A request for it is here: what usually follows is expected."""
-        for follower in self._guesses.arrived(adapter, now):
-            self._expect(follower, Kind.PATTERN, now)
+    def note_request(self, adapter: AdapterRef, now: float) -> None:
+        """Take note of a request for ``adapter``: the adapters that usually follow become candidates."""
+        for follower in self._candidates.note_request(adapter, now):
+            self._expect(follower, PrefetchKind.PATTERN, now)
 
-    def prepare(self, epoch: int, adapters: tuple[AdapterRef, ...]) -> list[Instruction]:
-        """The plan wants these; a plan that was still being prepared is given up.
+    def prepare_plan(self, epoch: int, adapters: tuple[AdapterRef, ...]) -> list[Instruction]:
+        """Begin to load and pin the adapters of a plan; a plan that was still being prepared is given up.
 
-        What a planner asked for before it died may come after what its successor asked for: it is refused.
+        A plan older than the newest is refused: its planner died, and its successor has asked already.
         """
         if epoch < self.plan_epoch:
             late = f"epoch {epoch} is older than epoch {self.plan_epoch}, which was asked for here already"
             return [PlanReady(epoch, dict.fromkeys((a.version for a in adapters), late))]
-        ended = self._plan.begin(epoch, adapters)
+        answers = self._plan.begin(epoch, adapters)
         for adapter in adapters:
             refusal = self.pool.refusal(adapter)
             if refusal is not None:
                 self._plan.fail(adapter.version, refusal)
-            elif self.ready(adapter.version):
+            elif self.is_ready(adapter.version):
                 self._plan.settle(adapter.version)
-        return [*ended, *self._plan.done()]
+        return [*answers, *self._plan.take_answer()]
 
-    def retire(self, epoch: int, keep: tuple[str, ...]) -> list[Instruction]:
-        """Nothing that a plan up to ``epoch`` wanted is wanted any more, but ``keep``: pins go, and loads to come.
+    def retire_copies(self, epoch: int, keep: tuple[str, ...]) -> list[Instruction]:
+        """Drop the pins and the missing adapters of all plans up to ``epoch``, except for the versions in ``keep``.
 
-        Newer plans are not touched. A plan that was prepared and never published goes with the next epoch that is.
+        Newer plans are not touched. A plan that was prepared and never published ends with the next one that is.
         """
         kept = set(keep)
         for entry in self.pool.entries():
-            if entry.planned_epoch <= epoch and entry.adapter.version not in kept:
-                self.pool.plan(entry.adapter.version, False)
+            if entry.plan_epoch is not None and entry.plan_epoch <= epoch and entry.adapter.version not in kept:
+                self.pool.pin_for_plan(entry.adapter.version, None)
         self._plan.retire(epoch, kept)
-        return self._plan.done()
+        return self._plan.take_answer()
 
-    def loaded(self, version: str) -> list[Instruction]:
-        for brought in _brought([self.pool.loaded(version)]):
-            self._tally.loaded(brought)
-        self._guesses.drop(version)
+    def complete_load(self, version: str, read: int = 0, slab: LoadedSlab | None = None) -> list[Instruction]:
+        """Make an adapter resident whose load has ended; ``read`` is the announced read that was verified, or 0."""
+        entry = self.pool.apply(version, AdapterEvent.LOADED)
+        entry.verified_read, entry.slab = read, slab
+        for prefetched in _prefetched([entry]):
+            self._tally.count_load(prefetched)
+        self._candidates.drop(version)
         self._plan.settle(version)
-        return self._plan.done()
+        return self._plan.take_answer()
 
-    def load_failed(self, version: str, message: str) -> list[Instruction]:
-        gone = self.pool.load_failed(version)
-        self._guesses.failed(version)
+    def fail_load(self, version: str, message: str) -> list[Instruction]:
+        """Give up an adapter whose load failed: it leaves now, or with the last step that began with it."""
+        self.pool.apply(version, AdapterEvent.LOAD_FAILED)
+        self._candidates.drop_failed(version)
         self._plan.fail(version, message)
-        return [*_never_was(gone), *self._plan.done()]
+        return [*self._evict_leaving(), *self._plan.take_answer()]
 
-    def load_cancelled(self, version: str) -> list[Instruction]:
-        """Whoever wants it by now gets another load."""
-        return _never_was(self.pool.load_failed(version))
+    def drop_cancelled_load(self, version: str) -> list[Instruction]:
+        """Free the extent of a load that was cancelled. Requests that want the adapter by now get another load."""
+        self.pool.apply(version, AdapterEvent.LOAD_FAILED)
+        return self._evict_leaving()
 
     def start_loads(
         self, requested: Iterable[AdapterRef], now: float, idle: bool, stepping: bool = False
     ) -> list[Instruction]:
-        """Begin what there is room for: what requests wait for, what they are about to come for, the plan's, and what
-        usually follows.
+        """Begin the loads for which there is room and cancel those that nothing wants any more.
 
-        ``requested`` is in order of arrival: nobody's adapter leaves for that of a later request, or two requests could
-        take turns in loading and neither would run. ``idle`` says that no request is left, so that room which is
-        missing now will not come by waiting; ``stepping`` that steps run, whose ends bring another look soon. What is
-        on its way for nobody any more is cancelled.
+        The order is: adapters of waiting requests, candidates whose requests are about to come, the plan, candidates
+        that usually follow. ``requested`` is in order of arrival: no adapter of a request is evicted for a later
+        request, or two requests could take turns in loading and neither would run. ``idle`` says that no request is
+        left, so that missing room will not come by waiting. ``stepping`` says that steps run; each brings another pass.
         """
-        self._pace.look(self.pool.is_loading, now)
+        self._pace.update(self._is_loading, now)
         requested = list(requested)
-        self._guesses.expire(now)
-        look = _Look(now, stepping, [*self._drop_damaged(), *self._cancel_unwanted(requested, now)])
-        # Whoever is expected comes before the plan in a moment; what may follow must not hold up anybody.
-        if self._load_requested(requested, look) and self._load_expected(look) and self._load_planned(idle, look):
-            self.pool.await_leases(look.awaited)
-            self._load_usual(look)
+        self._candidates.expire(now)
+        current = LoadPass(now, stepping, [*self._evict_leaving(), *self._cancel_unwanted(requested, now)])
+        # A request that is announced comes before the plan in a moment; one that may follow must hold up nothing.
+        if (
+            self._load_requested(requested, current)
+            and self._load_announced(current)
+            and self._load_planned(idle, current)
+        ):
+            self.pool.leases_to_end = current.leases_to_end
+            self._load_followers(current)
         else:
-            # Not all were looked at: what was awaited for the others still is, or readers could take turns for ever.
-            self.pool.await_also(look.awaited)
-        return [*look.instructions, *self._plan.done()]
+            # Some adapters were not considered: leases that they need ended stay closed, or readers could take turns.
+            self.pool.leases_to_end |= current.leases_to_end
+        return [*current.instructions, *self._plan.take_answer()]
 
-    def in_the_way(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:
-        """What has to leave for an adapter that waits for room; see AdapterPool."""
+    def find_blockers(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:
+        """Return the versions that have to leave for an adapter that waits for room; see EvictionPolicy."""
         if adapter is None or adapter.version in self.pool:
             return frozenset()
-        return self.pool.in_the_way(adapter, places)
+        return self.pool.eviction.find_blockers(adapter, places)
 
-    def prefetched(self) -> tuple[PrefetchCounts, ...]:
-        """What was brought in before a request waited for it, and what came of it."""
-        return self._tally.counts(_brought(entry for entry in self.pool.entries() if entry.resident))
+    def prefetch_counts(self) -> tuple[PrefetchCounts, ...]:
+        """Return the bytes that were prefetched so far, by kind and usefulness."""
+        return self._tally.counts(_prefetched(entry for entry in self.pool.entries() if entry.is_complete))
 
     def validate(self) -> None:
-        """Raises AssertionError naming what broke."""
+        """Raise AssertionError naming the invariant that is broken."""
         self.pool.validate()
-        self._guesses.validate()
+        self._candidates.validate()
 
-    def _expect(self, adapter: AdapterRef, kind: Kind, now: float) -> None:
-        if self.ready(adapter.version) or self.pool.refusal(adapter) is not None:
+    def _is_loading(self, version: str) -> bool:
+        entry = self.pool.get(version)
+        return entry is not None and entry.is_loading
+
+    def _expect(self, adapter: AdapterRef, kind: PrefetchKind, now: float) -> None:
+        if self.is_ready(adapter.version) or self.pool.refusal(adapter) is not None:
             return
-        if self._guesses.expect(adapter, kind, now):
+        if self._candidates.expect(adapter, kind, now):
             self._story.tell(adapter.version, now, f"expected: {kind}")
 
-    def _drop_damaged(self) -> list[Instruction]:
-        """Whoever wants it gets it anew; the plan's pin is the planner's to ask for again."""
-        gone = self.pool.take_damaged()
-        for brought in _brought(entry for entry in gone if entry.resident):
-            self._tally.left(brought)
-        return [EvictAdapter(entry.adapter.version, entry.slot) for entry in gone]
+    def _evict_leaving(self) -> list[Instruction]:
+        """Evict damaged adapters and failed loads that nothing uses any more.
+
+        Requests that need such an adapter reload it; the planner asks again for its plan's pin.
+        """
+        instructions: list[Instruction] = []
+        for entry in self.pool.remove_leaving():
+            damaged = entry.state is AdapterState.DAMAGED
+            if damaged:
+                self._count_evictions([entry])
+            reason = "its slab was damaged in the pool" if damaged else "its load failed or was cancelled"
+            instructions.append(EvictAdapter(entry.adapter.version, entry.slot, entry.adapter.name, reason))
+        return instructions
 
     def _cancel_unwanted(self, requested: list[AdapterRef], now: float) -> list[Instruction]:
         if not self.pool.loading:
             return []
-        wanted = {adapter.version for adapter in requested}.union(self._plan.wanted, self._guesses.versions())
-        unwanted = self.pool.cancel(wanted)
+        wanted = {adapter.version for adapter in requested}.union(self._plan.missing, self._candidates.versions())
+        unwanted = self.pool.cancel_unwanted(wanted)
         for version in unwanted:
-            self._story.tell(version, now, "nobody wants it any more: its load is cancelled")
+            self._story.tell(version, now, "load cancelled: no request, plan or prefetch wants it any more")
         return [CancelLoad(version) for version in unwanted]
 
-    def _waits_in_vain(self, adapter: AdapterRef, idle: bool) -> bool:
-        """Also under load: pins of the epoch before go only after this one is answered."""
-        idle = idle and self.pool.loading == 0 and not self.pool.leases
-        return idle or not self.pool.room_beside_plan(adapter)
-
-    def _load_requested(self, requested: list[AdapterRef], look: "_Look") -> bool:
-        """False where not all were looked at, as no more may load; so of the next two."""
+    def _load_requested(self, requested: list[AdapterRef], current: LoadPass) -> bool:
+        """Load adapters of waiting requests. Return whether all were considered before too many loads ran."""
         for adapter in requested:
-            # Where one found no room none of its size will, as ``keep`` only grows: a long queue costs few looks.
-            if adapter.version not in self.pool and adapter.slab_bytes < look.no_room_bytes:
+            # Where one finds no room none of its size will, as ``keep`` only grows: a long queue costs few searches.
+            if adapter.version not in self.pool and adapter.slab_bytes < current.no_room_bytes:
                 if self.pool.loading >= self._max_loads:
                     return False
-                if not (self._load(adapter, look) or self._load(adapter, look, drop_plan_pins=True)):
-                    look.no_room_bytes = adapter.slab_bytes
-                    look.awaited |= self.pool.leased_in_the_way(adapter, look.keep, drop_plan_pins=True)
-            look.keep.add(adapter.version)
+                if not (self._load(adapter, current) or self._load(adapter, current, drop_plan_pins=True)):
+                    current.no_room_bytes = adapter.slab_bytes
+                    leased = self.pool.eviction.find_leased_victims(adapter, current.keep, drop_plan_pins=True)
+                    current.leases_to_end |= leased
+            current.keep.add(adapter.version)
         return True
 
-    def _load_expected(self, look: "_Look") -> bool:
-        for adapter in self._guesses.of(Kind.ADMISSION):
+    def _load_announced(self, current: LoadPass) -> bool:
+        """Load candidates that a router has announced. Return whether all were considered."""
+        for adapter in self._candidates.of_kind(PrefetchKind.ADMISSION):
             if adapter.version not in self.pool:
                 if self.pool.loading >= self._max_loads:
                     return False
-                self._load_guess(adapter, Kind.ADMISSION, look)
+                self._load_candidate(adapter, PrefetchKind.ADMISSION, current)
         return True
 
-    def _load_planned(self, idle: bool, look: "_Look") -> bool:
-        # Room that comes for one comes for all that are no larger: they need no look either.
+    def _load_planned(self, idle: bool, current: LoadPass) -> bool:
+        """Load missing adapters of the plan. Return whether all were considered."""
+        # Room that will come for one adapter will come for all that are no larger: they need no search either.
         room_to_come_bytes = 0
-        for adapter in list(self._plan.wanted.values()):
+        for adapter in list(self._plan.missing.values()):
             if adapter.version not in self.pool:
-                if self.pool.loading >= self._max_loads or not self._pace.allows(look.now, look.stepping):
+                if self.pool.loading >= self._max_loads or not self._pace.allows(current.now, current.stepping):
                     return False
-                if adapter.slab_bytes < look.no_room_bytes and self._load(adapter, look, kind=Kind.PLAN):
-                    self._pace.began(adapter.version, look.now)
+                if adapter.slab_bytes < current.no_room_bytes and self._load(adapter, current, kind=PrefetchKind.PLAN):
+                    self._pace.begin(adapter.version, current.now)
                     continue
-                look.no_room_bytes = min(look.no_room_bytes, adapter.slab_bytes)
+                current.no_room_bytes = min(current.no_room_bytes, adapter.slab_bytes)
                 if adapter.slab_bytes <= room_to_come_bytes:
                     continue
                 if self._waits_in_vain(adapter, idle):
                     self._plan.fail(adapter.version, "no room beside what the plan pins; raise engine.pool_bytes")
                 else:
                     room_to_come_bytes = adapter.slab_bytes
-                    look.awaited |= self.pool.leased_in_the_way(adapter, look.keep)
+                    current.leases_to_end |= self.pool.eviction.find_leased_victims(adapter, current.keep)
         return True
 
-    def _load_usual(self, look: "_Look") -> None:
-        """One place is left for whoever comes next."""
-        for adapter in self._guesses.of(Kind.PATTERN):
-            if self.pool.loading < self._max_loads - 1 and adapter.version not in self.pool:
-                self._load_guess(adapter, Kind.PATTERN, look)
+    def _waits_in_vain(self, adapter: AdapterRef, idle: bool) -> bool:
+        """Return whether no room will come for an adapter of the plan.
 
-    def _load_guess(self, adapter: AdapterRef, kind: Kind, look: "_Look") -> None:
-        """Into room that nobody waits for: free, or of what has not been used for a while."""
-        if look.no_room_bytes < inf:
+        That can be so under load too: pins of the epoch before are dropped only after this plan is answered.
+        """
+        nothing_ends = idle and self.pool.loading == 0 and not self.pool.leases
+        return nothing_ends or not self.pool.eviction.fits_beside_plan(adapter)
+
+    def _load_followers(self, current: LoadPass) -> None:
+        """Load candidates that usually follow; one load is left for the next request that comes."""
+        for adapter in self._candidates.of_kind(PrefetchKind.PATTERN):
+            if self.pool.loading < self._max_loads - 1 and adapter.version not in self.pool:
+                self._load_candidate(adapter, PrefetchKind.PATTERN, current)
+
+    def _load_candidate(self, adapter: AdapterRef, kind: PrefetchKind, current: LoadPass) -> None:
+        """Load into room that nothing waits for: free, or of adapters that have not been used for a while."""
+        if current.no_room_bytes < inf:
             return
-        lately_s = look.now - SPARES_S[kind]
-        lately = {entry.adapter.version for entry in self.pool.entries() if entry.used_s > lately_s}
-        self._load(adapter, look, lately | look.keep, kind=kind)
+        spared_since_s = current.now - SPARES_S[kind]
+        spared = {entry.adapter.version for entry in self.pool.entries() if entry.used_s > spared_since_s}
+        self._load(adapter, current, keep=spared | current.keep, kind=kind)
 
     def _load(
         self,
         adapter: AdapterRef,
-        look: "_Look",
+        current: LoadPass,
         keep: set[str] | None = None,
         drop_plan_pins: bool = False,
-        kind: Kind | None = None,
+        kind: PrefetchKind | None = None,
     ) -> bool:
-        """``kind``: None where a request waits for it."""
-        now = look.now
-        placed = self.pool.place(adapter, now, look.keep if keep is None else keep, drop_plan_pins)
+        """Begin a load if there is room. ``kind`` is None where a request waits for the adapter."""
+        now = current.now
+        placed = self.pool.place(adapter, now, current.keep if keep is None else keep, drop_plan_pins)
         if placed is None:
             return False
         for entry in placed.evicted:
-            self._story.tell(entry.adapter.version, now, f"evicted for {adapter.name}")
-            look.instructions.append(_evict(entry))
-        for brought in _brought(placed.evicted):
-            self._tally.left(brought)
-        entry_of_it = self.pool.get(adapter.version)
-        assert entry_of_it is not None, "it was placed"
-        entry_of_it.prefetch = kind or ""
+            reason = describe_eviction(entry, len(placed.evicted), adapter, now)
+            self._story.tell(entry.adapter.version, now, reason)
+            left = LeftSlab(entry.adapter, entry.offset_bytes, entry.slab)
+            current.instructions.append(
+                EvictAdapter(entry.adapter.version, entry.slot, entry.adapter.name, reason, left)
+            )
+        self._count_evictions(placed.evicted)
+        placed_entry = self.pool.get(adapter.version)
+        assert placed_entry is not None, "it was placed"
+        placed_entry.prefetch = kind
         why = f" for {kind}" if kind else ""
         self._story.tell(adapter.version, now, f"loading into slot {placed.slot} at {placed.offset_bytes}{why}")
-        look.instructions.append(LoadAdapter(adapter, placed.slot, placed.offset_bytes))
+        current.instructions.append(LoadAdapter(adapter, placed.slot, placed.offset_bytes))
         return True
 
-
-def _brought(entries: Iterable[Entry]) -> Iterator[Brought]:
-    """Those of them that no request waited for when their loads began."""
-    return (Brought(Kind(e.prefetch), e.adapter.slab_bytes, e.ran) for e in entries if e.prefetch)
-
-
-def _never_was(gone: Entry | None) -> list[Instruction]:
-    """Of an adapter that was not all there, if it is gone."""
-    return [EvictAdapter(gone.adapter.version, gone.slot)] if gone is not None else []
+    def _count_evictions(self, evicted: Iterable[PoolEntry]) -> None:
+        for prefetched in _prefetched(evicted):
+            self._tally.count_eviction(prefetched)
 
 
-def _evict(entry: Entry) -> EvictAdapter:
-    """Only what is resident is evicted for others."""
-    return EvictAdapter(entry.adapter.version, entry.slot, LeftSlab(entry.adapter, entry.offset_bytes))
+def _prefetched(entries: Iterable[PoolEntry]) -> Iterator[PrefetchedAdapter]:
+    """Yield those of ``entries`` that were loaded before a request waited for them."""
+    return (PrefetchedAdapter(e.prefetch, e.adapter.slab_bytes, e.ran) for e in entries if e.prefetch)

@@ -43,17 +43,17 @@ class CachedSlab(msgspec.Struct):
     """It is not what its digests are of: nobody begins to read it, and it goes with who reads it last."""
 
     @property
-    def resident(self) -> bool:
+    def is_complete(self) -> bool:
         """As of the pool: all of it is there."""
         return self.saved_s is not None
 
     @property
     def readable(self) -> bool:
-        return self.resident and not self.damaged
+        return self.is_complete and not self.damaged
 
     @property
     def may_leave(self) -> bool:
-        return self.resident and not self.leases and not self.reads
+        return self.is_complete and not self.leases and not self.reads
 
 
 class HostCache:
@@ -142,7 +142,7 @@ class HostCache:
     def failed(self, version: str, now: float) -> None:
         """It could not be saved."""
         slab = self._slabs[version]
-        assert not slab.resident, f"{version} was saved already"
+        assert not slab.is_complete, f"{version} was saved already"
         self._remove(slab)
         self._story.tell(version, now, "could not be saved")
 
@@ -163,7 +163,7 @@ class HostCache:
     def damage(self, version: str, now: float) -> None:
         """It is not what was saved: whoever reads it finds out, and nobody else gets to."""
         slab = self._slabs.get(version)
-        if slab is not None and slab.resident and not slab.damaged:
+        if slab is not None and slab.is_complete and not slab.damaged:
             slab.damaged = True
             self._story.tell(version, now, "damaged: it goes with who reads it last")
             self._drop_damaged(slab)
@@ -192,7 +192,7 @@ class HostCache:
             assert slab.adapter.version == version, version
             assert slab.leases >= 0, f"{version} has {slab.leases} leases"
             assert slab.reads >= 0, f"{version} is read {slab.reads} times"
-            assert slab.resident or not slab.leases + slab.reads, f"{version} is read before it is saved"
+            assert slab.is_complete or not slab.leases + slab.reads, f"{version} is read before it is saved"
             assert not slab.damaged or slab.leases or slab.reads, f"{version} is damaged and stays for nobody"
             end = slab.offset_bytes + slab.adapter.slab_bytes
             assert self._extents.used_in(slab.offset_bytes, end) == [slab.offset_bytes], f"{version} shares its extent"

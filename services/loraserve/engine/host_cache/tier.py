@@ -15,7 +15,7 @@ from loraserve.engine.host_cache.cache import CachedSlab, HostCache
 from loraserve.engine.loading.memory import HostPool, Landing, PoolMemory
 from loraserve.engine.loading.slab_reader import damaged_layer
 from loraserve.engine.loading.source import Damaged, LoadFailed
-from loraserve.engine.loading.speeds import Way
+from loraserve.engine.loading.speeds import ReadSource
 from loraserve.engine.schedule.events import LeftSlab
 from loraserve.log import get_logger
 from loraserve.messages import AdapterRef
@@ -53,7 +53,7 @@ class CacheMemory:
         self._closing.close()
 
 
-FROM_CACHE = Way("cache", "memory")
+FROM_CACHE = ReadSource("cache", "memory")
 PIECE_BYTES, DEVICE_PIECE_BYTES = 1 << 20, 8 << 20
 """Of what is copied in the event loop, and of what a device copies while the loop goes on."""
 
@@ -119,7 +119,7 @@ class CacheTier:
         pool: PoolMemory,
         clock: Clock,
         spawn: Callable[[Coroutine[Any, Any, None]], None],
-        predict_s: Callable[[Way | None, int], float],
+        predict_s: Callable[[ReadSource | None, int], float],
     ) -> None:
         self.cache = HostCache(cache_bytes)
         self._pool = pool
@@ -127,7 +127,7 @@ class CacheTier:
         self._spawn = spawn
         self._predict_s = predict_s
         self._saves: dict[str, _Save] = {}
-        self._ways: dict[str, Way] = {}
+        self._ways: dict[str, ReadSource] = {}
         """By which those in the pool came that did not come from here."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._memory = CacheMemory(cache_bytes, pool) if cache_bytes else None
@@ -154,7 +154,7 @@ class CacheTier:
         """A request for it came."""
         self.cache.used(version, self._clock.monotonic_s())
 
-    def loaded(self, version: str, way: Way) -> None:
+    def loaded(self, version: str, way: ReadSource) -> None:
         """It is in the pool."""
         self.cache.loaded(version)
         if way != FROM_CACHE:
@@ -215,7 +215,7 @@ class CacheTier:
     def validate(self) -> None:
         """What the cache waits for is under way, and nothing else is."""
         self.cache.validate()
-        saving = {slab.adapter.version for slab in self.cache.entries() if not slab.resident}
+        saving = {slab.adapter.version for slab in self.cache.entries() if not slab.is_complete}
         assert saving == self._saves.keys(), "a save is waited for in vain"
 
     async def _save(self, left: LeftSlab, offset_bytes: int) -> None:

@@ -27,7 +27,7 @@ class Held(Protocol):
         ...
 
     @property
-    def resident(self) -> bool:
+    def is_complete(self) -> bool:
         """All of it is there."""
         ...
 
@@ -127,7 +127,7 @@ class Leases:
         self.expire(now)
         self.reader_lives(reader, now)
         entry = self._holdings.get(version)
-        if entry is None or not entry.resident or entry.adapter.slab_bytes != slab_bytes:
+        if entry is None or not entry.is_complete or entry.adapter.slab_bytes != slab_bytes:
             return _unfit(entry, version, slab_bytes)
         again = self._lease_of(reader, read_id, version)
         return again or self._full(version, len(self._of(reader.name))) or self._grant(reader, read_id, version, now)
@@ -251,7 +251,7 @@ class Leases:
 def _unfit(entry: Held | None, version: str, slab_bytes: int) -> Refused:
     if entry is None:
         return Refused("not_found", f"{version} is not here; read it from another source")
-    if not entry.resident:
+    if not entry.is_complete:
         return Refused("loading", f"{version} is still on its way here; read it from another source")
     held = entry.adapter.slab_bytes
     return Refused("mismatch", f"{version} has {held} bytes here, asked for {slab_bytes}; register the adapter again")

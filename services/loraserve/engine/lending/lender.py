@@ -124,7 +124,7 @@ class Lender:
         """Leases are as they should be, and headers are there of all that can be lent and of nothing else."""
         for region in self._regions:
             region.leases.validate()
-        resident = {entry.adapter.version for entry in self._pool.entries() if entry.resident}
+        resident = {entry.adapter.version for entry in self._pool.entries() if entry.is_complete}
         assert self._headers.keys() == resident, "headers and residents differ"
 
     def _grant(self, envelope: Envelope, asked: LeaseSlab, now: float) -> None:

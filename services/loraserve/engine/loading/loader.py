@@ -83,7 +83,7 @@ class SlabLoader:
         rest = deque(sources)
         while True:
             source = rest.popleft()
-            spare = next((each for each in rest if each.way.source != source.way.source), None)
+            spare = next((each for each in rest if each.way.name != source.way.name), None)
             try:
                 return await self._read_or_hedge(adapter, offset_bytes, source, spare, watch)
             except LoadFailed as error:
@@ -91,7 +91,7 @@ class SlabLoader:
                 if source.way == FROM_STORE:
                     of_store = error
                 if not error.of_way:
-                    rest = deque(each for each in rest if each.way.source != source.way.source)
+                    rest = deque(each for each in rest if each.way.name != source.way.name)
                 if not rest:
                     raise of_store from None
 
@@ -116,7 +116,7 @@ class SlabLoader:
         self, adapter: AdapterRef, offset_bytes: int, first: "asyncio.Future[Loaded]", spare: Source
     ) -> Loaded:
         """Another source beside the first, into memory of its own: one at a time, which bounds that memory."""
-        self._log.info("load_hedged", adapter=adapter.name, spare=spare.way.source, transport=spare.way.transport)
+        self._log.info("load_hedged", adapter=adapter.name, spare=spare.way.name, transport=spare.way.transport)
         # Nothing is zeroed: for 256 MiB that would hold up the event loop for a tenth of a second and more.
         beside = HostPool(np.empty(adapter.slab_bytes, np.uint8).data)
         second = asyncio.ensure_future(self._reader.read(adapter, beside, 0, spare))
@@ -224,7 +224,7 @@ class AdapterLoads:
             "adapter_loaded",
             rank=adapter.rank,
             bytes=adapter.slab_bytes,
-            source=loaded.way.source,
+            source=loaded.way.name,
             transport=loaded.way.transport,
             took_s=time.monotonic() - started_s,
         )

@@ -11,7 +11,7 @@ from loraserve.adapter.format import SlabHeader
 from loraserve.bus.protocol import Bus
 from loraserve.engine.loading.memory import Bytes, Landing, LendableDevice, PoolMemory
 from loraserve.engine.loading.source import Damaged, LoadFailed, checked_header
-from loraserve.engine.loading.speeds import Way
+from loraserve.engine.loading.speeds import ReadSource
 from loraserve.errors import ConfigError, PeerError, RequestTimeoutError
 from loraserve.log import get_logger
 from loraserve.messages import (
@@ -145,7 +145,7 @@ SOONEST_S = 0.01
 class PeerSource:
     """See Source."""
 
-    def __init__(self, bus: Bus, way: Way, readers: Readers) -> None:
+    def __init__(self, bus: Bus, way: ReadSource, readers: Readers) -> None:
         self.way = way
         self._bus = bus
         self._readers = readers
@@ -162,14 +162,14 @@ class PeerSource:
         )
         asked_s = time.monotonic()
         try:
-            granted, frames = await self._bus.request_frames(self.way.source, describe, LeaseGranted, ANSWER_S)
+            granted, frames = await self._bus.request_frames(self.way.name, describe, LeaseGranted, ANSWER_S)
         except RequestTimeoutError as error:
-            raise LoadFailed("timeout", f"{self.way.source} did not answer: {error}") from error
+            raise LoadFailed("timeout", f"{self.way.name} did not answer: {error}") from error
         except PeerError as error:
             raise LoadFailed(error.code, error.message) from error
         self._granted = granted
         self._lasts_until_s = asked_s + granted.lasts_s
-        return checked_header(adapter, frames[0] if frames else None, granted.slab_bytes, self.way.source)
+        return checked_header(adapter, frames[0] if frames else None, granted.slab_bytes, self.way.name)
 
     async def copy(self, adapter: AdapterRef, landing: Landing) -> None:
         granted = self._granted
@@ -194,17 +194,17 @@ class PeerSource:
         if damaged is not None:
             # Before the release: only of who has the lease it is heard.
             complaint = SlabDamaged(version=granted.version, lease_id=granted.lease_id, layer=damaged.layer)
-            self._bus.send(self.way.source, complaint)
+            self._bus.send(self.way.name, complaint)
         release = ReleaseLease(lease_id=granted.lease_id, incarnation=self._bus.incarnation)
         # One-way: where it is lost the lease ends by its deadline.
-        self._bus.send(self.way.source, release)
+        self._bus.send(self.way.name, release)
 
     def _handle(self, granted: LeaseGranted) -> Handle:
         """Its owner's word for who owns the memory is not enough: what is read is asked of the one that leased it."""
         for handle in granted.handles:
-            if handle.transport == self.way.transport and handle.owner == self.way.source:
+            if handle.transport == self.way.transport and handle.owner == self.way.name:
                 return handle
-        raise LoadFailed("refused", f"{self.way.source} does not offer {self.way.transport} any more", of_way=True)
+        raise LoadFailed("refused", f"{self.way.name} does not offer {self.way.transport} any more", of_way=True)
 
     async def _renew(self, granted: LeaseGranted) -> None:
         """For as long as it reads."""
@@ -213,14 +213,14 @@ class PeerSource:
             await asyncio.sleep(max(SOONEST_S, RENEW_AT * (self._lasts_until_s - time.monotonic())))
             asked_s = time.monotonic()
             try:
-                renewed = await self._bus.request(self.way.source, renewal, LeaseRenewed, ANSWER_S)
+                renewed = await self._bus.request(self.way.name, renewal, LeaseRenewed, ANSWER_S)
             except RequestTimeoutError as error:
                 if time.monotonic() < self._lasts_until_s:
                     # Its processor may be busy, and its memory is read without it.
                     continue
-                raise LoadFailed("lease_ended", f"{self.way.source} did not renew the lease: {error}") from error
+                raise LoadFailed("lease_ended", f"{self.way.name} did not renew the lease: {error}") from error
             except PeerError as error:
-                raise LoadFailed("lease_ended", f"{self.way.source} did not renew the lease: {error}") from error
+                raise LoadFailed("lease_ended", f"{self.way.name} did not renew the lease: {error}") from error
             if asked_s + renewed.lasts_s <= self._lasts_until_s:
                 # It has lasted as long as any may: what is read until its end still counts.
                 return

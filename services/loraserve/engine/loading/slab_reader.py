@@ -19,7 +19,7 @@ from loraserve.clock import Clock
 from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.engine.loading.memory import Landing, PoolMemory
 from loraserve.engine.loading.source import Damaged, LoadFailed, Source
-from loraserve.engine.loading.speeds import LinkSpeeds, ReadTally, SharedLink, Way
+from loraserve.engine.loading.speeds import LinkSpeeds, ReadSource, ReadTally, SharedLink
 from loraserve.engine.schedule.early import remaining_read_s
 from loraserve.log import get_logger
 from loraserve.messages import AdapterRef
@@ -50,7 +50,7 @@ class Loaded(msgspec.Struct, frozen=True):
 
     header: SlabHeader
     own_s: float
-    way: Way
+    way: ReadSource
 
 
 class SlabReader:
@@ -88,12 +88,12 @@ class SlabReader:
         way = source.way
         began_s = time.monotonic()
         began = self._link.begin(began_s)
-        self._speeds.began(way)
+        self._speeds.begin_read(way)
         damaged: Damaged | None = None
 
         def landed(slab_bytes: int) -> None:
             if watch is not None and slab_bytes:
-                expected_s = self._speeds.under_way_s(way, adapter.slab_bytes)
+                expected_s = self._speeds.predict_under_way(way, adapter.slab_bytes)
                 share = slab_bytes / adapter.slab_bytes
                 watch.landed(slab_bytes, remaining_read_s(expected_s, time.monotonic() - began_s, share))
 
@@ -103,7 +103,7 @@ class SlabReader:
                 watch.begins(header)
             await self.fill(adapter, header, pool, offset_bytes, partial(source.copy, adapter), landed)
         except (asyncio.CancelledError, DeviceLost):
-            self._speeds.given_up(way)
+            self._speeds.abandon_read(way)
             raise
         except Exception as error:
             damaged = error if isinstance(error, Damaged) else None
@@ -111,8 +111,8 @@ class SlabReader:
         finally:
             own_s = self._link.end(began, time.monotonic())
             source.close(damaged)
-        self._speeds.done(way, adapter.slab_bytes, own_s)
-        self.tally.done(way, adapter.slab_bytes)
+        self._speeds.finish_read(way, adapter.slab_bytes, own_s)
+        self.tally.count_read(way, adapter.slab_bytes)
         return Loaded(header, own_s, way)
 
     async def fill(
@@ -150,16 +150,16 @@ class SlabReader:
         if damaged is not None:
             raise Damaged(damaged)
 
-    def _failed(self, adapter: AdapterRef, way: Way, error: Exception) -> LoadFailed:
+    def _failed(self, adapter: AdapterRef, way: ReadSource, error: Exception) -> LoadFailed:
         """Counted and logged, with both sides."""
-        failed = error if isinstance(error, LoadFailed) else LoadFailed("internal", f"{way.source}: {error!r}")
-        self._speeds.failed(way, self._clock.monotonic_s())
-        self.tally.failed(way, mismatched=isinstance(error, Damaged))
+        failed = error if isinstance(error, LoadFailed) else LoadFailed("internal", f"{way.name}: {error!r}")
+        self._speeds.fail_read(way, self._clock.monotonic_s())
+        self.tally.count_failure(way, mismatched=isinstance(error, Damaged))
         self._log.warning(
             "source_failed",
             adapter=adapter.name,
             version=adapter.version[:12],
-            source=way.source,
+            source=way.name,
             transport=way.transport,
             code=failed.code,
             reason=failed.message,

@@ -7,7 +7,7 @@ import msgspec
 from loraserve.adapter.format import SlabHeader, decode_header, slab_version
 from loraserve.bus.protocol import Bus, Frame
 from loraserve.engine.loading.memory import Bytes, Landing
-from loraserve.engine.loading.speeds import FROM_STORE, STORE, Way
+from loraserve.engine.loading.speeds import FROM_STORE, STORE, ReadSource
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRef, OpenSlab, ReadSlab, SlabChunk, SlabInfo
 
@@ -37,7 +37,7 @@ class Damaged(LoadFailed):
 class Source(Protocol):
     """One try to read one slab. ``open`` first, then ``copy``, and ``close`` whatever happened."""
 
-    way: Way
+    way: ReadSource
 
     async def open(self, adapter: AdapterRef) -> SlabHeader:
         """A header that is of this version. Raises LoadFailed."""

@@ -6,7 +6,7 @@ from loraserve.config import Config
 from loraserve.engine.host_cache.tier import CacheTier
 from loraserve.engine.loading.peers import PeerSource, Readers
 from loraserve.engine.loading.source import Source, StoreSource
-from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds, Way, ways
+from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds, ReadSource, order_sources
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRef, Copies, FindCopies, Holder
 from loraserve.messages.transfer import Abilities
@@ -46,7 +46,7 @@ class Sources:
         holders = await self._holders(adapter.version)
         transports = self._config.transfer.transports
         now = self._clock.monotonic_s()
-        found = ways(holders, self._abilities, transports, self.speeds, adapter.slab_bytes, now)
+        found = order_sources(holders, self._abilities, transports, self.speeds, adapter.slab_bytes, now)
         return [self._source(way) for way in found]
 
     def predicted_s(self, source: Source, slab_bytes: int) -> float:
@@ -55,9 +55,9 @@ class Sources:
     def gone(self, engine: str, incarnation: str) -> None:
         """A peer died."""
         self._readers.forget(engine, incarnation)
-        self.speeds.gone(engine)
+        self.speeds.forget_failures(engine)
 
-    def _source(self, way: Way) -> Source:
+    def _source(self, way: ReadSource) -> Source:
         if way == FROM_STORE:
             engine = self._config.engine
             return StoreSource(self._bus, engine.load_chunk_bytes, engine.load_timeout_s)

@@ -1,8 +1,8 @@
-"""How long reads from each source take, learned from those that were done. Pure.
+"""How long reads from each source take, and in which order the sources of an adapter are tried.
 
-Seconds over bytes are fitted by a line, latency and time per byte, with older reads counting less (least squares with
-exponential forgetting). What a transport does elsewhere is where a new pair begins, so that no source must be tried
-before it can be compared.
+The time of a read is fitted by a line over its bytes: a latency and a time per byte, with older reads counting less
+(least squares with exponential forgetting). A new pair of source and transport begins with what its transport does for
+other sources, so that no source has to be tried before it can be compared.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,52 +16,64 @@ from loraserve.transfer.protocol import choose_transports
 
 MIB = 1 << 20
 FORGETTING = 0.9
-"""Weight of what was known before, at each read: about the last twenty count."""
+"""The weight of all earlier reads is multiplied by this at each read: about the last twenty count."""
 PRIOR_WEIGHT = 0.5
-"""Of each of the two reads that a pair is believed to have done before its first, small and large."""
+"""Weight of each of the two reads, small and large, that a new pair is assumed to have done."""
 LEAST_SLOPE = 8.0
-"""A time per byte so many times shorter than the mean read's is made of noise: of reads all about as long."""
+"""A fitted time per byte that is so many times shorter than that of the mean read is noise: all reads took about the
+same time."""
 SMALL_BYTES, LARGE_BYTES = MIB // 4, 64 * MIB
 FIRST_AVOIDANCE_S, LONGEST_AVOIDANCE_S = 1.0, 60.0
+MOST_COUNTED = 256
+"""Peers come and go under other names; the counts of the source that was read longest ago are dropped."""
+MOST_PEERS = 3
+"""Peers that are tried before the store at most: each that fails costs its time."""
+HEDGE_FACTOR, HEDGE_FLOOR_S = 4.0, 0.25
+"""Another source is tried as well after so many times the predicted time, and not earlier than the floor: copies of the
+same bytes by processes of one busy machine took three times their median now and then."""
 STORE = "store"
 
 
-class Way(NamedTuple):
-    """From whom, and over what: a peer's name and a transport; ``store`` and ``bus``."""
+class ReadSource(NamedTuple):
+    """Where a slab is read from: the name of a peer, ``store`` or ``cache``, and the transport."""
 
-    source: str
+    name: str
     transport: str
 
 
-class Speed(msgspec.Struct, frozen=True):
+FROM_STORE = ReadSource(STORE, "bus")
+
+
+class ReadSpeed(msgspec.Struct, frozen=True):
     """A read of n bytes takes latency_s + n / bytes_per_s."""
 
     latency_s: float
     bytes_per_s: float
 
     def seconds(self, length_bytes: int) -> float:
+        """Return how long a read of so many bytes takes."""
         return self.latency_s + length_bytes / self.bytes_per_s
 
 
 EXPECTED = {
-    "memory": Speed(0.0005, 4e9),
-    "cuda_ipc": Speed(0.001, 40e9),
-    "verbs": Speed(0.001, 10e9),
-    "shm": Speed(0.001, 2e9),
-    "tcp": Speed(0.003, 0.8e9),
-    "bus": Speed(0.004, 0.4e9),
+    "memory": ReadSpeed(0.0005, 4e9),
+    "cuda_ipc": ReadSpeed(0.001, 40e9),
+    "verbs": ReadSpeed(0.001, 10e9),
+    "shm": ReadSpeed(0.001, 2e9),
+    "tcp": ReadSpeed(0.003, 0.8e9),
+    "bus": ReadSpeed(0.004, 0.4e9),
 }
-"""Before anything was measured; ``bus`` is the store, ``memory`` this engine's own host cache."""
+"""The speeds assumed before anything was measured. ``bus`` is the store, ``memory`` the engine's own host cache."""
 
 
-class _Line:
-    """Weighted sums of the reads done, from which the line is fitted; bytes in MiB."""
+class _FittedLine:
+    """Weighted sums over the reads, from which the line is fitted. Bytes are in MiB."""
 
-    def __init__(self, before: Speed) -> None:
+    def __init__(self, prior: ReadSpeed) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
         for length_bytes in (SMALL_BYTES, LARGE_BYTES):
-            self._add(PRIOR_WEIGHT, length_bytes, before.seconds(length_bytes))
-        self._before = before
+            self._add(PRIOR_WEIGHT, length_bytes, prior.seconds(length_bytes))
+        self._prior = prior
 
     def learn(self, length_bytes: int, seconds: float) -> None:
         for name in ("_weight", "_x", "_y", "_xx", "_xy"):
@@ -76,133 +88,137 @@ class _Line:
         self._xx += weight * x * x
         self._xy += weight * x * seconds
 
-    def speed(self) -> Speed:
-        """Reads all of one size say nothing of the slope: what was believed before divides them."""
+    def speed(self) -> ReadSpeed:
+        """Return the fitted speed.
+
+        Reads that are all of one size say nothing about the slope: their time is then split between latency and bytes
+        as the prior splits it.
+        """
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         spread = self._xx / self._weight - mean_x * mean_x
         slope = (self._xy / self._weight - mean_x * mean_y) / spread if spread > 1e-6 * mean_x * mean_x else 0.0
         latency_s = mean_y - slope * mean_x
-        share = self._before.latency_s / self._before.seconds(max(1, int(mean_x * MIB)))
+        share = self._prior.latency_s / self._prior.seconds(max(1, int(mean_x * MIB)))
         usual = (1 - share) * mean_y / mean_x
         if latency_s < 0 or slope < usual / LEAST_SLOPE:
-            # All of it is latency, or none, or noise: the line through the mean read, split as it was before.
+            # The fit is all latency, no latency, or noise: use the line through the mean read, split as by the prior.
             latency_s, slope = share * mean_y, usual
-        return Speed(latency_s, MIB / slope)
+        return ReadSpeed(latency_s, MIB / slope)
 
 
-class _Pair:
-    def __init__(self, before: Speed) -> None:
-        self.line = _Line(before)
+class _SourceSpeed:
+    def __init__(self, prior: ReadSpeed) -> None:
+        self.line = _FittedLine(prior)
         self.under_way = 0
         self.failures = 0
         self.avoided_until_s = 0.0
 
 
 class LinkSpeeds:
-    """By way; ways of one transport lend each other what they know."""
+    """The speed of each source, learned from its reads; sources of one transport share a prior."""
 
     def __init__(self) -> None:
-        self._pairs: dict[Way, _Pair] = {}
-        self._transports: dict[str, _Line] = {}
+        self._sources: dict[ReadSource, _SourceSpeed] = {}
+        self._transports: dict[str, _FittedLine] = {}
 
-    def predict(self, way: Way, length_bytes: int) -> float:
-        """Seconds, if it began now: reads under way from there take their share."""
-        pair = self._pairs.get(way)
-        return (1 + (pair.under_way if pair else 0)) * self.speed(way).seconds(length_bytes)
+    def predict(self, source: ReadSource, length_bytes: int) -> float:
+        """Return the seconds that a read would take if it began now; reads under way take their share."""
+        known = self._sources.get(source)
+        return (1 + (known.under_way if known else 0)) * self.speed(source).seconds(length_bytes)
 
-    def under_way_s(self, way: Way, length_bytes: int) -> float:
-        """Seconds that a read which is under way takes, if nothing comes to it and nothing goes."""
-        pair = self._pairs.get(way)
-        return max(1, pair.under_way if pair else 0) * self.speed(way).seconds(length_bytes)
+    def predict_under_way(self, source: ReadSource, length_bytes: int) -> float:
+        """Return the seconds that a read under way takes in all, if no other read begins or ends."""
+        known = self._sources.get(source)
+        return max(1, known.under_way if known else 0) * self.speed(source).seconds(length_bytes)
 
-    def speed(self, way: Way) -> Speed:
-        pair = self._pairs.get(way)
-        if pair is not None:
-            return pair.line.speed()
-        return self._transport(way.transport).speed()
+    def speed(self, source: ReadSource) -> ReadSpeed:
+        """Return the speed of a read that is alone."""
+        known = self._sources.get(source)
+        if known is not None:
+            return known.line.speed()
+        return self._transport(source.transport).speed()
 
-    def avoided(self, way: Way, now: float) -> bool:
-        """It failed lately; longer the more often it did in a row."""
-        pair = self._pairs.get(way)
-        return pair is not None and pair.avoided_until_s > now
+    def is_avoided(self, source: ReadSource, now: float) -> bool:
+        """Return whether the source failed lately; it is avoided for longer after each failure in a row."""
+        known = self._sources.get(source)
+        return known is not None and known.avoided_until_s > now
 
-    def began(self, way: Way) -> None:
-        self._pair(way).under_way += 1
+    def begin_read(self, source: ReadSource) -> None:
+        """Take note of a read that begins; one of the next three methods ends it."""
+        self._source(source).under_way += 1
 
-    def done(self, way: Way, length_bytes: int, seconds: float) -> None:
-        """It was read, alone for ``seconds``."""
-        pair = self._pair(way)
-        pair.under_way -= 1
-        pair.failures, pair.avoided_until_s = 0, 0.0
-        if seconds > 0:
-            pair.line.learn(length_bytes, seconds)
-            self._transport(way.transport).learn(length_bytes, seconds)
+    def finish_read(self, source: ReadSource, length_bytes: int, own_s: float) -> None:
+        """Learn from a read that would have taken ``own_s`` alone."""
+        known = self._source(source)
+        known.under_way -= 1
+        known.failures, known.avoided_until_s = 0, 0.0
+        if own_s > 0:
+            known.line.learn(length_bytes, own_s)
+            self._transport(source.transport).learn(length_bytes, own_s)
 
-    def given_up(self, way: Way) -> None:
-        """By this side: that says nothing of the way."""
-        self._pair(way).under_way -= 1
+    def abandon_read(self, source: ReadSource) -> None:
+        """End a read that this engine gave up, which says nothing about the source."""
+        self._source(source).under_way -= 1
 
-    def failed(self, way: Way, now: float) -> None:
-        pair = self._pair(way)
-        pair.under_way -= 1
-        avoidance_s = min(LONGEST_AVOIDANCE_S, FIRST_AVOIDANCE_S * 2.0**pair.failures)
-        pair.failures = min(pair.failures + 1, 16)
-        pair.avoided_until_s = now + avoidance_s
+    def fail_read(self, source: ReadSource, now: float) -> None:
+        """End a read that failed, and avoid its source for a while."""
+        known = self._source(source)
+        known.under_way -= 1
+        avoidance_s = min(LONGEST_AVOIDANCE_S, FIRST_AVOIDANCE_S * 2.0**known.failures)
+        known.failures = min(known.failures + 1, 16)
+        known.avoided_until_s = now + avoidance_s
 
-    def gone(self, source: str) -> None:
-        """It died: what comes under its name is another process, at the same place."""
-        for way, pair in self._pairs.items():
-            if way.source == source:
-                pair.failures, pair.avoided_until_s = 0, 0.0
+    def forget_failures(self, name: str) -> None:
+        """Stop avoiding a peer that has died: its name will be that of another process in the same place."""
+        for source, known in self._sources.items():
+            if source.name == name:
+                known.failures, known.avoided_until_s = 0, 0.0
 
-    def _pair(self, way: Way) -> _Pair:
-        pair = self._pairs.get(way)
-        if pair is None:
-            pair = self._pairs[way] = _Pair(self._transport(way.transport).speed())
-        return pair
+    def _source(self, source: ReadSource) -> _SourceSpeed:
+        known = self._sources.get(source)
+        if known is None:
+            known = self._sources[source] = _SourceSpeed(self._transport(source.transport).speed())
+        return known
 
-    def _transport(self, transport: str) -> _Line:
+    def _transport(self, transport: str) -> _FittedLine:
         line = self._transports.get(transport)
         if line is None:
-            line = self._transports[transport] = _Line(EXPECTED[transport])
+            line = self._transports[transport] = _FittedLine(EXPECTED[transport])
         return line
 
 
 class SharedLink:
-    """While n loads are under way, each has 1/n of every second: a load's own time is what it would take alone.
+    """Divides the time of overlapping loads: while n loads are under way, each is given 1/n of every second.
 
-    Whoever reckons with the result counts the loads before it itself, and would count them twice.
+    A load's own time is therefore what it would take alone. Whoever predicts with it multiplies by the number of loads
+    under way, which would count them twice otherwise.
     """
 
     def __init__(self) -> None:
         self._loads = 0
         self._share_s = 0.0
-        """Seconds that a load would have been given that was here since the beginning."""
-        self._until_s = 0.0
+        """Seconds that a load would have been given that has been under way since the beginning."""
+        self._updated_s = 0.0
 
     def begin(self, now: float) -> float:
-        """What ``end`` wants to be told."""
+        """Begin a load; return the value to give to ``end``."""
         self._advance(now)
         self._loads += 1
         return self._share_s
 
     def end(self, began: float, now: float) -> float:
-        """The load's own seconds."""
+        """End a load; return its own seconds."""
         self._advance(now)
         self._loads -= 1
         return self._share_s - began
 
     def _advance(self, now: float) -> None:
         if self._loads:
-            self._share_s += (now - self._until_s) / self._loads
-        self._until_s = now
+            self._share_s += (now - self._updated_s) / self._loads
+        self._updated_s = now
 
 
-MOST_WAYS = 256
-"""Peers come and go under other names; what was read from the longest forgotten one is forgotten too."""
-
-
-class _Count(msgspec.Struct):
+class _SourceCounts(msgspec.Struct):
     reads: int = 0
     read_bytes: int = 0
     failed: int = 0
@@ -210,74 +226,71 @@ class _Count(msgspec.Struct):
 
 
 class ReadTally:
-    """By way, since the engine began."""
+    """Counts the reads and failures of each source since the engine began."""
 
     def __init__(self) -> None:
-        self._counts: dict[Way, _Count] = {}
+        self._counts: dict[ReadSource, _SourceCounts] = {}
+        """By the last read or failure, the oldest first."""
 
-    def done(self, way: Way, slab_bytes: int) -> None:
-        count = self._of(way)
-        count.reads += 1
-        count.read_bytes += slab_bytes
+    def count_read(self, source: ReadSource, slab_bytes: int) -> None:
+        """Count a slab that was read and verified."""
+        counts = self._of(source)
+        counts.reads += 1
+        counts.read_bytes += slab_bytes
 
-    def failed(self, way: Way, mismatched: bool) -> None:
-        count = self._of(way)
-        count.failed += 1
-        count.mismatched += mismatched
+    def count_failure(self, source: ReadSource, mismatched: bool) -> None:
+        """Count a read that failed, or whose bytes were not those of the slab."""
+        counts = self._of(source)
+        counts.failed += 1
+        counts.mismatched += mismatched
 
     def counts(self, speeds: LinkSpeeds) -> tuple[ReadCounts, ...]:
-        """For the engine's report, by source and transport."""
+        """Return the counts for the engine's report, by source and transport."""
         return tuple(
             ReadCounts(
-                source=way.source,
-                transport=way.transport,
-                predicted_bytes_per_s=speeds.speed(way).bytes_per_s if count.reads else 0.0,
-                **msgspec.structs.asdict(count),
+                source=source.name,
+                transport=source.transport,
+                predicted_bytes_per_s=speeds.speed(source).bytes_per_s if counts.reads else 0.0,
+                **msgspec.structs.asdict(counts),
             )
-            for way, count in sorted(self._counts.items())
+            for source, counts in sorted(self._counts.items())
         )
 
-    def _of(self, way: Way) -> _Count:
-        count = self._counts.pop(way, None) or _Count()
-        self._counts[way] = count
-        if len(self._counts) > MOST_WAYS:
+    def _of(self, source: ReadSource) -> _SourceCounts:
+        counts = self._counts.pop(source, None) or _SourceCounts()
+        self._counts[source] = counts
+        if len(self._counts) > MOST_COUNTED:
             del self._counts[next(iter(self._counts))]
-        return count
+        return counts
 
 
-MOST_PEERS = 3
-"""Tried before the store at most: each that fails costs its time."""
-FROM_STORE = Way(STORE, "bus")
-HEDGE_FACTOR, HEDGE_FLOOR_S = 4.0, 0.25
-"""A read is given so many times its predicted time, and never less than this, before another source is tried as well:
-copies of the same bytes by processes of one busy machine were seen to take three times their median now and then."""
-
-
-def ways(
+def order_sources(
     holders: Iterable[Holder],
     mine: Abilities | None,
     preferred: Sequence[Transport],
     speeds: LinkSpeeds,
     slab_bytes: int,
     now: float,
-) -> list[Way]:
-    """By predicted time, those that failed lately last; the store is among them, after a few peers at the latest.
+) -> list[ReadSource]:
+    """Return the sources of a slab that ``holders`` have, by predicted time; those that failed lately come last.
 
-    Of one peer's transports all that reach are there: where one fails for itself the next may do.
+    The store is always one of them, and at most MOST_PEERS peers are. All transports of a peer that reach this engine
+    are included: where one fails by itself the next may work. ``mine`` is what this engine can read over; None for an
+    engine that reads from the store alone.
     """
 
-    def late(way: Way) -> tuple[bool, float]:
-        return speeds.avoided(way, now), speeds.predict(way, slab_bytes)
+    def rank(source: ReadSource) -> tuple[bool, float]:
+        return speeds.is_avoided(source, now), speeds.predict(source, slab_bytes)
 
     by_peer = [
-        [Way(holder.engine, transport) for transport in choose_transports(mine, holder.abilities, preferred)]
+        [ReadSource(holder.engine, transport) for transport in choose_transports(mine, holder.abilities, preferred)]
         for holder in holders
         if mine is not None
     ]
-    nearest = sorted((each for each in by_peer if each), key=lambda each: min(map(late, each)))[:MOST_PEERS]
-    return sorted([way for each in nearest for way in each] + [FROM_STORE], key=late)
+    nearest = sorted((each for each in by_peer if each), key=lambda each: min(map(rank, each)))[:MOST_PEERS]
+    return sorted([source for each in nearest for source in each] + [FROM_STORE], key=rank)
 
 
 def hedge_after_s(predicted_s: float) -> float:
-    """How long the first source is waited for alone."""
+    """Return how long the first source is waited for alone."""
     return max(HEDGE_FLOOR_S, HEDGE_FACTOR * predicted_s)

@@ -9,8 +9,7 @@ again, so that no token is ever sent that was computed with an unverified adapte
 from collections.abc import Callable, Iterable
 from math import ceil
 
-import msgspec
-
+from loraserve.engine.adapters.lifecycle import WANTED_LOADS, AnnouncedRead
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.schedule.report import Measured
 from loraserve.engine.schedule.sequence import EARLY, ENDING, Sequence
@@ -48,52 +47,34 @@ def min_prefill_tokens(remaining_s: float, measured: Measured) -> int | None:
     return max(1, ceil(prefill.prefill_tokens * needed_s / prefill.duration_s))
 
 
-class _ReadInProgress(msgspec.Struct):
-    """The current read of one adapter. ``failed_once`` is set once a step that started with it was discarded."""
-
-    number: int
-    min_tokens: int | None
-    failed_once: bool = False
-
-
 class EarlyStarts:
     """Decides which requests may start early, and whether their steps count.
 
-    Each read of a slab has its own number, as a slab may be read several times before it is verified. No request can
-    start early with read 0.
+    The current read of an adapter is kept in its entry in the pool. Each read has its own number, as a slab may be read
+    several times before it is verified. No request can start early with read 0.
     """
 
     def __init__(self, pool: AdapterPool) -> None:
         self._pool = pool
-        self._reads: dict[str, _ReadInProgress] = {}
         self.started = 0
         self.discarded = 0
 
-    def read_progressed(self, version: str, read: int, min_tokens: int | None) -> None:
-        """Note that a step of ``min_tokens`` prefill tokens would last until the adapter is verified; None: no step."""
-        known = self._reads.get(version)
-        if known is not None and known.number == read:
-            known.min_tokens = min_tokens
-        elif self._pool.arrives(version):
-            self._reads[version] = _ReadInProgress(read, min_tokens)
-
-    def load_ended(self, version: str, verified_read: int = 0) -> None:
-        """Note that the adapter's load succeeded with read ``verified_read``, or failed (0)."""
-        self._reads.pop(version, None)
+    def announce_read(self, version: str, read: int, least_tokens: int | None) -> None:
+        """Note the current read of an adapter that is loading; see AdapterArriving. A cancelled load is ignored."""
         entry = self._pool.get(version)
-        assert entry is not None, "a load ended that the pool does not know"
-        entry.read = verified_read
+        if entry is not None and entry.state in WANTED_LOADS:
+            entry.announce_read(read, least_tokens)
 
     def can_start(self, sequence: Sequence, first_tokens: Callable[[Sequence], int]) -> bool:
         """Return whether the request may start with the current read; its first step computes ``first_tokens``."""
-        read = self._reads.get(sequence.version)
-        if read is None or read.failed_once or read.min_tokens is None or not self._pool.arrives(sequence.version):
+        read = self._announced(sequence.version)
+        if read is None or read.failed_once or read.least_tokens is None:
             return False
-        return first_tokens(sequence) >= read.min_tokens
+        return first_tokens(sequence) >= read.least_tokens
 
     def start(self, version: str) -> int:
         """Return the number of the read that a request starts early with; 0 if its adapter is not being read."""
-        read = self._reads.get(version)
+        read = self._announced(version)
         if read is None:
             return 0
         self.started += 1
@@ -108,10 +89,10 @@ class EarlyStarts:
             return True
         started_with, sequence.early_read = sequence.early_read, 0
         entry = self._pool.get(sequence.version)
-        if not late and entry is not None and entry.resident and entry.read == started_with:
+        if not late and entry is not None and entry.is_complete and entry.verified_read == started_with:
             return True
         self.discarded += 1
-        current = self._reads.get(sequence.version)
+        current = self._announced(sequence.version)
         if current is not None and current.number == started_with:
             current.failed_once = True
         return False
@@ -120,10 +101,12 @@ class EarlyStarts:
         """Raise AssertionError if a request runs without its adapter and did not start early."""
         for sequence in running:
             entry = self._pool.get(sequence.version) if sequence.version else None
-            has_adapter = entry is None or entry.resident
+            has_adapter = entry is None or entry.is_complete
             assert has_adapter or sequence.state in (EARLY, ENDING), "a request runs without its adapter"
             assert sequence.state is not EARLY or sequence.early_read, "an early start without a read"
             assert not sequence.early_read or sequence.state in (EARLY, ENDING), "a read of a request that runs"
             assert not sequence.early_read or sequence.in_flight == 1, "an early start is not in exactly one step"
-        loading = {entry.adapter.version for entry in self._pool.entries() if not entry.resident}
-        assert self._reads.keys() <= loading, "a read of an adapter that is not loading"
+
+    def _announced(self, version: str) -> AnnouncedRead | None:
+        entry = self._pool.get(version)
+        return entry.announced if entry is not None else None

@@ -2,6 +2,7 @@
 
 import msgspec
 
+from loraserve.engine.adapters.lifecycle import LoadedSlab
 from loraserve.messages import AdapterRef, Admit, TokenDelta
 from loraserve.messages.sampling import SamplingParams
 
@@ -108,10 +109,14 @@ class AdapterArriving(msgspec.Struct, frozen=True):
 
 
 class AdapterLoaded(msgspec.Struct, frozen=True):
-    """A slab is in the pool and verified. ``read`` is its read's number, 0 if no AdapterArriving announced it."""
+    """A slab is in the pool, verified and installed in its slot.
+
+    ``read`` is its read's number, 0 if no AdapterArriving announced it. A simulated engine has no ``slab``.
+    """
 
     version: str
     read: int = 0
+    slab: LoadedSlab | None = None
 
 
 class AdapterLoadFailed(msgspec.Struct, frozen=True):
@@ -197,13 +202,19 @@ class LeftSlab(msgspec.Struct, frozen=True):
 
     adapter: AdapterRef
     offset_bytes: int
+    slab: LoadedSlab | None = None
 
 
 class EvictAdapter(msgspec.Struct, frozen=True):
-    """The slot and the extent of this adapter are free. ``left`` is None if the slab was incomplete or damaged."""
+    """The slot and the extent of this adapter are free; ``reason`` says why, for logs.
+
+    ``left`` is None if the slab was incomplete or damaged.
+    """
 
     version: str
     slot: int
+    name: str
+    reason: str
     left: LeftSlab | None = None
 
 

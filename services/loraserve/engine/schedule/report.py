@@ -126,8 +126,8 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
         kv_blocks_free=scheduler.blocks.free,
         block_tokens=scheduler.limits.block_tokens,
         pool_total_bytes=scheduler.limits.pool_bytes,
-        pool_free_bytes=scheduler.residency.pool.free_bytes,
-        pool_room_bytes=scheduler.residency.pool.room_bytes,
+        pool_free_bytes=scheduler.residency.pool.eviction.free_bytes,
+        pool_room_bytes=scheduler.residency.pool.eviction.room_bytes,
         max_running=scheduler.limits.max_running,
         max_model_tokens=scheduler.max_model_tokens,
         max_step_tokens=scheduler.limits.max_step_tokens,
@@ -147,13 +147,13 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
                 running=e.running,
             )
             for e in entries
-            if e.resident
+            if e.is_complete
         ),
-        loading=tuple(e.adapter.version for e in entries if not e.resident),
+        loading=tuple(e.adapter.version for e in entries if e.is_loading),
         adapter_tokens=scheduler.counts.by_adapter(),
         request_ids=tuple(s.request_id for s in live),
         plan_epoch=scheduler.residency.plan_epoch,
-        prefetched=scheduler.residency.prefetched(),
+        prefetched=scheduler.residency.prefetch_counts(),
     )
 
 

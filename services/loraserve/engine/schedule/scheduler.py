@@ -12,6 +12,7 @@ from operator import attrgetter
 
 from msgspec.structs import replace
 
+from loraserve.engine.adapters.lifecycle import AdapterEvent, AdapterState
 from loraserve.engine.adapters.residency import Residency
 from loraserve.engine.schedule.blocks import BlockManager
 from loraserve.engine.schedule.early import EarlyStarts
@@ -79,12 +80,11 @@ class Scheduler:
             case StepFailed(step_id, message):
                 instructions = self._step_failed(step_id, message, now)
             case AdapterArriving(version, read, least_tokens):
-                self.early.read_progressed(version, read, least_tokens)
+                self.early.announce_read(version, read, least_tokens)
                 instructions = []
-            case AdapterLoaded(version, read):
+            case AdapterLoaded(version, read, slab):
                 self._story.tell(version, now, "loaded")
-                self.early.load_ended(version, read)
-                instructions = self.residency.loaded(version)
+                instructions = self.residency.complete_load(version, read, slab)
             case AdapterLoadFailed(version, code, message):
                 instructions = self._load_failed(version, code, message, now)
             case AdapterDamaged(version):
@@ -151,7 +151,7 @@ class Scheduler:
         self.waiting.append(sequence)
         self.counts.request(sequence.version)
         if admit.adapter is not None:
-            self.residency.arrived(admit.adapter, now)
+            self.residency.note_request(admit.adapter, now)
         self._story.tell(admit.request_id, now, f"waiting, {sequence.prompt_length} prompt tokens")
         return []
 
@@ -241,7 +241,7 @@ class Scheduler:
         block_tokens = self.limits.block_tokens
         first = sequence.computed // block_tokens
         sequence.computed += tokens
-        if self.limits.prefix_cache and self.residency.ready(sequence.version):
+        if self.limits.prefix_cache and self.residency.is_ready(sequence.version):
             for index in range(first, sequence.computed // block_tokens):
                 self.blocks.add_to_cache(sequence.blocks[index], sequence.block_digest(index))
 
@@ -261,10 +261,9 @@ class Scheduler:
     def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
         """Reject the requests that wait for the adapter or started early with it, unless the load was cancelled."""
         self._story.tell(version, now, f"load failed: {code}: {message}")
-        self.early.load_ended(version)
         if code == CANCELLED:
-            return self.residency.load_cancelled(version)
-        instructions = self.residency.load_failed(version, message)
+            return self.residency.drop_cancelled_load(version)
+        instructions = self.residency.fail_load(version, message)
         early = [s for s in self.running if s.version == version and s.state is EARLY]
         waiting = [s for s in self.waiting if s.version == version]
         for sequence in early + waiting:
@@ -278,8 +277,9 @@ class Scheduler:
 
         The whole prefix cache is cleared: it names blocks by digests, so that those of one adapter cannot be found.
         """
-        if not self.residency.pool.damage(version):
+        if self.residency.pool.state(version) is not AdapterState.RESIDENT:
             return []
+        self.residency.pool.apply(version, AdapterEvent.DAMAGE_FOUND)
         self._story.tell(version, now, "damaged in the pool: it leaves once no request runs with it")
         self.blocks.clear_cache()
         affected = [s for s in self.waiting + self.running if s.version == version and s.has_started]
@@ -328,12 +328,12 @@ class Scheduler:
         """
         if not self.waiting:
             return
-        overtaking = OvertakingLimit(self.residency.in_the_way)
+        overtaking = OvertakingLimit(self.residency.find_blockers)
         places = self.limits.max_running - sum(s.state is not ENDING for s in self.running)
         for sequence in list(self.waiting):
             if places == 0 or builder.budget == 0:
                 return
-            is_resident = self.residency.ready(sequence.version)
+            is_resident = self.residency.is_ready(sequence.version)
             if not is_resident and not self.early.can_start(sequence, builder.first_tokens):
                 overtaking.skip(sequence)
                 continue
@@ -406,7 +406,8 @@ class Scheduler:
             return False
         free = self.blocks.free
         return any(
-            self.residency.ready(s.version) and self.blocks.blocks_for(len(s.history) + 1) <= free for s in self.waiting
+            self.residency.is_ready(s.version) and self.blocks.blocks_for(len(s.history) + 1) <= free
+            for s in self.waiting
         )
 
     def _missing_blocks(self, sequence: Sequence, steps: int) -> int:

@@ -18,7 +18,7 @@ A, B, C = (ref(version) for version in "abc")
 
 def come(followers: Followers, *adapters: AdapterRef, at_s: float, apart_s: float = 1.0) -> list[list[str]]:
     """Requests one after another: what is expected at each."""
-    found = [followers.arrived(adapter, at_s + apart_s * n) for n, adapter in enumerate(adapters)]
+    found = [followers.note_request(adapter, at_s + apart_s * n) for n, adapter in enumerate(adapters)]
     followers.validate()
     return [[adapter.version for adapter in expected] for expected in found]
 
@@ -56,7 +56,7 @@ def test_several_are_expected_most_often_first_and_in_their_newest_shape() -> No
     for times in range(8):
         come(followers, *((A, C, B) if times % 2 else (A, B)), at_s=times * APART_S)
     come(followers, A, ref("b", "renamed"), at_s=9 * APART_S)
-    expected = followers.arrived(A, 1e6)
+    expected = followers.note_request(A, 1e6)
     assert [(adapter.version, adapter.name) for adapter in expected] == [("b", "renamed")]
     come(followers, C, at_s=1e6 + 1)
     assert come(followers, A, at_s=2e6) == [["b", "c"]]
@@ -85,14 +85,14 @@ def test_whatever_comes_it_stays_consistent(steps: list[tuple[int, float]]) -> N
     followers, now = Followers(), 0.0
     for number, apart_s in steps:
         now += apart_s
-        followers.arrived(ref(f"v{number}"), now)
+        followers.note_request(ref(f"v{number}"), now)
         followers.validate()
 
 
 def test_it_is_bounded_in_leaders_followers_and_windows() -> None:
     followers = Followers()
     for number in range(2 * MOST_LEADERS):
-        followers.arrived(ref(f"v{number}"), number * 0.001)
+        followers.note_request(ref(f"v{number}"), number * 0.001)
         followers.validate()
     for number in range(3 * MOST_FOLLOWERS):
         come(followers, A, ref(f"one-{number}"), B, at_s=1e6 + number * APART_S)

@@ -1,25 +1,25 @@
 """How a plan's loads rest while steps run, and only then."""
 
-from loraserve.engine.adapters.residency import LONGEST_REST_S, REST, Pace
+from loraserve.engine.adapters.residency import LONGEST_REST_S, REST_FACTOR, LoadPace
 
 
 def test_one_at_a_time_and_a_rest_after_each_while_steps_run() -> None:
-    pace = Pace()
+    pace = LoadPace()
     assert pace.allows(0.0, stepping=True)
-    pace.began("a", 0.0)
-    pace.look(lambda version: True, 0.005)
+    pace.begin("a", 0.0)
+    pace.update(lambda version: True, 0.005)
     assert not pace.allows(0.005, stepping=True)
     assert pace.allows(0.005, stepping=False)
-    pace.look(lambda version: False, 0.01)
-    rests_until_s = 0.01 + REST * 0.01
+    pace.update(lambda version: False, 0.01)
+    rests_until_s = 0.01 + REST_FACTOR * 0.01
     assert not pace.allows(rests_until_s - 1e-6, stepping=True)
     assert pace.allows(rests_until_s - 1e-6, stepping=False)
     assert pace.allows(rests_until_s, stepping=True)
 
 
 def test_a_long_load_is_not_followed_by_a_rest_as_long() -> None:
-    pace = Pace()
-    pace.began("a", 0.0)
-    pace.look(lambda version: False, 10.0)
+    pace = LoadPace()
+    pace.begin("a", 0.0)
+    pace.update(lambda version: False, 10.0)
     assert not pace.allows(10.0 + LONGEST_REST_S - 1e-6, stepping=True)
     assert pace.allows(10.0 + LONGEST_REST_S, stepping=True)

@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from loraserve.engine.adapters.lifecycle import AdapterEvent
 from loraserve.engine.adapters.pool import AdapterPool, Placed
 from loraserve.messages import AdapterRef
 
@@ -23,8 +24,14 @@ def pool_with(*adapters: AdapterRef, units: int = 4, slots: int = 4) -> AdapterP
     pool = AdapterPool(MIN * units, slots, MIN)
     for now, adapter in enumerate(adapters):
         assert pool.place(adapter, float(now)) is not None
-        pool.loaded(adapter.version)
+        pool.apply(adapter.version, AdapterEvent.LOADED)
     return pool
+
+
+def fail_load(pool: AdapterPool, version: str) -> None:
+    pool.apply(version, AdapterEvent.LOAD_FAILED)
+    (removed,) = pool.remove_leaving()
+    assert removed.adapter.version == version
 
 
 def evicted(placed: Placed | None) -> list[str]:
@@ -92,7 +99,9 @@ class PoolMachine(RuleBasedStateMachine):
         if placed is None:
             would = {v for v in self.held if v not in keep and self.evictable(v, drop, leases_end=True)}
             victims = self.cheapest(size, would) if self.room(size, self.held.keys() - would) else set()
-            assert self.pool.leased_in_the_way(adapter, keep, drop) == {v for v in victims if self.leased.get(v, 0)}
+            assert self.pool.eviction.find_leased_victims(adapter, keep, drop) == {
+                v for v in victims if self.leased.get(v, 0)
+            }
             return
         gone = set(evicted(placed))
         assert gone <= may_go, "something that is needed was evicted"
@@ -111,16 +120,16 @@ class PoolMachine(RuleBasedStateMachine):
         size = -(-adapter.slab_bytes // MIN) * MIN
         if adapter.version in self.held or size > MIN * self.units:
             return
-        in_the_way = self.pool.in_the_way(adapter, 1)
+        in_the_way = self.pool.eviction.find_blockers(adapter, 1)
         if self.room(size, {v for v in self.held if not self.evictable(v, drop_plan_pins=True)}):
             assert not in_the_way
             return
         self.by_requests = True
         assert in_the_way == self.cheapest(size, set(self.held))
         self.by_requests = False
-        more = self.pool.in_the_way(adapter, 2)
+        more = self.pool.eviction.find_blockers(adapter, 2)
         assert more >= in_the_way
-        assert self.pool.in_the_way(adapter, 100) >= more
+        assert self.pool.eviction.find_blockers(adapter, 100) >= more
 
     @precondition(lambda self: self.loading)
     @rule(data=st.data(), fails=st.booleans())
@@ -128,11 +137,11 @@ class PoolMachine(RuleBasedStateMachine):
         version = data.draw(st.sampled_from(sorted(self.loading)))
         self.loading.remove(version)
         if fails:
-            assert self.pool.load_failed(version).adapter.version == version
+            fail_load(self.pool, version)
             del self.held[version]
             self.planned.discard(version)
         else:
-            self.pool.loaded(version)
+            self.pool.apply(version, AdapterEvent.LOADED)
 
     @rule(data=st.data(), starts=st.booleans())
     def run(self, data: st.DataObject, starts: bool) -> None:
@@ -158,7 +167,7 @@ class PoolMachine(RuleBasedStateMachine):
     def plan(self, index: int, wanted: bool) -> None:
         version = f"v{index}"
         changes = version in self.held and (version in self.planned) != wanted
-        assert self.pool.plan(version, wanted) == changes
+        assert self.pool.pin_for_plan(version, 1 if wanted else None) == changes
         if changes:
             (self.planned.add if wanted else self.planned.remove)(version)
 
@@ -170,10 +179,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert {entry.adapter.version for entry in self.pool.entries()} == self.held.keys()
         assert self.pool.loading == len(self.loading)
         needed = sum(size for v, (_, size) in self.held.items() if not self.evictable(v, drop_plan_pins=False))
-        assert self.pool.free_bytes == MIN * self.units - needed
+        assert self.pool.eviction.free_bytes == MIN * self.units - needed
         staying = {v for v in self.held if not self.evictable(v, drop_plan_pins=True)}
         sizes = range(MIN, MIN * self.units + 1, MIN)
-        assert self.pool.room_bytes == max((s for s in sizes if self.room(s, staying)), default=0)
+        assert self.pool.eviction.room_bytes == max((s for s in sizes if self.room(s, staying)), default=0)
         extents = sorted((start, start + size) for start, size in self.held.values())
         assert all(before[1] <= after[0] for before, after in pairwise(extents))
 
@@ -217,15 +226,15 @@ def test_a_hole_on_either_side_of_a_victim_is_room(hole: str) -> None:
     pool = AdapterPool(MIN * 3, 4, MIN)
     for adapter in (ref("a"), ref("b"), ref("c")):
         pool.place(adapter, 0.0)
-    pool.load_failed(hole)
-    pool.loaded("b")
+    fail_load(pool, hole)
+    pool.apply("b", AdapterEvent.LOADED)
     assert evicted(pool.place(ref("two", 2), 1.0)) == ["b"]
 
 
 def test_one_plan_pin_goes_before_two_that_were_used_earlier() -> None:
     pool = pool_with(ref("a"), ref("b"), ref("c", 2))
     for version in "abc":
-        pool.plan(version, True)
+        pool.pin_for_plan(version, 1)
     assert evicted(pool.place(ref("two", 2), 9.0, drop_plan_pins=True)) == ["c"]
 
 
@@ -234,7 +243,7 @@ def test_of_those_used_last_at_once_the_smallest_goes_then_the_lowest(units: tup
     pool = AdapterPool(MIN * sum(units), 4, MIN)
     for version, size in zip("abc", units, strict=True):
         pool.place(ref(version, size), 0.0)
-        pool.loaded(version)
+        pool.apply(version, AdapterEvent.LOADED)
     assert evicted(pool.place(ref("two", 2), 1.0)) == [goes]
 
 
@@ -243,11 +252,11 @@ def test_who_is_needed_stays(need: str) -> None:
     pool = AdapterPool(MIN, 4, MIN)
     pool.place(ref("a"), 0.0)
     if need != "loading":
-        pool.loaded("a")
+        pool.apply("a", AdapterEvent.LOADED)
     if need == "running":
         pool.start_running("a", 1.0)
     if need == "planned":
-        pool.plan("a", True)
+        pool.pin_for_plan("a", 1)
     if need == "leased":
         pool.lease("a")
     assert pool.place(ref("b"), 2.0, keep={"a"} if need == "kept" else ()) is None
@@ -257,9 +266,9 @@ def test_who_is_needed_stays(need: str) -> None:
 
 def test_a_request_may_drop_a_plan_pin_and_that_is_counted() -> None:
     pool = pool_with(ref("a"), ref("b"), units=2)
-    pool.plan("a", True)
+    pool.pin_for_plan("a", 1)
     assert evicted(pool.place(ref("c"), 5.0, drop_plan_pins=True)) == ["b"], "what is not pinned goes first"
-    pool.loaded("c")
+    pool.apply("c", AdapterEvent.LOADED)
     pool.start_running("c", 6.0)
     assert evicted(pool.place(ref("d"), 7.0, drop_plan_pins=True)) == ["a"]
     assert pool.plan_pins_dropped == 1

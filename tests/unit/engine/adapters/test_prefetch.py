@@ -2,7 +2,14 @@
 
 from types import SimpleNamespace
 
-from loraserve.engine.adapters.prefetch import ADMISSION_LASTS_S, LEAST_TIMES, MOST_GUESSES, SPARES_S, WINDOW_S, Kind
+from loraserve.engine.adapters.prefetch import (
+    ADMISSION_LASTS_S,
+    LEAST_TIMES,
+    MOST_CANDIDATES,
+    SPARES_S,
+    WINDOW_S,
+    PrefetchKind,
+)
 from loraserve.engine.schedule.events import (
     CANCELLED,
     AdapterExpected,
@@ -86,7 +93,7 @@ def test_a_guess_takes_no_room_that_a_request_or_the_plan_has_or_that_was_used_l
     desk.loaded("busy")
     ran(desk, helpers, "old")
     assert expect(desk, helpers, "a") == []
-    desk.now += SPARES_S[Kind.ADMISSION]
+    desk.now += SPARES_S[PrefetchKind.ADMISSION]
     (evict, _) = expect(desk, helpers, "b")
     assert (evict.version, evict.slot) == ("old", 0)
 
@@ -125,9 +132,9 @@ def test_what_cannot_be_had_is_not_tried_again(helpers: SimpleNamespace) -> None
     assert desk.loads == []
 
 
-def test_too_many_guesses_are_not_taken_up(helpers: SimpleNamespace) -> None:
+def test_too_many_candidates_are_not_taken_up(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(pool_bytes=64 * helpers.UNIT, max_adapters=64)
-    for number in range(MOST_GUESSES + 5):
+    for number in range(MOST_CANDIDATES + 5):
         expect(desk, helpers, f"v{number}")
         desk.now -= 1.0
     begun = 0
@@ -135,7 +142,7 @@ def test_too_many_guesses_are_not_taken_up(helpers: SimpleNamespace) -> None:
         begun += 1
         desk.now -= 1.0
         desk.loaded(desk.loads[0])
-    assert begun == MOST_GUESSES
+    assert begun == MOST_CANDIDATES
 
 
 def learn(desk: SimpleNamespace, helpers: SimpleNamespace) -> None:
@@ -152,7 +159,7 @@ def learn(desk: SimpleNamespace, helpers: SimpleNamespace) -> None:
 def test_what_usually_follows_is_there_before_it_is_asked_for(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     learn(desk, helpers)
-    desk.now += SPARES_S[Kind.PATTERN]
+    desk.now += SPARES_S[PrefetchKind.PATTERN]
     desk.arrive("leader", [1], helpers.adapter("a"), max_tokens=1)
     assert desk.loads == ["a"], "one place is left for whoever comes next"
     desk.loaded("a")

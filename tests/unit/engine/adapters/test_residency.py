@@ -38,7 +38,7 @@ def residency(units: int = 2, loaded: tuple[AdapterRef, ...] = (), max_loads: in
     made = Residency(limits, Story())
     for now, adapter in enumerate(loaded):
         assert loads(made.start_loads([adapter], float(now), idle=True)) == [adapter.version]
-        made.loaded(adapter.version)
+        made.complete_load(adapter.version)
     return made
 
 
@@ -56,36 +56,36 @@ def answers(instructions: list[Instruction]) -> list[PlanReady]:
 
 def test_the_base_model_is_always_ready_and_an_adapter_once_it_is_loaded() -> None:
     made = residency()
-    assert made.ready("")
-    assert not made.ready("a")
+    assert made.is_ready("")
+    assert not made.is_ready("a")
     made.start_loads([A], 0.0, idle=True)
-    assert not made.ready("a"), "it is still on its way"
-    made.loaded("a")
-    assert made.ready("a")
+    assert not made.is_ready("a"), "it is still on its way"
+    made.complete_load("a")
+    assert made.is_ready("a")
 
 
 def test_requests_are_served_before_the_plan() -> None:
     made = residency()
-    made.prepare(1, (B, C))
+    made.prepare_plan(1, (B, C))
     assert loads(made.start_loads([A], 0.0, idle=True)) == ["a", "b"]
 
 
 def test_a_plan_for_which_other_pins_leave_no_room_is_answered_though_requests_run() -> None:
     made = residency(units=3, loaded=(A, B))
-    made.prepare(1, (A,))
+    made.prepare_plan(1, (A,))
     made.pool.start_running("b", 2.0)
-    made.prepare(2, (HUGE, C))
+    made.prepare_plan(2, (HUGE, C))
     begun = made.start_loads([], 3.0, idle=False)
     assert (loads(begun), answers(begun)) == (["c"], []), "beside the pin of the first plan there is no room for HUGE"
-    (answer,) = answers(made.loaded("c"))
+    (answer,) = answers(made.complete_load("c"))
     assert (answer.epoch, list(answer.failed)) == (2, ["huge"])
 
 
 def test_a_plan_waits_for_room_that_a_running_request_will_leave() -> None:
     made = residency(units=2, loaded=(A, B))
-    made.prepare(1, (A,))
+    made.prepare_plan(1, (A,))
     made.pool.start_running("b", 2.0)
-    made.prepare(2, (C,))
+    made.prepare_plan(2, (C,))
     assert made.start_loads([], 3.0, idle=False) == [], "what runs may end and make room"
     made.pool.stop_running("b", 4.0)
     assert loads(made.start_loads([], 4.0, idle=False)) == ["c"]
@@ -94,15 +94,15 @@ def test_a_plan_waits_for_room_that_a_running_request_will_leave() -> None:
 def test_few_adapters_load_at_once() -> None:
     made = residency(units=8)
     assert loads(made.start_loads([A, B, C, D], 0.0, idle=True)) == ["a", "b"]
-    made.loaded("a")
+    made.complete_load("a")
     assert loads(made.start_loads([B, C, D], 1.0, idle=True)) == ["c"]
-    made.load_failed("b", "gone")
+    made.fail_load("b", "gone")
     assert loads(made.start_loads([D], 2.0, idle=True)) == ["d"]
 
 
 def test_an_adapter_on_its_way_is_not_loaded_again() -> None:
     made = residency()
-    made.prepare(1, (A,))
+    made.prepare_plan(1, (A,))
     assert loads(made.start_loads([A, A], 0.0, idle=True)) == ["a"]
     assert made.start_loads([A], 1.0, idle=True) == []
 
@@ -126,25 +126,25 @@ def test_an_eviction_comes_before_the_load_that_needs_it() -> None:
 
 def test_a_plan_is_answered_when_all_of_it_is_there_and_pinned() -> None:
     made = residency(loaded=(A,))
-    assert made.prepare(7, (A, B)) == []
+    assert made.prepare_plan(7, (A, B)) == []
     made.start_loads([], 1.0, idle=True)
-    assert made.loaded("b") == [PlanReady(7, {})]
+    assert made.complete_load("b") == [PlanReady(7, {})]
     assert [entry.planned for entry in made.pool.entries()] == [True, True]
     assert made.start_loads([], 2.0, idle=True) == [], "it is answered once"
 
 
 def test_a_plan_of_what_is_there_or_of_nothing_is_answered_at_once() -> None:
     made = residency(loaded=(A,))
-    assert made.prepare(1, (A,)) == [PlanReady(1, {})]
-    assert made.prepare(2, ()) == [PlanReady(2, {})]
+    assert made.prepare_plan(1, (A,)) == [PlanReady(1, {})]
+    assert made.prepare_plan(2, ()) == [PlanReady(2, {})]
 
 
 def test_what_cannot_be_loaded_is_in_the_answer_with_its_reason() -> None:
     made = residency()
-    assert made.prepare(3, (HUGE, A)) == []
+    assert made.prepare_plan(3, (HUGE, A)) == []
     made.start_loads([], 0.0, idle=True)
-    evict, answer = made.load_failed("a", "corrupt: bad digest")
-    assert evict == EvictAdapter("a", 0)
+    evict, answer = made.fail_load("a", "corrupt: bad digest")
+    assert evict == EvictAdapter("a", 0, "A", "its load failed or was cancelled")
     assert isinstance(answer, PlanReady)
     assert answer.epoch == 3
     assert answer.failed["a"] == "corrupt: bad digest"
@@ -153,21 +153,21 @@ def test_what_cannot_be_loaded_is_in_the_answer_with_its_reason() -> None:
 
 def test_a_newer_plan_ends_the_one_before() -> None:
     made = residency()
-    made.prepare(1, (A, B))
+    made.prepare_plan(1, (A, B))
     made.start_loads([], 0.0, idle=True)
-    made.loaded("a")
-    ended = made.prepare(2, (B,))
+    made.complete_load("a")
+    ended = made.prepare_plan(2, (B,))
     assert ended == [PlanReady(1, {"b": "a newer plan came"})]
-    assert made.loaded("b") == [PlanReady(2, {})], "a load that was under way serves the newer plan"
+    assert made.complete_load("b") == [PlanReady(2, {})], "a load that was under way serves the newer plan"
 
 
 def test_a_plan_never_drops_its_own_pins_and_says_so_once_nothing_else_can_make_room() -> None:
     made = residency()
-    made.prepare(1, (A, B, C))
+    made.prepare_plan(1, (A, B, C))
     made.start_loads([], 0.0, idle=True)
-    made.loaded("a")
+    made.complete_load("a")
     assert answers(made.start_loads([], 1.0, idle=True)) == [], "b is still on its way and may fail"
-    made.loaded("b")
+    made.complete_load("b")
     (answer,) = answers(made.start_loads([], 2.0, idle=False))
     assert answer.failed.keys() == {"c"}
     assert "raise engine.pool_bytes" in answer.failed["c"]
@@ -175,75 +175,75 @@ def test_a_plan_never_drops_its_own_pins_and_says_so_once_nothing_else_can_make_
 
 def test_a_request_drops_a_plan_pin_where_nothing_else_makes_room() -> None:
     made = residency(loaded=(A, B))
-    made.prepare(1, (A,))
+    made.prepare_plan(1, (A,))
     assert evictions(made.start_loads([C], 5.0, idle=True)) == ["b"]
-    made.loaded("c")
+    made.complete_load("c")
     assert evictions(made.start_loads([C, D], 6.0, idle=True)) == ["a"]
 
 
 def test_retired_copies_lose_their_pin_and_stay_until_room_is_wanted() -> None:
     made = residency(loaded=(A, B))
-    made.prepare(1, (A, B))
+    made.prepare_plan(1, (A, B))
     for _ in range(2):
-        assert made.retire(1, keep=("b",)) == []
+        assert made.retire_copies(1, keep=("b",)) == []
         assert pins(made) == {"b": 1}
-    assert made.ready("a")
+    assert made.is_ready("a")
     assert evictions(made.start_loads([C], 5.0, idle=True)) == ["a"]
 
 
 def pins(made: Residency) -> dict[str, int]:
     """Epochs of the plan's pins by version."""
-    return {e.adapter.version: e.planned_epoch for e in made.pool.entries() if e.planned}
+    return {e.adapter.version: e.plan_epoch for e in made.pool.entries() if e.planned}
 
 
 def test_a_late_retire_of_an_older_plan_leaves_what_a_newer_one_pinned() -> None:
     made = residency(units=4, loaded=(A, B, C))
-    made.prepare(4, (A, B))
-    made.prepare(5, (B, C))
-    made.retire(4, keep=())
+    made.prepare_plan(4, (A, B))
+    made.prepare_plan(5, (B, C))
+    made.retire_copies(4, keep=())
     assert pins(made) == {"b": 5, "c": 5}, "b was wanted by both"
-    made.retire(5, keep=("b",))
+    made.retire_copies(5, keep=("b",))
     assert pins(made) == {"b": 5}
 
 
 def test_a_retire_gives_up_what_is_still_to_come_for_a_plan_that_was_never_published() -> None:
     made = residency(units=4, loaded=(A,))
-    made.prepare(4, (A,))
-    assert made.prepare(5, (A, B, C, D)) == []
+    made.prepare_plan(4, (A,))
+    assert made.prepare_plan(5, (A, B, C, D)) == []
     assert loads(made.start_loads([], 1.0, idle=True)) == ["b", "c"]
-    (given_up,) = made.retire(5, keep=("a",))
+    (given_up,) = made.retire_copies(5, keep=("a",))
     assert isinstance(given_up, PlanReady)
     assert given_up.failed == dict.fromkeys("bcd", "epoch 5 does without it")
-    assert [*made.loaded("b"), *made.loaded("c"), *made.start_loads([], 2.0, idle=True)] == []
+    assert [*made.complete_load("b"), *made.complete_load("c"), *made.start_loads([], 2.0, idle=True)] == []
     assert pins(made) == {"a": 5}
 
 
 def test_a_retire_of_an_older_plan_does_not_end_what_is_being_prepared() -> None:
     made = residency()
-    made.prepare(5, (A,))
+    made.prepare_plan(5, (A,))
     made.start_loads([], 1.0, idle=True)
-    assert made.retire(4, keep=()) == []
-    assert made.loaded("a") == [PlanReady(5, {})]
+    assert made.retire_copies(4, keep=()) == []
+    assert made.complete_load("a") == [PlanReady(5, {})]
     assert pins(made) == {"a": 5}
 
 
 def test_what_a_dead_planner_asked_for_comes_too_late_and_is_refused() -> None:
     made = residency(units=4)
-    made.prepare(5, (A,))
-    (late,) = made.prepare(4, (B,))
+    made.prepare_plan(5, (A,))
+    (late,) = made.prepare_plan(4, (B,))
     assert isinstance(late, PlanReady)
     assert (late.epoch, late.failed.keys()) == (4, {"b"})
     assert "older than epoch 5" in late.failed["b"]
     assert loads(made.start_loads([], 1.0, idle=True)) == ["a"]
-    assert made.loaded("a") == [PlanReady(5, {})], "the newer plan was not disturbed"
+    assert made.complete_load("a") == [PlanReady(5, {})], "the newer plan was not disturbed"
 
 
 def test_the_newest_epoch_heard_of_is_told() -> None:
     made = residency(loaded=(A,))
     assert made.plan_epoch == 0
-    made.prepare(3, (A,))
-    made.retire(7, keep=())
-    made.retire(6, keep=())
+    made.prepare_plan(3, (A,))
+    made.retire_copies(7, keep=())
+    made.retire_copies(6, keep=())
     assert made.plan_epoch == 7
 
 
@@ -264,7 +264,7 @@ def test_a_long_queue_before_a_full_pool_costs_one_look_a_size() -> None:
     made.pool = pool = CountingPool(2 * UNIT, 8)
     for adapter in (A, B):
         made.start_loads([adapter], 0.0, idle=False)
-        made.loaded(adapter.version)
+        made.complete_load(adapter.version)
         pool.start_running(adapter.version, 0.0)
     pool.looks = 0
     queue = [msgspec.structs.replace(C, version=f"v{i}", slab_bytes=(2 - i % 2) * UNIT) for i in range(500)]
@@ -281,11 +281,11 @@ def test_a_smaller_adapter_loads_where_a_larger_one_found_no_room() -> None:
 
 def test_while_steps_run_a_plan_s_adapters_come_one_by_one_and_requests_are_not_held_up() -> None:
     made = residency(units=8)
-    made.prepare(1, (A, B, C))
+    made.prepare_plan(1, (A, B, C))
     assert loads(made.start_loads([], 0.0, idle=False, stepping=True)) == ["a"]
     assert loads(made.start_loads([D], 0.01, idle=False, stepping=True)) == ["d"]
-    made.loaded("a")
+    made.complete_load("a")
     assert loads(made.start_loads([D], 0.01, idle=False, stepping=True)) == [], "it rests"
     assert loads(made.start_loads([D], 0.1, idle=False, stepping=True)) == ["b"]
-    made.loaded("d")
+    made.complete_load("d")
     assert loads(made.start_loads([], 0.1, idle=False, stepping=False)) == ["c"], "nothing runs any more"

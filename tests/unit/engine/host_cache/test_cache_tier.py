@@ -15,7 +15,7 @@ from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.engine.host_cache.tier import FROM_CACHE, CacheTier
 from loraserve.engine.loading.memory import HostPool, Landing
 from loraserve.engine.loading.source import Damaged, LoadFailed
-from loraserve.engine.loading.speeds import Way
+from loraserve.engine.loading.speeds import ReadSource
 from loraserve.engine.schedule.events import LeftSlab
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
@@ -25,7 +25,7 @@ from loraserve.testing.tiny_model import write_peft_adapter
 POOL_BYTES = 1 << 20
 AT = 8192
 SHAPE = ModelShape(2, 32, 2, 1, 16, 48, 64)
-FROM_PEER = Way("engine-1", "shm")
+FROM_PEER = ReadSource("engine-1", "shm")
 
 
 class SlowPool(HostPool):
@@ -52,13 +52,13 @@ class Stage:
         self.slab = slab
         self.ref = AdapterRef(name="one", version=slab.version, rank=4, slab_bytes=slab.header.slab_bytes)
         self.tasks: list[asyncio.Task[None]] = []
-        self.predicted: list[Way | None] = []
+        self.predicted: list[ReadSource | None] = []
         self.tier = CacheTier(cache_bytes, self.pool, FakeClock(), self.spawn, self.predict)
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self.tasks.append(asyncio.ensure_future(work))
 
-    def predict(self, way: Way | None, slab_bytes: int) -> float:
+    def predict(self, way: ReadSource | None, slab_bytes: int) -> float:
         self.predicted.append(way)
         return 1.0
 

@@ -171,7 +171,7 @@ class HostCacheMachine(RuleBasedStateMachine):
         for adapter in self.saving:
             slab = self.cache.get(adapter.version)
             assert slab is not None
-            assert not slab.resident
+            assert not slab.is_complete
 
     def teardown(self) -> None:
         """Once nobody reads any more nothing is pinned: all of it can leave."""

@@ -44,7 +44,7 @@ class Owner:
 
     def load(self, wanted: AdapterRef, now: float) -> None:
         self.residency.start_loads([wanted], now, idle=True)
-        self.residency.loaded(wanted.version)
+        self.residency.complete_load(wanted.version)
 
     def lease(self, wanted: AdapterRef, reader: Reader = ONE, read_id: str = "read", now: float = 0.0) -> Lease:
         lease = self.ask(wanted, reader, read_id, now)
@@ -186,10 +186,10 @@ def test_an_eviction_that_meets_a_lease_takes_another_victim() -> None:
 def test_where_all_is_read_a_request_waits_until_a_lease_ends() -> None:
     owner = Owner(A, B)
     leases = [owner.lease(each) for each in (A, B)]
-    assert (owner.pool.free_bytes, owner.pool.room_bytes) == (0, 0)
+    assert (owner.pool.eviction.free_bytes, owner.pool.eviction.room_bytes) == (0, 0)
     assert owner.waits(C) == ([], [])
     owner.leases.release(ONE, leases[1].lease_id, 1.0)
-    assert (owner.pool.free_bytes, owner.pool.room_bytes) == (UNIT, UNIT)
+    assert (owner.pool.eviction.free_bytes, owner.pool.eviction.room_bytes) == (UNIT, UNIT)
     assert owner.residency.handle(LeasesEnded(), 0.0) == []
     assert owner.waits(C) == (["b"], ["c"])
 
@@ -231,16 +231,16 @@ def test_what_was_awaited_is_still_while_loads_for_others_are_under_way() -> Non
 def test_a_plan_waits_for_a_lease_to_end_though_no_request_is_left() -> None:
     owner = Owner(A, units=1)
     lease = owner.lease(A)
-    owner.residency.prepare(1, (B,))
+    owner.residency.prepare_plan(1, (B,))
     assert owner.residency.start_loads([], 0.0, idle=True) == []
     assert owner.code(A, TWO) == "making_room"
     owner.leases.release(ONE, lease.lease_id, 1.0)
     assert owner.waits(idle=True) == (["a"], ["b"])
-    assert owner.residency.loaded("b") == [PlanReady(1, {})]
+    assert owner.residency.complete_load("b") == [PlanReady(1, {})]
 
 
 def test_what_is_in_the_way_may_be_read_as_its_leases_end() -> None:
     owner = Owner(A, B)
     owner.lease(A)
     owner.pool.start_running("b", 0.0)
-    assert owner.residency.in_the_way(C, 1) == {"a"}
+    assert owner.residency.find_blockers(C, 1) == {"a"}

@@ -56,11 +56,11 @@ class LeasesMachine(RuleBasedStateMachine):
         self.epoch = 1
         self.now = 0.0
         for adapter in loaded:
-            self.residency.prepare(1, (adapter,))
+            self.residency.prepare_plan(1, (adapter,))
             self.go_on()
             if self.loading:
                 self.end_load(fails=False)
-        self.residency.retire(1, ())
+        self.residency.retire_copies(1, ())
 
     def reader(self, name: str) -> Reader:
         return Reader(name, f"{self.lives[name]}")
@@ -75,7 +75,7 @@ class LeasesMachine(RuleBasedStateMachine):
         idle = not self.waiting and not self.running
         for instruction in self.residency.start_loads(self.waiting, self.now, idle):
             match instruction:
-                case EvictAdapter(version):
+                case EvictAdapter(version=version):
                     assert all(held.version != version for held in self.held.values()), "evicted while it is read"
                 case LoadAdapter(adapter, _, offset_bytes):
                     self.written += 1
@@ -102,7 +102,7 @@ class LeasesMachine(RuleBasedStateMachine):
 
     @rule()
     def begin_requests(self) -> None:
-        for adapter in [adapter for adapter in self.waiting if self.residency.ready(adapter.version)]:
+        for adapter in [adapter for adapter in self.waiting if self.residency.is_ready(adapter.version)]:
             self.waiting.remove(adapter)
             self.running.append(adapter.version)
             self.pool.start_running(adapter.version, self.now)
@@ -120,17 +120,17 @@ class LeasesMachine(RuleBasedStateMachine):
     def end_load(self, fails: bool) -> None:
         version = self.loading.pop(0)
         if fails:
-            self.residency.load_failed(version, "it was damaged")
+            self.residency.fail_load(version, "it was damaged")
         else:
-            self.residency.loaded(version)
+            self.residency.complete_load(version)
         self.go_on()
 
     @rule(adapters=st.lists(st.sampled_from(ADAPTERS), max_size=2, unique=True), retires=st.booleans())
     def plan(self, adapters: list[AdapterRef], retires: bool) -> None:
         self.epoch += 1
-        self.residency.prepare(self.epoch, tuple(adapters))
+        self.residency.prepare_plan(self.epoch, tuple(adapters))
         if retires:
-            self.residency.retire(self.epoch, tuple(adapter.version for adapter in adapters))
+            self.residency.retire_copies(self.epoch, tuple(adapter.version for adapter in adapters))
         self.go_on()
 
     @rule(seconds=st.sampled_from([0.5, 2.0, 4.5]))
@@ -139,7 +139,7 @@ class LeasesMachine(RuleBasedStateMachine):
 
     @rule(data=st.data(), name=st.sampled_from(READERS), read=st.integers(0, 3), other_size=st.booleans())
     def grant(self, data: st.DataObject, name: str, read: int, other_size: bool) -> None:
-        here = [entry.adapter for entry in self.pool.entries() if entry.resident]
+        here = [entry.adapter for entry in self.pool.entries() if entry.is_complete]
         adapter = data.draw(st.sampled_from(here * 3 + ADAPTERS))
         reader, read_id = self.reader(name), f"read-{read}"
         size = adapter.slab_bytes + (other_size and read == 0)
@@ -163,7 +163,7 @@ class LeasesMachine(RuleBasedStateMachine):
         entry = self.pool.get(adapter.version)
         if entry is None:
             return "not_found"
-        if not entry.resident:
+        if not entry.is_complete:
             return "loading"
         if size != adapter.slab_bytes:
             return "mismatch"

@@ -6,20 +6,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.engine.loading.speeds import EXPECTED, MIB, LinkSpeeds, Speed, Way
+from loraserve.engine.loading.speeds import EXPECTED, MIB, LinkSpeeds, ReadSource, ReadSpeed
 
-SHM = Way("engine-0", "shm")
-OTHER = Way("engine-1", "shm")
+SHM = ReadSource("engine-0", "shm")
+OTHER = ReadSource("engine-1", "shm")
 
 
-def read(speeds: LinkSpeeds, way: Way, length_bytes: int, seconds: float) -> None:
-    speeds.began(way)
-    speeds.done(way, length_bytes, seconds)
+def read(speeds: LinkSpeeds, way: ReadSource, length_bytes: int, seconds: float) -> None:
+    speeds.begin_read(way)
+    speeds.finish_read(way, length_bytes, seconds)
 
 
 def test_latency_and_bandwidth_are_told_apart() -> None:
     speeds, rng = LinkSpeeds(), Random(1)
-    truth = Speed(0.02, 300 * MIB)
+    truth = ReadSpeed(0.02, 300 * MIB)
     for _ in range(60):
         size = rng.randint(1, 128) * MIB
         read(speeds, SHM, size, truth.seconds(size) * rng.uniform(0.9, 1.1))
@@ -34,7 +34,7 @@ def test_a_way_that_was_never_used_is_taken_for_one_like_the_others_of_its_trans
     for _ in range(30):
         read(speeds, SHM, 64 * MIB, 1.0)
     assert speeds.predict(OTHER, 64 * MIB) == pytest.approx(1.0, rel=0.1)
-    assert speeds.predict(Way("engine-0", "tcp"), 64 * MIB) < 0.2
+    assert speeds.predict(ReadSource("engine-0", "tcp"), 64 * MIB) < 0.2
 
 
 def test_it_becomes_what_it_is_now() -> None:
@@ -47,28 +47,28 @@ def test_it_becomes_what_it_is_now() -> None:
 def test_reads_under_way_share() -> None:
     speeds = LinkSpeeds()
     alone = speeds.predict(SHM, MIB)
-    speeds.began(SHM)
+    speeds.begin_read(SHM)
     assert speeds.predict(SHM, MIB) == pytest.approx(2 * alone)
-    speeds.given_up(SHM)
+    speeds.abandon_read(SHM)
     assert speeds.predict(SHM, MIB) == pytest.approx(alone)
 
 
 def test_what_fails_is_avoided_for_longer_each_time_until_it_works_or_is_another() -> None:
     speeds = LinkSpeeds()
     for now, until in ((0.0, 1.0), (1.0, 3.0), (3.0, 7.0)):
-        speeds.began(SHM)
-        speeds.failed(SHM, now)
-        assert speeds.avoided(SHM, until - 0.01)
-        assert not speeds.avoided(SHM, until)
-    assert not speeds.avoided(OTHER, 3.5)
-    speeds.gone("engine-1")
-    assert speeds.avoided(SHM, 3.5)
-    speeds.gone("engine-0")
-    assert not speeds.avoided(SHM, 3.5)
-    speeds.began(SHM)
-    speeds.failed(SHM, 10.0)
+        speeds.begin_read(SHM)
+        speeds.fail_read(SHM, now)
+        assert speeds.is_avoided(SHM, until - 0.01)
+        assert not speeds.is_avoided(SHM, until)
+    assert not speeds.is_avoided(OTHER, 3.5)
+    speeds.forget_failures("engine-1")
+    assert speeds.is_avoided(SHM, 3.5)
+    speeds.forget_failures("engine-0")
+    assert not speeds.is_avoided(SHM, 3.5)
+    speeds.begin_read(SHM)
+    speeds.fail_read(SHM, 10.0)
     read(speeds, SHM, MIB, 0.1)
-    assert not speeds.avoided(SHM, 10.0)
+    assert not speeds.is_avoided(SHM, 10.0)
 
 
 @given(st.lists(st.tuples(st.integers(1, 1 << 32), st.floats(1e-6, 1e3)), max_size=60), st.integers(1, 1 << 34))

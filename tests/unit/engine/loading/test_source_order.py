@@ -11,9 +11,9 @@ from loraserve.engine.loading.speeds import (
     MIB,
     MOST_PEERS,
     LinkSpeeds,
-    Way,
+    ReadSource,
     hedge_after_s,
-    ways,
+    order_sources,
 )
 from loraserve.messages import Holder
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Abilities
@@ -29,13 +29,13 @@ def holder(name: str, abilities: Abilities = HERE) -> Holder:
     return Holder(engine=name, incarnation="i1", abilities=abilities)
 
 
-def order(speeds: LinkSpeeds, *holders: Holder, mine: Abilities | None = HERE, now: float = 0.0) -> list[Way]:
-    return ways(holders, mine, ALL, speeds, 16 * MIB, now)
+def order(speeds: LinkSpeeds, *holders: Holder, mine: Abilities | None = HERE, now: float = 0.0) -> list[ReadSource]:
+    return order_sources(holders, mine, ALL, speeds, 16 * MIB, now)
 
 
 def test_a_neighbour_comes_first_then_the_network_then_the_store() -> None:
     found = order(LinkSpeeds(), holder("far", THERE), holder("near"))
-    assert found == [Way("near", "shm"), Way("near", "tcp"), Way("far", "tcp"), FROM_STORE]
+    assert found == [ReadSource("near", "shm"), ReadSource("near", "tcp"), ReadSource("far", "tcp"), FROM_STORE]
 
 
 def test_nobody_holds_it_or_nobody_can_be_read() -> None:
@@ -48,31 +48,31 @@ def test_nobody_holds_it_or_nobody_can_be_read() -> None:
 def test_a_store_that_is_faster_is_asked_first_and_what_failed_lately_last() -> None:
     speeds = LinkSpeeds()
     for _ in range(20):
-        speeds.began(FROM_STORE)
-        speeds.done(FROM_STORE, 16 * MIB, 0.001)
+        speeds.begin_read(FROM_STORE)
+        speeds.finish_read(FROM_STORE, 16 * MIB, 0.001)
     assert order(speeds, holder("near"))[0] == FROM_STORE
-    speeds.began(FROM_STORE)
-    speeds.failed(FROM_STORE, now=5.0)
-    assert order(speeds, holder("near"), now=5.5) == [Way("near", "shm"), Way("near", "tcp"), FROM_STORE]
+    speeds.begin_read(FROM_STORE)
+    speeds.fail_read(FROM_STORE, now=5.0)
+    assert order(speeds, holder("near"), now=5.5) == [ReadSource("near", "shm"), ReadSource("near", "tcp"), FROM_STORE]
     assert order(speeds, holder("near"), now=6.5)[0] == FROM_STORE
 
 
 def test_a_busy_peer_is_left_for_an_idle_one() -> None:
     speeds = LinkSpeeds()
-    speeds.began(Way("a", "shm"))
-    assert order(speeds, holder("a"), holder("b"))[0] == Way("b", "shm")
+    speeds.begin_read(ReadSource("a", "shm"))
+    assert order(speeds, holder("a"), holder("b"))[0] == ReadSource("b", "shm")
 
 
 @given(st.lists(st.sampled_from([HERE, THERE]), max_size=12), st.sets(st.integers(0, 11)))
 def test_the_store_is_always_there_and_each_way_once(where: list[Abilities], failed: set[int]) -> None:
     speeds = LinkSpeeds()
     for number in failed:
-        speeds.began(Way(f"e{number}", "tcp"))
-        speeds.failed(Way(f"e{number}", "tcp"), now=0.0)
+        speeds.begin_read(ReadSource(f"e{number}", "tcp"))
+        speeds.fail_read(ReadSource(f"e{number}", "tcp"), now=0.0)
     found = order(speeds, *(holder(f"e{number}", each) for number, each in enumerate(where)))
     assert FROM_STORE in found
     assert len(set(found)) == len(found)
-    assert len({way.source for way in found}) <= MOST_PEERS + 1
+    assert len({way.name for way in found}) <= MOST_PEERS + 1
 
 
 def test_a_short_read_is_not_doubled_for_a_moment_s_delay() -> None:

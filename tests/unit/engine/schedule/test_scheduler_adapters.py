@@ -71,7 +71,8 @@ def test_a_running_request_keeps_its_adapter(helpers: SimpleNamespace) -> None:
     desk.step_done()
     assert desk.loads == []
     instructions = desk.step_done()
-    assert EvictAdapter("a", 0, LeftSlab(helpers.adapter("a"), 0)) in instructions
+    (evicted,) = [each for each in instructions if isinstance(each, EvictAdapter)]
+    assert (evicted.version, evicted.slot, evicted.left) == ("a", 0, LeftSlab(helpers.adapter("a"), 0))
     assert desk.loads == ["b"]
     desk.loaded("b")
     assert desk.sizes == {"waits": 1}
@@ -171,7 +172,9 @@ def test_a_failed_load_rejects_who_waits_for_it_with_the_reason(helpers: SimpleN
 def test_a_load_that_failed_is_tried_again_for_the_next_request(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("first", [1], helpers.adapter("a"))
-    assert EvictAdapter("a", 0) in desk.tell(AdapterLoadFailed("a", "timeout", "slow"))
+    assert EvictAdapter("a", 0, "name-a", "its load failed or was cancelled") in desk.tell(
+        AdapterLoadFailed("a", "timeout", "slow")
+    )
     assert desk.scheduler.load().pool_free_bytes == 2 * helpers.UNIT
     desk.arrive("second", [1], helpers.adapter("a"))
     desk.loaded("a")

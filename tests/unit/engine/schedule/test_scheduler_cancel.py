@@ -30,7 +30,7 @@ def test_a_load_is_cancelled_once_when_the_last_who_waits_for_it_has_left(helper
     assert desk.tell(RequestAborted("second")) == [CancelLoad("a")]
     assert desk.tell(RequestAborted("second")) == []
     assert desk.scheduler.load().pool_free_bytes == helpers.UNIT, "something may still write to it"
-    assert ended(desk, "a") == [EvictAdapter("a", 0)]
+    assert ended(desk, "a") == [EvictAdapter("a", 0, "name-a", "its load failed or was cancelled")]
     assert desk.scheduler.load().pool_free_bytes == 2 * helpers.UNIT
     assert any("nobody wants it any more" in line for line in desk.scheduler.story("a"))
 
@@ -42,7 +42,7 @@ def test_who_comes_while_a_load_is_being_cancelled_gets_another(helpers: SimpleN
     desk.arrive("next", [1], helpers.adapter("a"))
     assert desk.loads == ["a"], "two loads of one adapter are never under way"
     evict, load = ended(desk, "a")
-    assert evict == EvictAdapter("a", 0)
+    assert evict == EvictAdapter("a", 0, "name-a", "its load failed or was cancelled")
     assert isinstance(load, LoadAdapter)
     assert desk.rejected == {}
     desk.loaded("a")

@@ -148,7 +148,7 @@ def test_a_load_that_fails_ends_who_began_with_it_and_leaves_the_extent_until_th
     assert desk.rejected["early"].code == "adapter_unavailable"
     assert not any(isinstance(each, EvictAdapter) for each in told), "the step computes with what lies there"
     assert desk.scheduler.load().pool_free_bytes < desk.scheduler.limits.pool_bytes
-    assert desk.step_done() == [EvictAdapter("a", 0)]
+    assert desk.step_done() == [EvictAdapter("a", 0, "name-a", "its load failed or was cancelled")]
     assert desk.scheduler.load().pool_free_bytes == desk.scheduler.limits.pool_bytes
     assert desk.scheduler.is_idle
 
@@ -159,7 +159,7 @@ def test_who_comes_after_such_a_failure_gets_another_load(desk: Any, helpers: Si
     desk.arrive("next", [1], helpers.adapter("a"))
     assert desk.loads == [], "the slot is in use still"
     evict, load = desk.step_done()
-    assert evict == EvictAdapter("a", 0)
+    assert evict == EvictAdapter("a", 0, "name-a", "its load failed or was cancelled")
     assert isinstance(load, LoadAdapter)
     loaded(desk, "a", 2)
     assert desk.sizes == {"next": 1}
@@ -179,7 +179,9 @@ def test_the_place_of_such_a_load_is_free_at_once(helpers: SimpleNamespace) -> N
 def test_a_load_is_not_cancelled_under_who_began_with_it(desk: Any) -> None:
     assert desk.tell(RequestAborted("early")) == []
     assert desk.step_done() == [CancelLoad("a")], "now nobody wants it"
-    assert desk.tell(AdapterLoadFailed("a", CANCELLED, "nobody wants it any more")) == [EvictAdapter("a", 0)]
+    assert desk.tell(AdapterLoadFailed("a", CANCELLED, "nobody wants it any more")) == [
+        EvictAdapter("a", 0, "name-a", "its load failed or was cancelled")
+    ]
     assert desk.scheduler.is_idle
 
 

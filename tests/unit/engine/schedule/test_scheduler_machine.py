@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraserve.engine.adapters.lifecycle import Entry
+from loraserve.engine.adapters.lifecycle import LEAVING_STATES, AdapterState, PoolEntry
 from loraserve.engine.schedule.blocks import chain_digest, root_digest
 from loraserve.engine.schedule.events import (
     CANCELLED,
@@ -201,7 +201,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                     assert version not in self.cancelled, "a load is cancelled twice"
                     assert version in {load.adapter.version for load in self.loads}
                     self.cancelled.add(version)
-                case EvictAdapter(version, slot):
+                case EvictAdapter(version=version, slot=slot):
                     assert self.device.resident.pop(slot, version) == version
                 case Emit(_, delta):
                     self.emitted(delta.request_id, delta.index, delta.tokens, delta.finish)
@@ -420,17 +420,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     def loads_are_wanted_or_cancelled(self) -> None:
         residency = self.scheduler.residency
         wanted = {s.version for s in self.scheduler.waiting}.union(
-            residency._plan.wanted, residency._guesses.versions()
+            residency._plan.missing, residency._candidates.versions()
         )
         for entry in residency.pool.entries():
-            if entry.adapter.version in residency.pool.damaged:
+            if entry.state in LEAVING_STATES:
                 continue
-            assert entry.cancelled == (not entry.resident and entry.adapter.version in self.cancelled)
-            assert entry.resident or entry.cancelled or entry.running or entry.adapter.version in wanted, "for nobody"
+            cancelled = entry.state is AdapterState.CANCELLED
+            assert cancelled == (not entry.is_complete and entry.adapter.version in self.cancelled)
+            assert entry.is_complete or cancelled or entry.running or entry.adapter.version in wanted, "for nobody"
 
     @invariant()
     def what_was_brought_in_is_useful_wasted_or_here(self) -> None:
-        entries = [e for e in self.scheduler.residency.pool.entries() if e.prefetch and e.resident]
+        entries = [e for e in self.scheduler.residency.pool.entries() if e.prefetch and e.is_complete]
         undecided = Counter[str]()
         for entry in entries:
             undecided[entry.prefetch] += 0 if entry.ran else entry.adapter.slab_bytes
@@ -462,7 +463,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             for position in range(part.start, part.start + len(part.tokens)):
                 assert writer.setdefault(part.blocks[position // BLOCK], part.request_id) == part.request_id
 
-    def entry_of(self, version: str) -> Entry:
+    def entry_of(self, version: str) -> PoolEntry:
         entry = self.scheduler.residency.pool.get(version)
         assert entry is not None
         return entry

@@ -52,7 +52,7 @@ class Engine:
         self.loading: list[str] = []
 
     def report(self) -> EngineLoad:
-        entries = [e for e in self.residency.pool.entries() if e.resident]
+        entries = [e for e in self.residency.pool.entries() if e.is_complete]
         held = tuple(resident(e.adapter, pinned=e.planned) for e in entries)
         epoch = self.residency.plan_epoch
         return engine_load(self.name, incarnation=self.incarnation, resident=held, plan_epoch=epoch)
@@ -134,10 +134,10 @@ class RolloutMachine(RuleBasedStateMachine):
             return
         match sent.message:
             case Prepare(_, epoch, adapters):
-                self.answer(sent.planner, engine, engine.does(engine.residency.prepare(epoch, adapters)))
+                self.answer(sent.planner, engine, engine.does(engine.residency.prepare_plan(epoch, adapters)))
             case Retire(name, epoch, keep):
-                before = {e.adapter.version: e.planned_epoch for e in engine.residency.pool.entries() if e.planned}
-                self.answer(sent.planner, engine, engine.does(engine.residency.retire(epoch, keep)))
+                before = {e.adapter.version: e.plan_epoch for e in engine.residency.pool.entries() if e.planned}
+                self.answer(sent.planner, engine, engine.does(engine.residency.retire_copies(epoch, keep)))
                 newer = {version for version, pinned_epoch in before.items() if pinned_epoch > epoch}
                 assert newer <= engine.pins(), "a late retire took what a newer plan had pinned"
                 self.answers.append((sent.planner, RetireEnded(name, epoch)))
@@ -205,7 +205,7 @@ class RolloutMachine(RuleBasedStateMachine):
 
     def end_load(self, at: Engine, fails: bool) -> None:
         version = at.loading.pop(0)
-        ended = at.residency.load_failed(version, "gone") if fails else at.residency.loaded(version)
+        ended = at.residency.fail_load(version, "gone") if fails else at.residency.complete_load(version)
         self.answer(self.planner, at, at.does(ended))
 
     @rule()

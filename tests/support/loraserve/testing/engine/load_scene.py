@@ -50,7 +50,7 @@ class LoadScene:
         loaded = await self.loader.load(self.ref, OFFSET)
         assert bytes(self.memory[OFFSET : OFFSET + len(self.slab.data)]) == bytes(self.slab.data)
         self.check_around()
-        return loaded.way.source
+        return loaded.way.name
 
     def check_around(self) -> None:
         assert self.memory[:OFFSET] == GUARD * OFFSET

@@ -126,7 +126,7 @@ class OfflineEngine:
             case LoadAdapter() as load:
                 self._fill(load)
                 self._tell(AdapterLoaded(load.adapter.version))
-            case EvictAdapter(_, slot):
+            case EvictAdapter(slot=slot):
                 self.runner.remove(slot)
             case Emit(_, delta):
                 self._note(delta)
