@@ -95,7 +95,7 @@ def test_the_same_bits_however_a_text_is_cut_up(sequences_of: Any, shape: str) -
 def test_threads_leave_no_trace(
     sequences_of: Any, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cpu, "SHARE_WORK_SCORES", 0)
+    monkeypatch.setattr(cpu, "SHARED_SCORES", 0)
     sequences = sequences_of(SHAPES["groups of three"], [90, 40, 1], 16, seed=3)
     run(sequences, [(0, 0, 30), (1, 0, 39)])
     results = []

@@ -12,11 +12,13 @@ import pytest
 import torch
 from numba.core import event
 
-from loraserve.kernels import attention, compiled, fused, lora
+from loraserve.kernels import attention, lora
+from loraserve.kernels.cpu import compiled
+from loraserve.kernels.fused import cpu as fused
 
 CALL = """
 import torch
-from loraserve.kernels import fused
+from loraserve.kernels.fused import cpu as fused
 out = fused.silu_mul(torch.ones(1, 4), torch.empty(1, 2))
 print(round(float(out[0, 0]), 4))
 """

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from loraserve.kernels import fused
+from loraserve.kernels.fused import cpu as fused
 
 WIDTHS = [64, 6, 106, 576]
 
@@ -73,6 +73,6 @@ def test_rows_have_the_same_bits_alone_and_on_threads(
     together = all_of(x)
     for t in (0, 8, 69):
         assert torch.equal(all_of(x[t : t + 1])[0], together[t])
-    monkeypatch.setattr(fused, "SHARE_WORK_ELEMENTS", 0)
+    monkeypatch.setattr(fused, "SHARED_ELEMENTS", 0)
     threads(3)
     assert torch.equal(all_of(x), together)

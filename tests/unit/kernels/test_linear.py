@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.kernels.linear import PackedWeight, linear
-from loraserve.kernels.linear.cpu_kernels import PARTS, TILE
+from loraserve.kernels.linear import PARTS, TILE, PackedWeight, linear
 
 WIDTHS = (1, TILE - 1, TILE, TILE + 1, 3 * TILE, 2 * PARTS * TILE, 2 * PARTS * TILE + 5)
 

@@ -122,7 +122,7 @@ def test_a_prompt_has_the_same_bits_whole_and_in_chunks(mixed: Mixed, dtype: str
 
 def test_threads_leave_no_trace(mixed: Mixed, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
     a = mixed("even", "bfloat16")
-    monkeypatch.setattr(cpu, "SHARE_WORK", 0)
+    monkeypatch.setattr(cpu, "SHARED_WORK", 0)
     for slots in (random_slots(24, 6, 1), [3], [2] * 100):
         for module in range(len(MODULES)):
             results = []

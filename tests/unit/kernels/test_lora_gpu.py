@@ -61,7 +61,7 @@ class Steps:
     def added(self, work: LoraWork, layer: int, module: int) -> torch.Tensor:
         y, x = (operand.to(DEVICE) for operand in self.operands(module, work.tokens))
         gpu.add_lora(y, x, self.pool, self.tables, work, layer, module)
-        for state in (self.space.parts, self.space.ready, self.space.turnstile):
+        for state in (self.space.tile_parts, self.space.group_tiles, self.space.ticket_counter):
             assert not state.any(), "a launch left its counters set"
         return y.cpu()
 

@@ -1,7 +1,9 @@
-"""Paged attention over the KV cache, for prefill chunks and decode tokens in one call."""
+"""Paged causal attention over the KV cache, for prefill chunks and decode tokens in one call.
 
-from loraserve.kernels.attention.batch import AttentionBatch
+The package exports the CPU implementation; gpu.py holds the one for CUDA and reference.py the definition.
+"""
+
+from loraserve.kernels.attention.batch import GROUP_TOKENS, AttentionBatch, KvCache, block_bytes
 from loraserve.kernels.attention.cpu import paged_attention, warm_up
-from loraserve.kernels.attention.kv import GROUP_TOKENS, KvCache, block_bytes
 
 __all__ = ["GROUP_TOKENS", "AttentionBatch", "KvCache", "block_bytes", "paged_attention", "warm_up"]

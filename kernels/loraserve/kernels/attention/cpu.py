@@ -1,21 +1,242 @@
 """Paged causal attention on the CPU, prefill chunks and decode tokens in one call.
 
-Same signature and meaning as reference.py. A token's output depends on its own query and past alone, to the bit: not on
-chunks, neighbours, blocks or threads.
+Same signature and meaning as reference.py. The output of a token depends on its own query and past alone, to the bit:
+not on chunks, neighbours, blocks or threads. The kernels come first, then the function that the decoder calls.
+
+A part of a call is a tile of query tokens of one sequence with all query heads of one KV head. Scores, softmax and the
+weighted sum run over absolute positions in one order, so the number of query rows that share a pass has no effect.
 """
 
+import numpy as np
 import torch
 
-from loraserve.kernels.attention.batch import AttentionBatch
-from loraserve.kernels.attention.cpu_kernels import ATTEND, KEEP
-from loraserve.kernels.attention.kv import KvCache
-from loraserve.kernels.dense import assert_dense
-from loraserve.kernels.memory import float_bits
-from loraserve.kernels.workers import run
+from loraserve.kernels.attention.batch import GROUP_TOKENS, AttentionBatch, KvCache
+from loraserve.kernels.attention.vector_blocks import make_score_block, softmax
+from loraserve.kernels.cpu.compiled import Kernel, called, inlined
+from loraserve.kernels.cpu.operands import (
+    ADDRESS,
+    FLOAT,
+    INT,
+    OperandBlock,
+    assert_dense,
+    floats,
+    int32s,
+    int64s,
+    reader,
+    take_part,
+)
+from loraserve.kernels.cpu.threads import run
+from loraserve.kernels.cpu.vector_code import LANES, STEP, make_axpy_block, make_mix_block
 
+MAX_ROWS = 4
+"""Query rows that share a pass over keys and values."""
+MIX_VECTORS = 4
 TILE_TOKENS = 16
-SHARE_WORK_SCORES = 1500
-"""Scores from which a second thread brings more than calling it costs."""
+SHARED_SCORES = 1500
+"""Above this many scores a second thread saves more time than starting it costs."""
+
+
+class AttendCall(OperandBlock):
+    """Operands of ``_attend_all``; ``keys`` and ``values`` are those of one layer."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("q", ADDRESS),
+        ("out", ADDRESS),
+        ("keys", ADDRESS),
+        ("values", ADDRESS),
+        ("sequences", INT),
+        ("block_table", ADDRESS),
+        ("table_width", INT),
+        ("query_start", ADDRESS),
+        ("seq_len", ADDRESS),
+        ("heads", INT),
+        ("kv_heads", INT),
+        ("block_tokens", INT),
+        ("dim", INT),
+        ("scale", FLOAT),
+        ("tile_tokens", INT),
+    )
+
+
+class StoreCall(OperandBlock):
+    """Operands of ``_store_all``. Strides are in elements; the elements of a head are dense."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("k", ADDRESS),
+        ("v", ADDRESS),
+        ("keys", ADDRESS),
+        ("values", ADDRESS),
+        ("k_token_stride", INT),
+        ("k_head_stride", INT),
+        ("v_token_stride", INT),
+        ("v_head_stride", INT),
+        ("tokens", INT),
+        ("kv_heads", INT),
+        ("block_tokens", INT),
+        ("dim", INT),
+        ("slot_mapping", ADDRESS),
+    )
+
+
+_attend_operands, _store_operands = reader(AttendCall), reader(StoreCall)
+
+_score_1, _score_2, _score_3, _score_4 = (make_score_block(rows, GROUP_TOKENS) for rows in (1, 2, 3, 4))
+_wide_1, _wide_2, _wide_3, _wide_4 = (make_mix_block(rows, MIX_VECTORS, "float32") for rows in (1, 2, 3, 4))
+_narrow = make_mix_block(1, 1, "float32")
+_axpy = make_axpy_block(1, 1, "float32")
+
+
+@inlined
+def _score(rows, q, q_stride, keys, dim, out, out_stride, ahead):  # type: ignore[no-untyped-def]
+    if rows == 4:
+        _score_4(q, q_stride, keys, dim, out, out_stride, ahead)
+    elif rows == 3:
+        _score_3(q, q_stride, keys, dim, out, out_stride, ahead)
+    elif rows == 2:
+        _score_2(q, q_stride, keys, dim, out, out_stride, ahead)
+    else:
+        _score_1(q, 0, keys, dim, out, out_stride, ahead)
+
+
+@inlined
+def _mix_wide(rows, out, out_stride, weights, span, values, dim, count, ahead):  # type: ignore[no-untyped-def]
+    if rows == 4:
+        _wide_4(out, out_stride, weights, span, values, dim, count, ahead)
+    elif rows == 3:
+        _wide_3(out, out_stride, weights, span, values, dim, count, ahead)
+    elif rows == 2:
+        _wide_2(out, out_stride, weights, span, values, dim, count, ahead)
+    else:
+        _wide_1(out, 0, weights, span, values, dim, count, ahead)
+
+
+@called("f32")
+def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # type: ignore[no-untyped-def]
+    """out[row] += sum over p < count of weights[row, p] * values[p], in the order of p."""
+    wide = dim - dim % (MIX_VECTORS * LANES)
+    whole = dim - dim % LANES
+    for first in range(0, wide, MIX_VECTORS * LANES):
+        _mix_wide(rows, out + first * 4, out_stride, weights, span, values + first * 4, dim, count, ahead + first * 4)
+    for row in range(rows if wide < dim else 0):
+        target = out + row * out_stride * 4
+        source = weights + row * span * 4
+        for first in range(wide, whole, LANES):
+            _narrow(target + first * 4, 0, source, span, values + first * 4, dim, count, ahead + first * 4)
+        for p in range(count if whole < dim else 0):
+            _axpy(target + whole * 4, 0, source + p * 4, 0, values + (p * dim + whole) * 4, 0, dim - whole)
+
+
+@inlined
+def _cache_offset(table, position, layout):  # type: ignore[no-untyped-def]
+    """Bytes from the start of the layer's cache to the group of this position or, for values, to the position itself.
+
+    ``layout``: elements from block to block, elements from a block's start to the head, tokens of a block, head_dim.
+    """
+    block_stride, head_start, block, dim = layout
+    return (table[position // block] * block_stride + head_start + position % block * dim) * 4
+
+
+@called("f32")
+def _attend(rows, growth, q, out, stride, shortest, keys, values, table, layout, scale, scores, span):  # type: ignore[no-untyped-def]
+    """Attend with some query rows of one KV head; row i attends to ``shortest`` + i * ``growth`` positions."""
+    dim = layout[3]
+    start = _cache_offset(table, 0, layout)
+    longest = shortest + growth * (rows - 1)
+    for first in range(0, longest, GROUP_TOKENS):
+        ahead = values + start
+        if first + GROUP_TOKENS < longest:
+            ahead = keys + _cache_offset(table, first + GROUP_TOKENS, layout)
+        _score(rows, q, stride, keys + _cache_offset(table, first, layout), dim, scores + first * 4, span, ahead)
+    for row in range(rows):
+        softmax(scores + row * span * 4, shortest + growth * row, scale)
+        floats(out + row * stride * 4, dim)[:] = np.float32(0.0)
+    for first in range(0, shortest, GROUP_TOKENS):
+        count = min(GROUP_TOKENS, shortest - first)
+        place = values + _cache_offset(table, first, layout)
+        ahead = place
+        if first + GROUP_TOKENS < shortest:
+            ahead = values + _cache_offset(table, first + GROUP_TOKENS, layout)
+        _mix(rows, out, stride, scores + first * 4, span, place, dim, count, ahead)
+    for row in range(1, rows if growth > 0 else 1):
+        for p in range(shortest, shortest + row):
+            place = values + _cache_offset(table, p, layout)
+            _mix(1, out + row * stride * 4, 0, scores + (row * span + p) * 4, span, place, dim, 1, place)
+
+
+@inlined
+def _attend_tile(o, table, start, stop, past, kv_head, scores, span):  # type: ignore[no-untyped-def]
+    """Attend with query tokens start..stop of a sequence and the heads of one KV head.
+
+    ``o`` is the operand block, ``past`` the position of the first token, ``scores`` room for MAX_ROWS rows of ``span``.
+    """
+    heads, dim = o.heads, o.dim
+    layout = (o.kv_heads * o.block_tokens * dim, kv_head * o.block_tokens * dim, o.block_tokens, dim)
+    group = heads // o.kv_heads
+    first_head = kv_head * group
+    # One token: its heads share a pass. Several: each head by itself, its tokens share a pass.
+    if stop - start == 1:
+        for head in range(first_head, first_head + group, MAX_ROWS):
+            rows = min(MAX_ROWS, first_head + group - head)
+            at = (start * heads + head) * dim * 4
+            _attend(
+                rows, 0, o.q + at, o.out + at, dim, past + 1, o.keys, o.values, table, layout, o.scale, scores, span
+            )
+        return
+    for head in range(first_head, first_head + group):
+        for token in range(start, stop, MAX_ROWS):
+            rows = min(MAX_ROWS, stop - token)
+            at = (token * heads + head) * dim * 4
+            length = past + token - start + 1
+            stride = heads * dim
+            _attend(
+                rows, 1, o.q + at, o.out + at, stride, length, o.keys, o.values, table, layout, o.scale, scores, span
+            )
+
+
+def _attend_all(operands):  # type: ignore[no-untyped-def]
+    o = _attend_operands(operands)
+    sequences, tile_tokens = o.sequences, o.tile_tokens
+    query_start, seq_len = int32s(o.query_start, sequences + 1), int32s(o.seq_len, sequences)
+    span = np.int64(STEP)
+    for s in range(sequences):
+        span = max(span, np.int64(seq_len[s] + 2 * STEP))
+    scores = np.empty(MAX_ROWS * span, np.float32)
+    mine = take_part(operands)
+    part = 0
+    for s in range(sequences):
+        last = np.int64(query_start[s + 1])
+        table = int32s(o.block_table + s * o.table_width * 4, o.table_width)
+        for start in range(np.int64(query_start[s]), last, tile_tokens):
+            stop = min(start + tile_tokens, last)
+            past = seq_len[s] - (last - start)
+            for kv_head in range(o.kv_heads):
+                if part == mine:
+                    _attend_tile(o, table, start, stop, past, kv_head, scores.ctypes.data, span)
+                    mine = take_part(operands)
+                part += 1
+
+
+def _store_all(operands):  # type: ignore[no-untyped-def]
+    o = _store_operands(operands)
+    block, dim = o.block_tokens, o.dim
+    slots = int64s(o.slot_mapping, o.tokens)
+    for t in range(o.tokens):
+        for head in range(o.kv_heads):
+            start = slots[t] // block * o.kv_heads + head
+            inside = slots[t] % block
+            group = (start * block + inside - inside % GROUP_TOKENS) * dim
+            lane = inside % GROUP_TOKENS
+            k_row = floats(o.k + (t * o.k_token_stride + head * o.k_head_stride) * 4, dim)
+            v_row = floats(o.v + (t * o.v_token_stride + head * o.v_head_stride) * 4, dim)
+            key_group = floats(o.keys + group * 4, dim * GROUP_TOKENS)
+            for d in range(dim):
+                key_group[d * GROUP_TOKENS + lane] = k_row[d]
+            floats(o.values + (group + lane * dim) * 4, dim)[:] = v_row
+
+
+ATTEND, STORE = Kernel(_attend_all), Kernel(_store_all)
 
 
 def paged_attention(
@@ -27,71 +248,70 @@ def paged_attention(
     layer: int,
     scale: float,
 ) -> torch.Tensor:
-    """Keep k and v, then causal attention of q over each sequence's own KV; shapes as in reference.py.
+    """Store k and v and return causal attention of q over each sequence's own KV; shapes as in reference.py.
 
     ``k`` and ``v`` may be strided views into one fused projection; ``q`` is dense. ``scale`` > 0.
     """
     tokens, heads, dim = q.shape
-    kv_heads, block = cache.shape.kv_heads, cache.block_tokens
-    assert_dense(q, (tokens, heads, dim))
-    keys, values = cache.keys[layer].data_ptr(), cache.values[layer].data_ptr()
-    _keep(k, v, keys, values, batch.slot_mapping, (tokens, kv_heads, dim), block)
+    assert_dense(q, (batch.slot_mapping.numel(), heads, cache.shape.head_dim))
+    keys, values = cache.keys[layer], cache.values[layer]
+    _store(k, v, keys, values, batch, cache)
     out = torch.empty(tokens, heads * dim)
-    run(
-        ATTEND,
-        batch.scores * heads > SHARE_WORK_SCORES,
-        q.data_ptr(),
-        out.data_ptr(),
-        keys,
-        values,
-        batch.sequences,
-        batch.block_table.data_ptr(),
-        batch.block_table.shape[1],
-        batch.query_start.data_ptr(),
-        batch.seq_len.data_ptr(),
-        heads,
-        kv_heads,
-        block,
-        dim,
-        float_bits(scale),
-        TILE_TOKENS,
+    call = AttendCall(
+        q=q.data_ptr(),
+        out=out.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        sequences=batch.sequences,
+        block_table=batch.block_table.data_ptr(),
+        table_width=batch.block_table.shape[1],
+        query_start=batch.query_start.data_ptr(),
+        seq_len=batch.seq_len.data_ptr(),
+        heads=heads,
+        kv_heads=cache.shape.kv_heads,
+        block_tokens=cache.block_tokens,
+        dim=dim,
+        scale=scale,
+        tile_tokens=TILE_TOKENS,
     )
+    run(ATTEND, call, shared=batch.scores * heads > SHARED_SCORES)
     return out
 
 
-def _keep(
+def _store(
     k: torch.Tensor,
     v: torch.Tensor,
-    keys: int,
-    values: int,
-    slot_mapping: torch.Tensor,
-    shape: tuple[int, int, int],
-    block: int,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: AttentionBatch,
+    cache: KvCache,
 ) -> None:
-    assert k.shape == v.shape == shape, (k.shape, v.shape, shape)
+    tokens, kv_heads, dim = k.shape
+    expected = (batch.slot_mapping.numel(), cache.shape.kv_heads, cache.shape.head_dim)
+    assert k.shape == v.shape == expected, (k.shape, v.shape, expected)
     assert k.dtype == v.dtype == torch.float32, (k.dtype, v.dtype)
     k_token, k_head, k_element = k.stride()
     v_token, v_head, v_element = v.stride()
     assert k_element == v_element == 1, (k.stride(), v.stride())
-    run(
-        KEEP,
-        False,
-        k.data_ptr(),
-        v.data_ptr(),
-        keys,
-        values,
-        k_token,
-        k_head,
-        v_token,
-        v_head,
-        *shape[:2],
-        block,
-        shape[2],
-        slot_mapping.data_ptr(),
+    call = StoreCall(
+        k=k.data_ptr(),
+        v=v.data_ptr(),
+        keys=keys.data_ptr(),
+        values=values.data_ptr(),
+        k_token_stride=k_token,
+        k_head_stride=k_head,
+        v_token_stride=v_token,
+        v_head_stride=v_head,
+        tokens=tokens,
+        kv_heads=kv_heads,
+        block_tokens=cache.block_tokens,
+        dim=dim,
+        slot_mapping=batch.slot_mapping.data_ptr(),
     )
+    run(STORE, call, shared=False)
 
 
 def warm_up() -> None:
-    """Compile, or load from the cache, everything that a step may call."""
+    """Compile or load all kernels that a step may call."""
     ATTEND.warm_up()
-    KEEP.warm_up()
+    STORE.warm_up()

@@ -1,9 +1,8 @@
-"""The definition of paged causal attention in plain torch."""
+"""Paged causal attention in plain torch: the definition that the CPU kernel is tested against."""
 
 import torch
 
-from loraserve.kernels.attention.batch import AttentionBatch
-from loraserve.kernels.attention.kv import GROUP_TOKENS, KvCache
+from loraserve.kernels.attention.batch import GROUP_TOKENS, AttentionBatch, KvCache
 
 
 def paged_attention(
@@ -15,7 +14,7 @@ def paged_attention(
     layer: int,
     scale: float,
 ) -> torch.Tensor:  # [tokens, heads * head_dim] float32
-    """Keep k and v in the cache, then softmax(scale * q k^T) v over each token's own past and itself."""
+    """Store k and v in the cache and return softmax(scale * q k^T) v over each token's own past and itself."""
     blocks = batch.slot_mapping // cache.block_tokens
     groups = batch.slot_mapping % cache.block_tokens // GROUP_TOKENS
     offsets = batch.slot_mapping % GROUP_TOKENS

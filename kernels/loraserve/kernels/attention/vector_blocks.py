@@ -7,7 +7,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from loraserve.kernels.vector_ir import (
+from loraserve.kernels.cpu.vector_code import (
     F32,
     I32,
     I64,

@@ -1,18 +1,28 @@
-"""Mixed-rank batched LoRA: the cost of a batch is the sum over its own adapters' true ranks.
+"""Mixed-rank batched LoRA: the cost of a batch is the sum over its adapters' true ranks.
 
-``add_lora`` and ``warm_up`` are the CPU's and are imported when first asked for; ``implementation`` has the GPU's too.
+The package exports the CPU implementation; ``implementation`` returns the one for a device. Both are imported at first
+use only, because the CPU's needs numba and the GPU's needs triton.
 """
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from loraserve.kernels.lora.batch import NO_ADAPTER, LoraBatch, plan_batch
-from loraserve.kernels.lora.dispatch import implementation
 from loraserve.kernels.lora.tables import AdapterTables
 
 if TYPE_CHECKING:
     from loraserve.kernels.lora.cpu import add_lora, warm_up
 
 __all__ = ["NO_ADAPTER", "AdapterTables", "LoraBatch", "add_lora", "implementation", "plan_batch", "warm_up"]
+
+MODULES_BY_DEVICE = {"cpu": "loraserve.kernels.lora.cpu", "cuda": "loraserve.kernels.lora.gpu"}
+
+
+def implementation(device: torch.device | str) -> Any:
+    """Return the module whose ``add_lora`` computes on this device. Raises KeyError if there is none."""
+    return import_module(MODULES_BY_DEVICE[torch.device(device).type])
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Which tokens of a step use which adapter: planned once, reused by every layer and module."""
+"""Which tokens of a step use which adapter. Planned once per step and used by every layer and module."""
 
 from dataclasses import dataclass, field
 
@@ -15,8 +15,8 @@ WORK_TOKENS = 4
 class LoraBatch:
     """Tokens grouped by slot.
 
-    ``perm`` int32 [tokens with an adapter], token indices group after group; ``group_slot`` int32 [groups];
-    ``group_start`` int32 [groups + 1], where each group begins in ``perm``.
+    ``perm`` int32 [tokens with an adapter]: token indices, group after group; ``group_slot`` int32 [groups];
+    ``group_start`` int32 [groups + 1]: where each group begins in ``perm``.
     """
 
     perm: torch.Tensor
@@ -27,18 +27,19 @@ class LoraBatch:
 
     @property
     def groups(self) -> int:
-        """Distinct adapters in this step."""
+        """Number of distinct adapters in this step."""
         return self.group_slot.numel()
 
     @property
     def empty(self) -> bool:
-        """Nobody in this step uses an adapter."""
+        """Whether no token of this step uses an adapter."""
         return self.groups == 0
 
     def work(self, tables: AdapterTables) -> list[int]:
-        """Adapter weights read in each (layer, module), layer-major, each times its tokens but at least WORK_TOKENS.
+        """Return the work of each (layer, module), layer-major.
 
-        Computed at the first call; a batch is planned for one set of tables.
+        It is the number of adapter weights read, each counted once per token but at least WORK_TOKENS times. Computed
+        at the first call: a batch is planned for one set of tables.
         """
         if not self._work:
             tokens = self.group_start.diff().clamp(min=WORK_TOKENS).long()
@@ -47,11 +48,12 @@ class LoraBatch:
 
 
 def plan_batch(slot_of_token: torch.Tensor) -> LoraBatch:
-    """Group the tokens of a step. ``slot_of_token`` int32 [tokens], NO_ADAPTER for none."""
+    """Group the tokens of a step by adapter. ``slot_of_token`` int32 [tokens], NO_ADAPTER for the base model."""
     order = torch.argsort(slot_of_token, stable=True).to(torch.int32)
     slots = slot_of_token[order.long()]
-    used = int((slots == NO_ADAPTER).sum())
-    group_slot, counts = torch.unique_consecutive(slots[used:], return_counts=True)
+    without_adapter = int((slots == NO_ADAPTER).sum())
+    group_slot, counts = torch.unique_consecutive(slots[without_adapter:], return_counts=True)
     group_start = torch.zeros(len(counts) + 1, dtype=torch.int32)
     torch.cumsum(counts, 0, out=group_start[1:])
-    return LoraBatch(order[used:].contiguous(), group_slot.to(torch.int32), group_start, slot_of_token.numel())
+    perm = order[without_adapter:].contiguous()
+    return LoraBatch(perm, group_slot.to(torch.int32), group_start, slot_of_token.numel())

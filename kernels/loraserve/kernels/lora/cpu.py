@@ -1,26 +1,293 @@
-"""Mixed-rank LoRA on the CPU: weights are read once as they lie in the pool, at their true ranks.
+"""Mixed-rank LoRA on the CPU: reads each weight once, as it lies in the pool, at its true rank.
 
-Same signature and meaning as reference.py. A token's result has the same bits alone and in any batch, with any number
-of threads: each element is summed in one fixed order (vector_ir.py) and threads share no element.
+Same signature and meaning as reference.py. The result of a token has the same bits alone and in any batch, with any
+number of threads: each element is summed in one fixed order (vector_code.py) and threads share no element. The kernels,
+one per dtype of the adapter pool, come first, then the function that the decoder calls.
+
+A part of a call is one adapter's slices, all of them or one, for one tile of its tokens. Parts write different elements
+of y, so it does not matter which thread takes which part.
 """
 
+from typing import Any
+
+import numpy as np
 import torch
 
-from loraserve.kernels import workers
-from loraserve.kernels.dense import assert_dense
+from loraserve.kernels.cpu import threads
+from loraserve.kernels.cpu.compiled import Kernel, called, inlined
+from loraserve.kernels.cpu.operands import (
+    ADDRESS,
+    INT,
+    OperandBlock,
+    assert_dense,
+    floats,
+    int32s,
+    int64s,
+    reader,
+    take_part,
+)
+from loraserve.kernels.cpu.vector_code import ELEMENT_BYTES, LANES, make_axpy_block, make_dot_block, make_mix_block
 from loraserve.kernels.lora.batch import LoraBatch
-from loraserve.kernels.lora.cpu_kernels import FEW_TOKENS, KERNELS
-from loraserve.kernels.lora.tables import LAYOUT_FIELDS, SLICES_MAX, AdapterTables
-from loraserve.kernels.workers import run
+from loraserve.kernels.lora.tables import (
+    A_OFFSET,
+    B_OFFSETS,
+    LAYOUT_FIELDS,
+    MAX_SLICES,
+    RANKS,
+    AdapterTables,
+)
 from loraserve.model_shape import MODULES
 
+ROWS = 4
+MIX_VECTORS = 4
+FEW_TOKENS = 8
+"""Up to this many tokens B is read row after row, as it lies in memory; for more, outputs are held in registers."""
 TILE_TOKENS = 32
 """Most tokens that share one pass over the weights: their rows of x and h stay in the cache."""
 PARTS_PER_THREAD = 4
-SHARE_WORK = 1_000_000
-"""Work, as ``LoraBatch.work`` counts it, from which a second thread brings more than calling it costs."""
+SHARED_WORK = 1_000_000
+"""Above this work, as ``LoraBatch.work`` counts it, a second thread saves more time than starting it costs."""
 
-_KERNELS = {torch.float32: KERNELS["float32"], torch.bfloat16: KERNELS["bfloat16"], torch.float16: KERNELS["float16"]}
+
+class AddLoraCall(OperandBlock):
+    """Operands of the kernels. ``layout`` and ``scales`` point to the row of (layer, module) of slot 0."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("y", ADDRESS),
+        ("y_width", INT),
+        ("x", ADDRESS),
+        ("k", INT),
+        ("pool", ADDRESS),
+        ("layout", ADDRESS),
+        ("scales", ADDRESS),
+        ("slot_rows", INT),  # rows of layout and scales from slot to slot
+        ("tile_tokens", INT),
+        ("slices", INT),
+        ("groups", INT),
+        ("widths", ADDRESS),
+        ("base", ADDRESS),
+        ("perm", ADDRESS),
+        ("group_slot", ADDRESS),
+        ("group_start", ADDRESS),
+        ("part_slices", INT),  # slices that a part computes
+    )
+
+
+_operands = reader(AddLoraCall)
+
+
+@inlined
+def _block_tokens(tokens, i):  # type: ignore[no-untyped-def]
+    """How many tokens from i on can be addressed as a first one and a stride: 4, 2 or 1."""
+    left = len(tokens) - i
+    if left >= 4:
+        stride = tokens[i + 1] - tokens[i]
+        if tokens[i + 2] - tokens[i + 1] == stride and tokens[i + 3] - tokens[i + 2] == stride:
+            return 4
+    return 2 if left >= 2 else 1
+
+
+@inlined
+def _stride(tokens, i, block):  # type: ignore[no-untyped-def]
+    return np.int64(tokens[i + 1] - tokens[i]) if block > 1 else np.int64(0)
+
+
+def _make_shrink(dtype: str) -> Any:
+    item = ELEMENT_BYTES[dtype]
+    dot_4x4, dot_2x4, dot_1x4 = (make_dot_block(tokens, ROWS, dtype) for tokens in (4, 2, 1))
+    dot_1x1 = make_dot_block(1, 1, dtype)
+
+    @called(dtype)
+    def shrink(x, k, tokens, a, rank, h):  # type: ignore[no-untyped-def]
+        """h[i, r] = x[tokens[i]] . A[r], h dense."""
+        whole = rank - rank % ROWS
+        i = 0
+        while i < len(tokens):
+            block = _block_tokens(tokens, i)
+            stride = _stride(tokens, i, block) * k
+            source = x + tokens[i] * k * 4
+            target = h + i * rank * 4
+            for row in range(0, whole, ROWS):
+                weights = a + row * k * item
+                if block == 4:
+                    dot_4x4(source, stride, weights, k, k, target + row * 4, rank)
+                elif block == 2:
+                    dot_2x4(source, stride, weights, k, k, target + row * 4, rank)
+                else:
+                    dot_1x4(source, stride, weights, k, k, target + row * 4, rank)
+            for t in range(block):
+                for row in range(whole, rank):
+                    place = target + (t * rank + row) * 4
+                    dot_1x1(source + t * stride * 4, 0, a + row * k * item, k, k, place, rank)
+            i += block
+
+    return shrink
+
+
+def _make_expand_few(dtype: str) -> Any:
+    item = ELEMENT_BYTES[dtype]
+    axpy_4x4, axpy_2x4, axpy_1x4 = (make_axpy_block(tokens, ROWS, dtype) for tokens in (4, 2, 1))
+    axpy_1x1 = make_axpy_block(1, 1, dtype)
+
+    @called(dtype)
+    def expand_few(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
+        """y[tokens[i], :columns] += h[i] @ B[:, :columns], row after row of B."""
+        whole = rank - rank % ROWS
+        i = 0
+        while i < len(tokens):
+            block = _block_tokens(tokens, i)
+            stride = _stride(tokens, i, block) * y_width
+            target = y + tokens[i] * y_width * 4
+            source = h + i * h_stride * 4
+            for row in range(0, whole, ROWS):
+                weights = b + row * b_width * item
+                if block == 4:
+                    axpy_4x4(target, stride, source + row * 4, h_stride, weights, b_width, columns)
+                elif block == 2:
+                    axpy_2x4(target, stride, source + row * 4, h_stride, weights, b_width, columns)
+                else:
+                    axpy_1x4(target, stride, source + row * 4, h_stride, weights, b_width, columns)
+            for t in range(block):
+                for row in range(whole, rank):
+                    factor = source + (t * h_stride + row) * 4
+                    axpy_1x1(target + t * stride * 4, 0, factor, h_stride, b + row * b_width * item, b_width, columns)
+            i += block
+
+    return expand_few
+
+
+def _make_expand_many(dtype: str) -> Any:
+    item = ELEMENT_BYTES[dtype]
+    mix_4, mix_2, mix_1 = (make_mix_block(tokens, MIX_VECTORS, dtype) for tokens in (4, 2, 1))
+
+    @called(dtype)
+    def expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
+        """The same as expand_few, but MIX_VECTORS vectors of columns after the other."""
+        step = MIX_VECTORS * LANES
+        for column in range(0, columns, step):
+            weights = b + column * item
+            ahead = weights + step * item
+            i = 0
+            while i < len(tokens):
+                block = _block_tokens(tokens, i)
+                stride = _stride(tokens, i, block) * y_width
+                target = y + (tokens[i] * y_width + column) * 4
+                source = h + i * h_stride * 4
+                if block == 4:
+                    mix_4(target, stride, source, h_stride, weights, b_width, rank, ahead)
+                elif block == 2:
+                    mix_2(target, stride, source, h_stride, weights, b_width, rank, ahead)
+                else:
+                    mix_1(target, stride, source, h_stride, weights, b_width, rank, ahead)
+                i += block
+
+    return expand_many
+
+
+def _make_expand(dtype: str) -> Any:
+    item = ELEMENT_BYTES[dtype]
+    expand_few, expand_many = _make_expand_few(dtype), _make_expand_many(dtype)
+
+    @inlined
+    def expand(y, y_width, tokens, h, h_stride, rank, b, b_width):  # type: ignore[no-untyped-def]
+        if len(tokens) <= FEW_TOKENS:
+            expand_few(y, y_width, tokens, h, h_stride, rank, b, b_width, b_width)
+        else:
+            whole = b_width - b_width % (MIX_VECTORS * LANES)
+            expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width, whole)
+            if whole < b_width:
+                expand_few(
+                    y + whole * 4, y_width, tokens, h, h_stride, rank, b + whole * item, b_width, b_width - whole
+                )
+
+    return expand
+
+
+def _make_add_tile(dtype: str) -> Any:
+    item = ELEMENT_BYTES[dtype]
+    shrink, expand = _make_shrink(dtype), _make_expand(dtype)
+
+    @inlined
+    def add_tile(y, y_width, x, k, slab, layout, scale, first, stop, widths, tokens):  # type: ignore[no-untyped-def]
+        """Add slices first..stop of one adapter for these tokens, in the order in which the weights lie in memory."""
+        column, row, total = 0, 0, 0
+        for index in range(stop):
+            if index < first:
+                column += widths[index]
+                row += layout[RANKS + index]
+            else:
+                total += layout[RANKS + index]
+        h = np.empty(len(tokens) * total, np.float32)
+        shrink(x, k, tokens, slab + (layout[A_OFFSET] + row * k) * item, total, h.ctypes.data)
+        done = 0
+        for index in range(first, stop):
+            rank = layout[RANKS + index]
+            if rank > 0:
+                for i in range(len(tokens)):
+                    for r in range(i * total + done, i * total + done + rank):
+                        h[r] *= scale[index]
+                b = slab + layout[B_OFFSETS + index] * item
+                source = h.ctypes.data + done * 4
+                expand(y + column * 4, y_width, tokens, source, total, rank, b, widths[index])
+            done += rank
+            column += widths[index]
+
+    return add_tile
+
+
+def _make_walk(dtype: str) -> Any:
+    item = ELEMENT_BYTES[dtype]
+    add_tile = _make_add_tile(dtype)
+
+    @inlined
+    def walk(operands):  # type: ignore[no-untyped-def]
+        """Compute parts until none is left. Every thread counts through all parts in the same order."""
+        o = _operands(operands)
+        slices, groups, tile_tokens, part_slices = o.slices, o.groups, o.tile_tokens, o.part_slices
+        widths = int64s(o.widths, slices)
+        group_slot, group_start = int32s(o.group_slot, groups), int32s(o.group_start, groups + 1)
+        mine = take_part(operands)
+        part = 0
+        for group in range(groups):
+            slot = np.int64(group_slot[group])
+            layout = int64s(o.layout + slot * o.slot_rows * LAYOUT_FIELDS * 8, LAYOUT_FIELDS)
+            scale = floats(o.scales + slot * o.slot_rows * MAX_SLICES * 4, MAX_SLICES)
+            slab = o.pool + int64s(o.base + slot * 8, 1)[0] * item
+            for start in range(group_start[group], group_start[group + 1], tile_tokens):
+                stop = min(start + tile_tokens, np.int64(group_start[group + 1]))
+                for index in range(0, slices, part_slices):
+                    if part == mine:
+                        tokens = int32s(o.perm + start * 4, stop - start)
+                        last = min(index + part_slices, slices)
+                        add_tile(o.y, o.y_width, o.x, o.k, slab, layout, scale, index, last, widths, tokens)
+                        mine = take_part(operands)
+                    part += 1
+
+    return walk
+
+
+_walk_f32, _walk_b16, _walk_f16 = (_make_walk(dtype) for dtype in ELEMENT_BYTES)
+
+
+# Numba names its cache entries after the place of a function in its file: each dtype needs a function of its own.
+def _add_f32(operands: int) -> None:
+    _walk_f32(operands)
+
+
+def _add_b16(operands: int) -> None:
+    _walk_b16(operands)
+
+
+def _add_f16(operands: int) -> None:
+    _walk_f16(operands)
+
+
+_KERNELS = {
+    torch.float32: Kernel(_add_f32),
+    torch.bfloat16: Kernel(_add_b16),
+    torch.float16: Kernel(_add_f16),
+}
 
 
 def add_lora(
@@ -32,55 +299,53 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """y[t, slice i] += scale_i * (x[t] @ A_i.T) @ B_i^T for every token t with an adapter; see reference.py."""
+    """Add scale_i * (x[t] @ A_i.T) @ B_i^T to y[t, slice i] for every token t with an adapter; see reference.py."""
     if batch.empty:
         return
     out = tables.out_features[module]
     k = tables.in_features[module]
-    y_width = sum(out)
-    assert_dense(y, (batch.tokens, y_width))
+    assert_dense(y, (batch.tokens, sum(out)))
     assert_dense(x, (batch.tokens, k))
     assert pool.is_contiguous(), pool.stride()
     row = layer * len(MODULES) + module
-    shared = batch.work(tables)[row] > SHARE_WORK
+    shared = batch.work(tables)[row] > SHARED_WORK
     tile_tokens = _tile_tokens(batch.perm.numel()) if shared else TILE_TOKENS
-    run(
-        _KERNELS[pool.dtype],
-        shared,
-        y.data_ptr(),
-        y_width,
-        x.data_ptr(),
-        k,
-        pool.data_ptr(),
-        tables.layout.data_ptr() + row * LAYOUT_FIELDS * 8,
-        tables.scales.data_ptr() + row * SLICES_MAX * 4,
-        tables.shape.layers * len(MODULES),
-        tile_tokens,
-        len(out),
-        batch.groups,
-        tables.widths.data_ptr() + module * SLICES_MAX * 8,
-        tables.base.data_ptr(),
-        batch.perm.data_ptr(),
-        batch.group_slot.data_ptr(),
-        batch.group_start.data_ptr(),
-        1 if shared and _is_scarce(batch, tile_tokens) else len(out),
+    call = AddLoraCall(
+        y=y.data_ptr(),
+        y_width=sum(out),
+        x=x.data_ptr(),
+        k=k,
+        pool=pool.data_ptr(),
+        layout=tables.layout.data_ptr() + row * LAYOUT_FIELDS * 8,
+        scales=tables.scales.data_ptr() + row * MAX_SLICES * 4,
+        slot_rows=tables.shape.layers * len(MODULES),
+        tile_tokens=tile_tokens,
+        slices=len(out),
+        groups=batch.groups,
+        widths=tables.widths.data_ptr() + module * MAX_SLICES * 8,
+        base=tables.base.data_ptr(),
+        perm=batch.perm.data_ptr(),
+        group_slot=batch.group_slot.data_ptr(),
+        group_start=batch.group_start.data_ptr(),
+        part_slices=1 if shared and _has_few_tiles(batch, tile_tokens) else len(out),
     )
+    threads.run(_KERNELS[pool.dtype], call, shared=shared)
 
 
 def _tile_tokens(tokens: int) -> int:
-    """Small enough that every thread gets a few parts, large enough that a pass over the weights pays."""
+    """Small enough that every thread gets a few parts, large enough that a pass over the weights pays off."""
     fair = -(-tokens // (PARTS_PER_THREAD * torch.get_num_threads()))
     return min(TILE_TOKENS, max(FEW_TOKENS, -(-fair // 4) * 4))
 
 
-def _is_scarce(batch: LoraBatch, tile_tokens: int) -> bool:
+def _has_few_tiles(batch: LoraBatch, tile_tokens: int) -> bool:
     """Whether there are too few tiles for all threads to finish at about the same time."""
     tiles = batch.groups + batch.perm.numel() // tile_tokens
     return tiles < PARTS_PER_THREAD * torch.get_num_threads()
 
 
 def warm_up(*dtypes: torch.dtype) -> None:
-    """Compile, or load from the cache, everything that a step may call with pools of these dtypes, all by default."""
-    workers.warm_up()
+    """Compile or load all kernels that a step may call, for pools of these dtypes (by default all)."""
+    threads.warm_up()
     for dtype in dtypes or _KERNELS:
         _KERNELS[dtype].warm_up()

@@ -1,10 +1,11 @@
-"""Shrink and expand in one launch, for steps of few tokens: nothing waits for a kernel to drain between the two."""
+"""Shrink and expand in one launch, for steps of few tokens: no kernel has to drain between the two."""
 
 import triton
 import triton.language as tl
 
 from loraserve.kernels.lora.expand import expand_tile
 from loraserve.kernels.lora.shrink import shrink_tile
+from loraserve.kernels.lora.work import GROUP_COUNT, TILE_COUNT, TILE_FIELDS, TILE_GROUP
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -18,12 +19,12 @@ def decode(
     lengths,
     tile_a,
     tile_place,
-    parts,
+    tile_parts,
     group_b,
     group_place,
     group_scale,
-    ready,  # int32 [GROUPS], zero before and after: tiles of each group whose h is there
-    turnstile,  # int32 [2], zero before and after: pieces of work handed out, programs that are through
+    group_tiles,  # int32 [GROUPS], zero before and after: finished tiles of each group's h
+    ticket_counter,  # int32 [2], zero before and after: pieces of work handed out, programs that have finished
     T,
     MAX_RANK: tl.constexpr,
     K: tl.constexpr,
@@ -42,34 +43,39 @@ def decode(
     BE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Work is handed out in order, every tile of A before every block of outputs.
+    """Hand out work in order: every tile of A before every block of outputs.
 
-    Whoever waits for a group's tiles knows that each is with a program which waits for nothing: there is no deadlock,
-    however few programs run at a time. The last program through clears the state for the next launch.
+    A program that waits for the tiles of a group knows that each of them was taken by a program that waits for nothing:
+    there is no deadlock, however few programs run at a time. The last program to finish resets the counters.
     """
     BLOCKS: tl.constexpr = (N0 + BN - 1) // BN + (N1 + BN - 1) // BN + (N2 + BN - 1) // BN
-    shrinks = tl.load(lengths + 1) * SPLIT
-    total = shrinks + tl.load(lengths) * BLOCKS
-    work = tl.atomic_add(turnstile, 1, sem="relaxed")
+    shrinks = tl.load(lengths + TILE_COUNT) * SPLIT
+    total = shrinks + tl.load(lengths + GROUP_COUNT) * BLOCKS
+    work = tl.atomic_add(ticket_counter, 1, sem="relaxed")
     while work < total:
-        # Drawn ahead, so that its latency is spent beside the work at hand.
-        following = tl.atomic_add(turnstile, 1, sem="relaxed")
+        # The next ticket is drawn early, so that its latency overlaps with the current work.
+        next_work = tl.atomic_add(ticket_counter, 1, sem="relaxed")
         if work < shrinks:
             tile = work // SPLIT
-            done = shrink_tile(
-                x, pool, planes, hidden, perm, tile_a, tile_place, parts, group_place, group_scale,
-                tile, work % SPLIT, T, MAX_RANK, K, SPLIT, LOW, A_ALIGN, BM, BR, BK, STAGES,
+            tile_done = shrink_tile(
+                x=x, pool=pool, planes=planes, hidden=hidden, perm=perm, tile_a=tile_a, tile_place=tile_place,
+                tile_parts=tile_parts, group_place=group_place, group_scale=group_scale,
+                tile=tile, part=work % SPLIT, T=T,
+                MAX_RANK=MAX_RANK, K=K, SPLIT=SPLIT, LOW=LOW, ALIGN=A_ALIGN, BM=BM, BR=BR, BK=BK, STAGES=STAGES,
             )  # fmt: skip
-            if done:
-                # Every thread's share of h is written before the one that counts says so.
+            if tile_done:
+                # All threads have written their share of h before the counter says so.
                 tl.debug_barrier()
-                tl.atomic_add(ready + tl.load(tile_place + tile * 8), 1, sem="release")
+                group = tl.load(tile_place + tile * TILE_FIELDS + TILE_GROUP)
+                tl.atomic_add(group_tiles + group, 1, sem="release")
         else:
             expand_tile(
-                y, pool, hidden, perm, group_place, group_b, ready, (work - shrinks) // BLOCKS,
-                (work - shrinks) % BLOCKS, T, True, MAX_RANK, N0, N1, N2, LOW, B_ALIGN, BM, BN, BE, STAGES,
+                y=y, pool=pool, hidden=hidden, perm=perm, group_place=group_place, group_b=group_b,
+                group_tiles=group_tiles, group=(work - shrinks) // BLOCKS, block=(work - shrinks) % BLOCKS, T=T,
+                WAIT=True, MAX_RANK=MAX_RANK, N0=N0, N1=N1, N2=N2, LOW=LOW, ALIGN=B_ALIGN,
+                BM=BM, BN=BN, BE=BE, STAGES=STAGES,
             )  # fmt: skip
-        work = following
-    if tl.atomic_add(turnstile + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
-        tl.store(ready + tl.arange(0, GROUPS), tl.zeros((GROUPS,), tl.int32))
-        tl.store(turnstile + tl.arange(0, 2), tl.zeros((2,), tl.int32))
+        work = next_work
+    if tl.atomic_add(ticket_counter + 1, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(group_tiles + tl.arange(0, GROUPS), tl.zeros((GROUPS,), tl.int32))
+        tl.store(ticket_counter + tl.arange(0, 2), tl.zeros((2,), tl.int32))

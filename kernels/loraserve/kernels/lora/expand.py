@@ -1,18 +1,39 @@
-"""From rank space to outputs: ``y[perm[m], n] += sum over r of h[m, r] * B[r, n]``, slice by slice, rounded once."""
+"""From rank space to outputs: ``y[perm[m], n] += sum over r of h[m, r] * B[r, n]``, slice by slice, rounded once.
+
+The layout of the work lists is in work.py.
+"""
 
 import triton
 import triton.language as tl
+
+from loraserve.kernels.lora.work import (
+    GROUP_COUNT,
+    GROUP_FIELDS,
+    GROUP_RANKS,
+    GROUP_START,
+    GROUP_TILES,
+    GROUP_TOKENS,
+    MAX_SLICES,
+    SLICE_FIELDS,
+)
+
+
+@triton.jit
+def wait_for_tiles(group_tiles, group, wanted):
+    """Spin until ``wanted`` tiles of the group's h are finished."""
+    while tl.atomic_add(group_tiles + group, 0, sem="acquire") < wanted:
+        pass
 
 
 @triton.jit
 def expand_tile(
     y,  # [T, N0 + N1 + N2]
     pool,
-    hidden,  # [2, T, 3 * MAX_RANK], see shrink.py
+    hidden,  # [2, T, MAX_SLICES * MAX_RANK], see shrink.py
     perm,
     group_place,
     group_b,
-    ready,  # int32 [GROUPS]: tiles of each group whose h is there; not looked at without WAIT
+    group_tiles,  # int32 [GROUPS]: finished tiles of each group's h; not read without WAIT
     group,
     block,
     T,
@@ -28,56 +49,55 @@ def expand_tile(
     BE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One block of outputs of one group; blocks do not cross slices.
+    """Compute one block of outputs of one group. Blocks do not cross slices.
 
-    h comes from memory in the weights' dtype: with an operand made in registers, ptxas 12.8 miscompiles wgmma on sm_90.
-    With LOW it is the sum of two such numbers, so that nothing is rounded before y is.
+    h is read from memory in the weights' dtype: with an operand computed in registers, ptxas 12.8 miscompiles wgmma on
+    sm_90. With LOW, h is the sum of two such numbers, so that nothing is rounded before y is.
     """
     BLOCKS0: tl.constexpr = (N0 + BN - 1) // BN
     BLOCKS1: tl.constexpr = (N1 + BN - 1) // BN
     EVEN: tl.constexpr = (N0 % BN == 0) & (N1 % BN == 0) & (N2 % BN == 0)
+    WIDTH: tl.constexpr = MAX_SLICES * MAX_RANK
     index = tl.where(block < BLOCKS0, 0, tl.where(block < BLOCKS0 + BLOCKS1, 1, 2))
-    in_slice = block - tl.where(index == 0, 0, tl.where(index == 1, BLOCKS0, BLOCKS0 + BLOCKS1))
+    block_in_slice = block - tl.where(index == 0, 0, tl.where(index == 1, BLOCKS0, BLOCKS0 + BLOCKS1))
     width = tl.multiple_of(tl.where(index == 0, N0, tl.where(index == 1, N1, N2)), ALIGN)
     y_column = tl.multiple_of(tl.where(index == 0, 0, tl.where(index == 1, N0, N0 + N1)), ALIGN)
-    place = group_place + group * 8
-    rank = tl.load(place + 3 + index)
+    place = group_place + group * GROUP_FIELDS
+    rank = tl.load(place + GROUP_RANKS + index)
     if rank > 0:
-        first = tl.load(place)
-        b = pool + tl.multiple_of(tl.load(group_b + group * 4 + index), ALIGN)
+        first = tl.load(place + GROUP_START)
+        b = pool + tl.multiple_of(tl.load(group_b + group * SLICE_FIELDS + index), ALIGN)
         m = tl.arange(0, BM)
-        m_there = m < tl.load(place + 1)
-        n = in_slice * BN + tl.arange(0, BN)
-        n_there = n < (in_slice * BN + BN if EVEN else width)
+        m_mask = m < tl.load(place + GROUP_TOKENS)
+        n = block_in_slice * BN + tl.arange(0, BN)
+        n_mask = n < (block_in_slice * BN + BN if EVEN else width)
         ranks = tl.arange(0, BE)
         b_at = b + ranks.to(tl.int64)[:, None] * width + n[None, :]
-        h_at = hidden + (first + m).to(tl.int64)[:, None] * (3 * MAX_RANK) + (index * MAX_RANK + ranks)[None, :]
-        low = tl.cast(T, tl.int64) * (3 * MAX_RANK)
-        # What does not depend on h is read before h is waited for.
-        token = tl.load(perm + first + m, mask=m_there, other=0).to(tl.int64)
+        h_at = hidden + (first + m).to(tl.int64)[:, None] * WIDTH + (index * MAX_RANK + ranks)[None, :]
+        low = tl.cast(T, tl.int64) * WIDTH
+        # All that does not depend on h is read before waiting for h.
+        token = tl.load(perm + first + m, mask=m_mask, other=0).to(tl.int64)
         y_at = y + token[:, None] * (N0 + N1 + N2) + (y_column + n)[None, :]
-        y_there = m_there[:, None] & n_there[None, :]
-        before = tl.load(y_at, mask=y_there, other=0.0)
+        y_mask = m_mask[:, None] & n_mask[None, :]
+        before = tl.load(y_at, mask=y_mask, other=0.0)
         if WAIT:
-            wanted = tl.load(place + 2)
-            while tl.atomic_add(ready + group, 0, sem="acquire") < wanted:
-                pass
+            wait_for_tiles(group_tiles, group, tl.load(place + GROUP_TILES))
         sums = tl.zeros((BM, BN), tl.float32)
         for r in tl.range(0, rank, BE, num_stages=STAGES):
-            r_there = ranks < rank - r
-            b_tile = tl.load(b_at, mask=r_there[:, None] & n_there[None, :], other=0.0)
-            # Whole vectors: what lies between the last rank and the next multiple of 8 is zero.
-            h_there = m_there[:, None] & (ranks // 8 < (rank - r + 7) // 8)[None, :]
-            # Other programs may have written it during this launch: not from this core's own cache.
+            r_mask = ranks < rank - r
+            b_tile = tl.load(b_at, mask=r_mask[:, None] & n_mask[None, :], other=0.0)
+            # Whole vectors: h is zero between the last rank and the next multiple of 8.
+            h_mask = m_mask[:, None] & (ranks // 8 < (rank - r + 7) // 8)[None, :]
+            # Other programs may have written h during this launch: bypass this core's own cache.
             sums = tl.dot(
-                tl.load(h_at, mask=h_there, other=0.0, cache_modifier=".cg"), b_tile, sums, input_precision="ieee"
+                tl.load(h_at, mask=h_mask, other=0.0, cache_modifier=".cg"), b_tile, sums, input_precision="ieee"
             )
             if LOW:
-                h_low = tl.load(h_at + low, mask=h_there, other=0.0, cache_modifier=".cg")
+                h_low = tl.load(h_at + low, mask=h_mask, other=0.0, cache_modifier=".cg")
                 sums = tl.dot(h_low, b_tile, sums, input_precision="ieee")
             b_at += BE * width
             h_at += BE
-        tl.store(y_at, (before.to(tl.float32) + sums).to(y.dtype.element_ty), mask=y_there)
+        tl.store(y_at, (before.to(tl.float32) + sums).to(y.dtype.element_ty), mask=y_mask)
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -101,13 +121,14 @@ def expand(
     BE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """All blocks of all groups, by a fixed number of programs."""
+    """Compute all blocks of all groups with a fixed number of programs."""
     BLOCKS: tl.constexpr = (N0 + BN - 1) // BN + (N1 + BN - 1) // BN + (N2 + BN - 1) // BN
-    total = tl.load(lengths) * BLOCKS
+    total = tl.load(lengths + GROUP_COUNT) * BLOCKS
     work = tl.program_id(0)
     while work < total:
         expand_tile(
-            y, pool, hidden, perm, group_place, group_b, group_place, work // BLOCKS, work % BLOCKS, T,
-            False, MAX_RANK, N0, N1, N2, LOW, ALIGN, BM, BN, BE, STAGES,
+            y=y, pool=pool, hidden=hidden, perm=perm, group_place=group_place, group_b=group_b,
+            group_tiles=group_place, group=work // BLOCKS, block=work % BLOCKS, T=T, WAIT=False,
+            MAX_RANK=MAX_RANK, N0=N0, N1=N1, N2=N2, LOW=LOW, ALIGN=ALIGN, BM=BM, BN=BN, BE=BE, STAGES=STAGES,
         )  # fmt: skip
         work += tl.num_programs(0)

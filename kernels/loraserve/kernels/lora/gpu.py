@@ -1,23 +1,24 @@
-"""Mixed-rank LoRA on a CUDA GPU: Triton kernels that read the true ranks on the device and stop there.
+"""Mixed-rank LoRA on a CUDA GPU: Triton kernels that read the true ranks on the device and compute no more than those.
 
 Same meaning as reference.py. The same batch gives the same bits: sums have one order, and no two programs add to the
 same number.
 """
 
 from functools import cache
+from typing import Any
 
 import torch
 
 from loraserve.kernels.lora.decode import decode
 from loraserve.kernels.lora.expand import expand
 from loraserve.kernels.lora.shrink import shrink
-from loraserve.kernels.lora.tables import SLICES_MAX, AdapterTables
+from loraserve.kernels.lora.tables import MAX_SLICES, AdapterTables
 from loraserve.kernels.lora.tuning import DECODE_TOKENS
 from loraserve.kernels.lora.work import LoraWork
 from loraserve.model_shape import MODULES
 
 ALIGNED = 16
-"""Elements: with rows and widths that are multiples of it, every load may be of 128 bits."""
+"""Elements. If rows and widths are multiples of it, every load may be of 128 bits."""
 
 
 def add_lora(
@@ -29,7 +30,7 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """y[t, slice i] += scale_i * (x[t] @ A_i.T) @ B_i^T for every token t with an adapter; rounded once."""
+    """Add scale_i * (x[t] @ A_i.T) @ B_i^T to y[t, slice i] for every token t with an adapter, rounded once."""
     widths = tables.out_features[module]
     assert tables is batch.tables, "the batch was planned for other tables"
     assert x.shape == (batch.used, tables.in_features[module]), (x.shape, batch.used)
@@ -45,37 +46,39 @@ def add_lora(
 
 def _decode(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWork, row: int, module: int) -> None:
     b, space = batch.blocks[module], batch.workspace
-    k, n = _sizes(batch, module)
+    k, widths = batch.tables.in_features[module], _slice_widths(batch, module)
+    a_align, b_align = _alignment(k, widths)
     decode[(multiprocessors(x.device) * b.programs,)](
-        x,
-        y,
-        pool,
-        space.planes,
-        space.hidden,
-        batch.perm,
-        batch.lengths[row],
-        batch.tile_a[row],
-        batch.tile_place[row],
-        space.parts,
-        batch.group_b[row],
-        batch.group_place[row],
-        batch.group_scale[row],
-        space.ready,
-        space.turnstile,
-        batch.tokens,
-        space.max_rank,
-        k,
-        *n,
-        b.split,
-        pool.dtype != torch.float32,
-        *_alignment(k, n),
-        len(space.ready),
-        b.bm,
-        b.br,
-        b.bk,
-        b.bn,
-        b.be,
-        b.stages,
+        x=x,
+        y=y,
+        pool=pool,
+        planes=space.planes,
+        hidden=space.hidden,
+        perm=batch.perm,
+        lengths=batch.lengths[row],
+        tile_a=batch.tile_a[row],
+        tile_place=batch.tile_place[row],
+        tile_parts=space.tile_parts,
+        group_b=batch.group_b[row],
+        group_place=batch.group_place[row],
+        group_scale=batch.group_scale[row],
+        group_tiles=space.group_tiles,
+        ticket_counter=space.ticket_counter,
+        T=batch.tokens,
+        MAX_RANK=space.max_rank,
+        K=k,
+        **widths,
+        SPLIT=b.split,
+        LOW=pool.dtype != torch.float32,
+        A_ALIGN=a_align,
+        B_ALIGN=b_align,
+        GROUPS=len(space.group_tiles),
+        BM=b.bm,
+        BR=b.br,
+        BK=b.bk,
+        BN=b.bn,
+        BE=b.be,
+        STAGES=b.stages,
         num_warps=b.warps,
         maxnreg=b.registers,
     )
@@ -83,68 +86,60 @@ def _decode(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWor
 
 def _prefill(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWork, row: int, module: int) -> None:
     b, space = batch.blocks[module], batch.workspace
-    k, n = _sizes(batch, module)
-    a_align, b_align = _alignment(k, n)
+    k, widths = batch.tables.in_features[module], _slice_widths(batch, module)
+    a_align, b_align = _alignment(k, widths)
     grid = (multiprocessors(x.device) * b.programs,)
-    lengths, place = batch.lengths[row], batch.group_place[row]
+    shared: dict[str, Any] = {
+        "pool": pool,
+        "hidden": space.hidden,
+        "perm": batch.perm,
+        "lengths": batch.lengths[row],
+        "group_place": batch.group_place[row],
+        "T": batch.tokens,
+        "MAX_RANK": space.max_rank,
+        "LOW": pool.dtype != torch.float32,
+        "BM": b.bm,
+        "STAGES": b.stages,
+        "num_warps": b.warps,
+    }
     shrink[grid](
-        x,
-        pool,
-        space.planes,
-        space.hidden,
-        batch.perm,
-        lengths,
-        batch.tile_a[row],
-        batch.tile_place[row],
-        space.parts,
-        place,
-        batch.group_scale[row],
-        batch.tokens,
-        space.max_rank,
-        k,
-        b.split,
-        pool.dtype != torch.float32,
-        a_align,
-        b.bm,
-        b.br,
-        b.bk,
-        b.stages,
-        num_warps=b.warps,
+        x=x,
+        planes=space.planes,
+        tile_a=batch.tile_a[row],
+        tile_place=batch.tile_place[row],
+        tile_parts=space.tile_parts,
+        group_scale=batch.group_scale[row],
+        K=k,
+        SPLIT=b.split,
+        ALIGN=a_align,
+        BR=b.br,
+        BK=b.bk,
+        **shared,
     )
     expand[grid](
-        y,
-        pool,
-        space.hidden,
-        batch.perm,
-        lengths,
-        place,
-        batch.group_b[row],
-        batch.tokens,
-        space.max_rank,
-        *n,
-        pool.dtype != torch.float32,
-        b_align,
-        b.bm,
-        b.bn,
-        b.be,
-        b.stages,
-        num_warps=b.warps,
+        y=y,
+        group_b=batch.group_b[row],
+        ALIGN=b_align,
+        BN=b.bn,
+        BE=b.be,
+        **widths,
+        **shared,
     )
 
 
-def _sizes(batch: LoraWork, module: int) -> tuple[int, tuple[int, int, int]]:
+def _slice_widths(batch: LoraWork, module: int) -> dict[str, int]:
+    """Return the operands N0, N1 and N2: the output width of each slice, 0 for one that the module does not have."""
     widths = batch.tables.out_features[module]
-    n0, n1, n2 = (*widths, *[0] * (SLICES_MAX - len(widths)))
-    return batch.tables.in_features[module], (n0, n1, n2)
+    return {f"N{i}": widths[i] if i < len(widths) else 0 for i in range(MAX_SLICES)}
 
 
-def _alignment(k: int, n: tuple[int, int, int]) -> tuple[int, int]:
-    """What the offsets of A's and B's rows are multiples of; a slab's rows begin at multiples of ALIGNED."""
+def _alignment(k: int, widths: dict[str, int]) -> tuple[int, int]:
+    """Return what the offsets of the rows of A and B are multiples of. The rows of a slab begin at such multiples."""
     a = ALIGNED if k % ALIGNED == 0 else 1
-    return a, a if all(width % ALIGNED == 0 for width in n) else 1
+    return a, a if all(width % ALIGNED == 0 for width in widths.values()) else 1
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors; one where there is no GPU, as the interpreter runs programs one after the other."""
+    """Return the number of multiprocessors; 1 without a GPU, because the interpreter runs programs one by one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

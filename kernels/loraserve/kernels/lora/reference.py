@@ -1,9 +1,9 @@
-"""The definition of mixed-rank LoRA in plain torch. Every other implementation is held against it."""
+"""Mixed-rank LoRA in plain torch: the definition that every other implementation is tested against."""
 
 import torch
 
 from loraserve.kernels.lora.batch import LoraBatch
-from loraserve.kernels.lora.tables import AdapterTables
+from loraserve.kernels.lora.tables import A_OFFSET, A_ROWS, B_OFFSETS, RANKS, AdapterTables
 
 
 def add_lora(
@@ -15,7 +15,7 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """y[t, slice i] += scale_i * (x[t] @ A_i.T) @ B_i^T for every token t with an adapter, in float32."""
+    """Add scale_i * (x[t] @ A_i.T) @ B_i^T to y[t, slice i] for every token t with an adapter, in float32."""
     for group in range(batch.group_slot.numel()):
         slot = int(batch.group_slot[group])
         tokens = batch.perm[int(batch.group_start[group]) : int(batch.group_start[group + 1])].long()
@@ -33,16 +33,17 @@ def _add_group(
     module: int,
 ) -> None:
     base = int(tables.base[slot])
-    a_offset, total, *rest = tables.layout[slot, layer, module].tolist()
-    if total == 0:
+    layout = tables.layout[slot, layer, module].tolist()
+    if layout[A_ROWS] == 0:
         return
     k = tables.in_features[module]
-    a = pool[base + a_offset : base + a_offset + total * k].float().view(total, k)
+    a_start, a_rows = base + layout[A_OFFSET], layout[A_ROWS]
+    a = pool[a_start : a_start + a_rows * k].float().view(a_rows, k)
     h = x[tokens] @ a.T
     column = row = 0
     for index, width in enumerate(tables.out_features[module]):
-        rank, b_offset = rest[index], rest[3 + index]
-        b = pool[base + b_offset : base + b_offset + rank * width].float().view(rank, width)
+        rank, b_start = layout[RANKS + index], base + layout[B_OFFSETS + index]
+        b = pool[b_start : b_start + rank * width].float().view(rank, width)
         scaled = h[:, row : row + rank] * tables.scales[slot, layer, module, index]
         y[tokens, column : column + width] += scaled @ b
         row, column = row + rank, column + width

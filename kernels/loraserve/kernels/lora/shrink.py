@@ -1,11 +1,27 @@
 """From inputs to rank space: ``h[m, r] = scale * sum over k of x[perm[m], k] * A[r, k]`` for tokens with an adapter.
 
-K is cut into SPLIT parts that write one plane each; the program that comes last to a tile sums its planes in their
-order. Nothing is added to atomically and nothing has to be zeroed: the same batch gives the same bits.
+K is cut into SPLIT parts that write one plane of partial sums each. The program that finishes the last part of a tile
+sums its planes in their order. There are no atomic additions of values and no buffer has to be zeroed: the same batch
+gives the same bits. The layout of the work lists is in work.py.
 """
 
 import triton
 import triton.language as tl
+
+from loraserve.kernels.lora.work import (
+    GROUP_FIELDS,
+    GROUP_RANKS,
+    MAX_SLICES,
+    PLANE_ALIGN,
+    SLICE_FIELDS,
+    TILE_COUNT,
+    TILE_FIELDS,
+    TILE_FIRST_ROW,
+    TILE_GROUP,
+    TILE_ROWS,
+    TILE_START,
+    TILE_TOKENS,
+)
 
 
 @triton.jit
@@ -13,8 +29,8 @@ def shrink_part(
     x,  # [T, K]
     pool,
     perm,
-    tile_a,
-    place,  # of the tile, in tile_place
+    tile_a,  # of this tile
+    place,  # of this tile, in tile_place
     part,
     K: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -28,24 +44,24 @@ def shrink_part(
     PART: tl.constexpr = ((K + SPLIT - 1) // SPLIT + BK - 1) // BK * BK
     EVEN: tl.constexpr = PART * SPLIT == K
     rows = tl.arange(0, BR)
-    row_there = rows < tl.load(place + 4)
+    row_mask = rows < tl.load(place + TILE_ROWS)
     m = tl.arange(0, BM)
-    m_there = m < tl.load(place + 2)
+    m_mask = m < tl.load(place + TILE_TOKENS)
     # Without the hint every load of A would be scalar.
     a = pool + tl.multiple_of(tl.load(tile_a), ALIGN)
-    token = tl.load(perm + tl.load(place + 1) + m, mask=m_there, other=0).to(tl.int64)
+    token = tl.load(perm + tl.load(place + TILE_START) + m, mask=m_mask, other=0).to(tl.int64)
     kk = part * PART + tl.arange(0, BK)
     x_at = x + token[:, None] * K + kk[None, :]
     a_at = a + rows[None, :].to(tl.int64) * K + kk[:, None]
     sums = tl.zeros((BM, BR), tl.float32)
     for k in tl.range(0, PART, BK, num_stages=STAGES):
         if EVEN:
-            x_tile = tl.load(x_at, mask=m_there[:, None], other=0.0)
-            a_tile = tl.load(a_at, mask=row_there[None, :], other=0.0)
+            x_tile = tl.load(x_at, mask=m_mask[:, None], other=0.0)
+            a_tile = tl.load(a_at, mask=row_mask[None, :], other=0.0)
         else:
-            k_there = kk + k < K
-            x_tile = tl.load(x_at, mask=m_there[:, None] & k_there[None, :], other=0.0)
-            a_tile = tl.load(a_at, mask=row_there[None, :] & k_there[:, None], other=0.0)
+            k_mask = kk + k < K
+            x_tile = tl.load(x_at, mask=m_mask[:, None] & k_mask[None, :], other=0.0)
+            a_tile = tl.load(a_at, mask=row_mask[None, :] & k_mask[:, None], other=0.0)
         sums = tl.dot(x_tile, a_tile, sums, input_precision="ieee")
         x_at += BK
         a_at += BK
@@ -53,19 +69,19 @@ def shrink_part(
 
 
 @triton.jit
-def clear_padding(at, group_place, m_there, MAX_RANK: tl.constexpr):
-    """Zeros from each slice's last rank to the next multiple of 8, up to which h is read."""
-    for i in tl.static_range(3):
-        rank = tl.load(group_place + 3 + i)
+def clear_padding(at, group, m_mask, MAX_RANK: tl.constexpr):
+    """Write zeros from each slice's rank to the next multiple of 8, because h is read in whole vectors of 8."""
+    for i in tl.static_range(MAX_SLICES):
+        rank = tl.load(group + GROUP_RANKS + i)
         column = rank // 8 * 8 + tl.arange(0, 8)
         zeros = (column * 0).to(at.dtype.element_ty)
-        there = m_there[:, None] & ((column >= rank) & (rank % 8 != 0))[None, :]
-        tl.store(at + (i * MAX_RANK + column)[None, :], zeros[None, :], mask=there)
+        mask = m_mask[:, None] & ((column >= rank) & (rank % 8 != 0))[None, :]
+        tl.store(at + (i * MAX_RANK + column)[None, :], zeros[None, :], mask=mask)
 
 
 @triton.jit
-def keep_hidden(
-    hidden,  # [2, T, 3 * MAX_RANK], slice i from column i * MAX_RANK on
+def store_hidden(
+    hidden,  # [2, T, MAX_SLICES * MAX_RANK], slice i from column i * MAX_RANK on
     sums,
     place,
     group_place,
@@ -76,41 +92,78 @@ def keep_hidden(
     BM: tl.constexpr,
     BR: tl.constexpr,
 ):
-    """Scale and keep a tile of h in the weights' dtype; with LOW also what that rounding cut off."""
-    group = tl.load(place)
+    """Scale and store a tile of h in the weights' dtype; with LOW also the remainder that rounding cut off."""
+    index = tl.load(place + TILE_GROUP)
+    group = group_place + index * GROUP_FIELDS
     m = tl.arange(0, BM)
-    row = tl.load(place + 3) + tl.arange(0, BR)
-    rank0 = tl.load(group_place + group * 8 + 3)
-    rank1 = tl.load(group_place + group * 8 + 4)
-    index = (row >= rank0).to(tl.int32) + (row >= rank0 + rank1).to(tl.int32)
-    column = index * MAX_RANK + row - tl.where(index == 0, 0, tl.where(index == 1, rank0, rank0 + rank1))
-    m_there = m < tl.load(place + 2)
-    there = m_there[:, None] & (tl.arange(0, BR) < tl.load(place + 4))[None, :]
-    at = hidden + (tl.load(place + 1) + m).to(tl.int64)[:, None] * (3 * MAX_RANK)
-    scaled = sums * tl.load(group_scale + group * 4 + index)[None, :]
+    first_row = tl.load(place + TILE_FIRST_ROW)
+    row = first_row + tl.arange(0, BR)
+    rank0 = tl.load(group + GROUP_RANKS)
+    rank1 = tl.load(group + GROUP_RANKS + 1)
+    in_slice = (row >= rank0).to(tl.int32) + (row >= rank0 + rank1).to(tl.int32)
+    first_rank = tl.where(in_slice == 0, 0, tl.where(in_slice == 1, rank0, rank0 + rank1))
+    column = in_slice * MAX_RANK + row - first_rank
+    m_mask = m < tl.load(place + TILE_TOKENS)
+    mask = m_mask[:, None] & (tl.arange(0, BR) < tl.load(place + TILE_ROWS))[None, :]
+    at = hidden + (tl.load(place + TILE_START) + m).to(tl.int64)[:, None] * (MAX_SLICES * MAX_RANK)
+    scaled = sums * tl.load(group_scale + index * SLICE_FIELDS + in_slice)[None, :]
     high = scaled.to(hidden.dtype.element_ty)
-    tl.store(at + column[None, :], high, mask=there)
-    first_tile = tl.load(place + 3) == 0
-    if first_tile:
-        clear_padding(at, group_place + group * 8, m_there, MAX_RANK)
+    tl.store(at + column[None, :], high, mask=mask)
+    if first_row == 0:
+        clear_padding(at, group, m_mask, MAX_RANK)
     if LOW:
-        at += tl.cast(T, tl.int64) * (3 * MAX_RANK)
+        at += tl.cast(T, tl.int64) * (MAX_SLICES * MAX_RANK)
         low = (scaled - high.to(tl.float32)).to(hidden.dtype.element_ty)
-        tl.store(at + column[None, :], low, mask=there)
-        if first_tile:
-            clear_padding(at, group_place + group * 8, m_there, MAX_RANK)
+        tl.store(at + column[None, :], low, mask=mask)
+        if first_row == 0:
+            clear_padding(at, group, m_mask, MAX_RANK)
+
+
+@triton.jit
+def add_to_planes(
+    planes,
+    sums,
+    tile_parts,  # of this tile
+    place,
+    part,
+    T,
+    MAX_RANK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BM: tl.constexpr,
+    BR: tl.constexpr,
+):
+    """Store the sums of one part. Returns (whether it was the tile's last part, the sums of all parts if so)."""
+    m = tl.arange(0, BM)
+    rows = tl.arange(0, BR)
+    # Whole tiles are written, so that accesses are as wide as possible; rows beyond the tile's are zero.
+    mask = (m < tl.load(place + TILE_TOKENS))[:, None] & (rows >= 0)[None, :]
+    WIDTH: tl.constexpr = (MAX_SLICES * MAX_RANK + PLANE_ALIGN - 1) // PLANE_ALIGN * PLANE_ALIGN
+    at = planes + (tl.load(place + TILE_START) + m).to(tl.int64)[:, None] * WIDTH
+    at += (tl.multiple_of(tl.load(place + TILE_FIRST_ROW), BR) + rows)[None, :]
+    plane = tl.cast(T, tl.int64) * WIDTH
+    tl.store(at + part * plane, sums, mask=mask)
+    # All threads have written their share of the plane before the counter says so.
+    tl.debug_barrier()
+    is_last = tl.atomic_add(tile_parts, 1, sem="acq_rel") == SPLIT - 1
+    if is_last:
+        sums = tl.zeros((BM, BR), tl.float32)
+        for p in tl.static_range(SPLIT):
+            # Other programs wrote the planes during this launch: bypass this core's own cache.
+            sums += tl.load(at + p * plane, mask=mask, other=0.0, cache_modifier=".cg")
+        tl.store(tile_parts, 0)
+    return is_last, sums
 
 
 @triton.jit
 def shrink_tile(
     x,
     pool,
-    planes,  # float32 [SPLIT, T, 3 * MAX_RANK rounded up to tiles], A's rows side by side
+    planes,  # float32 [SPLIT, T, MAX_SLICES * MAX_RANK rounded up to PLANE_ALIGN], a column for each row of A
     hidden,
     perm,
     tile_a,
     tile_place,
-    parts,  # int32 [tiles], zero before and after: parts of each tile that are done
+    tile_parts,  # int32 [tiles], zero before and after: finished parts of each tile
     group_place,
     group_scale,
     tile,
@@ -126,32 +179,24 @@ def shrink_tile(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """One part of one tile. Returns whether the tile's h is there now, by this program's doing."""
-    place = tile_place + tile * 8
-    sums = shrink_part(x, pool, perm, tile_a + tile, place, part, K, SPLIT, ALIGN, BM, BR, BK, STAGES)
-    last = part >= 0
+    """Compute one part of one tile. Returns whether this completed the tile's h."""
+    place = tile_place + tile * TILE_FIELDS
+    sums = shrink_part(
+        x=x, pool=pool, perm=perm, tile_a=tile_a + tile, place=place, part=part,
+        K=K, SPLIT=SPLIT, ALIGN=ALIGN, BM=BM, BR=BR, BK=BK, STAGES=STAGES,
+    )  # fmt: skip
+    is_last = part >= 0
     if SPLIT > 1:
-        m = tl.arange(0, BM)
-        rows = tl.arange(0, BR)
-        # Whole tiles, so that accesses are as wide as can be; rows that are not there are zero.
-        used = (m < tl.load(place + 2))[:, None] & (rows >= 0)[None, :]
-        WIDTH: tl.constexpr = (3 * MAX_RANK + 127) // 128 * 128
-        own = planes + (tl.load(place + 1) + m).to(tl.int64)[:, None] * WIDTH
-        own += (tl.multiple_of(tl.load(place + 3), BR) + rows)[None, :]
-        plane = tl.cast(T, tl.int64) * WIDTH
-        tl.store(own + part * plane, sums, mask=used)
-        # Every thread's share of the plane is written before the one that counts says so.
-        tl.debug_barrier()
-        last = tl.atomic_add(parts + tile, 1, sem="acq_rel") == SPLIT - 1
-        if last:
-            sums = tl.zeros((BM, BR), tl.float32)
-            for p in tl.static_range(SPLIT):
-                # Other programs wrote them during this launch: not from this core's own cache.
-                sums += tl.load(own + p * plane, mask=used, other=0.0, cache_modifier=".cg")
-            tl.store(parts + tile, 0)
-    if last:
-        keep_hidden(hidden, sums, place, group_place, group_scale, T, MAX_RANK, LOW, BM, BR)
-    return last
+        is_last, sums = add_to_planes(
+            planes=planes, sums=sums, tile_parts=tile_parts + tile, place=place, part=part, T=T,
+            MAX_RANK=MAX_RANK, SPLIT=SPLIT, BM=BM, BR=BR,
+        )  # fmt: skip
+    if is_last:
+        store_hidden(
+            hidden=hidden, sums=sums, place=place, group_place=group_place, group_scale=group_scale, T=T,
+            MAX_RANK=MAX_RANK, LOW=LOW, BM=BM, BR=BR,
+        )  # fmt: skip
+    return is_last
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -161,10 +206,10 @@ def shrink(
     planes,
     hidden,
     perm,
-    lengths,  # int32 [4], groups and tiles of this (layer, module)
+    lengths,  # int32 [LENGTH_FIELDS] of this (layer, module)
     tile_a,
     tile_place,
-    parts,
+    tile_parts,
     group_place,
     group_scale,
     T,
@@ -178,12 +223,14 @@ def shrink(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """All tiles, by a fixed number of programs."""
-    total = tl.load(lengths + 1) * SPLIT
+    """Compute all tiles with a fixed number of programs."""
+    total = tl.load(lengths + TILE_COUNT) * SPLIT
     work = tl.program_id(0)
     while work < total:
         shrink_tile(
-            x, pool, planes, hidden, perm, tile_a, tile_place, parts, group_place, group_scale,
-            work // SPLIT, work % SPLIT, T, MAX_RANK, K, SPLIT, LOW, ALIGN, BM, BR, BK, STAGES,
+            x=x, pool=pool, planes=planes, hidden=hidden, perm=perm, tile_a=tile_a, tile_place=tile_place,
+            tile_parts=tile_parts, group_place=group_place, group_scale=group_scale,
+            tile=work // SPLIT, part=work % SPLIT, T=T,
+            MAX_RANK=MAX_RANK, K=K, SPLIT=SPLIT, LOW=LOW, ALIGN=ALIGN, BM=BM, BR=BR, BK=BK, STAGES=STAGES,
         )  # fmt: skip
         work += tl.num_programs(0)

@@ -1,24 +1,225 @@
-"""The GPU's form of a step's batch: buffers of a fixed capacity that two launches fill, whatever the batch."""
+"""The work lists of a step on the GPU: which tiles of A and which groups of tokens each (layer, module) computes.
+
+Tokens of one adapter are cut into groups of at most ``bm`` tokens, the rows of its A into tiles of ``br`` rows. Two
+launches a step list both in buffers of a fixed capacity, whatever the batch. Nothing is read back: the lengths of the
+lists stay on the device too, so one captured graph serves every batch of its size.
+"""
 
 import torch
 import triton
+import triton.language as tl
 
-from loraserve.kernels.lora.tables import LAYOUT_FIELDS, SLICES_MAX, AdapterTables
+from loraserve.kernels.lora import tables as adapter_tables
+from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.tuning import TOKEN_BUCKETS, Blocks, pick
-from loraserve.kernels.lora.work_kernels import list_work, sort_tokens
 from loraserve.model_shape import MODULES
 
 SORT_BLOCK, TILE_BLOCK = 256, 16
-"""Tokens and tiles that a program looks at together."""
+"""Tokens and tiles that a program handles at once."""
+
+# Layout of the adapters' tables, as constants that Triton kernels may use.
+MAX_SLICES = tl.constexpr(adapter_tables.MAX_SLICES)
+A_OFFSET = tl.constexpr(adapter_tables.A_OFFSET)
+A_ROWS = tl.constexpr(adapter_tables.A_ROWS)
+RANKS = tl.constexpr(adapter_tables.RANKS)
+B_OFFSETS = tl.constexpr(adapter_tables.B_OFFSETS)
+LAYOUT_FIELDS = tl.constexpr(adapter_tables.LAYOUT_FIELDS)
+
+# Layout of the work lists. Rows begin at multiples of 16 bytes, so that a kernel is compiled once for all of them.
+# lengths, int32, a row for each (layer, module):
+GROUP_COUNT = tl.constexpr(0)
+TILE_COUNT = tl.constexpr(1)
+LENGTH_FIELDS = tl.constexpr(4)
+# group_place, int32:
+GROUP_START = tl.constexpr(0)  # index in perm of the first token
+GROUP_TOKENS = tl.constexpr(1)
+GROUP_TILES = tl.constexpr(2)  # tiles of A that this group's h is computed in
+GROUP_RANKS = tl.constexpr(3)  # rank of each slice
+GROUP_FIELDS = tl.constexpr(8)
+# group_b, int64, and group_scale, float32: a field for each slice
+SLICE_FIELDS = tl.constexpr(4)
+# tile_place, int32:
+TILE_GROUP = tl.constexpr(0)
+TILE_START = tl.constexpr(1)  # index in perm of the group's first token
+TILE_TOKENS = tl.constexpr(2)
+TILE_FIRST_ROW = tl.constexpr(3)  # of A
+TILE_ROWS = tl.constexpr(4)
+TILE_FIELDS = tl.constexpr(8)
+
+PLANE_ALIGN = tl.constexpr(128)
+"""Planes are a multiple of this many rows of A wide. The rows of a tile divide it."""
+
+
+@triton.jit(do_not_specialize=["T"])
+def sort_tokens(
+    slot_of_token,  # int32 [T], negative: no adapter
+    turn,  # int32 [slots], position of each slot in the order of work
+    count,  # int32 [slots], written: tokens of each slot
+    perm,  # int32 [T], written: tokens, slot after slot by turn; the rest is left as it was
+    T,
+    BLOCK: tl.constexpr,
+):
+    """Program s lists the tokens of slot s, in their order."""
+    slot = tl.program_id(0)
+    own_turn = tl.load(turn + slot)
+    lanes = tl.arange(0, BLOCK)
+    tokens_before = 0
+    own_tokens = 0
+    for start in range(0, T, BLOCK):
+        index = start + lanes
+        slots = tl.load(slot_of_token + index, mask=index < T, other=-1)
+        has_adapter = slots >= 0
+        turns = tl.load(turn + slots, mask=has_adapter, other=0)
+        tokens_before += tl.sum((has_adapter & (turns < own_turn)).to(tl.int32), 0)
+        own_tokens += tl.sum((slots == slot).to(tl.int32), 0)
+    tl.store(count + slot, own_tokens)
+    if own_tokens > 0:
+        written = tokens_before
+        for start in range(0, T, BLOCK):
+            index = start + lanes
+            slots = tl.load(slot_of_token + index, mask=index < T, other=-1)
+            own = (slots == slot).to(tl.int32)
+            target = written + tl.cumsum(own, 0) - own
+            tl.store(perm + target, index, mask=own > 0)
+            written += tl.sum(own, 0)
+
+
+@triton.jit
+def _of_module(module, first, second, third, fourth):
+    return tl.where(module == 0, first, tl.where(module == 1, second, tl.where(module == 2, third, fourth)))
+
+
+@triton.jit
+def _write_groups(
+    group_place, group_b, group_scale, group, start_token, tokens, tiles, base, layout_row, scale_row, mask
+):
+    """Write one group of each slot: ``tokens`` tokens from ``start_token`` of perm on."""
+    place = group_place + group * GROUP_FIELDS
+    tl.store(place + GROUP_START, start_token, mask=mask)
+    tl.store(place + GROUP_TOKENS, tokens, mask=mask)
+    tl.store(place + GROUP_TILES, tiles, mask=mask)
+    for i in tl.static_range(MAX_SLICES):
+        rank = tl.load(layout_row + RANKS + i, mask=mask, other=0).to(tl.int32)
+        b = base + tl.load(layout_row + B_OFFSETS + i, mask=mask, other=0)
+        scale = tl.load(scale_row + i, mask=mask, other=0.0)
+        tl.store(place + GROUP_RANKS + i, rank, mask=mask)
+        tl.store(group_b + group * SLICE_FIELDS + i, b, mask=mask)
+        tl.store(group_scale + group * SLICE_FIELDS + i, scale, mask=mask)
+
+
+@triton.jit
+def _write_tiles(tile_a, tile_place, tile, index, group, start_token, tokens, a, a_rows, k, br, mask):
+    """Write tiles ``index`` [1, BLOCK] of the group of each slot; what is known of a slot is [slots, 1]."""
+    place = tile_place + tile * TILE_FIELDS
+    same_for_all = index * 0
+    tl.store(tile_a + tile, a + index.to(tl.int64) * br * k, mask=mask)
+    tl.store(place + TILE_GROUP, group + same_for_all, mask=mask)
+    tl.store(place + TILE_START, start_token + same_for_all, mask=mask)
+    tl.store(place + TILE_TOKENS, tokens + same_for_all, mask=mask)
+    tl.store(place + TILE_FIRST_ROW, index * br + group * 0, mask=mask)
+    tl.store(place + TILE_ROWS, tl.minimum(br, a_rows - index * br), mask=mask)
+
+
+@triton.jit
+def list_work(
+    count,  # int32 [slots]
+    order,  # int32 [slots], slots in the order of work
+    base,  # int64 [slots]
+    layout,  # int64 [slots, rows, LAYOUT_FIELDS], see tables.py
+    scales,  # float32 [slots, rows, MAX_SLICES]
+    lengths,  # int32 [rows, LENGTH_FIELDS], written
+    tile_a,  # int64 [rows, TILES], written: where the first row of the tile lies in the pool
+    tile_place,  # int32 [rows, TILES, TILE_FIELDS], written
+    group_b,  # int64 [rows, GROUPS, SLICE_FIELDS], written: where B of each slice lies in the pool
+    group_place,  # int32 [rows, GROUPS, GROUP_FIELDS], written
+    group_scale,  # float32 [rows, GROUPS, SLICE_FIELDS], written
+    SLOTS: tl.constexpr,
+    LANES: tl.constexpr,  # SLOTS rounded up to a power of two
+    ROWS: tl.constexpr,  # layers * modules
+    TILES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    K0: tl.constexpr,  # inputs of each module
+    K1: tl.constexpr,
+    K2: tl.constexpr,
+    K3: tl.constexpr,
+    BM0: tl.constexpr,  # tokens of a group of each module
+    BM1: tl.constexpr,
+    BM2: tl.constexpr,
+    BM3: tl.constexpr,
+    BR0: tl.constexpr,  # rows of a tile of each module
+    BR1: tl.constexpr,
+    BR2: tl.constexpr,
+    BR3: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Program r lists the work of row r = layer * 4 + module. A lane is a slot, in the order of work."""
+    row = tl.program_id(0)
+    module = row % 4
+    k = _of_module(module, K0, K1, K2, K3)
+    bm = _of_module(module, BM0, BM1, BM2, BM3)
+    br = _of_module(module, BR0, BR1, BR2, BR3)
+    lane = tl.arange(0, LANES)
+    is_slot = lane < SLOTS
+    slot = tl.load(order + lane, mask=is_slot, other=0)
+    tokens = tl.load(count + slot, mask=is_slot, other=0)
+    table_row = slot.to(tl.int64) * ROWS + row
+    layout_row = layout + table_row * LAYOUT_FIELDS
+    slab = tl.load(base + slot, mask=is_slot, other=0)
+    a = slab + tl.load(layout_row + A_OFFSET, mask=is_slot, other=0)
+    a_rows = tl.load(layout_row + A_ROWS, mask=is_slot, other=0).to(tl.int32)
+
+    has_work = (tokens > 0) & (a_rows > 0)
+    groups = tl.where(has_work, tl.cdiv(tokens, bm), 0)
+    tiles = tl.cdiv(a_rows, br)
+    first_token = tl.cumsum(tokens, 0) - tokens
+    first_group = tl.cumsum(groups, 0) - groups
+    first_tile = tl.cumsum(groups * tiles, 0) - groups * tiles
+    tl.store(lengths + row * LENGTH_FIELDS + GROUP_COUNT, tl.sum(groups, 0))
+    tl.store(lengths + row * LENGTH_FIELDS + TILE_COUNT, tl.sum(groups * tiles, 0))
+
+    most_tiles = tl.max(tl.where(has_work, tiles, 0), 0)
+    for j in range(0, tl.max(groups, 0)):
+        has_group = j < groups
+        start_token = first_token + j * bm
+        length = tl.minimum(bm, tokens - j * bm)
+        _write_groups(
+            group_place=group_place,
+            group_b=group_b,
+            group_scale=group_scale,
+            group=row * GROUPS + first_group + j,
+            start_token=start_token,
+            tokens=length,
+            tiles=tiles,
+            base=slab,
+            layout_row=layout_row,
+            scale_row=scales + table_row * MAX_SLICES,
+            mask=has_group,
+        )
+        for tile0 in range(0, most_tiles, BLOCK):
+            index = tile0 + tl.arange(0, BLOCK)[None, :]
+            _write_tiles(
+                tile_a=tile_a,
+                tile_place=tile_place,
+                tile=row * TILES + (first_tile + j * tiles)[:, None] + index,
+                index=index,
+                group=(first_group + j)[:, None],
+                start_token=start_token[:, None],
+                tokens=length[:, None],
+                a=a[:, None],
+                a_rows=a_rows[:, None],
+                k=k,
+                br=br,
+                mask=has_group[:, None] & (index < tiles[:, None]),
+            )
 
 
 def device_name(device: torch.device) -> str:
-    """What tables of tuned sizes call the GPU."""
+    """Return the name by which tables of tuned block sizes know the device."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
 def pick_blocks(tables: AdapterTables, tokens: int, max_rank: int) -> tuple[Blocks, ...]:
-    """Block sizes of each module for steps of ``tokens`` tokens."""
+    """Return the block sizes of each module for steps of ``tokens`` tokens."""
     gpu = device_name(tables.base.device)
     return tuple(
         pick(gpu, k, widths, tokens, max_rank)
@@ -26,16 +227,18 @@ def pick_blocks(tables: AdapterTables, tokens: int, max_rank: int) -> tuple[Bloc
     )
 
 
-TILE_ROWS = 128
-"""Every tile of A has a number of rows that divides it."""
+def most_groups(tokens: int, slots: int, blocks: Blocks) -> int:
+    """Return the most groups that ``tokens`` tokens can form: a partial one for each adapter, and full ones."""
+    return min(tokens, slots) + tokens // blocks.bm
 
 
 class Workspace:
-    """Scratch memory that the launches of one stream share: nothing in it outlives a call of ``add_lora``.
+    """Scratch memory that the launches of one stream share. Its contents do not outlive a call of ``add_lora``.
 
-    ``planes`` float32 holds partial sums of K's parts, [tokens, 3 * max_rank] each, the width rounded up to whole
-    tiles; ``hidden``, in the pool's dtype, two [tokens, 3 * max_rank] for the rank-space intermediate. ``parts``,
-    ``ready`` and ``turnstile`` int32 are zero between launches.
+    ``planes`` float32 holds the partial sums of the parts of K, [tokens, 3 * max_rank] each, the width rounded up to
+    whole tiles; ``hidden``, in the pool's dtype, two [tokens, 3 * max_rank] for the rank-space intermediate. The int32
+    counters ``tile_parts`` (finished parts of each tile), ``group_tiles`` (finished tiles of each group) and
+    ``ticket_counter`` (pieces of work handed out, programs that have finished) are zero between launches.
     """
 
     def __init__(
@@ -46,41 +249,42 @@ class Workspace:
         dtype: torch.dtype,
         blocks: tuple[Blocks, ...] | None = None,
     ) -> None:
-        """For steps of up to ``tokens`` tokens and adapters of up to ``max_rank``, in ``blocks`` if given."""
+        """Allocate for steps of up to ``tokens`` tokens and adapters of up to ``max_rank``.
+
+        ``blocks``, one for each module, replace the tuned block sizes.
+        """
         device = tables.base.device
         self.tokens = tokens
         # Slices begin at multiples of 16 columns, whatever the largest rank is: h is read 128 bits at a time.
         self.max_rank = -(-max_rank // 16) * 16
-        width = SLICES_MAX * self.max_rank
+        width = adapter_tables.MAX_SLICES * self.max_rank
         sizes = sorted({min(limit, tokens) for limit in TOKEN_BUCKETS})
         steps = [(size, b) for size in sizes for b in blocks or pick_blocks(tables, size, self.max_rank)]
         groups = max(most_groups(size, len(tables.base), b) for size, b in steps)
         tiles = max(most_groups(size, len(tables.base), b) * -(-width // b.br) for size, b in steps)
-        self.plane_width = -(-width // TILE_ROWS) * TILE_ROWS
+        self.plane_width = -(-width // PLANE_ALIGN.value) * PLANE_ALIGN.value
         rows = max(size * b.split for size, b in steps)
         self.planes = torch.empty(rows * self.plane_width, dtype=torch.float32, device=device)
         self.hidden = torch.empty(2 * tokens * width, dtype=dtype, device=device)
-        self.parts = torch.zeros(tiles, dtype=torch.int32, device=device)
-        self.ready = torch.zeros(triton.next_power_of_2(groups), dtype=torch.int32, device=device)
-        self.turnstile = torch.zeros(2, dtype=torch.int32, device=device)
-
-
-def most_groups(tokens: int, slots: int, blocks: Blocks) -> int:
-    """Groups that any batch of ``tokens`` tokens may fall into: an unfinished one for each adapter, and full ones."""
-    return min(tokens, slots) + tokens // blocks.bm
+        self.tile_parts = torch.zeros(tiles, dtype=torch.int32, device=device)
+        self.group_tiles = torch.zeros(triton.next_power_of_2(groups), dtype=torch.int32, device=device)
+        self.ticket_counter = torch.zeros(2, dtype=torch.int32, device=device)
 
 
 class LoraWork:
-    """Who uses which adapter in a step of up to ``tokens`` tokens, and what each (layer, module) has to do about it.
+    """The adapters of a step of up to ``tokens`` tokens, and the work lists of each (layer, module).
 
-    Buffers keep their addresses, and ``plan`` neither reads anything back nor launches more for a larger batch: a graph
-    captured over one batch computes every other. One step at a time.
+    The buffers keep their addresses, and ``plan`` neither reads anything back nor launches more for a larger batch: a
+    graph that was captured with one batch computes every other. Serves one step at a time.
     """
 
     def __init__(
         self, tables: AdapterTables, workspace: Workspace, tokens: int, blocks: tuple[Blocks, ...] | None = None
     ) -> None:
-        """``blocks``, one a module, stand in for the tuned ones. Raises ValueError where they exceed ``workspace``."""
+        """Allocate the lists. ``blocks``, one for each module, replace the tuned block sizes.
+
+        Raises ValueError if they exceed ``workspace``.
+        """
         self.tables = tables
         self.workspace = workspace
         self.tokens = self.used = tokens
@@ -96,18 +300,18 @@ class LoraWork:
 
         self.perm = buffer(tokens)
         self.count = buffer(slots)
-        # Rows begin at multiples of 16 bytes: a kernel is compiled once for all of them.
-        self.lengths = buffer(rows, 4)
+        self.lengths = buffer(rows, LENGTH_FIELDS.value)
         self.tile_a = buffer(rows, tiles, dtype=torch.int64)
-        self.tile_place = buffer(rows, tiles, 8)
-        self.group_b = buffer(rows, self.groups, 4, dtype=torch.int64)
-        self.group_place = buffer(rows, self.groups, 8)
-        self.group_scale = buffer(rows, self.groups, 4, dtype=torch.float32)
+        self.tile_place = buffer(rows, tiles, TILE_FIELDS.value)
+        self.group_b = buffer(rows, self.groups, SLICE_FIELDS.value, dtype=torch.int64)
+        self.group_place = buffer(rows, self.groups, GROUP_FIELDS.value)
+        self.group_scale = buffer(rows, self.groups, SLICE_FIELDS.value, dtype=torch.float32)
 
     def plan(self, slot_of_token: torch.Tensor) -> None:
-        """``slot_of_token`` int32 [up to ``tokens``] on the device, negative for a token without an adapter.
+        """List the work of a step.
 
-        As many tokens are in the operands of the step.
+        ``slot_of_token`` int32 [up to ``tokens``] on the device, negative for a token without an adapter. The operands
+        of the step have as many tokens.
         """
         self.used = len(slot_of_token)
         assert self.used <= self.tokens, (self.used, self.tokens)
@@ -116,28 +320,35 @@ class LoraWork:
             return
         tables = self.tables
         slots, rows = len(tables.base), self.lengths.shape[0]
-        sort_tokens[(slots,)](slot_of_token, tables.turn, self.count, self.perm, self.used, BLOCK=SORT_BLOCK)
+        sort_tokens[(slots,)](
+            slot_of_token=slot_of_token,
+            turn=tables.turn,
+            count=self.count,
+            perm=self.perm,
+            T=self.used,
+            BLOCK=SORT_BLOCK,
+        )
         list_work[(rows,)](
-            self.count,
-            tables.order,
-            tables.base,
-            tables.layout,
-            tables.scales,
-            self.lengths,
-            self.tile_a,
-            self.tile_place,
-            self.group_b,
-            self.group_place,
-            self.group_scale,
-            slots,
-            triton.next_power_of_2(slots),
-            rows,
-            self.tile_a.shape[1],
-            self.groups,
-            *tables.in_features,
-            *(b.bm for b in self.blocks),
-            *(b.br for b in self.blocks),
-            TILE_BLOCK,
+            count=self.count,
+            order=tables.order,
+            base=tables.base,
+            layout=tables.layout,
+            scales=tables.scales,
+            lengths=self.lengths,
+            tile_a=self.tile_a,
+            tile_place=self.tile_place,
+            group_b=self.group_b,
+            group_place=self.group_place,
+            group_scale=self.group_scale,
+            SLOTS=slots,
+            LANES=triton.next_power_of_2(slots),
+            ROWS=rows,
+            TILES=self.tile_a.shape[1],
+            GROUPS=self.groups,
+            BLOCK=TILE_BLOCK,
+            **{f"K{i}": k for i, k in enumerate(tables.in_features)},
+            **{f"BM{i}": b.bm for i, b in enumerate(self.blocks)},
+            **{f"BR{i}": b.br for i, b in enumerate(self.blocks)},
         )
 
     def _most_tiles(self, module: int) -> int:
@@ -148,15 +359,11 @@ class LoraWork:
     def _check_room(self, tiles: int) -> None:
         space = self.workspace
         rows = self.tokens * max(b.split for b in self.blocks)
-        planes = rows * space.plane_width
-        assert all(TILE_ROWS % b.br == 0 for b in self.blocks), "a tile would reach into the next token's plane"
+        assert all(PLANE_ALIGN.value % b.br == 0 for b in self.blocks), "a tile would reach into the next token's plane"
         if (
             self.tokens > space.tokens
-            or planes > space.planes.numel()
-            or tiles > len(space.parts)
-            or self.groups > len(space.ready)
+            or rows * space.plane_width > space.planes.numel()
+            or tiles > len(space.tile_parts)
+            or self.groups > len(space.group_tiles)
         ):
             raise ValueError(f"{self.tokens} tokens in blocks of {self.blocks} exceed a workspace for {space.tokens}")
-
-
-assert LAYOUT_FIELDS == 8, "work_kernels.py reads rows of eight fields"

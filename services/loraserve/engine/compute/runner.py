@@ -23,7 +23,8 @@ from loraserve.engine.model.linear import HostForm, pick_backend
 from loraserve.engine.model.weights import load_weights
 from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep, StepBatch, StepResult
 from loraserve.errors import ConfigError
-from loraserve.kernels import attention, fused, linear, lora
+from loraserve.kernels import attention, linear, lora
+from loraserve.kernels.fused import cpu as fused
 from loraserve.messages.sampling import SamplingParams
 from loraserve.transfer.shm import SharedMemory, is_supported
 

@@ -8,7 +8,7 @@ from loraserve.engine.model.config import DecoderConfig
 from loraserve.engine.model.decoder import rotary_tables
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
 from loraserve.kernels.attention.gpu import Backend, GpuAttentionBatch, GpuKvCache, attend
-from loraserve.kernels.fused_gpu import add_rms_norm, rotate_and_keep, silu_mul
+from loraserve.kernels.fused.gpu import add_rms_norm, rotate_and_keep, silu_mul
 from loraserve.kernels.lora.gpu import add_lora
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.work import LoraWork

@@ -10,7 +10,7 @@ from torch.nn import functional
 from loraserve.engine.model.config import DecoderConfig, Rope
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
 from loraserve.kernels.attention import AttentionBatch, KvCache, paged_attention
-from loraserve.kernels.fused import add_rms_norm, rotate, silu_mul
+from loraserve.kernels.fused.cpu import add_rms_norm, rotate, silu_mul
 from loraserve.kernels.lora import AdapterTables, LoraBatch, add_lora
 from loraserve.model_shape import DOWN, GATE_UP, OUT, QKV
 

@@ -13,10 +13,10 @@ import torch
 from loraserve.adapter.format import make_uniform_layout
 from loraserve.kernels import attention, lora
 from loraserve.kernels.attention import AttentionBatch, KvCache, block_bytes, paged_attention
-from loraserve.kernels.compiled import Kernel
+from loraserve.kernels.cpu.compiled import Kernel
+from loraserve.kernels.cpu.operands import ADDRESS, INT, OperandBlock, int64s, reader, take_part
+from loraserve.kernels.cpu.threads import run
 from loraserve.kernels.lora import AdapterTables, add_lora, plan_batch
-from loraserve.kernels.memory import int64s, take_part
-from loraserve.kernels.workers import run
 from loraserve.model_shape import MODULES, ModelShape
 
 SHAPE = ModelShape(layers=30, hidden=576, heads=9, kv_heads=3, head_dim=64, ffn=1536, vocab=49152)
@@ -24,18 +24,27 @@ RANKS = (8, 16, 32, 64)
 PART_WORDS = 1 << 14
 
 
+class ReadCall(OperandBlock):
+    """Operands of ``_read_all``: ``words`` int64 at ``start``, and where their exclusive or goes."""
+
+    __slots__ = ()
+    _fields_ = (("start", ADDRESS), ("words", INT), ("result", ADDRESS))
+
+
+_operands = reader(ReadCall)
+
+
 def _read_all(operands):  # type: ignore[no-untyped-def]
-    o = int64s(operands, 4)
-    words = o[2]
+    o = _operands(operands)
     result = np.int64(0)
-    start = take_part(operands) * PART_WORDS
-    while start < words:
-        count = min(PART_WORDS, words - start)
-        row = int64s(o[1] + start * 8, count)
+    first = take_part(operands) * PART_WORDS
+    while first < o.words:
+        count = min(PART_WORDS, o.words - first)
+        row = int64s(o.start + first * 8, count)
         for i in range(count):
             result ^= row[i]
-        start = take_part(operands) * PART_WORDS
-    int64s(o[3], 1)[0] = result
+        first = take_part(operands) * PART_WORDS
+    int64s(o.result, 1)[0] = result
 
 
 READ = Kernel(_read_all)
@@ -48,7 +57,8 @@ def read_floor(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
 
     def read() -> None:
         for address, words in places:
-            run(READ, words >= 2 * PART_WORDS, address, words, result.data_ptr())
+            call = ReadCall(start=address, words=words, result=result.data_ptr())
+            run(READ, call, shared=words >= 2 * PART_WORDS)
 
     return read
 

@@ -105,15 +105,15 @@ def cases(shape: ModelShape = LLAMA_3_8B, modules: Sequence[str] = MODULES) -> I
 
 def _small_cases(shape: ModelShape) -> Iterator[Case]:
     """What runs once a step, or moves a row at a time."""
-    from loraserve.kernels import fused_gpu
-    from loraserve.kernels.lora import work_kernels
+    from loraserve.kernels.fused import gpu as fused_gpu
+    from loraserve.kernels.lora import work
 
-    yield _case("sort_tokens", work_kernels.sort_tokens, {"BLOCK": 256})
+    yield _case("sort_tokens", work.sort_tokens, {"BLOCK": 256})
     b = [default_blocks(shape.in_features(module), 64) for module in MODULES]
     constants = {"SLOTS": SLOTS, "LANES": SLOTS, "ROWS": 4 * shape.layers, "TILES": 4096, "GROUPS": 256, "BLOCK": 16}
     for i, module in enumerate(MODULES):
         constants |= {f"K{i}": shape.in_features(module), f"BM{i}": b[i].bm, f"BR{i}": b[i].br}
-    yield _case("list_work", work_kernels.list_work, constants)
+    yield _case("list_work", work.list_work, constants)
     yield _case("add_rms_norm", fused_gpu._norm, {"ADD": True, "BLOCK": 4096})
     head = {"HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "DIM": shape.head_dim, "BLOCK": shape.head_dim // 2}
     yield _case("rotate_and_keep", fused_gpu._rotate, {**head, "NORMED": True}, 1)

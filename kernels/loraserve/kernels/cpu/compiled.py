@@ -1,7 +1,8 @@
-"""Kernels compiled for the processor at hand at their first use, and kept on disk for the next process.
+"""Compiles CPU kernels for the processor at hand and keeps the machine code on disk for the next process.
 
-A kernel takes one argument, the address of its int64 operands, so that a call costs two microseconds whatever the
-operands are, and no type that nobody thought of can set off a compilation in the middle of a step.
+A kernel takes one argument: the address of its operand block (see operands.py). All kernels therefore have one
+signature, a call costs about two microseconds, and no unexpected argument type can start a compilation in the middle
+of a step.
 """
 
 import ctypes
@@ -18,14 +19,14 @@ from typing import Any
 import numba
 from numba import cfunc, njit, types
 
-FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _config: Any = numba.config
-_compiling = threading.Lock()
+_compile_lock = threading.Lock()
 
 
 class Kernel:
-    """A compiled function of the address of its operands. Compiles at its first use; ``warm_up`` does so ahead."""
+    """A function of the address of an operand block, compiled at its first use or by ``warm_up``."""
 
     def __init__(self, function: Callable[[int], None]) -> None:
         self._function = function
@@ -34,7 +35,7 @@ class Kernel:
 
     @property
     def address(self) -> int:
-        """Machine address of the C function ``void (*)(int64_t *)``."""
+        """Machine address of the C function ``void (*)(void *)``."""
         if self._call is None:
             self.warm_up()
         address: int = self._compiled.address
@@ -42,24 +43,25 @@ class Kernel:
 
     @property
     def call(self) -> Any:
-        """The kernel as a Python function of a ctypes array; the interpreter's lock is released meanwhile."""
+        """The kernel as a Python function of an address. The interpreter lock is released during a call."""
         if self._call is None:
             self.warm_up()
         return self._call
 
     def warm_up(self) -> None:
-        """Compile, or load from the cache."""
-        with _compiling:
+        """Compile the kernel or load it from the disk cache."""
+        with _compile_lock:
             if self._call is None:
                 self._compiled = _compile(self._function)
-                self._call = FUNCTION(self._compiled.address)
+                self._call = C_FUNCTION(self._compiled.address)
 
 
 def called(variant: str) -> Callable[[Callable[..., Any]], Any]:
-    """A function that kernels call, kept on disk as part of them. Compiled once for itself and once in each caller.
+    """Return a decorator for a function that kernels call.
 
-    ``variant`` becomes part of its symbol: kernels that different processes compiled meet in one, and of two symbols of
-    one name the linker takes the first, be it for another dtype.
+    The function is compiled once on its own and once within each kernel that calls it. ``variant`` (the dtype) becomes
+    part of its symbol: the cache mixes code that several processes compiled, and of two symbols with the same name the
+    linker takes the first, even if it was compiled for another dtype.
     """
 
     def compile_later(function: Callable[..., Any]) -> Any:
@@ -71,29 +73,32 @@ def called(variant: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """A function whose text becomes its callers': for what is short, as every level of calls costs compile time."""
+    """Decorate a short function that is inlined into its callers, because each level of calls costs compile time."""
     return njit(nogil=True, error_model="numpy", inline="always")(function)
 
 
 def _compile(function: Callable[[int], None]) -> Any:
-    # An index of an interrupted copy, a full disk, a home that nobody may write: all cost time, none the result.
+    # A damaged index, a full disk or a read-only home must cost compile time only.
     try:
-        return _with_cache(function)
+        return _compile_with_cache(function)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
         return cfunc(types.void(types.int64), error_model="numpy")(function)
 
 
-def _with_cache(function: Callable[[int], None]) -> Any:
-    before = _config.CACHE_DIR
+def _compile_with_cache(function: Callable[[int], None]) -> Any:
+    previous = _config.CACHE_DIR
     _config.CACHE_DIR = str(cache_dir())
     try:
         return cfunc(types.void(types.int64), cache=True, error_model="numpy")(function)
     finally:
-        _config.CACHE_DIR = before
+        _config.CACHE_DIR = previous
 
 
 def cache_dir() -> Path:
-    """Where compiled kernels are kept: NUMBA_CACHE_DIR or the user's cache folder, by the kernels' source."""
+    """Return the folder of compiled kernels.
+
+    It lies in NUMBA_CACHE_DIR or else in the user's cache folder, and is named after the source of all kernels.
+    """
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     return (Path(chosen) if chosen else _user_cache()) / "loraserve-kernels" / _source_digest()
 
@@ -106,8 +111,9 @@ def _user_cache() -> Path:
 
 @cache
 def _source_digest() -> str:
-    # Numba looks at a kernel's own file alone and would go on running code built from another file's old text.
+    # Numba checks only the file of the kernel itself. Without the digest it would run code that was compiled from an
+    # older version of another file.
     digest = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]

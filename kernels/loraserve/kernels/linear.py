@@ -1,34 +1,75 @@
-"""The compiled part of cpu.py. A part of a call is some neighbouring tiles of columns, for all tokens."""
+"""Products with the model's own weights on the CPU: y = x W' + b, fp16 weights, float32 activations and sums.
+
+fp16 weights take half the memory traffic of float32. They are packed into tiles of output columns: reading a tile is
+one stream of memory, and a register of weights serves many tokens. Each output is summed over the inputs one after the
+other, starting with the bias, so a row of y has the same bits whatever the number of rows and of threads.
+"""
 
 from typing import Any
 
 import numpy as np
+import torch
 from llvmlite import binding, ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from loraserve.kernels.compiled import Kernel, inlined
-from loraserve.kernels.memory import floats, int64s, take_part
-from loraserve.kernels.vector_ir import I64, fma, load_f32, offset, prefetch, splat, store_f32, variable
+from loraserve.kernels.cpu.compiled import Kernel, inlined
+from loraserve.kernels.cpu.operands import ADDRESS, INT, OperandBlock, assert_dense, floats, reader, take_part
+from loraserve.kernels.cpu.threads import run
+from loraserve.kernels.cpu.vector_code import I64, fma, load_f32, offset, prefetch, splat, store_f32, variable
 
 HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 WIDE = 16 if HAS_AVX512 else 8
 """Lanes of a vector."""
 TILE = 2 * WIDE
-"""Columns of a tile: a cache line of weights in each of its rows."""
+"""Columns of a tile. Each row of a tile is one cache line of weights."""
 ROW_BYTES = 2 * TILE
 PARTS = 8
-"""A call is cut into about so many: neighbouring tiles are one stream of memory, which is best read by one thread."""
+"""A call is cut into about this many parts. Neighbouring tiles are one stream of memory, best read by one thread."""
 AHEAD_BYTES = 4096
-"""Weights are asked of the memory this long before they are used: the processor's own look-ahead ends with a page."""
-OPERANDS = 8
+"""Weights are prefetched this far ahead: the processor's own prefetcher stops at the end of a page."""
+SHARED_WORK = 50_000
+"""Above this product of weights and tokens a second thread saves more time than starting it costs."""
+
+
+class PackedWeight:
+    """A weight [out, in] as fp16 tiles [ceil(out / TILE), in, TILE], with its bias; columns beyond ``out`` are zero."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        """Pack ``weight`` [out, in] and ``bias`` [out] of any dtype. Values beyond fp16's range become infinite."""
+        self.out_features, self.in_features = weight.shape
+        tiles = -(-self.out_features // TILE)
+        padded = torch.zeros(tiles * TILE, self.in_features, dtype=torch.float16)
+        padded[: self.out_features] = weight
+        self.tiles = padded.view(tiles, TILE, self.in_features).transpose(1, 2).contiguous()
+        self.bias = torch.zeros(tiles * TILE, dtype=torch.float32)
+        if bias is not None:
+            self.bias[: self.out_features] = bias
+
+
+class LinearCall(OperandBlock):
+    """Operands of ``_linear``; ``k`` is the number of inputs, ``width`` the number of outputs."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("y", ADDRESS),
+        ("x", ADDRESS),
+        ("tiles", ADDRESS),
+        ("bias", ADDRESS),
+        ("tokens", INT),
+        ("k", INT),
+        ("width", INT),
+    )
+
+
+_operands = reader(LinearCall)
 
 
 def _make_block(tokens: int, tiles: int) -> Any:
     """Intrinsic block(x, x_stride, w, tile_bytes, k, bias, y, y_stride): y[t] = bias + x[t] W for adjacent tiles.
 
-    Everything is an address or a count of elements; a tile's rows are ``ROW_BYTES`` apart.
+    Operands are addresses and counts of elements; the rows of a tile are ``ROW_BYTES`` apart.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -67,7 +108,7 @@ def _bytes(count: int) -> Any:
     return ir.Constant(I64, count)
 
 
-# A block's sums fill the registers; without AVX-512 there are half as many.
+# The sums of the largest block fill the registers; without AVX-512 there are half as many.
 _LARGEST = 12 if HAS_AVX512 else 4
 _block_12, _block_8, _block_6 = (_make_block(min(tokens, _LARGEST), 1) for tokens in (12, 8, 6))
 _block_4, _block_3, _block_2, _block_1 = (_make_block(tokens, 1) for tokens in (4, 3, 2, 1))
@@ -76,7 +117,7 @@ _pair_2, _pair_1 = (_make_block(tokens, 2) for tokens in (2, 1))
 
 @inlined
 def _tile(x, k, w, bias, y, width, tokens):  # type: ignore[no-untyped-def]
-    """One tile of columns for all tokens, the largest blocks first."""
+    """Compute one tile of columns for all tokens, in blocks of tokens as large as possible."""
     t = 0
     while t < tokens:
         left = min(tokens - t, _LARGEST)
@@ -106,7 +147,7 @@ def _tile(x, k, w, bias, y, width, tokens):  # type: ignore[no-untyped-def]
 
 @inlined
 def _last_tile(x, k, w, bias, y, width, tokens, columns):  # type: ignore[no-untyped-def]
-    """A tile of which only ``columns`` belong to y."""
+    """Compute a tile of which only the first ``columns`` belong to y."""
     whole = np.empty(tokens * TILE, np.float32)
     _tile(x, k, w, bias, whole.ctypes.data, TILE, tokens)
     for t in range(tokens):
@@ -117,7 +158,7 @@ def _last_tile(x, k, w, bias, y, width, tokens, columns):  # type: ignore[no-unt
 
 @inlined
 def _columns(x, k, w, bias, y, width, tokens, column, stop):  # type: ignore[no-untyped-def]
-    """Columns from ``column``, which begins a tile, to ``stop``."""
+    """Compute the columns from ``column``, the first of a tile, to ``stop``."""
     tile_bytes = k * ROW_BYTES
     while column < stop:
         weights, first, target = w + column // TILE * tile_bytes, bias + column * 4, y + column * 4
@@ -137,13 +178,39 @@ def _columns(x, k, w, bias, y, width, tokens, column, stop):  # type: ignore[no-
 
 
 def _linear(operands):  # type: ignore[no-untyped-def]
-    values = int64s(operands, OPERANDS)
-    y, x, w, bias, tokens, k, width = values[1], values[2], values[3], values[4], values[5], values[6], values[7]
+    """A part of a call is a run of neighbouring tiles for all tokens."""
+    o = _operands(operands)
+    width = o.width
     step = max(1, width // (PARTS * TILE)) * TILE
     column = take_part(operands) * step
     while column < width:
-        _columns(x, k, w, bias, y, width, tokens, column, min(column + step, width))
+        _columns(o.x, o.k, o.tiles, o.bias, o.y, width, o.tokens, column, min(column + step, width))
         column = take_part(operands) * step
 
 
 LINEAR = Kernel(_linear)
+
+
+def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
+    """Return x W' + b, float32 [tokens, out], for a dense float32 ``x`` [tokens, in]."""
+    tokens = x.shape[0]
+    assert_dense(x, (tokens, weight.in_features))
+    y = torch.empty(tokens, weight.out_features)
+    if tokens == 0:  # a step of unfinished prompts needs no logits
+        return y
+    call = LinearCall(
+        y=y.data_ptr(),
+        x=x.data_ptr(),
+        tiles=weight.tiles.data_ptr(),
+        bias=weight.bias.data_ptr(),
+        tokens=tokens,
+        k=weight.in_features,
+        width=weight.out_features,
+    )
+    run(LINEAR, call, shared=tokens * weight.tiles.numel() > SHARED_WORK)
+    return y
+
+
+def warm_up() -> None:
+    """Compile or load the kernel."""
+    LINEAR.warm_up()

@@ -7,19 +7,36 @@ import time
 import numpy as np
 import pytest
 
-from loraserve.kernels.compiled import Kernel
-from loraserve.kernels.memory import as_float, float_bits, floats, int64s, take_part
-from loraserve.kernels.workers import Team
+from loraserve.kernels.cpu.compiled import Kernel
+from loraserve.kernels.cpu.operands import ADDRESS, FLOAT, INT, OperandBlock, floats, int64s, reader, take_part
+from loraserve.kernels.cpu.threads import Team
+
+
+class CountCall(OperandBlock):
+    """Operands of ``_count_parts``; ``work`` is the number of rounds for each part."""
+
+    __slots__ = ()
+    _fields_ = (("parts", INT), ("counts", ADDRESS), ("work", INT))
+
+
+class StoreFloatCall(OperandBlock):
+    """Operands of ``_store_float``."""
+
+    __slots__ = ()
+    _fields_ = (("out", ADDRESS), ("value", FLOAT), ("after", INT))
+
+
+_count_operands, _store_operands = reader(CountCall), reader(StoreFloatCall)
 
 
 def _count_parts(operands):  # type: ignore[no-untyped-def]
-    """Adds 1 to element p for every part p, after some work."""
-    values = int64s(operands, 4)
-    parts, counts = values[1], int64s(values[2], values[1])
+    """Add 1 to element p for every part p, after some work."""
+    o = _count_operands(operands)
+    counts = int64s(o.counts, o.parts)
     part = take_part(operands)
-    while part < parts:
+    while part < o.parts:
         noise = np.uint64(part)
-        for _ in range(values[3]):
+        for _ in range(o.work):
             noise ^= noise << np.uint64(13)
             noise ^= noise >> np.uint64(7)
         counts[part] += 1 + (np.int64(noise) == -1)
@@ -27,8 +44,8 @@ def _count_parts(operands):  # type: ignore[no-untyped-def]
 
 
 def _store_float(operands):  # type: ignore[no-untyped-def]
-    values = int64s(operands, 3)
-    floats(values[1], 1)[0] = as_float(values[2])
+    o = _store_operands(operands)
+    floats(o.out, 1)[0] = o.value * np.float32(o.after)
 
 
 COUNT_PARTS, STORE_FLOAT = Kernel(_count_parts), Kernel(_store_float)
@@ -36,7 +53,7 @@ COUNT_PARTS, STORE_FLOAT = Kernel(_count_parts), Kernel(_store_float)
 
 def count(team: Team, threads: int, parts: int, work: int = 0) -> list[int]:
     counts = np.zeros(parts, np.int64)
-    team.run(COUNT_PARTS, (ctypes.c_int64 * 4)(0, parts, counts.ctypes.data, work), threads)
+    team.run(COUNT_PARTS, CountCall(parts=parts, counts=counts.ctypes.data, work=work), threads)
     return counts.tolist()
 
 
@@ -97,7 +114,12 @@ def test_python_runs_on_while_a_kernel_computes(team: Team) -> None:
 
 
 @pytest.mark.parametrize("value", [0.125, -3.5e-20, 1e-6, 7.0])
-def test_fractions_pass_as_integers(value: float) -> None:
+def test_float_operands_and_those_after_them_arrive(value: float) -> None:
     out = np.zeros(1, np.float32)
-    STORE_FLOAT.call((ctypes.c_int64 * 3)(0, out.ctypes.data, float_bits(value)))
-    assert out[0] == np.float32(value)
+    STORE_FLOAT.call(ctypes.byref(StoreFloatCall(out=out.ctypes.data, value=value, after=2)))
+    assert out[0] == np.float32(value) * np.float32(2)
+
+
+def test_misspelt_operands_are_refused() -> None:
+    with pytest.raises(AttributeError):
+        CountCall(part=1)

@@ -1,0 +1,117 @@
+"""Operand blocks: how Python passes the operands of a call to a compiled CPU kernel.
+
+Each kernel declares its operands once, as a subclass of ``OperandBlock`` (a C struct). The caller fills in the fields
+by keyword; the compiled kernel reads them through ``reader(Block)``, which takes names, types and offsets from the same
+declaration. Tensors are passed as addresses; ``floats``, ``int32s`` and ``int64s`` turn an address into an array.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+from numba.np.numpy_support import carray, from_dtype
+
+from loraserve.kernels.cpu.compiled import inlined
+
+INT = ctypes.c_int64
+ADDRESS = ctypes.c_int64
+FLOAT = ctypes.c_float
+
+_I64 = ir.IntType(64)
+
+
+class OperandBlock(ctypes.Structure):
+    """Base of all operand blocks. A subclass lists its operands in ``_fields_``.
+
+    Subclasses set ``__slots__ = ()``, so that a misspelt operand raises AttributeError. ``next_part`` counts the parts
+    of the call that threads have taken (see threads.py).
+    """
+
+    __slots__ = ()
+    _fields_: ClassVar[Sequence[tuple[str, type[Any]]]] = (("next_part", INT),)
+
+
+def reader(block: type[ctypes.Structure]) -> Any:
+    """Return a compiled function of an address that returns the record of this type, with the fields of ``block``."""
+    dtype = record_dtype(block)
+    pointer = _pointer_to(from_dtype(dtype))
+
+    @inlined
+    def read(address):  # type: ignore[no-untyped-def]
+        return carray(pointer(address), (1,), dtype)[0]
+
+    return read
+
+
+def record_dtype(block: type[ctypes.Structure]) -> np.dtype[Any]:
+    """Return the numpy type with the numeric fields and the offsets of a C struct, inherited fields included."""
+    declared = [field for base in reversed(block.__mro__) for field in base.__dict__.get("_fields_", ())]
+    fields = [(name, kind) for name, kind in declared if issubclass(kind, ctypes._SimpleCData)]
+    return np.dtype(
+        {
+            "names": [name for name, _ in fields],
+            "formats": [np.dtype(kind) for _, kind in fields],
+            "offsets": [getattr(block, name).offset for name, _ in fields],
+            "itemsize": ctypes.sizeof(block),
+        }
+    )
+
+
+def assert_dense(tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    """Assert that a tensor is dense float32 of this shape. Kernels index raw memory and would misread any other."""
+    assert tensor.dtype == torch.float32, tensor.dtype
+    assert tensor.is_contiguous(), tensor.stride()
+    assert tensor.shape == shape, (tensor.shape, shape)
+
+
+def _pointer_to(element: Any) -> Any:
+    """Intrinsic pointer(address): an int64 address as a pointer to elements of this type."""
+
+    def pointer(typingctx: Any, address: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
+
+        make_pointer: Any = types.CPointer
+        return make_pointer(element)(types.int64), codegen
+
+    return intrinsic(pointer)
+
+
+_to_i64, _to_i32, _to_f32 = (_pointer_to(element) for element in (types.int64, types.int32, types.float32))
+
+
+@inlined
+def int64s(address, count):  # type: ignore[no-untyped-def]
+    """Return the ``count`` int64 values at an address as an array."""
+    return carray(_to_i64(address), (count,), np.int64)
+
+
+@inlined
+def int32s(address, count):  # type: ignore[no-untyped-def]
+    """Return the ``count`` int32 values at an address as an array."""
+    return carray(_to_i32(address), (count,), np.int32)
+
+
+@inlined
+def floats(address, count):  # type: ignore[no-untyped-def]
+    """Return the ``count`` float32 values at an address as an array."""
+    return carray(_to_f32(address), (count,), np.float32)
+
+
+def _take_part(typingctx: Any, operands: Any) -> Any:
+    """Intrinsic take_part(operands): take the next part of the call that no thread has taken, and return its number."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        next_part = builder.inttoptr(arguments[0], _I64.as_pointer())
+        return builder.atomic_rmw("add", next_part, ir.Constant(_I64, 1), "acq_rel")
+
+    return types.int64(types.int64), codegen
+
+
+assert OperandBlock.next_part.offset == 0, "take_part counts up the first field"
+take_part: Any = intrinsic(_take_part)

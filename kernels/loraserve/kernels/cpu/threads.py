@@ -1,0 +1,225 @@
+"""Runs a kernel on as many threads as torch is set to use.
+
+A call is cut into numbered parts that do not depend on each other. Each thread takes the next free part
+(``operands.take_part``) until none is left. The calling thread computes parts too and never waits for a helper that has
+not begun: if other processes hold the cores, a call takes as long as on one thread and no longer.
+
+The threads synchronise in compiled code with POSIX mutexes and conditions: a helper can join a call without the
+interpreter lock and sleeps between steps. Within a step calls follow each other closely, so a helper spins for a moment
+before it sleeps; waking it costs more than many calls take.
+"""
+
+import ctypes
+import platform
+import threading
+from typing import Any
+
+import torch
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from loraserve.kernels.cpu.compiled import Kernel
+from loraserve.kernels.cpu.operands import ADDRESS, INT, OperandBlock, reader
+
+LEADER_SPINS = 4000
+"""How often the leader checks for running helpers before it sleeps: unless preempted they finish in microseconds."""
+HELPER_SPINS = 3000
+"""How often a helper checks for the next call before it sleeps: about 100 us, more than Python takes between calls."""
+ON_X86 = platform.machine() in ("x86_64", "AMD64")
+_I64 = ir.IntType(64)
+
+
+class TeamState(ctypes.Structure):
+    """Memory that the threads of a team share. No platform's mutex or condition takes more than 64 bytes."""
+
+    _fields_ = (
+        ("mutex", ctypes.c_char * 128),
+        ("work_available", ctypes.c_char * 128),
+        ("helpers_finished", ctypes.c_char * 128),
+        ("kernel", ADDRESS),  # the call in progress
+        ("operands", ADDRESS),
+        ("places", INT),  # how many more helpers may join the call
+        ("inside", INT),  # helpers that compute parts of the call
+        ("asleep", INT),  # helpers that must be woken
+    )
+
+
+class LeadCall(OperandBlock):
+    """Operands of ``_lead_call``: the team's state, the kernel to run with its operands, and the helpers wanted."""
+
+    __slots__ = ()
+    _fields_ = (("state", ADDRESS), ("kernel", ADDRESS), ("operands", ADDRESS), ("helpers", INT))
+
+
+_state, _lead_operands = reader(TeamState), reader(LeadCall)
+WORK_AVAILABLE, HELPERS_FINISHED = TeamState.work_available.offset, TeamState.helpers_finished.offset
+PLACES, INSIDE = TeamState.places.offset, TeamState.inside.offset
+
+
+def _c_function(name: str, count: int) -> Any:
+    """Return an intrinsic that calls a C function of ``count`` integers or addresses and ignores its result."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.IntType(32), [_I64] * count)
+        function = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
+        builder.call(function, arguments)
+        return context.get_dummy_value()
+
+    def one(typingctx: Any, a: Any) -> Any:
+        return types.none(types.int64), emit
+
+    def two(typingctx: Any, a: Any, b: Any) -> Any:
+        return types.none(types.int64, types.int64), emit
+
+    return intrinsic(one if count == 1 else two)
+
+
+_lock, _unlock = _c_function("pthread_mutex_lock", 1), _c_function("pthread_mutex_unlock", 1)
+_wait, _signal = _c_function("pthread_cond_wait", 2), _c_function("pthread_cond_signal", 1)
+
+
+def _call_at(typingctx: Any, kernel: Any, operands: Any) -> Any:
+    """Intrinsic call_at(kernel, operands): call the kernel at this address."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        kind = ir.FunctionType(ir.VoidType(), [_I64])
+        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
+        return context.get_dummy_value()
+
+    return types.none(types.int64, types.int64), codegen
+
+
+def _load_acquire(typingctx: Any, address: Any) -> Any:
+    """Intrinsic load_acquire(address): the int64 at an address that other threads write."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8)
+
+    return types.int64(types.int64), codegen
+
+
+def _spin_pause(typingctx: Any) -> Any:
+    """Intrinsic spin_pause(): leave the core to its other hardware thread for a moment."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if ON_X86:
+            kind = ir.FunctionType(ir.VoidType(), [])
+            pause = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")  # type: ignore[no-untyped-call]
+            builder.call(pause, [])
+        return context.get_dummy_value()
+
+    return types.none(), codegen
+
+
+_pause: Any = intrinsic(_spin_pause)
+_call_kernel: Any = intrinsic(_call_at)
+_load: Any = intrinsic(_load_acquire)
+
+
+def _lead_call(operands):  # type: ignore[no-untyped-def]
+    """Run a kernel with the help of the team and return when all its parts are done."""
+    call = _lead_operands(operands)
+    state = call.state
+    shared = _state(state)
+    _lock(state)
+    shared.kernel = call.kernel
+    shared.operands = call.operands
+    shared.places = call.helpers
+    sleepers = min(call.helpers, shared.asleep)
+    _unlock(state)
+    for _ in range(sleepers):
+        _signal(state + WORK_AVAILABLE)
+    _call_kernel(call.kernel, call.operands)
+    # No part is left for a helper that has not begun: do not wait for it.
+    _lock(state)
+    shared.places = 0
+    _unlock(state)
+    spins = 0
+    while spins < LEADER_SPINS and _load(state + INSIDE) > 0:
+        spins += 1
+    _lock(state)
+    while shared.inside > 0:
+        _wait(state + HELPERS_FINISHED, state)
+    _unlock(state)
+
+
+def _help_forever(state):  # type: ignore[no-untyped-def]
+    """Join one call after the other. The thread ends with the process."""
+    shared = _state(state)
+    _lock(state)
+    while shared.inside >= 0:
+        _unlock(state)
+        spins = 0
+        while spins < HELPER_SPINS and _load(state + PLACES) == 0:
+            _pause()
+            spins += 1
+        _lock(state)
+        while shared.places == 0:
+            shared.asleep += 1
+            _wait(state + WORK_AVAILABLE, state)
+            shared.asleep -= 1
+        shared.places -= 1
+        shared.inside += 1
+        kernel, operands = shared.kernel, shared.operands
+        _unlock(state)
+        _call_kernel(kernel, operands)
+        _lock(state)
+        shared.inside -= 1
+        if shared.inside == 0:
+            _signal(state + HELPERS_FINISHED)
+
+
+LEAD, HELP = Kernel(_lead_call), Kernel(_help_forever)
+
+
+class Team:
+    """Helper threads that sleep between calls. The team serves one call at a time; a second caller works alone."""
+
+    def __init__(self) -> None:
+        self._state = TeamState()
+        self._address = ctypes.addressof(self._state)
+        self._helpers = 0
+        self._busy = threading.Lock()
+        library = ctypes.CDLL(None)
+        for initialise, offset in (
+            (library.pthread_mutex_init, 0),
+            (library.pthread_cond_init, WORK_AVAILABLE),
+            (library.pthread_cond_init, HELPERS_FINISHED),
+        ):
+            if initialise(ctypes.c_void_p(self._address + offset), None) != 0:
+                raise OSError("pthread_mutex_init or pthread_cond_init failed")
+
+    def run(self, kernel: Kernel, operands: OperandBlock, threads: int) -> None:
+        """Run all parts of a call on up to ``threads`` threads, the calling one included."""
+        if threads < 2 or not self._busy.acquire(blocking=False):
+            kernel.call(ctypes.byref(operands))
+            return
+        try:
+            while self._helpers < threads - 1:
+                threading.Thread(target=HELP.call, args=(self._address,), name="kernel", daemon=True).start()
+                self._helpers += 1
+            call = LeadCall(
+                state=self._address,
+                kernel=kernel.address,
+                operands=ctypes.addressof(operands),
+                helpers=threads - 1,
+            )
+            LEAD.call(ctypes.byref(call))
+        finally:
+            self._busy.release()
+
+
+_team = Team()
+
+
+def warm_up() -> None:
+    """Compile or load the kernels that share a call among threads."""
+    LEAD.warm_up()
+    HELP.warm_up()
+
+
+def run(kernel: Kernel, operands: OperandBlock, *, shared: bool) -> None:
+    """Call a kernel. ``shared`` says that the work is worth more than one thread."""
+    _team.run(kernel, operands, torch.get_num_threads() if shared else 1)

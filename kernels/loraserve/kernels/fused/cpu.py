@@ -1,0 +1,277 @@
+"""Fused elementwise operations on the CPU: RMS norm with residual, rotary embedding, SiLU gate.
+
+Rows are independent and each row is computed in one fixed order: the values of a token have the same bits in any batch
+and with any number of threads. The kernels come first, then the functions that the decoder calls.
+"""
+
+from typing import Any
+
+import numpy as np
+import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from loraserve.kernels.cpu.compiled import Kernel, inlined
+from loraserve.kernels.cpu.operands import (
+    ADDRESS,
+    FLOAT,
+    INT,
+    OperandBlock,
+    assert_dense,
+    floats,
+    int64s,
+    reader,
+    take_part,
+)
+from loraserve.kernels.cpu.threads import run
+from loraserve.kernels.cpu.vector_code import make_dot_block
+
+SHARED_ELEMENTS = 20_000
+"""Above this many elements a second thread saves more time than starting it costs."""
+PART_ROWS = 8
+"""Rows that a thread takes at a time."""
+
+
+class NormCall(OperandBlock):
+    """Operands of ``_norm``; ``delta`` is 0 if nothing is added to x."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("x", ADDRESS),
+        ("delta", ADDRESS),
+        ("weight", ADDRESS),
+        ("eps", FLOAT),
+        ("out", ADDRESS),
+        ("tokens", INT),
+        ("width", INT),
+    )
+
+
+class RotateCall(OperandBlock):
+    """Operands of ``_rotate``; ``q_weight`` and ``k_weight`` are 0 if heads are not normed."""
+
+    __slots__ = ()
+    _fields_ = (
+        ("qkv", ADDRESS),
+        ("positions", ADDRESS),
+        ("cos", ADDRESS),
+        ("sin", ADDRESS),
+        ("q_weight", ADDRESS),
+        ("k_weight", ADDRESS),
+        ("eps", FLOAT),
+        ("q", ADDRESS),
+        ("tokens", INT),
+        ("heads", INT),
+        ("kv_heads", INT),
+        ("dim", INT),
+    )
+
+
+class SiluMulCall(OperandBlock):
+    """Operands of ``_silu_mul``."""
+
+    __slots__ = ()
+    _fields_ = (("gate_up", ADDRESS), ("out", ADDRESS), ("tokens", INT), ("width", INT))
+
+
+_norm_operands, _rotate_operands, _silu_mul_operands = reader(NormCall), reader(RotateCall), reader(SiluMulCall)
+_dot = make_dot_block(1, 1, "float32")
+
+
+def _power_of_two(typingctx: Any, exponent: Any) -> Any:
+    """Intrinsic power_of_two(n): 2**n for a whole float32 n between -126 and 127."""
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        i32 = ir.IntType(32)
+        biased = builder.add(builder.fptosi(arguments[0], i32), ir.Constant(i32, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(i32, 23)), ir.FloatType())
+
+    return types.float32(types.float32), codegen
+
+
+_power: Any = intrinsic(_power_of_two)
+
+
+@inlined
+def _exp(x):  # type: ignore[no-untyped-def]
+    """e**x for x <= 0 within 2 ulp, in plain operations that vectorise to the same bits (Cephes' expf)."""
+    x = max(x, np.float32(-87.0))
+    n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
+    r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
+    p = np.float32(1.9875691500e-4)
+    p = p * r + np.float32(1.3981999507e-3)
+    p = p * r + np.float32(8.3334519073e-3)
+    p = p * r + np.float32(4.1665795894e-2)
+    p = p * r + np.float32(1.6666665459e-1)
+    p = p * r + np.float32(5.0000001201e-1)
+    value = p * (r * r) + r + np.float32(1.0)
+    return value * _power(n)
+
+
+@inlined
+def _row(base, index, width):  # type: ignore[no-untyped-def]
+    return floats(base + index * width * 4, width)
+
+
+@inlined
+def _inverse_rms(address, width, eps):  # type: ignore[no-untyped-def]
+    total = np.empty(1, np.float32)
+    _dot(address, 0, address, 0, width, total.ctypes.data, 0)
+    return np.float32(1.0) / np.sqrt(total[0] / np.float32(width) + eps)
+
+
+@inlined
+def _norm_row(x, delta, weight, eps, out, t, width):  # type: ignore[no-untyped-def]
+    x_row = _row(x, t, width)
+    if delta != 0:
+        delta_row = _row(delta, t, width)
+        for i in range(width):
+            x_row[i] += delta_row[i]
+    inverse = _inverse_rms(x + t * width * 4, width, eps)
+    out_row = _row(out, t, width)
+    weight_row = _row(weight, 0, width)
+    for i in range(width):
+        out_row[i] = x_row[i] * inverse * weight_row[i]
+
+
+def _norm(operands):  # type: ignore[no-untyped-def]
+    o = _norm_operands(operands)
+    start = take_part(operands) * PART_ROWS
+    while start < o.tokens:
+        for t in range(start, min(start + PART_ROWS, o.tokens)):
+            _norm_row(o.x, o.delta, o.weight, o.eps, o.out, t, o.width)
+        start = take_part(operands) * PART_ROWS
+
+
+@inlined
+def _rotate_head(source, target, weight, eps, cos_row, sin_row, dim):  # type: ignore[no-untyped-def]
+    half = dim // 2
+    x = _row(source, 0, dim)
+    low, high = _row(target, 0, half), _row(target + half * 4, 0, half)
+    if weight != 0:
+        inverse = _inverse_rms(source, dim, eps)
+        weight_row = _row(weight, 0, dim)
+        for i in range(dim):
+            x[i] = x[i] * inverse * weight_row[i]
+    for i in range(half):
+        a, b = x[i], x[half + i]
+        low[i] = a * cos_row[i] - b * sin_row[i]
+        high[i] = b * cos_row[i] + a * sin_row[i]
+
+
+def _rotate(operands):  # type: ignore[no-untyped-def]
+    o = _rotate_operands(operands)
+    heads, kv_heads, dim = o.heads, o.kv_heads, o.dim
+    row_bytes = (heads + 2 * kv_heads) * dim * 4
+    position = int64s(o.positions, o.tokens)
+    start = take_part(operands) * PART_ROWS
+    while start < o.tokens:
+        for t in range(start, min(start + PART_ROWS, o.tokens)):
+            cos_row, sin_row = _row(o.cos, position[t], dim // 2), _row(o.sin, position[t], dim // 2)
+            for head in range(heads + kv_heads):
+                source = o.qkv + t * row_bytes + head * dim * 4
+                target = o.q + (t * heads + head) * dim * 4 if head < heads else source
+                weight = o.q_weight if head < heads else o.k_weight
+                _rotate_head(source, target, weight, o.eps, cos_row, sin_row, dim)
+        start = take_part(operands) * PART_ROWS
+
+
+def _silu_mul(operands):  # type: ignore[no-untyped-def]
+    o = _silu_mul_operands(operands)
+    width = o.width
+    one = np.float32(1.0)
+    start = take_part(operands) * PART_ROWS
+    while start < o.tokens:
+        for t in range(start, min(start + PART_ROWS, o.tokens)):
+            gate, up = _row(o.gate_up, 2 * t, width), _row(o.gate_up, 2 * t + 1, width)
+            out_row = _row(o.out, t, width)
+            for i in range(width):
+                g = gate[i]
+                e = _exp(-abs(g))
+                out_row[i] = g * up[i] * ((one if g >= 0 else e) / (one + e))
+        start = take_part(operands) * PART_ROWS
+
+
+NORM, ROTATE, SILU_MUL = Kernel(_norm), Kernel(_rotate), Kernel(_silu_mul)
+
+
+def add_rms_norm(
+    x: torch.Tensor,  # [tokens, width] float32, changed in place
+    delta: torch.Tensor | None,  # [tokens, width] float32
+    weight: torch.Tensor,  # [width] float32
+    eps: float,
+    out: torch.Tensor,  # [tokens, width] float32
+) -> torch.Tensor:
+    """Compute x += delta; out = x / rms(x) * weight, and return ``out``."""
+    tokens, width = x.shape
+    assert_dense(x, (tokens, width))
+    assert_dense(weight, (width,))
+    assert_dense(out, (tokens, width))
+    if delta is not None:
+        assert_dense(delta, (tokens, width))
+    call = NormCall(
+        x=x.data_ptr(),
+        delta=0 if delta is None else delta.data_ptr(),
+        weight=weight.data_ptr(),
+        eps=eps,
+        out=out.data_ptr(),
+        tokens=tokens,
+        width=width,
+    )
+    run(NORM, call, shared=tokens * width > SHARED_ELEMENTS)
+    return out
+
+
+def rotate(
+    qkv: torch.Tensor,  # [tokens, (heads + 2 * kv_heads) * dim] float32; its keys are changed in place
+    positions: torch.Tensor,  # [tokens] int64
+    cos: torch.Tensor,  # [positions, dim / 2] float32
+    sin: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,  # weights [dim] of the norms of each query and each key
+    eps: float,
+    q: torch.Tensor,  # [tokens, heads, dim] float32, written
+    kv_heads: int,
+) -> None:
+    """Norm queries and keys per head if the model does so, then rotate them to their positions."""
+    tokens, heads, dim = q.shape
+    assert_dense(q, (tokens, heads, dim))
+    assert_dense(qkv, (tokens, (heads + 2 * kv_heads) * dim))
+    assert positions.shape == (tokens,), positions.shape
+    assert positions.dtype == torch.int64, positions.dtype
+    for table in (cos, sin):
+        assert_dense(table, (table.shape[0], dim // 2))
+    for weight in norms or ():
+        assert_dense(weight, (dim,))
+    assert positions.is_contiguous(), positions.stride()
+    call = RotateCall(
+        qkv=qkv.data_ptr(),
+        positions=positions.data_ptr(),
+        cos=cos.data_ptr(),
+        sin=sin.data_ptr(),
+        q_weight=norms[0].data_ptr() if norms else 0,
+        k_weight=norms[1].data_ptr() if norms else 0,
+        eps=eps,
+        q=q.data_ptr(),
+        tokens=tokens,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+    )
+    run(ROTATE, call, shared=qkv.numel() > SHARED_ELEMENTS)
+
+
+def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Compute out[t] = silu(gate_up[t, :width]) * gate_up[t, width:], float32 [tokens, width], and return ``out``."""
+    tokens, width = out.shape
+    assert_dense(out, (tokens, width))
+    assert_dense(gate_up, (tokens, 2 * width))
+    call = SiluMulCall(gate_up=gate_up.data_ptr(), out=out.data_ptr(), tokens=tokens, width=width)
+    run(SILU_MUL, call, shared=out.numel() > SHARED_ELEMENTS)
+    return out
+
+
+def warm_up() -> None:
+    """Compile or load all kernels that a step may call."""
+    for kernel in (NORM, ROTATE, SILU_MUL):
+        kernel.warm_up()
