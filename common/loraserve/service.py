@@ -15,8 +15,9 @@ from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.errors import AdapterError, LoraServeError, PeerError, RequestTimeoutError
 from loraserve.log import get_logger
-from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
+from loraserve.messages import PROTOCOL_VERSION, Ping, Pong, StoryLine, StoryTold, TellStory
 from loraserve.metrics import Metrics
+from loraserve.story import StoryEntry
 
 _handling: ContextVar[Envelope | None] = ContextVar("handling", default=None)
 
@@ -75,6 +76,10 @@ class Service:
     def ready_detail(self) -> str:
         """In words, what a started service waits for or holds."""
         return ""
+
+    def story_entries(self, subject: str) -> list[StoryEntry]:
+        """Return what this process knows of a request id, an adapter name or a version, with monotonic times."""
+        return []
 
     @property
     def state(self) -> ServiceState:
@@ -171,9 +176,19 @@ class Service:
     async def _dispatch(self, envelope: Envelope) -> None:
         token = _handling.set(envelope)
         try:
-            await self._guard(self.handle(envelope), envelope)
+            tells_story = isinstance(envelope.message, TellStory)
+            await self._guard(self._tell_story(envelope) if tells_story else self.handle(envelope), envelope)
         finally:
             _handling.reset(token)
+
+    async def _tell_story(self, envelope: Envelope) -> None:
+        offset_s = self.clock.unix_s() - self.clock.monotonic_s()
+        lines = tuple(
+            StoryLine(unix_s=entry.time_s + offset_s, subject=subject, text=str(entry.what))
+            for subject in envelope.message.subjects
+            for entry in self.story_entries(subject)
+        )
+        self.bus.respond(envelope, StoryTold(lines=lines))
 
     async def _guard(self, work: Coroutine[Any, Any, None], envelope: Envelope | None) -> None:
         try:

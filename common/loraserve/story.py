@@ -1,19 +1,43 @@
-"""What happened to a request or an adapter, for people who debug. Pure and bounded."""
+"""What happened to requests and adapters, for operators and for failing tests. Pure and bounded."""
 
-from collections import deque
+from collections import OrderedDict, deque
+from typing import NamedTuple
 
-KEPT_LINES = 4096
+MAX_SUBJECTS = 8192
+MAX_ENTRIES = 64
+
+
+class StoryEntry(NamedTuple):
+    """One event. ``what`` is rendered with str() when the story is read, which may be never."""
+
+    time_s: float
+    what: object
 
 
 class Story:
-    """The last few thousand events, by id."""
+    """The latest events of each subject: a request id, an adapter name or an adapter version.
+
+    Keeps the last ``MAX_ENTRIES`` events of the ``MAX_SUBJECTS`` subjects that had an event most recently.
+    """
 
     def __init__(self) -> None:
-        self._lines: deque[tuple[str, float, str]] = deque(maxlen=KEPT_LINES)
+        self._subjects: OrderedDict[str, deque[StoryEntry]] = OrderedDict()
 
-    def tell(self, subject: str, now: float, text: str) -> None:
-        self._lines.append((subject, now, text))
+    def tell(self, subject: str, now: float, what: object) -> None:
+        """Append an event."""
+        entries = self._subjects.get(subject)
+        if entries is None:
+            entries = self._subjects[subject] = deque(maxlen=MAX_ENTRIES)
+            if len(self._subjects) > MAX_SUBJECTS:
+                self._subjects.popitem(last=False)
+        else:
+            self._subjects.move_to_end(subject)
+        entries.append(StoryEntry(now, what))
 
-    def of(self, subject: str) -> list[str]:
-        """Lines about one id, oldest first, each with its time in seconds."""
-        return [f"{now:.3f} {text}" for about, now, text in self._lines if about == subject]
+    def entries(self, subject: str) -> list[StoryEntry]:
+        """Return the events of a subject, oldest first."""
+        return list(self._subjects.get(subject, ()))
+
+    def lines(self, subject: str) -> list[str]:
+        """Return the events of a subject as text, each with its time in seconds."""
+        return [f"{time_s:.3f} {what}" for time_s, what in self.entries(subject)]

@@ -11,8 +11,9 @@ import pytest
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config
 from loraserve.errors import AdapterError, PeerError, RequestTimeoutError
-from loraserve.messages import Abort, GetPlan, ListAdapters, Ping, Pong
+from loraserve.messages import Abort, GetPlan, ListAdapters, Ping, Pong, StoryLine, StoryTold, TellStory
 from loraserve.service import Service, ServiceState
+from loraserve.story import StoryEntry
 from loraserve.testing.bus import MemoryBus, MemoryNetwork
 from loraserve.testing.clock import FakeClock, run_virtual
 
@@ -22,7 +23,7 @@ TIMEOUT_S = 5.0
 class Worker(Service):
     """Keeps a diary. GetPlan fails in handle, ListAdapters in spawned work, Abort is noted."""
 
-    inbox = Ping | GetPlan | ListAdapters | Abort
+    inbox = Ping | TellStory | GetPlan | ListAdapters | Abort
     drain_timeout_s = 3.0
 
     def __init__(self, bus: MemoryBus) -> None:
@@ -54,6 +55,9 @@ class Worker(Service):
                 self.spawn(self._fail_later())
             case Abort(request_id=request_id):
                 self.diary.append(f"abort {request_id} while {self.state}")
+
+    def story_entries(self, subject: str) -> list[StoryEntry]:
+        return [StoryEntry(self.clock.monotonic_s() - 2.0, f"{subject} arrived")]
 
     async def drain(self) -> None:
         self.diary.append("draining")
@@ -119,6 +123,19 @@ def test_from_start_to_stop_in_order() -> None:
         await stage.down()
         assert stage.worker.state is ServiceState.STOPPED
         assert stage.worker.diary == ["started", "looped", "draining", "drained", "closed"]
+
+    play(scenario)
+
+
+def test_a_story_is_told_in_wall_clock_time() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.up()
+        answer = await stage.peer.request("worker", TellStory(subjects=("r1", "r2")), StoryTold, TIMEOUT_S)
+        arrived_s = stage.worker.clock.unix_s() - 2.0
+        assert answer.lines == tuple(
+            StoryLine(unix_s=arrived_s, subject=subject, text=f"{subject} arrived") for subject in ("r1", "r2")
+        )
+        await stage.down()
 
     play(scenario)
 

@@ -5,7 +5,7 @@ be added with defaults; a new or changed tag needs a new ``PROTOCOL_VERSION``. T
 they are raw frames beside the message.
 """
 
-from loraserve.messages.admin import Ping, Pong
+from loraserve.messages.admin import Ping, Pong, StoryLine, StoryTold, TellStory
 from loraserve.messages.base import PROTOCOL_VERSION, AdapterRef, Message
 from loraserve.messages.engine_engine import (
     LeaseGranted,
@@ -52,10 +52,10 @@ from loraserve.messages.store import (
 )
 from loraserve.messages.transfer import ConnectQueue, QueueConnected, QueueEnd, ReadRegion, RegionChunk
 
-ToGateway = TokenBatch | Failed | ClusterLoad | RegistryChanged | Ping
-ToRouter = Route | Expect | ClusterLoad | Plan | Ping
-ToMonitor = EngineLoad | FindCopies | RegistryChanged | Ping
-ToPlanner = ClusterLoad | RegistryChanged | Rebalance | Drain | GetPlan | Ping
+ToGateway = TokenBatch | Failed | ClusterLoad | RegistryChanged | Ping | TellStory
+ToRouter = Route | Expect | ClusterLoad | Plan | Ping | TellStory
+ToMonitor = EngineLoad | FindCopies | RegistryChanged | Ping | TellStory
+ToPlanner = ClusterLoad | RegistryChanged | Rebalance | Drain | GetPlan | Ping | TellStory
 ToEngine = (
     Admit
     | Abort
@@ -70,8 +70,9 @@ ToEngine = (
     | ConnectQueue
     | EngineGone
     | Ping
+    | TellStory
 )
-ToStore = RegisterAdapter | UnregisterAdapter | ListAdapters | OpenSlab | ReadSlab | Ping
+ToStore = RegisterAdapter | UnregisterAdapter | ListAdapters | OpenSlab | ReadSlab | Ping | TellStory
 
 __all__ = [
     "PROTOCOL_VERSION",
@@ -135,6 +136,9 @@ __all__ = [
     "SlabChunk",
     "SlabDamaged",
     "SlabInfo",
+    "StoryLine",
+    "StoryTold",
+    "TellStory",
     "ToEngine",
     "ToGateway",
     "ToMonitor",

@@ -61,6 +61,7 @@ from loraserve.messages import (
     TokenDelta,
 )
 from loraserve.service import Service, ServiceState
+from loraserve.story import StoryEntry
 
 T = TypeVar("T")
 BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
@@ -113,6 +114,9 @@ class EngineService(Service):
             f"{self._runner.weights_backend} weights, KV for {tokens} tokens, "
             f"pool of {load.pool_total_bytes >> 20} MiB, {len(load.resident)} adapters resident"
         )
+
+    def story_entries(self, subject: str) -> list[StoryEntry]:
+        return self._scheduler.story_entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:

@@ -13,6 +13,7 @@ from loraserve.config import Config
 from loraserve.gateway.errors import bad_request, unavailable
 from loraserve.gateway.metrics import GatewayMetrics
 from loraserve.gateway.registry import RegistryCopy
+from loraserve.gateway.story import RequestStories
 from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.text.tokenizer import ModelTokenizer
 from loraserve.log import Logger
@@ -50,6 +51,7 @@ class Gateway:
     metrics: GatewayMetrics
     render_metrics: Callable[[], bytes]
     started_unix_s: float
+    stories: RequestStories = field(default_factory=RequestStories)
     draining: bool = False
     active_requests: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)
@@ -95,6 +97,7 @@ class Gateway:
     def abort(self, engine: str, request_id: str, reason: str) -> None:
         """Tell the engine that nobody waits for this request."""
         self.metrics.aborts.labels(reason).inc()
+        self.stories.story.tell(request_id, self.clock.monotonic_s(), f"aborted on {engine}: {reason}")
         self.bus.send(engine, Abort(request_id=request_id))
 
 

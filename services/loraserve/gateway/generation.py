@@ -126,6 +126,8 @@ class Generation:
             if stream.engine and not choice.finished and stream.finish is None:
                 reason = stream.failure.code or "" if stream.failure else "nobody_waits"
                 self._gateway.abort(stream.engine, stream.request_id, reason)
+            if stream.failure:
+                self._gateway.stories.story.tell(stream.request_id, now, f"failed: {stream.failure.message}")
             self._gateway.streams.close(stream, now)
 
     async def _route(self, job: ChoiceRequest, stream: Stream) -> None:
@@ -141,6 +143,7 @@ class Generation:
             raise
         now = gateway.clock.monotonic_s()
         gateway.metrics.route_s.observe(now - asked_s)
+        gateway.stories.story.tell(stream.request_id, now, f"accepted by {routed.engine}, {routed.why}")
         for other in stream.routed(routed.engine, routed.incarnation, now):
             gateway.abort(other, stream.request_id, "routed_elsewhere")
 
@@ -157,6 +160,7 @@ class Generation:
                 metrics.inter_token_s.observe((now - last) / tokens)
         else:
             self._first_token_s[index] = now
+            self._gateway.stories.story.tell(self._streams[index].request_id, now, "first token received")
             metrics.ttft_s.observe(now - self._arrived_s)
 
     def _finish(self, stream: Stream, choice: OutputAssembler, reason: str) -> None:
@@ -165,6 +169,8 @@ class Generation:
         if choice.needs_abort and stream.finish is None:
             gateway.abort(stream.engine, stream.request_id, "stop_string")
         gateway.streams.close(stream, now)
+        text = f"finished: {reason}, {choice.completion_tokens} tokens"
+        gateway.stories.story.tell(stream.request_id, now, text)
         self._unfinished -= 1
         metrics.finished.labels(metrics.model_name, reason).inc()
         metrics.e2e_s.observe(now - self._arrived_s)

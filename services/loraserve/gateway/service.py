@@ -21,6 +21,7 @@ from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.text.tokenizer import ModelTokenizer
 from loraserve.messages import ClusterLoad, Failed, RegistryChanged, ToGateway, TokenBatch
 from loraserve.service import Service
+from loraserve.story import StoryEntry
 
 MONITOR = "monitor"
 BACKLOG = 1024
@@ -69,6 +70,9 @@ class GatewayService(Service):
 
     def ready_detail(self) -> str:
         return f"listening on {self.config.gateway.host}:{self.port}, {len(self.gateway.streams)} streams"
+
+    def story_entries(self, subject: str) -> list[StoryEntry]:
+        return self.gateway.stories.story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         """Everything that arrives unasked."""

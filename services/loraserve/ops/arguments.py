@@ -45,6 +45,16 @@ examples:
   scripts/undrain engine-1            use a drained engine again; copies come back as demand asks for them
 """
 
+STORY = """\
+examples:
+  scripts/story chatcmpl-81f3...      a request, by the "id" of its answer or its x-request-id header
+  scripts/story support               an adapter, by its name or its version: loads, sources, evictions, copies
+  scripts/story support --json | jq '.entries[].text'
+
+Every process keeps the latest events of some thousand requests and adapters in memory; a restarted process has none
+from before. Times are of each process's own clock. SUBJECT is a choice of an answer (id-0, id-1), a name or a version.
+"""
+
 ADAPTERS = """\
 examples:
   scripts/adapters                              what is loaded: rank, size, version
@@ -69,6 +79,8 @@ def parser() -> argparse.ArgumentParser:
     drain.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="wait no longer (600)")
     undrain = _command(commands, "undrain", "Uses a drained engine again.", UNDRAIN)
     undrain.add_argument("engine", metavar="ENGINE")
+    story = _command(commands, "story", "Show what happened to a request or an adapter, in every process.", STORY)
+    story.add_argument("id", metavar="ID", help="a request id, an adapter's name or a version (12 characters or more)")
     adapters = _command(commands, "adapters", "Lists, loads and unloads the adapters of a running cluster.", ADAPTERS)
     actions = adapters.add_subparsers(dest="action", metavar="list | load NAME DIR [--replace] | unload NAME")
     # The flags may also stand behind the action; there they have no default, which would undo those before it.

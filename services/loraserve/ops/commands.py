@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import msgspec
 
@@ -161,6 +162,15 @@ def engine_path(engine: str) -> str:
     return engine
 
 
+def show_story(arguments: argparse.Namespace, ask: Ask) -> int:
+    """Print what every process knows of a request or an adapter. Returns 1 if none knows anything."""
+    with report_progress("asking all processes"):
+        content = ask(f"/admin/story/{quote(arguments.id)}", None)
+    story = rendering.parse_story(content)
+    print(rendering.one_line(content) if arguments.json else rendering.render_story(story))
+    return 0 if story.entries else 1
+
+
 def manage_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
     """List, load or unload adapters."""
     match arguments.action:
@@ -207,5 +217,6 @@ COMMANDS: dict[str, Callable[[argparse.Namespace, Ask], int]] = {
     "rebalance": rebalance,
     "drain": drain,
     "undrain": undrain,
+    "story": show_story,
     "adapters": manage_adapters,
 }

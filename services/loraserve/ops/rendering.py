@@ -1,5 +1,7 @@
 """Decodes the gateway's answers about adapters and rebalances, and renders them for a terminal. Pure."""
 
+from datetime import datetime
+
 import msgspec
 
 from loraserve.messages import Move, RebalanceDone
@@ -7,6 +9,7 @@ from loraserve.ops.gateway_client import OpsError
 from loraserve.text import size, table
 
 VERSION_CHARACTERS = 12
+VERSION_DIGITS = 64
 
 
 class ModelCard(msgspec.Struct, frozen=True, kw_only=True):
@@ -23,6 +26,24 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of /v1/models."""
 
     data: tuple[ModelCard, ...]
+
+
+class StoryEvent(msgspec.Struct, frozen=True, kw_only=True):
+    """One event of a story, with the process that reports it."""
+
+    unix_s: float
+    process: str
+    subject: str
+    text: str
+
+
+class MergedStory(msgspec.Struct, frozen=True, kw_only=True):
+    """The answer of /admin/story: events by time, and the processes that did not answer."""
+
+    id: str
+    subjects: tuple[str, ...]
+    entries: tuple[StoryEvent, ...]
+    silent: tuple[str, ...] = ()
 
 
 def one_line(content: bytes) -> str:
@@ -112,3 +133,40 @@ def _outcome(done: RebalanceDone, dry_run: bool) -> str:
     if done.applied:
         return f"epoch {epoch}: no copy moved; shares, drains and lost copies were updated"
     return f"epoch {epoch} stays in force: {done.message or 'nothing was applied'}"
+
+
+def parse_story(content: bytes) -> MergedStory:
+    """Decode the answer of /admin/story.
+
+    Raises:
+        OpsError: The answer is not one of a LoRAServe gateway of this version.
+    """
+    try:
+        return msgspec.json.decode(content, type=MergedStory)
+    except msgspec.DecodeError as error:
+        raise not_a_gateway(error) from error
+
+
+def render_story(story: MergedStory) -> str:
+    """Return a row for each event, oldest first, and a line about processes that did not answer."""
+    parts = []
+    if story.entries:
+        rows = [[_time(e.unix_s), e.process, _short(e.subject), e.text] for e in story.entries]
+        parts.append(table(["TIME", "PROCESS", "SUBJECT", "EVENT"], rows))
+    else:
+        parts.append(
+            f"no process knows {story.id}; give the id of an answer, its x-request-id, an adapter's name or a version"
+        )
+    if story.silent:
+        parts.append(f"no answer from: {', '.join(story.silent)}")
+    return "\n".join(parts)
+
+
+def _time(unix_s: float) -> str:
+    return datetime.fromtimestamp(unix_s).strftime("%H:%M:%S.%f")[:-3]
+
+
+def _short(subject: str) -> str:
+    """Return a version as logs show it, anything else whole."""
+    is_version = len(subject) == VERSION_DIGITS and all(c in "0123456789abcdef" for c in subject)
+    return subject[:VERSION_CHARACTERS] if is_version else subject

@@ -4,7 +4,8 @@ What a roll-out does next is decided in rollout.py; here its instructions are ca
 """
 
 import asyncio
-from collections.abc import Coroutine
+from collections import defaultdict
+from collections.abc import Coroutine, Mapping
 from contextlib import AsyncExitStack, suppress
 from math import inf
 from pathlib import Path
@@ -42,6 +43,7 @@ from loraserve.planner.rollout import events
 from loraserve.planner.rollout.copies import recovered, shares_moved
 from loraserve.planner.rollout.machine import Rollout
 from loraserve.service import Service
+from loraserve.story import Story, StoryEntry
 
 REPUBLISH_S = 2.0
 RETIRE_TIMEOUT_S = 5.0
@@ -69,6 +71,9 @@ class PlannerService(Service):
         self._due = asyncio.Event()
         self._ended: dict[int, asyncio.Future[events.Ended]] = {}
         self._learner = CostLearner(initial_cost_model(config))
+        self._story = Story()
+        self._published: Mapping[str, str] = {}
+        """Where the last published plan has copies of each version, for the story."""
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Raises ConfigError where a pin names an engine that does not exist."""
@@ -87,6 +92,9 @@ class PlannerService(Service):
         plan = self._rollout.plan
         drained = f", drained: {', '.join(sorted(self._drained))}" if self._drained else ""
         return f"epoch {plan.epoch}, {len(plan.placements)} copies{drained}"
+
+    def story_entries(self, subject: str) -> list[StoryEntry]:
+        return self._story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:
@@ -257,6 +265,7 @@ class PlannerService(Service):
                 self._tell(self._write(plan))
             case events.Publish(plan):
                 self.bus.publish("plan", plan)
+                self._note_copies(plan)
                 self.log.info("plan_published", epoch=plan.epoch, copies=len(plan.placements), drained=plan.drained)
             case events.Retire():
                 self.spawn(self._retire(instruction))
@@ -267,6 +276,19 @@ class PlannerService(Service):
             case events.Replan(engine):
                 self.log.info("engine_is_back", engine=engine)
                 self._due.set()
+
+    def _note_copies(self, plan: Plan) -> None:
+        """Add an entry for each adapter whose copies or shares differ from the plan published before."""
+        copies: dict[str, list[str]] = defaultdict(list)
+        for placement in plan.placements:
+            copies[placement.version].append(f"{placement.engine} ({placement.share:.0%} of its requests)")
+        placed = {version: ", ".join(sorted(engines)) for version, engines in copies.items()}
+        now = self.clock.monotonic_s()
+        for version in placed.keys() | self._published.keys():
+            before, after = self._published.get(version), placed.get(version)
+            if before != after:
+                self._story.tell(version, now, f"plan epoch {plan.epoch}: copies on {after or 'no engine'}")
+        self._published = placed
 
     def _write(self, plan: Plan) -> events.Written | events.WriteFailed:
         try:

@@ -27,6 +27,7 @@ from loraserve.router.context import Candidate, PlannedCopies, RoutingContext, S
 from loraserve.router.policy import POLICIES, placeholder_request, prefetch_engine
 from loraserve.router.view import ClusterView
 from loraserve.service import Service
+from loraserve.story import StoryEntry
 
 ENGINE_REFUSALS = ("overloaded", "draining", "starting")
 """Refusals that concern the engine and not the request: another engine may take it."""
@@ -58,6 +59,9 @@ class RouterService(Service):
         """Return the number of ready engines and the plan's epoch."""
         epoch = self._plan.epoch if self._plan else "none"
         return f"{len(self._view.ready_engines())} engines to choose from, plan epoch {epoch}"
+
+    def story_entries(self, subject: str) -> list[StoryEntry]:
+        return self._view.story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         """Handle one message of the inbox."""

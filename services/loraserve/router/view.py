@@ -19,6 +19,7 @@ from loraserve.router.engine_view import (
 )
 from loraserve.router.prefixes import PrefixMemory
 from loraserve.router.prices import PriceTable
+from loraserve.story import Story
 
 PENDING_TIMEOUT_S = 1.0
 """A request that no report mentions this long after it was sent has ended or never began."""
@@ -27,7 +28,6 @@ REPORT_MARGIN_S = 0.05
 FORGET_MISSING_S = 5.0
 """A monitor that has just started has not heard of every engine yet."""
 MAX_RUNNING = 50_000
-MAX_STORIES = 5_000
 DEFAULT_OUTPUT_TOKENS = 64.0
 _NO_ENGINES: Mapping[str, EngineView] = {}
 _NO_TOKENS: Mapping[str, int] = {}
@@ -43,6 +43,7 @@ class ClusterView:
         mean_output_tokens: Of a request, from the monitor's demand.
         requests_per_s: Of the whole cluster.
         prefixes: None if engines do not keep the KV cache of prompts.
+        story: What this router did with each request.
     """
 
     def __init__(self, prefix_cache: bool = True) -> None:
@@ -57,7 +58,7 @@ class ClusterView:
         self._last_picture: tuple[str, int] = ("", 0)
         self._oldest_pending_s = float("inf")
         """No pending request was sent before."""
-        self._stories: dict[str, list[tuple[float, str]]] = {}
+        self.story = Story()
 
     def update(self, picture: ClusterLoad, now: float) -> bool:
         """Apply a picture from the monitor; return False and change nothing if it is older than the last one."""
@@ -115,7 +116,7 @@ class ClusterView:
                 self._list(view, request.adapter.version)
             self._oldest_pending_s = min(self._oldest_pending_s, now)
             self._prices.mark_changed(view)
-        self._tell(request.request_id, now, f"sent to {engine}" + (f", {reason}" if reason else ""))
+        self.story.tell(request.request_id, now, f"sent to {engine}" + (f", {reason}" if reason else ""))
 
     def record_expected(self, engine: str, version: str, now: float) -> None:
         """Note that the engine was told to expect a request for this adapter, and loads it."""
@@ -137,7 +138,7 @@ class ClusterView:
                 view.clear_adapters()
                 self._prices.set_engines(self.ready_engines())
         self._set_running(request_id, engine, now, pending)
-        self._tell(request_id, now, f"admitted by {engine}")
+        self.story.tell(request_id, now, f"admitted by {engine}")
 
     def record_refused(self, engine: str, request_id: str, code: str, now: float) -> None:
         """Note that the engine refused the request."""
@@ -145,14 +146,14 @@ class ClusterView:
         if view is not None:
             view.drop_pending([request_id])
             self._prices.mark_changed(view)
-        self._tell(request_id, now, f"refused by {engine}: {code}")
+        self.story.tell(request_id, now, f"refused by {engine}: {code}")
 
     def record_timeout(self, engine: str, request_id: str, now: float) -> None:
         """Note that the engine did not answer.
 
         After two timeouts in a row it is asked last, until it answers or a later report shows that it lives.
         """
-        self._tell(request_id, now, f"no answer from {engine}")
+        self.story.tell(request_id, now, f"no answer from {engine}")
         view = self.engines.get(engine)
         if view is not None:
             view.drop_pending([request_id])
@@ -170,10 +171,6 @@ class ClusterView:
                 self._prices.mark_changed(view)
         self._oldest_pending_s = min((view.oldest_s for view in self.engines.values()), default=float("inf"))
 
-    def story(self, request_id: str) -> list[str]:
-        """Return what this router did with one of the last few thousand requests."""
-        return [f"{now:.3f} {text}" for now, text in self._stories.get(request_id, ())]
-
     def validate(self) -> None:
         """Check that sums agree with what they sum and that tables are bounded.
 
@@ -188,7 +185,6 @@ class ClusterView:
         ready = [view.name for view in self.ready_engines()]
         assert ready == sorted(view.name for view in self.engines.values() if view.is_ready)
         assert len(self.running) <= MAX_RUNNING
-        assert len(self._stories) <= MAX_STORIES
         self._prices.validate()
         if self.prefixes is not None:
             self.prefixes.validate()
@@ -284,11 +280,6 @@ class ClusterView:
             later = view is not None and request.since_s < view.reported_s - REPORT_MARGIN_S
             if view is None or not view.alive or (later and request_id not in reported[request.engine]):
                 del self.running[request_id]
-
-    def _tell(self, request_id: str, now: float, text: str) -> None:
-        if request_id not in self._stories and len(self._stories) >= MAX_STORIES:
-            del self._stories[next(iter(self._stories))]
-        self._stories.setdefault(request_id, []).append((now, text))
 
 
 def _versions_at(view: EngineView) -> set[str]:

@@ -30,6 +30,7 @@ from loraserve.messages import (
 from loraserve.model_shape import read_model_config, shape_from_config
 from loraserve.service import Service
 from loraserve.store.core import AdapterStore, StoreLimits
+from loraserve.story import Story, StoryEntry
 
 GARBAGE_INTERVAL_S = 60.0
 
@@ -44,6 +45,7 @@ class StoreService(Service):
         self._store: AdapterStore
         # Two registrations of one name run one after the other; different names run side by side.
         self._names: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._story = Story()
 
     async def start(self, stack: AsyncExitStack) -> None:
         self._store = await asyncio.to_thread(open_store, self.config, self.clock.unix_s())
@@ -61,6 +63,9 @@ class StoreService(Service):
 
     def ready_detail(self) -> str:
         return f"{len(self._store.registry.snapshot.records)} adapters"
+
+    def story_entries(self, subject: str) -> list[StoryEntry]:
+        return self._story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:
@@ -84,6 +89,8 @@ class StoreService(Service):
         async with self._names.setdefault(name, asyncio.Lock()):
             ref, created = await asyncio.to_thread(self._store.register, name, path, replace, self.clock.unix_s())
         self.log.info("registered", adapter=name, version=ref.version[:12], rank=ref.rank, created=created)
+        self._tell(name, f"registered from {path} as version {ref.version}")
+        self._tell(ref.version, f"registered as {name}, rank {ref.rank}, {ref.slab_bytes} bytes")
         self._publish()
         return ref, created
 
@@ -91,12 +98,14 @@ class StoreService(Service):
         try:
             await self._register_one(name, path, replace=True)
         except AdapterError as error:
+            self._tell(name, f"not registered: {error.message}")
             self.log.error("not_registered", adapter=name, code=error.code, reason=error.message)
 
     async def _unregister(self, envelope: Envelope, name: str) -> None:
         async with self._names.setdefault(name, asyncio.Lock()):
             await asyncio.to_thread(self._store.unregister, name, self.clock.unix_s())
         self.log.info("unregistered", adapter=name)
+        self._tell(name, "unregistered")
         self.bus.respond(envelope, AdapterUnregistered(name=name))
         self._publish()
 
@@ -114,6 +123,9 @@ class StoreService(Service):
         )
         self.bus.respond(envelope, SlabChunk(version=message.version, offset_bytes=message.offset_bytes), [data])
 
+    def _tell(self, subject: str, text: str) -> None:
+        self._story.tell(subject, self.clock.monotonic_s(), text)
+
     def _publish(self) -> None:
         snapshot = self._store.registry.snapshot
         self.bus.publish("registry", RegistryChanged(revision=snapshot.revision, adapters=snapshot.refs()))
@@ -129,6 +141,7 @@ class StoreService(Service):
             removed = await asyncio.to_thread(self._store.collect_garbage, self.clock.unix_s())
             for version in removed:
                 self.log.info("slab_removed", version=version[:12])
+                self._tell(version, "slab removed from disk: no name refers to it")
 
 
 def open_store(config: Config, now: float) -> AdapterStore:

@@ -148,7 +148,7 @@ def test_every_tag_means_one_message() -> None:
 
 def test_every_process_kind_answers_pings() -> None:
     assert set(UNIONS) == {"ToEngine", "ToGateway", "ToMonitor", "ToPlanner", "ToRouter", "ToStore"}
-    assert all(catalogue.Ping in get_args(union) for union in UNIONS.values())
+    assert all({catalogue.Ping, catalogue.TellStory} <= set(get_args(union)) for union in UNIONS.values())
 
 
 def test_every_message_is_exported_for_those_who_match_on_it() -> None:

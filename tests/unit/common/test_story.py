@@ -1,20 +1,46 @@
-"""Stories: what happened to one id, in order, in bounded memory."""
+"""Stories: what happened to one subject, in order, in bounded memory."""
 
-from loraserve.story import KEPT_LINES, Story
+from loraserve.story import MAX_ENTRIES, MAX_SUBJECTS, Story
 
 
-def test_one_id_has_its_own_lines_oldest_first_with_their_times() -> None:
+def test_each_subject_has_its_own_entries_oldest_first() -> None:
     story = Story()
     story.tell("r1", 1.0, "waiting")
     story.tell("r2", 1.5, "waiting")
     story.tell("r1", 2.25, "running")
-    assert story.of("r1") == ["1.000 waiting", "2.250 running"]
-    assert story.of("nobody") == []
+    assert story.lines("r1") == ["1.000 waiting", "2.250 running"]
+    assert story.entries("r1")[1] == (2.25, "running")
+    assert story.lines("unknown") == []
 
 
-def test_the_oldest_lines_go_when_there_are_too_many() -> None:
+def test_the_oldest_entries_of_a_subject_are_dropped() -> None:
     story = Story()
-    for index in range(KEPT_LINES + 2):
+    for index in range(MAX_ENTRIES + 2):
         story.tell("r", float(index), "tick")
-    assert len(story.of("r")) == KEPT_LINES
-    assert story.of("r")[0] == "2.000 tick"
+    assert len(story.lines("r")) == MAX_ENTRIES
+    assert story.lines("r")[0] == "2.000 tick"
+
+
+def test_the_subject_without_an_event_for_longest_is_dropped() -> None:
+    story = Story()
+    for index in range(MAX_SUBJECTS):
+        story.tell(f"r{index}", 0.0, "waiting")
+    story.tell("r0", 1.0, "running")
+    story.tell("new", 2.0, "waiting")
+    assert story.lines("r0") == ["0.000 waiting", "1.000 running"]
+    assert story.lines("r1") == []
+    assert story.lines("new") == ["2.000 waiting"]
+
+
+def test_an_event_is_rendered_when_it_is_read() -> None:
+    rendered = []
+
+    class Event:
+        def __str__(self) -> str:
+            rendered.append(self)
+            return "chosen"
+
+    story = Story()
+    story.tell("r", 0.0, Event())
+    assert rendered == []
+    assert story.lines("r") == ["0.000 chosen"]

@@ -24,8 +24,10 @@ from loraserve.ops.rendering import (
     exit_status,
     parse_adapters,
     parse_rebalance,
+    parse_story,
     render_adapters,
     render_rebalance,
+    render_story,
 )
 from loraserve.text import BAR_CELLS, bar, size, table
 
@@ -159,7 +161,7 @@ def test_status_without_monitor_and_planner_says_who_is_missing() -> None:
     assert "is the monitor up?" not in status.render(status.parse(cluster()))
 
 
-@pytest.mark.parametrize("parse", [status.parse, parse_rebalance, parse_adapters])
+@pytest.mark.parametrize("parse", [status.parse, parse_rebalance, parse_adapters, parse_story])
 @pytest.mark.parametrize("content", [b"<html>", b"{}", b"[]", b""])
 def test_an_answer_of_something_else_is_refused_with_a_remedy(parse: Any, content: bytes) -> None:
     with pytest.raises(OpsError, match=r"not from a LoRAServe gateway of this version .*--url"):
@@ -292,3 +294,22 @@ def test_who_reads_from_whom_is_a_line_a_pair_before_and_after_the_first_read() 
     ]
     assert status.reads(state) in status.render(state)
     assert status.reads(status.parse(cluster(engines=[]))) == ""
+
+
+def test_a_story_is_a_table_by_time_and_names_the_processes_that_did_not_answer() -> None:
+    entries = [
+        {"unix_s": 0.25, "process": "router", "subject": "cmpl-1-0", "text": "sent to engine-0"},
+        {"unix_s": 1.5, "process": "engine-0", "subject": "a" * 64, "text": "loaded"},
+    ]
+    content = {"id": "cmpl-1", "subjects": ["cmpl-1-0"], "entries": entries, "silent": ["planner", "monitor"]}
+    head, *rows, silent = render_story(parse_story(msgspec.json.encode(content))).splitlines()
+    assert words(head) == "TIME PROCESS SUBJECT EVENT"
+    assert words(rows[0]).endswith(":00.250 router cmpl-1-0 sent to engine-0")
+    assert words(rows[1]).endswith(":01.500 engine-0 aaaaaaaaaaaa loaded")
+    assert silent == "no answer from: planner, monitor"
+
+
+def test_a_story_that_no_process_knows_says_which_ids_are_possible() -> None:
+    content = {"id": "nothing", "subjects": ["nothing"], "entries": []}
+    text = render_story(parse_story(msgspec.json.encode(content)))
+    assert text.startswith("no process knows nothing; give the id of an answer")

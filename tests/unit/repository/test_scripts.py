@@ -60,7 +60,7 @@ def test_ctrl_c_in_an_install_ends_in_one_line(tmp_path: Path) -> None:
     assert rest == "stopped; run the script again to go on with the install\n"
 
 
-OPS = ["status", "adapters", "rebalance", "drain", "undrain"]
+OPS = ["status", "adapters", "rebalance", "drain", "undrain", "story"]
 
 
 @pytest.mark.parametrize(

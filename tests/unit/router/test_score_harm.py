@@ -171,4 +171,4 @@ def test_the_reason_names_the_parts_of_the_prediction() -> None:
     assert parts.engine_s > 0
     assert chosen.reason.startswith(f"planned: first token in {chosen.predicted_s:.3f} s (queue {parts.queue_s:.3f}")
     view.record_sent("e0", route_request("r9", adapter=LOW), 100.0, chosen.reason)
-    assert view.story("r9") == [f"100.000 sent to e0, {chosen.reason}"]
+    assert view.story.lines("r9") == [f"100.000 sent to e0, {chosen.reason}"]

@@ -10,11 +10,11 @@ from loraserve.router.engine_view import FIRST_AVOIDANCE_S, MAX_AVOIDANCE_S, TIM
 from loraserve.router.view import (
     FORGET_MISSING_S,
     MAX_RUNNING,
-    MAX_STORIES,
     PENDING_TIMEOUT_S,
     REPORT_MARGIN_S,
     ClusterView,
 )
+from loraserve.story import MAX_SUBJECTS
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load, picture, resident, route_request
 
 PIRATE = adapter_ref(1)
@@ -253,20 +253,20 @@ def test_a_story_tells_what_was_done_with_a_request(watcher: Watcher) -> None:
     watcher.view.record_timeout("e0", "r1", watcher.now)
     watcher.view.record_refused("e1", "r1", "overloaded", watcher.now)
     watcher.view.record_admitted("e2", "r1", "i1", watcher.now + 1)
-    assert watcher.view.story("r1") == [
+    assert watcher.view.story.lines("r1") == [
         "100.000 sent to e0",
         "100.000 no answer from e0",
         "100.000 refused by e1: overloaded",
         "101.000 admitted by e2",
     ]
-    assert watcher.view.story("r2") == []
+    assert watcher.view.story.lines("r2") == []
 
 
 def test_stories_and_live_requests_are_forgotten_oldest_first(watcher: Watcher) -> None:
-    for number in range(MAX_STORIES + 1):
+    for number in range(MAX_SUBJECTS + 1):
         watcher.view.record_refused("e0", f"s{number}", "overloaded", watcher.now)
-    assert not watcher.view.story("s0")
-    assert watcher.view.story("s1")
+    assert not watcher.view.story.lines("s0")
+    assert watcher.view.story.lines("s1")
     watcher.sees(engine_load("e0", request_ids=tuple(f"r{n}" for n in range(MAX_RUNNING + 1))))
     assert "r0" not in watcher.view.running
     assert f"r{MAX_RUNNING}" in watcher.view.running

@@ -183,7 +183,7 @@ class HostCache:
 
     def story(self, version: str) -> list[str]:
         """What happened to an adapter here."""
-        return self._story.of(version)
+        return self._story.lines(version)
 
     def validate(self) -> None:
         """Every slab has an extent of its own and no extent is without, and only what is there is read."""

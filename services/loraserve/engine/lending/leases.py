@@ -175,7 +175,7 @@ class Leases:
 
     def story(self, subject: str) -> list[str]:
         """What happened to an adapter's extent (by version), or to a lease (by id)."""
-        return self._story.of(subject)
+        return self._story.lines(subject)
 
     def validate(self) -> None:
         """Each is on the very entry that it was granted for, nothing else is leased, and the bounds hold."""

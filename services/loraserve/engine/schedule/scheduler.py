@@ -44,7 +44,7 @@ from loraserve.engine.schedule.report import SchedulerLoad, TokenCounts, snapsho
 from loraserve.engine.schedule.sequence import EARLY, ENDING, RUNNING, WAITING, Sequence, Transition
 from loraserve.engine.schedule.steps import StepBuilder, StepPipeline
 from loraserve.messages import Admit
-from loraserve.story import Story
+from loraserve.story import Story, StoryEntry
 
 ARRIVAL_ORDER = attrgetter("order")
 
@@ -99,7 +99,11 @@ class Scheduler:
 
     def story(self, subject: str) -> list[str]:
         """Return what happened to a request (by id) or an adapter (by version), oldest first."""
-        return self._story.of(subject)
+        return self._story.lines(subject)
+
+    def story_entries(self, subject: str) -> list[StoryEntry]:
+        """Return the events of a request id or an adapter version, oldest first."""
+        return self._story.entries(subject)
 
     @property
     def is_idle(self) -> bool:

@@ -112,6 +112,8 @@ async def answer(gateway: Gateway, request: web.Request, call: Call) -> web.Stre
     timeout_s = gateway.config.gateway.request_timeout_s
     sending = Sending(request)
     send = _stream if call.request.stream else _whole
+    ids = [job.route.request_id for job in call.jobs]
+    gateway.stories.begin(request[REQUEST_ID], call.id, ids, gateway.clock.monotonic_s())
     try:
         try:
             async with asyncio.timeout(timeout_s), generation(gateway, call.jobs, request[ARRIVED_S]) as run:
@@ -130,6 +132,8 @@ async def answer(gateway: Gateway, request: web.Request, call: Call) -> web.Stre
     finally:
         gateway.metrics.requests.labels(call.target.name, outcome).inc()
         log_request(gateway, request, call, run, outcome)
+        for id_ in ids:
+            gateway.stories.story.tell(id_, gateway.clock.monotonic_s(), f"HTTP request ended: {outcome}")
     return sending.response or web.Response(status=CLIENT_LEFT)
 
 

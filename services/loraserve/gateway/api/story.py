@@ -1,0 +1,54 @@
+"""GET /admin/story/{id}: what every process knows of one request or adapter, merged by time."""
+
+import asyncio
+
+import msgspec
+from aiohttp import web
+
+from loraserve.config import engine_names
+from loraserve.errors import PeerError, RequestTimeoutError
+from loraserve.gateway.context import GATEWAY, Gateway
+from loraserve.messages import StoryLine, StoryTold, TellStory
+
+CONTROL = ("store", "planner", "monitor", "router")
+TIMEOUT_S = 1.0
+
+
+async def story(http: web.Request) -> web.Response:
+    """Answer with the entries of all processes about a request id, an adapter name or a version, oldest first.
+
+    ``subjects`` lists the ids that were looked up, ``silent`` the processes that did not answer in time.
+    """
+    gateway, id_ = http.app[GATEWAY], http.match_info["id"]
+    subjects = gateway.stories.subjects(id_, gateway.registry.adapters)
+    names = [*CONTROL, *engine_names(gateway.config)]
+    answers = await asyncio.gather(*(_ask(gateway, name, subjects) for name in names))
+    told = {gateway.bus.name: _own_lines(gateway, subjects), **dict(zip(names, answers, strict=True))}
+    entries = [
+        {"unix_s": line.unix_s, "process": process, "subject": line.subject, "text": line.text}
+        for process, lines in told.items()
+        for line in lines or ()
+    ]
+    body = {
+        "id": id_,
+        "subjects": subjects,
+        "entries": sorted(entries, key=lambda entry: float(str(entry["unix_s"]))),
+        "silent": [process for process, lines in told.items() if lines is None],
+    }
+    return web.Response(body=msgspec.json.encode(body), content_type="application/json")
+
+
+def _own_lines(gateway: Gateway, subjects: tuple[str, ...]) -> list[StoryLine]:
+    offset_s = gateway.clock.unix_s() - gateway.clock.monotonic_s()
+    return [
+        StoryLine(unix_s=entry.time_s + offset_s, subject=subject, text=str(entry.what))
+        for subject in subjects
+        for entry in gateway.stories.story.entries(subject)
+    ]
+
+
+async def _ask(gateway: Gateway, name: str, subjects: tuple[str, ...]) -> tuple[StoryLine, ...] | None:
+    try:
+        return (await gateway.bus.request(name, TellStory(subjects=subjects), StoryTold, TIMEOUT_S)).lines
+    except (RequestTimeoutError, PeerError):
+        return None
