@@ -1,99 +1,108 @@
-"""Whole adapters leave the fullest engine while that helps: what packing them into budgets left uneven. Pure."""
+"""Balancing of engines: moves of whole adapters off the fullest engine, and the shares of traffic among copies."""
 
 from bisect import insort
 
 import numpy as np
 
-from loraserve.planner.placement.problem import Copies, Floats, Pieces, Problem, flat
-from loraserve.planner.placement.utilisation import work_of
+from loraserve.planner.placement.problem import CopyMap, CopyShares, Floats, Problem, flatten
+from loraserve.planner.placement.utilisation import engine_work
 
 STEPS_PER_ENGINE = 3
-MOST_STEPS = 400
-"""Where engines are many, adapters are small beside them, and packing leaves little to level."""
+MAX_STEPS = 400
+"""Limit for large clusters, where adapters are small beside engines and packing leaves little to balance."""
 TARGETS = 4
-"""Least busy engines that are looked at for each step."""
-GAIN = 0.005
-"""Of the fullest engine's utilisation: steps that gain less are not worth a move."""
+"""Least utilised engines to consider as targets in each step."""
+MIN_GAIN = 0.005
+"""Fraction of the fullest engine's utilisation that a move has to gain."""
+MIN_SHARE = 0.02
+"""Share of a copy that should get no traffic, as a fraction of an even share: a share of 0 would mean no copy."""
+SWEEPS = 2
 
 
-def level(problem: Problem, copies: Copies, pieces: Pieces) -> None:
-    """Changes ``copies``: only of adapters that have one copy, are asked for and are not pinned."""
-    state = _State(problem, copies, pieces)
-    for _ in range(min(MOST_STEPS, STEPS_PER_ENGINE * len(problem.engines))):
-        if not state.step():
+def balance_engines(problem: Problem, copies: CopyMap, shares: CopyShares) -> None:
+    """Move adapters off the fullest engine while that lowers the higher utilisation of the two engines.
+
+    Changes ``copies``, only of adapters that have traffic, exactly one copy and no pin.
+    """
+    search = _LocalSearch(problem, copies, shares)
+    for _ in range(min(MAX_STEPS, STEPS_PER_ENGINE * len(problem.engines))):
+        if not search.step():
             break
 
 
-class _State:
-    def __init__(self, problem: Problem, copies: Copies, pieces: Pieces) -> None:
+class _LocalSearch:
+    """Hill climbing on the highest utilisation: one adapter moves in each step."""
+
+    def __init__(self, problem: Problem, copies: CopyMap, shares: CopyShares) -> None:
         self._problem, self._copies = problem, copies
-        work, count = work_of(problem, pieces), len(problem.engines)
+        work, count = engine_work(problem, shares), len(problem.engines)
         self._base, self._slope, self._rank = work.base, work.slope, work.rank
-        held = np.bincount(pieces.engines, problem.extents[pieces.adapters], count)
-        self._room = problem.room_bytes - held
+        held_bytes = np.bincount(shares.engines, problem.extents[shares.adapters], count)
+        self._room = problem.room_bytes - held_bytes
         self._stuck = np.zeros(count, bool)
-        self._asked: list[list[int]] = [[] for _ in range(count)]
-        asked = problem.whole()[pieces.adapters] > 0
-        for a, e in zip(pieces.adapters[asked].tolist(), pieces.engines[asked].tolist(), strict=True):
-            self._asked[e].append(a)
-        self._ranks: dict[int, list[int]] = {}
+        self._adapters_on: list[list[int]] = [[] for _ in range(count)]
+        used = problem.own_utilisation()[shares.adapters] > 0
+        for a, e in zip(shares.adapters[used].tolist(), shares.engines[used].tolist(), strict=True):
+            self._adapters_on[e].append(a)
+        self._ranks_on: dict[int, list[int]] = {}
 
     def step(self) -> bool:
-        """One move off the fullest engine not stuck yet, or it is. False where that is no fuller than the mean."""
+        """Move one adapter off the fullest engine, or note that none helps; return False when there is nothing left."""
         utilisation = self._base + self._rank * self._slope
         full = int(np.argmax(np.where(self._stuck, -1.0, utilisation)))
-        if self._stuck[full] or utilisation[full] <= utilisation.mean() * (1 + GAIN):
+        if self._stuck[full] or utilisation[full] <= utilisation.mean() * (1 + MIN_GAIN):
             return False
-        found = self._best(full, utilisation)
+        found = self._best_move(full, utilisation)
         if found is None:
             self._stuck[full] = True
         else:
-            self._move(found[0], full, found[1])
-            self._stuck[found[1]] = False
+            adapter, target = found
+            self._move(adapter, full, target)
+            self._stuck[target] = False
         return True
 
-    def _best(self, full: int, utilisation: Floats) -> tuple[int, int] | None:
-        """The move after which the fuller of both engines is least full."""
+    def _best_move(self, full: int, utilisation: Floats) -> tuple[int, int] | None:
+        """Return the adapter and target after whose move the fuller of both engines is least full."""
         problem, work, copies = self._problem, self._problem.work, self._copies
-        free = [a for a in self._asked[full] if len(copies[a]) == 1 and a not in problem.pins]
-        goals = np.array(self._goals(full, utilisation), np.int64)
-        if not free or not len(goals):
+        movable = [a for a in self._adapters_on[full] if len(copies[a]) == 1 and a not in problem.pins]
+        targets = np.array(self._targets(full, utilisation), np.int64)
+        if not movable or not len(targets):
             return None
-        a = np.array(free, np.int64)
+        a = np.array(movable, np.int64)
         ranks, base, slope = problem.ranks[a].astype(np.float64), work.base[a], work.slope[a]
-        left = np.where(ranks >= self._rank[full], self._second_rank(full), self._rank[full])
-        here = self._base[full] - base + left * (self._slope[full] - slope)
-        # Rows are goals, columns adapters.
-        rank = np.maximum(self._rank[goals][:, None], ranks)
-        there = self._base[goals][:, None] + base + rank * (self._slope[goals][:, None] + slope)
+        rank_left = np.where(ranks >= self._rank[full], self._second_rank(full), self._rank[full])
+        here = self._base[full] - base + rank_left * (self._slope[full] - slope)
+        # Rows are targets, columns adapters.
+        rank = np.maximum(self._rank[targets][:, None], ranks)
+        there = self._base[targets][:, None] + base + rank * (self._slope[targets][:, None] + slope)
         after = np.maximum(here, there)
-        after[problem.extents[a] > self._room[goals][:, None]] = np.inf
-        goal, i = divmod(int(np.argmin(after)), len(a))
-        if after[goal, i] >= utilisation[full] * (1 - GAIN):
+        after[problem.extents[a] > self._room[targets][:, None]] = np.inf
+        target, i = divmod(int(np.argmin(after)), len(a))
+        if after[target, i] >= utilisation[full] * (1 - MIN_GAIN):
             return None
-        return int(a[i]), int(goals[goal])
+        return int(a[i]), int(targets[target])
 
-    def _goals(self, full: int, utilisation: Floats) -> list[int]:
-        """The least busy of all, and of those at a rank that is not lower."""
-        goals = _least(utilisation, TARGETS)
-        goals += _least(np.where(self._rank >= self._rank[full], utilisation, np.inf), TARGETS)
-        return [g for g in dict.fromkeys(goals) if g != full]
+    def _targets(self, full: int, utilisation: Floats) -> list[int]:
+        """Return the least utilised engines, and the least utilised of those whose rank is not lower."""
+        targets = _smallest(utilisation, TARGETS)
+        targets += _smallest(np.where(self._rank >= self._rank[full], utilisation, np.inf), TARGETS)
+        return [e for e in dict.fromkeys(targets) if e != full]
 
     def _second_rank(self, engine: int) -> float:
-        """The largest rank left without one adapter of the largest."""
-        ranks = self._ranks_on(engine)
+        """Return the largest rank on the engine without one adapter of the largest."""
+        ranks = self._sorted_ranks(engine)
         return float(ranks[-2]) if len(ranks) > 1 else 0.0
 
-    def _ranks_on(self, engine: int) -> list[int]:
-        if engine not in self._ranks:
-            self._ranks[engine] = sorted(self._problem.ranks[self._asked[engine]].tolist())
-        return self._ranks[engine]
+    def _sorted_ranks(self, engine: int) -> list[int]:
+        if engine not in self._ranks_on:
+            self._ranks_on[engine] = sorted(self._problem.ranks[self._adapters_on[engine]].tolist())
+        return self._ranks_on[engine]
 
     def _move(self, adapter: int, here: int, there: int) -> None:
         work, problem = self._problem.work, self._problem
         rank = int(problem.ranks[adapter])
-        # What an engine holds is known before the move changes it.
-        ranks_here, ranks_there = self._ranks_on(here), self._ranks_on(there)
+        # Both lists must be built before ``_adapters_on`` changes.
+        ranks_here, ranks_there = self._sorted_ranks(here), self._sorted_ranks(there)
         ranks_here.remove(rank)
         insort(ranks_there, rank)
         self._rank[here] = ranks_here[-1] if ranks_here else 0.0
@@ -102,97 +111,99 @@ class _State:
             self._base[engine] += sign * work.base[adapter]
             self._slope[engine] += sign * work.slope[adapter]
             self._room[engine] -= sign * problem.extents[adapter]
-        self._asked[here].remove(adapter)
-        self._asked[there].append(adapter)
-        self._copies[adapter] = problem.alone[there]
+        self._adapters_on[here].remove(adapter)
+        self._adapters_on[there].append(adapter)
+        self._copies[adapter] = problem.single[there]
 
 
-def _least(values: Floats, count: int) -> list[int]:
-    """Indices of the smallest, in order; of equal ones the first."""
+def _smallest(values: Floats, count: int) -> list[int]:
+    """Return the indices of the smallest values in order; of equal values the first ones."""
     if len(values) > 8 * count:
         bound = np.partition(values, count)[count]
-        near = np.flatnonzero(values <= bound)
-        return near[np.argsort(values[near], kind="stable")][:count].tolist()  # type: ignore[no-any-return]
+        candidates = np.flatnonzero(values <= bound)
+        return candidates[np.argsort(values[candidates], kind="stable")][:count].tolist()  # type: ignore[no-any-return]
     return np.argsort(values, kind="stable")[:count].tolist()  # type: ignore[no-any-return]
 
 
-LEAST_SHARE = 0.02
-"""Of an even share, for a copy that had better get nothing: a share of 0 would be no copy."""
-SWEEPS = 2
+def split_traffic(problem: Problem, copies: CopyMap) -> CopyShares:
+    """Return the copies with the shares of traffic that make their engines' utilisation as even as possible.
 
-
-def pieces_of(problem: Problem, copies: Copies) -> Pieces:
-    """All copies with their shares, in order of adapters."""
-    adapters, engines, counts = flat(copies)
+    Shares depend on the copies and on demand only, never on earlier shares: the same copies always have the same.
+    """
+    adapters, engines, counts = flatten(copies)
     shares = np.ones(len(adapters))
     starts = np.cumsum(counts) - counts
-    whole = problem.whole()
+    work = problem.own_utilisation()
     split = np.flatnonzero(counts > 1)
-    # Heaviest first: they decide which engines are at a high rank anyway.
-    split = split[np.argsort(-whole[split], kind="stable")]
-    levels = _Levels(problem, adapters, engines, counts[adapters] == 1)
-    level = float(whole.sum()) / max(1, len(problem.engines))
+    # Heaviest first: they decide which engines run at a high rank.
+    split = split[np.argsort(-work[split], kind="stable")]
+    levels = _EngineLevels(problem, adapters, engines, counts[adapters] == 1)
+    mean = float(work.sum()) / max(1, len(problem.engines))
     for sweep in range(SWEEPS):
         for a in split.tolist():
             at = slice(starts[a], starts[a] + counts[a])
-            if whole[a] <= 0:
+            if work[a] <= 0:
                 shares[at] = 1 / counts[a]
                 continue
             held = engines[at]
             if sweep:
                 levels.add(a, held, -shares[at])
-            shares[at] = levels.shares(a, held, level)
+            shares[at] = levels.best_shares(a, held, mean)
             levels.add(a, held, shares[at])
-    return Pieces(adapters, engines, shares)
+    return CopyShares(adapters, engines, shares)
 
 
-class _Levels:
-    """Utilisation of engines while shares are found."""
+class _EngineLevels:
+    """The utilisation of engines while shares are computed, at first that of adapters with one copy."""
 
     def __init__(self, problem: Problem, adapters: np.ndarray, engines: np.ndarray, single: np.ndarray) -> None:
         count = len(problem.engines)
         self._work, self._ranks = problem.work, problem.ranks
-        at, on = adapters[single], engines[single]
-        self._base = np.bincount(on, self._work.base[at], count).astype(np.float64)
-        self._slope = np.bincount(on, self._work.slope[at], count).astype(np.float64)
+        a, e = adapters[single], engines[single]
+        self._base = np.bincount(e, self._work.base[a], count).astype(np.float64)
+        self._slope = np.bincount(e, self._work.slope[a], count).astype(np.float64)
         self._rank = np.zeros(count)
-        asked = problem.whole()[at] > 0
-        np.maximum.at(self._rank, on[asked], self._ranks[at][asked].astype(np.float64))
+        used = problem.own_utilisation()[a] > 0
+        np.maximum.at(self._rank, e[used], self._ranks[a][used].astype(np.float64))
 
     def add(self, adapter: int, held: np.ndarray, shares: Floats) -> None:
+        """Add the adapter's shares to its engines; negative shares take them away."""
         self._base[held] += self._work.base[adapter] * shares
         self._slope[held] += self._work.slope[adapter] * shares
-        used = held[shares > LEAST_SHARE / len(held)]
+        used = held[shares > MIN_SHARE / len(held)]
         self._rank[used] = np.maximum(self._rank[used], self._ranks[adapter])
 
-    def shares(self, adapter: int, held: np.ndarray, mean: float) -> Floats:
-        """Only among engines whose rank it does not raise, unless those would be fuller than the others then."""
+    def best_shares(self, adapter: int, held: np.ndarray, mean: float) -> Floats:
+        """Return the adapter's shares by engine.
+
+        Only engines whose rank it does not raise get any, unless those would then be fuller than the others.
+        """
         rank = np.maximum(self._rank[held], self._ranks[adapter])
         before = self._base[held] + rank * self._slope[held]
-        needs = self._work.base[adapter] + rank * self._work.slope[adapter]
+        needed = self._work.base[adapter] + rank * self._work.slope[adapter]
         free = (self._rank[held] >= self._ranks[adapter]) | (before <= 0)
         if free.any() and not free.all():
-            parts, level = _levelled(before[free], needs[free])
+            parts, level = _fill_to_level(before[free], needed[free])
             if level <= max(mean, float(before[~free].min())):
                 shares = np.zeros(len(held))
                 shares[free] = parts
-                return _at_least(shares)
-        return _at_least(_levelled(before, needs)[0])
+                return _raise_to_minimum(shares)
+        return _raise_to_minimum(_fill_to_level(before, needed)[0])
 
 
-def _levelled(before: Floats, needs: Floats) -> tuple[Floats, float]:
-    """Parts that sum to 1, poured where the level is lowest; and the level that is reached."""
+def _fill_to_level(before: Floats, needed: Floats) -> tuple[Floats, float]:
+    """Return parts that sum to 1 and raise the lowest levels to a common one, and that level (water filling)."""
     order = np.argsort(before, kind="stable")
-    heights, widths = before[order], 1 / needs[order]
-    # With the k lowest under water: sum((level - height) * width) = 1.
+    heights, widths = before[order], 1 / needed[order]
+    # With the k lowest filled: sum((level - height) * width) = 1.
     levels = (1 + np.cumsum(heights * widths)) / np.cumsum(widths)
-    wet = np.flatnonzero(levels > heights)
-    level = float(levels[wet[-1]])
-    parts = np.maximum(level - before, 0) / needs
+    filled = np.flatnonzero(levels > heights)
+    level = float(levels[filled[-1]])
+    parts = np.maximum(level - before, 0) / needed
     return parts / parts.sum(), level
 
 
-def _at_least(parts: Floats) -> Floats:
-    parts = np.maximum(parts, LEAST_SHARE / len(parts))
+def _raise_to_minimum(parts: Floats) -> Floats:
+    parts = np.maximum(parts, MIN_SHARE / len(parts))
     result: Floats = parts / parts.sum()
     return result

@@ -1,10 +1,11 @@
-"""How much of which rank each engine should serve: the least utilisation at which the engines are enough. Pure.
+"""How much work of which rank each engine should serve: one bin per engine, adapters cut at will.
 
-Where every token pays its batch's largest rank, an engine costs the less the nearer its ranks are to each other. Cost
-grows with the largest rank, so that some best division has engines serve contiguous intervals of the ranks in order
-(by exchange: swapping two pieces towards the order never raises either engine's largest rank). Filling greedily from
-the highest rank down at a given utilisation uses the fewest engines, and bisection finds the utilisation.
-With exact cost there is one class of adapters, and the same fill says the mean.
+Where every token pays for the largest rank in its batch, an engine is cheapest when its ranks are close to each other.
+Cost grows with the largest rank, so some optimal division gives each engine a contiguous interval of the adapters in
+order of rank (exchange argument: swapping two parts towards that order never raises either engine's largest rank).
+Filling bins greedily from the highest rank down, at a given utilisation, uses the fewest engines; bisection finds the
+least utilisation at which the engines suffice. With exact cost there is one class of adapters, and the result is the
+mean utilisation.
 """
 
 from bisect import bisect_left
@@ -13,51 +14,87 @@ from itertools import pairwise
 import msgspec
 import numpy as np
 
-from loraserve.planner.placement.problem import Pieces, Problem
+from loraserve.planner.placement.problem import CopyShares, Problem
 
 PRECISION = 1e-4
+"""Relative precision of the bisection."""
+NO_CLASS = -1
+"""Class of adapters without traffic."""
 
 
 class Bin(msgspec.Struct):
-    """One engine yet without a name. ``budgets``: by class of adapters, the utilisation that it should have of it."""
+    """What one engine, not chosen yet, should serve: a largest rank, and utilisation by class of adapters."""
 
     rank: float
     budgets: dict[int, float]
 
 
-class Filling(msgspec.Struct):
-    """``class_of``: by adapter; adapters nobody asks for have class -1. ``utilisation``: of the fullest engine.
-    ``pieces``: adapters cut as if their parts took no memory and cost no load; engine i is bin i."""
+class BinFilling(msgspec.Struct):
+    """Bins, and the classes of adapters that their budgets refer to.
+
+    ``utilisation``: of the fullest bin. ``class_of``: class by adapter. ``shares``: the adapters cut at bin boundaries,
+    as if copies took neither memory nor time to load; engine i is bin i.
+    """
 
     utilisation: float
     bins: list[Bin]
     class_of: list[int]
-    pieces: Pieces
+    shares: CopyShares
 
 
-class _Line:
-    """Adapters in order of falling rank, as a line of work that can be cut anywhere."""
+def fill_bins(problem: Problem, bins: int) -> BinFilling:
+    """Divide the work among so many bins, with empty bins for the other engines.
+
+    Classes are ranks where cost is padded; else all adapters are one class.
+    """
+    engines, class_of = len(problem.engines), [NO_CLASS] * len(problem.versions)
+    line = _WorkLine(problem)
+    if not line.ranks:
+        none = np.zeros(0, np.int64)
+        return BinFilling(0.0, [Bin(0.0, {}) for _ in range(engines)], class_of, CopyShares(none, none, np.zeros(0)))
+    for a in line.order.tolist():
+        class_of[a] = int(problem.ranks[a]) if problem.padded else 0
+    utilisation = _least_utilisation(line, problem, bins)
+    cuts = line.cut(utilisation, bins)
+    cuts[-1] = line.end
+    classes = [class_of[a] for a in line.order.tolist()]
+    filled = [_bin_between(line, classes, start, end) for start, end in pairwise(cuts)]
+    filled += [Bin(0.0, {}) for _ in range(engines - len(filled))]
+    return BinFilling(utilisation, filled, class_of, _cut_adapters(line, cuts))
+
+
+class _WorkLine:
+    """The adapters with traffic in order of falling rank, as a line of work that can be cut anywhere.
+
+    A cut is a position in that order: 2.25 is after a quarter of the third adapter.
+    """
 
     def __init__(self, problem: Problem) -> None:
-        asked = np.flatnonzero(problem.whole() > 0)
-        self.order = asked[np.argsort(-problem.ranks[asked], kind="stable")]
+        used = np.flatnonzero(problem.own_utilisation() > 0)
+        self.order = used[np.argsort(-problem.ranks[used], kind="stable")]
         self._base: list[float] = [0.0, *np.cumsum(problem.work.base[self.order]).tolist()]
         self._slope: list[float] = [0.0, *np.cumsum(problem.work.slope[self.order]).tolist()]
         self.ranks: list[int] = problem.ranks[self.order].tolist()
         self.end = float(len(self.ranks))
 
-    def work(self, cut: float, rank: float) -> float:
-        """Of all before the cut, on engines of this largest rank."""
+    def work_before(self, cut: float, rank: float) -> float:
+        """Return the work of all adapters before the cut, on engines of this largest rank."""
         i = min(int(cut), len(self.ranks))
         low = self._base[i] + rank * self._slope[i]
         if cut == i:
             return low
         return low + (cut - i) * (self._base[i + 1] + rank * self._slope[i + 1] - low)
 
-    def advance(self, cut: float, utilisation: float) -> float:
-        """The cut to which one engine gets that starts at this one."""
+    def cut(self, utilisation: float, bins: int) -> list[float]:
+        """Return where bins of this utilisation begin and end; the last cut is the end if the bins suffice."""
+        cuts = [0.0]
+        while len(cuts) <= bins and cuts[-1] < self.end:
+            cuts.append(self._next_cut(cuts[-1], utilisation))
+        return cuts
+
+    def _next_cut(self, cut: float, utilisation: float) -> float:
         rank = self.ranks[int(cut)]
-        goal = self.work(cut, rank) + utilisation
+        goal = self.work_before(cut, rank) + utilisation
         base, slope = self._base, self._slope
         i = bisect_left(range(len(base)), goal, lo=int(cut), key=lambda j: base[j] + rank * slope[j])
         if i >= len(base):
@@ -65,61 +102,37 @@ class _Line:
         low, high = (base[j] + rank * slope[j] for j in (i - 1, i))
         return max(cut, i - 1 + (goal - low) / (high - low) if high > low else float(i))
 
-    def cuts(self, utilisation: float, engines: int) -> list[float]:
-        """Where engines begin and end; the last is the end where they are enough."""
-        cuts = [0.0]
-        while len(cuts) <= engines and cuts[-1] < self.end:
-            cuts.append(self.advance(cuts[-1], utilisation))
-        return cuts
 
-
-def fill(problem: Problem) -> Filling:
-    """Classes are ranks, or one for all where cost is exact."""
-    engines, class_of = len(problem.engines), [-1] * len(problem.versions)
-    line = _Line(problem)
-    if not line.ranks:
-        none = np.zeros(0, np.int64)
-        return Filling(0.0, [Bin(0.0, {}) for _ in range(engines)], class_of, Pieces(none, none, np.zeros(0)))
-    for a in line.order.tolist():
-        class_of[a] = int(problem.ranks[a]) if problem.padded else 0
-    utilisation = _least(line, problem, engines)
-    cuts = line.cuts(utilisation, engines)
-    cuts[-1] = line.end
-    classes = [class_of[a] for a in line.order.tolist()]
-    bins = [_bin(line, classes, *ends) for ends in pairwise(cuts)]
-    bins += [Bin(0.0, {}) for _ in range(engines - len(bins))]
-    return Filling(utilisation, bins, class_of, _pieces(line, cuts))
-
-
-def _least(line: _Line, problem: Problem, engines: int) -> float:
-    low = float(problem.whole().sum()) / engines
-    high = line.work(line.end, line.ranks[0]) / engines * (1 + PRECISION)
-    if line.cuts(low * (1 + PRECISION), engines)[-1] >= line.end:
+def _least_utilisation(line: _WorkLine, problem: Problem, bins: int) -> float:
+    """Return the least utilisation at which the bins hold all work, by bisection."""
+    low = float(problem.own_utilisation().sum()) / bins
+    high = line.work_before(line.end, line.ranks[0]) / bins * (1 + PRECISION)
+    if line.cut(low * (1 + PRECISION), bins)[-1] >= line.end:
         return low * (1 + PRECISION)
     while high - low > PRECISION * high:
         middle = (low + high) / 2
-        if line.cuts(middle, engines)[-1] >= line.end:
+        if line.cut(middle, bins)[-1] >= line.end:
             high = middle
         else:
             low = middle
     return high
 
 
-def _pieces(line: _Line, cuts: list[float]) -> Pieces:
+def _cut_adapters(line: _WorkLine, cuts: list[float]) -> CopyShares:
     ends = np.unique(np.concatenate([np.arange(line.end + 1), cuts]))
     starts = ends[:-1]
     engines = np.searchsorted(np.array(cuts), starts, side="right") - 1
-    return Pieces(line.order[starts.astype(np.int64)], engines.astype(np.int64), np.diff(ends))
+    return CopyShares(line.order[starts.astype(np.int64)], engines.astype(np.int64), np.diff(ends))
 
 
-def _bin(line: _Line, classes: list[int], start: float, end: float) -> Bin:
+def _bin_between(line: _WorkLine, classes: list[int], start: float, end: float) -> Bin:
     rank = float(line.ranks[min(int(start), len(line.ranks) - 1)])
     budgets: dict[int, float] = {}
     cut = start
     while cut < end:
-        kind = classes[int(cut)]
-        after = float(bisect_left(range(len(classes)), -kind + 1, lo=int(cut), key=lambda j: -classes[j]))
-        stop = min(end, after)
-        budgets[kind] = line.work(stop, rank) - line.work(cut, rank)
+        adapter_class = classes[int(cut)]
+        class_end = bisect_left(range(len(classes)), -adapter_class + 1, lo=int(cut), key=lambda j: -classes[j])
+        stop = min(end, float(class_end))
+        budgets[adapter_class] = line.work_before(stop, rank) - line.work_before(cut, rank)
         cut = stop
     return Bin(rank, budgets)

@@ -1,236 +1,215 @@
-"""What each move is worth, and why it is made: predicted with the plan's own model. Pure."""
+"""The difference between two plans as moves, and why each move is made and what it gains.
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import cached_property
+Gains and reasons are computed with the model that plans are made with.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
 
 import msgspec
 import numpy as np
 
-from loraserve.cost import CostModel
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Move, Placement
-from loraserve.planner.placement.problem import Floats, Ints, Pieces, PlanSettings, Problem, problem_of
-from loraserve.planner.placement.utilisation import ttft_of, work_of
+from loraserve.messages import Move, Placement
+from loraserve.planner.placement.problem import CopyShares, Floats, Ints, PlanInput, Problem, build_problem
+from loraserve.planner.placement.utilisation import engine_work, predict_ttft_s
 
-NOWHERE = -1
-
-
-class Outlook:
-    """What is expected, for pricing moves. Reckoned when the first move is to be priced: most plans move nothing."""
-
-    def __init__(self, problem: Callable[[], Problem]) -> None:
-        self._make_problem = problem
-
-    @cached_property
-    def problem(self) -> Problem:
-        return self._make_problem()
-
-    def priced(self, moves: Sequence[Move], current: Sequence[Placement], target: Sequence[Placement]) -> list[Move]:
-        """The moves, each with its gain beside all the others: what the target plan predicts without it, less what it
-        predicts with it. A copy that only goes frees memory, and its gain may be a little below 0."""
-        if not moves:
-            return []
-        before, after = self._pieces(current), self._pieces(target)
-        gains = _Gains(self.problem, before, after).of(moves)
-        reasons = _Reasons(self.problem, before, after)
-        return [
-            msgspec.structs.replace(move, gain_s=gain, reason=reasons.of(move) or move.reason)
-            for move, gain in zip(moves, gains, strict=True)
-        ]
-
-    def _pieces(self, placements: Sequence[Placement]) -> Pieces:
-        index, engines = self.problem.index(), self.problem.engine_index()
-        known = [p for p in placements if p.version in index and p.engine in engines]
-        return Pieces(
-            np.array([index[p.version] for p in known], np.int64),
-            np.array([engines[p.engine] for p in known], np.int64),
-            np.array([p.share for p in known], np.float64),
-        )
+NONE = -1
+"""Index of an adapter or engine that is not there."""
 
 
-def outlook(
-    demand: Sequence[AdapterDemand],
-    adapters: Mapping[str, AdapterRef],
-    engines: Sequence[EngineLoad],
-    cost: CostModel,
-    settings: PlanSettings,
-) -> Outlook:
-    """Of the same that a plan is made from."""
-    return Outlook(lambda: problem_of(demand, adapters, engines, (), cost, settings))
+def diff(current: Sequence[Placement], target: Sequence[Placement]) -> list[Move]:
+    """Return the copies that appear, disappear or change places, without bytes, reasons and gains.
 
-
-class _Gains:
-    """All moves at once: each is undone alone, in the work of the two engines that it touches."""
-
-    def __init__(self, problem: Problem, before: Pieces, after: Pieces) -> None:
-        self._problem = problem
-        self._work = work_of(problem, after)
-        self._before, self._after = _shares(before), _shares(after)
-        self._second = _second_ranks(problem, after)
-        self._others: dict[int, list[int]] = {}
-        for a, e in self._after:
-            self._others.setdefault(a, []).append(e)
-
-    def of(self, moves: Sequence[Move]) -> list[float]:
-        """Seconds, over all requests."""
-        requests = self._problem.work.requests_per_s
-        total = float(requests.sum())
-        if not moves or total <= 0:
-            return [0.0] * len(moves)
-        index, engines = self._problem.index(), self._problem.engine_index()
-        undone = [self._undone(index.get(m.version, NOWHERE), engines, m) for m in moves]
-        adapters, giver, taker, shares = (np.array(column) for column in zip(*undone, strict=True))
-        saved = np.zeros(len(moves))
-        loads = (giver != NOWHERE) & (taker == NOWHERE)
-        cost, a = self._problem.cost, adapters[loads]
-        # Without this only copy each request would find it absent.
-        saved[loads] = requests[a] * (cost.load_base_s + self._problem.slab_bytes[a] * cost.load_byte_s)
-        both = (giver != NOWHERE) & (taker != NOWHERE)
-        saved[both] = self._shifted(adapters[both], giver[both], taker[both], shares[both])
-        return [float(gain) for gain in saved / total]
-
-    def _undone(self, adapter: int, engines: Mapping[str, int], move: Move) -> tuple[int, int, int, float]:
-        """Whose traffic, from which engine, to which, how much of it, if the move were not made."""
-        source, target = engines.get(move.source, NOWHERE), engines.get(move.target, NOWHERE)
-        if adapter == NOWHERE:
-            return adapter, NOWHERE, NOWHERE, 0.0
-        others = [e for e in self._others.get(adapter, ()) if e != target]
-        most = max(others, key=lambda e: (self._after[adapter, e], -e), default=NOWHERE)
-        if target == NOWHERE:
-            return adapter, most, source, self._before.get((adapter, source), 0.0)
-        return adapter, target, source if source != NOWHERE else most, self._after.get((adapter, target), 0.0)
-
-    def _shifted(self, a: Ints, giver: Ints, taker: Ints, shares: Floats) -> Floats:
-        """Seconds a second, of all requests on both engines, that moving the traffic there would add."""
-        ranks = self._problem.ranks[a].astype(np.float64)
-        rank = self._work.rank
-        # Moves take all that the giver has of it, and so perhaps its largest rank; what goes leaves some there.
-        whole = np.array([self._after[i, e] <= s + 1e-9 for i, e, s in zip(a, giver, shares, strict=True)], bool)
-        left = np.where(whole & (ranks >= rank[giver]), self._second[giver], rank[giver])
-        got = np.where(shares > 0, np.maximum(rank[taker], ranks), rank[taker])
-        undone = self._waiting(giver, a, -shares, left) + self._waiting(taker, a, shares, got)
-        none = np.zeros_like(shares)
-        return undone - self._waiting(giver, a, none, rank[giver]) - self._waiting(taker, a, none, rank[taker])
-
-    def _waiting(self, engine: Ints, a: Ints, shares: Floats, rank: Floats) -> Floats:
-        now, work = self._work, self._problem.work
-        requests = np.maximum(now.requests_per_s[engine] + shares * work.requests_per_s[a], 0.0)
-        base = now.base[engine] + shares * work.base[a]
-        slope = now.slope[engine] + shares * work.slope[a]
-        prefill = now.prefill_base[engine] + shares * work.prefill_base[a]
-        prefill = prefill + rank * (now.prefill_slope[engine] + shares * work.prefill_slope[a])
-        each_s = np.divide(prefill, requests, out=np.zeros_like(prefill), where=requests > 1e-12)
-        return requests * ttft_of(self._problem, np.maximum(base + rank * slope, 0.0), np.maximum(each_s, 0.0))
-
-
-class _Reasons:
-    """In words, with the figures that the decision was made on."""
-
-    def __init__(self, problem: Problem, before: Pieces, after: Pieces) -> None:
-        self._problem = problem
-        work = work_of(problem, before)
-        self._busy, self._rank = work.utilisation(), work.rank
-        self._second = _second_ranks(problem, before)
-        self._held = set(before.adapters.tolist())
-        self._copies = np.bincount(after.adapters, minlength=len(problem.versions))
-        self._index, self._engines, self._whole = problem.index(), problem.engine_index(), problem.whole()
-
-    def of(self, move: Move) -> str:
-        """ "" where there is nothing better to say."""
-        adapter = self._index.get(move.version, NOWHERE)
-        if adapter == NOWHERE or not move.target:
-            return ""
-        if self._engines[move.target] in self._problem.pins.get(adapter, ()):
-            return f"it is pinned to {move.target}"
-        return self._moved(adapter, move) if move.source else self._appeared(adapter)
-
-    def _moved(self, adapter: int, move: Move) -> str:
-        if move.source not in self._engines:
-            drained = move.source in self._problem.settings.drained
-            return f"{move.source} is being drained" if drained else f"{move.source} is gone"
-        source, target = self._engines[move.source], self._engines[move.target]
-        rank = int(self._problem.ranks[adapter])
-        if self._problem.padded and self._whole[adapter] > 0:
-            if rank >= self._rank[source] > self._second[source] > 0:
-                return f"its rank {rank} slows others on {move.source}, of rank {int(self._second[source])} at most"
-            if rank < self._rank[source] and self._rank[target] < self._rank[source]:
-                return f"rank {int(self._rank[source])} on {move.source} slows it, rank {rank}"
-        here, there = self._busy[source], self._busy[target]
-        if here > there:
-            return f"{move.source} would be {here:.0%} busy, {move.target} {there:.0%}"
-        return f"{move.source} makes room for others"
-
-    def _appeared(self, adapter: int) -> str:
-        if adapter not in self._held:
-            asked = self._whole[adapter] > 0
-            return "asked for and planned nowhere yet" if asked else "registered and planned nowhere yet"
-        if self._copies[adapter] <= self._problem.settings.min_copies:
-            return f"there are to be {self._problem.settings.min_copies} copies at least"
-        busy = self._whole[adapter]
-        return f"demand takes {busy:.0%} of an engine: several share it, or its bursts"
-
-
-def _shares(pieces: Pieces) -> dict[tuple[int, int], float]:
-    at = zip(pieces.adapters.tolist(), pieces.engines.tolist(), strict=True)
-    return dict(zip(at, pieces.shares.tolist(), strict=True))
-
-
-def _second_ranks(problem: Problem, pieces: Pieces) -> Floats:
-    """By engine, the largest rank that is left without one adapter of the largest."""
-    asked = problem.work.requests_per_s[pieces.adapters] > 0
-    ranks, engines = problem.ranks[pieces.adapters[asked]], pieces.engines[asked]
-    order = np.lexsort((-ranks, engines))
-    ranks, engines = ranks[order], engines[order]
-    second = np.zeros(len(problem.engines))
-    starts = np.searchsorted(engines, np.arange(len(second)))
-    has = starts + 1 < np.searchsorted(engines, np.arange(len(second)), side="right")
-    second[has] = ranks[starts[has] + 1]
-    return second
-
-
-def diff(
-    current: Sequence[Placement],
-    target: Sequence[Placement],
-    adapters: Mapping[str, AdapterRef],
-    outlook: Outlook | None = None,
-) -> list[Move]:
-    """Copies that appear, go, or change places: one that appears is paired with one of the same adapter that goes.
-
-    With an outlook each has its predicted gain and a reason with figures; without, a reason that needs none.
+    A copy that appears is paired with one of the same adapter that disappears.
     """
-    before, after = _engines(current), _engines(target)
+    before, after = _engines_by_version(current), _engines_by_version(target)
     names = {p.version: p.name for p in (*current, *target)}
     moves: list[Move] = []
     for version in sorted(before.keys() | after.keys(), key=lambda v: (names[v], v)):
-        gone = sorted(before.get(version, set()) - after.get(version, set()))
-        new = sorted(after.get(version, set()) - before.get(version, set()))
-        slab_bytes = adapters[version].slab_bytes if version in adapters else 0
-        for index in range(max(len(gone), len(new))):
-            source = gone[index] if index < len(gone) else ""
-            goal = new[index] if index < len(new) else ""
-            reason = _reason(source, goal, version in adapters, bool(before.get(version)))
+        removed = sorted(before.get(version, set()) - after.get(version, set()))
+        added = sorted(after.get(version, set()) - before.get(version, set()))
+        for i in range(max(len(removed), len(added))):
             moves.append(
                 Move(
                     version=version,
                     name=names[version],
-                    source=source,
-                    target=goal,
-                    slab_bytes=slab_bytes if goal else 0,
-                    reason=reason,
+                    source=removed[i] if i < len(removed) else "",
+                    target=added[i] if i < len(added) else "",
+                    slab_bytes=0,
+                    reason="",
                 )
             )
-    return outlook.priced(moves, current, target) if outlook else moves
+    return moves
 
 
-def _engines(placements: Iterable[Placement]) -> dict[str, set[str]]:
+def explain_moves(inputs: PlanInput, target: Sequence[Placement], moves: Sequence[Move]) -> list[Move]:
+    """Return the moves from ``inputs.current`` to ``target`` with the bytes they load, their reasons and gains.
+
+    The gain of a move is what the target plan predicts without it, less what it predicts with it. A move that only
+    removes a copy frees memory, and its gain may be slightly negative.
+    """
+    if not moves:
+        return []
+    problem = build_problem(msgspec.structs.replace(inputs, current=()))
+    before, after = _copy_shares(problem, inputs.current), _copy_shares(problem, target)
+    gains = _Gains(problem, before, after).compute(moves)
+    reasons = _Reasons(problem, before, after)
+    return [
+        msgspec.structs.replace(
+            move,
+            slab_bytes=inputs.adapters[move.version].slab_bytes
+            if move.target and move.version in inputs.adapters
+            else 0,
+            gain_s=gain,
+            reason=reasons.explain(move),
+        )
+        for move, gain in zip(moves, gains, strict=True)
+    ]
+
+
+def _engines_by_version(placements: Iterable[Placement]) -> dict[str, set[str]]:
     engines: dict[str, set[str]] = {}
     for placement in placements:
         engines.setdefault(placement.version, set()).add(placement.engine)
     return engines
 
 
-def _reason(source: str, goal: str, registered: bool, planned_before: bool) -> str:
-    if source and goal:
-        return f"{goal} carries less than {source}"
-    if goal:
-        return "demand is more than one engine's share" if planned_before else "asked for and planned nowhere yet"
-    return "demand fits fewer copies" if registered else "the adapter is no longer registered"
+def _copy_shares(problem: Problem, placements: Sequence[Placement]) -> CopyShares:
+    index, engines = problem.adapter_index(), problem.engine_index()
+    known = [p for p in placements if p.version in index and p.engine in engines]
+    return CopyShares(
+        np.array([index[p.version] for p in known], np.int64),
+        np.array([engines[p.engine] for p in known], np.int64),
+        np.array([p.share for p in known], np.float64),
+    )
+
+
+class _Gains:
+    """Computes the gains of all moves at once: each move is undone alone, on the two engines that it touches."""
+
+    def __init__(self, problem: Problem, before: CopyShares, after: CopyShares) -> None:
+        self._problem = problem
+        self._work = engine_work(problem, after)
+        self._before, self._after = _share_by_copy(before), _share_by_copy(after)
+        self._second_rank = _second_ranks(problem, after)
+        self._engines_of: dict[int, list[int]] = {}
+        for a, e in self._after:
+            self._engines_of.setdefault(a, []).append(e)
+
+    def compute(self, moves: Sequence[Move]) -> list[float]:
+        """Return the seconds by which each move lowers the mean predicted TTFT of all requests."""
+        requests = self._problem.work.requests_per_s
+        total = float(requests.sum())
+        if not moves or total <= 0:
+            return [0.0] * len(moves)
+        index, engines = self._problem.adapter_index(), self._problem.engine_index()
+        undone = [self._undo(index.get(m.version, NONE), engines, m) for m in moves]
+        adapters, giver, taker, shares = (np.array(column) for column in zip(*undone, strict=True))
+        saved = np.zeros(len(moves))
+        only_copy = (giver != NONE) & (taker == NONE)
+        cost, a = self._problem.cost, adapters[only_copy]
+        # Without its only copy every request for the adapter would load it.
+        saved[only_copy] = requests[a] * (cost.load_base_s + self._problem.slab_bytes[a] * cost.load_byte_s)
+        both = (giver != NONE) & (taker != NONE)
+        saved[both] = self._added_waiting(adapters[both], giver[both], taker[both], shares[both])
+        return [float(gain) for gain in saved / total]
+
+    def _undo(self, adapter: int, engines: Mapping[str, int], move: Move) -> tuple[int, int, int, float]:
+        """Return the adapter, and from which engine to which what share of its traffic would go without the move."""
+        source, target = engines.get(move.source, NONE), engines.get(move.target, NONE)
+        if adapter == NONE:
+            return adapter, NONE, NONE, 0.0
+        others = [e for e in self._engines_of.get(adapter, ()) if e != target]
+        largest = max(others, key=lambda e: (self._after[adapter, e], -e), default=NONE)
+        if target == NONE:
+            return adapter, largest, source, self._before.get((adapter, source), 0.0)
+        return adapter, target, source if source != NONE else largest, self._after.get((adapter, target), 0.0)
+
+    def _added_waiting(self, a: Ints, giver: Ints, taker: Ints, shares: Floats) -> Floats:
+        """Return the waiting, in seconds a second over all requests of both engines, that moving the traffic adds."""
+        ranks = self._problem.ranks[a].astype(np.float64)
+        rank = self._work.rank
+        # The giver may lose its largest rank, if it gives away all that it has of the adapter.
+        all_given = np.array([self._after[i, e] <= s + 1e-9 for i, e, s in zip(a, giver, shares, strict=True)], bool)
+        rank_left = np.where(all_given & (ranks >= rank[giver]), self._second_rank[giver], rank[giver])
+        rank_after = np.where(shares > 0, np.maximum(rank[taker], ranks), rank[taker])
+        undone = self._waiting(giver, a, -shares, rank_left) + self._waiting(taker, a, shares, rank_after)
+        none = np.zeros_like(shares)
+        return undone - self._waiting(giver, a, none, rank[giver]) - self._waiting(taker, a, none, rank[taker])
+
+    def _waiting(self, engine: Ints, a: Ints, shares: Floats, rank: Floats) -> Floats:
+        """Return requests/s times predicted TTFT of the engines after so much more of the adapters' traffic."""
+        current, work = self._work, self._problem.work
+        requests = np.maximum(current.requests_per_s[engine] + shares * work.requests_per_s[a], 0.0)
+        base = current.base[engine] + shares * work.base[a]
+        slope = current.slope[engine] + shares * work.slope[a]
+        prefill = current.prefill_base[engine] + shares * work.prefill_base[a]
+        prefill = prefill + rank * (current.prefill_slope[engine] + shares * work.prefill_slope[a])
+        each_s = np.divide(prefill, requests, out=np.zeros_like(prefill), where=requests > 1e-12)
+        ttft_s = predict_ttft_s(self._problem, np.maximum(base + rank * slope, 0.0), np.maximum(each_s, 0.0))
+        return requests * ttft_s
+
+
+class _Reasons:
+    """Says why a move is made, with the figures of the decision."""
+
+    def __init__(self, problem: Problem, before: CopyShares, after: CopyShares) -> None:
+        self._problem = problem
+        work = engine_work(problem, before)
+        self._utilisation, self._rank = work.utilisation(), work.rank
+        self._second_rank = _second_ranks(problem, before)
+        self._placed_before = set(before.adapters.tolist())
+        self._copies = np.bincount(after.adapters, minlength=len(problem.versions))
+        self._index, self._engines = problem.adapter_index(), problem.engine_index()
+        self._work = problem.own_utilisation()
+
+    def explain(self, move: Move) -> str:
+        adapter = self._index.get(move.version, NONE)
+        if adapter == NONE:
+            return "the adapter is no longer registered"
+        if not move.target:
+            return "demand fits fewer copies"
+        if self._engines.get(move.target, NONE) in self._problem.pins.get(adapter, ()):
+            return f"it is pinned to {move.target}"
+        return self._explain_move(adapter, move) if move.source else self._explain_copy(adapter)
+
+    def _explain_move(self, adapter: int, move: Move) -> str:
+        if move.source not in self._engines:
+            drained = move.source in self._problem.settings.drained
+            return f"{move.source} is being drained" if drained else f"{move.source} is gone"
+        source, target = self._engines[move.source], self._engines[move.target]
+        rank = int(self._problem.ranks[adapter])
+        if self._problem.padded and self._work[adapter] > 0:
+            if rank >= self._rank[source] > self._second_rank[source] > 0:
+                others = int(self._second_rank[source])
+                return f"its rank {rank} slows down others on {move.source}, whose ranks are at most {others}"
+            if rank < self._rank[source] and self._rank[target] < self._rank[source]:
+                return f"rank {int(self._rank[source])} on {move.source} slows it down; its own rank is {rank}"
+        here, there = self._utilisation[source], self._utilisation[target]
+        if here > there:
+            return f"{move.source} would be {here:.0%} busy, {move.target} {there:.0%}"
+        return f"{move.source} makes room for other adapters"
+
+    def _explain_copy(self, adapter: int) -> str:
+        if adapter not in self._placed_before:
+            return "it is requested and has no copy" if self._work[adapter] > 0 else "it is registered and has no copy"
+        if self._copies[adapter] <= self._problem.settings.min_copies:
+            return f"every adapter has at least {self._problem.settings.min_copies} copies"
+        return f"its demand takes {self._work[adapter]:.0%} of an engine, so several engines share it or its bursts"
+
+
+def _share_by_copy(copies: CopyShares) -> dict[tuple[int, int], float]:
+    keys = zip(copies.adapters.tolist(), copies.engines.tolist(), strict=True)
+    return dict(zip(keys, copies.shares.tolist(), strict=True))
+
+
+def _second_ranks(problem: Problem, copies: CopyShares) -> Floats:
+    """Return by engine the largest rank that is left without one adapter of the largest rank."""
+    used = problem.work.requests_per_s[copies.adapters] > 0
+    ranks, engines = problem.ranks[copies.adapters[used]], copies.engines[used]
+    order = np.lexsort((-ranks, engines))
+    ranks, engines = ranks[order], engines[order]
+    second = np.zeros(len(problem.engines))
+    starts = np.searchsorted(engines, np.arange(len(second)))
+    has_second = starts + 1 < np.searchsorted(engines, np.arange(len(second)), side="right")
+    second[has_second] = ranks[starts[has_second] + 1]
+    return second

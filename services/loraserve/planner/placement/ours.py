@@ -1,181 +1,171 @@
-"""Where copies of adapters should live, from forecast demand: our policy, the default. Pure and deterministic.
+"""The default placement policy, ``ours``: separate ranks, level engines, and move only what pays.
 
-The current plan, completed by what it lacks, stands against a fresh one: engines filled by rank to the least
-utilisation (fill), where there is room for it (wishes) and taking over what they hold (relabel, packing). The fresh one
-is taken where requests would start sooner by more than the hysteresis and by more than its loads cost; and then a
-better one still is looked for, so that what is answered is what would be answered again.
+Two kinds of plans compete: the current copies, completed by what is missing, and new plans, which fill one bin per
+engine (bins.py), assign bins to engines (assignment.py) and pack whole adapters into them (packing.py), reusing held
+copies where they can. A new plan is taken where it lowers the predicted TTFT by more than the hysteresis and by more
+than its loads cost. This repeats from the plan found until nothing changes, so that planning again from the answer
+gives the same answer.
 """
-
-from collections.abc import Mapping, Sequence
 
 import msgspec
 import numpy as np
 
-from loraserve.cost import CostModel
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
-from loraserve.planner.placement.allocation import Holdings
-from loraserve.planner.placement.assignment import kept_bytes, relabel, spilt_bytes, wishes_of
-from loraserve.planner.placement.balancing import level, pieces_of
-from loraserve.planner.placement.bins import Filling, fill
-from loraserve.planner.placement.packing import pack
+from loraserve.messages import Placement
+from loraserve.planner.placement.allocation import Allocation
+from loraserve.planner.placement.assignment import choose_engines
+from loraserve.planner.placement.balancing import balance_engines, split_traffic
+from loraserve.planner.placement.bins import BinFilling, fill_bins
+from loraserve.planner.placement.packing import pack_bins
 from loraserve.planner.placement.problem import (
-    POOL_FRACTION,
-    Copies,
-    Pieces,
-    PlanSettings,
+    CopyMap,
+    CopyShares,
+    PlanInput,
     Problem,
-    flat,
-    placements,
-    problem_of,
+    build_problem,
+    flatten,
+    to_placements,
 )
-from loraserve.planner.placement.utilisation import placed_part, predicted_ttft_s, ttft_s, work_of
-
-__all__ = ["HYSTERESIS", "POOL_FRACTION", "plan"]
+from loraserve.planner.placement.utilisation import engine_ttft_s, engine_work, mean_ttft_s, placed_fraction
 
 HYSTERESIS = 0.05
-"""Of the predicted TTFT: a plan that gains less is not worth its moves."""
-LOADING_SLOWS = 0.1
-"""Of a request's start on an engine that is loading: what the copying takes of its memory's speed, at most."""
-PLACED = 0.01
-"""Of all requests: where memory is short, a plan with copies for so many more is better whatever it costs."""
-SAME = 0.001
-"""Of the predicted TTFT: what differs less is the same, where it needs no more loads."""
-SPILT = 20.0
-"""Bytes loaded that one without room weighs: a load is paid once, and what spills over slows others at their rank for
-as long as the plan lasts."""
-ROUNDS = 6
+"""Fraction of the predicted TTFT that a plan with further loads has to gain."""
+LOADING_SLOWDOWN = 0.1
+"""Fraction by which loading delays requests on an engine: the copy takes at most this part of memory bandwidth."""
+PLACED_MARGIN = 0.01
+"""Where memory is short, a plan with copies for this much more of all requests is better whatever it costs."""
+MIN_GAIN = 0.001
+"""Fraction of the predicted TTFT that a plan without further loads has to gain."""
+CLOSE_TO_IDEAL = 0.02
+"""Fraction above the ideal TTFT up to which a plan is not compared with one that fills fewer bins."""
+MAX_ROUNDS = 6
 
 
-def plan(
-    demand: Sequence[AdapterDemand],
-    adapters: Mapping[str, AdapterRef],
-    engines: Sequence[EngineLoad],
-    current: Sequence[Placement],
-    cost: CostModel,
-    settings: PlanSettings,
-) -> tuple[Placement, ...]:
-    """Copies by (version, engine) with their shares of traffic, which are a prior for the router."""
-    problem = problem_of(demand, adapters, engines, current, cost, settings)
+def plan(inputs: PlanInput) -> tuple[Placement, ...]:
+    """Return the copies to have, with shares of traffic that are a prior for the router."""
+    problem = build_problem(inputs)
     if not problem.engines:
         return ()
-    filling = fill(problem)
-    ideal_s = predicted_ttft_s(problem, filling.pieces)
+    filling = fill_bins(problem, len(problem.engines))
+    ideal_s = mean_ttft_s(problem, filling.shares)
     held = problem.current
-    for _ in range(ROUNDS):
-        chosen = _round(problem, filling, ideal_s, held)
+    for _ in range(MAX_ROUNDS):
+        chosen = _choose_plan(problem, filling, ideal_s, held)
         if chosen.copies == held:
             break
         held = chosen.copies
-    return placements(problem, chosen.pieces)
+    return to_placements(problem, chosen.shares)
 
 
 class _Candidate(msgspec.Struct):
-    """Copies, their shares, what is predicted of them, what loading them costs from what is held, and the part
-    of all requests whose adapters have a copy."""
+    """Copies with their shares of traffic, and what is predicted of them.
 
-    copies: Copies
-    pieces: Pieces
+    ``loading_s``: delay of all requests together by the loads from what is held. ``placed``: fraction of all requests
+    whose adapters have a copy.
+    """
+
+    copies: CopyMap
+    shares: CopyShares
     ttft_s: float
-    loads_s: float
+    loading_s: float
     placed: float
 
 
-def _round(problem: Problem, filling: Filling, ideal_s: float, held: Copies) -> _Candidate:
-    """The best of what is held completed, the same levelled, and a fresh one.
+def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: CopyMap) -> _Candidate:
+    """Return the best of the held copies completed, the same balanced, and new plans.
 
-    Others are not looked at where what is held is within the hysteresis of a plan for which memory and moves were free.
+    Held copies within the hysteresis of a plan for which memory and loads are free are not compared with others.
     """
     if not any(held):
-        return _candidate(problem, held, _fresh(problem, filling, held))
-    kept = best = _candidate(problem, held, _kept(problem, filling, held))
-    # On a guess nothing moves: a night without requests must not undo the day's plan.
-    if problem.quiet or (kept.placed >= 1 - PLACED and kept.ttft_s <= ideal_s * (1 + HYSTERESIS)):
+        best = _evaluate(problem, held, _plan_anew(problem, filling, held))
+        return _try_fewer_bins(problem, best, ideal_s, held)
+    kept = best = _evaluate(problem, held, _complete_held(problem, filling, held))
+    # Without demand nothing moves: a night without requests must not undo the plan of the day.
+    if problem.no_demand or (kept.placed >= 1 - PLACED_MARGIN and kept.ttft_s <= ideal_s * (1 + HYSTERESIS)):
         return kept
-    levelled = list(kept.copies)
-    level(problem, levelled, kept.pieces)
-    levelled = _refilled(problem, levelled, held)
-    for copies in (levelled, _fresh(problem, filling, held)):
+    balanced = list(kept.copies)
+    balance_engines(problem, balanced, kept.shares)
+    balanced = _fill_gaps(problem, balanced, held)
+    for copies in (balanced, _plan_anew(problem, filling, held)):
         if copies != best.copies:
-            other = _candidate(problem, held, copies)
-            best = other if _pays(problem, best, other) else best
-    return best
+            other = _evaluate(problem, held, copies)
+            best = other if _is_better(problem, other, best) else best
+    return _try_fewer_bins(problem, best, ideal_s, held)
 
 
-def _candidate(problem: Problem, held: Copies, copies: Copies) -> _Candidate:
-    pieces = pieces_of(problem, copies)
+def _try_fewer_bins(problem: Problem, best: _Candidate, ideal_s: float, held: CopyMap) -> _Candidate:
+    """Return the better of the plan and one for a bin fewer than there are engines.
+
+    Whole adapters rarely fit bins exactly, and an adapter of a high rank that goes to the next bin slows down all that
+    is there. Without this, one engine more could make a plan worse. The engine without a bin is used by balancing.
+    """
+    bins = len(problem.engines) - 1
+    if bins == 0 or problem.no_demand or best.ttft_s <= ideal_s * (1 + CLOSE_TO_IDEAL):
+        return best
+    other = _evaluate(problem, held, _plan_anew(problem, fill_bins(problem, bins), held))
+    return other if _is_better(problem, other, best) else best
+
+
+def _evaluate(problem: Problem, held: CopyMap, copies: CopyMap) -> _Candidate:
+    shares = split_traffic(problem, copies)
     return _Candidate(
         copies=copies,
-        pieces=pieces,
-        ttft_s=predicted_ttft_s(problem, pieces),
-        loads_s=_loads_s(problem, held, pieces),
-        placed=placed_part(problem, pieces),
+        shares=shares,
+        ttft_s=mean_ttft_s(problem, shares),
+        loading_s=_loading_s(problem, held, shares),
+        placed=placed_fraction(problem, shares),
     )
 
 
-def _kept(problem: Problem, filling: Filling, held: Copies) -> Copies:
-    """What is held, where it may stay, and what that lacks."""
-    holdings = Holdings(problem)
-    holdings.stay(held, asked=True)
-    holdings.drop_surplus(filling.utilisation)
-    holdings.complete(held)
-    holdings.replicate(filling.utilisation, held)
-    return holdings.copies
+def _complete_held(problem: Problem, filling: BinFilling, held: CopyMap) -> CopyMap:
+    """Return the held copies that may stay, and what is missing beside them."""
+    allocation = Allocation(problem)
+    allocation.keep(held)
+    allocation.drop_surplus(filling.utilisation)
+    allocation.complete(held)
+    allocation.replicate(filling.utilisation, held)
+    return allocation.copies
 
 
-def _fresh(problem: Problem, filling: Filling, held: Copies) -> Copies:
-    """What would be planned if moves cost nothing, still with as few as that allows."""
-    holdings = Holdings(problem)
-    engine_of, short = _dealt(problem, filling, held)
-    pack(holdings, filling, engine_of, held, short)
-    holdings.stay(held, asked=False)
-    holdings.drop_surplus(filling.utilisation)
-    holdings.complete(held)
-    holdings.replicate(filling.utilisation, held)
-    level(problem, holdings.copies, pieces_of(problem, holdings.copies))
-    return _refilled(problem, holdings.copies, held)
+def _plan_anew(problem: Problem, filling: BinFilling, held: CopyMap) -> CopyMap:
+    """Return the plan for these bins as if loads cost nothing, with as few loads as that allows."""
+    allocation = Allocation(problem)
+    pack_bins(allocation, filling, choose_engines(problem, filling, held), held)
+    allocation.keep(held, idle_only=True)
+    allocation.drop_surplus(filling.utilisation)
+    allocation.complete(held)
+    allocation.replicate(filling.utilisation, held)
+    balance_engines(problem, allocation.copies, split_traffic(problem, allocation.copies))
+    return _fill_gaps(problem, allocation.copies, held)
 
 
-def _dealt(problem: Problem, filling: Filling, held: Copies) -> tuple[list[int], frozenset[int]]:
-    """By bin its engine; and the engines with less room than others, and too little for what they are to have."""
-    wishes = wishes_of(filling)
-    kept = kept_bytes(problem, wishes, held)
-    if (problem.room_bytes == problem.room_bytes[0]).all():
-        return relabel(kept).tolist(), frozenset()
-    spilt = spilt_bytes(problem, wishes)
-    # Of one class all bins want the same, and solving that takes longest.
-    engine_of = relabel(kept - SPILT * spilt if wishes.parts.shape[1] > 1 else kept)
-    short = engine_of[spilt[np.arange(len(spilt)), engine_of] > 0]
-    return engine_of.tolist(), frozenset(short.tolist())
+def _fill_gaps(problem: Problem, balanced: CopyMap, held: CopyMap) -> CopyMap:
+    """Return the copies and those that lacked room before balancing made some."""
+    if all(len(on) >= problem.settings.min_copies for on in balanced):
+        return balanced
+    allocation = Allocation(problem)
+    allocation.keep(balanced)
+    allocation.complete(held)
+    return allocation.copies
 
 
-def _refilled(problem: Problem, levelled: Copies, held: Copies) -> Copies:
-    """The same with what found no room before: what moved to level engines has left room behind."""
-    if all(len(on) >= problem.settings.min_copies for on in levelled):
-        return levelled
-    holdings = Holdings(problem)
-    holdings.stay(levelled, asked=True)
-    holdings.complete(held)
-    return holdings.copies
-
-
-def _pays(problem: Problem, best: _Candidate, other: _Candidate) -> bool:
-    """Whether the time that requests save until the next plan is worth the further loads, and enough to bother."""
-    if abs(other.placed - best.placed) > PLACED:
+def _is_better(problem: Problem, other: _Candidate, best: _Candidate) -> bool:
+    """Return whether ``other`` saves requests more time until the next plan than its further loads cost."""
+    if abs(other.placed - best.placed) > PLACED_MARGIN:
         return other.placed > best.placed
-    further_s = other.loads_s - best.loads_s
-    least = HYSTERESIS if further_s > 0 else SAME
-    if best.ttft_s <= other.ttft_s * (1 + least):
+    further_s = other.loading_s - best.loading_s
+    min_gain = HYSTERESIS if further_s > 0 else MIN_GAIN
+    if best.ttft_s <= other.ttft_s * (1 + min_gain):
         return False
     requests = float(problem.work.requests_per_s.sum()) * problem.settings.interval_s
     return (best.ttft_s - other.ttft_s) * requests > further_s
 
 
-def _loads_s(problem: Problem, held: Copies, pieces: Pieces) -> float:
-    """Seconds of waiting, of all requests together, that bringing in the copies costs that are not held."""
-    there, on, _ = flat(held)
+def _loading_s(problem: Problem, held: CopyMap, shares: CopyShares) -> float:
+    """Return by how many seconds, summed over all requests, the loads of copies that are not held delay requests."""
+    adapters, engines, _ = flatten(held)
     count = len(problem.engines)
-    new = ~np.isin(pieces.adapters * count + pieces.engines, there * count + on)
-    cost, work = problem.cost, work_of(problem, pieces)
-    loads_s = cost.load_base_s + problem.slab_bytes[pieces.adapters[new]] * cost.load_byte_s
-    loading_s = np.bincount(pieces.engines[new], loads_s, len(problem.engines))
-    return float((loading_s * work.requests_per_s * ttft_s(problem, work)).sum()) * LOADING_SLOWS
+    new = ~np.isin(shares.adapters * count + shares.engines, adapters * count + engines)
+    cost, work = problem.cost, engine_work(problem, shares)
+    loads_s = cost.load_base_s + problem.slab_bytes[shares.adapters[new]] * cost.load_byte_s
+    loading_s = np.bincount(shares.engines[new], loads_s, len(problem.engines))
+    return float((loading_s * work.requests_per_s * engine_ttft_s(problem, work)).sum()) * LOADING_SLOWDOWN

@@ -1,48 +1,75 @@
-"""Operating points: what an engine sustains under the SLO when all it serves is of one rank. Pure.
+"""The placement of LoRAServe's paper, as the policy ``loraserve``. Pure and deterministic.
 
-Derived from the cost model and the mix of prompts and outputs that is expected, never typed in.
+Jaiswal et al., "Serving Heterogeneous LoRA Adapters in Distributed LLM Inference Systems", arXiv:2511.22880. Its steps:
+operating points per rank; demand per rank in tokens; fractional server budgets per rank; adapters of one rank packed
+together, split over servers with shares; the remainder packed onto servers that already hold a high rank; a permutation
+of the servers that minimises moves. The router then samples the shares.
+
+The paper's abstract and a summary, which are the sources here, leave open: budgets are scaled so that all servers are
+used; a rank fills as many servers as its budget has whole ones, in order of versions; the remainder counts at its own
+rank's operating point wherever it goes, so that budgets fill the servers exactly. Memory, pins, the minimum number of
+copies and adapters without traffic are handled as in the policy ``ours``.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 
 import msgspec
 import numpy as np
 
-from loraserve.cost import CostModel
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
-from loraserve.planner.placement.allocation import Holdings
-from loraserve.planner.placement.assignment import relabel
-from loraserve.planner.placement.balancing import LEAST_SHARE
-from loraserve.planner.placement.problem import Copies, Floats, Pieces, PlanSettings, Problem, placements, problem_of
-from loraserve.planner.placement.utilisation import ttft_of
+from loraserve.messages import Placement
+from loraserve.planner.placement.allocation import Allocation
+from loraserve.planner.placement.assignment import assign_bins
+from loraserve.planner.placement.balancing import MIN_SHARE
+from loraserve.planner.placement.problem import (
+    CopyMap,
+    CopyShares,
+    Floats,
+    PlanInput,
+    Problem,
+    build_problem,
+    to_placements,
+)
+from loraserve.planner.placement.utilisation import predict_ttft_s
 
-LEAST_UTILISATION = 0.05
-"""Where the SLO cannot be kept even by an idle engine, engines are planned this full rather than not at all."""
-HALVINGS = 40
-LEAST_TOKEN_S = 1e-12
-"""Where the cost model says that tokens cost nothing, an engine is still not without end."""
+EPSILON = 1e-9
+MIN_UTILISATION = 0.05
+"""Utilisation to plan for where even an idle engine misses the SLO."""
+BISECTION_STEPS = 40
+MIN_TOKEN_S = 1e-12
+"""Cost of a token where the cost model says that tokens are free, so that operating points stay finite."""
+
+
+def plan(inputs: PlanInput) -> tuple[Placement, ...]:
+    """Return the copies to have, with the shares that requests are to be sampled by."""
+    problem = build_problem(inputs)
+    if not problem.engines:
+        return ()
+    candidates = _find_fixed_points(problem, _pack_servers(problem))
+    copies, parts = min(candidates, key=lambda found: _changed_bytes(problem, found[0]))
+    return to_placements(problem, _copy_shares(copies, parts))
 
 
 def operating_points(problem: Problem, ranks: Iterable[int]) -> dict[int, float]:
-    """By rank, tokens/s of prefill and decode together at which the predicted P95 TTFT is the SLO.
+    """Return by rank the tokens/s that an engine sustains under the SLO if all it serves is of that rank.
 
-    Bytes of slabs are left out: how many adapters share a step depends on the placement.
+    Tokens are of prefill and decode together, in the expected mix; the limit is where the predicted P95 TTFT is the
+    SLO. Reads of slabs are left out, because how many adapters share a step depends on the placement.
     """
     return {rank: _operating_point(problem, rank) for rank in ranks}
 
 
 def _operating_point(problem: Problem, rank: int) -> float:
-    token_s, prefill_s = _costs(problem, rank)
-    low, high = LEAST_UTILISATION, 1.0
-    for _ in range(HALVINGS):
+    token_s, prefill_s = _token_costs_s(problem, rank)
+    low, high = MIN_UTILISATION, 1.0
+    for _ in range(BISECTION_STEPS):
         middle = (low + high) / 2
-        predicted_s = float(ttft_of(problem, np.array([middle]), np.array([prefill_s]))[0])
-        low, high = (middle, high) if predicted_s <= problem.settings.slo_ttft_s else (low, middle)
+        ttft_s = float(predict_ttft_s(problem, np.array([middle]), np.array([prefill_s]))[0])
+        low, high = (middle, high) if ttft_s <= problem.settings.slo_ttft_s else (low, middle)
     return low / token_s
 
 
-def _costs(problem: Problem, rank: int) -> tuple[float, float]:
-    """Of a token of the expected mix, the engine's time; and of a request, its prefill. Seconds, at that rank."""
+def _token_costs_s(problem: Problem, rank: int) -> tuple[float, float]:
+    """Return the engine time of a token of the expected mix, and of the prefill of a request, at that rank."""
     work, cost = problem.work, problem.cost
     tokens = float(work.tokens_per_s.sum())
     decode = float(work.decode_tokens_per_s.sum())
@@ -54,14 +81,11 @@ def _costs(problem: Problem, rank: int) -> tuple[float, float]:
     decode_token_s = cost.sequence_s + cost.step_base_s / problem.batch + (prompt + output / 2) * cost.kv_token_s
     decode_token_s += rank * (cost.padded_decode_s if padded else cost.rank_token_s)
     all_s = (tokens - decode) * prefill_token_s + decode * decode_token_s
-    return max(LEAST_TOKEN_S, all_s / tokens), prompt * prefill_token_s
-
-
-NOTHING = 1e-9
+    return max(MIN_TOKEN_S, all_s / tokens), prompt * prefill_token_s
 
 
 class _Server(msgspec.Struct):
-    """``parts``: by adapter, of its traffic. ``used``: of the server."""
+    """An engine that is not chosen yet: its largest rank, the part in use, and parts of adapters' traffic."""
 
     rank: int = 0
     used: float = 0.0
@@ -69,7 +93,7 @@ class _Server(msgspec.Struct):
 
 
 class _Piece(msgspec.Struct):
-    """Traffic that needs a place; ``part`` of the adapter's, ``servers`` full of it at its own rank."""
+    """A part of an adapter's traffic to be packed; ``servers`` is its size in servers at its own rank."""
 
     adapter: int
     rank: int
@@ -77,90 +101,80 @@ class _Piece(msgspec.Struct):
     servers: float
 
 
-Realised = tuple[Copies, dict[tuple[int, int], float]]
-"""Copies, and by adapter and engine the part of the adapter's traffic that is meant for it."""
+Realisation = tuple[CopyMap, dict[tuple[int, int], float]]
+"""Copies, and by (adapter, engine) the part of the adapter's traffic that was packed there."""
 
 
-def plan(
-    demand: Sequence[AdapterDemand],
-    adapters: Mapping[str, AdapterRef],
-    engines: Sequence[EngineLoad],
-    current: Sequence[Placement],
-    cost: CostModel,
-    settings: PlanSettings,
-) -> tuple[Placement, ...]:
-    """Copies by (version, engine) with the shares that requests are to be sampled by."""
-    problem = problem_of(demand, adapters, engines, current, cost, settings)
-    if not problem.engines:
-        return ()
-    copies, parts = min(_settled(problem, _pack(problem)), key=lambda found: _change(problem, found[0]))
-    return placements(problem, _pieces(copies, parts))
+def _find_fixed_points(problem: Problem, servers: list[_Server]) -> list[Realisation]:
+    """Return the cycle that repeated realisation ends in, each from the copies of the one before.
+
+    Mostly that is one realisation that reproduces itself, sometimes a few that alternate. There are finitely many, so
+    one must repeat; observed, within ten.
+    """
+    starts, found = [problem.current], [_realise(problem, servers, problem.current)]
+    while found[-1][0] not in starts:
+        starts.append(found[-1][0])
+        found.append(_realise(problem, servers, starts[-1]))
+    return found[starts.index(found[-1][0]) :]
 
 
-def _settled(problem: Problem, servers: list[_Server]) -> list[Realised]:
-    """What realising again and again comes to, each from the one before: mostly one that follows from itself, at times
-    a few that take turns for ever. There are finitely many, so that one comes twice; it does within ten."""
-    helds, found = [problem.current], [_realise(problem, servers, problem.current)]
-    while found[-1][0] not in helds:
-        helds.append(found[-1][0])
-        found.append(_realise(problem, servers, helds[-1]))
-    return found[helds.index(found[-1][0]) :]
+def _changed_bytes(problem: Problem, copies: CopyMap) -> tuple[int, CopyMap]:
+    """Return the bytes of copies that are added or removed: 0 for the current ones, which therefore stay if they can.
 
-
-def _change(problem: Problem, copies: Copies) -> tuple[int, Copies]:
-    """Bytes of copies that come and go. What is in force has none: where it is one of those, it stays."""
+    The copies themselves break ties.
+    """
     pairs = enumerate(zip(problem.current, copies, strict=True))
     return sum(int(problem.extents[a]) * len(set(held) ^ set(new)) for a, (held, new) in pairs), copies
 
 
-def _pack(problem: Problem) -> list[_Server]:
-    """As many servers as engines, by rank; which engine is which is open yet."""
-    left, servers = [], []
-    sizes = _budgets(problem)
+def _pack_servers(problem: Problem) -> list[_Server]:
+    """Return as many packed servers as there are engines, in order of rank."""
+    remainder, servers = [], []
+    sizes = _server_budgets(problem)
     for rank in sorted(sizes, reverse=True):
-        line = [_Piece(adapter=a, rank=rank, part=1.0, servers=size) for a, size in sizes[rank]]
-        for _ in range(int(sum(piece.servers for piece in line) + NOTHING)):
+        pieces = [_Piece(adapter=a, rank=rank, part=1.0, servers=size) for a, size in sizes[rank]]
+        for _ in range(int(sum(piece.servers for piece in pieces) + EPSILON)):
             server = _Server(rank=rank)
-            line = _fill(server, line)
+            pieces = _fill_server(server, pieces)
             servers.append(server)
-        left += line
-    for piece in left:
-        _overflow(servers, piece, len(problem.engines))
+        remainder += pieces
+    for piece in remainder:
+        _pack_remainder(servers, piece, len(problem.engines))
     return servers + [_Server() for _ in range(len(problem.engines) - len(servers))]
 
 
-def _budgets(problem: Problem) -> dict[int, list[tuple[int, float]]]:
-    """By rank its adapters, with the servers that each is to have."""
+def _server_budgets(problem: Problem) -> dict[int, list[tuple[int, float]]]:
+    """Return by rank its adapters with traffic, each with the number of servers that it should have."""
     tokens, ranks = problem.work.tokens_per_s, problem.ranks.tolist()
-    asked = np.flatnonzero(tokens > 0).tolist()
-    points = operating_points(problem, {ranks[a] for a in asked})
-    total = sum(tokens[a] / points[ranks[a]] for a in asked)
+    used = np.flatnonzero(tokens > 0).tolist()
+    points = operating_points(problem, {ranks[a] for a in used})
+    total = sum(tokens[a] / points[ranks[a]] for a in used)
     sizes: dict[int, list[tuple[int, float]]] = {}
-    for a in asked:
+    for a in used:
         size = float(tokens[a]) / points[ranks[a]] / total * len(problem.engines)
         sizes.setdefault(ranks[a], []).append((a, size))
     return sizes
 
 
-def _fill(server: _Server, line: list[_Piece]) -> list[_Piece]:
-    """Pieces in order until the server is full, the last one split; what is left of them."""
-    for i, piece in enumerate(line):
-        rest = _take(server, piece)
-        if rest is not None:
-            return [rest, *line[i + 1 :]]
+def _fill_server(server: _Server, pieces: list[_Piece]) -> list[_Piece]:
+    """Put pieces on the server in order until it is full, splitting the last one; return what is left of them."""
+    for i, piece in enumerate(pieces):
+        left = _put_as_fits(server, piece)
+        if left is not None:
+            return [left, *pieces[i + 1 :]]
     return []
 
 
-def _take(server: _Server, piece: _Piece) -> _Piece | None:
-    """Puts as much of the piece as fits; what does not is the answer."""
+def _put_as_fits(server: _Server, piece: _Piece) -> _Piece | None:
+    """Put as much of the piece on the server as fits, and return the rest."""
     fits = min(1.0, max(0.0, 1.0 - server.used) / piece.servers)
-    if fits * piece.servers <= NOTHING:
+    if fits * piece.servers <= EPSILON:
         return piece
     _put(server, piece, fits)
-    if (1 - fits) * piece.servers <= NOTHING:
+    if (1 - fits) * piece.servers <= EPSILON:
         return None
-    rest = 1 - fits
-    return _Piece(adapter=piece.adapter, rank=piece.rank, part=piece.part * rest, servers=piece.servers * rest)
+    left = 1 - fits
+    return _Piece(adapter=piece.adapter, rank=piece.rank, part=piece.part * left, servers=piece.servers * left)
 
 
 def _put(server: _Server, piece: _Piece, fits: float) -> None:
@@ -169,37 +183,37 @@ def _put(server: _Server, piece: _Piece, fits: float) -> None:
     server.parts[piece.adapter] = server.parts.get(piece.adapter, 0.0) + piece.part * fits
 
 
-def _overflow(servers: list[_Server], piece: _Piece, most: int) -> None:
-    """To servers that hold a rank as high, the highest first, as far as they have room; then to a new one."""
-    rest: _Piece | None = piece
+def _pack_remainder(servers: list[_Server], piece: _Piece, max_servers: int) -> None:
+    """Put the piece on servers of at least its rank, the highest first, as far as they have room; then on new ones."""
+    left: _Piece | None = piece
     for server in sorted(servers, key=lambda s: -s.rank):
-        if rest is not None and server.rank >= piece.rank:
-            rest = _take(server, rest)
-    while rest is not None and len(servers) < most:
+        if left is not None and server.rank >= piece.rank:
+            left = _put_as_fits(server, left)
+    while left is not None and len(servers) < max_servers:
         servers.append(_Server())
-        rest = _take(servers[-1], rest)
-    if rest is not None:  # Rounding.
-        _put(min(servers, key=lambda s: s.used), rest, 1.0)
+        left = _put_as_fits(servers[-1], left)
+    if left is not None:  # Rounding.
+        _put(min(servers, key=lambda s: s.used), left, 1.0)
 
 
-def _realise(problem: Problem, servers: list[_Server], held: Copies) -> Realised:
-    """Servers become engines; copies as memory allows, and the parts of traffic that were meant for them."""
-    engine_of = relabel(_kept_bytes(problem, servers, held)).tolist()
+def _realise(problem: Problem, servers: list[_Server], held: CopyMap) -> Realisation:
+    """Assign the servers to engines and make the copies that fit into memory."""
+    engine_of = assign_bins(_kept_bytes(problem, servers, held)).tolist()
     parts = {(a, engine_of[i]): part for i, server in enumerate(servers) for a, part in server.parts.items()}
-    holdings = Holdings(problem)
-    by_adapter: dict[int, list[int]] = {}
-    for a, e in sorted(parts, key=lambda at: (-parts[at], at)):
-        by_adapter.setdefault(a, []).append(e)
-    for a in holdings.by_weight:
+    allocation = Allocation(problem)
+    engines_of: dict[int, list[int]] = {}
+    for a, e in sorted(parts, key=lambda copy: (-parts[copy], copy)):
+        engines_of.setdefault(a, []).append(e)
+    for a in allocation.by_work:
         if a not in problem.pins:
-            for e in by_adapter.get(a, ()):
-                holdings.put(a, e, parts[a, e])
-    holdings.stay(held, asked=False)
-    holdings.complete(held)
-    return holdings.copies, parts
+            for e in engines_of.get(a, ()):
+                allocation.add(a, e, parts[a, e])
+    allocation.keep(held, idle_only=True)
+    allocation.complete(held)
+    return allocation.copies, parts
 
 
-def _kept_bytes(problem: Problem, servers: list[_Server], held: Copies) -> Floats:
+def _kept_bytes(problem: Problem, servers: list[_Server], held: CopyMap) -> Floats:
     kept = np.zeros((len(servers), len(problem.engines)))
     for i, server in enumerate(servers):
         for a in server.parts:
@@ -207,14 +221,14 @@ def _kept_bytes(problem: Problem, servers: list[_Server], held: Copies) -> Float
     return kept
 
 
-def _pieces(copies: Copies, parts: Mapping[tuple[int, int], float]) -> Pieces:
-    """Shares are the parts; a copy that no traffic was meant for gets next to none beside one that it was."""
+def _copy_shares(copies: CopyMap, parts: Mapping[tuple[int, int], float]) -> CopyShares:
+    """Return the copies with their parts as shares; copies without a part get the minimum share."""
     adapters: list[int] = []
     engines: list[int] = []
     shares: list[float] = []
     for a, held in enumerate(copies):
-        meant = [max(parts.get((a, e), 0.0), LEAST_SHARE / len(held)) for e in held]
+        weights = [max(parts.get((a, e), 0.0), MIN_SHARE / len(held)) for e in held]
         adapters += [a] * len(held)
         engines += held
-        shares += [part / sum(meant) for part in meant]
-    return Pieces(np.array(adapters, np.int64), np.array(engines, np.int64), np.array(shares, np.float64))
+        shares += [weight / sum(weights) for weight in weights]
+    return CopyShares(np.array(adapters, np.int64), np.array(engines, np.int64), np.array(shares, np.float64))

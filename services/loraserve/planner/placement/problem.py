@@ -1,6 +1,10 @@
-"""What the planner is told beside demand and load. Plain data."""
+"""The input of a placement policy, and the same as arrays that the policies compute with.
 
-from collections.abc import Iterable, Mapping, Sequence
+Utilisation, here and in the other modules, is a fraction of one engine's time. Adapters are numbered in the order of
+(name, version) and engines in the order of their names, so that a plan does not depend on the order of the input.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from math import fsum
 
@@ -11,10 +15,27 @@ import numpy.typing as npt
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
 
+Floats = npt.NDArray[np.float64]
+Ints = npt.NDArray[np.int64]
+CopyMap = list[tuple[int, ...]]
+"""By adapter, the engines that hold a copy of it, in order."""
+
+POOL_FRACTION = 0.9
+"""Fraction of a pool that a plan may pin. The rest is for adapters loaded on demand and for holes between extents."""
+IDLE_RPS = 1e-6
+"""Rate at which every adapter is assumed to be requested before any request was seen."""
+VALID_RATES = 1e-9, 1e9
+"""Reported rates outside this range, and NaN, count as 0, so that sums and quotients stay finite."""
+DEFAULT_REQUEST_TOKENS = 500.0
+"""Tokens of a request where none was seen: needed for adapters that are forecast before their first request."""
+
 
 class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """``pins``: adapter name to the engines its copies are on, whatever is asked for. ``drained``: engines that are to
-    end empty. ``interval_s``: until the next plan, the time over which a move has to pay."""
+    """What the configuration and the operator ask of a plan.
+
+    ``pins``: adapter name to the engines that hold its copies, whatever the demand. ``drained``: engines that must end
+    up empty. ``interval_s``: time until the next plan, within which the cost of a move has to pay off.
+    """
 
     min_copies: int = 1
     slo_ttft_s: float = 10.0
@@ -23,33 +44,40 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
     drained: frozenset[str] = frozenset()
 
 
-Floats = npt.NDArray[np.float64]
-Ints = npt.NDArray[np.int64]
-Copies = list[tuple[int, ...]]
-"""By adapter, the engines that hold it, in order."""
+class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
+    """Everything that a placement policy decides from.
 
-POOL_FRACTION = 0.9
-"""Of a pool that the plan may pin; the rest is for adapters that come on demand, and for holes between pins."""
-NEXT_TO_NOTHING = 1e-6
-"""Requests a second."""
-RATES = 1e-9, 1e9
-"""A second. What is told beyond them, or is no number, counts as nothing: with it no sum or quotient would be one."""
-USUAL_TOKENS = 500.0
-"""Of a request, where nothing was seen of any: only what is forecast without having been seen needs it."""
+    ``adapters``: the registered adapters, by version. ``engines``: the last reports of engines that can hold copies.
+    ``current``: the placement in force.
+    """
+
+    demand: Sequence[AdapterDemand]
+    adapters: Mapping[str, AdapterRef]
+    engines: Sequence[EngineLoad]
+    current: Sequence[Placement] = ()
+    cost: CostModel
+    settings: PlanSettings
 
 
-class Pieces(msgspec.Struct, frozen=True, eq=False):
-    """Copies with their shares of the adapter's traffic, one an entry."""
+PlacementPolicy = Callable[[PlanInput], tuple[Placement, ...]]
+"""Returns the copies that should exist, in order of (name, version, engine). Pure and deterministic."""
+
+
+class CopyShares(msgspec.Struct, frozen=True, eq=False):
+    """Copies as parallel arrays: entry i is the copy of an adapter on an engine and its share of the traffic."""
 
     adapters: Ints
     engines: Ints
     shares: Floats
 
 
-class Work(msgspec.Struct, frozen=True, eq=False):
-    """By adapter: ``base`` and, per unit of the engine's largest rank, ``slope``; of both, the part before the first
-    token (``prefill_base``, ``prefill_slope``); its share that grows less than traffic does because a slab is read once
-    a step (``slab_read``: of one read); ``decode_tokens_per_s``, ``requests_per_s`` and all ``tokens_per_s``."""
+class AdapterWork(msgspec.Struct, frozen=True, eq=False):
+    """What each adapter's traffic costs an engine, by adapter.
+
+    An adapter takes ``base`` + r * ``slope`` of an engine's time, where r is the largest rank on that engine;
+    ``prefill_base`` and ``prefill_slope`` are the parts of these before the first token. ``slab_read`` is the time of
+    reading the slab once: a batch reads it once a step, so this part of the work grows less than traffic does.
+    """
 
     base: Floats
     slope: Floats
@@ -62,10 +90,13 @@ class Work(msgspec.Struct, frozen=True, eq=False):
 
 
 class Problem(msgspec.Struct, frozen=True, eq=False):
-    """``room_bytes``: of each engine, what the plan may use. ``alone``: by engine, the copies of an adapter that has
-    one there: tuples that all such adapters share. ``pins``: adapter to the engines it is pinned to that are there.
-    ``quiet``: nothing is asked for, and ``work`` is a guess. ``batch``: sequences that an engine can decode at once.
-    ``steps_per_s``: of an engine at half of that."""
+    """A PlanInput as arrays.
+
+    ``room_bytes``: by engine, what the plan may use of the pool. ``single``: by engine, the tuple of that engine alone,
+    shared by all adapters whose only copy is there. ``pins``: by adapter, the live engines that it is pinned to.
+    ``no_demand``: no request was seen or forecast, and ``work`` is an assumption. ``batch``: sequences that an engine
+    can decode at once. ``steps_per_s``: decode steps of an engine at half of that batch.
+    """
 
     versions: list[str]
     refs: list[AdapterRef]
@@ -74,11 +105,11 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
     extents: Ints
     engines: list[str]
     room_bytes: Ints
-    alone: list[tuple[int, ...]]
-    current: Copies
+    single: list[tuple[int, ...]]
+    current: CopyMap
     pins: dict[int, tuple[int, ...]]
-    work: Work
-    quiet: bool
+    work: AdapterWork
+    no_demand: bool
     batch: float
     steps_per_s: float
     cost: CostModel
@@ -86,40 +117,36 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def padded(self) -> bool:
+        """Whether every token of a batch pays for the largest rank in the batch."""
         return self.cost.lora == "padded"
 
-    def index(self) -> dict[str, int]:
-        """Adapters by version."""
+    def adapter_index(self) -> dict[str, int]:
+        """Return the number of each adapter by version."""
         return {version: i for i, version in enumerate(self.versions)}
 
     def engine_index(self) -> dict[str, int]:
+        """Return the number of each engine by name."""
         return {engine: i for i, engine in enumerate(self.engines)}
 
-    def whole(self) -> Floats:
-        """Work of each adapter on an engine where no rank is larger than its own."""
+    def own_utilisation(self) -> Floats:
+        """Return by adapter its utilisation of an engine where no rank is larger than its own."""
         return self.work.base + self.ranks * self.work.slope
 
 
-def problem_of(
-    demand: Sequence[AdapterDemand],
-    adapters: Mapping[str, AdapterRef],
-    engines: Sequence[EngineLoad],
-    current: Sequence[Placement],
-    cost: CostModel,
-    settings: PlanSettings,
-) -> Problem:
-    """Engines that are drained are not there; what is planned on them now is not either."""
-    loads = sorted((e for e in engines if e.engine not in settings.drained), key=lambda e: e.engine)
+def build_problem(inputs: PlanInput) -> Problem:
+    """Return the input as arrays, without drained engines and without the copies on them."""
+    settings, cost = inputs.settings, inputs.cost
+    loads = sorted((e for e in inputs.engines if e.engine not in settings.drained), key=lambda e: e.engine)
     engine_index = {load.engine: i for i, load in enumerate(loads)}
-    refs = sorted(adapters.values(), key=lambda ref: (ref.name, ref.version))
+    refs = sorted(inputs.adapters.values(), key=lambda ref: (ref.name, ref.version))
     versions = [ref.version for ref in refs]
     index = {version: i for i, version in enumerate(versions)}
-    rates = _rates(demand, index, len(loads))
-    quiet = not rates.requests.any()
-    if quiet:
-        rates = _nothing_known(len(index))
-    batch = _batch(loads, rates)
-    alone: list[tuple[int, ...]] = [(e,) for e in range(len(loads))]
+    rates = _expect_rates(inputs.demand, index, len(loads))
+    no_demand = not rates.requests.any()
+    if no_demand:
+        rates = _idle_rates(len(index))
+    batch = _decode_batch(loads, rates)
+    single: list[tuple[int, ...]] = [(e,) for e in range(len(loads))]
     step_s = max(1e-6, cost.step_base_s + batch / 2 * cost.sequence_s)
     return Problem(
         versions=versions,
@@ -129,11 +156,11 @@ def problem_of(
         extents=_extents(refs),
         engines=[load.engine for load in loads],
         room_bytes=np.array([int(load.pool_total_bytes * POOL_FRACTION) for load in loads], np.int64),
-        alone=alone,
-        current=_copies(current, index, engine_index, alone),
-        pins=_pins(refs, engine_index, settings.pins),
-        work=_work(rates, refs, cost, batch, 1 / step_s),
-        quiet=quiet,
+        single=single,
+        current=_current_copies(inputs.current, index, engine_index, single),
+        pins=_live_pins(refs, engine_index, settings.pins),
+        work=_adapter_work(rates, refs, cost, batch, 1 / step_s),
+        no_demand=no_demand,
         batch=batch,
         steps_per_s=1 / step_s,
         cost=cost,
@@ -141,20 +168,28 @@ def problem_of(
     )
 
 
-def placements(problem: Problem, pieces: Pieces) -> tuple[Placement, ...]:
-    """In order of names, versions, engines."""
+def to_placements(problem: Problem, copies: CopyShares) -> tuple[Placement, ...]:
+    """Return the copies as messages, in order of (name, version, engine)."""
     refs, names = problem.refs, problem.engines
     return tuple(
         Placement(version=refs[a].version, name=refs[a].name, engine=names[e], share=share)
-        for a, e, share in zip(pieces.adapters.tolist(), pieces.engines.tolist(), pieces.shares.tolist(), strict=True)
+        for a, e, share in zip(copies.adapters.tolist(), copies.engines.tolist(), copies.shares.tolist(), strict=True)
     )
 
 
-def flat(copies: Copies) -> tuple[Ints, Ints, Ints]:
-    """One entry a copy: its adapter and its engine; and by adapter the number of copies."""
+def flatten(copies: CopyMap) -> tuple[Ints, Ints, Ints]:
+    """Return the adapter of each copy, the engine of each copy, and the number of copies of each adapter."""
     counts = np.fromiter(map(len, copies), np.int64, len(copies))
     engines = np.fromiter(chain.from_iterable(copies), np.int64, int(counts.sum()))
     return np.repeat(np.arange(len(copies)), counts), engines, counts
+
+
+def reads_per_s(decode_tokens_per_s: Floats, steps_per_s: float) -> Floats:
+    """Return the steps a second that hold at least one of an adapter's sequences, if these arrive independently.
+
+    Arrivals are taken to be a Poisson process.
+    """
+    return steps_per_s * -np.expm1(-decode_tokens_per_s / steps_per_s)
 
 
 def _extents(refs: Sequence[AdapterRef]) -> Ints:
@@ -163,91 +198,94 @@ def _extents(refs: Sequence[AdapterRef]) -> Ints:
     return np.fromiter((extents[ref.slab_bytes] for ref in refs), np.int64, len(refs))
 
 
-class _Rates(msgspec.Struct, eq=False):
-    """What is expected of each adapter, a second."""
+class _ExpectedRates(msgspec.Struct, eq=False):
+    """Expected prefill tokens, decode tokens and requests a second, by adapter."""
 
     prefill: Floats
     decode: Floats
     requests: Floats
 
 
-def _rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: int) -> _Rates:
-    """The forecast and a margin for how wrong it has been, split into prefill, decode and requests as was seen."""
-    told = {index[d.version]: d for d in demand if d.version in index}
-    count = len(told)
-    at, asked = np.fromiter(told, np.int64, count), told.values()
-    prefill = _told(d.prefill_tokens_per_s for d in asked)
-    decode = _told(d.decode_tokens_per_s for d in asked)
-    requests = _told(d.requests_per_s for d in asked)
-    forecast = _told(d.forecast_tokens_per_s for d in asked)
-    std = _told(d.forecast_std_tokens_per_s for d in asked)
+def _expect_rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: int) -> _ExpectedRates:
+    """Return the forecast plus a margin for its past errors, split into prefill, decode and requests as measured."""
+    known = {index[d.version]: d for d in demand if d.version in index}
+    count = len(known)
+    adapters, entries = np.fromiter(known, np.int64, count), known.values()
+    prefill = _valid_rates(d.prefill_tokens_per_s for d in entries)
+    decode = _valid_rates(d.decode_tokens_per_s for d in entries)
+    requests = _valid_rates(d.requests_per_s for d in entries)
+    forecast = _valid_rates(d.forecast_tokens_per_s for d in entries)
+    std = _valid_rates(d.forecast_std_tokens_per_s for d in entries)
     measured = prefill + decode
-    decode = _asked_for(decode, requests)
+    decode = _requested_decode(decode, requests)
     seen = prefill + decode
-    # What is forecast is tokens that engines will compute: it says how that changes, from what is asked for now.
+    # The forecast is of tokens that engines compute. Only its ratio to the measured rate applies to requested tokens.
     change = np.divide(forecast, measured, out=np.ones(count), where=(measured > 0) & (forecast > 0))
     expected = np.where(measured > 0, seen * change, forecast) + _margin(std, engines)
-    new = (seen <= 0) & (expected > 0)
-    # What was never seen is taken to be like all the others together; without any, to be decoding.
-    share = prefill.sum() / seen.sum() if seen.sum() > 0 else 0.0
-    tokens = seen.sum() / requests.sum() if requests.sum() > 0 and seen.sum() > 0 else USUAL_TOKENS
+    unseen = (seen <= 0) & (expected > 0)
+    # An adapter that was never seen is assumed to have the mix of all others; without any, to only decode.
+    prefill_part = prefill.sum() / seen.sum() if seen.sum() > 0 else 0.0
+    request_tokens = seen.sum() / requests.sum() if requests.sum() > 0 and seen.sum() > 0 else DEFAULT_REQUEST_TOKENS
     growth = np.divide(expected, seen, out=np.zeros(count), where=seen > 0)
-    result = _Rates(*(np.zeros(len(index)) for _ in range(3)))
-    result.prefill[at] = np.where(new, expected * share, prefill * growth)
-    result.decode[at] = np.where(new, expected * (1 - share), decode * growth)
-    known = ~new & (requests > 0)
-    result.requests[at] = np.where(known, requests * growth, expected / tokens)
+    result = _ExpectedRates(*(np.zeros(len(index)) for _ in range(3)))
+    result.prefill[adapters] = np.where(unseen, expected * prefill_part, prefill * growth)
+    result.decode[adapters] = np.where(unseen, expected * (1 - prefill_part), decode * growth)
+    result.requests[adapters] = np.where(~unseen & (requests > 0), requests * growth, expected / request_tokens)
     return result
 
 
-def _told(rates: Iterable[float]) -> Floats:
-    told = np.fromiter(rates, np.float64)
-    return np.where((told >= RATES[0]) & (told <= RATES[1]), told, 0.0)
+def _valid_rates(rates: Iterable[float]) -> Floats:
+    values = np.fromiter(rates, np.float64)
+    return np.where((values >= VALID_RATES[0]) & (values <= VALID_RATES[1]), values, 0.0)
 
 
-def _asked_for(decode: Floats, requests: Floats) -> Floats:
-    """Decode tokens/s as they are asked for, which in all are those that were computed.
+def _requested_decode(decode: Floats, requests: Floats) -> Floats:
+    """Return the decode tokens/s that requests ask for, scaled so that their sum is the sum of those computed.
 
-    Who waits has not decoded yet, and an engine that is behind decodes less than it is asked for: planned by what it
-    did it would be given more. Each adapter is taken to ask at least for its requests with the mean output.
+    An engine that is behind decodes less than its requests ask for; planned by what it computed, it would be given even
+    more. Each adapter is therefore taken to ask for at least its requests times the mean output.
     """
     total = fsum(decode)
     if total <= 0 or not requests.any():
         return decode
-    asked = np.maximum(decode, requests * (total / fsum(requests)))
-    result: Floats = asked * (total / fsum(asked))
+    requested = np.maximum(decode, requests * (total / fsum(requests)))
+    result: Floats = requested * (total / fsum(requested))
     return result
 
 
-def _nothing_known(adapters: int) -> _Rates:
-    """Before anything was asked for all adapters are taken to be asked for alike, and for next to nothing: ranks are
-    apart then from the beginning."""
-    tokens = np.full(adapters, NEXT_TO_NOTHING * USUAL_TOKENS / 2)
-    return _Rates(tokens, tokens, np.full(adapters, NEXT_TO_NOTHING))
+def _idle_rates(adapters: int) -> _ExpectedRates:
+    """Return equal, negligible rates for all adapters, so that the first plan already separates ranks."""
+    tokens = np.full(adapters, IDLE_RPS * DEFAULT_REQUEST_TOKENS / 2)
+    return _ExpectedRates(tokens, tokens, np.full(adapters, IDLE_RPS))
 
 
 def _margin(std: Floats, engines: int) -> Floats:
-    """Tokens/s that an engine must have to spare for each adapter: one standard deviation of what the engine gets.
+    """Return by adapter the tokens/s to reserve for forecast errors: one standard deviation of an engine's traffic.
 
-    Errors of many adapters even out on an engine; those of one that brings more than an engine's part do not.
+    Errors of many small adapters on one engine cancel out; the error of an adapter that fills an engine does not.
     """
     variance = std * std
     pooled = np.sqrt(variance.sum() / max(1, engines))
     return np.minimum(std, variance / pooled) if pooled > 0 else std
 
 
-def _batch(loads: Sequence[EngineLoad], rates: _Rates) -> float:
-    """Sequences that an engine can decode at once, as its KV memory holds them."""
+def _decode_batch(loads: Sequence[EngineLoad], rates: _ExpectedRates) -> float:
+    """Return how many sequences an engine can decode at once, given its KV memory and the mean context length."""
     if not loads:
         return 1.0
     requests = rates.requests.sum()
-    context = (rates.prefill.sum() + rates.decode.sum() / 2) / requests if requests > 0 else USUAL_TOKENS
+    context = (rates.prefill.sum() + rates.decode.sum() / 2) / requests if requests > 0 else DEFAULT_REQUEST_TOKENS
     fits = [min(e.max_running, e.kv_blocks_total * e.block_tokens / max(1.0, context)) for e in loads]
     return max(1.0, float(np.median(fits)))
 
 
-def _work(rates: _Rates, refs: Sequence[AdapterRef], cost: CostModel, batch: float, steps_per_s: float) -> Work:
-    """Linear in traffic. The steps' base is divided among a full batch: it is what is paid where time gets short."""
+def _adapter_work(
+    rates: _ExpectedRates, refs: Sequence[AdapterRef], cost: CostModel, batch: float, steps_per_s: float
+) -> AdapterWork:
+    """Return what the expected traffic costs.
+
+    The fixed cost of a step is divided among a full batch, which is what it costs where engine time gets short.
+    """
     requests = np.maximum(rates.requests, 1e-12)
     prompt, output = rates.prefill / requests, rates.decode / requests
     prefill = rates.prefill * (cost.prefill_token_s + prompt / 2 * cost.prefill_kv_token_s)
@@ -263,7 +301,7 @@ def _work(rates: _Rates, refs: Sequence[AdapterRef], cost: CostModel, batch: flo
         prefill = prefill + rates.prefill * ranks * cost.rank_token_s + rates.requests * slab_read
         decode = decode + rates.decode * ranks * cost.rank_token_s
         decode = decode + slab_read * reads_per_s(rates.decode, steps_per_s)
-    return Work(
+    return AdapterWork(
         base=prefill + decode,
         slope=slope,
         prefill_base=prefill,
@@ -275,33 +313,25 @@ def _work(rates: _Rates, refs: Sequence[AdapterRef], cost: CostModel, batch: flo
     )
 
 
-def reads_per_s(decode_tokens_per_s: Floats, steps_per_s: float) -> Floats:
-    """Steps a second that hold at least one of an adapter's sequences, where these come independently (Poisson)."""
-    return steps_per_s * -np.expm1(-decode_tokens_per_s / steps_per_s)
-
-
-def _copies(
-    current: Sequence[Placement],
-    index: Mapping[str, int],
-    engines: Mapping[str, int],
-    alone: list[tuple[int, ...]],
-) -> Copies:
-    copies: Copies = [()] * len(index)
+def _current_copies(
+    current: Sequence[Placement], index: Mapping[str, int], engines: Mapping[str, int], single: list[tuple[int, ...]]
+) -> CopyMap:
+    copies: CopyMap = [()] * len(index)
     for placement in current:
         adapter, engine = index.get(placement.version), engines.get(placement.engine)
         if adapter is not None and engine is not None and engine not in copies[adapter]:
             held = copies[adapter]
-            copies[adapter] = tuple(sorted((*held, engine))) if held else alone[engine]
+            copies[adapter] = tuple(sorted((*held, engine))) if held else single[engine]
     return copies
 
 
-def _pins(
+def _live_pins(
     refs: Sequence[AdapterRef], engines: Mapping[str, int], pins: Mapping[str, tuple[str, ...]]
 ) -> dict[int, tuple[int, ...]]:
-    """A pin to engines none of which is there is no pin: an adapter is never lost for it."""
+    """Return the pins to engines that exist; an adapter pinned only to missing engines is placed as if not pinned."""
     if not pins:
         return {}
-    found = {
+    live = {
         a: tuple(sorted({engines[e] for e in pins.get(ref.name, ()) if e in engines})) for a, ref in enumerate(refs)
     }
-    return {a: held for a, held in found.items() if held}
+    return {a: held for a, held in live.items() if held}
