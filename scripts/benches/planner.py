@@ -21,8 +21,8 @@ from harness.report import last_line, say, table
 
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
-from loraserve.planner.placement.policies import PLANNERS
-from loraserve.planner.placement.problem import PlanSettings
+from loraserve.planner.placement.policies import PLACEMENT_POLICIES
+from loraserve.planner.placement.problem import PlanInput, PlanSettings
 
 SMALL, LARGE = (8, 200), (1000, 100_000)
 RANKS = (8, 16, 32, 64, 128)
@@ -44,7 +44,15 @@ class Cluster(msgspec.Struct):
     cost: CostModel
 
     def plan(self, current: Sequence[Placement]) -> tuple[Placement, ...]:
-        return PLANNERS["ours"](self.demand, self.adapters, self.engines, current, self.cost, SETTINGS)
+        inputs = PlanInput(
+            demand=self.demand,
+            adapters=self.adapters,
+            engines=self.engines,
+            current=current,
+            cost=self.cost,
+            settings=SETTINGS,
+        )
+        return PLACEMENT_POLICIES["ours"](inputs)
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -6,8 +6,7 @@ from typing import NamedTuple
 import msgspec
 
 from loraserve.cost import CostModel
-from loraserve.planner.placement.policies import Planner
-from loraserve.planner.placement.problem import PlanSettings
+from loraserve.planner.placement.problem import PlacementPolicy, PlanInput, PlanSettings
 from loraserve.sim.policies import policy_named
 from loraserve.sim.workload import Workload
 from loraserve.testing.reports import engine_load
@@ -19,7 +18,7 @@ class LivePolicy(NamedTuple):
     name: str
     planner: str
     router: str
-    place: Planner | None = None
+    place: PlacementPolicy | None = None
 
     def settings(self, workload: Workload, engines: int) -> list[str]:
         """For ``--set``."""
@@ -37,11 +36,12 @@ CONTIGUOUS = LivePolicy("slora-contiguous", "ours", "shares", policy_named("slor
 LIVE_POLICIES = (OURS, LORASERVE, RANDOM, CONTIGUOUS)
 
 
-def pins(place: Planner, workload: Workload, engines: int) -> Mapping[str, list[str]]:
+def pins(place: PlacementPolicy, workload: Workload, engines: int) -> Mapping[str, list[str]]:
     """By adapter name, the engines that ``place`` deals it to: as the simulator does it, of the same adapters."""
     adapters = {adapter.version: adapter for adapter in workload.adapters}
     loads = [engine_load(f"engine-{index}") for index in range(engines)]
     pinned: dict[str, list[str]] = {}
-    for placement in place((), adapters, loads, (), CostModel(), PlanSettings()):
+    inputs = PlanInput(demand=(), adapters=adapters, engines=loads, cost=CostModel(), settings=PlanSettings())
+    for placement in place(inputs):
         pinned.setdefault(placement.name, []).append(placement.engine)
     return pinned

@@ -35,9 +35,9 @@ from loraserve.messages import (
     ToPlanner,
 )
 from loraserve.planner.cluster_state import EngineBook
-from loraserve.planner.placement.moves import Outlook, diff, outlook
-from loraserve.planner.placement.policies import PLANNERS
-from loraserve.planner.placement.problem import PlanSettings
+from loraserve.planner.placement.moves import diff, explain_moves
+from loraserve.planner.placement.policies import PLACEMENT_POLICIES
+from loraserve.planner.placement.problem import PlanInput, PlanSettings
 from loraserve.planner.plan_files import Epochs
 from loraserve.planner.rollout import events
 from loraserve.planner.rollout.copies import recovered, shares_moved
@@ -172,10 +172,11 @@ class PlannerService(Service):
             if unknown:
                 return self._nothing_done(unknown, failed=True)
             before = self._current()
-            placements, expected, problem = self._place(before)
+            inputs, problem = self._plan_input(before)
+            placements = PLACEMENT_POLICIES[self.config.planner.policy](inputs)
             failed = (problem,) if problem else ()
             if dry_run:
-                moves = tuple(diff(before, placements, self._adapters, expected))
+                moves = tuple(explain_moves(inputs, placements, diff(before, placements)))
                 plan = Plan(
                     epoch=self._rollout.epoch + 1,
                     created_unix_s=self.clock.unix_s(),
@@ -189,9 +190,10 @@ class PlannerService(Service):
             ended = await self._roll_out(placements)
             failed = (*failed, *ended.failed)
             plan = self._rollout.plan
-            made = tuple(diff(before, plan.placements, self._adapters, expected)) if ended.applied else ()
+            made = diff(before, plan.placements) if ended.applied else []
+            explained = tuple(explain_moves(inputs, plan.placements, made))
             text = "; ".join(failed)
-            return RebalanceDone(plan=plan, moves=made, applied=ended.applied, message=text, failed=failed)
+            return RebalanceDone(plan=plan, moves=explained, applied=ended.applied, message=text, failed=failed)
 
     def _nothing_done(self, message: str, failed: bool = False) -> RebalanceDone:
         problems = (message,) if failed else ()
@@ -209,17 +211,23 @@ class PlannerService(Service):
         plan = self._rollout.plan
         return plan.placements if plan.epoch else recovered(self._engines.ready(), self._adapters)
 
-    def _place(self, current: tuple[Placement, ...]) -> tuple[tuple[Placement, ...], Outlook, str]:
-        """The plan to be, what its moves are priced with, and what is wrong with it in words."""
+    def _plan_input(self, current: tuple[Placement, ...]) -> tuple[PlanInput, str]:
+        """Return what to plan from, and what is wrong with it in words."""
         ready = self._engines.ready()
         engines, drained, problem = [e for e in ready if e.engine not in self._drained], self._drained, ""
         if not engines:
             names = ", ".join(load.engine for load in ready)
             problem = f"only drained engines are ready ({names}); they serve until another is"
             engines, drained = ready, frozenset()
-        place, settings = PLANNERS[self.config.planner.policy], self._settings(drained)
-        placements = place(self._demand, self._adapters, engines, current, self._learner.cost, settings)
-        return placements, outlook(self._demand, self._adapters, ready, self._learner.cost, settings), problem
+        inputs = PlanInput(
+            demand=self._demand,
+            adapters=self._adapters,
+            engines=engines,
+            current=current,
+            cost=self._learner.cost,
+            settings=self._settings(drained),
+        )
+        return inputs, problem
 
     def _settings(self, drained: frozenset[str]) -> PlanSettings:
         planner = self.config.planner

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Plan
 from loraserve.planner.placement.moves import diff
-from loraserve.planner.placement.problem import PlanSettings
+from loraserve.planner.placement.problem import PlanInput, PlanSettings
 from loraserve.planner.rollout import events
 from loraserve.planner.rollout.copies import recovered, shares_moved
 from loraserve.planner.rollout.machine import Rollout
@@ -53,8 +53,16 @@ class SimPlanner:
             return
         plan = self._rollout.plan
         current = plan.placements if plan.epoch else recovered(loads, self._adapters)
-        placements = self._policy.place(demand, self._adapters, loads, current, cost, self._settings)
-        moves = diff(current, placements, self._adapters)
+        inputs = PlanInput(
+            demand=demand,
+            adapters=self._adapters,
+            engines=loads,
+            current=current,
+            cost=cost,
+            settings=self._settings,
+        )
+        placements = self._policy.place(inputs)
+        moves = diff(current, placements)
         if not moves and plan.epoch and not shares_moved(current, placements):
             return
         self.moves += sum(bool(move.target) for move in moves)

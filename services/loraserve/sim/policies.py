@@ -1,6 +1,6 @@
 """The policies that are compared, each a way to place and a way to route."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from hashlib import blake2b
 from math import ceil
@@ -10,9 +10,9 @@ import msgspec
 
 from loraserve.cost import CostModel, StepShape
 from loraserve.errors import ConfigError
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement, Rejected, Route
-from loraserve.planner.placement.policies import PLANNERS, Planner
-from loraserve.planner.placement.problem import PlanSettings
+from loraserve.messages import AdapterRef, Placement, Rejected, Route
+from loraserve.planner.placement.policies import PLACEMENT_POLICIES
+from loraserve.planner.placement.problem import PlacementPolicy, PlanInput
 from loraserve.router.context import Candidate, Candidates, RoutingContext
 from loraserve.router.engine_view import EngineView
 from loraserve.router.policy import POLICIES, RoutingPolicy
@@ -22,7 +22,7 @@ class Policy(msgspec.Struct, frozen=True):
     """``everywhere``: every engine holds every adapter, at no cost. ``drawn``: its placement hangs on the seed."""
 
     name: str
-    place: Planner
+    place: PlacementPolicy
     route: RoutingPolicy
     everywhere: bool = False
     drawn: bool = False
@@ -43,9 +43,9 @@ def policy_named(name: str, seed: int = 0) -> Policy:
         case "dynamo":
             return Policy(name, place_by_rendezvous, route_to_least_requests)
         case "loraserve":
-            return Policy(name, PLANNERS["loraserve"], POLICIES["shares"])
+            return Policy(name, PLACEMENT_POLICIES["loraserve"], POLICIES["shares"])
         case "ours":
-            return Policy(name, PLANNERS["ours"], POLICIES["predicted"])
+            return Policy(name, PLACEMENT_POLICIES["ours"], POLICIES["predicted"])
     raise ConfigError(f"policy {name!r} is not known; there are {', '.join(NAMES)}")
 
 
@@ -63,75 +63,48 @@ HYSTERESIS = 0.2
 """Of the number of copies: a target that is off by less leaves them as they are."""
 
 
-def place_at_random(
-    seed: int,
-    demand: Sequence[AdapterDemand],
-    adapters: Mapping[str, AdapterRef],
-    engines: Sequence[EngineLoad],
-    current: Sequence[Placement],
-    cost: CostModel,
-    settings: PlanSettings,
-) -> tuple[Placement, ...]:
+def place_at_random(seed: int, inputs: PlanInput) -> tuple[Placement, ...]:
     """Once, as many adapters on one engine as on another."""
-    versions = sorted(adapters)
+    versions = sorted(inputs.adapters)
     Random(f"placement {seed}").shuffle(versions)
-    return tuple(current) or _dealt(versions, adapters, engines, lambda i: i % len(engines))
+    return tuple(inputs.current) or _dealt(inputs, versions, lambda i: i % len(inputs.engines))
 
 
-def place_contiguously(
-    demand: Sequence[AdapterDemand],
-    adapters: Mapping[str, AdapterRef],
-    engines: Sequence[EngineLoad],
-    current: Sequence[Placement],
-    cost: CostModel,
-    settings: PlanSettings,
-) -> tuple[Placement, ...]:
+def place_contiguously(inputs: PlanInput) -> tuple[Placement, ...]:
     """Once, in order of their names: the first so many on the first engine, and so on."""
-    versions = sorted(adapters, key=lambda version: (adapters[version].name, version))
-    return tuple(current) or _dealt(versions, adapters, engines, lambda i: i * len(engines) // len(versions))
+    versions = sorted(inputs.adapters, key=lambda version: (inputs.adapters[version].name, version))
+    return tuple(inputs.current) or _dealt(inputs, versions, lambda i: i * len(inputs.engines) // len(versions))
 
 
-def place_everywhere(
-    demand: Sequence[AdapterDemand],
-    adapters: Mapping[str, AdapterRef],
-    engines: Sequence[EngineLoad],
-    current: Sequence[Placement],
-    cost: CostModel,
-    settings: PlanSettings,
-) -> tuple[Placement, ...]:
-    share = 1 / len(engines)
-    return tuple(current) or tuple(
-        _placement(adapters[version], engine.engine, share) for version in sorted(adapters) for engine in engines
+def place_everywhere(inputs: PlanInput) -> tuple[Placement, ...]:
+    share = 1 / len(inputs.engines)
+    return tuple(inputs.current) or tuple(
+        _placement(inputs.adapters[version], engine.engine, share)
+        for version in sorted(inputs.adapters)
+        for engine in inputs.engines
     )
 
 
-def place_by_rendezvous(
-    demand: Sequence[AdapterDemand],
-    adapters: Mapping[str, AdapterRef],
-    engines: Sequence[EngineLoad],
-    current: Sequence[Placement],
-    cost: CostModel,
-    settings: PlanSettings,
-) -> tuple[Placement, ...]:
+def place_by_rendezvous(inputs: PlanInput) -> tuple[Placement, ...]:
     """Copies in proportion to requests a second, at least one; an engine has slots for its share of them."""
-    names = [engine.engine for engine in engines]
-    total_rps = sum(d.requests_per_s for d in demand)
-    rps = {d.version: d.requests_per_s for d in demand}
+    names = [engine.engine for engine in inputs.engines]
+    total_rps = sum(d.requests_per_s for d in inputs.demand)
+    rps = {d.version: d.requests_per_s for d in inputs.demand}
     held: dict[str, int] = {}
-    for placement in current:
+    for placement in inputs.current:
         held[placement.version] = held.get(placement.version, 0) + 1
     targets = {
         version: _copies(rps.get(version, 0.0) / total_rps if total_rps else 0.0, len(names), held.get(version, 0))
-        for version in adapters
+        for version in inputs.adapters
     }
     slots = dict.fromkeys(names, ceil(sum(targets.values()) / len(names)) + 1)
     placements: list[Placement] = []
-    for version in sorted(adapters, key=lambda v: (-targets[v], v)):
+    for version in sorted(inputs.adapters, key=lambda v: (-targets[v], v)):
         ranked = sorted(names, key=lambda name: _weight(version, name), reverse=True)
         chosen = [name for name in ranked if slots[name] > 0][: targets[version]] or ranked[:1]
         for name in chosen:
             slots[name] -= 1
-            placements.append(_placement(adapters[version], name, 1 / len(chosen)))
+            placements.append(_placement(inputs.adapters[version], name, 1 / len(chosen)))
     return tuple(placements)
 
 
@@ -189,13 +162,9 @@ def _least(context: RoutingContext, price: Callable[[EngineView], float]) -> Can
     return Candidates(Candidate(best.name, 0.0, "planned" if best.name in copies else "load"))
 
 
-def _dealt(
-    versions: Sequence[str],
-    adapters: Mapping[str, AdapterRef],
-    engines: Sequence[EngineLoad],
-    engine_of: Callable[[int], int],
-) -> tuple[Placement, ...]:
-    return tuple(_placement(adapters[v], engines[engine_of(i)].engine, 1.0) for i, v in enumerate(versions))
+def _dealt(inputs: PlanInput, versions: Sequence[str], engine_of: Callable[[int], int]) -> tuple[Placement, ...]:
+    engines = inputs.engines
+    return tuple(_placement(inputs.adapters[v], engines[engine_of(i)].engine, 1.0) for i, v in enumerate(versions))
 
 
 def _placement(adapter: AdapterRef, engine: str, share: float) -> Placement:

@@ -28,7 +28,7 @@ from loraserve.config import load_config
 from loraserve.cost import CostModel, StepShape, extent_bytes
 from loraserve.cost.derived import ITEM_BYTES, rank_elements
 from loraserve.model_shape import ModelShape
-from loraserve.planner.placement.ours import POOL_FRACTION
+from loraserve.planner.placement.problem import POOL_FRACTION
 from loraserve.sim.workload import RANKS
 from loraserve.testing.tiny_model import write_tiny_model
 

@@ -4,6 +4,7 @@ Gains and reasons are computed with the model that plans are made with.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import zip_longest
 
 import msgspec
 import numpy as np
@@ -27,17 +28,10 @@ def diff(current: Sequence[Placement], target: Sequence[Placement]) -> list[Move
     for version in sorted(before.keys() | after.keys(), key=lambda v: (names[v], v)):
         removed = sorted(before.get(version, set()) - after.get(version, set()))
         added = sorted(after.get(version, set()) - before.get(version, set()))
-        for i in range(max(len(removed), len(added))):
-            moves.append(
-                Move(
-                    version=version,
-                    name=names[version],
-                    source=removed[i] if i < len(removed) else "",
-                    target=added[i] if i < len(added) else "",
-                    slab_bytes=0,
-                    reason="",
-                )
-            )
+        moves.extend(
+            Move(version=version, name=names[version], source=source, target=target_engine, slab_bytes=0, reason="")
+            for source, target_engine in zip_longest(removed, added, fillvalue="")
+        )
     return moves
 
 
@@ -56,14 +50,17 @@ def explain_moves(inputs: PlanInput, target: Sequence[Placement], moves: Sequenc
     return [
         msgspec.structs.replace(
             move,
-            slab_bytes=inputs.adapters[move.version].slab_bytes
-            if move.target and move.version in inputs.adapters
-            else 0,
+            slab_bytes=_slab_bytes(inputs, move),
             gain_s=gain,
             reason=reasons.explain(move),
         )
         for move, gain in zip(moves, gains, strict=True)
     ]
+
+
+def _slab_bytes(inputs: PlanInput, move: Move) -> int:
+    adapter = inputs.adapters.get(move.version)
+    return adapter.slab_bytes if adapter and move.target else 0
 
 
 def _engines_by_version(placements: Iterable[Placement]) -> dict[str, set[str]]:

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from loraserve.cost import CostModel
-from loraserve.planner.placement.assignment import spilt_bytes, wishes_of
-from loraserve.planner.placement.bins import fill
-from loraserve.planner.placement.problem import POOL_FRACTION, Floats, PlanSettings, Problem, problem_of
+from loraserve.planner.placement.assignment import overflow_bytes, tabulate_budgets
+from loraserve.planner.placement.bins import fill_bins
+from loraserve.planner.placement.problem import POOL_FRACTION, Floats, Problem, build_problem
+from loraserve.testing.plans import plan_input
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
 
 PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_prefill_s=1.6e-5)
@@ -20,43 +21,43 @@ def problem(
     demand = [asked_for(ref, rate, rate) for ref, rate in zip(refs, rates, strict=False)]
     pools = [int(mib * MIB / POOL_FRACTION) + 1 for mib in rooms_mib]
     loads = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n, pool_bytes in enumerate(pools)]
-    return problem_of(demand, {r.version: r for r in refs}, loads, (), cost, PlanSettings())
+    return build_problem(plan_input(demand, refs, loads, cost))
 
 
-def spilt(p: Problem) -> Floats:
-    return spilt_bytes(p, wishes_of(fill(p)))
+def overflow(p: Problem) -> Floats:
+    return overflow_bytes(p, tabulate_budgets(fill_bins(p, len(p.engines))))
 
 
 @pytest.mark.parametrize("room_mib", [0, 1, 12, 1000])
-def test_nothing_is_spilt_more_here_than_there_where_all_have_the_same_room(room_mib: float) -> None:
-    assert not spilt(problem([8, 128] * 6, [20.0] * 12, [room_mib] * 3)).any()
+def test_overflow_is_equal_where_all_have_the_same_room(room_mib: float) -> None:
+    assert not overflow(problem([8, 128] * 6, [20.0] * 12, [room_mib] * 3)).any()
 
 
-def test_nothing_is_spilt_where_the_smallest_has_room_for_all() -> None:
-    assert not spilt(problem([8, 128] * 4, [20.0] * 8, [80.0, 100.0])).any()
+def test_nothing_overflows_where_the_smallest_has_room_for_all() -> None:
+    assert not overflow(problem([8, 128] * 4, [20.0] * 8, [80.0, 100.0])).any()
 
 
-def test_what_is_too_much_for_a_small_pool_is_spilt_there_and_the_rest_is_not() -> None:
+def test_what_is_too_much_for_a_small_pool_overflows_there_and_the_rest_is_not() -> None:
     # All 8 of rank 128 fill one engine, 128 MiB; those of rank 8 take 16.
     p = problem([128] * 8 + [8] * 16, [20.0] * 24, [32.0, 200.0])
-    high, low = spilt(p)
+    high, low = overflow(p)
     assert high[0] > 0
     assert high[1] == 0
     assert low == pytest.approx([0.0, 0.0])
 
 
 def test_a_few_hot_adapters_are_at_home_in_a_small_pool() -> None:
-    """Of as many bytes, less is spilt where the same work comes from few."""
-    even = spilt(problem([8] * 20, [10.0] * 20, [4.0, 100.0], CostModel()))
-    steep = spilt(problem([8] * 20, [90.0, 90.0, *[20 / 18] * 18], [4.0, 100.0], CostModel()))
+    """Of as many bytes, less overflows where the same work comes from few."""
+    even = overflow(problem([8] * 20, [10.0] * 20, [4.0, 100.0], CostModel()))
+    steep = overflow(problem([8] * 20, [90.0, 90.0, *[20 / 18] * 18], [4.0, 100.0], CostModel()))
     assert 0 < steep[0, 0] < even[0, 0] / 3
 
 
 def test_what_nobody_asks_for_is_not_missed() -> None:
     p = problem([8] * 4, [10.0] * 4, [4.0, 100.0], CostModel(), idle=50)
-    assert not spilt(p).any()
+    assert not overflow(p).any()
 
 
-def test_without_adapters_nothing_is_spilt() -> None:
-    assert spilt(problem([], [], [4.0, 100.0])).shape == (2, 2)
-    assert not np.any(spilt(problem([], [], [4.0, 100.0])))
+def test_without_adapters_nothing_overflows() -> None:
+    assert overflow(problem([], [], [4.0, 100.0])).shape == (2, 2)
+    assert not np.any(overflow(problem([], [], [4.0, 100.0])))

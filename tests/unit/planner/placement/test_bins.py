@@ -6,9 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.cost import CostModel
-from loraserve.planner.placement.bins import Filling, fill
-from loraserve.planner.placement.problem import PlanSettings, Problem, problem_of
-from loraserve.planner.placement.utilisation import work_of
+from loraserve.planner.placement.bins import BinFilling, fill_bins
+from loraserve.planner.placement.problem import Problem, build_problem
+from loraserve.planner.placement.utilisation import engine_work
+from loraserve.testing.plans import plan_input
 from loraserve.testing.reports import adapter_ref, asked_for, engine_load
 
 # Work is tokens alone, doubled at rank 100.
@@ -19,19 +20,23 @@ def problem(ranks: list[int], rates: list[float], engines: int, cost: CostModel 
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
     demand = [asked_for(ref, rate) for ref, rate in zip(refs, rates, strict=True)]
     loads = [engine_load(f"e{n}") for n in range(engines)]
-    return problem_of(demand, {r.version: r for r in refs}, loads, (), cost, PlanSettings())
+    return build_problem(plan_input(demand, refs, loads, cost))
 
 
-def carried(p: Problem, filling: Filling) -> list[float]:
+def fill(p: Problem) -> BinFilling:
+    return fill_bins(p, len(p.engines))
+
+
+def carried(p: Problem, filling: BinFilling) -> list[float]:
     """Of each bin, recomputed from the pieces by another way: the one that prices plans."""
-    found: list[float] = work_of(p, filling.pieces).utilisation().tolist()
+    found: list[float] = engine_work(p, filling.shares).utilisation().tolist()
     return found
 
 
 def test_equal_ranks_are_filled_to_the_mean() -> None:
     p = problem([8] * 6, [10.0] * 6, 4)
     filling = fill(p)
-    assert filling.utilisation == pytest.approx(p.whole().sum() / 4, rel=1e-3)
+    assert filling.utilisation == pytest.approx(p.own_utilisation().sum() / 4, rel=1e-3)
     assert carried(p, filling) == pytest.approx([filling.utilisation] * 4, rel=1e-3)
 
 
@@ -85,4 +90,4 @@ def test_no_division_of_whole_adapters_is_less_full(adapters, engines: int, deal
         largest[to % engines] = max(largest[to % engines], p.ranks[a])
     assert filling.utilisation <= max(base + largest * slope) * 1.001
     assert max(carried(p, filling)) <= filling.utilisation * 1.001
-    assert np.bincount(filling.pieces.adapters, filling.pieces.shares) == pytest.approx(np.ones(len(ranks)))
+    assert np.bincount(filling.shares.adapters, filling.shares.shares) == pytest.approx(np.ones(len(ranks)))

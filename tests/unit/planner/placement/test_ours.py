@@ -5,26 +5,11 @@ from collections import Counter
 import msgspec
 
 from loraserve.cost import CostModel
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
-from loraserve.planner.placement.ours import plan
 from loraserve.planner.placement.problem import PlanSettings
+from loraserve.testing.plans import Situation, copy, count_new, engines_by_version
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
 
 COST = CostModel()
-
-
-class Situation(msgspec.Struct):
-    """All that a plan is made from."""
-
-    demand: list[AdapterDemand]
-    adapters: dict[str, AdapterRef]
-    engines: list[EngineLoad]
-    current: tuple[Placement, ...] = ()
-    settings: PlanSettings = PlanSettings()
-
-    def plan(self, current: tuple[Placement, ...] | None = None) -> tuple[Placement, ...]:
-        current = self.current if current is None else current
-        return plan(self.demand, self.adapters, self.engines, current, COST, self.settings)
 
 
 def situation(*rates: float, engines: int = 2, pool_bytes: int = 64 * MIB, slab_bytes: int = MIB) -> Situation:
@@ -35,23 +20,8 @@ def situation(*rates: float, engines: int = 2, pool_bytes: int = 64 * MIB, slab_
     return Situation(demand, {ref.version: ref for ref in refs}, loads)
 
 
-def moved(before: tuple[Placement, ...], after: tuple[Placement, ...]) -> int:
-    return len({(p.version, p.engine) for p in after} - {(p.version, p.engine) for p in before})
-
-
-def copy(number: int, engine: str, share: float = 1.0) -> Placement:
-    return Placement(version=f"v{number}", name=f"adapter-{number}", engine=engine, share=share)
-
-
-def where(placements: tuple[Placement, ...]) -> dict[str, list[str]]:
-    engines: dict[str, list[str]] = {}
-    for p in placements:
-        engines.setdefault(p.version, []).append(p.engine)
-    return engines
-
-
 def test_a_hot_adapter_gets_several_copies_and_a_cold_one_one() -> None:
-    placed = where(situation(100.0, *[10.0] * 10, engines=4).plan())
+    placed = engines_by_version(situation(100.0, *[10.0] * 10, engines=4).plan())
     assert len(placed["v0"]) == 2
     assert all(len(placed[f"v{n}"]) == 1 for n in range(1, 11))
 
@@ -64,17 +34,17 @@ def test_equal_adapters_are_spread_evenly() -> None:
 def test_a_higher_rank_weighs_more_than_the_same_traffic_at_a_lower() -> None:
     s = situation(10.0, 10.0, 10.0)
     s.adapters["v0"] = adapter_ref(0, rank=1024)
-    placed = where(s.plan())
+    placed = engines_by_version(s.plan())
     assert placed["v1"] == placed["v2"] != placed["v0"]
 
 
 def test_what_the_forecast_expects_counts_before_it_is_seen() -> None:
     s = situation(5.0, 5.0, 5.0, 5.0)
     s.demand[0] = asked_for(s.adapters["v0"], 5.0, forecast=500.0)
-    placed = where(s.plan())
+    placed = engines_by_version(s.plan())
     assert len(placed["v0"]) == 2
     s.demand = [asked_for(s.adapters["v1"], 0.0, forecast=500.0)]
-    placed = where(s.plan())
+    placed = engines_by_version(s.plan())
     assert len(placed["v1"]) == 2
     assert len(placed["v0"]) == 1
 
@@ -82,51 +52,51 @@ def test_what_the_forecast_expects_counts_before_it_is_seen() -> None:
 def test_at_least_the_asked_number_of_copies_where_there_are_engines() -> None:
     s = situation(5.0, *[5.0] * 9, engines=3)
     s.settings = PlanSettings(min_copies=2)
-    assert {len(engines) for engines in where(s.plan()).values()} == {2}
+    assert {len(engines) for engines in engines_by_version(s.plan()).values()} == {2}
     s.settings = PlanSettings(min_copies=9)
-    assert {len(engines) for engines in where(s.plan()).values()} == {3}
+    assert {len(engines) for engines in engines_by_version(s.plan()).values()} == {3}
 
 
 def test_what_nobody_asks_for_has_a_copy_all_the_same() -> None:
-    placed = where(situation(5.0, 0.0, 0.0).plan())
+    placed = engines_by_version(situation(5.0, 0.0, 0.0).plan())
     assert {version: len(engines) for version, engines in placed.items()} == {"v0": 1, "v1": 1, "v2": 1}
 
 
 def test_where_memory_is_short_the_hottest_have_it() -> None:
     s = situation(*[0.0] * 4, *[10.0] * 6, engines=2, pool_bytes=4 * MIB)
-    placed = where(s.plan())
+    placed = engines_by_version(s.plan())
     assert set(placed) == {f"v{n}" for n in range(4, 10)}
     # Also where those that nobody asks for are there already.
-    assert len(set(where(s.plan((copy(0, "e0"), copy(1, "e0"), copy(2, "e1")))).keys()) & set(placed)) >= 5
+    assert len(set(engines_by_version(s.plan((copy(0, "e0"), copy(1, "e0"), copy(2, "e1")))).keys()) & set(placed)) >= 5
 
 
 def test_an_idle_copy_stays_where_it_is() -> None:
     s = situation(0.0, 0.0, 5.0, engines=3)
     current = (copy(0, "e2"), copy(1, "e2"))
-    placed = where(s.plan(current))
+    placed = engines_by_version(s.plan(current))
     assert (placed["v0"], placed["v1"]) == (["e2"], ["e2"])
 
 
 def test_in_a_quiet_cluster_nothing_is_copied_anew() -> None:
     s = situation(0.0, 0.0, engines=4)
-    placed = where(s.plan((copy(0, "e0"), copy(1, "e1"))))
+    placed = engines_by_version(s.plan((copy(0, "e0"), copy(1, "e1"))))
     assert placed == {"v0": ["e0"], "v1": ["e1"]}
 
 
 def test_an_idle_adapter_needs_no_second_copy() -> None:
     s = situation(0.0, 5.0)
-    assert len(where(s.plan((copy(0, "e0", 0.5), copy(0, "e1", 0.5))))["v0"]) == 1
+    assert len(engines_by_version(s.plan((copy(0, "e0", 0.5), copy(0, "e1", 0.5))))["v0"]) == 1
 
 
 def test_what_an_engine_that_is_gone_held_is_placed_again() -> None:
     s = situation(0.0, 5.0)
-    placed = where(s.plan((copy(0, "gone"), copy(1, "gone"))))
+    placed = engines_by_version(s.plan((copy(0, "gone"), copy(1, "gone"))))
     assert set(placed) == {"v0", "v1"}
     assert "gone" not in [*placed["v0"], *placed["v1"]]
 
 
 def test_an_adapter_that_is_no_longer_registered_leaves_the_plan() -> None:
-    assert set(where(situation(5.0).plan((copy(0, "e0"), copy(7, "e0"))))) == {"v0"}
+    assert set(engines_by_version(situation(5.0).plan((copy(0, "e0"), copy(7, "e0"))))) == {"v0"}
 
 
 def test_a_small_imbalance_moves_nothing() -> None:
@@ -153,8 +123,8 @@ def test_a_new_engine_takes_its_part() -> None:
     s = situation(*[10.0] * 9, engines=3)
     current = tuple(copy(n, f"e{n % 2}") for n in range(9))
     placements = s.plan(current)
-    assert 2 <= moved(current, placements) <= 3
-    assert Counter(p.engine for p in placements)["e2"] == moved(current, placements)
+    assert 2 <= count_new(current, placements) <= 3
+    assert Counter(p.engine for p in placements)["e2"] == count_new(current, placements)
 
 
 def test_a_trickle_needs_no_second_copy_however_quiet_the_others() -> None:
@@ -165,7 +135,7 @@ def test_a_trickle_needs_no_second_copy_however_quiet_the_others() -> None:
 def test_a_pin_to_an_engine_that_is_not_there_is_no_pin() -> None:
     s = situation(5.0, 5.0)
     s.settings = PlanSettings(pins={"adapter-0": ("nowhere",), "adapter-1": ("e1", "nowhere")})
-    placed = where(s.plan())
+    placed = engines_by_version(s.plan())
     assert len(placed["v0"]) == 1
     assert placed["v1"] == ["e1"]
 
@@ -175,5 +145,5 @@ def test_how_wrong_forecasts_were_makes_room_for_the_hot() -> None:
     s.demand[0] = msgspec.structs.replace(s.demand[0], forecast_std_tokens_per_s=60.0)
     placements = s.plan()
     beside = Counter(p.engine for p in placements if p.version != "v0")
-    (engine,) = where(placements)["v0"][:1]
+    (engine,) = engines_by_version(placements)["v0"][:1]
     assert beside[engine] <= 3

@@ -4,55 +4,19 @@ from typing import Literal
 
 import msgspec
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from loraserve.cost import CostModel
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
-from loraserve.planner.placement.balancing import pieces_of
-from loraserve.planner.placement.bins import fill
-from loraserve.planner.placement.moves import outlook
-from loraserve.planner.placement.ours import plan
-from loraserve.planner.placement.problem import POOL_FRACTION, PlanSettings, Problem
-from loraserve.planner.placement.utilisation import predicted_ttft_s, work_of
+from loraserve.messages import Placement
+from loraserve.planner.placement.bins import fill_bins
+from loraserve.planner.placement.problem import POOL_FRACTION, PlanSettings
+from loraserve.testing.plans import Situation, copy, count_new, engines_by_version
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
 
 COST = CostModel()
 # A token at rank 128 costs twice what it costs at rank 8, nearly.
 PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_prefill_s=1.6e-5)
-
-
-class Situation(msgspec.Struct):
-    """All that a plan is made from."""
-
-    demand: list[AdapterDemand]
-    adapters: dict[str, AdapterRef]
-    engines: list[EngineLoad]
-    current: tuple[Placement, ...] = ()
-    cost: CostModel = COST
-    settings: PlanSettings = PlanSettings()
-
-    def plan(self, current: tuple[Placement, ...] | None = None) -> tuple[Placement, ...]:
-        current = self.current if current is None else current
-        return plan(self.demand, self.adapters, self.engines, current, self.cost, self.settings)
-
-    def problem(self, placements: tuple[Placement, ...]) -> Problem:
-        """With those copies as the current ones."""
-        expected = outlook(self.demand, self.adapters, self.engines, self.cost, self.settings).problem
-        index, engines = expected.index(), expected.engine_index()
-        held: list[tuple[int, ...]] = [()] * len(self.adapters)
-        for p in placements:
-            held[index[p.version]] = tuple(sorted((*held[index[p.version]], engines[p.engine])))
-        return msgspec.structs.replace(expected, current=held)
-
-    def utilisation(self, placements: tuple[Placement, ...]) -> list[float]:
-        problem = self.problem(placements)
-        found: list[float] = work_of(problem, pieces_of(problem, problem.current)).utilisation().tolist()
-        return found
-
-    def ttft_s(self, placements: tuple[Placement, ...]) -> float:
-        problem = self.problem(placements)
-        return predicted_ttft_s(problem, pieces_of(problem, problem.current))
 
 
 def ranked(
@@ -72,26 +36,11 @@ def ranks_by_engine(s: Situation, placements: tuple[Placement, ...]) -> dict[str
     return ranks
 
 
-def moved(before: tuple[Placement, ...], after: tuple[Placement, ...]) -> int:
-    return len({(p.version, p.engine) for p in after} - {(p.version, p.engine) for p in before})
-
-
-def copy(number: int, engine: str, share: float = 1.0) -> Placement:
-    return Placement(version=f"v{number}", name=f"adapter-{number}", engine=engine, share=share)
-
-
-def where(placements: tuple[Placement, ...]) -> dict[str, list[str]]:
-    engines: dict[str, list[str]] = {}
-    for p in placements:
-        engines.setdefault(p.version, []).append(p.engine)
-    return engines
-
-
 def test_the_light_fill_the_gaps_that_the_copies_of_the_heavy_leave() -> None:
     s = ranked([8] * 17, 1.0, 3, "exact")
     s.demand[0] = asked_for(s.adapters["v0"], 20.0)
     placements = s.plan()
-    assert len(where(placements)["v0"]) == 2
+    assert len(engines_by_version(placements)["v0"]) == 2
     utilisation = s.utilisation(placements)
     assert max(utilisation) <= 1.1 * min(utilisation)
 
@@ -109,7 +58,7 @@ def test_room_that_levelling_leaves_behind_is_used() -> None:
     room = {e.engine: int(e.pool_total_bytes * POOL_FRACTION) for e in engines}
     for p in placements:
         room[p.engine] -= s.adapters[p.version].slab_bytes
-    left_out = s.adapters.keys() - where(placements).keys()
+    left_out = s.adapters.keys() - engines_by_version(placements).keys()
     assert all(s.adapters[version].slab_bytes > max(room.values()) for version in left_out)
 
 
@@ -144,7 +93,7 @@ def test_with_padded_cost_engines_are_level_at_the_utilisation_that_the_fill_fin
     s = ranked([8, 16, 32, 64, 128] * 8, 12.0, 4, "padded")
     placements = s.plan()
     # Each adapter is a tenth of an engine, and none is cut for being a tenth too much.
-    assert max(s.utilisation(placements)) <= 1.1 * fill(s.problem(placements)).utilisation
+    assert max(s.utilisation(placements)) <= 1.1 * fill_bins(s.problem(placements), len(s.engines)).utilisation
 
 
 @pytest.mark.parametrize("lora", ["padded", "exact"])
@@ -163,7 +112,7 @@ def test_second_copies_of_the_hot_are_where_their_rank_slows_nobody() -> None:
     s.demand[0] = asked_for(s.adapters["v0"], 20.0, 20.0)
     s.demand[30] = asked_for(s.adapters["v30"], 20.0, 20.0)
     placements = s.plan()
-    placed = where(placements)
+    placed = engines_by_version(placements)
     assert len(placed["v0"]) == 2
     assert len(placed["v30"]) == 2
     others = ranks_by_engine(s, tuple(p for p in placements if p.version not in ("v0", "v30")))
@@ -181,7 +130,7 @@ def test_a_rank_that_is_rarely_asked_for_goes_where_it_slows_least() -> None:
     s.demand = s.demand[:20]
     placements = s.plan()
     ranks = ranks_by_engine(s, tuple(p for p in placements if p.version not in ("v20", "v21")))
-    assert all(max(ranks[where(placements)[version][0]]) == 128 for version in ("v20", "v21"))
+    assert all(max(ranks[engines_by_version(placements)[version][0]]) == 128 for version in ("v20", "v21"))
 
 
 @settings(max_examples=20, deadline=None)
@@ -193,7 +142,7 @@ def test_small_changes_of_demand_move_little(noise: list[float], lora: Literal["
         asked_for(s.adapters[d.version], d.decode_tokens_per_s * n, d.prefill_tokens_per_s * n)
         for d, n in zip(s.demand, noise, strict=True)
     ]
-    assert moved(before, s.plan(before)) <= 4
+    assert count_new(before, s.plan(before)) <= 4
 
 
 @settings(max_examples=40, deadline=None)
@@ -203,6 +152,7 @@ def test_small_changes_of_demand_move_little(noise: list[float], lora: Literal["
     engines=st.integers(1, 6),
     lora=st.sampled_from(["padded", "exact"]),
 )
+@example(rates=[5.0, 5.0, 1.0, 5.0], ranks=[8, 32, 128, 128], engines=2, lora="padded")
 def test_one_engine_more_is_never_worse(rates, ranks, engines, lora) -> None:
     predicted = []
     for count in (engines, engines + 1):
@@ -216,9 +166,9 @@ def test_a_better_plan_waits_where_its_loads_cost_more_than_it_saves() -> None:
     s = ranked([8, 128] * 12, 20.0, 4, "padded")
     mixed = tuple(copy(n, f"e{n // 2 % 4}") for n in range(24))
     s.cost = msgspec.structs.replace(s.cost, load_byte_s=1e-3)
-    assert moved(mixed, s.plan(mixed)) == 0
+    assert count_new(mixed, s.plan(mixed)) == 0
     s.settings = PlanSettings(interval_s=1e7)
-    assert moved(mixed, s.plan(mixed)) > 0
+    assert count_new(mixed, s.plan(mixed)) > 0
 
 
 @pytest.mark.parametrize("lora", ["padded", "exact"])
@@ -226,11 +176,11 @@ def test_an_adapter_of_many_engines_worth_has_as_many_also_when_some_are_lost(lo
     s = ranked([8, 16] * 100, 12.0, 40, lora)
     s.demand[0] = asked_for(s.adapters["v0"], 2400.0, 2400.0)
     placements = s.plan()
-    assert max(s.utilisation(placements)) <= 1.2 * fill(s.problem(placements)).utilisation
-    hot = sorted(where(placements)["v0"])
+    assert max(s.utilisation(placements)) <= 1.2 * fill_bins(s.problem(placements), len(s.engines)).utilisation
+    hot = sorted(engines_by_version(placements)["v0"])
     s.engines = [e for e in s.engines if e.engine not in hot[: len(hot) // 2]]
     after = s.plan(placements)
-    assert max(s.utilisation(after)) <= 1.25 * fill(s.problem(after)).utilisation
+    assert max(s.utilisation(after)) <= 1.25 * fill_bins(s.problem(after), len(s.engines)).utilisation
 
 
 def test_a_night_without_requests_undoes_nothing() -> None:
@@ -238,7 +188,7 @@ def test_a_night_without_requests_undoes_nothing() -> None:
     s.demand[1] = asked_for(s.adapters["v1"], 100.0, 100.0)
     day = s.plan()
     s.demand = []
-    assert moved(day, s.plan(day)) == 0
+    assert count_new(day, s.plan(day)) == 0
 
 
 def test_before_the_first_request_ranks_are_apart_already() -> None:

@@ -8,8 +8,9 @@ import pytest
 from loraserve.cost import CostModel
 from loraserve.messages import Placement
 from loraserve.planner.placement.paper import operating_points, plan
-from loraserve.planner.placement.problem import PlanSettings, problem_of
-from loraserve.planner.placement.utilisation import ttft_of
+from loraserve.planner.placement.problem import PlanSettings, build_problem
+from loraserve.planner.placement.utilisation import predict_ttft_s
+from loraserve.testing.plans import plan_input
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
 
 # Rank 100 costs a token twice what rank 0 would.
@@ -25,7 +26,7 @@ def placed(
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
     demand = [asked_for(ref, rate / 2, rate / 2) for ref, rate in zip(refs, rates, strict=True)]
     loads = [engine_load(f"e{n}", pool_total_bytes=256 * MIB) for n in range(engines)]
-    return plan(demand, {r.version: r for r in refs}, loads, current, PADDED, PlanSettings())
+    return plan(plan_input(demand, refs, loads, PADDED, current))
 
 
 def where(placements: tuple[Placement, ...]) -> dict[str, dict[str, float]]:
@@ -38,14 +39,14 @@ def where(placements: tuple[Placement, ...]) -> dict[str, dict[str, float]]:
 def test_an_operating_point_is_what_just_keeps_the_slo_and_falls_with_rank() -> None:
     refs = [adapter_ref(0, rank=8), adapter_ref(1, rank=100)]
     demand = [asked_for(ref, 10.0, 10.0) for ref in refs]
-    told = PlanSettings(slo_ttft_s=5.0)
-    problem = problem_of(demand, {r.version: r for r in refs}, [engine_load()], (), PADDED, told)
+    settings = PlanSettings(slo_ttft_s=5.0)
+    problem = build_problem(plan_input(demand, refs, [engine_load()], PADDED, settings=settings))
     points = operating_points(problem, (8, 100))
     assert points[8] > points[100] > 0
     for rank, tokens_per_s in points.items():
         token_s = 0.01 + rank * 1e-4
         # Ten tokens of prefill for each half request a second: fifty a request.
-        waits = ttft_of(problem, np.array([tokens_per_s * token_s]), np.array([50 * token_s]))
+        waits = predict_ttft_s(problem, np.array([tokens_per_s * token_s]), np.array([50 * token_s]))
         assert waits[0] == pytest.approx(5.0, rel=0.01)
 
 
@@ -54,8 +55,8 @@ def test_a_tighter_slo_lowers_operating_points_down_to_a_floor() -> None:
     demand = [asked_for(ref, 10.0, 10.0)]
     found = []
     for slo_s in (0.001, 3.0, 6.0):
-        told = PlanSettings(slo_ttft_s=slo_s)
-        problem = problem_of(demand, {ref.version: ref}, [engine_load()], (), PADDED, told)
+        settings = PlanSettings(slo_ttft_s=slo_s)
+        problem = build_problem(plan_input(demand, [ref], [engine_load()], PADDED, settings=settings))
         found.append(operating_points(problem, (8,))[8])
     assert 0 < found[0] < found[1] < found[2]
 

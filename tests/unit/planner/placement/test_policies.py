@@ -11,37 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.cost import CostModel, extent_bytes
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
-from loraserve.planner.placement.policies import PLANNERS
+from loraserve.messages import AdapterDemand, AdapterRef, Placement
+from loraserve.planner.placement.policies import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import POOL_FRACTION, PlanSettings
+from loraserve.testing.plans import Situation
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
 
 COSTS = (CostModel(), CostModel(lora="padded"), CostModel(lora="padded", step_base_s=0.0, load_byte_s=0.0))
 SECONDS = [name for name in CostModel.__struct_fields__ if name.endswith("_s")]
 RATES = st.sampled_from([0.0, 0.01, 1.0, 7.0, 30.0, 333.3])
-
-
-class Situation(msgspec.Struct):
-    """All that a plan is made from."""
-
-    demand: list[AdapterDemand]
-    adapters: dict[str, AdapterRef]
-    engines: list[EngineLoad]
-    current: tuple[Placement, ...] = ()
-    cost: CostModel = COSTS[0]
-    settings: PlanSettings = PlanSettings()
-
-    def plan(self, policy: str, current: tuple[Placement, ...] | None = None) -> tuple[Placement, ...]:
-        current = self.current if current is None else current
-        return PLANNERS[policy](self.demand, self.adapters, self.engines, current, self.cost, self.settings)
-
-    def room(self, placements: tuple[Placement, ...]) -> dict[str, int]:
-        """What is left of each engine that is not drained."""
-        drained = self.settings.drained
-        room = {e.engine: int(e.pool_total_bytes * POOL_FRACTION) for e in self.engines if e.engine not in drained}
-        for p in placements:
-            room[p.engine] -= extent_bytes(self.adapters[p.version].slab_bytes)
-        return room
 
 
 @st.composite
@@ -74,14 +52,14 @@ def versions(placements: tuple[Placement, ...]) -> set[str]:
 
 
 any_situation = settings(max_examples=80, deadline=None)
-each_policy = pytest.mark.parametrize("policy", sorted(PLANNERS))
+each_policy = pytest.mark.parametrize("policy", sorted(PLACEMENT_POLICIES))
 
 
 @each_policy
 @any_situation
 @given(s=situations())
 def test_no_pool_is_overfull_and_drained_engines_end_empty(policy: str, s: Situation) -> None:
-    placements = s.plan(policy)
+    placements = s.plan(policy=policy)
     assert all(left >= 0 for left in s.room(placements).values())
     assert not {p.engine for p in placements} & s.settings.drained
 
@@ -90,7 +68,7 @@ def test_no_pool_is_overfull_and_drained_engines_end_empty(policy: str, s: Situa
 @any_situation
 @given(s=situations())
 def test_copies_are_of_registered_adapters_under_their_names_and_no_engine_has_two(policy: str, s: Situation) -> None:
-    placements = s.plan(policy)
+    placements = s.plan(policy=policy)
     assert all(p.name == s.adapters[p.version].name for p in placements)
     assert max(Counter((p.version, p.engine) for p in placements).values(), default=1) == 1
 
@@ -100,7 +78,7 @@ def test_copies_are_of_registered_adapters_under_their_names_and_no_engine_has_t
 @given(s=situations())
 def test_shares_of_an_adapter_sum_to_one(policy: str, s: Situation) -> None:
     shares: dict[str, float] = {}
-    for p in s.plan(policy):
+    for p in s.plan(policy=policy):
         assert p.share > 0
         shares[p.version] = shares.get(p.version, 0.0) + p.share
     assert all(total == pytest.approx(1.0) for total in shares.values())
@@ -110,7 +88,7 @@ def test_shares_of_an_adapter_sum_to_one(policy: str, s: Situation) -> None:
 @any_situation
 @given(s=situations())
 def test_an_adapter_is_left_out_only_where_no_engine_has_room(policy: str, s: Situation) -> None:
-    placements = s.plan(policy)
+    placements = s.plan(policy=policy)
     most = max(s.room(placements).values(), default=-1)
     for version in s.adapters.keys() - versions(placements):
         assert extent_bytes(s.adapters[version].slab_bytes) > most
@@ -120,7 +98,7 @@ def test_an_adapter_is_left_out_only_where_no_engine_has_room(policy: str, s: Si
 @any_situation
 @given(s=situations())
 def test_there_are_as_many_copies_as_asked_for_where_there_is_room(policy: str, s: Situation) -> None:
-    placements = s.plan(policy)
+    placements = s.plan(policy=policy)
     room = s.room(placements)
     for version, ref in s.adapters.items():
         held = {p.engine for p in placements if p.version == version}
@@ -132,8 +110,8 @@ def test_there_are_as_many_copies_as_asked_for_where_there_is_room(policy: str, 
 @any_situation
 @given(s=situations())
 def test_planning_again_from_its_own_plan_changes_nothing(policy: str, s: Situation) -> None:
-    first = s.plan(policy)
-    assert s.plan(policy, first) == first
+    first = s.plan(policy=policy)
+    assert s.plan(first, policy) == first
 
 
 def _crowded(seed: int) -> Situation:
@@ -150,8 +128,8 @@ def _crowded(seed: int) -> Situation:
 @pytest.mark.parametrize("seed", [5, 26, 30, 55])
 def test_ours_planned_again_where_memory_is_short_changes_nothing(seed: int) -> None:
     s = _crowded(seed)
-    first = s.plan("ours")
-    assert s.plan("ours", first) == first
+    first = s.plan(policy="ours")
+    assert s.plan(first, "ours") == first
 
 
 def _turning(seed: int) -> Situation:
@@ -176,28 +154,28 @@ def _turning(seed: int) -> Situation:
 @pytest.mark.parametrize("seed", [1476, 3271])
 def test_the_papers_planned_again_where_three_plans_take_turns_changes_nothing(seed: int) -> None:
     s = _turning(seed)
-    first = s.plan("loraserve")
-    assert s.plan("loraserve", first) == first
+    first = s.plan(policy="loraserve")
+    assert s.plan(first, "loraserve") == first
 
 
 @any_situation
 @given(seed=st.integers(0, 1 << 32))
 def test_the_papers_planned_again_where_memory_is_short_changes_nothing(seed: int) -> None:
     for s in (_turning(seed), _crowded(seed)):
-        first = s.plan("loraserve")
-        assert s.plan("loraserve", first) == first
+        first = s.plan(policy="loraserve")
+        assert s.plan(first, "loraserve") == first
 
 
 @each_policy
 @any_situation
 @given(s=situations(), random=st.randoms(use_true_random=False))
 def test_the_order_of_what_it_is_told_does_not_matter(policy: str, s: Situation, random) -> None:
-    expected = s.plan(policy)
+    expected = s.plan(policy=policy)
     for told in (s.demand, s.engines):
         random.shuffle(told)
     current = list(s.current)
     random.shuffle(current)
-    assert s.plan(policy, tuple(current)) == expected
+    assert s.plan(tuple(current), policy) == expected
 
 
 RATE_FIELDS = [name for name in AdapterDemand.__struct_fields__ if name.endswith("_per_s")]
@@ -209,9 +187,9 @@ ODD = [nan, inf, -inf, -1.0, 1e308, 1e30, 1e-300, 5.0]
 @given(s=situations(), random=st.randoms(use_true_random=False))
 def test_demand_that_is_no_rate_keeps_nobody_from_a_plan(policy: str, s: Situation, random: Random) -> None:
     s.demand = [msgspec.structs.replace(d, **{random.choice(RATE_FIELDS): random.choice(ODD)}) for d in s.demand]
-    placements = s.plan(policy)
+    placements = s.plan(policy=policy)
     assert all(0 < p.share <= 1 for p in placements)
-    assert s.plan(policy, placements) == placements
+    assert s.plan(placements, policy) == placements
 
 
 @each_policy
@@ -220,10 +198,10 @@ def test_demand_that_is_no_number_counts_as_none(policy: str, rate: float) -> No
     s = _crowded(5)
     told, (first, *others) = s.demand, s.demand
     s.demand = [msgspec.structs.replace(first, **dict.fromkeys(RATE_FIELDS, rate)), *others]
-    odd, s.demand = s.plan(policy), others
-    assert odd == s.plan(policy)
+    odd, s.demand = s.plan(policy=policy), others
+    assert odd == s.plan(policy=policy)
     s.demand = told
-    assert odd != s.plan(policy)
+    assert odd != s.plan(policy=policy)
 
 
 @each_policy
@@ -232,16 +210,16 @@ def test_demand_that_is_no_number_counts_as_none(policy: str, rate: float) -> No
 def test_a_cost_model_may_say_that_anything_is_free(policy: str, s: Situation, zeros: set[str], lora: Any) -> None:
     for free in (zeros, SECONDS):
         s.cost = CostModel(lora=lora, **dict.fromkeys(free, 0.0))
-        placements = s.plan(policy)
+        placements = s.plan(policy=policy)
         assert max(Counter((p.version, p.engine) for p in placements).values(), default=1) == 1
-        assert s.plan(policy, placements) == placements
+        assert s.plan(placements, policy) == placements
 
 
 @each_policy
 @any_situation
 @given(s=situations(pools=(64, 256)))
 def test_pinned_adapters_are_where_they_are_pinned_and_nowhere_else(policy: str, s: Situation) -> None:
-    placements = s.plan(policy)
+    placements = s.plan(policy=policy)
     alive = {e.engine for e in s.engines} - s.settings.drained
     for version, ref in s.adapters.items():
         pinned = set(s.settings.pins.get(ref.name, ())) & alive
@@ -253,13 +231,13 @@ def test_pinned_adapters_are_where_they_are_pinned_and_nowhere_else(policy: str,
 @any_situation
 @given(s=situations(pools=(256,)), lost=st.integers(0, 4))
 def test_an_engine_that_is_lost_takes_no_adapter_with_it(policy: str, s: Situation, lost: int) -> None:
-    before = s.plan(policy)
+    before = s.plan(policy=policy)
     s.engines = [e for e in s.engines if e.engine != f"e{lost}"]
     left = {e.engine for e in s.engines} - s.settings.drained
-    assert versions(s.plan(policy, before)) == (versions(before) if left else set())
+    assert versions(s.plan(before, policy)) == (versions(before) if left else set())
 
 
 @each_policy
 def test_without_engines_there_is_no_plan(policy: str) -> None:
     ref = adapter_ref()
-    assert Situation([asked_for(ref, 5.0)], {ref.version: ref}, []).plan(policy) == ()
+    assert Situation([asked_for(ref, 5.0)], {ref.version: ref}, []).plan(policy=policy) == ()

@@ -6,23 +6,23 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.planner.placement.assignment import relabel
+from loraserve.planner.placement.assignment import assign_bins
 
 MIB = float(1 << 20)
 
 
 def test_without_anything_held_parts_are_engines_in_order() -> None:
-    assert relabel(np.zeros((3, 3))).tolist() == [0, 1, 2]
-    assert relabel(np.zeros((0, 0))).tolist() == []
+    assert assign_bins(np.zeros((3, 3))).tolist() == [0, 1, 2]
+    assert assign_bins(np.zeros((0, 0))).tolist() == []
 
 
 def test_parts_go_where_most_of_them_is() -> None:
     kept = np.array([[0.0, 5.0, 1.0], [4.0, 6.0, 0.0], [0.0, 0.0, 2.0]]) * MIB
-    assert relabel(kept).tolist() == [1, 0, 2]
+    assert assign_bins(kept).tolist() == [1, 0, 2]
 
 
 def test_where_it_makes_no_difference_the_order_stays() -> None:
-    assert relabel(np.full((4, 4), 7 * MIB)).tolist() == [0, 1, 2, 3]
+    assert assign_bins(np.full((4, 4), 7 * MIB)).tolist() == [0, 1, 2, 3]
 
 
 def squares(size: int) -> st.SearchStrategy[list[list[int]]]:
@@ -38,6 +38,6 @@ def squares(size: int) -> st.SearchStrategy[list[list[int]]]:
 )
 def test_no_other_order_keeps_more_bytes(kept: list[list[int]]) -> None:
     matrix = np.array(kept) * MIB
-    chosen = relabel(matrix)
+    chosen = assign_bins(matrix)
     best = max(sum(matrix[i, e] for i, e in enumerate(order)) for order in itertools.permutations(range(len(kept))))
     assert sum(matrix[i, e] for i, e in enumerate(chosen)) == best

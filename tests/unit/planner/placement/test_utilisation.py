@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.cost import CostModel
-from loraserve.planner.placement.problem import Pieces, PlanSettings, Problem, problem_of
-from loraserve.planner.placement.utilisation import placed_part, predicted_ttft_s, ttft_of, work_of
+from loraserve.planner.placement.problem import CopyShares, Problem, build_problem
+from loraserve.planner.placement.utilisation import engine_work, mean_ttft_s, placed_fraction, predict_ttft_s
+from loraserve.testing.plans import plan_input
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
 
 PADDED = CostModel(lora="padded", step_base_s=0.0, kv_token_s=0.0, prefill_token_s=0.001, sequence_s=0.01)
@@ -17,18 +18,18 @@ def problem(*ranks: int, cost: CostModel = PADDED, rate: float = 10.0) -> Proble
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
     demand = [asked_for(ref, rate, rate) for ref in refs]
     loads = [engine_load(f"e{n}") for n in range(2)]
-    return problem_of(demand, {r.version: r for r in refs}, loads, (), cost, PlanSettings())
+    return build_problem(plan_input(demand, refs, loads, cost))
 
 
-def on(*engines: int, share: float = 1.0) -> Pieces:
+def on(*engines: int, share: float = 1.0) -> CopyShares:
     """Adapter i on the i-th of these."""
     count = len(engines)
-    return Pieces(np.arange(count), np.array(engines), np.full(count, share))
+    return CopyShares(np.arange(count), np.array(engines), np.full(count, share))
 
 
 def test_padded_tokens_all_pay_the_largest_rank_of_their_engine() -> None:
     p = problem(8, 100)
-    apart, together = work_of(p, on(0, 1)), work_of(p, on(0, 0))
+    apart, together = engine_work(p, on(0, 1)), engine_work(p, on(0, 0))
     base = 10 * 0.001 + 10 * 0.01
     assert apart.utilisation() == pytest.approx([base + 8 * 1e-4, base + 100 * 1e-4])
     assert together.utilisation() == pytest.approx([2 * (base + 100 * 1e-4), 0.0])
@@ -37,18 +38,18 @@ def test_padded_tokens_all_pay_the_largest_rank_of_their_engine() -> None:
 def test_exact_tokens_pay_their_own() -> None:
     cost = CostModel(step_base_s=0.0, kv_token_s=0.0, slab_byte_s=0.0, rank_token_s=1e-5)
     p = problem(8, 100, cost=cost)
-    apart, together = work_of(p, on(0, 1)).utilisation(), work_of(p, on(0, 0)).utilisation()
+    apart, together = engine_work(p, on(0, 1)).utilisation(), engine_work(p, on(0, 0)).utilisation()
     assert together[0] == pytest.approx(apart.sum())
 
 
 def test_an_adapter_whose_traffic_is_split_has_its_slab_read_more_often() -> None:
     cost = CostModel(lora="exact", slab_byte_s=1e-9)
     p = problem(8, cost=cost, rate=200.0)
-    whole = work_of(p, on(0)).utilisation().sum()
-    halves = Pieces(np.array([0, 0]), np.array([0, 1]), np.array([0.5, 0.5]))
-    assert work_of(p, halves).utilisation().sum() > whole
+    whole = engine_work(p, on(0)).utilisation().sum()
+    halves = CopyShares(np.array([0, 0]), np.array([0, 1]), np.array([0.5, 0.5]))
+    assert engine_work(p, halves).utilisation().sum() > whole
     # No more than once a step of each.
-    assert work_of(p, halves).utilisation().sum() < whole + p.steps_per_s * MIB * 1e-9
+    assert engine_work(p, halves).utilisation().sum() < whole + p.steps_per_s * MIB * 1e-9
 
 
 @settings(max_examples=60, deadline=None)
@@ -56,7 +57,7 @@ def test_an_adapter_whose_traffic_is_split_has_its_slab_read_more_often() -> Non
 def test_fuller_engines_start_requests_later(one: float, other: float, prefill_s: float) -> None:
     p = problem(8)
     low, high = sorted((one, other))
-    early, late = ttft_of(p, np.array([low, high]), np.array([prefill_s] * 2))
+    early, late = predict_ttft_s(p, np.array([low, high]), np.array([prefill_s] * 2))
     assert prefill_s <= early <= late
     if low > 0.06 and high > low * 1.001:
         assert early < late
@@ -65,19 +66,19 @@ def test_fuller_engines_start_requests_later(one: float, other: float, prefill_s
 def test_waiting_is_a_queues() -> None:
     p = problem(8, cost=CostModel(step_base_s=0.0, sequence_s=0.0))
     # M/M/1 at half load: P(wait > t) = 0.5 exp(-t / 2), which is 0.05 at 2 ln 10.
-    assert ttft_of(p, np.array([0.5]), np.array([1.0]))[0] == pytest.approx(1 + 2 * np.log(10))
+    assert predict_ttft_s(p, np.array([0.5]), np.array([1.0]))[0] == pytest.approx(1 + 2 * np.log(10))
 
 
 def test_an_adapter_without_a_copy_is_loaded_for_each_request() -> None:
     p = problem(8, 8)
-    everywhere, half = predicted_ttft_s(p, on(0, 1)), predicted_ttft_s(p, on(0))
+    everywhere, half = mean_ttft_s(p, on(0, 1)), mean_ttft_s(p, on(0))
     load_s = p.cost.load_base_s + MIB * p.cost.load_byte_s
     assert half == pytest.approx(everywhere + load_s / 2)
-    assert placed_part(p, on(0)) == pytest.approx(0.5)
+    assert placed_fraction(p, on(0)) == pytest.approx(0.5)
 
 
 def test_where_nothing_is_asked_for_nothing_waits() -> None:
     p = problem(8, rate=0.0)
-    assert p.quiet
-    assert predicted_ttft_s(p, on(0)) == pytest.approx(work_of(p, on(0)).prefill_s()[0], rel=1e-3)
-    assert placed_part(p, on(0)) == 1.0
+    assert p.no_demand
+    assert mean_ttft_s(p, on(0)) == pytest.approx(engine_work(p, on(0)).prefill_s()[0], rel=1e-3)
+    assert placed_fraction(p, on(0)) == 1.0

@@ -1,0 +1,94 @@
+"""What placement policies decide from in tests, and how a test reads a plan."""
+
+from collections.abc import Iterable, Sequence
+
+import msgspec
+
+from loraserve.cost import CostModel, extent_bytes
+from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.planner.placement.balancing import split_traffic
+from loraserve.planner.placement.policies import PLACEMENT_POLICIES
+from loraserve.planner.placement.problem import POOL_FRACTION, PlanInput, PlanSettings, Problem, build_problem
+from loraserve.planner.placement.utilisation import engine_work, mean_ttft_s
+
+Placements = tuple[Placement, ...]
+
+
+def plan_input(
+    demand: Sequence[AdapterDemand],
+    adapters: Iterable[AdapterRef],
+    engines: Sequence[EngineLoad],
+    cost: CostModel | None = None,
+    current: Sequence[Placement] = (),
+    settings: PlanSettings | None = None,
+) -> PlanInput:
+    """Return the input of a policy, with the default cost model and settings where none are given."""
+    return PlanInput(
+        demand=demand,
+        adapters={ref.version: ref for ref in adapters},
+        engines=engines,
+        current=current,
+        cost=cost or CostModel(),
+        settings=settings or PlanSettings(),
+    )
+
+
+class Situation(msgspec.Struct):
+    """A PlanInput that a test can change."""
+
+    demand: list[AdapterDemand]
+    adapters: dict[str, AdapterRef]
+    engines: list[EngineLoad]
+    current: Placements = ()
+    cost: CostModel = CostModel()
+    settings: PlanSettings = PlanSettings()
+
+    def inputs(self, current: Placements | None = None) -> PlanInput:
+        """Return the input of a policy, from other current placements if they are given."""
+        current = self.current if current is None else current
+        return plan_input(self.demand, self.adapters.values(), self.engines, self.cost, current, self.settings)
+
+    def plan(self, current: Placements | None = None, policy: str = "ours") -> Placements:
+        """Return what the policy answers, from other current placements if they are given."""
+        return PLACEMENT_POLICIES[policy](self.inputs(current))
+
+    def room(self, placements: Placements) -> dict[str, int]:
+        """Return the bytes that the placements leave of what a plan may use, by engine that is not drained."""
+        drained = self.settings.drained
+        room = {e.engine: int(e.pool_total_bytes * POOL_FRACTION) for e in self.engines if e.engine not in drained}
+        for p in placements:
+            room[p.engine] -= extent_bytes(self.adapters[p.version].slab_bytes)
+        return room
+
+    def problem(self, placements: Placements) -> Problem:
+        """Return the problem of a policy whose current copies are these."""
+        return build_problem(self.inputs(placements))
+
+    def utilisation(self, placements: Placements) -> list[float]:
+        """Return the predicted utilisation of each engine."""
+        problem = self.problem(placements)
+        found: list[float] = engine_work(problem, split_traffic(problem, problem.current)).utilisation().tolist()
+        return found
+
+    def ttft_s(self, placements: Placements) -> float:
+        """Return the predicted TTFT."""
+        problem = self.problem(placements)
+        return mean_ttft_s(problem, split_traffic(problem, problem.current))
+
+
+def copy(number: int, engine: str, share: float = 1.0) -> Placement:
+    """Return a copy of ``adapter_ref(number)``."""
+    return Placement(version=f"v{number}", name=f"adapter-{number}", engine=engine, share=share)
+
+
+def engines_by_version(placements: Placements) -> dict[str, list[str]]:
+    """Return the engines of each adapter's copies."""
+    engines: dict[str, list[str]] = {}
+    for p in placements:
+        engines.setdefault(p.version, []).append(p.engine)
+    return engines
+
+
+def count_new(before: Placements, after: Placements) -> int:
+    """Return how many copies of ``after`` are not in ``before``."""
+    return len({(p.version, p.engine) for p in after} - {(p.version, p.engine) for p in before})
