@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loraserve.bus.memory import MemoryNetwork
-from loraserve.engine.compute.protocol import DeviceLost
+from loraserve.engine.compute.protocol import DeviceLostError
 from loraserve.engine.cuda.pool import DevicePool
 from loraserve.errors import PeerError
 from loraserve.messages import ReadRegion, RegionChunk
@@ -142,12 +142,12 @@ def test_what_is_withdrawn_while_it_is_read_is_not_sent() -> None:
 
 def test_a_device_that_is_lost_is_heard_of_by_whoever_answers() -> None:
     async def scenario(network: MemoryNetwork) -> None:
-        held = Held(DeviceLost("CUDA error: it fell off the bus"))
+        held = Held(DeviceLostError("CUDA error: it fell off the bus"))
         held.may_end.set()
         owner, bus = Owner(network, held), network.bus("reader", None)
         with pytest.raises(TransferError, match="timeout"):
             await TcpReader(bus, 0.5).read(owner.handle, [ByteRange(0, 1)], memoryview(bytearray(1)))
-        with pytest.raises(DeviceLost):
+        with pytest.raises(DeviceLostError):
             await owner.answering[0]
 
     play(scenario)

@@ -12,7 +12,6 @@ from loraserve.engine.model.linear import Fp16Linear, Linear
 from loraserve.model_shape import MODULES
 
 OPERATIONS = ("add_lora", "paged_attention", "add_rms_norm", "rotate", "silu_mul")
-MODULE_ARGUMENT = 6
 
 
 class Profile:
@@ -41,7 +40,7 @@ class Profile:
         self._calls.clear()
         self._steps = 0
         places: list[tuple[Any, str]] = [(decoder, name) for name in OPERATIONS]
-        places += [(runner, "sample"), (runner, "_inputs"), (runner.ModelRunner, "step")]
+        places += [(runner, "sample"), (runner, "_make_inputs"), (runner.CpuRunner, "step")]
         places += [(Linear, "__call__"), (Fp16Linear, "__call__")]
         originals = [(owner, name, getattr(owner, name)) for owner, name in places]
         try:
@@ -53,12 +52,12 @@ class Profile:
                 setattr(owner, name, original)
 
     def _timed(self, function: Callable[..., Any], name: str) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
+        def call(*arguments: Any, **operands: Any) -> Any:
             if not self._on:
-                return function(*arguments)
+                return function(*arguments, **operands)
             started_s = time.perf_counter()
-            result = function(*arguments)
-            label = f"{name} {MODULES[arguments[MODULE_ARGUMENT]]}" if name == "add_lora" else name
+            result = function(*arguments, **operands)
+            label = f"{name} {MODULES[operands['module']]}" if name == "add_lora" else name
             self._seconds[label] += time.perf_counter() - started_s
             self._calls[label] += 1
             return result

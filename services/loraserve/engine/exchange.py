@@ -113,7 +113,7 @@ class AdapterExchange:
         await self._offers.connect(envelope)
 
     def load(self, load: LoadAdapter) -> Coroutine[Any, Any, None]:
-        """To be run. Tells of the load's end, whatever it is. Raises DeviceLost alone."""
+        """To be run. Tells of the load's end, whatever it is. Raises DeviceLostError alone."""
         return self._loads.load(load)
 
     def cancel(self, version: str) -> None:

@@ -19,7 +19,7 @@ from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.cost import StepShape
-from loraserve.engine.compute.protocol import DeviceLost, Runner
+from loraserve.engine.compute.protocol import DeviceLostError, Runner
 from loraserve.engine.exchange import AdapterExchange, Exchanged
 from loraserve.engine.schedule.events import (
     AdapterExpected,
@@ -212,7 +212,7 @@ class EngineService(Service):
     async def _await_step(self, batch: StepBatch, shape: StepShape, step: asyncio.Future[StepResult]) -> None:
         try:
             result = await step
-        except DeviceLost as error:
+        except DeviceLostError as error:
             # The supervisor starts the process anew: to go on would be to fail every request.
             self.log.critical("device_lost", step=batch.step_id, reason=str(error))
             raise

@@ -18,7 +18,7 @@ from loraserve.errors import ConfigError
 from loraserve.transfer.shm import is_supported
 
 if TYPE_CHECKING:
-    from loraserve.engine.compute.runner import ModelRunner
+    from loraserve.engine.compute.runner import CpuRunner
 
 HOST_CACHE_BYTES = 8 << 30
 """On a GPU, where nothing else is asked for: beside a pool of 20 to 30 GB what was there a while ago."""
@@ -88,12 +88,12 @@ def build_runner(config: Config, progress: Callable[[str], None], index: int = 0
     return cpu_runner(config, progress)
 
 
-def cpu_runner(config: Config, progress: Callable[[str], None]) -> "ModelRunner":
+def cpu_runner(config: Config, progress: Callable[[str], None]) -> "CpuRunner":
     """The model on this machine's CPU, warm."""
-    from loraserve.engine.compute.runner import ModelRunner
+    from loraserve.engine.compute.runner import CpuRunner
 
     progress("loading weights")
-    runner = ModelRunner(Path(config.model.path), config.engine, threads_for(config), progress)
+    runner = CpuRunner(Path(config.model.path), config.engine, threads_for(config), progress)
     progress("warming up")
     runner.warm_up()
     return runner

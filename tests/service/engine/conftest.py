@@ -14,7 +14,7 @@ from loraserve.adapter.format import encode_header
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config, EngineConfig, ModelConfig, TransferConfig
-from loraserve.engine.compute.protocol import DeviceLost, PendingStep, Runner
+from loraserve.engine.compute.protocol import DeviceLostError, PendingStep, Runner
 from loraserve.engine.schedule.events import StepBatch, StepResult
 from loraserve.engine.service import BuildRunner, EngineService
 from loraserve.engine.setup import build_runner
@@ -146,7 +146,7 @@ class LateRunner:
 
     def submit(self, batch: StepBatch) -> PendingStep:
         if any(DEADLY in sequence.tokens for sequence in batch.sequences):
-            raise DeviceLost("CUDA error: an illegal memory access was encountered")
+            raise DeviceLostError("CUDA error: an illegal memory access was encountered")
         return Late(self._runner.submit(batch))
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from loraserve.clock import SystemClock
 from loraserve.config import ModelConfig
-from loraserve.engine.compute.protocol import DeviceLost
+from loraserve.engine.compute.protocol import DeviceLostError
 from loraserve.engine.service import EngineService
 from loraserve.engine.setup import build_runner
 from loraserve.errors import ConfigError
@@ -101,7 +101,7 @@ def test_a_lost_device_ends_the_process_so_that_it_is_started_anew(play: Play) -
     async def scenario(stage: Any) -> None:
         await stage.admit("deadly", prompt=(1, 88_888))
         await stage.until(stage.running.done)
-        with pytest.raises(DeviceLost, match="illegal memory access"):
+        with pytest.raises(DeviceLostError, match="illegal memory access"):
             await stage.running
         stage.running = asyncio.ensure_future(asyncio.sleep(0))
 
@@ -120,7 +120,7 @@ class LostPool:
         return len(self._pool)
 
     def write(self, offset_bytes: int, data: object) -> None:
-        raise DeviceLost("CUDA error: unspecified launch failure")
+        raise DeviceLostError("CUDA error: unspecified launch failure")
 
 
 def test_a_device_that_a_load_finds_lost_ends_the_process_too(play: Play) -> None:
@@ -132,7 +132,7 @@ def test_a_device_that_a_load_finds_lost_ends_the_process_too(play: Play) -> Non
     async def scenario(stage: Any) -> None:
         await stage.admit("adapted", "one")
         await stage.until(stage.running.done)
-        with pytest.raises(DeviceLost, match="unspecified launch failure"):
+        with pytest.raises(DeviceLostError, match="unspecified launch failure"):
             await stage.running
         stage.running = asyncio.ensure_future(asyncio.sleep(0))
 

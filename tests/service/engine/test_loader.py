@@ -15,7 +15,7 @@ from loraserve.adapter.format import make_layout
 from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
-from loraserve.engine.compute.protocol import DeviceLost
+from loraserve.engine.compute.protocol import DeviceLostError
 from loraserve.engine.loading.loader import SlabLoader
 from loraserve.engine.loading.peers import Readers
 from loraserve.engine.loading.source import LoadFailed
@@ -265,11 +265,11 @@ def test_a_load_that_fails_and_is_given_up_meanwhile_is_given_up(play: Callable[
 
 def test_a_device_that_is_lost_while_a_layer_is_read_is_told_as_that(play: Callable[..., None]) -> None:
     def lost(_: int) -> None:
-        raise DeviceLost("CUDA error: an illegal memory access was encountered")
+        raise DeviceLostError("CUDA error: an illegal memory access was encountered")
 
     async def scenario(scene: Scene) -> None:
         scene.pool.before_digest = lost
-        with pytest.raises(DeviceLost, match="illegal memory access"):
+        with pytest.raises(DeviceLostError, match="illegal memory access"):
             await scene.load()
 
     play(scenario)

@@ -112,13 +112,13 @@ def test_lora_alone_takes_what_the_kernels_floor_was_found_to_be() -> None:
 
 
 def test_memory_is_divided_as_on_the_engine() -> None:
-    from loraserve.engine.cuda.memory import Measured, divide
+    from loraserve.engine.cuda.memory import MeasuredMemory, divide_memory
 
     engine = llama("a100").engine
     used = weight_bytes(LLAMA_3_8B)
-    memory = Measured(total_bytes=int(A100.hbm_bytes), used_bytes=used, step_bytes=0)
+    memory = MeasuredMemory(total_bytes=int(A100.hbm_bytes), used_bytes=used, step_bytes=0)
     block_bytes = engine.block_tokens * engine.kv_bytes_per_token
-    without_steps = divide(memory, 0.9, 0.3, block_bytes)
+    without_steps = divide_memory(memory, 0.9, 0.3, block_bytes)
     taken = engine.pool_bytes + engine.kv_blocks * block_bytes
     available = without_steps.pool_bytes + without_steps.kv_blocks * block_bytes
     assert 0 < available - taken < 1e9, "a step takes something, and little"

@@ -13,7 +13,7 @@ import torch
 
 from loraserve.adapter.pack import pack_peft
 from loraserve.config import EngineConfig
-from loraserve.engine.compute.runner import ModelRunner
+from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.schedule.events import (
     AdapterLoaded,
     Emit,
@@ -176,7 +176,7 @@ class Stream:
         )
 
 
-def drive(runner: ModelRunner, streams: Sequence[Stream], tokens: int, chunks: Sequence[int]) -> None:
+def drive(runner: CpuRunner, streams: Sequence[Stream], tokens: int, chunks: Sequence[int]) -> None:
     """Run all streams together, each prompt in chunks of its own size, until each has ``tokens`` more tokens.
 
     Keeps the logits behind every token. A step may be repeated: it writes the same KV again.
@@ -199,7 +199,7 @@ def drive(runner: ModelRunner, streams: Sequence[Stream], tokens: int, chunks: S
         step_id += 1
 
 
-def install(runner: ModelRunner, directories: Sequence[Path]) -> None:
+def install(runner: CpuRunner, directories: Sequence[Path]) -> None:
     """Pack each adapter into the pool, one behind the other, slot by slot."""
     offset = 0
     for slot, directory in enumerate(directories):
@@ -220,13 +220,13 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def make_adapters(tmp_path: Path) -> Callable[[ModelRunner], list[Path]]:
+def make_adapters(tmp_path: Path) -> Callable[[CpuRunner], list[Path]]:
     """Three PEFT directories for a runner's model: all targets, q and v alone, a rank_pattern with rsLoRA.
 
     Their values are bfloat16, so that slabs of any dtype hold them exactly.
     """
 
-    def make(runner: ModelRunner) -> list[Path]:
+    def make(runner: CpuRunner) -> list[Path]:
         pattern = {"q_proj": 2, "layers.1.mlp.down_proj": 24, "k_proj": 5}
         write = partial(write_peft_adapter, shape=runner.shape, dtype="bfloat16")
         return [
@@ -239,13 +239,13 @@ def make_adapters(tmp_path: Path) -> Callable[[ModelRunner], list[Path]]:
 
 
 @pytest.fixture
-def make_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., ModelRunner]]:
+def make_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., CpuRunner]]:
     """A small runner; threads are set back afterwards, because torch keeps them."""
     before = torch.get_num_threads()
 
-    def make(family: str = "llama", threads: int = 1, **engine: Any) -> ModelRunner:
+    def make(family: str = "llama", threads: int = 1, **engine: Any) -> CpuRunner:
         settings = {"slab_dtype": "float32", "weights": "float32", "pool_bytes": 4 << 20, "kv_bytes": 4 << 20}
-        return ModelRunner(model_dirs[family], EngineConfig(**{**settings, **engine}), threads, lambda text: None)
+        return CpuRunner(model_dirs[family], EngineConfig(**{**settings, **engine}), threads, lambda text: None)
 
     yield make
     torch.set_num_threads(before)

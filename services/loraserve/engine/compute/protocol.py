@@ -1,4 +1,4 @@
-"""What the engine asks of a model runner, whatever device it computes on."""
+"""What the engine needs from a model runner on any device."""
 
 from typing import Protocol, runtime_checkable
 
@@ -10,20 +10,23 @@ from loraserve.engine.loading.memory import PoolMemory
 from loraserve.engine.schedule.events import StepBatch, StepResult
 
 
-class DeviceLost(Exception):
-    """The device computes nothing any more, whatever it is asked: only a new process can use it again."""
+class DeviceLostError(Exception):
+    """The device computes nothing any more. Only a new process can use it again."""
 
 
 class PendingStep(Protocol):
-    """A step that was handed to a runner."""
+    """A step that was submitted to a runner."""
 
     def result(self) -> StepResult:
-        """Waits until the step is done; raises what kept it from being computed, DeviceLost where that will stay."""
+        """Wait for the step and return its result.
+
+        Raises the error that kept it from being computed, DeviceLostError if every later step would fail too.
+        """
         ...
 
 
 class ComputedStep(msgspec.Struct, frozen=True):
-    """The PendingStep of a runner that computes in ``submit``."""
+    """A PendingStep that is already done."""
 
     step: StepResult
 
@@ -34,9 +37,9 @@ class ComputedStep(msgspec.Struct, frozen=True):
 class Runner(Protocol):
     """The model on one device, with its KV cache and its adapter pool.
 
-    ``submit`` belongs to one thread, ``result`` of what it returns to one thread, which may be another; results are
-    asked for in the order of the steps. ``install`` and ``remove`` may be called from a third for slots that no step in
-    flight uses, and ``pool`` may be written by another outside the extents in use.
+    One thread calls ``submit``, and one, which may be another, calls ``result`` of what it returns, in the order of the
+    steps. A third thread may call ``install`` and ``remove`` for slots that no step in flight uses, and another may
+    write to ``pool`` outside the extents in use.
     """
 
     @property
@@ -57,7 +60,7 @@ class Runner(Protocol):
     def weights_backend(self) -> str: ...
 
     def submit(self, batch: StepBatch) -> PendingStep:
-        """Begin a step, which computes after those before it. May raise what ``result`` may.
+        """Start a step that is computed after those before it. May raise the errors of ``result``.
 
         A failed step does not fail the steps after it: each is computed, or fails, by itself. A PENDING_TOKEN that
         refers to a failed step may be any token, as its result is not used.
@@ -68,24 +71,28 @@ class Runner(Protocol):
     def pool(self) -> PoolMemory: ...
 
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
-        """Tokens of ``slot`` use the slab that lies at ``base_elements`` of the pool from now on.
+        """Use the slab at ``base_elements`` of the pool for tokens of ``slot`` from now on.
 
-        Raises ValueError where the slab cannot be used.
+        Raises ValueError if the slab cannot be used.
         """
         ...
 
     def remove(self, slot: int) -> None:
-        """Tokens of ``slot`` compute as the base model from now on."""
+        """Compute tokens of ``slot`` with the base model from now on."""
         ...
 
 
 @runtime_checkable
 class LayeredRunner(Runner, Protocol):
-    """A Runner whose steps can use the first layers of a slab before the last are there, and say who was late."""
+    """A Runner whose steps can use the first layers of a slab while the last are still being read.
+
+    Its step results name the requests whose adapter was late for some layer.
+    """
 
     def arrive(self, slot: int, header: SlabHeader, base_elements: int, arrival: Arrival) -> None:
-        """As ``install``, of a slab that is being read: until that is called, steps look at ``arrival`` for each layer.
+        """Use a slab that is being read for tokens of ``slot``.
 
-        May be called again for another read of the same slab to the same place, also while steps use it.
+        Until ``install`` is called, steps ask ``arrival`` for each layer. May be called again for another read of the
+        same slab to the same place, also while steps use it.
         """
         ...

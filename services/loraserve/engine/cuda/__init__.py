@@ -1,1 +1,1 @@
-"""The engine on a CUDA device."""
+"""The CUDA runner: memory, weights, captured graphs and sampling on one GPU."""

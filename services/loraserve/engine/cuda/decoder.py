@@ -1,9 +1,14 @@
-"""The forward pass on the GPU: every token of a step, of any sequence and adapter, in one packed batch."""
+"""The forward pass on the GPU: all tokens of a step, of any sequence and adapter, in one packed batch."""
 
+from dataclasses import dataclass
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.nn import functional
 
-from loraserve.engine.cuda.step_buffer import StepBuffer
+from loraserve.engine.compute.packed import PackedStep
+from loraserve.engine.cuda.step_buffer import BufferSize, StepBuffer
 from loraserve.engine.model.config import DecoderConfig
 from loraserve.engine.model.decoder import rotary_tables
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
@@ -15,25 +20,51 @@ from loraserve.kernels.lora.work import LoraWork
 from loraserve.model_shape import DOWN, GATE_UP, OUT, QKV
 
 
+@dataclass(frozen=True)
+class GpuStepInputs:
+    """A step as the decoder reads it. ``lora`` is None if no token uses an adapter."""
+
+    buffer: StepBuffer
+    attention: GpuAttentionBatch
+    lora: LoraWork | None
+
+    @classmethod
+    def of_exact_size(
+        cls, packed: PackedStep, source: NDArray[np.int32], lora: LoraWork | None, device: torch.device
+    ) -> "GpuStepInputs":
+        """Return the inputs of one step in a new buffer without unused room; the copy to the device is under way."""
+        sequences, blocks = packed.table.shape
+        buffer = StepBuffer(BufferSize(len(packed.tokens), sequences, blocks, len(packed.sampled)), device)
+        buffer.send(packed, source)
+        queries, lengths = tuple(packed.queries.tolist()), tuple(packed.seq_len.tolist())
+        attention = GpuAttentionBatch(buffer.query_start, buffer.seq_len, buffer.table, queries, lengths)
+        return cls(buffer, attention, lora)
+
+
+@dataclass(frozen=True)
+class DecoderMemory:
+    """The device memory that a decoder reads and writes beside its weights."""
+
+    cache: GpuKvCache
+    pool: torch.Tensor
+    tables: AdapterTables
+
+
 class GpuDecoder:
-    """A decoder with the KV cache and the adapter pool it computes on, all on one device and of one dtype."""
+    """A decoder with its KV cache and its adapter pool, all on one device and of one dtype."""
 
     def __init__(
         self,
         config: DecoderConfig,
         weights: DecoderWeights,
-        cache: GpuKvCache,
-        pool: torch.Tensor,
-        tables: AdapterTables,
+        memory: DecoderMemory,
         positions: int,
         attention: Backend,
     ) -> None:
         self._shape = config.shape
         self._eps = config.rms_eps
         self._weights = weights
-        self._cache = cache
-        self._pool = pool
-        self._tables = tables
+        self._memory = memory
         self._attention = attention
         device = weights.embedding.device
         self._cos, self._sin = (
@@ -41,55 +72,63 @@ class GpuDecoder:
         )
         self._scale = self._shape.head_dim**-0.5
 
-    def forward(
-        self, step: StepBuffer, drawn: torch.Tensor, batch: GpuAttentionBatch, lora: LoraWork | None
-    ) -> torch.Tensor:
-        """Writes the KV of all tokens; returns logits [sampled rows, vocab].
+    def forward(self, inputs: GpuStepInputs, previous_tokens: torch.Tensor) -> torch.Tensor:
+        """Write the KV of all tokens; return logits [sampled rows, vocab].
 
-        ``drawn`` int64 are the tokens of the step before; ``lora`` is None where nobody uses an adapter.
+        ``previous_tokens`` int64 are the tokens that the preceding step sampled.
         """
-        known = torch.where(step.source < 0, step.tokens, drawn[step.source.clamp(min=0)].int())
+        buffer, lora = inputs.buffer, inputs.lora
+        pending = previous_tokens[buffer.source.clamp(min=0)].int()
+        tokens = torch.where(buffer.source < 0, buffer.tokens, pending)
         if lora is not None:
-            lora.plan(step.slots)
-        x = functional.embedding(known, self._weights.embedding)
+            lora.plan(buffer.slots)
+        x = functional.embedding(tokens, self._weights.embedding)
         delta = None
         for index, layer in enumerate(self._weights.layers):
-            delta = self._layer(index, layer, x, delta, step, batch, lora)
+            delta = self._layer(index, layer, x, delta, inputs)
         assert delta is not None
-        last, change = x.index_select(0, step.sampled), delta.index_select(0, step.sampled)
+        last, change = x.index_select(0, buffer.sampled), delta.index_select(0, buffer.sampled)
         return self._weights.head(add_rms_norm(last, change, self._weights.norm, self._eps, torch.empty_like(last)))
 
     def _layer(
-        self,
-        index: int,
-        layer: LayerWeights,
-        x: torch.Tensor,
-        delta: torch.Tensor | None,
-        step: StepBuffer,
-        batch: GpuAttentionBatch,
-        lora: LoraWork | None,
+        self, index: int, layer: LayerWeights, x: torch.Tensor, delta: torch.Tensor | None, inputs: GpuStepInputs
     ) -> torch.Tensor:
-        """One layer on the residual stream ``x``; what a layer adds to it is returned and added by the next norm."""
-        shape, cache = self._shape, self._cache
+        """Compute one layer. The residual stream ``x`` gets ``delta``; the layer's own change is returned.
+
+        The next layer's norm adds it to the stream, in one kernel.
+        """
+        shape, cache, lora = self._shape, self._memory.cache, inputs.lora
         normed = add_rms_norm(x, delta, layer.input_norm, self._eps, torch.empty_like(x))
-        qkv = self._adapted(layer.qkv(normed), normed, lora, index, QKV)
+        qkv = self._add_lora(layer.qkv(normed), normed, lora, index, QKV)
         q = torch.empty(x.shape[0], shape.heads, shape.head_dim, dtype=x.dtype, device=x.device)
         rotate_and_keep(
-            qkv, q, cache.keys[index], cache.values[index], step.positions, step.kv_slots, self._cos, self._sin,
-            layer.head_norms, self._eps,
-        )  # fmt: skip
-        attended = attend(q, cache, batch, index, self._scale, self._attention)
-        delta = self._adapted(layer.o(attended), attended, lora, index, OUT)
+            qkv=qkv,
+            q=q,
+            keys=cache.keys[index],
+            values=cache.values[index],
+            positions=inputs.buffer.positions,
+            kv_slot=inputs.buffer.kv_slots,
+            cos=self._cos,
+            sin=self._sin,
+            norms=layer.head_norms,
+            eps=self._eps,
+        )
+        attended = attend(
+            q=q, cache=cache, batch=inputs.attention, layer=index, scale=self._scale, backend=self._attention
+        )
+        delta = self._add_lora(layer.o(attended), attended, lora, index, OUT)
 
         add_rms_norm(x, delta, layer.post_norm, self._eps, normed)
-        gate_up = self._adapted(layer.gate_up(normed), normed, lora, index, GATE_UP)
+        gate_up = self._add_lora(layer.gate_up(normed), normed, lora, index, GATE_UP)
         activated = torch.empty(x.shape[0], shape.ffn, dtype=x.dtype, device=x.device)
         silu_mul(gate_up, activated)
-        return self._adapted(layer.down(activated), activated, lora, index, DOWN)
+        return self._add_lora(layer.down(activated), activated, lora, index, DOWN)
 
-    def _adapted(
+    def _add_lora(
         self, y: torch.Tensor, x: torch.Tensor, lora: LoraWork | None, layer: int, module: int
     ) -> torch.Tensor:
+        """Add the adapters' change of one module's output to ``y`` in place, and return it."""
         if lora is not None:
-            add_lora(y, x, self._pool, self._tables, lora, layer, module)
+            memory = self._memory
+            add_lora(y=y, x=x, pool=memory.pool, tables=memory.tables, batch=lora, layer=layer, module=module)
         return y

@@ -1,4 +1,4 @@
-"""Decode steps as captured CUDA graphs, one for each size: a step costs one launch, however many kernels it has."""
+"""Decode steps as captured CUDA graphs, one per size: a step then costs one launch, however many kernels it has."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -6,66 +6,75 @@ from typing import Any
 
 import torch
 
-from loraserve.engine.cuda.decoder import GpuDecoder
-from loraserve.engine.cuda.step_buffer import StepBuffer, StepShape
+from loraserve.engine.cuda.decoder import GpuDecoder, GpuStepInputs
+from loraserve.engine.cuda.step_buffer import NONE, BufferSize, StepBuffer
 from loraserve.kernels.attention.gpu import Backend, GpuAttentionBatch
 from loraserve.kernels.lora.tuning import bucket
 from loraserve.kernels.lora.work import LoraWork
 
-NARROWEST_BLOCKS = {"gathered": 16, "paged": 256}
-WIDER = {"gathered": 4, "paged": 8}
+MIN_TABLE_WIDTH = {"gathered": 16, "paged": 256}
+WIDTH_FACTOR = {"gathered": 4, "paged": 8}
 
 
 def batch_sizes(max_running: int) -> tuple[int, ...]:
-    """Powers of two, and ``max_running`` itself: a step runs the next larger one, padded."""
+    """Return the captured numbers of sequences: powers of two, and ``max_running``.
+
+    A step runs with the next larger size, padded.
+    """
     sizes = [1 << power for power in range(max_running.bit_length())]
     return tuple(sorted({size for size in sizes if size < max_running} | {max_running}))
 
 
-def table_widths(most_blocks: int, attention: Backend) -> tuple[int, ...]:
-    """Blocks of a sequence that a graph has room for.
+def table_widths(max_blocks: int, attention: Backend) -> tuple[int, ...]:
+    """Return the captured block table widths, in blocks of one sequence.
 
-    Gathered attention reads all of that room, so that there are many sizes; for paged attention it is only sent.
+    Gathered attention reads the whole width, so that it has many sizes. Paged attention only copies the table.
     """
-    widths = {most_blocks}
-    width = NARROWEST_BLOCKS[attention]
-    while width < most_blocks:
+    widths = {max_blocks}
+    width = MIN_TABLE_WIDTH[attention]
+    while width < max_blocks:
         widths.add(width)
-        width *= WIDER[attention]
+        width *= WIDTH_FACTOR[attention]
     return tuple(sorted(widths))
 
 
 @dataclass(frozen=True)
 class DecodeGraph:
-    """A captured step: fill ``step``, replay ``graph``, read ``logits`` [rows, vocab] before the next replay."""
+    """A captured step: send to ``buffer``, replay ``graph``, read ``logits`` [rows, vocab] before the next replay."""
 
-    step: StepBuffer
+    buffer: StepBuffer
     graph: torch.cuda.CUDAGraph
     logits: torch.Tensor
 
 
 class DecodeGraphs:
-    """Graphs by (sequences, width of the table, whether somebody uses an adapter)."""
+    """Graphs by (sequences, width of the block table, whether any token uses an adapter).
+
+    ``make_work`` returns the LoraWork for a number of tokens. ``previous_tokens`` are those that the preceding step
+    sampled; their address never changes.
+    """
 
     def __init__(
         self,
         decoder: GpuDecoder,
-        drawn: torch.Tensor,
+        previous_tokens: torch.Tensor,
         sizes: tuple[int, ...],
         widths: tuple[int, ...],
-        work: Callable[[int], LoraWork],
+        make_work: Callable[[int], LoraWork],
     ) -> None:
-        """``work`` gives the LoraWork of a size; ``drawn`` are the tokens of the step before, at their one address."""
         self._decoder = decoder
-        self._drawn = drawn
+        self._previous_tokens = previous_tokens
         self._sizes = sizes
         self._widths = widths
-        self._work = work
+        self._make_work = make_work
         self._graphs: dict[tuple[int, int, bool], DecodeGraph] = {}
         self._logits = torch.empty(0)
 
     def capture(self, progress: Callable[[str], None]) -> None:
-        """Capture all, largest first, so that the smaller ones find its memory. On the stream that will replay them."""
+        """Capture all graphs on the current stream, which must also replay them.
+
+        The largest come first, so that the smaller ones reuse their memory.
+        """
         keys = list(self._keys())
         pool = torch.cuda.graph_pool_handle()
         for done, key in enumerate(keys):
@@ -73,7 +82,7 @@ class DecodeGraphs:
             self._graphs[key] = self._capture(*key, pool)
 
     def find(self, sequences: int, blocks: int, adapted: bool) -> DecodeGraph | None:
-        """The least graph that holds such a step; None where none was captured for it."""
+        """Return the smallest graph that fits the step; None if there is none."""
         key = (bucket(sequences, self._sizes), bucket(blocks, self._widths), adapted)
         return self._graphs.get(key) if sequences <= self._sizes[-1] and blocks <= self._widths[-1] else None
 
@@ -83,25 +92,26 @@ class DecodeGraphs:
                 yield from ((size, width, adapted) for adapted in (True, False))
 
     def _capture(self, size: int, width: int, adapted: bool, pool: Any) -> DecodeGraph:
-        step = StepBuffer(StepShape(size, size, width, size), self._drawn.device)
-        step.source.fill_(-1)
-        step.kv_slots.fill_(-1)
-        step.slots.fill_(-1)
-        step.seq_len.fill_(1)
-        step.query_start.copy_(torch.arange(size + 1))
-        step.sampled.copy_(torch.arange(size))
-        batch = GpuAttentionBatch(step.query_start, step.seq_len, step.table)
-        lora = self._work(size) if adapted else None
+        buffer = StepBuffer(BufferSize(size, size, width, size), self._previous_tokens.device)
+        buffer.source.fill_(NONE)
+        buffer.kv_slots.fill_(NONE)
+        buffer.slots.fill_(NONE)
+        buffer.seq_len.fill_(1)
+        buffer.query_start.copy_(torch.arange(size + 1))
+        buffer.sampled.copy_(torch.arange(size))
+        attention = GpuAttentionBatch(buffer.query_start, buffer.seq_len, buffer.table)
+        inputs = GpuStepInputs(buffer, attention, self._make_work(size) if adapted else None)
 
         def forward() -> torch.Tensor:
-            return self._decoder.forward(step, self._drawn, batch, lora)
+            return self._decoder.forward(inputs, self._previous_tokens)
 
-        # What is compiled, or allocated once, must be so before.
+        # Kernels must be compiled, and buffers allocated, before the capture.
         logits = forward()
-        if not self._logits.numel():  # of the largest batch; one for all graphs, as they run one after the other
+        if not self._logits.numel():
+            # The first graph is the largest. All share its output, as they run one after the other.
             self._logits = torch.empty_like(logits)
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
             self._logits[:size].copy_(forward())
-        return DecodeGraph(step, graph, self._logits[:size])
+        return DecodeGraph(buffer, graph, self._logits[:size])

@@ -1,62 +1,47 @@
-"""Which errors of a GPU end one step, and which end the process."""
+"""Divides a GPU's memory between KV cache and adapter pool, and allocates the pool."""
 
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 
 import msgspec
 import torch
 
 from loraserve.adapter.format import Dtype, make_uniform_layout
 from loraserve.engine.adapters.extents import ExtentAllocator
-from loraserve.engine.compute.protocol import DeviceLost
 from loraserve.errors import ConfigError
 from loraserve.model_shape import ModelShape
 from loraserve.transfer.cuda_driver import CudaCallError, GpuMemory, allocate, free
-
-LOST = ("CUDA error", "Triton Error [CUDA]")
-"""How torch and Triton begin what the driver told them: whichever calls it next hears of a kernel that crashed."""
-
-
-@contextmanager
-def device_errors() -> Iterator[None]:
-    """Turns what CUDA reports once and for ever into DeviceLost, whoever notices; running out of memory stays."""
-    try:
-        yield
-    except RuntimeError as error:
-        text = str(error)
-        if any(sign in text for sign in LOST) and "out of memory" not in text:
-            raise DeviceLost(text.splitlines()[0]) from error
-        raise
-
-
-# MERGED: loraserve.engine.cuda.memory
-# """How a GPU's memory is divided, before anything of it is taken. Pure."""
-
 
 SHOWN_RANKS = (8, 16, 64, 128)
 MIB = 1 << 20
 
 
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """The GPU once the weights are loaded: ``used_bytes`` counts everybody's, ``step_bytes`` what a step takes more."""
+class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """The GPU's memory once the weights are loaded.
+
+    ``used_bytes`` counts every process on the GPU; ``step_bytes`` is what the largest step needs beside that.
+    """
 
     total_bytes: int
     used_bytes: int
     step_bytes: int
 
 
-class Shares(msgspec.Struct, frozen=True, kw_only=True):
-    """What the cache and the pool get."""
+class MemoryShares(msgspec.Struct, frozen=True, kw_only=True):
+    """The sizes of the KV cache and of the adapter pool."""
 
     kv_blocks: int
     pool_bytes: int
 
 
-def divide(memory: Measured, memory_fraction: float, pool_fraction: float, block_bytes: int) -> Shares:
-    """``memory_fraction`` of the GPU may be used; of what weights and steps leave, ``pool_fraction`` is the pool's.
+def divide_memory(
+    memory: MeasuredMemory, memory_fraction: float, pool_fraction: float, block_bytes: int
+) -> MemoryShares:
+    """Return the sizes of cache and pool if ``memory_fraction`` of the GPU may be used.
 
-    Raises ConfigError with the setting to change where not one KV block or no pool is left.
+    The pool gets ``pool_fraction`` of what weights and steps leave. Raises ConfigError with the settings to change if
+    there is no room for one KV block and a pool.
     """
     allowed = int(memory.total_bytes * memory_fraction)
     left = allowed - memory.used_bytes - memory.step_bytes
@@ -70,49 +55,46 @@ def divide(memory: Measured, memory_fraction: float, pool_fraction: float, block
             "the adapter pool; raise engine.memory_fraction, lower engine.max_step_tokens, give each engine a GPU of "
             "its own, or use a smaller model"
         )
-    return Shares(kv_blocks=kv_blocks, pool_bytes=pool_bytes)
+    return MemoryShares(kv_blocks=kv_blocks, pool_bytes=pool_bytes)
 
 
 def adapter_bytes(shape: ModelShape, dtype: Dtype, rank: int) -> int:
-    """Slab of an adapter with this rank in every projection."""
+    """Return the slab size of an adapter with this rank in every projection."""
     return make_uniform_layout(shape, dtype, rank).slab_bytes
 
 
-def adapters_that_fit(shape: ModelShape, dtype: Dtype, pool_bytes: int, slots: int, rank: int) -> int:
-    """How many adapters of this rank the pool holds at a time, as extents are given out."""
+def count_fitting_adapters(slab_bytes: int, pool_bytes: int, slots: int) -> int:
+    """Return how many adapters of this size the pool holds at a time."""
     extents = ExtentAllocator(pool_bytes)
-    wanted = adapter_bytes(shape, dtype, rank)
     count = 0
-    while count < slots and extents.allocate(wanted) is not None:
+    while count < slots and extents.allocate(slab_bytes) is not None:
         count += 1
     return count
 
 
-def room(
-    shape: ModelShape, dtype: Dtype, shares: Shares, block_tokens: int, slots: int, ranks: Sequence[int] = SHOWN_RANKS
+def describe_capacity(
+    shares: MemoryShares, block_tokens: int, slots: int, slab_bytes_of_rank: Mapping[int, int]
 ) -> str:
-    """For the log: how many tokens and how many adapters fit."""
+    """Return a line for the log: how many tokens, and how many adapters of each rank, fit."""
     tokens = shares.kv_blocks * block_tokens
     counts = ", ".join(
-        f"{adapters_that_fit(shape, dtype, shares.pool_bytes, slots, rank)} of rank {rank}" for rank in ranks
+        f"{count_fitting_adapters(slab_bytes, shares.pool_bytes, slots)} of rank {rank}"
+        for rank, slab_bytes in slab_bytes_of_rank.items()
     )
     return f"KV cache for {tokens} tokens; adapter pool of {shares.pool_bytes / MIB:.0f} MiB holds {counts}"
 
 
-# MERGED: loraserve.engine.cuda.memory
-# """Zeroed memory of a torch device that other processes and RDMA devices can be given."""
+def allocate_zeroed(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, GpuMemory | None]:
+    """Return a flat tensor of zeros and, on a GPU, its memory, which is freed with the last tensor that views it.
 
-
-def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, GpuMemory | None]:
-    """A flat tensor, and where it lies if that is a GPU; free again with the last tensor that lies in it.
-
-    On a GPU it is one cuMemAlloc of its own. What torch's allocator gives is a part of a segment, which it cuts up
-    anew, or with expandable segments no such allocation at all: CUDA IPC would export its neighbours with it or refuse,
-    and an RDMA device could not register it as one. Raises ConfigError where there is not as much.
+    On a GPU the tensor is one cuMemAlloc of its own, so that other processes and RDMA devices can be given it. Memory
+    from torch's allocator is part of a segment that is divided again later, or with expandable segments no such
+    allocation at all: CUDA IPC would export its neighbours with it or refuse, and an RDMA device could not register it
+    as one region. Raises ConfigError if the GPU has too little memory.
     """
     if device.type != "cuda":
         return torch.zeros(elements, dtype=dtype, device=device), None
-    # What torch holds without using it is free for nobody else.
+    # torch keeps freed memory, which the driver cannot allocate until it is returned.
     torch.cuda.empty_cache()
     number = torch.cuda.current_device() if device.index is None else device.index
     try:
@@ -127,7 +109,7 @@ def zeros(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[torc
 
 
 class _Allocation:
-    """What torch takes for an array of bytes that lies there, and keeps as long as it uses it."""
+    """Presents GPU memory to torch as an array of bytes. torch keeps the object as long as a tensor uses the memory."""
 
     def __init__(self, memory: GpuMemory) -> None:
         self.memory = memory
@@ -138,11 +120,11 @@ class _Allocation:
             "strides": None,
             "version": 2,
         }
-        # A process that ends gives it back anyway, and may have no driver any more by then.
+        # The end of the process frees the memory anyway, and the driver may be gone by then.
         weakref.finalize(self, _free, memory).atexit = False
 
 
 def _free(memory: GpuMemory) -> None:
-    # Of a GPU that is lost nothing is to be had back.
+    # Freeing fails on a lost GPU, where there is nothing to gain from it.
     with suppress(CudaCallError):
         free(memory)

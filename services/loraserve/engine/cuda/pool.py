@@ -1,4 +1,4 @@
-"""The adapter pool in GPU memory, written and read back through page-locked memory, beside the steps."""
+"""The adapter pool in GPU memory: written and read through page-locked host memory while steps run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,66 +8,72 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from loraserve.engine.cuda.memory import device_errors, zeros
+from loraserve.engine.cuda.errors import device_errors
+from loraserve.engine.cuda.memory import allocate_zeroed
 from loraserve.engine.loading.memory import Bytes, Digest, PoolMemory
 
 READ_BYTES = 8 << 20
-"""Read back at a time by each thread."""
+"""How much each thread reads back at a time."""
+HOST_REGISTER_PORTABLE = 1
+"""cudaHostRegisterPortable: the memory counts as page-locked in all CUDA contexts."""
 
 
 class DevicePool:
-    """One flat tensor of the slabs' dtype, in ``memory`` where that is a GPU's. Copies run on streams of their own, so
-    that no step waits for one, and none in one direction for one in the other."""
+    """The pool's memory as one flat tensor of the slabs' dtype.
+
+    Writes and reads run on streams of their own, so that no step waits for a copy, and copies in one direction do not
+    wait for those in the other. ``memory`` is None if the device is not a GPU.
+    """
 
     waits = True
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.tensor, self.memory = zeros(elements, dtype, device)
+        self.tensor, self.memory = allocate_zeroed(elements, dtype, device)
         self._bytes = self.tensor.view(torch.uint8)
         self._pinned = device.type == "cuda"
         self._writes = torch.cuda.Stream(device) if self._pinned else None
         self._reads = torch.cuda.Stream(device) if self._pinned else None
-        # As many as threads ever read at a time: to allocate page-locked memory may wait for the device.
-        self._staged: SimpleQueue[torch.Tensor] = SimpleQueue()
+        # Buffers are kept for reuse, as allocating page-locked memory may wait for the device.
+        self._buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
         for stream in (self._writes, self._reads):
             if stream is not None:
-                # The zeros come first: they are written on the stream that is current now.
+                # The zeros are written on the stream that is current now.
                 stream.wait_stream(torch.cuda.current_stream(device))
 
     def __len__(self) -> int:
         return self._bytes.numel()
 
     def warm_up(self, write_bytes: int, readers: int) -> None:
-        """Allocate what a write of that size and that many threads that read will need. Only before the first write."""
+        """Allocate buffers for writes of ``write_bytes`` and ``readers`` threads, before the first write."""
         self.write(0, bytes(min(write_bytes, len(self))))
         for _ in range(readers):
-            self._staged.put(self._page_locked(READ_BYTES))
+            self._buffers.put(self._page_locked(READ_BYTES))
         self.digest(blake3(), 0, min(len(self), READ_BYTES))
 
     def view(self, offset_bytes: int, length_bytes: int) -> None:
         return None
 
     def write(self, offset_bytes: int, data: Bytes) -> None:
-        staged = self._page_locked(len(data))
-        np.copyto(staged.numpy(), np.frombuffer(data, np.uint8))
-        self._copy(self._bytes[offset_bytes : offset_bytes + len(data)], staged, self._writes)
+        buffer = self._page_locked(len(data))
+        np.copyto(buffer.numpy(), np.frombuffer(data, np.uint8))
+        self._copy(self._bytes[offset_bytes : offset_bytes + len(data)], buffer, self._writes)
 
     def digest(self, digest: Digest, offset_bytes: int, length_bytes: int) -> None:
         try:
-            staged = self._staged.get_nowait()
+            buffer = self._buffers.get_nowait()
         except Empty:
-            staged = self._page_locked(READ_BYTES)
+            buffer = self._page_locked(READ_BYTES)
         try:
             for start in range(offset_bytes, offset_bytes + length_bytes, READ_BYTES):
-                part = staged[: min(READ_BYTES, offset_bytes + length_bytes - start)]
+                part = buffer[: min(READ_BYTES, offset_bytes + length_bytes - start)]
                 self._copy(part, self._bytes[start : start + len(part)], self._reads)
                 digest.update(part.numpy().data)
         finally:
-            self._staged.put(staged)
+            self._buffers.put(buffer)
 
     def read_into(self, offset_bytes: int, into: memoryview) -> None:
         target = torch.frombuffer(into, dtype=torch.uint8)
-        # In pieces, so that digests of what is loaded meanwhile get their turns on the stream.
+        # In pieces, so that the digests of slabs being loaded get their turns on the stream.
         for start in range(0, len(target), READ_BYTES):
             part = target[start : start + READ_BYTES]
             at = offset_bytes + start
@@ -86,23 +92,18 @@ class DevicePool:
             stream.synchronize()
 
 
-# MERGED: loraserve.engine.cuda.pool
-# """Memory of this machine that a GPU copies to and from by itself."""
-
-
-FOR_ALL_CONTEXTS = 1
-"""cudaHostRegisterPortable."""
-
-
 @contextmanager
 def page_locked(memory: memoryview, pool: PoolMemory) -> Iterator[None]:
-    """While it lasts ``memory`` stays where it is, for copies between it and the pool's GPU. Raises RuntimeError."""
+    """Page-lock host memory, so that the pool's GPU can copy to and from it directly.
+
+    Raises RuntimeError if that is not possible.
+    """
     if not isinstance(pool, DevicePool) or pool.tensor.device.type != "cuda":
-        raise RuntimeError("the pool is not a GPU's")
+        raise RuntimeError("the adapter pool is not in GPU memory")
     address = np.frombuffer(memory, np.uint8).ctypes.data
-    # On another device a context would be made, of some hundred MB.
+    # Without this torch would create a context on the default device, which takes some hundred MB there.
     with torch.cuda.device(pool.tensor.device):
-        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, len(memory), FOR_ALL_CONTEXTS)))
+        torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, len(memory), HOST_REGISTER_PORTABLE)))
     try:
         yield
     finally:

@@ -14,7 +14,7 @@ import numpy as np
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.clock import Clock
-from loraserve.engine.compute.protocol import DeviceLost, Runner
+from loraserve.engine.compute.protocol import DeviceLostError, Runner
 from loraserve.engine.host_cache.tier import CacheTier
 from loraserve.engine.lending.lender import Lender
 from loraserve.engine.loading.arrival_watch import ArrivalWatch, ArrivalWatches, base_elements
@@ -187,7 +187,7 @@ class AdapterLoads:
         self._log = get_logger(__name__)
 
     def load(self, load: LoadAdapter) -> Coroutine[Any, Any, None]:
-        """To be run. Tells of one load's end, whatever it is. Raises DeviceLost alone."""
+        """To be run. Tells of one load's end, whatever it is. Raises DeviceLostError alone."""
         self._cancellable.expect(load.adapter.version)
         return self._load(load)
 
@@ -203,7 +203,7 @@ class AdapterLoads:
             watch = self._early.watch(load)
             loaded = await self._cancellable.run(adapter.version, self._filled(load, watch))
             self._runner.install(load.slot, loaded.header, base_elements(load, loaded.header))
-        except DeviceLost as error:
+        except DeviceLostError as error:
             # No step may be there to find out: an engine without residents would refuse adapter after adapter.
             log.critical("device_lost", reason=str(error))
             raise

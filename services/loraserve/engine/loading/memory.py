@@ -31,7 +31,7 @@ class Digest(Protocol):
 class PoolMemory(Protocol):
     """Bytes of one pool. Calls from several threads are fine where none writes what another writes or reads.
 
-    What cannot be reached any more raises DeviceLost.
+    What cannot be reached any more raises DeviceLostError.
     """
 
     @property

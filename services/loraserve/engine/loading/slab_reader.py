@@ -16,7 +16,7 @@ from blake3 import blake3
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.clock import Clock
-from loraserve.engine.compute.protocol import DeviceLost
+from loraserve.engine.compute.protocol import DeviceLostError
 from loraserve.engine.loading.memory import Landing, PoolMemory
 from loraserve.engine.loading.source import Damaged, LoadFailed, Source
 from loraserve.engine.loading.speeds import LinkSpeeds, ReadSource, ReadTally, SharedLink
@@ -102,7 +102,7 @@ class SlabReader:
             if watch is not None:
                 watch.begins(header)
             await self.fill(adapter, header, pool, offset_bytes, partial(source.copy, adapter), landed)
-        except (asyncio.CancelledError, DeviceLost):
+        except (asyncio.CancelledError, DeviceLostError):
             self._speeds.abandon_read(way)
             raise
         except Exception as error:

@@ -1,4 +1,4 @@
-"""What a Hugging Face directory says about its model, as far as computing it needs; what we cannot do is refused."""
+"""Reads the model's config.json as far as computing it needs, and refuses models that cannot be computed exactly."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 
 class Rope(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary embedding. ``factor`` is for linear and llama3, the other three for llama3 alone."""
+    """Rotary embedding. ``factor`` applies to linear and llama3; the last three fields to llama3 only."""
 
     theta: float = 10000.0
     type: str = "default"
@@ -25,7 +25,7 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """One decoder. ``sliding_window`` is None where every layer sees the whole context."""
+    """What a decoder needs beside its weights. ``sliding_window`` is None if every layer sees the whole context."""
 
     family: str
     shape: ModelShape
@@ -42,21 +42,21 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_decoder_config(model_dir: Path) -> DecoderConfig:
-    """Raises ConfigError naming the field of ``config.json`` that is missing, wrong or not supported."""
+    """Read the model's configuration. Raises ConfigError naming the field that is missing, wrong or not supported."""
     config = read_model_config(model_dir)
     shape = shape_from_config(config)
     family = str(config["model_type"])
-    _refuse_unsupported(config)
+    _check_supported(config)
     if shape.heads % shape.kv_heads:
         raise ConfigError(f"config.json: num_attention_heads {shape.heads} is no multiple of {shape.kv_heads} KV heads")
     if shape.head_dim % 2:
         raise ConfigError(f"config.json: head_dim {shape.head_dim} is odd, so that it cannot be rotated in pairs")
     attention_bias = bool(config.get("attention_bias", False))
-    positions = _number(config, "max_position_embeddings", None)
+    positions = _positive_number(config, "max_position_embeddings", None)
     return DecoderConfig(
         family=family,
         shape=shape,
-        rms_eps=_number(config, "rms_norm_eps", 1e-6),
+        rms_eps=_positive_number(config, "rms_norm_eps", 1e-6),
         rope=_rope(config, int(positions)),
         max_positions=int(positions),
         sliding_window=_sliding_window(config, family),
@@ -70,16 +70,16 @@ def read_decoder_config(model_dir: Path) -> DecoderConfig:
 
 
 def context_limit(config: DecoderConfig, progress: Callable[[str], None]) -> int:
-    """The longest context that is computed exactly, in tokens."""
+    """Return the longest context that is computed exactly, in tokens."""
     window = config.sliding_window
     if window is None or window >= config.max_positions:
         return config.max_positions
-    # Within the window every token sees the whole context, so computing is exact up to there.
+    # Up to the window's length every token sees the whole context, so that full attention is exact.
     progress(f"context limited to {window} tokens: the model's sliding_window is not computed beyond")
     return window
 
 
-def _refuse_unsupported(config: Mapping[str, Any]) -> None:
+def _check_supported(config: Mapping[str, Any]) -> None:
     activation = config.get("hidden_act", "silu")
     if activation != "silu":
         raise ConfigError(f"config.json: hidden_act {activation!r} is not supported; only models with silu are")
@@ -90,7 +90,7 @@ def _refuse_unsupported(config: Mapping[str, Any]) -> None:
         )
 
 
-def _number(config: Mapping[str, Any], name: str, default: float | None) -> float:
+def _positive_number(config: Mapping[str, Any], name: str, default: float | None) -> float:
     value = config.get(name)
     if value is None:
         value = default
@@ -100,7 +100,7 @@ def _number(config: Mapping[str, Any], name: str, default: float | None) -> floa
 
 
 def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
-    """Both spellings: ``rope_theta`` beside ``rope_scaling``, and the later ``rope_parameters``."""
+    """Read both spellings: ``rope_theta`` with ``rope_scaling``, and the newer ``rope_parameters``."""
     newer = config.get("rope_parameters")
     field = "rope_parameters" if newer else "rope_scaling"
     values = config.get(field) or {}
@@ -109,14 +109,14 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
     kind = values.get("rope_type") or values.get("type") or "default"
     if kind not in ROPE_TYPES:
         raise ConfigError(f"config.json: {field} of type {kind!r} is not supported; of {', '.join(ROPE_TYPES)} are")
-    if _number({**config, **values}, "partial_rotary_factor", 1.0) != 1.0:
+    if _positive_number({**config, **values}, "partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError(f"config.json: {field}: partial_rotary_factor other than 1 is not supported")
 
     def number(name: str, default: float | None) -> float:
-        return _number(values, name, default) if kind != "default" else default or 1.0
+        return _positive_number(values, name, default) if kind != "default" else default or 1.0
 
     return Rope(
-        theta=_number(values if "rope_theta" in values else config, "rope_theta", 10000.0),
+        theta=_positive_number(values if "rope_theta" in values else config, "rope_theta", 10000.0),
         type=kind,
         factor=number("factor", None),
         low_freq_factor=number("low_freq_factor", None if kind == "llama3" else 1.0),
@@ -126,7 +126,7 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
 
 
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
-    """The window of the layers that have one. Defaults are transformers' own for a missing field."""
+    """Return the window of the layers that have one. Missing fields have transformers' defaults."""
     if family == "mistral":
         window = config.get("sliding_window", 4096)
     elif family in ("qwen2", "qwen3") and config.get("use_sliding_window", False):
@@ -136,4 +136,4 @@ def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
         window = config.get("sliding_window", 4096) if some else None
     else:
         window = None
-    return None if window is None else int(_number({"sliding_window": window}, "sliding_window", None))
+    return None if window is None else int(_positive_number({"sliding_window": window}, "sliding_window", None))

@@ -1,4 +1,4 @@
-"""Rotary position embedding: the angles, once for all positions."""
+"""The forward pass on the CPU: all tokens of a step, of any sequence and adapter, in one packed batch."""
 
 import math
 from dataclasses import dataclass
@@ -15,46 +15,19 @@ from loraserve.kernels.lora import AdapterTables, LoraBatch, add_lora
 from loraserve.model_shape import DOWN, GATE_UP, OUT, QKV
 
 
-def rotary_tables(rope: Rope, head_dim: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine, float32 [positions, head_dim / 2] each."""
-    angles = torch.outer(torch.arange(positions, dtype=torch.float32), _inverse_frequencies(rope, head_dim))
-    return angles.cos(), angles.sin()
-
-
-def _inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
-    frequencies = 1.0 / (rope.theta**exponents)
-    if rope.type == "linear":
-        return frequencies / rope.factor
-    if rope.type == "llama3":
-        return _llama3(frequencies, rope)
-    return frequencies
-
-
-def _llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Llama 3.1's scaling: long waves are stretched by ``factor``, short ones kept, those between blended."""
-    wavelengths = 2 * math.pi / frequencies
-    turns = rope.original_positions / wavelengths
-    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-    blend = blend.clamp(0.0, 1.0)
-    return (1 - blend) * frequencies / rope.factor + blend * frequencies
-
-
-# MERGED: loraserve.engine.model.decoder
-# """The forward pass: every token of a step, of any sequence and adapter, in one packed batch."""
-
-
 class LayerGate(Protocol):
+    """Delays layers whose adapters are still being read."""
+
     def wait(self, layer: int) -> None:
-        """Returns when this layer may be computed."""
+        """Return once this layer may be computed."""
         ...
 
 
 @dataclass(slots=True)
 class StepInputs:
-    """Tokens of a step, packed sequence after sequence.
+    """The tokens of a step, packed sequence after sequence.
 
-    ``tokens``, ``positions`` int64 [tokens]; ``sampled_rows`` int64: the rows whose logits are wanted.
+    ``tokens``, ``positions`` int64 [tokens]; ``sampled_rows`` int64: the rows whose logits are needed.
     """
 
     tokens: torch.Tensor
@@ -64,8 +37,17 @@ class StepInputs:
     sampled_rows: torch.Tensor
 
 
+@dataclass(slots=True)
+class _LayerBuffers:
+    """Outputs that every layer overwrites: normed input, queries, activated FFN."""
+
+    normed: torch.Tensor
+    q: torch.Tensor
+    activated: torch.Tensor
+
+
 class Decoder:
-    """A decoder with the KV cache and the adapter pool it computes on.
+    """A decoder with its KV cache and its adapter pool.
 
     With fp16 weights a token's logits have the same bits whatever shares its step and however its prompt was chunked.
     """
@@ -89,10 +71,10 @@ class Decoder:
         self._scale = config.shape.head_dim**-0.5
 
     def forward(self, inputs: StepInputs, gate: LayerGate | None = None) -> torch.Tensor:
-        """Writes the KV of all tokens; returns float32 logits [sampled rows, vocab]. ``gate`` opens each layer."""
+        """Write the KV of all tokens; return float32 logits [sampled rows, vocab]. ``gate`` may delay each layer."""
         x = functional.embedding(inputs.tokens, self._weights.embedding).float()
         delta = None
-        buffers = self._buffers(x.shape[0])
+        buffers = self._allocate_buffers(x.shape[0])
         for index, layer in enumerate(self._weights.layers):
             if gate is not None:
                 gate.wait(index)
@@ -103,13 +85,12 @@ class Decoder:
         normed = add_rms_norm(last, delta.index_select(0, rows), self._weights.norm, self._eps, torch.empty_like(last))
         return self._weights.head(normed)
 
-    def _buffers(self, tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normed input, queries and activated FFN; every layer uses them anew."""
+    def _allocate_buffers(self, tokens: int) -> _LayerBuffers:
         shape = self._shape
-        return (
-            torch.empty(tokens, shape.hidden),
-            torch.empty(tokens, shape.heads, shape.head_dim),
-            torch.empty(tokens, shape.ffn),
+        return _LayerBuffers(
+            normed=torch.empty(tokens, shape.hidden),
+            q=torch.empty(tokens, shape.heads, shape.head_dim),
+            activated=torch.empty(tokens, shape.ffn),
         )
 
     def _layer(
@@ -119,28 +100,70 @@ class Decoder:
         x: torch.Tensor,
         delta: torch.Tensor | None,
         inputs: StepInputs,
-        buffers: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        buffers: _LayerBuffers,
     ) -> torch.Tensor:
-        """One layer on the residual stream ``x``; what a layer adds to it is returned and added by the next norm."""
-        normed, q, activated = buffers
-        pool, tables, lora = self._pool, self._tables, inputs.lora
+        """Compute one layer. The residual stream ``x`` gets ``delta``; the layer's own change is returned.
+
+        The next layer's norm adds it to the stream, in one kernel.
+        """
+        normed, q, activated = buffers.normed, buffers.q, buffers.activated
         shape = self._shape
 
         add_rms_norm(x, delta, layer.input_norm, self._eps, normed)
         qkv = layer.qkv(normed)
-        add_lora(qkv, normed, pool, tables, lora, index, QKV)
-        rotate(qkv, inputs.positions, self._cos, self._sin, layer.head_norms, self._eps, q, shape.kv_heads)
+        self._add_lora(qkv, normed, inputs.lora, index, QKV)
+        rotate(
+            qkv=qkv,
+            positions=inputs.positions,
+            cos=self._cos,
+            sin=self._sin,
+            norms=layer.head_norms,
+            eps=self._eps,
+            q=q,
+            kv_heads=shape.kv_heads,
+        )
         heads = qkv.view(-1, shape.heads + 2 * shape.kv_heads, shape.head_dim)
         k = heads[:, shape.heads : shape.heads + shape.kv_heads]
         v = heads[:, shape.heads + shape.kv_heads :]
-        attended = paged_attention(q, k, v, self._cache, inputs.attention, index, self._scale)
+        attended = paged_attention(
+            q=q, k=k, v=v, cache=self._cache, batch=inputs.attention, layer=index, scale=self._scale
+        )
         delta = layer.o(attended)
-        add_lora(delta, attended, pool, tables, lora, index, OUT)
+        self._add_lora(delta, attended, inputs.lora, index, OUT)
 
         add_rms_norm(x, delta, layer.post_norm, self._eps, normed)
         gate_up = layer.gate_up(normed)
-        add_lora(gate_up, normed, pool, tables, lora, index, GATE_UP)
+        self._add_lora(gate_up, normed, inputs.lora, index, GATE_UP)
         silu_mul(gate_up, activated)
         delta = layer.down(activated)
-        add_lora(delta, activated, pool, tables, lora, index, DOWN)
+        self._add_lora(delta, activated, inputs.lora, index, DOWN)
         return delta
+
+    def _add_lora(self, y: torch.Tensor, x: torch.Tensor, batch: LoraBatch, layer: int, module: int) -> None:
+        """Add the adapters' change of one module's output to ``y`` in place."""
+        add_lora(y=y, x=x, pool=self._pool, tables=self._tables, batch=batch, layer=layer, module=module)
+
+
+def rotary_tables(rope: Rope, head_dim: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the cosine and the sine of all rotary angles, float32 [positions, head_dim / 2] each."""
+    angles = torch.outer(torch.arange(positions, dtype=torch.float32), _inverse_frequencies(rope, head_dim))
+    return angles.cos(), angles.sin()
+
+
+def _inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim
+    frequencies = 1.0 / (rope.theta**exponents)
+    if rope.type == "linear":
+        return frequencies / rope.factor
+    if rope.type == "llama3":
+        return _scale_llama3(frequencies, rope)
+    return frequencies
+
+
+def _scale_llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
+    """Apply Llama 3.1's scaling: long waves are stretched by ``factor``, short ones kept, those between blended."""
+    wavelengths = 2 * math.pi / frequencies
+    turns = rope.original_positions / wavelengths
+    blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+    blend = blend.clamp(0.0, 1.0)
+    return (1 - blend) * frequencies / rope.factor + blend * frequencies

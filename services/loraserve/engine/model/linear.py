@@ -1,4 +1,4 @@
-"""Matrix products with the model's own weights: exact, or half the bytes and several times as fast."""
+"""Matrix products with the model's weights: exact float32, or fp16 with half the bytes and several times the speed."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -27,9 +27,9 @@ class Linear:
 
 
 class Fp16Linear(Linear):
-    """Weights kept as fp16, packed for the processor; sums stay float32.
+    """A Linear with fp16 weights, packed for the processor, and float32 sums.
 
-    A row of y has the same bits whatever the number of rows and of threads.
+    A row of y has the same bits for any number of rows and threads.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -41,20 +41,23 @@ class Fp16Linear(Linear):
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, backend: Backend) -> Linear:
-    """``weight`` float32 [out, in], ``bias`` float32 [out]. Weights beyond fp16's range stay float32."""
+    """Return the product with ``weight`` float32 [out, in] and ``bias`` float32 [out].
+
+    Weights beyond fp16's range stay float32.
+    """
     if backend == "fp16" and weight.abs().max().item() <= FP16_MAX:
         return Fp16Linear(weight, bias)
     return Linear(weight, bias)
 
 
-class HostForm:
-    """Weights of the CPU engine. The embedding keeps the dtype it came in: rows are widened as they are read."""
+class CpuWeightForm:
+    """The WeightForm of the CPU engine. The embedding keeps its dtype: its rows are widened as they are read."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     def embedding(self, weight: torch.Tensor) -> torch.Tensor:
-        # A copy: the tensor that was taken maps the file, whose pages could be dropped or changed under us.
+        # A copy: the given tensor maps the file, whose pages could be dropped or changed later.
         return weight.clone()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -67,8 +70,8 @@ class HostForm:
         return weight
 
 
-def fp16_runs() -> bool:
-    """Tried with a product whose result is known; no compiler or an unknown processor are reasons why not."""
+def can_run_fp16() -> bool:
+    """Return whether an fp16 product has the expected result here. It needs a compiler and a known processor."""
     weight = torch.ones(8, 16)
     try:
         return torch.equal(Fp16Linear(weight, None)(torch.ones(2, 16)), torch.full((2, 8), 16.0))
@@ -77,14 +80,14 @@ def fp16_runs() -> bool:
 
 
 def pick_backend(
-    setting: Literal["auto", "float32", "fp16", "bf16"], fp16_runs: Callable[[], bool] = fp16_runs
+    setting: Literal["auto", "float32", "fp16", "bf16"], can_run_fp16: Callable[[], bool] = can_run_fp16
 ) -> Backend:
-    """The backend for ``engine.weights``. Raises ConfigError where fp16 is asked for and does not run here."""
+    """Return the backend for ``engine.weights``. Raises ConfigError if the setting cannot be met here."""
     if setting == "float32":
         return "float32"
     if setting == "bf16":
         raise ConfigError("engine.weights=bf16 is for GPUs; set engine.weights to auto, fp16 or float32 on a CPU")
-    if fp16_runs():
+    if can_run_fp16():
         return "fp16"
     if setting == "fp16":
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face directory, single file or sharded, read one at a time."""
+"""Loads a decoder's weights from a Hugging Face directory, layer by layer, into the form in which they compute."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -17,12 +17,125 @@ from loraserve.model_shape import MODULES, SLICES
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
 REMEDY = "the directory must hold all of the model's files as they were published; fetch them again"
+
+EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+_BLOCK = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down": "mlp"}
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """One layer. ``head_norms`` are the norm weights [head_dim] of queries and keys, for models that have them."""
+
+    input_norm: torch.Tensor
+    post_norm: torch.Tensor
+    head_norms: tuple[torch.Tensor, torch.Tensor] | None
+    qkv: Linear
+    o: Linear
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(slots=True)
+class DecoderWeights:
+    """A whole decoder. ``embedding`` is [vocab, hidden]."""
+
+    embedding: torch.Tensor
+    layers: list[LayerWeights]
+    norm: torch.Tensor
+    head: Linear
+
+
+class WeightForm(Protocol):
+    """Converts weights to the form in which they compute.
+
+    The given tensors are float32, except the embedding, and the form must not keep them.
+    """
+
+    def embedding(self, weight: torch.Tensor) -> torch.Tensor:
+        """Convert ``weight`` [vocab, hidden], which has the file's dtype and maps the file."""
+        ...
+
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
+        """Convert ``weight`` [out, in] and ``bias`` [out]."""
+        ...
+
+    def tied_head(self, embedding: torch.Tensor) -> Linear:
+        """Return the head of a model that uses its embedding as head; ``embedding`` is already converted."""
+        ...
+
+    def vector(self, weight: torch.Tensor) -> torch.Tensor:
+        """Convert a norm's weight, which stays float32."""
+        ...
+
+
+def load_weights(
+    model_dir: Path, config: DecoderConfig, form: WeightForm, progress: Callable[[str], None]
+) -> DecoderWeights:
+    """Load all weights, with little more memory than the result needs.
+
+    Raises ConfigError naming the tensor that is missing or does not fit.
+    """
+    source = Checkpoint(model_dir)
+    shape = config.shape
+    embedding = form.embedding(source.take(EMBEDDING, (shape.vocab, shape.hidden)))
+    if config.tied:
+        source.skip(HEAD)
+        head = form.tied_head(embedding)
+    else:
+        head = form.linear(_to_float32(source.take(HEAD, (shape.vocab, shape.hidden))), None)
+    layers = []
+    for layer in range(shape.layers):
+        layers.append(_load_layer(source, config, layer, form))
+        progress(f"loading weights: layer {layer + 1} of {shape.layers}")
+    norm = form.vector(_to_float32(source.take(NORM, (shape.hidden,))))
+    source.check_all_taken()
+    return DecoderWeights(embedding, layers, norm, head)
+
+
+def _load_layer(source: "Checkpoint", config: DecoderConfig, layer: int, form: WeightForm) -> LayerWeights:
+    prefix = f"model.layers.{layer}."
+    shape = config.shape
+
+    def load_norm(name: str, width: int) -> torch.Tensor:
+        return form.vector(_to_float32(source.take(f"{prefix}{name}.weight", (width,))))
+
+    has_bias = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
+    linears = {}
+    for module in MODULES:
+        names = [f"{prefix}{_BLOCK[module]}.{projection}" for projection in SLICES[module]]
+        widths = shape.out_features(module)
+        weight = _stack(source, [f"{name}.weight" for name in names], [(w, shape.in_features(module)) for w in widths])
+        bias = _stack(source, [f"{name}.bias" for name in names], [(w,) for w in widths]) if has_bias[module] else None
+        linears[module] = form.linear(weight, bias)
+    source.skip(f"{prefix}self_attn.rotary_emb.inv_freq")  # old checkpoints hold what config.json says
+    head_norms = None
+    if config.qk_norm:
+        head_norms = (load_norm("self_attn.q_norm", shape.head_dim), load_norm("self_attn.k_norm", shape.head_dim))
+    return LayerWeights(
+        input_norm=load_norm("input_layernorm", shape.hidden),
+        post_norm=load_norm("post_attention_layernorm", shape.hidden),
+        head_norms=head_norms,
+        **linears,
+    )
+
+
+def _stack(source: "Checkpoint", names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
+    """Return the named tensors, stacked along their first dimension, as float32."""
+    stacked = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=torch.float32)
+    row = 0
+    for name, shape in zip(names, shapes, strict=True):
+        stacked[row : row + shape[0]] = source.take(name, shape)
+        row += shape[0]
+    return stacked
+
+
+def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.float32, copy=True)
 
 
 class Checkpoint:
-    """Names and, one by one, values of a checkpoint's tensors. Files are mapped, so only what is taken is read."""
+    """The tensors of a directory's safetensors files, by name. Files are mapped: only what is taken is read."""
 
     def __init__(self, model_dir: Path) -> None:
         self._dir = model_dir
@@ -31,6 +144,34 @@ class Checkpoint:
         for name in self._file_names():
             self._open(name)
         self._left = set(self._file_of)
+
+    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
+        """Return the tensor in its own dtype. Raises ConfigError if it is missing or has another shape or kind."""
+        if name not in self._file_of:
+            raise ConfigError(f"{self._dir}: tensor {name} is missing; {REMEDY}")
+        tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
+        if tuple(tensor.shape) != tuple(shape):
+            raise ConfigError(
+                f"{self._dir}: tensor {name} has shape {list(tensor.shape)}, "
+                f"config.json asks for {list(shape)}; {REMEDY}"
+            )
+        if tensor.dtype not in DTYPES:
+            raise ConfigError(f"{self._dir}: tensor {name} is {tensor.dtype}; use float32, bfloat16 or float16 weights")
+        self._left.discard(name)
+        return tensor
+
+    def skip(self, name: str) -> None:
+        """Allow a tensor that is not needed."""
+        self._left.discard(name)
+
+    def check_all_taken(self) -> None:
+        """Raise ConfigError if a tensor is left: without it the model would compute something else."""
+        if self._left:
+            names = sorted(self._left)
+            raise ConfigError(
+                f"{self._dir}: {len(names)} tensors have no place in the model that config.json describes, "
+                f"first {names[0]}; use the config.json that was published with these weights"
+            )
 
     def _file_names(self) -> list[str]:
         index = self._dir / INDEX_FILE
@@ -57,147 +198,3 @@ class Checkpoint:
             raise ConfigError(f"{self._dir / name}: {error}; {REMEDY}") from error
         for tensor in self._files[name].keys():  # noqa: SIM118 - not a mapping
             self._file_of[tensor] = name
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """The tensor in its own dtype. Raises ConfigError where it is missing or of another shape or kind."""
-        if name not in self._file_of:
-            raise ConfigError(f"{self._dir}: tensor {name} is missing; {REMEDY}")
-        tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
-        if tuple(tensor.shape) != tuple(shape):
-            raise ConfigError(
-                f"{self._dir}: tensor {name} has shape {list(tensor.shape)}, "
-                f"config.json asks for {list(shape)}; {REMEDY}"
-            )
-        if tensor.dtype not in DTYPES:
-            raise ConfigError(f"{self._dir}: tensor {name} is {tensor.dtype}; use float32, bfloat16 or float16 weights")
-        self._left.discard(name)
-        return tensor
-
-    def skip(self, name: str) -> None:
-        """A tensor that may be there but is not needed."""
-        self._left.discard(name)
-
-    def assert_all_taken(self) -> None:
-        """Raises ConfigError where a tensor is left: the model would compute something else than it was trained to."""
-        if self._left:
-            names = sorted(self._left)
-            raise ConfigError(
-                f"{self._dir}: {len(names)} tensors have no place in the model that config.json describes, "
-                f"first {names[0]}; use the config.json that was published with these weights"
-            )
-
-
-# MERGED: loraserve.engine.model.weights
-# """Loads a decoder's weights, layer by layer, into the form in which they compute."""
-
-
-EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-_BLOCK = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down": "mlp"}
-
-
-@dataclass(slots=True)
-class LayerWeights:
-    """One layer. ``head_norms``, where the model has them, are the weights [head_dim] for queries and for keys."""
-
-    input_norm: torch.Tensor
-    post_norm: torch.Tensor
-    head_norms: tuple[torch.Tensor, torch.Tensor] | None
-    qkv: Linear
-    o: Linear
-    gate_up: Linear
-    down: Linear
-
-
-@dataclass(slots=True)
-class DecoderWeights:
-    """A whole decoder. ``embedding`` is [vocab, hidden]."""
-
-    embedding: torch.Tensor
-    layers: list[LayerWeights]
-    norm: torch.Tensor
-    head: Linear
-
-
-class WeightForm(Protocol):
-    """In what form weights compute. Tensors that are handed over are float32, but for the embedding, and not kept."""
-
-    def embedding(self, weight: torch.Tensor) -> torch.Tensor:
-        """``weight`` [vocab, hidden] in the dtype it came in, which maps a file."""
-        ...
-
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """``weight`` [out, in], ``bias`` [out]."""
-        ...
-
-    def tied_head(self, embedding: torch.Tensor) -> Linear:
-        """The head of a model whose head is its embedding, in the form that ``embedding`` gave it."""
-        ...
-
-    def vector(self, weight: torch.Tensor) -> torch.Tensor:
-        """A norm's weight, which stays float32."""
-        ...
-
-
-def load_weights(
-    model_dir: Path, config: DecoderConfig, form: WeightForm, progress: Callable[[str], None]
-) -> DecoderWeights:
-    """Takes little more memory than the result. Raises ConfigError naming the tensor that does not fit."""
-    source = Checkpoint(model_dir)
-    shape = config.shape
-    embedding = form.embedding(source.take(EMBEDDING, (shape.vocab, shape.hidden)))
-    if config.tied:
-        source.skip(HEAD)
-        head = form.tied_head(embedding)
-    else:
-        head = form.linear(_float32(source.take(HEAD, (shape.vocab, shape.hidden))), None)
-    layers = []
-    for layer in range(shape.layers):
-        layers.append(_load_layer(source, config, layer, form))
-        progress(f"loading weights: layer {layer + 1} of {shape.layers}")
-    norm = form.vector(_float32(source.take(NORM, (shape.hidden,))))
-    source.assert_all_taken()
-    return DecoderWeights(embedding, layers, norm, head)
-
-
-def _load_layer(source: Checkpoint, config: DecoderConfig, layer: int, form: WeightForm) -> LayerWeights:
-    prefix = f"model.layers.{layer}."
-    shape = config.shape
-
-    def norm(name: str, width: int) -> torch.Tensor:
-        return form.vector(_float32(source.take(f"{prefix}{name}.weight", (width,))))
-
-    has_bias = {"qkv": config.qkv_bias, "o": config.o_bias, "gate_up": config.mlp_bias, "down": config.mlp_bias}
-    linears = {}
-    for module in MODULES:
-        names = [f"{prefix}{_BLOCK[module]}.{projection}" for projection in SLICES[module]]
-        widths = shape.out_features(module)
-        weight = _fuse(source, [f"{name}.weight" for name in names], [(w, shape.in_features(module)) for w in widths])
-        bias = _fuse(source, [f"{name}.bias" for name in names], [(w,) for w in widths]) if has_bias[module] else None
-        linears[module] = form.linear(weight, bias)
-    source.skip(f"{prefix}self_attn.rotary_emb.inv_freq")  # old checkpoints repeat what config.json says
-    head_norms = None
-    if config.qk_norm:
-        head_norms = (norm("self_attn.q_norm", shape.head_dim), norm("self_attn.k_norm", shape.head_dim))
-    return LayerWeights(
-        input_norm=norm("input_layernorm", shape.hidden),
-        post_norm=norm("post_attention_layernorm", shape.hidden),
-        head_norms=head_norms,
-        **linears,
-    )
-
-
-def _fuse(source: Checkpoint, names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """Float32 tensors one under the other."""
-    fused = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=torch.float32)
-    row = 0
-    for name, shape in zip(names, shapes, strict=True):
-        fused[row : row + shape[0]] = source.take(name, shape)
-        row += shape[0]
-    return fused
-
-
-def _float32(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to(torch.float32, copy=True)

@@ -15,7 +15,7 @@ from loraserve.cost.derived import kv_bytes
 from loraserve.cost.fit import Lora, StepSample, fit_cost_model
 from loraserve.cost.profile import EngineShape, Profile, write_profile
 from loraserve.engine.compute.protocol import Runner
-from loraserve.engine.compute.runner import ModelRunner
+from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.profile.design import SizedAdapter, design, shape_of_batch
 from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place, to_step
 from loraserve.engine.profile.report import coefficients, errors, verdict
@@ -99,7 +99,7 @@ def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
         origin="measured",
         cost=cost,
         engine=_engine_shape(config, limits, shape, runner),
-        device="cpu" if isinstance(runner, ModelRunner) else "cuda",
+        device="cpu" if isinstance(runner, CpuRunner) else "cuda",
         residuals=found,
     )
     return profile, f"{coefficients(profile)}\n\n{errors(profile, [batch.kind for batch in batches], steps)}"
@@ -116,7 +116,7 @@ def _slabs(options: argparse.Namespace, config: Config, shape: ModelShape) -> li
 
 def _engine_shape(config: Config, limits: SchedulerLimits, shape: ModelShape, runner: Runner) -> EngineShape:
     slab = made_up_slab(shape, config.engine.slab_dtype, 16, seed=0)
-    on_cpu = isinstance(runner, ModelRunner)
+    on_cpu = isinstance(runner, CpuRunner)
     block_bytes = attention.block_bytes(shape, limits.block_tokens) if on_cpu else 0
     return EngineShape(
         kv_blocks=limits.kv_blocks,
@@ -131,7 +131,7 @@ def _engine_shape(config: Config, limits: SchedulerLimits, shape: ModelShape, ru
 
 
 def _hardware(config: Config, runner: Runner) -> str:
-    if not isinstance(runner, ModelRunner):
+    if not isinstance(runner, CpuRunner):
         import torch
 
         return torch.cuda.get_device_name()
@@ -140,7 +140,7 @@ def _hardware(config: Config, runner: Runner) -> str:
 
 
 def _in_cpu_seconds(config: Config, runner: Runner) -> bool:
-    return isinstance(runner, ModelRunner) and threads_for(config) == 1
+    return isinstance(runner, CpuRunner) and threads_for(config) == 1
 
 
 def _processor() -> str:

@@ -17,7 +17,7 @@ from loraserve.adapter.format import SlabHeader, make_uniform_layout
 from loraserve.benchmarks.lora.cases import LLAMA_3_8B
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.cuda.runner import CudaRunner
-from loraserve.engine.cuda.state import DTYPES, allocate, compute_dtype
+from loraserve.engine.cuda.state import DTYPES, allocate_state, compute_dtype
 from loraserve.engine.model.config import DecoderConfig, Rope
 from loraserve.engine.model.linear import Linear
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
@@ -108,7 +108,7 @@ def make_runner(shape: ModelShape, engine: EngineConfig, device: torch.device) -
         qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, tied=False, eos_token_ids=(),
     )  # fmt: skip
     weights = random_weights(config, DTYPES[compute_dtype(engine)], device)
-    state = allocate(config, weights, engine, config.max_positions, say)
+    state = allocate_state(config, weights, engine, config.max_positions, say)
     state.pool.tensor.normal_(std=0.01)
     runner = CudaRunner(state, engine)
     runner.warm_up(say)

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loraserve.engine.compute.runner import PackedStep, pack
+from loraserve.engine.compute.packed import PackedStep, pack_step
 from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep
 from loraserve.messages.sampling import SamplingParams
 
@@ -21,7 +21,7 @@ def part(tokens: tuple[int, ...], start: int = 0, blocks: tuple[int, ...] = (0,)
 @pytest.fixture
 def mixed() -> PackedStep:
     """A whole prompt with an adapter, the middle of a long prompt, and one that decodes; blocks of 4 tokens."""
-    return pack(
+    return pack_step(
         [
             part((11, 12, 13, 14, 15), blocks=(7, 2), slot=3),
             part((21, 22, 23), start=6, blocks=(5, 9, 1), sample=False),
@@ -53,12 +53,12 @@ def test_logits_are_wanted_of_the_last_token_of_who_samples(mixed: PackedStep) -
 
 
 def test_where_nobody_samples_no_logits_are_wanted() -> None:
-    assert pack([part((1, 2), sample=False)], 4).sampled.tolist() == []
+    assert pack_step([part((1, 2), sample=False)], 4).sampled.tolist() == []
 
 
 def test_a_table_is_as_wide_as_the_most_blocks_somebody_holds() -> None:
     held_ahead = part((1,), blocks=(3, 4, 5))
-    assert pack([held_ahead, part((2,))], 4).table.tolist() == [[3, 4, 5], [0, 0, 0]]
+    assert pack_step([held_ahead, part((2,))], 4).table.tolist() == [[3, 4, 5], [0, 0, 0]]
 
 
 def test_everything_is_of_32_bits(mixed: PackedStep) -> None:
@@ -68,4 +68,4 @@ def test_everything_is_of_32_bits(mixed: PackedStep) -> None:
 
 def test_blocks_that_do_not_cover_the_tokens_are_refused() -> None:
     with pytest.raises(IndexError):
-        pack([part((1, 2, 3, 4, 5))], 4)
+        pack_step([part((1, 2, 3, 4, 5))], 4)

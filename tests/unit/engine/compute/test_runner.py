@@ -12,7 +12,7 @@ import torch
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig
 from loraserve.engine import setup
-from loraserve.engine.compute.runner import ModelRunner
+from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.setup import (
     build_runner,
     digest_threads_for,
@@ -23,7 +23,7 @@ from loraserve.engine.setup import (
 from loraserve.errors import ConfigError
 from loraserve.testing.tiny_model import write_peft_adapter
 
-MakeRunner = Callable[..., ModelRunner]
+MakeRunner = Callable[..., CpuRunner]
 PROMPT = [5, 6, 7, 8]
 
 
@@ -38,7 +38,7 @@ def slab(tmp_path: Path, make_runner: MakeRunner) -> Slab:
     return pack_peft(folder, make_runner().shape, "float32", 64)
 
 
-def tokens(helpers: SimpleNamespace, runner: ModelRunner, slot: int = -1) -> list[int]:
+def tokens(helpers: SimpleNamespace, runner: CpuRunner, slot: int = -1) -> list[int]:
     stream = helpers.Stream("r", PROMPT, blocks=range(8), slot=slot)
     helpers.drive(runner, [stream], 8, [16])
     return stream.output
@@ -123,7 +123,7 @@ def test_auto_computes_on_the_cpu_where_no_gpu_can_be_used(
     monkeypatch.setattr(setup, "gpu_unusable", lambda: "torch is a CPU build; install torch for CUDA")
     said: list[str] = []
     runner = build_runner(Config(model=ModelConfig(path=str(model_dirs["llama"]))), said.append)
-    assert isinstance(runner, ModelRunner)
+    assert isinstance(runner, CpuRunner)
     assert "computing on the CPU: torch is a CPU build; install torch for CUDA" in said
 
 

@@ -11,32 +11,32 @@ import pytest
 
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.engine.compute.protocol import LayeredRunner
-from loraserve.engine.compute.runner import ModelRunner
+from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.loading import arrival as arrivals
 from loraserve.engine.loading.arrival import Arrival
 from loraserve.engine.schedule.events import StepBatch, StepResult
 from loraserve.testing.tiny_model import write_peft_adapter
 
-MakeRunner = Callable[..., ModelRunner]
+MakeRunner = Callable[..., CpuRunner]
 PROMPT = [5, 6, 7, 8]
 LONG_S = 60.0
 
 
 @pytest.fixture
-def runner(make_runner: MakeRunner) -> ModelRunner:
+def runner(make_runner: MakeRunner) -> CpuRunner:
     made = make_runner()
     assert isinstance(made, LayeredRunner)
     return made
 
 
 @pytest.fixture
-def slab(tmp_path: Path, runner: ModelRunner) -> Slab:
+def slab(tmp_path: Path, runner: CpuRunner) -> Slab:
     """Strong enough that its tokens are not the base model's."""
     folder = write_peft_adapter(tmp_path / "peft", runner.shape, rank=8, strength=4.0)
     return pack_peft(folder, runner.shape, "float32", 64)
 
 
-def step(helpers: Any, runner: ModelRunner, *slots: int) -> StepResult:
+def step(helpers: Any, runner: CpuRunner, *slots: int) -> StepResult:
     """The first step of a request for each slot."""
     streams = [helpers.Stream(f"slot {slot}", PROMPT, blocks=[number], slot=slot) for number, slot in enumerate(slots)]
     return runner.step(StepBatch(step_id=1, sequences=tuple(stream.next(16) for stream in streams)))
@@ -46,13 +46,13 @@ def tokens(result: StepResult) -> dict[str, int]:
     return {sampled.request_id: sampled.token for sampled in result.sampled}
 
 
-def spoil(runner: ModelRunner, slab: Slab) -> None:
+def spoil(runner: CpuRunner, slab: Slab) -> None:
     """What lay in the extent before is no number."""
     runner.pool.write(0, np.full(slab.header.elements, np.nan, np.float32).tobytes())
 
 
 @pytest.fixture
-def expected(runner: ModelRunner, slab: Slab, helpers: SimpleNamespace) -> dict[str, int]:
+def expected(runner: CpuRunner, slab: Slab, helpers: SimpleNamespace) -> dict[str, int]:
     runner.pool.write(0, slab.data)
     runner.install(0, slab.header, 0)
     found = tokens(step(helpers, runner, -1, 0))
@@ -63,7 +63,7 @@ def expected(runner: ModelRunner, slab: Slab, helpers: SimpleNamespace) -> dict[
 
 
 def test_each_layer_is_computed_with_once_it_is_there(
-    runner: ModelRunner,
+    runner: CpuRunner,
     slab: Slab,
     helpers: SimpleNamespace,
     expected: dict[str, int],
@@ -99,7 +99,7 @@ def test_each_layer_is_computed_with_once_it_is_there(
 
 
 def test_who_is_late_is_named_and_harms_nobody_else(
-    runner: ModelRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
+    runner: CpuRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
 ) -> None:
     arrival = Arrival(slab.header)
     runner.arrive(0, slab.header, 0, arrival)
@@ -112,7 +112,7 @@ def test_who_is_late_is_named_and_harms_nobody_else(
 
 
 def test_a_slab_that_is_all_there_is_waited_for_no_more(
-    runner: ModelRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
+    runner: CpuRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
 ) -> None:
     runner.arrive(0, slab.header, 0, Arrival(slab.header))
     runner.pool.write(0, slab.data)
@@ -122,7 +122,7 @@ def test_a_slab_that_is_all_there_is_waited_for_no_more(
 
 
 def test_a_slot_that_is_freed_is_waited_for_no_more(
-    runner: ModelRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
+    runner: CpuRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
 ) -> None:
     runner.arrive(0, slab.header, 0, Arrival(slab.header))
     runner.remove(0)
@@ -131,7 +131,7 @@ def test_a_slot_that_is_freed_is_waited_for_no_more(
 
 
 def test_another_read_of_the_same_slab_takes_the_place_of_one_that_failed(
-    runner: ModelRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
+    runner: CpuRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
 ) -> None:
     failed, next_one = Arrival(slab.header), Arrival(slab.header)
     runner.arrive(0, slab.header, 0, failed)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from loraserve.engine.compute.protocol import DeviceLost
-from loraserve.engine.cuda.memory import device_errors
+from loraserve.engine.compute.protocol import DeviceLostError
+from loraserve.engine.cuda.errors import device_errors
 
 
 @pytest.mark.parametrize(
@@ -17,7 +17,7 @@ from loraserve.engine.cuda.memory import device_errors
     ],
 )
 def test_who_ever_notices_it_the_device_is_lost(text: str) -> None:
-    with pytest.raises(DeviceLost) as lost, device_errors():
+    with pytest.raises(DeviceLostError) as lost, device_errors():
         raise RuntimeError(text)
     assert str(lost.value) == text.splitlines()[0]
 

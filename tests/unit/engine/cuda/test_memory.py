@@ -14,7 +14,15 @@ from loraserve.adapter.format import SlabHeader, make_layout
 from loraserve.config import EngineConfig
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.cuda import pool as pool_module
-from loraserve.engine.cuda.memory import MIB, Measured, Shares, adapter_bytes, adapters_that_fit, divide, room
+from loraserve.engine.cuda.memory import (
+    MIB,
+    MeasuredMemory,
+    MemoryShares,
+    adapter_bytes,
+    count_fitting_adapters,
+    describe_capacity,
+    divide_memory,
+)
 from loraserve.engine.cuda.pool import DevicePool
 from loraserve.engine.cuda.state import DTYPES, compute_dtype
 from loraserve.errors import ConfigError
@@ -29,13 +37,13 @@ SHAPES = {
 GIB = 1 << 30
 
 
-def measured(total: int, used: int, step: int) -> Measured:
-    return Measured(total_bytes=total, used_bytes=used, step_bytes=step)
+def measured(total: int, used: int, step: int) -> MeasuredMemory:
+    return MeasuredMemory(total_bytes=total, used_bytes=used, step_bytes=step)
 
 
 def test_the_pool_takes_its_share_of_what_is_left_and_the_cache_the_rest() -> None:
-    shares = divide(measured(80 * GIB, 20 * GIB, 2 * GIB), 0.9, 0.3, 1 << 20)
-    assert shares == Shares(kv_blocks=35 << 10, pool_bytes=15 * GIB)
+    shares = divide_memory(measured(80 * GIB, 20 * GIB, 2 * GIB), 0.9, 0.3, 1 << 20)
+    assert shares == MemoryShares(kv_blocks=35 << 10, pool_bytes=15 * GIB)
 
 
 @given(
@@ -51,7 +59,7 @@ def test_no_more_is_taken_than_is_allowed(
 ) -> None:
     left = total * memory_fraction - used - step
     try:
-        shares = divide(measured(total, used, step), memory_fraction, pool_fraction, block_bytes)
+        shares = divide_memory(measured(total, used, step), memory_fraction, pool_fraction, block_bytes)
     except ConfigError:
         assert left * pool_fraction < MIB + 1 or left * (1 - pool_fraction) < block_bytes + 1, "there was room"
         return
@@ -70,9 +78,9 @@ def test_no_more_is_taken_than_is_allowed(
         (measured(8 * GIB, 7 * GIB, 0), GIB),  # not one block
     ],
 )
-def test_where_nothing_is_left_settings_and_remedies_are_named(memory: Measured, block_bytes: int) -> None:
+def test_where_nothing_is_left_settings_and_remedies_are_named(memory: MeasuredMemory, block_bytes: int) -> None:
     with pytest.raises(ConfigError) as refused:
-        divide(memory, 0.9, 0.3, block_bytes)
+        divide_memory(memory, 0.9, 0.3, block_bytes)
     text = str(refused.value)
     assert f"engine.memory_fraction=0.9 of 8192 MiB allows 7373 MiB, {memory.used_bytes / MIB:.0f} MiB are used" in text
     assert f"a step takes {memory.step_bytes / MIB:.0f} MiB" in text
@@ -107,19 +115,20 @@ def really_fit(shape: ModelShape, pool_bytes: int, slots: int, rank: int) -> int
 @pytest.mark.parametrize("pool_bytes", [0, 4095, 100_000, 1 << 20, 3_333_333])
 @pytest.mark.parametrize("rank", [1, 8, 16, 100])
 def test_as_many_fit_as_the_engines_pool_takes(shape: ModelShape, pool_bytes: int, rank: int) -> None:
-    fit = adapters_that_fit(shape, "bfloat16", pool_bytes, 20, rank)
+    fit = count_fitting_adapters(adapter_bytes(shape, "bfloat16", rank), pool_bytes, 20)
     assert fit == really_fit(shape, pool_bytes, 20, rank)
 
 
 def test_slots_limit_how_many_fit() -> None:
-    assert adapters_that_fit(SHAPES["even"], "bfloat16", 1 << 30, 3, 8) == 3
+    assert count_fitting_adapters(adapter_bytes(SHAPES["even"], "bfloat16", 8), 1 << 30, 3) == 3
 
 
 def test_how_much_fits_is_said() -> None:
-    shape, shares = SHAPES["even"], Shares(kv_blocks=1000, pool_bytes=2 * MIB)
-    eight, large = (adapters_that_fit(shape, "bfloat16", 2 * MIB, 64, rank) for rank in (8, 128))
+    shape, shares = SHAPES["even"], MemoryShares(kv_blocks=1000, pool_bytes=2 * MIB)
+    sizes = {rank: adapter_bytes(shape, "bfloat16", rank) for rank in (8, 128)}
+    eight, large = (count_fitting_adapters(size, 2 * MIB, 64) for size in sizes.values())
     assert 64 > eight > large > 0
-    assert room(shape, "bfloat16", shares, 16, 64, ranks=(8, 128)) == (
+    assert describe_capacity(shares, 16, 64, sizes) == (
         f"KV cache for 16000 tokens; adapter pool of 2 MiB holds {eight} of rank 8, {large} of rank 128"
     )
 

@@ -10,7 +10,7 @@ import torch
 
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import EngineConfig
-from loraserve.engine.compute.runner import ModelRunner
+from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep, StepBatch
 from loraserve.errors import ConfigError
 from loraserve.messages.sampling import SamplingParams
@@ -119,7 +119,7 @@ def test_what_cannot_be_used_is_refused_and_leaves_the_slot_as_it_was(make_cuda_
 
 
 def test_every_way_to_draw_draws_what_the_cpu_engine_draws(
-    make_cuda_runner: Make, make_runner: Callable[..., ModelRunner], helpers: Any
+    make_cuda_runner: Make, make_runner: Callable[..., CpuRunner], helpers: Any
 ) -> None:
     drawn = []
     for runner in (make_cuda_runner(), make_runner("small")):
@@ -133,7 +133,7 @@ def test_every_way_to_draw_draws_what_the_cpu_engine_draws(
     assert len({tuple(tokens) for tokens in drawn[0].values()}) == len(SAMPLED), "they must differ"
 
 
-def test_log_probabilities_are_the_cpu_engines(make_cuda_runner: Make, make_runner: Callable[..., ModelRunner]) -> None:
+def test_log_probabilities_are_the_cpu_engines(make_cuda_runner: Make, make_runner: Callable[..., CpuRunner]) -> None:
     batch = StepBatch(
         step_id=0,
         sequences=(part("asks", PROMPT, 0, 0, sampling=SAMPLED["greedy"]), part("does not", PROMPT, 0, 1)),

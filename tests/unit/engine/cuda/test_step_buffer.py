@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.engine.compute.runner import PackedStep, pack
+from loraserve.engine.compute.packed import PackedStep, pack_step
 from loraserve.engine.schedule.events import SequenceStep
 from loraserve.messages.sampling import SamplingParams
 
 pytest.importorskip("triton", reason="the CUDA runner needs triton")
 
 from loraserve.engine.cuda.graphs import batch_sizes, table_widths
-from loraserve.engine.cuda.step_buffer import UNKNOWN, StepBuffer, StepShape
+from loraserve.engine.cuda.step_buffer import NONE, BufferSize, StepBuffer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)
@@ -38,15 +38,15 @@ def sent(buffer: StepBuffer, packed: PackedStep, source: list[int]) -> dict[str,
 
 @pytest.fixture
 def two_decode() -> PackedStep:
-    return pack([part((8,), 4, (5, 6), slot=2), part((9,), 2, (7,))], 4)
+    return pack_step([part((8,), 4, (5, 6), slot=2), part((9,), 2, (7,))], 4)
 
 
 def test_exact_room_holds_the_step_and_nothing_else() -> None:
-    packed = pack([part((11, 12, 13), 2, (5, 6), slot=1), part((9,), 0, (7,), sample=False)], 4)
-    buffer = StepBuffer(StepShape(tokens=4, sequences=2, blocks=2, sampled=1), DEVICE)
-    assert sent(buffer, packed, [UNKNOWN, UNKNOWN, UNKNOWN, 3]) == {
+    packed = pack_step([part((11, 12, 13), 2, (5, 6), slot=1), part((9,), 0, (7,), sample=False)], 4)
+    buffer = StepBuffer(BufferSize(tokens=4, sequences=2, blocks=2, sampled=1), DEVICE)
+    assert sent(buffer, packed, [NONE, NONE, NONE, 3]) == {
         "tokens": [11, 12, 13, 9],
-        "source": [UNKNOWN, UNKNOWN, UNKNOWN, 3],
+        "source": [NONE, NONE, NONE, 3],
         "positions": [2, 3, 4, 0],
         "slots": [1, 1, 1, -1],
         "kv_slots": [22, 23, 24, 28],
@@ -58,10 +58,10 @@ def test_exact_room_holds_the_step_and_nothing_else() -> None:
 
 
 def test_room_to_spare_is_filled_with_tokens_that_touch_nothing(two_decode: PackedStep) -> None:
-    buffer = StepBuffer(StepShape(tokens=5, sequences=5, blocks=3, sampled=5), DEVICE)
-    assert sent(buffer, two_decode, [0, UNKNOWN]) == {
+    buffer = StepBuffer(BufferSize(tokens=5, sequences=5, blocks=3, sampled=5), DEVICE)
+    assert sent(buffer, two_decode, [0, NONE]) == {
         "tokens": [8, 9, 0, 0, 0],
-        "source": [0, UNKNOWN, UNKNOWN, UNKNOWN, UNKNOWN],
+        "source": [0, NONE, NONE, NONE, NONE],
         "positions": [4, 2, 0, 0, 0],
         "slots": [2, -1, -1, -1, -1],
         "kv_slots": [24, 30, -1, -1, -1],
@@ -73,18 +73,18 @@ def test_room_to_spare_is_filled_with_tokens_that_touch_nothing(two_decode: Pack
 
 
 def test_nothing_of_the_step_before_is_left(two_decode: PackedStep) -> None:
-    buffer = StepBuffer(StepShape(tokens=4, sequences=4, blocks=3, sampled=4), DEVICE)
-    full = pack([part((i,), 9, (i, i, i), slot=i) for i in range(1, 5)], 4)
+    buffer = StepBuffer(BufferSize(tokens=4, sequences=4, blocks=3, sampled=4), DEVICE)
+    full = pack_step([part((i,), 9, (i, i, i), slot=i) for i in range(1, 5)], 4)
     first = sent(buffer, two_decode, [0, 1])
     sent(buffer, full, [3, 2, 1, 0])
     assert sent(buffer, two_decode, [0, 1]) == first
 
 
 def test_a_captured_graph_finds_everything_where_it_was(two_decode: PackedStep) -> None:
-    buffer = StepBuffer(StepShape(tokens=2, sequences=2, blocks=2, sampled=2), DEVICE)
+    buffer = StepBuffer(BufferSize(tokens=2, sequences=2, blocks=2, sampled=2), DEVICE)
     places = [getattr(buffer, name).data_ptr() for name in VIEWS]
     for _ in range(2):
-        sent(buffer, two_decode, [UNKNOWN, UNKNOWN])
+        sent(buffer, two_decode, [NONE, NONE])
     assert [getattr(buffer, name).data_ptr() for name in VIEWS] == places
     for name in VIEWS:
         view = getattr(buffer, name)
@@ -93,9 +93,9 @@ def test_a_captured_graph_finds_everything_where_it_was(two_decode: PackedStep) 
 
 
 def test_a_step_that_does_not_fit_is_refused(two_decode: PackedStep) -> None:
-    for shape in (StepShape(1, 2, 2, 2), StepShape(2, 1, 2, 2), StepShape(2, 2, 1, 2), StepShape(2, 2, 2, 1)):
+    for shape in (BufferSize(1, 2, 2, 2), BufferSize(2, 1, 2, 2), BufferSize(2, 2, 1, 2), BufferSize(2, 2, 2, 1)):
         with pytest.raises(ValueError, match="broadcast"):
-            sent(StepBuffer(shape, DEVICE), two_decode, [UNKNOWN, UNKNOWN])
+            sent(StepBuffer(shape, DEVICE), two_decode, [NONE, NONE])
 
 
 def test_graphs_are_captured_for_powers_of_two_and_for_all() -> None:

@@ -49,6 +49,6 @@ def test_weights_beyond_fp16_stay_float32() -> None:
 
 
 def test_fp16_asked_for_where_it_does_not_run_is_refused() -> None:
-    assert pick_backend("auto", fp16_runs=lambda: False) == "float32"
+    assert pick_backend("auto", can_run_fp16=lambda: False) == "float32"
     with pytest.raises(ConfigError, match=r"engine\.weights=fp16: .* set engine\.weights to auto"):
-        pick_backend("fp16", fp16_runs=lambda: False)
+        pick_backend("fp16", can_run_fp16=lambda: False)

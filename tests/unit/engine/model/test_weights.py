@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from loraserve.engine.model.config import read_decoder_config
-from loraserve.engine.model.linear import HostForm
+from loraserve.engine.model.linear import CpuWeightForm
 from loraserve.engine.model.weights import DecoderWeights, load_weights
 from loraserve.errors import ConfigError
 from loraserve.testing.tiny_model import write_tiny_model
@@ -16,7 +16,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def load(model_dir: Path, progress: Callable[[str], None] = lambda text: None) -> DecoderWeights:
-    return load_weights(model_dir, read_decoder_config(model_dir), HostForm("float32"), progress)
+    return load_weights(model_dir, read_decoder_config(model_dir), CpuWeightForm("float32"), progress)
 
 
 def changed(source: Path, target: Path, change: Callable[[Tensors], None]) -> Path:
