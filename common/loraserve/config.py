@@ -158,6 +158,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     drain_timeout_s: Seconds = 8.0
     """How long streams may go on after a stop was asked for; under the ten seconds containers get."""
     max_body_bytes: Positive = 16 << 20
+    max_free_json_bytes: Positive = 1 << 20
+    """Limit for a request's tool_calls together and for its chat_template_kwargs, whose JSON may hold anything."""
     expect_characters: Positive = 4000
     """Of a prompt from so long on the router hears before it is tokenized, which takes 2 ms and more: its adapter is
     brought to an engine meanwhile."""

@@ -1,4 +1,4 @@
-"""What the handlers of one gateway share."""
+"""What the HTTP handlers of one gateway share: its ports to the cluster and its state."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -20,13 +20,13 @@ from loraserve.log import Logger
 from loraserve.messages import Abort, AdapterRef, Expect
 
 ROUTER = "router"
-CHARACTERS_A_TOKEN = 4
-"""About so many, of text in English."""
+CHARACTERS_PER_TOKEN = 4
+"""A rough figure for English text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model that a request named: the base, or one version of an adapter."""
+    """The model that a request named: the base model, or one version of an adapter."""
 
     name: str
     adapter: AdapterRef | None
@@ -58,7 +58,7 @@ class Gateway:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """One HTTP request; ``idle`` is set while there is none."""
+        """Count one HTTP request as active; ``idle`` is set while there is none."""
         self.active_requests += 1
         self.idle.clear()
         try:
@@ -69,7 +69,7 @@ class Gateway:
                 self.idle.set()
 
     async def resolve(self, model: str | None) -> ServedModel:
-        """Who answers a request for ``model``. Raises ApiError 400, 404 or 503; nothing falls back to the base."""
+        """Return the model of that name. Raises ApiError 400, 404 or 503; the base model replaces no adapter."""
         if not model:
             message = "model: name the model or adapter to use; GET /v1/models lists them"
             raise bad_request(message, "model", "missing_required_parameter")
@@ -78,27 +78,33 @@ class Gateway:
         return ServedModel(model, await self.registry.resolve(model))
 
     def context_tokens(self) -> int:
-        """Longest prompt plus output that the model and every engine take. Raises ApiError 503 while unknown."""
+        """Return the most tokens of prompt and output that the model and every engine accept.
+
+        Raises ApiError 503 while that is unknown.
+        """
         reports = self.streams.watch.reports.values()
         engines = [report.load.max_model_tokens for report in reports if report.alive]
-        known = [
-            limit for limit in (self.config.model.max_model_tokens, self.tokenizer.max_positions, *engines) if limit
-        ]
+        limits = (self.config.model.max_model_tokens, self.tokenizer.max_positions, *engines)
+        known = [limit for limit in limits if limit]
         if not known:
-            raise unavailable("No engine has reported the model's context length yet", "no_engine")
+            raise unavailable("No engine has reported the model's context length yet; try again", "no_engine")
         return min(known)
 
-    def expect(self, target: ServedModel, characters: int) -> None:
-        """Before a long prompt is turned into tokens: its adapter may be on its way meanwhile."""
-        if target.adapter is not None and characters >= self.config.gateway.expect_characters:
-            tokens = characters // CHARACTERS_A_TOKEN
-            self.bus.send(ROUTER, Expect(adapter=target.adapter, prompt_tokens=tokens))
+    def announce(self, model: ServedModel, characters: int) -> None:
+        """Tell the router that a long prompt is being tokenized, so that its adapter can be loaded meanwhile."""
+        if model.adapter is not None and characters >= self.config.gateway.expect_characters:
+            tokens = characters // CHARACTERS_PER_TOKEN
+            self.bus.send(ROUTER, Expect(adapter=model.adapter, prompt_tokens=tokens))
 
     def abort(self, engine: str, request_id: str, reason: str) -> None:
-        """Tell the engine that nobody waits for this request."""
+        """Tell an engine to drop a request. ``reason`` is for the metrics."""
         self.metrics.aborts.labels(reason).inc()
-        self.stories.story.tell(request_id, self.clock.monotonic_s(), f"aborted on {engine}: {reason}")
+        self.tell_story(request_id, f"aborted on {engine}: {reason}")
         self.bus.send(engine, Abort(request_id=request_id))
+
+    def tell_story(self, request_id: str, what: str) -> None:
+        """Record an event of a request for operators."""
+        self.stories.story.tell(request_id, self.clock.monotonic_s(), what)
 
 
 GATEWAY = web.AppKey("gateway", Gateway)

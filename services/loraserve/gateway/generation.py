@@ -1,4 +1,4 @@
-"""Running one HTTP request's choices on engines: routed, read as one sequence of pieces, given up when nobody reads."""
+"""Running the choices of one HTTP request on engines: routing them, reading their tokens, aborting unread ones."""
 
 import asyncio
 from collections import deque
@@ -20,9 +20,9 @@ ROUTER_ANSWER: Any = Routed | Rejected
 
 
 class ChoiceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """One choice: what the router gets, and how its tokens become text.
+    """What one choice needs: the message for the router, and how its tokens become text.
 
-    ``prompt`` is the prompt's number, ``param`` the field it came in.
+    ``prompt`` is the number of its prompt, ``param`` the field in which the prompt was given.
     """
 
     prompt: int
@@ -32,8 +32,8 @@ class ChoiceRequest(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool
 
 
-class Mailbox:
-    """Streams that have something to take, in the order in which they got it. One reader."""
+class ReadyQueue:
+    """Streams with something to read, in the order in which they became ready. For one reader."""
 
     def __init__(self) -> None:
         self._ready: deque[Stream] = deque()
@@ -53,22 +53,25 @@ class Mailbox:
 
 
 class Generation:
-    """The choices of one request in flight."""
+    """The choices of one HTTP request while they run."""
 
-    def __init__(self, gateway: Gateway, jobs: Sequence[ChoiceRequest], arrived_s: float) -> None:
+    def __init__(self, gateway: Gateway, choices: Sequence[ChoiceRequest], arrived_s: float) -> None:
         self._gateway = gateway
-        self._jobs = jobs
+        self._choices = choices
         self._arrived_s = arrived_s
-        self._mailbox = Mailbox()
-        self._last_token_s = [0.0] * len(jobs)
-        self._first_token_s = [0.0] * len(jobs)
-        self._unfinished = len(jobs)
+        self._ready = ReadyQueue()
+        self._last_token_s = [0.0] * len(choices)
+        self._first_token_s = [0.0] * len(choices)
+        self._unfinished = len(choices)
+        # Streams are opened before the router is asked, so that no token can arrive before its stream exists.
         self._streams = [
-            gateway.streams.open(job.route.request_id, index, self._mailbox.put) for index, job in enumerate(jobs)
+            gateway.streams.open(choice.route.request_id, index, self._ready.put)
+            for index, choice in enumerate(choices)
         ]
-        detokenizer = gateway.tokenizer.pieces.detokenizer
-        self._choices = [
-            OutputAssembler(index, detokenizer(job.skip_special_tokens), job.rules) for index, job in enumerate(jobs)
+        detokenizer = gateway.tokenizer.token_bytes.detokenizer
+        self._outputs = [
+            OutputAssembler(index, detokenizer(choice.skip_special_tokens), choice.rules)
+            for index, choice in enumerate(choices)
         ]
 
     @property
@@ -76,12 +79,12 @@ class Generation:
         return sorted({stream.engine for stream in self._streams})
 
     def usage(self) -> dict[str, Any]:
-        """Prompts count once, however many choices continue them."""
-        prompts = {job.prompt: len(job.route.prompt_tokens) for job in self._jobs}
+        """Return OpenAI's ``usage`` so far. Each prompt counts once, however many choices continue it."""
+        prompts = {choice.prompt: len(choice.route.prompt_tokens) for choice in self._choices}
         cached = dict.fromkeys(prompts, 0)
-        for job, stream in zip(self._jobs, self._streams, strict=True):
-            cached[job.prompt] = max(cached[job.prompt], stream.cached_tokens)
-        completion_tokens = sum(choice.completion_tokens for choice in self._choices)
+        for choice, stream in zip(self._choices, self._streams, strict=True):
+            cached[choice.prompt] = max(cached[choice.prompt], stream.cached_tokens)
+        completion_tokens = sum(output.completion_tokens for output in self._outputs)
         prompt_tokens = sum(prompts.values())
         return {
             "prompt_tokens": prompt_tokens,
@@ -91,8 +94,8 @@ class Generation:
         }
 
     async def route(self) -> None:
-        """Every choice to an engine. Raises ApiError when one finds none."""
-        pairs = list(zip(self._jobs, self._streams, strict=True))
+        """Get an engine for every choice. Raises ApiError when one of them gets none."""
+        pairs = list(zip(self._choices, self._streams, strict=True))
         if len(pairs) == 1:
             await self._route(*pairs[0])
             return
@@ -103,51 +106,50 @@ class Generation:
             for task in tasks:
                 task.cancel()
 
-    async def next(self) -> OutputChunk | None:
-        """What is ready next of any choice, None when all have finished. Raises ApiError when one fails."""
+    async def next_chunk(self) -> OutputChunk | None:
+        """Return the next output of any choice, None when all have finished. Raises ApiError when one fails."""
         while self._unfinished:
-            stream = await self._mailbox.get()
-            choice = self._choices[stream.choice]
-            if choice.finished:
+            stream = await self._ready.get()
+            output = self._outputs[stream.choice]
+            if output.finished:
                 continue
-            progress = stream.take()
-            self._note_tokens(stream.choice, len(progress.tokens))
-            piece = choice.feed(progress.tokens, progress.logprobs, progress.finish, progress.stop_reason)
-            if piece.finish is not None:
-                self._finish(stream, choice, piece.finish)
-            if not piece.is_empty:
-                return piece
+            received = stream.take()
+            self._observe_tokens(stream.choice, len(received.tokens))
+            chunk = output.feed(received.tokens, received.logprobs, received.finish, received.stop_reason)
+            if chunk.finish is not None:
+                self._finish(stream, output, chunk.finish)
+            if not chunk.is_empty:
+                return chunk
         return None
 
     def close(self) -> None:
-        """Give up what has not finished, and forget all."""
+        """Abort what has not finished, and forget all streams."""
         now = self._gateway.clock.monotonic_s()
-        for stream, choice in zip(self._streams, self._choices, strict=True):
-            if stream.engine and not choice.finished and stream.finish is None:
+        for stream, output in zip(self._streams, self._outputs, strict=True):
+            if stream.engine and not output.finished and stream.finish is None:
                 reason = stream.failure.code or "" if stream.failure else "nobody_waits"
                 self._gateway.abort(stream.engine, stream.request_id, reason)
             if stream.failure:
-                self._gateway.stories.story.tell(stream.request_id, now, f"failed: {stream.failure.message}")
+                self._gateway.tell_story(stream.request_id, f"failed: {stream.failure.message}")
             self._gateway.streams.close(stream, now)
 
-    async def _route(self, job: ChoiceRequest, stream: Stream) -> None:
+    async def _route(self, choice: ChoiceRequest, stream: Stream) -> None:
         gateway = self._gateway
         asked_s = gateway.clock.monotonic_s()
-        timeout_s = gateway.config.gateway.route_timeout_s
-        asking = asyncio.create_task(_ask_router(gateway, job, timeout_s))
+        asking = asyncio.create_task(_ask_router(gateway, choice))
         try:
             routed = await asyncio.shield(asking)
         except asyncio.CancelledError:
-            # The request may still get to an engine: that one has to hear that nobody waits any more.
+            # The router may still send the request to an engine, which then has to drop it.
             asking.add_done_callback(partial(_abort_if_routed, gateway))
             raise
         now = gateway.clock.monotonic_s()
         gateway.metrics.route_s.observe(now - asked_s)
-        gateway.stories.story.tell(stream.request_id, now, f"accepted by {routed.engine}, {routed.why}")
-        for other in stream.routed(routed.engine, routed.incarnation, now):
+        gateway.tell_story(stream.request_id, f"accepted by {routed.engine}, {routed.why}")
+        for other in stream.set_engine(routed.engine, routed.incarnation, now):
             gateway.abort(other, stream.request_id, "routed_elsewhere")
 
-    def _note_tokens(self, index: int, tokens: int) -> None:
+    def _observe_tokens(self, index: int, tokens: int) -> None:
         if not tokens:
             return
         metrics = self._gateway.metrics
@@ -160,31 +162,30 @@ class Generation:
                 metrics.inter_token_s.observe((now - last) / tokens)
         else:
             self._first_token_s[index] = now
-            self._gateway.stories.story.tell(self._streams[index].request_id, now, "first token received")
+            self._gateway.tell_story(self._streams[index].request_id, "first token received")
             metrics.ttft_s.observe(now - self._arrived_s)
 
-    def _finish(self, stream: Stream, choice: OutputAssembler, reason: str) -> None:
+    def _finish(self, stream: Stream, output: OutputAssembler, reason: str) -> None:
         gateway, metrics = self._gateway, self._gateway.metrics
         now = gateway.clock.monotonic_s()
-        if choice.needs_abort and stream.finish is None:
+        if output.needs_abort and stream.finish is None:
             gateway.abort(stream.engine, stream.request_id, "stop_string")
         gateway.streams.close(stream, now)
-        text = f"finished: {reason}, {choice.completion_tokens} tokens"
-        gateway.stories.story.tell(stream.request_id, now, text)
+        gateway.tell_story(stream.request_id, f"finished: {reason}, {output.completion_tokens} tokens")
         self._unfinished -= 1
         metrics.finished.labels(metrics.model_name, reason).inc()
         metrics.e2e_s.observe(now - self._arrived_s)
-        metrics.prompt_length.observe(len(self._jobs[choice.index].route.prompt_tokens))
-        metrics.output_length.observe(choice.completion_tokens)
-        first = self._first_token_s[choice.index]
-        if first and choice.completion_tokens > 1:
-            metrics.per_token_s.observe((now - first) / (choice.completion_tokens - 1))
+        metrics.prompt_length.observe(len(self._choices[output.index].route.prompt_tokens))
+        metrics.output_length.observe(output.completion_tokens)
+        first = self._first_token_s[output.index]
+        if first and output.completion_tokens > 1:
+            metrics.per_token_s.observe((now - first) / (output.completion_tokens - 1))
 
 
 @asynccontextmanager
-async def generation(gateway: Gateway, jobs: Sequence[ChoiceRequest], arrived_s: float) -> AsyncIterator[Generation]:
-    """The jobs running on engines; whatever ends the block, nothing of them stays behind."""
-    run = Generation(gateway, jobs, arrived_s)
+async def generation(gateway: Gateway, choices: Sequence[ChoiceRequest], arrived_s: float) -> AsyncIterator[Generation]:
+    """Run the choices on engines. However the block ends, nothing of them stays behind."""
+    run = Generation(gateway, choices, arrived_s)
     try:
         await run.route()
         gateway.metrics.prompt_tokens.inc(run.usage()["prompt_tokens"])
@@ -193,28 +194,28 @@ async def generation(gateway: Gateway, jobs: Sequence[ChoiceRequest], arrived_s:
         run.close()
 
 
-async def _ask_router(gateway: Gateway, job: ChoiceRequest, timeout_s: float) -> Routed:
-    """Raises ApiError where no engine takes the request."""
+async def _ask_router(gateway: Gateway, choice: ChoiceRequest) -> Routed:
+    """Return where the request runs. Raises ApiError where no engine takes it."""
     try:
-        answer = await _ask_twice(gateway, job.route, timeout_s)
+        answer = await _ask_twice(gateway, choice.route)
     except RequestTimeoutError as error:
-        message = f"The router gave no answer ({error}); try again"
-        raise unavailable(message, "router_unavailable") from error
+        raise unavailable(f"The router did not answer ({error}); try again", "router_unavailable") from error
     except PeerError as error:
-        raise refused(error.code, error.message, param=job.param) from error
+        raise refused(error.code, error.message, param=choice.param) from error
     match answer:
         case Routed():
             return answer
         case Rejected():
-            raise refused(answer.code, answer.message, answer.retry_after_s, job.param)
+            raise refused(answer.code, answer.message, answer.retry_after_s, choice.param)
     raise TypeError(f"the router answered {type(answer).__name__}")
 
 
-async def _ask_twice(gateway: Gateway, route: Route, timeout_s: float) -> Any:
-    """The router's answer. One that died is asked again, in the time that is left: it is soon restarted.
+async def _ask_twice(gateway: Gateway, route: Route) -> Any:
+    """Return the router's answer. A router that dies is asked again in the time that is left: it restarts soon.
 
-    An engine that took the request from the first router is told to stop once it sends tokens nobody waits for.
+    An engine may have taken the request from the router that died. It is told to stop once it sends tokens.
     """
+    timeout_s = gateway.config.gateway.route_timeout_s
     deadline_s = gateway.clock.monotonic_s() + timeout_s
     try:
         return await gateway.bus.request(ROUTER, route, ROUTER_ANSWER, timeout_s)

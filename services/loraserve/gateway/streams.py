@@ -1,20 +1,54 @@
-"""The streams in flight: tokens by request id, in order, once each; what is lost or died fails its stream. Pure."""
+"""The token streams in flight, and whether the engines that send them are alive. Pure.
+
+``StreamTable`` delivers each engine's tokens to the stream of their request: in order, once each. A stream whose tokens
+were lost, or whose engine died, fails. ``EngineWatch`` decides whether an engine died or dropped a request.
+"""
 
 from collections import OrderedDict
 from collections.abc import Callable
+from enum import Enum
 
 import msgspec
 
 from loraserve.gateway.errors import ApiError, refused
 from loraserve.gateway.text.output import TokenLogprobs
 from loraserve.messages import ClusterLoad, EngineLoad, Failed, TokenBatch, TokenDelta
+from loraserve.messages.stop import ABORT
 
-ABORT_AGAIN_S = 1.0
-STRAYS_KEPT = 4096
+ABORT_INTERVAL_S = 1.0
+"""An engine is asked at most this often to drop the same request."""
+
+CLOSED_KEPT = 4096
+
+RECENT_TOKENS_S = 1.0
+"""An engine whose tokens arrived this recently is alive, whatever a report says: reports are older than tokens."""
+
+END_LOST_AFTER_S = 1.5
+"""If an engine no longer lists a request this long after the request's last token, its last message was lost."""
+
+CLOCK_MARGIN_S = 0.25
+"""Reports are dated by their age when published; this covers the time they travel."""
 
 
-class Progress(msgspec.Struct, frozen=True):
-    """Everything that came since the last look; a slow reader gets more at once, so memory stays one output's."""
+class StreamState(Enum):
+    """ROUTING streams have no engine yet; FINISHED and FAILED streams receive nothing more."""
+
+    ROUTING = "routing"
+    RUNNING = "running"
+    FINISHED = "finished"
+    FAILED = "failed"
+
+
+TRANSITIONS: dict[StreamState, frozenset[StreamState]] = {
+    StreamState.ROUTING: frozenset((StreamState.RUNNING, StreamState.FAILED)),
+    StreamState.RUNNING: frozenset((StreamState.FINISHED, StreamState.FAILED)),
+    StreamState.FINISHED: frozenset(),
+    StreamState.FAILED: frozenset(),
+}
+
+
+class Received(msgspec.Struct, frozen=True):
+    """All that arrived since the last ``take``. A slow reader gets more at once, so nothing piles up."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
@@ -23,14 +57,15 @@ class Progress(msgspec.Struct, frozen=True):
 
 
 class Stream:
-    """One request's tokens on their way from its engine to its reader.
+    """The tokens of one request on their way from its engine to its reader.
 
-    Tokens may come before the router's answer says from which engine to take them: they wait in ``_early``.
+    Tokens may arrive before the router's answer says which engine has the request; they are kept in ``_early``.
     """
 
     def __init__(self, request_id: str, choice: int, wake: Callable[["Stream"], None]) -> None:
         self.request_id = request_id
         self.choice = choice
+        self.state = StreamState.ROUTING
         self.engine = ""
         self.incarnation = ""
         self.routed_s = 0.0
@@ -48,12 +83,14 @@ class Stream:
 
     @property
     def is_over(self) -> bool:
-        return self.finish is not None or self.failure is not None
+        return not TRANSITIONS[self.state]
 
-    def routed(self, engine: str, incarnation: str, now: float) -> set[str]:
-        """From now on only this engine's tokens count. Returns other engines that sent some."""
+    def set_engine(self, engine: str, incarnation: str, now: float) -> set[str]:
+        """Accept tokens of this engine only, from now on. Returns the other engines that have sent some."""
         self.engine, self.incarnation = engine, incarnation
         self.routed_s = self.heard_s = now
+        if self.state is StreamState.ROUTING:
+            self._enter(StreamState.RUNNING)
         early, self._early = self._early, []
         for sender, past, event in early:
             if isinstance(event, Failed):
@@ -63,16 +100,18 @@ class Stream:
         return {sender for sender, _, _ in early} - {engine}
 
     def on_delta(self, engine: str, incarnation: str, delta: TokenDelta, now: float) -> bool:
-        """False when the sender should be told to stop: it is not this stream's engine, or the stream failed."""
+        """Take new tokens. Returns False when the sender has to drop the request: it is not the engine of this stream,
+        or the stream failed.
+        """
         if not self.engine:
             self._early.append((engine, incarnation, delta))
             return True
         if (engine, incarnation) != (self.engine, self.incarnation):
             return False
         if self.is_over:
-            return self.failure is None
+            return self.state is not StreamState.FAILED
         if delta.index > self.received_tokens:
-            self.fail(_gap(self.engine, self.received_tokens, delta.index))
+            self.fail(_lost_tokens(self.engine, self.received_tokens, delta.index))
             return False
         self.heard_s = now
         self._append(delta)
@@ -85,20 +124,25 @@ class Stream:
             self.fail(refused(failed.code, failed.message))
 
     def fail(self, error: ApiError) -> None:
-        """What came before is still delivered; the first failure stays."""
+        """End the stream with an error. Tokens received before are still delivered; the first error stays."""
         if not self.is_over:
             self.failure = error
+            self._enter(StreamState.FAILED)
             self._wake(self)
 
-    def take(self) -> Progress:
-        """What came since the last call. Raises the stream's failure once everything before it was taken."""
+    def take(self) -> Received:
+        """Return what arrived since the last call. Raises the stream's error once everything before it was taken."""
         if self.failure is not None and not self._tokens:
             raise self.failure
-        progress = Progress(tuple(self._tokens), tuple(self._logprobs), self.finish, self.stop_reason)
+        received = Received(tuple(self._tokens), tuple(self._logprobs), self.finish, self.stop_reason)
         self._tokens, self._logprobs = [], []
         if self.failure is not None:
             self._wake(self)
-        return progress
+        return received
+
+    def _enter(self, state: StreamState) -> None:
+        assert state in TRANSITIONS[self.state], f"{self.request_id}: {self.state} to {state}"
+        self.state = state
 
     def _append(self, delta: TokenDelta) -> None:
         seen = self.received_tokens - delta.index
@@ -110,42 +154,45 @@ class Stream:
         self._logprobs.extend(delta.logprobs[seen:] if seen else delta.logprobs)
         self.received_tokens += len(tokens)
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
-        if delta.finish == "abort":
+        if delta.finish == ABORT:
             self.failure = refused("engine_error", f"{self.engine} aborted the request")
-        else:
+            self._enter(StreamState.FAILED)
+        elif delta.finish is not None:
             self.finish, self.stop_reason = delta.finish, delta.stop_reason
+            self._enter(StreamState.FINISHED)
         self._wake(self)
 
 
 class StreamTable:
-    """All streams of one gateway. Its methods return which engines to tell that nobody waits for which request."""
+    """All streams of one gateway."""
 
     def __init__(self, dead_after_s: float) -> None:
         self.watch = EngineWatch(dead_after_s)
         self.stray_deltas = 0
         self.duplicate_tokens = 0
         self._streams: dict[str, Stream] = {}
-        self._strays: OrderedDict[str, float] = OrderedDict()
+        self._closed: OrderedDict[str, float] = OrderedDict()
+        """Requests that have no stream any more, with the time of the last abort or of their end."""
 
     def __len__(self) -> int:
         return len(self._streams)
 
     def open(self, request_id: str, choice: int, wake: Callable[[Stream], None]) -> Stream:
-        """Before the router is asked, so that no token can come too early."""
+        """Return a new stream. ``wake`` is called with it whenever it has something to take."""
         if request_id in self._streams:
             raise ValueError(f"request id {request_id} is already in flight")
         stream = self._streams[request_id] = Stream(request_id, choice, wake)
         return stream
 
     def close(self, stream: Stream, now: float) -> None:
-        """Forget it. What its engine still sends is answered with an abort, at the earliest after a while."""
+        """Forget a stream. Its engine is told to drop the request only if it still sends tokens after a while."""
         if self._streams.pop(stream.request_id, None) is not None:
             self.duplicate_tokens += stream.duplicate_tokens
-            self._note_stray(stream.request_id, now)
+            self._note_closed(stream.request_id, now)
 
     def on_batch(self, batch: TokenBatch, now: float) -> list[str]:
-        """Deliver one engine step. Returns ids of requests that the sender should abort."""
-        self.watch.heard(batch.engine, batch.incarnation, now)
+        """Deliver the tokens of one engine step. Returns the ids of requests that the sender has to drop."""
+        self.watch.note_tokens(batch.engine, batch.incarnation, now)
         unwanted = []
         for delta in batch.deltas:
             stream = self._streams.get(delta.request_id)
@@ -161,31 +208,32 @@ class StreamTable:
             stream.on_failed(failed)
 
     def on_cluster_load(self, load: ClusterLoad, now: float) -> None:
-        """Fail the streams whose engine went away, or ended them without our hearing of it."""
-        self.watch.observe(load, now)
+        """Fail the streams whose engine died, and those whose end was lost."""
+        self.watch.note_cluster_load(load, now)
         for stream in self._streams.values():
             if not stream.engine or stream.is_over:
                 continue
-            why = self.watch.gone(stream.engine, stream.incarnation, stream.routed_s, now)
+            why = self.watch.death_of(stream.engine, stream.incarnation, stream.routed_s, now)
             if why:
-                stream.fail(_died(stream.engine, why, stream.received_tokens))
-            elif self.watch.has_ended(stream.engine, stream.incarnation, stream.request_id, stream.heard_s):
-                stream.fail(_end_lost(stream.engine, stream.received_tokens))
+                stream.fail(_engine_died(stream.engine, why, stream.received_tokens))
+            elif self.watch.dropped(stream.engine, stream.incarnation, stream.request_id, stream.heard_s):
+                stream.fail(_lost_end(stream.engine, stream.received_tokens))
 
     def fail_all(self, error: ApiError) -> None:
         for stream in self._streams.values():
             stream.fail(error)
 
     def validate(self) -> None:
-        """Raises AssertionError where the table contradicts itself."""
+        """Raise AssertionError where the table contradicts itself."""
         for request_id, stream in self._streams.items():
             assert stream.request_id == request_id
-            assert not (stream.finish and stream.failure)
+            assert (stream.finish is not None) == (stream.state is StreamState.FINISHED)
+            assert (stream.failure is not None) == (stream.state is StreamState.FAILED)
             assert stream.engine or not stream.received_tokens
             assert not (stream.engine and stream._early)
 
     def story(self, request_id: str) -> str:
-        """What is known of one request, for people."""
+        """Return what is known of one request, for people."""
         stream = self._streams.get(request_id)
         if stream is None:
             return f"{request_id}: not in flight here"
@@ -194,56 +242,29 @@ class StreamTable:
         return f"{request_id}: {where}, {stream.received_tokens} tokens received, {end}"
 
     def _may_abort(self, request_id: str, now: float) -> bool:
-        last = self._strays.get(request_id)
-        if last is not None and now - last < ABORT_AGAIN_S:
+        last = self._closed.get(request_id)
+        if last is not None and now - last < ABORT_INTERVAL_S:
             return False
-        self._note_stray(request_id, now)
+        self._note_closed(request_id, now)
         return True
 
-    def _note_stray(self, request_id: str, now: float) -> None:
-        self._strays[request_id] = now
-        self._strays.move_to_end(request_id)
-        while len(self._strays) > STRAYS_KEPT:
-            self._strays.popitem(last=False)
-
-
-def _gap(engine: str, expected: int, found: int) -> ApiError:
-    message = f"tokens {expected} to {found - 1} from {engine} were lost on the way; send the request again"
-    return refused("stream_interrupted", message)
-
-
-def _end_lost(engine: str, received_tokens: int) -> ApiError:
-    message = f"what {engine} sent after {received_tokens} tokens was lost on the way; send the request again"
-    return refused("stream_interrupted", message)
-
-
-def _died(engine: str, why: str, received_tokens: int) -> ApiError:
-    message = f"engine {engine} went away while it ran this request ({why}, {received_tokens} tokens received)"
-    return refused("engine_died", message)
-
-
-# MERGED: loraserve.gateway.streams
-# """Is the engine of a stream still there? Judged from the monitor's reports and from its tokens. Pure."""
-
-
-HEARD_RECENTLY_S = 1.0
-"""An engine whose token came this recently lives, whatever a report says: reports are older than tokens."""
-
-LOST_AFTER_S = 1.5
-"""A request that its engine no longer has this long after the last token has ended, and the end was lost."""
-
-CLOCK_MARGIN_S = 0.25
-"""A report is dated from its age when published; the way from there to here takes time too."""
+    def _note_closed(self, request_id: str, now: float) -> None:
+        self._closed[request_id] = now
+        self._closed.move_to_end(request_id)
+        while len(self._closed) > CLOSED_KEPT:
+            self._closed.popitem(last=False)
 
 
 class EngineReport(msgspec.Struct, frozen=True):
+    """The last report of one engine, as the monitor published it."""
+
     load: EngineLoad
     reported_s: float
     alive: bool
 
 
 class EngineWatch:
-    """Last reports of all engines, and who was heard when."""
+    """The last reports of all engines, and when tokens arrived from each."""
 
     def __init__(self, dead_after_s: float) -> None:
         self.reports: dict[str, EngineReport] = {}
@@ -252,10 +273,11 @@ class EngineWatch:
         self._dead_after_s = dead_after_s
         self._monitor = ""
         self._monitor_since_s = 0.0
-        self._heard: dict[str, tuple[str, float]] = {}
+        self._tokens_s: dict[str, tuple[str, float]] = {}
+        """For each engine, the incarnation that last sent tokens, and when."""
 
-    def observe(self, load: ClusterLoad, now: float) -> None:
-        """A publication of the monitor arrived; the ages in it are from when it was sent."""
+    def note_cluster_load(self, load: ClusterLoad, now: float) -> None:
+        """Take over a publication of the monitor. The ages in it are from when it was sent."""
         if load.incarnation != self._monitor:
             self._monitor, self._monitor_since_s = load.incarnation, now
         self.cluster, self.cluster_s = load, now
@@ -263,38 +285,54 @@ class EngineWatch:
             seen.load.engine: EngineReport(seen.load, now - seen.age_s, seen.alive) for seen in load.engines
         }
 
-    def heard(self, engine: str, incarnation: str, now: float) -> None:
-        """Tokens came from it."""
-        self._heard[engine] = (incarnation, now)
+    def note_tokens(self, engine: str, incarnation: str, now: float) -> None:
+        self._tokens_s[engine] = (incarnation, now)
 
     def ready_engines(self, now: float) -> list[str]:
-        """Engines that take requests now; none when the monitor itself has been silent for long."""
+        """Return the engines that accept requests now; none when the monitor has been silent for long."""
         if now - self.cluster_s > 4 * self._dead_after_s:
             return []
         return [name for name, report in self.reports.items() if report.alive and report.load.state == "READY"]
 
-    def gone(self, engine: str, incarnation: str, routed_s: float, now: float) -> str:
-        """Why a stream that went to this incarnation of the engine at ``routed_s`` cannot finish, or ""."""
-        who, heard_s = self._heard.get(engine, ("", 0.0))
-        proof_s = max(routed_s, heard_s) if who == incarnation else routed_s
-        if now - proof_s < HEARD_RECENTLY_S:
+    def death_of(self, engine: str, incarnation: str, routed_s: float, now: float) -> str:
+        """Return why a request routed to this incarnation of an engine cannot finish; empty if the engine may live."""
+        sender, tokens_s = self._tokens_s.get(engine, ("", 0.0))
+        alive_s = max(routed_s, tokens_s) if sender == incarnation else routed_s
+        if now - alive_s < RECENT_TOKENS_S:
             return ""
         report = self.reports.get(engine)
         if report is None:
-            # A monitor that has just started has not heard of everybody yet.
-            silent_s = now - max(self._monitor_since_s, proof_s)
+            # A monitor that has just started does not know all engines yet.
+            silent_s = now - max(self._monitor_since_s, alive_s)
             return "it is not in the cluster any more" if silent_s > 2 * self._dead_after_s else ""
         if report.load.incarnation != incarnation:
             return "it was restarted" if report.reported_s > routed_s + CLOCK_MARGIN_S else ""
-        if not report.alive and now - proof_s > self._dead_after_s:
+        if not report.alive and now - alive_s > self._dead_after_s:
             return "it stopped reporting"
         return ""
 
-    def has_ended(self, engine: str, incarnation: str, request_id: str, silent_since_s: float) -> bool:
-        """Whether the engine listed its requests well after ``silent_since_s`` and this one is not among them."""
+    def dropped(self, engine: str, incarnation: str, request_id: str, silent_since_s: float) -> bool:
+        """Return whether the engine listed its requests well after ``silent_since_s`` without this one."""
         report = self.reports.get(engine)
         if report is None or report.load.incarnation != incarnation:
             return False
         load = report.load
-        lists_all = len(load.request_ids) == load.running + load.waiting
-        return lists_all and report.reported_s > silent_since_s + LOST_AFTER_S and request_id not in load.request_ids
+        if len(load.request_ids) != load.running + load.waiting:
+            # A report lists only so many requests.
+            return False
+        return report.reported_s > silent_since_s + END_LOST_AFTER_S and request_id not in load.request_ids
+
+
+def _lost_tokens(engine: str, expected: int, found: int) -> ApiError:
+    message = f"tokens {expected} to {found - 1} from {engine} were lost on the way; send the request again"
+    return refused("stream_interrupted", message)
+
+
+def _lost_end(engine: str, received_tokens: int) -> ApiError:
+    message = f"what {engine} sent after {received_tokens} tokens was lost on the way; send the request again"
+    return refused("stream_interrupted", message)
+
+
+def _engine_died(engine: str, why: str, received_tokens: int) -> ApiError:
+    message = f"engine {engine} died while it ran this request ({why}, {received_tokens} tokens received)"
+    return refused("engine_died", f"{message}; send the request again")

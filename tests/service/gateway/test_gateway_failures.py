@@ -164,7 +164,7 @@ def test_engine_death_is_an_error_event_and_other_streams_go_on(start_gateway: S
             assert events[-1] == "[DONE]"
             error = events[-2]["error"]
             assert (error["type"], error["code"]) == ("server_error", "engine_died")
-            assert "engine engine-0 went away" in error["message"]
+            assert "engine engine-0 died" in error["message"]
             status, body = await whole
             assert (status, body["error"]["code"]) == (503, "engine_died")
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from typing import Any
@@ -12,6 +13,8 @@ from openai import AsyncOpenAI
 
 from loraserve.errors import ConfigError
 from loraserve.gateway.api.schema import ChatRequest, CompletionRequest, TokenizeRequest
+from loraserve.gateway.text.tokenizer import INLINE_BYTES
+from loraserve.messages.sampling import FIELD_TYPES
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
 HI = [{"role": "user", "content": "hi"}]
@@ -111,13 +114,13 @@ def test_no_body_makes_the_gateway_crash(start_gateway: Start) -> None:
             cases: dict[str, tuple[Any, dict[str, Any]]] = {
                 "/v1/chat/completions": (ChatRequest, base | {"messages": HI}),
                 "/v1/completions": (CompletionRequest, base | {"prompt": "hi"}),
-                "/tokenize": (TokenizeRequest, {"prompt": "hi"}),
+                "/tokenize": (TokenizeRequest, {"messages": HI}),
             }
             for path, (schema, body) in cases.items():
-                for field in schema.__struct_fields__:
+                for field in (*schema.__struct_fields__, *(() if path == "/tokenize" else FIELD_TYPES)):
                     statuses = [(await gateway.post(path, body | {field: odd}))[0] for odd in ODD]
                     assert set(statuses) <= {200, 400, 404}, (path, field, statuses)
-                    assert 400 in statuses or field in ("tool_choice", "response_format", "tools", "functions")
+                    assert 400 in statuses or field == "tools"
 
     asyncio.run(scenario())
 
@@ -171,5 +174,39 @@ def test_settings_that_cannot_work(start_gateway: Start, setting: str, message: 
         with pytest.raises(ConfigError, match=message):
             async with start_gateway(setting):
                 pass
+
+    asyncio.run(scenario())
+
+
+def noting_threads(work: Callable[..., Any], threads: list[int]) -> Callable[..., Any]:
+    def noted(*arguments: Any) -> Any:
+        threads.append(threading.get_ident())
+        return work(*arguments)
+
+    return noted
+
+
+def test_large_requests_are_processed_off_the_event_loop(start_gateway: Start) -> None:
+    """The size of the whole body decides, not that of the messages' text."""
+
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            tokenizer = gateway.service.gateway.tokenizer
+            threads: list[int] = []
+            for name in ("render_chat", "decode"):
+                setattr(tokenizer, name, noting_threads(getattr(tokenizer, name), threads))
+            calls = [{"function": {"name": "f", "arguments": "x" * INLINE_BYTES}}]
+            small = {"model": "tiny", "messages": HI, "max_tokens": 1}
+            large = [
+                ("/v1/chat/completions", small | {"messages": [{"role": "user", "content": "", "tool_calls": calls}]}),
+                ("/v1/chat/completions", small | {"chat_template_kwargs": {"x": "x" * INLINE_BYTES}}),
+                ("/detokenize", {"tokens": [1] * INLINE_BYTES}),
+            ]
+            for path, body in large:
+                assert (await gateway.post(path, body))[0] == 200
+            assert len(threads) == 3
+            assert threading.get_ident() not in threads
+            assert (await gateway.post("/v1/chat/completions", small))[0] == 200
+            assert threads[-1] == threading.get_ident()
 
     asyncio.run(scenario())

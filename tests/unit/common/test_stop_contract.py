@@ -7,7 +7,7 @@ import pytest
 
 from loraserve.engine.schedule.events import Emit, RequestArrived, RunStep, Sampled, StepDone, StepResult
 from loraserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
-from loraserve.gateway.api.schema import ChatRequest, sampling_params, stop_rules
+from loraserve.gateway.api.schema import ChatRequest, decode, sampling_params, stop_rules
 from loraserve.gateway.text.detokenize import TokenBytes
 from loraserve.gateway.text.output import OutputAssembler, OutputChunk
 from loraserve.messages import Admit, TokenDelta
@@ -15,12 +15,7 @@ from loraserve.testing.tiny_tokenizer import CHAT_END, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 EOS = TOKENIZER.token_to_id(CHAT_END) or 0
-TOKENS = TokenBytes(
-    TOKENIZER.id_to_token,
-    lambda tokens: TOKENIZER.decode(list(tokens), skip_special_tokens=False),
-    frozenset({EOS}),
-    json.loads(TOKENIZER.to_str())["decoder"],
-)
+TOKENS = TokenBytes(TOKENIZER, frozenset({EOS}), json.loads(TOKENIZER.to_str())["decoder"])
 LIMITS = SchedulerLimits(
     kv_blocks=64, block_tokens=4, pool_bytes=1 << 20, max_adapters=1, max_running=4, max_waiting=4,
     max_step_tokens=32, max_model_tokens=64, eos_token_ids=frozenset([EOS]),
@@ -54,7 +49,7 @@ def deltas(request: ChatRequest, drawn: list[int], max_tokens: int) -> list[Toke
 
 def answer(drawn: list[int], max_tokens: int = 20, **fields: Any) -> tuple[OutputChunk, int]:
     """Return the whole output of one choice as a client sees it, and its ``completion_tokens``."""
-    request = ChatRequest(**fields)
+    request = decode(json.dumps(fields).encode(), ChatRequest)
     output = OutputAssembler(0, TOKENS.detokenizer(), stop_rules(request))
     chunks = [
         output.feed(delta.tokens, delta.logprobs, delta.finish, delta.stop_reason)

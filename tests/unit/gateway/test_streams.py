@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.gateway.errors import ApiError
-from loraserve.gateway.streams import ABORT_AGAIN_S, Stream, StreamTable
+from loraserve.gateway.streams import ABORT_INTERVAL_S, Stream, StreamTable
 from loraserve.messages import ClusterLoad, EngineLoad, EngineSeen, Failed, TokenBatch, TokenDelta
 
 INCARNATION = "a" * 16
@@ -52,7 +52,7 @@ class Table:
         self.table = StreamTable(dead_after_s=1.5)
         self.streams = {id_: self.table.open(id_, 0, self.wake) for id_ in request_ids}
         for stream in self.streams.values() if route else ():
-            assert stream.routed("engine-0", INCARNATION, 0.0) == set()
+            assert stream.set_engine("engine-0", INCARNATION, 0.0) == set()
 
     def wake(self, stream: Stream) -> None:
         self.woken.append(stream.request_id)
@@ -93,7 +93,7 @@ def test_tokens_before_the_route_wait_for_it_and_the_wrong_engine_is_told() -> N
     here.table.on_batch(batch(TokenDelta("a", 1, (2,))), 0.0)
     assert here.woken == []
     here.table.validate()
-    assert here.streams["a"].routed("engine-0", INCARNATION, 0.1) == {"engine-1"}
+    assert here.streams["a"].set_engine("engine-0", INCARNATION, 0.1) == {"engine-1"}
     assert here.tokens("a") == [1, 2]
     assert here.table.on_batch(batch(TokenDelta("a", 1, (9,)), engine="engine-1"), 0.2) == ["a"]
     here.table.validate()
@@ -103,7 +103,7 @@ def test_failure_before_the_route_counts_when_it_is_from_the_chosen_engine() -> 
     for engine, fails in (("engine-0", True), ("engine-1", False)):
         here = Table("a", route=False)
         here.table.on_failed(Failed(request_id="a", engine=engine, code="adapter_unavailable", message="gone"))
-        here.streams["a"].routed("engine-0", INCARNATION, 0.1)
+        here.streams["a"].set_engine("engine-0", INCARNATION, 0.1)
         assert (here.streams["a"].failure is not None) == fails
 
 
@@ -155,16 +155,16 @@ def test_unknown_requests_are_aborted_now_and_then_but_not_every_step() -> None:
     table = StreamTable(dead_after_s=1.5)
     assert table.on_batch(batch(TokenDelta("old", 3, (1,))), 0.0) == ["old"]
     assert table.on_batch(batch(TokenDelta("old", 4, (1,))), 0.1) == []
-    assert table.on_batch(batch(TokenDelta("old", 5, (1,))), 0.1 + ABORT_AGAIN_S) == ["old"]
+    assert table.on_batch(batch(TokenDelta("old", 5, (1,))), 0.1 + ABORT_INTERVAL_S) == ["old"]
     assert table.on_batch(batch(TokenDelta("done", 9, (1,), "stop")), 0.0) == []
     assert table.stray_deltas == 4
 
 
-def test_memory_of_strays_is_bounded() -> None:
+def test_memory_of_closed_is_bounded() -> None:
     table = StreamTable(dead_after_s=1.5)
     for number in range(10_000):
         table.on_batch(batch(TokenDelta(str(number), 0, (1,))), 0.0)
-    assert len(table._strays) < 5000
+    assert len(table._closed) < 5000
 
 
 def test_an_id_is_used_once_at_a_time() -> None:
@@ -203,7 +203,7 @@ def test_failed_keeps_the_code_of_the_engine() -> None:
 def test_engine_gone_fails_its_streams_and_no_other(load: ClusterLoad) -> None:
     here = Table("a", "b", "c")
     here.streams["b"] = here.table.open("b2", 0, here.wake)
-    here.streams["b"].routed("engine-1", INCARNATION, 0.0)
+    here.streams["b"].set_engine("engine-1", INCARNATION, 0.0)
     unrouted = here.table.open("d", 0, here.wake)
     other = engine_seen("engine-1")
     here.table.on_cluster_load(cluster_load(engine_seen(), other), 0.5)
@@ -215,7 +215,7 @@ def test_engine_gone_fails_its_streams_and_no_other(load: ClusterLoad) -> None:
     assert here.tokens("a") == [1]
     error = failure(here.streams["a"])
     assert (error.status, error.code) == (503, "engine_died")
-    assert "engine-0 went away" in error.message
+    assert "engine engine-0 died" in error.message
     assert here.streams["b"].failure is None
     assert here.streams["c"].take().finish == "stop"
     assert unrouted.failure is None
@@ -225,7 +225,7 @@ def test_engine_gone_fails_its_streams_and_no_other(load: ClusterLoad) -> None:
 def test_a_request_just_routed_to_a_restarted_engine_survives_old_reports() -> None:
     table = StreamTable(dead_after_s=1.5)
     stream = table.open("a", 0, lambda _: None)
-    stream.routed("engine-0", "new", 10.0)
+    stream.set_engine("engine-0", "new", 10.0)
     for now, age_s in ((10.1, 0.2), (10.5, 0.6), (11.2, 1.3)):
         table.on_cluster_load(cluster_load(engine_seen(incarnation="old", age_s=age_s)), now)
         assert stream.failure is None
@@ -275,7 +275,7 @@ def test_ready_engines() -> None:
 def test_story_tells_where_a_request_is() -> None:
     here = Table("a", route=False)
     assert "waiting for an engine" in here.table.story("a")
-    here.streams["a"].routed("engine-0", INCARNATION, 0.0)
+    here.streams["a"].set_engine("engine-0", INCARNATION, 0.0)
     here.table.on_batch(batch(TokenDelta("a", 0, (1, 2))), 0.0)
     assert "2 tokens" in here.table.story("a")
     assert "engine-0" in here.table.story("a")

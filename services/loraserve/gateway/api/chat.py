@@ -1,97 +1,159 @@
-"""POST /v1/chat/completions."""
+"""POST /v1/chat/completions: from messages to a prompt, and from chunks of output to OpenAI's chat answers."""
 
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 from aiohttp import web
 
-from loraserve.gateway.api.generate import Choices, Prompting, answer, check_length, plan_call
-from loraserve.gateway.api.schema import ChatRequest, check_chat, decode
+from loraserve.gateway.api.generate import LEAST_LOGPROB, Call, Choices, answer
+from loraserve.gateway.api.limits import check_free_json, check_messages, check_text
+from loraserve.gateway.api.schema import ChatMessage, ChatRequest, TokenizeRequest, check_chat, decode, decode_field
 from loraserve.gateway.context import GATEWAY
+from loraserve.gateway.errors import bad_request, unsupported
 from loraserve.gateway.text.detokenize import TokenBytes
 from loraserve.gateway.text.output import OutputChunk, ScoredToken
-from loraserve.gateway.text.tokenizer import ChatOptions, characters_of, check_template_arguments
+from loraserve.gateway.text.tokenizer import ChatOptions, ModelTokenizer
 
-LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot say."""
+RESERVED_TEMPLATE_ARGUMENTS = frozenset(
+    ("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message")
+)
+
+
+async def chat_completions(http: web.Request) -> web.StreamResponse:
+    gateway = http.app[GATEWAY]
+    body = await http.read()
+    request = decode(body, ChatRequest)
+    check_chat(request)
+    model = await gateway.resolve(request.model)
+    messages = request.messages or []
+    tokenizer, context = gateway.tokenizer, gateway.context_tokens()
+    check_free_json(messages, request.chat_template_kwargs, gateway.config.gateway.max_free_json_bytes)
+    gateway.announce(model, check_messages(tokenizer, messages, context))
+    prompt = await tokenizer.run(len(body), encode_messages, tokenizer, messages, request, context)
+    call = Call(
+        request=request,
+        model=model,
+        format=ChatFormat(tokenizer.token_bytes, bool(request.logprobs)),
+        prompts=[prompt],
+        param="messages",
+        max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
+        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+    )
+    return await answer(gateway, http, call)
+
+
+def encode_messages(
+    tokenizer: ModelTokenizer,
+    messages: Sequence[ChatMessage],
+    request: ChatRequest | TokenizeRequest,
+    context: int | None,
+) -> tuple[int, ...]:
+    """Return the tokens of the prompt that the model's chat template makes of messages.
+
+    Raises ApiError 400 for messages that the template refuses, for a prompt that cannot fit the ``context`` (None: any
+    length is accepted), and when the model has no template. Blocks.
+    """
+    if not tokenizer.has_chat_template:
+        message = "This model has no chat template; use /v1/completions with a prompt in the model's own format"
+        raise bad_request(message, "messages", "no_chat_template")
+    conversation = [template_message(message, index) for index, message in enumerate(messages)]
+    options = ChatOptions(
+        add_generation_prompt=request.add_generation_prompt is not False,
+        continue_final_message=bool(request.continue_final_message),
+        template_arguments=template_arguments(request.chat_template_kwargs),
+    )
+    try:
+        text = tokenizer.render_chat(conversation, options)
+    except Exception as error:
+        # A template is a program of the model's author: whatever it raises means that it refuses these messages.
+        reason = f"the model's chat template refuses these messages: {error}"
+        raise bad_request(f"messages: {reason}", "messages", "chat_template_error") from error
+    if context is not None:
+        check_text(tokenizer, len(text), context, "messages")
+    return tokenizer.encode(text, bool(request.add_special_tokens))
+
+
+def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
+    """Return a message as chat templates expect it, its text parts joined.
+
+    Raises ApiError 400 for parts that are not text.
+    """
+    content = message.content
+    if isinstance(content, list):
+        for number, part in enumerate(content):
+            if part.type not in ("text", "input_text") or part.text is None:
+                param = f"messages[{index}].content[{number}]"
+                raise unsupported(param, f"{param}: only parts of type text are supported, found {part.type!r}")
+        content = "\n".join(part.text or "" for part in content)
+    calls = decode_field(message.tool_calls, Any, f"messages[{index}].tool_calls")
+    optional = {"name": message.name, "tool_calls": calls, "tool_call_id": message.tool_call_id}
+    return {"role": message.role, "content": content} | {key: value for key, value in optional.items() if value}
+
+
+def template_arguments(given: msgspec.Raw) -> dict[str, Any]:
+    """Return the arguments for the chat template. Raises ApiError 400 for those that are not the template's own."""
+    arguments: dict[str, Any] = decode_field(given, dict[str, Any] | None, "chat_template_kwargs") or {}
+    reserved = sorted(RESERVED_TEMPLATE_ARGUMENTS & set(arguments))
+    if reserved:
+        message = f"chat_template_kwargs: {', '.join(reserved)} cannot be set here; leave it out"
+        raise bad_request(message, "chat_template_kwargs", "invalid_value")
+    return arguments
 
 
 class ChatFormat:
+    """OpenAI's chat answers, with vLLM's ``stop_reason``."""
+
     id_prefix = "chatcmpl-"
     chunk_object = "chat.completion.chunk"
     whole_object = "chat.completion"
 
-    def __init__(self, pieces: TokenBytes, logprobs: bool) -> None:
-        self._pieces = pieces
+    def __init__(self, token_bytes: TokenBytes, logprobs: bool) -> None:
+        self._token_bytes = token_bytes
         self._logprobs = logprobs
-        self._begun: set[int] = set()
+        self._started: set[int] = set()
 
-    def chunks(self, piece: OutputChunk) -> list[Choices]:
-        found = []
-        if piece.choice not in self._begun:
-            self._begun.add(piece.choice)
-            found.append([self._chunk(piece, {"role": "assistant", "content": ""})])
-        if piece.text or piece.scored:
-            found.append([self._chunk(piece, {"content": piece.text}, scored=piece.scored)])
-        if piece.finish is not None:
-            found.append([self._chunk(piece, {}, finish=piece.finish) | {"stop_reason": piece.stop_reason}])
-        return found
+    def events(self, chunk: OutputChunk) -> list[Choices]:
+        events = []
+        if chunk.choice not in self._started:
+            self._started.add(chunk.choice)
+            events.append([self._delta(chunk, {"role": "assistant", "content": ""})])
+        if chunk.text or chunk.scored:
+            events.append([self._delta(chunk, {"content": chunk.text}, scored=chunk.scored)])
+        if chunk.finish is not None:
+            events.append([self._delta(chunk, {}, finish=chunk.finish) | {"stop_reason": chunk.stop_reason}])
+        return events
 
-    def whole(self, piece: OutputChunk) -> dict[str, Any]:
+    def whole(self, output: OutputChunk) -> dict[str, Any]:
         return {
-            "index": piece.choice,
-            "message": {"role": "assistant", "content": piece.text, "refusal": None},
-            "logprobs": self._scores(piece.scored),
-            "finish_reason": piece.finish,
-            "stop_reason": piece.stop_reason,
+            "index": output.choice,
+            "message": {"role": "assistant", "content": output.text, "refusal": None},
+            "logprobs": self._logprobs_of(output.scored),
+            "finish_reason": output.finish,
+            "stop_reason": output.stop_reason,
         }
 
-    def _chunk(
+    def _delta(
         self,
-        piece: OutputChunk,
+        chunk: OutputChunk,
         delta: dict[str, Any],
         *,
         scored: Sequence[ScoredToken] = (),
         finish: str | None = None,
     ) -> dict[str, Any]:
-        scores = self._scores(scored) if scored else None
-        return {"index": piece.choice, "delta": delta, "logprobs": scores, "finish_reason": finish}
+        logprobs = self._logprobs_of(scored) if scored else None
+        return {"index": chunk.choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
-    def _scores(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
+    def _logprobs_of(self, scored: Sequence[ScoredToken]) -> dict[str, Any] | None:
         if not self._logprobs:
             return None
         content = [
-            self._score(one.token, one.logprob) | {"top_logprobs": [self._score(*top) for top in one.top]}
+            self._logprob(one.token, one.logprob) | {"top_logprobs": [self._logprob(*top) for top in one.top]}
             for one in scored
         ]
         return {"content": content, "refusal": None}
 
-    def _score(self, token: int, logprob: float) -> dict[str, Any]:
-        piece = self._pieces.of(token)
-        text = piece.decode("utf-8", "replace")
-        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(piece)}
-
-
-async def chat_completions(http: web.Request) -> web.StreamResponse:
-    gateway = http.app[GATEWAY]
-    request = decode(await http.read(), ChatRequest)
-    check_chat(request)
-    target = await gateway.resolve(request.model)
-    messages = request.messages or []
-    characters = characters_of(messages)
-    check_length(gateway, characters, "messages")
-    gateway.expect(target, characters)
-    options = ChatOptions(
-        add_generation_prompt=request.add_generation_prompt is not False,
-        continue_final_message=bool(request.continue_final_message),
-        add_special_tokens=bool(request.add_special_tokens),
-        template_arguments=check_template_arguments(request.chat_template_kwargs),
-    )
-    prompting = Prompting(
-        prompts=[await gateway.tokenizer.encode_chat(messages, options)],
-        param="messages",
-        max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
-        logprobs=(request.top_logprobs or 0) if request.logprobs else None,
-    )
-    format_ = ChatFormat(gateway.tokenizer.pieces, bool(request.logprobs))
-    return await answer(gateway, http, plan_call(gateway, request, target, format_, prompting))
+    def _logprob(self, token: int, logprob: float) -> dict[str, Any]:
+        data = self._token_bytes.of(token)
+        text = data.decode("utf-8", "replace")
+        return {"token": text, "logprob": max(logprob, LEAST_LOGPROB), "bytes": list(data)}

@@ -1,123 +1,103 @@
-"""POST /v1/completions."""
+"""POST /v1/completions: prompts of four shapes to tokens, and chunks of output to OpenAI's completion answers."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from aiohttp import web
 
-from loraserve.gateway.api.chat import LEAST_LOGPROB
-from loraserve.gateway.api.generate import Choices, Prompting, answer, check_count, check_length, plan_call
-from loraserve.gateway.api.schema import MAX_CHOICES, CompletionRequest, check_completion, decode
-from loraserve.gateway.context import GATEWAY, Gateway
-from loraserve.gateway.errors import bad_request
+from loraserve.gateway.api.generate import LEAST_LOGPROB, Call, Choices, answer
+from loraserve.gateway.api.limits import check_choices, check_text
+from loraserve.gateway.api.schema import CompletionRequest, check_completion, check_token_ids, decode, prompt_items
+from loraserve.gateway.context import GATEWAY
 from loraserve.gateway.text.detokenize import TokenBytes
 from loraserve.gateway.text.output import OutputChunk, ScoredToken
+from loraserve.gateway.text.tokenizer import ModelTokenizer
+
+
+async def completions(http: web.Request) -> web.StreamResponse:
+    gateway = http.app[GATEWAY]
+    body = await http.read()
+    request = decode(body, CompletionRequest)
+    check_completion(request)
+    model = await gateway.resolve(request.model)
+    tokenizer, context = gateway.tokenizer, gateway.context_tokens()
+    items = prompt_items(request.prompt, context)
+    check_choices(request.n, len(items))
+    characters = max((len(item) for item in items if isinstance(item, str)), default=0)
+    check_text(tokenizer, characters, context, "prompt")
+    for item in items:
+        if not isinstance(item, str):
+            check_token_ids(item, tokenizer.vocab, "prompt")
+    gateway.announce(model, characters)
+    special = request.add_special_tokens is not False
+    prompts = [await tokenizer.run(len(item), encode_item, tokenizer, item, special) for item in items]
+    echoes: list[str] = []
+    if request.echo:
+        echoes = await tokenizer.run(len(body), echoed, tokenizer, items, request.n or 1)
+    call = Call(
+        request=request,
+        model=model,
+        format=CompletionFormat(tokenizer.token_bytes, request.logprobs is not None, echoes),
+        prompts=prompts,
+        param="prompt",
+        max_tokens=request.max_tokens,
+        logprobs=request.logprobs,
+    )
+    return await answer(gateway, http, call)
+
+
+def encode_item(tokenizer: ModelTokenizer, item: str | list[int], add_special_tokens: bool) -> tuple[int, ...]:
+    """Return the tokens of one prompt. Blocks."""
+    return tokenizer.encode(item, add_special_tokens) if isinstance(item, str) else tuple(item)
+
+
+def echoed(tokenizer: ModelTokenizer, items: Sequence[str | list[int]], n: int) -> list[str]:
+    """Return the text of its prompt for each choice. Blocks."""
+    texts = [item if isinstance(item, str) else tokenizer.decode(item) for item in items]
+    return [text for text in texts for _ in range(n)]
 
 
 class CompletionFormat:
-    """``echoes`` has, per choice, the prompt's text to put in front of it; empty for none."""
+    """OpenAI's completion answers. ``echoes`` are the prompts to put in front of the choices; empty for none."""
 
     id_prefix = "cmpl-"
     chunk_object = "text_completion"
     whole_object = "text_completion"
 
-    def __init__(self, pieces: TokenBytes, logprobs: bool, echoes: Sequence[str]) -> None:
-        self._pieces = pieces
+    def __init__(self, token_bytes: TokenBytes, logprobs: bool, echoes: Sequence[str]) -> None:
+        self._token_bytes = token_bytes
         self._logprobs = logprobs
         self._echoes = dict(enumerate(echoes))
         self._offsets: dict[int, int] = {}
 
-    def chunks(self, piece: OutputChunk) -> list[Choices]:
-        return [[self.whole(piece)]]
+    def events(self, chunk: OutputChunk) -> list[Choices]:
+        return [[self.whole(chunk)]]
 
-    def whole(self, piece: OutputChunk) -> dict[str, Any]:
+    def whole(self, output: OutputChunk) -> dict[str, Any]:
         return {
-            "index": piece.choice,
-            "text": self._echoes.pop(piece.choice, "") + piece.text,
-            "logprobs": self._scores(piece) if self._logprobs else None,
-            "finish_reason": piece.finish,
-            "stop_reason": piece.stop_reason,
+            "index": output.choice,
+            "text": self._echoes.pop(output.choice, "") + output.text,
+            "logprobs": self._logprobs_of(output) if self._logprobs else None,
+            "finish_reason": output.finish,
+            "stop_reason": output.stop_reason,
         }
 
-    def _scores(self, piece: OutputChunk) -> dict[str, Any]:
-        """Four lists with an entry a token; offsets go on from the choice's last piece."""
-        tokens = [self._pieces.text(one.token) for one in piece.scored]
-        offset = self._offsets.get(piece.choice, 0)
+    def _logprobs_of(self, output: OutputChunk) -> dict[str, Any]:
+        """Return four lists with one entry a token. Text offsets continue from the choice's last chunk."""
+        tokens = [self._token_bytes.text(one.token) for one in output.scored]
+        offset = self._offsets.get(output.choice, 0)
         offsets = []
         for token in tokens:
             offsets.append(offset)
             offset += len(token)
-        self._offsets[piece.choice] = offset
+        self._offsets[output.choice] = offset
         return {
             "tokens": tokens,
-            "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in piece.scored],
-            "top_logprobs": [self._top(one) for one in piece.scored],
+            "token_logprobs": [max(one.logprob, LEAST_LOGPROB) for one in output.scored],
+            "top_logprobs": [self._top(one) for one in output.scored],
             "text_offset": offsets,
         }
 
-    def _top(self, one: ScoredToken) -> dict[str, float]:
-        likely = ((one.token, one.logprob), *one.top)
-        return {self._pieces.text(token): max(logprob, LEAST_LOGPROB) for token, logprob in likely}
-
-
-async def completions(http: web.Request) -> web.StreamResponse:
-    gateway = http.app[GATEWAY]
-    request = decode(await http.read(), CompletionRequest)
-    check_completion(request)
-    target = await gateway.resolve(request.model)
-    if isinstance(request.prompt, list) and request.prompt and isinstance(request.prompt[0], int):
-        check_count(gateway, len(request.prompt), "prompt")
-    texts = prompt_items(request.prompt)
-    characters = longest_text(texts)
-    check_length(gateway, characters, "prompt")
-    gateway.expect(target, characters)
-    prompts = [await prompt_tokens(gateway, item, request.add_special_tokens is not False) for item in texts]
-    prompting = Prompting(prompts=prompts, param="prompt", max_tokens=request.max_tokens, logprobs=request.logprobs)
-    format_ = CompletionFormat(gateway.tokenizer.pieces, request.logprobs is not None, echoes(gateway, request, texts))
-    return await answer(gateway, http, plan_call(gateway, request, target, format_, prompting))
-
-
-def prompt_items(prompt: str | list[int | str | list[int]] | None) -> list[str | list[int]]:
-    """The prompts of all four shapes of the field. Raises ApiError 400 for mixtures, none and too many."""
-    if prompt is None or prompt == []:
-        raise bad_request("prompt: a text, token ids or a list of either is needed", "prompt", "invalid_value")
-    if isinstance(prompt, str):
-        return [prompt]
-    if len(prompt) > MAX_CHOICES and not isinstance(prompt[0], int):
-        message = f"prompt: {len(prompt)} prompts are more than {MAX_CHOICES} in one request"
-        raise bad_request(message, "prompt", "invalid_value")
-    if all(isinstance(item, int) for item in prompt):
-        return [[item for item in prompt if isinstance(item, int)]]
-    if not all(isinstance(item, type(prompt[0])) for item in prompt):
-        message = "prompt: a list holds either texts, or token ids, or lists of token ids"
-        raise bad_request(message, "prompt", "invalid_type")
-    return [item for item in prompt if not isinstance(item, int)]
-
-
-def longest_text(items: Sequence[str | list[int]]) -> int:
-    """Characters that have to become tokens before the first request can be sent: of the longest of them."""
-    return max((len(item) for item in items if isinstance(item, str)), default=0)
-
-
-async def prompt_tokens(gateway: Gateway, item: str | list[int], add_special_tokens: bool) -> list[int]:
-    if isinstance(item, str):
-        check_length(gateway, len(item), "prompt")
-        return await gateway.tokenizer.encode(item, add_special_tokens)
-    check_count(gateway, len(item), "prompt")
-    check_token_ids(item, gateway.tokenizer.vocab, "prompt")
-    return item
-
-
-def check_token_ids(tokens: Sequence[int], vocab: int, param: str) -> None:
-    """Raises ApiError 400 for ids that the model has no row for."""
-    wrong = next((token for token in tokens if not 0 <= token < vocab), None)
-    if wrong is not None:
-        message = f"{param}: token id {wrong} is not in the model's vocabulary (0 to {vocab - 1})"
-        raise bad_request(message, param, "invalid_value")
-
-
-def echoes(gateway: Gateway, request: CompletionRequest, items: Sequence[str | list[int]]) -> list[str]:
-    if not request.echo:
-        return []
-    texts = [item if isinstance(item, str) else gateway.tokenizer.decode(item) for item in items]
-    return [text for text in texts for _ in range(request.n or 1)]
+    def _top(self, scored: ScoredToken) -> dict[str, float]:
+        likely = ((scored.token, scored.logprob), *scored.top)
+        return {self._token_bytes.text(token): max(logprob, LEAST_LOGPROB) for token, logprob in likely}

@@ -1,4 +1,14 @@
-"""Answering a generation request, whole or as a stream of events; the endpoints differ in a Format."""
+"""Answering a generation request: from the tokens of its prompts to the last byte of the answer.
+
+A request passes these steps in this order. The first two are in ``api/chat.py`` and ``api/completions.py``, where the
+endpoints differ; the others are here.
+
+1. Check the body, find the model, check the sizes.
+2. Turn the prompts into tokens. The result is a ``Call``.
+3. ``choice_requests`` gives each choice its output limit and its sampling parameters.
+4. ``generation`` (``gateway/generation.py``) sends the choices to engines and yields their output in chunks.
+5. ``Answer`` writes the chunks as server-sent events, or joins them into one JSON body.
+"""
 
 import asyncio
 import secrets
@@ -8,16 +18,10 @@ from typing import Any, Protocol
 import msgspec
 from aiohttp import web
 
-from loraserve.gateway.api.schema import (
-    INT64,
-    MAX_CHOICES,
-    GenerationRequest,
-    output_limit,
-    sampling_params,
-    stop_rules,
-)
+from loraserve.gateway.api.limits import output_limit
+from loraserve.gateway.api.schema import INT64, GenerationRequest, sampling_params, stop_rules
 from loraserve.gateway.context import ARRIVED_S, REQUEST_ID, Gateway, ServedModel
-from loraserve.gateway.errors import ApiError, bad_request, context_exceeded, timed_out
+from loraserve.gateway.errors import ApiError, timed_out
 from loraserve.gateway.generation import ChoiceRequest, Generation, generation
 from loraserve.gateway.text.output import OutputChunk
 from loraserve.messages import Route
@@ -25,253 +29,209 @@ from loraserve.messages import Route
 Choices = list[dict[str, Any]]
 
 CLIENT_LEFT = 499
-"""Nobody reads it; it is what logs and metrics call a client that closed its connection."""
+"""The status that logs and metrics show when a client closed its connection; nobody receives it."""
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot express."""
+
+DONE = b"data: [DONE]\n\n"
+LAST_EVENT_TIMEOUT_S = 1.0
+
+_encoder = msgspec.json.Encoder()
 
 
 class Format(Protocol):
-    """How pieces of choices look in one endpoint's answers."""
+    """How the output of choices looks in the answers of one endpoint."""
 
     id_prefix: str
     chunk_object: str
     whole_object: str
 
-    def chunks(self, piece: OutputChunk) -> list[Choices]:
-        """The ``choices`` of each event for this piece."""
+    def events(self, chunk: OutputChunk) -> list[Choices]:
+        """Return the ``choices`` field of each event for this chunk."""
 
-    def whole(self, piece: OutputChunk) -> dict[str, Any]:
-        """One finished choice, its pieces joined."""
+    def whole(self, output: OutputChunk) -> dict[str, Any]:
+        """Return one finished choice, whose chunks are joined."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """A request ready to run."""
+    """A checked request whose prompts are tokens. ``param`` names the prompt's field in error messages."""
 
-    id: str
-    target: ServedModel
-    jobs: list[ChoiceRequest]
-    format: Format
     request: GenerationRequest
-
-
-class Prompting(msgspec.Struct, frozen=True, kw_only=True):
-    """What an endpoint found out about its request: ``param`` names the prompt's field in error messages."""
-
-    prompts: Sequence[Sequence[int]]
+    model: ServedModel
+    format: Format
+    prompts: Sequence[tuple[int, ...]]
     param: str
     max_tokens: int | None
     logprobs: int | None
 
 
-def plan_call(
-    gateway: Gateway, request: GenerationRequest, target: ServedModel, format_: Format, prompting: Prompting
-) -> Call:
-    """The jobs of all choices. Raises ApiError 400 where prompt and output do not fit or choices are too many."""
-    n = request.n or 1
-    if n * len(prompting.prompts) > MAX_CHOICES:
-        message = f"n: {n} choices of {len(prompting.prompts)} prompts are more than {MAX_CHOICES} in one request"
-        raise bad_request(message, "n", "invalid_value")
-    id_ = f"{format_.id_prefix}{secrets.token_hex(16)}"
+def choice_requests(gateway: Gateway, call: Call, answer_id: str) -> list[ChoiceRequest]:
+    """Return the request of each choice. Raises ApiError 400 where prompt and output do not fit the context."""
+    request = call.request
     seed = secrets.randbelow(INT64) if request.seed is None else request.seed
     context, default = gateway.context_tokens(), gateway.config.gateway.default_max_tokens
     rules = stop_rules(request)
-    jobs: list[ChoiceRequest] = []
-    for number, prompt in enumerate(prompting.prompts):
-        limit = output_limit(prompting.max_tokens, len(prompt), context, default, prompting.param)
-        for choice in range(n):
+    choices: list[ChoiceRequest] = []
+    for number, prompt in enumerate(call.prompts):
+        limit = output_limit(call.max_tokens, len(prompt), context, default, call.param)
+        for choice in range(request.n or 1):
             route = Route(
-                request_id=f"{id_}-{len(jobs)}",
+                request_id=f"{answer_id}-{len(choices)}",
                 gateway=gateway.bus.name,
-                prompt_tokens=tuple(prompt),
-                sampling=sampling_params(request, limit, prompting.logprobs, seed, choice),
-                adapter=target.adapter,
+                prompt_tokens=prompt,
+                sampling=sampling_params(request, limit, call.logprobs, seed, choice),
+                adapter=call.model.adapter,
             )
-            skip = request.skip_special_tokens is not False
-            job = ChoiceRequest(
-                prompt=number, param=prompting.param, route=route, rules=rules, skip_special_tokens=skip
+            choices.append(
+                ChoiceRequest(
+                    prompt=number,
+                    param=call.param,
+                    route=route,
+                    rules=rules,
+                    skip_special_tokens=request.skip_special_tokens is not False,
+                )
             )
-            jobs.append(job)
-    return Call(id=id_, target=target, jobs=jobs, format=format_, request=request)
+    return choices
 
 
-def check_length(gateway: Gateway, characters: int, param: str) -> None:
-    """Raises ApiError 400 for a text that cannot fit, before the work of tokenizing it."""
-    context, fewest = gateway.context_tokens(), gateway.tokenizer.fewest_tokens(characters)
-    if fewest >= context:
-        raise context_exceeded(context, fewest, 1, param)
-
-
-def check_count(gateway: Gateway, tokens: int, param: str) -> None:
-    """Raises ApiError 400 for more token ids than fit, before the work of looking at each."""
-    context = gateway.context_tokens()
-    if tokens >= context:
-        raise context_exceeded(context, tokens, 1, param)
-
-
-async def answer(gateway: Gateway, request: web.Request, call: Call) -> web.StreamResponse:
-    """Run it and answer. Raises ApiError while nothing has been sent yet."""
+async def answer(gateway: Gateway, http: web.Request, call: Call) -> web.StreamResponse:
+    """Run the call on engines and answer. Raises ApiError as long as nothing has been sent."""
+    answer_id = f"{call.format.id_prefix}{secrets.token_hex(16)}"
+    choices = choice_requests(gateway, call, answer_id)
+    reply = Answer(gateway, http, call, answer_id)
+    request_ids = [choice.route.request_id for choice in choices]
+    gateway.stories.begin(http[REQUEST_ID], answer_id, request_ids, gateway.clock.monotonic_s())
     outcome, run = "cancelled", None
     timeout_s = gateway.config.gateway.request_timeout_s
-    sending = Sending(request)
-    send = _stream if call.request.stream else _whole
-    ids = [job.route.request_id for job in call.jobs]
-    gateway.stories.begin(request[REQUEST_ID], call.id, ids, gateway.clock.monotonic_s())
     try:
         try:
-            async with asyncio.timeout(timeout_s), generation(gateway, call.jobs, request[ARRIVED_S]) as run:
-                await send(gateway, call, run, sending)
+            async with asyncio.timeout(timeout_s), generation(gateway, choices, http[ARRIVED_S]) as run:
+                await (reply.stream(run) if call.request.stream else reply.send_whole(run))
         except TimeoutError as error:
             raise timed_out(timeout_s) from error
         outcome = "ok"
     except ApiError as error:
         outcome = error.code or "error"
-        if sending.response is None:
+        if reply.response is None:
             raise
-        await fail_stream(request, sending.response, error)
+        await reply.send_error(reply.response, error)
     except ConnectionError:
-        # The client left while something was written to it; engines have been told already.
+        # The client left while something was written to it. The generation has aborted its requests.
         pass
     finally:
-        gateway.metrics.requests.labels(call.target.name, outcome).inc()
-        log_request(gateway, request, call, run, outcome)
-        for id_ in ids:
-            gateway.stories.story.tell(id_, gateway.clock.monotonic_s(), f"HTTP request ended: {outcome}")
-    return sending.response or web.Response(status=CLIENT_LEFT)
+        gateway.metrics.requests.labels(call.model.name, outcome).inc()
+        reply.log(run, outcome, len(choices))
+        for request_id in request_ids:
+            gateway.tell_story(request_id, f"HTTP request ended: {outcome}")
+    return reply.response or web.Response(status=CLIENT_LEFT)
 
 
-def log_request(gateway: Gateway, request: web.Request, call: Call, run: Generation | None, outcome: str) -> None:
-    """One line a request, whatever became of it."""
-    usage = run.usage() if run else {}
-    gateway.log.info(
-        "request",
-        request_id=request[REQUEST_ID],
-        id=call.id,
-        model=call.target.name,
-        version=call.target.version,
-        engines=run.engines if run else [],
-        outcome=outcome,
-        choices=len(call.jobs),
-        prompt_tokens=usage.get("prompt_tokens"),
-        completion_tokens=usage.get("completion_tokens"),
-        duration_s=round(gateway.clock.monotonic_s() - request[ARRIVED_S], 4),
-    )
+class Answer:
+    """The HTTP answer to one call. Headers wait for the first chunk: until then, an error gets its own status."""
 
-
-class Sending:
-    """The response as far as it got; headers wait for the first token, until then an error gets its own status."""
-
-    def __init__(self, request: web.Request) -> None:
-        self.request = request
+    def __init__(self, gateway: Gateway, http: web.Request, call: Call, answer_id: str) -> None:
         self.response: web.StreamResponse | None = None
+        self._gateway = gateway
+        self._http = http
+        self._call = call
+        self._id = answer_id
+        options = call.request.stream_options
+        self._sends_usage = bool(options and options.include_usage)
+        self._sends_running_usage = self._sends_usage and bool(options and options.continuous_usage_stats)
 
-    async def write(self, data: bytes, headers: Mapping[str, str]) -> None:
+    async def send_whole(self, run: Generation) -> None:
+        """Wait for all choices, then prepare one JSON body."""
+        chunks: dict[int, list[OutputChunk]] = {}
+        while (chunk := await run.next_chunk()) is not None:
+            chunks.setdefault(chunk.choice, []).append(chunk)
+        format_ = self._call.format
+        choices = [format_.whole(join(chunks[index])) for index in sorted(chunks)]
+        body = self._envelope(format_.whole_object, choices) | {"usage": run.usage()}
+        self.response = web.Response(
+            body=_encoder.encode(body), content_type="application/json", headers=self._headers(run)
+        )
+
+    async def stream(self, run: Generation) -> None:
+        """Send each chunk as soon as it is there."""
+        format_ = self._call.format
+        envelope = self._envelope(format_.chunk_object, [])
+        while (chunk := await run.next_chunk()) is not None:
+            usage = self._usage_field(run.usage() if self._sends_running_usage else None)
+            data = encode_events([envelope | {"choices": choices} | usage for choices in format_.events(chunk)])
+            await self._write(data, run)
+        last = encode_events([envelope | self._usage_field(run.usage())]) if self._sends_usage else b""
+        await self._write(last + DONE, run)
+
+    async def send_error(self, response: web.StreamResponse, error: ApiError) -> None:
+        """Send the error as the last event. Cut the connection of a client that does not read it."""
+        try:
+            async with asyncio.timeout(LAST_EVENT_TIMEOUT_S):
+                await response.write(encode_events([error.body]) + DONE)
+        except TimeoutError:
+            if self._http.transport is not None:
+                self._http.transport.abort()
+
+    def log(self, run: Generation | None, outcome: str, choices: int) -> None:
+        """Log one line for the request, whatever its outcome."""
+        usage = run.usage() if run else {}
+        self._gateway.log.info(
+            "request",
+            request_id=self._http[REQUEST_ID],
+            id=self._id,
+            model=self._call.model.name,
+            version=self._call.model.version,
+            engines=run.engines if run else [],
+            outcome=outcome,
+            choices=choices,
+            prompt_tokens=usage.get("prompt_tokens"),
+            completion_tokens=usage.get("completion_tokens"),
+            duration_s=round(self._gateway.clock.monotonic_s() - self._http[ARRIVED_S], 4),
+        )
+
+    async def _write(self, data: bytes, run: Generation) -> None:
         if self.response is None:
-            self.response = await open_stream(self.request, headers)
+            response = web.StreamResponse(headers=self._headers(run))
+            response.content_type = "text/event-stream"
+            response.charset = "utf-8"
+            response.headers["Cache-Control"] = "no-cache"
+            response.headers["X-Accel-Buffering"] = "no"
+            await response.prepare(self._http)
+            self.response = response
         await self.response.write(data)
 
-
-async def _whole(gateway: Gateway, call: Call, run: Generation, sending: Sending) -> None:
-    pieces: list[list[OutputChunk]] = [[] for _ in call.jobs]
-    while (piece := await run.next()) is not None:
-        pieces[piece.choice].append(piece)
-    choices = [call.format.whole(join(parts)) for parts in pieces]
-    body = envelope(gateway, call, call.format.whole_object, choices) | {"usage": run.usage()}
-    sending.response = web.Response(
-        body=msgspec.json.encode(body), content_type="application/json", headers=answer_headers(call, run)
-    )
-
-
-async def _stream(gateway: Gateway, call: Call, run: Generation, sending: Sending) -> None:
-    writer = ChunkWriter(gateway, call, run)
-    headers = answer_headers(call, run)
-    while (piece := await run.next()) is not None:
-        await sending.write(writer.piece(piece), headers)
-    await sending.write(writer.end(), headers)
-
-
-class ChunkWriter:
-    """Pieces to events."""
-
-    def __init__(self, gateway: Gateway, call: Call, run: Generation) -> None:
-        self._format = call.format
-        self._run = run
-        options = call.request.stream_options
-        self._usage = bool(options and options.include_usage)
-        self._running_usage = bool(options and options.continuous_usage_stats) and self._usage
-        self._envelope = envelope(gateway, call, call.format.chunk_object, [])
-
-    def piece(self, piece: OutputChunk) -> bytes:
-        usage = self._usage_field(self._run.usage() if self._running_usage else None)
-        return events([self._envelope | {"choices": choices} | usage for choices in self._format.chunks(piece)])
-
-    def end(self) -> bytes:
-        if not self._usage:
-            return DONE
-        return events([self._envelope | self._usage_field(self._run.usage())]) + DONE
+    def _envelope(self, object_: str, choices: Choices) -> dict[str, Any]:
+        """Return the fields of every answer and chunk. ``system_fingerprint`` is the adapter version applied."""
+        return {
+            "id": self._id,
+            "object": object_,
+            "created": int(self._gateway.clock.unix_s()),
+            "model": self._call.model.name,
+            "system_fingerprint": self._call.model.version,
+            "choices": choices,
+        }
 
     def _usage_field(self, usage: Mapping[str, Any] | None) -> dict[str, Any]:
-        return {"usage": usage} if self._usage else {}
+        return {"usage": usage} if self._sends_usage else {}
+
+    def _headers(self, run: Generation) -> dict[str, str]:
+        headers = {"x-loraserve-engine": ",".join(run.engines)}
+        if self._call.model.version:
+            headers["x-loraserve-adapter-version"] = self._call.model.version
+        return headers
 
 
-def envelope(gateway: Gateway, call: Call, object_: str, choices: Choices) -> dict[str, Any]:
-    """What every answer and every chunk of it has. ``system_fingerprint`` is the adapter version applied."""
-    return {
-        "id": call.id,
-        "object": object_,
-        "created": int(gateway.clock.unix_s()),
-        "model": call.target.name,
-        "system_fingerprint": call.target.version,
-        "choices": choices,
-    }
-
-
-def answer_headers(call: Call, run: Generation) -> dict[str, str]:
-    headers = {"x-loraserve-engine": ",".join(run.engines)}
-    if call.target.version:
-        headers["x-loraserve-adapter-version"] = call.target.version
-    return headers
-
-
-def join(parts: Sequence[OutputChunk]) -> OutputChunk:
-    """All pieces of one finished choice as one."""
-    return OutputChunk(
-        parts[0].choice,
-        "".join(part.text for part in parts),
-        tuple(scored for part in parts for scored in part.scored),
-        parts[-1].finish,
-        parts[-1].stop_reason,
-    )
-
-
-# MERGED: loraserve.gateway.api.generate
-# """Server-sent events, as OpenAI's clients read them."""
-
-
-DONE = b"data: [DONE]\n\n"
-LAST_WORDS_S = 1.0
-
-_encoder = msgspec.json.Encoder()
-
-
-def events(payloads: Iterable[Mapping[str, Any]]) -> bytes:
-    """One event a payload, to be written together."""
+def encode_events(payloads: Iterable[Mapping[str, Any]]) -> bytes:
+    """Return the payloads as server-sent events."""
     return b"".join([b"data: " + _encoder.encode(payload) + b"\n\n" for payload in payloads])
 
 
-async def open_stream(request: web.Request, headers: Mapping[str, str]) -> web.StreamResponse:
-    """Status and headers go out; what fails from now on is told by an event."""
-    response = web.StreamResponse(headers=headers)
-    response.content_type = "text/event-stream"
-    response.charset = "utf-8"
-    response.headers["Cache-Control"] = "no-cache"
-    response.headers["X-Accel-Buffering"] = "no"
-    await response.prepare(request)
-    return response
-
-
-async def fail_stream(request: web.Request, response: web.StreamResponse, error: ApiError) -> None:
-    """The error as the last event; a client that does not read even that is cut off."""
-    try:
-        async with asyncio.timeout(LAST_WORDS_S):
-            await response.write(events([error.body]) + DONE)
-    except TimeoutError:
-        if request.transport is not None:
-            request.transport.abort()
+def join(chunks: Sequence[OutputChunk]) -> OutputChunk:
+    """Return all chunks of one finished choice as one."""
+    return OutputChunk(
+        choice=chunks[0].choice,
+        text="".join(chunk.text for chunk in chunks),
+        scored=tuple(scored for chunk in chunks for scored in chunk.scored),
+        finish=chunks[-1].finish,
+        stop_reason=chunks[-1].stop_reason,
+    )

@@ -1,24 +1,33 @@
-"""What clients may send: OpenAI's request bodies with vLLM's additions, and their checks. Pure.
+"""What clients may send: OpenAI's request bodies with vLLM's additions, and their checks.
 
-Fields not named here are accepted and ignored; null stands for "not given" wherever a field has a default.
+Null stands for "not given". Fields that can be large or hold anything stay raw JSON until their size is checked; what
+happens to fields that are not declared here is in ``api/fields.py``. Pure.
 """
 
 import re
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import msgspec
 
+from loraserve.gateway.api.fields import REFUSED
 from loraserve.gateway.errors import ApiError, bad_request, context_exceeded, unsupported
 from loraserve.gateway.text.output import StopRules
 from loraserve.messages import SamplingParams
+from loraserve.messages.sampling import FIELD_TYPES, RANGES, Range, range_error
+from loraserve.messages.stop import MAX_STOP_CHARACTERS, MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
 T = TypeVar("T")
 
 MAX_CHOICES = 128
-MAX_STOPS = 32
-MAX_STOP_CHARACTERS = 4096
-MAX_LOGPROBS = 20
 INT64 = 1 << 63
+NULL = msgspec.Raw(b"null")
+
+MAX_STOP_BYTES = 6 * MAX_STOP_CHARACTERS + 1024
+"""JSON needs up to six bytes for a character, beside quotes, commas and spaces."""
+
+MAX_ID_BYTES = 24
+"""A token id, its comma and spaces, as JSON."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +36,10 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What both endpoints share."""
+    """The fields that chat and completions share and that the gateway reads itself.
+
+    ``decode`` adds the other sampling parameters, which are passed on to the engine as they are.
+    """
 
     model: str | None = None
     stream: bool | None = None
@@ -36,35 +48,24 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     min_tokens: int | None = None
     n: int | None = None
     best_of: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
     seed: int | None = None
-    presence_penalty: float | None = None
-    frequency_penalty: float | None = None
-    repetition_penalty: float | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: msgspec.Raw = NULL
+    stop_token_ids: msgspec.Raw = NULL
     include_stop_str_in_output: bool | None = None
-    ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     add_special_tokens: bool | None = None
-    logit_bias: dict[str, float] | None = None
-    response_format: Any = None
-    user: str | None = None
 
 
-class ContentPart(msgspec.Struct, frozen=True, kw_only=True):
+class ContentPart(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     type: str
     text: str | None = None
 
 
-class ChatMessage(msgspec.Struct, frozen=True, kw_only=True):
+class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
-    tool_calls: Any = None
+    tool_calls: msgspec.Raw = NULL
     tool_call_id: str | None = None
 
 
@@ -75,22 +76,19 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: Any = None
-    tool_choice: Any = None
-    functions: Any = None
+    tools: msgspec.Raw = NULL
+    tool_choice: msgspec.Raw = NULL
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: msgspec.Raw = NULL
 
 
 class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
     """POST /v1/completions."""
 
-    prompt: str | list[int | str | list[int]] | None = None
+    prompt: msgspec.Raw = NULL
     logprobs: int | None = None
     echo: bool | None = None
-    suffix: str | None = None
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -102,7 +100,7 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
+    chat_template_kwargs: msgspec.Raw = NULL
     return_token_strs: bool | None = None
 
 
@@ -133,17 +131,35 @@ class RebalanceRequest(msgspec.Struct, frozen=True, kw_only=True):
     dry_run: bool | None = None
 
 
+def _complete(type_: type[GenerationRequest]) -> type:
+    """Return the request type with the sampling parameters and the refused fields that it does not declare itself."""
+    sampling = [(name, kind | None, None) for name, kind in FIELD_TYPES.items() if name not in type_.__struct_fields__]
+    known = {*type_.__struct_fields__, *FIELD_TYPES}
+    refused = [(name, msgspec.Raw, NULL) for name in REFUSED if name not in known]
+    return msgspec.defstruct(type_.__name__, [*sampling, *refused], bases=(type_,), frozen=True, kw_only=True)
+
+
+_COMPLETE: dict[type, type] = {type_: _complete(type_) for type_ in (ChatRequest, CompletionRequest)}
+_REFUSED_CHAT = tuple(name for name in REFUSED if name not in ChatRequest.__struct_fields__)
+_REFUSED_COMPLETION = tuple(name for name in REFUSED if name not in CompletionRequest.__struct_fields__)
+
 _PATH = re.compile(r" - at `(?P<path>[^`]*)`$")
 
 
 def decode(body: bytes, type_: type[T]) -> T:
-    """The request in ``body``. Raises ApiError 400 naming the field that has a wrong type."""
+    """Return the request in a body. Raises ApiError 400 naming the field that has a wrong type."""
+    decoded: T = decode_field(body or b"{}", _COMPLETE.get(type_, type_), "")
+    return decoded
+
+
+def decode_field(data: bytes | msgspec.Raw, type_: Any, field: str) -> Any:
+    """Return the value of one raw field. Raises ApiError 400 naming the part of it that has a wrong type."""
     try:
-        return msgspec.json.decode(body or b"{}", type=type_)
+        return msgspec.json.decode(data, type=type_)
     except msgspec.ValidationError as error:
         text = str(error)
         path = _PATH.search(text)
-        param = path["path"].removeprefix("$").removeprefix(".") if path else None
+        param = (field + (path["path"].removeprefix("$") if path else "")).removeprefix(".")
         reason = text[: path.start()] if path else text
         raise bad_request(f"{param or 'request body'}: {reason}", param or None, "invalid_type") from error
     except RecursionError as error:
@@ -152,148 +168,165 @@ def decode(body: bytes, type_: type[T]) -> T:
         raise bad_request(f"The request body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def check_common(request: GenerationRequest) -> None:
-    """Raises ApiError 400 for a value out of range or a feature that is not there."""
-    _check_ranges(request)
-    _check_stops(request)
+def applied_fields(type_: type[GenerationRequest]) -> tuple[str, ...]:
+    """Return the names of the fields that an endpoint applies."""
+    return tuple(dict.fromkeys((*type_.__struct_fields__, *FIELD_TYPES)))
+
+
+def _check_generation(request: GenerationRequest, refused: tuple[str, ...]) -> None:
+    for name in refused:
+        _refuse(name, getattr(request, name))
+    for name, allowed in RANGES.items():
+        if name != "logprobs":
+            _check_range(name, getattr(request, name), allowed)
+    _check_range("n", request.n, Range(1, MAX_CHOICES))
     n = 1 if request.n is None else request.n
     if request.best_of not in (None, 1, n):
-        raise unsupported("best_of", "best_of: only 1 or the value of n is supported; ask for n choices instead")
-    if request.logit_bias:
-        raise unsupported("logit_bias", "logit_bias is not supported; leave it out")
-    wanted = request.response_format
-    if wanted is not None and not (isinstance(wanted, dict) and wanted.get("type") == "text"):
-        raise unsupported("response_format", 'response_format: only {"type": "text"} is supported')
+        raise unsupported("best_of", "best_of: only 1 and the value of n are supported; ask for n choices instead")
+    stop_strings(request)
+    stop_token_ids(request)
 
 
 def check_chat(request: ChatRequest) -> None:
-    """Raises ApiError 400 like ``check_common``, for what only chat has."""
-    check_common(request)
+    """Raise ApiError 400 for a value out of range or a field that is not supported."""
+    _check_generation(request, _REFUSED_CHAT)
     if not request.messages:
         raise bad_request("messages: at least one message is needed", "messages", "missing_required_parameter")
-    if request.tools and request.tool_choice != "none":
-        raise unsupported("tools", 'tools: tool calls are not supported; leave tools out or set tool_choice to "none"')
-    if request.functions:
-        raise unsupported("functions", "functions: function calls are not supported; leave them out")
-    if request.chat_template is not None:
-        raise unsupported("chat_template", "chat_template: only the model's own is used; leave it out")
+    _refuse("tool_choice", request.tool_choice)
+    if bytes(request.tool_choice) != b'"none"':
+        _refuse("tools", request.tools)
     if request.top_logprobs is not None:
         if not request.logprobs:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs", "invalid_value")
-        _within("top_logprobs", request.top_logprobs, 0, MAX_LOGPROBS)
-    _at_least_one("max_completion_tokens", request.max_completion_tokens)
+        _check_range("top_logprobs", request.top_logprobs, RANGES["logprobs"])
+    _check_range("max_completion_tokens", request.max_completion_tokens, RANGES["max_tokens"])
 
 
 def check_completion(request: CompletionRequest) -> None:
-    """Raises ApiError 400 like ``check_common``, for what only completions have."""
-    check_common(request)
-    if request.suffix:
-        raise unsupported("suffix", "suffix: insertion is not supported; leave it out")
-    if request.logprobs is not None:
-        _within("logprobs", request.logprobs, 0, MAX_LOGPROBS)
-        if request.echo:
-            raise unsupported("echo", "echo: cannot be combined with logprobs, no logprobs of the prompt are computed")
+    """Raise ApiError 400 for a value out of range or a field that is not supported."""
+    _check_generation(request, _REFUSED_COMPLETION)
+    _check_range("logprobs", request.logprobs, RANGES["logprobs"])
+    if request.logprobs is not None and request.echo:
+        reason = "cannot be combined with logprobs, because those of the prompt are not computed"
+        raise unsupported("echo", f"echo: {reason}; leave one of the two out")
 
 
-def stops_of(request: GenerationRequest) -> tuple[str, ...]:
-    """The stop strings, none for null."""
-    stop = request.stop
-    return () if stop is None else (stop,) if isinstance(stop, str) else tuple(stop)
+def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
+    """Return the stop strings. Raises ApiError 400 for too many, too long or empty ones."""
+    limits = f"at most {MAX_STOP_STRINGS} stop strings of {MAX_STOP_CHARACTERS} characters in all are accepted"
+    too_much = bad_request(f"stop: {limits}; send fewer", "stop", "invalid_value")
+    if len(bytes(request.stop)) > MAX_STOP_BYTES:
+        raise too_much
+    given: str | list[str] | None = decode_field(request.stop, str | list[str] | None, "stop")
+    strings = (given,) if isinstance(given, str) else tuple(given or ())
+    if len(strings) > MAX_STOP_STRINGS or sum(map(len, strings)) > MAX_STOP_CHARACTERS:
+        raise too_much
+    if "" in strings:
+        raise bad_request("stop: a stop string must not be empty; use null for none", "stop", "invalid_value")
+    return strings
 
 
-def _check_ranges(request: GenerationRequest) -> None:
-    _at_least_one("max_tokens", request.max_tokens)
-    _within("min_tokens", request.min_tokens, 0, None)
-    _within("n", request.n, 1, MAX_CHOICES)
-    _within("temperature", request.temperature, 0, 100)
-    _within("top_k", request.top_k, -1, INT64 - 1)
-    _within("min_p", request.min_p, 0, 1)
-    _within("seed", request.seed, -INT64, INT64 - 1)
-    _within("presence_penalty", request.presence_penalty, -2, 2)
-    _within("frequency_penalty", request.frequency_penalty, -2, 2)
-    for name, highest in (("top_p", 1.0), ("repetition_penalty", 100.0)):
-        value = getattr(request, name)
-        if value is not None and not 0 < value <= highest:
-            raise _out_of_range(name, f"more than 0 and at most {highest:g}", value)
+def stop_token_ids(request: GenerationRequest) -> tuple[int, ...]:
+    """Return the stop token ids. Raises ApiError 400 for too many and for numbers that no token has."""
+    data = bytes(request.stop_token_ids)
+    if len(data) > MAX_STOP_TOKEN_IDS * MAX_ID_BYTES or data.count(b",") >= MAX_STOP_TOKEN_IDS:
+        message = f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS} ids are accepted; send fewer, or use stop"
+        raise bad_request(message, "stop_token_ids", "invalid_value")
+    ids: list[int] = decode_field(request.stop_token_ids, list[int] | None, "stop_token_ids") or []
+    for token in ids:
+        _check_range("stop_token_ids", token, Range(0, INT64 - 1))
+    return tuple(ids)
 
 
-def _check_stops(request: GenerationRequest) -> None:
-    stops = stops_of(request)
-    if "" in stops:
-        raise bad_request("stop: an empty string is no stop string; use null for none", "stop", "invalid_value")
-    if len(stops) > MAX_STOPS or sum(map(len, stops)) > MAX_STOP_CHARACTERS:
-        most = f"at most {MAX_STOPS} stop strings of {MAX_STOP_CHARACTERS} characters in all"
-        raise bad_request(f"stop: {most} are accepted", "stop", "invalid_value")
-    for token in request.stop_token_ids or ():
-        _within("stop_token_ids", token, 0, INT64 - 1)
+def prompt_items(prompt: msgspec.Raw, context_tokens: int) -> Sequence[str] | Sequence[list[int]]:
+    """Return the prompts of a completion request: a text, token ids, or a list of either.
 
-
-def _at_least_one(name: str, value: int | None) -> None:
-    _within(name, value, 1, None)
-
-
-def _within(name: str, value: float | None, lowest: float, highest: float | None) -> None:
-    if value is None or (value >= lowest and (highest is None or value <= highest)):
-        return
-    raise _out_of_range(name, f"at least {lowest:g}" + ("" if highest is None else f" and at most {highest:g}"), value)
-
-
-def _out_of_range(name: str, wanted: str, value: float) -> ApiError:
-    return bad_request(f"{name}: must be {wanted}, found {value}", name, "invalid_value")
-
-
-# MERGED: loraserve.gateway.api.schema
-# """From a checked request to what the engine needs: limits, sampling parameters, stop rules. Pure."""
-
-
-def output_limit(wanted: int | None, prompt_tokens: int, context: int, default: int, param: str) -> int:
-    """Tokens that the output may have. ``default`` (0: as many as fit) is for requests that name none.
-
-    Raises ApiError 400 where prompt and output do not fit the ``context``.
+    Raises ApiError 400 for anything else, for more prompts than ``MAX_CHOICES`` and for more token ids than the context
+    has room for. Both are counted before they are decoded.
     """
-    if prompt_tokens == 0:
-        raise bad_request(
-            f"{param}: it has no tokens; the model needs at least one to continue", param, "invalid_value"
-        )
-    left = context - prompt_tokens
-    if left < 1 or (wanted or 0) > left:
-        raise context_exceeded(context, prompt_tokens, wanted or 1, param)
-    return wanted or (min(default, left) if default else left)
+    data = bytes(prompt)
+    inner = data[1:].lstrip()
+    if data in (b"null", b"") or inner[:1] == b"]":
+        raise bad_request("prompt: a text, token ids or a list of either is needed", "prompt", "invalid_value")
+    if data[:1] != b"[":
+        return [decode_field(prompt, str, "prompt")]
+    if inner[:1] == b"[":
+        _check_prompts(data.count(b"[") - 1)
+        lists: list[list[int]] = _decode_prompts(prompt, list[list[int]])
+        _check_ids(max(map(len, lists)), context_tokens)
+        return lists
+    if inner[:1] == b'"':
+        # An escaped quote is no end of a text; an escaped backslash before a quote only makes the count too low.
+        _check_prompts((data.count(b'"') - data.count(b'\\"')) // 2)
+        texts: list[str] = _decode_prompts(prompt, list[str])
+        _check_prompts(len(texts))
+        return texts
+    _check_ids(data.count(b",") + 1, context_tokens)
+    return [_decode_prompts(prompt, list[int])]
 
 
 def sampling_params(
     request: GenerationRequest, max_tokens: int, logprobs: int | None, seed: int, choice: int
 ) -> SamplingParams:
-    """What the engine draws the given choice with; choices of one request differ by their seed."""
-    min_tokens = request.min_tokens or 0
-    if min_tokens > max_tokens:
-        message = f"min_tokens: {min_tokens} is more than the {max_tokens} tokens that the output may have"
-        raise bad_request(message, "min_tokens", "invalid_value")
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=min_tokens,
-        temperature=_or(request.temperature, 1.0),
-        top_p=_or(request.top_p, 1.0),
-        top_k=max(request.top_k or 0, 0),
-        min_p=_or(request.min_p, 0.0),
-        seed=(seed + choice) % INT64,
-        presence_penalty=_or(request.presence_penalty, 0.0),
-        frequency_penalty=_or(request.frequency_penalty, 0.0),
-        repetition_penalty=_or(request.repetition_penalty, 1.0),
-        stop_token_ids=tuple(request.stop_token_ids or ()),
-        ignore_eos=bool(request.ignore_eos),
-        logprobs=logprobs,
-    )
+    """Return what the engine draws the given choice with; the choices of one request differ by their seed."""
+    given = {name: getattr(request, name, None) for name in FIELD_TYPES}
+    passed = {name: value for name, value in given.items() if value is not None}
+    passed |= {
+        "max_tokens": max_tokens,
+        "top_k": max(passed.get("top_k", 0), 0),
+        "seed": (seed + choice) % INT64,
+        "stop_token_ids": stop_token_ids(request),
+        "logprobs": logprobs,
+    }
+    params = SamplingParams(**passed)
+    if params.min_tokens > max_tokens:
+        reason = f"{params.min_tokens} is more than the {max_tokens} tokens that the output may have"
+        raise bad_request(f"min_tokens: {reason}", "min_tokens", "invalid_value")
+    return params
 
 
 def stop_rules(request: GenerationRequest) -> StopRules:
-    """Return what the gateway has to know to end and cut the text."""
+    """Return what the gateway has to know to end and cut the text of a request."""
     return StopRules(
-        strings=stops_of(request),
+        strings=stop_strings(request),
         include=bool(request.include_stop_str_in_output),
         min_tokens=request.min_tokens or 0,
     )
 
 
-def _or(value: float | None, default: float) -> float:
-    return default if value is None else value
+def check_token_ids(tokens: Sequence[int], vocab: int, param: str) -> None:
+    """Raise ApiError 400 for ids that are not in a vocabulary of ``vocab`` tokens."""
+    for token in (min(tokens), max(tokens)) if tokens else ():
+        if not 0 <= token < vocab:
+            message = f"{param}: token id {token} is not in the model's vocabulary (0 to {vocab - 1})"
+            raise bad_request(message, param, "invalid_value")
+
+
+def _refuse(name: str, value: msgspec.Raw) -> None:
+    if not REFUSED[name].accepts(value):
+        raise unsupported(name, f"{name}: {REFUSED[name].reason}")
+
+
+def _decode_prompts(data: msgspec.Raw, type_: Any) -> Any:
+    try:
+        return decode_field(data, type_, "prompt")
+    except ApiError as error:
+        message = f"{error.message}; a list holds either texts, or token ids, or lists of token ids"
+        raise bad_request(message, error.param, error.code) from error
+
+
+def _check_prompts(count: int) -> None:
+    if count > MAX_CHOICES:
+        message = f"prompt: {count} prompts are more than {MAX_CHOICES} in one request; send several requests"
+        raise bad_request(message, "prompt", "invalid_value")
+
+
+def _check_ids(count: int, context_tokens: int) -> None:
+    if count >= context_tokens:
+        raise context_exceeded(context_tokens, count, 1, "prompt")
+
+
+def _check_range(name: str, value: float | None, allowed: Range) -> None:
+    problem = range_error(value, allowed)
+    if problem is not None:
+        raise bad_request(f"{name}: {problem}", name, "invalid_value")

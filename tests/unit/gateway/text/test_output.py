@@ -14,16 +14,11 @@ from loraserve.testing.tiny_tokenizer import CHAT_END, byte_level_tokenizer
 
 TOKENIZER = byte_level_tokenizer()
 END = TOKENIZER.token_to_id(CHAT_END) or 0
-PIECES = TokenBytes(
-    TOKENIZER.id_to_token,
-    lambda tokens: TOKENIZER.decode(list(tokens), skip_special_tokens=False),
-    frozenset({END}),
-    json.loads(TOKENIZER.to_str())["decoder"],
-)
+TOKENS = TokenBytes(TOKENIZER, frozenset({END}), json.loads(TOKENIZER.to_str())["decoder"])
 
 
 def choice(skip: bool = True, **rules: Any) -> OutputAssembler:
-    return OutputAssembler(0, PIECES.detokenizer(skip), StopRules(**rules))
+    return OutputAssembler(0, TOKENS.detokenizer(skip), StopRules(**rules))
 
 
 def ids(text: str) -> list[int]:

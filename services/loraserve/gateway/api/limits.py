@@ -1,0 +1,66 @@
+"""Limits that are checked before the work which grows with a request: on texts, messages and outputs. Pure."""
+
+from collections.abc import Sequence
+
+import msgspec
+
+from loraserve.gateway.api.schema import MAX_CHOICES, NULL, ChatMessage
+from loraserve.gateway.errors import bad_request, context_exceeded
+from loraserve.gateway.text.tokenizer import ModelTokenizer
+
+
+def check_text(tokenizer: ModelTokenizer, characters: int, context: int, param: str) -> None:
+    """Raise ApiError 400 for a text that has more tokens than the context, whatever it says."""
+    fewest = tokenizer.fewest_tokens(characters)
+    if fewest >= context:
+        raise context_exceeded(context, fewest, 1, param)
+
+
+def check_messages(tokenizer: ModelTokenizer, messages: Sequence[ChatMessage], context: int) -> int:
+    """Return the characters of text in chat messages. Raises ApiError 400 for more than fit.
+
+    Each message, and each part of one, takes at least one token.
+    """
+    contents = [message.content for message in messages if message.content is not None]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    if len(messages) + len(parts) >= context:
+        raise context_exceeded(context, len(messages) + len(parts), 1, "messages")
+    characters = sum(len(content) for content in contents if isinstance(content, str))
+    characters += sum(len(part.text or "") for part in parts)
+    check_text(tokenizer, characters, context, "messages")
+    return characters
+
+
+def check_free_json(messages: Sequence[ChatMessage], template_arguments: msgspec.Raw, limit: int) -> None:
+    """Raise ApiError 400 for more bytes of JSON than ``limit`` in fields that may hold anything."""
+    calls = [bytes(message.tool_calls) for message in messages]
+    sizes = {
+        "tool_calls": sum(len(call) for call in calls if call != bytes(NULL)),
+        "chat_template_kwargs": len(bytes(template_arguments)),
+    }
+    for name, size in sizes.items():
+        if size > limit:
+            remedy = "send less, or raise gateway.max_free_json_bytes"
+            raise bad_request(f"{name}: {size} bytes of JSON are more than {limit}; {remedy}", name, "invalid_value")
+
+
+def check_choices(n: int | None, prompts: int) -> None:
+    """Raise ApiError 400 for more choices than one request may have."""
+    if (n or 1) * prompts > MAX_CHOICES:
+        message = f"n: {n} choices of {prompts} prompts are more than {MAX_CHOICES} in one request; lower n"
+        raise bad_request(message, "n", "invalid_value")
+
+
+def output_limit(wanted: int | None, prompt_tokens: int, context: int, default: int, param: str) -> int:
+    """Return how many tokens the output may have.
+
+    ``wanted`` is what the request asks for; ``default`` is for requests that ask for nothing, where 0 means all that
+    fits. Raises ApiError 400 where prompt and output do not fit the ``context``.
+    """
+    if prompt_tokens == 0:
+        message = f"{param}: it has no tokens; the model needs at least one to continue"
+        raise bad_request(message, param, "invalid_value")
+    left = context - prompt_tokens
+    if left < 1 or (wanted or 0) > left:
+        raise context_exceeded(context, prompt_tokens, wanted or 1, param)
+    return wanted or (min(default, left) if default else left)
