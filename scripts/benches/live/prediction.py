@@ -6,7 +6,8 @@ from typing import NamedTuple
 from live.cluster import PLAN_INTERVAL_S, REJECT_FACTOR, WARMUP, WINDOW_S
 from live.scene import ENGINES
 from loraserve.cost.profile import Profile
-from loraserve.sim.cluster import SimSettings, Simulation
+from loraserve.sim.cluster import Simulation
+from loraserve.sim.outcome import SimSettings
 from loraserve.sim.policies import policy_named
 from loraserve.sim.workload import Workload
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from loraserve.cost.derived import ITEM_BYTES, rank_elements
 from loraserve.model_shape import ModelShape
 from loraserve.sim.traces import read_trace
-from loraserve.sim.workload import Shape, SimRequest, Workload, draw, tenants_workload
+from loraserve.sim.workload import SimRequest, TraceSource, Workload, WorkloadShape, draw_workload, trace_workload
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 from loraserve.testing.tiny_tokenizer import write_tiny_tokenizer
 
@@ -66,11 +66,11 @@ def make_workload(requests: int, slab_bytes_per_rank: int, trace: str = "", seed
     """From the trace, or Poisson arrivals of adapters whose popularity is Zipf's; lengths are what engines here can
     serve. Raises ConfigError."""
     if trace:
-        size = ADAPTERS, requests, slab_bytes_per_rank
-        drawn = tenants_workload(read_trace(trace), *size, Path(trace).name, seed, trace)
+        source = TraceSource(path=trace, adapters=ADAPTERS, requests=requests, seed=seed)
+        drawn = trace_workload(read_trace(trace), source, slab_bytes_per_rank)
     else:
-        shape = Shape(lengths="prefill-heavy", adapters=ADAPTERS, requests=requests, seed=seed)
-        drawn = draw(shape, slab_bytes_per_rank)
+        shape = WorkloadShape(lengths="prefill-heavy", adapters=ADAPTERS, requests=requests, seed=seed)
+        drawn = draw_workload(shape, slab_bytes_per_rank)
     return shortened(drawn, PROMPT_TOKENS, OUTPUT_TOKENS, LONGEST_TOKENS)
 
 

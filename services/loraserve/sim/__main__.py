@@ -1,4 +1,4 @@
-"""``python -m loraserve.sim``: what scripts/simulate runs."""
+"""Run the simulator: ``python -m loraserve.sim``, which scripts/simulate calls."""
 
 import sys
 

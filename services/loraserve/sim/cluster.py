@@ -9,7 +9,6 @@ from random import Random
 
 import msgspec
 
-from loraserve.config import MonitorConfig, PlannerConfig
 from loraserve.cost import CostLearner, extent_bytes
 from loraserve.cost.profile import Profile
 from loraserve.engine.schedule.events import SchedulerLimits
@@ -29,28 +28,13 @@ from loraserve.planner.placement.problem import PlanSettings
 from loraserve.router.context import PlannedCopies, RoutingContext, Slo
 from loraserve.router.view import ClusterView
 from loraserve.sim.engine import SimEngine, Timeline, Watcher
-from loraserve.sim.outcome import Interval, Outcome, RequestOutcome
+from loraserve.sim.outcome import Interval, Outcome, RequestOutcome, SimSettings
 from loraserve.sim.planner import SimPlanner
 from loraserve.sim.policies import Policy
 from loraserve.sim.workload import SimRequest, Workload
 
 TELL_EVERY = 500
 """Requests between two words of progress."""
-
-
-class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """``warmup`` is the share of requests, the first ones, that the outcome leaves out. A run of which it is certain
-    that its P95 TTFT is more than ``hopeless`` times the SLO is broken off; infinite: none is."""
-
-    slo_ttft_s: float = 10.0
-    reject_factor: float = 4.0
-    report_interval_s: float = MonitorConfig().publish_interval_s
-    plan_interval_s: float = PlannerConfig().interval_s
-    prepare_timeout_s: float = PlannerConfig().prepare_timeout_s
-    window_s: float = MonitorConfig().window_s
-    warmup: float = 0.2
-    hopeless: float = 1.5
-    seed: int = 0
 
 
 class Simulation(Watcher):

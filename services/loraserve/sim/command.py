@@ -1,80 +1,92 @@
-"""scripts/simulate: from arguments to runs, tables, plots and one line of JSON."""
+"""scripts/simulate: from flags to runs, tables, plots and a final line of JSON.
+
+Each mode is a function ``run_...`` that returns a ``Result``.
+"""
 
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
 from loraserve.errors import LoraServeError
 from loraserve.sim import report
-from loraserve.sim.arguments import check, job_of, loads_of, parser, policies_of
+from loraserve.sim.arguments import check_arguments, loads_of, make_parser, policies_of, spec_of
 from loraserve.sim.cluster import Simulation
-from loraserve.sim.compare import LOAD_SHARES, OURS, Comparison, Run, changed_profiles, compare
+from loraserve.sim.compare import OURS, CompareOptions, Comparison, RunAll, changed_profiles, compare
 from loraserve.sim.estimate import capacity_rps, limit_rps
 from loraserve.sim.outcome import Outcome
-from loraserve.sim.parallel import spread
+from loraserve.sim.parallel import parallel_runner
 from loraserve.sim.policies import policy_named
-from loraserve.sim.runs import Job, Point, load, workload_of
-from loraserve.sim.workload import grid
+from loraserve.sim.runs import RunFigures, RunSpec, make_workload, simulate, workload_for
+from loraserve.sim.workload import grid_shapes
 
-USUAL_LOAD = 0.7
-"""Of the guessed capacity: where a single run is that names no load."""
-SAMPLE = 2000
-"""Requests that a first guess of the capacity is made from."""
+DEFAULT_LOAD = 0.7
+"""The load of a single run without --rps, as a share of the estimated capacity."""
+SAMPLE_REQUESTS = 2000
+"""Requests from which the capacity is estimated."""
+
+
+class Result(NamedTuple):
+    """What is printed: the content of the line of JSON, and the text before it."""
+
+    content: dict[str, Any]
+    text: str
+
+
+Mode = Callable[[argparse.Namespace, RunSpec, list[str]], Result]
+"""Called with the flags, the run that they describe, and the policies' names."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 could not be done, 2 wrong usage."""
-    arguments = parser().parse_args(argv)
+    """Return the exit status: 0 for success, 1 if the work could not be done, 2 for wrong usage."""
+    arguments = make_parser().parse_args(argv)
     try:
-        base = job_of(arguments)
+        base = spec_of(arguments)
         names = policies_of(arguments)
-        check(arguments, names)
-        content, text = _mode(arguments)(arguments, base, names)
+        check_arguments(arguments, names)
+        result = _mode(arguments, names)(arguments, base, names)
     except LoraServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     if not arguments.json:
-        print(text, end="\n\n")
-    print(json.dumps(content, allow_nan=False))
+        print(result.text, end="\n\n")
+    print(json.dumps(result.content, allow_nan=False))
     return 0
 
 
-Mode = Callable[[argparse.Namespace, Job, list[str]], tuple[dict[str, Any], str]]
-
-
-def _mode(arguments: argparse.Namespace) -> Mode:
+def _mode(arguments: argparse.Namespace, names: list[str]) -> Mode:
     if arguments.compare:
         return run_compare
     if arguments.grid:
         return run_grid
     if arguments.sensitivity:
         return run_sensitivity
-    return run_sweep if arguments.loads or len(policies_of(arguments)) > 1 else run_one
+    return run_sweep if arguments.loads or len(names) > 1 else run_one
 
 
-def run_one(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
-    """One policy at one load, with its timeline."""
-    rps = base.rps or USUAL_LOAD * _guess_rps(base)
-    workload = workload_of(msgspec.structs.replace(base, rps=rps))
+def run_one(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
+    """Simulate one policy at one load."""
+    rps = base.rps or DEFAULT_LOAD * _guess_rps(base)
+    workload = workload_for(msgspec.structs.replace(base, rps=rps))
     policy = policy_named(names[0], base.settings.seed)
     simulation = Simulation(workload, policy, base.profile, base.engines, base.settings)
     outcome = simulation.run(_progress(arguments.json))
-    written = _plots(arguments, lambda folder: [_timeline(outcome, folder)])
-    rows = [[name, value] for name, value in run_figures(outcome).items()]
+    plots = _draw(arguments, lambda folder: [_timeline(outcome, folder)])
+    figures = outcome_figures(outcome)
     title = f"{names[0]} on {base.engines} engines, {workload.name}"
-    text = "\n".join([title, "", report.table(["", ""], rows), *written])
-    figures = {key: report.number(value) for key, value in run_figures(outcome).items()}
-    return {"simulate": "run", "policy": names[0], "workload": workload.name, "figures": figures}, text
+    text = "\n".join([title, "", report.value_table(["", ""], list(figures.items())), *plots])
+    numbers = {key: report.json_number(value) for key, value in figures.items()}
+    return Result({"simulate": "run", "policy": names[0], "workload": workload.name, "figures": numbers}, text)
 
 
-def run_figures(outcome: Outcome) -> dict[str, float]:
+def outcome_figures(outcome: Outcome) -> dict[str, float]:
+    """Return the figures of a single run; ``routed_*`` count the reasons of the router's choices."""
     return {
         "rps": outcome.rps,
         "p50_ttft_s": outcome.p50_ttft_s,
@@ -90,152 +102,142 @@ def run_figures(outcome: Outcome) -> dict[str, float]:
     }
 
 
-def run_sweep(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
-    """Every policy at every load that was named."""
-    loads = loads_of(arguments) or [base.rps or USUAL_LOAD * _guess_rps(base)]
-    jobs = [msgspec.structs.replace(base, policy=name, rps=rps) for name in names for rps in loads]
-    with spread(arguments.workers, _say(arguments.json)) as run:
-        points = run(jobs)
+def run_sweep(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
+    """Simulate every policy at every load of --loads."""
+    loads = loads_of(arguments) or [base.rps or DEFAULT_LOAD * _guess_rps(base)]
+    specs = [msgspec.structs.replace(base, policy=name, rps=rps) for name in names for rps in loads]
+    with parallel_runner(arguments.workers, _show(arguments.json)) as run_all:
+        points = run_all(specs)
     rows = [
         [p.policy, p.rps, p.p50_ttft_s, p.p95_ttft_s, p.goodput_rps, p.busy_share, p.bytes_share, p.moves_per_interval]
         for p in points
     ]
     header = ["policy", "rps", "P50 TTFT (s)", "P95 TTFT (s)", "goodput", "busy", "bytes needed", "moves/interval"]
     highest = [max((p for p in points if p.policy == name), key=lambda p: p.rps) for name in names]
-    written = _plots(arguments, lambda folder: [_timeline(p, folder, f"timeline_{p.policy}.png") for p in highest])
-    text = "\n".join([report.table(header, rows), *written])
-    return {"simulate": "sweep", "points": [_point_json(p) for p in points]}, text
+    plots = _draw(arguments, lambda folder: [_timeline(p, folder, f"timeline_{p.policy}.png") for p in highest])
+    text = "\n".join([report.value_table(header, rows), *plots])
+    return Result({"simulate": "sweep", "points": [_json_point(p) for p in points]}, text)
 
 
-def _point_json(point: Point) -> dict[str, Any]:
-    """Its figures; what happened when is drawn."""
-    values = msgspec.structs.asdict(point)
-    del values["intervals"]
-    return {k: report.number(v) if isinstance(v, float) else v for k, v in values.items()}
-
-
-def run_compare(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
-    """The whole comparison on one workload."""
-    with spread(arguments.workers, _say(arguments.json)) as run:
-        comparison = _compare(base, names, run, LOAD_SHARES, draws=arguments.draws)
-    limit = _limit_rps(msgspec.structs.replace(base, rps=comparison.best_baseline_rps))
+def run_compare(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
+    """Compare the policies on one workload."""
+    with parallel_runner(arguments.workers, _show(arguments.json)) as run_all:
+        comparison = _compare(base, names, run_all, CompareOptions(draws=arguments.draws))
+    # The workload at the compared load: the longer a run is, the more of a trace it uses.
+    at_best = msgspec.structs.replace(base, rps=comparison.best_baseline_rps)
+    limit = limit_rps(workload_for(at_best), base.profile, base.engines)
     title = (
         f"{base.source.name}, {base.engines} engines, {base.profile.model} on {base.profile.hardware}, {arguments.cost}"
     )
-    written = _plots(arguments, lambda folder: _comparison_plots(comparison, title, folder, base))
+    length = f"{base.source.requests} requests" if base.source.requests else f"{base.duration_s:g} s"
+    plots = _draw(arguments, lambda folder: _comparison_plots(comparison, title, folder, base))
     text = "\n".join(
         [
-            f"{title}, SLO P95 TTFT {arguments.slo_s:g} s, {_length(base)} a run",
+            f"{title}, SLO P95 TTFT {arguments.slo_s:g} s, {length} a run",
             "",
-            report.summary(comparison),
+            report.summary_table(comparison),
             f"(P95 and adapters at 80% of {comparison.best_baseline}'s largest load; engines needed for all of it, "
             f"{comparison.engines_rps:.1f} rps)",
-            *report.draws(comparison),
-            *report.too_short(comparison),
+            *report.draws_text(comparison),
+            *report.too_short_text(comparison),
             f"(no placement serves more than {limit:.1f} rps for good: full batches, and each token pays its own rank)",
             "",
             report.load_table(comparison),
             "",
             *(f"ours falls short: {text}" for text in report.shortfalls(comparison, limit)),
-            *written,
+            *plots,
         ]
     )
-    return {
+    content = {
         "simulate": "compare",
         "workload": base.source.name,
         "engines": base.engines,
         "cost": arguments.cost,
         "slo_s": arguments.slo_s,
-        "limit_rps": report.number(limit),
-        "policies": report.as_json(comparison),
-    }, text
+        "limit_rps": report.json_number(limit),
+        "policies": report.json_figures(comparison),
+    }
+    return Result(content, text)
 
 
-def run_grid(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
-    """Ours against the baselines on drawn workloads of every kind."""
-    shapes = grid(arguments.requests, arguments.adapters, arguments.seed)
+def run_grid(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
+    """Compare ours with the baselines on 24 drawn workloads."""
     comparisons: dict[str, Comparison] = {}
-    with spread(arguments.workers, _say(arguments.json)) as run:
-        for shape in shapes:
-            comparisons[shape.name] = _compare(
-                msgspec.structs.replace(base, source=shape), names, run, LOAD_SHARES, count_engines=False
-            )
-    written = _plots(arguments, lambda folder: _grid_plots(comparisons, folder))
+    with parallel_runner(arguments.workers, _show(arguments.json)) as run_all:
+        for shape in grid_shapes(arguments.requests, arguments.adapters, arguments.seed):
+            spec = msgspec.structs.replace(base, source=shape)
+            comparisons[shape.name] = _compare(spec, names, run_all, CompareOptions(count_engines=False))
+    plots = _draw(arguments, lambda folder: [_plots().plot_grid(comparisons, folder)])
     gains = report.gains(comparisons)
-    text = "\n".join([report.grid_table(comparisons), "", report.gains_text(gains), *written])
-    return {
+    text = "\n".join([report.grid_table(comparisons), "", report.gains_text(gains), *plots])
+    content = {
         "simulate": "grid",
         "engines": base.engines,
         "cost": arguments.cost,
         "gains": gains,
-        "workloads": {name: report.as_json(c) for name, c in comparisons.items()},
-    }, text
+        "workloads": {name: report.json_figures(c) for name, c in comparisons.items()},
+    }
+    return Result(content, text)
 
 
-def run_sensitivity(arguments: argparse.Namespace, base: Job, names: list[str]) -> tuple[dict[str, Any], str]:
-    """What the gains hang on: the profile derived anew with one efficiency changed."""
+def run_sensitivity(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
+    """Compare with the profile derived anew, with one efficiency halved or doubled at a time."""
     rows = []
     content: dict[str, Any] = {}
-    with spread(arguments.workers, _say(arguments.json)) as run:
+    options = CompareOptions(shares=(0.8,), count_engines=False)
+    with parallel_runner(arguments.workers, _show(arguments.json)) as run_all:
         for change, profile in changed_profiles(base.profile).items():
-            c = _compare(msgspec.structs.replace(base, profile=profile), names, run, (0.8,), count_engines=False)
-            ratios = {name: c.results[OURS].max_rps / (r.max_rps or 1e-9) for name, r in c.results.items()}
-            content[change] = {name: report.number(ratio) for name, ratio in ratios.items()}
-            rows.append([change, c.results[OURS].max_rps, *(ratios[name] for name in names if name != OURS)])
+            results = _compare(msgspec.structs.replace(base, profile=profile), names, run_all, options).results
+            ours_rps = results[OURS].max_rps
+            ratios = {name: ours_rps / (result.max_rps or 1e-9) for name, result in results.items()}
+            content[change] = {name: report.json_number(ratio) for name, ratio in ratios.items()}
+            rows.append([change, ours_rps, *(ratios[name] for name in names if name != OURS)])
     header = ["changed", "ours, max rps", *(f"/ {name}" for name in names if name != OURS)]
-    return {"simulate": "sensitivity", "ratios": content}, report.table(header, rows)
+    return Result({"simulate": "sensitivity", "ratios": content}, report.value_table(header, rows))
 
 
-def _compare(
-    base: Job, names: list[str], run: Run, shares: Sequence[float], count_engines: bool = True, draws: int = 1
-) -> Comparison:
-    return compare(base, names, _guess_rps(base), run, shares, count_engines, draws)
+def _compare(base: RunSpec, names: list[str], run_all: RunAll, options: CompareOptions) -> Comparison:
+    return compare(base, names, _guess_rps(base), run_all, options)
 
 
-def _guess_rps(base: Job) -> float:
-    source = msgspec.structs.replace(base.source, requests=base.source.requests or SAMPLE)
-    return capacity_rps(load(source, base.profile.engine.slab_bytes_per_rank), base.profile, base.engines)
+def _guess_rps(base: RunSpec) -> float:
+    source = msgspec.structs.replace(base.source, requests=base.source.requests or SAMPLE_REQUESTS)
+    workload = make_workload(source, base.profile.engine.slab_bytes_per_rank)
+    return capacity_rps(workload, base.profile, base.engines)
 
 
-def _limit_rps(base: Job) -> float:
-    """Of the workload at the job's load: the longer a run is, the more of a trace it is."""
-    return limit_rps(workload_of(base), base.profile, base.engines)
+def _json_point(figures: RunFigures) -> dict[str, Any]:
+    """Return the figures without the intervals, which are plotted."""
+    values = msgspec.structs.asdict(figures)
+    del values["intervals"]
+    return {k: report.json_number(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
-def _length(base: Job) -> str:
-    return f"{base.source.requests} requests" if base.source.requests else f"{base.duration_s:g} s"
-
-
-def _plots(arguments: argparse.Namespace, draw: Callable[[Path], list[Path]]) -> list[str]:
-    """Lines that name what was written."""
+def _draw(arguments: argparse.Namespace, draw: Callable[[Path], list[Path]]) -> list[str]:
+    """Draw plots if --out asks for them; return lines that name the files."""
     if not arguments.out:
         return []
     return [f"wrote {path}" for path in draw(Path(arguments.out))]
 
 
-def _comparison_plots(comparison: Comparison, title: str, folder: Path, base: Job) -> list[Path]:
-    from loraserve.sim.plots import plot_comparison
-    from loraserve.sim.runs import simulate
-
-    rps = 0.8 * comparison.best_baseline_rps
-    outcome = simulate(msgspec.structs.replace(base, policy=OURS, rps=rps))
-    return [*plot_comparison(comparison, title, folder), _timeline(outcome, folder)]
+def _comparison_plots(comparison: Comparison, title: str, folder: Path, base: RunSpec) -> list[Path]:
+    outcome = simulate(msgspec.structs.replace(base, policy=OURS, rps=0.8 * comparison.best_baseline_rps))
+    return [*_plots().plot_comparison(comparison, title, folder), _timeline(outcome, folder)]
 
 
-def _timeline(ran: Outcome | Point, folder: Path, name: str = "timeline.png") -> Path:
-    # Imported where it is needed: without --out the simulator works without matplotlib.
-    from loraserve.sim.plots import plot_timeline
-
-    return plot_timeline(ran.intervals, f"{ran.policy}, {ran.rps:.1f} rps", folder / name)
+def _timeline(run: Outcome | RunFigures, folder: Path, name: str = "timeline.png") -> Path:
+    path: Path = _plots().plot_timeline(run.intervals, f"{run.policy}, {run.rps:.1f} rps", folder / name)
+    return path
 
 
-def _grid_plots(comparisons: Mapping[str, Comparison], folder: Path) -> list[Path]:
-    from loraserve.sim.plots import plot_grid
+def _plots() -> Any:
+    """Import the plots on demand: without --out the simulator works without matplotlib."""
+    from loraserve.sim import plots
 
-    return [plot_grid(comparisons, folder)]
+    return plots
 
 
-def _say(quiet: bool) -> Callable[[str], None] | None:
+def _show(quiet: bool) -> Callable[[str], None] | None:
     return (lambda text: None) if quiet else None
 
 

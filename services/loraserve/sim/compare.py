@@ -1,6 +1,6 @@
-"""Policies against each other: the largest load each serves under the SLO, and how they do at the same loads. Pure.
+"""Comparisons of policies: the largest load that each serves under the SLO, and their figures at the same loads.
 
-``run`` simulates a batch of jobs; all of a batch are independent, so that they can run side by side.
+Runs are asked for in batches. The runs of a batch do not depend on each other, so that they can run in parallel.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,56 +14,79 @@ from loraserve.cost.hardware import HARDWARE
 from loraserve.cost.profile import Profile
 from loraserve.errors import ConfigError
 from loraserve.sim.policies import policy_named
-from loraserve.sim.runs import Job, Point
+from loraserve.sim.runs import RunFigures, RunSpec
 
-Run = Callable[[Sequence[Job]], list[Point]]
+RunAll = Callable[[Sequence[RunSpec]], list[RunFigures]]
+"""Runs a batch of simulations and returns their figures in the same order."""
 
-MOST_ENGINES = 3
-"""Times as many as there are: policies that need more are not counted."""
+OURS = "ours"
+LOAD_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)
+"""The loads at which all policies are compared, as shares of the best baseline's largest load."""
 PRECISION = 0.02
 """The largest load is found to within this share."""
+MAX_ENGINE_FACTOR = 3
+"""A policy that needs more than this many times the engines gets no number of engines."""
 FIRST_FACTOR = 1.3
 LATER_FACTOR = 4.0
 NEARBY_TRIES = 4
-MOST_TRIES = 12
-LEAST_OF_GUESS = 200.0
-"""To find a load that is served, or one that is not: a short workload may never break the SLO."""
-LOAD_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)
-"""Of the best baseline's largest load: where all are compared."""
-OURS = "ours"
+MAX_TRIES = 12
+MAX_GUESS_ERROR = 200.0
+"""A search gives up below the guessed capacity divided by this."""
+EFFICIENCY_FACTORS = (0.5, 2.0)
+
+
+class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What a comparison computes.
+
+    Attributes:
+        shares: The loads at which policies are compared, as shares of the best baseline's largest load; 0.8 is one.
+        count_engines: Whether to search for the number of engines that each policy needs.
+        draws: How often a random placement is drawn; the median draw by largest load is compared.
+    """
+
+    shares: tuple[float, ...] = LOAD_SHARES
+    count_engines: bool = True
+    draws: int = 1
 
 
 class Entrant(NamedTuple):
-    """A policy with the seed of its runs: one whose placement is drawn enters once for each draw."""
+    """A policy and the seed of its runs; a policy with a random placement has one entrant for each draw."""
 
     policy: str
     seed: int
 
 
-Curves = dict[Entrant, dict[float, Point]]
-"""By load."""
+Curves = dict[Entrant, dict[float, RunFigures]]
+"""Figures by entrant and load."""
 
 
 class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
-    """``curve`` in order of load, all points there are; ``at_80pct`` is at 80 % of the best baseline's max.
+    """The results of one policy, or of its median draw.
 
-    Where the placement was drawn several times all is the median draw's; ``max_rps_draws`` are those of all, ascending.
+    Attributes:
+        policy: Its name.
+        max_rps: The largest load under the SLO.
+        max_rps_draws: That of all draws, ascending.
+        at_80pct: Figures at 80% of the best baseline's largest load.
+        engines_needed: For all of that load; None if more than ``MAX_ENGINE_FACTOR`` times the engines are needed.
+        curve: Figures of all runs, in the order of load.
     """
 
     policy: str
     max_rps: float
     max_rps_draws: tuple[float, ...]
-    at_80pct: Point
+    at_80pct: RunFigures
     engines_needed: int | None
-    curve: tuple[Point, ...]
+    curve: tuple[RunFigures, ...]
 
     @property
     def p95_at_80pct_s(self) -> float:
+        """P95 TTFT at 80% of the best baseline's largest load."""
         return self.at_80pct.p95_ttft_s
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """``engines_rps`` is the load that ``engines_needed`` is for."""
+    """The results of all policies; ``engines_rps`` is the load for which engines were counted."""
 
     engines: int
     slo_ttft_s: float
@@ -74,47 +97,42 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     results: dict[str, PolicyResult]
 
     def p95_at(self, policy: str, share: float) -> float:
-        """At a share of the best baseline's largest load that was simulated for all."""
+        """Return P95 TTFT at one of the ``shares`` of the best baseline's largest load."""
         rps = share * self.best_baseline_rps
         return next(p.p95_ttft_s for p in self.results[policy].curve if abs(p.rps - rps) < 1e-6 * rps)
 
 
 def compare(
-    base: Job,
-    policies: Sequence[str],
-    guess_rps: float,
-    run: Run,
-    shares: Sequence[float],
-    count_engines: bool = True,
-    draws: int = 1,
+    base: RunSpec, policies: Sequence[str], guess_rps: float, run_all: RunAll, options: CompareOptions
 ) -> Comparison:
-    """All policies on the workload, engines and profile of ``base``. ``shares`` has 0.8 in it. Of a policy whose
-    placement is drawn ``draws`` are searched, and the median one by its largest load is compared.
+    """Compare policies on the workload, engines and profile of ``base``; ``guess_rps`` is where the searches begin.
 
-    Raises ConfigError where no baseline meets the SLO at any load: there is nothing to compare with.
+    Raises:
+        ConfigError: No baseline meets the SLO at any load, so that there is nothing to compare with.
     """
-    entrants = {policy: _entrants(policy, base.settings.seed, draws) for policy in policies}
-    curves: Curves = {entrant: {} for draws_of in entrants.values() for entrant in draws_of}
-    largest_of = find_largest(base, guess_rps, run, curves)
-    chosen = {policy: _median(draws_of, largest_of) for policy, draws_of in entrants.items()}
+    entrants = {policy: _entrants(policy, base.settings.seed, options.draws) for policy in policies}
+    curves: Curves = {entrant: {} for draws in entrants.values() for entrant in draws}
+    largest_of = find_largest(base, guess_rps, run_all, curves)
+    chosen = {policy: _median(draws, largest_of) for policy, draws in entrants.items()}
     largest = {policy: largest_of[entrant] for policy, entrant in chosen.items()}
     baselines = [p for p in policies if p != OURS] or list(policies)
     best = max(baselines, key=lambda p: largest[p])
     if not largest[best]:
         slo_s = base.settings.slo_ttft_s
         raise ConfigError(f"no baseline serves this workload within {slo_s} s; promise more (--slo-s)")
-    wanted = [(entrant, share * largest[best]) for entrant in chosen.values() for share in sorted(shares)]
-    _simulate(base, [(e, rps) for e, rps in wanted if rps not in curves[e]], run, curves)
+    shares = tuple(sorted(options.shares))
+    wanted = [(entrant, share * largest[best]) for entrant in chosen.values() for share in shares]
+    _add_points(base, [(e, rps) for e, rps in wanted if rps not in curves[e]], run_all, curves)
     needed: dict[Entrant, int | None] = dict.fromkeys(chosen.values())
-    if count_engines:
-        needed = engines_needed(base, list(chosen.values()), largest[best], run)
+    if options.count_engines:
+        needed = engines_needed(base, list(chosen.values()), largest[best], run_all)
     return Comparison(
         engines=base.engines,
         slo_ttft_s=base.settings.slo_ttft_s,
         best_baseline=best,
         best_baseline_rps=largest[best],
         engines_rps=largest[best],
-        shares=tuple(sorted(shares)),
+        shares=shares,
         results={
             policy: PolicyResult(
                 policy=policy,
@@ -122,123 +140,52 @@ def compare(
                 max_rps_draws=tuple(sorted(largest_of[draw] for draw in entrants[policy])),
                 at_80pct=curves[entrant][0.8 * largest[best]],
                 engines_needed=needed[entrant],
-                curve=tuple(point for _, point in sorted(curves[entrant].items())),
+                curve=tuple(figures for _, figures in sorted(curves[entrant].items())),
             )
             for policy, entrant in chosen.items()
         },
     )
 
 
-def find_largest(base: Job, guess_rps: float, run: Run, curves: Curves) -> dict[Entrant, float]:
-    """The largest load under the SLO of each entrant: a bracket first, then halving it, all entrants at once."""
-    searches = {entrant: _Search(guess_rps, base.settings.slo_ttft_s) for entrant in curves}
-    while open_ := {e: s for e, s in searches.items() if not s.done}:
-        _simulate(base, [(e, s.next_rps) for e, s in open_.items()], run, curves)
-        for entrant, search in open_.items():
-            search.saw(curves[entrant][search.next_rps])
+def find_largest(base: RunSpec, guess_rps: float, run_all: RunAll, curves: Curves) -> dict[Entrant, float]:
+    """Return the largest load under the SLO of each entrant, searching for all entrants at once."""
+    searches = {entrant: _LoadSearch(guess_rps, base.settings.slo_ttft_s) for entrant in curves}
+    while unfinished := {e: s for e, s in searches.items() if not s.is_done}:
+        _add_points(base, [(e, s.next_rps) for e, s in unfinished.items()], run_all, curves)
+        for entrant, search in unfinished.items():
+            search.add(curves[entrant][search.next_rps])
     return {entrant: search.largest_rps for entrant, search in searches.items()}
 
 
-def engines_needed(base: Job, entrants: Sequence[Entrant], rps: float, run: Run) -> dict[Entrant, int | None]:
-    """The fewest engines that serve this load under the SLO; None where three times as many as now do not."""
+def engines_needed(
+    base: RunSpec, entrants: Sequence[Entrant], rps: float, run_all: RunAll
+) -> dict[Entrant, int | None]:
+    """Return the fewest engines with which each entrant serves this load under the SLO.
+
+    None means that ``MAX_ENGINE_FACTOR`` times the engines of ``base`` do not suffice.
+    """
     low = dict.fromkeys(entrants, 0)
-    high: dict[Entrant, int] = dict.fromkeys(entrants, MOST_ENGINES * base.engines + 1)
+    high: dict[Entrant, int] = dict.fromkeys(entrants, MAX_ENGINE_FACTOR * base.engines + 1)
     tried = dict.fromkeys(entrants, base.engines)
-    while open_ := [e for e in entrants if high[e] - low[e] > 1]:
-        jobs = [msgspec.structs.replace(_job(base, e, rps), engines=tried[e]) for e in open_]
-        for entrant, point in zip(open_, run(jobs), strict=True):
-            meets = point.p95_ttft_s <= base.settings.slo_ttft_s
+    while unfinished := [e for e in entrants if high[e] - low[e] > 1]:
+        specs = [msgspec.structs.replace(_spec(base, e, rps), engines=tried[e]) for e in unfinished]
+        for entrant, figures in zip(unfinished, run_all(specs), strict=True):
+            meets = figures.p95_ttft_s <= base.settings.slo_ttft_s
             (high if meets else low)[entrant] = tried[entrant]
-            step = (low[entrant] + high[entrant]) // 2
-            # Most policies need about as many as there are: look nearby before halving the whole.
+            middle = (low[entrant] + high[entrant]) // 2
+            # Most policies need about as many engines as there are, so nearby numbers are tried before the middle.
             near = ceil(tried[entrant] * (0.8 if meets else 1.25))
-            tried[entrant] = near if low[entrant] < near < high[entrant] else step
-    return {e: None if high[e] > MOST_ENGINES * base.engines else high[e] for e in entrants}
-
-
-def _entrants(policy: str, seed: int, draws: int) -> list[Entrant]:
-    return [Entrant(policy, seed + draw) for draw in range(draws if policy_named(policy).drawn else 1)]
-
-
-def _median(entrants: Sequence[Entrant], largest: Mapping[Entrant, float]) -> Entrant:
-    """By largest load; of an even number the lower of the two in the middle."""
-    return sorted(entrants, key=lambda entrant: largest[entrant])[(len(entrants) - 1) // 2]
-
-
-class _Search:
-    """A bracket of the largest load, narrowed one simulation at a time."""
-
-    def __init__(self, guess_rps: float, slo_ttft_s: float) -> None:
-        self.next_rps = guess_rps
-        self._guess_rps = guess_rps
-        self._slo_s = slo_ttft_s
-        self._low: Point | None = None
-        self._high: Point | None = None
-        self._tries = 0
-
-    @property
-    def done(self) -> bool:
-        if self._low is None or self._high is None:
-            return self._tries >= MOST_TRIES or self._hopelessly_low(self.next_rps)
-        return self._high.rps <= self._low.rps * (1 + PRECISION)
-
-    @property
-    def _factor(self) -> float:
-        return FIRST_FACTOR if self._tries < NEARBY_TRIES else LATER_FACTOR
-
-    def _hopelessly_low(self, rps: float) -> bool:
-        return rps < self._guess_rps / LEAST_OF_GUESS
-
-    def saw(self, point: Point) -> None:
-        self._tries += 1
-        if point.p95_ttft_s <= self._slo_s:
-            self._low = point
-        else:
-            self._high = point
-        if self._low is None:
-            self.next_rps = point.rps / self._factor
-        elif self._high is None:
-            self.next_rps = point.rps * self._factor
-        else:
-            self.next_rps = (self._low.rps * self._high.rps) ** 0.5
-
-    @property
-    def largest_rps(self) -> float:
-        """The largest load that was simulated and met the SLO; 0 where none did."""
-        return self._low.rps if self._low is not None else 0.0
-
-
-def _simulate(base: Job, wanted: Sequence[tuple[Entrant, float]], run: Run, curves: Curves) -> None:
-    """Points into the curves. Above a load that was hopeless all are: they are not simulated."""
-    hopeless = {e: min((rps for rps, q in c.items() if q.hopeless), default=inf) for e, c in curves.items()}
-    asked = []
-    for entrant, rps in wanted:
-        if rps > hopeless[entrant] * 1.15:
-            worst = curves[entrant][hopeless[entrant]]
-            curves[entrant][rps] = msgspec.structs.replace(worst, rps=rps)
-        else:
-            asked.append((entrant, rps))
-    points = run([_job(base, entrant, rps) for entrant, rps in asked])
-    for (entrant, rps), point in zip(asked, points, strict=True):
-        curves[entrant][rps] = point
-
-
-def _job(base: Job, entrant: Entrant, rps: float) -> Job:
-    settings = msgspec.structs.replace(base.settings, seed=entrant.seed)
-    return msgspec.structs.replace(base, policy=entrant.policy, rps=rps, settings=settings)
-
-
-# MERGED: loraserve.sim.compare
-# """A derived profile with one efficiency changed at a time. Pure."""
-
-
-FACTORS = (0.5, 2.0)
+            tried[entrant] = near if low[entrant] < near < high[entrant] else middle
+    return {e: None if high[e] > MAX_ENGINE_FACTOR * base.engines else high[e] for e in entrants}
 
 
 def changed_profiles(profile: Profile) -> dict[str, Profile]:
-    """The profile itself, then each of its efficiencies halved and doubled; what would be more than all is all.
+    """Return the profile itself, and the profile with each of its efficiencies halved and doubled.
 
-    Raises ConfigError where the profile was not derived: what was measured has no efficiencies to change.
+    An efficiency that is a share of a datasheet's figure is at most 1.
+
+    Raises:
+        ConfigError: The profile was measured and not derived, so that it has no efficiencies.
     """
     if profile.origin != "derived":
         raise ConfigError(f"profile of {profile.model} on {profile.hardware} was measured; take a derived one")
@@ -248,11 +195,81 @@ def changed_profiles(profile: Profile) -> dict[str, Profile]:
         raise ConfigError(f"profile of {profile.model}: there is no datasheet of {profile.hardware}, only of {known}")
     changed = {"nothing": profile}
     for name, efficiency in profile.efficiencies.items():
-        for factor in FACTORS:
+        for factor in EFFICIENCY_FACTORS:
             value = efficiency.value * factor
-            # A share of a datasheet's figure ends at all of it; rates and times do not.
             value = min(value, 1.0) if efficiency.value < 1 and not name.endswith("_s") else value
             efficiencies = {**profile.efficiencies, name: msgspec.structs.replace(efficiency, value=value)}
             label = f"{name} x {factor:g}" + (" (all)" if value == 1.0 else "")
             changed[label] = derive_profile(profile.shape, hardware, efficiencies, profile.cost.lora, profile.model)
     return changed
+
+
+def _entrants(policy: str, seed: int, draws: int) -> list[Entrant]:
+    return [Entrant(policy, seed + draw) for draw in range(draws if policy_named(policy).random_placement else 1)]
+
+
+def _median(entrants: Sequence[Entrant], largest: Mapping[Entrant, float]) -> Entrant:
+    """Return the median by largest load; of an even number, the lower one in the middle."""
+    return sorted(entrants, key=lambda entrant: largest[entrant])[(len(entrants) - 1) // 2]
+
+
+class _LoadSearch:
+    """A bisection for the largest load under the SLO: it first finds a load on either side, then halves the bracket."""
+
+    def __init__(self, guess_rps: float, slo_ttft_s: float) -> None:
+        self.next_rps = guess_rps
+        self._guess_rps = guess_rps
+        self._slo_s = slo_ttft_s
+        self._low: RunFigures | None = None
+        self._high: RunFigures | None = None
+        self._tries = 0
+
+    @property
+    def is_done(self) -> bool:
+        if self._low is None or self._high is None:
+            # A short workload may never exceed the SLO, and a policy may never meet it.
+            return self._tries >= MAX_TRIES or self.next_rps < self._guess_rps / MAX_GUESS_ERROR
+        return self._high.rps <= self._low.rps * (1 + PRECISION)
+
+    @property
+    def largest_rps(self) -> float:
+        """The largest load that met the SLO in a run; 0 if none did."""
+        return self._low.rps if self._low is not None else 0.0
+
+    def add(self, figures: RunFigures) -> None:
+        """Narrow the bracket by a run at ``next_rps``."""
+        self._tries += 1
+        if figures.p95_ttft_s <= self._slo_s:
+            self._low = figures
+        else:
+            self._high = figures
+        factor = FIRST_FACTOR if self._tries < NEARBY_TRIES else LATER_FACTOR
+        if self._low is None:
+            self.next_rps = figures.rps / factor
+        elif self._high is None:
+            self.next_rps = figures.rps * factor
+        else:
+            self.next_rps = (self._low.rps * self._high.rps) ** 0.5
+
+
+def _add_points(base: RunSpec, wanted: Sequence[tuple[Entrant, float]], run_all: RunAll, curves: Curves) -> None:
+    """Run the wanted points and add them to the curves.
+
+    A point well above a load that was hopeless gets the figures of that load without a run.
+    """
+    hopeless = {e: min((rps for rps, p in c.items() if p.hopeless), default=inf) for e, c in curves.items()}
+    runs = []
+    for entrant, rps in wanted:
+        if rps > hopeless[entrant] * 1.15:
+            worst = curves[entrant][hopeless[entrant]]
+            curves[entrant][rps] = msgspec.structs.replace(worst, rps=rps)
+        else:
+            runs.append((entrant, rps))
+    figures = run_all([_spec(base, entrant, rps) for entrant, rps in runs])
+    for (entrant, rps), point in zip(runs, figures, strict=True):
+        curves[entrant][rps] = point
+
+
+def _spec(base: RunSpec, entrant: Entrant, rps: float) -> RunSpec:
+    settings = msgspec.structs.replace(base.settings, seed=entrant.seed)
+    return msgspec.structs.replace(base, policy=entrant.policy, rps=rps, settings=settings)

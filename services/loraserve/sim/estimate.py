@@ -1,4 +1,4 @@
-"""Roughly what a cluster can serve, and what it cannot: where searches begin, and where they must end. Pure."""
+"""Estimates of a cluster's capacity: where a search for the largest load begins, and a limit that no policy exceeds."""
 
 from loraserve.cost import StepShape
 from loraserve.cost.profile import Profile
@@ -7,29 +7,31 @@ from loraserve.sim.workload import SimRequest, Workload
 
 
 def capacity_rps(workload: Workload, profile: Profile, engines: int) -> float:
-    """Requests a second at which engines with half-full batches would be busy all the time, if every batch were of one
-    rank and all engines had the same work."""
-    seconds = _seconds(workload, profile, profile.engine.max_running / 2, reads=0.5)
+    """Return a rough estimate of the requests per second that a cluster serves.
+
+    It assumes that all engines have the same work and always compute half-full batches of a single rank.
+    """
+    seconds = _engine_seconds(workload, profile, profile.engine.max_running / 2, slab_reads=0.5)
     return engines * len(workload.requests) / seconds if seconds else 1.0
 
 
 def limit_rps(workload: Workload, profile: Profile, engines: int) -> float:
-    """Requests a second that no placement and no routing can serve more of for good.
+    """Return requests per second that no placement and no routing can exceed permanently.
 
-    Each engine is busy all the time with batches as full as places and KV memory allow, no token pays for a larger rank
-    than its own, slabs are read for nothing. What a run serves beyond it still waits, or still decodes, when arrivals
-    end.
+    Every engine computes all the time, its batches are as full as places and KV memory allow, no token pays for a rank
+    above its own, and slabs are read for nothing. What a short run serves beyond this still waits or decodes when
+    arrivals end.
     """
-    seconds = _seconds(workload, profile, _fullest_batch(workload, profile), reads=0.0)
+    seconds = _engine_seconds(workload, profile, _fullest_batch(workload, profile), slab_reads=0.0)
     return engines * len(workload.requests) / seconds if seconds else float("inf")
 
 
-def _seconds(workload: Workload, profile: Profile, batch: float, reads: float) -> float:
-    """Engine time of all requests; ``reads``: of its slab, by each token that is decoded."""
-    return sum(_request_s(r, workload.adapters[r.adapter], profile, batch, reads) for r in workload.requests)
+def _engine_seconds(workload: Workload, profile: Profile, batch: float, slab_reads: float) -> float:
+    """Return the engine time of all requests; ``slab_reads`` are reads of its slab for each decoded token."""
+    return sum(_request_s(r, workload.adapters[r.adapter], profile, batch, slab_reads) for r in workload.requests)
 
 
-def _request_s(request: SimRequest, adapter: AdapterRef, profile: Profile, batch: float, reads: float) -> float:
+def _request_s(request: SimRequest, adapter: AdapterRef, profile: Profile, batch: float, slab_reads: float) -> float:
     cost, prompt, output = profile.cost, request.prompt_tokens, request.output_tokens
     prefill = StepShape(
         prefill_tokens=prompt,
@@ -40,7 +42,7 @@ def _request_s(request: SimRequest, adapter: AdapterRef, profile: Profile, batch
     decode = StepShape(
         decode_sequences=1,
         kv_tokens=prompt + output / 2,
-        slab_bytes=adapter.slab_bytes * reads,
+        slab_bytes=adapter.slab_bytes * slab_reads,
         rank_tokens=adapter.rank,
         max_rank=adapter.rank,
     )
@@ -49,7 +51,7 @@ def _request_s(request: SimRequest, adapter: AdapterRef, profile: Profile, batch
 
 
 def _fullest_batch(workload: Workload, profile: Profile) -> float:
-    """Sequences that decode at once, on average, where KV memory is never free."""
+    """Return the mean number of decoding sequences while KV memory is always full."""
     engine = profile.engine
     tokens = sum(r.output_tokens for r in workload.requests)
     held = sum(r.output_tokens * (r.prompt_tokens + r.output_tokens / 2) for r in workload.requests)

@@ -1,13 +1,41 @@
-"""What came of a simulated run. Plain data, and the figures that are read off it."""
+"""What a simulated run was asked to do (``SimSettings``), what happened in it, and the figures computed from that."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import ceil, inf
 
 import msgspec
 
+from loraserve.config import MonitorConfig, PlannerConfig
+
+
+class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """Settings of a run beside its workload and policy; intervals are the live cluster's defaults.
+
+    Attributes:
+        slo_ttft_s: The promised P95 time to first token.
+        reject_factor: The router refuses a request that would take this many times the SLO to start.
+        report_interval_s: Between reports of the engines.
+        plan_interval_s: Between plans.
+        prepare_timeout_s: The planner stops waiting for an engine that has not loaded its copies after this time.
+        window_s: Over which the monitor measures demand.
+        warmup: The share of requests, the first ones, that are left out of the outcome.
+        hopeless: A run stops as soon as its P95 TTFT is certain to exceed this many SLOs; infinite: it never stops.
+        seed: Of the policy's random choices.
+    """
+
+    slo_ttft_s: float = 10.0
+    reject_factor: float = 4.0
+    report_interval_s: float = MonitorConfig().publish_interval_s
+    plan_interval_s: float = PlannerConfig().interval_s
+    prepare_timeout_s: float = PlannerConfig().prepare_timeout_s
+    window_s: float = MonitorConfig().window_s
+    warmup: float = 0.2
+    hopeless: float = 1.5
+    seed: int = 0
+
 
 class RequestOutcome(msgspec.Struct, gc=False):
-    """What one request saw."""
+    """What happened to one request."""
 
     index: int
     adapter: int
@@ -19,15 +47,20 @@ class RequestOutcome(msgspec.Struct, gc=False):
 
     @property
     def ttft_s(self) -> float:
-        """Infinite where no token came."""
+        """Time to first token; infinite if there was none."""
         return inf if self.first_token_s is None or self.rejected else self.first_token_s - self.arrival_s
 
 
 class Interval(msgspec.Struct, frozen=True):
-    """Between two plans; tuples have an entry for each engine. ``moves`` are copies that were brought somewhere.
+    """What happened between two plans; tuples have one entry for each engine.
 
-    ``needed_bytes`` are of adapters that the plan or a request keeps there, ``held_bytes`` of all that are there:
-    the rest leaves when room is wanted. ``rank_tokens``: tokens computed by the rank of their adapter.
+    Attributes:
+        time_s: The end of the interval.
+        moves: Copies that plans loaded somewhere.
+        held_bytes: Slab bytes in the pool.
+        needed_bytes: The part of ``held_bytes`` that the plan, a request or a load needs; the rest may be evicted.
+        rank_tokens: Computed tokens by the rank of their adapter.
+        adapters: Adapters in the pool.
     """
 
     time_s: float
@@ -39,7 +72,21 @@ class Interval(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """``requests`` are those that count. A ``hopeless`` run was broken off: its P95 TTFT is far above the SLO."""
+    """What happened in a run.
+
+    Attributes:
+        policy: Its name.
+        engines: Their number.
+        workload: Its name.
+        rps: Requests per second.
+        slo_ttft_s: The promised P95 time to first token.
+        hopeless: Whether the run was stopped because its P95 TTFT was certain to be far above the SLO.
+        requests: Those after the warm-up, in the order of their arrival.
+        intervals: In the order of time.
+        all_bytes: Slab bytes of all adapters together.
+        busy_share: The share of time in which an engine computed, mean over engines.
+        whys: How often each ``Candidate.why`` was the reason of a choice.
+    """
 
     policy: str
     engines: int
@@ -51,46 +98,55 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     intervals: tuple[Interval, ...]
     all_bytes: int
     busy_share: float
-    whys: dict[str, int]
+    whys: Mapping[str, int]
 
     @property
     def p95_ttft_s(self) -> float:
+        """P95 time to first token; infinite if the run was stopped."""
         return inf if self.hopeless else percentile((r.ttft_s for r in self.requests), 0.95)
 
     @property
     def p50_ttft_s(self) -> float:
+        """Median time to first token; infinite if the run was stopped."""
         return inf if self.hopeless else percentile((r.ttft_s for r in self.requests), 0.5)
 
     @property
     def goodput_rps(self) -> float:
-        """Requests a second that began within the SLO; 0 where all came at once, which is no rate."""
-        took_s = self.requests[-1].arrival_s - self.requests[0].arrival_s if self.requests else 0.0
+        """Requests per second that started within the SLO; 0 if all arrived at once, which is not a rate."""
+        duration_s = self.requests[-1].arrival_s - self.requests[0].arrival_s if self.requests else 0.0
         met = sum(r.ttft_s <= self.slo_ttft_s for r in self.requests)
-        return met / took_s if took_s > 0 else 0.0
+        return met / duration_s if duration_s > 0 else 0.0
 
     @property
     def decode_s(self) -> float:
-        """Mean time from the first token to the end, of requests that ended."""
+        """Mean time from the first token to the end, over the requests that ended."""
         times = [r.end_s - r.first_token_s for r in self.requests if r.end_s and r.first_token_s is not None]
         return sum(times) / len(times) if times else 0.0
 
     @property
     def rejected(self) -> int:
+        """How many requests were rejected."""
         return sum(r.rejected for r in self.requests)
 
     @property
     def bytes_share(self) -> float:
-        """Adapter bytes that an engine needs to hold, as a share of all adapters', mean over engines and time."""
+        """Adapter bytes that an engine needs to hold, as a share of all adapters' bytes: mean over engines and time."""
         return self._share([i.needed_bytes for i in self.intervals])
 
     @property
     def held_share(self) -> float:
-        """The same of all that lies in the pools."""
+        """The same share for all adapter bytes in the pools."""
         return self._share([i.held_bytes for i in self.intervals])
 
     @property
+    def adapters_per_engine(self) -> float:
+        """Mean number of adapters in a pool."""
+        held = [sum(i.adapters) / len(i.adapters) for i in self.intervals[1:]]
+        return sum(held) / len(held) if held else 0.0
+
+    @property
     def moves_per_interval(self) -> float:
-        """Copies brought somewhere, after the first plan."""
+        """Copies that each plan loaded somewhere, without the first plan."""
         last_s = self.requests[-1].arrival_s if self.requests else 0.0
         later = [i for i in self.intervals[2:] if i.time_s <= last_s]
         return sum(i.moves for i in later) / len(later) if later else 0.0
@@ -101,6 +157,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """The smallest value that at least ``share`` of them do not exceed; infinite where there is none."""
+    """Return the smallest value that at least ``share`` of the values do not exceed; infinite if there are none."""
     ordered = sorted(values)
     return ordered[max(0, ceil(share * len(ordered)) - 1)] if ordered else inf

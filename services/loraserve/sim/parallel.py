@@ -1,4 +1,4 @@
-"""Simulations side by side on the machine's cores, with progress."""
+"""Simulations in parallel processes, one for each core, with progress messages."""
 
 import sys
 import time
@@ -7,54 +7,57 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 
 from loraserve.device import core_count
-from loraserve.sim.runs import Job, Point, point
+from loraserve.sim.compare import RunAll
+from loraserve.sim.runs import RunFigures, RunSpec, run_figures
 
-SAY_EVERY_S = 2.0
+PROGRESS_INTERVAL_S = 2.0
 
 
 @contextmanager
-def spread(
-    workers: int = 0, say: Callable[[str], None] | None = None
-) -> Iterator[Callable[[Sequence[Job]], list[Point]]]:
-    """A function that simulates jobs, in their order; ``workers`` 0 is one for each core."""
+def parallel_runner(workers: int = 0, show: Callable[[str], None] | None = None) -> Iterator[RunAll]:
+    """Yield a function that runs simulations and returns their figures in the same order.
+
+    ``workers`` 0 means one for each core. ``show`` gets progress messages; without it they go to stderr.
+    """
     with ProcessPoolExecutor(max_workers=workers or core_count()) as pool:
-        counter = _Counter(say or _to_stderr)
+        progress = _Progress(show or _print_to_stderr)
 
-        def run(jobs: Sequence[Job]) -> list[Point]:
-            # Longest first: the batch then ends with short ones, and no core waits for a long one.
-            ordered = sorted(range(len(jobs)), key=lambda i: -jobs[i].rps)
-            futures = {pool.submit(point, jobs[i]): i for i in ordered}
-            counter.begun(len(jobs))
-            points: dict[int, Point] = {}
+        def run_all(specs: Sequence[RunSpec]) -> list[RunFigures]:
+            # The longest runs first, so that a batch ends with short ones and no core waits for a long one.
+            ordered = sorted(range(len(specs)), key=lambda i: -specs[i].rps)
+            futures = {pool.submit(run_figures, specs[i]): i for i in ordered}
+            progress.add_runs(len(specs))
+            figures: dict[int, RunFigures] = {}
             for future in as_completed(futures):
-                points[futures[future]] = future.result()
-                counter.ended(points[futures[future]])
-            return [points[i] for i in range(len(jobs))]
+                figures[futures[future]] = future.result()
+                progress.record_end(figures[futures[future]])
+            return [figures[i] for i in range(len(specs))]
 
-        yield run
+        yield run_all
 
 
-class _Counter:
-    """Says every few seconds how far it is."""
+class _Progress:
+    """Shows how many runs have ended, every few seconds."""
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self._say = say
-        self._begun = self._ended = 0
-        self._started_s = self._said_s = time.monotonic()
+    def __init__(self, show: Callable[[str], None]) -> None:
+        self._show = show
+        self._runs = self._ended = 0
+        self._started_s = self._shown_s = time.monotonic()
 
-    def begun(self, jobs: int) -> None:
-        self._begun += jobs
+    def add_runs(self, count: int) -> None:
+        self._runs += count
 
-    def ended(self, point: Point) -> None:
+    def record_end(self, figures: RunFigures) -> None:
         self._ended += 1
         now = time.monotonic()
-        if now - self._said_s >= SAY_EVERY_S:
-            self._said_s = now
-            what = (
-                f"{point.policy} at {point.rps:.1f} rps on {point.engines} engines: P95 TTFT {point.p95_ttft_s:.2f} s"
+        if now - self._shown_s >= PROGRESS_INTERVAL_S:
+            self._shown_s = now
+            run = f"{figures.policy} at {figures.rps:.1f} rps on {figures.engines} engines"
+            self._show(
+                f"[{now - self._started_s:6.1f} s] {self._ended} of {self._runs} runs; "
+                f"{run}: P95 TTFT {figures.p95_ttft_s:.2f} s"
             )
-            self._say(f"[{now - self._started_s:6.1f} s] {self._ended} of {self._begun} runs; {what}")
 
 
-def _to_stderr(text: str) -> None:
+def _print_to_stderr(text: str) -> None:
     print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Comparisons as pictures: PNG files in a folder."""
+"""Plots of comparisons and runs, as PNG files in a folder."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -26,7 +26,7 @@ COLOURS = {
 
 
 def plot_comparison(comparison: Comparison, title: str, folder: Path) -> list[Path]:
-    """P95 TTFT and goodput against load; engines needed, adapters held and moves by policy."""
+    """Plot P95 TTFT and goodput against load, and engines needed, adapters held and moves by policy."""
     results = comparison.results
     bars: dict[str, dict[str, float]] = {
         "engines needed": {n: r.engines_needed or 0 for n, r in results.items()},
@@ -34,14 +34,14 @@ def plot_comparison(comparison: Comparison, title: str, folder: Path) -> list[Pa
         "moves per interval": {n: r.at_80pct.moves_per_interval for n, r in results.items()},
     }
     return [
-        _curves(comparison, "p95_ttft_s", "P95 TTFT (s)", title, folder / "p95_ttft.png", log=True),
+        _curves(comparison, "p95_ttft_s", "P95 TTFT (s)", title, folder / "p95_ttft.png"),
         _curves(comparison, "goodput_rps", "goodput (requests/s within the SLO)", title, folder / "goodput.png"),
         *(_bars(values, what, title, folder / f"{what.replace(' ', '_')}.png") for what, values in bars.items()),
     ]
 
 
 def plot_timeline(intervals: Sequence[Interval], title: str, path: Path) -> Path:
-    """The mix of ranks that each engine computes for, over time."""
+    """Plot the share of tokens of each rank on each engine over time."""
     engines = min(len(intervals[0].rank_tokens), 12)
     figure, axes = pyplot.subplots(engines, 1, figsize=(7.0, 1.1 * engines + 1), sharex=True, squeeze=False)
     ranks = sorted({rank for i in intervals for tokens in i.rank_tokens for rank in tokens})
@@ -61,7 +61,7 @@ def plot_timeline(intervals: Sequence[Interval], title: str, path: Path) -> Path
 
 
 def plot_grid(comparisons: Mapping[str, Comparison], folder: Path) -> Path:
-    """Ours against toppings and against the best baseline, workload by workload."""
+    """Plot the largest load of ours relative to that of toppings for each workload."""
     names = list(comparisons)
     figure, axis = pyplot.subplots(figsize=(8.0, 0.28 * len(names) + 1.5))
     places = range(len(names))
@@ -75,31 +75,30 @@ def plot_grid(comparisons: Mapping[str, Comparison], folder: Path) -> Path:
     return _save(figure, folder / "grid.png")
 
 
-def _curves(c: Comparison, field: str, label: str, title: str, path: Path, log: bool = False) -> Path:
+def _curves(comparison: Comparison, field: str, label: str, title: str, path: Path) -> Path:
     figure, axis = pyplot.subplots(figsize=SIZE_INCHES)
-    for name, result in c.results.items():
+    for name, result in comparison.results.items():
         points = [(p.rps, getattr(p, field)) for p in result.curve if isfinite(getattr(p, field)) and not p.hopeless]
         axis.plot(*zip(*points, strict=True) if points else ([], []), "o-", ms=3, label=name, color=COLOURS.get(name))
-    if log:
+    if field == "p95_ttft_s":
         axis.set_yscale("log")
-        axis.axhline(c.slo_ttft_s, color="black", linewidth=0.8, linestyle="--")
-    return _finish(figure, axis, "load (requests/s)", label, title, path)
+        axis.axhline(comparison.slo_ttft_s, color="black", linewidth=0.8, linestyle="--")
+    axis.set_xlabel("load (requests/s)")
+    axis.legend(fontsize="small")
+    return _label_and_save(figure, axis, label, title, path)
 
 
 def _bars(values: Mapping[str, float], label: str, title: str, path: Path) -> Path:
     figure, axis = pyplot.subplots(figsize=SIZE_INCHES)
     axis.bar(list(values), list(values.values()), color=[COLOURS.get(name, "#888888") for name in values])
     axis.tick_params(axis="x", labelrotation=20)
-    return _finish(figure, axis, "", label, title, path, legend=False)
+    return _label_and_save(figure, axis, label, title, path)
 
 
-def _finish(figure: Any, axis: Any, x: str, y: str, title: str, path: Path, legend: bool = True) -> Path:
-    axis.set_xlabel(x)
-    axis.set_ylabel(y)
+def _label_and_save(figure: Any, axis: Any, label: str, title: str, path: Path) -> Path:
+    axis.set_ylabel(label)
     axis.set_title(title, fontsize="medium")
     axis.grid(alpha=0.3)
-    if legend:
-        axis.legend(fontsize="small")
     return _save(figure, path)
 
 

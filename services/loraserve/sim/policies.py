@@ -19,13 +19,14 @@ from loraserve.router.policy import POLICIES, RoutingPolicy
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """``everywhere``: every engine holds every adapter, at no cost. ``drawn``: its placement hangs on the seed."""
+    """``everywhere``: every engine holds every adapter, at no cost. ``random_placement``: its placement depends on
+    the seed."""
 
     name: str
     place: PlacementPolicy
     route: RoutingPolicy
     everywhere: bool = False
-    drawn: bool = False
+    random_placement: bool = False
 
 
 NAMES = ("slora-random", "slora-contiguous", "toppings", "dynamo", "loraserve", "ours")
@@ -35,7 +36,7 @@ def policy_named(name: str, seed: int = 0) -> Policy:
     """``seed`` is of placements at random. Raises ConfigError naming the policies that there are."""
     match name:
         case "slora-random":
-            return Policy(name, partial(place_at_random, seed), route_to_copy, drawn=True)
+            return Policy(name, partial(place_at_random, seed), route_to_copy, random_placement=True)
         case "slora-contiguous":
             return Policy(name, place_contiguously, route_to_copy)
         case "toppings":

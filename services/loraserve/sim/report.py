@@ -1,26 +1,27 @@
-"""What a comparison says, for people and as the one line of JSON. Pure."""
+"""A comparison as tables and sentences, and as the keys of the final line of JSON."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
 from statistics import median
 from typing import Any
 
-from loraserve import text
 from loraserve.sim.compare import OURS, Comparison
+from loraserve.text import table
 
 RANDOM, TOPPINGS = "slora-random", "toppings"
-LARGEST_BYTES_SHARE = 0.25
-SAME_P95 = 1.02
+MAX_BYTES_SHARE = 0.25
+"""Our goal for the adapter bytes that an engine needs to hold."""
+EQUAL_P95_FACTOR = 1.02
 """P95s within this factor count as equal."""
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned columns, figures on the right."""
-    return text.table(header, [[cell(value) for value in row] for row in rows])
+def value_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Return a table of values of any type."""
+    return table(header, [[cell(value) for value in row] for row in rows])
 
 
 def cell(value: Any) -> str:
-    """None and infinity are "-"."""
+    """Return a value with three digits; None and infinity are "-"."""
     if value is None or (isinstance(value, float) and not isfinite(value)):
         return "-"
     if isinstance(value, float):
@@ -28,8 +29,8 @@ def cell(value: Any) -> str:
     return str(value)
 
 
-def summary(comparison: Comparison) -> str:
-    """One row for each policy."""
+def summary_table(comparison: Comparison) -> str:
+    """Return a table of the results with one row for each policy."""
     rows = [
         [
             name,
@@ -55,20 +56,23 @@ def summary(comparison: Comparison) -> str:
         "bytes held",
         "moves/interval",
     ]
-    return table(header, rows)
+    return value_table(header, rows)
 
 
-def draws(comparison: Comparison) -> list[str]:
-    """Of each policy that was drawn several times, how far its draws are apart."""
+def draws_text(comparison: Comparison) -> list[str]:
+    """Return a line with the range of largest loads for each policy whose placement was drawn several times."""
     return [
-        f"({name}: the median of {len(found)} draws, whose max rps are {cell(found[0])} to {cell(found[-1])})"
+        f"({name}: the median of {len(draws)} draws, whose max rps are {cell(draws[0])} to {cell(draws[-1])})"
         for name, result in comparison.results.items()
-        if len(found := result.max_rps_draws) > 1
+        if len(draws := result.max_rps_draws) > 1
     ]
 
 
-def too_short(comparison: Comparison) -> list[str]:
-    """Of each policy for which no load was too much: its largest load is the end of the search, no limit of its own."""
+def too_short_text(comparison: Comparison) -> list[str]:
+    """Return a line that names the policies for which no load was too much.
+
+    Their largest load is where the search ended, and not a limit of theirs.
+    """
     names = [
         name
         for name, result in comparison.results.items()
@@ -76,71 +80,74 @@ def too_short(comparison: Comparison) -> list[str]:
     ]
     if not names:
         return []
-    return [f"({', '.join(names)}: no load was too much for so short a run, max rps says nothing; make runs longer)"]
+    text = "no load was too much for such a short run, so that max rps means nothing; make runs longer"
+    return [f"({', '.join(names)}: {text})"]
 
 
 def load_table(comparison: Comparison) -> str:
-    """P95 TTFT of each policy at each share of the best baseline's largest load."""
+    """Return a table of P95 TTFT for each policy at each share of the best baseline's largest load."""
     rows = [[name, *(comparison.p95_at(name, share) for share in comparison.shares)] for name in comparison.results]
-    return table(["P95 TTFT (s) at load", *(f"{share:.0%}" for share in comparison.shares)], rows)
+    return value_table(["P95 TTFT (s) at load", *(f"{share:.0%}" for share in comparison.shares)], rows)
 
 
 def shortfalls(comparison: Comparison, limit_rps: float) -> list[str]:
-    """Where ours does not reach what it is to reach, in words with the figures; ``limit_rps``: what nobody can."""
+    """Return a sentence for each goal that ours misses; ``limit_rps`` is what no placement can serve."""
     results = comparison.results
     if OURS not in results:
         return []
     ours = results[OURS]
-    found = []
+    missed = []
     if RANDOM in results and ours.max_rps < 2 * results[RANDOM].max_rps:
         ratio = ours.max_rps / (results[RANDOM].max_rps or 1e-9)
-        found.append(f"max rps is {ratio:.2f}x of {RANDOM}'s, not 2x" + _beyond(2 * results[RANDOM].max_rps, limit_rps))
+        missed.append(
+            f"max rps is {ratio:.2f}x of {RANDOM}'s, not 2x" + _limit_note(2 * results[RANDOM].max_rps, limit_rps)
+        )
     if TOPPINGS in results and ours.max_rps < results[TOPPINGS].max_rps:
-        found.append(f"max rps is {ours.max_rps / results[TOPPINGS].max_rps:.3f}x of {TOPPINGS}'s")
+        missed.append(f"max rps is {ours.max_rps / results[TOPPINGS].max_rps:.3f}x of {TOPPINGS}'s")
     for name in results:
         for share in comparison.shares:
             mine, theirs = comparison.p95_at(OURS, share), comparison.p95_at(name, share)
-            if mine > SAME_P95 * theirs:
-                found.append(f"P95 TTFT at {share:.0%} load is {mine:.3g} s, {name}'s is {theirs:.3g} s")
-    if ours.at_80pct.bytes_share > LARGEST_BYTES_SHARE:
-        found.append(_bytes_reason(comparison))
-    return found
+            if mine > EQUAL_P95_FACTOR * theirs:
+                missed.append(f"P95 TTFT at {share:.0%} load is {mine:.3g} s, {name}'s is {theirs:.3g} s")
+    if ours.at_80pct.bytes_share > MAX_BYTES_SHARE:
+        missed.append(_bytes_shortfall(comparison))
+    return missed
 
 
-def _beyond(wanted_rps: float, limit_rps: float) -> str:
+def _limit_note(wanted_rps: float, limit_rps: float) -> str:
     return f" (that is {wanted_rps:.3g} rps, and no placement serves {limit_rps:.3g})" if wanted_rps > limit_rps else ""
 
 
-def _bytes_reason(comparison: Comparison) -> str:
+def _bytes_shortfall(comparison: Comparison) -> str:
     share = comparison.results[OURS].at_80pct.bytes_share
-    said = f"holds {share:.1%} of all adapter bytes per engine, not a quarter"
+    text = f"holds {share:.1%} of all adapter bytes per engine, not a quarter"
     if comparison.engines <= 4:
-        said += f" (one copy of each on {comparison.engines} engines is {1 / comparison.engines:.0%} already)"
-    return said
+        text += f" (one copy of each on {comparison.engines} engines is {1 / comparison.engines:.0%} already)"
+    return text
 
 
-def as_json(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """By policy, the keys that the project's benches agree on; what is infinite is null."""
+def json_figures(comparison: Comparison) -> dict[str, dict[str, Any]]:
+    """Return the figures of each policy for the line of JSON; infinite ones are null."""
     return {
         name: {
-            "max_rps": number(result.max_rps),
-            "max_rps_draws": [number(rps) for rps in result.max_rps_draws],
-            "p95_at_80pct_s": number(result.p95_at_80pct_s),
+            "max_rps": json_number(result.max_rps),
+            "max_rps_draws": [json_number(rps) for rps in result.max_rps_draws],
+            "p95_at_80pct_s": json_number(result.p95_at_80pct_s),
             "engines_needed": result.engines_needed,
-            "adapter_bytes_share": number(result.at_80pct.bytes_share),
-            "moves_per_interval": number(result.at_80pct.moves_per_interval),
+            "adapter_bytes_share": json_number(result.at_80pct.bytes_share),
+            "moves_per_interval": json_number(result.at_80pct.moves_per_interval),
         }
         for name, result in comparison.results.items()
     }
 
 
-def number(value: float | None) -> float | None:
-    """Four digits; null where there is no finite number."""
+def json_number(value: float | None) -> float | None:
+    """Return a value with four digits; None if it is not finite."""
     return float(f"{value:.4g}") if value is not None and isfinite(value) else None
 
 
 def grid_table(comparisons: Mapping[str, Comparison]) -> str:
-    """One row for each workload: ours against the best baseline and against toppings."""
+    """Return a table of ours against the best baseline and against toppings, with one row for each workload."""
     rows = []
     for name, c in comparisons.items():
         ours, toppings = c.results[OURS], c.results[TOPPINGS]
@@ -157,31 +164,32 @@ def grid_table(comparisons: Mapping[str, Comparison]) -> str:
         )
     first = next(iter(comparisons.values()))
     header = ["workload", "max rps", "best baseline", "its", "of best", "of toppings"]
-    return table([*header, *(f"P95 at {share:.0%}" for share in first.shares)], rows)
+    return value_table([*header, *(f"P95 at {share:.0%}" for share in first.shares)], rows)
 
 
 def _p95_pair(comparison: Comparison, share: float) -> str:
-    """Ours / the lowest of any baseline."""
+    """Return the P95 of ours and the lowest P95 of any baseline."""
     others = min(comparison.p95_at(name, share) for name in comparison.results if name != OURS)
     return f"{cell(comparison.p95_at(OURS, share))}/{cell(others)}"
 
 
 def gains(comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
-    """Ours against toppings and the best baseline in largest load, over all workloads."""
+    """Return the ratios of largest loads, ours to toppings and to the best baseline, over all workloads."""
     toppings = sorted(c.results[OURS].max_rps / (c.results[TOPPINGS].max_rps or 1e-9) for c in comparisons.values())
     best = sorted(c.results[OURS].max_rps / (c.best_baseline_rps or 1e-9) for c in comparisons.values())
     return {
-        "vs_toppings_best": number(toppings[-1]),
-        "vs_toppings_median": number(median(toppings)),
-        "vs_toppings_worst": number(toppings[0]),
-        "vs_best_baseline_median": number(median(best)),
-        "vs_best_baseline_worst": number(best[0]),
+        "vs_toppings_best": json_number(toppings[-1]),
+        "vs_toppings_median": json_number(median(toppings)),
+        "vs_toppings_worst": json_number(toppings[0]),
+        "vs_best_baseline_median": json_number(median(best)),
+        "vs_best_baseline_worst": json_number(best[0]),
     }
 
 
-def gains_text(found: Mapping[str, float | None]) -> str:
+def gains_text(ratios: Mapping[str, float | None]) -> str:
+    """Return the ratios of ``gains`` in one line."""
     return (
-        f"max rps of ours / toppings: best {cell(found['vs_toppings_best'])}, median "
-        f"{cell(found['vs_toppings_median'])}, worst {cell(found['vs_toppings_worst'])}; / best baseline: median "
-        f"{cell(found['vs_best_baseline_median'])}, worst {cell(found['vs_best_baseline_worst'])}"
+        f"max rps of ours / toppings: best {cell(ratios['vs_toppings_best'])}, median "
+        f"{cell(ratios['vs_toppings_median'])}, worst {cell(ratios['vs_toppings_worst'])}; / best baseline: median "
+        f"{cell(ratios['vs_best_baseline_median'])}, worst {cell(ratios['vs_best_baseline_worst'])}"
     )

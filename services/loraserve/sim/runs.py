@@ -1,40 +1,31 @@
-"""One simulated run as a value in and a value out, so that many can be spread over processes."""
+"""One simulated run: what it is made from (``RunSpec``) and the figures that it gives (``RunFigures``).
+
+Both are plain data, so that runs can be spread over processes.
+"""
 
 from functools import lru_cache
-from pathlib import Path
 
 import msgspec
 
 from loraserve.cost.profile import Profile
-from loraserve.sim.cluster import SimSettings, Simulation
-from loraserve.sim.outcome import Interval, Outcome
+from loraserve.sim.cluster import Simulation
+from loraserve.sim.outcome import Interval, Outcome, SimSettings
 from loraserve.sim.policies import policy_named
 from loraserve.sim.traces import TraceRequest, read_trace
-from loraserve.sim.workload import Shape, Workload, draw, tenants_workload
+from loraserve.sim.workload import TraceSource, Workload, WorkloadShape, draw_workload, trace_workload
 
-LEAST_REQUESTS = 100
-"""Of a run: a P95 of fewer says nothing."""
+MIN_REQUESTS = 100
+"""Of a run: the P95 of fewer requests means nothing."""
 
-
-class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The first requests of a trace file, for so many adapters. ``requests`` 0: as the run is long."""
-
-    path: str
-    adapters: int = 100
-    requests: int = 0
-    seed: int = 0
-
-    @property
-    def name(self) -> str:
-        return f"{Path(self.path).name.partition('.')[0]}, {self.adapters} adapters"
+Source = TraceSource | WorkloadShape
 
 
-Source = TraceSource | Shape
+class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
+    """A policy at a load.
 
-
-class Job(msgspec.Struct, frozen=True, kw_only=True):
-    """One policy at one load. A source that names no number of requests brings them for ``duration_s``: an overload
-    shows only where a run is much longer than the SLO."""
+    A source without a number of requests gives as many as arrive in ``duration_s``. An overload shows only in a run
+    that is much longer than the SLO.
+    """
 
     source: Source
     policy: str
@@ -45,8 +36,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     duration_s: float = 300.0
 
 
-class Point(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a run; see Outcome."""
+class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of a run; ``Outcome`` explains them."""
 
     policy: str
     engines: int
@@ -65,55 +56,52 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     intervals: tuple[Interval, ...] = ()
 
 
-def simulate(job: Job) -> Outcome:
-    """Raises ConfigError where the trace or the policy cannot be used."""
-    policy = policy_named(job.policy, job.settings.seed)
-    return Simulation(workload_of(job), policy, job.profile, job.engines, job.settings).run()
+def simulate(spec: RunSpec) -> Outcome:
+    """Run a simulation.
+
+    Raises:
+        ConfigError: The trace or the policy cannot be used.
+    """
+    policy = policy_named(spec.policy, spec.settings.seed)
+    return Simulation(workload_for(spec), policy, spec.profile, spec.engines, spec.settings).run()
 
 
-def workload_of(job: Job) -> Workload:
-    """At the job's load, as long as it says. Raises ConfigError where the trace cannot be used."""
-    source = job.source
+def run_figures(spec: RunSpec) -> RunFigures:
+    """Run a simulation and return its figures. Raises what ``simulate`` raises."""
+    outcome = simulate(spec)
+    computed = {
+        name: getattr(outcome, name)
+        for name in RunFigures.__struct_fields__
+        if name not in ("policy", "engines", "rps")
+    }
+    return RunFigures(policy=spec.policy, engines=spec.engines, rps=spec.rps, **computed)
+
+
+def workload_for(spec: RunSpec) -> Workload:
+    """Return the workload of a run, at its load and of its length.
+
+    Raises:
+        ConfigError: The trace cannot be used.
+    """
+    source = spec.source
     if not source.requests:
-        requests = max(LEAST_REQUESTS, int(job.rps * job.duration_s))
+        requests = max(MIN_REQUESTS, int(spec.rps * spec.duration_s))
         source = msgspec.structs.replace(source, requests=requests)
-    return load(source, job.profile.engine.slab_bytes_per_rank).at(job.rps)
-
-
-def point(job: Job) -> Point:
-    """See ``simulate``."""
-    outcome = simulate(job)
-    later = outcome.intervals[1:]
-    held = [sum(i.adapters) / len(i.adapters) for i in later]
-    return Point(
-        policy=job.policy,
-        engines=job.engines,
-        rps=job.rps,
-        p50_ttft_s=outcome.p50_ttft_s,
-        p95_ttft_s=outcome.p95_ttft_s,
-        goodput_rps=outcome.goodput_rps,
-        decode_s=outcome.decode_s,
-        busy_share=outcome.busy_share,
-        bytes_share=outcome.bytes_share,
-        held_share=outcome.held_share,
-        adapters_per_engine=sum(held) / len(held) if held else 0.0,
-        moves_per_interval=outcome.moves_per_interval,
-        rejected=outcome.rejected,
-        hopeless=outcome.hopeless,
-        intervals=outcome.intervals,
-    )
+    return make_workload(source, spec.profile.engine.slab_bytes_per_rank).at(spec.rps)
 
 
 @lru_cache(maxsize=8)
-def load(source: Source, slab_bytes_per_rank: int) -> Workload:
-    """The workload of a source. Raises ConfigError where a trace cannot be used."""
-    if isinstance(source, Shape):
-        return draw(source, slab_bytes_per_rank)
-    trace = _trace(source.path)
-    size = source.adapters, source.requests, slab_bytes_per_rank
-    return tenants_workload(trace, *size, source.name, source.seed, source.path)
+def make_workload(source: Source, slab_bytes_per_rank: int) -> Workload:
+    """Return the workload of a source.
+
+    Raises:
+        ConfigError: The trace cannot be used.
+    """
+    if isinstance(source, WorkloadShape):
+        return draw_workload(source, slab_bytes_per_rank)
+    return trace_workload(_cached_trace(source.path), source, slab_bytes_per_rank)
 
 
 @lru_cache(maxsize=1)
-def _trace(path: str) -> list[TraceRequest]:
+def _cached_trace(path: str) -> list[TraceRequest]:
     return read_trace(path)

@@ -1,8 +1,8 @@
-"""Request traces from CSV files: who asked when, for how many tokens. ``parse_trace`` is pure.
+"""Request traces in CSV files: when each client sent a request, and for how many tokens.
 
-Two kinds are known by their header: ``time_s,client,prompt_tokens,output_tokens`` (seconds; ours, drawn from ServeGen's
-statistics) and ``TIMESTAMP,ContextTokens,GeneratedTokens`` (Azure Public Dataset, LLM inference traces). Columns may
-come in any order, others are ignored.
+The header tells two kinds apart: ``time_s,client,prompt_tokens,output_tokens`` (time in seconds; our format, used for
+traces drawn from ServeGen's statistics) and ``TIMESTAMP,ContextTokens,GeneratedTokens`` (LLM inference traces of the
+Azure Public Dataset). The columns may be in any order, and other columns are ignored.
 """
 
 import csv
@@ -21,11 +21,11 @@ import msgspec
 from loraserve.errors import ConfigError
 
 AZURE_CLIENT = "azure"
-"""Azure's traces name no clients: all requests are this one's."""
+"""Azure's traces do not name clients: all requests get this one."""
 
 
 class TraceRequest(msgspec.Struct, frozen=True, gc=False):
-    """One request. ``time_s`` counts from the trace's own zero; Azure's zero is its first request."""
+    """A request; ``time_s`` counts from the trace's own zero, which is the first request in Azure's traces."""
 
     time_s: float
     client: str
@@ -34,123 +34,136 @@ class TraceRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 def read_trace(path: Path | str) -> list[TraceRequest]:
-    """All requests in order of time, from a plain file or one whose name ends in ``.gz``.
+    """Return all requests in the order of time; a name that ends in ``.gz`` means a compressed file.
 
-    Raises ConfigError where it cannot be used, naming the file, and the line and field at fault.
+    Raises:
+        ConfigError: The file cannot be used. The message names the file, the line and the field.
     """
     path = Path(path)
     try:
         content = path.read_bytes()
         text = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: is no UTF-8 text; the name of a compressed trace has to end in .gz") from error
+        raise ConfigError(f"{path}: is not UTF-8 text; the name of a compressed trace has to end in .gz") from error
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ConfigError(f"{path}: is no whole gzip file ({error}); get it again or compress it again") from error
+        raise ConfigError(f"{path}: is not a complete gzip file ({error}); download or compress it again") from error
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); give the path of a trace's CSV file") from error
+        raise ConfigError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a trace in CSV format"
+        ) from error
     return parse_trace(io.StringIO(text, newline=""), str(path))
 
 
 def parse_trace(lines: Iterable[str], name: str) -> list[TraceRequest]:
-    """All requests in order of time; ``name`` is what errors call the file. Raises ConfigError."""
+    """Return all requests in the order of time; ``name`` is the file's name in error messages.
+
+    Raises:
+        ConfigError: See ``read_trace``.
+    """
     rows = csv.reader(lines)
     try:
         header = [column.strip() for column in next(rows, [])]
-        kind = _kind(header, name)
+        kind = _format_of(header, name)
         columns = [header.index(column) for column in kind.columns]
-        # Values are not looked at twice, for there are hundreds of thousands of lines: a bad one is found by raising.
-        found = [kind.request(row, columns) for row in rows if row]
-    except _BadField as error:
+        # There are hundreds of thousands of lines, so values are checked while they are converted.
+        requests = [kind.parse_row(row, columns) for row in rows if row]
+    except _FieldError as error:
         raise ConfigError(f"{name}, line {rows.line_num}, {error}") from error
     except csv.Error as error:
-        raise ConfigError(f"{name}, line {rows.line_num}: is no CSV ({error}); save it as plain CSV") from error
-    if not found:
-        raise ConfigError(f"{name}: has a header and no requests; at least one line is expected below it")
-    return sorted(kind.from_zero(found), key=attrgetter("time_s"))
+        raise ConfigError(f"{name}, line {rows.line_num}: is not CSV ({error}); save it as plain CSV") from error
+    if not requests:
+        raise ConfigError(f"{name}: has a header but no requests; expected at least one line below it")
+    return sorted(kind.shift_times(requests), key=attrgetter("time_s"))
 
 
-class _BadField(Exception):
-    """A value of a line that cannot be used; the text names the column and what is expected."""
+class _FieldError(Exception):
+    """A value cannot be used; the text names the column and what is expected."""
 
 
-class _Ours:
+class _OwnFormat:
     columns = ("time_s", "client", "prompt_tokens", "output_tokens")
 
-    def request(self, row: list[str], columns: list[int]) -> TraceRequest:
+    def parse_row(self, row: list[str], columns: list[int]) -> TraceRequest:
         try:
             time, client, prompt, output = (row[column] for column in columns)
         except IndexError:
-            _short(row, self.columns)
+            _raise_short_row(row, self.columns)
         return TraceRequest(
-            _seconds(time), client or _no_client(), _tokens(prompt, "prompt_tokens"), _tokens(output, "output_tokens")
+            _parse_seconds(time),
+            client or _raise_no_client(),
+            _parse_tokens(prompt, "prompt_tokens"),
+            _parse_tokens(output, "output_tokens"),
         )
 
-    def from_zero(self, requests: list[TraceRequest]) -> list[TraceRequest]:
+    def shift_times(self, requests: list[TraceRequest]) -> list[TraceRequest]:
         return requests
 
 
-class _Azure:
+class _AzureFormat:
     columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 
-    def request(self, row: list[str], columns: list[int]) -> TraceRequest:
+    def parse_row(self, row: list[str], columns: list[int]) -> TraceRequest:
         try:
             stamp, prompt, output = (row[column] for column in columns)
         except IndexError:
-            _short(row, self.columns)
+            _raise_short_row(row, self.columns)
         return TraceRequest(
-            _stamp_s(stamp), AZURE_CLIENT, _tokens(prompt, "ContextTokens"), _tokens(output, "GeneratedTokens")
+            _parse_timestamp(stamp),
+            AZURE_CLIENT,
+            _parse_tokens(prompt, "ContextTokens"),
+            _parse_tokens(output, "GeneratedTokens"),
         )
 
-    def from_zero(self, requests: list[TraceRequest]) -> list[TraceRequest]:
+    def shift_times(self, requests: list[TraceRequest]) -> list[TraceRequest]:
         first_s = min(request.time_s for request in requests)
         return [msgspec.structs.replace(request, time_s=request.time_s - first_s) for request in requests]
 
 
-def _kind(header: list[str], name: str) -> _Ours | _Azure:
-    kinds: tuple[_Ours | _Azure, ...] = (_Ours(), _Azure())
+def _format_of(header: list[str], name: str) -> _OwnFormat | _AzureFormat:
+    kinds: tuple[_OwnFormat | _AzureFormat, ...] = (_OwnFormat(), _AzureFormat())
     for kind in kinds:
         if set(kind.columns) <= set(header):
             return kind
     known = " or ".join(",".join(kind.columns) for kind in kinds)
     if not header:
-        raise ConfigError(f"{name}: is empty; a header is expected, {known}")
+        raise ConfigError(f"{name}: is empty; expected a header, {known}")
     nearest = max(kinds, key=lambda kind: len(set(kind.columns) & set(header)))
     missing = ", ".join(column for column in nearest.columns if column not in header)
-    raise ConfigError(f"{name}, line 1: the header lacks {missing}; the columns expected are {known}")
+    raise ConfigError(f"{name}, line 1: the header lacks {missing}; expected the columns {known}")
 
 
-def _seconds(text: str) -> float:
+def _parse_seconds(text: str) -> float:
     try:
         time_s = float(text)
     except ValueError:
         time_s = math.nan
     if not 0 <= time_s < math.inf:
-        raise _BadField(f"time_s: is {text!r}; seconds since the trace began are expected, not below 0")
+        raise _FieldError(f"time_s: is {text!r}; expected seconds since the trace began, not below 0")
     return time_s
 
 
-def _stamp_s(text: str) -> float:
-    """Seconds since the epoch; a time without a zone is taken for UTC."""
+def _parse_timestamp(text: str) -> float:
+    """Return seconds since the epoch; a time without a zone counts as UTC."""
     try:
         stamp = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise _BadField(f"TIMESTAMP: is {text!r}; a time like 2023-11-16 18:15:46.680 is expected") from None
+        raise _FieldError(f"TIMESTAMP: is {text!r}; expected a time like 2023-11-16 18:15:46.680") from None
     return (stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp()
 
 
-def _tokens(text: str, column: str) -> int:
+def _parse_tokens(text: str, column: str) -> int:
     try:
         tokens = int(text)
     except ValueError:
         tokens = 0
     if tokens <= 0:
-        raise _BadField(f"{column}: is {text!r}; a whole number of tokens is expected, at least 1")
+        raise _FieldError(f"{column}: is {text!r}; expected a whole number of tokens, at least 1")
     return tokens
 
 
-def _no_client() -> NoReturn:
-    raise _BadField("client: is empty; the name of who asked is expected")
+def _raise_no_client() -> NoReturn:
+    raise _FieldError("client: is empty; expected the name of the client")
 
 
-def _short(row: list[str], columns: Iterable[str]) -> NoReturn:
-    raise _BadField(f"{','.join(row)!r}: has too few fields; one for each of {','.join(columns)} is expected")
+def _raise_short_row(row: list[str], columns: Iterable[str]) -> NoReturn:
+    raise _FieldError(f"{','.join(row)!r}: has too few fields; expected one for each of {','.join(columns)}")

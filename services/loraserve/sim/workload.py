@@ -1,12 +1,17 @@
-"""What a simulated cluster is asked: adapters with their ranks, and requests in order of arrival. Plain data."""
+"""Workloads: adapters with their ranks, and requests in the order of their arrival.
+
+A workload is drawn from distributions (``WorkloadShape``) or made from a trace whose clients become tenants with
+adapters of their own (``TraceSource``). The load is set afterwards with ``Workload.at``.
+"""
 
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
 from math import exp, log
+from pathlib import Path
 from random import Random
-from typing import Literal
+from typing import Literal, get_args
 
 import msgspec
 
@@ -14,12 +19,36 @@ from loraserve.errors import ConfigError
 from loraserve.messages import AdapterRef
 from loraserve.sim.traces import TraceRequest
 
+Arrivals = Literal["poisson", "bursts"]
+Drift = Literal["none", "ranks", "popularity"]
+
 RANKS = (8, 16, 32, 64, 128)
-"""The paper's."""
+"""The ranks in the LoRAServe paper."""
+RANK_MIXES: dict[str, tuple[float, ...]] = {
+    "uniform": (1, 1, 1, 1, 1),
+    "mostly-small": (16, 8, 4, 2, 1),
+    "two-ends": (4, 0, 0, 0, 1),
+    "mostly-large": (1, 2, 4, 8, 16),
+}
+"""The relative number of adapters of each of ``RANKS``."""
+LENGTHS: dict[str, tuple[float, float]] = {
+    "prefill-heavy": (1500.0, 60.0),
+    "chat": (600.0, 200.0),
+    "decode-heavy": (200.0, 500.0),
+}
+"""Mean prompt and output tokens; both are lognormal."""
+LENGTH_SIGMA = 0.8
+BURST_CV = 3.0
+"""Coefficient of variation of the gaps between requests in bursts; that of ServeGen's clients is 1 to 5."""
+ZIPF_EXPONENT = 0.9
+DRIFT_PHASES = 6
+"""The number of steps in which popularity or the mix of ranks changes from its first to its last state."""
+TENANT_EXPONENT = 1.0
+"""The k-th adapter of a tenant is requested 1 / k ** TENANT_EXPONENT times as often as its first one."""
 
 
 class SimRequest(msgspec.Struct, frozen=True, gc=False):
-    """``adapter`` is an index of the workload's adapters."""
+    """A request; ``adapter`` is an index into the workload's adapters."""
 
     time_s: float
     adapter: int
@@ -28,7 +57,7 @@ class SimRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """Requests in order of arrival. ``name`` says for people what it is."""
+    """Adapters, and requests in the order of their arrival; ``name`` describes it in tables."""
 
     name: str
     adapters: tuple[AdapterRef, ...]
@@ -36,71 +65,27 @@ class Workload(msgspec.Struct, frozen=True):
 
     @property
     def duration_s(self) -> float:
+        """Time from the first request to the last."""
         return self.requests[-1].time_s - self.requests[0].time_s if self.requests else 0.0
 
     @property
     def rps(self) -> float:
+        """Requests per second."""
         return len(self.requests) / self.duration_s if self.duration_s else 0.0
 
     def at(self, rps: float) -> "Workload":
-        """The same requests, sooner or later after each other, so that so many arrive a second."""
+        """Return the same requests with their gaps scaled so that ``rps`` arrive per second."""
         factor = self.rps / rps
         start_s = self.requests[0].time_s if self.requests else 0.0
-        moved = tuple(
+        scaled = tuple(
             SimRequest((r.time_s - start_s) * factor, r.adapter, r.prompt_tokens, r.output_tokens)
             for r in self.requests
         )
-        return Workload(self.name, self.adapters, moved)
+        return Workload(self.name, self.adapters, scaled)
 
 
-def make_adapters(ranks: Sequence[int], slab_bytes_per_rank: int, names: Sequence[str] = ()) -> tuple[AdapterRef, ...]:
-    """An adapter for each rank; ``names`` in the same order, else numbered."""
-    return tuple(
-        AdapterRef(
-            name=names[i] if names else f"adapter-{i:05d}",
-            version=f"{i:08x}",
-            rank=rank,
-            slab_bytes=rank * slab_bytes_per_rank,
-        )
-        for i, rank in enumerate(ranks)
-    )
-
-
-# MERGED: loraserve.sim.workload
-# """Workloads drawn from distributions: arrivals, popularity, ranks and their drift, lengths. Pure.
-#
-# Loads are set afterwards (``Workload.at``): here a request a second arrives on average.
-# """
-
-
-Arrivals = Literal["poisson", "bursts"]
-Drift = Literal["none", "ranks", "popularity"]
-
-BURST_CV = 3.0
-"""Coefficient of variation of the gaps in bursts; ServeGen's clients have 1 to 5."""
-ZIPF_EXPONENT = 0.9
-DRIFT_PHASES = 6
-"""In how many steps popularity or the mix of ranks goes from its first to its last state."""
-
-RANK_MIXES: dict[str, tuple[float, ...]] = {
-    "uniform": (1, 1, 1, 1, 1),
-    "mostly-small": (16, 8, 4, 2, 1),
-    "two-ends": (4, 0, 0, 0, 1),
-    "mostly-large": (1, 2, 4, 8, 16),
-}
-"""Weights of ranks 8, 16, 32, 64, 128 among adapters."""
-
-LENGTHS: dict[str, tuple[float, float]] = {
-    "prefill-heavy": (1500.0, 60.0),
-    "chat": (600.0, 200.0),
-    "decode-heavy": (200.0, 500.0),
-}
-"""Mean prompt and output tokens; both are lognormal."""
-LENGTH_SIGMA = 0.8
-
-
-class Shape(msgspec.Struct, frozen=True, kw_only=True):
-    """What a workload is drawn from. ``requests`` 0: as the run is long."""
+class WorkloadShape(msgspec.Struct, frozen=True, kw_only=True):
+    """What a workload is drawn from; ``requests`` 0 means as many as the run is long."""
 
     ranks: str = "uniform"
     arrivals: Arrivals = "poisson"
@@ -112,13 +97,44 @@ class Shape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
+        """The mix of ranks, arrivals, drift and lengths."""
         return f"{self.ranks} {self.arrivals} {self.drift} {self.lengths}"
 
 
-def draw(shape: Shape, slab_bytes_per_rank: int) -> Workload:
-    """The workload of this shape; the same every time."""
+class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
+    """The first requests of a trace file; ``requests`` 0 means as many as the run is long."""
+
+    path: str
+    adapters: int = 100
+    requests: int = 0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        """The file's name without its endings, and the number of adapters."""
+        return f"{Path(self.path).name.partition('.')[0]}, {self.adapters} adapters"
+
+
+def make_adapters(ranks: Sequence[int], slab_bytes_per_rank: int, names: Sequence[str] = ()) -> tuple[AdapterRef, ...]:
+    """Return an adapter for each rank, numbered or with ``names`` in the same order."""
+    return tuple(
+        AdapterRef(
+            name=names[i] if names else f"adapter-{i:05d}",
+            version=f"{i:08x}",
+            rank=rank,
+            slab_bytes=rank * slab_bytes_per_rank,
+        )
+        for i, rank in enumerate(ranks)
+    )
+
+
+# Drawn from distributions
+
+
+def draw_workload(shape: WorkloadShape, slab_bytes_per_rank: int) -> Workload:
+    """Draw a workload of 1 request per second on average; the same shape always gives the same workload."""
     rng = Random(f"{shape.seed} {shape.name}")
-    ranks = _ranks(shape, rng)
+    ranks = _draw_ranks(shape, rng)
     popularity = [1 / (place + 1) ** ZIPF_EXPONENT for place in range(shape.adapters)]
     rng.shuffle(popularity)
     gaps = _gaps(shape.arrivals, rng)
@@ -126,18 +142,39 @@ def draw(shape: Shape, slab_bytes_per_rank: int) -> Workload:
     requests: list[SimRequest] = []
     time_s = 0.0
     for phase in range(DRIFT_PHASES):
-        weights = list(accumulate(_drifted(shape, popularity, ranks, phase)))
+        bounds = list(accumulate(_drifted(shape, popularity, ranks, phase)))
         for _ in range(len(requests), shape.requests * (phase + 1) // DRIFT_PHASES):
             time_s += next(gaps)
-            adapter = min(bisect(weights, rng.random() * weights[-1]), shape.adapters - 1)
+            adapter = min(bisect(bounds, rng.random() * bounds[-1]), shape.adapters - 1)
             requests.append(SimRequest(time_s, adapter, prompt(), output()))
     return Workload(shape.name, make_adapters(ranks, slab_bytes_per_rank), tuple(requests))
 
 
-def _ranks(shape: Shape, rng: Random) -> list[int]:
-    """As many adapters of each rank as its weight says, in no order."""
-    weights = RANK_MIXES[shape.ranks]
-    bounds = list(accumulate(weights))
+def grid_shapes(requests: int = 0, adapters: int = 100, seed: int = 0) -> list[WorkloadShape]:
+    """Return 24 shapes: each mix of ranks with each kind of arrivals and of drift.
+
+    Lengths follow a Latin square: every mix, kind of arrivals and kind of drift occurs with every length.
+    """
+    lengths = list(LENGTHS)
+    return [
+        WorkloadShape(
+            ranks=mix,
+            arrivals=arrivals,
+            drift=drift,
+            lengths=lengths[(mix_index + arrivals_index + drift_index) % len(lengths)],
+            adapters=adapters,
+            requests=requests,
+            seed=seed,
+        )
+        for mix_index, mix in enumerate(RANK_MIXES)
+        for arrivals_index, arrivals in enumerate(get_args(Arrivals))
+        for drift_index, drift in enumerate(get_args(Drift))
+    ]
+
+
+def _draw_ranks(shape: WorkloadShape, rng: Random) -> list[int]:
+    """Return a rank for each adapter: as many of each as its weight says, in random order."""
+    bounds = list(accumulate(RANK_MIXES[shape.ranks]))
     ranks = [
         RANKS[min(bisect(bounds, (i + 0.5) / shape.adapters * bounds[-1]), len(RANKS) - 1)]
         for i in range(shape.adapters)
@@ -147,24 +184,24 @@ def _ranks(shape: Shape, rng: Random) -> list[int]:
 
 
 def _gaps(arrivals: Arrivals, rng: Random) -> Iterator[float]:
-    """Seconds between requests, 1 on average: exponential, or Gamma with a larger spread."""
-    form = 1.0 if arrivals == "poisson" else 1 / BURST_CV**2
+    """Yield seconds between requests, 1 on average: exponential, or Gamma-distributed with a larger variation."""
+    alpha = 1.0 if arrivals == "poisson" else 1 / BURST_CV**2
     while True:
-        yield rng.gammavariate(form, 1 / form)
+        yield rng.gammavariate(alpha, 1 / alpha)
 
 
-def _drifted(shape: Shape, popularity: Sequence[float], ranks: Sequence[int], phase: int) -> list[float]:
-    """How often each adapter is asked for in a phase.
+def _drifted(shape: WorkloadShape, popularity: Sequence[float], ranks: Sequence[int], phase: int) -> list[float]:
+    """Return how often each adapter is requested in a phase.
 
-    ``ranks``: large ranks take over from small ones (the paper's shifting rank skew). ``popularity``: what was rarely
-    asked for becomes popular, adapter by adapter.
+    With drift of ``ranks``, large ranks replace small ones (the paper's shifting rank skew). With drift of
+    ``popularity``, adapters that were rarely requested become popular and the reverse.
     """
-    done = phase / (DRIFT_PHASES - 1)
+    progress = phase / (DRIFT_PHASES - 1)
     if shape.drift == "ranks":
-        tilt = (2 * done - 1) * 0.5
+        tilt = (2 * progress - 1) * 0.5
         return [p * (rank / 32) ** tilt for p, rank in zip(popularity, ranks, strict=True)]
     if shape.drift == "popularity":
-        return [(1 - done) * p + done * q for p, q in zip(popularity, reversed(popularity), strict=True)]
+        return [(1 - progress) * p + progress * q for p, q in zip(popularity, reversed(popularity), strict=True)]
     return list(popularity)
 
 
@@ -173,90 +210,57 @@ def _lognormal(mean: float, rng: Random) -> Callable[[], int]:
     return lambda: max(1, int(exp(rng.gauss(mu, LENGTH_SIGMA))))
 
 
-def grid(requests: int = 0, adapters: int = 100, seed: int = 0) -> list[Shape]:
-    """24: four mixes of ranks, two kinds of arrival, three of drift; lengths from prefill-heavy to decode-heavy."""
-    lengths = list(LENGTHS)
-    shapes = []
-    for mix_index, mix in enumerate(RANK_MIXES):
-        for arrivals_index, arrivals in enumerate(("poisson", "bursts")):
-            for drift_index, drift in enumerate(("none", "ranks", "popularity")):
-                # A Latin square: every mix, arrival and drift is seen with every length.
-                length = lengths[(mix_index + arrivals_index + drift_index) % len(lengths)]
-                shapes.append(
-                    Shape(
-                        ranks=mix,
-                        arrivals=arrivals,  # type: ignore[arg-type]
-                        drift=drift,  # type: ignore[arg-type]
-                        lengths=length,
-                        adapters=adapters,
-                        requests=requests,
-                        seed=seed,
-                    )
-                )
-    return shapes
+# Made from a trace
 
 
-# MERGED: loraserve.sim.workload
-# """A trace as a workload: its clients are tenants, each with adapters of its own. Pure: randomness is passed in."""
+def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_bytes_per_rank: int) -> Workload:
+    """Return the first ``source.requests`` of the trace, spread over adapters of its clients.
 
+    Every client is a tenant with at least one adapter, and clients with more requests have more. Each request draws
+    one of its client's adapters by a power law. Ranks are dealt out evenly in random order. If there are fewer adapters
+    than clients, the smallest clients share the last adapter.
 
-POWER = 1.0
-"""Of a tenant's adapters the k-th is asked for 1 / k ** POWER times as often as the first."""
-
-
-def tenants_workload(
-    trace: Sequence[TraceRequest],
-    adapters: int,
-    requests: int,
-    slab_bytes_per_rank: int,
-    name: str,
-    seed: int = 0,
-    path: str = "",
-) -> Workload:
-    """The first so many requests of the trace, for so many adapters.
-
-    Every tenant has an adapter, those with more requests have more, and each request of a tenant
-    draws one by a power law. Ranks are dealt out evenly, at random. Where there are fewer adapters than tenants, the
-    smallest tenants share the last one. Raises ConfigError where the trace is too short for the load to be a load, and
-    calls it by its ``path``, where there is one.
+    Raises:
+        ConfigError: There is no adapter, or the requests have no rate because they all arrive at the same time.
     """
-    if adapters < 1:
-        raise ConfigError(f"--adapters {adapters}: at least one adapter is needed")
-    drawn_from = trace[:requests]
-    if len(drawn_from) < 2 or drawn_from[-1].time_s <= drawn_from[0].time_s:
+    if source.adapters < 1:
+        raise ConfigError(f"--adapters {source.adapters}: at least one adapter is needed")
+    used = trace[: source.requests]
+    if len(used) < 2 or used[-1].time_s <= used[0].time_s:
         raise ConfigError(
-            f"{path or name}: the first {requests} requests are all at one time: there is no load to scale"
+            f"{source.path}: the first {source.requests} requests are all at one time: there is no load to scale"
         )
-    rng = Random(seed)
-    ranks = [RANKS[i % len(RANKS)] for i in range(adapters)]
-    # Before any request is drawn: the ranks are the same whatever the load, which is how many requests there are.
+    rng = Random(source.seed)
+    ranks = [RANKS[i % len(RANKS)] for i in range(source.adapters)]
+    # Shuffled before any request is drawn: the ranks must not depend on the number of requests, which the load sets.
     rng.shuffle(ranks)
-    owned = _owned([client for client, _ in Counter(r.client for r in trace).most_common()], trace, adapters)
-    weights = {c: list(accumulate(1 / (k + 1) ** POWER for k in range(len(own)))) for c, own in owned.items()}
-    drawn = []
-    for r in drawn_from:
-        own, bounds = owned[r.client], weights[r.client]
-        adapter = own[min(bisect(bounds, rng.random() * bounds[-1]), len(own) - 1)]
-        drawn.append(SimRequest(r.time_s, adapter, r.prompt_tokens, r.output_tokens))
-    names = [""] * adapters
+    owned = _deal_adapters(trace, source.adapters)
+    bounds = {c: list(accumulate(1 / (k + 1) ** TENANT_EXPONENT for k in range(len(a)))) for c, a in owned.items()}
+    requests = []
+    for r in used:
+        own, own_bounds = owned[r.client], bounds[r.client]
+        adapter = own[min(bisect(own_bounds, rng.random() * own_bounds[-1]), len(own) - 1)]
+        requests.append(SimRequest(r.time_s, adapter, r.prompt_tokens, r.output_tokens))
+    names = [""] * source.adapters
     for client, own in owned.items():
         for place, adapter in enumerate(own):
             names[adapter] = names[adapter] or f"{client}/{place}"
-    return Workload(name, make_adapters(ranks, slab_bytes_per_rank, names), tuple(drawn))
+    return Workload(source.name, make_adapters(ranks, slab_bytes_per_rank, names), tuple(requests))
 
 
-def _owned(clients: Sequence[str], trace: Sequence[TraceRequest], adapters: int) -> dict[str, list[int]]:
-    """Adapters of each tenant, largest tenant first; the next one goes to whoever has most requests for each it has."""
+def _deal_adapters(trace: Sequence[TraceRequest], adapters: int) -> dict[str, list[int]]:
+    """Return the adapters of each client; the next one goes to the client with most requests for each it has."""
     counts = Counter(r.client for r in trace)
+    clients = [client for client, _ in counts.most_common()]
     number = dict.fromkeys(clients[:adapters], 1)
     for _ in range(adapters - len(number)):
         number[max(number, key=lambda c: counts[c] / number[c])] += 1
     owned: dict[str, list[int]] = {}
-    begin = 0
+    first = 0
     for client in clients:
         if client in number:
-            owned[client] = list(range(begin, begin + number[client]))
-            begin += number[client]
+            owned[client] = list(range(first, first + number[client]))
+            first += number[client]
         else:
             owned[client] = [adapters - 1]
     return owned

@@ -6,17 +6,17 @@ import msgspec
 import pytest
 
 from loraserve.cost.profile import Profile
-from loraserve.sim.cluster import SimSettings, Simulation
-from loraserve.sim.outcome import Outcome
+from loraserve.sim.cluster import Simulation
+from loraserve.sim.outcome import Outcome, SimSettings
 from loraserve.sim.policies import NAMES, policy_named
-from loraserve.sim.workload import Shape, Workload, draw
+from loraserve.sim.workload import Workload, WorkloadShape, draw_workload
 
 ENGINES = 3
 SETTINGS = SimSettings(plan_interval_s=5.0, window_s=10.0)
 
 
 def workload(profile: Profile, rps: float, requests: int = 300) -> Workload:
-    return draw(Shape(requests=requests, adapters=20), profile.engine.slab_bytes_per_rank).at(rps)
+    return draw_workload(WorkloadShape(requests=requests, adapters=20), profile.engine.slab_bytes_per_rank).at(rps)
 
 
 def simulate(profile: Profile, policy: str, rps: float = 10.0, requests: int = 300) -> Outcome:
@@ -79,7 +79,7 @@ def test_whoever_is_rejected_never_began(profile: Profile) -> None:
 
 
 def test_an_adapter_that_does_not_fit_is_rejected_not_lost(profile: Profile) -> None:
-    tight = draw(Shape(requests=60, adapters=20), slab_bytes_per_rank=4 << 20).at(10.0)
+    tight = draw_workload(WorkloadShape(requests=60, adapters=20), slab_bytes_per_rank=4 << 20).at(10.0)
     settings = SimSettings(hopeless=inf)
     outcome = Simulation(tight, policy_named("slora-random"), profile, ENGINES, settings).run()
     large = {i for i, adapter in enumerate(tight.adapters) if adapter.rank == 128}

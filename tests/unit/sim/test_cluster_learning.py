@@ -5,9 +5,10 @@ import pytest
 from loraserve.cost import CostModel
 from loraserve.cost.profile import Profile, read_profile
 from loraserve.messages import EngineLoad
-from loraserve.sim.cluster import SimSettings, Simulation
+from loraserve.sim.cluster import Simulation
+from loraserve.sim.outcome import SimSettings
 from loraserve.sim.policies import policy_named
-from loraserve.sim.workload import Shape, draw
+from loraserve.sim.workload import WorkloadShape, draw_workload
 from loraserve.testing.small_profile import small_profile
 
 SECONDS = 25
@@ -34,8 +35,8 @@ class Watched(Simulation):
         return [engine.report(self._timeline.now_s) for engine in self.engines.values()]
 
 
-def served(shape: Shape, rps: float, profile: Profile, policy: str = "ours") -> Watched:
-    workload = draw(shape, profile.engine.slab_bytes_per_rank).at(rps)
+def served(shape: WorkloadShape, rps: float, profile: Profile, policy: str = "ours") -> Watched:
+    workload = draw_workload(shape, profile.engine.slab_bytes_per_rank).at(rps)
     settings = SimSettings(plan_interval_s=10.0, window_s=20.0)
     simulation = Watched(workload, policy_named(policy), profile, engines=4, settings=settings)
     outcome = simulation.run()
@@ -54,11 +55,11 @@ def check(believed: CostModel, true: CostModel) -> None:
 def test_engines_that_are_as_the_profile_says_are_believed_to_be(lengths: str, policy: str) -> None:
     profile = read_profile("llama-3-8b-a100-padded")
     rps = 13.0
-    simulation = served(Shape(lengths=lengths, requests=int(SECONDS * rps)), rps, profile, policy)
+    simulation = served(WorkloadShape(lengths=lengths, requests=int(SECONDS * rps)), rps, profile, policy)
     check(simulation.believed, profile.cost)
 
 
 def test_so_are_those_of_a_small_pool_which_load_all_the_time() -> None:
     profile = small_profile()
-    simulation = served(Shape(adapters=80, ranks="mostly-large", requests=600), 25.0, profile)
+    simulation = served(WorkloadShape(adapters=80, ranks="mostly-large", requests=600), 25.0, profile)
     check(simulation.believed, profile.cost)

@@ -8,24 +8,24 @@ import pytest
 
 from loraserve.errors import ConfigError
 from loraserve.sim import report
-from loraserve.sim.compare import LOAD_SHARES, PRECISION, Comparison, compare
-from loraserve.sim.runs import Job, Point
-from loraserve.sim.workload import Shape
+from loraserve.sim.compare import PRECISION, CompareOptions, Comparison, compare
+from loraserve.sim.runs import RunFigures, RunSpec
+from loraserve.sim.workload import WorkloadShape
 from loraserve.testing.small_profile import small_profile
 
 CAPACITY_RPS = {"ours": 30.0, "toppings": 24.0, "slora-random": 10.0}
 """At 4 engines."""
-BASE = Job(source=Shape(), policy="ours", engines=4, rps=0.0, profile=small_profile())
+BASE = RunSpec(source=WorkloadShape(), policy="ours", engines=4, rps=0.0, profile=small_profile())
 
 
-def queue(jobs: Sequence[Job]) -> list[Point]:
+def queue(jobs: Sequence[RunSpec]) -> list[RunFigures]:
     """P95 of an M/M/1-like queue; at its capacity and above, hopeless."""
     points = []
     for job in jobs:
         load = job.rps / (CAPACITY_RPS[job.policy] * job.engines / 4)
         p95_s = 0.5 / (1 - load) if load < 0.99 else inf
         points.append(
-            Point(
+            RunFigures(
                 policy=job.policy,
                 engines=job.engines,
                 rps=job.rps,
@@ -47,7 +47,7 @@ def queue(jobs: Sequence[Job]) -> list[Point]:
 
 @pytest.fixture(scope="module")
 def comparison() -> Comparison:
-    return compare(BASE, list(CAPACITY_RPS), 7.0, queue, LOAD_SHARES)
+    return compare(BASE, list(CAPACITY_RPS), 7.0, queue, CompareOptions())
 
 
 @pytest.mark.parametrize("policy", CAPACITY_RPS)
@@ -58,7 +58,7 @@ def test_the_largest_load_is_where_the_p95_crosses_the_slo(policy: str, comparis
 
 @pytest.mark.parametrize("guess_rps", [0.01, 1.0, 1000.0])
 def test_a_bad_guess_costs_time_only(guess_rps: float) -> None:
-    found = compare(BASE, ["toppings"], guess_rps, queue, (0.8,), count_engines=False)
+    found = compare(BASE, ["toppings"], guess_rps, queue, CompareOptions(shares=(0.8,), count_engines=False))
     assert 24 * 0.95 / (1 + PRECISION) <= found.results["toppings"].max_rps <= 24 * 0.95
 
 
@@ -76,13 +76,13 @@ def test_engines_needed_are_the_fewest_that_serve_the_load(comparison: Compariso
 
 
 def test_a_policy_that_cannot_at_any_size_needs_no_number_of_engines() -> None:
-    def never(jobs: Sequence[Job]) -> list[Point]:
+    def never(jobs: Sequence[RunSpec]) -> list[RunFigures]:
         return [
             msgspec.structs.replace(p, p95_ttft_s=inf, hopeless=True) if p.policy == "slora-random" else p
             for p in queue(jobs)
         ]
 
-    found = compare(BASE, list(CAPACITY_RPS), 7.0, never, LOAD_SHARES)
+    found = compare(BASE, list(CAPACITY_RPS), 7.0, never, CompareOptions())
     assert found.results["slora-random"].engines_needed is None
     assert found.results["slora-random"].max_rps == 0.0
 
@@ -99,7 +99,7 @@ def test_where_ours_falls_short_is_said(comparison: Comparison) -> None:
 
 
 def test_the_json_has_null_for_what_is_not_finite(comparison: Comparison) -> None:
-    found = report.as_json(comparison)
+    found = report.json_figures(comparison)
     assert found["slora-random"]["p95_at_80pct_s"] is None
     assert set(found["ours"]) == {
         "max_rps",
@@ -112,7 +112,7 @@ def test_the_json_has_null_for_what_is_not_finite(comparison: Comparison) -> Non
 
 
 def test_tables_name_every_policy_and_load(comparison: Comparison) -> None:
-    assert all(name in report.summary(comparison) for name in CAPACITY_RPS)
+    assert all(name in report.summary_table(comparison) for name in CAPACITY_RPS)
     assert "120%" in report.load_table(comparison)
     assert report.gains({"w": comparison})["vs_toppings_best"] == pytest.approx(1.25, rel=0.05)
 
@@ -124,17 +124,17 @@ def test_a_grid_names_also_workloads_that_toppings_serves_at_no_load(comparison:
 
 
 def test_a_run_too_short_for_any_load_to_be_too_much_is_said_to_be(comparison: Comparison) -> None:
-    def patient(jobs: Sequence[Job]) -> list[Point]:
+    def patient(jobs: Sequence[RunSpec]) -> list[RunFigures]:
         return [msgspec.structs.replace(p, p95_ttft_s=1.0, hopeless=False) for p in queue(jobs)]
 
-    assert report.too_short(comparison) == []
-    (text,) = report.too_short(compare(BASE, list(CAPACITY_RPS), 7.0, patient, LOAD_SHARES))
+    assert report.too_short_text(comparison) == []
+    (text,) = report.too_short_text(compare(BASE, list(CAPACITY_RPS), 7.0, patient, CompareOptions()))
     assert all(name in text for name in CAPACITY_RPS)
 
 
 def test_where_no_baseline_serves_at_any_load_there_is_nothing_to_compare() -> None:
-    def never(jobs: Sequence[Job]) -> list[Point]:
+    def never(jobs: Sequence[RunSpec]) -> list[RunFigures]:
         return [msgspec.structs.replace(p, p95_ttft_s=inf, hopeless=True) for p in queue(jobs)]
 
     with pytest.raises(ConfigError, match="promise more"):
-        compare(BASE, list(CAPACITY_RPS), 7.0, never, LOAD_SHARES)
+        compare(BASE, list(CAPACITY_RPS), 7.0, never, CompareOptions())

@@ -6,15 +6,15 @@ import msgspec
 import pytest
 
 from loraserve.sim import report
-from loraserve.sim.cluster import SimSettings
-from loraserve.sim.compare import LOAD_SHARES, PRECISION, Comparison, compare
-from loraserve.sim.runs import Job, Point, point
-from loraserve.sim.workload import Shape
+from loraserve.sim.compare import PRECISION, CompareOptions, Comparison, compare
+from loraserve.sim.outcome import SimSettings
+from loraserve.sim.runs import RunFigures, RunSpec, run_figures
+from loraserve.sim.workload import WorkloadShape
 from loraserve.testing.small_profile import small_profile
 
 SEED = 5
-BASE = Job(
-    source=Shape(requests=100, adapters=20),
+BASE = RunSpec(
+    source=WorkloadShape(requests=100, adapters=20),
     policy="ours",
     engines=4,
     rps=10.0,
@@ -24,15 +24,15 @@ BASE = Job(
 OURS_RPS, TOPPINGS_RPS = 25.0, 24.0
 RANDOM_RPS = {SEED: 10.0, SEED + 1: 16.0, SEED + 2: 13.0, SEED + 3: 19.0}
 POLICIES = ["toppings", "slora-random", "ours"]
-USUAL = point(BASE)
+USUAL = run_figures(BASE)
 
 
-def capacity_rps(job: Job) -> float:
+def capacity_rps(job: RunSpec) -> float:
     """At 4 engines."""
     return {"ours": OURS_RPS, "toppings": TOPPINGS_RPS, "slora-random": RANDOM_RPS[job.settings.seed]}[job.policy]
 
 
-def limited(jobs: Sequence[Job]) -> list[Point]:
+def limited(jobs: Sequence[RunSpec]) -> list[RunFigures]:
     """The P95 is as the load to the capacity, and the SLO where both are the same."""
     slo_s = BASE.settings.slo_ttft_s
     return [
@@ -48,7 +48,7 @@ def limited(jobs: Sequence[Job]) -> list[Point]:
 
 
 def compared(draws: int) -> Comparison:
-    return compare(BASE, POLICIES, 7.0, limited, LOAD_SHARES, draws=draws)
+    return compare(BASE, POLICIES, 7.0, limited, CompareOptions(draws=draws))
 
 
 @pytest.mark.parametrize(("draws", "median_rps"), [(1, 10.0), (2, 10.0), (3, 13.0), (4, 13.0)])
@@ -76,18 +76,18 @@ def test_what_ours_gains_is_told_of_the_median_draw() -> None:
 def test_the_lowest_and_the_highest_draw_are_said_where_there_are_several() -> None:
     found = compared(3)
     lowest, median, highest = found.results["slora-random"].max_rps_draws
-    said = report.draws(found)
+    said = report.draws_text(found)
     assert said == [f"(slora-random: the median of 3 draws, whose max rps are {lowest:.3g} to {highest:.3g})"]
-    figures = report.as_json(found)["slora-random"]
+    figures = report.json_figures(found)["slora-random"]
     assert figures["max_rps_draws"] == pytest.approx([lowest, median, highest], rel=1e-3)
     assert figures["max_rps"] == figures["max_rps_draws"][1]
-    assert report.draws(compared(1)) == []
+    assert report.draws_text(compared(1)) == []
 
 
 def test_another_draw_places_the_same_workload_otherwise() -> None:
     def mixes(seed: int) -> list[tuple[dict[int, int], ...]]:
         job = msgspec.structs.replace(BASE, policy="slora-random", settings=SimSettings(seed=seed))
-        return [interval.rank_tokens for interval in point(job).intervals]
+        return [interval.rank_tokens for interval in run_figures(job).intervals]
 
     def sums(seed: int) -> dict[int, int]:
         tokens: dict[int, int] = {}

@@ -4,10 +4,11 @@ import msgspec
 import pytest
 
 from loraserve.cost.profile import Profile
-from loraserve.sim.cluster import SimSettings, Simulation
+from loraserve.sim.cluster import Simulation
 from loraserve.sim.estimate import capacity_rps, limit_rps
+from loraserve.sim.outcome import SimSettings
 from loraserve.sim.policies import policy_named
-from loraserve.sim.workload import Shape, SimRequest, Workload, draw, make_adapters
+from loraserve.sim.workload import SimRequest, Workload, WorkloadShape, draw_workload, make_adapters
 
 UNIT = 1 << 16
 
@@ -34,14 +35,14 @@ def test_a_larger_rank_costs_what_padding_to_it_costs(profile: Profile) -> None:
 
 
 def test_a_guess_of_the_capacity_is_below_it(profile: Profile) -> None:
-    workload = draw(Shape(requests=500, adapters=20), UNIT)
+    workload = draw_workload(WorkloadShape(requests=500, adapters=20), UNIT)
     assert capacity_rps(workload, profile, 4) < limit_rps(workload, profile, 4)
 
 
 @pytest.mark.parametrize("policy", ["ours", "toppings"])
 def test_nobody_serves_more(profile: Profile, policy: str) -> None:
     """What arrived has been computed after the time that the limit says at the soonest."""
-    workload = draw(Shape(requests=800, adapters=12), UNIT).at(2000.0)
+    workload = draw_workload(WorkloadShape(requests=800, adapters=12), UNIT).at(2000.0)
     settings = SimSettings(hopeless=float("inf"), reject_factor=1e9)
     outcome = Simulation(workload, policy_named(policy, 0), profile, 2, settings).run()
     ends = [r.end_s for r in outcome.requests if r.end_s is not None]

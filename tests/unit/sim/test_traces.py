@@ -115,10 +115,10 @@ def test_a_bad_line_of_azures_is_named_with_its_field(line: str, field: str) -> 
     ("text", "said"),
     [
         ("", "t.csv: is empty"),
-        (f"{OURS}\n", "t.csv: has a header and no requests"),
+        (f"{OURS}\n", "t.csv: has a header but no requests"),
         ("time_s,client,prompt_tokens\n0,a,1\n", "t.csv, line 1: the header lacks output_tokens"),
         ("TIMESTAMP,ContextTokens\n0,1\n", "t.csv, line 1: the header lacks GeneratedTokens"),
-        (f"{OURS}\n0,{'x' * 200_000},1,1\n", "t.csv, line 2: is no CSV"),
+        (f"{OURS}\n0,{'x' * 200_000},1,1\n", "t.csv, line 2: is not CSV"),
     ],
 )
 def test_a_file_that_is_no_trace_is_refused(text: str, said: str) -> None:
@@ -146,7 +146,7 @@ def plain(path: Path) -> Path:
 @pytest.mark.parametrize("make", [cut, spoilt, plain])
 def test_a_broken_gzip_file_is_said_to_be_one(make: Callable[[Path], Path], tmp_path: Path) -> None:
     path = make(tmp_path / "t.csv.gz")
-    with pytest.raises(ConfigError, match="is no whole gzip file") as error:
+    with pytest.raises(ConfigError, match="is not a complete gzip file") as error:
         read_trace(path)
     assert str(path) in str(error.value)
 

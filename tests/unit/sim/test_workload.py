@@ -7,9 +7,17 @@ from pathlib import Path
 import pytest
 
 from loraserve.errors import ConfigError
-from loraserve.sim.runs import TraceSource, load
+from loraserve.sim.runs import make_workload
 from loraserve.sim.traces import TraceRequest
-from loraserve.sim.workload import RANKS, Shape, Workload, draw, grid, tenants_workload
+from loraserve.sim.workload import (
+    RANKS,
+    TraceSource,
+    Workload,
+    WorkloadShape,
+    draw_workload,
+    grid_shapes,
+    trace_workload,
+)
 
 UNIT = 1 << 20
 
@@ -20,13 +28,17 @@ def trace(requests: int = 800, clients: int = 3) -> list[TraceRequest]:
     return [TraceRequest(i * 0.5, names[i % len(names)], 10 + i, 5) for i in range(requests)]
 
 
+def source(adapters: int, requests: int) -> TraceSource:
+    return TraceSource(path="t.csv", adapters=adapters, requests=requests)
+
+
 def mean_rank(workload: Workload, first: int, last: int) -> float:
     ranks = [workload.adapters[r.adapter].rank for r in workload.requests[first:last]]
     return sum(ranks) / len(ranks)
 
 
 def test_a_workload_at_another_load_is_the_same_requests_sooner() -> None:
-    workload = draw(Shape(requests=400), UNIT)
+    workload = draw_workload(WorkloadShape(requests=400), UNIT)
     faster = workload.at(50.0)
     assert faster.rps == pytest.approx(50.0)
     assert [(r.adapter, r.prompt_tokens) for r in faster.requests] == [
@@ -35,44 +47,47 @@ def test_a_workload_at_another_load_is_the_same_requests_sooner() -> None:
 
 
 def test_what_is_drawn_is_the_same_every_time_and_differs_by_seed() -> None:
-    assert draw(Shape(requests=50), UNIT) == draw(Shape(requests=50), UNIT)
-    assert draw(Shape(requests=50, seed=1), UNIT).requests != draw(Shape(requests=50), UNIT).requests
+    assert draw_workload(WorkloadShape(requests=50), UNIT) == draw_workload(WorkloadShape(requests=50), UNIT)
+    assert (
+        draw_workload(WorkloadShape(requests=50, seed=1), UNIT).requests
+        != draw_workload(WorkloadShape(requests=50), UNIT).requests
+    )
 
 
 def test_adapters_of_a_trace_have_the_same_ranks_at_every_load() -> None:
-    few, many = (tenants_workload(trace(), 12, requests, UNIT, "t") for requests in (100, 700))
+    few, many = (trace_workload(trace(), source(12, requests), UNIT) for requests in (100, 700))
     assert few.adapters == many.adapters
     assert few.requests[0] == many.requests[0]
 
 
 def test_bursts_vary_more_than_poisson() -> None:
-    def variation(shape: Shape) -> float:
-        times = [r.time_s for r in draw(shape, UNIT).requests]
+    def variation(shape: WorkloadShape) -> float:
+        times = [r.time_s for r in draw_workload(shape, UNIT).requests]
         gaps = [later - earlier for earlier, later in pairwise(times)]
         mean = sum(gaps) / len(gaps)
         return float((sum((gap - mean) ** 2 for gap in gaps) / len(gaps)) ** 0.5 / mean)
 
-    assert variation(Shape(requests=5000)) == pytest.approx(1.0, abs=0.1)
-    assert variation(Shape(requests=5000, arrivals="bursts")) == pytest.approx(3.0, abs=0.5)
+    assert variation(WorkloadShape(requests=5000)) == pytest.approx(1.0, abs=0.1)
+    assert variation(WorkloadShape(requests=5000, arrivals="bursts")) == pytest.approx(3.0, abs=0.5)
 
 
 def test_ranks_drift_towards_large_ones_and_popularity_changes_hands() -> None:
-    ranks = draw(Shape(requests=6000, drift="ranks"), UNIT)
+    ranks = draw_workload(WorkloadShape(requests=6000, drift="ranks"), UNIT)
     assert mean_rank(ranks, 5000, 6000) > 1.3 * mean_rank(ranks, 0, 1000)
-    popular = draw(Shape(requests=6000, drift="popularity"), UNIT)
+    popular = draw_workload(WorkloadShape(requests=6000, drift="popularity"), UNIT)
     first, last = (Counter(r.adapter for r in popular.requests[a : a + 1000]).most_common(3) for a in (0, 5000))
     assert {a for a, _ in first} != {a for a, _ in last}
 
 
 def test_the_grid_has_24_different_workloads_with_every_length_for_every_mix() -> None:
-    shapes = grid()
+    shapes = grid_shapes()
     assert len({shape.name for shape in shapes}) == 24
     for mix in {shape.ranks for shape in shapes}:
         assert len({shape.lengths for shape in shapes if shape.ranks == mix}) == 3
 
 
 def test_clients_become_tenants_and_larger_ones_have_more_adapters() -> None:
-    workload = tenants_workload(trace(), adapters=20, requests=800, slab_bytes_per_rank=UNIT, name="t")
+    workload = trace_workload(trace(), source(20, 800), UNIT)
     owners = Counter(a.name.partition("/")[0] for a in workload.adapters)
     assert sum(owners.values()) == 20
     assert owners["big"] > owners["small-0"] >= 1
@@ -83,18 +98,18 @@ def test_clients_become_tenants_and_larger_ones_have_more_adapters() -> None:
 
 def test_a_tenant_is_asked_through_its_own_adapters_alone() -> None:
     requests = trace()
-    workload = tenants_workload(requests, adapters=20, requests=800, slab_bytes_per_rank=UNIT, name="t")
+    workload = trace_workload(requests, source(20, 800), UNIT)
     for original, drawn in zip(requests, workload.requests, strict=True):
         assert workload.adapters[drawn.adapter].name.startswith(original.client + "/")
 
 
 def test_fewer_adapters_than_tenants_share_the_last() -> None:
-    workload = tenants_workload(trace(), adapters=2, requests=800, slab_bytes_per_rank=UNIT, name="t")
+    workload = trace_workload(trace(), source(2, 800), UNIT)
     assert {r.adapter for r in workload.requests} == {0, 1}
 
 
 def test_a_part_of_a_trace_is_its_beginning() -> None:
-    workload = tenants_workload(trace(), adapters=4, requests=80, slab_bytes_per_rank=UNIT, name="t")
+    workload = trace_workload(trace(), source(4, 80), UNIT)
     assert [r.prompt_tokens for r in workload.requests] == list(range(10, 90))
     assert workload.rps == pytest.approx(2.0, rel=0.05)
 
@@ -102,11 +117,11 @@ def test_a_part_of_a_trace_is_its_beginning() -> None:
 @pytest.mark.parametrize(("adapters", "requests"), [(0, trace()), (5, trace(1)), (5, [])])
 def test_what_is_no_load_is_refused(adapters: int, requests: list[TraceRequest]) -> None:
     with pytest.raises(ConfigError, match=r"at least one adapter|at one time"):
-        tenants_workload(requests, adapters=adapters, requests=10, slab_bytes_per_rank=UNIT, name="t")
+        trace_workload(requests, source(adapters, 10), UNIT)
 
 
 def test_a_trace_without_any_load_is_called_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "burst.csv"
     path.write_text("time_s,client,prompt_tokens,output_tokens\n" + "7,a,1,1\n" * 3)
     with pytest.raises(ConfigError, match=f"^{path}: the first 2 requests are all at one time"):
-        load(TraceSource(path=str(path), adapters=2, requests=2), UNIT)
+        make_workload(TraceSource(path=str(path), adapters=2, requests=2), UNIT)
