@@ -6,7 +6,7 @@ from torch.nn import functional
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.kernels.fused.gpu import SILU_BLOCK, add_rms_norm, rotate_and_keep, silu_mul
+from loraserve.kernels.fused.gpu import SILU_BLOCK, add_rms_norm, rotate_and_store, silu_mul
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -96,7 +96,7 @@ class Heads:
 
     def run(self, kv_slots: list[int]) -> None:
         places = torch.tensor(kv_slots, dtype=torch.int32, device=DEVICE)
-        rotate_and_keep(
+        rotate_and_store(
             self.qkv, self.q, self.keys, self.values, self.positions, places, self.cos, self.sin, self.norms, EPS
         )
 

@@ -11,7 +11,15 @@ import pytest
 import torch
 
 from loraserve.kernels.lora import tuning
-from loraserve.kernels.lora.tuning import RANK_BUCKETS, TOKEN_BUCKETS, Blocks, Entry, Table, default_blocks, pick
+from loraserve.kernels.lora.tuning import (
+    RANK_BUCKETS,
+    TOKEN_BUCKETS,
+    Blocks,
+    TunedBlocks,
+    TuningTable,
+    default_blocks,
+    pick,
+)
 from loraserve.model_shape import MODULES, ModelShape
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
@@ -50,8 +58,8 @@ def tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     tuning._tuned.cache_clear()
 
 
-def entry(tokens: int = 64, rank: int = 256, ratio: float = 1.2) -> Entry:
-    return Entry(k=4096, widths=(4096,), tokens=tokens, rank=rank, blocks=BLOCKS, floor_ratio=ratio)
+def entry(tokens: int = 64, rank: int = 256, ratio: float = 1.2) -> TunedBlocks:
+    return TunedBlocks(k=4096, widths=(4096,), tokens=tokens, rank=rank, blocks=BLOCKS, floor_ratio=ratio)
 
 
 def tiny_target(tokens: int = 8) -> Target:
@@ -75,7 +83,7 @@ def test_a_table_says_where_it_is_from_and_is_added_to(tables: Path) -> None:
     tune.write_table(tables, GPU, "first", "2026-11-24", [entry(64), entry(8)])
     path = tune.write_table(tables, GPU, "second", "2026-11-25", [entry(64, ratio=1.1), entry(64, 16)])
     assert path.name == "NVIDIA-H100-80GB-HBM3.json"
-    table = msgspec.json.decode(path.read_bytes(), type=Table)
+    table = msgspec.json.decode(path.read_bytes(), type=TuningTable)
     assert (table.gpu, table.command, table.date) == (GPU, "second", "2026-11-25")
     assert [(e.tokens, e.rank, e.floor_ratio) for e in table.entries] == [(8, 256, 1.2), (64, 16, 1.2), (64, 256, 1.1)]
     before = path.read_bytes()
@@ -137,7 +145,7 @@ def few_residents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "RESIDENTS", 8)
 
 
-def tune_tiny(ms: Callable[[int], float], target: Target | None = None) -> Entry | None:
+def tune_tiny(ms: Callable[[int], float], target: Target | None = None) -> TunedBlocks | None:
     made = Tuner(TINY, FakeTimer(ms), 1e12, "cpu", layers=1, dtype=torch.float16)
     options = {"br": (16, 64), "bn": (64,)}
     return made.tune(target or tiny_target(), time.monotonic() + 60, options)
@@ -176,10 +184,10 @@ def test_sizes_with_a_wrong_result_are_not_used(monkeypatch: pytest.MonkeyPatch)
 
 def test_targets_share_the_time_and_each_entry_is_kept_at_once(capsys: pytest.CaptureFixture[str]) -> None:
     wanted = targets(TINY, [8], [16])
-    kept: list[Entry] = []
+    kept: list[TunedBlocks] = []
     deadlines_s: list[float] = []
 
-    def measure(target: Target, deadline_s: float) -> Entry:
+    def measure(target: Target, deadline_s: float) -> TunedBlocks:
         deadlines_s.append(deadline_s - time.monotonic())
         return entry()
 
@@ -202,7 +210,7 @@ def test_the_whole_run_by_a_made_up_clock(monkeypatch: pytest.MonkeyPatch, tmp_p
     clock = iter([0.0, 0.0, 1.0])
     monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
     assert tune.main(arguments) == 0
-    table = msgspec.json.decode(tune.table_path(tmp_path, GPU).read_bytes(), type=Table)
+    table = msgspec.json.decode(tune.table_path(tmp_path, GPU).read_bytes(), type=TuningTable)
     assert table.command == "scripts/tune_kernels " + " ".join(arguments)
     assert [(e.k, e.widths, e.tokens, e.rank) for e in table.entries] == [(64, (64, 32, 32), 8, 16)]
 

@@ -1,7 +1,8 @@
-"""Paged causal attention on a CUDA GPU by torch's own kernels, prefill chunks and decode tokens in one step.
+"""Paged causal attention on a CUDA GPU with torch's own kernels, prefill chunks and decode tokens in one step.
 
-``varlen_attn`` reads the cache through block tables where the installed torch and its FlashAttention can; elsewhere the
-blocks are gathered first, which costs three times the memory traffic. Which of the two is tried out once.
+Two backends. ``paged``: ``varlen_attn`` reads the cache through block tables, if the installed torch and its
+FlashAttention can. ``gathered``: the blocks are copied side by side first, which costs three times the memory traffic.
+``pick_backend`` tries the first one at start.
 """
 
 from contextlib import suppress
@@ -17,11 +18,11 @@ from loraserve.model_shape import ModelShape
 Backend = Literal["paged", "gathered"]
 
 GATHERED_TOKENS = 1 << 16
-"""KV of those who decode that is copied at a time. All of it at once takes more memory than is set aside for a step."""
+"""KV of decoding sequences that is copied at a time. A copy of all would take more memory than a step has."""
 
 
 class GpuKvCache:
-    """``keys`` and ``values`` [layers, blocks, block_tokens, kv_heads, head_dim]; zero at first, so never NaN."""
+    """``keys`` and ``values`` [layers, blocks, block_tokens, kv_heads, head_dim], zero at first and so never NaN."""
 
     def __init__(
         self, shape: ModelShape, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
@@ -33,17 +34,17 @@ class GpuKvCache:
 
 
 def gpu_block_bytes(shape: ModelShape, block_tokens: int, dtype: torch.dtype) -> int:
-    """Memory of one block over all layers, keys and values."""
+    """Return the memory of one block over all layers, keys and values."""
     return 2 * dtype.itemsize * shape.layers * shape.kv_heads * block_tokens * shape.head_dim
 
 
 @dataclass(frozen=True)
 class GpuAttentionBatch:
-    """Sequences of a step, one after the other; their queries are the last tokens of their KV.
+    """The sequences of a step, one after the other; the queries of each are the last tokens of its KV.
 
-    On the device: ``query_start`` int32 [sequences + 1], ``seq_len`` int32 [sequences] with this step's tokens,
-    ``table`` int32 [sequences, blocks]. On the host: ``queries`` and ``lengths`` are the same numbers, but empty where
-    every sequence has one query and any length that ``table`` holds, as in a captured graph.
+    On the device: ``query_start`` int32 [sequences + 1], ``seq_len`` int32 [sequences], this step's tokens included,
+    ``table`` int32 [sequences, blocks]. On the host: ``queries`` and ``lengths`` are the same numbers. They are empty
+    in a captured graph, where every sequence has one query and any length that fits into ``table``.
     """
 
     query_start: torch.Tensor
@@ -61,7 +62,10 @@ def attend(
     scale: float,
     backend: Backend,
 ) -> torch.Tensor:
-    """softmax(scale * q k^T) v over each token's own past and itself, [tokens, heads * dim]; its KV is kept already."""
+    """Return softmax(scale * q k^T) v over each token's own past and itself, [tokens, heads * dim].
+
+    The keys and values of this step are in the cache already.
+    """
     keys, values = cache.keys[layer], cache.values[layer]
     if backend == "paged":
         return _paged(q, keys, values, batch, scale).flatten(1)
@@ -74,7 +78,10 @@ def attend(
 
 
 def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Backend, str]:
-    """(backend, why): ``paged`` where a chunk behind a cached prefix and a decode, over two blocks, come out right."""
+    """Return the backend and the reason for it.
+
+    It is ``paged`` if a small step, a chunk behind a cached prefix and a decode token, gives the right result.
+    """
     if device.type != "cuda":
         return "gathered", "no GPU"
     try:
@@ -87,15 +94,15 @@ def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, devic
         return "gathered", f"varlen_attn with block tables: {_first_line(error)}"
 
 
-def _activate_installed_flash_attention(device: torch.device) -> None:
-    """torch's own FlashAttention reads no block tables; a newer one, where it is installed, takes its place."""
+def _activate_newer_flash_attention(device: torch.device) -> None:
+    """Replace torch's own FlashAttention, which reads no block tables, by a newer one if that is installed."""
     import torch.nn.attention as attention
 
     newer = "FA3" if torch.cuda.get_device_capability(device) < (10, 0) else "FA4"
     activate = getattr(attention, "activate_flash_attention_impl", None)
     if activate is None:  # torch 2.11
         return
-    # Where it is not there, or not for this GPU, torch's own stays.
+    # If it is not installed, or not for this GPU, torch's own stays.
     with suppress(ImportError, RuntimeError, ValueError, NotImplementedError):
         activate(newer)
 
@@ -106,7 +113,7 @@ def _first_line(error: Exception) -> str:
 
 def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Backend, str]:
     if device.type == "cuda":
-        _activate_installed_flash_attention(device)
+        _activate_newer_flash_attention(device)
     cache = GpuKvCache(
         ModelShape(1, shape.hidden, shape.heads, shape.kv_heads, shape.head_dim, shape.ffn, shape.vocab),
         3, block_tokens, dtype, device,
@@ -114,7 +121,7 @@ def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device:
     cache.keys.normal_()
     cache.values.normal_()
     queries, lengths = (3, 1), (block_tokens + 3, block_tokens + 1)
-    # What a request left behind the end of another's KV must not count, not even as 0 * NaN.
+    # Values that an earlier request left beyond the end of a sequence's KV must have no effect, not even as 0 * NaN.
     cache.keys[:, 0, 3:] = cache.values[:, 0, 3:] = float("nan")
 
     def integers(*values: int) -> torch.Tensor:
@@ -149,7 +156,7 @@ def _paged(
         seqused_k=batch.seq_len,
         block_table=batch.table,
     )
-    assert isinstance(result, torch.Tensor)  # no auxiliary output was asked for
+    assert isinstance(result, torch.Tensor)  # no auxiliary output was requested
     return result
 
 
@@ -161,18 +168,18 @@ def _gathered(
     batch: GpuAttentionBatch,
     scale: float,
 ) -> None:
-    """Neighbours that decode are computed together, prompts one by one."""
+    """Compute runs of decoding sequences together, prompts one by one."""
     token = index = 0
     for decode, run in groupby(batch.queries, lambda queries: queries == 1):
         for queries in [tuple(run)] if decode else [(n,) for n in run]:
-            rows, own = slice(token, token + sum(queries)), slice(index, index + len(queries))
-            length = max(batch.lengths[own])
-            table = batch.table[own, : -(-length // keys.shape[1])]
+            rows, sequences = slice(token, token + sum(queries)), slice(index, index + len(queries))
+            length = max(batch.lengths[sequences])
+            table = batch.table[sequences, : -(-length // keys.shape[1])]
             if decode:
-                _gathered_decode(q[rows], out[rows], keys, values, table, batch.seq_len[own], scale)
+                _gathered_decode(q[rows], out[rows], keys, values, table, batch.seq_len[sequences], scale)
             else:
                 out[rows] = _gathered_prefill(q[rows], keys, values, table[0], length, scale)
-            token, index = rows.stop, own.stop
+            token, index = rows.stop, sequences.stop
 
 
 def _gathered_decode(
@@ -184,11 +191,11 @@ def _gathered_decode(
     seq_len: torch.Tensor,
     scale: float,
 ) -> None:
-    """One query a sequence over as many blocks as the table is wide, GATHERED_TOKENS at a time."""
+    """Compute one query per sequence over all blocks of the table, GATHERED_TOKENS of KV at a time."""
     rows = max(1, GATHERED_TOKENS // (table.shape[1] * keys.shape[1]))
     for start in range(0, len(q), rows):
-        own = slice(start, start + rows)
-        _decode_together(q[own], out[own], keys, values, table[own], seq_len[own], scale)
+        part = slice(start, start + rows)
+        _decode_together(q[part], out[part], keys, values, table[part], seq_len[part], scale)
 
 
 def _decode_together(
@@ -201,27 +208,27 @@ def _decode_together(
     scale: float,
 ) -> None:
     sequences, blocks = table.shape
-    places = torch.arange(blocks * keys.shape[1], device=q.device)
-    past = places[None, :] < seq_len[:, None]
+    positions = torch.arange(blocks * keys.shape[1], device=q.device)
+    in_past = positions[None, :] < seq_len[:, None]
     flat = table.flatten()
-    # What others left in the blocks beyond the past must not count, not even as 0 * NaN.
-    beyond = ~past[:, :, None, None]
+    # Values of other requests beyond the past must have no effect, not even as 0 * NaN.
+    beyond = ~in_past[:, :, None, None]
     k, v = (
         part.index_select(0, flat).view(sequences, -1, *part.shape[2:]).masked_fill_(beyond, 0.0).transpose(1, 2)
         for part in (keys, values)
     )
-    # Queries that share a key head pose as queries of one head, so that no kernel has to repeat keys for them.
+    # Query heads that share a key head are passed as queries of one head, so that no kernel repeats the keys.
     grouped = q.view(sequences, keys.shape[2], -1, q.shape[2])
-    attended = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=past[:, None, None, :], scale=scale)
+    attended = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=in_past[:, None, None, :], scale=scale)
     out.copy_(attended.flatten(1, 2))
 
 
 def _gathered_prefill(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, length: int, scale: float
 ) -> torch.Tensor:
-    """The queries of one sequence, [queries, heads, dim]."""
+    """Return the outputs of the queries of one sequence, [queries, heads, dim]."""
     queries, kv_heads = q.shape[0], keys.shape[2]
-    # Heads that share keys are together; their keys are a view that names the same ones for each.
+    # Query heads that share a key head are neighbours; ``expand`` repeats the keys for them without a copy.
     grouped = q.view(queries, kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)
     k, v = (
         part.index_select(0, blocks)
@@ -232,8 +239,8 @@ def _gathered_prefill(
     )
     mask = None
     if queries != length:
-        places = torch.arange(length, device=q.device)
-        mask = places[None, :] <= places[length - queries :, None]
+        positions = torch.arange(length, device=q.device)
+        mask = positions[None, :] <= positions[length - queries :, None]
     attended = functional.scaled_dot_product_attention(
         grouped, k, v, attn_mask=mask, is_causal=mask is None, scale=scale
     )

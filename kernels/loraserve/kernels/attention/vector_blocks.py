@@ -1,4 +1,4 @@
-"""Vector code of the CPU attention kernel: scores of one group of keys, and the softmax of a row of scores."""
+"""Generates the vector code of CPU attention: the scores of one group of keys, and the softmax of a row of scores."""
 
 from typing import Any
 
@@ -28,15 +28,15 @@ from loraserve.kernels.cpu.vector_code import (
 
 VI32 = ir.VectorType(I32, LANES)
 SMALLEST_EXPONENT = -87.0
-"""Below, e**x is no normal float32: taken as 0."""
+"""Below it e**x is not a normal float32 and becomes 0."""
 
 
 def make_score_block(rows: int, positions: int) -> Any:
-    """Intrinsic score(q, q_stride, keys, dim, out, out_stride, next): out[row, p] = q[row] . keys[:, p] for a group.
+    """Return the intrinsic score(q, q_stride, keys, dim, out, out_stride, ahead): out[row, p] = q[row] . keys[:, p].
 
     ``keys`` float32 [dim, positions], so that a vector holds neighbouring positions and no sum over lanes is needed.
-    Even and odd dimensions are summed apart, then added. ``next`` is the address of the group to come, for which memory
-    is asked meanwhile.
+    Even and odd dimensions are summed separately, then added. ``ahead`` is the address of the next group, which is
+    prefetched.
     """
     vectors = positions // LANES
     at_once = min(vectors, max(1, most_sums() // (2 * rows)))
@@ -89,7 +89,7 @@ def _constant(value: float) -> Any:
 
 
 def _exp(builder: Any, x: Any) -> Any:
-    """e**x within 2 ulp for x <= 0; 0 below the smallest exponent, NaN of NaN (Cephes' expf)."""
+    """Emit e**x for x <= 0, within 2 ulp; 0 below the smallest exponent, NaN for NaN (Cephes' expf)."""
     small = builder.fcmp_ordered("<", x, _constant(SMALLEST_EXPONENT))
     x = builder.select(small, _constant(SMALLEST_EXPONENT), x)
     rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VF32, [VF32]), f"llvm.rint.v{LANES}f32")
@@ -106,7 +106,7 @@ def _exp(builder: Any, x: Any) -> Any:
 
 
 def _softmax(typingctx: Any, scores: Any, length: Any, scale: Any) -> Any:
-    """softmax(scores, length, scale): scores[:length] become softmax(scale * scores), scale > 0.
+    """Intrinsic softmax(scores, length, scale): replace scores[:length] by softmax(scale * scores), scale > 0.
 
     Works on whole steps: up to STEP - 1 floats after ``length`` are overwritten.
     """
@@ -137,7 +137,7 @@ softmax: Any = intrinsic(_softmax)
 
 
 def _steps(builder: Any, start: Any, whole: Any) -> Any:
-    """The body of the caller's loop, twice a turn: yields (address of a vector, which half of the step)."""
+    """Emit a loop over whole steps. The caller's body is emitted twice per step, with (address of a vector, half)."""
     with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, STEP), I64) as (index, _):
         for half in range(2):
             yield offset(builder, start, builder.add(index, ir.Constant(I64, half * LANES)), 4), half

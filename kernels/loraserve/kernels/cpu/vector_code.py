@@ -1,8 +1,9 @@
-"""Building blocks for the CPU kernels: explicit vector code in a fixed order of summation.
+"""Generates the vector code of the CPU kernels, with a fixed order of summation.
 
-Numba's own loops leave the order of a reduction to LLVM, which may choose another one for another loop. Here the order
-is written down, so that a token's result has the same bits whatever shares its batch and whichever kernel computes it.
-Addresses are int64 so that kernels index raw memory of any dtype.
+Numba's own loops leave the order of a reduction to LLVM, which may choose a different one for each loop. The intrinsics
+made here fix the order: the result of a token has the same bits whatever shares its batch and whichever kernel computes
+it. Addresses are int64, so that kernels index raw memory of any dtype. The README of this package explains how the code
+is generated and how to read and debug it.
 """
 
 from typing import Any
@@ -14,13 +15,13 @@ from numba.extending import intrinsic
 
 LANES = 8
 STEP = 2 * LANES
-"""Elements per turn of a dot product: two independent chains hide the latency of the multiply-add."""
+"""Elements per iteration of a dot product: two independent sums hide the latency of the multiply-add."""
 
 LINE_BYTES = 64
 STREAM_TOKENS = 4
-"""Up to this many tokens a kernel waits for memory more than for arithmetic."""
+"""Up to this many tokens a kernel is bound by memory, not by arithmetic."""
 AHEAD_BLOCKS = 1
-"""Streams of weights are asked of the memory this many blocks of rows before they are used."""
+"""Weights are prefetched this many blocks of rows before they are used."""
 
 F32 = ir.FloatType()
 I16 = ir.IntType(16)
@@ -33,7 +34,7 @@ _RAW = {"float32": F32, "bfloat16": I16, "float16": ir.HalfType()}
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a * b + c rounded once, scalar or vector."""
+    """Emit a * b + c, rounded once, for scalars or vectors."""
     kind = a.type
     name = f"llvm.fma.v{kind.count}f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
@@ -41,7 +42,7 @@ def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def load_f32(builder: Any, address: Any, dtype: str, lanes: int) -> Any:
-    """Load ``lanes`` elements of ``dtype`` at an int64 address as float32."""
+    """Emit a load of ``lanes`` elements of ``dtype`` at an int64 address, widened to float32."""
     raw = _RAW[dtype] if lanes == 1 else ir.VectorType(_RAW[dtype], lanes)
     value = builder.load(builder.inttoptr(address, raw.as_pointer()), align=ELEMENT_BYTES[dtype])
     wide = F32 if lanes == 1 else ir.VectorType(F32, lanes)
@@ -55,9 +56,9 @@ def load_f32(builder: Any, address: Any, dtype: str, lanes: int) -> Any:
 
 
 def prefetch(builder: Any, address: Any, lines: int, near: bool) -> None:
-    """Ask for cache lines that will be read soon. ``near``: in the first level, which holds little and waits on few.
+    """Emit prefetches of cache lines, into the first-level cache if ``near``, else into the second.
 
-    Measured: streams of weights gain from the first level; keys and values, which come in bursts, from the second.
+    Measured: streams of weights are faster with the first level; keys and values, which come in bursts, with the second.
     """
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
@@ -68,7 +69,7 @@ def prefetch(builder: Any, address: Any, lines: int, near: bool) -> None:
 
 
 def _prefetch_next(builder: Any, block: Any, stride: Any, rows: int, index: Any, step: int, element_bytes: int) -> None:
-    """The part of a later block of rows that takes as long to read as ``step`` columns of this one."""
+    """Prefetch the part of a later block of rows that takes as long to read as ``step`` columns of this one."""
     ahead = offset(builder, block, builder.mul(stride, ir.Constant(I64, AHEAD_BLOCKS * rows)), element_bytes)
     lines = -(-step * rows * element_bytes // LINE_BYTES)
     prefetch(builder, offset(builder, ahead, index, rows * element_bytes), lines, near=True)
@@ -79,14 +80,14 @@ def store_f32(builder: Any, address: Any, value: Any) -> None:
 
 
 def splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
-    """All lanes equal to a scalar."""
+    """Emit a vector with all lanes equal to a scalar."""
     undefined = ir.Constant(ir.VectorType(F32, lanes), ir.Undefined)
     one = builder.insert_element(undefined, value, ir.Constant(I32, 0))
     return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(I32, lanes), [0] * lanes))
 
 
 def sum_lanes(builder: Any, vector: Any) -> Any:
-    """Pairwise sum of all lanes, always in the same tree."""
+    """Emit the sum of all lanes, added pairwise in a fixed tree."""
     width = LANES
     while width > 1:
         width //= 2
@@ -99,19 +100,20 @@ def sum_lanes(builder: Any, vector: Any) -> Any:
 
 
 def offset(builder: Any, address: Any, index: Any, element_bytes: int) -> Any:
+    """Emit the address of element ``index``."""
     return builder.add(address, builder.mul(index, ir.Constant(I64, element_bytes)))
 
 
 def most_sums() -> int:
-    """Vector accumulators that stay in registers beside the loads: half of what the processor has."""
+    """Return how many vector sums fit into registers beside the loads: half of the registers."""
     return 16 if binding.get_host_cpu_features().get("avx512vl") else 8
 
 
 def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
-    """Intrinsic dot(x, x_stride, a, a_stride, k, out, out_stride): out[t, r] = x[t] . a[r] for a block.
+    """Return the intrinsic dot(x, x_stride, a, a_stride, k, out, out_stride): out[t, r] = x[t] . a[r] for a block.
 
     ``x`` float32 and ``a`` of ``dtype`` are addresses of the block's first rows, strides are in elements, ``k`` is the
-    length of a row. Every element is summed in the same order whatever the block's size.
+    length of a row. Each element is summed in the same order, whatever the size of the block.
     """
     rows_at_once = min(rows, max(1, most_sums() // (2 * tokens)))
 
@@ -139,9 +141,9 @@ def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
 def _dot_sums(
     builder: Any, x_rows: list[Any], a_rows: list[Any], k: Any, dtype: str, stride: Any
 ) -> dict[tuple[int, int], Any]:
-    """Scalar dot products of all pairs of rows: vector part, lanes, then the tail, always in this order.
+    """Emit the dot products of all pairs of rows: first the vector part, then its lanes, then the tail.
 
-    ``stride``, where the rows come from memory, is the distance of one to the next.
+    ``stride`` is the distance of the rows of a, or None if they need no prefetch.
     """
     zero = ir.Constant(VF32, [0.0] * LANES)
     pairs = [(t, r) for t in range(len(x_rows)) for r in range(len(a_rows))]
@@ -172,17 +174,17 @@ def _dot_sums(
 
 
 def variable(builder: Any, value: Any) -> Any:
-    """A mutable value; the store is repeated here because the allocation is hoisted out of loops."""
+    """Emit a mutable variable. Its allocation is hoisted out of loops; the initial store stays here."""
     slot = cgutils.alloca_once(builder, value.type)
     builder.store(value, slot)
     return slot
 
 
 def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
-    """Intrinsic axpy(y, y_stride, h, h_stride, b, b_stride, n): y[t] += h[t, 0] b[0] + ... + h[t, rows-1] b[rows-1].
+    """Return the intrinsic axpy(y, y_stride, h, h_stride, b, b_stride, n): y[t] += sum over r of h[t, r] b[r].
 
     ``y`` and ``h`` float32, ``b`` of ``dtype``; addresses, strides in elements, ``n`` the length of a row. The rows are
-    added to y one after the other, each with one rounding, so that the size of the block leaves no trace.
+    added to y one after the other, each with one rounding, so the size of the block does not change the bits.
     """
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -222,11 +224,11 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
 
 
 def make_mix_block(tokens: int, vectors: int, dtype: str) -> Any:
-    """Intrinsic mix(y, y_stride, w, w_stride, values, stride, count, next): y[t] += sum of w[t, p] values[p].
+    """Return the intrinsic mix(y, y_stride, w, w_stride, values, stride, count, ahead): y[t] += sum of w[t, p] values[p].
 
-    ``y`` and ``w`` float32, ``values`` of ``dtype``; ``vectors`` vectors of a row of y are held in registers while the
-    rows of values are added one after the other. The order, and so the bits, are those of ``make_axpy_block``. ``next``
-    is the address of the values of the call to come, for which memory is asked meanwhile.
+    ``y`` and ``w`` float32, ``values`` of ``dtype``. ``vectors`` vectors of a row of y are held in registers while the
+    rows of values are added one after the other. The order and the bits are those of ``make_axpy_block``. ``ahead`` is
+    the address of the values of the next call, which are prefetched.
     """
     at_once = min(vectors, max(1, most_sums() // tokens))
 

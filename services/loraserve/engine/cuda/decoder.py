@@ -13,7 +13,7 @@ from loraserve.engine.model.config import DecoderConfig
 from loraserve.engine.model.decoder import rotary_tables
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
 from loraserve.kernels.attention.gpu import Backend, GpuAttentionBatch, GpuKvCache, attend
-from loraserve.kernels.fused.gpu import add_rms_norm, rotate_and_keep, silu_mul
+from loraserve.kernels.fused.gpu import add_rms_norm, rotate_and_store, silu_mul
 from loraserve.kernels.lora.gpu import add_lora
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.work import LoraWork
@@ -101,7 +101,7 @@ class GpuDecoder:
         normed = add_rms_norm(x, delta, layer.input_norm, self._eps, torch.empty_like(x))
         qkv = self._add_lora(layer.qkv(normed), normed, lora, index, QKV)
         q = torch.empty(x.shape[0], shape.heads, shape.head_dim, dtype=x.dtype, device=x.device)
-        rotate_and_keep(
+        rotate_and_store(
             qkv=qkv,
             q=q,
             keys=cache.keys[index],

@@ -116,7 +116,7 @@ def _small_cases(shape: ModelShape) -> Iterator[Case]:
     yield _case("list_work", work.list_work, constants)
     yield _case("add_rms_norm", fused_gpu._norm, {"ADD": True, "BLOCK": 4096})
     head = {"HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "DIM": shape.head_dim, "BLOCK": shape.head_dim // 2}
-    yield _case("rotate_and_keep", fused_gpu._rotate, {**head, "NORMED": True}, 1)
+    yield _case("rotate_and_store", fused_gpu._rotate, {**head, "NORMED": True}, 1)
     yield _case("silu_mul", fused_gpu._silu_mul, {"BLOCK": fused_gpu.SILU_BLOCK})
 
 

@@ -23,7 +23,7 @@ from loraserve.benchmarks.lora.cases import LLAMA_3_8B
 from loraserve.benchmarks.lora.report import say
 from loraserve.benchmarks.lora.search import Target, targets
 from loraserve.errors import ConfigError
-from loraserve.kernels.lora.tuning import RANK_BUCKETS, TABLES, TOKEN_BUCKETS, Entry, Table
+from loraserve.kernels.lora.tuning import RANK_BUCKETS, TABLES, TOKEN_BUCKETS, TunedBlocks, TuningTable
 from loraserve.model_shape import read_model_config, shape_from_config
 
 LEAST_SEARCH_S = 45.0
@@ -35,12 +35,12 @@ def table_path(folder: Path, gpu: str) -> Path:
     return folder / (re.sub(r"\W+", "-", gpu).strip("-") + ".json")
 
 
-def write_table(folder: Path, gpu: str, command: str, date: str, entries: Sequence[Entry]) -> Path:
+def write_table(folder: Path, gpu: str, command: str, date: str, entries: Sequence[TunedBlocks]) -> Path:
     """Add ``entries`` to the GPU's table, in an order that does not depend on when each was measured."""
     path = table_path(folder, gpu)
-    known = msgspec.json.decode(path.read_bytes(), type=Table).entries if path.exists() else ()
+    known = msgspec.json.decode(path.read_bytes(), type=TuningTable).entries if path.exists() else ()
     merged = {(entry.k, entry.widths, entry.tokens, entry.rank): entry for entry in (*known, *entries)}
-    table = Table(gpu=gpu, command=command, date=date, entries=tuple(merged[key] for key in sorted(merged)))
+    table = TuningTable(gpu=gpu, command=command, date=date, entries=tuple(merged[key] for key in sorted(merged)))
     folder.mkdir(parents=True, exist_ok=True)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(table), indent=1) + b"\n")
     return path
@@ -48,9 +48,9 @@ def write_table(folder: Path, gpu: str, command: str, date: str, entries: Sequen
 
 def run(
     wanted: Sequence[Target],
-    tune: Callable[[Target, float], Entry | None],
+    tune: Callable[[Target, float], TunedBlocks | None],
     minutes: float,
-    keep: Callable[[Entry], None],
+    keep: Callable[[TunedBlocks], None],
 ) -> int:
     """How many entries were kept before the time was up.
 
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     tuner = Tuner(shape, timer, copy_bytes_per_s(timer))
     command, date = " ".join(["scripts/tune_kernels", *given]), datetime.date.today().isoformat()
 
-    def keep(entry: Entry) -> None:
+    def keep(entry: TunedBlocks) -> None:
         write_table(options.out, gpu, command, date, [entry])
 
     kept = run(targets(shape, options.tokens, options.ranks), tuner.tune, options.minutes, keep)

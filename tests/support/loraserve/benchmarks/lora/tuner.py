@@ -17,7 +17,7 @@ from loraserve.benchmarks.lora.world import Operands, World
 from loraserve.kernels.lora.decode import decode
 from loraserve.kernels.lora.expand import expand
 from loraserve.kernels.lora.shrink import shrink
-from loraserve.kernels.lora.tuning import DECODE_TOKENS, Blocks, Entry, default_blocks
+from loraserve.kernels.lora.tuning import DECODE_TOKENS, Blocks, TunedBlocks, default_blocks
 from loraserve.model_shape import MODULES, ModelShape
 
 
@@ -41,7 +41,7 @@ class Tuner:
         self._world: World | None = None
         self._best: dict[tuple[int, bool], Blocks] = {}
 
-    def tune(self, target: Target, deadline_s: float, options: Options | None = None) -> Entry | None:
+    def tune(self, target: Target, deadline_s: float, options: Options | None = None) -> TunedBlocks | None:
         """The fastest right sizes found until ``deadline_s``, a time of ``time.monotonic``; None where none run.
 
         The score is the time as a multiple of the floor, the geometric mean over the target's cases.
@@ -91,8 +91,8 @@ class Tuner:
                 return False
         return True
 
-    def _entry(self, target: Target, blocks: Blocks, score: float) -> Entry:
-        return Entry(
+    def _entry(self, target: Target, blocks: Blocks, score: float) -> TunedBlocks:
+        return TunedBlocks(
             k=target.k,
             widths=target.widths,
             tokens=target.tokens,
