@@ -58,7 +58,8 @@ def load_f32(builder: Any, address: Any, dtype: str, lanes: int) -> Any:
 def prefetch(builder: Any, address: Any, lines: int, near: bool) -> None:
     """Emit prefetches of cache lines, into the first-level cache if ``near``, else into the second.
 
-    Measured: streams of weights are faster with the first level; keys and values, which come in bursts, with the second.
+    Measured: streams of weights are faster with the first level; keys and values, which come in bursts, with the
+    second.
     """
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
@@ -224,9 +225,9 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
 
 
 def make_mix_block(tokens: int, vectors: int, dtype: str) -> Any:
-    """Return the intrinsic mix(y, y_stride, w, w_stride, values, stride, count, ahead): y[t] += sum of w[t, p] values[p].
+    """Return the intrinsic mix(y, y_stride, w, w_stride, values, stride, count, ahead).
 
-    ``y`` and ``w`` float32, ``values`` of ``dtype``. ``vectors`` vectors of a row of y are held in registers while the
+    It computes y[t] += sum over p of w[t, p] values[p]. ``y`` and ``w`` float32, ``values`` of ``dtype``. ``vectors`` vectors of a row of y are held in registers while the
     rows of values are added one after the other. The order and the bits are those of ``make_axpy_block``. ``ahead`` is
     the address of the values of the next call, which are prefetched.
     """

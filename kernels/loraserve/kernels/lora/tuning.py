@@ -1,8 +1,8 @@
 """Block sizes of the GPU kernels: measured values for known GPUs, safe defaults for all others.
 
-scripts/tune_kernels measures them and writes a table. Its keys are the module (K and the widths of its slices), a bucket
-of tokens and a bucket of ranks, because these decide which sizes are fast. A table is used only on GPUs of the name that
-it was measured on.
+scripts/tune_kernels measures them and writes a table. Its keys are the module (K and the widths of its slices), a
+bucket of tokens and a bucket of ranks, because these decide which sizes are fast. A table is used only on GPUs of the
+name that it was measured on.
 """
 
 import logging
