@@ -227,9 +227,10 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
 def make_mix_block(tokens: int, vectors: int, dtype: str) -> Any:
     """Return the intrinsic mix(y, y_stride, w, w_stride, values, stride, count, ahead).
 
-    It computes y[t] += sum over p of w[t, p] values[p]. ``y`` and ``w`` float32, ``values`` of ``dtype``. ``vectors`` vectors of a row of y are held in registers while the
-    rows of values are added one after the other. The order and the bits are those of ``make_axpy_block``. ``ahead`` is
-    the address of the values of the next call, which are prefetched.
+    It computes y[t] += sum over p of w[t, p] values[p], ``y`` and ``w`` float32, ``values`` of ``dtype``. ``vectors``
+    vectors of a row of y are held in registers while the rows of values are added one after the other. The order and
+    the bits are those of ``make_axpy_block``. ``ahead`` is the address of the values of the next call, which are
+    prefetched.
     """
     at_once = min(vectors, max(1, most_sums() // tokens))
 
