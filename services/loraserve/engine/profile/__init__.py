@@ -1,1 +1,1 @@
-"""Measures what steps and loads of a real engine cost: ``python -m loraserve.engine.profile``, scripts/profile."""
+"""Measures what the steps and loads of a real engine cost: ``python -m loraserve.engine.profile``, scripts/profile."""

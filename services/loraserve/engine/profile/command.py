@@ -1,4 +1,4 @@
-"""The command: builds the engine that a configuration describes, times it, fits a profile and writes it."""
+"""scripts/profile: builds the engine of a configuration, times it, fits a cost profile and writes it."""
 
 import argparse
 import datetime
@@ -16,9 +16,9 @@ from loraserve.cost.fit import Lora, StepSample, fit_cost_model
 from loraserve.cost.profile import EngineShape, Profile, write_profile
 from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.compute.runner import CpuRunner
-from loraserve.engine.profile.design import SizedAdapter, design, shape_of_batch
-from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place, to_step
-from loraserve.engine.profile.report import coefficients, errors, verdict
+from loraserve.engine.profile.design import SizedAdapter, batch_shape, design_batches
+from loraserve.engine.profile.measure import make_random_slab, make_step, measure_loads, measure_steps, place_slabs
+from loraserve.engine.profile.report import format_coefficients, format_errors, format_verdict
 from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits, threads_for
 from loraserve.errors import ConfigError, LoraServeError
@@ -30,8 +30,8 @@ RANKS = (8, 16, 32, 64)
 COPIES = 4
 BATCHES, ROUNDS = 180, 3
 QUICK_BATCHES, QUICK_ROUNDS = 60, 2
-WANTED_ERROR = 0.1
-"""Median, on held-out batches: beyond it the machine was busy with other things, or the model does not fit it."""
+MAX_ERROR = 0.1
+"""Median error on held-out batches. Above it the machine was busy with other work, or the cost model does not fit."""
 
 HELP = """\
 examples:
@@ -41,20 +41,20 @@ examples:
   scripts/profile --model DIR --out mine.json --set engine.threads=4 --set engine.max_running=32
   scripts/up --model DIR --set cluster.profile=mine.json      price with it (an absolute path for other folders)
 
-What it does: builds the engine in this process, with the configuration that a cluster here would give it (the cores
-are split among the engines), and times some hundred batches of random tokens: prefill and decode, few and many, short
-and long contexts, no adapter to many of mixed ranks. A linear model of what is in a step is fitted to the medians, and
-tested on every fifth batch, which the fit has not seen. An engine of one thread is timed in CPU seconds, which other
-processes hardly disturb. Loads are timed from memory: what store and network add, router and planner learn from the
-engines' reports. The adapters are made up unless --adapter names some.
+The command builds the engine in this process with the configuration that a cluster here would give it (the engines
+share the cores). It times some hundred batches of random tokens: prefill and decode, few and many sequences, short and
+long contexts, from no adapter to many of mixed ranks. It fits a linear model of a step's content to the median times,
+and tests it on every fifth batch, which the fit does not use. An engine with one thread is timed in CPU seconds, which
+other processes hardly change. Loads are timed from memory; router and planner learn the time of store and network from
+the engines' reports. Adapters have random values, except those that --adapter names.
 
---lora padded fits the cost that other servers have (each token at the largest rank of the batch) to the same batches.
-The same command measures a GPU where there is one. The exit status is 1 where the median error is over 10%.
+--lora padded fits the cost of other servers (each token at the largest rank of the batch) to the same batches. If this
+machine has a GPU that can be used, the command measures it. The exit status is 1 if the median error is over 10%.
 """
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns the exit status."""
+    """Run the command and return the exit status."""
     options = _parser().parse_args(arguments)
     try:
         profile, text = _measure(options)
@@ -62,60 +62,65 @@ def main(arguments: Sequence[str]) -> int:
     except (LoraServeError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{text}\n\n{verdict(profile)}\nwritten to {options.out}")
-    assert profile.residuals is not None, "it was measured"
-    if profile.residuals.median > WANTED_ERROR:
-        print("error: that is over 10%; stop what else runs on this machine and measure again", file=sys.stderr)
+    print(f"{text}\n\n{format_verdict(profile)}\nwritten to {options.out}")
+    assert profile.residuals is not None, "the profile was not measured"
+    if profile.residuals.median > MAX_ERROR:
+        print("error: the median error is over 10%; stop other work on this machine and measure again", file=sys.stderr)
         return 1
     return 0
 
 
 def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
     if not options.out.parent.is_dir():
-        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}; make it first")
+        raise ConfigError(f"--out {options.out}: there is no folder {options.out.parent}; create it first")
     config = load_config(options.config, overrides=[*options.set, f"model.path={options.model}"])
     shape = shape_from_config(read_model_config(options.model))
-    runner = build_runner(config, _say)
+    runner = build_runner(config, _report_progress)
     limits = scheduler_limits(config, runner)
-    placed = place(_slabs(options, config, shape), limits.pool_bytes, limits.max_adapters)
+    placed = place_slabs(_make_slabs(options, config, shape), limits.pool_bytes, limits.max_adapters)
     adapters = [SizedAdapter(slab.header.rank, slab.header.slab_bytes) for _, slab in placed]
     count, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if options.quick else (BATCHES, ROUNDS)
-    _say(f"timing loads of {len(adapters)} adapters")
-    cpu_seconds = _in_cpu_seconds(config, runner)
+    _report_progress(f"timing loads of {len(adapters)} adapters")
+    cpu_seconds = _uses_cpu_seconds(config, runner)
     threads = digest_threads_for(config, on_device=runner.pool.waits)
     loads = measure_loads(runner, placed, config.engine.load_chunk_bytes, threads, rounds, cpu_seconds)
-    batches = design(limits, len(adapters), count)
-    _say(f"timing {count} steps, {rounds} times each, {'in CPU seconds' if cpu_seconds else 'by the clock'}")
-    to_time = [to_step(index, batch, limits.block_tokens, shape.vocab) for index, batch in enumerate(batches)]
-    seconds = measure_steps(runner, to_time, rounds, cpu_seconds, _say)
-    steps: list[StepSample] = [(shape_of_batch(b, adapters), s) for b, s in zip(batches, seconds, strict=True)]
+    batches = design_batches(limits, len(adapters), count)
+    _report_progress(
+        f"timing {count} steps, {rounds} times each, {'in CPU seconds' if cpu_seconds else 'by the clock'}"
+    )
+    to_time = [make_step(index, batch, limits.block_tokens, shape.vocab) for index, batch in enumerate(batches)]
+    seconds = measure_steps(runner, to_time, rounds, cpu_seconds, _report_progress)
+    steps: list[StepSample] = [(batch_shape(b, adapters), s) for b, s in zip(batches, seconds, strict=True)]
     lora: Lora = options.lora
-    cost, found = fit_cost_model(steps, loads, lora)
+    cost, residuals = fit_cost_model(steps, loads, lora)
     profile = Profile(
         model=config.model.name or options.model.resolve().name,
         shape=shape,
-        hardware=_hardware(config, runner),
+        hardware=_describe_hardware(config, runner),
         date=datetime.date.today().isoformat(),
         origin="measured",
         cost=cost,
         engine=_engine_shape(config, limits, shape, runner),
         device="cpu" if isinstance(runner, CpuRunner) else "cuda",
-        residuals=found,
+        residuals=residuals,
     )
-    return profile, f"{coefficients(profile)}\n\n{errors(profile, [batch.kind for batch in batches], steps)}"
+    return (
+        profile,
+        f"{format_coefficients(profile)}\n\n{format_errors(profile, [batch.kind for batch in batches], steps)}",
+    )
 
 
-def _slabs(options: argparse.Namespace, config: Config, shape: ModelShape) -> list[Slab]:
-    """The user's, then made-up ones of each rank in turn."""
+def _make_slabs(options: argparse.Namespace, config: Config, shape: ModelShape) -> list[Slab]:
+    """Return the user's adapters, then random ones of each rank in turn."""
     engine = config.engine
     given = [pack_peft(folder, shape, engine.slab_dtype, engine.max_rank) for folder in options.adapter]
     ranks = [rank for rank in options.ranks if rank <= engine.max_rank]
     seeds = [(rank, copy) for copy in range(COPIES) for rank in ranks]
-    return given + [made_up_slab(shape, engine.slab_dtype, rank, seed=1000 * rank + copy) for rank, copy in seeds]
+    return given + [make_random_slab(shape, engine.slab_dtype, rank, seed=1000 * rank + copy) for rank, copy in seeds]
 
 
 def _engine_shape(config: Config, limits: SchedulerLimits, shape: ModelShape, runner: Runner) -> EngineShape:
-    slab = made_up_slab(shape, config.engine.slab_dtype, 16, seed=0)
+    slab = make_random_slab(shape, config.engine.slab_dtype, 16, seed=0)
     on_cpu = isinstance(runner, CpuRunner)
     block_bytes = attention.block_bytes(shape, limits.block_tokens) if on_cpu else 0
     return EngineShape(
@@ -130,20 +135,20 @@ def _engine_shape(config: Config, limits: SchedulerLimits, shape: ModelShape, ru
     )
 
 
-def _hardware(config: Config, runner: Runner) -> str:
+def _describe_hardware(config: Config, runner: Runner) -> str:
     if not isinstance(runner, CpuRunner):
         import torch
 
         return torch.cuda.get_device_name()
-    timed = ", in CPU seconds" if _in_cpu_seconds(config, runner) else ""
-    return f"{_processor()}, {threads_for(config)} of {os.cpu_count()} cores{timed}"
+    timed = ", in CPU seconds" if _uses_cpu_seconds(config, runner) else ""
+    return f"{_processor_name()}, {threads_for(config)} of {os.cpu_count()} cores{timed}"
 
 
-def _in_cpu_seconds(config: Config, runner: Runner) -> bool:
+def _uses_cpu_seconds(config: Config, runner: Runner) -> bool:
     return isinstance(runner, CpuRunner) and threads_for(config) == 1
 
 
-def _processor() -> str:
+def _processor_name() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -155,29 +160,31 @@ def _processor() -> str:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/profile",
-        description="Measures what steps and loads cost on this machine, for router, planner and simulator.",
+        description="Measure what steps and adapter loads cost on this machine, for router, planner and simulator.",
         epilog=HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="Hugging Face model directory")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where the profile is written, as JSON")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="where to write the profile, as JSON")
     parser.add_argument("--quick", action="store_true", help="fewer batches, fewer repeats")
-    parser.add_argument("--lora", choices=("exact", "padded"), default="exact", help="how LoRA is priced (exact)")
-    parser.add_argument("--ranks", type=_ranks, default=RANKS, metavar="R,R", help="of made-up adapters (8,16,32,64)")
+    parser.add_argument("--lora", choices=("exact", "padded"), default="exact", help="how to price LoRA (exact)")
     parser.add_argument(
-        "--adapter", type=Path, action="append", default=[], metavar="DIR", help="a PEFT folder as well"
+        "--ranks", type=_ranks, default=RANKS, metavar="R,R", help="random adapters' ranks (8,16,32,64)"
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="TOML, as the cluster has it")
-    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="one setting")
+    parser.add_argument(
+        "--adapter", type=Path, action="append", default=[], metavar="DIR", help="also measure with this PEFT folder"
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="the cluster's configuration file")
+    parser.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="override one setting")
     return parser
 
 
 def _ranks(text: str) -> tuple[int, ...]:
     ranks = tuple(int(part) for part in text.split(","))
     if min(ranks) < 1:
-        raise argparse.ArgumentTypeError("ranks are at least 1")
+        raise argparse.ArgumentTypeError("ranks must be at least 1")
     return ranks
 
 
-def _say(text: str) -> None:
+def _report_progress(text: str) -> None:
     print(f"[{time.monotonic() - STARTED_S:6.1f} s] {text}", file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
-"""Times steps and loads on a runner, through what every runner has: no scheduler, no bus.
+"""Times steps and adapter loads on a runner, without scheduler and bus.
 
-An engine that computes in one thread of a CPU is timed in CPU seconds: those are what the work takes on a core of its
-own, whatever else the machine does meanwhile. Others are timed by the runner's own clock.
+An engine with one CPU thread is timed in CPU seconds, which other processes on the machine hardly change. Other engines
+are timed by the runner's own clock.
 """
 
 import statistics
@@ -20,7 +20,7 @@ from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.loading.memory import PoolMemory
 from loraserve.engine.loading.slab_reader import Arrivals, damaged_layer, shares
-from loraserve.engine.profile.design import Batch, Part
+from loraserve.engine.profile.design import BatchPart, TimedBatch
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.errors import ConfigError
 from loraserve.messages import SamplingParams
@@ -28,22 +28,22 @@ from loraserve.model_shape import ModelShape
 
 Progress = Callable[[str], None]
 GREEDY = SamplingParams(max_tokens=1 << 20, temperature=0.0)
-SAY_EVERY_S = 5.0
+PROGRESS_INTERVAL_S = 5.0
 
 
-def made_up_slab(shape: ModelShape, dtype: Dtype, rank: int, seed: int) -> Slab:
-    """Random values, of the size that trained adapters have: what they are does not change what they cost."""
+def make_random_slab(shape: ModelShape, dtype: Dtype, rank: int, seed: int) -> Slab:
+    """Return a slab of random values with the magnitude of trained ones. Values do not change the cost."""
     layout = make_uniform_layout(shape, dtype, rank, scale=1.0 / rank)
     values = np.random.default_rng(seed).standard_normal(layout.elements, dtype=np.float32) * np.float32(0.01)
     return seal_slab(layout, from_float32(values, dtype))
 
 
-def place(slabs: Sequence[Slab], pool_bytes: int, most: int) -> list[tuple[int, Slab]]:
-    """Offsets for as many as the pool and its slots hold. Raises ConfigError where there is room for none."""
+def place_slabs(slabs: Sequence[Slab], pool_bytes: int, slots: int) -> list[tuple[int, Slab]]:
+    """Return (offset, slab) for as many slabs as the pool and ``slots`` hold. Raises ConfigError if none fits."""
     extents = ExtentAllocator(pool_bytes)
     placed: list[tuple[int, Slab]] = []
     for slab in slabs:
-        offset_bytes = extents.allocate(slab.header.slab_bytes) if len(placed) < most else None
+        offset_bytes = extents.allocate(slab.header.slab_bytes) if len(placed) < slots else None
         if offset_bytes is not None:
             placed.append((offset_bytes, slab))
     if not placed:
@@ -59,8 +59,8 @@ def measure_loads(
     rounds: int,
     cpu_seconds: bool,
 ) -> list[LoadSample]:
-    """Copying, verifying and installing each: what the engine does with a slab once it has it. All stay installed."""
-    taken: list[list[float]] = [[] for _ in placed]
+    """Return (slab bytes, median seconds) to copy, verify and install each slab. All slabs stay installed."""
+    seconds: list[list[float]] = [[] for _ in placed]
     clock = time.process_time if cpu_seconds else time.monotonic
     with ThreadPoolExecutor(digest_threads) as threads:
         for _ in range(rounds):
@@ -69,47 +69,47 @@ def measure_loads(
                 started_s = clock()
                 _load(runner.pool, offset_bytes, slab, chunk_bytes, threads, digest_threads)
                 runner.install(slot, slab.header, offset_bytes // ITEM_BYTES[slab.header.dtype])
-                taken[slot].append(clock() - started_s)
-    return [(slab.header.slab_bytes, statistics.median(s)) for (_, slab), s in zip(placed, taken, strict=True)]
+                seconds[slot].append(clock() - started_s)
+    return [(slab.header.slab_bytes, statistics.median(s)) for (_, slab), s in zip(placed, seconds, strict=True)]
 
 
 def measure_steps(
     runner: Runner, steps: Sequence[StepBatch], rounds: int, cpu_seconds: bool, progress: Progress
 ) -> list[float]:
-    """Median seconds of each. All are run in turn and then again, so that a slow minute is not one batch's alone."""
-    taken: list[list[float]] = [[] for _ in steps]
-    said_s = time.monotonic()
-    for turn in range(rounds):
+    """Return the median seconds of each step. Each round runs all steps, so that a slow minute affects many batches."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    reported_s = time.monotonic()
+    for round_index in range(rounds):
         for index, step in enumerate(steps):
-            taken[index].append(_step_s(runner, step, cpu_seconds))
-            if time.monotonic() - said_s > SAY_EVERY_S:
-                said_s = time.monotonic()
-                progress(f"steps: round {turn + 1} of {rounds}, {index + 1} of {len(steps)}")
-    return [statistics.median(seconds) for seconds in taken]
+            seconds[index].append(_step_s(runner, step, cpu_seconds))
+            if time.monotonic() - reported_s > PROGRESS_INTERVAL_S:
+                reported_s = time.monotonic()
+                progress(f"steps: round {round_index + 1} of {rounds}, {index + 1} of {len(steps)}")
+    return [statistics.median(of_step) for of_step in seconds]
 
 
-def to_step(step_id: int, batch: Batch, block_tokens: int, vocab: int) -> StepBatch:
-    """A batch as a runner takes it: random tokens, blocks of its own for each sequence."""
+def make_step(step_id: int, batch: TimedBatch, block_tokens: int, vocab: int) -> StepBatch:
+    """Return the batch as a runner computes it: random tokens, and separate KV blocks for each sequence."""
     rng = Random(step_id)
     sequences = []
     next_block = 0
     for index, part in enumerate(batch.parts):
         blocks = -(-(part.context + part.tokens) // block_tokens)
-        sequences.append(_sequence(index, part, range(next_block, next_block + blocks), rng, vocab))
+        sequences.append(_make_part(index, part, range(next_block, next_block + blocks), rng, vocab))
         next_block += blocks
     return StepBatch(step_id=step_id, sequences=tuple(sequences))
 
 
-def _sequence(index: int, part: Part, blocks: range, rng: Random, vocab: int) -> SequenceStep:
+def _make_part(index: int, part: BatchPart, blocks: range, rng: Random, vocab: int) -> SequenceStep:
     return SequenceStep(
         request_id=f"profile-{index}",
         tokens=tuple(rng.randrange(vocab) for _ in range(part.tokens)),
         start=part.context,
         blocks=tuple(blocks),
         sampling=GREEDY,
-        prompt_length=part.context if part.decodes else part.context + part.tokens,
+        prompt_length=part.context if part.is_decode else part.context + part.tokens,
         slot=part.adapter,
-        output_index=1 if part.decodes else 0,
+        output_index=1 if part.is_decode else 0,
     )
 
 
@@ -127,7 +127,7 @@ def _load(
     threads: ThreadPoolExecutor,
     digest_threads: int,
 ) -> None:
-    """As loader.py does it, from memory."""
+    """Write and verify a slab as the loader does, from memory."""
     arrivals = Arrivals(slab.header, on_device=pool.waits)
     checks: list[Future[int | None]] = []
     for start in range(0, slab.header.slab_bytes, chunk_bytes):
@@ -136,4 +136,4 @@ def _load(
         due = shares(arrivals.upto(start + len(chunk)), digest_threads)
         checks += [threads.submit(damaged_layer, pool, slab.header, offset_bytes, layers) for layers in due]
     if any(check.result() is not None for check in checks):
-        raise ConfigError("what was written into the adapter pool is not what is read from it; check the memory")
+        raise ConfigError("a slab was written into the adapter pool and reads back differently; check the memory")

@@ -1,4 +1,4 @@
-"""What a profile says, as tables for people. Pure."""
+"""Formats a profile as tables for people."""
 
 from collections.abc import Sequence
 
@@ -22,36 +22,38 @@ UNITS = {
     "load_base_s": ("ms a load", 1e3),
     "load_byte_s": ("ms a MB of a load", 1e9),
 }
-OTHERS = {"exact": ("padded_prefill_s", "padded_decode_s"), "padded": ("slab_byte_s", "rank_token_s")}
+HIDDEN = {"exact": ("padded_prefill_s", "padded_decode_s"), "padded": ("slab_byte_s", "rank_token_s")}
 
 
-def coefficients(profile: Profile) -> str:
-    """What each thing in a step costs."""
+def format_coefficients(profile: Profile) -> str:
+    """Return a table of what each part of a step costs."""
     cost = profile.cost
-    shown = {name: unit for name, unit in UNITS.items() if name not in OTHERS[cost.lora]}
+    shown = {name: unit for name, unit in UNITS.items() if name not in HIDDEN[cost.lora]}
     rows = [[f"{getattr(cost, name) * factor:.4g}", text, name] for name, (text, factor) in shown.items()]
     return table(["COST", "OF", "NAME"], rows)
 
 
-def errors(profile: Profile, kinds: Sequence[str], samples: Sequence[StepSample]) -> str:
-    """How far off the model is on each kind of batch, those it was fitted to among them, in percent."""
+def format_errors(profile: Profile, kinds: Sequence[str], samples: Sequence[StepSample]) -> str:
+    """Return a table of the model's error in percent by kind of batch, including batches that it was fitted to."""
     rows = []
     for kind in KINDS:
         of_kind = [sample for name, sample in zip(kinds, samples, strict=True) if name == kind]
         if not of_kind:
             continue
-        off = [abs(profile.cost.step_s(shape) / seconds - 1) * 100 for shape, seconds in of_kind]
+        percent_off = [abs(profile.cost.step_s(shape) / seconds - 1) * 100 for shape, seconds in of_kind]
         times_ms = [seconds * 1e3 for _, seconds in of_kind]
         spread = [f"{value:.1f}" for value in (min(times_ms), float(np.median(times_ms)), max(times_ms))]
-        rows.append([kind, str(len(of_kind)), *spread, f"{np.median(off):.1f}", f"{np.quantile(off, 0.9):.1f}"])
+        rows.append(
+            [kind, str(len(of_kind)), *spread, f"{np.median(percent_off):.1f}", f"{np.quantile(percent_off, 0.9):.1f}"]
+        )
     return table(["BATCHES", "COUNT", "MIN MS", "MEDIAN MS", "MAX MS", "ERROR % MEDIAN", "P90"], rows)
 
 
-def verdict(profile: Profile) -> str:
-    """The one figure that counts: on batches that the fit has not seen."""
-    found = profile.residuals
-    assert found is not None, "it was measured"
+def format_verdict(profile: Profile) -> str:
+    """Return the error on the batches that the fit has not seen."""
+    residuals = profile.residuals
+    assert residuals is not None, "the profile was not measured"
     return (
-        f"{profile.model} on {profile.hardware}: held-out error {found.median:.1%} median, {found.p90:.1%} P90 "
-        f"({found.held_out} of {found.samples} batches were held out)"
+        f"{profile.model} on {profile.hardware}: held-out error {residuals.median:.1%} median, {residuals.p90:.1%} P90 "
+        f"({residuals.held_out} of {residuals.samples} batches were held out)"
     )

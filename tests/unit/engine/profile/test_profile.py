@@ -1,4 +1,4 @@
-"""scripts/profile: which batches it times, what the cost model sees of them, and the whole of it on a tiny model."""
+"""scripts/profile: the batches that it times, their shapes in the cost model, and a whole run on a tiny model."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ from loraserve.adapter.pack import unpack_slab
 from loraserve.cost import StepShape
 from loraserve.cost.profile import check_model, read_profile
 from loraserve.engine.profile.command import main
-from loraserve.engine.profile.design import KINDS, Batch, Part, SizedAdapter, design, shape_of_batch
-from loraserve.engine.profile.measure import made_up_slab, place, to_step
+from loraserve.engine.profile.design import KINDS, BatchPart, SizedAdapter, TimedBatch, batch_shape, design_batches
+from loraserve.engine.profile.measure import make_random_slab, make_step, place_slabs
 from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.engine.schedule.report import shape_of
 from loraserve.errors import ConfigError
@@ -44,43 +44,43 @@ def limits(kv_blocks: int, max_running: int, max_step_tokens: int, max_model_tok
     max_model_tokens=st.integers(64, 4096),
     seed=st.integers(0, 100),
 )
-def test_no_batch_exceeds_what_the_engine_takes(
+def test_no_batch_exceeds_the_engines_limits(
     kv_blocks: int, max_running: int, step_factor: int, max_model_tokens: int, seed: int
 ) -> None:
     allowed = limits(kv_blocks, max_running, max_running * step_factor, max_model_tokens)
-    for batch in design(allowed, adapters=5, count=24, seed=seed):
+    for batch in design_batches(allowed, adapters=5, count=24, seed=seed):
         assert batch.parts
         assert sum(part.tokens for part in batch.parts) <= allowed.max_step_tokens
-        assert sum(part.decodes for part in batch.parts) <= max_running
+        assert sum(part.is_decode for part in batch.parts) <= max_running
         assert all(part.context >= 0 and part.context + part.tokens <= max_model_tokens for part in batch.parts)
         assert all(-1 <= part.adapter < 5 for part in batch.parts)
-        used = [block for sequence in to_step(0, batch, BLOCK, 100).sequences for block in sequence.blocks]
+        used = [block for sequence in make_step(0, batch, BLOCK, 100).sequences for block in sequence.blocks]
         assert len(used) == len(set(used))
         assert max(used) < kv_blocks
 
 
-def test_an_engine_sees_in_a_step_what_the_profile_was_fitted_to() -> None:
+def test_a_profile_is_fitted_to_the_shapes_that_an_engine_reports() -> None:
     adapters = [SizedAdapter(8 << n, 1000 << n) for n in range(4)]
     refs = {n: AdapterRef(name="", version="", rank=a.rank, slab_bytes=a.slab_bytes) for n, a in enumerate(adapters)}
-    for index, batch in enumerate(design(limits(4000, 64, 512, 4096), len(adapters), 60)):
-        assert shape_of(to_step(index, batch, BLOCK, 100), refs)[0] == shape_of_batch(batch, adapters)
+    for index, batch in enumerate(design_batches(limits(4000, 64, 512, 4096), len(adapters), 60)):
+        assert shape_of(make_step(index, batch, BLOCK, 100), refs)[0] == batch_shape(batch, adapters)
 
 
-def test_every_kind_is_among_those_that_are_held_out_and_they_are_as_they_are_called() -> None:
-    batches = design(limits(2000, 64, 512, 2048), adapters=16, count=60)
+def test_every_kind_is_held_out_and_batches_match_their_kind() -> None:
+    batches = design_batches(limits(2000, 64, 512, 2048), adapters=16, count=60)
     assert {batch.kind for batch in batches[4::5]} == set(KINDS)
     for batch in batches:
         assert any(part.adapter >= 0 for part in batch.parts) == ("adapters" in batch.kind)
-        kinds = {part.decodes for part in batch.parts}
+        kinds = {part.is_decode for part in batch.parts}
         assert kinds == {"decode": {True}, "prefill": {False}, "both": {True, False}}[batch.kind.split(",")[0]]
     sizes = [len(batch.parts) for batch in batches if batch.kind == "decode"]
     assert min(sizes) == 1 < max(sizes)
 
 
-def test_what_the_cost_model_sees_of_a_batch() -> None:
+def test_the_shape_of_a_batch() -> None:
     adapters = [SizedAdapter(8, 800), SizedAdapter(64, 6400), SizedAdapter(16, 1600)]
-    parts = (Part(1, 99, 0), Part(1, 49), Part(4, 10, 2), Part(3, 0, 0))
-    assert shape_of_batch(Batch("both, adapters", parts), adapters) == StepShape(
+    parts = (BatchPart(1, 99, 0), BatchPart(1, 49), BatchPart(4, 10, 2), BatchPart(3, 0, 0))
+    assert batch_shape(TimedBatch("both, adapters", parts), adapters) == StepShape(
         decode_sequences=2,
         kv_tokens=150,
         prefill_tokens=7,
@@ -91,20 +91,20 @@ def test_what_the_cost_model_sees_of_a_batch() -> None:
     )
 
 
-def test_made_up_slabs_are_adapters_and_are_placed_while_there_is_room() -> None:
-    slabs = [made_up_slab(TINY_SHAPE, "bfloat16", rank, seed) for seed, rank in enumerate((4, 8, 4))]
+def test_make_random_slabs_are_adapters_and_are_placed_while_there_is_room() -> None:
+    slabs = [make_random_slab(TINY_SHAPE, "bfloat16", rank, seed) for seed, rank in enumerate((4, 8, 4))]
     a, b, scale = unpack_slab(slabs[0].header, slabs[0].data)[0, "q_proj"]
     assert (a.shape, b.shape, scale) == ((4, 16), (16, 4), 0.25)
     assert a.any()
     assert len({slab.version for slab in slabs}) == 3
-    placed = place(slabs, 1 << 20, most=2)
+    placed = place_slabs(slabs, 1 << 20, slots=2)
     assert [slab for _, slab in placed] == slabs[:2]
     with pytest.raises(ConfigError, match=r"engine\.pool_bytes"):
-        place(slabs, 0, most=2)
+        place_slabs(slabs, 0, slots=2)
 
 
 @pytest.mark.parametrize("lora", ["exact", "padded"])
-def test_a_tiny_model_is_measured_and_its_profile_can_be_used(
+def test_a_tiny_model_is_measured_and_its_profile_is_usable(
     lora: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shape = write_tiny_model(tmp_path / "tiny", "llama")
@@ -112,7 +112,7 @@ def test_a_tiny_model_is_measured_and_its_profile_can_be_used(
     out = tmp_path / "tiny.json"
     small = ["--set", "engine.kv_bytes=8000000", "--set", "engine.pool_bytes=8000000", "--set", "engine.device=cpu"]
     given = ["--adapter", str(adapter), "--ranks", "4,16"]
-    # Steps of a millisecond are mostly noise, so that either status may come of them.
+    # Steps of a millisecond are mostly noise, so that either status is possible.
     status = main(["--model", str(tmp_path / "tiny"), "--out", str(out), "--quick", "--lora", lora, *given, *small])
     said = capsys.readouterr()
     profile = read_profile(str(out))
@@ -133,7 +133,7 @@ def test_a_tiny_model_is_measured_and_its_profile_can_be_used(
     ("model", "out", "reason"),
     [("missing", "p.json", "config.json"), ("missing", "nowhere/p.json", "there is no folder")],
 )
-def test_what_cannot_be_done_is_said_in_a_line(
+def test_an_error_is_reported_in_one_line(
     model: str, out: str, reason: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--model", str(tmp_path / model), "--out", str(tmp_path / out)]) == 1
