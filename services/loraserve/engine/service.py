@@ -43,7 +43,7 @@ from loraserve.engine.schedule.events import (
 )
 from loraserve.engine.schedule.report import Rates, shape_of
 from loraserve.engine.schedule.scheduler import Scheduler
-from loraserve.engine.setup import build_runner, number_of, scheduler_limits
+from loraserve.engine.setup import build_runner, engine_number, scheduler_limits
 from loraserve.messages import (
     Abort,
     Admit,
@@ -74,7 +74,7 @@ class EngineService(Service):
 
     def __init__(self, config: Config, bus: Bus, clock: Clock, build: BuildRunner | None = None) -> None:
         super().__init__(config, bus, clock)
-        self._build = build or partial(build_runner, index=number_of(bus.name))
+        self._build = build or partial(build_runner, index=engine_number(bus.name))
         self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
         self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result")
         # Emptied by one loop: the scheduler must hear of steps in their order, whether they fail or not.

@@ -1,6 +1,7 @@
-"""From the configuration to a warm model runner and the scheduler's limits.
+"""Derives an engine's runner, limits, threads and host cache from the configuration.
 
-Runners are imported where they are built: a process that is given another needs neither torch nor compiled kernels.
+Runners are imported in the functions that build them, so that a process with another runner needs neither torch nor
+compiled kernels.
 """
 
 import os
@@ -21,39 +22,40 @@ if TYPE_CHECKING:
     from loraserve.engine.compute.runner import CpuRunner
 
 HOST_CACHE_BYTES = 8 << 30
-"""On a GPU, where nothing else is asked for: beside a pool of 20 to 30 GB what was there a while ago."""
+"""Default size on a GPU: beside a pool of 20 to 30 GB it keeps the adapters that left the pool last."""
 HOST_CACHE_SHARE = 0.25
-"""Of the machine's memory, for all engines: page-locked memory is lost to everything else."""
-MOST_DIGEST_THREADS = 8
-"""At 1 to 2 GB/s each they keep up with the link that slabs come over; more would wait for bytes."""
+"""Share of the machine's memory for all engines' caches: page-locked memory is lost to everything else."""
+MAX_DIGEST_THREADS = 8
+"""At 1 to 2 GB/s each they keep up with the link that slabs arrive over; more would wait for bytes."""
 
 
-def number_of(name: str) -> int:
-    """An engine's by its name: 0 of engine-0, and of a name that has none."""
+def engine_number(name: str) -> int:
+    """Return the number in an engine's name: 0 for engine-0, and for a name without number."""
     digits = name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
 
 
 def threads_for(config: Config) -> int:
-    """Compute threads of one engine: engines of one machine split its cores."""
+    """Return the compute threads of one engine. The engines of one machine share its cores equally."""
     return config.engine.threads or max(1, (os.cpu_count() or 1) // engine_count(config))
 
 
 def digest_threads_for(config: Config, on_device: bool) -> int:
-    """Threads that verify what one engine loads, into a pool on a device or in the machine's own memory.
+    """Return the threads with which one engine verifies slabs; ``on_device`` says that its pool is on a GPU.
 
-    With a GPU they get half of the engine's cores: the others launch steps, move chunks and serve HTTP. On a CPU steps
-    compute on the cores, where a thread more than they leave free would hold each of them up; but one there must be.
+    With a GPU half of the engine's cores verify; the others launch steps, move chunks and serve HTTP. On a CPU the
+    steps compute on the cores, and every thread more than they leave free would slow each step down. At least one
+    thread verifies.
     """
     of_engine = core_count() // engine_count(config)
     free = of_engine // 2 if on_device else of_engine - threads_for(config)
-    return config.engine.digest_threads or max(1, min(MOST_DIGEST_THREADS, free))
+    return config.engine.digest_threads or max(1, min(MAX_DIGEST_THREADS, free))
 
 
 def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None) -> int:
-    """Of one engine, whose pool is on a device or not; ``memory`` bytes are the machine's.
+    """Return the host cache size of one engine; ``memory`` is the machine's memory in bytes.
 
-    Raises ConfigError where they cannot be had.
+    Raises ConfigError if the setting cannot be met.
     """
     wanted, engines = config.engine.host_cache_bytes, engine_count(config)
     memory = memory_limit_bytes() if memory is None else memory
@@ -71,25 +73,25 @@ def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None)
 
 
 def build_runner(config: Config, progress: Callable[[str], None], index: int = 0) -> Runner:
-    """Load the model and warm it up; ``index`` is the engine's number on its machine, and so of its GPU.
+    """Load the model and warm it up; ``index`` is the engine's number on its machine, which selects its GPU.
 
     Raises ConfigError naming the setting or the file at fault.
     """
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
-    _check_step(config.engine)
-    reason = gpu_unusable() if resolve_device(config.engine.device) == "cuda" else ""
-    if reason and config.engine.device == "cuda":
-        raise ConfigError(f"engine.device=cuda: {reason}, or set engine.device=cpu")
-    if reason:
-        progress(f"computing on the CPU: {reason}")
-    if resolve_device(config.engine.device) == "cuda" and not reason:
-        return _cuda_runner(config, progress, index)
-    return cpu_runner(config, progress)
+    _check_step_tokens(config.engine)
+    if resolve_device(config.engine.device) == "cuda":
+        error = gpu_error()
+        if not error:
+            return _build_cuda_runner(config, progress, index)
+        if config.engine.device == "cuda":
+            raise ConfigError(f"engine.device=cuda: {error}, or set engine.device=cpu")
+        progress(f"computing on the CPU: {error}")
+    return build_cpu_runner(config, progress)
 
 
-def cpu_runner(config: Config, progress: Callable[[str], None]) -> "CpuRunner":
-    """The model on this machine's CPU, warm."""
+def build_cpu_runner(config: Config, progress: Callable[[str], None]) -> "CpuRunner":
+    """Load the model onto this machine's CPU and warm it up."""
     from loraserve.engine.compute.runner import CpuRunner
 
     progress("loading weights")
@@ -99,8 +101,8 @@ def cpu_runner(config: Config, progress: Callable[[str], None]) -> "CpuRunner":
     return runner
 
 
-def _cuda_runner(config: Config, progress: Callable[[str], None], index: int) -> Runner:
-    # Imported here: machines without a GPU need not have triton.
+def _build_cuda_runner(config: Config, progress: Callable[[str], None], index: int) -> Runner:
+    # Machines without a GPU need not have triton.
     import torch
 
     from loraserve.engine.cuda.runner import start_cuda_runner
@@ -111,8 +113,8 @@ def _cuda_runner(config: Config, progress: Callable[[str], None], index: int) ->
     return start_cuda_runner(Path(config.model.path), engine, device, progress)
 
 
-def gpu_unusable() -> str:
-    """What keeps the installed packages from using a GPU, with the remedy; empty where nothing does."""
+def gpu_error() -> str:
+    """Return why the installed packages cannot use a GPU, with the remedy; empty if they can."""
     import importlib.util
 
     import torch
@@ -127,9 +129,9 @@ def gpu_unusable() -> str:
 
 
 def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
-    """What the scheduler may count on. Raises ConfigError where the settings contradict each other."""
+    """Return the scheduler's limits. Raises ConfigError if settings contradict each other."""
     engine = config.engine
-    _check_step(engine)
+    _check_step_tokens(engine)
     longest = config.model.max_model_tokens or runner.max_positions
     return SchedulerLimits(
         kv_blocks=runner.kv_blocks,
@@ -147,7 +149,7 @@ def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
     )
 
 
-def _check_step(engine: EngineConfig) -> None:
+def _check_step_tokens(engine: EngineConfig) -> None:
     if engine.max_step_tokens < engine.max_running:
         raise ConfigError(
             f"engine.max_step_tokens is {engine.max_step_tokens}, it must be at least engine.max_running "

@@ -22,7 +22,7 @@ from loraserve.engine.model.config import DecoderConfig, Rope
 from loraserve.engine.model.linear import Linear
 from loraserve.engine.model.weights import DecoderWeights, LayerWeights
 from loraserve.engine.schedule.events import LoadAdapter
-from loraserve.engine.setup import gpu_unusable
+from loraserve.engine.setup import gpu_error
 from loraserve.messages import AdapterRef
 from loraserve.messages.sampling import SamplingParams
 from loraserve.model_shape import MODULES, ModelShape
@@ -179,7 +179,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="shorter prompts and outputs")
     arguments = parser.parse_args()
-    reason = gpu_unusable()
+    reason = gpu_error()
     if reason:
         print(f"not measured: {reason}")
         return 1

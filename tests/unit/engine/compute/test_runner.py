@@ -119,8 +119,8 @@ def test_a_gpu_that_is_not_there_is_refused_with_what_to_do() -> None:
 def test_auto_computes_on_the_cpu_where_no_gpu_can_be_used(
     model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "device_of", lambda setting: "cuda")
-    monkeypatch.setattr(setup, "gpu_unusable", lambda: "torch is a CPU build; install torch for CUDA")
+    monkeypatch.setattr(setup, "resolve_device", lambda setting: "cuda")
+    monkeypatch.setattr(setup, "gpu_error", lambda: "torch is a CPU build; install torch for CUDA")
     said: list[str] = []
     runner = build_runner(Config(model=ModelConfig(path=str(model_dirs["llama"]))), said.append)
     assert isinstance(runner, CpuRunner)
@@ -179,7 +179,7 @@ def test_engines_of_one_machine_share_its_cores() -> None:
 def test_digests_get_cores_that_steps_leave_free(
     cores: int, engines: int, on_device: bool, settings: dict[str, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(setup, "cores", lambda: cores)
+    monkeypatch.setattr(setup, "core_count", lambda: cores)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
     config = Config(cluster=ClusterConfig(engines=engines), engine=EngineConfig(**settings))
     assert digest_threads_for(config, on_device) == threads
