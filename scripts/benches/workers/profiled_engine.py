@@ -13,8 +13,8 @@ from harness.worker import serve
 
 from loraserve.config import load_config
 from loraserve.cost.fit import LoadSample
-from loraserve.engine.profile.design import Batch, Part, SizedAdapter, design, shape_of_batch
-from loraserve.engine.profile.measure import made_up_slab, measure_loads, measure_steps, place, to_step
+from loraserve.engine.profile.design import BatchPart, SizedAdapter, TimedBatch, batch_shape, design_batches
+from loraserve.engine.profile.measure import make_random_slab, make_step, measure_loads, measure_steps, place_slabs
 from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits
 
 ALONE = 5
@@ -28,8 +28,8 @@ class Engine:
         self.runner = build_runner(self.config, lambda text: None)
         self.limits = scheduler_limits(self.config, self.runner)
         dtype, shape = self.config.engine.slab_dtype, self.runner.shape
-        slabs = [made_up_slab(shape, dtype, rank, seed) for seed, rank in enumerate(ranks)]
-        self.placed = place(slabs, self.limits.pool_bytes, self.limits.max_adapters)
+        slabs = [make_random_slab(shape, dtype, rank, seed) for seed, rank in enumerate(ranks)]
+        self.placed = place_slabs(slabs, self.limits.pool_bytes, self.limits.max_adapters)
         self.adapters = [SizedAdapter(slab.header.rank, slab.header.slab_bytes) for _, slab in self.placed]
         self._loads(1)
 
@@ -38,19 +38,19 @@ class Engine:
         return {"limits": limits, "weights": self.runner.weights_backend}
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
-        batches = design(self.limits, len(self.adapters), question["batches"], question["seed"])
-        shapes = [msgspec.structs.asdict(shape_of_batch(batch, self.adapters)) for batch in batches]
-        alone = Batch("prefill", (Part(question["prompt_tokens"], 0),))
+        batches = design_batches(self.limits, len(self.adapters), question["batches"], question["seed"])
+        shapes = [msgspec.structs.asdict(batch_shape(batch, self.adapters)) for batch in batches]
+        alone = TimedBatch("prefill", (BatchPart(question["prompt_tokens"], 0),))
         return {
             "steps": list(zip(shapes, self._cpu_s(batches, question["rounds"]), strict=True)),
             "loads": self._loads(question["rounds"]),
             "alone_s": self._cpu_s([alone], ALONE)[0],
         }
 
-    def _cpu_s(self, batches: Sequence[Batch], rounds: int) -> list[float]:
+    def _cpu_s(self, batches: Sequence[TimedBatch], rounds: int) -> list[float]:
         """Median CPU seconds of each."""
         block_tokens, vocab = self.limits.block_tokens, self.runner.shape.vocab
-        steps = [to_step(index, batch, block_tokens, vocab) for index, batch in enumerate(batches)]
+        steps = [make_step(index, batch, block_tokens, vocab) for index, batch in enumerate(batches)]
         return measure_steps(self.runner, steps, rounds, True, lambda text: None)
 
     def _loads(self, rounds: int) -> list[LoadSample]:
