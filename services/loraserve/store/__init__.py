@@ -1,1 +1,1 @@
-"""The durable adapter registry and the slabs: registration, versions, validation."""
+"""The store process: the durable adapter registry and the slab files; validates and packs adapters."""

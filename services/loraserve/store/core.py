@@ -1,7 +1,9 @@
-"""Registration without the bus: adapters in, names and slabs out. Every method blocks; any thread may call it."""
+"""Registers adapters: checks and packs PEFT directories, and keeps their names and slabs on disk.
+
+Knows nothing of messages. Every method blocks and may be called from any thread.
+"""
 
 import contextlib
-import fcntl
 import hashlib
 import os
 from collections.abc import Sequence
@@ -14,21 +16,23 @@ from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.adapter.peft import CONFIG_FILE, WEIGHTS_FILE
 from loraserve.adapter.validate import check_name
 from loraserve.cost import extent_bytes, largest_extent_bytes
-from loraserve.errors import AdapterError, LoraServeError
+from loraserve.errors import AdapterError
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
-from loraserve.store.registry import AdapterRecord, AdapterRegistry, packed_from
-from loraserve.store.slabs import Slabs
+from loraserve.store.disk import lock_folder
+from loraserve.store.registry import AdapterRecord, AdapterRegistry, read_sources
+from loraserve.store.slabs import SlabFiles
 
 GRACE_S = 600.0
-"""How long a slab without a name stays: longer than any engine takes to fetch it."""
+"""How long a slab that no name refers to is kept: longer than any engine takes to fetch it."""
 REGISTRY_FILE = "registry.sqlite"
 
 
 class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What may be registered. ``allowed_dirs`` empty allows any directory; ``served_model`` is no adapter's name.
+    """Which adapters may be registered.
 
-    ``pool_bytes`` is None where the engines' pools are not known here.
+    ``served_model`` is the base model's name, which no adapter may have. ``pool_bytes`` is None if the engines' pool
+    size is not known here. An empty ``allowed_dirs`` allows every directory.
     """
 
     served_model: str
@@ -39,33 +43,37 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterStore:
-    """The adapters of one model shape and slab dtype, each kind in a folder of its own under ``root``."""
+    """The adapters of one model shape and slab dtype. Other shapes and dtypes have other folders under ``root``."""
 
     def __init__(self, root: Path, shape: ModelShape, dtype: Dtype, limits: StoreLimits, now: float) -> None:
-        """Raises LoraServeError where another process uses the folder or the registry cannot be read."""
+        """Open the store's folder; raise LoraServeError if it is in use, not writable or not a registry."""
         self._shape = shape
         self._dtype: Dtype = dtype
         self._limits = limits
         self._root = root
         self.folder = root / namespace(shape, dtype)
-        self._lock_fd = _lock(self.folder)
+        self._lock_fd = lock_folder(self.folder)
         try:
             self.registry = AdapterRegistry(self.folder / REGISTRY_FILE, now)
-            self.slabs = Slabs(self.folder)
+            self.slabs = SlabFiles(self.folder)
         except BaseException:
             os.close(self._lock_fd)
             raise
 
     def register(self, name: str, path: str, replace: bool, now: float) -> tuple[AdapterRef, bool]:
-        """Check, pack and keep the PEFT directory at ``path``; the name means it once this returns.
+        """Check and pack the PEFT directory at ``path`` and register it durably under ``name``.
 
-        The second value is False where the name meant the same content before. Raises AdapterError.
+        Returns:
+            The adapter, and whether the registry changed: False if the name already had this content.
+
+        Raises:
+            AdapterError: The adapter is refused or cannot be stored.
         """
         check_name(name, self._limits.served_model)
         directory = allowed_directory(path, self._limits.allowed_dirs)
         slab = pack_peft(directory, self._shape, self._dtype, self._limits.max_rank)
         self._check_fits_engines(slab)
-        # The slab is on disk before its name: after a crash in between it is garbage, never a name without content.
+        # The slab is written before its name: a crash in between leaves garbage, never a name without content.
         self.slabs.put(slab, now)
         record = AdapterRecord(
             name=name,
@@ -79,28 +87,28 @@ class AdapterStore:
         return record.ref(), self.registry.put(record, replace)
 
     def unregister(self, name: str, now: float) -> None:
-        """Forget the name; its slab stays for the grace. Raises AdapterError ``not_found``."""
+        """Remove the name; its slab is kept for ``GRACE_S``. Raises AdapterError ``not_found``."""
         self._start_grace(name, now)
         self.registry.remove(name)
 
     def collect_garbage(self, now: float) -> list[str]:
-        """Remove slabs that no name has needed for ``GRACE_S``; returns their versions."""
+        """Remove slabs that no name has referred to for ``GRACE_S``. Returns their versions."""
         return self.slabs.remove_unreferenced(self.registry.snapshot.versions(), now, GRACE_S)
 
-    def missing(self) -> list[str]:
-        """Names whose slab is not on disk; registering them again brings it back."""
+    def missing_slabs(self) -> list[str]:
+        """Return the names whose slab is not on disk. Registering them again restores it."""
         present = self.slabs.versions()
         return [name for name, record in self.registry.snapshot.records.items() if record.version not in present]
 
-    def left_behind(self) -> dict[str, str]:
-        """Names that only a store of an earlier slab format knows, and the directory that each was packed from."""
+    def outdated_adapters(self) -> dict[str, str]:
+        """Return the names registered only under an earlier slab format, each with its source directory."""
         found: dict[str, str] = {}
         for slab_format in range(1, SLAB_FORMAT):
-            found |= packed_from(self._root / namespace(self._shape, self._dtype, slab_format) / REGISTRY_FILE)
+            found |= read_sources(self._root / namespace(self._shape, self._dtype, slab_format) / REGISTRY_FILE)
         return {name: source for name, source in found.items() if name not in self.registry.snapshot.records}
 
     def validate(self) -> None:
-        """Assert that the registry is sound and every name's slab is there and intact. Reads all slabs."""
+        """Assert that the registry is sound and every name's slab is present and intact. Reads all slabs."""
         self.registry.validate()
         for record in self.registry.snapshot.records.values():
             opened = self.slabs.verify(record.version)
@@ -111,14 +119,17 @@ class AdapterStore:
         os.close(self._lock_fd)
 
     def _start_grace(self, name: str, now: float) -> None:
-        """Before a name lets go of its version, not after: a crash in between must not shorten the grace."""
+        """Restart the grace period of the version that a name is about to drop.
+
+        Done before the name is changed, so that a crash in between cannot shorten the period.
+        """
         known = self.registry.snapshot.records.get(name)
         if known is not None:
             with contextlib.suppress(AdapterError):
                 self.slabs.touch(known.version, now)
 
     def _check_fits_engines(self, slab: Slab) -> None:
-        """What no engine could ever hold would answer every request with a refusal."""
+        """Refuse an adapter that no engine could hold: every request for it would fail."""
         rank, most = slab.header.rank, self._limits.engine_max_rank
         if rank > most:
             raise AdapterError(
@@ -132,24 +143,29 @@ class AdapterStore:
         if needed > largest:
             raise AdapterError(
                 "too_large",
-                f"packed it needs an extent of {needed} bytes, engine.pool_bytes = {self._limits.pool_bytes} can give "
-                f"{largest} at most; raise engine.pool_bytes or train with a smaller rank",
+                f"the packed adapter needs an extent of {needed} bytes; with engine.pool_bytes = "
+                f"{self._limits.pool_bytes} the largest extent has {largest}; raise engine.pool_bytes or train with a "
+                "smaller rank",
             )
 
 
 def namespace(shape: ModelShape, dtype: Dtype, slab_format: int = SLAB_FORMAT) -> str:
-    """Folder name for what a slab must fit, so that another model, dtype or format never meets slabs of this one."""
+    """Return the folder name for a model shape, dtype and slab format, whose slabs do not fit any other."""
     key = msgspec.msgpack.encode((slab_format, shape, dtype))
     return f"{dtype}-{hashlib.sha256(key).hexdigest()[:16]}"
 
 
 def allowed_directory(path: str, allowed_dirs: Sequence[str]) -> Path:
-    """The directory that ``path`` leads to. Raises AdapterError ``forbidden`` outside of ``allowed_dirs``.
+    """Return the directory at ``path`` with symbolic links resolved.
 
-    Its files count where their links lead: a link out of an allowed directory does not let a reader out.
+    The files of the adapter must be in ``allowed_dirs`` after their own links are resolved, so that a link cannot lead
+    out of it.
+
+    Raises:
+        AdapterError: ``bad_format`` for a relative path, ``forbidden`` outside of ``allowed_dirs``, ``not_found``.
     """
     if "\0" in path or not Path(path).is_absolute():
-        raise AdapterError("bad_format", f"path {path[:200]!r} must be absolute, as the store's machine sees it")
+        raise AdapterError("bad_format", f"path {path[:200]!r} must be absolute, as seen on the store's machine")
     directory = Path(path)
     try:
         real = [file.resolve() for file in (directory, directory / CONFIG_FILE, directory / WEIGHTS_FILE)]
@@ -161,19 +177,3 @@ def allowed_directory(path: str, allowed_dirs: Sequence[str]) -> Path:
             "forbidden", f"path {path[:200]!r} is not under store.allowed_dirs ({', '.join(allowed_dirs)})"
         )
     return real[0]
-
-
-def _lock(folder: Path) -> int:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise LoraServeError(f"{folder}: {error.strerror}; cluster.data_dir must be a folder to write to") from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise LoraServeError(
-            f"{folder} is in use by another store; stop it, or give this one another cluster.data_dir"
-        ) from error
-    return fd

@@ -1,20 +1,66 @@
-"""What the disk could not do, in the words of the registration that asked for it."""
+"""Durable writes, and the errors that registrations report when the disk fails."""
 
 import errno
+import fcntl
+import os
 import sqlite3
+from collections.abc import Iterable
+from pathlib import Path
 
-from loraserve.errors import AdapterError
+from loraserve.errors import AdapterError, LoraServeError
 
-# A file-size limit (EFBIG) and a quota end a write in the same way as a full disk does, and need the same remedy.
+# A file-size limit (EFBIG) and a quota (EDQUOT) need the same remedy as a full disk.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def storage_error(error: OSError | sqlite3.Error, what: str) -> AdapterError:
-    """``disk_full`` where there is no room, else ``storage``."""
+    """Return an AdapterError with the code ``disk_full`` if there is no space left, else ``storage``."""
     if isinstance(error, sqlite3.Error):
         full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
     else:
         full = error.errno in _FULL
     if full:
-        return AdapterError("disk_full", f"no room to store {what}: free space under cluster.data_dir and try again")
-    return AdapterError("storage", f"{what} could not be stored or read: {error}; see the store's log and the disk")
+        return AdapterError("disk_full", f"no space left for {what}; free space under cluster.data_dir and try again")
+    return AdapterError(
+        "storage", f"{what} could not be read or written: {error}; see the store's log and check the disk"
+    )
+
+
+def write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
+    """Create a file and flush its content to the disk. Raises OSError, also if the file exists."""
+    with path.open("xb", buffering=0) as file:
+        for block in blocks:
+            left = memoryview(block)
+            while left:
+                left = left[file.write(left) :]
+        os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk, so that a renamed file survives a power failure."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def lock_folder(folder: Path) -> int:
+    """Create a folder and lock it for this process. Returns a file descriptor; closing it releases the lock.
+
+    Raises:
+        LoraServeError: The folder cannot be created, or another process holds the lock.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise LoraServeError(f"{folder}: {error.strerror}; cluster.data_dir must be a writable folder") from error
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(fd)
+        raise LoraServeError(
+            f"{folder} is in use by another store; stop that one or choose another cluster.data_dir"
+        ) from error
+    return fd

@@ -1,6 +1,6 @@
-"""Which adapter names exist and which version each has: a small SQLite database that survives any crash.
+"""The adapter registry: names and their versions in an SQLite database that survives a crash at any moment.
 
-All methods block; those that change something do so in one durable transaction and may be called from any thread.
+All methods block and may be called from any thread. Each change is one durable transaction.
 """
 
 import sqlite3
@@ -54,26 +54,28 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class AdapterRegistry:
-    """``snapshot`` is always what the disk holds; it is replaced as a whole after each transaction."""
+    """The open database. ``snapshot`` equals its content and is replaced as a whole after each transaction."""
 
     def __init__(self, path: Path, now: float) -> None:
-        """Open or create the database. Raises LoraServeError where the file is no registry of ours."""
+        """Open or create the database. Raises LoraServeError if the file is not a registry of this version."""
         self._lock = threading.Lock()
         try:
             self._db = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA synchronous = FULL")
-            self._create(now)
-            self.snapshot = self._load()
+            self._create_tables(now)
+            self.snapshot = self._read_snapshot()
         except sqlite3.Error as error:
             raise LoraServeError(
-                f"adapter registry {path}: {error}; where it is damaged, move it away and register the adapters again"
+                f"adapter registry {path}: {error}; if the file is damaged, move it away and register the adapters again"
             ) from error
 
     def put(self, record: AdapterRecord, replace: bool) -> bool:
-        """Let the name mean this version. False where it does already.
+        """Register a version under a name. Returns False if the name already has this version.
 
-        Raises AdapterError ``duplicate`` where it means another and ``replace`` is not set, ``disk_full``, ``storage``.
+        Raises:
+            AdapterError: ``duplicate`` if the name has another version and ``replace`` is False; ``disk_full``;
+                ``storage``.
         """
         with self._lock:
             known = self.snapshot.records.get(record.name)
@@ -82,8 +84,8 @@ class AdapterRegistry:
             if known is not None and not replace:
                 raise AdapterError(
                     "duplicate",
-                    f"adapter {record.name!r} is registered with other content; unregister it, choose another name or "
-                    "set replace",
+                    f"adapter {record.name!r} is already registered with other content; unregister it, choose another "
+                    "name or set replace",
                 )
             self._commit(
                 f"adapter {record.name!r}",
@@ -94,45 +96,46 @@ class AdapterRegistry:
             return True
 
     def remove(self, name: str) -> AdapterRecord:
-        """Forget the name. Raises AdapterError ``not_found``, ``disk_full``, ``storage``."""
+        """Remove a name and return its record. Raises AdapterError ``not_found``, ``disk_full`` or ``storage``."""
         with self._lock:
             known = self.snapshot.records.get(name)
             if known is None:
-                raise AdapterError("not_found", f"adapter {name[:200]!r} is not registered; list them to see the names")
-            left = {other: record for other, record in self.snapshot.records.items() if other != name}
-            self._commit(f"the removal of {name!r}", left, "DELETE FROM adapters WHERE name = :name", {"name": name})
+                raise AdapterError(
+                    "not_found", f"adapter {name[:200]!r} is not registered; list the adapters to see the names"
+                )
+            records = {other: record for other, record in self.snapshot.records.items() if other != name}
+            self._commit(f"the removal of {name!r}", records, "DELETE FROM adapters WHERE name = :name", {"name": name})
             return known
 
     def validate(self) -> None:
-        """Assert that the snapshot is what the disk holds and that the database is sound."""
+        """Assert that the snapshot equals the database's content and that the database is sound."""
         with self._lock:
             assert self._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
-            assert self.snapshot == self._load()
+            assert self.snapshot == self._read_snapshot()
 
     def close(self) -> None:
         with self._lock:
             self._db.close()
 
-    def _create(self, now: float) -> None:
+    def _create_tables(self, now: float) -> None:
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
         if found == _SCHEMA_VERSION:
             return
         if found != 0:
-            raise sqlite3.DatabaseError(f"its format is {found}, this version reads {_SCHEMA_VERSION}")
-        with self._exclusive():
+            raise sqlite3.DatabaseError(f"its schema version is {found}, this release reads {_SCHEMA_VERSION}")
+        with self._transaction():
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 self._db.execute(statement)
-            # Starting at the time rather than 0 lets revisions grow even after somebody deletes the whole folder
-            # under running gateways.
+            # Revisions start at the current time, so that they grow even if the folder is deleted while gateways run.
             self._db.execute("INSERT INTO revision VALUES (?)", (int(now),))
             self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     def _commit(
         self, what: str, records: dict[str, AdapterRecord], statement: str, values: Mapping[str, object]
     ) -> None:
-        """One change and its new revision, durable when this returns; ``records`` are what it leads to."""
+        """Apply one change and a new revision durably. ``records`` is the content after the change."""
         try:
-            with self._exclusive():
+            with self._transaction():
                 self._db.execute(statement, values)
                 self._db.execute("UPDATE revision SET value = value + 1")
         except sqlite3.Error as error:
@@ -140,18 +143,18 @@ class AdapterRegistry:
         self.snapshot = Snapshot(self.snapshot.revision + 1, MappingProxyType(records))
 
     @contextmanager
-    def _exclusive(self) -> Iterator[None]:
+    def _transaction(self) -> Iterator[None]:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            # Some failures have rolled back by themselves.
+            # SQLite has already rolled back after some failures.
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
 
-    def _load(self) -> Snapshot:
+    def _read_snapshot(self) -> Snapshot:
         revision = self._db.execute("SELECT value FROM revision").fetchone()[0]
         rows = self._db.execute("SELECT * FROM adapters ORDER BY name")
         names = [column[0] for column in rows.description]
@@ -159,8 +162,8 @@ class AdapterRegistry:
         return Snapshot(revision, MappingProxyType({record.name: record for record in records}))
 
 
-def packed_from(path: Path) -> dict[str, str]:
-    """The directories that the adapters of another registry came from, by name; none where it cannot be read."""
+def read_sources(path: Path) -> dict[str, str]:
+    """Return the source directory of each name in another registry file. Empty if the file cannot be read."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             return dict(db.execute("SELECT name, source FROM adapters"))

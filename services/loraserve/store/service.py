@@ -1,4 +1,4 @@
-"""The store process: the durable registry and slabs, behind messages. Disk work happens in threads."""
+"""The store process: answers messages about the registry and the slabs. Disk work runs in threads."""
 
 import asyncio
 import shlex
@@ -15,6 +15,7 @@ from loraserve.device import resolve_device
 from loraserve.errors import AdapterError, ConfigError, LoraServeError
 from loraserve.messages import (
     AdapterList,
+    AdapterRef,
     AdapterRegistered,
     AdapterUnregistered,
     ListAdapters,
@@ -36,30 +37,30 @@ GARBAGE_INTERVAL_S = 60.0
 
 
 class StoreService(Service):
-    """Answers everyone; publishes the registry on every change and now and then."""
+    """Answers requests from any process, and publishes the registry on every change and periodically."""
 
     inbox = ToStore
 
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
         self._store: AdapterStore
-        # Two registrations of one name run one after the other; different names run side by side.
-        self._names: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Registrations of one name run one after the other; those of different names run concurrently.
+        self._name_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._story = Story()
 
     async def start(self, stack: AsyncExitStack) -> None:
         self._store = await asyncio.to_thread(open_store, self.config, self.clock.unix_s())
         stack.callback(self._store.close)
-        for name in self._store.missing():
+        for name in self._store.missing_slabs():
             self.log.error("slab_missing", adapter=name, remedy="register the adapter again")
         for name, path in self.config.store.adapters.items():
             await self._register_at_start(name, path)
-        for name, source in self._store.left_behind().items():
-            remedy = "its slab is of an earlier format; register the adapter again"
+        for name, source in self._store.outdated_adapters().items():
+            remedy = "its slab has an earlier format; register the adapter again"
             self.log.error("slab_outdated", adapter=name, packed_from=source, remedy=remedy)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._publish_now_and_then(), self._collect_garbage()]
+        return [self._publish_periodically(), self._collect_garbage()]
 
     def ready_detail(self) -> str:
         return f"{len(self._store.registry.snapshot.records)} adapters"
@@ -73,7 +74,7 @@ class StoreService(Service):
                 snapshot = self._store.registry.snapshot
                 self.bus.respond(envelope, AdapterList(revision=snapshot.revision, adapters=snapshot.refs()))
             case RegisterAdapter() as message:
-                self.spawn(self._register(envelope, message))
+                self.spawn(self._answer_register(envelope, message))
             case UnregisterAdapter(name=name):
                 self.spawn(self._unregister(envelope, name))
             case OpenSlab(version=version):
@@ -81,12 +82,12 @@ class StoreService(Service):
             case ReadSlab() as message:
                 self.spawn(self._read(envelope, message))
 
-    async def _register(self, envelope: Envelope, message: RegisterAdapter) -> None:
-        ref, created = await self._register_one(message.name, message.path, message.replace)
+    async def _answer_register(self, envelope: Envelope, message: RegisterAdapter) -> None:
+        ref, created = await self._register(message.name, message.path, message.replace)
         self.bus.respond(envelope, AdapterRegistered(adapter=ref, created=created))
 
-    async def _register_one(self, name: str, path: str, replace: bool) -> tuple[Any, bool]:
-        async with self._names.setdefault(name, asyncio.Lock()):
+    async def _register(self, name: str, path: str, replace: bool) -> tuple[AdapterRef, bool]:
+        async with self._name_locks.setdefault(name, asyncio.Lock()):
             ref, created = await asyncio.to_thread(self._store.register, name, path, replace, self.clock.unix_s())
         self.log.info("registered", adapter=name, version=ref.version[:12], rank=ref.rank, created=created)
         self._tell(name, f"registered from {path} as version {ref.version}")
@@ -96,13 +97,13 @@ class StoreService(Service):
 
     async def _register_at_start(self, name: str, path: str) -> None:
         try:
-            await self._register_one(name, path, replace=True)
+            await self._register(name, path, replace=True)
         except AdapterError as error:
             self._tell(name, f"not registered: {error.message}")
             self.log.error("not_registered", adapter=name, code=error.code, reason=error.message)
 
     async def _unregister(self, envelope: Envelope, name: str) -> None:
-        async with self._names.setdefault(name, asyncio.Lock()):
+        async with self._name_locks.setdefault(name, asyncio.Lock()):
             await asyncio.to_thread(self._store.unregister, name, self.clock.unix_s())
         self.log.info("unregistered", adapter=name)
         self._tell(name, "unregistered")
@@ -130,7 +131,7 @@ class StoreService(Service):
         snapshot = self._store.registry.snapshot
         self.bus.publish("registry", RegistryChanged(revision=snapshot.revision, adapters=snapshot.refs()))
 
-    async def _publish_now_and_then(self) -> None:
+    async def _publish_periodically(self) -> None:
         while True:
             self._publish()
             await asyncio.sleep(self.config.store.publish_interval_s)
@@ -145,7 +146,11 @@ class StoreService(Service):
 
 
 def open_store(config: Config, now: float) -> AdapterStore:
-    """The store of the configured model. Raises ConfigError where the model or the folder cannot be used."""
+    """Open the store of the configured model.
+
+    Raises:
+        ConfigError: The model or the data folder cannot be used, or the model has the name of an adapter.
+    """
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
     model_dir = Path(config.model.path)
@@ -153,15 +158,14 @@ def open_store(config: Config, now: float) -> AdapterStore:
         served_model=config.model.name or model_dir.name,
         max_rank=config.store.max_rank,
         engine_max_rank=config.engine.max_rank,
-        # A GPU engine's pool is sized when the engine starts: it refuses by itself what it can never hold.
+        # A GPU engine sizes its pool when it starts, and refuses by itself an adapter that is too large.
         pool_bytes=config.engine.pool_bytes if resolve_device(config.engine.device) == "cpu" else None,
         allowed_dirs=config.store.allowed_dirs,
     )
     root = Path(config.cluster.data_dir or ".") / "store"
     try:
-        store = AdapterStore(
-            root, shape_from_config(read_model_config(model_dir)), config.engine.slab_dtype, limits, now
-        )
+        shape = shape_from_config(read_model_config(model_dir))
+        store = AdapterStore(root, shape, config.engine.slab_dtype, limits, now)
     except LoraServeError as error:
         raise ConfigError(str(error)) from error
     if limits.served_model in store.registry.snapshot.records:

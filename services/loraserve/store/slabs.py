@@ -1,8 +1,8 @@
-"""Slabs on disk, content-addressed: a file is either whole under its final name or not there at all.
+"""Slab files, addressed by content: a file is complete under its final name, or absent.
 
-A file is the magic, the header's length, the header, zeros up to ``DATA_ALIGN_BYTES`` and the slab. Its modification
-time says when the slab was last stored or opened, which is what keeps it from being removed too early. Every method
-blocks and may be called from any thread.
+A file consists of the magic, the header's length, the header, zeros up to ``DATA_ALIGN_BYTES`` and the slab. Its
+modification time is the time of the last store or open, from which the grace period before removal is counted. All
+methods block and may be called from any thread.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ from blake3 import blake3
 from loraserve.adapter.format import SlabHeader, decode_header, encode_header, slab_version
 from loraserve.adapter.pack import Slab
 from loraserve.errors import AdapterError
-from loraserve.store.disk import storage_error
+from loraserve.store.disk import storage_error, sync_folder, write_durably
 
 MAGIC = b"LORASLB2"
 DATA_ALIGN_BYTES = 4096
@@ -32,7 +32,7 @@ _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
 class OpenedSlab(msgspec.Struct, frozen=True):
-    """A verified slab: its encoded header and where its bytes lie in the file."""
+    """A verified slab: its encoded header and where its data begins in the file."""
 
     version: str
     header: bytes
@@ -40,15 +40,15 @@ class OpenedSlab(msgspec.Struct, frozen=True):
     slab_bytes: int
 
 
-class Slabs:
-    """The slab files under one folder, which only one process may use at a time."""
+class SlabFiles:
+    """The slab files of one folder, which only one process may use at a time."""
 
     def __init__(self, root: Path) -> None:
         self._slabs = root / "slabs"
         self._tmp = root / "tmp"
         self._opened: dict[str, OpenedSlab] = {}
         self._names = itertools.count()
-        # Held for the short steps in which a file appears, is kept alive or goes; never while bytes are written.
+        # Held only while a file is renamed, touched or removed, never while data is written.
         self._lock = threading.Lock()
         for folder in (self._slabs, self._tmp):
             folder.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ class Slabs:
             leftover.unlink()
 
     def put(self, slab: Slab, now: float) -> bool:
-        """Store a slab durably. False where a good copy was there. Raises AdapterError ``disk_full`` or ``storage``."""
+        """Store a slab durably. Returns False if an intact copy exists. Raises AdapterError on a disk failure."""
         if self._is_intact(slab.version, now):
             return False
         header = encode_header(slab.header)
@@ -64,12 +64,12 @@ class Slabs:
         tmp = self._tmp / f"{slab.version}.{next(self._names)}"
         try:
             path.parent.mkdir(exist_ok=True)
-            _write_durably(tmp, _blocks(header, slab.data))
+            write_durably(tmp, _file_blocks(header, slab.data))
             os.utime(tmp, (now, now))
             with self._lock:
                 tmp.rename(path)
-            _sync_folder(path.parent)
-            _sync_folder(self._slabs)
+            sync_folder(path.parent)
+            sync_folder(self._slabs)
         except OSError as error:
             tmp.unlink(missing_ok=True)
             raise storage_error(error, f"{slab.header.slab_bytes} bytes of slab {slab.version}") from error
@@ -77,9 +77,12 @@ class Slabs:
         return True
 
     def open(self, version: str, now: float) -> OpenedSlab:
-        """Where the slab lies; its digests are checked once a process. Keeps it from being removed for the grace.
+        """Return the header and position of a slab, and restart its grace period.
 
-        Raises AdapterError ``not_found``, or ``corrupt`` where the file was damaged: it is then set aside.
+        The digests are verified when this process opens the slab for the first time.
+
+        Raises:
+            AdapterError: ``not_found``, or ``corrupt`` if the file is damaged; it is then renamed to *.corrupt.
         """
         self.touch(version, now)
         opened = self._opened.get(version)
@@ -88,19 +91,19 @@ class Slabs:
         return opened
 
     def touch(self, version: str, now: float) -> None:
-        """Keep the slab from being removed for the grace. Raises AdapterError ``not_found``."""
+        """Restart the slab's grace period. Raises AdapterError ``not_found``."""
         with self._lock:
-            path = self._existing(version)
-            # On a disk that has become read-only nothing is removed either, and reading must go on.
+            path = self._existing_path(version)
+            # On a disk that became read-only nothing is removed either, and reading must go on.
             with contextlib.suppress(OSError):
                 os.utime(path, (now, now))
 
     def verify(self, version: str) -> OpenedSlab:
         """Read the whole slab and check its digests. Raises AdapterError like ``open``."""
         try:
-            with self._existing(version).open("rb") as file:
+            with self._existing_path(version).open("rb") as file:
                 data, header = _read_header(file)
-                intact = header is not None and slab_version(header) == version and _holds(file, data, header)
+                intact = header is not None and slab_version(header) == version and _layers_match(file, data, header)
         except OSError as error:
             raise storage_error(error, f"slab {version}") from error
         if header is None or not intact:
@@ -108,16 +111,16 @@ class Slabs:
         return OpenedSlab(version, data, _data_begin(data), header.slab_bytes)
 
     def read(self, version: str, offset: int, length: int, now: float) -> bytes:
-        """Exactly ``length`` bytes of the slab. Raises AdapterError, also ``bad_range``."""
+        """Return exactly ``length`` bytes of the slab. Raises AdapterError, also ``bad_range``."""
         opened = self._opened.get(version) or self.open(version, now)
         if not (offset >= 0 and 0 < length <= MAX_READ_BYTES and offset + length <= opened.slab_bytes):
             raise AdapterError(
                 "bad_range",
-                f"offset_bytes {offset} and length_bytes {length}: ask for 1 to {MAX_READ_BYTES} bytes inside the "
-                f"slab's {opened.slab_bytes}",
+                f"offset_bytes {offset}, length_bytes {length}: read 1 to {MAX_READ_BYTES} bytes within the slab's "
+                f"{opened.slab_bytes}",
             )
         try:
-            fd = os.open(self._existing(version), os.O_RDONLY | os.O_CLOEXEC)
+            fd = os.open(self._existing_path(version), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 data = os.pread(fd, length, opened.data_begin + offset)
             finally:
@@ -129,22 +132,22 @@ class Slabs:
         return data
 
     def versions(self) -> dict[str, float]:
-        """All slabs on disk and when each was last stored or opened, in unix seconds."""
+        """Return all slabs on disk and when each was last stored or opened, in unix seconds."""
         used = {}
         for path in self._slabs.glob("*/*.slab"):
             if _VERSION.fullmatch(path.stem):
-                # Another thread may set it aside meanwhile.
+                # Another thread may rename a damaged file at this moment.
                 with contextlib.suppress(FileNotFoundError):
                     used[path.stem] = path.stat().st_mtime
         return used
 
     def remove_unreferenced(self, referenced: Collection[str], now: float, grace_s: float) -> list[str]:
-        """Remove what ``removable`` allows; returns the versions that went."""
+        """Remove the slabs that ``removable`` allows to remove. Returns their versions."""
         removed = []
         for version in removable(self.versions(), referenced, now, grace_s):
             path = self._path(version)
             with self._lock, contextlib.suppress(FileNotFoundError):
-                # Somebody may have opened or stored it again since the list was made.
+                # It may have been opened or stored again since the list was made.
                 if removable({version: path.stat().st_mtime}, referenced, now, grace_s):
                     path.unlink()
                     self._opened.pop(version, None)
@@ -152,9 +155,9 @@ class Slabs:
         return removed
 
     def _is_intact(self, version: str, now: float) -> bool:
-        # Read again even if it was good once: registering again is what people are told to do about a damaged slab.
+        # Verified again even if it was intact before: registering again is the remedy for a damaged slab.
         try:
-            # Before it is read, so that it cannot be removed meanwhile.
+            # Touched before it is read, so that it is not removed meanwhile.
             self.touch(version, now)
             self.verify(version)
         except AdapterError as error:
@@ -166,11 +169,11 @@ class Slabs:
     def _path(self, version: str) -> Path:
         return self._slabs / version[:2] / f"{version}.slab"
 
-    def _existing(self, version: str) -> Path:
-        # The version comes over the wire: nothing but a digest may become part of a path.
+    def _existing_path(self, version: str) -> Path:
+        # The version comes over the wire: only a digest may become part of a path.
         if _VERSION.fullmatch(version) and (path := self._path(version)).exists():
             return path
-        raise AdapterError("not_found", f"no slab of version {version[:80]} is stored; register the adapter again")
+        raise AdapterError("not_found", f"slab {version[:80]} is not in the store; register the adapter again")
 
     def _set_aside(self, version: str) -> AdapterError:
         path = self._path(version)
@@ -179,13 +182,22 @@ class Slabs:
             self._opened.pop(version, None)
         return AdapterError(
             "corrupt",
-            f"slab {version} was damaged on disk, or is of another format, and has been set aside as "
-            f"{path.stem[:12]}...corrupt; register the adapter again",
+            f"slab {version} is damaged on disk or of another format; it was renamed to {path.stem[:12]}...corrupt; "
+            "register the adapter again",
         )
 
 
+def removable(last_used: Mapping[str, float], referenced: Collection[str], now: float, grace_s: float) -> list[str]:
+    """Return the versions that no name refers to and that were not stored or opened for ``grace_s``.
+
+    The grace period covers engines that still fetch a version whose name was just removed, and registrations that have
+    stored the slab but not yet the name. ``last_used`` and ``now`` are in unix seconds.
+    """
+    return sorted(v for v, used in last_used.items() if v not in referenced and now - used > grace_s)
+
+
 def _read_header(file: BinaryIO) -> tuple[bytes, SlabHeader | None]:
-    """The header as it lies there and what it says: None in another kind of file, one of an earlier format too."""
+    """Return the header as stored and decoded. The latter is None if the file is not a slab of this format."""
     prefix = file.read(_PREFIX_BYTES)
     length = int.from_bytes(prefix[len(MAGIC) :], "little")
     if not prefix.startswith(MAGIC) or length > _MAX_HEADER_BYTES:
@@ -197,8 +209,8 @@ def _read_header(file: BinaryIO) -> tuple[bytes, SlabHeader | None]:
         return data, None
 
 
-def _holds(file: BinaryIO, data: bytes, header: SlabHeader) -> bool:
-    """Whether each layer of the slab is there, and nothing behind the last."""
+def _layers_match(file: BinaryIO, data: bytes, header: SlabHeader) -> bool:
+    """Return whether every layer has its digest and the file ends after the last one."""
     file.seek(_data_begin(data))
     for layer, digest in enumerate(header.layer_digests):
         found = blake3()
@@ -215,33 +227,7 @@ def _data_begin(header: bytes) -> int:
     return -(-(_PREFIX_BYTES + len(header)) // DATA_ALIGN_BYTES) * DATA_ALIGN_BYTES
 
 
-def _blocks(header: bytes, data: memoryview) -> Iterator[bytes | memoryview]:
+def _file_blocks(header: bytes, data: memoryview) -> Iterator[bytes | memoryview]:
     start = MAGIC + len(header).to_bytes(8, "little") + header
     yield start.ljust(_data_begin(header), b"\0")
     yield data
-
-
-def _write_durably(path: Path, blocks: Iterator[bytes | memoryview]) -> None:
-    with path.open("xb", buffering=0) as file:
-        for block in blocks:
-            rest = memoryview(block)
-            while rest:
-                rest = rest[file.write(rest) :]
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def removable(last_used: Mapping[str, float], referenced: Collection[str], now: float, grace_s: float) -> list[str]:
-    """Versions of slabs that no name refers to and that nobody has stored or opened for ``grace_s``.
-
-    The grace covers engines that are still fetching a version whose name has just gone, and a registration whose slab
-    is on disk while its name is not yet in the registry. ``last_used`` is in unix seconds, like ``now``.
-    """
-    return sorted(v for v, used in last_used.items() if v not in referenced and now - used > grace_s)

@@ -36,7 +36,7 @@ def test_registered_once_for_good(open_store: OpenStore, adapter_dir: AdapterDir
     assert store.registry.snapshot.refs() == (ref,)
     assert store.registry.snapshot.revision == revision
     assert store.slabs.open(ref.version, 1000.0).slab_bytes == ref.slab_bytes
-    assert store.missing() == []
+    assert store.missing_slabs() == []
 
 
 def test_two_names_share_one_slab(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
@@ -122,9 +122,9 @@ def test_lost_slabs_are_named_and_come_back_by_registering(open_store: OpenStore
     ref, _ = store.register("a", str(adapter_dir()), False, 0.0)
     next(store.folder.glob("slabs/*/*.slab")).unlink()
     store = open_store()
-    assert store.missing() == ["a"]
+    assert store.missing_slabs() == ["a"]
     assert store.register("a", str(adapter_dir()), False, 0.0) == (ref, False)
-    assert store.missing() == []
+    assert store.missing_slabs() == []
     next(store.folder.glob("slabs/*/*.slab")).unlink()
     store.unregister("a", 0.0)
 
@@ -133,7 +133,7 @@ def test_what_a_store_of_an_earlier_format_knew_is_named_until_it_is_registered_
     open_store: OpenStore, adapter_dir: AdapterDir
 ) -> None:
     store = open_store()
-    assert store.left_behind() == {}
+    assert store.outdated_adapters() == {}
     earlier = store.folder.parent / namespace(TINY_SHAPE, "bfloat16", slab_format=1)
     earlier.mkdir()
     registry = AdapterRegistry(earlier / "registry.sqlite", 0.0)
@@ -142,12 +142,12 @@ def test_what_a_store_of_an_earlier_format_knew_is_named_until_it_is_registered_
         registry.put(
             AdapterRecord(name=name, version="v", rank=8, slab_bytes=9, source=source, created_unix_s=0.0), False
         )
-    assert store.left_behind() == {"a": "/adapters/a", "b": "/adapters/b"}, "while its process runs"
+    assert store.outdated_adapters() == {"a": "/adapters/a", "b": "/adapters/b"}, "while its process runs"
     registry.close()
     store.register("a", str(adapter_dir()), False, 0.0)
-    assert open_store().left_behind() == {"b": "/adapters/b"}
+    assert open_store().outdated_adapters() == {"b": "/adapters/b"}
     (earlier / "registry.sqlite").write_bytes(b"rubbish" * 999)
-    assert open_store().left_behind() == {}
+    assert open_store().outdated_adapters() == {}
 
 
 def test_one_process_at_a_time(open_store: OpenStore, tmp_path: Path) -> None:

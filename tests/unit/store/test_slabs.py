@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from loraserve.adapter.format import decode_header, seal_layout, slab_version
 from loraserve.adapter.pack import Slab
 from loraserve.errors import AdapterError
-from loraserve.store.slabs import DATA_ALIGN_BYTES, MAX_READ_BYTES, Slabs, removable
+from loraserve.store.slabs import DATA_ALIGN_BYTES, MAX_READ_BYTES, SlabFiles, removable
 
 MakeSlab = Callable[..., Slab]
 
@@ -22,8 +22,8 @@ def _file(root: Path, version: str) -> Path:
 
 def test_a_slab_comes_back_as_it_was(tmp_path: Path, make_slab: MakeSlab) -> None:
     slab = make_slab()
-    assert Slabs(tmp_path).put(slab, now=1.0) is True
-    slabs = Slabs(tmp_path)
+    assert SlabFiles(tmp_path).put(slab, now=1.0) is True
+    slabs = SlabFiles(tmp_path)
     opened = slabs.open(slab.version, now=2.0)
     data = slabs.read(slab.version, 0, opened.slab_bytes, now=2.0)
     assert decode_header(opened.header) == slab.header
@@ -33,7 +33,7 @@ def test_a_slab_comes_back_as_it_was(tmp_path: Path, make_slab: MakeSlab) -> Non
 
 
 def test_the_same_content_is_stored_once(tmp_path: Path, make_slab: MakeSlab) -> None:
-    slabs = Slabs(tmp_path)
+    slabs = SlabFiles(tmp_path)
     assert slabs.put(make_slab(), now=1.0) is True
     assert slabs.put(make_slab(), now=2.0) is False
     assert slabs.put(make_slab(seed=1), now=3.0) is True
@@ -41,7 +41,7 @@ def test_the_same_content_is_stored_once(tmp_path: Path, make_slab: MakeSlab) ->
 
 
 def test_reads_stay_inside_the_slab(tmp_path: Path, make_slab: MakeSlab) -> None:
-    slabs, slab = Slabs(tmp_path), make_slab()
+    slabs, slab = SlabFiles(tmp_path), make_slab()
     slabs.put(slab, now=1.0)
     size = slab.header.slab_bytes
     assert slabs.read(slab.version, 10, 7, 1.0) == bytes(slab.data[10:17])
@@ -54,7 +54,7 @@ def test_reads_stay_inside_the_slab(tmp_path: Path, make_slab: MakeSlab) -> None
 
 @pytest.mark.parametrize("version", ["", "0" * 64, "../../etc/passwd", "a/../" + "0" * 59, "F" * 64, "0" * 63 + "\n"])
 def test_unknown_versions_are_not_found(tmp_path: Path, version: str) -> None:
-    slabs = Slabs(tmp_path)
+    slabs = SlabFiles(tmp_path)
     for ask in (lambda: slabs.open(version, 1.0), lambda: slabs.read(version, 0, 1, 1.0)):
         with pytest.raises(AdapterError, match="register the adapter again") as caught:
             ask()
@@ -101,10 +101,10 @@ def test_a_damaged_file_is_set_aside_and_can_be_stored_again(
     tmp_path: Path, make_slab: MakeSlab, damage: Callable[[bytearray], bytes]
 ) -> None:
     slab = make_slab()
-    Slabs(tmp_path).put(slab, now=1.0)
+    SlabFiles(tmp_path).put(slab, now=1.0)
     path = _file(tmp_path, slab.version)
     path.write_bytes(damage(bytearray(path.read_bytes())))
-    slabs = Slabs(tmp_path)
+    slabs = SlabFiles(tmp_path)
     with pytest.raises(AdapterError, match="register the adapter again") as caught:
         slabs.open(slab.version, 1.0)
     assert caught.value.code == "corrupt"
@@ -117,7 +117,7 @@ def test_a_damaged_file_is_set_aside_and_can_be_stored_again(
 
 
 def test_storing_again_heals_a_slab_that_rotted_after_its_check(tmp_path: Path, make_slab: MakeSlab) -> None:
-    slabs, slab = Slabs(tmp_path), make_slab()
+    slabs, slab = SlabFiles(tmp_path), make_slab()
     slabs.put(slab, now=1.0)
     path = _file(tmp_path, slab.version)
     path.write_bytes(_flip(bytearray(path.read_bytes()), -1))
@@ -126,7 +126,7 @@ def test_storing_again_heals_a_slab_that_rotted_after_its_check(tmp_path: Path, 
 
 
 def test_a_file_cut_short_under_a_reader_is_noticed(tmp_path: Path, make_slab: MakeSlab) -> None:
-    slabs, slab = Slabs(tmp_path), make_slab()
+    slabs, slab = SlabFiles(tmp_path), make_slab()
     slabs.put(slab, now=1.0)
     with _file(tmp_path, slab.version).open("r+b") as file:
         file.truncate(DATA_ALIGN_BYTES + 10)
@@ -136,14 +136,14 @@ def test_a_file_cut_short_under_a_reader_is_noticed(tmp_path: Path, make_slab: M
 
 
 def test_what_a_crash_left_is_cleared_at_start(tmp_path: Path) -> None:
-    Slabs(tmp_path)
+    SlabFiles(tmp_path)
     (tmp_path / "tmp" / "half.0").write_bytes(b"x")
-    Slabs(tmp_path)
+    SlabFiles(tmp_path)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_only_old_unreferenced_slabs_go(tmp_path: Path, make_slab: MakeSlab) -> None:
-    slabs = Slabs(tmp_path)
+    slabs = SlabFiles(tmp_path)
     kept, old, young = (make_slab(seed) for seed in range(3))
     for slab, now in ((kept, 0.0), (old, 0.0), (young, 950.0)):
         slabs.put(slab, now)
@@ -157,7 +157,7 @@ def test_only_old_unreferenced_slabs_go(tmp_path: Path, make_slab: MakeSlab) -> 
 
 def test_storing_and_removing_at_once_never_loses_what_was_just_stored(tmp_path: Path, make_slab: MakeSlab) -> None:
     """Every put is at the present time, so garbage collection with a short grace must never take the slab after it."""
-    slabs, slab = Slabs(tmp_path), make_slab()
+    slabs, slab = SlabFiles(tmp_path), make_slab()
     stop = threading.Event()
     now = [0.0]
 
