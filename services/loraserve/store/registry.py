@@ -67,7 +67,7 @@ class AdapterRegistry:
             self.snapshot = self._read_snapshot()
         except sqlite3.Error as error:
             raise LoraServeError(
-                f"adapter registry {path}: {error}; if the file is damaged, move it away and register the adapters again"
+                f"adapter registry {path}: {error}; if it is damaged, move it away and register all adapters again"
             ) from error
 
     def put(self, record: AdapterRecord, replace: bool) -> bool:

@@ -33,7 +33,7 @@ from pathlib import Path
 from loraserve.config import load_config
 from loraserve.errors import PeerError
 from loraserve.messages import AdapterRegistered, Ping, RegisterAdapter
-from loraserve.service import State
+from loraserve.service import ServiceState
 from loraserve.store.service import StoreService
 from loraserve.clock import SystemClock
 from loraserve.testing.bus import MemoryNetwork
@@ -58,7 +58,7 @@ async def main():
     store = StoreService(load_config(Path(sys.argv[1])), network.bus("store", StoreService.inbox), SystemClock())
     serving = asyncio.create_task(store.run())
     client = network.bus("client", Ping)
-    while store.state is not State.READY:
+    while store.state is not ServiceState.READY:
         await asyncio.sleep(0.01)
     print("ready", flush=True)
     while line := await asyncio.to_thread(sys.stdin.readline):

@@ -156,7 +156,7 @@ def test_a_removed_name_is_gone_and_its_slab_stays_for_those_who_fetch_it(opened
             assert stage.news[-1].adapters == ()
             assert await stage.is_whole(ref)
             error = await refusal(stage.ask(UnregisterAdapter(name="a"), AdapterUnregistered))
-            assert (error.code, "list them to see the names" in error.message) == ("not_found", True)
+            assert (error.code, "list the adapters to see the names" in error.message) == ("not_found", True)
 
     asyncio.run(main())
 
@@ -251,7 +251,7 @@ def test_adapters_of_an_earlier_format_are_named_at_start_with_the_remedy(
 
     asyncio.run(main())
     (told,) = [line for line in capsys.readouterr().out.splitlines() if "slab_outdated" in line]
-    for text in ("adapter=b", f"packed_from={peft(1)}", "of an earlier format; register the adapter again"):
+    for text in ("adapter=b", f"packed_from={peft(1)}", "has an earlier format; register the adapter again"):
         assert text in told
 
 
