@@ -18,7 +18,7 @@ counts it, and log-probabilities include it. An EOS or stop token becomes text o
 The engine alone reads which tokens are EOS (``loraserve.eos_tokens``). All meanings are vLLM's.
 """
 
-from collections.abc import Set
+from collections.abc import Iterable, Set
 from typing import Final, NamedTuple
 
 from loraserve.messages.sampling import SamplingParams
@@ -53,6 +53,13 @@ def finish_of(token: int, index: int, sampling: SamplingParams, max_tokens: int,
         if token in sampling.stop_token_ids:
             return Finish(STOP, token)
     return Finish(LENGTH) if index + 1 >= max_tokens else GOES_ON
+
+
+def forbidden_tokens(sampling: SamplingParams, index: int, eos: Iterable[int], vocab: int) -> list[int]:
+    """Return the tokens that must not be drawn at output index ``index``. The engine's sampler uses this."""
+    if index >= sampling.min_tokens:
+        return []
+    return [token for token in (*eos, *sampling.stop_token_ids) if 0 <= token < vocab]
 
 
 def shown_count(tokens: int, finish: str | None, include_stop: bool) -> int:

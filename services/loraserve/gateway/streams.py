@@ -100,8 +100,9 @@ class Stream:
         return {sender for sender, _, _ in early} - {engine}
 
     def on_delta(self, engine: str, incarnation: str, delta: TokenDelta, now: float) -> bool:
-        """Take new tokens. Returns False when the sender has to drop the request: it is not the engine of this stream,
-        or the stream failed.
+        """Take new tokens. Returns False when the sender has to drop the request.
+
+        That is when it is not the engine of this stream, and when the stream has failed.
         """
         if not self.engine:
             self._early.append((engine, incarnation, delta))
@@ -231,15 +232,6 @@ class StreamTable:
             assert (stream.failure is not None) == (stream.state is StreamState.FAILED)
             assert stream.engine or not stream.received_tokens
             assert not (stream.engine and stream._early)
-
-    def story(self, request_id: str) -> str:
-        """Return what is known of one request, for people."""
-        stream = self._streams.get(request_id)
-        if stream is None:
-            return f"{request_id}: not in flight here"
-        where = f"on {stream.engine} ({stream.incarnation})" if stream.engine else "waiting for an engine"
-        end = stream.finish or (stream.failure and stream.failure.message) or "running"
-        return f"{request_id}: {where}, {stream.received_tokens} tokens received, {end}"
 
     def _may_abort(self, request_id: str, now: float) -> bool:
         last = self._closed.get(request_id)

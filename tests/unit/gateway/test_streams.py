@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.gateway.errors import ApiError
-from loraserve.gateway.streams import ABORT_INTERVAL_S, Stream, StreamTable
+from loraserve.gateway.errors import ApiError, refused
+from loraserve.gateway.streams import ABORT_INTERVAL_S, Stream, StreamState, StreamTable
 from loraserve.messages import ClusterLoad, EngineLoad, EngineSeen, Failed, TokenBatch, TokenDelta
 
 INCARNATION = "a" * 16
@@ -272,11 +272,24 @@ def test_ready_engines() -> None:
     assert table.watch.ready_engines(60.0) == []
 
 
-def test_story_tells_where_a_request_is() -> None:
+def test_states_of_a_stream() -> None:
     here = Table("a", route=False)
-    assert "waiting for an engine" in here.table.story("a")
+    stream = here.streams["a"]
+    assert stream.state is StreamState.ROUTING
+    assert not stream.is_over
+    stream.set_engine("engine-0", INCARNATION, 0.0)
+    assert stream.state is StreamState.RUNNING
+    here.table.on_batch(batch(TokenDelta("a", 0, (1, 2), "stop", stop_reason=2)), 0.0)
+    assert stream.state is StreamState.FINISHED
+    assert here.streams["a"].take().stop_reason == 2
+    stream.fail(refused("engine_died", "too late"))
+    assert (stream.state, stream.failure) == (StreamState.FINISHED, None)
+
+
+def test_a_stream_that_failed_while_it_was_routed_stays_failed() -> None:
+    here = Table("a", route=False)
+    here.table.fail_all(refused("shutting_down", "why"))
     here.streams["a"].set_engine("engine-0", INCARNATION, 0.0)
-    here.table.on_batch(batch(TokenDelta("a", 0, (1, 2))), 0.0)
-    assert "2 tokens" in here.table.story("a")
-    assert "engine-0" in here.table.story("a")
-    assert "not in flight" in here.table.story("z")
+    assert here.streams["a"].state is StreamState.FAILED
+    assert failure(here.streams["a"]).message == "why"
+    here.table.validate()

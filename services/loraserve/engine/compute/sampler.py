@@ -1,7 +1,8 @@
-"""From logits to tokens: a pure function of each row's logits, history, parameters and output index.
+"""Sampling on the CPU: from the logits of each row to a token.
 
-Nothing here keeps state or looks at other rows, so that a stream's tokens are the same in any batch, after any
-preemption and on any engine. Names and semantics are vLLM's.
+A token is a pure function of the row's logits, history, sampling parameters and output index. Nothing here keeps state
+or looks at other rows, so a request gets the same tokens in any batch, after any preemption and on any engine. Names
+and meanings are vLLM's. ``engine/cuda/sampling.py`` computes the same on a GPU.
 """
 
 from collections.abc import Collection, Sequence
@@ -11,13 +12,16 @@ from numpy.typing import NDArray
 
 from loraserve.engine.schedule.events import Sampled, SequenceStep
 from loraserve.messages.sampling import SamplingParams
+from loraserve.messages.stop import forbidden_tokens
 
 Row = NDArray[np.float32]
 
 GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy."""
+"""Lower temperatures are greedy."""
+
 BLOCK_TOKENS = 256
-"""A running sum over the whole vocabulary is slow; sums of blocks and a running sum in one of them are not."""
+"""Drawing sums the weights in blocks of this many tokens: a running sum over the whole vocabulary is slow."""
+
 GROUPS = 32
 
 _MASK64 = (1 << 64) - 1
@@ -25,17 +29,18 @@ _GOLDEN = 0x9E3779B97F4A7C15
 
 
 def sample(logits: NDArray[np.float32], rows: Sequence[SequenceStep], eos_token_ids: Collection[int]) -> list[Sampled]:
-    """One token per row of ``logits`` [rows, vocab], which may be overwritten."""
+    """Return one token per row of ``logits`` [rows, vocab], which may be overwritten."""
     return [_sample_row(row, step, eos_token_ids) for row, step in zip(logits, rows, strict=True)]
 
 
 def _sample_row(logits: Row, step: SequenceStep, eos_token_ids: Collection[int]) -> Sampled:
     params = step.sampling
-    # Log-probabilities are the model's own: taken before penalties and temperature.
+    changes = params.changes_logits(step.output_index)
+    # Log-probabilities are the model's own: computed before penalties and temperature.
     log_normalizer = _log_sum_exp(logits) if params.logprobs is not None else 0.0
-    raw = logits.copy() if params.logprobs is not None and _changes_logits(step) else logits
-    if _changes_logits(step):
-        _forbid_early_stop(logits, step, eos_token_ids)
+    raw = logits.copy() if params.logprobs is not None and changes else logits
+    if changes:
+        logits[forbidden_tokens(params, step.output_index, eos_token_ids, len(logits))] = -np.inf
         _penalize(logits, step)
     if params.temperature < GREEDY_BELOW:
         token = int(logits.argmax())
@@ -47,19 +52,8 @@ def _sample_row(logits: Row, step: SequenceStep, eos_token_ids: Collection[int])
     return Sampled(request_id=step.request_id, token=token, logprob=float(raw[token]) - log_normalizer, top=top)
 
 
-def _changes_logits(step: SequenceStep) -> bool:
-    return step.sampling.changes_logits(step.output_index)
-
-
-def _forbid_early_stop(logits: Row, step: SequenceStep, eos_token_ids: Collection[int]) -> None:
-    if step.output_index < step.sampling.min_tokens:
-        for token in (*eos_token_ids, *step.sampling.stop_token_ids):
-            if 0 <= token < len(logits):
-                logits[token] = -np.inf
-
-
 def _penalize(logits: Row, step: SequenceStep) -> None:
-    """Repetition counts prompt and output, presence and frequency the output alone."""
+    """Apply the penalties: repetition counts prompt and output, presence and frequency count the output alone."""
     params = step.sampling
     history = np.asarray(step.history, dtype=np.int64)
     if params.repetition_penalty != 1.0:
@@ -73,7 +67,7 @@ def _penalize(logits: Row, step: SequenceStep) -> None:
 
 
 def _draw(logits: Row, params: SamplingParams, u: float) -> int:
-    """The token at ``u`` of the cumulative distribution over the tokens that temperature and filters leave."""
+    """Return the token at ``u`` of the cumulative distribution over the tokens that the filters leave."""
     largest = logits.max()
     if not np.isfinite(largest):
         return int(logits.argmax())
@@ -85,7 +79,7 @@ def _draw(logits: Row, params: SamplingParams, u: float) -> int:
 
 
 def _pick(weights: Row, u: float) -> int:
-    """The index at ``u`` in [0, 1) of the cumulative weights: first its block, then its place in the block."""
+    """Return the index at ``u`` in [0, 1) of the cumulative weights: find the block, then the place in it."""
     sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK_TOKENS)).astype(np.float64)
     ends = np.cumsum(sums)
     target = u * ends[-1]
@@ -100,14 +94,14 @@ def _first_beyond(cumulative: NDArray[np.float64], target: float) -> int:
     index = int(np.searchsorted(cumulative, target, side="right"))
     if index < len(cumulative):
         return index
-    # The target was rounded up to the total: the last entry that has a share.
+    # The target was rounded up to the total: take the last entry with a weight.
     return int(np.searchsorted(cumulative, cumulative[-1], side="left"))
 
 
 def _candidates(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None:
-    """Tokens that min_p, top_k and top_p leave, in this order, the most likely first; None for all.
+    """Return the tokens that min_p, top_k and top_p leave, applied in this order, most likely first; None for all.
 
-    The largest of ``weights`` is 1, so that min_p is itself the least weight it leaves.
+    The largest of ``weights`` is 1, so min_p is the smallest weight that passes.
     """
     top_k = params.top_k if 0 < params.top_k < len(weights) else 0
     if not top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
@@ -115,12 +109,12 @@ def _candidates(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None
     floor = np.float32(params.min_p)
     total = float(weights.sum(dtype=np.float64) if floor <= 0 else weights[weights >= floor].sum(dtype=np.float64))
     if top_k:
-        floor = max(floor, _exceeded_by(weights, top_k))
+        floor = max(floor, _lower_bound_of_largest(weights, top_k))
     elif params.top_p < 1.0:
-        # Tokens below this sum to less than what top_p cuts off: they need not be sorted.
+        # Tokens below this weight sum to less than what top_p cuts off, so they need not be sorted.
         floor = max(floor, np.float32(0.99 * (1.0 - params.top_p) * total / len(weights)))
     tokens = np.flatnonzero(weights >= floor)
-    # Ties go to the smaller id, so that exactly top_k are left.
+    # Ties go to the smaller id, so that exactly top_k tokens are left.
     tokens = tokens[np.argsort(-weights[tokens], kind="stable")]
     if top_k:
         tokens = tokens[:top_k]
@@ -132,16 +126,16 @@ def _candidates(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None
 
 
 def _largest(row: Row, count: int) -> list[int]:
-    """The ``count`` largest, best first, ties by id."""
+    """Return the indices of the ``count`` largest entries, largest first, ties by index."""
     count = min(count, len(row))
     if count <= 0:
         return []
-    tokens = np.flatnonzero(row >= _exceeded_by(row, count))
+    tokens = np.flatnonzero(row >= _lower_bound_of_largest(row, count))
     return [int(token) for token in tokens[np.argsort(-row[tokens], kind="stable")][:count]]
 
 
-def _exceeded_by(row: Row, count: int) -> np.float32:
-    """A value that at least ``count`` entries reach and few more: found among the largest of groups, not all."""
+def _lower_bound_of_largest(row: Row, count: int) -> np.float32:
+    """Return a value that at least ``count`` entries reach, and few more: computed from the maxima of groups."""
     width = len(row) // GROUPS
     values = row[: width * GROUPS].reshape(GROUPS, width).max(axis=0) if width >= count else row
     return np.float32(np.partition(values, len(values) - count)[len(values) - count])
@@ -153,7 +147,7 @@ def _log_sum_exp(row: Row) -> float:
 
 
 def uniform(seed: int, index: int) -> float:
-    """A number in [0, 1) that looks random and depends on nothing but the two (SplitMix64)."""
+    """Return a pseudorandom number in [0, 1) that depends on seed and index alone (SplitMix64)."""
     return (_mix(_mix((seed & _MASK64) + _GOLDEN) + (index + 1) * _GOLDEN) >> 11) * 2.0**-53
 
 

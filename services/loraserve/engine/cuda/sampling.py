@@ -1,6 +1,10 @@
-"""What drawing a batch's tokens takes beside its logits: sorted by what it costs on the host, then sent in one copy.
+"""Sampling on the device: what ``engine/compute/sampler.py`` defines row by row, for all rows of a batch at once.
 
-Which rows need what is known here, so that the device works through groups of known sizes and is never waited for.
+``prepare`` sorts the rows on the host by the work they need and sends the parameters in one copy. ``draw`` then works
+on groups of known sizes and never waits for the device, so that the next step can be launched before a token is known.
+
+A row gets the same token in any batch: rows are only reduced along the vocabulary, and what is summed are integers,
+whose sum does not depend on the order and shape in which a kernel adds them.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -15,26 +19,31 @@ from torch import Tensor
 from loraserve.engine.compute.sampler import BLOCK_TOKENS, GREEDY_BELOW, uniform
 from loraserve.engine.schedule.events import Sampled, SequenceStep
 from loraserve.messages.sampling import SamplingParams
+from loraserve.messages.stop import forbidden_tokens
 
 MAX_VOCAB = (1 << 19) - 1
-"""The shares of a row's tokens are whole numbers up to 2^44, and their sum must fit int64."""
+"""Weights are integers up to 2^44, and the sum over a row must fit into int64."""
+
 NARROW = 1024
-"""Up to this many of the largest are selected, more are sorted."""
+"""Up to this many of the largest values are selected; more are sorted."""
+
+WEIGHT_ONE = 2.0**44
+"""The integer weight of a row's most likely token. Tokens less likely by more than this factor have weight 0."""
 
 Array = NDArray[np.int64] | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Rows that draw alike, from their ``width`` most likely tokens or from all: ``rows`` int64 [n] are their places.
+    """Parameters of rows that are drawn in the same way, from their ``width`` most likely tokens or from all.
 
-    ``top_k`` is at most the vocabulary, and that where none is set; ``top_p`` is at most 1. Of ``temperature`` and
-    ``min_p`` the sampler takes the nearest float32.
+    ``rows`` int64 [n] are indices into the batch; the others are float64 [n, 1]. ``top_k`` is the vocabulary's size
+    where none is set. ``temperature`` and ``min_p`` are rounded to float32 before use.
     """
 
     rows: Tensor
     width: int
-    u: Tensor  # float64 [n, 1], as the others
+    u: Tensor
     temperature: Tensor
     top_k: Tensor
     top_p: Tensor
@@ -42,28 +51,30 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Changes:
-    """Rows whose logits change before a token is drawn: ``rows`` int64 [n] are their places in the batch.
+class LogitChanges:
+    """Rows whose logits change before a token is drawn; ``rows`` int64 [n] are indices into the batch.
 
-    A token of one of them is its place in their logits [n, vocab], int64: each that must not be drawn, each of prompt
-    and output where repetition counts, each of the output where presence or frequency does.
+    ``forbidden``, ``repeated`` and ``output`` are int64 indices into the flattened logits [n, vocab] of these rows: the
+    tokens that must not be drawn, those that the repetition penalty applies to, and those of the output that presence
+    and frequency penalties apply to. The penalties are float64 [n].
     """
 
     rows: Tensor
     forbidden: Tensor
     repeated: Tensor
     output: Tensor
-    repetition: Tensor  # float64 [n], as the others
+    repetition: Tensor
     presence: Tensor
     frequency: Tensor
 
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """Everything but the logits. A part without rows costs nothing; greedy rows are in none.
+    """Everything but the logits. Greedy rows are in none of the three groups; an empty group costs nothing.
 
-    ``plain`` draws from all tokens. ``narrow`` is limited by a small top_k, ``wide`` filters but needs a sort.
-    ``asked`` int64 [n] are the rows whose log-probabilities are wanted, with up to ``most`` of their best tokens.
+    ``plain`` rows are drawn from all tokens, ``narrow`` rows have a small top_k, ``wide`` rows have filters that need a
+    sort. ``asked`` int64 [n] are the rows whose log-probabilities are wanted, with up to ``most`` of the likeliest
+    tokens.
     """
 
     rows: int
@@ -71,7 +82,7 @@ class SamplingInputs:
     plain: Draws
     narrow: Draws
     wide: Draws
-    changes: Changes
+    changes: LogitChanges
     asked: Tensor
     most: int
 
@@ -79,13 +90,13 @@ class SamplingInputs:
 def prepare(
     rows: Sequence[SequenceStep], vocab: int, eos_token_ids: Collection[int], device: torch.device
 ) -> SamplingInputs:
-    """The inputs of a batch whose logits are [len(rows), vocab]. Does not wait for the copy."""
+    """Return the inputs of a batch whose logits are [len(rows), vocab]. Does not wait for the copy."""
     assert 0 < vocab <= MAX_VOCAB, vocab
     narrow_width = max((_narrow_k(step.sampling, vocab) for step in rows), default=0)
     groups = [_group(step.sampling, vocab) for step in rows]
-    drawn = [[place for place, own in enumerate(groups) if own == group] for group in ("plain", "narrow", "wide")]
-    asked = [place for place, step in enumerate(rows) if step.sampling.logprobs is not None]
-    parts = [*(_draw_arrays(rows, places, vocab) for places in drawn), _change_arrays(rows, vocab, eos_token_ids)]
+    members = [[row for row, own in enumerate(groups) if own == group] for group in ("plain", "narrow", "wide")]
+    asked = [row for row, step in enumerate(rows) if step.sampling.logprobs is not None]
+    parts = [*(_draw_arrays(rows, group, vocab) for group in members), _change_arrays(rows, vocab, eos_token_ids)]
     sent = iter(_upload([*chain.from_iterable(parts), _integers(asked)], device))
     plain, narrow, wide = (
         Draws(next(sent), width, *next(sent).unsqueeze(2).unbind()) for width in (vocab, narrow_width, vocab)
@@ -96,7 +107,7 @@ def prepare(
         plain=plain,
         narrow=narrow,
         wide=wide,
-        changes=Changes(next(sent), next(sent), next(sent), next(sent), *next(sent).unbind()),
+        changes=LogitChanges(next(sent), next(sent), next(sent), next(sent), *next(sent).unbind()),
         asked=next(sent),
         most=min(max((step.sampling.logprobs or 0 for step in rows), default=0), vocab),
     )
@@ -112,14 +123,14 @@ def _group(params: SamplingParams, vocab: int) -> str:
 
 
 def _narrow_k(params: SamplingParams, vocab: int) -> int:
-    """top_k where it sets a small limit, else 0."""
+    """Return top_k where it is set and small, else 0."""
     return params.top_k if 0 < params.top_k < vocab and params.top_k <= NARROW else 0
 
 
-def _draw_arrays(rows: Sequence[SequenceStep], places: list[int], vocab: int) -> list[Array]:
-    """The rows' places [n] and the fields of Draws [5, n]."""
-    values = [_draw_values(rows[place], vocab) for place in places]
-    return [_integers(places), np.array(values, dtype=np.float64).reshape(-1, 5).T]
+def _draw_arrays(rows: Sequence[SequenceStep], group: list[int], vocab: int) -> list[Array]:
+    """Return the rows [n] of a group, and the float fields of Draws [5, n] in their order."""
+    values = [_draw_values(rows[row], vocab) for row in group]
+    return [_integers(group), np.array(values, dtype=np.float64).reshape(-1, 5).T]
 
 
 def _draw_values(step: SequenceStep, vocab: int) -> tuple[float, ...]:
@@ -129,17 +140,17 @@ def _draw_values(step: SequenceStep, vocab: int) -> tuple[float, ...]:
 
 
 def _change_arrays(rows: Sequence[SequenceStep], vocab: int, eos_token_ids: Collection[int]) -> list[Array]:
-    """The rows' places [n], tokens that are forbidden, repeated and put out, and the three penalties [3, n]."""
-    places = [place for place, step in enumerate(rows) if step.sampling.changes_logits(step.output_index)]
-    steps = [rows[place] for place in places]
+    """Return the fields of LogitChanges in their order, the three penalties as one array [3, n]."""
+    changed = [row for row, step in enumerate(rows) if step.sampling.changes_logits(step.output_index)]
+    steps = [rows[row] for row in changed]
     penalties = [
         (s.sampling.repetition_penalty, s.sampling.presence_penalty, s.sampling.frequency_penalty) for s in steps
     ]
     return [
-        _integers(places),
-        _flat((_forbidden(step, vocab, eos_token_ids) for step in steps), vocab),
-        _flat((step.history if step.sampling.repetition_penalty != 1.0 else () for step in steps), vocab),
-        _flat((step.history[step.prompt_length :] if _counts_output(step) else () for step in steps), vocab),
+        _integers(changed),
+        _flat((forbidden_tokens(s.sampling, s.output_index, eos_token_ids, vocab) for s in steps), vocab),
+        _flat((s.history if s.sampling.repetition_penalty != 1.0 else () for s in steps), vocab),
+        _flat((s.history[s.prompt_length :] if _counts_output(s) else () for s in steps), vocab),
         np.array(penalties, dtype=np.float64).reshape(-1, 3).T,
     ]
 
@@ -148,14 +159,8 @@ def _counts_output(step: SequenceStep) -> bool:
     return step.sampling.presence_penalty != 0.0 or step.sampling.frequency_penalty != 0.0
 
 
-def _forbidden(step: SequenceStep, vocab: int, eos_token_ids: Collection[int]) -> list[int]:
-    if step.output_index >= step.sampling.min_tokens:
-        return []
-    return [token for token in (*eos_token_ids, *step.sampling.stop_token_ids) if 0 <= token < vocab]
-
-
 def _flat(tokens: Iterable[Sequence[int]], vocab: int) -> NDArray[np.int64]:
-    """The tokens of each row in turn, as places in [rows, vocab]."""
+    """Return the tokens of each row as indices into flattened logits [rows, vocab]."""
     return np.concatenate([_integers(own) + row * vocab for row, own in enumerate(tokens)] or [_integers(())])
 
 
@@ -164,9 +169,9 @@ def _integers(values: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """The arrays, whose items all have 8 bytes, as tensors of the same shapes that share one copy to the device."""
+    """Return the arrays as tensors of the same shapes, sent in one copy. All items must have 8 bytes."""
     sizes = [array.size for array in arrays]
-    # Only from pinned memory does a copy run beside the host; its allocator keeps it until the copy is done.
+    # A copy runs beside the host only from pinned memory, which its allocator keeps until the copy is done.
     packed = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda" and sum(sizes) > 0)
     np.concatenate([np.ascontiguousarray(array).reshape(-1).view(np.int64) for array in arrays], out=packed.numpy())
     parts = torch.split_with_sizes(packed.to(device, non_blocking=True), sizes)
@@ -176,18 +181,15 @@ def _upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
     ]
 
 
-WHOLE = 2.0**44
-"""The share of a row's most likely token. Tokens less likely than it by more than this have none."""
-
 Picker = Callable[[Tensor, Draws], Tensor]
 
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tensors on the device: ``tokens`` int64 [rows], and the rest where some row asked for log-probabilities.
+    """Tensors on the device: ``tokens`` int64 [rows], and the others where some row asked for log-probabilities.
 
-    ``logprobs`` float32 [rows], ``top_tokens`` int64 and ``top_logprobs`` float32 [rows, most], best first; rows that
-    did not ask hold zeros.
+    ``logprobs`` is float32 [rows], ``top_tokens`` int64 and ``top_logprobs`` float32 [rows, most], best first. Rows
+    that did not ask hold zeros.
     """
 
     tokens: Tensor
@@ -197,15 +199,15 @@ class Drawn:
 
 
 def draw(logits: Tensor, inputs: SamplingInputs) -> Drawn:
-    """One token per row of ``logits`` [rows, vocab], of any floating dtype; they are left as they are."""
+    """Return one token per row of ``logits`` [rows, vocab], of any floating dtype. The logits are not changed."""
     assert logits.shape == (inputs.rows, inputs.vocab), logits.shape
     changed = _change(logits, inputs.changes)
     greedy = changed.argmax(dim=1)
     tokens = greedy
     pickers: tuple[tuple[Draws, Picker], ...] = (
-        (inputs.plain, _pick_of_all),
-        (inputs.narrow, _pick_of_most_likely),
-        (inputs.wide, _pick_of_most_likely),
+        (inputs.plain, _pick_from_all),
+        (inputs.narrow, _pick_from_most_likely),
+        (inputs.wide, _pick_from_most_likely),
     )
     for draws, pick in pickers:
         if len(draws.rows):
@@ -221,7 +223,7 @@ def sampled(
     top_tokens: NDArray[np.int64] | None = None,
     top_logprobs: NDArray[np.float32] | None = None,
 ) -> list[Sampled]:
-    """What ``Drawn`` holds, once it has arrived on the host, as one value per row."""
+    """Return one value per row from the fields of ``Drawn``, once they have arrived on the host."""
     if logprobs is None or top_tokens is None or top_logprobs is None:
         return [Sampled(request_id=s.request_id, token=token) for s, token in zip(rows, tokens.tolist(), strict=True)]
     best = zip(top_tokens.tolist(), top_logprobs.tolist(), strict=True)
@@ -237,8 +239,8 @@ def _sampled(step: SequenceStep, token: int, logprob: float, top: list[int], top
     return Sampled(request_id=step.request_id, token=token, logprob=logprob, top=pairs)
 
 
-def _change(logits: Tensor, changes: Changes) -> Tensor:
-    """The logits with those of ``changes.rows`` changed; float32 where there are any."""
+def _change(logits: Tensor, changes: LogitChanges) -> Tensor:
+    """Return the logits with forbidden tokens and penalties applied; float32 where any row changes."""
     if not len(changes.rows):
         return logits
     values = logits.index_select(0, changes.rows).float()
@@ -249,24 +251,24 @@ def _change(logits: Tensor, changes: Changes) -> Tensor:
     return logits.float().index_copy(0, changes.rows, values)
 
 
-def _penalize_repetition(flat: Tensor, changes: Changes, vocab: int) -> None:
-    """A token that occurs often is read before any is written, so that it is changed once."""
+def _penalize_repetition(flat: Tensor, changes: LogitChanges, vocab: int) -> None:
+    # All values are read before any is written, so that a token that occurs often changes once.
     values = flat.gather(0, changes.repeated)
     penalty = changes.repetition.float().gather(0, changes.repeated // vocab)
     flat.scatter_(0, changes.repeated, torch.where(values > 0, values / penalty, values * penalty))
 
 
-def _penalize_output(flat: Tensor, changes: Changes, vocab: int) -> None:
+def _penalize_output(flat: Tensor, changes: LogitChanges, vocab: int) -> None:
     counts = torch.zeros_like(flat, dtype=torch.int32)
     counts.scatter_add_(0, changes.output, torch.ones_like(changes.output, dtype=torch.int32))
-    of_token = changes.output // vocab
-    frequency, presence = changes.frequency.gather(0, of_token), changes.presence.gather(0, of_token)
+    row = changes.output // vocab
+    frequency, presence = changes.frequency.gather(0, row), changes.presence.gather(0, row)
     penalty = frequency * counts.gather(0, changes.output) + presence
     flat.scatter_(0, changes.output, flat.gather(0, changes.output) - penalty.float())
 
 
 def _draw_group(logits: Tensor, greedy: Tensor, draws: Draws, pick: Picker) -> Tensor:
-    """Tokens int64 [n] of the group's rows: the largest where that is not finite, since it leaves no distribution."""
+    """Return the tokens int64 [n] of a group's rows; where the largest logit is not finite, the greedy ones."""
     values = logits.index_select(0, draws.rows).float()
     largest = values.amax(dim=1, keepdim=True)
     weights = ((values - largest) / draws.temperature.float()).exp()
@@ -274,60 +276,60 @@ def _draw_group(logits: Tensor, greedy: Tensor, draws: Draws, pick: Picker) -> T
     return torch.where(largest.squeeze(1).isfinite(), tokens, greedy.index_select(0, draws.rows))
 
 
-def _pick_of_all(weights: Tensor, draws: Draws) -> Tensor:
-    """Tokens [n, 1] at ``u`` of the sums by token id: first the block, then the place in it.
+def _pick_from_all(weights: Tensor, draws: Draws) -> Tensor:
+    """Return the tokens [n, 1] at ``u`` of the sums by token id: find the block, then the place in it.
 
     A running sum over the whole vocabulary would read and write all of it several times.
     """
-    shares = torch.nn.functional.pad(_shares(weights), (0, -weights.shape[1] % BLOCK_TOKENS))
-    blocks = shares.view(len(weights), -1, BLOCK_TOKENS)
+    integers = torch.nn.functional.pad(_integer_weights(weights), (0, -weights.shape[1] % BLOCK_TOKENS))
+    blocks = integers.view(len(weights), -1, BLOCK_TOKENS)
     sums = blocks.sum(dim=2)
     ends = sums.cumsum(dim=1)
     target = _target(draws.u, ends[:, -1:])
     block = _first_beyond(ends, target)
     inner = blocks.gather(1, block.unsqueeze(2).expand(-1, 1, BLOCK_TOKENS)).squeeze(1).cumsum(dim=1)
-    begin = ends.gather(1, block) - sums.gather(1, block)
-    return block * BLOCK_TOKENS + _first_beyond(inner, target - begin)
+    start = ends.gather(1, block) - sums.gather(1, block)
+    return block * BLOCK_TOKENS + _first_beyond(inner, target - start)
 
 
-def _pick_of_most_likely(weights: Tensor, draws: Draws) -> Tensor:
-    """Tokens [n, 1] at ``u`` of the sums over what min_p, top_k and top_p leave in turn, the most likely first."""
+def _pick_from_most_likely(weights: Tensor, draws: Draws) -> Tensor:
+    """Return the tokens [n, 1] at ``u`` of the sums over what min_p, top_k and top_p leave, most likely first."""
     weights, tokens = largest_first(weights, draws.width)
     left = weights >= draws.min_p.float()
     left &= torch.arange(draws.width, device=weights.device) < draws.top_k
-    sums = _shares(weights).masked_fill(~left, 0).cumsum(dim=1)
-    # The token with which top_p is reached is the last that is left.
-    last = _limited(torch.searchsorted(sums, (draws.top_p * sums[:, -1:]).ceil().long()), draws.width)
+    sums = _integer_weights(weights).masked_fill(~left, 0).cumsum(dim=1)
+    # The token that reaches top_p is the last one left.
+    last = _clamped(torch.searchsorted(sums, (draws.top_p * sums[:, -1:]).ceil().long()), draws.width)
     return tokens.gather(1, _first_beyond(sums, _target(draws.u, sums.gather(1, last))))
 
 
-def _shares(weights: Tensor) -> Tensor:
-    """Weights float32, at most 1, as int64."""
-    return (weights * WHOLE).long()
+def _integer_weights(weights: Tensor) -> Tensor:
+    """Return float32 weights of at most 1 as int64."""
+    return (weights * WEIGHT_ONE).long()
 
 
 def _target(u: Tensor, total: Tensor) -> Tensor:
-    """Always below ``total``: ``u`` has 53 bits, so that their product is not rounded up to it."""
+    """Return ``u`` times ``total``. It stays below ``total``: ``u`` has 53 bits, so the product is not rounded up."""
     return (u * total).long()
 
 
 def _first_beyond(sums: Tensor, target: Tensor) -> Tensor:
-    return _limited(torch.searchsorted(sums, target, right=True), sums.shape[1])
+    return _clamped(torch.searchsorted(sums, target, right=True), sums.shape[1])
 
 
-def _limited(index: Tensor, length: int) -> Tensor:
-    """Within the row, which the sums of a row that is not finite may point out of."""
+def _clamped(index: Tensor, length: int) -> Tensor:
+    """Keep an index within the row. The sums of a row that is not finite may point beyond it."""
     return index.clamp(max=length - 1)
 
 
 def largest_first(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The ``count`` largest of each row of float32 ``values`` and their ids, best first, ties by id."""
+    """Return the ``count`` largest of each row of float32 ``values`` and their ids, best first, ties by id."""
     if count > NARROW:
         ordered = torch.sort(values, dim=1, descending=True, stable=True)
         return ordered.values[:, :count], ordered.indices[:, :count]
-    # topk leaves open which of equals it takes, so that each is given a key of its own.
-    bits = (values + 0.0).view(torch.int32)  # + 0.0 makes one of the two zeros
-    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # in the order of the floats, also where they are negative
+    # topk does not say which of equal values it takes, so each value gets a key of its own.
+    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
+    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats, negative ones included
     length = values.shape[1]
     keys = (rank.long() << 32) + torch.arange(length - 1, -1, -1, device=values.device)
     ids = length - 1 - (keys.topk(count, dim=1).values & 0xFFFFFFFF)
@@ -335,7 +337,7 @@ def largest_first(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_logprobs(logits: Tensor, tokens: Tensor, inputs: SamplingInputs) -> Drawn:
-    """Log-probabilities are the model's own: of the logits before penalties and temperature."""
+    """Add log-probabilities. They are the model's own: of the logits before penalties and temperature."""
     values = logits.index_select(0, inputs.asked).float()
     normalizer = _log_sum_exp(values)
     own = values.gather(1, tokens.index_select(0, inputs.asked).unsqueeze(1)) - normalizer
@@ -351,7 +353,7 @@ def _with_logprobs(logits: Tensor, tokens: Tensor, inputs: SamplingInputs) -> Dr
 
 
 def _log_sum_exp(values: Tensor) -> Tensor:
-    """Float64 [n, 1]; NaN where the largest is not finite, since devices differ in what integer a NaN becomes."""
+    """Return float64 [n, 1]; NaN where the largest is not finite, as devices differ in which integer a NaN becomes."""
     largest = values.amax(dim=1, keepdim=True)
-    total = _shares((values - largest).exp()).sum(dim=1, keepdim=True).double() / WHOLE
+    total = _integer_weights((values - largest).exp()).sum(dim=1, keepdim=True).double() / WEIGHT_ONE
     return (largest.double() + total.log()).masked_fill(~largest.isfinite(), torch.nan)
