@@ -1,6 +1,7 @@
-"""The planner of a simulation: the policy's placement, rolled out by the live state machine. Pure.
+"""The planner of a simulated cluster: the policy's placement, rolled out by the live state machine.
 
-A plan is written at once; engines answer when they have loaded, or are given up after the live planner's timeout.
+A plan is written without delay. Engines answer when they have loaded their copies, or are given up after the live
+planner's timeout.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -12,15 +13,15 @@ from loraserve.planner.placement.problem import PlanInput, PlanSettings
 from loraserve.planner.rollout import events
 from loraserve.planner.rollout.copies import recovered, shares_moved
 from loraserve.planner.rollout.machine import Rollout
-from loraserve.sim.engine import SimEngine, Timeline
+from loraserve.sim.engine import INCARNATION, SimEngine, Timeline
+from loraserve.sim.outcome import SimSettings
 from loraserve.sim.policies import Policy
 
 NO_PLAN = Plan(epoch=0, created_unix_s=0.0, placements=())
-INCARNATION = "simulated"
 
 
 class SimPlanner:
-    """``moves``: copies that plans brought somewhere since they were last taken."""
+    """Computes plans and rolls them out to the simulated engines."""
 
     def __init__(
         self,
@@ -28,77 +29,79 @@ class SimPlanner:
         adapters: Mapping[str, AdapterRef],
         engines: Mapping[str, SimEngine],
         timeline: Timeline,
-        settings: PlanSettings,
-        prepare_timeout_s: float,
-        published: Callable[[Plan, float], None],
+        settings: SimSettings,
+        publish: Callable[[Plan, float], None],
     ) -> None:
+        """Create a planner without a plan; ``publish`` is called with each plan that comes into force."""
         self._policy = policy
         self._adapters = adapters
         self._engines = engines
         self._timeline = timeline
-        self._settings = settings
-        self._prepare_timeout_s = prepare_timeout_s
-        self._published = published
+        self._prepare_timeout_s = settings.prepare_timeout_s
+        self._plan_settings = PlanSettings(slo_ttft_s=settings.slo_ttft_s, interval_s=settings.plan_interval_s)
+        self._publish = publish
         self._rollout = Rollout(NO_PLAN)
-        self._busy = False
-        self.moves = 0
+        self._is_rolling_out = False
+        self._moves = 0
 
-    def see(self, loads: Sequence[EngineLoad], now: float) -> None:
-        """Reports of all engines."""
-        self._tell(events.EnginesSeen(tuple(loads), self._adapters), now)
+    def update(self, loads: Sequence[EngineLoad], now: float) -> None:
+        """Take the reports of all engines."""
+        self._deliver(events.EnginesSeen(tuple(loads), self._adapters), now)
 
     def plan(self, demand: Sequence[AdapterDemand], loads: Sequence[EngineLoad], cost: CostModel, now: float) -> None:
-        """For the next interval; not while the last plan is still being prepared."""
-        if self._busy:
+        """Plan for the next interval, unless the last plan is still being rolled out."""
+        if self._is_rolling_out:
             return
         plan = self._rollout.plan
         current = plan.placements if plan.epoch else recovered(loads, self._adapters)
-        inputs = PlanInput(
-            demand=demand,
-            adapters=self._adapters,
-            engines=loads,
-            current=current,
-            cost=cost,
-            settings=self._settings,
+        placements = self._policy.place(
+            PlanInput(
+                demand=demand,
+                adapters=self._adapters,
+                engines=loads,
+                current=current,
+                cost=cost,
+                settings=self._plan_settings,
+            )
         )
-        placements = self._policy.place(inputs)
         moves = diff(current, placements)
         if not moves and plan.epoch and not shares_moved(current, placements):
             return
-        self.moves += sum(bool(move.target) for move in moves)
-        self._busy = True
-        self._tell(events.Begin(placements, self._adapters, frozenset(), now), now)
+        self._moves += sum(bool(move.target) for move in moves)
+        self._is_rolling_out = True
+        self._deliver(events.Begin(placements, self._adapters, frozenset(), now), now)
 
-    def prepared(self, engine: str, epoch: int, failed: Mapping[str, str], now: float) -> None:
-        """An engine's answer."""
-        self._tell(events.PrepareAnswered(engine, INCARNATION, epoch, failed), now)
+    def record_prepared(self, engine: str, epoch: int, failed: Mapping[str, str], now: float) -> None:
+        """Take an engine's answer to the preparation of a plan."""
+        self._deliver(events.PrepareAnswered(engine, INCARNATION, epoch, failed), now)
 
     def take_moves(self) -> int:
-        taken, self.moves = self.moves, 0
-        return taken
+        """Return how many copies plans loaded somewhere since the last call."""
+        moves, self._moves = self._moves, 0
+        return moves
 
-    def _tell(self, event: events.Event, now: float) -> None:
+    def _deliver(self, event: events.Event, now: float) -> None:
         for instruction in self._rollout.handle(event, now):
             self._carry_out(instruction, now)
 
     def _carry_out(self, instruction: events.Instruction, now: float) -> None:
-        """What engines do comes after what is happening now: they may be in the middle of an event of theirs."""
+        # Engines are called through the timeline, because they may be in the middle of an event of their own.
         match instruction:
             case events.Prepare(engine, epoch, adapters):
-                self._timeline.at(now, lambda at: self._engines[engine].prepare(epoch, adapters, at))
-                silent = events.PrepareFailed(engine, epoch, "it did not answer in time")
-                self._timeline.at(now + self._prepare_timeout_s, lambda at: self._tell(silent, at))
+                self._timeline.schedule(now, lambda at: self._engines[engine].prepare(epoch, adapters, at))
+                timeout = events.PrepareFailed(engine, epoch, "it did not answer in time")
+                self._timeline.schedule(now + self._prepare_timeout_s, lambda at: self._deliver(timeout, at))
             case events.Write(plan):
-                self._tell(events.Written(plan.epoch), now)
+                self._deliver(events.Written(plan.epoch), now)
             case events.Publish(plan):
-                self._published(plan, now)
+                self._publish(plan, now)
             case events.Retire(engine, epoch, keep):
-                self._timeline.at(now, lambda at: self._retire(engine, epoch, keep, at))
+                self._timeline.schedule(now, lambda at: self._retire(engine, epoch, keep, at))
             case events.Ended():
-                self._busy = False
+                self._is_rolling_out = False
             case events.Replan():
                 pass
 
     def _retire(self, engine: str, epoch: int, keep: tuple[str, ...], now: float) -> None:
         self._engines[engine].retire(epoch, keep, now)
-        self._tell(events.RetireEnded(engine, epoch), now)
+        self._deliver(events.RetireEnded(engine, epoch), now)

@@ -6,20 +6,20 @@ from loraserve.cost import StepShape
 from loraserve.cost.profile import Profile
 from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.messages import AdapterRef, Admit, SamplingParams
-from loraserve.sim.engine import SimEngine, Timeline, Watcher
+from loraserve.sim.engine import EngineListener, SimEngine, Timeline
 
 ADAPTER = AdapterRef(name="a", version="v", rank=64, slab_bytes=64 << 16)
 
 
-class Seen(Watcher):
+class Seen(EngineListener):
     def __init__(self) -> None:
         self.first: dict[str, float] = {}
         self.end: dict[str, float] = {}
 
-    def first_token(self, request_id: str, now: float) -> None:
+    def on_first_token(self, request_id: str, now: float) -> None:
         self.first[request_id] = now
 
-    def finished(self, request_id: str, now: float) -> None:
+    def on_finished(self, request_id: str, now: float) -> None:
         self.end[request_id] = now
 
 
@@ -48,7 +48,7 @@ def admit(number: int, prompt: int, output: int, adapter: AdapterRef | None = No
 
 
 def run(timeline: Timeline) -> None:
-    while timeline.next():
+    while timeline.run_next():
         pass
 
 
@@ -68,9 +68,9 @@ def test_looking_at_an_engine_changes_nothing(profile: Profile) -> None:
         timeline, seen = Timeline(), Seen()
         simulated = engine(profile, timeline, seen)
         for number, time_s in enumerate((0.0, 0.1, 0.35)):
-            timeline.at(time_s, lambda now, n=number, e=simulated: e.admit(admit(n, 50, 100 + n, ADAPTER), now))  # type: ignore[misc]
+            timeline.schedule(time_s, lambda now, n=number, e=simulated: e.admit(admit(n, 50, 100 + n, ADAPTER), now))  # type: ignore[misc]
         for look in range(looks):
-            timeline.at(look * 0.013, lambda now, e=simulated: e.report(now) and None)  # type: ignore[misc]
+            timeline.schedule(look * 0.013, lambda now, e=simulated: e.report(now) and None)  # type: ignore[misc]
         run(timeline)
         ends.append(seen.end)
     assert ends[1] == pytest.approx(ends[0])
@@ -80,7 +80,7 @@ def test_reports_say_how_far_the_requests_are(profile: Profile) -> None:
     timeline, seen = Timeline(), Seen()
     simulated = engine(profile, timeline, seen)
     simulated.admit(admit(1, prompt=100, output=1000), 0.0)
-    timeline.next()
+    timeline.run_next()
     load = simulated.report(1.0)
     step_s = profile.cost.step_s(StepShape(decode_sequences=1, kv_tokens=130))
     assert load.running == 1
@@ -109,7 +109,7 @@ def test_loads_share_one_link(profile: Profile) -> None:
     adapters = [AdapterRef(name=f"a{i}", version=f"v{i}", rank=64, slab_bytes=64 << 20) for i in range(2)]
     simulated.prepare(1, tuple(adapters), 0.0)
     loaded = []
-    while timeline.next():
+    while timeline.run_next():
         loaded.append(timeline.now_s)
     assert simulated.report(timeline.now_s).load_bytes == 64 << 20
     own_s = (64 << 20) / simulated.report(timeline.now_s).load_bytes_per_s
