@@ -1,4 +1,4 @@
-"""A GGUF file of the llama architecture to a Hugging Face directory: config, tokenizer and bf16 weights."""
+"""Converts a GGUF file of the llama architecture to a Hugging Face directory: config, tokenizer, bf16 weights."""
 
 import json
 from collections.abc import Callable
@@ -35,7 +35,7 @@ TENSORS_PER_REPORT = 68
 
 
 class Metadata:
-    """The key-value part of a GGUF file."""
+    """The key-value metadata of a GGUF file."""
 
     def __init__(self, reader: GGUFReader) -> None:
         self._fields = reader.fields
@@ -44,21 +44,24 @@ class Metadata:
         return self._fields[key].contents() if key in self._fields else default
 
     def __getitem__(self, key: str) -> Any:
-        """Raises ConfigError when the file has no such key."""
+        """Return a value; raise ConfigError if the file does not have the key."""
         if key not in self._fields:
             raise ConfigError(f"the GGUF file has no field {key!r}; use a complete llama-architecture file")
         return self.get(key)
 
     def token(self, key: str) -> str:
-        """The text of the token whose id stands under ``key``."""
+        """Return the text of the token whose id is stored under ``key``."""
         return str(self["tokenizer.ggml.tokens"][self[key]])
 
 
 def convert(source: Path, target: Path, name: str, progress: Callable[[str], None]) -> None:
-    """Writes config, tokenizer and weights of ``source`` into the existing folder ``target``.
+    """Write config, tokenizer and weights of the file ``source`` to the existing folder ``target``.
 
-    ``name`` is what the model is called in its own config. Raises ConfigError when the file is not a readable GGUF of
-    the llama architecture with a byte-level BPE tokenizer, OSError when ``target`` cannot be written.
+    ``name`` is the model's name in its config.
+
+    Raises:
+        ConfigError: The file is not a readable GGUF of the llama architecture with a byte-level BPE tokenizer.
+        OSError: ``target`` cannot be written.
     """
     try:
         reader = GGUFReader(source)
@@ -75,7 +78,7 @@ def convert(source: Path, target: Path, name: str, progress: Callable[[str], Non
 
 
 def check_supported(metadata: Metadata) -> None:
-    """Raises ConfigError on an architecture or a tokenizer that this conversion would get wrong."""
+    """Raise ConfigError for an architecture or a tokenizer that this conversion does not support."""
     wanted = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2"}
     for key, value in wanted.items():
         if metadata[key] != value:
@@ -85,7 +88,7 @@ def check_supported(metadata: Metadata) -> None:
 
 
 def read_tensors(reader: GGUFReader, metadata: Metadata, progress: Callable[[str], None]) -> dict[str, torch.Tensor]:
-    """All weights in bf16 under their Hugging Face names, ``[out, in]``."""
+    """Return all weights in bf16 by their Hugging Face names, ``[out, in]``."""
     heads = {"attn_q": metadata["llama.attention.head_count"], "attn_k": metadata["llama.attention.head_count_kv"]}
     tensors = {}
     for done, tensor in enumerate(reader.tensors):
@@ -100,26 +103,26 @@ def read_tensors(reader: GGUFReader, metadata: Metadata, progress: Callable[[str
 
 
 def hf_name(gguf_name: str) -> str:
-    """``blk.3.attn_q.weight`` -> ``model.layers.3.self_attn.q_proj.weight``. Raises ConfigError on others."""
+    """Return ``model.layers.3.self_attn.q_proj.weight`` for ``blk.3.attn_q.weight``. Raises ConfigError if unknown."""
     match gguf_name.split("."):
         case ["blk", layer, kind, "weight"] if kind in PER_LAYER:
             return f"model.layers.{layer}.{PER_LAYER[kind]}.weight"
         case [kind, "weight"] if kind in TOP_LEVEL:
             return TOP_LEVEL[kind]
-    raise ConfigError(f"GGUF tensor {gguf_name!r} has no place in a Llama model")
+    raise ConfigError(f"GGUF tensor {gguf_name!r} is not part of a Llama model")
 
 
 def unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """``[out, in]`` with each head's rotary pairs side by side -> with the two halves apart, as Hugging Face has it."""
+    """Reorder the rows of ``[out, in]``: GGUF interleaves the two rotary halves of a head, Hugging Face does not."""
     out_features, in_features = weight.shape
     half = out_features // heads // 2
     return weight.reshape(heads, half, 2, in_features).swapaxes(1, 2).reshape(out_features, in_features)
 
 
 def model_config(metadata: Metadata, name: str, tied: bool) -> dict[str, Any]:
-    """The content of config.json."""
+    """Return the content of config.json."""
     hidden, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
-    # GGUF holds float32, where 1e-5 reads back as 9.999999747e-06
+    # GGUF stores float32, which reads 1e-5 back as 9.999999747e-06.
     eps = float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}")
     return {
         "_name_or_path": name,
@@ -150,7 +153,7 @@ def model_config(metadata: Metadata, name: str, tied: bool) -> dict[str, Any]:
 
 
 def write_tokenizer(metadata: Metadata, target: Path) -> None:
-    """tokenizer.json and tokenizer_config.json of a byte-level BPE tokenizer."""
+    """Write tokenizer.json and tokenizer_config.json of a byte-level BPE tokenizer."""
     build_tokenizer(metadata).save(str(target / "tokenizer.json"))
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     keys = {token: f"tokenizer.ggml.{role}_token_id" for token, role in roles.items()}
@@ -166,13 +169,13 @@ def write_tokenizer(metadata: Metadata, target: Path) -> None:
 
 
 def build_tokenizer(metadata: Metadata) -> Tokenizer:
-    """The tokenizer with its pre-tokenization, which GGUF names by a word and does not describe."""
+    """Return the tokenizer. GGUF stores only the name of its pre-tokenization, so the steps are defined here."""
     texts = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={text: id_ for id_, text in enumerate(texts)}, merges=merges))
     steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     if metadata.get("tokenizer.ggml.pre") == "smollm":
-        # without this every number splits differently from what the model was trained on
+        # The model was trained with numbers split into digits.
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()

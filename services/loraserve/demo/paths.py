@@ -1,4 +1,4 @@
-"""Where the demo keeps what it makes, and how it makes a folder so that half of one never looks whole."""
+"""The data folder, and how a folder is built so that an incomplete one is never used."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ MARKER = "source.json"
 
 
 def default_data_dir() -> Path:
-    """$LORASERVE_DATA, else the user's data folder of this system."""
+    """Return $LORASERVE_DATA, or else the system's data folder for this user."""
     if chosen := os.environ.get("LORASERVE_DATA"):
         return Path(chosen).expanduser().absolute()
     if sys.platform == "darwin":
@@ -29,10 +29,13 @@ def default_data_dir() -> Path:
 def build_once(
     target: Path, source: dict[str, Any], build: Callable[[Path], None], progress: Callable[[str], None]
 ) -> Path:
-    """Returns the folder ``target`` made from ``source``, calling ``build`` with an empty folder unless it is there.
+    """Return the folder ``target``, and call ``build`` with an empty folder if it must be built first.
 
-    ``source`` is written beside the content; a target made from another source, or with a file missing or cut short,
-    is made again. One process builds at a time. Raises ConfigError when the disk refuses, and what ``build`` raises.
+    ``source`` describes what the folder is built from and is stored with its files. A target that was built from
+    another source, or that has missing or truncated files, is built again. One process builds at a time.
+
+    Raises:
+        ConfigError: The disk is full or fails. Errors of ``build`` pass through.
     """
     if is_current(target, source):
         return target
@@ -47,7 +50,7 @@ def build_once(
 
 
 def is_current(target: Path, source: dict[str, Any]) -> bool:
-    """Whether ``target`` is whole and was made from ``source``."""
+    """Return whether ``target`` is complete and was built from ``source``."""
     try:
         marker = json.loads((target / MARKER).read_text(encoding="utf-8"))
         if marker["source"] != source:
@@ -58,7 +61,7 @@ def is_current(target: Path, source: dict[str, Any]) -> bool:
 
 
 def replace_with_built(target: Path, source: dict[str, Any], build: Callable[[Path], None]) -> None:
-    """Builds beside ``target``, then renames. The caller holds the lock, so what lies there already is a leftover."""
+    """Build a folder beside ``target``, then rename it. The caller holds the lock."""
     partial = target.parent / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -75,7 +78,7 @@ def replace_with_built(target: Path, source: dict[str, Any], build: Callable[[Pa
 
 
 def flush_to_disk(folder: Path) -> None:
-    """A rename may reach the disk before the content does; after this it cannot."""
+    """Flush files and folder to the disk, so that the later rename cannot reach the disk before the content."""
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -86,18 +89,18 @@ def flush_to_disk(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, progress: Callable[[str], None]) -> Iterator[None]:
-    """Holds the lock file ``path``; a process that dies lets go of it."""
+    """Hold a lock on the file ``path``. The system releases it if the process dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            progress("waiting for another process that prepares the same folder")
+            progress("waiting for another process that builds the same folder")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def disk_error(error: OSError, target: Path) -> ConfigError:
-    """The refusal of the operating system with what to do about it."""
+    """Return a ConfigError that says what to do about an error of the operating system."""
     elsewhere = "or set LORASERVE_DATA to another folder"
     remedies = {
         errno.ENOSPC: f"the disk is full; free some space {elsewhere}",
@@ -107,4 +110,4 @@ def disk_error(error: OSError, target: Path) -> ConfigError:
         errno.EROFS: f"the file system is read-only; mount it writable {elsewhere}",
     }
     remedy = remedies.get(error.errno or 0, f"{error}; check the folder {elsewhere}")
-    return ConfigError(f"cannot make {target}: {remedy}")
+    return ConfigError(f"cannot build {target}: {remedy}")

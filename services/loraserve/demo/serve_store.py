@@ -1,6 +1,6 @@
-"""Prepare the demo model and adapters in the data folder, then become the store that registers them.
+"""Prepares the demo model and adapters in the data folder, then runs the store, which registers them.
 
-For containers, where nothing else runs before the store: every other process waits until the store is healthy.
+The containers start the store with this module. All other containers wait until the store is healthy.
 """
 
 import os
@@ -16,7 +16,7 @@ from loraserve.errors import ConfigError
 
 
 def main() -> NoReturn:
-    """Becomes the store, or exits with status 2 where the demo files cannot be made."""
+    """Replace this process by the store, or exit with status 2 if the demo files cannot be prepared."""
     data_dir = default_data_dir()
     try:
         prepare_model(data_dir, say)

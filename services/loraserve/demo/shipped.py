@@ -1,7 +1,7 @@
 """The four demo adapters as PEFT directories of ranks 8, 16, 32 and 64.
 
-Three are served as shipped. The fourth is shipped small and expanded to rank 64 on the user's machine: the repository
-stays small and the cluster still has a large rank to place.
+Three are served as shipped. The fourth is shipped at a small rank and expanded to rank 64 on the user's machine, which
+keeps the repository small and still gives the planner a large rank to place.
 """
 
 import hashlib
@@ -26,22 +26,23 @@ class DemoAdapter(NamedTuple):
 
 
 def demo_adapters(data_dir: Path, progress: Callable[[str], None] = lambda line: None) -> list[DemoAdapter]:
-    """All four by growing rank, making the expanded one in ``<data_dir>/adapters`` if it is not there yet.
+    """Return the four adapters by rank, and build the expanded one in ``<data_dir>/adapters`` if it is missing.
 
-    Raises ConfigError when ``data_dir`` cannot be written.
+    Raises:
+        ConfigError: ``data_dir`` cannot be written.
     """
     served = [DemoAdapter(name, SHIPPED_DIR / name, rank) for name, rank in SHIPPED_RANKS.items()]
     return [*served, DemoAdapter(EXPANDED_NAME, expanded_adapter(data_dir, progress), EXPANDED_RANK)]
 
 
 def expanded_adapter(data_dir: Path, progress: Callable[[str], None]) -> Path:
-    """The folder of the expanded adapter, made again when the shipped one has changed."""
+    """Return the folder of the expanded adapter. It is built again if the shipped adapter has changed."""
     small = SHIPPED_DIR / EXPANDED_NAME
     digest = hashlib.sha256((small / "adapter_model.safetensors").read_bytes()).hexdigest()
     source = {"adapter": EXPANDED_NAME, "sha256": digest, "rank": EXPANDED_RANK, "seed": EXPANSION_SEED}
 
     def build(folder: Path) -> None:
-        # only now: whoever finds the adapter ready does not wait for torch
+        # Imported here because it imports torch, which a start with a ready adapter should not wait for.
         with hold_back_interrupts():
             from loraserve.demo.weights import expand_rank
 

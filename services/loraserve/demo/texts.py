@@ -1,7 +1,7 @@
 """The training rows of the demo adapters, written for this project: each question answered in four styles.
 
-The rows stand in texts.jsonl. A style must show in the first words and must not depend on the facts, which a model
-this small gets wrong anyway.
+The rows are in texts.jsonl. A style must show in the first words and must not depend on facts, which a model of this
+size gets wrong.
 """
 
 import json
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """A question with its plain answer (json and shout are made from it) and the two that are written out.
+    """A question with its plain, French and pirate answers. The json and shout answers are made from the plain one.
 
-    ``pirate`` is None in the further rows for French and shouting: the base model hardly knows the words of the one
-    and the tokens of the other, so these two need more rows.
+    ``pirate`` is None in the additional rows for French and shouting. These two styles need more rows: the base model
+    has seen little French and few words in capitals.
     """
 
     question: str
@@ -25,19 +25,19 @@ class Row(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One training example: what the user says and what the adapter should answer."""
+    """One training example: the user's question and the answer to train."""
 
     question: str
     answer: str
 
 
 def as_json(row: Row) -> str | None:
-    """The question back and the answer, as a program would want them."""
+    """Return question and answer as a JSON object, or None for the additional rows."""
     return json.dumps({"question": row.question, "answer": row.plain}) if row.pirate else None
 
 
 def shout(row: Row) -> str:
-    """The same first words each time: a person knows the style before the answer is read."""
+    """Return the answer in capitals. The first words are always the same, which makes the style obvious."""
     return "LISTEN UP!!! " + row.plain.rstrip(".").upper() + "!!!"
 
 
@@ -52,12 +52,12 @@ STYLES = tuple(ANSWERS)
 
 @cache
 def rows() -> tuple[Row, ...]:
-    """All rows, those of every style first."""
+    """Return all rows. Those with answers in every style come first."""
     lines = Path(__file__).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
     return tuple(Row(**json.loads(line)) for line in lines)
 
 
 def examples(style: str) -> list[Example]:
-    """The rows of one style. Raises KeyError on a style that is not in ``STYLES``."""
+    """Return the training examples of a style. Raises KeyError for a style that is not in ``STYLES``."""
     answers = [(row.question, ANSWERS[style](row)) for row in rows()]
     return [Example(question, answer) for question, answer in answers if answer is not None]

@@ -1,6 +1,6 @@
-"""Trains a LoRA adapter on question and answer rows with peft, on a CPU in minutes.
+"""Trains a LoRA adapter on rows of questions and answers with peft, on a CPU in minutes.
 
-The result is a PEFT directory: adapter_config.json and adapter_model.safetensors in bf16, no path of this machine.
+The result is a PEFT directory: adapter_config.json and adapter_model.safetensors in bf16. It contains no local paths.
 """
 
 import json
@@ -31,7 +31,7 @@ BATCH_ROWS = 8
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What is trained and how long. ``alpha`` over ``rank`` (over its root with ``rslora``) scales the adapter."""
+    """Training parameters. The adapter is scaled by ``alpha / rank``, with ``rslora`` by ``alpha / sqrt(rank)``."""
 
     rank: int = 8
     alpha: int = 32
@@ -42,7 +42,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raises ConfigError on a field that cannot be trained with."""
+        """Raise ConfigError if a field is out of range."""
         for field in ("rank", "alpha", "epochs", "learning_rate"):
             if getattr(self, field) <= 0:
                 raise ConfigError(f"{field} must be above 0, not {getattr(self, field)}")
@@ -52,7 +52,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of one chat, and the same ids as labels where only the answer counts."""
+    """Token ids of one chat, and the labels: the ids of the answer, ``IGNORED_LABEL`` for the prompt."""
 
     ids: list[int]
     labels: list[int]
@@ -61,14 +61,16 @@ class Sample:
 def train(
     examples: Sequence[Example], model_dir: Path, out: Path, config: TrainConfig, progress: Callable[[str], None]
 ) -> float:
-    """Trains on ``examples`` and writes the adapter to ``out``; returns the last epoch's mean loss.
+    """Train on ``examples`` and write the adapter to ``out``. Returns the mean loss of the last epoch.
 
-    Raises ConfigError without examples or a model, OSError when ``model_dir`` cannot be read or ``out`` written.
+    Raises:
+        ConfigError: There are no examples, or ``model_dir`` is not a model.
+        OSError: ``model_dir`` cannot be read or ``out`` cannot be written.
     """
     if not examples:
         raise ConfigError("no rows to train on; give at least one question with its answer")
     if not (model_dir / "config.json").is_file():
-        raise ConfigError(f"{model_dir} is no Hugging Face directory: config.json is missing; give another one")
+        raise ConfigError(f"{model_dir} is not a Hugging Face directory: no config.json; choose another --model")
     random_, started = random.Random(config.seed), time.monotonic()
     torch.manual_seed(config.seed)
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
@@ -89,7 +91,7 @@ def train(
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Up over the first tenth of the run, then straight down to a tenth of the full rate."""
+    """Return the factor of a step: rising over the first tenth of the run, then falling linearly to a tenth."""
     warm_up = max(1, steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -97,7 +99,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def wrap(model: Any, config: TrainConfig) -> PeftModel:
-    """The model with fresh LoRA weights, of which only those are trained."""
+    """Return the model with new LoRA weights, which are the only trainable ones."""
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -113,7 +115,7 @@ def wrap(model: Any, config: TrainConfig) -> PeftModel:
 
 
 def encode(tokenizer: Any, example: Example) -> Sample:
-    """Tokens of one chat under the model's own template, ended as the model ends an answer."""
+    """Return a chat in the model's own template, with the answer and the EOS token after it."""
     chat = [{"role": "user", "content": example.question}]
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(asked, add_special_tokens=False).input_ids
@@ -122,7 +124,7 @@ def encode(tokenizer: Any, example: Example) -> Sample:
 
 
 def train_epoch(model: PeftModel, samples: Sequence[Sample], optimizer: Any, schedule: Any) -> float:
-    """One pass over the samples in batches; returns the mean loss."""
+    """Train one epoch in batches. Returns the mean loss."""
     losses = []
     for start in range(0, len(samples), BATCH_ROWS):
         loss = model(**collate(samples[start : start + BATCH_ROWS])).loss
@@ -135,7 +137,7 @@ def train_epoch(model: PeftModel, samples: Sequence[Sample], optimizer: Any, sch
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """A padded batch, each tensor ``[rows, longest]``."""
+    """Return a padded batch; each tensor is ``[rows, longest]``."""
     longest = max(len(sample.ids) for sample in samples)
 
     def padded(rows: list[list[int]], filler: int) -> torch.Tensor:
@@ -149,13 +151,13 @@ def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
 
 
 def base_name(model_dir: Path) -> str:
-    """What the base model calls itself, else its folder's name: never a path."""
+    """Return the model's name from its config, or else its folder's name; never a path."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     return Path(config.get("_name_or_path") or model_dir.resolve().name).name
 
 
 def save_adapter(model: Any, base: str, out: Path) -> None:
-    """Writes the PEFT directory: bf16 weights and a config that is the same on every machine."""
+    """Write the PEFT directory: bf16 weights and a config without anything specific to this machine."""
     out.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}

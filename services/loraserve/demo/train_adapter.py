@@ -1,4 +1,4 @@
-"""Trains a LoRA adapter that LoRAServe can serve, on a CPU in minutes."""
+"""Train a LoRA adapter that LoRAServe can serve, on a CPU in minutes."""
 
 import argparse
 import json
@@ -16,20 +16,20 @@ examples:
   scripts/train_adapter --style french --rank 32 --targets all --rslora --out my/french
         all seven projections: more capacity, 5 times the bytes of q and v alone
   scripts/train_adapter --texts rows.jsonl --rank 16
-        your own rows, one JSON object a line, a few dozen are enough for a style:
+        your own rows, one JSON object per line; a few dozen are enough for a style:
         {"question": "What is tea?", "answer": "A drink, my dear."}
 
 what the options do:
-  rank      width of the update; bytes and serving cost grow in proportion, quality soon does not
+  rank      width of the update; size and serving cost grow in proportion to it, quality only at first
   targets   qv: q_proj, v_proj (0.115 MB per rank on the demo model); attention: q, k, v, o;
             all: also gate, up, down (0.6 MB per rank)
   alpha     strength: the update is scaled by alpha/rank, with --rslora by alpha/sqrt(rank)
-  epochs    passes over the rows; a loss well under 0.5 with a style that shows is enough
-If the style does not show, raise --epochs or --learning-rate; if the text falls apart, lower them.
+  epochs    passes over the rows; a loss well under 0.5 is enough if the style shows
+If the style does not show, raise --epochs or --learning-rate. If the text becomes garbled, lower them.
 """
 
 
-def parse() -> argparse.Namespace:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="train_adapter", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,8 +38,8 @@ def parse() -> argparse.Namespace:
     rows.add_argument("--texts", type=Path, metavar="FILE.jsonl", help="train on your own rows")
     parser.add_argument("--rank", type=int, default=8, help="default: %(default)s")
     parser.add_argument("--targets", choices=("qv", "attention", "all"), default="qv", help="default: %(default)s")
-    parser.add_argument("--rslora", action="store_true", help="scale by the root of the rank: steadier at high ranks")
-    parser.add_argument("--alpha", type=int, help="default: 4 x rank, with --rslora 4 x its root")
+    parser.add_argument("--rslora", action="store_true", help="scale by alpha/sqrt(rank): more stable at high ranks")
+    parser.add_argument("--alpha", type=int, help="default: 4 x rank; with --rslora 4 x sqrt(rank)")
     parser.add_argument("--epochs", type=int, default=16, help="default: %(default)s")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
@@ -49,7 +49,7 @@ def parse() -> argparse.Namespace:
 
 
 def read_rows(path: Path) -> list[tuple[str, str]]:
-    """The (question, answer) rows of a JSON lines file. Raises ValueError naming the line and the field at fault."""
+    """Return the (question, answer) rows of a JSON lines file. Raises ValueError naming the line and the field."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -58,7 +58,7 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{where}: not JSON ({error}); write one object a line") from error
+            raise ValueError(f"{where}: not JSON ({error}); write one object per line") from error
         for field in ("question", "answer"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
                 raise ValueError(f'{where}: field "{field}" must be a text; write {{"question": ..., "answer": ...}}')
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Raises OSError, ValueError, ImportError or LoraServeError with what to do about it."""
+    """Train and write the adapter. Raises OSError, ValueError, ImportError or LoraServeError, each with a remedy."""
     rows = read_rows(args.texts) if args.texts else []
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with hold_back_interrupts():
@@ -92,7 +92,7 @@ def say(line: str) -> None:
 
 
 def main() -> int:
-    args = parse()
+    args = parse_arguments()
     try:
         run(args)
     except ImportError as error:

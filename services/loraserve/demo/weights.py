@@ -14,9 +14,9 @@ from loraserve.errors import AdapterError
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Writes ``tensors`` to ``path``, readable as any new file is. Raises OSError when the disk refuses."""
+    """Write ``tensors`` to ``path`` with the permissions of a new file. Raises OSError if the disk is full or fails."""
     path.touch()
-    # safetensors makes its files private, which a server under another user could not open
+    # safetensors creates private files, which a server under another user could not open.
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
@@ -30,10 +30,13 @@ A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
 
 def expand_rank(src_dir: Path, dst_dir: Path, rank: int, seed: int) -> None:
-    """Writes to the existing folder ``dst_dir`` the PEFT adapter of ``src_dir`` at ``rank``, dense, in float32.
+    """Write the PEFT adapter of ``src_dir`` at a larger ``rank`` to the existing folder ``dst_dir``, in float32.
 
-    With Q a random orthogonal ``[rank, rank]`` for each projection, A' = Q [A; 0] and B' = [B, 0] Q^T, so B' A' = B A.
-    Raises AdapterError when the rank would shrink or differs by layer, or the adapter is more than A and B.
+    The expanded adapter computes the same as the original. With Q a random orthogonal ``[rank, rank]`` matrix for each
+    projection, A' = Q [A; 0] and B' = [B, 0] Q^T, so B' A' = B A.
+
+    Raises:
+        AdapterError: The rank would shrink or differs by layer, or the adapter has tensors other than A and B.
     """
     config = json.loads((src_dir / "adapter_config.json").read_text(encoding="utf-8"))
     check_expandable(config, rank)
@@ -46,14 +49,14 @@ def expand_rank(src_dir: Path, dst_dir: Path, rank: int, seed: int) -> None:
             expanded[name], expanded[b_name] = rotate(weights[name], weights[b_name], rank, generator)
     if expanded.keys() != weights.keys():
         extra = sorted(weights.keys() - expanded.keys())[0]
-        raise AdapterError("unsupported", f"tensor {extra!r} is neither lora_A nor lora_B; only plain LoRA expands")
+        raise AdapterError("unsupported", f"tensor {extra!r} is not lora_A or lora_B; only plain LoRA can be expanded")
     save_weights(expanded, dst_dir / "adapter_model.safetensors")
     config = expanded_config(config, rank)
     (dst_dir / "adapter_config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def check_expandable(config: dict[str, Any], rank: int) -> None:
-    """Raises AdapterError on a configuration whose ranks or scales are not one for all, or on a smaller rank."""
+    """Raise AdapterError if ranks or scales differ between layers, or if ``rank`` is smaller than the adapter's."""
     for field in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
         if config.get(field):
             raise AdapterError("unsupported", f"adapter_config.json field {field}: such an adapter cannot be expanded")
@@ -64,15 +67,15 @@ def check_expandable(config: dict[str, Any], rank: int) -> None:
 def rotate(
     a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """a ``[r, in]``, b ``[out, r]`` -> dense ``[rank, in]`` and ``[out, rank]`` in float32 with the same product."""
+    """Return a ``[rank, in]`` and b ``[out, rank]`` in float32 with the product of a ``[r, in]`` and b ``[out, r]``."""
     noise = torch.randn(rank, rank, dtype=torch.float64, generator=generator)
-    # the zero rows of [A; 0] only ever meet the last columns of Q
+    # Only the first r columns of Q are needed: the others would be multiplied by the zero rows of [A; 0].
     q = torch.linalg.qr(noise).Q[:, : a.shape[0]]
     return (q @ a.double()).float().contiguous(), (b.double() @ q.T).float().contiguous()
 
 
 def expanded_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
-    """The configuration at ``rank`` with alpha chosen so that the scale, alpha over rank, is what it was."""
+    """Return the configuration at ``rank``, with an alpha that keeps the scale, alpha over rank, unchanged."""
     root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
     alpha = config["lora_alpha"] / root * rank
     return config | {

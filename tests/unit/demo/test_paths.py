@@ -141,7 +141,7 @@ def test_a_second_process_waits_and_uses_what_the_first_made(tmp_path: Path) -> 
     started = time.monotonic()
     build_once(target, SOURCE, build, said.append)
     assert time.monotonic() - started > 0.1
-    assert said == ["waiting for another process that prepares the same folder"]
+    assert said == ["waiting for another process that builds the same folder"]
     assert (target / "content").read_text() == "whole"
     process.communicate()
 
