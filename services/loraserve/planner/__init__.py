@@ -1,1 +1,1 @@
-"""The planner: where copies of adapters live, and the roll-out of a new plan."""
+"""The planner: decides where copies of adapters live, and rolls a new plan out."""

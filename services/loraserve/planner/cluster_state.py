@@ -1,34 +1,79 @@
-"""Which engines there are to plan for, from the monitor's pictures. Pure."""
+"""What the planner knows of the cluster: ready engines and demand from the monitor, adapters from the store."""
 
-from loraserve.messages import ClusterLoad, EngineLoad
+from collections.abc import Iterable, Sequence
 
-FORGET_MISSING_S = 5.0
-"""A monitor that has just started has not heard of every engine yet: what it does not name is kept this long."""
+import msgspec
+
+from loraserve.cost import CostModel
+from loraserve.messages import AdapterDemand, AdapterRef, ClusterLoad, EngineLoad, Placement
+from loraserve.planner.placement.problem import PlanInput, PlanSettings
+
+FORGET_ENGINE_S = 5.0
+"""Time for which an engine that the monitor does not name is kept: a monitor that has just started names few."""
 
 
-class EngineBook:
-    """Engines that are alive and READY, by their last reports."""
+class ClusterState:
+    """The last reports. ``adapters`` is by version and replaced, never changed, when the registry changes."""
 
     def __init__(self) -> None:
+        self.demand: tuple[AdapterDemand, ...] = ()
+        self.adapters: dict[str, AdapterRef] = {}
+        self._registry_known = False
         self._named_s: dict[str, float] = {}
         self._ready: dict[str, EngineLoad] = {}
 
-    def update(self, picture: ClusterLoad, now: float) -> None:
-        for seen in picture.engines:
+    def take_load(self, load: ClusterLoad, now: float) -> None:
+        """Take a report of the monitor."""
+        self.demand = load.demand
+        for seen in load.engines:
             name = seen.load.engine
             self._named_s[name] = now
             if seen.alive and seen.load.state == "READY":
                 self._ready[name] = seen.load
             else:
                 self._ready.pop(name, None)
-        for name in [name for name, named_s in self._named_s.items() if now - named_s > FORGET_MISSING_S]:
+        for name in [name for name, named_s in self._named_s.items() if now - named_s > FORGET_ENGINE_S]:
             del self._named_s[name]
             self._ready.pop(name, None)
 
-    def ready(self) -> list[EngineLoad]:
-        """In order of their names."""
+    def take_registry(self, adapters: Iterable[AdapterRef]) -> None:
+        """Take the adapters that the store has registered."""
+        self.adapters = {adapter.version: adapter for adapter in adapters}
+        self._registry_known = True
+
+    def ready_engines(self) -> list[EngineLoad]:
+        """Return the last reports of engines that are alive and READY, in order of names."""
         return [load for _, load in sorted(self._ready.items())]
 
-    def names(self) -> set[str]:
-        """All that were heard of lately, also those that are not ready."""
+    def engine_names(self) -> set[str]:
+        """Return all engines that the monitor named lately, ready or not."""
         return set(self._named_s)
+
+    def missing(self) -> str:
+        """Return in words what is missing to make a plan; "" if nothing is."""
+        if not self._ready:
+            return "no engine is ready"
+        # Without the registry every planned adapter would count as unregistered.
+        return "" if self._registry_known else "the store has not sent its adapters yet; ask again"
+
+    def plan_input(
+        self, current: Sequence[Placement], cost: CostModel, settings: PlanSettings
+    ) -> tuple[PlanInput, str]:
+        """Return what to plan from, and in words what is wrong with it.
+
+        If only drained engines are ready, they are used in spite of it.
+        """
+        engines, problem = self.ready_engines(), ""
+        if all(load.engine in settings.drained for load in engines):
+            names = ", ".join(load.engine for load in engines)
+            problem = f"only drained engines are ready ({names}); they serve until another is"
+            settings = msgspec.structs.replace(settings, drained=frozenset())
+        inputs = PlanInput(
+            demand=self.demand,
+            adapters=self.adapters,
+            engines=engines,
+            current=current,
+            cost=cost,
+            settings=settings,
+        )
+        return inputs, problem

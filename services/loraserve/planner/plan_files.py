@@ -1,4 +1,4 @@
-"""What the planner must not forget, on disk: the last complete plan, and which engines are drained."""
+"""What the planner must remember over restarts, on disk: the last complete plan, and which engines are drained."""
 
 import os
 from collections.abc import Iterable
@@ -10,33 +10,36 @@ import msgspec
 from loraserve.log import get_logger
 from loraserve.messages import Plan
 
-FILE_NAME = "plan.json"
+PLAN_NAME = "plan.json"
 DRAINED_NAME = "drained.json"
 
 T = TypeVar("T")
 log = get_logger(__name__)
 
 
-class Epochs:
-    """Reads and replaces the planner's files; a crash leaves the old or the new content, never half of one."""
+class PlanFiles:
+    """Reads and replaces the planner's files. A crash leaves the old or the new content, never a part of one.
+
+    Writes block until the disk has the content: call them in a thread.
+    """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
-    def read(self) -> Plan | None:
-        """The last complete plan; None where there is none or it cannot be read (it is then set aside)."""
-        return self._read(FILE_NAME, Plan)
+    def read_plan(self) -> Plan | None:
+        """Return the last complete plan; None if there is none or it is unreadable, in which case it is set aside."""
+        return self._read(PLAN_NAME, Plan)
 
     def read_drained(self) -> frozenset[str]:
-        """Engines that are to stay empty; none where that cannot be read."""
+        """Return the engines that must stay empty; none if the file is unreadable."""
         return self._read(DRAINED_NAME, frozenset[str]) or frozenset()
 
-    def write(self, plan: Plan) -> None:
-        """Raises OSError where the disk refuses; the old plan then stays."""
-        self._write(FILE_NAME, plan)
+    def write_plan(self, plan: Plan) -> None:
+        """Replace the plan; raises OSError if the disk refuses, and the old plan then stays."""
+        self._write(PLAN_NAME, plan)
 
     def write_drained(self, engines: Iterable[str]) -> None:
-        """Raises OSError where the disk refuses; what was drained then stays so."""
+        """Replace the drained engines; raises OSError if the disk refuses, and the old ones then stay."""
         self._write(DRAINED_NAME, sorted(engines))
 
     def _read(self, name: str, kind: type[T]) -> T | None:
@@ -46,19 +49,20 @@ class Epochs:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            # msgspec passes on text that is no UTF-8, and nesting without end, as they are.
-            log.error("file_unreadable", file=str(file), reason=str(error), remedy="it is set aside, and written anew")
+            # msgspec raises UnicodeDecodeError and RecursionError as they are.
+            remedy = "it is set aside, and the next plan is written to a new file"
+            log.error("file_unreadable", file=str(file), reason=str(error), remedy=remedy)
             try:
                 file.replace(file.with_suffix(".unreadable"))
             except OSError as refusal:
-                # The planner does without, all the same: a disk that is broken must not keep it from starting.
+                # A broken disk must not keep the planner from starting.
                 log.error("file_not_set_aside", file=str(file), reason=str(refusal))
             return None
 
     def _write(self, name: str, content: Any) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / name
-        # One name for all: what a killed planner left behind is written over by the next.
+        # With a fixed name, the next planner overwrites what a killed one left behind.
         temporary = file.with_suffix(".tmp")
         try:
             with temporary.open("wb") as half:
@@ -71,12 +75,12 @@ class Epochs:
         try:
             _sync_folder(self._folder)
         except OSError as error:
-            # Whoever reads the file from now on finds the new content: it is in force, whatever a power cut may do.
+            # Every reader finds the new content from now on, so it is in force, whatever a power cut may do.
             log.error("folder_not_synced", folder=str(self._folder), reason=str(error))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Until then a power cut may bring the file before back, which engines have moved on from."""
+    """Sync the directory entry; until then a power cut may bring the old file back, which engines are past."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

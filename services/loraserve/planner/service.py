@@ -1,11 +1,11 @@
-"""The planner process: a plan every interval or on demand, rolled out make-before-break.
+"""The planner process: makes a plan every interval or on demand, and rolls it out make-before-break.
 
-What a roll-out does next is decided in rollout.py; here its instructions are carried out.
+``rollout/machine.py`` decides what a roll-out does next; this module carries out its instructions. Planning and disk
+writes run in threads, so that the planner answers messages meanwhile.
 """
 
 import asyncio
-from collections import defaultdict
-from collections.abc import Coroutine, Mapping
+from collections.abc import Coroutine
 from contextlib import AsyncExitStack, suppress
 from math import inf
 from pathlib import Path
@@ -18,7 +18,6 @@ from loraserve.cost import CostLearner
 from loraserve.cost.profile import initial_cost_model
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import (
-    AdapterDemand,
     AdapterRef,
     ClusterLoad,
     Drain,
@@ -34,52 +33,60 @@ from loraserve.messages import (
     RetireDone,
     ToPlanner,
 )
-from loraserve.planner.cluster_state import EngineBook
+from loraserve.planner.cluster_state import ClusterState
 from loraserve.planner.placement.moves import diff, explain_moves
 from loraserve.planner.placement.policies import PLACEMENT_POLICIES
-from loraserve.planner.placement.problem import PlanInput, PlanSettings
-from loraserve.planner.plan_files import Epochs
+from loraserve.planner.placement.problem import PlacementPolicy, PlanInput, PlanSettings
+from loraserve.planner.plan_files import PlanFiles
 from loraserve.planner.rollout import events
-from loraserve.planner.rollout.copies import recovered, shares_moved
+from loraserve.planner.rollout.copies import copy_id, recover_placements, shares_differ
 from loraserve.planner.rollout.machine import Rollout
 from loraserve.service import Service
-from loraserve.story import Story, StoryEntry
+from loraserve.story import StoryEntry
 
 REPUBLISH_S = 2.0
 RETIRE_TIMEOUT_S = 5.0
 DRAIN_RETRY_S = 5.0
-"""Until a drain that could not be rolled out is tried again."""
+"""Time after which a drain that could not be rolled out is tried again."""
 NO_PLAN = Plan(epoch=0, created_unix_s=0.0, placements=())
 
 
 class PlannerService(Service):
-    """One roll-out at a time; a drain does not wait for one that is being prepared, it takes its place."""
+    """Plans and rolls out one plan at a time. A drain does not wait for a plan that is being prepared: it replaces it.
+
+    ``files`` and ``policy`` are those of the configuration unless a test gives others.
+    """
 
     inbox = ToPlanner
 
-    def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
+    def __init__(
+        self,
+        config: Config,
+        bus: Bus,
+        clock: Clock,
+        *,
+        files: PlanFiles | None = None,
+        policy: PlacementPolicy | None = None,
+    ) -> None:
         super().__init__(config, bus, clock)
-        self._epochs = Epochs(Path(config.cluster.data_dir) / "planner")
+        self._files = files or PlanFiles(Path(config.cluster.data_dir) / "planner")
+        self._policy = policy or PLACEMENT_POLICIES[config.planner.policy]
         self._rollout = Rollout(NO_PLAN)
-        self._drained: frozenset[str] = frozenset()
-        self._engines = EngineBook()
-        self._demand: tuple[AdapterDemand, ...] = ()
-        self._adapters: dict[str, AdapterRef] = {}
-        self._registry_known = False
-        self._unknown_pins: set[str] = set()
-        self._one_at_a_time = asyncio.Lock()
-        self._due = asyncio.Event()
-        self._ended: dict[int, asyncio.Future[events.Ended]] = {}
+        self._cluster = ClusterState()
         self._learner = CostLearner(initial_cost_model(config))
-        self._story = Story()
-        self._published: Mapping[str, str] = {}
-        """Where the last published plan has copies of each version, for the story."""
+        self._drained: frozenset[str] = frozenset()
+        self._unknown_pins: set[str] = set()
+        self._planning = asyncio.Lock()
+        self._draining = asyncio.Lock()
+        self._plan_now = asyncio.Event()
+        self._ends: dict[int, asyncio.Future[events.RolloutEnded]] = {}
+        """Ends of roll-outs that are waited for, by epoch."""
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Raises ConfigError where a pin names an engine that does not exist."""
+        """Raises ConfigError if a pin names an engine that does not exist."""
         check_pins(self.config)
-        self._rollout = Rollout(self._epochs.read() or NO_PLAN)
-        self._drained = self._epochs.read_drained()
+        self._rollout = Rollout(self._files.read_plan() or NO_PLAN)
+        self._drained = self._files.read_drained()
         plan = self._rollout.plan
         self.log.info("plan_read", epoch=plan.epoch, copies=len(plan.placements), drained=sorted(self._drained))
         self.bus.subscribe("monitor", "load")
@@ -94,7 +101,7 @@ class PlannerService(Service):
         return f"epoch {plan.epoch}, {len(plan.placements)} copies{drained}"
 
     def story_entries(self, subject: str) -> list[StoryEntry]:
-        return self._story.entries(subject)
+        return self._rollout.story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:
@@ -105,129 +112,116 @@ class PlannerService(Service):
             case GetPlan():
                 self.bus.respond(envelope, self._rollout.plan)
             case Rebalance(dry_run=dry_run):
-                self.spawn(self._answer(envelope, self._rebalance(dry_run)))
+                self.spawn(self._respond(envelope, self._rebalance(dry_run)))
             case Drain(engine=engine, on=on):
-                # Not behind a roll-out that is being prepared: it takes its place.
-                self.spawn(self._answer(envelope, self._drain(engine, on)))
+                self.spawn(self._respond(envelope, self._drain(engine, on)))
 
-    async def _answer(self, envelope: Envelope, work: Coroutine[Any, Any, RebalanceDone]) -> None:
+    async def _respond(self, envelope: Envelope, work: Coroutine[Any, Any, RebalanceDone]) -> None:
         self.bus.respond(envelope, await work)
 
     def _take_load(self, load: ClusterLoad) -> None:
-        self._engines.update(load, self.clock.monotonic_s())
-        self._demand = load.demand
-        self._learner.learn(self._engines.ready(), self._engines.names())
-        self._tell(events.EnginesSeen(tuple(self._engines.ready()), self._adapters))
+        self._cluster.take_load(load, self.clock.monotonic_s())
+        engines = self._cluster.ready_engines()
+        self._learner.learn(engines, self._cluster.engine_names())
+        self._handle_event(events.EnginesSeen(tuple(engines), self._cluster.adapters))
 
     def _take_registry(self, adapters: tuple[AdapterRef, ...]) -> None:
-        self._adapters = {adapter.version: adapter for adapter in adapters}
-        self._registry_known = True
+        self._cluster.take_registry(adapters)
         unknown = self.config.planner.pins.keys() - {adapter.name for adapter in adapters}
         if unknown != self._unknown_pins:
             self._unknown_pins = unknown
             for name in sorted(unknown):
-                self.log.warning("pin_waits", field=f"planner.pins.{name}", reason="no adapter of this name is loaded")
+                reason = "no adapter of this name is registered"
+                self.log.warning("pin_waits", field=f"planner.pins.{name}", reason=reason)
 
     async def _plan_every_interval(self) -> None:
         while True:
-            wait_s = min(self.config.planner.interval_s, DRAIN_RETRY_S if self._drain_is_open() else inf)
+            wait_s = min(self.config.planner.interval_s, DRAIN_RETRY_S if self._drain_is_pending() else inf)
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._due.wait(), wait_s)
-            self._due.clear()
+                await asyncio.wait_for(self._plan_now.wait(), wait_s)
+            self._plan_now.clear()
             await self._rebalance(dry_run=False)
 
     async def _republish(self) -> None:
         while True:
-            # Where there is none, on disk neither, routers keep what they have.
+            # Without a plan, not even on disk, routers keep the one that they have.
             if self._rollout.plan.epoch:
                 self.bus.publish("plan", self._rollout.plan)
             await asyncio.sleep(REPUBLISH_S)
 
     async def _drain(self, engine: str, on: bool) -> RebalanceDone:
-        names = {*engine_names(self.config), *self._engines.names(), *self._drained}
+        names = {*engine_names(self.config), *self._cluster.engine_names(), *self._drained}
         if engine not in names:
             raise PeerError("unknown_engine", f"there is no engine {engine}; there are {', '.join(sorted(names))}")
-        drained = self._drained | {engine} if on else self._drained - {engine}
-        if drained != self._drained:
-            try:
-                self._epochs.write_drained(drained)
-            except OSError as error:
-                text = f"which engines are drained could not be written, and stays as it was: {error}"
-                return self._nothing_done(text, failed=True)
-            self._drained = drained
-            self.log.info("drain", engine=engine, on=on, drained=sorted(drained))
-            self._tell(events.GiveUp())
+        async with self._draining:
+            drained = self._drained | {engine} if on else self._drained - {engine}
+            if drained != self._drained:
+                try:
+                    await asyncio.to_thread(self._files.write_drained, drained)
+                except OSError as error:
+                    text = f"the drained engines could not be written to disk and stay as they were: {error}"
+                    return self._not_applied(text, failed=(text,))
+                self._drained = drained
+                self.log.info("drain", engine=engine, on=on, drained=sorted(drained))
+                self._handle_event(events.Cancel())
         done = await self._rebalance(dry_run=False)
-        if self._drain_is_open():
-            self._due.set()
+        if self._drain_is_pending():
+            self._plan_now.set()
         return done
 
-    def _drain_is_open(self) -> bool:
-        """Not rolled out yet: a planner may have died over it, or the disk was full."""
+    def _drain_is_pending(self) -> bool:
+        """Return whether the plan in force is of other drained engines: a planner died, or the disk was full."""
         return self._drained != frozenset(self._rollout.plan.drained)
 
     async def _rebalance(self, dry_run: bool) -> RebalanceDone:
-        async with self._one_at_a_time:
-            unknown = self._unknown()
-            if unknown:
-                return self._nothing_done(unknown, failed=True)
-            before = self._current()
-            inputs, problem = self._plan_input(before)
-            placements = PLACEMENT_POLICIES[self.config.planner.policy](inputs)
+        """Make a plan and, unless it is a dry run, roll it out."""
+        async with self._planning:
+            missing = self._cluster.missing()
+            if missing:
+                return self._not_applied(missing, failed=(missing,))
+            drained = self._drained
+            inputs, problem = self._cluster.plan_input(self._placements(), self._learner.cost, self._settings(drained))
             failed = (problem,) if problem else ()
+            placements = await asyncio.to_thread(self._policy, inputs)
             if dry_run:
-                moves = tuple(explain_moves(inputs, placements, diff(before, placements)))
-                plan = Plan(
-                    epoch=self._rollout.epoch + 1,
-                    created_unix_s=self.clock.unix_s(),
-                    placements=placements,
-                    drained=tuple(sorted(self._drained)),
-                )
-                return RebalanceDone(plan=plan, moves=moves, applied=False, message="dry run", failed=failed)
-            if not self._has_to_change(placements):
-                done = self._nothing_done("the plan is right as it is")
-                return RebalanceDone(plan=done.plan, moves=(), applied=False, message=done.message, failed=failed)
-            ended = await self._roll_out(placements)
-            failed = (*failed, *ended.failed)
-            plan = self._rollout.plan
-            made = diff(before, plan.placements) if ended.applied else []
-            explained = tuple(explain_moves(inputs, plan.placements, made))
-            text = "; ".join(failed)
-            return RebalanceDone(plan=plan, moves=explained, applied=ended.applied, message=text, failed=failed)
+                return await self._describe(inputs, placements, drained, failed)
+            if drained != self._drained:
+                # The Drain that changed it waits for the lock and plans anew.
+                text = "the plan was given up for a newer one, because the drained engines changed"
+                return self._not_applied(text, failed=(text,))
+            if not self._differs(placements):
+                return self._not_applied("the plan is right as it is", failed)
+            ended = await self._roll_out(placements, inputs)
+            plan, failed = self._rollout.plan, (*failed, *ended.failed)
+            moves = diff(inputs.current, plan.placements) if ended.applied else []
+            explained = await asyncio.to_thread(explain_moves, inputs, plan.placements, moves)
+            return RebalanceDone(
+                plan=plan, moves=tuple(explained), applied=ended.applied, message="; ".join(failed), failed=failed
+            )
 
-    def _nothing_done(self, message: str, failed: bool = False) -> RebalanceDone:
-        problems = (message,) if failed else ()
-        return RebalanceDone(plan=self._rollout.plan, moves=(), applied=False, message=message, failed=problems)
-
-    def _unknown(self) -> str:
-        """What is missing to plan with, in words; "" where nothing is."""
-        if not self._engines.ready():
-            return "no engine is ready"
-        # A planner that has just started would take every adapter of its plan for unregistered.
-        return "" if self._registry_known else "the store has not told yet which adapters there are; ask again"
-
-    def _current(self) -> tuple[Placement, ...]:
-        """What is in force; where the plan was lost, what engines still hold of it."""
-        plan = self._rollout.plan
-        return plan.placements if plan.epoch else recovered(self._engines.ready(), self._adapters)
-
-    def _plan_input(self, current: tuple[Placement, ...]) -> tuple[PlanInput, str]:
-        """Return what to plan from, and what is wrong with it in words."""
-        ready = self._engines.ready()
-        engines, drained, problem = [e for e in ready if e.engine not in self._drained], self._drained, ""
-        if not engines:
-            names = ", ".join(load.engine for load in ready)
-            problem = f"only drained engines are ready ({names}); they serve until another is"
-            engines, drained = ready, frozenset()
-        inputs = PlanInput(
-            demand=self._demand,
-            adapters=self._adapters,
-            engines=engines,
-            current=current,
-            cost=self._learner.cost,
-            settings=self._settings(drained),
+    async def _describe(
+        self, inputs: PlanInput, placements: tuple[Placement, ...], drained: frozenset[str], failed: tuple[str, ...]
+    ) -> RebalanceDone:
+        """Return the plan as the next one, without applying it."""
+        moves = diff(inputs.current, placements)
+        explained = await asyncio.to_thread(explain_moves, inputs, placements, moves)
+        plan = Plan(
+            epoch=self._rollout.epoch + 1,
+            created_unix_s=self.clock.unix_s(),
+            placements=placements,
+            drained=tuple(sorted(drained)),
         )
-        return inputs, problem
+        return RebalanceDone(plan=plan, moves=tuple(explained), applied=False, message="dry run", failed=failed)
+
+    def _not_applied(self, message: str, failed: tuple[str, ...] = ()) -> RebalanceDone:
+        return RebalanceDone(plan=self._rollout.plan, moves=(), applied=False, message=message, failed=failed)
+
+    def _placements(self) -> tuple[Placement, ...]:
+        """Return the placements in force; if the plan was lost, those that engines still hold."""
+        plan = self._rollout.plan
+        if plan.epoch:
+            return plan.placements
+        return recover_placements(self._cluster.ready_engines(), self._cluster.adapters)
 
     def _settings(self, drained: frozenset[str]) -> PlanSettings:
         planner = self.config.planner
@@ -239,29 +233,30 @@ class PlannerService(Service):
             drained=drained,
         )
 
-    def _has_to_change(self, placements: tuple[Placement, ...]) -> bool:
+    def _differs(self, placements: tuple[Placement, ...]) -> bool:
+        """Return whether the placements have to be rolled out."""
         plan = self._rollout.plan
-        before = {(p.engine, p.version) for p in plan.placements}
         return (
-            before != {(p.engine, p.version) for p in placements}
-            or self._drained != frozenset(plan.drained)
-            or shares_moved(plan.placements, placements)
-            or self._rollout.lacks(self.clock.monotonic_s())
+            set(map(copy_id, plan.placements)) != set(map(copy_id, placements))
+            or self._drain_is_pending()
+            or shares_differ(plan.placements, placements)
+            or self._rollout.lacks_copies(self.clock.monotonic_s())
         )
 
-    async def _roll_out(self, placements: tuple[Placement, ...]) -> events.Ended:
-        begin = events.Begin(placements, self._adapters, self._drained, self.clock.unix_s())
+    async def _roll_out(self, placements: tuple[Placement, ...], inputs: PlanInput) -> events.RolloutEnded:
+        """Roll out the placements, with the adapters that they were computed from."""
+        begin = events.Begin(placements, inputs.adapters, self._drained, self.clock.unix_s())
         epoch = self._rollout.epoch + 1
-        ended: asyncio.Future[events.Ended] = asyncio.get_running_loop().create_future()
-        self._ended[epoch] = ended
-        self._tell(begin)
+        end: asyncio.Future[events.RolloutEnded] = asyncio.get_running_loop().create_future()
+        self._ends[epoch] = end
+        self._handle_event(begin)
         try:
-            return await ended
+            return await end
         finally:
-            del self._ended[epoch]
+            del self._ends[epoch]
 
-    def _tell(self, event: events.Event) -> None:
-        """One event to the roll-out, its instructions to the world."""
+    def _handle_event(self, event: events.Event) -> None:
+        """Give an event to the roll-out and carry out its instructions."""
         for instruction in self._rollout.handle(event, self.clock.monotonic_s()):
             self._carry_out(instruction)
 
@@ -270,59 +265,47 @@ class PlannerService(Service):
             case events.Prepare():
                 self.spawn(self._prepare(instruction))
             case events.Write(plan):
-                self._tell(self._write(plan))
+                # The roll-out cannot go on without an answer, so an unexpected error ends the process.
+                self.spawn_vital(self._write(plan))
             case events.Publish(plan):
                 self.bus.publish("plan", plan)
-                self._note_copies(plan)
                 self.log.info("plan_published", epoch=plan.epoch, copies=len(plan.placements), drained=plan.drained)
             case events.Retire():
                 self.spawn(self._retire(instruction))
-            case events.Ended(epoch, applied, failed):
+            case events.RolloutEnded(epoch, applied, failed):
                 self.log.info("roll_out_ended", epoch=epoch, applied=applied, failed=failed)
-                if epoch in self._ended and not self._ended[epoch].done():
-                    self._ended[epoch].set_result(instruction)
+                if epoch in self._ends and not self._ends[epoch].done():
+                    self._ends[epoch].set_result(instruction)
             case events.Replan(engine):
                 self.log.info("engine_is_back", engine=engine)
-                self._due.set()
+                self._plan_now.set()
 
-    def _note_copies(self, plan: Plan) -> None:
-        """Add an entry for each adapter whose copies or shares differ from the plan published before."""
-        copies: dict[str, list[str]] = defaultdict(list)
-        for placement in plan.placements:
-            copies[placement.version].append(f"{placement.engine} ({placement.share:.0%} of its requests)")
-        placed = {version: ", ".join(sorted(engines)) for version, engines in copies.items()}
-        now = self.clock.monotonic_s()
-        for version in placed.keys() | self._published.keys():
-            before, after = self._published.get(version), placed.get(version)
-            if before != after:
-                self._story.tell(version, now, f"plan epoch {plan.epoch}: copies on {after or 'no engine'}")
-        self._published = placed
-
-    def _write(self, plan: Plan) -> events.Written | events.WriteFailed:
+    async def _write(self, plan: Plan) -> None:
         try:
-            self._epochs.write(plan)
+            await asyncio.to_thread(self._files.write_plan, plan)
         except OSError as error:
             self.log.error("plan_not_written", epoch=plan.epoch, reason=str(error))
-            return events.WriteFailed(plan.epoch, str(error))
-        return events.Written(plan.epoch)
+            self._handle_event(events.WriteFailed(plan.epoch, str(error)))
+        else:
+            self._handle_event(events.Written(plan.epoch))
 
-    async def _prepare(self, asked: events.Prepare) -> None:
-        message = PreparePlan(epoch=asked.epoch, adapters=asked.adapters)
+    async def _prepare(self, prepare: events.Prepare) -> None:
+        message = PreparePlan(epoch=prepare.epoch, adapters=prepare.adapters)
         timeout_s = self.config.planner.prepare_timeout_s
         try:
-            answer = await self.bus.request(asked.engine, message, Prepared, timeout_s)
+            answer = await self.bus.request(prepare.engine, message, Prepared, timeout_s)
         except (RequestTimeoutError, PeerError) as error:
-            self.log.warning("engine_not_prepared", engine=asked.engine, epoch=asked.epoch, reason=str(error))
-            self._tell(events.PrepareFailed(asked.engine, asked.epoch, str(error)))
+            self.log.warning("engine_not_prepared", engine=prepare.engine, epoch=prepare.epoch, reason=str(error))
+            self._handle_event(events.PrepareFailed(prepare.engine, prepare.epoch, str(error)))
             return
         if answer.failed:
-            self.log.warning("copies_not_prepared", engine=asked.engine, epoch=asked.epoch, failed=answer.failed)
-        self._tell(events.PrepareAnswered(asked.engine, answer.incarnation, answer.epoch, answer.failed))
+            self.log.warning("copies_not_prepared", engine=prepare.engine, epoch=prepare.epoch, failed=answer.failed)
+        self._handle_event(events.PrepareAnswered(prepare.engine, answer.incarnation, answer.epoch, answer.failed))
 
-    async def _retire(self, asked: events.Retire) -> None:
-        message = RetireCopies(epoch=asked.epoch, keep=asked.keep)
+    async def _retire(self, retire: events.Retire) -> None:
+        message = RetireCopies(epoch=retire.epoch, keep=retire.keep)
         try:
-            await self.bus.request(asked.engine, message, RetireDone, RETIRE_TIMEOUT_S)
+            await self.bus.request(retire.engine, message, RetireDone, RETIRE_TIMEOUT_S)
         except (RequestTimeoutError, PeerError) as error:
-            self.log.warning("engine_not_retired", engine=asked.engine, epoch=asked.epoch, reason=str(error))
-        self._tell(events.RetireEnded(asked.engine, asked.epoch))
+            self.log.warning("engine_not_retired", engine=retire.engine, epoch=retire.epoch, reason=str(error))
+        self._handle_event(events.RetireEnded(retire.engine, retire.epoch))

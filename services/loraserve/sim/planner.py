@@ -11,7 +11,7 @@ from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Plan
 from loraserve.planner.placement.moves import diff
 from loraserve.planner.placement.problem import PlanInput, PlanSettings
 from loraserve.planner.rollout import events
-from loraserve.planner.rollout.copies import recovered, shares_moved
+from loraserve.planner.rollout.copies import recover_placements, shares_differ
 from loraserve.planner.rollout.machine import Rollout
 from loraserve.sim.engine import INCARNATION, SimEngine, Timeline
 from loraserve.sim.outcome import SimSettings
@@ -53,7 +53,7 @@ class SimPlanner:
         if self._is_rolling_out:
             return
         plan = self._rollout.plan
-        current = plan.placements if plan.epoch else recovered(loads, self._adapters)
+        current = plan.placements if plan.epoch else recover_placements(loads, self._adapters)
         placements = self._policy.place(
             PlanInput(
                 demand=demand,
@@ -65,7 +65,7 @@ class SimPlanner:
             )
         )
         moves = diff(current, placements)
-        if not moves and plan.epoch and not shares_moved(current, placements):
+        if not moves and plan.epoch and not shares_differ(current, placements):
             return
         self._moves += sum(bool(move.target) for move in moves)
         self._is_rolling_out = True
@@ -97,7 +97,7 @@ class SimPlanner:
                 self._publish(plan, now)
             case events.Retire(engine, epoch, keep):
                 self._timeline.schedule(now, lambda at: self._retire(engine, epoch, keep, at))
-            case events.Ended():
+            case events.RolloutEnded():
                 self._is_rolling_out = False
             case events.Replan():
                 pass

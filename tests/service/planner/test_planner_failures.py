@@ -61,7 +61,7 @@ def test_a_restarted_planner_waits_for_the_registry_and_retires_nothing(play) ->
         await asyncio.sleep(25.0)
         done = await stage.rebalance()
         assert (done.applied, len(done.failed)) == (False, 1)
-        assert "the store has not told" in done.failed[0]
+        assert "the store has not sent its adapters" in done.failed[0]
         assert await stage.plan() == kept
         assert {what for what, _, _ in stage.diary} == {"publish"}
 

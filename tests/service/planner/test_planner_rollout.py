@@ -29,7 +29,7 @@ from loraserve.messages import (
     ToPlanner,
     ToRouter,
 )
-from loraserve.planner.rollout.copies import by_engine
+from loraserve.planner.rollout.copies import versions_by_engine
 from loraserve.planner.service import PlannerService
 from loraserve.service import ServiceState
 from loraserve.testing.bus import Fault, MemoryNetwork
@@ -136,7 +136,7 @@ class Cluster:
 
     def check_held(self, plan: Plan) -> None:
         """Make before break: what a router is told is there."""
-        for engine, versions in by_engine(plan.placements).items():
+        for engine, versions in versions_by_engine(plan.placements).items():
             assert engine in self.dead or versions <= self.holders[engine].pins.keys(), f"{engine} has not got it all"
 
     def kill(self, name: str) -> None:
@@ -170,7 +170,7 @@ class Cluster:
         plan = self.plan_at_router
         if plan is None:
             return False
-        planned = by_engine(plan.placements)
+        planned = versions_by_engine(plan.placements)
         return all(set(h.pins) == planned.get(h.name, set()) for h in self.holders.values())
 
     async def settles(self) -> Plan:
@@ -216,7 +216,7 @@ def play(tmp_path: Path) -> Callable[..., None]:
 def test_whoever_dies_in_whichever_phase_the_last_complete_epoch_is_served(play, victim: str, phase: str) -> None:
     async def scenario(cluster: Cluster) -> None:
         first = (await cluster.ask(Rebalance())).plan
-        assert by_engine(first.placements).keys() == set(ENGINES)
+        assert versions_by_engine(first.placements).keys() == set(ENGINES)
         cluster.victim, cluster.strike = victim, PHASES[phase]
         draining = asyncio.create_task(cluster.ask(Drain(engine="engine-0", on=True)))
         await cluster.struck.wait()
@@ -288,7 +288,7 @@ def test_a_monitor_that_has_just_started_loses_no_engine(play) -> None:
         cluster.monitor.publish("load", picture(cluster.holders["engine-0"].report(), incarnation="m2"))
         await asyncio.sleep(0.1)
         dry = await cluster.ask(Rebalance(dry_run=True))
-        assert by_engine(dry.plan.placements) == by_engine(plan.placements)
+        assert versions_by_engine(dry.plan.placements) == versions_by_engine(plan.placements)
 
     play(scenario)
 
@@ -313,10 +313,12 @@ def test_the_store_gone_while_a_plan_is_prepared_costs_only_what_could_not_be_lo
         done = await cluster.ask(Drain(engine="engine-0", on=True))
         assert done.failed == tuple(f"engine-1: {gone}" for _ in new)
         assert done.plan.drained == ("engine-0",)
-        assert by_engine(done.plan.placements) == by_engine(first.placements), "what could not move has stayed"
+        assert versions_by_engine(done.plan.placements) == versions_by_engine(first.placements), (
+            "what could not move has stayed"
+        )
         target.peer.script = script
         again = await cluster.ask(Rebalance())
-        assert by_engine(again.plan.placements) == {"engine-1": versions(first)}
+        assert versions_by_engine(again.plan.placements) == {"engine-1": versions(first)}
         await cluster.settles()
 
     play(scenario)
@@ -368,7 +370,7 @@ def test_a_drain_does_not_wait_for_a_plan_that_is_being_prepared(play) -> None:
         begun_s = asyncio.get_running_loop().time()
         done = await cluster.ask(Drain(engine="engine-0", on=True))
         assert asyncio.get_running_loop().time() - begun_s < 10.0
-        assert by_engine(done.plan.placements) == {"engine-1": {a.version for a in ADAPTERS}}
+        assert versions_by_engine(done.plan.placements) == {"engine-1": {a.version for a in ADAPTERS}}
         assert (await slow).failed == ("epoch 2 was given up for a newer plan",)
 
     play(scenario)

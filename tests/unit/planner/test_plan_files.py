@@ -11,19 +11,19 @@ from pathlib import Path
 import pytest
 
 from loraserve.messages import Placement, Plan
-from loraserve.planner.plan_files import FILE_NAME, Epochs
+from loraserve.planner.plan_files import PLAN_NAME, PlanFiles
 
 WRITER = """
 import sys
 from pathlib import Path
 from loraserve.messages import Placement, Plan
-from loraserve.planner.plan_files import Epochs
+from loraserve.planner.plan_files import PlanFiles
 
-epochs, epoch = Epochs(Path(sys.argv[1])), int(sys.argv[2])
+files, epoch = PlanFiles(Path(sys.argv[1])), int(sys.argv[2])
 while True:
     epoch += 1
     copies = tuple(Placement(version=str(n), name=str(epoch), engine="e0", share=1.0) for n in range(2000))
-    epochs.write(Plan(epoch=epoch, created_unix_s=1.0, placements=copies))
+    files.write_plan(Plan(epoch=epoch, created_unix_s=1.0, placements=copies))
     print(epoch, flush=True)
 """
 
@@ -45,14 +45,14 @@ def small_disk(limit_bytes: int) -> Iterator[None]:
 
 
 def test_there_is_no_plan_at_first(tmp_path: Path) -> None:
-    assert Epochs(tmp_path / "planner").read() is None
+    assert PlanFiles(tmp_path / "planner").read_plan() is None
 
 
 def test_the_last_plan_written_is_read_by_the_next_process(tmp_path: Path) -> None:
     for epoch in (1, 2):
-        Epochs(tmp_path / "planner").write(plan(epoch))
-    assert Epochs(tmp_path / "planner").read() == plan(2)
-    assert [f.name for f in (tmp_path / "planner").iterdir()] == [FILE_NAME]
+        PlanFiles(tmp_path / "planner").write_plan(plan(epoch))
+    assert PlanFiles(tmp_path / "planner").read_plan() == plan(2)
+    assert [f.name for f in (tmp_path / "planner").iterdir()] == [PLAN_NAME]
 
 
 @pytest.mark.parametrize(
@@ -69,44 +69,44 @@ def test_the_last_plan_written_is_read_by_the_next_process(tmp_path: Path) -> No
     ids=["empty", "text", "cut", "not utf-8", "another message", "wrong type", "nested without end"],
 )
 def test_an_unreadable_file_is_set_aside_and_the_next_plan_can_be_written(tmp_path: Path, content: bytes) -> None:
-    (tmp_path / FILE_NAME).write_bytes(content)
-    epochs = Epochs(tmp_path)
-    assert epochs.read() is None
+    (tmp_path / PLAN_NAME).write_bytes(content)
+    files = PlanFiles(tmp_path)
+    assert files.read_plan() is None
     (aside,) = tmp_path.iterdir()
-    assert (aside.name != FILE_NAME, aside.read_bytes()) == (True, content)
-    epochs.write(plan(1))
-    assert epochs.read() == plan(1)
+    assert (aside.name != PLAN_NAME, aside.read_bytes()) == (True, content)
+    files.write_plan(plan(1))
+    assert files.read_plan() == plan(1)
 
 
 def test_a_disk_that_is_full_raises_and_the_old_plan_stays(tmp_path: Path) -> None:
-    epochs = Epochs(tmp_path)
-    epochs.write(plan(1))
+    files = PlanFiles(tmp_path)
+    files.write_plan(plan(1))
     with small_disk(1000), pytest.raises(OSError, match="too large"):
-        epochs.write(plan(2, copies=100))
-    assert epochs.read() == plan(1)
-    assert [f.name for f in tmp_path.iterdir()] == [FILE_NAME], "what was half written is left behind"
-    epochs.write(plan(3))
-    assert epochs.read() == plan(3)
+        files.write_plan(plan(2, copies=100))
+    assert files.read_plan() == plan(1)
+    assert [f.name for f in tmp_path.iterdir()] == [PLAN_NAME], "what was half written is left behind"
+    files.write_plan(plan(3))
+    assert files.read_plan() == plan(3)
 
 
 def test_a_folder_that_cannot_be_synced_is_no_reason_to_say_that_the_old_plan_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    epochs = Epochs(tmp_path)
-    epochs.write(plan(1))
+    files = PlanFiles(tmp_path)
+    files.write_plan(plan(1))
 
     def refuses(folder: Path) -> None:
         raise OSError("Input/output error")
 
     monkeypatch.setattr("loraserve.planner.plan_files._sync_folder", refuses)
-    epochs.write(plan(2))
-    assert epochs.read() == plan(2), "it is there for the next process, so it has to be in force in this one"
+    files.write_plan(plan(2))
+    assert files.read_plan() == plan(2), "it is there for the next process, so it has to be in force in this one"
 
 
 def test_a_folder_that_cannot_be_made_raises(tmp_path: Path) -> None:
     (tmp_path / "planner").write_text("a file is in its place")
     with pytest.raises(OSError, match="planner"):
-        Epochs(tmp_path / "planner").write(plan(1))
+        PlanFiles(tmp_path / "planner").write_plan(plan(1))
 
 
 def test_a_process_killed_while_it_writes_leaves_the_old_or_the_new_plan(tmp_path: Path) -> None:
@@ -119,7 +119,7 @@ def test_a_process_killed_while_it_writes_leaves_the_old_or_the_new_plan(tmp_pat
             time.sleep(delay_s)
             writer.kill()
             said = max([said, *(int(line) for line in writer.stdout.read().split())])
-        left = Epochs(tmp_path).read()
+        left = PlanFiles(tmp_path).read_plan()
         assert left is not None
         assert left.epoch in (said, said + 1)
         assert {p.name for p in left.placements} == {str(left.epoch)}

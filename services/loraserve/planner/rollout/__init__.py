@@ -1,1 +1,1 @@
-"""The roll-out of a plan: a state machine, its events, and what is left of a plan when copies fail. Pure."""
+"""The roll-out of plans: a pure state machine with its events, and the copies that remain when some fail."""

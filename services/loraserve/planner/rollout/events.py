@@ -1,4 +1,4 @@
-"""What the roll-out of plans is told, and what it tells the planner to do. Plain data, no behaviour."""
+"""Events that a roll-out takes, and instructions that it returns. Plain data."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from loraserve.messages import AdapterRef, EngineLoad, Placement, Plan
 
 
 class Begin(msgspec.Struct, frozen=True):
-    """Make this the plan. One that is still being prepared is given up for it."""
+    """Make these placements the plan. A roll-out that is still being prepared is cancelled for it."""
 
     placements: tuple[Placement, ...]
     adapters: Mapping[str, AdapterRef]
@@ -16,18 +16,20 @@ class Begin(msgspec.Struct, frozen=True):
     unix_s: float
 
 
-class GiveUp(msgspec.Struct, frozen=True):
-    """A plan that is still being prepared is not wanted any more; one that is written stays."""
+class Cancel(msgspec.Struct, frozen=True):
+    """Cancel the roll-out if it is still being prepared; once a plan is being written it stays."""
 
 
 class EnginesSeen(msgspec.Struct, frozen=True):
-    """The engines that are alive and READY now; one that is not among them, or is another incarnation, was lost."""
+    """The engines that are alive and READY. Any other, or another incarnation of one, was lost."""
 
     engines: tuple[EngineLoad, ...]
     adapters: Mapping[str, AdapterRef]
 
 
 class PrepareAnswered(msgspec.Struct, frozen=True):
+    """An engine prepared its copies, except the versions in ``failed``, which have reasons."""
+
     engine: str
     incarnation: str
     epoch: int
@@ -35,7 +37,7 @@ class PrepareAnswered(msgspec.Struct, frozen=True):
 
 
 class PrepareFailed(msgspec.Struct, frozen=True):
-    """Silence or a refusal: of its copies those are there that its last report says it holds."""
+    """An engine refused or did not answer in time. Only the copies in its last report count as prepared."""
 
     engine: str
     epoch: int
@@ -43,26 +45,30 @@ class PrepareFailed(msgspec.Struct, frozen=True):
 
 
 class Written(msgspec.Struct, frozen=True):
+    """The plan is on disk."""
+
     epoch: int
 
 
 class WriteFailed(msgspec.Struct, frozen=True):
+    """The plan could not be written; the file holds the plan before."""
+
     epoch: int
     reason: str
 
 
 class RetireEnded(msgspec.Struct, frozen=True):
-    """Answered or not: a pin too many costs memory only, and is seen in the engine's reports."""
+    """An engine answered a Retire or did not. Superfluous pins cost memory only, and its reports show them."""
 
     engine: str
     epoch: int
 
 
-Event = Begin | GiveUp | EnginesSeen | PrepareAnswered | PrepareFailed | Written | WriteFailed | RetireEnded
+Event = Begin | Cancel | EnginesSeen | PrepareAnswered | PrepareFailed | Written | WriteFailed | RetireEnded
 
 
 class Prepare(msgspec.Struct, frozen=True):
-    """Answered by PrepareAnswered or PrepareFailed."""
+    """Ask an engine to load and pin adapters. The answer is PrepareAnswered or PrepareFailed."""
 
     engine: str
     epoch: int
@@ -70,25 +76,27 @@ class Prepare(msgspec.Struct, frozen=True):
 
 
 class Write(msgspec.Struct, frozen=True):
-    """Answered by Written or WriteFailed before any other event."""
+    """Write the plan to disk. The answer is Written or WriteFailed; no Begin may come before it."""
 
     plan: Plan
 
 
 class Publish(msgspec.Struct, frozen=True):
+    """Send the plan to the routers."""
+
     plan: Plan
 
 
 class Retire(msgspec.Struct, frozen=True):
-    """Answered by RetireEnded."""
+    """Ask an engine to unpin everything but ``keep``. The answer is RetireEnded."""
 
     engine: str
     epoch: int
     keep: tuple[str, ...]
 
 
-class Ended(msgspec.Struct, frozen=True):
-    """A roll-out is over. ``failed`` says in words what was not done."""
+class RolloutEnded(msgspec.Struct, frozen=True):
+    """A roll-out is over. ``failed`` lists in words what was not done."""
 
     epoch: int
     applied: bool
@@ -96,9 +104,9 @@ class Ended(msgspec.Struct, frozen=True):
 
 
 class Replan(msgspec.Struct, frozen=True):
-    """An engine that a plan had to do without is back."""
+    """Make a new plan: an engine that the last one had to do without is back."""
 
     engine: str
 
 
-Instruction = Prepare | Write | Publish | Retire | Ended | Replan
+Instruction = Prepare | Write | Publish | Retire | RolloutEnded | Replan

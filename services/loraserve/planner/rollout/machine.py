@@ -1,6 +1,24 @@
-"""What engines were last asked for, so that they are asked again in time and not more often. Pure."""
+"""The roll-out of plans as a state machine: events in, instructions out.
 
-from collections import deque
+A roll-out makes copies before it publishes them and removes copies afterwards (make-before-break)::
+
+    IDLE       --begin-->         PREPARING    engines load and pin the copies of the new plan
+    PREPARING  --begin-->         PREPARING    a newer plan replaces it
+    PREPARING  --cancel-->        IDLE         what was prepared is retired
+    PREPARING  --all_prepared-->  WRITING      the plan, less what failed, goes to disk
+    WRITING    --written-->       RETIRING     the plan is published, and engines unpin what it does not name
+    WRITING    --write_failed-->  RETIRING     the plan before stays, and engines unpin what was prepared
+    RETIRING   --begin-->         PREPARING    a newer plan does not wait
+    RETIRING   --all_retired-->   IDLE
+
+A copy that cannot be prepared is left out of the plan, and the copy that it was to replace stays. Each roll-out has an
+epoch of its own, greater than any that an engine has heard of, so that messages of a roll-out that came to nothing (the
+planner died, the disk was full) are never taken for those of a newer one.
+
+Between roll-outs engines are held to the plan: one that restarted is asked for its copies at once, and pins that the
+plan does not name, such as those of a dead planner, are retired.
+"""
+
 from collections.abc import Mapping
 from enum import StrEnum
 from math import inf
@@ -8,13 +26,18 @@ from math import inf
 import msgspec
 
 from loraserve.messages import AdapterRef, EngineLoad, Plan
-from loraserve.planner.rollout.copies import Copy, by_engine, copy_of, pinned, prepared
+from loraserve.planner.rollout.copies import (
+    CopyId,
+    copy_id,
+    pinned_versions,
+    replace_absent_copies,
+    versions_by_engine,
+)
 from loraserve.planner.rollout.events import (
     Begin,
-    Ended,
+    Cancel,
     EnginesSeen,
     Event,
-    GiveUp,
     Instruction,
     Prepare,
     PrepareAnswered,
@@ -23,180 +46,212 @@ from loraserve.planner.rollout.events import (
     Replan,
     Retire,
     RetireEnded,
+    RolloutEnded,
     Write,
     WriteFailed,
     Written,
 )
+from loraserve.story import Story
 
 RETRY_S = 5.0
-"""An engine that does not hold what it should is asked again after this long; reports are late by less."""
-
-
-class Asked(msgspec.Struct, frozen=True):
-    """``ended_s`` is infinite while there is no answer."""
-
-    incarnation: str
-    epoch: int
-    ended_s: float
-
-
-def due(asked: Mapping[str, Asked], load: EngineLoad, now: float) -> bool:
-    """An engine that was restarted at once, else a while after it answered or did not."""
-    last = asked.get(load.engine)
-    return last is None or last.incarnation != load.incarnation or now - last.ended_s >= RETRY_S
+"""Time after which an engine that does not do what it was asked is asked again. Reports are late by less."""
 
 
 class Phase(StrEnum):
+    """State of the roll-out."""
+
     IDLE = "IDLE"
     PREPARING = "PREPARING"
     WRITING = "WRITING"
     RETIRING = "RETIRING"
 
 
+class Trigger(StrEnum):
+    """What changes the state."""
+
+    BEGIN = "begin"
+    CANCEL = "cancel"
+    ALL_PREPARED = "all_prepared"
+    WRITTEN = "written"
+    WRITE_FAILED = "write_failed"
+    ALL_RETIRED = "all_retired"
+
+
+TRANSITIONS: dict[tuple[Phase, Trigger], Phase] = {
+    (Phase.IDLE, Trigger.BEGIN): Phase.PREPARING,
+    (Phase.PREPARING, Trigger.BEGIN): Phase.PREPARING,
+    (Phase.PREPARING, Trigger.CANCEL): Phase.IDLE,
+    (Phase.PREPARING, Trigger.ALL_PREPARED): Phase.WRITING,
+    (Phase.WRITING, Trigger.WRITTEN): Phase.RETIRING,
+    (Phase.WRITING, Trigger.WRITE_FAILED): Phase.RETIRING,
+    (Phase.RETIRING, Trigger.BEGIN): Phase.PREPARING,
+    (Phase.RETIRING, Trigger.ALL_RETIRED): Phase.IDLE,
+}
+
+
 class Attempt(msgspec.Struct):
-    """``incarnations`` are of engines that were asked and not lost since, ``silent`` those of them that did not answer
-    in time, ``absent`` copies not there, with reasons."""
+    """The roll-out under way.
+
+    ``incarnations``: engines that were asked to prepare and have not been lost since. ``waiting``: engines whose answer
+    is outstanding. ``absent``: copies that are not there, with reasons. ``silent``: engines that did not answer in time
+    but are still alive. ``plan``: what is written. ``refused``: why the roll-out came to nothing.
+    """
 
     epoch: int
     begin: Begin
-    incarnations: dict[str, str]
-    waiting: set[str]
-    absent: dict[Copy, str]
+    incarnations: dict[str, str] = msgspec.field(default_factory=dict)
+    waiting: set[str] = msgspec.field(default_factory=set)
+    absent: dict[CopyId, str] = msgspec.field(default_factory=dict)
     silent: set[str] = msgspec.field(default_factory=set)
-    phase: Phase = Phase.PREPARING
     plan: Plan | None = None
     applied: bool = False
     refused: str = ""
 
-    @property
-    def failed(self) -> tuple[str, ...]:
-        failed = [f"{engine}: {reason}" for (engine, _), reason in sorted(self.absent.items())]
-        return (*failed, self.refused) if self.refused else tuple(failed)
+    def failures(self) -> tuple[str, ...]:
+        """Return in words what was not done."""
+        failures = [f"{engine}: {reason}" for (engine, _), reason in sorted(self.absent.items())]
+        return (*failures, self.refused) if self.refused else tuple(failures)
 
 
-KEPT_LINES = 1000
+class LastRequest(msgspec.Struct, frozen=True):
+    """The last request of a kind to an engine. ``ended_s`` is infinite while it is unanswered."""
+
+    incarnation: str
+    epoch: int
+    ended_s: float
 
 
 class Rollout:
-    """``plan`` is the last that was published, ``epoch`` the greatest that was given to an attempt or heard of."""
+    """The roll-out of one plan after another.
+
+    ``plan`` is the last published plan, ``epoch`` the greatest that was given to a roll-out or reported by an engine.
+    ``story`` has entries by adapter version and by ``story_subject(epoch)``.
+    """
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.epoch = plan.epoch
+        self.phase = Phase.IDLE
         self.engines: dict[str, EngineLoad] = {}
+        self.story = Story()
         self._attempt: Attempt | None = None
         self._left_out: dict[str, str] = {}
-        """Engines that the last roll-outs lost, with the incarnation that was lost."""
-        self._asked: dict[str, Asked] = {}
-        self._retired: dict[str, Asked] = {}
-        """By engine, what it was last asked to prepare and to retire."""
-        self._lines: deque[tuple[int, str]] = deque(maxlen=KEPT_LINES)
-
-    @property
-    def phase(self) -> Phase:
-        return self._attempt.phase if self._attempt else Phase.IDLE
+        """Engines that the last roll-outs did without, with the incarnation that was lost."""
+        self._last_prepare: dict[str, LastRequest] = {}
+        self._last_retire: dict[str, LastRequest] = {}
+        self._now = 0.0
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
-        """What to do about one event."""
+        """Take an event and return what to do about it."""
+        self._now = now
         match event:
             case Begin():
                 return self._begin(event)
-            case GiveUp():
-                return self._give_up(now)
+            case Cancel():
+                return self._cancel()
             case EnginesSeen(engines, adapters):
-                return self._seen(engines, adapters, now)
+                return self._see_engines(engines, adapters)
             case PrepareAnswered(engine, incarnation, epoch, failed):
-                self._note_end(engine, epoch, now)
-                return self._answered(engine, incarnation, epoch, failed)
+                self._note_prepare_ended(engine, epoch)
+                return self._take_prepared(engine, incarnation, epoch, failed)
             case PrepareFailed(engine, epoch, reason):
-                self._note_end(engine, epoch, now)
+                self._note_prepare_ended(engine, epoch)
                 self._tell(epoch, f"{engine} did not prepare: {reason}")
-                return self._silent(engine, reason) if self.waits_for(engine, epoch, Phase.PREPARING) else []
+                return self._do_without(engine, reason) if self.waits_for(engine, epoch, Phase.PREPARING) else []
             case Written(epoch):
-                return self._written(epoch, now)
+                return self._publish(epoch)
             case WriteFailed(epoch, reason):
-                return self._write_failed(epoch, reason, now)
+                return self._keep_old_plan(epoch, reason)
             case RetireEnded(engine, epoch):
-                return self._retire_ended(engine) if self.waits_for(engine, epoch, Phase.RETIRING) else []
+                return self._take_retired(engine) if self.waits_for(engine, epoch, Phase.RETIRING) else []
 
-    def lacks(self, now: float) -> bool:
-        """Whether engines do not hold what is planned, although they were asked for it a while ago."""
-        planned = by_engine(self.plan.placements)
-        late = (load for load in self.engines.values() if due(self._asked, load, now))
-        return any(planned.get(load.engine, set()) - pinned(load) for load in late)
+    def lacks_copies(self, now: float) -> bool:
+        """Return whether engines lack planned copies although a request for them has ended a while ago."""
+        planned = versions_by_engine(self.plan.placements)
+        return any(
+            planned.get(load.engine, set()) - pinned_versions(load)
+            for load in self.engines.values()
+            if _is_due(self._last_prepare, load, now)
+        )
 
     def waits_for(self, engine: str, epoch: int, phase: Phase) -> bool:
-        """Answers that come twice, or for an attempt that is over, are nobody's."""
+        """Return whether this answer is outstanding; answers that come twice or too late are ignored."""
         attempt = self._attempt
-        return attempt is not None and (attempt.epoch, attempt.phase) == (epoch, phase) and engine in attempt.waiting
-
-    def story(self, epoch: int) -> list[str]:
-        """What happened to one of the last epochs."""
-        return [text for about, text in self._lines if about == epoch]
+        return attempt is not None and (attempt.epoch, self.phase) == (epoch, phase) and engine in attempt.waiting
 
     def validate(self) -> None:
-        """Every invariant of the state; raises AssertionError naming the one that broke."""
-        copies = [copy_of(p) for p in self.plan.placements]
+        """Check every invariant of the state; raises AssertionError naming the one that is broken."""
+        copies = [copy_id(p) for p in self.plan.placements]
         assert len(copies) == len(set(copies)), "a copy is planned twice"
         for version in {v for _, v in copies}:
             total = sum(p.share for p in self.plan.placements if p.version == version)
             assert abs(total - 1) < 1e-6, f"shares of {version} sum to {total}"
-        assert self.epoch >= self.plan.epoch, "an epoch is published that was never given"
+        assert self.epoch >= self.plan.epoch, "a published epoch was never given to a roll-out"
         attempt = self._attempt
+        assert (attempt is None) == (self.phase is Phase.IDLE), "only an idle roll-out has no attempt"
         if attempt is None:
             return
         assert attempt.epoch <= self.epoch
         assert attempt.applied == (attempt.epoch == self.plan.epoch), "an attempt is in force before it is written"
-        assert (attempt.phase is Phase.WRITING) or attempt.waiting, "a roll-out waits for nobody"
-        assert {engine for engine, _ in attempt.absent}.isdisjoint(attempt.waiting) or attempt.phase is Phase.RETIRING
-        assert attempt.absent.keys() <= {copy_of(p) for p in attempt.begin.placements}
+        assert not attempt.applied or self.phase is Phase.RETIRING, "an attempt is in force before it is written"
+        assert bool(attempt.waiting) != (self.phase is Phase.WRITING), "engines are waited for except while writing"
+        assert (attempt.plan is None) == (self.phase is Phase.PREPARING), "the plan is fixed when writing begins"
+        is_retiring = self.phase is Phase.RETIRING
+        assert is_retiring or {engine for engine, _ in attempt.absent}.isdisjoint(attempt.waiting)
+        assert attempt.absent.keys() <= {copy_id(p) for p in attempt.begin.placements}
+
+    def _advance(self, trigger: Trigger) -> None:
+        assert (self.phase, trigger) in TRANSITIONS, f"{trigger} is no transition of {self.phase}"
+        self.phase = TRANSITIONS[self.phase, trigger]
 
     def _begin(self, begin: Begin) -> list[Instruction]:
-        assert self.phase is not Phase.WRITING, "a plan is begun before the last was written"
-        ended = self._end() if self._attempt else []
+        assert self.phase is not Phase.WRITING, "a roll-out begins while the plan of the last is being written"
+        instructions: list[Instruction] = [*self._end_attempt()]
+        self._advance(Trigger.BEGIN)
         self.epoch += 1
-        attempt = self._attempt = Attempt(self.epoch, begin, {}, set(), {})
-        instructions: list[Instruction] = [*ended]
-        for engine, versions in sorted(by_engine(begin.placements).items()):
+        attempt = self._attempt = Attempt(self.epoch, begin)
+        for engine, versions in sorted(versions_by_engine(begin.placements).items()):
             if engine not in self.engines:
                 attempt.absent.update({(engine, version): "it is not ready" for version in versions})
                 continue
             attempt.incarnations[engine] = self.engines[engine].incarnation
             attempt.waiting.add(engine)
             instructions.append(self._prepare(engine, attempt.epoch, versions, begin.adapters))
-        self._tell(attempt.epoch, f"begun: {len(begin.placements)} copies on {len(attempt.waiting)} engines")
+        self._tell(attempt.epoch, f"began with {len(begin.placements)} copies on {len(attempt.waiting)} engines")
         return [*instructions, *self._write_when_prepared()]
 
-    def _give_up(self, now: float) -> list[Instruction]:
-        attempt = self._attempt
-        if attempt is None or attempt.phase is not Phase.PREPARING:
+    def _cancel(self) -> list[Instruction]:
+        if self.phase is not Phase.PREPARING:
             return []
-        return [*self._end(), *self._retire_all(attempt.epoch, now)]
+        epoch = self._current().epoch
+        ended = self._end_attempt()
+        self._advance(Trigger.CANCEL)
+        return [*ended, *self._retire_everywhere(epoch)]
 
-    def _answered(self, engine: str, incarnation: str, epoch: int, failed: Mapping[str, str]) -> list[Instruction]:
+    def _take_prepared(self, engine: str, incarnation: str, epoch: int, failed: Mapping[str, str]) -> list[Instruction]:
         for version, reason in failed.items():
             self._tell(epoch, f"{engine} did not prepare {version}: {reason}")
-        attempt = self._attempt
-        if attempt is None or not self.waits_for(engine, epoch, Phase.PREPARING):
+        if not self.waits_for(engine, epoch, Phase.PREPARING):
             return []
-        planned = {version for e, version in map(copy_of, attempt.begin.placements) if e == engine}
+        attempt = self._current()
+        planned = {version for e, version in map(copy_id, attempt.begin.placements) if e == engine}
         attempt.absent.update({(engine, v): reason for v, reason in failed.items() if v in planned})
         attempt.incarnations[engine] = incarnation
         attempt.waiting.discard(engine)
         return self._write_when_prepared()
 
-    def _silent(self, engine: str, reason: str) -> list[Instruction]:
-        """Only what it was last seen to hold counts: where one copy found no room, the others are there all the same.
+    def _do_without(self, engine: str, reason: str) -> list[Instruction]:
+        """Go on without an engine's answer, with the copies that its last report shows.
 
-        Where it would be planned nowhere, what was not seen stays planned there as it does on an engine that was lost.
+        One copy without room must not cost the others. An adapter that would have no copy then stays planned there, as
+        it does on an engine that was lost.
         """
-        attempt = self._attempt
-        assert attempt is not None, "nothing is under way"
+        attempt = self._current()
         load = self.engines.get(engine)
         if load is None or load.incarnation != attempt.incarnations[engine]:
             return self._lose({engine: reason})
-        held = pinned(load)
-        planned = [copy_of(p) for p in attempt.begin.placements if p.engine == engine]
+        held = pinned_versions(load)
+        planned = [copy_id(p) for p in attempt.begin.placements if p.engine == engine]
         attempt.absent.update({copy: reason for copy in planned if copy[1] not in held})
         attempt.waiting.discard(engine)
         attempt.silent.add(engine)
@@ -204,125 +259,166 @@ class Rollout:
         return self._write_when_prepared()
 
     def _lose(self, reasons: Mapping[str, str]) -> list[Instruction]:
-        """None of these engines' copies of this attempt is there any more."""
-        attempt = self._attempt
-        assert attempt is not None, "nothing is under way"
+        """Go on without these engines and all copies of this roll-out on them."""
+        attempt = self._current()
         for engine, reason in reasons.items():
-            attempt.absent.update({copy_of(p): reason for p in attempt.begin.placements if p.engine == engine})
+            attempt.absent.update({copy_id(p): reason for p in attempt.begin.placements if p.engine == engine})
             attempt.waiting.discard(engine)
             self._left_out[engine] = attempt.incarnations.pop(engine)
         return self._write_when_prepared()
 
     def _write_when_prepared(self) -> list[Instruction]:
-        attempt = self._attempt
-        if attempt is None or attempt.phase is not Phase.PREPARING or attempt.waiting:
+        attempt = self._current()
+        if attempt.waiting:
             return []
+        self._advance(Trigger.ALL_PREPARED)
         begin = attempt.begin
-        answered = attempt.incarnations.keys() - attempt.silent
-        before = self.plan.placements
-        copies = prepared(begin.placements, attempt.absent, before, self.engines, answered, begin.drained)
+        copies = replace_absent_copies(
+            begin.placements,
+            attempt.absent,
+            before=self.plan.placements,
+            engines=self.engines,
+            answered=attempt.incarnations.keys() - attempt.silent,
+            drained=begin.drained,
+        )
         drained = tuple(sorted(begin.drained))
         attempt.plan = Plan(epoch=attempt.epoch, created_unix_s=begin.unix_s, placements=copies, drained=drained)
-        attempt.phase = Phase.WRITING
         return [Write(attempt.plan)]
 
-    def _written(self, epoch: int, now: float) -> list[Instruction]:
-        attempt = self._attempt
-        assert attempt is not None, "a plan was written that nobody asked for"
+    def _publish(self, epoch: int) -> list[Instruction]:
+        attempt = self._current()
         assert attempt.plan is not None
-        assert attempt.epoch == epoch, f"epoch {epoch} was written, {attempt.epoch} was to be"
-        self.plan, attempt.applied = attempt.plan, True
-        self._tell(epoch, f"published: {len(self.plan.placements)} copies, {len(attempt.absent)} left out")
-        return [Publish(self.plan), *self._begin_retiring(now)]
+        assert attempt.epoch == epoch, f"epoch {epoch} was written while {attempt.epoch} was to be"
+        self._advance(Trigger.WRITTEN)
+        before, self.plan, attempt.applied = self.plan, attempt.plan, True
+        self._tell(epoch, f"published with {len(self.plan.placements)} copies, {len(attempt.absent)} left out")
+        self._tell_changed_copies(before, self.plan)
+        return [Publish(self.plan), *self._begin_retiring()]
 
-    def _write_failed(self, epoch: int, reason: str, now: float) -> list[Instruction]:
-        attempt = self._attempt
-        assert attempt is not None, "a plan was written that nobody asked for"
+    def _keep_old_plan(self, epoch: int, reason: str) -> list[Instruction]:
+        attempt = self._current()
+        self._advance(Trigger.WRITE_FAILED)
         attempt.refused = f"epoch {epoch} could not be written, epoch {self.plan.epoch} stays: {reason}"
         self._tell(epoch, attempt.refused)
-        return self._begin_retiring(now)
+        return self._begin_retiring()
 
-    def _begin_retiring(self, now: float) -> list[Instruction]:
-        attempt = self._attempt
-        assert attempt is not None
-        attempt.phase = Phase.RETIRING
+    def _begin_retiring(self) -> list[Instruction]:
+        attempt = self._current()
         attempt.waiting = set(self.engines)
-        retired = self._retire_all(attempt.epoch, now)
-        return [*retired, *([] if attempt.waiting else self._end())]
+        retired = self._retire_everywhere(attempt.epoch)
+        return [*retired, *self._end_when_retired()]
 
-    def _retire_ended(self, engine: str) -> list[Instruction]:
-        attempt = self._attempt
-        assert attempt is not None
-        attempt.waiting.discard(engine)
-        return [] if attempt.waiting else self._end()
+    def _take_retired(self, engine: str) -> list[Instruction]:
+        self._current().waiting.discard(engine)
+        return self._end_when_retired()
 
-    def _end(self) -> list[Instruction]:
+    def _end_when_retired(self) -> list[Instruction]:
+        if self._current().waiting:
+            return []
+        ended = self._end_attempt()
+        self._advance(Trigger.ALL_RETIRED)
+        return [*ended]
+
+    def _end_attempt(self) -> list[RolloutEnded]:
+        """Return the end of the attempt, if there is one. The caller advances the phase."""
         attempt = self._attempt
-        assert attempt is not None
-        if attempt.phase is Phase.PREPARING:
+        if attempt is None:
+            return []
+        if self.phase is Phase.PREPARING:
             attempt.refused = f"epoch {attempt.epoch} was given up for a newer plan"
         self._attempt = None
-        self._tell(attempt.epoch, "in force" if attempt.applied else f"came to nothing: {attempt.refused}")
-        return [Ended(attempt.epoch, attempt.applied, attempt.failed)]
+        self._tell(attempt.epoch, "in force" if attempt.applied else f"not in force: {attempt.refused}")
+        return [RolloutEnded(attempt.epoch, attempt.applied, attempt.failures())]
 
-    def _seen(
-        self, engines: tuple[EngineLoad, ...], adapters: Mapping[str, AdapterRef], now: float
-    ) -> list[Instruction]:
+    def _see_engines(self, engines: tuple[EngineLoad, ...], adapters: Mapping[str, AdapterRef]) -> list[Instruction]:
         self.engines = {load.engine: load for load in engines}
         self.epoch = max([self.epoch, *(load.plan_epoch for load in engines)])
         match self.phase:
+            case Phase.IDLE:
+                return [*self._hold_to_plan(adapters), *self._notice_returned()]
             case Phase.PREPARING:
                 return self._notice_lost()
+            case Phase.WRITING:
+                # Neither plan may be held to: which of them is in force is known when the write has ended.
+                return []
             case Phase.RETIRING:
-                return [i for engine in self._gone() for i in self._retire_ended(engine)]
-            case _:
-                return [*self._hold_to_plan(adapters, now), *self._notice_back()]
-
-    def _gone(self) -> list[str]:
-        return sorted(self._attempt.waiting - self.engines.keys()) if self._attempt else []
+                lost = sorted(self._current().waiting - self.engines.keys())
+                return [i for engine in lost for i in self._take_retired(engine)]
 
     def _notice_lost(self) -> list[Instruction]:
-        assert self._attempt is not None
-        now = {engine: load.incarnation for engine, load in self.engines.items()}
-        lost = [engine for engine, was in self._attempt.incarnations.items() if now.get(engine) != was]
+        running = {engine: load.incarnation for engine, load in self.engines.items()}
+        asked = self._current().incarnations
+        lost = [engine for engine, incarnation in asked.items() if running.get(engine) != incarnation]
         return self._lose(dict.fromkeys(lost, "it was lost while the plan was being prepared"))
 
-    def _notice_back(self) -> list[Instruction]:
-        back = [e for e, lost in self._left_out.items() if e in self.engines and self.engines[e].incarnation != lost]
-        for engine in back:
+    def _notice_returned(self) -> list[Instruction]:
+        running = {engine: load.incarnation for engine, load in self.engines.items()}
+        returned = [engine for engine, lost in self._left_out.items() if running.get(engine, lost) != lost]
+        for engine in returned:
             del self._left_out[engine]
-        return [Replan(engine) for engine in back]
+        return [Replan(engine) for engine in returned]
 
-    def _hold_to_plan(self, adapters: Mapping[str, AdapterRef], now: float) -> list[Instruction]:
-        """Engines that do not hold what is published: ask for what is missing, retire what is too much."""
+    def _hold_to_plan(self, adapters: Mapping[str, AdapterRef]) -> list[Instruction]:
+        """Ask engines for planned copies that they lack, and retire pins that the plan does not name."""
         if not self.plan.epoch:
-            return []  # What engines hold then is all that is known of the plan that was.
+            return []  # What engines hold is then all that is known of the plan before.
         instructions: list[Instruction] = []
-        planned = by_engine(self.plan.placements)
+        planned = versions_by_engine(self.plan.placements)
         for engine, load in sorted(self.engines.items()):
-            wanted, held = planned.get(engine, set()), pinned(load)
-            unfinished = load.plan_epoch > self.plan.epoch and engine not in self._retired
-            if (held - wanted or unfinished) and due(self._retired, load, now):
-                instructions.append(self._retire(engine, self.epoch, now))
-            if (wanted - held) & adapters.keys() and due(self._asked, load, now):
+            wanted, held = planned.get(engine, set()), pinned_versions(load)
+            is_behind = load.plan_epoch > self.plan.epoch and engine not in self._last_retire
+            if (held - wanted or is_behind) and _is_due(self._last_retire, load, self._now):
+                instructions.append(self._retire(engine, self.epoch))
+            if (wanted - held) & adapters.keys() and _is_due(self._last_prepare, load, self._now):
                 instructions.append(self._prepare(engine, self.epoch, wanted, adapters))
         return instructions
 
     def _prepare(self, engine: str, epoch: int, versions: set[str], adapters: Mapping[str, AdapterRef]) -> Prepare:
-        self._asked[engine] = Asked(self.engines[engine].incarnation, epoch, inf)
+        self._last_prepare[engine] = LastRequest(self.engines[engine].incarnation, epoch, inf)
         return Prepare(engine, epoch, tuple(adapters[v] for v in sorted(versions) if v in adapters))
 
-    def _retire_all(self, epoch: int, now: float) -> list[Instruction]:
-        return [self._retire(engine, epoch, now) for engine in sorted(self.engines)]
+    def _note_prepare_ended(self, engine: str, epoch: int) -> None:
+        last = self._last_prepare.get(engine)
+        if last is not None and last.epoch == epoch:
+            self._last_prepare[engine] = msgspec.structs.replace(last, ended_s=self._now)
 
-    def _retire(self, engine: str, epoch: int, now: float) -> Retire:
-        self._retired[engine] = Asked(self.engines[engine].incarnation, epoch, now)
-        return Retire(engine, epoch, tuple(sorted(by_engine(self.plan.placements).get(engine, ()))))
+    def _retire_everywhere(self, epoch: int) -> list[Instruction]:
+        return [self._retire(engine, epoch) for engine in sorted(self.engines)]
 
-    def _note_end(self, engine: str, epoch: int, now: float) -> None:
-        asked = self._asked.get(engine)
-        if asked is not None and asked.epoch == epoch:
-            self._asked[engine] = msgspec.structs.replace(asked, ended_s=now)
+    def _retire(self, engine: str, epoch: int) -> Retire:
+        self._last_retire[engine] = LastRequest(self.engines[engine].incarnation, epoch, self._now)
+        return Retire(engine, epoch, tuple(sorted(versions_by_engine(self.plan.placements).get(engine, ()))))
+
+    def _current(self) -> Attempt:
+        assert self._attempt is not None, "no roll-out is under way"
+        return self._attempt
 
     def _tell(self, epoch: int, text: str) -> None:
-        self._lines.append((epoch, text))
+        self.story.tell(story_subject(epoch), self._now, text)
+
+    def _tell_changed_copies(self, before: Plan, after: Plan) -> None:
+        """Add an entry for each adapter whose copies or shares differ between the plans."""
+        old, new = _describe_copies(before), _describe_copies(after)
+        for version in old.keys() | new.keys():
+            if old.get(version) != new.get(version):
+                copies = new.get(version, "no engine")
+                self.story.tell(version, self._now, f"plan epoch {after.epoch}: copies on {copies}")
+
+
+def story_subject(epoch: int) -> str:
+    """Return the subject of a roll-out's entries in the story."""
+    return f"epoch-{epoch}"
+
+
+def _is_due(requests: Mapping[str, LastRequest], load: EngineLoad, now: float) -> bool:
+    """Return whether to ask an engine: at once if it restarted, else a while after the last request ended."""
+    last = requests.get(load.engine)
+    return last is None or last.incarnation != load.incarnation or now - last.ended_s >= RETRY_S
+
+
+def _describe_copies(plan: Plan) -> dict[str, str]:
+    copies: dict[str, list[str]] = {}
+    for placement in plan.placements:
+        text = f"{placement.engine} ({placement.share:.0%} of its requests)"
+        copies.setdefault(placement.version, []).append(text)
+    return {version: ", ".join(sorted(texts)) for version, texts in copies.items()}

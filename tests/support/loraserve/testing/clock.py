@@ -2,7 +2,7 @@
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from loraserve.clock import Clock, SystemClock
@@ -59,7 +59,7 @@ class _VirtualSelector(selectors.DefaultSelector):
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """For MemoryNetwork and asyncio.sleep only: threads and sockets do not keep its time."""
+    """For MemoryNetwork, asyncio.sleep and asyncio.to_thread; sockets do not keep its time."""
 
     def __init__(self) -> None:
         self._virtual = _VirtualSelector()
@@ -67,6 +67,20 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self._virtual.now_s
+
+    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
+        """Call the function in the next turn of the loop, in no virtual time: a thread would take real time."""
+        result = self.create_future()
+
+        def call() -> None:
+            if not result.cancelled():
+                try:
+                    result.set_result(func(*args))
+                except Exception as error:
+                    result.set_exception(error)
+
+        self.call_soon(call)
+        return result
 
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:

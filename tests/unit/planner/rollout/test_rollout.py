@@ -1,17 +1,18 @@
 """One plan after another, and what goes wrong in each phase."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from loraserve.messages import EngineLoad, Placement, Plan
+from loraserve.planner.rollout import machine
 from loraserve.planner.rollout.events import (
     Begin,
-    Ended,
+    Cancel,
     EnginesSeen,
     Event,
-    GiveUp,
     Instruction,
     Prepare,
     PrepareAnswered,
@@ -20,11 +21,12 @@ from loraserve.planner.rollout.events import (
     Replan,
     Retire,
     RetireEnded,
+    RolloutEnded,
     Write,
     WriteFailed,
     Written,
 )
-from loraserve.planner.rollout.machine import RETRY_S, Phase, Rollout
+from loraserve.planner.rollout.machine import RETRY_S, TRANSITIONS, Phase, Rollout, Trigger
 from loraserve.testing.reports import adapter_ref, engine_load, resident
 
 A, B, C = (adapter_ref(n) for n in range(3))
@@ -74,6 +76,43 @@ class Desk:
         return self.tell(Written(write.plan.epoch))
 
 
+def test_the_diagram_shows_the_transition_table() -> None:
+    assert machine.__doc__ is not None
+    lines = re.findall(r"^    (\w+) +--(\w+)--> +(\w+)", machine.__doc__, re.M)
+    assert {(Phase(before), Trigger(trigger)): Phase(after) for before, trigger, after in lines} == TRANSITIONS
+    assert len(lines) == len(TRANSITIONS)
+
+
+def test_a_plan_may_not_begin_while_another_is_written() -> None:
+    desk = Desk()
+    desk.begin(("e0", A))
+    desk.answer("e0", 1)
+    assert desk.rollout.phase is Phase.WRITING
+    with pytest.raises(AssertionError, match="while the plan of the last is being written"):
+        desk.begin(("e0", B))
+
+
+def test_while_a_plan_is_written_engines_are_held_to_neither_plan() -> None:
+    desk = Desk(plan(4, ("e0", A)), (holding("e0", A), holding("e1")))
+    desk.begin(("e1", B))
+    (write,) = desk.answer("e1", 5)
+    assert desk.see(holding("e0", A), holding("e1", B, plan_epoch=5)) == []
+    assert desk.see(holding("e0", A), engine_load("e1", incarnation="i2")) == []
+    assert desk.tell(Cancel()) == []
+    assert desk.write([write]) == [Publish(plan(5, ("e1", B))), *retires(5, e0=(), e1=("v1",))]
+    desk.tell(RetireEnded("e0", 5))
+    desk.tell(RetireEnded("e1", 5))
+    restarted = engine_load("e1", incarnation="i2")
+    assert desk.see(holding("e0"), restarted) == [Prepare("e1", 5, (B,))], "it restarted after it had prepared"
+
+
+def test_the_story_of_an_adapter_says_where_its_copies_went() -> None:
+    desk = Desk(plan(4, ("e0", A)))
+    desk.begin(("e1", A))
+    desk.write(desk.answer("e1", 5))
+    assert desk.rollout.story.lines("v0") == ["100.000 plan epoch 5: copies on e1 (100% of its requests)"]
+
+
 def test_copies_are_prepared_then_written_then_published_then_the_rest_retired() -> None:
     desk = Desk(plan(4, ("e0", A), ("e1", B)), (holding("e0", A), holding("e1", B)))
     assert desk.begin(("e1", A), ("e1", B)) == [Prepare("e1", 5, (A, B))]
@@ -83,9 +122,9 @@ def test_copies_are_prepared_then_written_then_published_then_the_rest_retired()
     new = plan(5, ("e1", A), ("e1", B))
     assert desk.write(written) == [Publish(new), Retire("e0", 5, ()), Retire("e1", 5, ("v0", "v1"))]
     assert desk.tell(RetireEnded("e0", 5)) == []
-    assert desk.tell(RetireEnded("e1", 5)) == [Ended(5, True, ())]
+    assert desk.tell(RetireEnded("e1", 5)) == [RolloutEnded(5, True, ())]
     assert (desk.rollout.plan, desk.rollout.phase) == (new, Phase.IDLE)
-    assert desk.rollout.story(5)[-1] == "in force"
+    assert desk.rollout.story.entries("epoch-5")[-1].what == "in force"
 
 
 def test_a_plan_of_nothing_is_written_at_once() -> None:
@@ -145,7 +184,7 @@ def test_of_an_engine_that_did_not_answer_in_time_what_it_holds_is_planned_and_t
     assert desk.write(silent)[1:] == retires(5, e0=("v0", "v1"), e1=("v0",))
     for engine in ("e0", "e1"):
         ended = desk.tell(RetireEnded(engine, 5))
-    assert ended == [Ended(5, True, ("e1: no answer", "e1: no answer"))]
+    assert ended == [RolloutEnded(5, True, ("e1: no answer", "e1: no answer"))]
 
 
 def test_an_engine_that_did_not_answer_and_then_is_lost_is_done_without() -> None:
@@ -193,7 +232,7 @@ def test_a_plan_that_cannot_be_written_leaves_the_old_one_and_nothing_of_itself(
     assert desk.tell(WriteFailed(5, "disk full")) == [Retire("e0", 5, ("v0",)), Retire("e1", 5, ())]
     desk.tell(RetireEnded("e0", 5))
     (ended,) = desk.tell(RetireEnded("e1", 5))
-    assert ended == Ended(5, False, ("epoch 5 could not be written, epoch 4 stays: disk full",))
+    assert ended == RolloutEnded(5, False, ("epoch 5 could not be written, epoch 4 stays: disk full",))
     assert desk.rollout.plan == before
     assert desk.begin(("e1", A)) == [Prepare("e1", 6, (A,))]
 
@@ -203,7 +242,7 @@ def test_a_newer_plan_takes_the_place_of_one_that_is_being_prepared() -> None:
     desk.begin(("e0", A), ("e1", A))
     desk.answer("e0", 1)
     ended, prepare = desk.begin(("e0", B))
-    assert ended == Ended(1, False, ("epoch 1 was given up for a newer plan",))
+    assert ended == RolloutEnded(1, False, ("epoch 1 was given up for a newer plan",))
     assert prepare == Prepare("e0", 2, (B,))
     assert desk.answer("e1", 1) == [], "it is too late"
     assert desk.answer("e1", 2) == [], "it was not asked"
@@ -213,11 +252,11 @@ def test_a_newer_plan_takes_the_place_of_one_that_is_being_prepared() -> None:
 def test_one_that_is_given_up_leaves_no_pins() -> None:
     desk = Desk(plan(4, ("e0", A)))
     desk.begin(("e1", A))
-    assert desk.tell(GiveUp()) == [
-        Ended(5, False, ("epoch 5 was given up for a newer plan",)),
+    assert desk.tell(Cancel()) == [
+        RolloutEnded(5, False, ("epoch 5 was given up for a newer plan",)),
         *retires(5, e0=("v0",), e1=()),
     ]
-    assert desk.tell(GiveUp()) == []
+    assert desk.tell(Cancel()) == []
     assert desk.answer("e1", 5) == []
 
 
@@ -261,9 +300,9 @@ def test_a_restarted_engine_is_asked_for_its_copies_at_once_and_again_if_it_has_
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i3")) == [], "it is loading still"
     desk.answer("e1", 4, v0="corrupt")
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i3")) == []
-    assert not desk.rollout.lacks(desk.now)
+    assert not desk.rollout.lacks_copies(desk.now)
     desk.now += RETRY_S
-    assert desk.rollout.lacks(desk.now)
+    assert desk.rollout.lacks_copies(desk.now)
     assert desk.see(holding("e0", A), engine_load("e1", incarnation="i3")) == [Prepare("e1", 4, (A,))]
 
 
@@ -281,4 +320,4 @@ def test_an_engine_lost_while_copies_are_retired_is_not_waited_for() -> None:
     desk.begin(("e0", A))
     desk.write(desk.answer("e0", 1))
     assert desk.tell(RetireEnded("e0", 1)) == []
-    assert desk.see(BOTH[0]) == [Ended(1, True, ())]
+    assert desk.see(BOTH[0]) == [RolloutEnded(1, True, ())]

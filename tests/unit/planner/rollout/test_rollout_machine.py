@@ -11,12 +11,12 @@ from loraserve.engine.adapters.residency import Residency
 from loraserve.engine.schedule.events import Instruction as EngineInstruction
 from loraserve.engine.schedule.events import LoadAdapter, PlanReady, SchedulerLimits
 from loraserve.messages import EngineLoad, Placement, Plan
-from loraserve.planner.rollout.copies import Copy, by_engine, copy_of
+from loraserve.planner.rollout.copies import CopyId, copy_id, versions_by_engine
 from loraserve.planner.rollout.events import (
     Begin,
+    Cancel,
     EnginesSeen,
     Event,
-    GiveUp,
     Instruction,
     Prepare,
     PrepareAnswered,
@@ -89,14 +89,16 @@ class RolloutMachine(RuleBasedStateMachine):
         self.planner = 1
         self.disk = NOTHING
         self.disk_is_full = False
+        self.writing: Plan | None = None
+        """A write under way, in a thread of the planner."""
         self.rollout = Rollout(NOTHING)
         self.incarnations = dict.fromkeys(ENGINES, 1)
         self.engines = {name: Engine(name, 1) for name in ENGINES}
         self.wire: list[Sent] = []
         self.answers: list[tuple[int, Event]] = []
         self.published: list[Plan] = []
-        self.begun: set[Copy] = set()
-        self.held: dict[tuple[str, str], set[Copy]] = {}
+        self.begun: set[CopyId] = set()
+        self.held: dict[tuple[str, str], set[CopyId]] = {}
         """Of what is begun, by name and incarnation what engines hold that did not answer in time and are there."""
         self.see()
 
@@ -110,12 +112,17 @@ class RolloutMachine(RuleBasedStateMachine):
                 case Prepare(engine) | Retire(engine):
                     self.wire.append(Sent(self.planner, self.engines[engine].incarnation, instruction))
                 case Write(plan):
-                    self.write(plan)
+                    assert self.writing is None
+                    self.writing = plan
                 case Publish(plan):
                     self.publish(plan)
 
-    def write(self, plan: Plan) -> None:
-        assert set().union(*self.held.values()) <= {copy_of(p) for p in plan.placements}, "what is there is planned"
+    @precondition(lambda self: self.writing)
+    @rule()
+    def end_write(self) -> None:
+        plan, self.writing = self.writing, None
+        assert plan is not None
+        assert set().union(*self.held.values()) <= {copy_id(p) for p in plan.placements}, "what is there is planned"
         if self.disk_is_full:
             self.tell(WriteFailed(plan.epoch, "full"))
         else:
@@ -147,6 +154,7 @@ class RolloutMachine(RuleBasedStateMachine):
             (planner, PrepareAnswered(engine.name, engine.incarnation, r.epoch, dict(r.failed))) for r in ready
         ]
 
+    @precondition(lambda self: not self.writing)
     @rule(
         pairs=st.sets(st.tuples(st.sampled_from(ENGINES), st.sampled_from(sorted(REFS))), max_size=6),
         drained=st.sets(st.sampled_from(ENGINES), max_size=1),
@@ -154,12 +162,12 @@ class RolloutMachine(RuleBasedStateMachine):
     def begin(self, pairs: set[tuple[str, str]], drained: set[str]) -> None:
         count = {v: sum(w == v for _, w in pairs) for _, v in pairs}
         wanted = tuple(Placement(version=v, name=REFS[v].name, engine=e, share=1 / count[v]) for e, v in sorted(pairs))
-        self.begun, self.held = {copy_of(p) for p in wanted}, {}
+        self.begun, self.held = {copy_id(p) for p in wanted}, {}
         self.tell(Begin(wanted, REFS, frozenset(drained), 1.0))
 
     @rule()
     def give_up(self) -> None:
-        self.tell(GiveUp())
+        self.tell(Cancel())
 
     @precondition(lambda self: self.wire)
     @rule(data=st.data(), again=st.booleans())
@@ -224,9 +232,13 @@ class RolloutMachine(RuleBasedStateMachine):
         self.incarnations[engine] += 1
         self.engines[engine] = Engine(engine, self.incarnations[engine])
 
-    @rule(loses_disk=st.integers(0, 9))
-    def kill_planner(self, loses_disk: int) -> None:
+    @rule(loses_disk=st.integers(0, 9), ends_write=st.booleans())
+    def kill_planner(self, loses_disk: int, ends_write: bool) -> None:
         self.planner += 1
+        if self.writing and not self.disk_is_full and ends_write:
+            # The thread was done, and nobody heard of it.
+            self.disk = self.writing
+        self.writing = None
         if loses_disk == 9:
             # Where no engine has heard of an epoch either, epochs begin anew.
             self.disk, self.published = NOTHING, []
@@ -244,7 +256,7 @@ class RolloutMachine(RuleBasedStateMachine):
     @invariant()
     def in_force_is_what_is_on_disk(self) -> None:
         assert self.rollout.plan == self.disk
-        assert self.rollout.phase is not Phase.WRITING
+        assert (self.rollout.phase is Phase.WRITING) == (self.writing is not None)
 
     def teardown(self) -> None:
         """Nothing goes wrong any more: engines come to hold exactly what the published plan says."""
@@ -254,15 +266,17 @@ class RolloutMachine(RuleBasedStateMachine):
         if self.rollout.plan == NOTHING:
             return  # it was lost, and engines keep what they hold until there is another
         assert self.rollout.phase is Phase.IDLE
-        planned = by_engine(self.rollout.plan.placements)
+        planned = versions_by_engine(self.rollout.plan.placements)
         assert {name: engine.pins() for name, engine in self.engines.items()} == {
             name: planned.get(name, set()) for name in ENGINES
         }
-        assert len({copy_of(p) for p in self.rollout.plan.placements}) == len(self.rollout.plan.placements)
+        assert len({copy_id(p) for p in self.rollout.plan.placements}) == len(self.rollout.plan.placements)
 
     def settle(self) -> None:
         """All that is under way comes to an end, and a while passes."""
         for _ in range(50):
+            if self.writing:
+                self.end_write()
             while self.wire:
                 sent = self.wire.pop(0)
                 self.arrive(sent)
