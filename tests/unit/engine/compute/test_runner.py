@@ -1,4 +1,4 @@
-"""The runner's refusals, its slots, and warming up, on tiny models."""
+"""The CPU runner on tiny models: slots, refusals, warm-up, and the engine's setup."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def quiet(text: str) -> None:
 
 @pytest.fixture
 def slab(tmp_path: Path, make_runner: MakeRunner) -> Slab:
-    """Strong enough that its tokens are not the base model's."""
+    """Return a slab strong enough to change the sampled tokens."""
     folder = write_peft_adapter(tmp_path / "peft", make_runner().shape, rank=8, strength=4.0)
     return pack_peft(folder, make_runner().shape, "float32", 64)
 
@@ -44,9 +44,7 @@ def tokens(helpers: SimpleNamespace, runner: CpuRunner, slot: int = -1) -> list[
     return stream.output
 
 
-def test_a_slab_is_used_once_it_is_installed_and_until_it_is_removed(
-    make_runner: MakeRunner, slab: Slab, helpers: SimpleNamespace
-) -> None:
+def test_a_slab_is_used_from_install_to_remove(make_runner: MakeRunner, slab: Slab, helpers: SimpleNamespace) -> None:
     runner = make_runner()
     base = tokens(helpers, runner)
     assert tokens(helpers, runner, slot=2) == base, "a slot without an adapter is the base model"
@@ -73,7 +71,7 @@ def test_a_slab_must_lie_in_the_pool(
     base = tokens(helpers, runner)
     with pytest.raises(ValueError, match=f"slab of {slab.header.elements} elements at -?[0-9]+ is outside"):
         runner.install(0, slab.header, runner.pool_elements - slab.header.elements + past_the_end)
-    assert tokens(helpers, runner, slot=0) == base, "the slot is as it was"
+    assert tokens(helpers, runner, slot=0) == base, "the slot must not change"
 
 
 def test_a_slab_for_another_model_is_refused(make_runner: MakeRunner, slab: Slab) -> None:
@@ -82,13 +80,13 @@ def test_a_slab_for_another_model_is_refused(make_runner: MakeRunner, slab: Slab
         make_runner().install(0, other, 0)
 
 
-def test_the_pool_is_as_large_as_its_setting(make_runner: MakeRunner) -> None:
+def test_the_pool_has_the_configured_size(make_runner: MakeRunner) -> None:
     runner = make_runner(pool_bytes=10_001, slab_dtype="bfloat16")
     assert (runner.pool_elements, len(runner.pool)) == (5000, 10_000)
     runner.pool.write(0, b"\1" * 10_000)
 
 
-def test_too_little_kv_memory_names_the_setting_and_what_is_enough(make_runner: MakeRunner) -> None:
+def test_too_little_kv_memory_is_refused_with_the_least_setting(make_runner: MakeRunner) -> None:
     with pytest.raises(ConfigError, match=r"engine\.kv_bytes=1000 holds not one block of 16 tokens") as refused:
         make_runner(kv_bytes=1000)
     enough = int(str(refused.value).split("give at least ")[1].split(",")[0])
@@ -104,19 +102,19 @@ def test_too_little_kv_memory_names_the_setting_and_what_is_enough(make_runner: 
         ("pool_bytes", 1, r"engine\.pool_bytes=1 holds no adapter"),
     ],
 )
-def test_settings_that_cannot_be_used_are_named(make_runner: MakeRunner, setting: str, value: int, text: str) -> None:
+def test_unusable_settings_are_named_in_the_error(make_runner: MakeRunner, setting: str, value: int, text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         make_runner(**{setting: value})
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there_is_refused_with_what_to_do() -> None:
+def test_a_missing_gpu_is_refused_with_a_remedy() -> None:
     config = Config(model=ModelConfig(path="anywhere"), engine=EngineConfig(device="cuda"))
     with pytest.raises(ConfigError, match=r"=cuda: torch .*; (install|look at).*, or set engine\.device=cpu"):
         build_runner(config, quiet)
 
 
-def test_auto_computes_on_the_cpu_where_no_gpu_can_be_used(
+def test_auto_selects_the_cpu_if_the_gpu_is_unusable(
     model_dirs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(setup, "resolve_device", lambda setting: "cuda")
@@ -128,35 +126,33 @@ def test_auto_computes_on_the_cpu_where_no_gpu_can_be_used(
 
 
 @pytest.mark.parametrize("slab_dtype", ["float32", "bfloat16", "float16"])
-def test_warming_up_changes_nothing(make_runner: MakeRunner, helpers: SimpleNamespace, slab_dtype: str) -> None:
+def test_warm_up_does_not_change_outputs(make_runner: MakeRunner, helpers: SimpleNamespace, slab_dtype: str) -> None:
     runner = make_runner(slab_dtype=slab_dtype)
     before = tokens(helpers, runner)
     runner.warm_up()
     assert tokens(helpers, runner) == before
 
 
-def test_warming_up_needs_no_more_than_one_block(make_runner: MakeRunner) -> None:
+def test_warm_up_needs_only_one_block(make_runner: MakeRunner) -> None:
     block_bytes = (4 << 20) // make_runner(kv_bytes=4 << 20).kv_blocks
     runner = make_runner(kv_bytes=block_bytes)
     assert runner.kv_blocks == 1
     runner.warm_up()
 
 
-def test_a_step_computes_on_as_many_threads_as_the_engine_was_given(
-    make_runner: MakeRunner, helpers: SimpleNamespace
-) -> None:
+def test_a_step_uses_the_configured_number_of_threads(make_runner: MakeRunner, helpers: SimpleNamespace) -> None:
     runner = make_runner(threads=1)
     torch.set_num_threads(2)
     tokens(helpers, runner)
     assert torch.get_num_threads() == 1
 
 
-def test_a_model_must_be_named() -> None:
+def test_an_empty_model_path_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"model\.path is empty; name a Hugging Face model directory"):
         build_runner(Config(), quiet)
 
 
-def test_engines_of_one_machine_share_its_cores() -> None:
+def test_the_engines_of_a_machine_share_its_cores() -> None:
     engines = msgspec.structs.replace(Config().cluster, engines=10_000)
     assert threads_for(Config(cluster=engines)) == 1
     assert threads_for(Config(engine=EngineConfig(threads=3), cluster=engines)) == 3
@@ -176,7 +172,7 @@ def test_engines_of_one_machine_share_its_cores() -> None:
         (256, 8, True, {"digest_threads": 16}, 16),
     ],
 )
-def test_digests_get_cores_that_steps_leave_free(
+def test_digest_threads_use_the_cores_that_steps_leave_free(
     cores: int, engines: int, on_device: bool, settings: dict[str, int], threads: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(setup, "core_count", lambda: cores)
@@ -198,32 +194,32 @@ GIB = 1 << 30
         (GIB, 2, False, 2 * GIB, GIB),
     ],
 )
-def test_the_host_cache_takes_what_is_asked_for_or_some_of_what_a_gpu_s_machine_has(
+def test_the_host_cache_size_follows_the_setting_or_the_machines_memory(
     wanted: Any, engines: int, on_device: bool, memory: int, expected: int
 ) -> None:
     config = Config(cluster=ClusterConfig(engines=engines), engine=EngineConfig(host_cache_bytes=wanted))
     assert host_cache_bytes(config, on_device, memory) == expected
 
 
-def test_host_caches_that_are_larger_than_the_memory_are_refused() -> None:
+def test_host_caches_larger_than_the_memory_are_refused() -> None:
     config = Config(cluster=ClusterConfig(engines=2), engine=EngineConfig(host_cache_bytes=GIB))
     with pytest.raises(ConfigError, match=r"host_cache_bytes is 1073741824 for each of 2 engines.*lower it"):
         host_cache_bytes(config, False, 2 * GIB - 1)
 
 
-def test_limits_that_contradict_each_other_are_refused(make_runner: MakeRunner) -> None:
+def test_contradicting_limits_are_refused(make_runner: MakeRunner) -> None:
     config = Config(engine=EngineConfig(max_step_tokens=4, max_running=8))
     with pytest.raises(ConfigError, match=r"engine\.max_step_tokens is 4.*engine\.max_running"):
         scheduler_limits(config, make_runner())
 
 
-def test_settings_that_contradict_each_other_are_refused_before_anything_is_loaded() -> None:
+def test_contradicting_settings_are_refused_before_the_model_is_loaded() -> None:
     config = Config(model=ModelConfig(path="anywhere"), engine=EngineConfig(max_step_tokens=4, max_running=8))
     with pytest.raises(ConfigError, match=r"engine\.max_step_tokens is 4"):
         build_runner(config, quiet)
 
 
 @pytest.mark.parametrize(("asked", "given"), [(0, 512), (100, 100), (100_000, 512)])
-def test_the_context_is_the_models_own_at_most(make_runner: MakeRunner, asked: int, given: int) -> None:
+def test_the_context_is_at_most_the_models(make_runner: MakeRunner, asked: int, given: int) -> None:
     config = Config(model=ModelConfig(max_model_tokens=asked))
     assert scheduler_limits(config, make_runner()).max_model_tokens == given

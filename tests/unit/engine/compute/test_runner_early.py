@@ -1,4 +1,4 @@
-"""A step that computes with the first layers of a slab while the last are on their way, on a tiny model."""
+"""A step computes with the first layers of a slab while the last are still being read, on a tiny model."""
 
 import threading
 from collections.abc import Callable
@@ -31,13 +31,13 @@ def runner(make_runner: MakeRunner) -> CpuRunner:
 
 @pytest.fixture
 def slab(tmp_path: Path, runner: CpuRunner) -> Slab:
-    """Strong enough that its tokens are not the base model's."""
+    """Return a slab strong enough to change the sampled tokens."""
     folder = write_peft_adapter(tmp_path / "peft", runner.shape, rank=8, strength=4.0)
     return pack_peft(folder, runner.shape, "float32", 64)
 
 
 def step(helpers: Any, runner: CpuRunner, *slots: int) -> StepResult:
-    """The first step of a request for each slot."""
+    """Compute the first step of one request per slot."""
     streams = [helpers.Stream(f"slot {slot}", PROMPT, blocks=[number], slot=slot) for number, slot in enumerate(slots)]
     return runner.step(StepBatch(step_id=1, sequences=tuple(stream.next(16) for stream in streams)))
 
@@ -47,7 +47,7 @@ def tokens(result: StepResult) -> dict[str, int]:
 
 
 def spoil(runner: CpuRunner, slab: Slab) -> None:
-    """What lay in the extent before is no number."""
+    """Fill the slab's extent with NaN, so that reading it too early shows."""
     runner.pool.write(0, np.full(slab.header.elements, np.nan, np.float32).tobytes())
 
 
@@ -62,7 +62,7 @@ def expected(runner: CpuRunner, slab: Slab, helpers: SimpleNamespace) -> dict[st
     return found
 
 
-def test_each_layer_is_computed_with_once_it_is_there(
+def test_each_layer_is_computed_once_it_has_been_read(
     runner: CpuRunner,
     slab: Slab,
     helpers: SimpleNamespace,
@@ -98,7 +98,7 @@ def test_each_layer_is_computed_with_once_it_is_there(
     assert results[0].late == ()
 
 
-def test_who_is_late_is_named_and_harms_nobody_else(
+def test_a_late_request_is_named_and_does_not_affect_others(
     runner: CpuRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
 ) -> None:
     arrival = Arrival(slab.header)
@@ -111,7 +111,7 @@ def test_who_is_late_is_named_and_harms_nobody_else(
     assert tokens(result)["slot -1"] == expected["slot -1"]
 
 
-def test_a_slab_that_is_all_there_is_waited_for_no_more(
+def test_steps_do_not_wait_for_an_installed_slab(
     runner: CpuRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
 ) -> None:
     runner.arrive(0, slab.header, 0, Arrival(slab.header))
@@ -121,7 +121,7 @@ def test_a_slab_that_is_all_there_is_waited_for_no_more(
     assert (tokens(result), result.late) == (expected, ())
 
 
-def test_a_slot_that_is_freed_is_waited_for_no_more(
+def test_steps_do_not_wait_for_a_removed_slot(
     runner: CpuRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
 ) -> None:
     runner.arrive(0, slab.header, 0, Arrival(slab.header))
@@ -130,7 +130,7 @@ def test_a_slot_that_is_freed_is_waited_for_no_more(
     assert (tokens(result), result.late) == ({"slot 0": expected["slot -1"]}, ())
 
 
-def test_another_read_of_the_same_slab_takes_the_place_of_one_that_failed(
+def test_a_second_read_replaces_a_failed_one(
     runner: CpuRunner, slab: Slab, helpers: SimpleNamespace, expected: dict[str, int]
 ) -> None:
     failed, next_one = Arrival(slab.header), Arrival(slab.header)
@@ -143,7 +143,7 @@ def test_another_read_of_the_same_slab_takes_the_place_of_one_that_failed(
     assert (tokens(result), result.late) == (expected, ())
 
 
-def test_a_slab_that_cannot_be_used_is_refused_as_it_arrives(make_runner: MakeRunner, slab: Slab) -> None:
+def test_an_unusable_slab_is_refused_when_it_arrives(make_runner: MakeRunner, slab: Slab) -> None:
     runner = make_runner(slab_dtype="bfloat16")
     with pytest.raises(ValueError, match=r"slab is float32, engine\.slab_dtype is bfloat16; register"):
         runner.arrive(0, slab.header, 0, Arrival(slab.header))

@@ -1,4 +1,4 @@
-"""Which of a GPU's errors mean that nothing will be computed on it any more."""
+"""Which CUDA errors make the device unusable."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from loraserve.engine.cuda.errors import device_errors
         "Triton Error [CUDA]: unspecified launch failure",
     ],
 )
-def test_who_ever_notices_it_the_device_is_lost(text: str) -> None:
+def test_a_fatal_error_is_reported_as_a_lost_device(text: str) -> None:
     with pytest.raises(DeviceLostError) as lost, device_errors():
         raise RuntimeError(text)
     assert str(lost.value) == text.splitlines()[0]
@@ -32,7 +32,7 @@ def test_who_ever_notices_it_the_device_is_lost(text: str) -> None:
         ValueError("token id 7 is outside the vocabulary of 5"),
     ],
 )
-def test_what_another_step_may_not_meet_stays_as_it_is(error: Exception) -> None:
+def test_other_errors_are_passed_on(error: Exception) -> None:
     with pytest.raises(type(error)) as raised, device_errors():
         raise error
     assert raised.value is error

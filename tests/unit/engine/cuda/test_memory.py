@@ -1,4 +1,4 @@
-"""How a GPU's memory is divided, what is said about it, and the pool that lies in it."""
+"""How a GPU's memory is divided and described, and the adapter pool in it."""
 
 import hashlib
 import random
@@ -41,7 +41,7 @@ def measured(total: int, used: int, step: int) -> MeasuredMemory:
     return MeasuredMemory(total_bytes=total, used_bytes=used, step_bytes=step)
 
 
-def test_the_pool_takes_its_share_of_what_is_left_and_the_cache_the_rest() -> None:
+def test_the_pool_gets_its_fraction_and_the_cache_the_rest() -> None:
     shares = divide_memory(measured(80 * GIB, 20 * GIB, 2 * GIB), 0.9, 0.3, 1 << 20)
     assert shares == MemoryShares(kv_blocks=35 << 10, pool_bytes=15 * GIB)
 
@@ -54,7 +54,7 @@ def test_the_pool_takes_its_share_of_what_is_left_and_the_cache_the_rest() -> No
     pool_fraction=st.floats(0.01, 0.99),
     block_bytes=st.integers(1, 64 * MIB),
 )
-def test_no_more_is_taken_than_is_allowed(
+def test_no_more_memory_is_used_than_allowed(
     total: int, used: int, step: int, memory_fraction: float, pool_fraction: float, block_bytes: int
 ) -> None:
     left = total * memory_fraction - used - step
@@ -78,7 +78,7 @@ def test_no_more_is_taken_than_is_allowed(
         (measured(8 * GIB, 7 * GIB, 0), GIB),  # not one block
     ],
 )
-def test_where_nothing_is_left_settings_and_remedies_are_named(memory: MeasuredMemory, block_bytes: int) -> None:
+def test_too_little_memory_is_refused_with_settings_and_remedies(memory: MeasuredMemory, block_bytes: int) -> None:
     with pytest.raises(ConfigError) as refused:
         divide_memory(memory, 0.9, 0.3, block_bytes)
     text = str(refused.value)
@@ -96,12 +96,12 @@ def full_slab(shape: ModelShape, dtype: str, rank: int) -> SlabHeader:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("rank", [1, 7, 64])
-def test_an_adapter_takes_what_its_slab_takes(shape: ModelShape, dtype: str, rank: int) -> None:
+def test_adapter_bytes_is_the_size_of_a_slab(shape: ModelShape, dtype: str, rank: int) -> None:
     assert adapter_bytes(shape, dtype, rank) == full_slab(shape, dtype, rank).slab_bytes  # type: ignore[arg-type]
 
 
-def really_fit(shape: ModelShape, pool_bytes: int, slots: int, rank: int) -> int:
-    """Adapters that the engine's own pool takes, none of them leaving for another."""
+def count_placed(shape: ModelShape, pool_bytes: int, slots: int, rank: int) -> int:
+    """Return how many adapters the engine's pool places without evicting one."""
     pool = AdapterPool(pool_bytes, slots)
     size = full_slab(shape, "bfloat16", rank).slab_bytes
     for n in count():
@@ -114,16 +114,16 @@ def really_fit(shape: ModelShape, pool_bytes: int, slots: int, rank: int) -> int
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("pool_bytes", [0, 4095, 100_000, 1 << 20, 3_333_333])
 @pytest.mark.parametrize("rank", [1, 8, 16, 100])
-def test_as_many_fit_as_the_engines_pool_takes(shape: ModelShape, pool_bytes: int, rank: int) -> None:
+def test_the_count_of_fitting_adapters_is_the_pools(shape: ModelShape, pool_bytes: int, rank: int) -> None:
     fit = count_fitting_adapters(adapter_bytes(shape, "bfloat16", rank), pool_bytes, 20)
-    assert fit == really_fit(shape, pool_bytes, 20, rank)
+    assert fit == count_placed(shape, pool_bytes, 20, rank)
 
 
-def test_slots_limit_how_many_fit() -> None:
+def test_slots_limit_the_count() -> None:
     assert count_fitting_adapters(adapter_bytes(SHAPES["even"], "bfloat16", 8), 1 << 30, 3) == 3
 
 
-def test_how_much_fits_is_said() -> None:
+def test_the_capacity_is_described() -> None:
     shape, shares = SHAPES["even"], MemoryShares(kv_blocks=1000, pool_bytes=2 * MIB)
     sizes = {rank: adapter_bytes(shape, "bfloat16", rank) for rank in (8, 128)}
     eight, large = (count_fitting_adapters(size, 2 * MIB, 64) for size in sizes.values())
@@ -135,7 +135,7 @@ def test_how_much_fits_is_said() -> None:
 
 @pytest.mark.parametrize(("dtype", "elements"), [(torch.bfloat16, 50), (torch.float32, 25)])
 @pytest.mark.parametrize("read_bytes", [7, 20, 1 << 20])
-def test_what_is_written_to_the_pool_is_read_back(
+def test_data_written_to_the_pool_is_read_back(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, elements: int, read_bytes: int
 ) -> None:
     monkeypatch.setattr(pool_module, "READ_BYTES", read_bytes)
@@ -156,7 +156,7 @@ def test_what_is_written_to_the_pool_is_read_back(
 
 
 @pytest.mark.parametrize("read_bytes", [7, 1 << 20])
-def test_the_pool_fills_host_memory_with_what_lies_in_it(monkeypatch: pytest.MonkeyPatch, read_bytes: int) -> None:
+def test_the_pool_is_copied_into_host_memory(monkeypatch: pytest.MonkeyPatch, read_bytes: int) -> None:
     monkeypatch.setattr(pool_module, "READ_BYTES", read_bytes)
     data = random.Random(0).randbytes(100)
     pool, into = DevicePool(50, torch.bfloat16, DEVICE), bytearray(44)
@@ -165,7 +165,7 @@ def test_the_pool_fills_host_memory_with_what_lies_in_it(monkeypatch: pytest.Mon
     assert bytes(into) == bytes(2) + data[31:71] + bytes(2)
 
 
-def test_threads_read_their_own_parts_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_read_different_parts_concurrently(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pool_module, "READ_BYTES", 1000)
     pool = DevicePool(200_000, torch.bfloat16, DEVICE)
     pool.warm_up(4096, readers=2)
@@ -194,7 +194,7 @@ def test_threads_read_their_own_parts_at_the_same_time(monkeypatch: pytest.Monke
         ("float32", "float32", "float32"),
     ],
 )
-def test_weights_compute_in_the_adapters_dtype(weights: str, slab_dtype: str, taken: str) -> None:
+def test_weights_have_the_adapters_dtype(weights: str, slab_dtype: str, taken: str) -> None:
     engine = EngineConfig(weights=weights, slab_dtype=slab_dtype)  # type: ignore[arg-type]
     assert compute_dtype(engine) == taken
     assert str(DTYPES[taken]) == f"torch.{slab_dtype}"
@@ -204,7 +204,7 @@ def test_weights_compute_in_the_adapters_dtype(weights: str, slab_dtype: str, ta
     ("weights", "needed", "slab_dtype"),
     [("bf16", "bfloat16", "float16"), ("fp16", "float16", "bfloat16"), ("float32", "float32", "bfloat16")],
 )
-def test_weights_of_another_dtype_are_refused_with_both_settings(weights: str, needed: str, slab_dtype: str) -> None:
+def test_differing_dtypes_are_refused_with_both_settings(weights: str, needed: str, slab_dtype: str) -> None:
     text = (
         rf"engine\.weights={weights} needs engine\.slab_dtype={needed} on a GPU, it is {slab_dtype}; "
         r"set both alike, or engine\.weights=auto"

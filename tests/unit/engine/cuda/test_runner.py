@@ -1,4 +1,4 @@
-"""The CUDA runner's refusals, its slots, what it draws, and steps that overlap or fail."""
+"""The CUDA runner: slots, refusals, sampled tokens, and steps that overlap or fail."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +32,7 @@ SAMPLED = {
 
 
 def part(name: str, tokens: tuple[int, ...], start: int, block: int, **fields: Any) -> SequenceStep:
-    """One sequence's part of a step, all of it in one block."""
+    """Return one sequence's part of a step, within one block."""
     fields = {"sampling": GREEDY, "prompt_length": len(PROMPT), **fields}
     return SequenceStep(request_id=name, tokens=tokens, start=start, blocks=(block,), **fields)
 
@@ -44,15 +44,15 @@ def step(runner: Any, *parts: SequenceStep) -> dict[str, int]:
     return {drawn.request_id: drawn.token for drawn in result.sampled}
 
 
-def failing(runner: Any, name: str) -> None:
-    """A step whose tokens have no block."""
+def run_failing_step(runner: Any, name: str) -> None:
+    """Run a step that fails, as its tokens have no block."""
     with pytest.raises(IndexError):
         step(runner, part(name, (1,), 1000, 0))
 
 
 @pytest.fixture
 def slab(make_cuda_runner: Make, tmp_path: Path) -> Slab:
-    """Strong enough that its tokens are not the base model's."""
+    """Return a slab strong enough to change the sampled tokens."""
     shape = make_cuda_runner().shape
     return pack_peft(write_peft_adapter(tmp_path / "peft", shape, rank=8, strength=4.0), shape, "float32", 64)
 
@@ -62,7 +62,7 @@ def logits(runner: Any, slot: int) -> torch.Tensor:
     return found
 
 
-def test_a_slab_is_used_once_it_is_installed_and_until_it_is_removed(make_cuda_runner: Make, slab: Slab) -> None:
+def test_a_slab_is_used_from_install_to_remove(make_cuda_runner: Make, slab: Slab) -> None:
     runner = make_cuda_runner()
     base = logits(runner, -1)
     assert torch.equal(logits(runner, 2), base), "a slot without an adapter is the base model"
@@ -75,7 +75,7 @@ def test_a_slab_is_used_once_it_is_installed_and_until_it_is_removed(make_cuda_r
     assert torch.equal(logits(runner, 2), base)
 
 
-def test_a_slot_that_changes_hands_before_the_next_step_is_its_last_owners(make_cuda_runner: Make, slab: Slab) -> None:
+def test_the_last_change_of_a_slot_before_a_step_counts(make_cuda_runner: Make, slab: Slab) -> None:
     runner = make_cuda_runner()
     runner.pool.write(0, slab.data)
     runner.install(1, slab.header, 0)
@@ -85,29 +85,29 @@ def test_a_slot_that_changes_hands_before_the_next_step_is_its_last_owners(make_
     assert torch.equal(logits(runner, 1), adapted)
 
 
-def of_another_dtype(header: Any) -> Any:
+def with_other_dtype(header: Any) -> Any:
     return msgspec.structs.replace(header, dtype="bfloat16")
 
 
-def of_another_model(header: Any) -> Any:
+def with_other_model(header: Any) -> Any:
     return msgspec.structs.replace(header, shape=msgspec.structs.replace(header.shape, vocab=1))
 
 
-def of_a_larger_rank(header: Any) -> Any:
+def with_larger_rank(header: Any) -> Any:
     return msgspec.structs.replace(header, rank=9)
 
 
 REFUSED: list[tuple[Callable[[Any], Any], int, str]] = [
-    (of_another_dtype, 0, r"slab is bfloat16, engine\.slab_dtype is float32; register the adapter again"),
-    (of_another_model, 0, r"slab is for .*, this model is .*; register the adapter again"),
-    (of_a_larger_rank, 0, r"slab has rank 9, engine\.max_rank is 8; raise it"),
+    (with_other_dtype, 0, r"slab is bfloat16, engine\.slab_dtype is float32; register the adapter again"),
+    (with_other_model, 0, r"slab is for .*, this model is .*; register the adapter again"),
+    (with_larger_rank, 0, r"slab has rank 9, engine\.max_rank is 8; raise it"),
     (lambda header: header, 1, r"slab of \d+ elements at \d+ is outside \d+"),
     (lambda header: header, -(1 << 40), r"slab of \d+ elements at -\d+ is outside \d+"),
 ]
-"""(what is changed of a slab that fits, how far behind the pool's end it would end, what is said)"""
+"""(change of a slab that fits, elements by which it exceeds the pool, expected error)"""
 
 
-def test_what_cannot_be_used_is_refused_and_leaves_the_slot_as_it_was(make_cuda_runner: Make, slab: Slab) -> None:
+def test_an_unusable_slab_is_refused_and_the_slot_does_not_change(make_cuda_runner: Make, slab: Slab) -> None:
     runner = make_cuda_runner()
     runner.pool.write(0, slab.data)
     runner.install(0, slab.header, 0)
@@ -118,7 +118,7 @@ def test_what_cannot_be_used_is_refused_and_leaves_the_slot_as_it_was(make_cuda_
         assert torch.equal(logits(runner, 0), before), text
 
 
-def test_every_way_to_draw_draws_what_the_cpu_engine_draws(
+def test_all_sampling_methods_agree_with_the_cpu_engine(
     make_cuda_runner: Make, make_runner: Callable[..., CpuRunner], helpers: Any
 ) -> None:
     drawn = []
@@ -130,10 +130,10 @@ def test_every_way_to_draw_draws_what_the_cpu_engine_draws(
         helpers.drive(runner, streams, 3, [3] * len(streams))
         drawn.append({stream.name: stream.output for stream in streams})
     assert drawn[0] == drawn[1]
-    assert len({tuple(tokens) for tokens in drawn[0].values()}) == len(SAMPLED), "they must differ"
+    assert len({tuple(tokens) for tokens in drawn[0].values()}) == len(SAMPLED), "the tokens must differ"
 
 
-def test_log_probabilities_are_the_cpu_engines(make_cuda_runner: Make, make_runner: Callable[..., CpuRunner]) -> None:
+def test_logprobs_agree_with_the_cpu_engine(make_cuda_runner: Make, make_runner: Callable[..., CpuRunner]) -> None:
     batch = StepBatch(
         step_id=0,
         sequences=(part("asks", PROMPT, 0, 0, sampling=SAMPLED["greedy"]), part("does not", PROMPT, 0, 1)),
@@ -147,14 +147,14 @@ def test_log_probabilities_are_the_cpu_engines(make_cuda_runner: Make, make_runn
     assert [p for _, p in ours.top] == pytest.approx([p for _, p in theirs.top], abs=1e-4)
 
 
-def test_a_step_may_be_submitted_before_the_one_it_goes_on_from_is_looked_at(make_cuda_runner: Make) -> None:
+def test_a_step_can_be_submitted_before_the_result_of_the_preceding_one(make_cuda_runner: Make) -> None:
     apart = make_cuda_runner()
     first = step(apart, part("a", PROMPT, 0, 0), part("b", (8, 9), 0, 1))
     second = step(apart, part("b", (first["b"],), 2, 1))
 
     runner = make_cuda_runner()
     prompts = StepBatch(step_id=0, sequences=(part("a", PROMPT, 0, 0), part("b", (8, 9), 0, 1)))
-    # Only the second of the two goes on: its token is no longer in the row that its part is in.
+    # Only the second sequence continues, so that its pending token is in another row than its part.
     ahead = StepBatch(step_id=1, sequences=(part("b", (PENDING_TOKEN,), 2, 1, output_index=1),))
     waiting = [runner.submit(prompts), runner.submit(ahead)]
     results = [pending.result() for pending in waiting]
@@ -163,7 +163,7 @@ def test_a_step_may_be_submitted_before_the_one_it_goes_on_from_is_looked_at(mak
     assert {s.request_id: s.token for s in results[1].sampled} == second
 
 
-def test_a_step_of_unfinished_prompts_brings_no_tokens(make_cuda_runner: Make) -> None:
+def test_a_step_of_unfinished_prompts_samples_no_tokens(make_cuda_runner: Make) -> None:
     whole = step(make_cuda_runner(), part("a", PROMPT, 0, 0))
     runner = make_cuda_runner()
     assert step(runner, part("a", PROMPT[:2], 0, 0, sample=False), part("b", (8,), 0, 1, sample=False)) == {}
@@ -171,27 +171,27 @@ def test_a_step_of_unfinished_prompts_brings_no_tokens(make_cuda_runner: Make) -
 
 
 @pytest.mark.parametrize("steps_before", [0, 1])
-def test_a_step_that_fails_takes_none_along(make_cuda_runner: Make, steps_before: int) -> None:
+def test_a_failed_step_does_not_fail_the_next(make_cuda_runner: Make, steps_before: int) -> None:
     runner = make_cuda_runner()
     expected = step(make_cuda_runner(), part("b", PROMPT, 0, 1))
     for _ in range(steps_before):
         step(runner, part("c", PROMPT, 0, 2), part("a", PROMPT, 0, 0))
-    failing(runner, "a")
+    run_failing_step(runner, "a")
     drawn = step(runner, part("a", (PENDING_TOKEN,), 3, 0), part("b", PROMPT, 0, 1))
-    assert 0 <= drawn["a"] < runner.shape.vocab, "any token will do"
+    assert 0 <= drawn["a"] < runner.shape.vocab, "the token is not used, but it must be valid"
     assert drawn["b"] == expected["b"]
 
 
-def test_what_changed_before_a_step_that_fails_is_not_lost(make_cuda_runner: Make, slab: Slab) -> None:
+def test_table_changes_before_a_failed_step_are_not_lost(make_cuda_runner: Make, slab: Slab) -> None:
     runner, other = make_cuda_runner(), make_cuda_runner()
     for each in (runner, other):
         each.pool.write(0, slab.data)
         each.install(0, slab.header, 0)
-    failing(runner, "a")
+    run_failing_step(runner, "a")
     assert torch.equal(logits(runner, 0), logits(other, 0))
 
 
-def test_a_change_that_could_not_be_made_is_made_before_the_next_step(
+def test_a_failed_table_change_is_tried_again_before_the_next_step(
     make_cuda_runner: Make, slab: Slab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runner, other = make_cuda_runner(), make_cuda_runner()
@@ -209,7 +209,7 @@ def test_a_change_that_could_not_be_made_is_made_before_the_next_step(
     assert torch.equal(logits(runner, 0), logits(other, 0)), "it must not compute as the base model"
 
 
-def test_warming_up_changes_nothing_and_says_what_it_does(make_cuda_runner: Make) -> None:
+def test_warm_up_does_not_change_outputs_and_reports_progress(make_cuda_runner: Make) -> None:
     runner = make_cuda_runner(max_step_tokens=3, max_running=2)
     before, said = logits(runner, -1), []
     runner.warm_up(said.append)
@@ -219,7 +219,7 @@ def test_warming_up_changes_nothing_and_says_what_it_does(make_cuda_runner: Make
     assert torch.equal(logits(runner, -1), before)
 
 
-def test_memory_that_runs_out_while_warming_up_names_the_setting_to_lower(
+def test_running_out_of_memory_during_warm_up_names_the_setting(
     make_cuda_runner: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from loraserve.engine.cuda import runner as runner_module
@@ -237,14 +237,14 @@ def test_memory_that_runs_out_while_warming_up_names_the_setting_to_lower(
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's memory is measured")
-def test_too_little_memory_names_the_setting_and_what_is_enough(make_cuda_runner: Make) -> None:
+def test_too_little_memory_is_refused_with_the_least_setting(make_cuda_runner: Make) -> None:
     with pytest.raises(ConfigError, match=r"engine\.kv_bytes=1000 holds not one block; give at least \d+") as refused:
         make_cuda_runner(kv_bytes=1000)
     enough = int(str(refused.value).split("give at least ")[1])
     assert make_cuda_runner(kv_bytes=enough).kv_blocks == 1
 
 
-def test_what_there_is_room_for_is_said(make_cuda_runner: Make) -> None:
+def test_the_capacity_is_reported(make_cuda_runner: Make) -> None:
     said: list[str] = []
     runner = make_cuda_runner(progress=said.append)
     assert any(text.startswith(f"KV cache for {runner.kv_blocks * 16} tokens; adapter pool of") for text in said)

@@ -1,4 +1,4 @@
-"""The integers of a step on the device, with exact room and with room to spare, and the sizes of captured graphs."""
+"""The buffer of a step's integers on the device, with and without unused room, and the sizes of captured graphs."""
 
 from itertools import pairwise
 from typing import Any
@@ -41,7 +41,7 @@ def two_decode() -> PackedStep:
     return pack_step([part((8,), 4, (5, 6), slot=2), part((9,), 2, (7,))], 4)
 
 
-def test_exact_room_holds_the_step_and_nothing_else() -> None:
+def test_a_buffer_of_exact_size_holds_the_step() -> None:
     packed = pack_step([part((11, 12, 13), 2, (5, 6), slot=1), part((9,), 0, (7,), sample=False)], 4)
     buffer = StepBuffer(BufferSize(tokens=4, sequences=2, blocks=2, sampled=1), DEVICE)
     assert sent(buffer, packed, [NONE, NONE, NONE, 3]) == {
@@ -57,7 +57,7 @@ def test_exact_room_holds_the_step_and_nothing_else() -> None:
     }
 
 
-def test_room_to_spare_is_filled_with_tokens_that_touch_nothing(two_decode: PackedStep) -> None:
+def test_unused_room_is_filled_with_tokens_that_access_no_memory(two_decode: PackedStep) -> None:
     buffer = StepBuffer(BufferSize(tokens=5, sequences=5, blocks=3, sampled=5), DEVICE)
     assert sent(buffer, two_decode, [0, NONE]) == {
         "tokens": [8, 9, 0, 0, 0],
@@ -72,7 +72,7 @@ def test_room_to_spare_is_filled_with_tokens_that_touch_nothing(two_decode: Pack
     }
 
 
-def test_nothing_of_the_step_before_is_left(two_decode: PackedStep) -> None:
+def test_nothing_of_the_preceding_step_remains(two_decode: PackedStep) -> None:
     buffer = StepBuffer(BufferSize(tokens=4, sequences=4, blocks=3, sampled=4), DEVICE)
     full = pack_step([part((i,), 9, (i, i, i), slot=i) for i in range(1, 5)], 4)
     first = sent(buffer, two_decode, [0, 1])
@@ -80,7 +80,7 @@ def test_nothing_of_the_step_before_is_left(two_decode: PackedStep) -> None:
     assert sent(buffer, two_decode, [0, 1]) == first
 
 
-def test_a_captured_graph_finds_everything_where_it_was(two_decode: PackedStep) -> None:
+def test_addresses_do_not_change(two_decode: PackedStep) -> None:
     buffer = StepBuffer(BufferSize(tokens=2, sequences=2, blocks=2, sampled=2), DEVICE)
     places = [getattr(buffer, name).data_ptr() for name in VIEWS]
     for _ in range(2):
@@ -98,14 +98,14 @@ def test_a_step_that_does_not_fit_is_refused(two_decode: PackedStep) -> None:
             sent(StepBuffer(shape, DEVICE), two_decode, [NONE, NONE])
 
 
-def test_graphs_are_captured_for_powers_of_two_and_for_all() -> None:
+def test_graphs_are_captured_for_powers_of_two_and_max_running() -> None:
     assert batch_sizes(1) == (1,)
     assert batch_sizes(8) == (1, 2, 4, 8)
     assert batch_sizes(48) == (1, 2, 4, 8, 16, 32, 48)
 
 
 @given(most=st.integers(1, 5000))
-def test_every_step_has_a_size_that_is_less_than_twice_it(most: int) -> None:
+def test_each_step_has_a_graph_of_less_than_twice_its_size(most: int) -> None:
     sizes = batch_sizes(most)
     assert sizes == tuple(sorted(set(sizes)))
     assert sizes[-1] == most
@@ -113,8 +113,8 @@ def test_every_step_has_a_size_that_is_less_than_twice_it(most: int) -> None:
         assert more <= 2 * less
 
 
-def test_tables_are_as_wide_as_what_is_read() -> None:
-    assert table_widths(2000, "paged") == (256, 2000), "what is not used is sent, but not read"
+def test_table_widths_depend_on_the_attention_backend() -> None:
+    assert table_widths(2000, "paged") == (256, 2000), "unused width is copied, but not read"
     assert table_widths(100, "paged") == (100,)
     assert table_widths(2000, "gathered") == (16, 64, 256, 1024, 2000)
     assert table_widths(16, "gathered") == (16,)

@@ -1,4 +1,4 @@
-"""The CUDA runner against transformers and peft: on a GPU where there is one, else interpreted on this machine's CPU.
+"""The CUDA runner against transformers and peft: on a GPU if there is one, otherwise interpreted on the CPU.
 
 Interpreted it runs the very same code but for streams and captured graphs.
 """
@@ -42,7 +42,7 @@ def make_cuda_runner(model_dir: Path, **engine: Any) -> CudaRunner:
 
 
 def four_adapters(runner: CudaRunner, folder: Path) -> list[Path]:
-    """All targets, q and v alone, a rank_pattern with rsLoRA, and a large one."""
+    """Write adapters: all targets, only q and v, a rank_pattern with rsLoRA, and a large one."""
     pattern = {"q_proj": 2, "layers.1.mlp.down_proj": 24, "k_proj": 5}
     kinds: dict[str, dict[str, Any]] = {
         "all": {"rank": 8},
@@ -65,18 +65,18 @@ def install(runner: CudaRunner, directories: list[Path]) -> None:
         offset += -(-len(slab.data) // 4096) * 4096
 
 
-def streams_of(Stream: Any) -> list[Any]:
-    """Prompts of odd lengths, blocks scattered."""
+def streams_of(stream_type: Any) -> list[Any]:
+    """Return streams with odd prompt lengths and scattered blocks."""
     generator = torch.Generator().manual_seed(0)
     blocks = torch.randperm(5 * len(LENGTHS), generator=generator).view(len(LENGTHS), 5).tolist()
     return [
-        Stream(name, torch.randint(3, 320, (length,), generator=generator).tolist(), table, SLOTS[name], GREEDY)
+        stream_type(name, torch.randint(3, 320, (length,), generator=generator).tolist(), table, SLOTS[name], GREEDY)
         for (name, length), table in zip(LENGTHS.items(), blocks, strict=True)
     ]
 
 
 def drive(runner: CudaRunner, streams: list[Any], chunks: tuple[int, ...]) -> None:
-    """All streams together to TOKENS tokens each, every step submitted before the one before it is looked at."""
+    """Run all streams to TOKENS tokens each; submit every step before the result of the preceding one."""
     by_name = {stream.name: stream for stream in streams}
     chunk_of = dict(zip(by_name, chunks, strict=True))
     waiting: list[Any] = []
@@ -95,7 +95,7 @@ def drive(runner: CudaRunner, streams: list[Any], chunks: tuple[int, ...]) -> No
 
 @pytest.fixture
 def ahead_stream(helpers: Any) -> Any:
-    """A Stream whose newest token may be one that the step before draws."""
+    """Return a Stream class whose newest token may be pending."""
 
     class Ahead(helpers.Stream):  # type: ignore[misc,name-defined]
         ahead = 0
@@ -115,7 +115,7 @@ def ahead_stream(helpers: Any) -> Any:
 
 
 def truth(model_dir: Path, adapter: Path | None, known: list[int], outputs: int) -> torch.Tensor:
-    """Logits behind the last ``outputs`` tokens of ``known``, float32 [outputs, vocab]."""
+    """Return the logits after the last ``outputs`` tokens of ``known``, float32 [outputs, vocab]."""
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
     model = load(model_dir, dtype=torch.float32)
     if adapter is not None:
@@ -142,5 +142,5 @@ def test_base_and_four_adapters_in_one_batch_equal_transformers_and_peft(
         expected = truth(model_dirs[family], adapter, stream.known, TOKENS)
         assert stream.output == expected.argmax(-1).tolist(), stream.name
         outputs[stream.name] = tuple(stream.output)
-    assert len(set(outputs.values())) == len(outputs), "adapters must show"
+    assert len(set(outputs.values())) == len(outputs), "the adapters must change the output"
     measured(f"CUDA runner on {DEVICE.type}, {family}: {len(streams) * TOKENS} greedy tokens equal transformers + peft")

@@ -1,4 +1,4 @@
-"""Launching a step never has the host wait for the device: the only wait is for the step's result."""
+"""Launching a step never makes the host wait for the device; only reading the result does."""
 
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal",
 
 
 class NothingWaits(TorchDispatchMode):
-    """Fails where a call needs a value from the device, and counts the calls."""
+    """Fails on calls that need a value from the device, and counts the calls."""
 
     calls = 0
 
@@ -62,6 +62,6 @@ def test_a_step_is_launched_without_waiting(model_dirs: dict[str, Path], tmp_pat
     assert [len(step.result().sampled) for step in steps] == [2, 2]
 
 
-def test_a_wait_would_be_found() -> None:
+def test_a_wait_is_detected() -> None:
     with NothingWaits(), pytest.raises(AssertionError, match="_local_scalar_dense"):
         torch.ones(1).item()

@@ -88,7 +88,7 @@ def test_llama3_rope(tmp_path: Path) -> None:
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported"),
     ],
 )
-def test_what_cannot_be_computed_is_refused_by_name(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
+def test_an_unsupported_model_is_refused_with_the_field(tmp_path: Path, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         read_decoder_config(write(tmp_path, **fields))
 
@@ -114,7 +114,7 @@ def test_what_cannot_be_computed_is_refused_by_name(tmp_path: Path, fields: dict
         ({"sliding_window": 128}, None),
     ],
 )
-def test_sliding_window_of_the_layers_that_have_one(tmp_path: Path, fields: dict[str, Any], window: int | None) -> None:
+def test_sliding_window_of_some_layers_applies(tmp_path: Path, fields: dict[str, Any], window: int | None) -> None:
     assert read_decoder_config(write(tmp_path, **fields)).sliding_window == window
 
 
@@ -136,7 +136,7 @@ def test_eos_ids(
     assert read_decoder_config(write(tmp_path, **fields)).eos_token_ids == expected
 
 
-def test_broken_generation_config_is_named(tmp_path: Path) -> None:
+def test_a_broken_generation_config_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "generation_config.json").write_text("{")
     with pytest.raises(ConfigError, match=r"generation_config\.json"):
         read_decoder_config(write(tmp_path))

@@ -5,19 +5,19 @@ from loraserve.engine.model.linear import make_linear, pick_backend
 from loraserve.errors import ConfigError
 
 
-def test_float32_is_exact_and_may_be_asked_for() -> None:
+def test_float32_is_exact_and_can_be_selected() -> None:
     weight, bias, x = torch.randn(5, 7), torch.randn(5), torch.randn(3, 7)
     linear = make_linear(weight, bias, pick_backend("float32"))
     assert linear.backend == "float32"
     assert torch.equal(linear(x), torch.nn.functional.linear(x, weight, bias))
 
 
-def test_auto_takes_fp16_where_it_runs() -> None:
+def test_auto_selects_fp16_if_it_runs() -> None:
     assert pick_backend("auto") == "fp16"
 
 
 @pytest.mark.parametrize(("rows", "width"), [(960, 576), (33, 47), (1, 1), (3072, 64)])
-def test_fp16_rounds_weights_alone(rows: int, width: int) -> None:
+def test_fp16_rounds_only_the_weights(rows: int, width: int) -> None:
     weight, bias, x = torch.randn(rows, width), torch.randn(rows), torch.randn(9, width)
     linear = make_linear(weight, bias, "fp16")
     assert linear.backend == "fp16"
@@ -48,7 +48,7 @@ def test_weights_beyond_fp16_stay_float32() -> None:
     assert torch.equal(linear(torch.ones(1, 4)), torch.full((1, 4), 4e5))
 
 
-def test_fp16_asked_for_where_it_does_not_run_is_refused() -> None:
+def test_selecting_fp16_is_refused_if_it_does_not_run() -> None:
     assert pick_backend("auto", can_run_fp16=lambda: False) == "float32"
     with pytest.raises(ConfigError, match=r"engine\.weights=fp16: .* set engine\.weights to auto"):
         pick_backend("fp16", can_run_fp16=lambda: False)

@@ -14,7 +14,7 @@ TOKENS = 12
 
 
 def truth(model_dir: Path, adapter: Path | None, known: list[int], outputs: int) -> torch.Tensor:
-    """Logits behind the last ``outputs`` tokens of ``known``, float32 [outputs, vocab]."""
+    """Return the logits after the last ``outputs`` tokens of ``known``, float32 [outputs, vocab]."""
     load: Any = transformers.AutoModelForCausalLM.from_pretrained
     model = load(model_dir, dtype=torch.float32)
     if adapter is not None:
@@ -24,20 +24,20 @@ def truth(model_dir: Path, adapter: Path | None, known: list[int], outputs: int)
     return logits[-outputs:]
 
 
-def mixed_streams(Stream: Any, seed: int = 0) -> list[Any]:
-    """Base and three adapters, prompts of odd lengths, blocks scattered."""
+def mixed_streams(stream_type: Any, seed: int = 0) -> list[Any]:
+    """Return streams for the base model and three adapters, with odd prompt lengths and scattered blocks."""
     generator = torch.Generator().manual_seed(seed)
     lengths = {"base": 5, "all": 41, "qv": 16, "mixed": 33, "all again": 17}
     slots = {"base": -1, "all": 0, "qv": 1, "mixed": 2, "all again": 0}
     blocks = torch.randperm(5 * len(lengths), generator=generator).view(len(lengths), 5).tolist()
     return [
-        Stream(name, torch.randint(3, 320, (length,), generator=generator).tolist(), table, slots[name])
+        stream_type(name, torch.randint(3, 320, (length,), generator=generator).tolist(), table, slots[name])
         for (name, length), table in zip(lengths.items(), blocks, strict=True)
     ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_mixed_batch_in_chunks_equals_transformers_and_peft(
+def test_a_mixed_batch_in_chunks_equals_transformers_and_peft(
     family: str, helpers: Any, make_runner: Any, make_adapters: Callable[..., list[Path]], model_dirs: dict[str, Path]
 ) -> None:
     runner = make_runner(family)
@@ -56,7 +56,7 @@ def test_mixed_batch_in_chunks_equals_transformers_and_peft(
         assert difference < 1e-4, f"{stream.name}: logits differ by {difference}"
         assert stream.output == expected.argmax(-1).tolist()
         outputs[stream.name] = tuple(stream.output)
-    assert len(set(outputs.values())) == len(outputs), "adapters must show"
+    assert len(set(outputs.values())) == len(outputs), "the adapters must change the output"
     assert len({token for output in outputs.values() for token in output}) > 2 * TOKENS, "greedy tokens must vary"
 
 

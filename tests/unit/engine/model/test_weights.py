@@ -19,8 +19,8 @@ def load(model_dir: Path, progress: Callable[[str], None] = lambda text: None) -
     return load_weights(model_dir, read_decoder_config(model_dir), CpuWeightForm("float32"), progress)
 
 
-def changed(source: Path, target: Path, change: Callable[[Tensors], None]) -> Path:
-    """A copy of a model with other tensors."""
+def copy_with_change(source: Path, target: Path, change: Callable[[Tensors], None]) -> Path:
+    """Return a copy of a model with copy_with_change tensors."""
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     (target / "config.json").write_text((source / "config.json").read_text())
@@ -28,7 +28,7 @@ def changed(source: Path, target: Path, change: Callable[[Tensors], None]) -> Pa
     return target
 
 
-def test_projections_are_fused_in_the_order_of_a_slab(model_dirs: dict[str, Path]) -> None:
+def test_projections_are_stacked_in_the_order_of_a_slab(model_dirs: dict[str, Path]) -> None:
     tensors = load_file(model_dirs["qwen2"] / "model.safetensors")
     layer = load(model_dirs["qwen2"]).layers[1]
     prefix = "model.layers.1.self_attn."
@@ -40,19 +40,19 @@ def test_projections_are_fused_in_the_order_of_a_slab(model_dirs: dict[str, Path
     torch.testing.assert_close(layer.qkv(x), torch.cat(expected, 1))
 
 
-def test_progress_is_told_by_layer(model_dirs: dict[str, Path]) -> None:
+def test_progress_is_reported_for_each_layer(model_dirs: dict[str, Path]) -> None:
     told: list[str] = []
     load(model_dirs["llama"], told.append)
     assert told == [f"loading weights: layer {n} of 3" for n in (1, 2, 3)]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_sixteen_bit_sources_are_widened(model_dirs: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
+def test_16_bit_weights_are_widened(model_dirs: dict[str, Path], tmp_path: Path, dtype: torch.dtype) -> None:
     def narrow(tensors: Tensors) -> None:
         for name in tensors:
             tensors[name] = tensors[name].to(dtype)
 
-    weights = load(changed(model_dirs["qwen3"], tmp_path, narrow))
+    weights = load(copy_with_change(model_dirs["qwen3"], tmp_path, narrow))
     tensors = load_file(tmp_path / "model.safetensors")
     assert torch.equal(weights.norm, tensors["model.norm.weight"].float())
     assert torch.equal(weights.embedding, tensors["model.embed_tokens.weight"])
@@ -72,12 +72,12 @@ def test_sharded_checkpoint_loads_the_same(model_dirs: dict[str, Path], tmp_path
     assert torch.equal(load(tmp_path).layers[2].gate_up(x), load(model_dirs["llama"]).layers[2].gate_up(x))
 
 
-def test_tied_head_is_the_embedding_whether_it_is_stored_or_not(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_a_tied_head_is_the_embedding_whether_or_not_it_is_stored(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     def store_head(tensors: Tensors) -> None:
         tensors["lm_head.weight"] = torch.zeros(320, 64)
 
     x = torch.randn(2, 64)
-    tied = load(changed(model_dirs["qwen2"], tmp_path, store_head))
+    tied = load(copy_with_change(model_dirs["qwen2"], tmp_path, store_head))
     assert torch.equal(tied.head(x), load(model_dirs["qwen2"]).head(x))
     assert tied.head(x).abs().max() > 0
 
@@ -104,19 +104,19 @@ def replace(name: str, tensor: torch.Tensor) -> Callable[[Tensors], None]:
         (replace("model.layers.0.self_attn.q_norm.weight", torch.ones(16)), r"no place.*self_attn\.q_norm\.weight"),
     ],
 )
-def test_a_tensor_that_does_not_fit_is_named(
+def test_a_tensor_that_does_not_fit_is_named_in_the_error(
     model_dirs: dict[str, Path], tmp_path: Path, change: Callable[[Tensors], None], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        load(changed(model_dirs["llama"], tmp_path, change))
+        load(copy_with_change(model_dirs["llama"], tmp_path, change))
 
 
 def test_old_rotary_buffers_are_ignored(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
-    load(changed(model_dirs["llama"], tmp_path, replace(name, torch.ones(8))))
+    load(copy_with_change(model_dirs["llama"], tmp_path, replace(name, torch.ones(8))))
 
 
-def test_missing_and_broken_files_are_named(model_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_missing_and_broken_files_are_named_in_the_error(model_dirs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text((model_dirs["llama"] / "config.json").read_text())
     with pytest.raises(ConfigError, match=r"neither model\.safetensors nor"):
         load(tmp_path)
@@ -129,7 +129,7 @@ def test_missing_and_broken_files_are_named(model_dirs: dict[str, Path], tmp_pat
             load(tmp_path)
 
 
-def test_values_do_not_follow_the_file(tmp_path: Path) -> None:
+def test_weights_do_not_change_with_the_file(tmp_path: Path) -> None:
     write_tiny_model(tmp_path, "llama")
     weights = load(tmp_path)
     x = torch.randn(1, 64)
