@@ -40,9 +40,7 @@ class Slo(msgspec.Struct, frozen=True):
 class Rng(Protocol):
     """The part of ``random.Random`` that policies use."""
 
-    def random(self) -> float:
-        """Return a number in [0, 1)."""
-        ...
+    def random(self) -> float: ...
 
 
 class RoutingContext(msgspec.Struct, frozen=True, gc=False):

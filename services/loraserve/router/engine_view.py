@@ -48,8 +48,8 @@ class AdapterMix(msgspec.Struct, frozen=True, gc=False):
     """What the adapters of an engine's requests add to its steps.
 
     Attributes:
-        slab_bytes: Of the distinct adapters that run.
-        rank_sum: Over the running requests.
+        slab_bytes: Slab bytes of the distinct adapters that run.
+        rank_sum: Sum of the ranks of the running requests.
         running_rank: The largest rank that runs.
         largest_rank: The largest rank that runs or waits.
         expected_rank: The mean over time of the largest rank in a batch, from the demand for the copies that the plan
@@ -87,10 +87,8 @@ class EngineView(msgspec.Struct):
     """One engine.
 
     Attributes:
-        name: Of the engine.
         load: The last report.
         reported_s: When the report was made.
-        alive: Whether the monitor believes that the engine lives.
         column: The engine's column in the price table; -1 if it takes no requests.
         resident: Versions in its pool.
         loading: Versions that it loads.
@@ -132,12 +130,10 @@ class EngineView(msgspec.Struct):
 
     @property
     def requests(self) -> int:
-        """How many requests run, wait or are pending."""
         return self.load.running + self.load.waiting + len(self.pending)
 
     @property
     def is_ready(self) -> bool:
-        """Whether the engine takes requests."""
         return self.alive and self.load.state == "READY"
 
     @property
@@ -166,12 +162,8 @@ class EngineView(msgspec.Struct):
     ) -> None:
         """Replace the last report; one of another incarnation clears everything known of the engine.
 
-        Args:
-            load: The report.
-            reported_s: When it was made.
-            alive: Whether the monitor believes that the engine lives.
-            known: Those of the reported requests whose adapter is known.
-            decoded: By version, decoded tokens per second at each copy; empty if demand is not known.
+        ``known`` are those of the reported requests whose adapter is known. ``decoded`` are the decoded tokens per
+        second at each copy, by version; empty if demand is not known.
         """
         if load.incarnation != self.load.incarnation:
             self.pending, self.expected = {}, {}
@@ -224,7 +216,6 @@ class EngineView(msgspec.Struct):
             self.avoidance_s = min(MAX_AVOIDANCE_S, max(FIRST_AVOIDANCE_S, 2 * self.avoidance_s))
 
     def record_answer(self) -> None:
-        """Stop avoiding the engine."""
         self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
 
     def _recount_pending(self) -> None:

@@ -93,7 +93,7 @@ def route_by_shares(context: RoutingContext) -> Candidates | Rejected:
 
 
 POLICIES: Mapping[str, RoutingPolicy] = {"predicted": route_by_prediction, "shares": route_by_shares}
-"""By their names in the configuration."""
+"""The policies by their names in the configuration (``router.policy``)."""
 
 
 def placeholder_request(expect: Expect) -> Route:

@@ -11,7 +11,7 @@ from loraserve.messages import Route
 
 BLOCK_TOKENS = 128
 MAX_BLOCKS = 64
-"""Of one prompt that are remembered."""
+"""Blocks of one prompt that are remembered."""
 MAX_PREFIXES = 100_000
 MAX_ENGINES = 8
 """Engines that are remembered for one prefix, the latest first. A prefix that is everywhere does not decide

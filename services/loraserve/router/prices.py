@@ -106,7 +106,7 @@ class PriceTable:
     Attributes:
         engines: In the order of their columns.
         columns: The prices of all engines.
-        mean_output_tokens: Of a request.
+        mean_output_tokens: Mean output of a request.
         min_context_tokens: Requests with a shorter prompt fit the context of every engine.
         min_extent_bytes: Slabs up to this size fit every pool.
         fitting_tokens: Prompts up to this length wait for KV memory nowhere; longer ones may.

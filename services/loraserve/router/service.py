@@ -51,12 +51,10 @@ class RouterService(Service):
         self._rejected = self.metrics.counter("rejected_total", "Requests refused", ["code"])
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Subscribe to the monitor's pictures and the planner's plans."""
         self.bus.subscribe("monitor", "load")
         self.bus.subscribe("planner", "plan")
 
     def ready_detail(self) -> str:
-        """Return the number of ready engines and the plan's epoch."""
         epoch = self._plan.epoch if self._plan else "none"
         return f"{len(self._view.ready_engines())} engines to choose from, plan epoch {epoch}"
 
@@ -64,7 +62,6 @@ class RouterService(Service):
         return self._view.story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
-        """Handle one message of the inbox."""
         match envelope.message:
             case Route() as request:
                 self.spawn(self._route(envelope, request))

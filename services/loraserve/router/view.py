@@ -37,11 +37,10 @@ class ClusterView:
     """Engines by name, where requests run, and which engines do not answer.
 
     Attributes:
-        engines: By name.
         running: By request id, the engine that runs it.
         drained: Names of engines that the plan empties.
-        mean_output_tokens: Of a request, from the monitor's demand.
-        requests_per_s: Of the whole cluster.
+        mean_output_tokens: Mean output of a request, from the monitor's demand.
+        requests_per_s: Arrivals in the whole cluster.
         prefixes: None if engines do not keep the KV cache of prompts.
         story: What this router did with each request.
     """
@@ -126,7 +125,6 @@ class ClusterView:
         self._oldest_pending_s = min(self._oldest_pending_s, now)
 
     def record_admitted(self, engine: str, request_id: str, incarnation: str, now: float) -> None:
-        """Note that the engine took the request."""
         view = self.engines.get(engine)
         pending = None
         if view is not None:
@@ -141,7 +139,6 @@ class ClusterView:
         self.story.tell(request_id, now, f"admitted by {engine}")
 
     def record_refused(self, engine: str, request_id: str, code: str, now: float) -> None:
-        """Note that the engine refused the request."""
         view = self.engines.get(engine)
         if view is not None:
             view.drop_pending([request_id])

@@ -54,7 +54,6 @@ traces:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of scripts/simulate."""
     parser = argparse.ArgumentParser(
         prog="scripts/simulate",
         description="Simulate a cluster that serves a workload under different placement and routing policies.",

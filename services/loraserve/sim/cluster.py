@@ -92,21 +92,17 @@ class Simulation(EngineListener):
     # Output of the engines
 
     def on_first_token(self, request_id: str, now: float) -> None:
-        """Note the time of a request's first token."""
         self._requests[request_id].first_token_s = now
 
     def on_finished(self, request_id: str, now: float) -> None:
-        """Note the end of a request."""
         self._requests[request_id].end_s = now
         self._unfinished -= 1
 
     def on_rejected(self, request_id: str, now: float) -> None:
-        """Note that a request was rejected."""
         self._requests[request_id].rejected = True
         self._unfinished -= 1
 
     def on_prepared(self, engine: str, epoch: int, failed: dict[str, str], now: float) -> None:
-        """Pass the engine's answer on to the planner."""
         self._planner.record_prepared(engine, epoch, failed, now)
 
     # Arrivals

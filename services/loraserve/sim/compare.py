@@ -64,7 +64,6 @@ class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
     """The results of one policy, or of its median draw.
 
     Attributes:
-        policy: Its name.
         max_rps: The largest load under the SLO.
         max_rps_draws: That of all draws, ascending.
         at_80pct: Figures at 80% of the best baseline's largest load.

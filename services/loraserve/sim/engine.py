@@ -49,7 +49,6 @@ class Timeline:
         self._scheduled = 0
 
     def schedule(self, time_s: float, callback: Callback) -> None:
-        """Call ``callback`` at a time."""
         self._scheduled += 1
         heappush(self._due, (time_s, self._scheduled, callback))
 
@@ -65,24 +64,20 @@ class Timeline:
 class EngineListener:
     """Receives the output of engines; subclasses override what they need."""
 
-    def on_first_token(self, request_id: str, now: float) -> None:
-        """Handle the first token of a request."""
+    def on_first_token(self, request_id: str, now: float) -> None: ...
 
-    def on_finished(self, request_id: str, now: float) -> None:
-        """Handle the end of a request."""
+    def on_finished(self, request_id: str, now: float) -> None: ...
 
-    def on_rejected(self, request_id: str, now: float) -> None:
-        """Handle the rejection of a request."""
+    def on_rejected(self, request_id: str, now: float) -> None: ...
 
     def on_prepared(self, engine: str, epoch: int, failed: dict[str, str], now: float) -> None:
         """Handle the answer to ``SimEngine.prepare``; ``failed`` are reasons by version."""
 
 
 class SimEngine:
-    """One engine.
+    """One engine; with ``free_loads``, loads take no time, for policies that have every adapter everywhere.
 
     Attributes:
-        name: Of the engine.
         scheduler: The live scheduler.
         busy_s: Time in which the engine computed.
         rank_tokens: Computed tokens by the rank of their adapter, since they were last cleared.
@@ -97,8 +92,6 @@ class SimEngine:
         listener: EngineListener,
         free_loads: bool = False,
     ) -> None:
-        """Create an idle engine; ``free_loads`` makes loads take no time, for policies with every adapter
-        everywhere."""
         self.name = name
         self.scheduler = Scheduler(limits)
         self.busy_s = 0.0
@@ -122,7 +115,6 @@ class SimEngine:
         self._quiet_steps = 0
 
     def admit(self, admit: Admit, now: float) -> None:
-        """Admit a request."""
         self._deliver(RequestArrived(admit), now)
 
     def prepare(self, epoch: int, adapters: tuple[AdapterRef, ...], now: float) -> None:

@@ -20,7 +20,7 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
         window_s: Over which the monitor measures demand.
         warmup: The share of requests, the first ones, that are left out of the outcome.
         hopeless: A run stops as soon as its P95 TTFT is certain to exceed this many SLOs; infinite: it never stops.
-        seed: Of the policy's random choices.
+        seed: Seed of the policy's random choices.
     """
 
     slo_ttft_s: float = 10.0
@@ -35,8 +35,6 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RequestOutcome(msgspec.Struct, gc=False):
-    """What happened to one request."""
-
     index: int
     adapter: int
     arrival_s: float
@@ -75,10 +73,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What happened in a run.
 
     Attributes:
-        policy: Its name.
-        engines: Their number.
-        workload: Its name.
-        rps: Requests per second.
         slo_ttft_s: The promised P95 time to first token.
         hopeless: Whether the run was stopped because its P95 TTFT was certain to be far above the SLO.
         requests: Those after the warm-up, in the order of their arrival.
@@ -125,7 +119,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def rejected(self) -> int:
-        """How many requests were rejected."""
         return sum(r.rejected for r in self.requests)
 
     @property
@@ -140,7 +133,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def adapters_per_engine(self) -> float:
-        """Mean number of adapters in a pool."""
         held = [sum(i.adapters) / len(i.adapters) for i in self.intervals[1:]]
         return sum(held) / len(held) if held else 0.0
 

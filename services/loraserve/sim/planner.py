@@ -45,7 +45,6 @@ class SimPlanner:
         self._moves = 0
 
     def update(self, loads: Sequence[EngineLoad], now: float) -> None:
-        """Take the reports of all engines."""
         self._deliver(events.EnginesSeen(tuple(loads), self._adapters), now)
 
     def plan(self, demand: Sequence[AdapterDemand], loads: Sequence[EngineLoad], cost: CostModel, now: float) -> None:

@@ -36,9 +36,6 @@ class Policy(msgspec.Struct, frozen=True):
     """A policy to simulate.
 
     Attributes:
-        name: Of the policy.
-        place: Returns the placement.
-        route: Chooses an engine for a request.
         everywhere: Whether every engine holds every adapter at no cost.
         random_placement: Whether the placement depends on the seed.
     """

@@ -16,7 +16,6 @@ EQUAL_P95_FACTOR = 1.02
 
 
 def value_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Return a table of values of any type."""
     return table(header, [[cell(value) for value in row] for row in rows])
 
 
@@ -187,7 +186,6 @@ def gains(comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
 
 
 def gains_text(ratios: Mapping[str, float | None]) -> str:
-    """Return the ratios of ``gains`` in one line."""
     return (
         f"max rps of ours / toppings: best {cell(ratios['vs_toppings_best'])}, median "
         f"{cell(ratios['vs_toppings_median'])}, worst {cell(ratios['vs_toppings_worst'])}; / best baseline: median "

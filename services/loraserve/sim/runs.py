@@ -15,7 +15,7 @@ from loraserve.sim.traces import TraceRequest, read_trace
 from loraserve.sim.workload import TraceSource, Workload, WorkloadShape, draw_workload, trace_workload
 
 MIN_REQUESTS = 100
-"""Of a run: the P95 of fewer requests means nothing."""
+"""A run has at least this many: the P95 of fewer requests means nothing."""
 
 Source = TraceSource | WorkloadShape
 

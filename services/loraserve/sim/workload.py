@@ -65,12 +65,10 @@ class Workload(msgspec.Struct, frozen=True):
 
     @property
     def duration_s(self) -> float:
-        """Time from the first request to the last."""
         return self.requests[-1].time_s - self.requests[0].time_s if self.requests else 0.0
 
     @property
     def rps(self) -> float:
-        """Requests per second."""
         return len(self.requests) / self.duration_s if self.duration_s else 0.0
 
     def at(self, rps: float) -> "Workload":
@@ -97,7 +95,6 @@ class WorkloadShape(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The mix of ranks, arrivals, drift and lengths."""
         return f"{self.ranks} {self.arrivals} {self.drift} {self.lengths}"
 
 

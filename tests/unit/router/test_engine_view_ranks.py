@@ -55,8 +55,10 @@ def demand_of(adapter: AdapterRef, decode_tokens_per_s: float) -> AdapterDemand:
 
 
 def expected_rank(high_tokens_per_s: float, step_s: float = 0.05, copies: int = 1, runs: int = 0) -> float:
-    """Of an engine with a copy of each, that is asked for the low one all the time; of another high one, which the plan
-    does not keep there, ``runs`` run."""
+    """Return the expected rank of an engine with planned copies of LOW, in constant demand, and of HIGH.
+
+    ``runs`` requests run with OTHER_HIGH, which the plan does not keep there.
+    """
     held = (resident(LOW, True, 0), resident(HIGH, True, 0), resident(OTHER_HIGH, False, runs))
     loads = [engine_load(f"e{n}", resident=held, decode_step_s=step_s) for n in range(copies)]
     demand = demand_of(LOW, 900.0 * copies), demand_of(HIGH, high_tokens_per_s)
