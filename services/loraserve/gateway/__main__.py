@@ -3,7 +3,7 @@
 import os
 import sys
 
-# A tokenizer needs no torch, but transformers imports it where it can: seconds, and a quarter of a gigabyte.
+# The tokenizer needs no torch, but transformers imports it if it can, which takes seconds and 250 MB.
 sys.modules["torch"] = None  # type: ignore[assignment]
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

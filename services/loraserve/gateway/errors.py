@@ -14,7 +14,7 @@ SERVER = "server_error"
 
 
 class ApiError(LoraServeError):
-    """An answer other than success: its HTTP status and the fields of the ``error`` object."""
+    """An HTTP answer other than success: its status and the fields of OpenAI's ``error`` object."""
 
     def __init__(
         self,
@@ -43,7 +43,7 @@ class ApiError(LoraServeError):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        # Retry-After takes whole seconds.
+        # Retry-After is in whole seconds.
         return {} if self.retry_after_s is None else {"Retry-After": str(max(1, math.ceil(self.retry_after_s)))}
 
 
@@ -61,7 +61,7 @@ def model_not_found(name: str) -> ApiError:
 
 
 def context_exceeded(limit: int, prompt_tokens: int, output_tokens: int, param: str) -> ApiError:
-    """The words by which clients recognise an overflow are vLLM's and OpenAI's."""
+    # Clients recognise an overflow by these words, which are vLLM's and OpenAI's.
     requested = (
         f"{prompt_tokens + output_tokens} tokens ({prompt_tokens} in the {param}, {output_tokens} in the output)"
     )
@@ -77,12 +77,12 @@ def unavailable(message: str, code: str, retry_after_s: float | None = 1.0) -> A
 
 
 def timed_out(timeout_s: float) -> ApiError:
-    message = f"The request did not finish within {timeout_s:g} s (gateway.request_timeout_s)."
+    message = f"The request did not finish within {timeout_s:g} s; ask for less, or raise gateway.request_timeout_s."
     return ApiError(504, message, type_=SERVER, code="timeout")
 
 
 def refused(code: str, message: str, retry_after_s: float = 1.0, param: str | None = None) -> ApiError:
-    """What a router or an engine said when it did not take or finish a request; ``param`` names its prompt."""
+    """Return the error for a request that a router or an engine refused; ``param`` names its prompt's field."""
     match code:
         case "overloaded":
             return ApiError(429, message, type_=OVERLOAD, code=code, retry_after_s=retry_after_s)

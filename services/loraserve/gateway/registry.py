@@ -1,4 +1,4 @@
-"""This gateway's copy of the store's registry: adapter names to the versions that serve them."""
+"""The gateway's copy of the store's registry: which version each adapter name stands for."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ ASK_INTERVAL_S = 0.2
 
 
 class RegistryCopy:
-    """Follows the store's publications, and asks it before calling a name unknown, once for all who wait."""
+    """Follows the store's publications. It asks the store before calling a name unknown, once for all requests."""
 
     def __init__(self, bus: Bus, clock: Clock) -> None:
         self.revision = -1
@@ -26,7 +26,7 @@ class RegistryCopy:
 
     @property
     def is_known(self) -> bool:
-        """Whether the store was ever heard."""
+        """Whether the store has ever sent its registry."""
         return self.revision >= 0
 
     @property
@@ -37,36 +37,38 @@ class RegistryCopy:
         return self._adapters.get(name)
 
     def name_of(self, version: str) -> str:
-        """A name under which the version is registered, else the version itself."""
+        """Return a name under which the version is registered, else the version itself."""
         return next((adapter.name for adapter in self._adapters.values() if adapter.version == version), version)
 
     def update(self, news: RegistryChanged | AdapterList) -> None:
-        """Take over the whole registry, unless it is older than what is known."""
+        """Replace the copy, unless the news is older than the copy."""
         if news.revision >= self.revision:
             self.revision = news.revision
             self._adapters = {adapter.name: adapter for adapter in news.adapters}
 
     async def resolve(self, name: str) -> AdapterRef:
-        """The adapter of that name. Raises ApiError 404, or 503 while the store was never heard."""
+        """Return the adapter of that name. Raises ApiError 404, or 503 if the store has never answered."""
         found = self.get(name)
         if found is None:
             await self.refresh()
             found = self.get(name)
         if found is None and not self.is_known:
-            raise unavailable("The adapter store does not answer; only the base model can be used now", "no_store")
+            raise unavailable(
+                "The adapter store does not answer, so only the base model can be used; try again", "no_store"
+            )
         if found is None:
             raise model_not_found(name)
         return found
 
     async def refresh(self) -> None:
-        """Ask the store now; a store that does not answer leaves the copy as it is."""
+        """Ask the store. If it does not answer, the copy stays as it is."""
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask())
         await asyncio.shield(self._asking)
 
     async def _ask(self) -> None:
         await asyncio.sleep(max(0.0, self._asked_s + ASK_INTERVAL_S - self._clock.monotonic_s()))
-        # Who comes after the question is sent may know of something newer, and asks again.
+        # A request that comes after this question may know of a newer adapter, so it asks again.
         self._asking = None
         self._asked_s = self._clock.monotonic_s()
         try:

@@ -1,4 +1,4 @@
-"""The gateway process: HTTP in front, the bus behind."""
+"""The gateway process: it serves HTTP and talks to the cluster over the bus."""
 
 import asyncio
 import errno
@@ -30,7 +30,7 @@ LAST_ANSWERS_S = 2.0
 
 
 class GatewayService(Service):
-    """``port`` is the one bound, which matters where gateway.port is 0."""
+    """The service. ``port`` is the port bound, for configurations in which gateway.port is 0."""
 
     inbox = ToGateway
     starting_detail = "loading the tokenizer"
@@ -43,8 +43,8 @@ class GatewayService(Service):
         self.drain_timeout_s = config.gateway.drain_timeout_s + LAST_ANSWERS_S + 1.0
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Raises ConfigError for a busy port, an unknown host or a model directory without a usable tokenizer."""
-        # The port first: whoever mistyped it should not wait for the tokenizer to hear so.
+        """Start serving. Raises ConfigError for a port, host or model directory that cannot be used."""
+        # The port is bound first, so that a wrong one is reported before the tokenizer is loaded.
         listener = stack.enter_context(bind(self.config.gateway.host, self.config.gateway.port))
         directory = model_dir(self.config.model.path)
         tokenizer = await asyncio.to_thread(ModelTokenizer, directory)
@@ -55,7 +55,7 @@ class GatewayService(Service):
         await self.gateway.registry.refresh()
         runner = web.AppRunner(
             make_app(self.gateway),
-            # A client that leaves cancels its handler, which aborts at the engine.
+            # The handler of a client that leaves is cancelled, which aborts its requests on the engines.
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=KEEPALIVE_S,
@@ -75,7 +75,7 @@ class GatewayService(Service):
         return self.gateway.stories.story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
-        """Everything that arrives unasked."""
+        """Handle a message that is no answer to a request."""
         now = self.clock.monotonic_s()
         streams = self.gateway.streams
         match envelope.message:
@@ -90,7 +90,7 @@ class GatewayService(Service):
                 self.gateway.registry.update(registry)
 
     async def drain(self) -> None:
-        """No new connections or requests; what runs may finish until the deadline, then hears why it ended."""
+        """Refuse new requests, and let running ones finish until the deadline; then end them with an error."""
         self.gateway.draining = True
         await self._site.stop()
         await self._wait_idle(self.config.gateway.drain_timeout_s)
@@ -124,14 +124,14 @@ class GatewayService(Service):
 
 
 def model_dir(path: str) -> Path:
-    """The model directory. Raises ConfigError where none is named."""
+    """Return the model directory. Raises ConfigError if none is configured."""
     if not path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory with --set model.path=DIR")
     return Path(path).expanduser().absolute()
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket that does not listen yet. Raises ConfigError naming the setting and the remedy."""
+    """Return a bound socket that does not listen yet. Raises ConfigError naming the setting and the remedy."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -157,8 +157,8 @@ async def listen(site: web.SockSite, port: int) -> None:
 
 def port_error(error: OSError, port: int) -> ConfigError:
     remedies = {
-        errno.EADDRINUSE: "it is in use; stop what listens there or choose another with --set gateway.port=PORT",
-        errno.EACCES: "not permitted; choose one from 1024 on with --set gateway.port=PORT",
-        errno.EADDRNOTAVAIL: "gateway.host is no address of this machine; use 127.0.0.1 or 0.0.0.0",
+        errno.EADDRINUSE: "it is in use; stop what listens there, or choose another with --set gateway.port=PORT",
+        errno.EACCES: "not permitted; choose a port from 1024 up with --set gateway.port=PORT",
+        errno.EADDRNOTAVAIL: "gateway.host is not an address of this machine; use 127.0.0.1 or 0.0.0.0",
     }
     return ConfigError(f"gateway.port {port}: {remedies.get(error.errno or 0, str(error))}")

@@ -1,6 +1,7 @@
-"""What the operators' scripts read and ask for.
+"""What operators and probes read and ask for: the state of the cluster, the plan, draining, and health.
 
-GET /admin/cluster and /admin/plan, POST /admin/rebalance, POST /admin/engines/{id}/drain and .../undrain.
+GET /admin/cluster and /admin/plan, POST /admin/rebalance, POST /admin/engines/{id}/drain and /undrain, GET /health and
+/live.
 """
 
 import asyncio
@@ -14,7 +15,7 @@ from loraserve.config import engine_names
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.api.schema import RebalanceRequest, decode
 from loraserve.gateway.context import GATEWAY, Gateway
-from loraserve.gateway.errors import ApiError, unavailable
+from loraserve.gateway.errors import SERVER, ApiError, unavailable
 from loraserve.messages import Drain, EngineLoad, GetPlan, Ping, Plan, Pong, Rebalance, RebalanceDone
 from loraserve.messages.transfer import Transport
 from loraserve.transfer.protocol import choose_transports
@@ -23,12 +24,17 @@ T = TypeVar("T")
 
 PLANNER = "planner"
 CONTROL = ("store", PLANNER, "monitor", "router")
+NEEDED_FOR_HEALTH = ("router", "store")
 PLAN_TIMEOUT_S = 1.0
+PING_TIMEOUT_S = 1.0
 REBALANCE_MARGIN_S = 15.0
 
+MAX_TABLE_ENGINES = 64
+"""A table of all pairs of more engines takes long to compute and is not readable."""
 
-async def cluster(http: web.Request) -> web.Response:
-    """Everything this gateway knows, and which processes answer now. 200 also while parts are missing."""
+
+async def show_cluster(http: web.Request) -> web.Response:
+    """Answer with everything this gateway knows and which processes respond; 200 even if some do not."""
     gateway = http.app[GATEWAY]
     names = [*CONTROL, *engine_names(gateway.config)]
     pongs, plan = await asyncio.gather(
@@ -36,7 +42,7 @@ async def cluster(http: web.Request) -> web.Response:
     )
     watch, now = gateway.streams.watch, gateway.clock.monotonic_s()
     alive = [report.load for report in watch.reports.values() if report.alive]
-    read_from = reads_from(alive, gateway.config.transfer.transports)
+    transports = usable_transports(alive, gateway.config.transfer.transports)
     return reply(
         {
             "gateway": {"name": gateway.bus.name, "streams": len(gateway.streams), "model": gateway.model_name},
@@ -48,7 +54,7 @@ async def cluster(http: web.Request) -> web.Response:
                     "alive": report.alive,
                     "age_s": now - report.reported_s,
                     "load": report.load,
-                    "reads_from": read_from.get(name, {}),
+                    "reads_from": transports.get(name, {}),
                 }
                 for name, report in sorted(watch.reports.items())
             ],
@@ -60,42 +66,57 @@ async def cluster(http: web.Request) -> web.Response:
     )
 
 
-async def plan(http: web.Request) -> web.Response:
-    gateway = http.app[GATEWAY]
-    return reply(await ask_planner(gateway, GetPlan(), Plan, PLAN_TIMEOUT_S))
+def usable_transports(loads: Sequence[EngineLoad], preferred: Sequence[Transport]) -> dict[str, dict[str, list[str]]]:
+    """Return, by reading and by owning engine, the transports that both can use, in the order they are tried.
+
+    The store is always readable and not listed.
+    """
+    able = {load.engine: load.abilities for load in loads if load.abilities is not None}
+    if len(able) > MAX_TABLE_ENGINES:
+        return {}
+    return {
+        reader: {
+            owner: list(choose_transports(own, others, preferred))
+            for owner, others in sorted(able.items())
+            if owner != reader
+        }
+        for reader, own in able.items()
+    }
+
+
+async def show_plan(http: web.Request) -> web.Response:
+    return reply(await ask_planner(http.app[GATEWAY], GetPlan(), Plan, PLAN_TIMEOUT_S))
 
 
 async def rebalance(http: web.Request) -> web.Response:
     gateway = http.app[GATEWAY]
     request = decode(await http.read(), RebalanceRequest)
+    return reply(await change_plan(gateway, Rebalance(dry_run=bool(request.dry_run))))
+
+
+async def drain_engine(http: web.Request) -> web.Response:
+    """Stop sending requests to an engine and move its copies elsewhere. Answers when that is done; may be repeated."""
+    return reply(await change_plan(http.app[GATEWAY], Drain(engine=http.match_info["id"], on=True)))
+
+
+async def undrain_engine(http: web.Request) -> web.Response:
+    return reply(await change_plan(http.app[GATEWAY], Drain(engine=http.match_info["id"], on=False)))
+
+
+async def change_plan(gateway: Gateway, message: Rebalance | Drain) -> RebalanceDone:
     timeout_s = gateway.config.planner.prepare_timeout_s + REBALANCE_MARGIN_S
-    return reply(await ask_planner(gateway, Rebalance(dry_run=bool(request.dry_run)), RebalanceDone, timeout_s))
-
-
-async def drain(http: web.Request) -> web.Response:
-    """No new requests for the engine, and its copies move elsewhere; answered once they have. Repeating is fine."""
-    return await set_drained(http, on=True)
-
-
-async def undrain(http: web.Request) -> web.Response:
-    return await set_drained(http, on=False)
-
-
-async def set_drained(http: web.Request, on: bool) -> web.Response:
-    gateway = http.app[GATEWAY]
-    timeout_s = gateway.config.planner.prepare_timeout_s + REBALANCE_MARGIN_S
-    return reply(await ask_planner(gateway, Drain(engine=http.match_info["id"], on=on), RebalanceDone, timeout_s))
+    return await ask_planner(gateway, message, RebalanceDone, timeout_s)
 
 
 async def ask_planner(gateway: Gateway, message: Any, answer: type[T], timeout_s: float) -> T:
     try:
         return await gateway.bus.request(PLANNER, message, answer, timeout_s)
     except RequestTimeoutError as error:
-        raise unavailable(f"The planner gave no answer ({error}); try again", "no_planner") from error
+        raise unavailable(f"The planner did not answer ({error}); try again", "no_planner") from error
     except PeerError as error:
         if error.code == "unknown_engine":
             raise ApiError(404, error.message, param="id", code="engine_not_found") from error
-        raise ApiError(500, f"The planner refused: {error.message}", type_="server_error", code=error.code) from error
+        raise ApiError(500, f"The planner refused: {error.message}", type_=SERVER, code=error.code) from error
 
 
 async def current_plan_or_none(gateway: Gateway) -> Plan | None:
@@ -105,38 +126,23 @@ async def current_plan_or_none(gateway: Gateway) -> Plan | None:
         return None
 
 
-def reply(value: Any) -> web.Response:
-    return web.Response(body=msgspec.json.encode(value), content_type="application/json")
-
-
-# MERGED: loraserve.gateway.api.admin
-# """GET /health: 200 only while a request sent now would find an engine."""
-
-
-PING_TIMEOUT_S = 1.0
-NEEDED = ("router", "store")
-
-
-async def health(http: web.Request) -> web.Response:
+async def show_health(http: web.Request) -> web.Response:
+    """Answer 200 only if a request sent now would find an engine, else 503 with the problems."""
     gateway = http.app[GATEWAY]
-    pongs = await asyncio.gather(*(ping(gateway, name) for name in NEEDED))
-    states = {name: pong.state if pong else "UNREACHABLE" for name, pong in zip(NEEDED, pongs, strict=True)}
+    pongs = await asyncio.gather(*(ping(gateway, name) for name in NEEDED_FOR_HEALTH))
+    states = {name: pong.state if pong else "UNREACHABLE" for name, pong in zip(NEEDED_FOR_HEALTH, pongs, strict=True)}
     engines = gateway.streams.watch.ready_engines(gateway.clock.monotonic_s())
     problems = [f"{name} is {state}" for name, state in states.items() if state != "READY"]
     if not engines:
         problems.append("no engine is alive and READY")
     if gateway.draining:
         problems.append("this gateway is shutting down")
-    detail: dict[str, Any] = {"status": "unavailable" if problems else "ok", "engines": engines, **states}
-    return web.Response(
-        status=503 if problems else 200,
-        body=msgspec.json.encode(detail | {"problems": problems}),
-        content_type="application/json",
-    )
+    status = "unavailable" if problems else "ok"
+    return reply({"status": status, "engines": engines, **states, "problems": problems}, 503 if problems else 200)
 
 
-async def live(http: web.Request) -> web.Response:
-    """200 while this process answers at all."""
+async def show_live(http: web.Request) -> web.Response:
+    """Answer 200 as long as this process answers at all."""
     return web.json_response({"status": "ok", "name": http.app[GATEWAY].bus.name})
 
 
@@ -147,24 +153,5 @@ async def ping(gateway: Gateway, name: str) -> Pong | None:
         return None
 
 
-# MERGED: loraserve.gateway.api.admin
-# """Over which transports engines read adapters from each other, for /admin/cluster. Pure."""
-
-
-MOST_ENGINES = 64
-"""A table of pairs is of no use to anybody beyond, and takes long to make."""
-
-
-def reads_from(loads: Sequence[EngineLoad], preferred: Sequence[Transport]) -> dict[str, dict[str, list[str]]]:
-    """By reader and owner, the transports that carry between the two, first choice first; the store does always."""
-    able = {load.engine: load.abilities for load in loads if load.abilities is not None}
-    if len(able) > MOST_ENGINES:
-        return {}
-    return {
-        reader: {
-            owner: list(choose_transports(mine, theirs, preferred))
-            for owner, theirs in sorted(able.items())
-            if owner != reader
-        }
-        for reader, mine in able.items()
-    }
+def reply(value: Any, status: int = 200) -> web.Response:
+    return web.Response(status=status, body=msgspec.json.encode(value), content_type="application/json")

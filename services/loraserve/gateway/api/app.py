@@ -1,4 +1,4 @@
-"""The HTTP application: routes, and what holds for all of them: ids, keys, limits, errors."""
+"""The HTTP application: its routes, and what applies to all of them: request ids, API keys, limits and errors."""
 
 import hmac
 import secrets
@@ -16,7 +16,7 @@ from loraserve.gateway.errors import SERVER, ApiError, bad_request, unavailable
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 OPEN_PATHS = frozenset(("/health", "/live", "/ping", "/metrics", "/version"))
-"""Answered without an API key: for probes and scrapers, telling nothing about users."""
+"""Answered without an API key, for probes and scrapers; they say nothing about users."""
 
 MAX_REQUEST_ID = 128
 
@@ -35,17 +35,17 @@ def make_app(gateway: Gateway) -> web.Application:
             web.post("/v1/unload_lora_adapter", models.unload_adapter),
             web.post("/tokenize", tokenize.tokenize),
             web.post("/detokenize", tokenize.detokenize),
-            web.get("/health", admin.health),
-            web.get("/ping", admin.health),
-            web.get("/live", admin.live),
+            web.get("/health", admin.show_health),
+            web.get("/ping", admin.show_health),
+            web.get("/live", admin.show_live),
             web.get("/metrics", show_metrics),
             web.get("/version", show_version),
-            web.get("/admin/cluster", admin.cluster),
-            web.get("/admin/plan", admin.plan),
+            web.get("/admin/cluster", admin.show_cluster),
+            web.get("/admin/plan", admin.show_plan),
             web.get("/admin/story/{id:.+}", story.story),
             web.post("/admin/rebalance", admin.rebalance),
-            web.post("/admin/engines/{id}/drain", admin.drain),
-            web.post("/admin/engines/{id}/undrain", admin.undrain),
+            web.post("/admin/engines/{id}/drain", admin.drain_engine),
+            web.post("/admin/engines/{id}/undrain", admin.undrain_engine),
         ]
     )
     return app
@@ -65,7 +65,7 @@ async def show_version(_: web.Request) -> web.Response:
 
 @web.middleware
 async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Gives the request its id, turns every error into OpenAI's shape, counts the answer."""
+    """Give the request its id, turn every error into OpenAI's shape, and count the answer."""
     gateway = request.app[GATEWAY]
     request[ARRIVED_S] = gateway.clock.monotonic_s()
     request[REQUEST_ID] = request_id(request.headers.get("x-request-id", ""))
@@ -89,13 +89,13 @@ async def _answer_errors(gateway: Gateway, request: web.Request, handler: Handle
         return web.Response(status=CLIENT_LEFT)
     except Exception:
         gateway.log.exception("request_crashed", request_id=request[REQUEST_ID], path=request.path)
-        message = f"Internal error; the gateway's log has it under request id {request[REQUEST_ID]}"
+        message = f"Internal error; see request id {request[REQUEST_ID]} in the gateway's log"
         return error_response(ApiError(500, message, type_=SERVER, code="internal_error"))
 
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Checks the API key, and turns new work away while the gateway shuts down."""
+    """Check the API key, and refuse new work while the gateway shuts down."""
     gateway = request.app[GATEWAY]
     keys = gateway.config.gateway.api_keys
     if keys and request.path not in OPEN_PATHS and not has_key(request.headers.get("Authorization", ""), keys):
@@ -108,14 +108,14 @@ async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def has_key(header: str, keys: tuple[str, ...]) -> bool:
     scheme, _, given = header.partition(" ")
-    # Every key is compared in constant time, so that timing tells nothing about any.
+    # Each comparison takes constant time, so that timing reveals nothing about a key.
     token = given.strip().encode("utf-8", "surrogateescape")
     matches = [hmac.compare_digest(token, key.encode()) for key in keys]
     return scheme.lower() == "bearer" and any(matches)
 
 
 def request_id(given: str) -> str:
-    """The client's own, where it can stand in a header and a log line."""
+    """Return the client's own id if it is safe in a header and a log line, else a new one."""
     usable = given.isascii() and given.isprintable() and 0 < len(given) <= MAX_REQUEST_ID
     return given if usable else f"req-{secrets.token_hex(12)}"
 
@@ -125,7 +125,7 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
 
 
 def http_error(gateway: Gateway, request: web.Request, error: web.HTTPException) -> ApiError:
-    """What aiohttp itself refuses, in OpenAI's shape."""
+    """Return an error of aiohttp in OpenAI's shape."""
     where = f"{request.method} {request.path}"
     match error.status:
         case 404:
@@ -134,17 +134,17 @@ def http_error(gateway: Gateway, request: web.Request, error: web.HTTPException)
             return ApiError(405, f"Method not allowed: {where}", code="method_not_allowed")
         case 413:
             limit = gateway.config.gateway.max_body_bytes
-            message = f"The request body is larger than {limit} bytes (gateway.max_body_bytes)"
+            message = f"The request body is larger than {limit} bytes; send less, or raise gateway.max_body_bytes"
             return ApiError(413, message, code="request_too_large")
         case status:
             return ApiError(status, error.reason, code="http_error")
 
 
 def unreadable_body(request: web.Request) -> web.Response:
-    """What follows a broken body cannot be understood either: the connection ends with this answer."""
-    message = "The request body is not what its Content-Encoding or Transfer-Encoding says"
+    """Answer a body that cannot be read, and close the connection: what follows it cannot be read either."""
+    message = "The request body does not match its Content-Encoding or Transfer-Encoding"
     response = error_response(bad_request(message, code="invalid_body"))
-    # Else aiohttp reads on, fails and closes the connection without a word.
+    # Otherwise aiohttp would read on, fail and close the connection without an answer.
     request.content.feed_eof()
     response.force_close()
     return response

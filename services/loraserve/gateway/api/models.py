@@ -1,4 +1,4 @@
-"""GET /v1/models, and loading and unloading adapters as vLLM does it."""
+"""GET /v1/models, and loading and unloading of adapters, as in vLLM."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from loraserve.gateway.registry import STORE
 from loraserve.messages import AdapterRef, AdapterRegistered, AdapterUnregistered, RegisterAdapter, UnregisterAdapter
 
 REGISTER_TIMEOUT_S = 120.0
-"""Checking and packing a large adapter from a slow disk takes its time."""
+"""The store checks and packs the adapter first, which is slow for a large one on a slow disk."""
 
 UNREGISTER_TIMEOUT_S = 10.0
 
@@ -22,7 +22,7 @@ ADAPTER_CODES = frozenset(
         *("forbidden", "too_large"),
     )
 )
-"""What is wrong with the adapter or its name; any other code is the store's own trouble."""
+"""The store refuses an adapter or its name with these codes; all others are failures of the store."""
 
 
 async def list_models(http: web.Request) -> web.Response:
@@ -72,7 +72,7 @@ async def unload_adapter(http: web.Request) -> web.Response:
 
 
 async def register(gateway: Gateway, name: str, path: str, replace: bool) -> AdapterRef:
-    """The store checks and keeps it; when this returns, requests for the name find it. Raises ApiError 400, 503."""
+    """Register an adapter with the store. When this returns, requests can name it. Raises ApiError 400 or 503."""
     message = RegisterAdapter(name=name, path=path, replace=replace)
     try:
         done = await gateway.bus.request(STORE, message, AdapterRegistered, REGISTER_TIMEOUT_S)
@@ -98,7 +98,7 @@ def refused_adapter(name: str, error: PeerError) -> ApiError:
 
 
 def store_silent(error: RequestTimeoutError) -> ApiError:
-    return unavailable(f"The adapter store gave no answer ({error}); try again", "no_store")
+    return unavailable(f"The adapter store did not answer ({error}); try again", "no_store")
 
 
 def base_card(gateway: Gateway) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-from loraserve.gateway.api.admin import MOST_ENGINES, reads_from
+from loraserve.gateway.api.admin import MAX_TABLE_ENGINES, usable_transports
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Abilities
 from loraserve.testing.reports import engine_load
 
@@ -19,12 +19,14 @@ def test_pairs_are_told_with_their_first_choice_first() -> None:
         engine_load("engine-2", abilities=THERE),
         engine_load("engine-3"),
     ]
-    told = reads_from(loads, ("shm", "tcp"))
+    told = usable_transports(loads, ("shm", "tcp"))
     assert told["engine-0"] == {"engine-1": ["shm", "tcp"], "engine-2": ["tcp"]}
     assert told["engine-2"] == {"engine-0": ["tcp"], "engine-1": ["tcp"]}
     assert "engine-3" not in told
-    assert reads_from(loads, ("tcp",))["engine-0"]["engine-1"] == ["tcp"]
+    assert usable_transports(loads, ("tcp",))["engine-0"]["engine-1"] == ["tcp"]
 
 
 def test_of_very_many_no_table_is_made() -> None:
-    assert reads_from([engine_load(f"e{n}", abilities=HERE) for n in range(MOST_ENGINES + 1)], ("shm",)) == {}
+    assert (
+        usable_transports([engine_load(f"e{n}", abilities=HERE) for n in range(MAX_TABLE_ENGINES + 1)], ("shm",)) == {}
+    )
