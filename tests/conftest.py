@@ -27,7 +27,7 @@ APART = "tests/cluster/test_lifecycle.py"
 """It starts clusters of its own, with hardly anything to compute."""
 
 
-LONGEST_FIRST = ("test_lora_gpu.py", "test_cuda_truth.py", "test_gpu_report.py", "test_tune.py")
+LONGEST_FIRST = ("test_lora_gpu.py", "cuda/test_truth.py", "test_gpu_report.py", "test_tuning.py")
 """Files of a minute or so: begun first among those of a kind, so that none is what everybody waits for at the end."""
 
 

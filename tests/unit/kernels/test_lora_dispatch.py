@@ -29,7 +29,7 @@ def test_the_device_decides() -> None:
 
 def test_the_gpus_kernels_and_benches_are_imported_without_numba() -> None:
     pytest.importorskip("triton", reason="the GPU kernels need triton")
-    names = "loraserve.kernels.lora.gpu, loraserve.benchmarks.lora.command, loraserve.benchmarks.tune"
+    names = "loraserve.kernels.lora.gpu, loraserve.benchmarks.lora.command, loraserve.benchmarks.tuning.command"
     unwanted = "{'numba', 'llvmlite', 'pydantic', 'transformers', 'safetensors'}"
     code = f"import sys, {names}; assert not {unwanted} & set(sys.modules), {unwanted} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

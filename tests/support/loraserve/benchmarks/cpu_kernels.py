@@ -1,6 +1,9 @@
-"""CPU figures beside their floor, the plain reading of the same bytes: ``python -m loraserve.benchmarks.cpu_kernels``.
+"""Time the CPU kernels beside their floor, a plain read of the same bytes.
 
-The shape is SmolLM2-135M's and a step is all 30 layers. Kernel and floor take turns, so that a busy machine slows both.
+    python -m loraserve.benchmarks.cpu_kernels
+
+The shape is SmolLM2-135M's and a step is all 30 layers. Kernel and floor run in turn, so that a busy machine slows
+both.
 """
 
 import argparse
@@ -25,7 +28,7 @@ PART_WORDS = 1 << 14
 
 
 class ReadCall(OperandBlock):
-    """Operands of ``_read_all``: ``words`` int64 at ``start``, and where their exclusive or goes."""
+    """Operands of ``_read_all``: ``words`` int64 at ``start``, and where their exclusive or is stored."""
 
     __slots__ = ()
     _fields_ = (("start", ADDRESS), ("words", INT), ("result", ADDRESS))
@@ -51,7 +54,7 @@ READ = Kernel(_read_all)
 
 
 def read_floor(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
-    """Reads every byte of the tensors once, on all threads."""
+    """Return a function that reads every byte of the tensors once, on all threads."""
     result = torch.zeros(1, dtype=torch.int64)
     places = [(tensor.data_ptr(), tensor.numel() * tensor.element_size() // 8) for tensor in tensors]
 
@@ -63,8 +66,8 @@ def read_floor(tensors: Iterable[torch.Tensor]) -> Callable[[], None]:
     return read
 
 
-class LoraCase:
-    """add_lora over a whole step: the adapters of ``slots`` (one entry a token) out of 16 resident ones."""
+class LoraSteps:
+    """Whole steps of add_lora with some of 16 resident adapters. ``slots`` has the slot of each token."""
 
     def __init__(self) -> None:
         headers = [make_uniform_layout(SHAPE, "bfloat16", rank) for rank in RANKS * 4]
@@ -93,14 +96,14 @@ class LoraCase:
         return go
 
     def floor(self, slots: list[int]) -> Callable[[], None]:
-        """Slabs a layer at a time, as a step reads them."""
+        """Return a function that reads the slabs layer by layer, as a step does."""
         used = [self.slabs[slot] for slot in sorted(set(slots))]
         layers = [slab.chunk(SHAPE.layers) for slab in used]
         return read_floor(part for layer in zip(*layers, strict=True) for part in layer)
 
 
 def attention_step(queries: int, past: int, sequences: int) -> tuple[Callable[[], None], Callable[[], None], int]:
-    """(step, floor, bytes of KV): ``queries`` tokens in each of ``sequences`` whose KV holds ``past`` tokens then."""
+    """Return (step, floor, bytes of KV) for ``queries`` new tokens in each sequence; ``past`` tokens with these."""
     blocks = -(-past // 16)
     cache = KvCache(SHAPE, blocks * sequences)
     cache.keys.uniform_(-1, 1)
@@ -125,7 +128,7 @@ def attention_step(queries: int, past: int, sequences: int) -> tuple[Callable[[]
 
 
 def timed(step: Callable[[], None], floor: Callable[[], None], seconds: float) -> tuple[float, float]:
-    """Median (step, floor) in milliseconds, taking turns for about ``seconds``."""
+    """Run step and floor in turn for about ``seconds``. Return the median milliseconds of each."""
     step()
     floor()
     times: list[tuple[float, float]] = []
@@ -143,7 +146,7 @@ def timed(step: Callable[[], None], floor: Callable[[], None], seconds: float) -
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--seconds", type=float, default=1.0, help="for each line")
+    parser.add_argument("--seconds", type=float, default=1.0, help="duration of each line")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     started = time.perf_counter()
@@ -156,7 +159,7 @@ def main() -> None:
         ms, floor_ms = timed(step, floor, arguments.seconds)
         print(f"{name:<44}{size / 1e6:8.1f}{ms:9.2f}{floor_ms:10.2f}{ms / floor_ms:7.2f}", flush=True)
 
-    case = LoraCase()
+    steps = LoraSteps()
     for name, slots in {
         "lora: 1 token, rank 16": [1],
         "lora: 1 token, rank 64": [3],
@@ -166,8 +169,8 @@ def main() -> None:
         "lora: 512 tokens, 1 adapter, rank 16": [1] * 512,
         "lora: 512 tokens, 1 adapter, rank 64": [3] * 512,
     }.items():
-        size = sum(case.slabs[slot].numel() * 2 for slot in set(slots))
-        line(name, size, case.step(slots), case.floor(slots))
+        size = sum(steps.slabs[slot].numel() * 2 for slot in set(slots))
+        line(name, size, steps.step(slots), steps.floor(slots))
     for name, queries, past, sequences in (
         ("attention: 1 token over 128", 1, 128, 1),
         ("attention: 1 token over 2048", 1, 2048, 1),

@@ -1,8 +1,8 @@
-"""The whole engine on a GPU with a random model of Llama-3-8B's shape: ``python -m loraserve.benchmarks.engine``.
+"""Time the whole engine on a GPU with a random model of Llama-3-8B's shape: ``python -m loraserve.benchmarks.engine``.
 
-The real scheduler, runner, graphs and sampler decode a batch with no adapters and with a distinct adapter for every
-sequence, in one run; adapters are random bytes of the pool, so that nothing has to be read. A table, then one line of
-JSON.
+The real scheduler, runner, graphs and sampler decode a batch without adapters and with a different adapter for every
+sequence, in one run. The adapters are random bytes in the pool, so nothing has to be loaded. Prints a table, then one
+line of JSON.
 """
 
 import argparse
@@ -32,8 +32,8 @@ RANKS = (8, 16, 32, 64, 128)
 SEQUENCES = 64
 
 
-class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One batch: ``ranks`` has an adapter for each sequence, none where it is empty."""
+class EngineCase(msgspec.Struct, frozen=True, kw_only=True):
+    """One batch. ``ranks`` has the rank of each sequence's adapter; it is empty for a batch without adapters."""
 
     name: str
     ranks: tuple[int, ...]
@@ -41,8 +41,11 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     output_tokens: int
 
 
-class Figures(msgspec.Struct, frozen=True, kw_only=True):
-    """While all sequences decode: tokens a second by the clock, step time on the GPU, share of the time it was busy."""
+class EngineFigures(msgspec.Struct, frozen=True, kw_only=True):
+    """Figures of the time while all sequences decode.
+
+    Tokens per second by the clock, median step time on the GPU, and the share of the time that the GPU was busy.
+    """
 
     tokens_per_s: float
     step_ms: float
@@ -51,7 +54,7 @@ class Figures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RandomPoolEngine(OfflineEngine):
-    """Adapters by name and rank; loading one is pointing at what lies in the pool."""
+    """An engine whose loads read nothing: an adapter is whatever lies at its place in the pool."""
 
     def __init__(self, config: Config, headers: Mapping[str, SlabHeader], runner: CudaRunner) -> None:
         super().__init__(config, {}, runner)
@@ -66,8 +69,8 @@ class RandomPoolEngine(OfflineEngine):
         self.runner.install(load.slot, header, load.offset_bytes * header.elements // header.slab_bytes)
 
 
-def cases(sequences: int, quick: bool) -> list[Case]:
-    """Without adapters, one each of mixed ranks, and one each of the smallest rank."""
+def cases(sequences: int, quick: bool) -> list[EngineCase]:
+    """Return the batches: no adapters, one per sequence of mixed ranks, and one per sequence of the smallest rank."""
     prompt, output = (64, 32) if quick else (256, 128)
     mixed = tuple(RANKS[i % len(RANKS)] for i in range(sequences))
     ranks = {
@@ -75,11 +78,11 @@ def cases(sequences: int, quick: bool) -> list[Case]:
         f"{sequences} adapters, ranks 8 to 128": mixed,
         f"{sequences} adapters, rank 8": (8,) * sequences,
     }
-    return [Case(name=n, ranks=r, prompt_tokens=prompt, output_tokens=output) for n, r in ranks.items()]
+    return [EngineCase(name=n, ranks=r, prompt_tokens=prompt, output_tokens=output) for n, r in ranks.items()]
 
 
 def random_weights(config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> DecoderWeights:
-    """Small random numbers on the device; norms are one."""
+    """Return a model of small random weights on the device; norms are one."""
     shape = config.shape
 
     def linear(out: int, width: int) -> Linear:
@@ -102,7 +105,7 @@ def random_weights(config: DecoderConfig, dtype: torch.dtype, device: torch.devi
 
 
 def make_runner(shape: ModelShape, engine: EngineConfig, device: torch.device) -> CudaRunner:
-    """Warm, its pool filled with small random numbers."""
+    """Return a runner that is warmed up, with small random numbers in its pool."""
     config = DecoderConfig(
         family="llama", shape=shape, rms_eps=1e-5, rope=Rope(theta=500000.0), max_positions=8192, sliding_window=None,
         qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, tied=False, eos_token_ids=(),
@@ -115,8 +118,8 @@ def make_runner(shape: ModelShape, engine: EngineConfig, device: torch.device) -
     return runner
 
 
-def measure(config: Config, runner: CudaRunner, case: Case, sequences: int) -> Figures:
-    """One run to load and warm, one to measure."""
+def measure(config: Config, runner: CudaRunner, case: EngineCase, sequences: int) -> EngineFigures:
+    """Measure one batch, after a run of it that loads the adapters and warms up."""
     shape, dtype = runner.shape, config.engine.slab_dtype
     headers = {f"{i}-rank{rank}": make_uniform_layout(shape, dtype, rank) for i, rank in enumerate(case.ranks)}
     engine = RandomPoolEngine(config, headers, runner)
@@ -134,11 +137,11 @@ def measure(config: Config, runner: CudaRunner, case: Case, sequences: int) -> F
     outputs = engine.generate(requests)
     for index in range(len(case.ranks)):
         runner.remove(index)
-    return figures(outputs, [s.duration_s for s in engine.steps if s.tokens == s.sequences == sequences])
+    return decode_figures(outputs, [s.duration_s for s in engine.steps if s.tokens == s.sequences == sequences])
 
 
-def figures(outputs: Sequence[OfflineOutput], decode_steps_s: Sequence[float]) -> Figures:
-    """From the moment when every sequence has its first token to the one when the first ends."""
+def decode_figures(outputs: Sequence[OfflineOutput], decode_steps_s: Sequence[float]) -> EngineFigures:
+    """Return the figures from the time when every sequence has its first token until the first sequence ends."""
     failed = [output.error for output in outputs if output.error]
     assert not failed, failed[0]
     assert decode_steps_s, "the sequences never decoded all together: their adapters or their KV do not fit this GPU"
@@ -146,7 +149,7 @@ def figures(outputs: Sequence[OfflineOutput], decode_steps_s: Sequence[float]) -
     end = min(output.times_s[-1] for output in outputs)
     tokens = sum(begin < time <= end for output in outputs for time in output.times_s)
     step_s = statistics.median(decode_steps_s)
-    return Figures(
+    return EngineFigures(
         tokens_per_s=tokens / (end - begin),
         step_ms=1e3 * step_s,
         gpu_busy=min(1.0, step_s * tokens / len(outputs) / (end - begin)),
@@ -158,11 +161,16 @@ def say(text: str) -> None:
     print(f"  {text}", flush=True)
 
 
-def run(shape: ModelShape, device: torch.device, engine: EngineConfig, sequences: int, quick: bool) -> dict[str, Any]:
-    """Figures by case, and ``decode_with_64_adapters``: tokens a second with an adapter each over those with none."""
+def run_cases(
+    shape: ModelShape, device: torch.device, engine: EngineConfig, sequences: int, quick: bool
+) -> dict[str, Any]:
+    """Return the figures of each case and ``decode_with_64_adapters``.
+
+    That is the tokens per second with an adapter for each sequence over those without adapters.
+    """
     config = Config(engine=engine)
     runner = make_runner(shape, engine, device)
-    found: dict[str, Figures] = {}
+    found: dict[str, EngineFigures] = {}
     print(f"{'adapters':<36}{'tokens/s':>10}{'step ms':>9}{'GPU busy':>10}{'TTFT s':>8}")
     for case in cases(sequences, quick):
         f = found[case.name] = measure(config, runner, case, sequences)
@@ -187,7 +195,7 @@ def main() -> int:
         max_running=SEQUENCES, max_adapters=SEQUENCES, max_rank=128, max_step_tokens=2048, prefix_cache=False,
         pool_fraction=0.5,
     )  # fmt: skip
-    result = run(LLAMA_3_8B, torch.device("cuda", 0), engine, SEQUENCES, arguments.quick)
+    result = run_cases(LLAMA_3_8B, torch.device("cuda", 0), engine, SEQUENCES, arguments.quick)
     print(msgspec.json.encode(result).decode())
     return 0
 

@@ -1,7 +1,7 @@
-"""The GPU kernels against float64 at full size: ``python -m loraserve.benchmarks.gpu_accuracy``.
+"""Check the GPU kernels against float64 at full size: ``python -m loraserve.benchmarks.gpu_accuracy``.
 
 One layer of Llama-3-8B's shape, mixed ranks, decode and ragged prefill, every module. Memory that no kernel may read is
-NaN, and outputs that none may touch must keep their bits. ``--small`` is for compute-sanitizer, which is slow.
+NaN, and outputs that no kernel may write must keep their bits. ``--small`` is for compute-sanitizer, which is slow.
 """
 
 import argparse
@@ -25,8 +25,12 @@ LIMIT = 1e-2
 GAP = 64
 
 
-class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """``error``: the largest, over the largest element that is to be added; ``untouched``: others kept their bits."""
+class AccuracyResult(msgspec.Struct, frozen=True, kw_only=True):
+    """The outcome of one call.
+
+    ``error`` is the largest error, relative to the largest element that is added; ``untouched`` says whether all other
+    elements kept their bits.
+    """
 
     dtype: str
     module: str
@@ -39,8 +43,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
         return self.error < LIMIT and self.untouched
 
 
-class Setup:
-    """Adapters of RANKS on the device, some projections missing, between NaN."""
+class AccuracySetup:
+    """Adapters of RANKS in a pool on the device, some without some projections, with NaN between them."""
 
     def __init__(self, shape: ModelShape, dtype: str, device: torch.device) -> None:
         choose = random.Random(0)
@@ -58,8 +62,8 @@ class Setup:
             self.bases.append(start)
             start += header.elements + GAP
 
-    def check(self, module: int, slots: Sequence[int], batch: str) -> Result:
-        """One call of ``add_lora`` for these tokens."""
+    def check(self, module: int, slots: Sequence[int], batch: str) -> AccuracyResult:
+        """Check one call of ``add_lora``. ``slots`` has the slot of each token, -1 for the base model."""
         space = Workspace(self.tables, len(slots), max(RANKS), self.pool.dtype)
         space.planes.fill_(float("nan"))
         space.hidden.fill_(float("nan"))
@@ -77,13 +81,13 @@ class Setup:
         same = torch.equal(y[~adapted].view(torch.int16), before[~adapted].view(torch.int16))
         name = str(self.pool.dtype).removeprefix("torch.")
         found = float(error)
-        # NaN compares as no error at all.
-        return Result(
+        # A NaN would compare as smaller than every limit.
+        return AccuracyResult(
             dtype=name, module=MODULES[module], batch=batch, error=found if found == found else 1e9, untouched=same
         )
 
     def _exact(self, module: int, x: torch.Tensor, used: torch.Tensor) -> torch.Tensor:
-        """What is to be added, float64, by the formula of adapter/format.py."""
+        """Return what must be added, in float64, by the formula in adapter/format.py."""
         widths = self.tables.out_features[module]
         exact = torch.zeros(len(x), sum(widths), dtype=torch.float64, device=self.device)
         k = self.tables.in_features[module]
@@ -109,7 +113,7 @@ class Setup:
 
 
 def batches(small: bool) -> dict[str, list[int]]:
-    """Slots of the tokens of each batch; -1 is the base model."""
+    """Return the slots of the tokens of each batch, by name; -1 is the base model."""
     choose = random.Random(1)
     decode = [choose.randrange(-1, len(RANKS)) for _ in range(16 if small else 64)]
     lengths = (70, 1, 130, 64, 5) if small else (512, 1, 700, 64, 33, 257, 9, 128)
@@ -117,10 +121,10 @@ def batches(small: bool) -> dict[str, list[int]]:
     return {"decode": decode, "one token": [1], "prefill": prefill}
 
 
-def run(shape: ModelShape, device: torch.device, small: bool, dtypes: Sequence[str]) -> list[Result]:
+def check_all(shape: ModelShape, device: torch.device, small: bool, dtypes: Sequence[str]) -> list[AccuracyResult]:
     results = []
     for dtype in dtypes:
-        setup = Setup(shape, dtype, device)
+        setup = AccuracySetup(shape, dtype, device)
         for name, slots in batches(small).items():
             results += [setup.check(module, slots, name) for module in range(len(MODULES))]
     return results
@@ -128,13 +132,13 @@ def run(shape: ModelShape, device: torch.device, small: bool, dtypes: Sequence[s
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--small", action="store_true", help="small shapes and bfloat16 alone")
+    parser.add_argument("--small", action="store_true", help="small shapes, only bfloat16")
     arguments = parser.parse_args()
     if not torch.cuda.is_available():
         print("not measured: torch sees no CUDA GPU")
         return 1
     shape, dtypes = (SMALL, ["bfloat16"]) if arguments.small else (FULL, list(DTYPES))
-    results = run(shape, torch.device("cuda", 0), arguments.small, dtypes)
+    results = check_all(shape, torch.device("cuda", 0), arguments.small, dtypes)
     for r in results:
         print(f"{r.dtype:<10}{r.batch:<12}{r.module:<10}{r.error:.1e}  {'ok' if r.good else 'WRONG'}")
     worst = max(r.error for r in results)

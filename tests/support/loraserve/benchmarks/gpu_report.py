@@ -1,4 +1,4 @@
-"""What the compiler makes of the GPU kernels, without a GPU: ``python -m loraserve.benchmarks.gpu_report``.
+"""Report the machine code of the GPU kernels; no GPU is needed: ``python -m loraserve.benchmarks.gpu_report``.
 
 Compiles every kernel for the shapes of Llama-3-8B and reads registers, spills, shared memory and the width of the async
 copies from the machine code. TRITON_INTERPRET must not be set.
@@ -20,12 +20,12 @@ from loraserve.model_shape import MODULES, ModelShape
 
 ARCHITECTURES = (90, 80)
 SHARED_BYTES = {90: 232448, 80: 166912}
-"""Most shared memory that one program may use."""
+"""The shared memory that one program may use, by architecture."""
 SLOTS, MAX_RANK = 128, 256
 
 
-class Case(msgspec.Struct, frozen=True, kw_only=True):
-    """One kernel at one set of constants; ``copies`` are the 128-bit async copies that its ``tiles`` take."""
+class CompileCase(msgspec.Struct, frozen=True, kw_only=True):
+    """One kernel with its constants. Loading its ``tiles`` takes ``copies`` async copies of 128 bits."""
 
     name: str
     kernel: Any
@@ -37,8 +37,8 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
     most_registers: int | None = None
 
 
-class Report(msgspec.Struct, frozen=True, kw_only=True):
-    """What was read from one kernel's machine code."""
+class CompileReport(msgspec.Struct, frozen=True, kw_only=True):
+    """The figures of one kernel's machine code."""
 
     name: str
     architecture: int
@@ -55,9 +55,9 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def faults(self) -> list[str]:
-        """What must not be: spills in a decode kernel, tiles that are not copied 128 bits at a time, too much memory.
+        """Faults: spills in a decode kernel, tiles that are not copied 128 bits at a time, too much shared memory.
 
-        Narrow copies would go through the core's own cache, where what other programs wrote may be stale.
+        Narrow copies would go through the core's own cache, which may be stale where other programs wrote.
         """
         found = []
         if self.decode and self.spilled_bytes:
@@ -66,7 +66,7 @@ class Report(msgspec.Struct, frozen=True, kw_only=True):
             found.append(
                 f"{self.async_128} of {self.wanted_async} async copies of 128 bits, {self.async_narrow} narrower"
             )
-        # The compiler may write a loop's copies twice, which would make up for those of another that it left out.
+        # The compiler may emit the copies of one loop twice, which would hide missing copies of another.
         if self.async_tiles != self.wanted_tiles:
             found.append(f"{self.async_tiles} of {self.wanted_tiles} tiles are copied asynchronously")
         if self.shared_bytes > SHARED_BYTES[self.architecture]:
@@ -83,8 +83,8 @@ POINTERS = {
 SCALARS = {"T": "i32", "eps": "fp32", "width": "i32"}
 
 
-def cases(shape: ModelShape = LLAMA_3_8B, modules: Sequence[str] = MODULES) -> Iterator[Case]:
-    """Every kernel, as the default block sizes launch it for decode and for prefill."""
+def compile_cases(shape: ModelShape = LLAMA_3_8B, modules: Sequence[str] = MODULES) -> Iterator[CompileCase]:
+    """Yield every kernel with the default block sizes of decode and of prefill."""
     from loraserve.kernels.lora import decode, expand, shrink
 
     for module in modules:
@@ -92,36 +92,48 @@ def cases(shape: ModelShape = LLAMA_3_8B, modules: Sequence[str] = MODULES) -> I
         sizes = {"K": k, "MAX_RANK": MAX_RANK, "LOW": True, **_widths(widths)}
         for tokens in (8, 64, 256):
             b = default_blocks(k, tokens)
-            constants = {**sizes, **_blocks(b), "A_ALIGN": 16, "B_ALIGN": 16, "GROUPS": 256}
-            copies = _shrink_copies(b) + _expand_copies(b)
-            case = _case(f"decode {module} T={tokens}", decode.decode, constants, b.warps, True, copies, 5)
-            yield msgspec.structs.replace(case, most_registers=b.registers)
+            yield CompileCase(
+                name=f"decode {module} T={tokens}",
+                kernel=decode.decode,
+                constants=_used(decode.decode, {**sizes, **_blocks(b), "A_ALIGN": 16, "B_ALIGN": 16, "GROUPS": 256}),
+                warps=b.warps,
+                decode=True,
+                copies=_shrink_copies(b) + _expand_copies(b),
+                tiles=5,
+                most_registers=b.registers,
+            )
         b = default_blocks(k, 2048)
-        constants = {**sizes, **_blocks(b), "ALIGN": 16}
-        yield _case(f"shrink {module}", shrink.shrink, constants, b.warps, False, _shrink_copies(b), 2)
-        yield _case(f"expand {module}", expand.expand, constants, b.warps, False, _expand_copies(b), 3)
+        for kernel, copies, tiles in ((shrink.shrink, _shrink_copies(b), 2), (expand.expand, _expand_copies(b), 3)):
+            yield CompileCase(
+                name=f"{kernel.__name__} {module}",
+                kernel=kernel,
+                constants=_used(kernel, {**sizes, **_blocks(b), "ALIGN": 16}),
+                warps=b.warps,
+                copies=copies,
+                tiles=tiles,
+            )
     yield from _small_cases(shape)
 
 
-def _small_cases(shape: ModelShape) -> Iterator[Case]:
-    """What runs once a step, or moves a row at a time."""
+def _small_cases(shape: ModelShape) -> Iterator[CompileCase]:
+    """Yield the kernels that run once per step or process one row at a time."""
     from loraserve.kernels.fused import gpu as fused_gpu
     from loraserve.kernels.lora import work
 
-    yield _case("sort_tokens", work.sort_tokens, {"BLOCK": 256})
+    yield CompileCase(name="sort_tokens", kernel=work.sort_tokens, constants={"BLOCK": 256})
     b = [default_blocks(shape.in_features(module), 64) for module in MODULES]
     constants = {"SLOTS": SLOTS, "LANES": SLOTS, "ROWS": 4 * shape.layers, "TILES": 4096, "GROUPS": 256, "BLOCK": 16}
     for i, module in enumerate(MODULES):
         constants |= {f"K{i}": shape.in_features(module), f"BM{i}": b[i].bm, f"BR{i}": b[i].br}
-    yield _case("list_work", work.list_work, constants)
-    yield _case("add_rms_norm", fused_gpu._norm, {"ADD": True, "BLOCK": 4096})
+    yield CompileCase(name="list_work", kernel=work.list_work, constants=constants)
+    yield CompileCase(name="add_rms_norm", kernel=fused_gpu._norm, constants={"ADD": True, "BLOCK": 4096})
     head = {"HEADS": shape.heads, "KV_HEADS": shape.kv_heads, "DIM": shape.head_dim, "BLOCK": shape.head_dim // 2}
-    yield _case("rotate_and_store", fused_gpu._rotate, {**head, "NORMED": True}, 1)
-    yield _case("silu_mul", fused_gpu._silu_mul, {"BLOCK": fused_gpu.SILU_BLOCK})
+    yield CompileCase(name="rotate_and_store", kernel=fused_gpu._rotate, constants={**head, "NORMED": True}, warps=1)
+    yield CompileCase(name="silu_mul", kernel=fused_gpu._silu_mul, constants={"BLOCK": fused_gpu.SILU_BLOCK})
 
 
-def compile_case(case: Case, architecture: int) -> Report:
-    """Compile for one architecture and read the result."""
+def compile_case(case: CompileCase, architecture: int) -> CompileReport:
+    """Compile a kernel for one architecture and read its machine code."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler.compiler import ASTSource
@@ -129,7 +141,7 @@ def compile_case(case: Case, architecture: int) -> Report:
     names = case.kernel.arg_names
     types = {**dict.fromkeys(names, "*i32"), **POINTERS, **SCALARS, **dict.fromkeys(case.constants, "constexpr")}
     signature = {name: types[name] for name in names}
-    # As the launcher finds them: torch's buffers begin at multiples of 16.
+    # As in a launch: torch's buffers begin at multiples of 16.
     attributes = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
     source = ASTSource(
         fn=case.kernel,
@@ -142,7 +154,7 @@ def compile_case(case: Case, architecture: int) -> Report:
     usage, assembly = disassemble(compiled.asm["cubin"])
     copies = re.findall(r"\bLDGSTS\S*", assembly)
     wide = sum(".128" in copy for copy in copies)
-    return Report(
+    return CompileReport(
         name=case.name,
         architecture=architecture,
         decode=case.decode,
@@ -159,7 +171,7 @@ def compile_case(case: Case, architecture: int) -> Report:
 
 
 def async_tiles(ttgir: str) -> int:
-    """Loads of the source, each counted once, of which every copy is asynchronous and of eight elements a thread."""
+    """Return how many loads of the source become only async copies of eight elements per thread."""
     copies = [line for line in ttgir.splitlines() if "ttg.async_copy_global_to_local" in line]
     wide: set[str] = set()
     narrow: set[str] = set()
@@ -169,7 +181,7 @@ def async_tiles(ttgir: str) -> int:
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
-    """(resource usage, assembly), by the tools that come with triton."""
+    """Return (resource usage, assembly), from the tools that come with triton."""
     import triton.backends.nvidia as nvidia
 
     tools = os.path.join(os.path.dirname(nvidia.__file__), "bin")
@@ -183,8 +195,8 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
     return usage.stdout + usage.stderr, assembly.stdout
 
 
-def table(reports: Iterable[Report]) -> str:
-    """For BENCHMARKS.md and for the terminal."""
+def markdown_table(reports: Iterable[CompileReport]) -> str:
+    """Return the reports as a table for BENCHMARKS.md and the terminal."""
     names = ("kernel", "sm", "registers", "spilled bytes", "shared KB", "async 128-bit", "wanted", "narrower", "matrix")
     lines = [f"| {' | '.join(names)} |", "|" + "---|" * len(names)]
     lines += [
@@ -198,14 +210,14 @@ def table(reports: Iterable[Report]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sm", type=int, action="append", choices=ARCHITECTURES, help="only this architecture")
-    parser.add_argument("--module", action="append", choices=MODULES, help="only this module's")
+    parser.add_argument("--module", action="append", choices=MODULES, help="only the kernels of this module")
     parser.add_argument("--json", action="store_true", help="one line of JSON instead of a table")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET"):
-        parser.error("TRITON_INTERPRET is set: nothing would be compiled; unset it")
-    found = list(cases(modules=arguments.module or MODULES))
+        parser.error("TRITON_INTERPRET is set: kernels would be interpreted; unset it")
+    found = list(compile_cases(modules=arguments.module or MODULES))
     reports = [compile_case(case, sm) for sm in arguments.sm or ARCHITECTURES for case in found]
-    print(msgspec.json.encode(reports).decode() if arguments.json else table(reports))
+    print(msgspec.json.encode(reports).decode() if arguments.json else markdown_table(reports))
     faults = [f"{r.name} sm_{r.architecture}: {fault}" for r in reports for fault in r.faults]
     print("\n".join(faults) if faults else "no faults")
     return 1 if faults else 0
@@ -220,26 +232,18 @@ def _blocks(b: Blocks) -> dict[str, int]:
 
 
 def _shrink_copies(b: Blocks) -> int:
-    """Of a tile of A and of its inputs, for every stage: bfloat16, 16 bytes a thread."""
+    """Return the copies of a tile of A and of x, over all stages: bfloat16, 16 bytes per thread."""
     return b.stages * (b.br * b.bk + b.bm * b.bk) * 2 // (b.warps * 32 * 16)
 
 
 def _expand_copies(b: Blocks) -> int:
-    """Of a tile of B and of h's two parts."""
+    """Return the copies of a tile of B and of both parts of h, over all stages."""
     return b.stages * (b.be * b.bn + 2 * b.bm * b.be) * 2 // (b.warps * 32 * 16)
 
 
-def _case(
-    name: str,
-    kernel: Any,
-    constants: dict[str, Any],
-    warps: int = 4,
-    decode: bool = False,
-    copies: int = 0,
-    tiles: int = 0,
-) -> Case:
-    used = {key: value for key, value in constants.items() if key in kernel.arg_names}
-    return Case(name=name, kernel=kernel, constants=used, warps=warps, decode=decode, copies=copies, tiles=tiles)
+def _used(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """Return the constants that the kernel takes."""
+    return {key: value for key, value in constants.items() if key in kernel.arg_names}
 
 
 def _number(pattern: str, text: str) -> int:

@@ -1,1 +1,1 @@
-"""What the GPU kernels' bench and tuner share: steps over adapters of given ranks, their floors, their times."""
+"""LoRA kernels on a GPU, timed beside the memory floor and beside vLLM's and SGLang's kernels."""

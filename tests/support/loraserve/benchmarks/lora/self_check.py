@@ -1,18 +1,16 @@
-"""Without a GPU: every side once, in Triton's interpreter at a tiny size, against the definition."""
+"""The check without a GPU: every side once, in Triton's interpreter at a tiny size, against the definition."""
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.cases import CSGMV, OURS, SGLANG_V2, Case
 from loraserve.benchmarks.lora.peers.csgmv import Csgmv
 from loraserve.benchmarks.lora.peers.sglang_v2 import SglangV2
 from loraserve.benchmarks.lora.peers.vllm import Vllm
-from loraserve.benchmarks.lora.program import CSGMV, OURS, SGLANG_V2
 from loraserve.benchmarks.lora.report import say
-from loraserve.benchmarks.lora.sides import Ours, Side, error
-from loraserve.benchmarks.lora.world import World
+from loraserve.benchmarks.lora.sides import Ours, Side, World, largest_error
 from loraserve.model_shape import ModelShape
 
 TINY = ModelShape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=50)
@@ -20,17 +18,17 @@ CASE = Case(name="self-check", slots=(0, 1, 2, 0, 3, 3, 2, 1, 0, 2), ranks=(8, 1
 MAX_RANK = 32
 
 
-def light(side: Side) -> Side:
-    """With the blocks of which there are the fewest: the interpreter runs them one after the other."""
+def use_few_blocks(side: Side) -> Side:
+    """Choose the setting with the fewest blocks, because the interpreter runs them one after the other."""
     for setting in side.setting:
         setting.update({name: options[-1] for name, options in side.knobs.items() if name == "shrink"})
     return side
 
 
 def errors(peers: Path) -> tuple[dict[str, float | None], dict[str, str]]:
-    """(largest relative error, why there is none), each by side.
+    """Return the largest relative error of each side, and why others have none.
 
-    In float16: the interpreter adds bfloat16 wrongly, which ours never does and peers do.
+    In float16: the interpreter adds bfloat16 wrongly, which peers do and ours never does.
     """
     world = World(TINY, CASE.ranks, "cpu", torch.float16)
     makes: dict[str, Callable[[], Side]] = {
@@ -43,8 +41,8 @@ def errors(peers: Path) -> tuple[dict[str, float | None], dict[str, str]]:
     reasons: dict[str, str] = {}
     for name, make in makes.items():
         try:
-            off = found[name] = error(light(make()), world, CASE)
-            say(f"{name}: largest error {off:.1e} of the largest element")
+            found[name] = error = largest_error(use_few_blocks(make()), world, CASE)
+            say(f"{name}: largest error {error:.1e} of the largest element")
         except (ImportError, OSError) as problem:
             found[name] = None
             reasons[name] = f"{type(problem).__name__}: {problem}"

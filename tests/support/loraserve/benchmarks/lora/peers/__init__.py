@@ -1,7 +1,7 @@
-"""Other projects' kernels, run as their servers run them, from files that ``scripts/bench lora --install-peers`` gets.
+"""The kernels of vLLM and SGLang, run as their servers run them, from files of their wheels.
 
-Nothing of theirs is in this project: adaptors prepare what their kernels take, and stand-ins provide the few names that
-their files import from the rest of their packages.
+``scripts/bench lora --install-peers`` gets the files. None of their code is in this project: adaptors prepare what
+their kernels take, and stand-ins provide the few names that their files import from the rest of their packages.
 """
 
 from pathlib import Path
@@ -22,17 +22,17 @@ WANTED: dict[str, tuple[str, ...]] = {
         "sglang/srt/lora/dense/configs/*.plans.json",
     ),
 }
-"""Files of each wheel, as patterns. They lie in ``DIR/NAME`` under the paths that they have in the wheel."""
+"""Patterns of the files of each wheel. They lie in ``DIR/NAME`` under the paths that they have in the wheel."""
 DEFAULT_FOLDER = Path(".peers")
 
 
 def missing(folder: Path, name: str) -> list[str]:
-    """What of a peer's files is not in ``folder / name``."""
+    """Return the patterns of a peer's files that ``folder / name`` lacks."""
     return [pattern for pattern in WANTED[name] if not any((folder / name).glob(pattern))]
 
 
 def root_of(folder: Path, name: str) -> Path:
-    """Where a peer's files are. Raises FileNotFoundError where they are not."""
+    """Return the folder of a peer's files. Raises FileNotFoundError if some are missing."""
     absent = missing(folder, name)
     if absent:
         raise FileNotFoundError(f"no {absent[0]} in {folder / name}; get it with: scripts/bench lora --install-peers")
@@ -40,6 +40,6 @@ def root_of(folder: Path, name: str) -> Path:
 
 
 def version(folder: Path, name: str) -> str:
-    """The version whose files these are."""
+    """Return the version of a peer's files."""
     path = folder / name / "VERSION"
     return path.read_text().strip() if path.exists() else "unknown"

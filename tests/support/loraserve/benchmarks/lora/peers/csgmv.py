@@ -9,12 +9,12 @@ import torch
 from loraserve.benchmarks.lora.cases import Case
 from loraserve.benchmarks.lora.peers import SGLANG, root_of, stand_ins
 from loraserve.benchmarks.lora.peers.sglang import fill_pool, offsets
-from loraserve.benchmarks.lora.world import World
+from loraserve.benchmarks.lora.sides import World
 from loraserve.model_shape import MODULES
 
 OPS = "sglang.kernels.ops.lora.dense"
 CHUNKS = (16, 32, 128)
-"""Tokens of a chunk: its default, and what it picks for 64 and for 256 tokens where the server allows it."""
+"""Tokens of a chunk: the default, and the choices for 64 and for 256 tokens if the server allows them."""
 SHRINK: tuple[dict[str, Any], ...] = (
     {"BLOCK_N": 16, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3},
     {"BLOCK_N": 32, "BLOCK_K": 256, "num_warps": 4, "num_stages": 3},
@@ -27,7 +27,7 @@ EXPAND: tuple[dict[str, Any], ...] = (
 )
 SPLITS = (8, 16)
 LOOKED_UP = None
-"""What it finds in its tables, or its defaults."""
+"""The choice of its tables, or its default."""
 
 
 class Csgmv:
@@ -36,8 +36,8 @@ class Csgmv:
     name = "sglang csgmv"
 
     def __init__(self, folder: Path, world: World, case: Case, max_rank: int) -> None:
-        """Raises FileNotFoundError where ``folder`` does not hold the peer's files."""
-        self._shrink, self._expand = load(root_of(folder, SGLANG))
+        """Prepare the adapters and the batch. Raises FileNotFoundError if ``folder`` lacks the peer's files."""
+        self._shrink, self._expand = load_csgmv(root_of(folder, SGLANG))
         self._pool = fill_pool(world, max_rank)
         self._world = world
         self._batches = {chunk: self._batch(case, chunk) for chunk in CHUNKS}
@@ -55,7 +55,7 @@ class Csgmv:
         }
 
     def add(self, y: torch.Tensor, x: torch.Tensor, layer: int, module: int) -> None:
-        """As its linear layers do; the rank-space intermediate is made anew by each call."""
+        """Do what its linear layers do; each call allocates the rank-space intermediate."""
         chosen = self.setting[module]
         batch, widths = self._batches[chosen["chunk"]], self._world.tables.out_features[module]
         a, b = self._pool.a[layer][module], self._pool.b[layer][module]
@@ -67,7 +67,7 @@ class Csgmv:
             )
 
     def _batch(self, case: Case, chunk: int) -> SimpleNamespace:
-        """Tokens adapter after adapter, cut into segments of at most ``chunk``."""
+        """Return the batch: tokens adapter after adapter, cut into segments of at most ``chunk``."""
         order = sorted(range(case.tokens), key=lambda token: case.slots[token])
         slots: list[int] = []
         starts: list[int] = []
@@ -91,7 +91,7 @@ class Csgmv:
         )
 
 
-def load(root: Path) -> list[Any]:
-    """Its modules: shrink, expand."""
+def load_csgmv(root: Path) -> list[Any]:
+    """Return its modules: shrink, expand."""
     names = [f"{OPS}.{name}" for name in ("chunked_sgmv_shrink", "chunked_sgmv_expand")]
-    return list(stand_ins.load(root, stand_ins.sglang(), names))
+    return list(stand_ins.import_modules(root, stand_ins.sglang(), names))

@@ -1,16 +1,19 @@
-"""What SGLang's back ends share: pooled adapters, each packed at its own rank within rows of the largest."""
+"""What SGLang's back ends share: a pool of adapters, each packed at its own rank within rows of the largest."""
 
 from typing import NamedTuple
 
 import torch
 
-from loraserve.benchmarks.lora.world import World
+from loraserve.benchmarks.lora.sides import World
 from loraserve.model_shape import MODULES
 
 
-class Pool(NamedTuple):
-    """By layer and module: A [slots, slices * max_rank, in], slice after slice at the adapter's own rank; B [slots,
-    sum of out, max_rank]; then of each slot its rank (int32) and its scale (float32)."""
+class SglangPool(NamedTuple):
+    """Adapters by layer and module.
+
+    ``a`` [slots, slices * max_rank, in], slice after slice at the adapter's own rank; ``b`` [slots, sum of out,
+    max_rank]; ``ranks`` int32 and ``scales`` float32, by slot.
+    """
 
     a: list[list[torch.Tensor]]
     b: list[list[torch.Tensor]]
@@ -18,13 +21,13 @@ class Pool(NamedTuple):
     scales: torch.Tensor
 
 
-def fill_pool(world: World, max_rank: int) -> Pool:
-    """The adapters of ``world`` as SGLang keeps them. What is beyond an adapter's rank is zero."""
+def fill_pool(world: World, max_rank: int) -> SglangPool:
+    """Return the adapters of ``world`` as SGLang stores them, zero beyond the rank of an adapter."""
     rows = [
         [_filled(world, layer, module, max_rank) for module in range(len(MODULES))]
         for layer in range(world.shape.layers)
     ]
-    return Pool(
+    return SglangPool(
         [[a for a, _ in row] for row in rows],
         [[b for _, b in row] for row in rows],
         torch.tensor(world.ranks, dtype=torch.int32, device=world.device),
@@ -46,7 +49,7 @@ def _filled(world: World, layer: int, module: int, max_rank: int) -> tuple[torch
 
 
 def offsets(world: World, module: int) -> tuple[int, ...]:
-    """Where each slice of a module's output begins, and where the last one ends."""
+    """Return where each slice of a module's output begins, and where the last one ends."""
     found = [0]
     for width in world.tables.out_features[module]:
         found.append(found[-1] + width)

@@ -10,15 +10,15 @@ import triton
 from loraserve.benchmarks.lora.cases import Case
 from loraserve.benchmarks.lora.peers import SGLANG, root_of, stand_ins
 from loraserve.benchmarks.lora.peers.sglang import fill_pool, offsets
-from loraserve.benchmarks.lora.world import World
+from loraserve.benchmarks.lora.sides import World
 from loraserve.model_shape import MODULES
 
 OPS = "sglang.kernels.ops.lora.common"
 PLANS = "sglang/srt/lora/dense/configs/{}.plans.json"
 DECODE_TOKENS = 256
-"""More are taken for a prefill, which has plans of its own."""
+"""A step with more tokens counts as a prefill, which has plans of its own."""
 SMALL_ROUTE_PAIRS = 512
-"""Up to here the route is built by one program; beyond by kernels that take a capacity."""
+"""Up to this size one program builds the route; beyond it kernels that take a capacity do."""
 A_TILES: tuple[dict[str, Any], ...] = (
     {"BLOCK_SIZE_N": 64, "BLOCK_SIZE_K": 128, "SPLIT_K": 8},
     {"BLOCK_SIZE_N": 32, "BLOCK_SIZE_K": 256, "SPLIT_K": 4},
@@ -34,18 +34,18 @@ B_TILES: tuple[dict[str, Any], ...] = (
 )
 BLOCK_SIZES = (16, 32, 64)
 PLANNED = None
-"""What the plan says."""
+"""The choice of the plan."""
 
 
 class SglangV2:
-    """The kernels and plans of ``DenseLoraRunner``, without its overlap with a base GEMM that is not there."""
+    """The kernels and plans of ``DenseLoraRunner``, without the overlap with the base model's GEMM."""
 
     name = "sglang triton_v2"
 
     def __init__(self, folder: Path, world: World, case: Case, max_rank: int) -> None:
-        """Raises FileNotFoundError where ``folder`` does not hold the peer's files."""
+        """Prepare the adapters and the plans. Raises FileNotFoundError if ``folder`` lacks the peer's files."""
         root = root_of(folder, SGLANG)
-        self._lora_a, self._lora_b, self._routing, self._view = load(root)
+        self._lora_a, self._lora_b, self._routing, self._view = load_triton_v2(root)
         self._pool = fill_pool(world, max_rank)
         self._world = world
         self._case = case
@@ -83,7 +83,7 @@ class SglangV2:
     def _shrink(
         self, x: torch.Tensor, a: torch.Tensor, module: int, spec: dict[str, Any]
     ) -> tuple[torch.Tensor, int, bool]:
-        """(bridge, its split-K planes, whether it has a plane for each slot)."""
+        """Return the bridge, the number of its split-K planes, and whether it has a plane for each slot."""
         slots, width, k = a.shape
         stack, tiles = len(self._world.tables.out_features[module]), spec["a_tiles"]
         if spec["a_family"] == "all_slots":
@@ -109,7 +109,7 @@ class SglangV2:
         return (scratch["partial"], split, False) if in_planes else (bridge, 1, False)
 
     def _chosen(self, module: int) -> dict[str, Any]:
-        """The module's plan, with what is tried in place of it."""
+        """Return the module's plan, with the settings that replace parts of it."""
         plan, tried = self._plans[module], self.setting[module]
         return {
             **plan,
@@ -145,14 +145,14 @@ class SglangV2:
         )
 
     def _buffer(self, name: str, size: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """Scratch that calls share, zero when it is made."""
+        """Return scratch memory that calls share, zero when it is allocated."""
         key = (name, size)
         if key not in self._buffers:
             self._buffers[key] = torch.zeros(size, dtype=dtype, device=self._world.device)
         return self._buffers[key]
 
     def _geometry(self, module: int, block_n: int) -> Any:
-        """As ``slice_geometry`` makes it, which refuses the interpreter's device."""
+        """Return what ``slice_geometry`` would make, which refuses the interpreter's device."""
         key = (module, block_n)
         if key not in self._geometries:
             rows = offsets(self._world, module)
@@ -172,14 +172,14 @@ class SglangV2:
         return self._geometries[key]
 
 
-def load(root: Path) -> list[Any]:
-    """Its modules: shrink, expand, routing, the route's type."""
+def load_triton_v2(root: Path) -> list[Any]:
+    """Return its modules: shrink, expand, routing, the route's type."""
     names = [f"{OPS}.{name}" for name in ("lora_a", "lora_b", "routing", "route_view")]
-    return list(stand_ins.load(root, stand_ins.sglang(), names))
+    return list(stand_ins.import_modules(root, stand_ins.sglang(), names))
 
 
 def read_plans(root: Path) -> list[dict[str, Any]]:
-    """Rows of the table of this GPU's architecture. Raises OSError where the peer's files are not there."""
+    """Return the rows of the table for this GPU's architecture. Raises OSError if the file is missing."""
     major = stand_ins.capability()[0]
     name = "sm90" if major == 9 else "sm100" if major >= 10 else "default"
     rows: list[dict[str, Any]] = json.loads((root / PLANS.format(name)).read_text())["rows"]
@@ -187,7 +187,7 @@ def read_plans(root: Path) -> list[dict[str, Any]]:
 
 
 def first_match(rows: list[dict[str, Any]], phase: str, sizes: dict[str, int]) -> dict[str, Any]:
-    """The plan of the first row that allows a linear layer of these sizes; there is always one, the tables say."""
+    """Return the plan of the first row that allows a linear layer of these sizes. Its tables always have one."""
     for row in rows:
         if row.get("phase") not in (None, phase) or "linear" not in (row.get("kinds") or ["linear"]):
             continue

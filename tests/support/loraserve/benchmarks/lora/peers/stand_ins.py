@@ -1,4 +1,4 @@
-"""Just enough of vLLM's and SGLang's packages for their kernels to import. Settings are their defaults."""
+"""Stand-ins for what the kernels of vLLM and SGLang import of their packages. Settings have their defaults."""
 
 import importlib
 import logging
@@ -15,14 +15,14 @@ import triton.language as tl
 
 
 def capability() -> tuple[int, int]:
-    """Of the GPU; (0, 0) where kernels are interpreted."""
+    """Return the compute capability of the GPU, (0, 0) if kernels are interpreted."""
     return torch.cuda.get_device_capability() if torch.cuda.is_available() else (0, 0)
 
 
-def load(root: Path, stand_ins: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> list[ModuleType]:
-    """Import modules that lie under ``root``; what they import of their package is a stand-in or lies there too.
+def import_modules(root: Path, stand_ins: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> list[ModuleType]:
+    """Import modules under ``root``. What they import of their package is a stand-in or lies there too.
 
-    Packages get a path and none of their own ``__init__``, which would import the rest.
+    Packages get a path but not their own ``__init__``, which would import the rest.
     """
     for name in {parent for module in (*stand_ins, *wanted) for parent in _parents(module)}:
         package = sys.modules.setdefault(name, ModuleType(name))
@@ -37,7 +37,7 @@ def load(root: Path, stand_ins: Mapping[str, Mapping[str, Any]], wanted: Sequenc
 
 @contextmanager
 def answering(module: ModuleType, name: str, answer: Any) -> Iterator[None]:
-    """Make ``module.name(...)`` return ``answer`` in place of what it would look up; None leaves it alone."""
+    """Make ``module.name(...)`` return ``answer`` within the block, or leave it as it is for None."""
     own = getattr(module, name)
     try:
         if answer is not None:
@@ -53,7 +53,7 @@ def _parents(module: str) -> list[str]:
 
 
 def vllm() -> dict[str, dict[str, Any]]:
-    """What vLLM's LoRA kernels take from vLLM. No custom ops: there the kernels' functions are used as they are."""
+    """Return what vLLM's LoRA kernels import from vLLM. Without custom ops their functions are called directly."""
     quiet = logging.getLogger("vllm")
     log = SimpleNamespace(warning_once=quiet.debug, info_once=quiet.debug, warning=quiet.warning, info=quiet.debug)
     platform = SimpleNamespace(
@@ -82,11 +82,11 @@ def _no_custom_ops(**operation: Any) -> None:
 
 
 def sglang() -> dict[str, dict[str, Any]]:
-    """What SGLang's LoRA kernels take from SGLang."""
+    """Return what SGLang's LoRA kernels import from SGLang."""
     off = SimpleNamespace(get=lambda: False)
     envs = SimpleNamespace(SGLANG_ENABLE_LORA_CSGMV_SPLIT_K=off, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=off)
     return {
-        # Only the builders of routes would use it, and those are not timed.
+        # Used only by the builders of routes, which are not timed.
         "sglang.kernels.jit.utils": {"is_arch_support_pdl": lambda: False},
         "sglang.kernels.ops.lora.moe.virtual_experts": {"_align_block_size_jit": _not_compiled},
         "sglang.srt.environ": {"envs": envs},
@@ -100,9 +100,9 @@ def _device_name() -> str:
 
 
 def _not_compiled(*operands: Any, **options: Any) -> None:
-    raise NotImplementedError("this way to build routes is CUDA code that is compiled by nvcc; ask for a capacity")
+    raise NotImplementedError("this way to build routes is CUDA code that nvcc compiles; pass a capacity")
 
 
 def _uncached(key: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Their cache spares the launcher's work on the CPU, of which nothing is left in a captured graph."""
+    """Their cache saves CPU time of the launcher, which a captured graph does not need."""
     return lambda kernel: kernel

@@ -7,7 +7,7 @@ import torch
 
 from loraserve.benchmarks.lora.cases import Case
 from loraserve.benchmarks.lora.peers import VLLM, root_of, stand_ins
-from loraserve.benchmarks.lora.world import World
+from loraserve.benchmarks.lora.sides import World
 from loraserve.model_shape import MODULES
 
 OPS = "vllm.lora.ops.triton_ops"
@@ -30,18 +30,18 @@ EXPAND: tuple[dict[str, Any], ...] = (
     {"block_m": 128, "block_n": 128, "block_k": 64, "num_warps": 8, "num_stages": 2},
 )
 DEFAULT = None
-"""What vLLM picks by itself, having no table for any GPU in its package."""
+"""vLLM's own choice; its package has no table for any GPU."""
 
 
 class Vllm:
-    """One server: ``max_lora_rank`` holds for all of its adapters."""
+    """The kernels of one server, whose ``max_lora_rank`` holds for all of its adapters."""
 
     def __init__(self, folder: Path, world: World, case: Case, max_rank: int) -> None:
-        """Raises FileNotFoundError where ``folder`` does not hold the peer's files."""
+        """Prepare the adapters and the batch. Raises FileNotFoundError if ``folder`` lacks the peer's files."""
         self.name = f"vllm max_lora_rank {max_rank}"
         root = root_of(folder, VLLM)
-        self._shrink, self._expand, meta, tensors = load(root)
-        # It knows weights by their addresses and assumes that no others will ever be there.
+        self._shrink, self._expand, meta, tensors = load_vllm(root)
+        # It caches weights by address and assumes that other weights never get the same address.
         tensors._LORA_A_PTR_DICT.clear()
         tensors._LORA_B_PTR_DICT.clear()
         self.knobs: dict[str, list[Any]] = {
@@ -53,11 +53,11 @@ class Vllm:
         self._max_rank = max_rank
         made = meta.LoRAKernelMeta.make(len(world.ranks), case.tokens, device=world.device)
         made.prepare_tensors(torch.tensor(case.slots, dtype=torch.int32, device=world.device))
-        # The grid of the adapters that are in use: of all slots' it would only be larger.
+        # The grid covers the adapters in use; one for all slots would only be larger.
         self._meta = made.meta_args(case.tokens, specialize_active_lora=True)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, layer: int, module: int) -> None:
-        """As its linear layers do: the rank-space buffer is float32 and made anew by each call."""
+        """Do what its linear layers do: each call allocates the rank-space buffer, in float32."""
         a, b, chosen = self._a[layer][module], self._b[layer][module], self.setting[module]
         buffer = torch.empty((len(a), x.shape[0], self._max_rank), dtype=torch.float32, device=x.device)
         with stand_ins.answering(self._shrink, CONFIGS, chosen["shrink"]):
@@ -66,14 +66,14 @@ class Vllm:
             self._expand.lora_expand(buffer, b, y, *self._meta, offset_start=0, add_inputs=True)
 
 
-def load(root: Path) -> list[Any]:
-    """Its modules: shrink, expand, metadata, and the tensors it keeps of weights."""
+def load_vllm(root: Path) -> list[Any]:
+    """Return its modules: shrink, expand, metadata, and the one that caches tensors of weights."""
     names = [f"{OPS}.{name}" for name in ("lora_shrink_op", "lora_expand_op", "lora_kernel_metadata", "utils")]
-    return list(stand_ins.load(root, stand_ins.vllm(), names))
+    return list(stand_ins.import_modules(root, stand_ins.vllm(), names))
 
 
 def stack(world: World, max_rank: int) -> tuple[list[list[list[torch.Tensor]]], list[list[list[torch.Tensor]]]]:
-    """(A, B) by layer, module and slice: [slots, 1, max_rank, in] and [slots, 1, out, max_rank], scales within B."""
+    """Return A [slots, 1, max_rank, in] and B [slots, 1, out, max_rank], by layer, module and slice; B is scaled."""
     a: list[list[list[torch.Tensor]]] = []
     b: list[list[list[torch.Tensor]]] = []
     for layer in range(world.shape.layers):

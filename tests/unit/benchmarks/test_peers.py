@@ -14,10 +14,9 @@ from loraserve.benchmarks.lora.cases import Case
 from loraserve.benchmarks.lora.peers import SGLANG, VLLM, missing, root_of
 from loraserve.benchmarks.lora.peers.csgmv import Csgmv
 from loraserve.benchmarks.lora.peers.sglang_v2 import SglangV2, first_match, read_plans
-from loraserve.benchmarks.lora.peers.vllm import COMMON, SHRINK, Vllm, load
-from loraserve.benchmarks.lora.self_check import light
-from loraserve.benchmarks.lora.sides import Side, error
-from loraserve.benchmarks.lora.world import World
+from loraserve.benchmarks.lora.peers.vllm import COMMON, SHRINK, Vllm, load_vllm
+from loraserve.benchmarks.lora.self_check import use_few_blocks
+from loraserve.benchmarks.lora.sides import Side, World, largest_error
 
 ROOT = Path(__file__).resolve().parents[3]
 PEERS = ROOT / ".peers"
@@ -36,10 +35,10 @@ needs_sglang = pytest.mark.skipif(bool(missing(PEERS, SGLANG)), reason=f"no kern
 def off(make: Any, case: Case, modules: range = range(2), **chosen: Any) -> float:
     """Of modules with three slices of different width, and with one."""
     world = World(TINY, case.ranks, DEVICE, torch.float16)
-    side: Side = light(make(PEERS, world, case, 32))
+    side: Side = use_few_blocks(make(PEERS, world, case, 32))
     for setting in side.setting:
         setting.update(chosen)
-    return error(side, world, case, modules)
+    return largest_error(side, world, case, modules)
 
 
 @needs_vllm
@@ -53,12 +52,12 @@ def test_vllm_computes_the_definition() -> None:
 def test_vllm_knows_new_weights_at_old_addresses() -> None:
     """Its cache of pointers must not outlive the weights of the server before."""
     world = World(TINY, MIXED.ranks, DEVICE, torch.float16)
-    pointers = load(root_of(PEERS, VLLM))[3]
+    pointers = load_vllm(root_of(PEERS, VLLM))[3]
     for max_rank in (32, 64):
-        side = light(Vllm(PEERS, world, MIXED, max_rank))
+        side = use_few_blocks(Vllm(PEERS, world, MIXED, max_rank))
         assert not pointers._LORA_A_PTR_DICT
         assert not pointers._LORA_B_PTR_DICT
-        assert error(side, world, MIXED, range(1)) < ERROR
+        assert largest_error(side, world, MIXED, range(1)) < ERROR
         assert pointers._LORA_A_PTR_DICT, "there is something to forget"
 
 
@@ -76,7 +75,7 @@ def test_sglang_v2_in_every_family_of_kernels(families: tuple[str, str]) -> None
     world = World(TINY, MIXED.ranks, DEVICE, torch.float16)
     side = SglangV2(PEERS, world, MIXED, 32)
     side._plans = [{**plan, "a_family": families[0], "b_family": families[1]} for plan in side._plans]
-    assert error(side, world, MIXED, range(2)) < ERROR
+    assert largest_error(side, world, MIXED, range(2)) < ERROR
 
 
 @needs_sglang

@@ -24,17 +24,21 @@ from loraserve.model_shape import MODULES, ModelShape
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.benchmarks import tune
-from loraserve.benchmarks.lora import search
-from loraserve.benchmarks.lora import tuner as tuner_module
 from loraserve.benchmarks.lora.cases import LLAMA_3_8B
-from loraserve.benchmarks.lora.search import DECODE, PREFILL, SKIPPED, Target, cases_of, descend, targets
-from loraserve.benchmarks.lora.tuner import Tuner
+from loraserve.benchmarks.lora.measure import WorldSettings
+from loraserve.benchmarks.tuning import command, search
+from loraserve.benchmarks.tuning import tuner as tuner_module
+from loraserve.benchmarks.tuning.search import DECODE, PREFILL, SKIPPED, TuningTarget, cases_of, descend, targets
+from loraserve.benchmarks.tuning.tuner import Tuner
 
 GPU = "NVIDIA H100 80GB HBM3"
 TINY = ModelShape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=50)
 BLOCKS = Blocks(bm=16, br=16, bk=64, bn=64, be=16, split=2)
 OUT = MODULES.index("o")
+
+
+def on_cpu(shape: ModelShape) -> WorldSettings:
+    return WorldSettings(device="cpu", shape=shape, layers=1, dtype=torch.float16)
 
 
 class FakeTimer:
@@ -62,13 +66,13 @@ def entry(tokens: int = 64, rank: int = 256, ratio: float = 1.2) -> TunedBlocks:
     return TunedBlocks(k=4096, widths=(4096,), tokens=tokens, rank=rank, blocks=BLOCKS, floor_ratio=ratio)
 
 
-def tiny_target(tokens: int = 8) -> Target:
+def tiny_target(tokens: int = 8) -> TuningTarget:
     (found,) = [t for t in targets(TINY, [tokens], [16]) if t.module == OUT]
     return found
 
 
 def test_a_table_round_trips_and_serves_its_gpu_alone(tables: Path, caplog: pytest.LogCaptureFixture) -> None:
-    tune.write_table(tables, GPU, "scripts/tune_kernels --tokens 64", "2026-11-25", [entry()])
+    command.write_table(tables, GPU, "scripts/tune_kernels --tokens 64", "2026-11-25", [entry()])
     assert pick(GPU, 4096, (4096,), 40, 128) == BLOCKS
     assert pick(GPU, 4096, (4096,), 65, 128) == default_blocks(4096, 65)
     assert pick(GPU, 4096, (4096, 1024, 1024), 40, 128) == default_blocks(4096, 40)
@@ -80,14 +84,14 @@ def test_a_table_round_trips_and_serves_its_gpu_alone(tables: Path, caplog: pyte
 
 
 def test_a_table_says_where_it_is_from_and_is_added_to(tables: Path) -> None:
-    tune.write_table(tables, GPU, "first", "2026-11-24", [entry(64), entry(8)])
-    path = tune.write_table(tables, GPU, "second", "2026-11-25", [entry(64, ratio=1.1), entry(64, 16)])
+    command.write_table(tables, GPU, "first", "2026-11-24", [entry(64), entry(8)])
+    path = command.write_table(tables, GPU, "second", "2026-11-25", [entry(64, ratio=1.1), entry(64, 16)])
     assert path.name == "NVIDIA-H100-80GB-HBM3.json"
     table = msgspec.json.decode(path.read_bytes(), type=TuningTable)
     assert (table.gpu, table.command, table.date) == (GPU, "second", "2026-11-25")
     assert [(e.tokens, e.rank, e.floor_ratio) for e in table.entries] == [(8, 256, 1.2), (64, 16, 1.2), (64, 256, 1.1)]
     before = path.read_bytes()
-    tune.write_table(tables, GPU, "second", "2026-11-25", [entry(64, 16), entry(64, ratio=1.1)])
+    command.write_table(tables, GPU, "second", "2026-11-25", [entry(64, 16), entry(64, ratio=1.1)])
     assert path.read_bytes() == before, "whatever the order of measuring"
 
 
@@ -145,8 +149,8 @@ def few_residents(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "RESIDENTS", 8)
 
 
-def tune_tiny(ms: Callable[[int], float], target: Target | None = None) -> TunedBlocks | None:
-    made = Tuner(TINY, FakeTimer(ms), 1e12, "cpu", layers=1, dtype=torch.float16)
+def tune_tiny(ms: Callable[[int], float], target: TuningTarget | None = None) -> TunedBlocks | None:
+    made = Tuner(FakeTimer(ms), 1e12, on_cpu(TINY))
     options = {"br": (16, 64), "bn": (64,)}
     return made.tune(target or tiny_target(), time.monotonic() + 60, options)
 
@@ -178,7 +182,7 @@ def test_sizes_that_do_not_compile_or_spill_are_skipped(monkeypatch: pytest.Monk
 
 
 def test_sizes_with_a_wrong_result_are_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tuner_module, "error", lambda *operands: 0.5)
+    monkeypatch.setattr(tuner_module, "largest_error", lambda *operands: 0.5)
     assert tune_tiny(lambda call: 1.0) is None
 
 
@@ -187,35 +191,37 @@ def test_targets_share_the_time_and_each_entry_is_kept_at_once(capsys: pytest.Ca
     kept: list[TunedBlocks] = []
     deadlines_s: list[float] = []
 
-    def measure(target: Target, deadline_s: float) -> TunedBlocks:
+    def measure(target: TuningTarget, deadline_s: float) -> TunedBlocks:
         deadlines_s.append(deadline_s - time.monotonic())
         return entry()
 
-    assert tune.run(wanted, measure, 10.0, kept.append) == len(wanted) == len(kept)
+    assert command.tune_all(wanted, measure, 10.0, kept.append) == len(wanted) == len(kept)
     assert [round(left_s) for left_s in deadlines_s] == [150, 200, 300, 600]
-    tune.run(wanted, measure, 1.0, kept.append)
+    command.tune_all(wanted, measure, 1.0, kept.append)
     assert [round(left_s) for left_s in deadlines_s[4:]] == [45, 45, 45, 60]
-    assert tune.run(wanted, lambda target, deadline_s: entry(), 0.0, kept.append) == 0
+    assert command.tune_all(wanted, lambda target, deadline_s: entry(), 0.0, kept.append) == 0
     assert f"{len(wanted)} of {len(wanted)} entries were not measured" in capsys.readouterr().err
 
 
 def test_the_whole_run_by_a_made_up_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
-    monkeypatch.setattr("loraserve.benchmarks.lora.timing.GraphTimer", lambda seconds: FakeTimer(lambda call: 1.0))
-    monkeypatch.setattr("loraserve.benchmarks.lora.timing.copy_bytes_per_s", lambda timer: 1e9)
-    monkeypatch.setattr(tuner_module, "Tuner", lambda *given: Tuner(*given, "cpu", 1, torch.float16))
-    monkeypatch.setattr(tune, "LLAMA_3_8B", TINY)
+    monkeypatch.setattr("loraserve.benchmarks.lora.measure.GraphTimer", lambda seconds: FakeTimer(lambda call: 1.0))
+    monkeypatch.setattr("loraserve.benchmarks.lora.measure.copy_bytes_per_s", lambda timer: 1e9)
+    monkeypatch.setattr(
+        tuner_module, "Tuner", lambda timer, speed, settings: Tuner(timer, speed, on_cpu(settings.shape))
+    )
+    monkeypatch.setattr(command, "LLAMA_3_8B", TINY)
     arguments = ["--tokens", "8", "--ranks", "16", "--minutes", "0.0005", "--out", str(tmp_path)]
     clock = iter([0.0, 0.0, 1.0])
-    monkeypatch.setattr(tune, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    assert tune.main(arguments) == 0
-    table = msgspec.json.decode(tune.table_path(tmp_path, GPU).read_bytes(), type=TuningTable)
+    monkeypatch.setattr(command, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    assert command.main(arguments) == 0
+    table = msgspec.json.decode(command.table_path(tmp_path, GPU).read_bytes(), type=TuningTable)
     assert table.command == "scripts/tune_kernels " + " ".join(arguments)
     assert [(e.k, e.widths, e.tokens, e.rank) for e in table.entries] == [(64, (64, 32, 32), 8, 16)]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="shows what is said without a GPU")
 def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    assert tune.main(["--minutes", "1"]) == 1
+    assert command.main(["--minutes", "1"]) == 1
     assert "no CUDA GPU here" in capsys.readouterr().err

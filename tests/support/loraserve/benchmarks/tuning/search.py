@@ -1,15 +1,15 @@
-"""Which block sizes the tuner tries, for what, and in which order. Nothing here touches a device.
+"""Which block sizes the tuner tries, for which entries of the table, and in which order. Nothing here uses a device.
 
-Coordinate descent: from sizes that are known to work, one field after the other is set to the best of a few values,
-until a round changes nothing. The fields hardly depend on each other (shrink's, expand's and the grid's), so that
-about 40 of some 100,000 combinations come near the best; a full search would need days for each kind of GPU.
+The search is a coordinate descent: from sizes that are known to work, it sets one field after the other to the best of
+a few values, until a round changes nothing. The fields hardly depend on each other (shrink's, expand's and the grid's),
+so about 40 of some 100,000 combinations come close to the best. A full search would take days for each kind of GPU.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
-from loraserve.benchmarks.lora.cases import MIX, Case, decode, prefill
+from loraserve.benchmarks.lora.cases import MIX, Case, decode_case, prefill_case
 from loraserve.kernels.lora.tuning import DECODE_TOKENS, RANK_BUCKETS, TOKEN_BUCKETS, Blocks
 from loraserve.model_shape import MODULES, ModelShape
 
@@ -17,9 +17,9 @@ Options = Mapping[str, tuple[int, ...]]
 
 RESIDENTS = 64
 BY_WEIGHT = (64, 8, 256, 4096, 32, 128, 1024, 1 << 30)
-"""Token buckets, those first that are asked for first when the time does not suffice."""
+"""Token buckets, the most important first: the time may not suffice for all."""
 MOST_TOKENS = 16384
-"""Stands for the last bucket, which has no end."""
+"""Stands for the last bucket, which has no upper end."""
 DECODE: Options = {
     "split": (1, 2, 4, 8, 16, 32),
     "bk": (64, 128, 256, 512),
@@ -44,13 +44,13 @@ PREFILL: Options = {
     "stages": (2, 3, 4),
 }
 SKIPPED = float("inf")
-"""The score of sizes that do not compile, spill, or do not fit."""
+"""The score of sizes that do not compile, that spill, or that do not fit."""
 
-assert set(BY_WEIGHT) == set(TOKEN_BUCKETS), "every bucket has its turn"
+assert set(BY_WEIGHT) == set(TOKEN_BUCKETS), "every bucket must be in the order"
 
 
-class Target(msgspec.Struct, frozen=True, kw_only=True):
-    """One entry of a table: a module of a model shape, at a bucket of tokens and of ranks."""
+class TuningTarget(msgspec.Struct, frozen=True, kw_only=True):
+    """One entry of the table: a module of a model shape, at a bucket of tokens and of ranks."""
 
     module: int
     k: int
@@ -65,11 +65,11 @@ class Target(msgspec.Struct, frozen=True, kw_only=True):
 
 def targets(
     shape: ModelShape, tokens: Iterable[int] = TOKEN_BUCKETS, ranks: Iterable[int] = RANK_BUCKETS
-) -> list[Target]:
-    """Large ranks first, and token buckets by weight: what is served is mixed, and decodes."""
+) -> list[TuningTarget]:
+    """Return the entries to measure, the most useful first: served steps have mixed ranks and mostly decode."""
     wanted = set(tokens)
     return [
-        Target(
+        TuningTarget(
             module=module,
             k=shape.in_features(name),
             widths=shape.out_features(name),
@@ -83,25 +83,26 @@ def targets(
     ]
 
 
-def cases_of(target: Target) -> tuple[Case, Case]:
-    """Steps that an entry has to serve: many adapters of few tokens, and few of many; ranks are mixed."""
+def cases_of(target: TuningTarget) -> tuple[Case, Case]:
+    """Return the steps that an entry is for: many adapters with few tokens, and few with many; ranks are mixed."""
     mix = [rank for rank in MIX if rank <= target.rank]
     ranks = tuple(mix[slot % len(mix)] for slot in range(RESIDENTS))
     tokens = min(target.tokens, MOST_TOKENS)
     if tokens <= DECODE_TOKENS:
-        return decode(tokens, min(tokens, RESIDENTS), ranks), decode(tokens, min(max(1, tokens // 8), RESIDENTS), ranks)
-    return prefill(8, tokens // 8, ranks), prefill(RESIDENTS, tokens // RESIDENTS, ranks)
+        few = min(max(1, tokens // 8), RESIDENTS)
+        return decode_case(tokens, min(tokens, RESIDENTS), ranks), decode_case(tokens, few, ranks)
+    return prefill_case(8, tokens // 8, ranks), prefill_case(RESIDENTS, tokens // RESIDENTS, ranks)
 
 
-def options_of(target: Target) -> Options:
-    """What is tried for each field."""
+def options_of(target: TuningTarget) -> Options:
+    """Return the values to try for each field."""
     return DECODE if target.tokens <= DECODE_TOKENS else PREFILL
 
 
 def descend(
     starts: Iterable[Blocks], options: Options, k: int, score: Callable[[Blocks], float], go_on: Callable[[], bool]
 ) -> dict[Blocks, float]:
-    """Scores of everything tried, the least is the best; ``score`` is asked once for each."""
+    """Search from ``starts`` while ``go_on()``. Return the score of all blocks tried; the lowest is the best."""
     tried: dict[Blocks, float] = {}
     for start in starts:
         if start not in tried:
@@ -122,7 +123,7 @@ def descend(
 
 
 def _variants(blocks: Blocks, field: str, values: tuple[int, ...], k: int) -> Iterator[Blocks]:
-    """Those of which no part of K would be empty, and whose tiles every thread copies 128 bits at a time."""
+    """Yield the variants without an empty part of K whose tiles every thread copies 128 bits at a time."""
     for value in values:
         candidate = msgspec.structs.replace(blocks, **{field: value})
         if (candidate.split == 1 or candidate.split * candidate.bk <= k) and copies_whole_vectors(candidate):
@@ -130,6 +131,6 @@ def _variants(blocks: Blocks, field: str, values: tuple[int, ...], k: int) -> It
 
 
 def copies_whole_vectors(b: Blocks) -> bool:
-    """Whether each tile has eight elements for every thread; of smaller ones the copies would be narrower."""
+    """Whether each tile has eight elements for every thread. Smaller tiles are copied in narrower pieces."""
     least = min(b.bm * b.bk, b.br * b.bk, b.be * b.bn, b.bm * b.be)
     return least >= 8 * 32 * b.warps

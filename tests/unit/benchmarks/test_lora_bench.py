@@ -7,30 +7,43 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
-from loraserve.benchmarks.lora import cases
+from loraserve.benchmarks.lora import cases, report
 from loraserve.benchmarks.lora import command as bench_lora
-from loraserve.benchmarks.lora.cases import LLAMA_3_8B, MIXED_64, Case
-from loraserve.benchmarks.lora.floor import layer_bytes, milliseconds, module_bytes
-from loraserve.benchmarks.lora.report import last_line, table
+from loraserve.benchmarks.lora.cases import (
+    LLAMA_3_8B,
+    MIXED_64,
+    OURS,
+    PEERS,
+    SGLANG_V2,
+    VLLM_8,
+    VLLM_128,
+    VLLM_256,
+    Case,
+    floor_ms,
+    layer_bytes,
+    makers,
+    module_bytes,
+    program,
+)
+from loraserve.benchmarks.lora.report import aligned, last_line
 from loraserve.kernels.lora import NO_ADAPTER, plan_batch, reference
 from loraserve.model_shape import MODULES, ModelShape
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.benchmarks.lora import results
-from loraserve.benchmarks.lora.measure import Measurer
-from loraserve.benchmarks.lora.program import OURS, PEERS, SGLANG_V2, VLLM_8, VLLM_128, VLLM_256, makers, program
-from loraserve.benchmarks.lora.sides import TOLERANCE, Ours, error
-from loraserve.benchmarks.lora.world import Operands, World
+from loraserve.benchmarks.lora.measure import Measurer, WorldSettings
+from loraserve.benchmarks.lora.sides import TOLERANCE, Operands, Ours, World, largest_error
 
 KEYS = [
     "vs_floor_64x64", "vs_floor_64x8", "vs_floor_prefill", "vs_vllm_128", "vs_vllm_256", "vs_sglang_v2",
     "rank8_penalty", "decode_with_64_adapters",
 ]  # fmt: skip
 TINY = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=50)
+ON_CPU = WorldSettings(device="cpu", shape=TINY, layers=2, dtype=torch.float16)
 SMALL = Case(name="small", slots=(0, 1, 0, 2), ranks=(8, 16, 4))
 
 
@@ -82,7 +95,7 @@ class Knobbed(Defined):
 
 
 def measurer(ms: Callable[[], float] = lambda: 1.0, quick: bool = False) -> Measurer:
-    return Measurer(FakeTimer(ms), 1e9, "cpu", TINY, 2, torch.float16, quick)
+    return Measurer(FakeTimer(ms), 1e9, quick, ON_CPU)
 
 
 def test_bytes_of_a_small_step_by_hand() -> None:
@@ -97,7 +110,7 @@ def test_bytes_of_a_small_step_by_hand() -> None:
 
 @pytest.mark.parametrize(("case", "us"), [(cases.DECODE_64X64, 121), (cases.DECODE_64X8, 15), (cases.PREFILL, 226)])
 def test_floors_at_the_speed_of_an_h200_are_the_known_ones(case: Case, us: int) -> None:
-    assert round(1e3 * milliseconds(layer_bytes(LLAMA_3_8B, case), 4.3e12)) == us
+    assert round(1e3 * floor_ms(layer_bytes(LLAMA_3_8B, case), 4.3e12)) == us
 
 
 def test_the_mix_and_the_cases() -> None:
@@ -139,11 +152,11 @@ def test_weights_lie_where_the_definition_reads_them() -> None:
 def test_the_check_sees_what_is_wrong() -> None:
     world = World(TINY, SMALL.ranks, "cpu", torch.float16)
     side = Knobbed(world, SMALL)
-    assert error(side, world, SMALL) < 1e-3
+    assert largest_error(side, world, SMALL) < 1e-3
     side.setting[3]["size"] = 4
-    assert error(side, world, SMALL) > 0.1
+    assert largest_error(side, world, SMALL) > 0.1
     world.pool[0] = float("nan")
-    assert error(Defined(world, SMALL), world, SMALL, range(1)) == float("inf")
+    assert largest_error(Defined(world, SMALL), world, SMALL, range(1)) == float("inf")
 
 
 def test_a_line_is_per_layer_and_a_case_is_measured_once() -> None:
@@ -190,7 +203,7 @@ def test_a_wrong_or_absent_side_has_no_time_but_a_reason() -> None:
     for name in (VLLM_128, SGLANG_V2):
         found.measure(name, makers(Path("nowhere"))[name], SMALL)
     assert not found.lines
-    assert found.reasons["small", "wrong"].startswith("Wrong: knobbed is off by")
+    assert found.reasons["small", "wrong"].startswith("WrongResultError: knobbed is off by")
     assert "scripts/bench lora --install-peers" in found.reasons["small", VLLM_128]
     assert "scripts/bench lora --install-peers" in found.reasons["small", SGLANG_V2]
 
@@ -203,8 +216,8 @@ def _wrong(world: World, case: Case) -> Knobbed:
 
 def test_every_key_is_there_and_null_where_nothing_was_measured() -> None:
     found = measurer()
-    assert list(results.ratios(found)) == KEYS
-    assert set(results.ratios(found).values()) == {None}
+    assert list(report.ratios(found)) == KEYS
+    assert set(report.ratios(found).values()) == {None}
 
 
 def test_ratios_are_taken_of_the_right_sides() -> None:
@@ -214,14 +227,14 @@ def test_ratios_are_taken_of_the_right_sides() -> None:
     found._timer = FakeTimer(lambda: 5.0)
     found.measure(VLLM_128, Defined, small)
     found.measure(VLLM_256, _wrong, small)
-    ratios = results.ratios(found)
+    ratios = report.ratios(found)
     assert ratios["vs_vllm_128"] == 2.5
     assert ratios["vs_floor_64x64"] == pytest.approx(1.0 / (layer_bytes(TINY, small) / 1e6))
     assert (ratios["vs_vllm_256"], ratios["rank8_penalty"]) == (None, None)
-    figures = results.figures(found, 1e9, 0.5)
+    figures = report.figures(found, 1e9, 0.5)
     assert figures["decode_64x64_vllm_128_us"] == 2500.0
     assert str(figures["decode_64x64_vllm_256_not_measured"]).startswith("Wrong")
-    assert "vllm_128" in results.lines_table(found)
+    assert "vllm_128" in report.lines_table(found)
 
 
 def test_the_line_is_one_line_of_json() -> None:
@@ -230,7 +243,7 @@ def test_the_line_is_one_line_of_json() -> None:
     assert "\n" not in line
     assert list(content) == ["bench", "ratios", "figures", "machine", "commit"]
     assert (content["ratios"], content["figures"]) == ({"a": 1.235, "b": None}, {"c": "why"})
-    assert table(["a", "b", "c"], [["x", "y", 0.12345], ["x", "y", None]]).splitlines()[1:] == [
+    assert aligned(["a", "b", "c"], [["x", "y", 0.12345], ["x", "y", None]]).splitlines()[1:] == [
         "x  y  0.123",
         "x  y      -",
     ]
@@ -242,13 +255,13 @@ def test_the_whole_bench_by_a_made_up_clock(
     mixed = Case(name=cases.DECODE_64X64.name, slots=SMALL.slots, ranks=SMALL.ranks)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("loraserve.benchmarks.lora.report.machine", lambda: "a GPU")
-    monkeypatch.setattr("loraserve.benchmarks.lora.timing.GraphTimer", FakeTimer)
-    monkeypatch.setattr("loraserve.benchmarks.lora.timing.copy_bytes_per_s", lambda timer: 1e9)
+    monkeypatch.setattr("loraserve.benchmarks.lora.measure.GraphTimer", FakeTimer)
+    monkeypatch.setattr("loraserve.benchmarks.lora.measure.copy_bytes_per_s", lambda timer: 1e9)
     monkeypatch.setattr("loraserve.benchmarks.lora.cases.DECODE_64X64", mixed)
-    monkeypatch.setattr("loraserve.benchmarks.lora.program.program", lambda quick: [(mixed, (VLLM_128, SGLANG_V2))])
+    monkeypatch.setattr("loraserve.benchmarks.lora.cases.program", lambda quick: [(mixed, (VLLM_128, SGLANG_V2))])
     monkeypatch.setattr(
         "loraserve.benchmarks.lora.measure.Measurer",
-        lambda timer, speed, quick: Measurer(timer, speed, "cpu", TINY, 1, torch.float16, quick),
+        lambda timer, speed, quick: Measurer(timer, speed, quick, msgspec.structs.replace(ON_CPU, layers=1)),
     )
     assert bench_lora.main(["--quick", "--peers", str(tmp_path), "--side", SGLANG_V2]) == 0
     *lines, last = capsys.readouterr().out.splitlines()

@@ -13,14 +13,14 @@ BATCHES = {"decode": [0, -1, 1, 5], "prefill": [3] * 260 + [-1]}
 
 def test_small_shapes_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_accuracy, "batches", lambda small: BATCHES)
-    results = gpu_accuracy.run(gpu_accuracy.SMALL, DEVICE, True, ["bfloat16"])
+    results = gpu_accuracy.check_all(gpu_accuracy.SMALL, DEVICE, True, ["bfloat16"])
     assert len(results) == 4 * len(BATCHES)
     assert all(result.good for result in results), results
 
 
 def test_a_wrong_kernel_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     right = gpu_accuracy.add_lora
-    setup = gpu_accuracy.Setup(gpu_accuracy.SMALL, "float16", DEVICE)
+    setup = gpu_accuracy.AccuracySetup(gpu_accuracy.SMALL, "float16", DEVICE)
 
     def touches_others(y: torch.Tensor, *rest: object) -> None:
         right(y, *rest)  # type: ignore[arg-type]

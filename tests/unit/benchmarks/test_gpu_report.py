@@ -10,17 +10,17 @@ import pytest
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.benchmarks.gpu_report import Report, table
+from loraserve.benchmarks.gpu_report import CompileReport, markdown_table
 from loraserve.kernels.lora.tuning import default_blocks
 
 
-def reports(*arguments: str) -> list[Report]:
+def reports(*arguments: str) -> list[CompileReport]:
     """Compiled in a process of its own: in this one kernels may be interpreted."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "loraserve.benchmarks.gpu_report", "--json", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    return msgspec.json.decode(done.stdout.splitlines()[0], type=list[Report])
+    return msgspec.json.decode(done.stdout.splitlines()[0], type=list[CompileReport])
 
 
 @pytest.mark.parametrize(
@@ -32,11 +32,11 @@ def test_every_kernel_compiles_without_faults(
     found = reports("--sm", architecture, *modules)
     decode = [report for report in found if report.decode]
     assert len(decode) >= 6
-    assert all(report.spilled_bytes == 0 for report in decode), table(decode)
-    assert all(report.async_128 >= report.wanted_async > 0 for report in decode), table(decode)
+    assert all(report.spilled_bytes == 0 for report in decode), markdown_table(decode)
+    assert all(report.async_128 >= report.wanted_async > 0 for report in decode), markdown_table(decode)
     full = [report for report in decode if not report.name.endswith("T=8")]
     assert all(4 * 4 * 32 * report.registers <= 65536 for report in full), "four programs fit a multiprocessor"
-    assert all(report.async_narrow == 0 and not report.faults for report in found), table(found)
+    assert all(report.async_narrow == 0 and not report.faults for report in found), markdown_table(found)
     measured(
         f"sm_{architecture}: {len(found)} kernels compiled, {len(decode)} of them for decode: 0 spilled bytes, "
         f"{sum(r.async_128 for r in decode)} async copies of 128 bits and 0 narrower, "
@@ -45,7 +45,7 @@ def test_every_kernel_compiles_without_faults(
 
 
 def test_faults_are_found() -> None:
-    good = Report(
+    good = CompileReport(
         name="decode", architecture=90, decode=True, registers=128, spilled_bytes=0, shared_bytes=49152, async_128=66,
         async_narrow=0, wanted_async=66, async_tiles=5, wanted_tiles=5, matrix="mma",
     )  # fmt: skip

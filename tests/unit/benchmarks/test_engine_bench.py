@@ -24,12 +24,12 @@ def test_all_cases_run_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
         bench,
         "cases",
         lambda sequences, quick: [
-            bench.Case(name="none", ranks=(), prompt_tokens=8, output_tokens=4),
-            bench.Case(name="two", ranks=(4, 8), prompt_tokens=8, output_tokens=4),
+            bench.EngineCase(name="none", ranks=(), prompt_tokens=8, output_tokens=4),
+            bench.EngineCase(name="two", ranks=(4, 8), prompt_tokens=8, output_tokens=4),
         ],
     )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = bench.run(TINY, device, engine, sequences=2, quick=True)
+    result = bench.run_cases(TINY, device, engine, sequences=2, quick=True)
     assert set(result["cases"]) == {"none", "two"}
     assert result["decode_with_64_adapters"] > 0
 
@@ -39,7 +39,7 @@ def test_tokens_are_counted_while_every_sequence_decodes() -> None:
         OfflineOutput(tokens=[1, 2, 3, 4], times_s=[1.0, 2.0, 3.0, 4.0]),
         OfflineOutput(tokens=[1, 2, 3], times_s=[1.5, 2.0, 3.5]),
     ]
-    found = bench.figures(outputs, [0.5, 0.7, 0.5])
+    found = bench.decode_figures(outputs, [0.5, 0.7, 0.5])
     # From 1.5, when both have a token, to 3.5, when the first ends: two of each.
     assert found.tokens_per_s == pytest.approx(4 / 2.0)
     assert found.step_ms == 500

@@ -1,10 +1,10 @@
-"""Measures which block sizes of the LoRA kernels are the fastest on this GPU, and keeps them in a table.
+"""Measure the fastest block sizes of the LoRA kernels on this GPU and write them into a table.
 
-Engines on a GPU of the same name use the table from their next start on. Every module of the model, bucket of tokens
-and bucket of ranks is an entry; a second run adds to the table what it measures. Wants a CUDA GPU for itself.
+Engines on a GPU of the same name use the table from their next start on. Each module of the model, bucket of tokens and
+bucket of ranks is an entry; a second run adds its entries to the table. Needs a CUDA GPU that nothing else uses.
 
-    scripts/tune_kernels                                  all of Llama-3-8B's, for 20 minutes
-    scripts/tune_kernels --tokens 64 --ranks 256          what mixed decode steps of 33 to 64 tokens use
+    scripts/tune_kernels                                  all entries of Llama-3-8B, for 20 minutes
+    scripts/tune_kernels --tokens 64 --ranks 256          the entries of mixed decode steps of 33 to 64 tokens
     scripts/tune_kernels --model DIR --minutes 60         the shape of another Hugging Face model
 """
 
@@ -21,22 +21,22 @@ import torch
 
 from loraserve.benchmarks.lora.cases import LLAMA_3_8B
 from loraserve.benchmarks.lora.report import say
-from loraserve.benchmarks.lora.search import Target, targets
+from loraserve.benchmarks.tuning.search import TuningTarget, targets
 from loraserve.errors import ConfigError
 from loraserve.kernels.lora.tuning import RANK_BUCKETS, TABLES, TOKEN_BUCKETS, TunedBlocks, TuningTable
 from loraserve.model_shape import read_model_config, shape_from_config
 
-LEAST_SEARCH_S = 45.0
-"""About 40 kernels are compiled and timed in it."""
+MIN_SEARCH_S = 45.0
+"""Enough to compile and time about 40 kernels."""
 
 
 def table_path(folder: Path, gpu: str) -> Path:
-    """Where the table of a GPU of this name lies."""
+    """Return the path of the table for GPUs of this name."""
     return folder / (re.sub(r"\W+", "-", gpu).strip("-") + ".json")
 
 
 def write_table(folder: Path, gpu: str, command: str, date: str, entries: Sequence[TunedBlocks]) -> Path:
-    """Add ``entries`` to the GPU's table, in an order that does not depend on when each was measured."""
+    """Add ``entries`` to the GPU's table, sorted by their keys, and return its path."""
     path = table_path(folder, gpu)
     known = msgspec.json.decode(path.read_bytes(), type=TuningTable).entries if path.exists() else ()
     merged = {(entry.k, entry.widths, entry.tokens, entry.rank): entry for entry in (*known, *entries)}
@@ -46,15 +46,15 @@ def write_table(folder: Path, gpu: str, command: str, date: str, entries: Sequen
     return path
 
 
-def run(
-    wanted: Sequence[Target],
-    tune: Callable[[Target, float], TunedBlocks | None],
+def tune_all(
+    wanted: Sequence[TuningTarget],
+    tune: Callable[[TuningTarget, float], TunedBlocks | None],
     minutes: float,
     keep: Callable[[TunedBlocks], None],
 ) -> int:
-    """How many entries were kept before the time was up.
+    """Tune the targets until the time is up and return how many entries were kept.
 
-    Each target gets an equal part of what is left, but enough for a search: the first ones are done well, or none is.
+    Each target gets an equal part of the time left, but at least enough for one search.
     """
     end_s = time.monotonic() + 60 * minutes
     kept = 0
@@ -65,7 +65,7 @@ def run(
             break
         say(f"{index + 1}/{len(wanted)}: {target.name}")
         fair_s = (end_s - now_s) / (len(wanted) - index)
-        entry = tune(target, min(end_s, now_s + max(LEAST_SEARCH_S, fair_s)))
+        entry = tune(target, min(end_s, now_s + max(MIN_SEARCH_S, fair_s)))
         if entry is not None:
             kept += 1
             keep(entry)
@@ -73,29 +73,30 @@ def run(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns 0 where an entry was measured, 1 where none could be."""
+    """Return 0 if an entry was measured, 1 if none was."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = _parser().parse_args(given)
     if not torch.cuda.is_available():
-        print("error: no CUDA GPU here; block sizes can only be measured on the GPU that they are for", file=sys.stderr)
+        print("error: no CUDA GPU here; block sizes must be measured on the GPU that will use them", file=sys.stderr)
         return 1
     try:
         shape = shape_from_config(read_model_config(options.model)) if options.model else LLAMA_3_8B
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    from loraserve.benchmarks.lora.timing import GraphTimer, copy_bytes_per_s
-    from loraserve.benchmarks.lora.tuner import Tuner
+    # Triton is needed from here on.
+    from loraserve.benchmarks.lora.measure import GraphTimer, WorldSettings, copy_bytes_per_s
+    from loraserve.benchmarks.tuning.tuner import Tuner
 
     gpu = torch.cuda.get_device_name()
     timer = GraphTimer(options.seconds)
-    tuner = Tuner(shape, timer, copy_bytes_per_s(timer))
+    tuner = Tuner(timer, copy_bytes_per_s(timer), WorldSettings(shape=shape))
     command, date = " ".join(["scripts/tune_kernels", *given]), datetime.date.today().isoformat()
 
     def keep(entry: TunedBlocks) -> None:
         write_table(options.out, gpu, command, date, [entry])
 
-    kept = run(targets(shape, options.tokens, options.ranks), tuner.tune, options.minutes, keep)
+    kept = tune_all(targets(shape, options.tokens, options.ranks), tuner.tune, options.minutes, keep)
     say(f"{kept} entries are in {table_path(options.out, gpu)}")
     return 0 if kept else 1
 
@@ -104,8 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/tune_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face model's folder (Llama-3-8B's shape)")
-    parser.add_argument("--minutes", type=float, default=20.0, help="when to stop (20)")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="folder of a Hugging Face model (Llama-3-8B)")
+    parser.add_argument("--minutes", type=float, default=20.0, help="stop after this time (20)")
     parser.add_argument(
         "--tokens",
         type=int,
@@ -113,13 +114,13 @@ def _parser() -> argparse.ArgumentParser:
         choices=TOKEN_BUCKETS,
         default=TOKEN_BUCKETS,
         metavar="N",
-        help=f"these buckets alone, of {', '.join(map(str, TOKEN_BUCKETS[:-1]))} and {TOKEN_BUCKETS[-1]} for all above",
+        help=f"only these buckets: {', '.join(map(str, TOKEN_BUCKETS[:-1]))}, and {TOKEN_BUCKETS[-1]} for all above",
     )
     parser.add_argument(
-        "--ranks", type=int, nargs="+", choices=RANK_BUCKETS, default=RANK_BUCKETS, help="these buckets alone"
+        "--ranks", type=int, nargs="+", choices=RANK_BUCKETS, default=RANK_BUCKETS, help="only these buckets"
     )
-    parser.add_argument("--seconds", type=float, default=0.05, help="of each timing (0.05)")
-    parser.add_argument("--out", type=Path, default=TABLES, metavar="DIR", help="where the table goes (the kernels')")
+    parser.add_argument("--seconds", type=float, default=0.05, help="duration of each timing (0.05)")
+    parser.add_argument("--out", type=Path, default=TABLES, metavar="DIR", help="folder of the table (the kernels')")
     return parser
 
 

@@ -1,0 +1,1 @@
+"""Search for the fastest block sizes of the GPU kernels: scripts/tune_kernels."""
