@@ -1,4 +1,4 @@
-"""Tiny models of every family, a runner over each, hand-made steps for them, and a scheduler driven event by event."""
+"""Tiny models of all families, runners for them, hand-made steps, and a scheduler driven event by event."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -44,11 +44,11 @@ FAMILY_FIELDS: dict[str, dict[str, Any]] = {
     "qwen3": {"head_dim": 24},
 }
 SMALL = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 1, "hidden_size": 32}
-"""The fields of a model that Triton's interpreter, which takes a while for each head, is done with soon."""
+"""Fields of a model that is small enough for Triton's interpreter, which is slow for each head."""
 GREEDY = SamplingParams(max_tokens=64, temperature=0.0)
 EOS = 0
 UNIT = 4096
-"""Bytes of the smallest extent; the slabs of ``adapter`` are so many of them."""
+"""Bytes of the smallest extent; ``adapter`` makes slabs of a multiple."""
 
 
 def adapter(version: str, units: int = 1) -> AdapterRef:
@@ -56,7 +56,7 @@ def adapter(version: str, units: int = 1) -> AdapterRef:
 
 
 class Desk:
-    """A scheduler, the steps and the loads that it waits for, and what it told each request. Validates every event."""
+    """A scheduler with its steps and loads under way, and each request's output. Validates after every event."""
 
     def __init__(self, **limits: Any) -> None:
         settings: dict[str, Any] = {
@@ -94,7 +94,7 @@ class Desk:
         self.tell(RequestArrived(admit))
 
     def step_done(self, token: int = 7, **tokens: int) -> list[Instruction]:
-        """The oldest step is computed; every sequence draws ``token`` but those that are named."""
+        """Finish the oldest step. Every sequence samples ``token``, except those named in ``tokens``."""
         step = self.steps.popleft()
         drawn = [
             Sampled(request_id=s.request_id, token=tokens.get(s.request_id, token)) for s in step.sequences if s.sample
@@ -110,22 +110,22 @@ class Desk:
 
     @property
     def step(self) -> StepBatch | None:
-        """The one that was sent last."""
+        """The step that was sent last."""
         return self.steps[-1] if self.steps else None
 
     def part(self, name: str) -> SequenceStep:
-        assert self.step is not None, "no step is outstanding"
+        assert self.step is not None, "no step is in flight"
         return next(s for s in self.step.sequences if s.request_id == name)
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Tokens that the step sent last computes, by request; empty without a step."""
+        """The number of tokens by request in the step that was sent last; empty without a step."""
         return {s.request_id: len(s.tokens) for s in self.step.sequences} if self.step else {}
 
     def _note(self, instruction: Instruction) -> None:
         match instruction:
             case RunStep(batch):
-                assert len(self.steps) <= self.scheduler.limits.steps_ahead, "too many steps at once"
+                assert len(self.steps) <= self.scheduler.limits.steps_ahead, "too many steps in flight"
                 self.steps.append(batch)
             case LoadAdapter(adapter=wanted):
                 self.loads.append(wanted.version)
@@ -142,7 +142,7 @@ class Desk:
 
 
 class Stream:
-    """One sequence driven by hand: its prompt goes in chunks, then its own tokens one by one."""
+    """One sequence driven by hand: its prompt in chunks, then its output token by token."""
 
     def __init__(
         self, name: str, prompt: Sequence[int], blocks: Sequence[int], slot: int = -1, sampling: SamplingParams = GREEDY
@@ -177,9 +177,9 @@ class Stream:
 
 
 def drive(runner: CpuRunner, streams: Sequence[Stream], tokens: int, chunks: Sequence[int]) -> None:
-    """Run all streams together, each prompt in chunks of its own size, until each has ``tokens`` more tokens.
+    """Run all streams together until each has ``tokens`` more tokens; ``chunks`` are their prompts' chunk sizes.
 
-    Keeps the logits behind every token. A step may be repeated: it writes the same KV again.
+    Keeps the logits of every sampled token. Each step is computed twice and writes the same KV again.
     """
     step_id = 0
     while any(len(stream.output) < tokens for stream in streams):
@@ -200,7 +200,7 @@ def drive(runner: CpuRunner, streams: Sequence[Stream], tokens: int, chunks: Seq
 
 
 def install(runner: CpuRunner, directories: Sequence[Path]) -> None:
-    """Pack each adapter into the pool, one behind the other, slot by slot."""
+    """Pack the adapters into the pool one after the other, and install them in slots 0, 1, and so on."""
     offset = 0
     for slot, directory in enumerate(directories):
         slab = pack_peft(directory, runner.shape, runner.slab_dtype, 256)
@@ -211,7 +211,7 @@ def install(runner: CpuRunner, directories: Sequence[Path]) -> None:
 
 @pytest.fixture(scope="session")
 def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A tiny model directory by family, and a ``small`` one."""
+    """Write a tiny model directory per family, and a ``small`` one."""
     root = tmp_path_factory.mktemp("models")
     for seed, (family, fields) in enumerate(FAMILY_FIELDS.items()):
         write_tiny_model(root / family, family, seed, **fields)
@@ -221,9 +221,10 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture
 def make_adapters(tmp_path: Path) -> Callable[[CpuRunner], list[Path]]:
-    """Three PEFT directories for a runner's model: all targets, q and v alone, a rank_pattern with rsLoRA.
+    """Return a function that writes three PEFT directories for a runner's model.
 
-    Their values are bfloat16, so that slabs of any dtype hold them exactly.
+    They have all targets; only q and v; and a rank_pattern with rsLoRA. Their values are bfloat16, so that slabs of any
+    dtype hold them exactly.
     """
 
     def make(runner: CpuRunner) -> list[Path]:
@@ -240,7 +241,7 @@ def make_adapters(tmp_path: Path) -> Callable[[CpuRunner], list[Path]]:
 
 @pytest.fixture
 def make_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., CpuRunner]]:
-    """A small runner; threads are set back afterwards, because torch keeps them."""
+    """Return a function that makes a small CpuRunner. torch's number of threads is restored afterwards."""
     before = torch.get_num_threads()
 
     def make(family: str = "llama", threads: int = 1, **engine: Any) -> CpuRunner:
@@ -253,10 +254,10 @@ def make_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., CpuRunner
 
 @pytest.fixture
 def make_cuda_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., Any]]:
-    """A CudaRunner over the small model, on a GPU where there is one; not warm, so that it has no captured graphs.
+    """Return a function that makes a CudaRunner over the small model, on a GPU if there is one.
 
-    Each takes a tenth of a GPU's memory beside those made before it. Where there is no GPU one thread computes: on a
-    busy machine the others would be waited for at every tiny operation.
+    It is not warmed up and has no captured graphs. Each takes a tenth of a GPU's memory beside the earlier ones.
+    Without a GPU one thread computes, as every tiny operation would wait for the others on a busy machine.
     """
     pytest.importorskip("triton", reason="the CUDA runner needs triton")
     from loraserve.engine.cuda.runner import load_cuda_runner
@@ -280,5 +281,5 @@ def make_cuda_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., Any]
 
 @pytest.fixture
 def helpers() -> SimpleNamespace:
-    """What the tests of this folder share; test files import nothing from each other."""
+    """Return what this folder's tests share, as test files do not import each other."""
     return SimpleNamespace(Stream=Stream, drive=drive, install=install, Desk=Desk, adapter=adapter, UNIT=UNIT, EOS=EOS)

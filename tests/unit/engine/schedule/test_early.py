@@ -1,4 +1,4 @@
-"""When a step may begin before the last of an adapter is there, and how long that is reckoned to take."""
+"""When a step may start before its adapter has been read, and the estimate of the remaining read."""
 
 from math import inf
 
@@ -22,19 +22,19 @@ def measured(decode_s: float = 0.0, prefill_tokens: int = 0, prefill_s: float = 
     return rates.measured()
 
 
-def test_a_read_takes_what_its_way_has_shown_or_goes_on_at_its_own_pace() -> None:
+def test_the_remaining_read_follows_the_expectation_or_the_reads_own_pace() -> None:
     assert remaining_read_s(expected_s=1.0, elapsed_s=0.2, fraction=0.9) == pytest.approx(0.8)
     assert remaining_read_s(expected_s=1.0, elapsed_s=1.5, fraction=0.5) == pytest.approx(1.5)
     assert remaining_read_s(expected_s=1.0, elapsed_s=2.0, fraction=1.0) == 0.0
 
 
 @given(left_s=SECONDS)
-def test_who_has_seen_no_step_begins_none_early(left_s: float) -> None:
+def test_no_step_starts_early_before_one_was_measured(left_s: float) -> None:
     assert min_prefill_tokens(left_s, measured()) is None
 
 
 @given(left_s=SECONDS, tokens=st.integers(1, 4096), prefill_s=st.floats(1e-4, 60.0))
-def test_a_step_of_the_min_prefill_tokens_lasts_as_long_as_the_rest_by_the_pace_of_the_usual_one(
+def test_a_step_of_the_least_tokens_lasts_as_long_as_the_remaining_read(
     left_s: float, tokens: int, prefill_s: float
 ) -> None:
     least = min_prefill_tokens(left_s, measured(prefill_tokens=tokens, prefill_s=prefill_s))
@@ -48,21 +48,21 @@ def test_a_step_of_the_min_prefill_tokens_lasts_as_long_as_the_rest_by_the_pace_
 
 
 @given(left_s=SECONDS)
-def test_any_step_lasts_as_long_as_one_that_decodes(left_s: float) -> None:
+def test_any_step_lasts_at_least_as_long_as_a_decode_step(left_s: float) -> None:
     assert min_prefill_tokens(left_s, measured(decode_s=MARGIN * left_s + SLACK_S)) == 1
     assert min_prefill_tokens(left_s, measured(decode_s=MARGIN * left_s)) is None
 
 
-def test_what_is_there_in_a_moment_is_waited_for() -> None:
+def test_a_short_remaining_read_is_waited_for() -> None:
     assert min_prefill_tokens(MIN_GAIN_S / 2, measured(decode_s=10.0)) is None
     assert min_prefill_tokens(0.0, measured(decode_s=10.0)) is None
 
 
-def test_a_way_that_is_not_known_to_end_is_waited_for() -> None:
+def test_a_read_of_unknown_duration_is_waited_for() -> None:
     assert min_prefill_tokens(inf, measured(10.0, 100, 20.0)) is None
 
 
-def test_the_pace_is_that_of_steps_with_prefill_alone() -> None:
+def test_only_steps_with_prefill_give_the_prefill_pace() -> None:
     rates = Rates()
     rates.step_done(StepShape(prefill_tokens=16), 0.04)
     rates.step_done(StepShape(decode_sequences=4), 0.001)

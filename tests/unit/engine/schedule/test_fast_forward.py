@@ -1,4 +1,4 @@
-"""Skipping quiet steps ends in the state that taking them one by one does."""
+"""Skipping quiet steps reaches the same state as handling them one by one."""
 
 from typing import Any
 
@@ -25,7 +25,7 @@ ADAPTERS = [AdapterRef(name=f"a{i}", version=f"v{i}", rank=8, slab_bytes=4096) f
 
 
 class Engine:
-    """A scheduler, and the step that is out."""
+    """A scheduler and its step in flight."""
 
     def __init__(self, **limits: Any) -> None:
         defaults: dict[str, Any] = {
@@ -52,24 +52,24 @@ class Engine:
             sampling=SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True),
             adapter=adapter,
         )
-        self._take(self.scheduler.handle(RequestArrived(admit), 0.0))
+        self._execute(self.scheduler.handle(RequestArrived(admit), 0.0))
 
     def load(self) -> None:
         if self.loading:
-            self._take(self.scheduler.handle(AdapterLoaded(self.loading.pop(0)), 0.0))
+            self._execute(self.scheduler.handle(AdapterLoaded(self.loading.pop(0)), 0.0))
 
     def step(self) -> None:
         assert self.batch is not None
         sampled = tuple(Sampled(request_id=s.request_id, token=TOKEN) for s in self.batch.sequences if s.sample)
         result = StepResult(step_id=self.batch.step_id, sampled=sampled, duration_s=0.01)
         self.batch = None
-        self._take(self.scheduler.handle(StepDone(result), 0.0))
+        self._execute(self.scheduler.handle(StepDone(result), 0.0))
 
     def skip(self, steps: int) -> None:
         self.batch = self.scheduler.skip_steps(steps, TOKEN)
         self.scheduler.validate()
 
-    def _take(self, instructions: list[Instruction]) -> None:
+    def _execute(self, instructions: list[Instruction]) -> None:
         for instruction in instructions:
             if isinstance(instruction, RunStep):
                 self.batch = instruction.batch
@@ -78,8 +78,8 @@ class Engine:
         self.scheduler.validate()
 
 
-Happening = tuple[str, int, int, int]
-HAPPENINGS = st.lists(
+Action = tuple[str, int, int, int]
+ACTIONS = st.lists(
     st.one_of(
         st.tuples(st.just("arrive"), st.integers(1, 20), st.integers(1, 40), st.integers(-1, 2)),
         st.tuples(st.just("load"), st.just(0), st.just(0), st.just(0)),
@@ -90,11 +90,11 @@ HAPPENINGS = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(happenings=HAPPENINGS, kv_blocks=st.integers(12, 60), max_running=st.integers(1, 6))
-def test_skipped_steps_end_where_single_ones_do(happenings: list[Happening], kv_blocks: int, max_running: int) -> None:
+@given(actions=ACTIONS, kv_blocks=st.integers(12, 60), max_running=st.integers(1, 6))
+def test_skipped_steps_reach_the_state_of_single_ones(actions: list[Action], kv_blocks: int, max_running: int) -> None:
     single = Engine(kv_blocks=kv_blocks, max_running=max_running)
     fast = Engine(kv_blocks=kv_blocks, max_running=max_running)
-    for number, (kind, first, second, third) in enumerate(happenings):
+    for number, (kind, first, second, third) in enumerate(actions):
         for engine in (single, fast):
             if kind == "arrive":
                 engine.arrive(number, first, second, ADAPTERS[third] if third >= 0 else None)
@@ -119,21 +119,21 @@ def _run_both(single: Engine, fast: Engine, steps: int) -> None:
         done += quiet or 1
 
 
-def test_most_of_a_long_answer_is_quiet() -> None:
+def test_most_steps_of_a_long_output_are_quiet() -> None:
     engine = Engine()
     engine.arrive(1, prompt=5, output=50)
     engine.step()
     assert engine.scheduler.quiet_steps() == 48, "the last of 49 more tokens ends the request"
 
 
-def test_nothing_is_quiet_where_blocks_are_shared_by_content() -> None:
+def test_no_step_is_quiet_with_a_prefix_cache() -> None:
     engine = Engine(prefix_cache=True)
     engine.arrive(1, prompt=5, output=50)
     engine.step()
     assert engine.scheduler.quiet_steps() == 0
 
 
-def test_nothing_is_quiet_while_one_that_waits_may_begin() -> None:
+def test_no_step_is_quiet_while_a_waiting_request_may_start() -> None:
     engine = Engine()
     engine.arrive(1, prompt=5, output=50)
     engine.step()

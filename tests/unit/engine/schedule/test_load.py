@@ -1,4 +1,4 @@
-"""The load that an engine reports: what waits, what runs, what it holds and what it has computed."""
+"""The load that an engine reports: queues, memory, adapters and token counts."""
 
 from types import SimpleNamespace
 
@@ -6,7 +6,7 @@ from loraserve.engine.schedule.report import IDLE_REPORTS, TokenCounts
 from loraserve.messages import AdapterTokens, ResidentAdapter
 
 
-def test_an_idle_engine_has_everything_free(helpers: SimpleNamespace) -> None:
+def test_an_idle_engine_reports_all_memory_as_free(helpers: SimpleNamespace) -> None:
     load = helpers.Desk().scheduler.load()
     assert (load.waiting, load.running, load.waiting_prefill_tokens, load.steps) == (0, 0, 0, 0)
     assert (load.kv_blocks_total, load.kv_blocks_free, load.block_tokens) == (16, 16, 4)
@@ -15,7 +15,7 @@ def test_an_idle_engine_has_everything_free(helpers: SimpleNamespace) -> None:
     assert (load.resident, load.loading, load.adapter_tokens, load.request_ids) == ((), (), (), ())
 
 
-def test_requests_are_counted_where_they_are(helpers: SimpleNamespace) -> None:
+def test_requests_are_counted_by_queue(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_step_tokens=8, max_running=1)
     desk.arrive("runs", [1] * 12)
     desk.arrive("waits", [2] * 5)
@@ -23,15 +23,15 @@ def test_requests_are_counted_where_they_are(helpers: SimpleNamespace) -> None:
     load = desk.scheduler.load()
     assert (load.waiting, load.running) == (1, 1)
     assert sorted(load.request_ids) == ["runs", "waits"]
-    # Eight of the first twelve are computed.
+    # Eight of the first request's twelve tokens are computed.
     assert load.waiting_prefill_tokens == 4 + 5
     assert load.kv_blocks_free == 16 - 3
     assert load.steps == 2
     desk.step_done()
-    assert desk.scheduler.load().waiting_prefill_tokens == 5, "who decodes waits for no prefill"
+    assert desk.scheduler.load().waiting_prefill_tokens == 5, "a decoding request has no prefill tokens left"
 
 
-def test_adapters_are_listed_by_what_they_are(helpers: SimpleNamespace) -> None:
+def test_adapters_are_listed_by_state(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], helpers.adapter("a"))
     load = desk.scheduler.load()
@@ -43,7 +43,7 @@ def test_adapters_are_listed_by_what_they_are(helpers: SimpleNamespace) -> None:
     assert (load.resident, load.loading) == ((held,), ())
 
 
-def test_the_room_of_what_nobody_needs_counts_as_free(helpers: SimpleNamespace) -> None:
+def test_evictable_room_counts_as_free(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], helpers.adapter("a"), max_tokens=1)
     desk.loaded("a")
@@ -52,7 +52,7 @@ def test_the_room_of_what_nobody_needs_counts_as_free(helpers: SimpleNamespace) 
     assert desk.scheduler.load().pool_free_bytes == 2 * helpers.UNIT
 
 
-def test_tokens_are_counted_by_adapter_and_kind(helpers: SimpleNamespace) -> None:
+def test_tokens_are_counted_by_adapter_and_phase(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_step_tokens=8)
     desk.arrive("base", [1] * 12, max_tokens=3)
     for _ in range(4):
@@ -68,7 +68,7 @@ def test_tokens_are_counted_by_adapter_and_kind(helpers: SimpleNamespace) -> Non
     )
 
 
-def test_what_is_idle_for_many_reports_is_listed_no_more() -> None:
+def test_an_adapter_idle_for_many_reports_is_forgotten() -> None:
     counts = TokenCounts()
     counts.computed("idle", 5, decode=False)
     counts.computed("busy", 5, decode=False)
@@ -82,7 +82,7 @@ def test_what_is_idle_for_many_reports_is_listed_no_more() -> None:
     )
 
 
-def test_who_comes_again_counts_from_zero_under_another_span() -> None:
+def test_a_forgotten_adapter_counts_from_zero_in_a_new_span() -> None:
     counts = TokenCounts()
     counts.computed("a", 5, decode=False)
     for _ in range(IDLE_REPORTS + 1):
@@ -92,7 +92,7 @@ def test_who_comes_again_counts_from_zero_under_another_span() -> None:
     assert counts.by_adapter() == (AdapterTokens(version="a", prefill_tokens=3, decode_tokens=0, requests=1, span=2),)
 
 
-def test_an_engine_that_served_thousands_lists_only_those_of_late() -> None:
+def test_only_recent_adapters_are_listed() -> None:
     counts = TokenCounts()
     for number in range(2000):
         counts.computed(f"v{number}", 1, decode=False)

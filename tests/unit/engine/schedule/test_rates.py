@@ -1,4 +1,4 @@
-"""Measured rates: the first observation counts whole, later ones move the picture slowly."""
+"""Measured rates: the first observation is the mean, later ones change it slowly."""
 
 import pytest
 
@@ -27,14 +27,14 @@ def step(*parts: SequenceStep) -> StepShape:
 DECODE = part(1, output_index=3)
 
 
-def test_nothing_measured_is_zero() -> None:
+def test_the_rates_before_any_measurement() -> None:
     rates = Rates()
     seen = rates.measured()
     assert (seen.decode_step_s, seen.prefill_tokens_per_s, seen.load_bytes_per_s) == (0.0, 0.0, 0.0)
     assert (seen.prefill_step, seen.load_bytes) == (None, 0.0)
 
 
-def test_the_first_observation_is_taken_as_it_is() -> None:
+def test_the_first_observation_is_the_mean() -> None:
     rates = Rates()
     rates.step_done(step(DECODE), 0.02)
     rates.step_done(step(DECODE, part(100, 0)), 0.5)
@@ -43,7 +43,7 @@ def test_the_first_observation_is_taken_as_it_is() -> None:
     assert (seen.decode_step_s, seen.prefill_tokens_per_s, seen.load_bytes_per_s) == (0.02, 200.0, 2e6)
 
 
-def test_steps_with_prefill_say_nothing_about_decoding() -> None:
+def test_steps_with_prefill_do_not_count_as_decode_steps() -> None:
     rates = Rates()
     rates.step_done(step(DECODE), 0.02)
     rates.step_done(step(DECODE, part(512, 0)), 3.0)
@@ -51,14 +51,14 @@ def test_steps_with_prefill_say_nothing_about_decoding() -> None:
     assert rates.measured().decode_step_s == 0.02
 
 
-def test_computing_again_what_was_preempted_is_prefill() -> None:
+def test_recomputing_a_preempted_request_is_prefill() -> None:
     rates = Rates()
     rates.step_done(step(DECODE, part(40, 5)), 0.5)
     seen = rates.measured()
     assert (seen.decode_step_s, seen.prefill_tokens_per_s) == (0.0, 80.0)
 
 
-def test_one_slow_step_changes_little_and_many_change_all() -> None:
+def test_one_slow_step_changes_the_mean_little_and_many_replace_it() -> None:
     rates = Rates()
     rates.step_done(step(DECODE), 0.01)
     rates.step_done(step(DECODE), 1.0)
@@ -68,7 +68,7 @@ def test_one_slow_step_changes_little_and_many_change_all() -> None:
     assert rates.measured().decode_step_s == pytest.approx(1.0, rel=0.01)
 
 
-def test_it_says_how_many_steps_and_loads_it_counted() -> None:
+def test_steps_and_loads_are_counted() -> None:
     rates = Rates()
     rates.step_done(step(DECODE), 0.02)
     rates.step_done(step(DECODE), 0.02, times=6)
@@ -79,7 +79,7 @@ def test_it_says_how_many_steps_and_loads_it_counted() -> None:
 
 
 @pytest.mark.parametrize("taken_s", [0.0, -1.0, float("nan"), float("inf")])
-def test_what_no_clock_can_have_measured_is_not_counted(taken_s: float) -> None:
+def test_impossible_durations_are_ignored(taken_s: float) -> None:
     rates = Rates()
     rates.step_done(step(part(10, 0)), taken_s)
     rates.step_done(step(DECODE), taken_s)
@@ -87,7 +87,7 @@ def test_what_no_clock_can_have_measured_is_not_counted(taken_s: float) -> None:
     assert rates.measured() == Rates().measured()
 
 
-def test_what_is_reported_together_is_of_the_same_steps_and_loads() -> None:
+def test_reported_means_are_of_the_same_steps_and_loads() -> None:
     rates = Rates()
     contents = [(part(100, 0),), (DECODE, part(5, 0)), (DECODE, DECODE, part(700, 0)), (part(1, 0),)]
     for parts in contents:
@@ -103,7 +103,7 @@ def test_what_is_reported_together_is_of_the_same_steps_and_loads() -> None:
     assert 1 << 20 < seen.load_bytes < 3 << 20
 
 
-def test_a_step_is_padded_to_the_largest_rank_in_it() -> None:
+def test_a_steps_shape_has_its_largest_rank() -> None:
     rates = Rates()
     rates.step_done(StepShape(decode_sequences=3, prefill_tokens=10, max_rank=8), 0.1)
     rates.step_done(StepShape(decode_sequences=3, prefill_tokens=10, max_rank=64), 0.1)

@@ -1,4 +1,4 @@
-"""Batching without adapters: chunks, preemption, the prefix cache, ends and refusals, one event at a time."""
+"""Batching without adapters: chunked prefill, preemption, prefix cache, finished and refused requests."""
 
 from types import SimpleNamespace
 
@@ -9,7 +9,7 @@ from loraserve.engine.schedule.events import RequestAborted
 ONES, TWOS, THREES = [1] * 8, [2] * 8, [3] * 8
 
 
-def test_a_long_prompt_is_computed_in_chunks_beside_those_that_decode(helpers: SimpleNamespace) -> None:
+def test_a_long_prompt_is_computed_in_chunks_beside_decoding_requests(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_step_tokens=8, max_running=2)
     desk.arrive("short", [1, 1])
     desk.arrive("long", [2] * 20)
@@ -27,7 +27,7 @@ def test_a_long_prompt_is_computed_in_chunks_beside_those_that_decode(helpers: S
     assert desk.part("long").start == 20
 
 
-def test_a_chunk_says_where_it_goes_on_and_draws_only_at_the_end(helpers: SimpleNamespace) -> None:
+def test_a_chunk_starts_after_the_last_and_only_the_final_one_samples(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_step_tokens=5)
     desk.arrive("r", range(10, 22))
     seen = []
@@ -42,7 +42,7 @@ def test_a_chunk_says_where_it_goes_on_and_draws_only_at_the_end(helpers: Simple
     ]
 
 
-def test_no_more_run_than_may(helpers: SimpleNamespace) -> None:
+def test_at_most_max_running_requests_run(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_running=2)
     for name in ("a", "b", "c"):
         desk.arrive(name, [1], max_tokens=2)
@@ -54,7 +54,7 @@ def test_no_more_run_than_may(helpers: SimpleNamespace) -> None:
 
 
 def until_one_is_preempted(helpers: SimpleNamespace) -> SimpleNamespace:
-    """Three requests that fill two blocks each, on six blocks in all, until one needs a third."""
+    """Run three requests that fill two of six blocks each, until one needs a third block."""
     desk = helpers.Desk(kv_blocks=6, max_model_tokens=24, prefix_cache=False, max_step_tokens=24)
     for name, prompt in (("first", ONES[:7]), ("second", TWOS[:7]), ("third", THREES[:7])):
         desk.arrive(name, prompt)
@@ -63,7 +63,7 @@ def until_one_is_preempted(helpers: SimpleNamespace) -> SimpleNamespace:
     return desk
 
 
-def test_the_last_that_came_gives_way_when_blocks_run_out(helpers: SimpleNamespace) -> None:
+def test_the_latest_arrival_is_preempted_when_blocks_run_out(helpers: SimpleNamespace) -> None:
     desk = until_one_is_preempted(helpers)
     assert [s.request_id for s in desk.scheduler.waiting] == ["third"]
     assert desk.sizes.keys() == {"first", "second"}
@@ -71,11 +71,11 @@ def test_the_last_that_came_gives_way_when_blocks_run_out(helpers: SimpleNamespa
     assert any("preempted" in line for line in desk.scheduler.story("third"))
 
 
-def test_a_preempted_request_computes_all_it_knows_again_and_loses_no_token(helpers: SimpleNamespace) -> None:
+def test_a_preempted_request_recomputes_its_tokens_and_loses_none(helpers: SimpleNamespace) -> None:
     desk = until_one_is_preempted(helpers)
     desk.arrive("fourth", [4])
     while "third" not in desk.sizes:
-        assert "fourth" not in desk.sizes, "nobody overtakes who waits for memory"
+        assert "fourth" not in desk.sizes, "a request that waits for memory must not be overtaken"
         desk.step_done(first=11, second=21)
     part = desk.part("third")
     assert (part.start, list(part.tokens), part.output_index) == (0, [*THREES[:7], 31], 1)
@@ -83,13 +83,13 @@ def test_a_preempted_request_computes_all_it_knows_again_and_loses_no_token(help
     assert desk.output["third"] == [31, 33]
 
 
-def test_an_equal_prefix_is_computed_once(helpers: SimpleNamespace) -> None:
+def test_a_common_prefix_is_computed_once(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     prompt = list(range(1, 11))
     desk.arrive("first", prompt, max_tokens=1)
     desk.step_done()
     desk.arrive("same", prompt, max_tokens=1)
-    # Two full blocks of four are known; the rest is not.
+    # Two full blocks of four tokens are cached.
     assert (desk.part("same").start, desk.part("same").tokens) == (8, (9, 10))
     desk.step_done()
     assert (desk.cached["first"], desk.cached["same"]) == (0, 8)
@@ -99,7 +99,7 @@ def test_an_equal_prefix_is_computed_once(helpers: SimpleNamespace) -> None:
     assert (load.prefix_hits_tokens, load.prefix_queries_tokens) == (8, 30)
 
 
-def test_a_prompt_that_is_wholly_known_still_computes_its_last_token(helpers: SimpleNamespace) -> None:
+def test_a_completely_cached_prompt_still_computes_its_last_token(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     for name in ("first", "same"):
         desk.arrive(name, ONES, max_tokens=1)
@@ -109,7 +109,7 @@ def test_a_prompt_that_is_wholly_known_still_computes_its_last_token(helpers: Si
     assert desk.output["same"] == [7]
 
 
-def test_the_prefix_cache_can_be_off(helpers: SimpleNamespace) -> None:
+def test_the_prefix_cache_can_be_disabled(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(prefix_cache=False)
     for name in ("first", "same"):
         desk.arrive(name, ONES, max_tokens=1)
@@ -117,7 +117,7 @@ def test_the_prefix_cache_can_be_off(helpers: SimpleNamespace) -> None:
         desk.step_done()
 
 
-def test_max_tokens_ends_a_request_with_its_last_token(helpers: SimpleNamespace) -> None:
+def test_max_tokens_finishes_a_request(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], max_tokens=2)
     desk.step_done(5)
@@ -126,7 +126,7 @@ def test_max_tokens_ends_a_request_with_its_last_token(helpers: SimpleNamespace)
     assert desk.scheduler.is_idle
 
 
-def test_the_context_ends_a_request_however_many_tokens_it_asked_for(helpers: SimpleNamespace) -> None:
+def test_the_context_length_finishes_a_request(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_model_tokens=6)
     desk.arrive("r", [1, 1, 1, 1], max_tokens=100)
     desk.step_done()
@@ -135,7 +135,7 @@ def test_the_context_ends_a_request_however_many_tokens_it_asked_for(helpers: Si
 
 
 @pytest.mark.parametrize("token", [0, 5], ids=["eos", "stop_token_ids"])
-def test_the_token_that_stops_a_request_is_its_last(helpers: SimpleNamespace, token: int) -> None:
+def test_the_stop_token_is_the_last_token(helpers: SimpleNamespace, token: int) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], stop_token_ids=(5,))
     desk.step_done(8)
@@ -144,7 +144,7 @@ def test_the_token_that_stops_a_request_is_its_last(helpers: SimpleNamespace, to
     assert desk.scheduler.is_idle
 
 
-def test_ignore_eos_ignores_eos_alone(helpers: SimpleNamespace) -> None:
+def test_ignore_eos_ignores_only_eos(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], ignore_eos=True, stop_token_ids=(5,))
     desk.step_done(helpers.EOS)
@@ -152,7 +152,7 @@ def test_ignore_eos_ignores_eos_alone(helpers: SimpleNamespace) -> None:
     assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS, 5], "stop")
 
 
-def test_nothing_stops_before_min_tokens(helpers: SimpleNamespace) -> None:
+def test_no_token_stops_a_request_before_min_tokens(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], min_tokens=1)
     desk.step_done(helpers.EOS)
@@ -160,7 +160,7 @@ def test_nothing_stops_before_min_tokens(helpers: SimpleNamespace) -> None:
     assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS, helpers.EOS], "stop")
 
 
-def test_who_waits_is_aborted_at_once(helpers: SimpleNamespace) -> None:
+def test_a_waiting_request_is_aborted_at_once(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_running=1)
     desk.arrive("runs", [1])
     desk.arrive("waits", [2])
@@ -168,7 +168,7 @@ def test_who_waits_is_aborted_at_once(helpers: SimpleNamespace) -> None:
     assert desk.scheduler.load().request_ids == ("runs",)
 
 
-def test_who_is_in_a_step_is_aborted_when_it_is_done(helpers: SimpleNamespace) -> None:
+def test_a_request_in_a_step_is_released_when_the_step_is_done(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(prefix_cache=False)
     desk.arrive("gone", ONES)
     desk.arrive("stays", TWOS)
@@ -182,19 +182,19 @@ def test_who_is_in_a_step_is_aborted_when_it_is_done(helpers: SimpleNamespace) -
     desk.tell(RequestAborted("gone"))
 
 
-def test_an_id_that_was_aborted_is_not_taken_until_its_step_is_done(helpers: SimpleNamespace) -> None:
+def test_the_id_of_an_aborted_request_is_refused_until_its_step_is_done(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], max_tokens=1)
     desk.tell(RequestAborted("r"))
     desk.arrive("r", [1], max_tokens=1)
-    assert desk.rejected["r"].code == "overloaded", "taken, it would end with the step and nobody would hear of it"
+    assert desk.rejected["r"].code == "overloaded", "accepted, it would end silently with the step"
     desk.step_done()
     desk.arrive("r", [1], max_tokens=1)
     desk.step_done()
     assert (desk.output["r"], desk.finish["r"]) == ([7], "length")
 
 
-def test_who_runs_but_is_not_in_the_step_is_aborted_at_once(helpers: SimpleNamespace) -> None:
+def test_a_running_request_outside_the_step_is_aborted_at_once(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_step_tokens=4, prefix_cache=False)
     desk.arrive("long", [1] * 8)
     desk.step_done()
@@ -204,7 +204,7 @@ def test_who_runs_but_is_not_in_the_step_is_aborted_at_once(helpers: SimpleNames
     assert desk.scheduler.load().request_ids == ("long",)
 
 
-def test_a_failed_step_fails_its_batch_alone(helpers: SimpleNamespace) -> None:
+def test_a_failed_step_fails_only_its_requests(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_running=2)
     for name in ("a", "b", "waits"):
         desk.arrive(name, [1])
@@ -219,7 +219,7 @@ def test_a_failed_step_fails_its_batch_alone(helpers: SimpleNamespace) -> None:
     assert desk.output["waits"] == [7]
 
 
-def test_a_failed_step_says_nothing_about_who_was_aborted(helpers: SimpleNamespace) -> None:
+def test_a_failed_step_does_not_reject_aborted_requests(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("gone", [1])
     desk.tell(RequestAborted("gone"))
@@ -236,7 +236,7 @@ def test_a_failed_step_says_nothing_about_who_was_aborted(helpers: SimpleNamespa
         ([1] * 48, 1, "context_length", "maximum context length is 48 tokens. However, your prompt has 48"),
     ],
 )
-def test_what_can_never_run_is_refused_at_once(
+def test_a_request_that_can_never_run_is_refused(
     helpers: SimpleNamespace, prompt: list[int], max_tokens: int, code: str, text: str
 ) -> None:
     desk = helpers.Desk()
@@ -246,13 +246,13 @@ def test_what_can_never_run_is_refused_at_once(
     assert desk.scheduler.is_idle
 
 
-def test_the_context_is_no_longer_than_the_kv_cache(helpers: SimpleNamespace) -> None:
+def test_the_context_is_limited_by_the_kv_cache(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(kv_blocks=2, max_model_tokens=48)
     desk.arrive("r", ONES)
     assert "maximum context length is 8 tokens" in desk.rejected["r"].message
 
 
-def test_too_many_waiting_is_overload(helpers: SimpleNamespace) -> None:
+def test_too_many_waiting_requests_are_overload(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(max_running=1, max_waiting=2)
     for name in "abcd":
         desk.arrive(name, [1])
@@ -260,7 +260,7 @@ def test_too_many_waiting_is_overload(helpers: SimpleNamespace) -> None:
     assert "try again later" in desk.rejected["d"].message
 
 
-def test_an_id_that_is_live_is_taken_once(helpers: SimpleNamespace) -> None:
+def test_a_repeated_arrival_is_ignored(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], max_tokens=1)
     desk.arrive("r", [1], max_tokens=1)
@@ -268,6 +268,6 @@ def test_an_id_that_is_live_is_taken_once(helpers: SimpleNamespace) -> None:
     assert (desk.output["r"], desk.scheduler.is_idle) == ([7], True)
 
 
-def test_a_budget_below_the_running_limit_is_refused(helpers: SimpleNamespace) -> None:
+def test_a_step_budget_below_max_running_is_refused(helpers: SimpleNamespace) -> None:
     with pytest.raises(ValueError, match=r"engine\.max_step_tokens is 3, it must be at least engine\.max_running"):
         helpers.Desk(max_step_tokens=3)

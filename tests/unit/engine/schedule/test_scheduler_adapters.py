@@ -1,4 +1,4 @@
-"""Batching with adapters: loads on the way, who may pass whom, plans, and what a failed load costs."""
+"""Batching with adapters: loads, overtaking, plans and failed loads."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ PROMPT = [1] * 8
 
 
 def resident(helpers: SimpleNamespace, *versions: str, **limits: int) -> SimpleNamespace:
-    """A desk that has run one request of each, and is idle again."""
+    """Return an idle desk with these adapters resident, after one request for each."""
     desk = helpers.Desk(**limits)
     for version in versions:
         desk.arrive(f"warm-{version}", [2], helpers.adapter(version), max_tokens=1)
@@ -26,7 +26,7 @@ def resident(helpers: SimpleNamespace, *versions: str, **limits: int) -> SimpleN
     return desk
 
 
-def test_a_request_whose_adapter_loads_holds_up_nobody(helpers: SimpleNamespace) -> None:
+def test_a_request_that_waits_for_its_adapter_does_not_delay_others(helpers: SimpleNamespace) -> None:
     desk = resident(helpers, "here")
     desk.arrive("loads", [1], helpers.adapter("away"))
     assert desk.loads == ["away"]
@@ -43,7 +43,7 @@ def test_a_request_whose_adapter_loads_holds_up_nobody(helpers: SimpleNamespace)
     assert desk.sizes == {"base": 1, "other": 1, "loads": 1}
 
 
-def test_each_runs_in_its_adapters_slot_and_the_base_model_in_none(helpers: SimpleNamespace) -> None:
+def test_requests_use_their_adapters_slot_and_base_requests_none(helpers: SimpleNamespace) -> None:
     desk = resident(helpers, "a", "b")
     for name, version in (("ra", "a"), ("rb", "b"), ("ra2", "a")):
         desk.arrive(name, [1], helpers.adapter(version))
@@ -55,7 +55,7 @@ def test_each_runs_in_its_adapters_slot_and_the_base_model_in_none(helpers: Simp
     assert entries["a"] != entries["b"]
 
 
-def test_one_load_serves_all_who_wait_for_it(helpers: SimpleNamespace) -> None:
+def test_one_load_serves_all_waiting_requests(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     for name in ("first", "second"):
         desk.arrive(name, [1], helpers.adapter("a"))
@@ -78,30 +78,30 @@ def test_a_running_request_keeps_its_adapter(helpers: SimpleNamespace) -> None:
     assert desk.sizes == {"waits": 1}
 
 
-def test_who_waits_for_room_is_passed_by_so_often_and_no_more(helpers: SimpleNamespace) -> None:
+def test_overtaking_a_request_that_waits_for_room_is_limited(helpers: SimpleNamespace) -> None:
     desk = resident(helpers, "busy", pool_bytes=helpers.UNIT, max_waiting=1000)
     desk.arrive("runs", [1], helpers.adapter("busy"), max_tokens=2)
     desk.arrive("patient", [1], helpers.adapter("wanted"))
     passed = 0
     while not desk.loads:
-        # The adapter in the pool is never out of use, so that only holding back its requests makes room.
+        # The adapter in the pool is always in use, so that only holding back its requests makes room.
         desk.arrive(f"quick-{passed}", [1], helpers.adapter("busy"), max_tokens=2)
         desk.step_done()
         passed += 1
-        assert passed < 2 * MAX_OVERTAKEN, "it would starve"
+        assert passed < 2 * MAX_OVERTAKEN, "the request starves"
     assert passed >= MAX_OVERTAKEN
     desk.arrive("base", [1])
-    assert desk.sizes == {"base": 1}, "the base model needs no room in the pool and is never held back"
+    assert desk.sizes == {"base": 1}, "base requests need no room and are never held back"
     desk.loaded("wanted")
     desk.step_done()
     assert "patient" in desk.sizes
 
 
-def test_only_what_is_in_the_way_is_held_back_for_who_waits_for_room(helpers: SimpleNamespace) -> None:
+def test_only_adapters_in_the_way_are_held_back(helpers: SimpleNamespace) -> None:
     desk = resident(helpers, "busy", "other", max_waiting=1000, max_running=8, kv_blocks=64)
     arrived = 0
     while not desk.loads:
-        # Of each adapter a long request always runs; quick ones overtake who waits for room.
+        # A long request runs with each adapter at all times; short ones overtake the waiting request.
         if arrived % 4 == 0:
             name = ("busy", "other")[arrived // 4 % 2]
             desk.arrive(f"long-{arrived}", [1], helpers.adapter(name), max_tokens=12)
@@ -110,35 +110,35 @@ def test_only_what_is_in_the_way_is_held_back_for_who_waits_for_room(helpers: Si
         desk.arrive(f"quick-{arrived}", [1], helpers.adapter("busy"), max_tokens=1)
         arrived += 1
         desk.step_done()
-        assert arrived < 8 + 2 * MAX_OVERTAKEN, "it would starve"
-    assert arrived >= MAX_OVERTAKEN / 2, "room came by itself"
+        assert arrived < 8 + 2 * MAX_OVERTAKEN, "the request starves"
+    assert arrived >= MAX_OVERTAKEN / 2, "there was room without holding back others"
     (stayed,) = (version for version in ("busy", "other") if version in desk.scheduler.residency.pool)
     desk.arrive("late", [1], helpers.adapter(stayed), max_tokens=1)
     for _ in range(4):
         desk.step_done()
-    assert "late" in desk.finish, "what is not in the way goes on"
+    assert "late" in desk.finish, "an adapter that is not in the way must go on"
 
 
-def test_who_waits_for_room_does_not_wait_for_the_longest(helpers: SimpleNamespace) -> None:
+def test_a_second_place_is_reserved_if_the_first_takes_long(helpers: SimpleNamespace) -> None:
     desk = resident(helpers, "long", "short", max_waiting=1000, max_running=8, kv_blocks=256, max_model_tokens=1000)
     desk.arrive("endless", [1], helpers.adapter("long"), max_tokens=900)
     desk.arrive("first", [1], helpers.adapter("short"), max_tokens=3)
     desk.arrive("patient", [1], helpers.adapter("wanted"))
     arrived = 0
     while not desk.loads:
-        # One request runs with long, and always two with short.
+        # One request runs with adapter "long", and always two with "short".
         for _ in range(2):
             desk.arrive(f"short-{arrived}", [1], helpers.adapter("short"), max_tokens=2 + arrived % 3)
             arrived += 1
         desk.step_done()
-        assert "endless" not in desk.finish, "there was another place"
+        assert "endless" not in desk.finish, "another place must have been reserved"
     assert arrived >= MAX_OVERTAKEN
     desk.loaded("wanted")
     desk.step_done()
     assert "patient" in desk.sizes
 
 
-def test_only_for_the_first_who_waits_for_room_others_are_held_back(helpers: SimpleNamespace) -> None:
+def test_only_the_first_overtaken_request_reserves_room(helpers: SimpleNamespace) -> None:
     desk = resident(helpers, "busy", "other", max_waiting=1000, max_running=8, kv_blocks=256, max_model_tokens=1000)
     for name in ("busy", "other"):
         desk.arrive(f"endless-{name}", [1], helpers.adapter(name), max_tokens=900)
@@ -150,10 +150,10 @@ def test_only_for_the_first_who_waits_for_room_others_are_held_back(helpers: Sim
         desk.arrive(f"quick-{arrived}", [1], helpers.adapter(name), max_tokens=1)
         desk.step_done()
         ended = sum(request_id.startswith("quick") for request_id in desk.finish)
-    assert MAX_OVERTAKEN < ended < MAX_OVERTAKEN + 20, "one of two adapters goes on"
+    assert MAX_OVERTAKEN < ended < MAX_OVERTAKEN + 20, "one of the two adapters must go on"
 
 
-def test_a_failed_load_rejects_who_waits_for_it_with_the_reason(helpers: SimpleNamespace) -> None:
+def test_a_failed_load_rejects_the_waiting_requests_with_the_reason(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("base", PROMPT)
     desk.arrive("first", [1], helpers.adapter("bad"))
@@ -169,7 +169,7 @@ def test_a_failed_load_rejects_who_waits_for_it_with_the_reason(helpers: SimpleN
     assert any("corrupt: the digest is wrong" in line for line in desk.scheduler.story("bad"))
 
 
-def test_a_load_that_failed_is_tried_again_for_the_next_request(helpers: SimpleNamespace) -> None:
+def test_a_failed_load_is_tried_again_for_the_next_request(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("first", [1], helpers.adapter("a"))
     assert EvictAdapter("a", 0, "name-a", "its load failed or was cancelled") in desk.tell(
@@ -181,7 +181,7 @@ def test_a_load_that_failed_is_tried_again_for_the_next_request(helpers: SimpleN
     assert desk.sizes == {"second": 1}
 
 
-def test_an_adapter_that_never_fits_is_refused_with_the_remedy(helpers: SimpleNamespace) -> None:
+def test_an_adapter_that_can_never_fit_is_refused_with_the_remedy(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], helpers.adapter("huge", units=3))
     assert desk.rejected["r"].code == "adapter_unavailable"
@@ -189,7 +189,7 @@ def test_an_adapter_that_never_fits_is_refused_with_the_remedy(helpers: SimpleNa
     assert desk.loads == []
 
 
-def test_who_waits_for_a_load_can_be_aborted_and_the_copy_stays_for_others(helpers: SimpleNamespace) -> None:
+def test_a_request_that_waits_for_a_load_can_be_aborted(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("gone", [1], helpers.adapter("a"))
     desk.tell(RequestAborted("gone"))
@@ -200,18 +200,18 @@ def test_who_waits_for_a_load_can_be_aborted_and_the_copy_stays_for_others(helpe
     assert desk.sizes == {"next": 1}
 
 
-def test_an_abort_within_a_step_gives_back_pin_and_slot_with_it(helpers: SimpleNamespace) -> None:
+def test_an_abort_in_a_step_releases_the_adapter_after_the_step(helpers: SimpleNamespace) -> None:
     desk = resident(helpers, "a", pool_bytes=helpers.UNIT)
     desk.arrive("gone", PROMPT, helpers.adapter("a"))
     desk.arrive("waits", [1], helpers.adapter("b"))
     desk.tell(RequestAborted("gone"))
-    assert desk.loads == [], "the step still reads the slab"
+    assert desk.loads == [], "the step in flight still reads the slab"
     desk.step_done()
     assert desk.loads == ["b"]
     assert desk.scheduler.load().kv_blocks_free == 16
 
 
-def test_equal_prompts_of_two_versions_share_nothing(helpers: SimpleNamespace) -> None:
+def test_equal_prompts_of_two_versions_share_no_blocks(helpers: SimpleNamespace) -> None:
     desk = resident(helpers, "v1", "v2")
     for name, version in (("base", ""), ("one", "v1"), ("two", "v2"), ("again", "v1")):
         desk.arrive(name, PROMPT, helpers.adapter(version) if version else None, max_tokens=1)
@@ -234,15 +234,15 @@ def test_a_plan_is_prepared_pinned_and_retired(helpers: SimpleNamespace) -> None
     assert [a.version for a in desk.scheduler.load().resident] == ["b"]
 
 
-def test_a_plan_says_which_copies_failed(helpers: SimpleNamespace) -> None:
+def test_a_plan_is_answered_with_its_failed_copies(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.tell(PlanPrepared(5, (helpers.adapter("a"), helpers.adapter("b"))))
     desk.loaded("b")
     assert PlanReady(5, {"a": "gone"}) in desk.tell(AdapterLoadFailed("a", "not_found", "gone"))
 
 
-def test_a_plan_waits_for_the_room_that_requests_leave(helpers: SimpleNamespace) -> None:
-    """One request follows another with the same adapter: its copy is needed, and may go when they have ended."""
+def test_a_plan_waits_for_room_that_running_requests_will_free(helpers: SimpleNamespace) -> None:
+    """Requests follow each other with the same adapter. Its copy may be evicted once they have ended."""
     desk = resident(helpers, "a", pool_bytes=helpers.UNIT)
     desk.arrive("first", [1], helpers.adapter("a"), max_tokens=1)
     desk.tell(PlanPrepared(1, (helpers.adapter("b"),)))

@@ -1,4 +1,4 @@
-"""Steps that are sent while one still runs: who is in them, and what holds until they are back."""
+"""Steps that are sent while one still runs: their content, and what they hold until they return."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -15,12 +15,12 @@ PROMPT = list(range(10, 22))
 
 
 def shape(desk: SimpleNamespace, name: str) -> list[tuple[int, tuple[int, ...], bool, int]]:
-    """(start, tokens, sample, output index) of a request in each outstanding step."""
+    """Return (start, tokens, sample, output index) of a request in each step in flight."""
     parts = [part for step in desk.steps for part in step.sequences if part.request_id == name]
     return [(part.start, part.tokens, part.sample, part.output_index) for part in parts]
 
 
-def test_a_decode_goes_ahead_with_the_token_that_is_being_drawn(helpers: SimpleNamespace) -> None:
+def test_a_decode_runs_ahead_with_a_pending_token(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1)
     desk.arrive("r", [1, 1])
     assert shape(desk, "r") == [(0, (1, 1), True, 0), (2, (PENDING_TOKEN,), True, 1)]
@@ -33,7 +33,7 @@ def test_a_decode_goes_ahead_with_the_token_that_is_being_drawn(helpers: SimpleN
     assert desk.output["r"] == [5, 6]
 
 
-def test_as_many_steps_go_ahead_as_may(helpers: SimpleNamespace) -> None:
+def test_at_most_steps_ahead_steps_are_sent_ahead(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=2)
     desk.arrive("r", [1, 1])
     assert [start for start, *_ in shape(desk, "r")] == [0, 2, 3]
@@ -42,7 +42,7 @@ def test_as_many_steps_go_ahead_as_may(helpers: SimpleNamespace) -> None:
     assert len(desk.steps) == 1
 
 
-def test_a_prompt_goes_ahead_chunk_by_chunk_and_then_decodes(helpers: SimpleNamespace) -> None:
+def test_a_prompt_runs_ahead_in_chunks_and_then_decodes(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1, max_step_tokens=5)
     desk.arrive("r", PROMPT)
     assert shape(desk, "r") == [(0, (10, 11, 12, 13, 14), False, 0), (5, (15, 16, 17, 18, 19), False, 0)]
@@ -51,7 +51,7 @@ def test_a_prompt_goes_ahead_chunk_by_chunk_and_then_decodes(helpers: SimpleName
     assert shape(desk, "r") == [(10, (20, 21), True, 0), (12, (PENDING_TOKEN,), True, 1)]
 
 
-def test_who_arrives_joins_the_next_step_beside_those_in_flight(helpers: SimpleNamespace) -> None:
+def test_a_new_request_joins_the_next_step(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1)
     desk.arrive("first", [1, 1])
     desk.arrive("second", [2, 2])
@@ -64,7 +64,7 @@ def test_who_arrives_joins_the_next_step_beside_those_in_flight(helpers: SimpleN
 
 
 @pytest.mark.parametrize("limit", [{"max_tokens": 2}, {"max_model_tokens": 4}])
-def test_nobody_goes_ahead_of_the_token_that_will_be_its_last(helpers: SimpleNamespace, limit: dict[str, int]) -> None:
+def test_no_request_runs_ahead_of_its_last_token(helpers: SimpleNamespace, limit: dict[str, int]) -> None:
     limits = {name: value for name, value in limit.items() if name == "max_model_tokens"}
     desk = helpers.Desk(steps_ahead=2, **limits)
     desk.arrive("r", [1, 1], max_tokens=limit.get("max_tokens", 8))
@@ -76,7 +76,7 @@ def test_nobody_goes_ahead_of_the_token_that_will_be_its_last(helpers: SimpleNam
 
 
 @pytest.mark.parametrize("penalty", ["repetition_penalty", "presence_penalty", "frequency_penalty"])
-def test_who_needs_its_history_waits_for_its_token(helpers: SimpleNamespace, penalty: str) -> None:
+def test_a_request_with_penalties_waits_for_its_token(helpers: SimpleNamespace, penalty: str) -> None:
     desk = helpers.Desk(steps_ahead=1)
     desk.arrive("r", [1, 1], **{penalty: 1.5})
     assert shape(desk, "r") == [(0, (1, 1), True, 0)]
@@ -85,14 +85,14 @@ def test_who_needs_its_history_waits_for_its_token(helpers: SimpleNamespace, pen
     assert desk.part("r").history == [1, 1, 5]
 
 
-def test_a_prompt_goes_ahead_whatever_its_tokens_will_need(helpers: SimpleNamespace) -> None:
+def test_a_prompt_with_penalties_runs_ahead(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1, max_step_tokens=8)
     desk.arrive("r", PROMPT, presence_penalty=1.0)
     assert [start for start, *_ in shape(desk, "r")] == [0, 8]
     assert desk.part("r").history == PROMPT
 
 
-def test_who_must_not_stop_yet_waits_for_its_token(helpers: SimpleNamespace) -> None:
+def test_a_request_below_min_tokens_waits_for_its_token(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1)
     desk.arrive("r", [1, 1], min_tokens=2)
     assert shape(desk, "r") == [(0, (1, 1), True, 0)]
@@ -100,7 +100,7 @@ def test_who_must_not_stop_yet_waits_for_its_token(helpers: SimpleNamespace) -> 
     assert shape(desk, "r") == [(2, (5,), True, 1), (3, (PENDING_TOKEN,), True, 2)], "the third token may stop it"
 
 
-def test_who_stops_has_its_last_word_at_once_and_holds_all_until_its_step_is_back(helpers: SimpleNamespace) -> None:
+def test_a_stopped_request_keeps_its_blocks_until_its_step_returns(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1, prefix_cache=False, pool_bytes=helpers.UNIT)
     desk.arrive("r", [1, 1], helpers.adapter("a"))
     desk.loaded("a")
@@ -110,7 +110,7 @@ def test_who_stops_has_its_last_word_at_once_and_holds_all_until_its_step_is_bac
     load = desk.scheduler.load()
     assert (load.kv_blocks_free, load.resident[0].running, desk.loads) == (15, 1, [])
     assert load.request_ids == ("waits", "r")
-    assert len(desk.steps) == 1, "nothing new is computed for it"
+    assert len(desk.steps) == 1, "no new step may contain it"
     desk.arrive("r", [1, 1], helpers.adapter("a"))
     assert desk.rejected["r"].code == "overloaded"
     instructions = desk.step_done(9)
@@ -120,7 +120,7 @@ def test_who_stops_has_its_last_word_at_once_and_holds_all_until_its_step_is_bac
     assert desk.scheduler.story("r")[-1].endswith("finished: stop")
 
 
-def test_the_place_of_who_stopped_is_free_at_once(helpers: SimpleNamespace) -> None:
+def test_the_place_of_a_stopped_request_is_free_at_once(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1, max_running=1)
     desk.arrive("stops", [1, 1])
     desk.arrive("next", [2, 2])
@@ -130,7 +130,7 @@ def test_the_place_of_who_stopped_is_free_at_once(helpers: SimpleNamespace) -> N
     assert desk.scheduler.load().request_ids == ("next",)
 
 
-def test_what_was_computed_for_a_token_that_stopped_is_no_part_of_anything(helpers: SimpleNamespace) -> None:
+def test_a_token_computed_after_the_stop_token_is_discarded(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1)
     desk.arrive("r", [1, 1, 1])
     desk.step_done(helpers.EOS)
@@ -141,7 +141,7 @@ def test_what_was_computed_for_a_token_that_stopped_is_no_part_of_anything(helpe
     assert desk.steps[0].sequences[0].start == 0
 
 
-def test_an_abort_in_flight_waits_for_every_step(helpers: SimpleNamespace) -> None:
+def test_an_aborted_request_is_released_after_all_its_steps(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1, prefix_cache=False)
     desk.arrive("gone", [1, 1])
     desk.tell(RequestAborted("gone"))
@@ -154,7 +154,7 @@ def test_an_abort_in_flight_waits_for_every_step(helpers: SimpleNamespace) -> No
 
 
 @pytest.mark.parametrize("next_fails", [False, True])
-def test_a_failed_step_fails_its_own_once_and_they_hold_all_until_the_next_is_back(
+def test_a_failed_step_rejects_once_and_keeps_blocks_until_the_next_step_returns(
     helpers: SimpleNamespace, next_fails: bool
 ) -> None:
     desk = helpers.Desk(steps_ahead=1, prefix_cache=False)
@@ -176,7 +176,7 @@ def test_a_failed_step_fails_its_own_once_and_they_hold_all_until_the_next_is_ba
     assert "fails" not in desk.scheduler.load().request_ids
 
 
-def test_nothing_that_builds_on_a_failed_step_is_shared(helpers: SimpleNamespace) -> None:
+def test_no_block_after_a_failed_step_is_cached(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1, max_step_tokens=8)
     desk.arrive("fails", PROMPT)
     desk.step_failed()
@@ -186,7 +186,7 @@ def test_nothing_that_builds_on_a_failed_step_is_shared(helpers: SimpleNamespace
     assert desk.scheduler.load().prefix_hits_tokens == 0
 
 
-def test_a_block_is_shared_once_its_step_is_done(helpers: SimpleNamespace) -> None:
+def test_a_block_is_cached_once_its_step_is_done(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=2)
     desk.arrive("first", PROMPT, max_tokens=2)
     desk.arrive("early", PROMPT, max_tokens=2)
@@ -197,13 +197,13 @@ def test_a_block_is_shared_once_its_step_is_done(helpers: SimpleNamespace) -> No
     assert shape(desk, "late")[0][0] == 8
 
 
-def test_who_lacks_a_block_waits_for_its_step_and_then_takes_the_latest_ones(helpers: SimpleNamespace) -> None:
+def test_a_request_without_blocks_waits_for_its_step_and_preempts_the_latest(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1, kv_blocks=4, max_model_tokens=16, prefix_cache=False)
     desk.arrive("old", [1] * 6)
     desk.arrive("new", [2] * 6)
     while len(desk.output["old"]) < 2:
         desk.step_done()
-    # Both fill their two blocks, and both are in flight still: neither may be taken from.
+    # Both have filled their two blocks and are in flight, so that neither can be preempted.
     assert desk.scheduler.load().preemptions == 0
     assert "old" not in desk.sizes
     while desk.scheduler.load().preemptions == 0:
@@ -225,7 +225,7 @@ def sequence(name: str, order: int, prompt: list[int], **sampling: Any) -> Seque
     return running
 
 
-def test_nobody_goes_on_from_a_step_that_is_not_the_last() -> None:
+def test_a_sequence_continues_only_from_the_newest_step() -> None:
     running = sequence("r", 1, PROMPT)
     running.blocks = (0, 1)
     running.part_sent(running.next_part(8))
@@ -235,7 +235,7 @@ def test_nobody_goes_on_from_a_step_that_is_not_the_last() -> None:
         assert len(builder.parts()) == joined
 
 
-def test_who_waits_for_what_an_ended_request_still_holds_is_not_preempted() -> None:
+def test_a_sequence_waits_for_the_blocks_of_an_ended_request() -> None:
     blocks = BlockManager(1, 4)
     leaving, running = sequence("leaving", 1, [1]), sequence("r", 2, PROMPT)
     leaving.blocks = blocks.allocate(1) or ()
@@ -246,7 +246,7 @@ def test_who_waits_for_what_an_ended_request_still_holds_is_not_preempted() -> N
     assert (builder.parts(), builder.waits_for_blocks, builder.preempted) == ((), True, [])
 
 
-def test_who_decodes_ahead_goes_before_those_that_prefill() -> None:
+def test_a_decode_ahead_comes_before_prefills() -> None:
     prefills, decodes = sequence("prefills", 1, PROMPT), sequence("decodes", 2, [1])
     decodes.blocks = (0,)
     decodes.part_sent(decodes.next_part(1))
@@ -255,7 +255,7 @@ def test_who_decodes_ahead_goes_before_those_that_prefill() -> None:
     assert [(part.request_id, len(part.tokens)) for part in builder.parts()] == [("decodes", 1), ("prefills", 7)]
 
 
-def test_who_waits_for_blocks_in_flight_is_not_overtaken_by_who_arrives(helpers: SimpleNamespace) -> None:
+def test_a_sequence_that_waits_for_blocks_is_not_overtaken_by_new_requests(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(steps_ahead=1, kv_blocks=8, max_model_tokens=32, max_step_tokens=8, prefix_cache=False)
     desk.arrive("decodes", [1] * 5, max_tokens=20)
     desk.arrive("prefills", [2] * 21)
@@ -264,5 +264,5 @@ def test_who_waits_for_blocks_in_flight_is_not_overtaken_by_who_arrives(helpers:
     desk.step_done()
     assert desk.sizes == {"decodes": 1, "prefills": 7}
     desk.step_done()
-    # Its last chunk lacks one block of two, and the one that is free is not for others.
+    # Its last chunk lacks one of two blocks; the free one is kept for it.
     assert (desk.sizes, desk.scheduler.load().kv_blocks_free) == ({"decodes": 1}, 1)

@@ -1,8 +1,7 @@
-"""The scheduler against a model of what it promises: whatever happens on the way, every request gets the tokens of its
-solo run, nothing leaks, and everything ends.
-"""
+"""The scheduler compared with a model of its contract.
 
-# Long because one state machine is one class, and the device that it is held against is read beside it.
+Whatever happens, each request gets the tokens of its solo run, nothing leaks, and all requests end.
+"""
 
 from collections import Counter, deque
 from collections.abc import Collection, Iterable, Iterator
@@ -53,12 +52,12 @@ PROMPTS = st.one_of(
     st.builds(lambda token, length: [token] * length, st.integers(1, 2), st.integers(1, 18)),
     st.lists(st.integers(1, 2), min_size=1, max_size=18),
 )
-"""Often equal at the front, so that they share blocks."""
+"""Prompts with common prefixes, so that requests share blocks."""
 ADAPTERS = [AdapterRef(name=f"a{i}", version=f"v{i}", rank=8, slab_bytes=4096 * n) for i, n in enumerate(SIZES)]
 
 
 def next_token(version: str, history: list[int]) -> int:
-    """What the fake model draws: any function of the adapter and everything before."""
+    """Return the fake model's token: a function of the adapter and all preceding tokens."""
     digest = blake2b(f"{version}{history}".encode(), digest_size=2).digest()
     return int.from_bytes(digest, "big") % VOCAB
 
@@ -72,7 +71,7 @@ def most_tokens(admit: Admit, limit: int) -> int:
 
 
 def solo(admit: Admit, limit: int) -> tuple[list[int], str]:
-    """Output and finish reason of the request alone."""
+    """Return the output and the finish reason of the request when it runs alone."""
     history = list(admit.prompt_tokens)
     output: list[int] = []
     while True:
@@ -86,7 +85,7 @@ def solo(admit: Admit, limit: int) -> tuple[list[int], str]:
 
 
 class Device:
-    """Computes steps in their order, holds the KV, and knows nothing but what they say and what it drew itself.
+    """A fake device: computes steps in order from their content, its KV and the tokens that it sampled itself.
 
     ``tokens`` is what each request is given to read, whether or not it stops before: the KV at a position is that of
     all tokens up to there under the request's adapter, or None where a failed step left it.
@@ -100,9 +99,9 @@ class Device:
         self._drawn: dict[str, int] = {}
         self._spoilt: set[str] = set()
 
-    def compute(self, batch: StepBatch, in_vain: Collection[str] = ()) -> dict[str, int]:
-        """The tokens that are drawn, by request. Of ``in_vain`` what this step brings is worth nothing."""
-        drawn = {part.request_id: self._part(part, part.request_id in in_vain) for part in batch.sequences}
+    def compute(self, batch: StepBatch, discarded: Collection[str] = ()) -> dict[str, int]:
+        """Return the sampled tokens by request. The results of the ``discarded`` requests are not valid."""
+        drawn = {part.request_id: self._part(part, part.request_id in discarded) for part in batch.sequences}
         self._drawn = {part.request_id: drawn[part.request_id] for part in batch.sequences if part.sample}
         return self._drawn
 
@@ -111,23 +110,23 @@ class Device:
         self.compute(batch)
 
     def damage(self, version: str, steps: Iterable[StepBatch]) -> None:
-        """Whatever was computed with it, or is being computed, is worth nothing."""
+        """Invalidate everything that was or is being computed with this adapter."""
         self.kv = {place: None if was and was[0] == version else was for place, was in self.kv.items()}
         parts = [part for batch in steps for part in batch.sequences]
         self._spoilt |= {p.request_id for p in parts if version_of(self.admits[p.request_id]) == version}
 
-    def _part(self, part: SequenceStep, in_vain: bool) -> int:
+    def _part(self, part: SequenceStep, discarded: bool) -> int:
         admit = self.admits[part.request_id]
         end = part.start + len(part.tokens)
         places = [(part.blocks[position // BLOCK], position % BLOCK) for position in range(end)]
-        if in_vain or part.request_id in self._spoilt:
+        if discarded or part.request_id in self._spoilt:
             self.kv.update(dict.fromkeys(places[part.start :]))
             return 1
         version = version_of(admit)
-        assert self.resident.get(part.slot, "") == version, "wrong adapter in the slot"
+        assert self.resident.get(part.slot, "") == version, "the slot holds another adapter"
         tokens = self._stream(admit, end + 1)
         fed = [self._drawn[part.request_id] if token == PENDING_TOKEN else token for token in part.tokens]
-        assert fed == tokens[part.start : end], "a wrong token"
+        assert fed == tokens[part.start : end], "the step computes a wrong token"
         for position, place in enumerate(places):
             content = (version, tuple(tokens[: position + 1]))
             assert position >= part.start or self.kv.get(place) == content, f"stale KV at {position}"
@@ -176,14 +175,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.steps: deque[StepBatch] = deque()
         self.loads: list[LoadAdapter] = []
         self.cancelled: set[str] = set()
-        """Of the versions that load."""
+        """Loads under way that were cancelled."""
         self.reads: dict[str, int] = {}
-        """Of the versions that load and of which a read was told."""
+        """The announced read of each version that is loading."""
         self.reads_told = 0
         self.verified: dict[str, int] = {}
-        """By version, as which read; 0 where none was told."""
+        """The verified read of each version; 0 if none was announced."""
         self.began_with: dict[str, int] = {}
-        """The read that a request's step in flight counts on."""
+        """The read that each early start in flight depends on."""
         self.count = 0
         self.plan_epoch = 0
         self.plans_open = 0
@@ -211,32 +210,32 @@ class SchedulerMachine(RuleBasedStateMachine):
                     self.plans_open -= 1
 
     def sent(self, batch: StepBatch) -> None:
-        assert len(self.steps) <= self.steps_ahead, "more steps than may be outstanding"
+        assert len(self.steps) <= self.steps_ahead, "more steps in flight than allowed"
         assert sum(len(part.tokens) for part in batch.sequences) <= self.scheduler.limits.max_step_tokens
         assert len({part.request_id for part in batch.sequences}) == len(batch.sequences) > 0
         for part in batch.sequences:
-            assert part.request_id in self.live, "a step for a request that ended"
+            assert part.request_id in self.live, "a step contains a request that ended"
             self.sent_part(part)
             if part.slot >= 0 and part.slot not in self.device.resident:
                 self.began_with[part.request_id] = self.reads[version_of(self.device.admits[part.request_id])]
         self.steps.append(batch)
 
     def sent_part(self, part: SequenceStep) -> None:
-        """It goes on from where its steps in flight end, the last of which is the newest of all."""
+        """Check that a part continues where its request's last step in flight ends, which must be the newest step."""
         admit = self.device.admits[part.request_id]
         own = [other for batch in self.steps for other in batch.sequences if other.request_id == part.request_id]
         if own:
-            assert own[-1] in self.steps[-1].sequences, "it would go on with a token of an older step"
+            assert own[-1] in self.steps[-1].sequences, "the part continues from an older step"
             assert part.start == own[-1].start + len(own[-1].tokens)
         draws = bool(own) and own[-1].sample
         assert part.tokens == (PENDING_TOKEN,) if draws else PENDING_TOKEN not in part.tokens
         index = len(self.output[part.request_id]) + sum(other.sample for other in own)
         assert part.sample == (part.start + len(part.tokens) == len(admit.prompt_tokens) + index)
         assert part.output_index == index < most_tokens(admit, self.scheduler.max_model_tokens)
-        assert not (draws and part.sampling.changes_logits(index)), "its history is not known"
+        assert not (draws and part.sampling.changes_logits(index)), "the history that it needs is not known"
 
     def emitted(self, request_id: str, index: int, tokens: tuple[int, ...], finish: str | None) -> None:
-        assert request_id in self.live, "a token for a request that ended"
+        assert request_id in self.live, "a token of a request that ended"
         assert index == len(self.output[request_id]), "a token is missing or repeated"
         self.output[request_id].extend(tokens)
         expected, reason = solo(self.device.admits[request_id], self.scheduler.max_model_tokens)
@@ -289,23 +288,23 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.steps)
     @rule(steps=st.integers(1, 6), late=st.booleans())
     def finish_steps(self, steps: int, late: bool) -> None:
-        """Mostly several, so that requests get far before anything befalls them."""
+        """Finish several steps at a time, so that requests make progress between other events."""
         while self.steps and steps:
             self.finish_step(late)
             self.scheduler.validate()
             steps -= 1
 
     def finish_step(self, late: bool = False) -> None:
-        """``late``: no adapter that was on its way when it began had all its layers there in time."""
+        """Finish the oldest step; ``late`` says that the layers of all early starts came too late."""
         batch = self.steps.popleft()
         began = {p.request_id: self.began_with.pop(p.request_id, 0) for p in batch.sequences}
         versions = {request_id: version_of(self.device.admits[request_id]) for request_id in began}
         resident = self.device.resident.values()
-        in_vain = {
+        discarded = {
             r for r, read in began.items()
             if read and (late or versions[r] not in resident or self.verified[versions[r]] != read)
         }  # fmt: skip
-        drawn = self.device.compute(batch, in_vain)
+        drawn = self.device.compute(batch, discarded)
         sampled = tuple(Sampled(request_id=request_id, token=token) for request_id, token in drawn.items())
         were_late = tuple(request_id for request_id, read in began.items() if read and late)
         self.tell(StepDone(StepResult(step_id=batch.step_id, sampled=sampled, duration_s=0.01, late=were_late)))
@@ -313,7 +312,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.loads and not self.steps_ahead)
     @rule(data=st.data(), tokens=st.integers(1, 8), anew=st.booleans())
     def arrives(self, data: st.DataObject, tokens: int, anew: bool) -> None:
-        """Another part of a slab is there; ``anew``: by another read, after the one before has failed."""
+        """Announce progress of a read; ``anew`` starts another read, after the last one failed."""
         self.arrives_of(data.draw(st.sampled_from([load.adapter.version for load in self.loads])), tokens, anew)
 
     def arrives_of(self, version: str, tokens: int, anew: bool) -> None:
@@ -325,7 +324,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.loads and not self.steps_ahead)
     @rule(data=st.data(), prompt=PROMPTS, ends=st.sampled_from(["loads", "breaks", "late", "fails", "goes on"]))
     def begin_early(self, data: st.DataObject, prompt: list[int], ends: str) -> None:
-        """A request comes for what is on its way, begins, and then that read ends in some way or goes on."""
+        """Start a request early, and then end the read in some way or let it go on."""
         load = data.draw(st.sampled_from(self.loads))
         self.arrive(prompt, load.adapter, 3, False, 0, 0.0)
         if self.steps:
@@ -357,7 +356,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.loads)
     @rule(data=st.data(), fails=st.integers(0, 4))
     def finish_load(self, data: st.DataObject, fails: int) -> None:
-        """One that was cancelled mostly ends as that, but may have ended otherwise before it heard of it."""
+        """End a load. A cancelled one mostly ends as cancelled, but may have ended before that."""
         load = self.loads.pop(data.draw(st.integers(0, len(self.loads) - 1)))
         if load.adapter.version in self.cancelled and fails < 3:
             self.end_cancelled(load)
@@ -382,7 +381,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.reads.pop(load.adapter.version, None)
         live = self.live.copy()
         self.tell(AdapterLoadFailed(load.adapter.version, CANCELLED, "nobody wants it any more"))
-        assert self.live == live, "who came since is not to blame"
+        assert self.live == live, "a cancelled load must not reject new requests"
 
     @precondition(lambda self: self.device.resident)
     @rule(data=st.data())
@@ -409,11 +408,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.now += seconds
 
     @invariant()
-    def consistent(self) -> None:
+    def state_is_consistent(self) -> None:
         self.scheduler.validate()
         in_steps = {part.request_id for batch in self.steps for part in batch.sequences}
         listed = set(self.scheduler.load().request_ids)
-        assert self.live <= listed <= self.live | in_steps, "a request that ended is held longer than its steps"
+        assert self.live <= listed <= self.live | in_steps, "a request is held longer than its steps"
         assert self.scheduler.is_idle == (not listed and not self.steps)
 
     @invariant()
@@ -427,10 +426,12 @@ class SchedulerMachine(RuleBasedStateMachine):
                 continue
             cancelled = entry.state is AdapterState.CANCELLED
             assert cancelled == (not entry.is_complete and entry.adapter.version in self.cancelled)
-            assert entry.is_complete or cancelled or entry.running or entry.adapter.version in wanted, "for nobody"
+            assert entry.is_complete or cancelled or entry.running or entry.adapter.version in wanted, (
+                "a load that no request and no plan needs"
+            )
 
     @invariant()
-    def what_was_brought_in_is_useful_wasted_or_here(self) -> None:
+    def prefetched_bytes_are_useful_wasted_or_undecided(self) -> None:
         entries = [e for e in self.scheduler.residency.pool.entries() if e.prefetch and e.is_complete]
         undecided = Counter[str]()
         for entry in entries:
@@ -441,10 +442,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert not any(undecided.values())
 
     @invariant()
-    def shared_blocks_hold_what_their_names_say(self) -> None:
+    def cached_blocks_hold_the_content_of_their_digests(self) -> None:
         for digest, block in self.scheduler.blocks._cached.items():
             contents = [self.device.kv.get((block, offset)) for offset in range(BLOCK)]
-            assert None not in contents, "what a failed step wrote is shared"
+            assert None not in contents, "KV of a failed step is cached"
             version, tokens = contents[-1]
             name = root_digest(version)
             for start in range(0, len(tokens), BLOCK):
@@ -452,14 +453,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert name == digest
 
     @invariant()
-    def steps_in_flight_keep_what_they_use(self) -> None:
+    def steps_in_flight_keep_their_blocks_and_slots(self) -> None:
         held = {s.request_id: s for s in self.scheduler.running}
         writer: dict[int, str] = {}
         for part in (part for batch in self.steps for part in batch.sequences):
             assert tuple(held[part.request_id].blocks[: len(part.blocks)]) == part.blocks
             version = version_of(self.device.admits[part.request_id])
             there = self.device.resident.get(part.slot, "") == version
-            assert there or self.entry_of(version).slot == part.slot, "its extent may be another's"
+            assert there or self.entry_of(version).slot == part.slot, "the extent may belong to another adapter"
             for position in range(part.start, part.start + len(part.tokens)):
                 assert writer.setdefault(part.blocks[position // BLOCK], part.request_id) == part.request_id
 
@@ -469,7 +470,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         return entry
 
     def teardown(self) -> None:
-        """Once nothing new comes, everything ends within a bounded number of turns and gives all back."""
+        """Without new events all requests end in a bounded number of turns and release everything."""
         if not hasattr(self, "scheduler"):
             return
         for _ in self.turns():

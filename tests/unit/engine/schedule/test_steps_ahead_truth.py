@@ -1,4 +1,4 @@
-"""Steps ahead on the real model: the tokens are those of one step at a time, whatever the engine meets on the way."""
+"""Steps ahead on a real model give the same tokens as one step at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ BLOCKS = 16
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Config, dict[str, Slab]]]:
-    """A tiny model with KV memory for a few requests and a pool for two of three adapters."""
+    """Return a tiny model with KV memory for a few requests and a pool for two of three adapters."""
     root: Path = tmp_path_factory.mktemp("ahead")
     shape = write_tiny_model(root / "model", "llama")
     slabs: dict[str, Slab] = {}
@@ -43,7 +43,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Config, di
 
 
 def requests() -> list[OfflineRequest]:
-    """Greedy and drawn, with and without penalties, of all adapters, of one chunk and of several."""
+    """Return greedy and sampled requests, with and without penalties, for all adapters, with short and long prompts."""
     base = SamplingParams(max_tokens=40, temperature=0.0, ignore_eos=True)
     kinds = [
         base,
@@ -62,7 +62,7 @@ def requests() -> list[OfflineRequest]:
 
 
 @pytest.mark.parametrize("steps_ahead", [1, 2])
-def test_a_mixed_batch_gets_the_tokens_of_one_step_at_a_time(
+def test_a_mixed_batch_gets_the_same_tokens_as_one_step_at_a_time(
     world: tuple[Config, dict[str, Slab]], steps_ahead: int
 ) -> None:
     config, slabs = world
@@ -86,7 +86,7 @@ def test_a_mixed_batch_gets_the_tokens_of_one_step_at_a_time(
     assert all(step.duration_s > 0 for step in engine.steps)
 
 
-def test_the_next_step_is_handed_over_before_the_last_result_is_taken(world: tuple[Config, dict[str, Slab]]) -> None:
+def test_the_next_step_is_submitted_before_the_last_result_is_read(world: tuple[Config, dict[str, Slab]]) -> None:
     config, slabs = world
     runner = build_runner(config, lambda text: None)
     runner.steps_ahead = 1
