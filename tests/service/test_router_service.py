@@ -1,6 +1,4 @@
-"""The router among engines that answer from a script, in virtual time."""
-
-# Long because one scripted cluster serves all of its tests.
+"""The router process with scripted engines, in virtual time."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -55,7 +53,7 @@ def refuses(code: str) -> Script:
 
 
 class Stage:
-    """The router, a gateway that asks, a monitor and a planner that publish, and engines e0 (nearest), e1, ..."""
+    """The router, a gateway, a monitor, a planner, and engines e0 (the best), e1, ..."""
 
     def __init__(self, policy: Literal["predicted", "shares"] = "predicted") -> None:
         self.network = MemoryNetwork()
@@ -71,7 +69,7 @@ class Stage:
         self.engines = [Peer(self.network, f"e{n}", ToEngine, script) for n, script in enumerate(scripts)]
 
     async def see(self, *loads: EngineLoad) -> None:
-        """A picture: by default all engines idle but for queues, so that e0 is nearest, then e1, and so on."""
+        """Publish a picture; by default queues grow from e0 to e1 and so on, so that e0 is the best."""
         queued = [engine_load(f"e{n}", waiting_prefill_tokens=1000 * n) for n in range(len(self.engines))]
         self.sequence += 1
         self.monitor.publish("load", picture(*(loads or queued), sequence=self.sequence))
@@ -102,7 +100,7 @@ def play(
     run_virtual(main())
 
 
-def test_the_nearest_engine_gets_the_request_whole() -> None:
+def test_the_best_engine_gets_the_whole_request() -> None:
     async def scenario(stage: Stage) -> None:
         request = route_request("r7", tokens=5, adapter=PIRATE)
         answer = await stage.route(request)
@@ -116,7 +114,7 @@ def test_the_nearest_engine_gets_the_request_whole() -> None:
 
 
 @pytest.mark.parametrize("answer", [Ping(), PeerError("internal", "it broke")], ids=["nonsense", "error"])
-def test_an_engine_that_answers_wrongly_may_have_the_request_and_is_told_to_abort(answer: Any) -> None:
+def test_an_engine_with_an_invalid_answer_is_told_to_abort(answer: Any) -> None:
     async def scenario(stage: Stage) -> None:
         assert isinstance(await stage.route(route_request("r1")), Rejected)
         await asyncio.sleep(0.01)
@@ -125,7 +123,7 @@ def test_an_engine_that_answers_wrongly_may_have_the_request_and_is_told_to_abor
     play(scenario, lambda message: answer if isinstance(message, Admit) else None, takes)
 
 
-def test_a_silent_engine_is_passed_by_and_told_to_abort() -> None:
+def test_a_silent_engine_is_skipped_and_told_to_abort() -> None:
     async def scenario(stage: Stage) -> None:
         began_s = asyncio.get_running_loop().time()
         answer = await stage.route()
@@ -140,7 +138,7 @@ def test_a_silent_engine_is_passed_by_and_told_to_abort() -> None:
     play(scenario, silent, takes)
 
 
-def test_a_late_yes_is_too_late() -> None:
+def test_a_late_admission_is_ignored() -> None:
     async def scenario(stage: Stage) -> None:
         stage.engines[0].delay_s = 1.5 * ADMIT_TIMEOUT_S
         answer = await stage.route()
@@ -152,7 +150,7 @@ def test_a_late_yes_is_too_late() -> None:
     play(scenario, takes, takes)
 
 
-def test_an_engine_whose_connection_is_lost_is_passed_by_at_once() -> None:
+def test_an_engine_whose_connection_is_lost_is_skipped_at_once() -> None:
     async def scenario(stage: Stage) -> None:
         asking = asyncio.create_task(stage.route())
         await asyncio.sleep(0.1)
@@ -166,7 +164,7 @@ def test_an_engine_whose_connection_is_lost_is_passed_by_at_once() -> None:
 
 
 @pytest.mark.parametrize("code", ["overloaded", "draining", "starting"])
-def test_what_concerns_the_engine_is_asked_of_the_next(code: str) -> None:
+def test_a_refusal_that_concerns_the_engine_leads_to_the_next_engine(code: str) -> None:
     async def scenario(stage: Stage) -> None:
         answer = await stage.route()
         assert isinstance(answer, Routed)
@@ -175,7 +173,7 @@ def test_what_concerns_the_engine_is_asked_of_the_next(code: str) -> None:
     play(scenario, refuses(code), takes)
 
 
-def test_a_starting_process_refuses_and_the_next_is_asked() -> None:
+def test_a_starting_engine_refuses_and_the_next_is_asked() -> None:
     async def scenario(stage: Stage) -> None:
         answer = await stage.route()
         assert isinstance(answer, Routed)
@@ -184,7 +182,7 @@ def test_a_starting_process_refuses_and_the_next_is_asked() -> None:
     play(scenario, lambda _: PeerError("starting", "loading weights"), takes)
 
 
-def test_what_concerns_the_request_is_asked_of_nobody_else() -> None:
+def test_a_refusal_that_concerns_the_request_is_final() -> None:
     async def scenario(stage: Stage) -> None:
         answer = await stage.route()
         assert answer == Rejected(request_id="r1", code="context_length", message="why: context_length")
@@ -203,7 +201,7 @@ def test_what_concerns_the_request_is_asked_of_nobody_else() -> None:
     ],
     ids=["all full", "all draining", "all silent", "one full, one silent"],
 )
-def test_when_nobody_takes_it_the_gateway_learns_why(scripts: tuple[Script, ...], code: str, text: str) -> None:
+def test_the_gateway_gets_the_reason_if_no_engine_admits(scripts: tuple[Script, ...], code: str, text: str) -> None:
     async def scenario(stage: Stage) -> None:
         answer = await stage.route()
         assert isinstance(answer, Rejected)
@@ -213,7 +211,7 @@ def test_when_nobody_takes_it_the_gateway_learns_why(scripts: tuple[Script, ...]
     play(scenario, *scripts)
 
 
-def test_a_refusal_of_the_policy_comes_back_as_it_is() -> None:
+def test_a_rejection_of_the_policy_is_returned_unchanged() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.see(engine_load("e0", waiting_prefill_tokens=100_000))
         answer = await stage.route()
@@ -224,7 +222,7 @@ def test_a_refusal_of_the_policy_comes_back_as_it_is() -> None:
     play(scenario, takes)
 
 
-def test_who_was_chosen_and_why_is_logged_with_the_prediction_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_choice_is_logged_with_its_prediction_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
     async def scenario(stage: Stage) -> None:
         for number in range(3):
             assert isinstance(await stage.route(route_request(f"r{number}", tokens=1, adapter=PIRATE)), Routed)
@@ -279,7 +277,7 @@ def test_one_slow_engine_does_not_hold_up_other_requests() -> None:
     play(scenario, silent, takes)
 
 
-def test_what_was_sent_weighs_until_it_should_have_been_reported() -> None:
+def test_a_sent_request_counts_as_load_until_it_expires() -> None:
     async def scenario(stage: Stage) -> None:
         engines = []
         for number, pause_s in enumerate((0.0, 0.1, 2.0)):
@@ -310,7 +308,7 @@ def test_an_engine_that_stays_silent_is_asked_last_until_it_answers_again() -> N
     play(scenario, silent, takes)
 
 
-def test_a_request_that_is_asked_for_again_goes_where_it_runs() -> None:
+def test_a_repeated_request_goes_to_the_engine_that_runs_it() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.route(route_request("r1"))
         await stage.see(engine_load("e0", waiting_prefill_tokens=9000, request_ids=("r1",)), engine_load("e1"))
@@ -321,7 +319,7 @@ def test_a_request_that_is_asked_for_again_goes_where_it_runs() -> None:
     play(scenario, takes, takes)
 
 
-def test_the_plan_settles_ties_and_another_epoch_replaces_it() -> None:
+def test_the_plan_breaks_ties_and_another_epoch_replaces_it() -> None:
     async def scenario(stage: Stage) -> None:
         # A planner that lost its disk may come to the same epoch with another plan.
         for epoch, created_unix_s, engine in ((5, 1.0, "e1"), (6, 2.0, "e0"), (1, 3.0, "e1"), (1, 4.0, "e0")):
@@ -341,7 +339,7 @@ def test_the_plan_settles_ties_and_another_epoch_replaces_it() -> None:
     [(takes, "e1"), (silent, "e0"), (refuses("draining"), "e0"), (refuses("overloaded"), "overloaded")],
     ids=["takes", "silent", "draining", "overloaded"],
 )
-def test_a_drained_engine_takes_what_is_lost_elsewhere_and_nothing_more(other: Script, expected: str) -> None:
+def test_a_drained_engine_replaces_lost_engines_only(other: Script, expected: str) -> None:
     async def scenario(stage: Stage) -> None:
         await stage.plan(1, "e0", drained=("e0",))
         await stage.see()
@@ -351,7 +349,7 @@ def test_a_drained_engine_takes_what_is_lost_elsewhere_and_nothing_more(other: S
     play(scenario, takes, other)
 
 
-def test_the_engine_that_a_request_will_go_to_hears_of_its_adapter_once() -> None:
+def test_the_engine_is_told_once_to_expect_an_adapter() -> None:
     async def scenario(stage: Stage) -> None:
         for _ in range(2):
             stage.gateway.send("router", Expect(adapter=PIRATE, prompt_tokens=10))
@@ -363,7 +361,7 @@ def test_the_engine_that_a_request_will_go_to_hears_of_its_adapter_once() -> Non
     play(scenario, takes, takes)
 
 
-def test_where_a_lot_decides_nobody_hears_of_an_adapter() -> None:
+def test_routing_by_shares_does_not_prefetch() -> None:
     async def scenario(stage: Stage) -> None:
         stage.gateway.send("router", Expect(adapter=PIRATE, prompt_tokens=10))
         await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""The largest rank at a time, of what an engine keeps."""
+"""The mean largest rank that is expected on an engine."""
 
 from random import Random
 
@@ -25,19 +25,19 @@ def poisson(mean: float, rng: Random) -> int:
     return count
 
 
-def test_it_is_the_mean_of_the_largest_of_random_batches() -> None:
+def test_mean_largest_rank_matches_random_batches() -> None:
     sequences, rng = {8: 4.0, 64: 0.5, 128: 0.1}, Random(0)
     batches = [max((r for r, n in sequences.items() if poisson(n, rng)), default=0) for _ in range(40_000)]
     assert mean_largest_rank(sequences) == pytest.approx(sum(batches) / len(batches), rel=0.02)
 
 
 @given(SEQUENCES)
-def test_it_lies_between_none_and_the_largest(sequences: dict[int, float]) -> None:
+def test_mean_largest_rank_is_between_0_and_the_largest_rank(sequences: dict[int, float]) -> None:
     assert 0 <= mean_largest_rank(sequences) <= max(sequences)
 
 
 @given(SEQUENCES, st.sampled_from([8, 16, 64, 128]), st.floats(0, 5))
-def test_more_requests_of_any_rank_never_lower_it(sequences: dict[int, float], rank: int, more: float) -> None:
+def test_more_sequences_never_lower_the_mean_largest_rank(sequences: dict[int, float], rank: int, more: float) -> None:
     larger = {**sequences, rank: sequences.get(rank, 0.0) + more}
     assert mean_largest_rank(larger) >= mean_largest_rank(sequences) - 1e-9
 
@@ -68,43 +68,43 @@ def expected_rank(high_tokens_per_s: float, step_s: float = 0.05, copies: int = 
     return view.engines["e0"].adapters.expected_rank
 
 
-def test_a_copy_that_is_hardly_asked_for_widens_nobody() -> None:
+def test_a_rarely_requested_large_copy_hardly_raises_the_expected_rank() -> None:
     assert expected_rank(0.0) == pytest.approx(8.0)
     assert expected_rank(0.1) < 9
     assert expected_rank(1000.0) == pytest.approx(128.0)
 
 
-def test_it_depends_on_how_long_steps_are_and_on_how_many_copies_share_it() -> None:
+def test_the_expected_rank_depends_on_step_time_and_number_of_copies() -> None:
     assert expected_rank(10.0, step_s=0.01) < expected_rank(10.0, step_s=0.1)
     assert expected_rank(10.0, copies=4) == pytest.approx(expected_rank(2.5))
 
 
 @pytest.mark.parametrize("step_s", [0.0, float("inf"), float("nan"), -1.0])
-def test_a_step_time_that_is_none_is_not_believed(step_s: float) -> None:
+def test_an_invalid_step_time_is_replaced_by_the_default(step_s: float) -> None:
     assert 8 < expected_rank(10.0, step_s=step_s) < 128
 
 
-def test_where_no_demand_is_known_the_largest_copy_counts() -> None:
+def test_without_known_demand_the_largest_planned_rank_is_expected() -> None:
     held = (resident(LOW, True, 0), resident(HIGH, True, 0))
     view = ClusterView()
     view.update(picture(engine_load("e0", resident=held)), now=100.0)
     assert view.engines["e0"].adapters.expected_rank == 128
 
 
-def test_what_runs_there_beside_the_plan_is_expected_to_go_on() -> None:
+def test_running_requests_outside_the_plan_raise_the_expected_rank() -> None:
     one, several = expected_rank(0.0, runs=1), expected_rank(0.0, runs=16)
     assert 8 < one < 100, "the next of its kind still costs those that are there"
     assert several > 127, "they are widened already"
 
 
-def test_where_the_plan_keeps_nothing_no_rank_is_expected() -> None:
+def test_without_planned_copies_no_rank_is_expected() -> None:
     view = ClusterView()
     held = (resident(HIGH, False, 3),)
     view.update(picture(engine_load("e0", resident=held), demand=(demand_of(HIGH, 100.0),)), now=100.0)
     assert view.engines["e0"].adapters.expected_rank is None
 
 
-def test_a_plan_that_nobody_asks_for_expects_no_rank() -> None:
+def test_planned_copies_without_demand_have_expected_rank_0() -> None:
     view = ClusterView()
     held = (resident(LOW, True, 0),)
     view.update(picture(engine_load("e0", resident=held), demand=(demand_of(LOW, 0.0),)), now=100.0)
@@ -113,7 +113,7 @@ def test_a_plan_that_nobody_asks_for_expects_no_rank() -> None:
 
 
 @pytest.mark.parametrize("rate", [float("nan"), float("inf")])
-def test_demand_that_is_no_number_is_left_out(rate: float) -> None:
+def test_demand_that_is_not_finite_is_ignored(rate: float) -> None:
     view = ClusterView()
     held = (resident(LOW, True, 0), resident(HIGH, True, 0))
     demand = demand_of(LOW, 900.0), demand_of(HIGH, rate)

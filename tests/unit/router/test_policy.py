@@ -1,7 +1,5 @@
 """Which engine a request goes to, and when it is refused."""
 
-# Long because what decides for one engine and against another is read in one place.
-
 from collections import Counter
 from random import Random
 from typing import Any
@@ -30,7 +28,7 @@ def view_of(*loads: EngineLoad) -> ClusterView:
 
 
 def plan_of(**shares: float) -> PlannedCopies:
-    """PIRATE's copies, e0=0.5 for half of its traffic at engine e0."""
+    """Return a plan for PIRATE; e0=0.5 gives engine e0 half of its traffic."""
     copies = (Placement(version=PIRATE.version, name=PIRATE.name, engine=e, share=s) for e, s in shares.items())
     return PlannedCopies(Plan(epoch=1, created_unix_s=0.0, placements=tuple(copies)))
 
@@ -48,7 +46,7 @@ def candidates(view: ClusterView, request: Route | None = None, **options: Any) 
 
 
 def first(view: ClusterView, request: Route | None = None, **options: Any) -> tuple[str, str]:
-    """Engine and reason of the first choice."""
+    """Return engine and reason of the first candidate."""
     best = candidates(view, request, **options)[0]
     return best.engine, best.why
 
@@ -60,8 +58,8 @@ def refusal(view: ClusterView, request: Route, **options: Any) -> Rejected:
     return answer
 
 
-def wins(view: ClusterView, request: Route, plan: PlannedCopies | None, rounds: int = 300) -> Counter[str]:
-    """How often each engine is first, over many lots."""
+def win_counts(view: ClusterView, request: Route, plan: PlannedCopies | None, rounds: int = 300) -> Counter[str]:
+    """Return how often each engine is the first candidate, over many draws."""
     choices = (
         route_by_prediction(RoutingContext(request, view, plan, CostModel(), SLO, rng))
         for rng in [Random(7)]
@@ -85,12 +83,12 @@ def test_a_prompt_that_fills_every_context_is_refused_with_both_lengths() -> Non
     assert "prompt has 200" in answer.message
 
 
-def test_a_long_prompt_goes_where_it_leaves_room_for_a_token() -> None:
+def test_a_long_prompt_goes_to_an_engine_with_room_for_one_more_token() -> None:
     view = view_of(engine_load("e0", max_model_tokens=100), engine_load("e1", max_model_tokens=101))
     assert [c.engine for c in candidates(view, route_request(tokens=100))] == ["e1"]
 
 
-def test_an_adapter_goes_only_where_a_pool_can_hold_it() -> None:
+def test_an_adapter_goes_only_to_an_engine_whose_pool_can_hold_it() -> None:
     large = adapter_ref(9, slab_bytes=5 * MIB - 1)
     # Room for the slab is not enough: its extent is a byte larger.
     view = view_of(engine_load("e0", pool_total_bytes=5 * MIB - 1), engine_load("e1", pool_total_bytes=5 * MIB))
@@ -100,7 +98,7 @@ def test_an_adapter_goes_only_where_a_pool_can_hold_it() -> None:
     assert large.name in answer.message
 
 
-def test_the_shorter_queue_wins_and_the_prediction_is_its_length_and_the_request_s_own_step() -> None:
+def test_the_shorter_queue_wins_and_the_prediction_is_queue_plus_own_step() -> None:
     view = view_of(
         engine_load("e0", running=1, waiting_prefill_tokens=3000), engine_load("e1", waiting_prefill_tokens=500)
     )
@@ -127,7 +125,7 @@ def test_a_burst_between_two_pictures_is_shared() -> None:
     assert set(given_to.values()) <= set(range(18, 23)), given_to
 
 
-def test_prompts_on_their_way_are_part_of_the_queue() -> None:
+def test_pending_prompts_are_part_of_the_queue() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=2000))
     view.record_sent("e0", route_request("long", tokens=3000), now=100.0)
     assert first(view)[0] == "e1"
@@ -154,32 +152,32 @@ def test_the_engine_that_holds_the_adapter_wins_until_its_queue_is_longer_than_a
     assert first(view_of(long, engine_load("e1")), request) == ("e1", "spill")
 
 
-def test_a_start_a_little_sooner_is_not_worth_a_load() -> None:
+def test_a_slightly_earlier_start_is_not_worth_a_load() -> None:
     request = route_request(adapter=adapter_ref(1, slab_bytes=50 * MIB))
     holder = engine_load("e0", waiting_prefill_tokens=600, **HELD)
     assert first(view_of(holder, engine_load("e1")), request) == ("e0", "resident")
 
 
-def test_an_adapter_loads_while_its_request_waits() -> None:
+def test_load_and_queue_time_overlap() -> None:
     view = view_of(engine_load("e0", waiting_prefill_tokens=500))
     (only,) = candidates(view, route_request(adapter=adapter_ref(1, slab_bytes=50 * MIB)))
     assert only.predicted_s == pytest.approx(0.5, abs=0.03)
 
 
-def test_a_load_waits_where_the_pool_is_in_use() -> None:
+def test_a_load_into_a_full_pool_waits() -> None:
     used = engine_load("e0", running=2, pool_room_bytes=0)
     free = engine_load("e1", running=3)
     assert first(view_of(used, free), route_request(adapter=PIRATE)) == ("e1", "load")
 
 
-def test_free_bytes_that_do_not_lie_in_one_piece_are_no_room() -> None:
+def test_fragmented_free_bytes_do_not_count_as_room() -> None:
     pieces = engine_load("e0", pool_free_bytes=64 * MIB, pool_room_bytes=2 * MIB)
     whole = engine_load("e1", running=3, pool_free_bytes=8 * MIB, pool_room_bytes=8 * MIB)
     large = adapter_ref(3, slab_bytes=4 * MIB)
     assert first(view_of(pieces, whole), route_request(adapter=large))[0] == "e1"
 
 
-def test_a_second_request_follows_the_load_that_the_first_began() -> None:
+def test_a_second_request_goes_where_the_first_started_a_load() -> None:
     view = view_of(*(engine_load(f"e{n}", load_bytes_per_s=1.0 * MIB) for n in range(4)))
     request = route_request("r1", adapter=PIRATE)
     engine, why = first(view, request)
@@ -188,13 +186,13 @@ def test_a_second_request_follows_the_load_that_the_first_began() -> None:
     assert first(view, route_request("r2", adapter=PIRATE))[0] == engine
 
 
-def test_an_adapter_on_its_way_counts_as_held() -> None:
+def test_a_loading_adapter_counts_as_held() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", loading=(PIRATE.version,)))
     assert first(view, route_request(adapter=PIRATE)) == ("e1", "resident")
     assert first(view, route_request(adapter=PIRATE), plan=plan_of(e1=1.0)) == ("e1", "planned")
 
 
-def test_it_is_refused_only_where_no_start_is_near_enough() -> None:
+def test_a_request_is_rejected_only_if_no_engine_starts_it_in_time() -> None:
     far, farther, near = (engine_load(f"e{n}", waiting_prefill_tokens=n * 1000) for n in (50, 60, 39))
     assert first(view_of(far, near))[0] == "e39"
     answer = refusal(view_of(far, farther), route_request())
@@ -203,7 +201,7 @@ def test_it_is_refused_only_where_no_start_is_near_enough() -> None:
 
 
 @pytest.mark.parametrize("suspect", ["drained", "silent"])
-def test_an_idle_engine_that_is_asked_last_does_not_make_up_for_others_that_are_overloaded(suspect: str) -> None:
+def test_an_idle_fallback_engine_does_not_prevent_rejection_for_overload(suspect: str) -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50_000))
     if suspect == "drained":
         view.set_drained(frozenset(("e0",)))
@@ -215,13 +213,13 @@ def test_an_idle_engine_that_is_asked_last_does_not_make_up_for_others_that_are_
     assert first(alone)[0] == "e0", "where there is no other it serves"
 
 
-def test_nobody_is_told_to_come_back_at_once() -> None:
+def test_retry_after_is_at_least_one_second() -> None:
     view = view_of(engine_load("e0", waiting_prefill_tokens=200))
     answer = refusal(view, route_request(), slo=Slo(ttft_s=0.1, reject_factor=1.0))
     assert answer.retry_after_s == 1.0
 
 
-def test_a_request_that_runs_somewhere_is_asked_for_there_first() -> None:
+def test_the_engine_that_runs_the_request_is_asked_first() -> None:
     view = view_of(engine_load("e0", waiting_prefill_tokens=5000, request_ids=("r1",)), engine_load("e1"))
     assert first(view, route_request("r1")) == ("e0", "live")
     assert first(view, route_request("r2")) == ("e1", "base")
@@ -238,14 +236,14 @@ def test_an_engine_that_does_not_answer_is_asked_last() -> None:
     assert [c.engine for c in candidates(view)] == ["e1", "e0"]
 
 
-def test_when_all_engines_are_suspect_the_best_of_them_is_asked() -> None:
+def test_if_all_engines_are_fallbacks_the_best_of_them_is_asked_first() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=5000))
     silence(view, "e0")
     silence(view, "e1")
     assert [c.engine for c in candidates(view)] == ["e0", "e1"]
 
 
-def test_a_drained_engine_is_asked_after_all_others_but_before_those_that_are_silent() -> None:
+def test_drained_engines_are_asked_after_normal_ones_and_before_silent_ones() -> None:
     view = view_of(engine_load("e0", **HELD), engine_load("e1", waiting_prefill_tokens=5000), engine_load("e2"))
     for _ in range(TIMEOUTS_TO_AVOID):
         view.record_timeout("e2", "r0", 100.0)
@@ -258,41 +256,41 @@ def test_a_drained_engine_is_asked_after_all_others_but_before_those_that_are_si
     assert first(view, request)[0] == "e0"
 
 
-def test_an_engine_that_is_seen_for_the_first_time_may_be_drained_already() -> None:
+def test_an_engine_may_be_drained_before_its_first_report() -> None:
     view = ClusterView()
     view.set_drained(frozenset(("e0",)))
     view.update(picture(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=5000)), now=100.0)
     assert first(view)[0] == "e1"
 
 
-def test_equal_engines_share_by_lot() -> None:
+def test_ties_without_a_plan_are_broken_uniformly_at_random() -> None:
     view = view_of(*(engine_load(f"e{n}") for n in range(4)))
-    counts = wins(view, route_request(), plan=None)
+    counts = win_counts(view, route_request(), plan=None)
     assert sorted(counts) == ["e0", "e1", "e2", "e3"]
     assert min(counts.values()) > 40
 
 
-def test_among_equal_copies_the_larger_share_wins_more_often() -> None:
+def test_ties_between_planned_copies_are_drawn_by_their_shares() -> None:
     view = view_of(engine_load("e0", **HELD), engine_load("e1", **HELD))
-    counts = wins(view, route_request(adapter=PIRATE), plan_of(e0=0.8, e1=0.2))
+    counts = win_counts(view, route_request(adapter=PIRATE), plan_of(e0=0.8, e1=0.2))
     assert counts["e0"] > 2 * counts["e1"] > 0
 
 
 @pytest.mark.parametrize("queue_tokens", [0, 8000])
-def test_the_plan_settles_what_is_nearly_a_tie(queue_tokens: int) -> None:
+def test_planned_copies_win_near_ties(queue_tokens: int) -> None:
     view = view_of(*(engine_load(f"e{n}", waiting_prefill_tokens=queue_tokens, **HELD) for n in range(3)))
-    counts = wins(view, route_request(adapter=PIRATE), plan_of(e1=0.5, e2=0.5))
+    counts = win_counts(view, route_request(adapter=PIRATE), plan_of(e1=0.5, e2=0.5))
     assert set(counts) == {"e1", "e2"}
 
 
-def test_the_plan_does_not_outweigh_a_nearer_start() -> None:
+def test_the_plan_does_not_outweigh_a_much_earlier_start() -> None:
     planned = engine_load("e0", waiting_prefill_tokens=1000, **HELD)
     view = view_of(planned, engine_load("e1", **HELD))
     assert first(view, route_request(adapter=PIRATE), plan=plan_of(e0=1.0)) == ("e1", "resident")
 
 
-def test_who_comes_after_the_first_stays_as_it_was_when_that_was_chosen() -> None:
-    """The first may take a second not to answer; until then others are chosen and a picture comes."""
+def test_later_candidates_are_those_of_the_time_of_the_choice() -> None:
+    """Others are routed and a picture arrives while the first candidate does not answer."""
     reports = [engine_load(f"e{n}", waiting_prefill_tokens=1000 * n, **HELD) for n in range(6)]
     view, cost = view_of(*reports), CostModel()
     choices = [
@@ -335,7 +333,7 @@ def loads(draw: st.DrawFn) -> list[EngineLoad]:
 
 @settings(max_examples=100, deadline=None)
 @given(loads=loads(), adapter=st.sampled_from([None, PIRATE]), seed=st.integers(0, 9))
-def test_whatever_the_load_the_candidates_are_ready_distinct_and_reproducible(loads, adapter, seed) -> None:
+def test_candidates_are_ready_distinct_and_reproducible(loads, adapter, seed) -> None:
     request, plan = route_request(adapter=adapter), plan_of(e00=0.7, e01=0.3)
     answer = decide(view_of(*loads), request, plan, seed)
     again = decide(view_of(*loads), request, plan, seed)
@@ -354,7 +352,7 @@ def test_whatever_the_load_the_candidates_are_ready_distinct_and_reproducible(lo
 
 @settings(max_examples=60, deadline=None)
 @given(loads=loads(), adapter=st.sampled_from([None, PIRATE]), more=st.integers(1, 500))
-def test_more_waiting_never_makes_an_engine_look_nearer(loads, adapter, more) -> None:
+def test_more_queued_prefill_never_lowers_the_prediction(loads, adapter, more) -> None:
     lone = [load for load in loads if load.state == "READY"][:1]
     request, patient = route_request(adapter=adapter), Slo(ttft_s=1e6, reject_factor=1.0)
     for load in lone:

@@ -1,4 +1,4 @@
-"""The paper's routing: shares are drawn, whatever waits where."""
+"""Routing by shares, which ignores queues."""
 
 from collections import Counter
 from random import Random
@@ -31,7 +31,7 @@ def plan_of(**shares: float) -> PlannedCopies:
 
 
 def drawn(view: ClusterView, plan: PlannedCopies | None, request: Route | None = None) -> Counter[tuple[str, str]]:
-    """How often each engine came first, and why."""
+    """Return how often each engine was the first candidate, by its reason."""
     rng, counts = Random(3), Counter[tuple[str, str]]()
     for _ in range(ROUNDS):
         choice = POLICIES["shares"](
@@ -43,7 +43,7 @@ def drawn(view: ClusterView, plan: PlannedCopies | None, request: Route | None =
     return counts
 
 
-def test_copies_are_drawn_in_proportion_to_their_shares_whatever_waits_there() -> None:
+def test_copies_are_drawn_in_proportion_to_their_shares_regardless_of_queues() -> None:
     view = view_of(*(engine_load(f"e{n}", waiting_prefill_tokens=n * 50_000, **HELD) for n in range(4)))
     counts = drawn(view, plan_of(e0=0.2, e1=0.1, e2=0.7))
     assert set(counts) == {("e0", "planned"), ("e1", "planned"), ("e2", "planned")}
@@ -52,13 +52,13 @@ def test_copies_are_drawn_in_proportion_to_their_shares_whatever_waits_there() -
         assert counts[engine, "planned"] / ROUNDS == pytest.approx(share, abs=4 * (share * (1 - share) / ROUNDS) ** 0.5)
 
 
-def test_a_planned_copy_that_is_not_there_yet_is_loaded_by_who_comes() -> None:
+def test_a_request_may_be_routed_to_a_planned_copy_that_is_not_loaded() -> None:
     view = view_of(engine_load("e0", **HELD), engine_load("e1"))
     assert drawn(view, plan_of(e1=1.0)) == {("e1", "spill"): ROUNDS}
     assert drawn(view_of(engine_load("e0"), engine_load("e1")), plan_of(e1=1.0)) == {("e1", "load"): ROUNDS}
 
 
-def test_without_a_copy_that_is_ready_any_engine_is_drawn() -> None:
+def test_without_a_ready_planned_copy_any_engine_is_drawn() -> None:
     loads = [engine_load("e0", state="DRAINING", **HELD), engine_load("e1"), engine_load("e2")]
     for plan in (plan_of(e0=1.0), plan_of(gone=1.0), None):
         counts = drawn(view_of(*loads), plan)
@@ -66,12 +66,12 @@ def test_without_a_copy_that_is_ready_any_engine_is_drawn() -> None:
         assert min(counts.values()) > ROUNDS / 2 - 4 * (ROUNDS / 4) ** 0.5
 
 
-def test_the_base_model_is_drawn_anywhere() -> None:
+def test_base_model_requests_are_drawn_uniformly() -> None:
     counts = drawn(view_of(*(engine_load(f"e{n}") for n in range(2))), plan_of(e0=1.0), route_request())
     assert set(counts) == {("e0", "base"), ("e1", "base")}
 
 
-def test_who_does_not_answer_is_asked_last_and_who_has_it_first() -> None:
+def test_silent_engines_are_asked_last_and_the_running_engine_first() -> None:
     view = view_of(engine_load("e0", **HELD), engine_load("e1"), engine_load("e2", request_ids=("r7",)))
     for number in range(TIMEOUTS_TO_AVOID):
         view.record_timeout("e0", f"lost{number}", now=100.0)
@@ -80,7 +80,7 @@ def test_who_does_not_answer_is_asked_last_and_who_has_it_first() -> None:
     assert drawn(view, plan_of(e0=1.0), route_request("r7", adapter=PIRATE)) == {("e2", "live"): ROUNDS}
 
 
-def test_it_never_goes_where_it_cannot_be_held() -> None:
+def test_a_request_never_goes_to_an_engine_whose_pool_is_too_small() -> None:
     large = adapter_ref(1, slab_bytes=5 * MIB)
     small, fits = engine_load("e0", pool_total_bytes=4 * MIB), engine_load("e1", pool_total_bytes=8 * MIB)
     assert {e for e, _ in drawn(view_of(small, fits), plan_of(e0=1.0), route_request(adapter=large))} == {"e1"}

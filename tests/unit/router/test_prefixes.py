@@ -1,4 +1,4 @@
-"""Which engine is believed to have computed the beginning of a prompt."""
+"""Which engines are believed to have a prefix of a prompt cached."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -11,7 +11,7 @@ PIRATE = adapter_ref(1)
 
 
 def prompt(*blocks: int, rest: int = 0, adapter: AdapterRef | None = None) -> Route:
-    """Blocks of equal tokens each, and a part of one."""
+    """Return blocks of equal tokens, and ``rest`` tokens of another block."""
     tokens = tuple(number for number in blocks for _ in range(BLOCK_TOKENS))
     return Route(
         request_id="r1",
@@ -22,7 +22,7 @@ def prompt(*blocks: int, rest: int = 0, adapter: AdapterRef | None = None) -> Ro
     )
 
 
-def test_whole_blocks_from_the_beginning_are_found() -> None:
+def test_full_blocks_of_a_prefix_are_found() -> None:
     memory = PrefixMemory()
     memory.record_sent("e0", prompt(1, 2, 3, rest=5))
     memory.record_sent("e1", prompt(1))
@@ -31,13 +31,13 @@ def test_whole_blocks_from_the_beginning_are_found() -> None:
     assert memory.cached_tokens(prompt(rest=5)) == {}
 
 
-def test_one_token_is_always_computed() -> None:
+def test_at_least_one_token_needs_prefill() -> None:
     memory = PrefixMemory()
     memory.record_sent("e0", prompt(1))
     assert memory.cached_tokens(prompt(1)) == {"e0": BLOCK_TOKENS - 1}
 
 
-def test_the_kv_of_another_adapter_is_of_no_use() -> None:
+def test_prefixes_of_another_adapter_do_not_match() -> None:
     memory = PrefixMemory()
     memory.record_sent("e0", prompt(1, adapter=PIRATE))
     assert memory.cached_tokens(prompt(1)) == {}
@@ -45,7 +45,7 @@ def test_the_kv_of_another_adapter_is_of_no_use() -> None:
     assert memory.cached_tokens(prompt(1, rest=9, adapter=PIRATE)) == {"e0": BLOCK_TOKENS}
 
 
-def test_an_engine_that_lost_its_cache_has_nothing_until_it_is_sent_more() -> None:
+def test_a_forgotten_engine_has_no_prefixes_until_it_is_sent_more() -> None:
     memory = PrefixMemory()
     for engine in ("e0", "e1"):
         memory.record_sent(engine, prompt(1, 2))
@@ -56,7 +56,7 @@ def test_an_engine_that_lost_its_cache_has_nothing_until_it_is_sent_more() -> No
     assert memory.cached_tokens(prompt(1, 2, rest=1)) == {"e0": BLOCK_TOKENS, "e1": 2 * BLOCK_TOKENS}
 
 
-def test_what_was_found_is_not_kept_past_what_happens() -> None:
+def test_a_lookup_is_not_reused_after_a_change() -> None:
     memory, request = PrefixMemory(), prompt(1, rest=1)
     assert memory.cached_tokens(request) == {}
     memory.record_sent("e0", request)
@@ -65,7 +65,7 @@ def test_what_was_found_is_not_kept_past_what_happens() -> None:
     assert memory.cached_tokens(request) == {}
 
 
-def test_what_was_used_last_is_kept_and_beginnings_before_ends() -> None:
+def test_least_recently_sent_prefixes_are_forgotten_first_and_long_ones_before_short_ones() -> None:
     memory = PrefixMemory(max_prefixes=3)
     memory.record_sent("e0", prompt(1, 2))
     memory.record_sent("e0", prompt(7, 8))
@@ -76,14 +76,14 @@ def test_what_was_used_last_is_kept_and_beginnings_before_ends() -> None:
     assert len(memory) == 3
 
 
-def test_a_prefix_names_its_latest_engines_only() -> None:
+def test_a_prefix_remembers_its_latest_engines_only() -> None:
     memory = PrefixMemory()
     for number in range(MAX_ENGINES + 2):
         memory.record_sent(f"e{number}", prompt(1))
     assert set(memory.cached_tokens(prompt(1, rest=1))) == {f"e{n}" for n in range(2, MAX_ENGINES + 2)}
 
 
-def test_of_a_long_prompt_a_bounded_part_is_remembered() -> None:
+def test_a_bounded_number_of_blocks_of_a_prompt_is_remembered() -> None:
     memory = PrefixMemory()
     long = prompt(*range(MAX_BLOCKS + 5))
     memory.record_sent("e0", long)
@@ -100,7 +100,7 @@ actions = st.tuples(
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(actions, max_size=40))
-def test_it_agrees_with_a_plain_list_of_what_was_sent(steps) -> None:
+def test_prefix_memory_agrees_with_a_plain_list(steps) -> None:
     memory, sent = PrefixMemory(), []
     for action, engine, blocks, adapter in steps:
         request = prompt(*blocks, rest=1, adapter=adapter)

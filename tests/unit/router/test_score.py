@@ -1,6 +1,4 @@
-"""What a request is predicted to see and to do at an engine: against a plain computation, engine by engine."""
-
-# Long because the plain computation is read beside what is held against it.
+"""Predictions and scores, against a plain computation engine by engine."""
 
 from random import Random
 from typing import Any
@@ -25,8 +23,8 @@ ADAPTERS = [adapter_ref(n, rank=rank, slab_bytes=rank * MIB // 4) for n, rank in
 COSTS = {"exact": CostModel(prefill_kv_token_s=1e-7), "padded": CostModel(lora="padded", prefill_kv_token_s=1e-7)}
 
 
-class Plainly:
-    """One engine, priced from its report and what was sent there since, without any table."""
+class PlainEngine:
+    """The prices of one engine, computed from its report and its pending requests without a table."""
 
     def __init__(self, load: EngineLoad, sent: list[Route], cost: CostModel, output_tokens: float, mean: float) -> None:
         self.load, self.sent, self.cost, self.output_tokens = load, sent, cost, output_tokens
@@ -56,7 +54,7 @@ class Plainly:
             self.slowness = min(max(load.decode_step_s / modelled_s, 1.0), LARGEST_SURPRISE)
 
     def step_s(self, adapter: AdapterRef | None = None, prefill: float = 0) -> float:
-        """Of all who are there, with ``prefill`` tokens of ``adapter``'s among them."""
+        """Return the time of a step of all requests there, with ``prefill`` tokens of ``adapter`` in it."""
         slabs = self.here | ({adapter.version: adapter.slab_bytes} if adapter else {})
         rank = adapter.rank if adapter else 0
         return self.cost.step_s(
@@ -75,7 +73,7 @@ class Plainly:
         return max(1, self.load.max_step_tokens - self.sequences)
 
     def token_s(self) -> float:
-        """Of the queue, with its share of the steps that carry it."""
+        """Return the time of a queued token, with its share of the steps that carry the queue."""
         ranks = self.rank if self.cost.lora == "padded" else sum(self.ranks) / max(1, self.requests)
         per_rank_s = self.cost.padded_prefill_s if self.cost.lora == "padded" else self.cost.rank_token_s
         context = self.queue_tokens / max(1, self.requests) / 2
@@ -124,7 +122,7 @@ class Plainly:
         return alone_s + (self.output_tokens * self.step_s() * self.slowness if full else 0.0)
 
     def engine_s(self, request: Route) -> float:
-        """Steps of all who will be there, with this request and without, over its life."""
+        """Return how much longer all steps take with this request than without, over its life."""
         cost, adapter, tokens = self.cost, request.adapter, len(request.prompt_tokens)
         life = min(self.output_tokens, request.sampling.max_tokens)
         own = StepShape(
@@ -197,7 +195,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[EngineLoad], dict[str, list[Route]]]
 
 
 def view_of(loads: list[EngineLoad], sent: dict[str, list[Route]], cost: CostModel) -> ClusterView:
-    """Priced between one thing sent and the next, so that what is kept must be renewed."""
+    """Return a view that is priced after each sent request, so that its prices must be renewed."""
     view = ClusterView()
     view.update(picture(*loads), now=100.0)
     for engine, requests in sent.items():
@@ -215,7 +213,7 @@ def view_of(loads: list[EngineLoad], sent: dict[str, list[Route]], cost: CostMod
     lora=st.sampled_from(["exact", "padded"]),
     planned=st.sets(st.integers(0, 3)),
 )
-def test_scores_are_those_of_a_plain_computation(cluster, adapter, tokens, lora, planned) -> None:
+def test_scores_equal_those_of_a_plain_computation(cluster, adapter, tokens, lora, planned) -> None:
     (loads, sent), cost = cluster, COSTS[lora]
     view, request = view_of(loads, sent, cost), route_request("r", tokens, adapter)
     shares = dict.fromkeys(planned & set(range(len(loads))), 0.5) if adapter else {}
@@ -224,7 +222,7 @@ def test_scores_are_those_of_a_plain_computation(cluster, adapter, tokens, lora,
     counts = [min(x.running + x.waiting, x.max_running or 10**9) for x in loads]
     mean = sum(counts) / len(loads)
     for column, load in enumerate(loads):
-        plain = Plainly(load, sent[load.engine], cost, view.mean_output_tokens, mean)
+        plain = PlainEngine(load, sent[load.engine], cost, view.mean_output_tokens, mean)
         assert scores.queue_s[column] == pytest.approx(plain.queue_s(tokens))
         assert scores.own_s[column] == pytest.approx(plain.own_s(request))
         assert scores.load_s[column] == pytest.approx(plain.load_s(adapter))
@@ -242,7 +240,7 @@ def test_scores_are_those_of_a_plain_computation(cluster, adapter, tokens, lora,
     silent=st.sets(st.integers(0, 3)),
     seed=st.integers(0, 9),
 )
-def test_the_first_choice_is_the_best_of_those_that_are_trusted_but_for_a_tie(
+def test_the_first_candidate_has_the_best_score_of_non_fallback_engines_up_to_a_tie(
     cluster, adapter, lora, silent, seed
 ) -> None:
     (loads, sent), cost = cluster, COSTS[lora]
@@ -269,7 +267,7 @@ def test_the_first_choice_is_the_best_of_those_that_are_trusted_but_for_a_tie(
     adapter=st.sampled_from([None, ADAPTERS[3]]),
     factor=st.sampled_from([0.5, 1.0, 4.0]),
 )
-def test_it_is_refused_only_where_all_break_the_promise_and_told_when_one_will_not(
+def test_a_request_is_rejected_only_if_all_engines_break_the_slo_with_a_sufficient_retry_after(
     queues, tokens, adapter, factor
 ) -> None:
     loads = [engine_load(f"e{n}", waiting_prefill_tokens=queue) for n, queue in enumerate(queues)]
@@ -287,7 +285,7 @@ def test_it_is_refused_only_where_all_break_the_promise_and_told_when_one_will_n
         assert soonest_s <= max(5.0, alone_s) * factor
 
 
-def test_a_prompt_that_takes_longer_than_the_slo_is_served_by_an_idle_engine() -> None:
+def test_an_idle_engine_serves_a_prompt_whose_prefill_exceeds_the_slo() -> None:
     view, request = view_of([engine_load("e0")], {}, CostModel()), route_request("r", 4000)
     answer = route_by_prediction(
         RoutingContext(request, view, None, CostModel(), Slo(ttft_s=0.5, reject_factor=2.0), Random(0))
@@ -313,7 +311,7 @@ BAD: dict[str, list[Any]] = {
     adapter=st.sampled_from([None, ADAPTERS[3]]),
     lora=st.sampled_from(["exact", "padded"]),
 )
-def test_reports_of_zeros_and_nonsense_give_finite_predictions(bad, adapter, lora) -> None:
+def test_reports_with_zeros_or_invalid_values_give_finite_predictions(bad, adapter, lora) -> None:
     view = view_of([engine_load("e0", **bad), engine_load("e1")], {}, COSTS[lora])
     scores = score(
         RoutingContext(route_request("r", 50, adapter), view, None, COSTS[lora], PATIENT, Random(0)),
@@ -325,7 +323,7 @@ def test_reports_of_zeros_and_nonsense_give_finite_predictions(bad, adapter, lor
     assert (scores.ttft_s > 0).all()
 
 
-def test_harm_weighs_as_many_as_arrive_while_the_queue_lasts() -> None:
+def test_engine_time_is_weighted_by_the_requests_that_arrive_while_the_queue_lasts() -> None:
     cost = COSTS["padded"]
     loads = [engine_load("e0"), engine_load("e1", running=4, waiting=20, waiting_prefill_tokens=4000)]
     view = view_of(loads, {"e0": [], "e1": []}, cost)
@@ -353,7 +351,7 @@ def test_harm_weighs_as_many_as_arrive_while_the_queue_lasts() -> None:
         ({"running": 8, "max_running": 0}, ENGINE_TIME_WEIGHT),
     ],
 )
-def test_harm_weighs_more_the_fuller_an_engine_is_of_requests_or_of_their_context(report, weight) -> None:
+def test_engine_time_weighs_more_on_a_fuller_engine(report, weight) -> None:
     cost = COSTS["padded"]
     view = view_of([engine_load("e0", **report)], {"e0": []}, cost)
     assert view.prices(cost).columns.engine_time_weight.tolist() == pytest.approx([weight])

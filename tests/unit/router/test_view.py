@@ -1,4 +1,4 @@
-"""What the router believes: reports, its own traffic on top, evidence of engines that do not answer."""
+"""The router's view: reports, its own traffic since, and engines that do not answer."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -20,28 +20,28 @@ from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load, 
 PIRATE = adapter_ref(1)
 
 
-class Watcher:
-    """A view whose pictures are numbered by themselves; valid after each step."""
+class TrackedView:
+    """A view with numbered pictures that is validated after each step."""
 
     def __init__(self) -> None:
         self.view = ClusterView()
         self.now = 100.0
         self._sequence: Iterator[int] = count(1)
 
-    def sees(self, *loads: EngineLoad, age_s: float = 0.0, dead: tuple[str, ...] = ()) -> None:
+    def report(self, *loads: EngineLoad, age_s: float = 0.0, dead: tuple[str, ...] = ()) -> None:
         self.view.update(picture(*loads, sequence=next(self._sequence), age_s=age_s, dead=dead), self.now)
         self.view.validate()
 
-    def sends(self, request_id: str, engine: str = "e0", tokens: int = 10, adapter: AdapterRef | None = None) -> None:
+    def send(self, request_id: str, engine: str = "e0", tokens: int = 10, adapter: AdapterRef | None = None) -> None:
         self.view.record_sent(engine, route_request(request_id, tokens, adapter), self.now)
         self.view.validate()
 
-    def hears_nothing(self, engine: str = "e0", times: int = 1) -> None:
+    def time_out(self, engine: str = "e0", times: int = 1) -> None:
         for number in range(times):
             self.view.record_timeout(engine, f"lost{number}", self.now)
         self.view.validate()
 
-    def passes(self, seconds: float) -> None:
+    def advance(self, seconds: float) -> None:
         self.now += seconds
         self.view.expire_pending(self.now)
         self.view.validate()
@@ -52,227 +52,227 @@ class Watcher:
 
 
 @pytest.fixture
-def watcher() -> Watcher:
-    watcher = Watcher()
-    watcher.sees(engine_load("e0"))
-    return watcher
+def tracked() -> TrackedView:
+    tracked = TrackedView()
+    tracked.report(engine_load("e0"))
+    return tracked
 
 
-def test_ready_engines_are_listed_by_name(watcher: Watcher) -> None:
-    watcher.sees(engine_load("e2"), engine_load("e0"), engine_load("e1", state="DRAINING"), dead=("e2",))
-    assert [v.name for v in watcher.view.ready_engines()] == ["e0"]
+def test_ready_engines_are_listed_by_name(tracked: TrackedView) -> None:
+    tracked.report(engine_load("e2"), engine_load("e0"), engine_load("e1", state="DRAINING"), dead=("e2",))
+    assert [v.name for v in tracked.view.ready_engines()] == ["e0"]
 
 
-def test_what_is_on_its_way_to_an_engine_expires_also_where_that_took_no_requests_for_a_moment(
-    watcher: Watcher,
+def test_pending_requests_expire_on_engines_that_were_not_ready_meanwhile(
+    tracked: TrackedView,
 ) -> None:
-    watcher.sees(engine_load("e0"), engine_load("e1"))
-    watcher.sends("old", "e1")
-    watcher.passes(0.9)
-    watcher.sends("new", "e0")
-    watcher.sees(engine_load("e0", state="STARTING"), engine_load("e1"), age_s=0.95)
-    watcher.passes(0.2)
-    watcher.sees(engine_load("e0"), engine_load("e1"), age_s=0.4)
-    assert set(watcher.e0.pending) == {"new"}
-    watcher.passes(PENDING_TIMEOUT_S)
-    assert not watcher.e0.pending
+    tracked.report(engine_load("e0"), engine_load("e1"))
+    tracked.send("old", "e1")
+    tracked.advance(0.9)
+    tracked.send("new", "e0")
+    tracked.report(engine_load("e0", state="STARTING"), engine_load("e1"), age_s=0.95)
+    tracked.advance(0.2)
+    tracked.report(engine_load("e0"), engine_load("e1"), age_s=0.4)
+    assert set(tracked.e0.pending) == {"new"}
+    tracked.advance(PENDING_TIMEOUT_S)
+    assert not tracked.e0.pending
 
 
-def test_an_older_picture_changes_nothing(watcher: Watcher) -> None:
-    watcher.view.update(picture(engine_load("e0", running=7), sequence=1), watcher.now)
-    assert watcher.e0.load.running == 0
+def test_an_older_picture_changes_nothing(tracked: TrackedView) -> None:
+    tracked.view.update(picture(engine_load("e0", running=7), sequence=1), tracked.now)
+    assert tracked.e0.load.running == 0
 
 
-def test_a_restarted_monitor_counts_from_one_again(watcher: Watcher) -> None:
-    watcher.sees(engine_load("e0", running=3))
-    watcher.view.update(picture(engine_load("e0", running=7), sequence=1, incarnation="m2"), watcher.now)
-    assert watcher.e0.load.running == 7
+def test_a_restarted_monitor_counts_from_one_again(tracked: TrackedView) -> None:
+    tracked.report(engine_load("e0", running=3))
+    tracked.view.update(picture(engine_load("e0", running=7), sequence=1, incarnation="m2"), tracked.now)
+    assert tracked.e0.load.running == 7
 
 
-def test_what_is_sent_counts_as_load_at_once(watcher: Watcher) -> None:
-    watcher.sends("r1", tokens=30, adapter=PIRATE)
-    watcher.sends("r2", tokens=12)
-    assert (watcher.e0.requests, watcher.e0.pending_tokens) == (2, 42)
-    assert PIRATE.version in watcher.e0.pending_adapters.versions
+def test_a_sent_request_counts_as_load_at_once(tracked: TrackedView) -> None:
+    tracked.send("r1", tokens=30, adapter=PIRATE)
+    tracked.send("r2", tokens=12)
+    assert (tracked.e0.requests, tracked.e0.pending_tokens) == (2, 42)
+    assert PIRATE.version in tracked.e0.pending_adapters.versions
 
 
-def test_sending_again_counts_once(watcher: Watcher) -> None:
-    watcher.sends("r1", tokens=30)
-    watcher.sends("r2", tokens=1)
-    watcher.sends("r1", tokens=30)
-    assert (watcher.e0.requests, watcher.e0.pending_tokens) == (2, 31)
+def test_a_request_that_is_sent_again_counts_once(tracked: TrackedView) -> None:
+    tracked.send("r1", tokens=30)
+    tracked.send("r2", tokens=1)
+    tracked.send("r1", tokens=30)
+    assert (tracked.e0.requests, tracked.e0.pending_tokens) == (2, 31)
 
 
-def test_a_report_that_mentions_a_request_counts_it_instead(watcher: Watcher) -> None:
-    watcher.sends("r1", tokens=30)
-    watcher.sees(engine_load("e0", waiting=1, waiting_prefill_tokens=30, request_ids=("r1",)))
-    assert (watcher.e0.requests, watcher.e0.pending_tokens) == (1, 0)
+def test_a_report_that_mentions_a_pending_request_replaces_it(tracked: TrackedView) -> None:
+    tracked.send("r1", tokens=30)
+    tracked.report(engine_load("e0", waiting=1, waiting_prefill_tokens=30, request_ids=("r1",)))
+    assert (tracked.e0.requests, tracked.e0.pending_tokens) == (1, 0)
 
 
-def test_a_report_from_before_it_was_sent_leaves_it(watcher: Watcher) -> None:
-    watcher.sends("r1")
-    watcher.now += 0.2
-    watcher.sees(engine_load("e0"), age_s=0.2)
-    assert watcher.e0.requests == 1
+def test_an_older_report_leaves_a_pending_request(tracked: TrackedView) -> None:
+    tracked.send("r1")
+    tracked.now += 0.2
+    tracked.report(engine_load("e0"), age_s=0.2)
+    assert tracked.e0.requests == 1
 
 
-def test_a_later_report_without_it_means_that_it_has_ended(watcher: Watcher) -> None:
-    watcher.sends("r1")
-    watcher.now += 0.2
-    watcher.sees(engine_load("e0"), age_s=0.1)
-    assert watcher.e0.requests == 0
+def test_a_later_report_without_the_request_ends_it(tracked: TrackedView) -> None:
+    tracked.send("r1")
+    tracked.now += 0.2
+    tracked.report(engine_load("e0"), age_s=0.1)
+    assert tracked.e0.requests == 0
 
 
-def test_what_no_report_mentions_is_dropped_after_a_while(watcher: Watcher) -> None:
-    watcher.sends("r1")
-    watcher.passes(PENDING_TIMEOUT_S / 2)
-    watcher.sends("r2")
-    watcher.passes(PENDING_TIMEOUT_S * 0.6)
-    assert list(watcher.e0.pending) == ["r2"]
+def test_a_request_that_no_report_mentions_expires(tracked: TrackedView) -> None:
+    tracked.send("r1")
+    tracked.advance(PENDING_TIMEOUT_S / 2)
+    tracked.send("r2")
+    tracked.advance(PENDING_TIMEOUT_S * 0.6)
+    assert list(tracked.e0.pending) == ["r2"]
 
 
-def test_a_refused_request_is_no_load(watcher: Watcher) -> None:
-    watcher.sends("r1")
-    watcher.view.record_refused("e0", "r1", "overloaded", watcher.now)
-    assert (watcher.e0.requests, watcher.e0.pending_tokens) == (0, 0)
+def test_a_refused_request_does_not_count_as_load(tracked: TrackedView) -> None:
+    tracked.send("r1")
+    tracked.view.record_refused("e0", "r1", "overloaded", tracked.now)
+    assert (tracked.e0.requests, tracked.e0.pending_tokens) == (0, 0)
 
 
-def test_an_engine_that_restarted_has_none_of_what_was_sent_to_it(watcher: Watcher) -> None:
-    watcher.sends("r1")
-    watcher.hears_nothing(times=TIMEOUTS_TO_AVOID)
-    watcher.sees(engine_load("e0", incarnation="i2"))
-    assert watcher.e0.requests == 0
-    assert watcher.e0.avoided_since_s is None
+def test_a_restarted_engine_has_no_pending_requests(tracked: TrackedView) -> None:
+    tracked.send("r1")
+    tracked.time_out(times=TIMEOUTS_TO_AVOID)
+    tracked.report(engine_load("e0", incarnation="i2"))
+    assert tracked.e0.requests == 0
+    assert tracked.e0.avoided_since_s is None
 
 
-def test_an_answer_of_another_incarnation_means_an_empty_pool(watcher: Watcher) -> None:
-    watcher.sees(engine_load("e0", resident=(resident(PIRATE),), loading=("v2",)))
-    watcher.view.record_admitted("e0", "r1", "i1", watcher.now)
-    assert watcher.e0.resident == {PIRATE.version}
-    watcher.view.record_admitted("e0", "r2", "i2", watcher.now)
-    assert not watcher.e0.resident
-    assert "v2" not in watcher.e0.pending_adapters.versions | watcher.e0.loading
+def test_an_answer_of_another_incarnation_clears_the_adapters(tracked: TrackedView) -> None:
+    tracked.report(engine_load("e0", resident=(resident(PIRATE),), loading=("v2",)))
+    tracked.view.record_admitted("e0", "r1", "i1", tracked.now)
+    assert tracked.e0.resident == {PIRATE.version}
+    tracked.view.record_admitted("e0", "r2", "i2", tracked.now)
+    assert not tracked.e0.resident
+    assert "v2" not in tracked.e0.pending_adapters.versions | tracked.e0.loading
 
 
-def test_room_is_what_the_engine_says_lies_in_one_piece(watcher: Watcher) -> None:
+def test_room_is_the_largest_free_extent_of_the_report(tracked: TrackedView) -> None:
     held = (resident(adapter_ref(1, slab_bytes=3 * MIB), pinned=True), resident(adapter_ref(4, slab_bytes=2 * MIB)))
     loads = {"pool_total_bytes": 48 * MIB, "pool_free_bytes": 45 * MIB, "pool_room_bytes": 13 * MIB}
-    watcher.sees(engine_load("e0", resident=held, **loads))
-    assert watcher.e0.room_bytes == 13 * MIB
-    assert watcher.e0.largest_extent_bytes == 48 * MIB
+    tracked.report(engine_load("e0", resident=held, **loads))
+    assert tracked.e0.room_bytes == 13 * MIB
+    assert tracked.e0.largest_extent_bytes == 48 * MIB
 
 
-def test_one_timeout_is_no_reason_to_avoid(watcher: Watcher) -> None:
-    watcher.hears_nothing(times=TIMEOUTS_TO_AVOID - 1)
-    assert watcher.e0.avoided_since_s is None
-    watcher.view.record_admitted("e0", "r1", "i1", watcher.now)
-    watcher.hears_nothing(times=TIMEOUTS_TO_AVOID - 1)
-    assert watcher.e0.avoided_since_s is None
+def test_a_single_timeout_does_not_cause_avoidance(tracked: TrackedView) -> None:
+    tracked.time_out(times=TIMEOUTS_TO_AVOID - 1)
+    assert tracked.e0.avoided_since_s is None
+    tracked.view.record_admitted("e0", "r1", "i1", tracked.now)
+    tracked.time_out(times=TIMEOUTS_TO_AVOID - 1)
+    assert tracked.e0.avoided_since_s is None
 
 
-def test_an_answer_ends_avoidance(watcher: Watcher) -> None:
-    watcher.hears_nothing(times=TIMEOUTS_TO_AVOID)
-    assert watcher.e0.avoided_since_s == watcher.now
-    watcher.view.record_admitted("e0", "r1", "i1", watcher.now)
-    assert watcher.e0.avoided_since_s is None
+def test_an_answer_ends_avoidance(tracked: TrackedView) -> None:
+    tracked.time_out(times=TIMEOUTS_TO_AVOID)
+    assert tracked.e0.avoided_since_s == tracked.now
+    tracked.view.record_admitted("e0", "r1", "i1", tracked.now)
+    assert tracked.e0.avoided_since_s is None
 
 
-def test_reports_end_avoidance_only_after_a_while(watcher: Watcher) -> None:
-    watcher.hears_nothing(times=TIMEOUTS_TO_AVOID)
-    watcher.now += FIRST_AVOIDANCE_S * 0.9
-    watcher.sees(engine_load("e0"))
-    assert watcher.e0.avoided_since_s is not None
-    watcher.now += FIRST_AVOIDANCE_S * 0.2
-    watcher.sees(engine_load("e0"))
-    assert watcher.e0.avoided_since_s is None
+def test_reports_end_avoidance_only_after_its_time(tracked: TrackedView) -> None:
+    tracked.time_out(times=TIMEOUTS_TO_AVOID)
+    tracked.now += FIRST_AVOIDANCE_S * 0.9
+    tracked.report(engine_load("e0"))
+    assert tracked.e0.avoided_since_s is not None
+    tracked.now += FIRST_AVOIDANCE_S * 0.2
+    tracked.report(engine_load("e0"))
+    assert tracked.e0.avoided_since_s is None
 
 
-def test_each_avoidance_is_longer_up_to_a_limit(watcher: Watcher) -> None:
+def test_each_avoidance_is_longer_up_to_a_limit(tracked: TrackedView) -> None:
     lasted: list[float] = []
-    watcher.hears_nothing(times=TIMEOUTS_TO_AVOID)
+    tracked.time_out(times=TIMEOUTS_TO_AVOID)
     for _ in range(6):
-        began_s = watcher.now
-        while watcher.e0.avoided_since_s is not None:
-            watcher.now += 0.25
-            watcher.sees(engine_load("e0"))
-        lasted.append(watcher.now - began_s)
-        watcher.hears_nothing()
-        assert watcher.e0.avoided_since_s is not None, "one more timeout is enough after an avoidance"
+        began_s = tracked.now
+        while tracked.e0.avoided_since_s is not None:
+            tracked.now += 0.25
+            tracked.report(engine_load("e0"))
+        lasted.append(tracked.now - began_s)
+        tracked.time_out()
+        assert tracked.e0.avoided_since_s is not None, "one more timeout is enough after an avoidance"
     assert lasted == [0.5, 1.0, 2.0, 4.0, 8.0, MAX_AVOIDANCE_S]
 
 
-def test_a_request_is_known_to_run_where_it_was_admitted(watcher: Watcher) -> None:
-    watcher.view.record_admitted("e0", "r1", "i1", watcher.now)
-    assert watcher.view.running["r1"].engine == "e0"
-    watcher.now += 2 * REPORT_MARGIN_S
-    watcher.sees(engine_load("e0", request_ids=("r1",)))
-    assert watcher.view.running["r1"].engine == "e0"
-    watcher.sees(engine_load("e0"))
-    assert "r1" not in watcher.view.running
+def test_an_admitted_request_is_known_to_run_there(tracked: TrackedView) -> None:
+    tracked.view.record_admitted("e0", "r1", "i1", tracked.now)
+    assert tracked.view.running["r1"].engine == "e0"
+    tracked.now += 2 * REPORT_MARGIN_S
+    tracked.report(engine_load("e0", request_ids=("r1",)))
+    assert tracked.view.running["r1"].engine == "e0"
+    tracked.report(engine_load("e0"))
+    assert "r1" not in tracked.view.running
 
 
-def test_a_restarted_router_learns_from_reports_what_runs_where(watcher: Watcher) -> None:
-    watcher.sees(engine_load("e0"), engine_load("e1", request_ids=("r1", "r2")))
-    assert {i: live.engine for i, live in watcher.view.running.items()} == {"r1": "e1", "r2": "e1"}
+def test_a_restarted_router_learns_running_requests_from_reports(tracked: TrackedView) -> None:
+    tracked.report(engine_load("e0"), engine_load("e1", request_ids=("r1", "r2")))
+    assert {i: live.engine for i, live in tracked.view.running.items()} == {"r1": "e1", "r2": "e1"}
 
 
-def test_nothing_runs_on_a_dead_engine(watcher: Watcher) -> None:
-    watcher.sees(engine_load("e0", request_ids=("r1",)))
-    watcher.sees(engine_load("e0", request_ids=("r1",)), dead=("e0",))
-    assert not watcher.view.running
+def test_requests_of_a_dead_engine_are_dropped(tracked: TrackedView) -> None:
+    tracked.report(engine_load("e0", request_ids=("r1",)))
+    tracked.report(engine_load("e0", request_ids=("r1",)), dead=("e0",))
+    assert not tracked.view.running
 
 
-def test_a_young_monitor_that_has_not_heard_of_an_engine_does_not_end_it(watcher: Watcher) -> None:
-    watcher.now += FORGET_MISSING_S / 2
-    watcher.sees(engine_load("e1"))
-    assert [v.name for v in watcher.view.ready_engines()] == ["e0", "e1"]
-    watcher.now += FORGET_MISSING_S
-    watcher.sees(engine_load("e1"))
-    assert list(watcher.view.engines) == ["e1"]
+def test_an_engine_missing_from_a_restarted_monitors_picture_is_kept_for_a_while(tracked: TrackedView) -> None:
+    tracked.now += FORGET_MISSING_S / 2
+    tracked.report(engine_load("e1"))
+    assert [v.name for v in tracked.view.ready_engines()] == ["e0", "e1"]
+    tracked.now += FORGET_MISSING_S
+    tracked.report(engine_load("e1"))
+    assert list(tracked.view.engines) == ["e1"]
 
 
-def test_the_mean_output_follows_demand(watcher: Watcher) -> None:
-    before = watcher.view.mean_output_tokens
+def test_the_mean_output_is_computed_from_demand(tracked: TrackedView) -> None:
+    before = tracked.view.mean_output_tokens
     demand = (asked_for(PIRATE, decode_tokens_per_s=30.0), asked_for(adapter_ref(2), decode_tokens_per_s=10.0))
-    watcher.view.update(picture(engine_load("e0"), sequence=9, demand=demand), watcher.now)
-    assert watcher.view.mean_output_tokens == pytest.approx(50.0)
-    watcher.view.update(picture(engine_load("e0"), sequence=10), watcher.now)
-    assert watcher.view.mean_output_tokens == pytest.approx(50.0) != before
+    tracked.view.update(picture(engine_load("e0"), sequence=9, demand=demand), tracked.now)
+    assert tracked.view.mean_output_tokens == pytest.approx(50.0)
+    tracked.view.update(picture(engine_load("e0"), sequence=10), tracked.now)
+    assert tracked.view.mean_output_tokens == pytest.approx(50.0) != before
 
 
-def test_what_happens_at_an_unknown_engine_does_not_matter(watcher: Watcher) -> None:
-    watcher.sends("r1", "e9")
-    watcher.view.record_refused("e9", "r1", "draining", watcher.now)
-    watcher.hears_nothing("e9")
-    watcher.view.record_admitted("e9", "r1", "i1", watcher.now)
-    assert list(watcher.view.engines) == ["e0"]
+def test_events_of_an_unknown_engine_change_nothing(tracked: TrackedView) -> None:
+    tracked.send("r1", "e9")
+    tracked.view.record_refused("e9", "r1", "draining", tracked.now)
+    tracked.time_out("e9")
+    tracked.view.record_admitted("e9", "r1", "i1", tracked.now)
+    assert list(tracked.view.engines) == ["e0"]
 
 
-def test_a_story_tells_what_was_done_with_a_request(watcher: Watcher) -> None:
-    watcher.sends("r1")
-    watcher.view.record_timeout("e0", "r1", watcher.now)
-    watcher.view.record_refused("e1", "r1", "overloaded", watcher.now)
-    watcher.view.record_admitted("e2", "r1", "i1", watcher.now + 1)
-    assert watcher.view.story.lines("r1") == [
+def test_a_story_lists_what_was_done_with_a_request(tracked: TrackedView) -> None:
+    tracked.send("r1")
+    tracked.view.record_timeout("e0", "r1", tracked.now)
+    tracked.view.record_refused("e1", "r1", "overloaded", tracked.now)
+    tracked.view.record_admitted("e2", "r1", "i1", tracked.now + 1)
+    assert tracked.view.story.lines("r1") == [
         "100.000 sent to e0",
         "100.000 no answer from e0",
         "100.000 refused by e1: overloaded",
         "101.000 admitted by e2",
     ]
-    assert watcher.view.story.lines("r2") == []
+    assert tracked.view.story.lines("r2") == []
 
 
-def test_stories_and_live_requests_are_forgotten_oldest_first(watcher: Watcher) -> None:
+def test_stories_and_live_requests_are_forgotten_oldest_first(tracked: TrackedView) -> None:
     for number in range(MAX_SUBJECTS + 1):
-        watcher.view.record_refused("e0", f"s{number}", "overloaded", watcher.now)
-    assert not watcher.view.story.lines("s0")
-    assert watcher.view.story.lines("s1")
-    watcher.sees(engine_load("e0", request_ids=tuple(f"r{n}" for n in range(MAX_RUNNING + 1))))
-    assert "r0" not in watcher.view.running
-    assert f"r{MAX_RUNNING}" in watcher.view.running
+        tracked.view.record_refused("e0", f"s{number}", "overloaded", tracked.now)
+    assert not tracked.view.story.lines("s0")
+    assert tracked.view.story.lines("s1")
+    tracked.report(engine_load("e0", request_ids=tuple(f"r{n}" for n in range(MAX_RUNNING + 1))))
+    assert "r0" not in tracked.view.running
+    assert f"r{MAX_RUNNING}" in tracked.view.running
 
 
-def test_only_news_is_learned_from(watcher: Watcher) -> None:
-    assert watcher.view.update(picture(engine_load("e0"), sequence=5), watcher.now)
-    assert not watcher.view.update(picture(engine_load("e0"), sequence=5), watcher.now)
-    assert not watcher.view.update(picture(engine_load("e0"), sequence=4), watcher.now)
+def test_update_returns_whether_the_picture_was_new(tracked: TrackedView) -> None:
+    assert tracked.view.update(picture(engine_load("e0"), sequence=5), tracked.now)
+    assert not tracked.view.update(picture(engine_load("e0"), sequence=5), tracked.now)
+    assert not tracked.view.update(picture(engine_load("e0"), sequence=4), tracked.now)

@@ -1,4 +1,4 @@
-"""The view in any order of events: it stays consistent, and once nothing happens any more it is empty."""
+"""The view under any order of events: it stays consistent, and ends empty when all engines are idle."""
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -20,7 +20,7 @@ requests = st.sampled_from(REQUESTS)
 
 
 class ViewMachine(RuleBasedStateMachine):
-    """Knows itself only what is beyond doubt: when it last saw what."""
+    """A model that knows only when it last saw what."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ViewMachine(RuleBasedStateMachine):
 
     @rule(cost=st.sampled_from(COSTS))
     def price(self, cost: CostModel) -> None:
-        """From here on what changes an engine must renew its prices; validate compares them."""
+        """Compute prices; changes of an engine must renew them from here on, which validate checks."""
         table = self.view.prices(cost)
         assert [engine.name for engine in table.engines] == [view.name for view in self.view.ready_engines()]
         assert table.fallbacks == {view.column for view in self.view.ready_engines() if view.fallback_level}
@@ -131,7 +131,7 @@ class ViewMachine(RuleBasedStateMachine):
                 assert self.timeouts.get(name, 0) >= 1, "avoided without a timeout since its last answer"
 
     def teardown(self) -> None:
-        """All engines report, later, that they have nothing: so it is."""
+        """Check that the view is empty after all engines reported later that they are idle."""
         for _ in range(2):
             self.now += LONG_S
             self.sequence += 1

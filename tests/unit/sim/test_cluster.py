@@ -24,7 +24,7 @@ def simulate(profile: Profile, policy: str, rps: float = 10.0, requests: int = 3
 
 
 @pytest.mark.parametrize("policy", NAMES)
-def test_every_request_is_served_and_every_engine_ends_clean(policy: str, profile: Profile) -> None:
+def test_every_request_is_served_and_every_engine_ends_idle(policy: str, profile: Profile) -> None:
     simulation = Simulation(workload(profile, 10.0), policy_named(policy), profile, ENGINES, SETTINGS)
     outcome = simulation.run()
     assert len(outcome.requests) == 240, "the first fifth is left out"
@@ -37,12 +37,12 @@ def test_every_request_is_served_and_every_engine_ends_clean(policy: str, profil
 
 
 @pytest.mark.parametrize("policy", NAMES)
-def test_the_same_run_twice_is_the_same(policy: str, profile: Profile) -> None:
+def test_a_run_is_reproducible(policy: str, profile: Profile) -> None:
     first, second = (simulate(profile, policy) for _ in range(2))
     assert [r.first_token_s for r in first.requests] == [r.first_token_s for r in second.requests]
 
 
-def test_requests_that_come_all_at_once_have_no_rate(profile: Profile) -> None:
+def test_requests_that_arrive_all_at_once_have_no_goodput(profile: Profile) -> None:
     drawn = workload(profile, 10.0, requests=40)
     burst = [msgspec.structs.replace(r, time_s=1.0 if i else 0.0) for i, r in enumerate(drawn.requests)]
     at_once = msgspec.structs.replace(drawn, requests=tuple(burst))
@@ -51,25 +51,25 @@ def test_requests_that_come_all_at_once_have_no_rate(profile: Profile) -> None:
     assert outcome.p95_ttft_s < inf
 
 
-def test_who_is_given_every_adapter_holds_every_adapter_and_others_do_not(profile: Profile) -> None:
+def test_toppings_holds_every_adapter_and_others_do_not(profile: Profile) -> None:
     assert simulate(profile, "toppings").bytes_share == pytest.approx(1.0)
     assert simulate(profile, "slora-random").bytes_share == pytest.approx(1 / ENGINES, rel=0.05)
     assert simulate(profile, "ours").bytes_share < 0.7
 
 
-def test_more_load_never_makes_it_faster(profile: Profile) -> None:
+def test_p95_never_falls_with_load(profile: Profile) -> None:
     times = [simulate(profile, "toppings", rps).p95_ttft_s for rps in (5.0, 20.0, 80.0)]
     assert times == sorted(times)
 
 
-def test_a_hopeless_run_is_broken_off(profile: Profile) -> None:
+def test_a_hopeless_run_is_stopped(profile: Profile) -> None:
     outcome = simulate(profile, "slora-random", rps=300.0, requests=1500)
     assert outcome.hopeless
     assert outcome.p95_ttft_s == inf
     assert any(request.end_s is None for request in outcome.requests)
 
 
-def test_whoever_is_rejected_never_began(profile: Profile) -> None:
+def test_rejected_requests_have_no_first_token(profile: Profile) -> None:
     settings = SimSettings(slo_ttft_s=0.05, reject_factor=1.0, hopeless=1e9)
     outcome = Simulation(workload(profile, 200.0), policy_named("ours"), profile, ENGINES, settings).run()
     rejected = [request for request in outcome.requests if request.rejected]
@@ -78,7 +78,7 @@ def test_whoever_is_rejected_never_began(profile: Profile) -> None:
     assert outcome.rejected == len(rejected)
 
 
-def test_an_adapter_that_does_not_fit_is_rejected_not_lost(profile: Profile) -> None:
+def test_requests_for_an_adapter_that_does_not_fit_are_rejected_and_not_lost(profile: Profile) -> None:
     tight = draw_workload(WorkloadShape(requests=60, adapters=20), slab_bytes_per_rank=4 << 20).at(10.0)
     settings = SimSettings(hopeless=inf)
     outcome = Simulation(tight, policy_named("slora-random"), profile, ENGINES, settings).run()

@@ -1,4 +1,4 @@
-"""What router and planner come to believe of simulated engines, which behave exactly as the profile says."""
+"""The cost model that is learned from simulated engines, which behave exactly as their profile says."""
 
 import pytest
 
@@ -25,7 +25,7 @@ LEARNED = (
 
 
 class Watched(Simulation):
-    """Keeps what it believes."""
+    """A simulation whose learned cost model can be read."""
 
     @property
     def believed(self) -> CostModel:
@@ -52,14 +52,14 @@ def check(believed: CostModel, true: CostModel) -> None:
 
 @pytest.mark.parametrize("policy", ["ours", "slora-random"])
 @pytest.mark.parametrize("lengths", ["prefill-heavy", "chat", "decode-heavy"])
-def test_engines_that_are_as_the_profile_says_are_believed_to_be(lengths: str, policy: str) -> None:
+def test_learned_cost_equals_the_profile(lengths: str, policy: str) -> None:
     profile = read_profile("llama-3-8b-a100-padded")
     rps = 13.0
     simulation = served(WorkloadShape(lengths=lengths, requests=int(SECONDS * rps)), rps, profile, policy)
     check(simulation.believed, profile.cost)
 
 
-def test_so_are_those_of_a_small_pool_which_load_all_the_time() -> None:
+def test_learned_cost_equals_the_profile_with_a_small_pool_that_loads_all_the_time() -> None:
     profile = small_profile()
     simulation = served(WorkloadShape(adapters=80, ranks="mostly-large", requests=600), 25.0, profile)
     check(simulation.believed, profile.cost)

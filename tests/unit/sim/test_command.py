@@ -39,7 +39,7 @@ def test_a_sweep_has_a_point_for_each_policy_and_load(flags: list[str], capsys: 
     assert [(p["policy"], p["rps"]) for p in points] == [("ours", 2), ("ours", 4), ("dynamo", 2), ("dynamo", 4)]
 
 
-def test_a_sweep_draws_what_each_policy_did_at_the_highest_load(
+def test_a_sweep_plots_each_policy_at_the_highest_load(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def drawn(loads: str) -> dict[str, bytes]:
@@ -56,7 +56,7 @@ def test_a_sweep_draws_what_each_policy_did_at_the_highest_load(
     assert "intervals" not in json.loads(said.splitlines()[-1])["points"][0]
 
 
-def test_a_comparison_of_a_trace_ends_in_the_agreed_json_and_draws(
+def test_a_comparison_of_a_trace_prints_its_json_keys_and_plots(
     flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "t.csv"
@@ -118,7 +118,7 @@ def test_a_comparison_of_a_trace_ends_in_the_agreed_json_and_draws(
         (["--trace", "nowhere.csv"], "nowhere.csv"),
     ],
 )
-def test_bad_input_names_the_flag_and_what_there_is(
+def test_a_wrong_flag_is_named_with_the_allowed_values(
     more: list[str], said: str, flags: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*flags, *more]) == 1
@@ -133,7 +133,7 @@ def test_bad_input_names_the_flag_and_what_there_is(
         (TRACE + "4,,5,5\n", "client"),
     ],
 )
-def test_a_bad_trace_is_named_by_file_and_line_or_field(
+def test_errors_in_a_trace_name_file_and_line_or_field(
     content: str, said: str, flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trace = tmp_path / "bad.csv"
@@ -144,7 +144,7 @@ def test_a_bad_trace_is_named_by_file_and_line_or_field(
     assert said in error
 
 
-def test_a_profile_that_is_no_profile_names_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_profile_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "p.json"
     content = msgspec.to_builtins(small_profile())
     del content["cost"]

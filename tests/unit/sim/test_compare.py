@@ -1,4 +1,4 @@
-"""Comparisons find what a known queue says, and say where ours falls short."""
+"""Comparisons find the figures of a known queue and report missed goals."""
 
 from collections.abc import Sequence
 from math import inf
@@ -19,7 +19,7 @@ BASE = RunSpec(source=WorkloadShape(), policy="ours", engines=4, rps=0.0, profil
 
 
 def queue(jobs: Sequence[RunSpec]) -> list[RunFigures]:
-    """P95 of an M/M/1-like queue; at its capacity and above, hopeless."""
+    """Return figures with the P95 of an M/M/1-like queue, which is hopeless at its capacity and above."""
     points = []
     for job in jobs:
         load = job.rps / (CAPACITY_RPS[job.policy] * job.engines / 4)
@@ -51,18 +51,18 @@ def comparison() -> Comparison:
 
 
 @pytest.mark.parametrize("policy", CAPACITY_RPS)
-def test_the_largest_load_is_where_the_p95_crosses_the_slo(policy: str, comparison: Comparison) -> None:
+def test_the_largest_load_is_found_where_p95_crosses_the_slo(policy: str, comparison: Comparison) -> None:
     crossing_rps = CAPACITY_RPS[policy] * (1 - 0.5 / 10)
     assert crossing_rps / (1 + PRECISION) <= comparison.results[policy].max_rps <= crossing_rps
 
 
 @pytest.mark.parametrize("guess_rps", [0.01, 1.0, 1000.0])
-def test_a_bad_guess_costs_time_only(guess_rps: float) -> None:
+def test_a_wrong_guess_does_not_change_the_result(guess_rps: float) -> None:
     found = compare(BASE, ["toppings"], guess_rps, queue, CompareOptions(shares=(0.8,), count_engines=False))
     assert 24 * 0.95 / (1 + PRECISION) <= found.results["toppings"].max_rps <= 24 * 0.95
 
 
-def test_all_are_compared_at_shares_of_the_best_baselines_load(comparison: Comparison) -> None:
+def test_policies_are_compared_at_shares_of_the_best_baselines_load(comparison: Comparison) -> None:
     assert comparison.best_baseline == "toppings"
     best_rps = comparison.best_baseline_rps
     assert comparison.p95_at("ours", 0.8) == pytest.approx(0.5 / (1 - 0.8 * best_rps / 30))
@@ -75,7 +75,7 @@ def test_engines_needed_are_the_fewest_that_serve_the_load(comparison: Compariso
     assert comparison.results["slora-random"].engines_needed == 10
 
 
-def test_a_policy_that_cannot_at_any_size_needs_no_number_of_engines() -> None:
+def test_a_policy_that_never_meets_the_slo_has_no_number_of_engines() -> None:
     def never(jobs: Sequence[RunSpec]) -> list[RunFigures]:
         return [
             msgspec.structs.replace(p, p95_ttft_s=inf, hopeless=True) if p.policy == "slora-random" else p
@@ -87,7 +87,7 @@ def test_a_policy_that_cannot_at_any_size_needs_no_number_of_engines() -> None:
     assert found.results["slora-random"].max_rps == 0.0
 
 
-def test_where_ours_falls_short_is_said(comparison: Comparison) -> None:
+def test_shortfalls_name_the_missed_goals(comparison: Comparison) -> None:
     said = " ".join(report.shortfalls(comparison, limit_rps=30.0))
     assert "30.0% of all adapter bytes" in said
     assert "2x" not in said
@@ -98,7 +98,7 @@ def test_where_ours_falls_short_is_said(comparison: Comparison) -> None:
     assert "P95 TTFT at 80% load" in worse
 
 
-def test_the_json_has_null_for_what_is_not_finite(comparison: Comparison) -> None:
+def test_infinite_figures_are_null_in_json(comparison: Comparison) -> None:
     found = report.json_figures(comparison)
     assert found["slora-random"]["p95_at_80pct_s"] is None
     assert set(found["ours"]) == {
@@ -117,13 +117,13 @@ def test_tables_name_every_policy_and_load(comparison: Comparison) -> None:
     assert report.gains({"w": comparison})["vs_toppings_best"] == pytest.approx(1.25, rel=0.05)
 
 
-def test_a_grid_names_also_workloads_that_toppings_serves_at_no_load(comparison: Comparison) -> None:
+def test_a_grid_includes_workloads_that_toppings_cannot_serve(comparison: Comparison) -> None:
     toppings = msgspec.structs.replace(comparison.results["toppings"], max_rps=0.0)
     results = {**comparison.results, "toppings": toppings}
     assert "  -  " in report.grid_table({"w": msgspec.structs.replace(comparison, results=results)})
 
 
-def test_a_run_too_short_for_any_load_to_be_too_much_is_said_to_be(comparison: Comparison) -> None:
+def test_a_run_too_short_for_any_overload_is_reported(comparison: Comparison) -> None:
     def patient(jobs: Sequence[RunSpec]) -> list[RunFigures]:
         return [msgspec.structs.replace(p, p95_ttft_s=1.0, hopeless=False) for p in queue(jobs)]
 
@@ -132,7 +132,7 @@ def test_a_run_too_short_for_any_load_to_be_too_much_is_said_to_be(comparison: C
     assert all(name in text for name in CAPACITY_RPS)
 
 
-def test_where_no_baseline_serves_at_any_load_there_is_nothing_to_compare() -> None:
+def test_a_comparison_without_a_baseline_that_meets_the_slo_is_refused() -> None:
     def never(jobs: Sequence[RunSpec]) -> list[RunFigures]:
         return [msgspec.structs.replace(p, p95_ttft_s=inf, hopeless=True) for p in queue(jobs)]
 

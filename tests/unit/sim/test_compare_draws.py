@@ -1,4 +1,4 @@
-"""A placement that is drawn is drawn several times, and the median draw is compared."""
+"""Random placements are drawn several times, and the median draw is compared."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def capacity_rps(job: RunSpec) -> float:
 
 
 def limited(jobs: Sequence[RunSpec]) -> list[RunFigures]:
-    """The P95 is as the load to the capacity, and the SLO where both are the same."""
+    """Return figures whose P95 grows with load / capacity and equals the SLO at the capacity."""
     slo_s = BASE.settings.slo_ttft_s
     return [
         msgspec.structs.replace(
@@ -52,7 +52,7 @@ def compared(draws: int) -> Comparison:
 
 
 @pytest.mark.parametrize(("draws", "median_rps"), [(1, 10.0), (2, 10.0), (3, 13.0), (4, 13.0)])
-def test_the_row_of_a_drawn_policy_is_the_median_draws(draws: int, median_rps: float) -> None:
+def test_the_row_of_a_random_placement_is_the_median_draw(draws: int, median_rps: float) -> None:
     found = compared(draws)
     random = found.results["slora-random"]
     assert median_rps / (1 + PRECISION) <= random.max_rps <= median_rps
@@ -61,19 +61,19 @@ def test_the_row_of_a_drawn_policy_is_the_median_draws(draws: int, median_rps: f
     assert least - 1 < most <= least
 
 
-def test_the_draws_are_of_the_seed_and_those_after_it() -> None:
+def test_draws_use_the_seed_and_the_following_ones() -> None:
     found = compared(3).results
     assert found["slora-random"].max_rps_draws == pytest.approx((10.0, 13.0, 16.0), rel=PRECISION)
     assert found["toppings"].max_rps_draws == (found["toppings"].max_rps,), "nothing of it is drawn"
 
 
-def test_what_ours_gains_is_told_of_the_median_draw() -> None:
+def test_shortfalls_compare_with_the_median_draw() -> None:
     one, three = (" ".join(report.shortfalls(compared(draws), limit_rps=99.0)) for draws in (1, 3))
     assert "slora-random's" not in one, "25 / 10"
     assert "x of slora-random's, not 2x" in three, "25 / 13, though the worst of the draws has 10"
 
 
-def test_the_lowest_and_the_highest_draw_are_said_where_there_are_several() -> None:
+def test_the_range_of_several_draws_is_printed() -> None:
     found = compared(3)
     lowest, median, highest = found.results["slora-random"].max_rps_draws
     said = report.draws_text(found)
@@ -84,7 +84,7 @@ def test_the_lowest_and_the_highest_draw_are_said_where_there_are_several() -> N
     assert report.draws_text(compared(1)) == []
 
 
-def test_another_draw_places_the_same_workload_otherwise() -> None:
+def test_another_draw_places_the_same_workload_differently() -> None:
     def mixes(seed: int) -> list[tuple[dict[int, int], ...]]:
         job = msgspec.structs.replace(BASE, policy="slora-random", settings=SimSettings(seed=seed))
         return [interval.rank_tokens for interval in run_figures(job).intervals]

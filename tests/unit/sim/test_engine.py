@@ -1,4 +1,4 @@
-"""The simulated engine takes the time that the cost model says, skipping or not."""
+"""The simulated engine takes the time of the cost model, with and without fast-forward."""
 
 import pytest
 
@@ -52,7 +52,7 @@ def run(timeline: Timeline) -> None:
         pass
 
 
-def test_a_request_alone_takes_its_prefill_and_its_steps(profile: Profile) -> None:
+def test_a_single_request_takes_its_prefill_and_decode_steps(profile: Profile) -> None:
     timeline, seen, cost = Timeline(), Seen(), profile.cost
     engine(profile, timeline, seen).admit(admit(1, prompt=100, output=20), 0.0)
     run(timeline)
@@ -62,7 +62,7 @@ def test_a_request_alone_takes_its_prefill_and_its_steps(profile: Profile) -> No
     assert seen.end["r1"] == pytest.approx(prefill_s + steps_s)
 
 
-def test_looking_at_an_engine_changes_nothing(profile: Profile) -> None:
+def test_reports_do_not_change_an_engine(profile: Profile) -> None:
     ends = []
     for looks in (0, 200):
         timeline, seen = Timeline(), Seen()
@@ -76,7 +76,7 @@ def test_looking_at_an_engine_changes_nothing(profile: Profile) -> None:
     assert ends[1] == pytest.approx(ends[0])
 
 
-def test_reports_say_how_far_the_requests_are(profile: Profile) -> None:
+def test_reports_include_fast_forwarded_progress(profile: Profile) -> None:
     timeline, seen = Timeline(), Seen()
     simulated = engine(profile, timeline, seen)
     simulated.admit(admit(1, prompt=100, output=1000), 0.0)
@@ -88,7 +88,7 @@ def test_reports_say_how_far_the_requests_are(profile: Profile) -> None:
     assert load.adapter_tokens[0].decode_tokens == pytest.approx((1.0 - seen.first["r1"]) / step_s, abs=2)
 
 
-def test_a_padded_batch_pays_the_largest_rank_for_everybody(profile: Profile) -> None:
+def test_every_sequence_of_a_padded_batch_pays_for_the_largest_rank(profile: Profile) -> None:
     def decode_s(*adapters: AdapterRef | None) -> float:
         timeline, seen = Timeline(), Seen()
         simulated = engine(profile, timeline, seen)

@@ -1,4 +1,4 @@
-"""What no placement can serve more of: by hand, by what it leaves out, and against runs."""
+"""Estimates of capacity: against figures worked out by hand and against runs."""
 
 import msgspec
 import pytest
@@ -14,34 +14,34 @@ UNIT = 1 << 16
 
 
 def one_kind(rank: int, requests: int = 10) -> Workload:
-    """100 tokens of prompt, 20 of output, one adapter."""
+    """Return requests with 100 prompt and 20 output tokens for one adapter."""
     return Workload("w", make_adapters([rank], UNIT), tuple(SimRequest(i * 0.1, 0, 100, 20) for i in range(requests)))
 
 
-def test_it_is_the_time_of_the_requests_in_full_batches_at_their_own_rank(profile: Profile) -> None:
+def test_the_limit_is_the_time_of_the_requests_in_full_batches_at_their_own_rank(profile: Profile) -> None:
     prefill_s = 100 * (1e-4 + 8 * 1e-7)
     decode_s = 20 * (1e-4 + 8 * 3e-6 + 110 * 1e-7 + 0.01 / 32)
     assert limit_rps(one_kind(8), profile, 4) == pytest.approx(4 / (prefill_s + decode_s))
 
 
-def test_memory_that_holds_few_sequences_makes_batches_small(profile: Profile) -> None:
+def test_little_kv_memory_makes_batches_smaller(profile: Profile) -> None:
     small = msgspec.structs.replace(profile, engine=msgspec.structs.replace(profile.engine, kv_blocks=110))
     longer_s = 1 / limit_rps(one_kind(8), small, 1) - 1 / limit_rps(one_kind(8), profile, 1)
     assert longer_s == pytest.approx(20 * 0.01 * (1 / 16 - 1 / 32)), "110 blocks hold 16 sequences of 110 tokens"
 
 
-def test_a_larger_rank_costs_what_padding_to_it_costs(profile: Profile) -> None:
+def test_a_larger_rank_lowers_the_limit(profile: Profile) -> None:
     assert limit_rps(one_kind(64), profile, 1) < limit_rps(one_kind(8), profile, 1)
 
 
-def test_a_guess_of_the_capacity_is_below_it(profile: Profile) -> None:
+def test_the_estimated_capacity_is_below_the_limit(profile: Profile) -> None:
     workload = draw_workload(WorkloadShape(requests=500, adapters=20), UNIT)
     assert capacity_rps(workload, profile, 4) < limit_rps(workload, profile, 4)
 
 
 @pytest.mark.parametrize("policy", ["ours", "toppings"])
-def test_nobody_serves_more(profile: Profile, policy: str) -> None:
-    """What arrived has been computed after the time that the limit says at the soonest."""
+def test_no_policy_exceeds_the_limit(profile: Profile, policy: str) -> None:
+    """The requests cannot all be computed sooner than the limit says."""
     workload = draw_workload(WorkloadShape(requests=800, adapters=12), UNIT).at(2000.0)
     settings = SimSettings(hopeless=float("inf"), reject_factor=1e9)
     outcome = Simulation(workload, policy_named(policy, 0), profile, 2, settings).run()

@@ -1,4 +1,4 @@
-"""Trace files: both kinds are read, in order; what cannot be used is named by file, line and field."""
+"""Trace files: both formats are read in order; errors name file, line and field."""
 
 import csv
 import gzip
@@ -31,12 +31,12 @@ def parse(text: str) -> list[TraceRequest]:
     return parse_trace(io.StringIO(text, newline=""), "t.csv")
 
 
-def test_our_trace_is_read_in_order_of_time(tmp_path: Path) -> None:
+def test_a_trace_in_our_format_is_read_in_order_of_time(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(LINES)
     assert read_trace(tmp_path / "t.csv") == REQUESTS
 
 
-def test_a_compressed_trace_is_the_same(tmp_path: Path) -> None:
+def test_a_compressed_trace_is_read(tmp_path: Path) -> None:
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(LINES.encode()))
     assert read_trace(str(tmp_path / "t.csv.gz")) == REQUESTS
 
@@ -46,27 +46,27 @@ def test_azures_time_counts_from_its_first_request() -> None:
     assert parse(text) == [TraceRequest(0.0, AZURE_CLIENT, 374, 44), TraceRequest(1.25, AZURE_CLIENT, 396, 109)]
 
 
-def test_azures_times_with_a_zone_are_read_too() -> None:
+def test_azures_times_may_have_a_zone() -> None:
     text = f"{AZURE}\n2024-05-10 00:00:00.5+00:00,1,1\n2024-05-10 01:00:00+01:00,2,2\n"
     assert [(r.time_s, r.prompt_tokens) for r in parse(text)] == [(0.0, 2), (0.5, 1)]
 
 
-def test_columns_are_found_by_name_and_blank_lines_are_nothing() -> None:
+def test_columns_are_found_by_name_and_blank_lines_are_ignored() -> None:
     text = "\ufeffid,output_tokens,client, time_s,prompt_tokens\n\nx,6,a,0,971\n\nx,1,b,0.5,10\n\n"
     assert parse(text.lstrip("\ufeff")) == REQUESTS
 
 
-def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text(LINES, encoding="utf-8-sig")
     assert read_trace(tmp_path / "t.csv") == REQUESTS
 
 
-def test_requests_of_one_moment_keep_their_order() -> None:
+def test_requests_with_equal_times_keep_their_order() -> None:
     assert [r.client for r in parse(f"{OURS}\n1,x,1,1\n0,b,1,1\n0,a,1,1\n")] == ["b", "a", "x"]
 
 
 @given(st.lists(requests, min_size=1, max_size=20))
-def test_what_is_written_is_read_back(written: list[TraceRequest]) -> None:
+def test_a_written_trace_is_read_back(written: list[TraceRequest]) -> None:
     file = io.StringIO(newline="")
     rows = csv.writer(file)
     rows.writerow(OURS.split(","))
@@ -89,7 +89,7 @@ def test_what_is_written_is_read_back(written: list[TraceRequest]) -> None:
         ("1,a,1", "'1,a,1': has too few fields", OURS),
     ],
 )
-def test_a_bad_line_is_named_with_its_field(line: str, field: str, expected: str) -> None:
+def test_an_invalid_line_is_named_with_its_field(line: str, field: str, expected: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(f"{OURS}\n0,a,1,1\n{line}\n2,a,1,1\n")
     assert str(error.value).startswith(f"t.csv, line 3, {field}")
@@ -105,7 +105,7 @@ def test_a_bad_line_is_named_with_its_field(line: str, field: str, expected: str
         ("2023-11-16 18:15:46,1", "'2023-11-16 18:15:46,1': has too few fields"),
     ],
 )
-def test_a_bad_line_of_azures_is_named_with_its_field(line: str, field: str) -> None:
+def test_an_invalid_line_of_an_azure_trace_is_named_with_its_field(line: str, field: str) -> None:
     with pytest.raises(ConfigError) as error:
         parse(f"{AZURE}\n{line}\n")
     assert str(error.value).startswith(f"t.csv, line 2, {field}")
@@ -121,7 +121,7 @@ def test_a_bad_line_of_azures_is_named_with_its_field(line: str, field: str) -> 
         (f"{OURS}\n0,{'x' * 200_000},1,1\n", "t.csv, line 2: is not CSV"),
     ],
 )
-def test_a_file_that_is_no_trace_is_refused(text: str, said: str) -> None:
+def test_a_file_that_is_not_a_trace_is_refused(text: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         parse(text)
 
@@ -144,20 +144,20 @@ def plain(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("make", [cut, spoilt, plain])
-def test_a_broken_gzip_file_is_said_to_be_one(make: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_a_broken_gzip_file_is_refused(make: Callable[[Path], Path], tmp_path: Path) -> None:
     path = make(tmp_path / "t.csv.gz")
     with pytest.raises(ConfigError, match="is not a complete gzip file") as error:
         read_trace(path)
     assert str(path) in str(error.value)
 
 
-def test_a_compressed_file_under_a_plain_name_is_told_how_to_be_called(tmp_path: Path) -> None:
+def test_a_compressed_file_without_gz_in_its_name_is_refused(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_bytes(gzip.compress(LINES.encode()))
     with pytest.raises(ConfigError, match=r"has to end in \.gz"):
         read_trace(tmp_path / "t.csv")
 
 
-def test_a_file_that_is_not_there_and_a_folder_are_named(tmp_path: Path) -> None:
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path: Path) -> None:
     for path in (tmp_path / "none.csv", tmp_path):
         with pytest.raises(ConfigError, match="cannot be read") as error:
             read_trace(path)

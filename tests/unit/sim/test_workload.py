@@ -23,7 +23,7 @@ UNIT = 1 << 20
 
 
 def trace(requests: int = 800, clients: int = 3) -> list[TraceRequest]:
-    """The first client asks half of the time."""
+    """Return a trace in which the first client sends half of the requests."""
     names = ["big"] * clients + [f"small-{i}" for i in range(clients)]
     return [TraceRequest(i * 0.5, names[i % len(names)], 10 + i, 5) for i in range(requests)]
 
@@ -37,7 +37,7 @@ def mean_rank(workload: Workload, first: int, last: int) -> float:
     return sum(ranks) / len(ranks)
 
 
-def test_a_workload_at_another_load_is_the_same_requests_sooner() -> None:
+def test_a_workload_at_another_load_has_the_same_requests() -> None:
     workload = draw_workload(WorkloadShape(requests=400), UNIT)
     faster = workload.at(50.0)
     assert faster.rps == pytest.approx(50.0)
@@ -46,7 +46,7 @@ def test_a_workload_at_another_load_is_the_same_requests_sooner() -> None:
     ]
 
 
-def test_what_is_drawn_is_the_same_every_time_and_differs_by_seed() -> None:
+def test_a_drawn_workload_depends_on_its_seed_only() -> None:
     assert draw_workload(WorkloadShape(requests=50), UNIT) == draw_workload(WorkloadShape(requests=50), UNIT)
     assert (
         draw_workload(WorkloadShape(requests=50, seed=1), UNIT).requests
@@ -54,7 +54,7 @@ def test_what_is_drawn_is_the_same_every_time_and_differs_by_seed() -> None:
     )
 
 
-def test_adapters_of_a_trace_have_the_same_ranks_at_every_load() -> None:
+def test_ranks_of_a_trace_workload_do_not_depend_on_the_load() -> None:
     few, many = (trace_workload(trace(), source(12, requests), UNIT) for requests in (100, 700))
     assert few.adapters == many.adapters
     assert few.requests[0] == many.requests[0]
@@ -71,7 +71,7 @@ def test_bursts_vary_more_than_poisson() -> None:
     assert variation(WorkloadShape(requests=5000, arrivals="bursts")) == pytest.approx(3.0, abs=0.5)
 
 
-def test_ranks_drift_towards_large_ones_and_popularity_changes_hands() -> None:
+def test_ranks_drift_towards_large_ones_and_popularity_reverses() -> None:
     ranks = draw_workload(WorkloadShape(requests=6000, drift="ranks"), UNIT)
     assert mean_rank(ranks, 5000, 6000) > 1.3 * mean_rank(ranks, 0, 1000)
     popular = draw_workload(WorkloadShape(requests=6000, drift="popularity"), UNIT)
@@ -86,7 +86,7 @@ def test_the_grid_has_24_different_workloads_with_every_length_for_every_mix() -
         assert len({shape.lengths for shape in shapes if shape.ranks == mix}) == 3
 
 
-def test_clients_become_tenants_and_larger_ones_have_more_adapters() -> None:
+def test_clients_with_more_requests_get_more_adapters() -> None:
     workload = trace_workload(trace(), source(20, 800), UNIT)
     owners = Counter(a.name.partition("/")[0] for a in workload.adapters)
     assert sum(owners.values()) == 20
@@ -96,31 +96,31 @@ def test_clients_become_tenants_and_larger_ones_have_more_adapters() -> None:
     assert asked["big/0"] > asked["big/3"] > 0
 
 
-def test_a_tenant_is_asked_through_its_own_adapters_alone() -> None:
+def test_a_client_uses_its_own_adapters_only() -> None:
     requests = trace()
     workload = trace_workload(requests, source(20, 800), UNIT)
     for original, drawn in zip(requests, workload.requests, strict=True):
         assert workload.adapters[drawn.adapter].name.startswith(original.client + "/")
 
 
-def test_fewer_adapters_than_tenants_share_the_last() -> None:
+def test_small_clients_share_the_last_adapter() -> None:
     workload = trace_workload(trace(), source(2, 800), UNIT)
     assert {r.adapter for r in workload.requests} == {0, 1}
 
 
-def test_a_part_of_a_trace_is_its_beginning() -> None:
+def test_a_part_of_a_trace_is_its_first_requests() -> None:
     workload = trace_workload(trace(), source(4, 80), UNIT)
     assert [r.prompt_tokens for r in workload.requests] == list(range(10, 90))
     assert workload.rps == pytest.approx(2.0, rel=0.05)
 
 
 @pytest.mark.parametrize(("adapters", "requests"), [(0, trace()), (5, trace(1)), (5, [])])
-def test_what_is_no_load_is_refused(adapters: int, requests: list[TraceRequest]) -> None:
+def test_a_workload_without_a_rate_is_refused(adapters: int, requests: list[TraceRequest]) -> None:
     with pytest.raises(ConfigError, match=r"at least one adapter|at one time"):
         trace_workload(requests, source(adapters, 10), UNIT)
 
 
-def test_a_trace_without_any_load_is_called_by_its_path(tmp_path: Path) -> None:
+def test_a_trace_without_a_rate_is_named_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "burst.csv"
     path.write_text("time_s,client,prompt_tokens,output_tokens\n" + "7,a,1,1\n" * 3)
     with pytest.raises(ConfigError, match=f"^{path}: the first 2 requests are all at one time"):

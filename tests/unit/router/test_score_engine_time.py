@@ -1,4 +1,4 @@
-"""Who is sent where for the sake of others: mixes of ranks, slabs that are read anyway, beginnings of prompts."""
+"""How the engine time of a request decides: mixed ranks, slabs that are read anyway, cached prefixes."""
 
 from random import Random
 
@@ -29,7 +29,7 @@ def view_of(*loads: EngineLoad) -> ClusterView:
 
 
 def engine(name: str, *adapters: AdapterRef, running: int = 0, queue: int = 0, pinned: bool = False) -> EngineLoad:
-    """It holds all adapters of these tests; of these, ``running`` requests each, and pinned by the plan or not."""
+    """Return an engine with all adapters of these tests; each of ``adapters`` has ``running`` requests."""
     held = tuple(
         resident(a, pinned and a in adapters, running if a in adapters else 0) for a in (LOW, HIGH, OTHER_HIGH)
     )
@@ -43,17 +43,17 @@ def best(view: ClusterView, request: Route, cost: CostModel, plan: PlannedCopies
 
 
 @pytest.mark.parametrize("queue", [0, 2, 4])
-def test_padded_a_high_rank_keeps_away_from_low_ranks_where_another_is_nearly_as_free(queue: int) -> None:
+def test_padded_a_high_rank_avoids_low_ranks_if_another_engine_is_nearly_as_free(queue: int) -> None:
     view = view_of(engine("e0", LOW, running=8), engine("e1", HIGH, running=8, queue=queue))
     assert best(view, route_request(adapter=HIGH), PADDED).engine == "e1"
 
 
-def test_padded_a_high_rank_goes_among_low_ranks_when_its_like_are_far_behind() -> None:
+def test_padded_a_high_rank_joins_low_ranks_if_the_high_rank_engine_is_far_behind() -> None:
     view = view_of(engine("e0", LOW, running=8), engine("e1", HIGH, running=8, queue=5000))
     assert best(view, route_request(adapter=HIGH), PADDED).engine == "e0"
 
 
-def test_padded_a_low_rank_is_not_widened_for_nothing() -> None:
+def test_padded_a_low_rank_avoids_high_ranks() -> None:
     view = view_of(engine("e0", HIGH, running=8), engine("e1", LOW, running=8, queue=4))
     view.mean_output_tokens = 500.0
     request = route_request(adapter=LOW)
@@ -61,14 +61,14 @@ def test_padded_a_low_rank_is_not_widened_for_nothing() -> None:
     assert best(view, long, PADDED).engine == "e1"
 
 
-def test_padded_what_was_just_sent_counts_among_the_ranks() -> None:
+def test_padded_the_ranks_of_pending_requests_count() -> None:
     view = view_of(engine("e0", LOW, running=4), engine("e1", LOW, running=4))
     view.record_sent("e1", route_request("r0", tokens=1, adapter=HIGH), now=100.0)
     assert best(view, route_request("r1", adapter=HIGH), PADDED).engine == "e1"
     assert best(view, route_request("r2", adapter=LOW), PADDED).engine == "e0"
 
 
-def test_padded_what_waits_there_is_known_after_a_report_too() -> None:
+def test_padded_the_ranks_of_waiting_requests_stay_known_after_a_report() -> None:
     view = view_of(engine("e0", LOW, running=4), engine("e1", LOW, running=4))
     view.record_sent("e1", route_request("r0", tokens=1, adapter=HIGH), now=100.0)
     held = tuple(resident(a, running=4 if a == LOW else 0) for a in (LOW, HIGH))
@@ -78,7 +78,7 @@ def test_padded_what_waits_there_is_known_after_a_report_too() -> None:
     assert best(view, route_request("r1", adapter=HIGH), PADDED).engine == "e1"
 
 
-def test_padded_an_idle_engine_that_is_planned_for_low_ranks_stays_so() -> None:
+def test_padded_a_high_rank_avoids_an_idle_engine_planned_for_low_ranks() -> None:
     busy = engine("e2", LOW, running=8)
     view = view_of(engine("e0", LOW, pinned=True), engine("e1", HIGH, pinned=True, queue=2), busy)
     assert best(view, route_request(adapter=OTHER_HIGH), PADDED).engine == "e1"
@@ -86,12 +86,12 @@ def test_padded_an_idle_engine_that_is_planned_for_low_ranks_stays_so() -> None:
     assert best(far, route_request(adapter=OTHER_HIGH), PADDED).engine == "e0"
 
 
-def test_exact_ranks_mix_freely() -> None:
+def test_exact_ranks_do_not_affect_each_other() -> None:
     view = view_of(engine("e0", LOW, running=8), engine("e1", HIGH, running=8, queue=100))
     assert best(view, route_request(adapter=OTHER_HIGH), EXACT).engine == "e0"
 
 
-def test_exact_a_slab_that_is_read_anyway_costs_nothing_more() -> None:
+def test_exact_a_slab_that_is_read_anyway_costs_nothing() -> None:
     heavy = adapter_ref(1, rank=8, slab_bytes=16 * MIB)
     other = adapter_ref(2, rank=8, slab_bytes=16 * MIB)
     loads = [
@@ -102,7 +102,7 @@ def test_exact_a_slab_that_is_read_anyway_costs_nothing_more() -> None:
     assert best(view_of(*loads), route_request(adapter=other), EXACT).engine == "e0"
 
 
-def test_a_prompt_follows_its_beginning_until_the_queue_is_longer_than_what_that_saves() -> None:
+def test_a_request_follows_its_cached_prefix_until_the_queue_outweighs_the_saving() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50))
     view.record_sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
     view.expire_pending(now=101.0)
@@ -113,8 +113,8 @@ def test_a_prompt_follows_its_beginning_until_the_queue_is_longer_than_what_that
     assert (leaves.engine, leaves.why) == ("e0", "base")
 
 
-def test_where_an_engine_is_full_what_is_saved_there_counts_for_more() -> None:
-    """Time that it does not take there is time for those who wait."""
+def test_a_cached_prefix_counts_for_more_on_a_full_engine() -> None:
+    """Saved engine time is time for waiting requests."""
     saved = []
     for free in (1000, 50):
         view = view_of(engine_load("e0", kv_blocks_free=free), engine_load("e1", kv_blocks_free=free))
@@ -126,14 +126,14 @@ def test_where_an_engine_is_full_what_is_saved_there_counts_for_more() -> None:
     assert saved[1] > 2 * saved[0]
 
 
-def test_a_beginning_that_decides_nothing_is_no_reason() -> None:
+def test_a_cached_prefix_that_does_not_decide_is_not_the_reason() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=500))
     view.record_sent("e0", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
     view.expire_pending(now=101.0)
     assert best(view, route_request("r1", tokens=4 * BLOCK_TOKENS), EXACT).why == "base"
 
 
-def test_without_a_prefix_cache_beginnings_are_worth_nothing() -> None:
+def test_without_a_prefix_cache_prefixes_do_not_count() -> None:
     view = ClusterView(prefix_cache=False)
     view.update(picture(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50)), now=100.0)
     view.record_sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=99.0)
@@ -141,7 +141,7 @@ def test_without_a_prefix_cache_beginnings_are_worth_nothing() -> None:
     assert best(view, route_request("r1", tokens=4 * BLOCK_TOKENS + 9), EXACT).engine == "e0"
 
 
-def test_a_restarted_engine_has_no_beginnings() -> None:
+def test_a_restarted_engine_has_no_cached_prefixes() -> None:
     view = view_of(engine_load("e0"), engine_load("e1", waiting_prefill_tokens=50))
     view.record_sent("e1", route_request("r0", tokens=4 * BLOCK_TOKENS), now=100.0)
     fresh = engine_load("e1", waiting_prefill_tokens=50, incarnation="i2")
@@ -149,7 +149,7 @@ def test_a_restarted_engine_has_no_beginnings() -> None:
     assert best(view, route_request("r1", tokens=4 * BLOCK_TOKENS + 9), EXACT).engine == "e0"
 
 
-def test_what_is_saved_is_no_load_either() -> None:
+def test_cached_tokens_do_not_count_as_pending_prefill() -> None:
     view = view_of(engine_load("e0"))
     view.record_sent("e0", route_request("r0", tokens=2 * BLOCK_TOKENS), now=100.0)
     view.record_sent("e0", route_request("r1", tokens=2 * BLOCK_TOKENS + 7), now=100.0)

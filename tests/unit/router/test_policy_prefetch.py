@@ -1,4 +1,4 @@
-"""Where an adapter is brought to before its request is there, and what that request then finds."""
+"""Prefetching the adapter of an announced request, and where that request then goes."""
 
 from random import Random
 
@@ -23,8 +23,8 @@ def view_of(*loads: EngineLoad) -> ClusterView:
     return view
 
 
-def told(view: ClusterView, expect: Expect = EXPECT, slo: Slo = SLO) -> str | None:
-    """Who has to hear; it is noted as the router does."""
+def prefetch(view: ClusterView, expect: Expect = EXPECT, slo: Slo = SLO) -> str | None:
+    """Return the engine that is told to prefetch; it is recorded as the router does."""
     engine = prefetch_engine(RoutingContext(placeholder_request(expect), view, None, CostModel(), slo, Random(0)))
     if engine is not None:
         view.record_expected(engine, expect.adapter.version, NOW)
@@ -44,67 +44,67 @@ def equal_engines(count: int = 4) -> ClusterView:
     return view_of(*(engine_load(f"e{n}") for n in range(count)))
 
 
-def test_it_is_brought_where_the_request_would_go_and_that_goes_there_for_it() -> None:
+def test_the_adapter_is_prefetched_on_the_engine_that_the_request_then_goes_to() -> None:
     view = equal_engines()
-    engine = told(view)
+    engine = prefetch(view)
     assert engine is not None
     assert {goes_to(view, seed) for seed in range(20)} == {(engine, "resident")}
-    assert told(view) is None, "it is on its way already"
+    assert prefetch(view) is None, "it is on its way already"
 
 
 @pytest.mark.parametrize("where", ["resident", "loading"])
-def test_nobody_hears_of_what_is_there_or_on_its_way(where: str) -> None:
+def test_a_resident_or_loading_adapter_is_not_prefetched(where: str) -> None:
     held = {"resident": (resident(PIRATE),)} if where == "resident" else {"loading": (PIRATE.version,)}
     view = view_of(engine_load("e0"), engine_load("e1", **held))
-    assert told(view) is None
+    assert prefetch(view) is None
     view = view_of(engine_load("e0"), engine_load("e1"))
     view.record_sent("e1", route_request("other", 10, PIRATE), NOW)
-    assert told(view) is None, "another request takes it there"
+    assert prefetch(view) is None, "another request takes it there"
 
 
-def test_it_is_brought_beside_a_copy_that_is_too_busy() -> None:
+def test_an_adapter_is_prefetched_elsewhere_if_its_copy_is_too_busy() -> None:
     busy = engine_load("e1", resident=(resident(PIRATE, running=9),), waiting_prefill_tokens=9000)
-    assert told(view_of(engine_load("e0"), busy)) == "e0"
+    assert prefetch(view_of(engine_load("e0"), busy)) == "e0"
 
 
-def test_nobody_hears_of_what_would_be_refused() -> None:
-    assert told(ClusterView()) is None
+def test_the_adapter_of_a_request_that_would_be_rejected_is_not_prefetched() -> None:
+    assert prefetch(ClusterView()) is None
     full = engine_load("e0", waiting_prefill_tokens=10_000_000)
-    assert told(view_of(full)) is None
-    assert told(view_of(engine_load("e0", max_model_tokens=40))) is None, "its prompt is too long"
+    assert prefetch(view_of(full)) is None
+    assert prefetch(view_of(engine_load("e0", max_model_tokens=40))) is None, "its prompt is too long"
 
 
 @pytest.mark.parametrize(("tokens", "engine"), [(10, None), (500, "e0")], ids=["short", "long"])
-def test_a_prompt_is_priced_by_its_length(tokens: int, engine: str | None) -> None:
-    """A slow engine has the adapter: for a long prompt another starts sooner all the same."""
+def test_the_announced_prompt_length_decides_where_to_prefetch(tokens: int, engine: str | None) -> None:
+    """A slow engine holds the adapter; another engine starts a long prompt sooner even so."""
     slow = engine_load("e1", resident=(resident(PIRATE),), running=4, decode_step_s=0.2, prefill_tokens_per_s=200.0)
-    assert told(view_of(engine_load("e0"), slow), Expect(adapter=PIRATE, prompt_tokens=tokens)) == engine
+    assert prefetch(view_of(engine_load("e0"), slow), Expect(adapter=PIRATE, prompt_tokens=tokens)) == engine
 
 
-def test_what_was_not_begun_is_believed_for_a_moment_only() -> None:
+def test_an_expected_load_that_is_never_reported_expires() -> None:
     view = equal_engines()
-    assert told(view) is not None
+    assert prefetch(view) is not None
     view.expire_pending(NOW + PENDING_TIMEOUT_S / 2)
-    assert told(view) is None
+    assert prefetch(view) is None
     view.expire_pending(NOW + 2 * PENDING_TIMEOUT_S)
     view.validate()
-    assert told(view) is not None
+    assert prefetch(view) is not None
 
 
-def test_a_later_report_that_does_not_know_of_it_ends_the_belief() -> None:
+def test_a_later_report_without_the_load_ends_the_expectation() -> None:
     view = equal_engines()
-    assert told(view) is not None
+    assert prefetch(view) is not None
     view.update(picture(*(engine_load(f"e{n}") for n in range(4)), sequence=2), NOW + 0.3)
     view.validate()
-    assert told(view) is not None
+    assert prefetch(view) is not None
 
 
-def test_a_restarted_engine_has_forgotten_what_it_was_told() -> None:
+def test_a_restarted_engine_has_no_expected_loads() -> None:
     view = equal_engines(1)
-    assert told(view) == "e0"
+    assert prefetch(view) == "e0"
     view.record_sent("e0", route_request("r"), NOW)
     view.record_admitted("e0", "r", "another life", NOW)
-    assert told(view) == "e0"
+    assert prefetch(view) == "e0"
     view.update(picture(engine_load("e0", incarnation="a third"), sequence=2, age_s=1.0), NOW)
     view.validate()
-    assert told(view) == "e0"
+    assert prefetch(view) == "e0"
