@@ -53,9 +53,8 @@ class RegistryCopy:
             await self.refresh()
             found = self.get(name)
         if found is None and not self.is_known:
-            raise unavailable(
-                "The adapter store does not answer, so only the base model can be used; try again", "no_store"
-            )
+            message = "The adapter store does not answer, so only the base model can be used; try again"
+            raise unavailable(message, "no_store")
         if found is None:
             raise model_not_found(name)
         return found

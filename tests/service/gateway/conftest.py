@@ -1,5 +1,4 @@
-"""The real gateway with its HTTP server, and a small cluster behind it that answers from a script."""
-# Long because one scripted cluster stands behind all tests of the gateway, and fixtures are shared through this file.
+"""The real gateway with its HTTP server, in front of a small scripted cluster."""
 
 import asyncio
 import json
@@ -72,9 +71,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Reply:
-    """What an engine answers, several tokens long: ``text`` (with the choice's seed for each {seed}), token by token.
+    """What an engine answers: ``text``, token by token, with the choice's seed for each {seed}.
 
-    It stops before token number ``pause_at`` until ``go`` is set. ``fail`` ends it with Failed instead.
+    The engine pauses before token number ``pause_at`` until ``go`` is set. With ``fail``, it ends with Failed.
     """
 
     text: str = "hello world"
@@ -90,7 +89,7 @@ class Reply:
 
 @dataclass
 class FakeCluster:
-    """Router, store, monitor, planner and two engines on one in-memory bus. Everything seen is kept."""
+    """Router, store, monitor, planner and two engines on one in-memory bus. They record every message."""
 
     network: MemoryNetwork
     encode: Callable[[str], list[int]]
@@ -109,7 +108,7 @@ class FakeCluster:
     publishes_registry: bool = True
     routes: list[Route] = field(default_factory=list)
     expected: list[tuple[Expect, int]] = field(default_factory=list)
-    """Each with how many requests had come before."""
+    """Each with the number of requests routed before."""
     aborts: list[tuple[str, str]] = field(default_factory=list)
     lists_asked: int = 0
     playing: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -124,7 +123,7 @@ class FakeCluster:
         self.tasks.append(asyncio.create_task(self.publish()))
 
     def start_one(self, name: str, inbox: Any) -> None:
-        """Also again, after the network killed it."""
+        """Start a process, also again after the network killed it."""
         self.buses[name] = self.network.bus(name, inbox)
         self.tasks.append(asyncio.create_task(self.serve(name)))
 
@@ -286,7 +285,7 @@ class FakeCluster:
 
 @dataclass
 class Running:
-    """A gateway that answers on ``url``."""
+    """A running gateway that answers on ``url``."""
 
     service: GatewayService
     cluster: FakeCluster
@@ -298,7 +297,7 @@ class Running:
         return AsyncOpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=20)
 
     async def post(self, path: str, body: Any) -> tuple[int, Any]:
-        """Status and decoded answer."""
+        """Return the status and the decoded answer."""
         async with self.http.post(self.url + path, json=body) as response:
             is_json = response.content_type == "application/json"
             return response.status, (await response.json() if is_json else await response.text())
@@ -309,13 +308,13 @@ class Running:
             return response.status, (await response.json() if is_json else await response.text())
 
     async def events(self, path: str, body: Any) -> list[Any]:
-        """All events of a streamed answer, decoded; the last is "[DONE]"."""
+        """Return all events of a streamed answer, decoded; the last is "[DONE]"."""
         async with self.http.post(self.url + path, json=body) as response:
             assert response.status == 200, await response.text()
             return parse_events(await response.text())
 
     async def until(self, condition: Callable[[], Any], what: str) -> None:
-        """Waits for something that happens on its own."""
+        """Wait for something that happens by itself."""
         for _ in range(500):
             if condition():
                 return
@@ -334,7 +333,7 @@ Start = Callable[..., AbstractAsyncContextManager[Running]]
 
 @pytest.fixture
 def start_gateway(model_dir: Path) -> Start:
-    """``async with start_gateway("gateway.port=0", ...) as running``; checks at the end that nothing is left."""
+    """Return a context manager that runs a gateway with the given settings and checks at the end that no stream is left."""
 
     @asynccontextmanager
     async def start(*settings: str, adapters: Sequence[str] = ("pirate", "me/x:1")) -> AsyncIterator[Running]:

@@ -1,4 +1,4 @@
-"""Chat and completions over real HTTP, as OpenAI's client and plain clients see them."""
+"""Chat and completions over real HTTP, with OpenAI's client and with plain requests."""
 
 import asyncio
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def content(events: list[Any], choice: int = 0) -> str:
     return "".join(one["delta"].get("content") or "" for one in found)
 
 
-def test_chat_whole_and_streamed_say_the_same(start_gateway: Start) -> None:
+def test_whole_and_streamed_answers_have_the_same_text(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.replies[""].text = "hello \u00e9\u00e8 \U0001f680 world"
@@ -72,7 +72,7 @@ def test_the_shape_of_a_stream(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_adapter_is_named_and_its_version_told(start_gateway: Start) -> None:
+def test_answers_name_the_adapter_and_its_version(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             for name in ("pirate", "me/x:1"):
@@ -90,7 +90,7 @@ def test_adapter_is_named_and_its_version_told(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_what_the_engine_gets(start_gateway: Start) -> None:
+def test_the_engine_receives_the_sampling_parameters_and_the_rendered_prompt(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             body = chat(max_completion_tokens=7, max_tokens=9, temperature=0, top_p=0.5, seed=11, ignore_eos=True)
@@ -109,7 +109,7 @@ def test_what_the_engine_gets(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_n_choices_have_their_own_seeds(start_gateway: Start) -> None:
+def test_each_choice_has_its_own_seed(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.replies[""].text = "seed {seed}"
@@ -126,7 +126,7 @@ def test_n_choices_have_their_own_seeds(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_stop_strings_end_the_stream_and_the_engine_hears(start_gateway: Start) -> None:
+def test_a_stop_string_ends_the_stream_and_aborts_the_request(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             reply = gateway.cluster.replies[""]
@@ -142,7 +142,7 @@ def test_stop_strings_end_the_stream_and_the_engine_hears(start_gateway: Start) 
                 assert text == "one two "
                 assert (finish["finish_reason"], finish["stop_reason"]) == ("stop", "three")
                 request_id = gateway.cluster.routes[-1].request_id
-                await gateway.until(lambda: gateway.cluster.aborts, "the engine to hear of the stop")
+                await gateway.until(lambda: gateway.cluster.aborts, "the engine to be told of the stop")
                 assert gateway.cluster.aborts == [("engine-0", request_id)]
             body = chat(stop="three", include_stop_str_in_output=True)
             _, answer = await gateway.post("/v1/chat/completions", body)
@@ -176,7 +176,7 @@ def test_logprobs_of_both_endpoints(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_completions_take_all_shapes_of_prompts(start_gateway: Start) -> None:
+def test_completions_accept_all_shapes_of_prompts(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             client = gateway.openai
@@ -197,7 +197,7 @@ def test_completions_take_all_shapes_of_prompts(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_usage_tells_cached_tokens(start_gateway: Start) -> None:
+def test_usage_includes_cached_tokens(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.replies[""].cached_tokens = 4
@@ -210,7 +210,7 @@ def test_usage_tells_cached_tokens(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_length_ends_it(start_gateway: Start) -> None:
+def test_max_tokens_ends_the_output(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             whole = await gateway.openai.chat.completions.create(model="tiny", messages=HI, max_tokens=2)
@@ -220,7 +220,7 @@ def test_length_ends_it(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_tokens_that_overtake_the_router_s_answer_are_kept(start_gateway: Start) -> None:
+def test_tokens_that_arrive_before_the_router_s_answer_are_kept(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.tokens_before_routed = True
@@ -231,7 +231,7 @@ def test_tokens_that_overtake_the_router_s_answer_are_kept(start_gateway: Start)
     asyncio.run(scenario())
 
 
-def test_unknown_adapter_is_404_while_another_stream_goes_on(start_gateway: Start) -> None:
+def test_an_unknown_adapter_is_404_and_other_streams_continue(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.replies["pirate"] = type(gateway.cluster.replies[""])(text="a" * 60, delay_s=0.01)

@@ -1,4 +1,4 @@
-"""Everything beside generation: models, adapters, tokens, health, metrics, admin."""
+"""The endpoints besides generation: models, adapters, tokens, health, metrics, admin."""
 
 import asyncio
 from collections.abc import Callable
@@ -14,7 +14,7 @@ HI = [{"role": "user", "content": "hi"}]
 OUTCOMES = ("", "_useful", "_wasted")
 
 
-def test_models_base_first_with_odd_names(start_gateway: Start) -> None:
+def test_models_are_listed_with_the_base_first(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             models = [model async for model in await gateway.openai.models.list()]
@@ -33,7 +33,7 @@ def test_models_base_first_with_odd_names(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_a_name_is_asked_for_once_before_it_is_unknown(start_gateway: Start) -> None:
+def test_the_store_is_asked_once_for_many_unknown_names(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             cluster = gateway.cluster
@@ -47,7 +47,7 @@ def test_a_name_is_asked_for_once_before_it_is_unknown(start_gateway: Start) -> 
     asyncio.run(scenario())
 
 
-def test_silent_store_is_404_when_known_and_503_when_never_heard(start_gateway: Start) -> None:
+def test_unknown_names_are_404_if_the_registry_is_known_and_503_if_not(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.unreachable.add("store")
@@ -65,7 +65,7 @@ def test_silent_store_is_404_when_known_and_503_when_never_heard(start_gateway: 
     asyncio.run(scenario())
 
 
-def test_adapters_are_loaded_and_unloaded_as_in_vllm(start_gateway: Start) -> None:
+def test_adapters_are_loaded_and_unloaded_like_in_vllm(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway(adapters=()) as gateway:
             gateway.cluster.publishes_registry = False
@@ -101,7 +101,7 @@ def test_adapters_are_loaded_and_unloaded_as_in_vllm(start_gateway: Start) -> No
     asyncio.run(scenario())
 
 
-def test_tokenize_and_back(start_gateway: Start) -> None:
+def test_tokenize_and_detokenize(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             _, body = await gateway.post("/tokenize", {"prompt": "hello world", "return_token_strs": True})
@@ -120,7 +120,7 @@ def test_tokenize_and_back(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_health_says_what_is_missing(start_gateway: Start) -> None:
+def test_health_names_what_is_missing(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             status, body = await gateway.get("/health")
@@ -139,7 +139,7 @@ def test_health_says_what_is_missing(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_metrics_under_vllm_s_names(start_gateway: Start) -> None:
+def test_metrics_have_the_names_of_vllm(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             whole = await gateway.openai.chat.completions.create(model="pirate", messages=HI)
@@ -159,8 +159,8 @@ def test_metrics_under_vllm_s_names(start_gateway: Start) -> None:
             assert samples["vllm:kv_cache_usage_perc", "engine-1", "tiny"] == 0.25
             assert samples["vllm:num_requests_waiting", "engine-0", "tiny"] == 0
             assert samples["loraserve_requests_total", "ok", "pirate"] == 1
-            brought = [samples[f"loraserve_adapter_prefetched{of}_bytes_total", "engine-0", "plan"] for of in OUTCOMES]
-            assert brought == [30, 20, 10]
+            counts = [samples[f"loraserve_adapter_prefetched{of}_bytes_total", "engine-0", "plan"] for of in OUTCOMES]
+            assert counts == [30, 20, 10]
             assert samples["loraserve_http_responses_total", "/v1/models/{id}", "404"] == 1
             assert any(name[0] == "vllm:lora_requests_info" for name in samples)
 

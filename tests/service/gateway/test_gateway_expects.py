@@ -1,4 +1,4 @@
-"""The router hears of a long prompt's adapter before the prompt is tokenized, and of nothing else."""
+"""The router is told of a long prompt's adapter before the prompt is tokenized."""
 
 import asyncio
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def said(text: str) -> list[dict[str, str]]:
     ],
     ids=["chat", "text", "texts"],
 )
-def test_the_router_hears_of_a_long_prompts_adapter_before_its_request(
+def test_the_router_is_told_of_a_long_prompt_before_its_request(
     start_gateway: Start, path: str, prompt: dict[str, Any]
 ) -> None:
     async def scenario() -> None:
@@ -48,7 +48,7 @@ def test_the_router_hears_of_a_long_prompts_adapter_before_its_request(
     ],
     ids=["short", "base", "tokens"],
 )
-def test_of_others_it_hears_nothing(start_gateway: Start, path: str, body: dict[str, Any]) -> None:
+def test_the_router_is_not_told_of_other_prompts(start_gateway: Start, path: str, body: dict[str, Any]) -> None:
     async def scenario() -> None:
         async with start_gateway(SETTINGS) as gateway:
             status, _ = await gateway.post(path, body | {"max_tokens": 2})
@@ -58,7 +58,7 @@ def test_of_others_it_hears_nothing(start_gateway: Start, path: str, body: dict[
     asyncio.run(scenario())
 
 
-def test_a_prompt_that_is_refused_at_once_is_not_expected(start_gateway: Start) -> None:
+def test_the_router_is_not_told_of_a_refused_prompt(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway(SETTINGS) as gateway:
             for path, prompt in (("/v1/completions", {"prompt": "a" * 99999}), ("/v1/chat/completions", {})):

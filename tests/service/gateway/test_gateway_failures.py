@@ -1,4 +1,4 @@
-"""What clients see when something breaks, and what engines hear when clients leave."""
+"""What clients receive when something fails, and what engines are told when clients leave."""
 
 import asyncio
 import json
@@ -22,7 +22,7 @@ def chat(**fields: Any) -> dict[str, Any]:
     return {"model": "tiny", "messages": HI} | fields
 
 
-def test_rejections_of_the_router(start_gateway: Start) -> None:
+def test_rejections_of_the_router_become_http_errors(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             cases = {"overloaded": openai.RateLimitError, "no_engine": openai.InternalServerError}
@@ -38,7 +38,7 @@ def test_rejections_of_the_router(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_router_that_does_not_answer(start_gateway: Start) -> None:
+def test_a_router_that_does_not_answer(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway("gateway.route_timeout_s=0.1") as gateway:
             gateway.cluster.route_silent = True
@@ -48,7 +48,7 @@ def test_router_that_does_not_answer(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_a_length_that_the_router_refuses(start_gateway: Start) -> None:
+def test_a_length_refused_by_the_router_names_the_prompt_s_field(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.reject = Rejected(request_id="", code="context_length", message="too long")
@@ -61,7 +61,7 @@ def test_a_length_that_the_router_refuses(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_router_that_is_killed_is_asked_once_more(start_gateway: Start) -> None:
+def test_a_router_that_dies_is_asked_once_more(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             cluster = gateway.cluster
@@ -77,7 +77,7 @@ def test_router_that_is_killed_is_asked_once_more(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_router_that_is_killed_twice_is_not_said_to_be_slow(start_gateway: Start) -> None:
+def test_the_error_for_a_router_that_dies_twice_names_the_lost_connection(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             cluster = gateway.cluster
@@ -94,7 +94,7 @@ def test_router_that_is_killed_twice_is_not_said_to_be_slow(start_gateway: Start
     asyncio.run(scenario())
 
 
-def test_one_rejected_choice_gives_up_the_others(start_gateway: Start) -> None:
+def test_a_rejected_choice_aborts_the_others(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway("gateway.route_timeout_s=0.3") as gateway:
             reply = gateway.cluster.replies[""]
@@ -108,7 +108,7 @@ def test_one_rejected_choice_gives_up_the_others(start_gateway: Start) -> None:
             gateway.cluster.route = second_is_lost
             status, _ = await gateway.post("/v1/chat/completions", chat(n=2))
             assert status == 503
-            await gateway.until(lambda: gateway.cluster.aborts, "the first choice to be given up")
+            await gateway.until(lambda: gateway.cluster.aborts, "the first choice to be aborted")
             assert gateway.cluster.aborts[0][1].endswith("-0")
 
     asyncio.run(scenario())
@@ -116,7 +116,7 @@ def test_one_rejected_choice_gives_up_the_others(start_gateway: Start) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("pause_at", [0, 3])
-def test_leaving_aborts_at_the_engine(start_gateway: Start, stream: bool, pause_at: int) -> None:
+def test_a_client_that_leaves_aborts_its_request(start_gateway: Start, stream: bool, pause_at: int) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.replies[""].text, gateway.cluster.replies[""].pause_at = LONG, pause_at
@@ -125,13 +125,13 @@ def test_leaving_aborts_at_the_engine(start_gateway: Start, stream: bool, pause_
             await asyncio.sleep(0.05)
             assert len(gateway.service.gateway.streams) == 1
             call.cancel()
-            await gateway.until(lambda: gateway.cluster.aborts, "the engine to hear of it")
+            await gateway.until(lambda: gateway.cluster.aborts, "the engine to be told")
             assert gateway.cluster.aborts == [("engine-0", gateway.cluster.routes[-1].request_id)]
 
     asyncio.run(scenario())
 
 
-def test_leaving_while_the_router_thinks_aborts_too(start_gateway: Start) -> None:
+def test_a_client_that_leaves_during_routing_aborts_its_request(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.route_delay_s = 0.2
@@ -139,13 +139,13 @@ def test_leaving_while_the_router_thinks_aborts_too(start_gateway: Start) -> Non
             call = asyncio.create_task(gateway.post("/v1/chat/completions", chat()))
             await gateway.until(lambda: gateway.cluster.routes, "the router to be asked")
             call.cancel()
-            await gateway.until(lambda: gateway.cluster.aborts, "the engine to hear of it")
+            await gateway.until(lambda: gateway.cluster.aborts, "the engine to be told")
             assert gateway.cluster.aborts == [("engine-0", gateway.cluster.routes[-1].request_id)]
 
     asyncio.run(scenario())
 
 
-def test_engine_death_is_an_error_event_and_other_streams_go_on(start_gateway: Start) -> None:
+def test_a_dead_engine_gives_an_error_event_and_other_streams_continue(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             cluster = gateway.cluster
@@ -171,7 +171,7 @@ def test_engine_death_is_an_error_event_and_other_streams_go_on(start_gateway: S
     asyncio.run(scenario())
 
 
-def test_engine_restart_is_noticed(start_gateway: Start) -> None:
+def test_an_engine_restart_is_noticed(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.replies[""].pause_at = 2
@@ -185,7 +185,7 @@ def test_engine_restart_is_noticed(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_openai_client_raises_on_the_error_event(start_gateway: Start) -> None:
+def test_the_openai_client_raises_on_an_error_event(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             gateway.cluster.replies[""].fail = "engine_error"
@@ -199,14 +199,14 @@ def test_openai_client_raises_on_the_error_event(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_lost_tokens_end_the_stream(start_gateway: Start) -> None:
+def test_lost_tokens_fail_the_stream(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             reply = gateway.cluster.replies[""]
             reply.text, reply.skip_index, reply.delay_s = LONG, 2, 0.02
             events = await gateway.events("/v1/chat/completions", chat(stream=True))
             assert events[-2]["error"]["code"] == "stream_interrupted"
-            await gateway.until(lambda: gateway.cluster.aborts, "the engine to hear of it")
+            await gateway.until(lambda: gateway.cluster.aborts, "the engine to be told")
             reply.skip_index = len(gateway.cluster.encode(LONG))
             status, body = await gateway.post("/v1/chat/completions", chat())
             assert (status, body["error"]["code"]) == (503, "stream_interrupted")
@@ -214,7 +214,7 @@ def test_lost_tokens_end_the_stream(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_request_timeout(start_gateway: Start) -> None:
+def test_a_request_that_takes_too_long_times_out(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway("gateway.request_timeout_s=0.3") as gateway:
             gateway.cluster.replies[""].pause_at = 2
@@ -222,12 +222,12 @@ def test_request_timeout(start_gateway: Start) -> None:
             assert (status, body["error"]["code"]) == (504, "timeout")
             events = await gateway.events("/v1/chat/completions", chat(stream=True))
             assert (events[-2]["error"]["code"], events[-1]) == ("timeout", "[DONE]")
-            await gateway.until(lambda: len(gateway.cluster.aborts) == 2, "the engine to hear of both")
+            await gateway.until(lambda: len(gateway.cluster.aborts) == 2, "the engine to be told of both")
 
     asyncio.run(scenario())
 
 
-def test_a_client_that_does_not_read_is_cut_off_and_costs_no_memory(start_gateway: Start) -> None:
+def test_a_client_that_does_not_read_is_disconnected(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway("gateway.request_timeout_s=1.0") as gateway:
             # Far more than any socket buffer between the two holds: about 60 kB of logprobs a token.
@@ -277,7 +277,7 @@ def test_draining_ends_at_its_deadline(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_busy_port_says_what_to_do(start_gateway: Start) -> None:
+def test_the_error_for_a_busy_port_names_the_remedy(start_gateway: Start) -> None:
     async def scenario() -> None:
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = taken.getsockname()[1]

@@ -1,4 +1,4 @@
-"""HTTP itself: settings, keys, limits, ids, and whatever strange things clients send."""
+"""HTTP itself: settings, keys, limits, request ids, and malformed requests."""
 
 import asyncio
 import json
@@ -20,7 +20,7 @@ Start = Callable[..., AbstractAsyncContextManager[Any]]
 HI = [{"role": "user", "content": "hi"}]
 
 
-def test_keys(start_gateway: Start) -> None:
+def test_api_keys(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway('gateway.api_keys=["sk-one", "sk-two"]') as gateway:
             for path in ("/v1/models", "/admin/cluster", "/nowhere"):
@@ -36,7 +36,7 @@ def test_keys(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_limits_and_http_errors_have_openai_s_shape(start_gateway: Start) -> None:
+def test_limits_and_http_errors_have_the_shape_of_openai_errors(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway("gateway.max_body_bytes=20000") as gateway:
             status, body = await gateway.post("/v1/completions", {"model": "tiny", "prompt": "x" * 30000})
@@ -146,7 +146,7 @@ def test_odd_bytes_in_paths_and_headers(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_request_ids_are_echoed_or_made(start_gateway: Start) -> None:
+def test_request_ids_are_echoed_or_generated(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             body = json.dumps({"model": "tiny", "messages": HI, "stream": True})
@@ -169,7 +169,7 @@ def test_request_ids_are_echoed_or_made(start_gateway: Start) -> None:
     ("setting", "message"),
     [("gateway.host=no.such.host.invalid", r"gateway\.host"), ("model.path=/nowhere/model", r"config\.json")],
 )
-def test_settings_that_cannot_work(start_gateway: Start, setting: str, message: str) -> None:
+def test_unusable_settings_are_refused(start_gateway: Start, setting: str, message: str) -> None:
     async def scenario() -> None:
         with pytest.raises(ConfigError, match=message):
             async with start_gateway(setting):

@@ -1,4 +1,4 @@
-"""OpenAI's error shape and the statuses that clients act on."""
+"""Errors have OpenAI's shape and the statuses that clients act on."""
 
 import json
 
@@ -40,11 +40,11 @@ NOT_CLIENTS_FAULT = {
 
 
 @pytest.mark.parametrize(("code", "status"), [*CLIENTS_FAULT.items(), *NOT_CLIENTS_FAULT.items()])
-def test_only_the_cluster_s_own_trouble_is_a_5xx(code: str, status: int) -> None:
+def test_only_failures_of_the_cluster_are_5xx(code: str, status: int) -> None:
     assert refused(code, "why").status == status
 
 
-def test_a_refused_length_is_the_same_error_as_the_gateway_s_own() -> None:
+def test_a_length_refused_by_an_engine_is_the_gateway_s_own_error() -> None:
     error = refused("context_length", "too long", param="messages")
     assert (error.code, error.type, error.param) == ("context_length_exceeded", INVALID, "messages")
     assert not error.headers
@@ -61,25 +61,25 @@ STORE_TROUBLE = {
 
 
 @pytest.mark.parametrize(("code", "status"), [*((code, 400) for code in WRONG_ADAPTER), *STORE_TROUBLE.items()])
-def test_what_the_store_says_of_an_adapter(code: str, status: int) -> None:
+def test_refusals_of_the_store(code: str, status: int) -> None:
     error = refused_adapter("pirate", PeerError(code, "why"))
     assert (error.status, error.code) == (status, code)
 
 
-def test_a_store_that_died_is_not_said_to_be_slow() -> None:
+def test_the_error_for_a_dead_store_names_the_lost_connection() -> None:
     error = store_silent(RequestTimeoutError("store: its connection was lost before it answered"))
     assert (error.status, error.code) == (503, "no_store")
     assert "its connection was lost" in error.message
 
 
-def test_shape() -> None:
+def test_the_shape_of_an_error() -> None:
     body = json.loads(bad_request("no", "n", "c").encode())
     assert body == {"error": {"message": "no", "type": "invalid_request_error", "param": "n", "code": "c"}}
     assert unavailable("no", "x", 0.1).headers == {"Retry-After": "1"}
     assert timed_out(2.0).status == 504
 
 
-def test_model_not_found_is_what_openai_says() -> None:
+def test_an_unknown_model_is_reported_as_by_openai() -> None:
     error = model_not_found("me/x:1")
     assert (error.status, error.code, error.param) == (404, "model_not_found", "model")
     assert "`me/x:1` does not exist" in error.message

@@ -1,4 +1,4 @@
-"""Tokens of many requests: in order, once each, from the right engine; everything else fails its stream alone."""
+"""Streams deliver tokens in order, once each, from the right engine; any other stream fails alone."""
 
 import msgspec
 import pytest
@@ -45,7 +45,7 @@ def engine_seen(
 
 
 class Table:
-    """A table with streams routed to engine-0 at time 0, and who was woken."""
+    """A table with streams routed to engine-0 at time 0; ``woken`` lists the wake-ups."""
 
     def __init__(self, *request_ids: str, route: bool = True) -> None:
         self.woken: list[str] = []
@@ -67,26 +67,26 @@ def failure(stream: Stream) -> ApiError:
     return caught.value
 
 
-def test_a_batch_wakes_each_of_its_readers_once() -> None:
+def test_a_batch_wakes_each_reader_once() -> None:
     here = Table("a", "b", "c")
     assert here.table.on_batch(batch(TokenDelta("a", 0, (1,)), TokenDelta("c", 0, (7, 8), "stop")), 1.0) == []
     assert here.woken == ["a", "c"]
     assert here.tokens("a") == [1]
-    progress = here.streams["c"].take()
-    assert (progress.tokens, progress.finish) == ((7, 8), "stop")
+    received_now = here.streams["c"].take()
+    assert (received_now.tokens, received_now.finish) == ((7, 8), "stop")
     here.table.validate()
 
 
-def test_a_slow_reader_gets_everything_at_once() -> None:
+def test_a_slow_reader_receives_everything_in_one_call() -> None:
     here = Table("a")
     for index in range(100):
         here.table.on_batch(batch(TokenDelta("a", index, (index,), logprobs=((-1.0, ()),))), 1.0)
-    progress = here.streams["a"].take()
-    assert progress.tokens == tuple(range(100))
-    assert len(progress.logprobs) == 100
+    received_now = here.streams["a"].take()
+    assert received_now.tokens == tuple(range(100))
+    assert len(received_now.logprobs) == 100
 
 
-def test_tokens_before_the_route_wait_for_it_and_the_wrong_engine_is_told() -> None:
+def test_tokens_before_the_route_are_kept_and_another_engine_is_told_to_stop() -> None:
     here = Table("a", route=False)
     here.table.on_batch(batch(TokenDelta("a", 0, (1,))), 0.0)
     here.table.on_batch(batch(TokenDelta("a", 0, (9,)), engine="engine-1"), 0.0)
@@ -99,7 +99,7 @@ def test_tokens_before_the_route_wait_for_it_and_the_wrong_engine_is_told() -> N
     here.table.validate()
 
 
-def test_failure_before_the_route_counts_when_it_is_from_the_chosen_engine() -> None:
+def test_a_failure_before_the_route_counts_if_the_chosen_engine_sent_it() -> None:
     for engine, fails in (("engine-0", True), ("engine-1", False)):
         here = Table("a", route=False)
         here.table.on_failed(Failed(request_id="a", engine=engine, code="adapter_unavailable", message="gone"))
@@ -107,7 +107,7 @@ def test_failure_before_the_route_counts_when_it_is_from_the_chosen_engine() -> 
         assert (here.streams["a"].failure is not None) == fails
 
 
-def test_a_gap_fails_only_its_stream_after_what_came_before() -> None:
+def test_a_gap_fails_its_stream_after_the_tokens_before_the_gap() -> None:
     here = Table("a", "b")
     here.table.on_batch(batch(TokenDelta("a", 0, (1, 2)), TokenDelta("b", 0, (5,))), 0.0)
     unwanted = here.table.on_batch(batch(TokenDelta("a", 3, (4,)), TokenDelta("b", 1, (6,))), 0.0)
@@ -135,23 +135,23 @@ def test_repeated_deltas_change_nothing(lengths: list[int], repeats: list[int], 
         here.table.on_batch(batch(deltas[index]), 0.0)
         if data.draw(st.booleans()):
             received += here.tokens("a")
-    progress = here.streams["a"].take()
-    assert received + list(progress.tokens) == list(range(sent))
-    assert progress.finish == "length"
+    received_now = here.streams["a"].take()
+    assert received + list(received_now.tokens) == list(range(sent))
+    assert received_now.finish == "length"
     here.table.validate()
 
 
-def test_overlap_is_cut_with_its_logprobs() -> None:
+def test_overlapping_tokens_are_dropped_with_their_logprobs() -> None:
     here = Table("a")
     here.table.on_batch(batch(TokenDelta("a", 0, (1, 2), logprobs=((-1.0, ()), (-2.0, ())))), 0.0)
     here.table.on_batch(batch(TokenDelta("a", 1, (2, 3), logprobs=((-2.0, ()), (-3.0, ())))), 0.0)
-    progress = here.streams["a"].take()
-    assert progress.tokens == (1, 2, 3)
-    assert [own for own, _ in progress.logprobs] == [-1.0, -2.0, -3.0]
+    received_now = here.streams["a"].take()
+    assert received_now.tokens == (1, 2, 3)
+    assert [own for own, _ in received_now.logprobs] == [-1.0, -2.0, -3.0]
     assert here.streams["a"].duplicate_tokens == 1
 
 
-def test_unknown_requests_are_aborted_now_and_then_but_not_every_step() -> None:
+def test_unknown_requests_are_aborted_at_intervals() -> None:
     table = StreamTable(dead_after_s=1.5)
     assert table.on_batch(batch(TokenDelta("old", 3, (1,))), 0.0) == ["old"]
     assert table.on_batch(batch(TokenDelta("old", 4, (1,))), 0.1) == []
@@ -160,14 +160,14 @@ def test_unknown_requests_are_aborted_now_and_then_but_not_every_step() -> None:
     assert table.stray_deltas == 4
 
 
-def test_memory_of_closed_is_bounded() -> None:
+def test_closed_requests_are_forgotten_in_time() -> None:
     table = StreamTable(dead_after_s=1.5)
     for number in range(10_000):
         table.on_batch(batch(TokenDelta(str(number), 0, (1,))), 0.0)
     assert len(table._closed) < 5000
 
 
-def test_an_id_is_used_once_at_a_time() -> None:
+def test_a_request_id_is_in_flight_once() -> None:
     here = Table("a")
     with pytest.raises(ValueError, match="already in flight"):
         here.table.open("a", 0, here.wake)
@@ -177,14 +177,14 @@ def test_an_id_is_used_once_at_a_time() -> None:
     assert len(here.table) == 1
 
 
-def test_engine_aborting_on_its_own_is_a_failure() -> None:
+def test_an_abort_by_the_engine_is_a_failure() -> None:
     here = Table("a")
     here.table.on_batch(batch(TokenDelta("a", 0, (1,), "abort")), 0.0)
     assert here.tokens("a") == [1]
     assert failure(here.streams["a"]).status == 500
 
 
-def test_failed_keeps_the_code_of_the_engine() -> None:
+def test_a_failure_keeps_the_code_of_the_engine() -> None:
     here = Table("a")
     here.table.on_failed(Failed(request_id="a", engine="engine-0", code="overloaded", message="full"))
     error = failure(here.streams["a"])
@@ -200,7 +200,7 @@ def test_failed_keeps_the_code_of_the_engine() -> None:
         cluster_load(),
     ],
 )
-def test_engine_gone_fails_its_streams_and_no_other(load: ClusterLoad) -> None:
+def test_a_dead_engine_fails_its_own_streams(load: ClusterLoad) -> None:
     here = Table("a", "b", "c")
     here.streams["b"] = here.table.open("b2", 0, here.wake)
     here.streams["b"].set_engine("engine-1", INCARNATION, 0.0)
@@ -210,7 +210,7 @@ def test_engine_gone_fails_its_streams_and_no_other(load: ClusterLoad) -> None:
     here.table.on_batch(batch(TokenDelta("a", 0, (1,)), TokenDelta("c", 0, (3,), "stop")), 1.0)
     late = cluster_load(*load.engines, other)
     here.table.on_cluster_load(late, 1.5)
-    assert here.streams["a"].failure is None, "it was heard just now"
+    assert here.streams["a"].failure is None, "its tokens arrived just now"
     here.table.on_cluster_load(late, 6.0)
     assert here.tokens("a") == [1]
     error = failure(here.streams["a"])
@@ -222,7 +222,7 @@ def test_engine_gone_fails_its_streams_and_no_other(load: ClusterLoad) -> None:
     here.table.validate()
 
 
-def test_a_request_just_routed_to_a_restarted_engine_survives_old_reports() -> None:
+def test_old_reports_do_not_fail_a_request_routed_to_a_restarted_engine() -> None:
     table = StreamTable(dead_after_s=1.5)
     stream = table.open("a", 0, lambda _: None)
     stream.set_engine("engine-0", "new", 10.0)
@@ -235,7 +235,7 @@ def test_a_request_just_routed_to_a_restarted_engine_survives_old_reports() -> N
     assert stream.failure is not None
 
 
-def test_a_lost_end_is_noticed_when_the_engine_no_longer_lists_the_request() -> None:
+def test_a_lost_end_is_noticed_when_the_engine_stops_listing_the_request() -> None:
     here = Table("a", "b")
     here.table.on_batch(batch(TokenDelta("a", 0, (1,))), 1.0)
 
@@ -254,7 +254,7 @@ def test_a_lost_end_is_noticed_when_the_engine_no_longer_lists_the_request() -> 
     assert here.streams["b"].failure is None
 
 
-def test_a_restarted_monitor_that_knows_nobody_yet_kills_nothing() -> None:
+def test_a_restarted_monitor_without_engines_fails_no_stream() -> None:
     here = Table("a")
     here.table.on_cluster_load(cluster_load(engine_seen()), 1.0)
     for now in (20.0, 20.25, 21.0, 22.0):

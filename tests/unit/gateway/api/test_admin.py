@@ -1,4 +1,4 @@
-"""What /admin/cluster says of who reads from whom over what."""
+"""The table of transports in /admin/cluster."""
 
 import msgspec
 
@@ -12,21 +12,20 @@ HERE = Abilities(
 THERE = msgspec.structs.replace(HERE, host="b")
 
 
-def test_pairs_are_told_with_their_first_choice_first() -> None:
+def test_transports_of_each_pair_are_in_the_order_of_preference() -> None:
     loads = [
         engine_load("engine-0", abilities=HERE),
         engine_load("engine-1", abilities=HERE),
         engine_load("engine-2", abilities=THERE),
         engine_load("engine-3"),
     ]
-    told = usable_transports(loads, ("shm", "tcp"))
-    assert told["engine-0"] == {"engine-1": ["shm", "tcp"], "engine-2": ["tcp"]}
-    assert told["engine-2"] == {"engine-0": ["tcp"], "engine-1": ["tcp"]}
-    assert "engine-3" not in told
+    table = usable_transports(loads, ("shm", "tcp"))
+    assert table["engine-0"] == {"engine-1": ["shm", "tcp"], "engine-2": ["tcp"]}
+    assert table["engine-2"] == {"engine-0": ["tcp"], "engine-1": ["tcp"]}
+    assert "engine-3" not in table
     assert usable_transports(loads, ("tcp",))["engine-0"]["engine-1"] == ["tcp"]
 
 
-def test_of_very_many_no_table_is_made() -> None:
-    assert (
-        usable_transports([engine_load(f"e{n}", abilities=HERE) for n in range(MAX_TABLE_ENGINES + 1)], ("shm",)) == {}
-    )
+def test_there_is_no_table_for_very_many_engines() -> None:
+    loads = [engine_load(f"e{n}", abilities=HERE) for n in range(MAX_TABLE_ENGINES + 1)]
+    assert usable_transports(loads, ("shm",)) == {}

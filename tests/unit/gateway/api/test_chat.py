@@ -44,7 +44,7 @@ def test_chat_template(tokenizer: ModelTokenizer) -> None:
     assert chat_text(tokenizer, user, begun, continue_final_message=True) == opening + "<|im_start|>assistant\nWell"
 
 
-def test_text_parts_are_joined_and_others_refused(tokenizer: ModelTokenizer) -> None:
+def test_text_parts_are_joined_and_other_parts_refused(tokenizer: ModelTokenizer) -> None:
     text = [ContentPart(type="text", text="a"), ContentPart(type="text", text="b")]
     assert "user\na\nb<|im_end|>" in chat_text(tokenizer, ChatMessage(role="user", content=text))
     picture = ChatMessage(role="user", content=[*text, ContentPart(type="image_url")])
@@ -53,14 +53,14 @@ def test_text_parts_are_joined_and_others_refused(tokenizer: ModelTokenizer) -> 
     assert caught.value.param == "messages[0].content[2]"
 
 
-def test_what_the_template_raises_is_a_refusal(tmp_path: Path) -> None:
+def test_an_error_of_the_template_refuses_the_messages(tmp_path: Path) -> None:
     model_dir(tmp_path, "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(ApiError, match="roles must alternate") as caught:
         chat_text(ModelTokenizer(tmp_path), ChatMessage(role="user", content="hi"))
     assert caught.value.status == 400
 
 
-def test_a_model_without_template_says_so(tmp_path: Path) -> None:
+def test_a_model_without_a_template_refuses_chat(tmp_path: Path) -> None:
     model_dir(tmp_path, None)
     with pytest.raises(ApiError, match="no chat template"):
         chat_text(ModelTokenizer(tmp_path), ChatMessage(role="user", content="hi"))

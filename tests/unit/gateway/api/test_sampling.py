@@ -1,4 +1,4 @@
-"""Limits and parameters that go to the engine."""
+"""Output limits, and the sampling parameters sent to the engine."""
 
 import json
 from typing import Any
@@ -18,7 +18,7 @@ def params(choice: int = 0, seed: int = 5, **fields: Any) -> Any:
     return sampling_params(request_of(**fields), 10, None, seed, choice)
 
 
-def test_output_limit_is_what_was_asked_or_what_is_left() -> None:
+def test_the_output_limit_is_the_wish_or_what_fits() -> None:
     assert output_limit(7, 10, 100, 0, "prompt") == 7
     assert output_limit(90, 10, 100, 0, "prompt") == 90
     assert output_limit(None, 10, 100, 0, "prompt") == 90
@@ -27,7 +27,7 @@ def test_output_limit_is_what_was_asked_or_what_is_left() -> None:
 
 
 @pytest.mark.parametrize(("wanted", "prompt"), [(91, 10), (None, 100), (1, 100), (None, 500)])
-def test_overflow_says_so_in_the_words_clients_look_for(wanted: int | None, prompt: int) -> None:
+def test_an_overflow_is_reported_in_the_words_clients_search_for(wanted: int | None, prompt: int) -> None:
     with pytest.raises(ApiError, match=r"^This model's maximum context length is 100 tokens\.") as caught:
         output_limit(wanted, prompt, 100, 0, "messages")
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
@@ -38,7 +38,7 @@ def test_empty_prompt_is_refused() -> None:
         output_limit(5, 0, 100, 0, "prompt")
 
 
-def test_defaults_are_openai_s() -> None:
+def test_defaults_are_those_of_openai() -> None:
     sampling = params()
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_p) == (1.0, 1.0, 0, 0.0)
     assert (sampling.repetition_penalty, sampling.max_tokens, sampling.min_tokens) == (1.0, 10, 0)
@@ -52,13 +52,13 @@ def test_choices_differ_by_seed_which_stays_a_64_bit_number() -> None:
         assert 0 <= params(1, seed).seed < INT64
 
 
-def test_min_tokens_cannot_pass_the_limit() -> None:
+def test_min_tokens_must_not_exceed_the_output_limit() -> None:
     with pytest.raises(ApiError) as caught:
         params(min_tokens=11)
     assert caught.value.param == "min_tokens"
 
 
-def test_ignoring_the_end_leaves_the_client_s_own_stops() -> None:
+def test_ignore_eos_keeps_the_stops_of_the_client() -> None:
     request = request_of(ignore_eos=True, stop_token_ids=[3], stop="x")
     sampling = sampling_params(request, 10, None, 5, 0)
     assert (sampling.ignore_eos, sampling.stop_token_ids, stop_rules(request).strings) == (True, (3,), ("x",))

@@ -1,4 +1,4 @@
-"""What bodies are accepted, and which field an error names."""
+"""Which bodies are accepted, and which field an error names."""
 
 from typing import Any
 
@@ -47,7 +47,7 @@ def test_null_stands_for_not_given(field: str) -> None:
     assert value is None or bytes(value) == b"null"
 
 
-def test_what_real_clients_send_is_accepted() -> None:
+def test_bodies_of_common_clients_are_accepted() -> None:
     request = chat(
         max_completion_tokens=5,
         ignore_eos=True,
@@ -99,7 +99,7 @@ WRONG: dict[str, list[Any]] = {
 
 
 @pytest.mark.parametrize(("field", "value"), [(field, value) for field, values in WRONG.items() for value in values])
-def test_wrong_values_name_their_field(field: str, value: Any) -> None:
+def test_errors_name_the_field_with_the_wrong_value(field: str, value: Any) -> None:
     with pytest.raises(ApiError) as caught:
         chat(**{field: value})
     assert caught.value.status == 400
@@ -107,7 +107,7 @@ def test_wrong_values_name_their_field(field: str, value: Any) -> None:
     assert field in caught.value.message
 
 
-def test_nested_fields_are_named_with_their_path() -> None:
+def test_errors_name_nested_fields_by_their_path() -> None:
     with pytest.raises(ApiError) as caught:
         chat(messages=[{"role": "user", "content": "a"}, {"role": 5}])
     assert caught.value.param == "messages[1].role"
@@ -146,13 +146,13 @@ def test_prompts_of_all_shapes(prompt: Any, items: list[Any]) -> None:
 
 
 @pytest.mark.parametrize("prompt", [None, [], ["a", 1], [[1], "a"], [1, [2]], [1.5], {"a": 1}, ["x"] * 200])
-def test_prompts_of_no_shape(prompt: Any) -> None:
+def test_prompts_of_other_shapes_are_refused(prompt: Any) -> None:
     with pytest.raises(ApiError) as caught:
         prompt_items(completion(prompt=prompt).prompt, 100)
     assert (caught.value.param or "").startswith("prompt")
 
 
-def test_token_ids_have_to_be_in_the_vocabulary() -> None:
+def test_token_ids_must_be_in_the_vocabulary() -> None:
     check_token_ids([0, 9], 10, "prompt")
     for wrong in (-1, 10, 10**30):
         with pytest.raises(ApiError, match=str(wrong)):
@@ -166,6 +166,6 @@ def test_bodies_nested_too_deeply_are_refused(body: bytes) -> None:
     assert caught.value.status == 400
 
 
-def test_prompts_are_counted_before_they_are_looked_at() -> None:
+def test_prompts_are_counted_before_they_are_decoded() -> None:
     with pytest.raises(ApiError, match="199 prompts are more than 128"):
         prompt_items(completion(prompt=["a"] * 199 + [1]).prompt, 100)

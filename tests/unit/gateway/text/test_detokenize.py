@@ -1,4 +1,4 @@
-"""Incremental text equals the text of all tokens at once, and no character is ever split."""
+"""Incremental text equals the text of all tokens decoded at once, and no character is split."""
 
 import json
 from collections.abc import Sequence
@@ -42,7 +42,7 @@ BYTE_LEVEL = tokenizers()
 
 
 def run(pieces: TokenBytes, tokens: Sequence[int], cuts: Sequence[int], skip: bool = True) -> list[str]:
-    """What each group of tokens brought, then what was held back."""
+    """Return the text of each group of tokens, then the text held back."""
     detokenizer = pieces.detokenizer(skip)
     bounds = [0, *sorted(cut % (len(tokens) + 1) for cut in cuts), len(tokens)]
     texts = [detokenizer.feed(tokens[start:end]) for start, end in pairwise(bounds)]
@@ -76,7 +76,7 @@ def test_text_round_trips_one_token_at_a_time_without_half_characters(name: str,
         assert all(REPLACEMENT not in part for part in parts)
 
 
-def test_character_over_four_tokens_arrives_whole() -> None:
+def test_a_character_of_four_tokens_is_sent_whole() -> None:
     tokenizer = byte_level_tokenizer()
     tokens = [token_of_byte(tokenizer, byte) for byte in "\U0001f680".encode()]
     assert run(pieces_of(tokenizer), tokens, [1, 2, 3]) == ["", "", "", "\U0001f680", ""]
@@ -93,7 +93,7 @@ def token_of_byte(tokenizer: Tokenizer, byte: int) -> int:
     return next(id_ for id_ in range(256) if pieces.of(id_) == bytes([byte]))
 
 
-def test_unfinished_character_comes_out_at_the_end() -> None:
+def test_an_incomplete_character_is_flushed_at_the_end() -> None:
     tokenizer = byte_level_tokenizer()
     tokens = [token_of_byte(tokenizer, 0xF0), token_of_byte(tokenizer, 0x9F)]
     assert run(pieces_of(tokenizer), tokens, [1]) == ["", "", REPLACEMENT]
@@ -121,7 +121,7 @@ def test_sentencepiece_equals_batch_decode(strip: bool, data: st.DataObject) -> 
     assert "".join(run(pieces, tokens, cuts)) == tokenizer.decode(tokens)
 
 
-def test_sentencepiece_first_space_goes_others_stay() -> None:
+def test_sentencepiece_drops_the_first_space_only() -> None:
     tokenizer = sentencepiece_tokenizer()
     tokens = [id_of(tokenizer, text) for text in ("\u2581Hello", "\u2581world", "\u2581Hello")]
     assert run(pieces_of(tokenizer), tokens, [1, 2]) == ["Hello", " world", " Hello", ""]
@@ -129,7 +129,7 @@ def test_sentencepiece_first_space_goes_others_stay() -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_unknown_decoders_go_through_the_window(data: st.DataObject) -> None:
+def test_unknown_decoders_use_the_decode_stream(data: st.DataObject) -> None:
     tokenizer = sentencepiece_tokenizer()
     tokenizer.decoder = decoders.Metaspace(replacement="\u2581", prepend_scheme="always")
     words = ["\u2581Hello", "ing", "\u2581\u2581\u2581", "h\u00e9", "!"]
@@ -140,7 +140,7 @@ def test_unknown_decoders_go_through_the_window(data: st.DataObject) -> None:
     assert "".join(run(pieces, tokens, cuts)) == tokenizer.decode(tokens)
 
 
-def test_window_does_not_hold_for_ever() -> None:
+def test_the_decode_stream_does_not_hold_text_for_ever() -> None:
     tokenizer = Tokenizer(models.WordLevel({REPLACEMENT: 0, "x": 1}, unk_token="x"))
     tokenizer.decoder = decoders.Fuse()
     parts = run(pieces_of(tokenizer), [0] * 100, range(100))

@@ -1,4 +1,4 @@
-"""One choice from tokens to text."""
+"""The output of one choice: from tokens to text."""
 
 import json
 from itertools import pairwise
@@ -47,12 +47,12 @@ def test_a_stop_token_is_the_stop_reason_and_shown_on_request() -> None:
     assert included.text == "hello!"
 
 
-def test_length_keeps_the_last_token() -> None:
+def test_the_last_token_of_an_output_cut_by_length_is_shown() -> None:
     (bang,) = ids("!")
     assert choice().feed([bang], (), "length").text == "!"
 
 
-def test_stop_string_ends_it_and_counts_only_tokens_up_to_it() -> None:
+def test_a_stop_string_ends_the_output_and_the_count_of_tokens() -> None:
     one = choice(strings=("STOP",))
     before, after = ids("abcSTOP"), ids("defg")
     piece = one.feed([*before, *after], (), None)
@@ -62,7 +62,7 @@ def test_stop_string_ends_it_and_counts_only_tokens_up_to_it() -> None:
     assert one.feed(ids("more"), (), "length").is_empty
 
 
-def test_stop_string_on_the_engine_s_last_token_needs_no_abort() -> None:
+def test_a_stop_string_on_the_last_token_needs_no_abort() -> None:
     one = choice(strings=("STOP",))
     piece = one.feed(ids("abcSTOP"), (), "length")
     assert (piece.text, piece.finish, one.needs_abort) == ("abc", "stop", False)
@@ -75,13 +75,13 @@ def test_stop_strings_wait_for_min_tokens() -> None:
     assert pieces[-1].finish == "stop"
 
 
-def test_what_might_have_been_a_stop_comes_out_at_the_end() -> None:
+def test_text_held_back_for_a_stop_string_is_flushed_at_the_end() -> None:
     one = choice(strings=("!!!",))
     assert one.feed(ids("hi!!"), (), None).text == "hi"
     assert one.feed([END], (), "stop").text == "!!"
 
 
-def test_logprobs_go_with_their_tokens() -> None:
+def test_logprobs_are_sent_with_their_tokens() -> None:
     one = choice(strings=("STOP",))
     tokens = ids("aSTOPb")
     piece = one.feed(tokens, [(-0.5, ((token, -0.5),)) for token in tokens], None)
@@ -95,7 +95,7 @@ def test_logprobs_go_with_their_tokens() -> None:
     stops=st.lists(st.text("ab\u00e9 ", min_size=1, max_size=3), max_size=2),
     cuts=st.lists(st.integers(0, 60)),
 )
-def test_cutting_changes_nothing(text: str, stops: list[str], cuts: list[int]) -> None:
+def test_the_output_does_not_depend_on_how_tokens_are_grouped(text: str, stops: list[str], cuts: list[int]) -> None:
     tokens = ids(text)
     whole, parts = choice(strings=tuple(stops)), choice(strings=tuple(stops))
     expected = whole.feed(tokens, (), "length")

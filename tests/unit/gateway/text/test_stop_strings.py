@@ -1,4 +1,4 @@
-"""Stop strings: the same answer however the text is cut, and nothing sent that has to be taken back."""
+"""Stop strings are found however the text is cut, and nothing is sent that belongs to one."""
 
 from itertools import pairwise
 
@@ -12,7 +12,7 @@ STOPS = st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3)
 
 
 def expected(text: str, stops: list[str], include: bool) -> tuple[str, str | None]:
-    """By definition: the shortest prefix that ends in a stop string, the longest such stop string."""
+    """Return the shortest prefix that ends in a stop string, and the longest such stop string: the definition."""
     for end in range(1, len(text) + 1):
         found = [stop for stop in stops if text[:end].endswith(stop)]
         if found:
@@ -23,7 +23,7 @@ def expected(text: str, stops: list[str], include: bool) -> tuple[str, str | Non
 
 @settings(max_examples=400, deadline=None)
 @given(text=TEXT, stops=STOPS, include=st.booleans(), cuts=st.lists(st.integers(0, 30)))
-def test_equals_the_definition_however_cut(text: str, stops: list[str], include: bool, cuts: list[int]) -> None:
+def test_matches_equal_the_definition_for_any_cuts(text: str, stops: list[str], include: bool, cuts: list[int]) -> None:
     bounds = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     matcher = StopMatcher(stops, include)
     sent = ""
@@ -34,7 +34,7 @@ def test_equals_the_definition_however_cut(text: str, stops: list[str], include:
     assert (sent, matcher.matched) == expected(text, stops, include)
 
 
-def test_holds_back_only_what_may_be_a_stop() -> None:
+def test_only_text_that_may_begin_a_stop_string_is_held_back() -> None:
     matcher = StopMatcher(["\nUser:"])
     assert matcher.push("one\nUs") == "one"
     assert matcher.push("ual") == "\nUsual"
@@ -45,14 +45,14 @@ def test_holds_back_only_what_may_be_a_stop() -> None:
     assert matcher.flush() == ""
 
 
-def test_no_stops_passes_text_through() -> None:
+def test_without_stop_strings_text_passes() -> None:
     matcher = StopMatcher([])
     assert matcher.push("text") == "text"
     assert matcher.flush() == ""
     assert matcher.matched is None
 
 
-def test_long_stop_string_costs_no_more_than_its_text() -> None:
+def test_a_long_stop_string_takes_linear_time() -> None:
     matcher = StopMatcher(["a" * 5000 + "b"])
     sent = "".join(matcher.push("a" * 10) for _ in range(2000)) + matcher.flush()
     assert sent == "a" * 20_000

@@ -29,18 +29,18 @@ def test_facts_of_the_model(tokenizer: ModelTokenizer) -> None:
 
 
 @pytest.mark.parametrize("length", [10, 3000])
-def test_text_round_trips_short_and_long(tokenizer: ModelTokenizer, length: int) -> None:
+def test_short_and_long_texts_round_trip(tokenizer: ModelTokenizer, length: int) -> None:
     text = ("hello the \u00e9 " * length)[:length]
     assert tokenizer.decode(tokenizer.encode(text, True)) == text
 
 
-def test_fewest_tokens_never_says_too_many(tokenizer: ModelTokenizer) -> None:
+def test_fewest_tokens_is_a_lower_bound(tokenizer: ModelTokenizer) -> None:
     text = CHAT_END * 500
     assert tokenizer.fewest_tokens(len(text)) <= len(tokenizer.encode(text, True))
     assert tokenizer.fewest_tokens(10**6) > 1000
 
 
-def test_directories_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_directories_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"config\.json"):
         ModelTokenizer(tmp_path)
     (tmp_path / "config.json").write_text("{}")
