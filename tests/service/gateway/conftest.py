@@ -333,7 +333,7 @@ Start = Callable[..., AbstractAsyncContextManager[Running]]
 
 @pytest.fixture
 def start_gateway(model_dir: Path) -> Start:
-    """Return a context manager that runs a gateway with given settings, and checks at the end that no stream is left."""
+    """Return a context manager that runs a gateway with given settings and checks at the end that no stream is left."""
 
     @asynccontextmanager
     async def start(*settings: str, adapters: Sequence[str] = ("pirate", "me/x:1")) -> AsyncIterator[Running]:
