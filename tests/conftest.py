@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from xdist.scheduler import LoadScopeScheduling
 
 from loraserve.testing.triton_interpreter import use_interpreter
@@ -17,6 +18,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A shell starts background jobs of a script with SIGINT ignored, and so do nohup and some CI runners. Children
     # would inherit that, and tests that send them SIGINT would wait in vain.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Property tests draw the same examples in every run, so that a green suite stays green. ``scripts/test --fresh-seed``
+# loads the other profile. Tests' own settings inherit from the profile that is loaded when their module is imported.
+settings.register_profile("ci", derandomize=True)
+settings.register_profile("fresh", derandomize=False, print_blob=True)
+settings.load_profile("ci")
 
 MEASURED = "measured"
 WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/", "tests/rdma/")
