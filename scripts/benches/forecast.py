@@ -1,4 +1,4 @@
-"""Forecasts of demand per adapter on a trace: how far each forecaster is off over the planner's next interval."""
+"""Compares forecasts of demand per adapter on a trace: the error of each forecaster over the next interval."""
 
 import argparse
 import sys
@@ -13,17 +13,17 @@ from loraserve.monitor.forecast import Tracked
 from loraserve.sim.traces import TraceRequest, read_trace
 
 STEP_S = 5.0
-"""A piece of the monitor's window of a minute."""
+"""A bucket of the monitor's window of a minute."""
 INTERVALS_S = (30, 60, 300)
 NEEDS = "TRACE"
-"""Arguments that have to be given, as ``scripts/bench --help`` lists them."""
+"""The required arguments, shown by ``scripts/bench --help``."""
 FIRST_COUNTED = 2
-"""Intervals count from this one on (from 0), when each forecaster has seen two."""
+"""The first counted interval, when each forecaster has seen two."""
 QUICK_S = 3600.0
 
 
 class Score:
-    """Over all series and intervals: error, what there was, and how often the forecast and one std more sufficed."""
+    """Totals over all series and intervals: error, demand, and how often forecast plus one std covered the demand."""
 
     def __init__(self) -> None:
         self.error = self.actual = 0.0
@@ -37,7 +37,7 @@ class Score:
 
     @property
     def relative_error(self) -> float:
-        """Mean absolute error over the mean demand."""
+        """Return the mean absolute error divided by the mean demand."""
         return self.error / self.actual
 
     @property
@@ -46,7 +46,7 @@ class Score:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0 once the line is printed; 1 where the trace cannot be used."""
+    """Return 0 on success, 1 if the trace cannot be used."""
     options = _parser().parse_args(arguments)
     try:
         requests = read_trace(options.trace)
@@ -64,9 +64,11 @@ def main(arguments: Sequence[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("scripts/bench forecast", description=__doc__)
     parser.add_argument("trace", metavar=NEEDS, help="CSV of requests, plain or .gz (see loraserve/sim/traces.py)")
-    parser.add_argument("--adapters", type=_positive, default=200, help="split clients into so many (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
-    parser.add_argument("--quick", action="store_true", help="only the trace's first hour")
+    parser.add_argument(
+        "--adapters", type=_positive, default=200, help="split the clients into this many adapters (%(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the split (%(default)s)")
+    parser.add_argument("--quick", action="store_true", help="use only the first hour of the trace")
     return parser
 
 
@@ -84,7 +86,7 @@ def _check_length(requests: Sequence[TraceRequest], name: str) -> None:
 
 
 def compare(requests: Sequence[TraceRequest], adapters: int, seed: int) -> tuple[dict[str, Number], dict[str, Number]]:
-    """Prints a table for clients as they are and one for clients split; returns figures and ratios."""
+    """Print a table for the clients as adapters and one for the split clients. Returns figures and ratios."""
     figures: dict[str, Number] = {}
     ratios: dict[str, Number] = {}
     split_requests = split(requests, adapters, Random(seed))
@@ -118,7 +120,7 @@ def _table(title: str, scores: dict[int, dict[str, Score]]) -> str:
 
 
 def split(requests: Sequence[TraceRequest], adapters: int, rng: Random) -> list[TraceRequest]:
-    """Each client's requests go to several adapters, the k-th of them getting 1/k of the first one's."""
+    """Distribute each client's requests over several adapters; the k-th gets 1/k of the first one's share."""
     clients = len({request.client for request in requests})
     ranks = range(max(1, round(adapters / clients)))
     drawn = rng.choices(ranks, [1 / (rank + 1) for rank in ranks], k=len(requests))
@@ -129,7 +131,7 @@ def split(requests: Sequence[TraceRequest], adapters: int, rng: Random) -> list[
 
 
 def demand_series(requests: Sequence[TraceRequest], step_s: float) -> list[list[float]]:
-    """Per client, tokens/s in each whole step. All of a request's tokens are taken to be due when it arrives."""
+    """Return tokens/s in each whole step for every client. A request's tokens count at its arrival."""
     began_s = requests[0].time_s
     steps = int((requests[-1].time_s - began_s) / step_s)
     series: dict[str, list[float]] = {}
@@ -142,7 +144,7 @@ def demand_series(requests: Sequence[TraceRequest], step_s: float) -> list[list[
 
 
 def score(series: Sequence[Sequence[float]], step_s: float, horizon_steps: int) -> dict[str, Score]:
-    """Every forecaster on every series."""
+    """Score every forecaster on every series."""
     scores = {name: Score() for name in FORECASTERS}
     for name, make in FORECASTERS.items():
         for values in series:
@@ -151,7 +153,7 @@ def score(series: Sequence[Sequence[float]], step_s: float, horizon_steps: int) 
 
 
 def _score_one(values: Sequence[float], tracked: Tracked, horizon_steps: int, into: Score) -> None:
-    """The monitor begins to forecast an adapter when it is first asked for; until then it expects nothing."""
+    """Score one series. As in the monitor, the forecast is 0 until the first request."""
     begun = False
     for start in range(0, len(values) - horizon_steps + 1, horizon_steps):
         interval = values[start : start + horizon_steps]

@@ -1,10 +1,10 @@
-"""Seconds and memory that planning takes, at 8 engines x 200 adapters and at 1,000 x 100,000, on one core.
+"""Measures time and memory of planning, for 8 engines x 200 adapters and 1,000 x 100,000, on one core.
 
-Demand falls off by a power law; ranks are 8 to 128; LoRA is padded, where placement has most to decide, and exact. A
-plan is made from nothing, again from itself, after demand has drifted (each by up to 30%) and after an engine
-in a hundred was lost. The figures are the slowest of these in either cost, each the median of its runs, in processor
-time: what a core takes that has nothing else to do, whoever else is on the machine. Memory is the peak of what Python
-and numpy allocate (tracemalloc, a run of its own), the inputs left out.
+Demand follows a power law, ranks are 8 to 128, and LoRA costs are padded (the hardest case for placement) or exact. A
+plan is made from scratch, from itself, after a drift of demand (up to 30% each) and after the loss of one engine in a
+hundred. The figures are the slowest of these cases; each case is the median of its runs in processor time, which other
+load on the machine does not affect. Memory is the peak allocated by Python and numpy (tracemalloc, in a separate run)
+without the inputs.
 """
 
 import argparse
@@ -36,7 +36,7 @@ SETTINGS = PlanSettings()
 
 
 class Cluster(msgspec.Struct):
-    """What a plan is made from."""
+    """The inputs of a plan."""
 
     demand: list[AdapterDemand]
     adapters: dict[str, AdapterRef]
@@ -56,10 +56,10 @@ class Cluster(msgspec.Struct):
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0 once the line is printed."""
+    """Run the bench. Returns 0."""
     parser = argparse.ArgumentParser("scripts/bench planner", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer runs")
-    parser.add_argument("--runs", type=int, help="of each; 3 by default at the large size, 1 with --quick")
+    parser.add_argument("--runs", type=int, help="runs of each case at the large size; default 3, with --quick 1")
     options = parser.parse_args(arguments)
     runs = options.runs or (1 if options.quick else 3)
     rows, slowest = [], {SMALL: 0.0, LARGE: 0.0}
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _cluster(engines: int, adapters: int, lora: Literal["padded", "exact"]) -> Cluster:
-    """Coefficients are of the order of an 8-billion model's on a data-centre GPU."""
+    """Return a cluster whose costs resemble an 8-billion model on a data-centre GPU."""
     rng = Random(adapters)
     refs = [_adapter(number, rng.choice(RANKS)) for number in range(adapters)]
     weights = [1 / (number + 1) ** 0.9 for number in range(adapters)]
@@ -147,7 +147,7 @@ def _engine(name: str) -> EngineLoad:
 
 
 def _measured(cluster: Cluster, runs: int) -> list[tuple[str, float]]:
-    """Median seconds of a plan from nothing, from itself, after a drift and after a loss."""
+    """Return the median seconds of a plan from scratch, from itself, after a drift and after a loss."""
     plan = cluster.plan(())
     rng = Random(1)
     demand = [
@@ -157,8 +157,8 @@ def _measured(cluster: Cluster, runs: int) -> list[tuple[str, float]]:
     drifted = msgspec.structs.replace(cluster, demand=demand)
     lost = msgspec.structs.replace(cluster, engines=cluster.engines[max(1, len(cluster.engines) // 100) :])
     return [
-        ("from nothing", _seconds(cluster, (), runs)),
-        ("again", _seconds(cluster, plan, runs)),
+        ("from scratch", _seconds(cluster, (), runs)),
+        ("from itself", _seconds(cluster, plan, runs)),
         ("after a drift", _seconds(drifted, plan, runs)),
         ("engines lost", _seconds(lost, plan, runs)),
     ]

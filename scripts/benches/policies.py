@@ -1,12 +1,12 @@
-"""TTFT of one workload on a live cluster of four engines under each policy, the simulator's prediction beside it.
+"""Measures TTFT on a live cluster of four engines under each policy, and compares it with the simulator.
 
 Every policy gets the same requests at the same times over HTTP, on a cluster of its own: all processes, real ZeroMQ,
-a small random model, adapters of ranks 8 to 128. Engines share this machine's cores, so each is held to a share of one,
-as if it had a device of its own. A profile of this very engine, timed with all four at once and each at its share, says
-what load they can bear; the simulator prices with it. TTFT is the client's, since the request was due.
+a small random model, adapters of ranks 8 to 128. Engines share this machine's cores, so each is limited to a share of a
+core, as if it had a device of its own. A profile, measured with all four engines at their share, determines the load,
+and the simulator computes with it. TTFT is measured by the client from the time at which the request was due.
 
-``ours``: our planner and router. ``loraserve``: the paper's planner, requests drawn by its shares. ``slora-random`` and
-``slora-contiguous``: adapters dealt out once (planner.pins), each request to where its adapter is.
+``ours``: our planner and router. ``loraserve``: the paper's planner, requests routed randomly by its shares.
+``slora-random`` and ``slora-contiguous``: adapters assigned once (planner.pins), each request to its adapter's engine.
 """
 
 import argparse
@@ -30,16 +30,16 @@ from loraserve.sim.estimate import capacity_rps
 from loraserve.sim.workload import Workload
 
 LOAD = 0.7
-"""Of what the profile says that engines with full batches and equal work could serve."""
+"""Share of the capacity that the profile predicts for full batches and equally loaded engines."""
 SLO_FACTOR = 5.0
-"""The SLO, in first tokens of a mean prompt with nothing else there."""
+"""The SLO as a multiple of the TTFT of a mean prompt on an idle engine."""
 
 
 LEAST_REQUESTS = 40
 
 
 class Effort(NamedTuple):
-    """``seconds`` of requests under each policy, and how much is timed for the profile."""
+    """The duration under each policy, and the number of batches and rounds of the profile."""
 
     seconds: float
     policies: tuple[LivePolicy, ...]
@@ -52,7 +52,7 @@ QUICK = Effort(7.0, (OURS, RANDOM), 14, 2)
 
 
 class Bench:
-    """What was measured and predicted so far, by policy."""
+    """The measurements and predictions by policy."""
 
     def __init__(self, scene: Scene, profiled: Profiled, load: float, slo_factor: float, seconds: float) -> None:
         self.profiled = profiled
@@ -65,7 +65,7 @@ class Bench:
         self.predicted: dict[str, Predicted] = {}
 
     def measure(self, policy: LivePolicy, profile: Path) -> None:
-        """A cluster that does not do its part leaves its figures null."""
+        """Measure a policy. Its figures stay null if its cluster fails."""
         try:
             with tempfile.TemporaryDirectory(prefix="loraserve-bench-") as folder:
                 result = run_live(Path(folder), self.scene, self.workload, policy, self.slo_s, profile)
@@ -189,14 +189,14 @@ def _cores(result: LiveResult) -> list[Number]:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0 once the line is printed, 1 where our policy or the load could not be measured."""
+    """Return 0 on success, 1 if our policy or the profile could not be measured."""
     options = _parser().parse_args(arguments)
     effort = QUICK if options.quick else WHOLE
     seconds = options.seconds or effort.seconds
     with tempfile.TemporaryDirectory(prefix="loraserve-bench-") as folder:
         try:
             say("making the model and its adapters")
-            # Far more than are sent: how many that is shows once the engines have been timed.
+            # More requests than are sent: their number is known only after the engines were profiled.
             scene = make_scene(Path(folder), options.requests, options.trace, options.seed)
             profiled = measure_profile(scene, effort.batches, effort.rounds)
         except (LoraServeError, BenchError) as error:
@@ -217,29 +217,33 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scripts/bench policies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="two policies, fewer requests, a rougher profile")
-    parser.add_argument("--trace", default="", metavar="FILE", help="CSV of requests; default: drawn, Zipf popularity")
-    parser.add_argument("--load", type=_positive, default=LOAD, help=f"share of the engines' capacity ({LOAD})")
-    parser.add_argument("--slo", type=_positive, default=SLO_FACTOR, help=f"in unloaded first tokens ({SLO_FACTOR})")
-    parser.add_argument("--seconds", type=_positive, help=f"of requests under each policy ({WHOLE.seconds:.0f})")
+    parser.add_argument("--quick", action="store_true", help="two policies, fewer requests, a less exact profile")
     parser.add_argument(
-        "--requests", type=_requests, default=2000, help="drawn, of which those of so many seconds are sent"
+        "--trace", default="", metavar="FILE", help="CSV of requests; default: random requests"
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the workload (0)")
+    parser.add_argument("--load", type=_positive, default=LOAD, help=f"share of the engines' capacity ({LOAD})")
+    parser.add_argument(
+        "--slo", type=_positive, default=SLO_FACTOR, help=f"SLO in idle TTFTs ({SLO_FACTOR})"
+    )
+    parser.add_argument("--seconds", type=_positive, help=f"duration under each policy ({WHOLE.seconds:.0f})")
+    parser.add_argument(
+        "--requests", type=_requests, default=2000, help="number of requests to draw; those of --seconds are sent"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the workload (0)")
     return parser
 
 
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"is {text}, it must be more than 0")
+        raise argparse.ArgumentTypeError(f"{text}: must be more than 0")
     return value
 
 
 def _requests(text: str) -> int:
     value = int(text)
     if value < LEAST_REQUESTS:
-        raise argparse.ArgumentTypeError(f"is {text}, at least {LEAST_REQUESTS} are needed for percentiles")
+        raise argparse.ArgumentTypeError(f"{text}: at least {LEAST_REQUESTS} are needed for percentiles")
     return value
 
 

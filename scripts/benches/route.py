@@ -1,10 +1,10 @@
-"""Microseconds in which the router chooses an engine among 8, 64 and 1,000, and takes a picture of the cluster.
+"""Measures how long the router takes to choose among 8, 64 and 1,000 engines, and to apply a load report of them all.
 
-Each choice is made as the service makes it: requests that no report mentions expire, the engine is chosen, what was
-sent counts as load there. Engines hold 25 adapters each and have queues, running requests and requests on their way;
-the plan has two copies of each adapter; prompts are of 600 tokens, half of them beginning alike; between two pictures
-there are as many choices as engines, up to 250. route_N_us is the median of route() itself for requests with an
-adapter, with the prices that what was sent before has changed; route_and_sent_N_us of all three together.
+Each choice has the steps of the service: expire pending requests, choose an engine, record the request as load there.
+Engines hold 25 adapters each and have waiting, running and pending requests. The plan has two copies of each adapter.
+Prompts have 600 tokens; half of the prompts share a prefix. There are as many choices between two reports as engines,
+up to 250. route_N_us is the median of the choice for requests with an adapter, including the prices that earlier
+requests have changed; route_and_sent_N_us is the median of all three steps.
 """
 
 import argparse
@@ -48,7 +48,7 @@ GOALS = {8: "< 40", 64: "< 50", 1000: "< 500"}
 
 
 class Cluster:
-    """Engines in the middle of their work, whose reports say what the router sent."""
+    """A cluster of busy engines that hold the planned adapters."""
 
     def __init__(self, engines: int, lora: Literal["exact", "padded"]) -> None:
         self.rng = Random(engines)
@@ -131,7 +131,7 @@ def _adapter(number: int) -> AdapterRef:
 
 
 class Measured:
-    """Seconds of each choice: by kind, and with all that belongs to it; of each picture."""
+    """Seconds of each choice by kind, of each choice with its other steps, and of each load report."""
 
     def __init__(self) -> None:
         self.choosing: dict[str, list[float]] = {kind: [] for kind in KINDS}
@@ -158,7 +158,7 @@ def measure(engines: int, policy: str, lora: Literal["exact", "padded"], picture
         cluster.now += 0.25
         picture = cluster.picture()
         measured.pictures.append(_seconds(lambda picture=picture: cluster.view.update(picture, cluster.now)))  # type: ignore[misc]
-        # The first choice after a picture makes all prices: it belongs to the picture.
+        # The first choice after a report computes all prices, so this is counted with the report.
         measured.pictures[-1] += _seconds(lambda: cluster.view.prices(cluster.cost))
         for request in [cluster.request(KINDS[number % 8 == 7]) for number in range(choices)]:
             cluster.now += 0.2 / choices
@@ -186,7 +186,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0 once the line is printed."""
+    """Run the bench. Returns 0."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench route", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -203,7 +203,7 @@ def main(arguments: Sequence[str]) -> int:
             rows.append([f"{engines}, {policy}, {lora}", *measured.row(GOALS[engines])])
             figures |= measured.figures(f"{engines}" if (policy, lora) == MAIN else f"{engines}_{policy}_{lora}")
     header = ["engines, policy, cost", "route() us", "goal", "p99 us", "base us", "with sent() us", "picture ms"]
-    print(table("One choice; one that asks for no adapter; all that belongs to one; one picture", header, rows))
+    print(table("One choice; one without an adapter; with its other steps; one load report", header, rows))
     print(last_line("route", {}, figures))
     return 0
 

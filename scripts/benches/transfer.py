@@ -1,19 +1,18 @@
-"""How fast an adapter is read from a peer, by transport, and what requests notice of it.
+"""Measures how fast adapters are read from a peer, by transport, and how much reads delay requests.
 
-1. Bandwidth, for slabs of 1 to 256 MiB, all ways in turn: a plain copy within the process, of memory such as pools lie
-   in (memcpy) and of ordinary memory, with huge pages where the kernel gives them (memcpy_ordinary); shm from another
-   process (also where nothing of it was mapped before, which each engine pays once for each page); sockets over
-   loopback with nothing but recv_into; tcp, that is the bus over such sockets. As in an engine no slab is where the
-   last one was, neither where it is read from nor where it is read to: small ones do not stay in a processor's cache.
-   All memory is touched first. The ratios are those of the size that does worst, in its median round.
-2. verbs beside perftest's ib_read_bw, in a virtual machine with a software RDMA device where there is no other.
-3. Four engines of one thread each: one holds adapters of ranks 8 and 64 on all seven projections, the others read
-   them over shm, over tcp and from the store, whose file is not in the page cache; to those that read from the peer
-   the store is made slow, so that each reads in its own way alone. Time to the first token of a request for an
-   adapter that is not there yet, and for the same one once it is; and the steps of streams that are there while 50
-   adapters of a plan, whose loads are paced, come one after another, and while none does.
+1. Bandwidth for slabs of 1 to 256 MiB, alternating between: a copy within the process, of the kind of memory that pools
+   use (memcpy) and of ordinary memory, which may have huge pages (memcpy_ordinary); shm from another process, also
+   without any pages mapped before (shm_first), a cost that an engine pays once per page; plain loopback sockets with
+   recv_into (raw); tcp, which is the bus over such sockets. As in an engine, each slab has another source and target
+   address than the one before, so that small slabs do not stay in the processor's cache. All memory is touched first.
+   Ratios are of the worst size, in its median round.
+2. verbs against perftest's ib_read_bw, in a virtual machine with a software RDMA device if there is no other.
+3. Four engines of one thread each. One holds adapters of ranks 8 and 64 on all seven projections; the others read them
+   over shm, over tcp and from the store, whose file is dropped from the page cache. Measured are the time to first
+   token for an absent adapter and for the same adapter once resident, and the step times of running streams while 50
+   adapters of a plan are loaded one after another, and while none is. The plan's loads are paced.
 
---quick makes fewer rounds of 1, leaves out 2 (null) and has 26 adapters come, twice, in 3.
+--quick makes fewer rounds of 1, leaves out 2 (null) and loads 26 adapters, twice, in 3.
 """
 
 import argparse
@@ -48,7 +47,7 @@ MIB = 1 << 20
 SIZES_MIB = (1, 4, 16, 64, 256)
 HELD_BYTES = max(SIZES_MIB) * MIB
 ROUNDS_MIB = 2048
-"""Of each size as many rounds as this is large, within bounds."""
+"""The number of rounds of a size is this divided by the size, within ``FEWEST`` and ``MOST``."""
 FEWEST, MOST = 9, 200
 QUICK_SHARE = 4
 WAYS = ("memcpy", "memcpy_ordinary", "shm", "shm_first", "raw", "tcp")
@@ -62,8 +61,8 @@ Way = Callable[[Bytes, int], Awaitable[None]]
 
 @asynccontextmanager
 async def ways() -> AsyncIterator[dict[str, Way]]:
-    """Each fills a buffer with what somebody holds from some place on."""
-    # Of the same kind as the owner's, with pages of the same size.
+    """Yield all ways to read by name. Each fills a buffer with data from an offset."""
+    # The same kind of memory and page size as the owner's.
     held = SharedMemory(HELD_BYTES)
     own = np.frombuffer(held.view, np.uint8)
     own[:] = pattern(HELD_BYTES)
@@ -100,7 +99,7 @@ async def ways() -> AsyncIterator[dict[str, Way]]:
 
 
 def sender() -> socket.socket:
-    """A connection to a process that sends; it ends with the connection."""
+    """Start a sending process and connect to it. The process ends when the connection is closed."""
     process = subprocess.Popen([sys.executable, str(SENDER)], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     return socket.create_connection(("127.0.0.1", int(process.stdout.readline())))
@@ -114,7 +113,7 @@ def receive(connection: socket.socket, into: Bytes, start: int) -> None:
 
 
 class Measured:
-    """Seconds that each way took for slabs of one size, round by round."""
+    """The seconds of each way for slabs of one size, by round."""
 
     def __init__(self, size_bytes: int, taken_s: dict[str, list[float]]) -> None:
         self._size_bytes = size_bytes
@@ -124,17 +123,17 @@ class Measured:
         return {name: self._size_bytes / median(times_s) for name, times_s in self._taken_s.items()}
 
     def over(self, ours: str, theirs: str) -> float:
-        """Bandwidth over bandwidth, in the median round: what slows the machine down for a while slows both."""
+        """Return the ratio of bandwidths in the median round. A slow phase of the machine affects both."""
         return median(b / a for a, b in zip(self._taken_s[ours], self._taken_s[theirs], strict=True))
 
 
 def places(size_bytes: int) -> Iterator[int]:
-    """Where one slab after another lies."""
+    """Yield the offsets of successive slabs."""
     return itertools.cycle(range(0, HELD_BYTES - size_bytes + 1, size_bytes))
 
 
 async def measure(size_mib: int, rounds: int, each: dict[str, Way], memory: Bytes) -> Measured:
-    """Nobody is always the first of a round, nor always after the same other."""
+    """Measure all ways in rounds. The order rotates, so that no way is always first."""
     size_bytes = size_mib * MIB
     taken_s: dict[str, list[float]] = {name: [] for name in each}
     place, names = places(size_bytes), list(each)
@@ -149,11 +148,11 @@ async def measure(size_mib: int, rounds: int, each: dict[str, Way], memory: Byte
 
 
 async def bandwidth(quick: bool) -> dict[int, Measured]:
-    """By slab size in MiB."""
+    """Return the measurements by slab size in MiB."""
     found = {}
     memory = np.empty(HELD_BYTES, np.uint8)
     async with ways() as each:
-        # Maps, connects and touches.
+        # The first use maps memory, connects and touches pages.
         for way in each.values():
             await way(memory, 0)
         for size_mib in SIZES_MIB:
@@ -164,8 +163,11 @@ async def bandwidth(quick: bool) -> dict[int, Measured]:
 
 
 def ratios(found: dict[int, Measured], verbs: list[Slab], remote: Remote | None) -> dict[str, Number]:
-    """shm_vs_memcpy is over a copy of memory with pages such as shm reads: it is to say what the transport costs. What
-    the pages cost no transport can save; shm/ordinary in the table has both."""
+    """Return the ratios of the last line.
+
+    shm_vs_memcpy compares with a copy of the same kind of memory, so that it shows the cost of the transport only.
+    shm/ordinary in the table includes the cost of the smaller pages.
+    """
     nothing: dict[str, Number] = {"step_growth_while_loading": None, "remote_ttft_vs_resident": None}
     return {
         "shm_vs_memcpy": rounded(min(each.over("shm", "memcpy") for each in found.values())),
@@ -203,7 +205,7 @@ def bandwidth_figures(found: dict[int, Measured]) -> dict[str, Number]:
 
 
 def engines_measured(quick: bool) -> Remote | None:
-    """None, with a line that says why, where they could not be."""
+    """Return the measurements with engines, or None, with a line that says why, if they failed."""
     try:
         return measure_remote(QUICK if quick else FULL)
     except (BenchError, LoraServeError) as error:
@@ -212,11 +214,11 @@ def engines_measured(quick: bool) -> Remote | None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0 once the line is printed, 1 where engines could not be measured."""
+    """Return 0 on success, 1 if the engines could not be measured."""
     parser = argparse.ArgumentParser(
         prog="scripts/bench transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="under a minute; says above what it leaves out")
+    parser.add_argument("--quick", action="store_true", help="under a minute; see above for what is left out")
     options = parser.parse_args(arguments)
     found = uvloop.run(bandwidth(options.quick))
     remote = engines_measured(options.quick)

@@ -1,1 +1,1 @@
-"""Engines that are killed, stopped and poisoned while they serve."""
+"""The parts of scripts/bench chaos: engines, disturbances, requests, expected output, counts."""

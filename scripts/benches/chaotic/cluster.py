@@ -1,4 +1,4 @@
-"""The engines of a chaos run: who can be asked, which copies are poisoned, and what memory is whose."""
+"""The engines of a chaos run: which are up, which copies are corrupted and which shared memory they own."""
 
 import asyncio
 import signal
@@ -12,11 +12,11 @@ from chaotic.counts import Counts
 from loraserve.messages import AdapterRef
 
 ENGINES = ("engine-0", "engine-1", "engine-2")
-LETS_GO_WITHIN_S = 10.0
+RELEASE_TIMEOUT_S = 10.0
 
 
 class Victims:
-    """``usable`` engines are up; a copy in ``poisoned`` is one that its own engine must not be asked for."""
+    """``usable``: names of engines that are up. ``poisoned``: (engine, adapter) pairs that must not be requested."""
 
     def __init__(self, engines: Engines, driver: Driver, adapters: Mapping[str, AdapterRef], counts: Counts) -> None:
         self.adapters = adapters
@@ -26,11 +26,11 @@ class Victims:
         self._driver = driver
         self._counts = counts
         self._memory: dict[str, set[str]] = {}
-        """Of each engine's present life, as it was before it read anything."""
+        """By engine, the shared memory that it owned when it was ready, before it read anything."""
         self._every: set[str] = set()
 
     async def start(self, name: str) -> None:
-        """Returns when it can be asked."""
+        """Start an engine and return when it is ready."""
         self._engines.start(name)
         await self._driver.ready(name)
         self._memory[name] = held_by(self._engines.pid(name))
@@ -39,10 +39,10 @@ class Victims:
         self.usable.add(name)
 
     async def spread(self) -> None:
-        """Each adapter to one engine, so that the others can read it there from the beginning."""
+        """Load each adapter on one engine, from which the others can read it."""
         for number, name in enumerate(ENGINES):
             await self._driver.hold(name, list(self.adapters.values())[number :: len(ENGINES)])
-            await self._driver.let_go(name)
+            await self._driver.unpin(name)
             await self._driver.fresh_load(name)
 
     def kill(self, name: str) -> None:
@@ -56,20 +56,20 @@ class Victims:
         self._counts.restarts += 1
 
     async def stop_for(self, name: str, seconds: float) -> None:
-        """It neither reads nor answers meanwhile."""
+        """Suspend an engine. It neither reads nor answers meanwhile."""
         self._engines.send(name, signal.SIGSTOP)
         await asyncio.sleep(seconds)
         self._engines.send(name, signal.SIGCONT)
 
     async def poison(self, poisoner: Poisoner, owner: str, adapter: str, places: Sequence[float]) -> bool | None:
-        """See Poisoner."""
+        """Corrupt a copy in an engine's pool. See Poisoner."""
         return await poisoner.poison(owner, self._engines.pid(owner), self.adapters[adapter], places)
 
     def askable(self, adapter: str) -> list[str]:
         return sorted(name for name in self.usable if (name, adapter) not in self.poisoned)
 
     def pairs(self) -> list[tuple[str, str, str]]:
-        """Who owns an adapter, who could read it there, and which: by the engines' last reports."""
+        """Return (owner, possible reader, adapter) for all copies, from the engines' last load reports."""
         held = {name: self._held(name) for name in sorted(self.usable)}
         return [
             (owner, reader, adapter)
@@ -80,7 +80,7 @@ class Victims:
         ]
 
     def note_crashes(self) -> None:
-        """Those that ended and were not killed."""
+        """Count engines that ended without being killed."""
         for name in self.usable - self._engines.pids().keys():
             self.usable.discard(name)
             self._driver.fail_all(name, "crashed")
@@ -88,23 +88,23 @@ class Victims:
             self._counts.note(f"{name} ended by itself")
 
     async def count_mapped_of_dead(self) -> None:
-        """Memory of the dead that the living still have mapped after a while."""
+        """Count the shared memory of dead engines that living ones still have mapped after ``RELEASE_TIMEOUT_S``."""
         own = {memory for name in self.usable for memory in self._memory[name]}
         pids = [self._engines.pid(name) for name in self.usable]
-        for _ in range(int(LETS_GO_WITHIN_S / 0.2)):
+        for _ in range(int(RELEASE_TIMEOUT_S / 0.2)):
             left = {memory for pid in pids for memory in held_by(pid) | mapped_by(pid)} - own
             if not left:
                 return
             await asyncio.sleep(0.2)
         self._counts.leaked_memfds += len(left)
-        self._counts.note(f"of dead engines {len(left)} memories are still mapped")
+        self._counts.note(f"{len(left)} shared memories of dead engines are still mapped")
 
     def count_left_behind(self) -> None:
-        """Once all processes have ended."""
+        """Count the shared memory that is left after all processes have ended."""
         left = left_of(self._every)
         self._counts.leaked_memfds += len(left)
         if left:
-            self._counts.note(f"memories that outlive the run: {sorted(left)}")
+            self._counts.note(f"shared memory that outlives the run: {sorted(left)}")
 
     def _held(self, name: str) -> set[str]:
         load = self._driver.loads.get(name)

@@ -1,4 +1,4 @@
-"""What happened in a chaos run, and what of it must not have."""
+"""The counts of a chaos run: events, and faults that must not happen."""
 
 from dataclasses import dataclass, field, fields
 
@@ -9,8 +9,11 @@ MOST_NOTES = 8
 
 @dataclass
 class Counts:
-    """``resubmitted``: sent again because their engine was killed. The rest of the first block is what was done to the
-    engines and what they said of it; none of the second may be anything but 0."""
+    """Counts of events and faults; the faults are listed in ``FAULTS``.
+
+    ``resubmitted`` requests failed because their engine was killed. This bench sent them again, as a client would; they
+    are not in ``failed_requests``.
+    """
 
     requests: int = 0
     tokens: int = 0
@@ -34,7 +37,7 @@ class Counts:
     leaked_sockets: int = 0
     engine_leaks: int = 0
     notes: list[str] = field(default_factory=list)
-    """The first faults, in words."""
+    """Descriptions of the first faults."""
 
     def note(self, text: str) -> None:
         if len(self.notes) < MOST_NOTES:
@@ -48,11 +51,14 @@ class Counts:
 
     def text(self) -> str:
         names = [name for name in self.figures() if name not in FAULTS]
-        done = table("What happened", ["", "count"], [[_words(name), getattr(self, name)] for name in names])
-        bad = table("What must not", ["", "count", "goal"], [[_words(n), v, 0] for n, v in self.faults().items()])
-        return "\n".join([done, bad, *(f"  {note}" for note in self.notes)])
+        done = table("Events", ["", "count"], [[_words(name), getattr(self, name)] for name in names])
+        bad = table("Faults", ["", "count", "goal"], [[_words(n), v, 0] for n, v in self.faults().items()])
+        return "\n".join([done, bad, EXPLANATION, *(f"  {note}" for note in self.notes)])
 
 
+EXPLANATION = (
+    "resubmitted: failed with a killed engine and sent again by this bench, as a client would; not a failed request"
+)
 FAULTS = (
     "wrong_tokens",
     "stuck_requests",

@@ -1,4 +1,4 @@
-"""Requests for random adapters to random engines, each checked token by token, and sent again where its engine dies."""
+"""Sends requests for random adapters to random engines, checks every token, and resubmits if an engine is killed."""
 
 import asyncio
 import time
@@ -12,12 +12,12 @@ from chaotic.counts import Counts
 from chaotic.truth import Case
 
 DEADLINE_S = 60.0
-"""Of one request with all its tries: engines need some 15 s to start on a busy machine, and stop for 1 s."""
+"""For one request with all resubmissions. Engines need about 15 s to start on a busy machine."""
 PAUSE_S = 0.05
 
 
 class Traffic:
-    """``counts`` has what came of it. ``at`` says who is asked for what just now."""
+    """Writes outcomes to ``counts``. ``at`` lists the (engine, adapter) pairs of the requests in flight."""
 
     def __init__(
         self, driver: Driver, victims: Victims, cases: Sequence[Case], rng: Random, counts: Counts, deadline_s: float
@@ -32,16 +32,16 @@ class Traffic:
         self._deadline_s = deadline_s
 
     async def keep_asking(self, until: asyncio.Event) -> None:
-        """One after the other."""
+        """Send requests one after the other until the event is set."""
         while not until.is_set():
             await self.serve(self._rng.choice(self._cases))
 
     async def serve_for(self, adapter: str, engine: str) -> None:
-        """Any prompt for this adapter, first at this engine."""
+        """Send a random prompt for this adapter, first to this engine."""
         await self.serve(self._rng.choice(self._by_adapter[adapter]), engine)
 
     async def serve(self, case: Case, first: str = "") -> None:
-        """Until it has ended well, or is stuck."""
+        """Send one request, again and again, until it succeeds or the deadline passes."""
         self._counts.requests += 1
         ends_s = time.monotonic() + self._deadline_s
         engine = first
@@ -62,7 +62,7 @@ class Traffic:
         )
 
     async def _try(self, case: Case, engine: str, timeout_s: float) -> bool:
-        """Whether it is over. Where its engine was killed under it, it is not."""
+        """Send a request once. Returns False if it must be sent again."""
         place = (engine, case.adapter)
         self.at.append(place)
         try:
@@ -72,7 +72,7 @@ class Traffic:
         finally:
             self.at.remove(place)
         self._counts.tokens += len(asked.tokens)
-        if not self._as_it_should(case, asked):
+        if not self._tokens_are_right(case, asked):
             return True
         if not ended:
             return False
@@ -81,8 +81,8 @@ class Traffic:
             return False
         return True
 
-    def _as_it_should(self, case: Case, asked: Asked) -> bool:
-        """What came, all of it or not, is what should come."""
+    def _tokens_are_right(self, case: Case, asked: Asked) -> bool:
+        """Return whether the received tokens are right. An unfinished output must be a prefix of the right one."""
         came = tuple(asked.tokens)
         wrong = sum(a != b for a, b in zip(came, case.tokens, strict=False))
         if not asked.error and asked.over.is_set():
@@ -93,7 +93,7 @@ class Traffic:
         return not wrong
 
     def _note_failure(self, asked: Asked) -> None:
-        """An engine that dies takes its requests with it; one that lives must not fail any."""
+        """Count a failed request: as resubmitted if its engine was killed, as a fault if the engine is alive."""
         if asked.engine in self._victims.usable and not asked.error.startswith("killed"):
             self._counts.failed_requests += 1
             self._counts.note(f"{asked.engine} failed a request for {asked.adapter}: {asked.error}")

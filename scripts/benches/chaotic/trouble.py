@@ -1,4 +1,4 @@
-"""Kills, stops and poisons engines while they read from each other, again and again."""
+"""Kills, stops and corrupts engines while they read from each other."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -13,20 +13,20 @@ from chaotic.traffic import Traffic
 
 BETWEEN_S = (0.8, 2.5)
 INTO_THE_READ_S = 0.03
-"""A read and its check take from 3 to 30 ms: the blow falls before, in or after them."""
+"""A read takes from 3 to 30 ms, so the disturbance comes before, during or after it."""
 DEAD_FOR_S = 1.0
 STOPPED_S = (0.4, 1.2)
-"""Longer than a lease lasts."""
+"""Longer than the lease."""
 FEWEST = 2
-"""As many engines are up as reading takes, before anything is done to one."""
+"""Engines that must be up before one is disturbed: a reader needs an owner."""
 KILL_OF_FEWEST = 0.2
-"""How often one of so few is killed, so that nobody is left to read from."""
+"""Probability that one of only ``FEWEST`` engines is killed, so that no owner is left."""
 
-Deed = Callable[[str, str, str], Awaitable[None]]
+Disturbance = Callable[[str, str, str], Awaitable[None]]
 
 
 class Trouble:
-    """``make`` goes on until it is told to stop; what it began it ends."""
+    """``make`` disturbs engines until its event is set, and then waits for restarts and requests that it began."""
 
     def __init__(self, victims: Victims, traffic: Traffic, poisoner: Poisoner, rng: Random, counts: Counts) -> None:
         self._victims = victims
@@ -37,9 +37,9 @@ class Trouble:
         self._tasks: asyncio.TaskGroup
 
     async def make(self, until: asyncio.Event) -> None:
-        killing: list[Deed] = [self._kill_owner, self._kill_reader]
-        # Poisoning more often: nobody has to start anew for it.
-        sparing: list[Deed] = [self._stop_owner, self._stop_reader, *[self._poison] * 3]
+        killing: list[Disturbance] = [self._kill_owner, self._kill_reader]
+        # Poisoning is chosen more often because it needs no restart.
+        harmless: list[Disturbance] = [self._stop_owner, self._stop_reader, *[self._poison] * 3]
         async with asyncio.TaskGroup() as self._tasks:
             while not until.is_set():
                 await asyncio.sleep(self._rng.uniform(*BETWEEN_S))
@@ -48,14 +48,14 @@ class Trouble:
                 if until.is_set() or up < FEWEST:
                     continue
                 if not pairs:
-                    self._start_anew()
+                    self._restart_corrupted()
                     continue
                 may_kill = up > FEWEST or self._rng.random() < KILL_OF_FEWEST
-                deed = self._rng.choice([*killing, *sparing] if may_kill else sparing)
-                await deed(*self._rng.choice(pairs))
+                disturbance = self._rng.choice([*killing, *harmless] if may_kill else harmless)
+                await disturbance(*self._rng.choice(pairs))
 
-    def _start_anew(self) -> None:
-        """Copies that were damaged stay so until then, and at last there are no others."""
+    def _restart_corrupted(self) -> None:
+        """Kill the engine with most corrupted copies: when all copies are corrupted, nothing can be read."""
         damaged = [owner for owner, _ in self._victims.poisoned if owner in self._victims.usable]
         if damaged:
             self._kill(max(sorted(set(damaged)), key=damaged.count))
@@ -82,15 +82,17 @@ class Trouble:
         self._counts.readers_stopped += 1
 
     async def _poison(self, owner: str, reader: str, adapter: str) -> None:
-        """A copy that its owner does not run now, and is not asked for any more before its next start: its own tokens
-        would be wrong, and nobody claims that they are not."""
+        """Corrupt a copy that no request of its owner uses, and do not request it there until the owner restarts.
+
+        Only readers verify a copy. The owner's own output with it would be wrong.
+        """
         if (owner, adapter) in self._traffic.at:
             return
         self._victims.poisoned.add((owner, adapter))
         places = [self._rng.random() for _ in range(3)]
         done = await self._victims.poison(self._poisoner, owner, adapter, places)
         if done is None:
-            # It may have hit something else, which the owner may run.
+            # Another adapter, which the owner may run, may have been corrupted instead.
             self._kill(owner)
         elif done:
             self._counts.poisonings += 1
@@ -114,6 +116,6 @@ class Trouble:
 def progress(counts: Counts, seconds: float) -> None:
     kills = counts.owners_killed + counts.readers_killed
     say(
-        f"{seconds:.0f} s: {counts.requests} requests, {counts.resubmitted} sent again, {kills} kills, "
+        f"{seconds:.0f} s: {counts.requests} requests, {counts.resubmitted} resubmitted, {kills} kills, "
         f"{counts.poisonings} poisonings, {sum(counts.faults().values())} faults"
     )

@@ -1,4 +1,4 @@
-"""What one engine by itself says to each prompt, greedily: what every engine must say whatever happens around it."""
+"""The expected output: what a single undisturbed engine generates greedily for each prompt."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,14 +18,14 @@ from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest
 from loraserve.testing.tiny_model import write_peft_adapter
 
 RANKS = (8, 8, 16, 16, 24, 24, 32, 32)
-"""Of random adapters on all seven projections beside the demo's four: 5 to 20 MB each."""
+"""Ranks of the random adapters on all seven projections, beside the demo's four: 5 to 20 MB each."""
 PROMPTS = 6
 PROMPT_TOKENS = (6, 30)
 OUTPUT_TOKENS = (8, 16)
 
 
 class Case(NamedTuple):
-    """A prompt for an adapter, and the tokens that follow."""
+    """A prompt for an adapter and its expected tokens."""
 
     adapter: str
     prompt: tuple[int, ...]
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
 
 def write_adapters(folder: Path, shape: ModelShape) -> dict[str, Path]:
-    """The demo's, and random ones that each say something else."""
+    """Write the demo adapters and random adapters whose outputs differ."""
     found = {adapter.name: adapter.path for adapter in demo_adapters(default_data_dir(), say)}
     for number, rank in enumerate(RANKS):
         name = f"random-{number}-r{rank}"
@@ -44,8 +44,10 @@ def write_adapters(folder: Path, shape: ModelShape) -> dict[str, Path]:
 
 
 def compute_truth(config: Config, shape: ModelShape, folders: Mapping[str, Path]) -> list[Case]:
-    """Of all adapters. Whatever else is in a batch, and with however many threads, this engine's logits are the same to
-    the last bit, so that no rounding decides what another engine says."""
+    """Return the cases of all adapters.
+
+    An engine's logits are bit-equal whatever the batch and the number of threads, so outputs can be compared exactly.
+    """
     engine = msgspec.structs.replace(config.engine, threads=core_count(), pool_bytes=512 << 20)
     config = msgspec.structs.replace(config, engine=engine)
     slabs = {name: pack_peft(path, shape, engine.slab_dtype, engine.max_rank) for name, path in folders.items()}
@@ -67,7 +69,7 @@ def _compute(engine: OfflineEngine, slabs: Mapping[str, Slab], vocab: int) -> li
 
 
 def distinct(cases: Sequence[Case]) -> list[Case]:
-    """Without those in which another adapter says the same: there a mix-up would not show."""
+    """Return the cases whose output no other adapter has: only these reveal a mix-up of adapters."""
     said: dict[tuple[tuple[int, ...], tuple[int, ...]], list[Case]] = {}
     for case in cases:
         said.setdefault((case.prompt, case.tokens), []).append(case)

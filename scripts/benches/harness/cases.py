@@ -1,4 +1,4 @@
-"""The grid of the engine bench: how many sequences, over how many adapters, of which ranks."""
+"""The cases of the engine bench: batch size, number of adapters and ranks."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,11 +14,11 @@ ADAPTER_COUNTS = (0, 1, 4, 16)
 PREFILL_TOKENS = 512
 PROMPT_TOKENS = 112
 STRENGTH = 0.05
-"""Random adapters that hardly change the text: what they cost depends on their ranks alone."""
+"""Of the random adapters. It is small: their cost depends only on their ranks."""
 
 
 class Case(NamedTuple):
-    """``tokens`` 1 decodes; more is one prompt of that length."""
+    """One case. ``tokens`` is 1 for a decode step, else the length of a prompt to prefill."""
 
     batch: int
     adapters: int
@@ -32,13 +32,13 @@ class Case(NamedTuple):
 
 
 def all_cases() -> list[Case]:
-    """Every batch with every number of adapters that it can hold; a prompt with none and with one."""
+    """Return every batch size with every number of adapters up to it, and a prefill with none and one."""
     decode = [Case(b, n) for b in BATCHES for n in ADAPTER_COUNTS if n <= b]
     return [*decode, Case(1, 0, PREFILL_TOKENS), Case(1, 1, PREFILL_TOKENS)]
 
 
 def most_adapters(cases: Iterable[Case]) -> int:
-    """How many adapters a side must have loaded."""
+    """Return how many adapters a side must load."""
     return max(case.adapters for case in cases)
 
 
@@ -47,17 +47,17 @@ def adapter_name(index: int) -> str:
 
 
 def adapter_of(case: Case, sequence: int) -> str:
-    """Sequences take turns over the adapters; "" is the base model."""
+    """Return the adapter of a sequence, round robin; "" is the base model."""
     return adapter_name(sequence % case.adapters) if case.adapters else ""
 
 
 def prompt(sequence: int, tokens: int, vocab: int, seed: int = 0) -> tuple[int, ...]:
-    """Any tokens: a step's cost does not depend on which."""
+    """Return arbitrary tokens: the cost of a step does not depend on them."""
     return tuple(100 + (31 * seed + 13 * sequence + 7 * position) % (vocab - 200) for position in range(tokens))
 
 
 def write_adapters(folder: Path, shape: ModelShape, count: int = ADAPTERS) -> dict[str, Path]:
-    """``count`` random PEFT folders on all seven projections, ranks in turn; made once."""
+    """Write ``count`` random PEFT folders on all seven projections, unless they exist."""
     folders = {}
     for index in range(count):
         name = adapter_name(index)

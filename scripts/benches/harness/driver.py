@@ -1,4 +1,4 @@
-"""Asks engines for tokens and copies over the bus, as gateway, router and planner do, and hears what they say."""
+"""Drives engines over the bus, in place of gateway, router and planner."""
 
 import asyncio
 import itertools
@@ -40,7 +40,7 @@ PLAN_TIMEOUT_S = 60.0
 
 
 class Asked:
-    """One request at one engine: its tokens as they come, each with its time."""
+    """One request at one engine, with its tokens and the time of each."""
 
     def __init__(self, request_id: str, engine: str, adapter: str, most: int, on_tokens: "OnTokens | None") -> None:
         self.request_id = request_id
@@ -72,7 +72,7 @@ class Asked:
             self.over.set()
 
     def fail(self, error: str) -> None:
-        """The first end counts."""
+        """End the request with an error, unless it has ended."""
         if not self.over.is_set():
             self.error = error
             self.over.set()
@@ -82,7 +82,7 @@ OnTokens = Callable[[Asked], None]
 
 
 class Driver:
-    """See ``driving``. Everything on one event loop."""
+    """Sends requests and plans to engines; see ``driving``. All methods run on one event loop."""
 
     def __init__(self, bus: ZmqBus) -> None:
         self._bus = bus
@@ -90,25 +90,25 @@ class Driver:
         self._numbers = itertools.count(1)
         self._epochs: dict[str, int] = defaultdict(int)
         self.loads: dict[str, EngineLoad] = {}
-        """The last that the monitor published, by engine."""
+        """The last published load, by engine."""
         self.loads_s: dict[str, float] = {}
-        """And when it had been reported, by this process's clock."""
+        """When it was reported, by this process's clock."""
         self.step_times_s: dict[str, list[float]] = defaultdict(list)
-        """When tokens came from each engine: once a step."""
+        """By engine, when each step's tokens arrived."""
 
     async def ready(self, *names: str) -> None:
-        """Raises BenchError where one is not ready in time."""
+        """Wait until the processes are ready. Raises BenchError after ``READY_TIMEOUT_S``."""
         for name in names:
             try:
                 async with asyncio.timeout(READY_TIMEOUT_S):
-                    # It says so to whoever asks, and to nobody else.
+                    # Readiness is not published, so it must be polled.
                     while await self._state(name) != "READY":  # noqa: ASYNC110
                         await asyncio.sleep(0.05)
             except TimeoutError as error:
                 raise BenchError(f"{name} is not ready after {READY_TIMEOUT_S:.0f} s") from error
 
     async def register(self, name: str, folder: Path) -> AdapterRef:
-        """``folder`` is absolute: the store reads it."""
+        """Register a PEFT folder, given as an absolute path, with the store."""
         message = RegisterAdapter(name=name, path=str(folder), replace=True)
         answer = await self._bus.request("store", message, AdapterRegistered, PLAN_TIMEOUT_S)
         return answer.adapter
@@ -121,7 +121,7 @@ class Driver:
         tokens: int,
         on_tokens: OnTokens | None = None,
     ) -> Asked:
-        """Returns when the engine has taken it, or not: then it is over and has an error."""
+        """Send a request. Returns when the engine has admitted it, or refused it: then ``error`` is set."""
         request_id = f"bench-{next(self._numbers)}"
         asked = Asked(request_id, engine, adapter.name if adapter else "", tokens, on_tokens)
         self._asked[request_id] = asked
@@ -140,7 +140,7 @@ class Driver:
         return asked
 
     async def finished(self, asked: Asked, timeout_s: float) -> bool:
-        """False where it did not end in time. Either way it is not listened to any more."""
+        """Wait for the end of a request. Returns False on a timeout; later tokens of it are ignored."""
         try:
             async with asyncio.timeout(timeout_s):
                 await asked.over.wait()
@@ -151,29 +151,29 @@ class Driver:
         return True
 
     async def first_token_s(self, engine: str, adapter: AdapterRef | None, prompt: Sequence[int]) -> float:
-        """Seconds until the first token of a request. Raises BenchError where none comes."""
+        """Return the seconds until the first token of a new request. Raises BenchError if it fails."""
         asked = await self.ask(engine, adapter, prompt, 1)
         if not await self.finished(asked, PLAN_TIMEOUT_S) or asked.error:
             raise BenchError(f"{engine} gave no token: {asked.error or 'nothing came'}")
         return asked.ttft_s
 
-    def give_up(self, asked: Asked) -> None:
-        """Nobody waits for it any more."""
+    def abort(self, asked: Asked) -> None:
+        """Abort a request."""
         self._asked.pop(asked.request_id, None)
         self._bus.send(asked.engine, Abort(request_id=asked.request_id))
 
     async def pause(self, seconds: float) -> None:
-        """Tokens go on coming."""
+        """Wait, while tokens keep arriving."""
         await asyncio.sleep(seconds)
 
     def fail_all(self, engine: str, why: str) -> None:
-        """It was killed: nothing more comes of what it had."""
+        """Fail all requests of an engine that was killed."""
         for asked in list(self._asked.values()):
             if asked.engine == engine:
                 asked.fail(why)
 
     async def hold(self, engine: str, adapters: Sequence[AdapterRef]) -> None:
-        """Returns when they are resident and pinned. Raises BenchError where one could not be loaded."""
+        """Let the engine load and pin the adapters. Raises BenchError if one cannot be loaded."""
         self._epochs[engine] += 1
         message = PreparePlan(epoch=self._epochs[engine], adapters=tuple(adapters))
         answer = await self._bus.request(engine, message, Prepared, PLAN_TIMEOUT_S)
@@ -182,13 +182,13 @@ class Driver:
                 f"{engine} does not hold {len(answer.failed)} adapters: {next(iter(answer.failed.values()))}"
             )
 
-    async def let_go(self, engine: str) -> None:
-        """Whatever it holds may leave when room is wanted."""
+    async def unpin(self, engine: str) -> None:
+        """Unpin all adapters of the engine."""
         message = RetireCopies(epoch=self._epochs[engine], keep=())
         await self._bus.request(engine, message, RetireDone, PLAN_TIMEOUT_S)
 
     async def fresh_load(self, engine: str) -> EngineLoad:
-        """One that was reported after this was called."""
+        """Return a load that was reported after this call."""
         asked_s = time.perf_counter()
         async with asyncio.timeout(PLAN_TIMEOUT_S):
             while self.loads_s.get(engine, 0.0) < asked_s:  # noqa: ASYNC110
@@ -224,7 +224,7 @@ class Driver:
 
 @asynccontextmanager
 async def driving(config: Config) -> AsyncIterator[Driver]:
-    """Gateway, router and planner of the engines of this configuration, and a listener to the monitor."""
+    """Connect a Driver to the engines of this configuration and to the monitor's publications."""
     bus = open_bus(config, NAME, ToGateway)
     bus.subscribe("monitor", "load")
     driver = Driver(bus)

@@ -1,4 +1,4 @@
-"""Real engines with a store and a monitor, but without gateway and router: who measures is both, see driver.py."""
+"""Starts real engines with a store and a monitor. driver.py takes the place of gateway and router."""
 
 import json
 import os
@@ -23,8 +23,10 @@ LOAD_INTERVAL_S = 0.1
 def config_for(
     folder: Path, run_dir: Path, model: Path, engines: int, overrides: Mapping[str, Any] | None = None
 ) -> Config:
-    """One compute thread an engine, so that as many run beside each other as there are cores. ``overrides`` are whole
-    sections by name, or fields of ``engine``."""
+    """Return a configuration with one compute thread per engine.
+
+    ``overrides`` has whole sections by name; for ``engine`` it has single fields.
+    """
     sections = dict(overrides or {})
     engine = {"threads": 1, "load_interval_s": LOAD_INTERVAL_S, **sections.pop("engine", {})}
     cluster = ClusterConfig(
@@ -35,15 +37,15 @@ def config_for(
 
 @contextmanager
 def short_folder() -> Iterator[Path]:
-    """For sockets, whose paths must be short."""
+    """Create a temporary folder with a short path, which socket names need."""
     with tempfile.TemporaryDirectory(prefix="ls-") as folder:
         yield Path(folder) / "run"
 
 
 class Engines:
-    """The processes of one configuration; ``settings`` has section.key=value of single ones, by name.
+    """The processes of one configuration. They are started by name and all stopped at the end of the block.
 
-    Started by name and stopped all at the end. Their logs are in ``config.cluster.log_dir``.
+    ``settings`` has additional section.key=value settings by process name. Logs are in ``config.cluster.log_dir``.
     """
 
     def __init__(self, folder: Path, config: Config, settings: Mapping[str, Sequence[str]] | None = None) -> None:
@@ -63,7 +65,7 @@ class Engines:
         self.stop()
 
     def start(self, *names: str) -> None:
-        """Returns at once; the driver knows when they are ready."""
+        """Start processes without waiting for them; see Driver.ready."""
         for name in names:
             sets = [f"--set={setting}" for setting in self._settings.get(name, ())]
             command = [sys.executable, "-m", f"loraserve.{kind_of(name)}", "--config", str(self._file), "--name", name]
@@ -80,19 +82,19 @@ class Engines:
         return self._processes[name].pid
 
     def pids(self) -> dict[str, int]:
-        """Of those that run."""
+        """Return the pids of running processes by name."""
         return {name: process.pid for name, process in self._processes.items() if process.poll() is None}
 
     def send(self, name: str, number: signal.Signals) -> None:
         self._processes[name].send_signal(number)
 
     def kill(self, name: str) -> None:
-        """kill -9, and returns when it is over."""
+        """Send SIGKILL and wait for the end of the process."""
         self._processes[name].kill()
         self._processes[name].wait()
 
     def stop(self) -> None:
-        """All, engines first; also those that were stopped with SIGSTOP."""
+        """Stop all processes, engines first, including those suspended with SIGSTOP."""
         for name in sorted(self._processes, key=lambda each: each in SERVICES):
             process = self._processes[name]
             process.send_signal(signal.SIGCONT)
@@ -105,7 +107,7 @@ class Engines:
                 process.wait()
 
     def events(self, name: str, event: str) -> Iterator[dict[str, Any]]:
-        """What the process logged under this name, over all its lives."""
+        """Yield the log entries of an event, of all runs of the process."""
         path = self._logs / f"{name}.log"
         for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
             if f'"{event}"' not in line:
@@ -113,12 +115,12 @@ class Engines:
             try:
                 found = json.loads(line)
             except ValueError:
-                # A kill cut it short.
+                # The process was killed while it wrote the line.
                 continue
             if found.get("event") == event:
                 yield found
 
     def log_tails(self) -> str:
-        """For whoever has to say why something did not come up."""
+        """Return the ends of all log files, for error messages."""
         files = sorted(self._logs.iterdir())
         return "\n".join(f"{file.name}: {file.read_text(errors='replace')[-1500:]}" for file in files)

@@ -1,4 +1,4 @@
-"""Workloads over HTTP against one server after the other: start, warm, measure, stop."""
+"""Measures HTTP workloads on one server after the other: start, warm up, measure, stop."""
 
 import asyncio
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ PROMPTS_PER_LOAD = 16
 
 
 class Server(Protocol):
-    """A running server. ``body`` is what its requests carry for an adapter, "" for the base model."""
+    """A running server. ``body`` returns the request fields that select an adapter, "" for the base model."""
 
     url: str
 
@@ -20,7 +20,7 @@ class Server(Protocol):
 
 
 class Workload(NamedTuple):
-    """``adapters`` has one entry a concurrent stream."""
+    """A workload; ``adapters`` has one entry for each concurrent stream."""
 
     name: str
     adapters: tuple[str, ...]
@@ -28,7 +28,7 @@ class Workload(NamedTuple):
 
 
 def workloads(first: str, second: str) -> list[Workload]:
-    """``first`` and ``second`` are adapters, "" the base model."""
+    """Return all workloads; ``first`` and ``second`` are adapter names."""
     three = ("", first, second)
     return [
         Workload("base_x1", ("",)),
@@ -42,7 +42,7 @@ def workloads(first: str, second: str) -> list[Workload]:
 
 
 class HttpComparison:
-    """``results[server][workload]`` is the best of the repeats: most tokens a second, least TTFT."""
+    """``results[server][workload]`` is the best of the repeats: highest tokens/s, lowest TTFT."""
 
     def __init__(self, loads: Sequence[Workload], repeats: int) -> None:
         self.loads = list(loads)
@@ -50,11 +50,11 @@ class HttpComparison:
         self.results: dict[str, dict[str, LoadResult]] = {}
 
     def measure(self, name: str, starting: AbstractContextManager[Server]) -> None:
-        """Every workload on one server. Raises BenchError."""
+        """Measure every workload on one server. Raises BenchError."""
         say(f"{name}: starting")
         with starting as server:
             for adapter in dict.fromkeys(name for work in self.loads for name in work.adapters):
-                # Twice: the first may compile or load, the second may still fill caches.
+                # Twice: the first request may compile or load, the second may still fill caches.
                 for number in (1, 2):
                     asyncio.run(load(server.url, [server.body(adapter)], number, 8))
             self.results[name] = {work.name: self._best(name, server, work) for work in self.loads}
@@ -79,7 +79,7 @@ class HttpComparison:
         return ratio(self.value(ours, workload, field), self.value(theirs, workload, field))
 
     def figures(self, servers: Sequence[str]) -> dict[str, Number]:
-        """Of all ``servers``, also those that were not measured."""
+        """Return the figures of all ``servers``, None for those that were not measured."""
         found: dict[str, Number] = {}
         for server in servers:
             for work in self.loads:

@@ -1,4 +1,4 @@
-"""Streamed completions over HTTP, the same for every server: tokens a second and the time to the first token."""
+"""Streams completions over HTTP and measures tokens/s and the time to the first token; the same for every server."""
 
 import asyncio
 import json
@@ -15,11 +15,11 @@ DECODE_TOKENS = 64
 TIMEOUT_S = 300.0
 
 Body = Callable[[str], dict[str, Any]]
-"""What a server wants in a request's body for an adapter ("" is the base model)."""
+"""Returns the request fields that select an adapter ("" is the base model)."""
 
 
 class Stream(NamedTuple):
-    """Times since the load began; ``tokens`` as the server counted them."""
+    """One stream: its start, the time of each piece, and ``tokens`` as counted by the server."""
 
     tokens: int
     started_s: float
@@ -31,7 +31,7 @@ class Stream(NamedTuple):
 
     @property
     def decode_tok_s(self) -> float:
-        """Tokens a second after the first."""
+        """Return the tokens/s after the first token."""
         return (self.tokens - 1) / (self.times_s[-1] - self.times_s[0])
 
 
@@ -39,13 +39,13 @@ class LoadResult(NamedTuple):
     tok_s: float
     ttft_s: float
     decode_tok_s: float
-    """Of one stream, the mean over all."""
+    """Mean over the streams."""
 
 
 async def complete(
     http: aiohttp.ClientSession, url: str, body: dict[str, Any], prompt: str | Sequence[int], tokens: int
 ) -> Stream:
-    """One greedy stream of exactly ``tokens`` tokens. Raises BenchError with what the server said."""
+    """Stream exactly ``tokens`` greedy tokens. Raises BenchError with the server's answer on failure."""
     request = {
         "prompt": prompt,
         "max_tokens": tokens,
@@ -66,12 +66,12 @@ async def complete(
                 continue
             event = json.loads(line[6:])
             if event.get("error"):
-                raise BenchError(f"{url} broke a stream off: {event['error']}")
+                raise BenchError(f"{url} failed in a stream: {event['error']}")
             if event.get("choices") and event["choices"][0].get("text"):
                 times_s.append(time.perf_counter())
             counted = (event.get("usage") or {}).get("completion_tokens", counted)
     if counted != tokens or not times_s:
-        raise BenchError(f"{url} gave {counted} tokens in {len(times_s)} pieces, {tokens} were asked for")
+        raise BenchError(f"{url} returned {counted} tokens in {len(times_s)} pieces, expected {tokens}")
     return Stream(counted, started_s, times_s)
 
 
@@ -81,7 +81,7 @@ def session() -> aiohttp.ClientSession:
 
 
 async def load(url: str, bodies: Sequence[dict[str, Any]], first_prompt: int, tokens: int) -> LoadResult:
-    """One stream for each body, all at once, each with a prompt of its own."""
+    """Run one stream for each body concurrently, each with its own prompt."""
     async with session() as http:
         started_s = time.perf_counter()
         streams = await asyncio.gather(
@@ -96,7 +96,7 @@ async def load(url: str, bodies: Sequence[dict[str, Any]], first_prompt: int, to
 
 
 def prompt(number: int) -> str:
-    """About 40 tokens; the number stands first, so that no cache of prefixes helps anyone."""
+    """Return a prompt of about 40 tokens. It begins with the number, so that no prefix cache applies."""
     return (
         f"{number} is the number of this letter. Dear friend, last week I walked through the old harbour town and "
         "saw the fishing boats come home in the evening light. Then"

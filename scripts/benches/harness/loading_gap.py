@@ -1,4 +1,4 @@
-"""Does an adapter that is being loaded hold up the streams of others? Measured at the client of a real cluster."""
+"""Measures, at the client of a real cluster, whether loading an adapter delays the streams of other requests."""
 
 import asyncio
 import statistics
@@ -22,13 +22,13 @@ TOKENS = 320
 STEADY_AFTER_S = 1.5
 BETWEEN_S = 0.4
 SHORTEST_PROMPT = (1,)
-"""The request that makes the engine load has hardly any prefill of its own."""
+"""The prompt of the request that triggers the load: one token, so that its prefill costs almost nothing."""
 
 Span = tuple[float, float]
 
 
 class Gaps(NamedTuple):
-    """Seconds between tokens of the streams that were there before: the median, and the longest during each event."""
+    """Seconds between tokens of the running streams: the median, and the longest gap during each event."""
 
     median_s: float
     quiet_s: float
@@ -36,7 +36,7 @@ class Gaps(NamedTuple):
     resident_s: list[float]
 
     def longest_steps(self) -> float:
-        """The worst load of all, in median steps."""
+        """Return the longest gap of all loads, in median steps."""
         return rounded(max(self.loading_s) / self.median_s)
 
     def figures(self) -> dict[str, Number]:
@@ -55,7 +55,7 @@ class Gaps(NamedTuple):
 
 
 def write_rank64(folder: Path, shape: ModelShape, count: int) -> dict[str, Path]:
-    """``count`` adapters of rank 64 on all seven projections."""
+    """Write ``count`` adapters of rank 64 on all seven projections, unless they exist."""
     made = {}
     for index in range(count):
         name = f"rank{RANK}-{index}"
@@ -66,7 +66,7 @@ def write_rank64(folder: Path, shape: ModelShape, count: int) -> dict[str, Path]
 
 
 def measure(cluster: OurCluster, adapters: Mapping[str, Path]) -> Gaps:
-    """Each adapter is asked for twice while streams run: the first time it is loaded, the second it is resident."""
+    """Request each adapter twice while streams run: the first request loads it, for the second it is resident."""
     say("gaps between tokens while rank-64 adapters are loaded")
     return asyncio.run(_measure(cluster, list(adapters)))
 
@@ -96,7 +96,7 @@ async def _measure(cluster: OurCluster, names: Sequence[str]) -> Gaps:
 
 
 async def _ask(http: aiohttp.ClientSession, cluster: OurCluster, name: str) -> Span:
-    """When the request began and when its one token was there; then a pause."""
+    """Request one token. Returns when the request began and ended."""
     begin_s = time.perf_counter()
     await complete(http, cluster.url, cluster.body(name), SHORTEST_PROMPT, 1)
     end_s = time.perf_counter()

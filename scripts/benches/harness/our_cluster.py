@@ -1,4 +1,4 @@
-"""Our side over HTTP: a real cluster on a free port, in a data folder of its own."""
+"""Our side of the HTTP comparisons: a real cluster on a free port, in a data folder of its own."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,7 +8,7 @@ from loraserve.testing.local_cluster import LocalCluster
 
 
 class OurCluster(LocalCluster):
-    """``engines`` share the cores; the model folder is only read. ``settings`` are section.key=value."""
+    """A local cluster that serves ``model``. ``settings`` are section.key=value."""
 
     def __init__(
         self,

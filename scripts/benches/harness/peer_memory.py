@@ -1,4 +1,4 @@
-"""Looks at the shared memory of other processes from outside, and writes into it what should not be there."""
+"""Inspects the shared memory of other processes, and corrupts it."""
 
 import contextlib
 import os
@@ -21,7 +21,7 @@ MEMFD = re.compile(rf"/memfd:({NAME_PREFIX}[0-9a-f]+)")
 
 
 class Poisoner:
-    """Flips bytes of an adapter in an engine's pool, under a lease, so that they are that adapter's for certain."""
+    """Inverts bytes of an adapter in an engine's pool, under a lease, so that no other adapter is hit."""
 
     def __init__(self, bus: ZmqBus, pool_bytes: int) -> None:
         self._bus = bus
@@ -29,8 +29,12 @@ class Poisoner:
         self._reads = 0
 
     async def poison(self, engine: str, pid: int, adapter: AdapterRef, places: Iterable[float]) -> bool | None:
-        """At these places, shares of the slab from 0 to below 1. False: it could not be leased, and nothing was done.
-        None: the lease was over before the bytes were written, so that another's may have been."""
+        """Corrupt the slab at these places, given as fractions of it from 0 to below 1.
+
+        Returns:
+            True if done, False if no lease was granted and nothing was changed, None if the lease may have ended
+            before the bytes were written, so that another adapter may have been hit.
+        """
         self._reads += 1
         message = LeaseSlab(
             protocol=TRANSFER_PROTOCOL_VERSION,
@@ -45,9 +49,9 @@ class Poisoner:
         except (PeerError, RequestTimeoutError):
             return False
         offsets = [granted.offset_bytes + int(place * (adapter.slab_bytes - DAMAGED_BYTES)) for place in places]
-        # Elsewhere, as in a cache, it would be of another memory than the pool.
+        # The copy may be in the host cache instead of the pool.
         in_pool = any(handle.length_bytes == self._pool_bytes for handle in granted.handles)
-        # It lasts from when it was asked for; a process that was kept waiting may come too late.
+        # The lease counts from the request; this process may have been delayed.
         in_time = time.monotonic() < asked_s + granted.lasts_s / 2
         done = in_pool and in_time and flip(pid, self._pool_bytes, offsets)
         certain = time.monotonic() < asked_s + granted.lasts_s
@@ -58,9 +62,9 @@ class Poisoner:
 
 
 def flip(pid: int, length_bytes: int, offsets_bytes: Iterable[int]) -> bool:
-    """Invert a few bytes at each offset of the shared memory of this length of another process of the same user.
+    """Invert a few bytes at each offset of a process's shared memory of this length.
 
-    False where it has none, or does not live any more.
+    Returns False if the process has none or has ended.
     """
     try:
         for link in Path(f"/proc/{pid}/fd").iterdir():
@@ -77,7 +81,7 @@ def flip(pid: int, length_bytes: int, offsets_bytes: Iterable[int]) -> bool:
 
 @asynccontextmanager
 async def poisoning(config: Config) -> AsyncIterator[Poisoner]:
-    """Under a name of its own: of the engines' leases with each other nothing changes."""
+    """Connect a Poisoner under a bus name of its own, so that the engines' leases are not affected."""
     bus = open_bus(config, "poisoner", None)
     try:
         yield Poisoner(bus, config.engine.pool_bytes)
@@ -86,9 +90,9 @@ async def poisoning(config: Config) -> AsyncIterator[Poisoner]:
 
 
 def held_by(pid: int) -> set[str]:
-    """Names of the shared memories that a process has descriptors of; none where there is no such process."""
+    """Return the names of shared memory that a process has open. Empty if the process does not exist."""
     found: set[str] = set()
-    # It may end meanwhile, and descriptors come and go.
+    # The process may end, and descriptors may be closed, while they are read.
     with contextlib.suppress(OSError):
         for link in Path(f"/proc/{pid}/fd").iterdir():
             with contextlib.suppress(OSError):
@@ -97,19 +101,19 @@ def held_by(pid: int) -> set[str]:
 
 
 def mapped_by(pid: int) -> set[str]:
-    """And of those that it has mapped."""
+    """Return the names of shared memory that a process has mapped."""
     with contextlib.suppress(OSError):
         return set(MEMFD.findall(Path(f"/proc/{pid}/maps").read_text()))
     return set()
 
 
 def left_of(names: set[str]) -> set[str]:
-    """Which of these any process of the machine that we may look at still holds."""
+    """Return those of these names that any readable process of the machine still holds."""
     pids = [int(folder.name) for folder in Path("/proc").iterdir() if folder.name.isdigit()]
     return {name for pid in pids for name in held_by(pid) | mapped_by(pid)} & names
 
 
 def named_segments() -> set[str]:
-    """Ours in /dev/shm, where a kill would leave them behind."""
+    """Return our segments in /dev/shm, which a killed process leaves behind."""
     folder = Path("/dev/shm")
     return {path.name for path in folder.iterdir() if path.name.startswith(NAME_PREFIX)} if folder.exists() else set()

@@ -1,4 +1,4 @@
-"""Where a step's time goes: the decoder's operations timed one by one, in the steps that are asked for."""
+"""Times each operation of the decoder within selected steps."""
 
 import time
 from collections import defaultdict
@@ -28,14 +28,14 @@ class Profile:
         self._steps += wanted
 
     def table(self) -> list[tuple[str, float, float]]:
-        """(operation, calls a step, seconds a step), the dearest first; "step" is all of it."""
+        """Return (operation, calls per step, seconds per step), the most expensive first; "step" is the total."""
         steps = max(1, self._steps)
         rows = [(name, self._calls[name] / steps, seconds / steps) for name, seconds in self._seconds.items()]
         return sorted(rows, key=lambda row: -row[2])
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Every operation is timed until the block is left."""
+        """Time the operations within the block."""
         self._seconds.clear()
         self._calls.clear()
         self._steps = 0

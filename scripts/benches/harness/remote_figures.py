@@ -1,4 +1,4 @@
-"""scripts/bench transfer's second half: a run of engines, and what is told of it."""
+"""The engines part of scripts/bench transfer: the run and its figures."""
 
 import statistics
 import tempfile
@@ -34,7 +34,7 @@ GOAL_GROWTH = 0.10
 
 
 class Plan(NamedTuple):
-    """``ranks`` of the adapters that the owner holds; reads of each rank and way; blocks of steps with loads."""
+    """The owner's adapters by ``ranks``, the number of reads of each rank, and the number of blocks with loads."""
 
     ranks: tuple[int, ...]
     small_reads: int
@@ -43,23 +43,23 @@ class Plan(NamedTuple):
 
 
 def ranks_of(count: int) -> tuple[int, ...]:
-    """Every fifth is large."""
+    """Return ``count`` ranks; every fifth is large."""
     return tuple(LARGE if number % 5 == 4 else SMALL for number in range(count))
 
 
 FULL = Plan(ranks_of(51), 20, 10, 6)
-"""One is resident, 50 come."""
+"""One adapter is resident, 50 are loaded."""
 QUICK = Plan(ranks_of(27), 4, 3, 2)
 
 
 class Remote(NamedTuple):
-    """Reads by rank, then by way."""
+    """The measurements: ``reads`` by rank and read source, and the step times."""
 
     reads: Mapping[int, Mapping[str, Sequence[Read]]]
     gaps: StepGaps
 
     def ratios(self) -> dict[str, Number]:
-        """The rank that does worst."""
+        """Return the ratios of the worst rank."""
         return {
             "step_growth_while_loading": rounded(self.gaps.growth),
             "remote_ttft_vs_resident": rounded(max(ttft_ratio(each["shm"]) for each in self.reads.values())),
@@ -83,7 +83,7 @@ class Remote(NamedTuple):
     def _steps_table(self) -> str:
         rows: list[list[object]] = [
             [name, statistics.median(gaps_s) * 1e3, p99(gaps_s) * 1e3, len(gaps_s)]
-            for name, gaps_s in (("adapters come", self.gaps.on_s), ("none comes", self.gaps.off_s))
+            for name, gaps_s in (("adapters are loaded", self.gaps.on_s), ("none is loaded", self.gaps.off_s))
         ]
         growth = ["growth", self.gaps.growth, "", ""]
         goal = ["goal", f"< {GOAL_GROWTH}", "", ""]
@@ -98,12 +98,12 @@ def _reads_table(rank: int, reads: Mapping[str, Sequence[Read]]) -> str:
         over = None if resident else ttft_ratio(reads[way])
         count = sum(len(each) for each in reads.values()) if resident else len(reads[way])
         rows.append([way, ttft_s * 1e3, None if resident else read_s * 1e3, over, count])
-    header = ["the adapter comes", "TTFT ms", "read ms", "TTFT / resident", "reads"]
+    header = ["source of the adapter", "TTFT ms", "read ms", "TTFT / resident", "reads"]
     return table(f"First token of a request, rank {rank}, medians", header, rows)
 
 
 def measure_remote(plan: Plan) -> Remote:
-    """Raises BenchError where engines do not do as they are told."""
+    """Run the engines and measure. Raises BenchError if an engine fails."""
     with tempfile.TemporaryDirectory(prefix="ls-transfer-") as made, short_folder() as run_dir:
         folder = Path(made)
         model = prepare_model(default_data_dir(), lambda text: None)

@@ -1,4 +1,4 @@
-"""What a bench prints: progress on stderr, a table for people, one line of JSON at the end."""
+"""Output of a bench: progress on stderr, tables, and one line of JSON at the end."""
 
 import json
 import platform
@@ -17,19 +17,19 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class BenchError(Exception):
-    """Something could not be measured; the text says what and why."""
+    """A measurement failed; the text says which and why."""
 
 
 Number = float | int | None
 
 
 def say(text: str) -> None:
-    """One line of progress."""
+    """Print a line of progress."""
     print(f"[{time.monotonic() - STARTED_S:6.1f} s] {text}", file=sys.stderr, flush=True)
 
 
 def table(title: str, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Aligned columns; the first is text, None shows as "-"."""
+    """Return aligned columns under a title. The first column is text; None is shown as "-"."""
     cells = [[_cell(value) for value in row] for row in [header, *rows]]
     widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
     lines = ["", title]
@@ -48,17 +48,17 @@ def _cell(value: Any) -> str:
 
 
 def ratio(ours: Number, theirs: Number) -> float | None:
-    """ours / theirs, None where either was not measured."""
+    """Return ours / theirs, or None if either was not measured."""
     return None if not ours or not theirs else rounded(ours / theirs)
 
 
 def rounded(value: float) -> float:
-    """Four significant digits: more would be noise."""
+    """Round to four significant digits; more would be noise."""
     return float(f"{value:.4g}")
 
 
 def last_line(bench: str, ratios: Mapping[str, Number], figures: Mapping[str, Number]) -> str:
-    """The one line of JSON that every bench ends in. None is null: not measured."""
+    """Return the line of JSON that every bench ends with. A figure that was not measured is null."""
     content = {
         "bench": bench,
         "ratios": dict(ratios),
@@ -70,7 +70,7 @@ def last_line(bench: str, ratios: Mapping[str, Number], figures: Mapping[str, Nu
 
 
 def machine() -> str:
-    """Processor, cores and the torch build: what figures depend on most."""
+    """Return processor, number of cores and torch version, on which figures depend most."""
     return f"{_processor()}, {core_count()} cores, torch {version('torch')}"
 
 
@@ -84,7 +84,7 @@ def _processor() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, marked where tracked files differ from it."""
+    """Return the commit of the checkout, with "-dirty" if tracked files are modified."""
     found = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"],
         cwd=ROOT,

@@ -1,9 +1,9 @@
-"""Ours against transformers + peft, step by step, the two sides taking turns in every round."""
+"""Compares step times with transformers + peft. The two sides take turns in every round."""
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from harness.cases import Case, most_adapters
 from harness.report import Number, ratio, rounded, say, table
@@ -13,8 +13,18 @@ from loraserve.device import core_count
 Times = dict[Case, list[float]]
 
 
+class StepEffort(NamedTuple):
+    """Which cases each side measures, in how many rounds of how many steps, and whether operations are timed too."""
+
+    ours: Sequence[Case]
+    theirs: Sequence[Case]
+    rounds: int
+    steps: int
+    profile: bool = False
+
+
 class StepComparison:
-    """``ours`` and ``theirs`` hold, by case, the median step of each round in seconds."""
+    """Results of the comparison: by case, the median step of each round in seconds."""
 
     def __init__(self) -> None:
         self.ours: Times = {}
@@ -22,46 +32,36 @@ class StepComparison:
         self.weights = ""
         self.operations: list[tuple[str, float, float]] = []
 
-    def measure(
-        self,
-        model: Path,
-        adapters: Path,
-        environment: Mapping[str, str],
-        ours: Iterable[Case],
-        theirs: Iterable[Case],
-        rounds: int,
-        steps: int,
-        profile: bool,
-    ) -> None:
-        """Several rounds over all cases; each side in a process with its own OpenMP settings."""
-        arguments = [str(model), str(adapters), str(core_count()), str(steps)]
-        ours, theirs = list(ours), list(theirs)
+    def measure(self, model: Path, adapters: Path, environment: Mapping[str, str], effort: "StepEffort") -> None:
+        """Run several rounds over all cases, each side in a process with its own OpenMP settings."""
+        arguments = [str(model), str(adapters), str(core_count()), str(effort.steps)]
+        ours, theirs = effort.ours, effort.theirs
         say("engine steps: loading both sides")
         our_worker = Worker("ours", [*arguments, str(most_adapters(ours))], environment)
         their_worker = Worker("transformers_peft", [*arguments, str(most_adapters(theirs))], {})
         with our_worker as our_side, their_worker as their_side:
             self.weights = our_side.hello["weights"]
-            for turn in range(rounds):
-                say(f"engine steps against transformers + peft: round {turn + 1} of {rounds}")
+            for turn in range(effort.rounds):
+                say(f"engine steps against transformers + peft: round {turn + 1} of {effort.rounds}")
                 for case in dict.fromkeys([*ours, *theirs]):
                     if case in ours:
                         _note(self.ours, case, our_side)
                     if case in theirs:
                         _note(self.theirs, case, their_side)
-            if profile:
+            if effort.profile:
                 answer = our_side.ask(**Case(16, 16)._asdict(), profile=True)
                 self.operations = [tuple(row) for row in answer["operations"]]
 
     def best_s(self, side: Times, case: Case) -> Number:
-        """The best round: what others do on the machine only ever adds."""
+        """Return the best round, because other load on the machine only adds time."""
         return min(side[case]) if case in side else None
 
     def ratio(self, case: Case) -> float | None:
-        """How many times as fast as transformers + peft."""
+        """Return the speed relative to transformers + peft."""
         return ratio(self.best_s(self.theirs, case), self.best_s(self.ours, case))
 
     def lora_share(self) -> float | None:
-        """Of a step at batch 16: what 16 mixed adapters on all seven projections add to it."""
+        """Return the share of a step at batch 16 that 16 adapters on all seven projections add."""
         base, mixed = (self.best_s(self.ours, Case(16, adapters)) for adapters in (0, 16))
         return None if not base or not mixed else rounded(1 - base / mixed)
 

@@ -1,4 +1,4 @@
-"""Reads by RDMA beside perftest's ib_read_bw: on a device that is there, or in the machine of scripts/rdma_vm."""
+"""Measures RDMA reads against perftest's ib_read_bw, on an RDMA device or in the virtual machine of scripts/rdma_vm."""
 
 import os
 import shlex
@@ -16,7 +16,7 @@ SIZES_MIB = (1, 4, 16, 64, 256)
 
 
 class Slab(msgspec.Struct, frozen=True):
-    """MiB/s of one slab size, as loraserve.testing.verbs_bandwidth prints them."""
+    """MiB/s of one slab size, as printed by loraserve.testing.verbs_bandwidth."""
 
     slab_mib: int
     verbs: float
@@ -25,13 +25,13 @@ class Slab(msgspec.Struct, frozen=True):
 
 
 def measure_verbs() -> list[Slab]:
-    """Nothing, with a line that says why, where it cannot be measured."""
+    """Return the measurements. Empty, with a line that says why, if RDMA is not available."""
     sizes = " ".join(map(str, SIZES_MIB))
     module = f"-m loraserve.testing.verbs_bandwidth {sizes}"
     if not unusable_reason():
         command = [sys.executable, *module.split()]
     else:
-        say(f"verbs: {unusable_reason()}; in a virtual machine instead, which takes a minute or more")
+        say(f"verbs: {unusable_reason()}; using a virtual machine, which takes a minute or more")
         places = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
         within = "PYTHONPATH=" + os.pathsep.join([*map(shlex.quote, map(os.path.abspath, places)), "$RDMA_VM_PYVERBS"])
         command = [str(ROOT / "scripts" / "rdma_vm"), f"{within} {shlex.quote(sys.executable)} {module}", str(ROOT)]
@@ -47,7 +47,7 @@ def measure_verbs() -> list[Slab]:
 
 
 def verbs_ratio(slabs: list[Slab]) -> Number:
-    """Of the size that does worst; None where there is no perftest to compare with."""
+    """Return the ratio of the worst size, or None if perftest is not installed."""
     known = [slab.ratio for slab in slabs if slab.ratio is not None]
     return rounded(min(known)) if known else None
 

@@ -1,4 +1,4 @@
-"""A side of a comparison in a process of its own, so that each runs with the settings that suit it best."""
+"""Runs one side of a comparison in a process of its own, with the settings that suit it best."""
 
 import json
 import os
@@ -15,7 +15,7 @@ WORKERS = Path(__file__).resolve().parent.parent / "workers"
 
 
 class Worker:
-    """Runs ``workers/NAME.py``; ``ask`` sends it one JSON line and waits for its one-line answer."""
+    """Runs ``workers/NAME.py``; ``ask`` sends a line of JSON and waits for a line in answer."""
 
     def __init__(self, name: str, arguments: Sequence[str], environment: Mapping[str, str]) -> None:
         self._name = name
@@ -29,14 +29,14 @@ class Worker:
         self.hello: Any = None
 
     def ask(self, **question: Any) -> Any:
-        """Raises BenchError where it ended instead of answering."""
+        """Send a question and return the answer. Raises BenchError if the process ends."""
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
         return self._read()
 
     def __enter__(self) -> "Worker":
-        """Started by the constructor, so that several can start at once; ready from here on."""
+        """Wait until the process is ready. The constructor starts it, so that several can start concurrently."""
         self.hello = self._read()
         return self
 
@@ -58,8 +58,8 @@ class Worker:
 
 
 def serve(hello: Any, answer: Callable[[dict[str, Any]], Any]) -> None:
-    """A worker's main loop: its first line, then one answer a question until its input closes."""
-    # What libraries print must not get between the answers.
+    """Run a worker: print ``hello``, then answer each question until standard input closes."""
+    # Output of libraries must not be mixed with the answers.
     out = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     print(json.dumps(hello), file=out)

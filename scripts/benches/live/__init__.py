@@ -1,1 +1,1 @@
-"""The parts of the bench ``policies``: one workload on a live cluster, under one policy after the other."""
+"""The parts of scripts/bench policies: one workload on a live cluster, under one policy after the other."""

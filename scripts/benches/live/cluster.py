@@ -1,4 +1,4 @@
-"""A live cluster under one policy: started, filled, measured alone, then asked for the whole workload."""
+"""Runs one policy on a live cluster: start, wait for the plan, measure an idle request, replay the workload."""
 
 import asyncio
 import contextlib
@@ -22,19 +22,25 @@ from loraserve.sim.workload import Workload
 PLAN_INTERVAL_S = 5.0
 WINDOW_S = 20.0
 REJECT_FACTOR = 1e6
-"""Nobody is refused: policies are compared by how long all requests wait."""
+"""Requests are never refused: policies are compared by the waiting time of all requests."""
 WARMUP = 0.2
-"""Of the requests, the first ones: they do not count, as in the simulator."""
+"""Share of the requests at the beginning that is not counted, as in the simulator."""
 PLANNED_TIMEOUT_S = 30.0
 ALONE = 6
 MOST_ERRORS = 5
 
 
 class LiveResult(NamedTuple):
-    """``alone_s``: TTFT of a mean prompt with nothing else there. ``whys``: requests by the router's reason. ``plans``:
-    epochs published. Cores in use meanwhile: by engines, by gateway, router and the like with the load generator, and
-    by whatever else the machine does. ``waiting``: threads of engines that wait for a core, which no simulator knows.
-    None is not known.
+    """The outcome of one policy. None means not known.
+
+    Attributes:
+        alone_s: TTFT of a mean prompt on an idle cluster.
+        whys: Requests by the router's reason.
+        plans: Number of published epochs.
+        engine_cores: Cores used by engines.
+        service_cores: Cores used by the other processes and the load generator.
+        other_cores: Cores used by anything else on the machine.
+        waiting: Engine threads that wait for a core, which the simulator does not model.
     """
 
     replayed: Replayed
@@ -50,7 +56,7 @@ class LiveResult(NamedTuple):
 def run_live(
     folder: Path, scene: Scene, workload: Workload, policy: LivePolicy, slo_s: float, profile: Path | None
 ) -> LiveResult:
-    """Raises LoraServeError where the cluster does not come up, BenchError where it does not do as it is told."""
+    """Run a policy. Raises LoraServeError if the cluster does not start, BenchError if a measurement fails."""
     settings = [*ENGINE_SETTINGS, *cluster_settings(slo_s, profile), *policy.settings(workload, ENGINES)]
     say(f"{policy.name}: starting {ENGINES} engines")
     with OurCluster(folder, scene.model, scene.adapters, ENGINES, settings) as cluster:
@@ -58,7 +64,7 @@ def run_live(
 
 
 def cluster_settings(slo_s: float, profile: Path | None) -> list[str]:
-    """The same under every policy."""
+    """Return the settings that all policies share."""
     return [
         f"planner.interval_s={PLAN_INTERVAL_S}",
         f"monitor.window_s={WINDOW_S}",
@@ -90,9 +96,10 @@ async def _measure(cluster: OurCluster, scene: Scene, workload: Workload, policy
 
 
 async def _until_planned(cluster: OurCluster, adapters: set[str], pinned: Mapping[str, list[str]]) -> None:
-    """As in the simulator, the first plan is there before the first request, and it has a copy of every adapter.
+    """Wait until the plan has a copy of every adapter, as in the simulator, where it precedes the first request.
 
-    Raises BenchError where that does not come about, or where a copy is not where it is pinned.
+    Raises:
+        BenchError: Copies are missing, or not where they are pinned, after ``PLANNED_TIMEOUT_S``.
     """
     deadline_s = time.monotonic() + PLANNED_TIMEOUT_S
     async with cluster.session() as http:
@@ -103,14 +110,14 @@ async def _until_planned(cluster: OurCluster, adapters: set[str], pinned: Mappin
             if not wrong:
                 return
             if time.monotonic() > deadline_s:
-                raise BenchError(f"after {PLANNED_TIMEOUT_S:.0f} s copies are not where they are to be: {wrong}")
+                raise BenchError(f"copies are not placed as expected after {PLANNED_TIMEOUT_S:.0f} s: {wrong}")
             await asyncio.sleep(0.2)
 
 
 def misplaced(
     placements: Sequence[Mapping[str, Any]], adapters: set[str], pinned: Mapping[str, list[str]]
 ) -> dict[str, list[str]]:
-    """Adapters without a copy, and those whose copies are not where they are pinned, with where their copies are."""
+    """Return the adapters without a copy or with misplaced copies, and the engines of their copies."""
     engines: dict[str, list[str]] = {name: [] for name in sorted(adapters)}
     for placement in placements:
         engines[placement["name"]].append(placement["engine"])
@@ -118,7 +125,7 @@ def misplaced(
 
 
 async def _alone_s(cluster: OurCluster, scene: Scene) -> float:
-    """Median TTFT of the base model, one request after the other. Raises BenchError where one fails."""
+    """Return the median TTFT of the base model, one request at a time. Raises BenchError if one fails."""
     prompt_tokens = mean_prompt_tokens(scene.workload)
     found = []
     async with cluster.session() as http:
@@ -128,13 +135,13 @@ async def _alone_s(cluster: OurCluster, scene: Scene) -> float:
             body = {"prompt": prompt, "max_tokens": 2, "temperature": 0, "stream": True, "ignore_eos": True}
             await stream(http, cluster.url, {**body, **cluster.body("")}, served, time.perf_counter)
             if served.error:
-                raise BenchError(f"a request that was alone failed: {served.error}")
+                raise BenchError(f"a request on the idle cluster failed: {served.error}")
             found.append(served.ttft_s)
     return statistics.median(found)
 
 
 def read_logs(folder: Path) -> tuple[dict[str, int], int]:
-    """Requests by the router's reason, and how many plans the planner published."""
+    """Return requests by the router's reason, and the number of published plans."""
     whys: dict[str, int] = {}
     for event in _events(folder / "router.log", "routed"):
         whys[event["why"]] = whys.get(event["why"], 0) + 1

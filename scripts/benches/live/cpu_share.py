@@ -1,4 +1,4 @@
-"""Engines of one machine, each held to a share of a core that no other lends it more of."""
+"""Limits each engine to a share of a core, and measures CPU use."""
 
 import os
 import subprocess
@@ -14,17 +14,17 @@ from workers.limit_cpu import cpu_s
 from loraserve.device import core_count
 
 FOR_ENGINES = 0.6
-"""Of the cores; the rest is for gateway, router, monitor and the load generator."""
+"""Share of the cores; the others are for gateway, router, monitor and the load generator."""
 
 
 def share_of_core(engines: int) -> float:
-    """What each of so many engines has, at most one core: an engine computes with one thread here."""
+    """Return the share of a core for each engine; at most 1, because an engine computes with one thread here."""
     return min(1.0, FOR_ENGINES * core_count() / engines)
 
 
 @contextmanager
 def held_to(share: float, pids: Sequence[int]) -> Iterator[int]:
-    """Those processes, for the while, to ``share`` of a core each. The process that does it."""
+    """Limit the processes to ``share`` of a core each within the block. Yields the pid of the limiting process."""
     command = [sys.executable, str(WORKERS / "limit_cpu.py"), str(share), *map(str, pids)]
     limiter = subprocess.Popen(command, stdin=subprocess.PIPE)
     try:
@@ -36,7 +36,7 @@ def held_to(share: float, pids: Sequence[int]) -> Iterator[int]:
 
 
 class Meter:
-    """How much a counter of seconds grows a second from now on: cores in use, threads that wait."""
+    """The growth per second of a counter of seconds since creation, such as cores in use."""
 
     def __init__(self, read_s: Callable[[], float | None]) -> None:
         self._read_s = read_s
@@ -44,7 +44,7 @@ class Meter:
         self._first_s = self._known_s()
 
     def rate(self) -> float | None:
-        """None where the machine does not say, or a process of these has ended."""
+        """Return the growth, or None if the counter is not available or a process has ended."""
         now_s = self._known_s()
         if now_s is None or self._first_s is None:
             return None
@@ -58,19 +58,21 @@ class Meter:
 
 
 def used_s(pids: Sequence[int]) -> float:
-    """CPU time of all of them. Raises OSError where one has ended."""
+    """Return the total CPU time of the processes. Raises OSError if one has ended."""
     return sum(map(cpu_s, pids))
 
 
 def machine_s() -> float:
-    """CPU time of all cores since the machine started. Raises OSError where it is not Linux."""
+    """Return the CPU time of all cores since boot. Raises OSError if the system is not Linux."""
     fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
     idle = fields[3] + fields[4]
     return (sum(fields) - idle) / os.sysconf("SC_CLK_TCK")
 
 
 def waited_s(pids: Sequence[int]) -> float | None:
-    """Time in which threads of these could have run and had no core; who is held back waits for its budget, which is
-    not counted. None where the kernel does not count it."""
+    """Return the seconds in which runnable threads of the processes waited for a core, or None if not available.
+
+    Time in which a process is stopped by the limiter is not included.
+    """
     files = [path for pid in pids for path in Path(f"/proc/{pid}/task").glob("*/schedstat")]
     return sum(int(path.read_text().split()[1]) for path in files) / 1e9 if files else None

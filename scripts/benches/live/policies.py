@@ -1,4 +1,4 @@
-"""Policies as a live cluster runs them: settings of planner and router, and where adapters are pinned."""
+"""The compared policies as settings of a live cluster: planner, router and pins."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from loraserve.testing.reports import engine_load
 
 
 class LivePolicy(NamedTuple):
-    """``place`` None leaves adapters to the planner; else all are pinned once to where it puts them."""
+    """A policy. If ``place`` is None the planner places adapters, else all are pinned to where ``place`` puts them."""
 
     name: str
     planner: str
@@ -21,7 +21,7 @@ class LivePolicy(NamedTuple):
     place: PlacementPolicy | None = None
 
     def settings(self, workload: Workload, engines: int) -> list[str]:
-        """For ``--set``."""
+        """Return section.key=value settings."""
         found = [f"planner.policy={self.planner}", f"router.policy={self.router}"]
         if self.place is not None:
             found.append(f"planner.pins={msgspec.json.encode(pins(self.place, workload, engines)).decode()}")
@@ -30,14 +30,14 @@ class LivePolicy(NamedTuple):
 
 OURS = LivePolicy("ours", "ours", "predicted")
 LORASERVE = LivePolicy("loraserve", "loraserve", "shares")
-# The planner's own policy decides nothing where every adapter is pinned.
+# With every adapter pinned, the planner's own policy has no effect.
 RANDOM = LivePolicy("slora-random", "ours", "shares", policy_named("slora-random").place)
 CONTIGUOUS = LivePolicy("slora-contiguous", "ours", "shares", policy_named("slora-contiguous").place)
 LIVE_POLICIES = (OURS, LORASERVE, RANDOM, CONTIGUOUS)
 
 
 def pins(place: PlacementPolicy, workload: Workload, engines: int) -> Mapping[str, list[str]]:
-    """By adapter name, the engines that ``place`` deals it to: as the simulator does it, of the same adapters."""
+    """Return the engines of each adapter by name, as ``place`` assigns them in the simulator."""
     adapters = {adapter.version: adapter for adapter in workload.adapters}
     loads = [engine_load(f"engine-{index}") for index in range(engines)]
     pinned: dict[str, list[str]] = {}

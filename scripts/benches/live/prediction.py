@@ -1,4 +1,4 @@
-"""What the simulator says of the same workload, cluster and policy."""
+"""The simulator's prediction for the same workload, cluster and policy."""
 
 from math import isfinite
 from typing import NamedTuple
@@ -13,24 +13,24 @@ from loraserve.sim.workload import Workload
 
 
 class Predicted(NamedTuple):
-    """TTFT in seconds, None where the simulated cluster does not serve so many."""
+    """TTFT in seconds, or None if the simulated cluster is overloaded."""
 
     p50_s: float | None
     p95_s: float | None
     goodput_rps: float
     busy: float
-    """Share of time in which an engine computes, mean over engines."""
+    """Mean share of time in which an engine computes."""
 
 
 def predict(workload: Workload, policy: str, profile: Profile, slo_s: float) -> Predicted:
-    """The simulator knows no HTTP, no gateway and no bus: its TTFT is the engine's part of it."""
+    """Simulate the workload. The simulator has no HTTP, gateway or bus, so its TTFT is the engine's part."""
     settings = SimSettings(
         slo_ttft_s=slo_s,
         reject_factor=REJECT_FACTOR,
         plan_interval_s=PLAN_INTERVAL_S,
         window_s=WINDOW_S,
         warmup=WARMUP,
-        # A run that is far above the SLO is of interest here as well.
+        # Runs far above the SLO are compared as well.
         hopeless=1e6,
     )
     outcome = Simulation(workload, policy_named(policy), profile, ENGINES, settings).run()

@@ -1,9 +1,8 @@
-"""A profile of this very engine, of as many at once as the bench has.
+"""Measures a profile of the bench's engine, with as many engines running concurrently as in the bench.
 
-What is timed is CPU time, and what a profile holds is that divided by the share of a core that each engine is held to:
-so long a step takes there. Engines at once lose to each other what they lose in the live cluster (caches, memory
-bandwidth); what else this machine does meanwhile adds nothing, as it would to wall time. Each times other batches:
-together they are the samples of one fit.
+CPU time is measured and divided by the share of a core that each engine is limited to, which gives the wall time there.
+Concurrent engines compete for caches and memory bandwidth as in the live cluster; unlike wall time, CPU time does not
+include other load on the machine. Each engine measures other batches; one fit uses the samples of all.
 """
 
 import datetime
@@ -26,14 +25,14 @@ from loraserve.sim.workload import RANKS
 
 
 class Profiled(NamedTuple):
-    """``alone_s``: a mean prompt's prefill with nothing else on the engine."""
+    """A profile; ``alone_s`` is the prefill time of a mean prompt on an idle engine."""
 
     profile: Profile
     alone_s: float
 
 
 def measure_profile(scene: Scene, batches: int, rounds: int) -> Profiled:
-    """``batches`` on each engine. Raises BenchError where engines end or what they measure cannot be fitted."""
+    """Measure ``batches`` on each engine. Raises BenchError if an engine fails or the fit does."""
     say(f"profile: {ENGINES} engines at once, {batches} batches each")
     arguments = [str(scene.model), ",".join(map(str, RANKS)), *ENGINE_SETTINGS]
     started = [Worker("profiled_engine", arguments, {}) for _ in range(ENGINES)]
@@ -55,7 +54,7 @@ def _all_at_once(workers: Sequence[Worker], batches: int, rounds: int, prompt_to
 
 
 def fitted(scene: Scene, limits: dict[str, Any], answers: Sequence[dict[str, Any]]) -> Profiled:
-    # In turn, so that every engine has its part in what the fit is tested on.
+    # Interleaved, so that samples of every engine are in the part that the fit is tested on.
     rows = [row for turn in zip(*(answer["steps"] for answer in answers), strict=True) for row in turn]
     share = share_of_core(ENGINES)
     steps = [(msgspec.convert(shape, StepShape), cpu_s / share) for shape, cpu_s in rows]

@@ -1,4 +1,4 @@
-"""One workload over HTTP, each request at its time whatever became of those before it."""
+"""Replays a workload over HTTP. Each request is sent at its time, whatever happened to earlier ones."""
 
 import asyncio
 import json
@@ -18,8 +18,10 @@ TIMEOUT_S = 60.0
 
 
 class Served(msgspec.Struct):
-    """Seconds since the replay began. ``due_s`` is when the request was to be sent; ``error`` is "" where it ended
-    well. ``engine`` is who ran it."""
+    """The outcome of a request; times are in seconds since the replay began.
+
+    ``due_s`` is when the request should be sent. ``error`` is "" if it succeeded.
+    """
 
     due_s: float
     sent_s: float = 0.0
@@ -30,22 +32,22 @@ class Served(msgspec.Struct):
 
     @property
     def ttft_s(self) -> float:
-        """Since it was due, so that a late client flatters nobody; infinite where it failed."""
+        """Return the time since ``due_s``, so that a late client does not improve it; infinite on failure."""
         return inf if self.first_s is None or self.error else self.first_s - self.due_s
 
 
 class Replayed(NamedTuple):
-    """``served`` are those that count, in order of arrival; all others only warmed the cluster up."""
+    """The counted requests in order of arrival, without those of the warm-up."""
 
     served: Sequence[Served]
 
     def ttft_s(self, share: float) -> float | None:
-        """A percentile; None where so many failed that there is none."""
+        """Return a percentile of TTFT, or None if too many requests failed."""
         found = percentile((s.ttft_s for s in self.served), share)
         return found if isfinite(found) else None
 
     def goodput_rps(self, slo_s: float) -> float | None:
-        """Requests a second whose first token came within ``slo_s``."""
+        """Return the requests per second whose first token came within ``slo_s``."""
         if len(self.served) < 2:
             return None
         met = sum(s.ttft_s <= slo_s for s in self.served)
@@ -57,12 +59,12 @@ class Replayed(NamedTuple):
 
     @property
     def late_s(self) -> float:
-        """P95 of how late requests were sent: what the load generator itself adds."""
+        """Return the P95 of how late requests were sent, which is the load generator's own delay."""
         return percentile((s.sent_s - s.due_s for s in self.served), 0.95)
 
     @property
     def engines(self) -> dict[str, int]:
-        """Requests by engine."""
+        """Return the number of requests by engine."""
         found: dict[str, int] = {}
         for one in self.served:
             found[one.engine] = found.get(one.engine, 0) + 1
@@ -72,7 +74,7 @@ class Replayed(NamedTuple):
 async def replay(
     url: str, workload: Workload, vocab: int, warmup: float, progress: Callable[[int], None] = lambda ended: None
 ) -> Replayed:
-    """Streams of all requests; the first ``warmup`` of them do not count. ``progress`` is told how many have ended."""
+    """Stream all requests; the first ``warmup`` share is not counted. ``progress`` gets the number of ended ones."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as http:
         began_s = time.perf_counter()
@@ -106,7 +108,7 @@ def body_of(index: int, request: SimRequest, workload: Workload, vocab: int) -> 
 async def stream(
     http: aiohttp.ClientSession, url: str, body: dict[str, Any], served: Served, now_s: Callable[[], float]
 ) -> None:
-    """One request; what came of it is noted in ``served``. Raises nothing that a server can cause."""
+    """Stream one request and write its outcome to ``served``. Server errors do not raise."""
     served.sent_s = now_s()
     try:
         async with http.post(f"{url}/v1/completions", json=body) as response:
@@ -124,7 +126,7 @@ async def stream(
 
 
 def _note(line: bytes, served: Served, now_s: float) -> None:
-    # Only the first and the last piece are of interest, and the load generator has to be quick.
+    # Only the first and the last piece are parsed, to keep the load generator fast.
     if served.first_s is None or b'"error"' in line or b'"finish_reason":null' not in line:
         event = json.loads(line[6:])
         if event.get("error"):

@@ -1,4 +1,4 @@
-"""What every policy is given: a small random model, adapters of mixed ranks, and one workload."""
+"""The inputs of every policy: a small random model, adapters of mixed ranks and one workload."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from loraserve.testing.tiny_tokenizer import write_tiny_tokenizer
 ENGINES = 4
 ADAPTERS = 20
 MODEL_SIZES = {
-    # Letters, digits and signs of the tokenizer: each token is text at once, so that the first is seen when it comes.
+    # Only printable ASCII tokens: each token is text by itself, so that the first is visible when it is generated.
     "vocab_size": 94,
     "hidden_size": 384,
     "intermediate_size": 1024,
@@ -27,7 +27,7 @@ MODEL_SIZES = {
 PROMPT_TOKENS = 160.0
 OUTPUT_TOKENS = 16.0
 LONGEST_TOKENS = 512
-"""Prompt and output of one request: so that no single one fills an engine for seconds."""
+"""Of prompt and output, so that no single request occupies an engine for seconds."""
 ENGINE_SETTINGS = (
     "engine.threads=1",
     "engine.prefix_cache=false",
@@ -36,12 +36,12 @@ ENGINE_SETTINGS = (
     f"engine.kv_bytes={64 << 20}",
     f"engine.pool_bytes={80 << 20}",
 )
-"""The pool has room for any quarter of the adapters, which the baselines deal to an engine, and for all of them none:
-in extents they take 103 MiB, and a plan may fill nine tenths of a pool."""
+"""The pool has room for any quarter of the adapters, which the baselines assign to an engine, but not for all of them:
+they need 103 MiB in extents, and a plan may fill nine tenths of a pool."""
 
 
 class Scene(NamedTuple):
-    """``adapters`` are PEFT folders by name, those of the workload."""
+    """The model, the workload and its adapters as PEFT folders by name."""
 
     model: Path
     shape: ModelShape
@@ -50,7 +50,7 @@ class Scene(NamedTuple):
 
 
 def make_scene(folder: Path, requests: int, trace: str, seed: int) -> Scene:
-    """Raises ConfigError where the trace cannot be used."""
+    """Write model and adapters. Raises ConfigError if the trace cannot be used."""
     model = folder / "policies-model"
     shape = write_tiny_model(model, "llama", **MODEL_SIZES)
     write_tiny_tokenizer(model)
@@ -63,8 +63,11 @@ def make_scene(folder: Path, requests: int, trace: str, seed: int) -> Scene:
 
 
 def make_workload(requests: int, slab_bytes_per_rank: int, trace: str = "", seed: int = 0) -> Workload:
-    """From the trace, or Poisson arrivals of adapters whose popularity is Zipf's; lengths are what engines here can
-    serve. Raises ConfigError."""
+    """Return the workload of a trace, or Poisson arrivals with Zipf popularity, with lengths that fit this machine.
+
+    Raises:
+        ConfigError: The trace cannot be used.
+    """
     if trace:
         source = TraceSource(path=trace, adapters=ADAPTERS, requests=requests, seed=seed)
         drawn = trace_workload(read_trace(trace), source, slab_bytes_per_rank)
@@ -97,6 +100,6 @@ def _cut(prompt: int, output: int, longest: int) -> tuple[int, int]:
 
 
 def prompt_of(number: int, tokens: int, vocab: int) -> Sequence[int]:
-    """No two begin alike, so that no cache of prefixes helps anyone."""
+    """Return a prompt that begins differently from all others, so that no prefix cache applies."""
     begin = (number % vocab, number // vocab % vocab, number // vocab**2 % vocab)
     return (*begin, *((number + 7 * place) % vocab for place in range(tokens)))[:tokens]

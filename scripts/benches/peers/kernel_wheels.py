@@ -1,4 +1,4 @@
-"""Kernel files of vLLM and SGLang: their wheels are downloaded, a few files unpacked, the wheels thrown away."""
+"""Installs kernel files of vLLM and SGLang: downloads the wheels and unpacks a few files of each."""
 
 import fnmatch
 import shutil
@@ -18,9 +18,9 @@ LICENCE_FILES = ("*.dist-info/licenses/LICENSE*", "*.dist-info/LICENSE*")
 
 
 def install(folder: Path, name: str) -> None:
-    """Make ``folder / name``; nothing to do where it is whole. Raises BenchError where the wheel cannot be had."""
+    """Install into ``folder / name``, unless it is complete. Raises BenchError if the wheel cannot be downloaded."""
     if not missing(folder, name):
-        say(f"{name} {version(folder, name)} is there")
+        say(f"{name} {version(folder, name)} is installed")
         return
     with tempfile.TemporaryDirectory(prefix="loraserve-peers-") as scratch:
         wheel = _download(REQUIREMENTS[name], Path(scratch))
@@ -39,7 +39,7 @@ def install(folder: Path, name: str) -> None:
 
 
 def unpack(wheel: Path, target: Path, name: str) -> tuple[int, int]:
-    """(files, bytes) of a wheel that are wanted; its version and licence lie beside them."""
+    """Unpack the wanted files with version and licence. Returns the number of files and bytes."""
     count = size = 0
     with zipfile.ZipFile(wheel) as archive:
         for info in archive.infolist():

@@ -1,4 +1,4 @@
-"""How each server is started with the demo model and the adapters, and how its requests name an adapter."""
+"""The compared servers: how each is started with the demo model, and how its requests select an adapter."""
 
 import tempfile
 from collections.abc import Mapping
@@ -20,7 +20,7 @@ WORKER = Path(__file__).resolve().parent.parent / "workers" / "llamacpp_server.p
 
 
 class LlamaCpp(PeerProcess):
-    """llama.cpp's own server. Requests give every loaded adapter a scale."""
+    """llama.cpp's server. A request has a scale for every loaded adapter."""
 
     def __init__(self, peers: Path, model: Path, adapters: Mapping[str, Path], log: Path) -> None:
         port = free_port()
@@ -34,7 +34,7 @@ class LlamaCpp(PeerProcess):
 
 
 class VllmCpu(PeerProcess):
-    """vLLM's CPU build in float32, its pad rank as small as the adapters allow."""
+    """vLLM's CPU build in float32, with the smallest maximum rank that the adapters allow."""
 
     def __init__(self, peers: Path, model: Path, adapters: Mapping[str, Path], max_rank: int, log: Path) -> None:
         port = free_port()
@@ -58,7 +58,7 @@ class VllmCpu(PeerProcess):
 
 
 def gguf_files(folder: Path, adapters: Mapping[str, Path], shape: ModelShape) -> tuple[Path, Path, dict[str, Path]]:
-    """(Q4_1 model, float32 model, adapters by name), made in ``folder`` where they are not there yet."""
+    """Return the Q4_1 model, the float32 model and the adapters by name. Missing files are written to ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     quantized, exact = folder / "q4_1.gguf", folder / "f32.gguf"
     if not quantized.exists():

@@ -1,7 +1,7 @@
-"""Holds processes to a share of one core each, as cpulimit does: limit_cpu.py SHARE PID...
+"""Limits processes to a share of one core each, as cpulimit does: limit_cpu.py SHARE PID...
 
-Engines of one machine would else borrow each other's cores: one with too much work would run faster the less the
-others have, which no placement on GPUs of their own could do. Ends when its input closes, and lets all go on.
+Without a limit, an overloaded engine would use the idle cores of the others, which engines with a GPU each cannot do.
+Ends when standard input closes; all processes continue then.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ from collections.abc import Sequence
 
 TICK_S = 0.004
 LARGEST_CREDIT_S = 0.004
-"""CPU time that an idle process may save up: hardly any, or it would begin faster than it goes on."""
+"""CPU time that an idle process may save up; small, so that it does not start faster than it continues."""
 
 
 class Budget:
-    """What one process may use: credit comes with time and goes with what it used. Seconds of CPU time."""
+    """The CPU time credit of one process in seconds: it grows with time and shrinks with use."""
 
     def __init__(self, share: float, now_s: float, used_s: float) -> None:
         self._share = share
@@ -27,7 +27,7 @@ class Budget:
         self._credit_s = 0.0
 
     def may_run(self, now_s: float, used_s: float) -> bool:
-        """Whether it may go on, with what it has used in all by now."""
+        """Return whether the process may run, given its total CPU time so far."""
         self._credit_s += self._share * (now_s - self._now_s) - (used_s - self._used_s)
         self._credit_s = min(self._credit_s, LARGEST_CREDIT_S)
         self._now_s, self._used_s = now_s, used_s
@@ -35,13 +35,13 @@ class Budget:
 
 
 def cpu_s(pid: int) -> float:
-    """CPU time of all threads of another process. Raises OSError where there is none."""
-    # Linux: the CPU clock of a process has the number that its inverted id and the kind of clock make.
+    """Return the CPU time of all threads of a process. Raises OSError if it does not exist."""
+    # Linux encodes the id of a process's CPU clock as its inverted pid and the kind of clock.
     return time.clock_gettime((~pid << 3) | 2)
 
 
 def limit(share: float, pids: Sequence[int]) -> None:
-    """Until standard input closes."""
+    """Enforce the limit until standard input closes."""
     budgets = {pid: Budget(share, time.monotonic(), cpu_s(pid)) for pid in pids}
     stopped: set[int] = set()
     try:

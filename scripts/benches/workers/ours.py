@@ -1,4 +1,7 @@
-"""Our side, in process: the real scheduler and runner. Answers {"batch", "adapters", "tokens"} with its step times."""
+"""Our side of the step comparison: the real scheduler and runner in one process.
+
+Answers {"batch", "adapters", "tokens"} with step times.
+"""
 
 import sys
 from pathlib import Path
@@ -16,11 +19,11 @@ from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest
 
 
 class Side:
-    """``seed`` differs in each question, so that no prompt is ever the same."""
+    """The engine. ``seed`` grows with each question, so that no prompt repeats."""
 
     def __init__(self, model: Path, adapters: Path, threads: int, steps: int, count: int) -> None:
         self.steps = steps
-        # All adapters at once: the bench measures steps, not loads.
+        # The pool holds all adapters, because the bench measures steps and not loads.
         engine = EngineConfig(threads=threads, pool_bytes=1 << 30, prefix_cache=False)
         config = Config(model=ModelConfig(path=str(model)), engine=engine)
         self.runner = build_runner(config, lambda text: None)

@@ -1,4 +1,4 @@
-"""One engine out of several that are timed at once: CPU seconds of its steps and loads, and of a prompt by itself.
+"""One of several concurrently profiled engines: measures CPU seconds of steps, loads and a single prompt.
 
 profiled_engine.py MODEL RANK,RANK,... SETTING...
 """
@@ -21,7 +21,7 @@ ALONE = 5
 
 
 class Engine:
-    """``hello`` has what the engine is; each answer has samples of batches that no other question has."""
+    """The engine. ``hello`` returns its limits; each answer has samples of batches chosen by the question's seed."""
 
     def __init__(self, model: Path, ranks: tuple[int, ...], settings: list[str]) -> None:
         self.config = load_config(overrides=[*settings, f"model.path={model}"])
@@ -48,7 +48,7 @@ class Engine:
         }
 
     def _cpu_s(self, batches: Sequence[TimedBatch], rounds: int) -> list[float]:
-        """Median CPU seconds of each."""
+        """Return the median CPU seconds of each batch."""
         block_tokens, vocab = self.limits.block_tokens, self.runner.shape.vocab
         steps = [make_step(index, batch, block_tokens, vocab) for index, batch in enumerate(batches)]
         return measure_steps(self.runner, steps, rounds, True, lambda text: None)

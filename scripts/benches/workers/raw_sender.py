@@ -1,5 +1,7 @@
-"""Sends as fast as a plain socket can: prints its port, then answers two numbers of eight bytes, a place and a
-length, with as many bytes from there."""
+"""Sends bytes over a plain socket as fast as possible, as the baseline for tcp.
+
+Prints its port. Each request is two eight-byte numbers, offset and length; the answer is that many bytes.
+"""
 
 import socket
 import sys

@@ -1,6 +1,6 @@
-"""transformers + peft in float32, one adapter at a time: its best case is one ``generate`` for each adapter's requests.
+"""transformers + peft in float32, which runs one adapter at a time: one ``generate`` for each adapter's requests.
 
-Answers {"batch", "adapters", "tokens"} with the seconds of each step: one more token for every sequence.
+Answers {"batch", "adapters", "tokens"} with the seconds of each step, in which every sequence gets one more token.
 """
 
 import itertools
@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 
 class StepTimes(StoppingCriteria):
-    """Called once after every step; never stops."""
+    """Records the time of every step; never stops the generation."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
@@ -36,7 +36,7 @@ class Side:
         logging.disable_progress_bar()
         base: Any = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         base.eval()
-        # Without any adapter it is still a PeftModel, which then needs one to be made.
+        # A PeftModel needs at least one adapter, even if none is used.
         folders = [adapters / adapter_name(index) for index in range(max(1, count))]
         self.vocab = base.config.vocab_size
         self.model = PeftModel.from_pretrained(base, folders[0], adapter_name=_key(folders[0].name))
@@ -52,7 +52,7 @@ class Side:
         for sequence in range(case.batch):
             groups.setdefault(adapter_of(case, sequence), []).append(sequence)
         runs = [self._generate(name, sequences, case) for name, sequences in groups.items()]
-        # One more token for everybody takes one step of every group.
+        # One more token for every sequence takes one step of each group.
         return {"steps_s": [sum(steps) for steps in zip(*runs, strict=True)]}
 
     def _generate(self, adapter: str, sequences: list[int], case: Case) -> list[float]:
@@ -86,7 +86,7 @@ class Side:
 
 
 def _key(name: str) -> str:
-    """Module names hold no dots; ours hold none, but say so where a folder does."""
+    """Return a name without dots, which module names must not contain."""
     return name.replace(".", "_")
 
 

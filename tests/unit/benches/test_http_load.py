@@ -69,7 +69,7 @@ def test_streams_run_together_and_are_timed() -> None:
 
 
 def test_too_few_tokens_are_an_error() -> None:
-    with pytest.raises(BenchError, match="gave 7 tokens"):
+    with pytest.raises(BenchError, match="returned 7 tokens"):
         measured(stream, [{"short_by": 3}])
 
 
