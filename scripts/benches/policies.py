@@ -218,13 +218,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="scripts/bench policies", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="two policies, fewer requests, a less exact profile")
-    parser.add_argument(
-        "--trace", default="", metavar="FILE", help="CSV of requests; default: random requests"
-    )
+    parser.add_argument("--trace", default="", metavar="FILE", help="CSV of requests; default: random requests")
     parser.add_argument("--load", type=_positive, default=LOAD, help=f"share of the engines' capacity ({LOAD})")
-    parser.add_argument(
-        "--slo", type=_positive, default=SLO_FACTOR, help=f"SLO in idle TTFTs ({SLO_FACTOR})"
-    )
+    parser.add_argument("--slo", type=_positive, default=SLO_FACTOR, help=f"SLO in idle TTFTs ({SLO_FACTOR})")
     parser.add_argument("--seconds", type=_positive, help=f"duration under each policy ({WHOLE.seconds:.0f})")
     parser.add_argument(
         "--requests", type=_requests, default=2000, help="number of requests to draw; those of --seconds are sent"
