@@ -1,4 +1,4 @@
-"""The engine's process on a tiny real model, and the store, gateway and monitor around it, which can misbehave."""
+"""The engine's process on a tiny real model, with a fake store, gateway and monitor that can misbehave."""
 
 import asyncio
 import time
@@ -51,7 +51,7 @@ def greedy(tokens: int) -> SamplingParams:
 
 
 class Models:
-    """One tiny model with two adapters, and what each request must bring."""
+    """One tiny model with two adapters, and the tokens expected of each request."""
 
     prompt = PROMPT
     greedy = staticmethod(greedy)
@@ -85,7 +85,7 @@ class Models:
 
 
 class ScriptedStore:
-    """Answers from ``slabs`` once ``open`` is set and no longer ``holds`` a chunk, each as ``corrupt`` makes it."""
+    """Answers from ``slabs`` once ``open`` is set, unless ``holds`` delays a chunk; ``corrupt`` may change it."""
 
     def __init__(self, slabs: dict[str, Slab]) -> None:
         self.slabs = {slab.version: slab for slab in slabs.values()}
@@ -120,11 +120,11 @@ class ScriptedStore:
 
 
 DEADLY = 88_888
-"""A token that takes the device of a LateRunner down."""
+"""A token that makes a LateRunner lose its device."""
 
 
 class Late:
-    """A step whose result is there a while after the next could begin."""
+    """A pending step whose result is delayed, so that the next step can start first."""
 
     def __init__(self, step: PendingStep) -> None:
         self._step = step
@@ -135,7 +135,7 @@ class Late:
 
 
 class LateRunner:
-    """The real runner as one that takes steps ahead, which a GPU's does."""
+    """The real runner as one that accepts steps ahead, as a GPU's does."""
 
     def __init__(self, runner: Any, steps_ahead: int) -> None:
         self._runner = runner
@@ -151,7 +151,7 @@ class LateRunner:
 
 
 class Stage:
-    """One engine, and the store, gateway and monitor around it."""
+    """One engine with the store, gateway and monitor around it."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Stage:
         self.models = models
         self.clock = StoppableClock()
         self.holders: tuple[Holder, ...] = ()
-        """Whom the monitor names as those who have an adapter."""
+        """The peers that the monitor names as holders of each adapter."""
         settings = msgspec.structs.replace(models.config.engine, **engine)
         config = msgspec.structs.replace(models.config, engine=settings, transfer=transfer)
 
@@ -206,12 +206,12 @@ class Stage:
         self._tasks.append(asyncio.create_task(work))
 
     def store_dies(self) -> None:
-        """As kill -9."""
+        """Stop the store as kill -9 would."""
         self._tasks.pop(0).cancel()
         self.network.kill("store")
 
     async def store_starts(self) -> None:
-        """Another process of that name: at first it only says that it is starting."""
+        """Start another store process, which first answers that it is starting."""
         bus = self.network.bus("store", ToStore)
         self.store.open.set()
         bus.refuse(await bus.receive(), "starting", "store is starting; ask again")
@@ -226,7 +226,7 @@ class Stage:
                 await asyncio.sleep(0.002)
 
     async def fresh_load(self) -> EngineLoad:
-        """A report that was made after now."""
+        """Return a report that was made after this call."""
         before = getattr(self, "load", None)
         await self.until(lambda: getattr(self, "load", None) is not before)
         return self.load
@@ -286,7 +286,7 @@ def scripted_store() -> type[ScriptedStore]:
 
 @pytest.fixture
 def play(models: Models) -> Iterator[Callable[..., None]]:
-    """Runs a scenario with an engine whose settings may be overridden."""
+    """Return a function that runs a scenario with one engine; keyword arguments override engine settings."""
     before = torch.get_num_threads()
 
     def run(scenario: Callable[[Stage], Coroutine[Any, Any, None]], **engine: Any) -> None:

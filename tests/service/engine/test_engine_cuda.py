@@ -1,4 +1,4 @@
-"""The engine's process over the CUDA runner, which Triton's interpreter computes for where there is no GPU."""
+"""The engine's process with the CUDA runner, which uses Triton's interpreter if there is no GPU."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,7 @@ def build(config: Config, progress: Callable[[str], None]) -> CudaRunner:
     return load_cuda_runner(Path(config.model.path), config.engine, DEVICE, progress)
 
 
-def test_a_base_and_an_adapter_request_get_their_tokens(play: Callable[..., None], models: Any) -> None:
+def test_base_and_adapter_requests_get_their_tokens(play: Callable[..., None], models: Any) -> None:
     async def scenario(stage: Any) -> None:
         for name, adapter in (("base", ""), ("adapted", "one")):
             await stage.admit(name, adapter, tokens=3)

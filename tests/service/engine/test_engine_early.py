@@ -1,4 +1,4 @@
-"""Requests that begin while the last of their adapter is read, by an engine whose estimate is always that it pays."""
+"""Early starts in the engine's process, with an estimate that always allows them."""
 
 import threading
 from collections.abc import Callable
@@ -28,12 +28,12 @@ def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
 
 
 def last_chunk(stage: Any, adapter: str) -> Callable[[Any], bool]:
-    """Whether a message asks for it; what is before it has landed when it is asked for again and again."""
+    """Return whether a message asks for the last chunk. Repeated requests for it show that the rest has arrived."""
     size = stage.models.refs[adapter].slab_bytes
     return lambda message: bool(message.offset_bytes + message.length_bytes == size)
 
 
-def test_a_request_begins_before_the_last_chunk_is_there_and_its_tokens_are_right(
+def test_a_request_that_starts_before_the_last_chunk_gets_the_right_tokens(
     play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(stage: Any) -> None:
@@ -64,7 +64,7 @@ def test_a_request_begins_before_the_last_chunk_is_there_and_its_tokens_are_righ
     play(scenario)
 
 
-def test_others_decode_beside_what_came_too_late_and_it_begins_anew(
+def test_a_late_request_starts_again_while_others_decode(
     play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(stage: Any) -> None:
@@ -86,13 +86,13 @@ def test_others_decode_beside_what_came_too_late_and_it_begins_anew(
 
 
 def damaged(slab: Slab) -> Slab:
-    """In its last layer."""
+    """Return the slab with its last layer damaged."""
     data = bytearray(slab.data)
     data[-1] ^= 1
     return Slab(slab.header, memoryview(data), slab.version)
 
 
-def test_what_a_peer_s_damaged_copy_brought_is_never_told(
+def test_tokens_computed_with_a_damaged_copy_are_never_sent(
     play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(stage: Any) -> None:
@@ -114,7 +114,7 @@ def test_what_a_peer_s_damaged_copy_brought_is_never_told(
 
 
 class Stalling(ScriptedOwner):
-    """It sends what lies before the last piece, and never that."""
+    """An owner that sends everything but the last piece."""
 
     def answer(self, envelope: Envelope) -> None:
         message = envelope.message
@@ -123,10 +123,10 @@ class Stalling(ScriptedOwner):
         super().answer(envelope)
 
 
-def test_a_step_that_computes_while_a_spare_takes_the_place_of_the_first_is_in_vain(
+def test_a_step_during_a_switch_to_another_read_is_discarded(
     play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the first brought is damaged, and what the spare has is not; the step sees some of both."""
+    """The first read delivers damaged data, the second does not, and the step sees some of both."""
 
     async def scenario(stage: Any) -> None:
         patience(monkeypatch, LONG_S)
@@ -158,7 +158,7 @@ def test_a_step_that_computes_while_a_spare_takes_the_place_of_the_first_is_in_v
     play(scenario, transfer=TransferConfig(transports=("tcp",)))
 
 
-def test_where_no_copy_is_whole_the_request_fails_without_a_token(
+def test_a_request_fails_without_a_token_if_all_copies_are_damaged(
     play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario(stage: Any) -> None:
@@ -177,7 +177,7 @@ def test_where_no_copy_is_whole_the_request_fails_without_a_token(
     play(scenario)
 
 
-def test_a_runner_that_takes_steps_ahead_uses_whole_slabs_alone(play: Play, models: Any) -> None:
+def test_a_runner_with_steps_ahead_uses_only_complete_slabs(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("late", "one")
         await stage.finished("late")

@@ -1,4 +1,4 @@
-"""The engine's process: requests in, tokens out, plans, refusals, reports, the end."""
+"""The engine's process: requests, tokens, plans, refusals, reports, draining and failures."""
 
 import asyncio
 from collections.abc import Callable
@@ -40,7 +40,7 @@ def test_requests_get_the_tokens_of_their_adapters(play: Play, models: Any, step
     play(scenario, steps_ahead=steps_ahead)
 
 
-def test_what_cannot_run_is_refused_in_the_answer(play: Play, models: Any) -> None:
+def test_a_request_that_cannot_run_is_refused_in_the_answer(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         answer = await stage.admit("long", prompt=(3,) * 600)
         assert (answer.ok, answer.code) == (False, "context_length")
@@ -52,7 +52,9 @@ def test_what_cannot_run_is_refused_in_the_answer(play: Play, models: Any) -> No
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1, 2])
-def test_an_aborted_request_gives_all_back_and_says_no_more(play: Play, models: Any, steps_ahead: int) -> None:
+def test_an_aborted_request_releases_everything(
+    play: Play, models: Any, steps_ahead: int
+) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("gone", "one", tokens=400)
         await stage.until(lambda: len(stage.tokens["gone"]) > 3 and "gone" in stage.load.request_ids)
@@ -71,7 +73,7 @@ def test_an_aborted_request_gives_all_back_and_says_no_more(play: Play, models: 
     play(scenario, steps_ahead=steps_ahead)
 
 
-def test_a_request_that_is_sent_twice_runs_once(play: Play, models: Any) -> None:
+def test_a_request_sent_twice_runs_once(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("twice", tokens=100)
         await stage.until(lambda: stage.tokens["twice"])
@@ -82,9 +84,9 @@ def test_a_request_that_is_sent_twice_runs_once(play: Play, models: Any) -> None
     play(scenario)
 
 
-def test_a_step_that_cannot_be_computed_fails_its_requests_and_the_engine_lives(play: Play, models: Any) -> None:
+def test_a_failed_step_fails_its_requests_and_the_engine_continues(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
-        # Nothing between here and the embedding checks that the model has such a token: the gateway did.
+        # The engine does not check token ids against the vocabulary, as the gateway has done so.
         await stage.admit("broken", prompt=(1, 99_999))
         await stage.finished("broken")
         assert stage.failed["broken"].code == "engine_error"
@@ -97,7 +99,7 @@ def test_a_step_that_cannot_be_computed_fails_its_requests_and_the_engine_lives(
     play(scenario)
 
 
-def test_a_lost_device_ends_the_process_so_that_it_is_started_anew(play: Play) -> None:
+def test_a_lost_device_ends_the_process(play: Play) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("deadly", prompt=(1, 88_888))
         await stage.until(stage.running.done)
@@ -123,7 +125,7 @@ class LostPool:
         raise DeviceLostError("CUDA error: unspecified launch failure")
 
 
-def test_a_device_that_a_load_finds_lost_ends_the_process_too(play: Play) -> None:
+def test_a_load_that_finds_the_device_lost_ends_the_process(play: Play) -> None:
     def build(config: Any, progress: Any) -> Any:
         runner: Any = build_runner(config, progress)
         runner.pool = LostPool(runner.pool)
@@ -140,15 +142,13 @@ def test_a_device_that_a_load_finds_lost_ends_the_process_too(play: Play) -> Non
 
 
 @pytest.mark.parametrize("steps_ahead", [1, 2])
-def test_a_step_that_fails_at_once_is_told_after_those_that_still_run(
-    play: Play, models: Any, steps_ahead: int
-) -> None:
+def test_a_step_that_fails_at_once_is_reported_after_earlier_steps(play: Play, models: Any, steps_ahead: int) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("early", tokens=100)
         await stage.until(lambda: len(stage.tokens["early"]) > 3)
         await stage.admit("broken", prompt=(1, 99_999))
         await stage.finished("broken", "early")
-        # Both were in the step that failed.
+        # Both were in the failed step.
         assert {name: failed.code for name, failed in stage.failed.items()} == {
             "broken": "engine_error",
             "early": "engine_error",
@@ -166,7 +166,7 @@ def test_a_step_that_fails_at_once_is_told_after_those_that_still_run(
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1, 2])
-def test_draining_finishes_what_runs_and_takes_nothing_new(play: Play, models: Any, steps_ahead: int) -> None:
+def test_draining_finishes_running_requests_and_refuses_new_ones(play: Play, models: Any, steps_ahead: int) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("runs", tokens=300)
         await stage.admit("waits for its adapter", "one", tokens=20)
@@ -183,7 +183,7 @@ def test_draining_finishes_what_runs_and_takes_nothing_new(play: Play, models: A
     play(scenario, steps_ahead=steps_ahead)
 
 
-def test_the_load_it_reports_is_what_it_holds_and_did(play: Play, models: Any) -> None:
+def test_the_reports_match_the_engines_state(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         first = await stage.fresh_load()
         assert (first.engine, first.state, first.incarnation) == ("engine-0", "READY", stage.engine.bus.incarnation)
@@ -214,7 +214,7 @@ def test_the_load_it_reports_is_what_it_holds_and_did(play: Play, models: Any) -
     play(scenario)
 
 
-def test_a_plan_is_answered_when_its_copies_are_there(play: Play, models: Any) -> None:
+def test_a_plan_is_answered_once_its_copies_are_resident(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         del stage.store.slabs[models.refs["two"].version]
         answer = await stage.ask(PreparePlan(epoch=4, adapters=tuple(models.refs.values())), Prepared)
@@ -229,8 +229,8 @@ def test_a_plan_is_answered_when_its_copies_are_there(play: Play, models: Any) -
 
 
 @pytest.mark.parametrize("epoch", [5, 4], ids=["newer", "same"])
-def test_every_plan_gets_its_own_answer(play: Play, models: Any, epoch: int) -> None:
-    """A planner that was restarted may ask for the same epoch again while the first is still being prepared."""
+def test_each_plan_gets_its_own_answer(play: Play, models: Any, epoch: int) -> None:
+    """A restarted planner may ask for the same epoch again while the first request is still being prepared."""
 
     async def scenario(stage: Any) -> None:
         one = models.refs["one"]
@@ -248,8 +248,8 @@ def test_every_plan_gets_its_own_answer(play: Play, models: Any, epoch: int) -> 
     play(scenario)
 
 
-def test_what_comes_too_late_is_answered_beside_what_is_being_prepared(play: Play, models: Any) -> None:
-    """A dead planner's last wish arrives after its successor's, and after it a retire that would undo both."""
+def test_an_outdated_plan_is_answered_while_a_newer_one_is_prepared(play: Play, models: Any) -> None:
+    """A dead planner's last plan arrives after its successor's, and then a retirement that would undo both."""
 
     async def scenario(stage: Any) -> None:
         one, two = models.refs["one"], models.refs["two"]
