@@ -52,9 +52,7 @@ def test_a_request_that_cannot_run_is_refused_in_the_answer(play: Play, models: 
 
 
 @pytest.mark.parametrize("steps_ahead", [0, 1, 2])
-def test_an_aborted_request_releases_everything(
-    play: Play, models: Any, steps_ahead: int
-) -> None:
+def test_an_aborted_request_releases_everything(play: Play, models: Any, steps_ahead: int) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("gone", "one", tokens=400)
         await stage.until(lambda: len(stage.tokens["gone"]) > 3 and "gone" in stage.load.request_ids)
