@@ -12,6 +12,8 @@ INVALID = "invalid_request_error"
 OVERLOAD = "rate_limit_error"
 SERVER = "server_error"
 
+MAX_SHOWN_NAME = 200
+
 
 class ApiError(LoraServeError):
     """An HTTP answer other than success: its status and the fields of OpenAI's ``error`` object."""
@@ -56,7 +58,8 @@ def unsupported(param: str, message: str) -> ApiError:
 
 
 def model_not_found(name: str) -> ApiError:
-    message = f"The model `{name}` does not exist. GET /v1/models lists the base model and the adapters served."
+    shown = name if len(name) <= MAX_SHOWN_NAME else f"{name[:MAX_SHOWN_NAME]}..."
+    message = f"The model `{shown}` does not exist. GET /v1/models lists the base model and the adapters served."
     return ApiError(404, message, param="model", code="model_not_found")
 
 

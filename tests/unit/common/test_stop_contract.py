@@ -7,7 +7,7 @@ import pytest
 
 from loraserve.engine.schedule.events import Emit, RequestArrived, RunStep, Sampled, StepDone, StepResult
 from loraserve.engine.schedule.scheduler import Scheduler, SchedulerLimits
-from loraserve.gateway.api.schema import ChatRequest, decode, sampling_params, stop_rules
+from loraserve.gateway.api.schema import ChatRequest, decode_request, sampling_params, stop_rules
 from loraserve.gateway.text.detokenize import TokenBytes
 from loraserve.gateway.text.output import OutputAssembler, OutputChunk
 from loraserve.messages import Admit, TokenDelta
@@ -49,7 +49,7 @@ def deltas(request: ChatRequest, drawn: list[int], max_tokens: int) -> list[Toke
 
 def answer(drawn: list[int], max_tokens: int = 20, **fields: Any) -> tuple[OutputChunk, int]:
     """Return the whole output of one choice as a client sees it, and its ``completion_tokens``."""
-    request = decode(json.dumps(fields).encode(), ChatRequest)
+    request = decode_request(json.dumps(fields).encode(), ChatRequest)
     output = OutputAssembler(0, TOKENS.detokenizer(), stop_rules(request))
     chunks = [
         output.feed(delta.tokens, delta.logprobs, delta.finish, delta.stop_reason)

@@ -275,12 +275,13 @@ def test_ready_engines() -> None:
 def test_states_of_a_stream() -> None:
     here = Table("a", route=False)
     stream = here.streams["a"]
-    assert stream.state is StreamState.ROUTING
+    states = [stream.state]
     assert not stream.is_over
     stream.set_engine("engine-0", INCARNATION, 0.0)
-    assert stream.state is StreamState.RUNNING
+    states.append(stream.state)
     here.table.on_batch(batch(TokenDelta("a", 0, (1, 2), "stop", stop_reason=2)), 0.0)
-    assert stream.state is StreamState.FINISHED
+    states.append(stream.state)
+    assert states == [StreamState.ROUTING, StreamState.RUNNING, StreamState.FINISHED]
     assert here.streams["a"].take().stop_reason == 2
     stream.fail(refused("engine_died", "too late"))
     assert (stream.state, stream.failure) == (StreamState.FINISHED, None)

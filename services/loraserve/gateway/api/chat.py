@@ -8,7 +8,14 @@ from aiohttp import web
 
 from loraserve.gateway.api.generate import LEAST_LOGPROB, Call, Choices, answer
 from loraserve.gateway.api.limits import check_free_json, check_messages, check_text
-from loraserve.gateway.api.schema import ChatMessage, ChatRequest, TokenizeRequest, check_chat, decode, decode_field
+from loraserve.gateway.api.schema import (
+    ChatMessage,
+    ChatRequest,
+    TokenizeRequest,
+    check_chat,
+    decode_field,
+    decode_request,
+)
 from loraserve.gateway.context import GATEWAY
 from loraserve.gateway.errors import bad_request, unsupported
 from loraserve.gateway.text.detokenize import TokenBytes
@@ -23,7 +30,7 @@ RESERVED_TEMPLATE_ARGUMENTS = frozenset(
 async def chat_completions(http: web.Request) -> web.StreamResponse:
     gateway = http.app[GATEWAY]
     body = await http.read()
-    request = decode(body, ChatRequest)
+    request = decode_request(body, ChatRequest)
     check_chat(request)
     model = await gateway.resolve(request.model)
     messages = request.messages or []

@@ -7,7 +7,13 @@ from aiohttp import web
 
 from loraserve.gateway.api.generate import LEAST_LOGPROB, Call, Choices, answer
 from loraserve.gateway.api.limits import check_choices, check_text
-from loraserve.gateway.api.schema import CompletionRequest, check_completion, check_token_ids, decode, prompt_items
+from loraserve.gateway.api.schema import (
+    CompletionRequest,
+    check_completion,
+    check_token_ids,
+    decode_request,
+    prompt_items,
+)
 from loraserve.gateway.context import GATEWAY
 from loraserve.gateway.text.detokenize import TokenBytes
 from loraserve.gateway.text.output import OutputChunk, ScoredToken
@@ -17,7 +23,7 @@ from loraserve.gateway.text.tokenizer import ModelTokenizer
 async def completions(http: web.Request) -> web.StreamResponse:
     gateway = http.app[GATEWAY]
     body = await http.read()
-    request = decode(body, CompletionRequest)
+    request = decode_request(body, CompletionRequest)
     check_completion(request)
     model = await gateway.resolve(request.model)
     tokenizer, context = gateway.tokenizer, gateway.context_tokens()

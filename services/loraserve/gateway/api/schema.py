@@ -38,7 +38,7 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     """The fields that chat and completions share and that the gateway reads itself.
 
-    ``decode`` adds the other sampling parameters, which are passed on to the engine as they are.
+    ``decode_request`` adds the other sampling parameters, which are passed on to the engine as they are.
     """
 
     model: str | None = None
@@ -146,7 +146,7 @@ _REFUSED_COMPLETION = tuple(name for name in REFUSED if name not in CompletionRe
 _PATH = re.compile(r" - at `(?P<path>[^`]*)`$")
 
 
-def decode(body: bytes, type_: type[T]) -> T:
+def decode_request(body: bytes, type_: type[T]) -> T:
     """Return the request in a body. Raises ApiError 400 naming the field that has a wrong type."""
     decoded: T = decode_field(body or b"{}", _COMPLETE.get(type_, type_), "")
     return decoded

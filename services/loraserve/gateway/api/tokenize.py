@@ -5,7 +5,7 @@ from aiohttp import web
 
 from loraserve.gateway.api.chat import encode_messages
 from loraserve.gateway.api.limits import check_free_json
-from loraserve.gateway.api.schema import DetokenizeRequest, TokenizeRequest, check_token_ids, decode
+from loraserve.gateway.api.schema import DetokenizeRequest, TokenizeRequest, check_token_ids, decode_request
 from loraserve.gateway.context import GATEWAY
 from loraserve.gateway.errors import bad_request
 from loraserve.gateway.text.tokenizer import ModelTokenizer
@@ -14,7 +14,7 @@ from loraserve.gateway.text.tokenizer import ModelTokenizer
 async def tokenize(http: web.Request) -> web.Response:
     gateway = http.app[GATEWAY]
     body = await http.read()
-    request = decode(body, TokenizeRequest)
+    request = decode_request(body, TokenizeRequest)
     if request.model:
         await gateway.resolve(request.model)
     if (request.prompt is None) == (not request.messages):
@@ -28,7 +28,7 @@ async def tokenize(http: web.Request) -> web.Response:
 async def detokenize(http: web.Request) -> web.Response:
     gateway = http.app[GATEWAY]
     body = await http.read()
-    request = decode(body, DetokenizeRequest)
+    request = decode_request(body, DetokenizeRequest)
     if request.model:
         await gateway.resolve(request.model)
     check_token_ids(request.tokens, gateway.tokenizer.vocab, "tokens")

@@ -12,7 +12,7 @@ from loraserve.gateway.api.schema import (
     applied_fields,
     check_chat,
     check_completion,
-    decode,
+    decode_request,
 )
 from loraserve.gateway.errors import ApiError
 
@@ -22,9 +22,11 @@ CHAT, COMPLETION = applied_fields(ChatRequest), applied_fields(CompletionRequest
 
 def check(endpoint: str, **fields: Any) -> None:
     if endpoint == "chat":
-        check_chat(decode(json.dumps({"model": "m", "messages": MESSAGES} | fields).encode(), ChatRequest))
+        check_chat(decode_request(json.dumps({"model": "m", "messages": MESSAGES} | fields).encode(), ChatRequest))
     else:
-        check_completion(decode(json.dumps({"model": "m", "prompt": "hi"} | fields).encode(), CompletionRequest))
+        check_completion(
+            decode_request(json.dumps({"model": "m", "prompt": "hi"} | fields).encode(), CompletionRequest)
+        )
 
 
 def refused_by(endpoint: str) -> list[str]:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from loraserve.gateway.api.limits import check_choices, check_free_json, check_messages
-from loraserve.gateway.api.schema import ChatMessage, ChatRequest, check_chat, decode, prompt_items
+from loraserve.gateway.api.schema import ChatMessage, ChatRequest, check_chat, decode_request, prompt_items
 from loraserve.gateway.errors import ApiError
 from loraserve.messages.stop import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
@@ -16,7 +16,7 @@ CONTEXT = 100
 
 
 def check(**fields: Any) -> None:
-    check_chat(decode(json.dumps({"model": "m", "messages": MESSAGES} | fields).encode(), ChatRequest))
+    check_chat(decode_request(json.dumps({"model": "m", "messages": MESSAGES} | fields).encode(), ChatRequest))
 
 
 def test_stop_token_ids_are_counted_before_they_are_decoded() -> None:
@@ -66,7 +66,9 @@ def messages(count: int, **fields: Any) -> list[ChatMessage]:
 def test_messages_and_their_parts_are_counted() -> None:
     tokenizer: Any = Tokenizer()
     assert check_messages(tokenizer, messages(3, content="abc"), CONTEXT) == 9
-    parts = decode(b'{"role": "user", "content": [' + b", ".join([b'{"type": "text"}'] * 99) + b"]}", ChatMessage)
+    parts = decode_request(
+        b'{"role": "user", "content": [' + b", ".join([b'{"type": "text"}'] * 99) + b"]}", ChatMessage
+    )
     for many in (messages(100, content="a"), [parts], messages(1, content="a" * 10_000)):
         with pytest.raises(ApiError) as caught:
             check_messages(tokenizer, many, CONTEXT)

@@ -6,12 +6,12 @@ from typing import Any
 import pytest
 
 from loraserve.gateway.api.limits import output_limit
-from loraserve.gateway.api.schema import INT64, ChatRequest, decode, sampling_params, stop_rules
+from loraserve.gateway.api.schema import INT64, ChatRequest, decode_request, sampling_params, stop_rules
 from loraserve.gateway.errors import ApiError
 
 
 def request_of(**fields: Any) -> ChatRequest:
-    return decode(json.dumps(fields).encode(), ChatRequest)
+    return decode_request(json.dumps(fields).encode(), ChatRequest)
 
 
 def params(choice: int = 0, seed: int = 5, **fields: Any) -> Any:

@@ -11,7 +11,7 @@ from loraserve.gateway.api.schema import (
     check_chat,
     check_completion,
     check_token_ids,
-    decode,
+    decode_request,
     prompt_items,
     sampling_params,
     stop_strings,
@@ -22,13 +22,13 @@ MESSAGES = [{"role": "user", "content": "hi"}]
 
 
 def chat(**fields: Any) -> ChatRequest:
-    request = decode(msgspec.json.encode({"model": "m", "messages": MESSAGES} | fields), ChatRequest)
+    request = decode_request(msgspec.json.encode({"model": "m", "messages": MESSAGES} | fields), ChatRequest)
     check_chat(request)
     return request
 
 
 def completion(**fields: Any) -> CompletionRequest:
-    request = decode(msgspec.json.encode({"model": "m", "prompt": "hi"} | fields), CompletionRequest)
+    request = decode_request(msgspec.json.encode({"model": "m", "prompt": "hi"} | fields), CompletionRequest)
     check_completion(request)
     return request
 
@@ -116,7 +116,7 @@ def test_errors_name_nested_fields_by_their_path() -> None:
 @pytest.mark.parametrize("body", [b"{", b"[]", b'"x"', b"\xff\xfe", b'{"model": "\xff"}', b'{"temperature": 1e999}'])
 def test_broken_bodies_are_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        decode(body, ChatRequest)
+        decode_request(body, ChatRequest)
     assert caught.value.status == 400
     assert caught.value.body["error"]["type"] == "invalid_request_error"
 
@@ -162,7 +162,7 @@ def test_token_ids_must_be_in_the_vocabulary() -> None:
 @pytest.mark.parametrize("body", [b"[" * 100_000, b'{"tools": ' + b"[" * 100_000, b'{"a": ' * 100_000])
 def test_bodies_nested_too_deeply_are_refused(body: bytes) -> None:
     with pytest.raises(ApiError) as caught:
-        decode(body, ChatRequest)
+        decode_request(body, ChatRequest)
     assert caught.value.status == 400
 
 
