@@ -7,6 +7,7 @@ import argparse
 from importlib.util import find_spec
 from math import isfinite
 from pathlib import Path
+from typing import get_args
 
 from loraserve.cost.profile import SHIPPED, Profile, read_profile
 from loraserve.errors import ConfigError
@@ -15,7 +16,7 @@ from loraserve.sim.outcome import SimSettings
 from loraserve.sim.policies import NAMES, policy_named
 from loraserve.sim.report import TOPPINGS
 from loraserve.sim.runs import RunSpec, Source
-from loraserve.sim.workload import LENGTHS, RANK_MIXES, TraceSource, WorkloadShape
+from loraserve.sim.workload import LENGTHS, RANK_MIXES, Arrivals, Drift, TraceSource, WorkloadShape
 
 MIN_RPS = 0.01
 MIN_REQUESTS = 10
@@ -82,7 +83,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trace", metavar="FILE", default="", help="a trace (default: draw a workload)")
-    group.add_argument("--adapters", type=int, default=100, metavar="N", help="(default: 100)")
+    group.add_argument("--adapters", type=int, default=100, metavar="N", help="number of adapters (default: 100)")
     group.add_argument(
         "--seconds", type=float, default=300.0, metavar="S", help="how long requests arrive in a run (default: 300)"
     )
@@ -97,14 +98,16 @@ def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument("--loads", default="", metavar="A,B,C", help="loads of a sweep in requests/s")
     group.add_argument("--ranks", default="uniform", help=f"ranks of a drawn workload: {', '.join(RANK_MIXES)}")
-    group.add_argument("--arrivals", choices=("poisson", "bursts"), default="poisson")
-    group.add_argument("--drift", choices=("none", "ranks", "popularity"), default="none")
-    group.add_argument("--lengths", choices=("prefill-heavy", "chat", "decode-heavy"), default="chat")
-    group.add_argument("--seed", type=int, default=0)
+    group.add_argument(
+        "--arrivals", choices=get_args(Arrivals), default="poisson", help="of a drawn workload (default: poisson)"
+    )
+    group.add_argument("--drift", choices=get_args(Drift), default="none", help="of a drawn workload (default: none)")
+    group.add_argument("--lengths", choices=tuple(LENGTHS), default="chat", help="of a drawn workload (default: chat)")
+    group.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
 
 
 def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--engines", type=int, default=4, metavar="N", help="(default: 4)")
+    group.add_argument("--engines", type=int, default=4, metavar="N", help="number of engines (default: 4)")
     group.add_argument(
         "--policies", default="", metavar="A,B,C", help="policies to simulate (default: ours, or all in a comparison)"
     )
@@ -124,8 +127,15 @@ def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
         help="LoRA cost: padded to the batch's largest rank as in other systems' kernels, or exact as in ours",
     )
     group.add_argument("--slo-s", type=float, default=10.0, metavar="S", help="promised P95 TTFT (default: 10)")
-    group.add_argument("--plan-interval-s", type=float, default=SimSettings().plan_interval_s, metavar="S")
-    group.add_argument("--report-interval-s", type=float, default=SimSettings().report_interval_s, metavar="S")
+    for name, what in (("plan", "plans"), ("report", "reports of the engines")):
+        default = getattr(SimSettings(), f"{name}_interval_s")
+        group.add_argument(
+            f"--{name}-interval-s",
+            type=float,
+            default=default,
+            metavar="S",
+            help=f"between {what} (default: {default:g})",
+        )
 
 
 def spec_of(arguments: argparse.Namespace) -> RunSpec:
