@@ -26,7 +26,7 @@ from live.scene import ENGINES, Scene, make_scene
 
 from loraserve.cost.profile import write_profile
 from loraserve.errors import LoraServeError
-from loraserve.sim.estimate import capacity_rps
+from loraserve.sim.compare import capacity_rps
 from loraserve.sim.workload import Workload
 
 LOAD = 0.7

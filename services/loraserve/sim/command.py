@@ -16,8 +16,16 @@ from loraserve.errors import LoraServeError
 from loraserve.sim import report
 from loraserve.sim.arguments import check_arguments, loads_of, make_parser, policies_of, spec_of
 from loraserve.sim.cluster import Simulation
-from loraserve.sim.compare import OURS, CompareOptions, Comparison, RunAll, changed_profiles, compare
-from loraserve.sim.estimate import capacity_rps, limit_rps
+from loraserve.sim.compare import (
+    OURS,
+    CompareOptions,
+    Comparison,
+    RunAll,
+    capacity_rps,
+    changed_profiles,
+    compare,
+    limit_rps,
+)
 from loraserve.sim.outcome import Outcome
 from loraserve.sim.parallel import parallel_runner
 from loraserve.sim.policies import policy_named

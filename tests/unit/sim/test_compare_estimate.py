@@ -5,7 +5,7 @@ import pytest
 
 from loraserve.cost.profile import Profile
 from loraserve.sim.cluster import Simulation
-from loraserve.sim.estimate import capacity_rps, limit_rps
+from loraserve.sim.compare import capacity_rps, limit_rps
 from loraserve.sim.outcome import SimSettings
 from loraserve.sim.policies import policy_named
 from loraserve.sim.workload import SimRequest, Workload, WorkloadShape, draw_workload, make_adapters
