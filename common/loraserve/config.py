@@ -106,6 +106,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     max_step_tokens: Positive = 512
     prefix_cache: bool = True
     load_interval_s: Seconds = 0.25
+    statistics_interval_s: Seconds = 1.0
     load_timeout_s: Seconds = 60.0
     load_chunk_bytes: Positive = 1 << 20
 

@@ -20,7 +20,7 @@ import msgspec
 from harness.report import last_line, say, table
 
 from loraserve.cost import CostModel
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.messages import AdapterDemand, AdapterRef, EngineCapabilities, Placement
 from loraserve.planner.placement.policies import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import PlanInput, PlanSettings
 
@@ -40,7 +40,7 @@ class Cluster(msgspec.Struct):
 
     demand: list[AdapterDemand]
     adapters: dict[str, AdapterRef]
-    engines: list[EngineLoad]
+    engines: list[EngineCapabilities]
     cost: CostModel
 
     def plan(self, current: Sequence[Placement]) -> tuple[Placement, ...]:
@@ -125,24 +125,16 @@ def _demand(ref: AdapterRef, requests_per_s: float) -> AdapterDemand:
     )
 
 
-def _engine(name: str) -> EngineLoad:
-    return EngineLoad(
+def _engine(name: str) -> EngineCapabilities:
+    return EngineCapabilities(
         engine=name,
         incarnation="i",
-        state="READY",
-        waiting=0,
-        running=0,
-        waiting_prefill_tokens=0,
-        kv_blocks_total=20_000,
-        kv_blocks_free=20_000,
+        kv_blocks=20_000,
         block_tokens=16,
-        pool_total_bytes=POOL_BYTES,
-        pool_free_bytes=POOL_BYTES,
-        pool_room_bytes=POOL_BYTES,
+        pool_bytes=POOL_BYTES,
         max_running=256,
+        max_model_tokens=0,
         max_step_tokens=512,
-        decode_step_s=0.02,
-        prefill_tokens_per_s=10_000.0,
     )
 
 

@@ -21,17 +21,16 @@ from loraserve.cost import CostModel
 from loraserve.messages import (
     AdapterRef,
     ClusterLoad,
-    EngineLoad,
     EngineSeen,
     Placement,
     Plan,
-    ResidentAdapter,
     Route,
     SamplingParams,
 )
 from loraserve.router.context import Candidates, PlannedCopies, RoutingContext, Slo
 from loraserve.router.policy import POLICIES
 from loraserve.router.view import ClusterView
+from loraserve.testing.reports import engine_seen, resident
 
 ENGINES = (8, 64, 1000)
 RANKS = (8, 16, 32, 64, 128)
@@ -73,7 +72,7 @@ class Cluster:
 
     def picture(self) -> ClusterLoad:
         self.pictures += 1
-        seen = tuple(EngineSeen(load=self._load(name), age_s=0.0, alive=True) for name in self.names)
+        seen = tuple(self._seen(name) for name in self.names)
         return ClusterLoad(incarnation="bench", sequence=self.pictures, engines=seen)
 
     def request(self, kind: str) -> Route:
@@ -88,40 +87,26 @@ class Cluster:
             adapter=self.rng.choice(self.adapters) if kind == "adapter" else None,
         )
 
-    def _load(self, name: str) -> EngineLoad:
+    def _seen(self, name: str) -> EngineSeen:
         held, running = self.held[name], self.rng.randrange(RUNNING)
         runs = {adapter.version for adapter in self.rng.sample(held, min(running, len(held)))}
-        return EngineLoad(
-            engine=name,
-            incarnation="i1",
-            state="READY",
+        return engine_seen(
+            name,
             waiting=self.rng.randrange(4),
             running=running,
             waiting_prefill_tokens=self.rng.randrange(2000),
-            kv_blocks_total=10_000,
+            kv_blocks=10_000,
             kv_blocks_free=self.rng.randrange(2000, 10_000),
-            block_tokens=16,
-            pool_total_bytes=32 << 30,
+            pool_bytes=32 << 30,
             pool_free_bytes=4 << 30,
             pool_room_bytes=4 << 30,
-            max_running=64,
             max_model_tokens=8192,
-            max_step_tokens=512,
             decode_step_s=0.03,
             prefill_tokens_per_s=5000.0,
+            load_bytes=0.0,
             load_bytes_per_s=1e10,
             request_ids=tuple(f"{name}-{self.pictures + number}" for number in range(running)),
-            resident=tuple(
-                ResidentAdapter(
-                    name=a.name,
-                    version=a.version,
-                    rank=a.rank,
-                    slab_bytes=a.slab_bytes,
-                    pinned=True,
-                    running=int(a.version in runs),
-                )
-                for a in held
-            ),
+            resident=tuple(resident(a, pinned=True, running=int(a.version in runs)) for a in held),
         )
 
 

@@ -120,7 +120,7 @@ async def plan_of(http: aiohttp.ClientSession) -> dict[str, Any]:
 
 def pinned(state: dict[str, Any]) -> dict[str, set[str]]:
     return {
-        engine["name"]: {adapter["name"] for adapter in engine["load"]["resident"] if adapter["pinned"]}
+        engine["name"]: {adapter["name"] for adapter in engine["load"]["adapters"]["resident"] if adapter["pinned"]}
         for engine in state["engines"]
         if engine["alive"] and engine["load"]["state"] == "READY"
     }
@@ -144,7 +144,11 @@ def test_streams_outlive_whoever_dies_in_a_roll_out(tenants: LocalCluster, measu
                 """Engines in the middle of a load that are asked for a plan of this epoch or a later one: others may
                 load what a request brought to them."""
                 loads = [e["load"] for e in (await tenants.admin(http))["engines"]]
-                return [load["engine"] for load in loads if load["loading"] and load["plan_epoch"] >= epoch]
+                return [
+                    load["engine"]
+                    for load in loads
+                    if load["adapters"]["loading"] and load["adapters"]["plan_epoch"] >= epoch
+                ]
 
             async def settled(drained: list[str]) -> dict[str, Any]:
                 """The plan in force, once every engine holds exactly what it says and each adapter has a copy."""

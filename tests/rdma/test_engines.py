@@ -92,6 +92,7 @@ class Cluster:
                 pool_bytes=POOL_BYTES,
                 host_cache_bytes=0,
                 load_interval_s=0.1,
+                statistics_interval_s=0.1,
                 digest_threads=1,
             ),
             monitor=MonitorConfig(publish_interval_s=0.1),
@@ -267,7 +268,7 @@ def test_an_engine_that_is_started_anew_reads_from_the_other(cluster: Cluster, s
         if not await within(PATIENCE_S, lambda: client.reads("engine-0", "engine-1").reads == before.reads + 1):
             return ASKED_THE_STORE
         say(f"engine-0, started anew, read {cluster.slabs[name].header.slab_bytes} bytes of engine-1's")
-        assert [client.loads[name].leaks for name in ENGINES] == [0, 0]
+        assert [client.counters[name].leaks for name in ENGINES] == [0, 0]
         return ""
 
     cluster.kill("engine-0")
@@ -293,7 +294,7 @@ def test_a_byte_that_is_wrong_at_its_owner_is_noticed_and_the_store_read(cluster
             return ASKED_THE_STORE
         await until(lambda: client.reads("engine-1", "store").reads == stored.reads + 1)
         assert client.reads("engine-1", "store").read_bytes == stored.read_bytes + len(slab)
-        assert [client.loads[name].leaks for name in ENGINES] == [0, 0]
+        assert [client.counters[name].leaks for name in ENGINES] == [0, 0]
         say(f"a wrong byte at engine-0: 1 mismatch counted, then {len(slab)} bytes of the store's were read")
         return ""
 

@@ -1,6 +1,7 @@
 """The monitor between engines that report and a router that listens, in virtual time."""
 
 import asyncio
+import itertools
 from collections.abc import Callable, Coroutine
 from itertools import pairwise
 from typing import Any
@@ -10,26 +11,32 @@ import pytest
 from loraserve.config import Config, MonitorConfig
 from loraserve.messages import (
     AdapterTokens,
+    AnnounceCapabilities,
     ClusterLoad,
+    ClusterStatistics,
     Copies,
+    EngineCapabilities,
     EngineGone,
+    EngineSeen,
     FindCopies,
     Ping,
     Pong,
     RegistryChanged,
+    ToGateway,
     ToMonitor,
     ToRouter,
 )
 from loraserve.messages.transfer import Abilities
 from loraserve.monitor.service import MonitorService
-from loraserve.testing.bus import MemoryBus, MemoryNetwork
+from loraserve.testing.bus import Fault, MemoryBus, MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.peers import serving
-from loraserve.testing.reports import adapter_ref, engine_load, resident
+from loraserve.testing.reports import adapter_ref, engine_seen, engine_statistics, resident
 
 INTERVAL_S, DEAD_AFTER_S = 10.0, 1.5
 """The interval is long, so that what is published at once can be told from what was due."""
 REPORT_S = 0.25
+REPORTS_PER_STATISTICS = 4
 PIRATE = adapter_ref(1)
 
 
@@ -38,11 +45,14 @@ class Stage:
 
     def __init__(self, interval_s: float = INTERVAL_S) -> None:
         self.network = MemoryNetwork()
-        config = Config(monitor=MonitorConfig(publish_interval_s=interval_s, dead_after_s=DEAD_AFTER_S, window_s=60.0))
-        self.monitor = MonitorService(config, self.network.bus("monitor", ToMonitor), LoopClock())
+        self.config = Config(
+            monitor=MonitorConfig(publish_interval_s=interval_s, dead_after_s=DEAD_AFTER_S, window_s=60.0)
+        )
+        self.monitor = self.start_monitor()
         self.listener = self.network.bus("router", ToRouter)
         self.listener.subscribe("monitor", "load")
         self.pictures: list[tuple[float, ClusterLoad]] = []
+        self.asked: list[str] = []
         self.reporting: dict[str, asyncio.Task[None]] = {}
         self.buses: dict[str, MemoryBus] = {}
         self.listening = asyncio.create_task(self._listen())
@@ -56,21 +66,42 @@ class Stage:
     def now(self) -> float:
         return asyncio.get_running_loop().time()
 
+    def start_monitor(self) -> MonitorService:
+        return MonitorService(self.config, self.network.bus("monitor", ToMonitor), LoopClock())
+
     def start_engine(self, name: str, tokens_per_s: float = 0.0, **changes: Any) -> None:
         if name not in self.buses:
-            self.buses[name] = self.network.bus(name, Ping)
-        self.reporting[name] = asyncio.create_task(self._report(name, tokens_per_s, changes))
+            self.buses[name] = self.network.bus(name, Ping | AnnounceCapabilities)
+        self.reporting[name] = asyncio.create_task(self._run_engine(name, tokens_per_s, engine_seen(name, **changes)))
 
     def silence(self, name: str) -> None:
         self.reporting.pop(name).cancel()
 
-    async def _report(self, name: str, tokens_per_s: float, changes: dict[str, Any]) -> None:
+    async def _run_engine(self, name: str, tokens_per_s: float, seen: EngineSeen) -> None:
+        bus = self.buses[name]
+        bus.send("monitor", seen.capabilities)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._report(bus, seen, tokens_per_s))
+            tasks.create_task(self._answer(bus, seen.capabilities))
+
+    async def _report(self, bus: MemoryBus, seen: EngineSeen, tokens_per_s: float) -> None:
         began_s = self.now
-        while True:
-            done = int(tokens_per_s * (self.now - began_s))
-            counted = AdapterTokens(version=PIRATE.version, prefill_tokens=0, decode_tokens=done)
-            self.buses[name].send("monitor", engine_load(name, adapter_tokens=(counted,), **changes))
+        for number in itertools.count():
+            bus.send("monitor", seen.load)
+            if number % REPORTS_PER_STATISTICS == 0:
+                done = int(tokens_per_s * (self.now - began_s))
+                counted = AdapterTokens(version=PIRATE.version, prefill_tokens=0, decode_tokens=done)
+                statistics = engine_statistics(
+                    bus.name, incarnation=seen.load.incarnation, adapter_tokens=(counted,), steps=number
+                )
+                bus.send("monitor", statistics)
             await asyncio.sleep(REPORT_S)
+
+    async def _answer(self, bus: MemoryBus, capabilities: EngineCapabilities) -> None:
+        while True:
+            if isinstance((await bus.receive()).message, AnnounceCapabilities):
+                self.asked.append(bus.name)
+                bus.send("monitor", capabilities)
 
     async def picture_after(self, now: float, timeout_s: float = 30.0) -> tuple[float, ClusterLoad]:
         """The first picture that came later than this."""
@@ -115,7 +146,7 @@ def test_a_new_engine_is_published_at_once() -> None:
         at_s, picture = await stage.picture_after(came_s - 0.001)
         assert at_s - came_s < 0.05
         assert alive(picture) == {"e0": True}
-        assert picture.engines[0].load.running == 3
+        assert picture.engines[0].load.queue.running == 3
 
     play(scenario)
 
@@ -243,5 +274,91 @@ def test_who_asks_for_a_copy_is_told_who_lives_and_has_it_and_everyone_hears_who
         stage.start_engine("e0", incarnation="i3")
         assert (await reader.receive()).message == EngineGone(engine="e0", incarnation="i2")
         assert await holders() == []
+
+    play(scenario)
+
+
+def test_a_restarted_monitor_asks_each_engine_for_its_capabilities() -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.start_engine("e0", max_running=7)
+        await asyncio.sleep(1.0)
+        assert stage.asked == [], "the engine announced them when it started"
+        stage.network.kill("monitor")
+        async with serving(stage.start_monitor()):
+            restarted_s = stage.now
+            await asyncio.sleep(1.0)
+            assert stage.asked == ["e0"], "asked once, since the answer arrived"
+            at_s, picture = next(found for found in stage.pictures if found[0] > restarted_s and found[1].engines)
+            assert at_s - restarted_s < 2 * REPORT_S
+            assert picture.engines[0].capabilities.max_running == 7
+
+    async def main() -> None:
+        stage = Stage()
+        running = asyncio.create_task(stage.monitor.run())
+        await asyncio.sleep(0.05)
+        await scenario(stage)
+        await asyncio.gather(running, return_exceptions=True)
+
+    run_virtual(main())
+
+
+def test_capabilities_that_were_lost_are_asked_for_until_they_arrive() -> None:
+    async def scenario(stage: Stage) -> None:
+        lost = iter([True, True, True, False])
+
+        def lose(sender: str, receiver: str, message: Any) -> Fault | None:
+            return Fault(copies=0) if isinstance(message, EngineCapabilities) and next(lost) else None
+
+        stage.network.faults = lose
+        came_s = stage.now
+        stage.start_engine("e0")
+        await asyncio.sleep(2.0)
+        assert stage.asked == ["e0"] * 3
+        at_s, picture = next(found for found in stage.pictures if found[1].engines)
+        assert alive(picture) == {"e0": True}
+        assert at_s - came_s < 4 * REPORT_S
+
+    play(scenario)
+
+
+def test_a_new_incarnation_is_not_published_with_the_capabilities_of_the_last() -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.start_engine("e0", kv_blocks=100)
+        await asyncio.sleep(1.0)
+        stage.silence("e0")
+        lost = iter([True, False])
+
+        def lose(sender: str, receiver: str, message: Any) -> Fault | None:
+            return Fault(copies=0) if isinstance(message, EngineCapabilities) and next(lost) else None
+
+        stage.network.faults = lose
+        stage.start_engine("e0", incarnation="i2", kv_blocks=200)
+        await asyncio.sleep(1.0)
+        found = {
+            (seen.load.incarnation, seen.capabilities.incarnation, seen.capabilities.kv_blocks)
+            for _, picture in stage.pictures
+            for seen in picture.engines
+        }
+        assert found == {("i1", "i1", 100), ("i2", "i2", 200)}
+
+    play(scenario)
+
+
+def test_counters_of_live_engines_are_published_every_statistics_interval() -> None:
+    async def scenario(stage: Stage) -> None:
+        gateway = stage.network.bus("gateway-0", ToGateway)
+        gateway.subscribe("monitor", "statistics")
+        for name in ("e0", "e1"):
+            stage.start_engine(name)
+        await asyncio.sleep(3.0)
+        stage.silence("e1")
+        await asyncio.sleep(5.0)
+        published: list[ClusterStatistics] = []
+        while gateway.arrived_messages:
+            published.append((await gateway.receive()).message)
+        assert len(published) == pytest.approx(8, abs=1)
+        assert {name for each in published for name in each.engines} == {"e0", "e1"}
+        assert set(published[-1].engines) == {"e0"}
+        assert published[-1].engines["e0"].steps > published[2].engines["e0"].steps > 0
 
     play(scenario)

@@ -15,7 +15,7 @@ from loraserve.planner.service import PlannerService
 from loraserve.router.service import RouterService
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
-from loraserve.testing.reports import engine_load, picture
+from loraserve.testing.reports import engine_seen, picture
 from loraserve.testing.tiny_model import write_tiny_model
 
 KINDS = [("router", RouterService, ToRouter), ("planner", PlannerService, ToPlanner)]
@@ -57,7 +57,7 @@ def test_what_an_idle_engine_repeats_teaches_neither_again(name: str, kind: Any,
     async def learned(*prefill_steps: int) -> CostModel:
         service = kind(config, MemoryNetwork().bus(name, inbox), LoopClock())
         for sequence, steps in enumerate(prefill_steps, 1):
-            load = engine_load(prefill_step=slow, prefill_steps=steps)
+            load = engine_seen(prefill_step=slow, prefill_steps=steps)
             await service.handle(Envelope("monitor", picture(load, sequence=sequence)))
         cost: CostModel = service._learner.cost
         return cost

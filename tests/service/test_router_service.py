@@ -12,7 +12,7 @@ from loraserve.messages import (
     Abort,
     Admit,
     Admitted,
-    EngineLoad,
+    EngineSeen,
     Expect,
     ExpectAdapter,
     Ping,
@@ -28,7 +28,7 @@ from loraserve.router.service import RouterService
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.peers import Peer, Script, serving
-from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
+from loraserve.testing.reports import adapter_ref, engine_seen, picture, resident, route_request
 
 ADMIT_TIMEOUT_S = 1.0
 PIRATE = adapter_ref(1)
@@ -68,9 +68,9 @@ class Stage:
     def start_engines(self, *scripts: Script) -> None:
         self.engines = [Peer(self.network, f"e{n}", ToEngine, script) for n, script in enumerate(scripts)]
 
-    async def see(self, *loads: EngineLoad) -> None:
+    async def see(self, *loads: EngineSeen) -> None:
         """Publish a picture; by default queues grow from e0 to e1 and so on, so that e0 is the best."""
-        queued = [engine_load(f"e{n}", waiting_prefill_tokens=1000 * n) for n in range(len(self.engines))]
+        queued = [engine_seen(f"e{n}", waiting_prefill_tokens=1000 * n) for n in range(len(self.engines))]
         self.sequence += 1
         self.monitor.publish("load", picture(*(loads or queued), sequence=self.sequence))
         await asyncio.sleep(0.01)
@@ -213,7 +213,7 @@ def test_the_gateway_gets_the_reason_if_no_engine_admits(scripts: tuple[Script, 
 
 def test_a_rejection_of_the_policy_is_returned_unchanged() -> None:
     async def scenario(stage: Stage) -> None:
-        await stage.see(engine_load("e0", waiting_prefill_tokens=100_000))
+        await stage.see(engine_seen("e0", waiting_prefill_tokens=100_000))
         answer = await stage.route()
         assert isinstance(answer, Rejected)
         assert (answer.code, answer.retry_after_s) == ("overloaded", pytest.approx(90.0, abs=0.1))
@@ -226,7 +226,7 @@ def test_the_choice_is_logged_with_its_prediction_and_counted(capsys: pytest.Cap
     async def scenario(stage: Stage) -> None:
         for number in range(3):
             assert isinstance(await stage.route(route_request(f"r{number}", tokens=1, adapter=PIRATE)), Routed)
-        await stage.see(engine_load("e0", waiting_prefill_tokens=100_000))
+        await stage.see(engine_seen("e0", waiting_prefill_tokens=100_000))
         assert isinstance(await stage.route(route_request("r9")), Rejected)
         metrics = stage.router.metrics.render().decode()
         # The load that the first began is what the others find.
@@ -244,7 +244,7 @@ def test_the_choice_is_logged_with_its_prediction_and_counted(capsys: pytest.Cap
 def test_the_configured_policy_routes() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.plan(1, "e1")
-        await stage.see(engine_load("e0", **HELD), engine_load("e1", waiting_prefill_tokens=9000, **HELD))
+        await stage.see(engine_seen("e0", **HELD), engine_seen("e1", waiting_prefill_tokens=9000, **HELD))
         answer = await stage.route(route_request("r1", tokens=1, adapter=PIRATE))
         assert isinstance(answer, Routed)
         assert (answer.engine, answer.why) == ("e1", "planned")
@@ -267,7 +267,7 @@ def test_one_slow_engine_does_not_hold_up_other_requests() -> None:
     async def scenario(stage: Stage) -> None:
         slow = asyncio.create_task(stage.route(route_request("r1")))
         await asyncio.sleep(0.1)
-        await stage.see(engine_load("e0", waiting_prefill_tokens=9000), engine_load("e1"))
+        await stage.see(engine_seen("e0", waiting_prefill_tokens=9000), engine_seen("e1"))
         began_s = asyncio.get_running_loop().time()
         answer = await stage.route(route_request("r2"))
         assert isinstance(answer, Routed)
@@ -311,7 +311,7 @@ def test_an_engine_that_stays_silent_is_asked_last_until_it_answers_again() -> N
 def test_a_repeated_request_goes_to_the_engine_that_runs_it() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.route(route_request("r1"))
-        await stage.see(engine_load("e0", waiting_prefill_tokens=9000, request_ids=("r1",)), engine_load("e1"))
+        await stage.see(engine_seen("e0", waiting_prefill_tokens=9000, request_ids=("r1",)), engine_seen("e1"))
         answer = await stage.route(route_request("r1"))
         assert isinstance(answer, Routed)
         assert (answer.engine, answer.why) == ("e0", "live")
@@ -326,7 +326,7 @@ def test_the_plan_breaks_ties_and_another_epoch_replaces_it() -> None:
             await stage.plan(epoch, engine, created_unix_s)
             for number in range(6):
                 await asyncio.sleep(2.0)
-                await stage.see(engine_load("e0", **HELD), engine_load("e1", **HELD))
+                await stage.see(engine_seen("e0", **HELD), engine_seen("e1", **HELD))
                 answer = await stage.route(route_request(f"{created_unix_s}-{number}", tokens=1, adapter=PIRATE))
                 assert isinstance(answer, Routed)
                 assert (answer.engine, answer.why) == (engine, "planned")

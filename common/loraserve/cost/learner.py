@@ -1,27 +1,25 @@
-"""The cost model as it follows the engines: each measurement teaches once, however often it is reported. Pure."""
+"""Keeps a cost model up to date with what the engines measure. Each measurement is used once."""
 
 from collections.abc import Collection, Iterable
 
 import msgspec
 
 from loraserve.cost.model import CostModel
-from loraserve.messages import EngineLoad
+from loraserve.messages import EngineLoad, MeasuredSpeed
 
 
 class _Learned(msgspec.Struct, frozen=True, kw_only=True):
-    """What one incarnation of an engine had counted when it was learned from."""
+    """The measurements of one incarnation of an engine that the model has already learned from."""
 
     incarnation: str
-    decode_steps: int = 0
-    prefill_steps: int = 0
-    loads: int = 0
+    speed: MeasuredSpeed = MeasuredSpeed()
 
 
 class CostLearner:
     """Holds ``cost``, the model as learned so far.
 
-    Reports come again and again, of an idle engine with the means of its last steps: taken each time, one slow first
-    step there would outweigh all that busy engines measure.
+    Engines report the same means again and again, an idle engine those of its last steps. If each report counted, one
+    slow first step of an idle engine would outweigh everything that busy engines measure.
     """
 
     def __init__(self, cost: CostModel) -> None:
@@ -29,31 +27,26 @@ class CostLearner:
         self._learned: dict[str, _Learned] = {}
 
     def learn(self, loads: Iterable[EngineLoad], engines: Collection[str]) -> None:
-        """From what is new in these reports. ``engines``: all that there are, also those that do not report; others
-        are forgotten."""
+        """Learn what is new in these reports, and forget engines that are not in ``engines`` (all known ones)."""
         for load in loads:
-            self.cost = self.cost.observe(self._news(load))
-            self._learned[load.engine] = _Learned(
-                incarnation=load.incarnation,
-                decode_steps=load.decode_steps,
-                prefill_steps=load.prefill_steps,
-                loads=load.loads,
-            )
+            self.cost = self.cost.observe(self._new_in(load))
+            self._learned[load.engine] = _Learned(incarnation=load.incarnation, speed=load.speed)
         for name in self._learned.keys() - engines:
             del self._learned[name]
 
-    def remembered(self) -> set[str]:
-        """The engines that it keeps counts of."""
+    def known_engines(self) -> set[str]:
+        """Return the engines whose measurements it remembers."""
         return set(self._learned)
 
-    def _news(self, load: EngineLoad) -> EngineLoad:
-        """The report without the means that nothing was added to."""
-        before = self._learned.get(load.engine)
-        if before is None or before.incarnation != load.incarnation:
-            before = _Learned(incarnation=load.incarnation)
+    def _new_in(self, load: EngineLoad) -> MeasuredSpeed:
+        """Return the measured speed without the means that contain nothing new."""
+        learned = self._learned.get(load.engine)
+        if learned is None or learned.incarnation != load.incarnation:
+            learned = _Learned(incarnation=load.incarnation)
+        speed, before = load.speed, learned.speed
         return msgspec.structs.replace(
-            load,
-            decode_step=load.decode_step if load.decode_steps > before.decode_steps else None,
-            prefill_step=load.prefill_step if load.prefill_steps > before.prefill_steps else None,
-            load_bytes=load.load_bytes if load.loads > before.loads else 0.0,
+            speed,
+            decode_step=speed.decode_step if speed.decode_steps > before.decode_steps else None,
+            prefill_step=speed.prefill_step if speed.prefill_steps > before.prefill_steps else None,
+            load=speed.load if speed.loads > before.loads else None,
         )

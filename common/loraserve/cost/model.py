@@ -9,7 +9,7 @@ from typing import Literal
 
 import msgspec
 
-from loraserve.messages import EngineLoad, MeanStep
+from loraserve.messages import MeanStep, MeasuredSpeed
 
 LEARNING_RATE = 0.1
 """How far one report moves the coefficients towards what it says: reports are smoothed already, so slowly."""
@@ -99,34 +99,16 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         """Bringing an absent adapter in."""
         return self.load_base_s + slab_bytes * self.load_byte_s
 
-    def busy_share(
-        self, prefill_tokens_per_s: float, decode_tokens_per_s: float, rank: int = 0, slab_bytes: int = 0
-    ) -> float:
-        """Share of one engine's time that this traffic takes, beside the steps' own base.
-
-        Its slab is read once a step that has it, so that the bytes weigh on rare traffic and are shared by dense.
-        Padded, it is priced at its own rank: what a larger one beside it costs it depends on where it is placed.
-        """
-        if self.lora == "padded":
-            prefill_s = prefill_tokens_per_s * (self.prefill_token_s + rank * self.padded_prefill_s)
-            return prefill_s + decode_tokens_per_s * (self.sequence_s + rank * self.padded_decode_s)
-        step_s = self.step_s(StepShape(decode_sequences=1, slab_bytes=slab_bytes))
-        steps_per_s = min(decode_tokens_per_s, 1 / step_s) if step_s > 0 else decode_tokens_per_s
-        return (
-            prefill_tokens_per_s * (self.prefill_token_s + rank * self.rank_token_s)
-            + decode_tokens_per_s * (self.sequence_s + rank * self.rank_token_s)
-            + steps_per_s * slab_bytes * self.slab_byte_s
-        )
-
-    def observe(self, load: EngineLoad) -> "CostModel":
-        """This model, moved towards what one engine reports as measured. See CostLearner: once is enough."""
+    def observe(self, speed: MeasuredSpeed) -> "CostModel":
+        """Return this model moved towards what one engine measured. Call it once per measurement; see CostLearner."""
         cost = self
-        for step in (load.decode_step, load.prefill_step):
+        for step in (speed.decode_step, speed.prefill_step):
             if step is not None:
                 cost = cost._observe_step(step)
-        if load.load_bytes > 0 and load.load_bytes_per_s > 0:
-            terms = {"load_base_s": cost.load_base_s, "load_byte_s": load.load_bytes * cost.load_byte_s}
-            cost = cost._corrected(terms, load.load_bytes / load.load_bytes_per_s, "load_byte_s", load.load_bytes)
+        load = speed.load
+        if load is not None and load.slab_bytes > 0 and load.bytes_per_s > 0:
+            terms = {"load_base_s": cost.load_base_s, "load_byte_s": load.slab_bytes * cost.load_byte_s}
+            cost = cost._corrected(terms, load.slab_bytes / load.bytes_per_s, "load_byte_s", load.slab_bytes)
         return cost
 
     def _observe_step(self, step: MeanStep) -> "CostModel":

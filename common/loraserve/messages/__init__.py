@@ -18,21 +18,30 @@ from loraserve.messages.engine_engine import (
 )
 from loraserve.messages.engine_gateway import Failed, TokenBatch, TokenDelta
 from loraserve.messages.engine_monitor import (
+    AdapterState,
     AdapterTokens,
+    AnnounceCapabilities,
     Copies,
+    EngineCapabilities,
+    EngineCounters,
     EngineGone,
     EngineLoad,
+    EngineStatistics,
     FindCopies,
     Holder,
+    MeanLoad,
     MeanStep,
+    MeasuredSpeed,
+    MemoryLoad,
     PrefetchCounts,
+    QueueLoad,
     ReadCounts,
     ResidentAdapter,
 )
 from loraserve.messages.gateway_engine import Abort
 from loraserve.messages.gateway_planner import Drain, GetPlan, Rebalance, RebalanceDone
 from loraserve.messages.gateway_router import Expect, Rejected, Route, Routed
-from loraserve.messages.monitor_cluster import AdapterDemand, ClusterLoad, EngineSeen
+from loraserve.messages.monitor_cluster import AdapterDemand, ClusterLoad, ClusterStatistics, EngineSeen
 from loraserve.messages.planner_engine import Prepared, PreparePlan, RetireCopies, RetireDone
 from loraserve.messages.planner_router import Move, Placement, Plan
 from loraserve.messages.router_engine import Admit, Admitted, ExpectAdapter
@@ -52,9 +61,9 @@ from loraserve.messages.store import (
 )
 from loraserve.messages.transfer import ConnectQueue, QueueConnected, QueueEnd, ReadRegion, RegionChunk
 
-ToGateway = TokenBatch | Failed | ClusterLoad | RegistryChanged | Ping | TellStory
+ToGateway = TokenBatch | Failed | ClusterLoad | ClusterStatistics | RegistryChanged | Ping | TellStory
 ToRouter = Route | Expect | ClusterLoad | Plan | Ping | TellStory
-ToMonitor = EngineLoad | FindCopies | RegistryChanged | Ping | TellStory
+ToMonitor = EngineLoad | EngineStatistics | EngineCapabilities | FindCopies | RegistryChanged | Ping | TellStory
 ToPlanner = ClusterLoad | RegistryChanged | Rebalance | Drain | GetPlan | Ping | TellStory
 ToEngine = (
     Admit
@@ -69,6 +78,7 @@ ToEngine = (
     | ReadRegion
     | ConnectQueue
     | EngineGone
+    | AnnounceCapabilities
     | Ping
     | TellStory
 )
@@ -81,17 +91,23 @@ __all__ = [
     "AdapterList",
     "AdapterRef",
     "AdapterRegistered",
+    "AdapterState",
     "AdapterTokens",
     "AdapterUnregistered",
     "Admit",
     "Admitted",
+    "AnnounceCapabilities",
     "ClusterLoad",
+    "ClusterStatistics",
     "ConnectQueue",
     "Copies",
     "Drain",
+    "EngineCapabilities",
+    "EngineCounters",
     "EngineGone",
     "EngineLoad",
     "EngineSeen",
+    "EngineStatistics",
     "Expect",
     "ExpectAdapter",
     "Failed",
@@ -103,7 +119,10 @@ __all__ = [
     "LeaseRenewed",
     "LeaseSlab",
     "ListAdapters",
+    "MeanLoad",
     "MeanStep",
+    "MeasuredSpeed",
+    "MemoryLoad",
     "Message",
     "Move",
     "OpenSlab",
@@ -116,6 +135,7 @@ __all__ = [
     "Prepared",
     "QueueConnected",
     "QueueEnd",
+    "QueueLoad",
     "ReadCounts",
     "ReadRegion",
     "ReadSlab",

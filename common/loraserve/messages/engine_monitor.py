@@ -1,4 +1,4 @@
-"""Engine -> monitor: its load, every 250 ms, and who else holds an adapter; monitor -> engines: who is gone."""
+"""Engine -> monitor: load, statistics, capabilities; monitor -> engines: holders of an adapter, engines that died."""
 
 import msgspec
 
@@ -6,8 +6,86 @@ from loraserve.messages.base import Message
 from loraserve.messages.transfer import Abilities
 
 
+class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Requests of an engine. ``waiting_prefill_tokens``: prompt tokens that are still to be computed, of all requests.
+
+    ``request_ids`` lists all requests, running and waiting.
+    """
+
+    waiting: int = 0
+    running: int = 0
+    waiting_prefill_tokens: int = 0
+    request_ids: tuple[str, ...] = ()
+
+
+class MemoryLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Free memory of an engine. ``pool_room_bytes`` is the largest slab that could be loaded now if a request wanted
+    it, after evictions.
+    """
+
+    kv_blocks_free: int
+    pool_free_bytes: int
+    pool_room_bytes: int
+
+
+class MeanStep(msgspec.Struct, frozen=True, kw_only=True):
+    """Smoothed means of recent steps of one kind: what they contained and how long they took.
+
+    All fields are smoothed alike, so the struct as a whole can be compared with a prediction. The fields are those of
+    StepShape. ``padded_prefill_tokens`` and ``padded_decode_tokens`` are a step's tokens of that kind times the largest
+    rank in the step.
+    """
+
+    duration_s: float
+    decode_sequences: float = 0.0
+    kv_tokens: float = 0.0
+    prefill_tokens: float = 0.0
+    prefill_kv_tokens: float = 0.0
+    slab_bytes: float = 0.0
+    rank_tokens: float = 0.0
+    padded_prefill_tokens: float = 0.0
+    padded_decode_tokens: float = 0.0
+
+
+class MeanLoad(msgspec.Struct, frozen=True, kw_only=True):
+    """Smoothed means of recent adapter loads. A mean load takes ``slab_bytes / bytes_per_s``.
+
+    The time does not include what a load waited for other loads on the link.
+    """
+
+    slab_bytes: float
+    bytes_per_s: float
+
+
+class MeasuredSpeed(msgspec.Struct, frozen=True, kw_only=True):
+    """What an engine measured; None before the first measurement.
+
+    ``decode_step`` is of steps without prefill, ``prefill_step`` of steps with prefill, whatever decodes beside it.
+    ``decode_steps``, ``prefill_steps`` and ``loads`` count the measurements of this incarnation: a larger count than in
+    the last report means that the mean contains something new.
+    """
+
+    decode_step: MeanStep | None = None
+    decode_steps: int = 0
+    prefill_step: MeanStep | None = None
+    prefill_steps: int = 0
+    load: MeanLoad | None = None
+    loads: int = 0
+
+    @property
+    def decode_step_s(self) -> float:
+        """Seconds of a mean step without prefill; 0 before the first."""
+        return self.decode_step.duration_s if self.decode_step else 0.0
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prefill tokens per second of steps with prefill; 0 before the first."""
+        step = self.prefill_step
+        return step.prefill_tokens / step.duration_s if step and step.duration_s else 0.0
+
+
 class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter in the engine's pool. ``pinned`` by the plan or a running request; ``running`` requests now."""
+    """An adapter in the engine's pool. ``pinned``: the plan wants it there; ``running``: requests that use it now."""
 
     name: str
     version: str
@@ -17,11 +95,65 @@ class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
     running: int = 0
 
 
+class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
+    """Adapters of an engine. ``loading`` and ``cached`` (in the host cache, perhaps also resident) are versions.
+
+    ``plan_epoch`` is the newest epoch that this incarnation was asked to prepare or to retire for; 0 before the first.
+    """
+
+    resident: tuple[ResidentAdapter, ...] = ()
+    loading: tuple[str, ...] = ()
+    cached: tuple[str, ...] = ()
+    plan_epoch: int = 0
+
+
+class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
+    """Sent by an engine every ``engine.load_interval_s``; no answer. What routing and planning need to know at once.
+
+    ``state`` is that of Pong.
+    """
+
+    engine: str
+    incarnation: str
+    state: str
+    queue: QueueLoad
+    memory: MemoryLoad
+    speed: MeasuredSpeed
+    adapters: AdapterState
+
+
+class EngineCapabilities(Message, frozen=True, tag=True, kw_only=True):
+    """Sent by an engine when it is ready, and again on AnnounceCapabilities; no answer. Constant for an incarnation.
+
+    ``max_step_tokens`` counts the prefill and decode tokens of one step together. ``abilities`` and ``cache_abilities``
+    say how peers can read adapters from the pool and from the host cache; None means not at all.
+    """
+
+    engine: str
+    incarnation: str
+    kv_blocks: int
+    block_tokens: int
+    pool_bytes: int
+    max_running: int
+    max_model_tokens: int
+    max_step_tokens: int
+    abilities: Abilities | None = None
+    cache_abilities: Abilities | None = None
+
+
+class AnnounceCapabilities(Message, frozen=True, tag=True, kw_only=True):
+    """Sent by the monitor to an engine whose incarnation it has a load of but not the capabilities.
+
+    That happens when the monitor was restarted or the first EngineCapabilities was lost. The engine sends
+    EngineCapabilities again.
+    """
+
+
 class AdapterTokens(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens computed for one adapter since its ``span`` began; ``version`` "" is the base model.
 
-    An engine forgets what has been idle for many reports and no longer lists it; when it is asked for again, it counts
-    from zero in a new span (numbered within the incarnation). Span 0 is the whole incarnation: nothing is forgotten.
+    An engine forgets an adapter that was idle for many reports and no longer lists it. When the adapter is used again,
+    it counts from zero in a new span (numbered within the incarnation). Span 0 means that nothing is ever forgotten.
     """
 
     version: str
@@ -31,29 +163,11 @@ class AdapterTokens(msgspec.Struct, frozen=True, kw_only=True):
     span: int = 0
 
 
-class MeanStep(msgspec.Struct, frozen=True, kw_only=True):
-    """What recent steps of one kind held and took, all smoothed alike: as one, it can be held against a prediction.
-
-    Fields are those of StepShape; ``padded_prefill_tokens`` and ``padded_decode_tokens`` are the step's of either kind
-    times the largest rank in it.
-    """
-
-    duration_s: float
-    decode_sequences: float
-    kv_tokens: float
-    prefill_tokens: float
-    prefill_kv_tokens: float
-    slab_bytes: float
-    rank_tokens: float
-    padded_prefill_tokens: float
-    padded_decode_tokens: float
-
-
 class ReadCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Slabs that an engine read from one source over one transport, since its incarnation began.
+    """Slabs that an engine read from one source over one transport since its incarnation began.
 
-    ``source`` is a peer's name, or ``store``. ``mismatched`` of the ``failed`` were not what their digests are of.
-    ``predicted_bytes_per_s`` is what a large slab is expected to come with now, 0 before the first.
+    ``source`` is a peer's name or ``store``. ``mismatched`` of the ``failed`` reads returned bytes that did not match
+    their digests. ``predicted_bytes_per_s`` is the rate expected for a large slab now; 0 before the first read.
     """
 
     source: str
@@ -66,11 +180,11 @@ class ReadCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrefetchCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Slabs that an engine brought in before a request waited for them, since its incarnation began.
+    """Slabs that an engine loaded before a request waited for them, since its incarnation began.
 
-    ``kind``: ``plan`` (the planner wanted them there), ``admission`` (the router said that a request was about to
-    come), ``pattern`` (they usually follow what was asked for). ``useful``: a request ran with it before it left the
-    pool; ``wasted``: it left without; the rest is there and was not asked for yet.
+    ``kind`` is why: ``plan`` (the planner wants them there), ``admission`` (the router announced a request),
+    ``pattern`` (they usually follow adapters that were requested). ``useful``: a request ran with the slab before it
+    left the pool; ``wasted``: it left without that. The rest is in the pool and was not requested yet.
     """
 
     kind: str
@@ -79,75 +193,45 @@ class PrefetchCounts(msgspec.Struct, frozen=True, kw_only=True):
     wasted_bytes: int = 0
 
 
-class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
-    """What the router prices and the planner plans with; rates and step times are measured."""
+class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
+    """Counts since the incarnation began, for operators.
+
+    ``early_starts``: requests that started before their adapter was complete; of these, ``early_starts_in_vain`` had to
+    wait because it was not complete in time. ``leaks``: how often the idle engine found its own state inconsistent or
+    memory that nobody holds.
+    """
+
+    steps: int = 0
+    preemptions: int = 0
+    prefix_hits_tokens: int = 0
+    prefix_queries_tokens: int = 0
+    early_starts: int = 0
+    early_starts_in_vain: int = 0
+    leaks: int = 0
+    reads: tuple[ReadCounts, ...] = ()
+    prefetched: tuple[PrefetchCounts, ...] = ()
+
+
+class EngineStatistics(Message, frozen=True, tag=True, kw_only=True):
+    """Sent by an engine every ``engine.statistics_interval_s``; no answer. The demand for adapters is made from these.
+
+    ``adapter_tokens`` lists the adapters that were used lately.
+    """
 
     engine: str
     incarnation: str
-    state: str
-    waiting: int
-    running: int
-    waiting_prefill_tokens: int
-    kv_blocks_total: int
-    kv_blocks_free: int
-    block_tokens: int
-    pool_total_bytes: int
-    pool_free_bytes: int
-    pool_room_bytes: int
-    """The largest slab that would find room in one piece now, if a request wanted it."""
-    max_running: int
-    decode_step_s: float
-    prefill_tokens_per_s: float
-    load_bytes_per_s: float = 0.0
-    """Of the loads' own time on the link, without what they waited for others there."""
-    load_bytes: float = 0.0
-    """Of a mean load, which takes these / ``load_bytes_per_s``; 0 before the first."""
-    loads: int = 0
-    """Counted in the mean one by this incarnation: more than in the report before is news. So are the steps below."""
-    decode_step: MeanStep | None = None
-    """Of steps without prefill; None before the first. So is the next."""
-    decode_steps: int = 0
-    prefill_step: MeanStep | None = None
-    """Of steps with prefill, what decodes beside it included."""
-    prefill_steps: int = 0
-    steps: int = 0
-    resident: tuple[ResidentAdapter, ...] = ()
-    loading: tuple[str, ...] = ()
+    counters: EngineCounters
     adapter_tokens: tuple[AdapterTokens, ...] = ()
-    request_ids: tuple[str, ...] = ()
-    prefix_hits_tokens: int = 0
-    prefix_queries_tokens: int = 0
-    preemptions: int = 0
-    early_starts: int = 0
-    """Requests that began before the last of their adapter was there; in vain where that did not come in time."""
-    early_starts_in_vain: int = 0
-    max_model_tokens: int = 0
-    max_step_tokens: int
-    """Of one step, prefill and decode together."""
-    leaks: int = 0
-    """Times that the engine, idle, found its own state inconsistent or memory held by nobody."""
-    plan_epoch: int = 0
-    """The newest epoch that this incarnation was asked to prepare or to retire for; 0 before the first."""
-    supports: dict[str, str] = msgspec.field(default_factory=dict)
-    abilities: Abilities | None = None
-    """How peers can read what it holds; None where they cannot."""
-    reads: tuple[ReadCounts, ...] = ()
-    prefetched: tuple[PrefetchCounts, ...] = ()
-    cached: tuple[str, ...] = ()
-    """Versions in the host cache; some of them may be resident as well."""
-    cache_abilities: Abilities | None = None
-    """How peers can read those; None where they cannot."""
 
 
 class FindCopies(Message, frozen=True, tag=True, kw_only=True):
-    """Answered by Copies, as of the engines' last reports."""
+    """Request of an engine: who has this adapter? Answered by Copies, from the engines' last reports."""
 
     version: str
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine that had the adapter resident or cached, and lived, when it was heard of last; ``abilities`` are those
-    with which it is read there."""
+    """A live engine that has the adapter resident or cached, and the ``abilities`` with which it can be read there."""
 
     engine: str
     incarnation: str
@@ -155,14 +239,14 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Copies(Message, frozen=True, tag=True, kw_only=True):
-    """Some of the engines that hold it, not all where there are many."""
+    """Answer to FindCopies. Names some of the holders, not all if there are many."""
 
     version: str
     holders: tuple[Holder, ...]
 
 
 class EngineGone(Message, frozen=True, tag=True, kw_only=True):
-    """Publication ``gone``: this incarnation was silent for too long, or another took its place."""
+    """Publication ``gone`` of the monitor, for engines: this incarnation died, or was replaced by a new one."""
 
     engine: str
     incarnation: str

@@ -108,4 +108,4 @@ class Victims:
 
     def _held(self, name: str) -> set[str]:
         load = self._driver.loads.get(name)
-        return {each.name for each in load.resident} if load is not None else set()
+        return {each.name for each in load.adapters.resident} if load is not None else set()

@@ -9,7 +9,7 @@ from loraserve.cost import CostModel
 from loraserve.planner.placement.problem import PlacementPolicy, PlanInput, PlanSettings
 from loraserve.sim.policies import policy_named
 from loraserve.sim.workload import Workload
-from loraserve.testing.reports import engine_load
+from loraserve.testing.reports import engine_capabilities
 
 
 class LivePolicy(NamedTuple):
@@ -39,7 +39,7 @@ LIVE_POLICIES = (OURS, LORASERVE, RANDOM, CONTIGUOUS)
 def pins(place: PlacementPolicy, workload: Workload, engines: int) -> Mapping[str, list[str]]:
     """Return the engines of each adapter by name, as ``place`` assigns them in the simulator."""
     adapters = {adapter.version: adapter for adapter in workload.adapters}
-    loads = [engine_load(f"engine-{index}") for index in range(engines)]
+    loads = [engine_capabilities(f"engine-{index}") for index in range(engines)]
     pinned: dict[str, list[str]] = {}
     inputs = PlanInput(demand=(), adapters=adapters, engines=loads, cost=CostModel(), settings=PlanSettings())
     for placement in place(inputs):

@@ -41,15 +41,17 @@ from loraserve.engine.schedule.events import (
     StepFailed,
     StepResult,
 )
-from loraserve.engine.schedule.report import Rates, shape_of
+from loraserve.engine.schedule.report import Rates, describe_capabilities, shape_of
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.engine.setup import build_runner, engine_number, scheduler_limits
 from loraserve.messages import (
     Abort,
     Admit,
     Admitted,
+    AnnounceCapabilities,
     ConnectQueue,
     EngineLoad,
+    EngineStatistics,
     ExpectAdapter,
     Failed,
     Prepared,
@@ -101,18 +103,17 @@ class EngineService(Service):
         )
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._report_load(), self._await_steps()]
+        return [self._report_load(), self._report_statistics(), self._await_steps()]
 
     async def drain(self) -> None:
         """Requests that run may finish; new ones are refused by then, because the state is DRAINING."""
         await self._idle.wait()
 
     def ready_detail(self) -> str:
-        load = self._scheduler.load()
-        tokens = load.kv_blocks_total * load.block_tokens
+        limits, resident = self._scheduler.limits, self._scheduler.load().adapters.resident
         return (
-            f"{self._runner.weights_backend} weights, KV for {tokens} tokens, "
-            f"pool of {load.pool_total_bytes >> 20} MiB, {len(load.resident)} adapters resident"
+            f"{self._runner.weights_backend} weights, KV for {limits.kv_blocks * limits.block_tokens} tokens, "
+            f"pool of {limits.pool_bytes >> 20} MiB, {len(resident)} adapters resident"
         )
 
     def story_entries(self, subject: str) -> list[StoryEntry]:
@@ -134,6 +135,8 @@ class EngineService(Service):
                 before = self._pinned()
                 self._tell(CopiesRetired(epoch, keep))
                 self.bus.respond(envelope, RetireDone(epoch=epoch, unpinned=before - self._pinned()))
+            case AnnounceCapabilities():
+                self._announce_capabilities()
             case ConnectQueue():
                 self.spawn(self._exchange.connect(envelope))
             case message if isinstance(message, Exchanged):
@@ -142,7 +145,7 @@ class EngineService(Service):
     def _admit(self, envelope: Envelope, admit: Admit) -> None:
         """Take the request or say at once why not, so that the router may ask another engine."""
         refusals: dict[str, Reject] = {}
-        if self.state == ServiceState.DRAINING and admit.request_id not in self._scheduler.load().request_ids:
+        if self.state == ServiceState.DRAINING and admit.request_id not in self._scheduler.load().queue.request_ids:
             text = f"{self.bus.name} is draining"
             refusals[admit.request_id] = Reject(admit.request_id, admit.gateway, "draining", text)
         else:
@@ -230,26 +233,40 @@ class EngineService(Service):
         self.bus.respond(asked, answer)
 
     async def _report_load(self) -> None:
+        self._announce_capabilities()
         while True:
             self._exchange.expire()
-            self._check_idle()
-            self.bus.send("monitor", self._engine_load())
-            self._scheduler.counts.reported()
+            load = self._scheduler.load()
+            report = EngineLoad(
+                engine=self.bus.name,
+                incarnation=self.bus.incarnation,
+                state=self.state,
+                queue=load.queue,
+                memory=load.memory,
+                speed=self._rates.measured(),
+                adapters=msgspec.structs.replace(load.adapters, cached=self._exchange.cached),
+            )
+            self.bus.send("monitor", report)
             await asyncio.sleep(self.config.engine.load_interval_s)
 
-    def _engine_load(self) -> EngineLoad:
-        return EngineLoad(
-            engine=self.bus.name,
-            incarnation=self.bus.incarnation,
-            state=self.state,
-            leaks=self._leaks,
-            abilities=self._exchange.abilities,
-            cached=self._exchange.cached,
-            cache_abilities=self._exchange.cache_abilities,
-            reads=self._exchange.reads(),
-            **msgspec.structs.asdict(self._rates.measured()),
-            **msgspec.structs.asdict(self._scheduler.load()),
-        )
+    async def _report_statistics(self) -> None:
+        while True:
+            self._check_idle()
+            counters = self._scheduler.counters()
+            statistics = EngineStatistics(
+                engine=self.bus.name,
+                incarnation=self.bus.incarnation,
+                counters=msgspec.structs.replace(counters, leaks=self._leaks, reads=self._exchange.reads()),
+                adapter_tokens=self._scheduler.counts.by_adapter(),
+            )
+            self.bus.send("monitor", statistics)
+            self._scheduler.counts.reported()
+            await asyncio.sleep(self.config.engine.statistics_interval_s)
+
+    def _announce_capabilities(self) -> None:
+        capabilities = describe_capabilities(self._scheduler, self.bus.name, self.bus.incarnation)
+        abilities, of_cache = self._exchange.abilities, self._exchange.cache_abilities
+        self.bus.send("monitor", msgspec.structs.replace(capabilities, abilities=abilities, cache_abilities=of_cache))
 
     def _check_idle(self) -> None:
         """With no request left every block must be free and every invariant hold; anything else is a leak."""
@@ -259,14 +276,13 @@ class EngineService(Service):
         try:
             self._scheduler.validate()
             self._exchange.validate()
-            load = self._scheduler.load()
-            assert load.kv_blocks_free == load.kv_blocks_total, "blocks are held by nobody"
+            assert self._scheduler.blocks.free == self._scheduler.limits.kv_blocks, "blocks are held by nobody"
         except AssertionError as error:
             self._leaks += 1
             self.log.error("leak", reason=str(error))
 
     def _pinned(self) -> int:
-        return sum(adapter.pinned for adapter in self._scheduler.load().resident)
+        return sum(adapter.pinned for adapter in self._scheduler.load().adapters.resident)
 
     def _progress(self, text: str) -> None:
         self.starting_detail = text

@@ -83,7 +83,7 @@ class Gateway:
         Raises ApiError 503 while that is unknown.
         """
         reports = self.streams.watch.reports.values()
-        engines = [report.load.max_model_tokens for report in reports if report.alive]
+        engines = [report.capabilities.max_model_tokens for report in reports if report.alive]
         limits = (self.config.model.max_model_tokens, self.tokenizer.max_positions, *engines)
         known = [limit for limit in limits if limit]
         if not known:

@@ -8,8 +8,8 @@ from prometheus_client.registry import Collector
 
 from loraserve.clock import Clock
 from loraserve.gateway.registry import RegistryCopy
-from loraserve.gateway.streams import StreamTable
-from loraserve.messages import EngineLoad
+from loraserve.gateway.streams import EngineReport, StreamTable
+from loraserve.messages import EngineCounters, EngineLoad
 from loraserve.metrics import Metrics
 
 LATENCY_BUCKETS_S = (
@@ -73,68 +73,72 @@ class ClusterCollector(Collector):
         yield GaugeMetricFamily("loraserve_adapters_registered", "Adapters", value=len(self._adapters.adapters))
         yield CounterMetricFamily("loraserve_gateway_stray_deltas", "Of unknown requests", value=streams.stray_deltas)
         yield CounterMetricFamily("loraserve_gateway_duplicate_tokens", "Seen twice", value=streams.duplicate_tokens)
-        loads = [report.load for report in streams.watch.reports.values() if report.alive]
+        reports = [report for report in streams.watch.reports.values() if report.alive]
         for name, text, gauge in ENGINE_GAUGES:
             family = GaugeMetricFamily(name, text, labels=("model_name", "engine"))
-            for load in loads:
-                family.add_metric((*self._labels, load.engine), gauge(load))
+            for report in reports:
+                family.add_metric((*self._labels, report.load.engine), gauge(report))
             yield family
-        for name, text, count in ENGINE_COUNTERS:
-            counter = CounterMetricFamily(name, text, labels=("model_name", "engine"))
-            for load in loads:
-                counter.add_metric((*self._labels, load.engine), count(load))
-            yield counter
-        for name, text, attribute in READ_COUNTERS:
-            counter = CounterMetricFamily(name, text, labels=("engine", "source", "transport"))
-            for load in loads:
-                for read in load.reads:
-                    labels = (load.engine, read.source, read.transport)
-                    counter.add_metric(labels, getattr(read, attribute))
-            yield counter
-        for name, text, attribute in PREFETCH_COUNTERS:
-            counter = CounterMetricFamily(name, text, labels=("engine", "kind"))
-            for load in loads:
-                for brought in load.prefetched:
-                    counter.add_metric((load.engine, brought.kind), getattr(brought, attribute))
-            yield counter
-        yield self._lora_info(loads)
+        counters = {report.load.engine: streams.watch.counters.get(report.load.engine) for report in reports}
+        yield from self._engine_counters({engine: found for engine, found in counters.items() if found is not None})
+        yield self._lora_info([report.load for report in reports])
+
+    def _engine_counters(self, counters: dict[str, EngineCounters]) -> Iterator[Metric]:
+        for name, text, field in ENGINE_COUNTERS:
+            family = CounterMetricFamily(name, text, labels=("model_name", "engine"))
+            for engine, counted in counters.items():
+                family.add_metric((*self._labels, engine), getattr(counted, field))
+            yield family
+        for name, text, field in READ_COUNTERS:
+            family = CounterMetricFamily(name, text, labels=("engine", "source", "transport"))
+            for engine, counted in counters.items():
+                for read in counted.reads:
+                    family.add_metric((engine, read.source, read.transport), getattr(read, field))
+            yield family
+        for name, text, field in PREFETCH_COUNTERS:
+            family = CounterMetricFamily(name, text, labels=("engine", "kind"))
+            for engine, counted in counters.items():
+                for prefetched in counted.prefetched:
+                    family.add_metric((engine, prefetched.kind), getattr(prefetched, field))
+            yield family
 
     def _lora_info(self, loads: list[EngineLoad]) -> Metric:
         """vLLM's odd gauge: its labels are the news, its value says when."""
-        running = sorted({adapter.name for load in loads for adapter in load.resident if adapter.running})
-        waiting = sorted({self._adapters.name_of(version) for load in loads for version in load.loading})
+        running = sorted({adapter.name for load in loads for adapter in load.adapters.resident if adapter.running})
+        waiting = sorted({self._adapters.name_of(version) for load in loads for version in load.adapters.loading})
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
         metric = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use now", labels=labels)
         metric.add_metric((str(self._max_lora), ",".join(running), ",".join(waiting)), self._clock.unix_s())
         return metric
 
 
-def _kv_share(load: EngineLoad) -> float:
-    return 1 - load.kv_blocks_free / load.kv_blocks_total if load.kv_blocks_total else 0.0
+def _kv_share(report: EngineReport) -> float:
+    blocks = report.capabilities.kv_blocks
+    return 1 - report.load.memory.kv_blocks_free / blocks if blocks else 0.0
 
 
-Value = Callable[[EngineLoad], float]
+Value = Callable[[EngineReport], float]
 
 ENGINE_GAUGES: tuple[tuple[str, str, Value], ...] = (
-    ("vllm:num_requests_running", "Requests in the batch", lambda load: load.running),
-    ("vllm:num_requests_waiting", "Requests waiting for a place in it", lambda load: load.waiting),
-    ("vllm:kv_cache_usage_perc", "Share of KV blocks in use", _kv_share),
-    ("loraserve_pool_total_bytes", "Adapter pool", lambda load: load.pool_total_bytes),
-    ("loraserve_pool_free_bytes", "Adapter pool not in use", lambda load: load.pool_free_bytes),
-    ("loraserve_adapters_resident", "Adapters in the pool", lambda load: len(load.resident)),
-    ("loraserve_decode_step_seconds", "Time of a decode step now", lambda load: load.decode_step_s),
+    ("vllm:num_requests_running", "Requests in the batch", lambda report: report.load.queue.running),
+    ("vllm:num_requests_waiting", "Requests that wait for a place in the batch", lambda r: r.load.queue.waiting),
+    ("vllm:kv_cache_usage_perc", "Share of the KV blocks in use", _kv_share),
+    ("loraserve_pool_total_bytes", "Size of the adapter pool", lambda report: report.capabilities.pool_bytes),
+    ("loraserve_pool_free_bytes", "Unused part of the adapter pool", lambda r: r.load.memory.pool_free_bytes),
+    ("loraserve_adapters_resident", "Adapters in the pool", lambda report: len(report.load.adapters.resident)),
+    ("loraserve_decode_step_seconds", "Mean time of recent decode steps", lambda r: r.load.speed.decode_step_s),
 )
-ENGINE_COUNTERS: tuple[tuple[str, str, Value], ...] = (
-    ("vllm:prefix_cache_queries", "Prompt tokens looked up in the cache", lambda load: load.prefix_queries_tokens),
-    ("vllm:prefix_cache_hits", "Prompt tokens found in the cache", lambda load: load.prefix_hits_tokens),
-    ("vllm:num_preemptions", "Requests put back to waiting", lambda load: load.preemptions),
-    ("loraserve_early_starts", "Requests that began while their adapter was read", lambda load: load.early_starts),
+ENGINE_COUNTERS: tuple[tuple[str, str, str], ...] = (
+    ("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache", "prefix_queries_tokens"),
+    ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", "prefix_hits_tokens"),
+    ("vllm:num_preemptions", "Requests preempted and put back into the queue", "preemptions"),
+    ("loraserve_early_starts", "Requests that started while their adapter was being read", "early_starts"),
     (
         "loraserve_early_starts_in_vain",
-        "Of these, set back as it came too late",
-        lambda load: load.early_starts_in_vain,
+        "Early starts that were undone because the adapter came too late",
+        "early_starts_in_vain",
     ),
-    ("loraserve_engine_steps", "Steps since the engine started", lambda load: load.steps),
+    ("loraserve_engine_steps", "Steps since the engine started", "steps"),
 )
 READ_COUNTERS: tuple[tuple[str, str, str], ...] = (
     ("loraserve_adapter_reads", "Slabs read, by where from", "reads"),

@@ -19,7 +19,7 @@ from loraserve.gateway.metrics import ClusterCollector, GatewayMetrics
 from loraserve.gateway.registry import STORE, RegistryCopy
 from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.text.tokenizer import ModelTokenizer
-from loraserve.messages import ClusterLoad, Failed, RegistryChanged, ToGateway, TokenBatch
+from loraserve.messages import ClusterLoad, ClusterStatistics, Failed, RegistryChanged, ToGateway, TokenBatch
 from loraserve.service import Service
 from loraserve.story import StoryEntry
 
@@ -51,6 +51,7 @@ class GatewayService(Service):
         stack.callback(tokenizer.close)
         self.gateway = self._gateway(tokenizer, self.config.model.name or directory.name)
         self.bus.subscribe(MONITOR, "load")
+        self.bus.subscribe(MONITOR, "statistics")
         self.bus.subscribe(STORE, "registry")
         await self.gateway.registry.refresh()
         runner = web.AppRunner(
@@ -86,6 +87,8 @@ class GatewayService(Service):
                 streams.on_failed(failed)
             case ClusterLoad() as load:
                 streams.on_cluster_load(load, now)
+            case ClusterStatistics(engines=counters):
+                streams.watch.counters = counters
             case RegistryChanged() as registry:
                 self.gateway.registry.update(registry)
 

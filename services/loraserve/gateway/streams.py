@@ -12,7 +12,15 @@ import msgspec
 
 from loraserve.gateway.errors import ApiError, refused
 from loraserve.gateway.text.output import TokenLogprobs
-from loraserve.messages import ClusterLoad, EngineLoad, Failed, TokenBatch, TokenDelta
+from loraserve.messages import (
+    ClusterLoad,
+    EngineCapabilities,
+    EngineCounters,
+    EngineLoad,
+    Failed,
+    TokenBatch,
+    TokenDelta,
+)
 from loraserve.messages.stop import ABORT
 
 ABORT_INTERVAL_S = 1.0
@@ -251,6 +259,7 @@ class EngineReport(msgspec.Struct, frozen=True):
     """The last report of one engine, as the monitor published it."""
 
     load: EngineLoad
+    capabilities: EngineCapabilities
     reported_s: float
     alive: bool
 
@@ -260,6 +269,7 @@ class EngineWatch:
 
     def __init__(self, dead_after_s: float) -> None:
         self.reports: dict[str, EngineReport] = {}
+        self.counters: dict[str, EngineCounters] = {}
         self.cluster: ClusterLoad | None = None
         self.cluster_s = 0.0
         self._dead_after_s = dead_after_s
@@ -274,7 +284,8 @@ class EngineWatch:
             self._monitor, self._monitor_since_s = load.incarnation, now
         self.cluster, self.cluster_s = load, now
         self.reports = {
-            seen.load.engine: EngineReport(seen.load, now - seen.age_s, seen.alive) for seen in load.engines
+            seen.engine: EngineReport(seen.load, seen.capabilities, now - seen.age_s, seen.alive)
+            for seen in load.engines
         }
 
     def note_tokens(self, engine: str, incarnation: str, now: float) -> None:
@@ -308,11 +319,11 @@ class EngineWatch:
         report = self.reports.get(engine)
         if report is None or report.load.incarnation != incarnation:
             return False
-        load = report.load
-        if len(load.request_ids) != load.running + load.waiting:
+        queue = report.load.queue
+        if len(queue.request_ids) != queue.running + queue.waiting:
             # A report lists only so many requests.
             return False
-        return report.reported_s > silent_since_s + END_LOST_AFTER_S and request_id not in load.request_ids
+        return report.reported_s > silent_since_s + END_LOST_AFTER_S and request_id not in queue.request_ids
 
 
 def _lost_tokens(engine: str, expected: int, found: int) -> ApiError:

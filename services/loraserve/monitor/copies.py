@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from loraserve.messages import EngineLoad, Holder
+from loraserve.messages import EngineCapabilities, EngineLoad, Holder
 from loraserve.messages.transfer import Abilities
 
 MOST_HOLDERS = 8
@@ -16,9 +16,9 @@ class CopyIndex:
         self._held: dict[str, frozenset[str]] = {}
         self._holders: dict[str, dict[str, Holder]] = {}
 
-    def report(self, load: EngineLoad) -> None:
+    def report(self, load: EngineLoad, capabilities: EngineCapabilities) -> None:
         """An engine's report, in place of its last one."""
-        by_version = _abilities(load)
+        by_version = _abilities(load, capabilities)
         held = frozenset(version for version, abilities in by_version.items() if abilities is not None)
         self._forget(load.engine, self._held.pop(load.engine, frozenset()) - held)
         if held:
@@ -52,10 +52,11 @@ class CopyIndex:
                 del self._holders[version]
 
 
-def _abilities(load: EngineLoad) -> dict[str, Abilities | None]:
+def _abilities(load: EngineLoad, capabilities: EngineCapabilities) -> dict[str, Abilities | None]:
     """Where an adapter is in the pool and in the host cache, those of the pool if that can be read at all: as the
     engine itself chooses."""
-    of_pool: dict[str, Abilities | None] = {adapter.version: load.abilities for adapter in load.resident}
-    of_cache: dict[str, Abilities | None] = dict.fromkeys(load.cached, load.cache_abilities)
-    readable = load.abilities is not None and load.abilities.transports
+    abilities = capabilities.abilities
+    of_pool: dict[str, Abilities | None] = {adapter.version: abilities for adapter in load.adapters.resident}
+    of_cache: dict[str, Abilities | None] = dict.fromkeys(load.adapters.cached, capabilities.cache_abilities)
+    readable = abilities is not None and abilities.transports
     return of_cache | of_pool if readable else of_pool | of_cache

@@ -9,7 +9,7 @@ from collections import deque
 
 import msgspec
 
-from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineLoad
+from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineStatistics
 from loraserve.monitor.forecast import Mixture, Tracked
 
 SLOTS = 12
@@ -62,17 +62,17 @@ class DemandWindow:
         self._made_for_s = 0.0
         self._order: list[str] | None = None
 
-    def report(self, load: EngineLoad, now: float) -> None:
+    def report(self, statistics: EngineStatistics, now: float) -> None:
         """Count what an engine did since its last report."""
         slot = self._slot(now)
-        counted = {tokens.version: tokens for tokens in load.adapter_tokens}
-        last = self._reported.get(load.engine)
+        counted = {tokens.version: tokens for tokens in statistics.adapter_tokens}
+        last = self._reported.get(statistics.engine)
         if last is None:
             # Of an engine heard for the first time it is not known when it counted what it has: no demand of now.
-            self._reported[load.engine] = _Reported(load.incarnation, counted, set(counted))
+            self._reported[statistics.engine] = _Reported(statistics.incarnation, counted, set(counted))
             return
-        if last.incarnation != load.incarnation:
-            last = self._reported[load.engine] = _Reported(load.incarnation, {}, set())
+        if last.incarnation != statistics.incarnation:
+            last = self._reported[statistics.engine] = _Reported(statistics.incarnation, {}, set())
         for version, tokens in counted.items():
             before = last.counters.get(version)
             # Engines go on reporting what they once served: that alone is no demand.

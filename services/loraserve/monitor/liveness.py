@@ -2,7 +2,7 @@
 
 import msgspec
 
-from loraserve.messages import EngineLoad, EngineSeen
+from loraserve.messages import EngineCapabilities, EngineLoad, EngineSeen
 
 FORGET_AFTER_S = 60.0
 """An engine that was silent this long is no longer spoken of; when it comes back it is new."""
@@ -10,6 +10,7 @@ FORGET_AFTER_S = 60.0
 
 class _Seen(msgspec.Struct, frozen=True):
     load: EngineLoad
+    capabilities: EngineCapabilities
     at_s: float
 
 
@@ -20,10 +21,10 @@ class Liveness:
         self._dead_after_s = dead_after_s
         self._seen: dict[str, _Seen] = {}
 
-    def report(self, load: EngineLoad, now: float) -> bool:
+    def report(self, load: EngineLoad, capabilities: EngineCapabilities, now: float) -> bool:
         """Take a report; True where the engine is new, or had been dead, or has restarted."""
         before = self._seen.get(load.engine)
-        self._seen[load.engine] = _Seen(load, now)
+        self._seen[load.engine] = _Seen(load, capabilities, now)
         return (
             before is None
             or now - before.at_s > self._dead_after_s
@@ -35,7 +36,12 @@ class Liveness:
         """Everyone heard of within the last minute, in order of name."""
         self._seen = {name: seen for name, seen in self._seen.items() if now - seen.at_s <= FORGET_AFTER_S}
         return tuple(
-            EngineSeen(load=seen.load, age_s=now - seen.at_s, alive=now - seen.at_s <= self._dead_after_s)
+            EngineSeen(
+                load=seen.load,
+                capabilities=seen.capabilities,
+                age_s=now - seen.at_s,
+                alive=now - seen.at_s <= self._dead_after_s,
+            )
             for _, seen in sorted(self._seen.items())
         )
 

@@ -11,10 +11,15 @@ from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.messages import (
     AdapterRef,
+    AnnounceCapabilities,
     ClusterLoad,
+    ClusterStatistics,
     Copies,
+    EngineCapabilities,
+    EngineCounters,
     EngineGone,
     EngineLoad,
+    EngineStatistics,
     FindCopies,
     RegistryChanged,
     ToMonitor,
@@ -35,6 +40,8 @@ class MonitorService(Service):
         self._liveness = Liveness(config.monitor.dead_after_s)
         self._demand = DemandWindow(config.monitor.window_s, config.planner.interval_s)
         self._copies = CopyIndex()
+        self._capabilities: dict[str, EngineCapabilities] = {}
+        self._counters: dict[str, EngineCounters] = {}
         self._adapters: dict[str, AdapterRef] = {}
         self._alive: dict[str, str] = {}
         """Incarnations, by engine."""
@@ -46,7 +53,7 @@ class MonitorService(Service):
         self.bus.subscribe("store", "registry")
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._publish()]
+        return [self._publish(), self._publish_statistics()]
 
     def ready_detail(self) -> str:
         return f"{len(self._alive)} engines alive"
@@ -54,16 +61,28 @@ class MonitorService(Service):
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:
             case EngineLoad() as load:
-                now = self.clock.monotonic_s()
-                self._demand.report(load, now)
-                self._copies.report(load)
-                if self._liveness.report(load, now):
-                    self._changed.set()
+                self._take_load(load, envelope.sender)
+            case EngineCapabilities() as capabilities:
+                self._capabilities[capabilities.engine] = capabilities
+            case EngineStatistics() as statistics:
+                self._demand.report(statistics, self.clock.monotonic_s())
+                self._counters[statistics.engine] = statistics.counters
             case FindCopies(version=version):
                 holders = self._copies.holders(version, envelope.sender)
                 self.bus.respond(envelope, Copies(version=version, holders=holders))
             case RegistryChanged(adapters=adapters):
                 self._adapters = {adapter.version: adapter for adapter in adapters}
+
+    def _take_load(self, load: EngineLoad, sender: str) -> None:
+        """Take a report, or ask the engine for its capabilities if they are not known of this incarnation."""
+        capabilities = self._capabilities.get(load.engine)
+        if capabilities is None or capabilities.incarnation != load.incarnation:
+            self.bus.send(sender, AnnounceCapabilities())
+            return
+        now = self.clock.monotonic_s()
+        self._copies.report(load, capabilities)
+        if self._liveness.report(load, capabilities, now):
+            self._changed.set()
 
     async def _publish(self) -> None:
         while True:
@@ -79,6 +98,12 @@ class MonitorService(Service):
             self.bus.publish("load", picture)
             self._changed.clear()
             await self._pause(now)
+
+    async def _publish_statistics(self) -> None:
+        while True:
+            counters = {engine: self._counters[engine] for engine in self._alive if engine in self._counters}
+            self.bus.publish("statistics", ClusterStatistics(engines=counters))
+            await asyncio.sleep(self.config.engine.statistics_interval_s)
 
     async def _pause(self, now: float) -> None:
         """Until the interval is over, an engine changes, or the next one would be dead, whatever comes first."""

@@ -9,7 +9,7 @@ STATUS = """\
 examples:
   scripts/status                      who is up, what each engine holds and does, what is asked for
   scripts/status --watch              the same every 2 s, until Ctrl-C
-  scripts/status --json | jq '.engines[].load.waiting'
+  scripts/status --json | jq '.engines[].load.queue.waiting'
 
 what the columns mean:
   KV CACHE      blocks of the KV cache in use by requests and by the prefix cache, which gives them back when wanted

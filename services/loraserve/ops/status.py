@@ -2,7 +2,7 @@
 
 import msgspec
 
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, ReadCounts
+from loraserve.messages import AdapterDemand, AdapterRef, EngineCapabilities, EngineCounters, EngineLoad, ReadCounts
 from loraserve.ops.rendering import VERSION_CHARACTERS, not_a_gateway
 from loraserve.text import bar, size, table
 
@@ -32,6 +32,8 @@ class EngineState(msgspec.Struct, frozen=True, kw_only=True):
     alive: bool
     age_s: float
     load: EngineLoad
+    capabilities: EngineCapabilities
+    counters: EngineCounters = EngineCounters()
     reads_from: dict[str, tuple[str, ...]] = {}
 
 
@@ -105,7 +107,7 @@ def engines(state: ClusterState) -> str:
 
 def left_to_drain(load: EngineLoad) -> tuple[int, int]:
     """Return the requests and the planned copies that a drained engine still has."""
-    return load.running + load.waiting, sum(adapter.pinned for adapter in load.resident)
+    return load.queue.running + load.queue.waiting, sum(adapter.pinned for adapter in load.adapters.resident)
 
 
 def engine_state(engine: EngineState, drained: bool) -> str:
@@ -118,17 +120,17 @@ def engine_state(engine: EngineState, drained: bool) -> str:
 
 
 def _engine_row(engine: EngineState, drained: bool) -> list[str]:
-    load = engine.load
-    pool_used = load.pool_total_bytes - load.pool_free_bytes
+    load, limits = engine.load, engine.capabilities
+    pool_used = limits.pool_bytes - load.memory.pool_free_bytes
     return [
         engine.name,
         engine_state(engine, drained),
-        str(load.waiting),
-        str(load.running),
-        bar(load.kv_blocks_total - load.kv_blocks_free, load.kv_blocks_total),
-        bar(pool_used, load.pool_total_bytes),
+        str(load.queue.waiting),
+        str(load.queue.running),
+        bar(limits.kv_blocks - load.memory.kv_blocks_free, limits.kv_blocks),
+        bar(pool_used, limits.pool_bytes),
         size(pool_used),
-        f"{load.decode_step_s * 1000:.1f} ms" if load.decode_step_s else "-",
+        f"{load.speed.decode_step_s * 1000:.1f} ms" if load.speed.decode_step_s else "-",
     ]
 
 
@@ -140,9 +142,9 @@ def residents(state: ClusterState) -> str:
     width = max(len(engine.name) for engine in state.engines)
     names = {adapter.version: adapter.name for adapter in state.registry.adapters}
     for engine in state.engines:
-        held = sorted(engine.load.resident, key=lambda adapter: (adapter.name, adapter.version))
+        held = sorted(engine.load.adapters.resident, key=lambda adapter: (adapter.name, adapter.version))
         words = [f"{a.name}:{a.rank}" + "*" * a.pinned for a in held]
-        loading = (names.get(version, version[:VERSION_CHARACTERS]) for version in engine.load.loading)
+        loading = (names.get(version, version[:VERSION_CHARACTERS]) for version in engine.load.adapters.loading)
         words += [f"{name} (loading)" for name in loading]
         lines.append(f"{engine.name:<{width}}  {'  '.join(words) or '-'}")
     return "\n".join(lines)
@@ -152,7 +154,7 @@ def reads(state: ClusterState) -> str:
     """Return a row for each pair of engines that has read adapters, or can: transport, volume and failures."""
     rows = []
     for engine in state.engines:
-        done = {(read.source, read.transport): read for read in engine.load.reads}
+        done = {(read.source, read.transport): read for read in engine.counters.reads}
         preferred = {(peer, transports[0]) for peer, transports in engine.reads_from.items() if transports}
         for source, transport in sorted(done.keys() | preferred):
             read = done.get((source, transport)) or ReadCounts(source=source, transport=transport)

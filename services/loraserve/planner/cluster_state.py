@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from loraserve.cost import CostModel
-from loraserve.messages import AdapterDemand, AdapterRef, ClusterLoad, EngineLoad, Placement
+from loraserve.messages import AdapterDemand, AdapterRef, ClusterLoad, EngineLoad, EngineSeen, Placement
 from loraserve.planner.placement.problem import PlanInput, PlanSettings
 
 FORGET_ENGINE_S = 5.0
@@ -20,7 +20,7 @@ class ClusterState:
         self.adapters: dict[str, AdapterRef] = {}
         self._registry_known = False
         self._named_s: dict[str, float] = {}
-        self._ready: dict[str, EngineLoad] = {}
+        self._ready: dict[str, EngineSeen] = {}
 
     def take_load(self, load: ClusterLoad, now: float) -> None:
         """Take a report of the monitor."""
@@ -29,7 +29,7 @@ class ClusterState:
             name = seen.load.engine
             self._named_s[name] = now
             if seen.alive and seen.load.state == "READY":
-                self._ready[name] = seen.load
+                self._ready[name] = seen
             else:
                 self._ready.pop(name, None)
         for name in [name for name, named_s in self._named_s.items() if now - named_s > FORGET_ENGINE_S]:
@@ -43,7 +43,7 @@ class ClusterState:
 
     def ready_engines(self) -> list[EngineLoad]:
         """Return the last reports of engines that are alive and READY, in order of names."""
-        return [load for _, load in sorted(self._ready.items())]
+        return [seen.load for _, seen in sorted(self._ready.items())]
 
     def engine_names(self) -> set[str]:
         """Return all engines that the monitor named lately, ready or not."""
@@ -63,9 +63,9 @@ class ClusterState:
 
         If only drained engines are ready, they are used in spite of it.
         """
-        engines, problem = self.ready_engines(), ""
-        if all(load.engine in settings.drained for load in engines):
-            names = ", ".join(load.engine for load in engines)
+        engines, problem = [seen.capabilities for _, seen in sorted(self._ready.items())], ""
+        if all(engine.engine in settings.drained for engine in engines):
+            names = ", ".join(engine.engine for engine in engines)
             problem = f"only drained engines are ready ({names}); they serve until another is"
             settings = msgspec.structs.replace(settings, drained=frozenset())
         inputs = PlanInput(

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import msgspec
 
 from loraserve.cost import largest_extent_bytes
-from loraserve.messages import EngineLoad
+from loraserve.messages import EngineCapabilities, EngineLoad, EngineSeen
 
 TIMEOUTS_TO_AVOID = 2
 FIRST_AVOIDANCE_S = 0.5
@@ -88,6 +88,7 @@ class EngineView(msgspec.Struct):
 
     Attributes:
         load: The last report.
+        capabilities: What this incarnation announced.
         reported_s: When the report was made.
         column: The engine's column in the price table; -1 if it takes no requests.
         resident: Versions in its pool.
@@ -109,6 +110,7 @@ class EngineView(msgspec.Struct):
 
     name: str
     load: EngineLoad
+    capabilities: EngineCapabilities
     reported_s: float
     alive: bool
     column: int = -1
@@ -130,7 +132,7 @@ class EngineView(msgspec.Struct):
 
     @property
     def requests(self) -> int:
-        return self.load.running + self.load.waiting + len(self.pending)
+        return self.load.queue.running + self.load.queue.waiting + len(self.pending)
 
     @property
     def is_ready(self) -> bool:
@@ -154,9 +156,8 @@ class EngineView(msgspec.Struct):
 
     def apply_report(
         self,
-        load: EngineLoad,
+        seen: EngineSeen,
         reported_s: float,
-        alive: bool,
         known: Iterable[RunningRequest] = (),
         decoded: Mapping[str, float] = _NO_RATES,
     ) -> None:
@@ -165,16 +166,17 @@ class EngineView(msgspec.Struct):
         ``known`` are those of the reported requests whose adapter is known. ``decoded`` are the decoded tokens per
         second at each copy, by version; empty if demand is not known.
         """
+        load = seen.load
         if load.incarnation != self.load.incarnation:
             self.pending, self.expected = {}, {}
             self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
-        self.load, self.reported_s, self.alive = load, reported_s, alive
-        self.loading = frozenset(load.loading)
-        self.largest_extent_bytes = largest_extent_bytes(load.pool_total_bytes)
-        self.room_bytes = load.pool_room_bytes
+        self.load, self.capabilities, self.reported_s, self.alive = load, seen.capabilities, reported_s, seen.alive
+        self.loading = frozenset(load.adapters.loading)
+        self.largest_extent_bytes = largest_extent_bytes(seen.capabilities.pool_bytes)
+        self.room_bytes = load.memory.pool_room_bytes
         self._apply_adapters(load, known, decoded)
         self._recount_pending()
-        if alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
+        if self.alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
             # One more timeout and it is avoided again, for longer: reports alone do not prove that it serves.
             self.avoided_since_s, self.timeouts = None, TIMEOUTS_TO_AVOID - 1
 
@@ -230,7 +232,7 @@ class EngineView(msgspec.Struct):
         planned: dict[int, float] = {}
         running: dict[int, int] = {}
         resident, active = [], []
-        for adapter in load.resident:
+        for adapter in load.adapters.resident:
             resident.append(adapter.version)
             if adapter.running > 0:
                 active.append(adapter.version)
@@ -249,7 +251,7 @@ class EngineView(msgspec.Struct):
         self.resident, self.active = frozenset(resident), frozenset(active)
         expected_rank: float | None = max(planned, default=None)
         if decoded and planned:
-            step_s = load.decode_step_s if 0 < load.decode_step_s < inf else IDLE_STEP_S
+            step_s = load.speed.decode_step_s if 0 < load.speed.decode_step_s < inf else IDLE_STEP_S
             demanded = {rank: tokens * step_s for rank, tokens in planned.items()}
             ranks = demanded.keys() | running.keys()
             sequences = {rank: max(demanded.get(rank, 0.0), CONTINUATION * running.get(rank, 0)) for rank in ranks}

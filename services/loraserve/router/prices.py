@@ -219,20 +219,20 @@ class PriceTable:
 
 def prices_of(engine: EngineView, inputs: PriceInputs, slowness: float) -> Prices[float]:
     """Return the prices of an engine in its present state; ``slowness`` is that of ``slowness_of``."""
-    load, cost = engine.load, inputs.cost
+    load, limits, cost = engine.load, engine.capabilities, inputs.cost
     sequences = sequences_at(engine)
     rank = max(engine.adapters.largest_rank, engine.pending_adapters.largest_rank)
-    queue_tokens = max(0, load.waiting_prefill_tokens) + engine.pending_tokens
+    queue_tokens = max(0, load.queue.waiting_prefill_tokens) + engine.pending_tokens
     step = _step_prices(engine, inputs, sequences, rank, queue_tokens)
     whole_step_s = step.step_s + rank * step.step_rank_s
-    chunk_tokens = max(1, load.max_step_tokens - sequences)
+    chunk_tokens = max(1, limits.max_step_tokens - sequences)
     full_token_s = step.token_s + whole_step_s / chunk_tokens
     pace = _pace(load, full_token_s, slowness)
     request_s = inputs.mean_output_tokens * whole_step_s * slowness
     place_s = _place_wait_s(engine, request_s)
-    kv_wait_token_s, kv_wait_s = _kv_wait(load, queue_tokens, request_s)
+    kv_wait_token_s, kv_wait_s = _kv_wait(engine, queue_tokens, request_s)
     # A request arrives, on average, in the middle of a step.
-    rest_s = whole_step_s / 2 if load.running > 0 else 0.0
+    rest_s = whole_step_s / 2 if load.queue.running > 0 else 0.0
     loads = 1 + len(engine.loading) / 2
     return Prices(
         queue_s=pace * (rest_s + queue_tokens * full_token_s) + place_s,
@@ -246,12 +246,12 @@ def prices_of(engine: EngineView, inputs: PriceInputs, slowness: float) -> Price
         rank=rank,
         usual_rank=rank if engine.adapters.expected_rank is None else engine.adapters.expected_rank,
         widening_s=step.widening_s,
-        engine_time_weight=_engine_time_weight(load),
+        engine_time_weight=_engine_time_weight(engine),
         load_base_s=cost.load_base_s * loads,
         load_byte_s=_load_byte_s(load, cost) * loads,
         room_bytes=engine.room_bytes,
         room_wait_s=request_s,
-        context_tokens=load.max_model_tokens or INFINITY,
+        context_tokens=limits.max_model_tokens or INFINITY,
         largest_extent_bytes=engine.largest_extent_bytes,
         fallback_level=engine.fallback_level,
     )
@@ -267,7 +267,7 @@ def sequences_at(engine: EngineView) -> int:
 
     Waiting requests count: they will decode in the steps that carry the next request's prefill.
     """
-    max_running = engine.load.max_running
+    max_running = engine.capabilities.max_running
     return min(engine.requests, max_running) if max_running > 0 else engine.requests
 
 
@@ -278,16 +278,16 @@ def slowness_of(engine: EngineView, cost: CostModel) -> float:
     requests ran, and the busiest engine would look like the fastest. So only slowness is believed.
     """
     load, adapters = engine.load, engine.adapters
-    if load.running <= 0 or not _is_measured(load.decode_step_s):
+    if load.queue.running <= 0 or not _is_measured(load.speed.decode_step_s):
         return 1.0
     shape = StepShape(
-        decode_sequences=load.running,
-        kv_tokens=_kv_tokens(load),
+        decode_sequences=load.queue.running,
+        kv_tokens=_kv_tokens(engine),
         slab_bytes=adapters.slab_bytes,
         rank_tokens=adapters.rank_sum,
         max_rank=adapters.running_rank,
     )
-    return min(max(load.decode_step_s / cost.step_s(shape), 1.0), LARGEST_SURPRISE)
+    return min(max(load.speed.decode_step_s / cost.step_s(shape), 1.0), LARGEST_SURPRISE)
 
 
 class _StepPrices(NamedTuple):
@@ -304,7 +304,7 @@ def _step_prices(engine: EngineView, inputs: PriceInputs, sequences: int, rank: 
     rank_sum = engine.adapters.rank_sum + engine.pending_adapters.rank_sum
     shape = StepShape(
         decode_sequences=sequences,
-        kv_tokens=_kv_tokens(engine.load) + queue_tokens,
+        kv_tokens=_kv_tokens(engine) + queue_tokens,
         slab_bytes=engine.adapters.slab_bytes + engine.pending_adapters.slab_bytes,
         rank_tokens=rank_sum,
     )
@@ -323,23 +323,25 @@ def _step_prices(engine: EngineView, inputs: PriceInputs, sequences: int, rank: 
 
 def _place_wait_s(engine: EngineView, request_s: float) -> float:
     """Return the wait for a place in the batch, where each running request takes ``request_s``."""
-    max_running = engine.load.max_running
+    max_running = engine.capabilities.max_running
     excess = engine.requests + 1 - max_running
     return excess / max_running * request_s if max_running > 0 and excess > 0 else 0.0
 
 
-def _engine_time_weight(load: EngineLoad) -> float:
-    places = load.running / load.max_running if load.max_running > 0 else 0.0
-    blocks = 1 - load.kv_blocks_free / load.kv_blocks_total if load.kv_blocks_total > 0 else 0.0
+def _engine_time_weight(engine: EngineView) -> float:
+    load, limits = engine.load, engine.capabilities
+    places = load.queue.running / limits.max_running if limits.max_running > 0 else 0.0
+    blocks = 1 - load.memory.kv_blocks_free / limits.kv_blocks if limits.kv_blocks > 0 else 0.0
     fullness = min(max(places, blocks, 0.0), MAX_FULLNESS)
     return ENGINE_TIME_WEIGHT + FULLNESS_WEIGHT * fullness * fullness / (1 - fullness)
 
 
 def _load_byte_s(load: EngineLoad, cost: CostModel) -> float:
     """Return the time of a byte in the engine's mean load, without the part that does not depend on the bytes."""
-    if not (_is_measured(load.load_bytes_per_s) and _is_measured(load.load_bytes)):
+    mean = load.speed.load
+    if mean is None or not (_is_measured(mean.bytes_per_s) and _is_measured(mean.slab_bytes)):
         return cost.load_byte_s
-    return max(1 / load.load_bytes_per_s - cost.load_base_s / load.load_bytes, 0.0)
+    return max(1 / mean.bytes_per_s - cost.load_base_s / mean.slab_bytes, 0.0)
 
 
 def _is_measured(value: float) -> bool:
@@ -353,23 +355,25 @@ def _pace(load: EngineLoad, full_token_s: float, slowness: float) -> float:
     Small chunks make the measured rate low whatever the engine can do. So slowness is believed only as far as decode
     steps show it too.
     """
-    if not _is_measured(load.prefill_tokens_per_s):
+    if not _is_measured(load.speed.prefill_tokens_per_s):
         return slowness
-    measured = 1 / load.prefill_tokens_per_s / full_token_s
+    measured = 1 / load.speed.prefill_tokens_per_s / full_token_s
     return min(max(measured, 1 / LARGEST_SURPRISE), slowness)
 
 
-def _kv_tokens(load: EngineLoad) -> int:
-    return max(0, load.kv_blocks_total - load.kv_blocks_free) * load.block_tokens
+def _kv_tokens(engine: EngineView) -> int:
+    limits = engine.capabilities
+    return max(0, limits.kv_blocks - engine.load.memory.kv_blocks_free) * limits.block_tokens
 
 
-def _kv_wait(load: EngineLoad, queue_tokens: int, request_s: float) -> tuple[float, float]:
+def _kv_wait(engine: EngineView, queue_tokens: int, request_s: float) -> tuple[float, float]:
     """Return the wait for KV memory, for each token of the prompt and beside that.
 
     It lasts until enough of the running requests have ended and freed their blocks.
     """
-    used_blocks = load.kv_blocks_total - load.kv_blocks_free
-    if used_blocks <= 0 or load.block_tokens <= 0:
+    limits, free_blocks = engine.capabilities, engine.load.memory.kv_blocks_free
+    used_blocks = limits.kv_blocks - free_blocks
+    if used_blocks <= 0 or limits.block_tokens <= 0:
         return 0.0, 0.0
     block_s = request_s / used_blocks
-    return block_s / load.block_tokens, ((1 + queue_tokens) / load.block_tokens - load.kv_blocks_free) * block_s
+    return block_s / limits.block_tokens, ((1 + queue_tokens) / limits.block_tokens - free_blocks) * block_s

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from math import isfinite
 
 from loraserve.cost import CostModel
-from loraserve.messages import ClusterLoad, EngineLoad, Route
+from loraserve.messages import ClusterLoad, EngineSeen, Route
 from loraserve.router.engine_view import (
     TIMEOUTS_TO_AVOID,
     EngineView,
@@ -68,7 +68,7 @@ class ClusterView:
         demand = [d for d in picture.demand if isfinite(d.requests_per_s) and isfinite(d.decode_tokens_per_s)]
         decoded = {d.version: d.decode_tokens_per_s / max(1, len(self.engines_near(d.version))) for d in demand}
         for seen in picture.engines:
-            self._apply_report(seen.load, now - seen.age_s, seen.alive, now, decoded)
+            self._apply_report(seen, now - seen.age_s, now, decoded)
         reported = {seen.load.engine for seen in picture.engines}
         for name in self.engines.keys() - reported:
             if now - self.engines[name].reported_s > FORGET_MISSING_S:
@@ -203,23 +203,23 @@ class ClusterView:
         assert _versions_at(view) <= view.listed, f"{name} is not listed for all that it has"
         assert all(self.engines_near(version).get(name) is view for version in view.listed), f"{name} is not listed"
 
-    def _apply_report(
-        self, load: EngineLoad, reported_s: float, alive: bool, now: float, decoded: Mapping[str, float]
-    ) -> None:
+    def _apply_report(self, seen: EngineSeen, reported_s: float, now: float, decoded: Mapping[str, float]) -> None:
+        load = seen.load
         view = self.engines.get(load.engine)
         if view is None:
-            view = EngineView(load.engine, load, reported_s, alive, drained=load.engine in self.drained)
+            drained = load.engine in self.drained
+            view = EngineView(load.engine, load, seen.capabilities, reported_s, seen.alive, drained=drained)
             self.engines[load.engine] = view
         if load.incarnation != view.load.incarnation and self.prefixes is not None:
             self.prefixes.forget(load.engine)
-        for request_id in load.request_ids:
+        for request_id in load.queue.request_ids:
             if request_id not in self.running:
                 self._set_running(request_id, load.engine, reported_s, view.pending.get(request_id))
-        known = (self.running[i] for i in load.request_ids if i in self.running)
-        view.apply_report(load, reported_s, alive, known, decoded)
+        known = (self.running[i] for i in load.queue.request_ids if i in self.running)
+        view.apply_report(seen, reported_s, known, decoded)
         if view.pending or view.expected:
             view.drop_older(max(reported_s - REPORT_MARGIN_S, now - PENDING_TIMEOUT_S))
-            view.drop_pending([i for i in load.request_ids if i in view.pending])
+            view.drop_pending([i for i in load.queue.request_ids if i in view.pending])
         self._update_listing(view)
 
     def _update_listing(self, view: EngineView) -> None:
@@ -271,7 +271,7 @@ class ClusterView:
 
     def _drop_ended(self) -> None:
         """Forget requests that a later report of their engine does not have any more."""
-        reported = {name: set(view.load.request_ids) for name, view in self.engines.items()}
+        reported = {name: set(view.load.queue.request_ids) for name, view in self.engines.items()}
         for request_id, request in list(self.running.items()):
             view = self.engines.get(request.engine)
             later = view is not None and request.since_s < view.reported_s - REPORT_MARGIN_S

@@ -167,15 +167,20 @@ class Simulation(EngineListener):
     def _report(self, now: float) -> None:
         """Let every engine report, and give the monitor's picture to the router and the planner."""
         self._timeline.schedule(now + self._settings.report_interval_s, self._report)
-        loads = [engine.report(now) for engine in self.engines.values()]
-        for load in loads:
-            self._demand.report(load, now)
+        loads = []
+        for engine in self.engines.values():
+            load, statistics = engine.report(now)
+            loads.append(load)
+            self._demand.report(statistics, now)
         self._learner.learn(loads, self.engines)
         self._pictures += 1
         picture = ClusterLoad(
             incarnation=INCARNATION,
             sequence=self._pictures,
-            engines=tuple(EngineSeen(load=load, age_s=0.0, alive=True) for load in loads),
+            engines=tuple(
+                EngineSeen(load=load, capabilities=self.engines[load.engine].capabilities, age_s=0.0, alive=True)
+                for load in loads
+            ),
             demand=self._current_demand(now),
         )
         self._view.update(picture, now)

@@ -28,9 +28,9 @@ from loraserve.engine.schedule.events import (
     StepDone,
     StepResult,
 )
-from loraserve.engine.schedule.report import Rates, shape_of
+from loraserve.engine.schedule.report import Rates, describe_capabilities, shape_of
 from loraserve.engine.schedule.scheduler import Scheduler
-from loraserve.messages import AdapterRef, Admit, EngineLoad
+from loraserve.messages import AdapterRef, Admit, EngineCapabilities, EngineLoad, EngineStatistics
 
 INCARNATION = "simulated"
 TOKEN = 1
@@ -125,18 +125,32 @@ class SimEngine:
         """Unpin the copies that are not in ``keep``."""
         self._deliver(CopiesRetired(epoch, keep), now)
 
-    def report(self, now: float) -> EngineLoad:
-        """Return the load that the engine process would send."""
+    def report(self, now: float) -> tuple[EngineLoad, EngineStatistics]:
+        """Return the load and the statistics that the engine process would send."""
         self._fast_forward(now)
-        load = EngineLoad(
+        load = self.scheduler.load()
+        report = EngineLoad(
             engine=self.name,
             incarnation=INCARNATION,
             state="READY",
-            **msgspec.structs.asdict(self._rates.measured()),
-            **msgspec.structs.asdict(self.scheduler.load()),
+            queue=load.queue,
+            memory=load.memory,
+            speed=self._rates.measured(),
+            adapters=load.adapters,
+        )
+        statistics = EngineStatistics(
+            engine=self.name,
+            incarnation=INCARNATION,
+            counters=self.scheduler.counters(),
+            adapter_tokens=self.scheduler.counts.by_adapter(),
         )
         self.scheduler.counts.reported()
-        return load
+        return report, statistics
+
+    @property
+    def capabilities(self) -> EngineCapabilities:
+        """What the engine process would announce."""
+        return describe_capabilities(self.scheduler, self.name, INCARNATION)
 
     def held_bytes(self) -> tuple[int, int]:
         """Return the slab bytes in the pool: all of them, and those that the plan, a request or a load needs."""

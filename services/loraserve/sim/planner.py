@@ -57,7 +57,7 @@ class SimPlanner:
             PlanInput(
                 demand=demand,
                 adapters=self._adapters,
-                engines=loads,
+                engines=[self._engines[load.engine].capabilities for load in loads],
                 current=current,
                 cost=cost,
                 settings=self._plan_settings,

@@ -164,29 +164,29 @@ def finish_s(request: Route, engine: EngineView, cost: CostModel, output_tokens:
 
     ``output_tokens`` is the mean of all requests, because the length of the output is not known beforehand.
     """
-    load, running, pending = engine.load, engine.adapters, engine.pending_adapters
+    load, limits, running, pending = engine.load, engine.capabilities, engine.adapters, engine.pending_adapters
     rank = request.adapter.rank if request.adapter else 0
     max_rank = max(rank, running.largest_rank, pending.largest_rank)
     sequences = engine.requests + 1
     batch = StepShape(
-        decode_sequences=min(sequences, load.max_running) if load.max_running else sequences,
-        kv_tokens=(load.kv_blocks_total - load.kv_blocks_free) * load.block_tokens + len(request.prompt_tokens),
+        decode_sequences=min(sequences, limits.max_running) if limits.max_running else sequences,
+        kv_tokens=(limits.kv_blocks - load.memory.kv_blocks_free) * limits.block_tokens + len(request.prompt_tokens),
         slab_bytes=running.slab_bytes + pending.slab_bytes,
         rank_tokens=running.rank_sum + pending.rank_sum + rank,
         max_rank=max_rank,
     )
-    waiting_tokens = load.waiting_prefill_tokens + engine.pending_tokens + len(request.prompt_tokens)
+    waiting_tokens = load.queue.waiting_prefill_tokens + engine.pending_tokens + len(request.prompt_tokens)
     prefill = StepShape(prefill_tokens=waiting_tokens, rank_tokens=waiting_tokens * rank, max_rank=max_rank)
     return cost.step_s(prefill) + output_tokens * cost.step_s(batch) + _place_wait_s(engine, cost, output_tokens)
 
 
 def _place_wait_s(engine: EngineView, cost: CostModel, output_tokens: float) -> float:
     """Return the wait for a place in a full batch."""
-    load = engine.load
-    if not load.max_running or engine.requests < load.max_running:
+    max_running = engine.capabilities.max_running
+    if not max_running or engine.requests < max_running:
         return 0.0
-    step_s = cost.step_s(StepShape(decode_sequences=load.max_running))
-    return (engine.requests + 1 - load.max_running) / load.max_running * output_tokens * step_s
+    step_s = cost.step_s(StepShape(decode_sequences=max_running))
+    return (engine.requests + 1 - max_running) / max_running * output_tokens * step_s
 
 
 def _route_to_minimum(context: RoutingContext, price: Callable[[EngineView], float]) -> Candidates | Rejected:

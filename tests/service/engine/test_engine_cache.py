@@ -40,11 +40,11 @@ async def cached(stage: Any, *names: str) -> None:
     """The engine reports these, and nothing else, as kept in its host cache."""
     versions = {stage.models.refs[name].version for name in names}
     await stage.fresh_load()
-    await stage.until(lambda: set(stage.load.cached) == versions)
+    await stage.until(lambda: set(stage.load.adapters.cached) == versions)
 
 
 def reads(stage: Any) -> dict[str, ReadCounts]:
-    return {each.source: each for each in stage.load.reads}
+    return {each.source: each for each in stage.counters.reads}
 
 
 def tier(stage: Any) -> Any:
@@ -74,7 +74,7 @@ def test_what_left_the_pool_comes_back_without_the_store(play: Play, models: Any
         await cached(stage, "one", "two")
         assert (reads(stage)["cache"].reads, reads(stage)["store"].reads) == (4, 2)
         for _ in range(2):
-            assert (await stage.fresh_load()).leaks == 0
+            assert (await stage.fresh_counters()).leaks == 0
         tier(stage).validate()
 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
@@ -90,7 +90,7 @@ def test_an_extent_is_not_filled_before_what_lay_there_is_saved(play: Play, mode
         await stage.admit("b", "two")
         for _ in range(3):
             load = await stage.fresh_load()
-            assert (load.loading, load.cached) == ((models.refs["two"].version,), ())
+            assert (load.adapters.loading, load.adapters.cached) == ((models.refs["two"].version,), ())
         assert stage.store.chunks_asked == chunks
         gate.set()
         await stage.finished("b")
@@ -106,7 +106,7 @@ def test_on_a_cpu_nothing_is_kept_unless_it_is_asked_for(play: Play, models: Any
         for number, adapter in enumerate(("one", "two", "one")):
             await runs(stage, f"run-{number}", adapter)
         await cached(stage)
-        assert stage.load.cache_abilities is None
+        assert stage.capabilities.cache_abilities is None
         assert reads(stage)["store"].reads == 3
 
     play(scenario, pool_bytes=largest(models))
@@ -121,7 +121,7 @@ def test_a_cached_slab_that_is_damaged_is_not_used_but_read_from_the_store(play:
         await runs(stage, "c", "one")
         await cached(stage, "two")
         assert (reads(stage)["cache"].mismatched, reads(stage)["store"].reads) == (1, 3)
-        assert stage.load.leaks == 0
+        assert stage.counters.leaks == 0
 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
 
@@ -184,7 +184,7 @@ def test_what_a_peer_reads_from_the_cache_stays_there_until_it_is_done(play: Pla
             await refused(peer.lease(models.refs["one"], "other size", slab_bytes=models.refs["one"].slab_bytes - 1))
             == "mismatch"
         )
-        assert stage.load.leaks == 0
+        assert stage.counters.leaks == 0
 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=largest(models))
 
@@ -201,7 +201,7 @@ def test_a_read_that_asks_again_has_its_lease_though_the_pool_has_the_adapter_no
         assert (again.lease_id, again.offset_bytes) == (first.lease_id, first.offset_bytes)
         another, _ = await peer.lease(models.refs["one"], "another read")
         pools = {handle.length_bytes for handle in another.handles}
-        assert pools == {stage.load.pool_total_bytes}, "the pool comes first"
+        assert pools == {stage.capabilities.pool_bytes}, "the pool comes first"
 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
 

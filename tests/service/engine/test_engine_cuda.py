@@ -28,6 +28,6 @@ def test_base_and_adapter_requests_get_their_tokens(play: Callable[..., None], m
         for name, adapter in (("base", ""), ("adapted", "one")):
             assert stage.tokens[name] == models.expected(adapter, 3)
         assert stage.tokens["base"] != stage.tokens["adapted"]
-        assert (await stage.fresh_load()).leaks == 0
+        assert (await stage.fresh_counters()).leaks == 0
 
     play(scenario, build=build, max_adapters=2, max_rank=8, max_step_tokens=32, max_running=2, memory_fraction=0.1)

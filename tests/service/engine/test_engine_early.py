@@ -58,8 +58,8 @@ def test_a_request_that_starts_before_the_last_chunk_gets_the_right_tokens(
         verified.set()
         await stage.finished("early")
         assert stage.tokens["early"] == models.expected("one", 8)
-        load = await stage.fresh_load()
-        assert (load.early_starts, load.early_starts_in_vain, load.leaks) == (1, 0, 0)
+        await stage.fresh_load()
+        assert (stage.counters.early_starts, stage.counters.early_starts_in_vain, stage.counters.leaks) == (1, 0, 0)
 
     play(scenario)
 
@@ -80,7 +80,7 @@ def test_a_late_request_starts_again_while_others_decode(
         await stage.finished("base", "early")
         assert stage.tokens["early"] == models.expected("one", 8)
         assert stage.tokens["base"] == models.expected("", 300)
-        assert (await stage.fresh_load()).early_starts_in_vain == 1, "it waited for the rest of that read"
+        assert (await stage.fresh_counters()).early_starts_in_vain == 1, "it waited for the rest of that read"
 
     play(scenario)
 
@@ -107,8 +107,8 @@ def test_tokens_computed_with_a_damaged_copy_are_never_sent(
         stage.store.holds = lambda message: False
         await stage.finished("early")
         assert stage.tokens["early"] == models.expected("one", 8)
-        assert any(each.mismatched for each in (await stage.fresh_load()).reads)
-        assert stage.load.leaks == 0
+        assert any(each.mismatched for each in (await stage.fresh_counters()).reads)
+        assert stage.counters.leaks == 0
 
     play(scenario, transfer=TransferConfig(transports=("tcp",)))
 
@@ -151,9 +151,9 @@ def test_a_step_during_a_switch_to_another_read_is_discarded(
         stage.store.open.set()
         await stage.finished("early")
         assert stage.tokens["early"] == models.expected("one", 8)
-        load = await stage.fresh_load()
-        assert (load.early_starts, load.early_starts_in_vain, load.leaks) == (1, 1, 0)
-        assert [read.source for read in load.reads if read.reads] == ["store"]
+        await stage.fresh_load()
+        assert (stage.counters.early_starts, stage.counters.early_starts_in_vain, stage.counters.leaks) == (1, 1, 0)
+        assert [read.source for read in stage.counters.reads if read.reads] == ["store"]
 
     play(scenario, transfer=TransferConfig(transports=("tcp",)))
 
@@ -172,7 +172,8 @@ def test_a_request_fails_without_a_token_if_all_copies_are_damaged(
         await stage.finished("base")
         assert stage.tokens["base"] == models.expected("", 4)
         load = await stage.fresh_load()
-        assert (load.leaks, load.loading, load.pool_free_bytes) == (0, (), load.pool_total_bytes)
+        assert (stage.counters.leaks, load.adapters.loading) == (0, ())
+        assert load.memory.pool_free_bytes == stage.capabilities.pool_bytes
 
     play(scenario)
 
@@ -182,6 +183,6 @@ def test_a_runner_with_steps_ahead_uses_only_complete_slabs(play: Play, models: 
         await stage.admit("late", "one")
         await stage.finished("late")
         assert stage.tokens["late"] == models.expected("one", 8)
-        assert (await stage.fresh_load()).early_starts == 0
+        assert (await stage.fresh_counters()).early_starts == 0
 
     play(scenario, steps_ahead=1)

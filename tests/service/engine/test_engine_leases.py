@@ -47,8 +47,8 @@ async def waits(stage: Any, name: str) -> None:
     await stage.admit("waits", name)
     for _ in range(3):
         load = await stage.fresh_load()
-        assert (load.waiting, load.loading) == (1, ())
-    assert load.pool_room_bytes == 0
+        assert (load.queue.waiting, load.adapters.loading) == (1, ())
+    assert load.memory.pool_room_bytes == 0
 
 
 def pool_for(models: Any, adapters: int) -> int:
@@ -134,7 +134,7 @@ def test_a_request_waits_for_the_reader_of_the_only_extent_and_runs_once_that_is
         assert not await peer.release(granted.lease_id), "once more does no harm"
         assert await refused(peer.lease(models.refs["one"])) == "not_found"
         for _ in range(2):
-            assert (await stage.fresh_load()).leaks == 0, "something of it is left"
+            assert (await stage.fresh_counters()).leaks == 0, "something of it is left"
 
     play(scenario, pool_bytes=pool_for(models, 1))
 
@@ -186,7 +186,7 @@ def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tm
         await stage.ask(admit, Admitted)
         await stage.finished("third")
         load = await stage.fresh_load()
-        assert {each.name for each in load.resident} == {"one", "third"}, "one was unused for longer"
+        assert {each.name for each in load.adapters.resident} == {"one", "third"}, "one was unused for longer"
         again, _ = await Peer(stage.network, "engine-2").lease(models.refs["one"])
         assert again.offset_bytes == granted.offset_bytes
 
@@ -200,10 +200,10 @@ def test_an_engine_whose_peers_read_and_vanish_ends_clean(play: Play, models: An
         await asyncio.gather(*(peer.lease(models.refs["one"]) for peer in peers))
         for peer in peers:
             stage.network.kill(peer.bus.name)
-        assert (await stage.fresh_load()).pool_free_bytes < stage.load.pool_total_bytes
+        assert (await stage.fresh_load()).memory.pool_free_bytes < stage.capabilities.pool_bytes
         clock.advance(5.0)
-        await stage.until(lambda: stage.load.pool_free_bytes == stage.load.pool_total_bytes)
-        assert stage.load.leaks == 0
+        await stage.until(lambda: stage.load.memory.pool_free_bytes == stage.capabilities.pool_bytes)
+        assert stage.counters.leaks == 0
 
     play(scenario)
 

@@ -29,7 +29,7 @@ def test_others_decode_while_an_adapter_is_on_its_way(play: Play, models: Any) -
         await stage.until(lambda: len(stage.tokens["base"]) > seen + 20)
         assert stage.tokens["waits"] == []
         load = await stage.fresh_load()
-        assert (load.loading, load.resident) == ((models.refs["one"].version,), ())
+        assert (load.adapters.loading, load.adapters.resident) == ((models.refs["one"].version,), ())
         stage.store.open.set()
         await stage.finished("base", "waits")
         assert stage.tokens["waits"] == models.expected("one", 8)
@@ -77,7 +77,7 @@ def test_a_store_that_never_answers_ends_the_load_in_time(play: Play, models: An
             "adapter one could not be loaded: timeout: neither a peer nor the store sent all of it within 0.3 s"
         )
         load = await stage.fresh_load()
-        assert (load.loading, load.pool_free_bytes) == ((), load.pool_total_bytes)
+        assert (load.adapters.loading, load.memory.pool_free_bytes) == ((), stage.capabilities.pool_bytes)
 
     play(scenario, load_timeout_s=0.3)
 
@@ -136,10 +136,10 @@ def test_a_load_that_nobody_waits_for_any_more_gives_its_room_back(play: Play, m
         await stage.admit("gone", "one")
         await stage.until(lambda: stage.store.chunks_asked)
         await stage.fresh_load()
-        await stage.until(lambda: stage.load.loading == (models.refs["one"].version,))
+        await stage.until(lambda: stage.load.adapters.loading == (models.refs["one"].version,))
         stage.gateway.send("engine-0", Abort(request_id="gone"))
-        await stage.until(lambda: not stage.load.loading)
-        assert stage.load.pool_free_bytes == stage.load.pool_total_bytes
+        await stage.until(lambda: not stage.load.adapters.loading)
+        assert stage.load.memory.pool_free_bytes == stage.capabilities.pool_bytes
         stage.store.open.set()
         await stage.admit("next", "one")
         await stage.finished("next")
@@ -153,14 +153,14 @@ def test_an_adapter_that_is_expected_is_there_before_its_request(play: Play, mod
         adapter = models.refs["one"]
         await stage.fresh_load()
         stage.gateway.send("engine-0", ExpectAdapter(adapter=adapter))
-        await stage.until(lambda: [held.version for held in stage.load.resident] == [adapter.version])
+        await stage.until(lambda: [held.version for held in stage.load.adapters.resident] == [adapter.version])
         brought = PrefetchCounts(kind="admission", loaded_bytes=adapter.slab_bytes)
-        assert stage.load.prefetched == (brought,)
+        assert stage.counters.prefetched == (brought,)
         await stage.admit("r", "one")
         await stage.finished("r")
         assert stage.tokens["r"] == models.expected("one", 8)
         useful = msgspec.structs.replace(brought, useful_bytes=adapter.slab_bytes)
-        await stage.until(lambda: stage.load.prefetched == (useful,))
+        await stage.until(lambda: stage.counters.prefetched == (useful,))
 
     play(scenario)
 
@@ -173,7 +173,7 @@ def test_who_comes_while_a_load_is_being_cancelled_is_served(play: Play, models:
         await stage.until(lambda: pool.writing)
         stage.gateway.send("engine-0", Abort(request_id="gone"))
         await stage.admit("next", "one")
-        assert (await stage.fresh_load()).loading == (models.refs["one"].version,), "a thread is at its extent"
+        assert (await stage.fresh_load()).adapters.loading == (models.refs["one"].version,), "a thread is at its extent"
         pool.open.set()
         await stage.finished("next")
         assert (stage.tokens["next"], stage.failed) == (models.expected("one", 8), {})

@@ -15,6 +15,8 @@ from loraserve.engine.setup import build_runner
 from loraserve.errors import ConfigError
 from loraserve.messages import (
     Abort,
+    AnnounceCapabilities,
+    MeasuredSpeed,
     Prepared,
     PreparePlan,
     RetireCopies,
@@ -46,7 +48,7 @@ def test_a_request_that_cannot_run_is_refused_in_the_answer(play: Play, models: 
         assert (answer.ok, answer.code) == (False, "context_length")
         assert "maximum context length" in answer.message
         assert stage.failed == {}
-        assert (await stage.fresh_load()).waiting == 0
+        assert (await stage.fresh_load()).queue.waiting == 0
 
     play(scenario)
 
@@ -55,18 +57,18 @@ def test_a_request_that_cannot_run_is_refused_in_the_answer(play: Play, models: 
 def test_an_aborted_request_releases_everything(play: Play, models: Any, steps_ahead: int) -> None:
     async def scenario(stage: Any) -> None:
         await stage.admit("gone", "one", tokens=400)
-        await stage.until(lambda: len(stage.tokens["gone"]) > 3 and "gone" in stage.load.request_ids)
+        await stage.until(lambda: len(stage.tokens["gone"]) > 3 and "gone" in stage.load.queue.request_ids)
         for name in ("gone", "never known"):
             stage.gateway.send("engine-0", Abort(request_id=name))
-        await stage.until(lambda: stage.load.request_ids == ())
+        await stage.until(lambda: stage.load.queue.request_ids == ())
         seen = len(stage.tokens["gone"])
         load = await stage.fresh_load()
-        assert load.kv_blocks_free == load.kv_blocks_total
-        assert [(a.name, a.running) for a in load.resident] == [("one", 0)]
+        assert load.memory.kv_blocks_free == stage.capabilities.kv_blocks
+        assert [(a.name, a.running) for a in load.adapters.resident] == [("one", 0)]
         await stage.admit("next")
         await stage.finished("next")
         assert (len(stage.tokens["gone"]), stage.finish.get("gone")) == (seen, None)
-        assert (await stage.fresh_load()).leaks == 0
+        assert (await stage.fresh_counters()).leaks == 0
 
     play(scenario, steps_ahead=steps_ahead)
 
@@ -92,7 +94,7 @@ def test_a_failed_step_fails_its_requests_and_the_engine_continues(play: Play, m
         await stage.admit("next")
         await stage.finished("next")
         assert stage.tokens["next"] == models.expected("", 8)
-        assert (await stage.fresh_load()).leaks == 0
+        assert (await stage.fresh_counters()).leaks == 0
 
     play(scenario)
 
@@ -158,7 +160,7 @@ def test_a_step_that_fails_at_once_is_reported_after_earlier_steps(play: Play, m
         assert stage.tokens["next"] == models.expected("one", 8)
         assert len(stage.tokens["early"]) == seen
         load = await stage.fresh_load()
-        assert (load.leaks, load.kv_blocks_free) == (0, load.kv_blocks_total)
+        assert (stage.counters.leaks, load.memory.kv_blocks_free) == (0, stage.capabilities.kv_blocks)
 
     play(scenario, steps_ahead=steps_ahead)
 
@@ -185,29 +187,29 @@ def test_the_reports_match_the_engines_state(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         first = await stage.fresh_load()
         assert (first.engine, first.state, first.incarnation) == ("engine-0", "READY", stage.engine.bus.incarnation)
-        assert (first.decode_step_s, first.prefill_tokens_per_s, first.load_bytes_per_s) == (0.0, 0.0, 0.0)
+        assert first.speed == MeasuredSpeed()
         for name, adapter in (("base", ""), ("one", "one")):
             await stage.admit(name, adapter, tokens=10)
         await stage.finished("base", "one")
         load = await stage.fresh_load()
         ref = models.refs["one"]
-        assert [(a.name, a.version, a.rank, a.slab_bytes) for a in load.resident] == [
+        assert [(a.name, a.version, a.rank, a.slab_bytes) for a in load.adapters.resident] == [
             (ref.name, ref.version, ref.rank, ref.slab_bytes)
         ]
-        counted = {t.version: (t.prefill_tokens, t.decode_tokens, t.requests) for t in load.adapter_tokens}
+        counted = {t.version: (t.prefill_tokens, t.decode_tokens, t.requests) for t in stage.statistics.adapter_tokens}
         assert counted == {"": (20, 9, 1), ref.version: (20, 9, 1)}
-        assert 0 < load.decode_step_s < 5
-        assert load.prefill_tokens_per_s > 0
-        assert load.load_bytes == ref.slab_bytes
-        assert load.decode_step.duration_s == load.decode_step_s
-        assert load.prefill_step.prefill_tokens / load.prefill_step.duration_s == pytest.approx(
-            load.prefill_tokens_per_s
+        assert 0 < load.speed.decode_step_s < 5
+        assert load.speed.prefill_tokens_per_s > 0
+        assert load.speed.load.slab_bytes == ref.slab_bytes
+        assert load.speed.decode_step.duration_s == load.speed.decode_step_s
+        assert load.speed.prefill_step.prefill_tokens / load.speed.prefill_step.duration_s == pytest.approx(
+            load.speed.prefill_tokens_per_s
         )
-        assert load.prefill_step.rank_tokens > 0, "it knows whose prefill that was"
-        assert load.load_bytes_per_s > 0
-        assert load.steps >= 10
-        assert load.decode_steps + load.prefill_steps == load.steps
-        assert load.loads == 1
+        assert load.speed.prefill_step.rank_tokens > 0, "it knows whose prefill that was"
+        assert load.speed.load.bytes_per_s > 0
+        assert stage.counters.steps >= 10
+        assert load.speed.decode_steps + load.speed.prefill_steps == stage.counters.steps
+        assert load.speed.loads == 1
 
     play(scenario)
 
@@ -219,9 +221,9 @@ def test_a_plan_is_answered_once_its_copies_are_resident(play: Play, models: Any
         assert (answer.engine, answer.epoch, answer.incarnation) == ("engine-0", 4, stage.engine.bus.incarnation)
         assert answer.failed.keys() == {models.refs["two"].version}
         assert "no such slab" in answer.failed[models.refs["two"].version]
-        assert [(a.name, a.pinned) for a in (await stage.fresh_load()).resident] == [("one", True)]
+        assert [(a.name, a.pinned) for a in (await stage.fresh_load()).adapters.resident] == [("one", True)]
         assert (await stage.ask(RetireCopies(epoch=4, keep=()), RetireDone)).unpinned == 1
-        assert [(a.name, a.pinned) for a in (await stage.fresh_load()).resident] == [("one", False)]
+        assert [(a.name, a.pinned) for a in (await stage.fresh_load()).adapters.resident] == [("one", False)]
 
     play(scenario)
 
@@ -262,8 +264,8 @@ def test_an_outdated_plan_is_answered_while_a_newer_one_is_prepared(play: Play, 
         done = await newer
         assert (done.epoch, done.failed) == (5, {})
         load = await stage.fresh_load()
-        assert [(a.name, a.pinned) for a in load.resident] == [("one", True)]
-        assert load.plan_epoch == 5
+        assert [(a.name, a.pinned) for a in load.adapters.resident] == [("one", True)]
+        assert load.adapters.plan_epoch == 5
 
     play(scenario)
 
@@ -276,3 +278,18 @@ def test_an_engine_without_a_model_does_not_start(models: Any) -> None:
             await engine.run()
 
     asyncio.run(main())
+
+
+def test_the_engine_announces_its_capabilities_at_start_and_when_the_monitor_asks(play: Play) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.fresh_load()
+        announced, stage.capabilities = stage.capabilities, None
+        assert (announced.engine, announced.incarnation) == ("engine-0", stage.engine.bus.incarnation)
+        assert announced.pool_bytes == stage.load.memory.pool_free_bytes
+        assert announced.kv_blocks == stage.load.memory.kv_blocks_free
+        await stage.fresh_load()
+        assert stage.capabilities is None, "it does not repeat them with each load"
+        stage.monitor.send("engine-0", AnnounceCapabilities())
+        await stage.until(lambda: stage.capabilities == announced)
+
+    play(scenario)

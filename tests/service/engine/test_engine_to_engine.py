@@ -12,13 +12,16 @@ import pytest
 import torch
 
 from loraserve.clock import SystemClock
-from loraserve.config import Config, MonitorConfig, TransferConfig
+from loraserve.config import Config, EngineConfig, MonitorConfig, TransferConfig
 from loraserve.cost import extent_bytes
 from loraserve.engine.service import BuildRunner, EngineService
 from loraserve.messages import (
     Admit,
     Admitted,
     ClusterLoad,
+    ClusterStatistics,
+    EngineCapabilities,
+    EngineCounters,
     EngineLoad,
     Failed,
     ReadCounts,
@@ -51,12 +54,14 @@ class Pair:
         self.tokens: dict[str, list[int]] = {}
         self.over: dict[str, str] = {}
         self.loads: dict[str, EngineLoad] = {}
+        self.capabilities: dict[str, EngineCapabilities] = {}
+        self.counters: dict[str, EngineCounters] = {}
 
     async def start(self, stack: AsyncExitStack) -> None:
         store = asyncio.create_task(self.store.serve(self.network.bus("store", ToStore)))
         stack.callback(store.cancel)
         monitor = MonitorService(
-            Config(monitor=MonitorConfig(publish_interval_s=0.02)),
+            Config(monitor=MonitorConfig(publish_interval_s=0.02), engine=EngineConfig(statistics_interval_s=0.02)),
             self.network.bus("monitor", ToMonitor),
             SystemClock(),
         )
@@ -67,6 +72,7 @@ class Pair:
             engine.drain_timeout_s = 0.1
             await stack.enter_async_context(serving(engine))
         self.gateway.subscribe("monitor", "load")
+        self.gateway.subscribe("monitor", "statistics")
         listening = asyncio.create_task(self._listen())
         stack.callback(listening.cancel)
 
@@ -93,12 +99,12 @@ class Pair:
         await self.until(lambda: version in self._residents(engine))
 
     def _residents(self, engine: str) -> set[str]:
-        return {each.version for each in self.loads[engine].resident} if engine in self.loads else set()
+        return {each.version for each in self.loads[engine].adapters.resident} if engine in self.loads else set()
 
     async def reads(self, engine: str) -> dict[str, ReadCounts]:
         """By source and transport, once one is reported."""
-        await self.until(lambda: any(each.reads for each in self.loads[engine].reads))
-        return {f"{each.source} {each.transport}": each for each in self.loads[engine].reads}
+        await self.until(lambda: engine in self.counters and any(each.reads for each in self.counters[engine].reads))
+        return {f"{each.source} {each.transport}": each for each in self.counters[engine].reads}
 
     def poison(self, engine: str, adapter: str) -> None:
         """A bit of a resident adapter flips."""
@@ -123,7 +129,10 @@ class Pair:
                 case Failed(request_id=request_id):
                     self.over[request_id] = "failed"
                 case ClusterLoad(engines=engines):
-                    self.loads = {seen.load.engine: seen.load for seen in engines}
+                    self.loads = {seen.engine: seen.load for seen in engines}
+                    self.capabilities = {seen.engine: seen.capabilities for seen in engines}
+                case ClusterStatistics(engines=counters):
+                    self.counters = counters
 
 
 @pytest.fixture
@@ -158,7 +167,7 @@ def test_an_adapter_is_read_from_the_peer_that_has_it(
         (read,) = (await both.reads("engine-1")).values()
         assert (read.source, read.transport, read.reads) == ("engine-0", *transports, 1)
         assert read.read_bytes == models.refs["one"].slab_bytes
-        assert both.loads["engine-1"].abilities.transports == transports
+        assert both.capabilities["engine-1"].abilities.transports == transports
 
     pair(scenario, transports)
 
@@ -196,7 +205,7 @@ def test_what_left_the_peer_s_pool_is_read_from_its_host_cache(
         for adapter in ("one", "two"):
             await both.run("engine-0", adapter, adapter)
         version = models.refs["one"].version
-        await both.until(lambda: "engine-0" in both.loads and version in both.loads["engine-0"].cached)
+        await both.until(lambda: "engine-0" in both.loads and version in both.loads["engine-0"].adapters.cached)
         chunks = both.store.chunks_asked
         assert await both.run("engine-1", "again", "one") == models.expected("one", 8)
         assert both.store.chunks_asked == chunks

@@ -25,8 +25,9 @@ from loraserve.messages import (
     AdapterRegistered,
     AdapterUnregistered,
     ClusterLoad,
+    ClusterStatistics,
     Drain,
-    EngineLoad,
+    EngineCounters,
     EngineSeen,
     Expect,
     Failed,
@@ -54,6 +55,7 @@ from loraserve.messages import (
     ToStore,
     UnregisterAdapter,
 )
+from loraserve.testing.reports import engine_seen
 from loraserve.testing.tiny_tokenizer import CHAT_END, write_tiny_tokenizer
 
 MODEL = "tiny"
@@ -204,35 +206,29 @@ class FakeCluster:
             engines = tuple(self.seen(name) for name in self.engines)
             load = ClusterLoad(incarnation="monitor-1", sequence=sequence, engines=engines)
             self.buses["monitor"].publish("load", load)
+            prefetched = PrefetchCounts(kind="plan", loaded_bytes=30, useful_bytes=20, wasted_bytes=10)
+            counters = dict.fromkeys(self.engines, EngineCounters(prefetched=(prefetched,)))
+            self.buses["monitor"].publish("statistics", ClusterStatistics(engines=counters))
             if self.publishes_registry:
                 news = RegistryChanged(revision=self.revision, adapters=tuple(self.adapters.values()))
                 self.buses["store"].publish("registry", news)
             await asyncio.sleep(0.05)
 
     def seen(self, name: str) -> EngineSeen:
-        load = EngineLoad(
-            engine=name,
+        dead = name in self.dead
+        return engine_seen(
+            name,
+            age_s=5.0 if dead else 0.0,
+            alive=not dead,
             incarnation=self.incarnations[name],
-            state="READY",
-            waiting=0,
             running=len(self.playing),
             request_ids=tuple(self.playing),
-            waiting_prefill_tokens=0,
-            kv_blocks_total=100,
+            kv_blocks=100,
             kv_blocks_free=75,
-            block_tokens=16,
-            pool_total_bytes=1000,
+            pool_bytes=1000,
             pool_free_bytes=400,
-            pool_room_bytes=400,
-            max_running=8,
-            max_step_tokens=512,
-            decode_step_s=0.02,
-            prefill_tokens_per_s=1000.0,
             max_model_tokens=CONTEXT,
-            prefetched=(PrefetchCounts(kind="plan", loaded_bytes=30, useful_bytes=20, wasted_bytes=10),),
         )
-        dead = name in self.dead
-        return EngineSeen(load=load, age_s=5.0 if dead else 0.0, alive=not dead)
 
     async def route(self, bus: Bus, envelope: Envelope, route: Route) -> None:
         self.routes.append(route)

@@ -174,7 +174,7 @@ def test_admin(start_gateway: Start) -> None:
             assert status == 200
             assert body["processes"]["router"]["state"] == "READY"
             assert [engine["name"] for engine in body["engines"]] == ["engine-0", "engine-1"]
-            assert body["engines"][0]["load"]["kv_blocks_free"] == 75
+            assert body["engines"][0]["load"]["memory"]["kv_blocks_free"] == 75
             assert body["engines"][0]["reads_from"] == {}
             assert body["plan_epoch"] == 3
             assert [adapter["name"] for adapter in body["registry"]["adapters"]] == ["me/x:1", "pirate"]

@@ -11,7 +11,7 @@ from loraserve.bus.protocol import Envelope
 from loraserve.config import ClusterConfig, Config, PlannerConfig
 from loraserve.messages import (
     AdapterRef,
-    EngineLoad,
+    EngineSeen,
     GetPlan,
     Ping,
     Plan,
@@ -30,7 +30,7 @@ from loraserve.planner.service import PlannerService
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.peers import Peer, serving
-from loraserve.testing.reports import adapter_ref, asked_for, engine_load, picture, resident
+from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture, resident
 
 INTERVAL_S, PREPARE_TIMEOUT_S = 1000.0, 60.0
 ADAPTERS = tuple(adapter_ref(n) for n in range(4))
@@ -85,21 +85,21 @@ class Stage:
         self.store.publish("registry", RegistryChanged(revision=1, adapters=tuple(adapters)))
         await asyncio.sleep(0.01)
 
-    async def sees(self, *loads: EngineLoad, asked: Iterable[AdapterRef] = ADAPTERS) -> None:
+    async def sees(self, *loads: EngineSeen, asked: Iterable[AdapterRef] = ADAPTERS) -> None:
         """A picture of both engines, with even demand for the adapters."""
         self.sequence += 1
         demand = [asked_for(adapter, 10.0) for adapter in asked]
-        both = loads or tuple(engine_load(name) for name in self.engines)
+        both = loads or tuple(engine_seen(name) for name in self.engines)
         self.monitor.publish("load", picture(*both, sequence=self.sequence, demand=demand))
         await asyncio.sleep(0.01)
 
-    def holding(self, plan: Plan) -> list[EngineLoad]:
+    def holding(self, plan: Plan) -> list[EngineSeen]:
         """Reports of engines that hold what the plan says."""
         refs = {adapter.version: adapter for adapter in ADAPTERS}
         held = {
             e: [resident(refs[p.version], pinned=True) for p in plan.placements if p.engine == e] for e in ("e0", "e1")
         }
-        return [engine_load(name, resident=tuple(adapters)) for name, adapters in held.items()]
+        return [engine_seen(name, resident=tuple(adapters)) for name, adapters in held.items()]
 
     @staticmethod
     def copies(plan: Plan) -> set[tuple[str, str]]:

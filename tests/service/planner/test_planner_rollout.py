@@ -35,7 +35,7 @@ from loraserve.service import ServiceState
 from loraserve.testing.bus import Fault, MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.peers import Peer
-from loraserve.testing.reports import adapter_ref, asked_for, engine_load, picture, resident
+from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture, resident
 
 ADAPTERS = tuple(adapter_ref(n) for n in range(4))
 ENGINES = ("engine-0", "engine-1")
@@ -71,7 +71,7 @@ class Holder:
 
     def report(self) -> Any:
         held = tuple(resident(adapter, pinned=True) for adapter, _ in self.pins.values())
-        return engine_load(self.name, incarnation=self.incarnation, resident=held, plan_epoch=self.plan_epoch)
+        return engine_seen(self.name, incarnation=self.incarnation, resident=held, plan_epoch=self.plan_epoch)
 
 
 class Cluster:

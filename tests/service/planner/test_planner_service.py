@@ -6,7 +6,7 @@ from pathlib import Path
 from loraserve.messages import Plan, ToRouter
 from loraserve.planner.rollout.machine import RETRY_S
 from loraserve.testing.clock import START_UNIX_S
-from loraserve.testing.reports import engine_load
+from loraserve.testing.reports import engine_seen
 
 
 def test_a_plan_is_prepared_then_published_then_the_rest_retired(play) -> None:
@@ -49,7 +49,7 @@ def test_a_dry_run_changes_nothing_and_says_what_would_be(play, tmp_path: Path) 
 def test_without_an_engine_a_rebalance_says_so(play) -> None:
     async def scenario(stage) -> None:
         await stage.hears_registry()
-        for loads in ((), (engine_load("e0", state="STARTING"),)):
+        for loads in ((), (engine_seen("e0", state="STARTING"),)):
             if loads:
                 await stage.sees(*loads)
             done = await stage.rebalance()
@@ -77,7 +77,7 @@ def test_what_a_restarted_engine_has_lost_is_asked_for_again(play) -> None:
         first = await stage.rebalance()
         e0, _ = stage.holding(first.plan)
         stage.diary.clear()
-        await stage.sees(e0, engine_load("e1", incarnation="i2"))
+        await stage.sees(e0, engine_seen("e1", incarnation="i2"))
         lost = {v for e, v in stage.copies(first.plan) if e == "e1"}
         assert stage.diary == [("prepare", "e1", lost)]
         await asyncio.sleep(RETRY_S)

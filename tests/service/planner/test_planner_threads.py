@@ -34,7 +34,7 @@ from loraserve.planner.service import PlannerService
 from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import LoopClock
 from loraserve.testing.peers import Peer, serving
-from loraserve.testing.reports import adapter_ref, asked_for, engine_load, picture
+from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture
 
 ADAPTERS = tuple(adapter_ref(n) for n in range(4))
 ENGINES = ("engine-0", "engine-1")
@@ -116,7 +116,7 @@ class Cluster:
 
     async def report(self, sequence: int = 1) -> None:
         demand = [asked_for(adapter, 10.0) for adapter in ADAPTERS]
-        loads = [engine_load(name) for name in ENGINES]
+        loads = [engine_seen(name) for name in ENGINES]
         self.store.publish("registry", RegistryChanged(revision=1, adapters=ADAPTERS))
         self.monitor.publish("load", picture(*loads, sequence=sequence, demand=demand))
         await asyncio.sleep(0.05)

@@ -19,7 +19,7 @@ from loraserve.cost import (
 )
 from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.messages import MeanStep
-from loraserve.testing.reports import MIB, engine_load
+from loraserve.testing.reports import MIB, measured_speed
 
 COST = CostModel()
 PADDED = CostModel(lora="padded")
@@ -27,12 +27,11 @@ COEFFICIENTS = [name for name in CostModel.__struct_fields__ if name != "lora"]
 CONTENTS = dict.fromkeys(MeanStep.__struct_fields__, st.floats(0.0, 1e9))
 MEAN_STEPS = st.builds(MeanStep, **{**CONTENTS, "duration_s": st.floats()})
 LOADED = ("decode_sequences", "kv_tokens", "prefill_tokens", "slab_bytes", "rank_tokens")
-NOTHING_MEASURED = {"decode_step_s": 0.0, "prefill_tokens_per_s": 0.0, "load_bytes_per_s": 0.0}
 
 
 def learned(cost: CostModel, reports: int = 1, **changes: Any) -> CostModel:
     for _ in range(reports):
-        cost = cost.observe(engine_load(**{**NOTHING_MEASURED, **changes}))
+        cost = cost.observe(measured_speed(**changes))
     return cost
 
 
@@ -54,27 +53,33 @@ def test_a_load_costs_its_base_and_its_bytes() -> None:
     assert COST.load_s(2 * MIB) - COST.load_s(MIB) == pytest.approx(MIB * COST.load_byte_s)
 
 
-def test_traffic_of_a_higher_rank_takes_more_of_an_engine() -> None:
-    ranks = [COST.busy_share(100.0, 50.0, rank, slab_bytes=MIB) for rank in (0, 8, 64, 256)]
+def step_of_rank(rank: int) -> StepShape:
+    return StepShape(
+        decode_sequences=50,
+        prefill_tokens=100,
+        slab_bytes=MIB if rank else 0,
+        rank_tokens=150 * rank,
+        max_rank=rank,
+    )
+
+
+def test_a_step_of_a_higher_rank_takes_longer() -> None:
+    ranks = [COST.step_s(step_of_rank(rank)) for rank in (0, 8, 64, 256)]
     assert ranks == sorted(set(ranks))
 
 
-def test_no_traffic_takes_nothing() -> None:
-    assert COST.busy_share(0.0, 0.0, rank=64, slab_bytes=MIB) == 0.0
+def test_slab_bytes_weigh_more_on_each_sequence_the_fewer_there_are() -> None:
+    def slab_s(sequences: int) -> float:
+        with_slab = COST.step_s(StepShape(decode_sequences=sequences, slab_bytes=64 * MIB))
+        return (with_slab - COST.step_s(StepShape(decode_sequences=sequences))) / sequences
 
-
-def test_slab_bytes_weigh_per_token_on_rare_traffic_and_less_on_dense() -> None:
-    def bytes_share(tokens_per_s: float) -> float:
-        with_slab = COST.busy_share(0.0, tokens_per_s, slab_bytes=64 * MIB)
-        return (with_slab - COST.busy_share(0.0, tokens_per_s)) / tokens_per_s
-
-    assert bytes_share(0.1) == pytest.approx(bytes_share(1.0))
-    assert bytes_share(1000.0) < bytes_share(1.0) / 10
+    assert slab_s(1) == pytest.approx(64 * MIB * COST.slab_byte_s)
+    assert slab_s(100) < slab_s(1) / 10
 
 
 def test_an_idle_engine_that_measured_nothing_teaches_nothing() -> None:
     assert learned(COST) == COST
-    assert learned(COST, decode_step_s=5.0) == COST, "nor one that does not say what was in its steps"
+    assert learned(COST, load_bytes_per_s=5.0) == COST, "nor one that does not say what it loaded"
 
 
 @pytest.mark.parametrize("duration_s", [1e-9, 1e6])
@@ -109,11 +114,10 @@ def test_padded_steps_are_learned_at_the_largest_rank_that_runs(step_s: float) -
     assert (cost.slab_byte_s, cost.rank_token_s) == (PADDED.slab_byte_s, PADDED.rank_token_s), "not its terms"
 
 
-def test_padded_traffic_of_a_higher_rank_takes_more_of_an_engine() -> None:
-    ranks = [PADDED.busy_share(100.0, 50.0, rank, slab_bytes=MIB) for rank in (0, 8, 64, 256)]
+def test_a_padded_step_of_a_higher_rank_takes_longer() -> None:
+    ranks = [PADDED.step_s(step_of_rank(rank)) for rank in (0, 8, 64, 256)]
     assert ranks == sorted(set(ranks))
-    own = ranks[1] - ranks[0]
-    assert own == pytest.approx(8 * (100.0 * PADDED.padded_prefill_s + 50.0 * PADDED.padded_decode_s))
+    assert ranks[1] - ranks[0] == pytest.approx(8 * (100 * PADDED.padded_prefill_s + 50 * PADDED.padded_decode_s))
 
 
 def test_a_coefficient_that_a_fit_found_to_be_zero_is_no_trap() -> None:
@@ -126,7 +130,7 @@ def test_a_coefficient_that_a_fit_found_to_be_zero_is_no_trap() -> None:
 
 def test_a_model_of_nothing_but_zeros_learns() -> None:
     nothing = CostModel(**dict.fromkeys(COEFFICIENTS, 0.0))
-    assert nothing.busy_share(10.0, 10.0, rank=8, slab_bytes=MIB) == 0.0
+    assert nothing.step_s(step_of_rank(8)) == 0.0
     decode = StepShape(decode_sequences=4)
     prefill = msgspec.structs.replace(decode, prefill_tokens=500)
     steps = {"decode_step": mean_step(decode, 0.05), "prefill_step": mean_step(prefill, 1.05)}
@@ -157,7 +161,7 @@ def test_whatever_is_measured_every_coefficient_stays_finite_and_not_negative(
 ) -> None:
     cost = msgspec.structs.replace(COST, lora=lora, **dict.fromkeys(zeros, 0.0))
     for report in reports:
-        cost = cost.observe(engine_load(**report))
+        cost = cost.observe(measured_speed(**report))
     values = [v for v in msgspec.structs.astuple(cost) if not isinstance(v, str)]
     assert min(values) >= 0
     assert all(math.isfinite(value) for value in values)

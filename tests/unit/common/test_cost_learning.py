@@ -7,8 +7,8 @@ import msgspec
 import pytest
 
 from loraserve.cost import LEARNING_RATE, CostModel, StepShape, mean_step
-from loraserve.messages import EngineLoad
-from loraserve.testing.reports import MIB, engine_load
+from loraserve.messages import MeasuredSpeed
+from loraserve.testing.reports import MIB, measured_speed
 
 EXACT = CostModel(prefill_kv_token_s=1e-7)
 PADDED = msgspec.structs.replace(EXACT, lora="padded")
@@ -47,11 +47,11 @@ def shapes(rng: Random) -> tuple[StepShape, StepShape]:
     return decode, prefill
 
 
-def report(hardware: CostModel, rng: Random) -> EngineLoad:
+def report(hardware: CostModel, rng: Random) -> MeasuredSpeed:
     """Of an engine that behaves exactly as ``hardware`` says."""
     decode, prefill = shapes(rng)
     load_bytes = rng.choice((1, 20, 400)) * MIB
-    return engine_load(
+    return measured_speed(
         decode_step=mean_step(decode, hardware.step_s(decode)),
         prefill_step=mean_step(prefill, hardware.step_s(prefill)),
         load_bytes=float(load_bytes),
@@ -99,25 +99,24 @@ def test_slow_prefill_is_not_taken_for_slow_decoding(cost: CostModel) -> None:
 def test_what_decodes_beside_prefill_is_not_its_own_time() -> None:
     shape = StepShape(decode_sequences=40, kv_tokens=50_000, prefill_tokens=10)
     assert 10 / EXACT.step_s(shape) < 0.2 / EXACT.prefill_token_s, "its rate alone looks slow"
-    load = engine_load(prefill_step=mean_step(shape, EXACT.step_s(shape)), load_bytes_per_s=0.0)
+    load = measured_speed(prefill_step=mean_step(shape, EXACT.step_s(shape)), load_bytes_per_s=0.0)
     assert EXACT.observe(load).prefill_token_s == pytest.approx(EXACT.prefill_token_s)
 
 
 def test_the_base_of_small_loads_is_not_taken_for_their_bytes() -> None:
-    small = engine_load(load_bytes=1000.0, load_bytes_per_s=1000 / EXACT.load_s(1000))
+    small = measured_speed(load_bytes=1000.0, load_bytes_per_s=1000 / EXACT.load_s(1000))
     assert EXACT.observe(small).load_byte_s == pytest.approx(EXACT.load_byte_s)
 
 
-def test_an_engine_that_does_not_say_what_was_in_its_steps_and_loads_teaches_nothing_of_them() -> None:
-    assert EXACT.observe(engine_load(prefill_tokens_per_s=1.0, load_bytes_per_s=1.0, load_bytes=0.0)) == EXACT
+def test_an_engine_that_does_not_say_what_it_loaded_teaches_nothing_of_loads() -> None:
+    assert EXACT.observe(measured_speed(load_bytes_per_s=1.0, load_bytes=0.0)) == EXACT
 
 
 def test_prefill_that_cost_nothing_is_learned_beside_what_decoding_costs() -> None:
     free = times(EXACT, 0.0, *OF_PREFILL)
     decode = StepShape(decode_sequences=4)
     step = msgspec.structs.replace(decode, prefill_tokens=100)
-    reported = engine_load(
-        running=4,
+    reported = measured_speed(
         decode_step=mean_step(decode, free.step_s(decode)),
         prefill_step=mean_step(step, free.step_s(decode) + 0.2),
     )
@@ -132,7 +131,7 @@ def test_the_first_prefill_is_charged_nothing_of_what_decodes_beside_it() -> Non
     """Also where no later report would put it right."""
     free = times(EXACT, 0.0, *OF_PREFILL)
     step = StepShape(decode_sequences=40, kv_tokens=50_000, prefill_tokens=100)
-    cost = free.observe(engine_load(prefill_step=mean_step(step, free.step_s(step) + 0.2)))
+    cost = free.observe(measured_speed(prefill_step=mean_step(step, free.step_s(step) + 0.2)))
     assert cost.prefill_token_s == pytest.approx(LEARNING_RATE * 0.2 / 100)
 
 
@@ -142,12 +141,12 @@ def test_what_no_clock_can_have_measured_teaches_nothing(cost: CostModel, measur
     decode, prefill = shapes(Random(0))
     steps = {"decode_step": mean_step(decode, measured_s), "prefill_step": mean_step(prefill, measured_s)}
     for believed in (cost, times(cost, 0.0, *OF_PREFILL), times(cost, 0.0, *everything(cost))):
-        assert believed.observe(engine_load(load_bytes_per_s=0.0, **steps)) == believed
-        assert believed.observe(engine_load(load_bytes=1e6, load_bytes_per_s=1e6 / measured_s)) == believed
-        assert believed.observe(engine_load(load_bytes=measured_s)) == believed
+        assert believed.observe(measured_speed(load_bytes_per_s=0.0, **steps)) == believed
+        assert believed.observe(measured_speed(load_bytes=1e6, load_bytes_per_s=1e6 / measured_s)) == believed
+        assert believed.observe(measured_speed(load_bytes=measured_s)) == believed
 
 
 def test_what_runs_now_is_not_taken_for_what_ran_in_the_steps_that_were_measured() -> None:
     small = StepShape(decode_sequences=1)
-    load = engine_load(running=40, decode_step=mean_step(small, EXACT.step_s(small)))
+    load = measured_speed(decode_step=mean_step(small, EXACT.step_s(small)))
     assert EXACT.observe(load).sequence_s == pytest.approx(EXACT.sequence_s)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from loraserve.gateway.errors import ApiError, refused
 from loraserve.gateway.streams import ABORT_INTERVAL_S, Stream, StreamState, StreamTable
-from loraserve.messages import ClusterLoad, EngineLoad, EngineSeen, Failed, TokenBatch, TokenDelta
+from loraserve.messages import ClusterLoad, EngineSeen, Failed, QueueLoad, TokenBatch, TokenDelta
+from loraserve.testing import reports
 
 INCARNATION = "a" * 16
 
@@ -23,25 +24,7 @@ def cluster_load(*seen: EngineSeen, monitor: str = "m") -> ClusterLoad:
 def engine_seen(
     name: str = "engine-0", incarnation: str = INCARNATION, age_s: float = 0.0, alive: bool = True
 ) -> EngineSeen:
-    load = EngineLoad(
-        engine=name,
-        incarnation=incarnation,
-        state="READY",
-        waiting=0,
-        running=1,
-        waiting_prefill_tokens=0,
-        kv_blocks_total=10,
-        kv_blocks_free=10,
-        block_tokens=16,
-        pool_total_bytes=1,
-        pool_free_bytes=1,
-        pool_room_bytes=1,
-        max_running=1,
-        max_step_tokens=1,
-        decode_step_s=0.02,
-        prefill_tokens_per_s=100.0,
-    )
-    return EngineSeen(load=load, age_s=age_s, alive=alive)
+    return reports.engine_seen(name, age_s=age_s, alive=alive, incarnation=incarnation, running=1)
 
 
 class Table:
@@ -241,7 +224,7 @@ def test_a_lost_end_is_noticed_when_the_engine_stops_listing_the_request() -> No
 
     def report(now: float, *request_ids: str, running: int) -> bool:
         seen = engine_seen()
-        load = msgspec.structs.replace(seen.load, request_ids=request_ids, running=running)
+        load = msgspec.structs.replace(seen.load, queue=QueueLoad(request_ids=request_ids, running=running))
         here.table.on_cluster_load(cluster_load(msgspec.structs.replace(seen, load=load)), now)
         return here.streams["a"].failure is not None
 

@@ -1,21 +1,26 @@
 """Who is named to an engine that lacks an adapter."""
 
+from typing import Any
+
 import msgspec
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from loraserve.messages import EngineLoad
+from loraserve.messages import EngineCapabilities, EngineLoad
 from loraserve.messages.transfer import Abilities
 from loraserve.monitor.copies import MOST_HOLDERS, CopyIndex
-from loraserve.testing.reports import adapter_ref, engine_load, resident
+from loraserve.testing.reports import adapter_ref, engine_seen, resident
 
 ABLE = Abilities(protocol=1, host="h", neighbourhood="n", transports=("shm",), device="cpu")
 names = st.sampled_from([f"engine-{n}" for n in range(4)])
 
 
-def holding(engine: str, *adapters: int, incarnation: str = "i1", abilities: Abilities | None = ABLE) -> EngineLoad:
+def holding(
+    engine: str, *adapters: int, incarnation: str = "i1", **changes: Any
+) -> tuple[EngineLoad, EngineCapabilities]:
     held = tuple(resident(adapter_ref(n)) for n in adapters)
-    return engine_load(engine, incarnation=incarnation, resident=held, abilities=abilities)
+    seen = engine_seen(engine, incarnation=incarnation, resident=held, **{"abilities": ABLE, **changes})
+    return seen.load, seen.capabilities
 
 
 def names_of(index: CopyIndex, number: int, asked_by: str = "engine-9") -> list[str]:
@@ -24,9 +29,9 @@ def names_of(index: CopyIndex, number: int, asked_by: str = "engine-9") -> list[
 
 def test_holders_are_named_in_their_last_life_and_nobody_to_itself() -> None:
     index = CopyIndex()
-    index.report(holding("engine-0", 1, 2))
-    index.report(holding("engine-1", 2))
-    index.report(holding("engine-0", 2, incarnation="i2"))
+    index.report(*holding("engine-0", 1, 2))
+    index.report(*holding("engine-1", 2))
+    index.report(*holding("engine-0", 2, incarnation="i2"))
     assert names_of(index, 1) == []
     assert sorted(names_of(index, 2)) == ["engine-0", "engine-1"]
     assert [h.incarnation for h in index.holders("v2", "engine-1")] == ["i2"]
@@ -35,7 +40,7 @@ def test_holders_are_named_in_their_last_life_and_nobody_to_itself() -> None:
 def test_of_many_some_are_named_and_not_the_same_to_everyone() -> None:
     index = CopyIndex()
     for number in range(4 * MOST_HOLDERS):
-        index.report(holding(f"engine-{number}", 1))
+        index.report(*holding(f"engine-{number}", 1))
     told = [tuple(names_of(index, 1, f"engine-{number}")) for number in range(4 * MOST_HOLDERS)]
     assert {len(each) for each in told} == {MOST_HOLDERS}
     assert len(set(told)) > MOST_HOLDERS
@@ -44,19 +49,17 @@ def test_of_many_some_are_named_and_not_the_same_to_everyone() -> None:
 def test_what_is_cached_is_held_too_and_read_as_a_host_cache_is() -> None:
     by_ipc = msgspec.structs.replace(ABLE, transports=("cuda_ipc",), device="cuda")
     index = CopyIndex()
-    load = holding("engine-0", 1, 2, abilities=by_ipc)
-    index.report(msgspec.structs.replace(load, cached=("v2", "v3"), cache_abilities=ABLE))
+    index.report(*holding("engine-0", 1, 2, abilities=by_ipc, cached=("v2", "v3"), cache_abilities=ABLE))
     found = {number: [holder.abilities for holder in index.holders(f"v{number}", "")] for number in (1, 2, 3)}
     assert found == {1: [by_ipc], 2: [by_ipc], 3: [ABLE]}
-    index.report(load)
+    index.report(*holding("engine-0", 1, 2, abilities=by_ipc))
     assert names_of(index, 3) == []
 
 
 def test_a_cache_is_read_where_the_pool_cannot_be() -> None:
     index = CopyIndex()
     for abilities in (None, msgspec.structs.replace(ABLE, transports=())):
-        load = holding("engine-0", 1, abilities=abilities)
-        index.report(msgspec.structs.replace(load, cached=("v1",), cache_abilities=ABLE))
+        index.report(*holding("engine-0", 1, abilities=abilities, cached=("v1",), cache_abilities=ABLE))
         assert [holder.abilities for holder in index.holders("v1", "")] == [ABLE]
         index.validate()
 
@@ -69,7 +72,7 @@ class IndexMachine(RuleBasedStateMachine):
 
     @rule(engine=names, adapters=st.sets(st.integers(0, 5)), able=st.booleans())
     def report(self, engine: str, adapters: set[int], able: bool) -> None:
-        self.index.report(holding(engine, *adapters, abilities=ABLE if able else None))
+        self.index.report(*holding(engine, *adapters, abilities=ABLE if able else None))
         self.truth[engine] = adapters if able else set()
 
     @rule(engine=names)

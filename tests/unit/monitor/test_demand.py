@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineLoad
+from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineStatistics
 from loraserve.monitor.demand import SLOTS, DemandWindow, Rates
-from loraserve.testing.reports import adapter_ref, engine_load
+from loraserve.testing.reports import adapter_ref, engine_statistics
 
 WINDOW_S = 60.0
 SLOT_S = WINDOW_S / SLOTS
@@ -16,10 +16,10 @@ V = PIRATE.version
 
 def counted(
     prefill: int, decode: int = 0, requests: int = 0, engine: str = "e0", incarnation: str = "i1", version: str = V
-) -> EngineLoad:
+) -> EngineStatistics:
     """A report whose counters for one version stand at this."""
     tokens = AdapterTokens(version=version, prefill_tokens=prefill, decode_tokens=decode, requests=requests)
-    return engine_load(engine, incarnation=incarnation, adapter_tokens=(tokens,))
+    return engine_statistics(engine, incarnation=incarnation, adapter_tokens=(tokens,))
 
 
 class Steady:
@@ -66,7 +66,7 @@ def test_what_was_counted_before_the_monitor_began_is_no_demand_of_now() -> None
 
 def test_an_adapter_that_is_new_at_an_engine_counts_from_zero() -> None:
     window = DemandWindow(WINDOW_S)
-    window.report(engine_load("e0"), 0.0)
+    window.report(engine_statistics("e0"), 0.0)
     window.report(counted(100), 10.0)
     assert window.rates(10.0)[V].prefill_tokens == pytest.approx(10.0)
 
@@ -184,7 +184,7 @@ def told(window: DemandWindow, now: float, adapters: dict[str, AdapterRef] | Non
 @given(steps=st.lists(st.tuples(st.floats(0.0, 20.0), st.sampled_from("abc"), st.integers(0, 1000)), max_size=60))
 def test_what_is_kept_is_what_would_be_made_anew(steps: list[tuple[float, str, int]]) -> None:
     window, now, totals = DemandWindow(WINDOW_S, 30.0), 0.0, dict.fromkeys("abc", 0)
-    window.report(engine_load("e0"), now)
+    window.report(engine_statistics("e0"), now)
     adapters = {"a": adapter_ref(1)}
     for pause_s, version, tokens in steps:
         now += pause_s

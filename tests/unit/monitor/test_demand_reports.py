@@ -8,18 +8,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.engine.schedule.report import IDLE_REPORTS, TokenCounts
-from loraserve.messages import AdapterTokens, EngineLoad
+from loraserve.messages import AdapterTokens, EngineStatistics
 from loraserve.monitor.demand import SLOTS, DemandWindow
-from loraserve.testing.reports import engine_load
+from loraserve.testing.reports import engine_statistics
 
 WINDOW_S = 60.0
 SLOT_S = WINDOW_S / SLOTS
 
 
-def listed(now_s: float, incarnation: str = "i1", **tokens: tuple[int, int]) -> tuple[EngineLoad, float]:
+def listed(now_s: float, incarnation: str = "i1", **tokens: tuple[int, int]) -> tuple[EngineStatistics, float]:
     """A report that lists versions as (prefill tokens, span)."""
     counted = (AdapterTokens(version=v, prefill_tokens=n, decode_tokens=0, span=s) for v, (n, s) in tokens.items())
-    return engine_load("e0", incarnation=incarnation, adapter_tokens=tuple(counted)), now_s
+    return engine_statistics("e0", incarnation=incarnation, adapter_tokens=tuple(counted)), now_s
 
 
 def test_a_version_that_is_not_listed_is_unchanged() -> None:
@@ -69,20 +69,20 @@ def test_with_lost_reports_and_forgotten_versions_every_token_is_counted_once(
     work: list[tuple[str, int, int, bool]], random: Random
 ) -> None:
     window, counts, done = DemandWindow(WINDOW_S), TokenCounts(), Counter[str]()
-    window.report(engine_load("e0"), 0.0)
+    window.report(engine_statistics("e0"), 0.0)
     lost = 0
     for number, (version, tokens, idle_bursts, decode) in enumerate(work):
         now = 0.01 * number
         if tokens:
             counts.computed(version, tokens, decode)
             done[version] += tokens
-        for _ in range(1 + 25 * idle_bursts):
+        for _ in range(1 + IDLE_REPORTS // 2 * idle_bursts):
             if lost == IDLE_REPORTS or random.random() < 0.5:
-                window.report(engine_load("e0", adapter_tokens=counts.by_adapter()), now)
+                window.report(engine_statistics("e0", adapter_tokens=counts.by_adapter()), now)
                 lost = 0
             else:
                 lost += 1
             counts.reported()
-    window.report(engine_load("e0", adapter_tokens=counts.by_adapter()), 1.0)
+    window.report(engine_statistics("e0", adapter_tokens=counts.by_adapter()), 1.0)
     found = {v: round((r.prefill_tokens + r.decode_tokens) * SLOT_S) for v, r in window.rates(1.0).items()}
     assert found == dict(done)

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from loraserve.messages import EngineSeen
 from loraserve.monitor.liveness import FORGET_AFTER_S, Liveness
-from loraserve.testing.reports import engine_load
+from loraserve.testing.reports import engine_seen
 
 DEAD_AFTER_S = 1.5
 
@@ -19,14 +20,18 @@ def alive(liveness: Liveness, now: float) -> dict[str, bool]:
     return {seen.load.engine: seen.alive for seen in liveness.engines(now)}
 
 
+def report(liveness: Liveness, seen: EngineSeen, now: float) -> bool:
+    return liveness.report(seen.load, seen.capabilities, now)
+
+
 def test_nobody_is_known_at_first(liveness: Liveness) -> None:
     assert liveness.engines(0.0) == ()
     assert liveness.next_death_s(0.0) is None
 
 
 def test_an_engine_lives_as_long_as_its_reports_are_young(liveness: Liveness) -> None:
-    liveness.report(engine_load("e1"), 10.0)
-    liveness.report(engine_load("e0"), 11.0)
+    report(liveness, engine_seen("e1"), 10.0)
+    report(liveness, engine_seen("e0"), 11.0)
     assert alive(liveness, 11.5) == {"e0": True, "e1": True}
     assert alive(liveness, 11.6) == {"e0": True, "e1": False}
     assert [seen.age_s for seen in liveness.engines(12.0)] == [1.0, 2.0]
@@ -34,36 +39,36 @@ def test_an_engine_lives_as_long_as_its_reports_are_young(liveness: Liveness) ->
 
 def test_the_last_report_is_what_is_told(liveness: Liveness) -> None:
     for running in range(3):
-        liveness.report(engine_load("e0", running=running), 10.0 + running)
+        report(liveness, engine_seen("e0", running=running), 10.0 + running)
     (seen,) = liveness.engines(12.0)
-    assert (seen.load.running, seen.age_s) == (2, 0.0)
+    assert (seen.load.queue.running, seen.age_s) == (2, 0.0)
 
 
 def test_news_is_an_engine_that_is_new_back_restarted_or_in_another_state(liveness: Liveness) -> None:
-    assert liveness.report(engine_load("e0"), 10.0)
-    assert not liveness.report(engine_load("e0", running=5), 11.0)
-    assert liveness.report(engine_load("e0"), 11.0 + DEAD_AFTER_S + 0.1), "it had been dead"
-    assert liveness.report(engine_load("e0", incarnation="i2"), 12.7)
-    assert liveness.report(engine_load("e0", incarnation="i2", state="DRAINING"), 12.8)
-    assert liveness.report(engine_load("e1"), 12.8)
+    assert report(liveness, engine_seen("e0"), 10.0)
+    assert not report(liveness, engine_seen("e0", running=5), 11.0)
+    assert report(liveness, engine_seen("e0"), 11.0 + DEAD_AFTER_S + 0.1), "it had been dead"
+    assert report(liveness, engine_seen("e0", incarnation="i2"), 12.7)
+    assert report(liveness, engine_seen("e0", incarnation="i2", state="DRAINING"), 12.8)
+    assert report(liveness, engine_seen("e1"), 12.8)
 
 
 def test_one_that_drains_is_alive(liveness: Liveness) -> None:
-    liveness.report(engine_load("e0", state="DRAINING"), 10.0)
+    report(liveness, engine_seen("e0", state="DRAINING"), 10.0)
     assert alive(liveness, 10.5) == {"e0": True}
 
 
 def test_the_long_silent_are_forgotten_and_new_when_they_come_back(liveness: Liveness) -> None:
-    liveness.report(engine_load("e0"), 10.0)
+    report(liveness, engine_seen("e0"), 10.0)
     assert alive(liveness, 10.0 + FORGET_AFTER_S) == {"e0": False}
     assert alive(liveness, 10.1 + FORGET_AFTER_S) == {}
-    assert liveness.report(engine_load("e0"), 11.0 + FORGET_AFTER_S)
+    assert report(liveness, engine_seen("e0"), 11.0 + FORGET_AFTER_S)
 
 
 def test_the_next_death_is_that_of_the_oldest_report_of_a_live_engine(liveness: Liveness) -> None:
-    liveness.report(engine_load("dead"), 1.0)
-    liveness.report(engine_load("e0"), 10.0)
-    liveness.report(engine_load("e1"), 10.5)
+    report(liveness, engine_seen("dead"), 1.0)
+    report(liveness, engine_seen("e0"), 10.0)
+    report(liveness, engine_seen("e1"), 10.5)
     assert liveness.next_death_s(11.0) == pytest.approx(0.5)
     assert liveness.next_death_s(11.6) == pytest.approx(0.4)
     assert liveness.next_death_s(13.0) is None
@@ -75,7 +80,7 @@ def test_whoever_waits_for_the_next_death_sees_it(reports: list[tuple[str, float
     liveness, now = Liveness(DEAD_AFTER_S), 100.0
     for engine, pause_s in reports:
         now += pause_s
-        liveness.report(engine_load(engine), now)
+        report(liveness, engine_seen(engine), now)
     living = sum(alive(liveness, now).values())
     while (wait_s := liveness.next_death_s(now)) is not None:
         if wait_s > 0.01:

@@ -7,10 +7,10 @@ from typing import Any
 import msgspec
 import pytest
 
-from loraserve.messages import EngineLoad, Placement, Plan, RebalanceDone
+from loraserve.messages import EngineSeen, Placement, Plan, RebalanceDone
 from loraserve.ops import commands
 from loraserve.ops.arguments import parser
-from loraserve.testing.reports import adapter_ref, engine_load, resident
+from loraserve.testing.reports import adapter_ref, engine_seen, resident
 
 PINNED = (resident(adapter_ref(1), pinned=True),)
 COPY = Placement(version="v1", name="adapter-1", engine="engine-1", share=1.0)
@@ -19,7 +19,7 @@ COPY = Placement(version="v1", name="adapter-1", engine="engine-1", share=1.0)
 class Cluster:
     """Answers as a gateway would; ``loads`` are the reports of engine-1, the last of them for ever."""
 
-    def __init__(self, *loads: EngineLoad, **done: Any) -> None:
+    def __init__(self, *loads: EngineSeen, **done: Any) -> None:
         self.loads = list(loads)
         plan = Plan(epoch=4, created_unix_s=0.0, placements=done.pop("placements", ()), drained=("engine-1",))
         self.done = RebalanceDone(plan=plan, moves=(), applied=True, **done)
@@ -29,13 +29,21 @@ class Cluster:
         self.asked.append((path, body))
         if path != "/admin/cluster":
             return msgspec.json.encode(self.done)
-        load = self.loads.pop(0) if len(self.loads) > 1 else self.loads[0]
+        seen = self.loads.pop(0) if len(self.loads) > 1 else self.loads[0]
         return msgspec.json.encode(
             {
                 "gateway": {"name": "gateway-0", "streams": 0, "model": "m"},
                 "processes": {},
                 "load_age_s": 0.1,
-                "engines": [{"name": "engine-1", "alive": True, "age_s": 0.1, "load": load}],
+                "engines": [
+                    {
+                        "name": "engine-1",
+                        "alive": True,
+                        "age_s": 0.1,
+                        "load": seen.load,
+                        "capabilities": seen.capabilities,
+                    }
+                ],
                 "demand": [],
                 "plan_epoch": 4,
                 "drained": ["engine-1"],
@@ -57,8 +65,8 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 def test_it_waits_until_requests_and_copies_are_gone(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    busy = engine_load("engine-1", running=2, waiting=1, resident=PINNED)
-    cluster = Cluster(busy, engine_load("engine-1", running=1), engine_load("engine-1"))
+    busy = engine_seen("engine-1", running=2, waiting=1, resident=PINNED)
+    cluster = Cluster(busy, engine_seen("engine-1", running=1), engine_seen("engine-1"))
     assert run(cluster, "drain", "engine-1") == 0
     assert cluster.asked[0] == ("/admin/engines/engine-1/drain", {})
     assert [path for path, _ in cluster.asked[1:]] == ["/admin/cluster"] * 4, "empty is seen twice"
@@ -71,12 +79,12 @@ def test_it_waits_until_requests_and_copies_are_gone(run: Any, capsys: pytest.Ca
 
 
 def test_one_that_does_not_become_empty_in_time_is_a_failure(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(Cluster(engine_load("engine-1", running=1)), "drain", "engine-1", "--timeout", "0") == 1
+    assert run(Cluster(engine_seen("engine-1", running=1)), "drain", "engine-1", "--timeout", "0") == 1
     assert "is not empty: it still has 1 request" in capsys.readouterr().out
 
 
 def test_one_whose_copies_nobody_can_take_is_not_waited_for(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    stuck = Cluster(engine_load("engine-1", resident=PINNED), placements=(COPY,), failed=("engine-0: no room",))
+    stuck = Cluster(engine_seen("engine-1", resident=PINNED), placements=(COPY,), failed=("engine-0: no room",))
     assert run(stuck, "drain", "engine-1") == 1
     out = capsys.readouterr().out
     assert "failed: engine-0: no room" in out
@@ -84,14 +92,14 @@ def test_one_whose_copies_nobody_can_take_is_not_waited_for(run: Any, capsys: py
 
 
 def test_json_is_one_line(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(Cluster(engine_load("engine-1")), "drain", "engine-1", "--json") == 0
+    assert run(Cluster(engine_seen("engine-1")), "drain", "engine-1", "--json") == 0
     (line,) = capsys.readouterr().out.splitlines()
     expected = {"engine": "engine-1", "empty": True, "requests": 0, "copies": 0, "epoch": 4, "failed": []}
     assert json.loads(line) == expected
 
 
 def test_undrain_asks_once_and_says_so(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    cluster = Cluster(engine_load("engine-1"))
+    cluster = Cluster(engine_seen("engine-1"))
     assert run(cluster, "undrain", "engine-1") == 0
     assert cluster.asked == [("/admin/engines/engine-1/undrain", {})]
     assert "engine-1 accepts requests again" in capsys.readouterr().out
@@ -99,7 +107,7 @@ def test_undrain_asks_once_and_says_so(run: Any, capsys: pytest.CaptureFixture[s
 
 @pytest.mark.parametrize("name", ["", "../rebalance", "engine 1", "engine-1/undrain"])
 def test_what_is_no_name_is_not_asked_for(run: Any, name: str) -> None:
-    cluster = Cluster(engine_load("engine-1"))
+    cluster = Cluster(engine_seen("engine-1"))
     with pytest.raises(Exception, match="not an engine's name"):
         run(cluster, "drain", name)
     assert cluster.asked == []

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loraserve.messages import (
     AdapterDemand,
     AdapterRef,
-    EngineLoad,
+    EngineCounters,
     Move,
     Plan,
     ReadCounts,
@@ -29,37 +29,23 @@ from loraserve.ops.rendering import (
     render_rebalance,
     render_story,
 )
+from loraserve.testing.reports import engine_seen
 from loraserve.text import BAR_CELLS, bar, size, table
 
 PIRATE = AdapterRef(name="pirate", version="a" * 64, rank=8, slab_bytes=900 << 10)
 FRENCH = AdapterRef(name="french", version="b" * 64, rank=32, slab_bytes=4 << 20)
 
 
-def load(name: str, **changes: Any) -> EngineLoad:
-    values: dict[str, Any] = {
-        "engine": name,
-        "incarnation": "i",
-        "state": "READY",
-        "waiting": 0,
-        "running": 0,
-        "waiting_prefill_tokens": 0,
-        "kv_blocks_total": 100,
-        "kv_blocks_free": 100,
-        "block_tokens": 16,
-        "pool_total_bytes": 512 << 20,
-        "pool_free_bytes": 512 << 20,
-        "pool_room_bytes": 512 << 20,
-        "max_running": 64,
-        "max_step_tokens": 512,
-        "decode_step_s": 0.0,
-        "prefill_tokens_per_s": 0.0,
-    }
-    return EngineLoad(**{**values, **changes})
+def engine(name: str, age_s: float = 0.1, alive: bool = True, **changes: Any) -> dict[str, Any]:
+    """An engine as the gateway describes it."""
+    idle = {"kv_blocks": 100, "kv_blocks_free": 100, "pool_bytes": 512 << 20, "pool_free_bytes": 512 << 20}
+    seen = engine_seen(name, **{**idle, "decode_step_s": 0.0, **changes})
+    return {"name": name, "alive": alive, "age_s": age_s, "load": seen.load, "capabilities": seen.capabilities}
 
 
 def cluster(**changes: Any) -> bytes:
     """As the gateway encodes it."""
-    busy = load(
+    busy = engine(
         "engine-0",
         waiting=3,
         running=7,
@@ -89,8 +75,8 @@ def cluster(**changes: Any) -> bytes:
         },
         "load_age_s": 0.2,
         "engines": [
-            {"name": "engine-0", "alive": True, "age_s": 0.1, "load": busy},
-            {"name": "engine-1", "alive": False, "age_s": 9.0, "load": load("engine-1")},
+            busy,
+            engine("engine-1", age_s=9.0, alive=False),
         ],
         "demand": [demand],
         "plan_epoch": 12,
@@ -127,9 +113,9 @@ def test_status_shows_what_engines_do_and_hold() -> None:
 
 def test_status_tells_drained_engines_that_are_empty_from_those_that_are_not() -> None:
     engines = [
-        {"name": "engine-0", "alive": True, "age_s": 0.1, "load": load("engine-0", running=1)},
-        {"name": "engine-1", "alive": True, "age_s": 0.1, "load": load("engine-1")},
-        {"name": "engine-2", "alive": True, "age_s": 0.1, "load": load("engine-2")},
+        engine("engine-0", running=1),
+        engine("engine-1"),
+        engine("engine-2"),
     ]
     shown = status.engines(status.parse(cluster(engines=engines, drained=["engine-0", "engine-1"]))).splitlines()
     assert [line.split()[:2] for line in shown[1:]] == [
@@ -278,10 +264,8 @@ def test_who_reads_from_whom_is_a_line_a_pair_before_and_after_the_first_read() 
         cluster(
             engines=[
                 {
-                    "name": "engine-0",
-                    "alive": True,
-                    "age_s": 0.1,
-                    "load": load("engine-0", abilities=able, reads=(read,)),
+                    **engine("engine-0", abilities=able),
+                    "counters": EngineCounters(reads=(read,)),
                     "reads_from": {"engine-1": ["shm", "tcp"], "engine-2": []},
                 }
             ]

@@ -12,7 +12,7 @@ from loraserve.router.context import Candidates, RoutingContext, Slo
 from loraserve.router.engine_view import mean_largest_rank
 from loraserve.router.policy import route_by_prediction
 from loraserve.router.view import ClusterView
-from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
+from loraserve.testing.reports import adapter_ref, engine_seen, picture, resident, route_request
 
 LOW, HIGH, OTHER_HIGH = adapter_ref(0, rank=8), adapter_ref(1, rank=128), adapter_ref(2, rank=128)
 SEQUENCES = st.dictionaries(st.sampled_from([8, 16, 64, 128]), st.floats(0, 50), min_size=1)
@@ -60,7 +60,7 @@ def expected_rank(high_tokens_per_s: float, step_s: float = 0.05, copies: int = 
     ``runs`` requests run with OTHER_HIGH, which the plan does not keep there.
     """
     held = (resident(LOW, True, 0), resident(HIGH, True, 0), resident(OTHER_HIGH, False, runs))
-    loads = [engine_load(f"e{n}", resident=held, decode_step_s=step_s) for n in range(copies)]
+    loads = [engine_seen(f"e{n}", resident=held, decode_step_s=step_s) for n in range(copies)]
     demand = demand_of(LOW, 900.0 * copies), demand_of(HIGH, high_tokens_per_s)
     view = ClusterView()
     for sequence in (1, 2):  # Where copies are is known from the first.
@@ -87,7 +87,7 @@ def test_an_invalid_step_time_is_replaced_by_the_default(step_s: float) -> None:
 def test_without_known_demand_the_largest_planned_rank_is_expected() -> None:
     held = (resident(LOW, True, 0), resident(HIGH, True, 0))
     view = ClusterView()
-    view.update(picture(engine_load("e0", resident=held)), now=100.0)
+    view.update(picture(engine_seen("e0", resident=held)), now=100.0)
     assert view.engines["e0"].adapters.expected_rank == 128
 
 
@@ -100,14 +100,14 @@ def test_running_requests_outside_the_plan_raise_the_expected_rank() -> None:
 def test_without_planned_copies_no_rank_is_expected() -> None:
     view = ClusterView()
     held = (resident(HIGH, False, 3),)
-    view.update(picture(engine_load("e0", resident=held), demand=(demand_of(HIGH, 100.0),)), now=100.0)
+    view.update(picture(engine_seen("e0", resident=held), demand=(demand_of(HIGH, 100.0),)), now=100.0)
     assert view.engines["e0"].adapters.expected_rank is None
 
 
 def test_planned_copies_without_demand_have_expected_rank_0() -> None:
     view = ClusterView()
     held = (resident(LOW, True, 0),)
-    view.update(picture(engine_load("e0", resident=held), demand=(demand_of(LOW, 0.0),)), now=100.0)
+    view.update(picture(engine_seen("e0", resident=held), demand=(demand_of(LOW, 0.0),)), now=100.0)
     view.record_sent("e0", route_request(adapter=HIGH), now=100.0)
     assert view.prices(CostModel(lora="padded")).columns.usual_rank.tolist() == [0.0]
 
@@ -117,7 +117,7 @@ def test_demand_that_is_not_finite_is_ignored(rate: float) -> None:
     view = ClusterView()
     held = (resident(LOW, True, 0), resident(HIGH, True, 0))
     demand = demand_of(LOW, 900.0), demand_of(HIGH, rate)
-    view.update(picture(engine_load("e0", resident=held), demand=demand), now=100.0)
+    view.update(picture(engine_seen("e0", resident=held), demand=demand), now=100.0)
     assert view.requests_per_s == 9.0
     assert isinstance(
         route_by_prediction(RoutingContext(route_request(), view, None, CostModel(), Slo(10.0, 4.0), Random(0))),

@@ -1,8 +1,10 @@
 """Predictions and scores, against a plain computation engine by engine."""
 
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -10,24 +12,39 @@ from hypothesis import strategies as st
 from msgspec.structs import astuple
 
 from loraserve.cost import LARGEST_SURPRISE, CostModel, StepShape, extent_bytes
-from loraserve.messages import AdapterRef, EngineLoad, Rejected, Route
+from loraserve.messages import AdapterRef, EngineSeen, Rejected, Route
 from loraserve.router.context import Candidates, RoutingContext, Slo
 from loraserve.router.policy import TIE_SHARE, route_by_prediction
 from loraserve.router.prices import ENGINE_TIME_WEIGHT, FOLLOWER_WEIGHT, FULLNESS_WEIGHT, MAX_FULLNESS
 from loraserve.router.score import LOAD_WEIGHT, PRIOR_STEPS, score
 from loraserve.router.view import ClusterView
-from loraserve.testing.reports import MIB, adapter_ref, engine_load, picture, resident, route_request
+from loraserve.testing.reports import MIB, adapter_ref, engine_seen, picture, resident, route_request
 
 PATIENT = Slo(ttft_s=1e6, reject_factor=1.0)
 ADAPTERS = [adapter_ref(n, rank=rank, slab_bytes=rank * MIB // 4) for n, rank in enumerate((8, 8, 32, 128))]
 COSTS = {"exact": CostModel(prefill_kv_token_s=1e-7), "padded": CostModel(lora="padded", prefill_kv_token_s=1e-7)}
 
 
+def flat(seen: EngineSeen) -> SimpleNamespace:
+    """Return all fields of the engine's load and capabilities side by side."""
+    load, speed = seen.load, seen.load.speed
+    parts = (load.queue, load.memory, load.adapters, seen.capabilities)
+    fields = {name: value for part in parts for name, value in msgspec.structs.asdict(part).items()}
+    return SimpleNamespace(
+        **fields,
+        decode_step_s=speed.decode_step_s,
+        prefill_tokens_per_s=speed.prefill_tokens_per_s,
+        load_bytes=speed.load.slab_bytes if speed.load else 0.0,
+        load_bytes_per_s=speed.load.bytes_per_s if speed.load else 0.0,
+    )
+
+
 class PlainEngine:
     """The prices of one engine, computed from its report and its pending requests without a table."""
 
-    def __init__(self, load: EngineLoad, sent: list[Route], cost: CostModel, output_tokens: float, mean: float) -> None:
-        self.load, self.sent, self.cost, self.output_tokens = load, sent, cost, output_tokens
+    def __init__(self, seen: EngineSeen, sent: list[Route], cost: CostModel, output_tokens: float, mean: float) -> None:
+        self.sent, self.cost, self.output_tokens = sent, cost, output_tokens
+        load = self.load = flat(seen)
         running = [a for a in load.resident if a.running]
         self.here = {a.version: a.slab_bytes for a in running} | {
             r.adapter.version: r.adapter.slab_bytes for r in sent if r.adapter
@@ -37,7 +54,7 @@ class PlainEngine:
         self.requests = load.running + load.waiting + len(sent)
         self.sequences = min(self.requests, load.max_running or self.requests)
         self.company = max(mean, self.sequences)
-        self.kv_tokens = (load.kv_blocks_total - load.kv_blocks_free) * load.block_tokens
+        self.kv_tokens = (load.kv_blocks - load.kv_blocks_free) * load.block_tokens
         self.queue_tokens = load.waiting_prefill_tokens + sum(len(r.prompt_tokens) for r in sent)
         self.slowness = 1.0
         if load.running and load.decode_step_s > 0:
@@ -94,7 +111,7 @@ class PlainEngine:
         waits = [0.0]
         if load.max_running:
             waits.append((self.requests + 1 - load.max_running) / load.max_running * life_s)
-        used = load.kv_blocks_total - load.kv_blocks_free
+        used = load.kv_blocks - load.kv_blocks_free
         if used:
             wanted = (tokens + 1 + self.queue_tokens) / load.block_tokens
             waits.append((wanted - load.kv_blocks_free) / used * life_s)
@@ -146,7 +163,7 @@ class PlainEngine:
     def weight(self) -> float:
         load = self.load
         places = load.running / load.max_running if load.max_running else 0.0
-        blocks = (load.kv_blocks_total - load.kv_blocks_free) / load.kv_blocks_total if load.kv_blocks_total else 0.0
+        blocks = (load.kv_blocks - load.kv_blocks_free) / load.kv_blocks if load.kv_blocks else 0.0
         full = min(MAX_FULLNESS, max(places, blocks))
         return ENGINE_TIME_WEIGHT + FULLNESS_WEIGHT * full**2 / (1 - full)
 
@@ -163,10 +180,10 @@ class PlainEngine:
 
 
 @st.composite
-def reports(draw: st.DrawFn, name: str) -> EngineLoad:
+def reports(draw: st.DrawFn, name: str) -> EngineSeen:
     held = draw(st.lists(st.sampled_from(ADAPTERS), unique=True))
     counts = [draw(st.integers(0, 3)) for _ in held]
-    return engine_load(
+    return engine_seen(
         name,
         running=sum(counts) + draw(st.integers(0, 10)),
         waiting=draw(st.integers(0, 5)),
@@ -185,7 +202,7 @@ def reports(draw: st.DrawFn, name: str) -> EngineLoad:
 
 
 @st.composite
-def clusters(draw: st.DrawFn) -> tuple[list[EngineLoad], dict[str, list[Route]]]:
+def clusters(draw: st.DrawFn) -> tuple[list[EngineSeen], dict[str, list[Route]]]:
     loads = [draw(reports(f"e{n}")) for n in range(draw(st.integers(1, 4)))]
     sent: dict[str, list[Route]] = {load.engine: [] for load in loads}
     for number in range(draw(st.integers(0, 4))):
@@ -194,7 +211,7 @@ def clusters(draw: st.DrawFn) -> tuple[list[EngineLoad], dict[str, list[Route]]]
     return loads, sent
 
 
-def view_of(loads: list[EngineLoad], sent: dict[str, list[Route]], cost: CostModel) -> ClusterView:
+def view_of(loads: list[EngineSeen], sent: dict[str, list[Route]], cost: CostModel) -> ClusterView:
     """Return a view that is priced after each sent request, so that its prices must be renewed."""
     view = ClusterView()
     view.update(picture(*loads), now=100.0)
@@ -219,7 +236,7 @@ def test_scores_equal_those_of_a_plain_computation(cluster, adapter, tokens, lor
     shares = dict.fromkeys(planned & set(range(len(loads))), 0.5) if adapter else {}
     scores = score(RoutingContext(request, view, None, cost, PATIENT, Random(0)), view.prices(cost), shares)
     # The company that an engine fills up to is that of the last reports.
-    counts = [min(x.running + x.waiting, x.max_running or 10**9) for x in loads]
+    counts = [min(x.running + x.waiting, x.max_running or 10**9) for x in map(flat, loads)]
     mean = sum(counts) / len(loads)
     for column, load in enumerate(loads):
         plain = PlainEngine(load, sent[load.engine], cost, view.mean_output_tokens, mean)
@@ -270,7 +287,7 @@ def test_the_first_candidate_has_the_best_score_of_non_fallback_engines_up_to_a_
 def test_a_request_is_rejected_only_if_all_engines_break_the_slo_with_a_sufficient_retry_after(
     queues, tokens, adapter, factor
 ) -> None:
-    loads = [engine_load(f"e{n}", waiting_prefill_tokens=queue) for n, queue in enumerate(queues)]
+    loads = [engine_seen(f"e{n}", waiting_prefill_tokens=queue) for n, queue in enumerate(queues)]
     view, request, cost = view_of(loads, {}, CostModel()), route_request("r", tokens, adapter), CostModel()
     answer = route_by_prediction(
         RoutingContext(request, view, None, cost, Slo(ttft_s=5.0, reject_factor=factor), Random(0))
@@ -286,7 +303,7 @@ def test_a_request_is_rejected_only_if_all_engines_break_the_slo_with_a_sufficie
 
 
 def test_an_idle_engine_serves_a_prompt_whose_prefill_exceeds_the_slo() -> None:
-    view, request = view_of([engine_load("e0")], {}, CostModel()), route_request("r", 4000)
+    view, request = view_of([engine_seen("e0")], {}, CostModel()), route_request("r", 4000)
     answer = route_by_prediction(
         RoutingContext(request, view, None, CostModel(), Slo(ttft_s=0.5, reject_factor=2.0), Random(0))
     )
@@ -298,9 +315,9 @@ BAD: dict[str, list[Any]] = {
     "decode_step_s": [0.0, float("nan"), float("inf"), -1.0],
     "prefill_tokens_per_s": [0.0, float("nan"), float("inf"), -1.0, 1e-300],
     "load_bytes_per_s": [0.0, float("nan"), float("inf"), -1.0],
-    **{name: [0, 1] for name in ("max_running", "max_step_tokens", "kv_blocks_total", "block_tokens")},
+    **{name: [0, 1] for name in ("max_running", "max_step_tokens", "kv_blocks", "block_tokens")},
     "max_model_tokens": [0],
-    "pool_total_bytes": [0, 64 * MIB],
+    "pool_bytes": [0, 64 * MIB],
     "running": [0, 5000],
 }
 
@@ -312,7 +329,7 @@ BAD: dict[str, list[Any]] = {
     lora=st.sampled_from(["exact", "padded"]),
 )
 def test_reports_with_zeros_or_invalid_values_give_finite_predictions(bad, adapter, lora) -> None:
-    view = view_of([engine_load("e0", **bad), engine_load("e1")], {}, COSTS[lora])
+    view = view_of([engine_seen("e0", **bad), engine_seen("e1")], {}, COSTS[lora])
     scores = score(
         RoutingContext(route_request("r", 50, adapter), view, None, COSTS[lora], PATIENT, Random(0)),
         view.prices(COSTS[lora]),
@@ -325,7 +342,7 @@ def test_reports_with_zeros_or_invalid_values_give_finite_predictions(bad, adapt
 
 def test_engine_time_is_weighted_by_the_requests_that_arrive_while_the_queue_lasts() -> None:
     cost = COSTS["padded"]
-    loads = [engine_load("e0"), engine_load("e1", running=4, waiting=20, waiting_prefill_tokens=4000)]
+    loads = [engine_seen("e0"), engine_seen("e1", running=4, waiting=20, waiting_prefill_tokens=4000)]
     view = view_of(loads, {"e0": [], "e1": []}, cost)
     table = view.prices(cost)
     alone = table.columns.engine_time_weight
@@ -344,7 +361,7 @@ def test_engine_time_is_weighted_by_the_requests_that_arrive_while_the_queue_las
         ({"running": 4, "max_running": 8}, ENGINE_TIME_WEIGHT + 0.5 * FULLNESS_WEIGHT),
         ({"running": 6, "max_running": 8}, ENGINE_TIME_WEIGHT + 2.25 * FULLNESS_WEIGHT),
         (
-            {"running": 4, "max_running": 8, "kv_blocks_free": 250, "kv_blocks_total": 1000},
+            {"running": 4, "max_running": 8, "kv_blocks_free": 250, "kv_blocks": 1000},
             ENGINE_TIME_WEIGHT + 2.25 * FULLNESS_WEIGHT,
         ),
         ({"running": 8, "max_running": 8}, ENGINE_TIME_WEIGHT + 48.02 * FULLNESS_WEIGHT),
@@ -353,5 +370,5 @@ def test_engine_time_is_weighted_by_the_requests_that_arrive_while_the_queue_las
 )
 def test_engine_time_weighs_more_on_a_fuller_engine(report, weight) -> None:
     cost = COSTS["padded"]
-    view = view_of([engine_load("e0", **report)], {"e0": []}, cost)
+    view = view_of([engine_seen("e0", **report)], {"e0": []}, cost)
     assert view.prices(cost).columns.engine_time_weight.tolist() == pytest.approx([weight])

@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from loraserve.cost import CostModel
 from loraserve.router.engine_view import MAX_AVOIDANCE_S, TIMEOUTS_TO_AVOID
 from loraserve.router.view import PENDING_TIMEOUT_S, ClusterView
-from loraserve.testing.reports import adapter_ref, engine_load, picture, resident, route_request
+from loraserve.testing.reports import adapter_ref, engine_seen, picture, resident, route_request
 
 ENGINES = ("e0", "e1", "e2")
 REQUESTS = tuple(f"r{n}" for n in range(6))
@@ -99,7 +99,7 @@ class ViewMachine(RuleBasedStateMachine):
     )
     def see(self, reporting, age_s, draining, dead, running, adapter) -> None:
         loads = [
-            engine_load(
+            engine_seen(
                 engine,
                 incarnation=self.incarnation(engine),
                 state="DRAINING" if engine in draining else "READY",
@@ -113,13 +113,13 @@ class ViewMachine(RuleBasedStateMachine):
         ready = {view.name for view in self.view.ready_engines()}
         assert ready & reporting == reporting - draining - dead
         for load in loads:
-            assert not set(load.request_ids) & self.view.engines[load.engine].pending.keys(), "counted twice"
+            assert not set(load.load.queue.request_ids) & self.view.engines[load.engine].pending.keys(), "counted twice"
 
     @precondition(lambda self: self.sequence)
     @rule()
     def see_again(self) -> None:
         before = [view.name for view in self.view.ready_engines()]
-        gone = [engine_load(engine, state="DRAINING") for engine in ENGINES]
+        gone = [engine_seen(engine, state="DRAINING") for engine in ENGINES]
         self.view.update(picture(*gone, sequence=self.sequence), self.now)
         assert [view.name for view in self.view.ready_engines()] == before
 
@@ -135,7 +135,7 @@ class ViewMachine(RuleBasedStateMachine):
         for _ in range(2):
             self.now += LONG_S
             self.sequence += 1
-            idle = [engine_load(e, incarnation=self.incarnation(e)) for e in ENGINES]
+            idle = [engine_seen(e, incarnation=self.incarnation(e)) for e in ENGINES]
             self.view.update(picture(*idle, sequence=self.sequence), self.now)
         self.view.validate()
         assert [view.name for view in self.view.ready_engines()] == list(ENGINES)

@@ -32,7 +32,7 @@ class Watched(Simulation):
         return self._learner.cost
 
     def reports(self) -> list[EngineLoad]:
-        return [engine.report(self._timeline.now_s) for engine in self.engines.values()]
+        return [engine.report(self._timeline.now_s)[0] for engine in self.engines.values()]
 
 
 def served(shape: WorkloadShape, rps: float, profile: Profile, policy: str = "ours") -> Watched:
@@ -41,7 +41,9 @@ def served(shape: WorkloadShape, rps: float, profile: Profile, policy: str = "ou
     simulation = Watched(workload, policy_named(policy), profile, engines=4, settings=settings)
     outcome = simulation.run()
     assert not outcome.hopeless
-    assert all(report.prefill_step and report.load_bytes for report in simulation.reports()), "all had to learn from"
+    assert all(report.speed.prefill_step and report.speed.load for report in simulation.reports()), (
+        "all had to learn from"
+    )
     return simulation
 
 

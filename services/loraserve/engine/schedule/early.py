@@ -11,8 +11,8 @@ from math import ceil
 
 from loraserve.engine.adapters.lifecycle import WANTED_LOADS, AnnouncedRead
 from loraserve.engine.adapters.pool import AdapterPool
-from loraserve.engine.schedule.report import Measured
 from loraserve.engine.schedule.sequence import EARLY, ENDING, Sequence
+from loraserve.messages import MeasuredSpeed
 
 MARGIN = 1.5
 """Factor on the expected rest of a read: an early start that comes to nothing costs a whole step."""
@@ -30,7 +30,7 @@ def remaining_read_s(expected_s: float, elapsed_s: float, fraction: float) -> fl
     return max(expected_s - elapsed_s, elapsed_s * (1 - fraction) / fraction)
 
 
-def min_prefill_tokens(remaining_s: float, measured: Measured) -> int | None:
+def min_prefill_tokens(remaining_s: float, measured: MeasuredSpeed) -> int | None:
     """Return the least number of prefill tokens whose step lasts until a read with ``remaining_s`` left is verified.
 
     None if no step is known to last as long, or if starting early does not pay. A step with more tokens than the

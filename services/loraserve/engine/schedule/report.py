@@ -8,13 +8,25 @@ import msgspec
 
 from loraserve.cost import StepShape, mean_step
 from loraserve.engine.schedule.events import StepBatch
-from loraserve.messages import AdapterRef, AdapterTokens, MeanStep, PrefetchCounts, ResidentAdapter
+from loraserve.messages import (
+    AdapterRef,
+    AdapterState,
+    AdapterTokens,
+    EngineCapabilities,
+    EngineCounters,
+    MeanLoad,
+    MeanStep,
+    MeasuredSpeed,
+    MemoryLoad,
+    QueueLoad,
+    ResidentAdapter,
+)
 
 if TYPE_CHECKING:
     from loraserve.engine.schedule.scheduler import Scheduler
 
 
-IDLE_REPORTS = 40
+IDLE_REPORTS = 10
 """An adapter that this many reports found unchanged is forgotten: so many may be lost, and no token is."""
 
 
@@ -86,74 +98,73 @@ class TokenCounts:
 
 
 class SchedulerLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields are those of EngineLoad that the scheduler knows."""
+    """The parts of EngineLoad that the scheduler knows."""
 
-    waiting: int
-    running: int
-    waiting_prefill_tokens: int
-    kv_blocks_total: int
-    kv_blocks_free: int
-    block_tokens: int
-    pool_total_bytes: int
-    pool_free_bytes: int
-    pool_room_bytes: int
-    max_running: int
-    max_model_tokens: int
-    max_step_tokens: int
-    steps: int
-    preemptions: int
-    early_starts: int
-    early_starts_in_vain: int
-    prefix_hits_tokens: int
-    prefix_queries_tokens: int
-    resident: tuple[ResidentAdapter, ...]
-    loading: tuple[str, ...]
-    adapter_tokens: tuple[AdapterTokens, ...]
-    request_ids: tuple[str, ...]
-    plan_epoch: int
-    prefetched: tuple[PrefetchCounts, ...]
+    queue: QueueLoad
+    memory: MemoryLoad
+    adapters: AdapterState
 
 
 def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
-    """The load right now."""
+    """Return the load right now."""
     live = scheduler.waiting + scheduler.running
-    entries = list(scheduler.residency.pool.entries())
+    pool = scheduler.residency.pool
     return SchedulerLoad(
-        waiting=len(scheduler.waiting),
-        running=len(scheduler.running),
-        waiting_prefill_tokens=sum(s.uncomputed for s in live if not s.is_decoding),
-        kv_blocks_total=scheduler.limits.kv_blocks,
-        kv_blocks_free=scheduler.blocks.free,
-        block_tokens=scheduler.limits.block_tokens,
-        pool_total_bytes=scheduler.limits.pool_bytes,
-        pool_free_bytes=scheduler.residency.pool.eviction.free_bytes,
-        pool_room_bytes=scheduler.residency.pool.eviction.room_bytes,
-        max_running=scheduler.limits.max_running,
-        max_model_tokens=scheduler.max_model_tokens,
-        max_step_tokens=scheduler.limits.max_step_tokens,
+        queue=QueueLoad(
+            waiting=len(scheduler.waiting),
+            running=len(scheduler.running),
+            waiting_prefill_tokens=sum(s.uncomputed for s in live if not s.is_decoding),
+            request_ids=tuple(s.request_id for s in live),
+        ),
+        memory=MemoryLoad(
+            kv_blocks_free=scheduler.blocks.free,
+            pool_free_bytes=pool.eviction.free_bytes,
+            pool_room_bytes=pool.eviction.room_bytes,
+        ),
+        adapters=AdapterState(
+            resident=tuple(
+                ResidentAdapter(
+                    name=e.adapter.name,
+                    version=e.adapter.version,
+                    rank=e.adapter.rank,
+                    slab_bytes=e.adapter.slab_bytes,
+                    pinned=e.planned,
+                    running=e.running,
+                )
+                for e in pool.entries()
+                if e.is_complete
+            ),
+            loading=tuple(e.adapter.version for e in pool.entries() if e.is_loading),
+            plan_epoch=scheduler.residency.plan_epoch,
+        ),
+    )
+
+
+def count_events(scheduler: "Scheduler") -> EngineCounters:
+    """Return the counters of EngineStatistics that the scheduler keeps."""
+    return EngineCounters(
         steps=scheduler.steps,
         preemptions=scheduler.counts.preemptions,
-        early_starts=scheduler.early.started,
-        early_starts_in_vain=scheduler.early.discarded,
         prefix_hits_tokens=scheduler.counts.prefix_hits,
         prefix_queries_tokens=scheduler.counts.prefix_queries,
-        resident=tuple(
-            ResidentAdapter(
-                name=e.adapter.name,
-                version=e.adapter.version,
-                rank=e.adapter.rank,
-                slab_bytes=e.adapter.slab_bytes,
-                pinned=e.planned,
-                running=e.running,
-            )
-            for e in entries
-            if e.is_complete
-        ),
-        loading=tuple(e.adapter.version for e in entries if e.is_loading),
-        adapter_tokens=scheduler.counts.by_adapter(),
-        request_ids=tuple(s.request_id for s in live),
-        plan_epoch=scheduler.residency.plan_epoch,
+        early_starts=scheduler.early.started,
+        early_starts_in_vain=scheduler.early.discarded,
         prefetched=scheduler.residency.prefetch_counts(),
+    )
+
+
+def describe_capabilities(scheduler: "Scheduler", engine: str, incarnation: str) -> EngineCapabilities:
+    """Return what the engine can do, but for how peers can read from it."""
+    limits = scheduler.limits
+    return EngineCapabilities(
+        engine=engine,
+        incarnation=incarnation,
+        kv_blocks=limits.kv_blocks,
+        block_tokens=limits.block_tokens,
+        pool_bytes=limits.pool_bytes,
+        max_running=limits.max_running,
+        max_model_tokens=scheduler.max_model_tokens,
+        max_step_tokens=limits.max_step_tokens,
     )
 
 
@@ -163,20 +174,6 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
 
 SMOOTHING = 0.1
 """Weight of the newest observation: ten steps set the picture, one slow step does not."""
-
-
-class Measured(msgspec.Struct, frozen=True, kw_only=True):
-    """Fields are those of EngineLoad that are measured; 0 and None are not measured yet."""
-
-    decode_step_s: float
-    prefill_tokens_per_s: float
-    load_bytes_per_s: float
-    load_bytes: float
-    loads: int
-    decode_step: MeanStep | None
-    decode_steps: int
-    prefill_step: MeanStep | None
-    prefill_steps: int
 
 
 class Rates:
@@ -191,18 +188,17 @@ class Rates:
         self._prefill_steps = 0
         self._loads = 0
 
-    def measured(self) -> Measured:
-        decode, prefill = self._decode_step, self._prefill_step
-        return Measured(
-            decode_step_s=decode.duration_s if decode else 0.0,
-            prefill_tokens_per_s=prefill.prefill_tokens / prefill.duration_s if prefill else 0.0,
-            load_bytes_per_s=self._load_bytes / self._load_s if self._load_s else 0.0,
-            load_bytes=self._load_bytes,
-            loads=self._loads,
-            decode_step=decode,
+    def measured(self) -> MeasuredSpeed:
+        load = None
+        if self._loads:
+            load = MeanLoad(slab_bytes=self._load_bytes, bytes_per_s=self._load_bytes / self._load_s)
+        return MeasuredSpeed(
+            decode_step=self._decode_step,
             decode_steps=self._decode_steps,
-            prefill_step=prefill,
+            prefill_step=self._prefill_step,
             prefill_steps=self._prefill_steps,
+            load=load,
+            loads=self._loads,
         )
 
     def step_done(self, shape: StepShape, duration_s: float, times: int = 1) -> None:

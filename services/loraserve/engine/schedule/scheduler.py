@@ -40,10 +40,10 @@ from loraserve.engine.schedule.events import (
     StepResult,
 )
 from loraserve.engine.schedule.overtaking import OvertakingLimit
-from loraserve.engine.schedule.report import SchedulerLoad, TokenCounts, snapshot
+from loraserve.engine.schedule.report import SchedulerLoad, TokenCounts, count_events, snapshot
 from loraserve.engine.schedule.sequence import EARLY, ENDING, RUNNING, WAITING, Sequence, Transition
 from loraserve.engine.schedule.steps import StepBuilder, StepPipeline
-from loraserve.messages import Admit
+from loraserve.messages import Admit, EngineCounters
 from loraserve.story import Story, StoryEntry
 
 ARRIVAL_ORDER = attrgetter("order")
@@ -96,6 +96,10 @@ class Scheduler:
     def load(self) -> SchedulerLoad:
         """Return the state that router, planner and monitor decide with."""
         return snapshot(self)
+
+    def counters(self) -> EngineCounters:
+        """Return what the scheduler has counted since it started, for operators."""
+        return count_events(self)
 
     def story(self, subject: str) -> list[str]:
         """Return what happened to a request (by id) or an adapter (by version), oldest first."""

@@ -16,7 +16,17 @@ from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.api.schema import RebalanceRequest, decode_request
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import SERVER, ApiError, unavailable
-from loraserve.messages import Drain, EngineLoad, GetPlan, Ping, Plan, Pong, Rebalance, RebalanceDone
+from loraserve.messages import (
+    Drain,
+    EngineCapabilities,
+    EngineCounters,
+    GetPlan,
+    Ping,
+    Plan,
+    Pong,
+    Rebalance,
+    RebalanceDone,
+)
 from loraserve.messages.transfer import Transport
 from loraserve.transfer.protocol import choose_transports
 
@@ -41,7 +51,7 @@ async def show_cluster(http: web.Request) -> web.Response:
         asyncio.gather(*(ping(gateway, name) for name in names)), current_plan_or_none(gateway)
     )
     watch, now = gateway.streams.watch, gateway.clock.monotonic_s()
-    alive = [report.load for report in watch.reports.values() if report.alive]
+    alive = [report.capabilities for report in watch.reports.values() if report.alive]
     transports = usable_transports(alive, gateway.config.transfer.transports)
     return reply(
         {
@@ -54,6 +64,8 @@ async def show_cluster(http: web.Request) -> web.Response:
                     "alive": report.alive,
                     "age_s": now - report.reported_s,
                     "load": report.load,
+                    "capabilities": report.capabilities,
+                    "counters": watch.counters.get(name, EngineCounters()),
                     "reads_from": transports.get(name, {}),
                 }
                 for name, report in sorted(watch.reports.items())
@@ -66,12 +78,14 @@ async def show_cluster(http: web.Request) -> web.Response:
     )
 
 
-def usable_transports(loads: Sequence[EngineLoad], preferred: Sequence[Transport]) -> dict[str, dict[str, list[str]]]:
+def usable_transports(
+    engines: Sequence[EngineCapabilities], preferred: Sequence[Transport]
+) -> dict[str, dict[str, list[str]]]:
     """Return, by reading and by owning engine, the transports that both can use, in the order they are tried.
 
     The store is always readable and not listed.
     """
-    able = {load.engine: load.abilities for load in loads if load.abilities is not None}
+    able = {engine.engine: engine.abilities for engine in engines if engine.abilities is not None}
     if len(able) > MAX_TABLE_ENGINES:
         return {}
     return {

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from loraserve.cost import CostModel, extent_bytes
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.messages import AdapterDemand, AdapterRef, EngineCapabilities, Placement
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
@@ -53,7 +53,7 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
 
     demand: Sequence[AdapterDemand]
     adapters: Mapping[str, AdapterRef]
-    engines: Sequence[EngineLoad]
+    engines: Sequence[EngineCapabilities]
     current: Sequence[Placement] = ()
     cost: CostModel
     settings: PlanSettings
@@ -155,7 +155,7 @@ def build_problem(inputs: PlanInput) -> Problem:
         slab_bytes=np.fromiter((ref.slab_bytes for ref in refs), np.float64, len(refs)),
         extents=_extents(refs),
         engines=[load.engine for load in loads],
-        room_bytes=np.array([int(load.pool_total_bytes * POOL_FRACTION) for load in loads], np.int64),
+        room_bytes=np.array([int(load.pool_bytes * POOL_FRACTION) for load in loads], np.int64),
         single=single,
         current=_current_copies(inputs.current, index, engine_index, single),
         pins=_live_pins(refs, engine_index, settings.pins),
@@ -269,13 +269,13 @@ def _margin(std: Floats, engines: int) -> Floats:
     return np.minimum(std, variance / pooled) if pooled > 0 else std
 
 
-def _decode_batch(loads: Sequence[EngineLoad], rates: _ExpectedRates) -> float:
+def _decode_batch(loads: Sequence[EngineCapabilities], rates: _ExpectedRates) -> float:
     """Return how many sequences an engine can decode at once, given its KV memory and the mean context length."""
     if not loads:
         return 1.0
     requests = rates.requests.sum()
     context = (rates.prefill.sum() + rates.decode.sum() / 2) / requests if requests > 0 else DEFAULT_REQUEST_TOKENS
-    fits = [min(e.max_running, e.kv_blocks_total * e.block_tokens / max(1.0, context)) for e in loads]
+    fits = [min(e.max_running, e.kv_blocks * e.block_tokens / max(1.0, context)) for e in loads]
     return max(1.0, float(np.median(fits)))
 
 

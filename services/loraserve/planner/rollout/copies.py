@@ -28,7 +28,7 @@ def versions_by_engine(placements: Iterable[Placement]) -> dict[str, set[str]]:
 
 def pinned_versions(load: EngineLoad) -> set[str]:
     """Return the versions that the engine holds for a plan."""
-    return {adapter.version for adapter in load.resident if adapter.pinned}
+    return {adapter.version for adapter in load.adapters.resident if adapter.pinned}
 
 
 def normalise_shares(placements: Iterable[Placement]) -> tuple[Placement, ...]:

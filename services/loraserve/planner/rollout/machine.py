@@ -332,7 +332,7 @@ class Rollout:
 
     def _see_engines(self, engines: tuple[EngineLoad, ...], adapters: Mapping[str, AdapterRef]) -> list[Instruction]:
         self.engines = {load.engine: load for load in engines}
-        self.epoch = max([self.epoch, *(load.plan_epoch for load in engines)])
+        self.epoch = max([self.epoch, *(load.adapters.plan_epoch for load in engines)])
         match self.phase:
             case Phase.IDLE:
                 return [*self._hold_to_plan(adapters), *self._notice_returned()]
@@ -366,7 +366,7 @@ class Rollout:
         planned = versions_by_engine(self.plan.placements)
         for engine, load in sorted(self.engines.items()):
             wanted, held = planned.get(engine, set()), pinned_versions(load)
-            is_behind = load.plan_epoch > self.plan.epoch and engine not in self._last_retire
+            is_behind = load.adapters.plan_epoch > self.plan.epoch and engine not in self._last_retire
             if (held - wanted or is_behind) and _is_due(self._last_retire, load, self._now):
                 instructions.append(self._retire(engine, self.epoch))
             if (wanted - held) & adapters.keys() and _is_due(self._last_prepare, load, self._now):

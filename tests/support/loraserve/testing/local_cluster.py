@@ -118,7 +118,10 @@ class LocalCluster:
         while True:
             state = await self.admin(http)
             loads = [engine["load"] for engine in state["engines"]]
-            if all(load["running"] + load["waiting"] == 0 for load in loads) or time.monotonic() > deadline_s:
+            if (
+                all(load["queue"]["running"] + load["queue"]["waiting"] == 0 for load in loads)
+                or time.monotonic() > deadline_s
+            ):
                 return state
             await asyncio.sleep(0.2)
 

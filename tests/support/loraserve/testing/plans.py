@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 import msgspec
 
 from loraserve.cost import CostModel, extent_bytes
-from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Placement
+from loraserve.messages import AdapterDemand, AdapterRef, EngineCapabilities, Placement
 from loraserve.planner.placement.balancing import split_traffic
 from loraserve.planner.placement.policies import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import POOL_FRACTION, PlanInput, PlanSettings, Problem, build_problem
@@ -17,7 +17,7 @@ Placements = tuple[Placement, ...]
 def plan_input(
     demand: Sequence[AdapterDemand],
     adapters: Iterable[AdapterRef],
-    engines: Sequence[EngineLoad],
+    engines: Sequence[EngineCapabilities],
     cost: CostModel | None = None,
     current: Sequence[Placement] = (),
     settings: PlanSettings | None = None,
@@ -38,7 +38,7 @@ class Situation(msgspec.Struct):
 
     demand: list[AdapterDemand]
     adapters: dict[str, AdapterRef]
-    engines: list[EngineLoad]
+    engines: list[EngineCapabilities]
     current: Placements = ()
     cost: CostModel = CostModel()
     settings: PlanSettings = PlanSettings()
@@ -55,7 +55,7 @@ class Situation(msgspec.Struct):
     def room(self, placements: Placements) -> dict[str, int]:
         """Return the bytes that the placements leave of what a plan may use, by engine that is not drained."""
         drained = self.settings.drained
-        room = {e.engine: int(e.pool_total_bytes * POOL_FRACTION) for e in self.engines if e.engine not in drained}
+        room = {e.engine: int(e.pool_bytes * POOL_FRACTION) for e in self.engines if e.engine not in drained}
         for p in placements:
             room[p.engine] -= extent_bytes(self.adapters[p.version].slab_bytes)
         return room

@@ -1,14 +1,26 @@
-"""What decisions are fed in tests: an idle engine's report, adapters, demand, pictures, requests."""
+"""What decisions are fed in tests: reports of an idle engine, adapters, demand, pictures, requests."""
 
 from collections.abc import Iterable
 from typing import Any
 
+import msgspec
+
 from loraserve.messages import (
     AdapterDemand,
     AdapterRef,
+    AdapterState,
+    AdapterTokens,
     ClusterLoad,
+    EngineCapabilities,
+    EngineCounters,
     EngineLoad,
     EngineSeen,
+    EngineStatistics,
+    MeanLoad,
+    MeanStep,
+    MeasuredSpeed,
+    MemoryLoad,
+    QueueLoad,
     ResidentAdapter,
     Route,
     SamplingParams,
@@ -18,28 +30,89 @@ MIB = 1 << 20
 IDLE: dict[str, Any] = {
     "incarnation": "i1",
     "state": "READY",
-    "waiting": 0,
-    "running": 0,
-    "waiting_prefill_tokens": 0,
-    "kv_blocks_total": 1000,
     "kv_blocks_free": 1000,
-    "block_tokens": 16,
-    "pool_total_bytes": 64 * MIB,
     "pool_free_bytes": 64 * MIB,
     "pool_room_bytes": 64 * MIB,
+    "decode_step_s": 0.02,
+    "prefill_tokens_per_s": 1000.0,
+    "load_bytes": 64.0 * MIB,
+    "load_bytes_per_s": 100.0 * MIB,
+}
+CAPABILITIES: dict[str, Any] = {
+    "incarnation": "i1",
+    "kv_blocks": 1000,
+    "block_tokens": 16,
+    "pool_bytes": 64 * MIB,
     "max_running": 64,
     "max_model_tokens": 4096,
     "max_step_tokens": 512,
-    "decode_step_s": 0.02,
-    "prefill_tokens_per_s": 1000.0,
-    "load_bytes_per_s": 100.0 * MIB,
-    "load_bytes": 64.0 * MIB,
 }
 
 
 def engine_load(engine: str = "engine-0", **changes: Any) -> EngineLoad:
-    """An idle engine's report, with changes."""
-    return EngineLoad(engine=engine, **{**IDLE, **changes})
+    """Return an idle engine's load with changes, which are fields of EngineLoad or of its parts."""
+    values = {**IDLE, **changes}
+    return EngineLoad(
+        engine=engine,
+        incarnation=values.pop("incarnation"),
+        state=values.pop("state"),
+        queue=_take(QueueLoad, values),
+        memory=_take(MemoryLoad, values),
+        adapters=_take(AdapterState, values),
+        speed=measured_speed(**values),
+    )
+
+
+def measured_speed(
+    decode_step_s: float = 0.0,
+    prefill_tokens_per_s: float = 0.0,
+    load_bytes: float = 0.0,
+    load_bytes_per_s: float = 0.0,
+    **changes: Any,
+) -> MeasuredSpeed:
+    """Return what an engine measured: as fields of MeasuredSpeed, or as rates of steps and loads without counts."""
+    if decode_step_s:
+        changes.setdefault("decode_step", MeanStep(duration_s=decode_step_s))
+    if prefill_tokens_per_s:
+        changes.setdefault("prefill_step", MeanStep(duration_s=1.0, prefill_tokens=prefill_tokens_per_s))
+    if load_bytes or load_bytes_per_s:
+        changes.setdefault("load", MeanLoad(slab_bytes=load_bytes, bytes_per_s=load_bytes_per_s))
+    return MeasuredSpeed(**changes)
+
+
+def engine_capabilities(engine: str = "engine-0", **changes: Any) -> EngineCapabilities:
+    return EngineCapabilities(engine=engine, **{**CAPABILITIES, **changes})
+
+
+def engine_seen(engine: str = "engine-0", age_s: float = 0.0, alive: bool = True, **changes: Any) -> EngineSeen:
+    """Return an idle engine as the monitor publishes it; changes are fields of its load or its capabilities."""
+    incarnation = {name: changes[name] for name in ("incarnation",) if name in changes}
+    capabilities = {name: changes.pop(name) for name in EngineCapabilities.__struct_fields__ if name in changes}
+    return EngineSeen(
+        load=engine_load(engine, **incarnation, **changes),
+        capabilities=engine_capabilities(engine, **capabilities),
+        age_s=age_s,
+        alive=alive,
+    )
+
+
+def engine_statistics(
+    engine: str = "engine-0",
+    incarnation: str = "i1",
+    adapter_tokens: Iterable[AdapterTokens] = (),
+    **counters: Any,
+) -> EngineStatistics:
+    """Return an engine's statistics; ``counters`` are fields of EngineCounters."""
+    return EngineStatistics(
+        engine=engine,
+        incarnation=incarnation,
+        counters=EngineCounters(**counters),
+        adapter_tokens=tuple(adapter_tokens),
+    )
+
+
+def _take(kind: type[Any], values: dict[str, Any]) -> Any:
+    return kind(**{name: values.pop(name) for name in kind.__struct_fields__ if name in values})
 
 
 def adapter_ref(number: int = 0, slab_bytes: int = MIB, rank: int = 8) -> AdapterRef:
@@ -75,15 +148,15 @@ def asked_for(
 
 
 def picture(
-    *loads: EngineLoad,
+    *engines: EngineSeen,
     sequence: int = 1,
     incarnation: str = "m1",
     age_s: float = 0.0,
     dead: Iterable[str] = (),
     demand: Iterable[AdapterDemand] = (),
 ) -> ClusterLoad:
-    """The monitor's picture of engines that all reported ``age_s`` ago."""
-    seen = tuple(EngineSeen(load=load, age_s=age_s, alive=load.engine not in dead) for load in loads)
+    """Return the monitor's picture of engines that all reported ``age_s`` ago."""
+    seen = tuple(msgspec.structs.replace(each, age_s=age_s, alive=each.engine not in dead) for each in engines)
     return ClusterLoad(incarnation=incarnation, sequence=sequence, engines=seen, demand=tuple(demand))
 
 

@@ -40,7 +40,7 @@ def ran(desk: SimpleNamespace, helpers: SimpleNamespace, *versions: str) -> None
 
 def counts(desk: SimpleNamespace) -> dict[str, tuple[int, int, int]]:
     """Loaded, useful and wasted extents by kind."""
-    found: tuple[PrefetchCounts, ...] = desk.scheduler.load().prefetched
+    found: tuple[PrefetchCounts, ...] = desk.scheduler.counters().prefetched
     return {c.kind: (c.loaded_bytes // 4096, c.useful_bytes // 4096, c.wasted_bytes // 4096) for c in found}
 
 

@@ -8,12 +8,13 @@ from hypothesis import strategies as st
 
 from loraserve.cost import StepShape, mean_step
 from loraserve.engine.schedule.early import MARGIN, MIN_GAIN_S, SLACK_S, min_prefill_tokens, remaining_read_s
-from loraserve.engine.schedule.report import Measured, Rates
+from loraserve.engine.schedule.report import Rates
+from loraserve.messages import MeasuredSpeed
 
 SECONDS = st.floats(MIN_GAIN_S, 10.0)
 
 
-def measured(decode_s: float = 0.0, prefill_tokens: int = 0, prefill_s: float = 0.0) -> Measured:
+def measured(decode_s: float = 0.0, prefill_tokens: int = 0, prefill_s: float = 0.0) -> MeasuredSpeed:
     rates = Rates()
     if decode_s:
         rates.step_done(StepShape(decode_sequences=1), decode_s)

@@ -103,6 +103,7 @@ def test_skipped_steps_reach_the_state_of_single_ones(actions: list[Action], kv_
         if kind == "steps":
             _run_both(single, fast, first)
         assert single.scheduler.load() == fast.scheduler.load()
+        assert single.scheduler.counters() == fast.scheduler.counters()
         assert single.batch == fast.batch
 
 

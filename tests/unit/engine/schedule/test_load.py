@@ -2,17 +2,20 @@
 
 from types import SimpleNamespace
 
-from loraserve.engine.schedule.report import IDLE_REPORTS, TokenCounts
-from loraserve.messages import AdapterTokens, ResidentAdapter
+from loraserve.engine.schedule.report import IDLE_REPORTS, TokenCounts, describe_capabilities
+from loraserve.messages import AdapterState, AdapterTokens, QueueLoad, ResidentAdapter
 
 
 def test_an_idle_engine_reports_all_memory_as_free(helpers: SimpleNamespace) -> None:
-    load = helpers.Desk().scheduler.load()
-    assert (load.waiting, load.running, load.waiting_prefill_tokens, load.steps) == (0, 0, 0, 0)
-    assert (load.kv_blocks_total, load.kv_blocks_free, load.block_tokens) == (16, 16, 4)
-    assert load.pool_total_bytes == load.pool_free_bytes == 2 * helpers.UNIT
-    assert (load.max_running, load.max_model_tokens) == (4, 48)
-    assert (load.resident, load.loading, load.adapter_tokens, load.request_ids) == ((), (), (), ())
+    scheduler = helpers.Desk().scheduler
+    load, capabilities = scheduler.load(), describe_capabilities(scheduler, "engine-0", "i1")
+    assert load.queue == QueueLoad()
+    assert scheduler.counters().steps == 0
+    assert (capabilities.kv_blocks, load.memory.kv_blocks_free, capabilities.block_tokens) == (16, 16, 4)
+    assert capabilities.pool_bytes == load.memory.pool_free_bytes == 2 * helpers.UNIT
+    assert (capabilities.max_running, capabilities.max_model_tokens) == (4, 48)
+    assert load.adapters == AdapterState()
+    assert scheduler.counts.by_adapter() == ()
 
 
 def test_requests_are_counted_by_queue(helpers: SimpleNamespace) -> None:
@@ -21,35 +24,35 @@ def test_requests_are_counted_by_queue(helpers: SimpleNamespace) -> None:
     desk.arrive("waits", [2] * 5)
     desk.step_done()
     load = desk.scheduler.load()
-    assert (load.waiting, load.running) == (1, 1)
-    assert sorted(load.request_ids) == ["runs", "waits"]
+    assert (load.queue.waiting, load.queue.running) == (1, 1)
+    assert sorted(load.queue.request_ids) == ["runs", "waits"]
     # Eight of the first request's twelve tokens are computed.
-    assert load.waiting_prefill_tokens == 4 + 5
-    assert load.kv_blocks_free == 16 - 3
-    assert load.steps == 2
+    assert load.queue.waiting_prefill_tokens == 4 + 5
+    assert load.memory.kv_blocks_free == 16 - 3
+    assert desk.scheduler.counters().steps == 2
     desk.step_done()
-    assert desk.scheduler.load().waiting_prefill_tokens == 5, "a decoding request has no prefill tokens left"
+    assert desk.scheduler.load().queue.waiting_prefill_tokens == 5, "a decoding request has no prefill tokens left"
 
 
 def test_adapters_are_listed_by_state(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], helpers.adapter("a"))
     load = desk.scheduler.load()
-    assert (load.resident, load.loading) == ((), ("a",))
-    assert load.pool_free_bytes == helpers.UNIT
+    assert (load.adapters.resident, load.adapters.loading) == ((), ("a",))
+    assert load.memory.pool_free_bytes == helpers.UNIT
     desk.loaded("a")
     load = desk.scheduler.load()
     held = ResidentAdapter(name="name-a", version="a", rank=8, slab_bytes=helpers.UNIT, pinned=False, running=1)
-    assert (load.resident, load.loading) == ((held,), ())
+    assert (load.adapters.resident, load.adapters.loading) == ((held,), ())
 
 
 def test_evictable_room_counts_as_free(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("r", [1], helpers.adapter("a"), max_tokens=1)
     desk.loaded("a")
-    assert desk.scheduler.load().pool_free_bytes == helpers.UNIT
+    assert desk.scheduler.load().memory.pool_free_bytes == helpers.UNIT
     desk.step_done()
-    assert desk.scheduler.load().pool_free_bytes == 2 * helpers.UNIT
+    assert desk.scheduler.load().memory.pool_free_bytes == 2 * helpers.UNIT
 
 
 def test_tokens_are_counted_by_adapter_and_phase(helpers: SimpleNamespace) -> None:
@@ -62,7 +65,7 @@ def test_tokens_are_counted_by_adapter_and_phase(helpers: SimpleNamespace) -> No
         if desk.loads:
             desk.loaded("a")
         desk.step_done()
-    assert desk.scheduler.load().adapter_tokens == (
+    assert desk.scheduler.counts.by_adapter() == (
         AdapterTokens(version="", prefill_tokens=12, decode_tokens=2, requests=1, span=1),
         AdapterTokens(version="a", prefill_tokens=6, decode_tokens=0, requests=2, span=2),
     )

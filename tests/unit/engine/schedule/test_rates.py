@@ -5,7 +5,7 @@ import pytest
 from loraserve.cost import StepShape
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.engine.schedule.report import Rates, shape_of
-from loraserve.messages import SamplingParams
+from loraserve.messages import MeanLoad, SamplingParams
 
 
 def part(tokens: int, output_index: int) -> SequenceStep:
@@ -30,8 +30,8 @@ DECODE = part(1, output_index=3)
 def test_the_rates_before_any_measurement() -> None:
     rates = Rates()
     seen = rates.measured()
-    assert (seen.decode_step_s, seen.prefill_tokens_per_s, seen.load_bytes_per_s) == (0.0, 0.0, 0.0)
-    assert (seen.prefill_step, seen.load_bytes) == (None, 0.0)
+    assert (seen.decode_step_s, seen.prefill_tokens_per_s) == (0.0, 0.0)
+    assert (seen.prefill_step, seen.load) == (None, None)
 
 
 def test_the_first_observation_is_the_mean() -> None:
@@ -40,7 +40,8 @@ def test_the_first_observation_is_the_mean() -> None:
     rates.step_done(step(DECODE, part(100, 0)), 0.5)
     rates.load_done(1_000_000, 0.5)
     seen = rates.measured()
-    assert (seen.decode_step_s, seen.prefill_tokens_per_s, seen.load_bytes_per_s) == (0.02, 200.0, 2e6)
+    assert (seen.decode_step_s, seen.prefill_tokens_per_s) == (0.02, 200.0)
+    assert seen.load == MeanLoad(slab_bytes=1e6, bytes_per_s=2e6)
 
 
 def test_steps_with_prefill_do_not_count_as_decode_steps() -> None:
@@ -99,8 +100,9 @@ def test_reported_means_are_of_the_same_steps_and_loads() -> None:
     assert mean is not None
     assert mean.duration_s == pytest.approx(0.01 + 0.002 * mean.decode_sequences + 0.001 * mean.prefill_tokens)
     assert seen.prefill_tokens_per_s == pytest.approx(mean.prefill_tokens / mean.duration_s)
-    assert seen.load_bytes / seen.load_bytes_per_s == pytest.approx(0.005 + 1e-9 * seen.load_bytes)
-    assert 1 << 20 < seen.load_bytes < 3 << 20
+    assert seen.load is not None
+    assert seen.load.slab_bytes / seen.load.bytes_per_s == pytest.approx(0.005 + 1e-9 * seen.load.slab_bytes)
+    assert 1 << 20 < seen.load.slab_bytes < 3 << 20
 
 
 def test_a_steps_shape_has_its_largest_rank() -> None:

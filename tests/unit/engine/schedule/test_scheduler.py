@@ -58,7 +58,7 @@ def until_one_is_preempted(helpers: SimpleNamespace) -> SimpleNamespace:
     desk = helpers.Desk(kv_blocks=6, max_model_tokens=24, prefix_cache=False, max_step_tokens=24)
     for name, prompt in (("first", ONES[:7]), ("second", TWOS[:7]), ("third", THREES[:7])):
         desk.arrive(name, prompt)
-    while desk.scheduler.load().preemptions == 0:
+    while desk.scheduler.counters().preemptions == 0:
         desk.step_done(first=11, second=21, third=31)
     return desk
 
@@ -95,8 +95,8 @@ def test_a_common_prefix_is_computed_once(helpers: SimpleNamespace) -> None:
     assert (desk.cached["first"], desk.cached["same"]) == (0, 8)
     desk.arrive("other", [99, *prompt[1:]], max_tokens=1)
     assert desk.part("other").start == 0
-    load = desk.scheduler.load()
-    assert (load.prefix_hits_tokens, load.prefix_queries_tokens) == (8, 30)
+    counters = desk.scheduler.counters()
+    assert (counters.prefix_hits_tokens, counters.prefix_queries_tokens) == (8, 30)
 
 
 def test_a_completely_cached_prompt_still_computes_its_last_token(helpers: SimpleNamespace) -> None:
@@ -165,20 +165,20 @@ def test_a_waiting_request_is_aborted_at_once(helpers: SimpleNamespace) -> None:
     desk.arrive("runs", [1])
     desk.arrive("waits", [2])
     desk.tell(RequestAborted("waits"))
-    assert desk.scheduler.load().request_ids == ("runs",)
+    assert desk.scheduler.load().queue.request_ids == ("runs",)
 
 
 def test_a_request_in_a_step_is_released_when_the_step_is_done(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(prefix_cache=False)
     desk.arrive("gone", ONES)
     desk.arrive("stays", TWOS)
-    free = desk.scheduler.load().kv_blocks_free
+    free = desk.scheduler.load().memory.kv_blocks_free
     desk.tell(RequestAborted("gone"))
-    assert desk.scheduler.load().kv_blocks_free == free, "the step still writes to its blocks"
+    assert desk.scheduler.load().memory.kv_blocks_free == free, "the step still writes to its blocks"
     desk.step_done()
     assert desk.output["gone"] == []
     assert desk.sizes == {"stays": 8}
-    assert desk.scheduler.load().kv_blocks_free == 16 - 2
+    assert desk.scheduler.load().memory.kv_blocks_free == 16 - 2
     desk.tell(RequestAborted("gone"))
 
 
@@ -201,7 +201,7 @@ def test_a_running_request_outside_the_step_is_aborted_at_once(helpers: SimpleNa
     desk.arrive("waits", [2] * 8)
     assert desk.sizes == {"long": 4}
     desk.tell(RequestAborted("waits"))
-    assert desk.scheduler.load().request_ids == ("long",)
+    assert desk.scheduler.load().queue.request_ids == ("long",)
 
 
 def test_a_failed_step_fails_only_its_requests(helpers: SimpleNamespace) -> None:

@@ -175,7 +175,7 @@ def test_a_failed_load_is_tried_again_for_the_next_request(helpers: SimpleNamesp
     assert EvictAdapter("a", 0, "name-a", "its load failed or was cancelled") in desk.tell(
         AdapterLoadFailed("a", "timeout", "slow")
     )
-    assert desk.scheduler.load().pool_free_bytes == 2 * helpers.UNIT
+    assert desk.scheduler.load().memory.pool_free_bytes == 2 * helpers.UNIT
     desk.arrive("second", [1], helpers.adapter("a"))
     desk.loaded("a")
     assert desk.sizes == {"second": 1}
@@ -208,7 +208,7 @@ def test_an_abort_in_a_step_releases_the_adapter_after_the_step(helpers: SimpleN
     assert desk.loads == [], "the step in flight still reads the slab"
     desk.step_done()
     assert desk.loads == ["b"]
-    assert desk.scheduler.load().kv_blocks_free == 16
+    assert desk.scheduler.load().memory.kv_blocks_free == 16
 
 
 def test_equal_prompts_of_two_versions_share_no_blocks(helpers: SimpleNamespace) -> None:
@@ -227,11 +227,11 @@ def test_a_plan_is_prepared_pinned_and_retired(helpers: SimpleNamespace) -> None
     assert desk.loads == ["a", "b"]
     desk.loaded("a")
     assert desk.loaded("b") == [PlanReady(5, {})]
-    assert [(a.version, a.pinned) for a in desk.scheduler.load().resident] == [("a", True), ("b", True)]
+    assert [(a.version, a.pinned) for a in desk.scheduler.load().adapters.resident] == [("a", True), ("b", True)]
     desk.tell(CopiesRetired(6, ("b",)))
-    assert [(a.version, a.pinned) for a in desk.scheduler.load().resident] == [("a", False), ("b", True)]
+    assert [(a.version, a.pinned) for a in desk.scheduler.load().adapters.resident] == [("a", False), ("b", True)]
     desk.arrive("r", [1], helpers.adapter("c"))
-    assert [a.version for a in desk.scheduler.load().resident] == ["b"]
+    assert [a.version for a in desk.scheduler.load().adapters.resident] == ["b"]
 
 
 def test_a_plan_is_answered_with_its_failed_copies(helpers: SimpleNamespace) -> None:

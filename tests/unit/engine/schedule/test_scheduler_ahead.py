@@ -108,15 +108,15 @@ def test_a_stopped_request_keeps_its_blocks_until_its_step_returns(helpers: Simp
     desk.step_done(helpers.EOS)
     assert (desk.output["r"], desk.finish["r"]) == ([helpers.EOS], "stop")
     load = desk.scheduler.load()
-    assert (load.kv_blocks_free, load.resident[0].running, desk.loads) == (15, 1, [])
-    assert load.request_ids == ("waits", "r")
+    assert (load.memory.kv_blocks_free, load.adapters.resident[0].running, desk.loads) == (15, 1, [])
+    assert load.queue.request_ids == ("waits", "r")
     assert len(desk.steps) == 1, "no new step may contain it"
     desk.arrive("r", [1, 1], helpers.adapter("a"))
     assert desk.rejected["r"].code == "overloaded"
     instructions = desk.step_done(9)
     assert desk.output["r"] == []
     assert not any(hasattr(i, "delta") for i in instructions)
-    assert (desk.scheduler.load().kv_blocks_free, desk.loads) == (16, ["b"])
+    assert (desk.scheduler.load().memory.kv_blocks_free, desk.loads) == (16, ["b"])
     assert desk.scheduler.story("r")[-1].endswith("finished: stop")
 
 
@@ -127,7 +127,7 @@ def test_the_place_of_a_stopped_request_is_free_at_once(helpers: SimpleNamespace
     desk.step_done(helpers.EOS)
     assert desk.sizes == {"next": 2}
     desk.step_done(9)
-    assert desk.scheduler.load().request_ids == ("next",)
+    assert desk.scheduler.load().queue.request_ids == ("next",)
 
 
 def test_a_token_computed_after_the_stop_token_is_discarded(helpers: SimpleNamespace) -> None:
@@ -135,7 +135,7 @@ def test_a_token_computed_after_the_stop_token_is_discarded(helpers: SimpleNames
     desk.arrive("r", [1, 1, 1])
     desk.step_done(helpers.EOS)
     desk.step_done(9)
-    (counted,) = desk.scheduler.load().adapter_tokens
+    (counted,) = desk.scheduler.counts.by_adapter()
     assert (counted.prefill_tokens, counted.decode_tokens) == (3, 0)
     desk.arrive("same", [1, 1, 1, helpers.EOS, 1])
     assert desk.steps[0].sequences[0].start == 0
@@ -146,10 +146,10 @@ def test_an_aborted_request_is_released_after_all_its_steps(helpers: SimpleNames
     desk.arrive("gone", [1, 1])
     desk.tell(RequestAborted("gone"))
     desk.step_done()
-    assert (desk.scheduler.load().kv_blocks_free, len(desk.steps)) == (15, 1)
+    assert (desk.scheduler.load().memory.kv_blocks_free, len(desk.steps)) == (15, 1)
     desk.tell(RequestAborted("gone"))
     desk.step_done()
-    assert (desk.scheduler.load().kv_blocks_free, desk.output["gone"], desk.scheduler.is_idle) == (16, [], True)
+    assert (desk.scheduler.load().memory.kv_blocks_free, desk.output["gone"], desk.scheduler.is_idle) == (16, [], True)
     assert [line.split(" ", 1)[1] for line in desk.scheduler.story("gone")].count("aborted") == 1
 
 
@@ -165,7 +165,7 @@ def test_a_failed_step_rejects_once_and_keeps_blocks_until_the_next_step_returns
     desk.step_failed()
     assert desk.rejected.keys() == {"fails"}
     assert desk.sizes == {"later": 1}
-    assert desk.scheduler.load().kv_blocks_free == 14, "the next step still writes to both blocks"
+    assert desk.scheduler.load().memory.kv_blocks_free == 14, "the next step still writes to both blocks"
     desk.rejected.clear()
     if next_fails:
         desk.step_failed()
@@ -173,7 +173,7 @@ def test_a_failed_step_rejects_once_and_keeps_blocks_until_the_next_step_returns
         desk.step_done(6)
     assert desk.output == {"fails": [5], "later": [] if next_fails else [6]}
     assert desk.rejected.keys() == ({"later"} if next_fails else set())
-    assert "fails" not in desk.scheduler.load().request_ids
+    assert "fails" not in desk.scheduler.load().queue.request_ids
 
 
 def test_no_block_after_a_failed_step_is_cached(helpers: SimpleNamespace) -> None:
@@ -183,7 +183,7 @@ def test_no_block_after_a_failed_step_is_cached(helpers: SimpleNamespace) -> Non
     desk.step_done()
     desk.arrive("same", PROMPT)
     assert desk.steps[0].sequences[0].start == 0
-    assert desk.scheduler.load().prefix_hits_tokens == 0
+    assert desk.scheduler.counters().prefix_hits_tokens == 0
 
 
 def test_a_block_is_cached_once_its_step_is_done(helpers: SimpleNamespace) -> None:
@@ -204,9 +204,9 @@ def test_a_request_without_blocks_waits_for_its_step_and_preempts_the_latest(hel
     while len(desk.output["old"]) < 2:
         desk.step_done()
     # Both have filled their two blocks and are in flight, so that neither can be preempted.
-    assert desk.scheduler.load().preemptions == 0
+    assert desk.scheduler.counters().preemptions == 0
     assert "old" not in desk.sizes
-    while desk.scheduler.load().preemptions == 0:
+    while desk.scheduler.counters().preemptions == 0:
         desk.step_done()
     assert [s.request_id for s in desk.scheduler.waiting] == ["new"]
     assert desk.sizes == {"old": 1}
@@ -265,4 +265,4 @@ def test_a_sequence_that_waits_for_blocks_is_not_overtaken_by_new_requests(helpe
     assert desk.sizes == {"decodes": 1, "prefills": 7}
     desk.step_done()
     # Its last chunk lacks one of two blocks; the free one is kept for it.
-    assert (desk.sizes, desk.scheduler.load().kv_blocks_free) == ({"decodes": 1}, 1)
+    assert (desk.sizes, desk.scheduler.load().memory.kv_blocks_free) == ({"decodes": 1}, 1)

@@ -29,9 +29,9 @@ def test_a_load_is_cancelled_once_its_last_request_has_left(helpers: SimpleNames
     assert desk.tell(RequestAborted("first")) == []
     assert desk.tell(RequestAborted("second")) == [CancelLoad("a")]
     assert desk.tell(RequestAborted("second")) == []
-    assert desk.scheduler.load().pool_free_bytes == helpers.UNIT, "the load may still write to its extent"
+    assert desk.scheduler.load().memory.pool_free_bytes == helpers.UNIT, "the load may still write to its extent"
     assert report_cancelled(desk, "a") == [EvictAdapter("a", 0, "name-a", "its load failed or was cancelled")]
-    assert desk.scheduler.load().pool_free_bytes == 2 * helpers.UNIT
+    assert desk.scheduler.load().memory.pool_free_bytes == 2 * helpers.UNIT
     assert any("nobody wants it any more" in line for line in desk.scheduler.story("a"))
 
 

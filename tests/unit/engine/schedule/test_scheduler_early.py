@@ -149,9 +149,9 @@ def test_a_failed_load_rejects_early_starts_and_keeps_the_extent_until_the_step_
     assert not any(isinstance(instruction, EvictAdapter) for instruction in instructions), (
         "the step in flight reads the extent"
     )
-    assert desk.scheduler.load().pool_free_bytes < desk.scheduler.limits.pool_bytes
+    assert desk.scheduler.load().memory.pool_free_bytes < desk.scheduler.limits.pool_bytes
     assert desk.step_done() == [EvictAdapter("a", 0, "name-a", "its load failed or was cancelled")]
-    assert desk.scheduler.load().pool_free_bytes == desk.scheduler.limits.pool_bytes
+    assert desk.scheduler.load().memory.pool_free_bytes == desk.scheduler.limits.pool_bytes
     assert desk.scheduler.is_idle
 
 

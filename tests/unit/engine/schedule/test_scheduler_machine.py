@@ -411,7 +411,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def state_is_consistent(self) -> None:
         self.scheduler.validate()
         in_steps = {part.request_id for batch in self.steps for part in batch.sequences}
-        listed = set(self.scheduler.load().request_ids)
+        listed = set(self.scheduler.load().queue.request_ids)
         assert self.live <= listed <= self.live | in_steps, "a request is held longer than its steps"
         assert self.scheduler.is_idle == (not listed and not self.steps)
 
@@ -436,7 +436,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         undecided = Counter[str]()
         for entry in entries:
             undecided[entry.prefetch] += 0 if entry.ran else entry.adapter.slab_bytes
-        for counts in self.scheduler.load().prefetched:
+        for counts in self.scheduler.counters().prefetched:
             decided = counts.useful_bytes + counts.wasted_bytes
             assert counts.loaded_bytes == decided + undecided.pop(counts.kind, 0)
         assert not any(undecided.values())

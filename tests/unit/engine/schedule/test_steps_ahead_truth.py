@@ -79,10 +79,10 @@ def test_a_mixed_batch_gets_the_same_tokens_as_one_step_at_a_time(
     outputs = engine.generate(requests(), before_step=count)
     assert [(o.tokens, o.finish, o.error) for o in outputs] == [(o.tokens, o.finish, o.error) for o in expected]
     engine.scheduler.validate()
-    load = engine.scheduler.load()
-    assert load.preemptions > 0, "blocks never ran out"
+    counters = engine.scheduler.counters()
+    assert counters.preemptions > 0, "blocks never ran out"
     assert drawn > 100, "most decodes go ahead"
-    assert len(engine.steps) == load.steps
+    assert len(engine.steps) == counters.steps
     assert all(step.duration_s > 0 for step in engine.steps)
 
 

@@ -9,7 +9,7 @@ from loraserve.cost import CostModel
 from loraserve.planner.placement.allocation import Allocation
 from loraserve.planner.placement.problem import Problem, build_problem
 from loraserve.testing.plans import Situation, copy, plan_input
-from loraserve.testing.reports import adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import adapter_ref, asked_for, engine_capabilities
 
 PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_prefill_s=1.6e-5)
 
@@ -17,7 +17,7 @@ PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_
 def problem(ranks: list[int], rates: list[float], engines: int) -> Problem:
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
     demand = [asked_for(ref, rate, rate) for ref, rate in zip(refs, rates, strict=True)]
-    return build_problem(plan_input(demand, refs, [engine_load(f"e{n}") for n in range(engines)], PADDED))
+    return build_problem(plan_input(demand, refs, [engine_capabilities(f"e{n}") for n in range(engines)], PADDED))
 
 
 @settings(max_examples=60, deadline=None)
@@ -49,7 +49,7 @@ def test_a_dropped_copy_no_longer_keeps_others_off_its_engine() -> None:
     """Adapter 2 gives up one of its copies; where the load of that copy still counts, adapter 0 shares its engine."""
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate([8, 128, 8])]
     demand = [asked_for(ref, rate, rate) for ref, rate in zip(refs, [20.0, 1.0, 5.0], strict=True)]
-    engines = [engine_load("e0"), engine_load("e1")]
+    engines = [engine_capabilities("e0"), engine_capabilities("e1")]
     s = Situation(demand, {ref.version: ref for ref in refs}, engines, cost=PADDED)
     s.current = (copy(1, "e1"), copy(2, "e0", 0.5), copy(2, "e1", 0.5))
     with_stale_load = (copy(0, "e0"), copy(1, "e1"), copy(2, "e0"))

@@ -8,7 +8,7 @@ from loraserve.planner.placement.assignment import overflow_bytes, tabulate_budg
 from loraserve.planner.placement.bins import fill_bins
 from loraserve.planner.placement.problem import POOL_FRACTION, Floats, Problem, build_problem
 from loraserve.testing.plans import plan_input
-from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities
 
 PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_prefill_s=1.6e-5)
 
@@ -20,7 +20,7 @@ def problem(
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate([*ranks, *[8] * idle])]
     demand = [asked_for(ref, rate, rate) for ref, rate in zip(refs, rates, strict=False)]
     pools = [int(mib * MIB / POOL_FRACTION) + 1 for mib in rooms_mib]
-    loads = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n, pool_bytes in enumerate(pools)]
+    loads = [engine_capabilities(f"e{n}", pool_bytes=pool_bytes) for n, pool_bytes in enumerate(pools)]
     return build_problem(plan_input(demand, refs, loads, cost))
 
 

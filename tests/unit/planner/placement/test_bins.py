@@ -10,7 +10,7 @@ from loraserve.planner.placement.bins import BinFilling, fill_bins
 from loraserve.planner.placement.problem import Problem, build_problem
 from loraserve.planner.placement.utilisation import engine_work
 from loraserve.testing.plans import plan_input
-from loraserve.testing.reports import adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import adapter_ref, asked_for, engine_capabilities
 
 # Work is tokens alone, doubled at rank 100.
 COST = CostModel(lora="padded", step_base_s=0.0, kv_token_s=0.0, sequence_s=0.01, padded_decode_s=1e-4)
@@ -19,7 +19,7 @@ COST = CostModel(lora="padded", step_base_s=0.0, kv_token_s=0.0, sequence_s=0.01
 def problem(ranks: list[int], rates: list[float], engines: int, cost: CostModel = COST) -> Problem:
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
     demand = [asked_for(ref, rate) for ref, rate in zip(refs, rates, strict=True)]
-    loads = [engine_load(f"e{n}") for n in range(engines)]
+    loads = [engine_capabilities(f"e{n}") for n in range(engines)]
     return build_problem(plan_input(demand, refs, loads, cost))
 
 

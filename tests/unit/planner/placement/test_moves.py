@@ -15,11 +15,11 @@ from loraserve.planner.placement.moves import _copy_shares, diff, explain_moves
 from loraserve.planner.placement.problem import PlanInput, PlanSettings, build_problem
 from loraserve.planner.placement.utilisation import mean_ttft_s
 from loraserve.testing.plans import Placements, plan_input
-from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities
 
 PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_prefill_s=1.6e-5)
 EXACT = CostModel()
-ENGINES = [engine_load(f"e{n}") for n in range(4)]
+ENGINES = [engine_capabilities(f"e{n}") for n in range(4)]
 REFS = [adapter_ref(n, slab_bytes=(n + 1) * MIB) for n in range(3)]
 
 

@@ -7,7 +7,7 @@ import msgspec
 from loraserve.cost import CostModel
 from loraserve.planner.placement.problem import PlanSettings
 from loraserve.testing.plans import Situation, copy, count_new, engines_by_version
-from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities
 
 COST = CostModel()
 
@@ -16,7 +16,7 @@ def situation(*rates: float, engines: int = 2, pool_bytes: int = 64 * MIB, slab_
     """One adapter a rate of decode tokens, all of one size."""
     refs = [adapter_ref(n, slab_bytes) for n in range(len(rates))]
     demand = [asked_for(ref, rate) for ref, rate in zip(refs, rates, strict=True) if rate]
-    loads = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n in range(engines)]
+    loads = [engine_capabilities(f"e{n}", pool_bytes=pool_bytes) for n in range(engines)]
     return Situation(demand, {ref.version: ref for ref in refs}, loads)
 
 

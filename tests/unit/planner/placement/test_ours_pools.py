@@ -11,7 +11,7 @@ from loraserve.planner.placement.policies import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import POOL_FRACTION
 from loraserve.planner.placement.utilisation import mean_ttft_s
 from loraserve.testing.plans import Situation
-from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities
 
 # A token at rank 128 costs twice what it costs at rank 8, nearly.
 PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_prefill_s=1.6e-5)
@@ -27,7 +27,7 @@ def situation(ranks: list[int], rates: list[float], rooms_mib: list[int], cost: 
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(ranks)]
     demand = [asked_for(ref, rate / 2, rate / 2) for ref, rate in zip(refs, rates, strict=True) if rate]
     pools = [int(mib * MIB / POOL_FRACTION) + 1 for mib in rooms_mib]
-    loads = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n, pool_bytes in enumerate(pools)]
+    loads = [engine_capabilities(f"e{n}", pool_bytes=pool_bytes) for n, pool_bytes in enumerate(pools)]
     return Situation(demand, {ref.version: ref for ref in refs}, loads, cost=cost)
 
 

@@ -12,7 +12,7 @@ from loraserve.messages import Placement
 from loraserve.planner.placement.bins import fill_bins
 from loraserve.planner.placement.problem import POOL_FRACTION, PlanSettings
 from loraserve.testing.plans import Situation, copy, count_new, engines_by_version
-from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities
 
 COST = CostModel()
 # A token at rank 128 costs twice what it costs at rank 8, nearly.
@@ -24,7 +24,7 @@ def ranked(
 ) -> Situation:
     """Adapters of these ranks, a MiB each, all asked for as much: half of the tokens prefill."""
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
-    loads = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n in range(engines)]
+    loads = [engine_capabilities(f"e{n}", pool_bytes=pool_bytes) for n in range(engines)]
     demand = [asked_for(ref, rate / 2, rate / 2) for ref in refs]
     return Situation(demand, {ref.version: ref for ref in refs}, loads, cost=PADDED if lora == "padded" else COST)
 
@@ -52,10 +52,10 @@ def test_room_that_levelling_leaves_behind_is_used() -> None:
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(ranks)]
     demand = [asked_for(ref, rate) for ref, rate in zip(refs, rates, strict=True)]
     pools = [int(mib * MIB / POOL_FRACTION) + 1 for mib in (30, 20, 2, 16)]
-    engines = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n, pool_bytes in enumerate(pools)]
+    engines = [engine_capabilities(f"e{n}", pool_bytes=pool_bytes) for n, pool_bytes in enumerate(pools)]
     s = Situation(demand, {ref.version: ref for ref in refs}, engines, cost=CostModel(lora="padded"))
     placements = s.plan()
-    room = {e.engine: int(e.pool_total_bytes * POOL_FRACTION) for e in engines}
+    room = {e.engine: int(e.pool_bytes * POOL_FRACTION) for e in engines}
     for p in placements:
         room[p.engine] -= s.adapters[p.version].slab_bytes
     left_out = s.adapters.keys() - engines_by_version(placements).keys()

@@ -11,7 +11,7 @@ from loraserve.planner.placement.paper import operating_points, plan
 from loraserve.planner.placement.problem import PlanSettings, build_problem
 from loraserve.planner.placement.utilisation import predict_ttft_s
 from loraserve.testing.plans import plan_input
-from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities
 
 # Rank 100 costs a token twice what rank 0 would.
 PADDED = CostModel(
@@ -25,7 +25,7 @@ def placed(
 ) -> tuple[Placement, ...]:
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
     demand = [asked_for(ref, rate / 2, rate / 2) for ref, rate in zip(refs, rates, strict=True)]
-    loads = [engine_load(f"e{n}", pool_total_bytes=256 * MIB) for n in range(engines)]
+    loads = [engine_capabilities(f"e{n}", pool_bytes=256 * MIB) for n in range(engines)]
     return plan(plan_input(demand, refs, loads, PADDED, current))
 
 
@@ -40,7 +40,7 @@ def test_an_operating_point_is_what_just_keeps_the_slo_and_falls_with_rank() -> 
     refs = [adapter_ref(0, rank=8), adapter_ref(1, rank=100)]
     demand = [asked_for(ref, 10.0, 10.0) for ref in refs]
     settings = PlanSettings(slo_ttft_s=5.0)
-    problem = build_problem(plan_input(demand, refs, [engine_load()], PADDED, settings=settings))
+    problem = build_problem(plan_input(demand, refs, [engine_capabilities()], PADDED, settings=settings))
     points = operating_points(problem, (8, 100))
     assert points[8] > points[100] > 0
     for rank, tokens_per_s in points.items():
@@ -56,7 +56,7 @@ def test_a_tighter_slo_lowers_operating_points_down_to_a_floor() -> None:
     found = []
     for slo_s in (0.001, 3.0, 6.0):
         settings = PlanSettings(slo_ttft_s=slo_s)
-        problem = build_problem(plan_input(demand, [ref], [engine_load()], PADDED, settings=settings))
+        problem = build_problem(plan_input(demand, [ref], [engine_capabilities()], PADDED, settings=settings))
         found.append(operating_points(problem, (8,))[8])
     assert 0 < found[0] < found[1] < found[2]
 

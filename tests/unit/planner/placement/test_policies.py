@@ -15,7 +15,7 @@ from loraserve.messages import AdapterDemand, AdapterRef, Placement
 from loraserve.planner.placement.policies import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import POOL_FRACTION, PlanSettings
 from loraserve.testing.plans import Situation
-from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities
 
 COSTS = (CostModel(), CostModel(lora="padded"), CostModel(lora="padded", step_base_s=0.0, load_byte_s=0.0))
 SECONDS = [name for name in CostModel.__struct_fields__ if name.endswith("_s")]
@@ -28,7 +28,7 @@ def situations(draw: st.DrawFn, pools: tuple[int, ...] = (0, 2, 6, 16, 64), most
     refs = [adapter_ref(n, size, draw(st.sampled_from([1, 8, 64]))) for n, size in enumerate(sizes)]
     demand = [_demand(draw, ref) for ref in refs if draw(st.booleans())]
     sizes = draw(st.lists(st.sampled_from(pools), min_size=1, max_size=most))
-    engines = [engine_load(f"e{n}", pool_total_bytes=mib * MIB) for n, mib in enumerate(sizes)]
+    engines = [engine_capabilities(f"e{n}", pool_bytes=mib * MIB) for n, mib in enumerate(sizes)]
     names = st.sampled_from(["e0", "e1", "e2", "gone"])
     places = draw(st.sets(st.tuples(st.integers(0, len(refs) + 1), names), max_size=8))
     pins = draw(st.dictionaries(st.sampled_from([ref.name for ref in refs]), st.tuples(names), max_size=2))
@@ -120,7 +120,7 @@ def _crowded(seed: int) -> Situation:
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(rng.choices([8, 16, 32, 64, 128], k=30))]
     demand = [asked_for(ref, 30 * rng.random() / (n + 1), 100 * rng.random() / (n + 1)) for n, ref in enumerate(refs)]
     pool_bytes = int(sum(ref.slab_bytes for ref in refs) / 4 * 1.2 / POOL_FRACTION)
-    engines = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n in range(4)]
+    engines = [engine_capabilities(f"e{n}", pool_bytes=pool_bytes) for n in range(4)]
     current = tuple(Placement(version=r.version, name=r.name, engine=f"e{rng.randrange(4)}", share=1.0) for r in refs)
     return Situation(demand, {ref.version: ref for ref in refs}, engines, current, CostModel(lora="padded"))
 
@@ -144,7 +144,7 @@ def _turning(seed: int) -> Situation:
     ]
     spare = rng.choice([1.0, 1.2, 1.5, 2, 3])
     pool_bytes = int(sum(ref.slab_bytes for ref in refs) / engines * spare / POOL_FRACTION)
-    loads = [engine_load(f"e{n}", pool_total_bytes=pool_bytes) for n in range(engines)]
+    loads = [engine_capabilities(f"e{n}", pool_bytes=pool_bytes) for n in range(engines)]
     held = [(ref, f"e{e}") for ref in refs for e in rng.sample(range(engines), rng.randrange(3))]
     current = tuple(Placement(version=r.version, name=r.name, engine=e, share=1.0) for r, e in held)
     planned = PlanSettings(min_copies=rng.choice([1, 1, 2]))

@@ -9,7 +9,7 @@ from loraserve.cost import CostModel
 from loraserve.planner.placement.problem import CopyShares, Problem, build_problem
 from loraserve.planner.placement.utilisation import engine_work, mean_ttft_s, placed_fraction, predict_ttft_s
 from loraserve.testing.plans import plan_input
-from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_load
+from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities
 
 PADDED = CostModel(lora="padded", step_base_s=0.0, kv_token_s=0.0, prefill_token_s=0.001, sequence_s=0.01)
 
@@ -17,7 +17,7 @@ PADDED = CostModel(lora="padded", step_base_s=0.0, kv_token_s=0.0, prefill_token
 def problem(*ranks: int, cost: CostModel = PADDED, rate: float = 10.0) -> Problem:
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
     demand = [asked_for(ref, rate, rate) for ref in refs]
-    loads = [engine_load(f"e{n}") for n in range(2)]
+    loads = [engine_capabilities(f"e{n}") for n in range(2)]
     return build_problem(plan_input(demand, refs, loads, cost))
 
 

@@ -12,6 +12,8 @@ from loraserve.messages import (
     Admit,
     Admitted,
     ClusterLoad,
+    ClusterStatistics,
+    EngineCounters,
     EngineLoad,
     Failed,
     Ping,
@@ -36,9 +38,11 @@ class EngineClient:
         self._over: dict[str, str] = {}
         self.loads: dict[str, EngineLoad] = {}
         """Of engines that live, as they last reported."""
+        self.counters: dict[str, EngineCounters] = {}
 
     async def listen(self) -> None:
         self._bus.subscribe("monitor", "load")
+        self._bus.subscribe("monitor", "statistics")
         while True:
             match (await self._bus.receive()).message:
                 case TokenBatch(deltas=deltas):
@@ -51,6 +55,8 @@ class EngineClient:
                     self._over[request_id] = f"{code}: {message}"
                 case ClusterLoad(engines=engines):
                     self.loads = {seen.load.engine: seen.load for seen in engines if seen.alive}
+                case ClusterStatistics(engines=counters):
+                    self.counters = counters
 
     async def serving(self, name: str) -> Pong:
         """Any process, once it does."""
@@ -64,6 +70,7 @@ class EngineClient:
         """It serves, and the monitor has heard of this very one."""
         pong = await self.serving(engine)
         await until(lambda: engine in self.loads and self.loads[engine].incarnation == pong.incarnation)
+        await until(lambda: engine in self.counters)
 
     async def admit(self, engine: str, adapter: AdapterRef, prompt: tuple[int, ...], tokens: int) -> str:
         """The request's id; it runs."""
@@ -93,11 +100,11 @@ class EngineClient:
 
     async def known(self, engine: str, slab: Slab) -> None:
         """The monitor has heard that the engine has it."""
-        await until(lambda: any(each.version == slab.version for each in self.loads[engine].resident))
+        await until(lambda: any(each.version == slab.version for each in self.loads[engine].adapters.resident))
 
     def reads(self, engine: str, source: str) -> ReadCounts:
         """Of the engine's last report; it has one transport."""
-        found = [each for each in self.loads[engine].reads if each.source == source]
+        found = [each for each in self.counters[engine].reads if each.source == source]
         assert len(found) <= 1, found
         return found[0] if found else ReadCounts(source=source, transport="")
 
