@@ -37,7 +37,7 @@ class EngineWork(msgspec.Struct, frozen=True, eq=False):
         return np.divide(work, self.requests_per_s, out=np.zeros_like(work), where=self.requests_per_s > 0)
 
 
-def engine_work(problem: Problem, copies: CopyShares) -> "EngineWork":
+def engine_work(problem: Problem, copies: CopyShares) -> EngineWork:
     """Return what each engine has to do for its copies."""
     count, work, a = len(problem.engines), problem.work, copies.adapters
 
