@@ -9,7 +9,7 @@ from harness.report import Number, last_line, ratio, say, table
 from peers.forecasters import FORECASTERS, OURS
 
 from loraserve.errors import ConfigError
-from loraserve.monitor.forecast import Tracked
+from loraserve.monitor.forecast import TrackedForecast
 from loraserve.sim.traces import TraceRequest, read_trace
 
 STEP_S = 5.0
@@ -148,17 +148,19 @@ def score(series: Sequence[Sequence[float]], step_s: float, horizon_steps: int) 
     scores = {name: Score() for name in FORECASTERS}
     for name, make in FORECASTERS.items():
         for values in series:
-            _score_one(values, Tracked(make(step_s, horizon_steps), step_s, horizon_steps), horizon_steps, scores[name])
+            _score_one(
+                values, TrackedForecast(make(step_s, horizon_steps), step_s, horizon_steps), horizon_steps, scores[name]
+            )
     return scores
 
 
-def _score_one(values: Sequence[float], tracked: Tracked, horizon_steps: int, into: Score) -> None:
+def _score_one(values: Sequence[float], tracked: TrackedForecast, horizon_steps: int, into: Score) -> None:
     """Score one series. As in the monitor, the forecast is 0 until the first request."""
     begun = False
     for start in range(0, len(values) - horizon_steps + 1, horizon_steps):
         interval = values[start : start + horizon_steps]
         if start >= FIRST_COUNTED * horizon_steps:
-            into.add(tracked.forecaster.ahead(), tracked.std_tokens_per_s, sum(interval) / horizon_steps)
+            into.add(tracked.forecaster.forecast(), tracked.std_tokens_per_s, sum(interval) / horizon_steps)
         for value in interval:
             begun = begun or value > 0
             if begun:

@@ -1,4 +1,4 @@
-"""The monitor between engines that report and a router that listens, in virtual time."""
+"""The monitor with reporting engines and a listening router, in virtual time."""
 
 import asyncio
 import itertools
@@ -34,14 +34,14 @@ from loraserve.testing.peers import serving
 from loraserve.testing.reports import adapter_ref, engine_seen, engine_statistics, resident
 
 INTERVAL_S, DEAD_AFTER_S = 10.0, 1.5
-"""The interval is long, so that what is published at once can be told from what was due."""
+"""The interval is long, so that immediate publications can be told from regular ones."""
 REPORT_S = 0.25
 REPORTS_PER_STATISTICS = 4
 PIRATE = adapter_ref(1)
 
 
 class Stage:
-    """The monitor, engines that report evenly, and somebody who notes each picture and when it came."""
+    """The monitor, engines that report regularly, and a router that records each publication and its time."""
 
     def __init__(self, interval_s: float = INTERVAL_S) -> None:
         self.network = MemoryNetwork()
@@ -104,7 +104,7 @@ class Stage:
                 bus.send("monitor", capabilities)
 
     async def picture_after(self, now: float, timeout_s: float = 30.0) -> tuple[float, ClusterLoad]:
-        """The first picture that came later than this."""
+        """Return the first publication after this time."""
         async with asyncio.timeout(timeout_s):
             while True:
                 for at_s, picture in self.pictures:
@@ -127,7 +127,7 @@ def play(scenario: Callable[[Stage], Coroutine[Any, Any, None]], interval_s: flo
     run_virtual(main())
 
 
-def test_pictures_come_every_interval_and_are_numbered() -> None:
+def test_load_is_published_every_interval_and_numbered() -> None:
     async def scenario(stage: Stage) -> None:
         await asyncio.sleep(5.0)
         times = [at_s for at_s, _ in stage.pictures]
@@ -177,7 +177,7 @@ def test_an_engine_that_reports_is_never_declared_dead() -> None:
     play(scenario)
 
 
-def test_the_dead_are_published_at_once_when_they_are_back() -> None:
+def test_a_dead_engine_that_returns_is_published_at_once() -> None:
     async def scenario(stage: Stage) -> None:
         stage.start_engine("e0")
         await asyncio.sleep(1.0)
@@ -215,13 +215,13 @@ def test_ordinary_reports_wait_for_the_interval() -> None:
         await asyncio.sleep(1.0)
         seen = len(stage.pictures)
         await asyncio.sleep(20.0)
-        # The clock of a death may wake it, but only each time that the last report is that old.
+        # The timer of the next death also wakes it, once per DEAD_AFTER_S - REPORT_S at most.
         assert len(stage.pictures) - seen <= 20.0 / (DEAD_AFTER_S - REPORT_S) + 2
 
     play(scenario)
 
 
-def test_demand_is_named_by_the_registry() -> None:
+def test_demand_has_names_from_the_registry() -> None:
     async def scenario(stage: Stage) -> None:
         store = stage.network.bus("store", Ping)
         store.publish("registry", RegistryChanged(revision=1, adapters=(PIRATE,)))
@@ -236,7 +236,7 @@ def test_demand_is_named_by_the_registry() -> None:
     play(scenario, interval_s=0.5)
 
 
-def test_it_says_how_many_engines_live() -> None:
+def test_the_number_of_live_engines_is_reported() -> None:
     async def scenario(stage: Stage) -> None:
         for name in ("e0", "e1"):
             stage.start_engine(name)
@@ -250,7 +250,7 @@ def test_it_says_how_many_engines_live() -> None:
     play(scenario)
 
 
-def test_who_asks_for_a_copy_is_told_who_lives_and_has_it_and_everyone_hears_who_is_gone() -> None:
+def test_askers_get_live_holders_of_an_adapter_and_all_hear_of_dead_engines() -> None:
     async def scenario(stage: Stage) -> None:
         able = Abilities(protocol=1, host="h", neighbourhood="n", transports=("shm",), device="cpu")
         reader = stage.network.bus("engine-9", Ping | EngineGone)

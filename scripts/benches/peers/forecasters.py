@@ -16,7 +16,7 @@ class LastInterval(Forecaster):
     def observe(self, tokens_per_s: float) -> None:
         self._steps.append(tokens_per_s)
 
-    def ahead(self) -> float:
+    def forecast(self) -> float:
         return fmean(self._steps) if self._steps else 0.0
 
 
@@ -30,11 +30,11 @@ class MedianOfIntervals(Forecaster):
     def observe(self, tokens_per_s: float) -> None:
         self._last.observe(tokens_per_s)
 
-    def settle(self, tokens_per_s: float) -> None:
+    def learn(self, tokens_per_s: float) -> None:
         self._means.append(tokens_per_s)
 
-    def ahead(self) -> float:
-        return median(self._means) if self._means else self._last.ahead()
+    def forecast(self) -> float:
+        return median(self._means) if self._means else self._last.forecast()
 
 
 class BackToMean(Forecaster):
@@ -48,9 +48,9 @@ class BackToMean(Forecaster):
         self._short.observe(tokens_per_s)
         self._long.observe(tokens_per_s)
 
-    def ahead(self) -> float:
-        long = self._long.ahead()
-        return long + self._kept * (self._short.ahead() - long)
+    def forecast(self) -> float:
+        long = self._long.forecast()
+        return long + self._kept * (self._short.forecast() - long)
 
 
 OURS = "mixture"

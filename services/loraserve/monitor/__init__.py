@@ -1,1 +1,1 @@
-"""The monitor: engine load, demand per adapter, who is alive. It never decides."""
+"""The monitor: engine load, demand per adapter, and which engines are alive. It decides nothing."""

@@ -1,50 +1,48 @@
-"""Which engines hold which adapter, so that an engine that lacks it knows whom to read it from. Pure."""
+"""Index of adapter copies: tells an engine that lacks an adapter which engines to read it from. Pure."""
 
 from collections.abc import Iterable
 
 from loraserve.messages import EngineCapabilities, EngineLoad, Holder
 from loraserve.messages.transfer import Abilities
 
-MOST_HOLDERS = 8
-"""Named to one who asks: it tries the nearest few and then the store."""
+MAX_HOLDERS = 8
+"""Holders in one answer. The reader tries the nearest few and then the store."""
 
 
 class CopyIndex:
-    """By adapter version, the engines that had it in their last report: resident, or in their host cache."""
+    """By adapter version, the engines whose last report has it in the pool or in the host cache."""
 
     def __init__(self) -> None:
         self._held: dict[str, frozenset[str]] = {}
         self._holders: dict[str, dict[str, Holder]] = {}
 
     def report(self, load: EngineLoad, capabilities: EngineCapabilities) -> None:
-        """An engine's report, in place of its last one."""
-        by_version = _abilities(load, capabilities)
-        held = frozenset(version for version, abilities in by_version.items() if abilities is not None)
-        self._forget(load.engine, self._held.pop(load.engine, frozenset()) - held)
-        if held:
-            self._held[load.engine] = held
-        for version, abilities in by_version.items():
-            if abilities is not None:
-                holder = Holder(engine=load.engine, incarnation=load.incarnation, abilities=abilities)
-                self._holders.setdefault(version, {})[load.engine] = holder
+        """Replace what the engine last reported."""
+        readable = {version: able for version, able in _abilities(load, capabilities).items() if able is not None}
+        self._remove(load.engine, self._held.pop(load.engine, frozenset()) - readable.keys())
+        if readable:
+            self._held[load.engine] = frozenset(readable)
+        for version, abilities in readable.items():
+            holder = Holder(engine=load.engine, incarnation=load.incarnation, abilities=abilities)
+            self._holders.setdefault(version, {})[load.engine] = holder
 
     def drop(self, engine: str) -> None:
-        """It is dead, or lets nobody read from it."""
-        self._forget(engine, self._held.pop(engine, frozenset()))
+        """Remove an engine that is dead."""
+        self._remove(engine, self._held.pop(engine, frozenset()))
 
     def holders(self, version: str, asked_by: str) -> tuple[Holder, ...]:
-        """At most MOST_HOLDERS, without the one that asks. Which ones differs by who asks, so that readers spread."""
+        """Return at most MAX_HOLDERS holders other than the asker, different ones for each asker to spread reads."""
         others = [holder for name, holder in sorted(self._holders.get(version, {}).items()) if name != asked_by]
         first = sum(asked_by.encode()) % len(others) if others else 0
-        return tuple((others[first:] + others[:first])[:MOST_HOLDERS])
+        return tuple((others[first:] + others[:first])[:MAX_HOLDERS])
 
     def validate(self) -> None:
-        """Both ways of looking at it agree; raises AssertionError."""
+        """Check that both indexes agree; raises AssertionError."""
         pairs = {(version, engine) for engine, held in self._held.items() for version in held}
         assert pairs == {(version, engine) for version, found in self._holders.items() for engine in found}
         assert all(self._holders.values()), "a version without holders is kept"
 
-    def _forget(self, engine: str, versions: Iterable[str]) -> None:
+    def _remove(self, engine: str, versions: Iterable[str]) -> None:
         for version in versions:
             found = self._holders[version]
             del found[engine]
@@ -53,10 +51,12 @@ class CopyIndex:
 
 
 def _abilities(load: EngineLoad, capabilities: EngineCapabilities) -> dict[str, Abilities | None]:
-    """Where an adapter is in the pool and in the host cache, those of the pool if that can be read at all: as the
-    engine itself chooses."""
+    """Return by version how peers can read it; None if they cannot.
+
+    An adapter in both the pool and the host cache is read from the pool if peers can read that, as on the engine.
+    """
     abilities = capabilities.abilities
-    of_pool: dict[str, Abilities | None] = {adapter.version: abilities for adapter in load.adapters.resident}
-    of_cache: dict[str, Abilities | None] = dict.fromkeys(load.adapters.cached, capabilities.cache_abilities)
-    readable = abilities is not None and abilities.transports
-    return of_cache | of_pool if readable else of_pool | of_cache
+    in_pool: dict[str, Abilities | None] = {adapter.version: abilities for adapter in load.adapters.resident}
+    in_cache: dict[str, Abilities | None] = dict.fromkeys(load.adapters.cached, capabilities.cache_abilities)
+    pool_is_readable = abilities is not None and abilities.transports
+    return in_cache | in_pool if pool_is_readable else in_pool | in_cache

@@ -1,8 +1,10 @@
-"""Demand per adapter from the engines' counters: rates over a window, and what to expect next. Pure.
+"""Demand per adapter from the engines' token counters: rates over a window, and a forecast. Pure.
 
-Engines count tokens; differences between two reports of one incarnation are demand, and a restart begins from zero
-again. A version that is missing from a report is unchanged; under a new ``span`` it counts from zero. Sums are kept,
-not made anew: a report costs what it lists, and while a piece of the window lasts only what was reported is made again.
+Engines count tokens; the difference between two reports of one incarnation is demand. A restarted engine counts from
+zero. A version that a report does not list is unchanged; if it is listed under a new ``span``, it counts from zero.
+
+Sums over the window are updated, not recomputed, so that a report costs what it lists. AdapterDemand structs are kept
+until something in them changes.
 """
 
 from collections import deque
@@ -10,16 +12,16 @@ from collections import deque
 import msgspec
 
 from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineStatistics
-from loraserve.monitor.forecast import Mixture, Tracked
+from loraserve.monitor.forecast import Mixture, TrackedForecast
 
 SLOTS = 12
-"""A window is kept in this many pieces; a rate is exact to one piece of it."""
-FORGOTTEN_BELOW_TOKENS_PER_S = 0.01
-"""An adapter that is expected to do less, and did nothing in the window, is no longer spoken of."""
+"""Slots of the window; a rate is exact to one slot."""
+FORGET_BELOW_TOKENS_PER_S = 0.01
+"""Forecast below which an adapter without demand in the window is dropped."""
 
 
-class Rates(msgspec.Struct, frozen=True):
-    """Per second over the window."""
+class DemandRates(msgspec.Struct, frozen=True):
+    """Prefill tokens, decode tokens and requests per second over the window."""
 
     prefill_tokens: float = 0.0
     decode_tokens: float = 0.0
@@ -35,8 +37,8 @@ class _Slot(msgspec.Struct):
     counts: _Counts
 
 
-class _Reported(msgspec.Struct):
-    """What an engine said last, and the versions that its last report listed."""
+class _LastReport(msgspec.Struct):
+    """The counters of an engine as last reported, and the versions that its last report listed."""
 
     incarnation: str
     counters: dict[str, AdapterTokens]
@@ -44,79 +46,80 @@ class _Reported(msgspec.Struct):
 
 
 class DemandWindow:
-    """Sliding window over all engines. The version "" is the base model.
+    """A sliding window over all engines. The version "" is the base model.
 
-    ``horizon_s`` is how far ahead forecasts reach, the planner's interval; one piece of the window without it.
+    ``horizon_s`` is how far ahead forecasts reach: the planner's interval. Without it they reach one slot.
     """
 
     def __init__(self, window_s: float, horizon_s: float | None = None) -> None:
         self._slot_s = window_s / SLOTS
         self._window_s = window_s
         self._horizon_steps = max(1, round((horizon_s or 0.0) / self._slot_s))
-        self._began_s: float | None = None
+        self._first_report_s: float | None = None
         self._slots: deque[_Slot] = deque()
         self._totals: _Counts = {}
-        self._reported: dict[str, _Reported] = {}
-        self._forecasts: dict[str, Tracked] = {}
-        self._made: dict[str, AdapterDemand] = {}
-        self._made_for_s = 0.0
-        self._order: list[str] | None = None
+        self._reports: dict[str, _LastReport] = {}
+        self._forecasts: dict[str, TrackedForecast] = {}
+        self._cached: dict[str, AdapterDemand] = {}
+        self._cached_seconds = 0.0
+        self._versions: list[str] | None = None
+        """All versions in order; None when it has to be sorted again."""
 
     def report(self, statistics: EngineStatistics, now: float) -> None:
         """Count what an engine did since its last report."""
-        slot = self._slot(now)
-        counted = {tokens.version: tokens for tokens in statistics.adapter_tokens}
-        last = self._reported.get(statistics.engine)
+        slot = self._current_slot(now)
+        counters = {tokens.version: tokens for tokens in statistics.adapter_tokens}
+        last = self._reports.get(statistics.engine)
         if last is None:
-            # Of an engine heard for the first time it is not known when it counted what it has: no demand of now.
-            self._reported[statistics.engine] = _Reported(statistics.incarnation, counted, set(counted))
+            # When the counts of an engine's first report accumulated is unknown, so they are not current demand.
+            self._reports[statistics.engine] = _LastReport(statistics.incarnation, counters, set(counters))
             return
         if last.incarnation != statistics.incarnation:
-            last = self._reported[statistics.engine] = _Reported(statistics.incarnation, {}, set())
-        for version, tokens in counted.items():
+            last = self._reports[statistics.engine] = _LastReport(statistics.incarnation, {}, set())
+        for version, tokens in counters.items():
             before = last.counters.get(version)
-            # Engines go on reporting what they once served: that alone is no demand.
             if tokens != before:
-                self._count(slot, version, _added(tokens, before))
-        _remember(last, counted)
+                self._count(slot, version, _difference(tokens, before))
+        _update_counters(last, counters)
 
-    def rates(self, now: float) -> dict[str, Rates]:
-        """Per version over the window, or over the time since the first report where that is shorter."""
-        self._slot(now)
+    def rates(self, now: float) -> dict[str, DemandRates]:
+        """Return the rates by version, over the window or over the time since the first report if that is shorter."""
+        self._current_slot(now)
         seconds = self._seconds(now)
-        return {version: Rates(*(count / seconds for count in total)) for version, total in self._totals.items()}
+        return {version: DemandRates(*(count / seconds for count in total)) for version, total in self._totals.items()}
 
     def demand(self, now: float, adapters: dict[str, AdapterRef]) -> tuple[AdapterDemand, ...]:
-        """Demand and forecast of every adapter that has any, by version."""
-        self._slot(now)
+        """Return rates and forecasts of every adapter that has any, in order of versions."""
+        self._current_slot(now)
         seconds = self._seconds(now)
-        if seconds != self._made_for_s:
-            self._made, self._made_for_s = {}, seconds
-        if self._order is None:
-            self._order = sorted(self._totals.keys() | self._forecasts.keys())
-        return tuple([self._demand_of(version, adapters.get(version), seconds) for version in self._order])
+        if seconds != self._cached_seconds:
+            self._cached, self._cached_seconds = {}, seconds
+        if self._versions is None:
+            self._versions = sorted(self._totals.keys() | self._forecasts.keys())
+        return tuple([self._demand_of(version, adapters.get(version), seconds) for version in self._versions])
 
     def _demand_of(self, version: str, adapter: AdapterRef | None, seconds: float) -> AdapterDemand:
         name, rank = (adapter.name, adapter.rank) if adapter else ("", 0)
-        made = self._made.get(version)
-        if made is not None and made.name == name and made.rank == rank:
-            return made
+        cached = self._cached.get(version)
+        if cached is not None and cached.name == name and cached.rank == rank:
+            return cached
         prefill, decode, requests = self._totals.get(version, (0, 0, 0))
         tracked = self._forecasts.get(version)
-        made = self._made[version] = AdapterDemand(
+        demand = self._cached[version] = AdapterDemand(
             version=version,
             name=name,
             rank=rank,
             prefill_tokens_per_s=prefill / seconds,
             decode_tokens_per_s=decode / seconds,
             requests_per_s=requests / seconds,
-            forecast_tokens_per_s=tracked.ahead if tracked else 0.0,
+            forecast_tokens_per_s=tracked.tokens_per_s if tracked else 0.0,
             forecast_std_tokens_per_s=tracked.std_tokens_per_s if tracked else 0.0,
         )
-        return made
+        return demand
 
     def _seconds(self, now: float) -> float:
-        since_s = 0.0 if self._began_s is None else now - self._began_s
+        """Return the time that the totals are of."""
+        since_s = 0.0 if self._first_report_s is None else now - self._first_report_s
         return max(min(self._window_s, since_s), self._slot_s)
 
     def _count(self, slot: _Slot, version: str, added: tuple[int, int, int]) -> None:
@@ -124,7 +127,7 @@ class DemandWindow:
         if not (prefill or decode or requests):
             return
         if version not in self._totals and version not in self._forecasts:
-            self._order = None
+            self._versions = None
         for counts in (slot.counts, self._totals):
             count = counts.get(version)
             if count is None:
@@ -133,32 +136,33 @@ class DemandWindow:
                 count[0] += prefill
                 count[1] += decode
                 count[2] += requests
-        self._made.pop(version, None)
+        self._cached.pop(version, None)
 
-    def _slot(self, now: float) -> _Slot:
-        """The current piece of the window; closing a piece feeds the forecasts."""
-        if self._began_s is None:
-            self._began_s = now
+    def _current_slot(self, now: float) -> _Slot:
+        """Return the slot of this time, after closing all before it."""
+        if self._first_report_s is None:
+            self._first_report_s = now
         if not self._slots:
             self._slots.append(_Slot(now, {}))
         while now - self._slots[-1].start_s >= self._slot_s:
             self._close(self._slots[-1])
             self._slots.append(_Slot(self._slots[-1].start_s + self._slot_s, {}))
             if len(self._slots) > SLOTS:
-                self._leave(self._slots.popleft())
+                self._expire(self._slots.popleft())
         return self._slots[-1]
 
     def _close(self, slot: _Slot) -> None:
+        """Feed the forecasts with a complete slot."""
         for version in slot.counts.keys() - self._forecasts.keys():
             forecaster = Mixture(self._slot_s, self._horizon_steps)
-            self._forecasts[version] = Tracked(forecaster, self._slot_s, self._horizon_steps)
+            self._forecasts[version] = TrackedForecast(forecaster, self._slot_s, self._horizon_steps)
         for version, tracked in self._forecasts.items():
             prefill, decode, _ = slot.counts.get(version, (0, 0, 0))
             tracked.observe((prefill + decode) / self._slot_s)
-        self._made, self._order = {}, None
+        self._cached, self._versions = {}, None
 
-    def _leave(self, slot: _Slot) -> None:
-        """A piece is older than the window: nothing of it is in the sums any more, and who is idle may be forgotten."""
+    def _expire(self, slot: _Slot) -> None:
+        """Take a slot older than the window out of the sums, and drop adapters without demand and forecast."""
         for version, counts in slot.counts.items():
             total = self._totals[version]
             for index, count in enumerate(counts):
@@ -168,12 +172,12 @@ class DemandWindow:
         self._forecasts = {
             version: tracked
             for version, tracked in self._forecasts.items()
-            if version in self._totals or tracked.ahead >= FORGOTTEN_BELOW_TOKENS_PER_S
+            if version in self._totals or tracked.tokens_per_s >= FORGET_BELOW_TOKENS_PER_S
         }
 
 
-def _added(tokens: AdapterTokens, before: AdapterTokens | None) -> tuple[int, int, int]:
-    """What was done since; counters of another span began at zero."""
+def _difference(tokens: AdapterTokens, before: AdapterTokens | None) -> tuple[int, int, int]:
+    """Return what was counted since; counters of another span began at zero."""
     if before is None or before.span != tokens.span:
         return tokens.prefill_tokens, tokens.decode_tokens, tokens.requests
     return (
@@ -183,10 +187,10 @@ def _added(tokens: AdapterTokens, before: AdapterTokens | None) -> tuple[int, in
     )
 
 
-def _remember(last: _Reported, counted: dict[str, AdapterTokens]) -> None:
-    """What is no longer listed is unchanged; where spans are counted it comes again only under another one."""
-    for version in last.listed - counted.keys():
+def _update_counters(last: _LastReport, counters: dict[str, AdapterTokens]) -> None:
+    """Store the counters of a report, and drop those that can only come back under another span."""
+    for version in last.listed - counters.keys():
         if last.counters[version].span:
             del last.counters[version]
-    last.counters.update(counted)
-    last.listed = set(counted)
+    last.counters.update(counters)
+    last.listed = set(counters)

@@ -1,4 +1,7 @@
-"""The monitor process: reports in, one picture of the cluster out, several times a second; and who holds what."""
+"""The monitor process: collects the engines' reports and publishes the state of the whole cluster.
+
+It also tells engines which other engines hold an adapter, and which engines died.
+"""
 
 import asyncio
 import itertools
@@ -44,7 +47,7 @@ class MonitorService(Service):
         self._counters: dict[str, EngineCounters] = {}
         self._adapters: dict[str, AdapterRef] = {}
         self._alive: dict[str, str] = {}
-        """Incarnations, by engine."""
+        """Incarnations of the engines that were alive when last published, by engine."""
         self._sequence = itertools.count(1)
         self._changed = asyncio.Event()
         self._engines_alive = self.metrics.gauge("engines_alive", "Engines that reported lately")
@@ -53,7 +56,7 @@ class MonitorService(Service):
         self.bus.subscribe("store", "registry")
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        return [self._publish(), self._publish_statistics()]
+        return [self._publish_load(), self._publish_statistics()]
 
     def ready_detail(self) -> str:
         return f"{len(self._alive)} engines alive"
@@ -74,7 +77,7 @@ class MonitorService(Service):
                 self._adapters = {adapter.version: adapter for adapter in adapters}
 
     def _take_load(self, load: EngineLoad, sender: str) -> None:
-        """Take a report, or ask the engine for its capabilities if they are not known of this incarnation."""
+        """Take a report, or ask the engine for its capabilities if those of this incarnation are unknown."""
         capabilities = self._capabilities.get(load.engine)
         if capabilities is None or capabilities.incarnation != load.incarnation:
             self.bus.send(sender, AnnounceCapabilities())
@@ -84,20 +87,20 @@ class MonitorService(Service):
         if self._liveness.report(load, capabilities, now):
             self._changed.set()
 
-    async def _publish(self) -> None:
+    async def _publish_load(self) -> None:
         while True:
             now = self.clock.monotonic_s()
             engines = self._liveness.engines(now)
-            self._note_changes({seen.load.engine: seen.load.incarnation for seen in engines if seen.alive})
-            picture = ClusterLoad(
+            self._note_changes({seen.engine: seen.load.incarnation for seen in engines if seen.alive})
+            load = ClusterLoad(
                 incarnation=self.bus.incarnation,
                 sequence=next(self._sequence),
                 engines=engines,
                 demand=self._demand.demand(now, self._adapters),
             )
-            self.bus.publish("load", picture)
+            self.bus.publish("load", load)
             self._changed.clear()
-            await self._pause(now)
+            await self._wait_for_change(now)
 
     async def _publish_statistics(self) -> None:
         while True:
@@ -105,8 +108,8 @@ class MonitorService(Service):
             self.bus.publish("statistics", ClusterStatistics(engines=counters))
             await asyncio.sleep(self.config.engine.statistics_interval_s)
 
-    async def _pause(self, now: float) -> None:
-        """Until the interval is over, an engine changes, or the next one would be dead, whatever comes first."""
+    async def _wait_for_change(self, now: float) -> None:
+        """Wait until an engine changes or dies, for the publication interval at most."""
         death_s = self._liveness.next_death_s(now)
         interval_s = self.config.monitor.publish_interval_s
         wait_s = interval_s if death_s is None else min(interval_s, death_s + 0.001)
@@ -117,6 +120,7 @@ class MonitorService(Service):
             return
 
     def _note_changes(self, alive: dict[str, str]) -> None:
+        """Log engines that appeared or died, and tell engines which incarnations are gone."""
         for engine in alive.keys() - self._alive.keys():
             self.log.info("engine_alive", engine=engine)
         for engine in self._alive.keys() - alive.keys():

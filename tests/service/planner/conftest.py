@@ -1,4 +1,4 @@
-"""The planner among engines that answer from a script, in virtual time."""
+"""The planner with scripted engines, in virtual time."""
 
 import asyncio
 from collections.abc import Callable, Coroutine, Iterable
@@ -37,7 +37,7 @@ ADAPTERS = tuple(adapter_ref(n) for n in range(4))
 
 
 class Stage:
-    """The planner, two engines, a router that listens and an operator. ``diary`` has what happened, in order."""
+    """The planner, two scripted engines, a router and an operator. ``diary`` lists what happened, in order."""
 
     adapters = ADAPTERS
 
@@ -86,7 +86,7 @@ class Stage:
         await asyncio.sleep(0.01)
 
     async def sees(self, *loads: EngineSeen, asked: Iterable[AdapterRef] = ADAPTERS) -> None:
-        """A picture of both engines, with even demand for the adapters."""
+        """Publish reports of both engines, with equal demand for the adapters."""
         self.sequence += 1
         demand = [asked_for(adapter, 10.0) for adapter in asked]
         both = loads or tuple(engine_seen(name) for name in self.engines)
@@ -94,7 +94,7 @@ class Stage:
         await asyncio.sleep(0.01)
 
     def holding(self, plan: Plan) -> list[EngineSeen]:
-        """Reports of engines that hold what the plan says."""
+        """Return reports of engines that hold the copies of the plan."""
         refs = {adapter.version: adapter for adapter in ADAPTERS}
         held = {
             e: [resident(refs[p.version], pinned=True) for p in plan.placements if p.engine == e] for e in ("e0", "e1")
@@ -103,7 +103,7 @@ class Stage:
 
     @staticmethod
     def copies(plan: Plan) -> set[tuple[str, str]]:
-        """(engine, version) of all copies."""
+        """Return (engine, version) of all copies."""
         return {(p.engine, p.version) for p in plan.placements}
 
     async def rebalance(self, dry_run: bool = False) -> RebalanceDone:
@@ -118,7 +118,7 @@ Scenario = Callable[[Stage], Coroutine[Any, Any, None]]
 
 @pytest.fixture
 def play(tmp_path: Path) -> Callable[..., None]:
-    """Plays a scenario; playing again is a restart of everything but the disk."""
+    """Return a function that runs a scenario; a second run restarts everything but the disk."""
 
     def play(scenario: Scenario, informed: bool = True, **settings: Any) -> None:
         async def main() -> None:

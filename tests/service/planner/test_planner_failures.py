@@ -1,4 +1,4 @@
-"""What the planner does where engines, the disk or the registry fail it."""
+"""The planner when engines, the disk or the registry fail."""
 
 import asyncio
 from pathlib import Path
@@ -9,7 +9,7 @@ from loraserve.errors import PeerError
 from loraserve.messages import PreparePlan, RegistryChanged
 
 
-def test_a_copy_that_could_not_be_prepared_is_left_out_and_reported(play) -> None:
+def test_a_copy_that_cannot_be_prepared_is_left_out_and_reported(play) -> None:
     async def scenario(stage) -> None:
         wanted = stage.copies((await stage.rebalance(dry_run=True)).plan)
         lost = next(version for engine, version in sorted(wanted) if engine == "e0")
@@ -27,7 +27,7 @@ def test_a_copy_that_could_not_be_prepared_is_left_out_and_reported(play) -> Non
     play(scenario)
 
 
-def test_shares_of_the_copies_that_are_left_sum_to_one(play) -> None:
+def test_shares_of_the_remaining_copies_sum_to_one(play) -> None:
     async def scenario(stage) -> None:
         await stage.hears_registry(stage.adapters[:1])
         await stage.sees(asked=stage.adapters[:1])
@@ -39,7 +39,7 @@ def test_shares_of_the_copies_that_are_left_sum_to_one(play) -> None:
 
 
 @pytest.mark.parametrize("script", [lambda _: None, lambda _: PeerError("draining", "it drains")], ids=["silent", "no"])
-def test_an_engine_that_does_not_prepare_gets_no_copies_and_the_others_do(play, script) -> None:
+def test_an_engine_that_does_not_prepare_gets_no_copies_while_the_others_do(play, script) -> None:
     async def scenario(stage) -> None:
         stage.engines["e1"].script = script
         done = await stage.rebalance()
@@ -93,20 +93,20 @@ def test_a_full_disk_leaves_the_old_plan_and_the_planner_alive(play, tmp_path: P
     play(scenario)
 
 
-def test_it_plans_every_interval_also_after_one_that_failed(play, tmp_path: Path) -> None:
+def test_it_plans_every_interval_even_after_a_failure(play, tmp_path: Path) -> None:
     async def scenario(stage) -> None:
         (tmp_path / "planner").write_text("in the way")
         await asyncio.sleep(25.0)
         assert len(stage.engines["e0"].got(PreparePlan)) == 2
-        assert stage.plans == [], "there is nothing to tell routers, which may know more"
+        assert stage.plans == [], "without a plan nothing is published, since routers may have one"
         (tmp_path / "planner").unlink()
         await asyncio.sleep(10.0)
-        assert [plan.epoch for plan in stage.plans] == [3], "epochs that came to nothing are not used again"
+        assert [plan.epoch for plan in stage.plans] == [3], "epochs of failed roll-outs are not reused"
 
     play(scenario, interval_s=10.0)
 
 
-def test_an_adapter_that_is_unregistered_while_a_plan_begins_breaks_nothing(play) -> None:
+def test_an_adapter_may_be_unregistered_while_a_plan_begins(play) -> None:
     async def scenario(stage) -> None:
         asking = asyncio.create_task(stage.rebalance())
         await asyncio.sleep(0)

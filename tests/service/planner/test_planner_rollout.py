@@ -1,6 +1,4 @@
-"""A roll-out among engines that hold what they are told; planner, engine and router are killed in each phase of it."""
-
-# Long because the scripted cluster that dies in each phase is read beside what is seen of it.
+"""Roll-outs with engines that keep pins; the planner, an engine or the router is killed in each phase."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -40,18 +38,18 @@ from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, pictu
 ADAPTERS = tuple(adapter_ref(n) for n in range(4))
 ENGINES = ("engine-0", "engine-1")
 SOON_S = 12.0
-"""Until everybody is back and holds what the plan says; the planner's own interval is a hundred times longer."""
+"""Time until all processes are back and hold what the plan says; the planner's interval is much longer."""
 PHASES = {
     "prepare": lambda m: isinstance(m, PreparePlan) and bool(m.adapters),
     "prepared": lambda m: isinstance(m, Prepared),
     "publish": lambda m: isinstance(m, Plan) and m.drained == ("engine-0",),
     "retire": lambda m: isinstance(m, RetireCopies),
 }
-"""A roll-out's messages, in their order; that of the phase is lost with whoever dies."""
+"""The messages of a roll-out in order; the one of the phase is lost with the process that dies."""
 
 
 class Holder:
-    """An engine as the planner knows it: what it pins, for which epoch."""
+    """An engine reduced to what it pins and for which epoch."""
 
     def __init__(self, network: MemoryNetwork, name: str, incarnation: str) -> None:
         self.name, self.incarnation = name, incarnation
@@ -75,7 +73,7 @@ class Holder:
 
 
 class Cluster:
-    """Everybody but the gateway lives, dies and comes back; reports and the registry come by themselves."""
+    """All processes but the gateway, which can be killed and restarted. Reports are sent in the background."""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         self.config = Config(
@@ -120,7 +118,7 @@ class Cluster:
         self.tasks["planner"] = asyncio.create_task(self.planner.run())
 
     def start_router(self) -> None:
-        """A router knows nothing at first."""
+        """Start a router without a plan."""
         self.plan_at_router: Plan | None = None
         self.router = self.network.bus("router", ToRouter)
         self.router.subscribe("planner", "plan")
@@ -135,9 +133,9 @@ class Cluster:
                 self.check_held(plan)
 
     def check_held(self, plan: Plan) -> None:
-        """Make before break: what a router is told is there."""
+        """Check that engines hold all copies of a published plan (make-before-break)."""
         for engine, versions in versions_by_engine(plan.placements).items():
-            assert engine in self.dead or versions <= self.holders[engine].pins.keys(), f"{engine} has not got it all"
+            assert engine in self.dead or versions <= self.holders[engine].pins.keys(), f"{engine} lacks copies"
 
     def kill(self, name: str) -> None:
         if name in self.tasks:
@@ -166,7 +164,7 @@ class Cluster:
         await asyncio.sleep(0.5)
 
     def is_settled(self) -> bool:
-        """Every engine holds exactly what the plan at the router says, and that is the planner's."""
+        """Return whether every engine holds exactly the copies of the router's plan."""
         plan = self.plan_at_router
         if plan is None:
             return False
@@ -213,7 +211,7 @@ def play(tmp_path: Path) -> Callable[..., None]:
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("victim", ["planner", "engine-0", "engine-1", "router"])
-def test_whoever_dies_in_whichever_phase_the_last_complete_epoch_is_served(play, victim: str, phase: str) -> None:
+def test_the_last_complete_epoch_is_served_whoever_dies_in_any_phase(play, victim: str, phase: str) -> None:
     async def scenario(cluster: Cluster) -> None:
         first = (await cluster.ask(Rebalance())).plan
         assert versions_by_engine(first.placements).keys() == set(ENGINES)
@@ -223,7 +221,7 @@ def test_whoever_dies_in_whichever_phase_the_last_complete_epoch_is_served(play,
         await asyncio.sleep(0.4)
         served = cluster.plans[-1]
         assert served.epoch >= first.epoch
-        assert versions(served) == versions(first), "an adapter has no copy any more"
+        assert versions(served) == versions(first), "an adapter lost its last copy"
         if victim != "router":
             cluster.check_held(served)
         cluster.start(victim)
@@ -231,7 +229,7 @@ def test_whoever_dies_in_whichever_phase_the_last_complete_epoch_is_served(play,
         after = await cluster.settles()
         assert versions(after) == versions(first)
         assert after.epoch >= served.epoch
-        # What was begun is done, whoever died: the drain is on disk.
+        # The drain is on disk, so it is completed whoever died.
         async with asyncio.timeout(cluster.config.planner.prepare_timeout_s + SOON_S):
             while cluster.holders["engine-0"].pins or cluster.plans[-1].drained != ("engine-0",):  # noqa: ASYNC110
                 await asyncio.sleep(0.5)
@@ -242,7 +240,7 @@ def test_whoever_dies_in_whichever_phase_the_last_complete_epoch_is_served(play,
     play(scenario)
 
 
-def test_a_planner_that_lost_its_disk_goes_on_from_what_engines_hold(play, tmp_path: Path) -> None:
+def test_a_planner_that_lost_its_disk_continues_from_what_engines_hold(play, tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         for _ in range(2):
             await cluster.ask(Drain(engine="engine-0", on=True))
@@ -255,7 +253,7 @@ def test_a_planner_that_lost_its_disk_goes_on_from_what_engines_hold(play, tmp_p
         await cluster.until_ready()
         await asyncio.sleep(5.0)
         assert {name: set(holder.pins) for name, holder in cluster.holders.items()} == held
-        assert cluster.plan_at_router == first, "a plan of nothing is not told"
+        assert cluster.plan_at_router == first, "an empty plan is not published"
         done = await cluster.ask(Rebalance())
         assert (done.applied, done.moves) == (True, ()), "nothing has to move"
         assert done.plan.epoch > first.epoch
@@ -265,7 +263,7 @@ def test_a_planner_that_lost_its_disk_goes_on_from_what_engines_hold(play, tmp_p
     play(scenario)
 
 
-def test_what_a_restarted_engine_has_lost_is_asked_for_soon(play) -> None:
+def test_a_restarted_engine_soon_holds_its_copies_again(play) -> None:
     async def scenario(cluster: Cluster) -> None:
         plan = (await cluster.ask(Rebalance())).plan
         cluster.kill("engine-1")
@@ -279,8 +277,8 @@ def test_what_a_restarted_engine_has_lost_is_asked_for_soon(play) -> None:
     play(scenario)
 
 
-def test_a_monitor_that_has_just_started_loses_no_engine(play) -> None:
-    """Its first pictures name those only that have reported to it."""
+def test_a_restarted_monitor_does_not_make_the_planner_forget_engines(play) -> None:
+    """Its first publications name only the engines that have reported to it already."""
 
     async def scenario(cluster: Cluster) -> None:
         plan = (await cluster.ask(Rebalance())).plan
@@ -293,7 +291,7 @@ def test_a_monitor_that_has_just_started_loses_no_engine(play) -> None:
     play(scenario)
 
 
-def test_the_store_gone_while_a_plan_is_prepared_costs_only_what_could_not_be_loaded(play) -> None:
+def test_copies_that_the_lost_store_cannot_supply_stay_where_they_are(play) -> None:
     async def scenario(cluster: Cluster) -> None:
         cluster.registered = ADAPTERS[:2]
         await asyncio.sleep(0.5)
@@ -314,7 +312,7 @@ def test_the_store_gone_while_a_plan_is_prepared_costs_only_what_could_not_be_lo
         assert done.failed == tuple(f"engine-1: {gone}" for _ in new)
         assert done.plan.drained == ("engine-0",)
         assert versions_by_engine(done.plan.placements) == versions_by_engine(first.placements), (
-            "what could not move has stayed"
+            "copies that could not move stayed"
         )
         target.peer.script = script
         again = await cluster.ask(Rebalance())
@@ -324,7 +322,7 @@ def test_the_store_gone_while_a_plan_is_prepared_costs_only_what_could_not_be_lo
     play(scenario)
 
 
-def test_a_drained_engine_ends_empty_over_restarts_until_it_is_used_again(play) -> None:
+def test_a_drained_engine_stays_empty_over_restarts_until_it_is_used_again(play) -> None:
     async def scenario(cluster: Cluster) -> None:
         await cluster.ask(Rebalance())
         done = await cluster.ask(Drain(engine="engine-0", on=True))
@@ -346,7 +344,7 @@ def test_a_drained_engine_ends_empty_over_restarts_until_it_is_used_again(play) 
     play(scenario)
 
 
-def test_the_last_engine_that_is_drained_serves_on_and_that_is_said(play) -> None:
+def test_the_last_drained_engine_keeps_serving_and_the_answer_says_so(play) -> None:
     async def scenario(cluster: Cluster) -> None:
         await cluster.ask(Drain(engine="engine-0", on=True))
         done = await cluster.ask(Drain(engine="engine-1", on=True))
@@ -376,7 +374,7 @@ def test_a_drain_does_not_wait_for_a_plan_that_is_being_prepared(play) -> None:
     play(scenario)
 
 
-def test_an_unknown_engine_is_refused_and_those_there_are_named(play) -> None:
+def test_draining_an_unknown_engine_is_refused_and_names_the_known_ones(play) -> None:
     async def scenario(cluster: Cluster) -> None:
         with pytest.raises(PeerError, match=r"there is no engine engine-7; there are engine-0, engine-1") as refused:
             await cluster.ask(Drain(engine="engine-7", on=True))
@@ -385,7 +383,7 @@ def test_an_unknown_engine_is_refused_and_those_there_are_named(play) -> None:
     play(scenario)
 
 
-def test_a_drain_that_cannot_be_remembered_is_refused(play, tmp_path: Path) -> None:
+def test_a_drain_that_cannot_be_written_is_refused(play, tmp_path: Path) -> None:
     async def scenario(cluster: Cluster) -> None:
         (tmp_path / "planner").write_text("in the way")
         done = await cluster.ask(Drain(engine="engine-0", on=True))
@@ -397,7 +395,7 @@ def test_a_drain_that_cannot_be_remembered_is_refused(play, tmp_path: Path) -> N
     play(scenario)
 
 
-def test_a_pin_to_an_engine_that_does_not_exist_ends_the_planner_with_its_name(tmp_path: Path) -> None:
+def test_a_pin_to_an_engine_that_does_not_exist_stops_the_planner_and_is_named(tmp_path: Path) -> None:
     async def main() -> None:
         config = Config(
             cluster=ClusterConfig(data_dir=str(tmp_path), engines=2),
@@ -410,7 +408,7 @@ def test_a_pin_to_an_engine_that_does_not_exist_ends_the_planner_with_its_name(t
     run_virtual(main())
 
 
-def test_a_pin_of_an_adapter_that_is_not_there_yet_is_told_once(play, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pin_of_an_unregistered_adapter_is_logged_once(play, capsys: pytest.CaptureFixture[str]) -> None:
     async def scenario(cluster: Cluster) -> None:
         await asyncio.sleep(5.0)
         assert (await cluster.ask(Rebalance())).applied

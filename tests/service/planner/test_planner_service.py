@@ -1,4 +1,4 @@
-"""What the planner prepares, publishes, retires and keeps."""
+"""What the planner prepares, publishes, retires and stores."""
 
 import asyncio
 from pathlib import Path
@@ -9,7 +9,7 @@ from loraserve.testing.clock import START_UNIX_S
 from loraserve.testing.reports import engine_seen
 
 
-def test_a_plan_is_prepared_then_published_then_the_rest_retired(play) -> None:
+def test_a_plan_is_prepared_then_published_then_old_copies_retired(play) -> None:
     async def scenario(stage) -> None:
         for engine in stage.engines.values():
             engine.delay_s = 3.0
@@ -29,7 +29,7 @@ def test_a_plan_is_prepared_then_published_then_the_rest_retired(play) -> None:
     play(scenario)
 
 
-def test_a_dry_run_changes_nothing_and_says_what_would_be(play, tmp_path: Path) -> None:
+def test_a_dry_run_answers_the_plan_and_changes_nothing(play, tmp_path: Path) -> None:
     async def scenario(stage) -> None:
         before = await stage.plan()
         stage.diary.clear()
@@ -46,7 +46,7 @@ def test_a_dry_run_changes_nothing_and_says_what_would_be(play, tmp_path: Path) 
     play(scenario)
 
 
-def test_without_an_engine_a_rebalance_says_so(play) -> None:
+def test_a_rebalance_without_a_ready_engine_says_so(play) -> None:
     async def scenario(stage) -> None:
         await stage.hears_registry()
         for loads in ((), (engine_seen("e0", state="STARTING"),)):
@@ -59,7 +59,7 @@ def test_without_an_engine_a_rebalance_says_so(play) -> None:
     play(scenario, informed=False)
 
 
-def test_a_plan_that_is_right_stays_as_it_is(play) -> None:
+def test_a_plan_that_is_right_stays(play) -> None:
     async def scenario(stage) -> None:
         first = await stage.rebalance()
         await stage.sees(*stage.holding(first.plan))
@@ -72,7 +72,7 @@ def test_a_plan_that_is_right_stays_as_it_is(play) -> None:
     play(scenario)
 
 
-def test_what_a_restarted_engine_has_lost_is_asked_for_again(play) -> None:
+def test_a_restarted_engine_is_asked_for_its_copies_again(play) -> None:
     async def scenario(stage) -> None:
         first = await stage.rebalance()
         e0, _ = stage.holding(first.plan)
@@ -83,12 +83,12 @@ def test_what_a_restarted_engine_has_lost_is_asked_for_again(play) -> None:
         await asyncio.sleep(RETRY_S)
         again = await stage.rebalance()
         assert (again.applied, again.moves) == (True, ())
-        assert ("prepare", "e1", lost) in stage.diary[1:], "it had not heard"
+        assert ("prepare", "e1", lost) in stage.diary[1:], "the request was repeated"
 
     play(scenario)
 
 
-def test_a_plan_survives_a_restart_and_epochs_go_on(play) -> None:
+def test_a_plan_survives_a_restart_and_epochs_continue(play) -> None:
     kept: list[Plan] = []
 
     async def before(stage) -> None:
@@ -106,20 +106,20 @@ def test_a_plan_survives_a_restart_and_epochs_go_on(play) -> None:
     play(after, informed=False)
 
 
-def test_two_rebalances_at_once_are_one_after_the_other(play) -> None:
+def test_two_rebalances_at_once_run_one_after_the_other(play) -> None:
     async def scenario(stage) -> None:
         for engine in stage.engines.values():
             engine.delay_s = 2.0
         stage.diary.clear()
         first, second = await asyncio.gather(stage.rebalance(), stage.rebalance())
         assert [first.applied, second.applied] == [True, False]
-        assert second.message == "the plan is right as it is", "it was made after the first was in force"
+        assert second.message == "the plan is right as it is", "it was planned after the first was in force"
         assert [what for what, _, _ in stage.diary] == ["prepare", "prepare", "publish", "retire", "retire"]
 
     play(scenario)
 
 
-def test_late_subscribers_learn_the_plan_soon(play) -> None:
+def test_late_subscribers_get_the_plan_soon(play) -> None:
     async def scenario(stage) -> None:
         done = await stage.rebalance()
         late = stage.network.bus("router-2", ToRouter)

@@ -1,4 +1,4 @@
-"""The planner answers messages while it plans and while it writes to disk. In real time, as threads have no other."""
+"""The planner answers messages while it plans and while it writes to disk. These tests run in real time."""
 
 import asyncio
 import threading
@@ -39,12 +39,12 @@ from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, pictu
 ADAPTERS = tuple(adapter_ref(n) for n in range(4))
 ENGINES = ("engine-0", "engine-1")
 ANSWER_S = 0.25
-"""Within which a message is answered, on a busy machine too."""
+"""Time for an answer, on a busy machine too."""
 LATEST_S = 20.0
 
 
 class Gate:
-    """Holds a thread until the test opens it."""
+    """Stops a thread until the test opens it."""
 
     def __init__(self) -> None:
         self.entered = threading.Event()
@@ -57,7 +57,7 @@ class Gate:
     async def wait_entered(self) -> None:
         deadline = time.monotonic() + LATEST_S
         while not self.entered.is_set():
-            assert time.monotonic() < deadline, "nobody came to the gate"
+            assert time.monotonic() < deadline, "no thread reached the gate"
             await asyncio.sleep(0.005)
 
 
@@ -125,7 +125,7 @@ class Cluster:
         return await self.operator.request("planner", message, RebalanceDone, LATEST_S)
 
     async def check_responsive(self) -> None:
-        """Fails where a question is not answered at once or a report is not taken."""
+        """Check that requests are answered at once while reports arrive."""
         for sequence in range(2, 6):
             await self.report(sequence)
             assert await self.operator.request("planner", Ping(), Pong, ANSWER_S)

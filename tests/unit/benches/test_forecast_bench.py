@@ -66,8 +66,8 @@ def test_the_simple_forecasters_do_what_their_names_say(forecaster: LastInterval
     for first, second in ((10.0, 20.0), (20.0, 30.0), (30.0, 40.0)):
         forecaster.observe(first)
         forecaster.observe(second)
-        forecaster.settle((first + second) / 2)
-    assert forecaster.ahead() == pytest.approx(expected)
+        forecaster.learn((first + second) / 2)
+    assert forecaster.forecast() == pytest.approx(expected)
 
 
 def test_it_ends_in_the_usual_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

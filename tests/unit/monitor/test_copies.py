@@ -1,4 +1,4 @@
-"""Who is named to an engine that lacks an adapter."""
+"""Which holders are named to an engine that lacks an adapter."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from loraserve.messages import EngineCapabilities, EngineLoad
 from loraserve.messages.transfer import Abilities
-from loraserve.monitor.copies import MOST_HOLDERS, CopyIndex
+from loraserve.monitor.copies import MAX_HOLDERS, CopyIndex
 from loraserve.testing.reports import adapter_ref, engine_seen, resident
 
 ABLE = Abilities(protocol=1, host="h", neighbourhood="n", transports=("shm",), device="cpu")
@@ -27,7 +27,7 @@ def names_of(index: CopyIndex, number: int, asked_by: str = "engine-9") -> list[
     return [holder.engine for holder in index.holders(f"v{number}", asked_by)]
 
 
-def test_holders_are_named_in_their_last_life_and_nobody_to_itself() -> None:
+def test_holders_are_named_with_their_last_incarnation_and_never_to_themselves() -> None:
     index = CopyIndex()
     index.report(*holding("engine-0", 1, 2))
     index.report(*holding("engine-1", 2))
@@ -37,16 +37,16 @@ def test_holders_are_named_in_their_last_life_and_nobody_to_itself() -> None:
     assert [h.incarnation for h in index.holders("v2", "engine-1")] == ["i2"]
 
 
-def test_of_many_some_are_named_and_not_the_same_to_everyone() -> None:
+def test_only_some_of_many_holders_are_named_and_different_ones_to_each_asker() -> None:
     index = CopyIndex()
-    for number in range(4 * MOST_HOLDERS):
+    for number in range(4 * MAX_HOLDERS):
         index.report(*holding(f"engine-{number}", 1))
-    told = [tuple(names_of(index, 1, f"engine-{number}")) for number in range(4 * MOST_HOLDERS)]
-    assert {len(each) for each in told} == {MOST_HOLDERS}
-    assert len(set(told)) > MOST_HOLDERS
+    told = [tuple(names_of(index, 1, f"engine-{number}")) for number in range(4 * MAX_HOLDERS)]
+    assert {len(each) for each in told} == {MAX_HOLDERS}
+    assert len(set(told)) > MAX_HOLDERS
 
 
-def test_what_is_cached_is_held_too_and_read_as_a_host_cache_is() -> None:
+def test_cached_adapters_are_held_too_with_the_abilities_of_the_cache() -> None:
     by_ipc = msgspec.structs.replace(ABLE, transports=("cuda_ipc",), device="cuda")
     index = CopyIndex()
     index.report(*holding("engine-0", 1, 2, abilities=by_ipc, cached=("v2", "v3"), cache_abilities=ABLE))
@@ -56,7 +56,7 @@ def test_what_is_cached_is_held_too_and_read_as_a_host_cache_is() -> None:
     assert names_of(index, 3) == []
 
 
-def test_a_cache_is_read_where_the_pool_cannot_be() -> None:
+def test_the_cache_is_read_if_the_pool_cannot_be() -> None:
     index = CopyIndex()
     for abilities in (None, msgspec.structs.replace(ABLE, transports=())):
         index.report(*holding("engine-0", 1, abilities=abilities, cached=("v1",), cache_abilities=ABLE))
@@ -81,7 +81,7 @@ class IndexMachine(RuleBasedStateMachine):
         self.truth[engine] = set()
 
     @invariant()
-    def tells_the_truth(self) -> None:
+    def the_index_matches_the_reports(self) -> None:
         self.index.validate()
         for number in range(6):
             assert set(names_of(self.index, number)) == {e for e, held in self.truth.items() if number in held}

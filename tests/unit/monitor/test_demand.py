@@ -1,11 +1,11 @@
-"""Demand from counters: rates over a window, restarts, what is expected next."""
+"""Demand from token counters: rates over a window, restarts and forecasts."""
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineStatistics
-from loraserve.monitor.demand import SLOTS, DemandWindow, Rates
+from loraserve.monitor.demand import SLOTS, DemandRates, DemandWindow
 from loraserve.testing.reports import adapter_ref, engine_statistics
 
 WINDOW_S = 60.0
@@ -17,7 +17,7 @@ V = PIRATE.version
 def counted(
     prefill: int, decode: int = 0, requests: int = 0, engine: str = "e0", incarnation: str = "i1", version: str = V
 ) -> EngineStatistics:
-    """A report whose counters for one version stand at this."""
+    """Return a report with these counters for one version."""
     tokens = AdapterTokens(version=version, prefill_tokens=prefill, decode_tokens=decode, requests=requests)
     return engine_statistics(engine, incarnation=incarnation, adapter_tokens=(tokens,))
 
@@ -44,7 +44,7 @@ class Steady:
         return demand.forecast_tokens_per_s if demand else 0.0
 
 
-def test_nothing_reported_is_no_demand() -> None:
+def test_without_reports_there_is_no_demand() -> None:
     window = DemandWindow(WINDOW_S)
     assert window.rates(10.0) == {}
     assert window.demand(10.0, {V: PIRATE}) == ()
@@ -54,17 +54,17 @@ def test_rates_are_differences_over_time() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(counted(0), 0.0)
     window.report(counted(300, 600, 30), 20.0)
-    assert window.rates(30.0) == {V: Rates(prefill_tokens=10.0, decode_tokens=20.0, requests=1.0)}
+    assert window.rates(30.0) == {V: DemandRates(prefill_tokens=10.0, decode_tokens=20.0, requests=1.0)}
 
 
-def test_what_was_counted_before_the_monitor_began_is_no_demand_of_now() -> None:
+def test_counts_from_before_the_monitor_started_are_no_demand() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(counted(1_000_000, 1_000_000, 1000), 0.0)
     window.report(counted(1_000_100, 1_000_000, 1000), 10.0)
-    assert window.rates(10.0)[V] == Rates(prefill_tokens=10.0)
+    assert window.rates(10.0)[V] == DemandRates(prefill_tokens=10.0)
 
 
-def test_an_adapter_that_is_new_at_an_engine_counts_from_zero() -> None:
+def test_an_adapter_that_is_new_on_an_engine_counts_from_zero() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(engine_statistics("e0"), 0.0)
     window.report(counted(100), 10.0)
@@ -79,7 +79,7 @@ def test_a_restarted_engine_counts_from_zero_again() -> None:
     assert window.rates(10.0)[V].prefill_tokens == pytest.approx(20.0)
 
 
-def test_engines_and_versions_are_added_up_apart() -> None:
+def test_versions_are_summed_separately_over_engines() -> None:
     window = DemandWindow(WINDOW_S)
     for total, now in ((0, 0.0), (100, 10.0)):
         window.report(counted(total, engine="e0"), now)
@@ -88,29 +88,29 @@ def test_engines_and_versions_are_added_up_apart() -> None:
     assert {v: r.prefill_tokens for v, r in window.rates(10.0).items()} == {V: 30.0, "": 50.0}
 
 
-def test_one_burst_in_the_first_moment_is_not_taken_for_a_rate_per_moment() -> None:
+def test_a_burst_in_the_first_moment_is_averaged_over_a_slot() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(counted(0), 0.0)
     window.report(counted(100), 0.01)
     assert window.rates(0.01)[V].prefill_tokens == pytest.approx(100 / SLOT_S)
 
 
-def test_demand_older_than_the_window_is_gone() -> None:
+def test_demand_older_than_the_window_expires() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(counted(0), 0.0)
     window.report(counted(6000), 1.0)
     assert window.rates(WINDOW_S - SLOT_S)[V].prefill_tokens > 0
-    assert window.rates(WINDOW_S + SLOT_S).get(V, Rates()) == Rates()
+    assert window.rates(WINDOW_S + SLOT_S).get(V, DemandRates()) == DemandRates()
 
 
-def test_a_steady_stream_is_seen_at_its_rate_and_expected_to_go_on() -> None:
+def test_steady_demand_is_measured_and_forecast_at_its_rate() -> None:
     steady = Steady("e0", "e1")
     steady.run(300, tokens_per_s=50)
     assert steady.window.rates(steady.now)[V].prefill_tokens == pytest.approx(100.0, rel=1 / SLOTS)
     assert steady.forecast == pytest.approx(100.0, rel=0.05)
 
 
-def test_growing_demand_is_expected_to_grow() -> None:
+def test_the_forecast_of_growing_demand_grows() -> None:
     steady = Steady("e0")
     for rate in range(0, 200, 10):
         steady.run(int(SLOT_S), rate)
@@ -119,7 +119,7 @@ def test_growing_demand_is_expected_to_grow() -> None:
     assert steady.forecast == pytest.approx(200.0, rel=0.05)
 
 
-def test_demand_that_ended_is_expected_less_and_less_and_then_forgotten() -> None:
+def test_the_forecast_of_ended_demand_falls_and_is_then_forgotten() -> None:
     steady = Steady("e0")
     steady.run(120, tokens_per_s=100)
     expected = [steady.forecast]
@@ -132,13 +132,13 @@ def test_demand_that_ended_is_expected_less_and_less_and_then_forgotten() -> Non
     assert steady.window.demand(steady.now, {V: PIRATE}) == ()
 
 
-def test_a_silent_cluster_forgets_too() -> None:
+def test_demand_is_forgotten_without_reports_too() -> None:
     steady = Steady("e0")
     steady.run(120, tokens_per_s=100)
     assert steady.window.demand(steady.now + 3600.0, {V: PIRATE}) == ()
 
 
-def test_demand_names_what_is_registered_and_keeps_what_is_not() -> None:
+def test_demand_has_the_names_of_registered_adapters_and_includes_others() -> None:
     window = DemandWindow(WINDOW_S)
     for total, now in ((0, 0.0), (100, 10.0)):
         window.report(counted(total), now)
@@ -155,7 +155,7 @@ def test_demand_names_what_is_registered_and_keeps_what_is_not() -> None:
         max_size=40,
     )
 )
-def test_within_a_window_no_token_is_lost_or_counted_twice(steps: list[tuple[float, str, int, bool]]) -> None:
+def test_no_token_in_the_window_is_lost_or_counted_twice(steps: list[tuple[float, str, int, bool]]) -> None:
     window, now, done = DemandWindow(WINDOW_S), 0.0, [(0.0, 0)]
     totals, incarnations = {"e0": 0, "e1": 0}, {"e0": 0, "e1": 0}
     for engine in totals:
@@ -168,7 +168,7 @@ def test_within_a_window_no_token_is_lost_or_counted_twice(steps: list[tuple[flo
         totals[engine] += tokens
         done.append((now, tokens))
         window.report(counted(totals[engine], engine=engine, incarnation=f"i{incarnations[engine]}"), now)
-    rate = window.rates(now).get(V, Rates())
+    rate = window.rates(now).get(V, DemandRates())
     seconds = max(min(WINDOW_S, now), SLOT_S)
     surely = sum(tokens for at_s, tokens in done if at_s > now - WINDOW_S + SLOT_S)
     at_most = sum(tokens for at_s, tokens in done if at_s >= now - WINDOW_S - 1e-6)
@@ -176,13 +176,15 @@ def test_within_a_window_no_token_is_lost_or_counted_twice(steps: list[tuple[flo
     assert all(d.forecast_tokens_per_s >= 0 for d in window.demand(now, {}))
 
 
-def told(window: DemandWindow, now: float, adapters: dict[str, AdapterRef] | None = None) -> dict[str, AdapterDemand]:
+def demand_by_version(
+    window: DemandWindow, now: float, adapters: dict[str, AdapterRef] | None = None
+) -> dict[str, AdapterDemand]:
     return {demand.version: demand for demand in window.demand(now, adapters or {})}
 
 
 @settings(max_examples=60, deadline=None)
 @given(steps=st.lists(st.tuples(st.floats(0.0, 20.0), st.sampled_from("abc"), st.integers(0, 1000)), max_size=60))
-def test_what_is_kept_is_what_would_be_made_anew(steps: list[tuple[float, str, int]]) -> None:
+def test_updated_sums_equal_recomputed_ones(steps: list[tuple[float, str, int]]) -> None:
     window, now, totals = DemandWindow(WINDOW_S, 30.0), 0.0, dict.fromkeys("abc", 0)
     window.report(engine_statistics("e0"), now)
     adapters = {"a": adapter_ref(1)}
@@ -195,7 +197,7 @@ def test_what_is_kept_is_what_would_be_made_anew(steps: list[tuple[float, str, i
         rates = window.rates(now)
         assert rates.keys() <= {demand.version for demand in demands}
         for demand in demands:
-            rate = rates.get(demand.version, Rates())
+            rate = rates.get(demand.version, DemandRates())
             assert (demand.prefill_tokens_per_s, demand.decode_tokens_per_s) == (
                 rate.prefill_tokens,
                 rate.decode_tokens,
@@ -205,27 +207,27 @@ def test_what_is_kept_is_what_would_be_made_anew(steps: list[tuple[float, str, i
     assert window.demand(now + 3 * 3600.0, adapters) == ()
 
 
-def test_an_adapter_that_is_registered_later_is_named_from_then_on() -> None:
+def test_an_adapter_that_is_registered_later_gets_its_name() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(counted(0), 0.0)
     window.report(counted(6000), 2 * WINDOW_S)
-    assert told(window, 2 * WINDOW_S)[V].name == ""
-    assert told(window, 2 * WINDOW_S, {V: PIRATE})[V].name == PIRATE.name
+    assert demand_by_version(window, 2 * WINDOW_S)[V].name == ""
+    assert demand_by_version(window, 2 * WINDOW_S, {V: PIRATE})[V].name == PIRATE.name
 
 
-def test_demand_that_did_not_change_is_not_made_again() -> None:
+def test_unchanged_demand_is_not_rebuilt() -> None:
     window = DemandWindow(WINDOW_S)
     for now in (0.0, 2 * WINDOW_S):
         for version in ("a", "b"):
             window.report(counted(int(now), engine=version, version=version), now)
-    before = told(window, 2 * WINDOW_S)
+    before = demand_by_version(window, 2 * WINDOW_S)
     window.report(counted(500, engine="a", version="a"), 2 * WINDOW_S + 1)
-    after = told(window, 2 * WINDOW_S + 1)
+    after = demand_by_version(window, 2 * WINDOW_S + 1)
     assert after["b"] is before["b"]
     assert after["a"].prefill_tokens_per_s > before["a"].prefill_tokens_per_s
 
 
-def test_the_forecast_reaches_over_the_planners_interval() -> None:
+def test_the_forecast_is_of_the_planners_interval() -> None:
     near, far = Steady("e0"), Steady("e0")
     far.window = DemandWindow(WINDOW_S, horizon_s=60.0)
     for steady in (near, far):
@@ -235,14 +237,14 @@ def test_the_forecast_reaches_over_the_planners_interval() -> None:
     assert far.forecast == pytest.approx(600.0 + 10 * (SLOTS - 1) / 2, rel=0.03)
 
 
-def test_the_std_is_what_forecasts_were_off_by() -> None:
+def test_the_std_is_the_error_of_forecasts() -> None:
     steady = Steady("e0")
     steady.run(300, tokens_per_s=100)
-    calm = told(steady.window, steady.now)[V].forecast_std_tokens_per_s
+    calm = demand_by_version(steady.window, steady.now)[V].forecast_std_tokens_per_s
     for rate in (0, 200) * 20:
         steady.run(int(SLOT_S), rate)
-    shaken = told(steady.window, steady.now)[V].forecast_std_tokens_per_s
-    # A report's tokens fall into the piece in which it comes: a fifth of each piece is its neighbour's, so that 100 are
-    # expected and 40 or 160 seen, in 40 of 100 pieces.
+    shaken = demand_by_version(steady.window, steady.now)[V].forecast_std_tokens_per_s
+    # A report's tokens count in the slot in which it arrives, so a fifth of each slot belongs to its neighbour: 100 are
+    # forecast and 40 or 160 measured, in 40 of 100 slots.
     assert calm < 5
     assert shaken == pytest.approx(60 * 0.4**0.5, rel=0.1)

@@ -1,4 +1,4 @@
-"""What engines list and what the window makes of it: forgotten versions, new spans, restarts, lost reports."""
+"""The demand window with partial reports: versions not listed, new spans, restarts and lost reports."""
 
 from collections import Counter
 from random import Random
@@ -17,7 +17,7 @@ SLOT_S = WINDOW_S / SLOTS
 
 
 def listed(now_s: float, incarnation: str = "i1", **tokens: tuple[int, int]) -> tuple[EngineStatistics, float]:
-    """A report that lists versions as (prefill tokens, span)."""
+    """Return a report that lists versions as (prefill tokens, span)."""
     counted = (AdapterTokens(version=v, prefill_tokens=n, decode_tokens=0, span=s) for v, (n, s) in tokens.items())
     return engine_statistics("e0", incarnation=incarnation, adapter_tokens=tuple(counted)), now_s
 
@@ -36,22 +36,22 @@ def test_a_version_in_a_new_span_counts_from_zero() -> None:
     assert window.rates(10.0)["a"].prefill_tokens == pytest.approx(15.0)
 
 
-def test_a_new_span_is_known_even_where_the_reports_between_were_lost() -> None:
+def test_a_new_span_is_noticed_even_if_the_reports_between_were_lost() -> None:
     window = DemandWindow(WINDOW_S)
     for report in (listed(0.0, a=(100, 1)), listed(10.0, a=(150, 2))):
         window.report(*report)
     assert window.rates(10.0)["a"].prefill_tokens == pytest.approx(15.0)
 
 
-def test_a_new_monitor_takes_no_old_count_for_demand_of_now() -> None:
+def test_a_new_monitor_does_not_count_old_tokens_as_demand() -> None:
     window = DemandWindow(WINDOW_S)
-    # The engine lists what was active lately; the others it has forgotten.
+    # The engine lists adapters that were active lately and has forgotten the others.
     for report in (listed(0.0, a=(10**6, 1)), listed(5.0, a=(10**6, 1), b=(30, 9)), listed(10.0, b=(50, 9))):
         window.report(*report)
     assert {v: r.prefill_tokens for v, r in window.rates(10.0).items()} == {"b": 5.0}
 
 
-def test_a_restarted_engine_numbers_its_spans_anew() -> None:
+def test_a_restarted_engine_starts_its_spans_again() -> None:
     window = DemandWindow(WINDOW_S)
     for report in (listed(0.0, a=(100, 1)), listed(1.0), listed(10.0, "i2", a=(150, 1))):
         window.report(*report)
@@ -65,7 +65,7 @@ def test_a_restarted_engine_numbers_its_spans_anew() -> None:
     ),
     random=st.randoms(use_true_random=False),
 )
-def test_with_lost_reports_and_forgotten_versions_every_token_is_counted_once(
+def test_every_token_is_counted_once_despite_lost_reports_and_forgotten_versions(
     work: list[tuple[str, int, int, bool]], random: Random
 ) -> None:
     window, counts, done = DemandWindow(WINDOW_S), TokenCounts(), Counter[str]()

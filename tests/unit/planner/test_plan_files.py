@@ -1,4 +1,4 @@
-"""The plan on disk: whatever happens to the process or the disk, it is one plan or the other."""
+"""The plan on disk is complete whatever happens to the process or the disk."""
 
 import resource
 import subprocess
@@ -35,7 +35,7 @@ def plan(epoch: int, copies: int = 2) -> Plan:
 
 @contextmanager
 def small_disk(limit_bytes: int) -> Iterator[None]:
-    """This process can write no file longer than this."""
+    """Limit the size of files that this process can write."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
     try:
@@ -78,7 +78,7 @@ def test_an_unreadable_file_is_set_aside_and_the_next_plan_can_be_written(tmp_pa
     assert files.read_plan() == plan(1)
 
 
-def test_a_disk_that_is_full_raises_and_the_old_plan_stays(tmp_path: Path) -> None:
+def test_a_full_disk_raises_and_the_old_plan_stays(tmp_path: Path) -> None:
     files = PlanFiles(tmp_path)
     files.write_plan(plan(1))
     with small_disk(1000), pytest.raises(OSError, match="too large"):
@@ -89,7 +89,7 @@ def test_a_disk_that_is_full_raises_and_the_old_plan_stays(tmp_path: Path) -> No
     assert files.read_plan() == plan(3)
 
 
-def test_a_folder_that_cannot_be_synced_is_no_reason_to_say_that_the_old_plan_stays(
+def test_a_plan_is_in_force_although_its_folder_cannot_be_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = PlanFiles(tmp_path)
@@ -100,10 +100,10 @@ def test_a_folder_that_cannot_be_synced_is_no_reason_to_say_that_the_old_plan_st
 
     monkeypatch.setattr("loraserve.planner.plan_files._sync_folder", refuses)
     files.write_plan(plan(2))
-    assert files.read_plan() == plan(2), "it is there for the next process, so it has to be in force in this one"
+    assert files.read_plan() == plan(2), "the next process reads it, so it must be in force in this one"
 
 
-def test_a_folder_that_cannot_be_made_raises(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_raises(tmp_path: Path) -> None:
     (tmp_path / "planner").write_text("a file is in its place")
     with pytest.raises(OSError, match="planner"):
         PlanFiles(tmp_path / "planner").write_plan(plan(1))

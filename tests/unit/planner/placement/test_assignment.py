@@ -1,4 +1,4 @@
-"""What bins want, held against the room that engines have for it."""
+"""How much work of a bin finds no room on an engine."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_
 def problem(
     ranks: list[int], rates: list[float], rooms_mib: list[float], cost: CostModel = PADDED, idle: int = 0
 ) -> Problem:
-    """Slabs take a MiB for each 8 of their ranks. The last so many adapters nobody asks for."""
+    """Return a problem whose slabs take a MiB per 8 ranks, with ``idle`` further adapters without demand."""
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate([*ranks, *[8] * idle])]
     demand = [asked_for(ref, rate, rate) for ref, rate in zip(refs, rates, strict=False)]
     pools = [int(mib * MIB / POOL_FRACTION) + 1 for mib in rooms_mib]
@@ -29,15 +29,15 @@ def overflow(p: Problem) -> Floats:
 
 
 @pytest.mark.parametrize("room_mib", [0, 1, 12, 1000])
-def test_overflow_is_equal_where_all_have_the_same_room(room_mib: float) -> None:
+def test_overflow_is_equal_where_all_engines_have_the_same_room(room_mib: float) -> None:
     assert not overflow(problem([8, 128] * 6, [20.0] * 12, [room_mib] * 3)).any()
 
 
-def test_nothing_overflows_where_the_smallest_has_room_for_all() -> None:
+def test_nothing_overflows_where_the_smallest_engine_has_room_for_all() -> None:
     assert not overflow(problem([8, 128] * 4, [20.0] * 8, [80.0, 100.0])).any()
 
 
-def test_what_is_too_much_for_a_small_pool_overflows_there_and_the_rest_is_not() -> None:
+def test_only_a_bin_that_is_too_large_for_a_small_pool_overflows_there() -> None:
     # All 8 of rank 128 fill one engine, 128 MiB; those of rank 8 take 16.
     p = problem([128] * 8 + [8] * 16, [20.0] * 24, [32.0, 200.0])
     high, low = overflow(p)
@@ -46,14 +46,14 @@ def test_what_is_too_much_for_a_small_pool_overflows_there_and_the_rest_is_not()
     assert low == pytest.approx([0.0, 0.0])
 
 
-def test_a_few_hot_adapters_are_at_home_in_a_small_pool() -> None:
-    """Of as many bytes, less overflows where the same work comes from few."""
+def test_a_few_hot_adapters_suit_a_small_pool() -> None:
+    """With as many bytes, less work overflows if a few adapters have most of it."""
     even = overflow(problem([8] * 20, [10.0] * 20, [4.0, 100.0], CostModel()))
     steep = overflow(problem([8] * 20, [90.0, 90.0, *[20 / 18] * 18], [4.0, 100.0], CostModel()))
     assert 0 < steep[0, 0] < even[0, 0] / 3
 
 
-def test_what_nobody_asks_for_is_not_missed() -> None:
+def test_adapters_without_demand_do_not_overflow() -> None:
     p = problem([8] * 4, [10.0] * 4, [4.0, 100.0], CostModel(), idle=50)
     assert not overflow(p).any()
 

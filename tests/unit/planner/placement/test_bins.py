@@ -1,4 +1,4 @@
-"""How much of which rank each engine is to serve."""
+"""The division of work into bins by rank."""
 
 import numpy as np
 import pytest
@@ -12,7 +12,7 @@ from loraserve.planner.placement.utilisation import engine_work
 from loraserve.testing.plans import plan_input
 from loraserve.testing.reports import adapter_ref, asked_for, engine_capabilities
 
-# Work is tokens alone, doubled at rank 100.
+# Only tokens cost, twice as much at rank 100.
 COST = CostModel(lora="padded", step_base_s=0.0, kv_token_s=0.0, sequence_s=0.01, padded_decode_s=1e-4)
 
 
@@ -27,30 +27,30 @@ def fill(p: Problem) -> BinFilling:
     return fill_bins(p, len(p.engines))
 
 
-def carried(p: Problem, filling: BinFilling) -> list[float]:
-    """Of each bin, recomputed from the pieces by another way: the one that prices plans."""
+def utilisation(p: Problem, filling: BinFilling) -> list[float]:
+    """Return the utilisation of each bin as the plan's own model computes it from the shares."""
     found: list[float] = engine_work(p, filling.shares).utilisation().tolist()
     return found
 
 
-def test_equal_ranks_are_filled_to_the_mean() -> None:
+def test_bins_of_equal_ranks_have_the_mean_utilisation() -> None:
     p = problem([8] * 6, [10.0] * 6, 4)
     filling = fill(p)
     assert filling.utilisation == pytest.approx(p.own_utilisation().sum() / 4, rel=1e-3)
-    assert carried(p, filling) == pytest.approx([filling.utilisation] * 4, rel=1e-3)
+    assert utilisation(p, filling) == pytest.approx([filling.utilisation] * 4, rel=1e-3)
 
 
-def test_ranks_are_segregated_with_the_two_that_meet_on_one_engine() -> None:
+def test_ranks_are_separated_except_in_one_bin() -> None:
     filling = fill(problem([100] * 3 + [1] * 3, [10.0] * 6, 4))
     assert [part.rank for part in filling.bins] == [100, 100, 100, 1]
     assert [sorted(part.budgets) for part in filling.bins] == [[100], [100], [1, 100], [1]]
 
 
-def test_two_ranks_of_whole_engines_do_not_meet() -> None:
+def test_two_ranks_that_each_fill_whole_engines_share_no_bin() -> None:
     # At twice the cost, as much traffic of rank 100 fills twice the engines.
     p = problem([100, 1], [20.0, 39.603960396], 2)
     filling = fill(p)
-    # But for what bisection leaves.
+    # Except for what bisection leaves over.
     budgets = [{kind for kind, budget in part.budgets.items() if budget > 1e-3} for part in filling.bins]
     assert budgets == [{100}, {1}]
     assert filling.utilisation == pytest.approx(0.4, rel=1e-3)
@@ -61,13 +61,13 @@ def test_with_exact_cost_there_is_one_class() -> None:
     assert {kind for part in filling.bins for kind in part.budgets} == {0}
 
 
-def test_what_nobody_asks_for_has_no_class_and_no_budget() -> None:
+def test_an_adapter_without_demand_has_no_class_and_no_budget() -> None:
     filling = fill(problem([8, 64], [10.0, 0.0], 2))
     assert filling.class_of == [8, -1]
     assert {kind for part in filling.bins for kind in part.budgets} == {8}
 
 
-def test_before_anything_is_asked_for_all_are_taken_to_be_alike() -> None:
+def test_before_the_first_request_all_adapters_count_alike() -> None:
     filling = fill(problem([8, 8, 64], [0.0, 0.0, 0.0], 3))
     assert filling.class_of == [8, 8, 64]
     assert 0 < filling.utilisation < 1e-3
@@ -79,7 +79,7 @@ def test_before_anything_is_asked_for_all_are_taken_to_be_alike() -> None:
     engines=st.integers(1, 6),
     dealt=st.lists(st.integers(0, 5), min_size=12, max_size=12),
 )
-def test_no_division_of_whole_adapters_is_less_full(adapters, engines: int, dealt: list[int]) -> None:
+def test_no_division_of_whole_adapters_has_a_lower_utilisation(adapters, engines: int, dealt: list[int]) -> None:
     ranks, rates = [rank for rank, _ in adapters], [rate for _, rate in adapters]
     p = problem(ranks, rates, engines)
     filling = fill(p)
@@ -89,5 +89,5 @@ def test_no_division_of_whole_adapters_is_less_full(adapters, engines: int, deal
         slope[to % engines] += p.work.slope[a]
         largest[to % engines] = max(largest[to % engines], p.ranks[a])
     assert filling.utilisation <= max(base + largest * slope) * 1.001
-    assert max(carried(p, filling)) <= filling.utilisation * 1.001
+    assert max(utilisation(p, filling)) <= filling.utilisation * 1.001
     assert np.bincount(filling.shares.adapters, filling.shares.shares) == pytest.approx(np.ones(len(ranks)))

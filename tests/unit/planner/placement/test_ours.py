@@ -1,4 +1,4 @@
-"""Our placement: copies, memory and moves, in examples. What holds in every case stands in test_policies.py."""
+"""Examples of our placement: copies, memory and moves. Properties are in test_policies.py."""
 
 from collections import Counter
 
@@ -13,14 +13,14 @@ COST = CostModel()
 
 
 def situation(*rates: float, engines: int = 2, pool_bytes: int = 64 * MIB, slab_bytes: int = MIB) -> Situation:
-    """One adapter a rate of decode tokens, all of one size."""
+    """Return a situation with one adapter per rate of decode tokens, all of one size."""
     refs = [adapter_ref(n, slab_bytes) for n in range(len(rates))]
     demand = [asked_for(ref, rate) for ref, rate in zip(refs, rates, strict=True) if rate]
     loads = [engine_capabilities(f"e{n}", pool_bytes=pool_bytes) for n in range(engines)]
     return Situation(demand, {ref.version: ref for ref in refs}, loads)
 
 
-def test_a_hot_adapter_gets_several_copies_and_a_cold_one_one() -> None:
+def test_a_hot_adapter_gets_two_copies_and_cold_ones_get_one() -> None:
     placed = engines_by_version(situation(100.0, *[10.0] * 10, engines=4).plan())
     assert len(placed["v0"]) == 2
     assert all(len(placed[f"v{n}"]) == 1 for n in range(1, 11))
@@ -31,14 +31,14 @@ def test_equal_adapters_are_spread_evenly() -> None:
     assert sorted(Counter(p.engine for p in placements).values()) == [3, 3, 3, 3]
 
 
-def test_a_higher_rank_weighs_more_than_the_same_traffic_at_a_lower() -> None:
+def test_a_higher_rank_counts_more_for_the_same_traffic() -> None:
     s = situation(10.0, 10.0, 10.0)
     s.adapters["v0"] = adapter_ref(0, rank=1024)
     placed = engines_by_version(s.plan())
     assert placed["v1"] == placed["v2"] != placed["v0"]
 
 
-def test_what_the_forecast_expects_counts_before_it_is_seen() -> None:
+def test_forecast_demand_counts_before_it_is_measured() -> None:
     s = situation(5.0, 5.0, 5.0, 5.0)
     s.demand[0] = asked_for(s.adapters["v0"], 5.0, forecast=500.0)
     placed = engines_by_version(s.plan())
@@ -49,7 +49,7 @@ def test_what_the_forecast_expects_counts_before_it_is_seen() -> None:
     assert len(placed["v0"]) == 1
 
 
-def test_at_least_the_asked_number_of_copies_where_there_are_engines() -> None:
+def test_there_are_at_least_min_copies_if_there_are_engines() -> None:
     s = situation(5.0, *[5.0] * 9, engines=3)
     s.settings = PlanSettings(min_copies=2)
     assert {len(engines) for engines in engines_by_version(s.plan()).values()} == {2}
@@ -57,38 +57,38 @@ def test_at_least_the_asked_number_of_copies_where_there_are_engines() -> None:
     assert {len(engines) for engines in engines_by_version(s.plan()).values()} == {3}
 
 
-def test_what_nobody_asks_for_has_a_copy_all_the_same() -> None:
+def test_adapters_without_demand_have_a_copy_too() -> None:
     placed = engines_by_version(situation(5.0, 0.0, 0.0).plan())
     assert {version: len(engines) for version, engines in placed.items()} == {"v0": 1, "v1": 1, "v2": 1}
 
 
-def test_where_memory_is_short_the_hottest_have_it() -> None:
+def test_the_hottest_adapters_have_the_memory_if_it_is_short() -> None:
     s = situation(*[0.0] * 4, *[10.0] * 6, engines=2, pool_bytes=4 * MIB)
     placed = engines_by_version(s.plan())
     assert set(placed) == {f"v{n}" for n in range(4, 10)}
-    # Also where those that nobody asks for are there already.
+    # Even if adapters without demand are held already.
     assert len(set(engines_by_version(s.plan((copy(0, "e0"), copy(1, "e0"), copy(2, "e1")))).keys()) & set(placed)) >= 5
 
 
-def test_an_idle_copy_stays_where_it_is() -> None:
+def test_a_copy_without_demand_stays_where_it_is() -> None:
     s = situation(0.0, 0.0, 5.0, engines=3)
     current = (copy(0, "e2"), copy(1, "e2"))
     placed = engines_by_version(s.plan(current))
     assert (placed["v0"], placed["v1"]) == (["e2"], ["e2"])
 
 
-def test_in_a_quiet_cluster_nothing_is_copied_anew() -> None:
+def test_without_demand_nothing_is_loaded() -> None:
     s = situation(0.0, 0.0, engines=4)
     placed = engines_by_version(s.plan((copy(0, "e0"), copy(1, "e1"))))
     assert placed == {"v0": ["e0"], "v1": ["e1"]}
 
 
-def test_an_idle_adapter_needs_no_second_copy() -> None:
+def test_an_adapter_without_demand_keeps_no_second_copy() -> None:
     s = situation(0.0, 5.0)
     assert len(engines_by_version(s.plan((copy(0, "e0", 0.5), copy(0, "e1", 0.5))))["v0"]) == 1
 
 
-def test_what_an_engine_that_is_gone_held_is_placed_again() -> None:
+def test_copies_on_lost_engines_are_placed_again() -> None:
     s = situation(0.0, 5.0)
     placed = engines_by_version(s.plan((copy(0, "gone"), copy(1, "gone"))))
     assert set(placed) == {"v0", "v1"}
@@ -105,13 +105,13 @@ def test_a_small_imbalance_moves_nothing() -> None:
     assert s.plan(current) == current
 
 
-def test_a_copy_that_is_heavy_anywhere_stays_where_it_is() -> None:
+def test_an_adapter_that_is_heavy_on_any_engine_stays() -> None:
     s = situation(14.0, 6.0)
     current = (copy(0, "e1"), copy(1, "e0"))
     assert s.plan(current) == current
 
 
-def test_a_large_imbalance_moves_something_and_not_everything() -> None:
+def test_a_large_imbalance_moves_as_much_as_needed() -> None:
     s = situation(*[10.0] * 8)
     current = tuple(copy(n, "e0") for n in range(8))
     counts = Counter(p.engine for p in s.plan(current))
@@ -119,7 +119,7 @@ def test_a_large_imbalance_moves_something_and_not_everything() -> None:
     assert counts["e1"] == 8 - counts["e0"]
 
 
-def test_a_new_engine_takes_its_part() -> None:
+def test_a_new_engine_takes_its_share() -> None:
     s = situation(*[10.0] * 9, engines=3)
     current = tuple(copy(n, f"e{n % 2}") for n in range(9))
     placements = s.plan(current)
@@ -127,12 +127,12 @@ def test_a_new_engine_takes_its_part() -> None:
     assert Counter(p.engine for p in placements)["e2"] == count_new(current, placements)
 
 
-def test_a_trickle_needs_no_second_copy_however_quiet_the_others() -> None:
+def test_an_adapter_with_little_demand_needs_no_second_copy() -> None:
     assert len(situation(1.0).plan()) == 1
     assert len(situation(40.0).plan()) == 2
 
 
-def test_a_pin_to_an_engine_that_is_not_there_is_no_pin() -> None:
+def test_a_pin_to_a_missing_engine_is_ignored() -> None:
     s = situation(5.0, 5.0)
     s.settings = PlanSettings(pins={"adapter-0": ("nowhere",), "adapter-1": ("e1", "nowhere")})
     placed = engines_by_version(s.plan())
@@ -140,7 +140,7 @@ def test_a_pin_to_an_engine_that_is_not_there_is_no_pin() -> None:
     assert placed["v1"] == ["e1"]
 
 
-def test_how_wrong_forecasts_were_makes_room_for_the_hot() -> None:
+def test_forecast_errors_reserve_room_beside_hot_adapters() -> None:
     s = situation(*[20.0] * 8, engines=2)
     s.demand[0] = msgspec.structs.replace(s.demand[0], forecast_std_tokens_per_s=60.0)
     placements = s.plan()

@@ -18,7 +18,7 @@ PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_
 
 
 def above_ideal(s: Situation, placements: tuple[Placement, ...]) -> float:
-    """Predicted TTFT, by that of a plan for which memory is free."""
+    """Return the predicted TTFT relative to that of a plan for which memory is free."""
     problem = s.problem(placements)
     return s.ttft_s(placements) / mean_ttft_s(problem, fill_bins(problem, len(problem.engines)).shares)
 
@@ -39,19 +39,19 @@ def ranks_by_engine(s: Situation, placements: tuple[Placement, ...]) -> dict[str
 
 
 @pytest.mark.parametrize("rooms_mib", [[40, 40, 200, 200], [200, 40, 200, 40], [200, 200, 40, 40]])
-def test_ranks_that_take_many_bytes_are_where_the_room_is(rooms_mib: list[int]) -> None:
+def test_high_ranks_are_on_engines_with_more_room(rooms_mib: list[int]) -> None:
     s = situation([8, 128] * 12, [20.0] * 24, rooms_mib, PADDED)
     placements = s.plan()
     ranks = ranks_by_engine(s, placements)
     small = [f"e{n}" for n, mib in enumerate(rooms_mib) if mib == 40]
-    # One engine's worth of rank 8 and one of both ranks.
+    # Rank 8 fills one engine and shares another with rank 128.
     assert sorted(map(len, ranks.values())) == [1, 1, 1, 2]
     assert {8} in [ranks[e] for e in small]
     assert above_ideal(s, placements) < 1.05
 
 
 @pytest.mark.parametrize("rooms_mib", [[80, 80, 320, 320], [80, 320, 80, 320], [90, 90, 300, 300]])
-def test_a_plan_for_even_pools_gives_way_where_they_are_uneven(rooms_mib: list[int]) -> None:
+def test_a_plan_for_even_pools_is_replaced_when_pools_are_uneven(rooms_mib: list[int]) -> None:
     ranks, rates = [8, 16, 32, 64, 128] * 8, [200.0 / (n + 1) ** 0.9 for n in range(40)]
     current = situation(ranks, rates, [200] * 4, PADDED).plan()
     s = situation(ranks, rates, rooms_mib, PADDED)
@@ -97,7 +97,7 @@ def test_uneven_pools_are_never_overfull_hold_what_they_can_and_are_planned_the_
     extents = {version: extent_bytes(ref.slab_bytes) for version, ref in s.adapters.items()}
     left_out = extents.keys() - {p.version for p in placements}
     assert all(extents[version] > max(room.values()) for version in left_out)
-    # Copies of the hot take less than as much again, and what each engine cannot use is less than the largest slab.
+    # Second copies take at most as much again, and each engine wastes less than the largest slab.
     if sum(s.room(()).values()) >= 2 * sum(extents.values()) + len(s.engines) * max(extents.values()):
         assert not left_out
     assert s.plan(placements, policy) == placements

@@ -1,4 +1,4 @@
-"""Our placement: which ranks meet, how level engines are and what requests gain, in examples."""
+"""Examples of our placement: separation of ranks, balance of engines and gains of requests."""
 
 from typing import Literal
 
@@ -15,14 +15,14 @@ from loraserve.testing.plans import Situation, copy, count_new, engines_by_versi
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities
 
 COST = CostModel()
-# A token at rank 128 costs twice what it costs at rank 8, nearly.
+# A token at rank 128 costs almost twice what it costs at rank 8.
 PADDED = CostModel(lora="padded", step_base_s=0.0, padded_decode_s=2e-5, padded_prefill_s=1.6e-5)
 
 
 def ranked(
     ranks: list[int], rate: float, engines: int, lora: Literal["exact", "padded"], pool_bytes: int = 1024 * MIB
 ) -> Situation:
-    """Adapters of these ranks, a MiB each, all asked for as much: half of the tokens prefill."""
+    """Return a situation with equal demand for adapters of these ranks, a MiB each; half of the tokens are prefill."""
     refs = [adapter_ref(n, rank=rank) for n, rank in enumerate(ranks)]
     loads = [engine_capabilities(f"e{n}", pool_bytes=pool_bytes) for n in range(engines)]
     demand = [asked_for(ref, rate / 2, rate / 2) for ref in refs]
@@ -36,7 +36,7 @@ def ranks_by_engine(s: Situation, placements: tuple[Placement, ...]) -> dict[str
     return ranks
 
 
-def test_the_light_fill_the_gaps_that_the_copies_of_the_heavy_leave() -> None:
+def test_light_adapters_fill_the_gaps_beside_copies_of_heavy_ones() -> None:
     s = ranked([8] * 17, 1.0, 3, "exact")
     s.demand[0] = asked_for(s.adapters["v0"], 20.0)
     placements = s.plan()
@@ -45,8 +45,8 @@ def test_the_light_fill_the_gaps_that_the_copies_of_the_heavy_leave() -> None:
     assert max(utilisation) <= 1.1 * min(utilisation)
 
 
-def test_room_that_levelling_leaves_behind_is_used() -> None:
-    """A copy moves off the fullest engine, and what had found no room before is planned where it was."""
+def test_room_that_balancing_frees_is_used() -> None:
+    """A copy moves off the fullest engine, and an adapter that found no room before takes its place."""
     ranks = [128, 128, 64, 32, 64, 32, 32, 32]
     rates = [50.0, 50.0, 5.0, 1.0, 1.0, 1.0, 20.0, 20.0]
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(ranks)]
@@ -62,14 +62,14 @@ def test_room_that_levelling_leaves_behind_is_used() -> None:
     assert all(s.adapters[version].slab_bytes > max(room.values()) for version in left_out)
 
 
-def test_with_padded_cost_engines_serve_one_rank_each_but_for_the_one_between() -> None:
+def test_with_padded_cost_all_engines_but_one_serve_a_single_rank() -> None:
     s = ranked([8, 128] * 12, 20.0, 4, "padded")
     ranks = ranks_by_engine(s, s.plan())
     assert sorted(len(held) for held in ranks.values())[:3] == [1, 1, 1]
     assert {rank for held in ranks.values() for rank in held} == {8, 128}
 
 
-def test_segregating_ranks_is_worth_moving_for() -> None:
+def test_separating_ranks_is_worth_its_moves() -> None:
     s = ranked([8, 128] * 12, 20.0, 4, "padded")
     mixed = tuple(copy(n, f"e{n // 2 % 4}") for n in range(24))
     placements = s.plan(mixed)
@@ -77,27 +77,27 @@ def test_segregating_ranks_is_worth_moving_for() -> None:
     assert max(s.utilisation(placements)) < 0.85 * max(s.utilisation(mixed))
 
 
-def test_with_exact_cost_mixed_ranks_in_balance_stay_where_they_are() -> None:
+def test_with_exact_cost_balanced_mixed_ranks_stay() -> None:
     s = ranked([8, 128] * 12, 20.0, 4, "exact")
     mixed = tuple(copy(n, f"e{n // 2 % 4}") for n in range(24))
     assert s.plan(mixed) == tuple(sorted(mixed, key=lambda p: (p.name, p.engine)))
 
 
-def test_with_exact_cost_engines_are_level() -> None:
+def test_with_exact_cost_engines_are_balanced() -> None:
     s = ranked([8, 16, 32, 64, 128] * 8, 12.0, 4, "exact")
     utilisation = s.utilisation(s.plan())
     assert max(utilisation) <= 1.03 * min(utilisation)
 
 
-def test_with_padded_cost_engines_are_level_at_the_utilisation_that_the_fill_finds() -> None:
+def test_with_padded_cost_engines_have_the_utilisation_of_their_bins() -> None:
     s = ranked([8, 16, 32, 64, 128] * 8, 12.0, 4, "padded")
     placements = s.plan()
-    # Each adapter is a tenth of an engine, and none is cut for being a tenth too much.
+    # Each adapter takes a tenth of an engine, and none is split to avoid a tenth too much.
     assert max(s.utilisation(placements)) <= 1.1 * fill_bins(s.problem(placements), len(s.engines)).utilisation
 
 
 @pytest.mark.parametrize("lora", ["padded", "exact"])
-def test_an_adapter_of_several_engines_worth_is_split_over_as_many(lora: Literal["padded", "exact"]) -> None:
+def test_an_adapter_that_needs_several_engines_is_split_over_as_many(lora: Literal["padded", "exact"]) -> None:
     s = ranked([16] * 9, 20.0, 4, lora)
     s.demand[0] = asked_for(s.adapters["v0"], 140.0, 140.0)
     placements = s.plan()
@@ -107,7 +107,7 @@ def test_an_adapter_of_several_engines_worth_is_split_over_as_many(lora: Literal
     assert max(utilisation) <= 1.1 * sum(utilisation) / 4
 
 
-def test_second_copies_of_the_hot_are_where_their_rank_slows_nobody() -> None:
+def test_second_copies_of_hot_adapters_are_where_their_rank_slows_no_others() -> None:
     s = ranked([8] * 24 + [64] * 24 + [128] * 24, 8.0, 8, "padded")
     s.demand[0] = asked_for(s.adapters["v0"], 20.0, 20.0)
     s.demand[30] = asked_for(s.adapters["v30"], 20.0, 20.0)
@@ -119,13 +119,13 @@ def test_second_copies_of_the_hot_are_where_their_rank_slows_nobody() -> None:
     assert all(max(others[e]) >= 64 for e in placed["v30"])
 
 
-def test_four_engines_hold_about_one_copy_of_each_and_twelve_a_quarter_more_at_most() -> None:
+def test_second_copies_are_limited_on_few_and_on_many_engines() -> None:
     for engines, most in ((4, 1.03), (12, 1.3)):
         s = ranked([8, 16, 32, 64, 128] * 12, 2.0 * engines, engines, "padded")
         assert len(s.plan()) <= most * 60
 
 
-def test_a_rank_that_is_rarely_asked_for_goes_where_it_slows_least() -> None:
+def test_adapters_without_demand_go_to_engines_of_their_rank() -> None:
     s = ranked([8] * 10 + [128] * 10 + [128, 64], 20.0, 2, "padded")
     s.demand = s.demand[:20]
     placements = s.plan()
@@ -135,7 +135,7 @@ def test_a_rank_that_is_rarely_asked_for_goes_where_it_slows_least() -> None:
 
 @settings(max_examples=20, deadline=None)
 @given(noise=st.lists(st.floats(0.95, 1.05), min_size=40, max_size=40), lora=st.sampled_from(["padded", "exact"]))
-def test_small_changes_of_demand_move_little(noise: list[float], lora: Literal["padded", "exact"]) -> None:
+def test_small_changes_of_demand_cause_few_moves(noise: list[float], lora: Literal["padded", "exact"]) -> None:
     s = ranked([8, 16, 32, 64, 128] * 8, 12.0, 4, lora)
     before = s.plan()
     s.demand = [
@@ -162,7 +162,7 @@ def test_one_engine_more_is_never_worse(rates, ranks, engines, lora) -> None:
     assert predicted[1] <= predicted[0] * 1.02
 
 
-def test_a_better_plan_waits_where_its_loads_cost_more_than_it_saves() -> None:
+def test_a_better_plan_is_not_taken_if_its_loads_cost_more_than_it_saves() -> None:
     s = ranked([8, 128] * 12, 20.0, 4, "padded")
     mixed = tuple(copy(n, f"e{n // 2 % 4}") for n in range(24))
     s.cost = msgspec.structs.replace(s.cost, load_byte_s=1e-3)
@@ -172,7 +172,7 @@ def test_a_better_plan_waits_where_its_loads_cost_more_than_it_saves() -> None:
 
 
 @pytest.mark.parametrize("lora", ["padded", "exact"])
-def test_an_adapter_of_many_engines_worth_has_as_many_also_when_some_are_lost(lora: Literal["padded", "exact"]) -> None:
+def test_an_adapter_that_needs_many_engines_gets_them_again_after_losses(lora: Literal["padded", "exact"]) -> None:
     s = ranked([8, 16] * 100, 12.0, 40, lora)
     s.demand[0] = asked_for(s.adapters["v0"], 2400.0, 2400.0)
     placements = s.plan()
@@ -183,7 +183,7 @@ def test_an_adapter_of_many_engines_worth_has_as_many_also_when_some_are_lost(lo
     assert max(s.utilisation(after)) <= 1.25 * fill_bins(s.problem(after), len(s.engines)).utilisation
 
 
-def test_a_night_without_requests_undoes_nothing() -> None:
+def test_a_night_without_requests_moves_nothing() -> None:
     s = ranked([8, 128] * 12, 20.0, 4, "padded")
     s.demand[1] = asked_for(s.adapters["v1"], 100.0, 100.0)
     day = s.plan()
@@ -191,7 +191,7 @@ def test_a_night_without_requests_undoes_nothing() -> None:
     assert count_new(day, s.plan(day)) == 0
 
 
-def test_before_the_first_request_ranks_are_apart_already() -> None:
+def test_ranks_are_separated_before_the_first_request() -> None:
     s = ranked([8, 128] * 12, 20.0, 4, "padded")
     s.demand = []
     assert sum(len(ranks) > 1 for ranks in ranks_by_engine(s, s.plan()).values()) <= 1

@@ -1,4 +1,4 @@
-"""The paper's placement, step by step."""
+"""The steps of the paper's placement."""
 
 from collections import Counter
 
@@ -36,7 +36,7 @@ def where(placements: tuple[Placement, ...]) -> dict[str, dict[str, float]]:
     return engines
 
 
-def test_an_operating_point_is_what_just_keeps_the_slo_and_falls_with_rank() -> None:
+def test_an_operating_point_just_meets_the_slo_and_falls_with_rank() -> None:
     refs = [adapter_ref(0, rank=8), adapter_ref(1, rank=100)]
     demand = [asked_for(ref, 10.0, 10.0) for ref in refs]
     settings = PlanSettings(slo_ttft_s=5.0)
@@ -45,12 +45,12 @@ def test_an_operating_point_is_what_just_keeps_the_slo_and_falls_with_rank() -> 
     assert points[8] > points[100] > 0
     for rank, tokens_per_s in points.items():
         token_s = 0.01 + rank * 1e-4
-        # Ten tokens of prefill for each half request a second: fifty a request.
+        # A request has 50 prefill tokens.
         waits = predict_ttft_s(problem, np.array([tokens_per_s * token_s]), np.array([50 * token_s]))
         assert waits[0] == pytest.approx(5.0, rel=0.01)
 
 
-def test_a_tighter_slo_lowers_operating_points_down_to_a_floor() -> None:
+def test_a_tighter_slo_lowers_operating_points_to_a_floor() -> None:
     ref = adapter_ref()
     demand = [asked_for(ref, 10.0, 10.0)]
     found = []
@@ -61,7 +61,7 @@ def test_a_tighter_slo_lowers_operating_points_down_to_a_floor() -> None:
     assert 0 < found[0] < found[1] < found[2]
 
 
-def test_ranks_get_servers_by_their_demand() -> None:
+def test_ranks_get_servers_in_proportion_to_their_demand() -> None:
     engines: dict[str, set[int]] = {}
     ranks = [100] * 4 + [1] * 8
     for p in placed(ranks, [10.0] * 12, 4):
@@ -71,20 +71,20 @@ def test_ranks_get_servers_by_their_demand() -> None:
     assert sum(len(held) == 2 for held in engines.values()) <= 1
 
 
-def test_adapters_of_one_rank_are_split_where_servers_are_full() -> None:
+def test_adapters_of_one_rank_are_split_when_servers_are_full() -> None:
     shares = where(placed([8, 8, 8], [10.0] * 3, 2))
     assert sorted(len(held) for held in shares.values()) == [1, 1, 2]
     split = next(held for held in shares.values() if len(held) == 2)
     assert sorted(split.values()) == pytest.approx([0.5, 0.5], abs=0.01)
 
 
-def test_what_is_left_over_goes_to_a_server_of_a_higher_rank() -> None:
+def test_the_remainder_goes_to_a_server_of_a_higher_rank() -> None:
     shares = where(placed([100, 1], [10.0, 10.0], 2))
     high = set(shares["v0"])
     assert high & set(shares["v1"])
 
 
-def test_servers_are_permuted_to_least_moves() -> None:
+def test_servers_are_permuted_for_the_fewest_moves() -> None:
     ranks, rates = [100] * 4 + [1] * 8, [10.0] * 12
     first = placed(ranks, rates, 4)
     rename = {f"e{n}": f"e{(n + 1) % 4}" for n in range(4)}

@@ -1,4 +1,4 @@
-"""What holds of every placement policy, whatever is asked for and whatever there is."""
+"""Properties of every placement policy, for any demand and any cluster."""
 
 from collections import Counter
 from math import inf, nan
@@ -58,7 +58,7 @@ each_policy = pytest.mark.parametrize("policy", sorted(PLACEMENT_POLICIES))
 @each_policy
 @any_situation
 @given(s=situations())
-def test_no_pool_is_overfull_and_drained_engines_end_empty(policy: str, s: Situation) -> None:
+def test_no_pool_is_overfull_and_drained_engines_are_empty(policy: str, s: Situation) -> None:
     placements = s.plan(policy=policy)
     assert all(left >= 0 for left in s.room(placements).values())
     assert not {p.engine for p in placements} & s.settings.drained
@@ -67,7 +67,7 @@ def test_no_pool_is_overfull_and_drained_engines_end_empty(policy: str, s: Situa
 @each_policy
 @any_situation
 @given(s=situations())
-def test_copies_are_of_registered_adapters_under_their_names_and_no_engine_has_two(policy: str, s: Situation) -> None:
+def test_copies_are_of_registered_adapters_and_no_engine_has_two_of_one(policy: str, s: Situation) -> None:
     placements = s.plan(policy=policy)
     assert all(p.name == s.adapters[p.version].name for p in placements)
     assert max(Counter((p.version, p.engine) for p in placements).values(), default=1) == 1
@@ -87,7 +87,7 @@ def test_shares_of_an_adapter_sum_to_one(policy: str, s: Situation) -> None:
 @each_policy
 @any_situation
 @given(s=situations())
-def test_an_adapter_is_left_out_only_where_no_engine_has_room(policy: str, s: Situation) -> None:
+def test_an_adapter_is_left_out_only_if_no_engine_has_room(policy: str, s: Situation) -> None:
     placements = s.plan(policy=policy)
     most = max(s.room(placements).values(), default=-1)
     for version in s.adapters.keys() - versions(placements):
@@ -97,7 +97,7 @@ def test_an_adapter_is_left_out_only_where_no_engine_has_room(policy: str, s: Si
 @each_policy
 @any_situation
 @given(s=situations())
-def test_there_are_as_many_copies_as_asked_for_where_there_is_room(policy: str, s: Situation) -> None:
+def test_there_are_at_least_min_copies_if_there_is_room(policy: str, s: Situation) -> None:
     placements = s.plan(policy=policy)
     room = s.room(placements)
     for version, ref in s.adapters.items():
@@ -114,8 +114,8 @@ def test_planning_again_from_its_own_plan_changes_nothing(policy: str, s: Situat
     assert s.plan(first, policy) == first
 
 
-def _crowded(seed: int) -> Situation:
-    """Adapters that lie anywhere, in pools that hold little more than one copy of each: one round does not settle."""
+def crowded(seed: int) -> Situation:
+    """Adapters at random places, in pools with little more room than for one copy each: one round is not enough."""
     rng = Random(seed)
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(rng.choices([8, 16, 32, 64, 128], k=30))]
     demand = [asked_for(ref, 30 * rng.random() / (n + 1), 100 * rng.random() / (n + 1)) for n, ref in enumerate(refs)]
@@ -126,14 +126,14 @@ def _crowded(seed: int) -> Situation:
 
 
 @pytest.mark.parametrize("seed", [5, 26, 30, 55])
-def test_ours_planned_again_where_memory_is_short_changes_nothing(seed: int) -> None:
-    s = _crowded(seed)
+def test_ours_planned_again_with_short_memory_changes_nothing(seed: int) -> None:
+    s = crowded(seed)
     first = s.plan(policy="ours")
     assert s.plan(first, "ours") == first
 
 
-def _turning(seed: int) -> Situation:
-    """Much of what is held is asked for by nobody and takes the room of what is."""
+def alternating(seed: int) -> Situation:
+    """Many held adapters have no demand and take the room of those that have."""
     rng = Random(seed)
     engines, count = rng.randrange(3, 9), rng.randrange(8, 40)
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(rng.choices([8, 16, 32, 64, 128], k=count))]
@@ -152,16 +152,16 @@ def _turning(seed: int) -> Situation:
 
 
 @pytest.mark.parametrize("seed", [1476, 3271])
-def test_the_papers_planned_again_where_three_plans_take_turns_changes_nothing(seed: int) -> None:
-    s = _turning(seed)
+def test_the_papers_planned_again_where_three_plans_alternate_changes_nothing(seed: int) -> None:
+    s = alternating(seed)
     first = s.plan(policy="loraserve")
     assert s.plan(first, "loraserve") == first
 
 
 @any_situation
 @given(seed=st.integers(0, 1 << 32))
-def test_the_papers_planned_again_where_memory_is_short_changes_nothing(seed: int) -> None:
-    for s in (_turning(seed), _crowded(seed)):
+def test_the_papers_planned_again_with_short_memory_changes_nothing(seed: int) -> None:
+    for s in (alternating(seed), crowded(seed)):
         first = s.plan(policy="loraserve")
         assert s.plan(first, "loraserve") == first
 
@@ -169,7 +169,7 @@ def test_the_papers_planned_again_where_memory_is_short_changes_nothing(seed: in
 @each_policy
 @any_situation
 @given(s=situations(), random=st.randoms(use_true_random=False))
-def test_the_order_of_what_it_is_told_does_not_matter(policy: str, s: Situation, random) -> None:
+def test_the_order_of_the_input_does_not_matter(policy: str, s: Situation, random) -> None:
     expected = s.plan(policy=policy)
     for told in (s.demand, s.engines):
         random.shuffle(told)
@@ -185,7 +185,7 @@ ODD = [nan, inf, -inf, -1.0, 1e308, 1e30, 1e-300, 5.0]
 @each_policy
 @any_situation
 @given(s=situations(), random=st.randoms(use_true_random=False))
-def test_demand_that_is_no_rate_keeps_nobody_from_a_plan(policy: str, s: Situation, random: Random) -> None:
+def test_invalid_rates_do_not_prevent_a_plan(policy: str, s: Situation, random: Random) -> None:
     s.demand = [msgspec.structs.replace(d, **{random.choice(RATE_FIELDS): random.choice(ODD)}) for d in s.demand]
     placements = s.plan(policy=policy)
     assert all(0 < p.share <= 1 for p in placements)
@@ -194,8 +194,8 @@ def test_demand_that_is_no_rate_keeps_nobody_from_a_plan(policy: str, s: Situati
 
 @each_policy
 @pytest.mark.parametrize("rate", [nan, inf, -inf, -1.0])
-def test_demand_that_is_no_number_counts_as_none(policy: str, rate: float) -> None:
-    s = _crowded(5)
+def test_invalid_rates_count_as_no_demand(policy: str, rate: float) -> None:
+    s = crowded(5)
     told, (first, *others) = s.demand, s.demand
     s.demand = [msgspec.structs.replace(first, **dict.fromkeys(RATE_FIELDS, rate)), *others]
     odd, s.demand = s.plan(policy=policy), others
@@ -207,7 +207,7 @@ def test_demand_that_is_no_number_counts_as_none(policy: str, rate: float) -> No
 @each_policy
 @any_situation
 @given(s=situations(), zeros=st.sets(st.sampled_from(SECONDS)), lora=st.sampled_from(["padded", "exact"]))
-def test_a_cost_model_may_say_that_anything_is_free(policy: str, s: Situation, zeros: set[str], lora: Any) -> None:
+def test_a_cost_model_may_contain_zeros(policy: str, s: Situation, zeros: set[str], lora: Any) -> None:
     for free in (zeros, SECONDS):
         s.cost = CostModel(lora=lora, **dict.fromkeys(free, 0.0))
         placements = s.plan(policy=policy)
@@ -218,7 +218,7 @@ def test_a_cost_model_may_say_that_anything_is_free(policy: str, s: Situation, z
 @each_policy
 @any_situation
 @given(s=situations(pools=(64, 256)))
-def test_pinned_adapters_are_where_they_are_pinned_and_nowhere_else(policy: str, s: Situation) -> None:
+def test_pinned_adapters_are_exactly_where_they_are_pinned(policy: str, s: Situation) -> None:
     placements = s.plan(policy=policy)
     alive = {e.engine for e in s.engines} - s.settings.drained
     for version, ref in s.adapters.items():
@@ -230,7 +230,7 @@ def test_pinned_adapters_are_where_they_are_pinned_and_nowhere_else(policy: str,
 @each_policy
 @any_situation
 @given(s=situations(pools=(256,)), lost=st.integers(0, 4))
-def test_an_engine_that_is_lost_takes_no_adapter_with_it(policy: str, s: Situation, lost: int) -> None:
+def test_no_adapter_loses_its_place_with_a_lost_engine(policy: str, s: Situation, lost: int) -> None:
     before = s.plan(policy=policy)
     s.engines = [e for e in s.engines if e.engine != f"e{lost}"]
     left = {e.engine for e in s.engines} - s.settings.drained

@@ -1,4 +1,4 @@
-"""Which engine takes which part of a plan."""
+"""The assignment of bins to engines."""
 
 import itertools
 
@@ -11,17 +11,17 @@ from loraserve.planner.placement.assignment import assign_bins
 MIB = float(1 << 20)
 
 
-def test_without_anything_held_parts_are_engines_in_order() -> None:
+def test_bins_are_assigned_in_order_when_nothing_is_held() -> None:
     assert assign_bins(np.zeros((3, 3))).tolist() == [0, 1, 2]
     assert assign_bins(np.zeros((0, 0))).tolist() == []
 
 
-def test_parts_go_where_most_of_them_is() -> None:
+def test_bins_go_where_most_of_their_bytes_are() -> None:
     kept = np.array([[0.0, 5.0, 1.0], [4.0, 6.0, 0.0], [0.0, 0.0, 2.0]]) * MIB
     assert assign_bins(kept).tolist() == [1, 0, 2]
 
 
-def test_where_it_makes_no_difference_the_order_stays() -> None:
+def test_ties_keep_the_order() -> None:
     assert assign_bins(np.full((4, 4), 7 * MIB)).tolist() == [0, 1, 2, 3]
 
 
@@ -36,7 +36,7 @@ def squares(size: int) -> st.SearchStrategy[list[list[int]]]:
         lambda n: st.lists(st.lists(st.integers(0, 9), min_size=n, max_size=n), min_size=n, max_size=n)
     )
 )
-def test_no_other_order_keeps_more_bytes(kept: list[list[int]]) -> None:
+def test_no_other_assignment_keeps_more_bytes(kept: list[list[int]]) -> None:
     matrix = np.array(kept) * MIB
     chosen = assign_bins(matrix)
     best = max(sum(matrix[i, e] for i, e in enumerate(order)) for order in itertools.permutations(range(len(kept))))

@@ -1,4 +1,4 @@
-"""What engines have to do for a placement, and how soon requests then start."""
+"""The predicted utilisation of engines and TTFT of requests."""
 
 import numpy as np
 import pytest
@@ -22,12 +22,12 @@ def problem(*ranks: int, cost: CostModel = PADDED, rate: float = 10.0) -> Proble
 
 
 def on(*engines: int, share: float = 1.0) -> CopyShares:
-    """Adapter i on the i-th of these."""
+    """Place adapter i on the i-th of these engines."""
     count = len(engines)
     return CopyShares(np.arange(count), np.array(engines), np.full(count, share))
 
 
-def test_padded_tokens_all_pay_the_largest_rank_of_their_engine() -> None:
+def test_padded_tokens_pay_for_the_largest_rank_of_their_engine() -> None:
     p = problem(8, 100)
     apart, together = engine_work(p, on(0, 1)), engine_work(p, on(0, 0))
     base = 10 * 0.001 + 10 * 0.01
@@ -35,20 +35,20 @@ def test_padded_tokens_all_pay_the_largest_rank_of_their_engine() -> None:
     assert together.utilisation() == pytest.approx([2 * (base + 100 * 1e-4), 0.0])
 
 
-def test_exact_tokens_pay_their_own() -> None:
+def test_exact_tokens_pay_for_their_own_rank() -> None:
     cost = CostModel(step_base_s=0.0, kv_token_s=0.0, slab_byte_s=0.0, rank_token_s=1e-5)
     p = problem(8, 100, cost=cost)
     apart, together = engine_work(p, on(0, 1)).utilisation(), engine_work(p, on(0, 0)).utilisation()
     assert together[0] == pytest.approx(apart.sum())
 
 
-def test_an_adapter_whose_traffic_is_split_has_its_slab_read_more_often() -> None:
+def test_the_slab_of_an_adapter_with_split_traffic_is_read_more_often() -> None:
     cost = CostModel(lora="exact", slab_byte_s=1e-9)
     p = problem(8, cost=cost, rate=200.0)
     whole = engine_work(p, on(0)).utilisation().sum()
     halves = CopyShares(np.array([0, 0]), np.array([0, 1]), np.array([0.5, 0.5]))
     assert engine_work(p, halves).utilisation().sum() > whole
-    # No more than once a step of each.
+    # At most once per step of each engine.
     assert engine_work(p, halves).utilisation().sum() < whole + p.steps_per_s * MIB * 1e-9
 
 
@@ -63,7 +63,7 @@ def test_fuller_engines_start_requests_later(one: float, other: float, prefill_s
         assert early < late
 
 
-def test_waiting_is_a_queues() -> None:
+def test_waiting_is_that_of_a_queue() -> None:
     p = problem(8, cost=CostModel(step_base_s=0.0, sequence_s=0.0))
     # M/M/1 at half load: P(wait > t) = 0.5 exp(-t / 2), which is 0.05 at 2 ln 10.
     assert predict_ttft_s(p, np.array([0.5]), np.array([1.0]))[0] == pytest.approx(1 + 2 * np.log(10))
@@ -77,7 +77,7 @@ def test_an_adapter_without_a_copy_is_loaded_for_each_request() -> None:
     assert placed_fraction(p, on(0)) == pytest.approx(0.5)
 
 
-def test_where_nothing_is_asked_for_nothing_waits() -> None:
+def test_without_demand_nothing_waits() -> None:
     p = problem(8, rate=0.0)
     assert p.no_demand
     assert mean_ttft_s(p, on(0)) == pytest.approx(engine_work(p, on(0)).prefill_s()[0], rel=1e-3)

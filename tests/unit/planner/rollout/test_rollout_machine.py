@@ -1,4 +1,4 @@
-"""Roll-outs in any order of events, with the engines' own residency: planners, engines and messages die at any time."""
+"""Roll-outs with the engines' real residency, in random order of events and failures of planners, engines, messages."""
 
 from collections.abc import Iterable
 
@@ -44,7 +44,7 @@ NOTHING = Plan(epoch=0, created_unix_s=0.0, placements=())
 
 
 class Engine:
-    """The engine's real residency; loads end when the test says so."""
+    """An engine with its real residency; the test decides when loads end."""
 
     def __init__(self, name: str, incarnation: int) -> None:
         self.name, self.incarnation = name, f"i{incarnation}"
@@ -60,8 +60,8 @@ class Engine:
     def pins(self) -> set[str]:
         return {e.adapter.version for e in self.residency.pool.entries() if e.planned}
 
-    def does(self, instructions: Iterable[EngineInstruction]) -> list[PlanReady]:
-        """Its answers; loads that it begins are under way from now on."""
+    def carry_out(self, instructions: Iterable[EngineInstruction]) -> list[PlanReady]:
+        """Carry out instructions and return the answers; loads that they start are then under way."""
         answers: list[PlanReady] = []
         for instruction in [*instructions, *self.residency.start_loads([], 0.0, idle=True)]:
             match instruction:
@@ -73,7 +73,7 @@ class Engine:
 
 
 class Sent(msgspec.Struct, frozen=True):
-    """A message on its way to an engine, of the planner with this number."""
+    """A message on its way to an engine, from the planner with this number."""
 
     planner: int
     incarnation: str
@@ -90,7 +90,7 @@ class RolloutMachine(RuleBasedStateMachine):
         self.disk = NOTHING
         self.disk_is_full = False
         self.writing: Plan | None = None
-        """A write under way, in a thread of the planner."""
+        """The plan that a thread of the planner is writing."""
         self.rollout = Rollout(NOTHING)
         self.incarnations = dict.fromkeys(ENGINES, 1)
         self.engines = {name: Engine(name, 1) for name in ENGINES}
@@ -99,10 +99,10 @@ class RolloutMachine(RuleBasedStateMachine):
         self.published: list[Plan] = []
         self.begun: set[CopyId] = set()
         self.held: dict[tuple[str, str], set[CopyId]] = {}
-        """Of what is begun, by name and incarnation what engines hold that did not answer in time and are there."""
+        """Copies of the roll-out on live engines that timed out, by engine and incarnation."""
         self.see()
 
-    def tell(self, event: Event) -> None:
+    def handle(self, event: Event) -> None:
         self.follow(self.rollout.handle(event, self.now))
         self.rollout.validate()
 
@@ -122,29 +122,31 @@ class RolloutMachine(RuleBasedStateMachine):
     def end_write(self) -> None:
         plan, self.writing = self.writing, None
         assert plan is not None
-        assert set().union(*self.held.values()) <= {copy_id(p) for p in plan.placements}, "what is there is planned"
+        assert set().union(*self.held.values()) <= {copy_id(p) for p in plan.placements}, (
+            "copies that engines hold are planned"
+        )
         if self.disk_is_full:
-            self.tell(WriteFailed(plan.epoch, "full"))
+            self.handle(WriteFailed(plan.epoch, "full"))
         else:
             self.disk = plan
-            self.tell(Written(plan.epoch))
+            self.handle(Written(plan.epoch))
 
     def publish(self, plan: Plan) -> None:
-        assert plan == self.disk, "what is published is on disk"
+        assert plan == self.disk, "a published plan is on disk"
         assert all(plan.epoch > old.epoch for old in self.published), "epochs only grow"
         self.published.append(plan)
 
     def arrive(self, sent: Sent) -> None:
-        """At the engine, if it is the one that it was sent to."""
+        """Deliver a message, unless the engine has restarted since it was sent."""
         engine = self.engines[sent.message.engine]
         if engine.incarnation != sent.incarnation:
             return
         match sent.message:
             case Prepare(_, epoch, adapters):
-                self.answer(sent.planner, engine, engine.does(engine.residency.prepare_plan(epoch, adapters)))
+                self.answer(sent.planner, engine, engine.carry_out(engine.residency.prepare_plan(epoch, adapters)))
             case Retire(name, epoch, keep):
                 before = {e.adapter.version: e.plan_epoch for e in engine.residency.pool.entries() if e.planned}
-                self.answer(sent.planner, engine, engine.does(engine.residency.retire_copies(epoch, keep)))
+                self.answer(sent.planner, engine, engine.carry_out(engine.residency.retire_copies(epoch, keep)))
                 newer = {version for version, pinned_epoch in before.items() if pinned_epoch > epoch}
                 assert newer <= engine.pins(), "a late retire took what a newer plan had pinned"
                 self.answers.append((sent.planner, RetireEnded(name, epoch)))
@@ -163,30 +165,30 @@ class RolloutMachine(RuleBasedStateMachine):
         count = {v: sum(w == v for _, w in pairs) for _, v in pairs}
         wanted = tuple(Placement(version=v, name=REFS[v].name, engine=e, share=1 / count[v]) for e, v in sorted(pairs))
         self.begun, self.held = {copy_id(p) for p in wanted}, {}
-        self.tell(Begin(wanted, REFS, frozenset(drained), 1.0))
+        self.handle(Begin(wanted, REFS, frozenset(drained), 1.0))
 
     @rule()
-    def give_up(self) -> None:
-        self.tell(Cancel())
+    def cancel(self) -> None:
+        self.handle(Cancel())
 
     @precondition(lambda self: self.wire)
     @rule(data=st.data(), again=st.booleans())
     def deliver(self, data: st.DataObject, again: bool) -> None:
-        """In any order: those of a dead planner may come after those of its successor."""
+        """Messages arrive in any order: those of a dead planner may arrive after those of its successor."""
         place = data.draw(st.integers(0, len(self.wire) - 1))
         self.arrive(self.wire[place] if again else self.wire.pop(place))
 
     @precondition(lambda self: self.wire)
     @rule(data=st.data())
     def lose(self, data: st.DataObject) -> None:
-        """The message never arrives, or its answer does not come in time."""
+        """The message never arrives, or its answer is late."""
         sent = self.wire.pop(data.draw(st.integers(0, len(self.wire) - 1)))
         self.answers.append((sent.planner, _silence(sent.message)))
 
     @precondition(lambda self: self.rollout.phase is Phase.PREPARING)
     @rule(engine=st.sampled_from(ENGINES), loads=st.integers(0, 3))
     def time_out(self, engine: str, loads: int) -> None:
-        """It is alive and at it, but its answer does not come in time."""
+        """The engine is alive and loading, but its answer is late."""
         at, epoch = self.engines[engine], self.rollout.epoch
         for sent in [s for s in self.wire if (s.message.engine, s.message.epoch) == (engine, epoch)]:
             self.arrive(sent)
@@ -195,7 +197,7 @@ class RolloutMachine(RuleBasedStateMachine):
         self.see()
         if self.rollout.waits_for(engine, epoch, Phase.PREPARING):
             self.held[engine, at.incarnation] = self.begun & {(engine, version) for version in at.pins()}
-            self.tell(PrepareFailed(engine, epoch, "no answer"))
+            self.handle(PrepareFailed(engine, epoch, "no answer"))
 
     @precondition(lambda self: self.answers)
     @rule(data=st.data(), again=st.booleans())
@@ -203,7 +205,7 @@ class RolloutMachine(RuleBasedStateMachine):
         place = data.draw(st.integers(0, len(self.answers) - 1))
         planner, answer = self.answers[place] if again else self.answers.pop(place)
         if planner == self.planner:
-            self.tell(answer)
+            self.handle(answer)
 
     @rule(engine=st.sampled_from(ENGINES), fails=st.booleans())
     def load(self, engine: str, fails: bool) -> None:
@@ -214,17 +216,17 @@ class RolloutMachine(RuleBasedStateMachine):
     def end_load(self, at: Engine, fails: bool) -> None:
         version = at.loading.pop(0)
         ended = at.residency.fail_load(version, "gone") if fails else at.residency.complete_load(version)
-        self.answer(self.planner, at, at.does(ended))
+        self.answer(self.planner, at, at.carry_out(ended))
 
     @rule()
     def see(self, engines: tuple[str, ...] = ENGINES) -> None:
         seen = {(name, self.engines[name].incarnation) for name in engines}
         self.held = {silent: held for silent, held in self.held.items() if silent in seen}
-        self.tell(EnginesSeen(tuple(self.engines[name].report() for name in engines), REFS))
+        self.handle(EnginesSeen(tuple(self.engines[name].report() for name in engines), REFS))
 
     @rule(engine=st.sampled_from(ENGINES))
     def miss(self, engine: str) -> None:
-        """It is dead for the monitor, or starts."""
+        """The monitor takes the engine for dead or starting."""
         self.see(tuple(name for name in ENGINES if name != engine))
 
     @rule(engine=st.sampled_from(ENGINES))
@@ -236,11 +238,11 @@ class RolloutMachine(RuleBasedStateMachine):
     def kill_planner(self, loses_disk: int, ends_write: bool) -> None:
         self.planner += 1
         if self.writing and not self.disk_is_full and ends_write:
-            # The thread was done, and nobody heard of it.
+            # The thread ended its write after the planner died.
             self.disk = self.writing
         self.writing = None
         if loses_disk == 9:
-            # Where no engine has heard of an epoch either, epochs begin anew.
+            # If no engine knows an epoch either, epochs start again at 1.
             self.disk, self.published = NOTHING, []
         self.rollout, self.held = Rollout(self.disk), {}
         self.see()
@@ -254,17 +256,17 @@ class RolloutMachine(RuleBasedStateMachine):
         self.now += RETRY_S
 
     @invariant()
-    def in_force_is_what_is_on_disk(self) -> None:
+    def the_plan_in_force_is_on_disk(self) -> None:
         assert self.rollout.plan == self.disk
         assert (self.rollout.phase is Phase.WRITING) == (self.writing is not None)
 
     def teardown(self) -> None:
-        """Nothing goes wrong any more: engines come to hold exactly what the published plan says."""
+        """Without further failures, engines end up with exactly the copies of the published plan."""
         self.disk_is_full = False
         for _ in range(4):
             self.settle()
         if self.rollout.plan == NOTHING:
-            return  # it was lost, and engines keep what they hold until there is another
+            return  # The plan was lost, and engines keep what they hold until there is another.
         assert self.rollout.phase is Phase.IDLE
         planned = versions_by_engine(self.rollout.plan.placements)
         assert {name: engine.pins() for name, engine in self.engines.items()} == {
@@ -273,7 +275,7 @@ class RolloutMachine(RuleBasedStateMachine):
         assert len({copy_id(p) for p in self.rollout.plan.placements}) == len(self.rollout.plan.placements)
 
     def settle(self) -> None:
-        """All that is under way comes to an end, and a while passes."""
+        """Complete everything that is under way, and let some time pass."""
         for _ in range(50):
             if self.writing:
                 self.end_write()
@@ -288,11 +290,11 @@ class RolloutMachine(RuleBasedStateMachine):
             while self.answers:
                 planner, answer = self.answers.pop(0)
                 if planner == self.planner:
-                    self.tell(answer)
-        # Requests whose answers were lost with the planner's process time out.
+                    self.handle(answer)
+        # Requests whose answers were lost with the planner time out.
         for name in ENGINES:
-            self.tell(PrepareFailed(name, self.rollout.epoch, "no answer"))
-            self.tell(RetireEnded(name, self.rollout.epoch))
+            self.handle(PrepareFailed(name, self.rollout.epoch, "no answer"))
+            self.handle(RetireEnded(name, self.rollout.epoch))
         self.now += RETRY_S
         self.see()
 
