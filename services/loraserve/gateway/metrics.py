@@ -1,4 +1,4 @@
-"""What the gateway counts, and the cluster's load under the names that vLLM's dashboards and routers know."""
+"""Prometheus metrics: what the gateway counts, and the cluster's load under the names that vLLM's dashboards use."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -21,7 +21,7 @@ LENGTH_BUCKETS = (1, 4, 16, 64, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 
 
 
 class GatewayMetrics:
-    """Counters and histograms of the requests that passed here.
+    """Counters and histograms of the requests that this gateway handled.
 
     Label values are bounded: model names come from the configuration and the registry, never from a client.
     """
@@ -36,27 +36,39 @@ class GatewayMetrics:
             return Counter(name, text, labels, registry=registry)
 
         self.model_name = model_name
-        self.ttft_s = histogram("vllm:time_to_first_token_seconds", "Arrival to first token", LATENCY_BUCKETS_S)
-        self.inter_token_s = histogram("vllm:inter_token_latency_seconds", "Token to next token", TOKEN_BUCKETS_S)
-        self.per_token_s = histogram(
-            "vllm:request_time_per_output_token_seconds", "Mean time per token after the first", TOKEN_BUCKETS_S
+        self.ttft_s = histogram(
+            "vllm:time_to_first_token_seconds",
+            "Time from the arrival of a request to its first token",
+            LATENCY_BUCKETS_S,
         )
-        self.e2e_s = histogram("vllm:e2e_request_latency_seconds", "Arrival to last token", LATENCY_BUCKETS_S)
-        self.prompt_length = histogram("vllm:request_prompt_tokens", "Prompt tokens a request", LENGTH_BUCKETS)
-        self.output_length = histogram("vllm:request_generation_tokens", "Output tokens a request", LENGTH_BUCKETS)
+        self.inter_token_s = histogram(
+            "vllm:inter_token_latency_seconds", "Time from one output token to the next", TOKEN_BUCKETS_S
+        )
+        self.per_token_s = histogram(
+            "vllm:request_time_per_output_token_seconds", "Mean time per output token after the first", TOKEN_BUCKETS_S
+        )
+        self.e2e_s = histogram(
+            "vllm:e2e_request_latency_seconds",
+            "Time from the arrival of a request to its last token",
+            LATENCY_BUCKETS_S,
+        )
+        self.prompt_length = histogram("vllm:request_prompt_tokens", "Prompt tokens of a request", LENGTH_BUCKETS)
+        self.output_length = histogram("vllm:request_generation_tokens", "Output tokens of a request", LENGTH_BUCKETS)
         prompt_tokens = counter("vllm:prompt_tokens", "Prompt tokens sent to engines", "model_name")
         self.prompt_tokens = prompt_tokens.labels(model_name)
         generation_tokens = counter("vllm:generation_tokens", "Tokens received from engines", "model_name")
         self.generation_tokens = generation_tokens.labels(model_name)
-        self.finished = counter("vllm:request_success", "Outputs that ended", "model_name", "finished_reason")
-        self.requests = metrics.counter("requests", "Generation requests by outcome", ("model", "outcome"))
-        self.http = metrics.counter("http_responses", "HTTP answers by route and status", ("route", "status"))
+        self.finished = counter("vllm:request_success", "Finished outputs", "model_name", "finished_reason")
+        self.requests = metrics.counter("requests", "Generation requests", ("model", "outcome"))
+        self.http = metrics.counter("http_responses", "HTTP answers", ("route", "status"))
         self.aborts = metrics.counter("gateway_aborts", "Requests that an engine was told to drop", ("reason",))
-        self.route_s = metrics.histogram("route_seconds", "Router asked until an engine has it", TOKEN_BUCKETS_S)
+        self.route_s = metrics.histogram(
+            "route_seconds", "Time from asking the router to the engine's acceptance", TOKEN_BUCKETS_S
+        )
 
 
 class ClusterCollector(Collector):
-    """Engine gauges, made from the monitor's last publication when somebody looks."""
+    """Metrics of the streams and engines, computed from the monitor's last publications at each scrape."""
 
     def __init__(
         self, streams: StreamTable, adapters: RegistryCopy, clock: Clock, model_name: str, max_lora: int
@@ -64,30 +76,30 @@ class ClusterCollector(Collector):
         self._streams = streams
         self._adapters = adapters
         self._clock = clock
-        self._labels = (model_name,)
+        self._model_name = model_name
         self._max_lora = max_lora
 
     def collect(self) -> Iterator[Metric]:
-        streams = self._streams
-        yield GaugeMetricFamily("loraserve_gateway_streams", "Requests in flight here", value=len(streams))
-        yield GaugeMetricFamily("loraserve_adapters_registered", "Adapters", value=len(self._adapters.adapters))
-        yield CounterMetricFamily("loraserve_gateway_stray_deltas", "Of unknown requests", value=streams.stray_deltas)
-        yield CounterMetricFamily("loraserve_gateway_duplicate_tokens", "Seen twice", value=streams.duplicate_tokens)
-        reports = [report for report in streams.watch.reports.values() if report.alive]
+        streams, adapters = self._streams, len(self._adapters.adapters)
+        strays, duplicates = streams.stray_deltas, streams.duplicate_tokens
+        yield GaugeMetricFamily("loraserve_gateway_streams", "Token streams in flight", value=len(streams))
+        yield GaugeMetricFamily("loraserve_adapters_registered", "Registered adapters", value=adapters)
+        yield CounterMetricFamily("loraserve_gateway_stray_deltas", "Messages for unknown requests", value=strays)
+        yield CounterMetricFamily("loraserve_gateway_duplicate_tokens", "Tokens received again", value=duplicates)
+        reports = {name: report for name, report in streams.watch.reports.items() if report.alive}
         for name, text, gauge in ENGINE_GAUGES:
             family = GaugeMetricFamily(name, text, labels=("model_name", "engine"))
-            for report in reports:
-                family.add_metric((*self._labels, report.load.engine), gauge(report))
+            for engine, report in reports.items():
+                family.add_metric((self._model_name, engine), gauge(report))
             yield family
-        counters = {report.load.engine: streams.watch.counters.get(report.load.engine) for report in reports}
-        yield from self._engine_counters({engine: found for engine, found in counters.items() if found is not None})
-        yield self._lora_info([report.load for report in reports])
+        yield from self._engine_counters({name: c for name, c in streams.watch.counters.items() if name in reports})
+        yield self._lora_info([report.load for report in reports.values()])
 
     def _engine_counters(self, counters: dict[str, EngineCounters]) -> Iterator[Metric]:
         for name, text, field in ENGINE_COUNTERS:
             family = CounterMetricFamily(name, text, labels=("model_name", "engine"))
             for engine, counted in counters.items():
-                family.add_metric((*self._labels, engine), getattr(counted, field))
+                family.add_metric((self._model_name, engine), getattr(counted, field))
             yield family
         for name, text, field in READ_COUNTERS:
             family = CounterMetricFamily(name, text, labels=("engine", "source", "transport"))
@@ -103,11 +115,11 @@ class ClusterCollector(Collector):
             yield family
 
     def _lora_info(self, loads: list[EngineLoad]) -> Metric:
-        """vLLM's odd gauge: its labels are the news, its value says when."""
+        # As in vLLM, the labels carry the information and the value is the time.
         running = sorted({adapter.name for load in loads for adapter in load.adapters.resident if adapter.running})
         waiting = sorted({self._adapters.name_of(version) for load in loads for version in load.adapters.loading})
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")
-        metric = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use now", labels=labels)
+        metric = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use", labels=labels)
         metric.add_metric((str(self._max_lora), ",".join(running), ",".join(waiting)), self._clock.unix_s())
         return metric
 
@@ -120,12 +132,12 @@ def _kv_share(report: EngineReport) -> float:
 Value = Callable[[EngineReport], float]
 
 ENGINE_GAUGES: tuple[tuple[str, str, Value], ...] = (
-    ("vllm:num_requests_running", "Requests in the batch", lambda report: report.load.queue.running),
-    ("vllm:num_requests_waiting", "Requests that wait for a place in the batch", lambda r: r.load.queue.waiting),
-    ("vllm:kv_cache_usage_perc", "Share of the KV blocks in use", _kv_share),
-    ("loraserve_pool_total_bytes", "Size of the adapter pool", lambda report: report.capabilities.pool_bytes),
+    ("vllm:num_requests_running", "Requests in the batch", lambda r: r.load.queue.running),
+    ("vllm:num_requests_waiting", "Requests waiting for a place in the batch", lambda r: r.load.queue.waiting),
+    ("vllm:kv_cache_usage_perc", "Share of KV blocks in use", _kv_share),
+    ("loraserve_pool_total_bytes", "Size of the adapter pool", lambda r: r.capabilities.pool_bytes),
     ("loraserve_pool_free_bytes", "Unused part of the adapter pool", lambda r: r.load.memory.pool_free_bytes),
-    ("loraserve_adapters_resident", "Adapters in the pool", lambda report: len(report.load.adapters.resident)),
+    ("loraserve_adapters_resident", "Adapters in the pool", lambda r: len(r.load.adapters.resident)),
     ("loraserve_decode_step_seconds", "Mean time of recent decode steps", lambda r: r.load.speed.decode_step_s),
 )
 ENGINE_COUNTERS: tuple[tuple[str, str, str], ...] = (
@@ -133,21 +145,17 @@ ENGINE_COUNTERS: tuple[tuple[str, str, str], ...] = (
     ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", "prefix_hits_tokens"),
     ("vllm:num_preemptions", "Requests preempted and put back into the queue", "preemptions"),
     ("loraserve_early_starts", "Requests that started while their adapter was being read", "early_starts"),
-    (
-        "loraserve_early_starts_in_vain",
-        "Early starts that were undone because the adapter came too late",
-        "early_starts_in_vain",
-    ),
+    ("loraserve_early_starts_in_vain", "Early starts undone because the adapter came too late", "early_starts_in_vain"),
     ("loraserve_engine_steps", "Steps since the engine started", "steps"),
 )
 READ_COUNTERS: tuple[tuple[str, str, str], ...] = (
-    ("loraserve_adapter_reads", "Slabs read, by where from", "reads"),
-    ("loraserve_adapter_read_bytes", "Their bytes", "read_bytes"),
-    ("loraserve_adapter_reads_failed", "Reads that failed; another source was taken", "failed"),
-    ("loraserve_adapter_reads_mismatched", "Of these, not what the digest is of", "mismatched"),
+    ("loraserve_adapter_reads", "Adapters read, by source", "reads"),
+    ("loraserve_adapter_read_bytes", "Bytes of adapters read, by source", "read_bytes"),
+    ("loraserve_adapter_reads_failed", "Reads that failed, after which another source was tried", "failed"),
+    ("loraserve_adapter_reads_mismatched", "Failed reads whose data did not match the digest", "mismatched"),
 )
 PREFETCH_COUNTERS: tuple[tuple[str, str, str], ...] = (
-    ("loraserve_adapter_prefetched_bytes", "Slabs brought in before a request waited for them, by why", "loaded_bytes"),
-    ("loraserve_adapter_prefetched_useful_bytes", "Of these, with which a request ran", "useful_bytes"),
-    ("loraserve_adapter_prefetched_wasted_bytes", "Of these, that left without", "wasted_bytes"),
+    ("loraserve_adapter_prefetched_bytes", "Bytes of adapters loaded before a request waited for them", "loaded_bytes"),
+    ("loraserve_adapter_prefetched_useful_bytes", "Bytes of those that a request then used", "useful_bytes"),
+    ("loraserve_adapter_prefetched_wasted_bytes", "Bytes of those evicted unused", "wasted_bytes"),
 )
