@@ -23,12 +23,13 @@ DEVICE = torch.device("cuda", 0)
 READ = """
 import asyncio, hashlib, sys, msgspec
 from loraserve.transfer.cuda_ipc import CudaIpcReader
-from loraserve.transfer.protocol import CudaIpcHandle, Range
+from loraserve.messages.transfer import CudaIpcHandle
+from loraserve.transfer.protocol import ByteRange
 handle = msgspec.json.decode(sys.argv[1], type=CudaIpcHandle)
 into = bytearray(handle.length_bytes)
 async def main():
     reader = CudaIpcReader(0)
-    await reader.read(handle, [Range(0, len(into))], memoryview(into))
+    await reader.read(handle, [ByteRange(0, len(into))], memoryview(into))
     reader.close()
 asyncio.run(main())
 print(hashlib.sha256(into).hexdigest())

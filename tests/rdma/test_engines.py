@@ -38,7 +38,7 @@ from loraserve.service import Service
 from loraserve.store.service import StoreService
 from loraserve.testing.engine.byte_engine import ByteEngine, generated, pool_of
 from loraserve.testing.engine.client import EngineClient, reference, until, within
-from loraserve.testing.forked import Forked
+from loraserve.testing.forked import ForkedService
 from loraserve.testing.peft_writer import named_tensors, random_pairs, write_peft
 
 SHAPE = ModelShape(layers=4, hidden=512, heads=8, kv_heads=8, head_dim=64, ffn=1024, vocab=1000)
@@ -99,7 +99,7 @@ class Cluster:
             store=StoreConfig(adapters={name: str(folder) for name, folder in folders.items()}),
             transfer=TransferConfig(transports=("verbs",)),
         )
-        self._processes: dict[str, Forked] = {}
+        self._processes: dict[str, ForkedService] = {}
         self.start()
 
     def start(self) -> None:
@@ -107,7 +107,7 @@ class Cluster:
         kinds: dict[str, type[Service]] = {"store": StoreService, "monitor": MonitorService}
         for name, kind in (kinds | dict.fromkeys(ENGINES, ByteEngine)).items():
             if name not in self._processes:
-                self._processes[name] = Forked(kind, name, self.config)
+                self._processes[name] = ForkedService(kind, name, self.config)
 
     def kill(self, name: str) -> None:
         process = self._processes.pop(name, None)
@@ -182,7 +182,7 @@ class Cluster:
     async def held(self, client: EngineClient, engine: str, adapter: str) -> None:
         """Loaded there, answered rightly, and known to the monitor."""
         await self.right(client, await self.admit(client, engine, adapter), adapter)
-        await client.known(engine, self.slabs[adapter])
+        await client.wait_resident(engine, self.slabs[adapter])
 
 
 def try_each(cluster: Cluster, names: Sequence[str], scenario: Callable[[str, EngineClient], Awaitable[str]]) -> None:
@@ -213,7 +213,7 @@ def test_an_adapter_is_read_from_the_engine_that_has_it(cluster: Cluster, say: S
         with cluster.without_store():
             began_s = time.monotonic()
             request = await cluster.admit(client, "engine-1", name)
-            found = await within(PATIENCE_S, lambda: client.over(request))
+            found = await within(PATIENCE_S, lambda: client.is_finished(request))
             took_s = time.monotonic() - began_s
         await cluster.right(client, request, name)
         if not found:

@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from loraserve.bus import wire
+from loraserve.bus.memory import Fault, MemoryBus, MemoryNetwork
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
-from loraserve.testing.bus import Fault, MemoryBus, MemoryNetwork
-from loraserve.testing.clock import Deadlock, run_virtual
+from loraserve.testing.clock import DeadlockError, run_virtual
 
 PONG = Pong(name="b", state="READY", incarnation="", pid=1, protocol=PROTOCOL_VERSION)
 
@@ -137,5 +137,5 @@ def test_waiting_for_what_nobody_sends_is_a_deadlock_and_no_hang() -> None:
     async def scenario() -> None:
         await MemoryNetwork().bus("a", Ping).receive()
 
-    with pytest.raises(Deadlock):
+    with pytest.raises(DeadlockError):
         run_virtual(scenario())

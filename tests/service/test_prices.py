@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Envelope
 from loraserve.config import ClusterConfig, Config, ModelConfig
 from loraserve.cost import CostModel, StepShape, mean_step
@@ -13,7 +14,6 @@ from loraserve.errors import ConfigError
 from loraserve.messages import ToPlanner, ToRouter
 from loraserve.planner.service import PlannerService
 from loraserve.router.service import RouterService
-from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.reports import engine_seen, picture
 from loraserve.testing.tiny_model import write_tiny_model

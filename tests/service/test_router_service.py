@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 import pytest
 
+from loraserve.bus.memory import MemoryNetwork
 from loraserve.config import Config, RouterConfig
 from loraserve.errors import PeerError
 from loraserve.messages import (
@@ -25,7 +26,6 @@ from loraserve.messages import (
     ToRouter,
 )
 from loraserve.router.service import RouterService
-from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.peers import Peer, Script, serving
 from loraserve.testing.reports import adapter_ref, engine_seen, picture, resident, route_request

@@ -12,6 +12,7 @@ import torch
 
 from loraserve.adapter.format import encode_header
 from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config, EngineConfig, ModelConfig, TransferConfig
 from loraserve.engine.compute.protocol import DeviceLostError, PendingStep, Runner
@@ -37,8 +38,7 @@ from loraserve.messages import (
     ToStore,
 )
 from loraserve.service import ServiceState
-from loraserve.testing.bus import MemoryNetwork
-from loraserve.testing.clock import StoppableClock
+from loraserve.testing.clock import ReplaceableClock
 from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
@@ -163,7 +163,7 @@ class Stage:
     ) -> None:
         network = MemoryNetwork()
         self.models = models
-        self.clock = StoppableClock()
+        self.clock = ReplaceableClock()
         self.holders: tuple[Holder, ...] = ()
         """The peers that the monitor names as holders of each adapter."""
         settings = msgspec.structs.replace(models.config.engine, **engine)

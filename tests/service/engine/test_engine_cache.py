@@ -17,7 +17,7 @@ from loraserve.messages import (
 )
 from loraserve.messages.transfer import ShmHandle
 from loraserve.testing.clock import FakeClock
-from loraserve.testing.engine.peer import Peer
+from loraserve.testing.engine.leasing_peer import LeasingPeer
 from loraserve.transfer.protocol import ByteRange
 from loraserve.transfer.shm import ShmReader
 
@@ -128,7 +128,7 @@ def test_a_cached_slab_that_is_damaged_is_not_used_but_read_from_the_store(play:
 
 def test_of_two_slabs_and_room_for_one_that_which_is_asked_for_more_stays(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
-        stage.clock.of = FakeClock()
+        stage.clock.current = FakeClock()
         for number in range(3):
             await runs(stage, f"one-{number}", "one")
         await runs(stage, "two", "two")
@@ -142,7 +142,7 @@ def test_of_two_slabs_and_room_for_one_that_which_is_asked_for_more_stays(play: 
 def test_a_peer_reads_what_is_cached_with_all_that_it_takes_to_verify(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await runs(stage, "a", "one")
-        peer = Peer(stage.network)
+        peer = LeasingPeer(stage.network)
         await runs(stage, "b", "two")
         await cached(stage, "one")
         granted, encoded = await peer.lease(models.refs["one"])
@@ -165,7 +165,7 @@ def test_what_a_peer_reads_from_the_cache_stays_there_until_it_is_done(play: Pla
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")
         await cached(stage, "one")
-        peer = Peer(stage.network)
+        peer = LeasingPeer(stage.network)
         granted, _ = await peer.lease(models.refs["one"])
         for number in range(20):
             # So often that what a busy machine makes of the speeds does not decide which is worth more.
@@ -194,7 +194,7 @@ def test_a_read_that_asks_again_has_its_lease_though_the_pool_has_the_adapter_no
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")
         await cached(stage, "one")
-        peer = Peer(stage.network)
+        peer = LeasingPeer(stage.network)
         first, _ = await peer.lease(models.refs["one"])
         await runs(stage, "c", "one")
         again, _ = await peer.lease(models.refs["one"])
@@ -211,10 +211,10 @@ def test_leases_of_a_peer_s_past_life_end_in_the_cache_as_well(play: Play, model
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")
         await cached(stage, "one")
-        await Peer(stage.network).lease(models.refs["one"])
+        await LeasingPeer(stage.network).lease(models.refs["one"])
         stage.network.kill("engine-1")
         assert [entry.leases for entry in tier(stage).cache.entries()] == [1]
-        await Peer(stage.network).lease(models.refs["two"])
+        await LeasingPeer(stage.network).lease(models.refs["two"])
         assert [entry.leases for entry in tier(stage).cache.entries()] == [0]
 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)

@@ -22,8 +22,8 @@ from loraserve.messages import (
 )
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, ShmHandle
 from loraserve.testing.clock import FakeClock
+from loraserve.testing.engine.leasing_peer import LeasingPeer
 from loraserve.testing.engine.offline import adapter_reference
-from loraserve.testing.engine.peer import Peer
 from loraserve.testing.tiny_model import write_peft_adapter
 from loraserve.transfer.protocol import ByteRange
 from loraserve.transfer.shm import ShmReader
@@ -34,7 +34,7 @@ TIMEOUT_S = 20.0
 
 async def resident(stage: Any, *names: str) -> FakeClock:
     """Adapters that ran once each. From now on the engine's time stands still."""
-    clock = stage.clock.of = FakeClock()
+    clock = stage.clock.current = FakeClock()
     for name in names:
         clock.advance(1.0)
         await stage.admit(f"warm-{name}", name)
@@ -58,7 +58,7 @@ def pool_for(models: Any, adapters: int) -> int:
 def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one", "two")
-        granted, header_bytes = await Peer(stage.network).lease(models.refs["two"])
+        granted, header_bytes = await LeasingPeer(stage.network).lease(models.refs["two"])
         assert (granted.version, granted.lasts_s) == (models.refs["two"].version, 5.0)
         header = decode_header(header_bytes)
         assert slab_version(header) == granted.version
@@ -76,7 +76,7 @@ def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, mo
 def test_an_engine_that_offers_nothing_says_so_and_grants_all_the_same(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
-        granted, _ = await Peer(stage.network).lease(models.refs["one"])
+        granted, _ = await LeasingPeer(stage.network).lease(models.refs["one"])
         assert granted.handles == ()
 
     play(scenario, transfer=TransferConfig(transports=()))
@@ -94,7 +94,7 @@ def test_what_cannot_be_granted_is_refused_by_its_code(play: Play, models: Any) 
         await resident(stage, "one")
         stage.store.open.clear()
         await stage.admit("loads", "two")
-        peer, one, two = Peer(stage.network), models.refs["one"], models.refs["two"]
+        peer, one, two = LeasingPeer(stage.network), models.refs["one"], models.refs["two"]
         assert await refused(peer.lease(one, protocol=TRANSFER_PROTOCOL_VERSION + 1)) == "version"
         assert await refused(peer.lease(one, version="unheard of")) == "not_found"
         assert await refused(peer.lease(one, slab_bytes=one.slab_bytes + 1)) == "mismatch"
@@ -114,7 +114,7 @@ def test_a_load_that_failed_leaves_nothing_to_lend(play: Play, models: Any) -> N
         stage.store.corrupt = lambda chunk: bytes([chunk[0] ^ 1]) + chunk[1:]
         await stage.admit("hurt", "one")
         await stage.finished("hurt")
-        assert await refused(Peer(stage.network).lease(models.refs["one"])) == "not_found"
+        assert await refused(LeasingPeer(stage.network).lease(models.refs["one"])) == "not_found"
 
     play(scenario)
 
@@ -124,10 +124,10 @@ def test_a_request_waits_for_the_reader_of_the_only_extent_and_runs_once_that_is
 ) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
-        peer = Peer(stage.network)
+        peer = LeasingPeer(stage.network)
         granted, _ = await peer.lease(models.refs["one"])
         await waits(stage, "two")
-        assert await refused(Peer(stage.network, "engine-2").lease(models.refs["one"])) == "making_room"
+        assert await refused(LeasingPeer(stage.network, "engine-2").lease(models.refs["one"])) == "making_room"
         assert await peer.release(granted.lease_id)
         await stage.finished("waits")
         assert stage.tokens["waits"] == models.expected("two", 8)
@@ -142,7 +142,7 @@ def test_a_request_waits_for_the_reader_of_the_only_extent_and_runs_once_that_is
 def test_a_lease_that_nobody_renews_ends_by_its_deadline(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         clock = await resident(stage, "one")
-        peer = Peer(stage.network)
+        peer = LeasingPeer(stage.network)
         granted, _ = await peer.lease(models.refs["one"])
         clock.advance(4.0)
         assert (await peer.renew(granted.lease_id)).lasts_s == 5.0
@@ -159,10 +159,10 @@ def test_a_lease_that_nobody_renews_ends_by_its_deadline(play: Play, models: Any
 def test_leases_of_a_reader_that_died_end_with_its_next_life(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
-        granted, _ = await Peer(stage.network).lease(models.refs["one"])
+        granted, _ = await LeasingPeer(stage.network).lease(models.refs["one"])
         await waits(stage, "two")
         stage.network.kill("engine-1")
-        reborn = Peer(stage.network)
+        reborn = LeasingPeer(stage.network)
         assert await refused(reborn.renew(granted.lease_id)) == "not_yours"
         assert await refused(reborn.lease(models.refs["one"])) == "making_room"
         await stage.finished("waits")
@@ -179,15 +179,20 @@ def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tm
     async def scenario(stage: Any) -> None:
         await resident(stage, "one", "two")
         stage.store.slabs[third.version] = third
-        granted, _ = await Peer(stage.network).lease(models.refs["one"])
+        granted, _ = await LeasingPeer(stage.network).lease(models.refs["one"])
         stage.tokens["third"] = []
         sampling = SamplingParams(max_tokens=2, temperature=0.0, ignore_eos=True)
         admit = Admit(request_id="third", gateway="gateway-0", prompt_tokens=(5, 6), sampling=sampling, adapter=ref)
         await stage.ask(admit, Admitted)
         await stage.finished("third")
         load = await stage.fresh_load()
+<<<<<<< HEAD
         assert {each.name for each in load.adapters.resident} == {"one", "third"}, "one was unused for longer"
         again, _ = await Peer(stage.network, "engine-2").lease(models.refs["one"])
+=======
+        assert {each.name for each in load.resident} == {"one", "third"}, "one was unused for longer"
+        again, _ = await LeasingPeer(stage.network, "engine-2").lease(models.refs["one"])
+>>>>>>> 590d5af (Describe the test helpers in plain terms; PEFT options become a type)
         assert again.offset_bytes == granted.offset_bytes
 
     play(scenario, pool_bytes=pool_for(models, 2))
@@ -196,7 +201,7 @@ def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tm
 def test_an_engine_whose_peers_read_and_vanish_ends_clean(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         clock = await resident(stage, "one", "two")
-        peers = [Peer(stage.network, f"engine-{number}") for number in range(1, 4)]
+        peers = [LeasingPeer(stage.network, f"engine-{number}") for number in range(1, 4)]
         await asyncio.gather(*(peer.lease(models.refs["one"]) for peer in peers))
         for peer in peers:
             stage.network.kill(peer.bus.name)
@@ -211,7 +216,7 @@ def test_an_engine_whose_peers_read_and_vanish_ends_clean(play: Play, models: An
 def test_who_complains_of_a_slab_must_have_leased_it(play: Play, models: Any, capfd: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
-        peer, other = Peer(stage.network), Peer(stage.network, "engine-2")
+        peer, other = LeasingPeer(stage.network), LeasingPeer(stage.network, "engine-2")
         granted, _ = await peer.lease(models.refs["one"])
         for bus, version in ((other.bus, granted.version), (peer.bus, "another")):
             bus.send("engine-0", SlabDamaged(version=version, lease_id=granted.lease_id, layer=0))

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import ModelConfig
 from loraserve.engine.compute.protocol import DeviceLostError
@@ -23,7 +24,6 @@ from loraserve.messages import (
     RetireDone,
 )
 from loraserve.service import ServiceState
-from loraserve.testing.bus import MemoryNetwork
 
 Play = Callable[..., None]
 

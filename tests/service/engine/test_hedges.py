@@ -33,7 +33,7 @@ def test_beside_a_peer_that_stalls_the_next_is_tried_and_the_first_gives_up(
         # It was slow, not wrong.
         assert scene.failed("engine-1") == (0, 0)
         await asyncio.sleep(0.01)
-        assert scene.owners[0].saw(ReleaseLease) == 1
+        assert scene.owners[0].count(ReleaseLease) == 1
 
     scene(scenario)
 
@@ -46,7 +46,7 @@ def test_a_first_that_comes_after_all_wins(scene: Callable[..., None], monkeypat
         scene.store.open.clear()
         loading = asyncio.create_task(scene.load())
         await scene.until(lambda: scene.store.chunks_asked)
-        scene.owners[0].goes_on()
+        scene.owners[0].resume()
         assert await loading == "engine-1"
         assert scene.failed("store") == (0, 0)
 
@@ -63,7 +63,7 @@ def test_a_spare_that_fails_leaves_the_first_to_go_on(
         scene.store.corrupt = lambda chunk: chunk[:-1]
         loading = asyncio.create_task(scene.load())
         await scene.until(lambda: scene.failed("store") != (0, 0))
-        scene.owners[0].goes_on()
+        scene.owners[0].resume()
         assert await loading == "engine-1"
 
     scene(scenario)
@@ -81,7 +81,7 @@ def test_who_finds_another_hedging_hedges_after_it(scene: Callable[..., None], m
         scene.owners[0].stalls = True
         scene.store.open.clear()
         both = [asyncio.create_task(scene.load()) for _ in range(2)]
-        await scene.until(lambda: scene.owners[0].saw(ReadRegion) == 2 and scene.store.chunks_asked)
+        await scene.until(lambda: scene.owners[0].count(ReadRegion) == 2 and scene.store.chunks_asked)
         # The one that is later has found the other at it by then.
         await asyncio.sleep(0.2)
         scene.store.open.set()
@@ -105,7 +105,7 @@ def test_where_both_fail_it_is_the_first_s_failure_that_counts(
         owner.stalls, owner.lasts_s = True, 0.2
         scene.store.open.clear()
         loading = asyncio.create_task(scene.load())
-        await scene.until(lambda: scene.store.chunks_asked and owner.saw(ReadRegion))
+        await scene.until(lambda: scene.store.chunks_asked and owner.count(ReadRegion))
         scene.network.kill("store")
         await scene.until(lambda: scene.failed("store") != (0, 0))
         owner.renews, owner.refuses = False, "not_found"

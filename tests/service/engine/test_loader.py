@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from loraserve.adapter.dtypes import storage_dtype
 from loraserve.adapter.format import make_layout
 from loraserve.adapter.pack import Slab, seal_slab
+from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.compute.protocol import DeviceLostError
@@ -22,7 +23,6 @@ from loraserve.engine.loading.source import LoadFailed
 from loraserve.engine.loading.sources import Sources
 from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape
-from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.engine.offline import adapter_reference
 from loraserve.testing.engine.watched_pool import WatchedPool
 

@@ -57,7 +57,7 @@ def test_a_peer_that_grants_no_lease_is_left_for_the_next(scene: Callable[..., N
         scene.owners[0].refuses = code
         assert await scene.load() == "engine-2"
         assert scene.failed("engine-1") == (1, 0)
-        assert scene.owners[0].saw(ReadRegion) == 0
+        assert scene.owners[0].count(ReadRegion) == 0
 
     scene(scenario, peers=2)
 
@@ -70,11 +70,11 @@ def test_bytes_that_are_not_the_version_s_are_complained_of_and_replaced(scene: 
         await asyncio.sleep(0.01)
         (complaint,) = [each for each in owner.seen if isinstance(each, SlabDamaged)]
         assert (complaint.version, complaint.layer) == (scene.slab.version, scene.slab.header.shape.layers - 1)
-        assert owner.saw(ReleaseLease) == 1
+        assert owner.count(ReleaseLease) == 1
         assert scene.failed("engine-1") == (1, 1)
         # It is not asked again right away.
         assert await scene.load() == "store"
-        assert owner.saw(LeaseSlab) == 1
+        assert owner.count(LeaseSlab) == 1
 
     scene(scenario)
 
@@ -84,7 +84,7 @@ def test_a_peer_that_dies_while_it_is_read_leaves_it_to_another(scene: Callable[
         dying = scene.owners[0]
         dying.stalls = True
         loading = asyncio.create_task(scene.load())
-        await scene.until(lambda: dying.saw(ReadRegion))
+        await scene.until(lambda: dying.count(ReadRegion))
         scene.network.kill("engine-1")
         assert await loading != "engine-1"
         assert await scene.load() != "engine-1"
@@ -101,7 +101,7 @@ def test_a_lease_is_renewed_while_the_read_goes_on_and_one_that_ends_ends_the_re
         owner = scene.owners[0]
         owner.stalls, owner.lasts_s = True, 0.1
         loading = asyncio.create_task(scene.load())
-        await scene.until(lambda: owner.saw(RenewLease) >= 3)
+        await scene.until(lambda: owner.count(RenewLease) >= 3)
         assert not loading.done()
         owner.renews = False
         assert await loading == "store"
@@ -115,13 +115,13 @@ def test_a_load_that_is_cancelled_lets_go_of_the_lease_and_writes_no_more(scene:
         owner = scene.owners[0]
         owner.stalls = True
         loading = asyncio.create_task(scene.load())
-        await scene.until(lambda: owner.saw(ReadRegion))
+        await scene.until(lambda: owner.count(ReadRegion))
         loading.cancel()
         with pytest.raises(asyncio.CancelledError):
             await loading
         before = bytes(scene.memory)
         await asyncio.sleep(0.02)
-        assert owner.saw(ReleaseLease) == 1
+        assert owner.count(ReleaseLease) == 1
         assert bytes(scene.memory) == before
 
     scene(scenario)
@@ -131,7 +131,7 @@ def test_without_a_monitor_the_store_is_asked(scene: Callable[..., None]) -> Non
     async def scenario(scene: Scene) -> None:
         scene.network.kill("monitor")
         assert await scene.load() == "store"
-        assert scene.owners[0].saw(LeaseSlab) == 0
+        assert scene.owners[0].count(LeaseSlab) == 0
 
     scene(scenario)
 

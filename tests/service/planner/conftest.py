@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Envelope
 from loraserve.config import ClusterConfig, Config, PlannerConfig
 from loraserve.messages import (
@@ -27,7 +28,6 @@ from loraserve.messages import (
     ToRouter,
 )
 from loraserve.planner.service import PlannerService
-from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.peers import Peer, serving
 from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture, resident

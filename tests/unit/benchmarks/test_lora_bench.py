@@ -22,7 +22,7 @@ from loraserve.benchmarks.lora.cases import (
     VLLM_8,
     VLLM_128,
     VLLM_256,
-    Case,
+    LoraCase,
     floor_ms,
     layer_bytes,
     makers,
@@ -44,7 +44,7 @@ KEYS = [
 ]  # fmt: skip
 TINY = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=50)
 ON_CPU = WorldSettings(device="cpu", shape=TINY, layers=2, dtype=torch.float16)
-SMALL = Case(name="small", slots=(0, 1, 0, 2), ranks=(8, 16, 4))
+SMALL = LoraCase(name="small", slots=(0, 1, 0, 2), ranks=(8, 16, 4))
 
 
 class FakeTimer:
@@ -63,7 +63,7 @@ class Defined:
 
     name = "defined"
 
-    def __init__(self, world: World, case: Case) -> None:
+    def __init__(self, world: World, case: LoraCase) -> None:
         self._world = world
         self._batch = plan_batch(torch.tensor(case.slots, dtype=torch.int32))
         self.knobs: dict[str, list[Any]] = {}
@@ -80,7 +80,7 @@ class Knobbed(Defined):
 
     name = "knobbed"
 
-    def __init__(self, world: World, case: Case) -> None:
+    def __init__(self, world: World, case: LoraCase) -> None:
         super().__init__(world, case)
         self.knobs = {"size": [1, 2, 3, 4]}
         self.setting = [{"size": 1} for _ in MODULES]
@@ -99,7 +99,7 @@ def measurer(ms: Callable[[], float] = lambda: 1.0, quick: bool = False) -> Meas
 
 
 def test_bytes_of_a_small_step_by_hand() -> None:
-    case = Case(name="", slots=(0, 2, NO_ADAPTER, 2), ranks=(8, 32, 16))
+    case = LoraCase(name="", slots=(0, 2, NO_ADAPTER, 2), ranks=(8, 32, 16))
     assert case.used_ranks == [8, 16]
     # (8 + 16) * (64 + 64) of A and B; 3 tokens of 64 read, 64 read and written; two bytes each.
     assert module_bytes(TINY, "o", case) == 2 * (24 * 128 + 3 * (64 + 2 * 64))
@@ -109,7 +109,7 @@ def test_bytes_of_a_small_step_by_hand() -> None:
 
 
 @pytest.mark.parametrize(("case", "us"), [(cases.DECODE_64X64, 121), (cases.DECODE_64X8, 15), (cases.PREFILL, 226)])
-def test_floors_at_the_speed_of_an_h200_are_the_known_ones(case: Case, us: int) -> None:
+def test_floors_at_the_speed_of_an_h200_are_the_known_ones(case: LoraCase, us: int) -> None:
     assert round(1e3 * floor_ms(layer_bytes(LLAMA_3_8B, case), 4.3e12)) == us
 
 
@@ -135,7 +135,7 @@ def test_the_program_measures_what_every_ratio_needs(quick: bool) -> None:
 
 def test_weights_lie_where_the_definition_reads_them() -> None:
     world = World(TINY, SMALL.ranks, "cpu", torch.float16)
-    case = Case(name="", slots=(1, 1), ranks=SMALL.ranks)
+    case = LoraCase(name="", slots=(1, 1), ranks=SMALL.ranks)
     operands = Operands(world, case)
     for module in (0, 3):
         widths = world.tables.out_features[module]
@@ -173,7 +173,7 @@ def test_a_line_is_per_layer_and_a_case_is_measured_once() -> None:
 def test_knobs_are_tuned_for_each_module_and_what_does_not_run_is_skipped() -> None:
     made: list[Knobbed] = []
 
-    def make(world: World, case: Case) -> Knobbed:
+    def make(world: World, case: LoraCase) -> Knobbed:
         made.append(Knobbed(world, case))
         return made[0]
 
@@ -187,7 +187,7 @@ def test_knobs_are_tuned_for_each_module_and_what_does_not_run_is_skipped() -> N
 def test_a_setting_that_is_fast_and_wrong_does_not_count() -> None:
     made: list[Knobbed] = []
 
-    def make(world: World, case: Case) -> Knobbed:
+    def make(world: World, case: LoraCase) -> Knobbed:
         made.append(Knobbed(world, case))
         return made[0]
 
@@ -208,7 +208,7 @@ def test_a_wrong_or_absent_side_has_no_time_but_a_reason() -> None:
     assert "scripts/bench lora --install-peers" in found.reasons["small", SGLANG_V2]
 
 
-def _wrong(world: World, case: Case) -> Knobbed:
+def _wrong(world: World, case: LoraCase) -> Knobbed:
     side = Knobbed(world, case)
     side.setting[0]["size"] = 4
     return side
@@ -222,7 +222,7 @@ def test_every_key_is_there_and_null_where_nothing_was_measured() -> None:
 
 def test_ratios_are_taken_of_the_right_sides() -> None:
     found = measurer(lambda: 2.0)
-    small = Case(name=cases.DECODE_64X64.name, slots=SMALL.slots, ranks=SMALL.ranks)
+    small = LoraCase(name=cases.DECODE_64X64.name, slots=SMALL.slots, ranks=SMALL.ranks)
     found.measure(OURS, Defined, small)
     found._timer = FakeTimer(lambda: 5.0)
     found.measure(VLLM_128, Defined, small)
@@ -252,7 +252,7 @@ def test_the_line_is_one_line_of_json() -> None:
 def test_the_whole_bench_by_a_made_up_clock(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    mixed = Case(name=cases.DECODE_64X64.name, slots=SMALL.slots, ranks=SMALL.ranks)
+    mixed = LoraCase(name=cases.DECODE_64X64.name, slots=SMALL.slots, ranks=SMALL.ranks)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr("loraserve.benchmarks.lora.report.machine", lambda: "a GPU")
     monkeypatch.setattr("loraserve.benchmarks.lora.measure.GraphTimer", FakeTimer)

@@ -10,7 +10,7 @@ from loraserve.model_shape import ModelShape
 
 pytest.importorskip("triton", reason="the GPU kernels need triton")
 
-from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.cases import LoraCase
 from loraserve.benchmarks.lora.peers import SGLANG, VLLM, missing, root_of
 from loraserve.benchmarks.lora.peers.csgmv import Csgmv
 from loraserve.benchmarks.lora.peers.sglang_v2 import SglangV2, first_match, read_plans
@@ -23,8 +23,8 @@ PEERS = ROOT / ".peers"
 TINY = ModelShape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=50)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EVERY = range(4)
-MIXED = Case(name="mixed", slots=(0, 1, 2, 0, 3, 3, 2, 1, 0, 2), ranks=(8, 16, 32, 8))
-UNEVEN = Case(name="one adapter of four in use, and many tokens", slots=(2,) * 40, ranks=(8, 16, 32, 8))
+MIXED = LoraCase(name="mixed", slots=(0, 1, 2, 0, 3, 3, 2, 1, 0, 2), ranks=(8, 16, 32, 8))
+UNEVEN = LoraCase(name="one adapter of four in use, and many tokens", slots=(2,) * 40, ranks=(8, 16, 32, 8))
 ERROR = 1e-3
 """Half precision rounds the result once, or twice."""
 
@@ -32,7 +32,7 @@ needs_vllm = pytest.mark.skipif(bool(missing(PEERS, VLLM)), reason=f"no kernels 
 needs_sglang = pytest.mark.skipif(bool(missing(PEERS, SGLANG)), reason=f"no kernels of SGLang in {PEERS}")
 
 
-def off(make: Any, case: Case, modules: range = range(2), **chosen: Any) -> float:
+def off(make: Any, case: LoraCase, modules: range = range(2), **chosen: Any) -> float:
     """Of modules with three slices of different width, and with one."""
     world = World(TINY, case.ranks, DEVICE, torch.float16)
     side: Side = use_few_blocks(make(PEERS, world, case, 32))

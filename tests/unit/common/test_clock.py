@@ -6,7 +6,7 @@ import time
 import pytest
 
 from loraserve.clock import Clock, SystemClock
-from loraserve.testing.clock import Deadlock, FakeClock, LoopClock, run_virtual
+from loraserve.testing.clock import DeadlockError, FakeClock, LoopClock, run_virtual
 
 
 def test_the_system_clock_is_the_machine_s() -> None:
@@ -47,5 +47,5 @@ def test_waiting_for_nothing_is_an_error() -> None:
     async def main() -> None:
         await asyncio.Event().wait()
 
-    with pytest.raises(Deadlock, match="no timer is set"):
+    with pytest.raises(DeadlockError, match="no timer is set"):
         run_virtual(main())

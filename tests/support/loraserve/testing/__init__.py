@@ -1,1 +1,1 @@
-"""Small real helpers for tests: a clock to turn by hand, an event loop in virtual time, a network in memory."""
+"""Helpers for tests and benchmarks: clocks, scripted peers, local clusters, tiny models. Not packaged in the wheel."""

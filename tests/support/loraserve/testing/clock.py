@@ -1,4 +1,4 @@
-"""Clocks for tests: one turned by hand, and an event loop whose time is virtual."""
+"""Clocks for tests: one that tests advance, and an event loop with virtual time."""
 
 import asyncio
 import selectors
@@ -13,7 +13,7 @@ START_UNIX_S = 1_700_000_000.0
 
 
 class FakeClock:
-    """See Clock. Stands still until ``advance``."""
+    """A Clock that stands still until ``advance`` is called."""
 
     def __init__(self, monotonic_s: float = 0.0, unix_s: float = START_UNIX_S) -> None:
         self._monotonic_s = monotonic_s
@@ -31,7 +31,7 @@ class FakeClock:
 
 
 class LoopClock:
-    """See Clock. Follows the running event loop, virtual or not."""
+    """A Clock that follows the running event loop, virtual or not."""
 
     def monotonic_s(self) -> float:
         return asyncio.get_running_loop().time()
@@ -40,12 +40,12 @@ class LoopClock:
         return START_UNIX_S + self.monotonic_s()
 
 
-class Deadlock(Exception):
-    """Every task waits for something that nothing will bring."""
+class DeadlockError(Exception):
+    """Every task waits and no timer is set: nothing can ever happen."""
 
 
 class _VirtualSelector(selectors.DefaultSelector):
-    """Waiting takes no time: the loop's clock jumps to when the next call is due."""
+    """Does not wait: the loop's clock jumps to the time of the next call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,13 +53,15 @@ class _VirtualSelector(selectors.DefaultSelector):
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         if timeout is None:
-            raise Deadlock("no timer is set and no task can go on; print asyncio.all_tasks() to see where they wait")
+            raise DeadlockError(
+                "no timer is set and no task can continue; print asyncio.all_tasks() to see where they wait"
+            )
         self.now_s += max(0.0, timeout)
         return super().select(0)
 
 
 class VirtualLoop(asyncio.SelectorEventLoop):
-    """For MemoryNetwork, asyncio.sleep and asyncio.to_thread; sockets do not keep its time."""
+    """An event loop with virtual time for MemoryNetwork, asyncio.sleep and asyncio.to_thread; not for sockets."""
 
     def __init__(self) -> None:
         self._virtual = _VirtualSelector()
@@ -68,8 +70,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._virtual.now_s
 
-    def run_in_executor(self, executor: Any, func: Callable[..., Any], *args: Any) -> asyncio.Future[Any]:
-        """Call the function in the next turn of the loop, in no virtual time: a thread would take real time."""
+    def run_in_executor(  # type: ignore[override]
+        self, executor: Any, func: Callable[..., Any], *args: Any
+    ) -> asyncio.Future[Any]:
+        """Call the function in the next iteration of the loop, in no virtual time. A thread would take real time."""
         result = self.create_future()
 
         def call() -> None:
@@ -84,19 +88,19 @@ class VirtualLoop(asyncio.SelectorEventLoop):
 
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
-    """``asyncio.run`` in virtual time: an hour of waiting takes no time. Raises Deadlock instead of hanging."""
+    """Run a coroutine in virtual time: an hour of waiting takes no time. Raises DeadlockError instead of hanging."""
     with asyncio.Runner(loop_factory=VirtualLoop) as runner:
         return runner.run(main)
 
 
-class StoppableClock:
-    """The machine's, until another is put in its place."""
+class ReplaceableClock:
+    """A Clock that delegates to ``current``: the system's clock until a test replaces it."""
 
     def __init__(self) -> None:
-        self.of: Clock = SystemClock()
+        self.current: Clock = SystemClock()
 
     def monotonic_s(self) -> float:
-        return self.of.monotonic_s()
+        return self.current.monotonic_s()
 
     def unix_s(self) -> float:
-        return self.of.unix_s()
+        return self.current.unix_s()

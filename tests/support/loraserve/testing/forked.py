@@ -1,5 +1,7 @@
-"""Services in processes of their own, forked: to import them takes a new process some twenty seconds in the RDMA tests'
-virtual machine."""
+"""Services in forked processes.
+
+Forking avoids the imports, which take a new process about twenty seconds in the virtual machine of the RDMA tests.
+"""
 
 import os
 import sys
@@ -14,14 +16,14 @@ FORK = get_context("fork")
 STOPS_WITHIN_S = 30.0
 
 
-class Forked:
-    """Such a process, from outside; it is ended at the end at the latest. Begun where no event loop runs."""
+class ForkedService:
+    """A service in a forked process, killed at the end of the ``with`` block. Start it where no event loop runs."""
 
     def __init__(self, kind: type[Service], name: str, config: Config) -> None:
         self._process = FORK.Process(target=_run, args=(kind, name, config, os.getpid()), name=name, daemon=True)
         self._process.start()
 
-    def __enter__(self) -> "Forked":
+    def __enter__(self) -> "ForkedService":
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -33,12 +35,12 @@ class Forked:
         return self._process.pid
 
     def kill(self) -> None:
-        """kill -9, and returns when it is over."""
+        """Send SIGKILL and wait for the end of the process."""
         self._process.kill()
         self._process.join()
 
     def stop(self) -> int | None:
-        """As its supervisor would. Its exit status, None where it does not end."""
+        """Send SIGTERM, as a supervisor does. Returns the exit status, None if the process does not end."""
         self._process.terminate()
         self._process.join(STOPS_WITHIN_S)
         return self._process.exitcode

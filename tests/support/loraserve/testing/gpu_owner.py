@@ -1,9 +1,9 @@
-"""A process that owns memory of a GPU which others read: for tests that kill it and benches that measure it.
+"""A process that owns GPU memory which others read, for tests that kill it and for benchmarks.
 
     python -m loraserve.testing.gpu_owner LENGTH_BYTES DEVICE
 
-Prints its handle as one line of JSON. On the line ``withdraw`` it withdraws it, on ``free`` also gives the memory back.
-It ends with whoever started it.
+Prints its handle as one line of JSON. The line ``withdraw`` makes it withdraw the handle, ``free`` also free the
+memory. It ends when its stdin is closed.
 """
 
 import sys
@@ -20,13 +20,13 @@ from loraserve.transfer.cuda_ipc import CudaIpcExporter
 
 NAME = "owner"
 OFFSET = 12_345
-"""The region does not begin where its allocation does."""
+"""Start of the region in its allocation: readers must not assume that it is 0."""
 
 Bytes = npt.NDArray[np.uint8]
 
 
 class GpuOwner(OwnerProcess):
-    """Such a process, from outside."""
+    """The process, as its parent sees it."""
 
     def __init__(self, length_bytes: int, device: int = 0, environment: dict[str, str] | None = None) -> None:
         module = "loraserve.testing.gpu_owner"
@@ -40,13 +40,13 @@ class GpuOwner(OwnerProcess):
 
 
 def to_gpu(memory: GpuMemory, data: Bytes) -> None:
-    """Writes the beginning of it."""
+    """Copy ``data`` to the beginning of the memory."""
     with current_device(memory.device):
         call("cuMemcpyHtoD_v2", memory.address, data.ctypes.data, data.nbytes)
 
 
 def from_gpu(memory: GpuMemory) -> Bytes:
-    """All that lies there."""
+    """Return the contents of the memory."""
     data = np.empty(memory.length_bytes, np.uint8)
     with current_device(memory.device):
         call("cuMemcpyDtoH_v2", data.ctypes.data, memory.address, data.nbytes)

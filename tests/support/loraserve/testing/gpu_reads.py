@@ -1,8 +1,8 @@
-"""What this machine's GPU gives to peers: CUDA IPC between two processes, dma-buf, registration with an RDMA device.
+"""Check how peers can read this machine's GPU: CUDA IPC between processes, dma-buf, registration with an RDMA device.
 
     python -m loraserve.testing.gpu_reads
 
-Prints one line of JSON: on which hardware, what worked, how fast, and why not what did not. scripts/gpu_check runs it.
+Prints one line of JSON: the hardware, what worked, how fast, and why the rest did not. scripts/gpu_check runs it.
 """
 
 import asyncio
@@ -26,11 +26,11 @@ SLAB_BYTES = 256 << 20
 READS = 10
 KILLS = 10
 READS_AT_A_KILL = 50
-"""One after another, so that the owner dies during one, and what is left of it is read by those behind."""
+"""Reads that are started before the owner is killed: it dies during one of them, and others follow."""
 
 
-class Report(msgspec.Struct, kw_only=True):
-    """What could not be tried is None, and its ``why`` says why."""
+class GpuReadsReport(msgspec.Struct, kw_only=True):
+    """What worked. A field is None if it could not be tried; the matching ``why_not`` has the reason."""
 
     gpu: str
     cuda_ipc_why_not: str
@@ -46,12 +46,12 @@ class Report(msgspec.Struct, kw_only=True):
     rdma_why_not: str
 
 
-def report(slab_bytes: int) -> Report:
-    """Raises ConfigError or CudaFailed where there is no GPU."""
+def report(slab_bytes: int) -> GpuReadsReport:
+    """Try everything and return the report. Raises ConfigError or CudaCallError if there is no GPU."""
     memory = allocate(slab_bytes, 0)
     dma_buf_why_not = _why_not(lambda: _try_dma_buf(memory))
     device, registered, rdma_why_not = _registered(memory)
-    found = Report(
+    found = GpuReadsReport(
         gpu=device_name(0),
         cuda_ipc_why_not=unusable_reason(0),
         dma_buf=not dma_buf_why_not,
@@ -67,7 +67,7 @@ def report(slab_bytes: int) -> Report:
     return found
 
 
-async def _read(found: Report, memory: GpuMemory) -> None:
+async def _read(found: GpuReadsReport, memory: GpuMemory) -> None:
     reader, whole = CudaIpcReader(0), [ByteRange(0, memory.length_bytes)]
     with GpuOwner(memory.length_bytes) as owner:
         took_s = []
@@ -86,7 +86,7 @@ async def _read(found: Report, memory: GpuMemory) -> None:
 
 
 async def _killed(reader: CudaIpcReader, memory: GpuMemory) -> Counter[str]:
-    """How reads end whose owner is killed meanwhile."""
+    """Count how reads end while their owner is killed."""
     whole = [ByteRange(0, memory.length_bytes)]
     with GpuOwner(memory.length_bytes) as owner:
         reads = [reader.read_into(owner.handle, whole, memory, 0) for _ in range(READS_AT_A_KILL)]
@@ -106,13 +106,13 @@ def _right(memory: GpuMemory) -> bool:
 
 def _try_dma_buf(memory: GpuMemory) -> None:
     if not dma_buf_works(memory.device):
-        raise ConfigError("the CUDA driver says that this GPU has none")
+        raise ConfigError("the CUDA driver says that this GPU has no dma-buf")
     with dma_buf(memory):
         pass
 
 
 def _registered(memory: GpuMemory) -> tuple[str, bool | None, str]:
-    """The RDMA device, whether it takes the memory for both directions, and why not."""
+    """Return the RDMA device, whether it registers the memory for reads and writes, and why not."""
     reason = verbs_device.unusable_reason()
     if reason:
         return "", None, f"not tried: {reason}"

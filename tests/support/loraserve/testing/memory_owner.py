@@ -1,9 +1,9 @@
-"""A process that owns memory which others read: for tests that kill it and benches that measure it.
+"""A process that owns memory which others read, for tests that kill it and for benchmarks.
 
     python -m loraserve.testing.memory_owner LENGTH_BYTES [CONFIG]
 
-Prints its handles as one line of JSON, serves them over shm and, with a configuration (JSON) that says where its bus
-is, over tcp, and withdraws them when a line comes in.
+Prints its handles as one line of JSON and serves them over shm; with a configuration (JSON) that names its bus, over
+tcp too. A line on stdin makes it withdraw the handles.
 """
 
 import asyncio
@@ -24,7 +24,7 @@ from loraserve.transfer.tcp import TcpExporter
 
 NAME = "owner"
 BLOCK_BYTES = 4 << 20
-"""Made at a time: numbers take four times as much as the bytes that they become."""
+"""The pattern is computed in blocks, because its numbers take four times the memory of its bytes."""
 
 
 class Handles(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,7 +33,7 @@ class Handles(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def pattern(length_bytes: int) -> npt.NDArray[np.uint8]:
-    """What such an owner's memory holds: no zeros, and no two neighbouring pages alike."""
+    """Return the contents of an owner's memory: no zeros, and no two neighbouring pages alike."""
     whole = np.empty(length_bytes, np.uint8)
     for start in range(0, length_bytes, BLOCK_BYTES):
         at = np.arange(start, min(start + BLOCK_BYTES, length_bytes), dtype=np.uint32)
@@ -42,7 +42,7 @@ def pattern(length_bytes: int) -> npt.NDArray[np.uint8]:
 
 
 class MemoryOwner(OwnerProcess):
-    """Such a process, from outside."""
+    """The process, as its parent sees it."""
 
     def __init__(self, length_bytes: int, config: Config | None = None) -> None:
         command = [sys.executable, "-m", "loraserve.testing.memory_owner", str(length_bytes)]
@@ -57,7 +57,7 @@ class MemoryOwner(OwnerProcess):
 
     @property
     def tcp(self) -> TcpHandle:
-        assert self.handles.tcp is not None, "it was started without a bus"
+        assert self.handles.tcp is not None, "the owner was started without a bus"
         return self.handles.tcp
 
     def withdraw(self) -> None:
@@ -75,7 +75,7 @@ async def own(length_bytes: int, config: Config | None) -> None:
 
     def withdraw() -> None:
         if not sys.stdin.readline():
-            # Whoever started it is gone.
+            # The parent is gone.
             raise SystemExit
         shm.close()
         if tcp is not None:
@@ -85,7 +85,7 @@ async def own(length_bytes: int, config: Config | None) -> None:
     asyncio.get_running_loop().add_reader(sys.stdin.fileno(), withdraw)
     while bus is not None and tcp is not None:
         later = tcp.answer(await bus.receive())
-        assert later is None, "host memory is answered for at once"
+        assert later is None, "reads of host memory are answered at once"
     await asyncio.Event().wait()
 
 

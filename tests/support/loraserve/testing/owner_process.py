@@ -1,4 +1,4 @@
-"""A process that owns memory which others read, from outside: it obeys lines and answers each with one."""
+"""The parent's side of a process that owns memory: it obeys lines on stdin and answers each with one line."""
 
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Self
 
 
 class OwnerProcess:
-    """Killed at the end at the latest."""
+    """A child process that is killed at the end of the ``with`` block."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
         self.process = subprocess.Popen(
@@ -21,14 +21,14 @@ class OwnerProcess:
         self.kill()
 
     def tell(self, command: str) -> str:
-        """Its answer."""
+        """Send a command and return the answer."""
         assert self.process.stdin is not None
         self.process.stdin.write(command + "\n")
         self.process.stdin.flush()
         return self.line()
 
     def kill(self) -> None:
-        """kill -9, and returns when it is over."""
+        """Send SIGKILL and wait for the end of the process."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):

@@ -1,4 +1,4 @@
-"""A service among scripted peers, on a network in memory."""
+"""Scripted peers for tests of one service, on a network in memory."""
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
@@ -11,11 +11,11 @@ from loraserve.errors import LoraServeError, PeerError
 from loraserve.service import Service, ServiceState
 
 Script = Callable[[Any], Any]
-"""A received message -> the answer; a PeerError refuses, None stays silent."""
+"""Maps a received message to the answer. A PeerError refuses the request, None leaves it unanswered."""
 
 
 class Peer:
-    """A process that answers from its script, after ``delay_s``, and keeps what it received."""
+    """A peer that answers by its script after ``delay_s`` and records what it received."""
 
     def __init__(self, network: MemoryNetwork, name: str, inbox: type[Any] | UnionType, script: Script) -> None:
         self.bus = network.bus(name, inbox)
@@ -25,7 +25,7 @@ class Peer:
         self._serving = asyncio.create_task(self._serve())
 
     def got(self, kind: type[Any]) -> list[Any]:
-        """Messages of one kind, in order."""
+        """Return the received messages of one type, in order."""
         return [message for message in self.received if isinstance(message, kind)]
 
     async def _serve(self) -> None:
@@ -33,7 +33,7 @@ class Peer:
             try:
                 envelope = await self.bus.receive()
             except LoraServeError:
-                # It was killed.
+                # The peer was killed.
                 return
             self.received.append(envelope.message)
             answer = self.script(envelope.message)
@@ -46,7 +46,7 @@ class Peer:
 
 @asynccontextmanager
 async def serving(service: Service) -> AsyncIterator[None]:
-    """The service runs, from READY on, and is stopped at the end; raises what it died of."""
+    """Run a service within the block, from READY on. Raises the error that ended the service, if any."""
     running = asyncio.create_task(service.run())
     while service.state is ServiceState.STARTING and not running.done():  # noqa: ASYNC110
         await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""PEFT directories with random weights, written without torch or peft: for tests of whatever reads adapters."""
+"""Writes PEFT directories with random weights, without torch or peft."""
 
 import json
 from collections.abc import Iterable, Mapping
@@ -24,7 +24,10 @@ _SAFETENSORS_DTYPES: dict[Dtype, str] = {"float32": "F32", "float16": "F16", "bf
 def random_pairs(
     shape: ModelShape, ranks: Mapping[tuple[int, str], int] | int, seed: int = 0, projections: Iterable[str] = ()
 ) -> Pairs:
-    """Normal values for each (layer, projection) of ``ranks``, or one rank for all ``projections`` (default: all)."""
+    """Return normally distributed A and B for each (layer, projection).
+
+    ``ranks`` has the rank of each, or is one rank for all ``projections`` (default: all).
+    """
     rng = np.random.default_rng(seed)
     if isinstance(ranks, int):
         rank = ranks
@@ -39,13 +42,13 @@ def random_pairs(
 
 
 def tensor_name(layer: int, projection: str, matrix: str, prefix: str = "base_model.model.model.") -> str:
-    """PEFT's name of one matrix, ``A`` or ``B``."""
+    """Return PEFT's name of one matrix, ``A`` or ``B``."""
     block = "self_attn" if projection in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
     return f"{prefix}layers.{layer}.{block}.{projection}.lora_{matrix}.weight"
 
 
 def named_tensors(pairs: Pairs) -> dict[str, NDArray[np.float32]]:
-    """The matrices under PEFT's names."""
+    """Return the matrices by PEFT's names."""
     named = {}
     for (layer, projection), (a, b) in pairs.items():
         named[tensor_name(layer, projection, "A")] = a
@@ -65,7 +68,7 @@ def write_peft(
 
 
 def safetensors_bytes(tensors: Mapping[str, NDArray[np.float32]], dtype: Dtype = "float32") -> bytes:
-    """A whole safetensors file."""
+    """Return the bytes of a safetensors file."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     blocks = []
     position = 0

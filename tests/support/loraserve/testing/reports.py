@@ -1,4 +1,4 @@
-"""What decisions are fed in tests: reports of an idle engine, adapters, demand, pictures, requests."""
+"""Inputs of decisions for tests: reports of an idle engine, adapters, demand, cluster loads, requests."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -120,7 +120,7 @@ def adapter_ref(number: int = 0, slab_bytes: int = MIB, rank: int = 8) -> Adapte
 
 
 def resident(adapter: AdapterRef, pinned: bool = False, running: int = 0) -> ResidentAdapter:
-    """The adapter as an engine reports it that holds it."""
+    """Return the adapter as an engine that holds it reports it."""
     return ResidentAdapter(
         name=adapter.name,
         version=adapter.version,
@@ -134,7 +134,7 @@ def resident(adapter: AdapterRef, pinned: bool = False, running: int = 0) -> Res
 def asked_for(
     adapter: AdapterRef, decode_tokens_per_s: float, prefill_tokens_per_s: float = 0.0, forecast: float | None = None
 ) -> AdapterDemand:
-    """Demand for an adapter; without a forecast, what was seen goes on."""
+    """Return the demand for an adapter. Without ``forecast`` the present rate is the forecast."""
     seen = decode_tokens_per_s + prefill_tokens_per_s
     return AdapterDemand(
         version=adapter.version,

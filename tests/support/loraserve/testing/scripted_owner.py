@@ -1,4 +1,4 @@
-"""A peer that holds a slab and answers what is asked of it, for tests: it can refuse, stall, lie and let leases end."""
+"""A peer that holds a slab and answers requests by a script: it can refuse, stall, lie and let leases expire."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,7 +22,7 @@ BEFORE, BEHIND = b"\x11" * 64, b"\x22" * 64
 
 
 class ScriptedOwner:
-    """The slab lies between other bytes in ``memory``."""
+    """A peer whose ``memory`` holds the slab between other bytes."""
 
     def __init__(self, bus: Bus, slab: Slab) -> None:
         self.bus = bus
@@ -63,16 +63,17 @@ class ScriptedOwner:
             case RenewLease() if self.renews:
                 self.bus.respond(envelope, LeaseRenewed(lease_id="l", lasts_s=self.lasts_s))
             case RenewLease():
-                self.bus.refuse(envelope, "expired", "it has ended")
+                self.bus.refuse(envelope, "expired", "the lease has ended")
             case ReadRegion() if self.stalls:
                 self.held.append(envelope)
             case ReadRegion():
                 self.exporter.answer(envelope)
 
-    def goes_on(self) -> None:
+    def resume(self) -> None:
         self.stalls = False
         while self.held:
             self.exporter.answer(self.held.pop())
 
-    def saw(self, kind: type[Any]) -> int:
+    def count(self, kind: type[Any]) -> int:
+        """Return the number of received messages of one type."""
         return sum(isinstance(each, kind) for each in self.seen)

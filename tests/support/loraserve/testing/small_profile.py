@@ -1,4 +1,4 @@
-"""A hardware profile for simulations in tests: small numbers that are easy to reckon with."""
+"""A hardware profile for simulations in tests, with small round numbers."""
 
 from loraserve.cost import CostModel
 from loraserve.cost.profile import EngineShape, Profile

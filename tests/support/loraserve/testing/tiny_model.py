@@ -1,9 +1,9 @@
-"""Tiny random models and adapters, written as real Hugging Face and PEFT directories."""
+"""Writes tiny random models and adapters as Hugging Face and PEFT directories."""
 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
@@ -24,9 +24,10 @@ SIZES = {
 
 
 def write_tiny_model(directory: Path, family: str, seed: int = 0, dtype: Dtype = "float32", **sizes: Any) -> ModelShape:
-    """A random model of ``family``, whose greedy tokens vary; ``sizes`` are further fields of its config.json.
+    """Write a random model of ``family`` whose greedy tokens vary, and return its shape.
 
-    Biases and norms are random too, so that leaving one out shows.
+    ``sizes`` are further fields of its config.json. Biases and norms are random too, so that an implementation that
+    omits one gives wrong tokens.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -50,23 +51,25 @@ def write_tiny_model(directory: Path, family: str, seed: int = 0, dtype: Dtype =
     return shape_from_config(read_model_config(directory))
 
 
-def write_peft_adapter(
-    directory: Path,
-    shape: ModelShape,
-    rank: int,
-    targets: Sequence[str] = PROJECTIONS,
-    rank_pattern: Mapping[str, int] | None = None,
-    alpha: float = 16,
-    rslora: bool = False,
-    seed: int = 0,
-    strength: float = 1.0,
-    dtype: Dtype = "float32",
-) -> Path:
-    """A random adapter on ``targets``, of ``rank`` except where a key of ``rank_pattern`` matches as PEFT matches it.
+class PeftOptions(TypedDict, total=False):
+    """What may differ from an adapter of one rank on all projections."""
 
-    ``strength`` 1 changes a projection's output about as much as ``alpha / rank`` times its own size.
-    """
-    pattern = dict(rank_pattern or {})
+    targets: Sequence[str]
+    rank_pattern: Mapping[str, int]
+    """Ranks of the projections that match a key, as PEFT matches it."""
+    alpha: float
+    rslora: bool
+    strength: float
+    """With 1, the adapter changes a projection's output about as much as alpha / rank times the output's own size."""
+    dtype: Dtype
+
+
+def write_peft_adapter(
+    directory: Path, shape: ModelShape, rank: int, seed: int = 0, **options: Unpack[PeftOptions]
+) -> Path:
+    """Write a random adapter and return its directory."""
+    targets, pattern = options.get("targets", PROJECTIONS), dict(options.get("rank_pattern", {}))
+    strength = options.get("strength", 1.0)
     ranks = {(layer, p): _rank(layer, p, rank, pattern) for layer in range(shape.layers) for p in targets}
     pairs = random_pairs(shape, ranks, seed)
     for key, (a, b) in pairs.items():
@@ -75,10 +78,10 @@ def write_peft_adapter(
     return write_peft(
         directory,
         named_tensors(pairs),
-        dtype,
+        options.get("dtype", "float32"),
         r=rank,
-        lora_alpha=alpha,
-        use_rslora=rslora,
+        lora_alpha=options.get("alpha", 16),
+        use_rslora=options.get("rslora", False),
         target_modules=list(targets),
         rank_pattern=pattern,
         task_type="CAUSAL_LM",

@@ -15,13 +15,13 @@ WORDS = ("the", " the", "and", " and", "hello", " world", "ing", "\u00e9", "\U00
 
 
 def byte_level_tokenizer() -> Tokenizer:
-    """All 256 bytes, merges for a few words, and the tokens of the chat template; every text round-trips."""
+    """Return a tokenizer of all 256 bytes, a few words and the chat template's tokens. Every text round-trips."""
     vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     splitter = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     merges: list[tuple[str, str]] = []
     for word in WORDS:
         ((text, _),) = splitter.pre_tokenize_str(word)
-        # Merges apply in order: a space joins a word that is already whole.
+        # Merges apply in order: a space is merged with a word that is whole already.
         cuts = [1] if text[1:] in vocab else range(1, len(text))
         for cut in cuts:
             merged = text if cuts == [1] else text[: cut + 1]
@@ -37,7 +37,7 @@ def byte_level_tokenizer() -> Tokenizer:
 
 
 def write_tiny_tokenizer(directory: Path, chat_template: str | None = CHAT_TEMPLATE) -> Tokenizer:
-    """Writes tokenizer.json and tokenizer_config.json into an existing directory."""
+    """Write tokenizer.json and tokenizer_config.json into an existing directory and return the tokenizer."""
     tokenizer = byte_level_tokenizer()
     tokenizer.save(str(directory / "tokenizer.json"))
     config: dict[str, object] = {

@@ -1,7 +1,7 @@
-"""Triton's interpreter, so that GPU kernels are computed where there is no GPU.
+"""Runs GPU kernels in Triton's interpreter on machines without a GPU.
 
-Up to triton 3.7 it keeps bfloat16 as its bits, multiplies those in ``tl.dot`` and cuts off what a number has beyond
-them; ``repair`` makes both as on a GPU, which multiplies the values and rounds to the nearest.
+Up to triton 3.7 the interpreter stores bfloat16 as bits, multiplies those bits in ``tl.dot``, and truncates when it
+converts to bfloat16. ``repair`` makes it multiply the values and round to the nearest, as a GPU does.
 """
 
 import os
@@ -11,16 +11,16 @@ import numpy as np
 
 
 def use_interpreter() -> None:
-    """Call it before the first kernel is imported: kernels are interpreted from then on, in this process alone."""
+    """Interpret all kernels of this process. Call it before the first kernel is imported."""
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         repair()
-    except ImportError:  # no triton: tests that need it say so
+    except ImportError:  # tests that need triton are skipped
         os.environ.pop("TRITON_INTERPRET")
 
 
 def repair() -> None:
-    """Make bfloat16 what it is on a GPU. Raises ImportError where triton is missing."""
+    """Make bfloat16 behave as on a GPU. Raises ImportError if triton is missing."""
     import triton.language as tl
     from triton.runtime import interpreter
 
@@ -46,9 +46,9 @@ def repair() -> None:
 
 
 def _call_once_patched(interpreter: Any) -> Any:
-    """Functions called by a kernel find the language as the kernel's launch patched it, not patched anew each time.
+    """Return a call method that patches the language once per launch and not at every call of a device function.
 
-    Functions of triton's own library look at another module, which keeps its patches.
+    Functions of triton's own library use another module, which keeps its patches.
     """
     patched: set[bool] = set()
 
@@ -67,7 +67,7 @@ def _widen(bits: Any) -> Any:
 
 
 def _round(values: Any) -> Any:
-    """The nearest bfloat16, the even one of two, as its bits; a NaN stays one."""
+    """Return the bits of the nearest bfloat16, ties to even; a NaN stays a NaN."""
     bits = values.astype(np.float32).view(np.uint32)
     nearest = (bits + (((bits >> 16) & 1) + 0x7FFF)) >> 16
     return np.where(np.isnan(values), 0x7FC0, nearest).astype(np.uint16)

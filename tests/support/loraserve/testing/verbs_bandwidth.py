@@ -1,8 +1,8 @@
-"""How fast reads by RDMA are, beside perftest's ib_read_bw over the same device.
+"""Measure the bandwidth of our RDMA reads, beside perftest's ib_read_bw over the same device.
 
     python -m loraserve.testing.verbs_bandwidth [SLAB_MIB ...]
 
-Both in turn, five times, with messages of one size; prints one line of JSON: MiB/s by slab, medians, and the ratio.
+Both run in turn, five times, with the same message size. Prints one line of JSON: median MiB/s by slab, and the ratio.
 """
 
 import asyncio
@@ -28,15 +28,15 @@ from loraserve.transfer.verbs.reader import PIECE_BYTES, VerbsReader
 
 MIB = 1 << 20
 ROUNDS = 5
-LEAST_MIB = 32
-"""What is shorter is read again and again, until so much was."""
+MIN_MIB = 32
+"""Shorter slabs are read repeatedly, at least this much in total."""
 TIMEOUT_S = 30.0
 PERFTEST = "ib_read_bw"
 FIGURES = re.compile(r"^\s*\d+\s+\d+\s+[\d.]+\s+([\d.]+)\s+[\d.]+", re.MULTILINE)
 
 
 class Bandwidth(msgspec.Struct, frozen=True, kw_only=True):
-    """In MiB/s; None where there is no perftest."""
+    """MiB/s for one slab size; ``ib_read_bw`` is None if perftest is not installed."""
 
     slab_mib: int
     verbs: float
@@ -48,7 +48,7 @@ class Bandwidth(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def perftest_mib_per_s(device: str, message_bytes: int, messages: int) -> float | None:
-    """Between two processes of its own."""
+    """Run perftest between two processes and return its figure, None if it is not installed."""
     if shutil.which(PERFTEST) is None:
         return None
     command = [PERFTEST, "-d", device, "-s", str(message_bytes), "-n", str(messages), "-F"]
@@ -73,8 +73,8 @@ def _client(command: list[str], server: "subprocess.Popen[bytes]") -> float:
 
 
 async def verbs_mib_per_s(reader: VerbsReader, handle: VerbsHandle, place: RegisteredMemory, slab_bytes: int) -> float:
-    """As many slabs at once as perftest has messages under way, or all."""
-    times = max(1, LEAST_MIB * MIB // slab_bytes)
+    """Read slabs concurrently, MIN_MIB in total, and return the MiB/s."""
+    times = max(1, MIN_MIB * MIB // slab_bytes)
     started_s = time.monotonic()
     await asyncio.gather(*(reader.read_into(handle, [ByteRange(0, slab_bytes)], place, 0) for _ in range(times)))
     return times * slab_bytes / MIB / (time.monotonic() - started_s)
@@ -90,7 +90,7 @@ async def _measure(owner: VerbsOwner, config: Config, slab_mib: int, rounds: int
         for _ in range(rounds):
             ours.append(await verbs_mib_per_s(reader, owner.handle, place, slab_mib * MIB))
             message_bytes = min(PIECE_BYTES, slab_mib * MIB)
-            messages = max(slab_mib, LEAST_MIB) * MIB // message_bytes
+            messages = max(slab_mib, MIN_MIB) * MIB // message_bytes
             raw = await asyncio.to_thread(perftest_mib_per_s, device.port.device, message_bytes, messages)
             theirs += [] if raw is None else [raw]
     finally:
@@ -102,7 +102,7 @@ async def _measure(owner: VerbsOwner, config: Config, slab_mib: int, rounds: int
 
 
 def measure(slabs_mib: list[int], rounds: int = ROUNDS) -> list[Bandwidth]:
-    """Before this process opens a device."""
+    """Measure each slab size. Call it before this process opens a device."""
     with tempfile.TemporaryDirectory(prefix="ls-") as folder:
         config = Config(cluster=ClusterConfig(run_dir=f"{folder}/run"))
         with VerbsOwner(pattern(max(slabs_mib) * MIB), config) as owner:

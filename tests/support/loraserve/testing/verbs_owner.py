@@ -1,6 +1,6 @@
 """A process that owns memory which others read by RDMA, for tests inside the virtual machine.
 
-It is forked, as importing takes a new process there some twenty seconds.
+Forking avoids the imports, which take a new process there about twenty seconds.
 """
 
 import asyncio
@@ -28,14 +28,14 @@ Bytes = npt.NDArray[np.uint8]
 
 
 class VerbsOwner:
-    """Such a process, from outside; it is killed at the end at the latest. Begun before this one opens a device."""
+    """The process, as its parent sees it; killed at the end of the ``with`` block. Start it before opening a device."""
 
     def __init__(self, data: Bytes, config: Config, name: str = NAME) -> None:
         self._orders, theirs = FORK.Pipe()
         self.process = FORK.Process(target=_run, args=(data, config, name, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self.handle = msgspec.json.decode(self._said(), type=VerbsHandle)
+        self.handle = msgspec.json.decode(self._receive(), type=VerbsHandle)
 
     def __enter__(self) -> "VerbsOwner":
         return self
@@ -44,27 +44,27 @@ class VerbsOwner:
         self.kill()
 
     def kill(self) -> None:
-        """kill -9, and returns when it is over."""
+        """Send SIGKILL and wait for the end of the process."""
         self.process.kill()
         self.process.join()
 
     def withdraw(self) -> None:
-        """Its memory is gone, and it lives on."""
+        """Make the process withdraw its memory and live on."""
         self._do("withdraw")
 
     def forget(self, peer: str, incarnation: str = "") -> None:
         self._do(f"forget {peer} {incarnation}")
 
     def serving(self) -> int:
-        """How many peers are connected."""
+        """Return the number of connected peers."""
         return int(self._do("serving"))
 
     def _do(self, order: str) -> str:
         self._orders.send(order)
-        return self._said()
+        return self._receive()
 
-    def _said(self) -> str:
-        assert self._orders.poll(PATIENCE_S), "it says nothing"
+    def _receive(self) -> str:
+        assert self._orders.poll(PATIENCE_S), "the owner does not answer"
         return str(self._orders.recv())
 
 

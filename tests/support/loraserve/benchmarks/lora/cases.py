@@ -23,7 +23,7 @@ SGLANG_V2, CSGMV = "sglang_v2", "sglang_csgmv"
 PEERS = (VLLM_8, VLLM_128, VLLM_256, SGLANG_V2, CSGMV)
 
 
-class Case(msgspec.Struct, frozen=True, kw_only=True):
+class LoraCase(msgspec.Struct, frozen=True, kw_only=True):
     """One step. ``slots`` has the slot of each token's adapter, or NO_ADAPTER; ``ranks`` the rank of each slot."""
 
     name: str
@@ -40,32 +40,32 @@ class Case(msgspec.Struct, frozen=True, kw_only=True):
         return [self.ranks[slot] for slot in sorted(set(self.slots)) if slot != NO_ADAPTER]
 
 
-def decode_case(tokens: int, adapters: int, ranks: tuple[int, ...] = MIXED_64) -> Case:
+def decode_case(tokens: int, adapters: int, ranks: tuple[int, ...] = MIXED_64) -> LoraCase:
     """Return a step of one token per sequence. The sequences use the first ``adapters`` adapters in turn."""
     slots = tuple(token % adapters for token in range(tokens))
-    return Case(name=f"decode {tokens}x{adapters}", slots=slots, ranks=ranks)
+    return LoraCase(name=f"decode {tokens}x{adapters}", slots=slots, ranks=ranks)
 
 
-def prefill_case(sequences: int, tokens: int, ranks: tuple[int, ...] = MIXED_64) -> Case:
+def prefill_case(sequences: int, tokens: int, ranks: tuple[int, ...] = MIXED_64) -> LoraCase:
     """Return a step of prompts of ``tokens`` tokens, each with an adapter of its own."""
     slots = tuple(sequence for sequence in range(sequences) for _ in range(tokens))
-    return Case(name=f"prefill {sequences}x{tokens}", slots=slots, ranks=ranks)
+    return LoraCase(name=f"prefill {sequences}x{tokens}", slots=slots, ranks=ranks)
 
 
 DECODE_64X64, DECODE_64X8, PREFILL = decode_case(64, 64), decode_case(64, 8), prefill_case(8, 512)
 GRID = (DECODE_64X64, DECODE_64X8, decode_case(8, 8), decode_case(1, 1), decode_case(256, 64), PREFILL)
 
-ALL_SMALL = Case(name="decode 64 rank 8", slots=tuple(range(64)), ranks=(SMALL,) * 64)
-HALF_LARGE = Case(
+ALL_SMALL = LoraCase(name="decode 64 rank 8", slots=tuple(range(64)), ranks=(SMALL,) * 64)
+HALF_LARGE = LoraCase(
     name="decode 32 rank 8 + 32 rank 128",
     slots=tuple(range(64)),
     ranks=tuple(SMALL if slot % 2 == 0 else LARGE for slot in range(64)),
 )
-ALL_LARGE = Case(name="decode 64 rank 128", slots=tuple(range(64)), ranks=(LARGE,) * 64)
+ALL_LARGE = LoraCase(name="decode 64 rank 128", slots=tuple(range(64)), ranks=(LARGE,) * 64)
 """Equal ranks: the best case of kernels that pad to the largest rank."""
 
 
-def sweep() -> Iterator[Case]:
+def sweep() -> Iterator[LoraCase]:
     """Yield steps of 1 to 4096 tokens with 1, 8 and 64 adapters, from 512 tokens on as prompts."""
     for tokens in (1 << power for power in range(13)):
         for adapters in (1, 8, 64):
@@ -73,7 +73,7 @@ def sweep() -> Iterator[Case]:
                 yield decode_case(tokens, adapters) if tokens < 512 else prefill_case(adapters, tokens // adapters)
 
 
-def module_bytes(shape: ModelShape, module: str, case: Case) -> int:
+def module_bytes(shape: ModelShape, module: str, case: LoraCase) -> int:
     """Return the bytes that LoRA of one module must move.
 
     A and B of each adapter of the step are read once. For each token with an adapter x is read, y read and written.
@@ -84,7 +84,7 @@ def module_bytes(shape: ModelShape, module: str, case: Case) -> int:
     return ITEM_BYTES * (weights + tokens * (k + 2 * sum(out)))
 
 
-def layer_bytes(shape: ModelShape, case: Case) -> int:
+def layer_bytes(shape: ModelShape, case: LoraCase) -> int:
     """Return the bytes that LoRA of all modules of a layer must move."""
     return sum(module_bytes(shape, module, case) for module in MODULES)
 
@@ -94,7 +94,7 @@ def floor_ms(size_bytes: int, bytes_per_s: float) -> float:
     return 1e3 * size_bytes / bytes_per_s
 
 
-def program(quick: bool) -> Iterator[tuple[Case, tuple[str, ...]]]:
+def program(quick: bool) -> Iterator[tuple[LoraCase, tuple[str, ...]]]:
     """Yield each case with the peers that are timed beside ours. Cases that share adapters follow each other."""
     if quick:
         yield DECODE_64X64, (VLLM_128, VLLM_256, SGLANG_V2)

@@ -11,7 +11,7 @@ from typing import Protocol
 import msgspec
 import torch
 
-from loraserve.benchmarks.lora.cases import LAYERS, LLAMA_3_8B, OURS, Case, floor_ms, layer_bytes
+from loraserve.benchmarks.lora.cases import LAYERS, LLAMA_3_8B, OURS, LoraCase, floor_ms, layer_bytes
 from loraserve.benchmarks.lora.report import say
 from loraserve.benchmarks.lora.sides import (
     PEER_TOLERANCE,
@@ -33,7 +33,7 @@ WARM_UPS = 3
 QUICK_OPTIONS = 2
 """Options of each knob that a quick run tries, the default among them."""
 
-Make = Callable[[World, Case], Side]
+Make = Callable[[World, LoraCase], Side]
 
 
 class Timer(Protocol):
@@ -149,7 +149,7 @@ class Measurer:
         self._settings = settings or WorldSettings()
         self._world: World | None = None
 
-    def measure(self, name: str, make: Make, case: Case) -> None:
+    def measure(self, name: str, make: Make, case: LoraCase) -> None:
         """Time one side, once. The failure of one side is noted and does not end the others."""
         if (case.name, name) in self.lines:
             return
@@ -159,16 +159,16 @@ class Measurer:
             self.reasons[case.name, name] = f"{type(error).__name__}: {error}".splitlines()[0]
             say(f"{case.name}, {name}: not measured, {self.reasons[case.name, name]}")
 
-    def plan_ms(self, case: Case) -> float:
+    def plan_ms(self, case: LoraCase) -> float:
         """Return the time to list a step's work, for LAYERS layers. More layers are listed in parallel."""
         return self._timer.ms(Ours(self._world_of(case), case).plan)
 
-    def ratio(self, case: Case, side: str, over: str = OURS, over_case: Case | None = None) -> float | None:
+    def ratio(self, case: LoraCase, side: str, over: str = OURS, over_case: LoraCase | None = None) -> float | None:
         """Return the time of a side over another's, or None if either was not measured."""
         one, other = self.lines.get((case.name, side)), self.lines.get(((over_case or case).name, over))
         return None if one is None or other is None else one.ms / other.ms
 
-    def _measure(self, make: Make, case: Case) -> Line:
+    def _measure(self, make: Make, case: LoraCase) -> Line:
         world = self._world_of(case)
         operands = Operands(world, case)
         side = make(world, case)
@@ -194,7 +194,7 @@ class Measurer:
         say(f"{case.name}, {side.name}: {line.ms * 1e3:.1f} us per layer, {line.ratio:.2f} of the floor")
         return line
 
-    def _world_of(self, case: Case) -> World:
+    def _world_of(self, case: LoraCase) -> World:
         """Return the adapters of the case. The last ones are kept: gigabytes that often serve the next case."""
         if self._world is None or self._world.ranks != case.ranks:
             self._world = None
@@ -205,7 +205,7 @@ class Measurer:
         return self._world
 
 
-def _checked_error(side: Side, world: World, case: Case) -> float:
+def _checked_error(side: Side, world: World, case: LoraCase) -> float:
     error, allowed = largest_error(side, world, case), allowed_error(side)
     if not error < allowed:
         raise WrongResultError(

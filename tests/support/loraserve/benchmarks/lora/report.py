@@ -27,7 +27,7 @@ from loraserve.benchmarks.lora.cases import (
     VLLM_8,
     VLLM_128,
     VLLM_256,
-    Case,
+    LoraCase,
 )
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def lines_table(measured: "Measurer") -> str:
     return aligned(header, rows)
 
 
-def _floor_ratio(measured: "Measurer", case: Case) -> float | None:
+def _floor_ratio(measured: "Measurer", case: LoraCase) -> float | None:
     line = measured.lines.get((case.name, OURS))
     return None if line is None else line.ratio
 

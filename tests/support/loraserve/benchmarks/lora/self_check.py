@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from loraserve.benchmarks.lora.cases import CSGMV, OURS, SGLANG_V2, Case
+from loraserve.benchmarks.lora.cases import CSGMV, OURS, SGLANG_V2, LoraCase
 from loraserve.benchmarks.lora.peers.csgmv import Csgmv
 from loraserve.benchmarks.lora.peers.sglang_v2 import SglangV2
 from loraserve.benchmarks.lora.peers.vllm import Vllm
@@ -14,7 +14,7 @@ from loraserve.benchmarks.lora.sides import Ours, Side, World, largest_error
 from loraserve.model_shape import ModelShape
 
 TINY = ModelShape(layers=1, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=50)
-CASE = Case(name="self-check", slots=(0, 1, 2, 0, 3, 3, 2, 1, 0, 2), ranks=(8, 16, 32, 8))
+CASE = LoraCase(name="self-check", slots=(0, 1, 2, 0, 3, 3, 2, 1, 0, 2), ranks=(8, 16, 32, 8))
 MAX_RANK = 32
 
 

@@ -5,7 +5,7 @@ from typing import Any, Protocol
 import torch
 
 from loraserve.adapter.format import Dtype, SlabHeader, make_uniform_layout
-from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.cases import LoraCase
 from loraserve.kernels.lora import gpu, plan_batch, reference
 from loraserve.kernels.lora.tables import AdapterTables
 from loraserve.kernels.lora.tuning import Blocks
@@ -66,7 +66,7 @@ class World:
 class Operands:
     """Random inputs and outputs of each module for the tokens of a case: x [tokens, in], y [tokens, sum of out]."""
 
-    def __init__(self, world: World, case: Case, seed: int = 1) -> None:
+    def __init__(self, world: World, case: LoraCase, seed: int = 1) -> None:
         generator = torch.Generator(world.device).manual_seed(seed)
 
         def normal(width: int) -> torch.Tensor:
@@ -96,7 +96,7 @@ class Ours:
 
     name = "ours"
 
-    def __init__(self, world: World, case: Case, blocks: tuple[Blocks, ...] | None = None) -> None:
+    def __init__(self, world: World, case: LoraCase, blocks: tuple[Blocks, ...] | None = None) -> None:
         self._world = world
         space = Workspace(world.tables, case.tokens, max(world.ranks), world.dtype, blocks)
         self._work = LoraWork(world.tables, space, case.tokens, blocks)
@@ -120,7 +120,7 @@ def run_layers(side: Side, operands: Operands, layers: int) -> None:
             side.add(operands.y[module], operands.x[module], layer, module)
 
 
-def largest_error(side: Side, world: World, case: Case, modules: range = range(len(MODULES))) -> float:
+def largest_error(side: Side, world: World, case: LoraCase, modules: range = range(len(MODULES))) -> float:
     """Return the largest error in the first and the last layer, relative to the largest element; infinite for NaN."""
     batch = plan_batch(torch.tensor(case.slots, dtype=torch.int32))
     worst = 0.0

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import msgspec
 
-from loraserve.benchmarks.lora.cases import MIX, Case, decode_case, prefill_case
+from loraserve.benchmarks.lora.cases import MIX, LoraCase, decode_case, prefill_case
 from loraserve.kernels.lora.tuning import DECODE_TOKENS, RANK_BUCKETS, TOKEN_BUCKETS, Blocks
 from loraserve.model_shape import MODULES, ModelShape
 
@@ -83,7 +83,7 @@ def targets(
     ]
 
 
-def cases_of(target: TuningTarget) -> tuple[Case, Case]:
+def cases_of(target: TuningTarget) -> tuple[LoraCase, LoraCase]:
     """Return the steps that an entry is for: many adapters with few tokens, and few with many; ranks are mixed."""
     mix = [rank for rank in MIX if rank <= target.rank]
     ranks = tuple(mix[slot % len(mix)] for slot in range(RESIDENTS))

@@ -4,7 +4,7 @@ import math
 import time
 from typing import Any
 
-from loraserve.benchmarks.lora.cases import Case, floor_ms, module_bytes
+from loraserve.benchmarks.lora.cases import LoraCase, floor_ms, module_bytes
 from loraserve.benchmarks.lora.measure import Timer, WorldSettings
 from loraserve.benchmarks.lora.report import say
 from loraserve.benchmarks.lora.sides import TOLERANCE, Operands, Ours, World, largest_error
@@ -51,7 +51,9 @@ class Tuner:
         say("  no sizes run: the defaults stay")
         return None
 
-    def _score(self, world: World, target: TuningTarget, cases: list[tuple[Case, Operands]], blocks: Blocks) -> float:
+    def _score(
+        self, world: World, target: TuningTarget, cases: list[tuple[LoraCase, Operands]], blocks: Blocks
+    ) -> float:
         logs = []
         for case, operands in cases:
             forget_compiled()
@@ -87,7 +89,7 @@ class Tuner:
             floor_ratio=round(score, 3),
         )
 
-    def _world_of(self, case: Case) -> World:
+    def _world_of(self, case: LoraCase) -> World:
         if self._world is None or self._world.ranks != case.ranks:
             self._world = None
             self._world = self._settings.make(case.ranks)

@@ -1,1 +1,1 @@
-"""Parts of an engine for tests that are about something else."""
+"""Engines and parts of engines for tests: fakes, clients, peers, and the engine without its process."""

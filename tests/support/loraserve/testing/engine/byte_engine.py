@@ -1,6 +1,6 @@
-"""An engine whose tokens are checksums of what it has in memory: wrong bytes give wrong tokens. No torch, no weights.
+"""An engine whose tokens are checksums of the adapter in its memory: wrong bytes give wrong tokens. Needs no torch.
 
-All of it but the runner is real, so that what engines do to each other is tested with them where a model is too much.
+Everything but the runner is the real engine, for tests of several engines where a model would take too long.
 """
 
 import mmap
@@ -31,12 +31,12 @@ Bytes = bytes | memoryview
 
 
 def next_token(slab: Bytes, position: int, last: int) -> int:
-    """After ``last``, which is at ``position``. ``slab`` is the adapter's, empty for the base model."""
+    """Return the token after ``last``, which is at ``position``. ``slab`` is empty for the base model."""
     return zlib.crc32(struct.pack("<qq", position, last), zlib.crc32(slab))
 
 
 def generated(slab: Bytes, prompt: Sequence[int], count: int) -> list[int]:
-    """What such an engine must answer."""
+    """Return the tokens that the engine must generate."""
     tokens = list(prompt)
     for _ in range(count):
         tokens.append(next_token(slab, len(tokens) - 1, tokens[-1]))
@@ -44,7 +44,7 @@ def generated(slab: Bytes, prompt: Sequence[int], count: int) -> list[int]:
 
 
 def pool_of(pid: int) -> NDArray[np.uint8]:
-    """The very memory of such an engine's pool, in another process: what is written here that engine has."""
+    """Map the pool of an engine in another process: what is written here, that engine reads."""
     begins = link_text(NAME_PREFIX).split()[0]
     for path in Path(f"/proc/{pid}/fd").iterdir():
         with suppress(OSError):
@@ -55,7 +55,7 @@ def pool_of(pid: int) -> NDArray[np.uint8]:
 
 
 class ByteRunner:
-    """See Runner. The pool lies in shared memory, as any host's."""
+    """A Runner that computes checksums. Its pool lies in shared memory, as that of every host engine."""
 
     steps_ahead = 0
     max_positions = 4096
@@ -92,7 +92,7 @@ class ByteRunner:
                 yield Sampled(request_id=sequence.request_id, token=token)
 
     def _slab(self, slot: int) -> Bytes:
-        # An engine computes with what lies there now, and not with what was verified once.
+        # A real engine computes with what lies in the pool now, not with what was verified at the load.
         if slot < 0:
             return b""
         where = self._slabs[slot]
@@ -100,7 +100,7 @@ class ByteRunner:
 
 
 class ByteEngine(EngineService):
-    """The engine's service with such a runner."""
+    """The engine's service with a ByteRunner."""
 
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock, build=_build)

@@ -1,4 +1,4 @@
-"""Asks engines as router and gateway do together, and sees of them what the monitor tells."""
+"""A client that sends requests to engines as router and gateway do, and follows the monitor's messages."""
 
 import asyncio
 from collections.abc import Callable
@@ -29,15 +29,15 @@ ANSWER_S = 30.0
 
 
 class EngineClient:
-    """``bus`` is a gateway's. ``listen`` runs beside whatever else is done with it."""
+    """Sends requests and collects their tokens. ``bus`` is a gateway's; run ``listen`` in a task of its own."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
-        self._asked = 0
+        self._requests = 0
         self._tokens: dict[str, list[int]] = {}
-        self._over: dict[str, str] = {}
+        self._finished: dict[str, str] = {}
         self.loads: dict[str, EngineLoad] = {}
-        """Of engines that live, as they last reported."""
+        """The last report of each live engine."""
         self.counters: dict[str, EngineCounters] = {}
 
     async def listen(self) -> None:
@@ -46,20 +46,20 @@ class EngineClient:
         while True:
             match (await self._bus.receive()).message:
                 case TokenBatch(deltas=deltas):
-                    # Some may be of requests of another who had this name before.
+                    # Some may belong to requests of an earlier process with this name.
                     for delta in (each for each in deltas if each.request_id in self._tokens):
                         self._tokens[delta.request_id].extend(delta.tokens)
                         if delta.finish is not None:
-                            self._over[delta.request_id] = delta.finish
+                            self._finished[delta.request_id] = delta.finish
                 case Failed(request_id=request_id, code=code, message=message):
-                    self._over[request_id] = f"{code}: {message}"
+                    self._finished[request_id] = f"{code}: {message}"
                 case ClusterLoad(engines=engines):
                     self.loads = {seen.load.engine: seen.load for seen in engines if seen.alive}
                 case ClusterStatistics(engines=counters):
                     self.counters = counters
 
     async def serving(self, name: str) -> Pong:
-        """Any process, once it does."""
+        """Wait until a process is READY and return its answer to a ping."""
         while True:
             pong = await self._pong(name)
             if pong is not None and pong.state == ServiceState.READY:
@@ -67,15 +67,15 @@ class EngineClient:
             await asyncio.sleep(POLL_S)
 
     async def ready(self, engine: str) -> None:
-        """It serves, and the monitor has heard of this very one."""
+        """Wait until the engine is READY and the monitor has a report of this incarnation."""
         pong = await self.serving(engine)
         await until(lambda: engine in self.loads and self.loads[engine].incarnation == pong.incarnation)
         await until(lambda: engine in self.counters)
 
     async def admit(self, engine: str, adapter: AdapterRef, prompt: tuple[int, ...], tokens: int) -> str:
-        """The request's id; it runs."""
-        self._asked += 1
-        request_id = f"{self._bus.incarnation}.{self._asked}"
+        """Send a request to the engine and return its id once it is admitted."""
+        self._requests += 1
+        request_id = f"{self._bus.incarnation}.{self._requests}"
         self._tokens[request_id] = []
         admit = Admit(
             request_id=request_id,
@@ -88,22 +88,22 @@ class EngineClient:
         assert admitted.ok, admitted
         return request_id
 
-    def over(self, request_id: str) -> bool:
-        """It has finished, or failed."""
-        return request_id in self._over
+    def is_finished(self, request_id: str) -> bool:
+        """Whether the request has finished or failed."""
+        return request_id in self._finished
 
     async def tokens(self, request_id: str) -> list[int]:
-        """All of them, once it has finished."""
-        await until(lambda: self.over(request_id))
-        assert self._over[request_id] == "length", self._over[request_id]
+        """Wait until the request has finished and return its tokens."""
+        await until(lambda: self.is_finished(request_id))
+        assert self._finished[request_id] == "length", self._finished[request_id]
         return self._tokens[request_id]
 
-    async def known(self, engine: str, slab: Slab) -> None:
-        """The monitor has heard that the engine has it."""
+    async def wait_resident(self, engine: str, slab: Slab) -> None:
+        """Wait until the monitor knows that the engine holds the slab."""
         await until(lambda: any(each.version == slab.version for each in self.loads[engine].adapters.resident))
 
     def reads(self, engine: str, source: str) -> ReadCounts:
-        """Of the engine's last report; it has one transport."""
+        """Return the read counts of a source in the engine's last report, which has at most one transport."""
         found = [each for each in self.counters[engine].reads if each.source == source]
         assert len(found) <= 1, found
         return found[0] if found else ReadCounts(source=source, transport="")
@@ -112,12 +112,12 @@ class EngineClient:
         try:
             return await self._bus.request(name, Ping(), Pong, ANSWER_S)
         except LoraServeError:
-            # Its last life died of it, perhaps.
+            # The process may have died during the request.
             return None
 
 
 def reference(slab: Slab) -> AdapterRef:
-    """As its registration gives it, but for the name."""
+    """Return the reference of a slab as its registration gives it, except for the name."""
     return AdapterRef(
         name=f"adapter-{slab.version[:8]}",
         version=slab.version,
@@ -127,7 +127,7 @@ def reference(slab: Slab) -> AdapterRef:
 
 
 async def within(seconds: float, condition: Callable[[], bool]) -> bool:
-    """Whether it came to that in time."""
+    """Wait for a condition and return whether it held in time."""
     with suppress(TimeoutError):
         async with asyncio.timeout(seconds):
             await until(condition)
@@ -135,6 +135,6 @@ async def within(seconds: float, condition: Callable[[], bool]) -> bool:
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    """Whoever waits sets the limit."""
+    """Wait for a condition, without a time limit."""
     while not condition():  # noqa: ASYNC110
         await asyncio.sleep(POLL_S)

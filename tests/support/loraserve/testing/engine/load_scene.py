@@ -1,4 +1,4 @@
-"""A loader between peers that misbehave, a monitor that names them and a store, for tests: real loader, real tcp."""
+"""A real loader among scripted peers, a monitor that names them and a store, over real tcp transfers."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -6,6 +6,7 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from loraserve.adapter.pack import Slab
+from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.loading.loader import SlabLoader
@@ -13,7 +14,6 @@ from loraserve.engine.loading.memory import HostPool
 from loraserve.engine.loading.peers import Readers
 from loraserve.engine.loading.sources import Sources
 from loraserve.messages import Copies, FindCopies, ToEngine, ToMonitor, ToStore
-from loraserve.testing.bus import MemoryNetwork
 from loraserve.testing.engine.offline import adapter_reference
 from loraserve.testing.scripted_owner import ABLE, ScriptedOwner
 
@@ -22,7 +22,7 @@ TIMEOUT_S = 20.0
 
 
 class LoadScene:
-    """Around the extent nothing may change."""
+    """The loader and its surroundings. The bytes around the target extent must not change."""
 
     def __init__(self, slab: Slab, store: Any, peers: int) -> None:
         self.network = MemoryNetwork()
@@ -46,7 +46,7 @@ class LoadScene:
         stack.callback(self.loader.close)
 
     async def load(self) -> str:
-        """From where it came. What it brought, and what is around it, is as it should be."""
+        """Load the slab, check the memory, and return the source that it came from."""
         loaded = await self.loader.load(self.ref, OFFSET)
         assert bytes(self.memory[OFFSET : OFFSET + len(self.slab.data)]) == bytes(self.slab.data)
         self.check_around()
@@ -57,7 +57,7 @@ class LoadScene:
         assert self.memory[-OFFSET:] == GUARD * OFFSET
 
     def failed(self, source: str) -> tuple[int, int]:
-        """Reads that failed from there, and mismatches among them."""
+        """Return the failed reads from a source, and the mismatches among them."""
         counts = [each for each in self.loader.counts() if each.source == source]
         return sum(each.failed for each in counts), sum(each.mismatched for each in counts)
 
@@ -78,7 +78,7 @@ Scenario = Callable[[LoadScene], Awaitable[None]]
 
 
 def play(scenario: Scenario, slab: Slab, store: Any, peers: int) -> None:
-    """The scenario in a scene of its own; ``store`` serves what it is given."""
+    """Run a scenario in a scene of its own."""
 
     async def main() -> None:
         async with AsyncExitStack() as stack:

@@ -1,7 +1,7 @@
 """The engine without its process: the real scheduler and the real runner, driven in one thread with no bus.
 
-For benches and for tests of what the engine computes. Loads copy a packed slab into the pool at once, so requests
-never wait for one longer than that copy.
+For benchmarks and for tests of what the engine computes. A load copies a packed slab into the pool at once, so requests
+wait for no more than that copy.
 """
 
 import time
@@ -33,7 +33,7 @@ from loraserve.messages import AdapterRef, Admit, SamplingParams, TokenDelta
 
 
 class OfflineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """``adapter`` is a name given to the engine, "" the base model."""
+    """A request. ``adapter`` is a name that the engine was given, "" for the base model."""
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
@@ -41,7 +41,10 @@ class OfflineRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OfflineOutput(msgspec.Struct, kw_only=True):
-    """``times_s`` has one entry a token, since ``generate`` was called. ``error`` is "code: message" of a refusal."""
+    """The outcome of a request.
+
+    ``times_s`` has the time of each token since ``generate`` was called, ``error`` the "code: message" of a refusal.
+    """
 
     tokens: list[int] = msgspec.field(default_factory=list)
     times_s: list[float] = msgspec.field(default_factory=list)
@@ -51,7 +54,7 @@ class OfflineOutput(msgspec.Struct, kw_only=True):
 
 
 class StepRecord(msgspec.Struct, frozen=True):
-    """One step: its sequences, the tokens it computed, and its time as the runner saw it."""
+    """One step: its sequences, the tokens it computed, and its duration as the runner measured it."""
 
     sequences: int
     tokens: int
@@ -59,14 +62,14 @@ class StepRecord(msgspec.Struct, frozen=True):
 
 
 class OfflineEngine:
-    """One engine over ``config.model.path``, with adapters by name.
+    """One engine with the model of ``config.model.path`` and adapters by name.
 
-    ``generate`` may be called again and again; KV blocks, prefix cache and resident adapters stay between calls.
+    ``generate`` may be called repeatedly; KV blocks, prefix cache and resident adapters stay between calls.
     ``steps`` records every step of the last call. Not thread-safe.
     """
 
     def __init__(self, config: Config, adapters: Mapping[str, Slab], runner: Runner | None = None) -> None:
-        """Loads and warms the model unless a ``runner`` is given. Raises ConfigError naming the setting at fault.
+        """Load and warm up the model unless a ``runner`` is given. Raises ConfigError that names the wrong setting.
 
         A ``runner`` serves one engine at a time: the slots of its adapters are this engine's from now on.
         """
@@ -84,19 +87,19 @@ class OfflineEngine:
     def generate(
         self, requests: Sequence[OfflineRequest], before_step: Callable[[StepBatch], None] | None = None
     ) -> list[OfflineOutput]:
-        """Run all requests, arriving together, to their ends; outputs in the same order.
+        """Run requests that arrive together to their ends and return their outputs in the same order.
 
-        ``before_step`` sees every batch before it is computed. Raises ValueError on an unknown adapter name.
+        ``before_step`` is called with every batch before it is computed. Raises ValueError on an unknown adapter name.
         """
         admits = [self._admit(request) for request in requests]
         self.steps = []
         self._outputs = {admit.request_id: OfflineOutput() for admit in admits}
         self._started_s = time.monotonic()
         for admit in admits:
-            self._tell(RequestArrived(admit))
+            self._handle(RequestArrived(admit))
         while self._pending or self._steps:
             if self._pending:
-                self._carry_out(self._pending.popleft(), before_step)
+                self._execute(self._pending.popleft(), before_step)
             else:
                 self._end_step()
         assert self.scheduler.is_idle, "the scheduler stopped with requests unfinished"
@@ -114,10 +117,10 @@ class OfflineEngine:
             adapter=self._references.get(request.adapter),
         )
 
-    def _tell(self, event: Event) -> None:
+    def _handle(self, event: Event) -> None:
         self._pending.extend(self.scheduler.handle(event, time.monotonic()))
 
-    def _carry_out(self, instruction: Instruction, before_step: Callable[[StepBatch], None] | None) -> None:
+    def _execute(self, instruction: Instruction, before_step: Callable[[StepBatch], None] | None) -> None:
         match instruction:
             case RunStep(batch):
                 if before_step is not None:
@@ -125,11 +128,11 @@ class OfflineEngine:
                 self._begin_step(batch)
             case LoadAdapter() as load:
                 self._fill(load)
-                self._tell(AdapterLoaded(load.adapter.version))
+                self._handle(AdapterLoaded(load.adapter.version))
             case EvictAdapter(slot=slot):
                 self.runner.remove(slot)
             case Emit(_, delta):
-                self._note(delta)
+                self._record(delta)
             case Reject(request_id, _, code, message):
                 self._outputs[request_id].error = f"{code}: {message}"
 
@@ -143,14 +146,14 @@ class OfflineEngine:
         result = step.result()
         tokens = sum(len(sequence.tokens) for sequence in batch.sequences)
         self.steps.append(StepRecord(len(batch.sequences), tokens, result.duration_s))
-        self._tell(StepDone(result))
+        self._handle(StepDone(result))
 
     def _fill(self, load: LoadAdapter) -> None:
         slab = self._slabs[load.adapter.version]
         self.runner.pool.write(load.offset_bytes, slab.data)
         self.runner.install(load.slot, slab.header, load.offset_bytes // ITEM_BYTES[slab.header.dtype])
 
-    def _note(self, delta: TokenDelta) -> None:
+    def _record(self, delta: TokenDelta) -> None:
         output = self._outputs[delta.request_id]
         output.tokens.extend(delta.tokens)
         output.times_s.extend([time.monotonic() - self._started_s] * len(delta.tokens))
@@ -159,5 +162,5 @@ class OfflineEngine:
 
 
 def adapter_reference(name: str, slab: Slab) -> AdapterRef:
-    """What the scheduler knows an adapter by."""
+    """Return the reference of an adapter."""
     return AdapterRef(name=name, version=slab.version, rank=slab.header.rank, slab_bytes=slab.header.slab_bytes)

@@ -1,4 +1,4 @@
-"""A pool in memory that tells who is at it, and lets a test hold them up."""
+"""A pool in memory that counts its users and lets a test delay them."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +9,10 @@ from loraserve.engine.loading.memory import HostPool
 
 
 class WatchedPool:
-    """A pool that knows who is at it. ``before_digest`` and ``before_write`` are called in the thread, with a byte."""
+    """A pool that counts concurrent uses.
+
+    ``before_digest`` and ``before_write`` are called in the using thread with the offset within the adapter.
+    """
 
     def __init__(self, offset_bytes: int, waits: bool = True) -> None:
         self._offset_bytes = offset_bytes

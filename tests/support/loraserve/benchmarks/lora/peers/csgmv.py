@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.cases import LoraCase
 from loraserve.benchmarks.lora.peers import SGLANG, root_of, stand_ins
 from loraserve.benchmarks.lora.peers.sglang import fill_pool, offsets
 from loraserve.benchmarks.lora.sides import World
@@ -35,7 +35,7 @@ class Csgmv:
 
     name = "sglang csgmv"
 
-    def __init__(self, folder: Path, world: World, case: Case, max_rank: int) -> None:
+    def __init__(self, folder: Path, world: World, case: LoraCase, max_rank: int) -> None:
         """Prepare the adapters and the batch. Raises FileNotFoundError if ``folder`` lacks the peer's files."""
         self._shrink, self._expand = load_csgmv(root_of(folder, SGLANG))
         self._pool = fill_pool(world, max_rank)
@@ -66,7 +66,7 @@ class Csgmv:
                 h, b, batch, self._offsets[module], max(widths), y, self._offsets_cpu[module]
             )
 
-    def _batch(self, case: Case, chunk: int) -> SimpleNamespace:
+    def _batch(self, case: LoraCase, chunk: int) -> SimpleNamespace:
         """Return the batch: tokens adapter after adapter, cut into segments of at most ``chunk``."""
         order = sorted(range(case.tokens), key=lambda token: case.slots[token])
         slots: list[int] = []

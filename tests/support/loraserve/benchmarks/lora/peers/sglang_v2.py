@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import triton
 
-from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.cases import LoraCase
 from loraserve.benchmarks.lora.peers import SGLANG, root_of, stand_ins
 from loraserve.benchmarks.lora.peers.sglang import fill_pool, offsets
 from loraserve.benchmarks.lora.sides import World
@@ -42,7 +42,7 @@ class SglangV2:
 
     name = "sglang triton_v2"
 
-    def __init__(self, folder: Path, world: World, case: Case, max_rank: int) -> None:
+    def __init__(self, folder: Path, world: World, case: LoraCase, max_rank: int) -> None:
         """Prepare the adapters and the plans. Raises FileNotFoundError if ``folder`` lacks the peer's files."""
         root = root_of(folder, SGLANG)
         self._lora_a, self._lora_b, self._routing, self._view = load_triton_v2(root)

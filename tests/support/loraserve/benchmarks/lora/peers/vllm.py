@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from loraserve.benchmarks.lora.cases import Case
+from loraserve.benchmarks.lora.cases import LoraCase
 from loraserve.benchmarks.lora.peers import VLLM, root_of, stand_ins
 from loraserve.benchmarks.lora.sides import World
 from loraserve.model_shape import MODULES
@@ -36,7 +36,7 @@ DEFAULT = None
 class Vllm:
     """The kernels of one server, whose ``max_lora_rank`` holds for all of its adapters."""
 
-    def __init__(self, folder: Path, world: World, case: Case, max_rank: int) -> None:
+    def __init__(self, folder: Path, world: World, case: LoraCase, max_rank: int) -> None:
         """Prepare the adapters and the batch. Raises FileNotFoundError if ``folder`` lacks the peer's files."""
         self.name = f"vllm max_lora_rank {max_rank}"
         root = root_of(folder, VLLM)

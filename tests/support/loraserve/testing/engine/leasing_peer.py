@@ -1,7 +1,8 @@
-"""An engine that reads from engine-0, as that sees it: it asks for leases, renews them and lets go of them."""
+"""A scripted engine that reads from engine-0: it asks for leases, renews them and releases them."""
 
 from typing import Any
 
+from loraserve.bus.memory import MemoryNetwork
 from loraserve.messages import (
     AdapterRef,
     LeaseGranted,
@@ -13,17 +14,16 @@ from loraserve.messages import (
     ToEngine,
 )
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
-from loraserve.testing.bus import MemoryNetwork
 
 TIMEOUT_S = 20.0
 
 
-class Peer:
+class LeasingPeer:
     def __init__(self, network: MemoryNetwork, name: str = "engine-1") -> None:
         self.bus = network.bus(name, ToEngine)
 
     async def lease(self, ref: AdapterRef, read_id: str = "read", **other: Any) -> tuple[LeaseGranted, bytes]:
-        """What is granted, and the slab's header; ``other`` fields of the message than those that are right."""
+        """Ask for a lease and return it with the slab's header. ``other`` replaces fields of the message."""
         fields: dict[str, Any] = {
             "version": ref.version,
             "slab_bytes": ref.slab_bytes,
@@ -39,6 +39,6 @@ class Peer:
         return await self.bus.request("engine-0", renewal, LeaseRenewed, TIMEOUT_S)
 
     async def release(self, lease_id: str) -> bool:
-        """Whether it had it."""
+        """Release a lease and return whether the engine still held it."""
         release = ReleaseLease(lease_id=lease_id, incarnation=self.bus.incarnation)
         return (await self.bus.request("engine-0", release, LeaseReleased, TIMEOUT_S)).held
