@@ -173,7 +173,7 @@ class Cluster:
         unknown = AdapterRef(name="unknown", version="0" * 64, rank=1, slab_bytes=1)
         for _ in range(STORE_FAILS):
             request = await client.admit(engine, unknown, PROMPT, TOKENS)
-            await until(partial(client.over, request))
+            await until(partial(client.is_finished, request))
 
     async def right(self, client: EngineClient, request_id: str, adapter: str) -> None:
         """It finished with the tokens of the adapter as it was packed."""

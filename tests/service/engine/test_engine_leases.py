@@ -186,13 +186,8 @@ def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tm
         await stage.ask(admit, Admitted)
         await stage.finished("third")
         load = await stage.fresh_load()
-<<<<<<< HEAD
         assert {each.name for each in load.adapters.resident} == {"one", "third"}, "one was unused for longer"
-        again, _ = await Peer(stage.network, "engine-2").lease(models.refs["one"])
-=======
-        assert {each.name for each in load.resident} == {"one", "third"}, "one was unused for longer"
         again, _ = await LeasingPeer(stage.network, "engine-2").lease(models.refs["one"])
->>>>>>> 590d5af (Describe the test helpers in plain terms; PEFT options become a type)
         assert again.offset_bytes == granted.offset_bytes
 
     play(scenario, pool_bytes=pool_for(models, 2))
