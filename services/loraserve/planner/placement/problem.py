@@ -47,8 +47,8 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a placement policy decides from.
 
-    ``adapters``: the registered adapters, by version. ``engines``: the last reports of engines that can hold copies.
-    ``current``: the placement in force.
+    ``adapters``: the registered adapters, by version. ``engines``: the engines that can hold copies, among them
+    drained ones. ``current``: the placement in force.
     """
 
     demand: Sequence[AdapterDemand]
@@ -136,17 +136,17 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
 def build_problem(inputs: PlanInput) -> Problem:
     """Return the input as arrays, without drained engines and without the copies on them."""
     settings, cost = inputs.settings, inputs.cost
-    loads = sorted((e for e in inputs.engines if e.engine not in settings.drained), key=lambda e: e.engine)
-    engine_index = {load.engine: i for i, load in enumerate(loads)}
+    engines = sorted((e for e in inputs.engines if e.engine not in settings.drained), key=lambda e: e.engine)
+    engine_index = {e.engine: i for i, e in enumerate(engines)}
     refs = sorted(inputs.adapters.values(), key=lambda ref: (ref.name, ref.version))
     versions = [ref.version for ref in refs]
     index = {version: i for i, version in enumerate(versions)}
-    rates = _expect_rates(inputs.demand, index, len(loads))
+    rates = _expect_rates(inputs.demand, index, len(engines))
     no_demand = not rates.requests.any()
     if no_demand:
         rates = _idle_rates(len(index))
-    batch = _decode_batch(loads, rates)
-    single: list[tuple[int, ...]] = [(e,) for e in range(len(loads))]
+    batch = _decode_batch(engines, rates)
+    single: list[tuple[int, ...]] = [(e,) for e in range(len(engines))]
     step_s = max(1e-6, cost.step_base_s + batch / 2 * cost.sequence_s)
     return Problem(
         versions=versions,
@@ -154,8 +154,8 @@ def build_problem(inputs: PlanInput) -> Problem:
         ranks=np.fromiter((ref.rank for ref in refs), np.int64, len(refs)),
         slab_bytes=np.fromiter((ref.slab_bytes for ref in refs), np.float64, len(refs)),
         extents=_extents(refs),
-        engines=[load.engine for load in loads],
-        room_bytes=np.array([int(load.pool_bytes * POOL_FRACTION) for load in loads], np.int64),
+        engines=[e.engine for e in engines],
+        room_bytes=np.array([int(e.pool_bytes * POOL_FRACTION) for e in engines], np.int64),
         single=single,
         current=_current_copies(inputs.current, index, engine_index, single),
         pins=_live_pins(refs, engine_index, settings.pins),
@@ -269,13 +269,13 @@ def _margin(std: Floats, engines: int) -> Floats:
     return np.minimum(std, variance / pooled) if pooled > 0 else std
 
 
-def _decode_batch(loads: Sequence[EngineCapabilities], rates: _ExpectedRates) -> float:
+def _decode_batch(engines: Sequence[EngineCapabilities], rates: _ExpectedRates) -> float:
     """Return how many sequences an engine can decode at once, given its KV memory and the mean context length."""
-    if not loads:
+    if not engines:
         return 1.0
     requests = rates.requests.sum()
     context = (rates.prefill.sum() + rates.decode.sum() / 2) / requests if requests > 0 else DEFAULT_REQUEST_TOKENS
-    fits = [min(e.max_running, e.kv_blocks * e.block_tokens / max(1.0, context)) for e in loads]
+    fits = [min(e.max_running, e.kv_blocks * e.block_tokens / max(1.0, context)) for e in engines]
     return max(1.0, float(np.median(fits)))
 
 
