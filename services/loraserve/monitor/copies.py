@@ -10,7 +10,7 @@ MAX_HOLDERS = 8
 
 
 class CopyIndex:
-    """By adapter version, the engines whose last report has it in the pool or in the host cache."""
+    """The engines whose last report has an adapter in the pool or in the host cache, by version."""
 
     def __init__(self) -> None:
         self._held: dict[str, frozenset[str]] = {}

@@ -29,7 +29,7 @@ class DemandRates(msgspec.Struct, frozen=True):
 
 
 _Counts = dict[str, list[int]]
-"""By version: prefill tokens, decode tokens, requests."""
+"""Prefill tokens, decode tokens and requests, by version."""
 
 
 class _Slot(msgspec.Struct):

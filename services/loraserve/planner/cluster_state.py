@@ -1,4 +1,4 @@
-"""What the planner knows of the cluster: ready engines and demand from the monitor, adapters from the store."""
+"""The planner's view of the cluster: engines and demand from the monitor, adapters from the store. Pure."""
 
 from collections.abc import Iterable, Sequence
 

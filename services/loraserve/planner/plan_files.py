@@ -1,4 +1,4 @@
-"""What the planner must remember over restarts, on disk: the last complete plan, and which engines are drained."""
+"""The planner's state on disk, which survives restarts: the last complete plan, and the drained engines."""
 
 import os
 from collections.abc import Iterable

@@ -40,7 +40,7 @@ from loraserve.planner.placement.problem import PlacementPolicy, PlanInput, Plan
 from loraserve.planner.plan_files import PlanFiles
 from loraserve.planner.rollout import events
 from loraserve.planner.rollout.copies import copy_id, recover_placements, shares_differ
-from loraserve.planner.rollout.machine import Rollout
+from loraserve.planner.rollout.machine import NO_PLAN, Rollout
 from loraserve.service import Service
 from loraserve.story import StoryEntry
 
@@ -48,7 +48,6 @@ REPUBLISH_S = 2.0
 RETIRE_TIMEOUT_S = 5.0
 DRAIN_RETRY_S = 5.0
 """Time after which a drain that could not be rolled out is tried again."""
-NO_PLAN = Plan(epoch=0, created_unix_s=0.0, placements=())
 
 
 class PlannerService(Service):
@@ -71,7 +70,7 @@ class PlannerService(Service):
         super().__init__(config, bus, clock)
         self._files = files or PlanFiles(Path(config.cluster.data_dir) / "planner")
         self._policy = policy or PLACEMENT_POLICIES[config.planner.policy]
-        self._rollout = Rollout(NO_PLAN)
+        self._rollout = Rollout()
         self._cluster = ClusterState()
         self._learner = CostLearner(initial_cost_model(config))
         self._drained: frozenset[str] = frozenset()
@@ -186,7 +185,7 @@ class PlannerService(Service):
             if dry_run:
                 return await self._describe(inputs, placements, drained, failed)
             if drained != self._drained:
-                # The Drain that changed it waits for the lock and plans anew.
+                # The Drain request that changed them waits for the lock, and makes a new plan.
                 text = "the plan was given up for a newer one, because the drained engines changed"
                 return self._not_applied(text, failed=(text,))
             if not self._differs(placements):

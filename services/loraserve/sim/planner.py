@@ -17,8 +17,6 @@ from loraserve.sim.engine import INCARNATION, SimEngine, Timeline
 from loraserve.sim.outcome import SimSettings
 from loraserve.sim.policies import Policy
 
-NO_PLAN = Plan(epoch=0, created_unix_s=0.0, placements=())
-
 
 class SimPlanner:
     """Computes plans and rolls them out to the simulated engines."""
@@ -40,7 +38,7 @@ class SimPlanner:
         self._prepare_timeout_s = settings.prepare_timeout_s
         self._plan_settings = PlanSettings(slo_ttft_s=settings.slo_ttft_s, interval_s=settings.plan_interval_s)
         self._publish = publish
-        self._rollout = Rollout(NO_PLAN)
+        self._rollout = Rollout()
         self._is_rolling_out = False
         self._moves = 0
 

@@ -1,4 +1,4 @@
-"""What the planner prepares, publishes, retires and stores."""
+"""The planner prepares, publishes, retires and stores plans."""
 
 import asyncio
 from pathlib import Path

@@ -23,7 +23,7 @@ NO_CLASS = -1
 
 
 class Bin(msgspec.Struct):
-    """What one engine, not chosen yet, should serve: a largest rank, and utilisation by class of adapters."""
+    """The work of one engine, not chosen yet: its largest rank, and utilisation by class of adapters."""
 
     rank: float
     budgets: dict[int, float]

@@ -32,7 +32,7 @@ HYSTERESIS = 0.05
 LOADING_SLOWDOWN = 0.1
 """Fraction by which loading delays requests on an engine: the copy takes at most this part of memory bandwidth."""
 PLACED_MARGIN = 0.01
-"""Where memory is short, a plan with copies for this much more of all requests is better whatever it costs."""
+"""Fraction of all requests: if memory is short, a plan with copies for so many more wins whatever its loads cost."""
 MIN_GAIN = 0.001
 """Fraction of the predicted TTFT that a plan without further loads has to gain."""
 CLOSE_TO_IDEAL = 0.02
@@ -76,7 +76,7 @@ def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: Co
     Held copies within the hysteresis of a plan for which memory and loads are free are not compared with others.
     """
     if not any(held):
-        best = _evaluate(problem, held, _plan_anew(problem, filling, held))
+        best = _evaluate(problem, held, _make_new_plan(problem, filling, held))
         return _try_fewer_bins(problem, best, ideal_s, held)
     kept = best = _evaluate(problem, held, _complete_held(problem, filling, held))
     # Without demand nothing moves: a night without requests must not undo the plan of the day.
@@ -85,7 +85,7 @@ def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: Co
     balanced = list(kept.copies)
     balance_engines(problem, balanced, kept.shares)
     balanced = _fill_gaps(problem, balanced, held)
-    for copies in (balanced, _plan_anew(problem, filling, held)):
+    for copies in (balanced, _make_new_plan(problem, filling, held)):
         if copies != best.copies:
             other = _evaluate(problem, held, copies)
             best = other if _is_better(problem, other, best) else best
@@ -101,7 +101,7 @@ def _try_fewer_bins(problem: Problem, best: _Candidate, ideal_s: float, held: Co
     bins = len(problem.engines) - 1
     if bins == 0 or problem.no_demand or best.ttft_s <= ideal_s * (1 + CLOSE_TO_IDEAL):
         return best
-    other = _evaluate(problem, held, _plan_anew(problem, fill_bins(problem, bins), held))
+    other = _evaluate(problem, held, _make_new_plan(problem, fill_bins(problem, bins), held))
     return other if _is_better(problem, other, best) else best
 
 
@@ -126,7 +126,7 @@ def _complete_held(problem: Problem, filling: BinFilling, held: CopyMap) -> Copy
     return allocation.copies
 
 
-def _plan_anew(problem: Problem, filling: BinFilling, held: CopyMap) -> CopyMap:
+def _make_new_plan(problem: Problem, filling: BinFilling, held: CopyMap) -> CopyMap:
     """Return the plan for these bins as if loads cost nothing, with as few loads as that allows."""
     allocation = Allocation(problem)
     pack_bins(allocation, filling, choose_engines(problem, filling, held), held)

@@ -49,7 +49,7 @@ def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice,
 
 
 class _Budgets:
-    """What is left of the budget of each engine for each class of adapters."""
+    """The utilisation that each engine may still take from each class of adapters."""
 
     def __init__(self, problem: Problem, filling: BinFilling, choice: EngineChoice) -> None:
         self.utilisation = filling.utilisation
@@ -59,7 +59,7 @@ class _Budgets:
         self._slope: list[float] = problem.work.slope.tolist()
         self._rank = [0.0] * len(choice.engine_of)
         self.left: dict[int, dict[int, float]] = {}
-        """By class and engine."""
+        """Budget that is left, by class and engine."""
         for part, e in zip(filling.bins, choice.engine_of, strict=True):
             self._rank[e] = part.rank
             for adapter_class, budget in part.budgets.items():

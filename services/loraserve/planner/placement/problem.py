@@ -18,7 +18,7 @@ from loraserve.messages import AdapterDemand, AdapterRef, EngineCapabilities, Pl
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 CopyMap = list[tuple[int, ...]]
-"""By adapter, the engines that hold a copy of it, in order."""
+"""The engines that hold a copy, in order, by adapter."""
 
 POOL_FRACTION = 0.9
 """Fraction of a pool that a plan may pin. The rest is for adapters loaded on demand and for holes between extents."""
@@ -31,7 +31,7 @@ DEFAULT_REQUEST_TOKENS = 500.0
 
 
 class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the configuration and the operator ask of a plan.
+    """Constraints on a plan from the configuration and the operator.
 
     ``pins``: adapter name to the engines that hold its copies, whatever the demand. ``drained``: engines that must end
     up empty. ``interval_s``: time until the next plan, within which the cost of a move has to pay off.
@@ -47,8 +47,8 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
     """Everything that a placement policy decides from.
 
-    ``adapters``: the registered adapters, by version. ``engines``: the engines that can hold copies, among them
-    drained ones. ``current``: the placement in force.
+    ``adapters``: the registered adapters, by version. ``engines``: all ready engines, drained
+    ones included. ``current``: the placement in force.
     """
 
     demand: Sequence[AdapterDemand]
@@ -72,7 +72,7 @@ class CopyShares(msgspec.Struct, frozen=True, eq=False):
 
 
 class AdapterWork(msgspec.Struct, frozen=True, eq=False):
-    """What each adapter's traffic costs an engine, by adapter.
+    """The engine time that each adapter's traffic takes, by adapter.
 
     An adapter takes ``base`` + r * ``slope`` of an engine's time, where r is the largest rank on that engine;
     ``prefill_base`` and ``prefill_slope`` are the parts of these before the first token. ``slab_read`` is the time of
@@ -117,7 +117,7 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def padded(self) -> bool:
-        """Whether every token of a batch pays for the largest rank in the batch."""
+        """Return whether every token of a batch pays for the largest rank in the batch."""
         return self.cost.lora == "padded"
 
     def adapter_index(self) -> dict[str, int]:

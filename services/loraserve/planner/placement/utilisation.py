@@ -18,7 +18,7 @@ LINEAR_FROM = 0.98
 
 
 class EngineWork(msgspec.Struct, frozen=True, eq=False):
-    """By engine, the sums of its copies' AdapterWork, and the largest rank of an adapter with traffic."""
+    """The sums of AdapterWork over an engine's copies, and the largest rank of those with traffic, by engine."""
 
     base: Floats
     slope: Floats

@@ -53,6 +53,7 @@ from loraserve.planner.rollout.events import (
 )
 from loraserve.story import Story
 
+NO_PLAN = Plan(epoch=0, created_unix_s=0.0, placements=())
 RETRY_S = 5.0
 """Time after which an engine that does not do what it was asked is asked again. Reports are late by less."""
 
@@ -67,7 +68,7 @@ class Phase(StrEnum):
 
 
 class Trigger(StrEnum):
-    """What changes the state."""
+    """Causes of transitions."""
 
     BEGIN = "begin"
     CANCEL = "cancel"
@@ -128,7 +129,7 @@ class Rollout:
     ``story`` has entries by adapter version and by ``story_subject(epoch)``.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan = NO_PLAN) -> None:
         self.plan = plan
         self.epoch = plan.epoch
         self.phase = Phase.IDLE
@@ -361,7 +362,7 @@ class Rollout:
     def _hold_to_plan(self, adapters: Mapping[str, AdapterRef]) -> list[Instruction]:
         """Ask engines for planned copies that they lack, and retire pins that the plan does not name."""
         if not self.plan.epoch:
-            return []  # What engines hold is then all that is known of the plan before.
+            return []  # The plan was lost, so the copies that engines hold must stay.
         instructions: list[Instruction] = []
         planned = versions_by_engine(self.plan.placements)
         for engine, load in sorted(self.engines.items()):
