@@ -1,4 +1,4 @@
-"""Engine -> gateway: tokens as they come, one message a gateway a step."""
+"""Engine -> gateway: the tokens of each step, one message per gateway, and failures."""
 
 import msgspec
 
@@ -24,7 +24,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
-    """Everything one step brought for one gateway. ``incarnation`` tells a restarted engine from its past self."""
+    """The new tokens of one step for one gateway. ``incarnation`` differs after a restart of the engine."""
 
     engine: str
     incarnation: str
@@ -32,7 +32,7 @@ class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, tag=True, kw_only=True):
-    """The request ended without finishing. ``code``: ``adapter_unavailable``, ``engine_error``, ``overloaded``, ..."""
+    """A request failed. ``code`` is ``adapter_unavailable``, ``engine_error``, ``overloaded`` or another."""
 
     request_id: str
     engine: str

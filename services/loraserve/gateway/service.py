@@ -30,7 +30,7 @@ LAST_ANSWERS_S = 2.0
 
 
 class GatewayService(Service):
-    """The service. ``port`` is the port bound, for configurations in which gateway.port is 0."""
+    """Wires the gateway and runs it. ``port`` is the port bound, for configurations in which gateway.port is 0."""
 
     inbox = ToGateway
     starting_detail = "loading the tokenizer"
@@ -88,7 +88,7 @@ class GatewayService(Service):
             case ClusterLoad() as load:
                 streams.on_cluster_load(load, now)
             case ClusterStatistics(engines=counters):
-                streams.watch.counters = counters
+                streams.watch.note_statistics(counters)
             case RegistryChanged() as registry:
                 self.gateway.registry.update(registry)
 

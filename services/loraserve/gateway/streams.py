@@ -77,7 +77,7 @@ class Stream:
         self.engine = ""
         self.incarnation = ""
         self.routed_s = 0.0
-        self.heard_s = 0.0
+        self.last_token_s = 0.0
         self.received_tokens = 0
         self.cached_tokens = 0
         self.duplicate_tokens = 0
@@ -96,7 +96,7 @@ class Stream:
     def set_engine(self, engine: str, incarnation: str, now: float) -> set[str]:
         """Accept tokens of this engine only, from now on. Returns the other engines that have sent some."""
         self.engine, self.incarnation = engine, incarnation
-        self.routed_s = self.heard_s = now
+        self.routed_s = self.last_token_s = now
         if self.state is StreamState.ROUTING:
             self._enter(StreamState.RUNNING)
         early, self._early = self._early, []
@@ -122,7 +122,7 @@ class Stream:
         if delta.index > self.received_tokens:
             self.fail(_lost_tokens(self.engine, self.received_tokens, delta.index))
             return False
-        self.heard_s = now
+        self.last_token_s = now
         self._append(delta)
         return True
 
@@ -225,7 +225,7 @@ class StreamTable:
             why = self.watch.death_of(stream.engine, stream.incarnation, stream.routed_s, now)
             if why:
                 stream.fail(_engine_died(stream.engine, why, stream.received_tokens))
-            elif self.watch.dropped(stream.engine, stream.incarnation, stream.request_id, stream.heard_s):
+            elif self.watch.dropped(stream.engine, stream.incarnation, stream.request_id, stream.last_token_s):
                 stream.fail(_lost_end(stream.engine, stream.received_tokens))
 
     def fail_all(self, error: ApiError) -> None:
@@ -287,6 +287,9 @@ class EngineWatch:
             seen.engine: EngineReport(seen.load, seen.capabilities, now - seen.age_s, seen.alive)
             for seen in load.engines
         }
+
+    def note_statistics(self, counters: dict[str, EngineCounters]) -> None:
+        self.counters = counters
 
     def note_tokens(self, engine: str, incarnation: str, now: float) -> None:
         self._tokens_s[engine] = (incarnation, now)

@@ -183,7 +183,7 @@ HARMLESS = frozenset(
         *("early_stopping", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "smoothing_curve", "xtc_threshold"),
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range", "dry_sequence_breakers"),
         *("repeat_last_n", "adaptive_decay", "mm_processor_kwargs", "media_io_kwargs"),
-        # There is no reasoning parser whose output these could change.
+        # Answers are not split into reasoning and content, so these change nothing.
         *("include_reasoning", "separate_reasoning", "stream_reasoning", "reasoning_format"),
         # Only tokenizers without a tokenizer.json put spaces between special tokens.
         "spaces_between_special_tokens",

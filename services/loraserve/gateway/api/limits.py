@@ -21,7 +21,9 @@ def check_messages(tokenizer: ModelTokenizer, messages: Sequence[ChatMessage], c
 
     Each message, and each part of one, takes at least one token.
     """
-    contents = [message.content for message in messages if message.content is not None]
+    if len(messages) >= context:
+        raise context_exceeded(context, len(messages), 1, "messages")
+    contents = [message.content for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     if len(messages) + len(parts) >= context:
         raise context_exceeded(context, len(messages) + len(parts), 1, "messages")

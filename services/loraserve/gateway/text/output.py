@@ -52,7 +52,7 @@ class OutputAssembler:
         self.completion_tokens = 0
         self.finished = False
         self.needs_abort = False
-        """A stop string ended the output while the engine goes on with the request."""
+        """A stop string ended the output while the engine still runs the request."""
         self._detokenizer = detokenizer
         self._rules = rules
         self._matcher = StopMatcher(rules.strings, rules.include)
