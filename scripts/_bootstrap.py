@@ -1,7 +1,7 @@
-"""What a script does before the project is importable: find a Python, make .venv, install into it, run in it.
+"""Prepares the environment of a script: finds a Python, creates .venv, installs the project into it and runs in it.
 
-Standard library only, and old syntax on purpose: this file must still parse where python3 is older than the project
-needs, so that it can say so.
+Uses only the standard library and old syntax, so that it runs, and can report the problem, with an older python3 than
+the project needs.
 """
 
 import hashlib
@@ -22,9 +22,8 @@ VENV = Path(os.environ.get("LORASERVE_VENV") or str(OWN_VENV)).absolute()
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 OLDEST_PYTHON = (3, 11)
-BROUGHT_BY_VENV = {"pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils"}
-SILENCE_S = 2.0
-"""Nobody waits longer than this without a word."""
+VENV_PACKAGES = {"pip", "setuptools", "pkg_resources", "_distutils_hack", "distutils"}
+PROGRESS_INTERVAL_S = 2.0
 
 
 def say(text):
@@ -32,7 +31,7 @@ def say(text):
 
 
 def fail(text):
-    """End with one clear line and the status that all scripts use for 'could not be done'."""
+    """Print one line and exit with status 1, which all scripts use for a failure."""
     say("error: " + text)
     raise SystemExit(1)
 
@@ -42,27 +41,27 @@ def venv_python():
 
 
 def venv_pip():
-    """The last thing that making .venv brings: where it is missing, the making was interrupted."""
+    """Return the file that is created last with .venv. If it is missing, the creation was interrupted."""
     return VENV / "bin" / "pip"
 
 
 def run_in_venv(arguments, extras=("demo",)):
-    """Replace this process by the project's Python, installing first where that is needed."""
+    """Install the project if needed, then replace this process by its Python."""
     ensure_installed(extras)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     os.execv(str(venv_python()), [str(venv_python()), *arguments])
 
 
 def ensure_installed(extras):
-    """Make .venv hold the project with these extras. Seconds when it already does.
+    """Install the project with these extras into .venv, unless it is installed.
 
-    From here on no Python that is started imports from the folder that the user happens to stand in.
+    Afterwards, no Python that this process starts imports modules from the user's working directory.
     """
     os.environ["PYTHONSAFEPATH"] = "1"
     try:
         _ensure_installed(extras)
     except KeyboardInterrupt:
-        say("stopped; run the script again to go on with the install")
+        say("stopped; run the script again to continue the installation")
         raise SystemExit(130) from None
 
 
@@ -95,7 +94,7 @@ def _read_stamp(stamp):
 
 
 def find_python():
-    """This interpreter when it is new enough, else the newest one on PATH."""
+    """Return this interpreter if it is new enough, else the newest one on PATH."""
     if sys.version_info >= OLDEST_PYTHON:
         return sys.executable
     for minor in range(14, OLDEST_PYTHON[1] - 1, -1):
@@ -104,17 +103,17 @@ def find_python():
             return found
     return fail(
         f"Python {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} or newer is needed, this is {platform.python_version()}; "
-        "install one (Debian/Ubuntu: apt install python3, macOS: brew install python@3.12) and run the script again"
+        "install it (Debian/Ubuntu: apt install python3, macOS: brew install python@3.12) and run the script again"
     )
 
 
 def _make_venv():
-    """Make it anew unless it is whole."""
+    """Create .venv, unless it is complete."""
     if venv_python().exists() and venv_pip().exists():
         return
     if VENV != OWN_VENV and not _may_clear():
-        fail(f"LORASERVE_VENV={VENV} holds other things and no pip; name a folder that is empty or not there yet")
-    say(f"[install] making {VENV}")
+        fail(f"LORASERVE_VENV={VENV} contains other files and no pip; choose an empty folder or a new one")
+    say(f"[install] creating {VENV}")
     done = subprocess.run([find_python(), "-m", "venv", "--clear", str(VENV)], capture_output=True, text=True)
     if done.returncode != 0:
         shutil.rmtree(VENV, ignore_errors=True)
@@ -122,15 +121,15 @@ def _make_venv():
         if "ensurepip" in output:
             fail("Python's venv package is missing; install it (Debian/Ubuntu: apt install python3-venv)")
         reason = output.splitlines()[-1] if output else "no reason given"
-        fail(f"could not make {VENV}: {reason}")
+        fail(f"could not create {VENV}: {reason}")
 
 
 def _may_clear():
-    """Whether a folder that the user named holds nothing, or no more than a venv whose making was interrupted."""
+    """Return whether the user's folder is empty or contains only an incomplete venv."""
     if not VENV.exists() or not os.listdir(str(VENV)):
         return True
     packages = {path.name.split("-")[0] for path in VENV.glob("lib/python*/site-packages/*")}
-    return (VENV / "pyvenv.cfg").exists() and packages <= BROUGHT_BY_VENV
+    return (VENV / "pyvenv.cfg").exists() and packages <= VENV_PACKAGES
 
 
 def _install(extras):
@@ -142,7 +141,7 @@ def _install(extras):
 
 
 def torch_requirement(pip):
-    """Arguments that install the CPU build of torch where no GPU is found and the usual index would bring CUDA."""
+    """Return pip arguments for torch: the CPU build if no GPU is found and the default build needs CUDA."""
     if sys.platform != "linux" or has_gpu():
         return ["torch"]
     probe = subprocess.run(
@@ -164,7 +163,7 @@ def has_gpu():
 
 
 def _lines(stream):
-    """A queue of the lines as they come, then None."""
+    """Return a queue that receives the lines of a stream, then None."""
     lines = queue.Queue()
 
     def read():
@@ -177,7 +176,7 @@ def _lines(stream):
 
 
 def _pip(command):
-    """Run pip, showing what it does and that it is alive, and turn its usual failures into a remedy."""
+    """Run pip and show its progress. Common failures end with a remedy."""
     process = subprocess.Popen(command, cwd=str(ROOT), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         tail = _show(process.stdout)
@@ -191,19 +190,19 @@ def _pip(command):
         say(text)
         if "No space left" in text:
             fail(f"the disk is full; free about 3 GB under {VENV} and run the script again")
-        fail("pip could not install (above); check the network or the package index, then run the script again")
+        fail("pip failed (see above); check the network or the package index, then run the script again")
 
 
 def _show(stream):
-    """Say every two seconds what pip is at, until its output ends; returns the last lines."""
+    """Show what pip is doing every two seconds until its output ends. Returns the last lines."""
     tail = []
-    doing = "asking for packages"
+    doing = "looking up packages"
     started_s = shown_s = time.monotonic()
     lines = _lines(stream)
     line = ""
     while line is not None:
         try:
-            line = lines.get(timeout=SILENCE_S)
+            line = lines.get(timeout=PROGRESS_INTERVAL_S)
         except queue.Empty:
             line = ""
         words = (line or "").split()
@@ -211,7 +210,7 @@ def _show(stream):
             tail = [*tail, line.rstrip()][-30:]
         if words and words[0] in ("Collecting", "Downloading", "Installing", "Building"):
             doing = " ".join(words)[:90]
-        if time.monotonic() - shown_s >= SILENCE_S:
+        if time.monotonic() - shown_s >= PROGRESS_INTERVAL_S:
             shown_s = time.monotonic()
             say(f"[install] {shown_s - started_s:4.0f} s  {doing}")
     return tail

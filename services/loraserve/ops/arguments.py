@@ -1,4 +1,4 @@
-"""The flags and the help of the operators' commands."""
+"""Flags and help texts of the operators' commands."""
 
 import argparse
 import os
@@ -7,42 +7,42 @@ DEFAULT_URL = "http://127.0.0.1:8000"
 
 STATUS = """\
 examples:
-  scripts/status                      who is up, what each engine holds and does, what is asked for
-  scripts/status --watch              the same every 2 s, until Ctrl-C
-  scripts/status --json | jq '.engines[].load.queue.waiting'
+  scripts/status                      processes, engines, adapters and demand
+  scripts/status --watch              repeat every 2 s until Ctrl-C
+  scripts/status --json | jq '.engines[].load.waiting'
 
 what the columns mean:
-  KV CACHE      blocks of the KV cache in use by requests and by the prefix cache, which gives them back when wanted
-  ADAPTER POOL  memory for adapters in use; what is not pinned goes first when another adapter needs room
-  DECODE STEP   time of the engine's last decode steps: one token for each running request
-  FORECAST      tokens per second that the planner expects of each adapter and places copies by
+  KV CACHE      blocks used by requests, and by the prefix cache, whose blocks are freed when requests need them
+  ADAPTER POOL  adapter memory in use; adapters without a pin are evicted first when another one needs room
+  DECODE STEP   duration of the last decode steps; each gives every running request one token
+  FORECAST      tokens per second that the planner expects for each adapter and places copies by
 """
 
 REBALANCE = """\
 examples:
-  scripts/rebalance --dry-run         what would move, and why; changes nothing
-  scripts/rebalance                   plan from the demand seen so far and make it so, now
+  scripts/rebalance --dry-run         print what would move, and why; changes nothing
+  scripts/rebalance                   plan from the demand seen so far and apply the plan now
   scripts/rebalance --json | jq .moves
 
-GAIN is how much sooner 95 of 100 requests are predicted to start after the move; one for memory or a drain has none.
-New copies are loaded before requests are sent to them, and old ones go once nobody runs them: no request fails.
-The planner does the same by itself every planner.interval_s. The exit status is 1 when something could not be done.
+GAIN is how much sooner 95 of 100 requests are predicted to start after the move. A move for memory or a drain has none.
+New copies are loaded before requests are sent to them, and old copies are released once no request runs with them:
+no request fails. The planner does the same by itself every planner.interval_s. The exit status is 1 if a part failed.
 """
 
 DRAIN = """\
 examples:
-  scripts/drain engine-1              empty it: no new requests, its copies move elsewhere, what runs there finishes
-  scripts/drain engine-1 --timeout 60 give up waiting after a minute; it goes on draining all the same
+  scripts/drain engine-1              no new requests, copies move to other engines, running requests finish
+  scripts/drain engine-1 --timeout 60 stop waiting after a minute; the engine continues to drain
   scripts/undrain engine-1            use it again
 
-Ends once the engine has no request and no planned copy, so that it can be stopped or worked on. A drain outlives
-restarts of the engine and of the planner. The exit status is 1 when the engine is not empty in the end, as where no
-other engine is there to take over.
+The command ends when the engine has no request and no planned copy, so that it can be stopped. A drain survives
+restarts of the engine and of the planner. The exit status is 1 if the engine is not empty at the end, for example because no
+other engine can take its copies.
 """
 
 UNDRAIN = """\
 examples:
-  scripts/undrain engine-1            use a drained engine again; copies come back as demand asks for them
+  scripts/undrain engine-1            use a drained engine again; it gets copies as demand requires
 """
 
 STORY = """\
@@ -57,39 +57,43 @@ from before. Times are of each process's own clock. SUBJECT is a choice of an an
 
 ADAPTERS = """\
 examples:
-  scripts/adapters                              what is loaded: rank, size, version
-  scripts/adapters load support ./support-r16   check, pack and serve a PEFT folder under the name "support"
+  scripts/adapters                              list adapters with rank, size and version
+  scripts/adapters load support ./support-r16   check, pack and serve a PEFT folder as "support"
   scripts/adapters load support ./support-r32 --replace
-                                                a new version under the same name; running requests finish on the old
+                                                a new version under this name; running requests keep the old one
   scripts/adapters unload support               stop serving it
 
-DIR is read by the store: where that runs elsewhere (in a container, on another machine), give the path it has there.
+The store reads DIR. If it runs in a container or on another machine, give the path that the folder has there.
 """
 
 
 def parser() -> argparse.ArgumentParser:
-    top = argparse.ArgumentParser(prog="python -m loraserve.ops", description="Look after a running LoRAServe cluster.")
+    top = argparse.ArgumentParser(prog="python -m loraserve.ops", description="Operate a running LoRAServe cluster.")
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    status = _command(commands, "status", "Shows how a running cluster is: processes, engines, adapters.", STATUS)
-    status.add_argument("--watch", action="store_true", help="again every 2 s, until Ctrl-C")
-    rebalance = _command(commands, "rebalance", "Places adapters anew from the demand seen so far.", REBALANCE)
-    rebalance.add_argument("--dry-run", action="store_true", help="say what would move, change nothing")
-    drain = _command(commands, "drain", "Empties an engine, and waits until it is empty.", DRAIN)
+    status = _command(
+        commands, "status", "Show the processes, engines, adapters and demand of a running cluster.", STATUS
+    )
+    status.add_argument("--watch", action="store_true", help="repeat every 2 s until Ctrl-C")
+    rebalance = _command(commands, "rebalance", "Plan and move adapters now, from the demand seen so far.", REBALANCE)
+    rebalance.add_argument("--dry-run", action="store_true", help="print what would move; change nothing")
+    drain = _command(commands, "drain", "Empty an engine and wait until it is empty.", DRAIN)
     drain.add_argument("engine", metavar="ENGINE", help="such as engine-1; scripts/status lists them")
-    drain.add_argument("--timeout", type=float, default=600.0, metavar="SECONDS", help="wait no longer (600)")
-    undrain = _command(commands, "undrain", "Uses a drained engine again.", UNDRAIN)
+    drain.add_argument(
+        "--timeout", type=float, default=600.0, metavar="SECONDS", help="stop waiting after this time (600)"
+    )
+    undrain = _command(commands, "undrain", "Let a drained engine receive copies and requests again.", UNDRAIN)
     undrain.add_argument("engine", metavar="ENGINE")
     story = _command(commands, "story", "Show what happened to a request or an adapter, in every process.", STORY)
     story.add_argument("id", metavar="ID", help="a request id, an adapter's name or a version (12 characters or more)")
-    adapters = _command(commands, "adapters", "Lists, loads and unloads the adapters of a running cluster.", ADAPTERS)
+    adapters = _command(commands, "adapters", "List, load and unload the adapters of a running cluster.", ADAPTERS)
     actions = adapters.add_subparsers(dest="action", metavar="list | load NAME DIR [--replace] | unload NAME")
-    # The flags may also stand behind the action; there they have no default, which would undo those before it.
+    # The flags may also follow the action. They have no default there, which would override those before it.
     shared = _shared(argparse.SUPPRESS)
-    actions.add_parser("list", parents=[shared], help="what is loaded (what is done when nothing is named)")
+    actions.add_parser("list", parents=[shared], help="list the adapters (the default)")
     load = actions.add_parser("load", parents=[shared], help="check a PEFT folder and serve it under a name")
-    load.add_argument("name", metavar="NAME", help='what clients put into "model"')
+    load.add_argument("name", metavar="NAME", help='the name that clients send as "model"')
     load.add_argument("dir", metavar="DIR", help="folder with adapter_config.json and adapter_model.safetensors")
-    load.add_argument("--replace", action="store_true", help="also where the name is taken")
+    load.add_argument("--replace", action="store_true", help="replace an adapter of this name")
     unload = actions.add_parser("unload", parents=[shared], help="stop serving an adapter")
     unload.add_argument("name", metavar="NAME")
     return top
@@ -113,7 +117,12 @@ def _shared(default: str = "") -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(add_help=False)
     url = default or os.environ.get("LORASERVE_URL") or DEFAULT_URL
     key = default or os.environ.get("LORASERVE_API_KEY", "")
-    flags.add_argument("--url", default=url, help=f"the gateway (LORASERVE_URL, else {DEFAULT_URL})")
-    flags.add_argument("--api-key", default=key, metavar="KEY", help="where the gateway wants one (LORASERVE_API_KEY)")
-    flags.add_argument("--json", action="store_true", default=default or False, help="for programs: JSON, one line")
+    flags.add_argument("--url", default=url, help=f"URL of the gateway (default: LORASERVE_URL, else {DEFAULT_URL})")
+    flags.add_argument(
+        "--api-key",
+        default=key,
+        metavar="KEY",
+        help="API key, if the gateway requires one (default: LORASERVE_API_KEY)",
+    )
+    flags.add_argument("--json", action="store_true", default=default or False, help="print one line of JSON")
     return flags

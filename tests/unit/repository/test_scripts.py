@@ -53,11 +53,11 @@ def test_ctrl_c_in_an_install_ends_in_one_line(tmp_path: Path) -> None:
         command, env=environment(venv), stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     assert process.stderr is not None
-    assert "making" in process.stderr.readline()
+    assert "creating" in process.stderr.readline()
     os.killpg(process.pid, signal.SIGINT)
     rest = process.stderr.read()
     assert process.wait() == 130
-    assert rest == "stopped; run the script again to go on with the install\n"
+    assert rest == "stopped; run the script again to continue the installation\n"
 
 
 OPS = ["status", "adapters", "rebalance", "drain", "undrain", "story"]
