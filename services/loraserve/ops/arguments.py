@@ -36,8 +36,8 @@ examples:
   scripts/undrain engine-1            use it again
 
 The command ends when the engine has no request and no planned copy, so that it can be stopped. A drain survives
-restarts of the engine and of the planner. The exit status is 1 if the engine is not empty at the end, for example because no
-other engine can take its copies.
+restarts of the engine and of the planner. The exit status is 1 if the engine is not empty at the end,
+for example because no other engine can take its copies.
 """
 
 UNDRAIN = """\
