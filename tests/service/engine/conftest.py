@@ -23,7 +23,10 @@ from loraserve.messages import (
     Admit,
     Admitted,
     Copies,
+    EngineCapabilities,
+    EngineCounters,
     EngineLoad,
+    EngineStatistics,
     Failed,
     FindCopies,
     Holder,
@@ -67,6 +70,7 @@ class Models:
             max_step_tokens=16,
             max_running=8,
             load_interval_s=0.02,
+            statistics_interval_s=0.02,
             load_timeout_s=TIMEOUT_S,
             load_chunk_bytes=4096,
         )
@@ -177,12 +181,14 @@ class Stage:
         self.engine = EngineService(config, bus, self.clock, built)
         self.store = ScriptedStore(models.slabs)
         self.gateway = network.bus("gateway-0", ToGateway)
-        self._monitor = network.bus("monitor", ToMonitor)
+        self.monitor = network.bus("monitor", ToMonitor)
         self._store_bus = network.bus("store", ToStore)
         self.tokens: dict[str, list[int]] = {}
         self.finish: dict[str, str] = {}
         self.failed: dict[str, Failed] = {}
         self.load: EngineLoad
+        self.statistics: EngineStatistics
+        self.capabilities: EngineCapabilities
         self._tasks: list[asyncio.Task[None]] = []
         self.running: asyncio.Task[None]
         self.network = network
@@ -225,11 +231,21 @@ class Stage:
                         task.result()
                 await asyncio.sleep(0.002)
 
+    @property
+    def counters(self) -> EngineCounters:
+        return self.statistics.counters
+
     async def fresh_load(self) -> EngineLoad:
-        """Return a report that was made after this call."""
-        before = getattr(self, "load", None)
-        await self.until(lambda: getattr(self, "load", None) is not before)
+        """Return a load that was reported after this call, with statistics and capabilities of the same time."""
+        load, statistics = getattr(self, "load", None), getattr(self, "statistics", None)
+        await self.until(lambda: getattr(self, "load", None) is not load)
+        await self.until(lambda: getattr(self, "statistics", None) is not statistics)
         return self.load
+
+    async def fresh_counters(self) -> EngineCounters:
+        """Return counters that were reported after this call."""
+        await self.fresh_load()
+        return self.counters
 
     async def ask(self, message: Any, kind: type[Any]) -> Any:
         return await self.gateway.request("engine-0", message, kind, TIMEOUT_S)
@@ -264,12 +280,16 @@ class Stage:
 
     async def _read_load(self) -> None:
         while True:
-            envelope = await self._monitor.receive()
+            envelope = await self.monitor.receive()
             match envelope.message:
                 case FindCopies(version=version):
-                    self._monitor.respond(envelope, Copies(version=version, holders=self.holders))
-                case load:
+                    self.monitor.respond(envelope, Copies(version=version, holders=self.holders))
+                case EngineLoad() as load:
                     self.load = load
+                case EngineStatistics() as statistics:
+                    self.statistics = statistics
+                case EngineCapabilities() as capabilities:
+                    self.capabilities = capabilities
 
 
 @pytest.fixture(scope="session")
