@@ -118,7 +118,6 @@ class DemandWindow:
         return demand
 
     def _seconds(self, now: float) -> float:
-        """Return the time that the totals are of."""
         since_s = 0.0 if self._first_report_s is None else now - self._first_report_s
         return max(min(self._window_s, since_s), self._slot_s)
 

@@ -23,7 +23,6 @@ class ClusterState:
         self._ready: dict[str, EngineSeen] = {}
 
     def take_load(self, load: ClusterLoad, now: float) -> None:
-        """Take a report of the monitor."""
         self.demand = load.demand
         for seen in load.engines:
             name = seen.load.engine
@@ -37,7 +36,6 @@ class ClusterState:
             self._ready.pop(name, None)
 
     def take_registry(self, adapters: Iterable[AdapterRef]) -> None:
-        """Take the adapters that the store has registered."""
         self.adapters = {adapter.version: adapter for adapter in adapters}
         self._registry_known = True
 

@@ -201,7 +201,6 @@ class PlannerService(Service):
     async def _describe(
         self, inputs: PlanInput, placements: tuple[Placement, ...], drained: frozenset[str], failed: tuple[str, ...]
     ) -> RebalanceDone:
-        """Return the plan as the next one, without applying it."""
         moves = diff(inputs.current, placements)
         explained = await asyncio.to_thread(explain_moves, inputs, placements, moves)
         plan = Plan(
@@ -255,7 +254,6 @@ class PlannerService(Service):
             del self._ends[epoch]
 
     def _handle_event(self, event: events.Event) -> None:
-        """Give an event to the roll-out and carry out its instructions."""
         for instruction in self._rollout.handle(event, self.clock.monotonic_s()):
             self._carry_out(instruction)
 

@@ -45,7 +45,6 @@ class Allocation:
                 self.add(a, e, 1 / len(problem.pins[a]))
 
     def has_room(self, a: int, e: int) -> bool:
-        """Return whether the adapter fits on the engine."""
         return self.room[e] >= self.extents[a]
 
     def add(self, a: int, e: int, share: float = 1.0) -> bool:
@@ -165,7 +164,6 @@ class Allocation:
 
     @staticmethod
     def _least_replicated(utilisation: float) -> float:
-        """Return the utilisation below which an adapter keeps no second copy."""
         return max(KEEP_REPLICA_FROM * utilisation, MIN_REPLICATED_UTILISATION / 2)
 
 

@@ -21,7 +21,6 @@ class EngineChoice(msgspec.Struct):
 
 
 def choose_engines(problem: Problem, filling: BinFilling, held: CopyMap) -> EngineChoice:
-    """Assign the bins to engines."""
     budgets = tabulate_budgets(filling)
     kept = kept_bytes(problem, budgets, held)
     if (problem.room_bytes == problem.room_bytes[0]).all():
@@ -61,7 +60,6 @@ class BudgetTable(msgspec.Struct, frozen=True, eq=False):
 
 
 def tabulate_budgets(filling: BinFilling) -> BudgetTable:
-    """Return the filling's budgets as arrays."""
     classes = sorted({adapter_class for part in filling.bins for adapter_class in part.budgets})
     columns = {adapter_class: i for i, adapter_class in enumerate(classes)}
     budgets = np.zeros((len(filling.bins), len(classes)))

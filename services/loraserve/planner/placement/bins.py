@@ -104,7 +104,6 @@ class _WorkLine:
 
 
 def _least_utilisation(line: _WorkLine, problem: Problem, bins: int) -> float:
-    """Return the least utilisation at which the bins hold all work, by bisection."""
     low = float(problem.own_utilisation().sum()) / bins
     high = line.work_before(line.end, line.ranks[0]) / bins * (1 + PRECISION)
     if line.cut(low * (1 + PRECISION), bins)[-1] >= line.end:

@@ -47,20 +47,16 @@ def explain_moves(inputs: PlanInput, target: Sequence[Placement], moves: Sequenc
     before, after = _copy_shares(problem, inputs.current), _copy_shares(problem, target)
     gains = _Gains(problem, before, after).compute(moves)
     reasons = _Reasons(problem, before, after)
+    slab_bytes = {version: ref.slab_bytes for version, ref in inputs.adapters.items()}
     return [
         msgspec.structs.replace(
             move,
-            slab_bytes=_slab_bytes(inputs, move),
+            slab_bytes=slab_bytes.get(move.version, 0) if move.target else 0,
             gain_s=gain,
             reason=reasons.explain(move),
         )
         for move, gain in zip(moves, gains, strict=True)
     ]
-
-
-def _slab_bytes(inputs: PlanInput, move: Move) -> int:
-    adapter = inputs.adapters.get(move.version)
-    return adapter.slab_bytes if adapter and move.target else 0
 
 
 def _engines_by_version(placements: Iterable[Placement]) -> dict[str, set[str]]:

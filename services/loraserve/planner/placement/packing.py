@@ -57,11 +57,11 @@ class _Budgets:
         self.class_of = filling.class_of
         self._base: list[float] = problem.work.base.tolist()
         self._slope: list[float] = problem.work.slope.tolist()
-        self._rank = [0.0] * len(choice.engine_of)
+        self.rank = [0.0] * len(choice.engine_of)
         self.left: dict[int, dict[int, float]] = {}
         """Budget that is left, by class and engine."""
         for part, e in zip(filling.bins, choice.engine_of, strict=True):
-            self._rank[e] = part.rank
+            self.rank[e] = part.rank
             for adapter_class, budget in part.budgets.items():
                 self.left.setdefault(adapter_class, {})[e] = budget
         self._heaps = {c: [(-left, e) for e, left in of.items()] for c, of in self.left.items()}
@@ -75,10 +75,9 @@ class _Budgets:
 
     def work(self, a: int, e: int) -> float:
         """Return the adapter's utilisation of the engine, at the rank of the engine's bin."""
-        return self._base[a] + self._rank[e] * self._slope[a]
+        return self._base[a] + self.rank[e] * self._slope[a]
 
     def spend(self, a: int, e: int, part: float) -> None:
-        """Take a part of the adapter's work from the engine's budget."""
         self.left_for(a)[e] -= part * self.work(a, e)
 
     def spend_pinned(self, a: int, engines: tuple[int, ...]) -> None:
@@ -95,18 +94,13 @@ class _Budgets:
     def as_table(self) -> tuple[Ints, Floats]:
         """Return by adapter the row of its class, and by row and engine what is left; -inf where there is no budget."""
         rows = {adapter_class: i for i, adapter_class in enumerate(self.left)}
-        left = np.full((len(rows), len(self._rank)), -np.inf)
+        left = np.full((len(rows), len(self.rank)), -np.inf)
         for adapter_class, of in self.left.items():
             left[rows[adapter_class], list(of)] = list(of.values())
         return np.array([rows.get(adapter_class, 0) for adapter_class in self.class_of], np.int64), left
 
-    def bin_ranks(self) -> Floats:
-        """Return the rank of each engine's bin."""
-        return np.array(self._rank)
-
     def spend_rows(self, rows: Ints, engines: Ints, work: Floats) -> None:
-        """Take work from budgets given by rows of the table."""
-        spent = np.zeros((len(self.left), len(self._rank)))
+        spent = np.zeros((len(self.left), len(self.rank)))
         np.add.at(spent, (rows, engines), work)
         for row, of in zip(spent.tolist(), self.left.values(), strict=True):
             for e in of:
@@ -145,7 +139,6 @@ class _Packer:
             self._budgets.spend_pinned(a, allocation.copies[a])
 
     def may_split(self, a: int) -> bool:
-        """Return whether the adapter has enough work for several copies."""
         return self._allocation.work[a] >= self._split_from
 
     def fill_short_engines(self, adapters: list[int]) -> list[int]:
@@ -231,7 +224,7 @@ class _Packer:
         order = np.argsort(row * len(problem.engines) + e, kind="stable")
         a, e, row = a[order], e[order], row[order]
         group = row * len(problem.engines) + e
-        work = problem.work.base[a] + self._budgets.bin_ranks()[e] * problem.work.slope[a]
+        work = problem.work.base[a] + np.array(self._budgets.rank)[e] * problem.work.slope[a]
         until = np.cumsum(work)
         starts = np.searchsorted(group, group)
         until = until - until[starts] + work[starts]

@@ -128,7 +128,6 @@ def _changed_bytes(problem: Problem, copies: CopyMap) -> tuple[int, CopyMap]:
 
 
 def _pack_servers(problem: Problem) -> list[_Server]:
-    """Return as many packed servers as there are engines, in order of rank."""
     remainder, servers = [], []
     sizes = _server_budgets(problem)
     for rank in sorted(sizes, reverse=True):

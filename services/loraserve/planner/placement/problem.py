@@ -121,11 +121,9 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
         return self.cost.lora == "padded"
 
     def adapter_index(self) -> dict[str, int]:
-        """Return the number of each adapter by version."""
         return {version: i for i, version in enumerate(self.versions)}
 
     def engine_index(self) -> dict[str, int]:
-        """Return the number of each engine by name."""
         return {engine: i for i, engine in enumerate(self.engines)}
 
     def own_utilisation(self) -> Floats:

@@ -28,7 +28,6 @@ class EngineWork(msgspec.Struct, frozen=True, eq=False):
     rank: Floats
 
     def utilisation(self) -> Floats:
-        """Return the utilisation of each engine."""
         return self.base + self.rank * self.slope
 
     def prefill_s(self) -> Floats:
@@ -38,7 +37,6 @@ class EngineWork(msgspec.Struct, frozen=True, eq=False):
 
 
 def engine_work(problem: Problem, copies: CopyShares) -> EngineWork:
-    """Return what each engine has to do for its copies."""
     count, work, a = len(problem.engines), problem.work, copies.adapters
 
     def total(values: Floats) -> Floats:
@@ -62,7 +60,6 @@ def engine_work(problem: Problem, copies: CopyShares) -> EngineWork:
 
 
 def engine_ttft_s(problem: Problem, engines: EngineWork) -> Floats:
-    """Return the predicted P95 TTFT of each engine."""
     return predict_ttft_s(problem, engines.utilisation(), engines.prefill_s())
 
 

@@ -14,12 +14,10 @@ SHARE_TOLERANCE = 0.05
 
 
 def copy_id(placement: Placement) -> CopyId:
-    """Return the engine and version of a copy."""
     return placement.engine, placement.version
 
 
 def versions_by_engine(placements: Iterable[Placement]) -> dict[str, set[str]]:
-    """Return the planned versions of each engine."""
     engines: dict[str, set[str]] = {}
     for placement in placements:
         engines.setdefault(placement.engine, set()).add(placement.version)

@@ -26,31 +26,9 @@ from math import inf
 import msgspec
 
 from loraserve.messages import AdapterRef, EngineLoad, Plan
-from loraserve.planner.rollout.copies import (
-    CopyId,
-    copy_id,
-    pinned_versions,
-    replace_absent_copies,
-    versions_by_engine,
-)
-from loraserve.planner.rollout.events import (
-    Begin,
-    Cancel,
-    EnginesSeen,
-    Event,
-    Instruction,
-    Prepare,
-    PrepareAnswered,
-    PrepareFailed,
-    Publish,
-    Replan,
-    Retire,
-    RetireEnded,
-    RolloutEnded,
-    Write,
-    WriteFailed,
-    Written,
-)
+from loraserve.planner.rollout import events
+from loraserve.planner.rollout.copies import CopyId, copy_id, pinned_versions, replace_absent_copies, versions_by_engine
+from loraserve.planner.rollout.events import Begin, Event, Instruction
 from loraserve.story import Story
 
 NO_PLAN = Plan(epoch=0, created_unix_s=0.0, placements=())
@@ -109,7 +87,6 @@ class Attempt(msgspec.Struct):
     refused: str = ""
 
     def failures(self) -> tuple[str, ...]:
-        """Return in words what was not done."""
         failures = [f"{engine}: {reason}" for (engine, _), reason in sorted(self.absent.items())]
         return (*failures, self.refused) if self.refused else tuple(failures)
 
@@ -143,27 +120,26 @@ class Rollout:
         self._now = 0.0
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
-        """Take an event and return what to do about it."""
         self._now = now
         match event:
             case Begin():
                 return self._begin(event)
-            case Cancel():
+            case events.Cancel():
                 return self._cancel()
-            case EnginesSeen(engines, adapters):
+            case events.EnginesSeen(engines, adapters):
                 return self._see_engines(engines, adapters)
-            case PrepareAnswered(engine, incarnation, epoch, failed):
+            case events.PrepareAnswered(engine, incarnation, epoch, failed):
                 self._note_prepare_ended(engine, epoch)
                 return self._take_prepared(engine, incarnation, epoch, failed)
-            case PrepareFailed(engine, epoch, reason):
+            case events.PrepareFailed(engine, epoch, reason):
                 self._note_prepare_ended(engine, epoch)
                 self._tell(epoch, f"{engine} did not prepare: {reason}")
                 return self._do_without(engine, reason) if self.waits_for(engine, epoch, Phase.PREPARING) else []
-            case Written(epoch):
+            case events.Written(epoch):
                 return self._publish(epoch)
-            case WriteFailed(epoch, reason):
+            case events.WriteFailed(epoch, reason):
                 return self._keep_old_plan(epoch, reason)
-            case RetireEnded(engine, epoch):
+            case events.RetireEnded(engine, epoch):
                 return self._take_retired(engine) if self.waits_for(engine, epoch, Phase.RETIRING) else []
 
     def lacks_copies(self, now: float) -> bool:
@@ -284,7 +260,7 @@ class Rollout:
         )
         drained = tuple(sorted(begin.drained))
         attempt.plan = Plan(epoch=attempt.epoch, created_unix_s=begin.unix_s, placements=copies, drained=drained)
-        return [Write(attempt.plan)]
+        return [events.Write(attempt.plan)]
 
     def _publish(self, epoch: int) -> list[Instruction]:
         attempt = self._current()
@@ -294,7 +270,7 @@ class Rollout:
         before, self.plan, attempt.applied = self.plan, attempt.plan, True
         self._tell(epoch, f"published with {len(self.plan.placements)} copies, {len(attempt.absent)} left out")
         self._tell_changed_copies(before, self.plan)
-        return [Publish(self.plan), *self._begin_retiring()]
+        return [events.Publish(self.plan), *self._begin_retiring()]
 
     def _keep_old_plan(self, epoch: int, reason: str) -> list[Instruction]:
         attempt = self._current()
@@ -320,7 +296,7 @@ class Rollout:
         self._advance(Trigger.ALL_RETIRED)
         return [*ended]
 
-    def _end_attempt(self) -> list[RolloutEnded]:
+    def _end_attempt(self) -> list[events.RolloutEnded]:
         """Return the end of the attempt, if there is one. The caller advances the phase."""
         attempt = self._attempt
         if attempt is None:
@@ -329,7 +305,7 @@ class Rollout:
             attempt.refused = f"epoch {attempt.epoch} was given up for a newer plan"
         self._attempt = None
         self._tell(attempt.epoch, "in force" if attempt.applied else f"not in force: {attempt.refused}")
-        return [RolloutEnded(attempt.epoch, attempt.applied, attempt.failures())]
+        return [events.RolloutEnded(attempt.epoch, attempt.applied, attempt.failures())]
 
     def _see_engines(self, engines: tuple[EngineLoad, ...], adapters: Mapping[str, AdapterRef]) -> list[Instruction]:
         self.engines = {load.engine: load for load in engines}
@@ -357,7 +333,7 @@ class Rollout:
         returned = [engine for engine, lost in self._left_out.items() if running.get(engine, lost) != lost]
         for engine in returned:
             del self._left_out[engine]
-        return [Replan(engine) for engine in returned]
+        return [events.Replan(engine) for engine in returned]
 
     def _hold_to_plan(self, adapters: Mapping[str, AdapterRef]) -> list[Instruction]:
         """Ask engines for planned copies that they lack, and retire pins that the plan does not name."""
@@ -374,9 +350,9 @@ class Rollout:
                 instructions.append(self._prepare(engine, self.epoch, wanted, adapters))
         return instructions
 
-    def _prepare(self, engine: str, epoch: int, versions: set[str], adapters: Mapping[str, AdapterRef]) -> Prepare:
+    def _prepare(self, engine: str, epoch: int, versions: set[str], adapters: Mapping[str, AdapterRef]) -> Instruction:
         self._last_prepare[engine] = LastRequest(self.engines[engine].incarnation, epoch, inf)
-        return Prepare(engine, epoch, tuple(adapters[v] for v in sorted(versions) if v in adapters))
+        return events.Prepare(engine, epoch, tuple(adapters[v] for v in sorted(versions) if v in adapters))
 
     def _note_prepare_ended(self, engine: str, epoch: int) -> None:
         last = self._last_prepare.get(engine)
@@ -386,9 +362,9 @@ class Rollout:
     def _retire_everywhere(self, epoch: int) -> list[Instruction]:
         return [self._retire(engine, epoch) for engine in sorted(self.engines)]
 
-    def _retire(self, engine: str, epoch: int) -> Retire:
+    def _retire(self, engine: str, epoch: int) -> Instruction:
         self._last_retire[engine] = LastRequest(self.engines[engine].incarnation, epoch, self._now)
-        return Retire(engine, epoch, tuple(sorted(versions_by_engine(self.plan.placements).get(engine, ()))))
+        return events.Retire(engine, epoch, tuple(sorted(versions_by_engine(self.plan.placements).get(engine, ()))))
 
     def _current(self) -> Attempt:
         assert self._attempt is not None, "no roll-out is under way"
@@ -407,7 +383,6 @@ class Rollout:
 
 
 def story_subject(epoch: int) -> str:
-    """Return the subject of a roll-out's entries in the story."""
     return f"epoch-{epoch}"
 
 
