@@ -52,7 +52,7 @@ def refuses(code: str) -> Script:
     return script
 
 
-class Stage:
+class RouterHarness:
     """The router, a gateway, a monitor, a planner, and engines e0 (the best), e1, ..."""
 
     def __init__(self, policy: Literal["predicted", "shares"] = "predicted") -> None:
@@ -68,7 +68,7 @@ class Stage:
     def start_engines(self, *scripts: Script) -> None:
         self.engines = [Peer(self.network, f"e{n}", ToEngine, script) for n, script in enumerate(scripts)]
 
-    async def see(self, *loads: EngineSeen) -> None:
+    async def publish_picture(self, *loads: EngineSeen) -> None:
         """Publish a picture; by default queues grow from e0 to e1 and so on, so that e0 is the best."""
         queued = [engine_seen(f"e{n}", waiting_prefill_tokens=1000 * n) for n in range(len(self.engines))]
         self.sequence += 1
@@ -85,110 +85,110 @@ class Stage:
         return await self.gateway.request("router", request or route_request(), Routed | Rejected, 60.0)
 
 
-def play(
-    scenario: Callable[[Stage], Coroutine[Any, Any, None]],
+def run_scenario(
+    scenario: Callable[[RouterHarness], Coroutine[Any, Any, None]],
     *scripts: Script,
     policy: Literal["predicted", "shares"] = "predicted",
 ) -> None:
     async def main() -> None:
-        stage = Stage(policy)
-        stage.start_engines(*scripts)
-        async with serving(stage.router):
-            await stage.see()
-            await scenario(stage)
+        harness = RouterHarness(policy)
+        harness.start_engines(*scripts)
+        async with serving(harness.router):
+            await harness.publish_picture()
+            await scenario(harness)
 
     run_virtual(main())
 
 
 def test_the_best_engine_gets_the_whole_request() -> None:
-    async def scenario(stage: Stage) -> None:
+    async def scenario(harness: RouterHarness) -> None:
         request = route_request("r7", tokens=5, adapter=PIRATE)
-        answer = await stage.route(request)
+        answer = await harness.route(request)
         assert answer == Routed(request_id="r7", engine="e0", incarnation="i1", why="load")
-        (admit,) = stage.engines[0].received
+        (admit,) = harness.engines[0].received
         assert (admit.gateway, admit.prompt_tokens) == ("gateway-0", request.prompt_tokens)
         assert (admit.sampling, admit.adapter) == (request.sampling, PIRATE)
-        assert stage.engines[1].received == []
+        assert harness.engines[1].received == []
 
-    play(scenario, takes, takes)
+    run_scenario(scenario, takes, takes)
 
 
 @pytest.mark.parametrize("answer", [Ping(), PeerError("internal", "it broke")], ids=["nonsense", "error"])
 def test_an_engine_with_an_invalid_answer_is_told_to_abort(answer: Any) -> None:
-    async def scenario(stage: Stage) -> None:
-        assert isinstance(await stage.route(route_request("r1")), Rejected)
+    async def scenario(harness: RouterHarness) -> None:
+        assert isinstance(await harness.route(route_request("r1")), Rejected)
         await asyncio.sleep(0.01)
-        assert stage.engines[0].got(Abort) == [Abort(request_id="r1")]
+        assert harness.engines[0].got(Abort) == [Abort(request_id="r1")]
 
-    play(scenario, lambda message: answer if isinstance(message, Admit) else None, takes)
+    run_scenario(scenario, lambda message: answer if isinstance(message, Admit) else None, takes)
 
 
 def test_a_silent_engine_is_skipped_and_told_to_abort() -> None:
-    async def scenario(stage: Stage) -> None:
+    async def scenario(harness: RouterHarness) -> None:
         began_s = asyncio.get_running_loop().time()
-        answer = await stage.route()
+        answer = await harness.route()
         assert isinstance(answer, Routed)
         assert answer.engine == "e1"
         assert asyncio.get_running_loop().time() - began_s == pytest.approx(ADMIT_TIMEOUT_S, abs=0.05)
         await asyncio.sleep(0.01)
-        assert [type(message) for message in stage.engines[0].received] == [Admit, Abort]
-        assert stage.engines[0].got(Abort) == [Abort(request_id="r1")]
-        assert stage.engines[1].got(Abort) == []
+        assert [type(message) for message in harness.engines[0].received] == [Admit, Abort]
+        assert harness.engines[0].got(Abort) == [Abort(request_id="r1")]
+        assert harness.engines[1].got(Abort) == []
 
-    play(scenario, silent, takes)
+    run_scenario(scenario, silent, takes)
 
 
 def test_a_late_admission_is_ignored() -> None:
-    async def scenario(stage: Stage) -> None:
-        stage.engines[0].delay_s = 1.5 * ADMIT_TIMEOUT_S
-        answer = await stage.route()
+    async def scenario(harness: RouterHarness) -> None:
+        harness.engines[0].delay_s = 1.5 * ADMIT_TIMEOUT_S
+        answer = await harness.route()
         await asyncio.sleep(10.0)
         assert isinstance(answer, Routed)
         assert answer.engine == "e1"
-        assert len(stage.engines[0].got(Abort)) == 1
+        assert len(harness.engines[0].got(Abort)) == 1
 
-    play(scenario, takes, takes)
+    run_scenario(scenario, takes, takes)
 
 
 def test_an_engine_whose_connection_is_lost_is_skipped_at_once() -> None:
-    async def scenario(stage: Stage) -> None:
-        asking = asyncio.create_task(stage.route())
+    async def scenario(harness: RouterHarness) -> None:
+        asking = asyncio.create_task(harness.route())
         await asyncio.sleep(0.1)
-        stage.network.kill("e0")
+        harness.network.kill("e0")
         await asyncio.sleep(0.1)
         answer = asking.result()
         assert isinstance(answer, Routed)
         assert answer.engine == "e1"
 
-    play(scenario, silent, takes)
+    run_scenario(scenario, silent, takes)
 
 
 @pytest.mark.parametrize("code", ["overloaded", "draining", "starting"])
 def test_a_refusal_that_concerns_the_engine_leads_to_the_next_engine(code: str) -> None:
-    async def scenario(stage: Stage) -> None:
-        answer = await stage.route()
+    async def scenario(harness: RouterHarness) -> None:
+        answer = await harness.route()
         assert isinstance(answer, Routed)
         assert answer.engine == "e1"
 
-    play(scenario, refuses(code), takes)
+    run_scenario(scenario, refuses(code), takes)
 
 
 def test_a_starting_engine_refuses_and_the_next_is_asked() -> None:
-    async def scenario(stage: Stage) -> None:
-        answer = await stage.route()
+    async def scenario(harness: RouterHarness) -> None:
+        answer = await harness.route()
         assert isinstance(answer, Routed)
         assert answer.engine == "e1"
 
-    play(scenario, lambda _: PeerError("starting", "loading weights"), takes)
+    run_scenario(scenario, lambda _: PeerError("starting", "loading weights"), takes)
 
 
 def test_a_refusal_that_concerns_the_request_is_final() -> None:
-    async def scenario(stage: Stage) -> None:
-        answer = await stage.route()
+    async def scenario(harness: RouterHarness) -> None:
+        answer = await harness.route()
         assert answer == Rejected(request_id="r1", code="context_length", message="why: context_length")
-        assert stage.engines[1].received == []
+        assert harness.engines[1].received == []
 
-    play(scenario, refuses("context_length"), takes)
+    run_scenario(scenario, refuses("context_length"), takes)
 
 
 @pytest.mark.parametrize(
@@ -202,39 +202,39 @@ def test_a_refusal_that_concerns_the_request_is_final() -> None:
     ids=["all full", "all draining", "all silent", "one full, one silent"],
 )
 def test_the_gateway_gets_the_reason_if_no_engine_admits(scripts: tuple[Script, ...], code: str, text: str) -> None:
-    async def scenario(stage: Stage) -> None:
-        answer = await stage.route()
+    async def scenario(harness: RouterHarness) -> None:
+        answer = await harness.route()
         assert isinstance(answer, Rejected)
         assert (answer.request_id, answer.code) == ("r1", code)
         assert text in answer.message
 
-    play(scenario, *scripts)
+    run_scenario(scenario, *scripts)
 
 
 def test_a_rejection_of_the_policy_is_returned_unchanged() -> None:
-    async def scenario(stage: Stage) -> None:
-        await stage.see(engine_seen("e0", waiting_prefill_tokens=100_000))
-        answer = await stage.route()
+    async def scenario(harness: RouterHarness) -> None:
+        await harness.publish_picture(engine_seen("e0", waiting_prefill_tokens=100_000))
+        answer = await harness.route()
         assert isinstance(answer, Rejected)
         assert (answer.code, answer.retry_after_s) == ("overloaded", pytest.approx(90.0, abs=0.1))
-        assert stage.engines[0].received == []
+        assert harness.engines[0].received == []
 
-    play(scenario, takes)
+    run_scenario(scenario, takes)
 
 
 def test_the_choice_is_logged_with_its_prediction_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
-    async def scenario(stage: Stage) -> None:
+    async def scenario(harness: RouterHarness) -> None:
         for number in range(3):
-            assert isinstance(await stage.route(route_request(f"r{number}", tokens=1, adapter=PIRATE)), Routed)
-        await stage.see(engine_seen("e0", waiting_prefill_tokens=100_000))
-        assert isinstance(await stage.route(route_request("r9")), Rejected)
-        metrics = stage.router.metrics.render().decode()
-        # The load that the first began is what the others find.
+            assert isinstance(await harness.route(route_request(f"r{number}", tokens=1, adapter=PIRATE)), Routed)
+        await harness.publish_picture(engine_seen("e0", waiting_prefill_tokens=100_000))
+        assert isinstance(await harness.route(route_request("r9")), Rejected)
+        metrics = harness.router.metrics.render().decode()
+        # The other requests find the load that the first one started.
         assert 'loraserve_routed_total{engine="e0",why="load"} 1.0' in metrics
         assert 'loraserve_routed_total{engine="e0",why="resident"} 2.0' in metrics
         assert 'loraserve_rejected_total{code="overloaded"} 1.0' in metrics
 
-    play(scenario, takes)
+    run_scenario(scenario, takes)
     routed = [line for line in capsys.readouterr().out.splitlines() if "routed" in line]
     assert len(routed) == 3
     assert "why=load" in routed[0]
@@ -242,21 +242,21 @@ def test_the_choice_is_logged_with_its_prediction_and_counted(capsys: pytest.Cap
 
 
 def test_the_configured_policy_routes() -> None:
-    async def scenario(stage: Stage) -> None:
-        await stage.plan(1, "e1")
-        await stage.see(engine_seen("e0", **HELD), engine_seen("e1", waiting_prefill_tokens=9000, **HELD))
-        answer = await stage.route(route_request("r1", tokens=1, adapter=PIRATE))
+    async def scenario(harness: RouterHarness) -> None:
+        await harness.plan(1, "e1")
+        await harness.publish_picture(engine_seen("e0", **HELD), engine_seen("e1", waiting_prefill_tokens=9000, **HELD))
+        answer = await harness.route(route_request("r1", tokens=1, adapter=PIRATE))
         assert isinstance(answer, Routed)
         assert (answer.engine, answer.why) == ("e1", "planned")
 
-    play(scenario, takes, takes, policy="shares")
+    run_scenario(scenario, takes, takes, policy="shares")
 
 
 def test_before_the_first_picture_there_is_no_engine() -> None:
     async def scenario() -> None:
-        stage = Stage()
-        async with serving(stage.router):
-            answer = await stage.route()
+        harness = RouterHarness()
+        async with serving(harness.router):
+            answer = await harness.route()
             assert isinstance(answer, Rejected)
             assert answer.code == "no_engine"
 
@@ -264,74 +264,76 @@ def test_before_the_first_picture_there_is_no_engine() -> None:
 
 
 def test_one_slow_engine_does_not_hold_up_other_requests() -> None:
-    async def scenario(stage: Stage) -> None:
-        slow = asyncio.create_task(stage.route(route_request("r1")))
+    async def scenario(harness: RouterHarness) -> None:
+        slow = asyncio.create_task(harness.route(route_request("r1")))
         await asyncio.sleep(0.1)
-        await stage.see(engine_seen("e0", waiting_prefill_tokens=9000), engine_seen("e1"))
+        await harness.publish_picture(engine_seen("e0", waiting_prefill_tokens=9000), engine_seen("e1"))
         began_s = asyncio.get_running_loop().time()
-        answer = await stage.route(route_request("r2"))
+        answer = await harness.route(route_request("r2"))
         assert isinstance(answer, Routed)
         assert asyncio.get_running_loop().time() - began_s < 0.1
         assert isinstance(await slow, Routed)
 
-    play(scenario, silent, takes)
+    run_scenario(scenario, silent, takes)
 
 
 def test_a_sent_request_counts_as_load_until_it_expires() -> None:
-    async def scenario(stage: Stage) -> None:
+    async def scenario(harness: RouterHarness) -> None:
         engines = []
         for number, pause_s in enumerate((0.0, 0.1, 2.0)):
             await asyncio.sleep(pause_s)
-            answer = await stage.route(route_request(f"r{number}", tokens=3000 if number == 0 else 1))
+            answer = await harness.route(route_request(f"r{number}", tokens=3000 if number == 0 else 1))
             assert isinstance(answer, Routed)
             engines.append(answer.engine)
         assert engines == ["e0", "e1", "e0"]
 
-    play(scenario, takes, takes)
+    run_scenario(scenario, takes, takes)
 
 
 def test_an_engine_that_stays_silent_is_asked_last_until_it_answers_again() -> None:
-    async def scenario(stage: Stage) -> None:
+    async def scenario(harness: RouterHarness) -> None:
         for number in range(2):
-            await stage.route(route_request(f"r{number}"))
-        asked = len(stage.engines[0].got(Admit))
-        answer = await stage.route(route_request("r3"))
+            await harness.route(route_request(f"r{number}"))
+        asked = len(harness.engines[0].got(Admit))
+        answer = await harness.route(route_request("r3"))
         assert isinstance(answer, Routed)
-        assert len(stage.engines[0].got(Admit)) == asked, "it was asked although it is known to be silent"
-        stage.engines[0].script = takes
+        assert len(harness.engines[0].got(Admit)) == asked, "it was asked although it is known to be silent"
+        harness.engines[0].script = takes
         await asyncio.sleep(20.0)
-        await stage.see()
-        again = await stage.route(route_request("r4"))
+        await harness.publish_picture()
+        again = await harness.route(route_request("r4"))
         assert isinstance(again, Routed)
         assert again.engine == "e0"
 
-    play(scenario, silent, takes)
+    run_scenario(scenario, silent, takes)
 
 
 def test_a_repeated_request_goes_to_the_engine_that_runs_it() -> None:
-    async def scenario(stage: Stage) -> None:
-        await stage.route(route_request("r1"))
-        await stage.see(engine_seen("e0", waiting_prefill_tokens=9000, request_ids=("r1",)), engine_seen("e1"))
-        answer = await stage.route(route_request("r1"))
+    async def scenario(harness: RouterHarness) -> None:
+        await harness.route(route_request("r1"))
+        await harness.publish_picture(
+            engine_seen("e0", waiting_prefill_tokens=9000, request_ids=("r1",)), engine_seen("e1")
+        )
+        answer = await harness.route(route_request("r1"))
         assert isinstance(answer, Routed)
         assert (answer.engine, answer.why) == ("e0", "live")
 
-    play(scenario, takes, takes)
+    run_scenario(scenario, takes, takes)
 
 
 def test_the_plan_breaks_ties_and_another_epoch_replaces_it() -> None:
-    async def scenario(stage: Stage) -> None:
-        # A planner that lost its disk may come to the same epoch with another plan.
+    async def scenario(harness: RouterHarness) -> None:
+        # A planner that lost its disk may publish another plan with the same epoch.
         for epoch, created_unix_s, engine in ((5, 1.0, "e1"), (6, 2.0, "e0"), (1, 3.0, "e1"), (1, 4.0, "e0")):
-            await stage.plan(epoch, engine, created_unix_s)
+            await harness.plan(epoch, engine, created_unix_s)
             for number in range(6):
                 await asyncio.sleep(2.0)
-                await stage.see(engine_seen("e0", **HELD), engine_seen("e1", **HELD))
-                answer = await stage.route(route_request(f"{created_unix_s}-{number}", tokens=1, adapter=PIRATE))
+                await harness.publish_picture(engine_seen("e0", **HELD), engine_seen("e1", **HELD))
+                answer = await harness.route(route_request(f"{created_unix_s}-{number}", tokens=1, adapter=PIRATE))
                 assert isinstance(answer, Routed)
                 assert (answer.engine, answer.why) == (engine, "planned")
 
-    play(scenario, takes, takes)
+    run_scenario(scenario, takes, takes)
 
 
 @pytest.mark.parametrize(
@@ -340,31 +342,31 @@ def test_the_plan_breaks_ties_and_another_epoch_replaces_it() -> None:
     ids=["takes", "silent", "draining", "overloaded"],
 )
 def test_a_drained_engine_replaces_lost_engines_only(other: Script, expected: str) -> None:
-    async def scenario(stage: Stage) -> None:
-        await stage.plan(1, "e0", drained=("e0",))
-        await stage.see()
-        answer = await stage.route(route_request())
+    async def scenario(harness: RouterHarness) -> None:
+        await harness.plan(1, "e0", drained=("e0",))
+        await harness.publish_picture()
+        answer = await harness.route(route_request())
         assert (answer.engine if isinstance(answer, Routed) else answer.code) == expected
 
-    play(scenario, takes, other)
+    run_scenario(scenario, takes, other)
 
 
 def test_the_engine_is_told_once_to_expect_an_adapter() -> None:
-    async def scenario(stage: Stage) -> None:
+    async def scenario(harness: RouterHarness) -> None:
         for _ in range(2):
-            stage.gateway.send("router", Expect(adapter=PIRATE, prompt_tokens=10))
+            harness.gateway.send("router", Expect(adapter=PIRATE, prompt_tokens=10))
             await asyncio.sleep(0.01)
-        assert [engine.received for engine in stage.engines] == [[ExpectAdapter(adapter=PIRATE)], []]
-        assert (await stage.route(route_request("r1", adapter=PIRATE))).why == "resident"
-        assert [type(message) for message in stage.engines[0].received] == [ExpectAdapter, Admit]
+        assert [engine.received for engine in harness.engines] == [[ExpectAdapter(adapter=PIRATE)], []]
+        assert (await harness.route(route_request("r1", adapter=PIRATE))).why == "resident"
+        assert [type(message) for message in harness.engines[0].received] == [ExpectAdapter, Admit]
 
-    play(scenario, takes, takes)
+    run_scenario(scenario, takes, takes)
 
 
 def test_routing_by_shares_does_not_prefetch() -> None:
-    async def scenario(stage: Stage) -> None:
-        stage.gateway.send("router", Expect(adapter=PIRATE, prompt_tokens=10))
+    async def scenario(harness: RouterHarness) -> None:
+        harness.gateway.send("router", Expect(adapter=PIRATE, prompt_tokens=10))
         await asyncio.sleep(0.01)
-        assert [engine.received for engine in stage.engines] == [[], []]
+        assert [engine.received for engine in harness.engines] == [[], []]
 
-    play(scenario, takes, takes, policy="shares")
+    run_scenario(scenario, takes, takes, policy="shares")

@@ -196,11 +196,7 @@ class PriceTable:
         self._values[:, column] = self._values_of(prices)
 
     def validate(self) -> None:
-        """Check that the table holds what would be computed now.
-
-        Raises:
-            AssertionError: The message names the engine.
-        """
+        """Check that the table holds what would be computed now; raise AssertionError if not."""
         for column, engine in enumerate(self.engines):
             assert engine.column == column, f"{engine.name} is in another column"
         if self._inputs is None:

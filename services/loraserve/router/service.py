@@ -92,7 +92,7 @@ class RouterService(Service):
     async def _route(self, envelope: Envelope, request: Route) -> None:
         self._view.expire_pending(self.clock.monotonic_s())
         choice = self._policy(self._context(request))
-        answer = choice if isinstance(choice, Rejected) else await self._admit_at_first(request, choice)
+        answer = choice if isinstance(choice, Rejected) else await self._ask_candidates(request, choice)
         if isinstance(answer, Rejected):
             self._rejected.labels(answer.code).inc()
             self.log.warning("rejected", request=request.request_id, code=answer.code, reason=answer.message)
@@ -111,13 +111,13 @@ class RouterService(Service):
             self._view.record_expected(engine, expect.adapter.version, now)
             self.bus.send(engine, ExpectAdapter(adapter=expect.adapter))
 
-    async def _admit_at_first(self, request: Route, candidates: Iterable[Candidate]) -> Routed | Rejected:
+    async def _ask_candidates(self, request: Route, candidates: Iterable[Candidate]) -> Routed | Rejected:
         """Ask the candidates in turn until one admits the request, or refuses it for a reason that holds everywhere."""
         refusal = Rejected(request_id=request.request_id, code="no_engine", message="no engine answered; try again")
         for candidate in candidates:
             if refusal.code == "overloaded" and candidate.engine in self._view.drained:
                 break  # A drained engine replaces lost engines only: under load it would never become empty.
-            answer = await self._admit(request, candidate)
+            answer = await self._ask_engine(request, candidate)
             if isinstance(answer, Routed):
                 return answer
             if answer is not None:
@@ -128,7 +128,7 @@ class RouterService(Service):
             return Rejected(request_id=request.request_id, code="no_engine", message=refusal.message)
         return refusal
 
-    async def _admit(self, request: Route, candidate: Candidate) -> Routed | Rejected | None:
+    async def _ask_engine(self, request: Route, candidate: Candidate) -> Routed | Rejected | None:
         """Ask one engine to admit the request; return None if it does not answer."""
         engine, reason = candidate.engine, candidate.reason
         self._view.record_sent(engine, request, self.clock.monotonic_s(), reason)

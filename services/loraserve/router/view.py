@@ -169,11 +169,7 @@ class ClusterView:
         self._oldest_pending_s = min((view.oldest_s for view in self.engines.values()), default=float("inf"))
 
     def validate(self) -> None:
-        """Check that sums agree with what they sum and that tables are bounded.
-
-        Raises:
-            AssertionError: The message names what is wrong.
-        """
+        """Check that sums agree with what they sum and that tables are bounded; raise AssertionError if not."""
         for name, view in self.engines.items():
             self._validate_engine(name, view)
         for version, views in self._engines_near.items():

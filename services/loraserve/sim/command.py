@@ -145,7 +145,7 @@ def run_compare(arguments: argparse.Namespace, base: RunSpec, names: list[str]) 
             "",
             report.summary_table(comparison),
             f"(P95 and adapters at 80% of {comparison.best_baseline}'s largest load; engines needed for all of it, "
-            f"{comparison.engines_rps:.1f} rps)",
+            f"{comparison.best_baseline_rps:.1f} rps)",
             *report.draws_text(comparison),
             *report.too_short_text(comparison),
             f"(no placement serves more than {limit:.1f} rps for good: full batches, and each token pays its own rank)",

@@ -89,13 +89,12 @@ class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """The results of all policies; ``engines_rps`` is the load for which engines were counted."""
+    """The results of all policies; engines are counted for the best baseline's largest load."""
 
     engines: int
     slo_ttft_s: float
     best_baseline: str
     best_baseline_rps: float
-    engines_rps: float
     shares: tuple[float, ...]
     results: dict[str, PolicyResult]
 
@@ -134,7 +133,6 @@ def compare(
         slo_ttft_s=base.settings.slo_ttft_s,
         best_baseline=best,
         best_baseline_rps=largest[best],
-        engines_rps=largest[best],
         shares=shares,
         results={
             policy: PolicyResult(

@@ -30,7 +30,7 @@ from loraserve.engine.schedule.events import (
 )
 from loraserve.engine.schedule.report import Rates, describe_capabilities, shape_of
 from loraserve.engine.schedule.scheduler import Scheduler
-from loraserve.messages import AdapterRef, Admit, EngineCapabilities, EngineLoad, EngineStatistics
+from loraserve.messages import AdapterRef, Admit, EngineLoad, EngineStatistics
 
 INCARNATION = "simulated"
 TOKEN = 1
@@ -79,6 +79,7 @@ class SimEngine:
 
     Attributes:
         scheduler: The live scheduler.
+        capabilities: What the engine process would announce.
         busy_s: Time in which the engine computed.
         rank_tokens: Computed tokens by the rank of their adapter, since they were last cleared.
     """
@@ -94,6 +95,7 @@ class SimEngine:
     ) -> None:
         self.name = name
         self.scheduler = Scheduler(limits)
+        self.capabilities = describe_capabilities(self.scheduler, name, INCARNATION)
         self.busy_s = 0.0
         self.rank_tokens: dict[int, int] = {}
         self._cost = cost
@@ -128,15 +130,15 @@ class SimEngine:
     def report(self, now: float) -> tuple[EngineLoad, EngineStatistics]:
         """Return the load and the statistics that the engine process would send."""
         self._fast_forward(now)
-        load = self.scheduler.load()
-        report = EngineLoad(
+        scheduled = self.scheduler.load()
+        load = EngineLoad(
             engine=self.name,
             incarnation=INCARNATION,
             state="READY",
-            queue=load.queue,
-            memory=load.memory,
+            queue=scheduled.queue,
+            memory=scheduled.memory,
             speed=self._rates.measured(),
-            adapters=load.adapters,
+            adapters=scheduled.adapters,
         )
         statistics = EngineStatistics(
             engine=self.name,
@@ -145,12 +147,7 @@ class SimEngine:
             adapter_tokens=self.scheduler.counts.by_adapter(),
         )
         self.scheduler.counts.reported()
-        return report, statistics
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        """What the engine process would announce."""
-        return describe_capabilities(self.scheduler, self.name, INCARNATION)
+        return load, statistics
 
     def held_bytes(self) -> tuple[int, int]:
         """Return the slab bytes in the pool: all of them, and those that the plan, a request or a load needs."""

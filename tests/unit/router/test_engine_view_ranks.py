@@ -63,7 +63,7 @@ def expected_rank(high_tokens_per_s: float, step_s: float = 0.05, copies: int = 
     loads = [engine_seen(f"e{n}", resident=held, decode_step_s=step_s) for n in range(copies)]
     demand = demand_of(LOW, 900.0 * copies), demand_of(HIGH, high_tokens_per_s)
     view = ClusterView()
-    for sequence in (1, 2):  # Where copies are is known from the first.
+    for sequence in (1, 2):  # The first picture tells where copies are.
         view.update(picture(*loads, sequence=sequence, demand=demand), now=100.0 + sequence)
     return view.engines["e0"].adapters.expected_rank
 

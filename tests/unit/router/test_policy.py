@@ -90,7 +90,7 @@ def test_a_long_prompt_goes_to_an_engine_with_room_for_one_more_token() -> None:
 
 def test_an_adapter_goes_only_to_an_engine_whose_pool_can_hold_it() -> None:
     large = adapter_ref(9, slab_bytes=5 * MIB - 1)
-    # Room for the slab is not enough: its extent is a byte larger.
+    # Room for the slab is not enough: its extent is one byte larger.
     view = view_of(engine_seen("e0", pool_bytes=5 * MIB - 1), engine_seen("e1", pool_bytes=5 * MIB))
     assert [c.engine for c in candidates(view, route_request(adapter=large))] == ["e1"]
     answer = refusal(view_of(engine_seen("e0", pool_bytes=5 * MIB - 1)), route_request(adapter=large))

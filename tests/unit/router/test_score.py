@@ -53,7 +53,7 @@ class PlainEngine:
         self.rank = max(self.ranks, default=0)
         self.requests = load.running + load.waiting + len(sent)
         self.sequences = min(self.requests, load.max_running or self.requests)
-        self.company = max(mean, self.sequences)
+        self.sequences_later = max(mean, self.sequences)
         self.kv_tokens = (load.kv_blocks - load.kv_blocks_free) * load.block_tokens
         self.queue_tokens = load.waiting_prefill_tokens + sum(len(r.prompt_tokens) for r in sent)
         self.slowness = 1.0
@@ -154,7 +154,7 @@ class PlainEngine:
             slab_bytes = adapter.slab_bytes if adapter else 0
             return own_s + (tokens + life) * rank * cost.rank_token_s + read * slab_bytes * cost.slab_byte_s
         planned = max((a.rank for a in self.load.resident if a.pinned), default=0)
-        before, n = planned or self.rank, self.company
+        before, n = planned or self.rank, self.sequences_later
         widest = max(before, rank)
         decode_s = cost.padded_decode_s * life * (widest * (n + 1) - before * n)
         queue_s = (widest - before) * self.queue_tokens * cost.padded_prefill_s * life / self.output_tokens
@@ -235,7 +235,7 @@ def test_scores_equal_those_of_a_plain_computation(cluster, adapter, tokens, lor
     view, request = view_of(loads, sent, cost), route_request("r", tokens, adapter)
     shares = dict.fromkeys(planned & set(range(len(loads))), 0.5) if adapter else {}
     scores = score(RoutingContext(request, view, None, cost, PATIENT, Random(0)), view.prices(cost), shares)
-    # The company that an engine fills up to is that of the last reports.
+    # The mean number of sequences is that of the last reports.
     counts = [min(x.running + x.waiting, x.max_running or 10**9) for x in map(flat, loads)]
     mean = sum(counts) / len(loads)
     for column, load in enumerate(loads):

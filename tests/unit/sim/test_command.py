@@ -33,7 +33,7 @@ def test_one_run_prints_its_figures(flags: list[str], capsys: pytest.CaptureFixt
 
 
 def test_a_sweep_has_a_point_for_each_policy_and_load(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    # As many workers as there are cores, which is the default.
+    # 0 workers, the default, means one for each core.
     assert main([*flags, "--policies", "ours,dynamo", "--loads", "2,4", "--workers", "0"]) == 0
     points = last_line(capsys)["points"]
     assert [(p["policy"], p["rps"]) for p in points] == [("ours", 2), ("ours", 4), ("dynamo", 2), ("dynamo", 4)]
