@@ -81,11 +81,11 @@ def test_reports_include_fast_forwarded_progress(profile: Profile) -> None:
     simulated = engine(profile, timeline, seen)
     simulated.admit(admit(1, prompt=100, output=1000), 0.0)
     timeline.run_next()
-    load = simulated.report(1.0)
+    load, statistics = simulated.report(1.0)
     step_s = profile.cost.step_s(StepShape(decode_sequences=1, kv_tokens=130))
-    assert load.running == 1
-    assert load.decode_step_s == pytest.approx(step_s, rel=0.01)
-    assert load.adapter_tokens[0].decode_tokens == pytest.approx((1.0 - seen.first["r1"]) / step_s, abs=2)
+    assert load.queue.running == 1
+    assert load.speed.decode_step_s == pytest.approx(step_s, rel=0.01)
+    assert statistics.adapter_tokens[0].decode_tokens == pytest.approx((1.0 - seen.first["r1"]) / step_s, abs=2)
 
 
 def test_every_sequence_of_a_padded_batch_pays_for_the_largest_rank(profile: Profile) -> None:
@@ -111,8 +111,10 @@ def test_loads_share_one_link(profile: Profile) -> None:
     loaded = []
     while timeline.run_next():
         loaded.append(timeline.now_s)
-    assert simulated.report(timeline.now_s).load_bytes == 64 << 20
-    own_s = (64 << 20) / simulated.report(timeline.now_s).load_bytes_per_s
+    mean = simulated.report(timeline.now_s)[0].speed.load
+    assert mean is not None
+    assert mean.slab_bytes == 64 << 20
+    own_s = (64 << 20) / mean.bytes_per_s
     assert own_s == pytest.approx(profile.cost.load_s(64 << 20)), "the second waited, which is not its own time"
     byte_s, base_s = profile.cost.load_byte_s, profile.cost.load_base_s
     assert loaded == pytest.approx([(64 << 20) * byte_s + base_s, 2 * (64 << 20) * byte_s + base_s])
