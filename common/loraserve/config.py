@@ -20,6 +20,9 @@ ENV_PREFIX = "LORASERVE_"
 PLACE = re.compile(r"`\$\.(\w+\.\w+)")
 """How a refusal names the setting at fault."""
 
+MAX_SLAB_READ_BYTES = 16 << 20
+"""The store answers a ReadSlab of at most this many bytes."""
+
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -109,6 +112,13 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     statistics_interval_s: Seconds = 1.0
     load_timeout_s: Seconds = 60.0
     load_chunk_bytes: Positive = 1 << 20
+
+    def __post_init__(self) -> None:
+        if self.load_chunk_bytes > MAX_SLAB_READ_BYTES:
+            raise ValueError(
+                f"engine.load_chunk_bytes is {self.load_chunk_bytes}, the store sends at most {MAX_SLAB_READ_BYTES} "
+                "bytes at a time; lower it"
+            )
 
 
 class RouterConfig(Section, frozen=True, kw_only=True):

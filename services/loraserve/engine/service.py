@@ -20,15 +20,19 @@ from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.cost import StepShape
 from loraserve.engine.compute.protocol import DeviceLostError, Runner
-from loraserve.engine.exchange import AdapterExchange, Exchanged
+from loraserve.engine.lending.leases import LeaseReader
+from loraserve.engine.loading.announcements import ReadAnnouncer
 from loraserve.engine.schedule.events import (
+    AdapterDamaged,
     AdapterExpected,
+    AdapterLoaded,
     CancelLoad,
     CopiesRetired,
     Emit,
     Event,
     EvictAdapter,
     Instruction,
+    LeasesEnded,
     LoadAdapter,
     PlanPrepared,
     PlanReady,
@@ -44,20 +48,27 @@ from loraserve.engine.schedule.events import (
 from loraserve.engine.schedule.report import Rates, describe_capabilities, shape_of
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.engine.setup import build_runner, engine_number, scheduler_limits
+from loraserve.engine.wiring import AdapterParts, wire_adapters
 from loraserve.messages import (
     Abort,
     Admit,
     Admitted,
     AnnounceCapabilities,
     ConnectQueue,
+    EngineGone,
     EngineLoad,
     EngineStatistics,
     ExpectAdapter,
     Failed,
+    LeaseSlab,
     Prepared,
     PreparePlan,
+    ReadRegion,
+    ReleaseLease,
+    RenewLease,
     RetireCopies,
     RetireDone,
+    SlabDamaged,
     ToEngine,
     TokenBatch,
     TokenDelta,
@@ -90,17 +101,15 @@ class EngineService(Service):
         self._checked = False
         self._runner: Runner
         self._scheduler: Scheduler
-        self._exchange: AdapterExchange
+        self._adapters: AdapterParts
 
     async def start(self, stack: AsyncExitStack) -> None:
         for executor in (self._waiter, self._executor):
             stack.callback(executor.shutdown, wait=True, cancel_futures=True)
         self._runner = await self._in_worker(self._build, self.config, self._progress)
         self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
-        pool = self._scheduler.residency.pool
-        self._exchange = AdapterExchange(
-            self.bus, self.config, self.clock, self._runner, pool, self._rates, self._tell, self.spawn, stack
-        )
+        announcer = ReadAnnouncer(self._runner, self._rates, self._tell)
+        self._adapters = wire_adapters(self, self._runner, self._scheduler.residency, announcer, stack)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         return [self._report_load(), self._report_statistics(), self._await_steps()]
@@ -137,10 +146,22 @@ class EngineService(Service):
                 self.bus.respond(envelope, RetireDone(epoch=epoch, unpinned=before - self._pinned()))
             case AnnounceCapabilities():
                 self._announce_capabilities()
+            case LeaseSlab() | RenewLease() | ReleaseLease():
+                self._note_leases_ended(self._adapters.lender.answer(envelope, self.clock.monotonic_s()))
+            case SlabDamaged() as complaint:
+                if self._adapters.lender.accept_complaint(envelope.sender, complaint):
+                    self.spawn(self._check_copies(complaint.version))
+            case ReadRegion():
+                answering = self._adapters.offers.answer_read(envelope)
+                if answering is not None:
+                    self.spawn(answering)
             case ConnectQueue():
-                self.spawn(self._exchange.connect(envelope))
-            case message if isinstance(message, Exchanged):
-                self._exchange.answer(envelope)
+                self.spawn(self._adapters.offers.connect(envelope))
+            case EngineGone(engine=engine, incarnation=incarnation):
+                reader = LeaseReader(engine, incarnation)
+                self._note_leases_ended(self._adapters.lender.end_reader(reader, self.clock.monotonic_s()))
+                self._adapters.offers.forget(engine, incarnation)
+                self._adapters.sources.forget(engine, incarnation)
 
     def _admit(self, envelope: Envelope, admit: Admit) -> None:
         """Take the request or say at once why not, so that the router may ask another engine."""
@@ -150,7 +171,7 @@ class EngineService(Service):
             refusals[admit.request_id] = Reject(admit.request_id, admit.gateway, "draining", text)
         else:
             if admit.adapter is not None:
-                self._exchange.wanted(admit.adapter.version)
+                self._adapters.cache.cache.uses.add(admit.adapter.version, self.clock.monotonic_s())
             self._tell(RequestArrived(admit), refusals)
         refusal = refusals.get(admit.request_id)
         answer = Admitted(request_id=admit.request_id, incarnation=self.bus.incarnation)
@@ -183,12 +204,15 @@ class EngineService(Service):
                 step = self._begin(batch)
                 self._steps.put_nowait((batch, self._shape_of(batch), step))
             case LoadAdapter() as load:
-                self.spawn_vital(self._exchange.load(load))
+                self.spawn_vital(self._load_adapter(load))
             case CancelLoad(version):
-                self._exchange.cancel(version)
-            case EvictAdapter(version, slot, name, reason) as evicted:
+                self._adapters.loader.cancel(version)
+            case EvictAdapter(version, slot, name, reason, left):
                 self._runner.remove(slot)
-                self._exchange.evicted(evicted)
+                if left is not None and left.slab is not None:
+                    saving = self._adapters.cache.keep(left, left.slab)
+                    if saving is not None:
+                        self.spawn(saving)
                 self.log.info("adapter_evicted", adapter=name, version=version, slot=slot, reason=reason)
             case Reject(request_id, gateway, code, message):
                 self.log.warning("request_failed", request=request_id, code=code, reason=message)
@@ -196,6 +220,21 @@ class EngineService(Service):
                 self.bus.send(gateway, failed)
             case PlanReady(epoch, failed_copies):
                 self._answer_plan(epoch, failed_copies)
+
+    async def _load_adapter(self, load: LoadAdapter) -> None:
+        result = await self._adapters.loader.load(load)
+        if isinstance(result, AdapterLoaded) and result.slab is not None:
+            self._rates.load_done(load.adapter.slab_bytes, result.slab.own_s)
+        self._tell(result)
+
+    async def _check_copies(self, version: str) -> None:
+        """Check the copies of a slab that a peer found damaged."""
+        if await self._adapters.lender.check_copies(version, self._adapters.reader):
+            self._tell(AdapterDamaged(version))
+
+    def _note_leases_ended(self, any_ended: bool) -> None:
+        if any_ended:
+            self._tell(LeasesEnded())
 
     def _begin(self, batch: StepBatch) -> asyncio.Future[StepResult]:
         if not self._runner.steps_ahead:
@@ -235,7 +274,7 @@ class EngineService(Service):
     async def _report_load(self) -> None:
         self._announce_capabilities()
         while True:
-            self._exchange.expire()
+            self._note_leases_ended(self._adapters.lender.expire(self.clock.monotonic_s()))
             load = self._scheduler.load()
             report = EngineLoad(
                 engine=self.bus.name,
@@ -244,7 +283,7 @@ class EngineService(Service):
                 queue=load.queue,
                 memory=load.memory,
                 speed=self._rates.measured(),
-                adapters=msgspec.structs.replace(load.adapters, cached=self._exchange.cached),
+                adapters=msgspec.structs.replace(load.adapters, cached=self._adapters.cache.cache.versions),
             )
             self.bus.send("monitor", report)
             await asyncio.sleep(self.config.engine.load_interval_s)
@@ -256,7 +295,7 @@ class EngineService(Service):
             statistics = EngineStatistics(
                 engine=self.bus.name,
                 incarnation=self.bus.incarnation,
-                counters=msgspec.structs.replace(counters, leaks=self._leaks, reads=self._exchange.reads()),
+                counters=msgspec.structs.replace(counters, leaks=self._leaks, reads=self._adapters.reader.counts()),
                 adapter_tokens=self._scheduler.counts.by_adapter(),
             )
             self.bus.send("monitor", statistics)
@@ -265,7 +304,7 @@ class EngineService(Service):
 
     def _announce_capabilities(self) -> None:
         capabilities = describe_capabilities(self._scheduler, self.bus.name, self.bus.incarnation)
-        abilities, of_cache = self._exchange.abilities, self._exchange.cache_abilities
+        abilities, of_cache = self._adapters.offers.abilities, self._adapters.offers.cache_abilities
         self.bus.send("monitor", msgspec.structs.replace(capabilities, abilities=abilities, cache_abilities=of_cache))
 
     def _check_idle(self) -> None:
@@ -275,7 +314,8 @@ class EngineService(Service):
         self._checked = True  # looking at every block takes a while: once each time that all is done
         try:
             self._scheduler.validate()
-            self._exchange.validate()
+            self._adapters.lender.validate()
+            self._adapters.cache.validate()
             assert self._scheduler.blocks.free == self._scheduler.limits.kv_blocks, "blocks are held by nobody"
         except AssertionError as error:
             self._leaks += 1

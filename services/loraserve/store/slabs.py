@@ -19,12 +19,12 @@ from blake3 import blake3
 
 from loraserve.adapter.format import SlabHeader, decode_header, encode_header, slab_version
 from loraserve.adapter.pack import Slab
+from loraserve.config import MAX_SLAB_READ_BYTES
 from loraserve.errors import AdapterError
 from loraserve.store.disk import storage_error, sync_folder, write_durably
 
 MAGIC = b"LORASLB2"
 DATA_ALIGN_BYTES = 4096
-MAX_READ_BYTES = 16 << 20
 _PREFIX_BYTES = len(MAGIC) + 8
 _MAX_HEADER_BYTES = 16 << 20
 _HASH_BYTES = 4 << 20
@@ -113,11 +113,11 @@ class SlabFiles:
     def read(self, version: str, offset: int, length: int, now: float) -> bytes:
         """Return exactly ``length`` bytes of the slab. Raises AdapterError, also ``bad_range``."""
         opened = self._opened.get(version) or self.open(version, now)
-        if not (offset >= 0 and 0 < length <= MAX_READ_BYTES and offset + length <= opened.slab_bytes):
+        if not (offset >= 0 and 0 < length <= MAX_SLAB_READ_BYTES and offset + length <= opened.slab_bytes):
             raise AdapterError(
                 "bad_range",
-                f"offset_bytes {offset}, length_bytes {length}: read 1 to {MAX_READ_BYTES} bytes within the slab's "
-                f"{opened.slab_bytes}",
+                f"offset_bytes {offset}, length_bytes {length}: read 1 to {MAX_SLAB_READ_BYTES} bytes within "
+                f"the slab's {opened.slab_bytes}",
             )
         try:
             fd = os.open(self._existing_path(version), os.O_RDONLY | os.O_CLOEXEC)

@@ -10,9 +10,9 @@ import pytest
 
 from loraserve.bus.memory import MemoryNetwork
 from loraserve.config import Config, TransferConfig
-from loraserve.engine.lending.offers import Offers
-from loraserve.engine.loading.memory import Landing
-from loraserve.engine.loading.peers import Readers
+from loraserve.engine.lending.offers import MemoryOffers
+from loraserve.engine.loading.memory import TransferTarget
+from loraserve.engine.loading.peers import TransportReaders
 from loraserve.messages import ReadRegion
 from loraserve.messages.transfer import CudaIpcHandle, TcpHandle
 from loraserve.testing.gpu_owner import GpuOwner, from_gpu, to_gpu
@@ -32,7 +32,7 @@ CONFIG = Config(transfer=TransferConfig(transports=("cuda_ipc", "shm", "tcp")))
 class GpuPool:
     """A pool without torch, so that it can lie in the memory of a GPU in software."""
 
-    waits = True
+    on_device = True
 
     def __init__(self) -> None:
         self.memory: GpuMemory | None = allocate(LENGTH, 0)
@@ -75,7 +75,7 @@ def play(scenario: Callable[[MemoryNetwork], Awaitable[None]]) -> None:
 def test_a_gpu_s_pool_is_offered_to_its_neighbours_and_over_the_network(pool: GpuPool) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         bus = network.bus("engine-0", ReadRegion)
-        offers = Offers(bus, CONFIG, pool)
+        offers = MemoryOffers(bus, CONFIG, pool)
         ipc, tcp = offers.handles
         assert isinstance(ipc, CudaIpcHandle)
         assert isinstance(tcp, TcpHandle)
@@ -85,7 +85,7 @@ def test_a_gpu_s_pool_is_offered_to_its_neighbours_and_over_the_network(pool: Gp
 
         async def serve() -> None:
             while True:
-                later = offers.answer(await bus.receive())
+                later = offers.answer_read(await bus.receive())
                 assert later is not None, "a GPU is read in a thread"
                 await later
 
@@ -103,8 +103,8 @@ def test_a_peer_s_slab_is_read_straight_into_the_pool(pool: GpuPool) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         arrived: list[int] = []
         with GpuOwner(LENGTH) as owner, ThreadPoolExecutor(1) as writers:
-            readers = Readers(network.bus("engine-1", None), pool, None)
-            landing = Landing(pool, AT, SLAB, arrived.append, writers)
+            readers = TransportReaders(network.bus("engine-1", None), pool, None)
+            landing = TransferTarget(pool, AT, SLAB, arrived.append, writers)
             for _ in range(2):
                 await readers.read(owner.handle, START, landing)
             assert arrived == [SLAB, SLAB]
@@ -127,11 +127,11 @@ def test_a_pool_that_is_no_gpu_s_does_not_read_from_one(pool: GpuPool) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         with GpuOwner(LENGTH) as owner, ThreadPoolExecutor(1) as writers:
             pool.memory = None
-            readers = Readers(network.bus("engine-1", None), pool, None)
+            readers = TransportReaders(network.bus("engine-1", None), pool, None)
             with pytest.raises(TransferError, match=r"refused.*not offered here"):
-                await readers.read(owner.handle, START, Landing(pool, AT, SLAB, print, writers))
+                await readers.read(owner.handle, START, TransferTarget(pool, AT, SLAB, print, writers))
             without = msgspec.structs.replace(CONFIG, transfer=TransferConfig(transports=("cuda_ipc",)))
-            offers = Offers(network.bus("engine-0", None), without, pool)
+            offers = MemoryOffers(network.bus("engine-0", None), without, pool)
             assert (offers.handles, offers.abilities.transports, offers.abilities.device) == ((), (), "cpu")
 
     play(scenario)

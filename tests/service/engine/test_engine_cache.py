@@ -10,7 +10,7 @@ import pytest
 from loraserve.adapter.format import decode_header
 from loraserve.cost import extent_bytes
 from loraserve.engine.loading.memory import HostPool
-from loraserve.engine.loading.slab_reader import damaged_layer
+from loraserve.engine.loading.slab_reader import find_damaged_layer
 from loraserve.errors import PeerError
 from loraserve.messages import (
     ReadCounts,
@@ -48,7 +48,7 @@ def reads(stage: Any) -> dict[str, ReadCounts]:
 
 
 def tier(stage: Any) -> Any:
-    return stage.engine._exchange._cache
+    return stage.engine._adapters.cache
 
 
 def poison(stage: Any, adapter: str) -> None:
@@ -134,7 +134,7 @@ def test_of_two_slabs_and_room_for_one_that_which_is_asked_for_more_stays(play: 
         await runs(stage, "two", "two")
         await runs(stage, "one-again", "one")
         await cached(stage, "one")
-        assert "not cached" in tier(stage).story(models.refs["two"].version)[-1]
+        assert "not cached" in tier(stage).cache.story(models.refs["two"].version)[-1]
 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=largest(models))
 
@@ -152,7 +152,7 @@ def test_a_peer_reads_what_is_cached_with_all_that_it_takes_to_verify(play: Play
         await reader.read(handle, [ByteRange(granted.offset_bytes, granted.slab_bytes)], memoryview(into))
         reader.close()
         header = decode_header(encoded)
-        assert damaged_layer(HostPool(memoryview(into)), header, 0, range(header.shape.layers)) is None
+        assert find_damaged_layer(HostPool(memoryview(into)), header, 0, range(header.shape.layers)) is None
         assert (await peer.renew(granted.lease_id)).lasts_s > 0
         assert await peer.release(granted.lease_id)
         assert not await peer.release(granted.lease_id)

@@ -9,7 +9,7 @@ import pytest
 from loraserve.adapter.pack import Slab
 from loraserve.bus.protocol import Envelope
 from loraserve.config import TransferConfig
-from loraserve.engine.loading import arrival, arrival_watch, peers, speeds
+from loraserve.engine.loading import announcements, arrival, peers, speeds
 from loraserve.engine.loading.arrival import Gate
 from loraserve.messages import ReadRegion, ToEngine
 from loraserve.testing.scripted_owner import ScriptedOwner
@@ -20,7 +20,7 @@ LONG_S = 20.0
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrival_watch, "min_prefill_tokens", lambda left_s, measured: 1)
+    monkeypatch.setattr(announcements, "min_prefill_tokens", lambda left_s, measured: 1)
 
 
 def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:

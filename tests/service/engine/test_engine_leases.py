@@ -12,7 +12,7 @@ from loraserve.adapter.pack import pack_peft
 from loraserve.config import TransferConfig
 from loraserve.cost import extent_bytes
 from loraserve.engine.loading.memory import HostPool
-from loraserve.engine.loading.slab_reader import damaged_layer
+from loraserve.engine.loading.slab_reader import find_damaged_layer
 from loraserve.errors import PeerError
 from loraserve.messages import (
     Admit,
@@ -67,7 +67,7 @@ def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, mo
         into = bytearray(granted.slab_bytes)
         await reader.read(handle, [ByteRange(granted.offset_bytes, granted.slab_bytes)], memoryview(into))
         reader.close()
-        assert damaged_layer(HostPool(memoryview(into)), header, 0, range(header.shape.layers)) is None
+        assert find_damaged_layer(HostPool(memoryview(into)), header, 0, range(header.shape.layers)) is None
         assert bytes(into) == bytes(models.slabs["two"].data)
 
     play(scenario)
@@ -220,7 +220,7 @@ def test_who_complains_of_a_slab_must_have_leased_it(play: Play, models: Any, ca
         granted, _ = await peer.lease(models.refs["one"], "again")
         said = capfd.readouterr().out
         assert said.count("complaint_without_lease") == 3
-        assert "own_copy_looked_at" not in said
+        assert "own_copy_checked" not in said
         peer.bus.send("engine-0", SlabDamaged(version=granted.version, lease_id=granted.lease_id, layer=0))
         await stage.until(lambda: "damaged_layer=None" in capfd.readouterr().out)
         # It was on the way: the copy is sound, and stays.

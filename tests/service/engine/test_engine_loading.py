@@ -44,7 +44,7 @@ def flip_a_bit(chunk: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     ("corrupt", "reason"),
-    [(flip_a_bit, "layer 0 is not what its digest is of"), (lambda chunk: chunk[:-1], "the answer has another size")],
+    [(flip_a_bit, "layer 0 does not have its digest"), (lambda chunk: chunk[:-1], "the answer has another size")],
     ids=["flipped", "short"],
 )
 def test_a_damaged_slab_fails_its_own_requests_and_nothing_else(
@@ -185,7 +185,7 @@ def test_who_comes_while_a_load_is_being_cancelled_is_served(play: Play, models:
 class DevicesPool:
     """The pool as a device's: a write waits for ``open``, and notes in which thread."""
 
-    waits = True
+    on_device = True
 
     def __init__(self) -> None:
         self.open = threading.Event()

@@ -113,7 +113,7 @@ def test_a_lost_device_ends_the_process(play: Play) -> None:
 class LostPool:
     """The pool of a GPU that was lost while no step ran."""
 
-    waits = True
+    on_device = True
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool

@@ -192,7 +192,7 @@ def test_a_copy_that_is_damaged_at_its_owner_is_not_used_but_the_next_source(
     said = capfd.readouterr().out
     assert "source_failed" in said
     assert "slab_damaged" in said
-    assert "own_copy_looked_at" in said
+    assert "own_copy_checked" in said
 
 
 @pytest.mark.parametrize("transports", TRANSPORTS)

@@ -17,10 +17,11 @@ from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.compute.protocol import DeviceLostError
-from loraserve.engine.loading.loader import SlabLoader
-from loraserve.engine.loading.peers import Readers
-from loraserve.engine.loading.source import LoadFailed
-from loraserve.engine.loading.sources import Sources
+from loraserve.engine.loading.peers import TransportReaders
+from loraserve.engine.loading.slab_reader import SlabReader
+from loraserve.engine.loading.source import SlabReadError
+from loraserve.engine.loading.sources import SourceFinder
+from loraserve.engine.loading.speeds import LinkSpeeds
 from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 from loraserve.testing.engine.offline import adapter_reference
@@ -47,8 +48,8 @@ class Scene:
         self._bus = network.bus("store", ToStore)
         bus, clock = network.bus("engine-0", ToEngine), SystemClock()
         config = Config(engine=EngineConfig(load_chunk_bytes=chunk_bytes, load_timeout_s=TIMEOUT_S))
-        sources = Sources(bus, config, clock, Readers(bus, pool, None), None)
-        self._loader = SlabLoader(sources, pool, clock, TIMEOUT_S, threads)
+        sources = SourceFinder(bus, config, clock, LinkSpeeds(), TransportReaders(bus, pool, None))
+        self._reader = SlabReader(sources, pool, clock, TIMEOUT_S, threads)
 
     async def __aenter__(self) -> "Scene":
         self._serving = asyncio.create_task(self.store.serve(self._bus))
@@ -57,10 +58,10 @@ class Scene:
     async def __aexit__(self, *_: object) -> None:
         self._serving.cancel()
         await asyncio.wait([self._serving])
-        self._loader.close()
+        self._reader.close()
 
     def load(self, offset_bytes: int = OFFSET) -> asyncio.Task[Any]:
-        return asyncio.create_task(self._loader.load(adapter_reference("a", self.slab), offset_bytes))
+        return asyncio.create_task(self._reader.read(adapter_reference("a", self.slab), offset_bytes))
 
     def holds_the_slab(self) -> bool:
         return self.pool.memory[OFFSET : OFFSET + self.slab.header.slab_bytes] == self.slab.data
@@ -118,18 +119,18 @@ def play(scripted_store: Callable[..., Any]) -> Callable[..., None]:
     ranks=st.tuples(*[st.integers(0, 3)] * SHAPE.layers).filter(any),
     chunk_bytes=st.integers(300, 40_000),
     threads=st.integers(1, 4),
-    waits=st.booleans(),
+    on_device=st.booleans(),
     damaged=st.none() | st.floats(0, 1, exclude_max=True),
 )
 def test_a_slab_is_whole_or_the_layer_that_is_not_is_named(
-    scripted_store: Any, ranks: tuple[int, ...], chunk_bytes: int, threads: int, waits: bool, damaged: float | None
+    scripted_store: Any, ranks: tuple[int, ...], chunk_bytes: int, threads: int, on_device: bool, damaged: float | None
 ) -> None:
     slab = make_slab(ranks)
     at = None if damaged is None else int(damaged * slab.header.slab_bytes)
 
     async def main() -> None:
         store = scripted_store({"a": slab if at is None else flip(slab, at)})
-        async with Scene(slab, store, WatchedPool(OFFSET, waits), chunk_bytes, threads) as scene:
+        async with Scene(slab, store, WatchedPool(OFFSET, on_device), chunk_bytes, threads) as scene:
             if at is None:
                 assert (await scene.load()).header == slab.header
                 assert scene.holds_the_slab()
@@ -137,7 +138,7 @@ def test_a_slab_is_whole_or_the_layer_that_is_not_is_named(
                 assert not any(scene.pool.memory[OFFSET + slab.header.slab_bytes :])
                 return
             (layer,) = [n for n in range(SHAPE.layers) if at in slab.header.layer(n)]
-            with pytest.raises(LoadFailed, match=f"layer {layer} is not what its digest is of; register") as failed:
+            with pytest.raises(SlabReadError, match=f"layer {layer} does not have its digest; register") as failed:
                 await scene.load()
             assert failed.value.code == "corrupt"
 
@@ -154,7 +155,7 @@ def test_a_damaged_layer_ends_the_load_though_the_rest_never_comes(
 
     async def scenario(scene: Scene) -> None:
         scene.store.holds = lambda message: message.offset_bytes >= part.stop
-        with pytest.raises(LoadFailed, match=f"layer {layer} is not"):
+        with pytest.raises(SlabReadError, match=f"layer {layer} does not have"):
             await scene.load()
 
     play(scenario, slab, sent=flip(slab, part.start if where == "first" else part.stop - 1))
@@ -174,7 +175,7 @@ def test_a_layer_is_verified_while_those_behind_it_are_on_their_way(play: Callab
 
 
 def test_where_steps_compute_on_the_cores_nothing_is_verified_beside_the_copy(play: Callable[..., None]) -> None:
-    pool = WatchedPool(OFFSET, waits=False)
+    pool = WatchedPool(OFFSET, on_device=False)
 
     async def scenario(scene: Scene) -> None:
         last = scene.slab.header.slab_bytes - 1
@@ -195,7 +196,7 @@ def test_a_header_of_another_version_is_refused_before_any_byte_is_asked_for(pla
     )
 
     async def scenario(scene: Scene) -> None:
-        with pytest.raises(LoadFailed, match="the slab's header is not what its version names; register") as failed:
+        with pytest.raises(SlabReadError, match="the slab's header is of another version; register") as failed:
             await scene.load()
         assert (failed.value.code, scene.store.chunks_asked) == ("corrupt", 0)
 
@@ -239,7 +240,7 @@ def test_a_damaged_layer_is_not_told_before_the_other_threads_are_done(play: Cal
         await asyncio.sleep(0.05)
         assert not loading.done()
         let_go.set()
-        with pytest.raises(LoadFailed, match="layer 2 is not"):
+        with pytest.raises(SlabReadError, match="layer 2 does not have"):
             await loading
 
     play(scenario, slab, sent=flip(slab, slab.header.layer(2).start), pool=pool)

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from loraserve.engine.loading import speeds
-from loraserve.engine.loading.source import LoadFailed
+from loraserve.engine.loading.source import SlabReadError
 from loraserve.messages import LeaseGranted, LeaseSlab, ReadRegion, ReleaseLease, RenewLease, SlabDamaged
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
 from loraserve.testing.engine.load_scene import LoadScene as Scene
@@ -140,7 +140,7 @@ def test_where_everybody_fails_the_store_s_reason_is_told(scene: Callable[..., N
     async def scenario(scene: Scene) -> None:
         scene.owners[0].refuses = "not_found"
         scene.store.slabs.clear()
-        with pytest.raises(LoadFailed, match="no such slab; register the adapter again"):
+        with pytest.raises(SlabReadError, match="no such slab; register the adapter again"):
             await scene.load()
         scene.check_around()
 

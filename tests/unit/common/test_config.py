@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.config import (
+    MAX_SLAB_READ_BYTES,
     BusConfig,
     ClusterConfig,
     Config,
@@ -179,3 +180,12 @@ def test_a_size_may_be_a_number_or_left_to_the_program() -> None:
 def test_every_default_is_within_its_own_bounds() -> None:
     values: dict[str, Any] = msgspec.to_builtins(Config())
     assert msgspec.convert(values, Config) == Config()
+
+
+def test_a_chunk_that_the_store_would_refuse_is_refused_with_its_field_and_the_remedy() -> None:
+    most = f"engine.load_chunk_bytes={MAX_SLAB_READ_BYTES}"
+    assert load_config(overrides=[most]).engine.load_chunk_bytes == MAX_SLAB_READ_BYTES
+    with pytest.raises(
+        ConfigError, match=r"engine\.load_chunk_bytes is 16777217, .* at most 16777216 bytes.*; lower it"
+    ):
+        load_config(overrides=[f"engine.load_chunk_bytes={MAX_SLAB_READ_BYTES + 1}"])

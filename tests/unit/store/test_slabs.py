@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from loraserve.adapter.format import decode_header, seal_layout, slab_version
 from loraserve.adapter.pack import Slab
+from loraserve.config import MAX_SLAB_READ_BYTES
 from loraserve.errors import AdapterError
-from loraserve.store.slabs import DATA_ALIGN_BYTES, MAX_READ_BYTES, SlabFiles, removable
+from loraserve.store.slabs import DATA_ALIGN_BYTES, SlabFiles, removable
 
 MakeSlab = Callable[..., Slab]
 
@@ -46,7 +47,15 @@ def test_reads_stay_inside_the_slab(tmp_path: Path, make_slab: MakeSlab) -> None
     size = slab.header.slab_bytes
     assert slabs.read(slab.version, 10, 7, 1.0) == bytes(slab.data[10:17])
     assert slabs.read(slab.version, size - 1, 1, 1.0) == bytes(slab.data[-1:])
-    for offset, length in ((0, 0), (0, -1), (-1, 1), (0, size + 1), (size, 1), (0, MAX_READ_BYTES + 1), (2**63, 1)):
+    for offset, length in (
+        (0, 0),
+        (0, -1),
+        (-1, 1),
+        (0, size + 1),
+        (size, 1),
+        (0, MAX_SLAB_READ_BYTES + 1),
+        (2**63, 1),
+    ):
         with pytest.raises(AdapterError) as caught:
             slabs.read(slab.version, offset, length, 1.0)
         assert caught.value.code == "bad_range"

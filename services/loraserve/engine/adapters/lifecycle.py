@@ -34,7 +34,7 @@ from loraserve.engine.loading.speeds import ReadSource
 from loraserve.messages import AdapterRef
 
 
-class AdapterState(Enum):
+class LifecycleState(Enum):
     """The states of an adapter in an engine."""
 
     ABSENT = "absent"
@@ -53,7 +53,7 @@ class AdapterState(Enum):
     """Its load failed or was cancelled. It leaves at once, or with the last step that began with its first layers."""
 
 
-class AdapterEvent(Enum):
+class LifecycleEvent(Enum):
     """What changes an adapter's state."""
 
     PLACED = "placed"
@@ -66,9 +66,9 @@ class AdapterEvent(Enum):
     RELEASED = "released"
 
 
-_S, _E = AdapterState, AdapterEvent
+_S, _E = LifecycleState, LifecycleEvent
 
-TRANSITIONS: dict[tuple[AdapterState, AdapterEvent], AdapterState] = {
+TRANSITIONS: dict[tuple[LifecycleState, LifecycleEvent], LifecycleState] = {
     (_S.ABSENT, _E.PLACED): _S.LOADING,
     (_S.LOADING, _E.READ_ANNOUNCED): _S.ARRIVING,
     (_S.ARRIVING, _E.READ_ANNOUNCED): _S.ARRIVING,
@@ -97,7 +97,7 @@ LEAVING_STATES = frozenset({_S.DAMAGED, _S.FAILED})
 """The adapter leaves once nothing uses it any more."""
 
 
-def next_state(state: AdapterState, event: AdapterEvent) -> AdapterState:
+def next_state(state: LifecycleState, event: LifecycleEvent) -> LifecycleState:
     """Return the state after ``event``. Raises ValueError for an event that ``state`` does not allow."""
     try:
         return TRANSITIONS[state, event]
@@ -136,7 +136,7 @@ class PoolEntry(msgspec.Struct):
     offset_bytes: int
     generation: int = 0
     """Numbers all placements: another entry of the same version, or in the same extent, has another number."""
-    state: AdapterState = AdapterState.LOADING
+    state: LifecycleState = LifecycleState.LOADING
     announced: AnnouncedRead | None = None
     """Set while the state is ARRIVING."""
     verified_read: int = 0
@@ -164,6 +164,11 @@ class PoolEntry(msgspec.Struct):
         return self.state in LOADING_STATES
 
     @property
+    def header(self) -> SlabHeader | None:
+        """The header of the slab, once it is loaded."""
+        return self.slab.header if self.slab is not None else None
+
+    @property
     def planned(self) -> bool:
         """Whether a plan pins it."""
         return self.plan_epoch is not None
@@ -173,15 +178,15 @@ class PoolEntry(msgspec.Struct):
         """Whether it may leave now for any other adapter."""
         return self.is_complete and not (self.running or self.planned or self.leases)
 
-    def apply(self, event: AdapterEvent) -> None:
+    def apply(self, event: LifecycleEvent) -> None:
         """Change the state. Raises ValueError for an event that the state does not allow."""
         self.state = next_state(self.state, event)
-        if self.state is not AdapterState.ARRIVING:
+        if self.state is not LifecycleState.ARRIVING:
             self.announced = None
 
     def announce_read(self, number: int, least_tokens: int | None) -> None:
         """Take note of a read, or of a new estimate for the read that was announced last."""
-        self.apply(AdapterEvent.READ_ANNOUNCED)
+        self.apply(LifecycleEvent.READ_ANNOUNCED)
         if self.announced is not None and self.announced.number == number:
             self.announced.least_tokens = least_tokens
         else:
@@ -190,10 +195,10 @@ class PoolEntry(msgspec.Struct):
     def validate(self) -> None:
         """Raise AssertionError where the users do not fit the state."""
         version, state = self.adapter.version, self.state
-        assert state is not AdapterState.ABSENT, f"{version} is in the pool and absent"
+        assert state is not LifecycleState.ABSENT, f"{version} is in the pool and absent"
         assert self.running >= 0, f"{version} has {self.running} running requests"
         assert self.leases >= 0, f"{version} has {self.leases} leases"
         assert self.is_complete or not self.leases, f"{version} is leased before it is loaded"
-        assert (state is AdapterState.ARRIVING) == (self.announced is not None), f"{version} has a stray read"
-        may_run = self.is_complete or state in (AdapterState.ARRIVING, AdapterState.FAILED)
+        assert (state is LifecycleState.ARRIVING) == (self.announced is not None), f"{version} has a stray read"
+        may_run = self.is_complete or state in (LifecycleState.ARRIVING, LifecycleState.FAILED)
         assert may_run or not self.running, f"{version} runs while it is {state.value}"

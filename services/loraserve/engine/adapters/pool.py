@@ -15,8 +15,8 @@ from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.engine.adapters.lifecycle import (
     LEAVING_STATES,
     WANTED_LOADS,
-    AdapterEvent,
-    AdapterState,
+    LifecycleEvent,
+    LifecycleState,
     PoolEntry,
     next_state,
 )
@@ -52,7 +52,7 @@ class AdapterPool:
         self.leases_to_end: frozenset[str] = frozenset()
         self.plan_pins_dropped = 0
 
-    def __contains__(self, version: str) -> bool:
+    def __contains__(self, version: object) -> bool:
         return version in self._entries
 
     def get(self, version: str) -> PoolEntry | None:
@@ -63,10 +63,10 @@ class AdapterPool:
         """Return the entries of all adapters that have an extent."""
         return self._entries.values()
 
-    def state(self, version: str) -> AdapterState:
+    def state(self, version: str) -> LifecycleState:
         """Return the state of any version."""
         entry = self._entries.get(version)
-        return entry.state if entry is not None else AdapterState.ABSENT
+        return entry.state if entry is not None else LifecycleState.ABSENT
 
     @property
     def awaited(self) -> frozenset[str]:
@@ -108,16 +108,16 @@ class AdapterPool:
             return None
         for victim in victims:
             self.plan_pins_dropped += victim.planned
-            self._remove(victim, AdapterEvent.EVICTED)
+            self._remove(victim, LifecycleEvent.EVICTED)
         offset = self._extents.allocate(adapter.slab_bytes)
         assert offset is not None, "victims did not make the room they were chosen for"
         slot = self._free_slots.pop()
         self._placements += 1
-        state = next_state(AdapterState.ABSENT, AdapterEvent.PLACED)
+        state = next_state(LifecycleState.ABSENT, LifecycleEvent.PLACED)
         self._entries[adapter.version] = PoolEntry(adapter, slot, offset, self._placements, state, used_s=now)
         return Placed(slot, offset, tuple(victims))
 
-    def apply(self, version: str, event: AdapterEvent) -> PoolEntry:
+    def apply(self, version: str, event: LifecycleEvent) -> PoolEntry:
         """Change the state of an adapter that has an extent and keeps it; return its entry."""
         entry = self._entries[version]
         entry.apply(event)
@@ -131,7 +131,7 @@ class AdapterPool:
             if entry.state in WANTED_LOADS and not entry.running and version not in wanted
         ]
         for version in unwanted:
-            self.apply(version, AdapterEvent.CANCELLED)
+            self.apply(version, LifecycleEvent.CANCELLED)
         return unwanted
 
     def remove_leaving(self) -> list[PoolEntry]:
@@ -139,7 +139,7 @@ class AdapterPool:
         leaving = (entry for _, entry in sorted(self._entries.items()) if entry.state in LEAVING_STATES)
         removed = [entry for entry in leaving if not entry.running and not entry.leases]
         for entry in removed:
-            self._remove(entry, AdapterEvent.RELEASED)
+            self._remove(entry, LifecycleEvent.RELEASED)
         return removed
 
     def start_running(self, version: str, now: float) -> int:
@@ -192,9 +192,9 @@ class AdapterPool:
             assert used == [entry.offset_bytes], f"{version} shares its extent"
         assert self.leases == sum(entry.leases for entry in self._entries.values()), "the leases are counted wrong"
 
-    def _remove(self, entry: PoolEntry, event: AdapterEvent) -> None:
+    def _remove(self, entry: PoolEntry, event: LifecycleEvent) -> None:
         """Free the slot and the extent. The entry keeps the state in which it left, for whoever was given it."""
-        assert next_state(entry.state, event) is AdapterState.ABSENT, event
+        assert next_state(entry.state, event) is LifecycleState.ABSENT, event
         assert not entry.leases, f"{entry.adapter.version} left while it was leased"
         self._extents.release(entry.offset_bytes)
         self._free_slots.append(entry.slot)

@@ -10,7 +10,7 @@ from math import inf
 import msgspec
 
 from loraserve.engine.adapters.eviction import describe_eviction
-from loraserve.engine.adapters.lifecycle import AdapterEvent, AdapterState, LoadedSlab, PoolEntry
+from loraserve.engine.adapters.lifecycle import LifecycleEvent, LifecycleState, LoadedSlab, PoolEntry
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.adapters.prefetch import (
     SPARES_S,
@@ -144,7 +144,7 @@ class Residency:
     def __init__(self, limits: SchedulerLimits, story: Story) -> None:
         self.pool = AdapterPool(limits.pool_bytes, limits.max_adapters, max_rank=limits.max_rank)
         self._max_loads = limits.max_loads
-        self._story = story
+        self.story = story
         self._plan = PlannedLoads(self.pool)
         self._candidates = PrefetchCandidates()
         self._tally = PrefetchTally()
@@ -157,7 +157,7 @@ class Residency:
 
     def is_ready(self, version: str) -> bool:
         """Return whether requests for ``version`` may begin; the base model ("") is always ready."""
-        return version == "" or self.pool.state(version) is AdapterState.RESIDENT
+        return version == "" or self.pool.state(version) is LifecycleState.RESIDENT
 
     def handle(
         self, event: PlanPrepared | CopiesRetired | LeasesEnded | AdapterExpected, now: float
@@ -210,7 +210,7 @@ class Residency:
 
     def complete_load(self, version: str, read: int = 0, slab: LoadedSlab | None = None) -> list[Instruction]:
         """Make an adapter resident whose load has ended; ``read`` is the announced read that was verified, or 0."""
-        entry = self.pool.apply(version, AdapterEvent.LOADED)
+        entry = self.pool.apply(version, LifecycleEvent.LOADED)
         entry.verified_read, entry.slab = read, slab
         for prefetched in _prefetched([entry]):
             self._tally.count_load(prefetched)
@@ -220,14 +220,14 @@ class Residency:
 
     def fail_load(self, version: str, message: str) -> list[Instruction]:
         """Give up an adapter whose load failed: it leaves now, or with the last step that began with it."""
-        self.pool.apply(version, AdapterEvent.LOAD_FAILED)
+        self.pool.apply(version, LifecycleEvent.LOAD_FAILED)
         self._candidates.drop_failed(version)
         self._plan.fail(version, message)
         return [*self._evict_leaving(), *self._plan.take_answer()]
 
     def drop_cancelled_load(self, version: str) -> list[Instruction]:
         """Free the extent of a load that was cancelled. Requests that want the adapter by now get another load."""
-        self.pool.apply(version, AdapterEvent.LOAD_FAILED)
+        self.pool.apply(version, LifecycleEvent.LOAD_FAILED)
         return self._evict_leaving()
 
     def start_loads(
@@ -280,7 +280,7 @@ class Residency:
         if self.is_ready(adapter.version) or self.pool.refusal(adapter) is not None:
             return
         if self._candidates.expect(adapter, kind, now):
-            self._story.tell(adapter.version, now, f"expected: {kind}")
+            self.story.tell(adapter.version, now, f"expected: {kind}")
 
     def _evict_leaving(self) -> list[Instruction]:
         """Evict damaged adapters and failed loads that nothing uses any more.
@@ -289,7 +289,7 @@ class Residency:
         """
         instructions: list[Instruction] = []
         for entry in self.pool.remove_leaving():
-            damaged = entry.state is AdapterState.DAMAGED
+            damaged = entry.state is LifecycleState.DAMAGED
             if damaged:
                 self._count_evictions([entry])
             reason = "its slab was damaged in the pool" if damaged else "its load failed or was cancelled"
@@ -302,7 +302,7 @@ class Residency:
         wanted = {adapter.version for adapter in requested}.union(self._plan.missing, self._candidates.versions())
         unwanted = self.pool.cancel_unwanted(wanted)
         for version in unwanted:
-            self._story.tell(version, now, "load cancelled: no request, plan or prefetch wants it any more")
+            self.story.tell(version, now, "load cancelled: no request, plan or prefetch wants it any more")
         return [CancelLoad(version) for version in unwanted]
 
     def _load_requested(self, requested: list[AdapterRef], current: LoadPass) -> bool:
@@ -386,7 +386,7 @@ class Residency:
             return False
         for entry in placed.evicted:
             reason = describe_eviction(entry, len(placed.evicted), adapter, now)
-            self._story.tell(entry.adapter.version, now, reason)
+            self.story.tell(entry.adapter.version, now, reason)
             left = LeftSlab(entry.adapter, entry.offset_bytes, entry.slab)
             current.instructions.append(
                 EvictAdapter(entry.adapter.version, entry.slot, entry.adapter.name, reason, left)
@@ -396,7 +396,7 @@ class Residency:
         assert placed_entry is not None, "it was placed"
         placed_entry.prefetch = kind
         why = f" for {kind}" if kind else ""
-        self._story.tell(adapter.version, now, f"loading into slot {placed.slot} at {placed.offset_bytes}{why}")
+        self.story.tell(adapter.version, now, f"loading into slot {placed.slot} at {placed.offset_bytes}{why}")
         current.instructions.append(LoadAdapter(adapter, placed.slot, placed.offset_bytes))
         return True
 

@@ -13,7 +13,7 @@ from loraserve.config import EngineConfig
 from loraserve.engine.compute.packed import pack_step
 from loraserve.engine.compute.protocol import ComputedStep
 from loraserve.engine.compute.sampler import sample
-from loraserve.engine.loading.arrival import Arrival, Gate, gate_of, late_of
+from loraserve.engine.loading.arrival import Arrival, Gate, late_requests, make_gate
 from loraserve.engine.loading.memory import HostPool, check_slab, populate
 from loraserve.engine.model.config import DecoderConfig, context_limit, read_decoder_config
 from loraserve.engine.model.decoder import Decoder, StepInputs
@@ -106,11 +106,11 @@ class CpuRunner:
         started_s = time.monotonic()
         batch = _resolve_pending(batch, self._last_sampled)
         rows = [sequence for sequence in batch.sequences if sequence.sample]
-        gate = gate_of(batch, self._arrivals)
+        gate = make_gate(batch, self._arrivals)
         logits = self.logits(batch, gate).numpy()
         sampled = tuple(sample(logits, rows, self.eos_token_ids))
         self._last_sampled = {s.request_id: s.token for s in sampled}
-        late = late_of(batch, gate)
+        late = late_requests(batch, gate)
         return StepResult(step_id=batch.step_id, sampled=sampled, duration_s=time.monotonic() - started_s, late=late)
 
     def logits(self, batch: StepBatch, gate: Gate | None = None) -> torch.Tensor:

@@ -25,7 +25,7 @@ class DevicePool:
     wait for those in the other. ``memory`` is None if the device is not a GPU.
     """
 
-    waits = True
+    on_device = True
 
     def __init__(self, elements: int, dtype: torch.dtype, device: torch.device) -> None:
         self.tensor, self.memory = allocate_zeroed(elements, dtype, device)

@@ -1,7 +1,7 @@
-"""The host cache's memory: peers can map it, and a GPU copies to and from it directly."""
+"""Keeps slabs that leave the pool in host memory: the memory, the copies into it, and the cache as a source."""
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from functools import partial
@@ -11,20 +11,25 @@ import msgspec
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.clock import Clock
-from loraserve.engine.host_cache.cache import CachedSlab, HostCache
-from loraserve.engine.loading.memory import HostPool, Landing, PoolMemory
-from loraserve.engine.loading.slab_reader import damaged_layer
-from loraserve.engine.loading.source import Damaged, LoadFailed
-from loraserve.engine.loading.speeds import ReadSource
+from loraserve.engine.adapters.lifecycle import LoadedSlab
+from loraserve.engine.host_cache.cache import CachedSlab, CachedState, HostCache
+from loraserve.engine.loading.memory import HostPool, PoolMemory, TransferTarget
+from loraserve.engine.loading.slab_reader import find_damaged_layer
+from loraserve.engine.loading.source import DamagedSlabError, SlabReadError
+from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds, ReadSource
 from loraserve.engine.schedule.events import LeftSlab
 from loraserve.log import get_logger
 from loraserve.messages import AdapterRef
 from loraserve.threads import run_in_thread
 from loraserve.transfer.shm import SharedMemory
 
+FROM_CACHE = ReadSource("cache", "memory")
+PIECE_BYTES, DEVICE_PIECE_BYTES = 1 << 20, 8 << 20
+"""The first is copied in the event loop, the second by a device while the loop goes on."""
+
 
 class CacheMemory:
-    """``copied_from`` is the pool that the slabs come from."""
+    """The memory of the host cache: peers can map it, and a GPU copies to and from it directly."""
 
     def __init__(self, length_bytes: int, copied_from: PoolMemory) -> None:
         self._shared = SharedMemory(length_bytes, "lower engine.host_cache_bytes")
@@ -35,8 +40,8 @@ class CacheMemory:
         self._log = get_logger(__name__)
 
     def page_lock(self) -> None:
-        """Where the pool is a GPU's. It takes a while: belongs in a thread. Without it copies are slower, no more."""
-        if not self._copied_from.waits:
+        """Page-lock the memory if the pool is a GPU's, for faster copies. Takes a while: call it in a thread."""
+        if not self._copied_from.on_device:
             return
         # Imported here: machines without a GPU need not have a torch that could.
         from loraserve.engine.cuda.pool import page_locked
@@ -49,19 +54,14 @@ class CacheMemory:
             self._log.info("host_cache_page_locked", bytes=len(self.pool))
 
     def close(self) -> None:
-        """No copy may be under way."""
+        """Free the memory; no copy may be under way."""
         self._closing.close()
 
 
-FROM_CACHE = ReadSource("cache", "memory")
-PIECE_BYTES, DEVICE_PIECE_BYTES = 1 << 20, 8 << 20
-"""Of what is copied in the event loop, and of what a device copies while the loop goes on."""
-
-
 class CacheSource:
-    """See Source. It stays while it is read."""
+    """The host cache as a source; see SlabSource. The slab stays in the cache while it is read."""
 
-    way = FROM_CACHE
+    source = FROM_CACHE
 
     def __init__(self, cache: HostCache, memory: HostPool, clock: Clock) -> None:
         self._cache = cache
@@ -70,65 +70,59 @@ class CacheSource:
         self._slab: CachedSlab | None = None
 
     async def open(self, adapter: AdapterRef) -> SlabHeader:
-        slab = self._slab = self._cache.read(adapter.version)
+        """Pin the slab; return its header. Raises SlabReadError."""
+        slab = self._slab = self._cache.begin_read(adapter.version)
         if slab is None:
-            raise LoadFailed("not_found", f"{adapter.version} has left the host cache; read it from another source")
+            message = f"{adapter.version} has left the host cache; read it from another source"
+            raise SlabReadError("not_found", message)
         if slab.adapter.slab_bytes != adapter.slab_bytes:
-            raise LoadFailed(
+            raise SlabReadError(
                 "mismatch",
                 f"slab_bytes is {adapter.slab_bytes} in the request and {slab.adapter.slab_bytes} in the host cache; "
                 "register the adapter again",
             )
         return slab.header
 
-    async def copy(self, adapter: AdapterRef, landing: Landing) -> None:
+    async def copy(self, adapter: AdapterRef, target: TransferTarget) -> None:
+        """See SlabSource."""
         slab = self._slab
         assert slab is not None, "a source is opened first"
 
         async def fetch(start: int, length: int) -> memoryview:
             return self._memory.view(slab.offset_bytes + start, length)
 
-        await landing.stream(DEVICE_PIECE_BYTES if landing.pool.waits else PIECE_BYTES, fetch)
+        await target.stream(DEVICE_PIECE_BYTES if target.pool.on_device else PIECE_BYTES, fetch)
 
-    def close(self, damaged: Damaged | None) -> None:
+    def close(self, damaged: DamagedSlabError | None) -> None:
+        """Unpin the slab, and let it leave the cache if it is damaged."""
         slab, self._slab = self._slab, None
         if slab is None:
             return
-        self._cache.done(slab)
+        self._cache.end_read(slab)
         if damaged is not None:
             self._cache.damage(slab.adapter.version, self._clock.monotonic_s())
 
 
 class _Save(msgspec.Struct):
-    """A copy out of these bytes of the pool."""
+    """A copy out of a range of the pool to the cache."""
 
-    first: int
+    start: int
     end: int
-    over: asyncio.Event
+    finished: asyncio.Event
 
 
 class CacheTier:
-    """``cache_bytes`` 0 keeps nothing. ``predict_s`` says how long a slab of so many bytes takes to be read.
+    """Carries out what ``cache`` decides. Copies run one after another in a thread, beside the steps.
 
-    Copies run one after another in a thread, beside the steps; ``spawn`` runs what waits for them.
+    Without ``cache_bytes`` nothing is kept. ``speeds`` predict what reloading a slab would take.
     """
 
-    def __init__(
-        self,
-        cache_bytes: int,
-        pool: PoolMemory,
-        clock: Clock,
-        spawn: Callable[[Coroutine[Any, Any, None]], None],
-        predict_s: Callable[[ReadSource | None, int], float],
-    ) -> None:
-        self.cache = HostCache(cache_bytes)
+    def __init__(self, cache: HostCache, cache_bytes: int, pool: PoolMemory, clock: Clock, speeds: LinkSpeeds) -> None:
+        self.cache = cache
         self._pool = pool
         self._clock = clock
-        self._spawn = spawn
-        self._predict_s = predict_s
+        self._speeds = speeds
         self._saves: dict[str, _Save] = {}
-        self._ways: dict[str, ReadSource] = {}
-        """By which those in the pool came that did not come from here."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="cache")
         self._memory = CacheMemory(cache_bytes, pool) if cache_bytes else None
         if self._memory is not None:
@@ -137,99 +131,83 @@ class CacheTier:
 
     @property
     def memory(self) -> HostPool | None:
-        """What peers can read; None where nothing is kept."""
+        """The memory that peers can read; None if nothing is kept."""
         return self._memory.pool if self._memory else None
 
-    @property
-    def versions(self) -> tuple[str, ...]:
-        """What can be read here."""
-        return self.cache.versions
-
     def close(self) -> None:
+        """Wait for the copy under way and free the memory."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self._memory is not None:
             self._memory.close()
 
-    def used(self, version: str) -> None:
-        """A request for it came."""
-        self.cache.used(version, self._clock.monotonic_s())
+    def keep(self, left: LeftSlab, slab: LoadedSlab) -> Coroutine[Any, Any, None] | None:
+        """Decide whether to keep a slab that has left the pool; return the work that copies it, to be run at once.
 
-    def loaded(self, version: str, way: ReadSource) -> None:
-        """It is in the pool."""
-        self.cache.loaded(version)
-        if way != FROM_CACHE:
-            self._ways[version] = way
+        Loads into the extent that it left wait for the copy; see ``wait_saved``.
+        """
+        adapter, now = left.adapter, self._clock.monotonic_s()
+        here = self.cache.get(adapter.version)
+        if slab.source == FROM_CACHE and here is not None:
+            reload_s = here.reload_s
+        else:
+            source = FROM_STORE if slab.source == FROM_CACHE else slab.source
+            reload_s = self._speeds.predict(source, adapter.slab_bytes)
+        offset = self.cache.offer(adapter, slab.header, reload_s, now)
+        if offset is None:
+            return None
+        end = left.offset_bytes + adapter.slab_bytes
+        self._saves[adapter.version] = _Save(left.offset_bytes, end, asyncio.Event())
+        return self._save(left, offset)
 
-    def evicted(self, left: LeftSlab, header: SlabHeader) -> None:
-        """A slab has left the pool: it is kept here if that is worth more than what has to go for it."""
-        adapter, version = left.adapter, left.adapter.version
-        way, here = self._ways.pop(version, None), self.cache.get(version)
-        known_s = here.reload_s if way is None and here is not None else None
-        reload_s = known_s or self._predict_s(way, adapter.slab_bytes)
-        offset = self.cache.offer(adapter, header, reload_s, self._clock.monotonic_s())
-        if offset is not None:
-            end = left.offset_bytes + adapter.slab_bytes
-            self._saves[version] = _Save(left.offset_bytes, end, asyncio.Event())
-            self._spawn(self._save(left, offset))
-
-    def dropped(self, version: str) -> None:
-        """A slab has left the pool that was damaged there: nothing is saved, what is here stands for itself again."""
-        self._ways.pop(version, None)
-        self.cache.unloaded(version)
-
-    async def before_reuse(self, offset_bytes: int, length_bytes: int) -> None:
-        """Returns once nothing is saved from these bytes of the pool any more."""
+    async def wait_saved(self, offset_bytes: int, length_bytes: int) -> None:
+        """Return once no copy out of this range of the pool is under way."""
         end = offset_bytes + length_bytes
-        for save in [save for save in self._saves.values() if save.first < end and offset_bytes < save.end]:
-            await save.over.wait()
+        for save in [save for save in self._saves.values() if save.start < end and offset_bytes < save.end]:
+            await save.finished.wait()
 
-    async def source(self, adapter: AdapterRef) -> CacheSource | None:
-        """To load it from here; None where it is not here. What is being saved is waited for."""
+    async def find(self, adapter: AdapterRef) -> CacheSource | None:
+        """Return the cache as a source of this adapter, once a copy of it under way has ended; None if it is absent."""
         if adapter.version in self._saves:
-            await self._saves[adapter.version].over.wait()
+            await self._saves[adapter.version].finished.wait()
         if adapter.version not in self.cache.versions or self.memory is None:
             return None
         return CacheSource(self.cache, self.memory, self._clock)
 
-    async def look_at(self, version: str) -> int | None:
-        """Its first layer that is damaged here, where there is one: from then on nobody gets it from here."""
-        slab, memory = self.cache.read(version), self.memory
+    async def check_copy(self, version: str) -> int | None:
+        """Return the first damaged layer of a slab in the cache, None if there is none; a damaged slab leaves."""
+        slab, memory = self.cache.begin_read(version), self.memory
         if slab is None or memory is None:
             return None
         layer: int | None = None
         try:
             layers = range(slab.header.shape.layers)
-            look = partial(damaged_layer, memory, slab.header, slab.offset_bytes, layers)
-            layer = await run_in_thread(self._thread, look)
+            check = partial(find_damaged_layer, memory, slab.header, slab.offset_bytes, layers)
+            layer = await run_in_thread(self._thread, check)
         finally:
-            self.cache.done(slab)
+            self.cache.end_read(slab)
         if layer is not None:
             self.cache.damage(version, self._clock.monotonic_s())
             self._log.error("cached_slab_damaged", adapter=slab.adapter.name, version=version, layer=layer)
         return layer
 
-    def story(self, version: str) -> list[str]:
-        """What happened to an adapter here."""
-        return self.cache.story(version)
-
     def validate(self) -> None:
-        """What the cache waits for is under way, and nothing else is."""
+        """Raise AssertionError unless exactly the slabs that are being saved have a copy under way."""
         self.cache.validate()
-        saving = {slab.adapter.version for slab in self.cache.entries() if not slab.is_complete}
-        assert saving == self._saves.keys(), "a save is waited for in vain"
+        saving = {slab.adapter.version for slab in self.cache.entries() if slab.state is CachedState.SAVING}
+        assert saving == self._saves.keys(), "a slab is saving and no copy is under way, or the reverse"
 
     async def _save(self, left: LeftSlab, offset_bytes: int) -> None:
         version = left.adapter.version
         try:
-            assert self.memory is not None, "a place was given in no memory"
+            assert self.memory is not None, "an extent was given in no memory"
             into = self.memory.view(offset_bytes, left.adapter.slab_bytes)
             await run_in_thread(self._thread, partial(self._pool.read_into, left.offset_bytes, into))
-            self.cache.saved(version, self._clock.monotonic_s())
+            self.cache.save_done(version, self._clock.monotonic_s())
         except BaseException as error:
             # A device that is lost shows at the next step or load as well: those end the process.
-            self.cache.failed(version, self._clock.monotonic_s())
+            self.cache.save_failed(version, self._clock.monotonic_s())
             if not isinstance(error, Exception):
                 raise
             self._log.warning("adapter_not_cached", adapter=left.adapter.name, reason=repr(error))
         finally:
-            self._saves.pop(version).over.set()
+            self._saves.pop(version).finished.set()

@@ -1,13 +1,13 @@
-"""Lets peers read what this engine has: answers what they ask, and says when extents are free again."""
+"""Lets peers read the slabs of this engine: answers their lease requests, and checks a slab that they found damaged."""
 
-from collections.abc import Callable
-
-from loraserve.adapter.format import SlabHeader, encode_header
+from loraserve.adapter.format import encode_header
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.config import Config
 from loraserve.engine.adapters.pool import AdapterPool
-from loraserve.engine.host_cache.cache import HostCache
-from loraserve.engine.lending.leases import Lease, LeaseLimits, Leases, Reader, Refused
+from loraserve.engine.host_cache.tier import CacheTier
+from loraserve.engine.lending.leases import Lease, LeaseLimits, LeaseReader, LeaseRefusal, Leases, LendableSlabs
+from loraserve.engine.lending.offers import MemoryOffers
+from loraserve.engine.loading.slab_reader import SlabReader
 from loraserve.log import get_logger
 from loraserve.messages import (
     LeaseGranted,
@@ -19,117 +19,128 @@ from loraserve.messages import (
     SlabDamaged,
 )
 from loraserve.messages.transfer import Handle
+from loraserve.story import Story
 from loraserve.transfer.protocol import TransferError, check_protocol
 
 
 class _Region:
-    """A memory that slabs are lent from, which ``handles`` are of; ``header`` is that of what lies there."""
+    """A memory that slabs are lent from, its leases, and the handles that peers read it with."""
 
-    def __init__(self, leases: Leases, header: Callable[[str], SlabHeader]) -> None:
+    def __init__(self, slabs: LendableSlabs, leases: Leases, handles: tuple[Handle, ...]) -> None:
+        self.slabs = slabs
         self.leases = leases
-        self.header = header
-        self.handles: tuple[Handle, ...] = ()
+        self.handles = handles
 
 
 class Lender:
-    """Lends what is in the pool, and what the host cache has where the pool cannot.
+    """Lends slabs of the pool, and those of the host cache that the pool cannot lend.
 
-    ``on_ended`` is called when leases have ended, in whatever way; ``on_complaint`` with the version of an adapter
-    that a reader found damaged. Of a reader's death an engine hears from the monitor, or by the reader's next life;
-    before that its leases end by their deadlines.
+    An engine hears of a reader's death from the monitor or by the reader's next process; before that the reader's
+    leases end by their deadlines. Methods that may end leases return whether any ended, as there may be room then.
     """
 
     def __init__(
-        self,
-        bus: Bus,
-        config: Config,
-        pool: AdapterPool,
-        on_ended: Callable[[], None],
-        on_complaint: Callable[[str], None],
-        cache: HostCache,
+        self, bus: Bus, config: Config, pool: AdapterPool, cache: CacheTier, offers: MemoryOffers, story: Story
     ) -> None:
         self._bus = bus
         self._pool = pool
+        self._cache = cache
         limits = LeaseLimits(lasts_s=config.transfer.lease_s, longest_s=config.engine.load_timeout_s)
-        self._headers: dict[str, SlabHeader] = {}
-        self._of_pool = _Region(Leases(bus.incarnation, pool, limits), self._headers.__getitem__)
-        self._of_cache = _Region(Leases(f"{bus.incarnation}.cache", cache, limits), cache.header)
-        self._regions = (self._of_pool, self._of_cache)
-        self._on_ended = on_ended
-        self._on_complaint = on_complaint
+        in_pool = Leases(bus.incarnation, pool, limits, story)
+        in_cache = Leases(f"{bus.incarnation}.cache", cache.cache, limits, story)
+        self._regions = (
+            _Region(pool, in_pool, offers.handles),
+            _Region(cache.cache, in_cache, offers.cache_handles),
+        )
+        self._checking: set[str] = set()
         self._log = get_logger(__name__)
 
-    def offer(self, of_pool: tuple[Handle, ...], of_cache: tuple[Handle, ...] = ()) -> None:
-        """From now on grants say how the pool's memory can be read, and the host cache's."""
-        self._of_pool.handles = of_pool
-        self._of_cache.handles = of_cache
-
-    def loaded(self, version: str, header: SlabHeader) -> None:
-        """Of a slab that is about to be resident."""
-        self._headers[version] = header
-
-    def header(self, version: str) -> SlabHeader | None:
-        """Of a resident slab."""
-        return self._headers.get(version)
-
-    def evicted(self, version: str) -> SlabHeader | None:
-        """Its header; None of one that never was resident."""
-        return self._headers.pop(version, None)
-
-    def answer(self, envelope: Envelope, now: float) -> None:
+    def answer(self, envelope: Envelope, now: float) -> bool:
+        """Answer LeaseSlab, RenewLease or ReleaseLease; return whether leases ended."""
         match envelope.message:
-            case LeaseSlab() as asked:
-                self._grant(envelope, asked, now)
+            case LeaseSlab() as request:
+                self._answer_request(envelope, request, now)
             case RenewLease(lease_id=lease_id, incarnation=incarnation):
-                lease = self._leases_with(lease_id).renew(Reader(envelope.sender, incarnation), lease_id, now)
+                lease = self._leases_with(lease_id).renew(LeaseReader(envelope.sender, incarnation), lease_id, now)
                 if isinstance(lease, Lease):
                     renewed = LeaseRenewed(lease_id=lease_id, lasts_s=lease.deadline_s - now)
                     self._bus.respond(envelope, renewed)
                 else:
                     self._refuse(envelope, lease)
             case ReleaseLease(lease_id=lease_id, incarnation=incarnation):
-                held = self._leases_with(lease_id).release(Reader(envelope.sender, incarnation), lease_id, now)
+                held = self._leases_with(lease_id).release(LeaseReader(envelope.sender, incarnation), lease_id, now)
                 if isinstance(held, bool):
                     self._bus.respond(envelope, LeaseReleased(lease_id=lease_id, held=held))
                 else:
                     self._refuse(envelope, held)
-            case SlabDamaged() as damaged:
-                self._complained(envelope.sender, damaged)
-        self._end()
+        return self._log_ended()
 
-    def _complained(self, reader: str, damaged: SlabDamaged) -> None:
-        """Who reads verifies; who is read hears of it, so that both sides' logs say what happened. To look is work:
-        once for each lease at most."""
-        if not self._leases_with(damaged.lease_id).is_of(damaged.lease_id, reader, damaged.version):
-            self._log.warning("complaint_without_lease", reader=reader, version=damaged.version)
-            return
+    def accept_complaint(self, reader: str, complaint: SlabDamaged) -> bool:
+        """Return whether to check a slab that a reader found damaged; both sides' logs then say what happened.
+
+        Only a reader with a lease is heard, so that at most one check is made for each lease.
+        """
+        leases = self._leases_with(complaint.lease_id)
+        if not leases.is_held(complaint.lease_id, reader, complaint.version):
+            self._log.warning("complaint_without_lease", reader=reader, version=complaint.version)
+            return False
         self._log.error(
-            "slab_damaged", version=damaged.version, reader=reader, lease=damaged.lease_id, layer=damaged.layer
+            "slab_damaged",
+            version=complaint.version,
+            reader=reader,
+            lease=complaint.lease_id,
+            layer=complaint.layer,
         )
-        self._on_complaint(damaged.version)
+        return True
 
-    def reader_gone(self, reader: Reader, now: float) -> None:
-        """It reads nothing any more."""
+    async def check_copies(self, version: str, reader: SlabReader) -> bool:
+        """Check this engine's copies of a slab; return whether the one in the pool is damaged.
+
+        A damaged copy in the host cache is dropped. Checks of one version are not repeated while one is under way.
+        """
+        if version in self._checking:
+            return False
+        self._checking.add(version)
+        try:
+            await self._cache.check_copy(version)
+            return await self._is_damaged_in_pool(version, reader)
+        finally:
+            self._checking.remove(version)
+
+    def end_reader(self, reader: LeaseReader, now: float) -> bool:
+        """End the leases of a reader that has died; return whether it had any."""
         for region in self._regions:
-            region.leases.reader_gone(reader, now)
-        self._end()
+            region.leases.end_reader(reader, now)
+        return self._log_ended()
 
-    def expire(self, now: float) -> None:
-        """From time to time: an extent is free again so much later than its leases' deadlines."""
+    def expire(self, now: float) -> bool:
+        """End the leases past their deadlines; return whether there were any. To be called from time to time."""
         for region in self._regions:
             region.leases.expire(now)
-        self._end()
+        return self._log_ended()
 
     def validate(self) -> None:
-        """Leases are as they should be, and headers are there of all that can be lent and of nothing else."""
+        """Raise AssertionError where leases do not fit the slabs, or where a slab to lend has no header."""
         for region in self._regions:
             region.leases.validate()
-        resident = {entry.adapter.version for entry in self._pool.entries() if entry.is_complete}
-        assert self._headers.keys() == resident, "headers and residents differ"
+            for slab in region.slabs.entries():
+                has_header = slab.header is not None
+                assert has_header or not slab.is_complete, f"{slab.adapter.version} is complete and has no header"
 
-    def _grant(self, envelope: Envelope, asked: LeaseSlab, now: float) -> None:
-        granted = self._granted(Reader(envelope.sender, asked.incarnation), asked, now)
-        if isinstance(granted, Refused):
+    async def _is_damaged_in_pool(self, version: str, reader: SlabReader) -> bool:
+        entry = self._pool.get(version)
+        if entry is None or entry.header is None:
+            return False
+        layer = await reader.find_damage(entry.header, entry.offset_bytes)
+        after = self._pool.get(version)
+        if after is None or after.generation != entry.generation:
+            return False
+        self._log.error("own_copy_checked", adapter=entry.adapter.name, version=version, damaged_layer=layer)
+        return layer is not None
+
+    def _answer_request(self, envelope: Envelope, request: LeaseSlab, now: float) -> None:
+        granted = self._grant(LeaseReader(envelope.sender, request.incarnation), request, now)
+        if isinstance(granted, LeaseRefusal):
             self._refuse(envelope, granted)
             return
         region, lease = granted
@@ -137,47 +148,52 @@ class Lender:
             lease_id=lease.lease_id,
             version=lease.version,
             offset_bytes=lease.offset_bytes,
-            slab_bytes=asked.slab_bytes,
+            slab_bytes=request.slab_bytes,
             lasts_s=lease.deadline_s - now,
             handles=region.handles,
         )
-        self._bus.respond(envelope, answer, [encode_header(region.header(lease.version))])
+        slab = region.slabs.get(lease.version)
+        assert slab is not None, "a leased slab left"
+        assert slab.header is not None, "a slab without a header was leased"
+        self._bus.respond(envelope, answer, [encode_header(slab.header)])
 
-    def _granted(self, reader: Reader, asked: LeaseSlab, now: float) -> tuple[_Region, Lease] | Refused:
-        """The lease that this read has; else of the first region that gives one, those that can be read before those
-        that cannot; else what speaks most of the slab."""
+    def _grant(self, reader: LeaseReader, request: LeaseSlab, now: float) -> tuple[_Region, Lease] | LeaseRefusal:
+        """Return the lease that this read has, or one of the first region that grants it, or the best refusal.
+
+        Regions that can be read come before those without handles; a refusal that knows the slab before one that does
+        not.
+        """
         try:
-            check_protocol(self._bus.name, asked.protocol)
+            check_protocol(self._bus.name, request.protocol)
         except TransferError as error:
-            return Refused(error.code, error.message)
+            return LeaseRefusal(error.code, error.message)
         for region in self._regions:
             region.leases.expire(now)
-            region.leases.reader_lives(reader, now)
-        refusals: list[Refused] = []
+            region.leases.end_past_lives(reader, now)
+        refusals: list[LeaseRefusal] = []
 
         def rank(region: _Region) -> tuple[bool, bool]:
-            return not region.leases.reads(reader, asked.read_id, asked.version), not region.handles
+            return not region.leases.has_read(reader, request.read_id, request.version), not region.handles
 
         for region in sorted(self._regions, key=rank):
-            lease = region.leases.grant(reader, asked.read_id, asked.version, asked.slab_bytes, now)
+            lease = region.leases.grant(reader, request.read_id, request.version, request.slab_bytes, now)
             if isinstance(lease, Lease):
                 return region, lease
             refusals.append(lease)
         return next((refusal for refusal in refusals if refusal.code != "not_found"), refusals[0])
 
     def _leases_with(self, lease_id: str) -> Leases:
-        """Where nobody knows it any one can say so."""
-        return next((r.leases for r in self._regions if lease_id in r.leases), self._of_pool.leases)
+        """Return the leases that one of this id is among; if it is unknown, any of them can say so."""
+        return next((each.leases for each in self._regions if lease_id in each.leases), self._regions[0].leases)
 
-    def _refuse(self, envelope: Envelope, refusal: Refused) -> None:
+    def _refuse(self, envelope: Envelope, refusal: LeaseRefusal) -> None:
         self._log.info("lease_refused", reader=envelope.sender, code=refusal.code, reason=refusal.message)
         self._bus.refuse(envelope, refusal.code, f"{self._bus.name}: {refusal.message}")
 
-    def _end(self) -> None:
+    def _log_ended(self) -> bool:
         ended = [each for region in self._regions for each in region.leases.take_ended()]
         for each in ended:
-            if each.why != "released":
+            if each.reason != "released":
                 lease = each.lease
-                self._log.warning("lease_ended", why=each.why, reader=lease.reader.name, version=lease.version)
-        if ended:
-            self._on_ended()
+                self._log.warning("lease_ended", reason=each.reason, reader=lease.reader.name, version=lease.version)
+        return bool(ended)

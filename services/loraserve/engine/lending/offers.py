@@ -1,4 +1,4 @@
-"""How peers can read this engine's memories: one exporter for each transport that is configured and works here."""
+"""Offers this engine's memories to peers: one exporter for each transport that is configured and works here."""
 
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
@@ -17,11 +17,11 @@ from loraserve.transfer.verbs.device import RdmaDevice
 from loraserve.transfer.verbs.exporter import VerbsExporter
 
 
-class Offers:
-    """``handles`` name the pool, each over its transport, ``cache_handles`` the host cache's memory where there is one.
-    What fails to be offered is logged and left out.
+class MemoryOffers:
+    """Registers the pool and the host cache with every transport; one that fails is logged and left out.
 
-    Made where the engine starts: to register memory with an RDMA device blocks.
+    ``handles`` name the pool, ``cache_handles`` the host cache. Made when the engine starts, as registering memory with
+    an RDMA device blocks.
     """
 
     def __init__(self, bus: Bus, config: Config, pool: PoolMemory, cache: HostPool | None = None) -> None:
@@ -33,39 +33,39 @@ class Offers:
         self._tcp: TcpExporter | None = None
         self._verbs: tuple[RdmaDevice, VerbsExporter] | None = None
         self.device: RdmaDevice | None = None
-        """The RDMA device, opened; this process's own reads use it too."""
+        """The opened RDMA device; this engine's own reads use it too."""
         gpu = pool.memory if isinstance(pool, LendableDevice) else None
-        where, number = ("cpu", 0) if gpu is None else ("cuda", gpu.device)
-        possible = local_abilities(config.transfer.transports, where, number).transports
+        kind, number = ("cpu", 0) if gpu is None else ("cuda", gpu.device)
+        possible = local_abilities(config.transfer.transports, kind, number).transports
         transports = [each for each in config.transfer.transports if each in possible]
-        self.handles = self._of(pool, transports)
-        self.abilities = local_abilities([handle.transport for handle in self.handles], where, number)
-        """What others are told; of transports that this process can read over as well."""
-        self.cache_handles = self._of(cache, transports) if cache is not None else ()
-        of_cache = [handle.transport for handle in self.cache_handles]
-        self.cache_abilities = local_abilities(of_cache, "cpu") if cache is not None else None
+        self.handles = self._register_all(pool, transports)
+        self.abilities = local_abilities([handle.transport for handle in self.handles], kind, number)
+        """How peers can read the pool; this engine reads from peers over the same transports."""
+        self.cache_handles = self._register_all(cache, transports) if cache is not None else ()
+        cache_transports = [handle.transport for handle in self.cache_handles]
+        self.cache_abilities = local_abilities(cache_transports, "cpu") if cache is not None else None
 
-    def answer(self, envelope: Envelope) -> Coroutine[Any, Any, None] | None:
-        """ReadRegion. What is returned has still to be done: a device is read in a thread first."""
+    def answer_read(self, envelope: Envelope) -> Coroutine[Any, Any, None] | None:
+        """Answer ReadRegion at once, or return the work that answers it: a device is read in a thread."""
         if self._tcp is not None:
             return self._tcp.answer(envelope)
         self._refuse(envelope, "tcp")
         return None
 
     async def connect(self, envelope: Envelope) -> None:
-        """ConnectQueue."""
+        """Answer ConnectQueue."""
         if self._verbs is not None:
             await self._verbs[1].answer(envelope)
         else:
             self._refuse(envelope, "verbs")
 
     def forget(self, peer: str, incarnation: str) -> None:
-        """It is gone: what it was given to read with is void."""
+        """Drop the connections of a peer that has died."""
         if self._verbs is not None:
             self._verbs[1].forget(peer, incarnation)
 
     def close(self) -> None:
-        """Nothing can be read any more."""
+        """Withdraw all offers."""
         self.handles = self.cache_handles = ()
         while self._closing:
             self._closing.pop()()
@@ -73,19 +73,19 @@ class Offers:
     def _refuse(self, envelope: Envelope, transport: Transport) -> None:
         self._bus.refuse(envelope, "refused", f"{self._bus.name} does not offer {transport}; use another transport")
 
-    def _of(self, memory: PoolMemory, transports: Iterable[Transport]) -> tuple[Handle, ...]:
-        offered = [self._offered(each, memory) for each in transports]
-        return tuple(handle for handle in offered if handle is not None)
+    def _register_all(self, memory: PoolMemory, transports: Iterable[Transport]) -> tuple[Handle, ...]:
+        handles = [self._try_register(each, memory) for each in transports]
+        return tuple(handle for handle in handles if handle is not None)
 
-    def _offered(self, transport: Transport, memory: PoolMemory) -> Handle | None:
+    def _try_register(self, transport: Transport, memory: PoolMemory) -> Handle | None:
         try:
-            return self._registered(transport, memory)
+            return self._register(transport, memory)
         except ConfigError as error:
             self._log.warning("transport_left_out", transport=transport, reason=str(error))
             return None
 
-    def _registered(self, transport: Transport, pool: PoolMemory) -> Handle | None:
-        """None where this kind of memory is not read this way."""
+    def _register(self, transport: Transport, pool: PoolMemory) -> Handle | None:
+        """Return the handle of a memory; None if this kind of memory is not read over this transport."""
         host = pool if isinstance(pool, HostPool) else None
         lendable = pool if isinstance(pool, LendableDevice) else None
         whole = host.view(0, len(host)) if host is not None else None
@@ -101,7 +101,7 @@ class Offers:
             case "verbs" if memory is not None:
                 device, exporter = self._verbs_exporter()
                 handle = exporter.register(memory)
-                # Not before: what the device cannot register it cannot read to either.
+                # Set only now: a device that cannot register this memory cannot read into it either.
                 self.device = device
                 return handle
             case _:

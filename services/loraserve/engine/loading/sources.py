@@ -1,75 +1,70 @@
-"""Finds whom an adapter can be read from, and keeps count of what came of it."""
+"""Finds the sources that an adapter can be read from."""
 
 from loraserve.bus.protocol import Bus
 from loraserve.clock import Clock
 from loraserve.config import Config
-from loraserve.engine.host_cache.tier import CacheTier
-from loraserve.engine.loading.peers import PeerSource, Readers
-from loraserve.engine.loading.source import Source, StoreSource
+from loraserve.engine.loading.peers import PeerSource, TransportReaders
+from loraserve.engine.loading.source import LocalSource, SlabSource, StoreSource
 from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds, ReadSource, order_sources
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRef, Copies, FindCopies, Holder
-from loraserve.messages.transfer import Abilities
 
 FIND_S = 0.25
-"""A monitor that is slower than this is not waited for: the store is always there."""
+"""A monitor that is slower than this is not waited for: the store has every adapter."""
 SILENT_S = 2.0
-"""And is not asked again for so long."""
+"""A monitor that did not answer is not asked again for so long."""
 
 
-class Sources:
-    """``abilities`` are this engine's own; None reads from the store alone, and from ``cache``."""
+class SourceFinder:
+    """Asks the monitor for the peers that hold an adapter and orders the sources by predicted time."""
 
     def __init__(
         self,
         bus: Bus,
         config: Config,
         clock: Clock,
-        readers: Readers,
-        abilities: Abilities | None,
-        cache: CacheTier | None = None,
+        speeds: LinkSpeeds,
+        readers: TransportReaders,
+        cache: LocalSource | None = None,
     ) -> None:
+        self.speeds = speeds
         self._bus = bus
         self._config = config
         self._clock = clock
         self._readers = readers
-        self._abilities = abilities
         self._cache = cache
         self._silent_until_s = 0.0
-        self.speeds = LinkSpeeds()
 
-    async def find(self, adapter: AdapterRef) -> list[Source]:
-        """In the order in which they should be tried. Where it is in this machine's memory nobody else is asked."""
-        cached = await self._cache.source(adapter) if self._cache is not None else None
+    async def find(self, adapter: AdapterRef) -> list[SlabSource]:
+        """Return the sources in the order in which to try them: first the host cache, if it has the adapter."""
+        cached = await self._cache.find(adapter) if self._cache is not None else None
         if cached is not None:
-            return [cached, self._source(FROM_STORE)]
-        holders = await self._holders(adapter.version)
+            return [cached, self._open_source(FROM_STORE)]
+        holders = await self._find_holders(adapter.version)
         transports = self._config.transfer.transports
         now = self._clock.monotonic_s()
-        found = order_sources(holders, self._abilities, transports, self.speeds, adapter.slab_bytes, now)
-        return [self._source(way) for way in found]
+        mine = self._readers.abilities
+        ordered = order_sources(holders, mine, transports, self.speeds, adapter.slab_bytes, now)
+        return [self._open_source(source) for source in ordered]
 
-    def predicted_s(self, source: Source, slab_bytes: int) -> float:
-        return self.speeds.predict(source.way, slab_bytes)
-
-    def gone(self, engine: str, incarnation: str) -> None:
-        """A peer died."""
+    def forget(self, engine: str, incarnation: str) -> None:
+        """Forget the connections to a peer that has died and its failures."""
         self._readers.forget(engine, incarnation)
         self.speeds.forget_failures(engine)
 
-    def _source(self, way: ReadSource) -> Source:
-        if way == FROM_STORE:
+    def _open_source(self, source: ReadSource) -> SlabSource:
+        if source == FROM_STORE:
             engine = self._config.engine
             return StoreSource(self._bus, engine.load_chunk_bytes, engine.load_timeout_s)
-        return PeerSource(self._bus, way, self._readers)
+        return PeerSource(self._bus, source, self._readers)
 
-    async def _holders(self, version: str) -> tuple[Holder, ...]:
+    async def _find_holders(self, version: str) -> tuple[Holder, ...]:
         now = self._clock.monotonic_s()
-        if self._abilities is None or now < self._silent_until_s:
+        if self._readers.abilities is None or now < self._silent_until_s:
             return ()
         try:
-            found = await self._bus.request("monitor", FindCopies(version=version), Copies, FIND_S)
+            copies = await self._bus.request("monitor", FindCopies(version=version), Copies, FIND_S)
         except (RequestTimeoutError, PeerError):
             self._silent_until_s = now + SILENT_S
             return ()
-        return found.holders
+        return copies.holders

@@ -82,7 +82,7 @@ def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
     count, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if options.quick else (BATCHES, ROUNDS)
     _report_progress(f"timing loads of {len(adapters)} adapters")
     cpu_seconds = _uses_cpu_seconds(config, runner)
-    threads = digest_threads_for(config, on_device=runner.pool.waits)
+    threads = digest_threads_for(config, on_device=runner.pool.on_device)
     loads = measure_loads(runner, placed, config.engine.load_chunk_bytes, threads, rounds, cpu_seconds)
     batches = design_batches(limits, len(adapters), count)
     _report_progress(

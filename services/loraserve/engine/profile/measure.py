@@ -19,7 +19,7 @@ from loraserve.cost.fit import LoadSample
 from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.loading.memory import PoolMemory
-from loraserve.engine.loading.slab_reader import Arrivals, damaged_layer, shares
+from loraserve.engine.loading.slab_reader import LayersToVerify, find_damaged_layer, split_layers
 from loraserve.engine.profile.design import BatchPart, TimedBatch
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.errors import ConfigError
@@ -128,12 +128,12 @@ def _load(
     digest_threads: int,
 ) -> None:
     """Write and verify a slab as the loader does, from memory."""
-    arrivals = Arrivals(slab.header, on_device=pool.waits)
+    layers = LayersToVerify(slab.header, on_device=pool.on_device)
     checks: list[Future[int | None]] = []
     for start in range(0, slab.header.slab_bytes, chunk_bytes):
         chunk = slab.data[start : start + chunk_bytes]
         pool.write(offset_bytes + start, chunk)
-        due = shares(arrivals.upto(start + len(chunk)), digest_threads)
-        checks += [threads.submit(damaged_layer, pool, slab.header, offset_bytes, layers) for layers in due]
+        due = split_layers(layers.take(start + len(chunk)), digest_threads)
+        checks += [threads.submit(find_damaged_layer, pool, slab.header, offset_bytes, piece) for piece in due]
     if any(check.result() is not None for check in checks):
         raise ConfigError("a slab was written into the adapter pool and reads back differently; check the memory")

@@ -12,7 +12,7 @@ from operator import attrgetter
 
 from msgspec.structs import replace
 
-from loraserve.engine.adapters.lifecycle import AdapterEvent, AdapterState
+from loraserve.engine.adapters.lifecycle import LifecycleEvent, LifecycleState
 from loraserve.engine.adapters.residency import Residency
 from loraserve.engine.schedule.blocks import BlockManager
 from loraserve.engine.schedule.early import EarlyStarts
@@ -285,9 +285,9 @@ class Scheduler:
 
         The whole prefix cache is cleared: it names blocks by digests, so that those of one adapter cannot be found.
         """
-        if self.residency.pool.state(version) is not AdapterState.RESIDENT:
+        if self.residency.pool.state(version) is not LifecycleState.RESIDENT:
             return []
-        self.residency.pool.apply(version, AdapterEvent.DAMAGE_FOUND)
+        self.residency.pool.apply(version, LifecycleEvent.DAMAGE_FOUND)
         self._story.tell(version, now, "damaged in the pool: it leaves once no request runs with it")
         self.blocks.clear_cache()
         affected = [s for s in self.waiting + self.running if s.version == version and s.has_started]

@@ -14,8 +14,8 @@ from loraserve.engine.adapters.lifecycle import (
     LOADING_STATES,
     TRANSITIONS,
     WANTED_LOADS,
-    AdapterEvent,
-    AdapterState,
+    LifecycleEvent,
+    LifecycleState,
     next_state,
 )
 from loraserve.engine.adapters.pool import AdapterPool
@@ -32,21 +32,21 @@ def test_the_diagram_shows_exactly_the_table() -> None:
 
 
 def test_every_state_is_reached_and_left() -> None:
-    assert {before for before, _ in TRANSITIONS} == set(AdapterState)
-    assert set(TRANSITIONS.values()) == set(AdapterState)
-    assert {event for _, event in TRANSITIONS} == set(AdapterEvent)
+    assert {before for before, _ in TRANSITIONS} == set(LifecycleState)
+    assert set(TRANSITIONS.values()) == set(LifecycleState)
+    assert {event for _, event in TRANSITIONS} == set(LifecycleEvent)
 
 
 def test_the_groups_of_states_cover_all_states_but_absent() -> None:
     in_pool = LOADING_STATES | COMPLETE_STATES | LEAVING_STATES
-    assert in_pool == set(AdapterState) - {AdapterState.ABSENT}
+    assert in_pool == set(LifecycleState) - {LifecycleState.ABSENT}
     assert WANTED_LOADS < LOADING_STATES
     assert not LOADING_STATES & (COMPLETE_STATES | LEAVING_STATES)
 
 
 def test_an_event_that_a_state_does_not_allow_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match="an adapter that is resident cannot become: load failed"):
-        next_state(AdapterState.RESIDENT, AdapterEvent.LOAD_FAILED)
+        next_state(LifecycleState.RESIDENT, LifecycleEvent.LOAD_FAILED)
 
 
 class LifecycleMachine(RuleBasedStateMachine):
@@ -55,36 +55,36 @@ class LifecycleMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = AdapterPool(2 * GRANULE, 2, GRANULE)
-        self.expected = {adapter.version: AdapterState.ABSENT for adapter in ADAPTERS}
+        self.expected = {adapter.version: LifecycleState.ABSENT for adapter in ADAPTERS}
         self.running = dict.fromkeys(self.expected, 0)
         self.leases: list[tuple[str, int]] = []
         self.now = 0.0
         self.reads = 0
 
-    def follow(self, version: str, event: AdapterEvent) -> None:
+    def follow(self, version: str, event: LifecycleEvent) -> None:
         self.expected[version] = TRANSITIONS[self.expected[version], event]
 
-    def in_state(self, *states: AdapterState) -> list[str]:
+    def in_state(self, *states: LifecycleState) -> list[str]:
         return sorted(version for version, state in self.expected.items() if state in states)
 
     def leave(self) -> None:
         removed = {entry.adapter.version for entry in self.pool.remove_leaving()}
         leased = {version for version, _ in self.leases}
-        leaving = self.in_state(AdapterState.DAMAGED, AdapterState.FAILED)
+        leaving = self.in_state(LifecycleState.DAMAGED, LifecycleState.FAILED)
         assert removed == {v for v in leaving if not self.running[v] and v not in leased}
         for version in removed:
-            self.follow(version, AdapterEvent.RELEASED)
+            self.follow(version, LifecycleEvent.RELEASED)
 
-    @precondition(lambda self: self.in_state(AdapterState.ABSENT))
+    @precondition(lambda self: self.in_state(LifecycleState.ABSENT))
     @rule(data=st.data())
     def place(self, data: st.DataObject) -> None:
-        version = data.draw(st.sampled_from(self.in_state(AdapterState.ABSENT)))
+        version = data.draw(st.sampled_from(self.in_state(LifecycleState.ABSENT)))
         self.now += 1.0
         placed = self.pool.place(next(a for a in ADAPTERS if a.version == version), self.now)
         if placed is not None:
             for entry in placed.evicted:
-                self.follow(entry.adapter.version, AdapterEvent.EVICTED)
-            self.follow(version, AdapterEvent.PLACED)
+                self.follow(entry.adapter.version, LifecycleEvent.EVICTED)
+            self.follow(version, LifecycleEvent.PLACED)
 
     @precondition(lambda self: self.in_state(*WANTED_LOADS))
     @rule(data=st.data(), same=st.booleans())
@@ -97,36 +97,36 @@ class LifecycleMachine(RuleBasedStateMachine):
         entry.announce_read(number, 1)
         assert entry.announced is not None
         assert entry.announced.number == number
-        self.follow(version, AdapterEvent.READ_ANNOUNCED)
+        self.follow(version, LifecycleEvent.READ_ANNOUNCED)
 
     @rule(wanted=st.sets(st.sampled_from(["a", "b", "c", "d"])))
     def cancel_unwanted(self, wanted: set[str]) -> None:
         unwanted = {v for v in self.in_state(*WANTED_LOADS) if not self.running[v] and v not in wanted}
         assert set(self.pool.cancel_unwanted(wanted)) == unwanted
         for version in unwanted:
-            self.follow(version, AdapterEvent.CANCELLED)
+            self.follow(version, LifecycleEvent.CANCELLED)
 
     @precondition(lambda self: self.in_state(*LOADING_STATES))
-    @rule(data=st.data(), event=st.sampled_from([AdapterEvent.LOADED, AdapterEvent.LOAD_FAILED]))
-    def end_load(self, data: st.DataObject, event: AdapterEvent) -> None:
+    @rule(data=st.data(), event=st.sampled_from([LifecycleEvent.LOADED, LifecycleEvent.LOAD_FAILED]))
+    def end_load(self, data: st.DataObject, event: LifecycleEvent) -> None:
         version = data.draw(st.sampled_from(self.in_state(*LOADING_STATES)))
         self.pool.apply(version, event)
         self.follow(version, event)
         self.leave()
 
-    @precondition(lambda self: self.in_state(AdapterState.RESIDENT))
+    @precondition(lambda self: self.in_state(LifecycleState.RESIDENT))
     @rule(data=st.data())
     def find_damage(self, data: st.DataObject) -> None:
-        version = data.draw(st.sampled_from(self.in_state(AdapterState.RESIDENT)))
-        self.pool.apply(version, AdapterEvent.DAMAGE_FOUND)
-        self.follow(version, AdapterEvent.DAMAGE_FOUND)
+        version = data.draw(st.sampled_from(self.in_state(LifecycleState.RESIDENT)))
+        self.pool.apply(version, LifecycleEvent.DAMAGE_FOUND)
+        self.follow(version, LifecycleEvent.DAMAGE_FOUND)
         assert version in self.pool.awaited, "a damaged adapter gets no new leases"
         self.leave()
 
-    @precondition(lambda self: self.in_state(AdapterState.RESIDENT, AdapterState.ARRIVING))
+    @precondition(lambda self: self.in_state(LifecycleState.RESIDENT, LifecycleState.ARRIVING))
     @rule(data=st.data())
     def start_running(self, data: st.DataObject) -> None:
-        version = data.draw(st.sampled_from(self.in_state(AdapterState.RESIDENT, AdapterState.ARRIVING)))
+        version = data.draw(st.sampled_from(self.in_state(LifecycleState.RESIDENT, LifecycleState.ARRIVING)))
         self.pool.start_running(version, self.now)
         self.running[version] += 1
 
@@ -138,10 +138,10 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.running[version] -= 1
         self.leave()
 
-    @precondition(lambda self: self.in_state(AdapterState.RESIDENT))
+    @precondition(lambda self: self.in_state(LifecycleState.RESIDENT))
     @rule(data=st.data())
     def lease(self, data: st.DataObject) -> None:
-        version = data.draw(st.sampled_from(self.in_state(AdapterState.RESIDENT)))
+        version = data.draw(st.sampled_from(self.in_state(LifecycleState.RESIDENT)))
         self.leases.append((version, self.pool.lease(version).generation))
 
     @precondition(lambda self: self.leases)
@@ -152,8 +152,8 @@ class LifecycleMachine(RuleBasedStateMachine):
         self.pool.end_lease(*lease)
         self.leave()
 
-    @rule(version=st.sampled_from(["a", "b", "c", "d"]), event=st.sampled_from(list(AdapterEvent)))
-    def refuse_what_the_table_does_not_list(self, version: str, event: AdapterEvent) -> None:
+    @rule(version=st.sampled_from(["a", "b", "c", "d"]), event=st.sampled_from(list(LifecycleEvent)))
+    def refuse_what_the_table_does_not_list(self, version: str, event: LifecycleEvent) -> None:
         entry = self.pool.get(version)
         if entry is not None and (entry.state, event) not in TRANSITIONS:
             with pytest.raises(ValueError, match="cannot become"):

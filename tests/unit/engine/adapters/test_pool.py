@@ -7,7 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraserve.engine.adapters.lifecycle import AdapterEvent
+from loraserve.engine.adapters.lifecycle import LifecycleEvent
 from loraserve.engine.adapters.pool import AdapterPool, Placed
 from loraserve.messages import AdapterRef
 
@@ -24,12 +24,12 @@ def pool_with(*adapters: AdapterRef, units: int = 4, slots: int = 4) -> AdapterP
     pool = AdapterPool(MIN * units, slots, MIN)
     for now, adapter in enumerate(adapters):
         assert pool.place(adapter, float(now)) is not None
-        pool.apply(adapter.version, AdapterEvent.LOADED)
+        pool.apply(adapter.version, LifecycleEvent.LOADED)
     return pool
 
 
 def fail_load(pool: AdapterPool, version: str) -> None:
-    pool.apply(version, AdapterEvent.LOAD_FAILED)
+    pool.apply(version, LifecycleEvent.LOAD_FAILED)
     (removed,) = pool.remove_leaving()
     assert removed.adapter.version == version
 
@@ -141,7 +141,7 @@ class PoolMachine(RuleBasedStateMachine):
             del self.held[version]
             self.planned.discard(version)
         else:
-            self.pool.apply(version, AdapterEvent.LOADED)
+            self.pool.apply(version, LifecycleEvent.LOADED)
 
     @rule(data=st.data(), starts=st.booleans())
     def run(self, data: st.DataObject, starts: bool) -> None:
@@ -227,7 +227,7 @@ def test_a_hole_on_either_side_of_a_victim_is_room(hole: str) -> None:
     for adapter in (ref("a"), ref("b"), ref("c")):
         pool.place(adapter, 0.0)
     fail_load(pool, hole)
-    pool.apply("b", AdapterEvent.LOADED)
+    pool.apply("b", LifecycleEvent.LOADED)
     assert evicted(pool.place(ref("two", 2), 1.0)) == ["b"]
 
 
@@ -243,7 +243,7 @@ def test_of_those_used_last_at_once_the_smallest_goes_then_the_lowest(units: tup
     pool = AdapterPool(MIN * sum(units), 4, MIN)
     for version, size in zip("abc", units, strict=True):
         pool.place(ref(version, size), 0.0)
-        pool.apply(version, AdapterEvent.LOADED)
+        pool.apply(version, LifecycleEvent.LOADED)
     assert evicted(pool.place(ref("two", 2), 1.0)) == [goes]
 
 
@@ -252,7 +252,7 @@ def test_who_is_needed_stays(need: str) -> None:
     pool = AdapterPool(MIN, 4, MIN)
     pool.place(ref("a"), 0.0)
     if need != "loading":
-        pool.apply("a", AdapterEvent.LOADED)
+        pool.apply("a", LifecycleEvent.LOADED)
     if need == "running":
         pool.start_running("a", 1.0)
     if need == "planned":
@@ -268,7 +268,7 @@ def test_a_request_may_drop_a_plan_pin_and_that_is_counted() -> None:
     pool = pool_with(ref("a"), ref("b"), units=2)
     pool.pin_for_plan("a", 1)
     assert evicted(pool.place(ref("c"), 5.0, drop_plan_pins=True)) == ["b"], "what is not pinned goes first"
-    pool.apply("c", AdapterEvent.LOADED)
+    pool.apply("c", LifecycleEvent.LOADED)
     pool.start_running("c", 6.0)
     assert evicted(pool.place(ref("d"), 7.0, drop_plan_pins=True)) == ["a"]
     assert pool.plan_pins_dropped == 1

@@ -73,15 +73,15 @@ def test_each_layer_is_computed_once_it_has_been_read(
     arrival = Arrival(slab.header)
     waits_for: list[int] = []
     came = threading.Condition()
-    has = Arrival.has
+    wait_for = Arrival.wait_for
 
     def noted(self: Arrival, layer: int, until_s: float) -> bool:
         with came:
             waits_for.append(layer)
             came.notify_all()
-        return has(self, layer, until_s)
+        return wait_for(self, layer, until_s)
 
-    monkeypatch.setattr(Arrival, "has", noted)
+    monkeypatch.setattr(Arrival, "wait_for", noted)
     runner.arrive(0, slab.header, 0, arrival)
     results: list[StepResult] = []
     thread = threading.Thread(target=lambda: results.append(step(helpers, runner, -1, 0)))
@@ -91,7 +91,7 @@ def test_each_layer_is_computed_once_it_has_been_read(
             assert came.wait_for(lambda layer=layer: layer in waits_for, timeout=LONG_S)
         part = slab.header.layer(layer)
         runner.pool.write(part.start, slab.data[part.start : part.stop])
-        arrival.landed(part.stop)
+        arrival.advance(part.stop)
     thread.join(LONG_S)
     assert waits_for == list(range(slab.header.shape.layers))
     assert tokens(results[0]) == expected
@@ -105,7 +105,7 @@ def test_a_late_request_is_named_and_does_not_affect_others(
     runner.arrive(0, slab.header, 0, arrival)
     first = slab.header.layer(0)
     runner.pool.write(first.start, slab.data[first.start : first.stop])
-    arrival.landed(first.stop)
+    arrival.advance(first.stop)
     result = step(helpers, runner, -1, 0)
     assert result.late == ("slot 0",)
     assert tokens(result)["slot -1"] == expected["slot -1"]
@@ -135,10 +135,10 @@ def test_a_second_read_replaces_a_failed_one(
 ) -> None:
     failed, next_one = Arrival(slab.header), Arrival(slab.header)
     runner.arrive(0, slab.header, 0, failed)
-    failed.give_up()
+    failed.abandon()
     runner.arrive(0, slab.header, 0, next_one)
     runner.pool.write(0, slab.data)
-    next_one.landed(slab.header.slab_bytes)
+    next_one.advance(slab.header.slab_bytes)
     result = step(helpers, runner, -1, 0)
     assert (tokens(result), result.late) == (expected, ())
 

@@ -140,7 +140,7 @@ def test_data_written_to_the_pool_is_read_back(
 ) -> None:
     monkeypatch.setattr(pool_module, "READ_BYTES", read_bytes)
     pool = DevicePool(elements, dtype, DEVICE)
-    assert (len(pool), pool.waits) == (100, True)
+    assert (len(pool), pool.on_device) == (100, True)
     data = bytes(range(1, 41))
     for kind, offset in ((bytes, 0), (bytearray, 41), (memoryview, 60)):
         pool.write(offset, kind(data))

@@ -1,21 +1,22 @@
 """Saves out of the pool: what waits for them, what they leave, and what comes back."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from pathlib import Path
 from threading import Event
-from typing import Any
 
 import numpy as np
 import pytest
 
 from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.engine.adapters.lifecycle import LoadedSlab
+from loraserve.engine.host_cache.cache import HostCache
 from loraserve.engine.host_cache.tier import FROM_CACHE, CacheTier
-from loraserve.engine.loading.memory import HostPool, Landing
-from loraserve.engine.loading.source import Damaged, LoadFailed
-from loraserve.engine.loading.speeds import ReadSource
+from loraserve.engine.loading.memory import HostPool, TransferTarget
+from loraserve.engine.loading.source import DamagedSlabError, SlabReadError
+from loraserve.engine.loading.speeds import LinkSpeeds, ReadSource
 from loraserve.engine.schedule.events import LeftSlab
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
@@ -43,6 +44,18 @@ class SlowPool(HostPool):
         super().read_into(offset_bytes, into)
 
 
+class NotingSpeeds(LinkSpeeds):
+    """Notes which sources a reload was predicted from."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.predicted: list[ReadSource] = []
+
+    def predict(self, source: ReadSource, length_bytes: int) -> float:
+        self.predicted.append(source)
+        return 1.0
+
+
 class Stage:
     """A tier, with a slab of the pool at AT that may leave."""
 
@@ -52,18 +65,13 @@ class Stage:
         self.slab = slab
         self.ref = AdapterRef(name="one", version=slab.version, rank=4, slab_bytes=slab.header.slab_bytes)
         self.tasks: list[asyncio.Task[None]] = []
-        self.predicted: list[ReadSource | None] = []
-        self.tier = CacheTier(cache_bytes, self.pool, FakeClock(), self.spawn, self.predict)
+        self.speeds = NotingSpeeds()
+        self.tier = CacheTier(HostCache(cache_bytes), cache_bytes, self.pool, FakeClock(), self.speeds)
 
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self.tasks.append(asyncio.ensure_future(work))
-
-    def predict(self, way: ReadSource | None, slab_bytes: int) -> float:
-        self.predicted.append(way)
-        return 1.0
-
-    def evict(self) -> None:
-        self.tier.evicted(LeftSlab(self.ref, AT), self.slab.header)
+    def evict(self, source: ReadSource = FROM_PEER) -> None:
+        saving = self.tier.keep(LeftSlab(self.ref, AT), LoadedSlab(self.slab.header, source, 0.1))
+        if saving is not None:
+            self.tasks.append(asyncio.ensure_future(saving))
         self.tier.validate()
 
     async def saved(self) -> None:
@@ -71,14 +79,16 @@ class Stage:
         await asyncio.gather(*self.tasks)
         self.tier.validate()
 
-    async def reload(self, into: HostPool, offset_bytes: int, damaged: Damaged | None = None) -> list[int]:
+    async def reload(self, into: HostPool, offset_bytes: int, damaged: DamagedSlabError | None = None) -> list[int]:
         """As a loader does; how many bytes had arrived when."""
-        source = await self.tier.source(self.ref)
+        source = await self.tier.find(self.ref)
         assert source is not None
         assert await source.open(self.ref) == self.slab.header
         arrived: list[int] = []
         with ThreadPoolExecutor(1) as threads:
-            await source.copy(self.ref, Landing(into, offset_bytes, self.ref.slab_bytes, arrived.append, threads))
+            await source.copy(
+                self.ref, TransferTarget(into, offset_bytes, self.ref.slab_bytes, arrived.append, threads)
+            )
         source.close(damaged)
         return arrived
 
@@ -110,7 +120,7 @@ def test_a_slab_that_left_comes_back_as_it_was(play: Play) -> None:
         stage.evict()
         await stage.saved()
         stage.pool.write(AT, bytes(stage.ref.slab_bytes))
-        assert stage.tier.versions == (stage.ref.version,)
+        assert stage.tier.cache.versions == (stage.ref.version,)
         into = HostPool(memoryview(bytearray(POOL_BYTES)))
         arrived = await stage.reload(into, 4096)
         assert arrived[-1] == stage.ref.slab_bytes
@@ -126,9 +136,9 @@ def test_a_load_waits_for_what_is_saved_from_its_extent_and_for_nothing_else(pla
         stage.evict()
         end = AT + stage.ref.slab_bytes
         for first, length in ((0, AT), (end, 4096)):
-            await stage.tier.before_reuse(first, length)
+            await stage.tier.wait_saved(first, length)
         waiting = [
-            asyncio.ensure_future(stage.tier.before_reuse(first, length))
+            asyncio.ensure_future(stage.tier.wait_saved(first, length))
             for first, length in ((0, AT + 1), (end - 1, 1), (AT, 4096), (0, POOL_BYTES))
         ]
         await asyncio.sleep(0.01)
@@ -142,8 +152,8 @@ def test_a_load_waits_for_what_is_saved_from_its_extent_and_for_nothing_else(pla
 def test_a_load_of_what_is_being_saved_waits_for_that_and_has_it_from_here(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
-        assert stage.tier.versions == ()
-        asking = asyncio.ensure_future(stage.tier.source(stage.ref))
+        assert stage.tier.cache.versions == ()
+        asking = asyncio.ensure_future(stage.tier.find(stage.ref))
         await asyncio.sleep(0.01)
         assert not asking.done()
         await stage.saved()
@@ -155,12 +165,12 @@ def test_a_load_of_what_is_being_saved_waits_for_that_and_has_it_from_here(play:
 def test_a_load_that_is_given_up_while_it_waits_does_no_harm_to_the_save(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
-        waiting = asyncio.ensure_future(stage.tier.before_reuse(AT, 1))
+        waiting = asyncio.ensure_future(stage.tier.wait_saved(AT, 1))
         await asyncio.sleep(0)
         waiting.cancel()
         await asyncio.wait([waiting])
         await stage.saved()
-        assert stage.tier.versions == (stage.ref.version,)
+        assert stage.tier.cache.versions == (stage.ref.version,)
 
     play(scenario)
 
@@ -170,7 +180,7 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_nobody_waiting(play: Play, g
     async def scenario(stage: Stage) -> None:
         stage.pool.breaks = True
         stage.evict()
-        waiting = asyncio.ensure_future(stage.tier.before_reuse(AT, 1))
+        waiting = asyncio.ensure_future(stage.tier.wait_saved(AT, 1))
         await asyncio.sleep(0.01)
         if given_up:
             stage.tasks[0].cancel()
@@ -178,7 +188,7 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_nobody_waiting(play: Play, g
         await asyncio.wait(stage.tasks)
         await waiting
         stage.tier.validate()
-        assert await stage.tier.source(stage.ref) is None
+        assert await stage.tier.find(stage.ref) is None
         assert list(stage.tier.cache.entries()) == []
 
     play(scenario)
@@ -186,13 +196,11 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_nobody_waiting(play: Play, g
 
 def test_what_is_kept_already_is_not_copied_again_and_costs_what_it_did(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
-        stage.tier.loaded(stage.ref.version, FROM_PEER)
-        stage.evict()
+        stage.evict(FROM_PEER)
         await stage.saved()
-        stage.tier.loaded(stage.ref.version, FROM_CACHE)
-        stage.evict()
+        stage.evict(FROM_CACHE)
         assert len(stage.tasks) == 1
-        assert stage.predicted == [FROM_PEER], "the second time nothing is known of any other way"
+        assert stage.speeds.predicted == [FROM_PEER], "the second time nothing is known of any other source"
 
     play(scenario)
 
@@ -201,8 +209,8 @@ def test_what_a_load_finds_damaged_is_here_no_more(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
         await stage.saved()
-        await stage.reload(HostPool(memoryview(bytearray(POOL_BYTES))), 0, Damaged(1))
-        assert await stage.tier.source(stage.ref) is None
+        await stage.reload(HostPool(memoryview(bytearray(POOL_BYTES))), 0, DamagedSlabError(1))
+        assert await stage.tier.find(stage.ref) is None
         stage.tier.validate()
 
     play(scenario)
@@ -220,8 +228,8 @@ def test_when_a_peer_complains_the_copy_is_looked_at(play: Play, layer: int | No
         if layer is not None:
             first = entry.offset_bytes + stage.slab.header.layer(layer).start
             np.frombuffer(memory.view(first, 1), np.uint8)[0] ^= 1
-        assert await stage.tier.look_at(stage.ref.version) == layer
-        assert (stage.tier.versions == ()) is (layer is not None)
+        assert await stage.tier.check_copy(stage.ref.version) == layer
+        assert (stage.tier.cache.versions == ()) is (layer is not None)
         stage.tier.validate()
 
     play(scenario)
@@ -231,14 +239,14 @@ def test_a_source_of_what_has_left_or_is_of_another_size_says_so(play: Play) -> 
     async def scenario(stage: Stage) -> None:
         stage.evict()
         await stage.saved()
-        source = await stage.tier.source(stage.ref)
+        source = await stage.tier.find(stage.ref)
         assert source is not None
         larger = AdapterRef(name="one", version=stage.ref.version, rank=4, slab_bytes=stage.ref.slab_bytes + 1)
-        with pytest.raises(LoadFailed, match="mismatch"):
+        with pytest.raises(SlabReadError, match="mismatch"):
             await source.open(larger)
         source.close(None)
         stage.tier.cache.damage(stage.ref.version, 0.0)
-        with pytest.raises(LoadFailed, match="not_found"):
+        with pytest.raises(SlabReadError, match="not_found"):
             await source.open(stage.ref)
         source.close(None)
         stage.tier.validate()
@@ -248,10 +256,9 @@ def test_a_source_of_what_has_left_or_is_of_another_size_says_so(play: Play) -> 
 
 def test_without_memory_nothing_is_kept(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
-        stage.tier.used(stage.ref.version)
         stage.evict()
-        assert (stage.tasks, stage.tier.memory, stage.tier.versions) == ([], None, ())
-        assert await stage.tier.source(stage.ref) is None
-        await stage.tier.before_reuse(0, POOL_BYTES)
+        assert (stage.tasks, stage.tier.memory, stage.tier.cache.versions) == ([], None, ())
+        assert await stage.tier.find(stage.ref) is None
+        await stage.tier.wait_saved(0, POOL_BYTES)
 
     play(scenario, cache_bytes=0)

@@ -2,18 +2,19 @@
 
 import asyncio
 import random
-from collections.abc import Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from typing import Any
 
 import pytest
 import torch
 
 from loraserve.adapter.format import make_uniform_layout, seal_layout, slab_version
+from loraserve.engine.adapters.lifecycle import LoadedSlab
 from loraserve.engine.cuda.pool import DevicePool, page_locked
+from loraserve.engine.host_cache.cache import HostCache
 from loraserve.engine.host_cache.tier import CacheTier
-from loraserve.engine.loading.memory import Landing
+from loraserve.engine.loading.memory import TransferTarget
+from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds
 from loraserve.engine.schedule.events import LeftSlab
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
@@ -31,24 +32,24 @@ def test_a_slab_goes_from_the_device_to_host_memory_and_back(capfd: pytest.Captu
     ref = AdapterRef(name="one", version=slab_version(header), rank=8, slab_bytes=header.slab_bytes)
     pool = DevicePool(1 << 19, torch.bfloat16, DEVICE)
     pool.write(4096, data)
-    saves: list[Coroutine[Any, Any, None]] = []
     back = bytearray(len(data))
 
     async def scenario(tier: CacheTier) -> None:
-        tier.evicted(LeftSlab(ref, 4096), header)
-        await saves.pop()
+        saving = tier.keep(LeftSlab(ref, 4096), LoadedSlab(header, FROM_STORE, 0.1))
+        assert saving is not None
+        await saving
         pool.write(4096, bytes(len(data)))
-        source = await tier.source(ref)
+        source = await tier.find(ref)
         assert source is not None
         assert tier.memory is not None
         assert torch.frombuffer(tier.memory.view(0, CACHE_BYTES), dtype=torch.uint8).is_pinned() is ON_GPU
         await source.open(ref)
         with ThreadPoolExecutor(1) as threads:
-            await source.copy(ref, Landing(pool, 8192, len(data), lambda arrived_bytes: None, threads))
+            await source.copy(ref, TransferTarget(pool, 8192, len(data), lambda arrived_bytes: None, threads))
         source.close(None)
         pool.read_into(8192, memoryview(back))
 
-    with closing(CacheTier(CACHE_BYTES, pool, FakeClock(), saves.append, lambda way, size: 1.0)) as tier:
+    with closing(CacheTier(HostCache(CACHE_BYTES), CACHE_BYTES, pool, FakeClock(), LinkSpeeds())) as tier:
         asyncio.run(scenario(tier))
     assert bytes(back) == data
     assert ("host_cache_page_locked" if ON_GPU else "host_cache_not_page_locked") in capfd.readouterr().out

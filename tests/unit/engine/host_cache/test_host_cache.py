@@ -20,10 +20,10 @@ def adapter(version: str, units: int = 1) -> AdapterRef:
 def offer(cache: HostCache, wanted: AdapterRef, reload_s: float = 1.0, now: float = 0.0, uses: int = 1) -> bool:
     """It was asked for so often, leaves the pool, and is saved where it is worth that."""
     for _ in range(uses):
-        cache.used(wanted.version, now)
+        cache.uses.add(wanted.version, now)
     offset = cache.offer(wanted, HEADER, reload_s, now)
     if offset is not None:
-        cache.saved(wanted.version, now)
+        cache.save_done(wanted.version, now)
     cache.validate()
     return offset is not None
 
@@ -72,9 +72,11 @@ def test_the_cheapest_of_those_here_goes() -> None:
 
 
 def test_what_the_pool_has_lost_is_worth_its_place_again() -> None:
-    cache = cache_with(A, units=1, uses=3)
-    cache.loaded("a")
-    cache.unloaded("a")
+    pool: set[str] = set()
+    cache = HostCache(UNIT, pool.__contains__)
+    offer(cache, A, uses=3)
+    pool.add("a")
+    pool.remove("a")
     assert not offer(cache, B)
     assert cache.versions == ("a",)
 
@@ -103,20 +105,24 @@ def test_of_equal_value_what_came_first_goes() -> None:
 
 
 def test_what_is_here_needs_no_copy_when_it_leaves_the_pool_again() -> None:
-    cache = cache_with(A, units=2)
-    cache.loaded("a")
+    pool: set[str] = set()
+    cache = HostCache(2 * UNIT, pool.__contains__)
+    offer(cache, A)
+    pool.add("a")
     assert not offer(cache, A)
     assert cache.versions == ("a",)
 
 
 def test_what_the_pool_has_as_well_goes_first_until_it_leaves_there() -> None:
-    cache = HostCache(2 * UNIT)
+    pool: set[str] = set()
+    cache = HostCache(2 * UNIT, pool.__contains__)
     offer(cache, A, uses=9)
     offer(cache, B, uses=1)
-    cache.loaded("a")
+    pool.add("a")
     assert offer(cache, C, uses=1)
     assert cache.versions == ("b", "c")
-    cache.loaded("b")
+    pool.add("b")
+    pool.remove("b")
     offer(cache, B, uses=9)
     assert offer(cache, D, uses=1)
     assert cache.versions == ("b", "d"), "b has left the pool: here is the only copy"
@@ -125,9 +131,9 @@ def test_what_the_pool_has_as_well_goes_first_until_it_leaves_there() -> None:
 def test_what_is_being_saved_is_read_by_nobody_and_stays() -> None:
     cache = HostCache(UNIT)
     assert cache.offer(A, HEADER, 1.0, 0.0) == 0
-    assert (cache.versions, cache.read("a")) == ((), None)
+    assert (cache.versions, cache.begin_read("a")) == ((), None)
     assert cache.offer(B, HEADER, 100.0, 0.0) is None
-    cache.failed("a", 1.0)
+    cache.save_failed("a", 1.0)
     cache.validate()
     assert cache.offer(B, HEADER, 1.0, 1.0) == 0
     assert "could not be saved" in cache.story("a")[-1]
@@ -135,22 +141,22 @@ def test_what_is_being_saved_is_read_by_nobody_and_stays() -> None:
 
 def test_what_a_load_or_a_peer_reads_stays() -> None:
     cache = cache_with(A, B, units=2, uses=0)
-    slab = cache.read("a")
+    slab = cache.begin_read("a")
     assert slab is not None
     cache.lease("b")
     assert not offer(cache, C, uses=9)
-    cache.done(slab)
+    cache.end_read(slab)
     assert offer(cache, C)
     assert cache.versions == ("b", "c")
 
 
 def test_what_is_damaged_is_given_to_nobody_and_goes_with_its_last_reader() -> None:
     cache = cache_with(A, units=1)
-    slab, leased = cache.read("a"), cache.lease("a")
+    slab, leased = cache.begin_read("a"), cache.lease("a")
     assert slab is not None
     cache.damage("a", 1.0)
-    assert (cache.versions, cache.read("a"), cache.awaited) == ((), None, frozenset("a"))
-    cache.done(slab)
+    assert (cache.versions, cache.begin_read("a"), cache.awaited) == ((), None, frozenset("a"))
+    cache.end_read(slab)
     assert not offer(cache, A), "a peer reads what lies there still"
     cache.end_lease("a", leased.generation)
     cache.validate()
@@ -168,9 +174,9 @@ def test_the_story_tells_where_it_was_and_why_it_went() -> None:
     offer(cache, A, now=3.0, reload_s=0.1)
     assert cache.story("a") == [
         "1.000 saving to the host cache at 0",
-        "1.000 saved",
-        "2.000 dropped for name-b",
-        "3.000 not cached: what is in its way is worth more, or is read",
+        "1.000 saved in the host cache",
+        "2.000 dropped from the host cache for name-b",
+        "3.000 not cached: what would make room is worth more, or is being read",
     ]
 
 

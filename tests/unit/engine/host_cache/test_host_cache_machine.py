@@ -7,7 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from loraserve.adapter.format import make_uniform_layout
 from loraserve.engine.host_cache.cache import CachedSlab, HostCache
-from loraserve.engine.lending.leases import Lease, LeaseLimits, Leases, Reader
+from loraserve.engine.lending.leases import Lease, LeaseLimits, LeaseReader, Leases
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
 
@@ -18,7 +18,7 @@ ADAPTERS = [
     for i, units in enumerate((1, 1, 1, 2, 2, 3, 5))
 ]
 LIMITS = LeaseLimits(lasts_s=5.0, longest_s=12.0, most=6, most_a_reader=6)
-READER = Reader("engine-1", "life")
+READER = LeaseReader("engine-1", "life")
 adapters = st.sampled_from(ADAPTERS)
 
 
@@ -34,7 +34,8 @@ class HostCacheMachine(RuleBasedStateMachine):
 
     @initialize(units=st.integers(1, 8), here=st.lists(adapters, max_size=4, unique=True))
     def begin(self, units: int, here: list[AdapterRef]) -> None:
-        self.cache = HostCache(UNIT * units + 100)
+        self.pool: set[str] = set()
+        self.cache = HostCache(UNIT * units + 100, self.pool.__contains__)
         self.leases = Leases("cache", self.cache, LIMITS)
         self.memory = [""] * units
         self.saves = 0
@@ -66,18 +67,19 @@ class HostCacheMachine(RuleBasedStateMachine):
     @rule(adapter=adapters, uses=st.integers(1, 5))
     def used(self, adapter: AdapterRef, uses: int) -> None:
         for _ in range(uses):
-            self.cache.used(adapter.version, self.now)
+            self.cache.uses.add(adapter.version, self.now)
 
     @rule(adapter=adapters, reload_s=st.sampled_from([0.1, 1.0, 5.0]))
     def leave_the_pool(self, adapter: AdapterRef, reload_s: float) -> None:
-        self.cache.used(adapter.version, self.now)
+        self.cache.uses.add(adapter.version, self.now)
         self.offer(adapter, reload_s)
 
     def offer(self, adapter: AdapterRef, reload_s: float) -> None:
         before = {slab.adapter.version: msgspec.structs.replace(slab) for slab in self.cache.entries()}
+        self.pool.discard(adapter.version)
         offset = self.cache.offer(adapter, HEADER, reload_s, self.now)
         gone = before.keys() - {slab.adapter.version for slab in self.cache.entries()}
-        assert all(before[version].may_leave for version in gone), "what is read or saved left"
+        assert all(before[version].evictable for version in gone), "what is read or saved left"
         if offset is None:
             assert not gone, "something left in vain"
             return
@@ -91,23 +93,27 @@ class HostCacheMachine(RuleBasedStateMachine):
             self.memory[unit] = f"{adapter.version}, save {self.saves}"
 
     def worth(self, slab: CachedSlab) -> float:
-        return 0.0 if slab.in_pool else self.cache.uses_of(slab.adapter.version, self.now) * slab.reload_s
+        return (
+            0.0
+            if slab.adapter.version in self.pool
+            else self.cache.uses.get(slab.adapter.version, self.now) * slab.reload_s
+        )
 
     @precondition(lambda self: self.saving)
     @rule(fails=st.sampled_from([False, False, False, True]), last=st.booleans())
     def end_save(self, fails: bool, last: bool) -> None:
         version = self.saving.pop(-1 if last else 0).version
-        (self.cache.failed if fails else self.cache.saved)(version, self.now)
+        (self.cache.save_failed if fails else self.cache.save_done)(version, self.now)
         assert (version in self.cache.versions) is not fails
 
     @rule(adapter=adapters)
     def loaded_into_the_pool(self, adapter: AdapterRef) -> None:
-        self.cache.loaded(adapter.version)
+        self.pool.add(adapter.version)
 
     @rule(data=st.data())
     def begin_load(self, data: st.DataObject) -> None:
         adapter = self.one(data)
-        slab = self.cache.read(adapter.version)
+        slab = self.cache.begin_read(adapter.version)
         assert (slab is not None) is (adapter.version in self.cache.versions)
         if slab is not None:
             self.loads.append(self.reading(slab))
@@ -117,7 +123,7 @@ class HostCacheMachine(RuleBasedStateMachine):
     def end_load(self, data: st.DataObject) -> None:
         load = data.draw(st.sampled_from(self.loads))
         self.loads.remove(load)
-        self.cache.done(load.slab)
+        self.cache.end_read(load.slab)
 
     @rule(data=st.data(), read=st.integers(0, 2))
     def lease(self, data: st.DataObject, read: int) -> None:
@@ -127,7 +133,7 @@ class HostCacheMachine(RuleBasedStateMachine):
         if isinstance(answer, Lease):
             slab = self.cache.get(adapter.version)
             assert slab is not None
-            assert slab.readable or answer.lease_id in self.leased
+            assert slab.is_readable or answer.lease_id in self.leased
             self.leased.setdefault(answer.lease_id, self.reading(slab))
         else:
             assert adapter.version not in self.cache.versions or len(self.leased) == LIMITS.most
@@ -180,11 +186,11 @@ class HostCacheMachine(RuleBasedStateMachine):
         while self.saving:
             self.end_save(fails=False, last=False)
         for load in self.loads:
-            self.cache.done(load.slab)
-        self.leases.reader_gone(READER, self.now)
+            self.cache.end_read(load.slab)
+        self.leases.end_reader(READER, self.now)
         self.loads, self.leased = [], {}
         self.what_is_read_stays()
-        assert all(slab.may_leave for slab in self.cache.entries())
+        assert all(slab.evictable for slab in self.cache.entries())
 
 
 TestHostCache = HostCacheMachine.TestCase

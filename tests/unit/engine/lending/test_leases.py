@@ -3,7 +3,7 @@
 import pytest
 
 from loraserve.engine.adapters.residency import Residency
-from loraserve.engine.lending.leases import Lease, LeaseLimits, Leases, Reader, Refused
+from loraserve.engine.lending.leases import Lease, LeaseLimits, LeaseReader, LeaseRefusal, Leases
 from loraserve.engine.schedule.events import (
     EvictAdapter,
     Instruction,
@@ -16,8 +16,8 @@ from loraserve.messages import AdapterRef
 from loraserve.story import Story
 
 UNIT = 4096
-ONE = Reader("engine-1", "first life")
-TWO = Reader("engine-2", "first life")
+ONE = LeaseReader("engine-1", "first life")
+TWO = LeaseReader("engine-2", "first life")
 LIMITS = LeaseLimits(lasts_s=5.0, longest_s=12.0, most=5, most_a_reader=3)
 
 
@@ -46,17 +46,19 @@ class Owner:
         self.residency.start_loads([wanted], now, idle=True)
         self.residency.complete_load(wanted.version)
 
-    def lease(self, wanted: AdapterRef, reader: Reader = ONE, read_id: str = "read", now: float = 0.0) -> Lease:
+    def lease(self, wanted: AdapterRef, reader: LeaseReader = ONE, read_id: str = "read", now: float = 0.0) -> Lease:
         lease = self.ask(wanted, reader, read_id, now)
         assert isinstance(lease, Lease), lease
         return lease
 
-    def ask(self, wanted: AdapterRef, reader: Reader = ONE, read_id: str = "x", now: float = 0.0) -> Lease | Refused:
+    def ask(
+        self, wanted: AdapterRef, reader: LeaseReader = ONE, read_id: str = "x", now: float = 0.0
+    ) -> Lease | LeaseRefusal:
         answer = self.leases.grant(reader, read_id, wanted.version, wanted.slab_bytes, now)
         self.leases.validate()
         return answer
 
-    def code(self, wanted: AdapterRef, reader: Reader = ONE, read_id: str = "x", now: float = 0.0) -> str:
+    def code(self, wanted: AdapterRef, reader: LeaseReader = ONE, read_id: str = "x", now: float = 0.0) -> str:
         return code(self.ask(wanted, reader, read_id, now))
 
     def waits(self, *wanted: AdapterRef, idle: bool = False) -> tuple[list[str], list[str]]:
@@ -65,7 +67,7 @@ class Owner:
 
 
 def code(answer: object) -> str:
-    assert isinstance(answer, Refused), answer
+    assert isinstance(answer, LeaseRefusal), answer
     return answer.code
 
 
@@ -78,7 +80,7 @@ def test_a_lease_says_where_the_slab_lies_and_until_when() -> None:
     owner = Owner(A, B)
     lease = owner.lease(B, now=3.0)
     assert (lease.version, lease.offset_bytes, lease.deadline_s) == ("b", UNIT, 8.0)
-    assert owner.leases.story(lease.lease_id) == ["3.000 granted to engine-1 at 4096"]
+    assert owner.leases.story(lease.lease_id) == ["3.000 leased to engine-1 at 4096"]
 
 
 def test_what_cannot_be_leased_is_refused_by_a_code_of_its_own() -> None:
@@ -96,7 +98,7 @@ def test_one_reader_cannot_take_all_leases_and_all_together_are_bounded() -> Non
     assert owner.code(A, ONE) == "too_many_leases"
     for number in range(LIMITS.most - LIMITS.most_a_reader):
         owner.lease(A, TWO, f"read-{number}")
-    assert owner.code(A, Reader("engine-3", "")) == "too_many_leases"
+    assert owner.code(A, LeaseReader("engine-3", "")) == "too_many_leases"
     owner.lease(A, ONE, "once the others have expired", now=LIMITS.lasts_s)
 
 
@@ -120,7 +122,7 @@ def test_renewals_put_the_deadline_off_but_not_for_ever() -> None:
         deadlines.append(renewed.deadline_s)
     assert deadlines == [9.0, 12.0, 12.0, 12.0]
     assert code(owner.leases.renew(ONE, lease_id, 12.0)) == "expired"
-    assert [(ended.lease.lease_id, ended.why) for ended in owner.leases.take_ended()] == [(lease_id, "expired")]
+    assert [(ended.lease.lease_id, ended.reason) for ended in owner.leases.take_ended()] == [(lease_id, "expired")]
 
 
 def test_a_release_may_come_twice_and_says_whether_the_lease_was_held() -> None:
@@ -133,8 +135,8 @@ def test_a_release_may_come_twice_and_says_whether_the_lease_was_held() -> None:
     assert owner.pool.leases == 0
 
 
-@pytest.mark.parametrize("other", [TWO, Reader(ONE.name, "another life")])
-def test_nobody_ends_or_renews_the_lease_of_another(other: Reader) -> None:
+@pytest.mark.parametrize("other", [TWO, LeaseReader(ONE.name, "another life")])
+def test_nobody_ends_or_renews_the_lease_of_another(other: LeaseReader) -> None:
     owner = Owner(A)
     lease_id = owner.lease(A).lease_id
     assert code(owner.leases.release(other, lease_id, 1.0)) == "not_yours"
@@ -147,8 +149,8 @@ def test_all_leases_of_a_reader_end_with_it_and_those_of_others_do_not() -> None
     for each in (A, B):
         owner.lease(each, ONE)
     kept = owner.lease(A, TWO)
-    owner.leases.reader_gone(ONE, 1.0)
-    assert [(ended.lease.version, ended.why) for ended in owner.leases.take_ended()] == [
+    owner.leases.end_reader(ONE, 1.0)
+    assert [(ended.lease.version, ended.reason) for ended in owner.leases.take_ended()] == [
         ("a", "reader_gone"), ("b", "reader_gone")
     ]  # fmt: skip
     assert owner.leases.release(TWO, kept.lease_id, 1.0) is True
@@ -157,7 +159,7 @@ def test_all_leases_of_a_reader_end_with_it_and_those_of_others_do_not() -> None
 def test_a_reader_that_began_anew_is_dead_in_its_life_before() -> None:
     owner = Owner(A, B)
     before = owner.lease(A, ONE)
-    owner.lease(B, Reader(ONE.name, "second life"))
+    owner.lease(B, LeaseReader(ONE.name, "second life"))
     assert code(owner.leases.renew(ONE, before.lease_id, 1.0)) == "expired"
     assert len(owner.leases) == 1
 

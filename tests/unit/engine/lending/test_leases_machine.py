@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from loraserve.engine.adapters.residency import Residency
-from loraserve.engine.lending.leases import Lease, LeaseLimits, Leases, Reader, Refused
+from loraserve.engine.lending.leases import Lease, LeaseLimits, LeaseReader, LeaseRefusal, Leases
 from loraserve.engine.schedule.events import EvictAdapter, LoadAdapter, SchedulerLimits
 from loraserve.messages import AdapterRef
 from loraserve.story import Story
@@ -24,7 +24,7 @@ READERS = ("engine-1", "engine-2", "engine-3")
 class Held(msgspec.Struct):
     """A lease as its reader knows it; ``content`` is what was in the extent when it was granted."""
 
-    reader: Reader
+    reader: LeaseReader
     read_id: str
     version: str
     offset_bytes: int
@@ -51,7 +51,7 @@ class LeasesMachine(RuleBasedStateMachine):
         self.running: list[str] = []
         self.loading: list[str] = []
         self.held: dict[str, Held] = {}
-        self.past: dict[str, Reader] = {}
+        self.past: dict[str, LeaseReader] = {}
         self.lives = dict.fromkeys(READERS, 0)
         self.epoch = 1
         self.now = 0.0
@@ -62,8 +62,8 @@ class LeasesMachine(RuleBasedStateMachine):
                 self.end_load(fails=False)
         self.residency.retire_copies(1, ())
 
-    def reader(self, name: str) -> Reader:
-        return Reader(name, f"{self.lives[name]}")
+    def reader(self, name: str) -> LeaseReader:
+        return LeaseReader(name, f"{self.lives[name]}")
 
     def content(self, version: str) -> list[str]:
         entry = self.pool.get(version)
@@ -151,7 +151,7 @@ class LeasesMachine(RuleBasedStateMachine):
         again = [i for i, held in own.items() if (held.read_id, held.version) == (read_id, adapter.version)]
         expected = self.refusal(adapter, size, again, len(own))
         if expected:
-            assert isinstance(answer, Refused)
+            assert isinstance(answer, LeaseRefusal)
             assert answer.code == expected
         else:
             assert isinstance(answer, Lease)
@@ -191,10 +191,10 @@ class LeasesMachine(RuleBasedStateMachine):
         self.prune()
         held = self.held.get(lease_id)
         if held is not None and reader != owner:
-            assert isinstance(answer, Refused)
+            assert isinstance(answer, LeaseRefusal)
             assert answer.code == "not_yours"
         elif renews and held is None:
-            assert isinstance(answer, Refused)
+            assert isinstance(answer, LeaseRefusal)
             assert answer.code == "expired"
         elif renews and held is not None:
             assert isinstance(answer, Lease)
@@ -213,8 +213,8 @@ class LeasesMachine(RuleBasedStateMachine):
     def a_past_life_is_told_of(self, name: str) -> None:
         """Perhaps long after, and when its next has leases."""
         if self.lives[name]:
-            gone = Reader(name, f"{self.lives[name] - 1}")
-            self.leases.reader_gone(gone, self.now)
+            gone = LeaseReader(name, f"{self.lives[name] - 1}")
+            self.leases.end_reader(gone, self.now)
             self.end([lease_id for lease_id, held in self.held.items() if held.reader == gone])
             self.heard()
 

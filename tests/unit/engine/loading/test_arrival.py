@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from loraserve.adapter.format import SlabHeader, make_layout
-from loraserve.engine.loading.arrival import Arrival, Gate, gate_of, late_of
+from loraserve.engine.loading.arrival import Arrival, Gate, late_requests, make_gate
 from loraserve.engine.schedule.events import SequenceStep, StepBatch
 from loraserve.messages.sampling import SamplingParams
 from loraserve.model_shape import MODULES, SLICES, ModelShape
@@ -55,9 +55,9 @@ def test_each_layer_is_let_through_once_it_is_all_there(header: SlabHeader, step
     gate = Gate({3: arrival}, LONG_S)
     thread = stepping.go(gate)
     for layer in range(SHAPE.layers):
-        arrival.landed(header.layer(layer).stop - 1)
+        arrival.advance(header.layer(layer).stop - 1)
         assert stepping.passed == list(range(layer)), "its last byte is missing"
-        arrival.landed(header.layer(layer).stop)
+        arrival.advance(header.layer(layer).stop)
         assert stepping.until(layer + 1)
     thread.join(LONG_S)
     assert gate.late == set()
@@ -65,13 +65,13 @@ def test_each_layer_is_let_through_once_it_is_all_there(header: SlabHeader, step
 
 def test_a_step_goes_on_without_what_does_not_come(header: SlabHeader) -> None:
     slow, quick = Arrival(header), Arrival(header)
-    slow.landed(header.layer(1).stop)
-    quick.landed(header.slab_bytes)
+    slow.advance(header.layer(1).stop)
+    quick.advance(header.slab_bytes)
     gate = Gate({0: slow, 1: quick}, NOW_S)
     for layer in range(SHAPE.layers):
         gate.wait(layer)
         assert gate.late == ({0} if layer > 1 else set())
-    slow.landed(header.slab_bytes)
+    slow.advance(header.slab_bytes)
     gate.wait(SHAPE.layers - 1)
     assert gate.late == {0}, "what was computed without it stays so"
 
@@ -80,14 +80,14 @@ def test_a_step_has_one_patience_for_all(header: SlabHeader, monkeypatch: pytest
     now_s = 100.0
     waited: list[float] = []
 
-    def has(self: Arrival, layer: int, until_s: float) -> bool:
+    def wait_for(self: Arrival, layer: int, until_s: float) -> bool:
         nonlocal now_s
         waited.append(until_s - now_s)
         now_s += 2.0
         return True
 
     monkeypatch.setattr("loraserve.engine.loading.arrival.monotonic", lambda: now_s)
-    monkeypatch.setattr(Arrival, "has", has)
+    monkeypatch.setattr(Arrival, "wait_for", wait_for)
     gate = Gate({0: Arrival(header), 1: Arrival(header)}, 5.0)
     gate.wait(0)
     gate.wait(1)
@@ -98,7 +98,7 @@ def test_who_waits_hears_at_once_that_a_read_was_given_up(header: SlabHeader, st
     arrival = Arrival(header)
     gate = Gate({0: arrival}, LONG_S)
     thread = stepping.go(gate)
-    arrival.give_up()
+    arrival.abandon()
     thread.join(LONG_S)
     assert not thread.is_alive()
     assert gate.late == {0}
@@ -106,8 +106,8 @@ def test_who_waits_hears_at_once_that_a_read_was_given_up(header: SlabHeader, st
 
 def test_bytes_of_a_read_that_was_given_up_are_of_no_use(header: SlabHeader) -> None:
     arrival = Arrival(header)
-    arrival.landed(header.slab_bytes)
-    arrival.give_up()
+    arrival.advance(header.slab_bytes)
+    arrival.abandon()
     gate = Gate({0: arrival}, NOW_S)
     gate.wait(0)
     assert gate.late == {0}
@@ -121,13 +121,13 @@ def test_only_a_step_with_a_slot_that_arrives_has_a_gate(header: SlabHeader) -> 
         )
 
     batch = StepBatch(step_id=1, sequences=(part("base", -1), part("a", 2), part("b", 3), part("c", 2)))
-    assert gate_of(batch, {}) is None
-    assert gate_of(batch, {5: Arrival(header)}) is None
-    assert late_of(batch, None) == ()
-    gate = gate_of(batch, {2: Arrival(header), 5: Arrival(header)})
+    assert make_gate(batch, {}) is None
+    assert make_gate(batch, {5: Arrival(header)}) is None
+    assert late_requests(batch, None) == ()
+    gate = make_gate(batch, {2: Arrival(header), 5: Arrival(header)})
     assert gate is not None
     gate.late.add(2)
-    assert late_of(batch, gate) == ("a", "c")
+    assert late_requests(batch, gate) == ("a", "c")
 
 
 def test_what_is_all_there_while_a_step_begins_is_waited_for_no_more(header: SlabHeader) -> None:
@@ -142,4 +142,4 @@ def test_what_is_all_there_while_a_step_begins_is_waited_for_no_more(header: Sla
     sampling = SamplingParams(max_tokens=1)
     part = SequenceStep(request_id="a", tokens=(1,), start=0, blocks=(0,), sampling=sampling, prompt_length=1, slot=2)
     batch = StepBatch(step_id=1, sequences=(part,))
-    assert gate_of(batch, Installing({2: Arrival(header)})) is not None, "as it was when it was looked for"
+    assert make_gate(batch, Installing({2: Arrival(header)})) is not None, "as it was when it was looked for"

@@ -9,7 +9,7 @@ from loraserve.adapter.dtypes import storage_dtype
 from loraserve.adapter.format import make_layout
 from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.engine.loading.memory import HostPool
-from loraserve.engine.loading.slab_reader import Arrivals, damaged_layer, shares
+from loraserve.engine.loading.slab_reader import LayersToVerify, find_damaged_layer, split_layers
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
 SHAPE = ModelShape(layers=4, hidden=8, heads=2, kv_heads=1, head_dim=4, ffn=12, vocab=64)
@@ -32,10 +32,10 @@ def test_each_layer_is_told_once_in_order_as_soon_as_it_is_whole_or_all_are(
 ) -> None:
     header = make_slab(ranks).header
     for on_device in (True, False):
-        arrivals = Arrivals(header, on_device)
+        arrivals = LayersToVerify(header, on_device)
         told: list[int] = []
         for there in [*sorted(int(cut * header.slab_bytes) for cut in cuts), header.slab_bytes]:
-            told += arrivals.upto(there)
+            told += arrivals.take(there)
             whole = [layer for layer in range(SHAPE.layers) if header.layer(layer).stop <= there]
             assert told == (whole if on_device or there == header.slab_bytes else [])
         assert told == list(range(SHAPE.layers))
@@ -44,7 +44,7 @@ def test_each_layer_is_told_once_in_order_as_soon_as_it_is_whole_or_all_are(
 @given(first=st.integers(0, 50), count=st.integers(0, 50), threads=st.integers(1, 10))
 def test_layers_are_shared_out_in_order_and_evenly(first: int, count: int, threads: int) -> None:
     layers = range(first, first + count)
-    pieces = shares(layers, threads)
+    pieces = split_layers(layers, threads)
     assert [layer for piece in pieces for layer in piece] == list(layers)
     assert len(pieces) <= threads
     assert all(0 < len(piece) <= -(-count // threads) for piece in pieces)
@@ -56,9 +56,9 @@ def test_the_first_damaged_layer_of_those_asked_for_is_named(damaged: int) -> No
     memory = bytearray(OFFSET + slab.header.slab_bytes)
     pool = HostPool(memoryview(memory))
     pool.write(OFFSET, slab.data)
-    assert damaged_layer(pool, slab.header, OFFSET, range(SHAPE.layers)) is None
+    assert find_damaged_layer(pool, slab.header, OFFSET, range(SHAPE.layers)) is None
     for layer in {damaged, SHAPE.layers - 1}:
         memory[OFFSET + slab.header.layer(layer).stop - 1] ^= 1
-    assert damaged_layer(pool, slab.header, OFFSET, range(SHAPE.layers)) == damaged
-    assert damaged_layer(pool, slab.header, OFFSET, [damaged]) == damaged
-    assert damaged_layer(pool, slab.header, OFFSET, range(damaged)) is None
+    assert find_damaged_layer(pool, slab.header, OFFSET, range(SHAPE.layers)) == damaged
+    assert find_damaged_layer(pool, slab.header, OFFSET, [damaged]) == damaged
+    assert find_damaged_layer(pool, slab.header, OFFSET, range(damaged)) is None

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loraserve.engine.loading import memory as module
-from loraserve.engine.loading.memory import IDLE, LEAST_AVAILABLE, populate
+from loraserve.engine.loading.memory import IDLE_PRIORITY, LEAST_AVAILABLE, populate
 from loraserve.transfer.shm import SharedMemory, is_supported
 
 pytestmark = pytest.mark.skipif(not is_supported(), reason="needs memfd, which tells how many pages it has")
@@ -17,8 +17,8 @@ LONG_S = 60.0
 
 @pytest.fixture
 def memory(monkeypatch: pytest.MonkeyPatch) -> SharedMemory:
-    monkeypatch.setattr(module, "PIECE_BYTES", 2 << 20)
-    monkeypatch.setattr(module, "available_share", lambda: 1.0)
+    monkeypatch.setattr(module, "POPULATE_PIECE_BYTES", 2 << 20)
+    monkeypatch.setattr(module, "available_memory_share", lambda: 1.0)
     return SharedMemory(LENGTH_BYTES)
 
 
@@ -43,7 +43,7 @@ def test_where_memory_is_short_the_rest_is_left(
     memory: SharedMemory, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     shares = iter([LEAST_AVAILABLE, LEAST_AVAILABLE - 0.01])
-    monkeypatch.setattr(module, "available_share", lambda: next(shares))
+    monkeypatch.setattr(module, "available_memory_share", lambda: next(shares))
     populate(memory.view).join(LONG_S)
     assert taken_bytes(memory) == 2 << 20
     assert "little memory is available" in capfd.readouterr().out
@@ -67,7 +67,19 @@ def test_steps_go_first(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -
         priorities.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
         return 1.0
 
-    monkeypatch.setattr(module, "available_share", noted)
+    monkeypatch.setattr(module, "available_memory_share", noted)
     populate(memory.view).join(LONG_S)
-    assert priorities == [IDLE] * 3
+    assert priorities == [IDLE_PRIORITY] * 3
     assert os.getpriority(os.PRIO_PROCESS, 0) == own, "this thread goes on as before"
+
+
+def test_where_the_priority_would_be_the_whole_process_s_nothing_is_populated(
+    memory: SharedMemory, monkeypatch: pytest.MonkeyPatch, capfd: Any
+) -> None:
+    changed: list[tuple[int, ...]] = []
+    monkeypatch.setattr(module.sys, "platform", "darwin")
+    monkeypatch.setattr(module.os, "setpriority", lambda *arguments: changed.append(arguments))
+    populate(memory.view).join(LONG_S)
+    assert changed == []
+    assert taken_bytes(memory) == 0
+    assert "darwin cannot populate pages" in capfd.readouterr().out

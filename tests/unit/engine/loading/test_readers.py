@@ -10,8 +10,8 @@ import pytest
 
 from loraserve.bus.memory import MemoryNetwork
 from loraserve.engine.loading import peers as engine_readers
-from loraserve.engine.loading.memory import HostPool, Landing
-from loraserve.engine.loading.peers import Readers
+from loraserve.engine.loading.memory import HostPool, TransferTarget
+from loraserve.engine.loading.peers import TransportReaders
 from loraserve.errors import ConfigError
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Handle, ShmHandle, TcpHandle
 from loraserve.transfer.protocol import ByteRange, TransferError
@@ -46,7 +46,7 @@ def test_an_engine_starts_whose_pool_the_rdma_device_cannot_reach(monkeypatch: p
     """Its host cache is offered over that device all the same."""
     monkeypatch.setattr(engine_readers, "VerbsReader", UnwillingVerbs)
     pool = HostPool(memoryview(bytearray(4096)))
-    readers = Readers(MemoryNetwork().bus("engine-0", None), pool, object())  # type: ignore[arg-type]
+    readers = TransportReaders(MemoryNetwork().bus("engine-0", None), pool, object())  # type: ignore[arg-type]
     readers.close()
     assert UnwillingVerbs.closed
 
@@ -66,10 +66,10 @@ def read(
     """What was asked for, and how much was there then."""
     reader, there = reader or NotingReader(), list[int]()
     pool = HostPool(np.empty(slab_bytes, np.uint8).data)
-    readers = Readers(MemoryNetwork().bus("engine-0", None), pool, None)
+    readers = TransportReaders(MemoryNetwork().bus("engine-0", None), pool, None)
     readers._readers[handle.transport] = reader  # type: ignore[assignment]
     with ThreadPoolExecutor(1) as writers:
-        asyncio.run(readers.read(handle, start, Landing(pool, 0, slab_bytes, there.append, writers)))
+        asyncio.run(readers.read(handle, start, TransferTarget(pool, 0, slab_bytes, there.append, writers)))
     return reader, there
 
 

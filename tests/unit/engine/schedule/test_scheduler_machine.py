@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraserve.engine.adapters.lifecycle import LEAVING_STATES, AdapterState, PoolEntry
+from loraserve.engine.adapters.lifecycle import LEAVING_STATES, LifecycleState, PoolEntry
 from loraserve.engine.schedule.blocks import chain_digest, root_digest
 from loraserve.engine.schedule.events import (
     CANCELLED,
@@ -424,7 +424,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for entry in residency.pool.entries():
             if entry.state in LEAVING_STATES:
                 continue
-            cancelled = entry.state is AdapterState.CANCELLED
+            cancelled = entry.state is LifecycleState.CANCELLED
             assert cancelled == (not entry.is_complete and entry.adapter.version in self.cancelled)
             assert entry.is_complete or cancelled or entry.running or entry.adapter.version in wanted, (
                 "a load that no request and no plan needs"

@@ -9,10 +9,11 @@ from loraserve.adapter.pack import Slab
 from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
-from loraserve.engine.loading.loader import SlabLoader
 from loraserve.engine.loading.memory import HostPool
-from loraserve.engine.loading.peers import Readers
-from loraserve.engine.loading.sources import Sources
+from loraserve.engine.loading.peers import TransportReaders
+from loraserve.engine.loading.slab_reader import SlabReader
+from loraserve.engine.loading.sources import SourceFinder
+from loraserve.engine.loading.speeds import LinkSpeeds
 from loraserve.messages import Copies, FindCopies, ToEngine, ToMonitor, ToStore
 from loraserve.testing.engine.offline import adapter_reference
 from loraserve.testing.scripted_owner import ABLE, ScriptedOwner
@@ -35,22 +36,22 @@ class LoadScene:
         pool = HostPool(memoryview(self.memory))
         bus, clock = self.network.bus("engine-0", ToEngine), SystemClock()
         config = Config(engine=EngineConfig(load_chunk_bytes=8192, load_timeout_s=TIMEOUT_S))
-        self.sources = Sources(bus, config, clock, Readers(bus, pool, None), ABLE)
-        self.loader = SlabLoader(self.sources, pool, clock, TIMEOUT_S, 1)
+        self.sources = SourceFinder(bus, config, clock, LinkSpeeds(), TransportReaders(bus, pool, None, ABLE))
+        self.reader = SlabReader(self.sources, pool, clock, TIMEOUT_S, 1)
 
     async def start(self, stack: AsyncExitStack) -> None:
         serving = [owner.serve() for owner in self.owners]
         serving += [self.store.serve(self.network.bus("store", ToStore)), self._name_holders()]
         for work in serving:
             stack.callback(asyncio.create_task(work).cancel)
-        stack.callback(self.loader.close)
+        stack.callback(self.reader.close)
 
     async def load(self) -> str:
         """Load the slab, check the memory, and return the source that it came from."""
-        loaded = await self.loader.load(self.ref, OFFSET)
+        loaded = await self.reader.read(self.ref, OFFSET)
         assert bytes(self.memory[OFFSET : OFFSET + len(self.slab.data)]) == bytes(self.slab.data)
         self.check_around()
-        return loaded.way.name
+        return loaded.source.name
 
     def check_around(self) -> None:
         assert self.memory[:OFFSET] == GUARD * OFFSET
@@ -58,7 +59,7 @@ class LoadScene:
 
     def failed(self, source: str) -> tuple[int, int]:
         """Return the failed reads from a source, and the mismatches among them."""
-        counts = [each for each in self.loader.counts() if each.source == source]
+        counts = [each for each in self.reader.counts() if each.source == source]
         return sum(each.failed for each in counts), sum(each.mismatched for each in counts)
 
     async def until(self, condition: Callable[[], object]) -> None:

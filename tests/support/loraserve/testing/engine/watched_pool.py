@@ -14,10 +14,10 @@ class WatchedPool:
     ``before_digest`` and ``before_write`` are called in the using thread with the offset within the adapter.
     """
 
-    def __init__(self, offset_bytes: int, waits: bool = True) -> None:
+    def __init__(self, offset_bytes: int, on_device: bool = True) -> None:
         self._offset_bytes = offset_bytes
         self.memory = bytearray(1 << 17)
-        self.waits = waits
+        self.on_device = on_device
         self.before_digest: Callable[[int], object] = lambda at: None
         self.before_write: Callable[[int], object] = lambda at: None
         self.read: list[int] = []
@@ -29,7 +29,7 @@ class WatchedPool:
         return len(self.memory)
 
     def view(self, offset_bytes: int, length_bytes: int) -> memoryview | None:
-        return None if self.waits else self._pool.view(offset_bytes, length_bytes)
+        return None if self.on_device else self._pool.view(offset_bytes, length_bytes)
 
     def write(self, offset_bytes: int, data: Any) -> None:
         with self._busy(reading=0):

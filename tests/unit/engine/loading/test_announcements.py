@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from loraserve.adapter.format import SlabHeader, make_layout
-from loraserve.engine.loading import arrival_watch
+from loraserve.engine.loading import announcements
+from loraserve.engine.loading.announcements import AnnouncedLoad, ReadAnnouncer
 from loraserve.engine.loading.arrival import Arrival
-from loraserve.engine.loading.arrival_watch import ArrivalWatch, ArrivalWatches
 from loraserve.engine.schedule.events import AdapterArriving, LoadAdapter
 from loraserve.engine.schedule.report import Rates
 from loraserve.messages import AdapterRef
@@ -40,55 +40,55 @@ def watched(load: LoadAdapter, monkeypatch: pytest.MonkeyPatch) -> Any:
             raise ValueError("slab is of another dtype")
         made.arrived.append((slot, base_elements, arrival))
 
-    monkeypatch.setattr(arrival_watch, "min_prefill_tokens", lambda left_s, measured: made.tokens)
+    monkeypatch.setattr(announcements, "min_prefill_tokens", lambda left_s, measured: made.tokens)
     made.runner = SimpleNamespace(arrive=arrive)
-    made.watch = ArrivalWatch(load, made.runner, Rates(), made.told.append, count(1))
+    made.watch = AnnouncedLoad(load, made.runner, Rates(), made.told.append, count(1))
     return made
 
 
 def there(arrival: Arrival, layer: int) -> bool:
-    return arrival.has(layer, 0.0)
+    return arrival.wait_for(layer, 0.0)
 
 
 def test_the_runner_hears_of_each_layer_and_the_scheduler_of_the_read(watched: Any, header: SlabHeader) -> None:
-    watched.watch.begins(header)
+    watched.watch.begin(header)
     ((slot, base_elements, arrival),) = watched.arrived
     assert (slot, base_elements) == (3, OFFSET_BYTES // 4)
-    watched.watch.landed(header.layer(0).stop, 1.0)
+    watched.watch.advance(header.layer(0).stop, 1.0)
     assert (there(arrival, 0), there(arrival, 1)) == (True, False)
     assert watched.told == [AdapterArriving("v", 1, 5)]
     assert watched.watch.read == 1
 
 
 def test_the_scheduler_hears_again_whenever_the_estimate_changes(watched: Any, header: SlabHeader) -> None:
-    watched.watch.begins(header)
+    watched.watch.begin(header)
     for watched.tokens in (None, 5, 5, 6, None, 4):
-        watched.watch.landed(16, 1.0)
+        watched.watch.advance(16, 1.0)
     assert [told.least_tokens for told in watched.told] == [5, 6, None, 4]
 
 
 def test_a_read_that_broke_is_none_and_the_next_has_another_number(watched: Any, header: SlabHeader) -> None:
-    watched.watch.begins(header)
-    watched.watch.landed(header.slab_bytes, 1.0)
-    watched.watch.broken()
+    watched.watch.begin(header)
+    watched.watch.advance(header.slab_bytes, 1.0)
+    watched.watch.abandon()
     assert watched.watch.read == 0, "what comes another way is not what anybody began with"
-    watched.watch.landed(header.slab_bytes, 1.0)
-    watched.watch.begins(header)
+    watched.watch.advance(header.slab_bytes, 1.0)
+    watched.watch.begin(header)
     assert watched.watch.read == 2
     (_, _, broken), (_, _, second) = watched.arrived
     assert not there(broken, 0)
     assert not there(second, 0), "nothing of it is there yet"
-    watched.watch.landed(16, 1.0)
+    watched.watch.advance(16, 1.0)
     assert [(told.read, told.least_tokens) for told in watched.told] == [(1, 5), (2, 5)]
 
 
 def test_of_what_the_runner_cannot_use_nobody_is_told(watched: Any, header: SlabHeader) -> None:
     watched.refuses = True
-    watched.watch.begins(header)
-    watched.watch.landed(header.slab_bytes, 1.0)
-    watched.watch.broken()
+    watched.watch.begin(header)
+    watched.watch.advance(header.slab_bytes, 1.0)
+    watched.watch.abandon()
     assert (watched.watch.read, watched.told) == (0, [])
 
 
 def test_a_runner_without_layers_is_not_watched(load: LoadAdapter) -> None:
-    assert ArrivalWatches(SimpleNamespace(steps_ahead=0), Rates(), lambda event: None).watch(load) is None  # type: ignore[arg-type]
+    assert ReadAnnouncer(SimpleNamespace(steps_ahead=0), Rates(), lambda event: None).follow(load) is None  # type: ignore[arg-type]

@@ -1,0 +1,81 @@
+"""Announces reads under way to runner and scheduler, so that a step may begin before its slab has arrived."""
+
+from collections.abc import Callable, Iterator
+from itertools import count
+
+from loraserve.adapter.format import ITEM_BYTES, SlabHeader
+from loraserve.engine.compute.protocol import LayeredRunner, Runner
+from loraserve.engine.loading.arrival import Arrival
+from loraserve.engine.schedule.early import min_prefill_tokens
+from loraserve.engine.schedule.events import AdapterArriving, LoadAdapter
+from loraserve.engine.schedule.report import Rates
+
+
+class AnnouncedLoad:
+    """Announces the reads of one load, one after another; see ReadProgress."""
+
+    def __init__(
+        self,
+        load: LoadAdapter,
+        runner: LayeredRunner,
+        rates: Rates,
+        report: Callable[[AdapterArriving], None],
+        numbers: Iterator[int],
+    ) -> None:
+        self._load = load
+        self._runner = runner
+        self._rates = rates
+        self._report = report
+        self._numbers = numbers
+        self._arrival: Arrival | None = None
+        self._reported_tokens: int | None = None
+        self.read = 0
+        """The number of the read under way or done; 0 if there is none, or if it is not announced."""
+
+    def begin(self, header: SlabHeader) -> None:
+        """Announce a new read to the runner."""
+        arrival = Arrival(header)
+        try:
+            self._runner.arrive(self._load.slot, header, base_elements(self._load, header), arrival)
+        except ValueError:
+            # The slab cannot be used at all; the load reports that when it installs it.
+            return
+        self._arrival, self.read, self._reported_tokens = arrival, next(self._numbers), None
+
+    def advance(self, slab_bytes: int, remaining_s: float) -> None:
+        """Tell the runner how far the read is, and the scheduler which steps may begin with it."""
+        if self._arrival is None:
+            return
+        self._arrival.advance(slab_bytes)
+        tokens = min_prefill_tokens(remaining_s, self._rates.measured())
+        if tokens != self._reported_tokens:
+            self._reported_tokens = tokens
+            self._report(AdapterArriving(self._load.adapter.version, self.read, tokens))
+
+    def abandon(self) -> None:
+        """Make steps stop waiting for a read that failed or was given up."""
+        if self._arrival is not None:
+            self._arrival.abandon()
+        self._arrival, self.read = None, 0
+
+
+class ReadAnnouncer:
+    """Numbers the announced reads of an engine. ``report`` takes events to the scheduler."""
+
+    def __init__(self, runner: Runner, rates: Rates, report: Callable[[AdapterArriving], None]) -> None:
+        # A step that is taken ahead would go on from one that may be discarded.
+        self._runner = runner if isinstance(runner, LayeredRunner) and not runner.steps_ahead else None
+        self._rates = rates
+        self._report = report
+        self._numbers = count(1)
+
+    def follow(self, load: LoadAdapter) -> AnnouncedLoad | None:
+        """Return what announces the reads of a load; None if the runner's steps use whole slabs only."""
+        if self._runner is None:
+            return None
+        return AnnouncedLoad(load, self._runner, self._rates, self._report, self._numbers)
+
+
+def base_elements(load: LoadAdapter, header: SlabHeader) -> int:
+    """Return where the slab of a load begins in the pool, in elements."""
+    return load.offset_bytes // ITEM_BYTES[header.dtype]

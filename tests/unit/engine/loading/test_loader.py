@@ -1,0 +1,174 @@
+"""The result of a load: loaded, failed, or cancelled before it begins and while it runs."""
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from loraserve.adapter.format import SlabHeader, make_uniform_layout
+from loraserve.engine.adapters.lifecycle import LifecycleEvent, LoadedSlab
+from loraserve.engine.adapters.pool import AdapterPool
+from loraserve.engine.compute.protocol import DeviceLostError
+from loraserve.engine.loading.announcements import ReadAnnouncer
+from loraserve.engine.loading.loader import AdapterLoader
+from loraserve.engine.loading.source import SlabReadError
+from loraserve.engine.loading.speeds import FROM_STORE
+from loraserve.engine.schedule.events import CANCELLED, AdapterLoaded, AdapterLoadFailed, LoadAdapter
+from loraserve.engine.schedule.report import Rates
+from loraserve.messages import AdapterRef
+from loraserve.model_shape import ModelShape
+
+HEADER: SlabHeader = make_uniform_layout(ModelShape(1, 8, 1, 1, 8, 8, 8), "float32", 1)
+REF = AdapterRef(name="name-a", version="a", rank=1, slab_bytes=HEADER.slab_bytes)
+SLAB = LoadedSlab(HEADER, FROM_STORE, 0.5)
+FAILED = AdapterLoadFailed("a", CANCELLED, "nothing wants the adapter any more")
+
+
+class HeldReader:
+    """Reads end once they are let go; notes what became of the last."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.ended = ""
+        self.error: Exception | None = None
+
+    async def read(self, adapter: AdapterRef, offset_bytes: int, progress: object) -> LoadedSlab:
+        self.ended = "begun"
+        try:
+            await self.go.wait()
+        except asyncio.CancelledError:
+            await asyncio.sleep(0)
+            self.ended = "cleaned up"
+            raise
+        self.ended = "done"
+        if self.error is not None:
+            raise self.error
+        return SLAB
+
+
+class NoCache:
+    async def wait_saved(self, offset_bytes: int, length_bytes: int) -> None:
+        return None
+
+
+class Scene:
+    """A loader over fakes, with the adapter placed in the pool."""
+
+    def __init__(self) -> None:
+        self.pool = AdapterPool(1 << 20, 2)
+        self.reader = HeldReader()
+        self.installed: list[int] = []
+        self.refuses: Exception | None = None
+        runner: Any = SimpleNamespace(install=self.install, steps_ahead=0)
+        announcer = ReadAnnouncer(runner, Rates(), lambda event: None)
+        reader: Any = self.reader
+        cache: Any = NoCache()
+        self.loader = AdapterLoader(runner, self.pool, cache, reader, announcer)
+
+    def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
+        if self.refuses is not None:
+            raise self.refuses
+        self.installed.append(slot)
+
+    def load(self) -> "asyncio.Task[AdapterLoaded | AdapterLoadFailed]":
+        placed = self.pool.place(REF, 0.0)
+        assert placed is not None
+        return asyncio.create_task(self.loader.load(LoadAdapter(REF, placed.slot, placed.offset_bytes)))
+
+    def cancel(self) -> None:
+        """As the scheduler and the service do."""
+        assert self.pool.cancel_unwanted(()) == ["a"]
+        self.loader.cancel("a")
+
+
+def test_a_load_that_nothing_cancels_returns_the_slab() -> None:
+    async def main() -> None:
+        scene = Scene()
+        task = scene.load()
+        scene.reader.go.set()
+        assert await task == AdapterLoaded("a", 0, SLAB)
+        assert scene.installed == [0]
+        scene.loader.cancel("a")
+
+    asyncio.run(main())
+
+
+def test_a_cancelled_load_returns_once_the_read_has_ended() -> None:
+    async def main() -> None:
+        scene = Scene()
+        task = scene.load()
+        await asyncio.sleep(0)
+        scene.loader.cancel("b")
+        scene.cancel()
+        assert await task == FAILED
+        assert scene.reader.ended == "cleaned up"
+        assert task.cancelling() == 0
+        assert scene.installed == []
+
+    asyncio.run(main())
+
+
+def test_a_load_that_is_cancelled_before_it_begins_reads_nothing() -> None:
+    async def main() -> None:
+        scene = Scene()
+        task = scene.load()
+        scene.cancel()
+        assert await task == FAILED
+        assert scene.reader.ended == ""
+
+    asyncio.run(main())
+
+
+def test_a_task_that_is_cancelled_itself_raises_that() -> None:
+    async def main() -> None:
+        scene = Scene()
+        task = scene.load()
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert scene.reader.ended == "cleaned up"
+
+    asyncio.run(main())
+
+
+def test_a_version_can_be_loaded_again_after_its_load_has_ended() -> None:
+    async def main() -> None:
+        scene = Scene()
+        for _ in range(2):
+            task = scene.load()
+            await asyncio.sleep(0)
+            scene.cancel()
+            assert await task == FAILED
+            scene.pool.apply("a", LifecycleEvent.LOAD_FAILED)
+            assert len(scene.pool.remove_leaving()) == 1
+        scene.reader.go.set()
+        assert isinstance(await scene.load(), AdapterLoaded)
+
+    asyncio.run(main())
+
+
+def test_a_failed_read_or_a_slab_that_does_not_fit_is_returned_with_its_code() -> None:
+    async def main() -> None:
+        scene = Scene()
+        scene.reader.go.set()
+        scene.reader.error = SlabReadError("timeout", "too slow")
+        assert await scene.load() == AdapterLoadFailed("a", "timeout", "timeout: too slow")
+        scene.pool.apply("a", LifecycleEvent.LOAD_FAILED)
+        scene.pool.remove_leaving()
+        scene.reader.error, scene.refuses = None, ValueError("of another dtype")
+        assert await scene.load() == AdapterLoadFailed("a", "mismatch", "of another dtype")
+
+    asyncio.run(main())
+
+
+def test_a_lost_device_is_raised() -> None:
+    async def main() -> None:
+        scene = Scene()
+        scene.reader.go.set()
+        scene.refuses = DeviceLostError("gone")
+        with pytest.raises(DeviceLostError):
+            await scene.load()
+
+    asyncio.run(main())
