@@ -103,7 +103,6 @@ class Gateway:
         self.bus.send(engine, Abort(request_id=request_id))
 
     def tell_story(self, request_id: str, what: str) -> None:
-        """Record an event of a request for operators."""
         self.stories.story.tell(request_id, self.clock.monotonic_s(), what)
 
 

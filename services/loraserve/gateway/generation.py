@@ -195,7 +195,6 @@ async def generation(gateway: Gateway, choices: Sequence[ChoiceRequest], arrived
 
 
 async def _ask_router(gateway: Gateway, choice: ChoiceRequest) -> Routed:
-    """Return where the request runs. Raises ApiError where no engine takes it."""
     try:
         answer = await _ask_twice(gateway, choice.route)
     except RequestTimeoutError as error:

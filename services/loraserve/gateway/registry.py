@@ -26,7 +26,6 @@ class RegistryCopy:
 
     @property
     def is_known(self) -> bool:
-        """Whether the store has ever sent its registry."""
         return self.revision >= 0
 
     @property

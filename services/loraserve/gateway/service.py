@@ -76,7 +76,6 @@ class GatewayService(Service):
         return self.gateway.stories.story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
-        """Handle a message that is no answer to a request."""
         now = self.clock.monotonic_s()
         streams = self.gateway.streams
         match envelope.message:

@@ -53,12 +53,10 @@ async def completions(http: web.Request) -> web.StreamResponse:
 
 
 def encode_item(tokenizer: ModelTokenizer, item: str | list[int], add_special_tokens: bool) -> tuple[int, ...]:
-    """Return the tokens of one prompt. Blocks."""
     return tokenizer.encode(item, add_special_tokens) if isinstance(item, str) else tuple(item)
 
 
 def echoed(tokenizer: ModelTokenizer, items: Sequence[str | list[int]], n: int) -> list[str]:
-    """Return the text of its prompt for each choice. Blocks."""
     texts = [item if isinstance(item, str) else tokenizer.decode(item) for item in items]
     return [text for text in texts for _ in range(n)]
 

@@ -40,133 +40,96 @@ class Refusal(NamedTuple):
         return any(isinstance(given, bool) == isinstance(own, bool) and given == own for own in self.neutral)
 
 
-def _unless(*neutral: Any) -> tuple[Any, ...]:
-    return (*ASKS_FOR_NOTHING, *neutral)
-
-
-_CONSTRAINED = "constrained output is not supported; leave it out and check the answer"
-_ADAPTER = 'adapters are chosen by name: put the adapter\'s name into "model"'
 _PENALTY = "is not supported; use repetition_penalty, presence_penalty or frequency_penalty"
 _SAMPLER = "this sampler is not supported; use temperature, top_p, top_k or min_p"
-_MEDIA = "only text is supported; leave it out"
-_EXTRA = "the answer would lack what it asks for; leave it out"
-_PROMPT = 'is not supported; put token ids into "prompt" of /v1/completions'
-_TOOLS = "tool calls are not supported; leave it out"
+_LENGTH = "is not supported here; use max_tokens"
 _TEMPLATE = 'is not supported; if the model\'s chat template takes it, put it into "chat_template_kwargs"'
-_PROCESSOR = "logits processors are not supported; leave it out"
+
+
+def _refused(reason: str, fields: str, *also_neutral: Any) -> dict[str, Refusal]:
+    """Return the same refusal for several fields; ``also_neutral`` values pass beside those that always do."""
+    return dict.fromkeys(fields.split(), Refusal(reason, (*ASKS_FOR_NOTHING, *also_neutral)))
+
 
 REFUSED: dict[str, Refusal] = {
     # The shape of the output.
-    "response_format": Refusal('only {"type": "text"} is supported', _unless({"type": "text"})),
-    "guided_json": Refusal(_CONSTRAINED),
-    "guided_regex": Refusal(_CONSTRAINED),
-    "guided_choice": Refusal(_CONSTRAINED),
-    "guided_grammar": Refusal(_CONSTRAINED),
-    "structured_outputs": Refusal(_CONSTRAINED),
-    "structural_tag": Refusal(_CONSTRAINED),
-    "json_schema": Refusal(_CONSTRAINED),
-    "regex": Refusal(_CONSTRAINED),
-    "ebnf": Refusal(_CONSTRAINED),
-    "grammar": Refusal(_CONSTRAINED),
+    **_refused('only {"type": "text"} is supported', "response_format", {"type": "text"}),
+    **_refused(
+        "constrained output is not supported; leave it out and check the answer",
+        "guided_json guided_regex guided_choice guided_grammar structured_outputs structural_tag json_schema regex "
+        "ebnf grammar",
+    ),
     # Which tokens may be drawn.
-    "logit_bias": Refusal("is not supported; leave it out"),
-    "allowed_token_ids": Refusal("is not supported; leave it out"),
-    "bad_words": Refusal("is not supported; leave it out"),
-    "logits_processors": Refusal(_PROCESSOR),
-    "custom_logit_processor": Refusal(_PROCESSOR),
-    "custom_params": Refusal(_PROCESSOR),
-    "vllm_xargs": Refusal(_PROCESSOR),
+    **_refused("is not supported; leave it out", "logit_bias allowed_token_ids bad_words"),
+    **_refused(
+        "logits processors are not supported; leave it out",
+        "logits_processors custom_logit_processor custom_params vllm_xargs",
+    ),
     # Samplers and penalties.
-    "use_beam_search": Refusal("beam search is not supported; ask for n choices instead"),
+    **_refused("beam search is not supported; ask for n choices instead", "use_beam_search"),
     "do_sample": Refusal("is not supported; set temperature to 0 for greedy output instead", (None, True)),
-    "typical_p": Refusal(_SAMPLER, _unless(1)),
-    "top_a": Refusal(_SAMPLER, _unless(0)),
-    "top_n_sigma": Refusal(_SAMPLER, _unless(-1, 0)),
-    "tfs": Refusal(_SAMPLER, _unless(1)),
-    "tfs_z": Refusal(_SAMPLER, _unless(1)),
-    "eta_cutoff": Refusal(_SAMPLER, _unless(0)),
-    "epsilon_cutoff": Refusal(_SAMPLER, _unless(0)),
-    "mirostat": Refusal(_SAMPLER, _unless(0)),
-    "mirostat_mode": Refusal(_SAMPLER, _unless(0)),
-    "dynatemp_range": Refusal(_SAMPLER, _unless(0)),
-    "smoothing_factor": Refusal(_SAMPLER, _unless(0)),
-    "xtc_probability": Refusal(_SAMPLER, _unless(0)),
-    "adaptive_target": Refusal(_SAMPLER, _unless(-1)),
-    "samplers": Refusal(_SAMPLER),
-    "min_keep": Refusal(_SAMPLER, _unless(0)),
-    "dry_multiplier": Refusal(_PENALTY, _unless(0)),
-    "repeat_penalty": Refusal(_PENALTY, _unless(1)),
-    "no_repeat_ngram_size": Refusal(_PENALTY, _unless(0)),
-    "penalty_prompt": Refusal(_PENALTY),
+    **_refused(_SAMPLER, "samplers"),
+    **_refused(_SAMPLER, "typical_p tfs tfs_z", 1),
+    **_refused(_SAMPLER, "top_a eta_cutoff epsilon_cutoff mirostat mirostat_mode dynatemp_range smoothing_factor", 0),
+    **_refused(_SAMPLER, "xtc_probability min_keep", 0),
+    **_refused(_SAMPLER, "top_n_sigma", -1, 0),
+    **_refused(_SAMPLER, "adaptive_target", -1),
+    **_refused(_PENALTY, "penalty_prompt"),
+    **_refused(_PENALTY, "dry_multiplier no_repeat_ngram_size", 0),
+    **_refused(_PENALTY, "repeat_penalty", 1),
     # The length of the output and what ends it.
-    "n_predict": Refusal("is not supported; use max_tokens instead", _unless(-1)),
-    "max_new_tokens": Refusal("is not supported; use max_tokens instead"),
-    "min_new_tokens": Refusal("is not supported; use min_tokens instead", _unless(0)),
-    "max_completion_tokens": Refusal("is not supported; use max_tokens on this endpoint"),
-    "t_max_predict_ms": Refusal("is not supported; use max_tokens", _unless(0)),
-    "n_indent": Refusal("is not supported; use stop", _unless(0)),
-    "stop_regex": Refusal("is not supported; use stop"),
-    "no_stop_trim": Refusal("is not supported; use include_stop_str_in_output instead"),
-    "thinking_token_budget": Refusal("is not supported; use max_tokens"),
+    **_refused(_LENGTH, "max_new_tokens max_completion_tokens thinking_token_budget"),
+    **_refused(_LENGTH, "n_predict", -1),
+    **_refused(_LENGTH, "t_max_predict_ms", 0),
+    **_refused("is not supported; use min_tokens instead", "min_new_tokens", 0),
+    **_refused("is not supported; use stop instead", "stop_regex"),
+    **_refused("is not supported; use stop instead", "n_indent", 0),
+    **_refused("is not supported; use include_stop_str_in_output instead", "no_stop_trim"),
     # Choices.
-    "num_return_sequences": Refusal("is not supported; use n instead", _unless(1)),
-    "n_probs": Refusal("is not supported; use logprobs instead", _unless(0)),
+    **_refused("is not supported; use n instead", "num_return_sequences", 1),
     # The prompt.
-    "suffix": Refusal("insertion is not supported; leave it out"),
-    "echo": Refusal("is supported on /v1/completions only; leave it out"),
-    "input_ids": Refusal(_PROMPT),
-    "prompt_token_ids": Refusal(_PROMPT),
-    "prompt_embeds": Refusal(_PROMPT),
-    "input_embeds": Refusal(_PROMPT),
-    "truncate_prompt_tokens": Refusal("is not supported; shorten the prompt before sending it"),
-    "truncate": Refusal("is not supported; shorten the prompt before sending it"),
-    "n_keep": Refusal("the context is never shifted; shorten the prompt before sending it", _unless(0)),
-    "documents": Refusal("is not supported; put the documents into the messages"),
-    "chat_template": Refusal("only the model's own template is used; leave it out"),
-    "reasoning_effort": Refusal(_TEMPLATE),
+    **_refused("insertion is not supported; leave it out", "suffix"),
+    **_refused("is supported on /v1/completions only; leave it out", "echo"),
+    **_refused(
+        'is not supported; put token ids into "prompt" of /v1/completions',
+        "input_ids prompt_token_ids prompt_embeds input_embeds",
+    ),
+    **_refused("is not supported; shorten the prompt before sending it", "truncate_prompt_tokens truncate"),
+    **_refused("is not supported; shorten the prompt before sending it", "n_keep", 0),
+    **_refused("is not supported; put the documents into the messages", "documents"),
+    **_refused("only the model's own template is used; leave it out", "chat_template"),
+    **_refused(_TEMPLATE, "reasoning_effort"),
+    # False asks for an answer without thinking.
     "enable_thinking": Refusal(_TEMPLATE, (None, "", {}, [])),
     "thinking": Refusal(_TEMPLATE, (None, "", {}, [])),
-    "verbosity": Refusal("is not supported; ask for it in the messages", _unless("medium")),
-    # Media.
-    "modalities": Refusal(_MEDIA, _unless(["text"])),
-    "audio": Refusal(_MEDIA),
-    "image_data": Refusal(_MEDIA),
-    "audio_data": Refusal(_MEDIA),
-    "video_data": Refusal(_MEDIA),
-    "multimodal_data": Refusal(_MEDIA),
-    # Tools.
-    "tools": Refusal('tool calls are not supported; leave tools out or set tool_choice to "none"'),
-    "tool_choice": Refusal(_TOOLS, _unless("none", "auto")),
-    "functions": Refusal("function calls are not supported; leave it out"),
-    "function_call": Refusal(_TOOLS, _unless("none", "auto")),
+    **_refused("is not supported; ask for it in the messages", "verbosity", "medium"),
+    # Media and tools.
+    **_refused("only text is supported; leave it out", "audio image_data audio_data video_data multimodal_data"),
+    **_refused("only text is supported; leave it out", "modalities", ["text"]),
+    **_refused('tool calls are not supported; leave tools out or set tool_choice to "none"', "tools"),
+    **_refused("tool calls are not supported; leave it out", "tool_choice function_call", "none", "auto"),
+    **_refused("function calls are not supported; leave it out", "functions"),
     # An empty object already asks for a search.
     "web_search_options": Refusal("web search is not supported; leave it out", (None,)),
     # Adapters.
-    "lora_path": Refusal(_ADAPTER),
-    "lora_request": Refusal(_ADAPTER),
-    "lora_name": Refusal(_ADAPTER),
-    "lora": Refusal(_ADAPTER),
-    "adapter_id": Refusal(_ADAPTER),
-    "adapter_source": Refusal(_ADAPTER),
-    "adapter_parameters": Refusal(_ADAPTER),
+    **_refused(
+        'adapters are chosen by name: put the adapter\'s name into "model"',
+        "lora_path lora_request lora_name lora adapter_id adapter_source adapter_parameters",
+    ),
     # More in the answer.
-    "prompt_logprobs": Refusal("log-probabilities of the prompt are not computed; leave it out"),
-    "logprob_start_len": Refusal("log-probabilities of the prompt are not computed; leave it out", _unless(-1)),
-    "top_logprobs": Refusal("is not supported; use logprobs: N on this endpoint"),
-    "top_logprobs_num": Refusal("is not supported; use logprobs instead", _unless(0)),
-    "token_ids_logprob": Refusal(_EXTRA),
-    "return_logprob": Refusal("is not supported; use logprobs instead"),
-    "return_token_ids": Refusal(_EXTRA),
-    "return_tokens": Refusal(_EXTRA),
-    "return_tokens_as_token_ids": Refusal(_EXTRA),
-    "return_hidden_states": Refusal(_EXTRA),
-    "return_text_in_logprobs": Refusal(_EXTRA),
-    "post_sampling_probs": Refusal(_EXTRA),
-    "response_fields": Refusal(_EXTRA),
+    **_refused("log-probabilities of the prompt are not computed; leave it out", "prompt_logprobs"),
+    **_refused("log-probabilities of the prompt are not computed; leave it out", "logprob_start_len", -1),
+    **_refused("is not supported here; use logprobs", "top_logprobs return_logprob"),
+    **_refused("is not supported here; use logprobs", "n_probs top_logprobs_num", 0),
+    **_refused(
+        "the answer would lack what it asks for; leave it out",
+        "token_ids_logprob return_token_ids return_tokens return_tokens_as_token_ids return_hidden_states "
+        "return_text_in_logprobs post_sampling_probs response_fields",
+    ),
     # Where and how the request runs.
-    "cache_salt": Refusal("the prefix cache is shared by all requests for an adapter; leave it out"),
-    "kv_transfer_params": Refusal("KV transfer is not supported; leave it out"),
-    "session_params": Refusal("sessions are not supported; send the whole prompt"),
+    **_refused("the prefix cache is shared by all requests for an adapter; leave it out", "cache_salt"),
+    **_refused("KV transfer is not supported; leave it out", "kv_transfer_params"),
+    **_refused("sessions are not supported; send the whole prompt", "session_params"),
 }
 
 HARMLESS = frozenset(

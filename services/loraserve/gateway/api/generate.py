@@ -173,7 +173,6 @@ class Answer:
                 self._http.transport.abort()
 
     def log(self, run: Generation | None, outcome: str, choices: int) -> None:
-        """Log one line for the request, whatever its outcome."""
         usage = run.usage() if run else {}
         self._gateway.log.info(
             "request",
@@ -222,7 +221,6 @@ class Answer:
 
 
 def encode_events(payloads: Iterable[Mapping[str, Any]]) -> bytes:
-    """Return the payloads as server-sent events."""
     return b"".join([b"data: " + _encoder.encode(payload) + b"\n\n" for payload in payloads])
 
 

@@ -47,7 +47,6 @@ def check_free_json(messages: Sequence[ChatMessage], template_arguments: msgspec
 
 
 def check_choices(n: int | None, prompts: int) -> None:
-    """Raise ApiError 400 for more choices than one request may have."""
     if (n or 1) * prompts > MAX_CHOICES:
         message = f"n: {n} choices of {prompts} prompts are more than {MAX_CHOICES} in one request; lower n"
         raise bad_request(message, "n", "invalid_value")

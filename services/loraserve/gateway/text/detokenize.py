@@ -65,7 +65,6 @@ class TokenBytes:
         return self.of(token).decode("utf-8", "replace")
 
     def detokenizer(self, skip_special_tokens: bool = True) -> Detokenizer:
-        """Return a detokenizer for a new output."""
         skipped = self.special if skip_special_tokens else frozenset()
         return ByteDetokenizer(self, skipped) if self.known else StreamDetokenizer(self.tokenizer, skipped)
 
@@ -131,10 +130,7 @@ class StreamDetokenizer:
         return text
 
 
-ByteRule = Callable[[str], bytes]
-
-
-def _byte_rule(decoder: Mapping[str, Any] | None) -> tuple[ByteRule | None, bool]:
+def _byte_rule(decoder: Mapping[str, Any] | None) -> tuple[Callable[[str], bytes] | None, bool]:
     """Return how a token's text becomes bytes under the ``decoder`` of a tokenizer.json, None if it needs other tokens.
 
     Also returns whether the decoder drops a space at the start of a text.
@@ -143,7 +139,8 @@ def _byte_rule(decoder: Mapping[str, Any] | None) -> tuple[ByteRule | None, bool
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"]:
         return _byte_level, False
-    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and _replaces_space_mark(steps[0]):
+    replaced = {"type": "Replace", "pattern": {"String": SPACE_MARK}, "content": " "}
+    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0] == replaced:
         trims = steps[3:]
         if not trims:
             return _sentencepiece, False
@@ -153,16 +150,11 @@ def _byte_rule(decoder: Mapping[str, Any] | None) -> tuple[ByteRule | None, bool
 
 
 def _flatten(decoder: Mapping[str, Any] | None) -> Sequence[Mapping[str, Any]]:
-    """Return the steps of a decoder, nested sequences taken apart."""
     if not decoder:
         return []
     if decoder.get("type") == "Sequence":
         return [step for part in decoder.get("decoders", ()) for step in _flatten(part)]
     return [decoder]
-
-
-def _replaces_space_mark(step: Mapping[str, Any]) -> bool:
-    return step.get("content") == " " and step.get("pattern") == {"String": SPACE_MARK}
 
 
 def _byte_alphabet() -> dict[str, int]:

@@ -58,7 +58,6 @@ class ModelTokenizer:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        """Return the tokens of a text."""
         # The batch call releases the interpreter lock, the call for a single text does not.
         (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(encoded.ids)

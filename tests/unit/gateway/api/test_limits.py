@@ -21,7 +21,7 @@ def check(**fields: Any) -> None:
 
 def test_stop_token_ids_are_counted_before_they_are_decoded() -> None:
     check(stop_token_ids=list(range(MAX_STOP_TOKEN_IDS)))
-    for ids in ([1] * (MAX_STOP_TOKEN_IDS + 1), [1] * 100_000, ["x" * 10_000]):
+    for ids in ([1] * (MAX_STOP_TOKEN_IDS + 1), [1] * 100_000):
         with pytest.raises(ApiError, match=f"stop_token_ids: at most {MAX_STOP_TOKEN_IDS}"):
             check(stop_token_ids=ids)
 
