@@ -13,14 +13,14 @@ from pathlib import Path
 import msgspec
 
 from loraserve.bus.addresses import NameClaim, make_private_dir
-from loraserve.config import Config, engine_count, load_config
+from loraserve.config import Config, check_pins, engine_count, load_config
 from loraserve.cost.profile import find_profile
 from loraserve.demo import demo_adapters
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
 from loraserve.errors import ConfigError, LoraServeError
 from loraserve.process import Parent
-from loraserve.supervisor.preflight import check_configuration, check_disk, check_model, check_not_running, check_port
+from loraserve.supervisor.preflight import check_disk, check_model, check_not_running, check_port
 from loraserve.supervisor.state import RunState, clear_run_dir, read_state, stop_cluster, write_state
 from loraserve.supervisor.up import Supervisor, base_url
 
@@ -28,6 +28,15 @@ STARTED_S = time.monotonic()
 DETACH_POLL_S = 0.2
 STOP_TIMEOUT_S = 20.0
 
+SETTING_FLAGS = {
+    "model": "model.path",
+    "name": "model.name",
+    "engines": "cluster.engines",
+    "device": "engine.device",
+    "host": "gateway.host",
+    "port": "gateway.port",
+    "data": "cluster.data_dir",
+}
 UP_EXAMPLES = """\
 examples:
   scripts/up                                       demo model, four demo adapters, two engines
@@ -35,9 +44,6 @@ examples:
   scripts/up --model DIR --adapter support=DIR2    your own model and adapter
   scripts/up --engines 4 --port 9000               four engines, another port
   scripts/up --set engine.pool_bytes=2147483648    any setting of loraserve/config.py
-
-The cluster serves an OpenAI-style API. At the end, three curl commands to try are printed.
-Logs are in DATA/logs, one file per process.
 """
 
 
@@ -59,7 +65,7 @@ def up(arguments: argparse.Namespace) -> int:
     """Start the cluster and supervise it until stopped. With --detach, return once it is ready."""
     config = _configuration(arguments)
     run_dir = Path(config.cluster.run_dir)
-    check_configuration(config)
+    check_pins(config)
     check_not_running(run_dir)
     # Port 0 is resolved once: a restarted gateway must listen where the printed address says.
     port = check_port(config.gateway.host, config.gateway.port)
@@ -131,7 +137,8 @@ def _named_folder(text: str) -> tuple[str, Path]:
 
 def _configuration(arguments: argparse.Namespace) -> Config:
     """Return the configuration. Flags override everything else; unset folders are placed under the data folder."""
-    overrides = [f"{key}={value}" for key, value in _flag_values(arguments) if value is not None]
+    flags = {key: getattr(arguments, flag, None) for flag, key in SETTING_FLAGS.items()}
+    overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     config = load_config(arguments.config, overrides=[*arguments.set, *overrides])
     cluster = config.cluster
     data_dir = Path(cluster.data_dir).absolute() if cluster.data_dir else default_data_dir()
@@ -144,19 +151,6 @@ def _configuration(arguments: argparse.Namespace) -> Config:
     # The number of engines is fixed here, so that every process uses the same one.
     cluster = msgspec.structs.replace(cluster, engines=engine_count(config))
     return msgspec.structs.replace(config, cluster=cluster)
-
-
-def _flag_values(arguments: argparse.Namespace) -> list[tuple[str, str | None]]:
-    keys = {
-        "model": "model.path",
-        "name": "model.name",
-        "engines": "cluster.engines",
-        "device": "engine.device",
-        "host": "gateway.host",
-        "port": "gateway.port",
-        "data": "cluster.data_dir",
-    }
-    return [(key, getattr(arguments, flag, None)) for flag, key in keys.items()]
 
 
 def _make_folder(folder: Path) -> None:
@@ -211,21 +205,18 @@ def _announce(config: Config, adapters: Mapping[str, Path]) -> None:
 
 def example_requests(config: Config, adapters: Mapping[str, Path]) -> list[str]:
     """Return three curl commands: for the base model, for an adapter and for a stream."""
-    url = f"{base_url(config)}/v1/chat/completions"
     names = [config.model.name, *adapters]
-    question = "What is the moon?"
-    lines = []
-    for title, model, extra in (
-        ("the base model", names[0], ""),
-        ("an adapter", names[min(1, len(names) - 1)], ""),
-        ("a stream", names[-1], ', "stream": true'),
-    ):
-        key = ' -H "Authorization: Bearer $API_KEY"' if config.gateway.api_keys else ""
-        messages = f'[{{"role": "user", "content": "{question}"}}]'
-        body = f'{{"model": "{model}", "max_tokens": 40{extra}, "messages": {messages}}}'
-        flag = "-sN" if extra else "-s"
-        lines.append(f"# {title}\ncurl {flag} {url}{key} -H 'Content-Type: application/json' -d '{body}'")
-    return lines
+    key = ' -H "Authorization: Bearer $API_KEY"' if config.gateway.api_keys else ""
+    headers = f"{base_url(config)}/v1/chat/completions{key} -H 'Content-Type: application/json'"
+    chat = '[{"role": "user", "content": "What is the moon?"}]'
+    return [
+        f'# {title}\ncurl {flag} {headers} -d \'{{"model": "{model}", "max_tokens": 40{extra}, "messages": {chat}}}\''
+        for title, model, flag, extra in (
+            ("the base model", names[0], "-s", ""),
+            ("an adapter", names[min(1, len(names) - 1)], "-s", ""),
+            ("a stream", names[-1], "-sN", ', "stream": true'),
+        )
+    ]
 
 
 def _say(text: str) -> None:

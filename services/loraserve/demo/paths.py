@@ -33,9 +33,7 @@ def build_once(
 
     ``source`` describes what the folder is built from and is stored with its files. A target that was built from
     another source, or that has missing or truncated files, is built again. One process builds at a time.
-
-    Raises:
-        ConfigError: The disk is full or fails. Errors of ``build`` pass through.
+    Raises ConfigError if the disk is full or fails; errors of ``build`` pass through.
     """
     if is_current(target, source):
         return target
@@ -100,7 +98,6 @@ def locked(path: Path, progress: Callable[[str], None]) -> Iterator[None]:
 
 
 def disk_error(error: OSError, target: Path) -> ConfigError:
-    """Return a ConfigError that says what to do about an error of the operating system."""
     elsewhere = "or set LORASERVE_DATA to another folder"
     remedies = {
         errno.ENOSPC: f"the disk is full; free some space {elsewhere}",

@@ -26,11 +26,7 @@ class DemoAdapter(NamedTuple):
 
 
 def demo_adapters(data_dir: Path, progress: Callable[[str], None] = lambda line: None) -> list[DemoAdapter]:
-    """Return the four adapters by rank, and build the expanded one in ``<data_dir>/adapters`` if it is missing.
-
-    Raises:
-        ConfigError: ``data_dir`` cannot be written.
-    """
+    """Return the four adapters by rank. Builds the expanded one if it is missing; raises ConfigError if that fails."""
     served = [DemoAdapter(name, SHIPPED_DIR / name, rank) for name, rank in SHIPPED_RANKS.items()]
     return [*served, DemoAdapter(EXPANDED_NAME, expanded_adapter(data_dir, progress), EXPANDED_RANK)]
 

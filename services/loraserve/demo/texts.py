@@ -52,7 +52,6 @@ STYLES = tuple(ANSWERS)
 
 @cache
 def rows() -> tuple[Row, ...]:
-    """Return all rows. Those with answers in every style come first."""
     lines = Path(__file__).with_suffix(".jsonl").read_text(encoding="utf-8").splitlines()
     return tuple(Row(**json.loads(line)) for line in lines)
 

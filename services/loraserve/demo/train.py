@@ -42,7 +42,6 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ConfigError if a field is out of range."""
         for field in ("rank", "alpha", "epochs", "learning_rate"):
             if getattr(self, field) <= 0:
                 raise ConfigError(f"{field} must be above 0, not {getattr(self, field)}")
@@ -63,9 +62,7 @@ def train(
 ) -> float:
     """Train on ``examples`` and write the adapter to ``out``. Returns the mean loss of the last epoch.
 
-    Raises:
-        ConfigError: There are no examples, or ``model_dir`` is not a model.
-        OSError: ``model_dir`` cannot be read or ``out`` cannot be written.
+    Raises ConfigError without examples or a model, OSError if ``model_dir`` or ``out`` cannot be read or written.
     """
     if not examples:
         raise ConfigError("no rows to train on; give at least one question with its answer")
@@ -137,7 +134,6 @@ def train_epoch(model: PeftModel, samples: Sequence[Sample], optimizer: Any, sch
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
-    """Return a padded batch; each tensor is ``[rows, longest]``."""
     longest = max(len(sample.ids) for sample in samples)
 
     def padded(rows: list[list[int]], filler: int) -> torch.Tensor:

@@ -34,9 +34,7 @@ def expand_rank(src_dir: Path, dst_dir: Path, rank: int, seed: int) -> None:
 
     The expanded adapter computes the same as the original. With Q a random orthogonal ``[rank, rank]`` matrix for each
     projection, A' = Q [A; 0] and B' = [B, 0] Q^T, so B' A' = B A.
-
-    Raises:
-        AdapterError: The rank would shrink or differs by layer, or the adapter has tensors other than A and B.
+    Raises AdapterError if the rank would shrink or differs by layer, or if there are tensors other than A and B.
     """
     config = json.loads((src_dir / "adapter_config.json").read_text(encoding="utf-8"))
     check_expandable(config, rank)

@@ -11,9 +11,11 @@ from urllib.parse import quote
 
 import msgspec
 
+from loraserve.messages import RebalanceDone
 from loraserve.ops import rendering, status
 from loraserve.ops.arguments import parser
 from loraserve.ops.gateway_client import Ask, GatewayAddress, OpsError, exchange, report_progress
+from loraserve.ops.status import ClusterState
 
 WATCH_INTERVAL_S = 2.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
@@ -51,7 +53,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def show_status(arguments: argparse.Namespace, ask: Ask) -> int:
-    """Print the state of the cluster, with --watch until Ctrl-C."""
     _show_status_once(arguments, ask)
     while arguments.watch:
         time.sleep(WATCH_INTERVAL_S)
@@ -66,7 +67,7 @@ def show_status(arguments: argparse.Namespace, ask: Ask) -> int:
 def _show_status_once(arguments: argparse.Namespace, ask: Ask) -> None:
     with report_progress("asking the gateway"):
         content = ask("/admin/cluster", None)
-    state = status.parse(content)
+    state = rendering.decode(content, ClusterState)
     if arguments.json:
         print(rendering.one_line(content), flush=True)
         return
@@ -75,10 +76,9 @@ def _show_status_once(arguments: argparse.Namespace, ask: Ask) -> None:
 
 
 def rebalance(arguments: argparse.Namespace, ask: Ask) -> int:
-    """Plan and move adapters now, or print what would move with --dry-run."""
     with report_progress("planning" if arguments.dry_run else "planning and loading adapters"):
         content = ask("/admin/rebalance", {"dry_run": arguments.dry_run})
-    done = rendering.parse_rebalance(content)
+    done = rendering.decode(content, RebalanceDone)
     print(rendering.one_line(content) if arguments.json else rendering.render_rebalance(done, arguments.dry_run))
     return rendering.exit_status(done)
 
@@ -87,7 +87,7 @@ def drain(arguments: argparse.Namespace, ask: Ask) -> int:
     """Drain an engine and wait until it has no request and no planned copy."""
     engine = arguments.engine
     with report_progress(f"moving the copies of {engine} to other engines"):
-        done = rendering.parse_rebalance(ask(f"/admin/engines/{engine_path(engine)}/drain", {}))
+        done = rendering.decode(ask(f"/admin/engines/{engine_path(engine)}/drain", {}), RebalanceDone)
     if not arguments.json:
         print(rendering.render_rebalance(done, dry_run=False))
     # Where the plan keeps copies on the engine, it never becomes empty, so it is checked only once.
@@ -103,10 +103,9 @@ def drain(arguments: argparse.Namespace, ask: Ask) -> int:
 
 
 def undrain(arguments: argparse.Namespace, ask: Ask) -> int:
-    """Let a drained engine receive copies and requests again."""
     with report_progress(f"placing adapters on {arguments.engine}"):
         content = ask(f"/admin/engines/{engine_path(arguments.engine)}/undrain", {})
-    done = rendering.parse_rebalance(content)
+    done = rendering.decode(content, RebalanceDone)
     print(rendering.one_line(content) if arguments.json else rendering.render_rebalance(done, dry_run=False))
     if not (done.failed or arguments.json):
         print(f"{arguments.engine} accepts requests again")
@@ -118,7 +117,7 @@ def _wait_until_empty(engine: str, deadline_s: float, ask: Ask) -> tuple[int, in
     reported_s = time.monotonic()
     empty_polls = 0
     while True:
-        requests, copies = _remaining(status.parse(ask("/admin/cluster", None)), engine)
+        requests, copies = _remaining(rendering.decode(ask("/admin/cluster", None), ClusterState), engine)
         # A load report is a moment old and may miss a request that has just arrived: require two empty polls.
         empty_polls = 0 if requests or copies else empty_polls + 1
         now = time.monotonic()
@@ -130,7 +129,7 @@ def _wait_until_empty(engine: str, deadline_s: float, ask: Ask) -> tuple[int, in
         time.sleep(DRAIN_POLL_S)
 
 
-def _remaining(state: status.ClusterState, engine: str) -> tuple[int, int]:
+def _remaining(state: ClusterState, engine: str) -> tuple[int, int]:
     """Return the engine's requests and planned copies. A dead or unknown engine has none."""
     found = [e for e in state.engines if e.name == engine and e.alive]
     return status.left_to_drain(found[0].load) if found else (0, 0)
@@ -144,19 +143,12 @@ def _drain_outcome(result: DrainResult) -> str:
 
 
 def _counts(requests: int, copies: int) -> str:
-    return f"{requests} {'request' if requests == 1 else 'requests'} and {copies} planned {_copies(copies)}"
-
-
-def _copies(number: int) -> str:
-    return "copy" if number == 1 else "copies"
+    request, copy = "request" if requests == 1 else "requests", "copy" if copies == 1 else "copies"
+    return f"{requests} {request} and {copies} planned {copy}"
 
 
 def engine_path(engine: str) -> str:
-    """Return an engine's name for use in a URL path.
-
-    Raises:
-        OpsError: The text cannot be an engine's name.
-    """
+    """Return an engine's name for use in a URL path. Raises OpsError if it cannot be one."""
     if not engine or not all(c.isalnum() or c in "-_." for c in engine):
         raise OpsError(f"{engine!r} is not an engine's name; scripts/status lists the engines")
     return engine
@@ -166,13 +158,12 @@ def show_story(arguments: argparse.Namespace, ask: Ask) -> int:
     """Print what every process knows of a request or an adapter. Returns 1 if none knows anything."""
     with report_progress("asking all processes"):
         content = ask(f"/admin/story/{quote(arguments.id)}", None)
-    story = rendering.parse_story(content)
+    story = rendering.decode(content, rendering.MergedStory)
     print(rendering.one_line(content) if arguments.json else rendering.render_story(story))
     return 0 if story.entries else 1
 
 
 def manage_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
-    """List, load or unload adapters."""
     match arguments.action:
         case "load":
             said = _load_adapter(arguments.name, arguments.dir, arguments.replace, ask)
@@ -198,7 +189,7 @@ def _load_adapter(name: str, folder: str, replace: bool, ask: Ask) -> bytes:
 
 
 def _list_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
-    found = rendering.parse_adapters(ask("/v1/models", None))
+    found = rendering.decode(ask("/v1/models", None), rendering.ModelList).adapters()
     print(msgspec.json.encode(found).decode() if arguments.json else rendering.render_adapters(found))
     return 0
 

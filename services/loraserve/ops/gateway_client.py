@@ -38,11 +38,7 @@ class GatewayAddress(NamedTuple):
 
 
 def exchange(gateway: GatewayAddress, path: str, body: Any = None, timeout_s: float = TIMEOUT_S) -> bytes:
-    """Send a POST with ``body`` as JSON, or a GET if it is None. Returns the content of the answer.
-
-    Raises:
-        OpsError: There is no answer, or it is an HTTP error.
-    """
+    """Send a POST with ``body`` as JSON, or a GET if it is None. Raises OpsError if there is no answer but an error."""
     url = gateway.url.rstrip("/") + path
     headers = {"Content-Type": "application/json"}
     if gateway.api_key:

@@ -1,12 +1,15 @@
 """Decodes the gateway's answers about adapters and rebalances, and renders them for a terminal. Pure."""
 
 from datetime import datetime
+from typing import TypeVar
 
 import msgspec
 
 from loraserve.messages import Move, RebalanceDone
 from loraserve.ops.gateway_client import OpsError
 from loraserve.text import size, table
+
+T = TypeVar("T")
 
 VERSION_CHARACTERS = 12
 VERSION_DIGITS = 64
@@ -26,6 +29,9 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of /v1/models."""
 
     data: tuple[ModelCard, ...]
+
+    def adapters(self) -> list[ModelCard]:
+        return sorted((model for model in self.data if model.parent), key=lambda model: model.id)
 
 
 class StoryEvent(msgspec.Struct, frozen=True, kw_only=True):
@@ -47,50 +53,26 @@ class MergedStory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def one_line(content: bytes) -> str:
-    """Return JSON without line breaks, for programs that read line by line."""
+    """Return JSON without line breaks."""
     return msgspec.json.format(content, indent=-1).decode()
 
 
-def not_a_gateway(error: msgspec.DecodeError) -> OpsError:
-    """Return the error for an answer that a gateway of this version would not give."""
-    return OpsError(f"the answer is not from a LoRAServe gateway of this version ({error}); check --url")
-
-
-def parse_adapters(content: bytes) -> list[ModelCard]:
-    """Decode the answer of /v1/models into its adapters, sorted by name.
-
-    Raises:
-        OpsError: The answer is not one of a LoRAServe gateway.
-    """
+def decode(content: bytes, kind: type[T]) -> T:
+    """Decode an answer of the gateway. Raises OpsError if it is not one of a gateway of this version."""
     try:
-        models = msgspec.json.decode(content, type=ModelList).data
+        return msgspec.json.decode(content, type=kind)
     except msgspec.DecodeError as error:
-        raise not_a_gateway(error) from error
-    return sorted((model for model in models if model.parent), key=lambda model: model.id)
+        raise OpsError(f"the answer is not from a LoRAServe gateway of this version ({error}); check --url") from error
 
 
 def render_adapters(adapters: list[ModelCard]) -> str:
-    """Return the table that scripts/adapters prints."""
     if not adapters:
         return "no adapter is loaded; load one with scripts/adapters load NAME DIR"
     rows = [[a.id, str(a.rank), size(a.slab_bytes), a.version[:VERSION_CHARACTERS]] for a in adapters]
     return table(["ADAPTER", "RANK", "SIZE", "VERSION"], rows)
 
 
-def parse_rebalance(content: bytes) -> RebalanceDone:
-    """Decode the answer of /admin/rebalance, drain or undrain.
-
-    Raises:
-        OpsError: The answer is not one of a LoRAServe gateway of this version.
-    """
-    try:
-        return msgspec.json.decode(content, type=RebalanceDone)
-    except msgspec.DecodeError as error:
-        raise not_a_gateway(error) from error
-
-
 def render_rebalance(done: RebalanceDone, dry_run: bool) -> str:
-    """Return the moves as a table, the outcome, and a line for each failure."""
     parts = [_moves_table(done.moves)] if done.moves else []
     parts.append(_outcome(done, dry_run))
     parts += [f"failed: {problem}" for problem in done.failed]
@@ -135,31 +117,12 @@ def _outcome(done: RebalanceDone, dry_run: bool) -> str:
     return f"epoch {epoch} stays in force: {done.message or 'nothing was applied'}"
 
 
-def parse_story(content: bytes) -> MergedStory:
-    """Decode the answer of /admin/story.
-
-    Raises:
-        OpsError: The answer is not one of a LoRAServe gateway of this version.
-    """
-    try:
-        return msgspec.json.decode(content, type=MergedStory)
-    except msgspec.DecodeError as error:
-        raise not_a_gateway(error) from error
-
-
 def render_story(story: MergedStory) -> str:
-    """Return a row for each event, oldest first, and a line about processes that did not answer."""
-    parts = []
-    if story.entries:
-        rows = [[_time(e.unix_s), e.process, _short(e.subject), e.text] for e in story.entries]
-        parts.append(table(["TIME", "PROCESS", "SUBJECT", "EVENT"], rows))
-    else:
-        parts.append(
-            f"no process knows {story.id}; give the id of an answer, its x-request-id, an adapter's name or a version"
-        )
-    if story.silent:
-        parts.append(f"no answer from: {', '.join(story.silent)}")
-    return "\n".join(parts)
+    rows = [[_time(e.unix_s), e.process, _short(e.subject), e.text] for e in story.entries]
+    text = table(["TIME", "PROCESS", "SUBJECT", "EVENT"], rows)
+    if not rows:
+        text = f"no process knows {story.id}; give an answer's id, its x-request-id, an adapter's name or a version"
+    return text + (f"\nno answer from: {', '.join(story.silent)}" if story.silent else "")
 
 
 def _time(unix_s: float) -> str:
@@ -167,6 +130,5 @@ def _time(unix_s: float) -> str:
 
 
 def _short(subject: str) -> str:
-    """Return a version as logs show it, anything else whole."""
     is_version = len(subject) == VERSION_DIGITS and all(c in "0123456789abcdef" for c in subject)
     return subject[:VERSION_CHARACTERS] if is_version else subject

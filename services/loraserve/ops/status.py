@@ -1,9 +1,9 @@
-"""Decodes the answer of /admin/cluster and renders it for a terminal. Pure."""
+"""The answer of /admin/cluster, and how a terminal shows it. Pure."""
 
 import msgspec
 
 from loraserve.messages import AdapterDemand, AdapterRef, EngineCapabilities, EngineCounters, EngineLoad, ReadCounts
-from loraserve.ops.rendering import VERSION_CHARACTERS, not_a_gateway
+from loraserve.ops.rendering import VERSION_CHARACTERS
 from loraserve.text import bar, size, table
 
 STALE_LOAD_S = 3.0
@@ -57,20 +57,7 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     registry: RegistryState
 
 
-def parse(content: bytes) -> ClusterState:
-    """Decode the answer of /admin/cluster.
-
-    Raises:
-        OpsError: The answer is not one of a LoRAServe gateway of this version.
-    """
-    try:
-        return msgspec.json.decode(content, type=ClusterState)
-    except msgspec.DecodeError as error:
-        raise not_a_gateway(error) from error
-
-
 def render(state: ClusterState) -> str:
-    """Return everything that scripts/status prints."""
     parts = [summary(state), processes(state), engines(state), residents(state), reads(state), demand(state)]
     return "\n\n".join(part for part in parts if part)
 
@@ -88,7 +75,6 @@ def summary(state: ClusterState) -> str:
 
 
 def processes(state: ClusterState) -> str:
-    """Return a row for each process."""
     gateway = {state.gateway.name: ProcessState(state="READY", detail="sent this answer")}
     rows = [
         [name, process.state, "-" if process.pid is None else str(process.pid), process.detail]
@@ -98,7 +84,6 @@ def processes(state: ClusterState) -> str:
 
 
 def engines(state: ClusterState) -> str:
-    """Return a row for each engine: its queues, its memory and its step time."""
     return table(
         ["ENGINE", "ALIVE", "WAITING", "RUNNING", "KV CACHE", "ADAPTER POOL", "POOL USED", "DECODE STEP"],
         [_engine_row(engine, engine.name in state.drained) for engine in state.engines],

@@ -63,11 +63,7 @@ class AdapterStore:
     def register(self, name: str, path: str, replace: bool, now: float) -> tuple[AdapterRef, bool]:
         """Check and pack the PEFT directory at ``path`` and register it durably under ``name``.
 
-        Returns:
-            The adapter, and whether the registry changed: False if the name already had this content.
-
-        Raises:
-            AdapterError: The adapter is refused or cannot be stored.
+        The second value is False if the name already had this content. Raises AdapterError.
         """
         check_name(name, self._limits.served_model)
         directory = allowed_directory(path, self._limits.allowed_dirs)
@@ -119,17 +115,13 @@ class AdapterStore:
         os.close(self._lock_fd)
 
     def _start_grace(self, name: str, now: float) -> None:
-        """Restart the grace period of the version that a name is about to drop.
-
-        Done before the name is changed, so that a crash in between cannot shorten the period.
-        """
+        # Done before the name drops its version, so that a crash in between cannot shorten the grace period.
         known = self.registry.snapshot.records.get(name)
         if known is not None:
             with contextlib.suppress(AdapterError):
                 self.slabs.touch(known.version, now)
 
     def _check_fits_engines(self, slab: Slab) -> None:
-        """Refuse an adapter that no engine could hold: every request for it would fail."""
         rank, most = slab.header.rank, self._limits.engine_max_rank
         if rank > most:
             raise AdapterError(
@@ -156,13 +148,9 @@ def namespace(shape: ModelShape, dtype: Dtype, slab_format: int = SLAB_FORMAT) -
 
 
 def allowed_directory(path: str, allowed_dirs: Sequence[str]) -> Path:
-    """Return the directory at ``path`` with symbolic links resolved.
+    """Return the directory at ``path`` with symbolic links resolved. Raises AdapterError if it is not allowed.
 
-    The files of the adapter must be in ``allowed_dirs`` after their own links are resolved, so that a link cannot lead
-    out of it.
-
-    Raises:
-        AdapterError: ``bad_format`` for a relative path, ``forbidden`` outside of ``allowed_dirs``, ``not_found``.
+    The links of the adapter's files are resolved too, so that a link cannot lead out of ``allowed_dirs``.
     """
     if "\0" in path or not Path(path).is_absolute():
         raise AdapterError("bad_format", f"path {path[:200]!r} must be absolute, as seen on the store's machine")

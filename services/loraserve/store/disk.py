@@ -46,11 +46,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int:
-    """Create a folder and lock it for this process. Returns a file descriptor; closing it releases the lock.
-
-    Raises:
-        LoraServeError: The folder cannot be created, or another process holds the lock.
-    """
+    """Create and lock a folder; raise LoraServeError if that fails. Closing the returned descriptor unlocks it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

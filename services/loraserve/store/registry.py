@@ -73,9 +73,7 @@ class AdapterRegistry:
     def put(self, record: AdapterRecord, replace: bool) -> bool:
         """Register a version under a name. Returns False if the name already has this version.
 
-        Raises:
-            AdapterError: ``duplicate`` if the name has another version and ``replace`` is False; ``disk_full``;
-                ``storage``.
+        Raises AdapterError ``duplicate`` if it has another one and ``replace`` is False, ``disk_full`` or ``storage``.
         """
         with self._lock:
             known = self.snapshot.records.get(record.name)

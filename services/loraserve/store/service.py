@@ -115,14 +115,9 @@ class StoreService(Service):
         self.bus.respond(envelope, SlabInfo(version=version, slab_bytes=slab.slab_bytes), [slab.header])
 
     async def _read(self, envelope: Envelope, message: ReadSlab) -> None:
-        data = await asyncio.to_thread(
-            self._store.slabs.read,
-            message.version,
-            message.offset_bytes,
-            message.length_bytes,
-            self.clock.unix_s(),
-        )
-        self.bus.respond(envelope, SlabChunk(version=message.version, offset_bytes=message.offset_bytes), [data])
+        version, offset, length = message.version, message.offset_bytes, message.length_bytes
+        data = await asyncio.to_thread(self._store.slabs.read, version, offset, length, self.clock.unix_s())
+        self.bus.respond(envelope, SlabChunk(version=version, offset_bytes=offset), [data])
 
     def _tell(self, subject: str, text: str) -> None:
         self._story.tell(subject, self.clock.monotonic_s(), text)
@@ -146,11 +141,7 @@ class StoreService(Service):
 
 
 def open_store(config: Config, now: float) -> AdapterStore:
-    """Open the store of the configured model.
-
-    Raises:
-        ConfigError: The model or the data folder cannot be used, or the model has the name of an adapter.
-    """
+    """Open the store of the configured model. Raises ConfigError if the model or the data folder cannot be used."""
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
     model_dir = Path(config.model.path)

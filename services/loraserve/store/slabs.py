@@ -77,12 +77,9 @@ class SlabFiles:
         return True
 
     def open(self, version: str, now: float) -> OpenedSlab:
-        """Return the header and position of a slab, and restart its grace period.
+        """Return the header and position of a slab, and restart its grace period. The first time, verify it.
 
-        The digests are verified when this process opens the slab for the first time.
-
-        Raises:
-            AdapterError: ``not_found``, or ``corrupt`` if the file is damaged; it is then renamed to *.corrupt.
+        Raises AdapterError ``not_found``, or ``corrupt`` if the file is damaged; it is then renamed to *.corrupt.
         """
         self.touch(version, now)
         opened = self._opened.get(version)

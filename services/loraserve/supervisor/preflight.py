@@ -4,7 +4,6 @@ import shutil
 import socket
 from pathlib import Path
 
-from loraserve.config import Config, check_pins
 from loraserve.errors import ConfigError
 from loraserve.model_shape import read_model_config, shape_from_config
 from loraserve.supervisor.state import is_ours, read_state
@@ -34,11 +33,6 @@ def check_port(host: str, port: int) -> int:
             raise ConfigError(
                 f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port N"
             ) from error
-
-
-def check_configuration(config: Config) -> None:
-    """Raise ConfigError if a setting names an engine that this cluster does not have."""
-    check_pins(config)
 
 
 def check_disk(folder: Path) -> None:

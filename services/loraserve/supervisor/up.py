@@ -45,12 +45,7 @@ class Supervisor:
         self._write_config(config_file)
 
     async def run(self, on_ready: Callable[[], None], parent: Parent | None = None) -> None:
-        """Run until a signal, or the end of ``parent``, stops the cluster.
-
-        Raises:
-            ProcessFailedError: A process fails in a way that a restart cannot mend.
-            LoraServeError: The cluster does not become ready, or an adapter is refused.
-        """
+        """Run until a signal or the end of ``parent`` stops the cluster. Raises LoraServeError if it cannot go on."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop.set)

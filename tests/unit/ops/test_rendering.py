@@ -21,14 +21,15 @@ from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Abilities
 from loraserve.ops import status
 from loraserve.ops.gateway_client import OpsError
 from loraserve.ops.rendering import (
+    MergedStory,
+    ModelList,
+    decode,
     exit_status,
-    parse_adapters,
-    parse_rebalance,
-    parse_story,
     render_adapters,
     render_rebalance,
     render_story,
 )
+from loraserve.ops.status import ClusterState
 from loraserve.testing.reports import engine_seen
 from loraserve.text import BAR_CELLS, bar, size, table
 
@@ -43,7 +44,7 @@ def engine(name: str, age_s: float = 0.1, alive: bool = True, **changes: Any) ->
     return {"name": name, "alive": alive, "age_s": age_s, "load": seen.load, "capabilities": seen.capabilities}
 
 
-def cluster(**changes: Any) -> bytes:
+def cluster(**changes: Any) -> ClusterState:
     """As the gateway encodes it."""
     busy = engine(
         "engine-0",
@@ -83,7 +84,7 @@ def cluster(**changes: Any) -> bytes:
         "registry": {"revision": 4, "adapters": [PIRATE, FRENCH]},
         "added_by_a_newer_gateway": 1,
     }
-    return msgspec.json.encode({**state, **changes})
+    return decode(msgspec.json.encode({**state, **changes}), ClusterState)
 
 
 def line_of(text: str, start: str) -> str:
@@ -96,17 +97,17 @@ def words(line: str) -> str:
 
 
 def test_status_shows_what_each_process_says_of_itself() -> None:
-    text = status.render(status.parse(cluster()))
+    text = status.render(cluster())
     assert text.startswith("smol   plan epoch 12   2 adapters   2 open streams\n")
     assert line_of(text, "store").split() == ["store", "READY", "7", "4", "adapters"]
     assert line_of(text, "planner").split() == ["planner", "UNREACHABLE", "-"]
 
 
 def test_status_shows_what_engines_do_and_hold() -> None:
-    shown = status.engines(status.parse(cluster())).splitlines()
+    shown = status.engines(cluster()).splitlines()
     assert words(shown[1]) == "engine-0 READY 3 7 ####...... 40% #####..... 50% 256.0 MiB 13.2 ms"
     assert "no, silent for 9 s" in shown[2]
-    held = status.residents(status.parse(cluster())).splitlines()
+    held = status.residents(cluster()).splitlines()
     assert held[1].split("  ") == ["engine-0", "json:16", "pirate:8*", "french (loading)", "dddddddddddd (loading)"]
     assert held[2].split() == ["engine-1", "-"]
 
@@ -117,7 +118,7 @@ def test_status_tells_drained_engines_that_are_empty_from_those_that_are_not() -
         engine("engine-1"),
         engine("engine-2"),
     ]
-    shown = status.engines(status.parse(cluster(engines=engines, drained=["engine-0", "engine-1"]))).splitlines()
+    shown = status.engines(cluster(engines=engines, drained=["engine-0", "engine-1"])).splitlines()
     assert [line.split()[:2] for line in shown[1:]] == [
         ["engine-0", "DRAINING"],
         ["engine-1", "DRAINED"],
@@ -126,32 +127,32 @@ def test_status_tells_drained_engines_that_are_empty_from_those_that_are_not() -
 
 
 def test_status_shows_demand_and_says_when_there_is_none() -> None:
-    assert words(line_of(status.render(status.parse(cluster())), "pirate")) == "pirate 8 0.50 12.3 5.0 17.0"
-    assert "no adapter has been requested" in status.render(status.parse(cluster(demand=[])))
+    assert words(line_of(status.render(cluster()), "pirate")) == "pirate 8 0.50 12.3 5.0 17.0"
+    assert "no adapter has been requested" in status.render(cluster(demand=[]))
 
 
 def test_demand_for_an_adapter_without_a_name_is_not_the_base_model_s() -> None:
     figures = dict.fromkeys(("prefill_tokens_per_s", "decode_tokens_per_s", "forecast_tokens_per_s"), 0.0)
     nameless = AdapterDemand(version="e" * 64, name="", rank=8, requests_per_s=1.0, **figures)
     base = AdapterDemand(version="", name="", rank=0, requests_per_s=1.0, **figures)
-    shown = status.demand(status.parse(cluster(demand=[nameless, base])))
+    shown = status.demand(cluster(demand=[nameless, base]))
     assert words(line_of(shown, "eeee")) == "eeeeeeeeeeee 8 1.00 0.0 0.0 0.0"
     assert words(line_of(shown, "(base model)")) == "(base model) - 1.00 0.0 0.0 0.0"
 
 
 def test_status_without_monitor_and_planner_says_who_is_missing() -> None:
-    text = status.render(status.parse(cluster(load_age_s=None, engines=[], demand=[], plan_epoch=None)))
+    text = status.render(cluster(load_age_s=None, engines=[], demand=[], plan_epoch=None))
     assert "plan epoch unknown, the planner does not answer" in text
     assert "is the monitor up?" in text
-    assert "is the monitor up?" in status.render(status.parse(cluster(load_age_s=8.0)))
-    assert "is the monitor up?" not in status.render(status.parse(cluster()))
+    assert "is the monitor up?" in status.render(cluster(load_age_s=8.0))
+    assert "is the monitor up?" not in status.render(cluster())
 
 
-@pytest.mark.parametrize("parse", [status.parse, parse_rebalance, parse_adapters, parse_story])
+@pytest.mark.parametrize("kind", [ClusterState, RebalanceDone, ModelList, MergedStory])
 @pytest.mark.parametrize("content", [b"<html>", b"{}", b"[]", b""])
-def test_an_answer_of_something_else_is_refused_with_a_remedy(parse: Any, content: bytes) -> None:
+def test_an_answer_of_something_else_is_refused_with_a_remedy(kind: Any, content: bytes) -> None:
     with pytest.raises(OpsError, match=r"not from a LoRAServe gateway of this version .*--url"):
-        parse(content)
+        decode(content, kind)
 
 
 def move(source: str, target: str, slab_bytes: int = 0, gain_s: float = 0.0) -> Move:
@@ -219,7 +220,7 @@ def test_adapters_are_listed_without_the_base_model() -> None:
         {"id": "pirate", "parent": "smol", "version": "a" * 64, "rank": 8, "slab_bytes": 900 << 10},
         {"id": "french", "parent": "smol", "version": "b" * 64, "rank": 32, "slab_bytes": 4 << 20},
     ]
-    found = parse_adapters(msgspec.json.encode({"object": "list", "data": cards}))
+    found = decode(msgspec.json.encode({"object": "list", "data": cards}), ModelList).adapters()
     assert [line.split() for line in render_adapters(found).splitlines()[1:]] == [
         ["french", "32", "4.0", "MiB", "b" * 12],
         ["pirate", "8", "900.0", "KiB", "a" * 12],
@@ -260,16 +261,14 @@ def test_who_reads_from_whom_is_a_line_a_pair_before_and_after_the_first_read() 
         mismatched=1,
         predicted_bytes_per_s=1e9,
     )
-    state = status.parse(
-        cluster(
-            engines=[
-                {
-                    **engine("engine-0", abilities=able),
-                    "counters": EngineCounters(reads=(read,)),
-                    "reads_from": {"engine-1": ["shm", "tcp"], "engine-2": []},
-                }
-            ]
-        )
+    state = cluster(
+        engines=[
+            {
+                **engine("engine-0", abilities=able),
+                "counters": EngineCounters(reads=(read,)),
+                "reads_from": {"engine-1": ["shm", "tcp"], "engine-2": []},
+            }
+        ]
     )
     lines = [line.split() for line in status.reads(state).splitlines()]
     assert lines[1:] == [
@@ -277,7 +276,7 @@ def test_who_reads_from_whom_is_a_line_a_pair_before_and_after_the_first_read() 
         ["engine-0", "engine-1", "tcp", "3", "6.0", "MiB", "953.7", "MiB/s", "2", "1"],
     ]
     assert status.reads(state) in status.render(state)
-    assert status.reads(status.parse(cluster(engines=[]))) == ""
+    assert status.reads(cluster(engines=[])) == ""
 
 
 def test_a_story_is_a_table_by_time_and_names_the_processes_that_did_not_answer() -> None:
@@ -286,7 +285,7 @@ def test_a_story_is_a_table_by_time_and_names_the_processes_that_did_not_answer(
         {"unix_s": 1.5, "process": "engine-0", "subject": "a" * 64, "text": "loaded"},
     ]
     content = {"id": "cmpl-1", "subjects": ["cmpl-1-0"], "entries": entries, "silent": ["planner", "monitor"]}
-    head, *rows, silent = render_story(parse_story(msgspec.json.encode(content))).splitlines()
+    head, *rows, silent = render_story(decode(msgspec.json.encode(content), MergedStory)).splitlines()
     assert words(head) == "TIME PROCESS SUBJECT EVENT"
     assert words(rows[0]).endswith(":00.250 router cmpl-1-0 sent to engine-0")
     assert words(rows[1]).endswith(":01.500 engine-0 aaaaaaaaaaaa loaded")
@@ -295,5 +294,5 @@ def test_a_story_is_a_table_by_time_and_names_the_processes_that_did_not_answer(
 
 def test_a_story_that_no_process_knows_says_which_ids_are_possible() -> None:
     content = {"id": "nothing", "subjects": ["nothing"], "entries": []}
-    text = render_story(parse_story(msgspec.json.encode(content)))
-    assert text.startswith("no process knows nothing; give the id of an answer")
+    text = render_story(decode(msgspec.json.encode(content), MergedStory))
+    assert text.startswith("no process knows nothing; give an answer")

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from loraserve.config import load_config
+from loraserve.config import check_pins, load_config
 from loraserve.errors import ConfigError
-from loraserve.supervisor.preflight import check_configuration, check_disk, check_model, check_not_running, check_port
+from loraserve.supervisor.preflight import check_disk, check_model, check_not_running, check_port
 from loraserve.supervisor.state import RunState, write_state
 
 LLAMA = {
@@ -33,8 +33,8 @@ LLAMA = {
 def test_a_pin_to_an_engine_that_does_not_exist_is_named(pin: str, text: str) -> None:
     overrides = ["cluster.engines=2", f'planner.pins={{"legal": {pin}}}']
     with pytest.raises(ConfigError, match=text):
-        check_configuration(load_config(None, {}, overrides))
-    check_configuration(load_config(None, {}, ["cluster.engines=2", 'planner.pins={"legal": ["engine-1"]}']))
+        check_pins(load_config(None, {}, overrides))
+    check_pins(load_config(None, {}, ["cluster.engines=2", 'planner.pins={"legal": ["engine-1"]}']))
 
 
 def test_a_busy_port_is_named() -> None:
