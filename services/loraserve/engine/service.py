@@ -1,17 +1,19 @@
 """The engine process: carries messages to the scheduler, and its instructions to the runner, the loader and gateways.
 
-Everything that decides is in scheduler.py; everything that computes is in runner.py, in one worker thread, so that
-messages are answered and slabs arrive while a step runs. Where the runner takes steps ahead, a second thread waits for
-its results, so that the first can hand it the next step.
+The scheduler decides (schedule/scheduler.py), the runner computes in a thread of its own (compute/executor.py), and
+wiring.py builds what loads adapters and lends them. This module connects them:
+
+    message ----> handle() ----> _handle_event() ----> Scheduler.handle() ----> _execute() ----> step, load, message
+                                       ^                                                            |
+                                       +------------- StepDone, AdapterLoaded, ... -----------------+
 """
 
 import asyncio
 from collections import defaultdict
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -19,6 +21,7 @@ from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.cost import StepShape
+from loraserve.engine.compute.executor import StepExecutor
 from loraserve.engine.compute.protocol import DeviceLostError, Runner
 from loraserve.engine.lending.leases import LeaseReader
 from loraserve.engine.loading.announcements import ReadAnnouncer
@@ -45,7 +48,7 @@ from loraserve.engine.schedule.events import (
     StepFailed,
     StepResult,
 )
-from loraserve.engine.schedule.report import Rates, describe_capabilities, shape_of
+from loraserve.engine.schedule.report import SpeedMeter, describe_capabilities, step_shape
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.engine.setup import build_runner, engine_number, scheduler_limits
 from loraserve.engine.wiring import AdapterParts, wire_adapters
@@ -76,46 +79,43 @@ from loraserve.messages import (
 from loraserve.service import Service, ServiceState
 from loraserve.story import StoryEntry
 
-T = TypeVar("T")
 BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
 
 
 class EngineService(Service):
-    """One engine. Ready once the model is loaded and its kernels are warm."""
+    """One engine. It is ready once the model is loaded and its kernels are warm."""
 
     inbox = ToEngine
 
     def __init__(self, config: Config, bus: Bus, clock: Clock, build: BuildRunner | None = None) -> None:
         super().__init__(config, bus, clock)
         self._build = build or partial(build_runner, index=engine_number(bus.name))
-        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
-        self._waiter = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result")
-        # Emptied by one loop: the scheduler must hear of steps in their order, whether they fail or not.
+        self._executor = StepExecutor()
+        # Read by one loop, so that the scheduler hears of the steps in their order, whether they fail or not.
         self._steps: asyncio.Queue[tuple[StepBatch, StepShape, asyncio.Future[StepResult]]] = asyncio.Queue()
-        self._rates = Rates()
-        # Plans are answered each once; those of one epoch in the order in which they came.
+        self._speed = SpeedMeter()
+        # Each plan gets one answer; plans with the same epoch are answered in the order of their arrival.
         self._preparing: list[Envelope] = []
         self._idle = asyncio.Event()
         self._idle.set()
         self._leaks = 0
-        self._checked = False
+        self._checked_while_idle = False
         self._runner: Runner
         self._scheduler: Scheduler
         self._adapters: AdapterParts
 
     async def start(self, stack: AsyncExitStack) -> None:
-        for executor in (self._waiter, self._executor):
-            stack.callback(executor.shutdown, wait=True, cancel_futures=True)
-        self._runner = await self._in_worker(self._build, self.config, self._progress)
+        stack.callback(self._executor.close)
+        self._runner = await self._executor.call(self._build, self.config, self._report_progress)
         self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
-        announcer = ReadAnnouncer(self._runner, self._rates, self._tell)
+        announcer = ReadAnnouncer(self._runner, self._speed, self._handle_event)
         self._adapters = wire_adapters(self, self._runner, self._scheduler.residency, announcer, stack)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         return [self._report_load(), self._report_statistics(), self._await_steps()]
 
     async def drain(self) -> None:
-        """Requests that run may finish; new ones are refused by then, because the state is DRAINING."""
+        """Wait for the running requests. New ones are refused meanwhile, as the state is DRAINING."""
         await self._idle.wait()
 
     def ready_detail(self) -> str:
@@ -129,67 +129,72 @@ class EngineService(Service):
         return self._scheduler.story_entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
+        lender, offers, now = self._adapters.lender, self._adapters.offers, self.clock.monotonic_s()
         match envelope.message:
             case Admit() as admit:
                 self._admit(envelope, admit)
             case Abort(request_id=request_id):
-                self._tell(RequestAborted(request_id))
+                self._handle_event(RequestAborted(request_id))
             case ExpectAdapter(adapter=adapter):
                 if self.state is ServiceState.READY:
-                    self._tell(AdapterExpected(adapter))
+                    self._handle_event(AdapterExpected(adapter))
             case PreparePlan(epoch=epoch, adapters=adapters):
                 self._preparing.append(envelope)
-                self._tell(PlanPrepared(epoch, adapters))
+                self._handle_event(PlanPrepared(epoch, adapters))
             case RetireCopies(epoch=epoch, keep=keep):
-                before = self._pinned()
-                self._tell(CopiesRetired(epoch, keep))
-                self.bus.respond(envelope, RetireDone(epoch=epoch, unpinned=before - self._pinned()))
+                before = self._count_pinned()
+                self._handle_event(CopiesRetired(epoch, keep))
+                self.bus.respond(envelope, RetireDone(epoch=epoch, unpinned=before - self._count_pinned()))
             case AnnounceCapabilities():
                 self._announce_capabilities()
             case LeaseSlab() | RenewLease() | ReleaseLease():
-                self._note_leases_ended(self._adapters.lender.answer(envelope, self.clock.monotonic_s()))
+                self._note_leases_ended(lender.answer(envelope, now))
             case SlabDamaged() as complaint:
-                if self._adapters.lender.accept_complaint(envelope.sender, complaint):
+                if lender.accept_complaint(envelope.sender, complaint):
                     self.spawn(self._check_copies(complaint.version))
             case ReadRegion():
-                answering = self._adapters.offers.answer_read(envelope)
+                answering = offers.answer_read(envelope)
                 if answering is not None:
                     self.spawn(answering)
             case ConnectQueue():
-                self.spawn(self._adapters.offers.connect(envelope))
+                self.spawn(offers.connect(envelope))
             case EngineGone(engine=engine, incarnation=incarnation):
-                reader = LeaseReader(engine, incarnation)
-                self._note_leases_ended(self._adapters.lender.end_reader(reader, self.clock.monotonic_s()))
-                self._adapters.offers.forget(engine, incarnation)
+                self._note_leases_ended(lender.end_reader(LeaseReader(engine, incarnation), now))
+                offers.forget(engine, incarnation)
                 self._adapters.sources.forget(engine, incarnation)
 
+    # --- Events go to the scheduler, its instructions are executed.
+
     def _admit(self, envelope: Envelope, admit: Admit) -> None:
-        """Take the request or say at once why not, so that the router may ask another engine."""
-        refusals: dict[str, Reject] = {}
+        """Accept the request or answer at once why not, so that the router can choose another engine."""
+        rejected: dict[str, Reject] = {}
         if self.state == ServiceState.DRAINING and admit.request_id not in self._scheduler.load().queue.request_ids:
             text = f"{self.bus.name} is draining"
-            refusals[admit.request_id] = Reject(admit.request_id, admit.gateway, "draining", text)
+            rejected[admit.request_id] = Reject(admit.request_id, admit.gateway, "draining", text)
         else:
             if admit.adapter is not None:
                 self._adapters.cache.cache.uses.add(admit.adapter.version, self.clock.monotonic_s())
-            self._tell(RequestArrived(admit), refusals)
-        refusal = refusals.get(admit.request_id)
+            self._handle_event(RequestArrived(admit), rejected)
         answer = Admitted(request_id=admit.request_id, incarnation=self.bus.incarnation)
-        if refusal is not None:
-            answer = msgspec.structs.replace(answer, ok=False, code=refusal.code, message=refusal.message)
+        reject = rejected.get(admit.request_id)
+        if reject is not None:
+            answer = msgspec.structs.replace(answer, ok=False, code=reject.code, message=reject.message)
         self.bus.respond(envelope, answer)
 
-    def _tell(self, event: Event, refusals: dict[str, Reject] | None = None) -> None:
-        """One event to the scheduler, its instructions to the world. ``refusals`` keeps those of an arrival."""
+    def _handle_event(self, event: Event, rejected: dict[str, Reject] | None = None) -> None:
+        """Give an event to the scheduler and execute its instructions.
+
+        If ``rejected`` is given, Reject instructions are added to it by request id instead of being sent.
+        """
         deltas: dict[str, list[TokenDelta]] = defaultdict(list)
         for instruction in self._scheduler.handle(event, self.clock.monotonic_s()):
             if isinstance(instruction, Emit):
                 deltas[instruction.gateway].append(instruction.delta)
-            elif isinstance(instruction, Reject) and refusals is not None:
-                refusals[instruction.request_id] = instruction
+            elif isinstance(instruction, Reject) and rejected is not None:
+                rejected[instruction.request_id] = instruction
             else:
-                self._carry_out(instruction)
-        self._checked = False
+                self._execute(instruction)
+        self._checked_while_idle = False
         (self._idle.set if self._scheduler.is_idle else self._idle.clear)()
         for gateway, batch in deltas.items():
             self.bus.send(
@@ -197,11 +202,11 @@ class EngineService(Service):
                 TokenBatch(engine=self.bus.name, incarnation=self.bus.incarnation, deltas=tuple(batch)),
             )
 
-    def _carry_out(self, instruction: Instruction) -> None:
+    def _execute(self, instruction: Instruction) -> None:
         match instruction:
             case RunStep(batch):
-                # Begun at once: tokens of the last step are sent while this one computes.
-                step = self._begin(batch)
+                # Submitted at once, so that the last step's tokens are sent while this one computes.
+                step = self._executor.submit(self._runner, batch)
                 self._steps.put_nowait((batch, self._shape_of(batch), step))
             case LoadAdapter() as load:
                 self.spawn_vital(self._load_adapter(load))
@@ -221,31 +226,18 @@ class EngineService(Service):
             case PlanReady(epoch, failed_copies):
                 self._answer_plan(epoch, failed_copies)
 
-    async def _load_adapter(self, load: LoadAdapter) -> None:
-        result = await self._adapters.loader.load(load)
-        if isinstance(result, AdapterLoaded) and result.slab is not None:
-            self._rates.load_done(load.adapter.slab_bytes, result.slab.own_s)
-        self._tell(result)
+    def _answer_plan(self, epoch: int, failed: dict[str, str]) -> None:
+        answer = Prepared(engine=self.bus.name, incarnation=self.bus.incarnation, epoch=epoch, failed=failed)
+        request = next(envelope for envelope in self._preparing if envelope.message.epoch == epoch)
+        self._preparing.remove(request)
+        self.bus.respond(request, answer)
 
-    async def _check_copies(self, version: str) -> None:
-        """Check the copies of a slab that a peer found damaged."""
-        if await self._adapters.lender.check_copies(version, self._adapters.reader):
-            self._tell(AdapterDamaged(version))
-
-    def _note_leases_ended(self, any_ended: bool) -> None:
-        if any_ended:
-            self._tell(LeasesEnded())
-
-    def _begin(self, batch: StepBatch) -> asyncio.Future[StepResult]:
-        if not self._runner.steps_ahead:
-            return self._in_worker(lambda: self._runner.submit(batch).result())
-        submitted = self._executor.submit(self._runner.submit, batch)
-        return asyncio.get_running_loop().run_in_executor(self._waiter, lambda: submitted.result().result())
+    # --- Steps.
 
     def _shape_of(self, batch: StepBatch) -> StepShape:
-        """Looked at while it computes, and while its slots are its adapters' for certain."""
+        """Return the step's shape. Must be called before the slots of its adapters can change."""
         adapters = {entry.slot: entry.adapter for entry in self._scheduler.residency.pool.entries()}
-        return shape_of(batch, adapters)[0]
+        return step_shape(batch, adapters)[0]
 
     async def _await_steps(self) -> None:
         while True:
@@ -255,21 +247,41 @@ class EngineService(Service):
         try:
             result = await step
         except DeviceLostError as error:
-            # The supervisor starts the process anew: to go on would be to fail every request.
+            # Every further step would fail. The process ends, and the supervisor restarts it.
             self.log.critical("device_lost", step=batch.step_id, reason=str(error))
             raise
         except Exception as error:
             self.log.exception("step_failed", step=batch.step_id, requests=[s.request_id for s in batch.sequences])
-            self._tell(StepFailed(batch.step_id, f"{self.bus.name} could not compute a step: {error}"))
+            self._handle_event(StepFailed(batch.step_id, f"{self.bus.name} could not compute a step: {error}"))
             return
-        self._rates.step_done(shape, result.duration_s)
-        self._tell(StepDone(result))
+        self._speed.record_step(shape, result.duration_s)
+        self._handle_event(StepDone(result))
 
-    def _answer_plan(self, epoch: int, failed: dict[str, str]) -> None:
-        answer = Prepared(engine=self.bus.name, incarnation=self.bus.incarnation, epoch=epoch, failed=failed)
-        asked = next(envelope for envelope in self._preparing if envelope.message.epoch == epoch)
-        self._preparing.remove(asked)
-        self.bus.respond(asked, answer)
+    # --- Adapters.
+
+    async def _load_adapter(self, load: LoadAdapter) -> None:
+        result = await self._adapters.loader.load(load)
+        if isinstance(result, AdapterLoaded) and result.slab is not None:
+            self._speed.record_load(load.adapter.slab_bytes, result.slab.own_s)
+        self._handle_event(result)
+
+    async def _check_copies(self, version: str) -> None:
+        """Check this engine's copies of a slab that a peer found damaged."""
+        if await self._adapters.lender.check_copies(version, self._adapters.reader):
+            self._handle_event(AdapterDamaged(version))
+
+    def _note_leases_ended(self, any_ended: bool) -> None:
+        if any_ended:
+            self._handle_event(LeasesEnded())
+
+    def _count_pinned(self) -> int:
+        return sum(adapter.pinned for adapter in self._scheduler.load().adapters.resident)
+
+    # --- Reports.
+
+    def _report_progress(self, text: str) -> None:
+        self.starting_detail = text
+        self.log.info("starting_up", step=text)
 
     async def _report_load(self) -> None:
         self._announce_capabilities()
@@ -282,7 +294,7 @@ class EngineService(Service):
                 state=self.state,
                 queue=load.queue,
                 memory=load.memory,
-                speed=self._rates.measured(),
+                speed=self._speed.measured(),
                 adapters=msgspec.structs.replace(load.adapters, cached=self._adapters.cache.cache.versions),
             )
             self.bus.send("monitor", report)
@@ -290,43 +302,39 @@ class EngineService(Service):
 
     async def _report_statistics(self) -> None:
         while True:
-            self._check_idle()
-            counters = self._scheduler.counters()
+            self._check_for_leaks()
+            reads = self._adapters.reader.counts()
             statistics = EngineStatistics(
                 engine=self.bus.name,
                 incarnation=self.bus.incarnation,
-                counters=msgspec.structs.replace(counters, leaks=self._leaks, reads=self._adapters.reader.counts()),
+                counters=msgspec.structs.replace(self._scheduler.counters(), leaks=self._leaks, reads=reads),
                 adapter_tokens=self._scheduler.counts.by_adapter(),
             )
             self.bus.send("monitor", statistics)
-            self._scheduler.counts.reported()
+            self._scheduler.counts.mark_reported()
             await asyncio.sleep(self.config.engine.statistics_interval_s)
 
     def _announce_capabilities(self) -> None:
         capabilities = describe_capabilities(self._scheduler, self.bus.name, self.bus.incarnation)
-        abilities, of_cache = self._adapters.offers.abilities, self._adapters.offers.cache_abilities
-        self.bus.send("monitor", msgspec.structs.replace(capabilities, abilities=abilities, cache_abilities=of_cache))
+        offers = self._adapters.offers
+        self.bus.send(
+            "monitor",
+            msgspec.structs.replace(capabilities, abilities=offers.abilities, cache_abilities=offers.cache_abilities),
+        )
 
-    def _check_idle(self) -> None:
-        """With no request left every block must be free and every invariant hold; anything else is a leak."""
-        if self._checked or not self._scheduler.is_idle:
+    def _check_for_leaks(self) -> None:
+        """Count a leak if the engine is idle and still holds blocks, or if an invariant is broken.
+
+        The check looks at every block, so that it runs only once each time the engine becomes idle.
+        """
+        if self._checked_while_idle or not self._scheduler.is_idle:
             return
-        self._checked = True  # looking at every block takes a while: once each time that all is done
+        self._checked_while_idle = True
         try:
             self._scheduler.validate()
             self._adapters.lender.validate()
             self._adapters.cache.validate()
-            assert self._scheduler.blocks.free == self._scheduler.limits.kv_blocks, "blocks are held by nobody"
+            assert self._scheduler.blocks.free == self._scheduler.limits.kv_blocks, "no request owns some KV blocks"
         except AssertionError as error:
             self._leaks += 1
             self.log.error("leak", reason=str(error))
-
-    def _pinned(self) -> int:
-        return sum(adapter.pinned for adapter in self._scheduler.load().adapters.resident)
-
-    def _progress(self, text: str) -> None:
-        self.starting_detail = text
-        self.log.info("starting_up", step=text)
-
-    def _in_worker(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        return asyncio.get_running_loop().run_in_executor(self._executor, function, *arguments)

@@ -28,7 +28,7 @@ from loraserve.engine.schedule.events import (
     StepDone,
     StepResult,
 )
-from loraserve.engine.schedule.report import Rates, describe_capabilities, shape_of
+from loraserve.engine.schedule.report import SpeedMeter, describe_capabilities, step_shape
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.messages import AdapterRef, Admit, EngineLoad, EngineStatistics
 
@@ -102,7 +102,7 @@ class SimEngine:
         self._timeline = timeline
         self._listener = listener
         self._free_loads = free_loads
-        self._rates = Rates()
+        self._speed = SpeedMeter()
         self._adapters_by_slot: dict[int, AdapterRef] = {}
         self._link_free_s = 0.0
         self._timer = 0
@@ -137,7 +137,7 @@ class SimEngine:
             state="READY",
             queue=scheduled.queue,
             memory=scheduled.memory,
-            speed=self._rates.measured(),
+            speed=self._speed.measured(),
             adapters=scheduled.adapters,
         )
         statistics = EngineStatistics(
@@ -146,7 +146,7 @@ class SimEngine:
             counters=self.scheduler.counters(),
             adapter_tokens=self.scheduler.counts.by_adapter(),
         )
-        self.scheduler.counts.reported()
+        self.scheduler.counts.mark_reported()
         return load, statistics
 
     def held_bytes(self) -> tuple[int, int]:
@@ -199,7 +199,7 @@ class SimEngine:
 
     def _loaded(self, adapter: AdapterRef, load_s: float) -> Callback:
         def callback(now: float) -> None:
-            self._rates.load_done(adapter.slab_bytes, load_s)
+            self._speed.record_load(adapter.slab_bytes, load_s)
             self._deliver(AdapterLoaded(adapter.version), now)
 
         return callback
@@ -208,7 +208,7 @@ class SimEngine:
 
     def _start_step(self, batch: StepBatch, now: float) -> None:
         self._batch, self._step_start_s = batch, now
-        self._shape, self._step_rank_tokens = shape_of(batch, self._adapters_by_slot)
+        self._shape, self._step_rank_tokens = step_shape(batch, self._adapters_by_slot)
         self._step_s = self._cost.step_s(self._shape)
         self._growth_s = self._shape.decode_sequences * self._cost.kv_token_s
 
@@ -262,7 +262,7 @@ class SimEngine:
         self._shape = msgspec.structs.replace(self._shape, kv_tokens=kv_tokens)
 
     def _count(self, step_s: float, steps: int) -> None:
-        self._rates.step_done(self._shape, step_s, steps)
+        self._speed.record_step(self._shape, step_s, steps)
         self.busy_s += step_s * steps
         for rank, tokens in self._step_rank_tokens.items():
             self.rank_tokens[rank] = self.rank_tokens.get(rank, 0) + tokens * steps

@@ -82,7 +82,7 @@ def test_every_token_is_counted_once_despite_lost_reports_and_forgotten_versions
                 lost = 0
             else:
                 lost += 1
-            counts.reported()
+            counts.mark_reported()
     window.report(engine_statistics("e0", adapter_tokens=counts.by_adapter()), 1.0)
     found = {v: round((r.prefill_tokens + r.decode_tokens) * SLOT_S) for v, r in window.rates(1.0).items()}
     assert found == dict(done)

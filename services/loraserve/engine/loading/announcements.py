@@ -8,7 +8,7 @@ from loraserve.engine.compute.protocol import LayeredRunner, Runner
 from loraserve.engine.loading.arrival import Arrival
 from loraserve.engine.schedule.early import min_prefill_tokens
 from loraserve.engine.schedule.events import AdapterArriving, LoadAdapter
-from loraserve.engine.schedule.report import Rates
+from loraserve.engine.schedule.report import SpeedMeter
 
 
 class AnnouncedLoad:
@@ -18,13 +18,13 @@ class AnnouncedLoad:
         self,
         load: LoadAdapter,
         runner: LayeredRunner,
-        rates: Rates,
+        speed: SpeedMeter,
         report: Callable[[AdapterArriving], None],
         numbers: Iterator[int],
     ) -> None:
         self._load = load
         self._runner = runner
-        self._rates = rates
+        self._speed = speed
         self._report = report
         self._numbers = numbers
         self._arrival: Arrival | None = None
@@ -47,7 +47,7 @@ class AnnouncedLoad:
         if self._arrival is None:
             return
         self._arrival.advance(slab_bytes)
-        tokens = min_prefill_tokens(remaining_s, self._rates.measured())
+        tokens = min_prefill_tokens(remaining_s, self._speed.measured())
         if tokens != self._reported_tokens:
             self._reported_tokens = tokens
             self._report(AdapterArriving(self._load.adapter.version, self.read, tokens))
@@ -62,10 +62,10 @@ class AnnouncedLoad:
 class ReadAnnouncer:
     """Numbers the announced reads of an engine. ``report`` takes events to the scheduler."""
 
-    def __init__(self, runner: Runner, rates: Rates, report: Callable[[AdapterArriving], None]) -> None:
+    def __init__(self, runner: Runner, speed: SpeedMeter, report: Callable[[AdapterArriving], None]) -> None:
         # A step that is taken ahead would go on from one that may be discarded.
         self._runner = runner if isinstance(runner, LayeredRunner) and not runner.steps_ahead else None
-        self._rates = rates
+        self._speed = speed
         self._report = report
         self._numbers = count(1)
 
@@ -73,7 +73,7 @@ class ReadAnnouncer:
         """Return what announces the reads of a load; None if the runner's steps use whole slabs only."""
         if self._runner is None:
             return None
-        return AnnouncedLoad(load, self._runner, self._rates, self._report, self._numbers)
+        return AnnouncedLoad(load, self._runner, self._speed, self._report, self._numbers)
 
 
 def base_elements(load: LoadAdapter, header: SlabHeader) -> int:

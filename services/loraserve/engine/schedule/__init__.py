@@ -8,5 +8,5 @@ events.py. The other modules serve it:
     overtaking.py  how long a request that waits for its adapter may be overtaken by later ones
     early.py       requests that start before their adapter has been read completely
     blocks.py      KV blocks and the prefix cache
-    report.py      the scheduler's load and the measured rates, as the monitor receives them
+    report.py      the load, counters, capabilities and measured speed that the engine reports
 """

@@ -1,4 +1,4 @@
-"""The scheduler's state as numbers for the monitor and the operator. Pure."""
+"""What an engine reports: the scheduler's load and counters, its capabilities, and the measured speed."""
 
 from collections.abc import Mapping
 from math import inf
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 IDLE_REPORTS = 10
-"""An adapter that this many reports found unchanged is forgotten: so many may be lost, and no token is."""
+"""An adapter whose counts did not change for this many reports is forgotten. Fewer lost reports lose no tokens."""
 
 
-class _Count(msgspec.Struct):
-    """One adapter's. ``changed`` is the number of reports that were out when it last grew."""
+class _AdapterCount(msgspec.Struct):
+    """One adapter's counts. ``changed`` is the number of reports sent before the last change."""
 
     span: int
     prefill: int = 0
@@ -41,31 +41,32 @@ class _Count(msgspec.Struct):
 
 
 class TokenCounts:
-    """What was computed, by adapter version ("" is the base model), of those that were lately asked for.
+    """Counts requests and computed tokens by adapter version; "" is the base model.
 
-    It is bounded by what is active: the versions an engine has ever served would be all there are.
+    Adapters without requests are forgotten after a while, so that the counts stay bounded by the active adapters. An
+    adapter that is requested again starts a new span of counts from zero.
     """
 
     def __init__(self) -> None:
-        self._counts: dict[str, _Count] = {}
+        self._counts: dict[str, _AdapterCount] = {}
         self._spans = 0
         self._reports = 0
         self.preemptions = 0
         self.prefix_hits = 0
         self.prefix_queries = 0
 
-    def request(self, version: str) -> None:
+    def count_request(self, version: str) -> None:
         self._of(version).requests += 1
 
-    def computed(self, version: str, tokens: int, decode: bool) -> None:
+    def count_tokens(self, version: str, tokens: int, decode: bool) -> None:
         count = self._of(version)
         if decode:
             count.decode += tokens
         else:
             count.prefill += tokens
 
-    def prefix(self, known: int, cached: int) -> None:
-        """A sequence began with ``cached`` of its ``known`` tokens already computed."""
+    def count_prefix(self, known: int, cached: int) -> None:
+        """Count a started sequence: ``cached`` of its ``known`` tokens were in the prefix cache."""
         self.prefix_queries += known
         self.prefix_hits += cached
 
@@ -81,18 +82,18 @@ class TokenCounts:
             for version, count in self._counts.items()
         )
 
-    def reported(self) -> None:
-        """A report is out: what was idle for many of them is forgotten, and begins a new span when it comes again."""
+    def mark_reported(self) -> None:
+        """Note that the counts were reported, and forget the adapters that did not change for many reports."""
         self._reports += 1
         oldest = self._reports - IDLE_REPORTS
         for version in [version for version, count in self._counts.items() if count.changed < oldest]:
             del self._counts[version]
 
-    def _of(self, version: str) -> _Count:
+    def _of(self, version: str) -> _AdapterCount:
         count = self._counts.get(version)
         if count is None:
             self._spans += 1
-            count = self._counts[version] = _Count(self._spans)
+            count = self._counts[version] = _AdapterCount(self._spans)
         count.changed = self._reports
         return count
 
@@ -154,7 +155,7 @@ def count_events(scheduler: "Scheduler") -> EngineCounters:
 
 
 def describe_capabilities(scheduler: "Scheduler", engine: str, incarnation: str) -> EngineCapabilities:
-    """Return what the engine can do, but for how peers can read from it."""
+    """Return the engine's capabilities, without how peers can read from it."""
     limits = scheduler.limits
     return EngineCapabilities(
         engine=engine,
@@ -168,16 +169,15 @@ def describe_capabilities(scheduler: "Scheduler", engine: str, incarnation: str)
     )
 
 
-# MERGED: loraserve.engine.schedule.report
-# """Rates measured on this engine, smoothed. Pure."""
-
-
 SMOOTHING = 0.1
-"""Weight of the newest observation: ten steps set the picture, one slow step does not."""
+"""Weight of the newest observation: about ten steps determine the mean, and one slow step changes it little."""
 
 
-class Rates:
-    """Amounts and the seconds that they took are smoothed each: a mean of rates would count short steps too much."""
+class SpeedMeter:
+    """Measures the engine's steps and loads as exponential moving averages.
+
+    Amounts and their seconds are averaged separately, as a mean of rates would overweight short steps.
+    """
 
     def __init__(self) -> None:
         self._decode_step: MeanStep | None = None
@@ -189,6 +189,7 @@ class Rates:
         self._loads = 0
 
     def measured(self) -> MeasuredSpeed:
+        """Return the current means."""
         load = None
         if self._loads:
             load = MeanLoad(slab_bytes=self._load_bytes, bytes_per_s=self._load_bytes / self._load_s)
@@ -201,8 +202,8 @@ class Rates:
             loads=self._loads,
         )
 
-    def step_done(self, shape: StepShape, duration_s: float, times: int = 1) -> None:
-        """Count one step, or ``times`` alike. Those with prefill say nothing about decoding alone."""
+    def record_step(self, shape: StepShape, duration_s: float, times: int = 1) -> None:
+        """Record ``times`` equal steps. Steps with prefill do not count as decode steps."""
         if not 0 < duration_s < inf:
             return
         if shape.prefill_tokens:
@@ -212,33 +213,32 @@ class Rates:
             self._decode_steps += times
             self._decode_step = _smooth(self._decode_step, mean_step(shape, duration_s), times)
 
-    def load_done(self, slab_bytes: int, own_s: float) -> None:
-        """Count one finished load. ``own_s``: without what it waited for others on the link."""
+    def record_load(self, slab_bytes: int, own_s: float) -> None:
+        """Record a completed load. ``own_s`` excludes the time that it waited for other loads on the link."""
         if not 0 < own_s < inf:
             return
         first = not self._loads
         self._loads += 1
-        self._load_bytes = float(slab_bytes) if first else _towards(self._load_bytes, slab_bytes)
-        self._load_s = own_s if first else _towards(self._load_s, own_s)
+        self._load_bytes = float(slab_bytes) if first else _move_towards(self._load_bytes, slab_bytes)
+        self._load_s = own_s if first else _move_towards(self._load_s, own_s)
 
 
 def _smooth(old: MeanStep | None, new: MeanStep, times: int) -> MeanStep:
     if old is None:
         return new
     fields = MeanStep.__struct_fields__
-    return MeanStep(**{name: _towards(getattr(old, name), getattr(new, name), times) for name in fields})
+    return MeanStep(**{name: _move_towards(getattr(old, name), getattr(new, name), times) for name in fields})
 
 
-def _towards(old: float, new: float, times: int = 1) -> float:
+def _move_towards(old: float, new: float, times: int = 1) -> float:
     return new + (1 - SMOOTHING) ** times * (old - new)
 
 
-# MERGED: loraserve.engine.schedule.report
-# """What a step holds, as the cost model sees it. Pure."""
+def step_shape(batch: StepBatch, adapters: Mapping[int, AdapterRef]) -> tuple[StepShape, dict[int, int]]:
+    """Return a step's shape for the cost model, and its tokens by adapter rank (0 is the base model).
 
-
-def shape_of(batch: StepBatch, adapters: Mapping[int, AdapterRef]) -> tuple[StepShape, dict[int, int]]:
-    """And its tokens by the rank of their adapter, 0 the base model; ``adapters`` are by slot."""
+    ``adapters`` are by slot.
+    """
     decode = kv = prefill = prefill_kv = 0
     slot_tokens: dict[int, int] = {}
     for part in batch.sequences:

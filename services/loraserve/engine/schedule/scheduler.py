@@ -157,7 +157,7 @@ class Scheduler:
         sequence = Sequence(admit, self._arrivals, self.max_model_tokens, self.limits.block_tokens)
         self._sequences[admit.request_id] = sequence
         self.waiting.append(sequence)
-        self.counts.request(sequence.version)
+        self.counts.count_request(sequence.version)
         if admit.adapter is not None:
             self.residency.note_request(admit.adapter, now)
         self._story.tell(admit.request_id, now, f"waiting, {sequence.prompt_length} prompt tokens")
@@ -245,7 +245,7 @@ class Scheduler:
 
     def _record_kv(self, sequence: Sequence, tokens: int) -> None:
         """Count the tokens as computed, and put the blocks that they complete into the prefix cache."""
-        self.counts.computed(sequence.version, tokens, decode=sequence.is_decoding)
+        self.counts.count_tokens(sequence.version, tokens, decode=sequence.is_decoding)
         block_tokens = self.limits.block_tokens
         first = sequence.computed // block_tokens
         sequence.computed += tokens
@@ -361,7 +361,7 @@ class Scheduler:
             sequence.early_read = self.early.start(sequence.version)
         sequence.advance(Transition.START_EARLY if sequence.early_read else Transition.START)
         insort(self.running, sequence, key=ARRIVAL_ORDER)
-        self.counts.prefix(len(sequence.history), sequence.computed)
+        self.counts.count_prefix(len(sequence.history), sequence.computed)
         self._story.tell(sequence.request_id, now, f"running, {sequence.computed} tokens cached")
 
     # --- Fast-forward: many decode steps at once, for a simulator.
@@ -400,7 +400,7 @@ class Scheduler:
             sequence.history.extend([token] * steps)
             sequence.computed += steps
             sequence.scheduled += steps
-            self.counts.computed(sequence.version, steps, decode=True)
+            self.counts.count_tokens(sequence.version, steps, decode=True)
             start, output_index = part.start + steps, part.output_index + steps
             parts.append(replace(part, tokens=(token,), start=start, blocks=sequence.blocks, output_index=output_index))
         batch = StepBatch(step_id=current.step_id + steps, sequences=tuple(parts))

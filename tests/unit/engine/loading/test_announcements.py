@@ -11,7 +11,7 @@ from loraserve.engine.loading import announcements
 from loraserve.engine.loading.announcements import AnnouncedLoad, ReadAnnouncer
 from loraserve.engine.loading.arrival import Arrival
 from loraserve.engine.schedule.events import AdapterArriving, LoadAdapter
-from loraserve.engine.schedule.report import Rates
+from loraserve.engine.schedule.report import SpeedMeter
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
@@ -42,7 +42,7 @@ def watched(load: LoadAdapter, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(announcements, "min_prefill_tokens", lambda left_s, measured: made.tokens)
     made.runner = SimpleNamespace(arrive=arrive)
-    made.watch = AnnouncedLoad(load, made.runner, Rates(), made.told.append, count(1))
+    made.watch = AnnouncedLoad(load, made.runner, SpeedMeter(), made.told.append, count(1))
     return made
 
 
@@ -91,4 +91,4 @@ def test_of_what_the_runner_cannot_use_nobody_is_told(watched: Any, header: Slab
 
 
 def test_a_runner_without_layers_is_not_watched(load: LoadAdapter) -> None:
-    assert ReadAnnouncer(SimpleNamespace(steps_ahead=0), Rates(), lambda event: None).follow(load) is None  # type: ignore[arg-type]
+    assert ReadAnnouncer(SimpleNamespace(steps_ahead=0), SpeedMeter(), lambda event: None).follow(load) is None  # type: ignore[arg-type]

@@ -15,7 +15,7 @@ from loraserve.engine.loading.loader import AdapterLoader
 from loraserve.engine.loading.source import SlabReadError
 from loraserve.engine.loading.speeds import FROM_STORE
 from loraserve.engine.schedule.events import CANCELLED, AdapterLoaded, AdapterLoadFailed, LoadAdapter
-from loraserve.engine.schedule.report import Rates
+from loraserve.engine.schedule.report import SpeedMeter
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
 
@@ -61,7 +61,7 @@ class Scene:
         self.installed: list[int] = []
         self.refuses: Exception | None = None
         runner: Any = SimpleNamespace(install=self.install, steps_ahead=0)
-        announcer = ReadAnnouncer(runner, Rates(), lambda event: None)
+        announcer = ReadAnnouncer(runner, SpeedMeter(), lambda event: None)
         reader: Any = self.reader
         cache: Any = NoCache()
         self.loader = AdapterLoader(runner, self.pool, cache, reader, announcer)

@@ -13,7 +13,7 @@ from loraserve.engine.profile.command import main
 from loraserve.engine.profile.design import KINDS, BatchPart, SizedAdapter, TimedBatch, batch_shape, design_batches
 from loraserve.engine.profile.measure import make_random_slab, make_step, place_slabs
 from loraserve.engine.schedule.events import SchedulerLimits
-from loraserve.engine.schedule.report import shape_of
+from loraserve.engine.schedule.report import step_shape
 from loraserve.errors import ConfigError
 from loraserve.messages import AdapterRef
 from loraserve.testing.peft_writer import TINY_SHAPE
@@ -63,7 +63,7 @@ def test_a_profile_is_fitted_to_the_shapes_that_an_engine_reports() -> None:
     adapters = [SizedAdapter(8 << n, 1000 << n) for n in range(4)]
     refs = {n: AdapterRef(name="", version="", rank=a.rank, slab_bytes=a.slab_bytes) for n, a in enumerate(adapters)}
     for index, batch in enumerate(design_batches(limits(4000, 64, 512, 4096), len(adapters), 60)):
-        assert shape_of(make_step(index, batch, BLOCK, 100), refs)[0] == batch_shape(batch, adapters)
+        assert step_shape(make_step(index, batch, BLOCK, 100), refs)[0] == batch_shape(batch, adapters)
 
 
 def test_every_kind_is_held_out_and_batches_match_their_kind() -> None:

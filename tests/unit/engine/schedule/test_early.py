@@ -8,18 +8,18 @@ from hypothesis import strategies as st
 
 from loraserve.cost import StepShape, mean_step
 from loraserve.engine.schedule.early import MARGIN, MIN_GAIN_S, SLACK_S, min_prefill_tokens, remaining_read_s
-from loraserve.engine.schedule.report import Rates
+from loraserve.engine.schedule.report import SpeedMeter
 from loraserve.messages import MeasuredSpeed
 
 SECONDS = st.floats(MIN_GAIN_S, 10.0)
 
 
 def measured(decode_s: float = 0.0, prefill_tokens: int = 0, prefill_s: float = 0.0) -> MeasuredSpeed:
-    rates = Rates()
+    rates = SpeedMeter()
     if decode_s:
-        rates.step_done(StepShape(decode_sequences=1), decode_s)
+        rates.record_step(StepShape(decode_sequences=1), decode_s)
     if prefill_s:
-        rates.step_done(StepShape(prefill_tokens=prefill_tokens), prefill_s)
+        rates.record_step(StepShape(prefill_tokens=prefill_tokens), prefill_s)
     return rates.measured()
 
 
@@ -64,8 +64,8 @@ def test_a_read_of_unknown_duration_is_waited_for() -> None:
 
 
 def test_only_steps_with_prefill_give_the_prefill_pace() -> None:
-    rates = Rates()
-    rates.step_done(StepShape(prefill_tokens=16), 0.04)
-    rates.step_done(StepShape(decode_sequences=4), 0.001)
+    rates = SpeedMeter()
+    rates.record_step(StepShape(prefill_tokens=16), 0.04)
+    rates.record_step(StepShape(decode_sequences=4), 0.001)
     assert rates.measured().prefill_step == mean_step(StepShape(prefill_tokens=16), 0.04)
     assert min_prefill_tokens(0.011, rates.measured()) == 8

@@ -73,13 +73,13 @@ def test_tokens_are_counted_by_adapter_and_phase(helpers: SimpleNamespace) -> No
 
 def test_an_adapter_idle_for_many_reports_is_forgotten() -> None:
     counts = TokenCounts()
-    counts.computed("idle", 5, decode=False)
-    counts.computed("busy", 5, decode=False)
+    counts.count_tokens("idle", 5, decode=False)
+    counts.count_tokens("busy", 5, decode=False)
     for _ in range(IDLE_REPORTS):
-        counts.reported()
-        counts.computed("busy", 1, decode=True)
+        counts.mark_reported()
+        counts.count_tokens("busy", 1, decode=True)
     assert [tokens.version for tokens in counts.by_adapter()] == ["idle", "busy"]
-    counts.reported()
+    counts.mark_reported()
     assert counts.by_adapter() == (
         AdapterTokens(version="busy", prefill_tokens=5, decode_tokens=IDLE_REPORTS, requests=0, span=2),
     )
@@ -87,17 +87,17 @@ def test_an_adapter_idle_for_many_reports_is_forgotten() -> None:
 
 def test_a_forgotten_adapter_counts_from_zero_in_a_new_span() -> None:
     counts = TokenCounts()
-    counts.computed("a", 5, decode=False)
+    counts.count_tokens("a", 5, decode=False)
     for _ in range(IDLE_REPORTS + 1):
-        counts.reported()
-    counts.request("a")
-    counts.computed("a", 3, decode=False)
+        counts.mark_reported()
+    counts.count_request("a")
+    counts.count_tokens("a", 3, decode=False)
     assert counts.by_adapter() == (AdapterTokens(version="a", prefill_tokens=3, decode_tokens=0, requests=1, span=2),)
 
 
 def test_only_recent_adapters_are_listed() -> None:
     counts = TokenCounts()
     for number in range(2000):
-        counts.computed(f"v{number}", 1, decode=False)
-        counts.reported()
+        counts.count_tokens(f"v{number}", 1, decode=False)
+        counts.mark_reported()
         assert len(counts.by_adapter()) <= IDLE_REPORTS + 1
