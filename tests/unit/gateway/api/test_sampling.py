@@ -6,8 +6,17 @@ from typing import Any
 import pytest
 
 from loraserve.gateway.api.limits import output_limit
-from loraserve.gateway.api.schema import INT64, ChatRequest, decode_request, sampling_params, stop_rules
+from loraserve.gateway.api.schema import (
+    INT64,
+    ChatRequest,
+    CompletionRequest,
+    GenerationRequest,
+    decode_request,
+    sampling_params,
+    stop_rules,
+)
 from loraserve.gateway.errors import ApiError
+from loraserve.messages.sampling import FIELD_TYPES, RANGES, range_error
 
 
 def request_of(**fields: Any) -> ChatRequest:
@@ -62,3 +71,24 @@ def test_ignore_eos_keeps_the_stops_of_the_client() -> None:
     request = request_of(ignore_eos=True, stop_token_ids=[3], stop="x")
     sampling = sampling_params(request, 10, None, 5, 0)
     assert (sampling.ignore_eos, sampling.stop_token_ids, stop_rules(request).strings) == (True, (3,), ("x",))
+
+
+@pytest.mark.parametrize("name", sorted(set(FIELD_TYPES) - {"max_tokens", "seed", "logprobs"}))
+@pytest.mark.parametrize("kind", [ChatRequest, CompletionRequest])
+def test_every_sampling_parameter_is_accepted_and_passed_on(kind: type[GenerationRequest], name: str) -> None:
+    """A new field of SamplingParams needs no code in the gateway."""
+    value = {"stop_token_ids": (3,), "ignore_eos": True, "min_tokens": 2, "top_k": 4}.get(name, 0.5)
+    request = decode_request(json.dumps({name: value}).encode(), kind)
+    assert getattr(sampling_params(request, 10, None, 5, 0), name) == value
+
+
+@pytest.mark.parametrize("name", sorted(RANGES))
+def test_the_range_of_every_parameter_is_checked(name: str) -> None:
+    allowed = RANGES[name]
+    assert range_error(allowed.lowest if not allowed.above else allowed.lowest + 0.5, allowed) is None
+    assert range_error(None, allowed) is None
+    below = allowed.lowest if allowed.above else allowed.lowest - 1
+    assert f"found {below}" in str(range_error(below, allowed))
+    if allowed.highest is not None:
+        assert range_error(allowed.highest, allowed) is None
+        assert f"at most {allowed.highest:g}" in str(range_error(allowed.highest * 2, allowed))
