@@ -39,7 +39,6 @@ class ExtentAllocator:
         return sum(end - start for start, end in self._holes)
 
     def fits(self, wanted_bytes: int) -> bool:
-        """Return whether a hole is large enough."""
         wanted = self.extent_bytes(wanted_bytes)
         return any(end - start >= wanted for start, end in self._holes)
 
@@ -57,7 +56,6 @@ class ExtentAllocator:
         return start
 
     def release(self, start: int) -> None:
-        """Free an extent and merge it with the holes on both sides."""
         end = start + self._used.pop(start)
         index = bisect(self._holes, (start, end))
         if index < len(self._holes) and self._holes[index][0] == end:
@@ -98,7 +96,6 @@ class ExtentAllocator:
         return largest
 
     def used_in(self, start: int, end: int) -> list[int]:
-        """Return the starts of the allocated extents that overlap the range from ``start`` to ``end``."""
         return [used for used, size in self._used.items() if used < end and used + size > start]
 
     def validate(self) -> None:

@@ -35,8 +35,6 @@ from loraserve.messages import AdapterRef
 
 
 class LifecycleState(Enum):
-    """The states of an adapter in an engine."""
-
     ABSENT = "absent"
     """It has no extent in the pool."""
     LOADING = "loading"
@@ -54,8 +52,6 @@ class LifecycleState(Enum):
 
 
 class LifecycleEvent(Enum):
-    """What changes an adapter's state."""
-
     PLACED = "placed"
     READ_ANNOUNCED = "read announced"
     CANCELLED = "cancelled"
@@ -129,8 +125,6 @@ class AnnouncedRead(msgspec.Struct):
 
 
 class PoolEntry(msgspec.Struct):
-    """One adapter in the pool, its state and its users."""
-
     adapter: AdapterRef
     slot: int
     offset_bytes: int
@@ -160,22 +154,18 @@ class PoolEntry(msgspec.Struct):
 
     @property
     def is_loading(self) -> bool:
-        """Whether a load of it is under way, cancelled or not."""
         return self.state in LOADING_STATES
 
     @property
     def header(self) -> SlabHeader | None:
-        """The header of the slab, once it is loaded."""
         return self.slab.header if self.slab is not None else None
 
     @property
     def planned(self) -> bool:
-        """Whether a plan pins it."""
         return self.plan_epoch is not None
 
     @property
     def evictable(self) -> bool:
-        """Whether it may leave now for any other adapter."""
         return self.is_complete and not (self.running or self.planned or self.leases)
 
     def apply(self, event: LifecycleEvent) -> None:
@@ -193,7 +183,6 @@ class PoolEntry(msgspec.Struct):
             self.announced = AnnouncedRead(number, least_tokens)
 
     def validate(self) -> None:
-        """Raise AssertionError where the users do not fit the state."""
         version, state = self.adapter.version, self.state
         assert state is not LifecycleState.ABSENT, f"{version} is in the pool and absent"
         assert self.running >= 0, f"{version} has {self.running} running requests"

@@ -56,15 +56,12 @@ class AdapterPool:
         return version in self._entries
 
     def get(self, version: str) -> PoolEntry | None:
-        """Return the entry of a version that has an extent."""
         return self._entries.get(version)
 
     def entries(self) -> Iterable[PoolEntry]:
-        """Return the entries of all adapters that have an extent."""
         return self._entries.values()
 
     def state(self, version: str) -> LifecycleState:
-        """Return the state of any version."""
         entry = self._entries.get(version)
         return entry.state if entry is not None else LifecycleState.ABSENT
 
@@ -76,7 +73,6 @@ class AdapterPool:
 
     @property
     def loading(self) -> int:
-        """The number of loads under way."""
         return sum(entry.is_loading for entry in self._entries.values())
 
     def refusal(self, adapter: AdapterRef) -> str | None:
@@ -143,7 +139,6 @@ class AdapterPool:
         return removed
 
     def start_running(self, version: str, now: float) -> int:
-        """Pin the adapter for one more request; return its slot."""
         entry = self._entries[version]
         entry.running += 1
         entry.ran = True
@@ -151,7 +146,6 @@ class AdapterPool:
         return entry.slot
 
     def stop_running(self, version: str, now: float) -> None:
-        """Drop the pin of one request."""
         entry = self._entries[version]
         entry.running -= 1
         entry.used_s = now
@@ -165,7 +159,6 @@ class AdapterPool:
         return entry
 
     def end_lease(self, version: str, generation: int) -> None:
-        """Drop the pin of one reader."""
         entry = self._entries[version]
         assert entry.generation == generation, f"{version} left while it was leased"
         entry.leases -= 1

@@ -29,8 +29,6 @@ MOST_CANDIDATES = 16
 
 
 class PrefetchKind(StrEnum):
-    """Why an adapter is loaded before a request waits for it."""
-
     PLAN = "plan"
     ADMISSION = "admission"
     PATTERN = "pattern"
@@ -92,7 +90,6 @@ class Followers:
             leader.followers.pop(version, None)
 
     def validate(self) -> None:
-        """Raise AssertionError naming the invariant that is broken."""
         assert len(self._leaders) <= MOST_LEADERS, "too many leaders"
         assert len(self._windows) <= MOST_OPEN, "too many windows"
         assert self._windows.keys() <= self._leaders.keys(), "a window has no leader"
@@ -156,11 +153,9 @@ class PrefetchCandidates:
         self._followers = Followers()
 
     def versions(self) -> set[str]:
-        """Return the versions of all candidates."""
         return set(self._candidates)
 
     def of_kind(self, kind: PrefetchKind) -> list[AdapterRef]:
-        """Return the candidates of one kind, the first expected first."""
         return [candidate.adapter for candidate in self._candidates.values() if candidate.kind == kind]
 
     def expect(self, adapter: AdapterRef, kind: PrefetchKind, now: float) -> bool:
@@ -179,12 +174,10 @@ class PrefetchCandidates:
         return self._followers.note_request(adapter, now)
 
     def expire(self, now: float) -> None:
-        """Drop the candidates whose requests have not come in time."""
         for version in [version for version, each in self._candidates.items() if each.until_s <= now]:
             del self._candidates[version]
 
     def drop(self, version: str) -> None:
-        """Drop a candidate, as it is resident or its request has come."""
         self._candidates.pop(version, None)
 
     def drop_failed(self, version: str) -> None:
@@ -193,7 +186,6 @@ class PrefetchCandidates:
         self._followers.forget(version)
 
     def validate(self) -> None:
-        """Raise AssertionError naming the invariant that is broken."""
         assert len(self._candidates) <= MOST_CANDIDATES, "too many prefetch candidates"
         self._followers.validate()
 
@@ -218,11 +210,9 @@ class PrefetchTally:
         self._wasted = dict.fromkeys(PrefetchKind, 0)
 
     def count_load(self, prefetched: PrefetchedAdapter) -> None:
-        """Count an adapter that has been loaded."""
         self._loaded[prefetched.kind] += prefetched.slab_bytes
 
     def count_eviction(self, prefetched: PrefetchedAdapter) -> None:
-        """Count an adapter that has left the pool."""
         (self._useful if prefetched.ran else self._wasted)[prefetched.kind] += prefetched.slab_bytes
 
     def counts(self, in_pool: Iterable[PrefetchedAdapter]) -> tuple[PrefetchCounts, ...]:

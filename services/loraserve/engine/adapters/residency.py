@@ -58,7 +58,9 @@ class PlannedLoads:
 
     def begin(self, epoch: int, adapters: Collection[AdapterRef]) -> list[Instruction]:
         """Begin to prepare a plan; one that was still being prepared is given up and answered."""
-        answers = self._give_up("a newer plan came") if self._epoch is not None else []
+        for version in list(self.missing):
+            self.fail(version, "a newer plan came")
+        answers = self.take_answer()
         self._epoch = self.newest_epoch = epoch
         self.missing = {adapter.version: adapter for adapter in adapters}
         self._failed = {}
@@ -72,13 +74,11 @@ class PlannedLoads:
                 self.fail(version, f"epoch {epoch} does without it")
 
     def settle(self, version: str) -> None:
-        """Pin an adapter that is resident now, if the plan waits for it."""
         if self.missing.pop(version, None) is not None:
             assert self._epoch is not None, "an adapter is missing for no plan"
             self._pool.pin_for_plan(version, self._epoch)
 
     def fail(self, version: str, message: str) -> None:
-        """Take note that the plan cannot get an adapter."""
         if self.missing.pop(version, None) is not None:
             self._failed[version] = message
 
@@ -89,11 +89,6 @@ class PlannedLoads:
         answer = PlanReady(self._epoch, self._failed)
         self._epoch, self._failed = None, {}
         return [answer]
-
-    def _give_up(self, reason: str) -> list[Instruction]:
-        for version in list(self.missing):
-            self.fail(version, reason)
-        return self.take_answer()
 
 
 class LoadPace:
@@ -109,11 +104,9 @@ class LoadPace:
         self._rests_until_s = 0.0
 
     def begin(self, version: str, now: float) -> None:
-        """Take note that a load of the plan has begun."""
         self._began_s[version] = now
 
     def update(self, is_loading: Callable[[str], bool], now: float) -> None:
-        """Begin the rest after each load that has ended."""
         for version in [version for version in self._began_s if not is_loading(version)]:
             took_s = now - self._began_s.pop(version)
             self._rests_until_s = now + min(LONGEST_REST_S, REST_FACTOR * took_s)
@@ -139,8 +132,6 @@ class LoadPass(msgspec.Struct):
 
 
 class Residency:
-    """Decides about the adapters in the pool."""
-
     def __init__(self, limits: SchedulerLimits, story: Story) -> None:
         self.pool = AdapterPool(limits.pool_bytes, limits.max_adapters, max_rank=limits.max_rank)
         self._max_loads = limits.max_loads
@@ -152,7 +143,6 @@ class Residency:
 
     @property
     def plan_epoch(self) -> int:
-        """The newest plan that this engine has heard of, 0 before the first."""
         return self._plan.newest_epoch
 
     def is_ready(self, version: str) -> bool:
@@ -264,11 +254,9 @@ class Residency:
         return self.pool.eviction.find_blockers(adapter, places)
 
     def prefetch_counts(self) -> tuple[PrefetchCounts, ...]:
-        """Return the bytes that were prefetched so far, by kind and usefulness."""
         return self._tally.counts(_prefetched(entry for entry in self.pool.entries() if entry.is_complete))
 
     def validate(self) -> None:
-        """Raise AssertionError naming the invariant that is broken."""
         self.pool.validate()
         self._candidates.validate()
 
@@ -320,7 +308,6 @@ class Residency:
         return True
 
     def _load_announced(self, current: LoadPass) -> bool:
-        """Load candidates that a router has announced. Return whether all were considered."""
         for adapter in self._candidates.of_kind(PrefetchKind.ADMISSION):
             if adapter.version not in self.pool:
                 if self.pool.loading >= self._max_loads:

@@ -43,7 +43,6 @@ class UseCounts:
         return len(self._counts)
 
     def add(self, version: str, now: float) -> None:
-        """Count one more request."""
         self._counts[version] = _UseCount(self.get(version, now) + 1.0, now)
         if len(self._counts) > self._most:
             # Half of them at once: looking at all counts would cost too much at each request.
@@ -51,7 +50,6 @@ class UseCounts:
             self._counts = {version: self._counts[version] for version in kept}
 
     def get(self, version: str, now: float) -> float:
-        """Return the weighted number of requests; 0 for an unknown version."""
         count = self._counts.get(version)
         return count.uses * 0.5 ** ((now - count.at_s) / self._half_life_s) if count else 0.0
 
@@ -68,8 +66,6 @@ class CachedState(Enum):
 
 
 class CachedSlab(msgspec.Struct):
-    """One slab in the cache and its readers."""
-
     adapter: AdapterRef
     header: SlabHeader
     offset_bytes: int
@@ -87,17 +83,14 @@ class CachedSlab(msgspec.Struct):
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of it was copied here."""
         return self.state is not CachedState.SAVING
 
     @property
     def is_readable(self) -> bool:
-        """Whether a read of it may begin."""
         return self.state is CachedState.SAVED
 
     @property
     def evictable(self) -> bool:
-        """Whether it may leave now."""
         return self.is_complete and not self.leases and not self.reads
 
 
@@ -123,16 +116,13 @@ class HostCache:
         self._story = story or Story()
 
     def get(self, version: str) -> CachedSlab | None:
-        """Return the slab of a version that has an extent."""
         return self._slabs.get(version)
 
     def entries(self) -> Iterable[CachedSlab]:
-        """Return all slabs that have an extent."""
         return self._slabs.values()
 
     @property
     def versions(self) -> tuple[str, ...]:
-        """The versions that can be read here."""
         return tuple(version for version, slab in self._slabs.items() if slab.is_readable)
 
     @property
@@ -142,7 +132,6 @@ class HostCache:
 
     @property
     def free_bytes(self) -> int:
-        """The bytes of all holes together."""
         return self._extents.free_bytes
 
     def offer(self, adapter: AdapterRef, header: SlabHeader, reload_s: float, now: float) -> int | None:
@@ -169,14 +158,12 @@ class HostCache:
         return offset
 
     def save_done(self, version: str, now: float) -> None:
-        """Make a slab readable that has been copied."""
         slab = self._slabs[version]
         assert slab.state is CachedState.SAVING, f"{version} was saved already"
         slab.state, slab.saved_s = CachedState.SAVED, now
         self._story.tell(version, now, "saved in the host cache")
 
     def save_failed(self, version: str, now: float) -> None:
-        """Drop a slab that could not be copied."""
         slab = self._slabs[version]
         assert slab.state is CachedState.SAVING, f"{version} was saved already"
         self._remove(slab)
@@ -191,7 +178,6 @@ class HostCache:
         return slab
 
     def end_read(self, slab: CachedSlab) -> None:
-        """Drop the pin of a load."""
         assert self._slabs.get(slab.adapter.version) is slab, f"{slab.adapter.version} left while it was read"
         slab.reads -= 1
         self._drop_damaged(slab)
@@ -205,21 +191,18 @@ class HostCache:
             self._drop_damaged(slab)
 
     def lease(self, version: str) -> CachedSlab:
-        """Pin a slab for one more peer; return what it reads."""
         slab = self._slabs[version]
         assert slab.is_readable, f"{version} was leased while it is {slab.state.value}"
         slab.leases += 1
         return slab
 
     def end_lease(self, version: str, generation: int) -> None:
-        """Drop the pin of a peer."""
         slab = self._slabs[version]
         assert slab.generation == generation, f"{version} left while it was leased"
         slab.leases -= 1
         self._drop_damaged(slab)
 
     def story(self, version: str) -> list[str]:
-        """Return what happened to an adapter here."""
         return self._story.lines(version)
 
     def validate(self) -> None:
@@ -268,5 +251,4 @@ class HostCache:
 
 
 def _add_costs(costs: list[_Cost]) -> _Cost:
-    """Return the cost of a run of neighbours."""
     return sum(c[0] for c in costs), max(c[1] for c in costs), sum(c[2] for c in costs), costs[0][3]

@@ -54,7 +54,6 @@ class CacheMemory:
             self._log.info("host_cache_page_locked", bytes=len(self.pool))
 
     def close(self) -> None:
-        """Free the memory; no copy may be under way."""
         self._closing.close()
 
 
@@ -84,7 +83,6 @@ class CacheSource:
         return slab.header
 
     async def copy(self, adapter: AdapterRef, target: TransferTarget) -> None:
-        """See SlabSource."""
         slab = self._slab
         assert slab is not None, "a source is opened first"
 
@@ -131,11 +129,9 @@ class CacheTier:
 
     @property
     def memory(self) -> HostPool | None:
-        """The memory that peers can read; None if nothing is kept."""
         return self._memory.pool if self._memory else None
 
     def close(self) -> None:
-        """Wait for the copy under way and free the memory."""
         self._thread.shutdown(wait=True, cancel_futures=True)
         if self._memory is not None:
             self._memory.close()

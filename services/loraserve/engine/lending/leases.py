@@ -30,9 +30,7 @@ class LendableSlab(Protocol):
         ...
 
     @property
-    def is_complete(self) -> bool:
-        """Whether all of it is there."""
-        ...
+    def is_complete(self) -> bool: ...
 
     @property
     def leases(self) -> int: ...
@@ -52,9 +50,7 @@ class LendableSlabs(Protocol):
         """Pin a slab for one more reader; return what it reads."""
         ...
 
-    def end_lease(self, version: str, generation: int) -> None:
-        """Drop the pin of one reader."""
-        ...
+    def end_lease(self, version: str, generation: int) -> None: ...
 
 
 class LeaseLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -119,12 +115,10 @@ class Leases:
         return lease_id in self._leases
 
     def is_held(self, lease_id: str, reader_name: str, version: str) -> bool:
-        """Return whether this reader holds this lease on that slab."""
         lease = self._leases.get(lease_id)
         return lease is not None and (lease.reader.name, lease.version) == (reader_name, version)
 
     def has_read(self, reader: LeaseReader, read_id: str, version: str) -> bool:
-        """Return whether this read has a lease."""
         return self._lease_of_read(reader, read_id, version) is not None
 
     def grant(
@@ -172,7 +166,6 @@ class Leases:
                 self._end(lease, "reader_gone", now)
 
     def expire(self, now: float) -> None:
-        """End the leases that are past their deadlines."""
         for lease in [lease for lease in self._leases.values() if lease.deadline_s <= now]:
             self._end(lease, "expired", now)
 

@@ -1,6 +1,7 @@
 """Offers this engine's memories to peers: one exporter for each transport that is configured and works here."""
 
 from collections.abc import Callable, Coroutine, Iterable
+from functools import cached_property
 from typing import Any
 
 from loraserve.bus.protocol import Bus, Envelope
@@ -28,8 +29,6 @@ class MemoryOffers:
         self._bus = bus
         self._log = get_logger(__name__)
         self._closing: list[Callable[[], None]] = []
-        self._shm: ShmExporter | None = None
-        self._ipc: CudaIpcExporter | None = None
         self._tcp: TcpExporter | None = None
         self._verbs: tuple[RdmaDevice, VerbsExporter] | None = None
         self.device: RdmaDevice | None = None
@@ -53,7 +52,6 @@ class MemoryOffers:
         return None
 
     async def connect(self, envelope: Envelope) -> None:
-        """Answer ConnectQueue."""
         if self._verbs is not None:
             await self._verbs[1].answer(envelope)
         else:
@@ -65,7 +63,6 @@ class MemoryOffers:
             self._verbs[1].forget(peer, incarnation)
 
     def close(self) -> None:
-        """Withdraw all offers."""
         self.handles = self.cache_handles = ()
         while self._closing:
             self._closing.pop()()
@@ -93,9 +90,9 @@ class MemoryOffers:
         memory, readable = whole or gpu, whole or lendable
         match transport:
             case "shm" if host is not None and host.shared is not None:
-                return self._shm_exporter().register(host.shared)
+                return self._shm.register(host.shared)
             case "cuda_ipc" if gpu is not None:
-                return self._ipc_exporter().register(gpu)
+                return self._ipc.register(gpu)
             case "tcp" if readable is not None:
                 return self._tcp_exporter().register(readable)
             case "verbs" if memory is not None:
@@ -107,17 +104,17 @@ class MemoryOffers:
             case _:
                 return None
 
-    def _shm_exporter(self) -> ShmExporter:
-        if self._shm is None:
-            self._shm = ShmExporter(self._bus.name, self._bus.incarnation)
-            self._closing.append(self._shm.close)
-        return self._shm
+    @cached_property
+    def _shm(self) -> ShmExporter:
+        exporter = ShmExporter(self._bus.name, self._bus.incarnation)
+        self._closing.append(exporter.close)
+        return exporter
 
-    def _ipc_exporter(self) -> CudaIpcExporter:
-        if self._ipc is None:
-            self._ipc = CudaIpcExporter(self._bus.name, self._bus.incarnation)
-            self._closing.append(self._ipc.close)
-        return self._ipc
+    @cached_property
+    def _ipc(self) -> CudaIpcExporter:
+        exporter = CudaIpcExporter(self._bus.name, self._bus.incarnation)
+        self._closing.append(exporter.close)
+        return exporter
 
     def _tcp_exporter(self) -> TcpExporter:
         if self._tcp is None:

@@ -33,7 +33,6 @@ class AnnouncedLoad:
         """The number of the read under way or done; 0 if there is none, or if it is not announced."""
 
     def begin(self, header: SlabHeader) -> None:
-        """Announce a new read to the runner."""
         arrival = Arrival(header)
         try:
             self._runner.arrive(self._load.slot, header, base_elements(self._load, header), arrival)
@@ -77,5 +76,4 @@ class ReadAnnouncer:
 
 
 def base_elements(load: LoadAdapter, header: SlabHeader) -> int:
-    """Return where the slab of a load begins in the pool, in elements."""
     return load.offset_bytes // ITEM_BYTES[header.dtype]

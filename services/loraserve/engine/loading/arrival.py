@@ -74,5 +74,4 @@ def make_gate(batch: StepBatch, arrivals: Mapping[int, Arrival]) -> Gate | None:
 
 
 def late_requests(batch: StepBatch, gate: Gate | None) -> tuple[str, ...]:
-    """Return the requests of this step whose adapters were late."""
     return tuple(s.request_id for s in batch.sequences if s.slot in gate.late) if gate is not None else ()

@@ -111,7 +111,6 @@ class TransportReaders:
             verbs.forget(owner, incarnation)
 
     def close(self) -> None:
-        """Close all readers."""
         for reader in self._readers.values():
             reader.close()
         if self._ipc is not None:
@@ -193,7 +192,6 @@ class PeerSource:
         return check_header(adapter, frames[0] if frames else None, granted.slab_bytes, peer)
 
     async def copy(self, adapter: AdapterRef, target: TransferTarget) -> None:
-        """Read the slab, and renew the lease meanwhile. Raises SlabReadError."""
         granted = self._granted
         assert granted is not None, "a source is opened first"
         handle = self._select_handle(granted)
@@ -232,7 +230,6 @@ class PeerSource:
         raise SlabReadError("refused", message, other_transport=True)
 
     async def _renew(self, granted: LeaseGranted) -> None:
-        """Renew the lease until the read has ended."""
         peer = self.source.name
         renewal = RenewLease(lease_id=granted.lease_id, incarnation=self._bus.incarnation)
         while True:

@@ -46,9 +46,7 @@ class ReadProgress(Protocol):
         """Note that the first ``slab_bytes`` have arrived; all are expected to be verified in ``remaining_s``."""
         ...
 
-    def abandon(self) -> None:
-        """Note that the current read has failed or was given up."""
-        ...
+    def abandon(self) -> None: ...
 
 
 class LayersToVerify:
@@ -115,7 +113,6 @@ class SlabReader:
         self._log = get_logger(__name__)
 
     def close(self) -> None:
-        """Wait for the threads."""
         for threads in (self._writers, self._digesters):
             threads.shutdown(wait=True, cancel_futures=True)
 
@@ -235,21 +232,6 @@ class SlabReader:
         progress: ReadProgress | None = None,
     ) -> LoadedSlab:
         """Read from one source. Raises SlabReadError, which is counted; nothing writes to the extent afterwards."""
-        try:
-            return await self._read_counted(adapter, pool, offset_bytes, source, progress)
-        except BaseException:
-            if progress is not None:
-                progress.abandon()
-            raise
-
-    async def _read_counted(
-        self,
-        adapter: AdapterRef,
-        pool: PoolMemory,
-        offset_bytes: int,
-        source: SlabSource,
-        progress: ReadProgress | None,
-    ) -> LoadedSlab:
         origin = source.source
         began_s = time.monotonic()
         began = self._link.begin(began_s)
@@ -267,10 +249,12 @@ class SlabReader:
             if progress is not None:
                 progress.begin(header)
             await self._fill(header, pool, offset_bytes, partial(source.copy, adapter), advance)
-        except (asyncio.CancelledError, DeviceLostError):
-            self._speeds.abandon_read(origin)
-            raise
-        except Exception as error:
+        except BaseException as error:
+            if progress is not None:
+                progress.abandon()
+            if isinstance(error, DeviceLostError) or not isinstance(error, Exception):
+                self._speeds.abandon_read(origin)
+                raise
             damaged = error if isinstance(error, DamagedSlabError) else None
             raise self._count_failure(adapter, origin, error) from error
         finally:

@@ -58,9 +58,7 @@ class SlabSource(Protocol):
 class LocalSource(Protocol):
     """Memory of this engine that a slab may be read from: the host cache."""
 
-    async def find(self, adapter: AdapterRef) -> SlabSource | None:
-        """Return a source of this adapter; None if it is not there."""
-        ...
+    async def find(self, adapter: AdapterRef) -> SlabSource | None: ...
 
 
 def check_header(adapter: AdapterRef, frame: Frame | None, claimed_bytes: int, owner: str) -> SlabHeader:
@@ -91,12 +89,10 @@ class StoreSource:
         self._timeout_s = timeout_s
 
     async def open(self, adapter: AdapterRef) -> SlabHeader:
-        """See SlabSource."""
         info, frames = await self._ask(OpenSlab(version=adapter.version), SlabInfo)
         return check_header(adapter, frames[0] if frames else None, info.slab_bytes, "the store")
 
     async def copy(self, adapter: AdapterRef, target: TransferTarget) -> None:
-        """See SlabSource."""
 
         async def fetch(start: int, length: int) -> Bytes:
             request = ReadSlab(version=adapter.version, offset_bytes=start, length_bytes=length)

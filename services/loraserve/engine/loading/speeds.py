@@ -51,7 +51,6 @@ class ReadSpeed(msgspec.Struct, frozen=True):
     bytes_per_s: float
 
     def seconds(self, length_bytes: int) -> float:
-        """Return how long a read of so many bytes takes."""
         return self.latency_s + length_bytes / self.bytes_per_s
 
 
@@ -132,7 +131,6 @@ class LinkSpeeds:
         return max(1, known.under_way if known else 0) * self.speed(source).seconds(length_bytes)
 
     def speed(self, source: ReadSource) -> ReadSpeed:
-        """Return the speed of a read that is alone."""
         known = self._sources.get(source)
         if known is not None:
             return known.line.speed()
@@ -201,13 +199,11 @@ class SharedLink:
         self._updated_s = 0.0
 
     def begin(self, now: float) -> float:
-        """Begin a load; return the value to give to ``end``."""
         self._advance(now)
         self._loads += 1
         return self._share_s
 
     def end(self, began: float, now: float) -> float:
-        """End a load; return its own seconds."""
         self._advance(now)
         self._loads -= 1
         return self._share_s - began
@@ -233,19 +229,16 @@ class ReadTally:
         """By the last read or failure, the oldest first."""
 
     def count_read(self, source: ReadSource, slab_bytes: int) -> None:
-        """Count a slab that was read and verified."""
         counts = self._of(source)
         counts.reads += 1
         counts.read_bytes += slab_bytes
 
     def count_failure(self, source: ReadSource, mismatched: bool) -> None:
-        """Count a read that failed, or whose bytes were not those of the slab."""
         counts = self._of(source)
         counts.failed += 1
         counts.mismatched += mismatched
 
     def counts(self, speeds: LinkSpeeds) -> tuple[ReadCounts, ...]:
-        """Return the counts for the engine's report, by source and transport."""
         return tuple(
             ReadCounts(
                 source=source.name,
