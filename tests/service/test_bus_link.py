@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import zmq
 
-from loraserve.bus.link import COPY_BELOW_BYTES, Socket, readable, receive_now, send_now
+from loraserve.bus.link import COPY_BELOW_BYTES, Socket, is_readable, receive_now, send_now
 from loraserve.bus.protocol import Frame
 
 LARGE = bytes(range(256)) * (COPY_BELOW_BYTES // 256)
@@ -39,10 +39,10 @@ def test_parts_arrive_in_order_and_only_large_ones_where_they_were_received(pair
 
 
 def test_where_nothing_arrived_there_is_nothing_to_receive(pair: Pair) -> None:
-    assert not readable(pair[1])
+    assert not is_readable(pair[1])
     assert receive_now(pair[1]) is None
     assert send_now(pair[0], [b"one"])
-    assert readable(pair[1])
+    assert is_readable(pair[1])
 
 
 def test_what_is_no_bytes_leaves_no_half_a_message_behind(pair: Pair) -> None:
@@ -64,6 +64,6 @@ def test_a_full_queue_takes_no_part_of_a_message(pair: Pair) -> None:
         assert receive_now(received) == [b"a", b"b"]
     assert receive_now(received) is None
     # Has the sender hear that there is room again.
-    readable(sent)
+    is_readable(sent)
     assert send_now(sent, [b"c"])
     assert receive_now(received) == [b"c"]

@@ -18,7 +18,7 @@ LONGEST_IPC_PATH = 100
 
 
 class Addresses(msgspec.Struct, frozen=True):
-    """ZeroMQ endpoints of one process."""
+    """ZeroMQ endpoints of one process: where peers connect, and where the process binds."""
 
     inbox: str
     publications: str
@@ -31,13 +31,13 @@ class Addresses(msgspec.Struct, frozen=True):
 
 
 def run_dir(config: Config) -> Path:
-    """The cluster's private folder for sockets and locks; one per user where the configuration names none."""
+    """Return the cluster's private folder for sockets and locks: ``cluster.run_dir``, or else one per user."""
     named = config.cluster.run_dir
     return Path(named) if named else Path(tempfile.gettempdir()) / f"loraserve-{os.getuid()}"
 
 
 def resolve_addresses(config: Config, name: str) -> Addresses:
-    """Raises ConfigError for a template or path that cannot be used."""
+    """Return the endpoints of the process ``name``. Raises ConfigError for an invalid template or path."""
     bus = config.bus
     inbox, publications = _fill(bus.connect, config, name), _fill(bus.connect_pub, config, name)
     if name in bus.peers:
@@ -77,16 +77,16 @@ def _checked(address: str, field: str) -> str:
 
 
 def make_private_dir(path: Path) -> Path:
-    """Makes the folder with mode 0700; refuses one that others own or may enter. Raises ConfigError."""
+    """Create the folder with mode 0700. Raises ConfigError if others own it or may enter it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
     except OSError as error:
         raise ConfigError(f"cluster.run_dir {path}: {error.strerror}") from error
     if not stat.S_ISDIR(found.st_mode):
-        raise ConfigError(f"cluster.run_dir {path} is not a folder; name another")
+        raise ConfigError(f"cluster.run_dir {path} is not a folder; set it to another path")
     if found.st_uid != os.getuid():
-        raise ConfigError(f"cluster.run_dir {path} belongs to user id {found.st_uid}; name a folder of your own")
+        raise ConfigError(f"cluster.run_dir {path} belongs to user id {found.st_uid}; set it to a folder of your own")
     if found.st_mode & 0o077:
         raise ConfigError(
             f"cluster.run_dir {path} has mode {stat.S_IMODE(found.st_mode):04o}, so others could talk to the cluster; "
@@ -96,7 +96,7 @@ def make_private_dir(path: Path) -> Path:
 
 
 class NameClaim:
-    """Holds ``<run_dir>/<name>.lock``. The kernel frees it whatever way the process ends."""
+    """A lock on ``<run_dir>/<name>.lock``, held while the process lives. The kernel releases it however it ends."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
         self._path = make_private_dir(run_dir) / f"{name}.lock"
@@ -114,7 +114,7 @@ class NameClaim:
         os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
-        """The file stays: removing it would let two processes hold locks on two files of one name."""
+        """Release the lock. The file stays, or two processes could hold locks on two files of the same name."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

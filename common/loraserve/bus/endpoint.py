@@ -15,9 +15,17 @@ from loraserve.bus.protocol import BusCounters, Envelope, Frame
 from loraserve.bus.wire import Parts
 from loraserve.errors import ConfigError, PeerError, RequestTimeoutError
 
+T = TypeVar("T")
+Answer = tuple[bytes, Frame, tuple[Frame, ...]]
+"""Kind, payload and raw frames."""
+MAX_HELLOS = 10_000
+
 
 class Backlog:
-    """In order, bounded. Kept here and not in the socket so that a request which timed out can be taken back."""
+    """Bounded queue of messages for a peer that is not connected.
+
+    It is kept here rather than in the socket so that a request that timed out can be withdrawn.
+    """
 
     def __init__(self, limit: int) -> None:
         self._limit = limit
@@ -27,7 +35,7 @@ class Backlog:
         return len(self._parts)
 
     def add(self, parts: Parts) -> bool:
-        """False when it is full."""
+        """Append a message. Return False if the queue is full."""
         if len(self._parts) >= self._limit:
             return False
         self._parts.append(parts)
@@ -42,19 +50,15 @@ class Backlog:
         return taken
 
 
-T = TypeVar("T")
-Answer = tuple[bytes, Frame, tuple[Frame, ...]]
-
-
 class Waiting(msgspec.Struct):
-    """A request of ours without its answer."""
+    """A request that was sent and not answered yet."""
 
     peer: str
     answer: "asyncio.Future[Answer]"
 
 
 class Endpoint(ABC):
-    """The half of a Bus that does not depend on the transport. Used from the event loop's thread only."""
+    """The part of a Bus that does not depend on the transport. Used from the event loop's thread only."""
 
     def __init__(self, name: str, incarnation: str, inbox: type[Any] | UnionType | None) -> None:
         if not wire.NAME_PATTERN.fullmatch(name):
@@ -115,19 +119,19 @@ class Endpoint(ABC):
 
     @abstractmethod
     def _transmit(self, peer: str, message: Any, parts: wire.Parts) -> bool:
-        """Hand one message to the transport; False, and counted, when it cannot take it."""
+        """Give a message to the transport. Return False, and count it, if the transport cannot take it."""
 
     @abstractmethod
     def _answer(self, reply_to: tuple[bytes, ...], message: Any, parts: wire.Parts) -> None:
-        """Hand an answer to the transport; counted as dropped when the asker is gone."""
+        """Give an answer to the transport. Count it as dropped if the requester is gone."""
 
     @abstractmethod
     def _broadcast(self, topic: str, message: Any, parts: wire.Parts) -> None:
-        """Hand a publication to the transport."""
+        """Give a publication to the transport."""
 
     @abstractmethod
-    def _gave_up(self, peer: str, correlation: bytes) -> None:
-        """A request without answer ended: what is still queued of it should not reach the peer later."""
+    def _withdraw(self, peer: str, correlation: bytes) -> None:
+        """Remove a request that ended without an answer from the peer's queue, so that it is not delivered later."""
 
     async def _ask(self, peer: str, message: Any, timeout_s: float, frames: Sequence[Frame]) -> Answer:
         if self._closed:
@@ -137,25 +141,25 @@ class Endpoint(ABC):
         loop = asyncio.get_running_loop()
         waiting = Waiting(peer, loop.create_future())
         self._waiting[correlation] = waiting
-        # A fifth of what asyncio.timeout costs a request.
+        # Costs a fifth of asyncio.timeout.
         timer = loop.call_later(timeout_s, _expire, waiting.answer)
         try:
             if not self._transmit(peer, message, wire.pack_message(wire.REQUEST, correlation, message, frames)):
                 raise RequestTimeoutError(f"{type(message).__name__} to {peer}: the queue for it is full")
             return await waiting.answer
         except TimeoutError:
-            self._gave_up(peer, correlation)
+            self._withdraw(peer, correlation)
             raise RequestTimeoutError(f"{peer} did not answer {type(message).__name__} in {timeout_s:g} s") from None
         finally:
             timer.cancel()
             del self._waiting[correlation]
             if not waiting.answer.done() or waiting.answer.cancelled():
-                self._gave_up(peer, correlation)
+                self._withdraw(peer, correlation)
 
     def _accept(self, hello: bytes, parts: Sequence[Frame]) -> Envelope | None:
-        """What arrived at the inbox, as an envelope; None when it was counted, refused and dropped."""
+        """Return what arrived at the inbox as an envelope, or None if it was counted, refused and dropped."""
         self.counters.received += 1
-        sender = self._who(hello)
+        sender = self._hello_of(hello)
         try:
             kind, correlation, payload, frames = wire.split_message(parts)
         except wire.BadPartsError as error:
@@ -199,7 +203,7 @@ class Endpoint(ABC):
             waiting.answer.set_result((kind, payload, frames))
 
     def _fail_waiting(self, peer: str | None, why: str) -> None:
-        """End the requests to a peer (None: to all), because they can have no answer any more."""
+        """Fail the waiting requests to a peer (None: to all peers), which can no longer be answered."""
         for waiting in self._waiting.values():
             if peer in (None, waiting.peer) and not waiting.answer.done():
                 waiting.answer.set_exception(RequestTimeoutError(f"{waiting.peer}: {why}"))
@@ -208,10 +212,10 @@ class Endpoint(ABC):
         refusal = wire.Refusal(code, message)
         self._answer(reply_to, refusal, wire.pack_message(wire.ERROR, reply_to[1], refusal))
 
-    def _who(self, hello: bytes) -> wire.Hello:
+    def _hello_of(self, hello: bytes) -> wire.Hello:
         known = self._hellos.get(hello)
         if known is None:
-            if len(self._hellos) >= 10_000:
+            if len(self._hellos) >= MAX_HELLOS:
                 self._hellos.clear()
             known = self._hellos[hello] = wire.parse_hello(hello)
         return known
@@ -229,5 +233,5 @@ def _expire(answer: "asyncio.Future[Answer]") -> None:
 
 
 def new_incarnation() -> str:
-    """16 hex characters, different for every start of a process."""
+    """Return 16 random hex characters that identify one run of a process."""
     return os.urandom(8).hex()

@@ -28,24 +28,24 @@ def make_context() -> SocketContext:
 
 
 def inbox_socket(context: SocketContext, address: str, queue_messages: int) -> Socket:
-    """Where a process listens. Raises zmq.ZMQError when the address is taken."""
+    """Return the socket on which a process receives messages. Raises zmq.ZMQError if the address is in use."""
     socket = _socket(context, zmq.ROUTER, address, queue_messages)
-    # A peer that reconnects before its old connection is noticed dead takes over at once.
+    # A peer that reconnects before its old connection was noticed as dead takes over at once.
     socket.set(zmq.ROUTER_HANDOVER, 1)
-    # An answer to a peer that is gone is an error to count, not silence.
+    # Sending an answer to a peer that is gone then fails, and is counted, instead of being ignored.
     socket.set(zmq.ROUTER_MANDATORY, 1)
     return _bound(socket, address)
 
 
 def outbox_socket(context: SocketContext, address: str, queue_messages: int, hello: bytes) -> Socket:
-    """The connection to one peer's inbox, not yet connected: its monitor must be listening before it is."""
+    """Return the socket for one peer's inbox, not connected yet: its monitor must be opened before that."""
     socket = _socket(context, zmq.DEALER, address, queue_messages)
     socket.set(zmq.ROUTING_ID, hello)
     return socket
 
 
 def publishing_socket(context: SocketContext, address: str, queue_messages: int) -> Socket:
-    """Raises zmq.ZMQError when the address is taken."""
+    """Return the socket for publications. Raises zmq.ZMQError if the address is in use."""
     return _bound(_socket(context, zmq.PUB, address, queue_messages), address)
 
 
@@ -63,7 +63,7 @@ def _socket(context: SocketContext, kind: int, address: str, queue_messages: int
     socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.set(zmq.RECONNECT_IVL_MAX, LONGEST_RECONNECT_MS)
     if address.startswith("tcp://"):
-        # A host that lost power or network sends no goodbye.
+        # A host that lost power or network does not close its connections.
         socket.set(zmq.TCP_KEEPALIVE, 1)
         socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
         socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -80,11 +80,11 @@ def _bound(socket: Socket, address: str) -> Socket:
     return socket
 
 
-# Parts at least this long are handed over by reference; below it a copy is cheaper.
 COPY_BELOW_BYTES = 65_536
-# Messages taken from one socket before others of the event loop get their turn.
+"""Shorter parts are copied, which is cheaper than passing them by reference."""
 BURST_MESSAGES = 128
-# As numbers: ZeroMQ's own are enumerations, which cost more to combine than a part costs to send.
+"""Messages received from one socket before other tasks of the event loop run."""
+# Plain numbers, because combining ZeroMQ's enumerations costs more than sending a part.
 _NOW = int(zmq.NOBLOCK)
 _NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _EVENTS = int(zmq.EVENTS)
@@ -93,8 +93,8 @@ _WATCHED = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
 def send_now(socket: Socket, parts: Sequence[Frame]) -> bool:
-    """False when the socket's queue is full. Other ZeroMQ errors are raised."""
-    # Before the first is sent: half a message cannot be taken back.
+    """Send a message. Return False if the socket's queue is full; other ZeroMQ errors are raised."""
+    # Computed before the first part is sent, because half a message cannot be taken back.
     copied = [memoryview(part).nbytes < COPY_BELOW_BYTES for part in parts]
     try:
         for part, copy in zip(parts[:-1], copied, strict=False):
@@ -105,15 +105,15 @@ def send_now(socket: Socket, parts: Sequence[Frame]) -> bool:
     return True
 
 
-def readable(socket: Socket) -> bool:
-    """Whether a message has arrived. Asking also rearms the socket's descriptor, which only signals changes."""
+def is_readable(socket: Socket) -> bool:
+    """Return whether a message has arrived. This also rearms the socket's descriptor, which is edge-triggered."""
     return bool(int(socket.get(_EVENTS)) & _READABLE)
 
 
 def receive_now(socket: Socket) -> list[Frame] | None:
-    """One message, large parts without a copy; None when there is none."""
-    # The error for a message that is not there costs more than to ask.
-    if not readable(socket):
+    """Return one message, large parts without a copy, or None if there is none."""
+    # Checking first costs less than the exception for a missing message.
+    if not is_readable(socket):
         return None
     try:
         frame = socket.recv(_NOW, False)
@@ -131,10 +131,10 @@ def _content(frame: zmq.Frame) -> Frame:
 
 
 class PeerLink:
-    """Sends to a peer and hears its answers; notices when the peer goes and comes back.
+    """Sends messages to one peer, receives its answers, and notices when the connection is lost or made again.
 
-    While the peer is away, messages wait in a backlog of ours. When the connection is lost, what the socket still
-    held goes with it: nothing that was sent to the peer's past self reaches its next one.
+    While the peer is away, messages wait in a backlog. When the connection is lost, messages in the socket are lost
+    with it: nothing that was sent to one incarnation of the peer reaches the next.
     """
 
     def __init__(
@@ -155,25 +155,25 @@ class PeerLink:
         self._open()
 
     def transmit(self, parts: Parts) -> bool:
-        """False when the queue for the peer is full."""
+        """Send a message or queue it. Return False if the queue for the peer is full."""
         if not self._connected:
             return self._backlog.add(parts)
         if not send_now(self._socket, parts):
             return False
-        self._look_again()
+        self._check_again()
         return True
 
     def withdraw(self, correlation: bytes) -> None:
-        """Take a request back that still waits for the peer to come."""
+        """Remove a request that still waits for the peer to connect."""
         if len(self._backlog):
             self._backlog.withdraw(correlation)
 
     def close(self, linger_ms: int) -> None:
-        """What was sent may still leave for ``linger_ms``, also to a peer that is only just coming."""
+        """Close the sockets. Messages may still be sent for ``linger_ms``, also to a peer that connects meanwhile."""
         if self._socket.closed:
             return
         if linger_ms:
-            self._hand_over()
+            self._send_backlog()
         for socket in (self._monitor, self._socket):
             self._loop.remove_reader(socket.fileno())
         self._socket.disable_monitor()
@@ -185,14 +185,14 @@ class PeerLink:
         self._monitor = self._socket.get_monitor_socket(_WATCHED)
         self._loop.add_reader(self._monitor.fileno(), self._on_monitor)
         self._loop.add_reader(self._socket.fileno(), self._on_readable)
-        # Descriptors signal changes only, and the first one only after a look.
+        # The descriptors are edge-triggered and must be checked once first.
         self._on_monitor()
         self._on_readable()
         self._socket.connect(self._address)
 
-    def _look_again(self) -> None:
-        # Whatever uses the socket may have consumed the signal.
-        if readable(self._socket):
+    def _check_again(self) -> None:
+        # Any use of the socket may have consumed the signal of its descriptor.
+        if is_readable(self._socket):
             self._loop.call_soon(self._on_readable)
 
     def _on_readable(self) -> None:
@@ -212,22 +212,22 @@ class PeerLink:
             except zmq.Again:
                 return
             if event == zmq.Event.HANDSHAKE_SUCCEEDED:
-                self._came()
+                self._connected_again()
             elif self._connected:
-                self._went()
+                self._disconnected()
                 return
 
-    def _came(self) -> None:
+    def _connected_again(self) -> None:
         self._connected = True
-        self._hand_over()
-        self._look_again()
+        self._send_backlog()
+        self._check_again()
 
-    def _hand_over(self) -> None:
-        # The socket's own queue is as long as the backlog and empty.
+    def _send_backlog(self) -> None:
+        # The socket's own queue is empty and as long as the backlog.
         for parts in self._backlog.take_all():
             send_now(self._socket, parts)
 
-    def _went(self) -> None:
+    def _disconnected(self) -> None:
         # Answers that arrived before the connection was lost still count.
         while (parts := receive_now(self._socket)) is not None:
             self._on_answer(parts)

@@ -1,4 +1,4 @@
-"""The bus within one process, for tests: the same bytes and rules as over sockets, and faults on demand."""
+"""The bus inside one process, for tests: the same bytes and rules as over sockets, with injected faults."""
 
 import asyncio
 from collections import deque
@@ -16,18 +16,18 @@ from loraserve.errors import ConfigError, LoraServeError
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
-    """What happens to one message: ``copies`` 0 loses it, 2 doubles it; a delayed one holds up those behind it."""
+    """What happens to one message. ``copies`` 0 loses it, 2 duplicates it. A delay holds up the messages behind it."""
 
     delay_s: float = 0.0
     copies: int = 1
 
 
 FaultRule = Callable[[str, str, Any], Fault | None]
-"""(sender, receiver, message) -> what happens, None for nothing. Answers and publications are asked about as well."""
+"""Maps (sender, receiver, message) to a fault, or None. It is called for answers and publications too."""
 
 
 class MemoryNetwork:
-    """Connects MemoryBus instances by name. Delays run on the event loop's time."""
+    """Connects MemoryBus instances by name. Delays use the event loop's clock."""
 
     def __init__(self, faults: FaultRule | None = None, queue_messages: int = 20_000) -> None:
         self.faults = faults
@@ -38,7 +38,7 @@ class MemoryNetwork:
         self._last_due_s: dict[tuple[str, str], float] = {}
 
     def bus(self, name: str, inbox: type[Any] | UnionType | None, incarnation: str = "") -> "MemoryBus":
-        """Starts a process on this network, or starts it again after ``kill`` or ``close``."""
+        """Return the bus of a new process on this network, or of one restarted after ``kill`` or ``close``."""
         if name in self._buses:
             raise ConfigError(f"a process named {name} already runs on this network; kill or close it first")
         bus = self._buses[name] = MemoryBus(self, name, incarnation or new_incarnation(), inbox)
@@ -49,7 +49,7 @@ class MemoryNetwork:
         return bus
 
     def kill(self, name: str) -> None:
-        """As kill -9: nothing more leaves or reaches it, and requests to it are lost."""
+        """Stop a process as kill -9 does: it sends and receives nothing more, and requests to it are lost."""
         self._buses.pop(name).die()
         for bus in list(self._buses.values()):
             bus.lost(name)
@@ -77,7 +77,7 @@ class MemoryNetwork:
         return list(self._subscribers.get((publisher, topic), ()))
 
     def carry(self, sender: str, receiver: str, message: Any, deliver: Callable[[], None]) -> None:
-        """Deliver now, later, twice or never, in order for each pair."""
+        """Deliver a message now, later, twice or never, in order per pair of processes."""
         fault = self.faults(sender, receiver, message) if self.faults is not None else None
         fault = fault or Fault()
         for _ in range(fault.copies):
@@ -89,7 +89,7 @@ class MemoryNetwork:
             deliver()
             return
         loop = asyncio.get_running_loop()
-        # The event loop keeps no order among calls that are due at the same time.
+        # The event loop does not keep the order of calls due at the same time.
         due_s = max(loop.time() + delay_s, last_s + 1e-6)
         self._last_due_s[sender, receiver] = due_s
         loop.call_at(due_s, deliver)
@@ -114,7 +114,7 @@ class MemoryBus(Endpoint):
         self._network.subscribe(self, peer, topic)
 
     async def receive(self) -> Envelope:
-        # Others get their turn, as they do when messages come from a socket.
+        # Let other tasks run, as they do when messages come from a socket.
         await asyncio.sleep(0)
         while not self._arrived:
             if self._closed:
@@ -135,13 +135,13 @@ class MemoryBus(Endpoint):
     def die(self) -> None:
         self._closed = True
         self._fail_waiting(None, "this bus was closed before it answered")
-        self._awake()
+        self._wake_receiver()
 
     def lost(self, peer: str) -> None:
         self._fail_waiting(peer, "its connection was lost before it answered")
 
     def arrive(self, hello: bytes, parts: Sequence[Frame]) -> None:
-        """A message from whoever said ``hello``, as the bytes came."""
+        """Receive the bytes of a message from the connection that sent ``hello``."""
         if not self._closed:
             self._put(self._accept(hello, _copied(parts)))
 
@@ -155,7 +155,7 @@ class MemoryBus(Endpoint):
 
     @property
     def arrived_messages(self) -> int:
-        """How many wait to be received."""
+        """The number of messages waiting to be received."""
         return len(self._arrived)
 
     def _transmit(self, peer: str, message: Any, parts: wire.Parts) -> bool:
@@ -178,10 +178,10 @@ class MemoryBus(Endpoint):
     def _answer(self, reply_to: tuple[bytes, ...], message: Any, parts: wire.Parts) -> None:
         if self._closed:
             return
-        asker = self._who(reply_to[0])
-        other = self._network.find(asker.name)
+        requester = self._hello_of(reply_to[0])
+        other = self._network.find(requester.name)
         if other is None or other.hello != reply_to[0]:
-            self.counters.count_dropped(asker.name, "answer: the asker is gone")
+            self.counters.count_dropped(requester.name, "answer: the requester is gone")
             return
         self.counters.sent += 1
         self._network.carry(self.name, other.name, message, partial(other.arrive_answer, self.name, parts))
@@ -194,19 +194,19 @@ class MemoryBus(Endpoint):
             deliver = partial(other.arrive_publication, self.name, topic, parts[1])
             self._network.carry(self.name, other.name, message, deliver)
 
-    def _gave_up(self, peer: str, correlation: bytes) -> None:
+    def _withdraw(self, peer: str, correlation: bytes) -> None:
         self._network.backlog(self.name, peer).withdraw(correlation)
 
     def _put(self, envelope: Envelope | None) -> None:
         if envelope is not None:
             self._arrived.append(envelope)
-            self._awake()
+            self._wake_receiver()
 
-    def _awake(self) -> None:
+    def _wake_receiver(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
 
 def _copied(parts: Sequence[Frame]) -> list[Frame]:
-    # A receiver must not see what the sender does to its buffers later.
+    # The receiver must not see later changes of the sender's buffers.
     return [bytes(part) for part in parts]

@@ -17,11 +17,18 @@ _log = structlog.get_logger("loraserve.bus")
 
 LOGGED_FIRST = 3
 LOGGED_EVERY = 1000
-REMEMBERED_PEERS = 1000
+MAX_COUNTED_PEERS = 1000
+
+Frame = bytes | bytearray | memoryview
+T = TypeVar("T")
 
 
 class BusCounters:
-    """Plain counters. Strangers all count as "?", so a flood of made-up names cannot grow the tables."""
+    """Counters of one process's bus. The metrics registry reads them.
+
+    Above MAX_COUNTED_PEERS further senders are counted together as "?", so that a flood of invented names cannot grow
+    the tables.
+    """
 
     def __init__(self, owner: str) -> None:
         self._owner = owner
@@ -32,27 +39,23 @@ class BusCounters:
         self.dropped: Counter[str] = Counter()
 
     def count_bad(self, sender: str, reason: str, detail: str) -> None:
-        """A message that was refused or dropped because of what it held."""
-        sender = sender if len(self.bad) < REMEMBERED_PEERS else "?"
+        """Count and log a received message that was refused or dropped because of its content."""
+        sender = sender if len(self.bad) < MAX_COUNTED_PEERS else "?"
         self.bad[sender, reason] += 1
         count = self.bad[sender, reason]
         if count <= LOGGED_FIRST or count % LOGGED_EVERY == 0:
             _log.warning("bad_message", bus=self._owner, sender=sender, reason=reason, detail=detail, count=count)
 
     def count_dropped(self, peer: str, why: str) -> None:
-        """A message of ours that will not reach its peer."""
+        """Count and log a message that was not sent to its peer."""
         self.dropped[peer] += 1
         count = self.dropped[peer]
         if count <= LOGGED_FIRST or count % LOGGED_EVERY == 0:
             _log.warning("message_dropped", bus=self._owner, peer=peer, why=why, count=count)
 
 
-Frame = bytes | bytearray | memoryview
-T = TypeVar("T")
-
-
 class Envelope(msgspec.Struct, frozen=True):
-    """A received message. ``reply_to`` is opaque and empty unless the sender waits for an answer."""
+    """A received message. ``reply_to`` is opaque; it is empty unless the sender waits for an answer."""
 
     sender: str
     message: Any
@@ -62,7 +65,7 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class Bus(Protocol):
-    """One process's place on the bus. Raw frames are not copied: their bytes must not change after they are sent."""
+    """One process's connection to the bus. Raw frames are not copied: do not change their bytes after sending."""
 
     @property
     def name(self) -> str: ...
@@ -74,43 +77,43 @@ class Bus(Protocol):
     def counters(self) -> BusCounters: ...
 
     def send(self, peer: str, message: Any, frames: Sequence[Frame] = ()) -> bool:
-        """One-way. False when the peer's queue is full: the message is dropped and counted.
+        """Send a one-way message. Return False, drop the message and count it if the peer's queue is full.
 
-        A peer that is not there yet, or is being restarted, gets up to ``bus.queue_messages`` when it comes.
+        Up to ``bus.queue_messages`` are kept for a peer that has not started yet or is being restarted.
         """
 
     async def request(
         self, peer: str, message: Any, reply: type[T] | UnionType, timeout_s: float, frames: Sequence[Frame] = ()
     ) -> T:
-        """The peer's answer, decoded strictly as ``reply``, a message or a union of messages.
+        """Send a request and return the answer, decoded strictly as ``reply``: a message type or a union of them.
 
-        Raises PeerError when the peer refused or answered something else, and RequestTimeout after ``timeout_s`` or as
-        soon as the peer's connection is lost; whether the peer acted on it is then unknown. A request that timed out
-        before its peer was there is not delivered any more.
+        Raises PeerError if the peer refuses or answers something else. Raises RequestTimeoutError after ``timeout_s``,
+        or at once if the connection to the peer is lost; whether the peer acted on the request is then unknown. A
+        request that times out before its peer has started is not delivered later.
         """
 
     async def request_frames(
         self, peer: str, message: Any, reply: type[T] | UnionType, timeout_s: float, frames: Sequence[Frame] = ()
     ) -> tuple[T, tuple[bytes | memoryview, ...]]:
-        """Like ``request``, with the raw frames beside the answer."""
+        """Like ``request``, but return the answer's raw frames too."""
 
     def respond(self, envelope: Envelope, message: Any, frames: Sequence[Frame] = ()) -> None:
-        """Answer a request; nothing happens for one-way messages."""
+        """Answer a request. Does nothing for one-way messages."""
 
     def refuse(self, envelope: Envelope, code: str, message: str) -> None:
-        """Answer a request with an error, raised at the peer as PeerError(code, message)."""
+        """Answer a request with an error, which the peer raises as PeerError(code, message)."""
 
     def publish(self, topic: str, message: Any) -> None:
-        """To every subscriber of (this process, topic). Late subscribers miss it."""
+        """Send a message to all current subscribers of this process's topic. Later subscribers do not get it."""
 
     def subscribe(self, peer: str, topic: str) -> None:
-        """From now on the peer's publications arrive in the inbox, over restarts of the peer too; repeating is fine."""
+        """Receive the peer's publications in the inbox from now on, also after the peer restarts. May be repeated."""
 
     async def receive(self) -> Envelope:
-        """Next message from the inbox that decoded well; others are counted, logged and refused."""
+        """Return the next valid message from the inbox. Invalid ones are counted, logged and refused."""
 
     def forget(self, peer: str) -> None:
-        """Drop a peer that is gone for good: what is queued for it, what waits for it, what it publishes."""
+        """Drop everything that concerns a peer that will not return: its queue, waiting requests and subscriptions."""
 
     async def close(self) -> None:
-        """Fails waiting requests with RequestTimeout and frees the sockets."""
+        """Fail waiting requests with RequestTimeoutError and close the sockets."""

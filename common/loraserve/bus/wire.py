@@ -1,7 +1,7 @@
-"""The bytes between processes, the same for every transport.
+"""The format of messages between processes, the same for every transport.
 
 A message is the parts ``[kind][correlation, 8 bytes][MessagePack][raw frames...]``; a publication is
-``[v<version>/<topic>][MessagePack]``. Each connection introduces its sender with a hello.
+``[v<version>/<topic>][MessagePack]``. Each connection starts with a hello that names the sender.
 """
 
 import re
@@ -28,7 +28,7 @@ Parts = list[Frame]
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Who a connection says it is. ``refusal`` "" when it may talk to us, else why not, in words."""
+    """Who a connection claims to be. ``refusal`` says why its messages are refused; "" if they are not."""
 
     name: str
     incarnation: str
@@ -36,14 +36,14 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
-    """Payload of an error answer."""
+    """Payload of an answer of kind ERROR."""
 
     code: str
     message: str
 
 
 class BadPartsError(Exception):
-    """Parts that are no message at all."""
+    """The received parts are not a message."""
 
 
 def encode_hello(name: str, incarnation: str, version: int = PROTOCOL_VERSION) -> bytes:
@@ -51,14 +51,14 @@ def encode_hello(name: str, incarnation: str, version: int = PROTOCOL_VERSION) -
 
 
 def parse_hello(data: bytes) -> Hello:
-    """Never raises: a stranger is answered with the reason."""
+    """Decode a hello. Never raises: the sender is told the reason in an answer."""
     match = _HELLO.fullmatch(data)
     if match is None:
-        return Hello("?", "", "the connection gave no loraserve hello; is the peer a loraserve process?")
+        return Hello("?", "", "the connection sent no loraserve hello; is the peer a loraserve process?")
     name, incarnation = match[2].decode(), match[3].decode()
     version = int(match[1])
     if version != PROTOCOL_VERSION:
-        text = f"{name} speaks protocol {version}, this process {PROTOCOL_VERSION}; run the same release everywhere"
+        text = f"{name} uses protocol {version}, this process {PROTOCOL_VERSION}; run the same release everywhere"
         return Hello(name, incarnation, text)
     return Hello(name, incarnation)
 
@@ -68,7 +68,7 @@ def pack_message(kind: bytes, correlation: bytes, message: Any, frames: Sequence
 
 
 def split_message(parts: Sequence[Frame]) -> tuple[bytes, bytes, Frame, tuple[Frame, ...]]:
-    """(kind, correlation, payload, raw frames). Raises BadParts."""
+    """Split a message into (kind, correlation, payload, raw frames). Raises BadPartsError."""
     if len(parts) < 3:
         raise BadPartsError(f"{len(parts)} parts, expected at least kind, correlation and payload")
     kind, correlation = bytes(parts[0]), bytes(parts[1])
@@ -80,7 +80,7 @@ def split_message(parts: Sequence[Frame]) -> tuple[bytes, bytes, Frame, tuple[Fr
 
 
 def topic_frame(topic: str) -> bytes:
-    """The version is part of the topic, so that another version's publications never arrive."""
+    """Encode a topic. It contains the version, so that publications of another version are never received."""
     return f"v{PROTOCOL_VERSION}/{topic}".encode()
 
 
@@ -89,11 +89,11 @@ def pack_publication(topic: str, message: Any) -> Parts:
 
 
 def decode_payload(decoder: "msgspec.msgpack.Decoder[Any]", payload: Frame) -> Any:
-    """Strict decode. Raises msgspec.DecodeError, whose text has the path of what is wrong."""
+    """Decode strictly. Raises msgspec.DecodeError, whose text names the path of the invalid value."""
     try:
         return decoder.decode(payload)
     except msgspec.DecodeError:
         raise
     except (ValueError, OverflowError, RecursionError) as error:
-        # Text that is no UTF-8, dates that do not exist, nesting without end: msgspec passes these on as they are.
+        # msgspec does not wrap the errors for invalid UTF-8, impossible dates and endless nesting.
         raise msgspec.DecodeError(f"MessagePack data is malformed: {error}") from None

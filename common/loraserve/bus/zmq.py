@@ -11,27 +11,39 @@ from typing import Any
 
 import zmq
 
-from loraserve.bus import link as sockets
 from loraserve.bus import wire
 from loraserve.bus.addresses import IPC, Addresses, NameClaim, resolve_addresses, run_dir
 from loraserve.bus.endpoint import Endpoint, new_incarnation
-from loraserve.bus.link import BURST_MESSAGES, PeerLink, readable, receive_now, send_now
+from loraserve.bus.link import (
+    BURST_MESSAGES,
+    LINGER_MS,
+    PeerLink,
+    Socket,
+    inbox_socket,
+    is_readable,
+    make_context,
+    outbox_socket,
+    publishing_socket,
+    receive_now,
+    send_now,
+    subscribing_socket,
+)
 from loraserve.bus.protocol import Envelope, Frame
 from loraserve.config import Config
 from loraserve.errors import ConfigError, LoraServeError
 
 
 class _Source:
-    """A socket that the inbox reads: ours, or the publications of a peer."""
+    """A socket from which the inbox receives: this process's own, or the publications of a peer."""
 
-    def __init__(self, socket: sockets.Socket, accept: Callable[[list[Frame]], Envelope | None]) -> None:
+    def __init__(self, socket: Socket, accept: Callable[[list[Frame]], Envelope | None]) -> None:
         self.socket = socket
         self.accept = accept
         self.readable = False
 
 
 class ZmqBus(Endpoint):
-    """See Bus. Made inside the running event loop; ``inbox`` None is a process that only asks and listens nowhere."""
+    """See Bus. Create it inside the running event loop. A process with ``inbox`` None sends requests only."""
 
     def __init__(self, config: Config, name: str, inbox: type[Any] | UnionType | None) -> None:
         super().__init__(name, new_incarnation(), inbox)
@@ -45,8 +57,8 @@ class ZmqBus(Endpoint):
         self._burst = 0
         self._claim: NameClaim | None = None
         self._inbox_source: _Source | None = None
-        self._publisher: sockets.Socket | None = None
-        self._context = sockets.make_context()
+        self._publisher: Socket | None = None
+        self._context = make_context()
         try:
             if inbox is not None:
                 self._listen(resolve_addresses(config, name))
@@ -56,7 +68,7 @@ class ZmqBus(Endpoint):
 
     def subscribe(self, peer: str, topic: str) -> None:
         if peer not in self._subscriptions:
-            socket = sockets.subscribing_socket(
+            socket = subscribing_socket(
                 self._context, resolve_addresses(self._config, peer).publications, self._queue_messages
             )
             topics: set[str] = set()
@@ -67,7 +79,7 @@ class ZmqBus(Endpoint):
         if topic not in topics:
             topics.add(topic)
             source.socket.subscribe(wire.topic_frame(topic))
-            self._look(source)
+            self._check(source)
 
     async def receive(self) -> Envelope:
         while not self._closed:
@@ -96,32 +108,32 @@ class ZmqBus(Endpoint):
         self._closed = True
         self._fail_waiting(None, "this bus was closed before it answered")
         for link in self._links.values():
-            link.close(sockets.LINGER_MS)
+            link.close(LINGER_MS)
         for source, _ in self._subscriptions.values():
             self._unwatch(source)
         if self._inbox_source is not None:
             self._unwatch(self._inbox_source)
         if self._publisher is not None:
             self._publisher.close()
-        self._awake()
-        # Waits for what lingers.
+        self._wake_receiver()
+        # Waits until lingering messages are sent.
         await asyncio.to_thread(self._context.term)
         self._release()
 
     def _listen(self, at: Addresses) -> None:
         if at.on_this_machine:
-            # Also keeps a starting process from removing the socket file of a live one.
+            # This also prevents a starting process from removing the socket file of a live one.
             self._claim = NameClaim(run_dir(self._config), self.name)
         address = at.bind_inbox
         try:
-            inbox = sockets.inbox_socket(self._context, address, self._queue_messages)
+            inbox = inbox_socket(self._context, address, self._queue_messages)
             self._inbox_source = _Source(inbox, lambda parts: self._accept(bytes(parts[0]), parts[1:]))
             self._watch(self._inbox_source)
             address = at.bind_publications
-            self._publisher = sockets.publishing_socket(self._context, address, self._queue_messages)
+            self._publisher = publishing_socket(self._context, address, self._queue_messages)
         except zmq.ZMQError as error:
             raise ConfigError(
-                f"{self.name} cannot listen at {address}: {error.strerror}; is another process there? "
+                f"{self.name} cannot listen at {address}: {error.strerror}; is another process listening there? "
                 "Set bus.bind and bus.bind_pub, or stop it"
             ) from error
 
@@ -158,15 +170,15 @@ class ZmqBus(Endpoint):
         if sent:
             self.counters.sent += 1
         else:
-            self.counters.count_dropped(self._who(reply_to[0]).name, f"answer: {why}")
-        self._look(self._inbox_source)
+            self.counters.count_dropped(self._hello_of(reply_to[0]).name, f"answer: {why}")
+        self._check(self._inbox_source)
 
     def _broadcast(self, topic: str, message: Any, parts: wire.Parts) -> None:
         if self._publisher is not None and not self._closed:
             send_now(self._publisher, parts)
             self.counters.sent += 1
 
-    def _gave_up(self, peer: str, correlation: bytes) -> None:
+    def _withdraw(self, peer: str, correlation: bytes) -> None:
         if peer in self._links:
             self._links[peer].withdraw(correlation)
 
@@ -175,7 +187,7 @@ class ZmqBus(Endpoint):
         if link is None:
             address = resolve_addresses(self._config, peer).inbox
             link = self._links[peer] = PeerLink(
-                partial(sockets.outbox_socket, self._context, address, self._queue_messages, self._hello),
+                partial(outbox_socket, self._context, address, self._queue_messages, self._hello),
                 address,
                 self._queue_messages,
                 partial(self._accept_answer, peer),
@@ -187,7 +199,7 @@ class ZmqBus(Endpoint):
         if len(parts) != 2:
             self.counters.count_bad(peer, "bad_frames", f"publication of {len(parts)} parts, expected 2")
             return None
-        # ZeroMQ matches prefixes: "load" also brings "loads".
+        # ZeroMQ matches prefixes: a subscription to "load" also receives "loads".
         topic = bytes(parts[0]).decode(errors="replace").partition("/")[2]
         return self._accept_publication(peer, topic, parts[1]) if topic in topics else None
 
@@ -203,8 +215,8 @@ class ZmqBus(Endpoint):
         return source.accept(parts)
 
     def _watch(self, source: _Source) -> None:
-        self._loop.add_reader(source.socket.fileno(), self._look, source)
-        self._look(source)
+        self._loop.add_reader(source.socket.fileno(), self._check, source)
+        self._check(source)
 
     def _unwatch(self, source: _Source) -> None:
         self._loop.remove_reader(source.socket.fileno())
@@ -212,17 +224,17 @@ class ZmqBus(Endpoint):
             self._readable.remove(source)
         source.socket.close()
 
-    def _look(self, source: _Source) -> None:
-        if readable(source.socket) and not source.readable:
+    def _check(self, source: _Source) -> None:
+        if is_readable(source.socket) and not source.readable:
             source.readable = True
             self._readable.append(source)
-            self._awake()
+            self._wake_receiver()
 
-    def _awake(self) -> None:
+    def _wake_receiver(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
 
 
 def open_bus(config: Config, name: str, inbox: type[Any] | UnionType | None) -> ZmqBus:
-    """This process's bus. Raises ConfigError when its name or address is taken or cannot be used."""
+    """Open this process's bus. Raises ConfigError if its name or address is in use or invalid."""
     return ZmqBus(config, name, inbox)
