@@ -1,4 +1,4 @@
-"""Time as an argument: services hold a Clock; decisions receive a number."""
+"""Time as an argument: services hold a Clock, and pass the time as a number to decisions."""
 
 import time
 from typing import Protocol
@@ -6,7 +6,7 @@ from typing import Protocol
 
 class Clock(Protocol):
     def monotonic_s(self) -> float:
-        """Seconds that only grow; meaningless between machines and restarts."""
+        """Seconds that never go backwards. Not comparable between machines or restarts."""
 
     def unix_s(self) -> float:
         """Seconds since 1970, for people and files."""

@@ -1,4 +1,4 @@
-"""Which kind of device engines compute on, as far as that can be told without asking the device itself."""
+"""Facts about this machine (devices, cores, memory), found without initializing a GPU."""
 
 import os
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ CPU_ENGINES = 2
 
 
 def resolve_device(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/dev")) -> Device:
-    """``engine.device`` with auto resolved: cuda where the NVIDIA driver shows a GPU to this process."""
+    """Return ``engine.device`` with auto resolved: cuda if the NVIDIA driver shows a GPU to this process."""
     if setting != "auto":
         return setting
     return "cuda" if gpu_count(devices) else "cpu"
 
 
 def gpu_count(devices: Path = Path("/dev")) -> int:
-    """GPUs that this process may use. Windows' subsystem for Linux shows no number, so one.
+    """Return the number of GPUs that this process may use, after CUDA_VISIBLE_DEVICES.
 
-    CUDA_VISIBLE_DEVICES hides some or all of what the driver shows, as it does from CUDA itself.
+    Windows' subsystem for Linux does not show the number; one is assumed there.
     """
     shown = len(list(devices.glob("nvidia[0-9]*"))) or int((devices / "dxg").exists())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -27,7 +27,7 @@ def gpu_count(devices: Path = Path("/dev")) -> int:
 
 
 def core_count() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -37,13 +37,13 @@ def memory_limit_bytes(
         Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
     ),
 ) -> int:
-    """Memory that this process may use: the machine's, or less where its container is limited."""
+    """Return the memory that this process may use: the machine's, or its container's limit if that is less."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for path in limits if (limit := _number(path)))])
 
 
 def available_memory_share(meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Of the memory that this process may use, what can be had without taking it from anybody; 0 where nobody knows."""
+    """Return the available share of the memory that this process may use; 0 if it is unknown."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         share = int(lines["MemAvailable"].split()[0]) / int(lines["MemTotal"].split()[0])
@@ -59,7 +59,7 @@ def available_memory_share(meminfo: Path = Path("/proc/meminfo"), groups: Path =
 
 
 def _number(path: Path) -> int:
-    """0 where it holds none."""
+    """Return the number in a file, or 0 if there is none."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -68,7 +68,7 @@ def _number(path: Path) -> int:
 
 
 def gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
-    """What the NVIDIA driver calls the first GPU; "" where it does not say."""
+    """Return the NVIDIA driver's name of the first GPU; "" if it shows none."""
     try:
         lines = next(iter(sorted(driver.glob("*/information")))).read_text().splitlines()
     except (OSError, StopIteration):
@@ -77,11 +77,11 @@ def gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
 
 
 def _listed(visible: str) -> int:
-    """Entries up to the first that names no GPU, which hides those behind it."""
+    """Count the entries before the first invalid one, which hides all after it."""
     names = [name.strip() for name in visible.split(",")]
     return next((index for index, name in enumerate(names) if name in ("", "-1", "NoDevFiles")), len(names))
 
 
 def default_engines(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/dev")) -> int:
-    """One for each GPU; on a CPU two, so that placement and routing have something to decide."""
+    """Return the default number of engines: one per GPU; on a CPU two, so that placement has a choice."""
     return max(1, gpu_count(devices)) if resolve_device(setting, devices) == "cuda" else CPU_ENGINES

@@ -1,12 +1,12 @@
-"""Errors that name the field at fault and the remedy."""
+"""Base classes of the errors that this project raises on purpose. Messages name the field at fault and the remedy."""
 
 
 class LoraServeError(Exception):
-    """Base of everything this project raises on purpose."""
+    """Base of all errors that this project raises on purpose."""
 
 
 class ConfigError(LoraServeError):
-    """A configuration or model directory that cannot be used."""
+    """A configuration, model directory or profile that cannot be used. The message names the field and the remedy."""
 
 
 class AdapterError(LoraServeError):
@@ -23,7 +23,7 @@ class AdapterError(LoraServeError):
 
 
 class RequestTimeoutError(LoraServeError):
-    """A peer did not answer in time."""
+    """A peer did not answer a request in time. Whether it acted on the request is unknown."""
 
 
 class PeerError(LoraServeError):

@@ -1,8 +1,7 @@
-"""Ctrl-C in the middle of an import.
+"""Protects imports of C++ extensions from Ctrl-C.
 
-Python raises KeyboardInterrupt wherever it next runs a line of its own. Where C++ called that line, as torch does in
-hundreds of places while it is imported, the exception ends the process by abort() or a segmentation fault, is taken for
-a failed import, or is lost.
+Python raises KeyboardInterrupt wherever it next runs Python code. If that code was called by C++, as happens hundreds
+of times while torch is imported, the exception aborts or crashes the process, is taken for a failed import, or is lost.
 """
 
 import signal
@@ -16,26 +15,26 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 
 @contextmanager
 def hold_back_interrupts() -> Iterator[None]:
-    """Around imports of C++: KeyboardInterrupt is raised after them rather than within.
+    """Delay KeyboardInterrupt until the end of the block.
 
-    A signal that ends the process without asking Python, or that an event loop takes note of, does no harm and is left
-    as it is. So are threads beside the main one, which never hear of any.
+    Handlers other than Python's default one do no harm and are left in place. Threads other than the main one never
+    receive signals, so there this does nothing.
     """
-    came: list[int] = []
+    received: list[int] = []
 
     def note(number: int, _: FrameType | None) -> None:
-        came.append(number)
+        received.append(number)
 
-    here = threading.current_thread() is threading.main_thread()
-    raising = [number for number in INTERRUPTS if here and signal.getsignal(number) is signal.default_int_handler]
+    in_main = threading.current_thread() is threading.main_thread()
+    raising = [number for number in INTERRUPTS if in_main and signal.getsignal(number) is signal.default_int_handler]
     try:
         for number in raising:
             signal.signal(number, note)
         yield
     finally:
         for number in raising:
-            # What is imported may have set a handler of its own.
+            # An imported module may have set its own handler.
             if signal.getsignal(number) is note:
                 signal.signal(number, signal.default_int_handler)
-        if came:
+        if received:
             raise KeyboardInterrupt

@@ -1,4 +1,4 @@
-"""Logging: one line an event, with the process's name; JSON for machines, or console for people."""
+"""Logging: one line per event with the process's name, as JSON or in a form for people."""
 
 import logging
 import sys
@@ -15,13 +15,15 @@ Logger = FilteringBoundLogger
 
 
 def get_logger(name: str) -> Logger:
-    """``name`` is the module; the process's name is added to every line by itself."""
+    """Return the logger of the module ``name``. The process's name is added to every line."""
     return cast(Logger, structlog.get_logger(name))
 
 
 def configure_logging(config: Config, name: str) -> None:
-    """All of this process's lines, those of libraries too, go to ``<log_dir>/<name>.log``, or to standard error
-    where no ``cluster.log_dir`` is set. Raises ConfigError when the file cannot be written."""
+    """Send all log lines of this process, also those of libraries, to ``<cluster.log_dir>/<name>.log``.
+
+    Without ``cluster.log_dir`` they go to standard error. Raises ConfigError if the file cannot be written.
+    """
     level = logging.getLevelNamesMapping()[config.cluster.log_level.upper()]
     handler = _handler(config, name)
     handler.setFormatter(_formatter(config, name, handler))

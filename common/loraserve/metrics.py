@@ -1,4 +1,4 @@
-"""A process's metrics: one registry, the bus counted in it, and the text that Prometheus scrapes."""
+"""A process's metrics: one registry, which includes the bus counters, and the text that Prometheus scrapes."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +12,7 @@ PREFIX = "loraserve_"
 
 
 class Metrics:
-    """Metrics of one process. Names are given without the ``loraserve_`` that they all get."""
+    """Metrics of one process. ``loraserve_`` is prefixed to every name."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -30,28 +30,27 @@ class Metrics:
         self.registry.register(_BusCollector(counters))
 
     def render(self) -> bytes:
-        """Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 
 class _BusCollector(Collector):
-    """Reads the counters when scraped, so that counting costs the bus nothing."""
+    """Reads the bus counters when scraped, so that the bus itself only increments plain integers."""
 
     def __init__(self, counters: BusCounters) -> None:
         self._counters = counters
 
     def collect(self) -> Iterator[Metric]:
         counters = self._counters
-        yield CounterMetricFamily(f"{PREFIX}bus_sent", "Messages handed to the bus", value=counters.sent)
-        yield CounterMetricFamily(f"{PREFIX}bus_received", "Messages that arrived", value=counters.received)
-        yield CounterMetricFamily(
-            f"{PREFIX}bus_late_replies", "Answers to requests that had timed out", value=counters.late_replies
-        )
-        bad = CounterMetricFamily(f"{PREFIX}bus_bad_messages", "Messages refused", labels=["sender", "reason"])
+        yield CounterMetricFamily(f"{PREFIX}bus_sent", "Messages sent", value=counters.sent)
+        yield CounterMetricFamily(f"{PREFIX}bus_received", "Messages received", value=counters.received)
+        late = "Answers that arrived after their request had timed out"
+        yield CounterMetricFamily(f"{PREFIX}bus_late_replies", late, value=counters.late_replies)
+        bad = CounterMetricFamily(f"{PREFIX}bus_bad_messages", "Refused messages", labels=["sender", "reason"])
         for (sender, reason), count in counters.bad.items():
             bad.add_metric([sender, reason], count)
         yield bad
-        dropped = CounterMetricFamily(f"{PREFIX}bus_dropped_messages", "Messages that got no further", labels=["peer"])
+        dropped = CounterMetricFamily(f"{PREFIX}bus_dropped_messages", "Messages not sent", labels=["peer"])
         for peer, count in counters.dropped.items():
             dropped.add_metric([peer], count)
         yield dropped

@@ -1,7 +1,7 @@
-"""The dimensions of a base model, as far as adapters, memory planning and validation need them.
+"""The dimensions of a base model that adapters, memory planning and validation need.
 
-Read from a Hugging Face ``config.json`` of the Llama, Mistral, Qwen2 or Qwen3 families without importing torch,
-so that the store and the planner can use it.
+They are read from a Hugging Face ``config.json`` of the Llama, Mistral, Qwen2 or Qwen3 family without importing torch,
+so that the store and the planner can use them.
 """
 
 import json
@@ -14,10 +14,10 @@ from loraserve.errors import ConfigError
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 MODULES = ("qkv", "o", "gate_up", "down")
-"""Fused modules of a layer, in the order in which they run and lie in a slab."""
+"""Fused modules of a layer, in the order in which they run and are stored in a slab."""
 
 QKV, OUT, GATE_UP, DOWN = range(len(MODULES))
-"""Their indices."""
+"""Indices into MODULES."""
 
 SLICES: dict[str, tuple[str, ...]] = {
     "qkv": ("q_proj", "k_proj", "v_proj"),
@@ -29,7 +29,7 @@ SLICES: dict[str, tuple[str, ...]] = {
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """What a slab must fit. All sizes are in elements."""
+    """The dimensions of a model. All sizes are in elements."""
 
     layers: int
     hidden: int
@@ -54,9 +54,9 @@ class ModelShape(msgspec.Struct, frozen=True):
 
 
 def shape_from_config(config: dict[str, object]) -> ModelShape:
-    """Shape from the parsed ``config.json`` of a supported family.
+    """Return the shape from the parsed ``config.json`` of a model of a supported family.
 
-    Raises ConfigError where the family is unknown or a field is missing or not a positive integer.
+    Raises ConfigError if the family is unknown, or a field is missing or not a positive integer.
     """
     family = config.get("model_type")
     if family not in FAMILIES:
@@ -86,7 +86,7 @@ def shape_from_config(config: dict[str, object]) -> ModelShape:
 
 
 def read_model_config(model_dir: Path) -> dict[str, object]:
-    """The parsed ``config.json`` of a model directory. Raises ConfigError where it cannot be read."""
+    """Return the parsed ``config.json`` of a model directory. Raises ConfigError if it cannot be read."""
     path = model_dir / "config.json"
     try:
         config = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""``python -m loraserve.ping NAME --config FILE``: is that process ready? Exit status 0 when it is, else 1."""
+"""``python -m loraserve.ping NAME --config FILE``: ask a process whether it is ready; exit status 0 if so, else 1."""
 
 import argparse
 import asyncio
@@ -16,8 +16,8 @@ DEFAULT_TIMEOUT_S = 5.0
 
 
 async def ping(config: Config, name: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> Pong:
-    """Raises RequestTimeout or PeerError."""
-    # It listens nowhere, so it may run beside the process it asks, whose addresses it would otherwise take.
+    """Return the answer of the process ``name``. Raises RequestTimeoutError or PeerError."""
+    # Without an inbox this bus binds no addresses, so it cannot conflict with the process it asks.
     bus = open_bus(config, f"ping-{os.getpid()}", None)
     try:
         return await bus.request(name, Ping(), Pong, timeout_s)

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import uvloop
 
+from loraserve.bus.addresses import resolve_addresses
 from loraserve.bus.zmq import open_bus
 from loraserve.clock import SystemClock
 from loraserve.config import Config, load_config
@@ -29,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Parent:
-    """The supervisor named by ``--parent-pid``; it need not be the direct parent."""
+    """The supervisor given by ``--parent-pid``, which need not be the direct parent."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -39,7 +40,7 @@ class Parent:
 
     def is_alive(self) -> bool:
         if self._direct:
-            # Also right where the id was given to another process since, or the parent is a zombie.
+            # Correct even if the process id was reused or the parent is a zombie.
             return os.getppid() == self._pid
         try:
             os.kill(self._pid, 0)
@@ -50,15 +51,15 @@ class Parent:
         return True
 
     async def watch(self, on_gone: Callable[[], None]) -> None:
-        """Calls ``on_gone`` once, within CHECK_INTERVAL_S of the parent's end."""
-        # The kernel tells nobody but direct children, so there is nothing to wait on but time.
+        """Call ``on_gone`` once, at most CHECK_INTERVAL_S after the parent has ended."""
+        # Only direct children are notified by the kernel, so this has to poll.
         while self.is_alive():  # noqa: ASYNC110
             await asyncio.sleep(CHECK_INTERVAL_S)
         on_gone()
 
 
 def end_with_parent() -> None:
-    """Linux: SIGTERM the moment the parent dies, even while this process is busy importing."""
+    """On Linux, have SIGTERM sent to this process when its parent dies, even while it is busy importing."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
@@ -70,17 +71,17 @@ _log = get_logger(__name__)
 
 
 def main(kind: type[Service], default_name: str, argv: Sequence[str] | None = None) -> int:
-    """Everything a ``__main__`` does. Returns the exit status."""
+    """Parse flags, load the configuration and run the service. Return the exit status."""
     arguments = argument_parser(default_name).parse_args(argv)
     try:
         config = load_config(arguments.config, overrides=arguments.set)
     except ConfigError as error:
-        return _say_bad_config(arguments.name, error)
+        return _report_bad_config(arguments.name, error)
     return run_process(kind, arguments.name, config, arguments.parent_pid)
 
 
 def argument_parser(default_name: str) -> argparse.ArgumentParser:
-    """The flags of every process kind."""
+    """Return a parser with the flags that every process kind has."""
     parser = argparse.ArgumentParser(prog=f"python -m loraserve.{default_name.rpartition('-')[0] or default_name}")
     add_config_flags(parser)
     parser.add_argument("--name", default=default_name, help=f"the process's name on the bus (default {default_name})")
@@ -96,13 +97,13 @@ def add_config_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def run_process(kind: type[Service], name: str, config: Config, parent_pid: int = 0) -> int:
-    """Runs until stopped. Returns the exit status."""
+    """Run the service until it is stopped. Return the exit status."""
     faulthandler.enable()
     parent = Parent(parent_pid) if parent_pid else None
     try:
         configure_logging(config, name)
     except ConfigError as error:
-        return _say_bad_config(name, error)
+        return _report_bad_config(name, error)
     return uvloop.run(_run(kind, name, config, parent))
 
 
@@ -111,7 +112,7 @@ async def _run(kind: type[Service], name: str, config: Config, parent: Parent | 
     try:
         await _serve(kind, name, config, parent)
     except ConfigError as error:
-        status = _say_bad_config(name, error)
+        status = _report_bad_config(name, error)
     except Exception:
         _log.exception("crashed")
         status = CRASHED
@@ -121,6 +122,7 @@ async def _run(kind: type[Service], name: str, config: Config, parent: Parent | 
 
 async def _serve(kind: type[Service], name: str, config: Config, parent: Parent | None) -> None:
     bus = open_bus(config, name, kind.inbox)
+    _warn_if_unprotected(config, name)
     watcher = None
     try:
         service = kind(config, bus, SystemClock())
@@ -134,8 +136,20 @@ async def _serve(kind: type[Service], name: str, config: Config, parent: Parent 
         await bus.close()
 
 
+def _warn_if_unprotected(config: Config, name: str) -> None:
+    """Warn if the bus listens on TCP, where nothing authenticates the peers."""
+    addresses = resolve_addresses(config, name).unprotected
+    if addresses:
+        _log.warning(
+            "bus_unprotected",
+            addresses=addresses,
+            consequence="anybody who can connect to these addresses can command the cluster",
+            remedy="keep bus.bind and bus.bind_pub at ipc://, or bind them to a private network only",
+        )
+
+
 def _stop_on_signals(service: Service) -> None:
-    """The first asks it to drain and stop, the second ends it at once."""
+    """Let the first SIGTERM or SIGINT drain and stop the service, and the second end the process at once."""
     received: list[int] = []
 
     def on_signal(number: signal.Signals) -> None:
@@ -152,13 +166,13 @@ def _stop_on_signals(service: Service) -> None:
         asyncio.get_running_loop().add_signal_handler(number, on_signal, number)
 
 
-def _say_bad_config(name: str, error: ConfigError) -> int:
+def _report_bad_config(name: str, error: ConfigError) -> int:
     print(f"{name}: {error}", file=sys.stderr, flush=True)
     return BAD_CONFIG
 
 
 def _end_within(seconds: float, status: int) -> None:
-    """A worker thread that hangs must not keep a stopped process alive: Python would wait for it for ever."""
+    """End the process after some seconds even if a worker thread hangs, for which Python would wait forever."""
     timer = threading.Timer(seconds, os._exit, [status])
     timer.daemon = True
     timer.start()

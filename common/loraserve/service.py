@@ -1,4 +1,10 @@
-"""The one way in which a process lives: start, loops, drain, stop."""
+"""The base class of every process: three hooks (``start``, ``loops``, ``drain``) and a message handler.
+
+STARTING  ``start(stack)`` acquires resources. One-way messages are kept, requests refused with ``starting``.
+READY     The coroutines of ``loops()`` run, and ``handle`` is called for each message.
+DRAINING  After ``stop()``: ``drain()`` finishes current work; loops and inbox go on meanwhile.
+STOPPED   Loops and spawned tasks are cancelled, and the stack is closed.
+"""
 
 import asyncio
 import os
@@ -32,15 +38,15 @@ class ServiceState(StrEnum):
 class Service:
     """Base of every process kind. Subclasses set ``inbox`` and override the hooks.
 
-    A message that ``handle`` cannot deal with is logged and refused; the process lives on. A loop that fails ends the
-    process, and the supervisor starts it anew: nothing is restarted in place.
+    If ``handle`` raises, the error is logged, the message is refused and the process continues. If a loop raises, the
+    process ends and the supervisor starts a new one; nothing is restarted in place.
     """
 
     inbox: ClassVar[type[Any] | UnionType]
-    """The union of messages this kind receives; it has Ping in it."""
+    """The union of the messages that this kind receives; contains Ping."""
     drain_timeout_s: float = 10.0
     starting_detail: str = ""
-    """What ``start`` is at, in words; shown until it is done."""
+    """What ``start`` is doing, in words. Shown to pings until it is done."""
 
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         self.config = config
@@ -57,24 +63,24 @@ class Service:
         self._held: deque[Envelope] = deque(maxlen=config.bus.queue_messages)
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Get ready to serve; what must be closed at the end goes on the stack."""
+        """Acquire what the service needs. Push what must be closed at the end onto the stack."""
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        """What runs from READY until the end. A loop may return; if it raises, the process ends."""
+        """Return coroutines that run from READY until the end. A loop may return; if it raises, the process ends."""
         return []
 
     async def drain(self) -> None:
-        """Finish what is under way; the inbox and the loops still run. Cut short after ``drain_timeout_s``."""
+        """Finish current work while inbox and loops still run. Cancelled after ``drain_timeout_s``."""
 
     async def handle(self, envelope: Envelope) -> None:
-        """One message. Quick work only: what awaits others goes to ``spawn``, since the inbox waits meanwhile."""
+        """Handle one message. The inbox waits meanwhile, so work that awaits other processes belongs in ``spawn``."""
 
     def is_ready(self) -> bool:
-        """Whether a started service can serve."""
+        """Return whether a started service can serve."""
         return True
 
     def ready_detail(self) -> str:
-        """In words, what a started service waits for or holds."""
+        """Return in words what a started service waits for or holds."""
         return ""
 
     def story_entries(self, subject: str) -> list[StoryEntry]:
@@ -88,31 +94,31 @@ class Service:
         return self._state
 
     def stop(self) -> None:
-        """Begin the end; repeating changes nothing."""
+        """Begin to stop. May be repeated."""
         self._stopping.set()
         if self._start_scope is not None and not self._start_scope.expired():
             self._start_scope.reschedule(0.0)
 
     def spawn(self, work: Coroutine[Any, Any, None], envelope: Envelope | None = None) -> None:
-        """Run beside the inbox, until the service ends at the latest.
+        """Run a coroutine concurrently with the inbox. It is cancelled when the service ends.
 
-        If it fails that is logged, and the request that is being handled (or ``envelope``) is refused.
+        If it raises, the error is logged, and the request being handled (or ``envelope``) is refused.
         """
         if self._tasks is None and self._state is ServiceState.STARTING:
             work.close()
-            raise RuntimeError(f"{self.bus.name} does not run yet, so nothing can be started in it")
+            raise RuntimeError(f"{self.bus.name} does not run yet, so it cannot spawn work")
         guarded = self._guard(work, envelope or _handling.get())
         if not self._create(guarded):
             guarded.close()
             work.close()
 
     def spawn_vital(self, work: Coroutine[Any, Any, None]) -> None:
-        """The same for work without which the service cannot go on: if it fails, so does the process."""
+        """Run a coroutine that the service cannot do without: if it raises, the process ends."""
         if not self._create(work):
             work.close()
 
     async def run(self) -> None:
-        """From STARTING to STOPPED. Raises what a loop or ``start`` raised."""
+        """Run from STARTING to STOPPED. Raises what ``start`` or a loop raised."""
         self.log.info("starting", pid=os.getpid(), incarnation=self.bus.incarnation)
         try:
             async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
@@ -146,7 +152,10 @@ class Service:
             self.log.warning("drain_cut_short", after_s=self.drain_timeout_s)
 
     async def _start_unless_stopped(self, stack: AsyncExitStack) -> bool:
-        """In this very task, because what is entered on the stack must be left in the task that entered it."""
+        """Run ``start`` and return whether it completed; ``stop`` cancels it.
+
+        It runs in this task, because context managers must be exited in the task that entered them.
+        """
         try:
             async with asyncio.timeout(None) as scope:
                 self._start_scope = scope
@@ -219,7 +228,7 @@ class Service:
         )
 
     def _create(self, work: Coroutine[Any, Any, None]) -> bool:
-        """False when the service is ending, which starts nothing new."""
+        """Create a task. Return False if the service is ending, which starts nothing new."""
         if self._tasks is None:
             return False
         try:
@@ -232,7 +241,7 @@ class Service:
         return True
 
     def _cancel_all(self) -> None:
-        # What is cancelled may spawn more on its way out, which nobody would cancel any more.
+        # From here on cancelled tasks cannot spawn more work, which nobody would cancel.
         self._tasks = None
         self._state = ServiceState.STOPPED
         for task in self._running:
@@ -252,7 +261,7 @@ def _code(error: Exception) -> str:
 
 
 def _single(error: BaseException) -> BaseException:
-    """The one error behind a group, where there is one only."""
+    """Return the only error in a group, or the group if it has several."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error

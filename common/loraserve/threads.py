@@ -1,4 +1,8 @@
-"""Work in threads that writes to memory somebody else may get next."""
+"""Running work in threads so that cancellation waits for the thread.
+
+A thread cannot be stopped. If it writes to memory that the caller gives away after a cancellation, the caller must wait
+until the thread is done.
+"""
 
 import asyncio
 from collections.abc import Callable
@@ -11,10 +15,10 @@ T = TypeVar("T")
 async def run_in_thread(
     threads: ThreadPoolExecutor, function: Callable[[], T], stop: Callable[[], object] = lambda: None
 ) -> T:
-    """Also where this is cancelled it ends only once no thread is at it, and what has not begun never does.
+    """Run ``function`` in a thread and return its result.
 
-    Nothing stops a thread, and the memory may be another's as soon as this has ended. ``stop`` is called when this is
-    cancelled, for a function that looks now and then whether anybody still wants it.
+    If this is cancelled, it ends only when the function is not running any more; a function that has not begun never
+    begins. ``stop`` is then called, for functions that check from time to time whether they are still needed.
     """
     job = threads.submit(function)
     work = asyncio.wrap_future(job)
@@ -28,8 +32,8 @@ async def run_in_thread(
 
 
 async def wait_finished(work: "asyncio.Future[T]") -> bool:
-    """Waits until it is over, whatever happens; what came of it is nobody's any more. Whether this was cancelled."""
-    # A deadline may cancel what a caller has cancelled already: each time it is still waited for.
+    """Wait until the future is done, ignoring its outcome and cancellations. Return whether this was cancelled."""
+    # A deadline may cancel a task that its caller has cancelled already, so there can be several cancellations.
     cancelled = False
     while not work.done():
         try:
@@ -37,6 +41,6 @@ async def wait_finished(work: "asyncio.Future[T]") -> bool:
         except asyncio.CancelledError:
             cancelled = True
     if not work.cancelled():
-        # Nobody asks for it any more; asyncio would complain.
+        # Marks the exception as retrieved, so that asyncio does not report it.
         work.exception()
     return cancelled

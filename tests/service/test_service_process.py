@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from loraserve.testing.local_cluster import free_port
+
 TIMEOUT_S = 20.0
 
 SCRIPT = """
@@ -201,6 +203,18 @@ def test_a_name_that_runs_already_is_refused(runner: Runner) -> None:
     assert status == 2
     assert f"a process named worker-0 already runs in {runner.run_dir} (pid {first.pid})" in errors
     assert runner.ping("worker-0").returncode == 0
+
+
+def test_a_process_that_listens_on_tcp_warns_that_its_bus_is_unprotected(runner: Runner) -> None:
+    inbox, publications = (f"tcp://127.0.0.1:{free_port()}" for _ in range(2))
+    process = runner.start("--set", f"bus.connect={inbox}", "--set", f"bus.connect_pub={publications}")
+    warning = lines_until(process, "started")[0]
+    assert (warning["event"], warning["level"], warning["process"]) == ("bus_unprotected", "warning", "worker-0")
+    assert warning["addresses"] == [inbox, publications]
+    assert "can command the cluster" in warning["consequence"]
+    assert "bus.bind" in warning["remedy"]
+    private = runner.start("--name", "worker-1")
+    assert "bus_unprotected" not in {line["event"] for line in lines_until(private, "started")}
 
 
 def test_logs_go_to_a_file_where_a_folder_is_named(runner: Runner, tmp_path: Path) -> None:

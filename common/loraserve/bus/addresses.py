@@ -29,6 +29,11 @@ class Addresses(msgspec.Struct, frozen=True):
     def on_this_machine(self) -> bool:
         return self.bind_inbox.startswith(IPC) or self.bind_publications.startswith(IPC)
 
+    @property
+    def unprotected(self) -> tuple[str, ...]:
+        """The addresses at which anybody who can connect may send messages to the process."""
+        return tuple(address for address in (self.bind_inbox, self.bind_publications) if not address.startswith(IPC))
+
 
 def run_dir(config: Config) -> Path:
     """Return the cluster's private folder for sockets and locks: ``cluster.run_dir``, or else one per user."""

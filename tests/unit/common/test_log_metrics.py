@@ -13,7 +13,7 @@ import pytest
 import structlog
 from prometheus_client.parser import text_string_to_metric_families
 
-from loraserve.bus.protocol import REMEMBERED_PEERS, BusCounters
+from loraserve.bus.protocol import MAX_COUNTED_PEERS, BusCounters
 from loraserve.config import ClusterConfig, Config
 from loraserve.errors import ConfigError
 from loraserve.log import configure_logging, get_logger
@@ -128,10 +128,10 @@ def test_the_bus_is_counted_as_it_is_when_scraped() -> None:
 
 def test_made_up_names_cannot_grow_the_counters_without_end() -> None:
     counters = BusCounters("router")
-    for n in range(3 * REMEMBERED_PEERS):
+    for n in range(3 * MAX_COUNTED_PEERS):
         counters.count_bad(f"stranger-{n}", "bad_frames", "")
-    assert len(counters.bad) <= REMEMBERED_PEERS + 1
-    assert counters.bad.total() == 3 * REMEMBERED_PEERS
+    assert len(counters.bad) <= MAX_COUNTED_PEERS + 1
+    assert counters.bad.total() == 3 * MAX_COUNTED_PEERS
 
 
 def test_a_flood_is_logged_now_and_then_only(tmp_path: Path) -> None:
