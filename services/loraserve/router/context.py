@@ -9,8 +9,6 @@ from loraserve.cost import CostModel
 from loraserve.messages import Plan, Rejected, Route
 from loraserve.router.view import ClusterView
 
-_NO_SHARES: Mapping[str, float] = {}
-
 
 class PlannedCopies:
     """A plan's copies, indexed by adapter version."""
@@ -23,7 +21,7 @@ class PlannedCopies:
 
     def shares(self, version: str) -> Mapping[str, float]:
         """Return the traffic share of each copy of an adapter, by engine name."""
-        return self._shares.get(version, _NO_SHARES)
+        return self._shares.get(version, {})
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -56,19 +54,17 @@ class RoutingContext(msgspec.Struct, frozen=True, gc=False):
     def planned_shares(self) -> Mapping[str, float]:
         """Return the shares of the planned copies of the request's adapter, by engine name."""
         if self.plan is None or self.request.adapter is None:
-            return _NO_SHARES
+            return {}
         return self.plan.shares(self.request.adapter.version)
 
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
     """The parts of a predicted time to first token, which is max(``queue_s``, ``load_s``) + ``own_s``.
 
-    Attributes:
-        queue_s: Wait for queued prefill, for a place in the batch and for KV memory.
-        load_s: Load of the adapter if it is absent. The queue advances at the same time.
-        own_s: All steps that carry the request's own prefill.
-        step_s: The part of ``own_s`` that these steps take for everything but the request's prefill.
-        engine_s: Engine time that the request costs over its whole life, including what other requests lose by it.
+    ``queue_s`` is the wait for queued prefill, a place in the batch and KV memory. ``load_s`` is the load of an absent
+    adapter, during which the queue advances. ``own_s`` are all steps that carry the request's own prefill; ``step_s``
+    is the part of it that they take for everything else. ``engine_s`` is the engine time that the request costs over
+    its whole life, including what other requests lose by it.
     """
 
     queue_s: float

@@ -47,14 +47,11 @@ class RunningRequest(msgspec.Struct, frozen=True, gc=False):
 class AdapterMix(msgspec.Struct, frozen=True, gc=False):
     """What the adapters of an engine's requests add to its steps.
 
-    Attributes:
-        slab_bytes: Slab bytes of the distinct adapters that run.
-        rank_sum: Sum of the ranks of the running requests.
-        running_rank: The largest rank that runs.
-        largest_rank: The largest rank that runs or waits.
-        expected_rank: The mean over time of the largest rank in a batch, from the demand for the copies that the plan
-            keeps there and from what runs beside them. A large rank that is rarely requested hardly raises it. None if
-            the plan keeps no copy there.
+    ``slab_bytes`` are those of distinct running adapters, ``rank_sum`` is over running requests, ``running_rank`` is
+    the largest rank that runs, and ``largest_rank`` the largest that runs or waits. ``expected_rank`` is the mean over
+    time of the largest rank in a batch, from the demand for the copies that the plan keeps there and from what runs
+    beside
+    them: a large rank that is rarely requested hardly raises it. It is None if the plan keeps no copy there.
     """
 
     slab_bytes: int = 0
@@ -84,24 +81,17 @@ class PendingAdapters(msgspec.Struct):
 
 
 class EngineView(msgspec.Struct):
-    """One engine.
+    """One engine; ``resident``, ``loading`` and ``active`` are versions of adapters.
 
     Attributes:
-        load: The last report.
-        capabilities: What this incarnation announced.
-        reported_s: When the report was made.
         column: The engine's column in the price table; -1 if it takes no requests.
-        resident: Versions in its pool.
-        loading: Versions that it loads.
-        active: Versions of requests that run or wait there, without pending ones.
+        active: Those of requests that run or wait there, without pending ones.
         adapters: What the adapters of these requests add to steps.
         listed: Versions for which ``ClusterView.engines_near`` lists this engine.
         largest_extent_bytes: The largest extent that its pool can ever provide.
         room_bytes: The largest extent that its pool can provide now.
         pending: Requests that no report has counted yet, in the order in which they were sent.
         expected: Versions that the engine was told to expect, and when; oldest first.
-        pending_tokens: Prompt tokens of pending requests that need prefill.
-        pending_adapters: Adapters of pending requests.
         timeouts: Requests in a row that the engine did not answer.
         avoided_since_s: When the engine became one that does not answer.
         avoidance_s: How long it is avoided before reports are believed again.
@@ -186,7 +176,6 @@ class EngineView(msgspec.Struct):
         self.expected[version] = now
 
     def add_pending(self, request_id: str, pending: PendingRequest) -> None:
-        """Add a pending request, or replace it."""
         self.drop_pending([request_id])
         self.pending[request_id] = pending
         self.pending_tokens += pending.tokens

@@ -2,7 +2,7 @@
 
 ``route_by_prediction`` (configured as ``predicted``, the default) decides in four steps:
 
-1. Filter: exclude engines whose context length or adapter pool is too small (``fitting_columns``).
+1. Filter: exclude engines whose context length or adapter pool is too small (``_filter``).
 2. Score: compute a score in seconds for each engine, mostly its predicted time to first token (``score.score``).
 3. Admit: refuse the request if even the soonest engine would exceed the SLO by its ``reject_factor``.
 4. Pick: take the lowest score; ``break_ties`` chooses between scores that are nearly equal.
@@ -44,13 +44,10 @@ UNKNOWN_SAMPLING = SamplingParams(max_tokens=1 << 30)
 
 def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
     """Return the engines that start the request soonest, or why it is refused."""
-    request, view, slo = context.request, context.view, context.slo
-    table = view.prices(context.cost)
-    if not table.engines:
-        return _reject_no_engine(request)
-    fitting = fitting_columns(request, table)
-    if fitting is not None and not fitting.any():
-        return _reject_unfit(request, table)
+    slo, table = context.slo, context.view.prices(context.cost)
+    fitting = _filter(context.request, table)
+    if isinstance(fitting, Rejected):
+        return fitting
     scores = score(context, table, _shares_by_column(context))
     if fitting is not None:
         scores.score[~fitting] = scores.ttft_s[~fitting] = np.inf
@@ -71,13 +68,10 @@ def route_by_shares(context: RoutingContext) -> Candidates | Rejected:
     Fallback engines come last. A planned copy that is not loaded yet is loaded by the request that is routed there.
     Predictions are computed for logs only.
     """
-    request, view = context.request, context.view
-    table = view.prices(context.cost)
-    if not table.engines:
-        return _reject_no_engine(request)
-    fitting = fitting_columns(request, table)
-    if fitting is not None and not fitting.any():
-        return _reject_unfit(request, table)
+    table = context.view.prices(context.cost)
+    fitting = _filter(context.request, table)
+    if isinstance(fitting, Rejected):
+        return fitting
     shares = _shares_by_column(context)
     columns: Sequence[int] = range(len(table.engines)) if fitting is None else fitting.nonzero()[0].tolist()
     scores = score(context, table, shares)
@@ -124,35 +118,30 @@ def prefetch_engine(context: RoutingContext) -> str | None:
 # Filter
 
 
-def fitting_columns(request: Route, table: PriceTable) -> Mask | None:
-    """Return the engines whose context length and pool fit the request; None if all do."""
+def _filter(request: Route, table: PriceTable) -> Mask | Rejected | None:
+    """Return the engines whose context length and pool fit the request, None if all do, or a refusal if none does."""
+    if not table.engines:
+        return rejection(request, "no_engine", "no engine is ready; try again in a moment")
     tokens = len(request.prompt_tokens)
     # Extents are whole granules: a slab that is no larger than the largest extent fits into it.
     slab_bytes = request.adapter.slab_bytes if request.adapter is not None else 0
     if tokens < table.min_context_tokens and slab_bytes <= table.min_extent_bytes:
         return None
     columns = table.columns
-    return (columns.context_tokens > tokens) & (columns.largest_extent_bytes >= slab_bytes)
-
-
-def _reject_no_engine(request: Route) -> Rejected:
-    return rejection(request, "no_engine", "no engine is ready; try again in a moment")
-
-
-def _reject_unfit(request: Route, table: PriceTable) -> Rejected:
-    """Return the refusal of a request that fits no ready engine."""
-    length = len(request.prompt_tokens)
-    longest = float(table.columns.context_tokens.max())
-    if longest <= length:
+    fitting = (columns.context_tokens > tokens) & (columns.largest_extent_bytes >= slab_bytes)
+    if fitting.any():
+        return fitting
+    context_tokens = float(columns.context_tokens.max())
+    if context_tokens <= tokens:
         text = (
-            f"This model's maximum context length is {longest:.0f} tokens. However, your prompt has {length}; "
+            f"This model's maximum context length is {context_tokens:.0f} tokens. However, your prompt has {tokens}; "
             "shorten it."
         )
         return rejection(request, "context_length", text)
     assert request.adapter is not None
     text = (
-        f"adapter {request.adapter.name} needs an extent of {extent_bytes(request.adapter.slab_bytes)} bytes, more "
-        "than the pool of any ready engine can provide; raise engine.pool_bytes"
+        f"adapter {request.adapter.name} needs an extent of {extent_bytes(slab_bytes)} bytes, more than the pool of "
+        "any ready engine can provide; raise engine.pool_bytes"
     )
     return rejection(request, "adapter_unavailable", text)
 

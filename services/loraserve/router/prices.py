@@ -44,24 +44,20 @@ class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
 
     Attributes:
         queue_s: Time to compute all queued prefill and to get a place in the batch.
-        kv_wait_token_s: With ``kv_wait_s``, the additional wait for KV memory.
-        kv_wait_s: See ``kv_wait_token_s``; negative where memory is free.
+        kv_wait_s: Additional wait for KV memory, beside that of each token; negative where memory is free.
         steps_per_token: Steps that a token of prefill takes: 1 / tokens that fit into a step beside decode.
         pace: How much longer prefill takes than the cost model says.
         step_s: A step without prefill and without padding to a rank.
         step_rank_s: What each unit of the largest rank adds to a step; 0 with exact cost.
-        decode_step_s: A step without prefill.
         rank: The largest rank among running and waiting requests.
         usual_rank: The mean largest rank (``AdapterMix.expected_rank``), or ``rank`` if the plan keeps nothing there.
         widening_s: Engine time that one more unit of rank costs the engine's requests, over the life of a mean request.
         engine_time_weight: What a second of the engine's time is worth, by how full the engine is.
-        load_base_s: Time of a load beside its bytes, including the loads before it.
-        load_byte_s: Time of each byte of a load, including the loads before it.
+        load_base_s: Time of a load beside its bytes; like ``load_byte_s``, it includes the loads before it.
         room_bytes: The largest extent that the pool can provide now.
         room_wait_s: Wait for a larger extent.
         context_tokens: The longest context that the engine serves.
         largest_extent_bytes: The largest extent that the pool can ever provide.
-        fallback_level: See ``EngineView.fallback_level``.
     """
 
     queue_s: T
@@ -101,12 +97,9 @@ class PriceInputs(NamedTuple):
 
 
 class PriceTable:
-    """The engines that take requests and their prices, which are up to date after each ``refresh``.
+    """The engines that take requests, by column, and their prices, which are up to date after each ``refresh``.
 
     Attributes:
-        engines: In the order of their columns.
-        columns: The prices of all engines.
-        mean_output_tokens: Mean output of a request.
         min_context_tokens: Requests with a shorter prompt fit the context of every engine.
         min_extent_bytes: Slabs up to this size fit every pool.
         fitting_tokens: Prompts up to this length wait for KV memory nowhere; longer ones may.
@@ -114,8 +107,6 @@ class PriceTable:
         engine_time_weight: By column, what a second of engine time is worth, including requests that arrive while the
             engine's queue lasts. That is little where an engine is idle. Near the limit it is much, as there the cost
             of a request alone decides how many can be served.
-        fallbacks: Columns of engines with a ``fallback_level``.
-        ones: A one for each column.
     """
 
     def __init__(self) -> None:

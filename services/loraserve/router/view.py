@@ -29,15 +29,13 @@ FORGET_MISSING_S = 5.0
 """A monitor that has just started has not heard of every engine yet."""
 MAX_RUNNING = 50_000
 DEFAULT_OUTPUT_TOKENS = 64.0
-_NO_ENGINES: Mapping[str, EngineView] = {}
-_NO_TOKENS: Mapping[str, int] = {}
 
 
 class ClusterView:
     """Engines by name, where requests run, and which engines do not answer.
 
     Attributes:
-        running: By request id, the engine that runs it.
+        running: By request id.
         drained: Names of engines that the plan empties.
         mean_output_tokens: Mean output of a request, from the monitor's demand.
         requests_per_s: Arrivals in the whole cluster.
@@ -92,11 +90,11 @@ class ClusterView:
 
     def engines_near(self, version: str) -> Mapping[str, EngineView]:
         """Return, by name, at least all engines that have the adapter, load it, expect it or have requests for it."""
-        return self._engines_near.get(version, _NO_ENGINES)
+        return self._engines_near.get(version, {})
 
     def cached_tokens(self, request: Route) -> Mapping[str, int]:
         """Return, by engine name, how many tokens of the prompt its prefix cache most likely has."""
-        return self.prefixes.cached_tokens(request) if self.prefixes is not None else _NO_TOKENS
+        return self.prefixes.cached_tokens(request) if self.prefixes is not None else {}
 
     def set_drained(self, engines: frozenset[str]) -> None:
         """Replace the set of engines that the plan empties."""
@@ -254,14 +252,9 @@ class ClusterView:
 
     def _set_running(self, request_id: str, engine: str, since_s: float, pending: PendingRequest | None) -> None:
         """Note where a request runs; its adapter stays known for as long as it runs, if this router sent it."""
-        if pending is not None:
-            request = RunningRequest(engine, since_s, pending.version, pending.rank)
-        elif request_id in self.running:
-            before = self.running[request_id]
-            request = RunningRequest(engine, since_s, before.version, before.rank)
-        else:
-            request = RunningRequest(engine, since_s)
-        self.running[request_id] = request
+        known = pending or self.running.get(request_id)
+        version, rank = (known.version, known.rank) if known is not None else ("", 0)
+        self.running[request_id] = RunningRequest(engine, since_s, version, rank)
         if len(self.running) > MAX_RUNNING:
             del self.running[next(iter(self.running))]
 

@@ -1,6 +1,6 @@
 """The flags of scripts/simulate, their checks, and what they ask for.
 
-Wrong flags raise ConfigError before anything runs.
+Wrong flags raise ConfigError with the name of the flag, before anything runs.
 """
 
 import argparse
@@ -139,11 +139,7 @@ def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def spec_of(arguments: argparse.Namespace) -> RunSpec:
-    """Return the run that the flags describe, at the load of --rps.
-
-    Raises:
-        ConfigError: The message names the flag.
-    """
+    """Return the run that the flags describe, at the load of --rps."""
     return RunSpec(
         source=_source(arguments),
         policy=OURS,
@@ -161,22 +157,13 @@ def spec_of(arguments: argparse.Namespace) -> RunSpec:
 
 
 def policies_of(arguments: argparse.Namespace) -> list[str]:
-    """Return the names of the policies to simulate.
-
-    Raises:
-        ConfigError: A policy is not known.
-    """
     compares = arguments.compare or arguments.grid or arguments.sensitivity or arguments.loads
     names = [n for n in arguments.policies.split(",") if n] or (list(NAMES) if compares else [OURS])
     return [policy_named(name).name for name in dict.fromkeys(names)]
 
 
 def loads_of(arguments: argparse.Namespace) -> list[float]:
-    """Return the loads of a sweep.
-
-    Raises:
-        ConfigError: A load is not a usable number.
-    """
+    """Return the loads of a sweep."""
     try:
         loads = [float(text) for text in arguments.loads.split(",")] if arguments.loads else []
     except ValueError as error:
@@ -187,11 +174,7 @@ def loads_of(arguments: argparse.Namespace) -> list[float]:
 
 
 def check_arguments(arguments: argparse.Namespace, names: list[str]) -> None:
-    """Check the flags that ``spec_of`` does not check, and create the folder for plots.
-
-    Raises:
-        ConfigError: The message names the flag.
-    """
+    """Check the flags that the other functions do not check, and create the folder for plots."""
     for flag, minimum in (("engines", 1), ("adapters", 1), ("draws", 1), ("workers", 0)):
         if getattr(arguments, flag) < minimum:
             raise ConfigError(f"--{flag} {getattr(arguments, flag)}: must be at least {minimum}")

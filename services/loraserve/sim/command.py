@@ -1,6 +1,6 @@
 """scripts/simulate: from flags to runs, tables, plots and a final line of JSON.
 
-Each mode is a function ``run_...`` that returns a ``Result``.
+Each mode is a function ``run_...`` of the flags, the run that they describe, and the policies' names.
 """
 
 import argparse
@@ -20,7 +20,6 @@ from loraserve.sim.compare import (
     OURS,
     CompareOptions,
     Comparison,
-    RunAll,
     capacity_rps,
     changed_profiles,
     compare,
@@ -45,10 +44,6 @@ class Result(NamedTuple):
     text: str
 
 
-Mode = Callable[[argparse.Namespace, RunSpec, list[str]], Result]
-"""Called with the flags, the run that they describe, and the policies' names."""
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     """Return the exit status: 0 for success, 1 if the work could not be done, 2 for wrong usage."""
     arguments = make_parser().parse_args(argv)
@@ -56,7 +51,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = spec_of(arguments)
         names = policies_of(arguments)
         check_arguments(arguments, names)
-        result = _mode(arguments, names)(arguments, base, names)
+        if arguments.compare:
+            mode = run_compare
+        elif arguments.grid:
+            mode = run_grid
+        elif arguments.sensitivity:
+            mode = run_sensitivity
+        else:
+            mode = run_sweep if arguments.loads or len(names) > 1 else run_one
+        result = mode(arguments, base, names)
     except LoraServeError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -66,16 +69,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(result.text, end="\n\n")
     print(json.dumps(result.content, allow_nan=False))
     return 0
-
-
-def _mode(arguments: argparse.Namespace, names: list[str]) -> Mode:
-    if arguments.compare:
-        return run_compare
-    if arguments.grid:
-        return run_grid
-    if arguments.sensitivity:
-        return run_sensitivity
-    return run_sweep if arguments.loads or len(names) > 1 else run_one
 
 
 def run_one(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
@@ -114,7 +107,7 @@ def run_sweep(arguments: argparse.Namespace, base: RunSpec, names: list[str]) ->
     """Simulate every policy at every load of --loads."""
     loads = loads_of(arguments) or [base.rps or DEFAULT_LOAD * _guess_rps(base)]
     specs = [msgspec.structs.replace(base, policy=name, rps=rps) for name in names for rps in loads]
-    with parallel_runner(arguments.workers, _show(arguments.json)) as run_all:
+    with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:
         points = run_all(specs)
     rows = [
         [p.policy, p.rps, p.p50_ttft_s, p.p95_ttft_s, p.goodput_rps, p.busy_share, p.bytes_share, p.moves_per_interval]
@@ -129,8 +122,8 @@ def run_sweep(arguments: argparse.Namespace, base: RunSpec, names: list[str]) ->
 
 def run_compare(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
     """Compare the policies on one workload."""
-    with parallel_runner(arguments.workers, _show(arguments.json)) as run_all:
-        comparison = _compare(base, names, run_all, CompareOptions(draws=arguments.draws))
+    with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:
+        comparison = compare(base, names, _guess_rps(base), run_all, CompareOptions(draws=arguments.draws))
     # The workload at the compared load: the longer a run is, the more of a trace it uses.
     at_best = msgspec.structs.replace(base, rps=comparison.best_baseline_rps)
     limit = limit_rps(workload_for(at_best), base.profile, base.engines)
@@ -171,10 +164,11 @@ def run_compare(arguments: argparse.Namespace, base: RunSpec, names: list[str]) 
 def run_grid(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
     """Compare ours with the baselines on 24 drawn workloads."""
     comparisons: dict[str, Comparison] = {}
-    with parallel_runner(arguments.workers, _show(arguments.json)) as run_all:
+    with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:
         for shape in grid_shapes(arguments.requests, arguments.adapters, arguments.seed):
             spec = msgspec.structs.replace(base, source=shape)
-            comparisons[shape.name] = _compare(spec, names, run_all, CompareOptions(count_engines=False))
+            options = CompareOptions(count_engines=False)
+            comparisons[shape.name] = compare(spec, names, _guess_rps(spec), run_all, options)
     plots = _draw(arguments, lambda folder: [_plots().plot_grid(comparisons, folder)])
     gains = report.gains(comparisons)
     text = "\n".join([report.grid_table(comparisons), "", report.gains_text(gains), *plots])
@@ -193,19 +187,16 @@ def run_sensitivity(arguments: argparse.Namespace, base: RunSpec, names: list[st
     rows = []
     content: dict[str, Any] = {}
     options = CompareOptions(shares=(0.8,), count_engines=False)
-    with parallel_runner(arguments.workers, _show(arguments.json)) as run_all:
+    with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:
         for change, profile in changed_profiles(base.profile).items():
-            results = _compare(msgspec.structs.replace(base, profile=profile), names, run_all, options).results
+            spec = msgspec.structs.replace(base, profile=profile)
+            results = compare(spec, names, _guess_rps(spec), run_all, options).results
             ours_rps = results[OURS].max_rps
             ratios = {name: ours_rps / (result.max_rps or 1e-9) for name, result in results.items()}
             content[change] = {name: report.json_number(ratio) for name, ratio in ratios.items()}
             rows.append([change, ours_rps, *(ratios[name] for name in names if name != OURS)])
     header = ["changed", "ours, max rps", *(f"/ {name}" for name in names if name != OURS)]
     return Result({"simulate": "sensitivity", "ratios": content}, report.value_table(header, rows))
-
-
-def _compare(base: RunSpec, names: list[str], run_all: RunAll, options: CompareOptions) -> Comparison:
-    return compare(base, names, _guess_rps(base), run_all, options)
 
 
 def _guess_rps(base: RunSpec) -> float:
@@ -243,10 +234,6 @@ def _plots() -> Any:
     from loraserve.sim import plots
 
     return plots
-
-
-def _show(quiet: bool) -> Callable[[str], None] | None:
-    return (lambda text: None) if quiet else None
 
 
 def _progress(quiet: bool) -> Callable[[float], None]:

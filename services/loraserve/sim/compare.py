@@ -68,8 +68,7 @@ class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
     """The results of one policy, or of its median draw.
 
     Attributes:
-        max_rps: The largest load under the SLO.
-        max_rps_draws: That of all draws, ascending.
+        max_rps: The largest load under the SLO; ``max_rps_draws`` has that of all draws, ascending.
         at_80pct: Figures at 80% of the best baseline's largest load.
         engines_needed: For all of that load; None if more than ``MAX_ENGINE_FACTOR`` times the engines are needed.
         curve: Figures of all runs, in the order of load.
@@ -81,11 +80,6 @@ class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
     at_80pct: RunFigures
     engines_needed: int | None
     curve: tuple[RunFigures, ...]
-
-    @property
-    def p95_at_80pct_s(self) -> float:
-        """P95 TTFT at 80% of the best baseline's largest load."""
-        return self.at_80pct.p95_ttft_s
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
@@ -109,10 +103,15 @@ def compare(
 ) -> Comparison:
     """Compare policies on the workload, engines and profile of ``base``; ``guess_rps`` is where the searches begin.
 
-    Raises:
-        ConfigError: No baseline meets the SLO at any load, so that there is nothing to compare with.
+    Raises ConfigError if no baseline meets the SLO at any load, because there is nothing to compare with then.
     """
-    entrants = {policy: _entrants(policy, base.settings.seed, options.draws) for policy in policies}
+    entrants = {
+        policy: [
+            Entrant(policy, base.settings.seed + draw)
+            for draw in range(options.draws if policy_named(policy).random_placement else 1)
+        ]
+        for policy in policies
+    }
     curves: Curves = {entrant: {} for draws in entrants.values() for entrant in draws}
     largest_of = find_largest(base, guess_rps, run_all, curves)
     chosen = {policy: _median(draws, largest_of) for policy, draws in entrants.items()}
@@ -183,10 +182,8 @@ def engines_needed(
 def changed_profiles(profile: Profile) -> dict[str, Profile]:
     """Return the profile itself, and the profile with each of its efficiencies halved and doubled.
 
-    An efficiency that is a share of a datasheet's figure is at most 1.
-
-    Raises:
-        ConfigError: The profile was measured and not derived, so that it has no efficiencies.
+    An efficiency that is a share of a datasheet's figure is at most 1. Raises ConfigError if the profile was measured
+    and not derived, because it has no efficiencies then.
     """
     if profile.origin != "derived":
         raise ConfigError(f"profile of {profile.model} on {profile.hardware} was measured; take a derived one")
@@ -203,10 +200,6 @@ def changed_profiles(profile: Profile) -> dict[str, Profile]:
             label = f"{name} x {factor:g}" + (" (all)" if value == 1.0 else "")
             changed[label] = derive_profile(profile.shape, hardware, efficiencies, profile.cost.lora, profile.model)
     return changed
-
-
-def _entrants(policy: str, seed: int, draws: int) -> list[Entrant]:
-    return [Entrant(policy, seed + draw) for draw in range(draws if policy_named(policy).random_placement else 1)]
 
 
 def _median(entrants: Sequence[Entrant], largest: Mapping[Entrant, float]) -> Entrant:

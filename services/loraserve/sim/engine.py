@@ -120,7 +120,6 @@ class SimEngine:
         self._deliver(RequestArrived(admit), now)
 
     def prepare(self, epoch: int, adapters: tuple[AdapterRef, ...], now: float) -> None:
-        """Load the copies of a plan."""
         self._deliver(PlanPrepared(epoch, adapters), now)
 
     def retire(self, epoch: int, keep: tuple[str, ...], now: float) -> None:

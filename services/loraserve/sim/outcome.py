@@ -55,10 +55,9 @@ class Interval(msgspec.Struct, frozen=True):
     Attributes:
         time_s: The end of the interval.
         moves: Copies that plans loaded somewhere.
-        held_bytes: Slab bytes in the pool.
         needed_bytes: The part of ``held_bytes`` that the plan, a request or a load needs; the rest may be evicted.
         rank_tokens: Computed tokens by the rank of their adapter.
-        adapters: Adapters in the pool.
+        adapters: Number of adapters in the pool.
     """
 
     time_s: float
@@ -76,7 +75,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         slo_ttft_s: The promised P95 time to first token.
         hopeless: Whether the run was stopped because its P95 TTFT was certain to be far above the SLO.
         requests: Those after the warm-up, in the order of their arrival.
-        intervals: In the order of time.
         all_bytes: Slab bytes of all adapters together.
         busy_share: The share of time in which an engine computed, mean over engines.
         whys: How often each ``Candidate.why`` was the reason of a choice.
@@ -96,12 +94,10 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def p95_ttft_s(self) -> float:
-        """P95 time to first token; infinite if the run was stopped."""
         return inf if self.hopeless else percentile((r.ttft_s for r in self.requests), 0.95)
 
     @property
     def p50_ttft_s(self) -> float:
-        """Median time to first token; infinite if the run was stopped."""
         return inf if self.hopeless else percentile((r.ttft_s for r in self.requests), 0.5)
 
     @property
@@ -123,7 +119,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bytes_share(self) -> float:
-        """Adapter bytes that an engine needs to hold, as a share of all adapters' bytes: mean over engines and time."""
+        """The share of all adapter bytes that an engine needs to hold, mean over engines and time."""
         return self._share([i.needed_bytes for i in self.intervals])
 
     @property

@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 
@@ -14,13 +14,13 @@ PROGRESS_INTERVAL_S = 2.0
 
 
 @contextmanager
-def parallel_runner(workers: int = 0, show: Callable[[str], None] | None = None) -> Iterator[RunAll]:
+def parallel_runner(workers: int = 0, quiet: bool = False) -> Iterator[RunAll]:
     """Yield a function that runs simulations and returns their figures in the same order.
 
-    ``workers`` 0 means one for each core. ``show`` gets progress messages; without it they go to stderr.
+    ``workers`` 0 means one for each core. Progress messages go to stderr unless ``quiet``.
     """
     with ProcessPoolExecutor(max_workers=workers or core_count()) as pool:
-        progress = _Progress(show or _print_to_stderr)
+        progress = _Progress(quiet)
 
         def run_all(specs: Sequence[RunSpec]) -> list[RunFigures]:
             # The longest runs first, so that a batch ends with short ones and no core waits for a long one.
@@ -37,10 +37,10 @@ def parallel_runner(workers: int = 0, show: Callable[[str], None] | None = None)
 
 
 class _Progress:
-    """Shows how many runs have ended, every few seconds."""
+    """Prints how many runs have ended, every few seconds."""
 
-    def __init__(self, show: Callable[[str], None]) -> None:
-        self._show = show
+    def __init__(self, quiet: bool) -> None:
+        self._quiet = quiet
         self._runs = self._ended = 0
         self._started_s = self._shown_s = time.monotonic()
 
@@ -50,14 +50,8 @@ class _Progress:
     def record_end(self, figures: RunFigures) -> None:
         self._ended += 1
         now = time.monotonic()
-        if now - self._shown_s >= PROGRESS_INTERVAL_S:
+        if not self._quiet and now - self._shown_s >= PROGRESS_INTERVAL_S:
             self._shown_s = now
             run = f"{figures.policy} at {figures.rps:.1f} rps on {figures.engines} engines"
-            self._show(
-                f"[{now - self._started_s:6.1f} s] {self._ended} of {self._runs} runs; "
-                f"{run}: P95 TTFT {figures.p95_ttft_s:.2f} s"
-            )
-
-
-def _print_to_stderr(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+            text = f"{self._ended} of {self._runs} runs; {run}: P95 TTFT {figures.p95_ttft_s:.2f} s"
+            print(f"[{now - self._started_s:6.1f} s] {text}", file=sys.stderr, flush=True)

@@ -33,12 +33,7 @@ HYSTERESIS = 0.2
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """A policy to simulate.
-
-    Attributes:
-        everywhere: Whether every engine holds every adapter at no cost.
-        random_placement: Whether the placement depends on the seed.
-    """
+    """A policy; with ``everywhere`` every engine holds every adapter at no cost."""
 
     name: str
     place: PlacementPolicy
@@ -51,11 +46,7 @@ NAMES = ("slora-random", "slora-contiguous", "toppings", "dynamo", "loraserve", 
 
 
 def policy_named(name: str, seed: int = 0) -> Policy:
-    """Return a policy; ``seed`` determines a random placement.
-
-    Raises:
-        ConfigError: There is no such policy; the message names those that there are.
-    """
+    """Return a policy, or raise ConfigError; ``seed`` determines a random placement."""
     match name:
         case "slora-random":
             return Policy(name, partial(place_at_random, seed), route_to_copy, random_placement=True)

@@ -57,32 +57,20 @@ class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def simulate(spec: RunSpec) -> Outcome:
-    """Run a simulation.
-
-    Raises:
-        ConfigError: The trace or the policy cannot be used.
-    """
+    """Run a simulation; raise ConfigError if the trace or the policy cannot be used."""
     policy = policy_named(spec.policy, spec.settings.seed)
     return Simulation(workload_for(spec), policy, spec.profile, spec.engines, spec.settings).run()
 
 
 def run_figures(spec: RunSpec) -> RunFigures:
-    """Run a simulation and return its figures. Raises what ``simulate`` raises."""
+    """Run a simulation and return its figures."""
     outcome = simulate(spec)
-    computed = {
-        name: getattr(outcome, name)
-        for name in RunFigures.__struct_fields__
-        if name not in ("policy", "engines", "rps")
-    }
-    return RunFigures(policy=spec.policy, engines=spec.engines, rps=spec.rps, **computed)
+    computed = {name: getattr(outcome, name) for name in RunFigures.__struct_fields__}
+    return RunFigures(**computed | {"rps": spec.rps})
 
 
 def workload_for(spec: RunSpec) -> Workload:
-    """Return the workload of a run, at its load and of its length.
-
-    Raises:
-        ConfigError: The trace cannot be used.
-    """
+    """Return the workload of a run, at its load and of its length."""
     source = spec.source
     if not source.requests:
         requests = max(MIN_REQUESTS, int(spec.rps * spec.duration_s))
@@ -92,11 +80,7 @@ def workload_for(spec: RunSpec) -> Workload:
 
 @lru_cache(maxsize=8)
 def make_workload(source: Source, slab_bytes_per_rank: int) -> Workload:
-    """Return the workload of a source.
-
-    Raises:
-        ConfigError: The trace cannot be used.
-    """
+    """Return the workload of a source; raise ConfigError if its trace cannot be used."""
     if isinstance(source, WorkloadShape):
         return draw_workload(source, slab_bytes_per_rank)
     return trace_workload(_cached_trace(source.path), source, slab_bytes_per_rank)

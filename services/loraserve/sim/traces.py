@@ -14,12 +14,13 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from operator import attrgetter
 from pathlib import Path
-from typing import NoReturn
 
 import msgspec
 
 from loraserve.errors import ConfigError
 
+OWN_COLUMNS = ("time_s", "client", "prompt_tokens", "output_tokens")
+AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 AZURE_CLIENT = "azure"
 """Azure's traces do not name clients: all requests get this one."""
 
@@ -36,8 +37,7 @@ class TraceRequest(msgspec.Struct, frozen=True, gc=False):
 def read_trace(path: Path | str) -> list[TraceRequest]:
     """Return all requests in the order of time; a name that ends in ``.gz`` means a compressed file.
 
-    Raises:
-        ConfigError: The file cannot be used. The message names the file, the line and the field.
+    Raises ConfigError if the file cannot be used. The message names the file, the line and the field.
     """
     path = Path(path)
     try:
@@ -55,81 +55,57 @@ def read_trace(path: Path | str) -> list[TraceRequest]:
 
 
 def parse_trace(lines: Iterable[str], name: str) -> list[TraceRequest]:
-    """Return all requests in the order of time; ``name`` is the file's name in error messages.
-
-    Raises:
-        ConfigError: See ``read_trace``.
-    """
+    """Return all requests in the order of time; ``name`` is the file's name in error messages."""
     rows = csv.reader(lines)
     try:
         header = [column.strip() for column in next(rows, [])]
-        kind = _format_of(header, name)
-        columns = [header.index(column) for column in kind.columns]
+        columns = _columns_of(header, name)
+        places = [header.index(column) for column in columns]
         # There are hundreds of thousands of lines, so values are checked while they are converted.
-        requests = [kind.parse_row(row, columns) for row in rows if row]
+        requests = [_parse_row(row, columns, places) for row in rows if row]
     except _FieldError as error:
         raise ConfigError(f"{name}, line {rows.line_num}, {error}") from error
     except csv.Error as error:
         raise ConfigError(f"{name}, line {rows.line_num}: is not CSV ({error}); save it as plain CSV") from error
     if not requests:
         raise ConfigError(f"{name}: has a header but no requests; expected at least one line below it")
-    return sorted(kind.shift_times(requests), key=attrgetter("time_s"))
+    if columns is AZURE_COLUMNS:
+        first_s = min(request.time_s for request in requests)
+        requests = [msgspec.structs.replace(request, time_s=request.time_s - first_s) for request in requests]
+    return sorted(requests, key=attrgetter("time_s"))
 
 
 class _FieldError(Exception):
     """A value cannot be used; the text names the column and what is expected."""
 
 
-class _OwnFormat:
-    columns = ("time_s", "client", "prompt_tokens", "output_tokens")
-
-    def parse_row(self, row: list[str], columns: list[int]) -> TraceRequest:
-        try:
-            time, client, prompt, output = (row[column] for column in columns)
-        except IndexError:
-            _raise_short_row(row, self.columns)
-        return TraceRequest(
-            _parse_seconds(time),
-            client or _raise_no_client(),
-            _parse_tokens(prompt, "prompt_tokens"),
-            _parse_tokens(output, "output_tokens"),
-        )
-
-    def shift_times(self, requests: list[TraceRequest]) -> list[TraceRequest]:
-        return requests
-
-
-class _AzureFormat:
-    columns = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
-
-    def parse_row(self, row: list[str], columns: list[int]) -> TraceRequest:
-        try:
-            stamp, prompt, output = (row[column] for column in columns)
-        except IndexError:
-            _raise_short_row(row, self.columns)
-        return TraceRequest(
-            _parse_timestamp(stamp),
-            AZURE_CLIENT,
-            _parse_tokens(prompt, "ContextTokens"),
-            _parse_tokens(output, "GeneratedTokens"),
-        )
-
-    def shift_times(self, requests: list[TraceRequest]) -> list[TraceRequest]:
-        first_s = min(request.time_s for request in requests)
-        return [msgspec.structs.replace(request, time_s=request.time_s - first_s) for request in requests]
-
-
-def _format_of(header: list[str], name: str) -> _OwnFormat | _AzureFormat:
-    kinds: tuple[_OwnFormat | _AzureFormat, ...] = (_OwnFormat(), _AzureFormat())
-    for kind in kinds:
-        if set(kind.columns) <= set(header):
-            return kind
-    known = " or ".join(",".join(kind.columns) for kind in kinds)
+def _columns_of(header: list[str], name: str) -> tuple[str, ...]:
+    formats = (OWN_COLUMNS, AZURE_COLUMNS)
+    for columns in formats:
+        if set(columns) <= set(header):
+            return columns
+    known = " or ".join(",".join(columns) for columns in formats)
     if not header:
         raise ConfigError(f"{name}: is empty; expected a header, {known}")
-    nearest = max(kinds, key=lambda kind: len(set(kind.columns) & set(header)))
-    missing = ", ".join(column for column in nearest.columns if column not in header)
+    nearest = max(formats, key=lambda columns: len(set(columns) & set(header)))
+    missing = ", ".join(column for column in nearest if column not in header)
     raise ConfigError(f"{name}, line 1: the header lacks {missing}; expected the columns {known}")
+
+
+def _parse_row(row: list[str], columns: tuple[str, ...], places: list[int]) -> TraceRequest:
+    try:
+        fields = [row[place] for place in places]
+    except IndexError:
+        text = f"{','.join(row)!r}: has too few fields; expected one for each of {','.join(columns)}"
+        raise _FieldError(text) from None
+    if columns is AZURE_COLUMNS:
+        time_s, client = _parse_timestamp(fields[0]), AZURE_CLIENT
+    else:
+        time_s, client = _parse_seconds(fields[0]), fields[1]
+        if not client:
+            raise _FieldError("client: is empty; expected the name of the client")
+    prompt_tokens, output_tokens = (_parse_tokens(fields[i], columns[i]) for i in (-2, -1))
+    return TraceRequest(time_s, client, prompt_tokens, output_tokens)
 
 
 def _parse_seconds(text: str) -> float:
@@ -159,11 +135,3 @@ def _parse_tokens(text: str, column: str) -> int:
     if tokens <= 0:
         raise _FieldError(f"{column}: is {text!r}; expected a whole number of tokens, at least 1")
     return tokens
-
-
-def _raise_no_client() -> NoReturn:
-    raise _FieldError("client: is empty; expected the name of the client")
-
-
-def _raise_short_row(row: list[str], columns: Iterable[str]) -> NoReturn:
-    raise _FieldError(f"{','.join(row)!r}: has too few fields; expected one for each of {','.join(columns)}")

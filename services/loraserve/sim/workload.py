@@ -217,8 +217,7 @@ def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_byte
     one of its client's adapters by a power law. Ranks are dealt out evenly in random order. If there are fewer adapters
     than clients, the smallest clients share the last adapter.
 
-    Raises:
-        ConfigError: There is no adapter, or the requests have no rate because they all arrive at the same time.
+    Raises ConfigError if there is no adapter, or if all requests arrive at the same time and have no rate.
     """
     if source.adapters < 1:
         raise ConfigError(f"--adapters {source.adapters}: at least one adapter is needed")
