@@ -10,14 +10,12 @@ from typing import Any
 import numpy as np
 import torch
 from llvmlite import binding, ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from loraserve.kernels.cpu.compiled import Kernel, inlined
-from loraserve.kernels.cpu.operands import ADDRESS, INT, OperandBlock, assert_dense, floats, reader, take_part
+from loraserve.kernels.cpu.compiled import I64, Kernel, emitted, inlined, no_result
+from loraserve.kernels.cpu.operands import OperandBlock, assert_dense, floats, integers, reader, take_part
 from loraserve.kernels.cpu.threads import run
-from loraserve.kernels.cpu.vector_code import I64, fma, load_f32, offset, prefetch, splat, store_f32, variable
+from loraserve.kernels.cpu.vector_code import fma, load_f32, offset, prefetch, splat, store_f32, variable
 
 HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 WIDE = 16 if HAS_AVX512 else 8
@@ -52,30 +50,25 @@ class LinearCall(OperandBlock):
     """Operands of ``_linear``; ``k`` is the number of inputs, ``width`` the number of outputs."""
 
     __slots__ = ()
-    _fields_ = (
-        ("y", ADDRESS),
-        ("x", ADDRESS),
-        ("tiles", ADDRESS),
-        ("bias", ADDRESS),
-        ("tokens", INT),
-        ("k", INT),
-        ("width", INT),
-    )
+    _fields_ = integers("y", "x", "tiles", "bias", "tokens", "k", "width")
 
 
 _operands = reader(LinearCall)
 
 
 def _make_block(tokens: int, tiles: int) -> Any:
-    """Intrinsic block(x, x_stride, w, tile_bytes, k, bias, y, y_stride): y[t] = bias + x[t] W for adjacent tiles.
+    """Return the intrinsic block(x, x_stride, w, tile_bytes, k, bias, y, y_stride) for adjacent tiles.
 
-    Operands are addresses and counts of elements; the rows of a tile are ``ROW_BYTES`` apart.
+    It computes y[t] = bias + x[t] W. Operands are addresses and counts of elements; the rows of a tile are
+    ``ROW_BYTES`` apart.
     """
+    vectors = range(2 * tiles)
+    cells = [(t, v) for t in range(tokens) for v in vectors]
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, x_stride, w, tile_bytes, k, bias, y, y_stride = arguments
-        vectors = range(2 * tiles)
-        cells = [(t, v) for t in range(tokens) for v in vectors]
+    @emitted(no_result(8))
+    def block(
+        builder: Any, x: Any, x_stride: Any, w: Any, tile_bytes: Any, k: Any, bias: Any, y: Any, y_stride: Any
+    ) -> None:
         x_rows = [offset(builder, x, builder.mul(x_stride, ir.Constant(I64, t)), 4) for t in range(tokens)]
         y_rows = [offset(builder, y, builder.mul(y_stride, ir.Constant(I64, t)), 4) for t in range(tokens)]
         first = [load_f32(builder, builder.add(bias, _bytes(4 * WIDE * v)), "float32", WIDE) for v in vectors]
@@ -96,12 +89,8 @@ def _make_block(tokens: int, tiles: int) -> Any:
                     builder.store(fma(builder, wide, weights[v], builder.load(sums[t, v])), sums[t, v])
         for t, v in cells:
             store_f32(builder, builder.add(y_rows[t], _bytes(4 * WIDE * v)), builder.load(sums[t, v]))
-        return context.get_dummy_value()
 
-    def block(typingctx: Any, x: Any, xs: Any, w: Any, tb: Any, k: Any, bias: Any, y: Any, ys: Any) -> Any:
-        return types.none(*([types.int64] * 8)), codegen
-
-    return intrinsic(block)
+    return block
 
 
 def _bytes(count: int) -> Any:
@@ -199,14 +188,9 @@ def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     if tokens == 0:  # a step of unfinished prompts needs no logits
         return y
     call = LinearCall(
-        y=y.data_ptr(),
-        x=x.data_ptr(),
-        tiles=weight.tiles.data_ptr(),
-        bias=weight.bias.data_ptr(),
-        tokens=tokens,
-        k=weight.in_features,
-        width=weight.out_features,
-    )
+        y=y.data_ptr(), x=x.data_ptr(), tiles=weight.tiles.data_ptr(), bias=weight.bias.data_ptr(),
+        tokens=tokens, k=weight.in_features, width=weight.out_features,
+    )  # fmt: skip
     run(LINEAR, call, shared=tokens * weight.tiles.numel() > SHARED_WORK)
     return y
 

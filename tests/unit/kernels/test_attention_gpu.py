@@ -128,13 +128,13 @@ def test_those_who_decode_are_computed_together(monkeypatch: pytest.MonkeyPatch)
 def test_no_more_is_gathered_at_a_time_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     monkeypatch.setattr(gpu, "GATHERED_TOKENS", tokens)
     together: list[int] = []
-    decode = gpu._decode_together
+    attention = gpu.functional.scaled_dot_product_attention
 
-    def noted(q: torch.Tensor, *others: Any) -> None:
+    def noted(q: torch.Tensor, *others: Any, **options: Any) -> torch.Tensor:
         together.append(len(q))
-        decode(q, *others)
+        return attention(q, *others, **options)
 
-    monkeypatch.setattr(gpu, "_decode_together", noted)
+    monkeypatch.setattr(gpu.functional, "scaled_dot_product_attention", noted)
     paged = Paged(SHAPES["groups of three"], [*MIXES["decodes"], (21, 22)])
     assert_close(gathered(paged, paged.batch()), paged.exact())
     assert together == ([1] * 5 if tokens == 1 else [2, 2, 1])

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loraserve.kernels.cpu.compiled import Kernel
-from loraserve.kernels.cpu.operands import ADDRESS, FLOAT, INT, OperandBlock, floats, int64s, reader, take_part
+from loraserve.kernels.cpu.operands import OperandBlock, floats, fractions, int64s, integers, reader, take_part
 from loraserve.kernels.cpu.threads import Team
 
 
@@ -16,14 +16,14 @@ class CountCall(OperandBlock):
     """Operands of ``_count_parts``; ``work`` is the number of rounds for each part."""
 
     __slots__ = ()
-    _fields_ = (("parts", INT), ("counts", ADDRESS), ("work", INT))
+    _fields_ = integers("parts", "counts", "work")
 
 
 class StoreFloatCall(OperandBlock):
     """Operands of ``_store_float``."""
 
     __slots__ = ()
-    _fields_ = (("out", ADDRESS), ("value", FLOAT), ("after", INT))
+    _fields_ = (*integers("out"), *fractions("value"), *integers("after"))
 
 
 _count_operands, _store_operands = reader(CountCall), reader(StoreFloatCall)

@@ -14,14 +14,13 @@ from loraserve.kernels.attention.batch import GROUP_TOKENS, AttentionBatch, KvCa
 from loraserve.kernels.attention.vector_blocks import make_score_block, softmax
 from loraserve.kernels.cpu.compiled import Kernel, called, inlined
 from loraserve.kernels.cpu.operands import (
-    ADDRESS,
-    FLOAT,
-    INT,
     OperandBlock,
     assert_dense,
     floats,
+    fractions,
     int32s,
     int64s,
+    integers,
     reader,
     take_part,
 )
@@ -41,21 +40,9 @@ class AttendCall(OperandBlock):
 
     __slots__ = ()
     _fields_ = (
-        ("q", ADDRESS),
-        ("out", ADDRESS),
-        ("keys", ADDRESS),
-        ("values", ADDRESS),
-        ("sequences", INT),
-        ("block_table", ADDRESS),
-        ("table_width", INT),
-        ("query_start", ADDRESS),
-        ("seq_len", ADDRESS),
-        ("heads", INT),
-        ("kv_heads", INT),
-        ("block_tokens", INT),
-        ("dim", INT),
-        ("scale", FLOAT),
-        ("tile_tokens", INT),
+        *integers("q", "out", "keys", "values", "sequences", "block_table", "table_width", "query_start", "seq_len"),
+        *integers("heads", "kv_heads", "block_tokens", "dim", "tile_tokens"),
+        *fractions("scale"),
     )
 
 
@@ -64,19 +51,8 @@ class StoreCall(OperandBlock):
 
     __slots__ = ()
     _fields_ = (
-        ("k", ADDRESS),
-        ("v", ADDRESS),
-        ("keys", ADDRESS),
-        ("values", ADDRESS),
-        ("k_token_stride", INT),
-        ("k_head_stride", INT),
-        ("v_token_stride", INT),
-        ("v_head_stride", INT),
-        ("tokens", INT),
-        ("kv_heads", INT),
-        ("block_tokens", INT),
-        ("dim", INT),
-        ("slot_mapping", ADDRESS),
+        *integers("k", "v", "keys", "values", "k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride"),
+        *integers("tokens", "kv_heads", "block_tokens", "dim", "slot_mapping"),
     )
 
 
@@ -255,37 +231,19 @@ def paged_attention(
     tokens, heads, dim = q.shape
     assert_dense(q, (batch.slot_mapping.numel(), heads, cache.shape.head_dim))
     keys, values = cache.keys[layer], cache.values[layer]
-    _store(k, v, keys, values, batch, cache)
+    _store(k, v, cache, batch, layer)
     out = torch.empty(tokens, heads * dim)
     call = AttendCall(
-        q=q.data_ptr(),
-        out=out.data_ptr(),
-        keys=keys.data_ptr(),
-        values=values.data_ptr(),
-        sequences=batch.sequences,
-        block_table=batch.block_table.data_ptr(),
-        table_width=batch.block_table.shape[1],
-        query_start=batch.query_start.data_ptr(),
-        seq_len=batch.seq_len.data_ptr(),
-        heads=heads,
-        kv_heads=cache.shape.kv_heads,
-        block_tokens=cache.block_tokens,
-        dim=dim,
-        scale=scale,
-        tile_tokens=TILE_TOKENS,
-    )
+        q=q.data_ptr(), out=out.data_ptr(), keys=keys.data_ptr(), values=values.data_ptr(), sequences=batch.sequences,
+        block_table=batch.block_table.data_ptr(), table_width=batch.block_table.shape[1],
+        query_start=batch.query_start.data_ptr(), seq_len=batch.seq_len.data_ptr(), heads=heads,
+        kv_heads=cache.shape.kv_heads, block_tokens=cache.block_tokens, dim=dim, tile_tokens=TILE_TOKENS, scale=scale,
+    )  # fmt: skip
     run(ATTEND, call, shared=batch.scores * heads > SHARED_SCORES)
     return out
 
 
-def _store(
-    k: torch.Tensor,
-    v: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    batch: AttentionBatch,
-    cache: KvCache,
-) -> None:
+def _store(k: torch.Tensor, v: torch.Tensor, cache: KvCache, batch: AttentionBatch, layer: int) -> None:
     tokens, kv_heads, dim = k.shape
     expected = (batch.slot_mapping.numel(), cache.shape.kv_heads, cache.shape.head_dim)
     assert k.shape == v.shape == expected, (k.shape, v.shape, expected)
@@ -294,20 +252,10 @@ def _store(
     v_token, v_head, v_element = v.stride()
     assert k_element == v_element == 1, (k.stride(), v.stride())
     call = StoreCall(
-        k=k.data_ptr(),
-        v=v.data_ptr(),
-        keys=keys.data_ptr(),
-        values=values.data_ptr(),
-        k_token_stride=k_token,
-        k_head_stride=k_head,
-        v_token_stride=v_token,
-        v_head_stride=v_head,
-        tokens=tokens,
-        kv_heads=kv_heads,
-        block_tokens=cache.block_tokens,
-        dim=dim,
-        slot_mapping=batch.slot_mapping.data_ptr(),
-    )
+        k=k.data_ptr(), v=v.data_ptr(), keys=cache.keys[layer].data_ptr(), values=cache.values[layer].data_ptr(),
+        k_token_stride=k_token, k_head_stride=k_head, v_token_stride=v_token, v_head_stride=v_head, tokens=tokens,
+        kv_heads=kv_heads, block_tokens=cache.block_tokens, dim=dim, slot_mapping=batch.slot_mapping.data_ptr(),
+    )  # fmt: skip
     run(STORE, call, shared=False)
 
 

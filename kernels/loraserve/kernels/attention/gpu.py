@@ -192,35 +192,24 @@ def _gathered_decode(
     scale: float,
 ) -> None:
     """Compute one query per sequence over all blocks of the table, GATHERED_TOKENS of KV at a time."""
-    rows = max(1, GATHERED_TOKENS // (table.shape[1] * keys.shape[1]))
+    most, kv_heads = table.shape[1] * keys.shape[1], keys.shape[2]
+    positions = torch.arange(most, device=q.device)
+    rows = max(1, GATHERED_TOKENS // most)
     for start in range(0, len(q), rows):
         part = slice(start, start + rows)
-        _decode_together(q[part], out[part], keys, values, table[part], seq_len[part], scale)
-
-
-def _decode_together(
-    q: torch.Tensor,
-    out: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    seq_len: torch.Tensor,
-    scale: float,
-) -> None:
-    sequences, blocks = table.shape
-    positions = torch.arange(blocks * keys.shape[1], device=q.device)
-    in_past = positions[None, :] < seq_len[:, None]
-    flat = table.flatten()
-    # Values of other requests beyond the past must have no effect, not even as 0 * NaN.
-    beyond = ~in_past[:, :, None, None]
-    k, v = (
-        part.index_select(0, flat).view(sequences, -1, *part.shape[2:]).masked_fill_(beyond, 0.0).transpose(1, 2)
-        for part in (keys, values)
-    )
-    # Query heads that share a key head are passed as queries of one head, so that no kernel repeats the keys.
-    grouped = q.view(sequences, keys.shape[2], -1, q.shape[2])
-    attended = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=in_past[:, None, None, :], scale=scale)
-    out.copy_(attended.flatten(1, 2))
+        sequences, flat = len(table[part]), table[part].flatten()
+        in_past = positions[None, :] < seq_len[part][:, None]
+        # Values of other requests beyond the past must have no effect, not even as 0 * NaN.
+        beyond = ~in_past[:, :, None, None]
+        k, v = (
+            kv.index_select(0, flat).view(sequences, -1, *kv.shape[2:]).masked_fill_(beyond, 0.0).transpose(1, 2)
+            for kv in (keys, values)
+        )
+        # Query heads that share a key head are passed as queries of one head, so that no kernel repeats the keys.
+        grouped = q[part].view(sequences, kv_heads, -1, q.shape[2])
+        mask = in_past[:, None, None, :]
+        attended = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
+        out[part] = attended.flatten(1, 2)
 
 
 def _gathered_prefill(

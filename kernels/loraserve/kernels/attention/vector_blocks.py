@@ -5,12 +5,11 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
+from loraserve.kernels.cpu.compiled import I64, emitted, no_result
 from loraserve.kernels.cpu.vector_code import (
     F32,
     I32,
-    I64,
     LANES,
     LINE_BYTES,
     STEP,
@@ -41,19 +40,16 @@ def make_score_block(rows: int, positions: int) -> Any:
     vectors = positions // LANES
     at_once = min(vectors, max(1, most_sums() // (2 * rows)))
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    @emitted(no_result(7))
+    def score(builder: Any, *operands: Any) -> None:
         for first in range(0, vectors, at_once):
-            _score_columns(builder, arguments, rows, range(first, min(first + at_once, vectors)), positions)
-        return context.get_dummy_value()
+            _score_columns(builder, operands, rows, range(first, min(first + at_once, vectors)), positions)
 
-    def score(typingctx: Any, q: Any, q_stride: Any, keys: Any, dim: Any, out: Any, out_stride: Any, ahead: Any) -> Any:
-        return types.none(*([types.int64] * 7)), codegen
-
-    return intrinsic(score)
+    return score
 
 
-def _score_columns(builder: Any, arguments: Any, rows: int, columns: range, positions: int) -> None:
-    q, q_stride, keys, dim, out, out_stride, ahead = arguments
+def _score_columns(builder: Any, operands: Any, rows: int, columns: range, positions: int) -> None:
+    q, q_stride, keys, dim, out, out_stride, ahead = operands
     zero = ir.Constant(VF32, [0.0] * LANES)
     cells = [(row, v) for row in range(rows) for v in columns]
     sums = {(cell, odd): variable(builder, zero) for cell in cells for odd in range(2)}
@@ -105,35 +101,27 @@ def _exp(builder: Any, x: Any) -> Any:
     return builder.select(small, _constant(0.0), builder.fmul(value, power))
 
 
-def _softmax(typingctx: Any, scores: Any, length: Any, scale: Any) -> Any:
-    """Intrinsic softmax(scores, length, scale): replace scores[:length] by softmax(scale * scores), scale > 0.
+@emitted(types.none(types.int64, types.int64, types.float32))
+def softmax(builder: Any, scores: Any, length: Any, scale: Any) -> None:
+    """Replace scores[:length] by softmax(scale * scores), scale > 0.
 
     Works on whole steps: up to STEP - 1 floats after ``length`` are overwritten.
     """
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        scores, length, scale = arguments
-        whole = builder.and_(builder.add(length, ir.Constant(I64, STEP - 1)), ir.Constant(I64, -STEP))
-        with cgutils.for_range_slice(builder, length, whole, ir.Constant(I64, 1), I64) as (index, _):
-            store_f32(builder, offset(builder, scores, index, 4), ir.Constant(F32, float("-inf")))
-        largest = splat(builder, _largest(builder, scores, whole))
-        wide_scale = splat(builder, scale)
-        sums = [variable(builder, _constant(0.0)) for _ in range(2)]
-        for place, half in _steps(builder, scores, whole):
-            score = load_f32(builder, place, "float32", LANES)
-            weight = _exp(builder, builder.fmul(builder.fsub(score, largest), wide_scale))
-            store_f32(builder, place, weight)
-            builder.store(builder.fadd(builder.load(sums[half]), weight), sums[half])
-        total = sum_lanes(builder, builder.fadd(builder.load(sums[0]), builder.load(sums[1])))
-        inverse = splat(builder, builder.fdiv(ir.Constant(F32, 1.0), total))
-        for place, _ in _steps(builder, scores, whole):
-            store_f32(builder, place, builder.fmul(load_f32(builder, place, "float32", LANES), inverse))
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64, types.float32), codegen
-
-
-softmax: Any = intrinsic(_softmax)
+    whole = builder.and_(builder.add(length, ir.Constant(I64, STEP - 1)), ir.Constant(I64, -STEP))
+    with cgutils.for_range_slice(builder, length, whole, ir.Constant(I64, 1), I64) as (index, _):
+        store_f32(builder, offset(builder, scores, index, 4), ir.Constant(F32, float("-inf")))
+    largest = splat(builder, _largest(builder, scores, whole))
+    wide_scale = splat(builder, scale)
+    sums = [variable(builder, _constant(0.0)) for _ in range(2)]
+    for place, half in _steps(builder, scores, whole):
+        score = load_f32(builder, place, "float32", LANES)
+        weight = _exp(builder, builder.fmul(builder.fsub(score, largest), wide_scale))
+        store_f32(builder, place, weight)
+        builder.store(builder.fadd(builder.load(sums[half]), weight), sums[half])
+    total = sum_lanes(builder, builder.fadd(builder.load(sums[0]), builder.load(sums[1])))
+    inverse = splat(builder, builder.fdiv(ir.Constant(F32, 1.0), total))
+    for place, _ in _steps(builder, scores, whole):
+        store_f32(builder, place, builder.fmul(load_f32(builder, place, "float32", LANES), inverse))
 
 
 def _steps(builder: Any, start: Any, whole: Any) -> Any:

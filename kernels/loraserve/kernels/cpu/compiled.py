@@ -13,12 +13,16 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import cache
+from inspect import Parameter, Signature
 from pathlib import Path
 from typing import Any
 
 import numba
+from llvmlite import ir
 from numba import cfunc, njit, types
+from numba.extending import intrinsic
 
+I64 = ir.IntType(64)
 C_FUNCTION = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 _config: Any = numba.config
@@ -75,6 +79,35 @@ def called(variant: str) -> Callable[[Callable[..., Any]], Any]:
 def inlined(function: Callable[..., Any]) -> Any:
     """Decorate a short function that is inlined into its callers, because each level of calls costs compile time."""
     return njit(nogil=True, error_model="numpy", inline="always")(function)
+
+
+def emitted(signature: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Return a decorator that makes an intrinsic of a function that emits LLVM instructions.
+
+    The function gets the builder and the LLVM values of the arguments. It runs at compile time, once for each call in
+    the source of a kernel, and returns the result or None.
+    """
+
+    def make(emit: Callable[..., Any]) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+            result = emit(builder, *arguments)
+            return context.get_dummy_value() if result is None else result
+
+        def typed(*arguments: Any) -> Any:
+            return signature, codegen
+
+        # Numba looks up the number of arguments here.
+        names = ("typingctx", *(f"argument_{i}" for i in range(len(signature.args))))
+        typed.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_ONLY) for name in names])  # type: ignore[attr-defined]
+        typed.__name__ = emit.__name__
+        return intrinsic(typed)
+
+    return make
+
+
+def no_result(arguments: int) -> Any:
+    """Return the signature of an intrinsic of so many int64 arguments that returns nothing."""
+    return types.none(*([types.int64] * arguments))
 
 
 def _compile(function: Callable[[int], None]) -> Any:

@@ -6,7 +6,6 @@ declaration. Tensors are passed as addresses; ``floats``, ``int32s`` and ``int64
 """
 
 import ctypes
-from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,13 +15,19 @@ from numba import types
 from numba.extending import intrinsic
 from numba.np.numpy_support import carray, from_dtype
 
-from loraserve.kernels.cpu.compiled import inlined
+from loraserve.kernels.cpu.compiled import I64, emitted, inlined
 
-INT = ctypes.c_int64
-ADDRESS = ctypes.c_int64
-FLOAT = ctypes.c_float
+Fields = tuple[tuple[str, type[Any]], ...]
 
-_I64 = ir.IntType(64)
+
+def integers(*names: str) -> Fields:
+    """Return int64 fields: numbers, strides in elements, and addresses."""
+    return tuple((name, ctypes.c_int64) for name in names)
+
+
+def fractions(*names: str) -> Fields:
+    """Return float32 fields."""
+    return tuple((name, ctypes.c_float) for name in names)
 
 
 class OperandBlock(ctypes.Structure):
@@ -33,7 +38,7 @@ class OperandBlock(ctypes.Structure):
     """
 
     __slots__ = ()
-    _fields_: ClassVar[Sequence[tuple[str, type[Any]]]] = (("next_part", INT),)
+    _fields_: ClassVar[Fields] = integers("next_part")
 
 
 def reader(block: type[ctypes.Structure]) -> Any:
@@ -70,13 +75,13 @@ def assert_dense(tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
 
 
 def _pointer_to(element: Any) -> Any:
-    """Intrinsic pointer(address): an int64 address as a pointer to elements of this type."""
+    """Return the intrinsic pointer(address): an int64 address as a pointer to elements of this type."""
+    make_pointer: Any = types.CPointer
+
+    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     def pointer(typingctx: Any, address: Any) -> Any:
-        def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-            return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
-
-        make_pointer: Any = types.CPointer
         return make_pointer(element)(types.int64), codegen
 
     return intrinsic(pointer)
@@ -103,15 +108,11 @@ def floats(address, count):  # type: ignore[no-untyped-def]
     return carray(_to_f32(address), (count,), np.float32)
 
 
-def _take_part(typingctx: Any, operands: Any) -> Any:
-    """Intrinsic take_part(operands): take the next part of the call that no thread has taken, and return its number."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        next_part = builder.inttoptr(arguments[0], _I64.as_pointer())
-        return builder.atomic_rmw("add", next_part, ir.Constant(_I64, 1), "acq_rel")
-
-    return types.int64(types.int64), codegen
-
-
 assert OperandBlock.next_part.offset == 0, "take_part counts up the first field"
-take_part: Any = intrinsic(_take_part)
+
+
+@emitted(types.int64(types.int64))
+def take_part(builder: Any, operands: Any) -> Any:
+    """Take the next part of the call that no thread has taken, and return its number."""
+    next_part = builder.inttoptr(operands, I64.as_pointer())
+    return builder.atomic_rmw("add", next_part, ir.Constant(I64, 1), "acq_rel")

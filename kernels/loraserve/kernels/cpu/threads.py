@@ -18,17 +18,15 @@ import torch
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from loraserve.kernels.cpu.compiled import Kernel
-from loraserve.kernels.cpu.operands import ADDRESS, INT, OperandBlock, reader
+from loraserve.kernels.cpu.compiled import I64, Kernel, emitted, no_result
+from loraserve.kernels.cpu.operands import OperandBlock, integers, reader
 
 LEADER_SPINS = 4000
 """How often the leader checks for running helpers before it sleeps: unless preempted they finish in microseconds."""
 HELPER_SPINS = 3000
 """How often a helper checks for the next call before it sleeps: about 100 us, more than Python takes between calls."""
 ON_X86 = platform.machine() in ("x86_64", "AMD64")
-_I64 = ir.IntType(64)
 
 
 class TeamState(ctypes.Structure):
@@ -38,11 +36,8 @@ class TeamState(ctypes.Structure):
         ("mutex", ctypes.c_char * 128),
         ("work_available", ctypes.c_char * 128),
         ("helpers_finished", ctypes.c_char * 128),
-        ("kernel", ADDRESS),  # the call in progress
-        ("operands", ADDRESS),
-        ("places", INT),  # how many more helpers may join the call
-        ("inside", INT),  # helpers that compute parts of the call
-        ("asleep", INT),  # helpers that must be woken
+        # The call in progress, how many more helpers may join it, how many are in it, and how many must be woken.
+        *integers("kernel", "operands", "places", "inside", "asleep"),
     )
 
 
@@ -50,7 +45,7 @@ class LeadCall(OperandBlock):
     """Operands of ``_lead_call``: the team's state, the kernel to run with its operands, and the helpers wanted."""
 
     __slots__ = ()
-    _fields_ = (("state", ADDRESS), ("kernel", ADDRESS), ("operands", ADDRESS), ("helpers", INT))
+    _fields_ = integers("state", "kernel", "operands", "helpers")
 
 
 _state, _lead_operands = reader(TeamState), reader(LeadCall)
@@ -61,61 +56,35 @@ PLACES, INSIDE = TeamState.places.offset, TeamState.inside.offset
 def _c_function(name: str, count: int) -> Any:
     """Return an intrinsic that calls a C function of ``count`` integers or addresses and ignores its result."""
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.IntType(32), [_I64] * count)
-        function = cgutils.get_or_insert_function(builder.module, kind, name)  # type: ignore[no-untyped-call]
-        builder.call(function, arguments)
-        return context.get_dummy_value()
+    @emitted(no_result(count))
+    def call(builder: Any, *arguments: Any) -> None:
+        kind = ir.FunctionType(ir.IntType(32), [I64] * count)
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, name), arguments)
 
-    def one(typingctx: Any, a: Any) -> Any:
-        return types.none(types.int64), emit
-
-    def two(typingctx: Any, a: Any, b: Any) -> Any:
-        return types.none(types.int64, types.int64), emit
-
-    return intrinsic(one if count == 1 else two)
+    return call
 
 
 _lock, _unlock = _c_function("pthread_mutex_lock", 1), _c_function("pthread_mutex_unlock", 1)
 _wait, _signal = _c_function("pthread_cond_wait", 2), _c_function("pthread_cond_signal", 1)
 
 
-def _call_at(typingctx: Any, kernel: Any, operands: Any) -> Any:
-    """Intrinsic call_at(kernel, operands): call the kernel at this address."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        kind = ir.FunctionType(ir.VoidType(), [_I64])
-        builder.call(builder.inttoptr(arguments[0], kind.as_pointer()), [arguments[1]])
-        return context.get_dummy_value()
-
-    return types.none(types.int64, types.int64), codegen
+@emitted(no_result(2))
+def _call_kernel(builder: Any, kernel: Any, operands: Any) -> None:
+    kind = ir.FunctionType(ir.VoidType(), [I64])
+    builder.call(builder.inttoptr(kernel, kind.as_pointer()), [operands])
 
 
-def _load_acquire(typingctx: Any, address: Any) -> Any:
-    """Intrinsic load_acquire(address): the int64 at an address that other threads write."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load_atomic(builder.inttoptr(arguments[0], _I64.as_pointer()), "acquire", 8)
-
-    return types.int64(types.int64), codegen
+@emitted(types.int64(types.int64))
+def _load_acquire(builder: Any, address: Any) -> Any:
+    return builder.load_atomic(builder.inttoptr(address, I64.as_pointer()), "acquire", 8)
 
 
-def _spin_pause(typingctx: Any) -> Any:
-    """Intrinsic spin_pause(): leave the core to its other hardware thread for a moment."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        if ON_X86:
-            kind = ir.FunctionType(ir.VoidType(), [])
-            pause = cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause")  # type: ignore[no-untyped-call]
-            builder.call(pause, [])
-        return context.get_dummy_value()
-
-    return types.none(), codegen
-
-
-_pause: Any = intrinsic(_spin_pause)
-_call_kernel: Any = intrinsic(_call_at)
-_load: Any = intrinsic(_load_acquire)
+@emitted(no_result(0))
+def _pause(builder: Any) -> None:
+    """Leave the core to its other hardware thread for a moment."""
+    if ON_X86:
+        kind = ir.FunctionType(ir.VoidType(), [])
+        builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
 
 
 def _lead_call(operands):  # type: ignore[no-untyped-def]
@@ -137,7 +106,7 @@ def _lead_call(operands):  # type: ignore[no-untyped-def]
     shared.places = 0
     _unlock(state)
     spins = 0
-    while spins < LEADER_SPINS and _load(state + INSIDE) > 0:
+    while spins < LEADER_SPINS and _load_acquire(state + INSIDE) > 0:
         spins += 1
     _lock(state)
     while shared.inside > 0:
@@ -152,7 +121,7 @@ def _help_forever(state):  # type: ignore[no-untyped-def]
     while shared.inside >= 0:
         _unlock(state)
         spins = 0
-        while spins < HELPER_SPINS and _load(state + PLACES) == 0:
+        while spins < HELPER_SPINS and _load_acquire(state + PLACES) == 0:
             _pause()
             spins += 1
         _lock(state)
@@ -201,10 +170,7 @@ class Team:
                 threading.Thread(target=HELP.call, args=(self._address,), name="kernel", daemon=True).start()
                 self._helpers += 1
             call = LeadCall(
-                state=self._address,
-                kernel=kernel.address,
-                operands=ctypes.addressof(operands),
-                helpers=threads - 1,
+                state=self._address, kernel=kernel.address, operands=ctypes.addressof(operands), helpers=threads - 1
             )
             LEAD.call(ctypes.byref(call))
         finally:

@@ -9,9 +9,9 @@ is generated and how to read and debug it.
 from typing import Any
 
 from llvmlite import binding, ir
-from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
+
+from loraserve.kernels.cpu.compiled import I64, emitted, no_result
 
 LANES = 8
 STEP = 2 * LANES
@@ -26,7 +26,6 @@ AHEAD_BLOCKS = 1
 F32 = ir.FloatType()
 I16 = ir.IntType(16)
 I32 = ir.IntType(32)
-I64 = ir.IntType(64)
 VF32 = ir.VectorType(F32, LANES)
 
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -118,8 +117,8 @@ def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
     """
     rows_at_once = min(rows, max(1, most_sums() // (2 * tokens)))
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        x, x_stride, a, a_stride, k, out, out_stride = arguments
+    @emitted(no_result(7))
+    def dot(builder: Any, x: Any, x_stride: Any, a: Any, a_stride: Any, k: Any, out: Any, out_stride: Any) -> None:
         x_rows = [offset(builder, x, builder.mul(x_stride, ir.Constant(I64, t)), 4) for t in range(tokens)]
         for first in range(0, rows, rows_at_once):
             a_rows = [
@@ -131,12 +130,8 @@ def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
             for (t, r), total in totals.items():
                 place = builder.add(builder.mul(out_stride, ir.Constant(I64, t)), ir.Constant(I64, first + r))
                 store_f32(builder, offset(builder, out, place, 4), total)
-        return context.get_dummy_value()
 
-    def dot(typingctx: Any, x: Any, x_stride: Any, a: Any, a_stride: Any, k: Any, out: Any, out_stride: Any) -> Any:
-        return types.none(*([types.int64] * 7)), codegen
-
-    return intrinsic(dot)
+    return dot
 
 
 def _dot_sums(
@@ -188,9 +183,10 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
     added to y one after the other, each with one rounding, so the size of the block does not change the bits.
     """
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        y, y_stride, h, h_stride, b, b_stride, n = arguments
-        element_bytes = ELEMENT_BYTES[dtype]
+    element_bytes = ELEMENT_BYTES[dtype]
+
+    @emitted(no_result(7))
+    def axpy(builder: Any, y: Any, y_stride: Any, h: Any, h_stride: Any, b: Any, b_stride: Any, n: Any) -> None:
         y_rows = [offset(builder, y, builder.mul(y_stride, ir.Constant(I64, t)), 4) for t in range(tokens)]
         b_rows = [offset(builder, b, builder.mul(b_stride, ir.Constant(I64, r)), element_bytes) for r in range(rows)]
         factors = {}
@@ -216,12 +212,8 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
             add_at(index, LANES, wide)
         with cgutils.for_range_slice(builder, whole, n, ir.Constant(I64, 1), I64) as (index, _):
             add_at(index, 1, factors)
-        return context.get_dummy_value()
 
-    def axpy(typingctx: Any, y: Any, y_stride: Any, h: Any, h_stride: Any, b: Any, b_stride: Any, n: Any) -> Any:
-        return types.none(*([types.int64] * 7)), codegen
-
-    return intrinsic(axpy)
+    return axpy
 
 
 def make_mix_block(tokens: int, vectors: int, dtype: str) -> Any:
@@ -234,21 +226,16 @@ def make_mix_block(tokens: int, vectors: int, dtype: str) -> Any:
     """
     at_once = min(vectors, max(1, most_sums() // tokens))
 
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+    @emitted(no_result(8))
+    def mix(builder: Any, *operands: Any) -> None:
         for first in range(0, vectors, at_once):
-            _mix_columns(builder, arguments, tokens, range(first, min(first + at_once, vectors)), dtype)
-        return context.get_dummy_value()
+            _mix_columns(builder, operands, tokens, range(first, min(first + at_once, vectors)), dtype)
 
-    def mix(
-        typingctx: Any, y: Any, y_stride: Any, w: Any, w_stride: Any, v: Any, stride: Any, n: Any, ahead: Any
-    ) -> Any:
-        return types.none(*([types.int64] * 8)), codegen
-
-    return intrinsic(mix)
+    return mix
 
 
-def _mix_columns(builder: Any, arguments: Any, tokens: int, columns: range, dtype: str) -> None:
-    y, y_stride, w, w_stride, values, stride, count, ahead = arguments
+def _mix_columns(builder: Any, operands: Any, tokens: int, columns: range, dtype: str) -> None:
+    y, y_stride, w, w_stride, values, stride, count, ahead = operands
     element_bytes = ELEMENT_BYTES[dtype]
     cells = [(t, v) for t in range(tokens) for v in columns]
     places = {}

@@ -10,22 +10,20 @@ import numpy as np
 import torch
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from loraserve.kernels.cpu.compiled import Kernel, inlined
+from loraserve.kernels.cpu.compiled import Kernel, emitted, inlined
 from loraserve.kernels.cpu.operands import (
-    ADDRESS,
-    FLOAT,
-    INT,
     OperandBlock,
     assert_dense,
     floats,
+    fractions,
     int64s,
+    integers,
     reader,
     take_part,
 )
 from loraserve.kernels.cpu.threads import run
-from loraserve.kernels.cpu.vector_code import make_dot_block
+from loraserve.kernels.cpu.vector_code import F32, I32, make_dot_block
 
 SHARED_ELEMENTS = 20_000
 """Above this many elements a second thread saves more time than starting it costs."""
@@ -37,15 +35,7 @@ class NormCall(OperandBlock):
     """Operands of ``_norm``; ``delta`` is 0 if nothing is added to x."""
 
     __slots__ = ()
-    _fields_ = (
-        ("x", ADDRESS),
-        ("delta", ADDRESS),
-        ("weight", ADDRESS),
-        ("eps", FLOAT),
-        ("out", ADDRESS),
-        ("tokens", INT),
-        ("width", INT),
-    )
+    _fields_ = (*integers("x", "delta", "weight", "out", "tokens", "width"), *fractions("eps"))
 
 
 class RotateCall(OperandBlock):
@@ -53,18 +43,8 @@ class RotateCall(OperandBlock):
 
     __slots__ = ()
     _fields_ = (
-        ("qkv", ADDRESS),
-        ("positions", ADDRESS),
-        ("cos", ADDRESS),
-        ("sin", ADDRESS),
-        ("q_weight", ADDRESS),
-        ("k_weight", ADDRESS),
-        ("eps", FLOAT),
-        ("q", ADDRESS),
-        ("tokens", INT),
-        ("heads", INT),
-        ("kv_heads", INT),
-        ("dim", INT),
+        *integers("qkv", "positions", "cos", "sin", "q_weight", "k_weight", "q", "tokens", "heads", "kv_heads", "dim"),
+        *fractions("eps"),
     )
 
 
@@ -72,25 +52,18 @@ class SiluMulCall(OperandBlock):
     """Operands of ``_silu_mul``."""
 
     __slots__ = ()
-    _fields_ = (("gate_up", ADDRESS), ("out", ADDRESS), ("tokens", INT), ("width", INT))
+    _fields_ = integers("gate_up", "out", "tokens", "width")
 
 
 _norm_operands, _rotate_operands, _silu_mul_operands = reader(NormCall), reader(RotateCall), reader(SiluMulCall)
 _dot = make_dot_block(1, 1, "float32")
 
 
-def _power_of_two(typingctx: Any, exponent: Any) -> Any:
-    """Intrinsic power_of_two(n): 2**n for a whole float32 n between -126 and 127."""
-
-    def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        i32 = ir.IntType(32)
-        biased = builder.add(builder.fptosi(arguments[0], i32), ir.Constant(i32, 127))
-        return builder.bitcast(builder.shl(biased, ir.Constant(i32, 23)), ir.FloatType())
-
-    return types.float32(types.float32), codegen
-
-
-_power: Any = intrinsic(_power_of_two)
+@emitted(types.float32(types.float32))
+def _power_of_two(builder: Any, exponent: Any) -> Any:
+    """2**n for a whole float32 n between -126 and 127."""
+    biased = builder.add(builder.fptosi(exponent, I32), ir.Constant(I32, 127))
+    return builder.bitcast(builder.shl(biased, ir.Constant(I32, 23)), F32)
 
 
 @inlined
@@ -106,7 +79,7 @@ def _exp(x):  # type: ignore[no-untyped-def]
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
     value = p * (r * r) + r + np.float32(1.0)
-    return value * _power(n)
+    return value * _power_of_two(n)
 
 
 @inlined
@@ -211,14 +184,9 @@ def add_rms_norm(
     if delta is not None:
         assert_dense(delta, (tokens, width))
     call = NormCall(
-        x=x.data_ptr(),
-        delta=0 if delta is None else delta.data_ptr(),
-        weight=weight.data_ptr(),
-        eps=eps,
-        out=out.data_ptr(),
-        tokens=tokens,
-        width=width,
-    )
+        x=x.data_ptr(), delta=0 if delta is None else delta.data_ptr(), weight=weight.data_ptr(), out=out.data_ptr(),
+        tokens=tokens, width=width, eps=eps,
+    )  # fmt: skip
     run(NORM, call, shared=tokens * width > SHARED_ELEMENTS)
     return out
 
@@ -244,20 +212,12 @@ def rotate(
     for weight in norms or ():
         assert_dense(weight, (dim,))
     assert positions.is_contiguous(), positions.stride()
+    q_weight, k_weight = (weight.data_ptr() for weight in norms) if norms else (0, 0)
     call = RotateCall(
-        qkv=qkv.data_ptr(),
-        positions=positions.data_ptr(),
-        cos=cos.data_ptr(),
-        sin=sin.data_ptr(),
-        q_weight=norms[0].data_ptr() if norms else 0,
-        k_weight=norms[1].data_ptr() if norms else 0,
-        eps=eps,
-        q=q.data_ptr(),
-        tokens=tokens,
-        heads=heads,
-        kv_heads=kv_heads,
-        dim=dim,
-    )
+        qkv=qkv.data_ptr(), positions=positions.data_ptr(), cos=cos.data_ptr(), sin=sin.data_ptr(),
+        q_weight=q_weight, k_weight=k_weight, q=q.data_ptr(),
+        tokens=tokens, heads=heads, kv_heads=kv_heads, dim=dim, eps=eps,
+    )  # fmt: skip
     run(ROTATE, call, shared=qkv.numel() > SHARED_ELEMENTS)
 
 

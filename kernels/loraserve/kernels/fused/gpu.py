@@ -103,15 +103,9 @@ def add_rms_norm(
         assert tensor.is_contiguous(), tensor.stride()
     if tokens:
         _norm[(tokens,)](
-            x=x,
-            delta=x if delta is None else delta,
-            weight=weight,
-            out=out,
-            eps=eps,
-            width=width,
-            ADD=delta is not None,
-            BLOCK=triton.next_power_of_2(width),
-        )
+            x=x, delta=x if delta is None else delta, weight=weight, out=out, eps=eps, width=width,
+            ADD=delta is not None, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
     return out
 
 
@@ -137,24 +131,10 @@ def rotate_and_store(
         return
     q_weight, k_weight = norms or (cos, cos)
     _rotate[(tokens, heads + 2 * kv_heads)](
-        qkv=qkv,
-        q=q,
-        keys=keys,
-        values=values,
-        positions=positions,
-        kv_slot=kv_slot,
-        cos=cos,
-        sin=sin,
-        q_weight=q_weight,
-        k_weight=k_weight,
-        eps=eps,
-        HEADS=heads,
-        KV_HEADS=kv_heads,
-        DIM=dim,
-        BLOCK=triton.next_power_of_2(dim // 2),
-        NORMED=norms is not None,
-        num_warps=1,
-    )
+        qkv=qkv, q=q, keys=keys, values=values, positions=positions, kv_slot=kv_slot, cos=cos, sin=sin,
+        q_weight=q_weight, k_weight=k_weight, eps=eps, HEADS=heads, KV_HEADS=kv_heads, DIM=dim,
+        BLOCK=triton.next_power_of_2(dim // 2), NORMED=norms is not None, num_warps=1,
+    )  # fmt: skip
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:

@@ -16,26 +16,18 @@ import torch
 from loraserve.kernels.cpu import threads
 from loraserve.kernels.cpu.compiled import Kernel, called, inlined
 from loraserve.kernels.cpu.operands import (
-    ADDRESS,
-    INT,
     OperandBlock,
     assert_dense,
     floats,
     int32s,
     int64s,
+    integers,
     reader,
     take_part,
 )
 from loraserve.kernels.cpu.vector_code import ELEMENT_BYTES, LANES, make_axpy_block, make_dot_block, make_mix_block
 from loraserve.kernels.lora.batch import LoraBatch
-from loraserve.kernels.lora.tables import (
-    A_OFFSET,
-    B_OFFSETS,
-    LAYOUT_FIELDS,
-    MAX_SLICES,
-    RANKS,
-    AdapterTables,
-)
+from loraserve.kernels.lora.tables import A_OFFSET, B_OFFSETS, LAYOUT_FIELDS, MAX_SLICES, RANKS, AdapterTables
 from loraserve.model_shape import MODULES
 
 ROWS = 4
@@ -54,23 +46,9 @@ class AddLoraCall(OperandBlock):
 
     __slots__ = ()
     _fields_ = (
-        ("y", ADDRESS),
-        ("y_width", INT),
-        ("x", ADDRESS),
-        ("k", INT),
-        ("pool", ADDRESS),
-        ("layout", ADDRESS),
-        ("scales", ADDRESS),
-        ("slot_rows", INT),  # rows of layout and scales from slot to slot
-        ("tile_tokens", INT),
-        ("slices", INT),
-        ("groups", INT),
-        ("widths", ADDRESS),
-        ("base", ADDRESS),
-        ("perm", ADDRESS),
-        ("group_slot", ADDRESS),
-        ("group_start", ADDRESS),
-        ("part_slices", INT),  # slices that a part computes
+        *integers("y", "y_width", "x", "k", "pool", "layout", "scales", "tile_tokens", "slices", "groups", "widths"),
+        *integers("base", "perm", "group_slot", "group_start"),
+        *integers("slot_rows", "part_slices"),  # rows of layout and scales from slot to slot; slices of a part
     )
 
 
@@ -311,24 +289,14 @@ def add_lora(
     shared = batch.work(tables)[row] > SHARED_WORK
     tile_tokens = _tile_tokens(batch.perm.numel()) if shared else TILE_TOKENS
     call = AddLoraCall(
-        y=y.data_ptr(),
-        y_width=sum(out),
-        x=x.data_ptr(),
-        k=k,
-        pool=pool.data_ptr(),
+        y=y.data_ptr(), y_width=sum(out), x=x.data_ptr(), k=k, pool=pool.data_ptr(),
         layout=tables.layout.data_ptr() + row * LAYOUT_FIELDS * 8,
         scales=tables.scales.data_ptr() + row * MAX_SLICES * 4,
-        slot_rows=tables.shape.layers * len(MODULES),
-        tile_tokens=tile_tokens,
-        slices=len(out),
-        groups=batch.groups,
-        widths=tables.widths.data_ptr() + module * MAX_SLICES * 8,
-        base=tables.base.data_ptr(),
-        perm=batch.perm.data_ptr(),
-        group_slot=batch.group_slot.data_ptr(),
-        group_start=batch.group_start.data_ptr(),
+        slot_rows=tables.shape.layers * len(MODULES), tile_tokens=tile_tokens, slices=len(out), groups=batch.groups,
+        widths=tables.widths.data_ptr() + module * MAX_SLICES * 8, base=tables.base.data_ptr(),
+        perm=batch.perm.data_ptr(), group_slot=batch.group_slot.data_ptr(), group_start=batch.group_start.data_ptr(),
         part_slices=1 if shared and _has_few_tiles(batch, tile_tokens) else len(out),
-    )
+    )  # fmt: skip
     threads.run(_KERNELS[pool.dtype], call, shared=shared)
 
 

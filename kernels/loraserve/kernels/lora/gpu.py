@@ -49,39 +49,15 @@ def _decode(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWor
     k, widths = batch.tables.in_features[module], _slice_widths(batch, module)
     a_align, b_align = _alignment(k, widths)
     decode[(multiprocessors(x.device) * b.programs,)](
-        x=x,
-        y=y,
-        pool=pool,
-        planes=space.planes,
-        hidden=space.hidden,
-        perm=batch.perm,
-        lengths=batch.lengths[row],
-        tile_a=batch.tile_a[row],
-        tile_place=batch.tile_place[row],
-        tile_parts=space.tile_parts,
-        group_b=batch.group_b[row],
-        group_place=batch.group_place[row],
-        group_scale=batch.group_scale[row],
-        group_tiles=space.group_tiles,
-        ticket_counter=space.ticket_counter,
-        T=batch.tokens,
-        MAX_RANK=space.max_rank,
-        K=k,
-        **widths,
-        SPLIT=b.split,
-        LOW=pool.dtype != torch.float32,
-        A_ALIGN=a_align,
-        B_ALIGN=b_align,
-        GROUPS=len(space.group_tiles),
-        BM=b.bm,
-        BR=b.br,
-        BK=b.bk,
-        BN=b.bn,
-        BE=b.be,
-        STAGES=b.stages,
-        num_warps=b.warps,
-        maxnreg=b.registers,
-    )
+        x=x, y=y, pool=pool, planes=space.planes, hidden=space.hidden, perm=batch.perm, lengths=batch.lengths[row],
+        tile_a=batch.tile_a[row], tile_place=batch.tile_place[row], tile_parts=space.tile_parts,
+        group_b=batch.group_b[row], group_place=batch.group_place[row], group_scale=batch.group_scale[row],
+        group_tiles=space.group_tiles, ticket_counter=space.ticket_counter,
+        T=batch.tokens, MAX_RANK=space.max_rank, K=k, **widths,
+        SPLIT=b.split, LOW=pool.dtype != torch.float32, A_ALIGN=a_align, B_ALIGN=b_align,
+        GROUPS=len(space.group_tiles), BM=b.bm, BR=b.br, BK=b.bk, BN=b.bn, BE=b.be, STAGES=b.stages,
+        num_warps=b.warps, maxnreg=b.registers,
+    )  # fmt: skip
 
 
 def _prefill(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWork, row: int, module: int) -> None:
@@ -90,41 +66,16 @@ def _prefill(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWo
     a_align, b_align = _alignment(k, widths)
     grid = (multiprocessors(x.device) * b.programs,)
     shared: dict[str, Any] = {
-        "pool": pool,
-        "hidden": space.hidden,
-        "perm": batch.perm,
-        "lengths": batch.lengths[row],
-        "group_place": batch.group_place[row],
-        "T": batch.tokens,
-        "MAX_RANK": space.max_rank,
-        "LOW": pool.dtype != torch.float32,
-        "BM": b.bm,
-        "STAGES": b.stages,
-        "num_warps": b.warps,
-    }
+        "pool": pool, "hidden": space.hidden, "perm": batch.perm, "lengths": batch.lengths[row],
+        "group_place": batch.group_place[row], "T": batch.tokens, "MAX_RANK": space.max_rank,
+        "LOW": pool.dtype != torch.float32, "BM": b.bm, "STAGES": b.stages, "num_warps": b.warps,
+    }  # fmt: skip
     shrink[grid](
-        x=x,
-        planes=space.planes,
-        tile_a=batch.tile_a[row],
-        tile_place=batch.tile_place[row],
-        tile_parts=space.tile_parts,
-        group_scale=batch.group_scale[row],
-        K=k,
-        SPLIT=b.split,
-        ALIGN=a_align,
-        BR=b.br,
-        BK=b.bk,
-        **shared,
-    )
-    expand[grid](
-        y=y,
-        group_b=batch.group_b[row],
-        ALIGN=b_align,
-        BN=b.bn,
-        BE=b.be,
-        **widths,
-        **shared,
-    )
+        x=x, planes=space.planes, tile_a=batch.tile_a[row], tile_place=batch.tile_place[row],
+        tile_parts=space.tile_parts, group_scale=batch.group_scale[row],
+        K=k, SPLIT=b.split, ALIGN=a_align, BR=b.br, BK=b.bk, **shared,
+    )  # fmt: skip
+    expand[grid](y=y, group_b=batch.group_b[row], ALIGN=b_align, BN=b.bn, BE=b.be, **widths, **shared)
 
 
 def _slice_widths(batch: LoraWork, module: int) -> dict[str, int]:

@@ -183,34 +183,18 @@ def list_work(
         start_token = first_token + j * bm
         length = tl.minimum(bm, tokens - j * bm)
         _write_groups(
-            group_place=group_place,
-            group_b=group_b,
-            group_scale=group_scale,
-            group=row * GROUPS + first_group + j,
-            start_token=start_token,
-            tokens=length,
-            tiles=tiles,
-            base=slab,
-            layout_row=layout_row,
-            scale_row=scales + table_row * MAX_SLICES,
-            mask=has_group,
-        )
+            group_place=group_place, group_b=group_b, group_scale=group_scale,
+            group=row * GROUPS + first_group + j, start_token=start_token, tokens=length, tiles=tiles, base=slab,
+            layout_row=layout_row, scale_row=scales + table_row * MAX_SLICES, mask=has_group,
+        )  # fmt: skip
         for tile0 in range(0, most_tiles, BLOCK):
             index = tile0 + tl.arange(0, BLOCK)[None, :]
             _write_tiles(
-                tile_a=tile_a,
-                tile_place=tile_place,
-                tile=row * TILES + (first_tile + j * tiles)[:, None] + index,
-                index=index,
-                group=(first_group + j)[:, None],
-                start_token=start_token[:, None],
-                tokens=length[:, None],
-                a=a[:, None],
-                a_rows=a_rows[:, None],
-                k=k,
-                br=br,
+                tile_a=tile_a, tile_place=tile_place, tile=row * TILES + (first_tile + j * tiles)[:, None] + index,
+                index=index, group=(first_group + j)[:, None], start_token=start_token[:, None],
+                tokens=length[:, None], a=a[:, None], a_rows=a_rows[:, None], k=k, br=br,
                 mask=has_group[:, None] & (index < tiles[:, None]),
-            )
+            )  # fmt: skip
 
 
 def device_name(device: torch.device) -> str:
@@ -321,35 +305,19 @@ class LoraWork:
         tables = self.tables
         slots, rows = len(tables.base), self.lengths.shape[0]
         sort_tokens[(slots,)](
-            slot_of_token=slot_of_token,
-            turn=tables.turn,
-            count=self.count,
-            perm=self.perm,
-            T=self.used,
-            BLOCK=SORT_BLOCK,
-        )
+            slot_of_token=slot_of_token, turn=tables.turn, count=self.count, perm=self.perm,
+            T=self.used, BLOCK=SORT_BLOCK,
+        )  # fmt: skip
         list_work[(rows,)](
-            count=self.count,
-            order=tables.order,
-            base=tables.base,
-            layout=tables.layout,
-            scales=tables.scales,
-            lengths=self.lengths,
-            tile_a=self.tile_a,
-            tile_place=self.tile_place,
-            group_b=self.group_b,
-            group_place=self.group_place,
-            group_scale=self.group_scale,
-            SLOTS=slots,
-            LANES=triton.next_power_of_2(slots),
-            ROWS=rows,
-            TILES=self.tile_a.shape[1],
-            GROUPS=self.groups,
-            BLOCK=TILE_BLOCK,
+            count=self.count, order=tables.order, base=tables.base, layout=tables.layout, scales=tables.scales,
+            lengths=self.lengths, tile_a=self.tile_a, tile_place=self.tile_place,
+            group_b=self.group_b, group_place=self.group_place, group_scale=self.group_scale,
+            SLOTS=slots, LANES=triton.next_power_of_2(slots), ROWS=rows,
+            TILES=self.tile_a.shape[1], GROUPS=self.groups, BLOCK=TILE_BLOCK,
             **{f"K{i}": k for i, k in enumerate(tables.in_features)},
             **{f"BM{i}": b.bm for i, b in enumerate(self.blocks)},
             **{f"BR{i}": b.br for i, b in enumerate(self.blocks)},
-        )
+        )  # fmt: skip
 
     def _most_tiles(self, module: int) -> int:
         b = self.blocks[module]

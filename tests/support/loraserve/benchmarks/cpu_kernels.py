@@ -17,7 +17,7 @@ from loraserve.adapter.format import make_uniform_layout
 from loraserve.kernels import attention, lora
 from loraserve.kernels.attention import AttentionBatch, KvCache, block_bytes, paged_attention
 from loraserve.kernels.cpu.compiled import Kernel
-from loraserve.kernels.cpu.operands import ADDRESS, INT, OperandBlock, int64s, reader, take_part
+from loraserve.kernels.cpu.operands import OperandBlock, int64s, integers, reader, take_part
 from loraserve.kernels.cpu.threads import run
 from loraserve.kernels.lora import AdapterTables, add_lora, plan_batch
 from loraserve.model_shape import MODULES, ModelShape
@@ -31,7 +31,7 @@ class ReadCall(OperandBlock):
     """Operands of ``_read_all``: ``words`` int64 at ``start``, and where their exclusive or is stored."""
 
     __slots__ = ()
-    _fields_ = (("start", ADDRESS), ("words", INT), ("result", ADDRESS))
+    _fields_ = integers("start", "words", "result")
 
 
 _operands = reader(ReadCall)
