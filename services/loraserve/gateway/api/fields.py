@@ -8,7 +8,6 @@ A field that is declared for one endpoint and listed here is applied by that end
 groups are accepted and ignored, because clients send many of their own.
 """
 
-from enum import Enum
 from typing import Any, NamedTuple
 
 import msgspec
@@ -16,13 +15,6 @@ import msgspec
 ASKS_FOR_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 LONGEST_NEUTRAL_BYTES = 100
 """No neutral value is longer as JSON: longer ones need not be decoded."""
-
-
-class Treatment(Enum):
-    APPLIED = "applied"
-    HARMLESS = "harmless"
-    REFUSED = "refused"
-    UNKNOWN = "unknown"
 
 
 class Refusal(NamedTuple):
@@ -154,12 +146,3 @@ HARMLESS = frozenset(
         *("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
     )
 )
-
-
-def treatment(field: str, applied: tuple[str, ...]) -> Treatment:
-    """Return what happens to a field of an endpoint that applies the fields ``applied``."""
-    if field in applied:
-        return Treatment.APPLIED
-    if field in REFUSED:
-        return Treatment.REFUSED
-    return Treatment.HARMLESS if field in HARMLESS else Treatment.UNKNOWN

@@ -165,10 +165,6 @@ def decode_field(data: bytes | msgspec.Raw, type_: Any, field: str) -> Any:
         raise bad_request(f"The request body is not valid JSON: {error}", code="invalid_json") from error
 
 
-def applied_fields(type_: type[GenerationRequest]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys((*type_.__struct_fields__, *FIELD_TYPES)))
-
-
 def _check_generation(request: GenerationRequest, refused: tuple[str, ...]) -> None:
     # An absent field holds the default itself: nearly all of a hundred fields need no further look.
     for name in [name for name in refused if getattr(request, name) is not NULL]:
