@@ -21,9 +21,9 @@ from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.errors import AdapterError, LoraServeError, PeerError, RequestTimeoutError
 from loraserve.log import get_logger
-from loraserve.messages import PROTOCOL_VERSION, Ping, Pong, StoryLine, StoryTold, TellStory
+from loraserve.messages import PROTOCOL_VERSION, Ping, Pong, StoryTold, TellStory
 from loraserve.metrics import Metrics
-from loraserve.story import StoryEntry
+from loraserve.story import Story
 
 _handling: ContextVar[Envelope | None] = ContextVar("handling", default=None)
 
@@ -53,6 +53,7 @@ class Service:
         self.bus = bus
         self.clock = clock
         self.log = get_logger(type(self).__module__)
+        self.story = Story()
         self.metrics = Metrics()
         self.metrics.watch_bus(bus.counters)
         self._state = ServiceState.STARTING
@@ -82,10 +83,6 @@ class Service:
     def ready_detail(self) -> str:
         """Return in words what a started service waits for or holds."""
         return ""
-
-    def story_entries(self, subject: str) -> list[StoryEntry]:
-        """Return what this process knows of a request id, an adapter name or a version, with monotonic times."""
-        return []
 
     @property
     def state(self) -> ServiceState:
@@ -192,11 +189,7 @@ class Service:
 
     async def _tell_story(self, envelope: Envelope) -> None:
         offset_s = self.clock.unix_s() - self.clock.monotonic_s()
-        lines = tuple(
-            StoryLine(unix_s=entry.time_s + offset_s, subject=subject, text=str(entry.what))
-            for subject in envelope.message.subjects
-            for entry in self.story_entries(subject)
-        )
+        lines = self.story.told(envelope.message.subjects, offset_s)
         self.bus.respond(envelope, StoryTold(lines=lines))
 
     async def _guard(self, work: Coroutine[Any, Any, None], envelope: Envelope | None) -> None:

@@ -1,17 +1,20 @@
 """What happened to requests and adapters, for operators and for failing tests. Pure and bounded."""
 
 from collections import OrderedDict, deque
+from collections.abc import Sequence
 from typing import NamedTuple
+
+from loraserve.messages import StoryLine
 
 MAX_SUBJECTS = 8192
 MAX_ENTRIES = 64
 
 
 class StoryEntry(NamedTuple):
-    """One event. ``what`` is rendered with str() when the story is read, which may be never."""
+    """One event; ``time_s`` is of the process's monotonic clock."""
 
     time_s: float
-    what: object
+    text: str
 
 
 class Story:
@@ -23,16 +26,13 @@ class Story:
     def __init__(self) -> None:
         self._subjects: OrderedDict[str, deque[StoryEntry]] = OrderedDict()
 
-    def tell(self, subject: str, now: float, what: object) -> None:
+    def tell(self, subject: str, now: float, text: str) -> None:
         """Append an event."""
-        entries = self._subjects.get(subject)
-        if entries is None:
-            entries = self._subjects[subject] = deque(maxlen=MAX_ENTRIES)
-            if len(self._subjects) > MAX_SUBJECTS:
-                self._subjects.popitem(last=False)
-        else:
-            self._subjects.move_to_end(subject)
-        entries.append(StoryEntry(now, what))
+        entries = self._subjects.setdefault(subject, deque(maxlen=MAX_ENTRIES))
+        self._subjects.move_to_end(subject)
+        entries.append(StoryEntry(now, text))
+        if len(self._subjects) > MAX_SUBJECTS:
+            self._subjects.popitem(last=False)
 
     def entries(self, subject: str) -> list[StoryEntry]:
         """Return the events of a subject, oldest first."""
@@ -40,4 +40,12 @@ class Story:
 
     def lines(self, subject: str) -> list[str]:
         """Return the events of a subject as text, each with its time in seconds."""
-        return [f"{time_s:.3f} {what}" for time_s, what in self.entries(subject)]
+        return [f"{time_s:.3f} {text}" for time_s, text in self.entries(subject)]
+
+    def told(self, subjects: Sequence[str], monotonic_to_unix_s: float) -> tuple[StoryLine, ...]:
+        """Return the events of several subjects for another process, with wall-clock times."""
+        return tuple(
+            StoryLine(unix_s=time_s + monotonic_to_unix_s, subject=subject, text=text)
+            for subject in subjects
+            for time_s, text in self.entries(subject)
+        )

@@ -122,7 +122,7 @@ def test_the_story_of_an_adapter_names_registration_and_load(cluster: LocalClust
     story = answer(cluster, "story", loaded)
     by_process = {entry["process"]: entry["text"] for entry in story["entries"]}
     assert by_process["store"].startswith(("registered", "unregistered"))
-    loads = [e["process"] for e in story["entries"] if e["text"].startswith("loaded")]
+    loads = [e["process"] for e in story["entries"] if e["text"].startswith("loaded from ")]
     assert loads
     assert all(process.startswith("engine-") for process in loads)
     version = next(subject for subject in story["subjects"] if len(subject) == 64)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 from loraserve.testing.local_cluster import Answer, LocalCluster, chat
@@ -34,7 +35,7 @@ def test_64_streams_over_8_adapters_equal_their_solo_runs(
     names = sorted(eight_adapters)
     kinds = [(name, question) for name in names for question in QUESTIONS]
 
-    async def scenario() -> tuple[int, dict[str, object]]:
+    async def scenario() -> tuple[int, dict[str, object], list[str]]:
         async with small.session() as http:
 
             async def ask(kind: tuple[str, str], index: int) -> Answer:
@@ -61,9 +62,9 @@ def test_64_streams_over_8_adapters_equal_their_solo_runs(
             await small.wait_idle(http)
             # Counters travel once a second from the engine and once a second from the monitor.
             await asyncio.sleep(2.5)
-            return sum(counts), await small.admin(http)
+            return sum(counts), await small.admin(http), await tell_stories(http, names)
 
-    finished, state = asyncio.run(scenario())
+    finished, state, stories = asyncio.run(scenario())
     engines = state["engines"]
     preemptions = sum(engine["counters"]["preemptions"] for engine in engines)
     loaded = sum(log.read_text().count("adapter_loaded") for log in (small.data_dir / "logs").glob("engine-*.log"))
@@ -73,9 +74,20 @@ def test_64_streams_over_8_adapters_equal_their_solo_runs(
     )
     assert preemptions > 0, "the KV cache was meant to run out"
     assert loaded > 2 * len(names), "the pool was meant to run out"
+    assert any(text.startswith("loaded from ") for text in stories)
+    assert any(text.startswith("evicted for ") for text in stories)
     for engine in engines:
         load = engine["load"]
         assert load["memory"]["kv_blocks_free"] == engine["capabilities"]["kv_blocks"]
         assert engine["counters"]["leaks"] == 0
         assert not load["queue"]["request_ids"]
         assert all(adapter["running"] == 0 for adapter in load["adapters"]["resident"])
+
+
+async def tell_stories(http: aiohttp.ClientSession, names: list[str]) -> list[str]:
+    """Return the events of these adapters in all processes."""
+    texts: list[str] = []
+    for name in names:
+        async with http.get(f"/admin/story/{name}") as response:
+            texts += [entry["text"] for entry in (await response.json())["entries"]]
+    return texts

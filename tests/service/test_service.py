@@ -14,7 +14,6 @@ from loraserve.config import Config
 from loraserve.errors import AdapterError, PeerError, RequestTimeoutError
 from loraserve.messages import Abort, GetPlan, ListAdapters, Ping, Pong, StoryLine, StoryTold, TellStory
 from loraserve.service import Service, ServiceState
-from loraserve.story import StoryEntry
 from loraserve.testing.clock import FakeClock, run_virtual
 
 TIMEOUT_S = 5.0
@@ -55,9 +54,6 @@ class Worker(Service):
                 self.spawn(self._fail_later())
             case Abort(request_id=request_id):
                 self.diary.append(f"abort {request_id} while {self.state}")
-
-    def story_entries(self, subject: str) -> list[StoryEntry]:
-        return [StoryEntry(self.clock.monotonic_s() - 2.0, f"{subject} arrived")]
 
     async def drain(self) -> None:
         self.diary.append("draining")
@@ -130,6 +126,8 @@ def test_from_start_to_stop_in_order() -> None:
 def test_a_story_is_told_in_wall_clock_time() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.up()
+        for subject in ("r1", "r2"):
+            stage.worker.story.tell(subject, stage.worker.clock.monotonic_s() - 2.0, f"{subject} arrived")
         answer = await stage.peer.request("worker", TellStory(subjects=("r1", "r2")), StoryTold, TIMEOUT_S)
         arrived_s = stage.worker.clock.unix_s() - 2.0
         assert answer.lines == tuple(

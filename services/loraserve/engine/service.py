@@ -77,7 +77,6 @@ from loraserve.messages import (
     TokenDelta,
 )
 from loraserve.service import Service, ServiceState
-from loraserve.story import StoryEntry
 
 BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
 
@@ -108,6 +107,7 @@ class EngineService(Service):
         stack.callback(self._executor.close)
         self._runner = await self._executor.call(self._build, self.config, self._report_progress)
         self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
+        self.story = self._scheduler.story
         announcer = ReadAnnouncer(self._runner, self._speed, self._handle_event)
         self._adapters = wire_adapters(self, self._runner, self._scheduler.residency, announcer, stack)
 
@@ -124,9 +124,6 @@ class EngineService(Service):
             f"{self._runner.weights_backend} weights, KV for {limits.kv_blocks * limits.block_tokens} tokens, "
             f"pool of {limits.pool_bytes >> 20} MiB, {len(resident)} adapters resident"
         )
-
-    def story_entries(self, subject: str) -> list[StoryEntry]:
-        return self._scheduler.story_entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         lender, offers, now = self._adapters.lender, self._adapters.offers, self.clock.monotonic_s()

@@ -21,7 +21,6 @@ from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.text.tokenizer import ModelTokenizer
 from loraserve.messages import ClusterLoad, ClusterStatistics, Failed, RegistryChanged, ToGateway, TokenBatch
 from loraserve.service import Service
-from loraserve.story import StoryEntry
 
 MONITOR = "monitor"
 BACKLOG = 1024
@@ -50,6 +49,7 @@ class GatewayService(Service):
         tokenizer = await asyncio.to_thread(ModelTokenizer, directory)
         stack.callback(tokenizer.close)
         self.gateway = self._gateway(tokenizer, self.config.model.name or directory.name)
+        self.story = self.gateway.stories.story
         self.bus.subscribe(MONITOR, "load")
         self.bus.subscribe(MONITOR, "statistics")
         self.bus.subscribe(STORE, "registry")
@@ -71,9 +71,6 @@ class GatewayService(Service):
 
     def ready_detail(self) -> str:
         return f"listening on {self.config.gateway.host}:{self.port}, {len(self.gateway.streams)} streams"
-
-    def story_entries(self, subject: str) -> list[StoryEntry]:
-        return self.gateway.stories.story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         now = self.clock.monotonic_s()

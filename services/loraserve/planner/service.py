@@ -42,7 +42,6 @@ from loraserve.planner.rollout import events
 from loraserve.planner.rollout.copies import copy_id, recover_placements, shares_differ
 from loraserve.planner.rollout.machine import NO_PLAN, Rollout
 from loraserve.service import Service
-from loraserve.story import StoryEntry
 
 REPUBLISH_S = 2.0
 RETIRE_TIMEOUT_S = 5.0
@@ -85,6 +84,7 @@ class PlannerService(Service):
         """Raises ConfigError if a pin names an engine that does not exist."""
         check_pins(self.config)
         self._rollout = Rollout(self._files.read_plan() or NO_PLAN)
+        self.story = self._rollout.story
         self._drained = self._files.read_drained()
         plan = self._rollout.plan
         self.log.info("plan_read", epoch=plan.epoch, copies=len(plan.placements), drained=sorted(self._drained))
@@ -98,9 +98,6 @@ class PlannerService(Service):
         plan = self._rollout.plan
         drained = f", drained: {', '.join(sorted(self._drained))}" if self._drained else ""
         return f"epoch {plan.epoch}, {len(plan.placements)} copies{drained}"
-
-    def story_entries(self, subject: str) -> list[StoryEntry]:
-        return self._rollout.story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:

@@ -27,7 +27,6 @@ from loraserve.router.context import Candidate, PlannedCopies, RoutingContext, S
 from loraserve.router.policy import POLICIES, placeholder_request, prefetch_engine
 from loraserve.router.view import ClusterView
 from loraserve.service import Service
-from loraserve.story import StoryEntry
 
 ENGINE_REFUSALS = ("overloaded", "draining", "starting")
 """Refusals that concern the engine and not the request: another engine may take it."""
@@ -41,6 +40,7 @@ class RouterService(Service):
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
         self._view = ClusterView(config.engine.prefix_cache)
+        self.story = self._view.story
         self._policy = POLICIES[config.router.policy]
         self._plan: PlannedCopies | None = None
         self._plan_id = (0, 0.0)
@@ -57,9 +57,6 @@ class RouterService(Service):
     def ready_detail(self) -> str:
         epoch = self._plan.epoch if self._plan else "none"
         return f"{len(self._view.ready_engines())} engines to choose from, plan epoch {epoch}"
-
-    def story_entries(self, subject: str) -> list[StoryEntry]:
-        return self._view.story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:

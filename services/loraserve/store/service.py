@@ -31,7 +31,6 @@ from loraserve.messages import (
 from loraserve.model_shape import read_model_config, shape_from_config
 from loraserve.service import Service
 from loraserve.store.core import AdapterStore, StoreLimits
-from loraserve.story import Story, StoryEntry
 
 GARBAGE_INTERVAL_S = 60.0
 
@@ -46,7 +45,6 @@ class StoreService(Service):
         self._store: AdapterStore
         # Registrations of one name run one after the other; those of different names run concurrently.
         self._name_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._story = Story()
 
     async def start(self, stack: AsyncExitStack) -> None:
         self._store = await asyncio.to_thread(open_store, self.config, self.clock.unix_s())
@@ -64,9 +62,6 @@ class StoreService(Service):
 
     def ready_detail(self) -> str:
         return f"{len(self._store.registry.snapshot.records)} adapters"
-
-    def story_entries(self, subject: str) -> list[StoryEntry]:
-        return self._story.entries(subject)
 
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:
@@ -120,7 +115,7 @@ class StoreService(Service):
         self.bus.respond(envelope, SlabChunk(version=version, offset_bytes=offset), [data])
 
     def _tell(self, subject: str, text: str) -> None:
-        self._story.tell(subject, self.clock.monotonic_s(), text)
+        self.story.tell(subject, self.clock.monotonic_s(), text)
 
     def _publish(self) -> None:
         snapshot = self._store.registry.snapshot

@@ -134,7 +134,7 @@ def test_of_two_slabs_and_room_for_one_that_which_is_asked_for_more_stays(play: 
         await runs(stage, "two", "two")
         await runs(stage, "one-again", "one")
         await cached(stage, "one")
-        assert "not cached" in tier(stage).cache.story(models.refs["two"].version)[-1]
+        assert "not cached" in tier(stage).cache.story.lines(models.refs["two"].version)[-1]
 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=largest(models))
 

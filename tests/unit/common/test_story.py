@@ -30,17 +30,3 @@ def test_the_subject_without_an_event_for_longest_is_dropped() -> None:
     assert story.lines("r0") == ["0.000 waiting", "1.000 running"]
     assert story.lines("r1") == []
     assert story.lines("new") == ["2.000 waiting"]
-
-
-def test_an_event_is_rendered_when_it_is_read() -> None:
-    rendered = []
-
-    class Event:
-        def __str__(self) -> str:
-            rendered.append(self)
-            return "chosen"
-
-    story = Story()
-    story.tell("r", 0.0, Event())
-    assert rendered == []
-    assert story.lines("r") == ["0.000 chosen"]

@@ -113,7 +113,7 @@ class HostCache:
         self._extents = ExtentAllocator(cache_bytes, min_extent_bytes)
         self._slabs: dict[str, CachedSlab] = {}
         self._placements = 0
-        self._story = story or Story()
+        self.story = story or Story()
 
     def get(self, version: str) -> CachedSlab | None:
         return self._slabs.get(version)
@@ -145,29 +145,29 @@ class HostCache:
             return None
         victims = self._find_victims(adapter, reload_s, now)
         if victims is None:
-            self._story.tell(adapter.version, now, "not cached: what would make room is worth more, or is being read")
+            self.story.tell(adapter.version, now, "not cached: what would make room is worth more, or is being read")
             return None
         for victim in victims:
             self._remove(victim)
-            self._story.tell(victim.adapter.version, now, f"dropped from the host cache for {adapter.name}")
+            self.story.tell(victim.adapter.version, now, f"dropped from the host cache for {adapter.name}")
         offset = self._extents.allocate(adapter.slab_bytes)
         assert offset is not None, "victims did not make the room they were chosen for"
         self._placements += 1
         self._slabs[adapter.version] = CachedSlab(adapter, header, offset, self._placements, reload_s)
-        self._story.tell(adapter.version, now, f"saving to the host cache at {offset}")
+        self.story.tell(adapter.version, now, f"saving to the host cache at {offset}")
         return offset
 
     def save_done(self, version: str, now: float) -> None:
         slab = self._slabs[version]
         assert slab.state is CachedState.SAVING, f"{version} was saved already"
         slab.state, slab.saved_s = CachedState.SAVED, now
-        self._story.tell(version, now, "saved in the host cache")
+        self.story.tell(version, now, "saved in the host cache")
 
     def save_failed(self, version: str, now: float) -> None:
         slab = self._slabs[version]
         assert slab.state is CachedState.SAVING, f"{version} was saved already"
         self._remove(slab)
-        self._story.tell(version, now, "could not be saved in the host cache")
+        self.story.tell(version, now, "could not be saved in the host cache")
 
     def begin_read(self, version: str) -> CachedSlab | None:
         """Pin a slab for one more load of this engine until ``end_read``; return None if it cannot be read here."""
@@ -187,7 +187,7 @@ class HostCache:
         slab = self._slabs.get(version)
         if slab is not None and slab.is_readable:
             slab.state = CachedState.DAMAGED
-            self._story.tell(version, now, "damaged in the host cache: it leaves with its last reader")
+            self.story.tell(version, now, "damaged in the host cache: it leaves with its last reader")
             self._drop_damaged(slab)
 
     def lease(self, version: str) -> CachedSlab:
@@ -201,9 +201,6 @@ class HostCache:
         assert slab.generation == generation, f"{version} left while it was leased"
         slab.leases -= 1
         self._drop_damaged(slab)
-
-    def story(self, version: str) -> list[str]:
-        return self._story.lines(version)
 
     def validate(self) -> None:
         """Raise AssertionError naming the invariant that is broken: extents, states, readers."""

@@ -106,7 +106,7 @@ class Leases:
         self._leases: dict[str, Lease] = {}
         self._granted = 0
         self._ended: list[EndedLease] = []
-        self._story = story or Story()
+        self.story = story or Story()
 
     def __len__(self) -> int:
         return len(self._leases)
@@ -173,10 +173,6 @@ class Leases:
         """Return the leases that have ended since the last call; there may be room now."""
         ended, self._ended = self._ended, []
         return ended
-
-    def story(self, subject: str) -> list[str]:
-        """Return what happened to the leases of an adapter version, or to a lease id."""
-        return self._story.lines(subject)
 
     def validate(self) -> None:
         """Raise AssertionError unless each lease is on the slab it was granted for, and within the limits."""
@@ -246,7 +242,7 @@ class Leases:
 
     def _tell(self, lease: Lease, now: float, text: str) -> None:
         for subject in (lease.version, lease.lease_id):
-            self._story.tell(subject, now, text)
+            self.story.tell(subject, now, text)
 
 
 def _refuse_slab(slab: LendableSlab | None, version: str, slab_bytes: int) -> LeaseRefusal:

@@ -44,7 +44,7 @@ from loraserve.engine.schedule.report import SchedulerLoad, TokenCounts, count_e
 from loraserve.engine.schedule.sequence import EARLY, ENDING, RUNNING, WAITING, Sequence, Transition
 from loraserve.engine.schedule.steps import StepBuilder, StepPipeline
 from loraserve.messages import Admit, EngineCounters
-from loraserve.story import Story, StoryEntry
+from loraserve.story import Story
 
 ARRIVAL_ORDER = attrgetter("order")
 
@@ -57,8 +57,8 @@ class Scheduler:
         self.max_model_tokens = min(limits.max_model_tokens, limits.kv_blocks * limits.block_tokens)
         self.blocks = BlockManager(limits.kv_blocks, limits.block_tokens, limits.prefix_cache)
         self.counts = TokenCounts()
-        self._story = Story()
-        self.residency = Residency(limits, self._story)
+        self.story = Story()
+        self.residency = Residency(limits, self.story)
         self.early = EarlyStarts(self.residency.pool)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
@@ -83,7 +83,8 @@ class Scheduler:
                 self.early.announce_read(version, read, least_tokens)
                 instructions = []
             case AdapterLoaded(version, read, slab):
-                self._story.tell(version, now, "loaded")
+                source = f" from {slab.source.name} over {slab.source.transport}" if slab else ""
+                self.story.tell(version, now, f"loaded{source}")
                 instructions = self.residency.complete_load(version, read, slab)
             case AdapterLoadFailed(version, code, message):
                 instructions = self._load_failed(version, code, message, now)
@@ -100,14 +101,6 @@ class Scheduler:
     def counters(self) -> EngineCounters:
         """Return what the scheduler has counted since it started, for operators."""
         return count_events(self)
-
-    def story(self, subject: str) -> list[str]:
-        """Return what happened to a request (by id) or an adapter (by version), oldest first."""
-        return self._story.lines(subject)
-
-    def story_entries(self, subject: str) -> list[StoryEntry]:
-        """Return the events of a request id or an adapter version, oldest first."""
-        return self._story.entries(subject)
 
     @property
     def is_idle(self) -> bool:
@@ -151,7 +144,7 @@ class Scheduler:
             return []
         error = self._request_error(admit)
         if error is not None:
-            self._story.tell(admit.request_id, now, f"refused: {error[1]}")
+            self.story.tell(admit.request_id, now, f"refused: {error[1]}")
             return [Reject(admit.request_id, admit.gateway, *error)]
         self._arrivals += 1
         sequence = Sequence(admit, self._arrivals, self.max_model_tokens, self.limits.block_tokens)
@@ -160,7 +153,7 @@ class Scheduler:
         self.counts.count_request(sequence.version)
         if admit.adapter is not None:
             self.residency.note_request(admit.adapter, now)
-        self._story.tell(admit.request_id, now, f"waiting, {sequence.prompt_length} prompt tokens")
+        self.story.tell(admit.request_id, now, f"waiting, {sequence.prompt_length} prompt tokens")
         return []
 
     def _request_error(self, admit: Admit) -> tuple[str, str] | None:
@@ -183,12 +176,12 @@ class Scheduler:
     def _abort(self, request_id: str, now: float) -> list[Instruction]:
         sequence = self._sequences.get(request_id)
         if sequence is not None and sequence.state is not ENDING:
-            self._story.tell(request_id, now, "aborted")
+            self.story.tell(request_id, now, "aborted")
             self._end(sequence, now)
         return []
 
     def _reject(self, sequence: Sequence, code: str, message: str, now: float) -> Reject:
-        self._story.tell(sequence.request_id, now, f"failed: {code}")
+        self.story.tell(sequence.request_id, now, f"failed: {code}")
         self._end(sequence, now)
         return Reject(sequence.request_id, sequence.admit.gateway, code, message)
 
@@ -239,7 +232,7 @@ class Scheduler:
                 delta = sequence.accept(sampled[part.request_id], self.limits.eos_token_ids)
                 instructions.append(Emit(sequence.admit.gateway, delta))
                 if delta.finish is not None:
-                    self._story.tell(part.request_id, now, f"finished: {delta.finish}")
+                    self.story.tell(part.request_id, now, f"finished: {delta.finish}")
                     self._end(sequence, now)
         return instructions
 
@@ -268,7 +261,7 @@ class Scheduler:
 
     def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
         """Reject the requests that wait for the adapter or started early with it, unless the load was cancelled."""
-        self._story.tell(version, now, f"load failed: {code}: {message}")
+        self.story.tell(version, now, f"load failed: {code}: {message}")
         if code == CANCELLED:
             return self.residency.drop_cancelled_load(version)
         instructions = self.residency.fail_load(version, message)
@@ -288,7 +281,7 @@ class Scheduler:
         if self.residency.pool.state(version) is not LifecycleState.RESIDENT:
             return []
         self.residency.pool.apply(version, LifecycleEvent.DAMAGE_FOUND)
-        self._story.tell(version, now, "damaged in the pool: it leaves once no request runs with it")
+        self.story.tell(version, now, "damaged in the pool: it leaves once no request runs with it")
         self.blocks.clear_cache()
         affected = [s for s in self.waiting + self.running if s.version == version and s.has_started]
         text = "its adapter was damaged in this engine's memory; send it again"
@@ -324,7 +317,7 @@ class Scheduler:
 
     def _set_back(self, sequence: Sequence, now: float, reason: str) -> None:
         """Return a running request to its place in the waiting queue."""
-        self._story.tell(sequence.request_id, now, reason)
+        self.story.tell(sequence.request_id, now, reason)
         self._stop_running(sequence, now)
         sequence.advance(Transition.SET_BACK)
         insort(self.waiting, sequence, key=ARRIVAL_ORDER)
@@ -362,7 +355,7 @@ class Scheduler:
         sequence.advance(Transition.START_EARLY if sequence.early_read else Transition.START)
         insort(self.running, sequence, key=ARRIVAL_ORDER)
         self.counts.count_prefix(len(sequence.history), sequence.computed)
-        self._story.tell(sequence.request_id, now, f"running, {sequence.computed} tokens cached")
+        self.story.tell(sequence.request_id, now, f"running, {sequence.computed} tokens cached")
 
     # --- Fast-forward: many decode steps at once, for a simulator.
 

@@ -23,7 +23,8 @@ async def story(http: web.Request) -> web.Response:
     subjects = gateway.stories.subjects(id_, gateway.registry.adapters)
     names = [*CONTROL, *engine_names(gateway.config)]
     answers = await asyncio.gather(*(_ask(gateway, name, subjects) for name in names))
-    told = {gateway.bus.name: _own_lines(gateway, subjects), **dict(zip(names, answers, strict=True))}
+    own = gateway.stories.story.told(subjects, gateway.clock.unix_s() - gateway.clock.monotonic_s())
+    told = {gateway.bus.name: own, **dict(zip(names, answers, strict=True))}
     entries = [
         {"unix_s": line.unix_s, "process": process, "subject": line.subject, "text": line.text}
         for process, lines in told.items()
@@ -36,15 +37,6 @@ async def story(http: web.Request) -> web.Response:
         "silent": [process for process, lines in told.items() if lines is None],
     }
     return web.Response(body=msgspec.json.encode(body), content_type="application/json")
-
-
-def _own_lines(gateway: Gateway, subjects: tuple[str, ...]) -> list[StoryLine]:
-    offset_s = gateway.clock.unix_s() - gateway.clock.monotonic_s()
-    return [
-        StoryLine(unix_s=entry.time_s + offset_s, subject=subject, text=str(entry.what))
-        for subject in subjects
-        for entry in gateway.stories.story.entries(subject)
-    ]
 
 
 async def _ask(gateway: Gateway, name: str, subjects: tuple[str, ...]) -> tuple[StoryLine, ...] | None:

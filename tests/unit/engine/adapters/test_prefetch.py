@@ -167,7 +167,7 @@ def test_what_usually_follows_is_there_before_it_is_asked_for(helpers: SimpleNam
     desk.loaded("b")
     ran(desk, helpers, "b")
     assert counts(desk) == {"pattern": (1, 1, 0)}
-    assert any("expected: pattern" in line for line in desk.scheduler.story("b"))
+    assert any("expected: pattern" in line for line in desk.scheduler.story.lines("b"))
 
 
 def test_what_usually_follows_makes_nothing_leave_that_was_used_lately(helpers: SimpleNamespace) -> None:

@@ -136,7 +136,7 @@ def test_what_is_being_saved_is_read_by_nobody_and_stays() -> None:
     cache.save_failed("a", 1.0)
     cache.validate()
     assert cache.offer(B, HEADER, 1.0, 1.0) == 0
-    assert "could not be saved" in cache.story("a")[-1]
+    assert "could not be saved" in cache.story.lines("a")[-1]
 
 
 def test_what_a_load_or_a_peer_reads_stays() -> None:
@@ -172,7 +172,7 @@ def test_the_story_tells_where_it_was_and_why_it_went() -> None:
     offer(cache, A, now=1.0)
     offer(cache, B, now=2.0)
     offer(cache, A, now=3.0, reload_s=0.1)
-    assert cache.story("a") == [
+    assert cache.story.lines("a") == [
         "1.000 saving to the host cache at 0",
         "1.000 saved in the host cache",
         "2.000 dropped from the host cache for name-b",

@@ -80,7 +80,7 @@ def test_a_lease_says_where_the_slab_lies_and_until_when() -> None:
     owner = Owner(A, B)
     lease = owner.lease(B, now=3.0)
     assert (lease.version, lease.offset_bytes, lease.deadline_s) == ("b", UNIT, 8.0)
-    assert owner.leases.story(lease.lease_id) == ["3.000 leased to engine-1 at 4096"]
+    assert owner.leases.story.lines(lease.lease_id) == ["3.000 leased to engine-1 at 4096"]
 
 
 def test_what_cannot_be_leased_is_refused_by_a_code_of_its_own() -> None:

@@ -68,7 +68,7 @@ def test_the_latest_arrival_is_preempted_when_blocks_run_out(helpers: SimpleName
     assert [s.request_id for s in desk.scheduler.waiting] == ["third"]
     assert desk.sizes.keys() == {"first", "second"}
     assert desk.output["third"] == [31]
-    assert any("preempted" in line for line in desk.scheduler.story("third"))
+    assert any("preempted" in line for line in desk.scheduler.story.lines("third"))
 
 
 def test_a_preempted_request_recomputes_its_tokens_and_loses_none(helpers: SimpleNamespace) -> None:

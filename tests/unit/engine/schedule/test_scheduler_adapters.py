@@ -166,7 +166,7 @@ def test_a_failed_load_rejects_the_waiting_requests_with_the_reason(helpers: Sim
     desk.loaded("good")
     desk.step_done()
     assert desk.sizes.keys() == {"base", "other"}
-    assert any("corrupt: the digest is wrong" in line for line in desk.scheduler.story("bad"))
+    assert any("corrupt: the digest is wrong" in line for line in desk.scheduler.story.lines("bad"))
 
 
 def test_a_failed_load_is_tried_again_for_the_next_request(helpers: SimpleNamespace) -> None:

@@ -117,7 +117,7 @@ def test_a_stopped_request_keeps_its_blocks_until_its_step_returns(helpers: Simp
     assert desk.output["r"] == []
     assert not any(hasattr(i, "delta") for i in instructions)
     assert (desk.scheduler.load().memory.kv_blocks_free, desk.loads) == (16, ["b"])
-    assert desk.scheduler.story("r")[-1].endswith("finished: stop")
+    assert desk.scheduler.story.lines("r")[-1].endswith("finished: stop")
 
 
 def test_the_place_of_a_stopped_request_is_free_at_once(helpers: SimpleNamespace) -> None:
@@ -150,7 +150,7 @@ def test_an_aborted_request_is_released_after_all_its_steps(helpers: SimpleNames
     desk.tell(RequestAborted("gone"))
     desk.step_done()
     assert (desk.scheduler.load().memory.kv_blocks_free, desk.output["gone"], desk.scheduler.is_idle) == (16, [], True)
-    assert [line.split(" ", 1)[1] for line in desk.scheduler.story("gone")].count("aborted") == 1
+    assert [line.split(" ", 1)[1] for line in desk.scheduler.story.lines("gone")].count("aborted") == 1
 
 
 @pytest.mark.parametrize("next_fails", [False, True])

@@ -32,7 +32,7 @@ def test_a_load_is_cancelled_once_its_last_request_has_left(helpers: SimpleNames
     assert desk.scheduler.load().memory.pool_free_bytes == helpers.UNIT, "the load may still write to its extent"
     assert report_cancelled(desk, "a") == [EvictAdapter("a", 0, "name-a", "its load failed or was cancelled")]
     assert desk.scheduler.load().memory.pool_free_bytes == 2 * helpers.UNIT
-    assert any("nobody wants it any more" in line for line in desk.scheduler.story("a"))
+    assert any("nobody wants it any more" in line for line in desk.scheduler.story.lines("a"))
 
 
 def test_a_request_during_a_cancellation_gets_another_load(helpers: SimpleNamespace) -> None:

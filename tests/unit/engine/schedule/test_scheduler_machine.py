@@ -480,7 +480,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 load = self.loads.pop()
                 (self.end_cancelled if load.adapter.version in self.cancelled else self.end_load)(load)
             self.scheduler.validate()
-        assert not self.live, [self.scheduler.story(r) for r in self.live]
+        assert not self.live, [self.scheduler.story.lines(r) for r in self.live]
         assert self.plans_open == 0, "a plan was never answered"
         assert self.scheduler.is_idle
         assert self.scheduler.blocks.free == self.scheduler.limits.kv_blocks

@@ -124,7 +124,7 @@ def test_a_plan_is_prepared_written_published_and_then_the_old_copies_retired() 
     assert checked.handle(RetireEnded("e0", 5)) == []
     assert checked.handle(RetireEnded("e1", 5)) == [RolloutEnded(5, True, ())]
     assert (checked.rollout.plan, checked.rollout.phase) == (new, Phase.IDLE)
-    assert checked.rollout.story.entries("epoch-5")[-1].what == "in force"
+    assert checked.rollout.story.entries("epoch-5")[-1].text == "in force"
 
 
 def test_an_empty_plan_is_written_at_once() -> None:
