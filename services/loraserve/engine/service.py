@@ -263,7 +263,6 @@ class EngineService(Service):
         self._handle_event(result)
 
     async def _check_copies(self, version: str) -> None:
-        """Check this engine's copies of a slab that a peer found damaged."""
         if await self._adapters.lender.check_copies(version, self._adapters.reader):
             self._handle_event(AdapterDamaged(version))
 

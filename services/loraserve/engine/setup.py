@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from loraserve.config import Config, EngineConfig, engine_count
+from loraserve.config import Config, engine_count
 from loraserve.device import core_count, memory_limit_bytes, resolve_device
 from loraserve.engine.compute.protocol import Runner
-from loraserve.engine.schedule.events import SchedulerLimits
+from loraserve.engine.schedule.events import SchedulerLimits, check_step_tokens
 from loraserve.errors import ConfigError
 from loraserve.transfer.shm import is_supported
 
@@ -79,7 +79,7 @@ def build_runner(config: Config, progress: Callable[[str], None], index: int = 0
     """
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
-    _check_step_tokens(config.engine)
+    check_step_tokens(config.engine.max_step_tokens, config.engine.max_running)
     if resolve_device(config.engine.device) == "cuda":
         error = gpu_error()
         if not error:
@@ -91,7 +91,6 @@ def build_runner(config: Config, progress: Callable[[str], None], index: int = 0
 
 
 def build_cpu_runner(config: Config, progress: Callable[[str], None]) -> "CpuRunner":
-    """Load the model onto this machine's CPU and warm it up."""
     from loraserve.engine.compute.runner import CpuRunner
 
     progress("loading weights")
@@ -131,7 +130,6 @@ def gpu_error() -> str:
 def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
     """Return the scheduler's limits. Raises ConfigError if settings contradict each other."""
     engine = config.engine
-    _check_step_tokens(engine)
     longest = config.model.max_model_tokens or runner.max_positions
     return SchedulerLimits(
         kv_blocks=runner.kv_blocks,
@@ -147,11 +145,3 @@ def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
         prefix_cache=engine.prefix_cache,
         steps_ahead=runner.steps_ahead,
     )
-
-
-def _check_step_tokens(engine: EngineConfig) -> None:
-    if engine.max_step_tokens < engine.max_running:
-        raise ConfigError(
-            f"engine.max_step_tokens is {engine.max_step_tokens}, it must be at least engine.max_running "
-            f"({engine.max_running}), or some requests would never decode"
-        )

@@ -22,7 +22,6 @@ class StepExecutor:
         self._wait = ThreadPoolExecutor(max_workers=1, thread_name_prefix="result")
 
     def call(self, function: Callable[..., T], *arguments: Any) -> asyncio.Future[T]:
-        """Call a function in the thread that computes."""
         return asyncio.get_running_loop().run_in_executor(self._compute, function, *arguments)
 
     def submit(self, runner: Runner, batch: StepBatch) -> asyncio.Future[StepResult]:
@@ -33,6 +32,5 @@ class StepExecutor:
         return asyncio.get_running_loop().run_in_executor(self._wait, lambda: submitted.result().result())
 
     def close(self) -> None:
-        """Cancel what has not begun, and wait for the rest."""
         for executor in (self._compute, self._wait):
             executor.shutdown(wait=True, cancel_futures=True)

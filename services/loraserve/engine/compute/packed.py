@@ -32,7 +32,6 @@ class PackedStep:
 
     @property
     def queries(self) -> Int32s:
-        """Number of tokens of each sequence."""
         return np.diff(self.query_start)
 
 

@@ -15,8 +15,6 @@ class DeviceLostError(Exception):
 
 
 class PendingStep(Protocol):
-    """A step that was submitted to a runner."""
-
     def result(self) -> StepResult:
         """Wait for the step and return its result.
 

@@ -78,27 +78,20 @@ class CpuRunner:
             self.step(StepBatch(step_id=0, sequences=(sequence,)))
 
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
-        """Use the slab at ``base_elements`` of the pool for tokens of ``slot`` from now on.
-
-        Raises ValueError if the slab is for another dtype or model, or does not lie in the pool.
-        """
         if self._arrivals.pop(slot, None) is None:
             check_slab(header, self.slab_dtype, base_elements, self.pool_elements)
             self._tables.install(slot, header, base_elements)
 
     def arrive(self, slot: int, header: SlabHeader, base_elements: int, arrival: Arrival) -> None:
-        """Use a slab that is being read; see LayeredRunner. Raises the errors of ``install``."""
         if slot not in self._arrivals:
             self.install(slot, header, base_elements)
         self._arrivals[slot] = arrival
 
     def remove(self, slot: int) -> None:
-        """Compute tokens of ``slot`` with the base model from now on."""
         self._arrivals.pop(slot, None)
         self._tables.remove(slot)
 
     def submit(self, batch: StepBatch) -> ComputedStep:
-        """Compute the step and return it as done."""
         return ComputedStep(self.step(batch))
 
     def step(self, batch: StepBatch) -> StepResult:

@@ -43,8 +43,6 @@ class GpuStepInputs:
 
 @dataclass(frozen=True)
 class DecoderMemory:
-    """The device memory that a decoder reads and writes beside its weights."""
-
     cache: GpuKvCache
     pool: torch.Tensor
     tables: AdapterTables
@@ -127,7 +125,6 @@ class GpuDecoder:
     def _add_lora(
         self, y: torch.Tensor, x: torch.Tensor, lora: LoraWork | None, layer: int, module: int
     ) -> torch.Tensor:
-        """Add the adapters' change of one module's output to ``y`` in place, and return it."""
         if lora is not None:
             memory = self._memory
             add_lora(y=y, x=x, pool=memory.pool, tables=memory.tables, batch=lora, layer=layer, module=module)

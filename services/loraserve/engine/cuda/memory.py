@@ -29,8 +29,6 @@ class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryShares(msgspec.Struct, frozen=True, kw_only=True):
-    """The sizes of the KV cache and of the adapter pool."""
-
     kv_blocks: int
     pool_bytes: int
 
@@ -59,12 +57,10 @@ def divide_memory(
 
 
 def adapter_bytes(shape: ModelShape, dtype: Dtype, rank: int) -> int:
-    """Return the slab size of an adapter with this rank in every projection."""
     return make_uniform_layout(shape, dtype, rank).slab_bytes
 
 
 def count_fitting_adapters(slab_bytes: int, pool_bytes: int, slots: int) -> int:
-    """Return how many adapters of this size the pool holds at a time."""
     extents = ExtentAllocator(pool_bytes)
     count = 0
     while count < slots and extents.allocate(slab_bytes) is not None:

@@ -141,7 +141,6 @@ class CudaRunner:
         self._table_changes.append(partial(self._state.tables.install, slot, header, base_elements))
 
     def remove(self, slot: int) -> None:
-        """Compute tokens of ``slot`` with the base model, in steps submitted from now on."""
         self._table_changes.append(partial(self._state.tables.remove, slot))
 
     def submit(self, batch: StepBatch) -> PendingStep:
@@ -159,7 +158,6 @@ class CudaRunner:
             return PendingGpuStep(batch.step_id, rows, drawn, started)
 
     def step(self, batch: StepBatch) -> StepResult:
-        """Compute one step and wait for it."""
         return self.submit(batch).result()
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
@@ -212,7 +210,6 @@ class CudaRunner:
                 yield
 
     def _start_mark(self) -> "torch.cuda.Event | float":
-        """Return an event on the GPU's stream, or the time if there is no GPU."""
         if self._stream is None:
             return time.monotonic()
         event = torch.cuda.Event(enable_timing=True)
@@ -252,7 +249,6 @@ def _result_tensors(drawn: Drawn | None) -> tuple[torch.Tensor | None, ...]:
 
 
 def _collect_tokens(rows: Sequence[SequenceStep], results: Sequence[torch.Tensor | None]) -> tuple[Sampled, ...]:
-    """Return the tokens in the tensors of `_result_tensors`, which are on the host by now."""
     arrays = [None if tensor is None else tensor.numpy() for tensor in results]
     return tuple(sampled(rows, *arrays)) if arrays else ()  # type: ignore[arg-type]
 

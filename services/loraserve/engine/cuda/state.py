@@ -99,7 +99,6 @@ class DeviceState:
     max_running: int
 
     def describe(self) -> str:
-        """Return the form in which weights compute, for the log."""
         return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
 
     def run_trial_step(self, tokens: int, work: LoraWork | None, context: int = 0) -> None:
@@ -120,7 +119,6 @@ class DeviceState:
         return [self._trial_row(i, len(part)) for i, part in enumerate(np.array_split(np.arange(tokens), count))]
 
     def _trial_row(self, index: int, tokens: int, start: int = 0) -> SequenceStep:
-        """Return a sequence that samples in the way that takes the most memory."""
         return SequenceStep(
             request_id=str(index),
             tokens=(0,) * tokens,

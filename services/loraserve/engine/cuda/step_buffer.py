@@ -22,7 +22,6 @@ class BufferSize:
     sampled: int
 
     def view_lengths(self) -> tuple[int, ...]:
-        """Return the length of each view, in the order in which they lie in the buffer."""
         per_token = (self.tokens,) * 5
         return (*per_token, self.sequences + 1, self.sequences, self.sequences * self.blocks, self.sampled)
 

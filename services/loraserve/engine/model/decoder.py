@@ -16,8 +16,6 @@ from loraserve.model_shape import DOWN, GATE_UP, OUT, QKV
 
 
 class LayerGate(Protocol):
-    """Delays layers whose adapters are still being read."""
-
     def wait(self, layer: int) -> None:
         """Return once this layer may be computed."""
         ...
@@ -140,7 +138,6 @@ class Decoder:
         return delta
 
     def _add_lora(self, y: torch.Tensor, x: torch.Tensor, batch: LoraBatch, layer: int, module: int) -> None:
-        """Add the adapters' change of one module's output to ``y`` in place."""
         add_lora(y=y, x=x, pool=self._pool, tables=self._tables, batch=batch, layer=layer, module=module)
 
 

@@ -56,9 +56,7 @@ class WeightForm(Protocol):
         """Convert ``weight`` [vocab, hidden], which has the file's dtype and maps the file."""
         ...
 
-    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
-        """Convert ``weight`` [out, in] and ``bias`` [out]."""
-        ...
+    def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear: ...
 
     def tied_head(self, embedding: torch.Tensor) -> Linear:
         """Return the head of a model that uses its embedding as head; ``embedding`` is already converted."""
@@ -121,7 +119,6 @@ def _load_layer(source: "Checkpoint", config: DecoderConfig, layer: int, form: W
 
 
 def _stack(source: "Checkpoint", names: Sequence[str], shapes: Sequence[tuple[int, ...]]) -> torch.Tensor:
-    """Return the named tensors, stacked along their first dimension, as float32."""
     stacked = torch.empty(sum(shape[0] for shape in shapes), *shapes[0][1:], dtype=torch.float32)
     row = 0
     for name, shape in zip(names, shapes, strict=True):
@@ -161,7 +158,6 @@ class Checkpoint:
         return tensor
 
     def skip(self, name: str) -> None:
-        """Allow a tensor that is not needed."""
         self._left.discard(name)
 
     def check_all_taken(self) -> None:

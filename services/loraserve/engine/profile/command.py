@@ -54,7 +54,6 @@ machine has a GPU that can be used, the command measures it. The exit status is 
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the command and return the exit status."""
     options = _parser().parse_args(arguments)
     try:
         profile, text = _measure(options)
@@ -111,7 +110,6 @@ def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
 
 
 def _make_slabs(options: argparse.Namespace, config: Config, shape: ModelShape) -> list[Slab]:
-    """Return the user's adapters, then random ones of each rank in turn."""
     engine = config.engine
     given = [pack_peft(folder, shape, engine.slab_dtype, engine.max_rank) for folder in options.adapter]
     ranks = [rank for rank in options.ranks if rank <= engine.max_rank]

@@ -22,8 +22,6 @@ MAX_PREFILLS = 3
 
 
 class SizedAdapter(msgspec.Struct, frozen=True):
-    """What an adapter's cost depends on."""
-
     rank: int
     slab_bytes: int
 
@@ -41,8 +39,6 @@ class BatchPart(msgspec.Struct, frozen=True):
 
 
 class TimedBatch(msgspec.Struct, frozen=True):
-    """The content of one step to time."""
-
     kind: str
     parts: tuple[BatchPart, ...]
 
@@ -54,7 +50,6 @@ def design_batches(limits: SchedulerLimits, adapters: int, count: int, seed: int
 
 
 def batch_shape(batch: TimedBatch, adapters: Sequence[SizedAdapter]) -> StepShape:
-    """Return the batch as the cost model sees it."""
     decodes = [part for part in batch.parts if part.is_decode]
     prefills = [part for part in batch.parts if not part.is_decode]
     used = {part.adapter for part in batch.parts} - {-1}

@@ -26,7 +26,6 @@ HIDDEN = {"exact": ("padded_prefill_s", "padded_decode_s"), "padded": ("slab_byt
 
 
 def format_coefficients(profile: Profile) -> str:
-    """Return a table of what each part of a step costs."""
     cost = profile.cost
     shown = {name: unit for name, unit in UNITS.items() if name not in HIDDEN[cost.lora]}
     rows = [[f"{getattr(cost, name) * factor:.4g}", text, name] for name, (text, factor) in shown.items()]
@@ -50,7 +49,6 @@ def format_errors(profile: Profile, kinds: Sequence[str], samples: Sequence[Step
 
 
 def format_verdict(profile: Profile) -> str:
-    """Return the error on the batches that the fit has not seen."""
     residuals = profile.residuals
     assert residuals is not None, "the profile was not measured"
     return (

@@ -46,11 +46,9 @@ class BlockManager:
 
     @property
     def references(self) -> int:
-        """Sum of the reference counts of all blocks."""
         return sum(self._references)
 
     def blocks_for(self, tokens: int) -> int:
-        """Return how many blocks hold this many tokens."""
         return -(-tokens // self.block_tokens)
 
     def allocate(self, count: int) -> tuple[int, ...] | None:

@@ -3,6 +3,7 @@
 import msgspec
 
 from loraserve.engine.adapters.lifecycle import LoadedSlab
+from loraserve.errors import ConfigError
 from loraserve.messages import AdapterRef, Admit, TokenDelta
 from loraserve.messages.sampling import SamplingParams
 
@@ -132,8 +133,6 @@ class AdapterDamaged(msgspec.Struct, frozen=True):
 
 
 class PlanPrepared(msgspec.Struct, frozen=True):
-    """The planner wants these adapters resident in this engine."""
-
     epoch: int
     adapters: tuple[AdapterRef, ...]
 
@@ -146,8 +145,6 @@ class CopiesRetired(msgspec.Struct, frozen=True):
 
 
 class AdapterExpected(msgspec.Struct, frozen=True):
-    """A request for this adapter will arrive soon."""
-
     adapter: AdapterRef
 
 
@@ -219,8 +216,6 @@ class EvictAdapter(msgspec.Struct, frozen=True):
 
 
 class Emit(msgspec.Struct, frozen=True):
-    """Send this token to the request's gateway."""
-
     gateway: str
     delta: TokenDelta
 
@@ -268,8 +263,13 @@ class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
     steps_ahead: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_step_tokens < self.max_running:
-            raise ValueError(
-                f"engine.max_step_tokens is {self.max_step_tokens}, it must be at least engine.max_running "
-                f"({self.max_running}), or some requests would never decode"
-            )
+        check_step_tokens(self.max_step_tokens, self.max_running)
+
+
+def check_step_tokens(max_step_tokens: int, max_running: int) -> None:
+    """Raise ConfigError if a step has too few tokens for all running requests to decode."""
+    if max_step_tokens < max_running:
+        raise ConfigError(
+            f"engine.max_step_tokens is {max_step_tokens}, it must be at least engine.max_running ({max_running}), or "
+            "some requests would never decode"
+        )

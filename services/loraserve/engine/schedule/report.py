@@ -99,15 +99,12 @@ class TokenCounts:
 
 
 class SchedulerLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """The parts of EngineLoad that the scheduler knows."""
-
     queue: QueueLoad
     memory: MemoryLoad
     adapters: AdapterState
 
 
 def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
-    """Return the load right now."""
     live = scheduler.waiting + scheduler.running
     pool = scheduler.residency.pool
     return SchedulerLoad(
@@ -142,7 +139,6 @@ def snapshot(scheduler: "Scheduler") -> SchedulerLoad:
 
 
 def count_events(scheduler: "Scheduler") -> EngineCounters:
-    """Return the counters of EngineStatistics that the scheduler keeps."""
     return EngineCounters(
         steps=scheduler.steps,
         preemptions=scheduler.counts.preemptions,
@@ -189,7 +185,6 @@ class SpeedMeter:
         self._loads = 0
 
     def measured(self) -> MeasuredSpeed:
-        """Return the current means."""
         load = None
         if self._loads:
             load = MeanLoad(slab_bytes=self._load_bytes, bytes_per_s=self._load_bytes / self._load_s)

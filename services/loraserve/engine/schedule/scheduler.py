@@ -95,16 +95,13 @@ class Scheduler:
         return instructions + self._start_work(now)
 
     def load(self) -> SchedulerLoad:
-        """Return the state that router, planner and monitor decide with."""
         return snapshot(self)
 
     def counters(self) -> EngineCounters:
-        """Return what the scheduler has counted since it started, for operators."""
         return count_events(self)
 
     @property
     def is_idle(self) -> bool:
-        """Whether there is no request and no step in flight."""
         return not self._sequences and not self.pipeline
 
     def validate(self) -> None:
@@ -290,7 +287,6 @@ class Scheduler:
     # --- Loads and steps start.
 
     def _start_work(self, now: float) -> list[Instruction]:
-        """Start the adapter loads and the steps that are possible now."""
         wanted = (s.admit.adapter for s in self.waiting if s.admit.adapter is not None)
         instructions = self.residency.start_loads(wanted, now, not self._sequences, stepping=bool(self.running))
         while not self.pipeline.is_full and (self.running or self.waiting):
@@ -316,7 +312,6 @@ class Scheduler:
         return StepBatch(step_id=self.steps, sequences=parts)
 
     def _set_back(self, sequence: Sequence, now: float, reason: str) -> None:
-        """Return a running request to its place in the waiting queue."""
         self.story.tell(sequence.request_id, now, reason)
         self._stop_running(sequence, now)
         sequence.advance(Transition.SET_BACK)
@@ -402,7 +397,6 @@ class Scheduler:
         return batch
 
     def _may_start_next(self) -> bool:
-        """Return whether the next step might start a waiting request."""
         if len(self.running) >= min(self.limits.max_running, self.limits.max_step_tokens):
             return False
         free = self.blocks.free

@@ -36,8 +36,6 @@ class SequenceState(Enum):
 
 
 class Transition(Enum):
-    """What changes a request's state."""
-
     START = "start"
     START_EARLY = "start_early"
     CONFIRM = "confirm"
@@ -149,7 +147,6 @@ class Sequence:
         return self._digests[index]
 
     def next_part(self, tokens: int) -> SequenceStep:
-        """Return this sequence's part of a step that computes its next ``tokens`` tokens."""
         total = len(self.history) + self.pending
         return SequenceStep(
             request_id=self.request_id,
@@ -169,13 +166,11 @@ class Sequence:
         self.computed = self.scheduled = computed
 
     def part_sent(self, part: SequenceStep) -> None:
-        """Record that a step with this part was sent to the runner."""
         self.in_flight += 1
         self.scheduled += len(part.tokens)
         self.pending += part.sample
 
     def part_returned(self, part: SequenceStep) -> None:
-        """Record that the step with this part came back, done or failed."""
         self.in_flight -= 1
         self.pending -= part.sample
 

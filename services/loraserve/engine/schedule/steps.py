@@ -127,7 +127,6 @@ class StepBuilder:
         self.preempted.append(sequence)
 
     def _count_cached_prefix(self, sequence: Sequence) -> int:
-        """Return how many blocks ``_acquire_cached_prefix`` would find."""
         most = self._shareable_blocks(sequence)
         return next((i for i in range(most) if not self._blocks.has_cached(sequence.block_digest(i))), most)
 
@@ -162,7 +161,6 @@ class StepPipeline:
 
     @property
     def only_step(self) -> StepBatch | None:
-        """The step in flight if there is exactly one."""
         return self._steps[0] if len(self._steps) == 1 else None
 
     @property
@@ -175,7 +173,6 @@ class StepPipeline:
         self._steps.append(batch)
 
     def pop(self, step_id: int) -> StepBatch:
-        """Remove and return the oldest step, which must be the one with this id."""
         assert self._steps, f"step {step_id} returned but no step is in flight"
         batch = self._steps.popleft()
         assert batch.step_id == step_id, f"step {step_id} returned before step {batch.step_id}"

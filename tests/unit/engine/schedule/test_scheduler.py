@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from loraserve.engine.schedule.events import RequestAborted
+from loraserve.errors import ConfigError
 
 ONES, TWOS, THREES = [1] * 8, [2] * 8, [3] * 8
 
@@ -269,5 +270,5 @@ def test_a_repeated_arrival_is_ignored(helpers: SimpleNamespace) -> None:
 
 
 def test_a_step_budget_below_max_running_is_refused(helpers: SimpleNamespace) -> None:
-    with pytest.raises(ValueError, match=r"engine\.max_step_tokens is 3, it must be at least engine\.max_running"):
+    with pytest.raises(ConfigError, match=r"engine\.max_step_tokens is 3, it must be at least engine\.max_running"):
         helpers.Desk(max_step_tokens=3)
