@@ -54,7 +54,7 @@ class Engine:
         return measure_steps(self.runner, steps, rounds, True, lambda text: None)
 
     def _loads(self, rounds: int) -> list[LoadSample]:
-        threads = digest_threads_for(self.config, on_device=self.runner.pool.waits)
+        threads = digest_threads_for(self.config, on_device=self.runner.pool.on_device)
         return measure_loads(self.runner, self.placed, self.config.engine.load_chunk_bytes, threads, rounds, True)
 
 

@@ -1,4 +1,4 @@
-"""An engine whose pool holds one adapter at a time: what left it is read from host memory, by itself and by peers."""
+"""An engine whose pool holds one adapter: evicted ones are read from its host cache, by itself and by peers."""
 
 from collections.abc import Callable
 from threading import Event
@@ -37,7 +37,7 @@ async def runs(stage: Any, request: str, adapter: str) -> None:
 
 
 async def cached(stage: Any, *names: str) -> None:
-    """The engine reports these, and nothing else, as kept in its host cache."""
+    """Wait until the engine reports exactly these adapters as cached."""
     versions = {stage.models.refs[name].version for name in names}
     await stage.fresh_load()
     await stage.until(lambda: set(stage.load.adapters.cached) == versions)
@@ -62,7 +62,7 @@ async def refused(asked: Any) -> str:
     return refusal.value.code
 
 
-def test_what_left_the_pool_comes_back_without_the_store(play: Play, models: Any) -> None:
+def test_an_evicted_adapter_is_reloaded_without_the_store(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         for number, adapter in enumerate(("one", "two")):
             await runs(stage, f"first-{number}", adapter)
@@ -80,7 +80,7 @@ def test_what_left_the_pool_comes_back_without_the_store(play: Play, models: Any
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
 
 
-def test_an_extent_is_not_filled_before_what_lay_there_is_saved(play: Play, models: Any) -> None:
+def test_an_extent_is_not_filled_before_its_old_slab_is_saved(play: Play, models: Any) -> None:
     gate = Event()
 
     async def scenario(stage: Any) -> None:
@@ -101,7 +101,7 @@ def test_an_extent_is_not_filled_before_what_lay_there_is_saved(play: Play, mode
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
 
 
-def test_on_a_cpu_nothing_is_kept_unless_it_is_asked_for(play: Play, models: Any) -> None:
+def test_on_a_cpu_nothing_is_cached_unless_configured(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         for number, adapter in enumerate(("one", "two", "one")):
             await runs(stage, f"run-{number}", adapter)
@@ -112,7 +112,7 @@ def test_on_a_cpu_nothing_is_kept_unless_it_is_asked_for(play: Play, models: Any
     play(scenario, pool_bytes=largest(models))
 
 
-def test_a_cached_slab_that_is_damaged_is_not_used_but_read_from_the_store(play: Play, models: Any) -> None:
+def test_a_damaged_cached_slab_is_read_from_the_store_instead(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")
@@ -126,7 +126,7 @@ def test_a_cached_slab_that_is_damaged_is_not_used_but_read_from_the_store(play:
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
 
 
-def test_of_two_slabs_and_room_for_one_that_which_is_asked_for_more_stays(play: Play, models: Any) -> None:
+def test_of_two_slabs_the_one_with_more_requests_stays_cached(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         stage.clock.current = FakeClock()
         for number in range(3):
@@ -139,7 +139,7 @@ def test_of_two_slabs_and_room_for_one_that_which_is_asked_for_more_stays(play: 
     play(scenario, pool_bytes=largest(models), host_cache_bytes=largest(models))
 
 
-def test_a_peer_reads_what_is_cached_with_all_that_it_takes_to_verify(play: Play, models: Any) -> None:
+def test_a_peer_reads_and_verifies_a_cached_slab(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await runs(stage, "a", "one")
         peer = LeasingPeer(stage.network)
@@ -160,7 +160,7 @@ def test_a_peer_reads_what_is_cached_with_all_that_it_takes_to_verify(play: Play
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
 
 
-def test_what_a_peer_reads_from_the_cache_stays_there_until_it_is_done(play: Play, models: Any) -> None:
+def test_a_cached_slab_stays_while_a_peer_reads_it(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")
@@ -189,7 +189,7 @@ def test_what_a_peer_reads_from_the_cache_stays_there_until_it_is_done(play: Pla
     play(scenario, pool_bytes=largest(models), host_cache_bytes=largest(models))
 
 
-def test_a_read_that_asks_again_has_its_lease_though_the_pool_has_the_adapter_now(play: Play, models: Any) -> None:
+def test_a_read_keeps_its_cache_lease_when_the_pool_has_the_adapter_again(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")
@@ -206,7 +206,7 @@ def test_a_read_that_asks_again_has_its_lease_though_the_pool_has_the_adapter_no
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
 
 
-def test_leases_of_a_peer_s_past_life_end_in_the_cache_as_well(play: Play, models: Any) -> None:
+def test_cache_leases_of_a_peer_s_earlier_process_end(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await runs(stage, "a", "one")
         await runs(stage, "b", "two")

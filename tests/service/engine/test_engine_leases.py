@@ -1,4 +1,4 @@
-"""Peers that read adapters out of an engine's pool: what they are told, and what waits for them for how long."""
+"""Peers that lease adapters of an engine's pool, and requests that wait for those leases to end."""
 
 import asyncio
 from collections.abc import Callable
@@ -33,7 +33,7 @@ TIMEOUT_S = 20.0
 
 
 async def resident(stage: Any, *names: str) -> FakeClock:
-    """Adapters that ran once each. From now on the engine's time stands still."""
+    """Run each adapter once and stop the engine's clock."""
     clock = stage.clock.current = FakeClock()
     for name in names:
         clock.advance(1.0)
@@ -43,7 +43,7 @@ async def resident(stage: Any, *names: str) -> FakeClock:
 
 
 async def waits(stage: Any, name: str) -> None:
-    """A request for it finds no room, after a while neither."""
+    """Send a request that finds no room, and check that it still waits after a while."""
     await stage.admit("waits", name)
     for _ in range(3):
         load = await stage.fresh_load()
@@ -55,7 +55,7 @@ def pool_for(models: Any, adapters: int) -> int:
     return adapters * extent_bytes(max(ref.slab_bytes for ref in models.refs.values()))
 
 
-def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, models: Any) -> None:
+def test_a_grant_has_all_that_a_reader_needs_to_read_and_verify(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one", "two")
         granted, header_bytes = await LeasingPeer(stage.network).lease(models.refs["two"])
@@ -73,7 +73,7 @@ def test_a_reader_is_told_all_that_it_takes_to_read_and_to_verify(play: Play, mo
     play(scenario)
 
 
-def test_an_engine_that_offers_nothing_says_so_and_grants_all_the_same(play: Play, models: Any) -> None:
+def test_an_engine_without_transports_grants_leases_without_handles(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
         granted, _ = await LeasingPeer(stage.network).lease(models.refs["one"])
@@ -89,7 +89,7 @@ async def refused(asked: Any) -> str:
     return refusal.value.code
 
 
-def test_what_cannot_be_granted_is_refused_by_its_code(play: Play, models: Any) -> None:
+def test_each_refused_lease_has_its_code(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
         stage.store.open.clear()
@@ -139,7 +139,7 @@ def test_a_request_waits_for_the_reader_of_the_only_extent_and_runs_once_that_is
     play(scenario, pool_bytes=pool_for(models, 1))
 
 
-def test_a_lease_that_nobody_renews_ends_by_its_deadline(play: Play, models: Any) -> None:
+def test_a_lease_that_is_not_renewed_ends_by_its_deadline(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         clock = await resident(stage, "one")
         peer = LeasingPeer(stage.network)
@@ -156,7 +156,7 @@ def test_a_lease_that_nobody_renews_ends_by_its_deadline(play: Play, models: Any
     play(scenario, pool_bytes=pool_for(models, 1))
 
 
-def test_leases_of_a_reader_that_died_end_with_its_next_life(play: Play, models: Any) -> None:
+def test_leases_of_a_dead_reader_end_when_its_next_process_asks(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
         granted, _ = await LeasingPeer(stage.network).lease(models.refs["one"])
@@ -171,7 +171,7 @@ def test_leases_of_a_reader_that_died_end_with_its_next_life(play: Play, models:
     play(scenario, pool_bytes=pool_for(models, 1))
 
 
-def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tmp_path: Path) -> None:
+def test_a_leased_adapter_is_not_evicted(play: Play, models: Any, tmp_path: Path) -> None:
     shape = models.slabs["one"].header.shape
     third = pack_peft(write_peft_adapter(tmp_path / "third", shape, rank=8, seed=7), shape, "float32", 64)
     ref = adapter_reference("third", third)
@@ -193,7 +193,7 @@ def test_an_eviction_takes_another_than_what_is_read(play: Play, models: Any, tm
     play(scenario, pool_bytes=pool_for(models, 2))
 
 
-def test_an_engine_whose_peers_read_and_vanish_ends_clean(play: Play, models: Any) -> None:
+def test_nothing_stays_pinned_when_readers_vanish(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         clock = await resident(stage, "one", "two")
         peers = [LeasingPeer(stage.network, f"engine-{number}") for number in range(1, 4)]
@@ -208,7 +208,7 @@ def test_an_engine_whose_peers_read_and_vanish_ends_clean(play: Play, models: An
     play(scenario)
 
 
-def test_who_complains_of_a_slab_must_have_leased_it(play: Play, models: Any, capfd: Any) -> None:
+def test_only_a_reader_with_a_lease_can_complain_about_a_slab(play: Play, models: Any, capfd: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one")
         peer, other = LeasingPeer(stage.network), LeasingPeer(stage.network, "engine-2")

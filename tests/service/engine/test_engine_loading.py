@@ -1,4 +1,4 @@
-"""Adapters that come while an engine serves: from a store that is slow, damaged, silent, dead, or the real one."""
+"""Adapters that load while an engine serves: from a store that is slow, damaged, silent, dead, or the real one."""
 
 import asyncio
 import threading
@@ -19,7 +19,7 @@ from loraserve.store.service import StoreService
 Play = Callable[..., None]
 
 
-def test_others_decode_while_an_adapter_is_on_its_way(play: Play, models: Any) -> None:
+def test_other_requests_decode_while_an_adapter_loads(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         stage.store.open.clear()
         await stage.admit("base", tokens=300)
@@ -82,7 +82,7 @@ def test_a_store_that_never_answers_ends_the_load_in_time(play: Play, models: An
     play(scenario, load_timeout_s=0.3)
 
 
-def test_what_the_store_does_not_have_or_knows_otherwise_is_said(play: Play, models: Any) -> None:
+def test_a_missing_or_different_slab_in_the_store_is_reported(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         stage.store.slab_bytes_off = 1
         del stage.store.slabs[models.refs["two"].version]
@@ -130,7 +130,7 @@ def test_a_store_that_stays_away_ends_the_load_in_time(play: Play, models: Any) 
     play(scenario, load_timeout_s=0.5)
 
 
-def test_a_load_that_nobody_waits_for_any_more_gives_its_room_back(play: Play, models: Any) -> None:
+def test_a_load_without_waiting_requests_is_cancelled_and_frees_its_room(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         stage.store.open.clear()
         await stage.admit("gone", "one")
@@ -148,7 +148,7 @@ def test_a_load_that_nobody_waits_for_any_more_gives_its_room_back(play: Play, m
     play(scenario)
 
 
-def test_an_adapter_that_is_expected_is_there_before_its_request(play: Play, models: Any) -> None:
+def test_an_expected_adapter_is_resident_before_its_request(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         adapter = models.refs["one"]
         await stage.fresh_load()
@@ -165,7 +165,7 @@ def test_an_adapter_that_is_expected_is_there_before_its_request(play: Play, mod
     play(scenario)
 
 
-def test_who_comes_while_a_load_is_being_cancelled_is_served(play: Play, models: Any) -> None:
+def test_a_request_that_comes_during_a_cancellation_is_served(play: Play, models: Any) -> None:
     pool = DevicesPool()
 
     async def scenario(stage: Any) -> None:
@@ -183,7 +183,7 @@ def test_who_comes_while_a_load_is_being_cancelled_is_served(play: Play, models:
 
 
 class DevicesPool:
-    """The pool as a device's: a write waits for ``open``, and notes in which thread."""
+    """A pool like a device's: a write waits for ``open`` and notes its thread."""
 
     on_device = True
 
@@ -211,7 +211,7 @@ class DevicesPool:
         self._pool.digest(*arguments)
 
 
-def test_others_decode_while_a_slab_is_written_to_a_device(play: Play, models: Any) -> None:
+def test_other_requests_decode_while_a_slab_is_written_to_a_device(play: Play, models: Any) -> None:
     pool = DevicesPool()
 
     async def scenario(stage: Any) -> None:
@@ -229,8 +229,8 @@ def test_others_decode_while_a_slab_is_written_to_a_device(play: Play, models: A
     play(scenario, build=pool.build)
 
 
-def test_a_load_that_fails_leaves_nobody_writing(play: Play, models: Any) -> None:
-    """Its extent is given to the next adapter."""
+def test_after_a_failed_load_nothing_writes_to_its_extent(play: Play, models: Any) -> None:
+    """The extent is given to the next adapter."""
     pool = DevicesPool()
 
     async def scenario(stage: Any) -> None:
@@ -246,7 +246,7 @@ def test_a_load_that_fails_leaves_nobody_writing(play: Play, models: Any) -> Non
     play(scenario, build=pool.build, load_timeout_s=0.1)
 
 
-def test_the_real_stores_slabs_are_computed_with(play: Play, models: Any, tmp_path: Path) -> None:
+def test_tokens_are_right_with_a_slab_of_the_real_store(play: Play, models: Any, tmp_path: Path) -> None:
     async def scenario(stage: Any) -> None:
         stage.store_dies()
         config = msgspec.structs.replace(

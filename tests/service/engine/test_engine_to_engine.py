@@ -1,4 +1,4 @@
-"""Two engines, a monitor and a store: an adapter that a peer has is read from its memory, or from the next source."""
+"""Two engines, a monitor and a store: an adapter is read from the peer that holds it, or from the next source."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -39,7 +39,7 @@ TRANSPORTS = [("shm",), ("tcp",)]
 
 
 class Pair:
-    """engine-0 and engine-1 with all that is around them; requests go where the test says."""
+    """Engines engine-0 and engine-1 with their monitor and store; a test chooses where requests go."""
 
     def __init__(
         self, models: Any, store: Any, transports: tuple[str, ...], build: BuildRunner | None = None, **engine: Any
@@ -77,7 +77,7 @@ class Pair:
         stack.callback(listening.cancel)
 
     async def run(self, engine: str, request: str, adapter: str, tokens: int = 8) -> list[int]:
-        """What it answers, greedily."""
+        """Return the tokens of a greedy request."""
         self.tokens[request] = []
         sampling = self.models.greedy(tokens)
         reference = self.models.refs[adapter]
@@ -94,7 +94,7 @@ class Pair:
         return self.tokens[request]
 
     async def known(self, engine: str, adapter: str) -> None:
-        """The monitor has heard that the engine has it."""
+        """Wait until the monitor knows that the engine holds an adapter."""
         version = self.models.refs[adapter].version
         await self.until(lambda: version in self._residents(engine))
 
@@ -102,12 +102,12 @@ class Pair:
         return {each.version for each in self.loads[engine].adapters.resident} if engine in self.loads else set()
 
     async def reads(self, engine: str) -> dict[str, ReadCounts]:
-        """By source and transport, once one is reported."""
+        """Return the reported read counts by source and transport."""
         await self.until(lambda: engine in self.counters and any(each.reads for each in self.counters[engine].reads))
         return {f"{each.source} {each.transport}": each for each in self.counters[engine].reads}
 
     def poison(self, engine: str, adapter: str) -> None:
-        """A bit of a resident adapter flips."""
+        """Flip a bit of a resident adapter."""
         service: Any = self.engines[engine]
         entry = service._scheduler.residency.pool.get(self.models.refs[adapter].version)
         view = service._runner.pool.view(entry.offset_bytes, entry.adapter.slab_bytes)
@@ -137,7 +137,7 @@ class Pair:
 
 @pytest.fixture
 def pair(models: Any, scripted_store: Any) -> Iterator[Callable[..., None]]:
-    """Runs a scenario with two engines that read over these transports."""
+    """Run a scenario with two engines that read over these transports."""
     before = torch.get_num_threads()
 
     def run(scenario: Callable[[Pair], Awaitable[None]], transports: tuple[str, ...], **engine: Any) -> None:
@@ -154,7 +154,7 @@ def pair(models: Any, scripted_store: Any) -> Iterator[Callable[..., None]]:
 
 
 @pytest.mark.parametrize("transports", TRANSPORTS)
-def test_an_adapter_is_read_from_the_peer_that_has_it(
+def test_an_adapter_is_read_from_the_peer_that_holds_it(
     pair: Callable[..., None], models: Any, transports: tuple[str, ...]
 ) -> None:
     async def scenario(both: Pair) -> None:
@@ -172,7 +172,7 @@ def test_an_adapter_is_read_from_the_peer_that_has_it(
     pair(scenario, transports)
 
 
-def test_a_copy_that_is_damaged_at_its_owner_is_not_used_but_the_next_source(
+def test_a_copy_damaged_at_its_owner_is_read_from_the_next_source(
     pair: Callable[..., None], models: Any, capfd: Any
 ) -> None:
     async def scenario(both: Pair) -> None:
@@ -196,7 +196,7 @@ def test_a_copy_that_is_damaged_at_its_owner_is_not_used_but_the_next_source(
 
 
 @pytest.mark.parametrize("transports", TRANSPORTS)
-def test_what_left_the_peer_s_pool_is_read_from_its_host_cache(
+def test_an_adapter_evicted_by_the_peer_is_read_from_its_host_cache(
     pair: Callable[..., None], models: Any, transports: tuple[str, ...]
 ) -> None:
     pool_bytes = extent_bytes(max(ref.slab_bytes for ref in models.refs.values()))
@@ -236,7 +236,7 @@ def test_ten_requests_for_one_missing_adapter_cause_one_read(pair: Callable[...,
     pair(scenario, ("shm",))
 
 
-def test_a_reader_s_lease_is_over_when_it_has_read(pair: Callable[..., None]) -> None:
+def test_a_lease_ends_when_the_read_has_ended(pair: Callable[..., None]) -> None:
     async def scenario(both: Pair) -> None:
         await both.run("engine-0", "first", "one")
         await both.known("engine-0", "one")
@@ -248,8 +248,8 @@ def test_a_reader_s_lease_is_over_when_it_has_read(pair: Callable[..., None]) ->
     pair(scenario, ("shm",))
 
 
-def test_a_device_s_pool_is_read_over_the_network_into_another_s(pair: Callable[..., None], models: Any) -> None:
-    """Both are the CUDA runner's, which Triton's interpreter computes for where there is no GPU."""
+def test_a_slab_is_read_over_the_network_between_two_device_pools(pair: Callable[..., None], models: Any) -> None:
+    """Both pools belong to CUDA runners; without a GPU Triton's interpreter computes."""
     pytest.importorskip("triton", reason="the CUDA runner needs triton")
     from loraserve.engine.cuda.runner import load_cuda_runner
 

@@ -1,4 +1,4 @@
-"""Another source beside one that takes much longer than expected: real loader, real tcp, peers that misbehave."""
+"""Hedges beside a read that takes much longer than predicted: real reader, real tcp, scripted peers."""
 
 import asyncio
 from collections.abc import Callable
@@ -22,7 +22,7 @@ def scene(models: Any, scripted_store: Any) -> Callable[..., None]:
     return run
 
 
-def test_beside_a_peer_that_stalls_the_next_is_tried_and_the_first_gives_up(
+def test_beside_a_stalled_peer_the_next_source_is_tried_and_wins(
     scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
@@ -38,7 +38,9 @@ def test_beside_a_peer_that_stalls_the_next_is_tried_and_the_first_gives_up(
     scene(scenario)
 
 
-def test_a_first_that_comes_after_all_wins(scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_first_read_that_ends_before_its_hedge_wins(
+    scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
@@ -53,7 +55,7 @@ def test_a_first_that_comes_after_all_wins(scene: Callable[..., None], monkeypat
     scene(scenario)
 
 
-def test_a_spare_that_fails_leaves_the_first_to_go_on(
+def test_a_hedge_that_fails_leaves_the_first_read_running(
     scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
@@ -69,7 +71,7 @@ def test_a_spare_that_fails_leaves_the_first_to_go_on(
     scene(scenario)
 
 
-def test_who_finds_another_hedging_hedges_after_it(scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_load_hedges_after_another_load_s_hedge(scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
@@ -91,10 +93,10 @@ def test_who_finds_another_hedging_hedges_after_it(scene: Callable[..., None], m
     scene(scenario)
 
 
-def test_where_both_fail_it_is_the_first_s_failure_that_counts(
+def test_if_read_and_hedge_fail_the_first_read_s_failure_counts(
     scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A store that is restarted is asked again, whatever a peer says beside it."""
+    """A store that restarts is asked again, whatever the hedge's failure was."""
     monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:

@@ -1,4 +1,4 @@
-"""The loader on a bus in memory: layers verified while others are on their way, and what is left where that fails."""
+"""Reading a slab over a bus in memory: when layers are verified, and what a failure leaves."""
 
 import asyncio
 import threading
@@ -33,7 +33,7 @@ TIMEOUT_S = 20.0
 
 
 def make_slab(ranks: tuple[int, ...] = (2, 1, 3, 1, 2)) -> Slab:
-    """``ranks`` are of the layers, in all their projections."""
+    """Return a slab whose layers have these ranks in all projections."""
     rows = [(rank,) * len(SLICES[module]) for rank in ranks for module in MODULES]
     layout = make_layout(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
     return seal_slab(layout, np.arange(1, layout.elements + 1).astype(storage_dtype("float32")))
@@ -68,7 +68,7 @@ class Scene:
 
 
 def held_at(slab: Slab, layer: int) -> tuple[WatchedPool, threading.Event]:
-    """A pool where whoever verifies this layer waits for the event."""
+    """Return a pool where verifying this layer waits for the event."""
     pool, let_go = WatchedPool(OFFSET), threading.Event()
 
     def hold(at: int) -> None:
@@ -93,7 +93,7 @@ def flip(slab: Slab, at: int) -> Slab:
 
 @pytest.fixture
 def play(scripted_store: Callable[..., Any]) -> Callable[..., None]:
-    """Runs a scenario; ``sent`` is what the store has under the version of ``slab``."""
+    """Run a scenario; ``sent`` is what the store holds under the version of ``slab``."""
 
     def run(
         scenario: Callable[[Scene], Awaitable[None]],
@@ -122,7 +122,7 @@ def play(scripted_store: Callable[..., Any]) -> Callable[..., None]:
     on_device=st.booleans(),
     damaged=st.none() | st.floats(0, 1, exclude_max=True),
 )
-def test_a_slab_is_whole_or_the_layer_that_is_not_is_named(
+def test_a_slab_is_read_whole_or_its_damaged_layer_is_named(
     scripted_store: Any, ranks: tuple[int, ...], chunk_bytes: int, threads: int, on_device: bool, damaged: float | None
 ) -> None:
     slab = make_slab(ranks)
@@ -147,7 +147,7 @@ def test_a_slab_is_whole_or_the_layer_that_is_not_is_named(
 
 @pytest.mark.parametrize("layer", [0, 2, SHAPE.layers - 1], ids=["first", "middle", "last"])
 @pytest.mark.parametrize("where", ["first", "last"])
-def test_a_damaged_layer_ends_the_load_though_the_rest_never_comes(
+def test_a_damaged_layer_ends_the_read_before_the_rest_arrives(
     play: Callable[..., None], layer: int, where: str
 ) -> None:
     slab = make_slab()
@@ -161,7 +161,7 @@ def test_a_damaged_layer_ends_the_load_though_the_rest_never_comes(
     play(scenario, slab, sent=flip(slab, part.start if where == "first" else part.stop - 1))
 
 
-def test_a_layer_is_verified_while_those_behind_it_are_on_their_way(play: Callable[..., None]) -> None:
+def test_a_layer_is_verified_while_later_layers_are_arriving(play: Callable[..., None]) -> None:
     verified = threading.Event()
 
     async def scenario(scene: Scene) -> None:
@@ -174,7 +174,7 @@ def test_a_layer_is_verified_while_those_behind_it_are_on_their_way(play: Callab
     play(scenario)
 
 
-def test_where_steps_compute_on_the_cores_nothing_is_verified_beside_the_copy(play: Callable[..., None]) -> None:
+def test_in_host_memory_nothing_is_verified_beside_the_copy(play: Callable[..., None]) -> None:
     pool = WatchedPool(OFFSET, on_device=False)
 
     async def scenario(scene: Scene) -> None:
@@ -188,7 +188,7 @@ def test_where_steps_compute_on_the_cores_nothing_is_verified_beside_the_copy(pl
     play(scenario, pool=pool)
 
 
-def test_a_header_of_another_version_is_refused_before_any_byte_is_asked_for(play: Callable[..., None]) -> None:
+def test_a_header_of_another_version_is_refused_before_any_chunk_is_read(play: Callable[..., None]) -> None:
     slab = make_slab()
     other = flip(slab, 0)
     swapped = Slab(
@@ -204,8 +204,8 @@ def test_a_header_of_another_version_is_refused_before_any_byte_is_asked_for(pla
 
 
 @pytest.mark.parametrize("at", ["digest", "write"])
-def test_who_gives_up_waits_for_the_threads_that_are_at_the_extent(play: Callable[..., None], at: str) -> None:
-    """It may be another's right after."""
+def test_a_cancelled_read_waits_for_the_threads_that_use_the_extent(play: Callable[..., None], at: str) -> None:
+    """The extent may be given to another adapter right afterwards."""
     let_go = threading.Event()
     pool = WatchedPool(OFFSET)
 
@@ -230,7 +230,7 @@ def test_who_gives_up_waits_for_the_threads_that_are_at_the_extent(play: Callabl
     play(scenario, pool=pool)
 
 
-def test_a_damaged_layer_is_not_told_before_the_other_threads_are_done(play: Callable[..., None]) -> None:
+def test_a_damaged_layer_is_reported_after_the_other_threads_are_done(play: Callable[..., None]) -> None:
     slab = make_slab()
     pool, let_go = held_at(slab, 1)
 
@@ -246,8 +246,8 @@ def test_a_damaged_layer_is_not_told_before_the_other_threads_are_done(play: Cal
     play(scenario, slab, sent=flip(slab, slab.header.layer(2).start), pool=pool)
 
 
-def test_a_load_that_fails_and_is_given_up_meanwhile_is_given_up(play: Callable[..., None]) -> None:
-    """Or a deadline that passes just then would never end it, as another source would be tried."""
+def test_a_read_that_fails_while_it_is_cancelled_is_cancelled(play: Callable[..., None]) -> None:
+    """Otherwise a deadline that passes just then would not end the read: another source would be tried."""
     slab = make_slab()
     pool, let_go = held_at(slab, 1)
 
@@ -264,7 +264,7 @@ def test_a_load_that_fails_and_is_given_up_meanwhile_is_given_up(play: Callable[
     play(scenario, slab, sent=flip(slab, slab.header.layer(2).start), pool=pool)
 
 
-def test_a_device_that_is_lost_while_a_layer_is_read_is_told_as_that(play: Callable[..., None]) -> None:
+def test_a_device_lost_during_verification_is_raised(play: Callable[..., None]) -> None:
     def lost(_: int) -> None:
         raise DeviceLostError("CUDA error: an illegal memory access was encountered")
 

@@ -1,4 +1,4 @@
-"""Which source a load takes when others fail, lie, stall or say no: real loader, real tcp, peers that misbehave."""
+"""Which source a read takes when others fail or misbehave: real reader, real tcp, scripted peers."""
 
 import asyncio
 from collections.abc import Callable
@@ -42,7 +42,7 @@ WRONG: dict[str, Callable[[LeaseGranted], LeaseGranted]] = {
 
 
 @pytest.mark.parametrize("what", WRONG)
-def test_a_peer_that_offers_what_is_wrong_is_left_for_the_next(scene: Callable[..., None], what: str) -> None:
+def test_a_peer_with_a_wrong_offer_is_left_for_the_next_source(scene: Callable[..., None], what: str) -> None:
     async def scenario(scene: Scene) -> None:
         scene.owners[0].change = WRONG[what]
         assert await scene.load() == "store"
@@ -52,7 +52,7 @@ def test_a_peer_that_offers_what_is_wrong_is_left_for_the_next(scene: Callable[.
 
 
 @pytest.mark.parametrize("code", ["not_found", "loading", "mismatch", "making_room", "too_many_leases", "version"])
-def test_a_peer_that_grants_no_lease_is_left_for_the_next(scene: Callable[..., None], code: str) -> None:
+def test_a_peer_that_grants_no_lease_is_left_for_the_next_source(scene: Callable[..., None], code: str) -> None:
     async def scenario(scene: Scene) -> None:
         scene.owners[0].refuses = code
         assert await scene.load() == "engine-2"
@@ -62,7 +62,7 @@ def test_a_peer_that_grants_no_lease_is_left_for_the_next(scene: Callable[..., N
     scene(scenario, peers=2)
 
 
-def test_bytes_that_are_not_the_version_s_are_complained_of_and_replaced(scene: Callable[..., None]) -> None:
+def test_damaged_bytes_are_complained_about_and_read_from_the_next_source(scene: Callable[..., None]) -> None:
     async def scenario(scene: Scene) -> None:
         owner = scene.owners[0]
         owner.memory[len(BEFORE) + len(scene.slab.data) - 1] ^= 1
@@ -79,7 +79,7 @@ def test_bytes_that_are_not_the_version_s_are_complained_of_and_replaced(scene: 
     scene(scenario)
 
 
-def test_a_peer_that_dies_while_it_is_read_leaves_it_to_another(scene: Callable[..., None]) -> None:
+def test_a_peer_that_dies_during_a_read_is_left_for_another(scene: Callable[..., None]) -> None:
     async def scenario(scene: Scene) -> None:
         dying = scene.owners[0]
         dying.stalls = True
@@ -92,7 +92,7 @@ def test_a_peer_that_dies_while_it_is_read_leaves_it_to_another(scene: Callable[
     scene(scenario, peers=2)
 
 
-def test_a_lease_is_renewed_while_the_read_goes_on_and_one_that_ends_ends_the_read(
+def test_a_lease_is_renewed_during_the_read_and_its_end_ends_the_read(
     scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 30.0)
@@ -110,7 +110,7 @@ def test_a_lease_is_renewed_while_the_read_goes_on_and_one_that_ends_ends_the_re
     scene(scenario)
 
 
-def test_a_load_that_is_cancelled_lets_go_of_the_lease_and_writes_no_more(scene: Callable[..., None]) -> None:
+def test_a_cancelled_read_releases_its_lease_and_writes_no_more(scene: Callable[..., None]) -> None:
     async def scenario(scene: Scene) -> None:
         owner = scene.owners[0]
         owner.stalls = True
@@ -127,7 +127,7 @@ def test_a_load_that_is_cancelled_lets_go_of_the_lease_and_writes_no_more(scene:
     scene(scenario)
 
 
-def test_without_a_monitor_the_store_is_asked(scene: Callable[..., None]) -> None:
+def test_without_a_monitor_the_store_is_read(scene: Callable[..., None]) -> None:
     async def scenario(scene: Scene) -> None:
         scene.network.kill("monitor")
         assert await scene.load() == "store"
@@ -136,7 +136,7 @@ def test_without_a_monitor_the_store_is_asked(scene: Callable[..., None]) -> Non
     scene(scenario)
 
 
-def test_where_everybody_fails_the_store_s_reason_is_told(scene: Callable[..., None]) -> None:
+def test_if_all_sources_fail_the_store_s_reason_is_reported(scene: Callable[..., None]) -> None:
     async def scenario(scene: Scene) -> None:
         scene.owners[0].refuses = "not_found"
         scene.store.slabs.clear()

@@ -1,4 +1,4 @@
-"""Extents: disjoint, as tight as granules allow, and whole again once they are given back."""
+"""Extents are disjoint and as tight as granules allow, and holes merge when extents are released."""
 
 import pytest
 from hypothesis import given, settings
@@ -15,7 +15,7 @@ def rounded(wanted: int) -> int:
 
 
 class ExtentMachine(RuleBasedStateMachine):
-    """Against a model that knows of each granule whose it is."""
+    """Compares the allocator with a model that knows the owner of each granule."""
 
     @initialize(region=st.integers(0, 1000))
     def begin(self, region: int) -> None:
@@ -24,7 +24,7 @@ class ExtentMachine(RuleBasedStateMachine):
         self.used: dict[int, int] = {}
 
     def holes(self) -> list[tuple[int, int]]:
-        """Sizes and first bytes."""
+        """Return sizes by first byte."""
         free = set(range(0, self.region, MIN))
         for start, size in self.used.items():
             free -= set(range(start, start + size, MIN))
@@ -56,7 +56,7 @@ class ExtentMachine(RuleBasedStateMachine):
 
     @rule(wanted=st.integers(1, 600), data=st.data())
     def make_room(self, wanted: int, data: st.DataObject) -> None:
-        """The runs without a member to spare, had by trying all that there are."""
+        """Return the runs of which no extent could stay, found by trying all of them."""
         may_go = data.draw(st.sets(st.sampled_from(sorted(self.used))) if self.used else st.just(set()))
         if self.extents.fits(wanted):
             return
@@ -79,7 +79,7 @@ class ExtentMachine(RuleBasedStateMachine):
             assert self.extents.largest_bytes == self.region
 
     def teardown(self) -> None:
-        """All given back, the region can be had whole."""
+        """Release everything: the whole region can be allocated."""
         if not hasattr(self, "extents"):
             return
         for start in list(self.used):
@@ -94,7 +94,7 @@ TestExtents.settings = settings(max_examples=60, stateful_step_count=30, deadlin
 
 
 def filled(*units: int, spare: int = 0) -> tuple[ExtentAllocator, list[int]]:
-    """Extents of so many granules side by side, and where they begin."""
+    """Return an allocator with adjacent extents of so many granules, and their offsets."""
     extents = ExtentAllocator((sum(units) + spare) * MIN, MIN)
     starts = [extents.allocate(count * MIN) for count in units]
     assert starts == [sum(units[:index]) * MIN for index in range(len(units))]
@@ -116,7 +116,7 @@ def test_an_extent_is_no_larger_than_the_granules_that_it_needs() -> None:
     assert extents.free_bytes == MIN
 
 
-def test_holes_on_both_sides_of_what_is_given_back_become_one() -> None:
+def test_a_released_extent_merges_with_the_holes_on_both_sides() -> None:
     extents, starts = filled(2, 3, 2)
     for index in (0, 2, 1):
         assert not extents.fits(6 * MIN)
@@ -139,7 +139,7 @@ def test_a_region_smaller_than_an_extent_gives_nothing() -> None:
 
 
 @given(units=st.lists(st.integers(1, 4), min_size=1, max_size=6), spare=st.integers(0, 3), data=st.data())
-def test_a_run_that_leaves_makes_the_room_it_was_named_for(units: list[int], spare: int, data: st.DataObject) -> None:
+def test_releasing_a_run_makes_the_room_that_was_asked_for(units: list[int], spare: int, data: st.DataObject) -> None:
     extents, starts = filled(*units, spare=spare)
     wanted = data.draw(st.integers(spare * MIN + 1, (sum(units) + spare) * MIN))
     run = data.draw(st.sampled_from(list(extents.runs(wanted, set(starts)))))
@@ -149,7 +149,7 @@ def test_a_run_that_leaves_makes_the_room_it_was_named_for(units: list[int], spa
     assert extents.allocate(wanted) is not None
 
 
-def test_what_is_not_given_out_cannot_be_given_back() -> None:
+def test_an_extent_that_is_not_allocated_cannot_be_released() -> None:
     extents = ExtentAllocator(4 * MIN, MIN)
     extents.allocate(MIN)
     extents.release(0)

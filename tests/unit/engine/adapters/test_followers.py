@@ -1,4 +1,4 @@
-"""What usually follows what: enough evidence, no more than there is, and bounded whatever comes."""
+"""Which adapters count as usual followers, and the bounds of what is remembered."""
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,13 +17,13 @@ A, B, C = (ref(version) for version in "abc")
 
 
 def come(followers: Followers, *adapters: AdapterRef, at_s: float, apart_s: float = 1.0) -> list[list[str]]:
-    """Requests one after another: what is expected at each."""
+    """Return what is expected at each of several requests in a row."""
     found = [followers.note_request(adapter, at_s + apart_s * n) for n, adapter in enumerate(adapters)]
     followers.validate()
     return [[adapter.version for adapter in expected] for expected in found]
 
 
-def test_who_came_soon_after_often_enough_is_expected() -> None:
+def test_an_adapter_that_follows_often_enough_is_expected() -> None:
     followers = Followers()
     for times in range(LEAST_TIMES):
         assert come(followers, A, B, at_s=times * APART_S) == [[], []]
@@ -31,27 +31,27 @@ def test_who_came_soon_after_often_enough_is_expected() -> None:
     assert come(followers, B, at_s=2e6) == [[]], "nothing follows it"
 
 
-def test_who_came_too_late_does_not_follow() -> None:
+def test_a_request_after_the_window_does_not_count() -> None:
     followers = Followers()
     for times in range(3 * LEAST_TIMES):
         come(followers, A, B, at_s=times * APART_S, apart_s=WINDOW_S)
     assert come(followers, A, at_s=1e6) == [[]]
 
 
-def test_who_follows_in_fewer_than_half_of_all_cases_is_not_expected() -> None:
+def test_a_follower_in_fewer_than_half_of_the_windows_is_not_expected() -> None:
     followers = Followers()
     for times in range(3 * LEAST_TIMES):
         come(followers, *((A, B) if times % 3 == 0 else (A, C)), at_s=times * APART_S)
     assert come(followers, A, at_s=1e6) == [["c"]]
 
 
-def test_a_burst_is_one_case_and_not_many() -> None:
+def test_a_burst_counts_as_one_window() -> None:
     followers = Followers()
     come(followers, *[A] * 10, B, *[A, B] * 10, at_s=0.0, apart_s=0.1)
     assert come(followers, A, at_s=1e6) == [[]]
 
 
-def test_several_are_expected_most_often_first_and_in_their_newest_shape() -> None:
+def test_the_most_frequent_follower_comes_first_with_its_newest_name() -> None:
     followers = Followers()
     for times in range(8):
         come(followers, *((A, C, B) if times % 2 else (A, B)), at_s=times * APART_S)
@@ -62,7 +62,7 @@ def test_several_are_expected_most_often_first_and_in_their_newest_shape() -> No
     assert come(followers, A, at_s=2e6) == [["b", "c"]]
 
 
-def test_what_was_usual_long_ago_is_not_any_more() -> None:
+def test_old_habits_are_forgotten() -> None:
     followers = Followers()
     for times in range(200):
         come(followers, A, B, at_s=times * APART_S)
@@ -71,7 +71,7 @@ def test_what_was_usual_long_ago_is_not_any_more() -> None:
     assert until < 80, "200 cases of the past do not outweigh as many of the present"
 
 
-def test_who_cannot_be_had_is_not_expected_until_it_has_followed_again() -> None:
+def test_a_forgotten_follower_is_expected_again_once_it_follows_again() -> None:
     followers = Followers()
     for times in range(LEAST_TIMES):
         come(followers, A, B, at_s=times * APART_S)
@@ -81,7 +81,7 @@ def test_who_cannot_be_had_is_not_expected_until_it_has_followed_again() -> None
 
 @settings(max_examples=50, deadline=None)
 @given(steps=st.lists(st.tuples(st.integers(0, 40), st.sampled_from([0.0, 0.05, 1.0, 6.0])), max_size=300))
-def test_whatever_comes_it_stays_consistent(steps: list[tuple[int, float]]) -> None:
+def test_any_sequence_of_requests_keeps_the_invariants(steps: list[tuple[int, float]]) -> None:
     followers, now = Followers(), 0.0
     for number, apart_s in steps:
         now += apart_s
@@ -89,7 +89,7 @@ def test_whatever_comes_it_stays_consistent(steps: list[tuple[int, float]]) -> N
         followers.validate()
 
 
-def test_it_is_bounded_in_leaders_followers_and_windows() -> None:
+def test_leaders_followers_and_windows_are_bounded() -> None:
     followers = Followers()
     for number in range(2 * MOST_LEADERS):
         followers.note_request(ref(f"v{number}"), number * 0.001)

@@ -1,9 +1,9 @@
-"""How a plan's loads rest while steps run, and only then."""
+"""The rest between loads of a plan while steps run."""
 
 from loraserve.engine.adapters.residency import LONGEST_REST_S, REST_FACTOR, LoadPace
 
 
-def test_one_at_a_time_and_a_rest_after_each_while_steps_run() -> None:
+def test_while_steps_run_one_load_of_the_plan_runs_and_a_rest_follows() -> None:
     pace = LoadPace()
     assert pace.allows(0.0, stepping=True)
     pace.begin("a", 0.0)
@@ -17,7 +17,7 @@ def test_one_at_a_time_and_a_rest_after_each_while_steps_run() -> None:
     assert pace.allows(rests_until_s, stepping=True)
 
 
-def test_a_long_load_is_not_followed_by_a_rest_as_long() -> None:
+def test_the_rest_after_a_long_load_is_bounded() -> None:
     pace = LoadPace()
     pace.begin("a", 0.0)
     pace.update(lambda version: False, 10.0)

@@ -1,4 +1,4 @@
-"""The pool: what is needed stays, what has been unused for longest goes first, and nothing goes in vain."""
+"""The pool: adapters in use stay, the cheapest choice is evicted, and nothing is evicted in vain."""
 
 from itertools import combinations, pairwise
 
@@ -20,7 +20,7 @@ def ref(version: str, units: int = 1, less_bytes: int = 0) -> AdapterRef:
 
 
 def pool_with(*adapters: AdapterRef, units: int = 4, slots: int = 4) -> AdapterPool:
-    """Each placed and loaded, one second after the other."""
+    """Return a pool with these adapters, placed and loaded one second apart."""
     pool = AdapterPool(MIN * units, slots, MIN)
     for now, adapter in enumerate(adapters):
         assert pool.place(adapter, float(now)) is not None
@@ -40,7 +40,7 @@ def evicted(placed: Placed | None) -> list[str]:
 
 
 class PoolMachine(RuleBasedStateMachine):
-    """Against a model that keeps who is needed, and knows room and victims by trying every place and every run."""
+    """Compares the pool with a model that finds room and victims by trying every place and every run."""
 
     @initialize(units=st.integers(1, 16), slots=st.integers(1, 5))
     def begin(self, units: int, slots: int) -> None:
@@ -63,14 +63,14 @@ class PoolMachine(RuleBasedStateMachine):
         return not needed and (drop_plan_pins or version not in self.planned)
 
     def room(self, size: int, staying: set[str]) -> bool:
-        """Whether a place for ``size`` bytes and a slot are free where only ``staying`` is left."""
+        """Return whether ``size`` bytes and a slot would be free if only ``staying`` were left."""
         extents = [(self.held[v][0], self.held[v][0] + self.held[v][1]) for v in staying]
         places = range(0, MIN * self.units - size + 1, MIN)
         free = (all(end <= at or begin >= at + size for begin, end in extents) for at in places)
         return len(staying) < self.slots and any(free)
 
     def cheapest(self, size: int, may_go: set[str]) -> set[str]:
-        """Of all runs of neighbours that may go and whose leaving makes room."""
+        """Return the cheapest run of removable neighbours that makes room."""
         by_address = sorted(self.held, key=lambda v: self.held[v][0])
         runs = [by_address[i:j] for i, j in combinations(range(len(by_address) + 1), 2)]
         enough = [run for run in runs if set(run) <= may_go and self.room(size, self.held.keys() - set(run))]
@@ -191,7 +191,7 @@ TestPool = PoolMachine.TestCase
 TestPool.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 
 
-def test_the_longest_unused_goes_first() -> None:
+def test_the_least_recently_used_adapter_is_evicted_first() -> None:
     pool = pool_with(ref("a"), ref("b"), ref("c"), ref("d"))
     pool.start_running("a", 10.0)
     pool.stop_running("a", 11.0)
@@ -199,14 +199,14 @@ def test_the_longest_unused_goes_first() -> None:
     assert evicted(pool.place(ref("f"), 13.0)) == ["c"]
 
 
-def test_no_more_leaves_than_the_new_one_needs() -> None:
+def test_no_more_adapters_are_evicted_than_needed() -> None:
     pool = pool_with(ref("a"), ref("b"), ref("c"), ref("d"))
     assert evicted(pool.place(ref("two", 2), 9.0)) == ["a", "b"]
     assert "c" in pool
     assert "d" in pool
 
 
-def test_neighbours_leave_together_where_that_keeps_what_was_used_last() -> None:
+def test_neighbours_are_evicted_together_to_keep_a_recently_used_adapter() -> None:
     pool = pool_with(ref("a"), ref("b"), ref("c"), ref("d"))
     pool.start_running("b", 20.0)
     pool.stop_running("b", 20.0)
@@ -214,7 +214,7 @@ def test_neighbours_leave_together_where_that_keeps_what_was_used_last() -> None
     assert evicted(pool.place(ref("two", 2), 21.0)) == ["c", "d"]
 
 
-def test_neighbours_leave_together_wherever_they_lie() -> None:
+def test_neighbours_are_evicted_together_anywhere_in_the_pool() -> None:
     pool = pool_with(ref("a"), ref("b"), ref("c"), ref("d"))
     pool.start_running("a", 20.0)
     pool.stop_running("a", 20.0)
@@ -222,7 +222,7 @@ def test_neighbours_leave_together_wherever_they_lie() -> None:
 
 
 @pytest.mark.parametrize("hole", ["a", "c"])
-def test_a_hole_on_either_side_of_a_victim_is_room(hole: str) -> None:
+def test_a_hole_on_either_side_of_a_victim_counts_as_room(hole: str) -> None:
     pool = AdapterPool(MIN * 3, 4, MIN)
     for adapter in (ref("a"), ref("b"), ref("c")):
         pool.place(adapter, 0.0)
@@ -231,7 +231,7 @@ def test_a_hole_on_either_side_of_a_victim_is_room(hole: str) -> None:
     assert evicted(pool.place(ref("two", 2), 1.0)) == ["b"]
 
 
-def test_one_plan_pin_goes_before_two_that_were_used_earlier() -> None:
+def test_evicting_one_plan_pin_is_cheaper_than_two_older_ones() -> None:
     pool = pool_with(ref("a"), ref("b"), ref("c", 2))
     for version in "abc":
         pool.pin_for_plan(version, 1)
@@ -239,7 +239,7 @@ def test_one_plan_pin_goes_before_two_that_were_used_earlier() -> None:
 
 
 @pytest.mark.parametrize(("units", "goes"), [((3, 2, 2), "b"), ((2, 2, 3), "a")])
-def test_of_those_used_last_at_once_the_smallest_goes_then_the_lowest(units: tuple[int, ...], goes: str) -> None:
+def test_ties_are_broken_by_least_bytes_then_by_lowest_offset(units: tuple[int, ...], goes: str) -> None:
     pool = AdapterPool(MIN * sum(units), 4, MIN)
     for version, size in zip("abc", units, strict=True):
         pool.place(ref(version, size), 0.0)
@@ -248,7 +248,7 @@ def test_of_those_used_last_at_once_the_smallest_goes_then_the_lowest(units: tup
 
 
 @pytest.mark.parametrize("need", ["running", "planned", "loading", "leased", "kept"])
-def test_who_is_needed_stays(need: str) -> None:
+def test_an_adapter_in_use_is_not_evicted(need: str) -> None:
     pool = AdapterPool(MIN, 4, MIN)
     pool.place(ref("a"), 0.0)
     if need != "loading":
@@ -274,7 +274,7 @@ def test_a_request_may_drop_a_plan_pin_and_that_is_counted() -> None:
     assert pool.plan_pins_dropped == 1
 
 
-def test_without_a_free_slot_one_leaves_though_memory_is_free() -> None:
+def test_without_a_free_slot_an_adapter_is_evicted_though_memory_is_free() -> None:
     pool = pool_with(ref("a"), ref("b"), units=8, slots=2)
     placed = pool.place(ref("c"), 5.0)
     assert placed is not None

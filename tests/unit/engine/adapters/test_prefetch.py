@@ -1,4 +1,4 @@
-"""Adapters that come before they are asked for: which, into whose room, for how long, and what it was good for."""
+"""Prefetched adapters: which are loaded, into whose room, for how long, and how useful they were."""
 
 from types import SimpleNamespace
 
@@ -28,7 +28,7 @@ def expect(desk: SimpleNamespace, helpers: SimpleNamespace, version: str, units:
 
 
 def ran(desk: SimpleNamespace, helpers: SimpleNamespace, *versions: str) -> None:
-    """A request of each, one after another."""
+    """Run a request for each adapter, one after another."""
     for version in versions:
         name = f"{version}-{desk.now}"
         desk.arrive(name, [1], helpers.adapter(version), max_tokens=1)
@@ -39,12 +39,12 @@ def ran(desk: SimpleNamespace, helpers: SimpleNamespace, *versions: str) -> None
 
 
 def counts(desk: SimpleNamespace) -> dict[str, tuple[int, int, int]]:
-    """Loaded, useful and wasted extents by kind."""
+    """Return loaded, useful and wasted extents by kind."""
     found: tuple[PrefetchCounts, ...] = desk.scheduler.counters().prefetched
     return {c.kind: (c.loaded_bytes // 4096, c.useful_bytes // 4096, c.wasted_bytes // 4096) for c in found}
 
 
-def test_what_is_expected_loads_and_is_there_for_its_request(helpers: SimpleNamespace) -> None:
+def test_an_expected_adapter_is_resident_when_its_request_comes(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     expect(desk, helpers, "a")
     assert desk.loads == ["a"]
@@ -56,7 +56,7 @@ def test_what_is_expected_loads_and_is_there_for_its_request(helpers: SimpleName
     assert counts(desk) == {"admission": (1, 1, 0)}
 
 
-def test_who_comes_while_it_loads_takes_it_over(helpers: SimpleNamespace) -> None:
+def test_a_request_that_comes_during_a_prefetch_keeps_the_load(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     expect(desk, helpers, "a")
     desk.arrive("r", [1], helpers.adapter("a"))
@@ -65,7 +65,7 @@ def test_who_comes_while_it_loads_takes_it_over(helpers: SimpleNamespace) -> Non
     assert desk.tell(RequestAborted("r")) == [CancelLoad("a")]
 
 
-def test_what_nobody_came_for_is_given_up(helpers: SimpleNamespace) -> None:
+def test_a_prefetch_without_a_request_is_cancelled_in_time(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     expect(desk, helpers, "a")
     desk.now += ADMISSION_LASTS_S
@@ -75,7 +75,7 @@ def test_what_nobody_came_for_is_given_up(helpers: SimpleNamespace) -> None:
     assert counts(desk) == {}, "nothing of it was ever there"
 
 
-def test_one_that_is_expected_again_while_it_is_being_cancelled_loads_again(helpers: SimpleNamespace) -> None:
+def test_an_adapter_expected_again_during_its_cancellation_loads_again(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("gone", [1], helpers.adapter("a"))
     desk.tell(RequestAborted("gone"))
@@ -84,7 +84,7 @@ def test_one_that_is_expected_again_while_it_is_being_cancelled_loads_again(help
     assert desk.loads == ["a"]
 
 
-def test_a_guess_takes_no_room_that_a_request_or_the_plan_has_or_that_was_used_lately(helpers: SimpleNamespace) -> None:
+def test_a_prefetch_evicts_nothing_in_use_pinned_or_used_lately(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(pool_bytes=3 * helpers.UNIT)
     ran(desk, helpers, "old")
     desk.tell(PlanPrepared(1, (helpers.adapter("planned"),)))
@@ -98,7 +98,7 @@ def test_a_guess_takes_no_room_that_a_request_or_the_plan_has_or_that_was_used_l
     assert (evict.version, evict.slot) == ("old", 0)
 
 
-def test_a_guess_takes_no_room_that_a_request_waits_for(helpers: SimpleNamespace) -> None:
+def test_a_prefetch_takes_no_room_that_a_request_waits_for(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(pool_bytes=2 * helpers.UNIT)
     desk.arrive("runs", [1], helpers.adapter("busy"), max_tokens=9)
     desk.loaded("busy")
@@ -108,7 +108,7 @@ def test_a_guess_takes_no_room_that_a_request_waits_for(helpers: SimpleNamespace
     assert desk.loads == ["a"]
 
 
-def test_requests_come_before_what_is_expected_and_that_before_the_plan(helpers: SimpleNamespace) -> None:
+def test_waiting_requests_load_before_expected_adapters_and_those_before_the_plan(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(pool_bytes=8 * helpers.UNIT, max_loads=1)
     desk.arrive("first", [1], helpers.adapter("first"))
     desk.tell(PlanPrepared(1, (helpers.adapter("planned"),)))
@@ -123,7 +123,7 @@ def test_requests_come_before_what_is_expected_and_that_before_the_plan(helpers:
     assert order == ["first", "second", "expected", "planned"]
 
 
-def test_what_cannot_be_had_is_not_tried_again(helpers: SimpleNamespace) -> None:
+def test_a_failed_prefetch_is_not_repeated(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     expect(desk, helpers, "a")
     desk.tell(AdapterLoadFailed("a", "not_found", "gone"))
@@ -132,7 +132,7 @@ def test_what_cannot_be_had_is_not_tried_again(helpers: SimpleNamespace) -> None
     assert desk.loads == []
 
 
-def test_too_many_candidates_are_not_taken_up(helpers: SimpleNamespace) -> None:
+def test_further_candidates_are_ignored_when_there_are_too_many(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(pool_bytes=64 * helpers.UNIT, max_adapters=64)
     for number in range(MOST_CANDIDATES + 5):
         expect(desk, helpers, f"v{number}")
@@ -146,7 +146,7 @@ def test_too_many_candidates_are_not_taken_up(helpers: SimpleNamespace) -> None:
 
 
 def learn(desk: SimpleNamespace, helpers: SimpleNamespace) -> None:
-    """That b follows a; then c and d take their room."""
+    """Teach the engine that b follows a, then evict both with c and d."""
     for _ in range(LEAST_TIMES):
         desk.now += 10 * WINDOW_S
         ran(desk, helpers, "a")
@@ -156,7 +156,7 @@ def learn(desk: SimpleNamespace, helpers: SimpleNamespace) -> None:
     ran(desk, helpers, "c", "d")
 
 
-def test_what_usually_follows_is_there_before_it_is_asked_for(helpers: SimpleNamespace) -> None:
+def test_a_usual_follower_is_loaded_before_its_request_comes(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     learn(desk, helpers)
     desk.now += SPARES_S[PrefetchKind.PATTERN]
@@ -170,14 +170,14 @@ def test_what_usually_follows_is_there_before_it_is_asked_for(helpers: SimpleNam
     assert any("expected: pattern" in line for line in desk.scheduler.story.lines("b"))
 
 
-def test_what_usually_follows_makes_nothing_leave_that_was_used_lately(helpers: SimpleNamespace) -> None:
+def test_a_usual_follower_evicts_nothing_that_was_used_lately(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     learn(desk, helpers)
     ran(desk, helpers, "a", "c")
     assert desk.loads == []
 
 
-def test_what_a_plan_brought_in_is_counted_by_what_came_of_it(helpers: SimpleNamespace) -> None:
+def test_loads_of_a_plan_are_counted_as_useful_or_wasted(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.tell(PlanPrepared(1, (helpers.adapter("a"), helpers.adapter("b"))))
     desk.loaded("a")

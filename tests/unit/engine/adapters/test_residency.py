@@ -1,4 +1,4 @@
-"""Which adapter is loaded when: requests before the plan, few at once, and every wish gets its answer."""
+"""Which adapter is loaded when: requests before the plan, a few at once, and every plan gets its answer."""
 
 from collections.abc import Collection
 
@@ -100,14 +100,14 @@ def test_few_adapters_load_at_once() -> None:
     assert loads(made.start_loads([D], 2.0, idle=True)) == ["d"]
 
 
-def test_an_adapter_on_its_way_is_not_loaded_again() -> None:
+def test_an_adapter_that_is_loading_is_not_loaded_again() -> None:
     made = residency()
     made.prepare_plan(1, (A,))
     assert loads(made.start_loads([A, A], 0.0, idle=True)) == ["a"]
     assert made.start_loads([A], 1.0, idle=True) == []
 
 
-def test_nobodys_adapter_leaves_for_that_of_a_later_request() -> None:
+def test_no_adapter_of_a_request_is_evicted_for_a_later_request() -> None:
     made = residency(loaded=(A, B))
     assert made.start_loads([A, B, C], 5.0, idle=True) == []
     found = made.start_loads([A, C], 6.0, idle=True)
@@ -124,7 +124,7 @@ def test_an_eviction_comes_before_the_load_that_needs_it() -> None:
     assert evict.left == LeftSlab(A, 0), "it lies there until the load begins"
 
 
-def test_a_plan_is_answered_when_all_of_it_is_there_and_pinned() -> None:
+def test_a_plan_is_answered_when_all_its_adapters_are_resident_and_pinned() -> None:
     made = residency(loaded=(A,))
     assert made.prepare_plan(7, (A, B)) == []
     made.start_loads([], 1.0, idle=True)
@@ -133,13 +133,13 @@ def test_a_plan_is_answered_when_all_of_it_is_there_and_pinned() -> None:
     assert made.start_loads([], 2.0, idle=True) == [], "it is answered once"
 
 
-def test_a_plan_of_what_is_there_or_of_nothing_is_answered_at_once() -> None:
+def test_an_empty_plan_or_one_of_resident_adapters_is_answered_at_once() -> None:
     made = residency(loaded=(A,))
     assert made.prepare_plan(1, (A,)) == [PlanReady(1, {})]
     assert made.prepare_plan(2, ()) == [PlanReady(2, {})]
 
 
-def test_what_cannot_be_loaded_is_in_the_answer_with_its_reason() -> None:
+def test_the_answer_names_the_adapters_that_failed_with_their_reasons() -> None:
     made = residency()
     assert made.prepare_plan(3, (HUGE, A)) == []
     made.start_loads([], 0.0, idle=True)
@@ -161,7 +161,7 @@ def test_a_newer_plan_ends_the_one_before() -> None:
     assert made.complete_load("b") == [PlanReady(2, {})], "a load that was under way serves the newer plan"
 
 
-def test_a_plan_never_drops_its_own_pins_and_says_so_once_nothing_else_can_make_room() -> None:
+def test_a_plan_fails_an_adapter_for_which_only_its_own_pins_could_leave() -> None:
     made = residency()
     made.prepare_plan(1, (A, B, C))
     made.start_loads([], 0.0, idle=True)
@@ -181,7 +181,7 @@ def test_a_request_drops_a_plan_pin_where_nothing_else_makes_room() -> None:
     assert evictions(made.start_loads([C, D], 6.0, idle=True)) == ["a"]
 
 
-def test_retired_copies_lose_their_pin_and_stay_until_room_is_wanted() -> None:
+def test_retired_copies_lose_their_pin_and_stay_until_evicted() -> None:
     made = residency(loaded=(A, B))
     made.prepare_plan(1, (A, B))
     for _ in range(2):
@@ -192,7 +192,7 @@ def test_retired_copies_lose_their_pin_and_stay_until_room_is_wanted() -> None:
 
 
 def pins(made: Residency) -> dict[str, int]:
-    """Epochs of the plan's pins by version."""
+    """Return the epochs of the plan's pins by version."""
     return {e.adapter.version: e.plan_epoch for e in made.pool.entries() if e.planned}
 
 
@@ -206,7 +206,7 @@ def test_a_late_retire_of_an_older_plan_leaves_what_a_newer_one_pinned() -> None
     assert pins(made) == {"b": 5}
 
 
-def test_a_retire_gives_up_what_is_still_to_come_for_a_plan_that_was_never_published() -> None:
+def test_a_retire_gives_up_missing_adapters_of_a_plan_never_published() -> None:
     made = residency(units=4, loaded=(A,))
     made.prepare_plan(4, (A,))
     assert made.prepare_plan(5, (A, B, C, D)) == []
@@ -218,7 +218,7 @@ def test_a_retire_gives_up_what_is_still_to_come_for_a_plan_that_was_never_publi
     assert pins(made) == {"a": 5}
 
 
-def test_a_retire_of_an_older_plan_does_not_end_what_is_being_prepared() -> None:
+def test_a_retire_of_an_older_plan_does_not_end_a_newer_preparation() -> None:
     made = residency()
     made.prepare_plan(5, (A,))
     made.start_loads([], 1.0, idle=True)
@@ -227,7 +227,7 @@ def test_a_retire_of_an_older_plan_does_not_end_what_is_being_prepared() -> None
     assert pins(made) == {"a": 5}
 
 
-def test_what_a_dead_planner_asked_for_comes_too_late_and_is_refused() -> None:
+def test_a_plan_older_than_the_newest_is_refused() -> None:
     made = residency(units=4)
     made.prepare_plan(5, (A,))
     (late,) = made.prepare_plan(4, (B,))
@@ -238,7 +238,7 @@ def test_what_a_dead_planner_asked_for_comes_too_late_and_is_refused() -> None:
     assert made.complete_load("a") == [PlanReady(5, {})], "the newer plan was not disturbed"
 
 
-def test_the_newest_epoch_heard_of_is_told() -> None:
+def test_the_newest_epoch_is_kept() -> None:
     made = residency(loaded=(A,))
     assert made.plan_epoch == 0
     made.prepare_plan(3, (A,))
@@ -248,7 +248,7 @@ def test_the_newest_epoch_heard_of_is_told() -> None:
 
 
 class CountingPool(AdapterPool):
-    """Counts how often room was looked for."""
+    """Counts the searches for room."""
 
     looks = 0
 
@@ -259,7 +259,7 @@ class CountingPool(AdapterPool):
         return super().place(adapter, now, keep, drop_plan_pins)
 
 
-def test_a_long_queue_before_a_full_pool_costs_one_look_a_size() -> None:
+def test_a_long_queue_before_a_full_pool_costs_one_search_per_size() -> None:
     made = residency(units=2)
     made.pool = pool = CountingPool(2 * UNIT, 8)
     for adapter in (A, B):
@@ -279,7 +279,7 @@ def test_a_smaller_adapter_loads_where_a_larger_one_found_no_room() -> None:
     assert loads(made.start_loads([double, C], 1.0, idle=False)) == ["c"]
 
 
-def test_while_steps_run_a_plan_s_adapters_come_one_by_one_and_requests_are_not_held_up() -> None:
+def test_while_steps_run_plan_loads_are_paced_and_requests_are_not() -> None:
     made = residency(units=8)
     made.prepare_plan(1, (A, B, C))
     assert loads(made.start_loads([], 0.0, idle=False, stepping=True)) == ["a"]

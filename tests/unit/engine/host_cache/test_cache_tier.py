@@ -1,4 +1,4 @@
-"""Saves out of the pool: what waits for them, what they leave, and what comes back."""
+"""Copies out of the pool: what waits for them, what they leave, and how a slab is read back."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -30,7 +30,7 @@ FROM_PEER = ReadSource("engine-1", "shm")
 
 
 class SlowPool(HostPool):
-    """Copies begin once ``open`` is set, and fail while ``breaks``."""
+    """A pool whose copies begin once ``open`` is set, and fail while ``breaks`` is set."""
 
     def __init__(self) -> None:
         super().__init__(memoryview(bytearray(POOL_BYTES)))
@@ -57,7 +57,7 @@ class NotingSpeeds(LinkSpeeds):
 
 
 class Stage:
-    """A tier, with a slab of the pool at AT that may leave."""
+    """A cache tier, and a slab at AT of the pool that may leave."""
 
     def __init__(self, slab: Slab, cache_bytes: int = POOL_BYTES) -> None:
         self.pool = SlowPool()
@@ -80,7 +80,7 @@ class Stage:
         self.tier.validate()
 
     async def reload(self, into: HostPool, offset_bytes: int, damaged: DamagedSlabError | None = None) -> list[int]:
-        """As a loader does; how many bytes had arrived when."""
+        """Read the slab as a loader does; return the progress that was reported."""
         source = await self.tier.find(self.ref)
         assert source is not None
         assert await source.open(self.ref) == self.slab.header
@@ -115,7 +115,7 @@ def play(slab: Slab) -> Play:
     return run
 
 
-def test_a_slab_that_left_comes_back_as_it_was(play: Play) -> None:
+def test_an_evicted_slab_is_reloaded_unchanged(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
         await stage.saved()
@@ -131,7 +131,7 @@ def test_a_slab_that_left_comes_back_as_it_was(play: Play) -> None:
     play(scenario)
 
 
-def test_a_load_waits_for_what_is_saved_from_its_extent_and_for_nothing_else(play: Play) -> None:
+def test_a_load_waits_only_for_copies_out_of_its_extent(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
         end = AT + stage.ref.slab_bytes
@@ -149,7 +149,7 @@ def test_a_load_waits_for_what_is_saved_from_its_extent_and_for_nothing_else(pla
     play(scenario)
 
 
-def test_a_load_of_what_is_being_saved_waits_for_that_and_has_it_from_here(play: Play) -> None:
+def test_a_load_of_a_slab_being_saved_waits_and_reads_it_from_the_cache(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
         assert stage.tier.cache.versions == ()
@@ -162,7 +162,7 @@ def test_a_load_of_what_is_being_saved_waits_for_that_and_has_it_from_here(play:
     play(scenario)
 
 
-def test_a_load_that_is_given_up_while_it_waits_does_no_harm_to_the_save(play: Play) -> None:
+def test_cancelling_a_waiting_load_does_not_disturb_the_copy(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
         waiting = asyncio.ensure_future(stage.tier.wait_saved(AT, 1))
@@ -176,7 +176,7 @@ def test_a_load_that_is_given_up_while_it_waits_does_no_harm_to_the_save(play: P
 
 
 @pytest.mark.parametrize("given_up", [False, True])
-def test_a_save_that_fails_leaves_nothing_and_keeps_nobody_waiting(play: Play, given_up: bool) -> None:
+def test_a_failed_copy_leaves_nothing_and_ends_the_waits(play: Play, given_up: bool) -> None:
     async def scenario(stage: Stage) -> None:
         stage.pool.breaks = True
         stage.evict()
@@ -194,7 +194,7 @@ def test_a_save_that_fails_leaves_nothing_and_keeps_nobody_waiting(play: Play, g
     play(scenario)
 
 
-def test_what_is_kept_already_is_not_copied_again_and_costs_what_it_did(play: Play) -> None:
+def test_a_cached_slab_is_not_copied_again_and_keeps_its_reload_time(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict(FROM_PEER)
         await stage.saved()
@@ -205,7 +205,7 @@ def test_what_is_kept_already_is_not_copied_again_and_costs_what_it_did(play: Pl
     play(scenario)
 
 
-def test_what_a_load_finds_damaged_is_here_no_more(play: Play) -> None:
+def test_a_slab_that_a_load_finds_damaged_leaves_the_cache(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
         await stage.saved()
@@ -217,7 +217,7 @@ def test_what_a_load_finds_damaged_is_here_no_more(play: Play) -> None:
 
 
 @pytest.mark.parametrize("layer", [None, 1])
-def test_when_a_peer_complains_the_copy_is_looked_at(play: Play, layer: int | None) -> None:
+def test_a_copy_is_checked_and_dropped_if_damaged(play: Play, layer: int | None) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
         await stage.saved()
@@ -235,7 +235,7 @@ def test_when_a_peer_complains_the_copy_is_looked_at(play: Play, layer: int | No
     play(scenario)
 
 
-def test_a_source_of_what_has_left_or_is_of_another_size_says_so(play: Play) -> None:
+def test_opening_a_missing_slab_or_one_of_another_size_fails(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
         await stage.saved()
@@ -254,7 +254,7 @@ def test_a_source_of_what_has_left_or_is_of_another_size_says_so(play: Play) -> 
     play(scenario)
 
 
-def test_without_memory_nothing_is_kept(play: Play) -> None:
+def test_without_cache_memory_nothing_is_kept(play: Play) -> None:
     async def scenario(stage: Stage) -> None:
         stage.evict()
         assert (stage.tasks, stage.tier.memory, stage.tier.cache.versions) == ([], None, ())

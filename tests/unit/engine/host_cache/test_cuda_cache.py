@@ -1,4 +1,4 @@
-"""The host cache behind a pool on a device: on a GPU where there is one, its memory is page-locked."""
+"""The host cache behind a pool on a device; on a GPU its memory is page-locked."""
 
 import asyncio
 import random

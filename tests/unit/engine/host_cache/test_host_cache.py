@@ -1,4 +1,4 @@
-"""The host cache: what is worth its place stays, what is read or saved always does, and what comes is worth it."""
+"""Which slabs the host cache keeps and drops; slabs that are read or saved always stay."""
 
 from random import Random
 
@@ -18,7 +18,7 @@ def adapter(version: str, units: int = 1) -> AdapterRef:
 
 
 def offer(cache: HostCache, wanted: AdapterRef, reload_s: float = 1.0, now: float = 0.0, uses: int = 1) -> bool:
-    """It was asked for so often, leaves the pool, and is saved where it is worth that."""
+    """Count uses of a slab and offer it to the cache; return whether it was saved."""
     for _ in range(uses):
         cache.uses.add(wanted.version, now)
     offset = cache.offer(wanted, HEADER, reload_s, now)
@@ -38,7 +38,7 @@ def cache_with(*wanted: AdapterRef, units: int, **offered: float) -> HostCache:
 A, B, C, D = (adapter(version) for version in "abcd")
 
 
-def test_what_there_is_room_for_is_kept_though_nobody_asked_for_it() -> None:
+def test_a_slab_without_requests_is_kept_if_there_is_room() -> None:
     cache = HostCache(2 * UNIT)
     assert offer(cache, A, uses=0)
     assert offer(cache, B, uses=0)
@@ -53,16 +53,14 @@ def test_a_slab_larger_than_the_cache_is_not_kept() -> None:
 
 
 @pytest.mark.parametrize(("reload_s", "uses", "kept"), [(1.0, 1, False), (1.0, 4, True), (4.0, 1, True)])
-def test_what_is_asked_for_more_or_takes_longer_to_have_displaces_others(
-    reload_s: float, uses: int, kept: bool
-) -> None:
+def test_a_slab_with_more_uses_or_longer_reload_displaces_another(reload_s: float, uses: int, kept: bool) -> None:
     cache = HostCache(UNIT)
     offer(cache, A, uses=2)
     assert offer(cache, B, reload_s, uses=uses) is kept
     assert cache.versions == (("b",) if kept else ("a",))
 
 
-def test_the_cheapest_of_those_here_goes() -> None:
+def test_the_slab_of_least_value_is_dropped() -> None:
     cache = HostCache(3 * UNIT)
     offer(cache, A, reload_s=1.0, uses=3)
     offer(cache, B, reload_s=0.5, uses=4)
@@ -71,7 +69,7 @@ def test_the_cheapest_of_those_here_goes() -> None:
     assert cache.versions == ("a", "c", "d")
 
 
-def test_what_the_pool_has_lost_is_worth_its_place_again() -> None:
+def test_a_slab_that_left_the_pool_has_its_value_again() -> None:
     pool: set[str] = set()
     cache = HostCache(UNIT, pool.__contains__)
     offer(cache, A, uses=3)
@@ -81,7 +79,7 @@ def test_what_the_pool_has_lost_is_worth_its_place_again() -> None:
     assert cache.versions == ("a",)
 
 
-def test_of_two_that_make_the_room_the_one_with_less_value_per_byte_goes() -> None:
+def test_the_run_with_less_value_per_byte_is_dropped() -> None:
     cache = HostCache(4 * UNIT)
     offer(cache, adapter("large", units=2), uses=3)
     offer(cache, A, uses=2)
@@ -90,21 +88,21 @@ def test_of_two_that_make_the_room_the_one_with_less_value_per_byte_goes() -> No
     assert cache.versions == ("a", "b", "new"), "together the small ones are worth more than the large one"
 
 
-def test_what_nobody_asks_for_any_more_grows_cheap() -> None:
+def test_the_value_of_an_unused_slab_decays() -> None:
     cache = HostCache(UNIT)
     offer(cache, A, uses=4, now=0.0)
     assert not offer(cache, B, now=0.0)
     assert offer(cache, B, now=1000.0)
 
 
-def test_of_equal_value_what_came_first_goes() -> None:
+def test_the_oldest_slab_of_equal_value_is_dropped() -> None:
     cache = HostCache(2 * UNIT)
     for now, each in enumerate((A, B, C)):
         assert offer(cache, each, uses=0, now=float(now))
     assert cache.versions == ("b", "c")
 
 
-def test_what_is_here_needs_no_copy_when_it_leaves_the_pool_again() -> None:
+def test_a_cached_slab_needs_no_copy_when_it_leaves_the_pool() -> None:
     pool: set[str] = set()
     cache = HostCache(2 * UNIT, pool.__contains__)
     offer(cache, A)
@@ -113,7 +111,7 @@ def test_what_is_here_needs_no_copy_when_it_leaves_the_pool_again() -> None:
     assert cache.versions == ("a",)
 
 
-def test_what_the_pool_has_as_well_goes_first_until_it_leaves_there() -> None:
+def test_a_slab_that_is_also_in_the_pool_is_dropped_first() -> None:
     pool: set[str] = set()
     cache = HostCache(2 * UNIT, pool.__contains__)
     offer(cache, A, uses=9)
@@ -128,7 +126,7 @@ def test_what_the_pool_has_as_well_goes_first_until_it_leaves_there() -> None:
     assert cache.versions == ("b", "d"), "b has left the pool: here is the only copy"
 
 
-def test_what_is_being_saved_is_read_by_nobody_and_stays() -> None:
+def test_a_slab_being_saved_is_not_read_and_stays() -> None:
     cache = HostCache(UNIT)
     assert cache.offer(A, HEADER, 1.0, 0.0) == 0
     assert (cache.versions, cache.begin_read("a")) == ((), None)
@@ -139,7 +137,7 @@ def test_what_is_being_saved_is_read_by_nobody_and_stays() -> None:
     assert "could not be saved" in cache.story.lines("a")[-1]
 
 
-def test_what_a_load_or_a_peer_reads_stays() -> None:
+def test_a_slab_that_is_read_stays() -> None:
     cache = cache_with(A, B, units=2, uses=0)
     slab = cache.begin_read("a")
     assert slab is not None
@@ -150,7 +148,7 @@ def test_what_a_load_or_a_peer_reads_stays() -> None:
     assert cache.versions == ("b", "c")
 
 
-def test_what_is_damaged_is_given_to_nobody_and_goes_with_its_last_reader() -> None:
+def test_a_damaged_slab_is_not_read_and_leaves_with_its_last_reader() -> None:
     cache = cache_with(A, units=1)
     slab, leased = cache.begin_read("a"), cache.lease("a")
     assert slab is not None
@@ -167,7 +165,7 @@ def test_what_is_damaged_is_given_to_nobody_and_goes_with_its_last_reader() -> N
     cache.damage("a", 2.0)
 
 
-def test_the_story_tells_where_it_was_and_why_it_went() -> None:
+def test_the_story_says_where_a_slab_was_saved_and_why_it_was_dropped() -> None:
     cache = HostCache(UNIT)
     offer(cache, A, now=1.0)
     offer(cache, B, now=2.0)
@@ -180,7 +178,7 @@ def test_the_story_tells_where_it_was_and_why_it_went() -> None:
     ]
 
 
-def test_it_spares_more_waiting_than_the_least_recently_used_would() -> None:
+def test_it_saves_more_waiting_than_least_recently_used() -> None:
     """Requests of Zipf popularity for adapters of ranks 8 to 64, behind a pool that holds none of them for long."""
     random = Random(5)
     adapters = [adapter(f"v{index}", units=random.choice((1, 2, 4, 8))) for index in range(60)]

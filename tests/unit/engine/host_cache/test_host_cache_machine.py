@@ -1,4 +1,4 @@
-"""The host cache under leases, loads and damage: what somebody reads is what was saved there, come what may."""
+"""The host cache under leases, loads and damage: a reader always reads what was saved."""
 
 import msgspec
 from hypothesis import settings
@@ -23,14 +23,14 @@ adapters = st.sampled_from(ADAPTERS)
 
 
 class Reading(msgspec.Struct):
-    """What somebody began to read, with what lay there then."""
+    """A read under way and the content of its extent when it began."""
 
     slab: CachedSlab
     content: list[str]
 
 
 class HostCacheMachine(RuleBasedStateMachine):
-    """The memory is modelled too: a save writes its place, and nothing else does."""
+    """Models the cache's memory too: only saves write to it."""
 
     @initialize(units=st.integers(1, 8), here=st.lists(adapters, max_size=4, unique=True))
     def begin(self, units: int, here: list[AdapterRef]) -> None:
@@ -60,7 +60,7 @@ class HostCacheMachine(RuleBasedStateMachine):
         return Reading(slab, content)
 
     def one(self, data: st.DataObject) -> AdapterRef:
-        """Most often what is here."""
+        """Draw an adapter, most often one that is cached."""
         here = [slab.adapter for slab in self.cache.entries()]
         return data.draw(st.sampled_from(here * 6 + ADAPTERS))
 
@@ -180,7 +180,7 @@ class HostCacheMachine(RuleBasedStateMachine):
             assert not slab.is_complete
 
     def teardown(self) -> None:
-        """Once nobody reads any more nothing is pinned: all of it can leave."""
+        """End all reads: every slab can leave then."""
         if not hasattr(self, "cache"):
             return
         while self.saving:

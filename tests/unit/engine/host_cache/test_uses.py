@@ -1,4 +1,4 @@
-"""Requests count less the older they are, and only so many versions are remembered."""
+"""Requests count less the older they are, and a bounded number of versions is remembered."""
 
 import pytest
 
@@ -14,7 +14,7 @@ def test_a_request_counts_half_after_each_half_life() -> None:
     assert uses.get("never asked for", 0.0) == 0.0
 
 
-def test_of_two_the_order_changes_with_requests_alone() -> None:
+def test_only_requests_change_the_order_of_two_adapters() -> None:
     uses = UseCounts(half_life_s=10.0)
     for version, times in (("a", 3), ("b", 2)):
         for _ in range(times):
@@ -24,13 +24,13 @@ def test_of_two_the_order_changes_with_requests_alone() -> None:
     assert uses.get("b", 50.0) > uses.get("a", 50.0)
 
 
-def test_time_without_end_leaves_nothing() -> None:
+def test_counts_decay_to_zero() -> None:
     uses = UseCounts(half_life_s=10.0)
     uses.add("a", 0.0)
     assert uses.get("a", 1e9) == 0.0
 
 
-def test_those_asked_for_least_are_forgotten_when_there_are_too_many() -> None:
+def test_the_rarest_versions_are_forgotten_when_there_are_too_many() -> None:
     uses = UseCounts(half_life_s=10.0, most=4)
     for version in "aab":
         uses.add(version, 0.0)

@@ -1,4 +1,4 @@
-"""Leases one by one: who gets them, how they end, and what they keep in the pool for how long."""
+"""Leases one by one: who gets them, how they end, and how long they keep an adapter in the pool."""
 
 import pytest
 
@@ -29,7 +29,7 @@ A, B, C, D = (adapter(version) for version in "abcd")
 
 
 class Owner:
-    """A pool with ``loaded`` in it, and its leases."""
+    """A pool with the ``loaded`` adapters, and its leases."""
 
     def __init__(self, *loaded: AdapterRef, units: int = 2, max_loads: int = 2) -> None:
         limits = SchedulerLimits(
@@ -62,7 +62,7 @@ class Owner:
         return code(self.ask(wanted, reader, read_id, now))
 
     def waits(self, *wanted: AdapterRef, idle: bool = False) -> tuple[list[str], list[str]]:
-        """Requests for these wait: what leaves and what begins to load."""
+        """Return what is evicted and what is loaded when requests for these wait."""
         return moves(self.residency.start_loads(wanted, 0.0, idle))
 
 
@@ -76,14 +76,14 @@ def moves(instructions: list[Instruction]) -> tuple[list[str], list[str]]:
     return gone, [i.adapter.version for i in instructions if isinstance(i, LoadAdapter)]
 
 
-def test_a_lease_says_where_the_slab_lies_and_until_when() -> None:
+def test_a_lease_names_offset_and_deadline() -> None:
     owner = Owner(A, B)
     lease = owner.lease(B, now=3.0)
     assert (lease.version, lease.offset_bytes, lease.deadline_s) == ("b", UNIT, 8.0)
     assert owner.leases.story.lines(lease.lease_id) == ["3.000 leased to engine-1 at 4096"]
 
 
-def test_what_cannot_be_leased_is_refused_by_a_code_of_its_own() -> None:
+def test_each_reason_to_refuse_a_lease_has_its_code() -> None:
     owner = Owner(A, units=3)
     owner.waits(B)
     assert owner.code(adapter("strange")) == "not_found"
@@ -91,7 +91,7 @@ def test_what_cannot_be_leased_is_refused_by_a_code_of_its_own() -> None:
     assert owner.code(adapter("a", units=2)) == "mismatch"
 
 
-def test_one_reader_cannot_take_all_leases_and_all_together_are_bounded() -> None:
+def test_leases_are_bounded_per_reader_and_in_all() -> None:
     owner = Owner(A)
     for number in range(LIMITS.most_a_reader):
         owner.lease(A, ONE, f"read-{number}")
@@ -102,7 +102,7 @@ def test_one_reader_cannot_take_all_leases_and_all_together_are_bounded() -> Non
     owner.lease(A, ONE, "once the others have expired", now=LIMITS.lasts_s)
 
 
-def test_a_read_that_asks_again_has_the_lease_it_had() -> None:
+def test_a_read_that_asks_again_gets_the_same_lease() -> None:
     owner = Owner(A, B)
     lease = owner.lease(A, read_id="read")
     again = owner.lease(A, read_id="read", now=4.0)
@@ -112,7 +112,7 @@ def test_a_read_that_asks_again_has_the_lease_it_had() -> None:
     assert owner.lease(A, read_id="read", now=5.0).lease_id != lease.lease_id, "that one has expired"
 
 
-def test_renewals_put_the_deadline_off_but_not_for_ever() -> None:
+def test_renewals_extend_the_deadline_up_to_a_limit() -> None:
     owner = Owner(A)
     lease_id = owner.lease(A).lease_id
     deadlines = []
@@ -136,7 +136,7 @@ def test_a_release_may_come_twice_and_says_whether_the_lease_was_held() -> None:
 
 
 @pytest.mark.parametrize("other", [TWO, LeaseReader(ONE.name, "another life")])
-def test_nobody_ends_or_renews_the_lease_of_another(other: LeaseReader) -> None:
+def test_a_reader_cannot_end_or_renew_the_lease_of_another(other: LeaseReader) -> None:
     owner = Owner(A)
     lease_id = owner.lease(A).lease_id
     assert code(owner.leases.release(other, lease_id, 1.0)) == "not_yours"
@@ -156,7 +156,7 @@ def test_all_leases_of_a_reader_end_with_it_and_those_of_others_do_not() -> None
     assert owner.leases.release(TWO, kept.lease_id, 1.0) is True
 
 
-def test_a_reader_that_began_anew_is_dead_in_its_life_before() -> None:
+def test_leases_of_a_reader_s_earlier_process_end() -> None:
     owner = Owner(A, B)
     before = owner.lease(A, ONE)
     owner.lease(B, LeaseReader(ONE.name, "second life"))
@@ -164,7 +164,7 @@ def test_a_reader_that_began_anew_is_dead_in_its_life_before() -> None:
     assert len(owner.leases) == 1
 
 
-def test_a_lease_of_before_is_worth_nothing_once_its_slab_was_loaded_again() -> None:
+def test_a_lease_does_not_hold_for_a_slab_that_was_loaded_again() -> None:
     owner = Owner(A, units=1)
     before = owner.lease(A)
     owner.leases.release(ONE, before.lease_id, 1.0)
@@ -179,13 +179,13 @@ def test_a_lease_of_before_is_worth_nothing_once_its_slab_was_loaded_again() -> 
     assert owner.leases.release(ONE, after.lease_id, 4.0) is True
 
 
-def test_an_eviction_that_meets_a_lease_takes_another_victim() -> None:
+def test_a_leased_adapter_is_not_chosen_as_victim() -> None:
     owner = Owner(A, B)
     owner.lease(A)
     assert owner.waits(C) == (["b"], ["c"]), "a is unused for longer, but read"
 
 
-def test_where_all_is_read_a_request_waits_until_a_lease_ends() -> None:
+def test_if_all_adapters_are_leased_a_request_waits_until_a_lease_ends() -> None:
     owner = Owner(A, B)
     leases = [owner.lease(each) for each in (A, B)]
     assert (owner.pool.eviction.free_bytes, owner.pool.eviction.room_bytes) == (0, 0)
@@ -196,7 +196,7 @@ def test_where_all_is_read_a_request_waits_until_a_lease_ends() -> None:
     assert owner.waits(C) == (["b"], ["c"])
 
 
-def test_readers_that_take_turns_cannot_keep_a_request_waiting() -> None:
+def test_readers_that_take_turns_cannot_starve_a_request() -> None:
     owner = Owner(A, units=1)
     lease = owner.lease(A)
     assert owner.waits(B) == ([], [])
@@ -207,7 +207,7 @@ def test_readers_that_take_turns_cannot_keep_a_request_waiting() -> None:
     assert owner.waits(B) == (["a"], ["b"])
 
 
-def test_what_nobody_waits_for_any_more_is_lent_again() -> None:
+def test_an_adapter_is_lent_again_once_no_request_waits_for_its_room() -> None:
     owner = Owner(A, units=1)
     owner.lease(A)
     owner.waits(B)
@@ -215,7 +215,7 @@ def test_what_nobody_waits_for_any_more_is_lent_again() -> None:
     owner.lease(A, TWO)
 
 
-def test_only_what_leases_alone_keep_is_withheld_from_readers() -> None:
+def test_only_adapters_that_leases_alone_keep_are_withheld_from_readers() -> None:
     owner = Owner(A, B)
     owner.lease(A)
     owner.pool.start_running("b", 0.0)
@@ -223,7 +223,7 @@ def test_only_what_leases_alone_keep_is_withheld_from_readers() -> None:
     owner.lease(A, TWO)
 
 
-def test_what_was_awaited_is_still_while_loads_for_others_are_under_way() -> None:
+def test_leases_to_end_stay_closed_while_other_loads_run() -> None:
     owner = Owner(adapter("a", units=2), units=3, max_loads=1)
     owner.lease(adapter("a", units=2))
     assert owner.waits(adapter("double", units=2), C, D) == ([], ["c"])
@@ -241,7 +241,7 @@ def test_a_plan_waits_for_a_lease_to_end_though_no_request_is_left() -> None:
     assert owner.residency.complete_load("b") == [PlanReady(1, {})]
 
 
-def test_what_is_in_the_way_may_be_read_as_its_leases_end() -> None:
+def test_blockers_may_be_leased_as_leases_end_by_themselves() -> None:
     owner = Owner(A, B)
     owner.lease(A)
     owner.pool.start_running("b", 0.0)

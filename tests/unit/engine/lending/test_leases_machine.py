@@ -1,4 +1,4 @@
-"""Leases on a pool that loads, runs and evicts: what a reader was granted is what it finds until its lease ends."""
+"""Leases on a pool that loads, runs and evicts: a reader finds what it was granted until its lease ends."""
 
 import msgspec
 from hypothesis import settings
@@ -34,7 +34,7 @@ class Held(msgspec.Struct):
 
 
 class LeasesMachine(RuleBasedStateMachine):
-    """The pool's memory is modelled too: a load overwrites its extent at once, and no two loads write the same."""
+    """Models the pool's memory too: a load overwrites its extent at once, and no two loads share one."""
 
     @initialize(slots=st.integers(2, 5), loaded=st.lists(st.sampled_from(ADAPTERS), max_size=3, unique=True))
     def begin(self, slots: int, loaded: list[AdapterRef]) -> None:
@@ -91,7 +91,7 @@ class LeasesMachine(RuleBasedStateMachine):
             self.past[lease_id] = self.held.pop(lease_id).reader
 
     def heard(self) -> None:
-        """As the engine: what has ended is told to those who wait for room."""
+        """Take the ended leases and start loads, as the engine does."""
         if self.leases.take_ended():
             self.go_on()
 
@@ -211,7 +211,7 @@ class LeasesMachine(RuleBasedStateMachine):
 
     @rule(name=st.sampled_from(READERS))
     def a_past_life_is_told_of(self, name: str) -> None:
-        """Perhaps long after, and when its next has leases."""
+        """Report a reader's death, perhaps long after, when its next process has leases."""
         if self.lives[name]:
             gone = LeaseReader(name, f"{self.lives[name] - 1}")
             self.leases.end_reader(gone, self.now)
@@ -237,7 +237,7 @@ class LeasesMachine(RuleBasedStateMachine):
             assert self.memory[first : first + len(held.content)] == held.content
 
     def teardown(self) -> None:
-        """Whatever came before, all leases end by themselves, and then who waits for room gets it."""
+        """Let all leases end by their deadlines; then each waiting request gets its room."""
         if not hasattr(self, "pool"):
             return
         self.now += LIMITS.longest_s

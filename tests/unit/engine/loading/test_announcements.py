@@ -1,4 +1,4 @@
-"""What is told of a slab that is being read: to the runner how far it is, to the scheduler which read, how long yet."""
+"""What is announced of a read: its progress to the runner, its number and estimate to the scheduler."""
 
 from itertools import count
 from types import SimpleNamespace
@@ -32,7 +32,7 @@ def load(header: SlabHeader) -> LoadAdapter:
 
 @pytest.fixture
 def watched(load: LoadAdapter, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """One load: ``tokens`` is what the estimate says, ``refuses`` whether the runner can use it at all."""
+    """Return one load; ``tokens`` is the estimate, ``refuses`` whether the runner refuses the slab."""
     made = SimpleNamespace(arrived=[], told=[], tokens=5, refuses=False)
 
     def arrive(slot: int, header: SlabHeader, base_elements: int, arrival: Arrival) -> None:
@@ -50,7 +50,7 @@ def there(arrival: Arrival, layer: int) -> bool:
     return arrival.wait_for(layer, 0.0)
 
 
-def test_the_runner_hears_of_each_layer_and_the_scheduler_of_the_read(watched: Any, header: SlabHeader) -> None:
+def test_the_runner_learns_of_each_layer_and_the_scheduler_of_the_read(watched: Any, header: SlabHeader) -> None:
     watched.watch.begin(header)
     ((slot, base_elements, arrival),) = watched.arrived
     assert (slot, base_elements) == (3, OFFSET_BYTES // 4)
@@ -60,14 +60,14 @@ def test_the_runner_hears_of_each_layer_and_the_scheduler_of_the_read(watched: A
     assert watched.watch.read == 1
 
 
-def test_the_scheduler_hears_again_whenever_the_estimate_changes(watched: Any, header: SlabHeader) -> None:
+def test_the_scheduler_is_told_whenever_the_estimate_changes(watched: Any, header: SlabHeader) -> None:
     watched.watch.begin(header)
     for watched.tokens in (None, 5, 5, 6, None, 4):
         watched.watch.advance(16, 1.0)
     assert [told.least_tokens for told in watched.told] == [5, 6, None, 4]
 
 
-def test_a_read_that_broke_is_none_and_the_next_has_another_number(watched: Any, header: SlabHeader) -> None:
+def test_an_abandoned_read_has_no_number_and_the_next_has_another(watched: Any, header: SlabHeader) -> None:
     watched.watch.begin(header)
     watched.watch.advance(header.slab_bytes, 1.0)
     watched.watch.abandon()
@@ -82,7 +82,7 @@ def test_a_read_that_broke_is_none_and_the_next_has_another_number(watched: Any,
     assert [(told.read, told.least_tokens) for told in watched.told] == [(1, 5), (2, 5)]
 
 
-def test_of_what_the_runner_cannot_use_nobody_is_told(watched: Any, header: SlabHeader) -> None:
+def test_a_slab_that_the_runner_cannot_use_is_not_announced(watched: Any, header: SlabHeader) -> None:
     watched.refuses = True
     watched.watch.begin(header)
     watched.watch.advance(header.slab_bytes, 1.0)
@@ -90,5 +90,5 @@ def test_of_what_the_runner_cannot_use_nobody_is_told(watched: Any, header: Slab
     assert (watched.watch.read, watched.told) == (0, [])
 
 
-def test_a_runner_without_layers_is_not_watched(load: LoadAdapter) -> None:
+def test_a_runner_without_layers_gets_no_announcements(load: LoadAdapter) -> None:
     assert ReadAnnouncer(SimpleNamespace(steps_ahead=0), SpeedMeter(), lambda event: None).follow(load) is None  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A step waits for the layers of a slab that is on its way, and for none longer than it may."""
+"""A step waits for the layers of an arriving slab, and no longer than its patience."""
 
 import threading
 from collections.abc import Iterator
@@ -24,7 +24,7 @@ def header() -> SlabHeader:
 
 @pytest.fixture
 def stepping() -> Iterator[SimpleNamespace]:
-    """Takes a gate through the layers in a thread; ``passed`` are those that it let through."""
+    """Waits at a gate for each layer in a thread; ``passed`` are the layers that it let through."""
     made = SimpleNamespace(passed=[], changed=threading.Condition(), threads=[])
 
     def go(gate: Gate) -> threading.Thread:
@@ -50,7 +50,7 @@ def stepping() -> Iterator[SimpleNamespace]:
         thread.join(LONG_S)
 
 
-def test_each_layer_is_let_through_once_it_is_all_there(header: SlabHeader, stepping: SimpleNamespace) -> None:
+def test_the_gate_opens_for_each_layer_once_it_has_arrived(header: SlabHeader, stepping: SimpleNamespace) -> None:
     arrival = Arrival(header)
     gate = Gate({3: arrival}, LONG_S)
     thread = stepping.go(gate)
@@ -63,7 +63,7 @@ def test_each_layer_is_let_through_once_it_is_all_there(header: SlabHeader, step
     assert gate.late == set()
 
 
-def test_a_step_goes_on_without_what_does_not_come(header: SlabHeader) -> None:
+def test_a_step_goes_on_without_late_layers(header: SlabHeader) -> None:
     slow, quick = Arrival(header), Arrival(header)
     slow.advance(header.layer(1).stop)
     quick.advance(header.slab_bytes)
@@ -76,7 +76,7 @@ def test_a_step_goes_on_without_what_does_not_come(header: SlabHeader) -> None:
     assert gate.late == {0}, "what was computed without it stays so"
 
 
-def test_a_step_has_one_patience_for_all(header: SlabHeader, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_waits_of_a_step_share_its_patience(header: SlabHeader, monkeypatch: pytest.MonkeyPatch) -> None:
     now_s = 100.0
     waited: list[float] = []
 
@@ -94,7 +94,9 @@ def test_a_step_has_one_patience_for_all(header: SlabHeader, monkeypatch: pytest
     assert waited == [5.0, 3.0, 1.0, -1.0]
 
 
-def test_who_waits_hears_at_once_that_a_read_was_given_up(header: SlabHeader, stepping: SimpleNamespace) -> None:
+def test_a_waiting_step_goes_on_at_once_when_the_read_is_abandoned(
+    header: SlabHeader, stepping: SimpleNamespace
+) -> None:
     arrival = Arrival(header)
     gate = Gate({0: arrival}, LONG_S)
     thread = stepping.go(gate)
@@ -104,7 +106,7 @@ def test_who_waits_hears_at_once_that_a_read_was_given_up(header: SlabHeader, st
     assert gate.late == {0}
 
 
-def test_bytes_of_a_read_that_was_given_up_are_of_no_use(header: SlabHeader) -> None:
+def test_layers_of_an_abandoned_read_count_as_late(header: SlabHeader) -> None:
     arrival = Arrival(header)
     arrival.advance(header.slab_bytes)
     arrival.abandon()
@@ -130,9 +132,9 @@ def test_only_a_step_with_a_slot_that_arrives_has_a_gate(header: SlabHeader) -> 
     assert late_requests(batch, gate) == ("a", "c")
 
 
-def test_what_is_all_there_while_a_step_begins_is_waited_for_no_more(header: SlabHeader) -> None:
+def test_a_slab_installed_while_the_gate_is_made_does_not_break_it(header: SlabHeader) -> None:
     class Installing(dict[int, Arrival]):
-        """The other thread takes it out right after it was found."""
+        """Return the arrival, and remove it as the other thread would."""
 
         def __contains__(self, slot: object) -> bool:
             found = super().__contains__(slot)

@@ -1,4 +1,4 @@
-"""Which layers are whole as bytes come, and which of them are not what they should be."""
+"""Which layers are verified as bytes arrive, and how a damaged layer is found."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ OFFSET = 48
 
 
 def make_slab(ranks: tuple[int, ...]) -> Slab:
-    """``ranks`` are of the layers, in all their projections."""
+    """Return a slab whose layers have these ranks in all projections."""
     rows = [(rank,) * len(SLICES[module]) for rank in ranks for module in MODULES]
     layout = make_layout(SHAPE, "float32", rows, [(1.0,) * len(row) for row in rows])
     return seal_slab(layout, np.arange(layout.elements).astype(storage_dtype("float32")))
@@ -27,9 +27,7 @@ def make_slab(ranks: tuple[int, ...]) -> Slab:
     ranks=st.tuples(*[st.integers(0, 3)] * SHAPE.layers),
     cuts=st.lists(st.floats(0, 1), max_size=12),
 )
-def test_each_layer_is_told_once_in_order_as_soon_as_it_is_whole_or_all_are(
-    ranks: tuple[int, ...], cuts: list[float]
-) -> None:
+def test_each_layer_is_verified_once_in_order_when_complete(ranks: tuple[int, ...], cuts: list[float]) -> None:
     header = make_slab(ranks).header
     for on_device in (True, False):
         arrivals = LayersToVerify(header, on_device)
@@ -42,7 +40,7 @@ def test_each_layer_is_told_once_in_order_as_soon_as_it_is_whole_or_all_are(
 
 
 @given(first=st.integers(0, 50), count=st.integers(0, 50), threads=st.integers(1, 10))
-def test_layers_are_shared_out_in_order_and_evenly(first: int, count: int, threads: int) -> None:
+def test_layers_are_split_in_order_and_evenly(first: int, count: int, threads: int) -> None:
     layers = range(first, first + count)
     pieces = split_layers(layers, threads)
     assert [layer for piece in pieces for layer in piece] == list(layers)

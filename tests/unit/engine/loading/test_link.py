@@ -1,4 +1,4 @@
-"""Loads that overlap: what of the time is whose."""
+"""How the time of overlapping loads is divided."""
 
 import pytest
 from hypothesis import given
@@ -7,13 +7,13 @@ from hypothesis import strategies as st
 from loraserve.engine.loading.speeds import SharedLink
 
 
-def test_a_load_alone_took_the_time_that_passed() -> None:
+def test_a_load_alone_is_given_all_the_time() -> None:
     link = SharedLink()
     for begin_s, end_s in ((5.0, 7.0), (100.0, 100.5)):
         assert link.end(link.begin(begin_s), end_s) == pytest.approx(end_s - begin_s)
 
 
-def test_two_at_a_time_took_half_of_it_each() -> None:
+def test_two_loads_at_a_time_are_given_half_each() -> None:
     link = SharedLink()
     first, second = link.begin(0.0), link.begin(1.0)
     assert link.end(first, 3.0) == pytest.approx(1.0 + 2.0 / 2)
@@ -21,7 +21,7 @@ def test_two_at_a_time_took_half_of_it_each() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 10.0), st.integers(0, 5), st.booleans()), max_size=50))
-def test_all_together_took_the_time_in_which_any_was_there(happenings: list[tuple[float, int, bool]]) -> None:
+def test_all_loads_together_are_given_the_time_in_which_any_ran(happenings: list[tuple[float, int, bool]]) -> None:
     link = SharedLink()
     now = busy_s = own_s = 0.0
     loads: list[float] = []

@@ -26,7 +26,7 @@ FAILED = AdapterLoadFailed("a", CANCELLED, "nothing wants the adapter any more")
 
 
 class HeldReader:
-    """Reads end once they are let go; notes what became of the last."""
+    """Reads end once ``go`` is set; ``ended`` says how the last one ended."""
 
     def __init__(self) -> None:
         self.go = asyncio.Event()
@@ -77,7 +77,7 @@ class Scene:
         return asyncio.create_task(self.loader.load(LoadAdapter(REF, placed.slot, placed.offset_bytes)))
 
     def cancel(self) -> None:
-        """As the scheduler and the service do."""
+        """Cancel the load as the scheduler and the service do."""
         assert self.pool.cancel_unwanted(()) == ["a"]
         self.loader.cancel("a")
 

@@ -1,4 +1,4 @@
-"""The pages of a pool are there before a load needs them, where there is memory to spare."""
+"""Populating the pages of a pool before a load needs them, while memory is available."""
 
 import os
 import threading
@@ -30,7 +30,7 @@ def taken_bytes(memory: SharedMemory) -> int:
         os.close(descriptor)
 
 
-def test_all_pages_are_taken_and_keep_what_was_written_before(memory: SharedMemory) -> None:
+def test_all_pages_are_populated_and_keep_their_content(memory: SharedMemory) -> None:
     memory.view[3 << 20 : (3 << 20) + 4] = b"here"
     assert taken_bytes(memory) < LENGTH_BYTES
     populate(memory.view).join(LONG_S)
@@ -39,7 +39,7 @@ def test_all_pages_are_taken_and_keep_what_was_written_before(memory: SharedMemo
     assert not any(memory.view[: 1 << 20])
 
 
-def test_where_memory_is_short_the_rest_is_left(
+def test_populating_stops_when_memory_is_short(
     memory: SharedMemory, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     shares = iter([LEAST_AVAILABLE, LEAST_AVAILABLE - 0.01])
@@ -49,7 +49,7 @@ def test_where_memory_is_short_the_rest_is_left(
     assert "little memory is available" in capfd.readouterr().out
 
 
-def test_a_kernel_that_cannot_leaves_it_to_the_first_write(
+def test_a_kernel_without_populate_leaves_pages_to_the_first_write(
     memory: SharedMemory, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     monkeypatch.setattr(module, "POPULATE_WRITE", 9999)
@@ -59,7 +59,7 @@ def test_a_kernel_that_cannot_leaves_it_to_the_first_write(
     memory.view[0] = 1
 
 
-def test_steps_go_first(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_populating_has_the_lowest_priority(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -> None:
     priorities: list[int] = []
     own = os.getpriority(os.PRIO_PROCESS, 0)
 
@@ -73,7 +73,7 @@ def test_steps_go_first(memory: SharedMemory, monkeypatch: pytest.MonkeyPatch) -
     assert os.getpriority(os.PRIO_PROCESS, 0) == own, "this thread goes on as before"
 
 
-def test_where_the_priority_would_be_the_whole_process_s_nothing_is_populated(
+def test_outside_linux_nothing_is_populated_and_no_priority_changes(
     memory: SharedMemory, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
     changed: list[tuple[int, ...]] = []

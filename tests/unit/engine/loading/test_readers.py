@@ -1,4 +1,4 @@
-"""What an engine reads over, in which pieces, and where a part of it does not work here."""
+"""Over which transports and in which pieces an engine reads, and what happens if a transport does not work."""
 
 import asyncio
 from collections.abc import Sequence
@@ -42,8 +42,8 @@ class UnwillingVerbs:
         UnwillingVerbs.closed = True
 
 
-def test_an_engine_starts_whose_pool_the_rdma_device_cannot_reach(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its host cache is offered over that device all the same."""
+def test_an_engine_starts_though_the_rdma_device_cannot_reach_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host cache may be offered over that device."""
     monkeypatch.setattr(engine_readers, "VerbsReader", UnwillingVerbs)
     pool = HostPool(memoryview(bytearray(4096)))
     readers = TransportReaders(MemoryNetwork().bus("engine-0", None), pool, object())  # type: ignore[arg-type]
@@ -63,7 +63,7 @@ class NotingReader:
 def read(
     handle: Handle, start: int, slab_bytes: int, reader: NotingReader | None = None
 ) -> tuple[NotingReader, list[int]]:
-    """What was asked for, and how much was there then."""
+    """Read a slab; return the reader and the progress that was reported."""
     reader, there = reader or NotingReader(), list[int]()
     pool = HostPool(np.empty(slab_bytes, np.uint8).data)
     readers = TransportReaders(MemoryNetwork().bus("engine-0", None), pool, None)
@@ -82,7 +82,7 @@ def read(
         (TCP, 33, [8, 8, 8, 8, 1]),
     ],
 )
-def test_a_slab_is_read_by_pieces_but_where_a_thread_copies_it_at_once(
+def test_a_slab_is_read_in_pieces_unless_a_thread_copies_it_at_once(
     handle: Handle, slab: int, lengths: list[int]
 ) -> None:
     reader, there = read(handle, MIB, slab * MIB)
@@ -92,7 +92,7 @@ def test_a_slab_is_read_by_pieces_but_where_a_thread_copies_it_at_once(
 
 
 @pytest.mark.parametrize("start", [-1, TCP.length_bytes - 20 * MIB + 1])
-def test_a_slab_that_is_not_all_within_the_region_is_not_begun(start: int) -> None:
+def test_a_slab_outside_its_region_is_not_read_at_all(start: int) -> None:
     reader = NotingReader()
     with pytest.raises(TransferError, match="out_of_range"):
         read(TCP, start, 20 * MIB, reader)

@@ -1,4 +1,4 @@
-"""Whom an adapter is read from first."""
+"""The order in which the sources of an adapter are tried."""
 
 import msgspec
 from hypothesis import given
@@ -38,14 +38,14 @@ def test_a_neighbour_comes_first_then_the_network_then_the_store() -> None:
     assert found == [ReadSource("near", "shm"), ReadSource("near", "tcp"), ReadSource("far", "tcp"), FROM_STORE]
 
 
-def test_nobody_holds_it_or_nobody_can_be_read() -> None:
+def test_without_readable_holders_only_the_store_is_left() -> None:
     newer = msgspec.structs.replace(HERE, protocol=TRANSFER_PROTOCOL_VERSION + 1)
     assert order(LinkSpeeds()) == [FROM_STORE]
     assert order(LinkSpeeds(), holder("near"), mine=None) == [FROM_STORE]
     assert order(LinkSpeeds(), holder("near", newer)) == [FROM_STORE]
 
 
-def test_a_store_that_is_faster_is_asked_first_and_what_failed_lately_last() -> None:
+def test_a_faster_store_comes_first_and_a_failed_source_last() -> None:
     speeds = LinkSpeeds()
     for _ in range(20):
         speeds.begin_read(FROM_STORE)
@@ -57,14 +57,14 @@ def test_a_store_that_is_faster_is_asked_first_and_what_failed_lately_last() -> 
     assert order(speeds, holder("near"), now=6.5)[0] == FROM_STORE
 
 
-def test_a_busy_peer_is_left_for_an_idle_one() -> None:
+def test_an_idle_peer_comes_before_a_busy_one() -> None:
     speeds = LinkSpeeds()
     speeds.begin_read(ReadSource("a", "shm"))
     assert order(speeds, holder("a"), holder("b"))[0] == ReadSource("b", "shm")
 
 
 @given(st.lists(st.sampled_from([HERE, THERE]), max_size=12), st.sets(st.integers(0, 11)))
-def test_the_store_is_always_there_and_each_way_once(where: list[Abilities], failed: set[int]) -> None:
+def test_the_store_is_always_included_and_each_source_once(where: list[Abilities], failed: set[int]) -> None:
     speeds = LinkSpeeds()
     for number in failed:
         speeds.begin_read(ReadSource(f"e{number}", "tcp"))
@@ -75,6 +75,6 @@ def test_the_store_is_always_there_and_each_way_once(where: list[Abilities], fai
     assert len({way.name for way in found}) <= MOST_PEERS + 1
 
 
-def test_a_short_read_is_not_doubled_for_a_moment_s_delay() -> None:
+def test_a_hedge_waits_at_least_the_floor() -> None:
     assert hedge_after_s(0.001) == HEDGE_FLOOR_S
     assert hedge_after_s(10.0) > 10.0

@@ -1,4 +1,4 @@
-"""What is expected of a way to read, before and after it was read over."""
+"""Predicted read times, before and after reads were measured."""
 
 from random import Random
 
@@ -28,7 +28,7 @@ def test_latency_and_bandwidth_are_told_apart() -> None:
     assert found.bytes_per_s == pytest.approx(truth.bytes_per_s, rel=0.15)
 
 
-def test_a_way_that_was_never_used_is_taken_for_one_like_the_others_of_its_transport() -> None:
+def test_an_unused_source_is_predicted_like_others_of_its_transport() -> None:
     speeds = LinkSpeeds()
     assert speeds.speed(SHM).bytes_per_s == pytest.approx(EXPECTED["shm"].bytes_per_s)
     for _ in range(30):
@@ -37,7 +37,7 @@ def test_a_way_that_was_never_used_is_taken_for_one_like_the_others_of_its_trans
     assert speeds.predict(ReadSource("engine-0", "tcp"), 64 * MIB) < 0.2
 
 
-def test_it_becomes_what_it_is_now() -> None:
+def test_the_prediction_follows_a_change() -> None:
     speeds = LinkSpeeds()
     for seconds in [0.1] * 30 + [0.4] * 30:
         read(speeds, SHM, 16 * MIB, seconds)
@@ -53,7 +53,7 @@ def test_reads_under_way_share() -> None:
     assert speeds.predict(SHM, MIB) == pytest.approx(alone)
 
 
-def test_what_fails_is_avoided_for_longer_each_time_until_it_works_or_is_another() -> None:
+def test_a_failing_source_is_avoided_for_longer_each_time_until_it_works() -> None:
     speeds = LinkSpeeds()
     for now, until in ((0.0, 1.0), (1.0, 3.0), (3.0, 7.0)):
         speeds.begin_read(SHM)
@@ -72,9 +72,7 @@ def test_what_fails_is_avoided_for_longer_each_time_until_it_works_or_is_another
 
 
 @given(st.lists(st.tuples(st.integers(1, 1 << 32), st.floats(1e-6, 1e3)), max_size=60), st.integers(1, 1 << 34))
-def test_whatever_was_seen_a_prediction_is_a_time_that_grows_with_the_bytes(
-    reads: list[tuple[int, float]], wanted_bytes: int
-) -> None:
+def test_any_prediction_is_positive_and_grows_with_the_bytes(reads: list[tuple[int, float]], wanted_bytes: int) -> None:
     speeds = LinkSpeeds()
     for size, seconds in reads:
         read(speeds, SHM, size, seconds)
@@ -84,7 +82,7 @@ def test_whatever_was_seen_a_prediction_is_a_time_that_grows_with_the_bytes(
     assert 0 < speeds.predict(SHM, wanted_bytes) <= speeds.predict(SHM, 2 * wanted_bytes) < float("inf")
 
 
-def test_noise_does_not_make_a_way_endlessly_fast() -> None:
+def test_noise_does_not_make_a_source_endlessly_fast() -> None:
     rng = Random(3)
     for _ in range(200):
         speeds = LinkSpeeds()
