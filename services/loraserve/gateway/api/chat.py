@@ -44,7 +44,6 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
         format=ChatFormat(tokenizer.token_bytes, bool(request.logprobs)),
         prompts=[prompt],
         param="messages",
-        max_tokens=request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
         logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
     return await answer(gateway, http, call)

@@ -46,7 +46,6 @@ async def completions(http: web.Request) -> web.StreamResponse:
         format=CompletionFormat(tokenizer.token_bytes, request.logprobs is not None, echoes),
         prompts=prompts,
         param="prompt",
-        max_tokens=request.max_tokens,
         logprobs=request.logprobs,
     )
     return await answer(gateway, http, call)

@@ -70,7 +70,7 @@ REFUSED: dict[str, Refusal] = {
     **_refused(_PENALTY, "dry_multiplier no_repeat_ngram_size", 0),
     **_refused(_PENALTY, "repeat_penalty", 1),
     # The length of the output and what ends it.
-    **_refused(_LENGTH, "max_new_tokens max_completion_tokens thinking_token_budget"),
+    **_refused(_LENGTH, "max_new_tokens thinking_token_budget"),
     **_refused(_LENGTH, "n_predict", -1),
     **_refused(_LENGTH, "t_max_predict_ms", 0),
     **_refused("is not supported; use min_tokens instead", "min_new_tokens", 0),

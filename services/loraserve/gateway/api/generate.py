@@ -62,7 +62,6 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     format: Format
     prompts: Sequence[tuple[int, ...]]
     param: str
-    max_tokens: int | None
     logprobs: int | None
 
 
@@ -70,11 +69,12 @@ def choice_requests(gateway: Gateway, call: Call, answer_id: str) -> list[Choice
     """Return the request of each choice. Raises ApiError 400 where prompt and output do not fit the context."""
     request = call.request
     seed = secrets.randbelow(INT64) if request.seed is None else request.seed
+    asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
     context, default = gateway.context_tokens(), gateway.config.gateway.default_max_tokens
     rules = stop_rules(request)
     choices: list[ChoiceRequest] = []
     for number, prompt in enumerate(call.prompts):
-        limit = output_limit(call.max_tokens, len(prompt), context, default, call.param)
+        limit = output_limit(asked, len(prompt), context, default, call.param)
         for choice in range(request.n or 1):
             route = Route(
                 request_id=f"{answer_id}-{len(choices)}",

@@ -42,6 +42,7 @@ class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = None
+    max_completion_tokens: int | None = None
     min_tokens: int | None = None
     n: int | None = None
     best_of: int | None = None
@@ -70,7 +71,6 @@ class ChatRequest(GenerationRequest, frozen=True, kw_only=True):
     """POST /v1/chat/completions."""
 
     messages: list[ChatMessage] | None = None
-    max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     tools: msgspec.Raw = NULL
@@ -173,6 +173,7 @@ def _check_generation(request: GenerationRequest, refused: tuple[str, ...]) -> N
         if name != "logprobs":
             _check_range(name, getattr(request, name), allowed)
     _check_range("n", request.n, Range(1, MAX_CHOICES))
+    _check_range("max_completion_tokens", request.max_completion_tokens, RANGES["max_tokens"])
     n = 1 if request.n is None else request.n
     if request.best_of not in (None, 1, n):
         raise unsupported("best_of", "best_of: only 1 and the value of n are supported; ask for n choices instead")
@@ -192,7 +193,6 @@ def check_chat(request: ChatRequest) -> None:
         if not request.logprobs:
             raise bad_request("top_logprobs: needs logprobs to be true", "top_logprobs", "invalid_value")
         _check_range("top_logprobs", request.top_logprobs, RANGES["logprobs"])
-    _check_range("max_completion_tokens", request.max_completion_tokens, RANGES["max_tokens"])
 
 
 def check_completion(request: CompletionRequest) -> None:

@@ -169,3 +169,10 @@ def test_bodies_nested_too_deeply_are_refused(body: bytes) -> None:
 def test_prompts_are_counted_before_they_are_decoded() -> None:
     with pytest.raises(ApiError, match="199 prompts are more than 128"):
         prompt_items(completion(prompt=["a"] * 199 + [1]).prompt, 100)
+
+
+def test_both_endpoints_take_max_completion_tokens() -> None:
+    assert chat(max_completion_tokens=5).max_completion_tokens == 5
+    assert completion(max_completion_tokens=5).max_completion_tokens == 5
+    with pytest.raises(ApiError, match="max_completion_tokens"):
+        completion(max_completion_tokens=0)
