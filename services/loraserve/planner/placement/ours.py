@@ -35,8 +35,10 @@ PLACED_MARGIN = 0.01
 """Fraction of all requests: if memory is short, a plan with copies for so many more wins whatever its loads cost."""
 MIN_GAIN = 0.001
 """Fraction of the predicted TTFT that a plan without further loads has to gain."""
-CLOSE_TO_IDEAL = 0.02
-"""Fraction above the ideal TTFT up to which a plan is not compared with one that fills fewer bins."""
+FEW_ADAPTERS = 64
+"""Adapters with traffic up to which plans with fewer bins are compared. More of them fill bins more exactly."""
+SPARE_BINS = 2
+"""Bins to leave out at most in these plans."""
 MAX_ROUNDS = 6
 
 
@@ -77,7 +79,7 @@ def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: Co
     """
     if not any(held):
         best = _evaluate(problem, held, _make_new_plan(problem, filling, held))
-        return _try_fewer_bins(problem, best, ideal_s, held)
+        return _try_fewer_bins(problem, best, held)
     kept = best = _evaluate(problem, held, _complete_held(problem, filling, held))
     # Without demand nothing moves: a night without requests must not undo the plan of the day.
     if problem.no_demand or (kept.placed >= 1 - PLACED_MARGIN and kept.ttft_s <= ideal_s * (1 + HYSTERESIS)):
@@ -89,20 +91,22 @@ def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: Co
         if copies != best.copies:
             other = _evaluate(problem, held, copies)
             best = other if _is_better(problem, other, best) else best
-    return _try_fewer_bins(problem, best, ideal_s, held)
+    return _try_fewer_bins(problem, best, held)
 
 
-def _try_fewer_bins(problem: Problem, best: _Candidate, ideal_s: float, held: CopyMap) -> _Candidate:
-    """Return the better of the plan and one for a bin fewer than there are engines.
+def _try_fewer_bins(problem: Problem, best: _Candidate, held: CopyMap) -> _Candidate:
+    """Return the best of the plan and of new plans with one or two bins fewer than there are engines.
 
     Whole adapters rarely fit bins exactly, and an adapter of a high rank that goes to the next bin slows down all that
-    is there. Without this, one engine more could make a plan worse. The engine without a bin is used by balancing.
+    is there. Without this, one engine more could make a plan worse. Engines without a bin are used by balancing.
     """
-    bins = len(problem.engines) - 1
-    if bins == 0 or problem.no_demand or best.ttft_s <= ideal_s * (1 + CLOSE_TO_IDEAL):
+    engines = len(problem.engines)
+    if problem.no_demand or np.count_nonzero(problem.own_utilisation()) > FEW_ADAPTERS:
         return best
-    other = _evaluate(problem, held, _make_new_plan(problem, fill_bins(problem, bins), held))
-    return other if _is_better(problem, other, best) else best
+    for bins in range(engines - 1, max(0, engines - 1 - SPARE_BINS), -1):
+        other = _evaluate(problem, held, _make_new_plan(problem, fill_bins(problem, bins), held))
+        best = other if _is_better(problem, other, best) else best
+    return best
 
 
 def _evaluate(problem: Problem, held: CopyMap, copies: CopyMap) -> _Candidate:

@@ -153,6 +153,12 @@ def test_small_changes_of_demand_cause_few_moves(noise: list[float], lora: Liter
     lora=st.sampled_from(["padded", "exact"]),
 )
 @example(rates=[5.0, 5.0, 1.0, 5.0], ranks=[8, 32, 128, 128], engines=2, lora="padded")
+@example(
+    rates=[1.0, 5.0, 5.0, 60.0, 60.0, 60.0, 1.0, 20.0, 20.0],
+    ranks=[8, 8, 32, 32, 32, 32, 128, 128, 128],
+    engines=5,
+    lora="padded",
+)
 def test_one_engine_more_is_never_worse(rates, ranks, engines, lora) -> None:
     predicted = []
     for count in (engines, engines + 1):
