@@ -1,4 +1,4 @@
-"""LoRA kernels on a GPU against the memory's speed, vLLM's and SGLang's; without a GPU they are checked, not timed."""
+"""Time the LoRA kernels on a GPU beside the memory floor and beside vLLM's and SGLang's; check them without a GPU."""
 
 import json
 import subprocess
@@ -13,9 +13,9 @@ from loraserve.benchmarks.lora.peers import DEFAULT_FOLDER, SGLANG, VLLM
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Returns 0 once the line is printed, nulls for what this machine cannot measure; 1 where a result is wrong."""
+    """Return 0 once the line is printed, 1 if a result is wrong. What this machine cannot measure is null."""
     parser = bench_lora.parser("scripts/bench lora")
-    parser.add_argument("--install-peers", action="store_true", help="get vLLM's and SGLang's kernel files, then end")
+    parser.add_argument("--install-peers", action="store_true", help="download vLLM's and SGLang's kernels, then exit")
     parser.set_defaults(peers=ROOT / DEFAULT_FOLDER)
     options = parser.parse_args(arguments)
     if not options.install_peers:
@@ -30,9 +30,9 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def decode_with_64_adapters(quick: bool) -> float | None:
-    """Tokens a second of the whole engine with an adapter for every sequence, over those with none.
+    """Return the engine's tokens per second with an adapter for every sequence, over those without adapters.
 
-    In a process of its own: it wants the GPU's memory for itself.
+    The engine runs in a process of its own, because it needs the GPU's memory for itself.
     """
     command = [sys.executable, "-m", "loraserve.benchmarks.engine", *(["--quick"] if quick else [])]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Tests of this folder need a CUDA GPU; scripts/gpu_check runs them where there is one."""
+"""The tests of this folder need a CUDA GPU; scripts/gpu_check runs them."""
 
 import pytest
 import torch

@@ -1,6 +1,4 @@
-"""Captured CUDA graphs: a replay computes whatever batch was planned since, and a runner's graphs what it computes
-without them.
-"""
+"""Captured CUDA graphs: a replay computes the batch planned last, as a runner without graphs would."""
 
 import random
 from pathlib import Path
@@ -21,7 +19,7 @@ TOKENS = 24
 
 
 def planned() -> tuple[Any, ...]:
-    """(tables, pool, work, slots): six adapters on the GPU, and the list of a step of TOKENS tokens."""
+    """Return (tables, pool, work, slots): six adapters on the GPU, and the work lists of a step of TOKENS tokens."""
     from loraserve.kernels.lora.tables import AdapterTables
     from loraserve.kernels.lora.work import LoraWork, Workspace
 
@@ -73,7 +71,7 @@ def test_one_graph_serves_batches_of_more_and_fewer_groups() -> None:
 
 
 def decode(runner: Any, sequences: int, steps: int) -> list[list[int]]:
-    """Greedy tokens of so many sequences, prompts of one token each."""
+    """Return the greedy tokens of sequences whose prompts have one token."""
     sampling = SamplingParams(max_tokens=steps, temperature=0.0)
     outputs: list[list[int]] = [[i + 1] for i in range(sequences)]
     for step in range(steps):

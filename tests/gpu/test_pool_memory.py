@@ -1,4 +1,4 @@
-"""The pool's memory on a GPU: one allocation of the driver's, torch's to compute with and other processes' to read."""
+"""The pool's memory on a GPU: one driver allocation that torch computes with and other processes read."""
 
 import asyncio
 import gc
@@ -78,7 +78,7 @@ def test_kernels_and_the_pools_own_copies_see_the_same_bytes() -> None:
     assert pool.tensor[:100].sum().item() == 100
 
 
-def test_what_a_peer_is_read_for_is_seen_by_kernels() -> None:
+def test_kernels_see_what_was_read_from_a_peer() -> None:
     pool = new_pool()
     assert pool.memory is not None
     memory = pool.memory

@@ -1,4 +1,4 @@
-"""The engine benchmark itself, over a model so small that the interpreter computes it."""
+"""The engine benchmark with a model that is small enough for the interpreter."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from loraserve.benchmarks import engine as bench
 TINY = ModelShape(layers=1, hidden=32, heads=2, kv_heads=1, head_dim=16, ffn=48, vocab=64)
 
 
-def test_all_cases_run_to_their_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_cases_finish(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "RANKS", (4, 8))
     engine = EngineConfig(
         slab_dtype="float32", max_running=2, max_adapters=2, max_rank=8, max_step_tokens=32, kv_bytes=1 << 20,

@@ -1,4 +1,4 @@
-"""The check against float64 that runs at full size on a GPU, here over small shapes, and that it can fail."""
+"""The accuracy check that runs at full size on a GPU, here with small shapes; it finds wrong kernels."""
 
 import pytest
 import torch

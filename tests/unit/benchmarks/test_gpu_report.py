@@ -1,4 +1,4 @@
-"""The GPU kernels compile for both architectures, and what is read from their machine code is checked."""
+"""The GPU kernels compile for both architectures, and their machine code has no faults."""
 
 import os
 import subprocess
@@ -15,7 +15,7 @@ from loraserve.kernels.lora.tuning import default_blocks
 
 
 def reports(*arguments: str) -> list[CompileReport]:
-    """Compiled in a process of its own: in this one kernels may be interpreted."""
+    """Compile in a process of its own, because kernels may be interpreted in this one."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "loraserve.benchmarks.gpu_report", "--json", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -71,6 +71,6 @@ def test_interpreted_kernels_are_not_taken_for_compiled_ones() -> None:
 @pytest.mark.parametrize("k", [576, 896, 1536, 3584, 4096, 14336, 28672])
 @pytest.mark.parametrize("tokens", [1, 8, 64, 256, 512, 2048, 8192])
 def test_default_parts_of_k_are_loops(k: int, tokens: int) -> None:
-    """Of a loop that runs once, Qwen2-0.5B's in eight parts, nothing was copied asynchronously."""
+    """A loop that runs once, as for Qwen2-0.5B in eight parts, would copy nothing asynchronously."""
     blocks = default_blocks(k, tokens)
     assert -(-k // blocks.split) > blocks.bk, blocks

@@ -1,4 +1,4 @@
-"""The kernels' bench without a GPU: cases, floors, keys, and from a step to its line by a made-up clock."""
+"""The LoRA benchmark without a GPU: cases, floors, keys, and the way from a step to its line with a fake timer."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ SMALL = LoraCase(name="small", slots=(0, 1, 0, 2), ranks=(8, 16, 4))
 
 
 class FakeTimer:
-    """Runs a step once; ``ms`` answers by the side's current setting, or by what it is told."""
+    """Runs a step once and returns the time that ``ms`` gives."""
 
     def __init__(self, ms: Callable[[], float] = lambda: 1.0) -> None:
         self._ms = ms
@@ -59,7 +59,7 @@ class FakeTimer:
 
 
 class Defined:
-    """The definition as a side: no kernel, no knob."""
+    """The definition as a side, without kernels and knobs."""
 
     name = "defined"
 
@@ -76,7 +76,7 @@ class Defined:
 
 
 class Knobbed(Defined):
-    """With a knob that may make it fail, or wrong."""
+    """A side with a knob that can make it fail or give wrong results."""
 
     name = "knobbed"
 
@@ -149,7 +149,7 @@ def test_weights_lie_where_the_definition_reads_them() -> None:
         assert (y.float() - expected).abs().max() < TOLERANCE * expected.abs().max()
 
 
-def test_the_check_sees_what_is_wrong() -> None:
+def test_the_check_finds_wrong_results() -> None:
     world = World(TINY, SMALL.ranks, "cpu", torch.float16)
     side = Knobbed(world, SMALL)
     assert largest_error(side, world, SMALL) < 1e-3
@@ -249,7 +249,7 @@ def test_the_line_is_one_line_of_json() -> None:
     ]
 
 
-def test_the_whole_bench_by_a_made_up_clock(
+def test_the_whole_benchmark_with_a_fake_timer(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mixed = LoraCase(name=cases.DECODE_64X64.name, slots=SMALL.slots, ranks=SMALL.ranks)

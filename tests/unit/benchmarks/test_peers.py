@@ -1,4 +1,4 @@
-"""Peers' kernels behind our adaptors, against our definition. They are run where their files are, never fetched."""
+"""Peers' kernels behind our adaptors, against our definition. Skipped where their files are not installed."""
 
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ EVERY = range(4)
 MIXED = LoraCase(name="mixed", slots=(0, 1, 2, 0, 3, 3, 2, 1, 0, 2), ranks=(8, 16, 32, 8))
 UNEVEN = LoraCase(name="one adapter of four in use, and many tokens", slots=(2,) * 40, ranks=(8, 16, 32, 8))
 ERROR = 1e-3
-"""Half precision rounds the result once, or twice."""
+"""Half precision rounds the result once or twice."""
 
 needs_vllm = pytest.mark.skipif(bool(missing(PEERS, VLLM)), reason=f"no kernels of vLLM in {PEERS}")
 needs_sglang = pytest.mark.skipif(bool(missing(PEERS, SGLANG)), reason=f"no kernels of SGLang in {PEERS}")
 
 
 def off(make: Any, case: LoraCase, modules: range = range(2), **chosen: Any) -> float:
-    """Of modules with three slices of different width, and with one."""
+    """Return the largest error, by default over modules with three slices of different width and with one."""
     world = World(TINY, case.ranks, DEVICE, torch.float16)
     side: Side = use_few_blocks(make(PEERS, world, case, 32))
     for setting in side.setting:
@@ -50,7 +50,7 @@ def test_vllm_computes_the_definition() -> None:
 
 @needs_vllm
 def test_vllm_knows_new_weights_at_old_addresses() -> None:
-    """Its cache of pointers must not outlive the weights of the server before."""
+    """Its cache of pointers must not outlive the weights of an earlier server."""
     world = World(TINY, MIXED.ranks, DEVICE, torch.float16)
     pointers = load_vllm(root_of(PEERS, VLLM))[3]
     for max_rank in (32, 64):

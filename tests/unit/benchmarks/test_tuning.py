@@ -1,4 +1,4 @@
-"""Tables of tuned block sizes: searched, checked, written, and used on their own GPU alone."""
+"""Tables of tuned block sizes: search, check, file, and use only on GPUs of their name."""
 
 import logging
 import time
@@ -42,7 +42,7 @@ def on_cpu(shape: ModelShape) -> WorldSettings:
 
 
 class FakeTimer:
-    """Runs a step once and answers as a test wants, by the number of the call."""
+    """Runs a step once and returns the time that ``ms`` gives for the number of the call."""
 
     def __init__(self, ms: Callable[[int], float]) -> None:
         self.calls = 0
@@ -145,7 +145,7 @@ def test_the_descent_ends_with_the_time() -> None:
 
 @pytest.fixture(autouse=True)
 def few_residents(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter lists the work of each in turn."""
+    """Few resident adapters, because the interpreter lists the work of each one by one."""
     monkeypatch.setattr(search, "RESIDENTS", 8)
 
 
@@ -203,7 +203,7 @@ def test_targets_share_the_time_and_each_entry_is_kept_at_once(capsys: pytest.Ca
     assert f"{len(wanted)} of {len(wanted)} entries were not measured" in capsys.readouterr().err
 
 
-def test_the_whole_run_by_a_made_up_clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_whole_run_with_a_fake_timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: GPU)
     monkeypatch.setattr("loraserve.benchmarks.lora.measure.GraphTimer", lambda seconds: FakeTimer(lambda call: 1.0))

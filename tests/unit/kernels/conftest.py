@@ -1,4 +1,4 @@
-"""Adapters, batches and caches that the tests of the kernels share. What is not data is NaN."""
+"""Adapters, batches and caches for the tests of the kernels. Memory that no kernel may read is NaN."""
 
 import random
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ SHAPES = {
 
 @dataclass
 class Adapters:
-    """A pool with an adapter in each slot of the tables, at odd places between poison."""
+    """A pool with an adapter in each slot of the tables, with NaN between them."""
 
     shape: ModelShape
     headers: list[SlabHeader]
@@ -30,7 +30,7 @@ class Adapters:
     pool: torch.Tensor
 
     def operands(self, module: int, tokens: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-        """(y, x) of a step with this many tokens."""
+        """Return (y, x) for a step of ``tokens`` tokens."""
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(tokens, self.tables.in_features[module], generator=generator)
         y = torch.randn(tokens, sum(self.tables.out_features[module]), generator=generator)
@@ -38,7 +38,7 @@ class Adapters:
 
 
 def make_adapters(shape: ModelShape, dtype: Dtype, ranks: list[list[tuple[int, ...]]], seed: int = 0) -> Adapters:
-    """``ranks``: for each adapter, the ranks of each slice of each (layer, module)."""
+    """Make adapters. ``ranks`` has, for each adapter, the ranks of the slices of each (layer, module)."""
     choose = random.Random(seed)
     scales = [[tuple(choose.uniform(0.5, 2.0) for _ in row) for row in rows] for rows in ranks]
     headers = [make_layout(shape, dtype, rows, scale) for rows, scale in zip(ranks, scales, strict=True)]
@@ -57,7 +57,7 @@ def make_adapters(shape: ModelShape, dtype: Dtype, ranks: list[list[tuple[int, .
 def _fill(
     pool: torch.Tensor, tables: AdapterTables, slot: int, header: SlabHeader, start: int, generator: torch.Generator
 ) -> None:
-    """Weights where rows are; the padding between rows keeps its NaN."""
+    """Write random weights into the rows of a slab; the padding between rows stays NaN."""
     tables.install(slot, header, start)
     for index, row in enumerate(header.rows):
         layer, module = divmod(index, len(MODULES))
@@ -78,7 +78,7 @@ def adapters_of() -> Callable[..., Adapters]:
 
 @pytest.fixture(scope="session")
 def mixed() -> Callable[[str, str], Adapters]:
-    """Six adapters of mixed ranks, slices absent here and there; slot 5 has none at all."""
+    """Six adapters of mixed ranks, some without some slices; the one in slot 5 has no weights."""
     made: dict[tuple[str, str], Adapters] = {}
 
     def get(shape: str, dtype: str) -> Adapters:
@@ -92,7 +92,7 @@ def mixed() -> Callable[[str, str], Adapters]:
 
 
 class Sequences:
-    """Paged sequences and the step that computes their last tokens. Blocks lie in the cache in random order."""
+    """Paged sequences, whose blocks lie in the cache in random order, and steps over them."""
 
     def __init__(self, shape: ModelShape, lengths: list[int], block_tokens: int, seed: int) -> None:
         choose = random.Random(seed)
@@ -118,7 +118,7 @@ class Sequences:
     def step(
         self, spans: list[tuple[int, int, int]]
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, AttentionBatch]:
-        """(q, k, v, batch) of tokens start..stop of each (sequence, start, stop)."""
+        """Return (q, k, v, batch) of tokens start..stop of each (sequence, start, stop)."""
         places = []
         for index, start, stop in spans:
             position = torch.arange(start, stop)
@@ -142,7 +142,7 @@ def sequences_of() -> Callable[..., Sequences]:
 
 @pytest.fixture
 def threads() -> Iterator[Callable[[int], None]]:
-    """Sets the number of compute threads; the old one comes back."""
+    """Return a function that sets the number of compute threads until the end of the test."""
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)

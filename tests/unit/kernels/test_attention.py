@@ -1,4 +1,4 @@
-"""The CPU kernel against its definition, and the definition against float64; the same bits however a text is cut up."""
+"""The CPU kernel against its definition, the definition against float64, and equal bits for any chunks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -27,7 +27,7 @@ def run(sequences: Any, spans: list[tuple[int, int, int]], function: Any = paged
 
 
 def in_float64(sequences: Any, index: int) -> torch.Tensor:
-    """All positions of one sequence at once, without a cache."""
+    """Return the attention of all positions of one sequence, computed without a cache."""
     q, k, v = (part[index].double() for part in (sequences.q, sequences.k, sequences.v))
     group = q.shape[1] // k.shape[1]
     scores = torch.einsum("thd,phd->htp", q, k.repeat_interleave(group, 1)) * SCALE
@@ -73,7 +73,7 @@ def test_the_same_bits_however_a_text_is_cut_up(sequences_of: Any, shape: str) -
     length = 83
 
     def computed(cuts: list[int], block_tokens: int, seed: int, others: list[int]) -> torch.Tensor:
-        """The text in these pieces, in a cache of its own, with neighbours that decode beside it."""
+        """Compute the sequence in chunks that end at ``cuts``, in a new cache, with other sequences that decode."""
         sequences = sequences_of(SHAPES[shape], [length, *others], block_tokens, seed)
         text = sequences_of(SHAPES[shape], [length], 16, 7)
         sequences.q[0], sequences.k[0], sequences.v[0] = text.q[0], text.k[0], text.v[0]
@@ -92,7 +92,7 @@ def test_the_same_bits_however_a_text_is_cut_up(sequences_of: Any, shape: str) -
         assert torch.equal(computed(cuts, block_tokens, len(cuts), others), whole), cuts
 
 
-def test_threads_leave_no_trace(
+def test_any_number_of_threads_gives_the_same_bits(
     sequences_of: Any, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpu, "SHARED_SCORES", 0)
@@ -115,7 +115,7 @@ def test_keys_and_values_may_be_views_of_one_projection(sequences_of: Any) -> No
     assert torch.equal(strided, dense)
 
 
-def test_keeps_what_was_computed_and_nothing_else(sequences_of: Any) -> None:
+def test_stores_the_new_keys_and_values_and_nothing_else(sequences_of: Any) -> None:
     made = [sequences_of(SHAPES["odd"], [20, 35], 16, seed=5) for _ in range(2)]
     for sequences, function in zip(made, (paged_attention, reference.paged_attention), strict=True):
         run(sequences, [(0, 0, 20), (1, 0, 34)], function)

@@ -1,4 +1,4 @@
-"""The GPU's attention over gathered blocks against float64; what must not be read is NaN."""
+"""GPU attention over gathered blocks against float64; memory that must not be read is NaN."""
 
 from typing import Any
 
@@ -24,11 +24,11 @@ MIXES = {
     "decodes before prompts": [(5, 6), (11, 12), (0, 7), (4, 9)],
     "decodes between prompts": [(0, 3), (2, 3), (18, 19), (5, 8), (9, 10)],
 }
-"""(tokens with KV before this step, and with it) of each sequence."""
+"""Of each sequence: the tokens with KV before this step and after it."""
 
 
 class Paged:
-    """Sequences of random heads, all in a cache in scattered blocks; the rest of it is NaN."""
+    """Sequences of random heads in scattered blocks of a cache; the rest of the cache is NaN."""
 
     def __init__(self, shape: ModelShape, spans: list[tuple[int, int]], dtype: torch.dtype = torch.float32) -> None:
         self.spans = spans
@@ -49,7 +49,7 @@ class Paged:
         self.q = self._random(tokens, shape.heads, shape.head_dim).to(dtype).to(DEVICE)
 
     def batch(self, captured: bool = False, padding: int = 0) -> GpuAttentionBatch:
-        """With ``padding`` rows of one token that touch nothing; ``captured`` as a graph that holds any lengths."""
+        """Return the step with ``padding`` rows that write nothing; ``captured`` omits the lengths, as a graph does."""
         queries = [stop - start for start, stop in self.spans] + [1] * padding
         lengths = [stop for _, stop in self.spans] + [1] * padding
         extra = torch.zeros(padding, self.table.shape[1], dtype=torch.int32)
@@ -62,7 +62,7 @@ class Paged:
         )
 
     def exact(self) -> torch.Tensor:
-        """Float64 [tokens, heads * dim], sequence by sequence, without a cache."""
+        """Return float64 [tokens, heads * dim], computed sequence by sequence without a cache."""
         queries = self.q.double().split([stop - start for start, stop in self.spans])
         return torch.cat([_attention(q, k, v) for q, k, v in zip(queries, self.k, self.v, strict=True)])
 
@@ -70,7 +70,7 @@ class Paged:
         return torch.randn(*size, generator=self.generator)
 
     def _kept(self, cache: torch.Tensor, blocks: torch.Tensor, length: int) -> torch.Tensor:
-        """Float64 [length, kv_heads, dim] of what now lies in the blocks."""
+        """Return the contents of a sequence's blocks, float64 [length, kv_heads, dim]."""
         rows = self._random(length, *cache.shape[3:]).to(cache.dtype)
         place = torch.arange(length)
         cache[LAYER, blocks[place // BLOCK_TOKENS].long(), place % BLOCK_TOKENS] = rows.to(DEVICE)
@@ -109,8 +109,8 @@ def test_half_the_bytes_are_near_it(dtype: torch.dtype, mix: list[tuple[int, int
     assert_close(gathered(paged, paged.batch()), paged.exact(), dtype)
 
 
-def test_those_who_decode_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A launch for each would take longer than the rest of the step."""
+def test_decoding_sequences_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch for each would take longer than the rest of the step."""
     together: list[int] = []
     decode = gpu._gathered_decode
 
@@ -125,7 +125,7 @@ def test_those_who_decode_are_computed_together(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("tokens", [1, 2 * 6 * BLOCK_TOKENS, 3 * 6 * BLOCK_TOKENS - 1])
-def test_no_more_is_gathered_at_a_time_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
+def test_gathered_kv_stays_within_its_limit(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
     monkeypatch.setattr(gpu, "GATHERED_TOKENS", tokens)
     together: list[int] = []
     attention = gpu.functional.scaled_dot_product_attention
@@ -141,7 +141,7 @@ def test_no_more_is_gathered_at_a_time_than_there_is_room_for(monkeypatch: pytes
 
 
 @pytest.mark.parametrize("padding", [0, 3])
-def test_a_captured_graph_knows_neither_lengths_nor_who_is_there(padding: int) -> None:
+def test_a_captured_graph_depends_on_neither_lengths_nor_sequences(padding: int) -> None:
     paged = Paged(SHAPES["groups of three"], MIXES["decodes"])
     paged.table = torch.nn.functional.pad(paged.table, (0, 4), value=int(paged.table[0, -1]))
     q = torch.cat([paged.q, torch.ones(padding, *paged.q.shape[1:], device=DEVICE)])
@@ -205,7 +205,7 @@ def test_paged_attention_is_used_where_it_comes_out_right(
 
 
 def test_paged_attention_that_reads_beyond_the_kv_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights of zero there hide it until what lies there is NaN."""
+    """A weight of zero would hide such a read unless the value is NaN."""
 
     def paged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Any, scale: float) -> torch.Tensor:
         out = torch.empty_like(q)

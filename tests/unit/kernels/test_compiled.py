@@ -1,4 +1,4 @@
-"""What is compiled, when, and where it is kept."""
+"""When kernels are compiled, and where the machine code is cached."""
 
 import os
 import subprocess
@@ -39,7 +39,7 @@ def finish(process: "subprocess.Popen[str]") -> None:
     assert (process.returncode, out.strip()) == (0, "0.7311"), errors
 
 
-def test_no_step_waits_for_the_compiler(mixed: Callable[[str, str], Any], sequences_of: Any) -> None:
+def test_a_warm_step_compiles_nothing(mixed: Callable[[str, str], Any], sequences_of: Any) -> None:
     lora.warm_up(torch.bfloat16)
     attention.warm_up()
     fused.warm_up()
@@ -56,7 +56,7 @@ def test_no_step_waits_for_the_compiler(mixed: Callable[[str, str], Any], sequen
     assert recorder.buffer == []
 
 
-def test_several_processes_compile_at_once_and_the_next_finds_it(tmp_path: Path) -> None:
+def test_processes_that_compile_at_once_share_the_cache_with_the_next(tmp_path: Path) -> None:
     for process in [start(tmp_path) for _ in range(2)]:
         finish(process)
     kept = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")}
@@ -65,20 +65,20 @@ def test_several_processes_compile_at_once_and_the_next_finds_it(tmp_path: Path)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.nbc")} == kept
 
 
-def test_a_damaged_cache_costs_time_alone(tmp_path: Path) -> None:
+def test_a_damaged_cache_costs_only_time(tmp_path: Path) -> None:
     finish(start(tmp_path))
     for path in [*tmp_path.rglob("*.nbi"), *tmp_path.rglob("*.nbc")]:
         path.write_bytes(path.read_bytes()[:20])
     finish(start(tmp_path))
 
 
-def test_a_home_that_is_no_folder_costs_time_alone(tmp_path: Path) -> None:
+def test_a_home_that_is_no_folder_costs_only_time(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     finish(start(Path(), HOME=str(file), XDG_CACHE_HOME=str(file / "cache")))
 
 
-def test_the_cache_is_named_after_all_kernels_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_cache_is_named_after_the_source_of_all_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
     assert compiled.cache_dir().parent == tmp_path / "loraserve-kernels"
     monkeypatch.delenv("NUMBA_CACHE_DIR")
@@ -87,7 +87,7 @@ def test_the_cache_is_named_after_all_kernels_sources(monkeypatch: pytest.Monkey
         assert compiled.cache_dir().parent == tmp_path / "x" / "loraserve-kernels"
 
 
-def test_other_code_that_numba_keeps_stays_where_it_was() -> None:
+def test_the_cache_folder_of_other_numba_code_does_not_change() -> None:
     config: Any = numba.config
     before = config.CACHE_DIR
     compiled.Kernel(lambda operands: None).warm_up()

@@ -1,4 +1,4 @@
-"""The operations between the matrix products against torch; rows have the same bits alone, together and on threads."""
+"""The fused operations against torch; rows have the same bits alone, together and on threads."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The GPU's small operations against float64: on a GPU where there is one, else in Triton's interpreter."""
+"""The fused GPU operations against float64, on a GPU if there is one, else in Triton's interpreter."""
 
 import pytest
 import torch
@@ -79,7 +79,7 @@ def test_extreme_gates_do_not_overflow(dtype: torch.dtype) -> None:
 
 
 class Heads:
-    """Tokens whose heads are rotated into a cache that is all NaN."""
+    """Tokens and a cache that is all NaN, which their keys and values are stored in."""
 
     def __init__(self, dtype: torch.dtype, dim: int, tokens: int, normed: bool, seed: int = 0) -> None:
         self.heads, self.kv_heads, self.dim = 3, 2, dim
@@ -101,7 +101,7 @@ class Heads:
         )
 
     def exact(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries, keys and values, float64 [tokens, heads, dim]."""
+        """Return queries, keys and values, float64 [tokens, heads, dim]."""
         rows = self.qkv.double().view(len(self.qkv), -1, self.dim)
         q, k, v = rows.split([self.heads, self.kv_heads, self.kv_heads], dim=1)
         if self.norms:

@@ -1,4 +1,4 @@
-"""fp16 products: near float64, the same bits in any company, nothing written beyond the result."""
+"""Products with fp16 weights: close to float64, equal bits in any batch, nothing written beyond the result."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ WIDTHS = (1, TILE - 1, TILE, TILE + 1, 3 * TILE, 2 * PARTS * TILE, 2 * PARTS * T
 
 
 def make(width: int, depth: int, tokens: int, seed: int = 0) -> tuple[PackedWeight, torch.Tensor, torch.Tensor]:
-    """A packed weight with a bias, inputs, and the product of the rounded weights in float64."""
+    """Return a packed weight with a bias, inputs, and the product of the rounded weights in float64."""
     generator = torch.Generator().manual_seed(seed)
     weight, bias, x = (
         torch.randn(*shape, generator=generator) for shape in ((width, depth), (width,), (tokens, depth))
@@ -29,7 +29,7 @@ def test_near_float64(width: int, depth: int, tokens: int, seed: int) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("threads", [1, 2, 3])
-def test_a_row_has_the_same_bits_in_any_company(width: int, threads: int) -> None:
+def test_a_row_has_the_same_bits_in_any_batch(width: int, threads: int) -> None:
     weight, x, _ = make(width, 300, 40)
     before = torch.get_num_threads()
     try:
@@ -42,8 +42,8 @@ def test_a_row_has_the_same_bits_in_any_company(width: int, threads: int) -> Non
         torch.set_num_threads(before)
 
 
-def test_one_sum_after_the_other() -> None:
-    """The order that is promised: bias first, then one input after the other, each with one rounding."""
+def test_the_order_of_summation() -> None:
+    """The documented order: bias first, then one input after the other, each with one rounding."""
     depth = 200
     weight, x, _ = make(TILE, depth, 1)
     total = weight.bias[0].double()

@@ -1,4 +1,4 @@
-"""The CPU kernel against its definition, and the definition against float64; the same bits in any company."""
+"""The CPU kernel against its definition, the definition against float64, and equal bits in any batch."""
 
 import random
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def random_slots(tokens: int, slots: int, seed: int) -> list[int]:
 
 
 def added(a: Any, slots: list[int], layer: int, module: int, function: Any = lora.add_lora) -> torch.Tensor:
-    """y after the call, for the same operands whatever the function."""
+    """Return y after the call; each function gets the same operands."""
     y: torch.Tensor
     y, x = a.operands(module, len(slots))
     function(y, x, a.pool, a.tables, lora.plan_batch(torch.tensor(slots, dtype=torch.int32)), layer, module)
@@ -39,7 +39,7 @@ def assert_close(y: torch.Tensor, exact: torch.Tensor) -> None:
 
 
 def in_float64(a: Any, slots: list[int], layer: int, module: int) -> torch.Tensor:
-    """The formula of adapter/format.py, a token at a time."""
+    """Return the result of the formula in adapter/format.py, token by token."""
     y: torch.Tensor
     y, x = a.operands(module, len(slots))
     y, x, pool = y.double(), x.double(), a.pool.double()
@@ -120,7 +120,9 @@ def test_a_prompt_has_the_same_bits_whole_and_in_chunks(mixed: Mixed, dtype: str
         assert torch.equal(y, whole)
 
 
-def test_threads_leave_no_trace(mixed: Mixed, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_number_of_threads_gives_the_same_bits(
+    mixed: Mixed, threads: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     a = mixed("even", "bfloat16")
     monkeypatch.setattr(cpu, "SHARED_WORK", 0)
     for slots in (random_slots(24, 6, 1), [3], [2] * 100):
@@ -148,7 +150,7 @@ def test_tokens_without_adapter_keep_their_bits(mixed: Mixed) -> None:
         assert y[[1, 4]].isfinite().all()
 
 
-def test_nobody_and_nothing(mixed: Mixed) -> None:
+def test_steps_without_adapters_or_without_tokens(mixed: Mixed) -> None:
     a = mixed("odd", "float32")
     assert lora.plan_batch(torch.tensor([-1, -1], dtype=torch.int32)).empty
     assert lora.plan_batch(torch.empty(0, dtype=torch.int32)).empty

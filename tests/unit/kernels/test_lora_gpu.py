@@ -1,4 +1,4 @@
-"""The GPU kernels against their definition: on a GPU where there is one, else in Triton's interpreter."""
+"""The GPU kernels against their definition, on a GPU if there is one, else in Triton's interpreter."""
 
 import random
 from collections.abc import Callable
@@ -22,13 +22,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 GARBAGE = 1 << 29
 CASES = 210 if DEVICE == "cpu" else 30
-"""On a GPU nearly each compiles two kernels of its own, for seconds; it has gpu_accuracy beside."""
+"""On a GPU most cases compile two kernels for seconds, and gpu_accuracy covers them too."""
 NAN = float("nan")
 Mixed = Callable[[str, str], Any]
 
 
 class Steps:
-    """Adapters on the device, and steps over them. Whatever a kernel must not read is NaN or far out of range."""
+    """Adapters on the device, and steps with them. What a kernel must not read is NaN or far out of range."""
 
     def __init__(
         self, adapters: Any, capacity: int, max_rank: int = 256, blocks: tuple[tuning.Blocks, ...] | None = None
@@ -66,7 +66,7 @@ class Steps:
         return y.cpu()
 
     def error(self, slots: list[int], layer: int, module: int, work: LoraWork | None = None) -> float:
-        """Largest error of the step, of the largest element; the definition computes the same operands in float32."""
+        """Return the largest error of a step, relative to the largest element, against the definition in float32."""
         y, x = (operand.float() for operand in self.operands(module, len(slots)))
         batch = lora.plan_batch(torch.tensor(slots, dtype=torch.int32))
         reference.add_lora(y, x, self.adapters.pool, self.adapters.tables, batch, layer, module)
@@ -92,7 +92,7 @@ def test_equals_the_definition(mixed: Mixed, shape: str, dtype: str, tokens: int
 
 
 def generated(seed: int, adapters_of: Any) -> tuple[Steps, list[int], int, int, set[int]]:
-    """(steps, slots, layer, module, ranks used): a shape, adapters and a batch, the ranks in turn from all 256."""
+    """Return (steps, slots, layer, module, used ranks) of a generated case; the ranks cover all 256 in turn."""
     choose = random.Random(seed)
     head_dim = choose.choice([8, 16, 20, 32])
     shape = ModelShape(
@@ -146,7 +146,7 @@ def test_tokens_without_an_adapter_are_not_touched(mixed: Mixed, tokens: int) ->
         assert not after.cpu()[~without].isnan().any()
 
 
-def test_nobody_uses_an_adapter_and_nobody_is_there(mixed: Mixed) -> None:
+def test_steps_without_adapters_and_without_tokens(mixed: Mixed) -> None:
     steps = Steps(mixed("even", "float16"), 20)
     y, _ = steps.operands(2, 20)
     assert torch.equal(steps.added(steps.plan([-1] * 20), 0, 2), y)
@@ -168,7 +168,7 @@ def test_a_captured_list_serves_batches_of_more_and_fewer_groups(mixed: Mixed, t
 
 @pytest.mark.parametrize("tokens", [33, 300])
 def test_the_same_batch_gives_the_same_bits(mixed: Mixed, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Twice, and with another number of programs, so that tiles end in another order."""
+    """Run twice, and with another number of programs, so that tiles finish in another order."""
     steps = Steps(mixed("even", "bfloat16"), tokens)
     work = steps.plan(random_slots(tokens, 6, 9))
     first = [steps.added(work, 0, module) for module in range(len(MODULES))]
@@ -180,7 +180,7 @@ def test_the_same_batch_gives_the_same_bits(mixed: Mixed, tokens: int, monkeypat
 
 @pytest.mark.parametrize("split", [1, 2, 5])
 def test_any_number_of_parts_of_k(mixed: Mixed, split: int) -> None:
-    """More parts than K has blocks, too: the last ones have nothing to sum and still count."""
+    """Includes more parts than K has blocks: the last parts have nothing to sum but must be counted."""
     blocks = (tuning.Blocks(bm=16, br=16, bk=32, bn=32, be=16, split=split),) * len(MODULES)
     steps = Steps(mixed("odd", "float32"), 256, blocks=blocks)
     slots = random_slots(20, 6, 2)
@@ -191,7 +191,7 @@ def test_any_number_of_parts_of_k(mixed: Mixed, split: int) -> None:
 
 @pytest.mark.parametrize("tokens", [64, 300])
 def test_modules_of_a_step_may_differ_in_their_blocks(mixed: Mixed, tokens: int) -> None:
-    """As tables of tuned sizes make them: many groups here, many tiles there, in a workspace for just these."""
+    """Tuned tables give one module many groups and another many tiles, in a workspace of exactly their size."""
     steps = Steps(mixed("even", "float16"), tokens)
     sizes = {"bk": 32, "bn": 32, "be": 16}
     wide = tuning.Blocks(bm=16, br=128, split=1, **sizes)
@@ -205,7 +205,7 @@ def test_modules_of_a_step_may_differ_in_their_blocks(mixed: Mixed, tokens: int)
 
 
 def test_ragged_prefill_beside_decodes(mixed: Mixed) -> None:
-    """Prompts of very different length, whole groups and unfinished ones, with single tokens between them."""
+    """Prompts of very different lengths, full and partial groups, with single tokens between them."""
     steps = Steps(mixed("even", "bfloat16"), 400)
     slots = [0] * 130 + [1] + [2] * 64 + [-1] * 9 + [3] * 65 + [4] + [0, 1, 2, 3] * 7
     work = steps.plan(slots)
@@ -213,8 +213,8 @@ def test_ragged_prefill_beside_decodes(mixed: Mixed) -> None:
         assert steps.error(slots, 1, module, work) < TOLERANCE["bfloat16"]
 
 
-def test_large_adapters_are_begun_first(mixed: Mixed) -> None:
-    """What takes long must not be what everybody waits for at the end."""
+def test_large_adapters_are_started_first(mixed: Mixed) -> None:
+    """The largest work must not start last, or all programs would wait for it."""
     steps = Steps(mixed("odd", "float32"), 64)
     work = steps.plan(list(range(6)))
     groups = int(work.lengths[0, 0])

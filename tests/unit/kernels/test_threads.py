@@ -1,4 +1,4 @@
-"""Every part of a call is done once, by whom ever; nobody waits for a thread that cannot run."""
+"""Each part of a call is computed once, by any thread, and no call waits for a thread that cannot run."""
 
 import ctypes
 import threading
@@ -86,7 +86,7 @@ def test_several_callers_at_once(team: Team) -> None:
     assert wrong == []
 
 
-def test_nobody_waits_for_a_helper_that_never_wakes() -> None:
+def test_a_call_does_not_wait_for_a_helper_that_never_wakes() -> None:
     alone = Team()
     alone._helpers = 3  # as if they had been started and got no processor
     for _ in range(50):
@@ -101,8 +101,8 @@ def test_helpers_sleep_between_calls(team: Team) -> None:
     assert time.process_time() - before < 0.1
 
 
-def test_python_runs_on_while_a_kernel_computes(team: Team) -> None:
-    """The interpreter's lock is free: this thread's clock ticks on during a call of another."""
+def test_python_threads_run_while_a_kernel_computes(team: Team) -> None:
+    """The interpreter lock is released: this thread runs during a call of another."""
     count(team, 1, 1)
     caller = threading.Thread(target=count, args=(team, 1, 1, 200_000_000))
     caller.start()

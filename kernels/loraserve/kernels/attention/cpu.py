@@ -216,13 +216,7 @@ ATTEND, STORE = Kernel(_attend_all), Kernel(_store_all)
 
 
 def paged_attention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cache: KvCache,
-    batch: AttentionBatch,
-    layer: int,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KvCache, batch: AttentionBatch, layer: int, scale: float
 ) -> torch.Tensor:
     """Store k and v and return causal attention of q over each sequence's own KV; shapes as in reference.py.
 

@@ -91,7 +91,8 @@ def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, devic
     try:
         return _try_paged(shape, block_tokens, dtype, device)
     except (RuntimeError, TypeError, ValueError) as error:
-        return "gathered", f"varlen_attn with block tables: {_first_line(error)}"
+        first_line = str(error).partition("\n")[0]
+        return "gathered", f"varlen_attn with block tables: {first_line}"
 
 
 def _activate_newer_flash_attention(device: torch.device) -> None:
@@ -105,10 +106,6 @@ def _activate_newer_flash_attention(device: torch.device) -> None:
     # If it is not installed, or not for this GPU, torch's own stays.
     with suppress(ImportError, RuntimeError, ValueError, NotImplementedError):
         activate(newer)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
 
 
 def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Backend, str]:
@@ -161,12 +158,7 @@ def _paged(
 
 
 def _gathered(
-    q: torch.Tensor,
-    out: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    batch: GpuAttentionBatch,
-    scale: float,
+    q: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: GpuAttentionBatch, scale: float
 ) -> None:
     """Compute runs of decoding sequences together, prompts one by one."""
     token = index = 0
@@ -183,14 +175,9 @@ def _gathered(
 
 
 def _gathered_decode(
-    q: torch.Tensor,
-    out: torch.Tensor,
-    keys: torch.Tensor,
-    values: torch.Tensor,
-    table: torch.Tensor,
-    seq_len: torch.Tensor,
-    scale: float,
-) -> None:
+    q: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor,
+    seq_len: torch.Tensor, scale: float,
+) -> None:  # fmt: skip
     """Compute one query per sequence over all blocks of the table, GATHERED_TOKENS of KV at a time."""
     most, kv_heads = table.shape[1] * keys.shape[1], keys.shape[2]
     positions = torch.arange(most, device=q.device)

@@ -182,7 +182,6 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
     ``y`` and ``h`` float32, ``b`` of ``dtype``; addresses, strides in elements, ``n`` the length of a row. The rows are
     added to y one after the other, each with one rounding, so the size of the block does not change the bits.
     """
-
     element_bytes = ELEMENT_BYTES[dtype]
 
     @emitted(no_result(7))

@@ -27,23 +27,9 @@ def _norm(x, delta, weight, out, eps, width, ADD: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _rotate(
-    qkv,
-    q,
-    keys,
-    values,
-    positions,
-    kv_slot,
-    cos,
-    sin,
-    q_weight,
-    k_weight,
-    eps,
-    HEADS: tl.constexpr,
-    KV_HEADS: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    NORMED: tl.constexpr,
-):
+    qkv, q, keys, values, positions, kv_slot, cos, sin, q_weight, k_weight, eps,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr,
+):  # fmt: skip
     """Process one head of one token: a query goes to ``q``, a key or a value to its place in the cache."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)

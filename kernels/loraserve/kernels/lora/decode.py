@@ -10,39 +10,14 @@ from loraserve.kernels.lora.work import GROUP_COUNT, TILE_COUNT, TILE_FIELDS, TI
 
 @triton.jit(do_not_specialize=["T"])
 def decode(
-    x,
-    y,
-    pool,
-    planes,
-    hidden,
-    perm,
-    lengths,
-    tile_a,
-    tile_place,
-    tile_parts,
-    group_b,
-    group_place,
-    group_scale,
+    x, y, pool, planes, hidden, perm, lengths, tile_a, tile_place, tile_parts, group_b, group_place, group_scale,
     group_tiles,  # int32 [GROUPS], zero before and after: finished tiles of each group's h
     ticket_counter,  # int32 [2], zero before and after: pieces of work handed out, programs that have finished
     T,
-    MAX_RANK: tl.constexpr,
-    K: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LOW: tl.constexpr,
-    A_ALIGN: tl.constexpr,
-    B_ALIGN: tl.constexpr,
-    GROUPS: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    BN: tl.constexpr,
-    BE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    MAX_RANK: tl.constexpr, K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    SPLIT: tl.constexpr, LOW: tl.constexpr, A_ALIGN: tl.constexpr, B_ALIGN: tl.constexpr, GROUPS: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Hand out work in order: every tile of A before every block of outputs.
 
     A program that waits for the tiles of a group knows that each of them was taken by a program that waits for nothing:

@@ -30,25 +30,12 @@ def expand_tile(
     y,  # [T, N0 + N1 + N2]
     pool,
     hidden,  # [2, T, MAX_SLICES * MAX_RANK], see shrink.py
-    perm,
-    group_place,
-    group_b,
+    perm, group_place, group_b,
     group_tiles,  # int32 [GROUPS]: finished tiles of each group's h; not read without WAIT
-    group,
-    block,
-    T,
-    WAIT: tl.constexpr,
-    MAX_RANK: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    LOW: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    group, block, T,
+    WAIT: tl.constexpr, MAX_RANK: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
+    LOW: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Compute one block of outputs of one group. Blocks do not cross slices.
 
     h is read from memory in the weights' dtype: with an operand computed in registers, ptxas 12.8 miscompiles wgmma on
@@ -102,25 +89,10 @@ def expand_tile(
 
 @triton.jit(do_not_specialize=["T"])
 def expand(
-    y,
-    pool,
-    hidden,
-    perm,
-    lengths,
-    group_place,
-    group_b,
-    T,
-    MAX_RANK: tl.constexpr,
-    N0: tl.constexpr,
-    N1: tl.constexpr,
-    N2: tl.constexpr,
-    LOW: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BE: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    y, pool, hidden, perm, lengths, group_place, group_b, T,
+    MAX_RANK: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, LOW: tl.constexpr,
+    ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Compute all blocks of all groups with a fixed number of programs."""
     BLOCKS: tl.constexpr = (N0 + BN - 1) // BN + (N1 + BN - 1) // BN + (N2 + BN - 1) // BN
     total = tl.load(lengths + GROUP_COUNT) * BLOCKS

@@ -23,15 +23,9 @@ def add_lora(
 
 
 def _add_group(
-    y: torch.Tensor,
-    x: torch.Tensor,
-    pool: torch.Tensor,
-    tables: AdapterTables,
-    slot: int,
-    tokens: torch.Tensor,
-    layer: int,
-    module: int,
-) -> None:
+    y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, tables: AdapterTables, slot: int, tokens: torch.Tensor,
+    layer: int, module: int,
+) -> None:  # fmt: skip
     base = int(tables.base[slot])
     layout = tables.layout[slot, layer, module].tolist()
     if layout[A_ROWS] == 0:

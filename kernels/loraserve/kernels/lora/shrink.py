@@ -27,19 +27,13 @@ from loraserve.kernels.lora.work import (
 @triton.jit
 def shrink_part(
     x,  # [T, K]
-    pool,
-    perm,
+    pool, perm,
     tile_a,  # of this tile
     place,  # of this tile, in tile_place
     part,
-    K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
+    K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
-):
+):  # fmt: skip
     """Sums [BM, BR] of one tile of A over one part of K, in float32."""
     PART: tl.constexpr = ((K + SPLIT - 1) // SPLIT + BK - 1) // BK * BK
     EVEN: tl.constexpr = PART * SPLIT == K
@@ -82,16 +76,9 @@ def clear_padding(at, group, m_mask, MAX_RANK: tl.constexpr):
 @triton.jit
 def store_hidden(
     hidden,  # [2, T, MAX_SLICES * MAX_RANK], slice i from column i * MAX_RANK on
-    sums,
-    place,
-    group_place,
-    group_scale,
-    T,
-    MAX_RANK: tl.constexpr,
-    LOW: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-):
+    sums, place, group_place, group_scale, T,
+    MAX_RANK: tl.constexpr, LOW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """Scale and store a tile of h in the weights' dtype; with LOW also the remainder that rounding cut off."""
     index = tl.load(place + TILE_GROUP)
     group = group_place + index * GROUP_FIELDS
@@ -121,17 +108,11 @@ def store_hidden(
 
 @triton.jit
 def add_to_planes(
-    planes,
-    sums,
+    planes, sums,
     tile_parts,  # of this tile
-    place,
-    part,
-    T,
-    MAX_RANK: tl.constexpr,
-    SPLIT: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-):
+    place, part, T,
+    MAX_RANK: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
+):  # fmt: skip
     """Store the sums of one part. Returns (whether it was the tile's last part, the sums of all parts if so)."""
     m = tl.arange(0, BM)
     rows = tl.arange(0, BR)
@@ -156,29 +137,14 @@ def add_to_planes(
 
 @triton.jit
 def shrink_tile(
-    x,
-    pool,
+    x, pool,
     planes,  # float32 [SPLIT, T, MAX_SLICES * MAX_RANK rounded up to PLANE_ALIGN], a column for each row of A
-    hidden,
-    perm,
-    tile_a,
-    tile_place,
+    hidden, perm, tile_a, tile_place,
     tile_parts,  # int32 [tiles], zero before and after: finished parts of each tile
-    group_place,
-    group_scale,
-    tile,
-    part,
-    T,
-    MAX_RANK: tl.constexpr,
-    K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LOW: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    group_place, group_scale, tile, part, T,
+    MAX_RANK: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, ALIGN: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Compute one part of one tile. Returns whether this completed the tile's h."""
     place = tile_place + tile * TILE_FIELDS
     sums = shrink_part(
@@ -201,28 +167,12 @@ def shrink_tile(
 
 @triton.jit(do_not_specialize=["T"])
 def shrink(
-    x,
-    pool,
-    planes,
-    hidden,
-    perm,
+    x, pool, planes, hidden, perm,
     lengths,  # int32 [LENGTH_FIELDS] of this (layer, module)
-    tile_a,
-    tile_place,
-    tile_parts,
-    group_place,
-    group_scale,
-    T,
-    MAX_RANK: tl.constexpr,
-    K: tl.constexpr,
-    SPLIT: tl.constexpr,
-    LOW: tl.constexpr,
-    ALIGN: tl.constexpr,
-    BM: tl.constexpr,
-    BR: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    tile_a, tile_place, tile_parts, group_place, group_scale, T,
+    MAX_RANK: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, ALIGN: tl.constexpr,
+    BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Compute all tiles with a fixed number of programs."""
     total = tl.load(lengths + TILE_COUNT) * SPLIT
     work = tl.program_id(0)
