@@ -8,6 +8,8 @@ from loraserve.messages import StoryLine
 
 MAX_SUBJECTS = 8192
 MAX_ENTRIES = 64
+CLOCK_STEP_S = 0.01
+"""Smaller differences between two readings of the clocks are no change of the wall clock."""
 
 
 class StoryEntry(NamedTuple):
@@ -25,6 +27,7 @@ class Story:
 
     def __init__(self) -> None:
         self._subjects: OrderedDict[str, deque[StoryEntry]] = OrderedDict()
+        self._to_unix_s = 0.0
 
     def tell(self, subject: str, now: float, text: str) -> None:
         """Append an event."""
@@ -43,9 +46,11 @@ class Story:
         return [f"{time_s:.3f} {text}" for time_s, text in self.entries(subject)]
 
     def told(self, subjects: Sequence[str], monotonic_to_unix_s: float) -> tuple[StoryLine, ...]:
-        """Return the events of several subjects for another process, with wall-clock times."""
+        """Return the events of several subjects with wall-clock times, which are the same in every answer."""
+        if abs(monotonic_to_unix_s - self._to_unix_s) > CLOCK_STEP_S:
+            self._to_unix_s = monotonic_to_unix_s
         return tuple(
-            StoryLine(unix_s=time_s + monotonic_to_unix_s, subject=subject, text=text)
+            StoryLine(unix_s=time_s + self._to_unix_s, subject=subject, text=text)
             for subject in subjects
             for time_s, text in self.entries(subject)
         )

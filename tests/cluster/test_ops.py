@@ -48,6 +48,15 @@ def answer(cluster: LocalCluster, *command: str) -> Any:
     return json.loads(done.stdout)
 
 
+def complete_story(cluster: LocalCluster, subject: str) -> Any:
+    """Return a story to which every process has answered in time, which a busy one may not at once."""
+    for _ in range(10):
+        story = answer(cluster, "story", subject)
+        if not story["silent"]:
+            return story
+    raise AssertionError(f"no answer from {story['silent']}")
+
+
 def ranks(cards: list[dict[str, Any]]) -> dict[str, int]:
     return {card["id"]: card["rank"] for card in cards}
 
@@ -96,7 +105,7 @@ def test_watch_shows_the_status_again(cluster: LocalCluster) -> None:
 
 
 def test_the_story_of_a_request_names_gateway_router_and_engine(cluster: LocalCluster) -> None:
-    body = {"model": "pirate", "prompt": "What is the moon?", "max_tokens": 4}
+    body = {"model": "pirate", "prompt": "What is the moon?", "max_tokens": 4, "ignore_eos": True}
     request = urllib.request.Request(
         f"{cluster.url}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -104,14 +113,13 @@ def test_the_story_of_a_request_names_gateway_router_and_engine(cluster: LocalCl
         engine, http_id = response.headers["x-loraserve-engine"], response.headers["x-request-id"]
         id_ = json.load(response)["id"]
     for known in (id_, http_id):
-        story = answer(cluster, "story", known)
+        story = complete_story(cluster, known)
         assert {entry["process"] for entry in story["entries"]} == {"gateway-0", "router", engine}
         texts = [entry["text"] for entry in story["entries"]]
         assert any(text.startswith(f"sent to {engine}, ") for text in texts)
         assert any(text.startswith("finished: length") for text in texts)
         times = [entry["unix_s"] for entry in story["entries"]]
         assert times == sorted(times)
-        assert story["silent"] == []
     assert "sent to" in ops(cluster, "story", id_).stdout
     unknown = ops(cluster, "story", "no-such-id")
     assert (unknown.returncode, "no process knows no-such-id" in unknown.stdout) == (1, True)
@@ -119,14 +127,15 @@ def test_the_story_of_a_request_names_gateway_router_and_engine(cluster: LocalCl
 
 def test_the_story_of_an_adapter_names_registration_and_load(cluster: LocalCluster, loaded: str) -> None:
     ask_until_forecast(cluster, loaded)
-    story = answer(cluster, "story", loaded)
+    story = complete_story(cluster, loaded)
     by_process = {entry["process"]: entry["text"] for entry in story["entries"]}
     assert by_process["store"].startswith(("registered", "unregistered"))
     loads = [e["process"] for e in story["entries"] if e["text"].startswith("loaded from ")]
     assert loads
     assert all(process.startswith("engine-") for process in loads)
     version = next(subject for subject in story["subjects"] if len(subject) == 64)
-    assert answer(cluster, "story", version[:12])["entries"] == story["entries"]
+    again = complete_story(cluster, version[:12])["entries"]
+    assert again[: len(story["entries"])] == story["entries"]
 
 
 def test_an_adapter_is_loaded_listed_and_unloaded(cluster: LocalCluster, folder: Path) -> None:

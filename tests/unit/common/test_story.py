@@ -1,5 +1,6 @@
 """Stories: what happened to one subject, in order, in bounded memory."""
 
+from loraserve.messages import StoryLine
 from loraserve.story import MAX_ENTRIES, MAX_SUBJECTS, Story
 
 
@@ -30,3 +31,12 @@ def test_the_subject_without_an_event_for_longest_is_dropped() -> None:
     assert story.lines("r0") == ["0.000 waiting", "1.000 running"]
     assert story.lines("r1") == []
     assert story.lines("new") == ["2.000 waiting"]
+
+
+def test_wall_clock_times_stay_the_same_unless_the_clock_is_set() -> None:
+    story = Story()
+    story.tell("r", 2.0, "waiting")
+    first = story.told(["r"], 1000.0)
+    assert first == (StoryLine(unix_s=1002.0, subject="r", text="waiting"),)
+    assert story.told(["r"], 1000.0001) == first
+    assert story.told(["r"], 1005.0)[0].unix_s == 1007.0

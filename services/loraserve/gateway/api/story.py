@@ -11,7 +11,7 @@ from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.messages import StoryLine, StoryTold, TellStory
 
 CONTROL = ("store", "planner", "monitor", "router")
-TIMEOUT_S = 1.0
+TIMEOUT_S = 2.0
 
 
 async def story(http: web.Request) -> web.Response:
