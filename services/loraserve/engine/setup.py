@@ -53,10 +53,7 @@ def digest_threads_for(config: Config, on_device: bool) -> int:
 
 
 def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None) -> int:
-    """Return the host cache size of one engine; ``memory`` is the machine's memory in bytes.
-
-    Raises ConfigError if the setting cannot be met.
-    """
+    """Return one engine's host cache size. Raises ConfigError if the setting exceeds ``memory``, the machine's."""
     wanted, engines = config.engine.host_cache_bytes, engine_count(config)
     memory = memory_limit_bytes() if memory is None else memory
     if wanted == "auto":
@@ -73,10 +70,7 @@ def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None)
 
 
 def build_runner(config: Config, progress: Callable[[str], None], index: int = 0) -> Runner:
-    """Load the model and warm it up; ``index`` is the engine's number on its machine, which selects its GPU.
-
-    Raises ConfigError naming the setting or the file at fault.
-    """
+    """Load the model and warm it up; ``index`` selects the GPU. Raises ConfigError naming the setting or file."""
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
     check_step_tokens(config.engine.max_step_tokens, config.engine.max_running)

@@ -12,10 +12,7 @@ T = TypeVar("T")
 
 
 class StepExecutor:
-    """One thread that computes. If the runner accepts steps ahead, a second thread waits for their results.
-
-    The first thread can then submit the next step while one still runs.
-    """
+    """One thread submits steps. If the runner accepts steps ahead, another waits for their results meanwhile."""
 
     def __init__(self) -> None:
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")

@@ -91,10 +91,7 @@ class GpuDecoder:
     def _layer(
         self, index: int, layer: LayerWeights, x: torch.Tensor, delta: torch.Tensor | None, inputs: GpuStepInputs
     ) -> torch.Tensor:
-        """Compute one layer. The residual stream ``x`` gets ``delta``; the layer's own change is returned.
-
-        The next layer's norm adds it to the stream, in one kernel.
-        """
+        """Add ``delta`` to the residual stream ``x``; return this layer's change, which the next norm adds to it."""
         shape, cache, lora = self._shape, self._memory.cache, inputs.lora
         normed = add_rms_norm(x, delta, layer.input_norm, self._eps, torch.empty_like(x))
         qkv = self._add_lora(layer.qkv(normed), normed, lora, index, QKV)

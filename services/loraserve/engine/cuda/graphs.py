@@ -17,10 +17,7 @@ WIDTH_FACTOR = {"gathered": 4, "paged": 8}
 
 
 def batch_sizes(max_running: int) -> tuple[int, ...]:
-    """Return the captured numbers of sequences: powers of two, and ``max_running``.
-
-    A step runs with the next larger size, padded.
-    """
+    """Return the captured batch sizes: powers of two, and ``max_running``. A step is padded to the next one."""
     sizes = [1 << power for power in range(max_running.bit_length())]
     return tuple(sorted({size for size in sizes if size < max_running} | {max_running}))
 
@@ -71,10 +68,8 @@ class DecodeGraphs:
         self._logits = torch.empty(0)
 
     def capture(self, progress: Callable[[str], None]) -> None:
-        """Capture all graphs on the current stream, which must also replay them.
-
-        The largest come first, so that the smaller ones reuse their memory.
-        """
+        """Capture all graphs on the current stream, which must also replay them."""
+        # The largest come first, so that the smaller ones reuse their memory.
         keys = list(self._keys())
         pool = torch.cuda.graph_pool_handle()
         for done, key in enumerate(keys):

@@ -33,10 +33,7 @@ from loraserve.messages.sampling import SamplingParams
 def start_cuda_runner(
     model_dir: Path, engine: EngineConfig, device: torch.device, progress: Callable[[str], None]
 ) -> "CudaRunner":
-    """Load the model onto ``device`` and warm it up.
-
-    Raises ConfigError naming the setting, the field or the tensor at fault.
-    """
+    """Load the model and warm it up. Raises ConfigError naming the setting, the field or the tensor at fault."""
     runner = load_cuda_runner(model_dir, engine, device, progress)
     try:
         runner.warm_up(progress)
@@ -82,7 +79,7 @@ class CudaRunner:
         self.max_positions = state.positions
         self.slab_dtype = engine.slab_dtype
         self.pool_elements = state.pool.tensor.numel()
-        self.weights_backend = state.describe()
+        self.weights_backend = f"{str(state.dtype).removeprefix('torch.')} on {state.device}"
         self.pool: PoolMemory = state.pool
         self._engine = engine
         self._state = state
@@ -129,10 +126,6 @@ class CudaRunner:
         self.step(StepBatch(step_id=0, sequences=(first,)))
 
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
-        """Use the slab at ``base_elements`` of the pool for tokens of ``slot``, in steps submitted from now on.
-
-        Raises ValueError if the slab is for another dtype or model, has too large a rank, or does not lie in the pool.
-        """
         check_slab(header, self.slab_dtype, base_elements, self.pool_elements)
         if header.shape != self.shape:
             raise ValueError(f"slab is for {header.shape}, this model is {self.shape}; register the adapter again")

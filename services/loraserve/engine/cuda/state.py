@@ -98,9 +98,6 @@ class DeviceState:
     block_tokens: int
     max_running: int
 
-    def describe(self) -> str:
-        return f"{str(self.dtype).removeprefix('torch.')} on {self.device}"
-
     def run_trial_step(self, tokens: int, work: LoraWork | None, context: int = 0) -> None:
         """Compute a step of ``tokens`` tokens and sample from all its rows. Only the first KV block is used.
 

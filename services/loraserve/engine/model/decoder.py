@@ -100,10 +100,7 @@ class Decoder:
         inputs: StepInputs,
         buffers: _LayerBuffers,
     ) -> torch.Tensor:
-        """Compute one layer. The residual stream ``x`` gets ``delta``; the layer's own change is returned.
-
-        The next layer's norm adds it to the stream, in one kernel.
-        """
+        """Add ``delta`` to the residual stream ``x``; return this layer's change, which the next norm adds to it."""
         normed, q, activated = buffers.normed, buffers.q, buffers.activated
         shape = self._shape
 

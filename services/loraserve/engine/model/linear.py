@@ -41,10 +41,7 @@ class Fp16Linear(Linear):
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, backend: Backend) -> Linear:
-    """Return the product with ``weight`` float32 [out, in] and ``bias`` float32 [out].
-
-    Weights beyond fp16's range stay float32.
-    """
+    """Return the product with float32 ``weight`` and ``bias``. Weights beyond fp16's range stay float32."""
     if backend == "fp16" and weight.abs().max().item() <= FP16_MAX:
         return Fp16Linear(weight, bias)
     return Linear(weight, bias)

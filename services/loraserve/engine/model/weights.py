@@ -70,10 +70,7 @@ class WeightForm(Protocol):
 def load_weights(
     model_dir: Path, config: DecoderConfig, form: WeightForm, progress: Callable[[str], None]
 ) -> DecoderWeights:
-    """Load all weights, with little more memory than the result needs.
-
-    Raises ConfigError naming the tensor that is missing or does not fit.
-    """
+    """Load all weights one by one. Raises ConfigError naming the tensor that is missing or does not fit."""
     source = Checkpoint(model_dir)
     shape = config.shape
     embedding = form.embedding(source.take(EMBEDDING, (shape.vocab, shape.hidden)))

@@ -8,6 +8,7 @@ A simulator may use `quiet_steps` and `skip_steps` instead of handling each deco
 """
 
 from bisect import insort
+from collections import Counter
 from operator import attrgetter
 
 from msgspec.structs import replace
@@ -123,11 +124,9 @@ class Scheduler:
             is_running = sequence.state in (RUNNING, EARLY, ENDING)
             assert is_running, f"a request in state {sequence.state.name} is queued as running"
         assert self.blocks.references == sum(len(s.blocks) for s in self.running), "no request owns some blocks"
-        users: dict[str, int] = {}
-        for sequence in self.running:
-            users[sequence.version] = users.get(sequence.version, 0) + 1
+        users = Counter(sequence.version for sequence in self.running)
         for entry in self.residency.pool.entries():
-            pins = users.get(entry.adapter.version, 0)
+            pins = users[entry.adapter.version]
             assert entry.running == pins, f"{entry.adapter.name} has {entry.running} pins, {pins} requests use it"
 
     # --- Requests arrive and end.

@@ -182,7 +182,7 @@ class Sequence:
         return part.start == self.computed and part.start + len(part.tokens) <= len(self.history)
 
     def accept(self, sampled: Sampled, eos: frozenset[int]) -> TokenDelta:
-        """Add the drawn token to the output, and return what the gateway is sent."""
+        """Append the sampled token to the output and return the message for the gateway."""
         index, token, sampling = self.output_length, sampled.token, self.admit.sampling
         finish, stop_reason = finish_of(token, index, sampling, self.max_tokens, eos)
         # No step may build on a token that stops the request: it stays out of the history.
