@@ -14,7 +14,6 @@ from loraserve.engine.adapters.eviction import EvictionPolicy
 from loraserve.engine.adapters.extents import ExtentAllocator
 from loraserve.engine.adapters.lifecycle import (
     LEAVING_STATES,
-    WANTED_LOADS,
     LifecycleEvent,
     LifecycleState,
     PoolEntry,
@@ -118,17 +117,6 @@ class AdapterPool:
         entry = self._entries[version]
         entry.apply(event)
         return entry
-
-    def cancel_unwanted(self, wanted: Collection[str]) -> list[str]:
-        """Cancel the loads of adapters that are not ``wanted`` and that no step uses; return their versions."""
-        unwanted = [
-            version
-            for version, entry in self._entries.items()
-            if entry.state in WANTED_LOADS and not entry.running and version not in wanted
-        ]
-        for version in unwanted:
-            self.apply(version, LifecycleEvent.CANCELLED)
-        return unwanted
 
     def remove_leaving(self) -> list[PoolEntry]:
         """Remove the damaged adapters and failed loads that nothing uses any more; return their entries."""

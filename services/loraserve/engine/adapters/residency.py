@@ -10,7 +10,13 @@ from math import inf
 import msgspec
 
 from loraserve.engine.adapters.eviction import describe_eviction
-from loraserve.engine.adapters.lifecycle import LifecycleEvent, LifecycleState, LoadedSlab, PoolEntry
+from loraserve.engine.adapters.lifecycle import (
+    WANTED_LOADS,
+    LifecycleEvent,
+    LifecycleState,
+    LoadedSlab,
+    PoolEntry,
+)
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.adapters.prefetch import (
     SPARES_S,
@@ -288,10 +294,14 @@ class Residency:
         if not self.pool.loading:
             return []
         wanted = {adapter.version for adapter in requested}.union(self._plan.missing, self._candidates.versions())
-        unwanted = self.pool.cancel_unwanted(wanted)
-        for version in unwanted:
-            self.story.tell(version, now, "load cancelled: no request, plan or prefetch wants it any more")
-        return [CancelLoad(version) for version in unwanted]
+        instructions: list[Instruction] = []
+        for entry in self.pool.entries():
+            version = entry.adapter.version
+            if entry.state in WANTED_LOADS and not entry.running and version not in wanted:
+                entry.apply(LifecycleEvent.CANCELLED)
+                self.story.tell(version, now, "load cancelled: no request, plan or prefetch wants it any more")
+                instructions.append(CancelLoad(version))
+        return instructions
 
     def _load_requested(self, requested: list[AdapterRef], current: LoadPass) -> bool:
         """Load adapters of waiting requests. Return whether all were considered before too many loads ran."""

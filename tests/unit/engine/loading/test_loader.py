@@ -78,7 +78,7 @@ class Scene:
 
     def cancel(self) -> None:
         """Cancel the load as the scheduler and the service do."""
-        assert self.pool.cancel_unwanted(()) == ["a"]
+        assert self.pool.apply("a", LifecycleEvent.CANCELLED).adapter == REF
         self.loader.cancel("a")
 
 
