@@ -77,11 +77,13 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
-    """``device`` auto is a GPU where there is one. On a CPU ``weights`` float32 is exact, fp16 is half the bytes with
-    float32 activations, and auto the faster that runs; ``kv_bytes`` and ``pool_bytes`` are its memory, the pool's from
-    the start on as far as a quarter of the machine's stays available. On a GPU ``weights`` are of the adapters' dtype;
-    the engine takes ``memory_fraction`` of the GPU, and of what the weights leave of it ``pool_fraction`` is the
-    adapters' pool and the rest the KV cache.
+    """Settings of engines. ``device`` auto is a GPU if there is one.
+
+    On a CPU, ``weights`` float32 is exact, fp16 needs half the bytes with float32 activations, and auto is the faster
+    one that runs. ``kv_bytes`` and ``pool_bytes`` are its memory; the pool is allocated at the start, as far as a
+    quarter of the machine's memory stays available. On a GPU, ``weights`` have the adapters' dtype; the engine uses
+    ``memory_fraction`` of the GPU, and of what the weights leave, ``pool_fraction`` is the adapter pool and the rest
+    the KV cache.
 
     Adapters that leave the pool are kept in ``host_cache_bytes`` of this machine's memory for each engine, page-locked
     on a GPU, from where it and its peers have them sooner than from the store. 0 is none; auto is none on a CPU, where
@@ -177,12 +179,12 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
 
 
 class TransferConfig(Section, frozen=True, kw_only=True):
-    """How engines read adapters from each other: over those of ``transports`` that both can use, whichever is expected
-    to be soonest, the next where a read fails, and the store beside them all. An empty list leaves the store, and what
-    this engine's host cache has.
+    """How engines read adapters from each other.
 
-    ``lease_s`` is how long an adapter stays where it is for a peer that reads it and is not heard of any more;
-    renewed, a lease lasts up to ``engine.load_timeout_s``.
+    An engine reads over the ``transports`` that both sides can use, from the source that is predicted to be fastest,
+    from the next one if a read fails, and from the store. An empty list leaves the store and the engine's host cache.
+    ``lease_s`` is how long a peer that is no longer heard of keeps an adapter in place; a renewed lease lasts up to
+    ``engine.load_timeout_s``.
     """
 
     transports: tuple[Literal["cuda_ipc", "shm", "verbs", "tcp"], ...] = ("cuda_ipc", "shm", "verbs", "tcp")

@@ -141,8 +141,7 @@ def test_streams_outlive_whoever_dies_in_a_roll_out(tenants: LocalCluster, measu
         async with tenants.session() as http:
 
             async def loading(epoch: int) -> list[str]:
-                """Engines in the middle of a load that are asked for a plan of this epoch or a later one: others may
-                load what a request brought to them."""
+                """Return the engines that load for a plan of this epoch or later; others may load for a request."""
                 loads = [e["load"] for e in (await tenants.admin(http))["engines"]]
                 return [
                     load["engine"]

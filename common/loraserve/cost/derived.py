@@ -94,8 +94,11 @@ def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, floa
 
 
 def _beside_the_weights(flops_s: float, step_base_s: float) -> float:
-    """What a decoding sequence adds. A step computes while it reads, so that few sequences cost nothing beside the
-    weights and many cost their FLOPs; a linear model takes the line from none to the most that run."""
+    """Return the seconds that a decoding sequence adds to a step.
+
+    A step computes while it reads weights, so few sequences add nothing and many add their FLOPs. The linear model uses
+    the line from none to the most that run.
+    """
     return max(0.0, flops_s - step_base_s / MAX_RUNNING)
 
 

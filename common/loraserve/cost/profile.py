@@ -167,8 +167,10 @@ def _nonsense(profile: Profile) -> str:
 
 
 def _unfit(engine: EngineShape) -> str:
-    """What the memory has no room for, with the remedy. A cache that is shorter than the longest context is no fault:
-    engines take it for the longest request."""
+    """Return what the memory has no room for, with the remedy.
+
+    A KV cache shorter than the longest context is no fault: it limits the longest request.
+    """
     kv_tokens = engine.kv_blocks * engine.block_tokens
     if kv_tokens < engine.max_step_tokens:
         return (

@@ -51,8 +51,7 @@ class LeaseRenewed(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ReleaseLease(Message, frozen=True, tag=True, kw_only=True):
-    """The read is over. Mostly sent one-way; a request is answered by LeaseReleased, as often as it is asked. Refused
-    with ``not_yours``."""
+    """The read has ended. Usually sent one-way; a request is answered by LeaseReleased or refused (``not_yours``)."""
 
     lease_id: str
     incarnation: str

@@ -19,9 +19,7 @@ class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """Free memory of an engine. ``pool_room_bytes`` is the largest slab that could be loaded now if a request wanted
-    it, after evictions.
-    """
+    """Free memory of an engine. ``pool_room_bytes`` is the largest slab that a request could have loaded now."""
 
     kv_blocks_free: int
     pool_free_bytes: int

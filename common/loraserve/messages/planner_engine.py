@@ -23,8 +23,11 @@ class Prepared(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RetireCopies(Message, frozen=True, tag=True, kw_only=True):
-    """Unpin everything that was prepared up to ``epoch`` but ``keep`` (versions); it goes when memory is wanted and
-    nobody runs it. What was prepared for newer epochs stays, so a late one does no harm."""
+    """Unpin everything prepared up to ``epoch`` except the versions in ``keep``.
+
+    Unpinned adapters can be evicted once no request runs with them. Copies prepared for newer epochs stay pinned, so
+    that a late message does no harm.
+    """
 
     epoch: int
     keep: tuple[str, ...]

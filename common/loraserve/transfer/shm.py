@@ -135,7 +135,7 @@ class ShmReader:
         self._direct_bytes = direct_bytes
         self._sliced_bytes = sliced_bytes
         self._piece_bytes = piece_bytes
-        self._mappings = Mappings(_Mapping, mappings)
+        self._mappings = Mappings(_ShmMapping, mappings)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="shm")
 
     async def read(self, handle: Handle, ranges: Sequence[ByteRange], into: memoryview) -> None:
@@ -176,7 +176,7 @@ class ShmReader:
         return self._mappings.get(handle).data
 
 
-class _Mapping:
+class _ShmMapping:
     """A peer's shared memory, mapped read-only. Raises TransferError ``gone`` or ``refused``."""
 
     def __init__(self, handle: ShmHandle) -> None:

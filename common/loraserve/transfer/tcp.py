@@ -73,8 +73,11 @@ class TcpExporter:
         return handle
 
     def answer(self, envelope: Envelope) -> Coroutine[Any, Any, None] | None:
-        """Quick and without a copy; what cannot be answered is refused. Where the region must be read first the answer
-        is sent by what is returned, for a task of the caller's to await, which then also hears of a lost device."""
+        """Answer or refuse a ReadRegion without a copy.
+
+        If the region must be read from a device first, returns an awaitable that sends the answer; awaiting it raises
+        if the device is lost.
+        """
         request: ReadRegion = envelope.message
         try:
             region = self._region(request)

@@ -15,7 +15,7 @@ from loraserve.messages import RebalanceDone
 from loraserve.ops import rendering, status
 from loraserve.ops.arguments import parser
 from loraserve.ops.gateway_client import Ask, GatewayAddress, OpsError, exchange, report_progress
-from loraserve.ops.status import ClusterState
+from loraserve.ops.status import ClusterAnswer
 
 WATCH_INTERVAL_S = 2.0
 CLEAR_SCREEN = "\x1b[H\x1b[2J"
@@ -67,7 +67,7 @@ def show_status(arguments: argparse.Namespace, ask: Ask) -> int:
 def _show_status_once(arguments: argparse.Namespace, ask: Ask) -> None:
     with report_progress("asking the gateway"):
         content = ask("/admin/cluster", None)
-    state = rendering.decode(content, ClusterState)
+    state = rendering.decode(content, ClusterAnswer)
     if arguments.json:
         print(rendering.one_line(content), flush=True)
         return
@@ -117,7 +117,7 @@ def _wait_until_empty(engine: str, deadline_s: float, ask: Ask) -> tuple[int, in
     reported_s = time.monotonic()
     empty_polls = 0
     while True:
-        requests, copies = _remaining(rendering.decode(ask("/admin/cluster", None), ClusterState), engine)
+        requests, copies = _remaining(rendering.decode(ask("/admin/cluster", None), ClusterAnswer), engine)
         # A load report is a moment old and may miss a request that has just arrived: require two empty polls.
         empty_polls = 0 if requests or copies else empty_polls + 1
         now = time.monotonic()
@@ -129,7 +129,7 @@ def _wait_until_empty(engine: str, deadline_s: float, ask: Ask) -> tuple[int, in
         time.sleep(DRAIN_POLL_S)
 
 
-def _remaining(state: ClusterState, engine: str) -> tuple[int, int]:
+def _remaining(state: ClusterAnswer, engine: str) -> tuple[int, int]:
     """Return the engine's requests and planned copies. A dead or unknown engine has none."""
     found = [e for e in state.engines if e.name == engine and e.alive]
     return status.left_to_drain(found[0].load) if found else (0, 0)

@@ -44,7 +44,7 @@ class RegistryState(msgspec.Struct, frozen=True, kw_only=True):
     adapters: tuple[AdapterRef, ...]
 
 
-class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
+class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
     """The answer of /admin/cluster. Fields that a newer gateway adds are ignored."""
 
     gateway: GatewayState
@@ -57,12 +57,12 @@ class ClusterState(msgspec.Struct, frozen=True, kw_only=True):
     registry: RegistryState
 
 
-def render(state: ClusterState) -> str:
+def render(state: ClusterAnswer) -> str:
     parts = [summary(state), processes(state), engines(state), residents(state), reads(state), demand(state)]
     return "\n\n".join(part for part in parts if part)
 
 
-def summary(state: ClusterState) -> str:
+def summary(state: ClusterAnswer) -> str:
     """Return the model, the plan's epoch and the counts, with a warning if load reports are missing or old."""
     epoch = "unknown, the planner does not answer" if state.plan_epoch is None else str(state.plan_epoch)
     adapters = len(state.registry.adapters)
@@ -74,7 +74,7 @@ def summary(state: ClusterState) -> str:
     return line
 
 
-def processes(state: ClusterState) -> str:
+def processes(state: ClusterAnswer) -> str:
     gateway = {state.gateway.name: ProcessState(state="READY", detail="sent this answer")}
     rows = [
         [name, process.state, "-" if process.pid is None else str(process.pid), process.detail]
@@ -83,7 +83,7 @@ def processes(state: ClusterState) -> str:
     return table(["PROCESS", "STATE", "PID", ""], rows)
 
 
-def engines(state: ClusterState) -> str:
+def engines(state: ClusterAnswer) -> str:
     return table(
         ["ENGINE", "ALIVE", "WAITING", "RUNNING", "KV CACHE", "ADAPTER POOL", "POOL USED", "DECODE STEP"],
         [_engine_row(engine, engine.name in state.drained) for engine in state.engines],
@@ -119,7 +119,7 @@ def _engine_row(engine: EngineState, drained: bool) -> list[str]:
     ]
 
 
-def residents(state: ClusterState) -> str:
+def residents(state: ClusterAnswer) -> str:
     """Return a line for each engine with its adapters as ``name:rank``. A star marks a pinned adapter."""
     if not state.engines:
         return ""
@@ -135,7 +135,7 @@ def residents(state: ClusterState) -> str:
     return "\n".join(lines)
 
 
-def reads(state: ClusterState) -> str:
+def reads(state: ClusterAnswer) -> str:
     """Return a row for each pair of engines that has read adapters, or can: transport, volume and failures."""
     rows = []
     for engine in state.engines:
@@ -149,7 +149,7 @@ def reads(state: ClusterState) -> str:
     return table(["READS", "FROM", "OVER", "READS", "BYTES", "RATE", "FAILED", "MISMATCHED"], rows) if rows else ""
 
 
-def demand(state: ClusterState) -> str:
+def demand(state: ClusterAnswer) -> str:
     """Return a row for each adapter with recent requests, highest forecast first."""
     if not state.demand:
         return "DEMAND\nno adapter has been requested recently"

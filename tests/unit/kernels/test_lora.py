@@ -25,7 +25,7 @@ def random_slots(tokens: int, slots: int, seed: int) -> list[int]:
 
 
 def added(a: Any, slots: list[int], layer: int, module: int, function: Any = lora.add_lora) -> torch.Tensor:
-    """Return y after the call; each function gets the same operands."""
+    """Return the output of the call; each function gets the same operands."""
     y: torch.Tensor
     y, x = a.operands(module, len(slots))
     function(y, x, a.pool, a.tables, lora.plan_batch(torch.tensor(slots, dtype=torch.int32)), layer, module)

@@ -29,7 +29,7 @@ from loraserve.ops.rendering import (
     render_rebalance,
     render_story,
 )
-from loraserve.ops.status import ClusterState
+from loraserve.ops.status import ClusterAnswer
 from loraserve.testing.reports import engine_seen
 from loraserve.text import BAR_CELLS, bar, size, table
 
@@ -44,7 +44,7 @@ def engine(name: str, age_s: float = 0.1, alive: bool = True, **changes: Any) ->
     return {"name": name, "alive": alive, "age_s": age_s, "load": seen.load, "capabilities": seen.capabilities}
 
 
-def cluster(**changes: Any) -> ClusterState:
+def cluster(**changes: Any) -> ClusterAnswer:
     """As the gateway encodes it."""
     busy = engine(
         "engine-0",
@@ -84,7 +84,7 @@ def cluster(**changes: Any) -> ClusterState:
         "registry": {"revision": 4, "adapters": [PIRATE, FRENCH]},
         "added_by_a_newer_gateway": 1,
     }
-    return decode(msgspec.json.encode({**state, **changes}), ClusterState)
+    return decode(msgspec.json.encode({**state, **changes}), ClusterAnswer)
 
 
 def line_of(text: str, start: str) -> str:
@@ -148,7 +148,7 @@ def test_status_without_monitor_and_planner_says_who_is_missing() -> None:
     assert "is the monitor up?" not in status.render(cluster())
 
 
-@pytest.mark.parametrize("kind", [ClusterState, RebalanceDone, ModelList, MergedStory])
+@pytest.mark.parametrize("kind", [ClusterAnswer, RebalanceDone, ModelList, MergedStory])
 @pytest.mark.parametrize("content", [b"<html>", b"{}", b"[]", b""])
 def test_an_answer_of_something_else_is_refused_with_a_remedy(kind: Any, content: bytes) -> None:
     with pytest.raises(OpsError, match=r"not from a LoRAServe gateway of this version .*--url"):

@@ -103,7 +103,7 @@ def _exp(builder: Any, x: Any) -> Any:
 
 @emitted(types.none(types.int64, types.int64, types.float32))
 def softmax(builder: Any, scores: Any, length: Any, scale: Any) -> None:
-    """Replace the first ``length`` scores by their softmax at a ``scale`` > 0.
+    """Replace the first ``length`` scores with their softmax, scaled by ``scale`` > 0.
 
     Works on whole steps: up to STEP - 1 floats after ``length`` are overwritten.
     """

@@ -17,7 +17,7 @@ LONGEST_NEUTRAL_BYTES = 100
 """No neutral value is longer as JSON: longer ones need not be decoded."""
 
 
-class Refusal(NamedTuple):
+class FieldRefusal(NamedTuple):
     """Why a field is refused, what to do instead, and which values pass because they ask for nothing."""
 
     reason: str
@@ -38,12 +38,12 @@ _LENGTH = "is not supported here; use max_tokens"
 _TEMPLATE = 'is not supported; if the model\'s chat template takes it, put it into "chat_template_kwargs"'
 
 
-def _refused(reason: str, fields: str, *also_neutral: Any) -> dict[str, Refusal]:
+def _refused(reason: str, fields: str, *also_neutral: Any) -> dict[str, FieldRefusal]:
     """Return the same refusal for several fields; ``also_neutral`` values pass beside those that always do."""
-    return dict.fromkeys(fields.split(), Refusal(reason, (*ASKS_FOR_NOTHING, *also_neutral)))
+    return dict.fromkeys(fields.split(), FieldRefusal(reason, (*ASKS_FOR_NOTHING, *also_neutral)))
 
 
-REFUSED: dict[str, Refusal] = {
+REFUSED: dict[str, FieldRefusal] = {
     # The shape of the output.
     **_refused('only {"type": "text"} is supported', "response_format", {"type": "text"}),
     **_refused(
@@ -59,7 +59,7 @@ REFUSED: dict[str, Refusal] = {
     ),
     # Samplers and penalties.
     **_refused("beam search is not supported; ask for n choices instead", "use_beam_search"),
-    "do_sample": Refusal("is not supported; set temperature to 0 for greedy output instead", (None, True)),
+    "do_sample": FieldRefusal("is not supported; set temperature to 0 for greedy output instead", (None, True)),
     **_refused(_SAMPLER, "samplers"),
     **_refused(_SAMPLER, "typical_p tfs tfs_z", 1),
     **_refused(_SAMPLER, "top_a eta_cutoff epsilon_cutoff mirostat mirostat_mode dynatemp_range smoothing_factor", 0),
@@ -92,8 +92,8 @@ REFUSED: dict[str, Refusal] = {
     **_refused("only the model's own template is used; leave it out", "chat_template"),
     **_refused(_TEMPLATE, "reasoning_effort"),
     # False asks for an answer without thinking.
-    "enable_thinking": Refusal(_TEMPLATE, (None, "", {}, [])),
-    "thinking": Refusal(_TEMPLATE, (None, "", {}, [])),
+    "enable_thinking": FieldRefusal(_TEMPLATE, (None, "", {}, [])),
+    "thinking": FieldRefusal(_TEMPLATE, (None, "", {}, [])),
     **_refused("is not supported; ask for it in the messages", "verbosity", "medium"),
     # Media and tools.
     **_refused("only text is supported; leave it out", "audio image_data audio_data video_data multimodal_data"),
@@ -102,7 +102,7 @@ REFUSED: dict[str, Refusal] = {
     **_refused("tool calls are not supported; leave it out", "tool_choice function_call", "none", "auto"),
     **_refused("function calls are not supported; leave it out", "functions"),
     # An empty object already asks for a search.
-    "web_search_options": Refusal("web search is not supported; leave it out", (None,)),
+    "web_search_options": FieldRefusal("web search is not supported; leave it out", (None,)),
     # Adapters.
     **_refused(
         'adapters are chosen by name: put the adapter\'s name into "model"',

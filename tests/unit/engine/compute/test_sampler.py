@@ -43,7 +43,7 @@ def draw(logits: NDArray[np.float32], step: SequenceStep) -> Sampled:
 
 
 def penalized(logits: NDArray[np.float32], step: SequenceStep) -> Floats:
-    """vLLM's definition: repetition over prompt and output, frequency and presence over the output."""
+    """Apply penalties as vLLM does: repetition over prompt and output, frequency and presence over the output."""
     p, changed = step.sampling, logits.astype(np.float64)
     if step.output_index < p.min_tokens:
         changed[[*EOS, *p.stop_token_ids]] = -np.inf
