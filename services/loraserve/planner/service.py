@@ -33,7 +33,7 @@ from loraserve.messages import (
     RetireDone,
     ToPlanner,
 )
-from loraserve.planner.cluster_state import ClusterState
+from loraserve.planner.cluster_reports import ClusterReports
 from loraserve.planner.placement.moves import diff, explain_moves
 from loraserve.planner.placement.policies import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import PlacementPolicy, PlanInput, PlanSettings
@@ -70,7 +70,7 @@ class PlannerService(Service):
         self._files = files or PlanFiles(Path(config.cluster.data_dir) / "planner")
         self._policy = policy or PLACEMENT_POLICIES[config.planner.policy]
         self._rollout = Rollout()
-        self._cluster = ClusterState()
+        self._reports = ClusterReports()
         self._learner = CostLearner(initial_cost_model(config))
         self._drained: frozenset[str] = frozenset()
         self._unknown_pins: set[str] = set()
@@ -116,13 +116,13 @@ class PlannerService(Service):
         self.bus.respond(envelope, await work)
 
     def _take_load(self, load: ClusterLoad) -> None:
-        self._cluster.take_load(load, self.clock.monotonic_s())
-        engines = self._cluster.ready_engines()
-        self._learner.learn(engines, self._cluster.engine_names())
-        self._handle_event(events.EnginesSeen(tuple(engines), self._cluster.adapters))
+        self._reports.take_load(load, self.clock.monotonic_s())
+        engines = self._reports.ready_engines()
+        self._learner.learn(engines, self._reports.engine_names())
+        self._handle_event(events.EnginesSeen(tuple(engines), self._reports.adapters))
 
     def _take_registry(self, adapters: tuple[AdapterRef, ...]) -> None:
-        self._cluster.take_registry(adapters)
+        self._reports.take_registry(adapters)
         unknown = self.config.planner.pins.keys() - {adapter.name for adapter in adapters}
         if unknown != self._unknown_pins:
             self._unknown_pins = unknown
@@ -146,7 +146,7 @@ class PlannerService(Service):
             await asyncio.sleep(REPUBLISH_S)
 
     async def _drain(self, engine: str, on: bool) -> RebalanceDone:
-        names = {*engine_names(self.config), *self._cluster.engine_names(), *self._drained}
+        names = {*engine_names(self.config), *self._reports.engine_names(), *self._drained}
         if engine not in names:
             raise PeerError("unknown_engine", f"there is no engine {engine}; there are {', '.join(sorted(names))}")
         async with self._draining:
@@ -172,11 +172,11 @@ class PlannerService(Service):
     async def _rebalance(self, dry_run: bool) -> RebalanceDone:
         """Make a plan and, unless it is a dry run, roll it out."""
         async with self._planning:
-            missing = self._cluster.missing()
+            missing = self._reports.missing()
             if missing:
                 return self._not_applied(missing, failed=(missing,))
             drained = self._drained
-            inputs, problem = self._cluster.plan_input(self._placements(), self._learner.cost, self._settings(drained))
+            inputs, problem = self._reports.plan_input(self._placements(), self._learner.cost, self._settings(drained))
             failed = (problem,) if problem else ()
             placements = await asyncio.to_thread(self._policy, inputs)
             if dry_run:
@@ -216,7 +216,7 @@ class PlannerService(Service):
         plan = self._rollout.plan
         if plan.epoch:
             return plan.placements
-        return recover_placements(self._cluster.ready_engines(), self._cluster.adapters)
+        return recover_placements(self._reports.ready_engines(), self._reports.adapters)
 
     def _settings(self, drained: frozenset[str]) -> PlanSettings:
         planner = self.config.planner

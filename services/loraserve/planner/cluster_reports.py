@@ -12,8 +12,8 @@ FORGET_ENGINE_S = 5.0
 """Time for which an engine that the monitor does not name is kept: a monitor that has just started names few."""
 
 
-class ClusterState:
-    """The last reports. ``adapters`` is by version and replaced, never changed, when the registry changes."""
+class ClusterReports:
+    """The last reports of monitor and store. ``adapters``, by version, is replaced and never changed in place."""
 
     def __init__(self) -> None:
         self.demand: tuple[AdapterDemand, ...] = ()
