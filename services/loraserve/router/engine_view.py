@@ -6,7 +6,6 @@ Reports say what an engine has at a moment. A request that was sent later is *pe
 from collections.abc import Iterable, Mapping
 from itertools import pairwise
 from math import expm1, inf
-from types import MappingProxyType
 
 import msgspec
 
@@ -22,7 +21,6 @@ share an engine that exceeds the plan's demand is relieved sooner; with a smalle
 near the limit."""
 IDLE_STEP_S = 0.02
 """Decode step of an engine that has not decoded yet."""
-_NO_RATES: Mapping[str, float] = MappingProxyType({})
 
 
 class PendingRequest(msgspec.Struct, frozen=True, gc=False):
@@ -148,8 +146,8 @@ class EngineView(msgspec.Struct):
         self,
         seen: EngineSeen,
         reported_s: float,
-        known: Iterable[RunningRequest] = (),
-        decoded: Mapping[str, float] = _NO_RATES,
+        known: Iterable[RunningRequest],
+        decoded: Mapping[str, float],
     ) -> None:
         """Replace the last report; one of another incarnation clears everything known of the engine.
 

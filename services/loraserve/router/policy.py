@@ -195,21 +195,15 @@ def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng:
 def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng) -> list[int]:
     """Return up to ``MAX_CANDIDATES`` columns in a random order: those with a share first, larger shares more often."""
     planned = [column for column in columns if column in shares]
-    if not planned:
-        return _shuffled(columns, rng)
-    # Each comes first with a probability in proportion to its share (Efraimidis and Spirakis, 2006).
-    planned.sort(key=lambda column: rng.random() ** (1 / shares[column]), reverse=True)
-    return [*planned, *(column for column in columns if column not in shares)][:MAX_CANDIDATES]
-
-
-def _shuffled(columns: Sequence[int], rng: Rng) -> list[int]:
-    """Return the first ``MAX_CANDIDATES`` of a random order."""
+    if planned:
+        # Each comes first with a probability in proportion to its share (Efraimidis and Spirakis, 2006).
+        planned.sort(key=lambda column: rng.random() ** (1 / shares[column]), reverse=True)
+        return [*planned, *(column for column in columns if column not in shares)][:MAX_CANDIDATES]
     order = list(columns)
-    count = min(len(order), MAX_CANDIDATES)
-    for place in range(count):
+    for place in range(min(len(order), MAX_CANDIDATES)):
         other = place + int(rng.random() * (len(order) - place))
         order[place], order[other] = order[other], order[place]
-    return order[:count]
+    return order[:MAX_CANDIDATES]
 
 
 def _shares_by_column(context: RoutingContext) -> Mapping[int, float]:
@@ -220,9 +214,6 @@ def _shares_by_column(context: RoutingContext) -> Mapping[int, float]:
         if engine is not None and engine.column >= 0 and share > 0:
             shares[engine.column] = share
     return shares
-
-
-# From columns to candidates
 
 
 def _candidates(

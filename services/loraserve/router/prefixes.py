@@ -66,7 +66,6 @@ class PrefixMemory:
             self._found = None
 
     def validate(self) -> None:
-        """Check the table; raise AssertionError if it is inconsistent."""
         assert len(self._engines_of) <= self._max_prefixes, "more prefixes than there is room for"
         assert {n: e for e, n in self._numbers.items()} == self._names, "engines and their numbers disagree"
         for numbers in self._engines_of.values():

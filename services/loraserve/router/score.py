@@ -80,7 +80,8 @@ def score(context: RoutingContext, table: PriceTable, shares: Mapping[int, float
         # The adapter loads while the request waits in the queue.
         ttft_s = np.maximum(queue_s, load_s) + own_s
     total = ttft_s + engine_s * table.engine_time_weight + load_s * _LOAD_WEIGHT
-    _subtract_priors(total, columns, table, shares)
+    for column in (*shares, *columns.resident):
+        total[column] = total.item(column) - PRIOR_STEPS * prices.decode_step_s.item(column)
     return Scores(
         total, ttft_s, queue_s, load_s, own_s, step_s, engine_s, cached, columns, request, shares, table.engines
     )
@@ -201,9 +202,3 @@ def _cached_tokens(request: Route, view: ClusterView) -> Mapping[int, int]:
         return {}
     columns = ((view.engines[name].column, tokens) for name, tokens in cached.items() if name in view.engines)
     return {column: tokens for column, tokens in columns if column >= 0}
-
-
-def _subtract_priors(total: Array, columns: AdapterColumns, table: PriceTable, shares: Mapping[int, float]) -> None:
-    decode_step_s = table.columns.decode_step_s
-    for column in (*shares, *columns.resident):
-        total[column] = total.item(column) - PRIOR_STEPS * decode_step_s.item(column)

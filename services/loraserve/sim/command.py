@@ -51,14 +51,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         base = spec_of(arguments)
         names = policies_of(arguments)
         check_arguments(arguments, names)
-        if arguments.compare:
-            mode = run_compare
-        elif arguments.grid:
-            mode = run_grid
-        elif arguments.sensitivity:
-            mode = run_sensitivity
-        else:
-            mode = run_sweep if arguments.loads or len(names) > 1 else run_one
+        modes = {"compare": run_compare, "grid": run_grid, "sensitivity": run_sensitivity}
+        default = run_sweep if arguments.loads or len(names) > 1 else run_one
+        mode = next((run for flag, run in modes.items() if getattr(arguments, flag)), default)
         result = mode(arguments, base, names)
     except LoraServeError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -4,7 +4,7 @@
 asked for in batches. The runs of a batch do not depend on each other, so that they can run in parallel.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from math import ceil, inf
 from typing import NamedTuple
 
@@ -114,22 +114,25 @@ def compare(
     }
     curves: Curves = {entrant: {} for draws in entrants.values() for entrant in draws}
     largest_of = find_largest(base, guess_rps, run_all, curves)
-    chosen = {policy: _median(draws, largest_of) for policy, draws in entrants.items()}
+    # The median draw; of an even number, the lower one in the middle.
+    chosen = {
+        policy: sorted(draws, key=lambda entrant: largest_of[entrant])[(len(draws) - 1) // 2]
+        for policy, draws in entrants.items()
+    }
     largest = {policy: largest_of[entrant] for policy, entrant in chosen.items()}
     baselines = [p for p in policies if p != OURS] or list(policies)
     best = max(baselines, key=lambda p: largest[p])
+    slo_s = base.settings.slo_ttft_s
     if not largest[best]:
-        slo_s = base.settings.slo_ttft_s
         raise ConfigError(f"no baseline serves this workload within {slo_s} s; promise more (--slo-s)")
     shares = tuple(sorted(options.shares))
     wanted = [(entrant, share * largest[best]) for entrant in chosen.values() for share in shares]
     _add_points(base, [(e, rps) for e, rps in wanted if rps not in curves[e]], run_all, curves)
-    needed: dict[Entrant, int | None] = dict.fromkeys(chosen.values())
-    if options.count_engines:
-        needed = engines_needed(base, list(chosen.values()), largest[best], run_all)
+    counted = list(chosen.values()) if options.count_engines else []
+    needed = engines_needed(base, counted, largest[best], run_all)
     return Comparison(
         engines=base.engines,
-        slo_ttft_s=base.settings.slo_ttft_s,
+        slo_ttft_s=slo_s,
         best_baseline=best,
         best_baseline_rps=largest[best],
         shares=shares,
@@ -139,7 +142,7 @@ def compare(
                 max_rps=largest[policy],
                 max_rps_draws=tuple(sorted(largest_of[draw] for draw in entrants[policy])),
                 at_80pct=curves[entrant][0.8 * largest[best]],
-                engines_needed=needed[entrant],
+                engines_needed=needed.get(entrant),
                 curve=tuple(figures for _, figures in sorted(curves[entrant].items())),
             )
             for policy, entrant in chosen.items()
@@ -200,11 +203,6 @@ def changed_profiles(profile: Profile) -> dict[str, Profile]:
             label = f"{name} x {factor:g}" + (" (all)" if value == 1.0 else "")
             changed[label] = derive_profile(profile.shape, hardware, efficiencies, profile.cost.lora, profile.model)
     return changed
-
-
-def _median(entrants: Sequence[Entrant], largest: Mapping[Entrant, float]) -> Entrant:
-    """Return the median by largest load; of an even number, the lower one in the middle."""
-    return sorted(entrants, key=lambda entrant: largest[entrant])[(len(entrants) - 1) // 2]
 
 
 class _LoadSearch:
