@@ -1,4 +1,4 @@
-"""Drawing tokens, against the definition written out in float64: each filter in turn, then the place in the sum."""
+"""Sampling compared with its definition in float64: each filter in turn, then the place in the sum."""
 
 from collections import Counter
 from typing import Any
@@ -118,7 +118,7 @@ def test_the_token_is_where_the_definition_puts_it(
     logits = logits_of(vocab, seed % 1000)
     tokens, probabilities = distribution(logits, step)
     token = draw(logits, step).token
-    assert token in tokens, "the filters must leave it"
+    assert token in tokens, "the filters removed the sampled token"
     end = probabilities[: tokens.index(token) + 1].sum()
     begin = end - probabilities[tokens.index(token)]
     assert begin - 1e-4 <= uniform(seed, index) <= end + 1e-4
@@ -133,7 +133,7 @@ def test_frequencies_are_the_probabilities() -> None:
         assert abs(counts[token] - 6000 * expected[token]) < 5 * deviation
 
 
-def test_greedy_takes_the_largest_and_of_equals_the_first() -> None:
+def test_greedy_takes_the_largest_logit_and_the_first_of_equals() -> None:
     logits = np.array([0.0, 2.0, 5.0, 5.0], dtype=np.float32)
     for temperature in (0.0, 1e-6):
         assert draw(logits, row(temperature=temperature)).token == 2
@@ -152,28 +152,28 @@ def test_a_low_temperature_is_nearly_greedy_and_a_high_one_nearly_even() -> None
         ({"top_k": 2}, {3, 2}),
         ({"top_k": 1}, {3}),
         ({"top_k": 100}, {0, 1, 2, 3}),
-        # Probabilities are 0.1, 0.2, 0.3 and 0.4: the token that reaches top_p is the last that is left.
+        # Probabilities are 0.1, 0.2, 0.3 and 0.4. The token that reaches top_p is the last one kept.
         ({"top_p": 0.39}, {3}),
         ({"top_p": 0.41}, {3, 2}),
         ({"top_p": 0.71}, {3, 2, 1}),
         ({"min_p": 0.6}, {3, 2}),
         ({"min_p": 0.4}, {3, 2, 1}),
-        # Of the two that top_k leaves the first has 0.57.
+        # Of the two tokens that top_k keeps the first has 0.57.
         ({"top_k": 2, "top_p": 0.5}, {3}),
         ({"min_p": 0.6, "top_k": 3}, {3, 2}),
     ],
 )
-def test_filters_leave_what_they_say(params: dict[str, Any], left: set[int]) -> None:
+def test_filters_leave_the_expected_tokens(params: dict[str, Any], left: set[int]) -> None:
     logits = np.log(np.array([0.1, 0.2, 0.3, 0.4], dtype=np.float32))
     assert {draw(logits, row(seed=seed, **params)).token for seed in range(400)} == left
 
 
-def test_of_equal_tokens_top_k_leaves_the_smaller_ids() -> None:
+def test_top_k_keeps_the_smaller_ids_of_equal_tokens() -> None:
     logits = np.zeros(600, dtype=np.float32)
     assert {draw(logits, row(seed=seed, top_k=3)).token for seed in range(200)} == {0, 1, 2}
 
 
-def test_a_stream_draws_the_same_whatever_shares_its_batch() -> None:
+def test_a_request_samples_the_same_in_any_batch() -> None:
     logits = np.stack([logits_of(300, seed) for seed in range(5)])
     steps = [
         row(name="greedy", temperature=0.0),
@@ -200,14 +200,14 @@ def test_draws_depend_on_seed_and_output_index() -> None:
     assert len(set(drawn.values())) > 250
 
 
-def test_no_token_ends_it_before_min_tokens() -> None:
+def test_no_stop_token_is_sampled_before_min_tokens() -> None:
     logits = np.array([0.0, 9.0, 8.0, 1.0], dtype=np.float32)
     early = row(index=1, min_tokens=2, temperature=0.0, stop_token_ids=(2, 99))
     assert draw(logits, early).token == 3
     assert draw(logits, row(index=2, min_tokens=2, temperature=0.0, stop_token_ids=(2, 99))).token == 1
 
 
-def test_presence_counts_once_and_frequency_each_time_in_the_output_alone() -> None:
+def test_presence_counts_once_and_frequency_each_occurrence_in_the_output() -> None:
     logits = np.array([0.0, 1.0, 3.0, 2.5], dtype=np.float32)
     history = (3, 2, 2)
     assert draw(logits, row(history, temperature=0.0, presence_penalty=0.4)).token == 2
@@ -215,14 +215,14 @@ def test_presence_counts_once_and_frequency_each_time_in_the_output_alone() -> N
     assert draw(logits, row(history, prompt=3, temperature=0.0, frequency_penalty=2.0)).token == 2
 
 
-def test_repetition_makes_what_was_seen_less_likely_whatever_its_sign() -> None:
+def test_repetition_penalty_makes_seen_tokens_less_likely() -> None:
     assert draw(np.array([4.0, 3.0], dtype=np.float32), row((0,), temperature=0.0, repetition_penalty=2.0)).token == 1
     assert draw(np.array([-1.0, -1.5], dtype=np.float32), row((0,), temperature=0.0, repetition_penalty=2.0)).token == 1
 
 
 @pytest.mark.parametrize("asked", [0, 1, 5, 700])
 def test_logprobs_are_the_models_own(asked: int) -> None:
-    """Before temperature, penalties and filters, as OpenAI's are."""
+    """Log-probabilities are those before temperature, penalties and filters, as OpenAI's are."""
     logits = logits_of(600)
     logits[7] = logits[3] = logits.max() + 1
     step = row((3, 3), seed=4, temperature=0.5, top_k=50, frequency_penalty=1.0, logprobs=asked)
@@ -236,7 +236,7 @@ def test_logprobs_are_the_models_own(asked: int) -> None:
         assert logprob == pytest.approx(float(expected[token]), abs=1e-5)
 
 
-def test_without_logprobs_none_are_worked_out() -> None:
+def test_no_logprobs_without_a_request_for_them() -> None:
     assert (draw(logits_of(10), row()).logprob, draw(logits_of(10), row()).top) == (0.0, ())
 
 
