@@ -26,6 +26,33 @@ def wait_for_tiles(group_tiles, group, wanted):
 
 
 @triton.jit
+def expand_sums(
+    b_at,  # [BE, BN], the first ranks of B
+    h_at,  # [BM, BE]
+    low,  # elements from h to the remainder that its rounding cut off
+    rank, width, m_mask, n_mask,
+    LOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Sums [BM, BN] over all ranks, in float32."""
+    ranks = tl.arange(0, BE)
+    sums = tl.zeros((BM, BN), tl.float32)
+    for r in tl.range(0, rank, BE, num_stages=STAGES):
+        r_mask = ranks < rank - r
+        b_tile = tl.load(b_at, mask=r_mask[:, None] & n_mask[None, :], other=0.0)
+        # Whole vectors: h is zero between the last rank and the next multiple of 8.
+        h_mask = m_mask[:, None] & (ranks // 8 < (rank - r + 7) // 8)[None, :]
+        # Other programs may have written h during this launch: bypass this core's own cache.
+        h_tile = tl.load(h_at, mask=h_mask, other=0.0, cache_modifier=".cg")
+        sums = tl.dot(h_tile, b_tile, sums, input_precision="ieee")
+        if LOW:
+            h_low = tl.load(h_at + low, mask=h_mask, other=0.0, cache_modifier=".cg")
+            sums = tl.dot(h_low, b_tile, sums, input_precision="ieee")
+        b_at += BE * width
+        h_at += BE
+    return sums
+
+
+@triton.jit
 def expand_tile(
     y,  # [T, N0 + N1 + N2]
     pool,
@@ -61,7 +88,6 @@ def expand_tile(
         ranks = tl.arange(0, BE)
         b_at = b + ranks.to(tl.int64)[:, None] * width + n[None, :]
         h_at = hidden + (first + m).to(tl.int64)[:, None] * WIDTH + (index * MAX_RANK + ranks)[None, :]
-        low = tl.cast(T, tl.int64) * WIDTH
         # All that does not depend on h is read before waiting for h.
         token = tl.load(perm + first + m, mask=m_mask, other=0).to(tl.int64)
         y_at = y + token[:, None] * (N0 + N1 + N2) + (y_column + n)[None, :]
@@ -69,21 +95,10 @@ def expand_tile(
         before = tl.load(y_at, mask=y_mask, other=0.0)
         if WAIT:
             wait_for_tiles(group_tiles, group, tl.load(place + GROUP_TILES))
-        sums = tl.zeros((BM, BN), tl.float32)
-        for r in tl.range(0, rank, BE, num_stages=STAGES):
-            r_mask = ranks < rank - r
-            b_tile = tl.load(b_at, mask=r_mask[:, None] & n_mask[None, :], other=0.0)
-            # Whole vectors: h is zero between the last rank and the next multiple of 8.
-            h_mask = m_mask[:, None] & (ranks // 8 < (rank - r + 7) // 8)[None, :]
-            # Other programs may have written h during this launch: bypass this core's own cache.
-            sums = tl.dot(
-                tl.load(h_at, mask=h_mask, other=0.0, cache_modifier=".cg"), b_tile, sums, input_precision="ieee"
-            )
-            if LOW:
-                h_low = tl.load(h_at + low, mask=h_mask, other=0.0, cache_modifier=".cg")
-                sums = tl.dot(h_low, b_tile, sums, input_precision="ieee")
-            b_at += BE * width
-            h_at += BE
+        sums = expand_sums(
+            b_at=b_at, h_at=h_at, low=tl.cast(T, tl.int64) * WIDTH, rank=rank, width=width,
+            m_mask=m_mask, n_mask=n_mask, LOW=LOW, BM=BM, BN=BN, BE=BE, STAGES=STAGES,
+        )  # fmt: skip
         tl.store(y_at, (before.to(tl.float32) + sums).to(y.dtype.element_ty), mask=y_mask)
 
 

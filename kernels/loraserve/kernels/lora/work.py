@@ -133,16 +133,13 @@ def list_work(
     group_b,  # int64 [rows, GROUPS, SLICE_FIELDS], written: where B of each slice lies in the pool
     group_place,  # int32 [rows, GROUPS, GROUP_FIELDS], written
     group_scale,  # float32 [rows, GROUPS, SLICE_FIELDS], written
-    SLOTS: tl.constexpr,
-    LANES: tl.constexpr,  # SLOTS rounded up to a power of two
-    ROWS: tl.constexpr,  # layers * modules
-    TILES: tl.constexpr, GROUPS: tl.constexpr,
-    K0: tl.constexpr,  # inputs of each module
-    K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr,
-    BM0: tl.constexpr,  # tokens of a group of each module
-    BM1: tl.constexpr, BM2: tl.constexpr, BM3: tl.constexpr,
-    BR0: tl.constexpr,  # rows of a tile of each module
-    BR1: tl.constexpr, BR2: tl.constexpr, BR3: tl.constexpr, BLOCK: tl.constexpr,
+    # LANES is SLOTS rounded up to a power of two, ROWS is layers * modules.
+    SLOTS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
+    # Of each module: inputs, tokens of a group, rows of a tile.
+    K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr,
+    BM0: tl.constexpr, BM1: tl.constexpr, BM2: tl.constexpr, BM3: tl.constexpr,
+    BR0: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr, BR3: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program r lists the work of row r = layer * 4 + module. A lane is a slot, in the order of work."""
     row = tl.program_id(0)
