@@ -49,7 +49,6 @@ class AdapterPool:
         self.eviction = EvictionPolicy(self._entries, self._extents, self._free_slots)
         self.leases = 0
         self.leases_to_end: frozenset[str] = frozenset()
-        self.plan_pins_dropped = 0
 
     def __contains__(self, version: object) -> bool:
         return version in self._entries
@@ -102,7 +101,6 @@ class AdapterPool:
         if victims is None:
             return None
         for victim in victims:
-            self.plan_pins_dropped += victim.planned
             self._remove(victim, LifecycleEvent.EVICTED)
         offset = self._extents.allocate(adapter.slab_bytes)
         assert offset is not None, "victims did not make the room they were chosen for"

@@ -11,6 +11,7 @@ import msgspec
 
 from loraserve.engine.adapters.eviction import describe_eviction
 from loraserve.engine.adapters.lifecycle import (
+    LOADING_STATES,
     WANTED_LOADS,
     LifecycleEvent,
     LifecycleState,
@@ -236,7 +237,7 @@ class Residency:
         request, or two requests could take turns in loading and neither would run. ``idle`` says that no request is
         left, so that missing room will not come by waiting. ``stepping`` says that steps run; each brings another pass.
         """
-        self._pace.update(self._is_loading, now)
+        self._pace.update(lambda version: self.pool.state(version) in LOADING_STATES, now)
         requested = list(requested)
         self._candidates.expire(now)
         current = LoadPass(now, stepping, [*self._evict_leaving(), *self._cancel_unwanted(requested, now)])
@@ -265,10 +266,6 @@ class Residency:
     def validate(self) -> None:
         self.pool.validate()
         self._candidates.validate()
-
-    def _is_loading(self, version: str) -> bool:
-        entry = self.pool.get(version)
-        return entry is not None and entry.is_loading
 
     def _expect(self, adapter: AdapterRef, kind: PrefetchKind, now: float) -> None:
         if self.is_ready(adapter.version) or self.pool.refusal(adapter) is not None:

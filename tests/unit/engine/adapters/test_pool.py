@@ -264,14 +264,16 @@ def test_an_adapter_in_use_is_not_evicted(need: str) -> None:
     assert "b" not in pool
 
 
-def test_a_request_may_drop_a_plan_pin_and_that_is_counted() -> None:
+def test_a_request_may_drop_a_plan_pin_where_nothing_else_makes_room() -> None:
     pool = pool_with(ref("a"), ref("b"), units=2)
     pool.pin_for_plan("a", 1)
     assert evicted(pool.place(ref("c"), 5.0, drop_plan_pins=True)) == ["b"], "what is not pinned goes first"
     pool.apply("c", LifecycleEvent.LOADED)
     pool.start_running("c", 6.0)
-    assert evicted(pool.place(ref("d"), 7.0, drop_plan_pins=True)) == ["a"]
-    assert pool.plan_pins_dropped == 1
+    placed = pool.place(ref("d"), 7.0, drop_plan_pins=True)
+    assert evicted(placed) == ["a"]
+    assert placed is not None
+    assert [entry.planned for entry in placed.evicted] == [True]
 
 
 def test_without_a_free_slot_an_adapter_is_evicted_though_memory_is_free() -> None:
