@@ -138,7 +138,6 @@ class EngineView(msgspec.Struct):
         return min(request_s, next(iter(self.expected.values()), inf))
 
     def has(self, version: str) -> bool:
-        """Return whether the adapter is resident or on its way."""
         begun = version in self.loading or version in self.expected
         return begun or version in self.resident or version in self.pending_adapters.versions
 
@@ -180,7 +179,6 @@ class EngineView(msgspec.Struct):
         self.pending_adapters.add(pending, self.active)
 
     def drop_pending(self, request_ids: Iterable[str]) -> None:
-        """Remove those of the requests that are pending."""
         removed = [request_id for request_id in request_ids if self.pending.pop(request_id, None)]
         if removed:
             self._recount_pending()

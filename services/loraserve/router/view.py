@@ -97,7 +97,6 @@ class ClusterView:
         return self.prefixes.cached_tokens(request) if self.prefixes is not None else {}
 
     def set_drained(self, engines: frozenset[str]) -> None:
-        """Replace the set of engines that the plan empties."""
         self.drained = engines
         for name, view in self.engines.items():
             if view.drained != (name in engines):

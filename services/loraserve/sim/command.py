@@ -116,7 +116,6 @@ def run_sweep(arguments: argparse.Namespace, base: RunSpec, names: list[str]) ->
 
 
 def run_compare(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
-    """Compare the policies on one workload."""
     with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:
         comparison = compare(base, names, _guess_rps(base), run_all, CompareOptions(draws=arguments.draws))
     # The workload at the compared load: the longer a run is, the more of a trace it uses.
@@ -157,7 +156,6 @@ def run_compare(arguments: argparse.Namespace, base: RunSpec, names: list[str]) 
 
 
 def run_grid(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
-    """Compare ours with the baselines on 24 drawn workloads."""
     comparisons: dict[str, Comparison] = {}
     with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:
         for shape in grid_shapes(arguments.requests, arguments.adapters, arguments.seed):

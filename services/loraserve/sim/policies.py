@@ -80,7 +80,6 @@ def place_contiguously(inputs: PlanInput) -> tuple[Placement, ...]:
 
 
 def place_everywhere(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Place every adapter on every engine, with equal shares."""
     share = 1 / len(inputs.engines)
     return tuple(inputs.current) or tuple(
         _placement(inputs.adapters[version], engine.engine, share)
@@ -135,7 +134,6 @@ def _rendezvous_hash(version: str, engine: str) -> bytes:
 
 
 def route_to_copy(context: RoutingContext) -> Candidates | Rejected:
-    """Route to the only engine that has the adapter."""
     return _route_to_minimum(context, lambda engine: 0.0)
 
 
