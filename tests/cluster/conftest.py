@@ -1,4 +1,4 @@
-"""One real cluster with the demo model for all tests of this folder; it is left as it was found by each."""
+"""One real cluster with the demo model for all tests of this folder; each test restores its state."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +21,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    """The demo model, prepared once a machine."""
+    """The demo model, prepared once per machine."""
     return prepare_model(default_data_dir(), print)
 
 
@@ -43,7 +43,7 @@ def eight_adapters(demo_model: Path, tmp_path_factory: pytest.TempPathFactory) -
 def cluster(
     demo_model: Path, eight_adapters: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[LocalCluster]:
-    """Two engines, eight adapters, everything through the same command that users run."""
+    """A cluster of two engines and eight adapters, started with the command that users run."""
     data_dir = tmp_path_factory.mktemp("cluster")
     with LocalCluster(data_dir, "--model", str(demo_model), adapters=eight_adapters) as running:
         yield running

@@ -1,4 +1,4 @@
-"""scripts/bench chaos for a short while: engines are killed, stopped and poisoned, and no token comes wrong."""
+"""Runs scripts/bench chaos briefly: engines are killed, stopped and corrupted, and no token is wrong."""
 
 import json
 import subprocess
@@ -15,9 +15,7 @@ SHOWN = ("requests", "resubmitted", *DONE, "mismatches_seen", "read_over_shm", "
 
 
 @pytest.mark.timeout(600)
-def test_engines_that_are_killed_and_poisoned_say_nothing_wrong(
-    demo_model: Path, measured: Callable[[str], None]
-) -> None:
+def test_killed_and_corrupted_engines_return_no_wrong_token(demo_model: Path, measured: Callable[[str], None]) -> None:
     command = [sys.executable, str(BENCHES), "chaos", "--minutes", str(MINUTES)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -1,4 +1,4 @@
-"""What a user of the demo sees: four styles at once, clear refusals, and nobody disturbed by them."""
+"""The demo as a user sees it: four styles in one batch, and clear refusals that disturb no other request."""
 
 import asyncio
 import json
@@ -35,7 +35,7 @@ def looks_shouted(text: str) -> bool:
 LOOKS = {"pirate": looks_pirate, "french": looks_french, "json": looks_json, "shout": looks_shouted}
 
 
-def test_four_adapters_asked_at_once_answer_in_four_styles(
+def test_four_adapters_in_one_batch_answer_in_four_styles(
     cluster: LocalCluster, demo_model: Path, measured: Callable[[str], None]
 ) -> None:
     async def ask() -> dict[str, str]:
@@ -68,7 +68,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in ("short", "shape", "nothing")}
 
 
-def test_refusals_are_clear_and_disturb_no_stream(cluster: LocalCluster, broken: dict[str, Path]) -> None:
+def test_refused_requests_do_not_disturb_streams(cluster: LocalCluster, broken: dict[str, Path]) -> None:
     async def load(http: aiohttp.ClientSession, name: str, path: Path) -> tuple[int, dict[str, object]]:
         body = {"lora_name": name, "lora_path": str(path)}
         async with http.post("/v1/load_lora_adapter", json=body) as response:
@@ -98,7 +98,7 @@ def test_refusals_are_clear_and_disturb_no_stream(cluster: LocalCluster, broken:
     asyncio.run(scenario())
 
 
-def test_an_adapter_comes_and_goes_while_serving(cluster: LocalCluster) -> None:
+def test_an_adapter_is_loaded_and_unloaded_while_serving(cluster: LocalCluster) -> None:
     async def scenario() -> None:
         async with cluster.session() as http:
             body = {"lora_name": "guest/one:1", "lora_path": str(SHIPPED_DIR / "french")}

@@ -1,4 +1,4 @@
-"""kill -9 of an engine: the router leaves it within two seconds, the other serves on, the dead one comes back."""
+"""kill -9 of an engine: the router avoids it within two seconds, the other one serves, the killed one returns."""
 
 import asyncio
 import time
@@ -17,7 +17,7 @@ SKEW_S = 0.5
 
 
 async def keep_asking(http: aiohttp.ClientSession, until: asyncio.Event) -> list[tuple[float, Answer]]:
-    """Short requests, two at a time, with the time each was sent."""
+    """Send short requests, two at a time. Returns them with the time at which each was sent."""
     answers = []
     while not until.is_set():
         sent_s = time.monotonic()
@@ -26,7 +26,7 @@ async def keep_asking(http: aiohttp.ClientSession, until: asyncio.Event) -> list
     return answers
 
 
-def test_a_killed_engine_is_left_survived_and_used_again(
+def test_a_killed_engine_is_avoided_and_used_again_after_its_restart(
     cluster: LocalCluster, measured: Callable[[str], None]
 ) -> None:
     async def scenario() -> None:
@@ -64,7 +64,7 @@ def test_a_killed_engine_is_left_survived_and_used_again(
 
 
 def check_ends(answers: list[Answer]) -> None:
-    """The victim's streams end with a clear error, the others as if nothing had happened."""
+    """Check that the killed engine's streams end with an error and all others complete."""
     ended = [answer for answer in answers if answer.error is not None]
     assert {answer.engine for answer in ended} == {VICTIM}
     assert all(answer.error["code"] == "engine_died" for answer in ended if answer.error)
@@ -72,7 +72,7 @@ def check_ends(answers: list[Answer]) -> None:
 
 
 async def kill_while_it_starts(cluster: LocalCluster, first_pid: int) -> None:
-    """Once more, so that it stays away long enough for much to be asked meanwhile."""
+    """Kill the engine again while it starts, so that enough requests are sent during its absence."""
     for _ in range(200):
         if cluster.pids()[VICTIM] != first_pid:
             break
@@ -82,7 +82,7 @@ async def kill_while_it_starts(cluster: LocalCluster, first_pid: int) -> None:
 
 
 async def wait_until_back(cluster: LocalCluster, http: aiohttp.ClientSession, killed_s: float) -> float:
-    """Until the victim lives again under a new incarnation. Returns when it was last seen dead."""
+    """Wait until the engine is alive again. Returns when it was last seen dead."""
     dead_s = 0.0
     while (asked_s := time.monotonic()) < killed_s + BACK_TIMEOUT_S:
         engines = {engine["name"]: engine for engine in (await cluster.admin(http))["engines"]}

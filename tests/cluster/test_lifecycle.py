@@ -1,4 +1,4 @@
-"""Starting, refusing to start, stopping without a trace; any of the four families through --model."""
+"""Starting, refusing to start, and stopping a cluster without leaving anything behind."""
 
 import asyncio
 import signal
@@ -64,7 +64,7 @@ def test_children_end_with_a_killed_supervisor(tiny: Path, tmp_path: Path) -> No
         assert not left
 
 
-def test_a_port_that_the_system_chooses_is_announced_and_served(tiny: Path, tmp_path: Path) -> None:
+def test_a_port_chosen_by_the_system_is_announced_and_served(tiny: Path, tmp_path: Path) -> None:
     with LocalCluster(tmp_path / "data", "--model", str(tiny), "--engines", "1", "--port", "0") as running:
         state = read_state(tmp_path / "data" / "run")
         assert state is not None
@@ -142,7 +142,7 @@ def test_a_folder_that_others_may_enter_is_refused_and_left_alone(tiny: Path, tm
 
 
 @pytest.mark.parametrize("flags", [("--port", "BUSY"), ("--model", "/nowhere"), ("--set", "engine.pools=1")])
-def test_a_start_that_cannot_work_says_why_in_one_line(flags: tuple[str, str], tmp_path: Path) -> None:
+def test_a_start_that_cannot_work_fails_with_one_line(flags: tuple[str, str], tmp_path: Path) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()

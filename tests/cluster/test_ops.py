@@ -16,7 +16,7 @@ from loraserve.demo.weights import expand_rank
 from loraserve.testing.local_cluster import LocalCluster, chat
 
 NAME, RANK = "ops-pirate", 12
-"""An adapter of this file alone, at a rank that nobody else has: its version is its own too."""
+"""An adapter that only this file uses, at a rank of its own and therefore with a version of its own."""
 
 FORECAST_TIMEOUT_S = 30.0
 
@@ -42,7 +42,7 @@ def ops(cluster: LocalCluster, *command: str) -> "subprocess.CompletedProcess[st
 
 
 def answer(cluster: LocalCluster, *command: str) -> Any:
-    """What it says as JSON, having succeeded."""
+    """Run a command with --json, which must succeed, and return its output."""
     done = ops(cluster, *command, "--json")
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -68,7 +68,7 @@ def plan(cluster: LocalCluster) -> dict[str, Any]:
 
 
 def ask_until_forecast(cluster: LocalCluster, name: str) -> None:
-    """Until the monitor expects more of it, which is what planners place by."""
+    """Send requests until the monitor forecasts demand, which the planner places copies by."""
 
     async def ask() -> None:
         async with cluster.session() as http, asyncio.timeout(FORECAST_TIMEOUT_S):
@@ -93,7 +93,7 @@ def test_status_names_every_process_engine_and_adapter(cluster: LocalCluster) ->
     assert f"{len(state['registry']['adapters'])} adapters" in shown.stdout
 
 
-def test_watch_shows_the_status_again(cluster: LocalCluster) -> None:
+def test_watch_prints_the_status_repeatedly(cluster: LocalCluster) -> None:
     command = [sys.executable, "-m", "loraserve.ops", "status", "--watch", "--json", "--url", cluster.url]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as watching:
         try:
@@ -184,9 +184,7 @@ def test_a_dry_run_says_what_would_move_and_moves_nothing(cluster: LocalCluster,
     assert loaded in {p["name"] for p in would["plan"]["placements"]}
 
 
-def test_a_rebalance_places_what_is_asked_for_and_forgets_what_was_unloaded(
-    cluster: LocalCluster, folder: Path
-) -> None:
+def test_a_rebalance_places_requested_adapters_and_drops_unloaded_ones(cluster: LocalCluster, folder: Path) -> None:
     assert ops(cluster, "adapters", "load", NAME, str(folder)).returncode == 0
     try:
         ask_until_forecast(cluster, NAME)

@@ -1,4 +1,4 @@
-"""kill -9 of the planner, of an engine and of the router in the middle of a roll-out, while streams run."""
+"""kill -9 of the planner, an engine and the router during a roll-out, while streams run."""
 
 import asyncio
 import subprocess
@@ -23,7 +23,7 @@ LONG_TOKENS, SHORT_TOKENS = 600, 8
 SETTLE_S = 30.0
 ROUTER_RESTART_S = 5.0
 BROKEN_LATE_S = 2.0
-"""A stream of the killed engine may be told this much later that it has ended."""
+"""A stream of the killed engine may end this much later."""
 SETTINGS = {
     # A load of many small pieces, so that there is time to kill somebody in the middle of it.
     "engine.load_chunk_bytes": 128,
@@ -56,7 +56,7 @@ def tenants(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalCluster]:
 
 
 class Traffic:
-    """Streams that go on the whole time; what each brought is held against what its adapter says undisturbed."""
+    """Streams that run all the time. Each output is compared with the adapter's undisturbed output."""
 
     def __init__(self, http: aiohttp.ClientSession) -> None:
         self._http = http
@@ -136,7 +136,9 @@ async def until(what: str, condition: Callable[[], Awaitable[Any]]) -> Any:
     raise AssertionError(f"not within {SETTLE_S:.0f} s: {what}")
 
 
-def test_streams_outlive_whoever_dies_in_a_roll_out(tenants: LocalCluster, measured: Callable[[str], None]) -> None:
+def test_streams_survive_the_death_of_processes_during_a_roll_out(
+    tenants: LocalCluster, measured: Callable[[str], None]
+) -> None:
     async def scenario() -> None:
         async with tenants.session() as http:
 

@@ -21,7 +21,7 @@ SAMPLED = {"temperature": 0.8, "seed": 7, "top_p": 0.9}
 
 @pytest.fixture
 def small(demo_model: Path, eight_adapters: dict[str, Path], tmp_path: Path) -> Iterator[LocalCluster]:
-    """Room for a few of the adapters and for the tokens of a dozen streams: they evict and preempt each other."""
+    """A cluster with so little memory that adapters evict and streams preempt each other."""
     settings = (f"engine.pool_bytes={12 << 20}", f"engine.kv_bytes={36 << 20}")
     flags = [flag for setting in settings for flag in ("--set", setting)]
     with LocalCluster(tmp_path, "--model", str(demo_model), *flags, adapters=eight_adapters) as running:

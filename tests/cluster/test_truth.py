@@ -45,7 +45,7 @@ class Adapters(NamedTuple):
 
 
 class Truth:
-    """transformers, with each adapter by peft, one request at a time, in float32."""
+    """Return the outputs of transformers and peft in float32, one request at a time."""
 
     def __init__(self, model_dir: Path, folders: Mapping[str, Path]) -> None:
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
@@ -138,7 +138,7 @@ def requests(shape: ModelShape, names: list[str]) -> list[OfflineRequest]:
 
 
 def by_adapter(asked: list[OfflineRequest], outputs: list[OfflineOutput]) -> set[tuple[int, ...]]:
-    """What each adapter said to all prompts."""
+    """Return the outputs of each adapter for all prompts."""
     names = {request.adapter for request in asked}
     pairs = list(zip(asked, outputs, strict=True))
     return {tuple(t for request, o in pairs if request.adapter == name for t in o.tokens) for name in names}

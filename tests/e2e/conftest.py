@@ -1,4 +1,4 @@
-"""Tests of this folder need a Docker engine; they are skipped, with a line that says why, where there is none."""
+"""Tests of this folder need a Docker engine and are skipped with a reason if there is none."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""compose/ for real: build, `docker compose up -d --wait`, chat with an adapter, `docker compose down -v`.
+"""Runs compose/: build, `docker compose up -d --wait`, chat with an adapter, `docker compose down -v`.
 
 With the docker that is there, else with the engine that a tool beside the repository brings up, else skipped. Project,
 port and image are this test's own, so a stack that runs here is not touched; the image stays as the next run's cache.
@@ -88,7 +88,7 @@ class Stack:
 
 
 def why_not(command: list[str]) -> str:
-    """Why ``command`` cannot be used here; empty where it can."""
+    """Return why ``command`` cannot be used here, or an empty text."""
     if shutil.which(command[0]) is None:
         return f"there is no `{command[0]}`"
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -105,7 +105,7 @@ def tool_environ(said: str) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def say(request: pytest.FixtureRequest) -> Say:
-    """Prints at once, captured or not: the first run takes minutes."""
+    """Prints immediately in spite of output capturing, because the first run takes minutes."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def through(text: str) -> None:
@@ -117,7 +117,7 @@ def say(request: pytest.FixtureRequest) -> Say:
 
 @pytest.fixture(scope="module")
 def seconds() -> Seconds:
-    """How long each part took, shown at the end of the run."""
+    """The duration of each part, shown at the end of the run."""
     return {}
 
 
@@ -149,7 +149,7 @@ def docker_environ(say: Say, seconds: Seconds) -> Iterator[Mapping[str, str]]:
 
 @pytest.fixture(scope="module")
 def stack(docker_environ: Mapping[str, str], say: Say, seconds: Seconds) -> Iterator[Stack]:
-    """Built from this checkout and up; down again whatever happens."""
+    """The containers, built from this checkout. They are stopped however the tests end."""
     running = Stack(docker_environ)
     try:
         say("building the image (a minute or two the first time)")

@@ -1,4 +1,4 @@
-"""The store's process on the in-memory bus, PEFT directories for it, and somebody who asks."""
+"""A store service on the in-memory bus, a client, and PEFT directories."""
 
 import asyncio
 import json
@@ -63,7 +63,7 @@ def store_config(root: Path, **store: Any) -> Config:
 
 
 def store_folder(root: Path) -> Path:
-    """Where the slabs of the one model are."""
+    """Return the folder with the model's slabs."""
     (folder,) = (root / "data" / "store").iterdir()
     return folder
 
@@ -114,7 +114,7 @@ class Stage:
 
 @asynccontextmanager
 async def open_stage(config: Config) -> AsyncIterator[Stage]:
-    """Up to READY, and stopped in the end. Raises what ended the store."""
+    """Run the store within the block. Raises the error that ended it."""
     stage = Stage(config, MemoryNetwork())
     serving = asyncio.create_task(stage.store.run())
     hearing = asyncio.create_task(stage.hear())

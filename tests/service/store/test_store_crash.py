@@ -1,4 +1,4 @@
-"""A store that is killed, and one whose disk is full: real processes, because both need one of their own.
+"""A killed store and a store with a full disk, each in a process of its own.
 
 A limit on the size of files stands in for the full disk: to whoever writes, both are a write that ends half-way.
 """
@@ -95,7 +95,7 @@ def start_store(tmp_path: Path, helpers: SimpleNamespace) -> Iterator[StartStore
 
 
 def said(process: "subprocess.Popen[str]") -> str:
-    """Its next line of output; its log is among them."""
+    """Return the next line of output, which may be a log line."""
     assert process.stdout is not None
     return process.stdout.readline().strip()
 
@@ -113,19 +113,19 @@ def answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
 
 
 def wait_for_file(folder: Path) -> None:
-    """Until the folder holds anything."""
+    """Wait until the folder contains a file."""
     deadline_s = time.monotonic() + TIMEOUT_S
     while not os.listdir(folder):
         assert time.monotonic() < deadline_s, f"nothing new appears in {folder}"
 
 
 def files(folder: Path) -> dict[str, int]:
-    """Sizes of what lies under the folder, by path."""
+    """Return the sizes of all files under the folder by path."""
     return {str(p.relative_to(folder)): p.stat().st_size for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 def is_sound(opened: Opened, acknowledged: dict[str, str]) -> dict[str, str]:
-    """Opens the store as a restart would: everything that was acknowledged is there, and all there is is whole."""
+    """Open the store again and check that all acknowledged adapters are present and intact."""
 
     async def main() -> dict[str, str]:
         async with opened() as stage:
@@ -177,10 +177,10 @@ def test_a_disk_that_is_full_for_the_name_alone_does_not_register_it(
     assert is_sound(opened, {}) == dict.fromkeys(("first", "third"), first["version"])
 
 
-def test_ended_while_it_writes_a_slab_it_opens_clean(
+def test_a_store_that_ended_while_writing_a_slab_opens_clean(
     start_store: StartStore, opened: Opened, peft: Peft, tmp_path: Path, helpers: SimpleNamespace
 ) -> None:
-    """The limit's signal, left to do what it does by itself, ends a process as SIGKILL does, but at a byte we know."""
+    """Like SIGKILL, the default action of the limit's signal ends the process at once, but at a known byte."""
     process = start_store("die at the limit")
     ask(process, "first", peft(0, rank=1))
     first = answer(process)["version"]
@@ -194,7 +194,7 @@ def test_ended_while_it_writes_a_slab_it_opens_clean(
 
 
 @pytest.mark.parametrize("answers", [0, 1, 3])
-def test_killed_at_any_moment_it_keeps_what_it_acknowledged(
+def test_a_store_killed_at_any_moment_keeps_acknowledged_registrations(
     start_store: StartStore, opened: Opened, peft: Peft, tmp_path: Path, helpers: SimpleNamespace, answers: int
 ) -> None:
     process = start_store()

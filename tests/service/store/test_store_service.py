@@ -1,4 +1,4 @@
-"""The store's process: registering, refusing, handing out slabs, telling everyone."""
+"""The store service: registrations, refusals, reads of slabs and publications."""
 
 import asyncio
 from collections.abc import Callable
@@ -40,7 +40,7 @@ async def refusal(asking: Any) -> PeerError:
     return refused.value
 
 
-def test_what_is_registered_is_listed_published_and_whole(opened: Opened, peft: Peft) -> None:
+def test_a_registered_adapter_is_listed_published_and_readable(opened: Opened, peft: Peft) -> None:
     async def main() -> None:
         async with opened() as stage:
             before = (await stage.ask(ListAdapters(), AdapterList)).revision
@@ -147,7 +147,7 @@ def test_an_unknown_version_is_not_found(opened: Opened, version: str) -> None:
     asyncio.run(main())
 
 
-def test_a_removed_name_is_gone_and_its_slab_stays_for_those_who_fetch_it(opened: Opened, peft: Peft) -> None:
+def test_an_unregistered_name_is_gone_and_its_slab_stays_for_engines_that_fetch_it(opened: Opened, peft: Peft) -> None:
     async def main() -> None:
         async with opened() as stage:
             ref = (await stage.register("a", peft())).adapter
@@ -161,7 +161,7 @@ def test_a_removed_name_is_gone_and_its_slab_stays_for_those_who_fetch_it(opened
     asyncio.run(main())
 
 
-def test_many_who_register_at_once_all_get_their_answer(opened: Opened, peft: Peft) -> None:
+def test_concurrent_registrations_are_all_answered(opened: Opened, peft: Peft) -> None:
     paths = [peft(seed) for seed in range(3)]
 
     async def main() -> None:
@@ -179,7 +179,7 @@ def test_many_who_register_at_once_all_get_their_answer(opened: Opened, peft: Pe
     asyncio.run(main())
 
 
-def test_the_registry_is_published_now_and_then_for_those_who_come_late(opened: Opened, peft: Peft) -> None:
+def test_the_registry_is_published_periodically_for_late_subscribers(opened: Opened, peft: Peft) -> None:
     async def main() -> None:
         async with opened(publish_interval_s=0.02) as stage:
             ref = (await stage.register("a", peft())).adapter
@@ -205,7 +205,7 @@ def test_a_restart_changes_nothing(opened: Opened, peft: Peft) -> None:
     asyncio.run(main())
 
 
-def test_configured_adapters_are_there_at_start_but_for_those_that_are_refused(opened: Opened, peft: Peft) -> None:
+def test_configured_adapters_are_registered_at_start_except_refused_ones(opened: Opened, peft: Peft) -> None:
     async def main() -> None:
         async with opened(adapters={"a": str(peft(0)), "broken": "/nowhere"}) as stage:
             first = await stage.names()
@@ -216,7 +216,7 @@ def test_configured_adapters_are_there_at_start_but_for_those_that_are_refused(o
     asyncio.run(main())
 
 
-def test_a_slab_that_rots_on_disk_is_never_handed_out_and_can_be_registered_again(
+def test_a_slab_damaged_on_disk_is_never_served_and_can_be_registered_again(
     opened: Opened, peft: Peft, tmp_path: Path, helpers: SimpleNamespace
 ) -> None:
     async def main() -> None:

@@ -63,7 +63,7 @@ def is_alive(pid: int) -> bool:
     ("number", "how"),
     [(signal.SIGTERM, "event loop"), (signal.SIGTERM, "sleep"), (signal.SIGHUP, "sleep"), (signal.SIGKILL, "sleep")],
 )
-def test_a_bench_that_a_signal_ends_leaves_no_process(
+def test_a_bench_ended_by_a_signal_leaves_no_process(
     number: signal.Signals, how: str, tmp_path: Path, free_port: int
 ) -> None:
     command = [sys.executable, "-c", BENCH, str(BENCHES), str(tmp_path), str(free_port)]

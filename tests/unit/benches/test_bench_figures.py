@@ -1,4 +1,4 @@
-"""From times to figures: gaps between tokens, steps, results of servers."""
+"""Figures of the engine bench: gaps between tokens, steps, results of servers."""
 
 import pytest
 from harness.cases import Case, adapter_of, all_cases, prompt
@@ -44,7 +44,7 @@ def test_servers_that_did_not_run_are_null() -> None:
     assert http.ratio("ours", "peer", "3way_x4") is None
 
 
-def test_four_streams_of_three_models() -> None:
+def test_the_three_way_workload_has_four_streams() -> None:
     three = next(work for work in workloads("a", "b") if work.name == "3way_x4")
     assert three.adapters == ("", "a", "b", "")
 

@@ -1,4 +1,4 @@
-"""What every bench prints, and how benches are found."""
+"""The output that all benches share, and how benches are found."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""What scripts/bench chaos asks, checks and counts."""
+"""The requests, checks and counts of scripts/bench chaos."""
 
 import asyncio
 import mmap
@@ -18,7 +18,7 @@ CASE = Case("pirate", (1, 2), (5, 6, 7))
 
 
 class Engines:
-    """Says the same to everybody: ``tokens``, and an ``error`` where it does not end well."""
+    """A driver whose engines all return ``tokens``, and optionally an ``error``."""
 
     def __init__(self, tokens: list[int], error: str = "", ends: bool = True) -> None:
         self.said = [(tokens, error)]
@@ -47,36 +47,36 @@ def counted(engines: Engines, usable: bool = True, deadline_s: float = 30.0) -> 
     return counts
 
 
-def test_what_is_right_is_no_fault() -> None:
+def test_right_tokens_are_no_fault() -> None:
     counts = counted(Engines([5, 6, 7]))
     assert (counts.requests, counts.tokens, sum(counts.faults().values())) == (1, 3, 0)
 
 
-def test_wrong_tokens_are_counted_also_of_what_did_not_end() -> None:
+def test_wrong_tokens_of_unfinished_requests_are_counted() -> None:
     assert counted(Engines([5, 0, 0])).wrong_tokens == 2
     assert counted(Engines([5, 6])).wrong_tokens == 1
     assert counted(Engines([9], "killed")).wrong_tokens == 1
 
 
-def test_what_a_killed_engine_had_is_asked_elsewhere() -> None:
+def test_requests_of_a_killed_engine_are_resubmitted() -> None:
     engines = Engines([5], "killed")
     engines.said.append(([5, 6, 7], ""))
     counts = counted(engines)
     assert (counts.resubmitted, sum(counts.faults().values())) == (1, 0)
 
 
-def test_an_engine_that_lives_and_fails_a_request_is_at_fault() -> None:
+def test_a_request_failed_by_a_living_engine_is_a_fault() -> None:
     engines = Engines([], "adapter_unavailable: no source")
     engines.said.append(([5, 6, 7], ""))
     assert counted(engines).failed_requests == 1
 
 
-def test_requests_that_nobody_ends_are_stuck() -> None:
+def test_requests_that_never_end_are_stuck() -> None:
     assert counted(Engines([5], ends=False), deadline_s=0.05).stuck_requests == 1
     assert counted(Engines([5]), usable=False, deadline_s=0.05).stuck_requests == 1
 
 
-def test_a_poisoned_copy_is_not_asked_of_its_owner() -> None:
+def test_a_corrupted_copy_is_not_requested_from_its_owner() -> None:
     victims = Victims(None, None, {}, Counts())  # type: ignore[arg-type]
     victims.usable = {"engine-0", "engine-1"}
     victims.poisoned = {("engine-0", "pirate")}
@@ -84,7 +84,7 @@ def test_a_poisoned_copy_is_not_asked_of_its_owner() -> None:
     assert victims.askable("json") == ["engine-0", "engine-1"]
 
 
-def test_prompts_to_which_two_adapters_say_the_same_are_left_out() -> None:
+def test_prompts_with_equal_outputs_of_two_adapters_are_left_out() -> None:
     same = Case("json", CASE.prompt, CASE.tokens)
     other = Case("french", CASE.prompt, (8,))
     assert distinct([CASE, same, other]) == [other]
@@ -98,7 +98,7 @@ def test_every_fault_is_a_count_and_shown() -> None:
     assert "one was stuck" in counts.text()
 
 
-def test_memory_is_found_and_damaged_where_it_is_to_be_and_nowhere_else() -> None:
+def test_memory_is_corrupted_at_the_given_offsets_only() -> None:
     # Of a size that no other memory of this process has.
     length = 301 * mmap.PAGESIZE
     memory = SharedMemory(length)

@@ -1,4 +1,4 @@
-"""The comparison of forecasters: what is split and summed stays whole, errors are what they say, the line is there."""
+"""The forecast bench: splitting, demand series, errors and output."""
 
 import json
 from collections import Counter
@@ -44,7 +44,7 @@ def test_errors_are_relative_to_the_demand_and_coverage_counts_one_std() -> None
     assert (score.relative_error, score.coverage) == (0.1, 0.5)
 
 
-def test_nobody_is_off_where_demand_is_constant() -> None:
+def test_every_forecaster_is_exact_for_constant_demand() -> None:
     scores = forecast.score([[50.0] * 60], 5.0, STEPS)
     assert scores.keys() == FORECASTERS.keys()
     for score in scores.values():
@@ -53,7 +53,7 @@ def test_nobody_is_off_where_demand_is_constant() -> None:
         assert score.coverage == 1.0
 
 
-def test_who_was_not_asked_for_yet_is_not_expected() -> None:
+def test_the_forecast_is_zero_before_the_first_request() -> None:
     (last,) = [forecast.score([[0.0] * 4 * STEPS + [10.0] * STEPS], 5.0, STEPS)["last interval"]]
     assert last.relative_error == 1.0
 
@@ -70,7 +70,7 @@ def test_the_simple_forecasters_do_what_their_names_say(forecaster: LastInterval
     assert forecaster.forecast() == pytest.approx(expected)
 
 
-def test_it_ends_in_the_usual_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bench_ends_with_a_line_of_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trace = tmp_path / "t.csv"
     rows = "".join(f"{r.time_s},{r.client},{r.prompt_tokens},{r.output_tokens}\n" for r in steady(1200, "a", "b"))
     trace.write_text("time_s,client,prompt_tokens,output_tokens\n" + rows)

@@ -15,7 +15,7 @@ from loraserve.testing.tiny_model import write_peft_adapter
 SHAPE = ModelShape(layers=2, hidden=64, heads=4, kv_heads=2, head_dim=16, ffn=96, vocab=128)
 
 
-def test_permute_undoes_what_the_import_does() -> None:
+def test_permute_is_the_inverse_of_the_import() -> None:
     weight = np.random.default_rng(0).standard_normal((32, 8), dtype=np.float32)
     assert np.array_equal(unpermute(permute(weight, 2), 2), weight)
     # Head 0: rows 0..7 of the first half meet rows 8..15 of the second.
@@ -36,7 +36,7 @@ def test_an_adapter_keeps_its_alpha_and_every_matrix(tmp_path: Path) -> None:
     assert found["blk.0.ffn_down.weight.lora_a"].shape == (6, 96)
 
 
-def test_query_and_key_rows_change_places_and_others_do_not(tmp_path: Path) -> None:
+def test_only_query_and_key_rows_are_reordered(tmp_path: Path) -> None:
     from safetensors.numpy import load_file
 
     source = write_peft_adapter(tmp_path / "peft", SHAPE, rank=4, targets=["k_proj", "o_proj"])
@@ -51,7 +51,7 @@ def test_query_and_key_rows_change_places_and_others_do_not(tmp_path: Path) -> N
     assert np.array_equal(found["blk.0.attn_output.weight.lora_b"], given["0.self_attn.o_proj.lora_B.weight"])
 
 
-def test_an_adapter_that_is_more_than_plain_is_refused(tmp_path: Path) -> None:
+def test_an_adapter_that_is_not_plain_lora_is_refused(tmp_path: Path) -> None:
     source = write_peft_adapter(tmp_path / "peft", SHAPE, rank=4, rank_pattern={"q_proj": 2})
     with pytest.raises(ValueError, match="rank_pattern is not converted"):
         export_adapter(source, tmp_path / "adapter.gguf", SHAPE)

@@ -1,4 +1,4 @@
-"""A few files of a wheel, with its version and its licence; the wheel here is made, not downloaded."""
+"""Unpacking files of a wheel, which the tests write themselves."""
 
 import subprocess
 import zipfile
@@ -25,7 +25,7 @@ def wheel(folder: Path, licence: str = "License-Expression: Apache-2.0\n", witho
     return path
 
 
-def test_only_what_is_wanted_is_unpacked(tmp_path: Path) -> None:
+def test_only_wanted_files_are_unpacked(tmp_path: Path) -> None:
     count, size = unpack(wheel(tmp_path), tmp_path / "peers" / VLLM, VLLM)
     assert (count, size) == (len(WANTED[VLLM]) + 1, 6 * len(WANTED[VLLM]) + 12)
     assert not missing(tmp_path / "peers", VLLM)
@@ -39,7 +39,7 @@ def test_a_licence_may_be_a_classifier(tmp_path: Path) -> None:
     assert (tmp_path / VLLM / "LICENCE").read_text() == "MIT License"
 
 
-def test_a_wheel_is_got_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wheel_is_downloaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[str] = []
 
     def download(requirement: str, folder: Path) -> Path:
@@ -59,7 +59,7 @@ def test_a_version_whose_kernels_have_moved_is_named(tmp_path: Path, monkeypatch
         install(tmp_path / "peers", VLLM)
 
 
-def test_nothing_of_theirs_is_in_git() -> None:
+def test_no_peer_files_are_in_git() -> None:
     root = Path(__file__).resolve().parents[3]
     done = subprocess.run(["git", "check-ignore", "-q", ".peers/vllm/VERSION"], cwd=root)
     assert done.returncode == 0

@@ -41,7 +41,7 @@ def request(adapter: str, tokens: int = 12, prompt: tuple[int, ...] = PROMPT) ->
     return OfflineRequest(prompt=prompt, sampling=sampling, adapter=adapter)
 
 
-def test_a_mixed_batch_gives_what_each_gives_alone(engine: OfflineEngine) -> None:
+def test_a_mixed_batch_equals_solo_runs(engine: OfflineEngine) -> None:
     names = ["", "r4", "r16", "r4"]
     together = engine.generate([request(name) for name in names])
     alone = [engine.generate([request(name)])[0] for name in names]
@@ -60,7 +60,7 @@ def test_every_token_has_its_time_and_every_step_its_record(engine: OfflineEngin
     assert all(step.duration_s > 0 for step in engine.steps)
 
 
-def test_adapters_come_and_go_where_the_pool_is_small(engine: OfflineEngine) -> None:
+def test_adapters_are_evicted_in_a_small_pool(engine: OfflineEngine) -> None:
     first = engine.generate([request("r24")])[0]
     engine.generate([request("r16"), request("r4")])
     again = engine.generate([request("r24"), request("r16"), request("r4")])

@@ -1,4 +1,4 @@
-"""Engines that are held to a share of a core, a profile of them, and what the simulator predicts with it."""
+"""The policies bench: limiting engines to a share of a core, profiling them, and the prediction."""
 
 import json
 import os
@@ -57,8 +57,8 @@ LIMITS = {
 
 
 @given(st.floats(0.05, 1.0), st.lists(st.tuples(st.floats(0.001, 0.05), st.floats(0.0, 1.0)), min_size=1, max_size=100))
-def test_who_stops_when_told_uses_no_more_than_its_share(share: float, ticks: list[tuple[float, float]]) -> None:
-    """It may run on until the next look, which is paid back before it runs again."""
+def test_a_process_that_stops_when_told_keeps_to_its_share(share: float, ticks: list[tuple[float, float]]) -> None:
+    """A process may exceed its share until the next check; the excess is deducted afterwards."""
     budget = Budget(share, 0.0, 0.0)
     now_s = used_cpu_s = 0.0
     longest_s = max(length_s for length_s, _ in ticks)
@@ -70,13 +70,13 @@ def test_who_stops_when_told_uses_no_more_than_its_share(share: float, ticks: li
         assert used_cpu_s <= share * now_s + longest_s + 1e-9
 
 
-def test_idleness_saves_up_hardly_anything() -> None:
+def test_an_idle_process_saves_up_little_credit() -> None:
     budget = Budget(0.5, 0.0, 0.0)
     assert budget.may_run(100.0, 0.0)
     assert not budget.may_run(100.001, LARGEST_CREDIT_S + 0.001)
 
 
-def test_who_was_held_back_goes_on_afterwards() -> None:
+def test_limited_processes_continue_afterwards() -> None:
     busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
     try:
         with held_to(0.05, [busy.pid]):
@@ -94,7 +94,7 @@ def state(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
 
-def test_meters_know_what_they_can_read() -> None:
+def test_a_meter_is_none_if_its_counter_is_not_available() -> None:
     counter = iter((5.0, 5.0 + 1e-9, None))
     meter = Meter(lambda: next(counter))
     assert (meter.rate() or 0.0) > 0
@@ -106,7 +106,7 @@ def test_meters_know_what_they_can_read() -> None:
     assert Meter(lambda: used_s([gone.pid])).rate() is None
 
 
-def test_engines_have_no_more_than_a_core_each() -> None:
+def test_an_engine_gets_at_most_one_core() -> None:
     assert 0 < share_of_core(4) <= 1
     assert share_of_core(1000) * 1000 == pytest.approx(share_of_core(500) * 500)
 
@@ -124,14 +124,14 @@ def test_settings_of_the_cluster_are_settings() -> None:
     assert load_config(environ={}, overrides=cluster_settings(1.5, None)).cluster.profile == ""
 
 
-def test_pinned_copies_have_to_be_where_they_are_pinned() -> None:
+def test_misplaced_pinned_copies_are_found() -> None:
     placements = [{"name": "a", "engine": "engine-0"}, {"name": "b", "engine": "engine-1"}]
     assert misplaced(placements, {"a", "b"}, {}) == {}
     assert misplaced(placements, {"a", "b"}, {"a": ["engine-0"], "b": ["engine-1"]}) == {}
     assert misplaced(placements, {"a", "b", "c"}, {"a": ["engine-3"]}) == {"a": ["engine-0"], "c": []}
 
 
-def test_any_adapters_that_are_dealt_to_one_engine_fit_into_its_plan() -> None:
+def test_any_adapters_assigned_to_an_engine_fit_into_its_plan() -> None:
     extents = sorted(extent_bytes(adapter.slab_bytes) for adapter in scene().workload.adapters)
     pool_bytes = load_config(environ={}, overrides=ENGINE_SETTINGS).engine.pool_bytes
     assert sum(extents[-len(extents) // ENGINES :]) <= POOL_FRACTION * pool_bytes < sum(extents)
@@ -143,7 +143,7 @@ def scene() -> Scene:
 
 
 def answers() -> list[dict[str, object]]:
-    """What engines would say whose steps take exactly what COST says, in CPU time."""
+    """Return the answers of engines whose steps take exactly the CPU time of COST."""
     shapes = [
         StepShape(
             decode_sequences=number % 5,
@@ -172,7 +172,7 @@ def test_a_profile_is_cpu_time_over_the_share_of_a_core() -> None:
     assert profile.engine.slab_bytes_per_rank == 89_000
 
 
-def test_an_engine_that_is_timed_answers_what_is_fitted(tmp_path: Path) -> None:
+def test_a_profiled_engine_returns_samples_for_the_fit(tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "model", "llama")
     settings = ["engine.threads=1", f"engine.kv_bytes={4 << 20}", f"engine.pool_bytes={8 << 20}"]
     engine = Engine(tmp_path / "model", RANKS, settings)
@@ -238,13 +238,13 @@ def test_what_was_not_measured_is_null() -> None:
     assert "0.20 (0.30)" in made.tables()
 
 
-def test_a_trace_that_is_not_there_ends_the_bench(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_trace_ends_the_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--trace", "no-such-file.csv"]) == 1
     assert "no-such-file.csv" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--load", "0"], ["--slo", "-1"], ["--requests", "3"], ["--load", "nan"]])
-def test_numbers_that_make_no_load_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_numbers_are_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert arguments[0] in capsys.readouterr().err

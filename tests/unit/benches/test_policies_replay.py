@@ -1,4 +1,4 @@
-"""The load generator of ``scripts/bench policies`` against a small server, and what is read off its results."""
+"""The load generator of scripts/bench policies against a small server, and its statistics."""
 
 import asyncio
 import json
@@ -98,7 +98,7 @@ async def fails_midway(request: web.Request) -> web.StreamResponse:
     ("handler", "said"),
     [(refuses, "429: "), (breaks_off, "ended without a finish_reason"), (fails_midway, "engine died")],
 )
-def test_a_request_that_fails_counts_as_never_begun(handler: Handler, said: str) -> None:
+def test_a_failed_request_has_an_infinite_ttft(handler: Handler, said: str) -> None:
     result = replayed(handler)
     assert result.errors == 4
     assert all(said in served.error for served in result.served)
@@ -106,7 +106,7 @@ def test_a_request_that_fails_counts_as_never_begun(handler: Handler, said: str)
     assert result.goodput_rps(10.0) == 0.0
 
 
-def test_a_server_that_is_not_there_is_an_error_of_each_request() -> None:
+def test_a_missing_server_is_an_error_of_each_request() -> None:
     result = asyncio.run(replay("http://127.0.0.1:9", WORKLOAD, 94, 0.0))
     assert result.errors == 4
 

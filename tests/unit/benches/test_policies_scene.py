@@ -1,4 +1,4 @@
-"""What ``scripts/bench policies`` gives every policy: lengths, prompts, placements, loads."""
+"""The inputs of scripts/bench policies: lengths, prompts, placements and settings."""
 
 import statistics
 from pathlib import Path
@@ -18,7 +18,7 @@ from loraserve.sim.workload import SimRequest, Workload, make_adapters
 SLAB_BYTES_PER_RANK = 90_000
 
 
-def test_lengths_are_what_these_engines_can_serve() -> None:
+def test_lengths_fit_the_engines() -> None:
     workload = make_workload(3000, SLAB_BYTES_PER_RANK)
     assert len(workload.adapters) == ADAPTERS
     assert {adapter.rank for adapter in workload.adapters} == {8, 16, 32, 64, 128}
@@ -46,7 +46,7 @@ def test_shortened_requests_stay_requests(drawn: list[SimRequest], prompt: int, 
         assert request.prompt_tokens + request.output_tokens <= LONGEST_TOKENS
 
 
-def test_prompts_begin_differently_and_have_only_tokens_that_there_are() -> None:
+def test_prompts_differ_at_the_beginning_and_have_valid_tokens() -> None:
     prompts = [tuple(prompt_of(number, 20, 94)) for number in range(2000)]
     assert len({prompt[:3] for prompt in prompts}) == 2000
     assert all(len(prompt) == 20 and min(prompt) >= 0 and max(prompt) < 94 for prompt in prompts)
@@ -54,7 +54,7 @@ def test_prompts_begin_differently_and_have_only_tokens_that_there_are() -> None
 
 
 @pytest.mark.parametrize("policy", [RANDOM, CONTIGUOUS])
-def test_pins_deal_every_adapter_to_one_engine_as_many_to_each(policy) -> None:
+def test_pins_assign_each_adapter_to_one_engine_evenly(policy) -> None:
     workload = make_workload(100, SLAB_BYTES_PER_RANK)
     pinned = pins(policy.place, workload, 4)
     assert pinned == pins(policy_named(policy.name).place, workload, 4)

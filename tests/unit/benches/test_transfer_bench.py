@@ -1,4 +1,4 @@
-"""What scripts/bench transfer makes of its rounds."""
+"""The figures of scripts/bench transfer."""
 
 import itertools
 import socket
@@ -27,20 +27,20 @@ def measured(**taken_s: list[float]) -> transfer.Measured:
     return transfer.Measured(100, rest | taken_s)
 
 
-def test_ways_are_compared_within_a_round() -> None:
+def test_transports_are_compared_within_a_round() -> None:
     slowed_down = measured(shm=[2.0, 20.0, 4.0], memcpy=[1.0, 10.0, 4.0])
     assert slowed_down.over("shm", "memcpy") == 0.5
     assert slowed_down.bytes_per_s()["shm"] == 25.0
 
 
-def test_slabs_lie_where_the_last_did_not_until_all_memory_was_used() -> None:
+def test_successive_slabs_have_different_offsets() -> None:
     size = 64 << 20
     places = list(itertools.islice(transfer.places(size), 5))
     assert places == [0, size, 2 * size, 3 * size, 0]
     assert next(transfer.places(transfer.HELD_BYTES)) == 0
 
 
-def test_the_ratios_are_those_of_the_size_that_does_worst_and_the_rest_is_null() -> None:
+def test_ratios_are_of_the_worst_size_and_others_are_null() -> None:
     found = {1: measured(shm=[4.0] * 3, tcp=[1.0] * 3), 4: measured(shm=[2.0] * 3, tcp=[8.0] * 3)}
     ratios = transfer.ratios(found, [], None)
     assert set(ratios) == RATIO_KEYS
@@ -57,7 +57,7 @@ READS = {
 }
 
 
-def test_what_was_measured_of_engines_and_verbs_is_told() -> None:
+def test_measurements_of_engines_and_verbs_are_reported() -> None:
     small = {**READS, "shm": [Read(0.15, 0.1, 0.01)]}
     remote = Remote({8: small, 64: READS}, StepGaps([0.05, 0.06, 0.07], [0.05, 0.05, 0.2], 100))
     verbs = [Slab(1, 80.0, 100.0, 0.8), Slab(4, 90.0, 100.0, 0.9)]
@@ -73,18 +73,18 @@ def test_what_was_measured_of_engines_and_verbs_is_told() -> None:
     assert "rank 64" in remote.tables()
 
 
-def test_verbs_without_perftest_are_shown_and_compared_with_nothing() -> None:
+def test_verbs_without_perftest_have_no_ratio() -> None:
     slabs = [Slab(1, 80.0, None, None)]
     assert verbs_ratio(slabs) is None
     assert verbs_figures(slabs) == {"verbs_1_mib_bytes_per_s": 80.0 * (1 << 20), "ib_read_bw_1_mib_bytes_per_s": None}
 
 
-def test_only_steps_that_lie_within_one_block_count() -> None:
+def test_only_steps_within_one_block_are_counted() -> None:
     times_s = [0.0, 1.0, 1.5, 2.5, 4.0, 4.25]
     assert gaps_within(times_s, [(1.0, 2.0), (2.4, 4.5)]) == [0.5, 1.5, 0.25]
 
 
-def test_adapters_that_come_are_more_than_a_reader_has_room_for() -> None:
+def test_a_readers_pool_is_smaller_than_the_loaded_adapters() -> None:
     for plan in (FULL, QUICK):
         sizes = {rank: extent_bytes(rank * 610_560) for rank in set(plan.ranks)}
         for rank, size_bytes in sizes.items():

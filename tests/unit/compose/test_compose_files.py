@@ -1,4 +1,4 @@
-"""What compose/ promises that can be read without a Docker engine."""
+"""Properties of compose/ that can be checked without a Docker engine."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A GGUF file small enough to write and convert in a test."""
+"""A small random GGUF file."""
 
 from collections.abc import Callable
 from pathlib import Path

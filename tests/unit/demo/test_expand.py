@@ -1,4 +1,4 @@
-"""A larger rank must cost more and answer the same."""
+"""An expanded adapter has a larger rank and the same output."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def updates(folder: Path) -> dict[str, torch.Tensor]:
-    """What each projection adds to the base weight: B @ A * scale."""
+    """Return what each projection adds to the base weight: B @ A * scale."""
     config, weights = read_config(folder), load_file(folder / "adapter_model.safetensors")
     divisor = config["r"] ** 0.5 if config.get("use_rslora") else config["r"]
     return {
@@ -55,7 +55,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
 
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize(("rank", "expanded"), [(8, 64), (3, 10), (8, 8)])
-def test_what_the_adapter_computes_stays(tmp_path: Path, rank: int, expanded: int, rslora: bool) -> None:
+def test_an_expanded_adapter_computes_the_same(tmp_path: Path, rank: int, expanded: int, rslora: bool) -> None:
     small, large = folders(tmp_path)
     write_adapter(small, rank, use_rslora=rslora)
     expand_rank(small, large, expanded, SEED)
@@ -102,7 +102,7 @@ def test_the_seed_decides(tmp_path: Path) -> None:
         ({}, 4, "bad_rank", "rank 4"),
     ],
 )
-def test_what_cannot_be_expanded_is_refused(
+def test_unsupported_adapters_are_not_expanded(
     tmp_path: Path, fields: dict[str, Any], rank: int, code: str, named: str
 ) -> None:
     small, large = folders(tmp_path)

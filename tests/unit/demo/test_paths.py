@@ -1,4 +1,4 @@
-"""A folder that was not finished never looks finished."""
+"""build_once: an incomplete folder is never used."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ SOURCE = {"version": 1}
 
 
 def quiet(line: str) -> None:
-    """Progress nobody reads."""
+    """Ignore progress messages."""
 
 
 def write_content(folder: Path) -> None:
@@ -53,7 +53,7 @@ def test_another_source_or_a_damaged_file_is_built_again(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("marker", ["", "[]", "null", '{"source": {"version": 1}}', '{"source": {}, "file_bytes": 3}'])
-def test_a_broken_marker_is_no_marker(tmp_path: Path, marker: str) -> None:
+def test_a_broken_marker_is_ignored(tmp_path: Path, marker: str) -> None:
     (tmp_path / "source.json").write_text(marker)
     assert not is_current(tmp_path, SOURCE)
 
@@ -83,7 +83,7 @@ def test_a_failed_build_leaves_nothing_and_keeps_the_old(tmp_path: Path, failure
         (errno.EIO, "check the folder"),
     ],
 )
-def test_a_refusing_disk_gets_a_remedy(tmp_path: Path, number: int, remedy: str) -> None:
+def test_a_disk_error_is_reported_with_a_remedy(tmp_path: Path, number: int, remedy: str) -> None:
     def refuse(folder: Path) -> None:
         raise OSError(number, os.strerror(number))
 
@@ -111,7 +111,7 @@ build_once(Path(sys.argv[1]), {"version": 1}, build, print)
 
 
 def slow_build(target: Path, seconds: float) -> subprocess.Popen[str]:
-    """Another process in the middle of building ``target``."""
+    """Start another process that is building ``target``."""
     command = [sys.executable, "-c", SLOW_BUILD, str(target), str(seconds)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -119,7 +119,7 @@ def slow_build(target: Path, seconds: float) -> subprocess.Popen[str]:
     return process
 
 
-def test_a_killed_build_is_cleared_away_by_the_next(tmp_path: Path) -> None:
+def test_the_files_of_a_killed_build_are_removed_by_the_next(tmp_path: Path) -> None:
     target = tmp_path / "target"
     process = slow_build(target, 60)
     process.send_signal(signal.SIGKILL)
@@ -130,7 +130,7 @@ def test_a_killed_build_is_cleared_away_by_the_next(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == [".target.lock", "target"]
 
 
-def test_a_second_process_waits_and_uses_what_the_first_made(tmp_path: Path) -> None:
+def test_a_second_process_waits_and_uses_the_first_ones_folder(tmp_path: Path) -> None:
     target = tmp_path / "target"
     process = slow_build(target, 0.5)
     said: list[str] = []

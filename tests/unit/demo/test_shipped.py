@@ -1,4 +1,4 @@
-"""The adapters in the repository: small, safe to load anywhere, of the ranks they claim."""
+"""The shipped adapters are small, safe to load and have the ranks that they claim."""
 
 import json
 from pathlib import Path
@@ -20,12 +20,12 @@ def adapter_folders() -> list[Path]:
 
 
 def tensor_ranks(folder: Path) -> set[int]:
-    """Ranks that the shapes of the weights show."""
+    """Return the ranks according to the shapes of the weights."""
     weights = load_file(folder / "adapter_model.safetensors")
     return {tensor.shape[1 if "lora_B" in name else 0] for name, tensor in weights.items()}
 
 
-def test_they_are_small_and_hold_no_pickle() -> None:
+def test_shipped_adapters_are_small_and_contain_no_pickle() -> None:
     files = [path for path in SHIPPED_DIR.rglob("*") if path.is_file()]
     assert {path.name for path in files} == {"adapter_config.json", "adapter_model.safetensors"}
     assert {path.parent.name for path in files} == set(SHIPPED_RANKS)
@@ -52,7 +52,7 @@ def test_weights_are_finite_and_trained(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", adapter_folders(), ids=lambda folder: folder.name)
-def test_configs_name_no_machine(folder: Path) -> None:
+def test_configs_contain_no_local_paths(folder: Path) -> None:
     config = json.loads((folder / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "SmolLM2-135M-Instruct"
     texts = [value for value in config.values() if isinstance(value, str)]

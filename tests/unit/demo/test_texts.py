@@ -7,7 +7,7 @@ import pytest
 from loraserve.demo.texts import STYLES, examples, rows
 
 
-def test_there_are_four_styles_with_rows_enough() -> None:
+def test_there_are_four_styles_with_enough_rows() -> None:
     assert set(STYLES) == {"pirate", "json", "french", "shout"}
     questions = [row.question for row in rows()]
     assert len(set(questions)) == len(questions)
@@ -33,7 +33,7 @@ def test_each_style_shows_in_every_answer() -> None:
     assert len(set(answers)) == len(answers)
 
 
-def test_the_questions_asked_for_show_are_unseen() -> None:
+def test_the_questions_of_the_examples_are_not_trained_on() -> None:
     asked = {row.question for row in rows()}
     assert not asked & {"What is the capital of Italy?", "Tell me about dogs.", "How do I learn to swim?"}
 

@@ -95,12 +95,12 @@ def test_the_seed_decides(tiny_model: Path, tmp_path: Path) -> None:
     ("fields", "named"),
     [({"rank": 0}, "rank"), ({"alpha": -1}, "alpha"), ({"epochs": 0}, "epochs"), ({"targets": "k"}, "targets")],
 )
-def test_a_field_that_cannot_be_trained_with_is_named(fields: dict[str, Any], named: str) -> None:
+def test_an_invalid_field_is_named(fields: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         TrainConfig(**fields)
 
 
-def test_no_rows_and_no_model_are_named(tmp_path: Path) -> None:
+def test_missing_rows_and_a_missing_model_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no rows"):
         train([], tmp_path, tmp_path / "out", TrainConfig(), print)
     with pytest.raises(ConfigError, match=r"config\.json is missing"):
@@ -123,7 +123,7 @@ def run_script(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=240)
 
 
-def test_the_script_trains_on_rows_of_ones_own(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_script_trains_on_the_users_rows(tiny_model: Path, tmp_path: Path) -> None:
     texts = tmp_path / "mine.jsonl"
     texts.write_text('{"question": "abc", "answer": "hello"}\n\n{"question": "hi", "answer": "hello"}\n')
     out = tmp_path / "mine"
@@ -136,14 +136,14 @@ def test_the_script_trains_on_rows_of_ones_own(tiny_model: Path, tmp_path: Path)
     assert json.loads(command.split("-d ")[1].strip("'")) == {"lora_name": "mine", "lora_path": str(out)}
 
 
-def test_the_script_teaches() -> None:
+def test_the_help_of_the_script_explains_its_options() -> None:
     shown = run_script("--help")
     assert shown.returncode == 0
     for word in ("examples:", "rslora", "targets", '{"question"'):
         assert word in shown.stdout
 
 
-def test_the_script_offers_every_style_there_is() -> None:
+def test_the_script_offers_every_style() -> None:
     from loraserve.demo.texts import STYLES
 
     assert f"{{{','.join(STYLES)}}}" in run_script("--help").stdout
@@ -158,7 +158,7 @@ def test_the_script_offers_every_style_there_is() -> None:
         ("what", "line 2: not JSON"),
     ],
 )
-def test_the_script_names_the_line_at_fault(tmp_path: Path, line: str, named: str) -> None:
+def test_the_script_names_the_invalid_line(tmp_path: Path, line: str, named: str) -> None:
     texts = tmp_path / "rows.jsonl"
     texts.write_text('{"question": "a", "answer": "b"}\n' + line + "\n")
     failed = run_script("--texts", texts)

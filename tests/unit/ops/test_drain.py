@@ -1,4 +1,4 @@
-"""scripts/drain and scripts/undrain: what they ask, until when they wait, how they end."""
+"""scripts/drain and scripts/undrain: requests, waiting and exit statuses."""
 
 import json
 from collections.abc import Callable
@@ -17,7 +17,7 @@ COPY = Placement(version="v1", name="adapter-1", engine="engine-1", share=1.0)
 
 
 class Cluster:
-    """Answers as a gateway would; ``loads`` are the reports of engine-1, the last of them for ever."""
+    """Answers like a gateway. ``loads`` are successive reports of engine-1; the last one is repeated."""
 
     def __init__(self, *loads: EngineSeen, **done: Any) -> None:
         self.loads = list(loads)
@@ -64,7 +64,7 @@ def run(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     return run
 
 
-def test_it_waits_until_requests_and_copies_are_gone(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_drain_waits_until_requests_and_copies_are_gone(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     busy = engine_seen("engine-1", running=2, waiting=1, resident=PINNED)
     cluster = Cluster(busy, engine_seen("engine-1", running=1), engine_seen("engine-1"))
     assert run(cluster, "drain", "engine-1") == 0
@@ -78,12 +78,14 @@ def test_it_waits_until_requests_and_copies_are_gone(run: Any, capsys: pytest.Ca
     ]
 
 
-def test_one_that_does_not_become_empty_in_time_is_a_failure(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_that_does_not_become_empty_in_time_is_a_failure(
+    run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(Cluster(engine_seen("engine-1", running=1)), "drain", "engine-1", "--timeout", "0") == 1
     assert "is not empty: it still has 1 request" in capsys.readouterr().out
 
 
-def test_one_whose_copies_nobody_can_take_is_not_waited_for(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_drain_does_not_wait_if_no_engine_can_take_the_copies(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     stuck = Cluster(engine_seen("engine-1", resident=PINNED), placements=(COPY,), failed=("engine-0: no room",))
     assert run(stuck, "drain", "engine-1") == 1
     out = capsys.readouterr().out
@@ -98,7 +100,7 @@ def test_json_is_one_line(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert json.loads(line) == expected
 
 
-def test_undrain_asks_once_and_says_so(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_undrain_sends_one_request_and_confirms(run: Any, capsys: pytest.CaptureFixture[str]) -> None:
     cluster = Cluster(engine_seen("engine-1"))
     assert run(cluster, "undrain", "engine-1") == 0
     assert cluster.asked == [("/admin/engines/engine-1/undrain", {})]
@@ -106,7 +108,7 @@ def test_undrain_asks_once_and_says_so(run: Any, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.parametrize("name", ["", "../rebalance", "engine 1", "engine-1/undrain"])
-def test_what_is_no_name_is_not_asked_for(run: Any, name: str) -> None:
+def test_an_invalid_engine_name_is_refused_without_a_request(run: Any, name: str) -> None:
     cluster = Cluster(engine_seen("engine-1"))
     with pytest.raises(Exception, match="not an engine's name"):
         run(cluster, "drain", name)

@@ -1,4 +1,4 @@
-"""The operators' commands against real sockets: nobody there, refusals, patience, exit statuses."""
+"""The operators' commands against real sockets: missing gateways, refusals, progress, exit statuses."""
 
 import io
 import json
@@ -19,7 +19,7 @@ from loraserve.testing.local_cluster import free_port
 
 
 class Gateway(ThreadingHTTPServer):
-    """Answers every request with ``status`` and ``body``, and keeps what was asked."""
+    """A server that answers every request with ``status`` and ``body``, and records the requests."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -85,7 +85,7 @@ def test_no_gateway_is_one_line_with_the_remedy(command: list[str], capsys: pyte
 
 
 @pytest.mark.parametrize("url", ["127.0.0.1:8000", "nonsense", "http://127.0.0.1:x", "ftp://127.0.0.1"])
-def test_an_address_that_is_none_says_so(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_url_is_reported(url: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["status", "--url", url]) == 1
     err = capsys.readouterr().err
     assert err.count("\n") == 1
@@ -93,13 +93,13 @@ def test_an_address_that_is_none_says_so(url: str, capsys: pytest.CaptureFixture
     assert "--url" in err
 
 
-def test_something_else_on_the_port_is_named_as_such(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_server_on_the_port_is_reported(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
     gateway.status, gateway.body = 404, b"<html>not here</html>"
     assert main(["status", "--url", gateway.url]) == 1
     assert "is it a LoRAServe gateway?" in capsys.readouterr().err
 
 
-def test_a_peer_that_speaks_no_http_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_does_not_speak_http_is_reported_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
 
         def answer() -> None:
@@ -135,7 +135,7 @@ def test_the_environment_names_gateway_and_key(gateway: Gateway, monkeypatch: py
     assert gateway.asked == [("GET", "/v1/models", None, "Bearer from-environment")] * 2
 
 
-def test_flags_count_before_and_behind_the_action(gateway: Gateway) -> None:
+def test_flags_work_before_and_after_the_action(gateway: Gateway) -> None:
     gateway.body = b"Success"
     for command in (
         ["adapters", "--url", gateway.url, "--api-key", "k", "unload", "x"],
@@ -145,7 +145,7 @@ def test_flags_count_before_and_behind_the_action(gateway: Gateway) -> None:
     assert gateway.asked == [("POST", "/v1/unload_lora_adapter", {"lora_name": "x"}, "Bearer k")] * 2
 
 
-def test_loading_sends_a_full_path_and_says_what_the_gateway_said(
+def test_load_sends_an_absolute_path_and_prints_the_answer(
     gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     gateway.body = b"Success: LoRA adapter 'mine' added successfully."
@@ -159,7 +159,7 @@ def test_loading_sends_a_full_path_and_says_what_the_gateway_said(
     assert store_path("/adapters/support") == "/adapters/support"
 
 
-def test_refusals_are_the_gateways_own_words(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_show_the_gateways_message(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
     gateway.refuse(400, "The lora adapter 'x' cannot be loaded: no adapter_config.json", "bad_format")
     assert main(["adapters", "load", "x", "/nowhere", "--url", gateway.url]) == 1
     assert capsys.readouterr().err == "error: The lora adapter 'x' cannot be loaded: no adapter_config.json\n"
@@ -180,7 +180,7 @@ def test_json_comes_as_one_line_as_the_gateway_gave_it(gateway: Gateway, capsys:
 
 
 class Screen(io.StringIO):
-    """Text that tells when something was written to it."""
+    """A text buffer with an event that is set by the first write."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Screen(io.StringIO):
         return count
 
 
-def test_what_takes_long_says_that_it_goes_on_and_what_does_not_is_silent() -> None:
+def test_progress_is_printed_only_for_slow_work() -> None:
     slow, quick = Screen(), Screen()
     with report_progress("planning", slow, interval_s=0.001):
         assert slow.written.wait(10)
@@ -203,7 +203,7 @@ def test_what_takes_long_says_that_it_goes_on_and_what_does_not_is_silent() -> N
 
 
 @pytest.mark.parametrize("name", ["status", "rebalance", "drain", "undrain", "adapters"])
-def test_help_teaches_by_examples(name: str) -> None:
+def test_help_has_examples(name: str) -> None:
     command = [sys.executable, "-m", "loraserve.ops", name, "--help"]
     shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert shown.startswith(f"usage: scripts/{name}")
@@ -211,7 +211,7 @@ def test_help_teaches_by_examples(name: str) -> None:
     assert all(flag in shown for flag in ("--url", "--api-key", "--json", "LORASERVE_URL", "LORASERVE_API_KEY"))
 
 
-def test_a_reader_that_leaves_early_is_no_error(gateway: Gateway) -> None:
+def test_a_closed_output_pipe_is_not_an_error(gateway: Gateway) -> None:
     gateway.body = json.dumps({"data": [{"id": f"{i:05}", "parent": "m"} for i in range(5000)]}).encode()
     command = f"{sys.executable} -m loraserve.ops adapters --url {gateway.url} | head -1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What the operators' commands print: tables, bars, verdicts."""
+"""The output of the operators' commands."""
 
 from typing import Any
 
@@ -38,14 +38,14 @@ FRENCH = AdapterRef(name="french", version="b" * 64, rank=32, slab_bytes=4 << 20
 
 
 def engine(name: str, age_s: float = 0.1, alive: bool = True, **changes: Any) -> dict[str, Any]:
-    """An engine as the gateway describes it."""
+    """Return an engine of /admin/cluster."""
     idle = {"kv_blocks": 100, "kv_blocks_free": 100, "pool_bytes": 512 << 20, "pool_free_bytes": 512 << 20}
     seen = engine_seen(name, **{**idle, "decode_step_s": 0.0, **changes})
     return {"name": name, "alive": alive, "age_s": age_s, "load": seen.load, "capabilities": seen.capabilities}
 
 
 def cluster(**changes: Any) -> ClusterAnswer:
-    """As the gateway encodes it."""
+    """Return an answer of /admin/cluster."""
     busy = engine(
         "engine-0",
         waiting=3,
@@ -88,7 +88,7 @@ def cluster(**changes: Any) -> ClusterAnswer:
 
 
 def line_of(text: str, start: str) -> str:
-    """The last line that begins so: engines have one in the table and one below it."""
+    """Return the last line with this beginning."""
     return [line for line in text.splitlines() if line.startswith(start)][-1]
 
 
@@ -96,7 +96,7 @@ def words(line: str) -> str:
     return " ".join(line.split())
 
 
-def test_status_shows_what_each_process_says_of_itself() -> None:
+def test_status_shows_the_state_of_each_process() -> None:
     text = status.render(cluster())
     assert text.startswith("smol   plan epoch 12   2 adapters   2 open streams\n")
     assert line_of(text, "store").split() == ["store", "READY", "7", "4", "adapters"]
@@ -112,7 +112,7 @@ def test_status_shows_what_engines_do_and_hold() -> None:
     assert held[2].split() == ["engine-1", "-"]
 
 
-def test_status_tells_drained_engines_that_are_empty_from_those_that_are_not() -> None:
+def test_status_distinguishes_draining_and_drained_engines() -> None:
     engines = [
         engine("engine-0", running=1),
         engine("engine-1"),
@@ -140,7 +140,7 @@ def test_demand_for_an_adapter_without_a_name_is_not_the_base_model_s() -> None:
     assert words(line_of(shown, "(base model)")) == "(base model) - 1.00 0.0 0.0 0.0"
 
 
-def test_status_without_monitor_and_planner_says_who_is_missing() -> None:
+def test_status_reports_a_missing_monitor_and_planner() -> None:
     text = status.render(cluster(load_age_s=None, engines=[], demand=[], plan_epoch=None))
     assert "plan epoch unknown, the planner does not answer" in text
     assert "is the monitor up?" in text
@@ -150,7 +150,7 @@ def test_status_without_monitor_and_planner_says_who_is_missing() -> None:
 
 @pytest.mark.parametrize("kind", [ClusterAnswer, RebalanceDone, ModelList, MergedStory])
 @pytest.mark.parametrize("content", [b"<html>", b"{}", b"[]", b""])
-def test_an_answer_of_something_else_is_refused_with_a_remedy(kind: Any, content: bytes) -> None:
+def test_an_answer_of_another_server_is_refused_with_a_remedy(kind: Any, content: bytes) -> None:
     with pytest.raises(OpsError, match=r"not from a LoRAServe gateway of this version .*--url"):
         decode(content, kind)
 
@@ -191,17 +191,17 @@ def test_a_dry_run_says_that_nothing_was_changed() -> None:
     assert "no adapter would move" in render_rebalance(done(applied=False), dry_run=True)
 
 
-def test_a_right_plan_is_a_success_that_keeps_its_epoch() -> None:
+def test_a_plan_without_changes_is_a_success_and_keeps_its_epoch() -> None:
     answer = done(applied=False, message="the plan is right as it is")
     assert render_rebalance(answer, dry_run=False) == "epoch 7 stays in force: the plan is right as it is"
     assert exit_status(answer) == 0
 
 
-def test_copies_lost_and_loaded_again_are_not_called_moves() -> None:
+def test_reloaded_copies_are_not_counted_as_moves() -> None:
     assert "no copy moved" in render_rebalance(done(), dry_run=False)
 
 
-def test_what_could_not_be_done_is_listed_and_fails_the_command() -> None:
+def test_failures_are_listed_and_set_the_exit_status() -> None:
     answer = done(move("", "engine-0"), failed=("engine-1: timeout", "engine-1: pool is full"))
     assert render_rebalance(answer, dry_run=False).splitlines()[-2:] == [
         "failed: engine-1: timeout",
@@ -230,7 +230,7 @@ def test_adapters_are_listed_without_the_base_model() -> None:
 
 @given(used=st.floats(0, 2e12), total=st.floats(0, 1e12))
 @settings(max_examples=100)
-def test_a_bar_is_always_as_wide_and_empty_only_when_nothing_is_used(used: float, total: float) -> None:
+def test_a_bar_has_a_fixed_width_and_is_empty_only_if_unused(used: float, total: float) -> None:
     drawn = bar(used, total)
     assert len(drawn) == BAR_CELLS + 5
     assert ("#" in drawn) == (used > 0 and total > 0 and used / total > 0)
@@ -244,11 +244,11 @@ def test_sizes_take_the_largest_unit(count: int, text: str) -> None:
     assert size(count) == text
 
 
-def test_figures_stand_on_the_right_and_words_on_the_left() -> None:
+def test_columns_of_figures_are_right_aligned() -> None:
     assert table(["NAME", "N"], [["a", "7"], ["bbbbb", "12"]]).splitlines() == ["NAME    N", "a       7", "bbbbb  12"]
 
 
-def test_who_reads_from_whom_is_a_line_a_pair_before_and_after_the_first_read() -> None:
+def test_each_pair_of_engines_has_a_row_of_reads_even_before_the_first_read() -> None:
     able = Abilities(
         protocol=TRANSFER_PROTOCOL_VERSION, host="a", neighbourhood="n", transports=("shm", "tcp"), device="cpu"
     )

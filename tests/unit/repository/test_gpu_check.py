@@ -1,4 +1,4 @@
-"""scripts/gpu_check without a GPU: what it refuses, what it would run, how it reads results and writes them down."""
+"""scripts/gpu_check without a GPU: refusals, the parts that it would run, and how results are read and recorded."""
 
 import importlib.util
 import json
@@ -39,14 +39,14 @@ def script() -> Any:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_without_a_gpu_it_says_so_and_measures_nothing(tmp_path: Path) -> None:
+def test_without_a_gpu_nothing_is_measured(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, SCRIPT, "--out", tmp_path / "out"], capture_output=True, text=True)
     assert done.returncode == 1
     assert "torch sees no CUDA GPU" in done.stdout
     assert not (tmp_path / "out").exists()
 
 
-def test_a_part_that_is_none_is_refused_not_passed(tmp_path: Path) -> None:
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--only", "tests", "benches", "--out", tmp_path / "out"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 2
@@ -74,7 +74,7 @@ def test_every_part_is_there_and_all_fit_into_the_time(script: Any) -> None:
     assert script.LIMIT_S < 9 * 60
 
 
-def test_a_part_that_hangs_is_stopped_and_one_that_fails_is_told(script: Any, tmp_path: Path) -> None:
+def test_a_hanging_part_is_stopped_and_a_failing_one_is_reported(script: Any, tmp_path: Path) -> None:
     sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
     assert script.run_part("hangs", sleep, 0.5, None, tmp_path)["status"] == "stopped after 0 s"
     fails = script.run_part("fails", [sys.executable, "-c", "print('{\"a\": 1}'); exit(3)"], 60, None, tmp_path)
@@ -84,7 +84,7 @@ def test_a_part_that_hangs_is_stopped_and_one_that_fails_is_told(script: Any, tm
     )
 
 
-def test_what_a_stopped_part_started_is_stopped_too(script: Any, tmp_path: Path) -> None:
+def test_the_children_of_a_stopped_part_are_stopped(script: Any, tmp_path: Path) -> None:
     late = tmp_path / "late"
     child = f"import pathlib, time; time.sleep(3); pathlib.Path({str(late)!r}).touch()"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
@@ -93,7 +93,7 @@ def test_what_a_stopped_part_started_is_stopped_too(script: Any, tmp_path: Path)
     assert not late.exists()
 
 
-def test_a_log_line_that_only_looks_like_json_costs_nothing(script: Any) -> None:
+def test_a_log_line_that_only_looks_like_json_is_ignored(script: Any) -> None:
     assert script.figures("tests", '{"a": 1}\n{not json}\n') == {"a": 1}
     assert script.figures("tests", "{not json}\n1 failed\n") == {"last_line": "1 failed"}
 

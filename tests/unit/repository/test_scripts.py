@@ -1,4 +1,4 @@
-"""The scripts start from anywhere, and an install that was interrupted is taken up again."""
+"""Scripts run from any folder, and an interrupted installation is continued."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ def run(code: str, venv: Path) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(bootstrap(code), env=environment(venv), capture_output=True, text=True)
 
 
-def test_a_venv_that_was_half_made_is_made_again(tmp_path: Path) -> None:
+def test_an_incomplete_venv_is_created_again(tmp_path: Path) -> None:
     venv = tmp_path / "venv"
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(venv)], check=True)
     done = run("_bootstrap._make_venv()", venv)
@@ -34,7 +34,7 @@ def test_a_venv_that_was_half_made_is_made_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("is_venv", [False, True])
-def test_a_folder_of_other_things_is_not_cleared(tmp_path: Path, is_venv: bool) -> None:
+def test_a_folder_with_other_files_is_not_cleared(tmp_path: Path, is_venv: bool) -> None:
     if is_venv:
         subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(tmp_path)], check=True)
         (next(tmp_path.glob("lib/python*/site-packages")) / "own.py").touch()
@@ -85,7 +85,7 @@ def test_scripts_run_in_the_venv_that_the_user_names(script: str, tmp_path: Path
     assert (done.returncode, f"LORASERVE_VENV={tmp_path}" in done.stderr) == (1, True)
 
 
-def test_rdma_vm_says_what_it_does_and_skips_in_one_line_where_it_cannot(tmp_path: Path) -> None:
+def test_rdma_vm_has_help_and_skips_with_one_line(tmp_path: Path) -> None:
     script = SCRIPTS / "rdma_vm"
     shown = subprocess.run([script, "--help"], capture_output=True, text=True)
     assert (shown.returncode, "scripts/rdma_vm COMMAND" in shown.stdout, "set -" in shown.stdout) == (0, True, False)

@@ -25,13 +25,13 @@ def adapter_dir(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def make_slab(adapter_dir: Callable[..., Path]) -> Callable[..., Slab]:
-    """(seed, rank) -> a packed adapter."""
+    """Return a function that packs an adapter of a seed and rank."""
     return lambda seed=0, rank=8: pack_peft(adapter_dir(seed, rank), TINY_SHAPE, "bfloat16", 64)
 
 
 @pytest.fixture
 def open_store(tmp_path: Path) -> Iterator[Callable[..., AdapterStore]]:
-    """Opens the store in one folder of this test; opening again closes the one before, as a restart would."""
+    """Return a function that opens the store in the test's folder. Opening again closes the previous one."""
     opened: list[AdapterStore] = []
 
     def open_again(now: float = 1000.0, limits: StoreLimits = LIMITS) -> AdapterStore:

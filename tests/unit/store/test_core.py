@@ -1,4 +1,4 @@
-"""Registration as a whole: names, paths, replacing, restarts."""
+"""AdapterStore: names, paths, replacing and restarts."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +25,7 @@ def _code(store: AdapterStore, name: str, path: Path | str, replace: bool = Fals
     return caught.value.code
 
 
-def test_registered_once_for_good(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
+def test_a_registration_survives_restarts(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
     store = open_store()
     ref, created = store.register("org/a:1", str(adapter_dir()), False, 1000.0)
     assert created
@@ -82,7 +82,7 @@ def test_refusals_leave_nothing_behind(open_store: OpenStore, adapter_dir: Adapt
     assert small.slabs.versions() == {}
 
 
-def test_what_no_engine_can_hold_is_refused(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
+def test_an_adapter_that_no_engine_can_hold_is_refused(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
     ref, _ = open_store().register("a", str(adapter_dir()), False, 0.0)
     extent = extent_bytes(ref.slab_bytes)
     assert ref.slab_bytes < extent, "a pool of the slab's bytes has no extent for it"
@@ -117,7 +117,9 @@ def test_a_link_loop_is_refused(tmp_path: Path) -> None:
         allowed_directory(str(tmp_path / "loop" / "x"), (str(tmp_path),))
 
 
-def test_lost_slabs_are_named_and_come_back_by_registering(open_store: OpenStore, adapter_dir: AdapterDir) -> None:
+def test_missing_slabs_are_reported_and_restored_by_registering_again(
+    open_store: OpenStore, adapter_dir: AdapterDir
+) -> None:
     store = open_store()
     ref, _ = store.register("a", str(adapter_dir()), False, 0.0)
     next(store.folder.glob("slabs/*/*.slab")).unlink()
@@ -129,7 +131,7 @@ def test_lost_slabs_are_named_and_come_back_by_registering(open_store: OpenStore
     store.unregister("a", 0.0)
 
 
-def test_what_a_store_of_an_earlier_format_knew_is_named_until_it_is_registered_again(
+def test_adapters_of_an_earlier_format_are_reported_until_registered_again(
     open_store: OpenStore, adapter_dir: AdapterDir
 ) -> None:
     store = open_store()
@@ -150,13 +152,13 @@ def test_what_a_store_of_an_earlier_format_knew_is_named_until_it_is_registered_
     assert open_store().outdated_adapters() == {}
 
 
-def test_one_process_at_a_time(open_store: OpenStore, tmp_path: Path) -> None:
+def test_a_second_store_on_the_same_folder_is_refused(open_store: OpenStore, tmp_path: Path) -> None:
     open_store()
     with pytest.raises(LoraServeError, match=r"cluster\.data_dir"):
         AdapterStore(tmp_path / "data", TINY_SHAPE, "bfloat16", LIMITS, 0.0)
 
 
-def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(LoraServeError, match=r"cluster\.data_dir"):
         AdapterStore(tmp_path / "file", TINY_SHAPE, "bfloat16", LIMITS, 0.0)

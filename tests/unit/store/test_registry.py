@@ -1,4 +1,4 @@
-"""The registry: what names mean, over restarts."""
+"""AdapterRegistry: names and versions over restarts."""
 
 import sqlite3
 from pathlib import Path
@@ -15,7 +15,7 @@ def _record(name: str, version: str = "v1") -> AdapterRecord:
     return AdapterRecord(name=name, version=version, rank=8, slab_bytes=100, source="/x", created_unix_s=1.5)
 
 
-def test_what_is_put_is_there_after_a_restart(tmp_path: Path) -> None:
+def test_records_survive_a_restart(tmp_path: Path) -> None:
     registry = AdapterRegistry(tmp_path / "r", now=500.0)
     assert registry.snapshot.revision == 500
     assert registry.put(_record("org/a:1"), replace=False) is True
@@ -29,7 +29,7 @@ def test_what_is_put_is_there_after_a_restart(tmp_path: Path) -> None:
     assert [ref.name for ref in again.snapshot.refs()] == ["Ünï 'quoted\""]
 
 
-def test_a_name_changes_its_meaning_only_when_asked(tmp_path: Path) -> None:
+def test_a_name_gets_another_version_only_with_replace(tmp_path: Path) -> None:
     registry = AdapterRegistry(tmp_path / "r", now=0.0)
     registry.put(_record("a"), replace=False)
     assert registry.put(_record("a"), replace=False) is False
@@ -69,7 +69,7 @@ def test_a_file_that_is_no_registry_is_refused_with_the_remedy(tmp_path: Path, c
     ),
     data=st.data(),
 )
-def test_it_agrees_with_a_dictionary(tmp_path: Path, steps: list[tuple], data: st.DataObject) -> None:
+def test_the_registry_behaves_like_a_dictionary(tmp_path: Path, steps: list[tuple], data: st.DataObject) -> None:
     path = tmp_path / f"r{data.draw(st.integers(0, 10**9))}"
     path.unlink(missing_ok=True)
     registry, model, revision = AdapterRegistry(path, now=0.0), {}, 0

@@ -1,4 +1,4 @@
-"""Slab files: by content, whole or absent, checked before use."""
+"""SlabFiles: addressed by content, complete or absent, verified before use."""
 
 import threading
 from collections.abc import Callable
@@ -21,7 +21,7 @@ def _file(root: Path, version: str) -> Path:
     return root / "slabs" / version[:2] / f"{version}.slab"
 
 
-def test_a_slab_comes_back_as_it_was(tmp_path: Path, make_slab: MakeSlab) -> None:
+def test_a_stored_slab_reads_back_unchanged(tmp_path: Path, make_slab: MakeSlab) -> None:
     slab = make_slab()
     assert SlabFiles(tmp_path).put(slab, now=1.0) is True
     slabs = SlabFiles(tmp_path)
@@ -125,7 +125,7 @@ def test_a_damaged_file_is_set_aside_and_can_be_stored_again(
     assert slabs.read(slab.version, 0, 9, 2.0) == bytes(slab.data[:9])
 
 
-def test_storing_again_heals_a_slab_that_rotted_after_its_check(tmp_path: Path, make_slab: MakeSlab) -> None:
+def test_storing_again_repairs_a_slab_damaged_after_verification(tmp_path: Path, make_slab: MakeSlab) -> None:
     slabs, slab = SlabFiles(tmp_path), make_slab()
     slabs.put(slab, now=1.0)
     path = _file(tmp_path, slab.version)
@@ -134,7 +134,7 @@ def test_storing_again_heals_a_slab_that_rotted_after_its_check(tmp_path: Path, 
     slabs.verify(slab.version)
 
 
-def test_a_file_cut_short_under_a_reader_is_noticed(tmp_path: Path, make_slab: MakeSlab) -> None:
+def test_a_file_truncated_while_open_is_detected(tmp_path: Path, make_slab: MakeSlab) -> None:
     slabs, slab = SlabFiles(tmp_path), make_slab()
     slabs.put(slab, now=1.0)
     with _file(tmp_path, slab.version).open("r+b") as file:
@@ -144,14 +144,14 @@ def test_a_file_cut_short_under_a_reader_is_noticed(tmp_path: Path, make_slab: M
     assert caught.value.code == "corrupt"
 
 
-def test_what_a_crash_left_is_cleared_at_start(tmp_path: Path) -> None:
+def test_temporary_files_of_a_crash_are_removed_at_start(tmp_path: Path) -> None:
     SlabFiles(tmp_path)
     (tmp_path / "tmp" / "half.0").write_bytes(b"x")
     SlabFiles(tmp_path)
     assert list((tmp_path / "tmp").iterdir()) == []
 
 
-def test_only_old_unreferenced_slabs_go(tmp_path: Path, make_slab: MakeSlab) -> None:
+def test_only_old_unreferenced_slabs_are_removed(tmp_path: Path, make_slab: MakeSlab) -> None:
     slabs = SlabFiles(tmp_path)
     kept, old, young = (make_slab(seed) for seed in range(3))
     for slab, now in ((kept, 0.0), (old, 0.0), (young, 950.0)):
@@ -164,8 +164,8 @@ def test_only_old_unreferenced_slabs_go(tmp_path: Path, make_slab: MakeSlab) -> 
     assert slabs.remove_unreferenced({kept.version}, now=1150.0, grace_s=100.0) == []
 
 
-def test_storing_and_removing_at_once_never_loses_what_was_just_stored(tmp_path: Path, make_slab: MakeSlab) -> None:
-    """Every put is at the present time, so garbage collection with a short grace must never take the slab after it."""
+def test_concurrent_removal_never_deletes_a_slab_that_was_just_stored(tmp_path: Path, make_slab: MakeSlab) -> None:
+    """Each slab was just stored, so a removal with a short grace period must never delete it."""
     slabs, slab = SlabFiles(tmp_path), make_slab()
     stop = threading.Event()
     now = [0.0]

@@ -1,4 +1,4 @@
-"""Refusals before anything is started name the field and the remedy."""
+"""Checks before the start name the field and the remedy."""
 
 import json
 import socket
@@ -47,7 +47,7 @@ def test_a_busy_port_is_named() -> None:
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
-def test_the_port_is_the_one_asked_for_or_one_that_is_free(host: str) -> None:
+def test_the_port_is_the_requested_one_or_a_free_one(host: str) -> None:
     chosen = check_port(host, 0)
     assert chosen > 0
     assert check_port(host, chosen) == chosen

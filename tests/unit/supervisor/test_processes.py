@@ -1,4 +1,4 @@
-"""What people are told of a process that ended."""
+"""The reported reason of a process that ended, and the environment of a child."""
 
 from pathlib import Path
 
@@ -12,16 +12,16 @@ def write(folder: Path, *lines: str) -> Path:
     return log
 
 
-def test_the_reason_it_gave_comes_before_whatever_it_logged_last(tmp_path: Path) -> None:
+def test_the_reason_of_a_process_is_preferred_to_its_last_log_line(tmp_path: Path) -> None:
     log = write(tmp_path, "store: model.path is empty", '{"event": "stopped"}', "")
     assert exit_reason(log, "store") == f"store: model.path is empty (log: {log})"
 
 
-def test_without_a_reason_it_is_the_last_line(tmp_path: Path) -> None:
+def test_without_a_reason_the_last_line_is_shown(tmp_path: Path) -> None:
     log = write(tmp_path, "store: of an earlier start", *["..."] * REASON_LINES, "killed")
     assert exit_reason(log, "store") == f"killed (log: {log})"
     assert exit_reason(tmp_path / "none.log", "store").startswith("no output")
 
 
-def test_modules_of_the_folder_in_which_somebody_stands_are_not_imported() -> None:
+def test_modules_of_the_working_directory_are_not_imported() -> None:
     assert environment(Config(), "engine")["PYTHONSAFEPATH"] == "1"

@@ -1,4 +1,4 @@
-"""When a process is started again."""
+"""Decisions about restarts."""
 
 from loraserve.supervisor.restart import (
     CONFIG_ERROR_EXIT,
@@ -20,7 +20,7 @@ def test_delays_double_up_to_a_limit() -> None:
     assert seconds[-1] == LONGEST_DELAY_S
 
 
-def test_a_calm_run_makes_the_next_restart_quick_again() -> None:
+def test_a_stable_run_resets_the_delay() -> None:
     history = RestartHistory("engine-0")
     first = history.on_exit(-9, ran_s=1.0, cluster_ready=True)
     for _ in range(5):

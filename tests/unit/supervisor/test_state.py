@@ -26,7 +26,7 @@ def test_state_reads_back(tmp_path: Path) -> None:
     assert read_state(tmp_path) == state(1, store=2)
 
 
-def test_half_a_file_is_no_state(tmp_path: Path) -> None:
+def test_a_truncated_state_file_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "cluster.json").write_bytes(b'{"pid": 1')
     assert read_state(tmp_path) is None
 
@@ -56,7 +56,7 @@ def test_stop_ends_children_of_a_dead_supervisor(tmp_path: Path) -> None:
     assert child.wait(5) == -signal.SIGTERM
 
 
-def test_stop_kills_who_ignores_the_request(tmp_path: Path) -> None:
+def test_stop_kills_processes_that_ignore_sigterm(tmp_path: Path) -> None:
     child = sleeper("import signal, time; signal.signal(15, signal.SIG_IGN); print(2, flush=True); time.sleep(60)")
     assert child.stdout is not None
     child.stdout.readline()
