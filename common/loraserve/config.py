@@ -1,7 +1,7 @@
-"""The whole configuration: one frozen struct per service, read from one TOML file, the environment and flags.
+"""The whole configuration: one frozen struct per service, read from a TOML file, the environment and flags.
 
-Unknown keys are refused wherever they stand. Later sources win: defaults, TOML, ``LORASERVE_SECTION__KEY`` in the
-environment, ``--set section.key=value``.
+Unknown keys are refused in every source. Later sources override earlier ones: defaults, TOML,
+``LORASERVE_SECTION__KEY`` in the environment, ``--set section.key=value``.
 """
 
 import os
@@ -18,10 +18,10 @@ from loraserve.errors import ConfigError
 
 ENV_PREFIX = "LORASERVE_"
 PLACE = re.compile(r"`\$\.(\w+\.\w+)")
-"""How a refusal names the setting at fault."""
+"""Finds the setting at fault in an error of msgspec."""
 
 MAX_SLAB_READ_BYTES = 16 << 20
-"""The store answers a ReadSlab of at most this many bytes."""
+"""The store refuses a ReadSlab of more bytes."""
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -37,10 +37,11 @@ class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 class BusConfig(Section, frozen=True, kw_only=True):
-    """Addresses by template: ``{name}`` is the process, ``{run_dir}`` the 0700 folder of this cluster.
+    """Address templates. ``{name}`` is the process, ``{run_dir}`` the private folder of this cluster.
 
-    ``connect`` and ``connect_pub`` say where peers reach a process's inbox and publications; ``bind`` and ``bind_pub``
-    where it listens (empty: the same). ``peers`` overrides both connect templates as ``"inbox,publications"`` by name.
+    Peers connect to a process's inbox and publications at ``connect`` and ``connect_pub``. The process binds ``bind``
+    and ``bind_pub``; "" means the same addresses. ``peers`` overrides both connect templates of a process, as
+    ``"inbox,publications"`` by name. Nothing authenticates peers, so whoever can connect can command the cluster.
     """
 
     connect: str = "ipc://{run_dir}/{name}.sock"
@@ -52,10 +53,10 @@ class BusConfig(Section, frozen=True, kw_only=True):
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
-    """``engines`` 0 is one for each GPU, or two on a CPU.
+    """``engines`` 0 means one per GPU, or two on a CPU.
 
-    ``profile`` is what router and planner price with at first: a file written by scripts/profile, or the name of a
-    shipped one; "" takes the shipped one of this model and device where there is one.
+    ``profile`` is the initial cost model of router and planner: a file written by scripts/profile, or the name of a
+    shipped profile. "" takes the shipped profile for this model and device if there is one.
     """
 
     engines: Natural = 0
@@ -68,15 +69,16 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
-    """``path`` is a local Hugging Face directory; ``name`` is what clients call it ("" is the folder's name)."""
+    """``path`` is a local Hugging Face directory. ``name`` is the model name for clients; "" means the folder's."""
 
     path: str = ""
     name: str = ""
     max_model_tokens: Natural = 0
-    """Longest prompt plus output; 0 takes the smaller of the model's own and what the KV cache holds."""
+    """Maximum of prompt plus output; 0 means the model's own limit, or what fits in the KV cache if that is less."""
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
+<<<<<<< HEAD
     """Settings of engines. ``device`` auto is a GPU if there is one.
 
     On a CPU, ``weights`` float32 is exact, fp16 needs half the bytes with float32 activations, and auto is the faster
@@ -84,13 +86,23 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     quarter of the machine's memory stays available. On a GPU, ``weights`` have the adapters' dtype; the engine uses
     ``memory_fraction`` of the GPU, and of what the weights leave, ``pool_fraction`` is the adapter pool and the rest
     the KV cache.
+=======
+    """``device`` auto means a GPU if there is one.
+>>>>>>> 7df2571 (Rewrite the texts of messages and configuration)
 
-    Adapters that leave the pool are kept in ``host_cache_bytes`` of this machine's memory for each engine, page-locked
-    on a GPU, from where it and its peers have them sooner than from the store. 0 is none; auto is none on a CPU, where
-    ``pool_bytes`` does the same, and on a GPU 8 GiB, but all engines together at most a quarter of the memory.
+    On a CPU, ``weights`` float32 is exact, fp16 needs half the bytes and computes with float32 activations, and auto
+    takes the faster one that is supported. ``kv_bytes`` and ``pool_bytes`` are the sizes of KV cache and adapter pool;
+    the pool's pages are allocated at start unless less than a quarter of the machine's memory would stay available.
 
-    ``threads`` 0 is cores / engines, at least 1. ``digest_threads`` verify an adapter while it is loaded: 0 is half of
-    cores / engines on a GPU and what ``threads`` leaves of it on a CPU, from 1 to 8.
+    On a GPU, ``weights`` must have the adapters' dtype. The engine uses ``memory_fraction`` of the GPU's memory. Of
+    what the weights leave, ``pool_fraction`` is the adapter pool and the rest is the KV cache.
+
+    Evicted adapters are kept in ``host_cache_bytes`` of host memory per engine (page-locked on a GPU), from which this
+    engine and its peers load them faster than from the store. 0 means no cache. auto means no cache on a CPU, where
+    ``pool_bytes`` serves the same purpose, and 8 GiB on a GPU, but at most a quarter of the memory for all engines.
+
+    ``threads`` 0 means cores / engines, at least 1. ``digest_threads`` threads verify adapters while they are loaded; 0
+    means half of cores / engines on a GPU and what ``threads`` leaves of them on a CPU, between 1 and 8.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -124,7 +136,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
 
 
 class RouterConfig(Section, frozen=True, kw_only=True):
-    """``policy`` predicted sends a request where it will start soonest; shares samples the plan's shares alone."""
+    """``policy`` predicted takes the engine with the lowest predicted TTFT; shares samples the plan's shares."""
 
     policy: Literal["predicted", "shares"] = "predicted"
     admit_timeout_s: Seconds = 1.0
@@ -139,7 +151,7 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
 
 
 class PlannerConfig(Section, frozen=True, kw_only=True):
-    """``policy`` loraserve is the paper's algorithm. ``pins``: by adapter name, the engines its copies are on."""
+    """``policy`` loraserve is the paper's algorithm. ``pins`` maps adapter names to the engines that must hold them."""
 
     policy: Literal["ours", "loraserve"] = "ours"
     pins: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
@@ -149,9 +161,9 @@ class PlannerConfig(Section, frozen=True, kw_only=True):
 
 
 class StoreConfig(Section, frozen=True, kw_only=True):
-    """``allowed_dirs`` limits which folders may be registered from; empty allows any.
+    """``allowed_dirs`` limits the folders from which adapters may be registered; empty allows all.
 
-    ``adapters`` are registered at start, name to PEFT folder; one that is refused is logged and left out.
+    ``adapters`` maps names to PEFT folders that are registered at start. Refused ones are logged and left out.
     """
 
     max_rank: Positive = 256
@@ -165,26 +177,34 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     port: Port = 8000
     api_keys: tuple[str, ...] = ()
     default_max_tokens: Natural = 0
-    """Output limit where a request names none; 0 is what the context leaves."""
+    """Output limit of requests that give none; 0 means the rest of the context."""
     request_timeout_s: Seconds = 600.0
     route_timeout_s: Seconds = 10.0
     drain_timeout_s: Seconds = 8.0
-    """How long streams may go on after a stop was asked for; under the ten seconds containers get."""
+    """How long streams may continue after SIGTERM; less than the ten seconds that containers get."""
     max_body_bytes: Positive = 16 << 20
     max_free_json_bytes: Positive = 1 << 20
     """Limit for a request's tool_calls together and for its chat_template_kwargs, whose JSON may hold anything."""
     expect_characters: Positive = 4000
-    """Of a prompt from so long on the router hears before it is tokenized, which takes 2 ms and more: its adapter is
-    brought to an engine meanwhile."""
+    """Prompts of at least this length are announced to the router before they are tokenized, which takes 2 ms or more,
+    so that an engine can load the adapter meanwhile."""
 
 
 class TransferConfig(Section, frozen=True, kw_only=True):
     """How engines read adapters from each other.
 
+<<<<<<< HEAD
     An engine reads over the ``transports`` that both sides can use, from the source that is predicted to be fastest,
     from the next one if a read fails, and from the store. An empty list leaves the store and the engine's host cache.
     ``lease_s`` is how long a peer that is no longer heard of keeps an adapter in place; a renewed lease lasts up to
     ``engine.load_timeout_s``.
+=======
+    Of ``transports``, those that both engines support are used: the one predicted to be fastest, then the others if a
+    read fails, and the store. If empty, adapters come from the store and the engine's own host cache only.
+
+    ``lease_s`` is how long an adapter stays in place for a reader that is not heard of any more. A renewed lease lasts
+    up to ``engine.load_timeout_s``.
+>>>>>>> 7df2571 (Rewrite the texts of messages and configuration)
     """
 
     transports: tuple[Literal["cuda_ipc", "shm", "verbs", "tcp"], ...] = ("cuda_ipc", "shm", "verbs", "tcp")
@@ -207,7 +227,7 @@ class Config(Section, frozen=True, kw_only=True):
 def load_config(
     path: Path | None = None, environ: Mapping[str, str] = os.environ, overrides: Sequence[str] = ()
 ) -> Config:
-    """Merge all sources. Raises ConfigError naming the key and where it came from."""
+    """Merge all sources. Raises ConfigError, which names the key and its source."""
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
     if path is not None:
@@ -228,17 +248,17 @@ def load_config(
 
 
 def engine_names(config: Config) -> tuple[str, ...]:
-    """Names of the engine processes of this cluster."""
+    """Return the names of the engine processes."""
     return tuple(f"engine-{index}" for index in range(engine_count(config)))
 
 
 def engine_count(config: Config) -> int:
-    """Engine processes of this cluster."""
+    """Return the number of engine processes."""
     return config.cluster.engines or default_engines(config.engine.device)
 
 
 def check_pins(config: Config) -> None:
-    """Raises ConfigError where an adapter is pinned to an engine that this cluster does not have, or to none."""
+    """Raise ConfigError if an adapter is pinned to no engine or to one that does not exist."""
     names = engine_names(config)
     for adapter, engines in config.planner.pins.items():
         field = f"planner.pins.{adapter}"
@@ -290,7 +310,7 @@ def _convert(merged: dict[str, Any], sources: Mapping[str, str]) -> Config:
 
 
 def to_toml(config: Config) -> str:
-    """The configuration as TOML that ``load_config`` reads back to the same value."""
+    """Return the configuration as TOML, from which ``load_config`` reads the same value."""
     lines: list[str] = []
     for section, values in msgspec.to_builtins(config).items():
         scalars = {k: v for k, v in values.items() if not isinstance(v, dict)}
@@ -305,5 +325,5 @@ def to_toml(config: Config) -> str:
 
 
 def _json(value: Any) -> str:
-    # Strings, numbers, booleans and flat lists read the same in JSON and TOML, but for one character.
+    # Strings, numbers, booleans and flat lists are the same in JSON and TOML, except for this character.
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

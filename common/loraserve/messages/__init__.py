@@ -1,8 +1,8 @@
-"""The wire catalogue: every message of the cluster, one file a direction, one union a receiver.
+"""All messages of the cluster: one module per direction, and for each process kind the union of what it receives.
 
-Messages are frozen msgspec structs, decoded strictly against the union of what a process kind may receive. Fields may
-be added with defaults; a new or changed tag needs a new ``PROTOCOL_VERSION``. Tensors and slabs never ride in structs:
-they are raw frames beside the message.
+Messages are frozen msgspec structs. A process decodes them strictly against its union. Fields may be added with
+defaults; a new or changed tag needs a new ``PROTOCOL_VERSION``. Tensors and slabs are never in structs: they are raw
+frames beside the message.
 """
 
 from loraserve.messages.admin import Ping, Pong, StoryLine, StoryTold, TellStory

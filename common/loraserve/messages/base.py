@@ -1,4 +1,4 @@
-"""What all messages share: the protocol version, the base class and the values that several directions carry."""
+"""What all messages share: the protocol version, the base class, and adapter references."""
 
 import msgspec
 

@@ -1,18 +1,18 @@
-"""Engine -> engine: leases on an extent, so that it stays where it is while a peer reads it, and complaints."""
+"""Engine -> engine: leases, which keep an adapter in place while a peer reads it; reports of damaged copies."""
 
 from loraserve.messages.base import Message
 from loraserve.messages.transfer import Handle
 
 
 class LeaseSlab(Message, frozen=True, tag=True, kw_only=True):
-    """Do not reuse this slab's extent while I read it.
+    """Request: keep this slab in place while I read it.
 
-    Answered by LeaseGranted and one raw frame, the slab's encoded header, with which the reader verifies what it read.
-    Refused with ``version`` (of ``protocol``, the transfer protocol's), ``not_found``, ``loading``, ``mismatch`` (of
-    ``slab_bytes``), ``making_room`` or ``too_many_leases``: another source is to be taken.
+    Answered by LeaseGranted and one raw frame, the slab's encoded header, with which the reader verifies the bytes.
+    Refused with ``version`` (another transfer ``protocol``), ``not_found``, ``loading``, ``mismatch`` (of
+    ``slab_bytes``), ``making_room`` or ``too_many_leases``; the reader then takes another source.
 
-    ``read_id`` is the reader's own, new for every read: asked again with it, the owner grants the lease that it has
-    granted. A new ``incarnation`` says that the reader's past self is dead: its leases end.
+    ``read_id`` is new for every read of this reader. A repeated request with the same id gets the same lease. A new
+    ``incarnation`` tells the owner that the reader was restarted, and ends its earlier leases.
     """
 
     protocol: int
@@ -23,9 +23,9 @@ class LeaseSlab(Message, frozen=True, tag=True, kw_only=True):
 
 
 class LeaseGranted(Message, frozen=True, tag=True, kw_only=True):
-    """It lasts ``lasts_s`` from when the reader asked: to the owner, who counts from later on, a little longer.
+    """Answer to LeaseSlab. The lease lasts ``lasts_s`` from the time of the request.
 
-    The slab lies at ``offset_bytes`` of the region that each of ``handles`` is of; none where nothing is offered.
+    The slab is at ``offset_bytes`` of the region of each handle. Without handles it cannot be read.
     """
 
     lease_id: str
@@ -37,37 +37,44 @@ class LeaseGranted(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RenewLease(Message, frozen=True, tag=True, kw_only=True):
-    """Answered by LeaseRenewed. Refused with ``expired`` where it has ended, ``not_yours`` where another has it."""
+    """Request. Answered by LeaseRenewed. Refused with ``expired``, or with ``not_yours`` if another reader has it."""
 
     lease_id: str
     incarnation: str
 
 
 class LeaseRenewed(Message, frozen=True, tag=True, kw_only=True):
-    """``lasts_s`` counts from when the reader asked. It shrinks towards the longest that any lease lasts."""
+    """Answer to RenewLease. ``lasts_s`` counts from the request, and shrinks towards the end of the longest lease."""
 
     lease_id: str
     lasts_s: float
 
 
 class ReleaseLease(Message, frozen=True, tag=True, kw_only=True):
+<<<<<<< HEAD
     """The read has ended. Usually sent one-way; a request is answered by LeaseReleased or refused (``not_yours``)."""
+=======
+    """Ends a lease after a read; usually one-way. A request is answered by LeaseReleased, also if repeated.
+
+    Refused with ``not_yours``.
+    """
+>>>>>>> 7df2571 (Rewrite the texts of messages and configuration)
 
     lease_id: str
     incarnation: str
 
 
 class LeaseReleased(Message, frozen=True, tag=True, kw_only=True):
-    """``held`` False: it had ended before, and what was read since may be of another adapter."""
+    """Answer to ReleaseLease. If not ``held``, the lease ended earlier and the bytes read may be another adapter's."""
 
     lease_id: str
     held: bool
 
 
 class SlabDamaged(Message, frozen=True, tag=True, kw_only=True):
-    """What was read under this lease is not what its digest is of, beginning with ``layer``; no answer.
+    """Reports that bytes read under this lease do not match their digests, from ``layer`` on. No answer.
 
-    The owner looks at its own copy: either it is damaged there, or it was on the way.
+    The owner verifies its own copy: either that is damaged, or the bytes were damaged on the way.
     """
 
     version: str

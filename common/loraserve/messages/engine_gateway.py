@@ -24,7 +24,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
-    """The new tokens of one step for one gateway. ``incarnation`` differs after a restart of the engine."""
+    """Sent by an engine after each step, to each gateway with tokens in it. No answer."""
 
     engine: str
     incarnation: str
@@ -32,7 +32,10 @@ class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, tag=True, kw_only=True):
-    """A request failed. ``code`` is ``adapter_unavailable``, ``engine_error``, ``overloaded`` or another."""
+    """Sent by an engine when a request fails. No answer.
+
+    ``code`` is ``adapter_unavailable``, ``engine_error``, ``overloaded`` or another.
+    """
 
     request_id: str
     engine: str

@@ -1,9 +1,9 @@
-"""Gateway -> engine: nobody waits for this request any more."""
+"""Gateway (or router) -> engine: abort a request."""
 
 from loraserve.messages.base import Message
 
 
 class Abort(Message, frozen=True, tag=True, kw_only=True):
-    """Frees the request's blocks and pin within a step; unknown ids are ignored."""
+    """Stop the request and free its KV blocks and pin within a step. Unknown ids are ignored. No answer."""
 
     request_id: str

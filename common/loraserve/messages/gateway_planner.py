@@ -1,23 +1,23 @@
-"""Gateway (for an operator) -> planner: plan now, or show the plan."""
+"""Gateway (for an operator) -> planner: show the plan, plan now, drain an engine."""
 
 from loraserve.messages.base import Message
 from loraserve.messages.planner_router import Move, Plan
 
 
 class GetPlan(Message, frozen=True, tag=True, kw_only=True):
-    """Answered by the current Plan."""
+    """Request. Answered by the current Plan."""
 
 
 class Rebalance(Message, frozen=True, tag=True, kw_only=True):
-    """Plan from the demand seen so far, without waiting for the interval. ``dry_run`` changes nothing."""
+    """Request: plan now, without waiting for the interval. ``dry_run`` changes nothing. Answered by RebalanceDone."""
 
     dry_run: bool = False
 
 
 class Drain(Message, frozen=True, tag=True, kw_only=True):
-    """Empty an engine (``on``) or use it again: remembered over restarts, and rolled out at once.
+    """Request: empty an engine (``on``) or use it again. Remembered over restarts of the planner.
 
-    Answered by RebalanceDone once the plan without it is in force, or could not be; requests that run there finish.
+    Answered by RebalanceDone when the new plan is in force or has failed. Requests that run on the engine finish.
     """
 
     engine: str
@@ -25,7 +25,10 @@ class Drain(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RebalanceDone(Message, frozen=True, tag=True, kw_only=True):
-    """``applied`` False for dry runs and when nothing was to be done. ``failed`` says what could not be, in words."""
+    """Answer to Rebalance and Drain. ``applied`` is False for dry runs and if nothing had to change.
+
+    ``failed`` says in words what could not be done.
+    """
 
     plan: Plan
     moves: tuple[Move, ...]

@@ -1,11 +1,14 @@
-"""Gateway -> router: choose an engine for one request; the router admits it there and answers. Or one is to come."""
+"""Gateway -> router: route a request; announce one."""
 
 from loraserve.messages.base import AdapterRef, Message
 from loraserve.messages.sampling import SamplingParams
 
 
 class Route(Message, frozen=True, tag=True, kw_only=True):
-    """A request ready to run. Its tokens go from the engine to ``gateway`` directly."""
+    """Request: choose an engine for this request and admit it there. Answered by Routed or Rejected.
+
+    The engine sends the tokens to the process named ``gateway``.
+    """
 
     request_id: str
     gateway: str
@@ -15,7 +18,7 @@ class Route(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Routed(Message, frozen=True, tag=True, kw_only=True):
-    """The engine has the request. ``why`` says which rule chose it."""
+    """Answer to Route: the engine has admitted the request. ``why`` names the rule that chose it."""
 
     request_id: str
     engine: str
@@ -24,7 +27,10 @@ class Routed(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Rejected(Message, frozen=True, tag=True, kw_only=True):
-    """No engine took it. ``code`` is ``no_engine`` (503), ``overloaded`` (429) or ``bad_request`` (400)."""
+    """Answer to Route: no engine admitted the request.
+
+    ``code`` is ``no_engine`` (HTTP status 503), ``overloaded`` (429) or ``bad_request`` (400).
+    """
 
     request_id: str
     code: str
@@ -33,7 +39,7 @@ class Rejected(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Expect(Message, frozen=True, tag=True, kw_only=True):
-    """A request for this adapter is about to come, of about so many tokens; no answer."""
+    """Announces that a request for this adapter, of about so many tokens, will follow. No answer."""
 
     adapter: AdapterRef
     prompt_tokens: int

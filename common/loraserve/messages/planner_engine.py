@@ -1,12 +1,12 @@
-"""Planner -> engine: make the plan true here, before it is published; drop what it no longer wants, after."""
+"""Planner -> engine: load the copies of a plan before it is published, and unpin those of older plans after."""
 
 from loraserve.messages.base import AdapterRef, Message
 
 
 class PreparePlan(Message, frozen=True, tag=True, kw_only=True):
-    """Load and pin these copies. Answered by Prepared when all are resident or have failed.
+    """Request: load and pin these copies. Answered by Prepared when all are resident or have failed.
 
-    Epochs are a fence: an older one than an engine has heard of is refused, copy by copy.
+    If the engine has seen a newer epoch, all copies fail.
     """
 
     epoch: int
@@ -14,7 +14,7 @@ class PreparePlan(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Prepared(Message, frozen=True, tag=True, kw_only=True):
-    """``failed`` maps versions that could not be loaded to the reason in words."""
+    """Answer to PreparePlan. ``failed`` maps versions that could not be loaded to the reason in words."""
 
     engine: str
     incarnation: str
@@ -23,10 +23,17 @@ class Prepared(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RetireCopies(Message, frozen=True, tag=True, kw_only=True):
+<<<<<<< HEAD
     """Unpin everything prepared up to ``epoch`` except the versions in ``keep``.
 
     Unpinned adapters can be evicted once no request runs with them. Copies prepared for newer epochs stay pinned, so
     that a late message does no harm.
+=======
+    """Request: unpin all copies prepared up to ``epoch`` except ``keep`` (versions). Answered by RetireDone.
+
+    They are evicted when memory is needed and no request uses them. Copies prepared for newer epochs stay pinned, so a
+    late message does no harm.
+>>>>>>> 7df2571 (Rewrite the texts of messages and configuration)
     """
 
     epoch: int
@@ -34,7 +41,7 @@ class RetireCopies(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RetireDone(Message, frozen=True, tag=True, kw_only=True):
-    """How many copies lost their pin."""
+    """Answer to RetireCopies: how many copies were unpinned."""
 
     epoch: int
     unpinned: int

@@ -1,4 +1,4 @@
-"""Planner -> router (publication ``plan``): where copies live and what share of traffic each should take."""
+"""Planner -> routers (publication ``plan``): where copies are, and the share of the traffic that each should get."""
 
 import msgspec
 
@@ -6,7 +6,7 @@ from loraserve.messages.base import Message
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
-    """One copy. Shares of an adapter's copies sum to 1."""
+    """One copy of an adapter. The shares of its copies sum to 1."""
 
     version: str
     name: str
@@ -15,9 +15,9 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """One difference between two plans. ``source`` or ``target`` "" means that a copy appears or goes.
+    """One difference between two plans. ``source`` "" means a new copy, ``target`` "" a removed one.
 
-    ``gain_s``: how much sooner requests start after it than before, in the predicted P95 TTFT; memory is no gain.
+    ``gain_s`` is the predicted decrease of the P95 TTFT by this move.
     """
 
     version: str
@@ -30,9 +30,10 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(Message, frozen=True, tag=True, kw_only=True):
-    """A complete plan. Epochs only grow, over restarts of the planner too; those that were given up leave gaps.
+    """A complete plan, published when it comes into force and again from time to time.
 
-    ``drained`` engines get no new requests while any other is ready.
+    Epochs grow, also over restarts of the planner; epochs that were given up leave gaps. ``drained`` engines get no new
+    requests while any other engine is ready.
     """
 
     epoch: int

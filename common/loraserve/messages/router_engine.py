@@ -1,11 +1,14 @@
-"""Router -> engine: run this request, or one is to come."""
+"""Router -> engine: run a request; load an adapter for one that will follow."""
 
 from loraserve.messages.base import AdapterRef, Message
 from loraserve.messages.sampling import SamplingParams
 
 
 class Admit(Message, frozen=True, tag=True, kw_only=True):
-    """Tokens go to the process named ``gateway``. Repeating a request id that is live changes nothing."""
+    """Request: run this request and send its tokens to ``gateway``. Answered by Admitted.
+
+    Repeating the id of a request that is still running changes nothing.
+    """
 
     request_id: str
     gateway: str
@@ -15,7 +18,7 @@ class Admit(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Admitted(Message, frozen=True, tag=True, kw_only=True):
-    """``ok`` False: refused for good (``code``, ``message`` as in Rejected); another engine may be tried."""
+    """Answer to Admit. If not ``ok``, the engine refused; ``code`` and ``message`` are as in Rejected."""
 
     request_id: str
     incarnation: str
@@ -25,6 +28,6 @@ class Admitted(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ExpectAdapter(Message, frozen=True, tag=True, kw_only=True):
-    """A request for this adapter is about to come: have it there, if that costs nobody anything. No answer."""
+    """Announces a request for this adapter: load it if no other request is delayed by that. No answer."""
 
     adapter: AdapterRef

@@ -1,13 +1,15 @@
-"""Anyone -> store, and the store's publication ``registry``."""
+"""Any process -> store: adapters and their slabs; and the store's publication ``registry``."""
 
 from loraserve.messages.base import AdapterRef, Message
 
 
 class RegisterAdapter(Message, frozen=True, tag=True, kw_only=True):
-    """Check, pack and keep the PEFT directory at ``path`` (as the store sees it). Answer: AdapterRegistered.
+    """Request: check, pack and keep the PEFT directory at ``path`` (on the store's machine).
 
-    A known name with the same content is answered ``created`` False; with other content it is refused with the code
-    ``duplicate`` unless ``replace``. Other refusals carry the codes of AdapterError.
+    Answered by AdapterRegistered.
+
+    A known name with the same content is answered with ``created`` False; with other content it is refused with the
+    code ``duplicate`` unless ``replace``. Other refusals have the codes of AdapterError.
     """
 
     name: str
@@ -21,7 +23,10 @@ class AdapterRegistered(Message, frozen=True, tag=True, kw_only=True):
 
 
 class UnregisterAdapter(Message, frozen=True, tag=True, kw_only=True):
-    """Forget the name; running requests finish. Refused with ``not_found`` where it is unknown."""
+    """Request: remove the name. Running requests finish. Answered by AdapterUnregistered.
+
+    Refused with ``not_found`` if the name is unknown.
+    """
 
     name: str
 
@@ -31,7 +36,7 @@ class AdapterUnregistered(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ListAdapters(Message, frozen=True, tag=True, kw_only=True):
-    """Answered by AdapterList."""
+    """Request. Answered by AdapterList."""
 
 
 class AdapterList(Message, frozen=True, tag=True, kw_only=True):
@@ -40,14 +45,17 @@ class AdapterList(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RegistryChanged(Message, frozen=True, tag=True, kw_only=True):
-    """The whole registry, published on every change and every few seconds. ``revision`` grows over restarts too."""
+    """Publication ``registry``: all adapters, on every change and every ``store.publish_interval_s``.
+
+    ``revision`` grows, also over restarts.
+    """
 
     revision: int
     adapters: tuple[AdapterRef, ...]
 
 
 class OpenSlab(Message, frozen=True, tag=True, kw_only=True):
-    """Answered by SlabInfo and one raw frame: the slab's encoded header. Refused with ``not_found``."""
+    """Request. Answered by SlabInfo and one raw frame, the slab's encoded header. Refused with ``not_found``."""
 
     version: str
 
@@ -58,7 +66,7 @@ class SlabInfo(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ReadSlab(Message, frozen=True, tag=True, kw_only=True):
-    """Answered by SlabChunk and one raw frame of exactly ``length_bytes``."""
+    """Request. Answered by SlabChunk and one raw frame of exactly ``length_bytes``."""
 
     version: str
     offset_bytes: int
