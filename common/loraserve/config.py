@@ -78,17 +78,7 @@ class ModelConfig(Section, frozen=True, kw_only=True):
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
-<<<<<<< HEAD
-    """Settings of engines. ``device`` auto is a GPU if there is one.
-
-    On a CPU, ``weights`` float32 is exact, fp16 needs half the bytes with float32 activations, and auto is the faster
-    one that runs. ``kv_bytes`` and ``pool_bytes`` are its memory; the pool is allocated at the start, as far as a
-    quarter of the machine's memory stays available. On a GPU, ``weights`` have the adapters' dtype; the engine uses
-    ``memory_fraction`` of the GPU, and of what the weights leave, ``pool_fraction`` is the adapter pool and the rest
-    the KV cache.
-=======
     """``device`` auto means a GPU if there is one.
->>>>>>> 7df2571 (Rewrite the texts of messages and configuration)
 
     On a CPU, ``weights`` float32 is exact, fp16 needs half the bytes and computes with float32 activations, and auto
     takes the faster one that is supported. ``kv_bytes`` and ``pool_bytes`` are the sizes of KV cache and adapter pool;
@@ -193,18 +183,11 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
 class TransferConfig(Section, frozen=True, kw_only=True):
     """How engines read adapters from each other.
 
-<<<<<<< HEAD
-    An engine reads over the ``transports`` that both sides can use, from the source that is predicted to be fastest,
-    from the next one if a read fails, and from the store. An empty list leaves the store and the engine's host cache.
-    ``lease_s`` is how long a peer that is no longer heard of keeps an adapter in place; a renewed lease lasts up to
-    ``engine.load_timeout_s``.
-=======
     Of ``transports``, those that both engines support are used: the one predicted to be fastest, then the others if a
     read fails, and the store. If empty, adapters come from the store and the engine's own host cache only.
 
     ``lease_s`` is how long an adapter stays in place for a reader that is not heard of any more. A renewed lease lasts
     up to ``engine.load_timeout_s``.
->>>>>>> 7df2571 (Rewrite the texts of messages and configuration)
     """
 
     transports: tuple[Literal["cuda_ipc", "shm", "verbs", "tcp"], ...] = ("cuda_ipc", "shm", "verbs", "tcp")

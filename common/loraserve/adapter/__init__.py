@@ -1,1 +1,1 @@
-"""LoRA adapters as bytes: the model shape they fit, the slab they are packed into, their validation."""
+"""LoRA adapters: reading and validating PEFT directories, and the slab format they are packed into."""

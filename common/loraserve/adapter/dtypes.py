@@ -1,7 +1,4 @@
-"""Element types of adapters without torch: numpy has no bfloat16, so its values travel as their bit patterns.
-
-``storage`` names the numpy type that holds a dtype's elements: float32 and float16 as themselves, bfloat16 as uint16.
-"""
+"""Element types of adapters without torch. numpy has no bfloat16, so its values are stored as uint16 bit patterns."""
 
 from typing import Any
 
@@ -11,7 +8,7 @@ from numpy.typing import NDArray
 from loraserve.adapter.format import Dtype
 
 Elements = NDArray[Any]
-"""Elements of a dtype in its storage type."""
+"""Elements of a dtype, in the numpy type that stores it."""
 
 _STORAGE: dict[Dtype, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -23,39 +20,39 @@ _BF16_NAN = np.uint16(0x7FC0)
 
 
 def storage_dtype(dtype: Dtype) -> np.dtype[Any]:
-    """The numpy type that holds elements of ``dtype``, little-endian."""
+    """Return the little-endian numpy type that stores elements of ``dtype``."""
     return _STORAGE[dtype]
 
 
 def all_finite(values: Elements, dtype: Dtype) -> bool:
-    """Whether no element is infinite or not a number."""
+    """Return whether no element is infinite or NaN."""
     if dtype == "bfloat16":
         return bool(((values & _BF16_EXPONENT) != _BF16_EXPONENT).all())
     return bool(np.isfinite(values).all())
 
 
 def convert_elements(values: Elements, source: Dtype, target: Dtype) -> Elements:
-    """The same numbers as ``target``, rounded to nearest even where it is narrower; too large becomes infinite."""
+    """Convert to ``target``, rounding to nearest even. Values out of its range become infinite."""
     if source == target:
         return values
     return from_float32(to_float32(values, source), target)
 
 
 def to_float32(values: Elements, dtype: Dtype) -> NDArray[np.float32]:
-    """Exact."""
+    """Convert to float32, which is exact."""
     if dtype == "bfloat16":
         return (values.astype("<u4") << np.uint32(16)).view("<f4")
     return values.astype("<f4", copy=False)
 
 
 def from_float32(values: NDArray[np.float32], dtype: Dtype) -> Elements:
-    """Rounded to nearest even; what is too large becomes infinite, NaN stays NaN."""
+    """Convert from float32, rounding to nearest even. Values out of range become infinite, NaN stays NaN."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return values.astype(_STORAGE[dtype], copy=False)
     bits = np.ascontiguousarray(values).view("<u4")
-    # Adding just under half of the dropped part, plus the kept part's last bit, carries exactly when the nearest even
-    # neighbour is the upper one.
+    # Adding just under half of the dropped part, plus the last kept bit, carries exactly if the upper neighbour is the
+    # nearest, or the even one of a tie.
     nearest = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     rounded: Elements = (nearest >> np.uint32(16)).astype("<u2")
     rounded[np.isnan(values)] = _BF16_NAN

@@ -1,14 +1,13 @@
-"""The slab: an adapter as one contiguous run of elements, linear in its rank.
+"""The slab format: an adapter as one contiguous array of elements, whose size is linear in its rank.
 
-For each layer and fused module, in that order, a *row* of the layout: the A rows of the slices present, stacked
-``[sum of r_i, in]``, then each present slice's transposed B, ``[r_i, out_i]``. What is absent takes no bytes. A
-token x that uses the adapter adds ``scale_i * (x @ A_i.T) @ B_i^T`` to slice i of the module's output. Source:
-DESIGN.md section 1.
+A slab has one *row* per layer and fused module, in that order. A row contains the A matrices of its slices, stacked as
+``[sum of r_i, in]``, then the transposed B of each slice, ``[r_i, out_i]``. Absent slices take no bytes. For a token x
+the adapter adds ``scale_i * (x @ A_i.T) @ B_i^T`` to slice i of the module's output.
 
-The header holds a digest of each layer's bytes, and its own digest is the version: a header is verified by itself, and
-then each layer alone, in any thread, as soon as its bytes are there. Layers are digested by BLAKE3, which takes a fifth
-of the time that SHA-256 does (5.3 GiB/s a thread beside 1.1, Intel Xeon with AVX-512 and SHA instructions): every load
-pays it. Source: https://github.com/BLAKE3-team/BLAKE3-specs.
+The header contains a digest of each layer, and the header's own digest is the adapter's version. So the header can be
+verified first, and then each layer on its own, in any thread, as soon as it has arrived. Layer digests are BLAKE3
+(https://github.com/BLAKE3-team/BLAKE3-specs), which takes a fifth of the time of SHA-256 (5.3 and 1.1 GiB/s per thread
+on an Intel Xeon with AVX-512 and SHA instructions); every load computes them.
 """
 
 import hashlib
@@ -21,7 +20,7 @@ from loraserve.model_shape import MODULES, SLICES, ModelShape
 
 SLAB_FORMAT = 3
 ROW_ALIGN_ELEMENTS = 16
-"""Rows start at multiples of this, so that kernels may use 128-bit loads at any of the dtypes."""
+"""Rows start at multiples of this, so that kernels can use 128-bit loads with every dtype."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
@@ -29,9 +28,9 @@ ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class LayoutRow(msgspec.Struct, frozen=True, array_like=True):
-    """Where one (layer, module) lies: offset in elements from the slab's start, rank and scale of each slice.
+    """The row of one (layer, module): its offset in elements, and the rank and scale of each slice of the module.
 
-    Rank 0 means that the slice is absent. ``ranks`` and ``scales`` are as long as ``SLICES[module]``.
+    Rank 0 means that the slice is absent.
     """
 
     offset: int
@@ -40,14 +39,14 @@ class LayoutRow(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def total_rank(self) -> int:
-        """Rows of the stacked A, and columns of the rank-space intermediate."""
+        """The number of rows of the stacked A."""
         return sum(self.ranks)
 
 
 class SlabHeader(msgspec.Struct, frozen=True):
-    """Everything that is needed to read a slab. ``rows`` is layer-major, modules in ``MODULES`` order.
+    """Everything needed to read a slab. ``rows`` is ordered by layer, then module (as in ``MODULES``).
 
-    ``layer_digests`` are the BLAKE3 of each ``layer``'s bytes; a header without them is a layout, not sealed yet.
+    ``layer_digests`` are the BLAKE3 digests of the layers. A header without them is a layout that is not sealed yet.
     """
 
     dtype: Dtype
@@ -70,14 +69,14 @@ class SlabHeader(msgspec.Struct, frozen=True):
         return self.rows[layer * len(MODULES) + module]
 
     def layer(self, layer: int) -> range:
-        """The bytes of one layer in the slab. The layers' follow each other, the last to the slab's end."""
+        """Return the byte range of a layer in the slab. Layers follow one another; the last extends to the end."""
         last = layer + 1 == self.shape.layers
         end = self.elements if last else self.row(layer + 1, 0).offset
         return range(self.row(layer, 0).offset * ITEM_BYTES[self.dtype], end * ITEM_BYTES[self.dtype])
 
 
 def row_elements(shape: ModelShape, module: str, ranks: tuple[int, ...]) -> int:
-    """Elements that one row takes before alignment: stacked A, then each transposed B."""
+    """Return the number of elements of a row before alignment."""
     a = sum(ranks) * shape.in_features(module)
     return a + sum(r * out for r, out in zip(ranks, shape.out_features(module), strict=True))
 
@@ -88,7 +87,7 @@ def make_layout(
     ranks: list[tuple[int, ...]],
     scales: list[tuple[float, ...]],
 ) -> SlabHeader:
-    """Layout of a slab whose rows have the given per-slice ranks and scales (both layer-major)."""
+    """Return the layout of a slab whose rows have these ranks and scales per slice."""
     rows = []
     offset = 0
     for index, (row_ranks, row_scales) in enumerate(zip(ranks, scales, strict=True)):
@@ -100,13 +99,13 @@ def make_layout(
 
 
 def make_uniform_layout(shape: ModelShape, dtype: Dtype, rank: int, scale: float = 1.0) -> SlabHeader:
-    """Layout of a slab with the same rank and scale in every projection."""
+    """Return the layout of a slab with the same rank and scale in every projection."""
     slices = [len(SLICES[module]) for _ in range(shape.layers) for module in MODULES]
     return make_layout(shape, dtype, [(rank,) * n for n in slices], [(scale,) * n for n in slices])
 
 
 def seal_layout(layout: SlabHeader, slab: bytes | bytearray | memoryview) -> SlabHeader:
-    """The header of ``slab``: its layout with the digest of each layer. Raises ValueError where it has another size."""
+    """Return the header of ``slab``: its layout with the layers' digests. Raises ValueError if the size is wrong."""
     if len(slab) != layout.slab_bytes:
         raise ValueError(f"slab of {len(slab)} bytes, its layout says {layout.slab_bytes}")
     view = memoryview(slab)
@@ -116,9 +115,9 @@ def seal_layout(layout: SlabHeader, slab: bytes | bytearray | memoryview) -> Sla
 
 
 def encode_header(header: SlabHeader) -> bytes:
-    """Canonical MessagePack bytes: equal headers give equal bytes, so they may be hashed.
+    """Return canonical MessagePack bytes, which can be hashed: equal headers give equal bytes.
 
-    Raises ValueError on a layout: its bytes would say nothing of the slab's.
+    Raises ValueError for a layout without digests, which would not identify the slab's bytes.
     """
     if not header.sealed:
         raise ValueError(f"{len(header.layer_digests)} digests for {header.shape.layers} layers; seal the layout first")
@@ -126,9 +125,9 @@ def encode_header(header: SlabHeader) -> bytes:
 
 
 def decode_header(data: bytes) -> SlabHeader:
-    """Inverse of ``encode_header``. Raises msgspec.DecodeError on what it never gives.
+    """Decode what ``encode_header`` returned. Raises msgspec.DecodeError for anything else.
 
-    Rows that lie otherwise than ``lay_out`` lays them would leave bytes that no layer's digest is of.
+    Rows in other places than ``make_layout`` puts them would leave bytes that no digest covers, so they are refused.
     """
     try:
         header = msgspec.msgpack.decode(data, type=SlabHeader, strict=True)
@@ -138,14 +137,14 @@ def decode_header(data: bytes) -> SlabHeader:
         raise msgspec.ValidationError(f"its format is {header.format}, this version reads {SLAB_FORMAT}")
     if not header.sealed:
         raise msgspec.ValidationError(f"{len(header.layer_digests)} digests for {header.shape.layers} layers")
-    if not _as_laid_out(header):
-        raise msgspec.ValidationError("its rows do not lie as its ranks and shape put them")
+    if not _has_canonical_layout(header):
+        raise msgspec.ValidationError("its rows are not where its ranks and shape put them")
     if encode_header(header) != data:
         raise msgspec.ValidationError("its bytes are not canonical")
     return header
 
 
-def _as_laid_out(header: SlabHeader) -> bool:
+def _has_canonical_layout(header: SlabHeader) -> bool:
     if len(header.rows) != header.shape.layers * len(MODULES):
         return False
     ranks = [row.ranks for row in header.rows]
@@ -156,5 +155,5 @@ def _as_laid_out(header: SlabHeader) -> bool:
 
 
 def slab_version(header: SlabHeader) -> str:
-    """The adapter's version: hex SHA-256 over the canonical header, whose digests stand for the slab's bytes."""
+    """Return the adapter's version: the hex SHA-256 of the encoded header, whose digests cover the slab."""
     return hashlib.sha256(encode_header(header)).hexdigest()

@@ -1,4 +1,4 @@
-"""PEFT directory -> slab, once, at registration; and slab -> matrices for tests and tools."""
+"""Packs a PEFT directory into a slab, at registration; and unpacks slabs for tests and tools."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,12 +16,12 @@ from loraserve.errors import AdapterError
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
 Matrices = tuple[NDArray[np.float32], NDArray[np.float32], float]
-"""A ``[rank, in]``, B ``[out, rank]`` and the scale of B A."""
+"""A ``[rank, in]``, B ``[out, rank]`` and the scale of their product."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slab:
-    """A packed adapter. ``data`` holds ``header.slab_bytes`` bytes; ``version`` is the digest of the header."""
+    """A packed adapter: its header, its bytes and its version."""
 
     header: SlabHeader
     data: memoryview
@@ -31,15 +31,15 @@ class Slab:
 def pack_peft(directory: Path, shape: ModelShape, dtype: Dtype, max_rank: int) -> Slab:
     """Check the adapter in ``directory`` and pack it for a model of ``shape``.
 
-    Takes the memory of the slab and of its largest tensor. Raises AdapterError; see ``validate``, ``peft`` and
-    ``tensor_file`` for what is refused, and ``not_finite`` for values that are not finite in ``dtype``.
+    Needs the memory of the slab and of its largest tensor. Raises AdapterError as ``validate``, ``peft`` and
+    ``tensor_file`` do, and with ``not_finite`` for values that are not finite in ``dtype``.
     """
     check_directory(directory)
     config = read_peft_config(directory)
     with TensorFile(directory / WEIGHTS_FILE) as file:
         pairs = pair_matrices(config, file.entries, shape, max_rank)
-        layout = _lay_out_pairs(pairs, shape, dtype)
-        # Zeros, so that the alignment gaps are the same in every packing of the same adapter.
+        layout = _layout_of(pairs, shape, dtype)
+        # Zeros, so that the alignment gaps, and with them the digests, are always the same.
         elements = np.zeros(layout.elements, dtype=storage_dtype(dtype))
         for layer, module, row in _rows(layout):
             _fill_row(elements, row, module, [pairs.get((layer, name)) for name in SLICES[module]], file, layout)
@@ -47,14 +47,14 @@ def pack_peft(directory: Path, shape: ModelShape, dtype: Dtype, max_rank: int) -
 
 
 def seal_slab(layout: SlabHeader, elements: Elements) -> Slab:
-    """The slab that has these elements."""
+    """Return the sealed slab with these elements."""
     data = elements.view(np.uint8).data.toreadonly()
     header = seal_layout(layout, data)
     return Slab(header, data, slab_version(header))
 
 
 def unpack_slab(header: SlabHeader, data: bytes | bytearray | memoryview) -> dict[tuple[int, str], Matrices]:
-    """The matrices of a slab in float32, by (layer, projection); absent projections are left out."""
+    """Return the matrices of a slab in float32, by (layer, projection), without absent projections."""
     elements = np.frombuffer(data, dtype=storage_dtype(header.dtype))
     if len(elements) != header.elements:
         raise ValueError(f"slab of {len(elements)} elements, its header says {header.elements}")
@@ -71,7 +71,7 @@ def _rows(header: SlabHeader) -> list[tuple[int, str, LayoutRow]]:
     return [(i // len(MODULES), MODULES[i % len(MODULES)], row) for i, row in enumerate(header.rows)]
 
 
-def _lay_out_pairs(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape, dtype: Dtype) -> SlabHeader:
+def _layout_of(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape, dtype: Dtype) -> SlabHeader:
     ranks: list[tuple[int, ...]] = []
     scales: list[tuple[float, ...]] = []
     for layer in range(shape.layers):
@@ -83,7 +83,7 @@ def _lay_out_pairs(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape,
 
 
 def _views(elements: Elements, row: LayoutRow, module: str, shape: ModelShape) -> tuple[list[Elements], list[Elements]]:
-    """For each slice of the row, its rows of the stacked A ``[r_i, in]`` and its transposed B ``[r_i, out_i]``."""
+    """Return views of each slice's A ``[r_i, in]`` and transposed B ``[r_i, out_i]``."""
     width = shape.in_features(module)
     begin = row.offset + row.total_rank * width
     a = elements[row.offset : begin].reshape(row.total_rank, width)
@@ -119,6 +119,6 @@ def _read_finite(file: TensorFile, entry: TensorEntry, dtype: Dtype) -> Elements
         largest = float(np.abs(to_float32(values, entry.dtype)).max())
         raise AdapterError(
             "not_finite",
-            f"{entry.name} holds {largest:g}, which {dtype} cannot; set engine.slab_dtype to bfloat16 or float32",
+            f"{entry.name} holds {largest:g}, too large for {dtype}; set engine.slab_dtype to bfloat16 or float32",
         )
     return converted

@@ -1,7 +1,7 @@
-"""What a PEFT directory says about its adapter: ``adapter_config.json`` and the names of the tensors.
+"""Reads the metadata of a PEFT adapter: ``adapter_config.json`` and the names of the tensors.
 
-Only what changes the mathematics is read. What would change it in a way that a slab cannot express is refused, because
-serving such an adapter would give answers that are wrong without looking wrong.
+Only fields that change the computation are read. If a field changes it in a way that a slab cannot express, the adapter
+is refused: serving it would return wrong answers that do not look wrong.
 """
 
 import math
@@ -21,7 +21,7 @@ PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_PATTERNS = 4096
 MAX_ALPHA = 1e30
-"""Scales are float32 on the device."""
+"""Scales must be finite in float32."""
 
 _UNSUPPORTED: dict[str, str] = {
     "use_dora": "DoRA rescales whole weight columns; merge it into LoRA weights or train without it",
@@ -37,10 +37,10 @@ _UNSUPPORTED: dict[str, str] = {
     "target_parameters": "it adapts parameters that are no linear layer; train without it",
     "layer_replication": "it repeats layers of the base model; train without it",
 }
-"""Fields that must be absent, null, false or empty, each with why and what to do."""
+"""Fields that must be absent, null, false or empty, with the reason and the remedy."""
 
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that subtract from the base weights, so that the tensors alone do not fit the original base."""
+"""Initialisations that change the base weights, so that the tensors do not fit the original base model."""
 
 
 class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,7 +57,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scaling:
-    """Rank and scale of each module, with PEFT's patterns: the first key that matches the end of the name wins."""
+    """Rank and scale of each module. As in PEFT, the first pattern that matches the end of the name applies."""
 
     def __init__(self, config: PeftConfig) -> None:
         self._config = config
@@ -65,17 +65,17 @@ class Scaling:
         self._alphas = _compile("alpha_pattern", config.alpha_pattern or {})
 
     def rank(self, module: str) -> int:
-        """The rank that the configuration gives to the module of this name."""
+        """Return the rank that the configuration gives to a module."""
         return int(_first_match(self._ranks, module, self._config.r))
 
     def scale(self, module: str, rank: int) -> float:
-        """What B A is multiplied by, for a rank of at least 1."""
+        """Return the factor of the product of B and A, for a rank of at least 1."""
         alpha = _first_match(self._alphas, module, self._config.lora_alpha)
         return alpha / (math.sqrt(rank) if self._config.use_rslora else rank)
 
 
 class TensorName(msgspec.Struct, frozen=True):
-    """A LoRA matrix's place. ``module`` is the name that PEFT matches patterns with."""
+    """The parts of a LoRA tensor's name. ``module`` is the name that PEFT matches patterns with."""
 
     module: str
     layer: int
@@ -91,7 +91,7 @@ _NAME = re.compile(
 
 
 def read_peft_config(directory: Path) -> PeftConfig:
-    """The checked configuration. Raises AdapterError (``not_found``, ``bad_format``, ``unsupported``)."""
+    """Return the checked configuration. Raises AdapterError (``not_found``, ``bad_format``, ``unsupported``)."""
     text = _read_text(directory / CONFIG_FILE)
     try:
         raw = msgspec.json.decode(text, type=dict[str, Any])
@@ -110,15 +110,15 @@ def read_peft_config(directory: Path) -> PeftConfig:
 
 
 def parse_tensor_name(name: str) -> TensorName:
-    """Where a tensor belongs. Raises AdapterError ``unsupported`` for anything but A and B of a known projection."""
+    """Parse a tensor's name. Raises AdapterError ``unsupported`` unless it is A or B of a known projection."""
     match = _NAME.fullmatch(name)
     if match is None:
-        raise AdapterError("unsupported", f"{WEIGHTS_FILE}: tensor {name} {_why_not(name)}")
+        raise AdapterError("unsupported", f"{WEIGHTS_FILE}: tensor {name} {_unsupported_reason(name)}")
     projection = match["projection"].rpartition(".")[2]
     return TensorName(match["module"], int(match["layer"]), projection, match["matrix"])
 
 
-def _why_not(name: str) -> str:
+def _unsupported_reason(name: str) -> str:
     if "lora_magnitude_vector" in name:
         return "belongs to DoRA; train without use_dora"
     if "lora_embedding" in name or "embed_tokens" in name:
@@ -171,7 +171,7 @@ def _compile(field: str, patterns: Mapping[str, float]) -> list[tuple[re.Pattern
 
 
 def _is_cheap(key: str) -> bool:
-    """Whether matching takes polynomial time of a low degree: keys come with the adapter and are not to be trusted."""
+    """Return whether a pattern, which comes with the untrusted adapter, always matches in low polynomial time."""
     plain = re.sub(r"\[[^\]]*\]", "x", re.sub(r"\\.", "x", key))
     risky = re.search(r"\)[*+{]|\(\?(?!:)", plain)
     quantifiers = re.findall(r"(?<!\()[*+?{]", plain)

@@ -1,7 +1,7 @@
-"""Reads a safetensors file tensor by tensor, trusting nothing in it.
+"""Reads an untrusted safetensors file tensor by tensor.
 
-Bytes are read with ``preadv``, not mapped: a file that someone truncates meanwhile gives an error instead of a SIGBUS
-that would take the process with it, and memory holds one tensor at a time, not the file.
+The file is read with ``preadv`` rather than mapped: if it is truncated meanwhile, that is an error instead of a SIGBUS
+that ends the process. Memory holds one tensor at a time.
 """
 
 import math
@@ -28,7 +28,7 @@ _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
-    """Where a tensor lies: ``begin`` is its first byte, counted from the file's start."""
+    """A tensor in the file. ``begin`` is the offset of its first byte in the file."""
 
     name: str
     dtype: Dtype
@@ -47,10 +47,10 @@ class _Declared(msgspec.Struct, frozen=True):
 
 
 class TensorFile:
-    """An open safetensors file and what its header declares, by tensor name.
+    """An open safetensors file, with the entries of its header by tensor name.
 
-    Raises AdapterError, here and while reading: ``bad_format`` where the file is truncated or is no safetensors file,
-    ``unsupported`` where a tensor's dtype is none of float32, float16 and bfloat16.
+    Raises AdapterError, here and while reading: ``bad_format`` if the file is truncated or not a safetensors file,
+    ``unsupported`` if the dtype of a tensor is not float32, float16 or bfloat16.
     """
 
     def __init__(self, path: Path) -> None:
@@ -71,7 +71,7 @@ class TensorFile:
         os.close(self._fd)
 
     def read(self, entry: TensorEntry) -> Elements:
-        """The tensor's elements in the storage type of its dtype, in its shape."""
+        """Return the tensor in the storage type of its dtype."""
         values = np.empty(entry.shape, dtype=storage_dtype(entry.dtype))
         self._fill(values.reshape(-1).view(np.uint8).data, entry.begin, entry.name)
         return values
@@ -97,7 +97,7 @@ class TensorFile:
             raise self._broken(f"its header is not a table of tensors ({error})") from error
 
     def _place(self, declared: Mapping[str, _Declared], data_begin: int, file_bytes: int) -> dict[str, TensorEntry]:
-        """Entries in the order of the file. Tensors must follow one another without gaps up to the file's end."""
+        """Return the entries in file order. Tensors must follow one another without gaps up to the end of the file."""
         entries = {}
         position = 0
         for name, tensor in sorted(declared.items(), key=lambda item: item[1].data_offsets):
@@ -110,7 +110,7 @@ class TensorFile:
                 )
             entry = TensorEntry(name, dtype, tensor.shape, data_begin + position)
             if tensor.data_offsets != (position, position + entry.size_bytes):
-                raise self._broken(f"tensor {name} does not lie where its shape and its neighbours put it")
+                raise self._broken(f"tensor {name} is not where its shape and its neighbours put it")
             position += entry.size_bytes
             entries[name] = entry
         if data_begin + position != file_bytes:
@@ -134,8 +134,8 @@ class TensorFile:
 
 
 def open_regular(path: Path) -> int:
-    """A descriptor of a regular file. Raises AdapterError: ``not_found``, or ``bad_format`` for anything else."""
-    # Without O_NONBLOCK opening a named pipe would wait for a writer that may never come.
+    """Open a regular file and return its descriptor. Raises AdapterError ``not_found`` or ``bad_format``."""
+    # O_NONBLOCK, because opening a named pipe would wait for a writer.
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Checks an adapter against the model it should run on, before anything of it is packed.
+"""Checks an adapter against its base model before it is packed.
 
 Every refusal is an AdapterError whose message names the tensor or field and the remedy.
 """
@@ -25,7 +25,7 @@ MAX_NAME_CHARACTERS = 200
 
 
 class LoraPair(msgspec.Struct, frozen=True):
-    """The two matrices of one projection: A is ``[rank, in]``, B is ``[out, rank]``."""
+    """The matrices of one projection: A ``[rank, in]`` and B ``[out, rank]``."""
 
     rank: int
     scale: float
@@ -34,7 +34,7 @@ class LoraPair(msgspec.Struct, frozen=True):
 
 
 def check_name(name: str, served_model: str) -> None:
-    """Whether clients may ask for an adapter by this name. Raises AdapterError ``bad_name``."""
+    """Raise AdapterError ``bad_name`` if an adapter cannot have this name."""
     if not name or len(name) > MAX_NAME_CHARACTERS:
         reason = f"must have 1 to {MAX_NAME_CHARACTERS} characters"
     elif not name.isprintable() or name != name.strip():
@@ -47,7 +47,7 @@ def check_name(name: str, served_model: str) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Whether it can be a PEFT directory. Raises AdapterError (``not_found``, ``bad_format``, ``unsupported``)."""
+    """Raise AdapterError (``not_found``, ``bad_format``, ``unsupported``) if this cannot be a PEFT directory."""
     try:
         exists = directory.exists()
     except OSError as error:
@@ -67,10 +67,10 @@ def check_directory(directory: Path) -> None:
 def pair_matrices(
     config: PeftConfig, tensors: Mapping[str, TensorEntry], shape: ModelShape, max_rank: int
 ) -> dict[tuple[int, str], LoraPair]:
-    """Every projection that the adapter changes, by (layer, projection).
+    """Return the matrices of all projections that the adapter changes, by (layer, projection).
 
-    Raises AdapterError: ``unsupported`` for tensors that no slab holds, ``bad_format`` for missing or doubled ones,
-    ``bad_shape`` where they do not fit the model, ``bad_rank`` where ranks disagree or exceed ``max_rank``.
+    Raises AdapterError: ``unsupported`` for other tensors, ``bad_format`` for missing or duplicate ones, ``bad_shape``
+    if they do not fit the model, ``bad_rank`` if ranks disagree or exceed ``max_rank``.
     """
     found: dict[tuple[int, str], dict[str, tuple[TensorName, TensorEntry]]] = {}
     for name, entry in tensors.items():

@@ -1,4 +1,4 @@
-"""What steps, loads and memory cost, and where the figures come from."""
+"""The cost model of steps and adapter loads: shipped, derived, fitted, and learned from the engines."""
 
 from loraserve.cost.extents import MIN_EXTENT_BYTES, extent_bytes, largest_extent_bytes
 from loraserve.cost.learner import CostLearner

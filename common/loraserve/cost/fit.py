@@ -1,4 +1,4 @@
-"""A cost model from measurements: non-negative least squares on relative errors. Not for decisions: it needs scipy."""
+"""Fits a cost model to measurements by non-negative least squares on relative errors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar
@@ -14,9 +14,9 @@ from loraserve.cost.profile import Residuals
 Lora = Literal["exact", "padded"]
 Sample = TypeVar("Sample")
 StepSample = tuple[StepShape, float]
-"""A step and the seconds it took."""
+"""A step and its duration in seconds."""
 LoadSample = tuple[int, float]
-"""Bytes of a slab, and the seconds that bringing it in took."""
+"""The bytes of a slab and the duration of its load in seconds."""
 
 HELD_OUT_EVERY = 5
 STEP_TERMS: dict[str, Callable[[StepShape], float]] = {
@@ -43,7 +43,7 @@ LOAD_TERMS: dict[str, Callable[[int], float]] = {
 UNSEEN = CostModel(
     **dict.fromkeys([*STEP_TERMS, *LORA_TERMS["exact"], *LORA_TERMS["padded"], *LOAD_TERMS], 0.0)  # type: ignore[arg-type]
 )
-"""What no sample says anything about costs nothing."""
+"""Terms that no sample contains cost nothing."""
 
 
 def fit_cost_model(
@@ -53,10 +53,10 @@ def fit_cost_model(
     unseen: CostModel = UNSEEN,
     held_out_every: int = HELD_OUT_EVERY,
 ) -> tuple[CostModel, Residuals]:
-    """The model, and how far off it is on each ``held_out_every``-th step, which it has not seen.
+    """Return the fitted model and its errors on every ``held_out_every``-th step, which the fit does not use.
 
-    Terms that no sample has, those of the other ``lora`` among them, keep what ``unseen`` has. Raises ValueError where
-    there are too few samples, or one took no time.
+    Terms that no sample contains, such as those of the other ``lora``, are taken from ``unseen``. Raises ValueError if
+    there are too few samples or one took no time.
     """
     seen = [sample for index, sample in enumerate(steps) if not _held_out(index, held_out_every)]
     rest = [sample for index, sample in enumerate(steps) if _held_out(index, held_out_every)]
@@ -67,7 +67,7 @@ def fit_cost_model(
 
 
 def measure_residuals(cost: CostModel, held_out: Sequence[StepSample], samples: int) -> Residuals:
-    """Relative errors of the predictions for ``held_out``. Raises ValueError where there is none."""
+    """Return the relative errors of the predictions for ``held_out``. Raises ValueError if it is empty."""
     if not held_out:
         raise ValueError(f"of {samples} steps none is left to test the fit with; measure more")
     errors = [abs(cost.step_s(shape) - seconds) / seconds for shape, seconds in held_out]
@@ -82,7 +82,7 @@ def _held_out(index: int, every: int) -> bool:
 def _coefficients(
     what: str, samples: Sequence[tuple[Sample, float]], terms: Mapping[str, Callable[[Sample], float]]
 ) -> dict[str, float]:
-    """Of each term that some sample has. Each sample weighs by its relative error, whatever its size."""
+    """Return the coefficients of all terms that some sample contains, by relative errors."""
     seconds = np.array([taken for _, taken in samples])
     if not (np.isfinite(seconds).all() and (seconds > 0).all()):
         raise ValueError(f"{what}: each sample must take a positive, finite number of seconds")
@@ -97,7 +97,7 @@ def _coefficients(
 
 
 def _solve(amounts: NDArray[np.float64], seconds: NDArray[np.float64]) -> list[float]:
-    """Columns of like size: bytes and sequences are many powers of ten apart."""
+    """Solve with columns scaled to equal norms: bytes and sequences differ by many orders of magnitude."""
     relative = amounts / seconds[:, None]
     scale = np.linalg.norm(relative, axis=0)
     solution, _ = nnls(relative / scale, np.ones(len(seconds)))

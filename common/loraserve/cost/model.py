@@ -1,7 +1,7 @@
-"""What a step, a load and a stream of requests cost: the one model that router, planner and simulator price with. Pure.
+"""The cost model of steps and adapter loads with which router, planner and simulator predict times.
 
-Linear in what a step reads and computes. The coefficients begin as those of a profile and follow what the engines
-measure.
+It is linear in what a step reads and computes. The coefficients start as those of a profile and follow the engines'
+measurements.
 """
 
 from math import inf, isfinite
@@ -12,17 +12,17 @@ import msgspec
 from loraserve.messages import MeanStep, MeasuredSpeed
 
 LEARNING_RATE = 0.1
-"""How far one report moves the coefficients towards what it says: reports are smoothed already, so slowly."""
+"""How far one measurement moves the coefficients. It is small, because reported means are smoothed already."""
 LARGEST_SURPRISE = 4.0
-"""A measurement further off than this factor counts as this far off: one odd step must not bend the model."""
+"""Measurements that differ by more than this factor count as differing by it, so that outliers do little harm."""
 
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """What a step holds, as far as its time depends on it.
+    """The contents of a step that determine its time.
 
-    ``kv_tokens``: context that decoding sequences attend to. ``prefill_kv_tokens``: the same of prefill tokens, summed
-    over them (tokens times the mean of what each attends to). ``slab_bytes``: of the distinct adapters in it.
-    ``rank_tokens``: the sum over its tokens of their adapters' ranks. ``max_rank``: the largest of these.
+    ``kv_tokens``: context tokens that decoding sequences attend to. ``prefill_kv_tokens``: the same summed over the
+    prefill tokens. ``slab_bytes``: total of the distinct adapters. ``rank_tokens``: sum over all tokens of the rank of
+    their adapter. ``max_rank``: the largest of these ranks.
     """
 
     decode_sequences: float = 0
@@ -35,7 +35,7 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def mean_step(shape: StepShape, duration_s: float) -> MeanStep:
-    """As it is reported of steps that are all alike."""
+    """Return the mean of steps that all have this shape and duration."""
     return MeanStep(
         duration_s=duration_s,
         decode_sequences=shape.decode_sequences,
@@ -50,35 +50,34 @@ def mean_step(shape: StepShape, duration_s: float) -> MeanStep:
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Seconds per unit. A step costs ``step_base_s`` whatever it holds, and the rest for what it holds.
+    """Coefficients in seconds per unit. A step costs ``step_base_s`` and the other terms for its contents.
 
-    What LoRA costs is priced in one of two ways. ``exact``: the bytes of the distinct adapters, and each token's own
-    rank; our kernels. ``padded``: every token at the largest rank of the batch; S-LoRA's BGMV, Punica, vLLM.
+    ``lora`` says how LoRA is priced. ``exact``: the bytes of the distinct adapters, and each token's own rank (this
+    project's kernels). ``padded``: every token at the largest rank of the batch (S-LoRA's BGMV, Punica, vLLM).
     """
 
     step_base_s: float = 0.022
     sequence_s: float = 0.0025
-    """Of each sequence that decodes in the step."""
+    """Per sequence that decodes in the step."""
     kv_token_s: float = 2e-7
-    """Of each token of context that a decoding sequence attends to."""
+    """Per context token that a decoding sequence attends to."""
     prefill_token_s: float = 0.002
     prefill_kv_token_s: float = 0.0
-    """Of each pair of a prefill token and a token that it attends to."""
+    """Per pair of a prefill token and a token that it attends to."""
     lora: Literal["exact", "padded"] = "exact"
     slab_byte_s: float = 1e-10
-    """Exact: of the bytes of the distinct adapters in the step: they are read once, whoever shares them."""
+    """Exact: per byte of the distinct adapters in the step, which are read once per step."""
     rank_token_s: float = 5e-6
-    """Exact: of each token times the rank of its adapter."""
+    """Exact: per token and rank of its adapter."""
     padded_prefill_s: float = 5e-6
-    """Padded: of each prefill token times the largest rank in the step."""
+    """Padded: per prefill token and the largest rank in the step."""
     padded_decode_s: float = 5e-6
-    """Padded: of each decoding sequence times the largest rank in the step."""
+    """Padded: per decoding sequence and the largest rank in the step."""
     load_base_s: float = 0.005
-    """Of a load whatever its size: asking, verifying, installing."""
+    """Per load, whatever its size: request, verification, installation."""
     load_byte_s: float = 2e-9
 
     def step_s(self, shape: StepShape) -> float:
-        """One step."""
         return (
             self.step_base_s
             + shape.decode_sequences * self.sequence_s
@@ -89,14 +88,13 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
     def lora_s(self, shape: StepShape) -> float:
-        """What its adapters add to a step."""
+        """Return the part of a step's time that is due to its adapters."""
         if self.lora == "padded":
             per_rank_s = shape.prefill_tokens * self.padded_prefill_s + shape.decode_sequences * self.padded_decode_s
             return shape.max_rank * per_rank_s
         return shape.slab_bytes * self.slab_byte_s + shape.rank_tokens * self.rank_token_s
 
     def load_s(self, slab_bytes: int) -> float:
-        """Bringing an absent adapter in."""
         return self.load_base_s + slab_bytes * self.load_byte_s
 
     def observe(self, speed: MeasuredSpeed) -> "CostModel":
@@ -112,7 +110,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return cost
 
     def _observe_step(self, step: MeanStep) -> "CostModel":
-        """The whole of it: what decodes beside prefill is not the prefill's own time."""
+        """Learn from a mean step as a whole: its prefill tokens must not be charged for what decodes beside them."""
         terms = {
             "step_base_s": self.step_base_s,
             "sequence_s": step.decode_sequences * self.sequence_s,
@@ -129,16 +127,16 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             terms["slab_byte_s"] = step.slab_bytes * self.slab_byte_s
             terms["rank_token_s"] = step.rank_tokens * self.rank_token_s
         if step.prefill_tokens > 0 and sum(prefill.values()) <= 0:
-            # What decode steps have taught is not moved for what only prefill can have taken.
+            # The time that decoding does not explain is due to prefill, so only its terms are changed.
             rest_s = step.duration_s - sum(terms.values())
             return self._corrected(prefill, rest_s, "prefill_token_s", step.prefill_tokens)
         return self._corrected({**terms, **prefill}, step.duration_s, "step_base_s", 1.0)
 
     def _corrected(self, terms: dict[str, float], measured_s: float, unknown: str, unknown_units: float) -> "CostModel":
-        """The surprise in a measured time, blamed on each term by its share of the prediction.
+        """Move each term towards explaining a measured time, in proportion to its share of the prediction.
 
-        What is 0 has no share and stays 0; where all are, no factor leads anywhere, and ``unknown``, of which there
-        were ``unknown_units``, is what there is to learn. What no clock can have measured teaches nothing.
+        Terms that are 0 stay 0. If all are 0, the coefficient ``unknown``, with ``unknown_units`` units, is learned.
+        Impossible measurements change nothing.
         """
         if not 0 <= measured_s < inf:
             return self

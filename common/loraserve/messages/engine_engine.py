@@ -51,14 +51,10 @@ class LeaseRenewed(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ReleaseLease(Message, frozen=True, tag=True, kw_only=True):
-<<<<<<< HEAD
-    """The read has ended. Usually sent one-way; a request is answered by LeaseReleased or refused (``not_yours``)."""
-=======
     """Ends a lease after a read; usually one-way. A request is answered by LeaseReleased, also if repeated.
 
     Refused with ``not_yours``.
     """
->>>>>>> 7df2571 (Rewrite the texts of messages and configuration)
 
     lease_id: str
     incarnation: str

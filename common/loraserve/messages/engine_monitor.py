@@ -19,11 +19,7 @@ class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryLoad(msgspec.Struct, frozen=True, kw_only=True):
-<<<<<<< HEAD
-    """Free memory of an engine. ``pool_room_bytes`` is the largest slab that a request could have loaded now."""
-=======
     """Free memory of an engine. ``pool_room_bytes``: the largest slab that fits now, after evictions."""
->>>>>>> 7df2571 (Rewrite the texts of messages and configuration)
 
     kv_blocks_free: int
     pool_free_bytes: int

@@ -23,17 +23,10 @@ class Prepared(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RetireCopies(Message, frozen=True, tag=True, kw_only=True):
-<<<<<<< HEAD
-    """Unpin everything prepared up to ``epoch`` except the versions in ``keep``.
-
-    Unpinned adapters can be evicted once no request runs with them. Copies prepared for newer epochs stay pinned, so
-    that a late message does no harm.
-=======
     """Request: unpin all copies prepared up to ``epoch`` except ``keep`` (versions). Answered by RetireDone.
 
     They are evicted when memory is needed and no request uses them. Copies prepared for newer epochs stay pinned, so a
     late message does no harm.
->>>>>>> 7df2571 (Rewrite the texts of messages and configuration)
     """
 
     epoch: int
