@@ -110,7 +110,7 @@ def test_what_is_read_from_an_owner_that_is_said_to_be_gone_ends_at_once(owner: 
             assert reader.connected == 0
             await asyncio.sleep(0.005)
         failed = [read for read in reads if read.done()]
-        with pytest.raises(TransferError, match="it died") as gone:
+        with pytest.raises(TransferError, match="the owner died") as gone:
             await failed.pop()
         assert gone.value.code == "gone"
         for read in reads:

@@ -58,7 +58,7 @@ def test_a_connection_that_cannot_be_is_refused(owner: VerbsOwner, config: Confi
 
 def test_memory_that_cannot_be_registered_is_a_clear_error() -> None:
     device = RdmaDevice()
-    with pytest.raises(ConfigError, match=r"GPU's memory cannot be registered.*nvidia-peermem"):
+    with pytest.raises(ConfigError, match=r"GPU memory cannot be registered.*nvidia-peermem"):
         device.readable(GpuMemory(1 << 30, MIB))
     device.close()
     with pytest.raises(ConfigError, match="'none-such' is up"):

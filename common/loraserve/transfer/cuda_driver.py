@@ -1,7 +1,6 @@
-"""The CUDA driver, by ctypes: no torch, which takes seconds to import and does not let its own driver calls be made.
+"""The CUDA driver API through ctypes, without torch, which takes seconds to import and does not expose these calls.
 
-A process shares each GPU's primary context with torch, so an address of one is an address of the other. Calls release
-the interpreter's lock.
+Each GPU's primary context is shared with torch, so both use the same addresses. Calls release the interpreter's lock.
 """
 
 import ctypes
@@ -17,16 +16,14 @@ from loraserve.errors import ConfigError, LoraServeError
 
 LIBRARY = "libcuda.so.1"
 OTHER_LIBRARY = "LORASERVE_LIBCUDA"
-"""Environment variable with the path of another one: tests without a GPU name a driver in software here."""
+"""Environment variable with the path of another driver library; tests without a GPU set it to one in software."""
 IPC_HANDLE_BYTES = 64
 UUID_BYTES = 16
 WHOLE_BYTES = 2 << 20
-"""What is smaller, or ends elsewhere, shares its block with other allocations, which would be exported with it."""
+"""Allocations of other sizes share a block with others, which would be exported too."""
 
 
 class IpcMemHandle(ctypes.Structure):
-    """Passed by value."""
-
     _fields_ = (("reserved", c_char * IPC_HANDLE_BYTES),)
 
 
@@ -65,7 +62,7 @@ SIGNATURES = {
 
 
 class CudaCallError(LoraServeError):
-    """``name`` is the driver's own, as CUDA_ERROR_OUT_OF_MEMORY."""
+    """A driver call failed. ``name`` is the driver's name of the error, such as CUDA_ERROR_OUT_OF_MEMORY."""
 
     def __init__(self, function: str, name: str) -> None:
         super().__init__(f"{function.partition('_v')[0]} failed with {name}")
@@ -73,9 +70,9 @@ class CudaCallError(LoraServeError):
 
 
 class GpuMemory(msgspec.Struct, frozen=True):
-    """Of one cuMemAlloc: what torch's expandable segments give cannot be given to others as one.
+    """Memory inside one cuMemAlloc allocation of the GPU ``device`` (its number in this process).
 
-    ``device`` is the GPU's number as this process counts them.
+    Memory of torch's expandable segments is not, and cannot be exported as one.
     """
 
     address: int
@@ -84,14 +81,17 @@ class GpuMemory(msgspec.Struct, frozen=True):
 
 
 def call(function: str, *arguments: object) -> None:
-    """Raises CudaFailed, and ConfigError where there is no driver. But for a few, functions need a ``current`` GPU."""
+    """Call a driver function. Raises CudaCallError, or ConfigError if there is no driver.
+
+    Most functions need a ``current_device``.
+    """
     library = _started(os.environ.get(OTHER_LIBRARY, LIBRARY))
     _check(library, function, getattr(library, function)(*arguments))
 
 
 @contextmanager
 def current_device(device: int) -> Iterator[None]:
-    """What this thread calls is about that GPU."""
+    """Make the GPU current for driver calls of this thread."""
     context = _primary_context(os.environ.get(OTHER_LIBRARY, LIBRARY), device)
     call("cuCtxPushCurrent_v2", context)
     try:
@@ -101,7 +101,7 @@ def current_device(device: int) -> Iterator[None]:
 
 
 def allocate(length_bytes: int, device: int) -> GpuMemory:
-    """In blocks of its own. Raises CudaFailed."""
+    """Allocate memory that shares no block with other allocations. Raises CudaCallError."""
     address = c_uint64()
     with current_device(device):
         call("cuMemAlloc_v2", ctypes.byref(address), -(-length_bytes // WHOLE_BYTES) * WHOLE_BYTES)
@@ -109,13 +109,13 @@ def allocate(length_bytes: int, device: int) -> GpuMemory:
 
 
 def free(memory: GpuMemory) -> None:
-    """Waits for what the GPU has still to do."""
+    """Free memory, after waiting for the GPU's queued work."""
     with current_device(memory.device):
         call("cuMemFree_v2", memory.address)
 
 
 def allocation(memory: GpuMemory) -> tuple[int, int]:
-    """Address and length of the allocation that it lies in."""
+    """Return address and length of the allocation that contains the memory."""
     base, size = c_uint64(), c_size_t()
     with current_device(memory.device):
         call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), memory.address)
@@ -123,7 +123,7 @@ def allocation(memory: GpuMemory) -> tuple[int, int]:
 
 
 def device_count() -> int:
-    """GPUs that this process may use."""
+    """Return the number of GPUs that this process may use."""
     count = c_int()
     call("cuDeviceGetCount", ctypes.byref(count))
     return count.value
@@ -136,7 +136,7 @@ def device_name(device: int) -> str:
 
 
 def device_uuid(device: int) -> str:
-    """The same in every process, however each counts."""
+    """Return the GPU's UUID, which is the same in every process."""
     uuid = Uuid()
     call("cuDeviceGetUuid_v2", ctypes.byref(uuid), _ordinal(device))
     return bytes(uuid).hex()
@@ -149,7 +149,7 @@ def device_attribute(device: int, attribute: int) -> int:
 
 
 def can_access(device: int, other: int) -> bool:
-    """Whether one GPU can access the other's memory."""
+    """Return whether one GPU can access the other's memory."""
     value = c_int()
     call("cuDeviceCanAccessPeer", ctypes.byref(value), _ordinal(device), _ordinal(other))
     return bool(value.value)
@@ -169,10 +169,10 @@ def _started(path: str) -> ctypes.CDLL:
 
 @cache
 def _primary_context(_: str, device: int) -> int:
-    """Kept for the process's life, as torch does: to create one takes a good part of a second."""
+    """Return the GPU's primary context, kept for the process's life: creating one takes a large part of a second."""
     context = c_void_p()
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), _ordinal(device))
-    assert context.value, "a context that is none"
+    assert context.value, "the driver returned no context"
     return context.value
 
 

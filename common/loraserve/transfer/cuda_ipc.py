@@ -1,11 +1,10 @@
-"""Reads from GPU to GPU between processes of one machine: the reader maps the owner's allocation and copies.
+"""Transport between GPUs of one machine: the reader maps the owner's CUDA allocation and copies.
 
-What CUDA opens cannot be taken back: memory that its owner freed or died with stays mapped here until it is closed, and
-what a copy from it finds is anything (NVIDIA's manual calls it undefined). So the owner also holds a descriptor (see
-NearHandle), which is looked at before and after each copy, and mappings of the dead are closed at once. That an owner
-reuses no extent while it is read is a lease's promise, and that the bytes are the right ones the digest's.
+A CUDA mapping cannot be revoked: if the owner frees the memory or dies, it stays mapped here until it is closed, and
+copies from it return undefined bytes (NVIDIA's manual). So the owner also keeps a descriptor open (see same_host.py),
+which is checked before and after each copy, and mappings of dead owners are closed at once.
 
-On hardware: not yet (scripts/gpu_check does it); tests run it on a CUDA driver in software.
+Tested with a CUDA driver in software; scripts/gpu_check tests it on hardware.
 """
 
 import ctypes
@@ -40,15 +39,15 @@ from loraserve.transfer.same_host import NAME_PREFIX, Mappings, SameHostExporter
 
 LAZY_PEER_ACCESS = 1
 NON_BLOCKING = 1
-"""A stream that does not wait for what others do on the GPU, steps above all."""
+"""The stream does not wait for other work on the GPU, such as steps."""
 MAPPINGS = 64
 
 Copy = Callable[[int, int, int, int], None]
-"""(to, source, length in bytes, stream): begins it."""
+"""Starts a copy: (target address, source address, length in bytes, stream)."""
 
 
 def unusable_reason(device: int) -> str:
-    """Why that GPU's memory cannot be read by other processes; empty where it can. Tried: no attribute says it."""
+    """Return why other processes cannot read that GPU's memory, or "". It is tried, since no attribute tells it."""
     try:
         trial = allocate(WHOLE_BYTES, device)
         try:
@@ -61,18 +60,17 @@ def unusable_reason(device: int) -> str:
 
 
 class CudaIpcExporter(SameHostExporter):
-    """See Exporter. A region lies in one cuMemAlloc, which peers map as a whole."""
+    """See SameHostExporter. A region is inside one cuMemAlloc allocation, which peers map as a whole."""
 
     def register(self, region: GpuMemory) -> CudaIpcHandle:
-        """Raises ConfigError."""
         try:
             base, size = allocation(region)
-            opens = _exported(base, region.device)
+            opened = _exported(base, region.device)
             gpu = device_uuid(region.device)
         except CudaCallError as error:
-            raise _cannot(region, str(error)) from error
+            raise _export_error(region, str(error)) from error
         if region.address + region.length_bytes > base + size:
-            raise _cannot(region, f"its allocation ends after {base + size - region.address}")
+            raise _export_error(region, f"its allocation ends after {base + size - region.address}")
         name = NAME_PREFIX + secrets.token_hex(16)
         descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
         self._descriptors.append(descriptor)
@@ -84,16 +82,16 @@ class CudaIpcExporter(SameHostExporter):
             pid=os.getpid(),
             descriptor=descriptor,
             name=name,
-            allocation=opens,
+            allocation=opened,
             offset_bytes=region.address - base,
             gpu=gpu,
         )
 
 
 class CudaIpcReader:
-    """See Reader. Used from one event loop. ``device`` is the GPU that copies, and that ``read_into`` copies to.
+    """See RegionReader. Used from one event loop. ``device`` is the GPU that copies and the target of ``read_into``.
 
-    Blocks while it is made. One thread opens, copies and closes: what is being copied from is not closed meanwhile.
+    Its constructor blocks. One thread opens, copies and closes, so that no mapping is closed during a copy from it.
     """
 
     def __init__(self, device: int, mappings: int = MAPPINGS) -> None:
@@ -113,12 +111,12 @@ class CudaIpcReader:
         await self._read(mine, ranges, np.frombuffer(target, np.uint8).ctypes.data, _to_host)
 
     async def read_into(self, handle: Handle, ranges: Sequence[ByteRange], memory: GpuMemory, at_bytes: int) -> None:
-        """The same into memory of ``device``: what is launched after this sees it."""
+        """Read the ranges into memory of ``device``. Work launched afterwards sees the bytes."""
         mine = check_handle(handle, CudaIpcHandle, ranges)
         wanted_bytes = sum(each.length_bytes for each in ranges)
         what = describe(mine, f"{wanted_bytes} bytes")
         if not 0 <= at_bytes <= memory.length_bytes - wanted_bytes:
-            raise TransferError("size", f"{what}: no room for them at {at_bytes} of {memory.length_bytes}")
+            raise TransferError("size", f"{what}: they do not fit at {at_bytes} of {memory.length_bytes}")
         if memory.device != self._device:
             raise TransferError("refused", f"{what}: this reader is GPU {self._device}'s, not {memory.device}'s")
         await self._read(mine, ranges, memory.address + at_bytes, _to_device)
@@ -130,7 +128,7 @@ class CudaIpcReader:
 
     @property
     def mapped(self) -> int:
-        """How many peers' memories are mapped."""
+        """The number of peers' memories that are mapped."""
         return len(self._mappings)
 
     async def _read(self, handle: CudaIpcHandle, ranges: Sequence[ByteRange], target: int, copy: Copy) -> None:
@@ -138,9 +136,9 @@ class CudaIpcReader:
         try:
             await run_in_thread(self._thread, partial(self._copy, mapping, ranges, target, copy))
         except (CudaCallError, ConfigError) as error:
-            # Opened anew for the next read.
+            # The next read opens the memory again.
             self._mappings.drop(handle)
-            # An owner that went away is gone, whatever the driver calls it.
+            # If the owner has died, report that rather than the driver's error.
             check_offered(handle)
             raise TransferError("refused", f"{describe(handle, 'a read')}: {error}; use another transport") from error
         self._mappings.check(handle)
@@ -154,7 +152,7 @@ class CudaIpcReader:
                         copy(target, source + each.offset_bytes, each.length_bytes, self._stream)
                         target += each.length_bytes
             finally:
-                # Also when one could not be begun: those before it still write.
+                # Also if starting a copy failed: the copies before it are still writing.
                 call("cuStreamSynchronize", self._stream)
 
     def _mapping(self, handle: CudaIpcHandle) -> "_Mapping":
@@ -166,7 +164,7 @@ class CudaIpcReader:
 
 
 class _Mapping:
-    """A peer's allocation as the GPU ``device`` sees it, opened when it is first read."""
+    """A peer's allocation, mapped on the GPU ``device`` at the first read."""
 
     def __init__(self, handle: CudaIpcHandle, device: int, thread: ThreadPoolExecutor) -> None:
         self._handle = handle
@@ -175,37 +173,37 @@ class _Mapping:
         self._base = 0
 
     def address(self) -> int:
-        """Where the region begins. In the thread, where the GPU is current."""
+        """Return the region's address, after mapping it. Call it in the thread, with the GPU current."""
         if not self._base:
             handle = self._handle
             if len(handle.allocation) != IPC_HANDLE_BYTES:
-                raise ConfigError(f"its handle is of {len(handle.allocation)} bytes")
-            self._check_reach()
+                raise ConfigError(f"its IPC handle has {len(handle.allocation)} bytes")
+            self._check_access()
             base = ctypes.c_uint64()
-            opens = IpcMemHandle.from_buffer_copy(handle.allocation)
-            call("cuIpcOpenMemHandle_v2", ctypes.byref(base), opens, LAZY_PEER_ACCESS)
+            ipc_handle = IpcMemHandle.from_buffer_copy(handle.allocation)
+            call("cuIpcOpenMemHandle_v2", ctypes.byref(base), ipc_handle, LAZY_PEER_ACCESS)
             self._base = base.value
             self._check_range()
         return self._base + self._handle.offset_bytes
 
     def close(self) -> None:
-        """Behind the copies that are to be made from it."""
+        """Unmap the memory, after the copies that are already queued."""
         self._thread.submit(self._close)
 
     def _check_range(self) -> None:
-        """What is copied from outside an allocation ends this process's use of its GPU."""
+        """Raise ConfigError if the region is outside its allocation: copying from there breaks the CUDA context."""
         start, length = self._handle.offset_bytes, self._handle.length_bytes
         try:
             _, size = allocation(GpuMemory(address=self._base, length_bytes=1, device=self._device))
         except CudaCallError:
-            # Not seen on hardware: a driver that does not say this of mapped memory leaves the owner's word.
+            # A driver that does not tell the range of mapped memory (not seen on hardware): trust the owner.
             return
         if start < 0 or start + length > size:
             raise ConfigError(f"its {length} bytes at {start} are not within the {size} that its handle opens")
 
-    def _check_reach(self) -> None:
+    def _check_access(self) -> None:
         for other in range(device_count()):
-            # One that this process may not use is the driver's to refuse.
+            # GPUs that this process may not use are refused by the driver.
             found = device_uuid(other) == self._handle.gpu and other != self._device
             if found and not can_access(self._device, other):
                 raise ConfigError(f"GPU {self._device} cannot access the memory of GPU {other}")
@@ -217,10 +215,10 @@ class _Mapping:
 
 
 def _exported(allocation_address: int, device: int) -> bytes:
-    opens = IpcMemHandle()
+    ipc_handle = IpcMemHandle()
     with current_device(device):
-        call("cuIpcGetMemHandle", ctypes.byref(opens), allocation_address)
-    return bytes(opens)
+        call("cuIpcGetMemHandle", ctypes.byref(ipc_handle), allocation_address)
+    return bytes(ipc_handle)
 
 
 def _to_device(to: int, source: int, length_bytes: int, stream: int) -> None:
@@ -231,8 +229,8 @@ def _to_host(to: int, source: int, length_bytes: int, stream: int) -> None:
     call("cuMemcpyDtoHAsync_v2", to, source, length_bytes, stream)
 
 
-def _cannot(region: GpuMemory, why: str) -> ConfigError:
+def _export_error(region: GpuMemory, why: str) -> ConfigError:
     return ConfigError(
-        f"{region.length_bytes} bytes of a GPU's memory cannot be offered to others: {why}; the pool must be one "
-        "cuMemAlloc, or take cuda_ipc out of transfer.transports"
+        f"{region.length_bytes} bytes of GPU memory cannot be offered to other processes: {why}; allocate the pool "
+        "with one cuMemAlloc, or take cuda_ipc out of transfer.transports"
     )

@@ -15,8 +15,6 @@ from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Abilities, Ha
 
 Code = Literal["gone", "out_of_range", "version", "refused", "timeout", "size"]
 
-RegionT = TypeVar("RegionT", contravariant=True)
-HandleT = TypeVar("HandleT", bound=HandleBase, covariant=True)
 KindT = TypeVar("KindT", bound=HandleBase)
 
 
@@ -40,18 +38,6 @@ class ByteRange(msgspec.Struct, frozen=True):
 
     offset_bytes: int
     length_bytes: int
-
-
-class RegionExporter(Protocol[RegionT, HandleT]):
-    """The owner's side of a transport. The type of a region depends on the transport."""
-
-    def register(self, region: RegionT) -> HandleT:
-        """Let peers read the region until ``close``, and return its handle."""
-        ...
-
-    def close(self) -> None:
-        """Withdraw all handles: new reads fail with ``gone``. The memory stays the owner's."""
-        ...
 
 
 class RegionReader(Protocol):

@@ -34,7 +34,7 @@ class SameHostExporter:
         self._descriptors: list[int] = []
 
     def close(self) -> None:
-        """See RegionExporter."""
+        """Withdraw all handles: new reads fail with ``gone``. The memory stays the owner's."""
         while self._descriptors:
             os.close(self._descriptors.pop())
 

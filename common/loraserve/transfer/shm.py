@@ -106,7 +106,7 @@ class SharedMemory:
 
 
 class ShmExporter(SameHostExporter):
-    """See RegionExporter. A region is a SharedMemory."""
+    """See SameHostExporter. A region is a SharedMemory."""
 
     def register(self, region: SharedMemory) -> ShmHandle:
         descriptor = region.export()

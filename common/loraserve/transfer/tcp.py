@@ -1,4 +1,4 @@
-"""Reads over the bus, from any owner to anybody: the owner answers with frames that lie in its memory."""
+"""Transport over the bus, between any two processes: the owner answers with frames that refer to its memory."""
 
 import asyncio
 import secrets
@@ -28,32 +28,32 @@ from loraserve.transfer.protocol import (
 )
 
 CHUNK_BYTES = 2 << 20
-"""Copied by the event loop in about 0.2 ms. Of 256 KiB to 4 MiB, with 2 to 8 in flight, these measured best over all
-sizes; smaller ones pay the two processes' turns too often, larger ones are not copied while the next arrive. A read of
-1 MiB is one such turn: about 0.25 ms of it are waking four threads and Python that has left the caches, which neither
-several chunks, socket buffers, more I/O threads nor answers that are copied instead of lent made shorter."""
+"""The event loop copies a chunk in about 0.2 ms. Of 256 KiB to 4 MiB, with 2 to 8 in flight, these values measured best
+over all sizes: smaller chunks need too many round trips, larger ones are not copied while the next arrive. A read of 1
+MiB is one round trip, of which about 0.25 ms are waking four threads and Python code that has left the caches. Several
+chunks, socket buffers, more I/O threads or copied instead of borrowed answers did not make it shorter."""
 LONGEST_CHUNK_BYTES = 16 << 20
-"""A frame is received whole before anybody sees it: this bounds what a peer can make a process hold."""
+"""Frames are received as a whole, so this bounds how much memory a peer can make a process allocate."""
 CHUNKS_IN_FLIGHT = 8
 ASK_AGAIN_S = 0.2
 
 
 READERS = 2
-"""Threads that read a region which cannot be sent from where it lies: so many chunks of it are copied at a time."""
+"""Threads that copy chunks of regions that cannot be sent directly."""
 
 
 class ReadableRegion(Protocol):
-    """Memory that the network cannot be given as it is, such as a GPU's."""
+    """Memory that cannot be sent directly, such as a GPU's."""
 
     def __len__(self) -> int: ...
 
     def read_into(self, offset_bytes: int, into: memoryview) -> None:
-        """Fill ``into``, which is not empty, with what lies there. Blocks, and may be called from several threads."""
+        """Copy the bytes at ``offset_bytes`` into ``into``, which is not empty. Blocks; must be thread-safe."""
         ...
 
 
 class TcpExporter:
-    """See Exporter; a region is host memory, or can be read. Its process hands every ReadRegion to ``answer``."""
+    """The owner's side. A region is host memory or a ReadableRegion. ReadRegion requests go to ``answer``."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -73,10 +73,10 @@ class TcpExporter:
         return handle
 
     def answer(self, envelope: Envelope) -> Coroutine[Any, Any, None] | None:
-        """Answer or refuse a ReadRegion without a copy.
+        """Answer or refuse a ReadRegion.
 
-        If the region must be read from a device first, returns an awaitable that sends the answer; awaiting it raises
-        if the device is lost.
+        For a ReadableRegion, return a coroutine that sends the answer. The caller must await it in a task, where it may
+        raise the errors of the region's device.
         """
         request: ReadRegion = envelope.message
         try:
@@ -96,7 +96,7 @@ class TcpExporter:
     async def _answer_read(self, envelope: Envelope, region: ReadableRegion) -> None:
         request: ReadRegion = envelope.message
         try:
-            # It may be withdrawn before this begins, and while it is read.
+            # The region may be withdrawn before this starts, and again while it is read.
             self._region(request)
             data = await run_in_thread(
                 self._threads, partial(_read, region, request.offset_bytes, request.length_bytes)
@@ -120,7 +120,8 @@ class TcpExporter:
         check_ranges(handle, [ByteRange(request.offset_bytes, request.length_bytes)])
         if request.length_bytes > LONGEST_CHUNK_BYTES:
             raise TransferError(
-                "size", f"{name} sends at most {LONGEST_CHUNK_BYTES} bytes at once, asked for {request.length_bytes}"
+                "size",
+                f"{name} sends at most {LONGEST_CHUNK_BYTES} bytes at once, not {request.length_bytes}",
             )
         return region
 
@@ -133,7 +134,7 @@ def _read(region: ReadableRegion, offset_bytes: int, length_bytes: int) -> memor
 
 
 class TcpReader:
-    """See Reader. A chunk that was lost with a connection is asked for again, for up to ``timeout_s`` a chunk."""
+    """See RegionReader. A chunk lost with a connection is requested again, for up to ``timeout_s`` per chunk."""
 
     def __init__(
         self, bus: Bus, timeout_s: float, chunk_bytes: int = CHUNK_BYTES, chunks_in_flight: int = CHUNKS_IN_FLIGHT
@@ -150,7 +151,7 @@ class TcpReader:
         memory = np.frombuffer(target, np.uint8)
         most = sum([-(-each.length_bytes // self._chunk_bytes) for each in ranges])
         if most <= 1:
-            # Over sooner than a task has begun.
+            # Takes less time than starting a task.
             await self._fetch(mine, chunks, memory)
             return
         try:
@@ -161,17 +162,17 @@ class TcpReader:
             raise failed.exceptions[0] from None
 
     def close(self) -> None:
-        """Nothing of a peer's is held between reads."""
+        """Do nothing: no resources are held between reads."""
 
     async def _fetch(
         self, handle: TcpHandle, chunks: Iterator[tuple[int, ByteRange]], target: npt.NDArray[np.uint8]
     ) -> None:
-        """The next chunk, until there is none: as many are in flight as run this."""
+        """Fetch chunks until there are none. Several of these run at once, each with one chunk in flight."""
         for at_bytes, wanted in chunks:
             data = await self._chunk(handle, wanted)
-            # Not in a thread: a chunk is short, and so nobody writes once a read was cancelled.
+            # Not in a thread: a chunk is short, and nothing must be written after a cancellation.
             np.copyto(target[at_bytes : at_bytes + wanted.length_bytes], np.frombuffer(data, np.uint8))
-            # Before the next one is asked for, which then arrives where this one lay: in memory that is in use already.
+            # Freed before the next request, so that its answer reuses this memory.
             del data
 
     async def _chunk(self, handle: TcpHandle, wanted: ByteRange) -> bytes | memoryview:
@@ -183,11 +184,11 @@ class TcpReader:
                 return data
             await asyncio.sleep(min(ASK_AGAIN_S, left_s))
         raise TransferError(
-            "timeout", f"{_what(handle, wanted)}: not there within {self._timeout_s:g} s; read from another source"
+            "timeout", f"{_what(handle, wanted)}: not received in {self._timeout_s:g} s; read from another source"
         )
 
     async def _ask(self, handle: TcpHandle, wanted: ByteRange, timeout_s: float) -> bytes | memoryview | None:
-        """None where the owner went away or has only begun to start."""
+        """Request a chunk. Return None if the owner is gone or still starting."""
         request = ReadRegion(
             protocol=TRANSFER_PROTOCOL_VERSION,
             token=handle.token,
@@ -204,7 +205,7 @@ class TcpReader:
             raise TransferError(code_of_refusal(error.code), f"{_what(handle, wanted)}: {error.message}") from error
         if answer.offset_bytes != wanted.offset_bytes or [len(frame) for frame in frames] != [wanted.length_bytes]:
             raise TransferError(
-                "size", f"{_what(handle, wanted)}: the answer is of another size or place; read from another source"
+                "size", f"{_what(handle, wanted)}: the answer has another size or offset; read from another source"
             )
         return frames[0]
 

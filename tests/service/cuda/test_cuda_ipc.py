@@ -227,7 +227,7 @@ def test_mappings_and_descriptors_are_bounded_and_let_go(driver: str) -> None:
 
 def test_memory_outside_of_its_allocation_cannot_be_offered(driver: str) -> None:
     exporter = CudaIpcExporter("me", "i")
-    with room(2 * MIB) as memory, pytest.raises(ConfigError, match=r"2097153 bytes of a GPU's memory.*ends after 2097"):
+    with room(2 * MIB) as memory, pytest.raises(ConfigError, match=r"2097153 bytes of GPU memory.*ends after 2097"):
         exporter.register(GpuMemory(memory.address, memory.length_bytes + 1))
     with pytest.raises(ConfigError, match=r"cuMemGetAddressRange failed with CUDA_ERROR_\w+.*transfer.transports"):
         exporter.register(GpuMemory(4096, MIB))

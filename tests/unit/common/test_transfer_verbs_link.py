@@ -24,7 +24,7 @@ class FakeQueue:
         self.asked: list[int] = []
         self.closed = False
 
-    def ask(self, number: int, to: int, local_key: int, source: int, remote_key: int, length_bytes: int) -> None:
+    def read(self, number: int, to: int, local_key: int, source: int, remote_key: int, length_bytes: int) -> None:
         assert not self.closed, "a queue pair that is closed was asked"
         self.asked.append(number)
 
@@ -46,7 +46,7 @@ def begin(link: ReadConnection, timeout_s: float = 60.0) -> "asyncio.Task[None]"
 @pytest.mark.parametrize("status", [0, DENIED, FLUSHED])
 def test_completions_of_a_connection_that_timed_out_are_no_news(status: int) -> None:
     async def scenario(link: ReadConnection, queue: FakeQueue) -> None:
-        with pytest.raises(TransferError, match="nothing came for"):
+        with pytest.raises(TransferError, match="nothing arrived for"):
             await begin(link, timeout_s=0.01)
         assert queue.closed
         for number in queue.asked:
@@ -74,7 +74,7 @@ def test_an_owner_that_is_gone_is_not_asked_again() -> None:
         await asyncio.sleep(0)
         link.give_up()
         assert queue.closed
-        with pytest.raises(TransferError, match="it died") as failed:
+        with pytest.raises(TransferError, match="the owner died") as failed:
             await read
         assert (type(failed.value), failed.value.code) == (TransferError, "gone")
 

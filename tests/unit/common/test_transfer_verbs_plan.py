@@ -43,12 +43,12 @@ def test_a_dropped_read_is_over_with_what_was_asked_for() -> None:
     number = asked[0]
     assert number == 5 << 32
     assert turns.drop(0) is None
-    assert turns.whose(number) == 0
+    assert turns.read_of(number) == 0
     assert turns.drop(1) == 1, "nothing of it was asked for"
     assert turns.drop(1) is None
     assert turns.next() is None
     assert turns.arrived(number) == 0
-    assert turns.whose(number) is None
+    assert turns.read_of(number) is None
 
 
 @given(

@@ -30,7 +30,7 @@ DEVICES = Path("/sys/class/infiniband")
 ACTIVE = "4:"
 ETHERNET = "Ethernet"
 UNUSED_GIDS = 8
-"""So many in a row end the search: tables have up to 1024 places and are filled from the front."""
+"""The search ends after this many unused entries in a row: tables have up to 1024 and are filled from the front."""
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,14 +42,14 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def usable_ports(devices: Path = DEVICES) -> list[Port]:
-    """Those that are up, in the order of their names."""
+    """Return the ports that are up, by name."""
     paths = sorted(devices.glob("*/ports/*"), key=lambda path: (path.parts[-3], int(path.name)))
     found = (_port(path) for path in paths)
     return [port for port in found if port is not None]
 
 
 def unusable_reason(devices: Path = DEVICES) -> str:
-    """Why verbs cannot be used here; empty where they can. Where there is no device nothing is imported."""
+    """Return why verbs cannot be used here; "" if they can. Without a device nothing is imported."""
     if not devices.is_dir() or not any(devices.iterdir()):
         return "this machine has no RDMA device"
     if not any(map(_is_up, devices.glob("*/ports/*"))):
@@ -70,7 +70,7 @@ def _port(path: Path) -> Port | None:
         gid = best_gid(_gids(path))
         link_layer = _text(path / "link_layer")
     except OSError:
-        # It went away.
+        # The device was removed.
         return None
     if gid is None:
         return None
@@ -88,7 +88,7 @@ def _gids(path: Path) -> Iterator[tuple[int, str, str]]:
     unused = 0
     for index in range(len(os.listdir(path / "gids"))):
         try:
-            # The kernel answers with an error for one that is not in use.
+            # Reading an unused entry is an error.
             kind = _text(path / "gid_attrs" / "types" / str(index))
         except OSError:
             unused += 1
@@ -112,7 +112,7 @@ PEERMEM = Path("/sys/module/nvidia_peermem")
 
 
 def dma_buf_works(device: int) -> bool:
-    """Whether the GPU can hand its memory out as a dma-buf."""
+    """Return whether the GPU can export its memory as a dma-buf."""
     try:
         return bool(device_attribute(device, DMA_BUF_SUPPORTED))
     except (ConfigError, CudaCallError):
@@ -120,13 +120,13 @@ def dma_buf_works(device: int) -> bool:
 
 
 def peermem_works() -> bool:
-    """Whether a GPU's addresses can be registered as if they were the host's."""
+    """Return whether GPU addresses can be registered like host addresses."""
     return PEERMEM.exists()
 
 
 @contextmanager
 def dma_buf(memory: GpuMemory) -> Iterator[tuple[int, int]]:
-    """A descriptor, and where in it the memory begins. What is registered with it outlives it."""
+    """Yield a descriptor and the memory's offset in it. A registration outlives the descriptor."""
     start = memory.address // mmap.PAGESIZE * mmap.PAGESIZE
     end = -(-(memory.address + memory.length_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
     descriptor = ctypes.c_int(-1)
@@ -135,7 +135,7 @@ def dma_buf(memory: GpuMemory) -> Iterator[tuple[int, int]]:
             call("cuMemGetHandleForAddressRange", ctypes.byref(descriptor), start, end - start, DMA_BUF_DESCRIPTOR, 0)
     except CudaCallError as error:
         raise ConfigError(
-            f"a GPU's memory cannot be registered: {error}; the pool must be one cuMemAlloc, and the driver one with "
+            f"GPU memory cannot be registered: {error}; allocate the pool with one cuMemAlloc, and use a driver with "
             "open kernel modules"
         ) from error
     try:
@@ -145,7 +145,7 @@ def dma_buf(memory: GpuMemory) -> Iterator[tuple[int, int]]:
 
 
 def flush_remote_writes(device: int) -> None:
-    """What was written into the GPU's memory from outside is seen by kernels that are launched after this."""
+    """Make remote writes to the GPU's memory visible to kernels launched afterwards."""
     if device_attribute(device, WRITES_ORDERING) < TO_OWNER:
         with current_device(device):
             call("cuFlushGPUDirectRDMAWrites", CURRENT_CONTEXT, TO_OWNER)
@@ -154,11 +154,11 @@ def flush_remote_writes(device: int) -> None:
 Memory = memoryview | GpuMemory
 
 opening = Lock()
-"""Held while descriptors are made: which are whose is seen from which are new."""
+"""Held while descriptors are created, because each creator recognizes its own as the new ones."""
 
 
 class Registered(Protocol):
-    """pyverbs' MR, as far as it is used."""
+    """The part of pyverbs' MR that is used."""
 
     lkey: int
     rkey: int
@@ -176,18 +176,18 @@ def verbs_enums() -> ModuleType:
     try:
         return pyverbs_module("libibverbs_enums")
     except ImportError:
-        # Up to release 5x of rdma-core.
+        # Older releases of rdma-core (5x).
         return pyverbs_module("enums")
 
 
 def verbs_errors() -> tuple[type[Exception], ...]:
-    """What pyverbs raises, also for numbers that do not fit."""
+    """Return the exceptions that pyverbs raises, also for numbers out of range."""
     base: type[Exception] = pyverbs_module("pyverbs_error").PyverbsError
     return base, OverflowError, ValueError, TypeError
 
 
 class RegisteredMemory:
-    """Registered memory. ``base`` is the address by which both sides name its first byte."""
+    """Memory registered with a device. ``base`` is the address of its first byte in requests."""
 
     def __init__(self, registered: Registered, base: int, length_bytes: int, keeps: object) -> None:
         self._registered = registered
@@ -198,23 +198,23 @@ class RegisteredMemory:
         self.remote_key = registered.rkey
 
     def holds(self, address: int, length_bytes: int) -> bool:
-        """Whether these bytes of the host's memory are within it."""
+        """Return whether it contains these bytes of host memory."""
         inside = self.base <= address and address + length_bytes <= self.base + self.length_bytes
         return inside and not isinstance(self._keeps, GpuMemory)
 
     def settle(self) -> None:
-        """After a read into it, before it is used."""
+        """Make a finished read into this memory visible. Call it before the memory is used."""
         if isinstance(self._keeps, GpuMemory):
             flush_remote_writes(self._keeps.device)
 
     def close(self) -> None:
-        """Its keys are void from here on."""
+        """Deregister the memory, which invalidates its keys."""
         self._registered.close()
         self._keeps = None
 
 
 class RdmaDevice:
-    """Raises ConfigError, as its ``register`` does. ``name`` "" is the first that has a port which is up."""
+    """An open RDMA device; ``name`` "" means the first with a port that is up. Raises ConfigError."""
 
     def __init__(self, name: str = "") -> None:
         self.port = _chosen(name)
@@ -236,15 +236,15 @@ class RdmaDevice:
         self.longest_queue: int = min(device.max_qp_wr, device.max_cqe)
 
     def readable(self, memory: Memory) -> RegisteredMemory:
-        """Peers may read it, nobody may write to it."""
+        """Register memory that peers may read."""
         return self._register(memory, verbs_enums().IBV_ACCESS_REMOTE_READ)
 
     def writable(self, memory: Memory) -> RegisteredMemory:
-        """What this process reads may go there; for peers it is not there."""
+        """Register memory as a destination of this process's own reads; peers cannot access it."""
         return self._register(memory, verbs_enums().IBV_ACCESS_LOCAL_WRITE)
 
     def close(self) -> None:
-        """With everything that was made on it."""
+        """Close the device and everything created on it."""
         self.context.close()
 
     def _register(self, memory: Memory, access: int) -> RegisteredMemory:
@@ -258,13 +258,13 @@ class RdmaDevice:
         return RegisteredMemory(registered, data.ctypes.data, data.nbytes, data)
 
     def _register_gpu(self, memory: GpuMemory, access: int) -> RegisteredMemory:
-        what = f"{memory.length_bytes} bytes of a GPU's memory"
+        what = f"{memory.length_bytes} bytes of GPU memory"
         try:
             if dma_buf_works(memory.device):
                 with dma_buf(memory) as (descriptor, offset):
                     make = pyverbs_module("mr").DmaBufMR
                     registered = make(self.domain, memory.length_bytes, access, descriptor, offset)
-                # pyverbs takes the offset for the address by which peers name the first byte.
+                # With pyverbs, peers address the first byte by the offset.
                 return RegisteredMemory(registered, offset, memory.length_bytes, memory)
             if peermem_works():
                 registered = pyverbs_module("mr").MR(self.domain, memory.length_bytes, access, address=memory.address)

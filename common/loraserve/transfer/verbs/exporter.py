@@ -1,7 +1,7 @@
-"""The owner's side of reads by RDMA.
+"""The owner's side of RDMA reads.
 
-A key alone opens nothing: only who is connected can use it, and connections are made over the bus. So what a peer was
-given is void as soon as its connection is (``forget``), and for everybody when the memory is deregistered (``close``).
+A key alone gives no access: only connected peers can use it, and connections are made over the bus. So a peer loses
+access with its connection (``forget``), and all peers lose it when the memory is deregistered (``close``).
 """
 
 from collections import OrderedDict
@@ -18,11 +18,11 @@ from loraserve.transfer.verbs.device import Memory, RdmaDevice, RegisteredMemory
 from loraserve.transfer.verbs.queue import Completions, QueuePair
 
 SERVED = 1024
-"""Connections of peers; beyond, the oldest goes, and is made anew when it is read over again."""
+"""Maximum of connections. Above it the oldest is closed; its reader connects again when it reads."""
 
 
 class _Connection:
-    """Of a reader in one of its lives; ``pair`` once it is made."""
+    """The connection of one incarnation of a reader. ``pair`` is None until it is created."""
 
     def __init__(self, peer: str, incarnation: str) -> None:
         self.peer = peer
@@ -37,9 +37,9 @@ class _Connection:
 
 
 class VerbsExporter:
-    """See Exporter; a region is host memory or a GPU's. ConnectQueue that its process receives goes to ``answer``.
+    """The owner's side. A region is host or GPU memory. ConnectQueue requests go to ``answer``.
 
-    ``register`` blocks: it belongs where the process starts, or in a thread.
+    ``register`` blocks, so call it when the process starts or in a thread.
     """
 
     def __init__(self, bus: Bus, device: RdmaDevice) -> None:
@@ -64,11 +64,11 @@ class VerbsExporter:
         )
 
     async def answer(self, envelope: Envelope) -> None:
-        """What cannot be connected is refused."""
+        """Connect the reader, or refuse."""
         request: ConnectQueue = envelope.message
         connection = _Connection(envelope.sender, request.reader_incarnation)
         try:
-            end = await self._made(connection, request)
+            end = await self._make(connection, request)
         except TransferError as error:
             self._bus.refuse(envelope, error.code, error.message)
             return
@@ -76,17 +76,17 @@ class VerbsExporter:
         self._bus.respond(envelope, QueueConnected(end=end))
 
     def forget(self, peer: str, incarnation: str = "") -> None:
-        """In that life, or in any, it can read nothing any more, unless it connects again."""
+        """Close the connections of a peer (of one incarnation if given). It can read again after connecting again."""
         self._drop(lambda each: each.peer == peer and incarnation in ("", each.incarnation))
 
     @property
     def serving(self) -> int:
-        """How many connections of peers there are."""
+        """The number of connections."""
         return len(self._served)
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
-        # In this order: who reads still is told that the memory is gone, and need not wait for an answer.
+        # In this order, so that reads in flight fail at once instead of timing out.
         while self._places:
             self._places.pop().close()
         while self._served:
@@ -97,19 +97,19 @@ class VerbsExporter:
         for key in [key for key, each in self._served.items() if dead(each)]:
             self._served.pop(key).close()
         for each in filter(dead, self._connecting):
-            # Its pair is being made in a thread: who waits for that closes it.
+            # Its queue pair is being created in a thread; _make closes it afterwards.
             each.given_up = True
 
-    async def _made(self, connection: _Connection, request: ConnectQueue) -> QueueEnd:
-        """However this fails, nothing is left of it."""
+    async def _make(self, connection: _Connection, request: ConnectQueue) -> QueueEnd:
+        """Connect the queue pair and return its end. If this fails, everything is closed."""
         self._check(request)
         self._connecting.append(connection)
         try:
             end = await run_in_thread(self._thread, partial(self._connect, connection, request.end))
-            # Much may have happened meanwhile.
+            # The memory may have been withdrawn meanwhile.
             self._check(request)
             if connection.given_up:
-                raise TransferError("gone", f"{self._bus.name} heard that {connection.peer} is gone; ask again")
+                raise TransferError("gone", f"{self._bus.name} was told that {connection.peer} is gone; ask again")
         except BaseException:
             connection.close()
             raise
@@ -124,7 +124,7 @@ class VerbsExporter:
             raise withdrawn_error(name)
         if request.end.link_layer != mine:
             raise TransferError(
-                "refused", f"{name}'s RDMA device is of {mine}, not of {request.end.link_layer}; use another transport"
+                "refused", f"{name}'s RDMA device uses {mine}, not {request.end.link_layer}; use another transport"
             )
 
     def _connect(self, connection: _Connection, peer: QueueEnd) -> QueueEnd:

@@ -1,4 +1,4 @@
-"""A reader's connection to one owner: the reads under way over it, and what becomes of them when it fails."""
+"""A reader's connection to one owner: its reads in flight, and how they end if it fails."""
 
 import asyncio
 from collections.abc import Iterable
@@ -12,11 +12,11 @@ from loraserve.transfer.verbs.queue import QueuePair
 
 
 class InterruptedReadError(TransferError):
-    """It failed for another's mistake, and may be tried once more."""
+    """The read failed because of another read on the same connection, and may be retried once."""
 
 
 class ReadDestination(NamedTuple):
-    """Where in registered memory of this process a read goes."""
+    """The destination of a read in registered memory of this process."""
 
     address: int
     key: int
@@ -25,24 +25,24 @@ class ReadDestination(NamedTuple):
 class _PendingRead(NamedTuple):
     handle: VerbsHandle
     target: ReadDestination
-    over: "asyncio.Future[None]"
+    done: "asyncio.Future[None]"
 
 
 class ReadConnection:
-    """Used from one event loop; ``number`` is its own, and those of its requests begin at ``number << 32``."""
+    """Used from one event loop. Its requests are numbered from ``number << 32``."""
 
     def __init__(self, queue: QueuePair, depth: int, number: int) -> None:
         self.number = number
         self.broken = False
         self._queue = queue
-        self._turns = PieceQueue(depth, number << 32)
+        self._pieces = PieceQueue(depth, number << 32)
         self._reads: dict[int, _PendingRead] = {}
         self._reads_begun = 0
         self._arrivals = 0
 
     @property
     def idle(self) -> bool:
-        return self._turns.idle
+        return self._pieces.idle
 
     async def read(
         self,
@@ -52,73 +52,73 @@ class ReadConnection:
         piece_bytes: int,
         timeout_s: float,
     ) -> None:
-        """Ends only once nothing is under way of it, however often this is cancelled. Raises TransferError."""
+        """Read the ranges. Ends only when none of its pieces is in flight, also if cancelled. Raises TransferError."""
         if self.broken:
             raise InterruptedReadError("gone", f"{describe(handle, 'a read')}: the connection failed just now")
-        me = self._reads_begun
+        number = self._reads_begun
         self._reads_begun += 1
-        over = asyncio.get_running_loop().create_future()
-        self._reads[me] = _PendingRead(handle, target, over)
-        self._turns.add(me, split_ranges(list(ranges), piece_bytes))
-        self._ask()
-        await self._until(me, over, timeout_s)
+        done = asyncio.get_running_loop().create_future()
+        self._reads[number] = _PendingRead(handle, target, done)
+        self._pieces.add(number, split_ranges(list(ranges), piece_bytes))
+        self._request_pieces()
+        await self._wait(number, done, timeout_s)
 
     def arrived(self, number: int, status: int) -> None:
-        """A request is over."""
-        read = self._turns.whose(number)
+        """Handle the completion of a request."""
+        read = self._pieces.read_of(number)
         if read is None or self.broken:
-            # Some that were under way when it broke are told of afterwards; their reads have failed.
+            # A completion of a read that already failed with the connection.
             return
         self._arrivals += 1
         if status != 0:
             self._fail(read, status)
             return
-        self._finish(self._turns.arrived(number))
-        self._ask()
+        self._finish(self._pieces.arrived(number))
+        self._request_pieces()
 
     def close(self) -> None:
-        """Nothing is written any more; what was under way fails."""
+        """Close the connection. Nothing is written any more, and reads in flight fail."""
         self._end({}, "the connection was closed", InterruptedReadError)
 
     def give_up(self) -> None:
-        """The owner is gone: so is what was under way, and nobody need ask again."""
-        self._end({}, "it died; read from another source", TransferError)
+        """Close the connection because the owner is dead, so that its reads fail without a retry."""
+        self._end({}, "the owner died; read from another source", TransferError)
 
-    async def _until(self, me: int, over: "asyncio.Future[None]", timeout_s: float) -> None:
+    async def _wait(self, number: int, done: "asyncio.Future[None]", timeout_s: float) -> None:
         cancelled = False
-        while not over.done():
+        while not done.done():
             before = self._arrivals
             try:
-                await asyncio.wait([over], timeout=timeout_s)
+                await asyncio.wait([done], timeout=timeout_s)
             except asyncio.CancelledError:
                 cancelled = True
-                # What is asked for already is written; the memory is the caller's again when it has been.
-                self._finish(self._turns.drop(me))
+                # Pieces in flight still write; the caller gets its memory back after the last of them.
+                self._finish(self._pieces.drop(number))
                 continue
-            if not over.done() and self._arrivals == before:
-                self._end({}, f"nothing came for {timeout_s:g} s; read from another source", TransferError)
+            if not done.done() and self._arrivals == before:
+                self._end({}, f"nothing arrived for {timeout_s:g} s; read from another source", TransferError)
         if cancelled:
-            over.exception()
+            done.exception()
             raise asyncio.CancelledError
-        over.result()
+        done.result()
 
-    def _ask(self) -> None:
-        while (piece := self._turns.next()) is not None:
+    def _request_pieces(self) -> None:
+        while (piece := self._pieces.next()) is not None:
             number, read, at_bytes, wanted = piece
             handle, target, _ = self._reads[read]
             source = handle.base + wanted.offset_bytes
             try:
-                self._queue.ask(number, target.address + at_bytes, target.key, source, handle.key, wanted.length_bytes)
+                self._queue.read(number, target.address + at_bytes, target.key, source, handle.key, wanted.length_bytes)
             except verbs_errors() as error:
-                self._end({}, f"it could not be asked for: {error}; read from another source", TransferError)
+                self._end({}, f"it could not be requested: {error}; read from another source", TransferError)
                 return
 
     def _finish(self, read: int | None) -> None:
         if read is not None and not self.broken:
-            self._reads.pop(read).over.set_result(None)
+            self._reads.pop(read).done.set_result(None)
 
     def _fail(self, read: int, status: int) -> None:
-        """A queue pair that failed once fails at all that is asked for over it."""
+        """End the connection: after one failure a queue pair fails every request."""
         if status == FLUSHED:
             self._end({}, "the connection failed; read from another source", TransferError)
             return
@@ -136,4 +136,4 @@ class ReadConnection:
             while self._reads:
                 number, read = self._reads.popitem()
                 error = guilty.get(number) or kind("gone", f"{describe(read.handle, 'a read')}: {why}")
-                read.over.set_exception(error)
+                read.done.set_exception(error)

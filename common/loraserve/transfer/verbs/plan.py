@@ -1,4 +1,4 @@
-"""What is asked for next over one queue pair, and what its errors mean: decided without a device."""
+"""Pure decisions of the verbs transport: the order of requests, the meaning of errors, the choice of addresses."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -11,16 +11,16 @@ LINK_LOCAL = "fe80:"
 NO_GID = "0000:0000:0000:0000:0000:0000:0000:0000"
 
 FLUSHED = 5
-"""Status of what was queued behind the request that failed; it says nothing of its own."""
+"""Status of requests queued behind one that failed; it gives no reason of its own."""
 WITHDRAWN = {9, 10, 11}
 SILENT = {12, 13}
 LOCAL = {1, 2, 4}
 
 
 class PieceQueue:
-    """Reads take turns piece by piece, so that a short one does not wait for the rest of a long one.
+    """Orders the pieces of several reads: one piece of each in turn, so that short reads do not wait for long ones.
 
-    At most ``depth`` pieces are under way. Their numbers begin at ``first`` and are never used again.
+    At most ``depth`` pieces are in flight. Pieces are numbered from ``first``, and numbers are not reused.
     """
 
     def __init__(self, depth: int, first: int = 0) -> None:
@@ -28,18 +28,18 @@ class PieceQueue:
         self._next_number = first
         self._waiting: dict[int, deque[tuple[int, ByteRange]]] = {}
         self._turn: deque[int] = deque()
-        self._under_way: dict[int, int] = {}
+        self._in_flight: dict[int, int] = {}
         self._count: dict[int, int] = {}
 
     def add(self, read: int, pieces: Iterable[tuple[int, ByteRange]]) -> None:
-        """At least one piece, each with where it goes."""
+        """Queue a read of at least one piece, each with its offset in the destination."""
         self._waiting[read] = deque(pieces)
         self._count[read] = 0
         self._turn.append(read)
 
     def next(self) -> tuple[int, int, int, ByteRange] | None:
-        """A piece's number, its read, where it goes and what it is; None as long as there is nothing to ask for."""
-        if not self._turn or len(self._under_way) >= self._depth:
+        """Return (number, read, destination offset, range) of the next piece, or None if none can be requested now."""
+        if not self._turn or len(self._in_flight) >= self._depth:
             return None
         read = self._turn.popleft()
         at_bytes, wanted = self._waiting[read].popleft()
@@ -47,42 +47,42 @@ class PieceQueue:
             self._turn.append(read)
         number = self._next_number
         self._next_number += 1
-        self._under_way[number] = read
+        self._in_flight[number] = read
         self._count[read] += 1
         return number, read, at_bytes, wanted
 
-    def whose(self, number: int) -> int | None:
-        return self._under_way.get(number)
+    def read_of(self, number: int) -> int | None:
+        return self._in_flight.get(number)
 
     def arrived(self, number: int) -> int | None:
-        """The read that is over with this piece, if one is."""
-        read = self._under_way.pop(number)
+        """Record that a piece has arrived. Return its read if that is complete now."""
+        read = self._in_flight.pop(number)
         self._count[read] -= 1
-        return self._over(read)
+        return self._complete(read)
 
     def drop(self, read: int) -> int | None:
-        """No more of it is asked for. The read, where that ends it."""
+        """Cancel the pieces of a read that are not in flight. Return the read if it is complete now."""
         if read not in self._count:
             return None
         self._waiting[read].clear()
         if read in self._turn:
             self._turn.remove(read)
-        return self._over(read)
+        return self._complete(read)
 
     @property
     def idle(self) -> bool:
         return not self._count
 
     def validate(self) -> None:
-        assert len(self._under_way) <= self._depth
+        assert len(self._in_flight) <= self._depth
         assert set(self._turn) == {read for read, pieces in self._waiting.items() if pieces}
         assert len(set(self._turn)) == len(self._turn)
         assert self._count.keys() == self._waiting.keys()
         for read, count in self._count.items():
-            assert count == sum(whose == read for whose in self._under_way.values())
-            assert count or self._waiting[read], "a read that is over was forgotten"
+            assert count == sum(each == read for each in self._in_flight.values())
+            assert count or self._waiting[read], "a complete read is still queued"
 
-    def _over(self, read: int) -> int | None:
+    def _complete(self, read: int) -> int | None:
         if self._waiting[read] or self._count[read]:
             return None
         del self._waiting[read], self._count[read]
@@ -90,23 +90,23 @@ class PieceQueue:
 
 
 def failure(status: int) -> tuple[Code, str]:
-    """What a completion's status says of a read."""
+    """Return the error code and message for a failed completion's status."""
     if status in WITHDRAWN:
-        return "gone", "it does not offer this memory, or not under this key; read from another source"
+        return "gone", "the owner does not offer this memory under this key; read from another source"
     if status in SILENT:
-        return "gone", "it does not answer any more; read from another source"
+        return "gone", "the owner does not answer; read from another source"
     if status in LOCAL:
-        return "refused", "this process's own memory for it cannot be written to; read from another source"
+        return "refused", "this process's own buffer cannot be written to; read from another source"
     return "refused", "the queue pair failed; read from another source"
 
 
 def concerns_one(status: int) -> bool:
-    """Whether only what was asked for is at fault, so that what was asked for beside it may be asked for once more."""
+    """Return whether only the failed read is at fault, so that others on the connection may be retried."""
     return status in WITHDRAWN or status in LOCAL
 
 
 def best_gid(offered: Iterable[tuple[int, str, str]]) -> tuple[int, str] | None:
-    """Index and address, of (index, address, type): what is routed over IPv4 first, then what is routed at all."""
+    """Return index and address of the best of (index, address, type): RoCE v2 over IPv4, then other routable ones."""
 
     def preference(one: tuple[int, str, str]) -> tuple[bool, bool, bool, int]:
         index, gid, kind = one

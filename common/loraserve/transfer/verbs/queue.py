@@ -1,4 +1,4 @@
-"""Queue pairs and the one place where their completions are told."""
+"""RDMA queue pairs and the completion queue that they share."""
 
 import os
 import secrets
@@ -9,11 +9,11 @@ from loraserve.messages import QueueEnd
 from loraserve.transfer.verbs.device import ETHERNET, RdmaDevice, opening, pyverbs_module, verbs_enums, verbs_errors
 
 READS_IN_FLIGHT = 16
-"""Of a queue pair, on the wire; what else is posted waits in the device."""
+"""Reads of a queue pair on the wire; further posted ones wait in the device."""
 MTUS = range(1, 6)
 READS = range(1, 256)
 TIMEOUT = 14
-"""4.096 us * 2 ** 14 = 67 ms without a sign of the peer; then it is asked again, so many times."""
+"""4.096 us * 2 ** 14 = 67 ms without a sign of the peer; then the request is repeated, RETRIES times."""
 RETRIES = 3
 FOR_EVER = 7
 HOPS = 64
@@ -22,13 +22,13 @@ EVENTS = "anon_inode:[infinibandevent]"
 
 
 class CompletionQueue(Protocol):
-    """pyverbs' CQ, as far as it is used."""
+    """The part of pyverbs' CQ that is used."""
 
     def close(self) -> None: ...
 
 
 class Completions:
-    """``descriptor`` becomes readable when something is over; then ``acknowledge``, and ``poll`` until it is empty."""
+    """A completion queue. When ``descriptor`` is readable: ``acknowledge``, then ``poll`` until nothing is returned."""
 
     def __init__(self, device: RdmaDevice, entries: int) -> None:
         try:
@@ -42,11 +42,11 @@ class Completions:
     def _open(self, device: RdmaDevice, entries: int) -> None:
         cq = pyverbs_module("cq")
         with opening:
-            # pyverbs keeps the channel's descriptor to itself.
+            # pyverbs does not expose the channel's descriptor.
             before = _event_descriptors()
             self._channel = cq.CompChannel(device.context)
             (self.descriptor,) = _event_descriptors() - before
-        # Whoever asks for an event that is not there must not wait with the interpreter's lock.
+        # Asking for an event that has not happened must not block while holding the interpreter's lock.
         os.set_blocking(self.descriptor, False)
         self.queue = cq.CQ(device.context, entries, None, self._channel, 0)
         self.queue.req_notify()
@@ -55,14 +55,14 @@ class Completions:
         try:
             self._channel.get_cq_event(self.queue)
         except verbs_errors():
-            # It was none of ours to wait for.
+            # There was no event.
             return
-        # One by one: the queue cannot be closed while an event of it is out.
+        # Each event must be acknowledged, or closing the queue blocks.
         self.queue.ack_events(1)
         self.queue.req_notify()
 
     def poll(self, most: int) -> list[tuple[int, int]]:
-        """(number, status) of requests that are over; status 0 is success."""
+        """Return (number, status) of up to ``most`` completed requests. Status 0 means success."""
         _, found = self.queue.poll(most)
         return [(one.wr_id, one.status) for one in found]
 
@@ -72,7 +72,7 @@ class Completions:
 
 
 class QueuePair:
-    """One end of a connection. With ``served`` peers read through it, else this process reads."""
+    """One end of a connection, through which peers read if ``served``, and this process reads otherwise."""
 
     def __init__(self, device: RdmaDevice, completions: CompletionQueue, depth: int, served: bool) -> None:
         self._device = device
@@ -104,9 +104,9 @@ class QueuePair:
         )
 
     def connect(self, peer: QueueEnd) -> None:
-        """Raises what ``errors`` names. Holds the interpreter's lock for some milliseconds."""
+        """Connect to the peer's end. Raises verbs_errors(). Holds the interpreter's lock for some milliseconds."""
         if not (peer.mtu in MTUS and peer.reads in READS):
-            raise ValueError(f"mtu {peer.mtu}, {peer.reads} reads: no such end of a connection")
+            raise ValueError(f"mtu {peer.mtu}, {peer.reads} reads: the peer's end of the connection is invalid")
         mine = self.end
         attributes = pyverbs_module("qp").QPAttr(port_num=self._device.port.number)
         attributes.qp_access_flags = verbs_enums().IBV_ACCESS_REMOTE_READ if self._served else 0
@@ -116,11 +116,11 @@ class QueuePair:
         attributes.max_rd_atomic = attributes.max_dest_rd_atomic = min(mine.reads, peer.reads)
         attributes.timeout, attributes.retry_cnt = TIMEOUT, RETRIES
         attributes.min_rnr_timer, attributes.rnr_retry = SHORTEST_WAIT, FOR_EVER
-        attributes.ah_attr = self._way_to(peer)
+        attributes.ah_attr = self._route_to(peer)
         self._pair.to_rts(attributes)
 
-    def ask(self, number: int, to: int, local_key: int, source: int, remote_key: int, length_bytes: int) -> None:
-        """One READ of ``source`` in the peer's memory, told as ``number`` when it is over."""
+    def read(self, number: int, to: int, local_key: int, source: int, remote_key: int, length_bytes: int) -> None:
+        """Post a READ of the peer's memory at ``source``. Its completion has this ``number``."""
         wr = pyverbs_module("wr")
         into = wr.SGE(to, length_bytes, local_key)
         request = wr.SendWR(wr_id=number, opcode=verbs_enums().IBV_WR_RDMA_READ, num_sge=1, sg=[into])
@@ -128,10 +128,10 @@ class QueuePair:
         self._pair.post_send(request)
 
     def close(self) -> None:
-        """Nothing that was asked for is written any more."""
+        """Close the queue pair. Posted reads write nothing any more."""
         self._pair.close()
 
-    def _way_to(self, peer: QueueEnd) -> object:
+    def _route_to(self, peer: QueueEnd) -> object:
         addr, port = pyverbs_module("addr"), self._device.port
         if port.link_layer != ETHERNET:
             return addr.AHAttr(dlid=peer.lid, is_global=0, port_num=port.number)
@@ -146,6 +146,6 @@ def _event_descriptors() -> set[int]:
             if os.readlink(f"/proc/self/fd/{name}") == EVENTS:
                 found.add(int(name))
         except OSError:
-            # The one that listed them.
+            # The descriptor of listdir itself.
             continue
     return found

@@ -1,8 +1,8 @@
-"""One-sided reads by RDMA, between processes whose devices reach each other: the reader's side.
+"""The reader's side of RDMA reads. The owner's CPU does nothing while it is read.
 
-The owner's side is in verbs_exporter; its processor does nothing while it is read. Measured in an emulated machine with
-a device in software on 2 busy cores, against ib_read_bw with messages of one size, medians of five in turn: 0.85 for
-slabs of 1 MiB, 1.0 for 16 and 64 MiB, at 60 to 76 MiB/s (single runs spread from 25 to 85). On hardware: not yet.
+Measured in an emulated machine with a software device on 2 busy cores, relative to ib_read_bw with messages of one
+size, medians of five alternating runs: 0.85 for slabs of 1 MiB, 1.0 for 16 and 64 MiB, at 60 to 76 MiB/s (single runs
+between 25 and 85). Not measured on hardware.
 """
 
 import asyncio
@@ -26,16 +26,16 @@ from loraserve.transfer.verbs.queue import Completions, QueuePair
 
 PIECE_BYTES = 4 << 20
 DEPTH = 32
-"""Pieces of one owner's that are asked for at once: so much a read that was cancelled still waits for."""
+"""Pieces requested from one owner at once. A cancelled read has to wait for this many."""
 LINKS = 64
 BATCH = 64
-"""After so many completions others have their turn in the event loop."""
+"""Completions handled before other tasks of the event loop run."""
 
 
 class VerbsReader:
-    """See Reader. Made and used in one event loop. A read fails when nothing comes for ``timeout_s``.
+    """See RegionReader. Created and used in one event loop. A read fails if nothing arrives for ``timeout_s``.
 
-    Memory that reads often go to is registered once, with ``keep``; what else is given as ``into`` is for one read.
+    Frequent destinations are registered once, with ``keep``; other buffers are registered for each read.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class VerbsReader:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="verbs")
         self._completions = Completions(device, self._depth * self._most_links)
         self._loop = asyncio.get_running_loop()
-        self._loop.add_reader(self._completions.descriptor, self._woken)
+        self._loop.add_reader(self._completions.descriptor, self._on_completions)
 
     def keep(self, memory: Memory) -> RegisteredMemory:
-        """Until ``close``. Blocks, as Device.writable does."""
+        """Register a destination until ``close``. Blocks."""
         place = self._device.writable(memory)
         self._kept.append(place)
         return place
@@ -81,11 +81,11 @@ class VerbsReader:
     async def read_into(
         self, handle: VerbsHandle, ranges: Sequence[ByteRange], place: RegisteredMemory, at_bytes: int
     ) -> None:
-        """The same into registered memory, of a GPU's too. ``into`` of a checked size is the caller's to find."""
+        """Read the ranges into registered host or GPU memory at ``at_bytes``."""
         check_handle(handle, VerbsHandle, ranges)
         wanted_bytes = sum(each.length_bytes for each in ranges)
         if not 0 <= at_bytes <= place.length_bytes - wanted_bytes:
-            raise TransferError("size", f"{describe(handle, f'{wanted_bytes} bytes')}: no room for them at {at_bytes}")
+            raise TransferError("size", f"{describe(handle, f'{wanted_bytes} bytes')}: they do not fit at {at_bytes}")
         await self._read(handle, ranges, ReadDestination(place.base + at_bytes, place.local_key))
         try:
             place.settle()
@@ -93,8 +93,8 @@ class VerbsReader:
             raise TransferError("refused", f"{describe(handle, 'a read')}: {error}; use another transport") from error
 
     def forget(self, owner: str, incarnation: str) -> None:
-        """It died: what is read from it fails at once, and nothing of the connection is left."""
-        self._give_up(lambda name, life: (name, life) == (owner, incarnation))
+        """Close the connection to a dead owner. Its reads fail at once."""
+        self._close_dead(lambda name, life: (name, life) == (owner, incarnation))
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
@@ -112,7 +112,7 @@ class VerbsReader:
 
     @property
     def connected(self) -> int:
-        """How many owners there is a connection to."""
+        """The number of connected owners."""
         return sum(not link.broken for link in self._by_number.values())
 
     @asynccontextmanager
@@ -128,7 +128,7 @@ class VerbsReader:
             await self._register(handle, target, made)
             yield made[0]
         finally:
-            # However often this is cancelled, nothing stays registered that the caller has back.
+            # Also if cancelled repeatedly, memory that is the caller's again must not stay registered.
             for place in made:
                 try:
                     await run_in_thread(self._thread, place.close)
@@ -145,7 +145,7 @@ class VerbsReader:
         try:
             await self._try(handle, ranges, target)
         except InterruptedReadError:
-            # Once: what fails for another's mistake again and again has many such others.
+            # Retried only once, or a peer with many failing reads would keep others retrying.
             await self._try(handle, ranges, target)
 
     async def _try(self, handle: VerbsHandle, ranges: Sequence[ByteRange], target: ReadDestination) -> None:
@@ -153,10 +153,13 @@ class VerbsReader:
         await link.read(handle, ranges, target, self._piece_bytes, self._timeout_s)
 
     async def _link(self, handle: VerbsHandle) -> ReadConnection:
-        """One for all reads from an owner. Who waits for it may give up; it is made all the same, for the others."""
+        """Return the connection to an owner, which all its reads share.
+
+        If a waiting read is cancelled, the connection is still made for the others.
+        """
         owner = handle.owner, handle.incarnation
         made = self._links.get(owner)
-        if made is None or _useless(made):
+        if made is None or _is_useless(made):
             self._make_room(handle)
             made = self._links[owner] = asyncio.create_task(self._connect(handle))
         self._links.move_to_end(owner)
@@ -166,8 +169,7 @@ class VerbsReader:
         what = describe(handle, "a connection for reads")
         try:
             queue = await run_in_thread(self._thread, self._new_queue)
-            # TransferErrors are raised as they are; what is left open here goes with the queue pair.
-            await self._introduce(handle, queue, what)
+            await self._exchange_ends(handle, queue, what)
         except RequestTimeoutError as error:
             raise TransferError("timeout", f"{what}: no answer; read from another source") from error
         except PeerError as error:
@@ -177,13 +179,13 @@ class VerbsReader:
         self._links_made += 1
         link = ReadConnection(queue, self._depth, self._links_made)
         self._by_number[link.number] = link
-        self._give_up(lambda owner, life: owner == handle.owner and life != handle.incarnation)
+        self._close_dead(lambda owner, life: owner == handle.owner and life != handle.incarnation)
         return link
 
     def _new_queue(self) -> QueuePair:
         return QueuePair(self._device, self._completions.queue, self._depth, served=False)
 
-    async def _introduce(self, handle: VerbsHandle, queue: QueuePair, what: str) -> None:
+    async def _exchange_ends(self, handle: VerbsHandle, queue: QueuePair, what: str) -> None:
         request = ConnectQueue(
             protocol=handle.protocol,
             incarnation=handle.incarnation,
@@ -198,27 +200,27 @@ class VerbsReader:
             queue.close()
             raise
 
-    def _woken(self) -> None:
+    def _on_completions(self) -> None:
         self._completions.acknowledge()
-        self._tell()
+        self._dispatch()
 
-    def _tell(self) -> None:
+    def _dispatch(self) -> None:
         if not self._open:
             return
-        over = self._completions.poll(BATCH)
-        for number, status in over:
-            # What a queue pair leaves behind that is closed concerns nobody.
+        completed = self._completions.poll(BATCH)
+        for number, status in completed:
+            # Completions of closed connections are ignored.
             link = self._by_number.get(number >> 32)
             if link is not None:
                 link.arrived(number, status)
-        if len(over) == BATCH:
-            self._loop.call_soon(self._tell)
+        if len(completed) == BATCH:
+            self._loop.call_soon(self._dispatch)
 
-    def _give_up(self, dead: Callable[[str, str], bool]) -> None:
-        """Those that are being made fail by themselves."""
+    def _close_dead(self, dead: Callable[[str, str], bool]) -> None:
+        """Close connections to dead owners. Those that are being made fail on their own."""
         for owner in [owner for owner, made in self._links.items() if made.done() and dead(*owner)]:
             made = self._links.pop(owner)
-            if not _useless(made):
+            if not _is_useless(made):
                 made.result().give_up()
         self._forget_broken()
 
@@ -228,20 +230,23 @@ class VerbsReader:
                 del self._by_number[number]
 
     def _make_room(self, handle: VerbsHandle) -> None:
-        """The completion queue holds what so many links can have under way."""
+        """Close an idle connection if necessary: the completion queue has room for a limited number."""
         self._forget_broken()
         while len(self._links) >= self._most_links:
-            spare = next((owner for owner, made in self._links.items() if _useless(made) or _idle(made)), None)
+            spare = next((owner for owner, made in self._links.items() if _is_useless(made) or _is_idle(made)), None)
             if spare is None:
-                raise TransferError("refused", f"{describe(handle, 'a read')}: {len(self._links)} owners are read from")
+                raise TransferError(
+                    "refused",
+                    f"{describe(handle, 'a read')}: reads from {len(self._links)} owners are in progress; try again",
+                )
             made = self._links.pop(spare)
-            if not _useless(made):
+            if not _is_useless(made):
                 made.result().close()
 
 
-def _useless(made: "asyncio.Task[ReadConnection]") -> bool:
+def _is_useless(made: "asyncio.Task[ReadConnection]") -> bool:
     return made.done() and (made.cancelled() or made.exception() is not None or made.result().broken)
 
 
-def _idle(made: "asyncio.Task[ReadConnection]") -> bool:
+def _is_idle(made: "asyncio.Task[ReadConnection]") -> bool:
     return made.done() and made.result().idle
