@@ -74,7 +74,7 @@ def test_every_token_is_counted_once_despite_lost_reports_and_forgotten_versions
     for number, (version, tokens, idle_bursts, decode) in enumerate(work):
         now = 0.01 * number
         if tokens:
-            counts.computed(version, tokens, decode)
+            counts.count_tokens(version, tokens, decode)
             done[version] += tokens
         for _ in range(1 + IDLE_REPORTS // 2 * idle_bursts):
             if lost == IDLE_REPORTS or random.random() < 0.5:
