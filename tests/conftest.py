@@ -1,4 +1,4 @@
-"""For all tests: which may run beside each other, and what they measured, shown at the end of the run."""
+"""Which tests may run in parallel, and the figures that tests measured, printed at the end of a run."""
 
 import signal
 from collections.abc import Callable
@@ -27,15 +27,15 @@ settings.load_profile("ci")
 
 MEASURED = "measured"
 WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/", "tests/rdma/")
-"""Tests here share one cluster, or need most of the machine: one worker runs them all, one after the other."""
-KERNELS = "tests/unit/kernels/"
-"""On a GPU each test compiles for itself, which takes longer than all else: none waits for its neighbours."""
+"""Tests in these folders share one cluster or need most of the machine: one worker runs them one by one."""
+KERNELS = ("tests/unit/kernels/", "tests/unit/benchmarks/")
+"""On a GPU each test in these folders compiles kernels, which takes longest: they are distributed one by one."""
 APART = "tests/cluster/test_lifecycle.py"
-"""It starts clusters of its own, with hardly anything to compute."""
+"""It starts clusters of its own that compute little, so it may run in parallel."""
 
 
 LONGEST_FIRST = ("test_lora_gpu.py", "cuda/test_truth.py", "test_gpu_report.py", "test_tuning.py")
-"""Files of a minute or so: begun first among those of a kind, so that none is what everybody waits for at the end."""
+"""Files that take about a minute. They start first, so that no worker runs one alone at the end."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class ByFile(LoadScopeScheduling):  # type: ignore[misc]
-    """Tests of a file stay together, and so do those that need the whole machine."""
+    """Keeps the tests of a file together, and those that need the whole machine."""
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
@@ -62,7 +62,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
 
 @pytest.fixture
 def measured(record_property: Callable[[str, object], None]) -> Callable[[str], None]:
-    """Notes one line for the end of the run: figures are to be seen, and tests that pass print nothing."""
+    """Return a function that prints a line at the end of the run, because passing tests print nothing."""
     return lambda line: record_property(MEASURED, line)
 
 
@@ -79,11 +79,11 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         for line in lines:
             terminalreporter.line(line)
     if not torch.cuda.is_available():
-        _tell_what_waits(terminalreporter)
+        _report_skipped_gpu_tests(terminalreporter)
 
 
-def _tell_what_waits(terminalreporter: pytest.TerminalReporter) -> None:
-    """Kernels were interpreted; what that cannot show is said, so that nobody takes it for shown."""
+def _report_skipped_gpu_tests(terminalreporter: pytest.TerminalReporter) -> None:
+    """Say which tests need a GPU, because interpreted kernels do not cover them."""
     waiting = [report for report in terminalreporter.stats.get("skipped", ()) if "CUDA GPU" in str(report.longrepr)]
     if waiting:
         terminalreporter.section("waits for a GPU")
