@@ -103,7 +103,7 @@ def test_an_invalid_field_is_named(fields: dict[str, Any], named: str) -> None:
 def test_missing_rows_and_a_missing_model_are_reported(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no rows"):
         train([], tmp_path, tmp_path / "out", TrainConfig(), print)
-    with pytest.raises(ConfigError, match=r"config\.json is missing"):
+    with pytest.raises(ConfigError, match=r"no config\.json"):
         train(ROWS, tmp_path, tmp_path / "out", TrainConfig(), print)
 
 

@@ -203,7 +203,7 @@ def test_a_failed_table_change_is_tried_again_before_the_next_step(
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr("loraserve.kernels.lora.tables._send", no_memory)
+        patch.setattr("loraserve.kernels.lora.tables._copy_in_stream_order", no_memory)
         with pytest.raises(torch.OutOfMemoryError):
             logits(runner, 0)
     assert torch.equal(logits(runner, 0), logits(other, 0)), "it must not compute as the base model"

@@ -14,6 +14,7 @@ from loraserve.engine.compute import sampler
 from loraserve.engine.cuda.sampling import MAX_VOCAB, NARROW, Drawn, draw, largest_first, prepare, sampled
 from loraserve.engine.schedule.events import Sampled, SequenceStep
 from loraserve.messages.sampling import SamplingParams
+from loraserve.messages.stop import forbidden_tokens
 
 EOS = (1,)
 ROUNDING = 1e-6
@@ -75,7 +76,7 @@ def assert_tokens_as_defined(logits: Logits, steps: Sequence[SequenceStep], got:
 def rounding_decides(logits: Logits, step: SequenceStep, ours: int, expected: int) -> bool:
     """Whether ``u`` is next to the boundary between the two tokens, or some filter cuts next to a token's share."""
     p, values = step.sampling, logits.copy()
-    sampler._forbid_early_stop(values, step, EOS)
+    values[forbidden_tokens(p, step.output_index, EOS, len(values))] = -np.inf
     sampler._penalize(values, step)
     weights = np.exp((values - values.max()) / np.float32(p.temperature))
     if cuts_within_rounding(weights, p):
