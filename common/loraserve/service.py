@@ -13,6 +13,7 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from enum import StrEnum
+from functools import cached_property
 from types import UnionType
 from typing import Any, ClassVar
 
@@ -188,8 +189,7 @@ class Service:
             _handling.reset(token)
 
     async def _tell_story(self, envelope: Envelope) -> None:
-        offset_s = self.clock.unix_s() - self.clock.monotonic_s()
-        lines = self.story.told(envelope.message.subjects, offset_s)
+        lines = self.story.told(envelope.message.subjects, self._unix_offset_s)
         self.bus.respond(envelope, StoryTold(lines=lines))
 
     async def _guard(self, work: Coroutine[Any, Any, None], envelope: Envelope | None) -> None:
@@ -209,6 +209,11 @@ class Service:
             )
             if envelope is not None:
                 self.bus.refuse(envelope, code, str(getattr(error, "message", error)) or type(error).__name__)
+
+    @cached_property
+    def _unix_offset_s(self) -> float:
+        """Wall-clock minus monotonic time. Taken once, so that a story is always told with the same times."""
+        return self.clock.unix_s() - self.clock.monotonic_s()
 
     def _pong(self) -> Pong:
         return Pong(

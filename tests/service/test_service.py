@@ -138,6 +138,19 @@ def test_a_story_is_told_in_wall_clock_time() -> None:
     play(scenario)
 
 
+def test_a_story_is_told_with_the_same_times_again() -> None:
+    async def scenario(stage: Stage) -> None:
+        await stage.up()
+        stage.worker.story.tell("r1", stage.worker.clock.monotonic_s(), "r1 arrived")
+        request = TellStory(subjects=("r1",))
+        first = await stage.peer.request("worker", request, StoryTold, TIMEOUT_S)
+        stage.worker.clock = FakeClock(stage.worker.clock.monotonic_s(), stage.worker.clock.unix_s() + 0.001)
+        assert await stage.peer.request("worker", request, StoryTold, TIMEOUT_S) == first
+        await stage.down()
+
+    play(scenario)
+
+
 def test_while_starting_it_answers_pings_refuses_requests_and_keeps_the_rest() -> None:
     async def scenario(stage: Stage) -> None:
         stage.worker.start_s = 2.0

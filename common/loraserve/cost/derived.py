@@ -1,7 +1,7 @@
-"""A profile from bytes and FLOPs: what a model costs on a GPU that nobody has run it on. Pure arithmetic.
+"""Derives a cost profile for a GPU from datasheet figures, bytes and FLOPs, without running the model on it.
 
-A step reads the weights once, each sequence's KV once, and the adapters as the LoRA kernels do; it computes two FLOPs
-for each weight and token. Launches are not counted (CUDA graphs), nor is sampling.
+A step reads the weights once, each sequence's KV once, and the adapters as the LoRA kernels do. It computes two FLOPs
+per weight and token. Kernel launches (because of CUDA graphs) and sampling are not counted.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from loraserve.cost.profile import Efficiency, EngineShape, Profile
 from loraserve.model_shape import MODULES, ModelShape
 
 ITEM_BYTES = 2
-"""bfloat16 weights, KV and adapters."""
+"""Weights, KV and adapters are bfloat16."""
 DERIVED_ON = "2026-12-01"
 
 # The engine's defaults (config.py).
@@ -35,9 +35,9 @@ def derive_profile(
     lora: Literal["exact", "padded"],
     model: str = "",
 ) -> Profile:
-    """The profile of ``shape`` on ``hardware``, in bfloat16; ``efficiencies`` as ``efficiencies_of`` names them.
+    """Return the bfloat16 profile of ``shape`` on ``hardware``, with ``efficiencies`` as of ``find_efficiencies``.
 
-    Raises KeyError where one is missing.
+    Raises KeyError if an efficiency is missing.
     """
     value = {name: efficiency.value for name, efficiency in efficiencies.items()}
     return Profile(
@@ -65,7 +65,7 @@ def _cost(
     activations_s = lora_activation_bytes(shape) / (exact_bandwidth if lora == "exact" else padded_bandwidth)
     return CostModel(
         step_base_s=step_base_s,
-        sequence_s=_beside_the_weights(decode_flops(shape) / linear_flops, step_base_s) + activations_s,
+        sequence_s=_sequence_s(decode_flops(shape) / linear_flops, step_base_s) + activations_s,
         kv_token_s=kv_bytes(shape) / bandwidth,
         prefill_token_s=prefill_flops(shape) / linear_flops + activations_s,
         prefill_kv_token_s=attention_flops(shape) / (hardware.bf16_flops * value["attention_flops"]),
@@ -80,11 +80,11 @@ def _cost(
 
 
 def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, float]) -> float:
-    """A load takes what the slower of link and digests takes, and of the faster what nothing goes on beside.
+    """Return the seconds per byte of a load: the slower of link and digests, and what the slower does not hide.
 
-    Threads verify a layer each, read back from the GPU, while later layers come: the digests of the last layer are
-    behind the link, or the link fills all threads once before they are what everything waits for. Both are the share
-    that as many layers as there are threads have of the slab.
+    Threads verify one layer each, read back from the GPU, while later layers arrive. If the link is slower, the digests
+    of the last layers follow it; if the digests are slower, the link first fills all threads. Either part is the share
+    of the slab that as many layers have as there are threads.
     """
     link_byte_s = 1 / (min(hardware.host_bytes_per_s, hardware.nic_bytes_per_s) * value["link"])
     thread_byte_s = 1 / value["digest_bytes_per_s"] + 1 / (hardware.host_bytes_per_s * value["link"])
@@ -93,7 +93,7 @@ def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, floa
     return slower + faster * layers_at_once / shape.layers
 
 
-def _beside_the_weights(flops_s: float, step_base_s: float) -> float:
+def _sequence_s(flops_s: float, step_base_s: float) -> float:
     """Return the seconds that a decoding sequence adds to a step.
 
     A step computes while it reads weights, so few sequences add nothing and many add their FLOPs. The linear model uses
@@ -103,42 +103,42 @@ def _beside_the_weights(flops_s: float, step_base_s: float) -> float:
 
 
 def layer_elements(shape: ModelShape) -> int:
-    """Weights of one layer's linears."""
+    """Return the number of weights of one layer's linear modules."""
     return sum(shape.in_features(module) * sum(shape.out_features(module)) for module in MODULES)
 
 
 def read_bytes(shape: ModelShape) -> int:
-    """What every step reads of the weights: all linears and the output head, but no more than rows of the embedding."""
+    """Return the weight bytes that each step reads: all linear modules and the output head, not the embedding."""
     return (shape.layers * layer_elements(shape) + shape.vocab * shape.hidden) * ITEM_BYTES
 
 
 def weight_bytes(shape: ModelShape) -> int:
-    """What the weights take, embedding and output head apart."""
+    """Return the bytes of all weights, with embedding and output head stored separately."""
     return read_bytes(shape) + shape.vocab * shape.hidden * ITEM_BYTES
 
 
 def prefill_flops(shape: ModelShape) -> int:
-    """Of a prefill token, its attention apart: the output head is for the last token only."""
+    """Return the FLOPs of a prefill token without attention and output head."""
     return 2 * shape.layers * layer_elements(shape)
 
 
 def decode_flops(shape: ModelShape) -> int:
-    """Of a decoding sequence, its attention apart."""
+    """Return the FLOPs of a decoding sequence without attention."""
     return prefill_flops(shape) + 2 * shape.vocab * shape.hidden
 
 
 def attention_flops(shape: ModelShape) -> int:
-    """Of a pair of a token and one that it attends to: a product with its key, and one with its value."""
+    """Return the FLOPs for one token that a token attends to: a product with its key and one with its value."""
     return 4 * shape.layers * shape.heads * shape.head_dim
 
 
 def kv_bytes(shape: ModelShape) -> int:
-    """Of one token: key and value."""
+    """Return the KV bytes of one token."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * ITEM_BYTES
 
 
 def rank_elements(shape: ModelShape) -> int:
-    """Elements of a slab for each unit of rank, in every projection (adapter/format.py)."""
+    """Return the elements of a slab per unit of rank in all projections (adapter/format.py)."""
     return shape.layers * sum(
         len(shape.out_features(module)) * shape.in_features(module) + sum(shape.out_features(module))
         for module in MODULES
@@ -146,9 +146,9 @@ def rank_elements(shape: ModelShape) -> int:
 
 
 def lora_activation_bytes(shape: ModelShape) -> int:
-    """What LoRA moves for a token of any rank: x read by shrink, y read and written by expand, in every module.
+    """Return the bytes that LoRA moves per token whatever its rank: shrink reads x, expand reads and writes y.
 
-    Each token is taken to have an adapter, as in the traffic that this is for.
+    Every token is assumed to have an adapter.
     """
     return (
         shape.layers
@@ -158,7 +158,7 @@ def lora_activation_bytes(shape: ModelShape) -> int:
 
 
 def _engine(shape: ModelShape, hardware: Hardware) -> EngineShape:
-    """Memory is divided as services/loraserve/engine/cuda/memory.py does."""
+    """Divide the memory as services/loraserve/engine/cuda/memory.py does."""
     left = int(hardware.hbm_bytes * MEMORY_FRACTION) - weight_bytes(shape) - _step_bytes(shape)
     pool_bytes = int(left * POOL_FRACTION) // MIB * MIB
     return EngineShape(
@@ -174,6 +174,6 @@ def _engine(shape: ModelShape, hardware: Hardware) -> EngineShape:
 
 
 def _step_bytes(shape: ModelShape) -> int:
-    """What the largest step holds at a time: the outputs of one layer's linears, and float32 logits."""
+    """Return the bytes of the largest step: the outputs of one layer's linear modules, and float32 logits."""
     outputs = sum(sum(shape.out_features(module)) for module in MODULES) + 2 * shape.hidden + shape.ffn
     return MAX_STEP_TOKENS * outputs * ITEM_BYTES + MAX_RUNNING * shape.vocab * 4

@@ -1,4 +1,4 @@
-"""Datasheet figures of GPUs, and which share of them real kernels reach, each with its source."""
+"""Datasheet figures of GPUs and the share of them that real kernels reach, with sources."""
 
 import msgspec
 
@@ -6,10 +6,10 @@ from loraserve.cost.profile import Efficiency
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):
-    """Datasheet figures of one GPU, ``name`` as the driver has it, and what it is connected by.
+    """Datasheet figures of one GPU and its links. ``name`` is the driver's.
 
-    ``bf16_flops`` is dense, per second. ``host_bytes_per_s`` is its PCIe link, one direction; ``nic_bytes_per_s`` that
-    of the network card which the vendor's own eight-GPU system has for each GPU. ``architecture`` picks efficiencies.
+    ``bf16_flops`` is dense, per second. ``host_bytes_per_s`` is one direction of its PCIe link. ``nic_bytes_per_s`` is
+    the network card per GPU in the vendor's eight-GPU system. ``architecture`` selects efficiencies.
     """
 
     name: str
@@ -95,10 +95,10 @@ _MFU = Efficiency(
 
 
 def find_efficiencies(hardware: Hardware) -> dict[str, Efficiency]:
-    """What ``derive`` asks for, by name; change a value to see what hangs on it.
+    """Return the efficiencies that ``derive_profile`` uses, by name.
 
-    Where nothing is published of LoRA kernels, they get what the base model's kernels reach. For ``padded`` that is
-    the peers' best case: what they lose to padding is bytes and FLOPs, never a worse kernel.
+    LoRA kernels without published figures are assumed to reach what the base model's kernels reach. For ``padded`` that
+    is the peers' best case: padding costs them bytes and FLOPs, but not a worse kernel.
     """
     streaming = _STREAMING[hardware.architecture]
     return {

@@ -1,6 +1,6 @@
-"""A cost model with where it comes from: the model and hardware it is of, how it was found, how far off it is.
+"""Cost profiles: a cost model with its origin, the model and hardware it is for, and its errors.
 
-JSON on disk; the shipped ones lie in ``profiles/``. Read once at start.
+Profiles are JSON files. The shipped ones are in ``profiles/``.
 """
 
 from math import isfinite
@@ -20,13 +20,13 @@ SHIPPED = Path(__file__).parent / "profiles"
 REMEDY = "measure one with scripts/profile"
 ONE_SEQUENCE = StepShape(decode_sequences=1)
 LEAST_RANK = 8
-"""Of adapters: a pool without room for one serves none."""
+"""A pool must have room for an adapter of this rank."""
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A share of the datasheet's figure that real kernels reach, or another number that is no datasheet's.
+    """A share of a datasheet figure that real kernels reach, or another number with its source.
 
-    ``source``: the file of this repository it was measured with, or the publication.
+    ``source`` is the file of this repository that measured it, or the publication.
     """
 
     value: float
@@ -34,7 +34,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Relative errors |predicted - measured| / measured on batches that the fit has not seen."""
+    """Relative errors |predicted - measured| / measured on steps that the fit did not use."""
 
     samples: int
     held_out: int
@@ -43,7 +43,7 @@ class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class EngineShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What an engine on this hardware has: for the simulator, which has no engine to ask."""
+    """Capacities of an engine on this hardware, for the simulator."""
 
     kv_blocks: int
     block_tokens: int
@@ -56,9 +56,9 @@ class EngineShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """``origin`` derived: from datasheets and ``efficiencies``, never run. ``date`` is ISO 8601.
+    """A cost profile. ``origin`` derived means from datasheets and ``efficiencies``, without running the model.
 
-    ``device`` is the kind that ``hardware`` names one of.
+    ``date`` is ISO 8601. ``device`` is the kind of ``hardware``.
     """
 
     model: str
@@ -74,7 +74,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def read_profile(name_or_path: str) -> Profile:
-    """A file, or a shipped profile by its name. Raises ConfigError naming the file and what is wrong with it."""
+    """Read a profile from a file, or a shipped one by its name. Raises ConfigError, which names file and fault."""
     path = Path(name_or_path)
     if path.suffix != ".json" and "/" not in name_or_path:
         path = SHIPPED / f"{name_or_path}.json"
@@ -85,19 +85,18 @@ def read_profile(name_or_path: str) -> Profile:
         raise ConfigError(f"cost profile {name_or_path}: there is no such file; shipped ones are {known}") from error
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cost profile {path}: {error}; {REMEDY}") from error
-    nonsense = _nonsense(profile)
-    if nonsense:
-        raise ConfigError(f"cost profile {path}: {nonsense}; {REMEDY}")
+    fault = _fault(profile)
+    if fault:
+        raise ConfigError(f"cost profile {path}: {fault}; {REMEDY}")
     return profile
 
 
 def write_profile(profile: Profile, path: Path) -> None:
-    """Raises OSError where the disk refuses."""
     path.write_bytes(msgspec.json.format(msgspec.json.encode(profile)) + b"\n")
 
 
 def check_model(profile: Profile, shape: ModelShape, name: str = "") -> None:
-    """Raises ConfigError where ``profile``, called ``name`` in the message, is of a model of another shape."""
+    """Raise ConfigError if ``profile`` is for a model of another shape. ``name`` is its name in the message."""
     if profile.shape == shape:
         return
     ours, theirs = msgspec.structs.asdict(shape), msgspec.structs.asdict(profile.shape)
@@ -110,10 +109,11 @@ def check_model(profile: Profile, shape: ModelShape, name: str = "") -> None:
 
 
 def find_profile(config: Config) -> Profile | None:
-    """What ``cluster.profile`` says; for "" the shipped one of this model and kind of device.
+    """Return the profile named by ``cluster.profile``, or for "" the shipped one for this model and kind of device.
 
-    Of several that of this very GPU, then a measured one; None where there is none. Raises ConfigError where a profile
-    that is named cannot be read or is for another model; a process that has no model directory takes its word for it.
+    Of several shipped ones, one for this GPU is preferred, then a measured one; None if there is none. Raises
+    ConfigError if a named profile cannot be read or is for another model, which cannot be checked without a model
+    directory.
     """
     name = config.cluster.profile
     shape = _shape(config.model.path)
@@ -130,7 +130,7 @@ def find_profile(config: Config) -> Profile | None:
 
 
 def initial_cost_model(config: Config) -> CostModel:
-    """What to price with before anything is measured: the profile's cost, or the defaults. Raises as profile_for."""
+    """Return the initial cost model: the profile's, or the default. Raises ConfigError as ``find_profile`` does."""
     profile = find_profile(config)
     return profile.cost if profile else CostModel()
 
@@ -139,15 +139,15 @@ def _shape(model_dir: str) -> ModelShape | None:
     try:
         return shape_from_config(read_model_config(Path(model_dir))) if model_dir else None
     except ConfigError:
-        # Whoever needs the model says so; to price with is not worth failing for.
+        # Processes that need the model report the error.
         return None
 
 
-def _nonsense(profile: Profile) -> str:
-    """Which field cannot be, and why; "" where all can."""
+def _fault(profile: Profile) -> str:
+    """Return which field is invalid and why; "" if none is."""
     for field, value in msgspec.structs.asdict(profile.cost).items():
         if field != "lora" and not (isfinite(value) and value >= 0):
-            return f"cost.{field} is {value}, it must be finite and not negative"
+            return f"cost.{field} is {value}, but must be finite and not negative"
     if not profile.cost.step_s(ONE_SEQUENCE) > 0:
         return "cost: a step takes no time"
     engine = profile.engine

@@ -1,4 +1,4 @@
-"""Writes the derived profiles that are shipped: ``python -m loraserve.cost.ship``."""
+"""Writes the shipped derived profiles: ``python -m loraserve.cost.ship``."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ ON = {"a100": "a100-80gb", "h200": "h200"}
 
 
 def derived_profiles() -> dict[str, Profile]:
-    """By the name that they are shipped under."""
+    """Return the profiles by name."""
     profiles: dict[str, Profile] = {}
     for short, name in ON.items():
         hardware = HARDWARE[name]
@@ -24,7 +24,6 @@ def derived_profiles() -> dict[str, Profile]:
 
 
 def write_derived_profiles(directory: Path = SHIPPED) -> None:
-    """Raises OSError where the disk refuses."""
     directory.mkdir(parents=True, exist_ok=True)
     for name, profile in derived_profiles().items():
         write_profile(profile, directory / f"{name}.json")
