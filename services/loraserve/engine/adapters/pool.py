@@ -172,7 +172,7 @@ class AdapterPool:
         assert self.leases == sum(entry.leases for entry in self._entries.values()), "the leases are counted wrong"
 
     def _remove(self, entry: PoolEntry, event: LifecycleEvent) -> None:
-        """Free the slot and the extent. The entry keeps the state in which it left, for whoever was given it."""
+        """Free the slot and the extent. The entry keeps its last state, which callers may look at."""
         assert next_state(entry.state, event) is LifecycleState.ABSENT, event
         assert not entry.leases, f"{entry.adapter.version} left while it was leased"
         self._extents.release(entry.offset_bytes)

@@ -97,7 +97,7 @@ class EndedLease(msgspec.Struct, frozen=True):
 
 
 class Leases:
-    """The leases on the slabs of one region; ``region_id`` names no other region, not of past engines either."""
+    """The leases on the slabs of one region. ``region_id`` is unique, also among the regions of past processes."""
 
     def __init__(self, region_id: str, slabs: LendableSlabs, limits: LeaseLimits, story: Story | None = None) -> None:
         self._region_id = region_id

@@ -35,8 +35,8 @@ class _Region:
 class Lender:
     """Lends slabs of the pool, and those of the host cache that the pool cannot lend.
 
-    An engine hears of a reader's death from the monitor or by the reader's next process; before that the reader's
-    leases end by their deadlines. Methods that may end leases return whether any ended, as there may be room then.
+    The leases of a reader that dies end when the monitor reports it or when its next process asks, at the latest by
+    their deadlines. Methods that may end leases return whether any ended, as there may be room then.
     """
 
     def __init__(
@@ -183,7 +183,7 @@ class Lender:
         return next((refusal for refusal in refusals if refusal.code != "not_found"), refusals[0])
 
     def _leases_with(self, lease_id: str) -> Leases:
-        """Return the leases that one of this id is among; if it is unknown, any of them can say so."""
+        """Return the leases that contain this id, or any if none do: each can refuse an unknown id."""
         return next((each.leases for each in self._regions if lease_id in each.leases), self._regions[0].leases)
 
     def _refuse(self, envelope: Envelope, refusal: LeaseRefusal) -> None:

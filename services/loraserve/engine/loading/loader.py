@@ -15,7 +15,7 @@ from loraserve.log import get_logger
 
 
 class AdapterLoader:
-    """Loads adapters into the pool. A load is cancelled by its state in ``pool`` and by ``cancel``."""
+    """Loads adapters into the pool. To cancel a load, set its state in ``pool`` to CANCELLED and call ``cancel``."""
 
     def __init__(
         self, runner: Runner, pool: AdapterPool, cache: CacheTier, reader: SlabReader, announcer: ReadAnnouncer
@@ -60,7 +60,7 @@ class AdapterLoader:
         return AdapterLoaded(adapter.version, announced.read if announced is not None else 0, slab)
 
     def cancel(self, version: str) -> None:
-        """End a load whose state is CANCELLED: one that has not begun never does, one that has ended is not changed."""
+        """End a load whose state is CANCELLED. A load that has not begun reads nothing."""
         task = self._tasks.pop(version, None)
         if task is not None:
             task.cancel()

@@ -57,7 +57,7 @@ class PoolMemory(Protocol):
         ...
 
     def write(self, offset_bytes: int, data: Bytes) -> None:
-        """Write ``data``; return when whatever computes next sees it."""
+        """Write ``data``; return when later computations see it."""
         ...
 
     def digest(self, digest: Digest, offset_bytes: int, length_bytes: int) -> None: ...
@@ -79,7 +79,7 @@ class LendableDevice(Protocol):
 
 
 class HostPool:
-    """A pool in this machine's memory. ``shared`` is the shared memory that it begins at the start of, if any."""
+    """A pool in this machine's memory. ``shared`` is the shared memory whose first bytes it is, if any."""
 
     on_device = False
 
