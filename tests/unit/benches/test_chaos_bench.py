@@ -113,3 +113,9 @@ def test_memory_is_corrupted_at_the_given_offsets_only() -> None:
     finally:
         memory.view.release()
         memory.close()
+
+
+def test_the_table_says_that_resubmitted_requests_are_not_counted_as_failed() -> None:
+    text = Counts(resubmitted=3).text()
+    assert "resubmitted: failed with a killed engine and sent again by this bench" in text
+    assert Counts(resubmitted=3).faults()["failed_requests"] == 0
