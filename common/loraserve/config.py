@@ -231,12 +231,10 @@ def load_config(
 
 
 def engine_names(config: Config) -> tuple[str, ...]:
-    """Return the names of the engine processes."""
     return tuple(f"engine-{index}" for index in range(engine_count(config)))
 
 
 def engine_count(config: Config) -> int:
-    """Return the number of engine processes."""
     return config.cluster.engines or default_engines(config.engine.device)
 
 

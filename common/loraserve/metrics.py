@@ -30,7 +30,6 @@ class Metrics:
         self.registry.register(_BusCollector(counters))
 
     def render(self) -> bytes:
-        """Return all metrics in Prometheus' text format."""
         return generate_latest(self.registry)
 
 

@@ -81,7 +81,6 @@ def main(kind: type[Service], default_name: str, argv: Sequence[str] | None = No
 
 
 def argument_parser(default_name: str) -> argparse.ArgumentParser:
-    """Return a parser with the flags that every process kind has."""
     parser = argparse.ArgumentParser(prog=f"python -m loraserve.{default_name.rpartition('-')[0] or default_name}")
     add_config_flags(parser)
     parser.add_argument("--name", default=default_name, help=f"the process's name on the bus (default {default_name})")

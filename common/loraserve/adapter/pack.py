@@ -47,7 +47,6 @@ def pack_peft(directory: Path, shape: ModelShape, dtype: Dtype, max_rank: int) -
 
 
 def seal_slab(layout: SlabHeader, elements: Elements) -> Slab:
-    """Return the sealed slab with these elements."""
     data = elements.view(np.uint8).data.toreadonly()
     header = seal_layout(layout, data)
     return Slab(header, data, slab_version(header))

@@ -65,7 +65,6 @@ class Scaling:
         self._alphas = _compile("alpha_pattern", config.alpha_pattern or {})
 
     def rank(self, module: str) -> int:
-        """Return the rank that the configuration gives to a module."""
         return int(_first_match(self._ranks, module, self._config.r))
 
     def scale(self, module: str, rank: int) -> float:

@@ -71,7 +71,6 @@ class TensorFile:
         os.close(self._fd)
 
     def read(self, entry: TensorEntry) -> Elements:
-        """Return the tensor in the storage type of its dtype."""
         values = np.empty(entry.shape, dtype=storage_dtype(entry.dtype))
         self._fill(values.reshape(-1).view(np.uint8).data, entry.begin, entry.name)
         return values

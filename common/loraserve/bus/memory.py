@@ -155,7 +155,6 @@ class MemoryBus(Endpoint):
 
     @property
     def arrived_messages(self) -> int:
-        """The number of messages waiting to be received."""
         return len(self._arrived)
 
     def _transmit(self, peer: str, message: Any, parts: wire.Parts) -> bool:

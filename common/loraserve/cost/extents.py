@@ -5,7 +5,6 @@ MIN_EXTENT_BYTES = 4096
 
 
 def extent_bytes(slab_bytes: int, granule_bytes: int = MIN_EXTENT_BYTES) -> int:
-    """Return the size of the extent for a slab."""
     return max(1, -(-slab_bytes // granule_bytes)) * granule_bytes
 
 

@@ -12,7 +12,6 @@ ON = {"a100": "a100-80gb", "h200": "h200"}
 
 
 def derived_profiles() -> dict[str, Profile]:
-    """Return the profiles by name."""
     profiles: dict[str, Profile] = {}
     for short, name in ON.items():
         hardware = HARDWARE[name]

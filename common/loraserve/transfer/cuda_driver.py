@@ -123,7 +123,6 @@ def allocation(memory: GpuMemory) -> tuple[int, int]:
 
 
 def device_count() -> int:
-    """Return the number of GPUs that this process may use."""
     count = c_int()
     call("cuDeviceGetCount", ctypes.byref(count))
     return count.value

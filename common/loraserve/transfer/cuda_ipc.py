@@ -128,7 +128,6 @@ class CudaIpcReader:
 
     @property
     def mapped(self) -> int:
-        """The number of peers' memories that are mapped."""
         return len(self._mappings)
 
     async def _read(self, handle: CudaIpcHandle, ranges: Sequence[ByteRange], target: int, copy: Copy) -> None:

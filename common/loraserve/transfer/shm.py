@@ -158,7 +158,6 @@ class ShmReader:
 
     @property
     def mapped(self) -> int:
-        """The number of peers' memories that are mapped."""
         return len(self._mappings)
 
     async def _copy_in_slices(self, handle: ShmHandle, ranges: Sequence[ByteRange], target: Bytes) -> None:

@@ -81,7 +81,6 @@ class VerbsExporter:
 
     @property
     def serving(self) -> int:
-        """The number of connections."""
         return len(self._served)
 
     def close(self) -> None:

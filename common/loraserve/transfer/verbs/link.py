@@ -64,7 +64,6 @@ class ReadConnection:
         await self._wait(number, done, timeout_s)
 
     def arrived(self, number: int, status: int) -> None:
-        """Handle the completion of a request."""
         read = self._pieces.read_of(number)
         if read is None or self.broken:
             # A completion of a read that already failed with the connection.

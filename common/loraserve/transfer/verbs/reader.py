@@ -112,7 +112,6 @@ class VerbsReader:
 
     @property
     def connected(self) -> int:
-        """The number of connected owners."""
         return sum(not link.broken for link in self._by_number.values())
 
     @asynccontextmanager
