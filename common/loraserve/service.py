@@ -13,7 +13,6 @@ from collections.abc import Coroutine
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from enum import StrEnum
-from functools import cached_property
 from types import UnionType
 from typing import Any, ClassVar
 
@@ -189,7 +188,8 @@ class Service:
             _handling.reset(token)
 
     async def _tell_story(self, envelope: Envelope) -> None:
-        lines = self.story.told(envelope.message.subjects, self._unix_offset_s)
+        offset_s = self.clock.unix_s() - self.clock.monotonic_s()
+        lines = self.story.told(envelope.message.subjects, offset_s)
         self.bus.respond(envelope, StoryTold(lines=lines))
 
     async def _guard(self, work: Coroutine[Any, Any, None], envelope: Envelope | None) -> None:
@@ -209,11 +209,6 @@ class Service:
             )
             if envelope is not None:
                 self.bus.refuse(envelope, code, str(getattr(error, "message", error)) or type(error).__name__)
-
-    @cached_property
-    def _unix_offset_s(self) -> float:
-        """Wall-clock minus monotonic time. Taken once, so that a story is always told with the same times."""
-        return self.clock.unix_s() - self.clock.monotonic_s()
 
     def _pong(self) -> Pong:
         return Pong(
