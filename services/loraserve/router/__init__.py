@@ -1,5 +1,5 @@
-"""The router: admission, and the choice of an engine for every request.
+"""The router: it chooses an engine for each request and refuses requests that no engine can start in time.
 
-All modules but ``service`` are pure: no I/O, no clock and no global randomness. Reading order: ``context`` (what a
-policy is given and answers), ``policy`` (the decision), ``score``, ``prices``, ``view``, ``engine_view``, ``prefixes``.
+All modules except ``service`` are pure: no I/O, no clock and no global randomness. Reading order: ``context`` (input
+and output of a policy), ``policy`` (the decision), ``score``, ``prices``, ``view``, ``engine_view``, ``prefixes``.
 """

@@ -1,4 +1,4 @@
-"""What a routing policy is given (``RoutingContext``) and what it answers (``Candidates``)."""
+"""The input (``RoutingContext``) and the output (``Candidates``) of a routing policy."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
@@ -11,7 +11,7 @@ from loraserve.router.view import ClusterView
 
 
 class PlannedCopies:
-    """A plan's copies, indexed by adapter version."""
+    """The copies of a plan, indexed by adapter version."""
 
     def __init__(self, plan: Plan) -> None:
         self.epoch = plan.epoch
@@ -20,15 +20,15 @@ class PlannedCopies:
             self._shares.setdefault(copy.version, {})[copy.engine] = copy.share
 
     def shares(self, version: str) -> Mapping[str, float]:
-        """Return the traffic share of each copy of an adapter, by engine name."""
+        """Return the traffic share of each planned copy of an adapter, by engine name."""
         return self._shares.get(version, {})
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """The promised time to first token and how far it may be exceeded.
+    """The promised time to first token (TTFT), and the factor of it at which requests are refused.
 
-    A request is refused if the soonest engine needs more than ``reject_factor`` times the promise. The promise is
-    ``ttft_s``, or the time that the request's own prefill and adapter load take if that is longer.
+    A request is refused if every engine needs more than ``reject_factor`` times the promise. The promise is
+    ``ttft_s``, or the time of the request's own prefill and adapter load if that is longer.
     """
 
     ttft_s: float
@@ -36,13 +36,13 @@ class Slo(msgspec.Struct, frozen=True):
 
 
 class Rng(Protocol):
-    """The part of ``random.Random`` that policies use."""
+    """The methods of ``random.Random`` that policies use."""
 
     def random(self) -> float: ...
 
 
 class RoutingContext(msgspec.Struct, frozen=True, gc=False):
-    """Everything that decides where one request goes."""
+    """All inputs of the routing decision for one request."""
 
     request: Route
     view: ClusterView
@@ -52,19 +52,19 @@ class RoutingContext(msgspec.Struct, frozen=True, gc=False):
     rng: Rng
 
     def planned_shares(self) -> Mapping[str, float]:
-        """Return the shares of the planned copies of the request's adapter, by engine name."""
+        """Return the traffic share of each planned copy of the request's adapter, by engine name."""
         if self.plan is None or self.request.adapter is None:
             return {}
         return self.plan.shares(self.request.adapter.version)
 
 
 class Prediction(msgspec.Struct, frozen=True, gc=False):
-    """The parts of a predicted time to first token, which is max(``queue_s``, ``load_s``) + ``own_s``.
+    """The terms of a predicted TTFT, which is max(``queue_s``, ``load_s``) + ``own_s``.
 
-    ``queue_s`` is the wait for queued prefill, a place in the batch and KV memory. ``load_s`` is the load of an absent
-    adapter, during which the queue advances. ``own_s`` are all steps that carry the request's own prefill; ``step_s``
-    is the part of it that they take for everything else. ``engine_s`` is the engine time that the request costs over
-    its whole life, including what other requests lose by it.
+    ``queue_s`` is the wait for queued prefill, a place in the batch and KV memory. ``load_s`` is the time until the
+    adapter is resident. ``own_s`` is the time of all steps with the request's own prefill; ``step_s`` is the time of
+    these steps without this prefill. ``engine_s`` is the engine time of the request until its end, including the delay
+    of other requests.
     """
 
     queue_s: float
@@ -82,10 +82,10 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     - ``base``: the request uses no adapter;
     - ``planned``: the engine holds or loads the adapter, and the plan has a copy there;
     - ``resident``: the engine holds or loads the adapter, and the plan has no copy there;
-    - ``spill``: other engines hold the adapter, but this one starts sooner;
+    - ``spill``: other engines hold the adapter, but this one was preferred;
     - ``load``: no engine holds the adapter;
-    - ``prefix``: the engine has the beginning of the prompt in its prefix cache, and would not be the best without it;
-    - ``live``: the engine runs the request already.
+    - ``prefix``: the engine has cached a prefix of the prompt, and would not have the best score without prefix caches;
+    - ``live``: the engine already runs the request.
     """
 
     engine: str
@@ -95,7 +95,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def reason(self) -> str:
-        """The choice in one line, for logs and stories."""
+        """One line that explains the choice, for logs and stories."""
         parts = self.prediction
         if parts is None:
             return self.why
@@ -108,8 +108,8 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 class Candidates(msgspec.Struct, frozen=True):
     """Engines to ask, best first.
 
-    ``others`` computes the candidates after the first one. It is called only if the first one does not take the
-    request, which is rare.
+    ``others`` computes the candidates after the first one. It is called only in the rare case that the first one does
+    not admit the request.
     """
 
     first: Candidate
@@ -121,5 +121,5 @@ class Candidates(msgspec.Struct, frozen=True):
 
 
 def rejection(request: Route, code: str, message: str, retry_after_s: float = 1.0) -> Rejected:
-    """Return the refusal of a request; clients are told to wait for at least one second before they retry."""
+    """Return the refusal of a request. It tells the client to wait at least one second before a retry."""
     return Rejected(request_id=request.request_id, code=code, message=message, retry_after_s=max(1.0, retry_after_s))

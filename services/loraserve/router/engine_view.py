@@ -1,6 +1,6 @@
-"""What the router knows of one engine: its last report, and what this router has sent there since.
+"""The router's view of one engine: its last report and the requests that this router has sent since.
 
-Reports say what an engine has at a moment. A request that was sent later is *pending* until a report counts it.
+A request is *pending* from the time it is sent until a report counts it.
 """
 
 from collections.abc import Iterable, Mapping
@@ -16,15 +16,14 @@ TIMEOUTS_TO_AVOID = 2
 FIRST_AVOIDANCE_S = 0.5
 MAX_AVOIDANCE_S = 8.0
 CONTINUATION = 0.5
-"""The share of running requests that are assumed to be followed by another request of their rank. With a larger
-share an engine that exceeds the plan's demand is relieved sooner; with a smaller one the plan's order lasts longer
-near the limit."""
+"""Share of running requests that are assumed to be followed by another request of their rank. A larger share relieves
+an engine sooner when its load exceeds the plan's demand. A smaller share follows the plan longer near the limit."""
 IDLE_STEP_S = 0.02
-"""Decode step of an engine that has not decoded yet."""
+"""Assumed decode step of an engine that has not decoded yet."""
 
 
 class PendingRequest(msgspec.Struct, frozen=True, gc=False):
-    """A request that this router sent and that no report has counted yet; ``tokens`` of its prompt need prefill."""
+    """A request that this router sent and no report has counted yet. ``tokens`` is the length of its prefill."""
 
     tokens: int
     version: str
@@ -34,7 +33,7 @@ class PendingRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class RunningRequest(msgspec.Struct, frozen=True, gc=False):
-    """The engine that runs a request; the adapter is known only if this router sent the request."""
+    """A running request and its engine. The adapter is known only if this router sent the request."""
 
     engine: str
     since_s: float
@@ -43,13 +42,12 @@ class RunningRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class AdapterMix(msgspec.Struct, frozen=True, gc=False):
-    """What the adapters of an engine's requests add to its steps.
+    """Slab bytes and ranks of the adapters of an engine's requests.
 
-    ``slab_bytes`` are those of distinct running adapters, ``rank_sum`` is over running requests, ``running_rank`` is
-    the largest rank that runs, and ``largest_rank`` the largest that runs or waits. ``expected_rank`` is the mean over
-    time of the largest rank in a batch, from the demand for the copies that the plan keeps there and from what runs
-    beside
-    them: a large rank that is rarely requested hardly raises it. It is None if the plan keeps no copy there.
+    ``slab_bytes`` sums distinct running adapters, and ``rank_sum`` sums running requests. ``running_rank`` is the
+    largest rank of running requests, ``largest_rank`` of running and waiting requests. ``expected_rank`` is the mean
+    over time of the largest rank in a batch, from running requests and the demand for the engine's planned copies. A
+    rarely requested large rank hardly raises it. It is None if the plan has no copy there.
     """
 
     slab_bytes: int = 0
@@ -60,7 +58,7 @@ class AdapterMix(msgspec.Struct, frozen=True, gc=False):
 
 
 class PendingAdapters(msgspec.Struct):
-    """The adapters of pending requests; ``slab_bytes`` counts those that are not active on the engine already."""
+    """The adapters of pending requests. ``slab_bytes`` leaves out adapters that are already active on the engine."""
 
     versions: set[str] = msgspec.field(default_factory=set)
     slab_bytes: int = 0
@@ -68,7 +66,7 @@ class PendingAdapters(msgspec.Struct):
     largest_rank: int = 0
 
     def add(self, pending: PendingRequest, active: frozenset[str]) -> None:
-        """Count one more request; ``active`` are the versions of requests that a report has counted."""
+        """Count one more request; ``active`` are the adapter versions of requests that a report has counted."""
         if not pending.version:
             return
         if pending.version not in self.versions and pending.version not in active:
@@ -79,21 +77,21 @@ class PendingAdapters(msgspec.Struct):
 
 
 class EngineView(msgspec.Struct):
-    """One engine; ``resident``, ``loading`` and ``active`` are versions of adapters.
+    """The view of one engine; ``resident``, ``loading`` and ``active`` are adapter versions.
 
     Attributes:
         column: The engine's column in the price table; -1 if it takes no requests.
-        active: Those of requests that run or wait there, without pending ones.
-        adapters: What the adapters of these requests add to steps.
+        active: Adapters of requests that run or wait there, without pending requests.
+        adapters: Slab bytes and ranks of the active adapters.
         listed: Versions for which ``ClusterView.engines_near`` lists this engine.
         largest_extent_bytes: The largest extent that its pool can ever provide.
         room_bytes: The largest extent that its pool can provide now.
         pending: Requests that no report has counted yet, in the order in which they were sent.
-        expected: Versions that the engine was told to expect, and when; oldest first.
-        timeouts: Requests in a row that the engine did not answer.
-        avoided_since_s: When the engine became one that does not answer.
-        avoidance_s: How long it is avoided before reports are believed again.
-        drained: Whether the plan empties the engine.
+        expected: When the engine was told to expect each adapter version, oldest first.
+        timeouts: Number of consecutive requests that the engine did not answer.
+        avoided_since_s: When the engine began to be avoided because of timeouts; None if it is not avoided.
+        avoidance_s: Seconds of avoidance after which a report of the live engine ends it.
+        drained: Whether the plan drains the engine.
     """
 
     name: str
@@ -128,12 +126,12 @@ class EngineView(msgspec.Struct):
 
     @property
     def fallback_level(self) -> int:
-        """0 for a normal engine; 1 if drained, 2 if it does not answer, 3 if both. Higher levels are asked later."""
+        """0 for a normal engine, 1 if drained, 2 if avoided, 3 if both. Engines with higher levels are asked later."""
         return self.drained + 2 * (self.avoided_since_s is not None)
 
     @property
     def oldest_s(self) -> float:
-        """When the oldest pending request or expected adapter was sent; infinite if there is none."""
+        """Send time of the oldest pending request or expected adapter; infinite if there is none."""
         request_s = next(iter(self.pending.values())).since_s if self.pending else inf
         return min(request_s, next(iter(self.expected.values()), inf))
 
@@ -148,10 +146,10 @@ class EngineView(msgspec.Struct):
         known: Iterable[RunningRequest],
         decoded: Mapping[str, float],
     ) -> None:
-        """Replace the last report; one of another incarnation clears everything known of the engine.
+        """Replace the last report. A new incarnation also clears pending requests, expected adapters and timeouts.
 
-        ``known`` are those of the reported requests whose adapter is known. ``decoded`` are the decoded tokens per
-        second at each copy, by version; empty if demand is not known.
+        ``known`` are the reported requests whose adapter is known. ``decoded`` is the demand for one copy of each
+        adapter version, in decoded tokens per second; empty if unknown.
         """
         load = seen.load
         if load.incarnation != self.load.incarnation:
@@ -164,11 +162,11 @@ class EngineView(msgspec.Struct):
         self._apply_adapters(load, known, decoded)
         self._recount_pending()
         if self.alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
-            # One more timeout and it is avoided again, for longer: reports alone do not prove that it serves.
+            # Reports do not prove that the engine serves requests: one more timeout avoids it again, for longer.
             self.avoided_since_s, self.timeouts = None, TIMEOUTS_TO_AVOID - 1
 
     def expect(self, version: str, now: float) -> None:
-        """Note that the engine was told to expect a request for this adapter."""
+        """Record that the engine was told to expect a request for this adapter."""
         self.expected.pop(version, None)
         self.expected[version] = now
 
@@ -184,7 +182,7 @@ class EngineView(msgspec.Struct):
             self._recount_pending()
 
     def drop_older(self, before_s: float) -> None:
-        """Remove pending requests and expected adapters from before this time."""
+        """Remove pending requests and expected adapters that are older than ``before_s``."""
         self.drop_pending([request_id for request_id, p in self.pending.items() if p.since_s < before_s])
         self.expected = {version: since_s for version, since_s in self.expected.items() if since_s >= before_s}
 
@@ -196,7 +194,7 @@ class EngineView(msgspec.Struct):
         self._recount_pending()
 
     def record_timeout(self, now: float) -> None:
-        """Count a request that was not answered; after ``TIMEOUTS_TO_AVOID`` in a row the engine is avoided."""
+        """Count an unanswered request. After ``TIMEOUTS_TO_AVOID`` consecutive ones the engine is avoided."""
         self.timeouts += 1
         if self.timeouts >= TIMEOUTS_TO_AVOID and self.avoided_since_s is None:
             self.avoided_since_s = now
@@ -212,7 +210,7 @@ class EngineView(msgspec.Struct):
             self.pending_adapters.add(pending, self.active)
 
     def _apply_adapters(self, load: EngineLoad, known: Iterable[RunningRequest], decoded: Mapping[str, float]) -> None:
-        # A single pass: there may be hundreds of adapters on each of a thousand engines, four times a second.
+        # A single pass, because a thousand engines may report hundreds of adapters each, four times a second.
         slab_bytes = rank_sum = running_rank = 0
         planned: dict[int, float] = {}
         running: dict[int, int] = {}
@@ -247,9 +245,9 @@ class EngineView(msgspec.Struct):
 def mean_largest_rank(sequences: Mapping[int, float]) -> float:
     """Return the mean over time of the largest rank in a batch.
 
-    ``sequences`` is the mean number of decoding sequences by rank. They are assumed to arrive independently (Poisson):
-    no sequence of rank r or more is present for a share exp(-n) of the time, where n is the number of all of these. The
-    mean of the largest rank is the integral over r of the share of time in which one is present.
+    ``sequences`` is the mean number of decoding sequences by rank. Sequences are assumed to arrive independently
+    (Poisson). If n is the mean number of sequences of rank r or more, none is present for a share exp(-n) of the time.
+    The mean largest rank is the integral over r of 1 - exp(-n).
     """
     above, largest = 0.0, 0.0
     for rank, below in pairwise([*sorted(sequences, reverse=True), 0]):

@@ -4,8 +4,8 @@
 
 1. Filter: exclude engines whose context length or adapter pool is too small (``_filter``).
 2. Score: compute a score in seconds for each engine, mostly its predicted time to first token (``score.score``).
-3. Admit: refuse the request if even the soonest engine would exceed the SLO by its ``reject_factor``.
-4. Pick: take the lowest score; ``break_ties`` chooses between scores that are nearly equal.
+3. Admit: refuse the request if every engine would take too long to start it (``_reject_overloaded``).
+4. Pick: take the engine with the lowest score; ``break_ties`` chooses among nearly equal scores.
 
 ``route_by_shares`` (configured as ``shares``) is the LoRAServe paper's routing: it draws a planned copy in proportion
 to the traffic shares and ignores queues.
@@ -31,19 +31,19 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 RoutingPolicy: TypeAlias = Callable[[RoutingContext], Candidates | Rejected]
 
 MAX_CANDIDATES = 4
-"""An engine that does not answer costs a second, and gateways wait for a limited time."""
+"""At most this many engines are asked, because each timeout takes a second and the gateway does not wait forever."""
 TIE_SHARE = 0.05
-"""Scores this close to the best one, as a share of its predicted time or of its decode step, count as a tie. The
-prediction's error is larger."""
+"""Two scores tie if they differ by at most this share of the best engine's predicted TTFT or decode step. The error of
+the prediction is larger than that."""
 MIN_TIE_S = 5e-5
 FALLBACK_PENALTY_S = 1e9
 """Added to a fallback engine's score for each level of ``EngineView.fallback_level``."""
 UNKNOWN_SAMPLING = SamplingParams(max_tokens=1 << 30)
-"""For a request that is not known yet: its output is assumed to have the mean length."""
+"""Sampling of ``placeholder_request``, without a limit: the output is assumed to have the mean length."""
 
 
 def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
-    """Return the engines that start the request soonest, or why it is refused."""
+    """Return the engines with the best scores, or a refusal."""
     slo, table = context.slo, context.view.prices(context.cost)
     fitting = _filter(context.request, table)
     if isinstance(fitting, Rejected):
@@ -53,7 +53,7 @@ def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
         scores.score[~fitting] = scores.ttft_s[~fitting] = np.inf
     ranked = put_fallbacks_last(scores.score, table)
     best = int(ranked.argmin())
-    # If the best-scored engine meets the limit, so does the soonest one.
+    # If the engine with the best score meets the limit, the engine with the lowest TTFT meets it too.
     if table.fallbacks or scores.ttft_s.item(best) > slo.ttft_s * slo.reject_factor:
         refusal = _reject_overloaded(scores, table, context.cost, slo)
         if refusal is not None:
@@ -63,10 +63,10 @@ def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
 
 
 def route_by_shares(context: RoutingContext) -> Candidates | Rejected:
-    """Return the planned copies in an order drawn by their shares, then all other engines in a random order.
+    """Return the engines with planned copies in an order drawn by their shares, then other engines in random order.
 
-    Fallback engines come last. A planned copy that is not loaded yet is loaded by the request that is routed there.
-    Predictions are computed for logs only.
+    Fallback engines come last. The engine loads a planned copy on request if it is not loaded yet. Predictions are
+    computed only for logs.
     """
     table = context.view.prices(context.cost)
     fitting = _filter(context.request, table)
@@ -91,11 +91,11 @@ POLICIES: Mapping[str, RoutingPolicy] = {"predicted": route_by_prediction, "shar
 
 
 def placeholder_request(expect: Expect) -> Route:
-    """Return a request for an announced adapter, with a prompt of the announced length and of unknown text."""
+    """Return a stand-in for an announced request: its prompt has the announced length and unknown tokens."""
     return Route(
         request_id="",
         gateway="",
-        # No prompt has this token, so that no engine is taken to have a prefix of it.
+        # No real prompt contains token -1, so no engine has a prefix of this one cached.
         prompt_tokens=(-1,) * max(1, expect.prompt_tokens),
         sampling=UNKNOWN_SAMPLING,
         adapter=expect.adapter,
@@ -103,10 +103,9 @@ def placeholder_request(expect: Expect) -> Route:
 
 
 def prefetch_engine(context: RoutingContext) -> str | None:
-    """Return the engine that should begin to load the adapter of ``placeholder_request`` now.
+    """Return the engine that should start to load the adapter of ``placeholder_request`` now.
 
-    Return None if the engine where such a request would go holds or loads the adapter already, and if the request would
-    be refused.
+    Return None if the request would be refused, or if its engine already holds or loads the adapter.
     """
     choice = route_by_prediction(context)
     if isinstance(choice, Rejected) or context.request.adapter is None:
@@ -119,11 +118,11 @@ def prefetch_engine(context: RoutingContext) -> str | None:
 
 
 def _filter(request: Route, table: PriceTable) -> Mask | Rejected | None:
-    """Return the engines whose context length and pool fit the request, None if all do, or a refusal if none does."""
+    """Return a mask of the engines that can serve the request, None if all can, or a refusal if none can."""
     if not table.engines:
         return rejection(request, "no_engine", "no engine is ready; try again in a moment")
     tokens = len(request.prompt_tokens)
-    # Extents are whole granules: a slab that is no larger than the largest extent fits into it.
+    # Extents are whole granules, so every slab up to the size of the largest extent fits into it.
     slab_bytes = request.adapter.slab_bytes if request.adapter is not None else 0
     if tokens < table.min_context_tokens and slab_bytes <= table.min_extent_bytes:
         return None
@@ -147,10 +146,10 @@ def _filter(request: Route, table: PriceTable) -> Mask | Rejected | None:
 
 
 def _reject_overloaded(scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) -> Rejected | None:
-    """Return a refusal if every engine would exceed the promised time by the SLO's factor.
+    """Return a refusal if every engine would take longer than ``reject_factor`` times the promised TTFT.
 
-    Fallback engines count only if there are no others. A request whose own prefill and load take longer than the SLO is
-    promised that time instead: to come back later would not help it.
+    Fallback engines count only if there are no others. If the request's own prefill and adapter load take longer than
+    the SLO, that time is the promise, because a later retry would take as long.
     """
     soonest = int(put_fallbacks_last(scores.ttft_s, table).argmin())
     soonest_s = scores.ttft_s.item(soonest)
@@ -175,17 +174,15 @@ def put_fallbacks_last(score: Array, table: PriceTable) -> Array:
 
 
 def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng: Rng) -> list[int]:
-    """Return the engines to ask first, in order: the best one, or a random order of those that tie with it.
+    """Return the columns of the engines to ask first: the best engine and those that tie with it, in random order.
 
-    Ties are broken here and nowhere else:
-
-    - A tie is a score within ``TIE_SHARE`` of the best engine's predicted time to first token, or of its decode step if
-      that is longer.
+    - A score ties if it exceeds the best one by at most ``TIE_SHARE`` of the best engine's predicted TTFT, or of its
+      decode step if that is longer.
     - Tied engines with a planned copy come first, drawn in proportion to their traffic shares. ``score`` prefers them
-      already, but behind a long queue that preference is smaller than the tie.
-    - Without planned copies all tied engines are equally likely, so that they share the load.
+      too, but with a long queue its bonus is smaller than ``TIE_SHARE``.
+    - Without planned copies, all tied engines are equally likely.
 
-    Candidates after these follow in the order of their scores, equal scores in the order of the engines' names.
+    Later candidates follow by score (``_next_best``). Exactly equal scores keep the order of the engines' names.
     """
     tie_s = TIE_SHARE * max(scores.ttft_s.item(best), table.columns.decode_step_s.item(best)) + MIN_TIE_S
     tied = (ranked <= np.array(ranked.item(best) + tie_s)).nonzero()[0].tolist()
@@ -193,10 +190,10 @@ def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng:
 
 
 def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng) -> list[int]:
-    """Return up to ``MAX_CANDIDATES`` columns in a random order: those with a share first, larger shares more often."""
+    """Return up to ``MAX_CANDIDATES`` columns: those with shares first, drawn by share. Without shares, shuffle."""
     planned = [column for column in columns if column in shares]
     if planned:
-        # Each comes first with a probability in proportion to its share (Efraimidis and Spirakis, 2006).
+        # Each column is first with a probability proportional to its share (Efraimidis and Spirakis, 2006).
         planned.sort(key=lambda column: rng.random() ** (1 / shares[column]), reverse=True)
         return [*planned, *(column for column in columns if column not in shares)][:MAX_CANDIDATES]
     order = list(columns)
@@ -207,7 +204,7 @@ def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng
 
 
 def _shares_by_column(context: RoutingContext) -> Mapping[int, float]:
-    """Return the shares of the planned copies on engines that take requests, by column."""
+    """Return the traffic shares of the adapter's planned copies on ready engines, by column."""
     shares: dict[int, float] = {}
     for name, share in context.planned_shares().items():
         engine = context.view.engines.get(name)
@@ -219,10 +216,9 @@ def _shares_by_column(context: RoutingContext) -> Mapping[int, float]:
 def _candidates(
     context: RoutingContext, table: PriceTable, scores: Scores, columns: Sequence[int], ranked: Array | None
 ) -> Candidates:
-    """Return the candidates: an engine that runs the request already, ``columns``, then the best of the rest.
+    """Return the candidates: an engine that already runs the request, then ``columns``, then others by ``ranked``.
 
-    The rest is ordered by ``ranked``; without it there is none. The candidates after the first are computed on demand,
-    from what was known when the first one was chosen.
+    If ``ranked`` is None, there are no others. Candidates after the first are computed on demand from the same scores.
     """
     first = _column_of_running(context.view, scores)
     if first is not None:
@@ -242,7 +238,7 @@ def _other_candidates(
 
 
 def _next_best(ranked: Array, first: Sequence[int]) -> list[int]:
-    """Return the columns that follow ``first`` by score; those with an infinite score are left out."""
+    """Return the columns with the best finite scores that are not in ``first``, best first."""
     remaining, found = ranked.copy(), list[int]()
     remaining[first] = np.inf
     while len(first) + len(found) < MAX_CANDIDATES:
@@ -266,7 +262,7 @@ def _candidate(column: int, why: str, scores: Scores) -> Candidate:
 
 
 def _column_of_running(view: ClusterView, scores: Scores) -> int | None:
-    """Return the column of the engine that runs the request already, if it takes requests."""
+    """Return the column of the ready engine that already runs the request, or None."""
     running = view.running.get(scores.request.request_id)
     if running is None or running.engine not in view.engines:
         return None
@@ -283,7 +279,7 @@ def _why(column: int, scores: Scores) -> str:
 
 
 def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostModel) -> bool:
-    """Return whether another engine would be better if this one had no prefix of the prompt in its cache."""
+    """Return whether another engine would have a better score if no engine had cached a prefix of the prompt."""
     if column not in scores.cached_tokens:
         return False
     tokens = prefill_tokens(scores.request, table, {})

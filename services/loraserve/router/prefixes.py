@@ -1,8 +1,8 @@
-"""Which engines were sent which prefixes of prompts, and most likely still have their KV cache.
+"""A table of the prompt prefixes that each engine probably has in its KV cache.
 
-A prefix is named by a chain of hashes over blocks of tokens that begins with the adapter's version, because the KV
-cache of one adapter is useless to another. The blocks are larger than those of engines: that keeps the table small and
-look-ups fast.
+A prefix is identified by a chain of hashes over blocks of tokens. The chain starts with the adapter's version, because
+KV entries of one adapter are invalid for another. The blocks are larger than the engines' KV blocks. This keeps the
+table small and look-ups fast.
 """
 
 from collections.abc import Mapping
@@ -11,24 +11,23 @@ from loraserve.messages import Route
 
 BLOCK_TOKENS = 128
 MAX_BLOCKS = 64
-"""Blocks of one prompt that are remembered."""
+"""The table covers at most this many blocks of one prompt."""
 MAX_PREFIXES = 100_000
 MAX_ENGINES = 8
-"""Engines that are remembered for one prefix, the latest first. A prefix that is everywhere does not decide
-anything."""
+"""The table lists at most this many engines for one prefix, the latest first."""
 
 
 class PrefixMemory:
-    """A bounded table of prefixes; the least recently sent ones are forgotten first."""
+    """A bounded table of prefixes. When it is full, the least recently sent prefixes are removed."""
 
     def __init__(self, max_prefixes: int = MAX_PREFIXES) -> None:
         self._max_prefixes = max_prefixes
-        # Ordered by last use.
+        # Engine numbers by prefix hash, the least recently sent prefix first.
         self._engines_of: dict[int, tuple[int, ...]] = {}
         self._numbers: dict[str, int] = {}
         self._names: dict[int, str] = {}
         self._last_number = 0
-        # A request is looked up and then sent: its hashes and what was found are kept in between.
+        # A request is looked up, then recorded as sent. Its hashes and the look-up's result are kept in between.
         self._request: Route | None = None
         self._chain: list[int] = []
         self._found: dict[str, int] | None = None
@@ -37,18 +36,18 @@ class PrefixMemory:
         return len(self._engines_of)
 
     def cached_tokens(self, request: Route) -> Mapping[str, int]:
-        """Return, by engine, how many tokens of the prompt need no prefill; at least one always does."""
+        """Return the number of prompt tokens that need no prefill, by engine; always less than the whole prompt."""
         if request is not self._request or self._found is None:
             self._set_request(request)
             self._found = self._look_up(request)
         return self._found
 
     def record_sent(self, engine: str, request: Route) -> None:
-        """Note that the engine will compute the whole prompt."""
+        """Record that the request was sent to the engine, whose KV cache will then hold the whole prompt."""
         number = self._number_of(engine)
         self._set_request(request)
         self._found = None
-        # The last block first: earlier blocks are at least as useful and must not be forgotten sooner.
+        # The last block is inserted first and thus removed first: it is useless without the earlier blocks.
         for block in reversed(range(_block_count(request))):
             digest = self._digest(request, block)
             numbers = self._engines_of.pop(digest, ())
@@ -59,7 +58,7 @@ class PrefixMemory:
             del self._engines_of[next(iter(self._engines_of))]
 
     def forget(self, engine: str) -> None:
-        """Note that the engine lost its KV cache. Its entries stay, under a number that no engine has any more."""
+        """Forget the prefixes of an engine that lost its KV cache. Table entries with its old number become invalid."""
         number = self._numbers.pop(engine, None)
         if number is not None:
             del self._names[number]
@@ -96,7 +95,7 @@ class PrefixMemory:
             self._request, self._chain, self._found = request, [], None
 
     def _digest(self, request: Route, block: int) -> int:
-        """Return the hash of the prompt up to the end of a block."""
+        """Return the hash of the prompt from its start to the end of the block."""
         chain = self._chain
         while len(chain) <= block:
             first = len(chain) * BLOCK_TOKENS
@@ -106,5 +105,5 @@ class PrefixMemory:
 
 
 def _block_count(request: Route) -> int:
-    """Return how many full blocks of the prompt are remembered."""
+    """Return how many full blocks of the prompt the table covers."""
     return min(len(request.prompt_tokens) // BLOCK_TOKENS, MAX_BLOCKS)

@@ -1,7 +1,7 @@
-"""What a request will cost at each engine, as far as it can be computed before the request is known.
+"""Prices of engines: the parts of a request's cost that do not depend on the request.
 
-``prices_of`` computes one engine's prices. ``PriceTable`` keeps those of all ready engines as numpy columns, so that
-a request is scored at all engines at once, and renews an engine's prices when a report or a sent request changes it.
+``prices_of`` computes one engine's prices. ``PriceTable`` keeps the prices of all ready engines as numpy columns, so
+that all engines are scored at once. It recomputes an engine's prices after a report or a sent request.
 """
 
 from collections.abc import Sequence
@@ -21,41 +21,41 @@ T = TypeVar("T", float, Array)
 
 INFINITY = float("inf")
 ENGINE_TIME_WEIGHT = 0.5
-"""How many seconds of a request's start a second of an idle engine's time is worth: the requests that run there lose
-time between tokens, and the next one waits for a longer step."""
+"""Score of a second of an idle engine's time, in seconds of TTFT. Engine time delays the tokens of running requests and
+the first token of the next request."""
 FULLNESS_WEIGHT = 1.0
-"""Added where a fraction f of the engine is full: this times f**2 / (1 - f), as queues grow.
+"""The score of engine time grows by this times f**2 / (1 - f) for a fullness f from 0 to 1, like the length of a queue.
 
-Prefill goes before decode, so that no request waits until places or KV memory are used up. What was wasted before
-costs time only then."""
+Prefill runs before decode, so requests wait only when batch places or KV memory are used up. Wasted engine time
+delays requests only then."""
 MAX_FULLNESS = 0.98
-"""No engine counts as fuller than this."""
+"""Upper bound of an engine's fullness f, which keeps 1 / (1 - f) finite."""
 FOLLOWER_WEIGHT = 1.0
-"""How many seconds a second of an engine's time is worth for each request that arrives before the queue there is empty:
-that request waits a second longer."""
+"""Score of a second of engine time for each request that arrives before the engine's queue is empty: that request waits
+a second longer."""
 
 
 class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
-    """Prices of one engine as floats, or of all engines as arrays in the order of their columns.
+    """Prices of one engine as floats, or of all engines as arrays by column.
 
-    A step that carries prefill takes ``step_s`` + r * ``step_rank_s`` + ``pace`` * time of its prefill tokens, where r
-    is the largest rank in it. A request with t prompt tokens waits ``queue_s`` + max(0, t * ``kv_wait_token_s`` +
+    A step with prefill takes ``step_s`` + r * ``step_rank_s`` + ``pace`` * time of its prefill tokens, where r is the
+    largest rank in the step. A request with t prompt tokens waits ``queue_s`` + max(0, t * ``kv_wait_token_s`` +
     ``kv_wait_s``). A load of b bytes takes ``load_base_s`` + b * ``load_byte_s``.
 
     Attributes:
-        queue_s: Time to compute all queued prefill and to get a place in the batch.
-        kv_wait_s: Additional wait for KV memory, beside that of each token; negative where memory is free.
-        steps_per_token: Steps that a token of prefill takes: 1 / tokens that fit into a step beside decode.
-        pace: How much longer prefill takes than the cost model says.
-        step_s: A step without prefill and without padding to a rank.
-        step_rank_s: What each unit of the largest rank adds to a step; 0 with exact cost.
+        queue_s: Time to compute all queued prefill, plus the wait for a place in the batch.
+        kv_wait_s: The part of the wait for KV memory that does not depend on t; negative if memory is free.
+        steps_per_token: 1 / number of prefill tokens that fit into a step besides decode tokens.
+        pace: Factor by which prefill takes longer than the cost model predicts.
+        step_s: Time of a step without prefill and without padding to a rank.
+        step_rank_s: Time that each unit of the largest rank adds to a step; 0 with exact cost.
         rank: The largest rank among running and waiting requests.
-        usual_rank: The mean largest rank (``AdapterMix.expected_rank``), or ``rank`` if the plan keeps nothing there.
-        widening_s: Engine time that one more unit of rank costs the engine's requests, over the life of a mean request.
-        engine_time_weight: What a second of the engine's time is worth, by how full the engine is.
-        load_base_s: Time of a load beside its bytes; like ``load_byte_s``, it includes the loads before it.
+        usual_rank: The mean largest rank (``AdapterMix.expected_rank``), or ``rank`` if the plan has no copy there.
+        widening_s: Engine time that a mean request costs for each unit of rank by which it raises the largest rank.
+        engine_time_weight: Score of a second of engine time; it grows with the engine's fullness.
+        load_base_s: Fixed time of a load. Like ``load_byte_s``, it includes the wait for earlier loads.
         room_bytes: The largest extent that the pool can provide now.
-        room_wait_s: Wait for a larger extent.
+        room_wait_s: Wait for an extent larger than ``room_bytes``.
         context_tokens: The longest context that the engine serves.
         largest_extent_bytes: The largest extent that the pool can ever provide.
     """
@@ -85,10 +85,10 @@ FIELDS = len(Prices.__struct_fields__)
 
 
 class PriceInputs(NamedTuple):
-    """What the prices of all engines depend on.
+    """Inputs that the prices of all engines share.
 
-    ``mean_output_tokens`` says when running requests will end. ``mean_sequences`` is the mean number of sequences on an
-    engine; an engine with fewer is assumed to fill up to it again.
+    ``mean_output_tokens`` predicts when running requests end. ``mean_sequences`` is the mean number of sequences on an
+    engine. An engine with fewer sequences is assumed to reach this number again.
     """
 
     cost: CostModel
@@ -97,16 +97,16 @@ class PriceInputs(NamedTuple):
 
 
 class PriceTable:
-    """The engines that take requests, by column, and their prices, which are up to date after each ``refresh``.
+    """The ready engines and their prices, by column. Prices are up to date after ``refresh``.
 
     Attributes:
         min_context_tokens: Requests with a shorter prompt fit the context of every engine.
         min_extent_bytes: Slabs up to this size fit every pool.
-        fitting_tokens: Prompts up to this length wait for KV memory nowhere; longer ones may.
-        fitting_slab_bytes: Slabs up to this size wait for pool space nowhere; larger ones may.
-        engine_time_weight: By column, what a second of engine time is worth, including requests that arrive while the
-            engine's queue lasts. That is little where an engine is idle. Near the limit it is much, as there the cost
-            of a request alone decides how many can be served.
+        fitting_tokens: Prompts up to this length wait for KV memory on no engine; longer prompts may wait.
+        fitting_slab_bytes: Slabs up to this size wait for pool space on no engine; larger slabs may wait.
+        engine_time_weight: Score of a second of engine time by column, including the delay of requests that arrive
+            while the engine has a queue. It is high for full engines, because their throughput depends only on the
+            engine time of each request.
     """
 
     def __init__(self) -> None:
@@ -125,7 +125,7 @@ class PriceTable:
         self._changed: set[int] = set()
 
     def set_engines(self, engines: Sequence[EngineView]) -> None:
-        """Replace the engines; their reports may all have changed."""
+        """Replace the engines. The next ``refresh`` recomputes all prices."""
         for engine in self.engines:
             engine.column = -1
         self.engines = list(engines)
@@ -134,12 +134,12 @@ class PriceTable:
         self._inputs = None
 
     def mark_changed(self, engine: EngineView) -> None:
-        """Note that the engine's pending requests or its ``fallback_level`` changed."""
+        """Mark the engine's prices as outdated after a change of its pending requests or ``fallback_level``."""
         if engine.column >= 0:
             self._changed.add(engine.column)
 
     def refresh(self, cost: CostModel, mean_output_tokens: float, requests_per_s: float) -> None:
-        """Bring the prices up to date; ``requests_per_s`` is the rate of the whole cluster."""
+        """Recompute outdated prices; ``requests_per_s`` is the arrival rate of the whole cluster."""
         inputs = self._inputs
         if (
             inputs is None
@@ -174,7 +174,7 @@ class PriceTable:
         self.fallbacks = set(columns.fallback_level.nonzero()[0].tolist())
 
     def _values_of(self, prices: Prices[float]) -> tuple[float, ...]:
-        """Return an engine's row of the table: its prices and its ``engine_time_weight`` with followers."""
+        """Return an engine's values in the table: its prices and ``PriceTable.engine_time_weight``."""
         return *astuple(prices), prices.queue_s * self._follower_weight + prices.engine_time_weight
 
     def _renew(self, column: int, inputs: PriceInputs) -> None:
@@ -187,7 +187,7 @@ class PriceTable:
         self._values[:, column] = self._values_of(prices)
 
     def validate(self) -> None:
-        """Check that the table holds what would be computed now; raise AssertionError if not."""
+        """Raise AssertionError if the table differs from newly computed prices."""
         for column, engine in enumerate(self.engines):
             assert engine.column == column, f"{engine.name} is in another column"
         if self._inputs is None:
@@ -205,7 +205,7 @@ class PriceTable:
 
 
 def prices_of(engine: EngineView, inputs: PriceInputs, slowness: float) -> Prices[float]:
-    """Return the prices of an engine in its present state; ``slowness`` is that of ``slowness_of``."""
+    """Return the prices of an engine in its current state; ``slowness`` is the result of ``slowness_of``."""
     load, limits, cost = engine.load, engine.capabilities, inputs.cost
     sequences = sequences_at(engine)
     rank = max(engine.adapters.largest_rank, engine.pending_adapters.largest_rank)
@@ -245,24 +245,24 @@ def prices_of(engine: EngineView, inputs: PriceInputs, slowness: float) -> Price
 
 
 def fitting_tokens(prices: Prices[float]) -> float:
-    """Return the length up to which prompts do not wait for KV memory."""
+    """Return the length of the longest prompt that does not wait for KV memory."""
     return -prices.kv_wait_s / prices.kv_wait_token_s if prices.kv_wait_token_s > 0 else INFINITY
 
 
 def sequences_at(engine: EngineView) -> int:
-    """Return how many sequences will decode in a step.
+    """Return the number of sequences that will decode in the steps with the next request's prefill.
 
-    Waiting requests count: they will decode in the steps that carry the next request's prefill.
+    Waiting requests are included, because they will have started by then.
     """
     max_running = engine.capabilities.max_running
     return min(engine.requests, max_running) if max_running > 0 else engine.requests
 
 
 def slowness_of(engine: EngineView, cost: CostModel) -> float:
-    """Return how much longer the engine's decode steps take than the cost model says, at least 1.
+    """Return the factor by which the engine's decode steps take longer than the cost model predicts, at least 1.
 
-    The engine measures its last steps without prefill. If such steps are rare, the measurement is of a time when fewer
-    requests ran, and the busiest engine would look like the fastest. So only slowness is believed.
+    The engine measures its last steps without prefill. Busy engines rarely have such steps, so the measurement may be
+    from a time with fewer requests. A busy engine would then look fast, so factors below 1 are ignored.
     """
     load, adapters = engine.load, engine.adapters
     if load.queue.running <= 0 or not _is_measured(load.speed.decode_step_s):
@@ -278,7 +278,7 @@ def slowness_of(engine: EngineView, cost: CostModel) -> float:
 
 
 class _StepPrices(NamedTuple):
-    """See ``Prices``; ``token_s`` is the time of each queued prefill token."""
+    """Inputs of ``Prices`` from the cost model; ``token_s`` is the time of each queued prefill token."""
 
     step_s: float
     token_s: float
@@ -309,7 +309,7 @@ def _step_prices(engine: EngineView, inputs: PriceInputs, sequences: int, rank: 
 
 
 def _place_wait_s(engine: EngineView, request_s: float) -> float:
-    """Return the wait for a place in the batch, where each running request takes ``request_s``."""
+    """Return the wait for a place in the batch if each running request takes ``request_s``."""
     max_running = engine.capabilities.max_running
     excess = engine.requests + 1 - max_running
     return excess / max_running * request_s if max_running > 0 and excess > 0 else 0.0
@@ -324,7 +324,7 @@ def _engine_time_weight(engine: EngineView) -> float:
 
 
 def _load_byte_s(load: EngineLoad, cost: CostModel) -> float:
-    """Return the time of a byte in the engine's mean load, without the part that does not depend on the bytes."""
+    """Return the measured load time per byte without the fixed time of a load, or else the cost model's."""
     mean = load.speed.load
     if mean is None or not (_is_measured(mean.bytes_per_s) and _is_measured(mean.slab_bytes)):
         return cost.load_byte_s
@@ -332,15 +332,15 @@ def _load_byte_s(load: EngineLoad, cost: CostModel) -> float:
 
 
 def _is_measured(value: float) -> bool:
-    """Return whether a reported rate is usable: zero, NaN and infinity are not."""
+    """Return whether a reported value was measured, that is, positive and finite."""
     return 0 < value < INFINITY
 
 
 def _pace(load: EngineLoad, full_token_s: float, slowness: float) -> float:
-    """Return how much longer steps with prefill take than the cost model says.
+    """Return the factor by which steps with prefill take longer than the cost model predicts.
 
-    Small chunks make the measured rate low whatever the engine can do. So slowness is believed only as far as decode
-    steps show it too.
+    Small chunks lower the measured prefill rate even on a fast engine. So the factor is limited to ``slowness``, which
+    is measured in decode steps.
     """
     if not _is_measured(load.speed.prefill_tokens_per_s):
         return slowness
@@ -354,9 +354,9 @@ def _kv_tokens(engine: EngineView) -> int:
 
 
 def _kv_wait(engine: EngineView, queue_tokens: int, request_s: float) -> tuple[float, float]:
-    """Return the wait for KV memory, for each token of the prompt and beside that.
+    """Return ``kv_wait_token_s`` and ``kv_wait_s`` of ``Prices``, which give the wait for KV memory.
 
-    It lasts until enough of the running requests have ended and freed their blocks.
+    A request waits until enough running requests have ended and freed their blocks.
     """
     limits, free_blocks = engine.capabilities, engine.load.memory.kv_blocks_free
     used_blocks = limits.kv_blocks - free_blocks

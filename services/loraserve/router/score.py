@@ -1,11 +1,11 @@
-"""The score of a request at every engine, in seconds; the lowest wins.
+"""The score of a request at every engine, in seconds. The engine with the lowest score is the best.
 
-score = predicted time to first token
-      + weight * engine time that the request costs over its life, including what other requests lose by it
+score = predicted time to first token (TTFT)
+      + engine_time_weight * engine time of the request until its end, including the delay of other requests
       + LOAD_WEIGHT * time to load the adapter
-      - PRIOR_STEPS decode steps for a planned copy, and as many for a resident one
+      - PRIOR_STEPS decode steps if the plan has a copy there, and again if the adapter is resident
 
-All engines are scored at once in numpy arrays with one column for each engine.
+Numpy arrays with one column for each engine score all engines at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,15 +21,15 @@ from loraserve.router.prices import Array, PriceTable
 from loraserve.router.view import ClusterView
 
 LOAD_WEIGHT = 1.5
-"""What a second of loading adds to the score beyond the wait for it: it takes pool space and bandwidth from others."""
+"""Score of a second of loading, besides its effect on TTFT: a load takes pool space and bandwidth from others."""
 _LOAD_WEIGHT, _ONE = np.array(LOAD_WEIGHT), np.array(1.0)
-# With as few engines as usual, numpy takes twice as long for an array and a number as for two arrays.
+# For few engines, numpy takes twice as long to combine an array with a float as with another array.
 PRIOR_STEPS = 0.5
-"""What a planned copy is worth, and a resident one, in decode steps: enough to decide between nearly equal engines."""
+"""Bonus for a planned copy, and again for a resident one. It only decides between nearly equal engines."""
 
 
 class AdapterColumns(msgspec.Struct, frozen=True, gc=False):
-    """The columns of engines by what they have of the request's adapter: a copy, a load, requests that use it."""
+    """The columns of engines where the request's adapter is resident, is loading or is used by other requests."""
 
     resident: list[int]
     loading: list[int]
@@ -37,10 +37,10 @@ class AdapterColumns(msgspec.Struct, frozen=True, gc=False):
 
 
 class Scores(msgspec.Struct, frozen=True, gc=False):
-    """The scores of a request and their parts, in arrays by column; ``cached_tokens`` and ``shares`` are by column too.
+    """The scores of a request by column, and the values from which they are computed.
 
-    ``own_s`` includes ``step_s``. See ``Prediction`` for the parts. The arrays do not change when the table does, and
-    ``engines`` are those that had the columns at that time.
+    ``Prediction`` explains the times. ``shares`` are the traffic shares of planned copies. Later changes of the price
+    table change neither the arrays nor ``engines``.
     """
 
     score: Array
@@ -58,14 +58,14 @@ class Scores(msgspec.Struct, frozen=True, gc=False):
 
 
 def score(context: RoutingContext, table: PriceTable, shares: Mapping[int, float]) -> Scores:
-    """Score the request at every ready engine, including engines that it does not fit.
+    """Score the request at every ready engine, including engines whose context or pool is too small for it.
 
-    ``shares`` are those of planned copies, by column.
+    ``shares`` are the traffic shares of planned copies, by column.
     """
     request, view, cost = context.request, context.view, context.cost
     prices, tokens = table.columns, len(request.prompt_tokens)
     columns, cached = adapter_columns(request, view), _cached_tokens(request, view)
-    # A copy, because requests that are sent later change the table.
+    # Copied, because the table changes when later requests are sent.
     queue_s = prices.queue_s.copy()
     if tokens > table.fitting_tokens:
         queue_s = queue_s + np.maximum(prices.kv_wait_token_s * tokens + prices.kv_wait_s, 0.0)
@@ -88,7 +88,7 @@ def score(context: RoutingContext, table: PriceTable, shares: Mapping[int, float
 
 
 def adapter_columns(request: Route, view: ClusterView) -> AdapterColumns:
-    """Return the columns of ready engines that have something of the request's adapter."""
+    """Return the columns of ready engines that hold, load or use the request's adapter."""
     columns = AdapterColumns([], [], [])
     if request.adapter is None:
         return columns
@@ -109,9 +109,9 @@ def adapter_columns(request: Route, view: ClusterView) -> AdapterColumns:
 def prefill_seconds(
     request: Route, columns: AdapterColumns, table: PriceTable, cost: CostModel, tokens: Array
 ) -> tuple[Array, Array]:
-    """Return the time of the steps that carry ``tokens`` of prefill: without that prefill, and in total.
+    """Return ``step_s`` and ``own_s``: the time of the steps that carry ``tokens`` of prefill, without and with it.
 
-    A step holds a limited number of tokens, and every sequence that decodes on the engine decodes in each of the steps.
+    A step holds a limited number of tokens. Every running sequence of the engine also decodes in each of these steps.
     """
     prices, adapter = table.columns, request.adapter
     token_s = cost.prefill_token_s + len(request.prompt_tokens) / 2 * cost.prefill_kv_token_s
@@ -132,16 +132,16 @@ def prefill_seconds(
 
 
 def engine_seconds(request: Route, columns: AdapterColumns, table: PriceTable, cost: CostModel, tokens: Array) -> Array:
-    """Return the engine time that the request costs over its life: its own, and what other requests lose by it.
+    """Return the engine time of the request until its end: its own work, and the delay of other requests.
 
-    ``tokens`` of its prompt need prefill. With padded cost, a rank above those of the other requests makes their steps
-    longer, and a rank below theirs is padded itself. The rank of the others is the one that the engine usually has: if
-    it were that of a single large adapter that happens to run, the next request of that rank would go there too and
-    keep the engine slow. With exact cost, each step reads the request's slab unless another request reads it anyway.
+    ``tokens`` is the number of prompt tokens that need prefill. With padded cost, each step is padded to its largest
+    rank, so a higher rank slows the other requests. Their rank is ``usual_rank``, a mean over time. The current largest
+    rank would make an engine with a single large adapter attract more requests of that rank and stay slow. With exact
+    cost, each step reads the request's slab, unless another request uses the same adapter.
     """
     engine_s: Array
     prices, adapter, prompt_tokens = table.columns, request.adapter, len(request.prompt_tokens)
-    # Nothing better than the mean is known of the length of the output.
+    # The output length is unknown. The mean is the best estimate, limited by ``max_tokens``.
     max_tokens, mean_output_tokens = max(1, request.sampling.max_tokens), table.mean_output_tokens
     output_tokens = max_tokens if max_tokens < mean_output_tokens else mean_output_tokens
     token_s = cost.prefill_token_s + prompt_tokens / 2 * cost.prefill_kv_token_s
@@ -166,7 +166,7 @@ def engine_seconds(request: Route, columns: AdapterColumns, table: PriceTable, c
 
 
 def prefill_tokens(request: Route, table: PriceTable, cached: Mapping[int, int]) -> Array:
-    """Return the prompt tokens that need prefill, by column, or a single number if nothing is cached anywhere."""
+    """Return how many prompt tokens need prefill, by column; a single number if no engine has cached any."""
     tokens = np.array(float(len(request.prompt_tokens)))
     if not cached:
         return tokens
@@ -181,11 +181,11 @@ def _rank(adapter: AdapterRef | None) -> Array:
 
 
 def _load_seconds(adapter: AdapterRef, columns: AdapterColumns, table: PriceTable) -> Array:
-    """Return the time until the adapter is resident: earlier loads, its own, and a wait for pool space if needed."""
+    """Return the time until the adapter is resident: earlier loads, its own load, and any wait for pool space."""
     prices = table.columns
     load_s: Array = prices.load_byte_s * np.array(float(adapter.slab_bytes)) + prices.load_base_s
     for column in columns.loading:
-        # The load began at an unknown time, so half of it remains on average; it has its pool space already.
+        # The load started at an unknown time: half of it remains on average. It already has its pool space.
         load_s[column] /= 2
     if adapter.slab_bytes > table.fitting_slab_bytes:
         wait_s = (prices.room_bytes < extent_bytes(adapter.slab_bytes)) * prices.room_wait_s

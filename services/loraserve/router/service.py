@@ -1,4 +1,4 @@
-"""The router process: it chooses an engine for each request and asks it to admit the request."""
+"""The router process: it chooses an engine for each request and asks that engine to admit it."""
 
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
@@ -29,11 +29,11 @@ from loraserve.router.view import ClusterView
 from loraserve.service import Service
 
 ENGINE_REFUSALS = ("overloaded", "draining", "starting")
-"""Refusals that concern the engine and not the request: another engine may take it."""
+"""Codes of refusals by one engine after which another engine may still admit the request."""
 
 
 class RouterService(Service):
-    """Holds the view of the cluster and the last plan; each request is admitted in its own task."""
+    """Routes each request in its own task, with the current view of the cluster and the last plan."""
 
     inbox = ToRouter
 
@@ -74,8 +74,8 @@ class RouterService(Service):
             self._learner.learn((engine.load for engine in self._view.ready_engines()), self._view.engines)
 
     def _set_plan(self, plan: Plan) -> None:
-        # The planner publishes its plan again and again. The date counts too: a planner that lost its disk begins at
-        # epoch 1 again.
+        # The planner publishes each plan repeatedly. The creation time is compared too, because a planner that lost its
+        # disk starts again at epoch 1.
         if self._plan_id == (plan.epoch, plan.created_unix_s):
             return
         self._plan_id = plan.epoch, plan.created_unix_s
@@ -98,22 +98,22 @@ class RouterService(Service):
         self.bus.respond(envelope, answer)
 
     def _prefetch(self, expect: Expect) -> None:
-        """Tell an engine to load the adapter of a request that is about to arrive."""
+        """Tell an engine to load the adapter of a request that will arrive soon."""
         now = self.clock.monotonic_s()
         self._view.expire_pending(now)
         if self.config.router.policy != "predicted":
-            return  # The other policies draw: the request would go to another engine.
+            return  # ``shares`` draws engines at random: the request may go elsewhere.
         engine = prefetch_engine(self._context(placeholder_request(expect)))
         if engine is not None:
             self._view.record_expected(engine, expect.adapter.version, now)
             self.bus.send(engine, ExpectAdapter(adapter=expect.adapter))
 
     async def _ask_candidates(self, request: Route, candidates: Iterable[Candidate]) -> Routed | Rejected:
-        """Ask the candidates in turn until one admits the request, or refuses it for a reason that holds everywhere."""
+        """Ask the candidates in turn until one admits the request, or gives a refusal that holds for every engine."""
         refusal = Rejected(request_id=request.request_id, code="no_engine", message="no engine answered; try again")
         for candidate in candidates:
             if refusal.code == "overloaded" and candidate.engine in self._view.drained:
-                break  # A drained engine replaces lost engines only: under load it would never become empty.
+                break  # Drained engines replace lost engines, not overloaded ones: they have to become empty.
             answer = await self._ask_engine(request, candidate)
             if isinstance(answer, Routed):
                 return answer
@@ -126,7 +126,7 @@ class RouterService(Service):
         return refusal
 
     async def _ask_engine(self, request: Route, candidate: Candidate) -> Routed | Rejected | None:
-        """Ask one engine to admit the request; return None if it does not answer."""
+        """Ask one engine to admit the request. Return None if it does not answer."""
         engine, reason = candidate.engine, candidate.reason
         self._view.record_sent(engine, request, self.clock.monotonic_s(), reason)
         admit = Admit(
@@ -141,11 +141,11 @@ class RouterService(Service):
         except RequestTimeoutError:
             self.log.warning("engine_silent", engine=engine, request=request.request_id)
             self._view.record_timeout(engine, request.request_id, self.clock.monotonic_s())
-            # The engine may have admitted the request, and only the next engine may run it.
+            # The engine may have admitted the request. Abort it there, because another engine will run it.
             self.bus.send(engine, Abort(request_id=request.request_id))
             return None
         except PeerError as error:
-            # The engine may have admitted the request and failed to answer.
+            # The engine may have admitted the request before the error.
             self.bus.send(engine, Abort(request_id=request.request_id))
             return self._refuse(engine, request, error.code, error.message)
         if not answer.ok:

@@ -1,8 +1,8 @@
-"""What the router knows of the cluster: the monitor's last picture, and what this router has done since.
+"""The router's view of the cluster: the monitor's last picture (``ClusterLoad``) and this router's later actions.
 
-Requests that were sent since the last picture count as load, or a burst between two pictures would all go to the engine
-that looked best in the first. If the monitor is silent, the last picture stays valid, and engines that do not answer
-requests are asked last.
+Requests that were sent after the last picture count as load. Otherwise a burst of requests would go to the single
+engine that looked best in that picture. If the monitor is silent, the last picture stays valid. Engines that do not
+answer requests are asked last.
 """
 
 from collections.abc import Mapping
@@ -22,25 +22,25 @@ from loraserve.router.prices import PriceTable
 from loraserve.story import Story
 
 PENDING_TIMEOUT_S = 1.0
-"""A request that no report mentions this long after it was sent has ended or never began."""
+"""If no report lists a request within this time after it was sent, it has ended or never started."""
 REPORT_MARGIN_S = 0.05
-"""A report's time is computed from its age when the monitor published it; the way from there to here takes time too."""
+"""Margin for the transfer from the monitor to this router, which ``EngineSeen.age_s`` does not include."""
 FORGET_MISSING_S = 5.0
-"""A monitor that has just started has not heard of every engine yet."""
+"""Engines missing from pictures are kept for this time, because a new monitor does not know every engine yet."""
 MAX_RUNNING = 50_000
 DEFAULT_OUTPUT_TOKENS = 64.0
 
 
 class ClusterView:
-    """Engines by name, where requests run, and which engines do not answer.
+    """The view of every engine by name, and the engine that runs each request.
 
     Attributes:
-        running: By request id.
-        drained: Names of engines that the plan empties.
-        mean_output_tokens: Mean output of a request, from the monitor's demand.
-        requests_per_s: Arrivals in the whole cluster.
-        prefixes: None if engines do not keep the KV cache of prompts.
-        story: What this router did with each request.
+        running: Running requests by request id.
+        drained: Names of the engines that the plan drains.
+        mean_output_tokens: Mean output length of a request, from the monitor's demand.
+        requests_per_s: Arrival rate of the whole cluster.
+        prefixes: Prompt prefixes cached by engines; None if engines have no prefix cache.
+        story: This router's actions for each request.
     """
 
     def __init__(self, prefix_cache: bool = True) -> None:
@@ -54,11 +54,11 @@ class ClusterView:
         self._engines_near: dict[str, dict[str, EngineView]] = {}
         self._last_picture: tuple[str, int] = ("", 0)
         self._oldest_pending_s = float("inf")
-        """No pending request was sent before."""
+        """No pending request was sent, and no expected adapter announced, before this time."""
         self.story = Story()
 
     def update(self, picture: ClusterLoad, now: float) -> bool:
-        """Apply a picture from the monitor; return False and change nothing if it is older than the last one."""
+        """Apply a picture from the monitor. Return False and ignore it if it is not newer than the last one."""
         incarnation, sequence = self._last_picture
         if picture.incarnation == incarnation and picture.sequence <= sequence:
             return False
@@ -80,7 +80,7 @@ class ClusterView:
         return True
 
     def ready_engines(self) -> list[EngineView]:
-        """Return the engines that take requests, fallback engines included, ordered by name."""
+        """Return the ready engines, including fallback engines, ordered by name."""
         return self._prices.engines
 
     def prices(self, cost: CostModel) -> PriceTable:
@@ -89,11 +89,11 @@ class ClusterView:
         return self._prices
 
     def engines_near(self, version: str) -> Mapping[str, EngineView]:
-        """Return, by name, at least all engines that have the adapter, load it, expect it or have requests for it."""
+        """Return, by name, all engines that hold, load, expect or use the adapter, and perhaps engines that did."""
         return self._engines_near.get(version, {})
 
     def cached_tokens(self, request: Route) -> Mapping[str, int]:
-        """Return, by engine name, how many tokens of the prompt its prefix cache most likely has."""
+        """Return how many prompt tokens each engine's prefix cache probably holds, by engine name."""
         return self.prefixes.cached_tokens(request) if self.prefixes is not None else {}
 
     def set_drained(self, engines: frozenset[str]) -> None:
@@ -104,7 +104,7 @@ class ClusterView:
                 self._prices.mark_changed(view)
 
     def record_sent(self, engine: str, request: Route, now: float, reason: str = "") -> None:
-        """Count a request that was sent to an engine as load there."""
+        """Count a sent request as load of its engine."""
         view = self.engines.get(engine)
         if view is not None:
             view.add_pending(request.request_id, self._pending_request(engine, request, now))
@@ -115,7 +115,7 @@ class ClusterView:
         self.story.tell(request.request_id, now, f"sent to {engine}" + (f", {reason}" if reason else ""))
 
     def record_expected(self, engine: str, version: str, now: float) -> None:
-        """Note that the engine was told to expect a request for this adapter, and loads it."""
+        """Record that the engine was told to load this adapter for an expected request."""
         view = self.engines[engine]
         view.expect(version, now)
         self._list(view, version)
@@ -143,9 +143,9 @@ class ClusterView:
         self.story.tell(request_id, now, f"refused by {engine}: {code}")
 
     def record_timeout(self, engine: str, request_id: str, now: float) -> None:
-        """Note that the engine did not answer.
+        """Record that the engine did not answer.
 
-        After two timeouts in a row it is asked last, until it answers or a later report shows that it lives.
+        After two consecutive timeouts it is asked last, until it answers or a later report shows that it is alive.
         """
         self.story.tell(request_id, now, f"no answer from {engine}")
         view = self.engines.get(engine)
@@ -155,10 +155,10 @@ class ClusterView:
             self._prices.mark_changed(view)
 
     def expire_pending(self, now: float) -> None:
-        """Drop pending requests that no report has mentioned in time; cheap enough to call before each decision."""
+        """Drop pending requests and expected adapters older than ``PENDING_TIMEOUT_S``. This is cheap."""
         if self._oldest_pending_s >= now - PENDING_TIMEOUT_S:
             return
-        # Engines that are not ready are included: they may become ready without a later report.
+        # Include engines that are not ready, because they may become ready without a later report.
         for view in self.engines.values():
             if view.oldest_s < now - PENDING_TIMEOUT_S:
                 view.drop_older(now - PENDING_TIMEOUT_S)
@@ -166,7 +166,7 @@ class ClusterView:
         self._oldest_pending_s = min((view.oldest_s for view in self.engines.values()), default=float("inf"))
 
     def validate(self) -> None:
-        """Check that sums agree with what they sum and that tables are bounded; raise AssertionError if not."""
+        """Raise AssertionError if a sum or an index is wrong, or a table too large."""
         for name, view in self.engines.items():
             self._validate_engine(name, view)
         for version, views in self._engines_near.items():
@@ -250,7 +250,7 @@ class ClusterView:
         return PendingRequest(tokens, request.adapter.version, now, request.adapter.rank, request.adapter.slab_bytes)
 
     def _set_running(self, request_id: str, engine: str, since_s: float, pending: PendingRequest | None) -> None:
-        """Note where a request runs; its adapter stays known for as long as it runs, if this router sent it."""
+        """Record the engine that runs a request, and the request's adapter if this router sent the request."""
         known = pending or self.running.get(request_id)
         version, rank = (known.version, known.rank) if known is not None else ("", 0)
         self.running[request_id] = RunningRequest(engine, since_s, version, rank)
@@ -258,7 +258,7 @@ class ClusterView:
             del self.running[next(iter(self.running))]
 
     def _drop_ended(self) -> None:
-        """Forget requests that a later report of their engine does not have any more."""
+        """Forget requests whose engine is lost or does not list them in a later report."""
         reported = {name: set(view.load.queue.request_ids) for name, view in self.engines.items()}
         for request_id, request in list(self.running.items()):
             view = self.engines.get(request.engine)
@@ -268,5 +268,5 @@ class ClusterView:
 
 
 def _versions_at(view: EngineView) -> set[str]:
-    """Return the versions of which the engine has something: a copy, a load or requests."""
+    """Return the versions of the adapters that the engine holds, loads, expects or has requests for."""
     return view.pending_adapters.versions.union(view.resident, view.loading, view.active, view.expected)
