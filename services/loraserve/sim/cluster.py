@@ -1,6 +1,6 @@
 """A simulated cluster: arrivals, the router's view, the monitor's demand windows, plans and their roll-out.
 
-Every decision is made by the live code. Messages take no time, and all engines report at the same moments.
+The production code makes every decision. Messages take no time, and all engines report at the same times.
 """
 
 from collections import Counter
@@ -34,11 +34,11 @@ from loraserve.sim.policies import Policy
 from loraserve.sim.workload import SimRequest, Workload
 
 PROGRESS_REQUESTS = 500
-"""Arrivals between two calls of the progress function."""
+"""Number of arrivals between two calls of the progress function."""
 
 
 class Simulation(EngineListener):
-    """One policy that serves one workload; ``run`` is called once."""
+    """A simulation of one policy on one workload. ``run`` may be called only once."""
 
     def __init__(
         self, workload: Workload, policy: Policy, profile: Profile, engines: int, settings: SimSettings | None = None
@@ -74,7 +74,7 @@ class Simulation(EngineListener):
         self._arrivals_start_s = 0.0
 
     def run(self, progress: Callable[[float], None] = lambda share: None) -> Outcome:
-        """Simulate the whole workload; ``progress`` is called now and then with the share that has arrived."""
+        """Simulate the whole workload. ``progress`` is called with the share of requests that have arrived."""
         self._report(0.0)
         self._replan(0.0)
         self._check_hopeless(0.0)
@@ -108,7 +108,7 @@ class Simulation(EngineListener):
     # Arrivals
 
     def _start_arrivals(self, now: float) -> None:
-        """Begin the workload; its times count from now."""
+        """Start the workload. Its times are relative to ``now``."""
         self._arrivals_start_s = now
         if self._workload.requests:
             self._schedule_arrival(0)
@@ -146,9 +146,9 @@ class Simulation(EngineListener):
         self._view.record_admitted(first.engine, request_id, INCARNATION, now)
 
     def _route_message(self, request_id: str, index: int, request: SimRequest) -> tuple[Route, int]:
-        """Return what the router sees of a request, and its output tokens, which clients rarely know beforehand.
+        """Return a request's message to the router and its number of output tokens, which the router does not know.
 
-        All prompts begin differently: traces say nothing of shared prefixes.
+        Each prompt starts with a different token, because traces do not describe shared prefixes.
         """
         max_tokens = self._profile.engine.max_model_tokens
         prompt = max(1, min(request.prompt_tokens, max_tokens - 2))
@@ -165,7 +165,7 @@ class Simulation(EngineListener):
     # Reports and plans
 
     def _report(self, now: float) -> None:
-        """Let every engine report, and give the monitor's picture to the router and the planner."""
+        """Collect the reports of all engines and pass them to the router's view and the planner."""
         self._timeline.schedule(now + self._settings.report_interval_s, self._report)
         loads = []
         for engine in self.engines.values():
@@ -196,7 +196,7 @@ class Simulation(EngineListener):
         self._planner.plan(self._current_demand(now), self._loads, self._learner.cost, now)
 
     def _publish_plan(self, plan: Plan, now: float) -> None:
-        # Requests arrive once the first plan is in force: the simulated cluster is warm.
+        # Arrivals start after the first plan is published, so that engines have loaded its adapters.
         if self._plan is None:
             self._start_arrivals(now)
         self._plan = PlannedCopies(plan)
@@ -221,7 +221,7 @@ class Simulation(EngineListener):
             engine.rank_tokens.clear()
 
     def _check_hopeless(self, now: float) -> None:
-        """Stop the run if so many requests have waited for so long that the P95 must exceed ``hopeless`` SLOs."""
+        """Stop the run if its P95 TTFT is already certain to exceed ``hopeless`` times the SLO."""
         if isinf(self._settings.hopeless):
             return
         self._timeline.schedule(now + self._settings.slo_ttft_s, self._check_hopeless)
@@ -252,7 +252,7 @@ class Simulation(EngineListener):
 
 def _scheduler_limits(profile: Profile, workload: Workload, everywhere: bool) -> SchedulerLimits:
     engine = profile.engine
-    # A policy that gets every adapter at no cost gets the pool for them at no cost too.
+    # With ``everywhere``, the pool holds all adapters and takes no KV memory.
     all_bytes = sum(extent_bytes(adapter.slab_bytes) for adapter in workload.adapters)
     return SchedulerLimits(
         kv_blocks=engine.kv_blocks,

@@ -1,7 +1,7 @@
-"""Comparisons of policies: the largest load that each serves under the SLO, and their figures at the same loads.
+"""Compares policies: finds the largest load that each policy serves under the SLO, and their figures at equal loads.
 
-``capacity_rps`` estimates where the search for that load begins, and ``limit_rps`` bounds it for every policy. Runs are
-asked for in batches. The runs of a batch do not depend on each other, so that they can run in parallel.
+``capacity_rps`` estimates the load at which the search starts. ``limit_rps`` is an upper bound of the largest load for
+every policy. Runs are requested in batches. The runs of a batch are independent, so they can run in parallel.
 """
 
 from collections.abc import Callable, Sequence
@@ -27,25 +27,25 @@ OURS = "ours"
 LOAD_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)
 """The loads at which all policies are compared, as shares of the best baseline's largest load."""
 PRECISION = 0.02
-"""The largest load is found to within this share."""
+"""Relative precision of the search for the largest load."""
 MAX_ENGINE_FACTOR = 3
-"""A policy that needs more than this many times the engines gets no number of engines."""
+"""The search for the number of engines tries at most this many times the engines of the comparison."""
 FIRST_FACTOR = 1.3
 LATER_FACTOR = 4.0
 NEARBY_TRIES = 4
 MAX_TRIES = 12
 MAX_GUESS_ERROR = 200.0
-"""A search gives up below the guessed capacity divided by this."""
+"""A search stops when the load falls below the estimated capacity divided by this."""
 EFFICIENCY_FACTORS = (0.5, 2.0)
 
 
 class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What a comparison computes.
+    """Options of a comparison.
 
     Attributes:
-        shares: The loads at which policies are compared, as shares of the best baseline's largest load; 0.8 is one.
+        shares: The loads at which policies are compared, as shares of the best baseline's largest load. 0.8 is required.
         count_engines: Whether to search for the number of engines that each policy needs.
-        draws: How often a random placement is drawn; the median draw by largest load is compared.
+        draws: Number of draws of a random placement. The draw with the median largest load is compared.
     """
 
     shares: tuple[float, ...] = LOAD_SHARES
@@ -54,24 +54,24 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Entrant(NamedTuple):
-    """A policy and the seed of its runs; a policy with a random placement has one entrant for each draw."""
+    """A policy and the seed of its runs. A policy with a random placement has one entrant for each draw."""
 
     policy: str
     seed: int
 
 
 Curves = dict[Entrant, dict[float, RunFigures]]
-"""Figures by entrant and load."""
+"""Figures by entrant, then by load in requests/s."""
 
 
 class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
     """The results of one policy, or of its median draw.
 
     Attributes:
-        max_rps: The largest load under the SLO; ``max_rps_draws`` has that of all draws, ascending.
+        max_rps: The largest load under the SLO, in requests/s. ``max_rps_draws`` lists it for all draws, ascending.
         at_80pct: Figures at 80% of the best baseline's largest load.
-        engines_needed: For all of that load; None if more than ``MAX_ENGINE_FACTOR`` times the engines are needed.
-        curve: Figures of all runs, in the order of load.
+        engines_needed: Number for the best baseline's largest load; None if not found or not searched.
+        curve: Figures of all runs in ascending order of load.
     """
 
     policy: str
@@ -83,7 +83,7 @@ class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """The results of all policies; engines are counted for the best baseline's largest load."""
+    """The results of all policies on one workload with the same number of engines."""
 
     engines: int
     slo_ttft_s: float
@@ -93,7 +93,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     results: dict[str, PolicyResult]
 
     def p95_at(self, policy: str, share: float) -> float:
-        """Return P95 TTFT at one of the ``shares`` of the best baseline's largest load."""
+        """Return a policy's P95 TTFT at one of the ``shares`` of the best baseline's largest load."""
         rps = share * self.best_baseline_rps
         return next(p.p95_ttft_s for p in self.results[policy].curve if abs(p.rps - rps) < 1e-6 * rps)
 
@@ -101,9 +101,9 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 def compare(
     base: RunSpec, policies: Sequence[str], guess_rps: float, run_all: RunAll, options: CompareOptions
 ) -> Comparison:
-    """Compare policies on the workload, engines and profile of ``base``; ``guess_rps`` is where the searches begin.
+    """Compare policies on the workload, engines and profile of ``base``. Searches for loads start at ``guess_rps``.
 
-    Raises ConfigError if no baseline meets the SLO at any load, because there is nothing to compare with then.
+    Raises ConfigError if no baseline meets the SLO at any load.
     """
     entrants = {
         policy: [
@@ -114,7 +114,7 @@ def compare(
     }
     curves: Curves = {entrant: {} for draws in entrants.values() for entrant in draws}
     largest_of = find_largest(base, guess_rps, run_all, curves)
-    # The median draw; of an even number, the lower one in the middle.
+    # Choose the median draw by largest load; for an even number of draws, the lower median.
     chosen = {
         policy: sorted(draws, key=lambda entrant: largest_of[entrant])[(len(draws) - 1) // 2]
         for policy, draws in entrants.items()
@@ -151,7 +151,7 @@ def compare(
 
 
 def find_largest(base: RunSpec, guess_rps: float, run_all: RunAll, curves: Curves) -> dict[Entrant, float]:
-    """Return the largest load under the SLO of each entrant, searching for all entrants at once."""
+    """Return each entrant's largest load under the SLO. Each batch has one run of every unfinished search."""
     searches = {entrant: _LoadSearch(guess_rps, base.settings.slo_ttft_s) for entrant in curves}
     while unfinished := {e: s for e, s in searches.items() if not s.is_done}:
         _add_points(base, [(e, s.next_rps) for e, s in unfinished.items()], run_all, curves)
@@ -163,9 +163,9 @@ def find_largest(base: RunSpec, guess_rps: float, run_all: RunAll, curves: Curve
 def engines_needed(
     base: RunSpec, entrants: Sequence[Entrant], rps: float, run_all: RunAll
 ) -> dict[Entrant, int | None]:
-    """Return the fewest engines with which each entrant serves this load under the SLO.
+    """Return the smallest number of engines with which each entrant serves the load ``rps`` under the SLO.
 
-    None means that ``MAX_ENGINE_FACTOR`` times the engines of ``base`` do not suffice.
+    The number is None if an entrant needs more than ``MAX_ENGINE_FACTOR`` times the engines of ``base``.
     """
     low = dict.fromkeys(entrants, 0)
     high: dict[Entrant, int] = dict.fromkeys(entrants, MAX_ENGINE_FACTOR * base.engines + 1)
@@ -176,17 +176,17 @@ def engines_needed(
             meets = figures.p95_ttft_s <= base.settings.slo_ttft_s
             (high if meets else low)[entrant] = tried[entrant]
             middle = (low[entrant] + high[entrant]) // 2
-            # Most policies need about as many engines as there are, so nearby numbers are tried before the middle.
+            # Most policies need about as many engines as ``base`` has, so try nearby numbers before the middle.
             near = ceil(tried[entrant] * (0.8 if meets else 1.25))
             tried[entrant] = near if low[entrant] < near < high[entrant] else middle
     return {e: None if high[e] > MAX_ENGINE_FACTOR * base.engines else high[e] for e in entrants}
 
 
 def changed_profiles(profile: Profile) -> dict[str, Profile]:
-    """Return the profile itself, and the profile with each of its efficiencies halved and doubled.
+    """Return the profile and variants of it with one efficiency halved or doubled, each with a label as key.
 
-    An efficiency that is a share of a datasheet's figure is at most 1. Raises ConfigError if the profile was measured
-    and not derived, because it has no efficiencies then.
+    An efficiency that is a share of a datasheet's figure stays at most 1. Raises ConfigError if the profile was not
+    derived from a known datasheet.
     """
     if profile.origin != "derived":
         raise ConfigError(f"profile of {profile.model} on {profile.hardware} was measured; take a derived one")
@@ -206,7 +206,7 @@ def changed_profiles(profile: Profile) -> dict[str, Profile]:
 
 
 class _LoadSearch:
-    """A bisection for the largest load under the SLO: it first finds a load on either side, then halves the bracket."""
+    """A bisection for the largest load under the SLO. It starts when one load met the SLO and one exceeded it."""
 
     def __init__(self, guess_rps: float, slo_ttft_s: float) -> None:
         self.next_rps = guess_rps
@@ -229,7 +229,7 @@ class _LoadSearch:
         return self._low.rps if self._low is not None else 0.0
 
     def add(self, figures: RunFigures) -> None:
-        """Narrow the bracket by a run at ``next_rps``."""
+        """Add the figures of the run at ``next_rps`` and choose the next load."""
         self._tries += 1
         if figures.p95_ttft_s <= self._slo_s:
             self._low = figures
@@ -245,9 +245,9 @@ class _LoadSearch:
 
 
 def _add_points(base: RunSpec, wanted: Sequence[tuple[Entrant, float]], run_all: RunAll, curves: Curves) -> None:
-    """Run the wanted points and add them to the curves.
+    """Run the wanted entrants and loads and add the figures to the curves.
 
-    A point well above a load that was hopeless gets the figures of that load without a run.
+    A load far above a hopeless one is not run and gets the figures of the hopeless load.
     """
     hopeless = {e: min((rps for rps, p in c.items() if p.hopeless), default=inf) for e, c in curves.items()}
     runs = []
@@ -273,25 +273,25 @@ def _spec(base: RunSpec, entrant: Entrant, rps: float) -> RunSpec:
 def capacity_rps(workload: Workload, profile: Profile, engines: int) -> float:
     """Return a rough estimate of the requests per second that a cluster serves.
 
-    It assumes that all engines have the same work and always compute half-full batches of a single rank.
+    The estimate assumes that all engines have equal work and always compute half-full batches of a single rank.
     """
     seconds = _engine_seconds(workload, profile, profile.engine.max_running / 2, slab_reads=0.5)
     return engines * len(workload.requests) / seconds if seconds else 1.0
 
 
 def limit_rps(workload: Workload, profile: Profile, engines: int) -> float:
-    """Return requests per second that no placement and no routing can exceed permanently.
+    """Return an upper bound of the requests per second that any policy can serve permanently.
 
-    Every engine computes all the time, its batches are as full as places and KV memory allow, no token pays for a rank
-    above its own, and slabs are read for nothing. What a short run serves beyond this still waits or decodes when
-    arrivals end.
+    The bound assumes that engines are never idle and that batches are as full as ``max_running`` and KV memory allow.
+    No token is padded to a higher rank, and reading slabs takes no time. A load above the bound can meet the SLO only
+    in a short run, in which requests still wait when arrivals end.
     """
     seconds = _engine_seconds(workload, profile, _fullest_batch(workload, profile), slab_reads=0.0)
     return engines * len(workload.requests) / seconds if seconds else float("inf")
 
 
 def _engine_seconds(workload: Workload, profile: Profile, batch: float, slab_reads: float) -> float:
-    """Return the engine time of all requests; ``slab_reads`` are reads of its slab for each decoded token."""
+    """Return the engine time of all requests in seconds. Each decoded token reads ``slab_reads`` slabs."""
     return sum(_request_s(r, workload.adapters[r.adapter], profile, batch, slab_reads) for r in workload.requests)
 
 
@@ -315,7 +315,7 @@ def _request_s(request: SimRequest, adapter: AdapterRef, profile: Profile, batch
 
 
 def _fullest_batch(workload: Workload, profile: Profile) -> float:
-    """Return the mean number of decoding sequences while KV memory is always full."""
+    """Return the mean number of decoding sequences while the batch or KV memory is always full."""
     engine = profile.engine
     tokens = sum(r.output_tokens for r in workload.requests)
     held = sum(r.output_tokens * (r.prompt_tokens + r.output_tokens / 2) for r in workload.requests)

@@ -1,12 +1,12 @@
-"""The policies that the simulator compares, each a way to place copies and a way to route requests.
+"""The policies that the simulator compares. Each policy places copies of adapters and routes requests.
 
-``ours`` and ``loraserve`` are the live code. The others do what their papers and sources describe:
+``ours`` (the default policy) and ``loraserve`` run the production code. The others follow their papers or sources:
 
-- ``slora-random`` and ``slora-contiguous`` deal adapters out to engines once, and a request goes to the engine of its
-  adapter. These are the placements that the LoRAServe paper compares with.
-- ``toppings`` has every adapter on every engine, and a request goes where it would finish first by a model that knows
-  ranks (Li et al., "Toppings: CPU-Assisted, Rank-Aware Adapter Serving for LLM Inference", USENIX ATC 2025).
-- ``dynamo`` makes copies in proportion to load, on engines chosen by rendezvous hashing, with hysteresis; a request
+- ``slora-random`` and ``slora-contiguous`` assign each adapter to one engine, once. A request goes to the engine of
+  its adapter. The LoRAServe paper compares with these placements.
+- ``toppings`` keeps every adapter on every engine. A request goes to the engine that a rank-aware cost model predicts
+  to finish it first (Li et al., "Toppings: CPU-Assisted, Rank-Aware Adapter Serving for LLM Inference", ATC 2025).
+- ``dynamo`` makes copies in proportion to load, with hysteresis, on engines chosen by rendezvous hashing. A request
   goes to the copy with the fewest requests (NVIDIA Dynamo 1.3, ``lora/routing``).
 """
 
@@ -29,11 +29,11 @@ from loraserve.router.engine_view import EngineView
 from loraserve.router.policy import POLICIES, RoutingPolicy
 
 HYSTERESIS = 0.2
-"""Dynamo keeps the number of copies of an adapter if the target differs by no more than this share of it."""
+"""``dynamo`` keeps an adapter's number of copies if the target differs by at most this share of that number."""
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """A policy; with ``everywhere`` every engine holds every adapter at no cost."""
+    """A placement and a routing policy. With ``everywhere``, every engine holds every adapter at no cost."""
 
     name: str
     place: PlacementPolicy
@@ -46,7 +46,7 @@ NAMES = ("slora-random", "slora-contiguous", "toppings", "dynamo", "loraserve", 
 
 
 def policy_named(name: str, seed: int = 0) -> Policy:
-    """Return a policy, or raise ConfigError; ``seed`` determines a random placement."""
+    """Return a policy; ``seed`` determines a random placement. Raises ConfigError if the name is unknown."""
     match name:
         case "slora-random":
             return Policy(name, partial(place_at_random, seed), route_to_copy, random_placement=True)
@@ -67,14 +67,14 @@ def policy_named(name: str, seed: int = 0) -> Policy:
 
 
 def place_at_random(seed: int, inputs: PlanInput) -> tuple[Placement, ...]:
-    """Deal adapters out once in random order, as many to each engine."""
+    """Keep the current placement, or assign adapters to engines in random order, equally many to each."""
     versions = sorted(inputs.adapters)
     Random(f"placement {seed}").shuffle(versions)
     return tuple(inputs.current) or _deal(inputs, versions, lambda i: i % len(inputs.engines))
 
 
 def place_contiguously(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Deal adapters out once in the order of their names: the first ones to the first engine, and so on."""
+    """Keep the current placement, or assign an equal, contiguous range of adapters by name to each engine."""
     versions = sorted(inputs.adapters, key=lambda version: (inputs.adapters[version].name, version))
     return tuple(inputs.current) or _deal(inputs, versions, lambda i: i * len(inputs.engines) // len(versions))
 
@@ -89,9 +89,9 @@ def place_everywhere(inputs: PlanInput) -> tuple[Placement, ...]:
 
 
 def place_by_rendezvous(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Make copies in proportion to requests per second, at least one, on the engines with the highest hashes.
+    """Make at least one copy of each adapter, in proportion to requests/s, on the engines with the highest hashes.
 
-    Every engine has slots for its part of all copies, and one more.
+    Each engine has slots for an equal number of all copies, plus one slot.
     """
     names = [engine.engine for engine in inputs.engines]
     total_rps = sum(d.requests_per_s for d in inputs.demand)
@@ -138,20 +138,20 @@ def route_to_copy(context: RoutingContext) -> Candidates | Rejected:
 
 
 def route_to_least_requests(context: RoutingContext) -> Candidates | Rejected:
-    """Route to the copy with the fewest requests, whatever their size."""
+    """Route to the copy on the engine with the fewest requests, regardless of their length."""
     return _route_to_minimum(context, lambda engine: engine.requests + context.rng.random())
 
 
 def route_to_least_finish(context: RoutingContext) -> Candidates | Rejected:
-    """Route to the copy where the request would finish first."""
+    """Route to the copy with the smallest predicted time to the end of the request (``finish_s``)."""
     output_tokens = context.view.mean_output_tokens
     return _route_to_minimum(context, lambda engine: finish_s(context.request, engine, context.cost, output_tokens))
 
 
 def finish_s(request: Route, engine: EngineView, cost: CostModel, output_tokens: float) -> float:
-    """Return the predicted time to the end of a request: queued prefill and its own, then one step for each token.
+    """Return the predicted time to the end of a request: queued prefill, its own prefill and its decode steps.
 
-    ``output_tokens`` is the mean of all requests, because the length of the output is not known beforehand.
+    ``output_tokens`` is the mean of all requests, because the output length is not known in advance.
     """
     load, limits, running, pending = engine.load, engine.capabilities, engine.adapters, engine.pending_adapters
     rank = request.adapter.rank if request.adapter else 0

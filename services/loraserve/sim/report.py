@@ -1,4 +1,4 @@
-"""A comparison as tables and sentences, and as the keys of the final line of JSON."""
+"""Formats comparisons as tables and sentences, and as the content of the final line of JSON."""
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
@@ -10,7 +10,7 @@ from loraserve.text import table
 
 RANDOM, TOPPINGS = "slora-random", "toppings"
 MAX_BYTES_SHARE = 0.25
-"""Our goal for the adapter bytes that an engine needs to hold."""
+"""Goal: an engine needs to hold at most this share of all adapter bytes."""
 EQUAL_P95_FACTOR = 1.02
 """P95s within this factor count as equal."""
 
@@ -20,7 +20,7 @@ def value_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value with three digits; None and infinity are "-"."""
+    """Return a value as text with three digits, or "-" if it is None or not finite."""
     if value is None or (isinstance(value, float) and not isfinite(value)):
         return "-"
     if isinstance(value, float):
@@ -59,7 +59,7 @@ def summary_table(comparison: Comparison) -> str:
 
 
 def draws_text(comparison: Comparison) -> list[str]:
-    """Return a line with the range of largest loads for each policy whose placement was drawn several times."""
+    """Return one line for each policy whose placement was drawn several times: the range of its largest loads."""
     return [
         f"({name}: the median of {len(draws)} draws, whose max rps are {cell(draws[0])} to {cell(draws[-1])})"
         for name, result in comparison.results.items()
@@ -68,9 +68,9 @@ def draws_text(comparison: Comparison) -> list[str]:
 
 
 def too_short_text(comparison: Comparison) -> list[str]:
-    """Return a line that names the policies for which no load was too much.
+    """Return a line that names the policies that met the SLO at every load.
 
-    Their largest load is where the search ended, and not a limit of theirs.
+    The largest load of such a policy is only the load at which the search ended.
     """
     names = [
         name
@@ -84,13 +84,13 @@ def too_short_text(comparison: Comparison) -> list[str]:
 
 
 def load_table(comparison: Comparison) -> str:
-    """Return a table of P95 TTFT for each policy at each share of the best baseline's largest load."""
+    """Return a table of each policy's P95 TTFT at each share of the best baseline's largest load."""
     rows = [[name, *(comparison.p95_at(name, share) for share in comparison.shares)] for name in comparison.results]
     return value_table(["P95 TTFT (s) at load", *(f"{share:.0%}" for share in comparison.shares)], rows)
 
 
 def shortfalls(comparison: Comparison, limit_rps: float) -> list[str]:
-    """Return a sentence for each goal that ours misses; ``limit_rps`` is what no placement can serve."""
+    """Return a sentence for each goal that the policy ``ours`` misses. No placement can serve ``limit_rps``."""
     results = comparison.results
     if OURS not in results:
         return []
@@ -118,7 +118,7 @@ def shortfalls(comparison: Comparison, limit_rps: float) -> list[str]:
 
 
 def json_figures(comparison: Comparison) -> dict[str, dict[str, Any]]:
-    """Return the figures of each policy for the line of JSON; infinite ones are null."""
+    """Return the figures of each policy for the line of JSON. Infinite figures become null."""
     return {
         name: {
             "max_rps": json_number(result.max_rps),
@@ -133,12 +133,12 @@ def json_figures(comparison: Comparison) -> dict[str, dict[str, Any]]:
 
 
 def json_number(value: float | None) -> float | None:
-    """Return a value with four digits; None if it is not finite."""
+    """Return a value rounded to four digits, or None if it is not finite."""
     return float(f"{value:.4g}") if value is not None and isfinite(value) else None
 
 
 def grid_table(comparisons: Mapping[str, Comparison]) -> str:
-    """Return a table of ours against the best baseline and against toppings, with one row for each workload."""
+    """Return a table that compares ``ours`` with the best baseline and ``toppings``, one row for each workload."""
     rows = []
     for name, c in comparisons.items():
         ours, toppings = c.results[OURS], c.results[TOPPINGS]
@@ -159,13 +159,13 @@ def grid_table(comparisons: Mapping[str, Comparison]) -> str:
 
 
 def _p95_pair(comparison: Comparison, share: float) -> str:
-    """Return the P95 of ours and the lowest P95 of any baseline."""
+    """Return the P95 TTFT of ``ours`` and the lowest P95 TTFT of the other policies, as text."""
     others = min(comparison.p95_at(name, share) for name in comparison.results if name != OURS)
     return f"{cell(comparison.p95_at(OURS, share))}/{cell(others)}"
 
 
 def gains(comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
-    """Return the ratios of largest loads, ours to toppings and to the best baseline, over all workloads."""
+    """Summarize the ratios of the largest load of ``ours`` to that of ``toppings`` and of the best baseline."""
     toppings = sorted(c.results[OURS].max_rps / (c.results[TOPPINGS].max_rps or 1e-9) for c in comparisons.values())
     best = sorted(c.results[OURS].max_rps / (c.best_baseline_rps or 1e-9) for c in comparisons.values())
     return {

@@ -1,8 +1,8 @@
-"""Request traces in CSV files: when each client sent a request, and for how many tokens.
+"""Reads request traces from CSV files: the time, the client and the token counts of each request.
 
-The header tells two kinds apart: ``time_s,client,prompt_tokens,output_tokens`` (time in seconds; our format, used for
-traces drawn from ServeGen's statistics) and ``TIMESTAMP,ContextTokens,GeneratedTokens`` (LLM inference traces of the
-Azure Public Dataset). The columns may be in any order, and other columns are ignored.
+The header selects one of two formats. ``time_s,client,prompt_tokens,output_tokens`` is this project's format, with
+times in seconds. ``TIMESTAMP,ContextTokens,GeneratedTokens`` is the format of the LLM inference traces of the Azure
+Public Dataset. The columns may be in any order, and other columns are ignored.
 """
 
 import csv
@@ -22,11 +22,11 @@ from loraserve.errors import ConfigError
 OWN_COLUMNS = ("time_s", "client", "prompt_tokens", "output_tokens")
 AZURE_COLUMNS = ("TIMESTAMP", "ContextTokens", "GeneratedTokens")
 AZURE_CLIENT = "azure"
-"""Azure's traces do not name clients: all requests get this one."""
+"""The client of all requests in Azure's traces, which do not name clients."""
 
 
 class TraceRequest(msgspec.Struct, frozen=True, gc=False):
-    """A request; ``time_s`` counts from the trace's own zero, which is the first request in Azure's traces."""
+    """A request. ``time_s`` is relative to the start of the trace, or to the first request in Azure's traces."""
 
     time_s: float
     client: str
@@ -35,7 +35,7 @@ class TraceRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 def read_trace(path: Path | str) -> list[TraceRequest]:
-    """Return all requests in the order of time; a name that ends in ``.gz`` means a compressed file.
+    """Return all requests, sorted by time. A file whose name ends in ``.gz`` is decompressed.
 
     Raises ConfigError if the file cannot be used. The message names the file, the line and the field.
     """
@@ -55,13 +55,13 @@ def read_trace(path: Path | str) -> list[TraceRequest]:
 
 
 def parse_trace(lines: Iterable[str], name: str) -> list[TraceRequest]:
-    """Return all requests in the order of time; ``name`` is the file's name in error messages."""
+    """Return all requests, sorted by time; ``name`` is the file's name in error messages."""
     rows = csv.reader(lines)
     try:
         header = [column.strip() for column in next(rows, [])]
         columns = _columns_of(header, name)
         places = [header.index(column) for column in columns]
-        # There are hundreds of thousands of lines, so values are checked while they are converted.
+        # Traces have hundreds of thousands of lines, so values are checked while they are converted.
         requests = [_parse_row(row, columns, places) for row in rows if row]
     except _FieldError as error:
         raise ConfigError(f"{name}, line {rows.line_num}, {error}") from error
@@ -76,7 +76,7 @@ def parse_trace(lines: Iterable[str], name: str) -> list[TraceRequest]:
 
 
 class _FieldError(Exception):
-    """A value cannot be used; the text names the column and what is expected."""
+    """A value is invalid. The message names the column and the expected value."""
 
 
 def _columns_of(header: list[str], name: str) -> tuple[str, ...]:
@@ -119,7 +119,7 @@ def _parse_seconds(text: str) -> float:
 
 
 def _parse_timestamp(text: str) -> float:
-    """Return seconds since the epoch; a time without a zone counts as UTC."""
+    """Return the seconds since the Unix epoch. A time without a zone is in UTC."""
     try:
         stamp = datetime.fromisoformat(text.strip())
     except ValueError:
