@@ -107,7 +107,7 @@ async def _wait(counts: Counts, seconds: float) -> None:
 def _read_logs(engines: Engines, counts: Counts) -> None:
     for name in ENGINES:
         ended = [each for each in engines.events(name, "lease_ended") if each["reader"] in ENGINES]
-        counts.leases_expired += sum(each["why"] == "expired" for each in ended)
+        counts.leases_expired += sum(each["reason"] == "expired" for each in ended)
         counts.mismatches_seen += sum(each["code"] == "corrupt" for each in engines.events(name, "source_failed"))
         loaded = [each["transport"] for each in engines.events(name, "adapter_loaded") if each["source"] in ENGINES]
         counts.read_over_shm += loaded.count("shm")

@@ -23,7 +23,7 @@ def test_a_hello_names_version_process_and_incarnation() -> None:
 def test_another_version_is_refused_but_named() -> None:
     seen = wire.parse_hello(wire.encode_hello("engine-0", INCARNATION, PROTOCOL_VERSION + 1))
     assert (seen.name, seen.incarnation) == ("engine-0", INCARNATION)
-    assert f"speaks protocol {PROTOCOL_VERSION + 1}, this process {PROTOCOL_VERSION}" in seen.refusal
+    assert f"uses protocol {PROTOCOL_VERSION + 1}, this process {PROTOCOL_VERSION}" in seen.refusal
 
 
 @pytest.mark.parametrize(
