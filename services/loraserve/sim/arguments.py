@@ -1,6 +1,6 @@
-"""The flags of scripts/simulate, their checks, and what they ask for.
+"""The flags of scripts/simulate, their checks, and the runs that they describe.
 
-Wrong flags raise ConfigError with the name of the flag, before anything runs.
+An invalid flag raises ConfigError with the flag's name before any simulation runs.
 """
 
 import argparse
@@ -163,7 +163,7 @@ def policies_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def loads_of(arguments: argparse.Namespace) -> list[float]:
-    """Return the loads of a sweep."""
+    """Return the loads of a sweep (--loads) in requests/s."""
     try:
         loads = [float(text) for text in arguments.loads.split(",")] if arguments.loads else []
     except ValueError as error:
@@ -204,7 +204,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> Profile:
-    """Return the profile with the LoRA cost of --cost; derived profiles are shipped with both costs."""
+    """Return the profile of --profile with the LoRA cost of --cost. Derived profiles are shipped with both costs."""
     name: str = arguments.profile
     padded = name.removesuffix("-padded") + "-padded"
     if arguments.cost == "padded" and (SHIPPED / f"{padded}.json").exists():

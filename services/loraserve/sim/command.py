@@ -1,6 +1,6 @@
-"""scripts/simulate: from flags to runs, tables, plots and a final line of JSON.
+"""The command scripts/simulate: runs simulations and prints tables and a final line of JSON.
 
-Each mode is a function ``run_...`` of the flags, the run that they describe, and the policies' names.
+Each mode is a function ``run_*``. Its arguments are the flags, the run that they describe and the policies' names.
 """
 
 import argparse
@@ -34,18 +34,18 @@ from loraserve.sim.workload import grid_shapes
 DEFAULT_LOAD = 0.7
 """The load of a single run without --rps, as a share of the estimated capacity."""
 SAMPLE_REQUESTS = 2000
-"""Requests from which the capacity is estimated."""
+"""Number of requests from which the capacity is estimated."""
 
 
 class Result(NamedTuple):
-    """What is printed: the content of the line of JSON, and the text before it."""
+    """The content of the printed line of JSON, and the text that is printed before it."""
 
     content: dict[str, Any]
     text: str
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Return the exit status: 0 for success, 1 if the work could not be done, 2 for wrong usage."""
+    """Return the exit status: 0 for success, 1 for an error, 130 for Ctrl-C. Wrong usage raises SystemExit."""
     arguments = make_parser().parse_args(argv)
     try:
         base = spec_of(arguments)
@@ -82,7 +82,7 @@ def run_one(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> R
 
 
 def outcome_figures(outcome: Outcome) -> dict[str, float]:
-    """Return the figures of a single run; ``routed_*`` count the reasons of the router's choices."""
+    """Return the figures of a single run; ``routed_*`` are numbers of requests by ``Candidate.why``."""
     return {
         "rps": outcome.rps,
         "p50_ttft_s": outcome.p50_ttft_s,
@@ -118,7 +118,7 @@ def run_sweep(arguments: argparse.Namespace, base: RunSpec, names: list[str]) ->
 def run_compare(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
     with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:
         comparison = compare(base, names, _guess_rps(base), run_all, CompareOptions(draws=arguments.draws))
-    # The workload at the compared load: the longer a run is, the more of a trace it uses.
+    # Use the best baseline's load, because a run at a higher load uses more requests of a trace.
     at_best = msgspec.structs.replace(base, rps=comparison.best_baseline_rps)
     limit = limit_rps(workload_for(at_best), base.profile, base.engines)
     title = (
@@ -176,7 +176,7 @@ def run_grid(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> 
 
 
 def run_sensitivity(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
-    """Compare with the profile derived anew, with one efficiency halved or doubled at a time."""
+    """Compare the policies on variants of the profile with one efficiency halved or doubled."""
     rows = []
     content: dict[str, Any] = {}
     options = CompareOptions(shares=(0.8,), count_engines=False)
@@ -199,14 +199,14 @@ def _guess_rps(base: RunSpec) -> float:
 
 
 def _json_point(figures: RunFigures) -> dict[str, Any]:
-    """Return the figures without the intervals, which are plotted."""
+    """Return the figures for JSON, without the intervals."""
     values = msgspec.structs.asdict(figures)
     del values["intervals"]
     return {k: report.json_number(v) if isinstance(v, float) else v for k, v in values.items()}
 
 
 def _draw(arguments: argparse.Namespace, draw: Callable[[Path], list[Path]]) -> list[str]:
-    """Draw plots if --out asks for them; return lines that name the files."""
+    """Draw plots if --out is given. Return lines that name the files."""
     if not arguments.out:
         return []
     return [f"wrote {path}" for path in draw(Path(arguments.out))]
@@ -223,7 +223,7 @@ def _timeline(run: Outcome | RunFigures, folder: Path, name: str = "timeline.png
 
 
 def _plots() -> Any:
-    """Import the plots on demand: without --out the simulator works without matplotlib."""
+    """Import ``plots`` on demand, so that only --out needs matplotlib."""
     from loraserve.sim import plots
 
     return plots

@@ -43,7 +43,7 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a comparison.
 
     Attributes:
-        shares: The loads at which policies are compared, as shares of the best baseline's largest load. 0.8 is required.
+        shares: The loads at which policies are compared, as shares of the best baseline's largest load. Includes 0.8.
         count_engines: Whether to search for the number of engines that each policy needs.
         draws: Number of draws of a random placement. The draw with the median largest load is compared.
     """

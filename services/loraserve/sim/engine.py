@@ -1,7 +1,7 @@
-"""A simulated engine: the live scheduler and adapter pool, with steps and loads that take the cost model's time.
+"""A simulated engine: the production scheduler and adapter pool, with step and load times from the cost model.
 
-Between two events most steps only decode ("quiet" steps). The engine sets one timer for the end of the first step that
-may change anything, and fast-forwards the scheduler over the quiet steps before it.
+In a *quiet* step all requests decode, and none starts or ends (``Scheduler.quiet_steps``). The engine sets one timer
+for the end of the first step that may not be quiet. It fast-forwards the scheduler over the quiet steps before it.
 """
 
 from collections.abc import Callable
@@ -34,14 +34,14 @@ from loraserve.messages import AdapterRef, Admit, EngineLoad, EngineStatistics
 
 INCARNATION = "simulated"
 TOKEN = 1
-"""The token that every step samples for every request; it stops no request."""
+"""The token that every step samples for every request. It is no stop token."""
 
 Callback = Callable[[float], None]
-"""Called with the time at which it was due."""
+"""A function that is called at its due time, with that time in seconds."""
 
 
 class Timeline:
-    """Simulated time and the callbacks that are due, in the order of their time, then of being scheduled."""
+    """Simulated time and a queue of callbacks, ordered by due time, then by the order of scheduling."""
 
     def __init__(self) -> None:
         self.now_s = 0.0
@@ -62,7 +62,7 @@ class Timeline:
 
 
 class EngineListener:
-    """Receives the output of engines; subclasses override what they need."""
+    """Receives the output of engines. Subclasses override the methods that they need."""
 
     def on_first_token(self, request_id: str, now: float) -> None: ...
 
@@ -71,17 +71,17 @@ class EngineListener:
     def on_rejected(self, request_id: str, now: float) -> None: ...
 
     def on_prepared(self, engine: str, epoch: int, failed: dict[str, str], now: float) -> None:
-        """Handle the answer to ``SimEngine.prepare``; ``failed`` are reasons by version."""
+        """Handle the answer to ``SimEngine.prepare``; ``failed`` maps adapter versions to reasons."""
 
 
 class SimEngine:
-    """One engine; with ``free_loads``, loads take no time, for policies that have every adapter everywhere.
+    """A simulated engine. With ``free_loads``, loads take no time (for policies with every adapter everywhere).
 
     Attributes:
-        scheduler: The live scheduler.
-        capabilities: What the engine process would announce.
-        busy_s: Time in which the engine computed.
-        rank_tokens: Computed tokens by the rank of their adapter, since they were last cleared.
+        scheduler: The production scheduler.
+        capabilities: The capabilities that an engine process would announce.
+        busy_s: Total duration of the steps that have ended.
+        rank_tokens: Number of computed tokens by the rank of their adapter, since the last clear.
     """
 
     def __init__(
@@ -106,8 +106,8 @@ class SimEngine:
         self._adapters_by_slot: dict[int, AdapterRef] = {}
         self._link_free_s = 0.0
         self._timer = 0
-        """The number of the last timer; earlier ones are cancelled."""
-        # The step in flight: its batch, start, duration, and what the duration grows by with each quiet step after it.
+        """The number of the last timer. Earlier timers do nothing."""
+        # The step in flight: its batch, start time, duration, and the growth of the duration with each quiet step after it.
         self._batch: StepBatch | None = None
         self._step_start_s = 0.0
         self._step_s = 0.0
@@ -127,7 +127,7 @@ class SimEngine:
         self._deliver(CopiesRetired(epoch, keep), now)
 
     def report(self, now: float) -> tuple[EngineLoad, EngineStatistics]:
-        """Return the load and the statistics that the engine process would send."""
+        """Return the load and the statistics that an engine process would send."""
         self._fast_forward(now)
         scheduled = self.scheduler.load()
         load = EngineLoad(
@@ -149,7 +149,7 @@ class SimEngine:
         return load, statistics
 
     def held_bytes(self) -> tuple[int, int]:
-        """Return the slab bytes in the pool: all of them, and those that the plan, a request or a load needs."""
+        """Return the slab bytes of all adapters in the pool, and of those that the plan, a request or a load needs."""
         entries = list(self.scheduler.residency.pool.entries())
         needed = sum(e.adapter.slab_bytes for e in entries if not e.evictable)
         return sum(e.adapter.slab_bytes for e in entries), needed
@@ -184,9 +184,9 @@ class SimEngine:
     def _load(self, adapter: AdapterRef, now: float) -> None:
         """Schedule the end of a load.
 
-        Loads share one link in the order of their begin, and a cancelled load still occupies it. Loads do not slow
-        steps: a load writes its slab and reads it back for the digests, together about 33 GB/s of the 2,039 GB/s of an
-        A100's memory, less than 2% of a step that only reads.
+        Loads use one link in the order of their start, and a cancelled load still occupies the link. Loads do not slow
+        steps down: a load writes its slab and reads it back for the digests. Both together take about 33 GB/s of the
+        2,039 GB/s of an A100's memory, less than 2% of a step that only reads.
         """
         if self._free_loads:
             self._timeline.schedule(now, self._loaded(adapter, 0.0))
@@ -212,7 +212,7 @@ class SimEngine:
         self._growth_s = self._shape.decode_sequences * self._cost.kv_token_s
 
     def _set_timer(self) -> None:
-        """Set the timer for the end of the first step that may change anything."""
+        """Set the timer for the end of the first step that may not be quiet."""
         self._timer += 1
         if self._batch is None:
             return
@@ -232,7 +232,7 @@ class SimEngine:
         self._set_timer()
 
     def _fast_forward(self, now: float) -> None:
-        """Skip the quiet steps that have ended by now."""
+        """Skip the quiet steps that end no later than ``now``."""
         steps, quiet = 0, self._quiet_steps if self._batch is not None else 0
         while steps < quiet and self._step_start_s + self._steps_s(steps + 1) <= now:
             steps += 1
@@ -246,17 +246,17 @@ class SimEngine:
         self._step_s += steps * self._growth_s
         self._quiet_steps -= steps
         self._batch = self.scheduler.skip_steps(steps, TOKEN)
-        # The skipped steps are counted with their mean shape.
+        # Count all skipped steps with their mean shape.
         self._grow_context((steps - 1) / 2)
         self._count(duration_s / steps, steps)
         self._grow_context((steps + 1) / 2)
 
     def _steps_s(self, steps: int) -> float:
-        """Return the duration of the step in flight and the quiet steps after it, ``steps`` in all."""
+        """Return the total duration of ``steps`` steps: the step in flight and the quiet steps after it."""
         return steps * self._step_s + self._growth_s * (steps * (steps - 1) / 2)
 
     def _grow_context(self, steps: float) -> None:
-        """Let every decoding sequence attend to one more token for each step."""
+        """Add one KV token for each decoding sequence and step."""
         kv_tokens = self._shape.kv_tokens + steps * self._shape.decode_sequences
         self._shape = msgspec.structs.replace(self._shape, kv_tokens=kv_tokens)
 

@@ -1,4 +1,4 @@
-"""What a simulated run was asked to do (``SimSettings``), what happened in it, and the figures computed from that."""
+"""The settings (``SimSettings``) and the results (``Outcome``) of a simulated run."""
 
 from collections.abc import Iterable, Mapping
 from math import ceil, inf
@@ -9,17 +9,17 @@ from loraserve.config import MonitorConfig, PlannerConfig
 
 
 class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of a run beside its workload and policy; intervals are the live cluster's defaults.
+    """Settings of a run, except its workload and policy. Intervals default to those of a real cluster.
 
     Attributes:
         slo_ttft_s: The promised P95 time to first token.
-        reject_factor: The router refuses a request that would take this many times the SLO to start.
-        report_interval_s: Between reports of the engines.
-        plan_interval_s: Between plans.
-        prepare_timeout_s: The planner stops waiting for an engine that has not loaded its copies after this time.
-        window_s: Over which the monitor measures demand.
-        warmup: The share of requests, the first ones, that are left out of the outcome.
-        hopeless: A run stops as soon as its P95 TTFT is certain to exceed this many SLOs; infinite: it never stops.
+        reject_factor: The router refuses a request that would take more than this many times the SLO to start.
+        report_interval_s: Time between two reports of an engine.
+        plan_interval_s: Time between two plans.
+        prepare_timeout_s: Time after which the planner stops waiting for an engine to load its copies.
+        window_s: Time over which the monitor measures demand.
+        warmup: Share of the requests, from the first one on, that the outcome leaves out.
+        hopeless: A run stops when its P95 TTFT is certain to exceed this many times the SLO; infinity disables this.
         seed: Seed of the policy's random choices.
     """
 
@@ -50,12 +50,12 @@ class RequestOutcome(msgspec.Struct, gc=False):
 
 
 class Interval(msgspec.Struct, frozen=True):
-    """What happened between two plans; tuples have one entry for each engine.
+    """The figures of the time between two plans. Tuples have one entry for each engine.
 
     Attributes:
         time_s: The end of the interval.
-        moves: Copies that plans loaded somewhere.
-        needed_bytes: The part of ``held_bytes`` that the plan, a request or a load needs; the rest may be evicted.
+        moves: Number of copies that plans loaded.
+        needed_bytes: The part of ``held_bytes`` that the plan, a request or a load needs. The rest may be evicted.
         rank_tokens: Computed tokens by the rank of their adapter.
         adapters: Number of adapters in the pool.
     """
@@ -69,15 +69,15 @@ class Interval(msgspec.Struct, frozen=True):
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
-    """What happened in a run.
+    """The requests, intervals and figures of a run.
 
     Attributes:
         slo_ttft_s: The promised P95 time to first token.
         hopeless: Whether the run was stopped because its P95 TTFT was certain to be far above the SLO.
-        requests: Those after the warm-up, in the order of their arrival.
+        requests: Requests after the warm-up, in order of arrival.
         all_bytes: Slab bytes of all adapters together.
-        busy_share: The share of time in which an engine computed, mean over engines.
-        whys: How often each ``Candidate.why`` was the reason of a choice.
+        busy_share: Share of time in which an engine computed, averaged over engines.
+        whys: Number of routed requests by ``Candidate.why``.
     """
 
     policy: str
@@ -102,14 +102,14 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def goodput_rps(self) -> float:
-        """Requests per second that started within the SLO; 0 if all arrived at once, which is not a rate."""
+        """Requests per second whose TTFT met the SLO; 0 if all requests arrived at the same time."""
         duration_s = self.requests[-1].arrival_s - self.requests[0].arrival_s if self.requests else 0.0
         met = sum(r.ttft_s <= self.slo_ttft_s for r in self.requests)
         return met / duration_s if duration_s > 0 else 0.0
 
     @property
     def decode_s(self) -> float:
-        """Mean time from the first token to the end, over the requests that ended."""
+        """Mean time from the first token to the end of a request, over the requests that ended."""
         times = [r.end_s - r.first_token_s for r in self.requests if r.end_s and r.first_token_s is not None]
         return sum(times) / len(times) if times else 0.0
 
@@ -119,12 +119,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bytes_share(self) -> float:
-        """The share of all adapter bytes that an engine needs to hold, mean over engines and time."""
+        """Share of all adapter bytes that an engine needs to hold, averaged over engines and intervals."""
         return self._share([i.needed_bytes for i in self.intervals])
 
     @property
     def held_share(self) -> float:
-        """The same share for all adapter bytes in the pools."""
+        """Share of all adapter bytes that an engine holds in its pool, averaged over engines and intervals."""
         return self._share([i.held_bytes for i in self.intervals])
 
     @property
@@ -134,7 +134,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def moves_per_interval(self) -> float:
-        """Copies that each plan loaded somewhere, without the first plan."""
+        """Mean number of copies that plans loaded in an interval, without the first plan."""
         last_s = self.requests[-1].arrival_s if self.requests else 0.0
         later = [i for i in self.intervals[2:] if i.time_s <= last_s]
         return sum(i.moves for i in later) / len(later) if later else 0.0
@@ -145,6 +145,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """Return the smallest value that at least ``share`` of the values do not exceed; infinite if there are none."""
+    """Return the smallest value v such that at least ``share`` of the values are at most v; infinite if no values."""
     ordered = sorted(values)
     return ordered[max(0, ceil(share * len(ordered)) - 1)] if ordered else inf

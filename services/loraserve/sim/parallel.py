@@ -1,4 +1,4 @@
-"""Simulations in parallel processes, one for each core, with progress messages."""
+"""Runs simulations in parallel processes and prints progress messages."""
 
 import sys
 import time
@@ -23,7 +23,7 @@ def parallel_runner(workers: int = 0, quiet: bool = False) -> Iterator[RunAll]:
         progress = _Progress(quiet)
 
         def run_all(specs: Sequence[RunSpec]) -> list[RunFigures]:
-            # The longest runs first, so that a batch ends with short ones and no core waits for a long one.
+            # Start the longest runs first, so that cores do not wait for a long run at the end of a batch.
             ordered = sorted(range(len(specs)), key=lambda i: -specs[i].rps)
             futures = {pool.submit(run_figures, specs[i]): i for i in ordered}
             progress.add_runs(len(specs))
@@ -37,7 +37,7 @@ def parallel_runner(workers: int = 0, quiet: bool = False) -> Iterator[RunAll]:
 
 
 class _Progress:
-    """Prints how many runs have ended, every few seconds."""
+    """Prints the number of finished runs every few seconds."""
 
     def __init__(self, quiet: bool) -> None:
         self._quiet = quiet

@@ -1,7 +1,7 @@
-"""The planner of a simulated cluster: the policy's placement, rolled out by the live state machine.
+"""The planner of a simulated cluster: the policy's placement, rolled out by the production state machine.
 
-A plan is written without delay. Engines answer when they have loaded their copies, or are given up after the live
-planner's timeout.
+Writing a plan takes no time. An engine answers when it has loaded its copies. The planner stops waiting for it after
+``SimSettings.prepare_timeout_s``.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -30,7 +30,7 @@ class SimPlanner:
         settings: SimSettings,
         publish: Callable[[Plan, float], None],
     ) -> None:
-        """Create a planner without a plan; ``publish`` is called with each plan that comes into force."""
+        """Create a planner without a plan. It calls ``publish`` with each plan that comes into force."""
         self._policy = policy
         self._adapters = adapters
         self._engines = engines
@@ -46,7 +46,7 @@ class SimPlanner:
         self._deliver(events.EnginesSeen(tuple(loads), self._adapters), now)
 
     def plan(self, demand: Sequence[AdapterDemand], loads: Sequence[EngineLoad], cost: CostModel, now: float) -> None:
-        """Plan for the next interval, unless the last plan is still being rolled out."""
+        """Start a plan for the next interval. Do nothing while the last plan is being rolled out."""
         if self._is_rolling_out:
             return
         plan = self._rollout.plan
@@ -69,11 +69,11 @@ class SimPlanner:
         self._deliver(events.Begin(placements, self._adapters, frozenset(), now), now)
 
     def record_prepared(self, engine: str, epoch: int, failed: Mapping[str, str], now: float) -> None:
-        """Take an engine's answer to the preparation of a plan."""
+        """Handle an engine's answer to ``SimEngine.prepare``."""
         self._deliver(events.PrepareAnswered(engine, INCARNATION, epoch, failed), now)
 
     def take_moves(self) -> int:
-        """Return how many copies plans loaded somewhere since the last call."""
+        """Return the number of copies that plans loaded since the last call."""
         moves, self._moves = self._moves, 0
         return moves
 
@@ -82,7 +82,7 @@ class SimPlanner:
             self._carry_out(instruction, now)
 
     def _carry_out(self, instruction: events.Instruction, now: float) -> None:
-        # Engines are called through the timeline, because they may be in the middle of an event of their own.
+        # Call engines through the timeline, because an engine may be handling an event now.
         match instruction:
             case events.Prepare(engine, epoch, adapters):
                 self._timeline.schedule(now, lambda at: self._engines[engine].prepare(epoch, adapters, at))

@@ -1,6 +1,6 @@
-"""One simulated run: what it is made from (``RunSpec``) and the figures that it gives (``RunFigures``).
+"""One simulated run: its inputs (``RunSpec``) and its results (``RunFigures``).
 
-Both are plain data, so that runs can be spread over processes.
+Both are plain data, so that runs can be sent to other processes.
 """
 
 from functools import lru_cache
@@ -15,16 +15,16 @@ from loraserve.sim.traces import TraceRequest, read_trace
 from loraserve.sim.workload import TraceSource, Workload, WorkloadShape, draw_workload, trace_workload
 
 MIN_REQUESTS = 100
-"""A run has at least this many: the P95 of fewer requests means nothing."""
+"""Minimum number of requests in a run. The P95 of fewer requests is not meaningful."""
 
 Source = TraceSource | WorkloadShape
 
 
 class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """A policy at a load.
+    """The inputs of a run: a workload, a cluster, a policy and a load.
 
-    A source without a number of requests gives as many as arrive in ``duration_s``. An overload shows only in a run
-    that is much longer than the SLO.
+    If ``source.requests`` is 0, the run has as many requests as arrive in ``duration_s``. A run shows an overload only
+    if it is much longer than the SLO.
     """
 
     source: Source
@@ -37,7 +37,7 @@ class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
-    """The figures of a run; ``Outcome`` explains them."""
+    """The figures of a run. ``Outcome`` explains them."""
 
     policy: str
     engines: int
@@ -70,7 +70,7 @@ def run_figures(spec: RunSpec) -> RunFigures:
 
 
 def workload_for(spec: RunSpec) -> Workload:
-    """Return the workload of a run, at its load and of its length."""
+    """Return the workload of a run, with its load and its number of requests."""
     source = spec.source
     if not source.requests:
         requests = max(MIN_REQUESTS, int(spec.rps * spec.duration_s))

@@ -1,8 +1,8 @@
 """Reads request traces from CSV files: the time, the client and the token counts of each request.
 
-The header selects one of two formats. ``time_s,client,prompt_tokens,output_tokens`` is this project's format, with
-times in seconds. ``TIMESTAMP,ContextTokens,GeneratedTokens`` is the format of the LLM inference traces of the Azure
-Public Dataset. The columns may be in any order, and other columns are ignored.
+The header selects one of two formats. ``time_s,client,prompt_tokens,output_tokens`` is this project's format, used for
+traces drawn from ServeGen's statistics. ``TIMESTAMP,ContextTokens,GeneratedTokens`` is the format of the LLM inference
+traces of the Azure Public Dataset. The columns may be in any order, and other columns are ignored.
 """
 
 import csv

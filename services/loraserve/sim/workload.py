@@ -1,7 +1,7 @@
-"""Workloads: adapters with their ranks, and requests in the order of their arrival.
+"""Workloads: adapters with their ranks, and requests in order of arrival.
 
-A workload is drawn from distributions (``WorkloadShape``) or made from a trace whose clients become tenants with
-adapters of their own (``TraceSource``). The load is set afterwards with ``Workload.at``.
+A workload is drawn from distributions (``WorkloadShape``) or made from a trace (``TraceSource``). Each client of a
+trace becomes a tenant with its own adapters. ``Workload.at`` sets the load.
 """
 
 from bisect import bisect
@@ -23,32 +23,32 @@ Arrivals = Literal["poisson", "bursts"]
 Drift = Literal["none", "ranks", "popularity"]
 
 RANKS = (8, 16, 32, 64, 128)
-"""The ranks in the LoRAServe paper."""
+"""The adapter ranks of the LoRAServe paper."""
 RANK_MIXES: dict[str, tuple[float, ...]] = {
     "uniform": (1, 1, 1, 1, 1),
     "mostly-small": (16, 8, 4, 2, 1),
     "two-ends": (4, 0, 0, 0, 1),
     "mostly-large": (1, 2, 4, 8, 16),
 }
-"""The relative number of adapters of each of ``RANKS``."""
+"""Relative numbers of adapters, one for each rank of ``RANKS``."""
 LENGTHS: dict[str, tuple[float, float]] = {
     "prefill-heavy": (1500.0, 60.0),
     "chat": (600.0, 200.0),
     "decode-heavy": (200.0, 500.0),
 }
-"""Mean prompt and output tokens; both are lognormal."""
+"""Mean numbers of prompt and output tokens. Both numbers are drawn from lognormal distributions."""
 LENGTH_SIGMA = 0.8
 BURST_CV = 3.0
-"""Coefficient of variation of the gaps between requests in bursts; that of ServeGen's clients is 1 to 5."""
+"""Coefficient of variation of the gaps between requests for ``bursts``. ServeGen's clients have 1 to 5."""
 ZIPF_EXPONENT = 0.9
 DRIFT_PHASES = 6
-"""The number of steps in which popularity or the mix of ranks changes from its first to its last state."""
+"""Number of phases of a workload with drift. Each phase has constant popularities."""
 TENANT_EXPONENT = 1.0
-"""The k-th adapter of a tenant is requested 1 / k ** TENANT_EXPONENT times as often as its first one."""
+"""The k-th adapter of a tenant is requested 1 / k ** TENANT_EXPONENT times as often as the tenant's first."""
 
 
 class SimRequest(msgspec.Struct, frozen=True, gc=False):
-    """A request; ``adapter`` is an index into the workload's adapters."""
+    """A request. ``adapter`` is an index into ``Workload.adapters``."""
 
     time_s: float
     adapter: int
@@ -57,7 +57,7 @@ class SimRequest(msgspec.Struct, frozen=True, gc=False):
 
 
 class Workload(msgspec.Struct, frozen=True):
-    """Adapters, and requests in the order of their arrival; ``name`` describes it in tables."""
+    """Adapters, and requests in order of arrival. ``name`` describes the workload in tables."""
 
     name: str
     adapters: tuple[AdapterRef, ...]
@@ -72,7 +72,7 @@ class Workload(msgspec.Struct, frozen=True):
         return len(self.requests) / self.duration_s if self.duration_s else 0.0
 
     def at(self, rps: float) -> "Workload":
-        """Return the same requests with their gaps scaled so that ``rps`` arrive per second."""
+        """Return the workload with the gaps between requests scaled to a load of ``rps`` requests per second."""
         factor = self.rps / rps
         start_s = self.requests[0].time_s if self.requests else 0.0
         scaled = tuple(
@@ -83,7 +83,7 @@ class Workload(msgspec.Struct, frozen=True):
 
 
 class WorkloadShape(msgspec.Struct, frozen=True, kw_only=True):
-    """What a workload is drawn from; ``requests`` 0 means as many as the run is long."""
+    """The parameters of a drawn workload. With ``requests`` 0, the run's duration determines the number of requests."""
 
     ranks: str = "uniform"
     arrivals: Arrivals = "poisson"
@@ -99,7 +99,7 @@ class WorkloadShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The first requests of a trace file; ``requests`` 0 means as many as the run is long."""
+    """The first requests of a trace file. With ``requests`` 0, the run's duration determines their number."""
 
     path: str
     adapters: int = 100
@@ -108,12 +108,12 @@ class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The file's name without its endings, and the number of adapters."""
+        """The file's name without its suffixes, and the number of adapters."""
         return f"{Path(self.path).name.partition('.')[0]}, {self.adapters} adapters"
 
 
 def make_adapters(ranks: Sequence[int], slab_bytes_per_rank: int, names: Sequence[str] = ()) -> tuple[AdapterRef, ...]:
-    """Return an adapter for each rank, numbered or with ``names`` in the same order."""
+    """Return one adapter for each rank, with names from ``names`` or numbered names."""
     return tuple(
         AdapterRef(
             name=names[i] if names else f"adapter-{i:05d}",
@@ -129,7 +129,7 @@ def make_adapters(ranks: Sequence[int], slab_bytes_per_rank: int, names: Sequenc
 
 
 def draw_workload(shape: WorkloadShape, slab_bytes_per_rank: int) -> Workload:
-    """Draw a workload of 1 request per second on average; the same shape always gives the same workload."""
+    """Draw a workload with a mean load of 1 request per second. Equal shapes give equal workloads."""
     rng = Random(f"{shape.seed} {shape.name}")
     ranks = _draw_ranks(shape, rng)
     popularity = [1 / (place + 1) ** ZIPF_EXPONENT for place in range(shape.adapters)]
@@ -148,9 +148,9 @@ def draw_workload(shape: WorkloadShape, slab_bytes_per_rank: int) -> Workload:
 
 
 def grid_shapes(requests: int = 0, adapters: int = 100, seed: int = 0) -> list[WorkloadShape]:
-    """Return 24 shapes: each mix of ranks with each kind of arrivals and of drift.
+    """Return 24 shapes: every combination of rank mix, arrivals and drift.
 
-    Lengths follow a Latin square: every mix, kind of arrivals and kind of drift occurs with every length.
+    Lengths follow a Latin square: every rank mix, every kind of arrivals and every drift occurs with every length.
     """
     lengths = list(LENGTHS)
     return [
@@ -170,7 +170,7 @@ def grid_shapes(requests: int = 0, adapters: int = 100, seed: int = 0) -> list[W
 
 
 def _draw_ranks(shape: WorkloadShape, rng: Random) -> list[int]:
-    """Return a rank for each adapter: as many of each as its weight says, in random order."""
+    """Return a rank for each adapter, in random order. The number of each rank is proportional to its weight."""
     bounds = list(accumulate(RANK_MIXES[shape.ranks]))
     ranks = [
         RANKS[min(bisect(bounds, (i + 0.5) / shape.adapters * bounds[-1]), len(RANKS) - 1)]
@@ -181,17 +181,17 @@ def _draw_ranks(shape: WorkloadShape, rng: Random) -> list[int]:
 
 
 def _gaps(arrivals: Arrivals, rng: Random) -> Iterator[float]:
-    """Yield seconds between requests, 1 on average: exponential, or Gamma-distributed with a larger variation."""
+    """Yield gaps between requests in seconds, mean 1: exponential for ``poisson``, Gamma for ``bursts``."""
     alpha = 1.0 if arrivals == "poisson" else 1 / BURST_CV**2
     while True:
         yield rng.gammavariate(alpha, 1 / alpha)
 
 
 def _drifted(shape: WorkloadShape, popularity: Sequence[float], ranks: Sequence[int], phase: int) -> list[float]:
-    """Return how often each adapter is requested in a phase.
+    """Return the relative request rate of each adapter in a phase.
 
-    With drift of ``ranks``, large ranks replace small ones (the paper's shifting rank skew). With drift of
-    ``popularity``, adapters that were rarely requested become popular and the reverse.
+    With drift ``ranks``, requests shift from small to large ranks (the shifting rank skew of the LoRAServe paper). With
+    drift ``popularity``, rarely requested adapters become popular, and popular adapters become rarely requested.
     """
     progress = phase / (DRIFT_PHASES - 1)
     if shape.drift == "ranks":
@@ -211,13 +211,13 @@ def _lognormal(mean: float, rng: Random) -> Callable[[], int]:
 
 
 def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_bytes_per_rank: int) -> Workload:
-    """Return the first ``source.requests`` of the trace, spread over adapters of its clients.
+    """Return a workload of the first ``source.requests`` requests of the trace.
 
-    Every client is a tenant with at least one adapter, and clients with more requests have more. Each request draws
-    one of its client's adapters by a power law. Ranks are dealt out evenly in random order. If there are fewer adapters
-    than clients, the smallest clients share the last adapter.
+    Every client is a tenant with at least one adapter. Clients with more requests have more adapters. Each request
+    draws one of its client's adapters by a power law. All ranks are equally frequent, in random order. If there are
+    fewer adapters than clients, the clients with the fewest requests share the last adapter.
 
-    Raises ConfigError if there is no adapter, or if all requests arrive at the same time and have no rate.
+    Raises ConfigError if there is no adapter, or if all requests arrive at the same time.
     """
     if source.adapters < 1:
         raise ConfigError(f"--adapters {source.adapters}: at least one adapter is needed")
@@ -228,7 +228,7 @@ def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_byte
         )
     rng = Random(source.seed)
     ranks = [RANKS[i % len(RANKS)] for i in range(source.adapters)]
-    # Shuffled before any request is drawn: the ranks must not depend on the number of requests, which the load sets.
+    # Shuffle before any request is drawn, so that the ranks do not depend on the number of requests.
     rng.shuffle(ranks)
     owned = _deal_adapters(trace, source.adapters)
     bounds = {c: list(accumulate(1 / (k + 1) ** TENANT_EXPONENT for k in range(len(a)))) for c, a in owned.items()}
@@ -245,7 +245,7 @@ def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_byte
 
 
 def _deal_adapters(trace: Sequence[TraceRequest], adapters: int) -> dict[str, list[int]]:
-    """Return the adapters of each client; the next one goes to the client with most requests for each it has."""
+    """Return each client's adapters. Every further adapter goes to the client with the most requests per adapter."""
     counts = Counter(r.client for r in trace)
     clients = [client for client, _ in counts.most_common()]
     number = dict.fromkeys(clients[:adapters], 1)
