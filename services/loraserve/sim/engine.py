@@ -107,7 +107,7 @@ class SimEngine:
         self._link_free_s = 0.0
         self._timer = 0
         """The number of the last timer. Earlier timers do nothing."""
-        # The step in flight: its batch, start time, duration, and the growth of the duration with each quiet step after it.
+        # The step in flight: batch, start time, duration, and growth of the duration with each later quiet step.
         self._batch: StepBatch | None = None
         self._step_start_s = 0.0
         self._step_s = 0.0
