@@ -1,1 +1,1 @@
-"""The planner: decides where copies of adapters live, and rolls a new plan out."""
+"""The planner decides which engines hold copies of which adapters, and rolls out plans."""

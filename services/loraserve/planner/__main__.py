@@ -1,4 +1,4 @@
-"""``python -m loraserve.planner --config FILE``."""
+"""Run the planner process: ``python -m loraserve.planner --config FILE``."""
 
 import sys
 

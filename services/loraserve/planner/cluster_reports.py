@@ -1,4 +1,4 @@
-"""The planner's view of the cluster: engines and demand from the monitor, adapters from the store. Pure."""
+"""The planner's view of the cluster: engines and demand from the monitor, adapters from the store."""
 
 from collections.abc import Iterable, Sequence
 
@@ -9,11 +9,11 @@ from loraserve.messages import AdapterDemand, AdapterRef, ClusterLoad, EngineLoa
 from loraserve.planner.placement.problem import PlanInput, PlanSettings
 
 FORGET_ENGINE_S = 5.0
-"""Time for which an engine that the monitor does not name is kept: a monitor that has just started names few."""
+"""Seconds to keep an engine that the monitor no longer reports. A monitor that has just started reports few engines."""
 
 
 class ClusterReports:
-    """The last reports of monitor and store. ``adapters``, by version, is replaced and never changed in place."""
+    """The last reports of monitor and store. Updates replace the dict ``adapters`` (by version), never change it."""
 
     def __init__(self) -> None:
         self.demand: tuple[AdapterDemand, ...] = ()
@@ -40,26 +40,26 @@ class ClusterReports:
         self._registry_known = True
 
     def ready_engines(self) -> list[EngineLoad]:
-        """Return the last reports of engines that are alive and READY, in order of names."""
+        """Return the last loads of the engines that are alive and READY, sorted by name."""
         return [seen.load for _, seen in sorted(self._ready.items())]
 
     def engine_names(self) -> set[str]:
-        """Return all engines that the monitor named lately, ready or not."""
+        """Return the names of all engines reported within ``FORGET_ENGINE_S``, ready or not."""
         return set(self._named_s)
 
     def missing(self) -> str:
-        """Return in words what is missing to make a plan; "" if nothing is."""
+        """Return why no plan can be made yet, or "" if one can."""
         if not self._ready:
             return "no engine is ready"
-        # Without the registry every planned adapter would count as unregistered.
+        # If the registry is unknown, every planned adapter looks unregistered.
         return "" if self._registry_known else "the store has not sent its adapters yet; ask again"
 
     def plan_input(
         self, current: Sequence[Placement], cost: CostModel, settings: PlanSettings
     ) -> tuple[PlanInput, str]:
-        """Return what to plan from, and in words what is wrong with it.
+        """Return the input of the placement policy, and a problem to report or "".
 
-        If only drained engines are ready, they are used in spite of it.
+        If all ready engines are drained, the input treats them as not drained.
         """
         engines, problem = [seen.capabilities for _, seen in sorted(self._ready.items())], ""
         if all(engine.engine in settings.drained for engine in engines):

@@ -1,4 +1,4 @@
-"""The planner's state on disk, which survives restarts: the last complete plan, and the drained engines."""
+"""Files that keep the planner's state over restarts: the last complete plan and the drained engines."""
 
 import os
 from collections.abc import Iterable
@@ -18,28 +18,28 @@ log = get_logger(__name__)
 
 
 class PlanFiles:
-    """Reads and replaces the planner's files. A crash leaves the old or the new content, never a part of one.
+    """Reads and atomically replaces the planner's files. A crash leaves either the old or the new content.
 
-    Writes block until the disk has the content: call them in a thread.
+    Writes block until the content is on disk, so call them in a thread.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def read_plan(self) -> Plan | None:
-        """Return the last complete plan; None if there is none or it is unreadable, in which case it is set aside."""
+        """Return the last complete plan, or None if its file is missing or unreadable. Renames an unreadable file."""
         return self._read(PLAN_NAME, Plan)
 
     def read_drained(self) -> frozenset[str]:
-        """Return the engines that must stay empty; none if the file is unreadable."""
+        """Return the drained engines, or an empty set if the file is missing or unreadable."""
         return self._read(DRAINED_NAME, frozenset[str]) or frozenset()
 
     def write_plan(self, plan: Plan) -> None:
-        """Replace the plan; raises OSError if the disk refuses, and the old plan then stays."""
+        """Replace the plan. Raises OSError if the write fails; the file then keeps the old plan."""
         self._write(PLAN_NAME, plan)
 
     def write_drained(self, engines: Iterable[str]) -> None:
-        """Replace the drained engines; raises OSError if the disk refuses, and the old ones then stay."""
+        """Replace the drained engines. Raises OSError if the write fails; the file then keeps the old ones."""
         self._write(DRAINED_NAME, sorted(engines))
 
     def _read(self, name: str, kind: type[T]) -> T | None:
@@ -49,7 +49,7 @@ class PlanFiles:
         except FileNotFoundError:
             return None
         except (OSError, ValueError, RecursionError) as error:
-            # msgspec raises UnicodeDecodeError and RecursionError as they are.
+            # msgspec does not wrap UnicodeDecodeError (a ValueError) and RecursionError in DecodeError.
             remedy = "it is set aside, and the next plan is written to a new file"
             log.error("file_unreadable", file=str(file), reason=str(error), remedy=remedy)
             try:
@@ -62,7 +62,7 @@ class PlanFiles:
     def _write(self, name: str, content: Any) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
         file = self._folder / name
-        # With a fixed name, the next planner overwrites what a killed one left behind.
+        # The name is fixed, so that the next planner overwrites the temporary file of a killed one.
         temporary = file.with_suffix(".tmp")
         try:
             with temporary.open("wb") as half:
@@ -75,12 +75,12 @@ class PlanFiles:
         try:
             _sync_folder(self._folder)
         except OSError as error:
-            # Every reader finds the new content from now on, so it is in force, whatever a power cut may do.
+            # All readers see the new content from now on, so it is in force although a power cut could revert it.
             log.error("folder_not_synced", folder=str(self._folder), reason=str(error))
 
 
 def _sync_folder(folder: Path) -> None:
-    """Sync the directory entry; until then a power cut may bring the old file back, which engines are past."""
+    """Make the rename durable. Otherwise a power cut could restore a plan older than the epoch of the engines."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

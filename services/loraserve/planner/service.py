@@ -1,7 +1,7 @@
-"""The planner process: makes a plan every interval or on demand, and rolls it out make-before-break.
+"""The planner process makes a plan every interval or on request, and rolls it out make-before-break.
 
-``rollout/machine.py`` decides what a roll-out does next; this module carries out its instructions. Planning and disk
-writes run in threads, so that the planner answers messages meanwhile.
+``rollout/machine.py`` decides the next step of a roll-out. This module carries out its instructions. Planning and disk
+writes run in threads, so that the planner still answers messages.
 """
 
 import asyncio
@@ -46,13 +46,13 @@ from loraserve.service import Service
 REPUBLISH_S = 2.0
 RETIRE_TIMEOUT_S = 5.0
 DRAIN_RETRY_S = 5.0
-"""Time after which a drain that could not be rolled out is tried again."""
+"""Seconds before the planner retries a drain that it could not roll out."""
 
 
 class PlannerService(Service):
-    """Plans and rolls out one plan at a time. A drain does not wait for a plan that is being prepared: it replaces it.
+    """Makes and rolls out one plan at a time. A change of the drained engines cancels a plan that is being prepared.
 
-    ``files`` and ``policy`` are those of the configuration unless a test gives others.
+    Tests pass ``files`` and ``policy``. By default the configuration determines them.
     """
 
     inbox = ToPlanner
@@ -78,7 +78,7 @@ class PlannerService(Service):
         self._draining = asyncio.Lock()
         self._plan_now = asyncio.Event()
         self._ends: dict[int, asyncio.Future[events.RolloutEnded]] = {}
-        """Ends of roll-outs that are waited for, by epoch."""
+        """By epoch, the future that completes when the roll-out ends."""
 
     async def start(self, stack: AsyncExitStack) -> None:
         """Raises ConfigError if a pin names an engine that does not exist."""
@@ -140,7 +140,7 @@ class PlannerService(Service):
 
     async def _republish(self) -> None:
         while True:
-            # Without a plan, not even on disk, routers keep the one that they have.
+            # Epoch 0 means that no plan was found on disk. Routers then keep their last plan.
             if self._rollout.plan.epoch:
                 self.bus.publish("plan", self._rollout.plan)
             await asyncio.sleep(REPUBLISH_S)
@@ -166,7 +166,7 @@ class PlannerService(Service):
         return done
 
     def _drain_is_pending(self) -> bool:
-        """Return whether the plan in force is of other drained engines: a planner died, or the disk was full."""
+        """Return whether the plan in force was made for other drained engines than the current ones."""
         return self._drained != frozenset(self._rollout.plan.drained)
 
     async def _rebalance(self, dry_run: bool) -> RebalanceDone:
@@ -182,7 +182,7 @@ class PlannerService(Service):
             if dry_run:
                 return await self._describe(inputs, placements, drained, failed)
             if drained != self._drained:
-                # The Drain request that changed them waits for the lock, and makes a new plan.
+                # The Drain request that changed the drained engines waits for the lock and then makes a new plan.
                 text = "the plan was given up for a newer one, because the drained engines changed"
                 return self._not_applied(text, failed=(text,))
             if not self._differs(placements):
@@ -212,7 +212,7 @@ class PlannerService(Service):
         return RebalanceDone(plan=self._rollout.plan, moves=(), applied=False, message=message, failed=failed)
 
     def _placements(self) -> tuple[Placement, ...]:
-        """Return the placements in force; if the plan was lost, those that engines still hold."""
+        """Return the placements in force. If the plan was lost, return the copies that engines hold pinned."""
         plan = self._rollout.plan
         if plan.epoch:
             return plan.placements
@@ -229,7 +229,7 @@ class PlannerService(Service):
         )
 
     def _differs(self, placements: tuple[Placement, ...]) -> bool:
-        """Return whether the placements have to be rolled out."""
+        """Return whether a roll-out is needed to bring these placements into force."""
         plan = self._rollout.plan
         return (
             set(map(copy_id, plan.placements)) != set(map(copy_id, placements))
@@ -239,7 +239,7 @@ class PlannerService(Service):
         )
 
     async def _roll_out(self, placements: tuple[Placement, ...], inputs: PlanInput) -> events.RolloutEnded:
-        """Roll out the placements, with the adapters that they were computed from."""
+        """Roll out the placements, and wait until the roll-out ends."""
         begin = events.Begin(placements, inputs.adapters, self._drained, self.clock.unix_s())
         epoch = self._rollout.epoch + 1
         end: asyncio.Future[events.RolloutEnded] = asyncio.get_running_loop().create_future()
@@ -259,7 +259,7 @@ class PlannerService(Service):
             case events.Prepare():
                 self.spawn(self._prepare(instruction))
             case events.Write(plan):
-                # The roll-out cannot go on without an answer, so an unexpected error ends the process.
+                # The roll-out waits for the result of the write, so an unexpected error must end the process.
                 self.spawn_vital(self._write(plan))
             case events.Publish(plan):
                 self.bus.publish("plan", plan)

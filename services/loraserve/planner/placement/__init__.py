@@ -1,1 +1,1 @@
-"""Placement policies: which engine holds which adapter, computed from forecast demand. Pure: no I/O, no clock."""
+"""Placement policies assign copies of adapters to engines, based on forecast demand. They use no I/O and no clock."""

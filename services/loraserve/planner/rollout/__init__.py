@@ -1,1 +1,1 @@
-"""The roll-out of plans: a pure state machine with its events, and the copies that remain when some fail."""
+"""The roll-out of plans: a state machine without I/O, its events, and the replacement of copies that fail."""

@@ -1,4 +1,4 @@
-"""Copies of adapters, as plans name them and as engines hold them."""
+"""Functions that compare and change the copies of adapters in plans and on engines."""
 
 from collections.abc import Collection, Iterable, Mapping
 
@@ -10,7 +10,7 @@ CopyId = tuple[str, str]
 """(engine, version)."""
 
 SHARE_TOLERANCE = 0.05
-"""Shares that differ by less route traffic in practically the same way."""
+"""Differences between shares up to this value cause no roll-out."""
 
 
 def copy_id(placement: Placement) -> CopyId:
@@ -25,12 +25,12 @@ def versions_by_engine(placements: Iterable[Placement]) -> dict[str, set[str]]:
 
 
 def pinned_versions(load: EngineLoad) -> set[str]:
-    """Return the versions that the engine holds for a plan."""
+    """Return the adapter versions that are resident and pinned on the engine."""
     return {adapter.version for adapter in load.adapters.resident if adapter.pinned}
 
 
 def normalise_shares(placements: Iterable[Placement]) -> tuple[Placement, ...]:
-    """Scale the shares of each adapter's copies so that they sum to 1."""
+    """Return the placements with each adapter's shares scaled to sum to 1."""
     copies = list(placements)
     totals: dict[str, float] = {}
     for copy in copies:
@@ -44,7 +44,7 @@ def normalise_shares(placements: Iterable[Placement]) -> tuple[Placement, ...]:
 
 
 def shares_differ(before: Iterable[Placement], after: Iterable[Placement]) -> bool:
-    """Return whether the share of a copy that is in both differs noticeably."""
+    """Return whether any copy in both has shares that differ by more than ``SHARE_TOLERANCE``."""
     shares = {copy_id(p): p.share for p in before}
     return any(abs(shares.get(copy_id(p), p.share) - p.share) > SHARE_TOLERANCE for p in after)
 
@@ -57,11 +57,11 @@ def replace_absent_copies(
     answered: Collection[str],
     drained: frozenset[str],
 ) -> tuple[Placement, ...]:
-    """Return the target without its ``absent`` copies, each replaced by a copy of the plan before where there is one.
+    """Return the target plan, in which copies of the plan ``before`` replace the ``absent`` copies if possible.
 
-    This is make-before-break: a move whose target failed is not made, so that no adapter loses its last copy.
-    Replacements are on ``engines``, drained ones last. An adapter that would then have no copy at all keeps the ones
-    planned on engines that were lost (did not answer): they are asked for these copies when they are back.
+    A move whose new copy failed is thus not made, so that no adapter loses its last copy (make-before-break).
+    Replacements are on ``engines``, preferably on engines that are not ``drained``. An adapter left without any copy
+    keeps its old copies on engines not in ``answered``. When these engines return, they are asked to load the copies.
     """
     ready = [p for p in target if copy_id(p) not in absent]
     planned = {copy_id(p) for p in ready}
@@ -79,6 +79,6 @@ def replace_absent_copies(
 
 
 def recover_placements(engines: Iterable[EngineLoad], adapters: Mapping[str, AdapterRef]) -> tuple[Placement, ...]:
-    """Return a lost plan as the engines still hold it, with equal shares for an adapter's copies."""
+    """Rebuild a lost plan from the engines' pinned copies. All copies of an adapter get equal shares."""
     held = [(adapters[v], load.engine) for load in engines for v in sorted(pinned_versions(load)) if v in adapters]
     return normalise_shares(Placement(version=a.version, name=a.name, engine=engine, share=1.0) for a, engine in held)

@@ -1,4 +1,4 @@
-"""Events that a roll-out takes, and instructions that it returns. Plain data."""
+"""The events that a roll-out handles, and the instructions that it returns."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ from loraserve.messages import AdapterRef, EngineLoad, Placement, Plan
 
 
 class Begin(msgspec.Struct, frozen=True):
-    """Make these placements the plan. A roll-out that is still being prepared is cancelled for it."""
+    """Roll out these placements as a new plan, and end any earlier roll-out. Not allowed while a plan is written."""
 
     placements: tuple[Placement, ...]
     adapters: Mapping[str, AdapterRef]
@@ -17,18 +17,18 @@ class Begin(msgspec.Struct, frozen=True):
 
 
 class Cancel(msgspec.Struct, frozen=True):
-    """Cancel the roll-out if it is still being prepared; once a plan is being written it stays."""
+    """Cancel the roll-out if engines are still preparing. In any later phase this has no effect."""
 
 
 class EnginesSeen(msgspec.Struct, frozen=True):
-    """The engines that are alive and READY. Any other, or another incarnation of one, was lost."""
+    """The engines that are alive and READY. An engine that is missing or has a new incarnation was lost."""
 
     engines: tuple[EngineLoad, ...]
     adapters: Mapping[str, AdapterRef]
 
 
 class PrepareAnswered(msgspec.Struct, frozen=True):
-    """An engine prepared its copies, except the versions in ``failed``, which have reasons."""
+    """An engine prepared its copies. ``failed`` maps versions that it could not load to reasons."""
 
     engine: str
     incarnation: str
@@ -37,7 +37,7 @@ class PrepareAnswered(msgspec.Struct, frozen=True):
 
 
 class PrepareFailed(msgspec.Struct, frozen=True):
-    """An engine refused or did not answer in time. Only the copies in its last report count as prepared."""
+    """An engine refused or did not answer in time. Only copies pinned in its last report count as prepared."""
 
     engine: str
     epoch: int
@@ -51,14 +51,14 @@ class Written(msgspec.Struct, frozen=True):
 
 
 class WriteFailed(msgspec.Struct, frozen=True):
-    """The plan could not be written; the file holds the plan before."""
+    """The plan could not be written. The file still holds the earlier plan."""
 
     epoch: int
     reason: str
 
 
 class RetireEnded(msgspec.Struct, frozen=True):
-    """An engine answered a Retire or did not. Superfluous pins cost memory only, and its reports show them."""
+    """A Retire request was answered or failed. After a failure, the engine's reports show the pins that remain."""
 
     engine: str
     epoch: int
@@ -68,7 +68,7 @@ Event = Begin | Cancel | EnginesSeen | PrepareAnswered | PrepareFailed | Written
 
 
 class Prepare(msgspec.Struct, frozen=True):
-    """Ask an engine to load and pin adapters. The answer is PrepareAnswered or PrepareFailed."""
+    """Ask an engine to load and pin adapters. PrepareAnswered or PrepareFailed follows."""
 
     engine: str
     epoch: int
@@ -76,7 +76,7 @@ class Prepare(msgspec.Struct, frozen=True):
 
 
 class Write(msgspec.Struct, frozen=True):
-    """Write the plan to disk. The answer is Written or WriteFailed; no Begin may come before it."""
+    """Write the plan to disk. Written or WriteFailed follows, and must precede any Begin."""
 
     plan: Plan
 
@@ -88,7 +88,7 @@ class Publish(msgspec.Struct, frozen=True):
 
 
 class Retire(msgspec.Struct, frozen=True):
-    """Ask an engine to unpin everything but ``keep``. The answer is RetireEnded."""
+    """Ask an engine to unpin all adapter versions except ``keep``. RetireEnded follows."""
 
     engine: str
     epoch: int
@@ -96,7 +96,7 @@ class Retire(msgspec.Struct, frozen=True):
 
 
 class RolloutEnded(msgspec.Struct, frozen=True):
-    """A roll-out is over. ``failed`` lists in words what was not done."""
+    """A roll-out ended. ``applied``: its plan is in force. ``failed``: descriptions of the failures."""
 
     epoch: int
     applied: bool
@@ -104,7 +104,7 @@ class RolloutEnded(msgspec.Struct, frozen=True):
 
 
 class Replan(msgspec.Struct, frozen=True):
-    """Make a new plan: an engine that the last one had to do without is back."""
+    """Make a new plan, because an engine that an earlier roll-out left out has restarted."""
 
     engine: str
 

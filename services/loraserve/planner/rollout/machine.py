@@ -1,22 +1,22 @@
-"""The roll-out of plans as a state machine: events in, instructions out.
+"""The roll-out of plans as a state machine that maps events to instructions.
 
-A roll-out makes copies before it publishes them and removes copies afterwards (make-before-break)::
+A roll-out loads new copies before it publishes the plan, and removes old copies afterwards (make-before-break)::
 
     IDLE       --begin-->         PREPARING    engines load and pin the copies of the new plan
-    PREPARING  --begin-->         PREPARING    a newer plan replaces it
-    PREPARING  --cancel-->        IDLE         what was prepared is retired
-    PREPARING  --all_prepared-->  WRITING      the plan, less what failed, goes to disk
-    WRITING    --written-->       RETIRING     the plan is published, and engines unpin what it does not name
-    WRITING    --write_failed-->  RETIRING     the plan before stays, and engines unpin what was prepared
-    RETIRING   --begin-->         PREPARING    a newer plan does not wait
+    PREPARING  --begin-->         PREPARING    a newer plan replaces this one
+    PREPARING  --cancel-->        IDLE         engines unpin the prepared copies
+    PREPARING  --all_prepared-->  WRITING      the plan without the failed copies is written to disk
+    WRITING    --written-->       RETIRING     the plan is published, and engines unpin all other copies
+    WRITING    --write_failed-->  RETIRING     the old plan stays, and engines unpin the prepared copies
+    RETIRING   --begin-->         PREPARING    a newer plan does not wait for the unpinning
     RETIRING   --all_retired-->   IDLE
 
-A copy that cannot be prepared is left out of the plan, and the copy that it was to replace stays. Each roll-out has an
-epoch of its own, greater than any that an engine has heard of, so that messages of a roll-out that came to nothing (the
-planner died, the disk was full) are never taken for those of a newer one.
+A copy that cannot be prepared is left out of the plan, and the old copy that it should replace stays. The epoch of a
+roll-out is greater than every epoch that engines have reported. Late messages of a failed roll-out therefore never
+match a newer one, even if the planner died or the disk was full.
 
-Between roll-outs engines are held to the plan: one that restarted is asked for its copies at once, and pins that the
-plan does not name, such as those of a dead planner, are retired.
+Between roll-outs, the machine corrects engines that deviate from the plan. A restarted engine is asked for its planned
+copies at once. Pins that are not in the plan, such as those of a dead planner, are retired.
 """
 
 from collections.abc import Mapping
@@ -33,12 +33,10 @@ from loraserve.story import Story
 
 NO_PLAN = Plan(epoch=0, created_unix_s=0.0, placements=())
 RETRY_S = 5.0
-"""Time after which an engine that does not do what it was asked is asked again. Reports are late by less."""
+"""Seconds before a request is repeated, if the engine's reports do not show its effect. Report delays are shorter."""
 
 
 class Phase(StrEnum):
-    """State of the roll-out."""
-
     IDLE = "IDLE"
     PREPARING = "PREPARING"
     WRITING = "WRITING"
@@ -46,8 +44,6 @@ class Phase(StrEnum):
 
 
 class Trigger(StrEnum):
-    """Causes of transitions."""
-
     BEGIN = "begin"
     CANCEL = "cancel"
     ALL_PREPARED = "all_prepared"
@@ -71,9 +67,9 @@ TRANSITIONS: dict[tuple[Phase, Trigger], Phase] = {
 class Attempt(msgspec.Struct):
     """The roll-out under way.
 
-    ``incarnations``: engines that were asked to prepare and have not been lost since. ``waiting``: engines whose answer
-    is outstanding. ``absent``: copies that are not there, with reasons. ``silent``: engines that did not answer in time
-    but are still alive. ``plan``: what is written. ``refused``: why the roll-out came to nothing.
+    ``incarnations``: the incarnation of each engine that was asked to prepare and is not lost. ``waiting``: engines
+    whose answer is outstanding. ``absent``: why a copy is missing. ``silent``: live engines whose Prepare failed.
+    ``plan``: the plan to write. ``applied``: the plan was written. ``refused``: why the whole roll-out failed.
     """
 
     epoch: int
@@ -92,7 +88,7 @@ class Attempt(msgspec.Struct):
 
 
 class LastRequest(msgspec.Struct, frozen=True):
-    """The last request of a kind to an engine. ``ended_s`` is infinite while it is unanswered."""
+    """The last Prepare or Retire sent to an engine. ``ended_s`` is infinite while a Prepare is unanswered."""
 
     incarnation: str
     epoch: int
@@ -100,10 +96,10 @@ class LastRequest(msgspec.Struct, frozen=True):
 
 
 class Rollout:
-    """The roll-out of one plan after another.
+    """The state machine that rolls out one plan after another.
 
-    ``plan`` is the last published plan, ``epoch`` the greatest that was given to a roll-out or reported by an engine.
-    ``story`` has entries by adapter version and by ``story_subject(epoch)``.
+    ``plan`` is the last published plan. ``epoch`` is the greatest epoch used by a roll-out or reported by an engine.
+    ``story`` records events by adapter version and by ``story_subject(epoch)``.
     """
 
     def __init__(self, plan: Plan = NO_PLAN) -> None:
@@ -114,7 +110,7 @@ class Rollout:
         self.story = Story()
         self._attempt: Attempt | None = None
         self._left_out: dict[str, str] = {}
-        """Engines that the last roll-outs did without, with the incarnation that was lost."""
+        """Engines left out of earlier roll-outs, each with its incarnation at that time."""
         self._last_prepare: dict[str, LastRequest] = {}
         self._last_retire: dict[str, LastRequest] = {}
         self._now = 0.0
@@ -143,7 +139,7 @@ class Rollout:
                 return self._take_retired(engine) if self.waits_for(engine, epoch, Phase.RETIRING) else []
 
     def lacks_copies(self, now: float) -> bool:
-        """Return whether engines lack planned copies although a request for them has ended a while ago."""
+        """Return whether an engine lacks planned copies and is due for another Prepare."""
         planned = versions_by_engine(self.plan.placements)
         return any(
             planned.get(load.engine, set()) - pinned_versions(load)
@@ -152,12 +148,12 @@ class Rollout:
         )
 
     def waits_for(self, engine: str, epoch: int, phase: Phase) -> bool:
-        """Return whether this answer is outstanding; answers that come twice or too late are ignored."""
+        """Return whether the current roll-out expects this answer. Repeated and late answers are not expected."""
         attempt = self._attempt
         return attempt is not None and (attempt.epoch, self.phase) == (epoch, phase) and engine in attempt.waiting
 
     def validate(self) -> None:
-        """Check every invariant of the state; raises AssertionError naming the one that is broken."""
+        """Check all invariants of the state. Raises AssertionError with the violated invariant."""
         copies = [copy_id(p) for p in self.plan.placements]
         assert len(copies) == len(set(copies)), "a copy is planned twice"
         for version in {v for _, v in copies}:
@@ -218,10 +214,10 @@ class Rollout:
         return self._write_when_prepared()
 
     def _do_without(self, engine: str, reason: str) -> list[Instruction]:
-        """Go on without an engine's answer, with the copies that its last report shows.
+        """Continue without an engine's answer, and count the copies pinned in its last report as prepared.
 
-        One copy without room must not cost the others. An adapter that would have no copy then stays planned there, as
-        it does on an engine that was lost.
+        One copy that does not fit must not cost the engine its other copies. An adapter left without any copy keeps
+        its old copies on this engine in the plan, as on a lost engine.
         """
         attempt = self._current()
         load = self.engines.get(engine)
@@ -236,7 +232,7 @@ class Rollout:
         return self._write_when_prepared()
 
     def _lose(self, reasons: Mapping[str, str]) -> list[Instruction]:
-        """Go on without these engines and all copies of this roll-out on them."""
+        """Continue without these engines and without the copies planned on them. ``reasons`` is by engine."""
         attempt = self._current()
         for engine, reason in reasons.items():
             attempt.absent.update({copy_id(p): reason for p in attempt.begin.placements if p.engine == engine})
@@ -297,7 +293,7 @@ class Rollout:
         return [*ended]
 
     def _end_attempt(self) -> list[events.RolloutEnded]:
-        """Return the end of the attempt, if there is one. The caller advances the phase."""
+        """End the attempt, if there is one, and return its RolloutEnded. The caller advances the phase."""
         attempt = self._attempt
         if attempt is None:
             return []
@@ -316,7 +312,7 @@ class Rollout:
             case Phase.PREPARING:
                 return self._notice_lost()
             case Phase.WRITING:
-                # Neither plan may be held to: which of them is in force is known when the write has ended.
+                # The result of the write decides which plan is in force, so no engine is corrected before.
                 return []
             case Phase.RETIRING:
                 lost = sorted(self._current().waiting - self.engines.keys())
@@ -336,9 +332,9 @@ class Rollout:
         return [events.Replan(engine) for engine in returned]
 
     def _hold_to_plan(self, adapters: Mapping[str, AdapterRef]) -> list[Instruction]:
-        """Ask engines for planned copies that they lack, and retire pins that the plan does not name."""
+        """Return instructions to load planned copies that engines lack, and to unpin copies that are not planned."""
         if not self.plan.epoch:
-            return []  # The plan was lost, so the copies that engines hold must stay.
+            return []  # The plan was lost, so engines must keep the copies that they hold.
         instructions: list[Instruction] = []
         planned = versions_by_engine(self.plan.placements)
         for engine, load in sorted(self.engines.items()):
@@ -374,7 +370,7 @@ class Rollout:
         self.story.tell(story_subject(epoch), self._now, text)
 
     def _tell_changed_copies(self, before: Plan, after: Plan) -> None:
-        """Add an entry for each adapter whose copies or shares differ between the plans."""
+        """Add a story entry for each adapter whose copies or shares differ between the plans."""
         old, new = _describe_copies(before), _describe_copies(after)
         for version in old.keys() | new.keys():
             if old.get(version) != new.get(version):
@@ -387,7 +383,7 @@ def story_subject(epoch: int) -> str:
 
 
 def _is_due(requests: Mapping[str, LastRequest], load: EngineLoad, now: float) -> bool:
-    """Return whether to ask an engine: at once if it restarted, else a while after the last request ended."""
+    """Return whether an engine may be asked: at once after a restart, else ``RETRY_S`` after its last request ended."""
     last = requests.get(load.engine)
     return last is None or last.incarnation != load.incarnation or now - last.ended_s >= RETRY_S
 
