@@ -25,7 +25,7 @@ class PlannedCopies:
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """The promised time to first token (TTFT), and the factor of it at which requests are refused.
+    """The promised time to first token (TTFT), and how far the predicted time may exceed it.
 
     A request is refused if every engine needs more than ``reject_factor`` times the promise. The promise is
     ``ttft_s``, or the time of the request's own prefill and adapter load if that is longer.

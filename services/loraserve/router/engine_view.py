@@ -23,7 +23,7 @@ IDLE_STEP_S = 0.02
 
 
 class PendingRequest(msgspec.Struct, frozen=True, gc=False):
-    """A request that this router sent and no report has counted yet. ``tokens`` is the length of its prefill."""
+    """A request that this router sent and no report has counted yet. ``tokens`` of its prompt need prefill."""
 
     tokens: int
     version: str
@@ -44,10 +44,10 @@ class RunningRequest(msgspec.Struct, frozen=True, gc=False):
 class AdapterMix(msgspec.Struct, frozen=True, gc=False):
     """Slab bytes and ranks of the adapters of an engine's requests.
 
-    ``slab_bytes`` sums distinct running adapters, and ``rank_sum`` sums running requests. ``running_rank`` is the
-    largest rank of running requests, ``largest_rank`` of running and waiting requests. ``expected_rank`` is the mean
-    over time of the largest rank in a batch, from running requests and the demand for the engine's planned copies. A
-    rarely requested large rank hardly raises it. It is None if the plan has no copy there.
+    ``slab_bytes`` counts each running adapter once. ``rank_sum`` is the sum over running requests. ``running_rank`` is
+    the largest rank of running requests, and ``largest_rank`` of running and waiting requests. ``expected_rank`` is the
+    estimated mean over time of the largest rank in a batch, so a rarely requested large rank hardly raises it. It is
+    None if the plan has no copy there.
     """
 
     slab_bytes: int = 0
@@ -162,11 +162,10 @@ class EngineView(msgspec.Struct):
         self._apply_adapters(load, known, decoded)
         self._recount_pending()
         if self.alive and self.avoided_since_s is not None and reported_s >= self.avoided_since_s + self.avoidance_s:
-            # Reports do not prove that the engine serves requests: one more timeout avoids it again, for longer.
+            # A report does not prove that the engine serves requests. After one more timeout it is avoided for longer.
             self.avoided_since_s, self.timeouts = None, TIMEOUTS_TO_AVOID - 1
 
     def expect(self, version: str, now: float) -> None:
-        """Record that the engine was told to expect a request for this adapter."""
         self.expected.pop(version, None)
         self.expected[version] = now
 
@@ -182,7 +181,7 @@ class EngineView(msgspec.Struct):
             self._recount_pending()
 
     def drop_older(self, before_s: float) -> None:
-        """Remove pending requests and expected adapters that are older than ``before_s``."""
+        """Remove pending requests and expected adapters that were sent before ``before_s``."""
         self.drop_pending([request_id for request_id, p in self.pending.items() if p.since_s < before_s])
         self.expected = {version: since_s for version, since_s in self.expected.items() if since_s >= before_s}
 

@@ -31,10 +31,10 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 RoutingPolicy: TypeAlias = Callable[[RoutingContext], Candidates | Rejected]
 
 MAX_CANDIDATES = 4
-"""At most this many engines are asked, because each timeout takes a second and the gateway does not wait forever."""
+"""Maximum number of engines to ask. Each timeout takes a second, and gateways wait for a limited time."""
 TIE_SHARE = 0.05
-"""Two scores tie if they differ by at most this share of the best engine's predicted TTFT or decode step. The error of
-the prediction is larger than that."""
+"""Scores tie if they differ by at most this share of the best engine's predicted TTFT, or of its decode step if that is
+longer. The error of predictions is larger than this share."""
 MIN_TIE_S = 5e-5
 FALLBACK_PENALTY_S = 1e9
 """Added to a fallback engine's score for each level of ``EngineView.fallback_level``."""
@@ -65,8 +65,8 @@ def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
 def route_by_shares(context: RoutingContext) -> Candidates | Rejected:
     """Return the engines with planned copies in an order drawn by their shares, then other engines in random order.
 
-    Fallback engines come last. The engine loads a planned copy on request if it is not loaded yet. Predictions are
-    computed only for logs.
+    Fallback engines come last. The request itself loads a planned copy that is not loaded yet. Predictions are computed
+    only for logs.
     """
     table = context.view.prices(context.cost)
     fitting = _filter(context.request, table)
@@ -105,7 +105,7 @@ def placeholder_request(expect: Expect) -> Route:
 def prefetch_engine(context: RoutingContext) -> str | None:
     """Return the engine that should start to load the adapter of ``placeholder_request`` now.
 
-    Return None if the request would be refused, or if its engine already holds or loads the adapter.
+    Return None if the request would be refused, or if the chosen engine already holds or loads the adapter.
     """
     choice = route_by_prediction(context)
     if isinstance(choice, Rejected) or context.request.adapter is None:
@@ -190,7 +190,10 @@ def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng:
 
 
 def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng) -> list[int]:
-    """Return up to ``MAX_CANDIDATES`` columns: those with shares first, drawn by share. Without shares, shuffle."""
+    """Return up to ``MAX_CANDIDATES`` columns, drawn at random.
+
+    Columns with shares come first, drawn in proportion to them; the others then keep their order.
+    """
     planned = [column for column in columns if column in shares]
     if planned:
         # Each column is first with a probability proportional to its share (Efraimidis and Spirakis, 2006).

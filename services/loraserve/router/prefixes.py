@@ -36,7 +36,7 @@ class PrefixMemory:
         return len(self._engines_of)
 
     def cached_tokens(self, request: Route) -> Mapping[str, int]:
-        """Return the number of prompt tokens that need no prefill, by engine; always less than the whole prompt."""
+        """Return how many prompt tokens need no prefill, by engine. At least one token always needs prefill."""
         if request is not self._request or self._found is None:
             self._set_request(request)
             self._found = self._look_up(request)

@@ -24,7 +24,7 @@ ENGINE_TIME_WEIGHT = 0.5
 """Score of a second of an idle engine's time, in seconds of TTFT. Engine time delays the tokens of running requests and
 the first token of the next request."""
 FULLNESS_WEIGHT = 1.0
-"""The score of engine time grows by this times f**2 / (1 - f) for a fullness f from 0 to 1, like the length of a queue.
+"""The score of engine time grows by this times f**2 / (1 - f), like a queue. The engine's fullness f is from 0 to 1.
 
 Prefill runs before decode, so requests wait only when batch places or KV memory are used up. Wasted engine time
 delays requests only then."""

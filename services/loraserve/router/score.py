@@ -5,7 +5,7 @@ score = predicted time to first token (TTFT)
       + LOAD_WEIGHT * time to load the adapter
       - PRIOR_STEPS decode steps if the plan has a copy there, and again if the adapter is resident
 
-Numpy arrays with one column for each engine score all engines at once.
+All engines are scored at once, in numpy arrays with one column for each engine.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,7 @@ LOAD_WEIGHT = 1.5
 _LOAD_WEIGHT, _ONE = np.array(LOAD_WEIGHT), np.array(1.0)
 # For few engines, numpy takes twice as long to combine an array with a float as with another array.
 PRIOR_STEPS = 0.5
-"""Bonus for a planned copy, and again for a resident one. It only decides between nearly equal engines."""
+"""Bonus for a planned and for a resident copy, in decode steps. It decides only between nearly equal engines."""
 
 
 class AdapterColumns(msgspec.Struct, frozen=True, gc=False):

@@ -29,7 +29,7 @@ from loraserve.router.view import ClusterView
 from loraserve.service import Service
 
 ENGINE_REFUSALS = ("overloaded", "draining", "starting")
-"""Codes of refusals by one engine after which another engine may still admit the request."""
+"""Codes with which an engine refuses a request that another engine may still admit."""
 
 
 class RouterService(Service):

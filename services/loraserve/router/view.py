@@ -84,12 +84,12 @@ class ClusterView:
         return self._prices.engines
 
     def prices(self, cost: CostModel) -> PriceTable:
-        """Return the prices of the ready engines, in the same order."""
+        """Return the prices of the ready engines, in the order of ``ready_engines``."""
         self._prices.refresh(cost, self.mean_output_tokens, self.requests_per_s)
         return self._prices
 
     def engines_near(self, version: str) -> Mapping[str, EngineView]:
-        """Return, by name, all engines that hold, load, expect or use the adapter, and perhaps engines that did."""
+        """Return all engines that hold, load, expect or use the adapter, by name. Some may no longer do so."""
         return self._engines_near.get(version, {})
 
     def cached_tokens(self, request: Route) -> Mapping[str, int]:
@@ -166,7 +166,7 @@ class ClusterView:
         self._oldest_pending_s = min((view.oldest_s for view in self.engines.values()), default=float("inf"))
 
     def validate(self) -> None:
-        """Raise AssertionError if a sum or an index is wrong, or a table too large."""
+        """Raise AssertionError if a sum or an index is wrong or a table is too large."""
         for name, view in self.engines.items():
             self._validate_engine(name, view)
         for version, views in self._engines_near.items():

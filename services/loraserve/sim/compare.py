@@ -43,7 +43,7 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
     """Options of a comparison.
 
     Attributes:
-        shares: The loads at which policies are compared, as shares of the best baseline's largest load. Includes 0.8.
+        shares: The loads to compare at, as shares of the best baseline's largest load. One share must be 0.8.
         count_engines: Whether to search for the number of engines that each policy needs.
         draws: Number of draws of a random placement. The draw with the median largest load is compared.
     """
@@ -70,7 +70,7 @@ class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
     Attributes:
         max_rps: The largest load under the SLO, in requests/s. ``max_rps_draws`` lists it for all draws, ascending.
         at_80pct: Figures at 80% of the best baseline's largest load.
-        engines_needed: Number for the best baseline's largest load; None if not found or not searched.
+        engines_needed: Engines needed for the best baseline's largest load; None if not found or not searched.
         curve: Figures of all runs in ascending order of load.
     """
 
@@ -183,7 +183,7 @@ def engines_needed(
 
 
 def changed_profiles(profile: Profile) -> dict[str, Profile]:
-    """Return the profile and variants of it with one efficiency halved or doubled, each with a label as key.
+    """Return the profile and its variants by label. Each variant has one efficiency halved or doubled.
 
     An efficiency that is a share of a datasheet's figure stays at most 1. Raises ConfigError if the profile was not
     derived from a known datasheet.
@@ -206,7 +206,7 @@ def changed_profiles(profile: Profile) -> dict[str, Profile]:
 
 
 class _LoadSearch:
-    """A bisection for the largest load under the SLO. It starts when one load met the SLO and one exceeded it."""
+    """A search for the largest load under the SLO. It finds an interval with this load and then bisects it."""
 
     def __init__(self, guess_rps: float, slo_ttft_s: float) -> None:
         self.next_rps = guess_rps
@@ -283,8 +283,8 @@ def limit_rps(workload: Workload, profile: Profile, engines: int) -> float:
     """Return an upper bound of the requests per second that any policy can serve permanently.
 
     The bound assumes that engines are never idle and that batches are as full as ``max_running`` and KV memory allow.
-    No token is padded to a higher rank, and reading slabs takes no time. A load above the bound can meet the SLO only
-    in a short run, in which requests still wait when arrivals end.
+    No token is padded to a higher rank, and reading slabs takes no time. Only a short run can meet the SLO above the
+    bound, because many of its requests still wait or decode when arrivals end.
     """
     seconds = _engine_seconds(workload, profile, _fullest_batch(workload, profile), slab_reads=0.0)
     return engines * len(workload.requests) / seconds if seconds else float("inf")

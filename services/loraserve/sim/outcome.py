@@ -45,7 +45,7 @@ class RequestOutcome(msgspec.Struct, gc=False):
 
     @property
     def ttft_s(self) -> float:
-        """Time to first token; infinite if there was none."""
+        """Time to first token; infinite if the request was rejected or has no first token."""
         return inf if self.first_token_s is None or self.rejected else self.first_token_s - self.arrival_s
 
 

@@ -74,7 +74,7 @@ def place_at_random(seed: int, inputs: PlanInput) -> tuple[Placement, ...]:
 
 
 def place_contiguously(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Keep the current placement, or assign an equal, contiguous range of adapters by name to each engine."""
+    """Keep the current placement, or assign adapters sorted by name, an equal contiguous range to each engine."""
     versions = sorted(inputs.adapters, key=lambda version: (inputs.adapters[version].name, version))
     return tuple(inputs.current) or _deal(inputs, versions, lambda i: i * len(inputs.engines) // len(versions))
 
@@ -91,7 +91,7 @@ def place_everywhere(inputs: PlanInput) -> tuple[Placement, ...]:
 def place_by_rendezvous(inputs: PlanInput) -> tuple[Placement, ...]:
     """Make at least one copy of each adapter, in proportion to requests/s, on the engines with the highest hashes.
 
-    Each engine has slots for an equal number of all copies, plus one slot.
+    Each engine has slots for its equal share of all copies, plus one slot.
     """
     names = [engine.engine for engine in inputs.engines]
     total_rps = sum(d.requests_per_s for d in inputs.demand)

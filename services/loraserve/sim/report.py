@@ -90,7 +90,7 @@ def load_table(comparison: Comparison) -> str:
 
 
 def shortfalls(comparison: Comparison, limit_rps: float) -> list[str]:
-    """Return a sentence for each goal that the policy ``ours`` misses. No placement can serve ``limit_rps``."""
+    """Return a sentence for each goal that policy ``ours`` misses; ``limit_rps`` bounds every policy."""
     results = comparison.results
     if OURS not in results:
         return []

@@ -63,7 +63,6 @@ def simulate(spec: RunSpec) -> Outcome:
 
 
 def run_figures(spec: RunSpec) -> RunFigures:
-    """Run a simulation and return its figures."""
     outcome = simulate(spec)
     computed = {name: getattr(outcome, name) for name in RunFigures.__struct_fields__}
     return RunFigures(**computed | {"rps": spec.rps})
