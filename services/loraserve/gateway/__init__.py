@@ -1,1 +1,1 @@
-"""The gateway: HTTP, tokenizer and chat template, detokenizing, server-sent events."""
+"""The gateway: HTTP API, tokenizer, chat template, detokenizer and server-sent events."""

@@ -1,9 +1,9 @@
-"""``python -m loraserve.gateway --config FILE``."""
+"""Entry point of the gateway process: ``python -m loraserve.gateway --config FILE``."""
 
 import os
 import sys
 
-# The tokenizer needs no torch, but transformers imports it if it can, which takes seconds and 250 MB.
+# Keep transformers from importing torch: the import takes seconds and 250 MB, and the tokenizer does not need it.
 sys.modules["torch"] = None  # type: ignore[assignment]
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 

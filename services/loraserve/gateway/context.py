@@ -1,4 +1,4 @@
-"""What the HTTP handlers of one gateway share: its ports to the cluster and its state."""
+"""State and connections that all HTTP handlers of one gateway share."""
 
 import asyncio
 from collections.abc import Callable, Iterator
@@ -21,12 +21,12 @@ from loraserve.messages import Abort, AdapterRef, Expect
 
 ROUTER = "router"
 CHARACTERS_PER_TOKEN = 4
-"""A rough figure for English text."""
+"""Rough average for English text."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """The model that a request named: the base model, or one version of an adapter."""
+    """The model that a request names: one version of an adapter, or the base model if ``adapter`` is None."""
 
     name: str
     adapter: AdapterRef | None
@@ -38,8 +38,6 @@ class ServedModel:
 
 @dataclass(slots=True)
 class Gateway:
-    """Ports and state of this process."""
-
     config: Config
     bus: Bus
     clock: Clock
@@ -58,7 +56,7 @@ class Gateway:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Count one HTTP request as active; ``idle`` is set while there is none."""
+        """Count one HTTP request as active inside the block. ``idle`` is set when no request is active."""
         self.active_requests += 1
         self.idle.clear()
         try:
@@ -69,7 +67,7 @@ class Gateway:
                 self.idle.set()
 
     async def resolve(self, model: str | None) -> ServedModel:
-        """Return the model of that name. Raises ApiError 400, 404 or 503; the base model replaces no adapter."""
+        """Return the model with this name. Raises ApiError 400 (no name), 404 (unknown) or 503 (store silent)."""
         if not model:
             message = "model: name the model or adapter to use; GET /v1/models lists them"
             raise bad_request(message, "model", "missing_required_parameter")
@@ -78,9 +76,9 @@ class Gateway:
         return ServedModel(model, await self.registry.resolve(model))
 
     def context_tokens(self) -> int:
-        """Return the most tokens of prompt and output that the model and every engine accept.
+        """Return the context length: the maximum of prompt and output tokens that the model and all engines accept.
 
-        Raises ApiError 503 while that is unknown.
+        Raises ApiError 503 while no limit is known.
         """
         reports = self.streams.watch.reports.values()
         engines = [report.capabilities.max_model_tokens for report in reports if report.alive]
@@ -91,13 +89,13 @@ class Gateway:
         return min(known)
 
     def announce(self, model: ServedModel, characters: int) -> None:
-        """Tell the router that a long prompt is being tokenized, so that its adapter can be loaded meanwhile."""
+        """Announce a long prompt to the router, so that an engine can load the adapter during tokenization."""
         if model.adapter is not None and characters >= self.config.gateway.expect_characters:
             tokens = characters // CHARACTERS_PER_TOKEN
             self.bus.send(ROUTER, Expect(adapter=model.adapter, prompt_tokens=tokens))
 
     def abort(self, engine: str, request_id: str, reason: str) -> None:
-        """Tell an engine to drop a request. ``reason`` is for the metrics."""
+        """Tell an engine to drop a request. ``reason`` is a label of the metric."""
         self.metrics.aborts.labels(reason).inc()
         self.tell_story(request_id, f"aborted on {engine}: {reason}")
         self.bus.send(engine, Abort(request_id=request_id))

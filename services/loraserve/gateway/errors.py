@@ -1,4 +1,4 @@
-"""Errors as OpenAI's clients expect them. Pure."""
+"""HTTP errors in OpenAI's format. Pure."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ MAX_SHOWN_NAME = 200
 
 
 class ApiError(LoraServeError):
-    """An HTTP answer other than success: its status and the fields of OpenAI's ``error`` object."""
+    """An HTTP error: its status and the fields of OpenAI's ``error`` object."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ def model_not_found(name: str) -> ApiError:
 
 
 def context_exceeded(limit: int, prompt_tokens: int, output_tokens: int, param: str) -> ApiError:
-    # Clients recognise an overflow by these words, which are vLLM's and OpenAI's.
+    # Clients recognise this error by its words, so they are the same as in vLLM and OpenAI.
     requested = (
         f"{prompt_tokens + output_tokens} tokens ({prompt_tokens} in the {param}, {output_tokens} in the output)"
     )
@@ -85,7 +85,7 @@ def timed_out(timeout_s: float) -> ApiError:
 
 
 def refused(code: str, message: str, retry_after_s: float = 1.0, param: str | None = None) -> ApiError:
-    """Return the error for a request that a router or an engine refused; ``param`` names its prompt's field."""
+    """Return the error for a refusal by the router, an engine or the store. ``param`` is the prompt's field."""
     match code:
         case "overloaded":
             return ApiError(429, message, type_=OVERLOAD, code=code, retry_after_s=retry_after_s)

@@ -1,4 +1,4 @@
-"""Running the choices of one HTTP request on engines: routing them, reading their tokens, aborting unread ones."""
+"""Run the choices of one HTTP request on engines: route them, read their tokens, abort unfinished ones."""
 
 import asyncio
 from collections import deque
@@ -20,9 +20,9 @@ ROUTER_ANSWER: Any = Routed | Rejected
 
 
 class ChoiceRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """What one choice needs: the message for the router, and how its tokens become text.
+    """One choice: the message for the router, and the rules for turning its tokens into text.
 
-    ``prompt`` is the number of its prompt, ``param`` the field in which the prompt was given.
+    ``prompt`` is the index of the prompt within the HTTP request. ``param`` is the field that held the prompt.
     """
 
     prompt: int
@@ -33,7 +33,7 @@ class ChoiceRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReadyQueue:
-    """Streams with something to read, in the order in which they became ready. For one reader."""
+    """Queue of streams that have unread output. Each stream is queued at most once. Supports one reader."""
 
     def __init__(self) -> None:
         self._ready: deque[Stream] = deque()
@@ -53,7 +53,7 @@ class ReadyQueue:
 
 
 class Generation:
-    """The choices of one HTTP request while they run."""
+    """The running choices of one HTTP request."""
 
     def __init__(self, gateway: Gateway, choices: Sequence[ChoiceRequest], arrived_s: float) -> None:
         self._gateway = gateway
@@ -63,7 +63,7 @@ class Generation:
         self._last_token_s = [0.0] * len(choices)
         self._first_token_s = [0.0] * len(choices)
         self._unfinished = len(choices)
-        # Streams are opened before the router is asked, so that no token can arrive before its stream exists.
+        # Open the streams before asking the router, so that every token finds its stream.
         self._streams = [
             gateway.streams.open(choice.route.request_id, index, self._ready.put)
             for index, choice in enumerate(choices)
@@ -79,7 +79,7 @@ class Generation:
         return sorted({stream.engine for stream in self._streams})
 
     def usage(self) -> dict[str, Any]:
-        """Return OpenAI's ``usage`` so far. Each prompt counts once, however many choices continue it."""
+        """Return OpenAI's ``usage`` object so far. A prompt with several choices counts once."""
         prompts = {choice.prompt: len(choice.route.prompt_tokens) for choice in self._choices}
         cached = dict.fromkeys(prompts, 0)
         for choice, stream in zip(self._choices, self._streams, strict=True):
@@ -94,7 +94,7 @@ class Generation:
         }
 
     async def route(self) -> None:
-        """Get an engine for every choice. Raises ApiError when one of them gets none."""
+        """Ask the router for an engine for every choice. Raises ApiError if any choice gets none."""
         pairs = list(zip(self._choices, self._streams, strict=True))
         if len(pairs) == 1:
             await self._route(*pairs[0])
@@ -107,7 +107,7 @@ class Generation:
                 task.cancel()
 
     async def next_chunk(self) -> OutputChunk | None:
-        """Return the next output of any choice, None when all have finished. Raises ApiError when one fails."""
+        """Return the next output of any choice, or None after all have finished. Raises ApiError if one fails."""
         while self._unfinished:
             stream = await self._ready.get()
             output = self._outputs[stream.choice]
@@ -123,7 +123,7 @@ class Generation:
         return None
 
     def close(self) -> None:
-        """Abort what has not finished, and forget all streams."""
+        """Abort the unfinished requests and close all streams."""
         now = self._gateway.clock.monotonic_s()
         for stream, output in zip(self._streams, self._outputs, strict=True):
             if stream.engine and not output.finished and stream.finish is None:
@@ -140,7 +140,7 @@ class Generation:
         try:
             routed = await asyncio.shield(asking)
         except asyncio.CancelledError:
-            # The router may still send the request to an engine, which then has to drop it.
+            # The router may still send the request to an engine. That engine must then drop it.
             asking.add_done_callback(partial(_abort_if_routed, gateway))
             raise
         now = gateway.clock.monotonic_s()
@@ -184,7 +184,7 @@ class Generation:
 
 @asynccontextmanager
 async def generation(gateway: Gateway, choices: Sequence[ChoiceRequest], arrived_s: float) -> AsyncIterator[Generation]:
-    """Run the choices on engines. However the block ends, nothing of them stays behind."""
+    """Route the choices and yield their Generation. Requests unfinished at the end of the block are aborted."""
     run = Generation(gateway, choices, arrived_s)
     try:
         await run.route()
@@ -210,9 +210,9 @@ async def _ask_router(gateway: Gateway, choice: ChoiceRequest) -> Routed:
 
 
 async def _ask_twice(gateway: Gateway, route: Route) -> Any:
-    """Return the router's answer. A router that dies is asked again in the time that is left: it restarts soon.
+    """Return the router's answer. If the router dies, ask again in the remaining time: the router restarts soon.
 
-    An engine may have taken the request from the router that died. It is told to stop once it sends tokens.
+    The dead router may have sent the request to an engine. That engine is told to abort it when its tokens arrive.
     """
     timeout_s = gateway.config.gateway.route_timeout_s
     deadline_s = gateway.clock.monotonic_s() + timeout_s

@@ -1,4 +1,4 @@
-"""Prometheus metrics: what the gateway counts, and the cluster's load under the names that vLLM's dashboards use."""
+"""Prometheus metrics of the gateway's requests and of the engines, under vLLM's names where vLLM has the metric."""
 
 from collections.abc import Callable, Iterator, Sequence
 
@@ -68,7 +68,7 @@ class GatewayMetrics:
 
 
 class ClusterCollector(Collector):
-    """Metrics of the streams and engines, computed from the monitor's last publications at each scrape."""
+    """Computes metrics of streams and engines at each scrape. Engine data is from the monitor's last publications."""
 
     def __init__(
         self, streams: StreamTable, adapters: RegistryCopy, clock: Clock, model_name: str, max_lora: int
@@ -115,7 +115,7 @@ class ClusterCollector(Collector):
             yield family
 
     def _lora_info(self, loads: list[EngineLoad]) -> Metric:
-        # As in vLLM, the labels carry the information and the value is the time.
+        # As in vLLM, the labels contain the adapters and the value is the current time.
         running = sorted({adapter.name for load in loads for adapter in load.adapters.resident if adapter.running})
         waiting = sorted({self._adapters.name_of(version) for load in loads for version in load.adapters.loading})
         labels = ("max_lora", "running_lora_adapters", "waiting_lora_adapters")

@@ -1,4 +1,4 @@
-"""The gateway's copy of the store's registry: which version each adapter name stands for."""
+"""The gateway's copy of the store's registry, which maps each adapter name to a version."""
 
 import asyncio
 
@@ -14,7 +14,7 @@ ASK_INTERVAL_S = 0.2
 
 
 class RegistryCopy:
-    """Follows the store's publications. It asks the store before calling a name unknown, once for all requests."""
+    """A copy of the registry, updated by the store's publications. Asks the store about unknown names."""
 
     def __init__(self, bus: Bus, clock: Clock) -> None:
         self.revision = -1
@@ -36,17 +36,17 @@ class RegistryCopy:
         return self._adapters.get(name)
 
     def name_of(self, version: str) -> str:
-        """Return a name under which the version is registered, else the version itself."""
+        """Return a name registered for the version, or the version itself if there is none."""
         return next((adapter.name for adapter in self._adapters.values() if adapter.version == version), version)
 
     def update(self, news: RegistryChanged | AdapterList) -> None:
-        """Replace the copy, unless the news is older than the copy."""
+        """Replace the copy, unless ``news`` has an older revision."""
         if news.revision >= self.revision:
             self.revision = news.revision
             self._adapters = {adapter.name: adapter for adapter in news.adapters}
 
     async def resolve(self, name: str) -> AdapterRef:
-        """Return the adapter of that name. Raises ApiError 404, or 503 if the store has never answered."""
+        """Return the adapter with this name. Raises ApiError 404, or 503 if the store has never answered."""
         found = self.get(name)
         if found is None:
             await self.refresh()
@@ -59,14 +59,14 @@ class RegistryCopy:
         return found
 
     async def refresh(self) -> None:
-        """Ask the store. If it does not answer, the copy stays as it is."""
+        """Ask the store for the registry. Calls share a request not yet sent. A timeout leaves the copy unchanged."""
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask())
         await asyncio.shield(self._asking)
 
     async def _ask(self) -> None:
         await asyncio.sleep(max(0.0, self._asked_s + ASK_INTERVAL_S - self._clock.monotonic_s()))
-        # A request that comes after this question may know of a newer adapter, so it asks again.
+        # Calls made after this request is sent may need a newer registry, so they send another request.
         self._asking = None
         self._asked_s = self._clock.monotonic_s()
         try:

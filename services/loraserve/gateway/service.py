@@ -1,4 +1,4 @@
-"""The gateway process: it serves HTTP and talks to the cluster over the bus."""
+"""The gateway process: serves HTTP and communicates with the cluster over the bus."""
 
 import asyncio
 import errno
@@ -29,7 +29,7 @@ LAST_ANSWERS_S = 2.0
 
 
 class GatewayService(Service):
-    """Wires the gateway and runs it. ``port`` is the port bound, for configurations in which gateway.port is 0."""
+    """Creates and runs the gateway. ``port`` is the bound port, which is needed if gateway.port is 0."""
 
     inbox = ToGateway
     starting_detail = "loading the tokenizer"
@@ -42,8 +42,8 @@ class GatewayService(Service):
         self.drain_timeout_s = config.gateway.drain_timeout_s + LAST_ANSWERS_S + 1.0
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Start serving. Raises ConfigError for a port, host or model directory that cannot be used."""
-        # The port is bound first, so that a wrong one is reported before the tokenizer is loaded.
+        """Start serving. Raises ConfigError if the port, host or model directory cannot be used."""
+        # Bind first, so that an unusable port is reported before the slow loading of the tokenizer.
         listener = stack.enter_context(bind(self.config.gateway.host, self.config.gateway.port))
         directory = model_dir(self.config.model.path)
         tokenizer = await asyncio.to_thread(ModelTokenizer, directory)
@@ -56,7 +56,7 @@ class GatewayService(Service):
         await self.gateway.registry.refresh()
         runner = web.AppRunner(
             make_app(self.gateway),
-            # The handler of a client that leaves is cancelled, which aborts its requests on the engines.
+            # Cancel the handler when its client disconnects. That aborts the requests on the engines.
             handler_cancellation=True,
             access_log=None,
             keepalive_timeout=KEEPALIVE_S,
@@ -89,7 +89,7 @@ class GatewayService(Service):
                 self.gateway.registry.update(registry)
 
     async def drain(self) -> None:
-        """Refuse new requests, and let running ones finish until the deadline; then end them with an error."""
+        """Refuse new requests and wait for running ones. After the timeout, end them with an error."""
         self.gateway.draining = True
         await self._site.stop()
         await self._wait_idle(self.config.gateway.drain_timeout_s)
@@ -123,14 +123,14 @@ class GatewayService(Service):
 
 
 def model_dir(path: str) -> Path:
-    """Return the model directory. Raises ConfigError if none is configured."""
+    """Return the absolute path of the model directory. Raises ConfigError if none is configured."""
     if not path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory with --set model.path=DIR")
     return Path(path).expanduser().absolute()
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket that does not listen yet. Raises ConfigError naming the setting and the remedy."""
+    """Return a bound socket that does not listen yet. Raises ConfigError that names the setting."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -1,4 +1,4 @@
-"""What this gateway did with each request, and under which ids an operator may ask for a story."""
+"""Events of each request in this gateway, and the ids under which an operator can look them up."""
 
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -8,14 +8,13 @@ from loraserve.story import Story
 
 MAX_ANSWERS = 8192
 SHORT_VERSION = 12
-"""Logs and tables show this many characters of a version; an operator may ask with them."""
+"""Length to which logs and tables shorten versions. An operator can look up a shortened version."""
 
 
 class RequestStories:
-    """The stories of requests. Each choice of an answer is a request of its own to the router and an engine.
+    """Records the events of requests. Each choice of an answer is a separate request to the router and an engine.
 
-    An operator knows the id of the answer, or the ``x-request-id`` header of the HTTP request. Both stand for all
-    choices.
+    An operator looks up the answer's id or the HTTP request's ``x-request-id``. Both map to the ids of all choices.
     """
 
     def __init__(self) -> None:
@@ -23,7 +22,7 @@ class RequestStories:
         self._choices: OrderedDict[str, tuple[str, ...]] = OrderedDict()
 
     def begin(self, http_id: str, answer_id: str, choices: Sequence[str], now: float) -> None:
-        """Record the ids of an answer's choices. Called before the requests are sent to the router."""
+        """Record the ids of an answer's choices. Call this before sending the requests to the router."""
         for known in (http_id, answer_id):
             self._choices[known] = tuple(choices)
             self._choices.move_to_end(known)
@@ -33,9 +32,9 @@ class RequestStories:
             self.story.tell(choice, now, f"received as HTTP request {http_id}")
 
     def subjects(self, id_: str, adapters: Sequence[AdapterRef]) -> tuple[str, ...]:
-        """Return everything that ``id_`` may stand for: choices of an answer, an adapter's name, a version.
+        """Return all subjects that ``id_`` may mean: choices of an answer, adapter names and versions.
 
-        Without a record of the answer, as in a gateway that was restarted, the first choice is assumed.
+        If the answer is unknown, for instance after a restart, include the id of its first choice.
         """
         found = [id_, *self._choices.get(id_, (f"{id_}-0",))]
         for adapter in adapters:

@@ -1,7 +1,7 @@
-"""The token streams in flight, and whether the engines that send them are alive. Pure.
+"""Token streams in flight, and detection of dead engines. Pure.
 
-``StreamTable`` delivers each engine's tokens to the stream of their request: in order, once each. A stream whose tokens
-were lost, or whose engine died, fails. ``EngineWatch`` decides whether an engine died or dropped a request.
+``StreamTable`` delivers each token to the stream of its request, in order and once. A stream fails if tokens are lost
+or its engine dies. ``EngineWatch`` decides whether an engine died or dropped a request.
 """
 
 from collections import OrderedDict
@@ -24,22 +24,22 @@ from loraserve.messages import (
 from loraserve.messages.stop import ABORT
 
 ABORT_INTERVAL_S = 1.0
-"""An engine is asked at most this often to drop the same request."""
+"""Minimum time between two aborts of the same request."""
 
 CLOSED_KEPT = 4096
 
 RECENT_TOKENS_S = 1.0
-"""An engine whose tokens arrived this recently is alive, whatever a report says: reports are older than tokens."""
+"""An engine counts as alive for this time after its last tokens, since reports are older than tokens."""
 
 END_LOST_AFTER_S = 1.5
-"""If an engine no longer lists a request this long after the request's last token, its last message was lost."""
+"""A request missing from an engine's report this long after its last token has lost its final message."""
 
 CLOCK_MARGIN_S = 0.25
-"""Reports are dated by their age when published; this covers the time they travel."""
+"""Error of a report's time. It is computed from the age at publication, which excludes the delivery time."""
 
 
 class StreamState(Enum):
-    """ROUTING streams have no engine yet; FINISHED and FAILED streams receive nothing more."""
+    """States of a stream. ROUTING streams have no engine yet. FINISHED and FAILED streams accept no more tokens."""
 
     ROUTING = "routing"
     RUNNING = "running"
@@ -56,7 +56,7 @@ TRANSITIONS: dict[StreamState, frozenset[StreamState]] = {
 
 
 class Received(msgspec.Struct, frozen=True):
-    """All that arrived since the last ``take``. A slow reader gets more at once, so nothing piles up."""
+    """All output of a stream since the last ``Stream.take``, merged into one object."""
 
     tokens: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
@@ -65,9 +65,9 @@ class Received(msgspec.Struct, frozen=True):
 
 
 class Stream:
-    """The tokens of one request on their way from its engine to its reader.
+    """The unread tokens and the state of one request.
 
-    Tokens may arrive before the router's answer says which engine has the request; they are kept in ``_early``.
+    Messages that arrive before the router's answer names the engine are kept in ``_early``.
     """
 
     def __init__(self, request_id: str, choice: int, wake: Callable[["Stream"], None]) -> None:
@@ -94,7 +94,7 @@ class Stream:
         return not TRANSITIONS[self.state]
 
     def set_engine(self, engine: str, incarnation: str, now: float) -> set[str]:
-        """Accept tokens of this engine only, from now on. Returns the other engines that have sent some."""
+        """Accept only messages from this engine. Returns other engines that already sent messages for the request."""
         self.engine, self.incarnation = engine, incarnation
         self.routed_s = self.last_token_s = now
         if self.state is StreamState.ROUTING:
@@ -108,9 +108,9 @@ class Stream:
         return {sender for sender, _, _ in early} - {engine}
 
     def on_delta(self, engine: str, incarnation: str, delta: TokenDelta, now: float) -> bool:
-        """Take new tokens. Returns False when the sender has to drop the request.
+        """Accept new tokens. Returns whether the sender may continue the request.
 
-        That is when it is not the engine of this stream, and when the stream has failed.
+        Returns False if the sender is not this stream's engine incarnation, or if the stream has failed.
         """
         if not self.engine:
             self._early.append((engine, incarnation, delta))
@@ -133,14 +133,14 @@ class Stream:
             self.fail(refused(failed.code, failed.message))
 
     def fail(self, error: ApiError) -> None:
-        """End the stream with an error. Tokens received before are still delivered; the first error stays."""
+        """End the stream with an error, raised after its unread tokens. Streams that have ended are unchanged."""
         if not self.is_over:
             self.failure = error
             self._enter(StreamState.FAILED)
             self._wake(self)
 
     def take(self) -> Received:
-        """Return what arrived since the last call. Raises the stream's error once everything before it was taken."""
+        """Return the output since the last call. Raises the stream's error if no unread tokens are left."""
         if self.failure is not None and not self._tokens:
             raise self.failure
         received = Received(tuple(self._tokens), tuple(self._logprobs), self.finish, self.stop_reason)
@@ -181,26 +181,26 @@ class StreamTable:
         self.duplicate_tokens = 0
         self._streams: dict[str, Stream] = {}
         self._closed: OrderedDict[str, float] = OrderedDict()
-        """Requests that have no stream any more, with the time of the last abort or of their end."""
+        """For each request without a stream, the time of its last abort or of its end."""
 
     def __len__(self) -> int:
         return len(self._streams)
 
     def open(self, request_id: str, choice: int, wake: Callable[[Stream], None]) -> Stream:
-        """Return a new stream. ``wake`` is called with it whenever it has something to take."""
+        """Return a new stream. The stream calls ``wake`` with itself when it has unread output or an error."""
         if request_id in self._streams:
             raise ValueError(f"request id {request_id} is already in flight")
         stream = self._streams[request_id] = Stream(request_id, choice, wake)
         return stream
 
     def close(self, stream: Stream, now: float) -> None:
-        """Forget a stream. Its engine is told to drop the request only if it still sends tokens after a while."""
+        """Remove a stream. Tokens that arrive more than ABORT_INTERVAL_S later make ``on_batch`` return its id."""
         if self._streams.pop(stream.request_id, None) is not None:
             self.duplicate_tokens += stream.duplicate_tokens
             self._note_closed(stream.request_id, now)
 
     def on_batch(self, batch: TokenBatch, now: float) -> list[str]:
-        """Deliver the tokens of one engine step. Returns the ids of requests that the sender has to drop."""
+        """Deliver the tokens of one batch. Returns the ids of requests that the sending engine must drop."""
         self.watch.note_tokens(batch.engine, batch.incarnation, now)
         unwanted = []
         for delta in batch.deltas:
@@ -217,7 +217,7 @@ class StreamTable:
             stream.on_failed(failed)
 
     def on_cluster_load(self, load: ClusterLoad, now: float) -> None:
-        """Fail the streams whose engine died, and those whose end was lost."""
+        """Fail the streams whose engine died or whose final message was lost."""
         self.watch.note_cluster_load(load, now)
         for stream in self._streams.values():
             if not stream.engine or stream.is_over:
@@ -233,7 +233,7 @@ class StreamTable:
             stream.fail(error)
 
     def validate(self) -> None:
-        """Raise AssertionError where the table contradicts itself."""
+        """Check the invariants of all streams. Raises AssertionError."""
         for request_id, stream in self._streams.items():
             assert stream.request_id == request_id
             assert (stream.finish is not None) == (stream.state is StreamState.FINISHED)
@@ -256,7 +256,7 @@ class StreamTable:
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """The last report of one engine, as the monitor published it."""
+    """An engine's last report from the monitor. ``reported_s`` is its time on this gateway's monotonic clock."""
 
     load: EngineLoad
     capabilities: EngineCapabilities
@@ -265,7 +265,7 @@ class EngineReport(msgspec.Struct, frozen=True):
 
 
 class EngineWatch:
-    """The last reports of all engines, and when tokens arrived from each."""
+    """Detects dead engines and dropped requests from the engines' last reports and token times."""
 
     def __init__(self, dead_after_s: float) -> None:
         self.reports: dict[str, EngineReport] = {}
@@ -279,7 +279,7 @@ class EngineWatch:
         """For each engine, the incarnation that last sent tokens, and when."""
 
     def note_cluster_load(self, load: ClusterLoad, now: float) -> None:
-        """Take over a publication of the monitor. The ages in it are from when it was sent."""
+        """Store a publication of the monitor. Report times are ``now`` minus the published ages."""
         if load.incarnation != self._monitor:
             self._monitor, self._monitor_since_s = load.incarnation, now
         self.cluster, self.cluster_s = load, now
@@ -295,20 +295,20 @@ class EngineWatch:
         self._tokens_s[engine] = (incarnation, now)
 
     def ready_engines(self, now: float) -> list[str]:
-        """Return the engines that accept requests now; none when the monitor has been silent for long."""
+        """Return the engines that accept requests; none after four ``dead_after_s`` without a publication."""
         if now - self.cluster_s > 4 * self._dead_after_s:
             return []
         return [name for name, report in self.reports.items() if report.alive and report.load.state == "READY"]
 
     def death_of(self, engine: str, incarnation: str, routed_s: float, now: float) -> str:
-        """Return why a request routed to this incarnation of an engine cannot finish; empty if the engine may live."""
+        """Return why the engine incarnation counts as dead for a request routed at ``routed_s``; empty if alive."""
         sender, tokens_s = self._tokens_s.get(engine, ("", 0.0))
         alive_s = max(routed_s, tokens_s) if sender == incarnation else routed_s
         if now - alive_s < RECENT_TOKENS_S:
             return ""
         report = self.reports.get(engine)
         if report is None:
-            # A monitor that has just started does not know all engines yet.
+            # A monitor that has just started does not know all engines.
             silent_s = now - max(self._monitor_since_s, alive_s)
             return "it is not in the cluster any more" if silent_s > 2 * self._dead_after_s else ""
         if report.load.incarnation != incarnation:
@@ -318,13 +318,13 @@ class EngineWatch:
         return ""
 
     def dropped(self, engine: str, incarnation: str, request_id: str, silent_since_s: float) -> bool:
-        """Return whether the engine listed its requests well after ``silent_since_s`` without this one."""
+        """Return whether a report made END_LOST_AFTER_S after ``silent_since_s`` no longer lists the request."""
         report = self.reports.get(engine)
         if report is None or report.load.incarnation != incarnation:
             return False
         queue = report.load.queue
         if len(queue.request_ids) != queue.running + queue.waiting:
-            # A report lists only so many requests.
+            # The list is truncated, so a missing request may still run.
             return False
         return report.reported_s > silent_since_s + END_LOST_AFTER_S and request_id not in queue.request_ids
 

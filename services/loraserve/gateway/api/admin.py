@@ -1,4 +1,4 @@
-"""What operators and probes read and ask for: the state of the cluster, the plan, draining, and health.
+"""Endpoints for operators and health probes.
 
 GET /admin/cluster and /admin/plan, POST /admin/rebalance, POST /admin/engines/{id}/drain and /undrain, GET /health and
 /live.
@@ -40,11 +40,11 @@ PING_TIMEOUT_S = 1.0
 REBALANCE_MARGIN_S = 15.0
 
 MAX_TABLE_ENGINES = 64
-"""A table of all pairs of more engines takes long to compute and is not readable."""
+"""With more engines, the table of all engine pairs would be slow to compute and too large to read."""
 
 
 async def show_cluster(http: web.Request) -> web.Response:
-    """Answer with everything this gateway knows and which processes respond; 200 even if some do not."""
+    """Answer with the cluster state known to this gateway. The status is 200 even if some processes do not respond."""
     gateway = http.app[GATEWAY]
     names = [*CONTROL, *engine_names(gateway.config)]
     pongs, plan = await asyncio.gather(
@@ -81,9 +81,9 @@ async def show_cluster(http: web.Request) -> web.Response:
 def usable_transports(
     engines: Sequence[EngineCapabilities], preferred: Sequence[Transport]
 ) -> dict[str, dict[str, list[str]]]:
-    """Return, by reading and by owning engine, the transports that both can use, in the order they are tried.
+    """Return the transports for each pair of reading and owning engine, in order of preference.
 
-    The store is always readable and not listed.
+    The store is left out, since every engine can read from it. Empty above ``MAX_TABLE_ENGINES`` engines.
     """
     able = {engine.engine: engine.abilities for engine in engines if engine.abilities is not None}
     if len(able) > MAX_TABLE_ENGINES:
@@ -109,7 +109,7 @@ async def rebalance(http: web.Request) -> web.Response:
 
 
 async def drain_engine(http: web.Request) -> web.Response:
-    """Stop sending requests to an engine and move its copies elsewhere. Answers when that is done; may be repeated."""
+    """Stop routing requests to an engine, move its adapters to others, then answer. The call can be repeated."""
     return reply(await change_plan(http.app[GATEWAY], Drain(engine=http.match_info["id"], on=True)))
 
 
@@ -141,7 +141,7 @@ async def current_plan_or_none(gateway: Gateway) -> Plan | None:
 
 
 async def show_health(http: web.Request) -> web.Response:
-    """Answer 200 only if a request sent now would find an engine, else 503 with the problems."""
+    """Answer 200 if a request sent now would reach an engine, else 503 with a list of problems."""
     gateway = http.app[GATEWAY]
     pongs = await asyncio.gather(*(ping(gateway, name) for name in NEEDED_FOR_HEALTH))
     states = {name: pong.state if pong else "UNREACHABLE" for name, pong in zip(NEEDED_FOR_HEALTH, pongs, strict=True)}
@@ -156,7 +156,7 @@ async def show_health(http: web.Request) -> web.Response:
 
 
 async def show_live(http: web.Request) -> web.Response:
-    """Answer 200 as long as this process answers at all."""
+    """Answer 200 while this process runs, even if the cluster is unavailable."""
     return web.json_response({"status": "ok", "name": http.app[GATEWAY].bus.name})
 
 

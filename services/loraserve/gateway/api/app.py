@@ -1,4 +1,4 @@
-"""The HTTP application: its routes, and what applies to all of them: request ids, API keys, limits and errors."""
+"""The HTTP application: routes, and the request ids, API keys, limits and errors common to all routes."""
 
 import hmac
 import secrets
@@ -16,7 +16,7 @@ from loraserve.gateway.errors import SERVER, ApiError, bad_request, unavailable
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 OPEN_PATHS = frozenset(("/health", "/live", "/ping", "/metrics", "/version"))
-"""Answered without an API key, for probes and scrapers; they say nothing about users."""
+"""Paths that need no API key, for probes and scrapers. Their answers contain no user data."""
 
 MAX_REQUEST_ID = 128
 
@@ -65,7 +65,7 @@ async def show_version(_: web.Request) -> web.Response:
 
 @web.middleware
 async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give the request its id, turn every error into OpenAI's shape, and count the answer."""
+    """Assign a request id, convert every error to OpenAI's format, and count the answer."""
     gateway = request.app[GATEWAY]
     request[ARRIVED_S] = gateway.clock.monotonic_s()
     request[REQUEST_ID] = request_id(request.headers.get("x-request-id", ""))
@@ -115,7 +115,7 @@ def has_key(header: str, keys: tuple[str, ...]) -> bool:
 
 
 def request_id(given: str) -> str:
-    """Return the client's own id if it is safe in a header and a log line, else a new one."""
+    """Return the client's id if it is safe in headers and log lines, else a new id."""
     usable = given.isascii() and given.isprintable() and 0 < len(given) <= MAX_REQUEST_ID
     return given if usable else f"req-{secrets.token_hex(12)}"
 
@@ -125,7 +125,7 @@ async def add_request_id(request: web.Request, response: web.StreamResponse) -> 
 
 
 def http_error(gateway: Gateway, request: web.Request, error: web.HTTPException) -> ApiError:
-    """Return an error of aiohttp in OpenAI's shape."""
+    """Convert an aiohttp error to OpenAI's format."""
     where = f"{request.method} {request.path}"
     match error.status:
         case 404:
@@ -141,10 +141,10 @@ def http_error(gateway: Gateway, request: web.Request, error: web.HTTPException)
 
 
 def unreadable_body(request: web.Request) -> web.Response:
-    """Answer a body that cannot be read, and close the connection: what follows it cannot be read either."""
+    """Answer 400 for an unreadable body. Closes the connection, since later data on it is unreadable too."""
     message = "The request body does not match its Content-Encoding or Transfer-Encoding"
     response = error_response(bad_request(message, code="invalid_body"))
-    # Otherwise aiohttp would read on, fail and close the connection without an answer.
+    # Without this, aiohttp would continue reading, fail, and close the connection without an answer.
     request.content.feed_eof()
     response.force_close()
     return response

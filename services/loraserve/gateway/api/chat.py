@@ -1,4 +1,4 @@
-"""POST /v1/chat/completions: from messages to a prompt, and from chunks of output to OpenAI's chat answers."""
+"""POST /v1/chat/completions: turns messages into a prompt, and output chunks into OpenAI's chat answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -55,10 +55,10 @@ def encode_messages(
     request: ChatRequest | TokenizeRequest,
     context: int | None,
 ) -> tuple[int, ...]:
-    """Return the tokens of the prompt that the model's chat template makes of messages.
+    """Apply the model's chat template to the messages and return the prompt's tokens. Blocks.
 
-    Raises ApiError 400 for messages that the template refuses, for a prompt that cannot fit the ``context`` (None: any
-    length is accepted), and when the model has no template. Blocks.
+    Raises ApiError 400 if the model has no template, if the template refuses the messages, or if the prompt cannot fit
+    into ``context`` tokens (None: no limit).
     """
     if not tokenizer.has_chat_template:
         message = "This model has no chat template; use /v1/completions with a prompt in the model's own format"
@@ -72,7 +72,7 @@ def encode_messages(
     try:
         text = tokenizer.render_chat(conversation, options)
     except Exception as error:
-        # A template is a program of the model's author: whatever it raises means that it refuses these messages.
+        # A template is code written by the model's author. Any exception means that it refuses these messages.
         reason = f"the model's chat template refuses these messages: {error}"
         raise bad_request(f"messages: {reason}", "messages", "chat_template_error") from error
     if context is not None:
@@ -81,7 +81,7 @@ def encode_messages(
 
 
 def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
-    """Return a message as chat templates expect it, its text parts joined.
+    """Return the message as a dict for the chat template, with its text parts joined by newlines.
 
     Raises ApiError 400 for parts that are not text.
     """
@@ -98,7 +98,7 @@ def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
 
 
 def template_arguments(given: msgspec.Raw) -> dict[str, Any]:
-    """Return the arguments for the chat template. Raises ApiError 400 for those that are not the template's own."""
+    """Return the arguments for the chat template. Raises ApiError 400 for reserved names."""
     arguments: dict[str, Any] = decode_field(given, dict[str, Any] | None, "chat_template_kwargs") or {}
     reserved = sorted(RESERVED_TEMPLATE_ARGUMENTS & set(arguments))
     if reserved:
@@ -108,7 +108,7 @@ def template_arguments(given: msgspec.Raw) -> dict[str, Any]:
 
 
 class ChatFormat:
-    """OpenAI's chat answers, with vLLM's ``stop_reason``."""
+    """Formats output as OpenAI's chat answers, with vLLM's ``stop_reason``."""
 
     id_prefix = "chatcmpl-"
     chunk_object = "chat.completion.chunk"

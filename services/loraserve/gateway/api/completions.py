@@ -1,4 +1,4 @@
-"""POST /v1/completions: prompts of four shapes to tokens, and chunks of output to OpenAI's completion answers."""
+"""POST /v1/completions: turns prompts into tokens, and output chunks into OpenAI's completion answers."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -61,7 +61,7 @@ def echoed(tokenizer: ModelTokenizer, items: Sequence[str | list[int]], n: int) 
 
 
 class CompletionFormat:
-    """OpenAI's completion answers. ``echoes`` are the prompts to put in front of the choices; empty for none."""
+    """Formats output as OpenAI's completion answers. ``echoes`` holds each choice's prompt; empty without ``echo``."""
 
     id_prefix = "cmpl-"
     chunk_object = "text_completion"
@@ -86,7 +86,7 @@ class CompletionFormat:
         }
 
     def _logprobs_of(self, output: OutputChunk) -> dict[str, Any]:
-        """Return four lists with one entry a token. Text offsets continue from the choice's last chunk."""
+        """Return four lists with one entry per token. Text offsets continue from the choice's previous chunk."""
         tokens = [self._token_bytes.text(one.token) for one in output.scored]
         offset = self._offsets.get(output.choice, 0)
         offsets = []

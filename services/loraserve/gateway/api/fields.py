@@ -2,10 +2,10 @@
 
 - Applied: the field is declared in ``api/schema.py`` or is a sampling parameter (``loraserve.messages.sampling``).
 - Harmless (``HARMLESS``): the field is accepted and ignored; the answer is the same without it.
-- Refused (``REFUSED``): the field would change the answer and is not supported. Values that ask for nothing pass.
+- Refused (``REFUSED``): the field would change the answer and is unsupported. Neutral values such as null are accepted.
 
-A field that is declared for one endpoint and listed here is applied by that endpoint alone. Fields in none of the three
-groups are accepted and ignored, because clients send many of their own.
+Some fields are listed here and declared for one endpoint. Only that endpoint applies them. Fields in none of the three
+groups are accepted and ignored, because clients send many fields of their own.
 """
 
 from typing import Any, NamedTuple
@@ -14,11 +14,11 @@ import msgspec
 
 ASKS_FOR_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
 LONGEST_NEUTRAL_BYTES = 100
-"""No neutral value is longer as JSON: longer ones need not be decoded."""
+"""No neutral value has longer JSON, so longer values are refused without decoding them."""
 
 
 class FieldRefusal(NamedTuple):
-    """Why a field is refused, what to do instead, and which values pass because they ask for nothing."""
+    """The reason for refusing a field, with a remedy, and the ``neutral`` values that are accepted."""
 
     reason: str
     neutral: tuple[Any, ...] = ASKS_FOR_NOTHING
@@ -28,7 +28,7 @@ class FieldRefusal(NamedTuple):
         if len(data) > LONGEST_NEUTRAL_BYTES:
             return False
         given = msgspec.json.decode(data)
-        # In Python, 0 equals False and 1 equals True; in a request they differ.
+        # In Python, 0 equals False and 1 equals True. In JSON they differ.
         return any(isinstance(given, bool) == isinstance(own, bool) and given == own for own in self.neutral)
 
 
@@ -39,19 +39,19 @@ _TEMPLATE = 'is not supported; if the model\'s chat template takes it, put it in
 
 
 def _refused(reason: str, fields: str, *also_neutral: Any) -> dict[str, FieldRefusal]:
-    """Return the same refusal for several fields; ``also_neutral`` values pass beside those that always do."""
+    """Return one refusal for all ``fields``, a string of names. ``also_neutral`` adds neutral values."""
     return dict.fromkeys(fields.split(), FieldRefusal(reason, (*ASKS_FOR_NOTHING, *also_neutral)))
 
 
 REFUSED: dict[str, FieldRefusal] = {
-    # The shape of the output.
+    # Output format.
     **_refused('only {"type": "text"} is supported', "response_format", {"type": "text"}),
     **_refused(
         "constrained output is not supported; leave it out and check the answer",
         "guided_json guided_regex guided_choice guided_grammar structured_outputs structural_tag json_schema regex "
         "ebnf grammar",
     ),
-    # Which tokens may be drawn.
+    # Restrictions on the tokens that can be sampled.
     **_refused("is not supported; leave it out", "logit_bias allowed_token_ids bad_words"),
     **_refused(
         "logits processors are not supported; leave it out",
@@ -69,7 +69,7 @@ REFUSED: dict[str, FieldRefusal] = {
     **_refused(_PENALTY, "penalty_prompt"),
     **_refused(_PENALTY, "dry_multiplier no_repeat_ngram_size", 0),
     **_refused(_PENALTY, "repeat_penalty", 1),
-    # The length of the output and what ends it.
+    # Output length and stop conditions.
     **_refused(_LENGTH, "max_new_tokens thinking_token_budget"),
     **_refused(_LENGTH, "n_predict", -1),
     **_refused(_LENGTH, "t_max_predict_ms", 0),
@@ -91,7 +91,7 @@ REFUSED: dict[str, FieldRefusal] = {
     **_refused("is not supported; put the documents into the messages", "documents"),
     **_refused("only the model's own template is used; leave it out", "chat_template"),
     **_refused(_TEMPLATE, "reasoning_effort"),
-    # False asks for an answer without thinking.
+    # False is not neutral here: it asks for an answer without thinking.
     "enable_thinking": FieldRefusal(_TEMPLATE, (None, "", {}, [])),
     "thinking": FieldRefusal(_TEMPLATE, (None, "", {}, [])),
     **_refused("is not supported; ask for it in the messages", "verbosity", "medium"),
@@ -101,14 +101,14 @@ REFUSED: dict[str, FieldRefusal] = {
     **_refused('tool calls are not supported; leave tools out or set tool_choice to "none"', "tools"),
     **_refused("tool calls are not supported; leave it out", "tool_choice function_call", "none", "auto"),
     **_refused("function calls are not supported; leave it out", "functions"),
-    # An empty object already asks for a search.
+    # An empty object is not neutral here: it asks for a search.
     "web_search_options": FieldRefusal("web search is not supported; leave it out", (None,)),
     # Adapters.
     **_refused(
         'adapters are chosen by name: put the adapter\'s name into "model"',
         "lora_path lora_request lora_name lora adapter_id adapter_source adapter_parameters",
     ),
-    # More in the answer.
+    # Additional data in the answer.
     **_refused("log-probabilities of the prompt are not computed; leave it out", "prompt_logprobs"),
     **_refused("log-probabilities of the prompt are not computed; leave it out", "logprob_start_len", -1),
     **_refused("is not supported here; use logprobs", "top_logprobs return_logprob"),
@@ -118,7 +118,7 @@ REFUSED: dict[str, FieldRefusal] = {
         "token_ids_logprob return_token_ids return_tokens return_tokens_as_token_ids return_hidden_states "
         "return_text_in_logprobs post_sampling_probs response_fields",
     ),
-    # Where and how the request runs.
+    # Execution of the request.
     **_refused("the prefix cache is shared by all requests for an adapter; leave it out", "cache_salt"),
     **_refused("KV transfer is not supported; leave it out", "kv_transfer_params"),
     **_refused("sessions are not supported; send the whole prompt", "session_params"),
@@ -131,18 +131,18 @@ HARMLESS = frozenset(
         *("prompt_cache_key", "prompt_cache_retention", "data_parallel_rank", "bootstrap_host", "bootstrap_port"),
         *("bootstrap_room", "id_slot", "cache_prompt", "n_discard", "n_cache_reuse", "timings_per_token"),
         *("return_progress", "stream_interval"),
-        # A prediction only makes the same answer faster.
+        # A prediction changes only the speed.
         *("prediction", "speculative"),
-        # These have no effect without another field, which is refused.
+        # Options of refused fields. They have no effect alone.
         *("parallel_tool_calls", "guided_decoding_backend", "guided_whitespace_pattern", "length_penalty"),
         *("early_stopping", "mirostat_tau", "mirostat_eta", "dynatemp_exponent", "smoothing_curve", "xtc_threshold"),
         *("dry_base", "dry_allowed_length", "dry_penalty_last_n", "dry_range", "dry_sequence_breakers"),
         *("repeat_last_n", "adaptive_decay", "mm_processor_kwargs", "media_io_kwargs"),
-        # Answers are not split into reasoning and content, so these change nothing.
+        # The gateway does not split answers into reasoning and content, so these have no effect.
         *("include_reasoning", "separate_reasoning", "stream_reasoning", "reasoning_format"),
-        # Only tokenizers without a tokenizer.json put spaces between special tokens.
+        # Only tokenizers without a tokenizer.json use this, and they are not supported.
         "spaces_between_special_tokens",
-        # A prompt of /v1/completions passes no chat template.
+        # /v1/completions does not use the chat template.
         *("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),
     )
 )

@@ -1,12 +1,11 @@
-"""Answering a generation request: from the tokens of its prompts to the last byte of the answer.
+"""The steps of answering a generation request.
 
-A request passes these steps in this order. The first two are in ``api/chat.py`` and ``api/completions.py``, where the
-endpoints differ; the others are here.
+The endpoints differ in steps 1 and 2, which are in ``api/chat.py`` and ``api/completions.py``. Steps 3 to 5 are here.
 
-1. Check the body, find the model, check the sizes.
-2. Turn the prompts into tokens. The result is a ``Call``.
+1. The endpoint checks the body, finds the model and checks the sizes.
+2. The endpoint turns the prompts into tokens. The result is a ``Call``.
 3. ``choice_requests`` gives each choice its output limit and its sampling parameters.
-4. ``generation`` (``gateway/generation.py``) sends the choices to engines and yields their output in chunks.
+4. ``Generation`` (``gateway/generation.py``) routes the choices to engines and returns their output in chunks.
 5. ``Answer`` writes the chunks as server-sent events, or joins them into one JSON body.
 """
 
@@ -29,10 +28,10 @@ from loraserve.messages import Route
 Choices = list[dict[str, Any]]
 
 CLIENT_LEFT = 499
-"""The status that logs and metrics show when a client closed its connection; nobody receives it."""
+"""Status in metrics for a request whose client closed the connection. The client never receives it."""
 
 LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot express."""
+"""Replaces smaller log-probabilities, because JSON cannot represent minus infinity."""
 
 DONE = b"data: [DONE]\n\n"
 LAST_EVENT_TIMEOUT_S = 1.0
@@ -41,21 +40,21 @@ _encoder = msgspec.json.Encoder()
 
 
 class Format(Protocol):
-    """How the output of choices looks in the answers of one endpoint."""
+    """Converts output chunks to the answer format of one endpoint."""
 
     id_prefix: str
     chunk_object: str
     whole_object: str
 
     def events(self, chunk: OutputChunk) -> list[Choices]:
-        """Return the ``choices`` field of each event for this chunk."""
+        """Return the server-sent events for this chunk, each as the value of its ``choices`` field."""
 
     def whole(self, output: OutputChunk) -> dict[str, Any]:
-        """Return one finished choice, whose chunks are joined."""
+        """Return the entry in ``choices`` for one finished choice, given all its output."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
-    """A checked request whose prompts are tokens. ``param`` names the prompt's field in error messages."""
+    """A checked and tokenized request. ``param`` is the request field that held the prompt, for error messages."""
 
     request: GenerationRequest
     model: ServedModel
@@ -66,7 +65,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def choice_requests(gateway: Gateway, call: Call, answer_id: str) -> list[ChoiceRequest]:
-    """Return the request of each choice. Raises ApiError 400 where prompt and output do not fit the context."""
+    """Return a request for each choice. Raises ApiError 400 if prompt and output exceed the context length."""
     request = call.request
     seed = secrets.randbelow(INT64) if request.seed is None else request.seed
     asked = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
@@ -96,7 +95,7 @@ def choice_requests(gateway: Gateway, call: Call, answer_id: str) -> list[Choice
 
 
 async def answer(gateway: Gateway, http: web.Request, call: Call) -> web.StreamResponse:
-    """Run the call on engines and answer. Raises ApiError as long as nothing has been sent."""
+    """Run the call on engines and send the answer. An ApiError is raised before the headers are sent, else streamed."""
     answer_id = f"{call.format.id_prefix}{secrets.token_hex(16)}"
     choices = choice_requests(gateway, call, answer_id)
     reply = Answer(gateway, http, call, answer_id)
@@ -117,7 +116,7 @@ async def answer(gateway: Gateway, http: web.Request, call: Call) -> web.StreamR
             raise
         await reply.send_error(reply.response, error)
     except ConnectionError:
-        # The client left while something was written to it. The generation has aborted its requests.
+        # The client closed the connection during a write. ``generation`` has aborted the requests.
         pass
     finally:
         gateway.metrics.requests.labels(call.model.name, outcome).inc()
@@ -128,7 +127,7 @@ async def answer(gateway: Gateway, http: web.Request, call: Call) -> web.StreamR
 
 
 class Answer:
-    """The HTTP answer to one call. Headers wait for the first chunk: until then, an error gets its own status."""
+    """The HTTP answer to one call. Headers are sent with the first chunk, so that earlier errors can set the status."""
 
     def __init__(self, gateway: Gateway, http: web.Request, call: Call, answer_id: str) -> None:
         self.response: web.StreamResponse | None = None
@@ -141,7 +140,7 @@ class Answer:
         self._sends_running_usage = self._sends_usage and bool(options and options.continuous_usage_stats)
 
     async def send_whole(self, run: Generation) -> None:
-        """Wait for all choices, then prepare one JSON body."""
+        """Wait until all choices finish, then set ``response`` to one JSON body."""
         chunks: dict[int, list[OutputChunk]] = {}
         while (chunk := await run.next_chunk()) is not None:
             chunks.setdefault(chunk.choice, []).append(chunk)
@@ -153,7 +152,7 @@ class Answer:
         )
 
     async def stream(self, run: Generation) -> None:
-        """Send each chunk as soon as it is there."""
+        """Send each chunk as a server-sent event when it arrives."""
         format_ = self._call.format
         envelope = self._envelope(format_.chunk_object, [])
         while (chunk := await run.next_chunk()) is not None:
@@ -164,7 +163,7 @@ class Answer:
         await self._write(last + DONE, run)
 
     async def send_error(self, response: web.StreamResponse, error: ApiError) -> None:
-        """Send the error as the last event. Cut the connection of a client that does not read it."""
+        """Send the error as the last event. Aborts the connection if the client does not read it in time."""
         try:
             async with asyncio.timeout(LAST_EVENT_TIMEOUT_S):
                 await response.write(encode_events([error.body]) + DONE)
@@ -200,7 +199,7 @@ class Answer:
         await self.response.write(data)
 
     def _envelope(self, object_: str, choices: Choices) -> dict[str, Any]:
-        """Return the fields of every answer and chunk. ``system_fingerprint`` is the adapter version applied."""
+        """Return the fields common to answers and chunks. ``system_fingerprint`` is the adapter version."""
         return {
             "id": self._id,
             "object": object_,
@@ -225,7 +224,7 @@ def encode_events(payloads: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def join(chunks: Sequence[OutputChunk]) -> OutputChunk:
-    """Return all chunks of one finished choice as one."""
+    """Merge all chunks of one finished choice."""
     return OutputChunk(
         choice=chunks[0].choice,
         text="".join(chunk.text for chunk in chunks),

@@ -1,4 +1,4 @@
-"""Limits that are checked before the work which grows with a request: on texts, messages and outputs. Pure."""
+"""Size checks on texts, messages and outputs. They run before any expensive work on a request. Pure."""
 
 from collections.abc import Sequence
 
@@ -10,16 +10,16 @@ from loraserve.gateway.text.tokenizer import ModelTokenizer
 
 
 def check_text(tokenizer: ModelTokenizer, characters: int, context: int, param: str) -> None:
-    """Raise ApiError 400 for a text that has more tokens than the context, whatever it says."""
+    """Raise ApiError 400 if no text with this number of characters can fit into ``context`` tokens."""
     fewest = tokenizer.fewest_tokens(characters)
     if fewest >= context:
         raise context_exceeded(context, fewest, 1, param)
 
 
 def check_messages(tokenizer: ModelTokenizer, messages: Sequence[ChatMessage], context: int) -> int:
-    """Return the characters of text in chat messages. Raises ApiError 400 for more than fit.
+    """Return the number of characters in chat messages. Raises ApiError 400 if they exceed ``context`` tokens.
 
-    Each message, and each part of one, takes at least one token.
+    Each message and each content part takes at least one token.
     """
     if len(messages) >= context:
         raise context_exceeded(context, len(messages), 1, "messages")
@@ -34,7 +34,7 @@ def check_messages(tokenizer: ModelTokenizer, messages: Sequence[ChatMessage], c
 
 
 def check_free_json(messages: Sequence[ChatMessage], template_arguments: msgspec.Raw, limit: int) -> None:
-    """Raise ApiError 400 for more bytes of JSON than ``limit`` in fields that may hold anything."""
+    """Raise ApiError 400 if ``tool_calls`` of all messages or the template arguments exceed ``limit`` bytes."""
     calls = [bytes(message.tool_calls) for message in messages]
     sizes = {
         "tool_calls": sum(len(call) for call in calls if call != bytes(NULL)),
@@ -53,10 +53,10 @@ def check_choices(n: int | None, prompts: int) -> None:
 
 
 def output_limit(wanted: int | None, prompt_tokens: int, context: int, default: int, param: str) -> int:
-    """Return how many tokens the output may have.
+    """Return the maximum number of output tokens.
 
-    ``wanted`` is what the request asks for; ``default`` is for requests that ask for nothing, where 0 means all that
-    fits. Raises ApiError 400 where prompt and output do not fit the ``context``.
+    ``wanted`` is the limit in the request. ``default`` applies if the request has none; 0 allows the whole remaining
+    context. Raises ApiError 400 for an empty prompt, and if prompt and output exceed ``context`` tokens.
     """
     if prompt_tokens == 0:
         message = f"{param}: it has no tokens; the model needs at least one to continue"

@@ -1,4 +1,4 @@
-"""GET /v1/models, and loading and unloading of adapters, as in vLLM."""
+"""GET /v1/models, POST /v1/load_lora_adapter and POST /v1/unload_lora_adapter, compatible with vLLM."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ from loraserve.gateway.registry import STORE
 from loraserve.messages import AdapterRef, AdapterRegistered, AdapterUnregistered, RegisterAdapter, UnregisterAdapter
 
 REGISTER_TIMEOUT_S = 120.0
-"""The store checks and packs the adapter first, which is slow for a large one on a slow disk."""
+"""The store checks and packs the adapter before it answers. That is slow for a large adapter on a slow disk."""
 
 UNREGISTER_TIMEOUT_S = 10.0
 
@@ -22,7 +22,7 @@ ADAPTER_CODES = frozenset(
         *("forbidden", "too_large"),
     )
 )
-"""The store refuses an adapter or its name with these codes; all others are failures of the store."""
+"""Error codes with which the store refuses an adapter or its name. Other codes are failures of the store."""
 
 
 async def list_models(http: web.Request) -> web.Response:
@@ -72,7 +72,7 @@ async def unload_adapter(http: web.Request) -> web.Response:
 
 
 async def register(gateway: Gateway, name: str, path: str, replace: bool) -> AdapterRef:
-    """Register an adapter with the store. When this returns, requests can name it. Raises ApiError 400 or 503."""
+    """Register an adapter with the store and refresh the registry. Raises ApiError, 400 for an invalid adapter."""
     message = RegisterAdapter(name=name, path=path, replace=replace)
     try:
         done = await gateway.bus.request(STORE, message, AdapterRegistered, REGISTER_TIMEOUT_S)

@@ -1,7 +1,7 @@
-"""What clients may send: OpenAI's request bodies with vLLM's additions, and their checks.
+"""Request bodies: OpenAI's fields with vLLM's additions, and the checks of their values. Pure.
 
-Null stands for "not given". Fields that can be large or hold anything stay raw JSON until their size is checked; what
-happens to fields that are not declared here is in ``api/fields.py``. Pure.
+Null means that a field is absent. Fields that can be large or contain arbitrary JSON stay raw until their size is
+checked. ``api/fields.py`` defines the handling of fields that are not declared here.
 """
 
 import re
@@ -24,7 +24,7 @@ INT64 = 1 << 63
 NULL = msgspec.Raw(b"null")
 
 MAX_STOP_BYTES = 6 * MAX_STOP_CHARACTERS + 1024
-"""JSON needs up to six bytes for a character, beside quotes, commas and spaces."""
+"""JSON needs up to six bytes per character. The rest is for quotes, commas and spaces."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -33,9 +33,9 @@ class StreamOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class GenerationRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields that chat and completions share and that the gateway reads itself.
+    """Fields that chat and completion requests share and that the gateway itself reads.
 
-    ``decode_request`` adds the other sampling parameters, which are passed on to the engine as they are.
+    ``decode_request`` also accepts the other sampling parameters. The gateway passes them to the engine unchanged.
     """
 
     model: str | None = None
@@ -89,7 +89,7 @@ class CompletionRequest(GenerationRequest, frozen=True, kw_only=True):
 
 
 class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """POST /tokenize, of a prompt or of messages."""
+    """POST /tokenize, with either a prompt or messages."""
 
     model: str | None = None
     prompt: str | None = None
@@ -129,7 +129,7 @@ class RebalanceRequest(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def _complete(type_: type[GenerationRequest]) -> type:
-    """Return the request type with the sampling parameters and the refused fields that it does not declare itself."""
+    """Return a subclass that also declares the other sampling parameters and the refused fields."""
     sampling = [(name, kind | None, None) for name, kind in FIELD_TYPES.items() if name not in type_.__struct_fields__]
     known = {*type_.__struct_fields__, *FIELD_TYPES}
     refused = [(name, msgspec.Raw, NULL) for name in REFUSED if name not in known]
@@ -144,13 +144,13 @@ _PATH = re.compile(r" - at `(?P<path>[^`]*)`$")
 
 
 def decode_request(body: bytes, type_: type[T]) -> T:
-    """Return the request in a body. Raises ApiError 400 naming the field that has a wrong type."""
+    """Decode a request body. Raises ApiError 400 that names the field with a wrong type."""
     decoded: T = decode_field(body or b"{}", _COMPLETE.get(type_, type_), "")
     return decoded
 
 
 def decode_field(data: bytes | msgspec.Raw, type_: Any, field: str) -> Any:
-    """Return the value of one raw field. Raises ApiError 400 naming the part of it that has a wrong type."""
+    """Decode one raw field. Raises ApiError 400 that names the path of the value with a wrong type."""
     try:
         return msgspec.json.decode(data, type=type_)
     except msgspec.ValidationError as error:
@@ -166,7 +166,7 @@ def decode_field(data: bytes | msgspec.Raw, type_: Any, field: str) -> Any:
 
 
 def _check_generation(request: GenerationRequest, refused: tuple[str, ...]) -> None:
-    # An absent field holds the default itself: nearly all of a hundred fields need no further look.
+    # Absent fields hold the NULL object itself, so the identity test skips nearly all of a hundred fields.
     for name in [name for name in refused if getattr(request, name) is not NULL]:
         _refuse(name, getattr(request, name))
     for name, allowed in RANGES.items():
@@ -182,7 +182,7 @@ def _check_generation(request: GenerationRequest, refused: tuple[str, ...]) -> N
 
 
 def check_chat(request: ChatRequest) -> None:
-    """Raise ApiError 400 for a value out of range or a field that is not supported."""
+    """Raise ApiError 400 for a value out of range, a refused field, or missing messages."""
     _check_generation(request, _REFUSED_CHAT)
     if not request.messages:
         raise bad_request("messages: at least one message is needed", "messages", "missing_required_parameter")
@@ -196,7 +196,7 @@ def check_chat(request: ChatRequest) -> None:
 
 
 def check_completion(request: CompletionRequest) -> None:
-    """Raise ApiError 400 for a value out of range or a field that is not supported."""
+    """Raise ApiError 400 for a value out of range or a refused field."""
     _check_generation(request, _REFUSED_COMPLETION)
     _check_range("logprobs", request.logprobs, RANGES["logprobs"])
     if request.logprobs is not None and request.echo:
@@ -205,7 +205,7 @@ def check_completion(request: CompletionRequest) -> None:
 
 
 def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
-    """Return the stop strings. Raises ApiError 400 for too many, too long or empty ones."""
+    """Return the stop strings. Raises ApiError 400 if they are too many, too long or empty."""
     if request.stop is NULL:
         return ()
     if len(bytes(request.stop)) > MAX_STOP_BYTES:
@@ -220,7 +220,7 @@ def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
 
 
 def stop_token_ids(request: GenerationRequest) -> tuple[int, ...]:
-    """Return the stop token ids. Raises ApiError 400 for too many and for numbers that no token has."""
+    """Return the stop token ids. Raises ApiError 400 for too many ids and for ids outside 0 to 2**63 - 1."""
     if request.stop_token_ids is NULL:
         return ()
     if bytes(request.stop_token_ids).count(b",") >= MAX_STOP_TOKEN_IDS:
@@ -233,10 +233,10 @@ def stop_token_ids(request: GenerationRequest) -> tuple[int, ...]:
 
 
 def prompt_items(prompt: msgspec.Raw, context_tokens: int) -> Sequence[str] | Sequence[list[int]]:
-    """Return the prompts of a completion request: a text, token ids, or a list of either.
+    """Return the prompts of a completion request. ``prompt`` is a text, a list of token ids, or a list of either.
 
-    Raises ApiError 400 for anything else, for more prompts than ``MAX_CHOICES`` and for more token ids than the context
-    has room for. Both are counted before they are decoded.
+    Raises ApiError 400 for other types, for more than ``MAX_CHOICES`` prompts, and for a prompt that does not leave
+    space for one output token in the context. Prompts and ids are counted before they are decoded.
     """
     data = bytes(prompt)
     inner = data[1:].lstrip()
@@ -250,7 +250,7 @@ def prompt_items(prompt: msgspec.Raw, context_tokens: int) -> Sequence[str] | Se
         _check_ids(max(map(len, lists)), context_tokens)
         return lists
     if inner[:1] == b'"':
-        # An escaped quote is no end of a text; an escaped backslash before a quote only makes the count too low.
+        # Escaped quotes do not end a text. This count can be too low: an escaped backslash can precede a quote.
         _check_prompts((data.count(b'"') - data.count(b'\\"')) // 2)
         texts: list[str] = _decode_prompts(prompt, list[str])
         _check_prompts(len(texts))
@@ -262,7 +262,7 @@ def prompt_items(prompt: msgspec.Raw, context_tokens: int) -> Sequence[str] | Se
 def sampling_params(
     request: GenerationRequest, max_tokens: int, logprobs: int | None, seed: int, choice: int
 ) -> SamplingParams:
-    """Return what the engine draws the given choice with; the choices of one request differ by their seed."""
+    """Return one choice's parameters; its seed is ``seed + choice``. Raises ApiError 400 for too many min_tokens."""
     given = {name: getattr(request, name, None) for name in FIELD_TYPES}
     passed = {name: value for name, value in given.items() if value is not None}
     passed |= {
@@ -280,7 +280,6 @@ def sampling_params(
 
 
 def stop_rules(request: GenerationRequest) -> StopRules:
-    """Return what the gateway has to know to end and cut the text of a request."""
     return StopRules(
         strings=stop_strings(request),
         include=bool(request.include_stop_str_in_output),
@@ -289,7 +288,7 @@ def stop_rules(request: GenerationRequest) -> StopRules:
 
 
 def check_token_ids(tokens: Sequence[int], vocab: int, param: str) -> None:
-    """Raise ApiError 400 for ids that are not in a vocabulary of ``vocab`` tokens."""
+    """Raise ApiError 400 for token ids outside the range 0 to ``vocab`` - 1."""
     for token in (min(tokens), max(tokens)) if tokens else ():
         if not 0 <= token < vocab:
             message = f"{param}: token id {token} is not in the model's vocabulary (0 to {vocab - 1})"

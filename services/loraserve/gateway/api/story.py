@@ -1,4 +1,4 @@
-"""GET /admin/story/{id}: what every process knows of one request or adapter, merged by time."""
+"""GET /admin/story/{id}: the events of one request or adapter from all processes, in order of time."""
 
 import asyncio
 
@@ -15,9 +15,9 @@ TIMEOUT_S = 2.0
 
 
 async def story(http: web.Request) -> web.Response:
-    """Answer with the entries of all processes about a request id, an adapter name or a version, oldest first.
+    """Answer with the events of a request id, an adapter name or an adapter version, oldest first.
 
-    ``subjects`` lists the ids that were looked up, ``silent`` the processes that did not answer in time.
+    ``subjects`` lists the ids that were looked up. ``silent`` lists the processes that did not answer in time.
     """
     gateway, id_ = http.app[GATEWAY], http.match_info["id"]
     subjects = gateway.stories.subjects(id_, gateway.registry.adapters)

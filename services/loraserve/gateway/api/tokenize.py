@@ -1,4 +1,4 @@
-"""POST /tokenize and /detokenize, as vLLM has them."""
+"""POST /tokenize and /detokenize, compatible with vLLM."""
 
 import msgspec
 from aiohttp import web
@@ -37,7 +37,7 @@ async def detokenize(http: web.Request) -> web.Response:
 
 
 def tokenized(tokenizer: ModelTokenizer, request: TokenizeRequest, context_tokens: int) -> bytes:
-    """Return the answer to a checked request. Blocks."""
+    """Return the JSON answer to a checked request. Blocks."""
     if request.prompt is not None:
         tokens = tokenizer.encode(request.prompt, request.add_special_tokens is not False)
     else:

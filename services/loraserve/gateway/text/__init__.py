@@ -1,1 +1,1 @@
-"""Text and tokens: the tokenizer, incremental detokenization and stop strings."""
+"""The tokenizer, incremental detokenization and stop strings."""

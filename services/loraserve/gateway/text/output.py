@@ -1,6 +1,6 @@
-"""The text of one choice: tokens come in, text that is safe to send comes out, and stop strings end it.
+"""Converts the tokens of one choice to text, and ends the output at a stop string.
 
-When an output ends, and which of its tokens become text, is defined in ``loraserve.messages.stop``.
+``loraserve.messages.stop`` defines when an output ends and which of its tokens become text.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,11 @@ from loraserve.gateway.text.detokenize import Detokenizer
 from loraserve.messages.stop import STOP, shown_count
 
 TokenLogprobs = tuple[float, tuple[tuple[int, float], ...]]
-"""The log-probability of one token, then (token, log-probability) of the most likely tokens in its place."""
+"""A token's log-probability, and (token, log-probability) pairs of the most likely tokens at its position."""
 
 
 class ScoredToken(msgspec.Struct, frozen=True):
-    """A token with its log-probabilities."""
+    """A token with its log-probability and the ``top`` (token, log-probability) pairs at its position."""
 
     token: int
     logprob: float
@@ -23,7 +23,7 @@ class ScoredToken(msgspec.Struct, frozen=True):
 
 
 class OutputChunk(msgspec.Struct, frozen=True):
-    """New output of one choice. ``stop_reason`` is the stop string or stop token that ended it."""
+    """New output of one choice. ``stop_reason`` is the stop string or stop token id that ended it."""
 
     choice: int
     text: str
@@ -37,7 +37,7 @@ class OutputChunk(msgspec.Struct, frozen=True):
 
 
 class StopRules(msgspec.Struct, frozen=True, kw_only=True):
-    """What the gateway has to know to end and cut the text of a request."""
+    """Stop strings of a request; ignored in the first ``min_tokens`` tokens. ``include`` keeps them in the text."""
 
     strings: tuple[str, ...] = ()
     include: bool = False
@@ -45,14 +45,14 @@ class StopRules(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class OutputAssembler:
-    """Turns the tokens of one choice into chunks of output. Once ``finished``, it ignores further tokens."""
+    """Converts the tokens of one choice to output chunks. After ``finished`` is set, it ignores tokens."""
 
     def __init__(self, index: int, detokenizer: Detokenizer, rules: StopRules) -> None:
         self.index = index
         self.completion_tokens = 0
         self.finished = False
         self.needs_abort = False
-        """A stop string ended the output while the engine still runs the request."""
+        """True if a stop string ended the output while the engine still runs the request."""
         self._detokenizer = detokenizer
         self._rules = rules
         self._matcher = StopMatcher(rules.strings, rules.include)
@@ -64,9 +64,9 @@ class OutputAssembler:
         finish: str | None,
         stop_reason: int | None = None,
     ) -> OutputChunk:
-        """Return the output that these tokens complete.
+        """Return the output completed by these tokens.
 
-        ``logprobs`` has one entry a token or none; ``finish`` and ``stop_reason`` are the engine's, for the last token.
+        ``logprobs`` is empty or has one entry per token. ``finish`` and ``stop_reason`` are the engine's values.
         """
         if self.finished:
             return OutputChunk(self.index, "")
@@ -85,7 +85,7 @@ class OutputAssembler:
         return OutputChunk(self.index, text, scored_tokens(tokens[:used], logprobs), finish, reason)
 
     def _text(self, tokens: Sequence[int]) -> tuple[str, int]:
-        """Return the text to send, and how many of the tokens it took: fewer than all where a stop string ends it."""
+        """Return the text to send and the number of tokens used. Tokens after a stop string are not used."""
         if not self._rules.strings:
             return self._detokenizer.feed(tokens), len(tokens)
         parts = []
@@ -99,28 +99,28 @@ class OutputAssembler:
 
 
 def scored_tokens(tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> tuple[ScoredToken, ...]:
-    """Pair tokens with their log-probabilities; empty where the request asked for none."""
+    """Pair tokens with their log-probabilities. Empty if ``logprobs`` is empty."""
     return tuple(ScoredToken(token, own, top) for token, (own, top) in zip(tokens, logprobs, strict=False))
 
 
 class StopMatcher:
-    """Finds the first stop string that an output completes; of several completed at once, the longest.
+    """Finds the stop string that ends first in an output. If several end at one character, the longest wins.
 
-    Text that may turn out to begin a stop string is held back. Each character is compared once per stop string, however
-    the text is cut into tokens (Knuth, Morris, Pratt 1977).
+    Text that can be the start of a stop string is held back. Matching uses the algorithm of Knuth, Morris and Pratt
+    (1977): amortized constant time per character and stop string.
     """
 
     def __init__(self, stops: Sequence[str], include: bool = False) -> None:
         self.matched: str | None = None
         self._include = include
-        # The longest comes first, so that it wins among those that end at the same character.
+        # Longest first, so that the longest wins if several end at the same character.
         self._stops = sorted((stop for stop in stops if stop), key=len, reverse=True)
         self._tables = [_failure_table(stop) for stop in self._stops]
         self._progress = [0] * len(self._stops)
         self._held = ""
 
     def push(self, text: str) -> str:
-        """Return the text that is safe to send. After ``matched`` is set, this is always empty."""
+        """Return the text that cannot be part of a stop string. Empty after an earlier call set ``matched``."""
         if not self._stops:
             return text
         if self.matched is not None:
@@ -138,12 +138,12 @@ class StopMatcher:
         return unsent[:safe]
 
     def flush(self) -> str:
-        """Return the text held back, for an output that ends without a match."""
+        """Return the held-back text. Call this when an output ends without a match."""
         held, self._held = self._held, ""
         return held
 
     def _advance(self, character: str) -> str | None:
-        """Return the stop string that this character completes, None if there is none."""
+        """Return the stop string completed by this character, or None."""
         for index, stop in enumerate(self._stops):
             table, matched = self._tables[index], self._progress[index]
             while matched and stop[matched] != character:
@@ -157,7 +157,7 @@ class StopMatcher:
 
 
 def _failure_table(stop: str) -> list[int]:
-    """Return, for each position, the length of the longest proper prefix of ``stop`` that is also a suffix there."""
+    """Return, for each prefix of ``stop``, the length of its longest proper prefix that is also its suffix."""
     table = [0] * len(stop)
     length = 0
     for index in range(1, len(stop)):

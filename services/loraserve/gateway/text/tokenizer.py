@@ -1,4 +1,4 @@
-"""The tokenizer and the chat template of the model directory, and the threads on which long texts are processed."""
+"""The model's tokenizer and chat template, and a thread pool for long texts."""
 
 import asyncio
 import json
@@ -17,13 +17,13 @@ from loraserve.model_shape import read_model_config
 T = TypeVar("T")
 
 INLINE_BYTES = 2000
-"""Work on smaller requests takes well under a millisecond, which is less than handing it to a thread under load."""
+"""Smaller requests take well under a millisecond. Under load, handing them to a thread would take longer."""
 
 THREADS = 2
 
 
 class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """How messages become a prompt."""
+    """Options for rendering messages into a prompt. ``template_arguments`` are passed to the chat template."""
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -32,10 +32,10 @@ class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ModelTokenizer:
-    """Turns text into tokens and back. The methods block; ``run`` keeps long work off the event loop."""
+    """Converts text to tokens and back. Methods block, except ``run``, which runs long work on a thread."""
 
     def __init__(self, directory: Path) -> None:
-        """Load the tokenizer. Raises ConfigError when the directory holds none that can be used."""
+        """Load the tokenizer. Raises ConfigError if the directory has no usable tokenizer."""
         config = read_model_config(directory)
         self._hf = _load_tokenizer(directory)
         self._backend: Tokenizer = self._hf.backend_tokenizer
@@ -52,23 +52,23 @@ class ModelTokenizer:
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
 
     async def run(self, size_bytes: int, work: Callable[..., T], *arguments: Any) -> T:
-        """Return what ``work`` returns; call it on a thread unless it is for a request of few bytes."""
+        """Call ``work`` and return its result. Requests larger than INLINE_BYTES are processed on a thread."""
         if size_bytes <= INLINE_BYTES:
             return work(*arguments)
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
 
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
-        # The batch call releases the interpreter lock, the call for a single text does not.
+        # The batch call releases the interpreter lock. The call for a single text does not.
         (encoded,) = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         return tuple(encoded.ids)
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """Return the text of the tokens, special ones included."""
+        """Return the text of the tokens, including special tokens."""
         (text,) = self._backend.decode_batch([list(tokens)], skip_special_tokens=False)
         return text
 
     def render_chat(self, conversation: list[dict[str, Any]], options: ChatOptions) -> str:
-        """Return the prompt for a conversation. Raises whatever the model's chat template raises for it."""
+        """Return the prompt for a conversation. Exceptions from the model's chat template are passed on."""
         text: str = self._hf.apply_chat_template(
             conversation,
             tokenize=False,
@@ -79,8 +79,8 @@ class ModelTokenizer:
         return text
 
     def fewest_tokens(self, characters: int) -> int:
-        """Return a lower bound of the tokens of any text of that length, to refuse huge texts before tokenizing."""
-        # A normalizer may compose up to four characters into one, or drop some.
+        """Return a lower bound of the token count of a text, used to refuse huge texts before tokenizing."""
+        # The factor 4 is for normalizers, which may merge up to four characters into one or drop some.
         return characters // (4 * self._longest_characters)
 
     def close(self) -> None:
