@@ -174,7 +174,7 @@ def put_fallbacks_last(score: Array, table: PriceTable) -> Array:
 
 
 def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng: Rng) -> list[int]:
-    """Return the columns of the engines to ask first: the best engine and those that tie with it, in random order.
+    """Return the engines to ask first, as columns: the best one and the engines that tie with it, in random order.
 
     - A score ties if it exceeds the best one by at most ``TIE_SHARE`` of the best engine's predicted TTFT, or of its
       decode step if that is longer.

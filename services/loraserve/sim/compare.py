@@ -21,7 +21,7 @@ from loraserve.sim.runs import RunFigures, RunSpec
 from loraserve.sim.workload import SimRequest, Workload
 
 RunAll = Callable[[Sequence[RunSpec]], list[RunFigures]]
-"""Runs a batch of simulations and returns their figures in the same order."""
+"""Runs a batch of simulations and returns their figures in the order of the batch."""
 
 OURS = "ours"
 LOAD_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)

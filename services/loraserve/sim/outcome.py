@@ -102,7 +102,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def goodput_rps(self) -> float:
-        """Requests per second whose TTFT met the SLO; 0 if all requests arrived at the same time."""
+        """Requests per second whose TTFT met the SLO; 0 if all requests arrived at once."""
         duration_s = self.requests[-1].arrival_s - self.requests[0].arrival_s if self.requests else 0.0
         met = sum(r.ttft_s <= self.slo_ttft_s for r in self.requests)
         return met / duration_s if duration_s > 0 else 0.0

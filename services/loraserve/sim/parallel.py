@@ -15,7 +15,7 @@ PROGRESS_INTERVAL_S = 2.0
 
 @contextmanager
 def parallel_runner(workers: int = 0, quiet: bool = False) -> Iterator[RunAll]:
-    """Yield a function that runs simulations and returns their figures in the same order.
+    """Yield a function that runs simulations and returns their figures in the order of its arguments.
 
     ``workers`` 0 means one for each core. Progress messages go to stderr unless ``quiet``.
     """
