@@ -1,1 +1,1 @@
-"""The monitor: engine load, demand per adapter, and which engines are alive. It decides nothing."""
+"""The monitor: publishes engine load, live engines and demand per adapter. Other processes act on this data."""

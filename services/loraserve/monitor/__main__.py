@@ -1,4 +1,4 @@
-"""``python -m loraserve.monitor --config FILE``."""
+"""Entry point of the monitor process: ``python -m loraserve.monitor --config FILE``."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Index of adapter copies: tells an engine that lacks an adapter which engines to read it from. Pure."""
+"""Index of adapter copies, used to tell an engine which other engines it can read an adapter from. Pure."""
 
 from collections.abc import Iterable
 
@@ -6,18 +6,18 @@ from loraserve.messages import EngineCapabilities, EngineLoad, Holder
 from loraserve.messages.transfer import Abilities
 
 MAX_HOLDERS = 8
-"""Holders in one answer. The reader tries the nearest few and then the store."""
+"""Maximum number of holders in one answer. The reader tries the nearest few and then the store."""
 
 
 class CopyIndex:
-    """The engines whose last report has an adapter in the pool or in the host cache, by version."""
+    """Maps each adapter version to the engines that last reported it in their adapter pool or host cache."""
 
     def __init__(self) -> None:
         self._held: dict[str, frozenset[str]] = {}
         self._holders: dict[str, dict[str, Holder]] = {}
 
     def report(self, load: EngineLoad, capabilities: EngineCapabilities) -> None:
-        """Replace what the engine last reported."""
+        """Replace the engine's entries with those of a new report."""
         readable = {version: able for version, able in _abilities(load, capabilities).items() if able is not None}
         self._remove(load.engine, self._held.pop(load.engine, frozenset()) - readable.keys())
         if readable:
@@ -27,17 +27,16 @@ class CopyIndex:
             self._holders.setdefault(version, {})[load.engine] = holder
 
     def drop(self, engine: str) -> None:
-        """Remove an engine that is dead."""
         self._remove(engine, self._held.pop(engine, frozenset()))
 
     def holders(self, version: str, asked_by: str) -> tuple[Holder, ...]:
-        """Return at most MAX_HOLDERS holders other than the asker, different ones for each asker to spread reads."""
+        """Return at most MAX_HOLDERS other engines. Each asker gets a different order, which spreads the reads."""
         others = [holder for name, holder in sorted(self._holders.get(version, {}).items()) if name != asked_by]
         first = sum(asked_by.encode()) % len(others) if others else 0
         return tuple((others[first:] + others[:first])[:MAX_HOLDERS])
 
     def validate(self) -> None:
-        """Check that both indexes agree; raises AssertionError."""
+        """Check that both indexes agree. Raises AssertionError."""
         pairs = {(version, engine) for engine, held in self._held.items() for version in held}
         assert pairs == {(version, engine) for version, found in self._holders.items() for engine in found}
         assert all(self._holders.values()), "a version without holders is kept"
@@ -51,9 +50,9 @@ class CopyIndex:
 
 
 def _abilities(load: EngineLoad, capabilities: EngineCapabilities) -> dict[str, Abilities | None]:
-    """Return by version how peers can read it; None if they cannot.
+    """Return, for each version on the engine, the abilities with which peers can read it; None if they cannot.
 
-    An adapter in both the pool and the host cache is read from the pool if peers can read that, as on the engine.
+    For an adapter in both the pool and the host cache, the pool is used if its transports are readable.
     """
     abilities = capabilities.abilities
     in_pool: dict[str, Abilities | None] = {adapter.version: abilities for adapter in load.adapters.resident}

@@ -1,10 +1,10 @@
-"""Demand per adapter from the engines' token counters: rates over a window, and a forecast. Pure.
+"""Demand per adapter, as rates over a window and a forecast, computed from the engines' token counters. Pure.
 
-Engines count tokens; the difference between two reports of one incarnation is demand. A restarted engine counts from
-zero. A version that a report does not list is unchanged; if it is listed under a new ``span``, it counts from zero.
+Demand is the difference between the counters of two reports. Counters start at zero in a new incarnation of the engine
+and in a new ``span`` of a version. A version missing from a report has not changed.
 
-Sums over the window are updated, not recomputed, so that a report costs what it lists. AdapterDemand structs are kept
-until something in them changes.
+Reports update the sums over the window incrementally, so their cost depends only on the versions that they list.
+AdapterDemand structs are cached until one of their values changes.
 """
 
 from collections import deque
@@ -15,9 +15,9 @@ from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineS
 from loraserve.monitor.forecast import Mixture, TrackedForecast
 
 SLOTS = 12
-"""Slots of the window; a rate is exact to one slot."""
+"""Number of slots in the window. The window moves by one slot at a time."""
 FORGET_BELOW_TOKENS_PER_S = 0.01
-"""Forecast below which an adapter without demand in the window is dropped."""
+"""An adapter without demand in the window is dropped if its forecast is lower than this."""
 
 
 class DemandRates(msgspec.Struct, frozen=True):
@@ -29,7 +29,7 @@ class DemandRates(msgspec.Struct, frozen=True):
 
 
 _Counts = dict[str, list[int]]
-"""Prefill tokens, decode tokens and requests, by version."""
+"""Counts of prefill tokens, decode tokens and requests, by version."""
 
 
 class _Slot(msgspec.Struct):
@@ -38,7 +38,7 @@ class _Slot(msgspec.Struct):
 
 
 class _LastReport(msgspec.Struct):
-    """The counters of an engine as last reported, and the versions that its last report listed."""
+    """An engine's latest counters, and the versions ``listed`` in its last report."""
 
     incarnation: str
     counters: dict[str, AdapterTokens]
@@ -46,9 +46,9 @@ class _LastReport(msgspec.Struct):
 
 
 class DemandWindow:
-    """A sliding window over all engines. The version "" is the base model.
+    """Computes the demand of all engines over a sliding window of ``window_s`` seconds. Version "" is the base model.
 
-    ``horizon_s`` is how far ahead forecasts reach: the planner's interval. Without it they reach one slot.
+    ``horizon_s`` is the forecast horizon, normally the planner's interval. The default is one slot.
     """
 
     def __init__(self, window_s: float, horizon_s: float | None = None) -> None:
@@ -63,15 +63,15 @@ class DemandWindow:
         self._cached: dict[str, AdapterDemand] = {}
         self._cached_seconds = 0.0
         self._versions: list[str] | None = None
-        """All versions in order; None when it has to be sorted again."""
+        """All versions, sorted. None if the list is outdated."""
 
     def report(self, statistics: EngineStatistics, now: float) -> None:
-        """Count what an engine did since its last report."""
+        """Add an engine's work since its last report to the current slot."""
         slot = self._current_slot(now)
         counters = {tokens.version: tokens for tokens in statistics.adapter_tokens}
         last = self._reports.get(statistics.engine)
         if last is None:
-            # When the counts of an engine's first report accumulated is unknown, so they are not current demand.
+            # The counts of a first report accumulated over an unknown time, so they are not added as demand.
             self._reports[statistics.engine] = _LastReport(statistics.incarnation, counters, set(counters))
             return
         if last.incarnation != statistics.incarnation:
@@ -83,13 +83,13 @@ class DemandWindow:
         _update_counters(last, counters)
 
     def rates(self, now: float) -> dict[str, DemandRates]:
-        """Return the rates by version, over the window or over the time since the first report if that is shorter."""
+        """Return the rates by version, over the shorter of the window and the time since the first report."""
         self._current_slot(now)
         seconds = self._seconds(now)
         return {version: DemandRates(*(count / seconds for count in total)) for version, total in self._totals.items()}
 
     def demand(self, now: float, adapters: dict[str, AdapterRef]) -> tuple[AdapterDemand, ...]:
-        """Return rates and forecasts of every adapter that has any, in order of versions."""
+        """Return the rates and forecasts of all adapters with demand or a forecast, sorted by version."""
         self._current_slot(now)
         seconds = self._seconds(now)
         if seconds != self._cached_seconds:
@@ -138,7 +138,7 @@ class DemandWindow:
         self._cached.pop(version, None)
 
     def _current_slot(self, now: float) -> _Slot:
-        """Return the slot of this time, after closing all before it."""
+        """Close the slots before ``now`` and return the slot that contains it."""
         if self._first_report_s is None:
             self._first_report_s = now
         if not self._slots:
@@ -151,7 +151,7 @@ class DemandWindow:
         return self._slots[-1]
 
     def _close(self, slot: _Slot) -> None:
-        """Feed the forecasts with a complete slot."""
+        """Update the forecasts with a complete slot."""
         for version in slot.counts.keys() - self._forecasts.keys():
             forecaster = Mixture(self._slot_s, self._horizon_steps)
             self._forecasts[version] = TrackedForecast(forecaster, self._slot_s, self._horizon_steps)
@@ -161,7 +161,7 @@ class DemandWindow:
         self._cached, self._versions = {}, None
 
     def _expire(self, slot: _Slot) -> None:
-        """Take a slot older than the window out of the sums, and drop adapters without demand and forecast."""
+        """Subtract an expired slot from the sums. Drops adapters without demand and with a negligible forecast."""
         for version, counts in slot.counts.items():
             total = self._totals[version]
             for index, count in enumerate(counts):
@@ -176,7 +176,7 @@ class DemandWindow:
 
 
 def _difference(tokens: AdapterTokens, before: AdapterTokens | None) -> tuple[int, int, int]:
-    """Return what was counted since; counters of another span began at zero."""
+    """Return prefill tokens, decode tokens and requests since ``before``. A new span starts at zero."""
     if before is None or before.span != tokens.span:
         return tokens.prefill_tokens, tokens.decode_tokens, tokens.requests
     return (
@@ -187,7 +187,7 @@ def _difference(tokens: AdapterTokens, before: AdapterTokens | None) -> tuple[in
 
 
 def _update_counters(last: _LastReport, counters: dict[str, AdapterTokens]) -> None:
-    """Store the counters of a report, and drop those that can only come back under another span."""
+    """Store a report's counters. Drops unlisted versions with a span, which continue only in a new span."""
     for version in last.listed - counters.keys():
         if last.counters[version].span:
             del last.counters[version]

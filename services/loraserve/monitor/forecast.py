@@ -1,8 +1,8 @@
-"""Forecasts of an adapter's demand over the next planning interval, from its demand in equal steps before. Pure.
+"""Forecasts an adapter's demand over the next planning interval from its demand in past steps of equal length. Pure.
 
-No single forecaster is best: the demand of single adapters is noise around a level that seldom moves, while the sum of
-many adapters drifts within a minute (FORECASTS.md has the comparison). ``Mixture`` therefore weights several
-forecasters by how close they have been.
+No forecaster is best for all demand. A single adapter's demand is noise around a level that seldom changes, while the
+sum of many adapters drifts within a minute (FORECASTS.md has the comparison). ``Mixture`` therefore weights several
+forecasters by their past errors.
 """
 
 import math
@@ -10,37 +10,37 @@ from functools import lru_cache
 from typing import Protocol
 
 ERROR_TIME_CONSTANT_S = 1800.0
-"""Time constant with which past errors fade: long enough to tell forecasters apart, short enough to follow a change."""
+"""Decay time of past errors: long enough to distinguish forecasters, short enough to follow changes."""
 SMOOTHING_TIME_CONSTANTS_S = (120.0, 30.0, 480.0)
-"""Time constants of the mixture's smoothed levels. Until errors are known, the first has all the weight."""
+"""Time constants of the mixture's smoothed levels. The first has all the weight until errors are known."""
 WEIGHT_POWER = 8
-"""A forecaster's weight is one over this power of its mean squared error, so the best one has nearly all of it."""
+"""Weights are proportional to 1 / error**WEIGHT_POWER of mean squared errors, so the best forecaster dominates."""
 
 
 @lru_cache
 def gain(step_s: float, time_constant_s: float) -> float:
-    """Return the weight of a new step where old steps fade with the time constant."""
+    """Return the weight of a new step in exponential smoothing with this time constant."""
     return 1.0 - math.exp(-step_s / time_constant_s)
 
 
 class Forecaster(Protocol):
-    """Forecasts one series of tokens/s, observed step by step, for a fixed number of steps ahead: the horizon."""
+    """Forecasts one series of tokens/s over a horizon, which is a fixed number of future steps."""
 
     __slots__ = ()
 
     def observe(self, tokens_per_s: float) -> None:
-        """Take the next step."""
+        """Add the demand of the next step."""
 
     def forecast(self) -> float:
-        """Return the mean tokens/s expected over the horizon: finite, never negative, and 0 before the first step."""
+        """Return the expected mean tokens/s over the horizon: finite, at least 0, and 0 before the first step."""
 
     def learn(self, tokens_per_s: float) -> None:
-        """Take the mean of a complete horizon, to learn from the forecast made at its beginning. Another begins now."""
+        """Learn from the mean demand of the horizon that ends now. The next horizon starts now."""
         return
 
 
 class Smoothed(Forecaster):
-    """A level in which old steps fade exponentially (Brown 1956). At first it is the plain mean of all steps."""
+    """Exponential smoothing (Brown 1956). The first steps are averaged with equal weights."""
 
     __slots__ = ("_gain", "_level", "_steps")
 
@@ -57,9 +57,9 @@ class Smoothed(Forecaster):
 
 
 class Holt(Forecaster):
-    """Level and trend (Holt 1957); with ``damping`` < 1 the trend fades by it every step (Gardner and McKenzie 1985).
+    """Exponential smoothing of level and trend (Holt 1957).
 
-    At first its gains are those of the least-squares line through all steps.
+    Each step multiplies the trend by ``damping`` (Gardner and McKenzie 1985). The first steps fit a least-squares line.
     """
 
     __slots__ = ("_damping", "_level", "_level_gain", "_steps", "_trend", "_trend_gain", "_trend_steps")
@@ -91,13 +91,13 @@ class Holt(Forecaster):
 
 @lru_cache
 def _mean_trend_steps(horizon_steps: int, damping: float) -> float:
-    """Return how many steps of the trend the mean of the horizon is ahead: (h + 1) / 2 without damping."""
+    """Return the factor of the trend in the mean forecast of h steps. It is (h + 1) / 2 without damping."""
     sums = [sum(damping**step for step in range(1, steps + 1)) for steps in range(1, horizon_steps + 1)]
     return sum(sums) / horizon_steps
 
 
 class Mixture(Forecaster):
-    """Three smoothed levels and a trend, weighted by how close their forecasts of complete horizons have been."""
+    """Weighted mean of three ``Smoothed`` and one ``Holt``. Weights depend on past errors over whole horizons."""
 
     __slots__ = ("_error_gain", "_forecasts", "_learned", "_members", "_squared_errors", "_weights")
 
@@ -130,7 +130,7 @@ class Mixture(Forecaster):
 
 
 def _weights(squared_errors: list[float]) -> list[float]:
-    """Return weights that sum to 1. Differences far below a token/s do not tell which forecaster is better."""
+    """Return weights that sum to 1. The 1e-6 treats errors far below one token/s as equal."""
     least = min(squared_errors) + 1e-6
     weights = [(least / (error + 1e-6)) ** WEIGHT_POWER for error in squared_errors]
     total = sum(weights)
@@ -139,15 +139,15 @@ def _weights(squared_errors: list[float]) -> list[float]:
 
 @lru_cache
 def error_gain(step_s: float, horizon_steps: int) -> float:
-    """Return the weight of a new error. With a long horizon errors are few, so each counts for longer."""
+    """Return the weight of a new error. Long horizons give few errors, so each error decays more slowly."""
     horizon_s = step_s * horizon_steps
     return gain(horizon_s, max(ERROR_TIME_CONSTANT_S, 4 * horizon_s))
 
 
 class TrackedForecast:
-    """A forecaster and its errors over complete horizons, which follow each other from the first step on.
+    """Runs a forecaster and measures its errors over consecutive horizons.
 
-    ``tokens_per_s`` is the current forecast; it is read more often than it changes.
+    ``tokens_per_s`` is the current forecast. It is stored because it is read more often than it changes.
     """
 
     __slots__ = (
@@ -172,7 +172,7 @@ class TrackedForecast:
         self.tokens_per_s = forecaster.forecast()
 
     def observe(self, tokens_per_s: float) -> None:
-        """Take the next step."""
+        """Add the demand of the next step and update the forecast."""
         self.forecaster.observe(tokens_per_s)
         self._sum += tokens_per_s
         self._steps += 1
@@ -191,5 +191,5 @@ class TrackedForecast:
 
     @property
     def std_tokens_per_s(self) -> float:
-        """Return the root mean square error of forecasts of complete horizons; 0 until there was one to check."""
+        """Return the root mean square error of past forecasts, or 0 before the first forecast is checked."""
         return math.sqrt(self._variance)

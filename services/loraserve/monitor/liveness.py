@@ -1,11 +1,11 @@
-"""Which engines are alive, by the age of their last report. Pure."""
+"""Decides from the age of its last report whether an engine is alive. Pure."""
 
 import msgspec
 
 from loraserve.messages import EngineCapabilities, EngineLoad, EngineSeen
 
 FORGET_AFTER_S = 60.0
-"""Silence after which an engine is no longer published; if it comes back it counts as new."""
+"""An engine that sends no report for this time is forgotten. If it reports again, it counts as new."""
 
 
 class _Report(msgspec.Struct, frozen=True):
@@ -15,14 +15,14 @@ class _Report(msgspec.Struct, frozen=True):
 
 
 class Liveness:
-    """The last reports of all engines. A draining engine is alive, since it still serves its streams."""
+    """Tracks the last report of each engine. A draining engine is alive, since it still serves requests."""
 
     def __init__(self, dead_after_s: float) -> None:
         self._dead_after_s = dead_after_s
         self._reports: dict[str, _Report] = {}
 
     def report(self, load: EngineLoad, capabilities: EngineCapabilities, now: float) -> bool:
-        """Take a report; return whether the engine is new, back from the dead, restarted or in another state."""
+        """Store a report. Returns whether the engine is new, was dead, was restarted or has changed its state."""
         before = self._reports.get(load.engine)
         self._reports[load.engine] = _Report(load, capabilities, now)
         return (
@@ -33,7 +33,7 @@ class Liveness:
         )
 
     def engines(self, now: float) -> tuple[EngineSeen, ...]:
-        """Return all engines that reported within FORGET_AFTER_S, in order of names."""
+        """Return all engines that reported within FORGET_AFTER_S, sorted by name."""
         self._reports = {name: last for name, last in self._reports.items() if now - last.at_s <= FORGET_AFTER_S}
         return tuple(
             EngineSeen(
@@ -46,6 +46,6 @@ class Liveness:
         )
 
     def next_death_s(self, now: float) -> float | None:
-        """Return the seconds until the next engine is dead if none reports; None if no engine is alive."""
+        """Return the seconds until the first live engine counts as dead without a report; None if none is alive."""
         left_s = [last.at_s + self._dead_after_s - now for last in self._reports.values()]
         return min((seconds for seconds in left_s if seconds >= 0), default=None)

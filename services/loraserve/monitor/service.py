@@ -1,6 +1,6 @@
-"""The monitor process: collects the engines' reports and publishes the state of the whole cluster.
+"""The monitor process: collects the engines' reports and publishes the state of the cluster.
 
-It also tells engines which other engines hold an adapter, and which engines died.
+It also tells engines which other engines hold an adapter and which engines died.
 """
 
 import asyncio
@@ -34,7 +34,7 @@ from loraserve.service import Service
 
 
 class MonitorService(Service):
-    """Publishes ClusterLoad at every interval, and at once when an engine appears, restarts or dies."""
+    """Publishes ClusterLoad at every interval, and at once if an engine appears, restarts, dies or changes state."""
 
     inbox = ToMonitor
 
@@ -47,7 +47,7 @@ class MonitorService(Service):
         self._counters: dict[str, EngineCounters] = {}
         self._adapters: dict[str, AdapterRef] = {}
         self._alive: dict[str, str] = {}
-        """Incarnations of the engines that were alive when last published, by engine."""
+        """Incarnation of each engine that was alive in the last publication."""
         self._sequence = itertools.count(1)
         self._changed = asyncio.Event()
         self._engines_alive = self.metrics.gauge("engines_alive", "Engines that reported lately")
@@ -77,7 +77,7 @@ class MonitorService(Service):
                 self._adapters = {adapter.version: adapter for adapter in adapters}
 
     def _take_load(self, load: EngineLoad, sender: str) -> None:
-        """Take a report, or ask the engine for its capabilities if those of this incarnation are unknown."""
+        """Process a report. If the capabilities of the engine's incarnation are unknown, ask for them instead."""
         capabilities = self._capabilities.get(load.engine)
         if capabilities is None or capabilities.incarnation != load.incarnation:
             self.bus.send(sender, AnnounceCapabilities())
@@ -109,7 +109,7 @@ class MonitorService(Service):
             await asyncio.sleep(self.config.engine.statistics_interval_s)
 
     async def _wait_for_change(self, now: float) -> None:
-        """Wait until an engine changes or dies, for the publication interval at most."""
+        """Wait until an engine changes or dies, but no longer than the publication interval."""
         death_s = self._liveness.next_death_s(now)
         interval_s = self.config.monitor.publish_interval_s
         wait_s = interval_s if death_s is None else min(interval_s, death_s + 0.001)
@@ -120,7 +120,7 @@ class MonitorService(Service):
             return
 
     def _note_changes(self, alive: dict[str, str]) -> None:
-        """Log engines that appeared or died, and tell engines which incarnations are gone."""
+        """Log engines that appeared or died. Publish ended incarnations, including those of engines that restarted."""
         for engine in alive.keys() - self._alive.keys():
             self.log.info("engine_alive", engine=engine)
         for engine in self._alive.keys() - alive.keys():
