@@ -1,9 +1,8 @@
-"""KV blocks: reference counts, and the prefix cache.
+"""Allocates KV blocks, counts their references, and caches shared prefixes.
 
-A full block is named by the digest of the adapter version and all tokens up to the block's end. Requests with the same
-adapter and the same prefix therefore share blocks; no others do. A block enters the cache once its KV is computed. A
-cached block that no sequence refers to keeps its content until a new block is needed; the block that was released
-first is evicted first.
+The cache key of a full block is a digest of the adapter version and all tokens up to the end of the block. Only
+requests with the same adapter and the same prefix share blocks. A block enters the cache once its KV is computed. A
+cached block without references keeps its content until its memory is needed. The block released first is evicted first.
 """
 
 from array import array
@@ -15,19 +14,19 @@ DIGEST_BYTES = 16
 
 
 def chain_digest(previous: bytes, tokens: Sequence[int]) -> bytes:
-    """Return the digest of a full block, given the digest of the preceding block (the root for the first)."""
+    """Return the digest of a full block. ``previous`` is the digest of the block before it, or the root digest."""
     digest = blake2b(previous, digest_size=DIGEST_BYTES)
     digest.update(array("I", tokens).tobytes())
     return digest.digest()
 
 
 def root_digest(version: str) -> bytes:
-    """Return the digest that an adapter's chain starts from; version "" is the base model."""
+    """Return the start of the digest chain of an adapter version; "" is the base model."""
     return blake2b(version.encode(), digest_size=DIGEST_BYTES).digest()
 
 
 class BlockManager:
-    """Hands out ``total`` KV blocks of ``block_tokens`` tokens, and finds cached ones by digest."""
+    """Allocates ``total`` KV blocks of ``block_tokens`` tokens each, and finds cached blocks by digest."""
 
     def __init__(self, total: int, block_tokens: int, prefix_cache: bool = True) -> None:
         self.block_tokens = block_tokens
@@ -52,7 +51,7 @@ class BlockManager:
         return -(-tokens // self.block_tokens)
 
     def allocate(self, count: int) -> tuple[int, ...] | None:
-        """Return ``count`` blocks for new content, evicting cached blocks as needed; None if fewer are free."""
+        """Return ``count`` blocks, evicting cached blocks if needed. Returns None if fewer blocks are free."""
         if count > self.free:
             return None
         return tuple(self._allocate_one() for _ in range(count))
@@ -61,7 +60,7 @@ class BlockManager:
         return digest in self._cached
 
     def acquire_cached(self, digest: bytes) -> int | None:
-        """Add a reference to the cached block with this digest and return it; None if there is none."""
+        """Add a reference to the cached block with this digest and return it. Returns None if none is cached."""
         block = self._cached.get(digest)
         if block is None:
             return None
@@ -71,20 +70,20 @@ class BlockManager:
         return block
 
     def add_to_cache(self, block: int, digest: bytes) -> None:
-        """Let later requests share a block whose KV is computed. A second block with the same content stays private."""
+        """Let later requests share a computed block. Does nothing if the digest or the block is cached already."""
         if self._prefix_cache and digest not in self._cached and block not in self._digest_of:
             self._cached[digest] = block
             self._digest_of[block] = digest
 
     def clear_cache(self) -> None:
-        """Forget the content of all cached blocks. Sequences keep the blocks that they refer to."""
+        """Remove all blocks from the cache. Running sequences keep their blocks."""
         self._unused.extend(self._evictable)
         self._evictable.clear()
         self._cached.clear()
         self._digest_of.clear()
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference to each block. The last blocks of a sequence are evicted before its first ones."""
+        """Drop one reference to each block, last one first, so that a prefix is evicted from its end."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
@@ -94,7 +93,7 @@ class BlockManager:
                     self._unused.append(block)
 
     def validate(self) -> None:
-        """Raise AssertionError if a block is lost or listed twice, or if the cache is inconsistent."""
+        """Raise AssertionError if a block is lost, is listed twice or disagrees with the cache's indexes."""
         unused, evictable = set(self._unused), set(self._evictable)
         assert len(unused) == len(self._unused), "a block is listed as unused twice"
         assert not unused & evictable, "a block is unused and evictable"

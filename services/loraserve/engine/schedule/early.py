@@ -1,9 +1,9 @@
-"""Early starts: requests whose prefill begins before their adapter has been read completely.
+"""Starts the prefill of a request before its adapter has been read completely.
 
-A prefill uses the layers of an adapter one after the other, and a read delivers them in the same order. If the rest of
-a slab is expected well before the end of the step that uses it, both can run at the same time. The step's result
-counts only if the read that it started with has been verified when the step is done. Otherwise the request starts
-again, so that no token is ever sent that was computed with an unverified adapter.
+A prefill uses the layers of an adapter one after the other, and a read delivers the layers in the same order. If the
+read should end well before the step, both can run at the same time. The step's result is used only if the read has been
+verified when the step is done. Otherwise the request starts again. No token computed with an unverified adapter is
+ever sent.
 """
 
 from collections.abc import Callable, Iterable
@@ -15,26 +15,26 @@ from loraserve.engine.schedule.sequence import EARLY, ENDING, Sequence
 from loraserve.messages import MeasuredSpeed
 
 MARGIN = 1.5
-"""Factor on the expected rest of a read: an early start that comes to nothing costs a whole step."""
+"""Safety factor on the remaining read time, because a discarded early start wastes a whole step."""
 SLACK_S = 0.002
 MIN_GAIN_S = 0.003
-"""A shorter rest is waited for: verifying the slab beside the step takes part of what would be gained."""
+"""Minimum remaining read time for an early start. Verification slows the step, which cancels a smaller gain."""
 
 
 def remaining_read_s(expected_s: float, elapsed_s: float, fraction: float) -> float:
-    """Estimate the seconds until a read is verified.
+    """Return the estimated seconds until a read is verified.
 
-    The read was expected to take ``expected_s``, and has delivered the ``fraction`` (above 0) of the slab in
-    ``elapsed_s``. The estimate follows the slower of the expectation and the read's own pace.
+    The read was expected to take ``expected_s`` seconds. In ``elapsed_s`` seconds it has delivered ``fraction`` of the
+    slab, which is above 0. The estimate is the larger of two: by the expectation, and by the read's speed so far.
     """
     return max(expected_s - elapsed_s, elapsed_s * (1 - fraction) / fraction)
 
 
 def min_prefill_tokens(remaining_s: float, measured: MeasuredSpeed) -> int | None:
-    """Return the least number of prefill tokens whose step lasts until a read with ``remaining_s`` left is verified.
+    """Return the minimum prefill tokens of a step that lasts until the read is verified, in ``remaining_s`` seconds.
 
-    None if no step is known to last as long, or if starting early does not pay. A step with more tokens than the
-    average one is only assumed to take no less time than that.
+    Returns None if the average prefill step is too short, or if the remaining time is below MIN_GAIN_S. Steps with more
+    tokens than the average are assumed to take at least the average time.
     """
     if remaining_s < MIN_GAIN_S:
         return None
@@ -48,10 +48,10 @@ def min_prefill_tokens(remaining_s: float, measured: MeasuredSpeed) -> int | Non
 
 
 class EarlyStarts:
-    """Decides which requests may start early, and whether their steps count.
+    """Decides which requests may start early, and whether the results of their steps are used.
 
-    The current read of an adapter is kept in its entry in the pool. Each read has its own number, as a slab may be read
-    several times before it is verified. No request can start early with read 0.
+    The pool entry of an adapter records the adapter's current read. A slab may be read several times before it is
+    verified, so each read has its own number. Numbers start at 1; 0 means that no read was announced.
     """
 
     def __init__(self, pool: AdapterPool) -> None:
@@ -60,20 +60,20 @@ class EarlyStarts:
         self.discarded = 0
 
     def announce_read(self, version: str, read: int, least_tokens: int | None) -> None:
-        """Note the current read of an adapter that is loading; see AdapterArriving. A cancelled load is ignored."""
+        """Record the current read of a loading adapter, as in AdapterArriving. Ignores cancelled loads."""
         entry = self._pool.get(version)
         if entry is not None and entry.state in WANTED_LOADS:
             entry.announce_read(read, least_tokens)
 
     def can_start(self, sequence: Sequence, first_tokens: Callable[[Sequence], int]) -> bool:
-        """Return whether the request may start with the current read; its first step computes ``first_tokens``."""
+        """Return whether the request may start early. ``first_tokens`` returns the token count of its first step."""
         read = self._announced(sequence.version)
         if read is None or read.failed_once or read.least_tokens is None:
             return False
         return first_tokens(sequence) >= read.least_tokens
 
     def start(self, version: str) -> int:
-        """Return the number of the read that a request starts early with; 0 if its adapter is not being read."""
+        """Count an early start and return the number of the adapter's read. Returns 0 if no read was announced."""
         read = self._announced(version)
         if read is None:
             return 0
@@ -81,9 +81,10 @@ class EarlyStarts:
         return read.number
 
     def is_valid(self, sequence: Sequence, late: bool) -> bool:
-        """Return whether the sequence's completed step counts; a step that did not start early always does.
+        """Return whether the result of the sequence's completed step may be used.
 
-        ``late`` says that the runner computed some layer before it had been read.
+        This is always true if the sequence did not start early. ``late`` is true if the runner computed a layer before
+        that layer had been read.
         """
         if not sequence.early_read:
             return True
@@ -98,7 +99,7 @@ class EarlyStarts:
         return False
 
     def validate(self, running: Iterable[Sequence]) -> None:
-        """Raise AssertionError if a request runs without its adapter and did not start early."""
+        """Raise AssertionError if a request runs without its adapter but is not marked as an early start."""
         for sequence in running:
             entry = self._pool.get(sequence.version) if sequence.version else None
             has_adapter = entry is None or entry.is_complete

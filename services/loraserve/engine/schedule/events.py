@@ -1,4 +1,4 @@
-"""The scheduler's interface as plain data: step batches (shared with the runner), events, instructions, limits."""
+"""Defines the scheduler's interface: step batches (shared with the runner), events, instructions and limits."""
 
 import msgspec
 
@@ -7,23 +7,23 @@ from loraserve.errors import ConfigError
 from loraserve.messages import AdapterRef, Admit, TokenDelta
 from loraserve.messages.sampling import SamplingParams
 
-# --- Step batches: what a runner computes, and what it returns.
+# --- Step batches and their results, exchanged with the runner.
 
 PENDING_TOKEN = -1
-"""Stands in ``SequenceStep.tokens`` for the token that the step sent just before samples for this sequence.
+"""Placeholder in ``SequenceStep.tokens`` for a token that the preceding step, still in flight, will sample.
 
-That token is not known yet when the step is sent. It is the part's only token, as a sequence decodes one per step.
+If present, it is the only element of ``tokens``, because a decode computes one token per sequence and step.
 """
 
 
 class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """One sequence's part of a step: compute the KV of ``tokens`` and write it to ``blocks``.
+    """One sequence in a step (a "part" of the step): compute the KV of ``tokens`` and write it to ``blocks``.
 
-    ``start`` tokens have KV already, so it is also the position of the first of ``tokens``. ``blocks`` is the block
-    table and covers ``start + len(tokens)`` positions. ``slot`` is the adapter's, -1 for the base model. If ``sample``
-    is set, ``tokens`` ends with the sequence's last token, and the next token is sampled as output ``output_index``.
-    ``history`` is the prompt and the output so far; the output begins at ``prompt_length``. Only penalties read it. It
-    is complete and does not change before the step is done, as a step with penalties contains no PENDING_TOKEN.
+    ``start`` is the position of the first of ``tokens``; all earlier positions have KV. ``blocks`` is the block table
+    for ``start + len(tokens)`` positions. ``slot`` is the adapter slot, -1 for the base model. If ``sample`` is true,
+    the runner samples the token after ``tokens``; its index in the output is ``output_index``. ``history`` is the
+    prompt (``prompt_length`` tokens) and the output so far. Only sampling penalties read it. It does not change during
+    a step with penalties, because such a step never runs ahead of the previous result.
     """
 
     request_id: str
@@ -39,7 +39,7 @@ class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 class StepBatch(msgspec.Struct, frozen=True, kw_only=True, gc=False):
-    """All sequences of one step. Each sequence occurs at most once."""
+    """The sequences of one step. Each sequence occurs at most once."""
 
     step_id: int
     sequences: tuple[SequenceStep, ...]
@@ -48,8 +48,8 @@ class StepBatch(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class Sampled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A sampled token.
 
-    ``logprob`` and ``top``, pairs of (token, log-probability) with the best first, are filled if the request asks for
-    them.
+    ``logprob`` is the token's log-probability. ``top`` lists the most likely tokens as (token, log-probability), best
+    first. Both are set only if the request asks for log-probabilities.
     """
 
     request_id: str
@@ -61,8 +61,8 @@ class Sampled(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The tokens that a step sampled, in the order of its sequences.
 
-    ``duration_s`` is the model's time for this step, without the time of earlier steps that it waited for. ``late`` are
-    requests whose adapter had not been read far enough for some layer: their part of the step is meaningless.
+    ``duration_s`` is the time of this step in seconds, without its wait for earlier steps. ``late`` lists the requests
+    for which a layer was computed before the adapter's weights had been read; their results are invalid.
     """
 
     step_id: int
@@ -71,10 +71,10 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     late: tuple[str, ...] = ()
 
 
-# --- Events: what happened.
+# --- Events, which the scheduler receives.
 
 CANCELLED = "cancelled"
-"""The code of a load that was cancelled. It says nothing about the adapter."""
+"""The code of AdapterLoadFailed after CancelLoad. The adapter itself may be intact."""
 
 
 class RequestArrived(msgspec.Struct, frozen=True):
@@ -90,18 +90,17 @@ class StepDone(msgspec.Struct, frozen=True):
 
 
 class StepFailed(msgspec.Struct, frozen=True):
-    """The runner could not compute the step. The KV that it may have written is invalid."""
+    """The runner could not compute the step. Any KV that the step wrote is invalid."""
 
     step_id: int
     message: str
 
 
 class AdapterArriving(msgspec.Struct, frozen=True):
-    """Part of an adapter has been read, and the runner knows its layout.
+    """A part of the adapter's slab has been read, and the runner knows the slab's layout.
 
-    ``read`` is the number of the read; numbers are never reused, and a retry has a new one. A step of at least
-    ``least_tokens`` prefill tokens is expected to last until the slab is verified. None: no step is, or an early start
-    does not pay.
+    ``read`` is the number of the read. Each retry has a new number. A step of at least ``least_tokens`` prefill tokens
+    should last until the slab is verified. ``least_tokens`` is None if no request should start early with this read.
     """
 
     version: str
@@ -112,7 +111,7 @@ class AdapterArriving(msgspec.Struct, frozen=True):
 class AdapterLoaded(msgspec.Struct, frozen=True):
     """A slab is in the pool, verified and installed in its slot.
 
-    ``read`` is its read's number, 0 if no AdapterArriving announced it. A simulated engine has no ``slab``.
+    ``read`` is the number of the read, or 0 if no AdapterArriving announced the read. In a simulation ``slab`` is None.
     """
 
     version: str
@@ -127,7 +126,7 @@ class AdapterLoadFailed(msgspec.Struct, frozen=True):
 
 
 class AdapterDamaged(msgspec.Struct, frozen=True):
-    """The extent of a resident adapter no longer holds its slab. Everything computed with it may be wrong."""
+    """The slab of a resident adapter was overwritten in the pool. Results computed with the adapter may be wrong."""
 
     version: str
 
@@ -149,7 +148,7 @@ class AdapterExpected(msgspec.Struct, frozen=True):
 
 
 class LeasesEnded(msgspec.Struct, frozen=True):
-    """Peers have finished reading from this engine's pool, which may make room there."""
+    """Peers have finished reading from this engine's pool. Their extents can now be evicted."""
 
 
 Event = (
@@ -167,17 +166,20 @@ Event = (
     | LeasesEnded
 )
 
-# --- Instructions: what to do about it.
+# --- Instructions, which the scheduler returns.
 
 
 class RunStep(msgspec.Struct, frozen=True):
-    """Compute this batch after those before it. Report StepDone or StepFailed, in the order of the instructions."""
+    """Compute the batch after all earlier batches. Report StepDone or StepFailed in the same order."""
 
     batch: StepBatch
 
 
 class LoadAdapter(msgspec.Struct, frozen=True):
-    """Read the slab into the pool at ``offset_bytes``, install it in ``slot`` and report AdapterLoaded."""
+    """Read the slab to ``offset_bytes`` in the pool and install it in ``slot``.
+
+    Report AdapterLoaded or AdapterLoadFailed.
+    """
 
     adapter: AdapterRef
     slot: int
@@ -185,17 +187,17 @@ class LoadAdapter(msgspec.Struct, frozen=True):
 
 
 class CancelLoad(msgspec.Struct, frozen=True):
-    """Stop this load: no request and no plan needs the adapter any more.
+    """Stop this load, because no request, plan or prefetch needs the adapter any more.
 
-    Report AdapterLoadFailed with CANCELLED once nothing writes to its extent, or the load's own result if it ended
-    first. The extent stays reserved until then.
+    Report AdapterLoadFailed with CANCELLED once nothing writes to the extent. If the load ends before it is stopped,
+    report its result instead. The extent stays reserved until the report.
     """
 
     version: str
 
 
 class LeftSlab(msgspec.Struct, frozen=True):
-    """A verified slab in an extent that was freed. It stays readable until the extent is filled again."""
+    """A verified slab in an extent that was freed. It stays readable until the next load writes to the extent."""
 
     adapter: AdapterRef
     offset_bytes: int
@@ -203,9 +205,9 @@ class LeftSlab(msgspec.Struct, frozen=True):
 
 
 class EvictAdapter(msgspec.Struct, frozen=True):
-    """The slot and the extent of this adapter are free; ``reason`` says why, for logs.
+    """Remove the adapter from its slot. A later LoadAdapter may reuse the slot and the extent.
 
-    ``left`` is None if the slab was incomplete or damaged.
+    ``reason`` is for logs. ``left`` is None if the slab was incomplete or damaged.
     """
 
     version: str
@@ -221,7 +223,7 @@ class Emit(msgspec.Struct, frozen=True):
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """Tell the gateway that the request ended without finishing. The scheduler holds nothing for it any more."""
+    """Tell the gateway that the request failed. The scheduler has ended it."""
 
     request_id: str
     gateway: str
@@ -230,7 +232,7 @@ class Reject(msgspec.Struct, frozen=True):
 
 
 class PlanReady(msgspec.Struct, frozen=True):
-    """Answer the planner: every copy of the epoch is resident and pinned, or is in ``failed`` (version -> reason)."""
+    """Tell the planner that the epoch's adapters are resident and pinned, except ``failed`` (version -> reason)."""
 
     epoch: int
     failed: dict[str, str]
@@ -242,10 +244,10 @@ Instruction = RunStep | LoadAdapter | CancelLoad | EvictAdapter | Emit | Reject 
 
 
 class SchedulerLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """What the scheduler has to work with: facts of the model, and settings.
+    """The limits set by the model, the memory and the configuration.
 
-    ``max_step_tokens`` bounds the prefill and decode tokens of one step together. ``steps_ahead`` is the number of
-    steps that the runner accepts before the oldest one is done.
+    ``max_step_tokens`` is the maximum sum of prefill and decode tokens in a step. ``steps_ahead`` is the number of
+    further steps that may be sent while one runs.
     """
 
     kv_blocks: int

@@ -1,10 +1,10 @@
-"""Limits how often a request that waits for room in the adapter pool is overtaken by later requests.
+"""Limits how often later requests overtake a request that waits for room in the adapter pool.
 
-A waiting request whose adapter is not in the pool is skipped, and later requests may start. Without a limit it could
-wait for ever: each adapter in the pool can be kept in use by new requests for it. A request that was overtaken
-MAX_OVERTAKEN times therefore reserves the pool entries that stand in its adapter's way: no further request may start
-with those adapters, so that they become evictable once their running requests end. One more place in the pool is
-reserved after each further MAX_OVERTAKEN times, as the requests that use the first place may run for long.
+A waiting request whose adapter is not in the pool is skipped, and later requests may start. New requests could keep the
+resident adapters in use forever, and the skipped request would never run. After MAX_OVERTAKEN later requests have
+started, the skipped request therefore reserves a place in the pool. No new request may start with the adapters in that
+place, so they become evictable when their running requests end. Those requests may run for long, so one more place is
+reserved after each further MAX_OVERTAKEN starts.
 """
 
 from collections.abc import Callable
@@ -13,13 +13,14 @@ from loraserve.engine.schedule.sequence import Sequence
 from loraserve.messages import AdapterRef
 
 MAX_OVERTAKEN = 64
-"""Requests that may overtake one which waits for its adapter, before it reserves room in the pool."""
+"""Number of later requests that may start before a skipped request reserves room in the pool."""
 
 
 class OvertakingLimit:
-    """One pass over the waiting requests in order of arrival. Only the first request that is due reserves room.
+    """Applies the limit during one pass over the waiting requests, in order of arrival.
 
-    ``find_blocking(adapter, places)`` returns the versions that have to leave the pool before the adapter fits.
+    Only the first request over the limit reserves room. ``find_blocking(adapter, places)`` returns the versions that
+    must leave the pool to make ``places`` alternative places for the adapter.
     """
 
     def __init__(self, find_blocking: Callable[[AdapterRef | None, int], frozenset[str]]) -> None:
@@ -28,17 +29,17 @@ class OvertakingLimit:
         self._reserved: frozenset[str] | None = None
 
     def skip(self, sequence: Sequence) -> None:
-        """Note that this request waits for its adapter while later ones may start."""
+        """Record that the request waits for its adapter, and reserve room if it was overtaken too often."""
         self._skipped.append(sequence)
         if self._reserved is None and sequence.overtaken >= MAX_OVERTAKEN:
             self._reserved = self._find_blocking(sequence.admit.adapter, sequence.overtaken // MAX_OVERTAKEN)
 
     def may_start(self, sequence: Sequence) -> bool:
-        """Return whether the request's adapter is not one that has to leave for an overtaken request."""
+        """Return whether the request may start: its adapter occupies no reserved room."""
         return not self._reserved or sequence.version not in self._reserved
 
     def record_start(self, sequence: Sequence) -> None:
-        """Count a start that overtook the requests skipped before it. Requests for the base model use no pool room."""
+        """Count this start for all skipped requests. Base-model requests do not count, as they use no pool room."""
         if sequence.version:
             for other in self._skipped:
                 other.overtaken += 1

@@ -1,4 +1,4 @@
-"""What an engine reports: the scheduler's load and counters, its capabilities, and the measured speed."""
+"""Builds the engine's reports: load, counters, capabilities and measured speed."""
 
 from collections.abc import Mapping
 from math import inf
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
 
 
 IDLE_REPORTS = 10
-"""An adapter whose counts did not change for this many reports is forgotten. Fewer lost reports lose no tokens."""
+"""An unchanged adapter is dropped after this many reports. If fewer reports are lost, no token count is lost."""
 
 
 class _AdapterCount(msgspec.Struct):
-    """One adapter's counts. ``changed`` is the number of reports sent before the last change."""
+    """The counts of one adapter. ``changed`` is the number of reports sent before the counts last changed."""
 
     span: int
     prefill: int = 0
@@ -43,8 +43,8 @@ class _AdapterCount(msgspec.Struct):
 class TokenCounts:
     """Counts requests and computed tokens by adapter version; "" is the base model.
 
-    Adapters without requests are forgotten after a while, so that the counts stay bounded by the active adapters. An
-    adapter that is requested again starts a new span of counts from zero.
+    The counts of an adapter without requests are dropped after IDLE_REPORTS reports, to bound memory. If the adapter is
+    requested again, its counts start from zero with a new ``span`` number.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ class TokenCounts:
             count.prefill += tokens
 
     def count_prefix(self, known: int, cached: int) -> None:
-        """Count a started sequence: ``cached`` of its ``known`` tokens were in the prefix cache."""
+        """Count the ``known`` tokens of a started sequence and those of them found in the prefix cache."""
         self.prefix_queries += known
         self.prefix_hits += cached
 
@@ -83,7 +83,7 @@ class TokenCounts:
         )
 
     def mark_reported(self) -> None:
-        """Note that the counts were reported, and forget the adapters that did not change for many reports."""
+        """Count a sent report, and drop adapters whose counts did not change for IDLE_REPORTS reports."""
         self._reports += 1
         oldest = self._reports - IDLE_REPORTS
         for version in [version for version, count in self._counts.items() if count.changed < oldest]:
@@ -151,7 +151,7 @@ def count_events(scheduler: "Scheduler") -> EngineCounters:
 
 
 def describe_capabilities(scheduler: "Scheduler", engine: str, incarnation: str) -> EngineCapabilities:
-    """Return the engine's capabilities, without how peers can read from it."""
+    """Return the engine's capabilities, without the transports that peers can read over."""
     limits = scheduler.limits
     return EngineCapabilities(
         engine=engine,
@@ -166,13 +166,13 @@ def describe_capabilities(scheduler: "Scheduler", engine: str, incarnation: str)
 
 
 SMOOTHING = 0.1
-"""Weight of the newest observation: about ten steps determine the mean, and one slow step changes it little."""
+"""Weight of the newest observation. The mean follows about the last ten steps."""
 
 
 class SpeedMeter:
     """Measures the engine's steps and loads as exponential moving averages.
 
-    Amounts and their seconds are averaged separately, as a mean of rates would overweight short steps.
+    Amounts (tokens, bytes) and seconds are averaged separately, because a mean of rates overweights short steps.
     """
 
     def __init__(self) -> None:
@@ -198,7 +198,7 @@ class SpeedMeter:
         )
 
     def record_step(self, shape: StepShape, duration_s: float, times: int = 1) -> None:
-        """Record ``times`` equal steps. Steps with prefill do not count as decode steps."""
+        """Record ``times`` equal steps. A step with prefill tokens is recorded as a prefill step."""
         if not 0 < duration_s < inf:
             return
         if shape.prefill_tokens:
@@ -209,7 +209,7 @@ class SpeedMeter:
             self._decode_step = _smooth(self._decode_step, mean_step(shape, duration_s), times)
 
     def record_load(self, slab_bytes: int, own_s: float) -> None:
-        """Record a completed load. ``own_s`` excludes the time that it waited for other loads on the link."""
+        """Record a completed load. ``own_s`` is its duration in seconds, without waits for other loads on the link."""
         if not 0 < own_s < inf:
             return
         first = not self._loads
@@ -230,9 +230,9 @@ def _move_towards(old: float, new: float, times: int = 1) -> float:
 
 
 def step_shape(batch: StepBatch, adapters: Mapping[int, AdapterRef]) -> tuple[StepShape, dict[int, int]]:
-    """Return a step's shape for the cost model, and its tokens by adapter rank (0 is the base model).
+    """Return a step's shape for the cost model, and its number of tokens by adapter rank (0 for the base model).
 
-    ``adapters`` are by slot.
+    ``adapters`` maps slots to adapters.
     """
     decode = kv = prefill = prefill_kv = 0
     slot_tokens: dict[int, int] = {}

@@ -1,10 +1,10 @@
 """The scheduler: continuous batching with chunked prefill, preemption, and adapters loaded on demand.
 
-The contract is `Scheduler.handle(event, now) -> instructions`. After every event it starts the adapter loads and the
-steps that have become possible. If the runner accepts steps ahead, the next step is sent while one still runs; it then
-contains tokens that are not known yet (PENDING_TOKEN). A request that waits for its adapter never delays the others.
+The interface is `Scheduler.handle(event, now) -> instructions`. Each event may start adapter loads and steps. If the
+runner accepts steps ahead, the next step is sent while the current one runs. That step may then contain PENDING_TOKEN
+in place of a token not yet sampled. Requests waiting for an adapter are skipped, and later requests may start.
 
-A simulator may use `quiet_steps` and `skip_steps` instead of handling each decode step by itself.
+A simulator can use `quiet_steps` and `skip_steps` to advance many decode steps at once.
 """
 
 from bisect import insort
@@ -51,7 +51,7 @@ ARRIVAL_ORDER = attrgetter("order")
 
 
 class Scheduler:
-    """Holds the requests (waiting and running, in order of arrival), KV blocks, adapters and steps in flight."""
+    """Schedules requests. Both queues, ``waiting`` and ``running``, are in order of arrival."""
 
     def __init__(self, limits: SchedulerLimits) -> None:
         self.limits = limits
@@ -63,14 +63,14 @@ class Scheduler:
         self.early = EarlyStarts(self.residency.pool)
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
-        """Holds the requests in RUNNING, EARLY and ENDING."""
+        """Requests in state RUNNING, EARLY or ENDING."""
         self.pipeline = StepPipeline(1 + limits.steps_ahead)
         self.steps = 0
         self._sequences: dict[str, Sequence] = {}
         self._arrivals = 0
 
     def handle(self, event: Event, now: float) -> list[Instruction]:
-        """Return what to do about one event, in order."""
+        """Process one event and return the instructions to execute, in order."""
         match event:
             case RequestArrived(admit):
                 instructions = self._arrive(admit, now)
@@ -106,7 +106,7 @@ class Scheduler:
         return not self._sequences and not self.pipeline
 
     def validate(self) -> None:
-        """Raise AssertionError naming the invariant that is broken, if one is."""
+        """Raise AssertionError with the name of the first broken invariant, if any."""
         self.blocks.validate()
         self.residency.validate()
         self.pipeline.validate(self.running, self.blocks)
@@ -153,7 +153,7 @@ class Scheduler:
         return []
 
     def _request_error(self, admit: Admit) -> tuple[str, str] | None:
-        """Return (code, message with the remedy) if the request cannot be served here."""
+        """Return (code, message with the remedy) if the engine cannot serve the request, else None."""
         length = len(admit.prompt_tokens)
         if length == 0:
             return "bad_request", "prompt_tokens is empty; send at least one token"
@@ -182,7 +182,7 @@ class Scheduler:
         return Reject(sequence.request_id, sequence.admit.gateway, code, message)
 
     def _end(self, sequence: Sequence, now: float) -> None:
-        """End the request. While steps in flight write to its blocks it stays in ENDING and keeps them."""
+        """End the request. It keeps its blocks, in state ENDING, until no step in flight writes to them."""
         if not sequence.in_flight:
             self._release(sequence, now)
         elif sequence.state is not ENDING:
@@ -197,7 +197,7 @@ class Scheduler:
         del self._sequences[sequence.request_id]
 
     def _stop_running(self, sequence: Sequence, now: float) -> None:
-        """Take the request out of the running queue; release its blocks and its pin."""
+        """Remove the request from the running queue, and release its blocks and its pin on the adapter."""
         self.running.remove(sequence)
         self.blocks.release(sequence.blocks)
         sequence.blocks = ()
@@ -233,7 +233,7 @@ class Scheduler:
         return instructions
 
     def _record_kv(self, sequence: Sequence, tokens: int) -> None:
-        """Count the tokens as computed, and put the blocks that they complete into the prefix cache."""
+        """Record that the KV of ``tokens`` more tokens is computed, and add completed blocks to the prefix cache."""
         self.counts.count_tokens(sequence.version, tokens, decode=sequence.is_decoding)
         block_tokens = self.limits.block_tokens
         first = sequence.computed // block_tokens
@@ -256,7 +256,7 @@ class Scheduler:
     # --- Adapters fail.
 
     def _load_failed(self, version: str, code: str, message: str, now: float) -> list[Instruction]:
-        """Reject the requests that wait for the adapter or started early with it, unless the load was cancelled."""
+        """Reject all requests that need the adapter. After a cancelled load, only free its extent."""
         self.story.tell(version, now, f"load failed: {code}: {message}")
         if code == CANCELLED:
             return self.residency.drop_cancelled_load(version)
@@ -270,9 +270,9 @@ class Scheduler:
         return instructions
 
     def _adapter_damaged(self, version: str, now: float) -> list[Instruction]:
-        """Reject the requests that were computed with the damaged slab. Those that have not started wait for a reload.
+        """Reject the requests computed with the damaged slab. Requests that have not started wait for a reload.
 
-        The whole prefix cache is cleared: it names blocks by digests, so that those of one adapter cannot be found.
+        The whole prefix cache is cleared, because a digest does not tell which adapter its block belongs to.
         """
         if self.residency.pool.state(version) is not LifecycleState.RESIDENT:
             return []
@@ -319,7 +319,7 @@ class Scheduler:
     def _start_waiting(self, builder: StepBuilder, now: float) -> None:
         """Start waiting requests in order of arrival.
 
-        Requests that wait for an adapter are skipped; a request that waits for KV blocks holds up those behind it.
+        Requests waiting for an adapter are skipped. A request waiting for KV blocks blocks all later ones.
         """
         if not self.waiting:
             return
@@ -351,19 +351,19 @@ class Scheduler:
         self.counts.count_prefix(len(sequence.history), sequence.computed)
         self.story.tell(sequence.request_id, now, f"running, {sequence.computed} tokens cached")
 
-    # --- Fast-forward: many decode steps at once, for a simulator.
+    # --- Many decode steps at once, for a simulator.
 
     def quiet_steps(self) -> int:
-        """Return how many steps, counting from the one in flight, are certain to only decode.
+        """Return the number of quiet steps that follow, including the step in flight.
 
-        In a quiet step no request starts or ends, and it differs from the one before only in positions. 0 if the next
-        step may differ, if a prefix cache makes blocks depend on content, or if several steps are in flight. The
-        tokens that are sampled must not stop any request.
+        In a quiet step all running requests decode, and none starts or ends. The count assumes that no sampled token
+        stops a request. Returns 0 if the next step may not be quiet, if the prefix cache is enabled, or if the number
+        of steps in flight is not 1.
         """
         batch = self.pipeline.only_step
         if batch is None or self.limits.prefix_cache or len(batch.sequences) != len(self.running):
             return 0
-        # The latest arrivals may still prefill, so they are checked first.
+        # Checked from the latest arrival, which most likely still prefills.
         decoding = all(s.is_decoding and s.pending and s.state is RUNNING for s in reversed(self.running))
         if self._may_start_next() or not decoding:
             return 0
@@ -373,10 +373,10 @@ class Scheduler:
         return max(0, steps)
 
     def skip_steps(self, steps: int, token: int) -> StepBatch:
-        """Reach the state after ``steps`` quiet steps that sampled ``token`` for every request.
+        """Advance by ``steps`` quiet steps that sample ``token`` for every request. Returns the new step in flight.
 
-        ``steps`` is between 1 and `quiet_steps()`. Returns the step that is in flight then. The result is the same as
-        that of handling StepDone for each step, without the instructions to emit the tokens.
+        ``steps`` is between 1 and `quiet_steps()`. The resulting state equals the state after a StepDone event for each
+        step. No Emit instructions are produced.
         """
         current = self.pipeline.only_step
         assert current is not None, "quiet steps need exactly one step in flight"
@@ -408,7 +408,7 @@ class Scheduler:
         return self.blocks.blocks_for(sequence.computed + steps + 1) - len(sequence.blocks)
 
     def _allocate_for_quiet_steps(self, steps: int) -> None:
-        """Allocate blocks in the order in which the steps would."""
+        """Allocate blocks in the order in which the single steps would allocate them."""
         due: list[tuple[int, int]] = []
         for index, sequence in enumerate(self.running):
             held = len(sequence.blocks)

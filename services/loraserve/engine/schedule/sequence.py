@@ -3,18 +3,18 @@
 The states and the transitions between them:
 
     WAITING --START--> RUNNING          its adapter is resident and its blocks are allocated
-    WAITING --START_EARLY--> EARLY      the same, before its adapter has been read completely
+    WAITING --START_EARLY--> EARLY      its blocks are allocated, its adapter is still being read
     EARLY --CONFIRM--> RUNNING          the adapter arrived in time for the step
-    EARLY --SET_BACK--> WAITING         the adapter came too late, or was read again: the step is discarded
+    EARLY --SET_BACK--> WAITING         the adapter was late or was read again: the step is discarded
     RUNNING --SET_BACK--> WAITING       preempted: an earlier request needs its blocks
     WAITING --RELEASE--> FINISHED       aborted or rejected
     RUNNING --RELEASE--> FINISHED       finished, aborted or rejected while in no step
     EARLY --RELEASE--> FINISHED         its step failed
     RUNNING --END--> ENDING             ended while steps in flight still write to its blocks
-    EARLY --END--> ENDING               the same
-    ENDING --RELEASE--> FINISHED        the last of those steps came back
+    EARLY --END--> ENDING               ended while its step still writes to its blocks
+    ENDING --RELEASE--> FINISHED        the last of these steps is done
 
-Requests in WAITING hold neither KV blocks nor a pin on their adapter; those in RUNNING, EARLY and ENDING hold both.
+Requests in RUNNING, EARLY and ENDING hold KV blocks and a pin on their adapter. Requests in WAITING hold neither.
 """
 
 from enum import Enum
@@ -26,8 +26,6 @@ from loraserve.messages.stop import STOP, finish_of
 
 
 class SequenceState(Enum):
-    """Where a request is in its life; see the module's docstring."""
-
     WAITING = "waiting"
     RUNNING = "running"
     EARLY = "early"
@@ -44,7 +42,7 @@ class Transition(Enum):
     RELEASE = "release"
 
 
-# Module constants, as they are compared with once per token: in Python 3.11 `Enum.MEMBER` is a slow look-up.
+# Module constants, because they are compared once per token and `Enum.MEMBER` is a slow lookup in Python 3.11.
 WAITING, RUNNING, EARLY, ENDING, FINISHED = SequenceState
 
 TRANSITIONS = {
@@ -63,11 +61,11 @@ TRANSITIONS = {
 
 
 class Sequence:
-    """A request's tokens and how far they are computed.
+    """The tokens of a request and the progress of their computation.
 
-    ``history`` holds the known tokens: the prompt and the output so far. The KV of the first ``computed`` of them
-    exists. Once the ``in_flight`` steps that contain the sequence are done, ``scheduled`` tokens have their KV and
-    ``pending`` more tokens are known.
+    ``history`` holds the known tokens: the prompt and the output so far. The first ``computed`` tokens have KV.
+    ``in_flight`` steps contain the sequence. When these steps are done, ``scheduled`` tokens will have KV, and
+    ``pending`` more tokens will be known.
     """
 
     def __init__(self, admit: Admit, order: int, max_model_tokens: int, block_tokens: int) -> None:
@@ -87,14 +85,14 @@ class Sequence:
         self.in_flight = 0
         self.cached_tokens = 0
         self.overtaken = 0
-        """Number of later requests with adapters that started while this one waited for its own."""
+        """Number of later requests with adapters that started while this request waited for its adapter."""
         self.early_read = 0
-        """Number of the read of its adapter that it started with; 0 unless it started early and is in that step."""
+        """Number of the adapter read that the early start used. Reset to 0 when that step is done."""
         self._block_tokens = block_tokens
         self._digests: list[bytes] = []
 
     def advance(self, transition: Transition) -> None:
-        """Change the state. Raises AssertionError if the state does not allow the transition."""
+        """Apply a transition. Raises AssertionError if the current state does not allow it."""
         state = TRANSITIONS.get((self.state, transition))
         assert state is not None, f"{self.request_id}: {transition.name} in state {self.state.name}"
         self.state = state
@@ -105,7 +103,7 @@ class Sequence:
 
     @property
     def has_started(self) -> bool:
-        """Whether anything computed for it is in use, or will be once it runs again."""
+        """Whether the request runs or has output, so that results computed with its adapter are in use."""
         if self.state is WAITING:
             return self.output_length > 0
         return self.state is RUNNING or self.state is EARLY
@@ -117,29 +115,29 @@ class Sequence:
 
     @property
     def is_decoding(self) -> bool:
-        """Whether only the last known token, an output token, has no KV."""
+        """Whether the whole prompt has KV and only the last known token has none."""
         return self.prompt_length <= self.computed == len(self.history) - 1
 
     @property
     def unscheduled(self) -> int:
-        """Number of tokens, known or pending, that no step computes yet."""
+        """Number of known and pending tokens that have no KV and are in no step in flight."""
         return len(self.history) + self.pending - self.scheduled
 
     @property
     def will_decode(self) -> bool:
-        """Whether it is decoding once the steps in flight are done."""
+        """Whether the request will be decoding when the steps in flight are done."""
         return self.prompt_length <= self.scheduled == len(self.history) + self.pending - 1
 
     @property
     def can_run_ahead(self) -> bool:
-        """Whether its next step can be sent before the result of its last one is known."""
+        """Whether the next step may include the sequence before the result of its last step is known."""
         if not self.pending:
             return True
         next_index = self.output_length + self.pending
         return next_index < self.max_tokens and not self.admit.sampling.changes_logits(next_index)
 
     def block_digest(self, index: int) -> bytes:
-        """Return the prefix cache's name of full block ``index``, whose tokens must be known."""
+        """Return the prefix cache digest of block ``index``. All tokens of the block must be known."""
         while len(self._digests) <= index:
             start = len(self._digests) * self._block_tokens
             previous = self._digests[-1] if self._digests else root_digest(self.version)
@@ -162,7 +160,7 @@ class Sequence:
         )
 
     def reset(self, computed: int) -> None:
-        """Continue from ``computed`` tokens with KV and no step in flight."""
+        """Set the number of tokens with KV. No step in flight may contain the sequence."""
         self.computed = self.scheduled = computed
 
     def part_sent(self, part: SequenceStep) -> None:
@@ -175,9 +173,9 @@ class Sequence:
         self.pending -= part.sample
 
     def is_kv_valid(self, part: SequenceStep) -> bool:
-        """Return whether a completed part computed KV of known tokens that follows valid KV.
+        """Return whether the KV of a completed part is valid.
 
-        It did not if an earlier step failed, or if it computed a sampled token that was not accepted.
+        It is invalid if an earlier step failed, or if the part computed a sampled token that was not accepted.
         """
         return part.start == self.computed and part.start + len(part.tokens) <= len(self.history)
 
@@ -185,7 +183,7 @@ class Sequence:
         """Append the sampled token to the output and return the message for the gateway."""
         index, token, sampling = self.output_length, sampled.token, self.admit.sampling
         finish, stop_reason = finish_of(token, index, sampling, self.max_tokens, eos)
-        # No step may build on a token that stops the request: it stays out of the history.
+        # A token that stops the request is not added to the history, so that no step computes its KV.
         if finish != STOP:
             self.history.append(token)
         return TokenDelta(

@@ -1,7 +1,7 @@
-"""Forms the next step, and keeps the steps in flight.
+"""Forms the next step, and tracks the steps in flight.
 
-A step first decodes, then prefills in chunks (continuous batching with chunked prefill). When KV blocks run out, the
-request that arrived last is preempted: it gives up its blocks and waits to be computed again.
+Decodes get the step's tokens first, then prefills in chunks (continuous batching with chunked prefill). When KV blocks
+run out, the latest arrival is preempted: its blocks are released, and it will be recomputed.
 """
 
 from collections import deque
@@ -13,10 +13,10 @@ from loraserve.engine.schedule.sequence import ENDING, RUNNING, Sequence
 
 
 class StepBuilder:
-    """Gives tokens and KV blocks to sequences until the step's token budget or the blocks are used up.
+    """Assigns tokens and KV blocks to sequences until the token budget or the blocks are used up.
 
-    ``previous`` are the requests in the step that was sent last. ``waits_for_blocks`` is set when a running sequence
-    needs blocks that steps in flight will free; no request may start in such a step.
+    ``previous`` holds the ids of the requests in the step sent last. ``waits_for_blocks`` is true if a running sequence
+    must wait for blocks that steps in flight use. No waiting request may start in such a step.
     """
 
     def __init__(self, blocks: BlockManager, budget_tokens: int, previous: Collection[str]) -> None:
@@ -28,12 +28,12 @@ class StepBuilder:
         self.waits_for_blocks = False
 
     def add_running(self, running: list[Sequence]) -> None:
-        """Add the running sequences in order of arrival, those that decode before those that prefill.
+        """Add the running sequences in order of arrival, decodes before prefills.
 
         When blocks run out, the latest arrivals are preempted, so that the oldest request always makes progress. A
-        sequence in a step in flight cannot be preempted, as the step uses its blocks. A sequence in flight that lacks
-        blocks itself sits this step out. If all possible victims are in flight, no later sequence is added either, so
-        that they can be preempted once their steps are done.
+        sequence in flight cannot be preempted, because its step uses its blocks. If it lacks blocks itself, it is left
+        out of this step. If all possible victims are in flight, no further sequence is added, so that the victims can
+        be preempted when their steps are done.
         """
         decoding: list[Sequence] = []
         prefilling: list[Sequence] = []
@@ -61,7 +61,7 @@ class StepBuilder:
                 self._add_part(sequence, tokens)
 
     def allocate_waiting(self, sequence: Sequence) -> bool:
-        """Allocate blocks for all known tokens of a waiting sequence; False if they do not fit beside what runs."""
+        """Allocate a waiting sequence's blocks for this step. Returns False if its known tokens do not all fit."""
         cached = self._acquire_cached_prefix(sequence)
         needed = self._blocks.blocks_for(len(sequence.history) + 1) - len(cached)
         if needed > self._blocks.free:
@@ -76,7 +76,7 @@ class StepBuilder:
         return True
 
     def add_started(self, sequence: Sequence) -> None:
-        """Add a sequence that has been started after ``allocate_waiting``."""
+        """Add a sequence for which `allocate_waiting` has allocated blocks."""
         self._add_part(sequence, min(sequence.unscheduled, self.budget))
 
     def first_tokens(self, sequence: Sequence) -> int:
@@ -88,7 +88,7 @@ class StepBuilder:
         return tuple(self._parts.values())
 
     def _can_follow(self, sequence: Sequence) -> bool:
-        """Return whether a sequence in flight can be in this step: only the step just before may sample its token."""
+        """Return whether a sequence in flight can be in this step. It must be in the step sent last."""
         return sequence.request_id in self._previous and sequence.can_run_ahead
 
     def _add_part(self, sequence: Sequence, tokens: int) -> None:
@@ -98,7 +98,7 @@ class StepBuilder:
         self.budget -= tokens
 
     def _allocate(self, sequence: Sequence, tokens: int) -> bool:
-        """Give the sequence the blocks for its next ``tokens`` tokens: all of them or none."""
+        """Allocate the blocks for the sequence's next ``tokens`` tokens. Returns False if too few blocks are free."""
         missing = self._blocks.blocks_for(sequence.scheduled + tokens) - len(sequence.blocks)
         if missing <= 0:
             return True
@@ -109,9 +109,9 @@ class StepBuilder:
         return True
 
     def _choose_victim(self, running: list[Sequence], sequence: Sequence) -> Sequence | None:
-        """Return the latest arrival that is in no step, which may be the sequence itself.
+        """Return the latest arrival after ``sequence`` that is in no step, or else ``sequence`` itself.
 
-        None if another sequence that is in flight will release blocks or can be preempted soon.
+        Returns None if a sequence in flight will release blocks or become a possible victim when its step is done.
         """
         later = [s for s in running if s not in self.preempted and s.order > sequence.order]
         idle = [s for s in later if not s.in_flight]
@@ -131,7 +131,7 @@ class StepBuilder:
         return next((i for i in range(most) if not self._blocks.has_cached(sequence.block_digest(i))), most)
 
     def _acquire_cached_prefix(self, sequence: Sequence) -> list[int]:
-        """Return references to the sequence's leading full blocks that are in the prefix cache."""
+        """Add a reference to each cached block of the sequence's prefix and return the blocks."""
         found = []
         for index in range(self._shareable_blocks(sequence)):
             block = self._blocks.acquire_cached(sequence.block_digest(index))
@@ -141,12 +141,12 @@ class StepBuilder:
         return found
 
     def _shareable_blocks(self, sequence: Sequence) -> int:
-        """Return the number of full blocks before the last known token, which is always computed to get its output."""
+        """Return the number of full blocks before the last known token, whose logits must be computed."""
         return (len(sequence.history) - 1) // self._blocks.block_tokens
 
 
 class StepPipeline:
-    """The steps in flight, oldest first: sent to the runner and not returned. They return in the order of sending."""
+    """The steps in flight: sent to the runner and not yet done. They finish in the order of sending."""
 
     def __init__(self, capacity: int) -> None:
         self._capacity = capacity
@@ -165,7 +165,7 @@ class StepPipeline:
 
     @property
     def newest_requests(self) -> Collection[str]:
-        """Ids of the requests in the step that was sent last; empty if no step is in flight."""
+        """Ids of the requests in the step sent last. Empty if no step is in flight."""
         return {part.request_id for part in self._steps[-1].sequences} if self._steps else ()
 
     def push(self, batch: StepBatch) -> None:
@@ -179,7 +179,7 @@ class StepPipeline:
         return batch
 
     def validate(self, running: list[Sequence], blocks: BlockManager) -> None:
-        """Raise AssertionError if the sequences' own counts disagree with the steps in flight."""
+        """Raise AssertionError if a counter of a sequence disagrees with the steps in flight."""
         parts: dict[str, list[SequenceStep]] = {s.request_id: [] for s in running}
         for step in self._steps:
             for part in step.sequences:
