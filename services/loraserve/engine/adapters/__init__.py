@@ -1,1 +1,1 @@
-"""The adapters in an engine's pool: their states, which stay, which load next, and which are prefetched."""
+"""The adapters in an engine's pool: their states, eviction, load order and prefetching."""

@@ -1,9 +1,9 @@
-"""Which adapters leave the pool to make room for another one.
+"""Chooses the adapters to evict from the pool when another adapter needs a slot or memory.
 
-Only a set of adapters that makes enough room by leaving, and of which none could stay, is a choice: where a slot is
-missing, any single adapter; where memory is missing, a run of neighbours. The cheapest choice leaves: the one with the
-fewest plan pins, then the one whose last use is longest ago, then the fewest bytes, then the lowest offset. Adapters
-that a plan pins are choices only where a waiting request asks for the room.
+A victim set is minimal: evicting all its adapters makes enough room, evicting fewer does not. If only a slot is
+missing, every single adapter is a victim set; if memory is missing, a victim set is a run of adjacent extents. The
+cheapest set is evicted: fewest plan pins, then least recently used, then fewest bytes, then lowest offset. Adapters
+pinned by a plan are evicted only for waiting requests.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ _Cost = tuple[int, float, int, int]
 
 
 class EvictionPolicy:
-    """Finds room in the pool whose ``entries``, ``extents`` and ``free_slots`` it is given; it changes nothing."""
+    """Chooses the victims. It reads the pool's ``entries``, ``extents`` and ``free_slots`` but changes nothing."""
 
     def __init__(self, entries: Mapping[str, PoolEntry], extents: ExtentAllocator, free_slots: Sequence[int]) -> None:
         self._entries = entries
@@ -26,43 +26,43 @@ class EvictionPolicy:
 
     @property
     def free_bytes(self) -> int:
-        """The free bytes and those of adapters that may leave at once; they need not lie in one piece."""
+        """The bytes that are free or held by evictable adapters. They need not be contiguous."""
         return self._extents.free_bytes + sum(
             self._extents.extent_bytes(e.adapter.slab_bytes) for e in self._entries.values() if e.evictable
         )
 
     @property
     def room_bytes(self) -> int:
-        """The largest extent that a request's adapter can get now, by evicting what no request runs with."""
+        """The largest extent a waiting request can get now by evicting adapters without running requests or leases."""
         idle = {e.offset_bytes for e in self._entries.values() if e.is_complete and not e.running and not e.leases}
         return self._extents.largest_hole_without(idle) if idle or self._free_slots else 0
 
     def find_victims(
         self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> list[PoolEntry] | None:
-        """Return the entries to evict for ``adapter``, none if there is room; None where no choice makes room."""
+        """Return the entries to evict for ``adapter``: [] if it already fits, None if no eviction makes room for it."""
         idle = self._idle(keep, drop_plan_pins)
         return self._cheapest(adapter.slab_bytes, [entry for entry in idle if not entry.leases])
 
     def find_leased_victims(
         self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> frozenset[str]:
-        """Return the versions whose leases have to end so that ``adapter`` finds room; none if that is not enough."""
+        """Return the versions whose leases must end to make room for ``adapter``; empty if that cannot make room."""
         if not any(entry.leases for entry in self._entries.values()):
             return frozenset()
         victims = self._cheapest(adapter.slab_bytes, self._idle(keep, drop_plan_pins))
         return frozenset(victim.adapter.version for victim in victims or () if victim.leases)
 
     def fits_beside_plan(self, adapter: AdapterRef) -> bool:
-        """Return whether ``adapter`` would find room once every adapter without a plan pin had left."""
+        """Return whether ``adapter`` would fit if every adapter without a plan pin were evicted."""
         others = [entry for entry in self._entries.values() if not entry.planned]
         return self._cheapest(adapter.slab_bytes, others) is not None
 
     def find_blockers(self, adapter: AdapterRef, places: int) -> frozenset[str]:
-        """Return the versions that have to leave before ``adapter`` finds room in one of ``places`` places.
+        """Return the versions in the ``places`` victim sets for ``adapter`` that have the fewest running requests.
 
-        The places are those with the fewest running requests; leases count nothing, as they end by themselves. None
-        blocks if adapters that no request runs with can make the room now.
+        Leases are ignored because they end by themselves. The result is empty if evicting adapters without running
+        requests makes room now.
         """
         if self._extents.extent_bytes(adapter.slab_bytes) <= self.room_bytes:
             return frozenset()
@@ -71,7 +71,7 @@ class EvictionPolicy:
         return frozenset(entry.adapter.version for choice in cheapest for entry in choice)
 
     def _idle(self, keep: Collection[str], drop_plan_pins: bool) -> list[PoolEntry]:
-        """Return the entries that may leave once their leases have ended."""
+        """Return the entries that may be evicted as soon as they have no leases."""
         return [
             entry
             for version, entry in self._entries.items()
@@ -84,7 +84,7 @@ class EvictionPolicy:
         return min(self._choices(wanted_bytes, removable), key=_cost, default=None)
 
     def _choices(self, wanted_bytes: int, removable: list[PoolEntry]) -> Iterator[list[PoolEntry]]:
-        """Yield each set of ``removable`` entries that makes room by leaving and of which none could stay."""
+        """Yield each victim set (see the module docstring) among the ``removable`` entries."""
         if self._extents.fits(wanted_bytes):
             yield from ([entry] for entry in removable)
             return
@@ -94,7 +94,7 @@ class EvictionPolicy:
 
 
 def describe_eviction(victim: PoolEntry, victims: int, adapter: AdapterRef, now: float) -> str:
-    """Return why ``victim``, one of ``victims`` adapters, leaves for ``adapter``: a text for logs and stories."""
+    """Return the eviction reason for logs and stories. ``victims`` is the number of adapters evicted together."""
     unused = f"unused for {now - victim.used_s:.1f} s"
     together = f" with {victims - 1} beside it" if victims > 1 else ""
     if victim.planned:
@@ -105,7 +105,7 @@ def describe_eviction(victim: PoolEntry, victims: int, adapter: AdapterRef, now:
 
 
 def _cost(victims: Sequence[PoolEntry]) -> _Cost:
-    """Return what evicting ``victims`` costs; less for a part of them that makes room as well."""
+    """Return the cost of evicting ``victims`` as a sort key. A subset of ``victims`` always costs less."""
     return (
         sum(victim.planned for victim in victims),
         max(victim.used_s for victim in victims),
@@ -115,9 +115,9 @@ def _cost(victims: Sequence[PoolEntry]) -> _Cost:
 
 
 def _cost_in_requests(victims: Sequence[PoolEntry]) -> _Cost:
-    """Return the number of requests that run with ``victims``, then their cost without the last use.
+    """Return a sort key: the number of requests that run with ``victims``, then their cost without the last use.
 
-    It only falls while no further request begins to run with them.
+    The key never increases unless another request starts running with a victim.
     """
     planned, _, slab_bytes, offset_bytes = _cost(victims)
     return sum(victim.running for victim in victims), planned, slab_bytes, offset_bytes

@@ -1,4 +1,4 @@
-"""The life of an adapter in one engine: its states, the events that change them, and what the pool knows about it.
+"""The states of an adapter in one engine, the events that change them, and the pool's entry for the adapter.
 
 ```mermaid
 stateDiagram-v2
@@ -19,9 +19,9 @@ stateDiagram-v2
     failed --> absent: released
 ```
 
-The state says where the bytes of the slab are. Who wants the adapter is kept beside it: requests that run with it,
-leases of peers, the plan's pin, and, for adapters that are absent too, waiting requests, the plan being prepared and
-the prefetch candidates.
+The state describes the bytes of the slab. The users of the adapter are recorded separately. `PoolEntry` counts running
+requests and peers' leases, and records the plan's pin. `Residency` knows the waiting requests, the plan being prepared
+and the prefetch candidates; these can also name absent adapters.
 """
 
 from enum import Enum
@@ -36,19 +36,19 @@ from loraserve.messages import AdapterRef
 
 class LifecycleState(Enum):
     ABSENT = "absent"
-    """It has no extent in the pool."""
+    """The adapter has no extent in the pool."""
     LOADING = "loading"
-    """It has an extent, and its load has begun or is about to."""
+    """The adapter has an extent. Its load has begun or is about to begin."""
     ARRIVING = "arriving"
-    """As LOADING; steps may begin with the layers that the announced read has brought so far."""
+    """A load is under way and its read is announced. Steps may start with the layers that have arrived."""
     CANCELLED = "cancelled"
-    """Nothing wanted it while it loaded: the load is being ended. Its extent stays taken until the load has ended."""
+    """Nothing needs the adapter any more, so its load is being cancelled. It keeps its extent until the load ends."""
     RESIDENT = "resident"
-    """All of its slab was verified in its extent; requests may run with it and peers may lease it."""
+    """The whole slab is verified in its extent. Requests may run with it and peers may lease it."""
     DAMAGED = "damaged"
-    """It was resident and its bytes have changed. Nothing begins to use it, and it leaves with its last user."""
+    """The slab was resident, but its bytes have changed. It gets no new users and is removed after its last user."""
     FAILED = "failed"
-    """Its load failed or was cancelled. It leaves at once, or with the last step that began with its first layers."""
+    """The load failed or was cancelled. The adapter is removed as soon as no running request uses its layers."""
 
 
 class LifecycleEvent(Enum):
@@ -81,16 +81,16 @@ TRANSITIONS: dict[tuple[LifecycleState, LifecycleEvent], LifecycleState] = {
     (_S.DAMAGED, _E.RELEASED): _S.ABSENT,
     (_S.FAILED, _E.RELEASED): _S.ABSENT,
 }
-"""Every pair that is not listed is an error of the caller."""
+"""Pairs that are not listed raise ValueError in `next_state`."""
 
 LOADING_STATES = frozenset({_S.LOADING, _S.ARRIVING, _S.CANCELLED})
 """A load of the adapter is under way."""
 WANTED_LOADS = frozenset({_S.LOADING, _S.ARRIVING})
 """A load of the adapter is under way and is expected to make it resident."""
 COMPLETE_STATES = frozenset({_S.RESIDENT, _S.DAMAGED})
-"""All of the slab was verified in its extent once."""
+"""The whole slab has been verified in its extent."""
 LEAVING_STATES = frozenset({_S.DAMAGED, _S.FAILED})
-"""The adapter leaves once nothing uses it any more."""
+"""The adapter is removed as soon as nothing uses it."""
 
 
 def next_state(state: LifecycleState, event: LifecycleEvent) -> LifecycleState:
@@ -102,9 +102,9 @@ def next_state(state: LifecycleState, event: LifecycleEvent) -> LifecycleState:
 
 
 class LoadedSlab(msgspec.Struct, frozen=True):
-    """A verified slab: its header, the source that it was read from, and how long the read took.
+    """The header, source and read time of a verified slab.
 
-    ``own_s`` is the time that the read would have taken alone: seconds shared with other loads count in parts.
+    ``own_s`` estimates the seconds that the read would have taken without concurrent loads (see `SharedLink`).
     """
 
     header: SlabHeader
@@ -113,10 +113,10 @@ class LoadedSlab(msgspec.Struct, frozen=True):
 
 
 class AnnouncedRead(msgspec.Struct):
-    """A read under way that steps may begin with. Read numbers are never used twice in one engine.
+    """A read in progress whose layers steps may use as they arrive. ``number`` is unique within the engine.
 
-    ``least_tokens`` is the number of prefill tokens whose step is expected to last until the slab is verified; None
-    where no step is, or where starting early does not pay. ``failed_once``: a step that started with it was discarded.
+    A step with at least ``least_tokens`` prefill tokens is expected to last until the slab is verified. None means that
+    no step may start early. ``failed_once`` is set after a step that used this read was discarded.
     """
 
     number: int
@@ -129,27 +129,27 @@ class PoolEntry(msgspec.Struct):
     slot: int
     offset_bytes: int
     generation: int = 0
-    """Numbers all placements: another entry of the same version, or in the same extent, has another number."""
+    """The number of this placement, unique within the pool."""
     state: LifecycleState = LifecycleState.LOADING
     announced: AnnouncedRead | None = None
     """Set while the state is ARRIVING."""
     verified_read: int = 0
-    """The number of the read that was verified; 0 if that read was never announced."""
+    """The number of the verified read; 0 if it was never announced."""
     slab: LoadedSlab | None = None
-    """Set when a real load has ended; a simulated engine has none."""
+    """Set when a load succeeds; always None in a simulated engine."""
     running: int = 0
     leases: int = 0
     plan_epoch: int | None = None
-    """The epoch of the plan that pins it."""
+    """The epoch of the plan that pins the adapter."""
     used_s: float = 0.0
     prefetch: PrefetchKind | None = None
-    """Why it was loaded, if no request waited for it then."""
+    """The kind of prefetch that loaded the adapter; None if a waiting request did."""
     ran: bool = False
-    """A request has run with it."""
+    """Whether a request has run with the adapter."""
 
     @property
     def is_complete(self) -> bool:
-        """Whether all of the slab was verified in its extent."""
+        """Whether the whole slab has been verified in its extent."""
         return self.state in COMPLETE_STATES
 
     @property
@@ -169,13 +169,13 @@ class PoolEntry(msgspec.Struct):
         return self.is_complete and not (self.running or self.planned or self.leases)
 
     def apply(self, event: LifecycleEvent) -> None:
-        """Change the state. Raises ValueError for an event that the state does not allow."""
+        """Move to the state after ``event``. Raises ValueError for an event that the state does not allow."""
         self.state = next_state(self.state, event)
         if self.state is not LifecycleState.ARRIVING:
             self.announced = None
 
     def announce_read(self, number: int, least_tokens: int | None) -> None:
-        """Take note of a read, or of a new estimate for the read that was announced last."""
+        """Record a new read, or update ``least_tokens`` of the read announced last."""
         self.apply(LifecycleEvent.READ_ANNOUNCED)
         if self.announced is not None and self.announced.number == number:
             self.announced.least_tokens = least_tokens

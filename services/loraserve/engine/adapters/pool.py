@@ -1,8 +1,8 @@
 """The adapters in the pool: their extents, slots, states and users.
 
-An adapter stays while it loads, while a request runs with it and while a peer has a lease on its extent. A plan's pin
-keeps it from leaving for prefetches and for other adapters of the plan, but not for a waiting request. Which of the
-others leave when room is wanted is decided in eviction.py.
+An adapter is not evicted while it loads, while a request runs with it, or while a peer holds a lease on its extent. An
+adapter pinned by a plan may be evicted for a waiting request, but not for a prefetch or another adapter of the plan.
+eviction.py chooses the victims among the others.
 """
 
 from collections.abc import Collection, Iterable
@@ -33,7 +33,7 @@ class Placed(msgspec.Struct, frozen=True):
 class AdapterPool:
     """The engine's adapter memory. Versions that it does not hold are ABSENT.
 
-    ``leases_to_end`` are the versions whose leases stand in the way of another adapter: they get no new leases.
+    ``leases_to_end`` holds the versions whose leases keep another adapter from being placed; they get no new leases.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class AdapterPool:
 
     @property
     def awaited(self) -> frozenset[str]:
-        """The versions that get no new leases: they have to leave, for room or because they are damaged."""
+        """The versions that get no new leases: those in ``leases_to_end`` and those that are damaged or failed."""
         leaving = (version for version, entry in self._entries.items() if entry.state in LEAVING_STATES)
         return self.leases_to_end.union(leaving)
 
@@ -74,7 +74,7 @@ class AdapterPool:
         return sum(entry.is_loading for entry in self._entries.values())
 
     def refusal(self, adapter: AdapterRef) -> str | None:
-        """Return why this adapter can never be held here, with the remedy; None if it can."""
+        """Return why this pool can never hold ``adapter``, with the remedy; None if it can."""
         if self._slots == 0:
             return "engine.max_adapters is 0; raise it to serve adapters"
         if adapter.slab_bytes < 1:
@@ -93,9 +93,9 @@ class AdapterPool:
     def place(
         self, adapter: AdapterRef, now: float, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> Placed | None:
-        """Give an absent adapter a slot and an extent; return None if no choice of victims makes the room.
+        """Give an absent adapter a slot and an extent, evicting others if needed.
 
-        Nothing is evicted in vain, and versions in ``keep`` are not evicted at all.
+        Versions in ``keep`` are not evicted. Returns None, with nothing evicted, if the adapter cannot be placed.
         """
         victims = self.eviction.find_victims(adapter, keep, drop_plan_pins)
         if victims is None:
@@ -111,13 +111,13 @@ class AdapterPool:
         return Placed(slot, offset, tuple(victims))
 
     def apply(self, version: str, event: LifecycleEvent) -> PoolEntry:
-        """Change the state of an adapter that has an extent and keeps it; return its entry."""
+        """Apply an event after which the adapter keeps its extent; return its entry."""
         entry = self._entries[version]
         entry.apply(event)
         return entry
 
     def remove_leaving(self) -> list[PoolEntry]:
-        """Remove the damaged adapters and failed loads that nothing uses any more; return their entries."""
+        """Remove the damaged and failed adapters without running requests or leases; return their entries."""
         leaving = (entry for _, entry in sorted(self._entries.items()) if entry.state in LEAVING_STATES)
         removed = [entry for entry in leaving if not entry.running and not entry.leases]
         for entry in removed:
@@ -137,7 +137,7 @@ class AdapterPool:
         entry.used_s = now
 
     def lease(self, version: str) -> PoolEntry:
-        """Pin the adapter for one more reader; return the entry that it reads."""
+        """Count one more lease on the adapter; return its entry."""
         entry = self._entries[version]
         assert entry.is_complete, f"{version} was leased before it is loaded"
         entry.leases += 1
@@ -151,7 +151,7 @@ class AdapterPool:
         self.leases -= 1
 
     def pin_for_plan(self, version: str, epoch: int | None) -> bool:
-        """Set the pin of the plan of an epoch, or drop it if None; return whether that pinned or unpinned something."""
+        """Pin the adapter for the plan of ``epoch``, or unpin it if None; return whether its being pinned changed."""
         entry = self._entries.get(version)
         if entry is None:
             return False
@@ -160,7 +160,7 @@ class AdapterPool:
         return changed
 
     def validate(self) -> None:
-        """Raise AssertionError naming the invariant that is broken: extents, slots, states, users."""
+        """Raise AssertionError if an invariant of the extents, slots, states or users is broken."""
         self._extents.validate()
         slots = [entry.slot for entry in self._entries.values()] + self._free_slots
         assert sorted(slots) == list(range(self._slots)), "a slot is lost or given out twice"
@@ -172,7 +172,7 @@ class AdapterPool:
         assert self.leases == sum(entry.leases for entry in self._entries.values()), "the leases are counted wrong"
 
     def _remove(self, entry: PoolEntry, event: LifecycleEvent) -> None:
-        """Free the slot and the extent. The entry keeps its last state, which callers may look at."""
+        """Free the slot and the extent. The entry keeps its last state for the caller."""
         assert next_state(entry.state, event) is LifecycleState.ABSENT, event
         assert not entry.leases, f"{entry.adapter.version} left while it was leased"
         self._extents.release(entry.offset_bytes)

@@ -1,8 +1,8 @@
-"""Adapters that are loaded before a request waits for them: which are candidates, and how useful the loads were.
+"""Prefetching: which adapters to load before a request waits for them, and how useful these loads were.
 
-There are three kinds of prefetch: adapters of a plan, adapters for which a router says that a request is about to
-come, and adapters whose requests usually follow the request that has just come. The last two are candidates, which
-expire. Which adapters follow which is counted from the requests of the last few seconds.
+PLAN prefetches the adapters of a plan. ADMISSION prefetches an adapter when a router announces a request for it.
+PATTERN prefetches adapters whose requests usually follow the request that has just arrived. ADMISSION and PATTERN
+adapters are candidates and expire. An adapter follows another if its request arrives within WINDOW_S seconds.
 """
 
 from collections.abc import Iterable, Iterator
@@ -13,18 +13,17 @@ import msgspec
 from loraserve.messages import AdapterRef, PrefetchCounts
 
 WINDOW_S = 5.0
-"""An adapter follows another if its request comes within this time."""
 LEAST_TIMES = 4
 LEAST_SHARE = 0.5
-"""A follower is expected if it came at least LEAST_TIMES times, and in at least this share of the leader's windows."""
+"""A follower is expected if it was requested in at least LEAST_TIMES, and in this share, of the leader's windows."""
 HALVED_AT = 64
-"""When a leader has had so many windows its counts are halved, so that old habits are forgotten."""
+"""A leader's counts are halved after this many windows, so that old patterns are forgotten."""
 MOST_LEADERS = 512
 MOST_FOLLOWERS = 16
 MOST_OPEN = 32
-"""The number of windows that are open at a time."""
+"""Maximum number of open windows."""
 ADMISSION_LASTS_S = 5.0
-"""A request that has not come this long after it was announced went to another engine, or was refused on the way."""
+"""An announced request is expected for this long. After that, it went to another engine or was refused."""
 MOST_CANDIDATES = 16
 
 
@@ -36,8 +35,8 @@ class PrefetchKind(StrEnum):
 
 LASTS_S = {PrefetchKind.ADMISSION: ADMISSION_LASTS_S, PrefetchKind.PATTERN: WINDOW_S}
 SPARES_S = {PrefetchKind.ADMISSION: ADMISSION_LASTS_S, PrefetchKind.PATTERN: 60.0}
-"""A candidate evicts no adapter that was used within this time. A request that was announced would soon evict it
-anyway; half of the adapters that usually follow may never be asked for."""
+"""A candidate does not evict adapters used within this time. It is short for ADMISSION, whose request would soon evict
+them anyway. It is long for PATTERN, because half of the expected followers may never be requested."""
 
 
 class _Follower(msgspec.Struct):
@@ -51,23 +50,23 @@ class _Leader(msgspec.Struct):
 
 
 class _Window(msgspec.Struct):
-    """Opened by a request for the leader. Further requests for it open no other: one burst would count as many."""
+    """The time after a leader's request in which followers are counted. A burst of requests opens only one window."""
 
     ends_s: float
     seen: set[str] = msgspec.field(default_factory=set)
 
 
 class Followers:
-    """Counts which adapters' requests follow which.
+    """Counts, for each adapter (the leader), which adapters are requested soon after it (its followers).
 
-    The leaders that were asked for least recently are forgotten, and of one leader the rarest followers.
+    The least recently requested leaders are forgotten first, and the rarest followers of each leader.
     """
 
     def __init__(self) -> None:
         self._leaders: dict[str, _Leader] = {}
-        """By their last request, the oldest first."""
+        """Ordered by last request, oldest first."""
         self._windows: dict[str, _Window] = {}
-        """In the order in which they end, as all last equally long."""
+        """The open window of each leader, ordered by end time."""
 
     def note_request(self, adapter: AdapterRef, now: float) -> list[AdapterRef]:
         """Count a request for ``adapter``. Return the adapters that usually follow it, the most frequent first."""
@@ -85,7 +84,7 @@ class Followers:
         return expected
 
     def forget(self, version: str) -> None:
-        """Stop expecting the adapter until requests for it come again."""
+        """Stop expecting the adapter until it is requested again."""
         for leader in self._leaders.values():
             leader.followers.pop(version, None)
 
@@ -146,7 +145,7 @@ class PrefetchCandidate(msgspec.Struct, frozen=True):
 
 
 class PrefetchCandidates:
-    """The adapters for which requests are expected. At most MOST_CANDIDATES are kept; further ones are ignored."""
+    """The adapters for which requests are expected. Candidates beyond MOST_CANDIDATES are ignored."""
 
     def __init__(self) -> None:
         self._candidates: dict[str, PrefetchCandidate] = {}
@@ -159,7 +158,7 @@ class PrefetchCandidates:
         return [candidate.adapter for candidate in self._candidates.values() if candidate.kind == kind]
 
     def expect(self, adapter: AdapterRef, kind: PrefetchKind, now: float) -> bool:
-        """Add a candidate. Return False if it was one already, or if there are too many."""
+        """Add or renew a candidate. Return whether it is a new one; there may be too many to add it."""
         known = self._candidates.get(adapter.version)
         if known is not None and known.kind == PrefetchKind.ADMISSION and kind == PrefetchKind.PATTERN:
             return False
@@ -169,7 +168,7 @@ class PrefetchCandidates:
         return known is None
 
     def note_request(self, adapter: AdapterRef, now: float) -> list[AdapterRef]:
-        """Drop the candidate whose request has come. Return the adapters that usually follow it."""
+        """Drop the candidate because its request has arrived. Return the adapters that usually follow it."""
         self.drop(adapter.version)
         return self._followers.note_request(adapter, now)
 
@@ -181,7 +180,7 @@ class PrefetchCandidates:
         self._candidates.pop(version, None)
 
     def drop_failed(self, version: str) -> None:
-        """Drop a candidate whose load failed; it is not prefetched again until a request for it has come."""
+        """Drop a candidate whose load failed. It is not expected as a follower again until it is requested."""
         self.drop(version)
         self._followers.forget(version)
 
@@ -191,7 +190,7 @@ class PrefetchCandidates:
 
 
 class PrefetchedAdapter(msgspec.Struct):
-    """An adapter in the pool that was prefetched. ``ran``: a request has run with it."""
+    """An adapter in the pool that was prefetched. ``ran`` tells whether a request has run with it."""
 
     kind: PrefetchKind
     slab_bytes: int
@@ -199,9 +198,9 @@ class PrefetchedAdapter(msgspec.Struct):
 
 
 class PrefetchTally:
-    """Prefetched bytes by kind since the engine began.
+    """Counts prefetched bytes by kind since the engine started.
 
-    Adapters in the pool that no request has run with yet count as neither useful nor wasted.
+    An adapter is useful once a request has run with it, and wasted if it is evicted before that.
     """
 
     def __init__(self) -> None:
@@ -216,7 +215,7 @@ class PrefetchTally:
         (self._useful if prefetched.ran else self._wasted)[prefetched.kind] += prefetched.slab_bytes
 
     def counts(self, in_pool: Iterable[PrefetchedAdapter]) -> tuple[PrefetchCounts, ...]:
-        """Return the counts of each kind that was loaded, including the adapters that are still in the pool."""
+        """Return the counts of each kind with loads. ``in_pool`` are the prefetched adapters still in the pool."""
         useful = self._useful.copy()
         for prefetched in in_pool:
             if prefetched.ran:

@@ -1,7 +1,7 @@
-"""Which adapters are loaded, in which order, and which loads are cancelled.
+"""Decides which adapters to load, in which order, and which loads to cancel.
 
-Requests come before the plan, and prefetch candidates evict nothing that a request or the plan needs. A few loads run
-at once. A plan is answered when each of its adapters is resident or cannot be had.
+Waiting requests have priority over the plan. Prefetch candidates never evict an adapter that a request or the plan
+needs. At most ``max_loads`` loads run at once. A plan is answered when each of its adapters is resident or has failed.
 """
 
 from collections.abc import Callable, Collection, Iterable, Iterator
@@ -43,28 +43,28 @@ from loraserve.messages import AdapterRef, PrefetchCounts
 from loraserve.story import Story
 
 REST_FACTOR = 7.0
-"""After a load of the plan, loads of the plan rest for so many times as long as it took."""
+"""After each load of the plan, its loads pause for this multiple of the load's duration."""
 LONGEST_REST_S = 0.2
-"""Loads that take long are of large slabs, whose fixed cost for the steps beside them does not count; and the plan has
-to be ready at some time."""
+"""Maximum pause after a load of the plan. The pause offsets the fixed cost of a load to concurrent steps, which is the
+same for large slabs. Longer pauses would only delay the plan."""
 
 
 class PlannedLoads:
-    """The adapters that the plan being prepared still has to load, and those that it could not get.
+    """The adapters of the plan being prepared that are not resident yet (``missing``) or have failed.
 
-    One plan is prepared at a time; it is answered once none of its adapters is missing any more.
+    One plan is prepared at a time. It is answered when no adapter is missing any more.
     """
 
     def __init__(self, pool: AdapterPool) -> None:
         self._pool = pool
         self.newest_epoch = 0
-        """The newest plan that this engine has heard of, 0 before the first."""
+        """The epoch of the newest plan known to this engine; 0 before the first."""
         self._epoch: int | None = None
         self.missing: dict[str, AdapterRef] = {}
         self._failed: dict[str, str] = {}
 
     def begin(self, epoch: int, adapters: Collection[AdapterRef]) -> list[Instruction]:
-        """Begin to prepare a plan; one that was still being prepared is given up and answered."""
+        """Begin to prepare a plan. Return the answer to the plan that was still being prepared, if any."""
         for version in list(self.missing):
             self.fail(version, "a newer plan came")
         answers = self.take_answer()
@@ -74,7 +74,7 @@ class PlannedLoads:
         return answers
 
     def retire(self, epoch: int, kept: Collection[str]) -> None:
-        """Give up the missing adapters of plans up to ``epoch``, except those that are ``kept``."""
+        """Fail the missing adapters if the plan being prepared is of ``epoch`` or older, except those in ``kept``."""
         self.newest_epoch = max(self.newest_epoch, epoch)
         if self._epoch is not None and self._epoch <= epoch:
             for version in self.missing.keys() - kept:
@@ -90,7 +90,7 @@ class PlannedLoads:
             self._failed[version] = message
 
     def take_answer(self) -> list[Instruction]:
-        """Return the answer to the plan, once, when none of its adapters is missing any more."""
+        """Return the plan's answer if no adapter is missing; [] before that and after the answer was taken."""
         if self._epoch is None or self.missing:
             return []
         answer = PlanReady(self._epoch, self._failed)
@@ -99,11 +99,11 @@ class PlannedLoads:
 
 
 class LoadPace:
-    """Limits the loads of a plan while steps run: one at a time, and a rest after each.
+    """Limits the loads of a plan while steps run: one load at a time, and a pause after each.
 
-    A load takes time from the steps beside it: where steps compute on the cores, each load costs them some 3 ms (its
-    messages, its copy and its digests; SmolLM2-135M, 2 cores). At full speed, loads of 13 MB made the median step 35%
-    longer, and a plan is not that urgent. Loads for waiting requests are not limited.
+    Loads slow down concurrent steps. If steps run on the CPU, a load costs them about 3 ms for its messages, copy and
+    digests (SmolLM2-135M, 2 cores). Unlimited loads of 13 MB made the median step 35% longer. A plan is not that
+    urgent; loads for waiting requests are not limited.
     """
 
     def __init__(self) -> None:
@@ -119,15 +119,15 @@ class LoadPace:
             self._rests_until_s = now + min(LONGEST_REST_S, REST_FACTOR * took_s)
 
     def allows(self, now: float, stepping: bool) -> bool:
-        """Return whether a load of the plan may begin. Without steps there is nothing to spare."""
+        """Return whether a load of the plan may begin. ``stepping`` tells whether steps run."""
         return not stepping or (not self._began_s and now >= self._rests_until_s)
 
 
 class LoadPass(msgspec.Struct):
     """The state of one pass over all adapters that may begin to load.
 
-    The versions in ``keep`` are not evicted. Adapters of ``no_room_bytes`` or more find no room. Leases on
-    ``leases_to_end`` have to end before some adapter finds room.
+    Versions in ``keep`` are not evicted. Adapters of ``no_room_bytes`` or more do not fit. The leases on
+    ``leases_to_end`` must end before an adapter that does not fit can be placed.
     """
 
     now: float
@@ -159,7 +159,7 @@ class Residency:
     def handle(
         self, event: PlanPrepared | CopiesRetired | LeasesEnded | AdapterExpected, now: float
     ) -> list[Instruction]:
-        """Return what to do about an event that concerns no request and no load under way."""
+        """Handle an event that concerns neither a request nor a running load; return instructions."""
         match event:
             case PlanPrepared(epoch, adapters):
                 return self.prepare_plan(epoch, adapters)
@@ -172,14 +172,14 @@ class Residency:
                 return []
 
     def note_request(self, adapter: AdapterRef, now: float) -> None:
-        """Take note of a request for ``adapter``: the adapters that usually follow become candidates."""
+        """Make the adapters that usually follow ``adapter`` prefetch candidates when a request for it arrives."""
         for follower in self._candidates.note_request(adapter, now):
             self._expect(follower, PrefetchKind.PATTERN, now)
 
     def prepare_plan(self, epoch: int, adapters: tuple[AdapterRef, ...]) -> list[Instruction]:
-        """Begin to load and pin the adapters of a plan; a plan that was still being prepared is given up.
+        """Prepare to load and pin the adapters of a plan, and give up the plan that was still being prepared.
 
-        A plan older than the newest is refused: its planner died, and its successor has asked already.
+        A plan older than the newest one is refused: it comes from a planner that has been replaced.
         """
         if epoch < self.plan_epoch:
             late = f"epoch {epoch} is older than epoch {self.plan_epoch}, which was asked for here already"
@@ -196,7 +196,7 @@ class Residency:
     def retire_copies(self, epoch: int, keep: tuple[str, ...]) -> list[Instruction]:
         """Drop the pins and the missing adapters of all plans up to ``epoch``, except for the versions in ``keep``.
 
-        Newer plans are not touched. A plan that was prepared and never published ends with the next one that is.
+        This also retires earlier plans that were prepared but never published. Newer plans are not changed.
         """
         kept = set(keep)
         for entry in self.pool.entries():
@@ -206,7 +206,7 @@ class Residency:
         return self._plan.take_answer()
 
     def complete_load(self, version: str, read: int = 0, slab: LoadedSlab | None = None) -> list[Instruction]:
-        """Make an adapter resident whose load has ended; ``read`` is the announced read that was verified, or 0."""
+        """Make an adapter resident after its load. ``read`` is the number of the verified read; 0 if not announced."""
         entry = self.pool.apply(version, LifecycleEvent.LOADED)
         entry.verified_read, entry.slab = read, slab
         for prefetched in _prefetched([entry]):
@@ -216,32 +216,32 @@ class Residency:
         return self._plan.take_answer()
 
     def fail_load(self, version: str, message: str) -> list[Instruction]:
-        """Give up an adapter whose load failed: it leaves now, or with the last step that began with it."""
+        """Fail an adapter whose load failed. It is removed as soon as no running request uses it."""
         self.pool.apply(version, LifecycleEvent.LOAD_FAILED)
         self._candidates.drop_failed(version)
         self._plan.fail(version, message)
         return [*self._evict_leaving(), *self._plan.take_answer()]
 
     def drop_cancelled_load(self, version: str) -> list[Instruction]:
-        """Free the extent of a load that was cancelled. Requests that want the adapter by now get another load."""
+        """Free the extent of a cancelled load. Requests that have arrived for the adapter since start another load."""
         self.pool.apply(version, LifecycleEvent.LOAD_FAILED)
         return self._evict_leaving()
 
     def start_loads(
         self, requested: Iterable[AdapterRef], now: float, idle: bool, stepping: bool = False
     ) -> list[Instruction]:
-        """Begin the loads for which there is room and cancel those that nothing wants any more.
+        """Begin the loads for which there is room and cancel the loads that nothing needs any more.
 
-        The order is: adapters of waiting requests, candidates whose requests are about to come, the plan, candidates
-        that usually follow. ``requested`` is in order of arrival: no adapter of a request is evicted for a later
-        request, or two requests could take turns in loading and neither would run. ``idle`` says that no request is
-        left, so that missing room will not come by waiting. ``stepping`` says that steps run; each brings another pass.
+        The order is: adapters of waiting requests, ADMISSION candidates, the plan, PATTERN candidates. ``requested`` is
+        in order of arrival. An adapter of a request is not evicted for a later request; otherwise two requests could
+        evict each other's adapters and neither would run. ``idle`` means that no request is left whose end could make
+        room. ``stepping`` means that steps run; another pass follows each step.
         """
         self._pace.update(lambda version: self.pool.state(version) in LOADING_STATES, now)
         requested = list(requested)
         self._candidates.expire(now)
         current = LoadPass(now, stepping, [*self._evict_leaving(), *self._cancel_unwanted(requested, now)])
-        # A request that is announced comes before the plan in a moment; one that may follow must hold up nothing.
+        # Announced requests soon have priority over the plan anyway. Followers must not delay any other load.
         if (
             self._load_requested(requested, current)
             and self._load_announced(current)
@@ -250,12 +250,12 @@ class Residency:
             self.pool.leases_to_end = current.leases_to_end
             self._load_followers(current)
         else:
-            # Some adapters were not considered: leases that they need ended stay closed, or readers could take turns.
+            # Adapters that were not considered may still need earlier ``leases_to_end``: these get no new leases yet.
             self.pool.leases_to_end |= current.leases_to_end
         return [*current.instructions, *self._plan.take_answer()]
 
     def find_blockers(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:
-        """Return the versions that have to leave for an adapter that waits for room; see EvictionPolicy."""
+        """Return the versions that block an adapter waiting for room, by `EvictionPolicy.find_blockers`."""
         if adapter is None or adapter.version in self.pool:
             return frozenset()
         return self.pool.eviction.find_blockers(adapter, places)
@@ -274,9 +274,9 @@ class Residency:
             self.story.tell(adapter.version, now, f"expected: {kind}")
 
     def _evict_leaving(self) -> list[Instruction]:
-        """Evict damaged adapters and failed loads that nothing uses any more.
+        """Evict the damaged and failed adapters that nothing uses any more.
 
-        Requests that need such an adapter reload it; the planner asks again for its plan's pin.
+        Requests that need such an adapter reload it. The planner asks again for adapters of its plan.
         """
         instructions: list[Instruction] = []
         for entry in self.pool.remove_leaving():
@@ -301,9 +301,9 @@ class Residency:
         return instructions
 
     def _load_requested(self, requested: list[AdapterRef], current: LoadPass) -> bool:
-        """Load adapters of waiting requests. Return whether all were considered before too many loads ran."""
+        """Load adapters of waiting requests. Return False if ``max_loads`` was reached before all were considered."""
         for adapter in requested:
-            # Where one finds no room none of its size will, as ``keep`` only grows: a long queue costs few searches.
+            # If one adapter does not fit, none of its size or larger will: ``keep`` only grows. This saves searches.
             if adapter.version not in self.pool and adapter.slab_bytes < current.no_room_bytes:
                 if self.pool.loading >= self._max_loads:
                     return False
@@ -324,7 +324,7 @@ class Residency:
 
     def _load_planned(self, idle: bool, current: LoadPass) -> bool:
         """Load missing adapters of the plan. Return whether all were considered."""
-        # Room that will come for one adapter will come for all that are no larger: they need no search either.
+        # If one adapter will fit later, all adapters up to its size will: they need no search.
         room_to_come_bytes = 0
         for adapter in list(self._plan.missing.values()):
             if adapter.version not in self.pool:
@@ -344,21 +344,21 @@ class Residency:
         return True
 
     def _waits_in_vain(self, adapter: AdapterRef, idle: bool) -> bool:
-        """Return whether no room will come for an adapter of the plan.
+        """Return whether an adapter of the plan can never be placed before the plan is answered.
 
-        That can be so under load too: pins of the epoch before are dropped only after this plan is answered.
+        This happens under load too: the pins of the previous plan are dropped only after this plan is answered.
         """
         nothing_ends = idle and self.pool.loading == 0 and not self.pool.leases
         return nothing_ends or not self.pool.eviction.fits_beside_plan(adapter)
 
     def _load_followers(self, current: LoadPass) -> None:
-        """Load candidates that usually follow; one load is left for the next request that comes."""
+        """Load PATTERN candidates. One of ``max_loads`` is left for the next request."""
         for adapter in self._candidates.of_kind(PrefetchKind.PATTERN):
             if self.pool.loading < self._max_loads - 1 and adapter.version not in self.pool:
                 self._load_candidate(adapter, PrefetchKind.PATTERN, current)
 
     def _load_candidate(self, adapter: AdapterRef, kind: PrefetchKind, current: LoadPass) -> None:
-        """Load into room that nothing waits for: free, or of adapters that have not been used for a while."""
+        """Load a candidate if no other adapter waits for room, evicting only adapters unused for ``SPARES_S``."""
         if current.no_room_bytes < inf:
             return
         spared_since_s = current.now - SPARES_S[kind]
@@ -373,7 +373,7 @@ class Residency:
         drop_plan_pins: bool = False,
         kind: PrefetchKind | None = None,
     ) -> bool:
-        """Begin a load if there is room. ``kind`` is None where a request waits for the adapter."""
+        """Begin a load if there is room; return whether it began. ``kind`` is None if a request waits for it."""
         now = current.now
         placed = self.pool.place(adapter, now, current.keep if keep is None else keep, drop_plan_pins)
         if placed is None:
@@ -400,5 +400,5 @@ class Residency:
 
 
 def _prefetched(entries: Iterable[PoolEntry]) -> Iterator[PrefetchedAdapter]:
-    """Yield those of ``entries`` that were loaded before a request waited for them."""
+    """Return the prefetched adapters among ``entries``."""
     return (PrefetchedAdapter(e.prefetch, e.adapter.slab_bytes, e.ran) for e in entries if e.prefetch)

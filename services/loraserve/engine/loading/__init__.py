@@ -1,1 +1,1 @@
-"""Reading a slab into the pool: the loader, its sources, and the verification of what arrives."""
+"""Loading of slabs into the pool: the loader, the sources of slabs, and verification."""

@@ -1,4 +1,4 @@
-"""Announces reads under way to runner and scheduler, so that a step may begin before its slab has arrived."""
+"""Announces running reads to the runner and the scheduler, so that a step can start before its slab is complete."""
 
 from collections.abc import Callable, Iterator
 from itertools import count
@@ -12,7 +12,7 @@ from loraserve.engine.schedule.report import SpeedMeter
 
 
 class AnnouncedLoad:
-    """Announces the reads of one load, one after another; see ReadProgress."""
+    """Announces the successive reads of one load. Implements `ReadProgress`."""
 
     def __init__(
         self,
@@ -30,19 +30,19 @@ class AnnouncedLoad:
         self._arrival: Arrival | None = None
         self._reported_tokens: int | None = None
         self.read = 0
-        """The number of the read under way or done; 0 if there is none, or if it is not announced."""
+        """The number of the current or finished read; 0 if there is no announced read."""
 
     def begin(self, header: SlabHeader) -> None:
         arrival = Arrival(header)
         try:
             self._runner.arrive(self._load.slot, header, base_elements(self._load, header), arrival)
         except ValueError:
-            # The slab cannot be used at all; the load reports that when it installs it.
+            # The slab is unusable. The loader reports the error when it installs the slab.
             return
         self._arrival, self.read, self._reported_tokens = arrival, next(self._numbers), None
 
     def advance(self, slab_bytes: int, remaining_s: float) -> None:
-        """Tell the runner how far the read is, and the scheduler which steps may begin with it."""
+        """Report the arrived bytes to the runner, and to the scheduler the least prefill tokens of an early step."""
         if self._arrival is None:
             return
         self._arrival.advance(slab_bytes)
@@ -52,24 +52,24 @@ class AnnouncedLoad:
             self._report(AdapterArriving(self._load.adapter.version, self.read, tokens))
 
     def abandon(self) -> None:
-        """Make steps stop waiting for a read that failed or was given up."""
+        """Make steps stop waiting for the read, because it failed or was cancelled."""
         if self._arrival is not None:
             self._arrival.abandon()
         self._arrival, self.read = None, 0
 
 
 class ReadAnnouncer:
-    """Numbers the announced reads of an engine. ``report`` takes events to the scheduler."""
+    """Announces the reads of an engine's loads and numbers them. ``report`` sends events to the scheduler."""
 
     def __init__(self, runner: Runner, speed: SpeedMeter, report: Callable[[AdapterArriving], None]) -> None:
-        # A step that is taken ahead would go on from one that may be discarded.
+        # If the runner steps ahead, the next step would build on a step that may be discarded.
         self._runner = runner if isinstance(runner, LayeredRunner) and not runner.steps_ahead else None
         self._speed = speed
         self._report = report
         self._numbers = count(1)
 
     def follow(self, load: LoadAdapter) -> AnnouncedLoad | None:
-        """Return what announces the reads of a load; None if the runner's steps use whole slabs only."""
+        """Return the announcer of one load; None if the runner cannot compute with incomplete slabs."""
         if self._runner is None:
             return None
         return AnnouncedLoad(load, self._runner, self._speed, self._report, self._numbers)

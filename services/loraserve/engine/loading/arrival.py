@@ -1,4 +1,4 @@
-"""A slab on its way into the pool, for steps that compute with its first layers while the last are still being read."""
+"""Lets steps compute with the first layers of a slab while its last layers are still being read."""
 
 from collections.abc import Mapping
 from threading import Condition
@@ -8,11 +8,12 @@ from loraserve.adapter.format import SlabHeader
 from loraserve.engine.schedule.events import StepBatch
 
 PATIENCE_S = 0.005
-"""A step waits for late layers for so long in all, a fraction of a step with prefill: it may hold other requests."""
+"""Maximum total wait of a step for late layers. It is much shorter than a prefill step, because the wait also delays
+the other requests in the step."""
 
 
 class Arrival:
-    """The progress of one read. The event loop reports it; the thread that computes waits for it."""
+    """The progress of one read. The event loop reports progress; the compute thread waits for it."""
 
     def __init__(self, header: SlabHeader) -> None:
         self._header = header
@@ -27,13 +28,13 @@ class Arrival:
             self._changed.notify_all()
 
     def abandon(self) -> None:
-        """Report that the read failed, or that another read overwrites what it brought."""
+        """Report that the read failed, or that another read overwrites its bytes."""
         with self._changed:
             self._abandoned = True
             self._changed.notify_all()
 
     def wait_for(self, layer: int, until_s: float) -> bool:
-        """Return whether a layer has arrived by the time ``until_s`` of the monotonic clock, as soon as it is known."""
+        """Wait for a layer until ``until_s`` on the monotonic clock or until the read ends; return whether it arrived."""
         end = self._header.layer(layer).stop
         with self._changed:
             while not self._abandoned and self._arrived_bytes < end:
@@ -43,9 +44,9 @@ class Arrival:
 
 
 class Gate:
-    """Holds one step until the layers of its arriving slabs are there, by slot.
+    """Makes one step wait for the layers of its arriving slabs. ``arrivals`` maps slots to reads.
 
-    Layers that are late are used all the same: the result concerns only the requests of that adapter, and is discarded.
+    The step also computes with late layers. Only the results of that adapter's requests are wrong, and are discarded.
     """
 
     def __init__(self, arrivals: Mapping[int, Arrival], patience_s: float) -> None:
@@ -54,7 +55,7 @@ class Gate:
         self.late: set[int] = set()
 
     def wait(self, layer: int) -> None:
-        """Wait for a layer of every arriving slab, within the patience that the step has left."""
+        """Wait for a layer of every arriving slab. All waits of the step share ``patience_s``."""
         for slot, arrival in list(self._arrivals.items()):
             began_s = monotonic()
             if not arrival.wait_for(layer, began_s + self._patience_s):
@@ -64,10 +65,10 @@ class Gate:
 
 
 def make_gate(batch: StepBatch, arrivals: Mapping[int, Arrival]) -> Gate | None:
-    """Return a gate for the slots of this step that are arriving; None if all are resident, as is usual."""
+    """Return a gate for the arriving slabs that this step uses; None if all its slabs are resident."""
     if not arrivals:
         return None
-    # Each slot is looked up once: the event loop's thread removes arrivals at any time.
+    # Each slot is looked up only once, because the event loop may remove arrivals at any time.
     by_slot = {s.slot: arrivals.get(s.slot) for s in batch.sequences}
     arriving = {slot: arrival for slot, arrival in by_slot.items() if arrival is not None}
     return Gate(arriving, PATIENCE_S) if arriving else None

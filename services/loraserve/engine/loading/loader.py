@@ -1,4 +1,4 @@
-"""Carries out the loads that the scheduler asks for: reads the slab, installs it in its slot, returns the result."""
+"""Executes the scheduler's load instructions: reads the slab and installs it in its slot."""
 
 import asyncio
 import time
@@ -29,7 +29,10 @@ class AdapterLoader:
         self._log = get_logger(__name__)
 
     async def load(self, load: LoadAdapter) -> AdapterLoaded | AdapterLoadFailed:
-        """Carry out one load, in a task of its own; return how it ended. Raises DeviceLostError only."""
+        """Execute one load and return its result. Call this in its own task, which ``cancel`` cancels.
+
+        Raises DeviceLostError, and CancelledError if the process shuts down. Other errors are returned.
+        """
         adapter = load.adapter
         log = self._log.bind(adapter=adapter.name, version=adapter.version[:12])
         began_s = time.monotonic()
@@ -41,11 +44,11 @@ class AdapterLoader:
                 return AdapterLoadFailed(adapter.version, CANCELLED, "nothing wants the adapter any more")
             self._runner.install(load.slot, slab.header, base_elements(load, slab.header))
         except DeviceLostError as error:
-            # No step need be running that would notice: an engine without adapters would refuse one after another.
+            # This ends the process. Without it, an engine that runs no steps would fail every load and never restart.
             log.critical("device_lost", reason=str(error))
             raise
         except Exception as error:
-            # Any error that an adapter causes is a failure of that adapter alone.
+            # An error of one adapter must not affect others.
             code = error.code if isinstance(error, SlabReadError) else "mismatch"
             log.error("adapter_load_failed", code=code, reason=str(error))
             return AdapterLoadFailed(adapter.version, code, str(error))
@@ -60,13 +63,13 @@ class AdapterLoader:
         return AdapterLoaded(adapter.version, announced.read if announced is not None else 0, slab)
 
     def cancel(self, version: str) -> None:
-        """End a load whose state is CANCELLED. A load that has not begun reads nothing."""
+        """Stop a load whose state is CANCELLED. If the load has not begun, it will not read."""
         task = self._tasks.pop(version, None)
         if task is not None:
             task.cancel()
 
     async def _read_unless_cancelled(self, load: LoadAdapter, announced: AnnouncedLoad | None) -> LoadedSlab | None:
-        """Return the slab once it is read; None once a cancelled load has ended."""
+        """Read and return the slab; return None if the load was cancelled."""
         version = load.adapter.version
         if self._is_cancelled(version):
             return None
@@ -74,12 +77,12 @@ class AdapterLoader:
         assert task is not None, "a coroutine runs in a task"
         self._tasks[version] = task
         try:
-            # The slab that was evicted from the extent may still be on its way to the host cache.
+            # The evicted slab may still be being copied from this extent to the host cache.
             await self._cache.wait_saved(load.offset_bytes, load.adapter.slab_bytes)
             return await self._reader.read(load.adapter, load.offset_bytes, announced)
         except asyncio.CancelledError:
             if version in self._tasks:
-                raise  # not by cancel(): the process ends
+                raise  # The process shuts down; cancel() was not called.
             task.uncancel()
             return None
         finally:

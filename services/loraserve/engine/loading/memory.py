@@ -1,6 +1,6 @@
-"""The memory of the adapter pool as the loader sees it, and how a slab is written into it.
+"""Access to the memory of the adapter pool, which is in host memory or on a device.
 
-Slabs are written into the pool and read back to be verified. The pool lies in this machine's memory or on a device.
+Slabs are written into the pool and read back for verification.
 """
 
 import asyncio
@@ -26,12 +26,12 @@ from loraserve.transfer.shm import SharedMemory
 Bytes = memoryview | bytes | bytearray
 
 PIECES_IN_FLIGHT = 2
-"""One piece is written while the next is on its way; more would only hold memory."""
+"""One piece is written while the next is fetched. More pieces would only use more memory."""
 POPULATE_PIECE_BYTES = 8 << 20
 POPULATE_WRITE = 23
-"""MADV_POPULATE_WRITE of Linux 5.14 and later: takes the pages as a write would and keeps what is in them."""
+"""MADV_POPULATE_WRITE (Linux 5.14 or later): allocates pages as a write would, but keeps their contents."""
 LEAST_AVAILABLE = 0.25
-"""Pages are populated while at least this share of the machine's memory is available; others may need the rest."""
+"""Populating stops if less than this share of the machine's memory is available, as other processes may need it."""
 IDLE_PRIORITY = 19
 
 
@@ -40,30 +40,30 @@ class Digest(Protocol):
 
 
 class PoolMemory(Protocol):
-    """The bytes of one pool. Threads may call it at the same time if none writes what another reads or writes.
+    """The bytes of one pool. Threads may access different ranges concurrently, and may read the same range.
 
-    Raises DeviceLostError if the memory cannot be reached any more.
+    Methods raise DeviceLostError if the device's memory cannot be accessed any more.
     """
 
     @property
     def on_device(self) -> bool:
-        """Whether the memory is a device's: ``write`` waits for it, so an event loop calls it in a thread."""
+        """Whether the memory is on a device. If so, ``write`` blocks: call it in a thread."""
         ...
 
     def __len__(self) -> int: ...
 
     def view(self, offset_bytes: int, length_bytes: int) -> memoryview | None:
-        """Return these bytes as writable memory of this process; None if they are on a device."""
+        """Return the range as a writable view; None if it is on a device."""
         ...
 
     def write(self, offset_bytes: int, data: Bytes) -> None:
-        """Write ``data``; return when later computations see it."""
+        """Write ``data``. After this returns, new computations see it."""
         ...
 
     def digest(self, digest: Digest, offset_bytes: int, length_bytes: int) -> None: ...
 
     def read_into(self, offset_bytes: int, into: memoryview) -> None:
-        """Fill ``into`` with the bytes from ``offset_bytes`` on."""
+        """Fill ``into`` with the bytes starting at ``offset_bytes``."""
         ...
 
 
@@ -79,7 +79,7 @@ class LendableDevice(Protocol):
 
 
 class HostPool:
-    """A pool in this machine's memory. ``shared`` is the shared memory whose first bytes it is, if any."""
+    """A pool in host memory. If ``shared`` is given, ``memory`` is the beginning of it."""
 
     on_device = False
 
@@ -94,8 +94,8 @@ class HostPool:
         return self._memory[offset_bytes : offset_bytes + length_bytes]
 
     def write(self, offset_bytes: int, data: Bytes) -> None:
-        # numpy copies without the interpreter's lock, which each of a step's kernel calls needs: measured with rank
-        # 64, the longest gap between others' tokens is 2.2 steps instead of 3.2.
+        # numpy releases the interpreter's lock, which the kernel calls of a step need. With rank 64, this shortened
+        # the longest gap between other requests' tokens from 3.2 to 2.2 steps.
         np.copyto(np.frombuffer(self.view(offset_bytes, len(data)), np.uint8), np.frombuffer(data, np.uint8))
 
     def digest(self, digest: Digest, offset_bytes: int, length_bytes: int) -> None:
@@ -106,7 +106,7 @@ class HostPool:
 
 
 def check_slab(header: SlabHeader, slab_dtype: str, base_elements: int, pool_elements: int) -> None:
-    """Raise ValueError if the slab has another dtype than the pool, or would not lie within it."""
+    """Raise ValueError if the slab's dtype differs from ``slab_dtype`` or the slab does not lie inside the pool."""
     if header.dtype != slab_dtype:
         raise ValueError(f"slab is {header.dtype}, engine.slab_dtype is {slab_dtype}; register the adapter again")
     if not 0 <= base_elements <= pool_elements - header.elements:
@@ -114,9 +114,9 @@ def check_slab(header: SlabHeader, slab_dtype: str, base_elements: int, pool_ele
 
 
 class TransferTarget:
-    """The extent that a slab is read into, from its beginning on.
+    """The extent that a slab is read into, in order.
 
-    A source calls ``advance`` with the number of bytes that have arrived, whenever there are more.
+    Whenever bytes arrive, the source calls ``advance`` with the total number of bytes that have arrived.
     """
 
     def __init__(
@@ -134,14 +134,14 @@ class TransferTarget:
         self._writers = writers
 
     def view(self) -> memoryview | None:
-        """Return the extent as memory of this process; None if it is on a device."""
+        """Return the extent as a writable view; None if it is on a device."""
         return self.pool.view(self.offset_bytes, self.slab_bytes)
 
     async def stream(self, piece_bytes: int, fetch: Callable[[int, int], Awaitable[Bytes | None]]) -> None:
-        """Fill the extent piece by piece, in order, with a few pieces in flight.
+        """Fill the extent in order, with up to PIECES_IN_FLIGHT pieces in flight.
 
-        ``fetch`` takes the start and the length of a piece and returns its bytes, or None if it has put them into the
-        extent itself. A piece that fails ends the transfer; the others are cancelled and have ended when this returns.
+        ``fetch`` takes the start and the length of a piece in bytes. It returns the piece, or None if it has written
+        the piece into the extent itself. If a piece fails, the others are cancelled and end before this raises.
         """
         waiting: deque[tuple[int, int, asyncio.Future[Bytes | None]]] = deque()
         starts = iter(range(0, self.slab_bytes, piece_bytes))
@@ -171,11 +171,10 @@ class TransferTarget:
 
 
 def populate(memory: memoryview) -> Thread:
-    """Take the pages of a pool in a background thread before the first loads need them; return the thread.
+    """Allocate the pages of a pool in a background thread, before loads need them; return the thread.
 
-    The first write to a page costs more than the copy itself: for a slab of 4.7 MiB 17 ms instead of 3 (Linux 6.18 in a
-    virtual machine, AMD EPYC), once for each extent. The thread has the lowest priority, and the process does not wait
-    for it to exit.
+    The first write to a page costs more than the copy: a slab of 4.7 MiB takes 17 ms instead of 3 ms (Linux 6.18 in a
+    virtual machine, AMD EPYC). The thread has the lowest priority, and the process can exit before the thread ends.
     """
     thread = Thread(target=_populate, args=(memory,), name="populate", daemon=True)
     thread.start()
@@ -185,10 +184,10 @@ def populate(memory: memoryview) -> Thread:
 def _populate(memory: memoryview) -> None:
     log = get_logger(__name__)
     if sys.platform != "linux":
-        # Elsewhere the priority below would be that of the whole process, and there is no such madvise.
+        # Other systems lack this madvise, and setpriority below would change the whole process.
         log.info("pool_not_populated", populated_bytes=0, reason=f"{sys.platform} cannot populate pages")
         return
-    os.setpriority(os.PRIO_PROCESS, 0, IDLE_PRIORITY)  # Linux: of this thread alone
+    os.setpriority(os.PRIO_PROCESS, 0, IDLE_PRIORITY)  # On Linux, this affects only this thread.
     madvise = ctypes.CDLL(None, use_errno=True).madvise
     madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
