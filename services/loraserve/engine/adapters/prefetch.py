@@ -158,7 +158,7 @@ class PrefetchCandidates:
         return [candidate.adapter for candidate in self._candidates.values() if candidate.kind == kind]
 
     def expect(self, adapter: AdapterRef, kind: PrefetchKind, now: float) -> bool:
-        """Add or renew a candidate. Return whether it is a new one; there may be too many to add it."""
+        """Add or renew a candidate. Return True if it was added, False if it is known or there are too many."""
         known = self._candidates.get(adapter.version)
         if known is not None and known.kind == PrefetchKind.ADMISSION and kind == PrefetchKind.PATTERN:
             return False

@@ -119,7 +119,6 @@ class LoadPace:
             self._rests_until_s = now + min(LONGEST_REST_S, REST_FACTOR * took_s)
 
     def allows(self, now: float, stepping: bool) -> bool:
-        """Return whether a load of the plan may begin. ``stepping`` tells whether steps run."""
         return not stepping or (not self._began_s and now >= self._rests_until_s)
 
 
@@ -400,5 +399,4 @@ class Residency:
 
 
 def _prefetched(entries: Iterable[PoolEntry]) -> Iterator[PrefetchedAdapter]:
-    """Return the prefetched adapters among ``entries``."""
     return (PrefetchedAdapter(e.prefetch, e.adapter.slab_bytes, e.ran) for e in entries if e.prefetch)

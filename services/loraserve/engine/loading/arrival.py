@@ -8,8 +8,7 @@ from loraserve.adapter.format import SlabHeader
 from loraserve.engine.schedule.events import StepBatch
 
 PATIENCE_S = 0.005
-"""Maximum total wait of a step for late layers. It is much shorter than a prefill step, because the wait also delays
-the other requests in the step."""
+"""Maximum total wait of a step for late layers. It is short because the wait delays all requests in the step."""
 
 
 class Arrival:
@@ -34,7 +33,7 @@ class Arrival:
             self._changed.notify_all()
 
     def wait_for(self, layer: int, until_s: float) -> bool:
-        """Wait for a layer until ``until_s`` on the monotonic clock or until the read ends; return whether it arrived."""
+        """Wait for a layer until ``until_s`` on the monotonic clock; return whether it arrived."""
         end = self._header.layer(layer).stop
         with self._changed:
             while not self._abandoned and self._arrived_bytes < end:
