@@ -1,1 +1,1 @@
-"""Leases with which peers read slabs from this engine's memory, and the transports that they read over."""
+"""Lending of slabs to peers: leases on this engine's memory, and the transports that peers read it over."""

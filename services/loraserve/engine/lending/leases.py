@@ -1,7 +1,7 @@
 """Leases: promises to peers that an extent is not reused while they read it.
 
-A lease ends by its release, by its deadline, or with its reader. Renewals extend the deadline, but not for ever. A
-reader is not told that its lease has ended: it verifies what it has read.
+A lease ends when it is released, when its deadline passes, or when its reader dies. Renewals extend the deadline up to
+a maximum duration. Readers are not told when a lease ends; they verify the bytes that they have read.
 """
 
 from collections import Counter
@@ -26,7 +26,7 @@ class LendableSlab(Protocol):
     def offset_bytes(self) -> int: ...
     @property
     def generation(self) -> int:
-        """A number that differs for another slab in the same extent, and for the same slab placed again."""
+        """The number of this placement, unique among all placements of all slabs."""
         ...
 
     @property
@@ -37,24 +37,27 @@ class LendableSlab(Protocol):
 
 
 class LendableSlabs(Protocol):
-    """What has slabs to lend: the pool, or the host cache. A slab stays while it is leased."""
+    """A memory that lends slabs: the pool or the host cache. Leased slabs are not evicted."""
 
     @property
     def awaited(self) -> frozenset[str]:
-        """The versions that get no new leases, as they have to leave."""
+        """The versions that get no new leases, because they are about to be evicted."""
         ...
 
     def get(self, version: str) -> LendableSlab | None: ...
     def entries(self) -> Iterable[LendableSlab]: ...
     def lease(self, version: str) -> LendableSlab:
-        """Pin a slab for one more reader; return what it reads."""
+        """Count one more lease on a slab, which pins it; return the slab."""
         ...
 
     def end_lease(self, version: str, generation: int) -> None: ...
 
 
 class LeaseLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """A lease lasts ``lasts_s`` and, renewed, at most ``longest_s``, so that its extent is free again by then."""
+    """Limits of leases. A lease lasts ``lasts_s`` seconds, and with renewals at most ``longest_s``.
+
+    ``most`` limits all leases, ``most_a_reader`` those of one reader.
+    """
 
     lasts_s: float
     longest_s: float
@@ -70,7 +73,7 @@ class LeaseReader(msgspec.Struct, frozen=True):
 
 
 class Lease(msgspec.Struct):
-    """``read_id`` is the reader's own name for its read; ``generation`` is that of the leased slab."""
+    """A lease. ``read_id`` is chosen by the reader; ``generation`` is that of the leased slab."""
 
     lease_id: str
     reader: LeaseReader
@@ -83,21 +86,21 @@ class Lease(msgspec.Struct):
 
 
 class LeaseRefusal(msgspec.Struct, frozen=True):
-    """Why no lease is given or renewed; ``code`` as in LeaseSlab, RenewLease and ReleaseLease."""
+    """The refusal of a request. The messages LeaseSlab, RenewLease and ReleaseLease list the codes."""
 
     code: str
     message: str
 
 
 class EndedLease(msgspec.Struct, frozen=True):
-    """``reason``: ``released``, ``expired`` or ``reader_gone``."""
+    """An ended lease. ``reason`` is ``released``, ``expired`` or ``reader_gone``."""
 
     lease: Lease
     reason: str
 
 
 class Leases:
-    """The leases on the slabs of one region. ``region_id`` is unique, also among the regions of past processes."""
+    """The leases on the slabs of one memory region. ``region_id`` is unique, even across restarts of the process."""
 
     def __init__(self, region_id: str, slabs: LendableSlabs, limits: LeaseLimits, story: Story | None = None) -> None:
         self._region_id = region_id
@@ -124,7 +127,7 @@ class Leases:
     def grant(
         self, reader: LeaseReader, read_id: str, version: str, slab_bytes: int, now: float
     ) -> Lease | LeaseRefusal:
-        """Return a lease on a complete slab; if this read has one already, return that."""
+        """Grant a lease on a complete slab. If the read already has a lease on it, return that one."""
         self.expire(now)
         self.end_past_lives(reader, now)
         slab = self._slabs.get(version)
@@ -135,7 +138,7 @@ class Leases:
         return known or refusal or self._grant(reader, read_id, version, now)
 
     def renew(self, reader: LeaseReader, lease_id: str, now: float) -> Lease | LeaseRefusal:
-        """Extend a lease from now on by its normal time, within the longest that any lease may last."""
+        """Extend a lease to ``lasts_s`` from now, but not beyond its maximum duration ``longest_s``."""
         lease = self._find_held(reader, lease_id, now)
         if lease is None:
             return LeaseRefusal("expired", f"lease {lease_id} has ended; ask for a new one and read again")
@@ -145,7 +148,7 @@ class Leases:
         return lease
 
     def release(self, reader: LeaseReader, lease_id: str, now: float) -> bool | LeaseRefusal:
-        """End a lease; return whether it was held until now, and neither released nor expired before."""
+        """End a lease. Return False if it had already ended."""
         lease = self._find_held(reader, lease_id, now)
         if isinstance(lease, LeaseRefusal):
             return lease
@@ -154,13 +157,13 @@ class Leases:
         return lease is not None
 
     def end_past_lives(self, reader: LeaseReader, now: float) -> None:
-        """End the leases of earlier processes of this reader's name: they are dead."""
+        """End the leases of earlier processes with this reader's name, because they are dead."""
         for lease in self._of_reader(reader.name):
             if lease.reader != reader:
                 self._end(lease, "reader_gone", now)
 
     def end_reader(self, reader: LeaseReader, now: float) -> None:
-        """End the leases of a reader that has died; its next process may have leases already."""
+        """End the leases of a dead reader. Leases of a newer process with the same name are kept."""
         for lease in self._of_reader(reader.name):
             if lease.reader == reader:
                 self._end(lease, "reader_gone", now)
@@ -170,12 +173,12 @@ class Leases:
             self._end(lease, "expired", now)
 
     def take_ended(self) -> list[EndedLease]:
-        """Return the leases that have ended since the last call; there may be room now."""
+        """Return the leases that have ended since the last call."""
         ended, self._ended = self._ended, []
         return ended
 
     def validate(self) -> None:
-        """Raise AssertionError unless each lease is on the slab it was granted for, and within the limits."""
+        """Raise AssertionError if a lease does not match its slab or exceeds the limits."""
         for lease in self._leases.values():
             slab = self._slabs.get(lease.version)
             assert slab is not None, f"{lease.version} left while {lease.reader.name} reads it"
@@ -192,7 +195,7 @@ class Leases:
         slab = self._slabs.lease(version)
         self._granted += 1
         lease = Lease(
-            # Unlike the id of any lease of an earlier process, or on another slab in the same extent.
+            # Unique across restarts of the process and across slabs in the same extent.
             lease_id=f"{self._region_id}.{slab.generation}.{self._granted}",
             reader=reader,
             read_id=read_id,
@@ -219,7 +222,7 @@ class Leases:
         return None
 
     def _find_held(self, reader: LeaseReader, lease_id: str, now: float) -> Lease | LeaseRefusal | None:
-        """Return a lease, or None if it has ended or never was."""
+        """Return the reader's lease; None if it has ended or never existed; a refusal if it is another reader's."""
         self.expire(now)
         lease = self._leases.get(lease_id)
         if lease is not None and lease.reader != reader:

@@ -1,4 +1,4 @@
-"""Lets peers read the slabs of this engine: answers their lease requests, and checks a slab that they found damaged."""
+"""Lends this engine's slabs to peers: answers lease requests and checks slabs that peers report as damaged."""
 
 from loraserve.adapter.format import encode_header
 from loraserve.bus.protocol import Bus, Envelope
@@ -24,7 +24,7 @@ from loraserve.transfer.protocol import TransferError, check_protocol
 
 
 class _Region:
-    """A memory that slabs are lent from, its leases, and the handles that peers read it with."""
+    """A memory that lends slabs, its leases, and the handles with which peers read it."""
 
     def __init__(self, slabs: LendableSlabs, leases: Leases, handles: tuple[Handle, ...]) -> None:
         self.slabs = slabs
@@ -33,10 +33,10 @@ class _Region:
 
 
 class Lender:
-    """Lends slabs of the pool, and those of the host cache that the pool cannot lend.
+    """Lends slabs from the pool, or from the host cache if the pool cannot lend them.
 
-    The leases of a reader that dies end when the monitor reports it or when its next process asks, at the latest by
-    their deadlines. Methods that may end leases return whether any ended, as there may be room then.
+    The leases of a dead reader end when the monitor reports the death, when a new process of the same name requests a
+    lease, or at their deadlines. Methods that may end leases return whether any ended, as this may make room.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Lender:
         self._log = get_logger(__name__)
 
     def answer(self, envelope: Envelope, now: float) -> bool:
-        """Answer LeaseSlab, RenewLease or ReleaseLease; return whether leases ended."""
+        """Answer a LeaseSlab, RenewLease or ReleaseLease request; return whether leases ended."""
         match envelope.message:
             case LeaseSlab() as request:
                 self._answer_request(envelope, request, now)
@@ -76,10 +76,7 @@ class Lender:
         return self._log_ended()
 
     def accept_complaint(self, reader: str, complaint: SlabDamaged) -> bool:
-        """Return whether to check a slab that a reader found damaged; both sides' logs then say what happened.
-
-        Only a reader with a lease is heard, so that at most one check is made for each lease.
-        """
+        """Return whether to check a slab that a reader reports as damaged. Reports without a lease are ignored."""
         leases = self._leases_with(complaint.lease_id)
         if not leases.is_held(complaint.lease_id, reader, complaint.version):
             self._log.warning("complaint_without_lease", reader=reader, version=complaint.version)
@@ -96,7 +93,7 @@ class Lender:
     async def check_copies(self, version: str, reader: SlabReader) -> bool:
         """Check this engine's copies of a slab; return whether the one in the pool is damaged.
 
-        A damaged copy in the host cache is dropped. Checks of one version are not repeated while one is under way.
+        A damaged copy in the host cache is dropped. Returns False if a check of the version is already in progress.
         """
         if version in self._checking:
             return False
@@ -108,19 +105,19 @@ class Lender:
             self._checking.remove(version)
 
     def end_reader(self, reader: LeaseReader, now: float) -> bool:
-        """End the leases of a reader that has died; return whether it had any."""
+        """End the leases of a dead reader; return whether it had any."""
         for region in self._regions:
             region.leases.end_reader(reader, now)
         return self._log_ended()
 
     def expire(self, now: float) -> bool:
-        """End the leases past their deadlines; return whether there were any. To be called from time to time."""
+        """End the leases past their deadlines; return whether there were any. Call this periodically."""
         for region in self._regions:
             region.leases.expire(now)
         return self._log_ended()
 
     def validate(self) -> None:
-        """Raise AssertionError where leases do not fit the slabs, or where a slab to lend has no header."""
+        """Raise AssertionError if a lease does not match its slab or a complete slab has no header."""
         for region in self._regions:
             region.leases.validate()
             for slab in region.slabs.entries():
@@ -158,10 +155,9 @@ class Lender:
         self._bus.respond(envelope, answer, [encode_header(slab.header)])
 
     def _grant(self, reader: LeaseReader, request: LeaseSlab, now: float) -> tuple[_Region, Lease] | LeaseRefusal:
-        """Return the lease that this read has, or one of the first region that grants it, or the best refusal.
+        """Return the read's existing lease, or a lease from the first region that grants one, or a refusal.
 
-        Regions that can be read come before those without handles; a refusal that knows the slab before one that does
-        not.
+        Regions with handles are asked first. A ``not_found`` refusal is returned only if every region gives it.
         """
         try:
             check_protocol(self._bus.name, request.protocol)
@@ -183,7 +179,7 @@ class Lender:
         return next((refusal for refusal in refusals if refusal.code != "not_found"), refusals[0])
 
     def _leases_with(self, lease_id: str) -> Leases:
-        """Return the leases that contain this id, or any if none do: each can refuse an unknown id."""
+        """Return the `Leases` that hold this id, or the pool's if none do."""
         return next((each.leases for each in self._regions if lease_id in each.leases), self._regions[0].leases)
 
     def _refuse(self, envelope: Envelope, refusal: LeaseRefusal) -> None:

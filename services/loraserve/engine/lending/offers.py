@@ -1,4 +1,4 @@
-"""Offers this engine's memories to peers: one exporter for each transport that is configured and works here."""
+"""Offers the pool and the host cache to peers, with one exporter for each configured transport that works here."""
 
 from collections.abc import Callable, Coroutine, Iterable
 from functools import cached_property
@@ -19,10 +19,10 @@ from loraserve.transfer.verbs.exporter import VerbsExporter
 
 
 class MemoryOffers:
-    """Registers the pool and the host cache with every transport; one that fails is logged and left out.
+    """Registers the pool and the host cache with every transport. A transport that fails is logged and left out.
 
-    ``handles`` name the pool, ``cache_handles`` the host cache. Made when the engine starts, as registering memory with
-    an RDMA device blocks.
+    Peers read the pool with ``handles`` and the host cache with ``cache_handles``. Create this when the engine starts:
+    registering memory with an RDMA device blocks.
     """
 
     def __init__(self, bus: Bus, config: Config, pool: PoolMemory, cache: HostPool | None = None) -> None:
@@ -32,20 +32,20 @@ class MemoryOffers:
         self._tcp: TcpExporter | None = None
         self._verbs: tuple[RdmaDevice, VerbsExporter] | None = None
         self.device: RdmaDevice | None = None
-        """The opened RDMA device; this engine's own reads use it too."""
+        """The open RDMA device; this engine also reads with it."""
         gpu = pool.memory if isinstance(pool, LendableDevice) else None
         kind, number = ("cpu", 0) if gpu is None else ("cuda", gpu.device)
         possible = local_abilities(config.transfer.transports, kind, number).transports
         transports = [each for each in config.transfer.transports if each in possible]
         self.handles = self._register_all(pool, transports)
         self.abilities = local_abilities([handle.transport for handle in self.handles], kind, number)
-        """How peers can read the pool; this engine reads from peers over the same transports."""
+        """The transports over which peers can read the pool. This engine reads from peers over the same transports."""
         self.cache_handles = self._register_all(cache, transports) if cache is not None else ()
         cache_transports = [handle.transport for handle in self.cache_handles]
         self.cache_abilities = local_abilities(cache_transports, "cpu") if cache is not None else None
 
     def answer_read(self, envelope: Envelope) -> Coroutine[Any, Any, None] | None:
-        """Answer ReadRegion at once, or return the work that answers it: a device is read in a thread."""
+        """Answer a ReadRegion request, or return a coroutine that reads the device in a thread and answers."""
         if self._tcp is not None:
             return self._tcp.answer(envelope)
         self._refuse(envelope, "tcp")
@@ -58,7 +58,7 @@ class MemoryOffers:
             self._refuse(envelope, "verbs")
 
     def forget(self, peer: str, incarnation: str) -> None:
-        """Drop the connections of a peer that has died."""
+        """Drop the connections of a dead peer."""
         if self._verbs is not None:
             self._verbs[1].forget(peer, incarnation)
 
@@ -82,7 +82,7 @@ class MemoryOffers:
             return None
 
     def _register(self, transport: Transport, pool: PoolMemory) -> Handle | None:
-        """Return the handle of a memory; None if this kind of memory is not read over this transport."""
+        """Return the handle of a memory; None if the transport cannot read this kind of memory."""
         host = pool if isinstance(pool, HostPool) else None
         lendable = pool if isinstance(pool, LendableDevice) else None
         whole = host.view(0, len(host)) if host is not None else None
@@ -98,7 +98,7 @@ class MemoryOffers:
             case "verbs" if memory is not None:
                 device, exporter = self._verbs_exporter()
                 handle = exporter.register(memory)
-                # Set only now: a device that cannot register this memory cannot read into it either.
+                # Set only after register succeeds: otherwise the device cannot read into this memory either.
                 self.device = device
                 return handle
             case _:

@@ -1,6 +1,6 @@
-"""A peer engine as the source of a slab: a lease on the slab's extent, a one-sided read, and the release of the lease.
+"""Reads slabs from peer engines: leases the slab's extent, reads it one-sided and releases the lease.
 
-`TransportReaders` has one reader for each transport, and says in which pieces each fills the extent.
+`TransportReaders` has one reader for each transport and decides how a read is split into pieces.
 """
 
 import asyncio
@@ -43,22 +43,21 @@ from loraserve.transfer.verbs.device import RdmaDevice, RegisteredMemory
 from loraserve.transfer.verbs.reader import VerbsReader
 
 ANSWER_S = 2.0
-"""A living owner answers a lease request in milliseconds."""
+"""Timeout of lease requests. A running peer answers in milliseconds."""
 RENEW_AT = 0.5
-"""A lease is renewed after this share of its time."""
+"""A lease is renewed after this share of its remaining time."""
 SOONEST_S = 0.01
 SILENCE_S = 5.0
-"""A piece that takes longer than this has failed."""
+"""Seconds without data after which a read fails."""
 PIECE_BYTES = 8 << 20
-"""A read is split into pieces of this size. A read to a device holds so much of this process's memory, and after a
-piece of a read to this process's memory a step may begin."""
+"""Reads are split into pieces of this size. Reads to a device buffer pieces in host memory. During a read to host
+memory, a step may start after any piece."""
 
 
 class TransportReaders:
-    """The readers of this engine, made when they are first needed, in the event loop.
+    """The readers of this engine, one for each transport, created in the event loop at the first use.
 
-    ``device`` is the RDMA device, if there is one. ``abilities`` are what this engine can read over; None for an engine
-    that does not read from peers.
+    ``abilities`` describes the transports that this engine can read over; None if it does not read from peers.
     """
 
     def __init__(
@@ -77,11 +76,11 @@ class TransportReaders:
             try:
                 self._open_verbs(bus, pool, device)
             except ConfigError as error:
-                # The host cache may be offered over a device that cannot reach the pool.
+                # The device may still be able to export the host cache.
                 get_logger(__name__).warning("pool_not_read_to", transport="verbs", reason=str(error))
 
     async def read(self, handle: Handle, start: int, target: TransferTarget) -> None:
-        """Fill the target from the byte ``start`` of the handle's region on. Raises TransferError."""
+        """Fill the target with the bytes that begin at ``start`` in the handle's region. Raises TransferError."""
         slab = ByteRange(start, target.slab_bytes)
         into = target.view()
         gpu = self._gpu if into is None else None
@@ -94,7 +93,7 @@ class TransportReaders:
             target.advance(target.slab_bytes)
             return
 
-        # The whole range is checked before the first piece: a step could begin with pieces before an invalid one.
+        # Check the whole range first: otherwise a step could start with the pieces before an invalid one.
         check_ranges(handle, [slab])
 
         async def fetch(at: int, length: int) -> Bytes | None:
@@ -105,7 +104,7 @@ class TransportReaders:
         await target.stream(PIECE_BYTES, fetch)
 
     def forget(self, owner: str, incarnation: str) -> None:
-        """Drop the connections to a peer that has died; readers of other transports notice by themselves."""
+        """Drop the verbs connections to a dead peer. Readers of other transports detect the death themselves."""
         verbs = self._readers.get("verbs")
         if isinstance(verbs, VerbsReader):
             verbs.forget(owner, incarnation)
@@ -123,7 +122,7 @@ class TransportReaders:
             self._verbs = verbs, verbs.keep(memory)
 
     async def _read_to_gpu(self, handle: Handle, slab: ByteRange, gpu: GpuMemory, target: TransferTarget) -> bool:
-        """Read straight into the GPU's memory. Return False if this transport cannot."""
+        """Read directly into the GPU's memory. Return False if the transport cannot do this."""
         match handle:
             case CudaIpcHandle():
                 await self._ipc_reader(handle, gpu).read_into(handle, [slab], gpu, target.offset_bytes)
@@ -154,14 +153,14 @@ class TransportReaders:
 def _is_read_at_once(handle: Handle, slab_bytes: int) -> bool:
     """Return whether a slab is read in one piece.
 
-    Beyond SLICED_BYTES shm copies in a thread, for which pieces are too short: in the event loop a slab of 256 MiB took
-    1.35 times as long and held up the loop for 2 to 4 ms at a time (AMD EPYC, 2 cores).
+    Above SLICED_BYTES, shm copies the whole slab in a thread. Copying 256 MiB in pieces in the event loop took 1.35
+    times as long and blocked the loop for 2 to 4 ms at a time (AMD EPYC, 2 cores).
     """
     return slab_bytes <= PIECE_BYTES or (handle.transport == "shm" and slab_bytes > SLICED_BYTES)
 
 
 class PeerSource:
-    """A peer as a source, over one transport; see SlabSource."""
+    """Reads one slab from a peer over one transport. Implements `SlabSource`."""
 
     def __init__(self, bus: Bus, source: ReadSource, readers: TransportReaders) -> None:
         self.source = source
@@ -203,26 +202,26 @@ class PeerSource:
         except ExceptionGroup as group:
             error = group.exceptions[0]
             if isinstance(error, TransferError):
-                # A peer that is gone is gone over every transport.
+                # If the peer is gone, its other transports fail as well.
                 other_transport = error.code in ("refused", "size")
                 raise SlabReadError(error.code, error.message, other_transport=other_transport) from error
             raise error from None
 
     def close(self, damaged: DamagedSlabError | None) -> None:
-        """Release the lease, and complain first if the slab was damaged."""
+        """Release the lease. If the slab was damaged, report that to the peer first."""
         granted = self._granted
         if granted is None:
             return
         if damaged is not None:
-            # Before the release: the owner listens only to readers with a lease.
+            # Sent before the release, because the owner ignores readers without a lease.
             complaint = SlabDamaged(version=granted.version, lease_id=granted.lease_id, layer=damaged.layer)
             self._bus.send(self.source.name, complaint)
         release = ReleaseLease(lease_id=granted.lease_id, incarnation=self._bus.incarnation)
-        # Sent without waiting for an answer: if it is lost the lease ends by its deadline.
+        # No answer is awaited: if the message is lost, the lease expires.
         self._bus.send(self.source.name, release)
 
     def _select_handle(self, granted: LeaseGranted) -> Handle:
-        # The handle names its owner, which is checked: only memory of the peer that granted the lease is read.
+        # Use only handles owned by the peer that granted the lease.
         for handle in granted.handles:
             if handle.transport == self.source.transport and handle.owner == self.source.name:
                 return handle
@@ -239,12 +238,12 @@ class PeerSource:
                 renewed = await self._bus.request(peer, renewal, LeaseRenewed, ANSWER_S)
             except RequestTimeoutError as error:
                 if time.monotonic() < self._lasts_until_s:
-                    # The owner's processor may be busy, and its memory is read without it.
+                    # The owner's CPU may be busy. The read can continue without it.
                     continue
                 raise SlabReadError("lease_ended", f"{peer} did not renew the lease: {error}") from error
             except PeerError as error:
                 raise SlabReadError("lease_ended", f"{peer} did not renew the lease: {error}") from error
             if asked_s + renewed.lasts_s <= self._lasts_until_s:
-                # The lease lasts as long as any may, and what is read until its end still counts.
+                # The lease has reached its maximum duration. A read that ends before the lease is still valid.
                 return
             self._lasts_until_s = asked_s + renewed.lasts_s

@@ -1,8 +1,8 @@
 """Reads a slab from the best source into an extent and verifies it.
 
-After a source that fails, or whose bytes are wrong, the next source is tried; beside a source that takes much longer
-than predicted another one is tried (a hedge). Everything that arrives is verified against the version before it is
-used: the header at once, each layer in a thread, on a device while the layers behind it are still arriving.
+If a source fails or sends wrong bytes, the next source is tried. If a source takes much longer than predicted, a
+second source is read concurrently (a hedge). The header is verified against the version when it arrives. Each layer is
+verified in a thread; on a device, this happens while later layers are still arriving.
 """
 
 import asyncio
@@ -32,30 +32,30 @@ from loraserve.threads import run_in_thread, wait_finished
 ASK_AGAIN_S = 0.2
 HEDGE_PIECE_BYTES = 8 << 20
 WRITERS = 4
-"""Reads that write to a device at the same time, one piece each; others wait for their turn."""
+"""Maximum number of reads that write a piece to a device at the same time."""
 
 
 class ReadProgress(Protocol):
-    """Follows the reads of one slab into its extent, one after another."""
+    """Observes the successive reads of one slab into its extent."""
 
     def begin(self, header: SlabHeader) -> None:
-        """Begin a read, whose bytes overwrite those of the read before."""
+        """Record that a read begins. Its bytes overwrite those of the previous read."""
         ...
 
     def advance(self, slab_bytes: int, remaining_s: float) -> None:
-        """Note that the first ``slab_bytes`` have arrived; all are expected to be verified in ``remaining_s``."""
+        """Record that the first ``slab_bytes`` have arrived. The slab should be verified in ``remaining_s`` seconds."""
         ...
 
     def abandon(self) -> None: ...
 
 
 class LayersToVerify:
-    """Tells which layers to verify as the bytes of a slab arrive in order; each layer is told once.
+    """Decides which layers to verify as the bytes of a slab arrive in order. Each layer is verified once.
 
-    Where the pool is on a device a layer is verified as soon as it is complete. In this machine's memory all layers are
-    verified when the last byte has arrived: there steps compute on the cores, and verifying beside the copy made the
-    longest step of a load 2.05 median steps instead of 1.8, for a load that took a seventh less (rank 64, SmolLM2-135M,
-    Intel Xeon, 2 cores).
+    In a pool on a device, a layer is verified as soon as it is complete. In host memory, all layers are verified after
+    the last byte has arrived, because steps compute on the same CPU. Verifying during the copy made loads a seventh
+    shorter, but the longest step during a load grew from 1.8 to 2.05 median steps (rank 64, SmolLM2-135M, Intel Xeon,
+    2 cores).
     """
 
     def __init__(self, header: SlabHeader, on_device: bool) -> None:
@@ -73,15 +73,15 @@ class LayersToVerify:
 
 
 def split_layers(layers: range, threads: int) -> Sequence[range]:
-    """Return the layers in order as at most ``threads`` pieces, none of them empty."""
+    """Split the layers into at most ``threads`` consecutive, non-empty ranges."""
     each = max(1, -(-len(layers) // threads))
     return [layers[start : start + each] for start in range(0, len(layers), each)]
 
 
 def find_damaged_layer(memory: PoolMemory, header: SlabHeader, offset_bytes: int, layers: Iterable[int]) -> int | None:
-    """Return the first of ``layers`` whose bytes in memory do not have the digest of the header; None if all do.
+    """Return the first of ``layers`` whose bytes in memory do not match the header's digest; None if all match.
 
-    The slab begins at ``offset_bytes``. The memory itself is read, so that damage after the transfer is found too.
+    The slab begins at ``offset_bytes`` of the memory.
     """
     for layer in layers:
         part = header.layer(layer)
@@ -93,7 +93,7 @@ def find_damaged_layer(memory: PoolMemory, header: SlabHeader, offset_bytes: int
 
 
 class SlabReader:
-    """Reads slabs into the pool, bounded in time, memory and threads; learns the speed of each source."""
+    """Reads slabs into the pool and learns the speed of each source. Time, memory and threads are limited."""
 
     def __init__(
         self, sources: SourceFinder, pool: PoolMemory, clock: Clock, timeout_s: float, digest_threads: int
@@ -108,7 +108,7 @@ class SlabReader:
         self._tally = ReadTally()
         self._hedging = False
         self._writers = ThreadPoolExecutor(WRITERS, thread_name_prefix="write")
-        # Apart from the writers: a piece that waited for digests would hold up the layers behind it.
+        # Separate from the writers, so that writing a piece never waits for digests.
         self._digesters = ThreadPoolExecutor(digest_threads, thread_name_prefix="digest")
         self._log = get_logger(__name__)
 
@@ -121,11 +121,11 @@ class SlabReader:
         return self._tally.counts(self._speeds)
 
     async def read(self, adapter: AdapterRef, offset_bytes: int, progress: ReadProgress | None = None) -> LoadedSlab:
-        """Read a slab to ``offset_bytes`` of the pool. A store that restarts is asked again until the deadline.
+        """Read a slab to ``offset_bytes`` of the pool. If the store is restarting, retry until the deadline.
 
-        ``progress`` follows the reads into the extent; if the slab came from a hedge, the last call is ``abandon``.
+        ``progress`` observes the reads into the extent. If the slab comes from a hedge, the last call is ``abandon``.
 
-        Raises SlabReadError; the content of the extent is then undefined, and nothing writes to it any more.
+        Raises SlabReadError. The content of the extent is then undefined, and nothing writes to it any more.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -142,13 +142,13 @@ class SlabReader:
             raise SlabReadError("timeout", message) from error
 
     async def find_damage(self, header: SlabHeader, offset_bytes: int) -> int | None:
-        """Return the first layer of a slab in the pool that does not have its digest; None if all have."""
+        """Return the first layer of a slab in the pool that does not match its digest; None if all match."""
         return await self._find_damage(self._pool, header, offset_bytes, range(header.shape.layers))
 
     async def _read_from_any(
         self, adapter: AdapterRef, offset_bytes: int, sources: Sequence[SlabSource], progress: ReadProgress | None
     ) -> LoadedSlab:
-        """Try the sources in order. If all fail, the store's failure is raised, as it has every adapter."""
+        """Try the sources in order. If all fail, raise the store's error, because the store has every adapter."""
         remaining = deque(sources)
         while True:
             first = remaining.popleft()
@@ -172,14 +172,14 @@ class SlabReader:
         spare: SlabSource | None,
         progress: ReadProgress | None,
     ) -> LoadedSlab:
-        """Read from ``source``, and from ``spare`` too if that takes much longer than predicted."""
+        """Read from ``source``. If it takes much longer than predicted, also read from ``spare``."""
         first = asyncio.ensure_future(self._read_once(adapter, self._pool, offset_bytes, source, progress))
         try:
             if spare is not None:
                 patience_s = hedge_after_s(self._speeds.predict(source.source, adapter.slab_bytes))
                 await asyncio.wait([first], timeout=patience_s)
                 while self._hedging and not first.done():
-                    # Another load hedges, whose memory is all there is for that; this load is next.
+                    # Only one load may hedge at a time, to limit memory. Wait for the other load's hedge to end.
                     await asyncio.wait([first], timeout=ASK_AGAIN_S)
             if spare is None or first.done():
                 return await first
@@ -190,9 +190,9 @@ class SlabReader:
     async def _race(
         self, adapter: AdapterRef, offset_bytes: int, first: "asyncio.Future[LoadedSlab]", spare: SlabSource
     ) -> LoadedSlab:
-        """Read from ``spare`` into memory of its own beside the first read; one load at a time, to bound the memory."""
+        """Read from ``spare`` into a separate buffer during the first read; return the slab that arrives first."""
         self._log.info("load_hedged", adapter=adapter.name, spare=spare.source.name, transport=spare.source.transport)
-        # Nothing is zeroed: for 256 MiB that would hold up the event loop for a tenth of a second and more.
+        # The memory is not zeroed: for 256 MiB, that would block the event loop for 0.1 s or more.
         beside = HostPool(np.empty(adapter.slab_bytes, np.uint8).data)
         second = asyncio.ensure_future(self._read_once(adapter, beside, 0, spare))
         self._hedging = True
@@ -203,7 +203,7 @@ class SlabReader:
             try:
                 loaded = await second
             except SlabReadError:
-                # The first had failed before: its own failure is reported.
+                # Both reads failed: report the first one's error.
                 return await first
             await _give_up(first)
             await self._copy_from_hedge(beside, loaded.header, offset_bytes)
@@ -231,7 +231,7 @@ class SlabReader:
         source: SlabSource,
         progress: ReadProgress | None = None,
     ) -> LoadedSlab:
-        """Read from one source. Raises SlabReadError, which is counted; nothing writes to the extent afterwards."""
+        """Read from one source. Raises SlabReadError after counting it; then nothing writes to the extent any more."""
         origin = source.source
         began_s = time.monotonic()
         began = self._link.begin(began_s)
@@ -272,7 +272,7 @@ class SlabReader:
         copy: Callable[[TransferTarget], Awaitable[None]],
         advance: Callable[[int], None] = lambda slab_bytes: None,
     ) -> None:
-        """Copy a slab into its extent and verify its layers in threads. The first failure ends all of it."""
+        """Copy a slab into its extent and verify its layers in threads. The first error cancels the rest."""
         layers = LayersToVerify(header, on_device=pool.on_device)
         try:
             async with asyncio.TaskGroup() as tasks:
@@ -316,7 +316,7 @@ class SlabReader:
 def _raise_if_cancelled() -> None:
     """Raise CancelledError if this task is being cancelled.
 
-    A task that fails while it is cancelled raises the failure alone, and a deadline cancels only once.
+    A task that fails while it is being cancelled raises only its own error, and a deadline cancels only once.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
@@ -324,8 +324,8 @@ def _raise_if_cancelled() -> None:
 
 
 async def _give_up(read: "asyncio.Future[LoadedSlab]") -> None:
-    """Cancel a read unless it has ended. Nothing writes to its memory afterwards."""
+    """Cancel a read and wait until it ends. Afterwards, it writes no memory any more."""
     read.cancel()
     if await wait_finished(read):
-        # The whole load was cancelled meanwhile.
+        # The whole load was cancelled during the wait.
         raise asyncio.CancelledError

@@ -1,4 +1,4 @@
-"""A place that a slab can be read from, as the loader sees it, how a read fails, and the store as a source."""
+"""The interface of slab sources, the errors of their reads, and the store as a source."""
 
 from typing import Protocol, TypeVar
 
@@ -15,10 +15,10 @@ T = TypeVar("T")
 
 
 class SlabReadError(Exception):
-    """A slab could not be read. ``code`` is ``not_found``, ``timeout``, ``corrupt``, ``mismatch`` or the source's own.
+    """A slab could not be read. ``code`` is ``not_found``, ``timeout``, ``corrupt``, ``mismatch`` or the source's code.
 
-    ``is_temporary``: the same source may be able to send it in a moment. ``other_transport``: the same peer may be
-    able to send it over another transport.
+    ``is_temporary`` means that the read may soon succeed from the same source. ``other_transport`` means that it may
+    succeed over another transport of the same peer.
     """
 
     def __init__(self, code: str, message: str, is_temporary: bool = False, other_transport: bool = False) -> None:
@@ -30,7 +30,7 @@ class SlabReadError(Exception):
 
 
 class DamagedSlabError(SlabReadError):
-    """The bytes of ``layer`` do not have the digest that the header names."""
+    """The bytes of ``layer`` do not match its digest in the header."""
 
     def __init__(self, layer: int) -> None:
         super().__init__("corrupt", f"layer {layer} does not have its digest; register the adapter again")
@@ -38,31 +38,31 @@ class DamagedSlabError(SlabReadError):
 
 
 class SlabSource(Protocol):
-    """One attempt to read one slab: ``open``, then ``copy``, and ``close`` whatever happened."""
+    """One attempt to read one slab: call ``open``, then ``copy``. Always call ``close``, also after an error."""
 
     source: ReadSource
 
     async def open(self, adapter: AdapterRef) -> SlabHeader:
-        """Return a header that belongs to this version. Raises SlabReadError."""
+        """Return the header of the adapter's slab, verified against its version. Raises SlabReadError."""
         ...
 
     async def copy(self, adapter: AdapterRef, target: TransferTarget) -> None:
-        """Fill the target from its beginning on. Raises SlabReadError; nothing writes to the target afterwards."""
+        """Fill the target in order. Raises SlabReadError; then nothing writes to the target any more."""
         ...
 
     def close(self, damaged: DamagedSlabError | None) -> None:
-        """Release what was opened. ``damaged`` says which layer of what was read was wrong."""
+        """Release the source. ``damaged`` names the damaged layer, if the slab that was read has one."""
         ...
 
 
 class LocalSource(Protocol):
-    """Memory of this engine that a slab may be read from: the host cache."""
+    """The host cache, as a provider of slab sources."""
 
     async def find(self, adapter: AdapterRef) -> SlabSource | None: ...
 
 
 def check_header(adapter: AdapterRef, frame: Frame | None, claimed_bytes: int, owner: str) -> SlabHeader:
-    """Return the header in the answer of ``owner``. Raises SlabReadError unless it belongs to this version."""
+    """Decode the header in the answer of ``owner``. Raises SlabReadError unless it matches ``adapter``."""
     try:
         header = decode_header(bytes(frame or b""))
     except msgspec.DecodeError as error:
@@ -79,7 +79,7 @@ def check_header(adapter: AdapterRef, frame: Frame | None, claimed_bytes: int, o
 
 
 class StoreSource:
-    """The store as a source: chunks of the slab over the bus. The failure of a store that restarts is temporary."""
+    """Reads a slab in chunks from the store over the bus. Errors are temporary while the store restarts."""
 
     source = FROM_STORE
 
@@ -104,7 +104,7 @@ class StoreSource:
         await target.stream(self._chunk_bytes, fetch)
 
     def close(self, damaged: DamagedSlabError | None) -> None:
-        """Do nothing: the store keeps nothing open between chunks."""
+        """Do nothing: the store keeps no state for a read."""
 
     async def _ask(self, message: OpenSlab | ReadSlab, reply: type[T]) -> tuple[T, tuple[bytes | memoryview, ...]]:
         try:

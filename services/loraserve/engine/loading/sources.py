@@ -10,13 +10,13 @@ from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRef, Copies, FindCopies, Holder
 
 FIND_S = 0.25
-"""A monitor that is slower than this is not waited for: the store has every adapter."""
+"""Timeout of a request to the monitor. It is short because the store has every adapter."""
 SILENT_S = 2.0
-"""A monitor that did not answer is not asked again for so long."""
+"""After a failed request, the monitor is not asked again for this long."""
 
 
 class SourceFinder:
-    """Asks the monitor for the peers that hold an adapter and orders the sources by predicted time."""
+    """Finds the sources of an adapter. The monitor names the peers that hold it."""
 
     def __init__(
         self,
@@ -36,7 +36,10 @@ class SourceFinder:
         self._silent_until_s = 0.0
 
     async def find(self, adapter: AdapterRef) -> list[SlabSource]:
-        """Return the sources in the order in which to try them: first the host cache, if it has the adapter."""
+        """Return the sources in the order in which to try them.
+
+        If the host cache has the adapter, these are the cache and the store; otherwise peers and the store.
+        """
         cached = await self._cache.find(adapter) if self._cache is not None else None
         if cached is not None:
             return [cached, self._open_source(FROM_STORE)]
@@ -48,7 +51,7 @@ class SourceFinder:
         return [self._open_source(source) for source in ordered]
 
     def forget(self, engine: str, incarnation: str) -> None:
-        """Forget the connections to a peer that has died and its failures."""
+        """Drop the connections to a dead peer and forget its failures."""
         self._readers.forget(engine, incarnation)
         self.speeds.forget_failures(engine)
 

@@ -1,8 +1,8 @@
-"""How long reads from each source take, and in which order the sources of an adapter are tried.
+"""Predicts how long a read from each source takes, and orders the sources of an adapter.
 
-The time of a read is fitted by a line over its bytes: a latency and a time per byte, with older reads counting less
-(least squares with exponential forgetting). A new pair of source and transport begins with what its transport does for
-other sources, so that no source has to be tried before it can be compared.
+The time of a read is modelled as a latency plus a time per byte. Both are fitted by least squares with exponential
+forgetting. A new source starts with the speed of other sources over its transport, so that it can be ranked before it
+is first read.
 """
 
 from collections.abc import Iterable, Sequence
@@ -16,26 +16,25 @@ from loraserve.transfer.protocol import choose_transports
 
 MIB = 1 << 20
 FORGETTING = 0.9
-"""The weight of all earlier reads is multiplied by this at each read: about the last twenty count."""
+"""Each read multiplies the weight of all earlier reads by this: about the last twenty reads count."""
 PRIOR_WEIGHT = 0.5
-"""Weight of each of the two reads, small and large, that a new pair is assumed to have done."""
+"""Weight of the two assumed reads, of SMALL_BYTES and LARGE_BYTES, with which the fit for a new source starts."""
 LEAST_SLOPE = 8.0
-"""A fitted time per byte that is so many times shorter than that of the mean read is noise: all reads took about the
-same time."""
+"""A fitted time per byte is treated as noise if it is less than the mean read's divided by this."""
 SMALL_BYTES, LARGE_BYTES = MIB // 4, 64 * MIB
 FIRST_AVOIDANCE_S, LONGEST_AVOIDANCE_S = 1.0, 60.0
 MOST_COUNTED = 256
-"""Peers come and go under other names; the counts of the source that was read longest ago are dropped."""
+"""Maximum number of sources with counts. The least recently read source is dropped first."""
 MOST_PEERS = 3
-"""Peers that are tried before the store at most: each that fails costs its time."""
+"""Maximum number of peers among the sources of one read. It limits the time lost to failing peers."""
 HEDGE_FACTOR, HEDGE_FLOOR_S = 4.0, 0.25
-"""Another source is tried as well after so many times the predicted time, and not earlier than the floor: copies of the
-same bytes by processes of one busy machine took three times their median now and then."""
+"""A hedge starts after this multiple of the predicted time, but not before the floor. Copies of the same bytes on a
+busy machine occasionally took three times their median."""
 STORE = "store"
 
 
 class ReadSource(NamedTuple):
-    """Where a slab is read from: the name of a peer, ``store`` or ``cache``, and the transport."""
+    """A source and its transport. ``name`` is the name of a peer, ``store`` or ``cache``."""
 
     name: str
     transport: str
@@ -45,7 +44,7 @@ FROM_STORE = ReadSource(STORE, "bus")
 
 
 class ReadSpeed(msgspec.Struct, frozen=True):
-    """A read of n bytes takes latency_s + n / bytes_per_s."""
+    """A model of read times: a read of n bytes takes ``latency_s + n / bytes_per_s`` seconds."""
 
     latency_s: float
     bytes_per_s: float
@@ -62,11 +61,11 @@ EXPECTED = {
     "tcp": ReadSpeed(0.003, 0.8e9),
     "bus": ReadSpeed(0.004, 0.4e9),
 }
-"""The speeds assumed before anything was measured. ``bus`` is the store, ``memory`` the engine's own host cache."""
+"""The speeds assumed before the first read, by transport. ``bus`` reads the store, ``memory`` the host cache."""
 
 
 class _FittedLine:
-    """Weighted sums over the reads, from which the line is fitted. Bytes are in MiB."""
+    """Fits read times from weighted sums over the reads: x is the size in MiB, y the time in seconds."""
 
     def __init__(self, prior: ReadSpeed) -> None:
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
@@ -90,8 +89,8 @@ class _FittedLine:
     def speed(self) -> ReadSpeed:
         """Return the fitted speed.
 
-        Reads that are all of one size say nothing about the slope: their time is then split between latency and bytes
-        as the prior splits it.
+        If all reads have one size, the slope is unknown. The mean time is then split between latency and bytes in the
+        same ratio as in the prior.
         """
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         spread = self._xx / self._weight - mean_x * mean_x
@@ -100,7 +99,7 @@ class _FittedLine:
         share = self._prior.latency_s / self._prior.seconds(max(1, int(mean_x * MIB)))
         usual = (1 - share) * mean_y / mean_x
         if latency_s < 0 or slope < usual / LEAST_SLOPE:
-            # The fit is all latency, no latency, or noise: use the line through the mean read, split as by the prior.
+            # The fit is invalid or noise: split the mean time as in the prior.
             latency_s, slope = share * mean_y, usual
         return ReadSpeed(latency_s, MIB / slope)
 
@@ -114,19 +113,19 @@ class _SourceSpeed:
 
 
 class LinkSpeeds:
-    """The speed of each source, learned from its reads; sources of one transport share a prior."""
+    """The speed of each source, learned from its reads. Sources with the same transport share a prior."""
 
     def __init__(self) -> None:
         self._sources: dict[ReadSource, _SourceSpeed] = {}
         self._transports: dict[str, _FittedLine] = {}
 
     def predict(self, source: ReadSource, length_bytes: int) -> float:
-        """Return the seconds that a read would take if it began now; reads under way take their share."""
+        """Return the seconds that a read would take if it began now, concurrently with the reads in progress."""
         known = self._sources.get(source)
         return (1 + (known.under_way if known else 0)) * self.speed(source).seconds(length_bytes)
 
     def predict_under_way(self, source: ReadSource, length_bytes: int) -> float:
-        """Return the seconds that a read under way takes in all, if no other read begins or ends."""
+        """Return the total seconds of a read in progress, provided no other read begins or ends."""
         known = self._sources.get(source)
         return max(1, known.under_way if known else 0) * self.speed(source).seconds(length_bytes)
 
@@ -137,16 +136,16 @@ class LinkSpeeds:
         return self._transport(source.transport).speed()
 
     def is_avoided(self, source: ReadSource, now: float) -> bool:
-        """Return whether the source failed lately; it is avoided for longer after each failure in a row."""
+        """Return whether the source failed recently. Each consecutive failure doubles the time it is avoided."""
         known = self._sources.get(source)
         return known is not None and known.avoided_until_s > now
 
     def begin_read(self, source: ReadSource) -> None:
-        """Take note of a read that begins; one of the next three methods ends it."""
+        """Record the start of a read. ``finish_read``, ``abandon_read`` or ``fail_read`` ends it."""
         self._source(source).under_way += 1
 
     def finish_read(self, source: ReadSource, length_bytes: int, own_s: float) -> None:
-        """Learn from a read that would have taken ``own_s`` alone."""
+        """End a successful read and learn from it. ``own_s`` is the time it would have taken alone."""
         known = self._source(source)
         known.under_way -= 1
         known.failures, known.avoided_until_s = 0, 0.0
@@ -155,11 +154,11 @@ class LinkSpeeds:
             self._transport(source.transport).learn(length_bytes, own_s)
 
     def abandon_read(self, source: ReadSource) -> None:
-        """End a read that this engine gave up, which says nothing about the source."""
+        """End a read that this engine cancelled, without learning from it."""
         self._source(source).under_way -= 1
 
     def fail_read(self, source: ReadSource, now: float) -> None:
-        """End a read that failed, and avoid its source for a while."""
+        """End a read that failed, and avoid its source for 1 to 60 s."""
         known = self._source(source)
         known.under_way -= 1
         avoidance_s = min(LONGEST_AVOIDANCE_S, FIRST_AVOIDANCE_S * 2.0**known.failures)
@@ -167,7 +166,7 @@ class LinkSpeeds:
         known.avoided_until_s = now + avoidance_s
 
     def forget_failures(self, name: str) -> None:
-        """Stop avoiding a peer that has died: its name will be that of another process in the same place."""
+        """Stop avoiding a dead peer: a new process will take its name."""
         for source, known in self._sources.items():
             if source.name == name:
                 known.failures, known.avoided_until_s = 0, 0.0
@@ -186,16 +185,16 @@ class LinkSpeeds:
 
 
 class SharedLink:
-    """Divides the time of overlapping loads: while n loads are under way, each is given 1/n of every second.
+    """Estimates how long overlapping loads would each have taken alone.
 
-    A load's own time is therefore what it would take alone. Whoever predicts with it multiplies by the number of loads
-    under way, which would count them twice otherwise.
+    While n loads are in progress, each is charged 1/n of the elapsed time. Predictions multiply this time by the number
+    of reads in progress.
     """
 
     def __init__(self) -> None:
         self._loads = 0
         self._share_s = 0.0
-        """Seconds that a load would have been given that has been under way since the beginning."""
+        """The time charged so far to a hypothetical load that never ends."""
         self._updated_s = 0.0
 
     def begin(self, now: float) -> float:
@@ -222,11 +221,11 @@ class _SourceCounts(msgspec.Struct):
 
 
 class ReadTally:
-    """Counts the reads and failures of each source since the engine began."""
+    """Counts the reads and failures of each source since the engine started."""
 
     def __init__(self) -> None:
         self._counts: dict[ReadSource, _SourceCounts] = {}
-        """By the last read or failure, the oldest first."""
+        """Ordered by last read or failure, oldest first."""
 
     def count_read(self, source: ReadSource, slab_bytes: int) -> None:
         counts = self._of(source)
@@ -265,11 +264,11 @@ def order_sources(
     slab_bytes: int,
     now: float,
 ) -> list[ReadSource]:
-    """Return the sources of a slab that ``holders`` have, by predicted time; those that failed lately come last.
+    """Return the store and up to MOST_PEERS of ``holders``, ordered by predicted time to read the slab.
 
-    The store is always one of them, and at most MOST_PEERS peers are. All transports of a peer that reach this engine
-    are included: where one fails by itself the next may work. ``mine`` is what this engine can read over; None for an
-    engine that reads from the store alone.
+    Sources that failed recently come last. A peer has one source for each transport that works between it and this
+    engine, because another transport may work if one fails. ``mine`` describes this engine's transports; None if it
+    reads only from the store.
     """
 
     def rank(source: ReadSource) -> tuple[bool, float]:
@@ -285,5 +284,5 @@ def order_sources(
 
 
 def hedge_after_s(predicted_s: float) -> float:
-    """Return how long the first source is waited for alone."""
+    """Return the seconds after which a second source is read concurrently."""
     return max(HEDGE_FLOOR_S, HEDGE_FACTOR * predicted_s)
