@@ -76,7 +76,7 @@ class Gateway:
         return ServedModel(model, await self.registry.resolve(model))
 
     def context_tokens(self) -> int:
-        """Return the context length: the maximum of prompt and output tokens that the model and all engines accept.
+        """Return the context length in tokens: the smallest limit of the model and the live engines.
 
         Raises ApiError 503 while no limit is known.
         """

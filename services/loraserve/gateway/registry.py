@@ -59,7 +59,7 @@ class RegistryCopy:
         return found
 
     async def refresh(self) -> None:
-        """Ask the store for the registry. Calls share a request not yet sent. A timeout leaves the copy unchanged."""
+        """Ask the store for the registry. Calls made before the request is sent share it. A timeout changes nothing."""
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask())
         await asyncio.shield(self._asking)

@@ -32,10 +32,10 @@ RECENT_TOKENS_S = 1.0
 """An engine counts as alive for this time after its last tokens, since reports are older than tokens."""
 
 END_LOST_AFTER_S = 1.5
-"""A request missing from an engine's report this long after its last token has lost its final message."""
+"""If a report made this long after a request's last token omits the request, its final message was lost."""
 
 CLOCK_MARGIN_S = 0.25
-"""Error of a report's time. It is computed from the age at publication, which excludes the delivery time."""
+"""Maximum error of a report's time, which is computed without the delivery time of the publication."""
 
 
 class StreamState(Enum):
@@ -133,7 +133,7 @@ class Stream:
             self.fail(refused(failed.code, failed.message))
 
     def fail(self, error: ApiError) -> None:
-        """End the stream with an error, raised after its unread tokens. Streams that have ended are unchanged."""
+        """End the stream. ``take`` raises the error after the unread tokens. Does nothing if the stream has ended."""
         if not self.is_over:
             self.failure = error
             self._enter(StreamState.FAILED)

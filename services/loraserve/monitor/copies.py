@@ -30,7 +30,7 @@ class CopyIndex:
         self._remove(engine, self._held.pop(engine, frozenset()))
 
     def holders(self, version: str, asked_by: str) -> tuple[Holder, ...]:
-        """Return at most MAX_HOLDERS other engines. Each asker gets a different order, which spreads the reads."""
+        """Return at most MAX_HOLDERS other engines. Their order depends on the asker's name, to spread the reads."""
         others = [holder for name, holder in sorted(self._holders.get(version, {}).items()) if name != asked_by]
         first = sum(asked_by.encode()) % len(others) if others else 0
         return tuple((others[first:] + others[:first])[:MAX_HOLDERS])
@@ -52,7 +52,7 @@ class CopyIndex:
 def _abilities(load: EngineLoad, capabilities: EngineCapabilities) -> dict[str, Abilities | None]:
     """Return, for each version on the engine, the abilities with which peers can read it; None if they cannot.
 
-    For an adapter in both the pool and the host cache, the pool is used if its transports are readable.
+    For an adapter in both the pool and the host cache, return the pool's abilities if peers can read the pool.
     """
     abilities = capabilities.abilities
     in_pool: dict[str, Abilities | None] = {adapter.version: abilities for adapter in load.adapters.resident}

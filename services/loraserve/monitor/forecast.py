@@ -130,7 +130,7 @@ class Mixture(Forecaster):
 
 
 def _weights(squared_errors: list[float]) -> list[float]:
-    """Return weights that sum to 1. The 1e-6 treats errors far below one token/s as equal."""
+    """Return weights that sum to 1. Adding 1e-6 makes errors far below one token/s count as equal."""
     least = min(squared_errors) + 1e-6
     weights = [(least / (error + 1e-6)) ** WEIGHT_POWER for error in squared_errors]
     total = sum(weights)

@@ -1,4 +1,4 @@
-"""Decides from the age of its last report whether an engine is alive. Pure."""
+"""Decides whether an engine is alive, from the age of its last report. Pure."""
 
 import msgspec
 

@@ -39,7 +39,7 @@ _TEMPLATE = 'is not supported; if the model\'s chat template takes it, put it in
 
 
 def _refused(reason: str, fields: str, *also_neutral: Any) -> dict[str, FieldRefusal]:
-    """Return one refusal for all ``fields``, a string of names. ``also_neutral`` adds neutral values."""
+    """Map each name in ``fields`` (separated by spaces) to one refusal. ``also_neutral`` adds neutral values."""
     return dict.fromkeys(fields.split(), FieldRefusal(reason, (*ASKS_FOR_NOTHING, *also_neutral)))
 
 
@@ -140,7 +140,7 @@ HARMLESS = frozenset(
         *("repeat_last_n", "adaptive_decay", "mm_processor_kwargs", "media_io_kwargs"),
         # The gateway does not split answers into reasoning and content, so these have no effect.
         *("include_reasoning", "separate_reasoning", "stream_reasoning", "reasoning_format"),
-        # Only tokenizers without a tokenizer.json use this, and they are not supported.
+        # Only tokenizers without a tokenizer.json use this. The gateway does not support them.
         "spaces_between_special_tokens",
         # /v1/completions does not use the chat template.
         *("add_generation_prompt", "continue_final_message", "chat_template_kwargs"),

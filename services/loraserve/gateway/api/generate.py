@@ -31,7 +31,7 @@ CLIENT_LEFT = 499
 """Status in metrics for a request whose client closed the connection. The client never receives it."""
 
 LEAST_LOGPROB = -9999.0
-"""Replaces smaller log-probabilities, because JSON cannot represent minus infinity."""
+"""Lower bound of log-probabilities in answers, because JSON cannot represent minus infinity."""
 
 DONE = b"data: [DONE]\n\n"
 LAST_EVENT_TIMEOUT_S = 1.0
@@ -95,7 +95,7 @@ def choice_requests(gateway: Gateway, call: Call, answer_id: str) -> list[Choice
 
 
 async def answer(gateway: Gateway, http: web.Request, call: Call) -> web.StreamResponse:
-    """Run the call on engines and send the answer. An ApiError is raised before the headers are sent, else streamed."""
+    """Run the call on engines and send the answer. After the headers are sent, an ApiError becomes the last event."""
     answer_id = f"{call.format.id_prefix}{secrets.token_hex(16)}"
     choices = choice_requests(gateway, call, answer_id)
     reply = Answer(gateway, http, call, answer_id)

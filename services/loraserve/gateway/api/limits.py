@@ -17,7 +17,7 @@ def check_text(tokenizer: ModelTokenizer, characters: int, context: int, param: 
 
 
 def check_messages(tokenizer: ModelTokenizer, messages: Sequence[ChatMessage], context: int) -> int:
-    """Return the number of characters in chat messages. Raises ApiError 400 if they exceed ``context`` tokens.
+    """Return the number of characters in chat messages. Raises ApiError 400 if they cannot fit the context.
 
     Each message and each content part takes at least one token.
     """

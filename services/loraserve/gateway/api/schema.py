@@ -250,7 +250,8 @@ def prompt_items(prompt: msgspec.Raw, context_tokens: int) -> Sequence[str] | Se
         _check_ids(max(map(len, lists)), context_tokens)
         return lists
     if inner[:1] == b'"':
-        # Escaped quotes do not end a text. This count can be too low: an escaped backslash can precede a quote.
+        # Escaped quotes do not end a text. The count is too low if a text ends in an escaped backslash, so the decoded
+        # list is checked again.
         _check_prompts((data.count(b'"') - data.count(b'\\"')) // 2)
         texts: list[str] = _decode_prompts(prompt, list[str])
         _check_prompts(len(texts))
@@ -262,7 +263,10 @@ def prompt_items(prompt: msgspec.Raw, context_tokens: int) -> Sequence[str] | Se
 def sampling_params(
     request: GenerationRequest, max_tokens: int, logprobs: int | None, seed: int, choice: int
 ) -> SamplingParams:
-    """Return one choice's parameters; its seed is ``seed + choice``. Raises ApiError 400 for too many min_tokens."""
+    """Return the sampling parameters of one choice, whose seed is ``seed + choice``.
+
+    Raises ApiError 400 if min_tokens is larger than ``max_tokens``.
+    """
     given = {name: getattr(request, name, None) for name in FIELD_TYPES}
     passed = {name: value for name, value in given.items() if value is not None}
     passed |= {
