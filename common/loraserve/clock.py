@@ -1,4 +1,4 @@
-"""Time as an argument: services hold a Clock, and pass the time as a number to decisions."""
+"""The clocks of a service. A service reads the time from its Clock and passes it as a number to decision functions."""
 
 import time
 from typing import Protocol
@@ -6,10 +6,10 @@ from typing import Protocol
 
 class Clock(Protocol):
     def monotonic_s(self) -> float:
-        """Seconds that never go backwards. Not comparable between machines or restarts."""
+        """Return seconds that never decrease. Values of different machines or boots are not comparable."""
 
     def unix_s(self) -> float:
-        """Seconds since 1970, for people and files."""
+        """Return the seconds since 1970, for logs and files."""
 
 
 class SystemClock:

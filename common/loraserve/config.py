@@ -1,7 +1,7 @@
-"""The whole configuration: one frozen struct per service, read from a TOML file, the environment and flags.
+"""The configuration: one frozen struct per section, read from a TOML file, the environment and flags.
 
-Unknown keys are refused in every source. Later sources override earlier ones: defaults, TOML,
-``LORASERVE_SECTION__KEY`` in the environment, ``--set section.key=value``.
+Each source overrides the one before it: defaults, the TOML file, ``LORASERVE_SECTION__KEY`` in the environment,
+``--set section.key=value``. A key that no section defines is an error.
 """
 
 import os
@@ -18,30 +18,30 @@ from loraserve.errors import ConfigError
 
 ENV_PREFIX = "LORASERVE_"
 PLACE = re.compile(r"`\$\.(\w+\.\w+)")
-"""Finds the setting at fault in an error of msgspec."""
+"""Matches the name of the invalid setting in an error message of msgspec."""
 
 MAX_SLAB_READ_BYTES = 16 << 20
-"""The store refuses a ReadSlab of more bytes."""
+"""The store refuses a ReadSlab request for more bytes."""
 
 Natural = Annotated[int, msgspec.Meta(ge=0)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-# The upper bound also keeps out infinity and NaN.
+# The upper bound also excludes infinity and NaN.
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Share = Annotated[float, msgspec.Meta(gt=0, lt=1)]
 Factor = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Base of every section."""
+    """Base class of the sections."""
 
 
 class BusConfig(Section, frozen=True, kw_only=True):
-    """Address templates. ``{name}`` is the process, ``{run_dir}`` the private folder of this cluster.
+    """Address templates. ``{name}`` stands for the process name, ``{run_dir}`` for the cluster's private folder.
 
-    Peers connect to a process's inbox and publications at ``connect`` and ``connect_pub``. The process binds ``bind``
-    and ``bind_pub``; "" means the same addresses. ``peers`` overrides both connect templates of a process, as
-    ``"inbox,publications"`` by name. Nothing authenticates peers, so whoever can connect can command the cluster.
+    Peers connect to ``connect`` (the inbox) and ``connect_pub`` (publications). The process binds ``bind`` and
+    ``bind_pub``, or the connect addresses if these are "". ``peers`` maps process names to ``"inbox,publications"``
+    addresses that replace the connect templates. Peers are not authenticated: any that connects can send commands.
     """
 
     connect: str = "ipc://{run_dir}/{name}.sock"
@@ -53,10 +53,10 @@ class BusConfig(Section, frozen=True, kw_only=True):
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
-    """``engines`` 0 means one per GPU, or two on a CPU.
+    """``engines`` 0 means one engine per GPU, or two engines on a CPU.
 
-    ``profile`` is the initial cost model of router and planner: a file written by scripts/profile, or the name of a
-    shipped profile. "" takes the shipped profile for this model and device if there is one.
+    ``profile`` gives the router and the planner their initial cost model. It is the path of a file written by
+    scripts/profile or the name of a shipped profile. "" selects the shipped profile for this model and device, if any.
     """
 
     engines: Natural = 0
@@ -69,30 +69,30 @@ class ClusterConfig(Section, frozen=True, kw_only=True):
 
 
 class ModelConfig(Section, frozen=True, kw_only=True):
-    """``path`` is a local Hugging Face directory. ``name`` is the model name for clients; "" means the folder's."""
+    """``path`` is a local Hugging Face directory. ``name`` is the model name for clients; "" means the folder name."""
 
     path: str = ""
     name: str = ""
     max_model_tokens: Natural = 0
-    """Maximum of prompt plus output; 0 means the model's own limit, or what fits in the KV cache if that is less."""
+    """Most prompt and output tokens of one request. 0 means the model's limit, or the KV cache's capacity if lower."""
 
 
 class EngineConfig(Section, frozen=True, kw_only=True):
-    """``device`` auto means a GPU if there is one.
+    """``device`` auto selects a GPU if there is one.
 
-    On a CPU, ``weights`` float32 is exact, fp16 needs half the bytes and computes with float32 activations, and auto
-    takes the faster one that is supported. ``kv_bytes`` and ``pool_bytes`` are the sizes of KV cache and adapter pool;
-    the pool's pages are allocated at start unless less than a quarter of the machine's memory would stay available.
+    On a CPU, ``weights`` float32 is exact. fp16 halves the weight bytes and computes with float32 activations. auto
+    selects the faster supported type. ``kv_bytes`` and ``pool_bytes`` are the sizes of the KV cache and adapter pool.
+    The pool's pages are allocated at start while at least a quarter of the machine's memory is available.
 
-    On a GPU, ``weights`` must have the adapters' dtype. The engine uses ``memory_fraction`` of the GPU's memory. Of
-    what the weights leave, ``pool_fraction`` is the adapter pool and the rest is the KV cache.
+    On a GPU, ``weights`` must have the adapters' dtype. The engine uses ``memory_fraction`` of the GPU's memory. The
+    adapter pool gets ``pool_fraction`` of the memory that remains after the weights, and the KV cache gets the rest.
 
-    Evicted adapters are kept in ``host_cache_bytes`` of host memory per engine (page-locked on a GPU), from which this
-    engine and its peers load them faster than from the store. 0 means no cache. auto means no cache on a CPU, where
-    ``pool_bytes`` serves the same purpose, and 8 GiB on a GPU, but at most a quarter of the memory for all engines.
+    Each engine keeps evicted adapters in a host cache of ``host_cache_bytes``, page-locked on a GPU. The engine and
+    its peers load them from there faster than from the store. 0 means no cache. auto means no cache on a CPU; on a GPU
+    it means 8 GiB, limited so that all engines together use at most a quarter of the machine's memory.
 
-    ``threads`` 0 means cores / engines, at least 1. ``digest_threads`` threads verify adapters while they are loaded; 0
-    means half of cores / engines on a GPU and what ``threads`` leaves of them on a CPU, between 1 and 8.
+    An engine's cores are cores / engines. ``threads`` 0 means that number, at least 1. ``digest_threads`` verify
+    adapters during loads. 0 means half of an engine's cores on a GPU, or those beyond ``threads`` on a CPU; 1 to 8.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -126,7 +126,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
 
 
 class RouterConfig(Section, frozen=True, kw_only=True):
-    """``policy`` predicted takes the engine with the lowest predicted TTFT; shares samples the plan's shares."""
+    """``policy`` predicted selects the engine with the lowest predicted TTFT; shares draws one by the plan's shares."""
 
     policy: Literal["predicted", "shares"] = "predicted"
     admit_timeout_s: Seconds = 1.0
@@ -141,7 +141,7 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
 
 
 class PlannerConfig(Section, frozen=True, kw_only=True):
-    """``policy`` loraserve is the paper's algorithm. ``pins`` maps adapter names to the engines that must hold them."""
+    """``policy`` loraserve is the LoRAServe paper's algorithm. ``pins`` maps adapters to engines that must hold them."""
 
     policy: Literal["ours", "loraserve"] = "ours"
     pins: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)
@@ -151,9 +151,9 @@ class PlannerConfig(Section, frozen=True, kw_only=True):
 
 
 class StoreConfig(Section, frozen=True, kw_only=True):
-    """``allowed_dirs`` limits the folders from which adapters may be registered; empty allows all.
+    """``adapters`` maps names to PEFT folders that the store registers at start. It logs and skips invalid adapters.
 
-    ``adapters`` maps names to PEFT folders that are registered at start. Refused ones are logged and left out.
+    ``allowed_dirs`` lists the folders from which adapters may be registered. An empty list allows all folders.
     """
 
     max_rank: Positive = 256
@@ -167,27 +167,27 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     port: Port = 8000
     api_keys: tuple[str, ...] = ()
     default_max_tokens: Natural = 0
-    """Output limit of requests that give none; 0 means the rest of the context."""
+    """Output limit of requests that do not set one. 0 means the rest of the context."""
     request_timeout_s: Seconds = 600.0
     route_timeout_s: Seconds = 10.0
     drain_timeout_s: Seconds = 8.0
-    """How long streams may continue after SIGTERM; less than the ten seconds that containers get."""
+    """Time for streams to finish after SIGTERM. Container runtimes kill a process ten seconds after SIGTERM."""
     max_body_bytes: Positive = 16 << 20
     max_free_json_bytes: Positive = 1 << 20
-    """Limit for a request's tool_calls together and for its chat_template_kwargs, whose JSON may hold anything."""
+    """Limit of a request's ``tool_calls`` in total and of its ``chat_template_kwargs``; neither has a JSON schema."""
     expect_characters: Positive = 4000
-    """Prompts of at least this length are announced to the router before they are tokenized, which takes 2 ms or more,
-    so that an engine can load the adapter meanwhile."""
+    """The gateway announces prompts of at least this length to the router before it tokenizes them, so that an engine
+    can load the adapter during tokenization (2 ms or more)."""
 
 
 class TransferConfig(Section, frozen=True, kw_only=True):
     """How engines read adapters from each other.
 
-    Of ``transports``, those that both engines support are used: the one predicted to be fastest, then the others if a
-    read fails, and the store. If empty, adapters come from the store and the engine's own host cache only.
+    Engines use the ``transports`` that both sides support. A load that is not in the engine's own
+    host cache tries the peers and the store in the order of predicted speed, or only the store without transports.
 
-    ``lease_s`` is how long an adapter stays in place for a reader that is not heard of any more. A renewed lease lasts
-    up to ``engine.load_timeout_s``.
+    ``lease_s`` is how long a peer's lease on an adapter lasts unless the peer renews it. Renewals can extend a lease
+    to ``engine.load_timeout_s`` in total.
     """
 
     transports: tuple[Literal["cuda_ipc", "shm", "verbs", "tcp"], ...] = ("cuda_ipc", "shm", "verbs", "tcp")
@@ -210,7 +210,7 @@ class Config(Section, frozen=True, kw_only=True):
 def load_config(
     path: Path | None = None, environ: Mapping[str, str] = os.environ, overrides: Sequence[str] = ()
 ) -> Config:
-    """Merge all sources. Raises ConfigError, which names the key and its source."""
+    """Merge all sources into a Config. Raises ConfigError, which names the invalid key and its source."""
     merged: dict[str, Any] = {}
     sources: dict[str, str] = {}
     if path is not None:
@@ -239,7 +239,7 @@ def engine_count(config: Config) -> int:
 
 
 def check_pins(config: Config) -> None:
-    """Raise ConfigError if an adapter is pinned to no engine or to one that does not exist."""
+    """Raise ConfigError if a pin lists no engines or an engine that does not exist."""
     names = engine_names(config)
     for adapter, engines in config.planner.pins.items():
         field = f"planner.pins.{adapter}"
@@ -291,7 +291,7 @@ def _convert(merged: dict[str, Any], sources: Mapping[str, str]) -> Config:
 
 
 def to_toml(config: Config) -> str:
-    """Return the configuration as TOML, from which ``load_config`` reads the same value."""
+    """Return the configuration as TOML. ``load_config`` reads an equal Config from it."""
     lines: list[str] = []
     for section, values in msgspec.to_builtins(config).items():
         scalars = {k: v for k, v in values.items() if not isinstance(v, dict)}
@@ -306,5 +306,5 @@ def to_toml(config: Config) -> str:
 
 
 def _json(value: Any) -> str:
-    # Strings, numbers, booleans and flat lists are the same in JSON and TOML, except for this character.
+    # JSON and TOML write strings, numbers, booleans and flat lists alike, except that TOML must escape DEL (U+007F).
     return msgspec.json.encode(value).decode().replace("\x7f", "\\u007f")

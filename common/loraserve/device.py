@@ -1,4 +1,4 @@
-"""Facts about this machine (devices, cores, memory), found without initializing a GPU."""
+"""Detects the devices, cores and memory of this machine without initializing a GPU."""
 
 import os
 from collections.abc import Sequence
@@ -10,16 +10,16 @@ CPU_ENGINES = 2
 
 
 def resolve_device(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/dev")) -> Device:
-    """Return ``engine.device`` with auto resolved: cuda if the NVIDIA driver shows a GPU to this process."""
+    """Return the device for a setting. auto means cuda if the NVIDIA driver shows a GPU to this process, else cpu."""
     if setting != "auto":
         return setting
     return "cuda" if gpu_count(devices) else "cpu"
 
 
 def gpu_count(devices: Path = Path("/dev")) -> int:
-    """Return the number of GPUs that this process may use, after CUDA_VISIBLE_DEVICES.
+    """Return the number of GPUs that this process may use, limited by CUDA_VISIBLE_DEVICES.
 
-    Windows' subsystem for Linux does not show the number; one is assumed there.
+    Windows Subsystem for Linux does not report the number of GPUs, so one is assumed there.
     """
     shown = len(list(devices.glob("nvidia[0-9]*"))) or int((devices / "dxg").exists())
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -37,13 +37,13 @@ def memory_limit_bytes(
         Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
     ),
 ) -> int:
-    """Return the memory that this process may use: the machine's, or its container's limit if that is less."""
+    """Return the bytes of memory that this process may use: the machine's memory or the container limit if lower."""
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return min([machine, *(limit for path in limits if (limit := _number(path)))])
 
 
 def available_memory_share(meminfo: Path = Path("/proc/meminfo"), groups: Path = Path("/sys/fs/cgroup")) -> float:
-    """Return the available share of the memory that this process may use; 0 if it is unknown."""
+    """Return the available share, 0 to 1, of the memory that this process may use. Returns 0 if it is unknown."""
     try:
         lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         share = int(lines["MemAvailable"].split()[0]) / int(lines["MemTotal"].split()[0])
@@ -59,7 +59,7 @@ def available_memory_share(meminfo: Path = Path("/proc/meminfo"), groups: Path =
 
 
 def _number(path: Path) -> int:
-    """Return the number in a file, or 0 if there is none."""
+    """Return the integer in a file, or 0 if the file is missing or holds something else."""
     try:
         text = path.read_text().strip()
     except OSError:
@@ -68,7 +68,7 @@ def _number(path: Path) -> int:
 
 
 def gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
-    """Return the NVIDIA driver's name of the first GPU; "" if it shows none."""
+    """Return the NVIDIA driver's name for the first GPU, or "" if it lists no GPU."""
     try:
         lines = next(iter(sorted(driver.glob("*/information")))).read_text().splitlines()
     except (OSError, StopIteration):
@@ -77,11 +77,11 @@ def gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
 
 
 def _listed(visible: str) -> int:
-    """Count the entries before the first invalid one, which hides all after it."""
+    """Count the entries before the first invalid entry. CUDA ignores all entries after an invalid one."""
     names = [name.strip() for name in visible.split(",")]
     return next((index for index, name in enumerate(names) if name in ("", "-1", "NoDevFiles")), len(names))
 
 
 def default_engines(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/dev")) -> int:
-    """Return the default number of engines: one per GPU; on a CPU two, so that placement has a choice."""
+    """Return the default number of engines: one per GPU, or two on a CPU so that adapters can be placed on either."""
     return max(1, gpu_count(devices)) if resolve_device(setting, devices) == "cuda" else CPU_ENGINES

@@ -1,7 +1,7 @@
-"""Which tokens end a model's output, read from the files of its Hugging Face directory.
+"""Reads the EOS tokens of a model from its Hugging Face directory.
 
-The engine needs them and has no tokenizer, so this reads the JSON files directly. As in vLLM, the EOS token of the
-tokenizer counts beside those of ``generation_config.json``: fine-tunes often change only one of the two.
+The engine needs them but has no tokenizer, so this module reads the JSON files. As in vLLM, the EOS tokens are those of
+``generation_config.json`` and that of the tokenizer, because fine-tunes often change only one of the two.
 """
 
 import json
@@ -15,8 +15,8 @@ from loraserve.errors import ConfigError
 def eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]:
     """Return the ids of all EOS tokens of a model directory whose parsed ``config.json`` is ``config``.
 
-    These are ``eos_token_id`` of ``generation_config.json`` (of ``config.json`` where it names none) and the id of the
-    tokenizer's ``eos_token``. Raises ConfigError for a file that is not JSON and for ids that are not token ids.
+    They are the ``eos_token_id`` of ``generation_config.json``, or else of ``config.json``, and the id of the
+    tokenizer's ``eos_token``. Raises ConfigError if a file is not JSON or an id is not a token id.
     """
     declared = _read(model_dir / "generation_config.json").get("eos_token_id")
     if declared is None:
@@ -29,7 +29,7 @@ def eos_token_ids(model_dir: Path, config: Mapping[str, Any]) -> tuple[int, ...]
 
 
 def _tokenizer_eos(model_dir: Path) -> int | None:
-    """Return the id of the tokenizer's EOS token, None where the tokenizer has none or is not there."""
+    """Return the id of the tokenizer's EOS token, or None if the token or the tokenizer is missing."""
     settings = _read(model_dir / "tokenizer_config.json")
     named = settings.get("eos_token") or _read(model_dir / "special_tokens_map.json").get("eos_token")
     text = named.get("content") if isinstance(named, dict) else named
@@ -48,7 +48,7 @@ def _tokenizer_eos(model_dir: Path) -> int | None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """Return the JSON object in a file, an empty one where there is no such file."""
+    """Return the JSON object in a file, or an empty dict if the file does not exist."""
     if not path.exists():
         return {}
     try:

@@ -1,19 +1,19 @@
-"""Base classes of the errors that this project raises on purpose. Messages name the field at fault and the remedy."""
+"""Base classes of the errors that this project raises. Messages name the invalid field and the remedy."""
 
 
 class LoraServeError(Exception):
-    """Base of all errors that this project raises on purpose."""
+    """Base class of all errors that this project defines."""
 
 
 class ConfigError(LoraServeError):
-    """A configuration, model directory or profile that cannot be used. The message names the field and the remedy."""
+    """A configuration, model directory or cost profile is invalid."""
 
 
 class AdapterError(LoraServeError):
-    """An adapter that cannot be served: wrong format, shape, rank or values.
+    """An adapter cannot be served because of its format, shape, rank, values or name.
 
-    ``code`` is stable for programs (``bad_format``, ``bad_shape``, ``bad_rank``, ``not_finite``, ``unsupported``,
-    ``not_found``, ``duplicate``); the message is for people and names the field and the remedy.
+    Programs can rely on ``code``: ``bad_format``, ``bad_shape``, ``bad_rank``, ``bad_name``, ``not_finite``,
+    ``unsupported``, ``not_found``, ``duplicate``. ``message`` is for people.
     """
 
     def __init__(self, code: str, message: str) -> None:
@@ -23,7 +23,7 @@ class AdapterError(LoraServeError):
 
 
 class RequestTimeoutError(LoraServeError):
-    """A peer did not answer a request in time. Whether it acted on the request is unknown."""
+    """A peer did not answer a request in time. It may or may not have acted on the request."""
 
 
 class PeerError(LoraServeError):

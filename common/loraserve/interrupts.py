@@ -1,7 +1,7 @@
 """Protects imports of C++ extensions from Ctrl-C.
 
-Python raises KeyboardInterrupt wherever it next runs Python code. If that code was called by C++, as happens hundreds
-of times while torch is imported, the exception aborts or crashes the process, is taken for a failed import, or is lost.
+Python raises KeyboardInterrupt in the next Python code that runs. While torch is imported, C++ often calls Python code.
+An exception in such a call crashes the process, looks like a failed import, or is lost.
 """
 
 import signal
@@ -17,8 +17,8 @@ INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
 def hold_back_interrupts() -> Iterator[None]:
     """Delay KeyboardInterrupt until the end of the block.
 
-    Handlers other than Python's default one do no harm and are left in place. Threads other than the main one never
-    receive signals, so there this does nothing.
+    Only Python's default handler is replaced, because others do not raise KeyboardInterrupt. The block has no effect
+    outside the main thread: other threads never receive signals.
     """
     received: list[int] = []
 

@@ -1,4 +1,4 @@
-"""Logging: one line per event with the process's name, as JSON or in a form for people."""
+"""Logging: one line per event with the process name, as JSON or as text for a console."""
 
 import logging
 import sys
@@ -15,14 +15,14 @@ Logger = FilteringBoundLogger
 
 
 def get_logger(name: str) -> Logger:
-    """Return the logger of the module ``name``. The process's name is added to every line."""
+    """Return the logger of the module ``name``. Every line also contains the process name."""
     return cast(Logger, structlog.get_logger(name))
 
 
 def configure_logging(config: Config, name: str) -> None:
-    """Send all log lines of this process, also those of libraries, to ``<cluster.log_dir>/<name>.log``.
+    """Write all log lines of this process and its libraries to ``<cluster.log_dir>/<name>.log``.
 
-    Without ``cluster.log_dir`` they go to standard error. Raises ConfigError if the file cannot be written.
+    If ``cluster.log_dir`` is "", the lines go to standard error. Raises ConfigError if the file cannot be written.
     """
     level = logging.getLevelNamesMapping()[config.cluster.log_level.upper()]
     handler = _handler(config, name)

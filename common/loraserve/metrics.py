@@ -1,4 +1,4 @@
-"""A process's metrics: one registry, which includes the bus counters, and the text that Prometheus scrapes."""
+"""The Prometheus metrics of a process, including its bus counters."""
 
 from collections.abc import Iterator, Sequence
 
@@ -12,7 +12,7 @@ PREFIX = "loraserve_"
 
 
 class Metrics:
-    """Metrics of one process. ``loraserve_`` is prefixed to every name."""
+    """The metrics of one process. All names get the prefix ``loraserve_``."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -34,7 +34,7 @@ class Metrics:
 
 
 class _BusCollector(Collector):
-    """Reads the bus counters when scraped, so that the bus itself only increments plain integers."""
+    """Reads the bus counters when Prometheus scrapes, so that the bus itself only increments integers."""
 
     def __init__(self, counters: BusCounters) -> None:
         self._counters = counters

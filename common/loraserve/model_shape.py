@@ -1,7 +1,7 @@
-"""The dimensions of a base model that adapters, memory planning and validation need.
+"""The dimensions of a base model, for adapter layouts, memory planning and validation.
 
-They are read from a Hugging Face ``config.json`` of the Llama, Mistral, Qwen2 or Qwen3 family without importing torch,
-so that the store and the planner can use them.
+This module reads them from a Hugging Face ``config.json`` of the Llama, Mistral, Qwen2 or Qwen3 family. It does not
+import torch, because the store and the planner use it.
 """
 
 import json
@@ -14,7 +14,7 @@ from loraserve.errors import ConfigError
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 
 MODULES = ("qkv", "o", "gate_up", "down")
-"""Fused modules of a layer, in the order in which they run and are stored in a slab."""
+"""The fused modules of a layer, in the order of execution and of storage in a slab."""
 
 QKV, OUT, GATE_UP, DOWN = range(len(MODULES))
 """Indices into MODULES."""
@@ -25,11 +25,11 @@ SLICES: dict[str, tuple[str, ...]] = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
-"""Projections fused into each module, by their Hugging Face names, in the order of the fused output."""
+"""Maps each module to its projections (Hugging Face names) in the order of the fused output."""
 
 
 class ModelShape(msgspec.Struct, frozen=True):
-    """The dimensions of a model. All sizes are in elements."""
+    """The dimensions of a model. Widths are in elements."""
 
     layers: int
     hidden: int
@@ -40,11 +40,11 @@ class ModelShape(msgspec.Struct, frozen=True):
     vocab: int
 
     def in_features(self, module: str) -> int:
-        """Input width of a fused module, K in the kernels' terms."""
+        """Return the input width of a fused module (K in the kernels)."""
         return {"o": self.heads * self.head_dim, "down": self.ffn}.get(module, self.hidden)
 
     def out_features(self, module: str) -> tuple[int, ...]:
-        """Output width of each slice of a fused module, in the order of ``SLICES``."""
+        """Return the output widths of a fused module's projections, in the order of ``SLICES``."""
         kv = self.kv_heads * self.head_dim
         if module == "qkv":
             return (self.heads * self.head_dim, kv, kv)
@@ -54,9 +54,9 @@ class ModelShape(msgspec.Struct, frozen=True):
 
 
 def shape_from_config(config: dict[str, object]) -> ModelShape:
-    """Return the shape from the parsed ``config.json`` of a model of a supported family.
+    """Return the model shape that a parsed ``config.json`` describes.
 
-    Raises ConfigError if the family is unknown, or a field is missing or not a positive integer.
+    Raises ConfigError if the model family is not supported, or a field is missing or not a positive integer.
     """
     family = config.get("model_type")
     if family not in FAMILIES:

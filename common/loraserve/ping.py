@@ -16,8 +16,8 @@ DEFAULT_TIMEOUT_S = 5.0
 
 
 async def ping(config: Config, name: str, timeout_s: float = DEFAULT_TIMEOUT_S) -> Pong:
-    """Return the answer of the process ``name``. Raises RequestTimeoutError or PeerError."""
-    # Without an inbox this bus binds no addresses, so it cannot conflict with the process it asks.
+    """Ask the process ``name`` for its state. Raises RequestTimeoutError or PeerError."""
+    # A bus without an inbox binds no addresses, so it cannot conflict with another process.
     bus = open_bus(config, f"ping-{os.getpid()}", None)
     try:
         return await bus.request(name, Ping(), Pong, timeout_s)

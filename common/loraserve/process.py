@@ -1,6 +1,6 @@
 """Runs a service as a process: flags, configuration, logging, signals, bus. Every ``__main__`` calls ``main``.
 
-Exit status: 0 stopped on request, 1 crashed, 2 the configuration cannot be used.
+Exit status: 0 after a stop request, 1 after a crash, 2 if the configuration is invalid.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _PR_SET_PDEATHSIG = 1
 
 
 class Parent:
-    """The supervisor given by ``--parent-pid``, which need not be the direct parent."""
+    """The supervisor process given by ``--parent-pid``. It may be an indirect parent of this process."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
@@ -40,7 +40,7 @@ class Parent:
 
     def is_alive(self) -> bool:
         if self._direct:
-            # Correct even if the process id was reused or the parent is a zombie.
+            # This is correct even if the process id was reused or the parent is a zombie.
             return os.getppid() == self._pid
         try:
             os.kill(self._pid, 0)
@@ -51,15 +51,15 @@ class Parent:
         return True
 
     async def watch(self, on_gone: Callable[[], None]) -> None:
-        """Call ``on_gone`` once, at most CHECK_INTERVAL_S after the parent has ended."""
-        # Only direct children are notified by the kernel, so this has to poll.
+        """Wait for the parent to end, then call ``on_gone``, at most CHECK_INTERVAL_S later."""
+        # Polls, because the kernel notifies only direct children.
         while self.is_alive():  # noqa: ASYNC110
             await asyncio.sleep(CHECK_INTERVAL_S)
         on_gone()
 
 
 def end_with_parent() -> None:
-    """On Linux, have SIGTERM sent to this process when its parent dies, even while it is busy importing."""
+    """Ask the kernel to send SIGTERM to this process when its parent dies. Has no effect outside Linux."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
@@ -136,7 +136,7 @@ async def _serve(kind: type[Service], name: str, config: Config, parent: Parent 
 
 
 def _warn_if_unprotected(config: Config, name: str) -> None:
-    """Warn if the bus listens on TCP, where nothing authenticates the peers."""
+    """Warn if the bus listens on TCP, because peers are not authenticated."""
     addresses = resolve_addresses(config, name).unprotected
     if addresses:
         _log.warning(
@@ -148,7 +148,7 @@ def _warn_if_unprotected(config: Config, name: str) -> None:
 
 
 def _stop_on_signals(service: Service) -> None:
-    """Let the first SIGTERM or SIGINT drain and stop the service, and the second end the process at once."""
+    """Install handlers: the first SIGTERM or SIGINT drains and stops the service, the second ends the process."""
     received: list[int] = []
 
     def on_signal(number: signal.Signals) -> None:
@@ -171,7 +171,7 @@ def _report_bad_config(name: str, error: ConfigError) -> int:
 
 
 def _end_within(seconds: float, status: int) -> None:
-    """End the process after some seconds even if a worker thread hangs, for which Python would wait forever."""
+    """End the process after ``seconds``, even if a worker thread hangs. Python would wait forever for such a thread."""
     timer = threading.Timer(seconds, os._exit, [status])
     timer.daemon = True
     timer.start()

@@ -1,8 +1,8 @@
 """The base class of every process: three hooks (``start``, ``loops``, ``drain``) and a message handler.
 
-STARTING  ``start(stack)`` acquires resources. One-way messages are kept, requests refused with ``starting``.
+STARTING  ``start(stack)`` acquires resources. One-way messages are queued; requests are refused with ``starting``.
 READY     The coroutines of ``loops()`` run, and ``handle`` is called for each message.
-DRAINING  After ``stop()``: ``drain()`` finishes current work; loops and inbox go on meanwhile.
+DRAINING  After ``stop()``, ``drain()`` finishes current work. Loops and ``handle`` continue to run.
 STOPPED   Loops and spawned tasks are cancelled, and the stack is closed.
 """
 
@@ -36,17 +36,17 @@ class ServiceState(StrEnum):
 
 
 class Service:
-    """Base of every process kind. Subclasses set ``inbox`` and override the hooks.
+    """Base class of every process kind. Subclasses set ``inbox`` and override the hooks.
 
-    If ``handle`` raises, the error is logged, the message is refused and the process continues. If a loop raises, the
-    process ends and the supervisor starts a new one; nothing is restarted in place.
+    If ``handle`` raises, the service logs the error, refuses the message and continues. If a loop raises, the process
+    ends and the supervisor starts a new process.
     """
 
     inbox: ClassVar[type[Any] | UnionType]
-    """The union of the messages that this kind receives; contains Ping."""
+    """The union of the message types that this process kind receives. It includes Ping."""
     drain_timeout_s: float = 10.0
     starting_detail: str = ""
-    """What ``start`` is doing, in words. Shown to pings until it is done."""
+    """A description of the current step of ``start``, returned to pings while the service starts."""
 
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         self.config = config
@@ -64,24 +64,24 @@ class Service:
         self._held: deque[Envelope] = deque(maxlen=config.bus.queue_messages)
 
     async def start(self, stack: AsyncExitStack) -> None:
-        """Acquire what the service needs. Push what must be closed at the end onto the stack."""
+        """Acquire the service's resources. Push the context managers to exit at the end onto the stack."""
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
-        """Return coroutines that run from READY until the end. A loop may return; if it raises, the process ends."""
+        """Return coroutines that run from READY to STOPPED. A loop may return. If it raises, the process ends."""
         return []
 
     async def drain(self) -> None:
-        """Finish current work while inbox and loops still run. Cancelled after ``drain_timeout_s``."""
+        """Finish current work while ``handle`` and the loops continue to run. Cancelled after ``drain_timeout_s``."""
 
     async def handle(self, envelope: Envelope) -> None:
-        """Handle one message. The inbox waits meanwhile, so work that awaits other processes belongs in ``spawn``."""
+        """Handle one message. It blocks later messages, so use ``spawn`` for work that awaits other processes."""
 
     def is_ready(self) -> bool:
-        """Return whether a started service can serve."""
+        """Return whether a service whose ``start`` has completed can serve. If not, its state is STARTING."""
         return True
 
     def ready_detail(self) -> str:
-        """Return in words what a started service waits for or holds."""
+        """Describe what a started service contains or waits for. Returned to pings."""
         return ""
 
     @property
@@ -91,15 +91,15 @@ class Service:
         return self._state
 
     def stop(self) -> None:
-        """Begin to stop. May be repeated."""
+        """Begin to stop. Further calls have no effect."""
         self._stopping.set()
         if self._start_scope is not None and not self._start_scope.expired():
             self._start_scope.reschedule(0.0)
 
     def spawn(self, work: Coroutine[Any, Any, None], envelope: Envelope | None = None) -> None:
-        """Run a coroutine concurrently with the inbox. It is cancelled when the service ends.
+        """Run ``work`` concurrently with the handling of messages. It is cancelled when the service stops.
 
-        If it raises, the error is logged, and the request being handled (or ``envelope``) is refused.
+        If it raises, the error is logged and the request in ``envelope`` (default: the current one) is refused.
         """
         if self._tasks is None and self._state is ServiceState.STARTING:
             work.close()
@@ -110,12 +110,12 @@ class Service:
             work.close()
 
     def spawn_vital(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run a coroutine that the service cannot do without: if it raises, the process ends."""
+        """Run a coroutine that is essential to the service: if it raises, the process ends."""
         if not self._create(work):
             work.close()
 
     async def run(self) -> None:
-        """Run from STARTING to STOPPED. Raises what ``start`` or a loop raised."""
+        """Run from STARTING to STOPPED. Raises the error of ``start`` or of a loop, if any."""
         self.log.info("starting", pid=os.getpid(), incarnation=self.bus.incarnation)
         try:
             async with AsyncExitStack() as stack, asyncio.TaskGroup() as tasks:
@@ -149,9 +149,9 @@ class Service:
             self.log.warning("drain_cut_short", after_s=self.drain_timeout_s)
 
     async def _start_unless_stopped(self, stack: AsyncExitStack) -> bool:
-        """Run ``start`` and return whether it completed; ``stop`` cancels it.
+        """Run ``start`` and return whether it completed. ``stop`` cancels it.
 
-        It runs in this task, because context managers must be exited in the task that entered them.
+        ``start`` runs in the current task, because a task must exit the context managers that it entered.
         """
         try:
             async with asyncio.timeout(None) as scope:
@@ -221,20 +221,20 @@ class Service:
         )
 
     def _create(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Create a task. Return False if the service is ending, which starts nothing new."""
+        """Create a task for ``work``. Return False if the service is ending and creates no tasks."""
         if self._tasks is None:
             return False
         try:
             task = self._tasks.create_task(work)
         except RuntimeError:
-            # A loop crashed and the group is shutting down.
+            # A loop raised, and the task group is shutting down.
             return False
         self._running.add(task)
         task.add_done_callback(self._running.discard)
         return True
 
     def _cancel_all(self) -> None:
-        # From here on cancelled tasks cannot spawn more work, which nobody would cancel.
+        # Cancelled tasks must not spawn work now, because it would not be cancelled.
         self._tasks = None
         self._state = ServiceState.STOPPED
         for task in self._running:
@@ -254,7 +254,7 @@ def _code(error: Exception) -> str:
 
 
 def _single(error: BaseException) -> BaseException:
-    """Return the only error in a group, or the group if it has several."""
+    """Return the only error in a group, or the group if it contains several errors."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error

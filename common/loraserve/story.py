@@ -1,4 +1,4 @@
-"""What happened to requests and adapters, for operators and for failing tests. Pure and bounded."""
+"""A bounded record of recent events of requests and adapters, for operators and test failures."""
 
 from collections import OrderedDict, deque
 from collections.abc import Sequence
@@ -9,20 +9,20 @@ from loraserve.messages import StoryLine
 MAX_SUBJECTS = 8192
 MAX_ENTRIES = 64
 CLOCK_STEP_S = 0.01
-"""Smaller differences between two readings of the clocks are no change of the wall clock."""
+"""Smaller changes of the offset between the clocks are reading noise, not changes of the wall clock."""
 
 
 class StoryEntry(NamedTuple):
-    """One event; ``time_s`` is of the process's monotonic clock."""
+    """One event. ``time_s`` is a time of the process's monotonic clock."""
 
     time_s: float
     text: str
 
 
 class Story:
-    """The latest events of each subject: a request id, an adapter name or an adapter version.
+    """The last ``MAX_ENTRIES`` events of each of the ``MAX_SUBJECTS`` subjects with the most recent events.
 
-    Keeps the last ``MAX_ENTRIES`` events of the ``MAX_SUBJECTS`` subjects that had an event most recently.
+    A subject is a request id, an adapter name or an adapter version.
     """
 
     def __init__(self) -> None:
@@ -30,7 +30,7 @@ class Story:
         self._to_unix_s = 0.0
 
     def tell(self, subject: str, now: float, text: str) -> None:
-        """Append an event."""
+        """Record an event at the monotonic time ``now``."""
         entries = self._subjects.setdefault(subject, deque(maxlen=MAX_ENTRIES))
         self._subjects.move_to_end(subject)
         entries.append(StoryEntry(now, text))
@@ -42,11 +42,11 @@ class Story:
         return list(self._subjects.get(subject, ()))
 
     def lines(self, subject: str) -> list[str]:
-        """Return the events of a subject as text, each with its time in seconds."""
+        """Return the events of a subject as text, each with its monotonic time in seconds."""
         return [f"{time_s:.3f} {text}" for time_s, text in self.entries(subject)]
 
     def told(self, subjects: Sequence[str], monotonic_to_unix_s: float) -> tuple[StoryLine, ...]:
-        """Return the events of several subjects with wall-clock times, which are the same in every answer."""
+        """Return the events of ``subjects`` with wall-clock times. An event keeps its time in later calls."""
         if abs(monotonic_to_unix_s - self._to_unix_s) > CLOCK_STEP_S:
             self._to_unix_s = monotonic_to_unix_s
         return tuple(

@@ -1,4 +1,4 @@
-"""Tables, bars and sizes for terminal output. Pure."""
+"""Formats tables, bars and sizes for terminal output."""
 
 from collections.abc import Sequence
 
@@ -6,7 +6,7 @@ BAR_CELLS = 10
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return aligned columns. A column whose cells are all figures is right-aligned."""
+    """Return the table as text with aligned columns. Columns that contain only figures are right-aligned."""
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
     right = [bool(rows) and all(_is_figure(row[i]) for row in rows) for i in range(len(head))]
     return "\n".join(
@@ -16,14 +16,14 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def bar(used: float, total: float) -> str:
-    """Return a bar such as ``###.......  31%``. Any use at all fills the first cell."""
+    """Return a bar such as ``###.......  31%``. Any use above 0 fills at least one cell."""
     share = min(max(used / total, 0.0), 1.0) if total > 0 else 0.0
     cells = max(round(share * BAR_CELLS), 1 if share else 0)
     return "#" * cells + "." * (BAR_CELLS - cells) + f"{share:5.0%}"
 
 
 def size(count_bytes: float) -> str:
-    """Return a byte count in the largest binary unit that leaves at least 1."""
+    """Return a byte count in the largest of B, KiB, MiB and GiB in which the number is at least 1."""
     value = float(count_bytes)
     for unit in ("B", "KiB", "MiB"):
         if abs(value) < 1024:

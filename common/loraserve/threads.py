@@ -1,7 +1,6 @@
-"""Running work in threads so that cancellation waits for the thread.
+"""Runs functions in threads. A cancelled caller waits until its thread has finished.
 
-A thread cannot be stopped. If it writes to memory that the caller gives away after a cancellation, the caller must wait
-until the thread is done.
+Python cannot stop a thread. A cancelled caller must not reuse memory while its thread may still write to it.
 """
 
 import asyncio
@@ -17,8 +16,8 @@ async def run_in_thread(
 ) -> T:
     """Run ``function`` in a thread and return its result.
 
-    If this is cancelled, it ends only when the function is not running any more; a function that has not begun never
-    begins. ``stop`` is then called, for functions that check from time to time whether they are still needed.
+    If this coroutine is cancelled, a function that has not started never runs. For a running function, it calls
+    ``stop``, which may ask the function to end early, and waits until the function returns.
     """
     job = threads.submit(function)
     work = asyncio.wrap_future(job)
@@ -32,8 +31,8 @@ async def run_in_thread(
 
 
 async def wait_finished(work: "asyncio.Future[T]") -> bool:
-    """Wait until the future is done, ignoring its outcome and cancellations. Return whether this was cancelled."""
-    # A deadline may cancel a task that its caller has cancelled already, so there can be several cancellations.
+    """Wait until the future is done, whatever its outcome. Return whether the caller was cancelled meanwhile."""
+    # Several cancellations can arrive, for example from the caller and from a deadline.
     cancelled = False
     while not work.done():
         try:
