@@ -141,7 +141,7 @@ class MonitorConfig(Section, frozen=True, kw_only=True):
 
 
 class PlannerConfig(Section, frozen=True, kw_only=True):
-    """``policy`` loraserve is the LoRAServe paper's algorithm. ``pins`` maps adapters to engines that must hold them."""
+    """``policy`` loraserve is the paper's algorithm. ``pins`` maps adapters to engines that must hold them."""
 
     policy: Literal["ours", "loraserve"] = "ours"
     pins: dict[str, tuple[str, ...]] = msgspec.field(default_factory=dict)

@@ -1,8 +1,8 @@
-"""All messages of the cluster: one module per direction, and for each process kind the union of what it receives.
+"""All messages of the cluster: one module per direction, and one union per process kind of the messages it receives.
 
-Messages are frozen msgspec structs. A process decodes them strictly against its union. Fields may be added with
-defaults; a new or changed tag needs a new ``PROTOCOL_VERSION``. Tensors and slabs are never in structs: they are raw
-frames beside the message.
+Messages are frozen msgspec structs. A process decodes them strictly against its union. New fields must have defaults.
+A new or changed tag needs a new ``PROTOCOL_VERSION``. Tensors and slabs travel as raw frames beside the struct, not in
+it.
 """
 
 from loraserve.messages.admin import Ping, Pong, StoryLine, StoryTold, TellStory

@@ -1,4 +1,4 @@
-"""Any process -> any process: is it alive and ready, and what does it know of a request or an adapter?"""
+"""Any process -> any process: ask for its state, or for its events of requests and adapters."""
 
 import msgspec
 
@@ -6,11 +6,11 @@ from loraserve.messages.base import Message
 
 
 class Ping(Message, frozen=True, tag=True, kw_only=True):
-    """Answered by the service base class of every process."""
+    """Request: report the process's state. Answered by Pong."""
 
 
 class Pong(Message, frozen=True, tag=True, kw_only=True):
-    """``state`` is STARTING, READY, DRAINING or STOPPED; ``detail`` says in words what it waits for or holds."""
+    """Answer to Ping. ``state`` is STARTING, READY, DRAINING or STOPPED. ``detail`` describes it in words."""
 
     name: str
     state: str
@@ -21,13 +21,13 @@ class Pong(Message, frozen=True, tag=True, kw_only=True):
 
 
 class TellStory(Message, frozen=True, tag=True, kw_only=True):
-    """Asks for everything the process knows of these request ids, adapter names or versions. Answer: StoryTold."""
+    """Request: return the recorded events of these request ids, adapter names or versions. Answered by StoryTold."""
 
     subjects: tuple[str, ...]
 
 
 class StoryLine(msgspec.Struct, frozen=True, kw_only=True):
-    """One event. ``unix_s`` is the process's wall clock, so that lines of several processes can be merged."""
+    """One event. ``unix_s`` is its wall-clock time, by which lines of several processes can be merged."""
 
     unix_s: float
     subject: str
@@ -35,6 +35,6 @@ class StoryLine(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoryTold(Message, frozen=True, tag=True, kw_only=True):
-    """The process's lines about the subjects, oldest first for each subject."""
+    """Answer to TellStory. The events of each subject are in order, oldest first."""
 
     lines: tuple[StoryLine, ...]

@@ -1,4 +1,4 @@
-"""What all messages share: the protocol version, the base class, and adapter references."""
+"""The protocol version, the base class of messages, and adapter references."""
 
 import msgspec
 
@@ -6,11 +6,11 @@ PROTOCOL_VERSION = 8
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """Base of every message; the class name is the tag."""
+    """Base class of every message. The class name is the tag on the wire."""
 
 
 class AdapterRef(msgspec.Struct, frozen=True, kw_only=True):
-    """One version of a named adapter. ``version`` is the slab's digest, ``rank`` its largest rank."""
+    """One version of a named adapter. ``version`` is the digest of its slab header, ``rank`` its largest rank."""
 
     name: str
     version: str

@@ -8,10 +8,10 @@ from loraserve.messages.base import Message
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request.
 
-    ``index`` is the output index of the first token, so that the gateway notices a lost message. ``finish`` is None
-    while the request runs, else ``stop``, ``length`` or ``abort``; ``stop_reason`` is the stop token of the request
-    that ended it (see ``loraserve.messages.stop``). ``logprobs`` is empty or has one entry a token: its own
-    log-probability, then (token, log-probability) of the most likely tokens.
+    ``index`` is the output index of the first token; with it the gateway detects lost messages. ``finish`` is None
+    while the request runs, then ``stop`` or ``length``. ``stop_reason`` is the id from ``stop_token_ids`` that ended
+    the output, if one did. ``logprobs`` is empty or has one entry per token: the token's log-probability, then
+    (token, log-probability) pairs of the most likely tokens.
     """
 
     request_id: str
@@ -24,7 +24,7 @@ class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
 
 
 class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
-    """Sent by an engine after each step, to each gateway with tokens in it. No answer."""
+    """The new tokens of one step for one gateway. Sent by an engine after each step. No answer."""
 
     engine: str
     incarnation: str

@@ -1,4 +1,4 @@
-"""Engine -> monitor: load, statistics, capabilities; monitor -> engines: holders of an adapter, engines that died."""
+"""Engine -> monitor: load, statistics, capabilities. Monitor -> engines: holders of an adapter, dead engines."""
 
 import msgspec
 
@@ -7,9 +7,9 @@ from loraserve.messages.transfer import Abilities
 
 
 class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """Requests of an engine. ``waiting_prefill_tokens``: prompt tokens that are still to be computed, of all requests.
+    """The running and waiting requests of an engine. ``request_ids`` lists both.
 
-    ``request_ids`` lists all requests, running and waiting.
+    ``waiting_prefill_tokens`` counts the prompt tokens of all requests that are not computed yet.
     """
 
     waiting: int = 0
@@ -19,7 +19,7 @@ class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MemoryLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """Free memory of an engine. ``pool_room_bytes``: the largest slab that fits now, after evictions."""
+    """Free memory of an engine. ``pool_room_bytes`` is the largest slab that fits after evicting idle adapters."""
 
     kv_blocks_free: int
     pool_free_bytes: int
@@ -27,11 +27,11 @@ class MemoryLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MeanStep(msgspec.Struct, frozen=True, kw_only=True):
-    """Smoothed means of recent steps of one kind: what they contained and how long they took.
+    """Smoothed means of the contents and durations of recent steps of one kind.
 
-    All fields are smoothed alike, so the struct as a whole can be compared with a prediction. The fields are those of
-    StepShape. ``padded_prefill_tokens`` and ``padded_decode_tokens`` are a step's tokens of that kind times the largest
-    rank in the step.
+    All fields use the same smoothing weights, so predictions for the mean contents can be compared with
+    ``duration_s``. StepShape defines the other fields. ``padded_prefill_tokens`` and ``padded_decode_tokens`` are the
+    step's tokens of that kind times the largest rank in the step.
     """
 
     duration_s: float
@@ -46,9 +46,9 @@ class MeanStep(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MeanLoad(msgspec.Struct, frozen=True, kw_only=True):
-    """Smoothed means of recent adapter loads. A mean load takes ``slab_bytes / bytes_per_s``.
+    """Smoothed means of recent adapter loads. An average load takes ``slab_bytes / bytes_per_s`` seconds.
 
-    The time does not include what a load waited for other loads on the link.
+    This time excludes waiting for other loads on the link.
     """
 
     slab_bytes: float
@@ -56,11 +56,11 @@ class MeanLoad(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MeasuredSpeed(msgspec.Struct, frozen=True, kw_only=True):
-    """What an engine measured; None before the first measurement.
+    """The speeds that an engine measured. A mean is None before the first measurement.
 
-    ``decode_step`` is of steps without prefill, ``prefill_step`` of steps with prefill, whatever decodes beside it.
-    ``decode_steps``, ``prefill_steps`` and ``loads`` count the measurements of this incarnation: a larger count than in
-    the last report means that the mean contains something new.
+    ``decode_step`` is the mean of steps without prefill. ``prefill_step`` is the mean of steps with prefill, with or
+    without decoding sequences. ``decode_steps``, ``prefill_steps`` and ``loads`` count the measurements of this
+    incarnation. If a count has grown since the last report, its mean includes new measurements.
     """
 
     decode_step: MeanStep | None = None
@@ -72,18 +72,18 @@ class MeasuredSpeed(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def decode_step_s(self) -> float:
-        """Seconds of a mean step without prefill; 0 before the first."""
+        """Return the mean seconds of a step without prefill, or 0 before the first such step."""
         return self.decode_step.duration_s if self.decode_step else 0.0
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prefill tokens per second of steps with prefill; 0 before the first."""
+        """Return the prefill tokens per second in steps with prefill, or 0 before the first such step."""
         step = self.prefill_step
         return step.prefill_tokens / step.duration_s if step and step.duration_s else 0.0
 
 
 class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter in the engine's pool. ``pinned``: the plan wants it there; ``running``: requests that use it now."""
+    """An adapter in an engine's pool. The plan requires it there if ``pinned``. ``running`` requests use it now."""
 
     name: str
     version: str
@@ -94,9 +94,9 @@ class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
-    """Adapters of an engine. ``loading`` and ``cached`` (in the host cache, perhaps also resident) are versions.
+    """The adapters of an engine. ``loading`` and ``cached`` list versions; ``cached`` ones are in the host cache.
 
-    ``plan_epoch`` is the newest epoch that this incarnation was asked to prepare or to retire for; 0 before the first.
+    ``plan_epoch`` is the newest epoch in a PreparePlan or RetireCopies that this incarnation received, 0 if none.
     """
 
     resident: tuple[ResidentAdapter, ...] = ()
@@ -106,9 +106,9 @@ class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
-    """Sent by an engine every ``engine.load_interval_s``; no answer. What routing and planning need to know at once.
+    """Reports an engine's current load for routing and planning, every ``engine.load_interval_s``. No answer.
 
-    ``state`` is that of Pong.
+    ``state`` has the values of ``Pong.state``.
     """
 
     engine: str
@@ -121,10 +121,10 @@ class EngineLoad(Message, frozen=True, tag=True, kw_only=True):
 
 
 class EngineCapabilities(Message, frozen=True, tag=True, kw_only=True):
-    """Sent by an engine when it is ready, and again on AnnounceCapabilities; no answer. Constant for an incarnation.
+    """Reports the constants of an engine's incarnation when it is ready, and on AnnounceCapabilities. No answer.
 
-    ``max_step_tokens`` counts the prefill and decode tokens of one step together. ``abilities`` and ``cache_abilities``
-    say how peers can read adapters from the pool and from the host cache; None means not at all.
+    ``max_step_tokens`` limits the prefill and decode tokens of a step in total. ``abilities`` and ``cache_abilities``
+    describe how peers can read adapters from the pool and from the host cache. None means that peers cannot.
     """
 
     engine: str
@@ -140,18 +140,18 @@ class EngineCapabilities(Message, frozen=True, tag=True, kw_only=True):
 
 
 class AnnounceCapabilities(Message, frozen=True, tag=True, kw_only=True):
-    """Sent by the monitor to an engine whose incarnation it has a load of but not the capabilities.
+    """Asks an engine to send EngineCapabilities again. No other answer.
 
-    That happens when the monitor was restarted or the first EngineCapabilities was lost. The engine sends
-    EngineCapabilities again.
+    The monitor sends this when it receives a load from an engine whose capabilities it does not know: after a restart
+    of the monitor, or after the first EngineCapabilities was lost.
     """
 
 
 class AdapterTokens(msgspec.Struct, frozen=True, kw_only=True):
-    """Tokens computed for one adapter since its ``span`` began; ``version`` "" is the base model.
+    """The tokens computed for one adapter since its ``span`` began. ``version`` "" stands for the base model.
 
-    An engine forgets an adapter that was idle for many reports and no longer lists it. When the adapter is used again,
-    it counts from zero in a new span (numbered within the incarnation). Span 0 means that nothing is ever forgotten.
+    An engine drops the counts of an adapter that was idle for many reports. When the adapter is used again, its counts
+    start at zero in a new span. Spans are numbered within an incarnation. An engine that never drops counts uses 0.
     """
 
     version: str
@@ -162,10 +162,10 @@ class AdapterTokens(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ReadCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Slabs that an engine read from one source over one transport since its incarnation began.
+    """Counts the slab reads of an engine's incarnation from one source over one transport.
 
-    ``source`` is a peer's name or ``store``. ``mismatched`` of the ``failed`` reads returned bytes that did not match
-    their digests. ``predicted_bytes_per_s`` is the rate expected for a large slab now; 0 before the first read.
+    ``source`` is a peer's name or ``store``. ``failed`` includes the ``mismatched`` reads, whose bytes did not match
+    their digests. ``predicted_bytes_per_s`` is the rate predicted for a large slab now, or 0 before the first read.
     """
 
     source: str
@@ -178,11 +178,11 @@ class ReadCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PrefetchCounts(msgspec.Struct, frozen=True, kw_only=True):
-    """Slabs that an engine loaded before a request waited for them, since its incarnation began.
+    """Counts the slab bytes that an engine's incarnation loaded before any request waited for them.
 
-    ``kind`` is why: ``plan`` (the planner wants them there), ``admission`` (the router announced a request),
-    ``pattern`` (they usually follow adapters that were requested). ``useful``: a request ran with the slab before it
-    left the pool; ``wasted``: it left without that. The rest is in the pool and was not requested yet.
+    ``kind`` is the reason: ``plan`` (the plan places the adapter here), ``admission`` (the router announced a request)
+    or ``pattern`` (requests for this adapter often follow recent ones). A request used the ``useful`` slabs before
+    their eviction. ``wasted`` slabs were evicted unused. Other slabs are in the pool and were not used yet.
     """
 
     kind: str
@@ -192,11 +192,11 @@ class PrefetchCounts(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
-    """Counts since the incarnation began, for operators.
+    """Counts events of an engine's incarnation, for operators.
 
-    ``early_starts``: requests that started before their adapter was complete; of these, ``early_starts_in_vain`` had to
-    wait because it was not complete in time. ``leaks``: how often the idle engine found its own state inconsistent or
-    memory that nobody holds.
+    ``early_starts`` counts requests whose prefill started during the load of their adapter.
+    ``early_starts_in_vain`` of them were undone because the load took too long. ``leaks`` counts the checks that found
+    an inconsistent state, or memory in use while the engine was idle.
     """
 
     steps: int = 0
@@ -211,9 +211,9 @@ class EngineCounters(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineStatistics(Message, frozen=True, tag=True, kw_only=True):
-    """Sent by an engine every ``engine.statistics_interval_s``; no answer. The demand for adapters is made from these.
+    """Reports an engine's statistics every ``engine.statistics_interval_s``. No answer.
 
-    ``adapter_tokens`` lists the adapters that were used lately.
+    The monitor computes the demand from ``adapter_tokens``, which lists the recently used adapters.
     """
 
     engine: str
@@ -223,13 +223,13 @@ class EngineStatistics(Message, frozen=True, tag=True, kw_only=True):
 
 
 class FindCopies(Message, frozen=True, tag=True, kw_only=True):
-    """Request of an engine: who has this adapter? Answered by Copies, from the engines' last reports."""
+    """Request of an engine: find the engines that hold this adapter. Answered by Copies from their last reports."""
 
     version: str
 
 
 class Holder(msgspec.Struct, frozen=True, kw_only=True):
-    """A live engine that has the adapter resident or cached, and the ``abilities`` with which it can be read there."""
+    """A live engine with the adapter in its pool or host cache. ``abilities`` describe how to read it there."""
 
     engine: str
     incarnation: str
@@ -237,14 +237,14 @@ class Holder(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Copies(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to FindCopies. Names some of the holders, not all if there are many."""
+    """Answer to FindCopies. If there are many holders, it lists only some of them."""
 
     version: str
     holders: tuple[Holder, ...]
 
 
 class EngineGone(Message, frozen=True, tag=True, kw_only=True):
-    """Publication ``gone`` of the monitor, for engines: this incarnation died, or was replaced by a new one."""
+    """Publication ``gone`` of the monitor, for engines: this incarnation died or was replaced by a new incarnation."""
 
     engine: str
     incarnation: str

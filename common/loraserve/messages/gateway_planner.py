@@ -1,11 +1,11 @@
-"""Gateway (for an operator) -> planner: show the plan, plan now, drain an engine."""
+"""Gateway, for an operator -> planner: show the plan, plan now, or drain an engine."""
 
 from loraserve.messages.base import Message
 from loraserve.messages.planner_router import Move, Plan
 
 
 class GetPlan(Message, frozen=True, tag=True, kw_only=True):
-    """Request. Answered by the current Plan."""
+    """Request: show the current plan. Answered by Plan."""
 
 
 class Rebalance(Message, frozen=True, tag=True, kw_only=True):
@@ -15,9 +15,9 @@ class Rebalance(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Drain(Message, frozen=True, tag=True, kw_only=True):
-    """Request: empty an engine (``on``) or use it again. Remembered over restarts of the planner.
+    """Request: drain an engine, or use it again if ``on`` is False. The planner keeps the setting across restarts.
 
-    Answered by RebalanceDone when the new plan is in force or has failed. Requests that run on the engine finish.
+    Answered by RebalanceDone when the new plan has taken effect or failed. Running requests on the engine finish.
     """
 
     engine: str
@@ -25,9 +25,9 @@ class Drain(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RebalanceDone(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to Rebalance and Drain. ``applied`` is False for dry runs and if nothing had to change.
+    """Answer to Rebalance and Drain. ``failed`` lists descriptions of the failures.
 
-    ``failed`` says in words what could not be done.
+    ``applied`` is False for a dry run, if nothing had to change, and if the new plan did not take effect.
     """
 
     plan: Plan

@@ -1,4 +1,4 @@
-"""Gateway -> router: route a request; announce one."""
+"""Gateway -> router: route a request, or announce one."""
 
 from loraserve.messages.base import AdapterRef, Message
 from loraserve.messages.sampling import SamplingParams
@@ -18,7 +18,7 @@ class Route(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Routed(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to Route: the engine has admitted the request. ``why`` names the rule that chose it."""
+    """Answer to Route: the engine has admitted the request. ``why`` names the rule that selected the engine."""
 
     request_id: str
     engine: str
@@ -29,7 +29,8 @@ class Routed(Message, frozen=True, tag=True, kw_only=True):
 class Rejected(Message, frozen=True, tag=True, kw_only=True):
     """Answer to Route: no engine admitted the request.
 
-    ``code`` is ``no_engine`` (HTTP status 503), ``overloaded`` (429) or ``bad_request`` (400).
+    ``code`` is ``no_engine`` or ``adapter_unavailable`` (HTTP status 503), ``overloaded`` (429), or ``bad_request`` or
+    ``context_length`` (400).
     """
 
     request_id: str
@@ -39,7 +40,7 @@ class Rejected(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Expect(Message, frozen=True, tag=True, kw_only=True):
-    """Announces that a request for this adapter, of about so many tokens, will follow. No answer."""
+    """Announces a request for this adapter with an estimated number of ``prompt_tokens``. No answer."""
 
     adapter: AdapterRef
     prompt_tokens: int

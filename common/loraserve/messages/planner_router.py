@@ -1,4 +1,4 @@
-"""Planner -> routers (publication ``plan``): where copies are, and the share of the traffic that each should get."""
+"""Planner -> routers (publication ``plan``): the planned copies of adapters and the traffic share of each copy."""
 
 import msgspec
 
@@ -6,7 +6,7 @@ from loraserve.messages.base import Message
 
 
 class Placement(msgspec.Struct, frozen=True, kw_only=True):
-    """One copy of an adapter. The shares of its copies sum to 1."""
+    """One planned copy of an adapter. The shares of all copies of an adapter sum to 1."""
 
     version: str
     name: str
@@ -15,9 +15,9 @@ class Placement(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Move(msgspec.Struct, frozen=True, kw_only=True):
-    """One difference between two plans. ``source`` "" means a new copy, ``target`` "" a removed one.
+    """One difference between two plans. ``source`` "" means a new copy, ``target`` "" a removed copy.
 
-    ``gain_s`` is the predicted decrease of the P95 TTFT by this move.
+    ``gain_s`` is the predicted decrease of the P95 TTFT by this move, in seconds.
     """
 
     version: str
@@ -30,10 +30,10 @@ class Move(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Plan(Message, frozen=True, tag=True, kw_only=True):
-    """A complete plan, published when it comes into force and again from time to time.
+    """A complete plan. The planner publishes it when it takes effect, and repeats it periodically.
 
-    Epochs grow, also over restarts of the planner; epochs that were given up leave gaps. ``drained`` engines get no new
-    requests while any other engine is ready.
+    Epochs increase, even across restarts of the planner. An abandoned rollout leaves a gap. ``drained`` engines get no
+    new requests while any other engine is ready.
     """
 
     epoch: int

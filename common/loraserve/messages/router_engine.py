@@ -1,4 +1,4 @@
-"""Router -> engine: run a request; load an adapter for one that will follow."""
+"""Router -> engine: run a request, or load an adapter for an expected request."""
 
 from loraserve.messages.base import AdapterRef, Message
 from loraserve.messages.sampling import SamplingParams
@@ -7,7 +7,7 @@ from loraserve.messages.sampling import SamplingParams
 class Admit(Message, frozen=True, tag=True, kw_only=True):
     """Request: run this request and send its tokens to ``gateway``. Answered by Admitted.
 
-    Repeating the id of a request that is still running changes nothing.
+    An Admit for a request that is still running changes nothing.
     """
 
     request_id: str
@@ -18,7 +18,7 @@ class Admit(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Admitted(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to Admit. If not ``ok``, the engine refused; ``code`` and ``message`` are as in Rejected."""
+    """Answer to Admit. If ``ok`` is False, the engine refused for the reason in ``code`` and ``message``."""
 
     request_id: str
     incarnation: str
@@ -28,6 +28,6 @@ class Admitted(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ExpectAdapter(Message, frozen=True, tag=True, kw_only=True):
-    """Announces a request for this adapter: load it if no other request is delayed by that. No answer."""
+    """Announces a request for this adapter. The engine loads it if that delays no other request. No answer."""
 
     adapter: AdapterRef

@@ -1,13 +1,13 @@
-"""Sampling parameters: the definition from which the HTTP schema, the wire format and the samplers derive.
+"""Defines the sampling parameters. The HTTP schema, the wire format and the samplers derive from this definition.
 
 To add a parameter:
 
-1. Add a field to ``SamplingParams`` here, with its range and with the neutral value (the one that changes nothing) as
-   its default. If the sampler needs the request's earlier tokens for it, add it to ``changes_logits``.
+1. Add a field to ``SamplingParams`` with its range. Its default is the value that has no effect. If the sampler needs
+   the request's earlier tokens for the parameter, add it to ``changes_logits``.
 2. Apply it in ``engine/compute/sampler.py`` (one row at a time) and in ``engine/cuda/sampling.py`` (all rows at once).
 
-The gateway accepts the field under the same name, refuses values outside the range and passes it on without further
-code; the messages between the processes follow from the struct.
+The gateway and the messages need no change: the gateway accepts a field of this name in requests, checks its range and
+passes it on.
 """
 
 from typing import Annotated, Any, NamedTuple, get_args, get_origin, get_type_hints
@@ -16,7 +16,7 @@ import msgspec
 
 
 class Range(NamedTuple):
-    """The values that a client may give a parameter. ``lowest`` itself is excluded where ``above`` is set."""
+    """The allowed values of a parameter. If ``above``, values must be greater than ``lowest``."""
 
     lowest: float
     highest: float | None = None
@@ -24,12 +24,12 @@ class Range(NamedTuple):
 
 
 class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
-    """How the output tokens of one request are drawn. Names and meanings are those of OpenAI and vLLM.
+    """The sampling parameters of one request, with the names and meanings of OpenAI and vLLM.
 
-    ``temperature`` 0 is greedy. ``top_k`` 0 and -1 mean no limit. The gateway chooses ``seed`` where the client gave
-    none: the token at output index i depends on (seed, i) and on the logits alone, so engines are deterministic.
-    ``logprobs`` None returns no log-probabilities, 0 that of the drawn token, n > 0 also those of the n most likely.
-    ``stop_token_ids``, ``ignore_eos`` and ``min_tokens`` are explained in ``loraserve.messages.stop``.
+    ``temperature`` 0 is greedy. ``top_k`` 0 and -1 mean no limit. If the client sets no ``seed``, the gateway chooses
+    one. The token at output index i depends only on (seed, i) and the logits, so engines are deterministic.
+    ``logprobs`` None returns no log-probabilities. n >= 0 returns those of the drawn token and of the n most likely.
+    ``loraserve.messages.stop`` explains ``stop_token_ids``, ``ignore_eos`` and ``min_tokens``.
     """
 
     max_tokens: Annotated[int, Range(1)]
@@ -47,7 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: Annotated[int | None, Range(0, 20)] = None
 
     def changes_logits(self, output_index: int) -> bool:
-        """Return whether the token at this index is drawn from changed logits, which needs the request's history."""
+        """Return whether a parameter changes the logits at this index. The sampler then needs the request's tokens."""
         return (
             output_index < self.min_tokens
             or self.repetition_penalty != 1.0
@@ -61,13 +61,13 @@ _HINTS = get_type_hints(SamplingParams, include_extras=True)
 FIELD_TYPES: dict[str, Any] = {
     name: get_args(hint)[0] if get_origin(hint) is Annotated else hint for name, hint in _HINTS.items()
 }
-"""The type of each parameter without its range, for schemas that accept the same fields."""
+"""Maps each parameter to its type without the range, for the HTTP schema."""
 
 RANGES: dict[str, Range] = {name: get_args(hint)[1] for name, hint in _HINTS.items() if get_origin(hint) is Annotated}
 
 
 def range_error(value: float | None, allowed: Range) -> str | None:
-    """Return what is wrong with a value, None where it is in the range or not given."""
+    """Return an error message for a value outside ``allowed``, or None if the value is None or allowed."""
     lowest, highest, above = allowed
     if value is None or ((value > lowest if above else value >= lowest) and (highest is None or value <= highest)):
         return None
