@@ -1,4 +1,4 @@
-"""Size checks on texts, messages and outputs. They run before any expensive work on a request. Pure."""
+"""Size checks on texts, messages and outputs. Each runs before the expensive work that it limits. Pure."""
 
 from collections.abc import Sequence
 
