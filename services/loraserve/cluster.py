@@ -1,4 +1,4 @@
-"""The `loraserve up` and `loraserve down` commands: a whole cluster on one machine."""
+"""The `loraserve up` and `loraserve down` commands, which run a cluster on one machine."""
 
 import argparse
 import asyncio
@@ -62,12 +62,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def up(arguments: argparse.Namespace) -> int:
-    """Start the cluster and supervise it until stopped. With --detach, return once it is ready."""
+    """Start the cluster and supervise it until it is stopped. With --detach, return when it is ready."""
     config = _configuration(arguments)
     run_dir = Path(config.cluster.run_dir)
     check_pins(config)
     check_not_running(run_dir)
-    # Port 0 is resolved once: a restarted gateway must listen where the printed address says.
+    # Port 0 is resolved here, so that a restarted gateway listens on the same port.
     port = check_port(config.gateway.host, config.gateway.port)
     config = msgspec.structs.replace(config, gateway=msgspec.structs.replace(config.gateway, port=port))
     for folder in (Path(config.cluster.log_dir), Path(config.cluster.data_dir)):
@@ -86,8 +86,8 @@ def up(arguments: argparse.Namespace) -> int:
 
 def _serve(config: Config, arguments: argparse.Namespace) -> None:
     cluster = config.cluster
-    # Until the supervisor installs its own handlers, `down` must interrupt this process, and what it runs, as Ctrl-C
-    # does: it may be downloading the demo model.
+    # `down` sends SIGTERM, possibly while the demo model is downloaded. Until the supervisor installs its own handlers,
+    # SIGTERM must raise KeyboardInterrupt.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     parent = Parent(arguments.parent_pid) if arguments.parent_pid else None
     # Written before the model is prepared, so that `down` and a second `up` find this process.
@@ -95,13 +95,13 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
         Path(cluster.run_dir), RunState(pid=os.getpid(), url=base_url(config), log_dir=cluster.log_dir, model="")
     )
     config, adapters = _with_model(config, arguments)
-    find_profile(config)  # Reports an unusable profile here rather than in the log of each process that reads it.
+    find_profile(config)  # Reports an unusable profile here instead of in the log of each process.
     supervisor = Supervisor(config, adapters, _say)
     asyncio.run(supervisor.run(lambda: _announce(config, adapters), parent))
 
 
 def down(arguments: argparse.Namespace) -> int:
-    """Stop the cluster of this data folder. It is not an error if none runs."""
+    """Stop the cluster of this data folder, if one runs."""
     run_dir = Path(_configuration(arguments).cluster.run_dir)
     state = read_state(run_dir)
     if state is None:
@@ -136,7 +136,7 @@ def _named_folder(text: str) -> tuple[str, Path]:
 
 
 def _configuration(arguments: argparse.Namespace) -> Config:
-    """Return the configuration. Flags override everything else; unset folders are placed under the data folder."""
+    """Return the configuration. Flags override all other settings. Unset folders are under the data folder."""
     flags = {key: getattr(arguments, flag, None) for flag, key in SETTING_FLAGS.items()}
     overrides = [f"{key}={value}" for key, value in flags.items() if value is not None]
     config = load_config(arguments.config, overrides=[*arguments.set, *overrides])
@@ -148,7 +148,7 @@ def _configuration(arguments: argparse.Namespace) -> Config:
         run_dir=cluster.run_dir or str(data_dir / "run"),
         log_dir=cluster.log_dir or str(data_dir / "logs"),
     )
-    # The number of engines is fixed here, so that every process uses the same one.
+    # The number of engines is stored, so that all processes use the same number.
     cluster = msgspec.structs.replace(cluster, engines=engine_count(config))
     return msgspec.structs.replace(config, cluster=cluster)
 
@@ -161,7 +161,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _detach(arguments: argparse.Namespace, config: Config) -> int:
-    """Run the same command in a session of its own. Show its output until the cluster is ready or has failed."""
+    """Run the same command in a new session. Show its output until the cluster is ready or has failed."""
     log_file = Path(config.cluster.log_dir) / "up.log"
     command = [sys.executable, "-m", "loraserve.cluster", *[a for a in arguments.raw if a != "--detach"]]
     with log_file.open("wb") as log:
@@ -175,7 +175,7 @@ def _detach(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _show_output(child: "subprocess.Popen[bytes]", log_file: Path, run_dir: Path) -> int:
-    """Copy the child's output to stderr. Returns 0 once the cluster is ready, else the child's exit status."""
+    """Copy the child's output to stderr. Returns 0 when the cluster is ready, or 1 or the exit status if it ends."""
     with log_file.open() as output:
         while True:
             ended = child.poll() is not None

@@ -1,1 +1,1 @@
-"""One engine: the model, its KV cache and adapter pool, and the decisions of what each step computes."""
+"""The engine process: model, KV cache, adapter pool and scheduler."""

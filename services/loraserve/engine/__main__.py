@@ -5,7 +5,7 @@ import sys
 from loraserve.interrupts import hold_back_interrupts
 
 with hold_back_interrupts():
-    # The service imports it in a thread, once it builds the model: too late for a signal to end an import at once.
+    # Imported here and not in the service's model thread, where a signal could not interrupt the import.
     import loraserve.engine.compute.runner  # noqa: F401
     from loraserve.engine.service import EngineService
     from loraserve.process import main

@@ -1,7 +1,7 @@
-"""The engine process: carries messages to the scheduler, and its instructions to the runner, the loader and gateways.
+"""The engine process: passes messages to the scheduler and executes the instructions that it returns.
 
-The scheduler decides (schedule/scheduler.py), the runner computes in a thread of its own (compute/executor.py), and
-wiring.py builds what loads adapters and lends them. This module connects them:
+The scheduler decides (schedule/scheduler.py). The runner computes in its own thread (compute/executor.py). wiring.py
+builds the objects that load adapters and lend them to peers. This module connects them:
 
     message ----> handle() ----> _handle_event() ----> Scheduler.handle() ----> _execute() ----> step, load, message
                                        ^                                                            |
@@ -90,10 +90,10 @@ class EngineService(Service):
         super().__init__(config, bus, clock)
         self._build = build or partial(build_runner, index=engine_number(bus.name))
         self._executor = StepExecutor()
-        # Read by one loop, so that the scheduler hears of the steps in their order, whether they fail or not.
+        # One loop awaits the steps, so that their results reach the scheduler in order, failures included.
         self._steps: asyncio.Queue[tuple[StepBatch, StepShape, asyncio.Future[StepResult]]] = asyncio.Queue()
         self._speed = SpeedMeter()
-        # Each plan gets one answer; plans with the same epoch are answered in the order of their arrival.
+        # Plan requests without an answer. Requests with the same epoch are answered in order of arrival.
         self._preparing: list[Envelope] = []
         self._idle = asyncio.Event()
         self._idle.set()
@@ -115,7 +115,7 @@ class EngineService(Service):
         return [self._report_load(), self._report_statistics(), self._await_steps()]
 
     async def drain(self) -> None:
-        """Wait for the running requests. New ones are refused meanwhile, as the state is DRAINING."""
+        """Wait until all requests have ended. New requests are refused in state DRAINING."""
         await self._idle.wait()
 
     def ready_detail(self) -> str:
@@ -160,10 +160,10 @@ class EngineService(Service):
                 offers.forget(engine, incarnation)
                 self._adapters.sources.forget(engine, incarnation)
 
-    # --- Events go to the scheduler, its instructions are executed.
+    # --- Events and instructions.
 
     def _admit(self, envelope: Envelope, admit: Admit) -> None:
-        """Accept the request or answer at once why not, so that the router can choose another engine."""
+        """Accept or reject the request at once. After a rejection the router can choose another engine."""
         rejected: dict[str, Reject] = {}
         if self.state == ServiceState.DRAINING and admit.request_id not in self._scheduler.load().queue.request_ids:
             text = f"{self.bus.name} is draining"
@@ -179,9 +179,9 @@ class EngineService(Service):
         self.bus.respond(envelope, answer)
 
     def _handle_event(self, event: Event, rejected: dict[str, Reject] | None = None) -> None:
-        """Give an event to the scheduler and execute its instructions.
+        """Pass an event to the scheduler and execute the returned instructions.
 
-        If ``rejected`` is given, Reject instructions are added to it by request id instead of being sent.
+        If ``rejected`` is given, Reject instructions are stored in it by request id and not sent to the gateway.
         """
         deltas: dict[str, list[TokenDelta]] = defaultdict(list)
         for instruction in self._scheduler.handle(event, self.clock.monotonic_s()):
@@ -202,7 +202,7 @@ class EngineService(Service):
     def _execute(self, instruction: Instruction) -> None:
         match instruction:
             case RunStep(batch):
-                # Submitted at once, so that the last step's tokens are sent while this one computes.
+                # Submitted before the tokens of the previous step are sent, so that sending overlaps with computing.
                 step = self._executor.submit(self._runner, batch)
                 self._steps.put_nowait((batch, self._shape_of(batch), step))
             case LoadAdapter() as load:
@@ -232,7 +232,7 @@ class EngineService(Service):
     # --- Steps.
 
     def _shape_of(self, batch: StepBatch) -> StepShape:
-        """Return the step's shape. Must be called before the slots of its adapters can change."""
+        """Return the step's shape for the cost model. Call it before the adapters' slots can change."""
         adapters = {entry.slot: entry.adapter for entry in self._scheduler.residency.pool.entries()}
         return step_shape(batch, adapters)[0]
 
@@ -244,7 +244,7 @@ class EngineService(Service):
         try:
             result = await step
         except DeviceLostError as error:
-            # Every further step would fail. The process ends, and the supervisor restarts it.
+            # All further steps would fail, so the process ends and the supervisor restarts it.
             self.log.critical("device_lost", step=batch.step_id, reason=str(error))
             raise
         except Exception as error:
@@ -319,9 +319,9 @@ class EngineService(Service):
         )
 
     def _check_for_leaks(self) -> None:
-        """Count a leak if the engine is idle and still holds blocks, or if an invariant is broken.
+        """If the engine is idle, count a leak if KV blocks are still in use or an invariant is broken.
 
-        The check looks at every block, so that it runs only once each time the engine becomes idle.
+        The check scans all blocks, so it runs only once per idle period.
         """
         if self._checked_while_idle or not self._scheduler.is_idle:
             return

@@ -1,7 +1,7 @@
 """Derives an engine's runner, limits, threads and host cache from the configuration.
 
-Runners are imported in the functions that build them, so that a process with another runner needs neither torch nor
-compiled kernels.
+Runner modules are imported inside the functions that build runners. Other processes need neither torch nor compiled
+kernels.
 """
 
 import os
@@ -22,30 +22,29 @@ if TYPE_CHECKING:
     from loraserve.engine.compute.runner import CpuRunner
 
 HOST_CACHE_BYTES = 8 << 30
-"""Default size on a GPU: beside a pool of 20 to 30 GB it keeps the adapters that left the pool last."""
+"""Maximum default host cache size of an engine with a GPU. It holds adapters evicted from a pool of 20 to 30 GB."""
 HOST_CACHE_SHARE = 0.25
-"""Share of the machine's memory for all engines' caches: page-locked memory is lost to everything else."""
+"""Maximum share of the machine's memory for the caches of all engines, which use page-locked memory."""
 MAX_DIGEST_THREADS = 8
-"""At 1 to 2 GB/s each they keep up with the link that slabs arrive over; more would wait for bytes."""
+"""Maximum default of verifying threads. At 1 to 2 GB/s per thread, eight keep up with the link that delivers slabs."""
 
 
 def engine_number(name: str) -> int:
-    """Return the number in an engine's name: 0 for engine-0, and for a name without number."""
+    """Return the number at the end of an engine's name, such as 3 for ``engine-3``; 0 if there is none."""
     digits = name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
 
 
 def threads_for(config: Config) -> int:
-    """Return the compute threads of one engine. The engines of one machine share its cores equally."""
+    """Return the number of compute threads of one engine. By default the engines share the cores equally."""
     return config.engine.threads or max(1, (os.cpu_count() or 1) // engine_count(config))
 
 
 def digest_threads_for(config: Config, on_device: bool) -> int:
-    """Return the threads with which one engine verifies slabs; ``on_device`` says that its pool is on a GPU.
+    """Return the number of threads that verify slabs in one engine. ``on_device``: the adapter pool is on a GPU.
 
-    With a GPU half of the engine's cores verify; the others launch steps, move chunks and serve HTTP. On a CPU the
-    steps compute on the cores, and every thread more than they leave free would slow each step down. At least one
-    thread verifies.
+    With a GPU, the default is half of the engine's cores; the other half launches steps, copies chunks and serves HTTP.
+    On a CPU, the default is the number of cores without a compute thread. At least one thread verifies.
     """
     of_engine = core_count() // engine_count(config)
     free = of_engine // 2 if on_device else of_engine - threads_for(config)
@@ -53,7 +52,7 @@ def digest_threads_for(config: Config, on_device: bool) -> int:
 
 
 def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None) -> int:
-    """Return one engine's host cache size. Raises ConfigError if the setting exceeds ``memory``, the machine's."""
+    """Return one engine's host cache size. Raises ConfigError if all engines' caches exceed ``memory``, in bytes."""
     wanted, engines = config.engine.host_cache_bytes, engine_count(config)
     memory = memory_limit_bytes() if memory is None else memory
     if wanted == "auto":
@@ -70,7 +69,7 @@ def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None)
 
 
 def build_runner(config: Config, progress: Callable[[str], None], index: int = 0) -> Runner:
-    """Load the model and warm it up; ``index`` selects the GPU. Raises ConfigError naming the setting or file."""
+    """Load the model and warm up the runner. ``index`` selects the GPU. Raises ConfigError with the setting or file."""
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
     check_step_tokens(config.engine.max_step_tokens, config.engine.max_running)
@@ -95,7 +94,7 @@ def build_cpu_runner(config: Config, progress: Callable[[str], None]) -> "CpuRun
 
 
 def _build_cuda_runner(config: Config, progress: Callable[[str], None], index: int) -> Runner:
-    # Machines without a GPU need not have triton.
+    # Imported here because machines without a GPU may not have triton.
     import torch
 
     from loraserve.engine.cuda.runner import start_cuda_runner
@@ -107,7 +106,7 @@ def _build_cuda_runner(config: Config, progress: Callable[[str], None], index: i
 
 
 def gpu_error() -> str:
-    """Return why the installed packages cannot use a GPU, with the remedy; empty if they can."""
+    """Return the reason, with a remedy, if the installed packages cannot use a GPU; "" if they can."""
     import importlib.util
 
     import torch

@@ -1,4 +1,4 @@
-"""Builds what loads an engine's adapters and lends them to peers, from the parts that it consists of."""
+"""Builds the objects that load an engine's adapters and lend them to peers."""
 
 from contextlib import AsyncExitStack, closing
 from typing import NamedTuple
@@ -20,8 +20,6 @@ from loraserve.service import Service
 
 
 class AdapterParts(NamedTuple):
-    """The parts that the engine service calls."""
-
     loader: AdapterLoader
     reader: SlabReader
     sources: SourceFinder
@@ -33,9 +31,9 @@ class AdapterParts(NamedTuple):
 def wire_adapters(
     service: Service, runner: Runner, residency: Residency, announcer: ReadAnnouncer, stack: AsyncExitStack
 ) -> AdapterParts:
-    """Build the parts while the engine starts, in the event loop; ``stack`` closes them.
+    """Build and connect the objects. ``stack`` closes them.
 
-    Registering memory with an RDMA device may block.
+    Runs in the event loop during the start, and may block it while memory is registered with an RDMA device.
     """
     bus, config, clock = service.bus, service.config, service.clock
     memory, pool, story = runner.pool, residency.pool, residency.story

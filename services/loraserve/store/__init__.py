@@ -1,1 +1,1 @@
-"""The store process: the durable adapter registry and the slab files; validates and packs adapters."""
+"""The store process: validates and packs adapters, and keeps the adapter registry and slab files on disk."""

@@ -1,6 +1,6 @@
 """Registers adapters: checks and packs PEFT directories, and keeps their names and slabs on disk.
 
-Knows nothing of messages. Every method blocks and may be called from any thread.
+All methods may block and may be called from any thread.
 """
 
 import contextlib
@@ -24,15 +24,15 @@ from loraserve.store.registry import AdapterRecord, AdapterRegistry, read_source
 from loraserve.store.slabs import SlabFiles
 
 GRACE_S = 600.0
-"""How long a slab that no name refers to is kept: longer than any engine takes to fetch it."""
+"""Time that a slab without a name stays on disk. Engines that fetch the slab finish sooner."""
 REGISTRY_FILE = "registry.sqlite"
 
 
 class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
-    """Which adapters may be registered.
+    """Limits on the adapters that may be registered.
 
-    ``served_model`` is the base model's name, which no adapter may have. ``pool_bytes`` is None if the engines' pool
-    size is not known here. An empty ``allowed_dirs`` allows every directory.
+    ``served_model`` is the base model's name, which no adapter may use. ``pool_bytes`` is None if the store does not
+    know the engines' pool size. An empty ``allowed_dirs`` allows every directory.
     """
 
     served_model: str
@@ -43,10 +43,10 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterStore:
-    """The adapters of one model shape and slab dtype. Other shapes and dtypes have other folders under ``root``."""
+    """The adapters of one model shape and slab dtype. Each shape and dtype has its own folder under ``root``."""
 
     def __init__(self, root: Path, shape: ModelShape, dtype: Dtype, limits: StoreLimits, now: float) -> None:
-        """Open the store's folder; raise LoraServeError if it is in use, not writable or not a registry."""
+        """Open the folder. Raises LoraServeError if it is in use or not writable, or if its registry is unusable."""
         self._shape = shape
         self._dtype: Dtype = dtype
         self._limits = limits
@@ -63,13 +63,13 @@ class AdapterStore:
     def register(self, name: str, path: str, replace: bool, now: float) -> tuple[AdapterRef, bool]:
         """Check and pack the PEFT directory at ``path`` and register it durably under ``name``.
 
-        The second value is False if the name already had this content. Raises AdapterError.
+        Returns the adapter, and False if the name already had this content, else True. Raises AdapterError.
         """
         check_name(name, self._limits.served_model)
         directory = allowed_directory(path, self._limits.allowed_dirs)
         slab = pack_peft(directory, self._shape, self._dtype, self._limits.max_rank)
         self._check_fits_engines(slab)
-        # The slab is written before its name: a crash in between leaves garbage, never a name without content.
+        # The slab is written before its name, so that a crash in between leaves no name without a slab.
         self.slabs.put(slab, now)
         record = AdapterRecord(
             name=name,
@@ -83,28 +83,28 @@ class AdapterStore:
         return record.ref(), self.registry.put(record, replace)
 
     def unregister(self, name: str, now: float) -> None:
-        """Remove the name; its slab is kept for ``GRACE_S``. Raises AdapterError ``not_found``."""
+        """Remove the name. Its slab stays for at least ``GRACE_S``. Raises AdapterError ``not_found``."""
         self._start_grace(name, now)
         self.registry.remove(name)
 
     def collect_garbage(self, now: float) -> list[str]:
-        """Remove slabs that no name has referred to for ``GRACE_S``. Returns their versions."""
+        """Remove slabs that have no name and were not used for ``GRACE_S``. Returns their versions."""
         return self.slabs.remove_unreferenced(self.registry.snapshot.versions(), now, GRACE_S)
 
     def missing_slabs(self) -> list[str]:
-        """Return the names whose slab is not on disk. Registering them again restores it."""
+        """Return the names whose slab is not on disk. To restore a slab, register its adapter again."""
         present = self.slabs.versions()
         return [name for name, record in self.registry.snapshot.records.items() if record.version not in present]
 
     def outdated_adapters(self) -> dict[str, str]:
-        """Return the names registered only under an earlier slab format, each with its source directory."""
+        """Return {name: source directory} of adapters that are registered only in an earlier slab format."""
         found: dict[str, str] = {}
         for slab_format in range(1, SLAB_FORMAT):
             found |= read_sources(self._root / namespace(self._shape, self._dtype, slab_format) / REGISTRY_FILE)
         return {name: source for name, source in found.items() if name not in self.registry.snapshot.records}
 
     def validate(self) -> None:
-        """Assert that the registry is sound and every name's slab is present and intact. Reads all slabs."""
+        """Raise AssertionError or AdapterError if the registry or a registered slab is damaged. Reads all slabs."""
         self.registry.validate()
         for record in self.registry.snapshot.records.values():
             opened = self.slabs.verify(record.version)
@@ -115,7 +115,7 @@ class AdapterStore:
         os.close(self._lock_fd)
 
     def _start_grace(self, name: str, now: float) -> None:
-        # Done before the name drops its version, so that a crash in between cannot shorten the grace period.
+        # Called before the registry changes, so that a crash in between cannot shorten the grace period.
         known = self.registry.snapshot.records.get(name)
         if known is not None:
             with contextlib.suppress(AdapterError):
@@ -142,15 +142,15 @@ class AdapterStore:
 
 
 def namespace(shape: ModelShape, dtype: Dtype, slab_format: int = SLAB_FORMAT) -> str:
-    """Return the folder name for a model shape, dtype and slab format, whose slabs do not fit any other."""
+    """Return the folder name for a model shape, dtype and slab format."""
     key = msgspec.msgpack.encode((slab_format, shape, dtype))
     return f"{dtype}-{hashlib.sha256(key).hexdigest()[:16]}"
 
 
 def allowed_directory(path: str, allowed_dirs: Sequence[str]) -> Path:
-    """Return the directory at ``path`` with symbolic links resolved. Raises AdapterError if it is not allowed.
+    """Return the directory ``path`` with symbolic links resolved. Raises AdapterError if it is not allowed.
 
-    The links of the adapter's files are resolved too, so that a link cannot lead out of ``allowed_dirs``.
+    The adapter's files must also be under ``allowed_dirs`` after their own symbolic links are resolved.
     """
     if "\0" in path or not Path(path).is_absolute():
         raise AdapterError("bad_format", f"path {path[:200]!r} must be absolute, as seen on the store's machine")

@@ -1,4 +1,4 @@
-"""Durable writes, and the errors that registrations report when the disk fails."""
+"""Durable writes, folder locks, and the conversion of disk errors to AdapterError."""
 
 import errno
 import fcntl
@@ -9,12 +9,12 @@ from pathlib import Path
 
 from loraserve.errors import AdapterError, LoraServeError
 
-# A file-size limit (EFBIG) and a quota (EDQUOT) need the same remedy as a full disk.
+# A file-size limit (EFBIG) and a quota (EDQUOT) are reported like a full disk.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def storage_error(error: OSError | sqlite3.Error, what: str) -> AdapterError:
-    """Return an AdapterError with the code ``disk_full`` if there is no space left, else ``storage``."""
+    """Return an AdapterError with code ``disk_full`` if no space is left, else ``storage``. ``what`` names the data."""
     if isinstance(error, sqlite3.Error):
         full = getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_FULL
     else:
@@ -27,7 +27,7 @@ def storage_error(error: OSError | sqlite3.Error, what: str) -> AdapterError:
 
 
 def write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
-    """Create a file and flush its content to the disk. Raises OSError, also if the file exists."""
+    """Create a file and flush its content to the disk. Raises OSError if it exists or cannot be written."""
     with path.open("xb", buffering=0) as file:
         for block in blocks:
             left = memoryview(block)
@@ -37,7 +37,7 @@ def write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, so that a renamed file survives a power failure."""
+    """Flush a folder's entries to the disk, so that a rename survives a power failure."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(fd)
@@ -46,7 +46,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int:
-    """Create and lock a folder; raise LoraServeError if that fails. Closing the returned descriptor unlocks it."""
+    """Create and lock a folder. Close the returned descriptor to unlock it. Raises LoraServeError on failure."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)

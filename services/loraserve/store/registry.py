@@ -1,6 +1,6 @@
-"""The adapter registry: names and their versions in an SQLite database that survives a crash at any moment.
+"""The adapter registry: names and their versions in an SQLite database.
 
-All methods block and may be called from any thread. Each change is one durable transaction.
+All methods may block and may be called from any thread. Each change is one durable transaction.
 """
 
 import sqlite3
@@ -27,7 +27,7 @@ CREATE TABLE revision (value INTEGER NOT NULL);
 
 
 class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
-    """A registered name. ``source`` is the directory that it was packed from."""
+    """A registered adapter. ``source`` is the PEFT directory that it was packed from."""
 
     name: str
     version: str
@@ -41,7 +41,7 @@ class AdapterRecord(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Snapshot(msgspec.Struct, frozen=True):
-    """The registry at one revision, by name."""
+    """The content of the registry at one revision. ``records`` maps names to records."""
 
     revision: int
     records: Mapping[str, AdapterRecord]
@@ -54,7 +54,7 @@ class Snapshot(msgspec.Struct, frozen=True):
 
 
 class AdapterRegistry:
-    """The open database. ``snapshot`` equals its content and is replaced as a whole after each transaction."""
+    """An open registry database. ``snapshot`` equals its content and is replaced after each transaction."""
 
     def __init__(self, path: Path, now: float) -> None:
         """Open or create the database. Raises LoraServeError if the file is not a registry of this version."""
@@ -73,7 +73,8 @@ class AdapterRegistry:
     def put(self, record: AdapterRecord, replace: bool) -> bool:
         """Register a version under a name. Returns False if the name already has this version.
 
-        Raises AdapterError ``duplicate`` if it has another one and ``replace`` is False, ``disk_full`` or ``storage``.
+        Raises AdapterError: ``duplicate`` if the name has another version and ``replace`` is False, ``disk_full`` or
+        ``storage`` if the disk fails.
         """
         with self._lock:
             known = self.snapshot.records.get(record.name)
@@ -106,7 +107,7 @@ class AdapterRegistry:
             return known
 
     def validate(self) -> None:
-        """Assert that the snapshot equals the database's content and that the database is sound."""
+        """Raise AssertionError if the database is damaged or differs from the snapshot."""
         with self._lock:
             assert self._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             assert self.snapshot == self._read_snapshot()
@@ -124,14 +125,14 @@ class AdapterRegistry:
         with self._transaction():
             for statement in filter(str.strip, _SCHEMA.split(";")):
                 self._db.execute(statement)
-            # Revisions start at the current time, so that they grow even if the folder is deleted while gateways run.
+            # Revisions start at the current time, so that they also increase after the folder was deleted.
             self._db.execute("INSERT INTO revision VALUES (?)", (int(now),))
             self._db.execute(f"PRAGMA user_version = {_SCHEMA_VERSION}")
 
     def _commit(
         self, what: str, records: dict[str, AdapterRecord], statement: str, values: Mapping[str, object]
     ) -> None:
-        """Apply one change and a new revision durably. ``records`` is the content after the change."""
+        """Execute ``statement`` and increment the revision durably. ``records`` is the new content."""
         try:
             with self._transaction():
                 self._db.execute(statement, values)
@@ -147,7 +148,7 @@ class AdapterRegistry:
             yield
             self._db.execute("COMMIT")
         except BaseException:
-            # SQLite has already rolled back after some failures.
+            # After some failures SQLite has already rolled back.
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             raise
@@ -161,7 +162,7 @@ class AdapterRegistry:
 
 
 def read_sources(path: Path) -> dict[str, str]:
-    """Return the source directory of each name in another registry file. Empty if the file cannot be read."""
+    """Return {name: source directory} of another registry file, or {} if the file cannot be read."""
     try:
         with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as db:
             return dict(db.execute("SELECT name, source FROM adapters"))

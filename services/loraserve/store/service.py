@@ -1,4 +1,4 @@
-"""The store process: answers messages about the registry and the slabs. Disk work runs in threads."""
+"""The store process: answers messages about the registry and the slabs. Disk operations run in threads."""
 
 import asyncio
 import shlex
@@ -43,7 +43,7 @@ class StoreService(Service):
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
         self._store: AdapterStore
-        # Registrations of one name run one after the other; those of different names run concurrently.
+        # Serializes changes to one name. Changes to different names run concurrently.
         self._name_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def start(self, stack: AsyncExitStack) -> None:
@@ -136,7 +136,7 @@ class StoreService(Service):
 
 
 def open_store(config: Config, now: float) -> AdapterStore:
-    """Open the store of the configured model. Raises ConfigError if the model or the data folder cannot be used."""
+    """Open the configured model's store. Raises ConfigError if the model or the data folder cannot be used."""
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
     model_dir = Path(config.model.path)
@@ -144,7 +144,7 @@ def open_store(config: Config, now: float) -> AdapterStore:
         served_model=config.model.name or model_dir.name,
         max_rank=config.store.max_rank,
         engine_max_rank=config.engine.max_rank,
-        # A GPU engine sizes its pool when it starts, and refuses by itself an adapter that is too large.
+        # A GPU engine computes its pool size at its start, and rejects requests for adapters that are too large.
         pool_bytes=config.engine.pool_bytes if resolve_device(config.engine.device) == "cpu" else None,
         allowed_dirs=config.store.allowed_dirs,
     )

@@ -1,8 +1,8 @@
-"""Slab files, addressed by content: a file is complete under its final name, or absent.
+"""Stores slabs in files named by their digest. Files are written under a temporary name and then renamed.
 
-A file consists of the magic, the header's length, the header, zeros up to ``DATA_ALIGN_BYTES`` and the slab. Its
-modification time is the time of the last store or open, from which the grace period before removal is counted. All
-methods block and may be called from any thread.
+A file consists of the magic, the header's length, the header, zero padding to ``DATA_ALIGN_BYTES``, and the slab. Its
+modification time is the time when the slab was last stored or opened. The grace period before removal starts then. All
+methods may block and may be called from any thread.
 """
 
 import contextlib
@@ -32,7 +32,7 @@ _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
 class OpenedSlab(msgspec.Struct, frozen=True):
-    """A verified slab: its encoded header and where its data begins in the file."""
+    """A verified slab: its encoded header and the offset of its data in the file, in bytes."""
 
     version: str
     header: bytes
@@ -41,14 +41,14 @@ class OpenedSlab(msgspec.Struct, frozen=True):
 
 
 class SlabFiles:
-    """The slab files of one folder, which only one process may use at a time."""
+    """The slab files of one folder. Only one process may use the folder at a time."""
 
     def __init__(self, root: Path) -> None:
         self._slabs = root / "slabs"
         self._tmp = root / "tmp"
         self._opened: dict[str, OpenedSlab] = {}
         self._names = itertools.count()
-        # Held only while a file is renamed, touched or removed, never while data is written.
+        # Held while a file is renamed, touched or removed. Data is written without the lock.
         self._lock = threading.Lock()
         for folder in (self._slabs, self._tmp):
             folder.mkdir(parents=True, exist_ok=True)
@@ -77,9 +77,9 @@ class SlabFiles:
         return True
 
     def open(self, version: str, now: float) -> OpenedSlab:
-        """Return the header and position of a slab, and restart its grace period. The first time, verify it.
+        """Return a slab's header and data offset, and restart its grace period. The first open verifies the slab.
 
-        Raises AdapterError ``not_found``, or ``corrupt`` if the file is damaged; it is then renamed to *.corrupt.
+        Raises AdapterError ``not_found`` or ``corrupt``. A corrupt file is renamed to *.corrupt.
         """
         self.touch(version, now)
         opened = self._opened.get(version)
@@ -91,12 +91,12 @@ class SlabFiles:
         """Restart the slab's grace period. Raises AdapterError ``not_found``."""
         with self._lock:
             path = self._existing_path(version)
-            # On a disk that became read-only nothing is removed either, and reading must go on.
+            # On a read-only disk reads must still work, and no slab can be removed anyway.
             with contextlib.suppress(OSError):
                 os.utime(path, (now, now))
 
     def verify(self, version: str) -> OpenedSlab:
-        """Read the whole slab and check its digests. Raises AdapterError like ``open``."""
+        """Read the whole slab and check its digests. Raises the same errors as `open`."""
         try:
             with self._existing_path(version).open("rb") as file:
                 data, header = _read_header(file)
@@ -108,7 +108,7 @@ class SlabFiles:
         return OpenedSlab(version, data, _data_begin(data), header.slab_bytes)
 
     def read(self, version: str, offset: int, length: int, now: float) -> bytes:
-        """Return exactly ``length`` bytes of the slab. Raises AdapterError, also ``bad_range``."""
+        """Return exactly ``length`` bytes of the slab. Raises AdapterError ``bad_range`` or the errors of `open`."""
         opened = self._opened.get(version) or self.open(version, now)
         if not (offset >= 0 and 0 < length <= MAX_SLAB_READ_BYTES and offset + length <= opened.slab_bytes):
             raise AdapterError(
@@ -129,7 +129,7 @@ class SlabFiles:
         return data
 
     def versions(self) -> dict[str, float]:
-        """Return all slabs on disk and when each was last stored or opened, in unix seconds."""
+        """Return {version: unix time of the last store or open} of all slabs on disk."""
         used = {}
         for path in self._slabs.glob("*/*.slab"):
             if _VERSION.fullmatch(path.stem):
@@ -139,12 +139,12 @@ class SlabFiles:
         return used
 
     def remove_unreferenced(self, referenced: Collection[str], now: float, grace_s: float) -> list[str]:
-        """Remove the slabs that ``removable`` allows to remove. Returns their versions."""
+        """Remove the slabs that are `removable`. Returns their versions."""
         removed = []
         for version in removable(self.versions(), referenced, now, grace_s):
             path = self._path(version)
             with self._lock, contextlib.suppress(FileNotFoundError):
-                # It may have been opened or stored again since the list was made.
+                # Checked again, because the slab may have been opened or stored since the list was made.
                 if removable({version: path.stat().st_mtime}, referenced, now, grace_s):
                     path.unlink()
                     self._opened.pop(version, None)
@@ -152,9 +152,9 @@ class SlabFiles:
         return removed
 
     def _is_intact(self, version: str, now: float) -> bool:
-        # Verified again even if it was intact before: registering again is the remedy for a damaged slab.
+        # Always verifies, because users register an adapter again to repair a damaged slab.
         try:
-            # Touched before it is read, so that it is not removed meanwhile.
+            # Touched first, so that the slab is not removed while it is read.
             self.touch(version, now)
             self.verify(version)
         except AdapterError as error:
@@ -167,7 +167,7 @@ class SlabFiles:
         return self._slabs / version[:2] / f"{version}.slab"
 
     def _existing_path(self, version: str) -> Path:
-        # The version comes over the wire: only a digest may become part of a path.
+        # The version comes from a message, so it must be a digest before it may be used in a path.
         if _VERSION.fullmatch(version) and (path := self._path(version)).exists():
             return path
         raise AdapterError("not_found", f"slab {version[:80]} is not in the store; register the adapter again")
@@ -185,16 +185,16 @@ class SlabFiles:
 
 
 def removable(last_used: Mapping[str, float], referenced: Collection[str], now: float, grace_s: float) -> list[str]:
-    """Return the versions that no name refers to and that were not stored or opened for ``grace_s``.
+    """Return the versions that are not ``referenced`` and were not stored or opened for ``grace_s`` seconds.
 
-    The grace period covers engines that still fetch a version whose name was just removed, and registrations that have
-    stored the slab but not yet the name. ``last_used`` and ``now`` are in unix seconds.
+    During the grace period engines may still fetch a version whose name was removed, and a registration may still add
+    the name of a stored slab. ``last_used`` and ``now`` are unix times.
     """
     return sorted(v for v, used in last_used.items() if v not in referenced and now - used > grace_s)
 
 
 def _read_header(file: BinaryIO) -> tuple[bytes, SlabHeader | None]:
-    """Return the header as stored and decoded. The latter is None if the file is not a slab of this format."""
+    """Return the encoded and the decoded header. The decoded one is None if the file is no slab of this format."""
     prefix = file.read(_PREFIX_BYTES)
     length = int.from_bytes(prefix[len(MAGIC) :], "little")
     if not prefix.startswith(MAGIC) or length > _MAX_HEADER_BYTES:
@@ -207,7 +207,7 @@ def _read_header(file: BinaryIO) -> tuple[bytes, SlabHeader | None]:
 
 
 def _layers_match(file: BinaryIO, data: bytes, header: SlabHeader) -> bool:
-    """Return whether every layer has its digest and the file ends after the last one."""
+    """Return whether every layer matches its digest and the file ends after the last layer."""
     file.seek(_data_begin(data))
     for layer, digest in enumerate(header.layer_digests):
         found = blake3()

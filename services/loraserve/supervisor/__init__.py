@@ -1,1 +1,1 @@
-"""All processes of a cluster on one machine: start, watch, restart, stop."""
+"""Starts, watches, restarts and stops the processes of a cluster on one machine."""

@@ -1,4 +1,4 @@
-"""Checks before anything is started: running cluster, port, disk, model."""
+"""Checks before a cluster starts: no other cluster in the folder, the port, the disk and the model."""
 
 import shutil
 import socket
@@ -22,7 +22,7 @@ def check_not_running(run_dir: Path) -> None:
 
 
 def check_port(host: str, port: int) -> int:
-    """Return the port to listen on; for 0, a free one chosen by the system. Raise ConfigError if it is not usable."""
+    """Return the port, or a free port if it is 0. Raises ConfigError if the process cannot listen on it."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -36,7 +36,7 @@ def check_port(host: str, port: int) -> int:
 
 
 def check_disk(folder: Path) -> None:
-    """Raise ConfigError if less than a gigabyte is free for the model, the slabs and the logs."""
+    """Raise ConfigError if the disk of ``folder`` has less than NEEDED_BYTES free."""
     free = shutil.disk_usage(folder).free
     if free < NEEDED_BYTES:
         raise ConfigError(
@@ -46,7 +46,7 @@ def check_disk(folder: Path) -> None:
 
 
 def check_model(model_dir: Path) -> None:
-    """Raise ConfigError if the directory does not hold a model that engines can serve."""
+    """Raise ConfigError if the directory contains no model that engines can serve."""
     shape_from_config(read_model_config(model_dir))
     if not any(model_dir.glob("*.safetensors")):
         raise ConfigError(f"{model_dir}: no *.safetensors file; --model needs weights in the safetensors format")

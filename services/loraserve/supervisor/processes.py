@@ -1,4 +1,4 @@
-"""Starts the processes of a local cluster, restarts those that end, and stops them all."""
+"""Starts, restarts and stops the processes of a local cluster."""
 
 import asyncio
 import contextlib
@@ -18,26 +18,26 @@ REASON_LINES = 10
 
 
 class ProcessFailedError(LoraServeError):
-    """A process ended in a way that a restart cannot mend. The text names the process and the reason."""
+    """A process ended and a restart cannot help. The text names the process and the reason."""
 
 
 def process_names(config: Config) -> list[str]:
-    """Return every process of the local cluster, in starting order."""
+    """Return the names of the cluster's processes in starting order."""
     return ["store", "planner", "monitor", "router", *engine_names(config), "gateway-0"]
 
 
 def kind_of(name: str) -> str:
-    """Return the package that runs a process: ``engine`` for ``engine-0``."""
+    """Return the name of the package that a process runs: ``engine`` for ``engine-0``."""
     return name.rpartition("-")[0] or name
 
 
 def threads_per_engine(config: Config) -> int:
-    """Return an engine's share of the cores. Engines that compete for cores lose more than their share of speed."""
+    """Return the number of threads of an engine. By default the engines share the cores equally."""
     return config.engine.threads or max(1, (os.cpu_count() or 1) // engine_count(config))
 
 
 def environment(config: Config, kind: str) -> dict[str, str]:
-    """Return the environment of a child: thread pools sized for it, and no network access by libraries."""
+    """Return a child's environment, which sets thread pool sizes and disables downloads by libraries."""
     threads = str(threads_per_engine(config) if kind == "engine" else 1)
     values = {name: value for name, value in os.environ.items() if not name.startswith("LORASERVE_")}
     values.update(
@@ -54,7 +54,7 @@ def environment(config: Config, kind: str) -> dict[str, str]:
 
 
 class Processes:
-    """The children of a supervisor. ``on_change`` is called with {name: pid} whenever a child starts."""
+    """The child processes of a supervisor. Calls ``on_change`` with {name: pid} when a child starts."""
 
     def __init__(
         self,
@@ -74,7 +74,7 @@ class Processes:
         self.ready = False
 
     async def watch(self, name: str) -> None:
-        """Keep a process running until ``stop``. Raise ProcessFailedError if a restart cannot help."""
+        """Run a process and restart it until `stop` is called. Raises ProcessFailedError if a restart cannot help."""
         history = RestartHistory(name)
         while not self.is_stopping():
             started_s = time.monotonic()
@@ -89,7 +89,7 @@ class Processes:
             await asyncio.sleep(decision.delay_s)
 
     async def stop(self) -> None:
-        """Send SIGTERM to all children, and SIGKILL to those that do not end in time."""
+        """Send SIGTERM to all children. If any still runs after STOP_TIMEOUT_S, send SIGKILL."""
         self._stopping = True
         children = [child for child in self._children.values() if child.returncode is None]
         for child in children:
@@ -120,7 +120,7 @@ class Processes:
                 stdout=log,
                 stderr=log,
                 env=environment(self._config, kind),
-                # A terminal's Ctrl-C must reach only the supervisor, which stops its children in order.
+                # Ctrl-C in a terminal must reach only the supervisor, which then stops its children.
                 start_new_session=True,
             )
         self._children[name] = child
@@ -129,12 +129,12 @@ class Processes:
 
 
 def exit_reason(log_file: Path, name: str) -> str:
-    """Return the reason that a process printed before it ended, or else the last line of its log."""
+    """Return the error that a process printed before it ended, or else the last line of its log."""
     try:
         lines = [line for line in log_file.read_text(errors="replace").splitlines() if line.strip()]
     except OSError:
         lines = []
-    # Earlier lines may belong to an earlier run: a restarted process appends to the same log.
+    # Only the last lines are searched, because a restarted process appends to the log of earlier runs.
     reasons = [line for line in lines[-REASON_LINES:] if line.startswith(f"{name}: ")]
     return [*(lines or ["no output"]), *reasons][-1] + f" (log: {log_file})"
 

@@ -1,4 +1,4 @@
-"""Decides whether and when a process that ended is restarted. Pure."""
+"""Decides whether and when to restart a process that ended. Has no clock and no I/O."""
 
 import msgspec
 
@@ -6,31 +6,29 @@ CONFIG_ERROR_EXIT = 2
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 5.0
 STABLE_RUN_S = 30.0
-"""A process that ran this long had started well, so the delay begins at ``FIRST_DELAY_S`` again."""
+"""After a run of at least this time the delay restarts at ``FIRST_DELAY_S``."""
 START_ATTEMPTS = 3
 
 
 class Restart(msgspec.Struct, frozen=True):
-    """Restart the process after ``delay_s``."""
-
     delay_s: float
 
 
 class StopCluster(msgspec.Struct, frozen=True):
-    """A restart cannot help: stop the cluster and report the reason."""
+    """Stop the cluster and report the reason, because a restart cannot help."""
 
     reason: str
 
 
 class RestartHistory:
-    """Counts the failures of one process. The delay doubles with each failure and is reset by a stable run."""
+    """Counts the failures of one process. Each failure doubles the restart delay; a stable run resets it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._failures = 0
 
     def on_exit(self, exit_status: int, ran_s: float, cluster_ready: bool) -> Restart | StopCluster:
-        """Return what to do about an unexpected exit. ``exit_status`` is negative for a signal."""
+        """Return the reaction to an unexpected exit. ``exit_status`` is the negative signal number after a signal."""
         if exit_status == CONFIG_ERROR_EXIT:
             return StopCluster(f"{self._name} refused its configuration")
         if ran_s >= STABLE_RUN_S:

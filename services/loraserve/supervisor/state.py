@@ -1,4 +1,4 @@
-"""The state file of a running local cluster, by which `down` and a second `up` find it."""
+"""The state file of a running local cluster. `down` and a second `up` read it to find the cluster."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ OWNED_FILE = re.compile(
     r"cluster\.toml|\.?cluster\.json(\.\d+)?"
     r"|(up|store|planner|monitor|router|(engine|gateway|up|ping)-\d+)\.(sock|pub|lock)"
 )
-"""Exact names of the files that a cluster creates in its run folder. The folder may be one that the user chose."""
+"""Matches the files of a cluster in its run folder. Other files there may belong to the user."""
 
 
 class RunState(msgspec.Struct, frozen=True, kw_only=True):
@@ -30,14 +30,14 @@ class RunState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def write_state(run_dir: Path, state: RunState) -> None:
-    """Replace the state file atomically, so that a reader never sees half of it."""
+    """Write the state file. The replacement is atomic for readers."""
     temporary = run_dir / f".{FILE_NAME}.{os.getpid()}"
     temporary.write_bytes(msgspec.json.encode(state))
     temporary.replace(run_dir / FILE_NAME)
 
 
 def read_state(run_dir: Path) -> RunState | None:
-    """Return the state of the cluster in this folder, or None if there is no readable state file."""
+    """Return the content of the state file, or None if it is missing or invalid."""
     try:
         return msgspec.json.decode((run_dir / FILE_NAME).read_bytes(), type=RunState)
     except (OSError, msgspec.DecodeError):
@@ -45,7 +45,7 @@ def read_state(run_dir: Path) -> RunState | None:
 
 
 def clear_run_dir(run_dir: Path) -> None:
-    """Remove the files that a cluster leaves in its run folder: state, configuration, sockets and locks only."""
+    """Remove the cluster's state, configuration, sockets and locks, and the folder if it is then empty."""
     for path in [path for path in run_dir.glob("*") if OWNED_FILE.fullmatch(path.name) and not path.is_dir()]:
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):
@@ -53,7 +53,7 @@ def clear_run_dir(run_dir: Path) -> None:
 
 
 def is_ours(pid: int) -> bool:
-    """Return whether the process is alive and belongs to this project. A reused pid does not."""
+    """Return whether the pid is alive and its command line contains "loraserve". The pid may have been reused."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, PermissionError):
@@ -62,12 +62,12 @@ def is_ours(pid: int) -> bool:
     try:
         return b"loraserve" in command.read_bytes()
     except OSError:
-        # macOS has no /proc, so being alive has to suffice there.
+        # macOS has no /proc, so the command line cannot be checked there.
         return not Path("/proc").exists()
 
 
 def stop_cluster(run_dir: Path, state: RunState, timeout_s: float) -> None:
-    """Ask the supervisor to stop the cluster. Kill what is left after the timeout, or if the supervisor is gone."""
+    """Stop the cluster through its supervisor, or directly if that is gone. Kill all processes after the timeout."""
     _signal(state.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + timeout_s
     pids = [state.pid, *state.processes.values()]

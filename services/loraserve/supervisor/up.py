@@ -1,4 +1,4 @@
-"""Runs a local cluster: starts its processes, waits until they are ready, registers adapters, stops everything."""
+"""Runs a local cluster: starts its processes, waits until they are ready, registers adapters, and stops it."""
 
 import asyncio
 import contextlib
@@ -28,7 +28,7 @@ Say = Callable[[str], None]
 
 
 class Supervisor:
-    """One run of a local cluster, from writing its configuration file to removing its last file."""
+    """Runs one local cluster. Writes its configuration file at the start and removes its files at the end."""
 
     def __init__(self, config: Config, adapters: Mapping[str, Path], say: Say) -> None:
         self._config = config
@@ -45,7 +45,7 @@ class Supervisor:
         self._write_config(config_file)
 
     async def run(self, on_ready: Callable[[], None], parent: Parent | None = None) -> None:
-        """Run until a signal or the end of ``parent`` stops the cluster. Raises LoraServeError if it cannot go on."""
+        """Run the cluster until a signal arrives or ``parent`` ends. Raises LoraServeError if the cluster fails."""
         loop = asyncio.get_running_loop()
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
             loop.add_signal_handler(number, self._stop.set)
@@ -72,7 +72,7 @@ class Supervisor:
         if not self._stop.is_set():
             starting.result()
             self._processes.ready = True
-            # Announced before the state file says ready: `up --detach` shows the output up to then and returns.
+            # Called before the state file is updated, because `up --detach` stops showing output after the update.
             on_ready()
             self._update(ready=True)
         starting.cancel()
@@ -118,7 +118,7 @@ class Supervisor:
 
     def _write_config(self, path: Path) -> None:
         path.touch(mode=0o600)
-        # Without log_dir, processes log to stderr, which the supervisor redirects to one file each.
+        # Without log_dir the processes log to stderr, which the supervisor redirects to one file per process.
         cluster = msgspec.structs.replace(self._config.cluster, log_dir="")
         path.write_text(to_toml(msgspec.structs.replace(self._config, cluster=cluster)))
 
@@ -131,7 +131,7 @@ async def _is_ready(bus: Bus, name: str) -> bool:
 
 
 def base_url(config: Config) -> str:
-    """Return the URL of the gateway for clients on this machine; a wildcard address becomes the loopback address."""
+    """Return the gateway's URL for clients on this machine, with loopback in place of a wildcard address."""
     host = config.gateway.host
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     return f"http://{host}:{config.gateway.port}"

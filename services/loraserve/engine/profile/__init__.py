@@ -1,1 +1,1 @@
-"""Measures what the steps and loads of a real engine cost: ``python -m loraserve.engine.profile``, scripts/profile."""
+"""Measures the time of steps and adapter loads on a real engine. Entry point: scripts/profile."""

@@ -1,4 +1,4 @@
-"""Run the profiler: ``python -m loraserve.engine.profile``, which scripts/profile calls."""
+"""Runs the profiler: ``python -m loraserve.engine.profile``, as called by scripts/profile."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""scripts/profile: builds the engine of a configuration, times it, fits a cost profile and writes it."""
+"""Implements scripts/profile: builds a configured engine, times its steps and loads, and writes a fitted profile."""
 
 import argparse
 import datetime
@@ -31,7 +31,7 @@ COPIES = 4
 BATCHES, ROUNDS = 180, 3
 QUICK_BATCHES, QUICK_ROUNDS = 60, 2
 MAX_ERROR = 0.1
-"""Median error on held-out batches. Above it the machine was busy with other work, or the cost model does not fit."""
+"""Maximum median relative error on held-out batches. A larger error means a busy machine or a wrong cost model."""
 
 HELP = """\
 examples:

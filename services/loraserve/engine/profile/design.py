@@ -1,4 +1,4 @@
-"""Designs the batches to time: of every kind that occurs in serving, small and large, drawn from a seed."""
+"""Generates random batches to time, of every kind and size that occurs in serving."""
 
 from collections.abc import Sequence
 from random import Random
@@ -27,7 +27,7 @@ class SizedAdapter(msgspec.Struct, frozen=True):
 
 
 class BatchPart(msgspec.Struct, frozen=True):
-    """One sequence: ``tokens`` after a context of ``context`` tokens. ``adapter`` is an index, -1 for none."""
+    """One sequence of a batch: ``tokens`` to compute after ``context`` tokens. ``adapter`` is an index, -1 for none."""
 
     tokens: int
     context: int
@@ -44,7 +44,7 @@ class TimedBatch(msgspec.Struct, frozen=True):
 
 
 def design_batches(limits: SchedulerLimits, adapters: int, count: int, seed: int = 0) -> list[TimedBatch]:
-    """Return ``count`` batches within the limits, one kind after the other. Sizes are uniform in their logarithm."""
+    """Return ``count`` batches within the limits, cycling through the kinds. Sizes are log-uniform."""
     rng = Random(seed)
     return [_draw_batch(KINDS[index % len(KINDS)], limits, adapters, rng) for index in range(count)]
 
@@ -57,7 +57,7 @@ def batch_shape(batch: TimedBatch, adapters: Sequence[SizedAdapter]) -> StepShap
         decode_sequences=len(decodes),
         kv_tokens=sum(part.context + 1 for part in decodes),
         prefill_tokens=sum(part.tokens for part in prefills),
-        # Each token attends to the context, to the tokens before it in this part, and to itself.
+        # Each token attends to the context, to the earlier new tokens of its sequence, and to itself.
         prefill_kv_tokens=sum(p.tokens * p.context + p.tokens * (p.tokens + 1) / 2 for p in prefills),
         slab_bytes=sum(adapters[index].slab_bytes for index in used),
         rank_tokens=sum(part.tokens * adapters[part.adapter].rank for part in batch.parts if part.adapter >= 0),
@@ -82,19 +82,19 @@ def _draw_batch(kind: str, limits: SchedulerLimits, adapters: int, rng: Random) 
 
 
 def _draw_part(tokens: int, longest: int, adapter: int, rng: Random) -> BatchPart:
-    """Return a sequence with a drawn context. A prefill may also have none, as the first chunk of a prompt."""
+    """Return a sequence with a random context length. A prefill may have none, like a prompt's first chunk."""
     context = _log_uniform(rng, MIN_CONTEXT, longest - tokens)
     return BatchPart(tokens, context if tokens == 1 else rng.choice((0, context)), adapter)
 
 
 def _split_prefill(tokens: int, rng: Random) -> list[int]:
-    """Split tokens among one to three prefills; return none if there are too few for one."""
+    """Return the token counts of one to MAX_PREFILLS prefills, or an empty list below MIN_PREFILL tokens."""
     count = min(rng.randint(1, MAX_PREFILLS), tokens // MIN_PREFILL)
     return [tokens // count + (index < tokens % count) for index in range(count)]
 
 
 def _log_uniform(rng: Random, least: int, most: int) -> int:
-    """Draw an integer from ``least`` to ``most``, uniform in its logarithm; ``most`` if that is not above ``least``."""
+    """Draw a log-uniform integer from ``least`` to ``most``. Returns ``max(most, 0)`` if ``most <= least``."""
     if most <= least:
         return max(most, 0)
     return min(int(least * ((most + 1) / least) ** rng.random()), most)

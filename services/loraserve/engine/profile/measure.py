@@ -1,4 +1,4 @@
-"""Times steps and adapter loads on a runner, without scheduler and bus.
+"""Times steps and adapter loads on a runner, without a scheduler or bus.
 
 An engine with one CPU thread is timed in CPU seconds, which other processes on the machine hardly change. Other engines
 are timed by the runner's own clock.
@@ -32,14 +32,14 @@ PROGRESS_INTERVAL_S = 5.0
 
 
 def make_random_slab(shape: ModelShape, dtype: Dtype, rank: int, seed: int) -> Slab:
-    """Return a slab of random values with the magnitude of trained ones. Values do not change the cost."""
+    """Return a slab of random values with the magnitude of trained weights. The values do not affect the timing."""
     layout = make_uniform_layout(shape, dtype, rank, scale=1.0 / rank)
     values = np.random.default_rng(seed).standard_normal(layout.elements, dtype=np.float32) * np.float32(0.01)
     return seal_slab(layout, from_float32(values, dtype))
 
 
 def place_slabs(slabs: Sequence[Slab], pool_bytes: int, slots: int) -> list[tuple[int, Slab]]:
-    """Return (offset, slab) for as many slabs as the pool and ``slots`` hold. Raises ConfigError if none fits."""
+    """Return (offset in bytes, slab) for the slabs that fit the pool and ``slots``. Raises ConfigError if none fits."""
     extents = ExtentAllocator(pool_bytes)
     placed: list[tuple[int, Slab]] = []
     for slab in slabs:
@@ -59,7 +59,7 @@ def measure_loads(
     rounds: int,
     cpu_seconds: bool,
 ) -> list[LoadSample]:
-    """Return (slab bytes, median seconds) to copy, verify and install each slab. All slabs stay installed."""
+    """Copy, verify and install each slab ``rounds`` times. Returns (slab bytes, median seconds) of each slab."""
     seconds: list[list[float]] = [[] for _ in placed]
     clock = time.process_time if cpu_seconds else time.monotonic
     with ThreadPoolExecutor(digest_threads) as threads:
@@ -76,7 +76,7 @@ def measure_loads(
 def measure_steps(
     runner: Runner, steps: Sequence[StepBatch], rounds: int, cpu_seconds: bool, progress: Progress
 ) -> list[float]:
-    """Return the median seconds of each step. Each round runs all steps, so that a slow minute affects many batches."""
+    """Return the median seconds of each step. A round runs all steps, which spreads a slow period over many of them."""
     seconds: list[list[float]] = [[] for _ in steps]
     reported_s = time.monotonic()
     for round_index in range(rounds):
@@ -89,7 +89,7 @@ def measure_steps(
 
 
 def make_step(step_id: int, batch: TimedBatch, block_tokens: int, vocab: int) -> StepBatch:
-    """Return the batch as a runner computes it: random tokens, and separate KV blocks for each sequence."""
+    """Return a runner's step for the batch, with random tokens and separate KV blocks for each sequence."""
     rng = Random(step_id)
     sequences = []
     next_block = 0
@@ -127,7 +127,7 @@ def _load(
     threads: ThreadPoolExecutor,
     digest_threads: int,
 ) -> None:
-    """Write and verify a slab as the loader does, from memory."""
+    """Copy a slab from memory to the pool in chunks and verify it, like AdapterLoader."""
     layers = LayersToVerify(slab.header, on_device=pool.on_device)
     checks: list[Future[int | None]] = []
     for start in range(0, slab.header.slab_bytes, chunk_bytes):

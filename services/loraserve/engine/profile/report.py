@@ -1,4 +1,4 @@
-"""Formats a profile as tables for people."""
+"""Formats a profile as text tables."""
 
 from collections.abc import Sequence
 
@@ -33,7 +33,7 @@ def format_coefficients(profile: Profile) -> str:
 
 
 def format_errors(profile: Profile, kinds: Sequence[str], samples: Sequence[StepSample]) -> str:
-    """Return a table of the model's error in percent by kind of batch, including batches that it was fitted to."""
+    """Return a table of the cost model's error in percent by kind of batch, over all batches."""
     rows = []
     for kind in KINDS:
         of_kind = [sample for name, sample in zip(kinds, samples, strict=True) if name == kind]
