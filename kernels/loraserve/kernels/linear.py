@@ -1,8 +1,8 @@
-"""Products with the model's own weights on the CPU: y = x W' + b, fp16 weights, float32 activations and sums.
+"""Linear layers with the base model's weights on the CPU: y = x W^T + b with fp16 weights and float32 sums.
 
-fp16 weights take half the memory traffic of float32. They are packed into tiles of output columns: reading a tile is
-one stream of memory, and a register of weights serves many tokens. Each output is summed over the inputs one after the
-other, starting with the bias, so a row of y has the same bits whatever the number of rows and of threads.
+fp16 weights take half the memory traffic of float32. They are packed into tiles of output columns. A tile is read as
+one stream of memory, and each loaded register of weights serves many tokens. Each output adds the inputs' products to
+the bias in order, so its bits do not depend on the number of tokens or threads.
 """
 
 from typing import Any
@@ -19,20 +19,20 @@ from loraserve.kernels.cpu.vector_code import fma, load_f32, offset, prefetch, s
 
 HAS_AVX512 = bool(binding.get_host_cpu_features().get("avx512f"))
 WIDE = 16 if HAS_AVX512 else 8
-"""Lanes of a vector."""
+"""Number of float32 lanes in a vector."""
 TILE = 2 * WIDE
-"""Columns of a tile. Each row of a tile is one cache line of weights."""
+"""Output columns of a tile. With AVX-512, a row of a tile fills one cache line."""
 ROW_BYTES = 2 * TILE
 PARTS = 8
-"""A call is cut into about this many parts. Neighbouring tiles are one stream of memory, best read by one thread."""
+"""Approximate number of parts of a call. A part is a run of adjacent tiles, which one thread reads as one stream."""
 AHEAD_BYTES = 4096
-"""Weights are prefetched this far ahead: the processor's own prefetcher stops at the end of a page."""
+"""Prefetch distance of weights. The processor's own prefetcher stops at the end of a page."""
 SHARED_WORK = 50_000
-"""Above this product of weights and tokens a second thread saves more time than starting it costs."""
+"""Above this number of multiply-adds a second thread saves more time than starting it costs."""
 
 
 class PackedWeight:
-    """A weight [out, in] as fp16 tiles [ceil(out / TILE), in, TILE], with its bias; columns beyond ``out`` are zero."""
+    """A weight as fp16 tiles [ceil(out / TILE), in, TILE], with its bias. Columns after ``out`` are zero."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         """Pack ``weight`` [out, in] and ``bias`` [out] of any dtype. Values beyond fp16's range become infinite."""
@@ -47,7 +47,7 @@ class PackedWeight:
 
 
 class LinearCall(OperandBlock):
-    """Operands of ``_linear``; ``k`` is the number of inputs, ``width`` the number of outputs."""
+    """Operands of ``_linear``. ``k`` is the number of inputs, ``width`` the number of outputs."""
 
     __slots__ = ()
     _fields_ = integers("y", "x", "tiles", "bias", "tokens", "k", "width")
@@ -57,10 +57,10 @@ _operands = reader(LinearCall)
 
 
 def _make_block(tokens: int, tiles: int) -> Any:
-    """Return the intrinsic block(x, x_stride, w, tile_bytes, k, bias, y, y_stride) for adjacent tiles.
+    """Return the intrinsic block(x, x_stride, w, tile_bytes, k, bias, y, y_stride).
 
-    It computes y[t] = bias + x[t] W. Operands are addresses and counts of elements; the rows of a tile are
-    ``ROW_BYTES`` apart.
+    It computes y[t] = bias + x[t] W for ``tokens`` rows and the columns of ``tiles`` adjacent tiles. Strides are in
+    elements. ``tile_bytes`` is the distance between tiles.
     """
     vectors = range(2 * tiles)
     cells = [(t, v) for t in range(tokens) for v in vectors]
@@ -97,7 +97,7 @@ def _bytes(count: int) -> Any:
     return ir.Constant(I64, count)
 
 
-# The sums of the largest block fill the registers; without AVX-512 there are half as many.
+# The largest block has as many sums as fit into registers. Without AVX-512 there are half as many registers.
 _LARGEST = 12 if HAS_AVX512 else 4
 _block_12, _block_8, _block_6 = (_make_block(min(tokens, _LARGEST), 1) for tokens in (12, 8, 6))
 _block_4, _block_3, _block_2, _block_1 = (_make_block(tokens, 1) for tokens in (4, 3, 2, 1))
@@ -106,7 +106,7 @@ _pair_2, _pair_1 = (_make_block(tokens, 2) for tokens in (2, 1))
 
 @inlined
 def _tile(x, k, w, bias, y, width, tokens):  # type: ignore[no-untyped-def]
-    """Compute one tile of columns for all tokens, in blocks of tokens as large as possible."""
+    """Compute one tile of columns for all tokens, with the largest blocks of tokens that fit."""
     t = 0
     while t < tokens:
         left = min(tokens - t, _LARGEST)
@@ -136,7 +136,7 @@ def _tile(x, k, w, bias, y, width, tokens):  # type: ignore[no-untyped-def]
 
 @inlined
 def _last_tile(x, k, w, bias, y, width, tokens, columns):  # type: ignore[no-untyped-def]
-    """Compute a tile of which only the first ``columns`` belong to y."""
+    """Compute the last tile and write only its first ``columns`` columns to y."""
     whole = np.empty(tokens * TILE, np.float32)
     _tile(x, k, w, bias, whole.ctypes.data, TILE, tokens)
     for t in range(tokens):
@@ -147,7 +147,7 @@ def _last_tile(x, k, w, bias, y, width, tokens, columns):  # type: ignore[no-unt
 
 @inlined
 def _columns(x, k, w, bias, y, width, tokens, column, stop):  # type: ignore[no-untyped-def]
-    """Compute the columns from ``column``, the first of a tile, to ``stop``."""
+    """Compute columns ``column`` to ``stop`` - 1. ``column`` must be the first column of a tile."""
     tile_bytes = k * ROW_BYTES
     while column < stop:
         weights, first, target = w + column // TILE * tile_bytes, bias + column * 4, y + column * 4
@@ -167,7 +167,7 @@ def _columns(x, k, w, bias, y, width, tokens, column, stop):  # type: ignore[no-
 
 
 def _linear(operands):  # type: ignore[no-untyped-def]
-    """A part of a call is a run of neighbouring tiles for all tokens."""
+    """Compute parts until none is left. A part is a run of adjacent tiles for all tokens."""
     o = _operands(operands)
     width = o.width
     step = max(1, width // (PARTS * TILE)) * TILE
@@ -181,11 +181,11 @@ LINEAR = Kernel(_linear)
 
 
 def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
-    """Return x W' + b, float32 [tokens, out], for a dense float32 ``x`` [tokens, in]."""
+    """Return x W^T + b, float32 [tokens, out], for a contiguous float32 ``x`` [tokens, in]."""
     tokens = x.shape[0]
     assert_dense(x, (tokens, weight.in_features))
     y = torch.empty(tokens, weight.out_features)
-    if tokens == 0:  # a step of unfinished prompts needs no logits
+    if tokens == 0:  # if all prompts of a step are unfinished, no logits are needed
         return y
     call = LinearCall(
         y=y.data_ptr(), x=x.data_ptr(), tiles=weight.tiles.data_ptr(), bias=weight.bias.data_ptr(),
@@ -196,5 +196,5 @@ def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
 
 
 def warm_up() -> None:
-    """Compile or load the kernel."""
+    """Compile the kernel or load it from the disk cache."""
     LINEAR.warm_up()

@@ -1,4 +1,4 @@
-"""Operands of paged attention on the CPU: the KV cache, and which query tokens of a step attend to which blocks."""
+"""Operands of paged attention on the CPU: the KV cache, and the sequences of a step with their KV blocks."""
 
 from dataclasses import dataclass, field
 
@@ -7,14 +7,14 @@ import torch
 from loraserve.model_shape import ModelShape
 
 GROUP_TOKENS = 16
-"""A block holds a multiple of this many tokens: the CPU kernel scores so many keys at once."""
+"""The CPU kernel computes the scores of this many keys at once. Block sizes are multiples of it."""
 
 
 class KvCache:
-    """Keys float32 [layers, blocks, kv_heads, groups, head_dim, 16] and values [..., groups, 16, head_dim].
+    """Keys and values of all layers, float32, stored in groups of 16 consecutive tokens.
 
-    The keys of 16 neighbouring tokens are interleaved, so that vector code computes their scores without sums over
-    lanes. Both tensors are allocated once; pages of blocks that were never written take no physical memory.
+    ``keys`` is [layers, blocks, kv_heads, groups, head_dim, 16], ``values`` [layers, blocks, kv_heads, groups, 16,
+    head_dim]. A vector register loads one dimension of several keys, so scores need no sums over lanes.
     """
 
     def __init__(self, shape: ModelShape, blocks: int, block_tokens: int = 16) -> None:
@@ -29,19 +29,18 @@ class KvCache:
 
 
 def block_bytes(shape: ModelShape, block_tokens: int) -> int:
-    """Return the memory of one block over all layers, keys and values."""
+    """Return the bytes that one block takes for keys and values in all layers."""
     return 2 * 4 * shape.layers * shape.kv_heads * block_tokens * shape.head_dim
 
 
 @dataclass(frozen=True)
 class AttentionBatch:
-    """The sequences of a step, one after the other. Planned once per step and used by every layer.
+    """The sequences of one step. It is built once per step, and every layer uses it.
 
-    ``query_start`` int32 [sequences + 1]: where the query tokens of each sequence begin; ``seq_len`` int32 [sequences]:
-    tokens in its KV, this step's included; ``block_table`` int32 [sequences, most blocks]; ``slot_mapping`` int64
-    [tokens]: block * block_tokens + offset, where the KV of each of this step's tokens is stored. Query token j of a
-    sequence with n query tokens has the absolute position seq_len - n + j. ``scores`` counts the pairs of a query token
-    and a position it attends to.
+    ``query_start`` int32 [sequences + 1] holds the index of each sequence's first query token and, last, the total.
+    ``seq_len`` int32 [sequences] counts a sequence's KV tokens, including this step's. ``block_table`` is int32
+    [sequences, blocks]. ``slot_mapping`` int64 [tokens] is block * block_tokens + offset of each new token's KV. Query
+    token j of n has position seq_len - n + j. ``scores`` counts the scores that each query head computes.
     """
 
     query_start: torch.Tensor

@@ -1,10 +1,11 @@
 """Paged causal attention on the CPU, prefill chunks and decode tokens in one call.
 
-Same signature and meaning as reference.py. The output of a token depends on its own query and past alone, to the bit:
-not on chunks, neighbours, blocks or threads. The kernels come first, then the function that the decoder calls.
+``paged_attention`` has the signature of the function in reference.py. The bits of a token's output depend only on its
+query and its KV. They do not depend on chunking, other sequences, block placement or the number of threads, because
+scores, softmax and weighted sums run over the positions in one fixed order.
 
-A part of a call is a tile of query tokens of one sequence with all query heads of one KV head. Scores, softmax and the
-weighted sum run over absolute positions in one order, so the number of query rows that share a pass has no effect.
+Threads share a call in parts (see cpu/threads.py). A part is a tile of query tokens of one sequence with the query
+heads of one KV head.
 """
 
 import numpy as np
@@ -28,7 +29,7 @@ from loraserve.kernels.cpu.threads import run
 from loraserve.kernels.cpu.vector_code import LANES, STEP, make_axpy_block, make_mix_block
 
 MAX_ROWS = 4
-"""Query rows that share a pass over keys and values."""
+"""Maximum number of query rows that one pass over keys and values computes."""
 MIX_VECTORS = 4
 TILE_TOKENS = 16
 SHARED_SCORES = 1500
@@ -36,7 +37,7 @@ SHARED_SCORES = 1500
 
 
 class AttendCall(OperandBlock):
-    """Operands of ``_attend_all``; ``keys`` and ``values`` are those of one layer."""
+    """Operands of ``_attend_all``. ``keys`` and ``values`` point to one layer of the cache."""
 
     __slots__ = ()
     _fields_ = (
@@ -47,7 +48,7 @@ class AttendCall(OperandBlock):
 
 
 class StoreCall(OperandBlock):
-    """Operands of ``_store_all``. Strides are in elements; the elements of a head are dense."""
+    """Operands of ``_store_all``. Strides are in elements. The elements of a head are contiguous."""
 
     __slots__ = ()
     _fields_ = (
@@ -90,7 +91,7 @@ def _mix_wide(rows, out, out_stride, weights, span, values, dim, count, ahead): 
 
 @called("f32")
 def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # type: ignore[no-untyped-def]
-    """out[row] += sum over p < count of weights[row, p] * values[p], in the order of p."""
+    """Add the sum over p < ``count`` of weights[row, p] * values[p] to out[row], in the order of p."""
     wide = dim - dim % (MIX_VECTORS * LANES)
     whole = dim - dim % LANES
     for first in range(0, wide, MIX_VECTORS * LANES):
@@ -106,9 +107,9 @@ def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # ty
 
 @inlined
 def _cache_offset(table, position, layout):  # type: ignore[no-untyped-def]
-    """Bytes from the start of the layer's cache to the group of this position or, for values, to the position itself.
+    """Return the byte offset of a position's values in one layer. A group's first position also locates its keys.
 
-    ``layout``: elements from block to block, elements from a block's start to the head, tokens of a block, head_dim.
+    ``layout`` is (elements per block, elements from the block's start to the head, tokens per block, head_dim).
     """
     block_stride, head_start, block, dim = layout
     return (table[position // block] * block_stride + head_start + position % block * dim) * 4
@@ -116,7 +117,7 @@ def _cache_offset(table, position, layout):  # type: ignore[no-untyped-def]
 
 @called("f32")
 def _attend(rows, growth, q, out, stride, shortest, keys, values, table, layout, scale, scores, span):  # type: ignore[no-untyped-def]
-    """Attend with some query rows of one KV head; row i attends to ``shortest`` + i * ``growth`` positions."""
+    """Compute attention for query rows of one KV head. Row i attends to ``shortest`` + i * ``growth`` positions."""
     dim = layout[3]
     start = _cache_offset(table, 0, layout)
     longest = shortest + growth * (rows - 1)
@@ -143,15 +144,15 @@ def _attend(rows, growth, q, out, stride, shortest, keys, values, table, layout,
 
 @inlined
 def _attend_tile(o, table, start, stop, past, kv_head, scores, span):  # type: ignore[no-untyped-def]
-    """Attend with query tokens start..stop of a sequence and the heads of one KV head.
+    """Compute attention for query tokens start to stop - 1 of a sequence and all query heads of one KV head.
 
-    ``o`` is the operand block, ``past`` the position of the first token, ``scores`` room for MAX_ROWS rows of ``span``.
+    ``o`` is the operand block. ``past`` is the position of the first token. ``scores`` is scratch [MAX_ROWS, span].
     """
     heads, dim = o.heads, o.dim
     layout = (o.kv_heads * o.block_tokens * dim, kv_head * o.block_tokens * dim, o.block_tokens, dim)
     group = heads // o.kv_heads
     first_head = kv_head * group
-    # One token: its heads share a pass. Several: each head by itself, its tokens share a pass.
+    # For one token, several heads share a pass over the KV. For more, several tokens of one head share a pass.
     if stop - start == 1:
         for head in range(first_head, first_head + group, MAX_ROWS):
             rows = min(MAX_ROWS, first_head + group - head)
@@ -218,9 +219,9 @@ ATTEND, STORE = Kernel(_attend_all), Kernel(_store_all)
 def paged_attention(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cache: KvCache, batch: AttentionBatch, layer: int, scale: float
 ) -> torch.Tensor:
-    """Store k and v and return causal attention of q over each sequence's own KV; shapes as in reference.py.
+    """Store k and v in the cache and return causal attention of q. reference.py lists the shapes.
 
-    ``k`` and ``v`` may be strided views into one fused projection; ``q`` is dense. ``scale`` > 0.
+    ``k`` and ``v`` may be strided views into one fused projection. ``q`` must be contiguous and ``scale`` positive.
     """
     tokens, heads, dim = q.shape
     assert_dense(q, (batch.slot_mapping.numel(), heads, cache.shape.head_dim))
@@ -254,6 +255,6 @@ def _store(k: torch.Tensor, v: torch.Tensor, cache: KvCache, batch: AttentionBat
 
 
 def warm_up() -> None:
-    """Compile or load all kernels that a step may call."""
+    """Compile the attention kernels or load them from the disk cache."""
     ATTEND.warm_up()
     STORE.warm_up()

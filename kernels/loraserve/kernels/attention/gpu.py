@@ -1,8 +1,8 @@
-"""Paged causal attention on a CUDA GPU with torch's own kernels, prefill chunks and decode tokens in one step.
+"""Paged causal attention on a CUDA GPU with torch's kernels, for prefill chunks and decode tokens in one step.
 
-Two backends. ``paged``: ``varlen_attn`` reads the cache through block tables, if the installed torch and its
-FlashAttention can. ``gathered``: the blocks are copied side by side first, which costs three times the memory traffic.
-``pick_backend`` tries the first one at start.
+There are two backends. ``paged`` calls ``varlen_attn``, which reads the cache through block tables if the installed
+FlashAttention supports them. ``gathered`` first copies the blocks into contiguous memory, which triples the memory
+traffic. At start ``pick_backend`` tests ``paged`` and falls back to ``gathered``.
 """
 
 from contextlib import suppress
@@ -18,11 +18,11 @@ from loraserve.model_shape import ModelShape
 Backend = Literal["paged", "gathered"]
 
 GATHERED_TOKENS = 1 << 16
-"""KV of decoding sequences that is copied at a time. A copy of all would take more memory than a step has."""
+"""Number of KV tokens that ``gathered`` copies at a time for decoding sequences, to limit scratch memory."""
 
 
 class GpuKvCache:
-    """``keys`` and ``values`` [layers, blocks, block_tokens, kv_heads, head_dim], zero at first and so never NaN."""
+    """``keys`` and ``values`` [layers, blocks, block_tokens, kv_heads, head_dim], initially zero to avoid NaN."""
 
     def __init__(
         self, shape: ModelShape, blocks: int, block_tokens: int, dtype: torch.dtype, device: torch.device
@@ -34,17 +34,17 @@ class GpuKvCache:
 
 
 def gpu_block_bytes(shape: ModelShape, block_tokens: int, dtype: torch.dtype) -> int:
-    """Return the memory of one block over all layers, keys and values."""
+    """Return the bytes that one block takes for keys and values in all layers."""
     return 2 * dtype.itemsize * shape.layers * shape.kv_heads * block_tokens * shape.head_dim
 
 
 @dataclass(frozen=True)
 class GpuAttentionBatch:
-    """The sequences of a step, one after the other; the queries of each are the last tokens of its KV.
+    """The sequences of one step. A sequence's query tokens are its last tokens.
 
-    On the device: ``query_start`` int32 [sequences + 1], ``seq_len`` int32 [sequences], this step's tokens included,
-    ``table`` int32 [sequences, blocks]. On the host: ``queries`` and ``lengths`` are the same numbers. They are empty
-    in a captured graph, where every sequence has one query and any length that fits into ``table``.
+    Tensors on the device: ``query_start`` int32 [sequences + 1], the cumulative number of query tokens; ``seq_len``
+    int32 [sequences], the KV length including this step; ``table`` int32 [sequences, blocks]. On the host, ``queries``
+    and ``lengths`` hold each sequence's query tokens and KV length. A captured graph of decode steps has neither.
     """
 
     query_start: torch.Tensor
@@ -62,9 +62,9 @@ def attend(
     scale: float,
     backend: Backend,
 ) -> torch.Tensor:
-    """Return softmax(scale * q k^T) v over each token's own past and itself, [tokens, heads * dim].
+    """Return causal attention softmax(scale * q k^T) v, [tokens, heads * dim].
 
-    The keys and values of this step are in the cache already.
+    The caller has already stored this step's keys and values in the cache.
     """
     keys, values = cache.keys[layer], cache.values[layer]
     if backend == "paged":
@@ -78,9 +78,9 @@ def attend(
 
 
 def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device: torch.device) -> tuple[Backend, str]:
-    """Return the backend and the reason for it.
+    """Return the backend and the reason for choosing it.
 
-    It is ``paged`` if a small step, a chunk behind a cached prefix and a decode token, gives the right result.
+    ``paged`` is chosen if it gives the right result for a prompt chunk after a cached prefix and for a decode token.
     """
     if device.type != "cuda":
         return "gathered", "no GPU"
@@ -96,14 +96,14 @@ def pick_backend(shape: ModelShape, block_tokens: int, dtype: torch.dtype, devic
 
 
 def _activate_newer_flash_attention(device: torch.device) -> None:
-    """Replace torch's own FlashAttention, which reads no block tables, by a newer one if that is installed."""
+    """Activate a newer FlashAttention if one is installed. The one in torch does not read block tables."""
     import torch.nn.attention as attention
 
     newer = "FA3" if torch.cuda.get_device_capability(device) < (10, 0) else "FA4"
     activate = getattr(attention, "activate_flash_attention_impl", None)
     if activate is None:  # torch 2.11
         return
-    # If it is not installed, or not for this GPU, torch's own stays.
+    # If the newer one is missing or does not support this GPU, torch keeps its own.
     with suppress(ImportError, RuntimeError, ValueError, NotImplementedError):
         activate(newer)
 
@@ -118,7 +118,7 @@ def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device:
     cache.keys.normal_()
     cache.values.normal_()
     queries, lengths = (3, 1), (block_tokens + 3, block_tokens + 1)
-    # Values that an earlier request left beyond the end of a sequence's KV must have no effect, not even as 0 * NaN.
+    # Stale values after the end of a sequence's KV must have no effect. NaN would spread even with weight 0.
     cache.keys[:, 0, 3:] = cache.values[:, 0, 3:] = float("nan")
 
     def integers(*values: int) -> torch.Tensor:
@@ -160,7 +160,7 @@ def _paged(
 def _gathered(
     q: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: GpuAttentionBatch, scale: float
 ) -> None:
-    """Compute runs of decoding sequences together, prompts one by one."""
+    """Compute attention for adjacent decoding sequences together and for each prompt chunk separately."""
     token = index = 0
     for decode, run in groupby(batch.queries, lambda queries: queries == 1):
         for queries in [tuple(run)] if decode else [(n,) for n in run]:
@@ -178,7 +178,7 @@ def _gathered_decode(
     q: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor,
     seq_len: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """Compute one query per sequence over all blocks of the table, GATHERED_TOKENS of KV at a time."""
+    """Compute attention for one query per sequence, copying up to GATHERED_TOKENS of KV at a time."""
     most, kv_heads = table.shape[1] * keys.shape[1], keys.shape[2]
     positions = torch.arange(most, device=q.device)
     rows = max(1, GATHERED_TOKENS // most)
@@ -186,13 +186,13 @@ def _gathered_decode(
         part = slice(start, start + rows)
         sequences, flat = len(table[part]), table[part].flatten()
         in_past = positions[None, :] < seq_len[part][:, None]
-        # Values of other requests beyond the past must have no effect, not even as 0 * NaN.
+        # Stale values after the end of a sequence's KV must have no effect. NaN would spread even with weight 0.
         beyond = ~in_past[:, :, None, None]
         k, v = (
             kv.index_select(0, flat).view(sequences, -1, *kv.shape[2:]).masked_fill_(beyond, 0.0).transpose(1, 2)
             for kv in (keys, values)
         )
-        # Query heads that share a key head are passed as queries of one head, so that no kernel repeats the keys.
+        # Query heads that share a KV head are passed as queries of one head, so the keys are not repeated.
         grouped = q[part].view(sequences, kv_heads, -1, q.shape[2])
         mask = in_past[:, None, None, :]
         attended = functional.scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scale)
@@ -202,9 +202,9 @@ def _gathered_decode(
 def _gathered_prefill(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, blocks: torch.Tensor, length: int, scale: float
 ) -> torch.Tensor:
-    """Return the outputs of the queries of one sequence, [queries, heads, dim]."""
+    """Return the attention of one sequence's queries, [queries, heads, dim]."""
     queries, kv_heads = q.shape[0], keys.shape[2]
-    # Query heads that share a key head are neighbours; ``expand`` repeats the keys for them without a copy.
+    # Query heads that share a KV head are adjacent. ``expand`` repeats the keys for them without a copy.
     grouped = q.view(queries, kv_heads, -1, q.shape[2]).permute(1, 2, 0, 3)
     k, v = (
         part.index_select(0, blocks)

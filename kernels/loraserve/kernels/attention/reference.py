@@ -1,4 +1,4 @@
-"""Paged causal attention in plain torch: the definition that the CPU kernel is tested against."""
+"""Paged causal attention in plain torch. Tests compare the CPU kernel with it."""
 
 import torch
 
@@ -14,7 +14,7 @@ def paged_attention(
     layer: int,
     scale: float,
 ) -> torch.Tensor:  # [tokens, heads * head_dim] float32
-    """Store k and v in the cache and return softmax(scale * q k^T) v over each token's own past and itself."""
+    """Store k and v in the cache and return causal attention softmax(scale * q k^T) v."""
     blocks = batch.slot_mapping // cache.block_tokens
     groups = batch.slot_mapping % cache.block_tokens // GROUP_TOKENS
     offsets = batch.slot_mapping % GROUP_TOKENS

@@ -1,4 +1,4 @@
-"""Generates the vector code of CPU attention: the scores of one group of keys, and the softmax of a row of scores."""
+"""Generates the vector code of CPU attention: scores of a group of keys, and softmax of a row of scores."""
 
 from typing import Any
 
@@ -27,15 +27,14 @@ from loraserve.kernels.cpu.vector_code import (
 
 VI32 = ir.VectorType(I32, LANES)
 SMALLEST_EXPONENT = -87.0
-"""Below it e**x is not a normal float32 and becomes 0."""
+"""``_exp`` returns 0 below this exponent, where e**x is no normal float32."""
 
 
 def make_score_block(rows: int, positions: int) -> Any:
-    """Return the intrinsic score(q, q_stride, keys, dim, out, out_stride, ahead): out[row, p] = q[row] . keys[:, p].
+    """Return the intrinsic score(q, q_stride, keys, dim, out, out_stride, ahead).
 
-    ``keys`` float32 [dim, positions], so that a vector holds neighbouring positions and no sum over lanes is needed.
-    Even and odd dimensions are summed separately, then added. ``ahead`` is the address of the next group, which is
-    prefetched.
+    It computes out[row, p] = q[row] . keys[:, p] for float32 ``keys`` [dim, positions]. Even and odd dimensions are
+    summed separately, then added. It also prefetches the next group at address ``ahead``.
     """
     vectors = positions // LANES
     at_once = min(vectors, max(1, most_sums() // (2 * rows)))
@@ -85,7 +84,7 @@ def _constant(value: float) -> Any:
 
 
 def _exp(builder: Any, x: Any) -> Any:
-    """Emit e**x for x <= 0, within 2 ulp; 0 below the smallest exponent, NaN for NaN (Cephes' expf)."""
+    """Emit e**x for x <= 0, within 2 ulp (Cephes' expf). It is 0 below SMALLEST_EXPONENT, and NaN for NaN."""
     small = builder.fcmp_ordered("<", x, _constant(SMALLEST_EXPONENT))
     x = builder.select(small, _constant(SMALLEST_EXPONENT), x)
     rint = cgutils.get_or_insert_function(builder.module, ir.FunctionType(VF32, [VF32]), f"llvm.rint.v{LANES}f32")
@@ -103,9 +102,9 @@ def _exp(builder: Any, x: Any) -> Any:
 
 @emitted(types.none(types.int64, types.int64, types.float32))
 def softmax(builder: Any, scores: Any, length: Any, scale: Any) -> None:
-    """Replace the first ``length`` scores with their softmax, scaled by ``scale`` > 0.
+    """Replace the first ``length`` scores with the softmax of ``scale`` * score, where ``scale`` > 0.
 
-    Works on whole steps: up to STEP - 1 floats after ``length`` are overwritten.
+    Processes STEP floats at a time, and so overwrites up to STEP - 1 floats after ``length``.
     """
     whole = builder.and_(builder.add(length, ir.Constant(I64, STEP - 1)), ir.Constant(I64, -STEP))
     with cgutils.for_range_slice(builder, length, whole, ir.Constant(I64, 1), I64) as (index, _):
@@ -125,7 +124,7 @@ def softmax(builder: Any, scores: Any, length: Any, scale: Any) -> None:
 
 
 def _steps(builder: Any, start: Any, whole: Any) -> Any:
-    """Emit a loop over whole steps. The caller's body is emitted twice per step, with (address of a vector, half)."""
+    """Emit a loop over steps of two vectors. Yields (address of the vector, 0 or 1) for each vector of a step."""
     with cgutils.for_range_slice(builder, ir.Constant(I64, 0), whole, ir.Constant(I64, STEP), I64) as (index, _):
         for half in range(2):
             yield offset(builder, start, builder.add(index, ir.Constant(I64, half * LANES)), 4), half

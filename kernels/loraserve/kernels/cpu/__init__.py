@@ -1,1 +1,1 @@
-"""What all CPU kernels are built from: compilation, operand blocks, threads and vector code. See the README above."""
+"""Common code of the CPU kernels: compilation, operand blocks, threads and vector code."""

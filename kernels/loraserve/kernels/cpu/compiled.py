@@ -1,8 +1,7 @@
-"""Compiles CPU kernels for the processor at hand and keeps the machine code on disk for the next process.
+"""Compiles CPU kernels for the local processor and caches the machine code on disk.
 
-A kernel takes one argument: the address of its operand block (see operands.py). All kernels therefore have one
-signature, a call costs about two microseconds, and no unexpected argument type can start a compilation in the middle
-of a step.
+A kernel takes one argument, the address of its operand block (see operands.py). All kernels therefore have one
+signature. A call costs about two microseconds and never starts a compilation for a new argument type.
 """
 
 import ctypes
@@ -30,7 +29,7 @@ _compile_lock = threading.Lock()
 
 
 class Kernel:
-    """A function of the address of an operand block, compiled at its first use or by ``warm_up``."""
+    """A compiled function that takes the address of an operand block. It is compiled at its first use at the latest."""
 
     def __init__(self, function: Callable[[int], None]) -> None:
         self._function = function
@@ -47,7 +46,7 @@ class Kernel:
 
     @property
     def call(self) -> Any:
-        """The kernel as a Python function of an address. The interpreter lock is released during a call."""
+        """The kernel as a Python callable that takes an address. A call releases the interpreter lock."""
         if self._call is None:
             self.warm_up()
         return self._call
@@ -63,9 +62,8 @@ class Kernel:
 def called(variant: str) -> Callable[[Callable[..., Any]], Any]:
     """Return a decorator for a function that kernels call.
 
-    The function is compiled once on its own and once within each kernel that calls it. ``variant`` (the dtype) becomes
-    part of its symbol: the cache mixes code that several processes compiled, and of two symbols with the same name the
-    linker takes the first, even if it was compiled for another dtype.
+    ``variant``, the dtype, becomes part of the function's symbol. The disk cache holds code from several processes. If
+    two dtypes had the same symbol, the linker could call the code of the wrong dtype.
     """
 
     def compile_later(function: Callable[..., Any]) -> Any:
@@ -77,15 +75,15 @@ def called(variant: str) -> Callable[[Callable[..., Any]], Any]:
 
 
 def inlined(function: Callable[..., Any]) -> Any:
-    """Decorate a short function that is inlined into its callers, because each level of calls costs compile time."""
+    """Decorate a function that is inlined into its callers, which saves compile time."""
     return njit(nogil=True, error_model="numpy", inline="always")(function)
 
 
 def emitted(signature: Any) -> Callable[[Callable[..., Any]], Any]:
-    """Return a decorator that makes an intrinsic of a function that emits LLVM instructions.
+    """Return a decorator that turns a function that emits LLVM instructions into an intrinsic.
 
-    The function gets the builder and the LLVM values of the arguments. It runs at compile time, once for each call in
-    the source of a kernel, and returns the result or None.
+    The function takes the builder and the arguments' LLVM values, and returns the result's LLVM value or None. It runs
+    at compile time, once for each call in a kernel's source.
     """
 
     def make(emit: Callable[..., Any]) -> Any:
@@ -96,7 +94,7 @@ def emitted(signature: Any) -> Callable[[Callable[..., Any]], Any]:
         def typed(*arguments: Any) -> Any:
             return signature, codegen
 
-        # Numba looks up the number of arguments here.
+        # Numba reads the number of arguments from __signature__.
         names = ("typingctx", *(f"argument_{i}" for i in range(len(signature.args))))
         typed.__signature__ = Signature([Parameter(name, Parameter.POSITIONAL_ONLY) for name in names])  # type: ignore[attr-defined]
         typed.__name__ = emit.__name__
@@ -106,12 +104,12 @@ def emitted(signature: Any) -> Callable[[Callable[..., Any]], Any]:
 
 
 def no_result(arguments: int) -> Any:
-    """Return the signature of an intrinsic of so many int64 arguments that returns nothing."""
+    """Return the signature of an intrinsic with ``arguments`` int64 parameters and no result."""
     return types.none(*([types.int64] * arguments))
 
 
 def _compile(function: Callable[[int], None]) -> Any:
-    # A damaged index, a full disk or a read-only home must cost compile time only.
+    # Without a usable disk cache, compile in memory: the index may be damaged, the disk full or read-only.
     try:
         return _compile_with_cache(function)
     except (OSError, EOFError, RuntimeError, pickle.UnpicklingError):
@@ -128,9 +126,9 @@ def _compile_with_cache(function: Callable[[int], None]) -> Any:
 
 
 def cache_dir() -> Path:
-    """Return the folder of compiled kernels.
+    """Return the cache folder of compiled kernels.
 
-    It lies in NUMBA_CACHE_DIR or else in the user's cache folder, and is named after the source of all kernels.
+    It is under NUMBA_CACHE_DIR if set, else under the user's cache folder. Its name is a digest of all kernel sources.
     """
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     return (Path(chosen) if chosen else _user_cache()) / "loraserve-kernels" / _source_digest()
@@ -144,8 +142,7 @@ def _user_cache() -> Path:
 
 @cache
 def _source_digest() -> str:
-    # Numba checks only the file of the kernel itself. Without the digest it would run code that was compiled from an
-    # older version of another file.
+    # Numba checks only whether the kernel's own file has changed. The digest also covers the files that it imports.
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.parent.rglob("*.py")):
         digest.update(path.read_bytes())

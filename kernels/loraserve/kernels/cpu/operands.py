@@ -1,8 +1,8 @@
-"""Operand blocks: how Python passes the operands of a call to a compiled CPU kernel.
+"""Operand blocks: C structs in which Python passes the operands of a call to a compiled CPU kernel.
 
-Each kernel declares its operands once, as a subclass of ``OperandBlock`` (a C struct). The caller fills in the fields
-by keyword; the compiled kernel reads them through ``reader(Block)``, which takes names, types and offsets from the same
-declaration. Tensors are passed as addresses; ``floats``, ``int32s`` and ``int64s`` turn an address into an array.
+Each kernel declares its operands once, as a subclass of ``OperandBlock``. The caller sets the fields by keyword. The
+compiled kernel reads them through ``reader(Block)``, which uses the same declaration. Tensors are passed as addresses.
+In a kernel ``floats``, ``int32s`` and ``int64s`` turn an address into an array.
 """
 
 import ctypes
@@ -21,20 +21,20 @@ Fields = tuple[tuple[str, type[Any]], ...]
 
 
 def integers(*names: str) -> Fields:
-    """Return int64 fields: numbers, strides in elements, and addresses."""
+    """Return the declarations of int64 fields, for counts, strides in elements and addresses."""
     return tuple((name, ctypes.c_int64) for name in names)
 
 
 def fractions(*names: str) -> Fields:
-    """Return float32 fields."""
+    """Return the declarations of float32 fields."""
     return tuple((name, ctypes.c_float) for name in names)
 
 
 class OperandBlock(ctypes.Structure):
     """Base of all operand blocks. A subclass lists its operands in ``_fields_``.
 
-    Subclasses set ``__slots__ = ()``, so that a misspelt operand raises AttributeError. ``next_part`` counts the parts
-    of the call that threads have taken (see threads.py).
+    Subclasses set ``__slots__ = ()``, so that a misspelt operand raises AttributeError. ``next_part`` is the number of
+    the next part of the call that a thread takes (see threads.py).
     """
 
     __slots__ = ()
@@ -42,7 +42,7 @@ class OperandBlock(ctypes.Structure):
 
 
 def reader(block: type[ctypes.Structure]) -> Any:
-    """Return a compiled function of an address that returns the record of this type, with the fields of ``block``."""
+    """Return a compiled function that takes an address and returns the ``block`` record stored there."""
     dtype = record_dtype(block)
     pointer = _pointer_to(from_dtype(dtype))
 
@@ -54,7 +54,7 @@ def reader(block: type[ctypes.Structure]) -> Any:
 
 
 def record_dtype(block: type[ctypes.Structure]) -> np.dtype[Any]:
-    """Return the numpy type with the numeric fields and the offsets of a C struct, inherited fields included."""
+    """Return the numpy dtype of a C struct. It has all numeric fields, including inherited ones."""
     declared = [field for base in reversed(block.__mro__) for field in base.__dict__.get("_fields_", ())]
     fields = [(name, kind) for name, kind in declared if issubclass(kind, ctypes._SimpleCData)]
     return np.dtype(
@@ -68,14 +68,14 @@ def record_dtype(block: type[ctypes.Structure]) -> np.dtype[Any]:
 
 
 def assert_dense(tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
-    """Assert that a tensor is dense float32 of this shape. Kernels index raw memory and would misread any other."""
+    """Assert that a tensor is contiguous float32 of this shape, because kernels index its raw memory."""
     assert tensor.dtype == torch.float32, tensor.dtype
     assert tensor.is_contiguous(), tensor.stride()
     assert tensor.shape == shape, (tensor.shape, shape)
 
 
 def _pointer_to(element: Any) -> Any:
-    """Return the intrinsic pointer(address): an int64 address as a pointer to elements of this type."""
+    """Return the intrinsic pointer(address), which converts an int64 address to a pointer to ``element``."""
     make_pointer: Any = types.CPointer
 
     def codegen(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -113,6 +113,6 @@ assert OperandBlock.next_part.offset == 0, "take_part counts up the first field"
 
 @emitted(types.int64(types.int64))
 def take_part(builder: Any, operands: Any) -> Any:
-    """Take the next part of the call that no thread has taken, and return its number."""
+    """Atomically take the next part of the call and return its number."""
     next_part = builder.inttoptr(operands, I64.as_pointer())
     return builder.atomic_rmw("add", next_part, ir.Constant(I64, 1), "acq_rel")

@@ -1,12 +1,12 @@
-"""Runs a kernel on as many threads as torch is set to use.
+"""Runs a kernel on several threads, up to ``torch.get_num_threads()``.
 
-A call is cut into numbered parts that do not depend on each other. Each thread takes the next free part
-(``operands.take_part``) until none is left. The calling thread computes parts too and never waits for a helper that has
-not begun: if other processes hold the cores, a call takes as long as on one thread and no longer.
+A kernel call consists of numbered, independent parts. Each thread takes the next free part with ``take_part`` until
+none is left. The calling thread computes parts too. It never waits for a helper that has not started. If other
+processes keep all helpers off the cores, the call takes only as long as on one thread.
 
-The threads synchronise in compiled code with POSIX mutexes and conditions: a helper can join a call without the
-interpreter lock and sleeps between steps. Within a step calls follow each other closely, so a helper spins for a moment
-before it sleeps; waking it costs more than many calls take.
+The threads synchronise in compiled code with POSIX mutexes and condition variables, so helpers do not need the
+interpreter lock. A helper spins briefly before it sleeps, because the calls of a step follow each other closely and
+waking a helper takes longer than many calls.
 """
 
 import ctypes
@@ -23,26 +23,26 @@ from loraserve.kernels.cpu.compiled import I64, Kernel, emitted, no_result
 from loraserve.kernels.cpu.operands import OperandBlock, integers, reader
 
 LEADER_SPINS = 4000
-"""How often the leader checks for running helpers before it sleeps: unless preempted they finish in microseconds."""
+"""How often the calling thread checks for running helpers before it sleeps. They usually finish in microseconds."""
 HELPER_SPINS = 3000
-"""How often a helper checks for the next call before it sleeps: about 100 us, more than Python takes between calls."""
+"""How often a helper checks for the next call before it sleeps. This takes about 100 us, more than calls are apart."""
 ON_X86 = platform.machine() in ("x86_64", "AMD64")
 
 
 class TeamState(ctypes.Structure):
-    """Memory that the threads of a team share. No platform's mutex or condition takes more than 64 bytes."""
+    """Memory that the threads of a team share. A POSIX mutex or condition variable takes at most 64 bytes."""
 
     _fields_ = (
         ("mutex", ctypes.c_char * 128),
         ("work_available", ctypes.c_char * 128),
         ("helpers_finished", ctypes.c_char * 128),
-        # The call in progress, how many more helpers may join it, how many are in it, and how many must be woken.
+        # The current kernel and operands; helpers that may still join, that are computing, and that are asleep.
         *integers("kernel", "operands", "places", "inside", "asleep"),
     )
 
 
 class LeadCall(OperandBlock):
-    """Operands of ``_lead_call``: the team's state, the kernel to run with its operands, and the helpers wanted."""
+    """Operands of ``_lead_call``: addresses of team state, kernel and operands, and the number of helpers wanted."""
 
     __slots__ = ()
     _fields_ = integers("state", "kernel", "operands", "helpers")
@@ -54,7 +54,7 @@ PLACES, INSIDE = TeamState.places.offset, TeamState.inside.offset
 
 
 def _c_function(name: str, count: int) -> Any:
-    """Return an intrinsic that calls a C function of ``count`` integers or addresses and ignores its result."""
+    """Return an intrinsic that calls a C function with ``count`` int64 arguments and ignores its result."""
 
     @emitted(no_result(count))
     def call(builder: Any, *arguments: Any) -> None:
@@ -81,14 +81,14 @@ def _load_acquire(builder: Any, address: Any) -> Any:
 
 @emitted(no_result(0))
 def _pause(builder: Any) -> None:
-    """Leave the core to its other hardware thread for a moment."""
+    """Emit a spin-wait hint, which lets the core's other hardware thread run."""
     if ON_X86:
         kind = ir.FunctionType(ir.VoidType(), [])
         builder.call(cgutils.get_or_insert_function(builder.module, kind, "llvm.x86.sse2.pause"), [])
 
 
 def _lead_call(operands):  # type: ignore[no-untyped-def]
-    """Run a kernel with the help of the team and return when all its parts are done."""
+    """Run a kernel together with the helpers and return when all parts are done."""
     call = _lead_operands(operands)
     state = call.state
     shared = _state(state)
@@ -101,7 +101,7 @@ def _lead_call(operands):  # type: ignore[no-untyped-def]
     for _ in range(sleepers):
         _signal(state + WORK_AVAILABLE)
     _call_kernel(call.kernel, call.operands)
-    # No part is left for a helper that has not begun: do not wait for it.
+    # All parts are taken. Helpers that have not started are not needed.
     _lock(state)
     shared.places = 0
     _unlock(state)
@@ -115,7 +115,7 @@ def _lead_call(operands):  # type: ignore[no-untyped-def]
 
 
 def _help_forever(state):  # type: ignore[no-untyped-def]
-    """Join one call after the other. The thread ends with the process."""
+    """Run a helper, which joins one call after another until the process exits."""
     shared = _state(state)
     _lock(state)
     while shared.inside >= 0:
@@ -144,7 +144,7 @@ LEAD, HELP = Kernel(_lead_call), Kernel(_help_forever)
 
 
 class Team:
-    """Helper threads that sleep between calls. The team serves one call at a time; a second caller works alone."""
+    """Helper threads that share one kernel call at a time. A concurrent caller runs its call without helpers."""
 
     def __init__(self) -> None:
         self._state = TeamState()
@@ -161,7 +161,7 @@ class Team:
                 raise OSError("pthread_mutex_init or pthread_cond_init failed")
 
     def run(self, kernel: Kernel, operands: OperandBlock, threads: int) -> None:
-        """Run all parts of a call on up to ``threads`` threads, the calling one included."""
+        """Run all parts of a call on up to ``threads`` threads, including the calling thread."""
         if threads < 2 or not self._busy.acquire(blocking=False):
             kernel.call(ctypes.byref(operands))
             return
@@ -181,11 +181,11 @@ _team = Team()
 
 
 def warm_up() -> None:
-    """Compile or load the kernels that share a call among threads."""
+    """Compile the functions that synchronise the threads, or load them from the disk cache."""
     LEAD.warm_up()
     HELP.warm_up()
 
 
 def run(kernel: Kernel, operands: OperandBlock, *, shared: bool) -> None:
-    """Call a kernel. ``shared`` says that the work is worth more than one thread."""
+    """Call a kernel. Use several threads if ``shared`` is true."""
     _team.run(kernel, operands, torch.get_num_threads() if shared else 1)

@@ -1,9 +1,8 @@
 """Generates the vector code of the CPU kernels, with a fixed order of summation.
 
-Numba's own loops leave the order of a reduction to LLVM, which may choose a different one for each loop. The intrinsics
-made here fix the order: the result of a token has the same bits whatever shares its batch and whichever kernel computes
-it. Addresses are int64, so that kernels index raw memory of any dtype. The README of this package explains how the code
-is generated and how to read and debug it.
+In loops that numba compiles, LLVM chooses the order of a reduction. The intrinsics made here fix the order, so a
+token's result has the same bits in any batch. Addresses are int64, so kernels can index raw memory of any dtype. The
+README of ``loraserve.kernels`` explains how the code is generated and how to read and debug it.
 """
 
 from typing import Any
@@ -15,13 +14,13 @@ from loraserve.kernels.cpu.compiled import I64, emitted, no_result
 
 LANES = 8
 STEP = 2 * LANES
-"""Elements per iteration of a dot product: two independent sums hide the latency of the multiply-add."""
+"""Elements per iteration of a dot product. Two independent vector sums hide the multiply-add latency."""
 
 LINE_BYTES = 64
 STREAM_TOKENS = 4
-"""Up to this many tokens a kernel is bound by memory, not by arithmetic."""
+"""A kernel prefetches weights for up to this many tokens. For more, arithmetic is the bottleneck."""
 AHEAD_BLOCKS = 1
-"""Weights are prefetched this many blocks of rows before they are used."""
+"""Number of row blocks that weights are prefetched ahead."""
 
 F32 = ir.FloatType()
 I16 = ir.IntType(16)
@@ -33,7 +32,7 @@ _RAW = {"float32": F32, "bfloat16": I16, "float16": ir.HalfType()}
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """Emit a * b + c, rounded once, for scalars or vectors."""
+    """Emit a fused multiply-add a * b + c of scalars or vectors."""
     kind = a.type
     name = f"llvm.fma.v{kind.count}f32" if isinstance(kind, ir.VectorType) else "llvm.fma.f32"
     function = cgutils.get_or_insert_function(builder.module, ir.FunctionType(kind, [kind] * 3), name)
@@ -55,10 +54,9 @@ def load_f32(builder: Any, address: Any, dtype: str, lanes: int) -> Any:
 
 
 def prefetch(builder: Any, address: Any, lines: int, near: bool) -> None:
-    """Emit prefetches of cache lines, into the first-level cache if ``near``, else into the second.
+    """Emit prefetches of ``lines`` cache lines, into the L1 cache if ``near``, else into L2.
 
-    Measured: streams of weights are faster with the first level; keys and values, which come in bursts, with the
-    second.
+    In measurements, L1 was faster for weights, which are read as a stream. L2 was faster for keys and values.
     """
     pointer = ir.IntType(8).as_pointer()
     kind = ir.FunctionType(ir.VoidType(), [pointer, I32, I32, I32])
@@ -69,7 +67,7 @@ def prefetch(builder: Any, address: Any, lines: int, near: bool) -> None:
 
 
 def _prefetch_next(builder: Any, block: Any, stride: Any, rows: int, index: Any, step: int, element_bytes: int) -> None:
-    """Prefetch the part of a later block of rows that takes as long to read as ``step`` columns of this one."""
+    """Emit prefetches of a share of a later row block: as many bytes as ``step`` columns of ``rows`` rows."""
     ahead = offset(builder, block, builder.mul(stride, ir.Constant(I64, AHEAD_BLOCKS * rows)), element_bytes)
     lines = -(-step * rows * element_bytes // LINE_BYTES)
     prefetch(builder, offset(builder, ahead, index, rows * element_bytes), lines, near=True)
@@ -87,7 +85,7 @@ def splat(builder: Any, value: Any, lanes: int = LANES) -> Any:
 
 
 def sum_lanes(builder: Any, vector: Any) -> Any:
-    """Emit the sum of all lanes, added pairwise in a fixed tree."""
+    """Emit the sum of all lanes, computed by pairwise addition."""
     width = LANES
     while width > 1:
         width //= 2
@@ -105,15 +103,15 @@ def offset(builder: Any, address: Any, index: Any, element_bytes: int) -> Any:
 
 
 def most_sums() -> int:
-    """Return how many vector sums fit into registers beside the loads: half of the registers."""
+    """Return the most vector sums that a block may hold in registers. The other half of the registers is for loads."""
     return 16 if binding.get_host_cpu_features().get("avx512vl") else 8
 
 
 def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
-    """Return the intrinsic dot(x, x_stride, a, a_stride, k, out, out_stride): out[t, r] = x[t] . a[r] for a block.
+    """Return the intrinsic dot(x, x_stride, a, a_stride, k, out, out_stride).
 
-    ``x`` float32 and ``a`` of ``dtype`` are addresses of the block's first rows, strides are in elements, ``k`` is the
-    length of a row. Each element is summed in the same order, whatever the size of the block.
+    It computes out[t, r] = x[t] . a[r] for ``tokens`` rows of float32 x and ``rows`` rows of a of type ``dtype``.
+    Strides are in elements and ``k`` is the row length. The order of a sum does not depend on the block size.
     """
     rows_at_once = min(rows, max(1, most_sums() // (2 * tokens)))
 
@@ -137,9 +135,9 @@ def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:
 def _dot_sums(
     builder: Any, x_rows: list[Any], a_rows: list[Any], k: Any, dtype: str, stride: Any
 ) -> dict[tuple[int, int], Any]:
-    """Emit the dot products of all pairs of rows: first the vector part, then its lanes, then the tail.
+    """Emit the dot products of all pairs of rows. Each one adds whole vectors, then their lanes, then the tail.
 
-    ``stride`` is the distance of the rows of a, or None if they need no prefetch.
+    ``stride`` is the row stride of a in elements, or None to omit prefetching.
     """
     zero = ir.Constant(VF32, [0.0] * LANES)
     pairs = [(t, r) for t in range(len(x_rows)) for r in range(len(a_rows))]
@@ -170,17 +168,17 @@ def _dot_sums(
 
 
 def variable(builder: Any, value: Any) -> Any:
-    """Emit a mutable variable. Its allocation is hoisted out of loops; the initial store stays here."""
+    """Emit a mutable variable with an initial value, and return its pointer. The allocation is hoisted out of loops."""
     slot = cgutils.alloca_once(builder, value.type)
     builder.store(value, slot)
     return slot
 
 
 def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
-    """Return the intrinsic axpy(y, y_stride, h, h_stride, b, b_stride, n): y[t] += sum over r of h[t, r] b[r].
+    """Return the intrinsic axpy(y, y_stride, h, h_stride, b, b_stride, n).
 
-    ``y`` and ``h`` float32, ``b`` of ``dtype``; addresses, strides in elements, ``n`` the length of a row. The rows are
-    added to y one after the other, each with one rounding, so the size of the block does not change the bits.
+    It computes y[t] += sum over r of h[t, r] * b[r] for float32 y and h, and b of type ``dtype``. Strides are in
+    elements; ``n`` is the row length. Rows of b are added in order with FMA, so the block size does not change bits.
     """
     element_bytes = ELEMENT_BYTES[dtype]
 
@@ -218,10 +216,9 @@ def make_axpy_block(tokens: int, rows: int, dtype: str) -> Any:
 def make_mix_block(tokens: int, vectors: int, dtype: str) -> Any:
     """Return the intrinsic mix(y, y_stride, w, w_stride, values, stride, count, ahead).
 
-    It computes y[t] += sum over p of w[t, p] values[p], ``y`` and ``w`` float32, ``values`` of ``dtype``. ``vectors``
-    vectors of a row of y are held in registers while the rows of values are added one after the other. The order and
-    the bits are those of ``make_axpy_block``. ``ahead`` is the address of the values of the next call, which are
-    prefetched.
+    It computes y[t] += sum over p of w[t, p] * values[p] for float32 y and w, and values of type ``dtype``. It holds
+    ``vectors`` vectors of each row of y in registers and adds the rows of values in order. The result has the same bits
+    as that of ``make_axpy_block``. It also prefetches the next call's values at address ``ahead``.
     """
     at_once = min(vectors, max(1, most_sums() // tokens))
 

@@ -1,1 +1,1 @@
-"""The elementwise operations between the matrix products, each in one pass over memory, for CPU and GPU."""
+"""Fused elementwise operations of a decoder layer, for CPU and GPU. Each makes one pass over memory."""

@@ -1,7 +1,7 @@
 """Fused elementwise operations on the CPU: RMS norm with residual, rotary embedding, SiLU gate.
 
-Rows are independent and each row is computed in one fixed order: the values of a token have the same bits in any batch
-and with any number of threads. The kernels come first, then the functions that the decoder calls.
+Each row is computed independently and in one fixed order. A token's values therefore have the same bits in any batch
+and with any number of threads.
 """
 
 from typing import Any
@@ -28,18 +28,18 @@ from loraserve.kernels.cpu.vector_code import F32, I32, make_dot_block
 SHARED_ELEMENTS = 20_000
 """Above this many elements a second thread saves more time than starting it costs."""
 PART_ROWS = 8
-"""Rows that a thread takes at a time."""
+"""Number of rows in one part of a call."""
 
 
 class NormCall(OperandBlock):
-    """Operands of ``_norm``; ``delta`` is 0 if nothing is added to x."""
+    """Operands of ``_norm``. ``delta`` is 0 if nothing is added to x."""
 
     __slots__ = ()
     _fields_ = (*integers("x", "delta", "weight", "out", "tokens", "width"), *fractions("eps"))
 
 
 class RotateCall(OperandBlock):
-    """Operands of ``_rotate``; ``q_weight`` and ``k_weight`` are 0 if heads are not normed."""
+    """Operands of ``_rotate``. ``q_weight`` and ``k_weight`` are 0 if heads are not normalised."""
 
     __slots__ = ()
     _fields_ = (
@@ -49,8 +49,6 @@ class RotateCall(OperandBlock):
 
 
 class SiluMulCall(OperandBlock):
-    """Operands of ``_silu_mul``."""
-
     __slots__ = ()
     _fields_ = integers("gate_up", "out", "tokens", "width")
 
@@ -61,14 +59,14 @@ _dot = make_dot_block(1, 1, "float32")
 
 @emitted(types.float32(types.float32))
 def _power_of_two(builder: Any, exponent: Any) -> Any:
-    """2**n for a whole float32 n between -126 and 127."""
+    """Emit 2**n for an integral float32 n between -126 and 127."""
     biased = builder.add(builder.fptosi(exponent, I32), ir.Constant(I32, 127))
     return builder.bitcast(builder.shl(biased, ir.Constant(I32, 23)), F32)
 
 
 @inlined
 def _exp(x):  # type: ignore[no-untyped-def]
-    """e**x for x <= 0 within 2 ulp, in plain operations that vectorise to the same bits (Cephes' expf)."""
+    """Return e**x for x <= 0, within 2 ulp (Cephes' expf). Scalar and vector code give the same bits."""
     x = max(x, np.float32(-87.0))
     n = np.floor(x * np.float32(1.44269504) + np.float32(0.5))
     r = (x - n * np.float32(0.693359375)) - n * np.float32(-2.12194440e-4)
@@ -176,7 +174,7 @@ def add_rms_norm(
     eps: float,
     out: torch.Tensor,  # [tokens, width] float32
 ) -> torch.Tensor:
-    """Compute x += delta; out = x / rms(x) * weight, and return ``out``."""
+    """Add ``delta`` to ``x``, write x / rms(x) * weight to ``out``, and return ``out``."""
     tokens, width = x.shape
     assert_dense(x, (tokens, width))
     assert_dense(weight, (width,))
@@ -196,12 +194,12 @@ def rotate(
     positions: torch.Tensor,  # [tokens] int64
     cos: torch.Tensor,  # [positions, dim / 2] float32
     sin: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,  # weights [dim] of the norms of each query and each key
+    norms: tuple[torch.Tensor, torch.Tensor] | None,  # weights [dim] of the norms of query and key heads
     eps: float,
     q: torch.Tensor,  # [tokens, heads, dim] float32, written
     kv_heads: int,
 ) -> None:
-    """Norm queries and keys per head if the model does so, then rotate them to their positions."""
+    """Apply the rotary embedding to queries and keys, after an RMS norm of each head if ``norms`` is given."""
     tokens, heads, dim = q.shape
     assert_dense(q, (tokens, heads, dim))
     assert_dense(qkv, (tokens, (heads + 2 * kv_heads) * dim))
@@ -222,7 +220,7 @@ def rotate(
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Compute out[t] = silu(gate_up[t, :width]) * gate_up[t, width:], float32 [tokens, width], and return ``out``."""
+    """Write silu(gate_up[:, :width]) * gate_up[:, width:] to float32 ``out`` [tokens, width] and return it."""
     tokens, width = out.shape
     assert_dense(out, (tokens, width))
     assert_dense(gate_up, (tokens, 2 * width))
@@ -232,6 +230,6 @@ def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
 
 
 def warm_up() -> None:
-    """Compile or load all kernels that a step may call."""
+    """Compile the kernels of this module or load them from the disk cache."""
     for kernel in (NORM, ROTATE, SILU_MUL):
         kernel.warm_up()

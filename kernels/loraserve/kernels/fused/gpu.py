@@ -1,7 +1,7 @@
 """Fused elementwise operations on a CUDA GPU: RMS norm with residual, rotary embedding, SiLU gate.
 
-Activations have the weights' dtype, sums are float32. Rows are independent: the values of a token do not depend on the
-other tokens of its step. The kernels come first, then the functions that the decoder calls.
+Activations have the dtype of the weights, and sums are float32. A token's values do not depend on the other tokens of
+its step.
 """
 
 import torch
@@ -30,7 +30,7 @@ def _rotate(
     qkv, q, keys, values, positions, kv_slot, cos, sin, q_weight, k_weight, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, NORMED: tl.constexpr,
 ):  # fmt: skip
-    """Process one head of one token: a query goes to ``q``, a key or a value to its place in the cache."""
+    """Process one head of one token. Queries are written to ``q``, keys and values to the cache."""
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     source = qkv + (token * (HEADS + 2 * KV_HEADS) + head) * DIM
@@ -69,7 +69,7 @@ def _silu_mul(gate_up, out, width, BLOCK: tl.constexpr):
     mask = lane < width
     gate = tl.load(gate_up + token * 2 * width + lane, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(gate_up + token * 2 * width + width + lane, mask=mask, other=0.0).to(tl.float32)
-    # The exponent is never positive: nothing overflows.
+    # The exponent is at most 0, so exp cannot overflow.
     e = tl.exp(-tl.abs(gate))
     sigmoid = tl.where(gate >= 0, 1.0, e) / (1.0 + e)
     tl.store(out + token * width + lane, (gate * sigmoid * up).to(out.dtype.element_ty), mask=mask)
@@ -82,7 +82,7 @@ def add_rms_norm(
     eps: float,
     out: torch.Tensor,  # [tokens, width]
 ) -> torch.Tensor:
-    """Compute x += delta; out = x / rms(x) * weight, and return ``out``."""
+    """Add ``delta`` to ``x``, write x / rms(x) * weight to ``out``, and return ``out``."""
     tokens, width = x.shape
     for tensor in (x, out) if delta is None else (x, out, delta):
         assert tensor.shape == x.shape, (tensor.shape, x.shape)
@@ -98,16 +98,16 @@ def add_rms_norm(
 def rotate_and_store(
     qkv: torch.Tensor,  # [tokens, (heads + 2 * kv_heads) * dim]
     q: torch.Tensor,  # [tokens, heads, dim], written
-    keys: torch.Tensor,  # [blocks, block_tokens, kv_heads, dim], written where ``kv_slot`` says
+    keys: torch.Tensor,  # [blocks, block_tokens, kv_heads, dim], written at ``kv_slot``
     values: torch.Tensor,
     positions: torch.Tensor,  # [tokens] int32
-    kv_slot: torch.Tensor,  # [tokens] int32: block * block_tokens + offset, negative: not stored
+    kv_slot: torch.Tensor,  # [tokens] int32: block * block_tokens + offset; negative if not to be stored
     cos: torch.Tensor,  # [positions, dim / 2] float32
     sin: torch.Tensor,
-    norms: tuple[torch.Tensor, torch.Tensor] | None,  # float32 weights [dim] of the norms of each query and each key
+    norms: tuple[torch.Tensor, torch.Tensor] | None,  # float32 weights [dim] of the norms of query and key heads
     eps: float,
 ) -> None:
-    """Norm queries and keys per head if the model does so, rotate them, and store keys and values in the cache."""
+    """Rotate queries and keys and store keys and values. Apply an RMS norm to each head first if ``norms`` is given."""
     tokens, heads, dim = q.shape
     kv_heads = keys.shape[2]
     assert qkv.shape == (tokens, (heads + 2 * kv_heads) * dim), (qkv.shape, q.shape, keys.shape)
@@ -124,7 +124,7 @@ def rotate_and_store(
 
 
 def silu_mul(gate_up: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-    """Compute out[t] = silu(gate_up[t, :width]) * gate_up[t, width:], [tokens, width], and return ``out``."""
+    """Write silu(gate_up[:, :width]) * gate_up[:, width:] to ``out`` [tokens, width] and return ``out``."""
     tokens, width = out.shape
     assert gate_up.shape == (tokens, 2 * width), (gate_up.shape, out.shape)
     assert gate_up.is_contiguous(), gate_up.stride()

@@ -1,7 +1,7 @@
-"""Mixed-rank batched LoRA: the cost of a batch is the sum over its adapters' true ranks.
+"""Batched LoRA for adapters of different ranks. No rank is padded to the largest of the batch.
 
-The package exports the CPU implementation; ``implementation`` returns the one for a device. Both are imported at first
-use only, because the CPU's needs numba and the GPU's needs triton.
+The package exports the CPU implementation. ``implementation`` returns the module for a device. Both are imported
+at first use, because the CPU module needs numba and the GPU module needs triton.
 """
 
 from importlib import import_module
@@ -21,7 +21,7 @@ MODULES_BY_DEVICE = {"cpu": "loraserve.kernels.lora.cpu", "cuda": "loraserve.ker
 
 
 def implementation(device: torch.device | str) -> Any:
-    """Return the module whose ``add_lora`` computes on this device. Raises KeyError if there is none."""
+    """Return the module whose ``add_lora`` runs on this device. Raises KeyError if the device type is not supported."""
     return import_module(MODULES_BY_DEVICE[torch.device(device).type])
 
 

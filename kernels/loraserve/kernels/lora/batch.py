@@ -1,4 +1,4 @@
-"""Which tokens of a step use which adapter. Planned once per step and used by every layer and module."""
+"""Groups a step's tokens by adapter. The result is computed once per step and used by every layer and module."""
 
 from dataclasses import dataclass, field
 
@@ -8,15 +8,15 @@ from loraserve.kernels.lora.tables import AdapterTables
 
 NO_ADAPTER = -1
 WORK_TOKENS = 4
-"""Reading a weight from memory takes about as long as using it for this many tokens."""
+"""Reading a weight from memory takes about as long as multiplying it for this many tokens."""
 
 
 @dataclass(frozen=True)
 class LoraBatch:
-    """Tokens grouped by slot.
+    """The tokens of a step, grouped by adapter slot.
 
-    ``perm`` int32 [tokens with an adapter]: token indices, group after group; ``group_slot`` int32 [groups];
-    ``group_start`` int32 [groups + 1]: where each group begins in ``perm``.
+    ``perm`` int32 [tokens with an adapter] lists token indices, sorted by group. ``group_slot`` int32 [groups] is each
+    group's slot. ``group_start`` int32 [groups + 1] is each group's start in ``perm``. ``tokens`` counts all tokens.
     """
 
     perm: torch.Tensor
@@ -36,10 +36,10 @@ class LoraBatch:
         return self.groups == 0
 
     def work(self, tables: AdapterTables) -> list[int]:
-        """Return the work of each (layer, module), layer-major.
+        """Return an estimate of the work of each (layer, module), layer-major.
 
-        It is the number of adapter weights read, each counted once per token but at least WORK_TOKENS times. Computed
-        at the first call: a batch is planned for one set of tables.
+        The estimate is the sum over groups of weights times tokens, counting at least WORK_TOKENS tokens per group. The
+        first call caches it, so all calls must pass the same ``tables``.
         """
         if not self._work:
             tokens = self.group_start.diff().clamp(min=WORK_TOKENS).long()
@@ -48,7 +48,7 @@ class LoraBatch:
 
 
 def plan_batch(slot_of_token: torch.Tensor) -> LoraBatch:
-    """Group the tokens of a step by adapter. ``slot_of_token`` int32 [tokens], NO_ADAPTER for the base model."""
+    """Group tokens by adapter. ``slot_of_token`` int32 [tokens] holds NO_ADAPTER for base model tokens."""
     order = torch.argsort(slot_of_token, stable=True).to(torch.int32)
     slots = slot_of_token[order.long()]
     without_adapter = int((slots == NO_ADAPTER).sum())

@@ -1,11 +1,11 @@
-"""Mixed-rank LoRA on the CPU: reads each weight once, as it lies in the pool, at its true rank.
+"""Mixed-rank LoRA on the CPU. Weights are read directly from the adapter pool, without padding to a common rank.
 
-Same signature and meaning as reference.py. The result of a token has the same bits alone and in any batch, with any
-number of threads: each element is summed in one fixed order (vector_code.py) and threads share no element. The kernels,
-one per dtype of the adapter pool, come first, then the function that the decoder calls.
+``add_lora`` has the signature of the function in reference.py. A token's result has the same bits in any batch and with
+any number of threads, because each element is summed in one fixed order (see vector_code.py). There is one kernel per
+dtype of the adapter pool.
 
-A part of a call is one adapter's slices, all of them or one, for one tile of its tokens. Parts write different elements
-of y, so it does not matter which thread takes which part.
+Threads share a call in parts (see cpu/threads.py). A part is one tile of an adapter's tokens, for one slice of the
+module or for all slices. Parts write different elements of y.
 """
 
 from typing import Any
@@ -33,22 +33,22 @@ from loraserve.model_shape import MODULES
 ROWS = 4
 MIX_VECTORS = 4
 FEW_TOKENS = 8
-"""Up to this many tokens B is read row after row, as it lies in memory; for more, outputs are held in registers."""
+"""For up to this many tokens, B is read row by row. For more, the outputs are held in registers."""
 TILE_TOKENS = 32
-"""Most tokens that share one pass over the weights: their rows of x and h stay in the cache."""
+"""Maximum number of tokens per pass over the weights, so that their rows of x and h stay in the cache."""
 PARTS_PER_THREAD = 4
 SHARED_WORK = 1_000_000
-"""Above this work, as ``LoraBatch.work`` counts it, a second thread saves more time than starting it costs."""
+"""Above this value of ``LoraBatch.work`` a second thread saves more time than starting it costs."""
 
 
 class AddLoraCall(OperandBlock):
-    """Operands of the kernels. ``layout`` and ``scales`` point to the row of (layer, module) of slot 0."""
+    """Operands of the kernels. ``layout`` and ``scales`` point to the rows for this (layer, module) of slot 0."""
 
     __slots__ = ()
     _fields_ = (
         *integers("y", "y_width", "x", "k", "pool", "layout", "scales", "tile_tokens", "slices", "groups", "widths"),
         *integers("base", "perm", "group_slot", "group_start"),
-        *integers("slot_rows", "part_slices"),  # rows of layout and scales from slot to slot; slices of a part
+        *integers("slot_rows", "part_slices"),  # rows of layout and scales per slot; slices per part
     )
 
 
@@ -57,7 +57,7 @@ _operands = reader(AddLoraCall)
 
 @inlined
 def _block_tokens(tokens, i):  # type: ignore[no-untyped-def]
-    """How many tokens from i on can be addressed as a first one and a stride: 4, 2 or 1."""
+    """Return the number of tokens in the next block, which must be equally spaced: 4, 2 or 1."""
     left = len(tokens) - i
     if left >= 4:
         stride = tokens[i + 1] - tokens[i]
@@ -78,7 +78,7 @@ def _make_shrink(dtype: str) -> Any:
 
     @called(dtype)
     def shrink(x, k, tokens, a, rank, h):  # type: ignore[no-untyped-def]
-        """h[i, r] = x[tokens[i]] . A[r], h dense."""
+        """Compute h[i, r] = x[tokens[i]] . A[r] for a contiguous h [tokens, rank]."""
         whole = rank - rank % ROWS
         i = 0
         while i < len(tokens):
@@ -110,7 +110,7 @@ def _make_expand_few(dtype: str) -> Any:
 
     @called(dtype)
     def expand_few(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
-        """y[tokens[i], :columns] += h[i] @ B[:, :columns], row after row of B."""
+        """Add h[i] @ B[:, :columns] to y[tokens[i], :columns], reading B row by row."""
         whole = rank - rank % ROWS
         i = 0
         while i < len(tokens):
@@ -141,7 +141,7 @@ def _make_expand_many(dtype: str) -> Any:
 
     @called(dtype)
     def expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
-        """The same as expand_few, but MIX_VECTORS vectors of columns after the other."""
+        """Compute the result of expand_few, but hold MIX_VECTORS vectors of output columns in registers."""
         step = MIX_VECTORS * LANES
         for column in range(0, columns, step):
             weights = b + column * item
@@ -188,7 +188,7 @@ def _make_add_tile(dtype: str) -> Any:
 
     @inlined
     def add_tile(y, y_width, x, k, slab, layout, scale, first, stop, widths, tokens):  # type: ignore[no-untyped-def]
-        """Add slices first..stop of one adapter for these tokens, in the order in which the weights lie in memory."""
+        """Add slices ``first`` to ``stop`` - 1 of one adapter for these tokens."""
         column, row, total = 0, 0, 0
         for index in range(stop):
             if index < first:
@@ -220,7 +220,7 @@ def _make_walk(dtype: str) -> Any:
 
     @inlined
     def walk(operands):  # type: ignore[no-untyped-def]
-        """Compute parts until none is left. Every thread counts through all parts in the same order."""
+        """Compute parts until none is left. Every thread numbers the parts in the same order."""
         o = _operands(operands)
         slices, groups, tile_tokens, part_slices = o.slices, o.groups, o.tile_tokens, o.part_slices
         widths = int64s(o.widths, slices)
@@ -248,7 +248,7 @@ def _make_walk(dtype: str) -> Any:
 _walk_f32, _walk_b16, _walk_f16 = (_make_walk(dtype) for dtype in ELEMENT_BYTES)
 
 
-# Numba names its cache entries after the place of a function in its file: each dtype needs a function of its own.
+# Numba names cache entries by a function's name and line, so each dtype needs its own function.
 def _add_f32(operands: int) -> None:
     _walk_f32(operands)
 
@@ -277,7 +277,7 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """Add scale_i * (x[t] @ A_i.T) @ B_i^T to y[t, slice i] for every token t with an adapter; see reference.py."""
+    """Add scale_i * (x[t] @ A_i^T) @ B_i^T to y[t, slice i] for each token t with an adapter. Shapes: reference.py."""
     if batch.empty:
         return
     out = tables.out_features[module]
@@ -301,19 +301,19 @@ def add_lora(
 
 
 def _tile_tokens(tokens: int) -> int:
-    """Small enough that every thread gets a few parts, large enough that a pass over the weights pays off."""
+    """Return the tokens per tile: few enough for PARTS_PER_THREAD parts, but at least FEW_TOKENS."""
     fair = -(-tokens // (PARTS_PER_THREAD * torch.get_num_threads()))
     return min(TILE_TOKENS, max(FEW_TOKENS, -(-fair // 4) * 4))
 
 
 def _has_few_tiles(batch: LoraBatch, tile_tokens: int) -> bool:
-    """Whether there are too few tiles for all threads to finish at about the same time."""
+    """Return whether there are too few tiles to balance the load of all threads."""
     tiles = batch.groups + batch.perm.numel() // tile_tokens
     return tiles < PARTS_PER_THREAD * torch.get_num_threads()
 
 
 def warm_up(*dtypes: torch.dtype) -> None:
-    """Compile or load all kernels that a step may call, for pools of these dtypes (by default all)."""
+    """Compile the kernels for pools of these dtypes (default: all), or load them from the disk cache."""
     threads.warm_up()
     for dtype in dtypes or _KERNELS:
         _KERNELS[dtype].warm_up()

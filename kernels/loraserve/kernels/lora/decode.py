@@ -1,4 +1,4 @@
-"""Shrink and expand in one launch, for steps of few tokens: no kernel has to drain between the two."""
+"""Shrink and expand in one launch, for steps of few tokens. Expansion starts before all shrinking is done."""
 
 import triton
 import triton.language as tl
@@ -11,24 +11,24 @@ from loraserve.kernels.lora.work import GROUP_COUNT, TILE_COUNT, TILE_FIELDS, TI
 @triton.jit(do_not_specialize=["T"])
 def decode(
     x, y, pool, planes, hidden, perm, lengths, tile_a, tile_place, tile_parts, group_b, group_place, group_scale,
-    group_tiles,  # int32 [GROUPS], zero before and after: finished tiles of each group's h
-    ticket_counter,  # int32 [2], zero before and after: pieces of work handed out, programs that have finished
+    group_tiles,  # int32 [GROUPS], finished tiles of each group's h; zero before and after the launch
+    ticket_counter,  # int32 [2], work items handed out and finished programs; zero before and after
     T,
     MAX_RANK: tl.constexpr, K: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     SPLIT: tl.constexpr, LOW: tl.constexpr, A_ALIGN: tl.constexpr, B_ALIGN: tl.constexpr, GROUPS: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Hand out work in order: every tile of A before every block of outputs.
+    """Process work items in order. All tiles of A come before all blocks of outputs.
 
-    A program that waits for the tiles of a group knows that each of them was taken by a program that waits for nothing:
-    there is no deadlock, however few programs run at a time. The last program to finish resets the counters.
+    When a program waits for a group's tiles, running programs have already taken them, and computing a tile never
+    waits. So no deadlock is possible, however few programs run at a time. The last program resets the counters.
     """
     BLOCKS: tl.constexpr = (N0 + BN - 1) // BN + (N1 + BN - 1) // BN + (N2 + BN - 1) // BN
     shrinks = tl.load(lengths + TILE_COUNT) * SPLIT
     total = shrinks + tl.load(lengths + GROUP_COUNT) * BLOCKS
     work = tl.atomic_add(ticket_counter, 1, sem="relaxed")
     while work < total:
-        # The next ticket is drawn early, so that its latency overlaps with the current work.
+        # Take the next ticket early, so that its latency overlaps with the current work.
         next_work = tl.atomic_add(ticket_counter, 1, sem="relaxed")
         if work < shrinks:
             tile = work // SPLIT
@@ -39,7 +39,7 @@ def decode(
                 MAX_RANK=MAX_RANK, K=K, SPLIT=SPLIT, LOW=LOW, ALIGN=A_ALIGN, BM=BM, BR=BR, BK=BK, STAGES=STAGES,
             )  # fmt: skip
             if tile_done:
-                # All threads have written their share of h before the counter says so.
+                # Increase the counter only after all threads have written h.
                 tl.debug_barrier()
                 group = tl.load(tile_place + tile * TILE_FIELDS + TILE_GROUP)
                 tl.atomic_add(group_tiles + group, 1, sem="release")

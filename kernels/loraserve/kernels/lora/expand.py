@@ -1,6 +1,6 @@
-"""From rank space to outputs: ``y[perm[m], n] += sum over r of h[m, r] * B[r, n]``, slice by slice, rounded once.
+"""LoRA expand kernel: adds ``sum over r of h[m, r] * B[r, n]`` to ``y[perm[m], n]`` for each slice, rounding once.
 
-The layout of the work lists is in work.py.
+work.py defines the layout of the work lists.
 """
 
 import triton
@@ -29,19 +29,19 @@ def wait_for_tiles(group_tiles, group, wanted):
 def expand_sums(
     b_at,  # [BE, BN], the first ranks of B
     h_at,  # [BM, BE]
-    low,  # elements from h to the remainder that its rounding cut off
+    low,  # offset in elements from h to its rounding remainder
     rank, width, m_mask, n_mask,
     LOW: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums [BM, BN] over all ranks, in float32."""
+    """Return h @ B for one block, float32 [BM, BN]."""
     ranks = tl.arange(0, BE)
     sums = tl.zeros((BM, BN), tl.float32)
     for r in tl.range(0, rank, BE, num_stages=STAGES):
         r_mask = ranks < rank - r
         b_tile = tl.load(b_at, mask=r_mask[:, None] & n_mask[None, :], other=0.0)
-        # Whole vectors: h is zero between the last rank and the next multiple of 8.
+        # Load whole vectors of 8. h is zero between the rank and the next multiple of 8.
         h_mask = m_mask[:, None] & (ranks // 8 < (rank - r + 7) // 8)[None, :]
-        # Other programs may have written h during this launch: bypass this core's own cache.
+        # Bypass the L1 cache, because other programs may have written h during this launch.
         h_tile = tl.load(h_at, mask=h_mask, other=0.0, cache_modifier=".cg")
         sums = tl.dot(h_tile, b_tile, sums, input_precision="ieee")
         if LOW:
@@ -56,17 +56,17 @@ def expand_sums(
 def expand_tile(
     y,  # [T, N0 + N1 + N2]
     pool,
-    hidden,  # [2, T, MAX_SLICES * MAX_RANK], see shrink.py
+    hidden,  # [2, T, MAX_SLICES * MAX_RANK], layout as in shrink.py
     perm, group_place, group_b,
-    group_tiles,  # int32 [GROUPS]: finished tiles of each group's h; not read without WAIT
+    group_tiles,  # int32 [GROUPS], finished tiles of each group's h; read only with WAIT
     group, block, T,
     WAIT: tl.constexpr, MAX_RANK: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr,
     LOW: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Compute one block of outputs of one group. Blocks do not cross slices.
 
-    h is read from memory in the weights' dtype: with an operand computed in registers, ptxas 12.8 miscompiles wgmma on
-    sm_90. With LOW, h is the sum of two such numbers, so that nothing is rounded before y is.
+    h is read from memory in the weights' dtype: ptxas 12.8 miscompiles wgmma on sm_90 if an operand was computed
+    in registers. With LOW, h is stored as a rounded value plus its remainder, which keeps the precision.
     """
     BLOCKS0: tl.constexpr = (N0 + BN - 1) // BN
     BLOCKS1: tl.constexpr = (N1 + BN - 1) // BN
@@ -88,7 +88,7 @@ def expand_tile(
         ranks = tl.arange(0, BE)
         b_at = b + ranks.to(tl.int64)[:, None] * width + n[None, :]
         h_at = hidden + (first + m).to(tl.int64)[:, None] * WIDTH + (index * MAX_RANK + ranks)[None, :]
-        # All that does not depend on h is read before waiting for h.
+        # Read everything that does not depend on h before waiting for h.
         token = tl.load(perm + first + m, mask=m_mask, other=0).to(tl.int64)
         y_at = y + token[:, None] * (N0 + N1 + N2) + (y_column + n)[None, :]
         y_mask = m_mask[:, None] & n_mask[None, :]
@@ -108,7 +108,7 @@ def expand(
     MAX_RANK: tl.constexpr, N0: tl.constexpr, N1: tl.constexpr, N2: tl.constexpr, LOW: tl.constexpr,
     ALIGN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute all blocks of all groups with a fixed number of programs."""
+    """Compute all output blocks of all groups with a fixed number of programs."""
     BLOCKS: tl.constexpr = (N0 + BN - 1) // BN + (N1 + BN - 1) // BN + (N2 + BN - 1) // BN
     total = tl.load(lengths + GROUP_COUNT) * BLOCKS
     work = tl.program_id(0)

@@ -1,7 +1,7 @@
-"""Mixed-rank LoRA on a CUDA GPU: Triton kernels that read the true ranks on the device and compute no more than those.
+"""Mixed-rank LoRA on a CUDA GPU. The Triton kernels read each adapter's rank on the device and do not pad it.
 
-Same meaning as reference.py. The same batch gives the same bits: sums have one order, and no two programs add to the
-same number.
+``add_lora`` computes what reference.py defines. Equal batches give equal bits, because every sum has a fixed order and
+no two programs add to the same element.
 """
 
 from functools import cache
@@ -18,7 +18,7 @@ from loraserve.kernels.lora.work import LoraWork
 from loraserve.model_shape import MODULES
 
 ALIGNED = 16
-"""Elements. If rows and widths are multiples of it, every load may be of 128 bits."""
+"""If row lengths are multiples of this many elements, all loads can be 128 bits wide."""
 
 
 def add_lora(
@@ -30,7 +30,7 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """Add scale_i * (x[t] @ A_i.T) @ B_i^T to y[t, slice i] for every token t with an adapter, rounded once."""
+    """Add scale_i * (x[t] @ A_i^T) @ B_i^T to y[t, slice i] for each token t with an adapter, rounding once."""
     widths = tables.out_features[module]
     assert tables is batch.tables, "the batch was planned for other tables"
     assert x.shape == (batch.used, tables.in_features[module]), (x.shape, batch.used)
@@ -79,18 +79,18 @@ def _prefill(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWo
 
 
 def _slice_widths(batch: LoraWork, module: int) -> dict[str, int]:
-    """Return the operands N0, N1 and N2: the output width of each slice, 0 for one that the module does not have."""
+    """Return the operands N0, N1 and N2, the output width of each slice. Missing slices have width 0."""
     widths = batch.tables.out_features[module]
     return {f"N{i}": widths[i] if i < len(widths) else 0 for i in range(MAX_SLICES)}
 
 
 def _alignment(k: int, widths: dict[str, int]) -> tuple[int, int]:
-    """Return what the offsets of the rows of A and B are multiples of. The rows of a slab begin at such multiples."""
+    """Return the alignment, in elements, of the rows of A and of B."""
     a = ALIGNED if k % ALIGNED == 0 else 1
     return a, a if all(width % ALIGNED == 0 for width in widths.values()) else 1
 
 
 @cache
 def multiprocessors(device: torch.device) -> int:
-    """Return the number of multiprocessors; 1 without a GPU, because the interpreter runs programs one by one."""
+    """Return the number of multiprocessors. It is 1 in Triton's interpreter, which runs programs one by one."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -1,4 +1,4 @@
-"""Mixed-rank LoRA in plain torch: the definition that every other implementation is tested against."""
+"""Mixed-rank LoRA in plain torch. Tests compare all other implementations with it."""
 
 import torch
 
@@ -15,7 +15,7 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """Add scale_i * (x[t] @ A_i.T) @ B_i^T to y[t, slice i] for every token t with an adapter, in float32."""
+    """Add scale_i * (x[t] @ A_i^T) @ B_i^T to y[t, slice i] for each token t with an adapter, in float32."""
     for group in range(batch.group_slot.numel()):
         slot = int(batch.group_slot[group])
         tokens = batch.perm[int(batch.group_start[group]) : int(batch.group_start[group + 1])].long()

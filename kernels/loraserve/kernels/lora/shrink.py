@@ -1,8 +1,9 @@
-"""From inputs to rank space: ``h[m, r] = scale * sum over k of x[perm[m], k] * A[r, k]`` for tokens with an adapter.
+"""LoRA shrink kernel: computes ``h[m, r] = scale * sum over k of x[perm[m], k] * A[r, k]`` for tokens with an adapter.
 
-K is cut into SPLIT parts that write one plane of partial sums each. The program that finishes the last part of a tile
-sums its planes in their order. There are no atomic additions of values and no buffer has to be zeroed: the same batch
-gives the same bits. The layout of the work lists is in work.py.
+K is split into SPLIT parts. Each part writes its partial sums to its own plane. The program that finishes the last part
+of a tile adds the planes in order. Values are not added atomically, so equal batches give equal bits.
+
+work.py defines the layout of the work lists.
 """
 
 import triton
@@ -28,20 +29,20 @@ from loraserve.kernels.lora.work import (
 def shrink_part(
     x,  # [T, K]
     pool, perm,
-    tile_a,  # of this tile
-    place,  # of this tile, in tile_place
+    tile_a,  # address of this tile's entry
+    place,  # address of this tile's row in tile_place
     part,
     K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Sums [BM, BR] of one tile of A over one part of K, in float32."""
+    """Return the partial sums of one tile of A over one part of K, float32 [BM, BR]."""
     PART: tl.constexpr = ((K + SPLIT - 1) // SPLIT + BK - 1) // BK * BK
     EVEN: tl.constexpr = PART * SPLIT == K
     rows = tl.arange(0, BR)
     row_mask = rows < tl.load(place + TILE_ROWS)
     m = tl.arange(0, BM)
     m_mask = m < tl.load(place + TILE_TOKENS)
-    # Without the hint every load of A would be scalar.
+    # Without this alignment hint all loads of A would be scalar.
     a = pool + tl.multiple_of(tl.load(tile_a), ALIGN)
     token = tl.load(perm + tl.load(place + TILE_START) + m, mask=m_mask, other=0).to(tl.int64)
     kk = part * PART + tl.arange(0, BK)
@@ -64,7 +65,7 @@ def shrink_part(
 
 @triton.jit
 def clear_padding(at, group, m_mask, MAX_RANK: tl.constexpr):
-    """Write zeros from each slice's rank to the next multiple of 8, because h is read in whole vectors of 8."""
+    """Write zeros from each slice's rank to the next multiple of 8, because h is read in vectors of 8."""
     for i in tl.static_range(MAX_SLICES):
         rank = tl.load(group + GROUP_RANKS + i)
         column = rank // 8 * 8 + tl.arange(0, 8)
@@ -75,11 +76,11 @@ def clear_padding(at, group, m_mask, MAX_RANK: tl.constexpr):
 
 @triton.jit
 def store_hidden(
-    hidden,  # [2, T, MAX_SLICES * MAX_RANK], slice i from column i * MAX_RANK on
+    hidden,  # [2, T, MAX_SLICES * MAX_RANK]; slice i starts at column i * MAX_RANK
     sums, place, group_place, group_scale, T,
     MAX_RANK: tl.constexpr, LOW: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Scale and store a tile of h in the weights' dtype; with LOW also the remainder that rounding cut off."""
+    """Scale a tile of h and store it in the weights' dtype. With LOW, also store the rounding remainder."""
     index = tl.load(place + TILE_GROUP)
     group = group_place + index * GROUP_FIELDS
     m = tl.arange(0, BM)
@@ -109,27 +110,27 @@ def store_hidden(
 @triton.jit
 def add_to_planes(
     planes, sums,
-    tile_parts,  # of this tile
+    tile_parts,  # address of this tile's counter
     place, part, T,
     MAX_RANK: tl.constexpr, SPLIT: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr,
 ):  # fmt: skip
-    """Store the sums of one part. Returns (whether it was the tile's last part, the sums of all parts if so)."""
+    """Store one part's sums. Returns whether all parts of the tile are finished and, if so, their sums."""
     m = tl.arange(0, BM)
     rows = tl.arange(0, BR)
-    # Whole tiles are written, so that accesses are as wide as possible; rows beyond the tile's are zero.
+    # Write all BR columns, so that accesses are as wide as possible. Columns without a row of A are zero.
     mask = (m < tl.load(place + TILE_TOKENS))[:, None] & (rows >= 0)[None, :]
     WIDTH: tl.constexpr = (MAX_SLICES * MAX_RANK + PLANE_ALIGN - 1) // PLANE_ALIGN * PLANE_ALIGN
     at = planes + (tl.load(place + TILE_START) + m).to(tl.int64)[:, None] * WIDTH
     at += (tl.multiple_of(tl.load(place + TILE_FIRST_ROW), BR) + rows)[None, :]
     plane = tl.cast(T, tl.int64) * WIDTH
     tl.store(at + part * plane, sums, mask=mask)
-    # All threads have written their share of the plane before the counter says so.
+    # Increase the counter only after all threads have written the plane.
     tl.debug_barrier()
     is_last = tl.atomic_add(tile_parts, 1, sem="acq_rel") == SPLIT - 1
     if is_last:
         sums = tl.zeros((BM, BR), tl.float32)
         for p in tl.static_range(SPLIT):
-            # Other programs wrote the planes during this launch: bypass this core's own cache.
+            # Bypass the L1 cache, because other programs wrote the planes during this launch.
             sums += tl.load(at + p * plane, mask=mask, other=0.0, cache_modifier=".cg")
         tl.store(tile_parts, 0)
     return is_last, sums
@@ -138,14 +139,14 @@ def add_to_planes(
 @triton.jit
 def shrink_tile(
     x, pool,
-    planes,  # float32 [SPLIT, T, MAX_SLICES * MAX_RANK rounded up to PLANE_ALIGN], a column for each row of A
+    planes,  # float32 [SPLIT, T, MAX_SLICES * MAX_RANK rounded up to PLANE_ALIGN], one column per row of A
     hidden, perm, tile_a, tile_place,
-    tile_parts,  # int32 [tiles], zero before and after: finished parts of each tile
+    tile_parts,  # int32 [tiles], finished parts of each tile; zero before and after the launch
     group_place, group_scale, tile, part, T,
     MAX_RANK: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Compute one part of one tile. Returns whether this completed the tile's h."""
+    """Compute one part of one tile. Returns whether the tile's h is now complete."""
     place = tile_place + tile * TILE_FIELDS
     sums = shrink_part(
         x=x, pool=pool, perm=perm, tile_a=tile_a + tile, place=place, part=part,
@@ -168,7 +169,7 @@ def shrink_tile(
 @triton.jit(do_not_specialize=["T"])
 def shrink(
     x, pool, planes, hidden, perm,
-    lengths,  # int32 [LENGTH_FIELDS] of this (layer, module)
+    lengths,  # int32 [LENGTH_FIELDS], the row of this (layer, module)
     tile_a, tile_place, tile_parts, group_place, group_scale, T,
     MAX_RANK: tl.constexpr, K: tl.constexpr, SPLIT: tl.constexpr, LOW: tl.constexpr, ALIGN: tl.constexpr,
     BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,

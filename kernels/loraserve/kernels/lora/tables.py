@@ -1,4 +1,4 @@
-"""Where the weights of each resident adapter lie: tables on the device, indexed by slot, that the kernels read."""
+"""Device tables, indexed by adapter slot, from which the kernels read the locations of adapter weights."""
 
 import torch
 
@@ -6,24 +6,24 @@ from loraserve.adapter.format import SlabHeader, row_elements
 from loraserve.model_shape import MODULES, ModelShape
 
 MAX_SLICES = 3
-"""Most slices of a module: q, k and v."""
+"""Maximum number of slices of a module. The qkv module has three: q, k and v."""
 
-# Fields of a row of ``AdapterTables.layout``, in elements. A slab holds A of a module, then B of each slice.
+# Fields of a row of ``AdapterTables.layout``, in elements. A slab holds a module's A, then the B of each slice.
 A_OFFSET = 0
 A_ROWS = 1
-RANKS = 2  # of each slice
-B_OFFSETS = RANKS + MAX_SLICES  # of each slice; B is transposed
+RANKS = 2  # one per slice
+B_OFFSETS = RANKS + MAX_SLICES  # one per slice; B is stored transposed
 LAYOUT_FIELDS = B_OFFSETS + MAX_SLICES
 
 
 class AdapterTables:
-    """Layouts, scales and base offsets of up to ``slots`` adapters.
+    """Weight locations, ranks and scales of up to ``slots`` adapters. The 4 modules are qkv, o, gate_up and down.
 
-    ``layout`` int64 [slots, layers, 4, LAYOUT_FIELDS], offsets relative to the slab's start; ``scales`` float32 [slots,
-    layers, 4, MAX_SLICES]; ``base`` int64 [slots], element offset of the slab in the pool; ``elements`` int64 [slots,
-    layers, 4], number of weights; ``widths`` int64 [4, MAX_SLICES], output width of each slice; ``order`` int32
-    [slots], slots by falling rank, and ``turn`` int32 [slots], the position of each slot in it: the GPU starts the
-    largest work first. A free slot has rank 0 everywhere, so computing with it changes nothing.
+    ``layout`` int64 [slots, layers, 4, LAYOUT_FIELDS] has offsets from the slab's start; ``base`` int64 [slots] is the
+    slab's start in the pool, in elements. ``scales`` is float32 [slots, layers, 4, MAX_SLICES]. ``elements`` int64
+    [slots, layers, 4] counts weights. ``widths`` int64 [4, MAX_SLICES] is the output width of each slice. ``order``
+    int32 [slots] lists slots by descending rank, so that the GPU starts the largest adapters first. ``turn`` int32
+    [slots] is its inverse. Free slots have rank 0, so they add nothing.
     """
 
     def __init__(self, shape: ModelShape, slots: int, device: str = "cpu") -> None:
@@ -42,7 +42,7 @@ class AdapterTables:
         self.out_features = tuple(shape.out_features(module) for module in MODULES)
 
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
-        """Make the slab at element ``base_elements`` of the pool the adapter of this slot.
+        """Assign to ``slot`` the adapter whose slab starts at element ``base_elements`` of the pool.
 
         Raises ValueError if the slab was packed for another model shape.
         """
@@ -62,7 +62,6 @@ class AdapterTables:
         self._set_rank(slot, header.rank)
 
     def remove(self, slot: int) -> None:
-        """Free the slot."""
         self.layout[slot].zero_()
         self.scales[slot].zero_()
         self.base[slot].zero_()
@@ -70,7 +69,7 @@ class AdapterTables:
         self._set_rank(slot, 0)
 
     def validate(self) -> None:
-        """Assert the invariants: the ranks of a row sum to its rows of A, and nothing is negative."""
+        """Assert that ranks add up to the rows of A, no field is negative, and ``turn`` is the inverse of ``order``."""
         assert bool((self.layout >= 0).all()), "negative offset or rank"
         assert bool((self.base >= 0).all()), "negative base"
         ranks = self.layout[..., RANKS : RANKS + MAX_SLICES]
@@ -98,6 +97,6 @@ class AdapterTables:
 
 
 def _copy_in_stream_order(target: torch.Tensor, values: torch.Tensor) -> None:
-    """Copy to the device without waiting; steps that were launched before still read the old values."""
+    """Copy to the device without waiting. Steps that are already launched still read the old values."""
     values = values.view_as(target)
     target.copy_(values.pin_memory() if target.is_cuda else values, non_blocking=True)

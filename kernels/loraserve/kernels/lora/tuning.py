@@ -1,8 +1,7 @@
-"""Block sizes of the GPU kernels: measured values for known GPUs, safe defaults for all others.
+"""Block sizes of the GPU kernels: tuned sizes for measured GPUs, safe defaults for all others.
 
-scripts/tune_kernels measures them and writes a table. Its keys are the module (K and the widths of its slices), a
-bucket of tokens and a bucket of ranks, because these decide which sizes are fast. A table is used only on GPUs of the
-name that it was measured on.
+scripts/tune_kernels measures the sizes and writes a table. Its keys are a module's K and slice widths, a bucket of
+tokens and a bucket of ranks. A table applies only to GPUs with the name of the measured GPU.
 """
 
 import logging
@@ -12,7 +11,7 @@ from pathlib import Path
 import msgspec
 
 DECODE_TOKENS = 256
-"""Steps of up to this many tokens use the one-launch kernel (decode.py)."""
+"""Steps of up to this many tokens use the single-launch kernel in decode.py."""
 DECODE_BK, PREFILL_BK = 128, 64
 TOKEN_BUCKETS = (8, 32, 64, 128, 256, 1024, 4096, 1 << 30)
 RANK_BUCKETS = (16, 64, 256)
@@ -20,10 +19,11 @@ TABLES = Path(__file__).parent / "tuned"
 
 
 class Blocks(msgspec.Struct, frozen=True, kw_only=True):
-    """Sizes of one launch: ``bm`` tokens x ``br`` rows x ``bk`` of K, ``bn`` outputs x ``be`` ranks.
+    """Block sizes of the kernels for one module.
 
-    ``split`` parts of K run side by side; ``programs`` is the grid, per multiprocessor. A thread of the one-launch
-    kernel has at most ``registers``; the programs on a multiprocessor share 65536.
+    Shrink computes blocks of ``bm`` tokens x ``br`` rows of A in steps of ``bk`` inputs, with K split into ``split``
+    parallel parts. Expand computes ``bm`` tokens x ``bn`` outputs in steps of ``be`` ranks. ``programs`` is the number
+    of programs per multiprocessor. ``registers`` limits each thread of the single-launch kernel.
     """
 
     bm: int
@@ -39,7 +39,7 @@ class Blocks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TunedBlocks(msgspec.Struct, frozen=True, kw_only=True):
-    """The fastest blocks that were found for one case, and their time as a multiple of the memory floor."""
+    """The fastest blocks measured for one key. ``floor_ratio`` is their time divided by that of reading the weights."""
 
     k: int
     widths: tuple[int, ...]
@@ -50,7 +50,7 @@ class TunedBlocks(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TuningTable(msgspec.Struct, frozen=True, kw_only=True):
-    """All measurements on one kind of GPU, with the command and the date."""
+    """All measurements on one GPU model, with the command and the date."""
 
     gpu: str
     command: str
@@ -59,7 +59,7 @@ class TuningTable(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def bucket(value: int, buckets: tuple[int, ...]) -> int:
-    """Return the smallest bucket that holds ``value``, or the last if none does."""
+    """Return the smallest of the ascending ``buckets`` that is at least ``value``, or the last bucket."""
     return next((limit for limit in buckets if value <= limit), buckets[-1])
 
 
@@ -71,18 +71,18 @@ def pick(gpu: str, k: int, widths: tuple[int, ...], tokens: int, rank: int) -> B
 
 
 def default_blocks(k: int, tokens: int) -> Blocks:
-    """Return sizes that compile without spills and run on every GPU from sm_80 on."""
+    """Return sizes that compile without register spills and run on GPUs from sm_80 on."""
     if tokens > DECODE_TOKENS:
-        # A wide K (down's) needs more parts than a narrow one, or half of the multiprocessors would have no work.
+        # A large K, as in the down module, needs more parts to give every multiprocessor work.
         split = 1 if tokens > 4096 else max(4, min(8, k // (1024 if tokens <= 1024 else 2048)))
         split = max(1, min(split, k // (2 * PREFILL_BK)))
         return Blocks(bm=64, br=64, bk=PREFILL_BK, bn=128, be=64, split=split, stages=3, programs=2)
-    # Few tokens make few tiles: more parts of K keep every multiprocessor busy.
+    # Few tokens make few tiles. More parts of K keep every multiprocessor busy.
     split = 16 if tokens <= 8 else 8 if tokens <= 64 else 4
-    # At least two blocks in each part: for a loop that runs once the compiler emits loads that wait one by one.
+    # Each part has at least two blocks. The compiler does not pipeline the loads of a loop that runs once.
     split = max(1, min(split, k // (2 * DECODE_BK)))
-    # 40 KiB of shared memory and 128 registers let four programs share a multiprocessor. Without the limit Triton 3.6
-    # takes up to 168 registers, and a quarter less is read at a time. Steps of up to 8 tokens would spill some at 128.
+    # With 40 KiB of shared memory and 128 registers, four programs share a multiprocessor. Without the limit Triton 3.6
+    # uses up to 168 registers, and only three fit. Steps of up to 8 tokens would spill registers at 128.
     registers = 168 if tokens <= 8 else 128
     return Blocks(bm=16, br=64, bk=DECODE_BK, bn=128, be=64, split=split, stages=3, programs=4, registers=registers)
 

@@ -1,8 +1,8 @@
-"""The work lists of a step on the GPU: which tiles of A and which groups of tokens each (layer, module) computes.
+"""Work lists of a step on the GPU: the token groups and the tiles of A that each (layer, module) computes.
 
-Tokens of one adapter are cut into groups of at most ``bm`` tokens, the rows of its A into tiles of ``br`` rows. Two
-launches a step list both in buffers of a fixed capacity, whatever the batch. Nothing is read back: the lengths of the
-lists stay on the device too, so one captured graph serves every batch of its size.
+An adapter's tokens are split into groups of at most ``bm`` tokens, and the rows of its A into tiles of ``br`` rows. Two
+kernel launches per step write the lists to fixed buffers. The lengths of the lists also stay on the device, so the host
+reads nothing back, and one captured graph serves all batches of its size.
 """
 
 import torch
@@ -15,9 +15,9 @@ from loraserve.kernels.lora.tuning import TOKEN_BUCKETS, Blocks, pick
 from loraserve.model_shape import MODULES
 
 SORT_BLOCK, TILE_BLOCK = 256, 16
-"""Tokens and tiles that a program handles at once."""
+"""Number of tokens, and of tiles, that a program handles at once."""
 
-# Layout of the adapters' tables, as constants that Triton kernels may use.
+# Fields of ``AdapterTables.layout`` as Triton constants.
 MAX_SLICES = tl.constexpr(adapter_tables.MAX_SLICES)
 A_OFFSET = tl.constexpr(adapter_tables.A_OFFSET)
 A_ROWS = tl.constexpr(adapter_tables.A_ROWS)
@@ -25,41 +25,41 @@ RANKS = tl.constexpr(adapter_tables.RANKS)
 B_OFFSETS = tl.constexpr(adapter_tables.B_OFFSETS)
 LAYOUT_FIELDS = tl.constexpr(adapter_tables.LAYOUT_FIELDS)
 
-# Layout of the work lists. Rows begin at multiples of 16 bytes, so that a kernel is compiled once for all of them.
-# lengths, int32, a row for each (layer, module):
+# Layout of the work lists. All rows are aligned to 16 bytes, because Triton compiles once per pointer alignment.
+# lengths, int32, one row per (layer, module):
 GROUP_COUNT = tl.constexpr(0)
 TILE_COUNT = tl.constexpr(1)
 LENGTH_FIELDS = tl.constexpr(4)
 # group_place, int32:
 GROUP_START = tl.constexpr(0)  # index in perm of the first token
 GROUP_TOKENS = tl.constexpr(1)
-GROUP_TILES = tl.constexpr(2)  # tiles of A that this group's h is computed in
+GROUP_TILES = tl.constexpr(2)  # number of tiles of A
 GROUP_RANKS = tl.constexpr(3)  # rank of each slice
 GROUP_FIELDS = tl.constexpr(8)
-# group_b, int64, and group_scale, float32: a field for each slice
+# group_b, int64, and group_scale, float32, have one field per slice:
 SLICE_FIELDS = tl.constexpr(4)
 # tile_place, int32:
 TILE_GROUP = tl.constexpr(0)
 TILE_START = tl.constexpr(1)  # index in perm of the group's first token
 TILE_TOKENS = tl.constexpr(2)
-TILE_FIRST_ROW = tl.constexpr(3)  # of A
+TILE_FIRST_ROW = tl.constexpr(3)  # first row of A
 TILE_ROWS = tl.constexpr(4)
 TILE_FIELDS = tl.constexpr(8)
 
 PLANE_ALIGN = tl.constexpr(128)
-"""Planes are a multiple of this many rows of A wide. The rows of a tile divide it."""
+"""The width of a plane is a multiple of this, and this is a multiple of every tile's number of rows."""
 
 
 @triton.jit(do_not_specialize=["T"])
 def sort_tokens(
     slot_of_token,  # int32 [T], negative: no adapter
-    turn,  # int32 [slots], position of each slot in the order of work
+    turn,  # int32 [slots], position of each slot in AdapterTables.order
     count,  # int32 [slots], written: tokens of each slot
-    perm,  # int32 [T], written: tokens, slot after slot by turn; the rest is left as it was
+    perm,  # int32 [T], written: indices of tokens with an adapter, sorted by turn
     T,
     BLOCK: tl.constexpr,
 ):
-    """Program s lists the tokens of slot s, in their order."""
+    """Sort the tokens of a step by slot. Program s lists the tokens of slot s."""
     slot = tl.program_id(0)
     own_turn = tl.load(turn + slot)
     lanes = tl.arange(0, BLOCK)
@@ -93,7 +93,7 @@ def _of_module(module, first, second, third, fourth):
 def _write_groups(
     group_place, group_b, group_scale, group, start_token, tokens, tiles, base, layout_row, scale_row, mask
 ):
-    """Write one group of each slot: ``tokens`` tokens from ``start_token`` of perm on."""
+    """Write one group for each slot. The group has ``tokens`` tokens, starting at index ``start_token`` of perm."""
     place = group_place + group * GROUP_FIELDS
     tl.store(place + GROUP_START, start_token, mask=mask)
     tl.store(place + GROUP_TOKENS, tokens, mask=mask)
@@ -109,7 +109,7 @@ def _write_groups(
 
 @triton.jit
 def _write_tiles(tile_a, tile_place, tile, index, group, start_token, tokens, a, a_rows, k, br, mask):
-    """Write tiles ``index`` [1, BLOCK] of the group of each slot; what is known of a slot is [slots, 1]."""
+    """Write tiles ``index`` [1, BLOCK] of each slot's group. Arguments per slot have shape [slots, 1]."""
     place = tile_place + tile * TILE_FIELDS
     same_for_all = index * 0
     tl.store(tile_a + tile, a + index.to(tl.int64) * br * k, mask=mask)
@@ -123,25 +123,25 @@ def _write_tiles(tile_a, tile_place, tile, index, group, start_token, tokens, a,
 @triton.jit
 def list_work(
     count,  # int32 [slots]
-    order,  # int32 [slots], slots in the order of work
+    order,  # int32 [slots], slots by descending rank
     base,  # int64 [slots]
-    layout,  # int64 [slots, rows, LAYOUT_FIELDS], see tables.py
+    layout,  # int64 [slots, rows, LAYOUT_FIELDS], fields as in tables.py
     scales,  # float32 [slots, rows, MAX_SLICES]
     lengths,  # int32 [rows, LENGTH_FIELDS], written
-    tile_a,  # int64 [rows, TILES], written: where the first row of the tile lies in the pool
+    tile_a,  # int64 [rows, TILES], written: element offset of the tile's first row in the pool
     tile_place,  # int32 [rows, TILES, TILE_FIELDS], written
-    group_b,  # int64 [rows, GROUPS, SLICE_FIELDS], written: where B of each slice lies in the pool
+    group_b,  # int64 [rows, GROUPS, SLICE_FIELDS], written: element offset of each slice's B in the pool
     group_place,  # int32 [rows, GROUPS, GROUP_FIELDS], written
     group_scale,  # float32 [rows, GROUPS, SLICE_FIELDS], written
-    # LANES is SLOTS rounded up to a power of two, ROWS is layers * modules.
+    # LANES is SLOTS rounded up to a power of two. ROWS is layers * modules.
     SLOTS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr,
-    # Of each module: inputs, tokens of a group, rows of a tile.
+    # For each module: inputs (K), tokens per group (BM) and rows per tile (BR).
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr,
     BM0: tl.constexpr, BM1: tl.constexpr, BM2: tl.constexpr, BM3: tl.constexpr,
     BR0: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr, BR3: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Program r lists the work of row r = layer * 4 + module. A lane is a slot, in the order of work."""
+    """List the groups and tiles. Program r handles row r = layer * 4 + module. Lane i handles slot order[i]."""
     row = tl.program_id(0)
     module = row % 4
     k = _of_module(module, K0, K1, K2, K3)
@@ -187,7 +187,7 @@ def list_work(
 
 
 def device_name(device: torch.device) -> str:
-    """Return the name by which tables of tuned block sizes know the device."""
+    """Return the device's name in the tuning tables."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
 
 
@@ -201,17 +201,17 @@ def pick_blocks(tables: AdapterTables, tokens: int, max_rank: int) -> tuple[Bloc
 
 
 def most_groups(tokens: int, slots: int, blocks: Blocks) -> int:
-    """Return the most groups that ``tokens`` tokens can form: a partial one for each adapter, and full ones."""
+    """Return an upper bound on the number of groups: one partial group per adapter plus the full groups."""
     return min(tokens, slots) + tokens // blocks.bm
 
 
 class Workspace:
-    """Scratch memory that the launches of one stream share. Its contents do not outlive a call of ``add_lora``.
+    """Scratch memory that all launches on one stream share. Each call of ``add_lora`` overwrites it.
 
-    ``planes`` float32 holds the partial sums of the parts of K, [tokens, 3 * max_rank] each, the width rounded up to
-    whole tiles; ``hidden``, in the pool's dtype, two [tokens, 3 * max_rank] for the rank-space intermediate. The int32
-    counters ``tile_parts`` (finished parts of each tile), ``group_tiles`` (finished tiles of each group) and
-    ``ticket_counter`` (pieces of work handed out, programs that have finished) are zero between launches.
+    ``planes`` float32 [split, tokens, plane_width] holds the partial sums of each part of K. ``hidden`` [2, tokens, 3 *
+    max_rank], in the pool's dtype, holds h and its rounding remainder. Three int32 counters are zero between launches:
+    ``tile_parts`` (finished parts of each tile), ``group_tiles`` (finished tiles of each group) and ``ticket_counter``
+    (work items handed out, finished programs).
     """
 
     def __init__(
@@ -222,13 +222,13 @@ class Workspace:
         dtype: torch.dtype,
         blocks: tuple[Blocks, ...] | None = None,
     ) -> None:
-        """Allocate for steps of up to ``tokens`` tokens and adapters of up to ``max_rank``.
+        """Allocate memory for steps of up to ``tokens`` tokens and adapters of up to ``max_rank``.
 
-        ``blocks``, one for each module, replace the tuned block sizes.
+        ``blocks`` holds the block sizes of each module. The default is the tuned sizes.
         """
         device = tables.base.device
         self.tokens = tokens
-        # Slices begin at multiples of 16 columns, whatever the largest rank is: h is read 128 bits at a time.
+        # Each slice starts at a multiple of 16 columns, because h is read 128 bits at a time.
         self.max_rank = -(-max_rank // 16) * 16
         width = adapter_tables.MAX_SLICES * self.max_rank
         sizes = sorted({min(limit, tokens) for limit in TOKEN_BUCKETS})
@@ -245,18 +245,18 @@ class Workspace:
 
 
 class LoraWork:
-    """The adapters of a step of up to ``tokens`` tokens, and the work lists of each (layer, module).
+    """Work lists of each (layer, module) for steps of up to ``tokens`` tokens, one step at a time.
 
-    The buffers keep their addresses, and ``plan`` neither reads anything back nor launches more for a larger batch: a
-    graph that was captured with one batch computes every other. Serves one step at a time.
+    The buffers' addresses never change. ``plan`` makes the same launches for every batch and reads nothing back, so a
+    captured graph works for all batches.
     """
 
     def __init__(
         self, tables: AdapterTables, workspace: Workspace, tokens: int, blocks: tuple[Blocks, ...] | None = None
     ) -> None:
-        """Allocate the lists. ``blocks``, one for each module, replace the tuned block sizes.
+        """Allocate the lists. ``blocks`` holds the block sizes of each module. The default is the tuned sizes.
 
-        Raises ValueError if they exceed ``workspace``.
+        Raises ValueError if the lists need a larger ``workspace``.
         """
         self.tables = tables
         self.workspace = workspace
@@ -281,10 +281,10 @@ class LoraWork:
         self.group_scale = buffer(rows, self.groups, SLICE_FIELDS.value, dtype=torch.float32)
 
     def plan(self, slot_of_token: torch.Tensor) -> None:
-        """List the work of a step.
+        """Write the work lists of a step, without waiting for the device.
 
-        ``slot_of_token`` int32 [up to ``tokens``] on the device, negative for a token without an adapter. The operands
-        of the step have as many tokens.
+        ``slot_of_token`` int32, on the device, has one entry per token of the step, at most ``tokens``. It is negative
+        for tokens without an adapter.
         """
         self.used = len(slot_of_token)
         assert self.used <= self.tokens, (self.used, self.tokens)
