@@ -1,1 +1,1 @@
-"""One-sided reads of memory that another process owns: one protocol, a file for each transport."""
+"""One-sided reads of another process's memory: a common protocol and one module for each transport."""

@@ -1,4 +1,4 @@
-"""Detects with which transports this process can read memory of others and offer its own."""
+"""Detects the transports over which this process can read other processes' memory and offer its own."""
 
 import os
 from collections.abc import Sequence
@@ -12,9 +12,9 @@ NAMESPACES = ("pid", "ipc")
 
 
 def local_abilities(offered: Sequence[Transport], device: str, gpu: int = 0) -> Abilities:
-    """Return this process's abilities: those of ``offered`` that work here.
+    """Return this process's abilities, with the transports of ``offered`` that work here.
 
-    ``gpu`` is the number of the GPU if ``device`` is ``cuda``.
+    ``device`` is ``cpu`` or ``cuda``; for ``cuda``, ``gpu`` is the number of the GPU.
     """
     return Abilities(
         protocol=TRANSFER_PROTOCOL_VERSION,

@@ -1,4 +1,4 @@
-"""The CUDA driver API through ctypes, without torch, which takes seconds to import and does not expose these calls.
+"""Calls to the CUDA driver API through ctypes. torch does not expose these calls and takes seconds to import.
 
 Each GPU's primary context is shared with torch, so both use the same addresses. Calls release the interpreter's lock.
 """
@@ -16,11 +16,11 @@ from loraserve.errors import ConfigError, LoraServeError
 
 LIBRARY = "libcuda.so.1"
 OTHER_LIBRARY = "LORASERVE_LIBCUDA"
-"""Environment variable with the path of another driver library; tests without a GPU set it to one in software."""
+"""Environment variable with the path of another driver library. Tests without a GPU set it to a software driver."""
 IPC_HANDLE_BYTES = 64
 UUID_BYTES = 16
 WHOLE_BYTES = 2 << 20
-"""Allocations of other sizes share a block with others, which would be exported too."""
+"""Allocation sizes are multiples of this. Other allocations could share a block, which is exported as a whole."""
 
 
 class IpcMemHandle(ctypes.Structure):
@@ -70,9 +70,9 @@ class CudaCallError(LoraServeError):
 
 
 class GpuMemory(msgspec.Struct, frozen=True):
-    """Memory inside one cuMemAlloc allocation of the GPU ``device`` (its number in this process).
+    """Memory inside one cuMemAlloc allocation on a GPU. ``device`` is the GPU's number in this process.
 
-    Memory of torch's expandable segments is not, and cannot be exported as one.
+    torch's expandable segments are not cuMemAlloc allocations and cannot be exported.
     """
 
     address: int
@@ -83,7 +83,7 @@ class GpuMemory(msgspec.Struct, frozen=True):
 def call(function: str, *arguments: object) -> None:
     """Call a driver function. Raises CudaCallError, or ConfigError if there is no driver.
 
-    Most functions need a ``current_device``.
+    Most functions must be called inside ``current_device``.
     """
     library = _started(os.environ.get(OTHER_LIBRARY, LIBRARY))
     _check(library, function, getattr(library, function)(*arguments))
@@ -101,7 +101,7 @@ def current_device(device: int) -> Iterator[None]:
 
 
 def allocate(length_bytes: int, device: int) -> GpuMemory:
-    """Allocate memory that shares no block with other allocations. Raises CudaCallError."""
+    """Allocate GPU memory that shares no block with other allocations. Raises CudaCallError."""
     address = c_uint64()
     with current_device(device):
         call("cuMemAlloc_v2", ctypes.byref(address), -(-length_bytes // WHOLE_BYTES) * WHOLE_BYTES)
@@ -109,13 +109,13 @@ def allocate(length_bytes: int, device: int) -> GpuMemory:
 
 
 def free(memory: GpuMemory) -> None:
-    """Free memory, after waiting for the GPU's queued work."""
+    """Free the memory after the GPU's queued work has finished."""
     with current_device(memory.device):
         call("cuMemFree_v2", memory.address)
 
 
 def allocation(memory: GpuMemory) -> tuple[int, int]:
-    """Return address and length of the allocation that contains the memory."""
+    """Return the address and the length in bytes of the allocation that contains the memory."""
     base, size = c_uint64(), c_size_t()
     with current_device(memory.device):
         call("cuMemGetAddressRange_v2", ctypes.byref(base), ctypes.byref(size), memory.address)
@@ -148,7 +148,7 @@ def device_attribute(device: int, attribute: int) -> int:
 
 
 def can_access(device: int, other: int) -> bool:
-    """Return whether one GPU can access the other's memory."""
+    """Return whether the GPU ``device`` can access the memory of the GPU ``other``."""
     value = c_int()
     call("cuDeviceCanAccessPeer", ctypes.byref(value), _ordinal(device), _ordinal(other))
     return bool(value.value)
@@ -168,7 +168,7 @@ def _started(path: str) -> ctypes.CDLL:
 
 @cache
 def _primary_context(_: str, device: int) -> int:
-    """Return the GPU's primary context, kept for the process's life: creating one takes a large part of a second."""
+    """Return the GPU's primary context. It is kept until the process ends, because creating it is slow."""
     context = c_void_p()
     call("cuDevicePrimaryCtxRetain", ctypes.byref(context), _ordinal(device))
     assert context.value, "the driver returned no context"

@@ -1,10 +1,10 @@
-"""Transport between GPUs of one machine: the reader maps the owner's CUDA allocation and copies.
+"""Transport between GPUs of one machine: the reader maps the owner's CUDA allocation and copies from it.
 
-A CUDA mapping cannot be revoked: if the owner frees the memory or dies, it stays mapped here until it is closed, and
-copies from it return undefined bytes (NVIDIA's manual). So the owner also keeps a descriptor open (see same_host.py),
-which is checked before and after each copy, and mappings of dead owners are closed at once.
+A CUDA mapping cannot be revoked. If the owner frees the memory or dies, the reader's mapping stays open and copies from
+it return undefined bytes (NVIDIA's manual). Therefore the owner also keeps a descriptor open (see same_host.py). The
+reader checks it before and after each copy and closes the mappings of dead owners at once.
 
-Tested with a CUDA driver in software; scripts/gpu_check tests it on hardware.
+Unit tests use a CUDA driver in software; scripts/gpu_check tests on hardware.
 """
 
 import ctypes
@@ -47,7 +47,7 @@ Copy = Callable[[int, int, int, int], None]
 
 
 def unusable_reason(device: int) -> str:
-    """Return why other processes cannot read that GPU's memory, or "". It is tried, since no attribute tells it."""
+    """Return why other processes cannot read this GPU's memory, or "". This exports memory as a trial."""
     try:
         trial = allocate(WHOLE_BYTES, device)
         try:
@@ -60,7 +60,7 @@ def unusable_reason(device: int) -> str:
 
 
 class CudaIpcExporter(SameHostExporter):
-    """See SameHostExporter. A region is inside one cuMemAlloc allocation, which peers map as a whole."""
+    """Offers GPU memory to peers. A region lies inside one cuMemAlloc allocation, which peers map as a whole."""
 
     def register(self, region: GpuMemory) -> CudaIpcHandle:
         try:
@@ -89,9 +89,9 @@ class CudaIpcExporter(SameHostExporter):
 
 
 class CudaIpcReader:
-    """See RegionReader. Used from one event loop. ``device`` is the GPU that copies and the target of ``read_into``.
+    """Reads peers' GPU memory with the GPU ``device``. Implements `RegionReader`; use it from one event loop.
 
-    Its constructor blocks. One thread opens, copies and closes, so that no mapping is closed during a copy from it.
+    The constructor blocks. One thread opens, copies and closes, so that no mapping is closed during a copy from it.
     """
 
     def __init__(self, device: int, mappings: int = MAPPINGS) -> None:
@@ -111,7 +111,7 @@ class CudaIpcReader:
         await self._read(mine, ranges, np.frombuffer(target, np.uint8).ctypes.data, _to_host)
 
     async def read_into(self, handle: Handle, ranges: Sequence[ByteRange], memory: GpuMemory, at_bytes: int) -> None:
-        """Read the ranges into memory of ``device``. Work launched afterwards sees the bytes."""
+        """Read the ranges into GPU memory at ``at_bytes``. Work launched afterwards sees the bytes."""
         mine = check_handle(handle, CudaIpcHandle, ranges)
         wanted_bytes = sum(each.length_bytes for each in ranges)
         what = describe(mine, f"{wanted_bytes} bytes")
@@ -151,7 +151,7 @@ class CudaIpcReader:
                         copy(target, source + each.offset_bytes, each.length_bytes, self._stream)
                         target += each.length_bytes
             finally:
-                # Also if starting a copy failed: the copies before it are still writing.
+                # If starting a copy failed, the earlier copies may still be writing.
                 call("cuStreamSynchronize", self._stream)
 
     def _mapping(self, handle: CudaIpcHandle) -> "_Mapping":
@@ -163,7 +163,7 @@ class CudaIpcReader:
 
 
 class _Mapping:
-    """A peer's allocation, mapped on the GPU ``device`` at the first read."""
+    """A peer's allocation, mapped on the GPU ``device`` by the first read."""
 
     def __init__(self, handle: CudaIpcHandle, device: int, thread: ThreadPoolExecutor) -> None:
         self._handle = handle
@@ -172,7 +172,7 @@ class _Mapping:
         self._base = 0
 
     def address(self) -> int:
-        """Return the region's address, after mapping it. Call it in the thread, with the GPU current."""
+        """Return the region's address, and map it if necessary. Call this in ``thread``, with the GPU current."""
         if not self._base:
             handle = self._handle
             if len(handle.allocation) != IPC_HANDLE_BYTES:
@@ -186,23 +186,23 @@ class _Mapping:
         return self._base + self._handle.offset_bytes
 
     def close(self) -> None:
-        """Unmap the memory, after the copies that are already queued."""
+        """Unmap the memory after the copies already queued."""
         self._thread.submit(self._close)
 
     def _check_range(self) -> None:
-        """Raise ConfigError if the region is outside its allocation: copying from there breaks the CUDA context."""
+        """Raise ConfigError if the region is outside its allocation: copying it would make the GPU unusable here."""
         start, length = self._handle.offset_bytes, self._handle.length_bytes
         try:
             _, size = allocation(GpuMemory(address=self._base, length_bytes=1, device=self._device))
         except CudaCallError:
-            # A driver that does not tell the range of mapped memory (not seen on hardware): trust the owner.
+            # The driver does not report the range of mapped memory (never seen on hardware): trust the owner.
             return
         if start < 0 or start + length > size:
             raise ConfigError(f"its {length} bytes at {start} are not within the {size} that its handle opens")
 
     def _check_access(self) -> None:
         for other in range(device_count()):
-            # GPUs that this process may not use are refused by the driver.
+            # If this process may not use the owner's GPU, the driver refuses the mapping.
             found = device_uuid(other) == self._handle.gpu and other != self._device
             if found and not can_access(self._device, other):
                 raise ConfigError(f"GPU {self._device} cannot access the memory of GPU {other}")

@@ -1,8 +1,8 @@
-"""What all transports share: errors, byte ranges, the two sides' interfaces, and the checks made before a read.
+"""The common part of all transports: errors, byte ranges, the reader's interface, and the checks before a read.
 
-The handles themselves are messages (see messages/transfer.py). A transport guarantees only that the memory was offered
-when a read began and when it ended. That the owner does not reuse the memory during the read is guaranteed by a lease;
-that the bytes are the right ones is verified with their digest.
+Handles are messages (see messages/transfer.py). A transport guarantees only that the owner offered the memory when the
+read began and when it ended. A lease guarantees that the owner does not reuse the memory during the read. The caller
+verifies the bytes with their digests.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,10 +21,10 @@ KindT = TypeVar("KindT", bound=HandleBase)
 class TransferError(LoraServeError):
     """A read failed. The destination buffer then holds undefined bytes.
 
-    ``code`` is stable for programs: ``gone`` (the owner died or withdrew the memory; take the next source),
+    ``code`` is stable for programs: ``gone`` (the owner died or withdrew the memory; use the next source),
     ``out_of_range``, ``version`` (the owner uses another transfer protocol), ``refused`` (not allowed, or not possible
-    with this transport), ``timeout``, ``size`` (the buffer or an answer differs in size from the ranges). The message
-    names the owner, what was asked for and the remedy.
+    with this transport), ``timeout``, ``size`` (the buffer or an answer differs in size from the ranges). ``message``
+    names the owner, the request and the remedy.
     """
 
     def __init__(self, code: Code, message: str) -> None:
@@ -44,9 +44,9 @@ class RegionReader(Protocol):
     """The reader's side of a transport. Reads may run concurrently, each into its own buffer."""
 
     async def read(self, handle: Handle, ranges: Sequence[ByteRange], into: memoryview) -> None:
-        """Read the ranges, one after another, into ``into``. Raises TransferError.
+        """Read the ranges into ``into``, where they follow each other without gaps. Raises TransferError.
 
-        When this returns, raises or is cancelled, nothing writes to ``into`` any more.
+        After this returns, raises or is cancelled, nothing writes to ``into`` any more.
         """
         ...
 
@@ -56,7 +56,7 @@ class RegionReader(Protocol):
 
 
 def choose_transports(mine: Abilities, theirs: Abilities, preferred: Sequence[Transport]) -> tuple[Transport, ...]:
-    """Return the transports of ``preferred``, in its order, that work between the two processes."""
+    """Return the transports of ``preferred`` that work between the two processes, in the order of ``preferred``."""
     if not mine.protocol == theirs.protocol == TRANSFER_PROTOCOL_VERSION:
         return ()
     common = [each for each in preferred if each in mine.transports and each in theirs.transports]
@@ -134,12 +134,12 @@ def withdrawn_error(owner: str) -> TransferError:
 
 
 def describe(handle: HandleBase, what: str) -> str:
-    """Return the beginning of an error message: what was asked of whose memory."""
+    """Return the beginning of an error message. It names the request ``what``, the owner and the transport."""
     return f"{what} of {handle.owner}'s {handle.length_bytes} bytes over {handle.transport}"
 
 
 def code_of_refusal(code: str) -> Code:
-    """Return the code with which a peer refused, or ``refused`` if it is not one of TransferError's."""
+    """Return a peer's refusal code if TransferError has it, otherwise ``refused``."""
     return next((each for each in get_args(Code) if each == code), "refused")
 
 

@@ -1,7 +1,7 @@
-"""What the transports between processes of one machine share: proof that the owner still offers its memory.
+"""The common part of the transports within one machine: the check that the owner still offers its memory.
 
-An owner keeps a descriptor with a random name open for as long as it offers the memory. A reader looks at
-/proc/PID/fd/N before and after it copies, and a pidfd tells it when the owner dies.
+The owner keeps a descriptor with a random name open as long as it offers the memory. The reader checks /proc/PID/fd/N
+before and after each copy, and a pidfd tells it when the owner dies.
 """
 
 import asyncio
@@ -26,7 +26,7 @@ MappedT = TypeVar("MappedT", bound=Closeable)
 
 
 class SameHostExporter:
-    """Base of the exporters to processes of this machine: keeps the descriptors open that prove the offer."""
+    """Base class of the exporters within one machine. Keeps a descriptor open for each offered memory."""
 
     def __init__(self, owner: str, incarnation: str) -> None:
         self._owner = owner
@@ -34,16 +34,16 @@ class SameHostExporter:
         self._descriptors: list[int] = []
 
     def close(self) -> None:
-        """Withdraw all handles: new reads fail with ``gone``. The memory stays the owner's."""
+        """Withdraw all handles: new reads fail with ``gone``. The memory itself is not freed."""
         while self._descriptors:
             os.close(self._descriptors.pop())
 
 
 class Mappings(Generic[HandleT, MappedT]):
-    """Cache of opened peers' memories, used from one event loop.
+    """Cache of peers' mapped memories. Use it from one event loop.
 
-    At most ``limit`` stay open; the least recently read one is closed first. Memory of a process that died is closed at
-    once rather than at the next read, so that the machine gets it back.
+    At most ``limit`` stay mapped; the least recently read memory is closed first. The memory of a dead process is
+    closed at once, so that the system can free it.
     """
 
     def __init__(self, open_memory: Callable[[HandleT], MappedT], limit: int) -> None:
@@ -56,7 +56,7 @@ class Mappings(Generic[HandleT, MappedT]):
         return len(self._mapped)
 
     def get(self, handle: HandleT) -> MappedT:
-        """Return the opened memory. Raises TransferError."""
+        """Return the mapped memory, and map it if necessary. Raises TransferError."""
         self.check(handle)
         found = self._mapped.get(handle)
         if found is None:
@@ -65,7 +65,7 @@ class Mappings(Generic[HandleT, MappedT]):
         return found[0]
 
     def check(self, handle: HandleT) -> None:
-        """Raise TransferError, and close the memory, unless it is still offered."""
+        """Raise TransferError and close the memory if the owner no longer offers it."""
         try:
             check_offered(handle)
         except TransferError:
@@ -110,7 +110,7 @@ def check_offered(handle: SameHostHandle) -> None:
 
 
 def open_owner(handle: SameHostHandle) -> int:
-    """Return a pidfd of the owner, readable once it dies, for the caller to close. Raises TransferError."""
+    """Return a pidfd that becomes readable when the owner dies. The caller closes it. Raises TransferError."""
     try:
         owner = os.pidfd_open(handle.pid)
     except (OSError, OverflowError) as error:
@@ -125,21 +125,18 @@ def open_owner(handle: SameHostHandle) -> int:
 
 
 def descriptor_path(handle: SameHostHandle) -> str:
-    """Return the path of the owner's descriptor.
-
-    A string, because each read looks at it, and a pathlib.Path costs much right after a copy has cleared the caches.
-    """
+    """Return the path of the owner's descriptor, as a string: a pathlib.Path would slow down every read."""
     return f"/proc/{handle.pid}/fd/{handle.descriptor}"
 
 
 def link_text(name: str) -> str:
-    """Return what the link /proc/PID/fd/N of a memfd with this name points to."""
+    """Return the target of the link /proc/PID/fd/N for a memfd with this name."""
     return f"/memfd:{name} (deleted)"
 
 
 def error_of(handle: SameHostHandle, error: Exception) -> TransferError:
-    """Return the TransferError for an error met while looking at the owner."""
-    # The files of a zombie process cannot be opened either; that is no lack of permission.
+    """Return the TransferError for an error that occurred while checking the owner's process."""
+    # The files of a zombie process cannot be opened either, so check whether the owner is dead.
     if isinstance(error, FileNotFoundError | ProcessLookupError) or _is_dead(handle.pid):
         return gone_error(handle)
     return refused_error(handle, str(error))

@@ -1,14 +1,13 @@
 """Transport between processes of one machine: the reader maps the owner's memory and copies; the owner does nothing.
 
-The memory is a memfd, which peers open as /proc/PID/fd/N. The kernel frees it when its last user ends, however that
-happens; a file in /dev/shm would survive a kill -9 of its owner. In exchange both processes must be in one PID
-namespace (containers: `pid: service:...`); otherwise `choose_transports` takes another transport.
+The memory is a memfd, which peers open as /proc/PID/fd/N. The kernel frees it when its last user exits or is killed. A
+file in /dev/shm would survive a kill -9 of its owner. Both processes must be in one PID namespace (containers: `pid:
+service:...`); otherwise `choose_transports` selects another transport.
 
-Measured on 2 busy cores of a Xeon, relative to a plain memory copy of the same size: 0.95 to 1.1 from a mapping that
-was read before, 0.7 if the copy touches each page for the first time (so mappings are kept; populating them before the
-copy gave 0.8), 0.4 to 0.8 with preadv. Each read costs about 0.04 ms more, several times what it costs while its code
-is in the caches, which a copy clears; half of it is the check that the memory is still offered. Above SLICED_BYTES the
-wake-up of a thread is added.
+Measured speed on 2 busy cores of a Xeon, relative to a plain memory copy of the same size: 0.95 to 1.1 from a mapping
+that was read before; 0.7 if the copy touches each page for the first time, and 0.8 if the mapping is populated before
+the copy; 0.4 to 0.8 with preadv. Mappings are therefore kept. Each read adds about 0.04 ms, half of it for the check
+that the memory is still offered. Above SLICED_BYTES, a read also waits for a thread to wake up.
 """
 
 import asyncio
@@ -42,12 +41,12 @@ from loraserve.transfer.same_host import (
 )
 
 SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL if hasattr(fcntl, "F_SEAL_SEAL") else 0
-"""Nobody, not even the owner, can shorten the memory, so a reader's copy never touches missing pages (SIGBUS)."""
+"""No process can shorten the memory, not even its owner. So a copy never touches missing pages (SIGBUS)."""
 DIRECT_BYTES = 4 << 20
-"""Reads up to this size are copied at once by the event loop's thread, at 0.2 ms a MiB."""
+"""The event loop's thread copies reads up to this size at once, in 0.2 ms per MiB."""
 SLICED_BYTES = 32 << 20
-"""Reads up to this size are copied by the event loop's thread, which runs other tasks after every DIRECT_BYTES. That
-costs a twentieth; another thread takes 0.15 to 2 ms to wake up and report on busy cores, a third of a 16 MiB copy."""
+"""The event loop's thread copies reads up to this size and runs other tasks after every DIRECT_BYTES. This makes a copy
+5% slower. A separate thread needs 0.15 to 2 ms to wake up and report on busy cores: a third of a 16 MiB copy."""
 PIECE_BYTES = 256 << 20
 """A copy in a thread checks for cancellation between pieces. Shorter pieces were up to twice as slow for a slab of 256
 MiB, because the C library bypasses the caches only for copies larger than the caches."""
@@ -70,8 +69,8 @@ def is_supported() -> bool:
 class SharedMemory:
     """Zeroed memory that other processes of this user can map.
 
-    Pages are allocated when they are first written. Allocating them all at the start would not check whether there
-    are enough: the kernel overcommits until it has to kill a process. Raises ConfigError, which ends with ``remedy``.
+    Pages are allocated when they are first written. Allocating all of them at once would not detect a lack of memory,
+    because the kernel overcommits. Raises ConfigError, whose message ends with ``remedy``.
     """
 
     def __init__(
@@ -92,21 +91,21 @@ class SharedMemory:
             ) from error
 
         self._descriptor = descriptor
-        # Closes the descriptor also if nobody calls close.
+        # The finalizer closes the descriptor if ``close`` is not called.
         self._finalizer = weakref.finalize(self, os.close, descriptor)
 
     def export(self) -> int:
-        """Return another descriptor of the memory, for peers to open. The caller closes it."""
+        """Return a duplicate of the memory's descriptor, for peers to open. The caller closes it."""
         return os.dup(self._descriptor)
 
     def close(self) -> None:
-        """Close the descriptor; may be repeated. The bytes live until the last view of them is gone."""
+        """Close the descriptor. The memory is freed with its last view. Repeated calls are allowed."""
         self._descriptor = -1
         self._finalizer()
 
 
 class ShmExporter(SameHostExporter):
-    """See SameHostExporter. A region is a SharedMemory."""
+    """Offers SharedMemory to peers on this machine."""
 
     def register(self, region: SharedMemory) -> ShmHandle:
         descriptor = region.export()
@@ -123,7 +122,7 @@ class ShmExporter(SameHostExporter):
 
 
 class ShmReader:
-    """See RegionReader. Used from one event loop; large copies run in threads."""
+    """Reads peers' shared memory. Implements `RegionReader`; use it from one event loop."""
 
     def __init__(
         self,
@@ -148,8 +147,8 @@ class ShmReader:
             await self._copy_in_slices(mine, ranges, target)
         else:
             await self._copy_in_thread(mine, ranges, target)
-        # The owner may have withdrawn the memory meanwhile. No reference to the mapping is held here: a traceback that
-        # somebody keeps would keep it mapped.
+        # The owner may have withdrawn the memory during the copy. This frame holds no reference to the mapping, so that
+        # a stored traceback does not keep it mapped.
         self._mappings.check(mine)
 
     def close(self) -> None:
@@ -190,12 +189,12 @@ class _ShmMapping:
         self.data = np.frombuffer(memory, np.uint8)
 
     def close(self) -> None:
-        """Do nothing: the memory is unmapped with the last array that refers to it, so a copy in progress is safe."""
+        """Do nothing. The memory is unmapped with the last array that refers to it, so a copy in progress is safe."""
 
 
 def _open(handle: ShmHandle) -> int:
     try:
-        # If the descriptor has become a pipe meanwhile, opening it must not block.
+        # The descriptor's number may be reused for a pipe, and opening that must not block.
         return os.open(descriptor_path(handle), os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise error_of(handle, error) from error
@@ -215,7 +214,7 @@ def _copy(source: Bytes, ranges: Sequence[ByteRange], target: Bytes) -> None:
     at_bytes = 0
     for each in ranges:
         start, length = each.offset_bytes, each.length_bytes
-        # Starts in two thirds of the time of np.copyto, and releases the interpreter's lock as well.
+        # Like np.copyto, this releases the interpreter's lock, but it starts a third faster.
         target[at_bytes : at_bytes + length] = source[start : start + length]
         at_bytes += length
 

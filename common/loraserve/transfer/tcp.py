@@ -1,4 +1,4 @@
-"""Transport over the bus, between any two processes: the owner answers with frames that refer to its memory."""
+"""Transport over the bus, between any two processes: the owner sends frames that refer directly to its memory."""
 
 import asyncio
 import secrets
@@ -28,18 +28,17 @@ from loraserve.transfer.protocol import (
 )
 
 CHUNK_BYTES = 2 << 20
-"""The event loop copies a chunk in about 0.2 ms. Of 256 KiB to 4 MiB, with 2 to 8 in flight, these values measured best
-over all sizes: smaller chunks need too many round trips, larger ones are not copied while the next arrive. A read of 1
-MiB is one round trip, of which about 0.25 ms are waking four threads and Python code that has left the caches. Several
-chunks, socket buffers, more I/O threads or copied instead of borrowed answers did not make it shorter."""
+"""The event loop copies a chunk in about 0.2 ms. These values were the best in measurements of 256 KiB to 4 MiB with 2
+to 8 chunks in flight. Smaller chunks need too many round trips; the copy of larger chunks overlaps less with the
+arrival of the next."""
 LONGEST_CHUNK_BYTES = 16 << 20
-"""Frames are received as a whole, so this bounds how much memory a peer can make a process allocate."""
+"""Frames are received as a whole. This limits the memory that a peer can make a process allocate."""
 CHUNKS_IN_FLIGHT = 8
 ASK_AGAIN_S = 0.2
 
 
 READERS = 2
-"""Threads that copy chunks of regions that cannot be sent directly."""
+"""Number of threads that copy chunks of a `ReadableRegion`."""
 
 
 class ReadableRegion(Protocol):
@@ -53,7 +52,7 @@ class ReadableRegion(Protocol):
 
 
 class TcpExporter:
-    """The owner's side. A region is host memory or a ReadableRegion. ReadRegion requests go to ``answer``."""
+    """The owner's side. A region is host memory or a ReadableRegion. Pass ReadRegion requests to ``answer``."""
 
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
@@ -73,10 +72,10 @@ class TcpExporter:
         return handle
 
     def answer(self, envelope: Envelope) -> Coroutine[Any, Any, None] | None:
-        """Answer or refuse a ReadRegion.
+        """Answer or refuse a ReadRegion request.
 
-        For a ReadableRegion, return a coroutine that sends the answer. The caller must await it in a task, where it may
-        raise the errors of the region's device.
+        For a ReadableRegion, return a coroutine that sends the answer. The caller must await it in a task. It may raise
+        errors of the region's device.
         """
         request: ReadRegion = envelope.message
         try:
@@ -96,7 +95,7 @@ class TcpExporter:
     async def _answer_read(self, envelope: Envelope, region: ReadableRegion) -> None:
         request: ReadRegion = envelope.message
         try:
-            # The region may be withdrawn before this starts, and again while it is read.
+            # The region may be withdrawn before this starts or during the read.
             self._region(request)
             data = await run_in_thread(
                 self._threads, partial(_read, region, request.offset_bytes, request.length_bytes)
@@ -134,7 +133,7 @@ def _read(region: ReadableRegion, offset_bytes: int, length_bytes: int) -> memor
 
 
 class TcpReader:
-    """See RegionReader. A chunk lost with a connection is requested again, for up to ``timeout_s`` per chunk."""
+    """Reads regions over the bus. Implements `RegionReader`. Chunks that are not answered are requested again."""
 
     def __init__(
         self, bus: Bus, timeout_s: float, chunk_bytes: int = CHUNK_BYTES, chunks_in_flight: int = CHUNKS_IN_FLIGHT
@@ -151,7 +150,7 @@ class TcpReader:
         memory = np.frombuffer(target, np.uint8)
         most = sum([-(-each.length_bytes // self._chunk_bytes) for each in ranges])
         if most <= 1:
-            # Takes less time than starting a task.
+            # This is faster than starting a task.
             await self._fetch(mine, chunks, memory)
             return
         try:
@@ -162,17 +161,17 @@ class TcpReader:
             raise failed.exceptions[0] from None
 
     def close(self) -> None:
-        """Do nothing: no resources are held between reads."""
+        """Do nothing: the reader holds no resources between reads."""
 
     async def _fetch(
         self, handle: TcpHandle, chunks: Iterator[tuple[int, ByteRange]], target: npt.NDArray[np.uint8]
     ) -> None:
-        """Fetch chunks until there are none. Several of these run at once, each with one chunk in flight."""
+        """Fetch chunks until ``chunks`` is exhausted. Concurrent calls share ``chunks``; each has one in flight."""
         for at_bytes, wanted in chunks:
             data = await self._chunk(handle, wanted)
-            # Not in a thread: a chunk is short, and nothing must be written after a cancellation.
+            # Not copied in a thread: the copy is short, and nothing may be written after a cancellation.
             np.copyto(target[at_bytes : at_bytes + wanted.length_bytes], np.frombuffer(data, np.uint8))
-            # Freed before the next request, so that its answer reuses this memory.
+            # Free the chunk before the next request, so that the next answer reuses this memory.
             del data
 
     async def _chunk(self, handle: TcpHandle, wanted: ByteRange) -> bytes | memoryview:
@@ -188,7 +187,7 @@ class TcpReader:
         )
 
     async def _ask(self, handle: TcpHandle, wanted: ByteRange, timeout_s: float) -> bytes | memoryview | None:
-        """Request a chunk. Return None if the owner is gone or still starting."""
+        """Request a chunk. Return None if the owner does not answer or is still starting."""
         request = ReadRegion(
             protocol=TRANSFER_PROTOCOL_VERSION,
             token=handle.token,

@@ -1,1 +1,1 @@
-"""Transport by one-sided RDMA reads (InfiniBand verbs)."""
+"""Transport over RDMA (InfiniBand verbs) with one-sided reads."""

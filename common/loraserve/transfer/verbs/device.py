@@ -1,6 +1,6 @@
 """RDMA devices: listing them, opening one, and registering memory with it.
 
-pyverbs, which most machines do not have, is imported only when a device is opened, and used only here and in queue.py.
+Only this module and queue.py use pyverbs. They import it when a device is opened, because most machines do not have it.
 Registering memory holds the interpreter's lock for 0.1 ms per MiB or more (15 ms under emulation), so pools are
 registered when a process starts.
 """
@@ -30,7 +30,7 @@ DEVICES = Path("/sys/class/infiniband")
 ACTIVE = "4:"
 ETHERNET = "Ethernet"
 UNUSED_GIDS = 8
-"""The search ends after this many unused entries in a row: tables have up to 1024 and are filled from the front."""
+"""The search for GIDs ends after this many unused entries. Tables have up to 1024 and are filled from the front."""
 
 
 class Port(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,14 +42,14 @@ class Port(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def usable_ports(devices: Path = DEVICES) -> list[Port]:
-    """Return the ports that are up, by name."""
+    """Return the ports that are up, sorted by device name and port number."""
     paths = sorted(devices.glob("*/ports/*"), key=lambda path: (path.parts[-3], int(path.name)))
     found = (_port(path) for path in paths)
     return [port for port in found if port is not None]
 
 
 def unusable_reason(devices: Path = DEVICES) -> str:
-    """Return why verbs cannot be used here; "" if they can. Without a device nothing is imported."""
+    """Return why verbs cannot be used here; "" if they can. pyverbs is imported only if there is a device."""
     if not devices.is_dir() or not any(devices.iterdir()):
         return "this machine has no RDMA device"
     if not any(map(_is_up, devices.glob("*/ports/*"))):
@@ -70,7 +70,7 @@ def _port(path: Path) -> Port | None:
         gid = best_gid(_gids(path))
         link_layer = _text(path / "link_layer")
     except OSError:
-        # The device was removed.
+        # The device was removed during the search.
         return None
     if gid is None:
         return None
@@ -88,7 +88,7 @@ def _gids(path: Path) -> Iterator[tuple[int, str, str]]:
     unused = 0
     for index in range(len(os.listdir(path / "gids"))):
         try:
-            # Reading an unused entry is an error.
+            # Reading an unused entry fails.
             kind = _text(path / "gid_attrs" / "types" / str(index))
         except OSError:
             unused += 1
@@ -126,7 +126,7 @@ def peermem_works() -> bool:
 
 @contextmanager
 def dma_buf(memory: GpuMemory) -> Iterator[tuple[int, int]]:
-    """Yield a descriptor and the memory's offset in it. A registration outlives the descriptor."""
+    """Yield a dma-buf descriptor and the memory's offset in it. A registration outlives the descriptor."""
     start = memory.address // mmap.PAGESIZE * mmap.PAGESIZE
     end = -(-(memory.address + memory.length_bytes) // mmap.PAGESIZE) * mmap.PAGESIZE
     descriptor = ctypes.c_int(-1)
@@ -154,11 +154,11 @@ def flush_remote_writes(device: int) -> None:
 Memory = memoryview | GpuMemory
 
 opening = Lock()
-"""Held while descriptors are created, because each creator recognizes its own as the new ones."""
+"""Hold this lock while creating event descriptors: a creator identifies its own by comparing before and after."""
 
 
 class Registered(Protocol):
-    """The part of pyverbs' MR that is used."""
+    """The used members of ``pyverbs.mr.MR``, a registered memory region."""
 
     lkey: int
     rkey: int
@@ -181,13 +181,13 @@ def verbs_enums() -> ModuleType:
 
 
 def verbs_errors() -> tuple[type[Exception], ...]:
-    """Return the exceptions that pyverbs raises, also for numbers out of range."""
+    """Return the exceptions that pyverbs raises, including those for numbers out of range."""
     base: type[Exception] = pyverbs_module("pyverbs_error").PyverbsError
     return base, OverflowError, ValueError, TypeError
 
 
 class RegisteredMemory:
-    """Memory registered with a device. ``base`` is the address of its first byte in requests."""
+    """Memory registered with a device. RDMA requests address its first byte as ``base``."""
 
     def __init__(self, registered: Registered, base: int, length_bytes: int, keeps: object) -> None:
         self._registered = registered
@@ -198,12 +198,12 @@ class RegisteredMemory:
         self.remote_key = registered.rkey
 
     def holds(self, address: int, length_bytes: int) -> bool:
-        """Return whether it contains these bytes of host memory."""
+        """Return whether this is host memory that contains the given range."""
         inside = self.base <= address and address + length_bytes <= self.base + self.length_bytes
         return inside and not isinstance(self._keeps, GpuMemory)
 
     def settle(self) -> None:
-        """Make a finished read into this memory visible. Call it before the memory is used."""
+        """Make a finished read into this memory visible to the GPU. Call this before using the memory."""
         if isinstance(self._keeps, GpuMemory):
             flush_remote_writes(self._keeps.device)
 
@@ -214,7 +214,7 @@ class RegisteredMemory:
 
 
 class RdmaDevice:
-    """An open RDMA device; ``name`` "" means the first with a port that is up. Raises ConfigError."""
+    """An open RDMA device. If ``name`` is "", this is the first device with a port that is up. Raises ConfigError."""
 
     def __init__(self, name: str = "") -> None:
         self.port = _chosen(name)
@@ -264,7 +264,7 @@ class RdmaDevice:
                 with dma_buf(memory) as (descriptor, offset):
                     make = pyverbs_module("mr").DmaBufMR
                     registered = make(self.domain, memory.length_bytes, access, descriptor, offset)
-                # With pyverbs, peers address the first byte by the offset.
+                # For a DmaBufMR of pyverbs, the address of the first byte is its offset in the dma-buf.
                 return RegisteredMemory(registered, offset, memory.length_bytes, memory)
             if peermem_works():
                 registered = pyverbs_module("mr").MR(self.domain, memory.length_bytes, access, address=memory.address)

@@ -1,7 +1,7 @@
 """The owner's side of RDMA reads.
 
-A key alone gives no access: only connected peers can use it, and connections are made over the bus. So a peer loses
-access with its connection (``forget``), and all peers lose it when the memory is deregistered (``close``).
+Only connected peers can use a memory key, and connections are made over the bus. So closing a peer's connection ends
+its access (``forget``), and deregistering the memory ends the access of all peers (``close``).
 """
 
 from collections import OrderedDict
@@ -18,11 +18,11 @@ from loraserve.transfer.verbs.device import Memory, RdmaDevice, RegisteredMemory
 from loraserve.transfer.verbs.queue import Completions, QueuePair
 
 SERVED = 1024
-"""Maximum of connections. Above it the oldest is closed; its reader connects again when it reads."""
+"""Maximum number of connections. Beyond it, the oldest is closed; its reader reconnects at its next read."""
 
 
 class _Connection:
-    """The connection of one incarnation of a reader. ``pair`` is None until it is created."""
+    """The connection to one incarnation of a reader. ``pair`` is None until the queue pair is created."""
 
     def __init__(self, peer: str, incarnation: str) -> None:
         self.peer = peer
@@ -37,9 +37,9 @@ class _Connection:
 
 
 class VerbsExporter:
-    """The owner's side. A region is host or GPU memory. ConnectQueue requests go to ``answer``.
+    """The owner's side. A region is host or GPU memory. Pass ConnectQueue requests to ``answer``.
 
-    ``register`` blocks, so call it when the process starts or in a thread.
+    ``register`` blocks: call it when the process starts or in a thread.
     """
 
     def __init__(self, bus: Bus, device: RdmaDevice) -> None:
@@ -64,7 +64,7 @@ class VerbsExporter:
         )
 
     async def answer(self, envelope: Envelope) -> None:
-        """Connect the reader, or refuse."""
+        """Connect the reader that sent a ConnectQueue request, or refuse the request."""
         request: ConnectQueue = envelope.message
         connection = _Connection(envelope.sender, request.reader_incarnation)
         try:
@@ -76,7 +76,7 @@ class VerbsExporter:
         self._bus.respond(envelope, QueueConnected(end=end))
 
     def forget(self, peer: str, incarnation: str = "") -> None:
-        """Close the connections of a peer (of one incarnation if given). It can read again after connecting again."""
+        """Close the connections of a peer, or of one incarnation if given. The peer may connect again."""
         self._drop(lambda each: each.peer == peer and incarnation in ("", each.incarnation))
 
     @property
@@ -85,7 +85,7 @@ class VerbsExporter:
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
-        # In this order, so that reads in flight fail at once instead of timing out.
+        # Deregister the memory first, so that reads in flight fail at once instead of timing out.
         while self._places:
             self._places.pop().close()
         while self._served:
@@ -96,16 +96,16 @@ class VerbsExporter:
         for key in [key for key, each in self._served.items() if dead(each)]:
             self._served.pop(key).close()
         for each in filter(dead, self._connecting):
-            # Its queue pair is being created in a thread; _make closes it afterwards.
+            # A thread is creating the queue pair; _make closes it afterwards.
             each.given_up = True
 
     async def _make(self, connection: _Connection, request: ConnectQueue) -> QueueEnd:
-        """Connect the queue pair and return its end. If this fails, everything is closed."""
+        """Connect a queue pair and return its end. If this fails, close the queue pair."""
         self._check(request)
         self._connecting.append(connection)
         try:
             end = await run_in_thread(self._thread, partial(self._connect, connection, request.end))
-            # The memory may have been withdrawn meanwhile.
+            # The memory may have been withdrawn in the meantime.
             self._check(request)
             if connection.given_up:
                 raise TransferError("gone", f"{self._bus.name} was told that {connection.peer} is gone; ask again")

@@ -1,4 +1,4 @@
-"""A reader's connection to one owner: its reads in flight, and how they end if it fails."""
+"""A reader's connection to one owner, with the reads in flight and their errors if the connection fails."""
 
 import asyncio
 from collections.abc import Iterable
@@ -12,7 +12,7 @@ from loraserve.transfer.verbs.queue import QueuePair
 
 
 class InterruptedReadError(TransferError):
-    """The read failed because of another read on the same connection, and may be retried once."""
+    """The read failed because another read broke the connection. It may be retried once."""
 
 
 class ReadDestination(NamedTuple):
@@ -29,7 +29,7 @@ class _PendingRead(NamedTuple):
 
 
 class ReadConnection:
-    """Used from one event loop. Its requests are numbered from ``number << 32``."""
+    """A connection to one owner. Use it from one event loop. Its requests are numbered from ``number << 32``."""
 
     def __init__(self, queue: QueuePair, depth: int, number: int) -> None:
         self.number = number
@@ -52,7 +52,7 @@ class ReadConnection:
         piece_bytes: int,
         timeout_s: float,
     ) -> None:
-        """Read the ranges. Ends only when none of its pieces is in flight, also if cancelled. Raises TransferError."""
+        """Read the ranges. Raises TransferError. Even if cancelled, this ends only when no piece is in flight."""
         if self.broken:
             raise InterruptedReadError("gone", f"{describe(handle, 'a read')}: the connection failed just now")
         number = self._reads_begun
@@ -66,7 +66,7 @@ class ReadConnection:
     def arrived(self, number: int, status: int) -> None:
         read = self._pieces.read_of(number)
         if read is None or self.broken:
-            # A completion of a read that already failed with the connection.
+            # The completion belongs to a read that already failed with the connection.
             return
         self._arrivals += 1
         if status != 0:
@@ -76,11 +76,11 @@ class ReadConnection:
         self._request_pieces()
 
     def close(self) -> None:
-        """Close the connection. Nothing is written any more, and reads in flight fail."""
+        """Close the connection. Reads in flight fail and write nothing any more."""
         self._end({}, "the connection was closed", InterruptedReadError)
 
     def give_up(self) -> None:
-        """Close the connection because the owner is dead, so that its reads fail without a retry."""
+        """Close the connection because the owner is dead. Reads in flight fail and are not retried."""
         self._end({}, "the owner died; read from another source", TransferError)
 
     async def _wait(self, number: int, done: "asyncio.Future[None]", timeout_s: float) -> None:
@@ -91,7 +91,7 @@ class ReadConnection:
                 await asyncio.wait([done], timeout=timeout_s)
             except asyncio.CancelledError:
                 cancelled = True
-                # Pieces in flight still write; the caller gets its memory back after the last of them.
+                # Pieces in flight still write to the caller's memory, so wait for the last of them.
                 self._finish(self._pieces.drop(number))
                 continue
             if not done.done() and self._arrivals == before:
@@ -117,7 +117,7 @@ class ReadConnection:
             self._reads.pop(read).done.set_result(None)
 
     def _fail(self, read: int, status: int) -> None:
-        """End the connection: after one failure a queue pair fails every request."""
+        """End the connection, because a queue pair fails every request after one failure."""
         if status == FLUSHED:
             self._end({}, "the connection failed; read from another source", TransferError)
             return

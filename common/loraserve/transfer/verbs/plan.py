@@ -1,4 +1,4 @@
-"""Pure decisions of the verbs transport: the order of requests, the meaning of errors, the choice of addresses."""
+"""Pure logic of the verbs transport: the order of requests, the meaning of errors, and the choice of addresses."""
 
 from collections import deque
 from collections.abc import Iterable
@@ -11,14 +11,14 @@ LINK_LOCAL = "fe80:"
 NO_GID = "0000:0000:0000:0000:0000:0000:0000:0000"
 
 FLUSHED = 5
-"""Status of requests queued behind one that failed; it gives no reason of its own."""
+"""Completion status of requests after a failed request. It does not tell the reason of the failure."""
 WITHDRAWN = {9, 10, 11}
 SILENT = {12, 13}
 LOCAL = {1, 2, 4}
 
 
 class PieceQueue:
-    """Orders the pieces of several reads: one piece of each in turn, so that short reads do not wait for long ones.
+    """Schedules the pieces of concurrent reads round-robin, so that short reads do not wait for long ones.
 
     At most ``depth`` pieces are in flight. Pieces are numbered from ``first``, and numbers are not reused.
     """
@@ -32,13 +32,13 @@ class PieceQueue:
         self._count: dict[int, int] = {}
 
     def add(self, read: int, pieces: Iterable[tuple[int, ByteRange]]) -> None:
-        """Queue a read of at least one piece, each with its offset in the destination."""
+        """Queue a read. ``pieces`` has at least one pair of destination offset and source range."""
         self._waiting[read] = deque(pieces)
         self._count[read] = 0
         self._turn.append(read)
 
     def next(self) -> tuple[int, int, int, ByteRange] | None:
-        """Return (number, read, destination offset, range) of the next piece, or None if none can be requested now."""
+        """Return (number, read, destination offset, range) of the next piece; None if none may be requested now."""
         if not self._turn or len(self._in_flight) >= self._depth:
             return None
         read = self._turn.popleft()
@@ -55,13 +55,13 @@ class PieceQueue:
         return self._in_flight.get(number)
 
     def arrived(self, number: int) -> int | None:
-        """Record that a piece has arrived. Return its read if that is complete now."""
+        """Record that a piece has arrived. Return its read if the read is now complete, otherwise None."""
         read = self._in_flight.pop(number)
         self._count[read] -= 1
         return self._complete(read)
 
     def drop(self, read: int) -> int | None:
-        """Cancel the pieces of a read that are not in flight. Return the read if it is complete now."""
+        """Cancel the pieces of a read that are not in flight. Return the read if it is now complete, otherwise None."""
         if read not in self._count:
             return None
         self._waiting[read].clear()
@@ -101,12 +101,12 @@ def failure(status: int) -> tuple[Code, str]:
 
 
 def concerns_one(status: int) -> bool:
-    """Return whether only the failed read is at fault, so that others on the connection may be retried."""
+    """Return whether ``status`` blames only the failed read, so that others on the connection may be retried."""
     return status in WITHDRAWN or status in LOCAL
 
 
 def best_gid(offered: Iterable[tuple[int, str, str]]) -> tuple[int, str] | None:
-    """Return index and address of the best of (index, address, type): RoCE v2 over IPv4, then other routable ones."""
+    """Return (index, address) of the best of the ``offered`` GIDs (index, address, type); None if there is none."""
 
     def preference(one: tuple[int, str, str]) -> tuple[bool, bool, bool, int]:
         index, gid, kind = one

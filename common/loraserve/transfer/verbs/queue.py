@@ -9,11 +9,11 @@ from loraserve.messages import QueueEnd
 from loraserve.transfer.verbs.device import ETHERNET, RdmaDevice, opening, pyverbs_module, verbs_enums, verbs_errors
 
 READS_IN_FLIGHT = 16
-"""Reads of a queue pair on the wire; further posted ones wait in the device."""
+"""Maximum number of outstanding reads of a queue pair. The device queues further posted reads."""
 MTUS = range(1, 6)
 READS = range(1, 256)
 TIMEOUT = 14
-"""4.096 us * 2 ** 14 = 67 ms without a sign of the peer; then the request is repeated, RETRIES times."""
+"""An unanswered request is repeated after 4.096 us * 2 ** TIMEOUT = 67 ms, up to RETRIES times."""
 RETRIES = 3
 FOR_EVER = 7
 HOPS = 64
@@ -22,13 +22,13 @@ EVENTS = "anon_inode:[infinibandevent]"
 
 
 class CompletionQueue(Protocol):
-    """The part of pyverbs' CQ that is used."""
+    """The used members of ``pyverbs.cq.CQ``."""
 
     def close(self) -> None: ...
 
 
 class Completions:
-    """A completion queue. When ``descriptor`` is readable: ``acknowledge``, then ``poll`` until nothing is returned."""
+    """A completion queue. When ``descriptor`` is readable, call ``acknowledge``, then ``poll`` until it returns []."""
 
     def __init__(self, device: RdmaDevice, entries: int) -> None:
         try:
@@ -46,7 +46,7 @@ class Completions:
             before = _event_descriptors()
             self._channel = cq.CompChannel(device.context)
             (self.descriptor,) = _event_descriptors() - before
-        # Asking for an event that has not happened must not block while holding the interpreter's lock.
+        # get_cq_event holds the interpreter's lock, so it must not block if there is no event.
         os.set_blocking(self.descriptor, False)
         self.queue = cq.CQ(device.context, entries, None, self._channel, 0)
         self.queue.req_notify()
@@ -72,7 +72,7 @@ class Completions:
 
 
 class QueuePair:
-    """One end of a connection, through which peers read if ``served``, and this process reads otherwise."""
+    """One end of a connection. If ``served``, the peer reads through it; otherwise this process reads."""
 
     def __init__(self, device: RdmaDevice, completions: CompletionQueue, depth: int, served: bool) -> None:
         self._device = device
@@ -104,7 +104,7 @@ class QueuePair:
         )
 
     def connect(self, peer: QueueEnd) -> None:
-        """Connect to the peer's end. Raises verbs_errors(). Holds the interpreter's lock for some milliseconds."""
+        """Connect to the peer's end. Raises verbs_errors(). This holds the interpreter's lock for some milliseconds."""
         if not (peer.mtu in MTUS and peer.reads in READS):
             raise ValueError(f"mtu {peer.mtu}, {peer.reads} reads: the peer's end of the connection is invalid")
         mine = self.end
@@ -120,7 +120,7 @@ class QueuePair:
         self._pair.to_rts(attributes)
 
     def read(self, number: int, to: int, local_key: int, source: int, remote_key: int, length_bytes: int) -> None:
-        """Post a READ of the peer's memory at ``source``. Its completion has this ``number``."""
+        """Post a READ of the peer's memory at ``source`` into local memory at ``to``. Its completion has ``number``."""
         wr = pyverbs_module("wr")
         into = wr.SGE(to, length_bytes, local_key)
         request = wr.SendWR(wr_id=number, opcode=verbs_enums().IBV_WR_RDMA_READ, num_sge=1, sg=[into])
@@ -128,7 +128,7 @@ class QueuePair:
         self._pair.post_send(request)
 
     def close(self) -> None:
-        """Close the queue pair. Posted reads write nothing any more."""
+        """Close the queue pair. After this, posted reads write nothing any more."""
         self._pair.close()
 
     def _route_to(self, peer: QueueEnd) -> object:
@@ -146,6 +146,6 @@ def _event_descriptors() -> set[int]:
             if os.readlink(f"/proc/self/fd/{name}") == EVENTS:
                 found.add(int(name))
         except OSError:
-            # The descriptor of listdir itself.
+            # This was the descriptor of listdir itself.
             continue
     return found

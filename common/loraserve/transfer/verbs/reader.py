@@ -1,8 +1,8 @@
-"""The reader's side of RDMA reads. The owner's CPU does nothing while it is read.
+"""The reader's side of RDMA reads. The owner's CPU does nothing during a read.
 
-Measured in an emulated machine with a software device on 2 busy cores, relative to ib_read_bw with messages of one
-size, medians of five alternating runs: 0.85 for slabs of 1 MiB, 1.0 for 16 and 64 MiB, at 60 to 76 MiB/s (single runs
-between 25 and 85). Not measured on hardware.
+The throughput was measured relative to ib_read_bw with messages of the same size, in an emulated machine with a
+software device on 2 busy cores. The medians of five alternating runs were 0.85 for slabs of 1 MiB and 1.0 for 16 and 64
+MiB, at 60 to 76 MiB/s (single runs: 25 to 85 MiB/s). It was not measured on hardware.
 """
 
 import asyncio
@@ -26,16 +26,17 @@ from loraserve.transfer.verbs.queue import Completions, QueuePair
 
 PIECE_BYTES = 4 << 20
 DEPTH = 32
-"""Pieces requested from one owner at once. A cancelled read has to wait for this many."""
+"""Maximum number of pieces in flight from one owner. A cancelled read waits for its pieces in flight."""
 LINKS = 64
 BATCH = 64
-"""Completions handled before other tasks of the event loop run."""
+"""Maximum number of completions handled before other tasks of the event loop run."""
 
 
 class VerbsReader:
-    """See RegionReader. Created and used in one event loop. A read fails if nothing arrives for ``timeout_s``.
+    """Reads peers' memory over RDMA. Implements `RegionReader`; create and use it in one event loop.
 
-    Frequent destinations are registered once, with ``keep``; other buffers are registered for each read.
+    A read fails if nothing arrives for ``timeout_s``. Destinations passed to ``keep`` are registered once; other
+    buffers are registered for each read.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class VerbsReader:
         self._loop.add_reader(self._completions.descriptor, self._on_completions)
 
     def keep(self, memory: Memory) -> RegisteredMemory:
-        """Register a destination until ``close``. Blocks."""
+        """Register a destination for many reads, until ``close``. This blocks."""
         place = self._device.writable(memory)
         self._kept.append(place)
         return place
@@ -127,7 +128,7 @@ class VerbsReader:
             await self._register(handle, target, made)
             yield made[0]
         finally:
-            # Also if cancelled repeatedly, memory that is the caller's again must not stay registered.
+            # Even if cancelled repeatedly, deregister the memory before the caller uses it again.
             for place in made:
                 try:
                     await run_in_thread(self._thread, place.close)
@@ -144,7 +145,7 @@ class VerbsReader:
         try:
             await self._try(handle, ranges, target)
         except InterruptedReadError:
-            # Retried only once, or a peer with many failing reads would keep others retrying.
+            # Retry only once, or a peer with many failing reads would make other reads retry forever.
             await self._try(handle, ranges, target)
 
     async def _try(self, handle: VerbsHandle, ranges: Sequence[ByteRange], target: ReadDestination) -> None:
@@ -152,10 +153,7 @@ class VerbsReader:
         await link.read(handle, ranges, target, self._piece_bytes, self._timeout_s)
 
     async def _link(self, handle: VerbsHandle) -> ReadConnection:
-        """Return the connection to an owner, which all its reads share.
-
-        If a waiting read is cancelled, the connection is still made for the others.
-        """
+        """Return the shared connection to the owner. Cancelling one waiting read does not cancel the connection."""
         owner = handle.owner, handle.incarnation
         made = self._links.get(owner)
         if made is None or _is_useless(made):
@@ -216,7 +214,7 @@ class VerbsReader:
             self._loop.call_soon(self._dispatch)
 
     def _close_dead(self, dead: Callable[[str, str], bool]) -> None:
-        """Close connections to dead owners. Those that are being made fail on their own."""
+        """Close the connections to dead owners. Connections that are still being made fail by themselves."""
         for owner in [owner for owner, made in self._links.items() if made.done() and dead(*owner)]:
             made = self._links.pop(owner)
             if not _is_useless(made):
@@ -229,7 +227,7 @@ class VerbsReader:
                 del self._by_number[number]
 
     def _make_room(self, handle: VerbsHandle) -> None:
-        """Close an idle connection if necessary: the completion queue has room for a limited number."""
+        """Close an idle connection if the limit is reached. The size of the completion queue sets the limit."""
         self._forget_broken()
         while len(self._links) >= self._most_links:
             spare = next((owner for owner, made in self._links.items() if _is_useless(made) or _is_idle(made)), None)

@@ -1,1 +1,1 @@
-"""Host memory that keeps slabs which left the pool, so that they need not be read from elsewhere again."""
+"""The host cache: keeps slabs evicted from the pool in host memory, so that they can be reloaded quickly."""

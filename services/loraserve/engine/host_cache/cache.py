@@ -1,10 +1,10 @@
-"""Decides which slabs that leave the pool are kept in host memory, where, and which leave for them.
+"""Decides which evicted slabs the host cache keeps, in which extents, and which cached slabs it drops for them.
 
-The value of a slab is the waiting that it saves its requests: uses x reload seconds. Of the sets of slabs that make
-room by leaving, the one of least value goes, if its value is no more than that of the new slab. With extents of one
-size that is the least value per byte, as in GreedyDual-Size (Cao and Irani, "Cost-Aware WWW Proxy Caching Algorithms",
-USENIX Symposium on Internet Technologies and Systems, 1997) with frequency (Cherkasova, HP Labs technical report
-HPL-98-69R1, 1998). Those algorithms let old slabs grow cheap by inflating new values; here uses halve with time.
+The value of a slab is the waiting time that it saves: uses x reload seconds. Among the minimal sets of slabs whose
+removal makes room, the set of least value is dropped, unless its value exceeds that of the new slab. If all extents
+have one size, this is GreedyDual-Size (Cao and Irani, "Cost-Aware WWW Proxy Caching Algorithms", USENIX Symposium on
+Internet Technologies and Systems, 1997) with frequency (Cherkasova, HP Labs technical report HPL-98-69R1, 1998), except
+for aging: those algorithms inflate the values of new entries; here uses decay over time.
 """
 
 from collections.abc import Callable, Iterable
@@ -20,7 +20,7 @@ from loraserve.messages import AdapterRef
 from loraserve.story import Story
 
 HALF_LIFE_S = 300.0
-"""A request counts half after so long. As all halve alike, only new requests change the order of adapters."""
+"""The weight of a request halves in this time. All weights decay alike, so only new requests change the order."""
 MOST_VERSIONS = 4096
 
 _Cost = tuple[float, float, int, int]
@@ -32,7 +32,7 @@ class _UseCount(msgspec.Struct):
 
 
 class UseCounts:
-    """Counts the requests for each adapter version; older ones count less. The rarest of too many are forgotten."""
+    """Counts the requests for each adapter version; older requests count less. Rarely used versions are forgotten."""
 
     def __init__(self, half_life_s: float = HALF_LIFE_S, most: int = MOST_VERSIONS) -> None:
         self._half_life_s = half_life_s
@@ -45,7 +45,7 @@ class UseCounts:
     def add(self, version: str, now: float) -> None:
         self._counts[version] = _UseCount(self.get(version, now) + 1.0, now)
         if len(self._counts) > self._most:
-            # Half of them at once: looking at all counts would cost too much at each request.
+            # Half of the versions are dropped at once, because scanning all counts at each request costs too much.
             kept = nlargest(max(1, self._most // 2), self._counts, key=lambda version: self.get(version, now))
             self._counts = {version: self._counts[version] for version in kept}
 
@@ -55,14 +55,14 @@ class UseCounts:
 
 
 class CachedState(Enum):
-    """The states of a slab in the host cache: it is SAVING first, then SAVED, and perhaps found DAMAGED."""
+    """The states of a slab in the host cache: first SAVING, then SAVED, and DAMAGED if a check fails."""
 
     SAVING = "saving"
-    """It is being copied out of the pool."""
+    """The slab is being copied from the pool."""
     SAVED = "saved"
-    """All of it is there; loads and peers may read it."""
+    """The slab is complete. Loads and peers may read it."""
     DAMAGED = "damaged"
-    """Its bytes have changed. No read of it begins, and it leaves with its last reader."""
+    """The bytes have changed. No new reads begin, and the slab is dropped after its last reader."""
 
 
 class CachedSlab(msgspec.Struct):
@@ -70,16 +70,16 @@ class CachedSlab(msgspec.Struct):
     header: SlabHeader
     offset_bytes: int
     generation: int
-    """Numbers all slabs that were ever given an extent."""
+    """The number of this placement, unique within the cache."""
     reload_s: float
-    """The predicted seconds to load it from elsewhere."""
+    """Predicted seconds to load the slab from another source."""
     state: CachedState = CachedState.SAVING
     saved_s: float = 0.0
-    """When all of it was there."""
+    """When the copy from the pool was complete."""
     leases: int = 0
-    """Peers that read it."""
+    """Number of leases that peers hold on the slab."""
     reads: int = 0
-    """Loads of this engine that read it."""
+    """Number of reads by this engine's own loads."""
 
     @property
     def is_complete(self) -> bool:
@@ -95,10 +95,9 @@ class CachedSlab(msgspec.Struct):
 
 
 class HostCache:
-    """Extents of one region of host memory. Slabs that are being read or saved stay.
+    """The index of the slabs in one region of host memory. Slabs that are being read or saved are not dropped.
 
-    A slab that is also resident in the engine's pool (``is_in_pool``) has no value here: it only spares the copy when
-    it leaves there.
+    A slab that is also in the pool (``is_in_pool``) has value 0, because dropping it costs only a copy at its eviction.
     """
 
     def __init__(
@@ -127,7 +126,7 @@ class HostCache:
 
     @property
     def awaited(self) -> frozenset[str]:
-        """The versions that get no new leases, as they are damaged."""
+        """The versions that get no new leases, because they are damaged."""
         return frozenset(version for version, slab in self._slabs.items() if slab.state is CachedState.DAMAGED)
 
     @property
@@ -135,9 +134,10 @@ class HostCache:
         return self._extents.free_bytes
 
     def offer(self, adapter: AdapterRef, header: SlabHeader, reload_s: float, now: float) -> int | None:
-        """Return where to save a slab that leaves the pool; None if it is here already or worth less than its victims.
+        """Return the offset at which to save a slab evicted from the pool, dropping other slabs if needed.
 
-        Until ``save_done`` or ``save_failed`` nothing reads that extent and nothing else gets it.
+        Returns None if the slab is already cached or worth less than its victims. The extent is reserved, and not read,
+        until ``save_done`` or ``save_failed``.
         """
         here = self._slabs.get(adapter.version)
         if here is not None:
@@ -170,7 +170,7 @@ class HostCache:
         self.story.tell(version, now, "could not be saved in the host cache")
 
     def begin_read(self, version: str) -> CachedSlab | None:
-        """Pin a slab for one more load of this engine until ``end_read``; return None if it cannot be read here."""
+        """Pin a slab for a load of this engine until ``end_read``. Return None if the slab is not readable."""
         slab = self._slabs.get(version)
         if slab is None or not slab.is_readable:
             return None
@@ -183,7 +183,7 @@ class HostCache:
         self._drop_damaged(slab)
 
     def damage(self, version: str, now: float) -> None:
-        """Let no read of a damaged slab begin; drop it once nothing reads it. Its readers verify what they have."""
+        """Mark a slab as damaged and drop it when nothing reads it. Current readers verify their bytes themselves."""
         slab = self._slabs.get(version)
         if slab is not None and slab.is_readable:
             slab.state = CachedState.DAMAGED
@@ -203,7 +203,7 @@ class HostCache:
         self._drop_damaged(slab)
 
     def validate(self) -> None:
-        """Raise AssertionError naming the invariant that is broken: extents, states, readers."""
+        """Raise AssertionError if an invariant of the extents, states or readers is broken."""
         self._extents.validate()
         for version, slab in self._slabs.items():
             readers = slab.leases + slab.reads
@@ -218,7 +218,7 @@ class HostCache:
         assert taken + self._extents.free_bytes == self._extents.largest_bytes, "an extent belongs to no slab"
 
     def _find_victims(self, adapter: AdapterRef, reload_s: float, now: float) -> list[CachedSlab] | None:
-        """Return the slabs to drop for a new one; None if it is worth less than any that make room."""
+        """Return the slabs to drop for a new one; None if none make room or the new slab is worth less."""
         if self._extents.fits(adapter.slab_bytes):
             return []
         removable = {slab.offset_bytes: slab for slab in self._slabs.values() if slab.evictable}
@@ -230,7 +230,7 @@ class HostCache:
         return [removable[start] for start in cheapest]
 
     def _cost(self, slab: CachedSlab, now: float) -> _Cost:
-        """Return the value that is lost with a slab, then when it was saved, its bytes, its offset."""
+        """Return a sort key: (value, time saved, bytes, offset)."""
         value = 0.0 if self._is_in_pool(slab.adapter.version) else self._value(slab.adapter, slab.reload_s, now)
         return value, slab.saved_s, slab.adapter.slab_bytes, slab.offset_bytes
 

@@ -1,4 +1,4 @@
-"""Keeps slabs that leave the pool in host memory: the memory, the copies into it, and the cache as a source."""
+"""The memory of the host cache, the copies of evicted slabs into it, and the cache as a source of slabs."""
 
 import asyncio
 from collections.abc import Coroutine
@@ -25,11 +25,11 @@ from loraserve.transfer.shm import SharedMemory
 
 FROM_CACHE = ReadSource("cache", "memory")
 PIECE_BYTES, DEVICE_PIECE_BYTES = 1 << 20, 8 << 20
-"""The first is copied in the event loop, the second by a device while the loop goes on."""
+"""Piece sizes of reads from the cache. The event loop copies pieces to host memory; a device copies its own pieces."""
 
 
 class CacheMemory:
-    """The memory of the host cache: peers can map it, and a GPU copies to and from it directly."""
+    """The memory of the host cache. Peers can map it, and a GPU can copy to and from it directly."""
 
     def __init__(self, length_bytes: int, copied_from: PoolMemory) -> None:
         self._shared = SharedMemory(length_bytes, "lower engine.host_cache_bytes")
@@ -40,10 +40,10 @@ class CacheMemory:
         self._log = get_logger(__name__)
 
     def page_lock(self) -> None:
-        """Page-lock the memory if the pool is a GPU's, for faster copies. Takes a while: call it in a thread."""
+        """Page-lock the memory for faster copies if the pool is on a GPU. This is slow: call it in a thread."""
         if not self._copied_from.on_device:
             return
-        # Imported here: machines without a GPU need not have a torch that could.
+        # Imported here because machines without a GPU may have a torch without CUDA.
         from loraserve.engine.cuda.pool import page_locked
 
         try:
@@ -58,7 +58,7 @@ class CacheMemory:
 
 
 class CacheSource:
-    """The host cache as a source; see SlabSource. The slab stays in the cache while it is read."""
+    """Reads a slab from the host cache, which pins it during the read. Implements `SlabSource`."""
 
     source = FROM_CACHE
 
@@ -92,7 +92,7 @@ class CacheSource:
         await target.stream(DEVICE_PIECE_BYTES if target.pool.on_device else PIECE_BYTES, fetch)
 
     def close(self, damaged: DamagedSlabError | None) -> None:
-        """Unpin the slab, and let it leave the cache if it is damaged."""
+        """Unpin the slab. If it is damaged, drop it from the cache."""
         slab, self._slab = self._slab, None
         if slab is None:
             return
@@ -102,7 +102,7 @@ class CacheSource:
 
 
 class _Save(msgspec.Struct):
-    """A copy out of a range of the pool to the cache."""
+    """A copy from the pool's byte range ``start`` to ``end`` to the cache."""
 
     start: int
     end: int
@@ -110,9 +110,9 @@ class _Save(msgspec.Struct):
 
 
 class CacheTier:
-    """Carries out what ``cache`` decides. Copies run one after another in a thread, beside the steps.
+    """Executes the decisions of ``cache``. Copies run one at a time in a thread, concurrently with steps.
 
-    Without ``cache_bytes`` nothing is kept. ``speeds`` predict what reloading a slab would take.
+    If ``cache_bytes`` is 0, nothing is cached. ``speeds`` predicts the time to reload a slab.
     """
 
     def __init__(self, cache: HostCache, cache_bytes: int, pool: PoolMemory, clock: Clock, speeds: LinkSpeeds) -> None:
@@ -137,9 +137,9 @@ class CacheTier:
             self._memory.close()
 
     def keep(self, left: LeftSlab, slab: LoadedSlab) -> Coroutine[Any, Any, None] | None:
-        """Decide whether to keep a slab that has left the pool; return the work that copies it, to be run at once.
+        """Decide whether to cache a slab that was evicted from the pool.
 
-        Loads into the extent that it left wait for the copy; see ``wait_saved``.
+        Returns the coroutine that copies it; the caller must run it at once. Returns None if the slab is not cached.
         """
         adapter, now = left.adapter, self._clock.monotonic_s()
         here = self.cache.get(adapter.version)
@@ -156,13 +156,13 @@ class CacheTier:
         return self._save(left, offset)
 
     async def wait_saved(self, offset_bytes: int, length_bytes: int) -> None:
-        """Return once no copy out of this range of the pool is under way."""
+        """Wait until all copies from this range of the pool have finished. Loads call this before writing to it."""
         end = offset_bytes + length_bytes
         for save in [save for save in self._saves.values() if save.start < end and offset_bytes < save.end]:
             await save.finished.wait()
 
     async def find(self, adapter: AdapterRef) -> CacheSource | None:
-        """Return the cache as a source of this adapter, once a copy of it under way has ended; None if it is absent."""
+        """Return a source for the adapter, None if it is not cached. If it is being saved, wait for that first."""
         if adapter.version in self._saves:
             await self._saves[adapter.version].finished.wait()
         if adapter.version not in self.cache.versions or self.memory is None:
@@ -170,7 +170,7 @@ class CacheTier:
         return CacheSource(self.cache, self.memory, self._clock)
 
     async def check_copy(self, version: str) -> int | None:
-        """Return the first damaged layer of a slab in the cache, None if there is none; a damaged slab leaves."""
+        """Verify a cached slab and drop it if it is damaged. Return the first damaged layer, or None."""
         slab, memory = self.cache.begin_read(version), self.memory
         if slab is None or memory is None:
             return None
@@ -187,7 +187,7 @@ class CacheTier:
         return layer
 
     def validate(self) -> None:
-        """Raise AssertionError unless exactly the slabs that are being saved have a copy under way."""
+        """Raise AssertionError if an invariant of the cache is broken, or if slabs being saved and copies differ."""
         self.cache.validate()
         saving = {slab.adapter.version for slab in self.cache.entries() if slab.state is CachedState.SAVING}
         assert saving == self._saves.keys(), "a slab is saving and no copy is under way, or the reverse"
@@ -200,7 +200,7 @@ class CacheTier:
             await run_in_thread(self._thread, partial(self._pool.read_into, left.offset_bytes, into))
             self.cache.save_done(version, self._clock.monotonic_s())
         except BaseException as error:
-            # A device that is lost shows at the next step or load as well: those end the process.
+            # A lost device is only logged here. The next step or load detects it too and ends the process.
             self.cache.save_failed(version, self._clock.monotonic_s())
             if not isinstance(error, Exception):
                 raise
