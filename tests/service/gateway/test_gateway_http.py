@@ -210,3 +210,17 @@ def test_large_requests_are_processed_off_the_event_loop(start_gateway: Start) -
             assert threads[-1] == threading.get_ident()
 
     asyncio.run(scenario())
+
+
+def test_many_small_prompts_are_tokenized_off_the_event_loop(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            tokenizer = gateway.service.gateway.tokenizer
+            threads: list[int] = []
+            tokenizer.encode = noting_threads(tokenizer.encode, threads)  # type: ignore[method-assign]
+            body = {"model": "tiny", "prompt": ["x" * (INLINE_BYTES // 50)] * 100, "max_tokens": 1}
+            assert (await gateway.post("/v1/completions", body))[0] == 200
+            assert len(threads) == 100
+            assert threading.get_ident() not in threads
+
+    asyncio.run(scenario())

@@ -36,7 +36,12 @@ async def completions(http: web.Request) -> web.StreamResponse:
             check_token_ids(item, tokenizer.vocab, "prompt")
     gateway.announce(model, characters)
     special = request.add_special_tokens is not False
-    prompts = [await tokenizer.run(len(item), encode_item, tokenizer, item, special) for item in items]
+    # The size is that of all texts: many small ones together must not hold the event loop. Token ids are only copied.
+    sizes = [len(body) if isinstance(item, str) else len(item) for item in items]
+    prompts = [
+        await tokenizer.run(size, encode_item, tokenizer, item, special)
+        for size, item in zip(sizes, items, strict=True)
+    ]
     echoes: list[str] = []
     if request.echo:
         echoes = await tokenizer.run(len(body), echoed, tokenizer, items, request.n or 1)

@@ -27,7 +27,11 @@ class FieldRefusal(NamedTuple):
         data = bytes(value)
         if len(data) > LONGEST_NEUTRAL_BYTES:
             return False
-        given = msgspec.json.decode(data)
+        try:
+            given = msgspec.json.decode(data)
+        except (msgspec.DecodeError, UnicodeDecodeError):
+            # A raw field is not decoded with the body: a number may be too large, a text no UTF-8.
+            return False
         # In Python, 0 equals False and 1 equals True. In JSON they differ.
         return any(isinstance(given, bool) == isinstance(own, bool) and given == own for own in self.neutral)
 
@@ -72,13 +76,13 @@ REFUSED: dict[str, FieldRefusal] = {
     # Output length and stop conditions.
     **_refused(_LENGTH, "max_new_tokens thinking_token_budget"),
     **_refused(_LENGTH, "n_predict", -1),
-    **_refused(_LENGTH, "t_max_predict_ms", 0),
+    **_refused(_LENGTH, "t_max_predict_ms", 0, -1),
     **_refused("is not supported; use min_tokens instead", "min_new_tokens", 0),
     **_refused("is not supported; use stop instead", "stop_regex"),
     **_refused("is not supported; use stop instead", "n_indent", 0),
     **_refused("is not supported; use include_stop_str_in_output instead", "no_stop_trim"),
     # Choices.
-    **_refused("is not supported; use n instead", "num_return_sequences", 1),
+    **_refused("is not supported; use n instead", "num_return_sequences n_cmpl", 1),
     # The prompt.
     **_refused("insertion is not supported; leave it out", "suffix"),
     **_refused("is supported on /v1/completions only; leave it out", "echo"),
@@ -119,7 +123,7 @@ REFUSED: dict[str, FieldRefusal] = {
         "return_text_in_logprobs post_sampling_probs response_fields",
     ),
     # Execution of the request.
-    **_refused("the prefix cache is shared by all requests for an adapter; leave it out", "cache_salt"),
+    **_refused("the prefix cache is shared by all requests for an adapter; leave it out", "cache_salt extra_key"),
     **_refused("KV transfer is not supported; leave it out", "kv_transfer_params"),
     **_refused("sessions are not supported; send the whole prompt", "session_params"),
 }

@@ -71,16 +71,16 @@ class OutputAssembler:
         if self.finished:
             return OutputChunk(self.index, "")
         text, used = self._text(tokens[: shown_count(len(tokens), finish, self._rules.include)])
-        matched = self._matcher.matched
-        if matched is None:
+        if self._matcher.matched is None:
             used = len(tokens)
-        else:
+            if finish is not None:
+                text += self._flush(used)
+        matched = self._matcher.matched
+        if matched is not None:
             self.needs_abort = finish is None or used < len(tokens)
             finish = STOP
         self.completion_tokens += used
         self.finished = finish is not None
-        if self.finished and matched is None:
-            text += self._matcher.push(self._detokenizer.flush()) + self._matcher.flush()
         reason = stop_reason if matched is None else matched
         return OutputChunk(self.index, text, scored_tokens(tokens[:used], logprobs), finish, reason)
 
@@ -96,6 +96,13 @@ class OutputAssembler:
             if self._matcher.matched is not None:
                 return "".join(parts), used
         return "".join(parts), len(tokens)
+
+    def _flush(self, used: int) -> str:
+        """Return the text that was held back, for an output that ends. It may complete a stop string as well."""
+        text = self._detokenizer.flush()
+        if self.completion_tokens + used <= self._rules.min_tokens:
+            return text
+        return self._matcher.push(text) + self._matcher.flush()
 
 
 def scored_tokens(tokens: Sequence[int], logprobs: Sequence[TokenLogprobs]) -> tuple[ScoredToken, ...]:

@@ -79,9 +79,18 @@ def test_zero_is_not_false() -> None:
         check("chat", mirostat=1)
 
 
+@pytest.mark.parametrize("value", [b"1e999", b'"\xff"'])
+def test_a_refused_field_whose_value_cannot_be_decoded_is_refused_as_well(value: bytes) -> None:
+    body = b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "logit_bias": ' + value + b"}"
+    with pytest.raises(ApiError) as caught:
+        check_chat(decode_request(body, ChatRequest))
+    assert (caught.value.status, caught.value.param) == (400, "logit_bias")
+
+
 NAMED = [
     *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "allowed_token_ids"),
     *("bad_words", "prompt_logprobs", "truncate_prompt_tokens", "prompt_embeds", "prompt_token_ids", "cache_salt"),
+    *("extra_key", "n_cmpl"),
     *("use_beam_search", "lora_path", "adapter_id", "lora_request", "logit_bias", "response_format", "functions"),
     *("grammar", "json_schema", "typical_p", "mirostat", "dry_multiplier", "xtc_probability", "top_a", "suffix"),
     *("modalities", "audio", "web_search_options"),

@@ -105,3 +105,14 @@ def test_the_output_does_not_depend_on_how_tokens_are_grouped(text: str, stops: 
         pieces.append(parts.feed([], (), "length"))
     assert text_of(pieces) == expected.text
     assert (parts.completion_tokens, pieces[-1].finish or "stop") == (whole.completion_tokens, expected.finish)
+
+
+def test_a_stop_string_completed_by_the_last_held_text_is_the_stop_reason() -> None:
+    """The incomplete character at the end of an output becomes text only when the output ends."""
+    (first_byte,) = (token for token in range(TOKENIZER.get_vocab_size()) if TOKENS.of(token) == b"\xc3")
+    one = choice(strings=("a\ufffd",))
+    piece = one.feed([*ids("ba"), first_byte], (), "length")
+    assert (piece.text, piece.finish, piece.stop_reason) == ("b", "stop", "a\ufffd")
+    assert not one.needs_abort
+    short = choice(strings=("\ufffd",), min_tokens=9).feed([*ids("b"), first_byte], (), "length")
+    assert (short.text, short.finish) == ("b\ufffd", "length")
