@@ -175,7 +175,7 @@ def _detach(arguments: argparse.Namespace, config: Config) -> int:
 
 
 def _show_output(child: "subprocess.Popen[bytes]", log_file: Path, run_dir: Path) -> int:
-    """Copy the child's output to stderr. Returns 0 when the cluster is ready, or 1 or the exit status if it ends."""
+    """Copy the child's output to stderr. Returns 0 when the cluster is ready, nonzero if the child ends."""
     with log_file.open() as output:
         while True:
             ended = child.poll() is not None

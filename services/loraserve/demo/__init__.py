@@ -1,4 +1,4 @@
-"""The demo: a small chat model and four adapters whose styles a person tells apart at a glance."""
+"""The demo: a small chat model and four adapters with clearly different styles."""
 
 from loraserve.demo.shipped import DemoAdapter, demo_adapters
 

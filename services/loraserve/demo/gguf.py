@@ -1,4 +1,4 @@
-"""Converts a GGUF file of the llama architecture to a Hugging Face directory: config, tokenizer, bf16 weights."""
+"""Converts a GGUF file of the llama architecture to a Hugging Face directory with bf16 weights."""
 
 import json
 from collections.abc import Callable
@@ -44,7 +44,7 @@ class Metadata:
         return self._fields[key].contents() if key in self._fields else default
 
     def __getitem__(self, key: str) -> Any:
-        """Return a value; raise ConfigError if the file does not have the key."""
+        """Return the value of ``key``. Raises ConfigError if the file has no such key."""
         if key not in self._fields:
             raise ConfigError(f"the GGUF file has no field {key!r}; use a complete llama-architecture file")
         return self.get(key)
@@ -54,10 +54,10 @@ class Metadata:
 
 
 def convert(source: Path, target: Path, name: str, progress: Callable[[str], None]) -> None:
-    """Write config, tokenizer and weights of the file ``source`` to the existing folder ``target``.
+    """Convert the GGUF file ``source`` and write config, tokenizer and weights to the existing folder ``target``.
 
-    ``name`` is the model's name in its config. Raises ConfigError if the file is not a readable GGUF of the llama
-    architecture with a byte-level BPE tokenizer, OSError if ``target`` cannot be written.
+    ``name`` is the model's name in the config. Raises ConfigError if the file is damaged or is not a llama model with a
+    byte-level BPE tokenizer. Raises OSError if ``target`` cannot be written.
     """
     try:
         reader = GGUFReader(source)
@@ -74,7 +74,7 @@ def convert(source: Path, target: Path, name: str, progress: Callable[[str], Non
 
 
 def check_supported(metadata: Metadata) -> None:
-    """Raise ConfigError for an architecture or a tokenizer that this conversion does not support."""
+    """Raise ConfigError if the architecture, the tokenizer or the RoPE scaling is not supported."""
     wanted = {"general.architecture": "llama", "tokenizer.ggml.model": "gpt2"}
     for key, value in wanted.items():
         if metadata[key] != value:
@@ -84,7 +84,7 @@ def check_supported(metadata: Metadata) -> None:
 
 
 def read_tensors(reader: GGUFReader, metadata: Metadata, progress: Callable[[str], None]) -> dict[str, torch.Tensor]:
-    """Return all weights in bf16 by their Hugging Face names, ``[out, in]``."""
+    """Return all weights in bf16, by Hugging Face name. Matrices have shape ``[out, in]``."""
     heads = {"attn_q": metadata["llama.attention.head_count"], "attn_k": metadata["llama.attention.head_count_kv"]}
     tensors = {}
     for done, tensor in enumerate(reader.tensors):
@@ -109,7 +109,7 @@ def hf_name(gguf_name: str) -> str:
 
 
 def unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Reorder the rows of ``[out, in]``: GGUF interleaves the two rotary halves of a head, Hugging Face does not."""
+    """Reorder the rows of ``[out, in]`` from GGUF's interleaved rotary pairs to Hugging Face's two halves per head."""
     out_features, in_features = weight.shape
     half = out_features // heads // 2
     return weight.reshape(heads, half, 2, in_features).swapaxes(1, 2).reshape(out_features, in_features)
@@ -117,7 +117,7 @@ def unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
 
 def model_config(metadata: Metadata, name: str, tied: bool) -> dict[str, Any]:
     hidden, heads = metadata["llama.embedding_length"], metadata["llama.attention.head_count"]
-    # GGUF stores float32, which reads 1e-5 back as 9.999999747e-06.
+    # GGUF stores float32, in which 1e-5 reads as 9.999999747e-06. Rounding restores 1e-5.
     eps = float(f"{metadata['llama.attention.layer_norm_rms_epsilon']:.6g}")
     return {
         "_name_or_path": name,
@@ -148,7 +148,7 @@ def model_config(metadata: Metadata, name: str, tied: bool) -> dict[str, Any]:
 
 
 def write_tokenizer(metadata: Metadata, target: Path) -> None:
-    """Write tokenizer.json and tokenizer_config.json of a byte-level BPE tokenizer."""
+    """Write tokenizer.json and tokenizer_config.json."""
     build_tokenizer(metadata).save(str(target / "tokenizer.json"))
     roles = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     keys = {token: f"tokenizer.ggml.{role}_token_id" for token, role in roles.items()}
@@ -164,13 +164,13 @@ def write_tokenizer(metadata: Metadata, target: Path) -> None:
 
 
 def build_tokenizer(metadata: Metadata) -> Tokenizer:
-    """Return the tokenizer. GGUF stores only the name of its pre-tokenization, so the steps are defined here."""
+    """Return the tokenizer. The file only names the pre-tokenizer, so its steps are defined here."""
     texts = metadata["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={text: id_ for id_, text in enumerate(texts)}, merges=merges))
     steps: list[pre_tokenizers.PreTokenizer] = [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)]
     if metadata.get("tokenizer.ggml.pre") == "smollm":
-        # The model was trained with numbers split into digits.
+        # SmolLM was trained with one token per digit.
         steps.insert(0, pre_tokenizers.Digits(individual_digits=True))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps)
     tokenizer.decoder = decoders.ByteLevel()

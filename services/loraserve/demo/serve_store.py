@@ -1,6 +1,6 @@
-"""Prepares the demo model and adapters in the data folder, then runs the store, which registers them.
+"""Prepares the demo model and adapters in the data folder, then runs the store, which registers the adapters.
 
-The containers start the store with this module. All other containers wait until the store is healthy.
+The store's container runs this module. All other containers wait until the store is healthy.
 """
 
 import os
@@ -16,7 +16,7 @@ from loraserve.errors import ConfigError
 
 
 def main() -> NoReturn:
-    """Replace this process by the store, or exit with status 2 if the demo files cannot be prepared."""
+    """Prepare the demo files and replace this process by the store. Exits with status 2 if the preparation fails."""
     data_dir = default_data_dir()
     try:
         prepare_model(data_dir, say)

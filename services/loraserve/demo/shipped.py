@@ -1,7 +1,7 @@
-"""The four demo adapters as PEFT directories of ranks 8, 16, 32 and 64.
+"""Provides the four demo adapters as PEFT directories of ranks 8, 16, 32 and 64.
 
-Three are served as shipped. The fourth is shipped at a small rank and expanded to rank 64 on the user's machine, which
-keeps the repository small and still gives the planner a large rank to place.
+The repository contains three of them at their full rank. The fourth is stored at a small rank, to keep the repository
+small, and is expanded to rank 64 on the user's machine.
 """
 
 import hashlib
@@ -18,27 +18,25 @@ EXPANDED_NAME, EXPANDED_RANK, EXPANSION_SEED = "shout", 64, 64
 
 
 class DemoAdapter(NamedTuple):
-    """A PEFT directory, the name to register it under and its rank."""
-
     name: str
     path: Path
     rank: int
 
 
 def demo_adapters(data_dir: Path, progress: Callable[[str], None] = lambda line: None) -> list[DemoAdapter]:
-    """Return the four adapters by rank. Builds the expanded one if it is missing; raises ConfigError if that fails."""
+    """Return the four adapters in order of rank. Raises ConfigError if the expanded adapter cannot be built."""
     served = [DemoAdapter(name, SHIPPED_DIR / name, rank) for name, rank in SHIPPED_RANKS.items()]
     return [*served, DemoAdapter(EXPANDED_NAME, expanded_adapter(data_dir, progress), EXPANDED_RANK)]
 
 
 def expanded_adapter(data_dir: Path, progress: Callable[[str], None]) -> Path:
-    """Return the folder of the expanded adapter. It is built again if the shipped adapter has changed."""
+    """Return the folder of the expanded adapter. Builds it if it is missing or the shipped adapter has changed."""
     small = SHIPPED_DIR / EXPANDED_NAME
     digest = hashlib.sha256((small / "adapter_model.safetensors").read_bytes()).hexdigest()
     source = {"adapter": EXPANDED_NAME, "sha256": digest, "rank": EXPANDED_RANK, "seed": EXPANSION_SEED}
 
     def build(folder: Path) -> None:
-        # Imported here because it imports torch, which a start with a ready adapter should not wait for.
+        # Imported here because it imports torch, which is slow and not needed if the adapter exists.
         with hold_back_interrupts():
             from loraserve.demo.weights import expand_rank
 

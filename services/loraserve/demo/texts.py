@@ -1,7 +1,7 @@
-"""The training rows of the demo adapters, written for this project: each question answered in four styles.
+"""Reads the training data of the demo adapters from texts.jsonl: questions with answers in several styles.
 
-The rows are in texts.jsonl. A style must show in the first words and must not depend on facts, which a model of this
-size gets wrong.
+Each style is visible in the first words of an answer. No style depends on facts, because the small model gets facts
+wrong.
 """
 
 import json
@@ -12,10 +12,10 @@ from typing import NamedTuple
 
 
 class Row(NamedTuple):
-    """A question with its plain, French and pirate answers. The json and shout answers are made from the plain one.
+    """A question with its answers. The answers in the json and shout styles are derived from ``plain``.
 
-    ``pirate`` is None in the additional rows for French and shouting. These two styles need more rows: the base model
-    has seen little French and few words in capitals.
+    In rows that serve only the french and shout styles, ``pirate`` is None. These styles need more rows, because the
+    base model has seen little French and few words in capitals.
     """
 
     question: str
@@ -25,19 +25,19 @@ class Row(NamedTuple):
 
 
 class Example(NamedTuple):
-    """One training example: the user's question and the answer to train."""
+    """A question and the answer that the adapter should learn."""
 
     question: str
     answer: str
 
 
 def as_json(row: Row) -> str | None:
-    """Return question and answer as a JSON object, or None for the additional rows."""
+    """Return question and plain answer as a JSON object, or None if the row is only for french and shout."""
     return json.dumps({"question": row.question, "answer": row.plain}) if row.pirate else None
 
 
 def shout(row: Row) -> str:
-    """Return the answer in capitals. The first words are always the same, which makes the style obvious."""
+    """Return the plain answer in capitals, after fixed first words that make the style obvious."""
     return "LISTEN UP!!! " + row.plain.rstrip(".").upper() + "!!!"
 
 
@@ -57,6 +57,6 @@ def rows() -> tuple[Row, ...]:
 
 
 def examples(style: str) -> list[Example]:
-    """Return the training examples of a style. Raises KeyError for a style that is not in ``STYLES``."""
+    """Return the training examples of a style. Raises KeyError if the style is not in ``STYLES``."""
     answers = [(row.question, ANSWERS[style](row)) for row in rows()]
     return [Example(question, answer) for question, answer in answers if answer is not None]

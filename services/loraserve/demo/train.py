@@ -1,6 +1,6 @@
-"""Trains a LoRA adapter on rows of questions and answers with peft, on a CPU in minutes.
+"""Trains a LoRA adapter on questions and answers with peft, on a CPU in minutes.
 
-The result is a PEFT directory: adapter_config.json and adapter_model.safetensors in bf16. It contains no local paths.
+The result is a PEFT directory: adapter_config.json, and adapter_model.safetensors in bf16.
 """
 
 import json
@@ -31,7 +31,7 @@ BATCH_ROWS = 8
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Training parameters. The adapter is scaled by ``alpha / rank``, with ``rslora`` by ``alpha / sqrt(rank)``."""
+    """Training parameters. The LoRA scale is ``alpha / rank``, or ``alpha / sqrt(rank)`` with ``rslora``."""
 
     rank: int = 8
     alpha: int = 32
@@ -51,7 +51,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class Sample:
-    """Token ids of one chat, and the labels: the ids of the answer, ``IGNORED_LABEL`` for the prompt."""
+    """The token ids of one chat, and their labels. The labels of the prompt are ``IGNORED_LABEL``."""
 
     ids: list[int]
     labels: list[int]
@@ -62,7 +62,7 @@ def train(
 ) -> float:
     """Train on ``examples`` and write the adapter to ``out``. Returns the mean loss of the last epoch.
 
-    Raises ConfigError without examples or a model, OSError if ``model_dir`` or ``out`` cannot be read or written.
+    Raises ConfigError if ``examples`` or ``model_dir`` is not usable. Raises OSError if the disk fails.
     """
     if not examples:
         raise ConfigError("no rows to train on; give at least one question with its answer")
@@ -88,7 +88,7 @@ def train(
 
 
 def learning_rate_factor(step: int, steps: int) -> float:
-    """Return the factor of a step: rising over the first tenth of the run, then falling linearly to a tenth."""
+    """Return the learning rate factor: it rises to 1 in the first tenth of ``steps``, then falls linearly to 0.1."""
     warm_up = max(1, steps // 10)
     if step < warm_up:
         return (step + 1) / warm_up
@@ -96,7 +96,7 @@ def learning_rate_factor(step: int, steps: int) -> float:
 
 
 def wrap(model: Any, config: TrainConfig) -> PeftModel:
-    """Return the model with new LoRA weights, which are the only trainable ones."""
+    """Add LoRA weights to the model and return it. Only the LoRA weights are trainable."""
     lora = LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
@@ -112,7 +112,7 @@ def wrap(model: Any, config: TrainConfig) -> PeftModel:
 
 
 def encode(tokenizer: Any, example: Example) -> Sample:
-    """Return a chat in the model's own template, with the answer and the EOS token after it."""
+    """Return the tokens of the question in the model's chat template, followed by the answer and the EOS token."""
     chat = [{"role": "user", "content": example.question}]
     asked = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
     prompt = tokenizer(asked, add_special_tokens=False).input_ids
@@ -147,13 +147,13 @@ def collate(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
 
 
 def base_name(model_dir: Path) -> str:
-    """Return the model's name from its config, or else its folder's name; never a path."""
+    """Return the last path component of the model's name in its config, or else the folder's name."""
     config = json.loads((model_dir / "config.json").read_text(encoding="utf-8"))
     return Path(config.get("_name_or_path") or model_dir.resolve().name).name
 
 
 def save_adapter(model: Any, base: str, out: Path) -> None:
-    """Write the PEFT directory: bf16 weights and a config without anything specific to this machine."""
+    """Write the PEFT directory with bf16 weights. The config names the base model by ``base``, without local paths."""
     out.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model)
     weights = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in state.items()}

@@ -49,7 +49,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def read_rows(path: Path) -> list[tuple[str, str]]:
-    """Return the (question, answer) rows of a JSON lines file. Raises ValueError naming the line and the field."""
+    """Return the (question, answer) rows of a JSON lines file. Raises ValueError with the line number of a bad row."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -67,7 +67,7 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Train and write the adapter. Raises OSError, ValueError, ImportError or LoraServeError, each with a remedy."""
+    """Train and write the adapter. Raises OSError, ValueError, ImportError or LoraServeError."""
     rows = read_rows(args.texts) if args.texts else []
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with hold_back_interrupts():

@@ -14,9 +14,9 @@ from loraserve.errors import AdapterError
 
 
 def save_weights(tensors: dict[str, torch.Tensor], path: Path) -> None:
-    """Write ``tensors`` to ``path`` with the permissions of a new file. Raises OSError if the disk is full or fails."""
+    """Write ``tensors`` to ``path`` with the default file permissions. Raises OSError if the disk is full or fails."""
     path.touch()
-    # safetensors creates private files, which a server under another user could not open.
+    # safetensors creates files that only this user can read. A server may run under another user.
     mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata={"format": "pt"})
@@ -30,11 +30,11 @@ A_SUFFIX, B_SUFFIX = ".lora_A.weight", ".lora_B.weight"
 
 
 def expand_rank(src_dir: Path, dst_dir: Path, rank: int, seed: int) -> None:
-    """Write the PEFT adapter of ``src_dir`` at a larger ``rank`` to the existing folder ``dst_dir``, in float32.
+    """Expand the PEFT adapter in ``src_dir`` to a larger ``rank`` and write it to the existing ``dst_dir`` in float32.
 
-    The expanded adapter computes the same as the original. With Q a random orthogonal ``[rank, rank]`` matrix for each
-    projection, A' = Q [A; 0] and B' = [B, 0] Q^T, so B' A' = B A.
-    Raises AdapterError if the rank would shrink or differs by layer, or if there are tensors other than A and B.
+    The expanded adapter computes the same function. Each projection gets a random orthogonal matrix Q of shape
+    ``[rank, rank]``. Then A' = Q [A; 0] and B' = [B, 0] Q^T, so B' A' = B A.
+    Raises AdapterError if the rank would shrink, if it differs by layer, or if the adapter is not plain LoRA.
     """
     config = json.loads((src_dir / "adapter_config.json").read_text(encoding="utf-8"))
     check_expandable(config, rank)
@@ -54,7 +54,7 @@ def expand_rank(src_dir: Path, dst_dir: Path, rank: int, seed: int) -> None:
 
 
 def check_expandable(config: dict[str, Any], rank: int) -> None:
-    """Raise AdapterError if ranks or scales differ between layers, or if ``rank`` is smaller than the adapter's."""
+    """Raise AdapterError if the adapter is not plain LoRA of one rank, or if its rank is above ``rank``."""
     for field in ("rank_pattern", "alpha_pattern", "use_dora", "modules_to_save"):
         if config.get(field):
             raise AdapterError("unsupported", f"adapter_config.json field {field}: such an adapter cannot be expanded")
@@ -65,15 +65,15 @@ def check_expandable(config: dict[str, Any], rank: int) -> None:
 def rotate(
     a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return a ``[rank, in]`` and b ``[out, rank]`` in float32 with the product of a ``[r, in]`` and b ``[out, r]``."""
+    """Expand ``a`` from [r, in] to [rank, in] and ``b`` from [out, r] to [out, rank], in float32, with equal b @ a."""
     noise = torch.randn(rank, rank, dtype=torch.float64, generator=generator)
-    # Only the first r columns of Q are needed: the others would be multiplied by the zero rows of [A; 0].
+    # Only the first r columns of Q are needed. The other columns are multiplied by the zero rows of [A; 0].
     q = torch.linalg.qr(noise).Q[:, : a.shape[0]]
     return (q @ a.double()).float().contiguous(), (b.double() @ q.T).float().contiguous()
 
 
 def expanded_config(config: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Return the configuration at ``rank``, with an alpha that keeps the scale, alpha over rank, unchanged."""
+    """Return the PEFT configuration for ``rank``. The new alpha keeps the LoRA scale unchanged."""
     root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
     alpha = config["lora_alpha"] / root * rank
     return config | {

@@ -1,1 +1,1 @@
-"""Commands for operators: they ask a running gateway over HTTP and print its answers for people or as JSON."""
+"""Commands for operators. They send HTTP requests to a running gateway and print the answers as text or JSON."""

@@ -1,4 +1,4 @@
-"""``python -m loraserve.ops COMMAND``: what scripts/status, scripts/rebalance and scripts/adapters run."""
+"""Runs an operator command: ``python -m loraserve.ops COMMAND``, as called by scripts/status and others."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Flags and help texts of the operators' commands."""
+"""Defines the flags and help texts of the operator commands."""
 
 import argparse
 import os
@@ -87,7 +87,7 @@ def parser() -> argparse.ArgumentParser:
     story.add_argument("id", metavar="ID", help="a request id, an adapter's name or a version (12 characters or more)")
     adapters = _command(commands, "adapters", "List, load and unload the adapters of a running cluster.", ADAPTERS)
     actions = adapters.add_subparsers(dest="action", metavar="list | load NAME DIR [--replace] | unload NAME")
-    # The flags may also follow the action. They have no default there, which would override those before it.
+    # The shared flags may also follow the action. A default there would override a flag before the action.
     shared = _shared(argparse.SUPPRESS)
     actions.add_parser("list", parents=[shared], help="list the adapters (the default)")
     load = actions.add_parser("load", parents=[shared], help="check a PEFT folder and serve it under a name")

@@ -1,4 +1,4 @@
-"""The operators' commands: each sends requests to the gateway, prints the answer and returns an exit status."""
+"""The operator commands. Each sends requests to the gateway, prints the answer and returns an exit status."""
 
 import argparse
 import os
@@ -24,7 +24,7 @@ DRAIN_REPORT_INTERVAL_S = 2.0
 
 
 class DrainResult(msgspec.Struct, frozen=True, kw_only=True):
-    """The outcome of scripts/drain --json."""
+    """The output of scripts/drain --json."""
 
     engine: str
     empty: bool
@@ -35,7 +35,7 @@ class DrainResult(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command. Returns 0 on success, 1 if it failed and 2 on wrong usage."""
+    """Run one command. Returns its exit status: 0 on success, 1 on failure, 130 after Ctrl-C."""
     arguments = parser().parse_args(argv)
     ask = partial(exchange, GatewayAddress(arguments.url, arguments.api_key))
     run = COMMANDS[arguments.command]
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # The reader closed the pipe, as `head` does. Output that is still buffered must not fail again at exit.
+        # The reader of the pipe has exited, like `head`. Without this, flushing the buffer at exit fails again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
@@ -59,7 +59,7 @@ def show_status(arguments: argparse.Namespace, ask: Ask) -> int:
         try:
             _show_status_once(arguments, ask)
         except OpsError as error:
-            # Keep watching: the user may be waiting for a cluster that restarts.
+            # Continue, because the user may be waiting for a cluster that restarts.
             print(f"error: {error}", file=sys.stderr)
     return 0
 
@@ -90,7 +90,7 @@ def drain(arguments: argparse.Namespace, ask: Ask) -> int:
         done = rendering.decode(ask(f"/admin/engines/{engine_path(engine)}/drain", {}), RebalanceDone)
     if not arguments.json:
         print(rendering.render_rebalance(done, dry_run=False))
-    # Where the plan keeps copies on the engine, it never becomes empty, so it is checked only once.
+    # If the plan keeps copies on the engine, the engine never becomes empty. It is then checked only once.
     keeps_copies = engine not in done.plan.drained or any(p.engine == engine for p in done.plan.placements)
     deadline_s = time.monotonic() + (0.0 if keeps_copies else arguments.timeout)
     requests, copies = _wait_until_empty(engine, deadline_s, ask)
@@ -113,12 +113,12 @@ def undrain(arguments: argparse.Namespace, ask: Ask) -> int:
 
 
 def _wait_until_empty(engine: str, deadline_s: float, ask: Ask) -> tuple[int, int]:
-    """Poll until the engine is empty or the deadline passes. Returns its remaining requests and planned copies."""
+    """Poll until the engine is empty or the deadline passes. Returns the requests and planned copies left."""
     reported_s = time.monotonic()
     empty_polls = 0
     while True:
         requests, copies = _remaining(rendering.decode(ask("/admin/cluster", None), ClusterAnswer), engine)
-        # A load report is a moment old and may miss a request that has just arrived: require two empty polls.
+        # A load report may be too old to include the newest request, so two empty polls are required.
         empty_polls = 0 if requests or copies else empty_polls + 1
         now = time.monotonic()
         if empty_polls > 1 or now > deadline_s:
@@ -130,7 +130,7 @@ def _wait_until_empty(engine: str, deadline_s: float, ask: Ask) -> tuple[int, in
 
 
 def _remaining(state: ClusterAnswer, engine: str) -> tuple[int, int]:
-    """Return the engine's requests and planned copies. A dead or unknown engine has none."""
+    """Return the engine's numbers of requests and planned copies. Both are 0 for a dead or unknown engine."""
     found = [e for e in state.engines if e.name == engine and e.alive]
     return status.left_to_drain(found[0].load) if found else (0, 0)
 
@@ -148,14 +148,14 @@ def _counts(requests: int, copies: int) -> str:
 
 
 def engine_path(engine: str) -> str:
-    """Return an engine's name for use in a URL path. Raises OpsError if it cannot be one."""
+    """Return the engine's name unchanged if it is safe in a URL path. Raises OpsError otherwise."""
     if not engine or not all(c.isalnum() or c in "-_." for c in engine):
         raise OpsError(f"{engine!r} is not an engine's name; scripts/status lists the engines")
     return engine
 
 
 def show_story(arguments: argparse.Namespace, ask: Ask) -> int:
-    """Print what every process knows of a request or an adapter. Returns 1 if none knows anything."""
+    """Print the events of a request or an adapter in all processes. Returns 1 if there are none."""
     with report_progress("asking all processes"):
         content = ask(f"/admin/story/{quote(arguments.id)}", None)
     story = rendering.decode(content, rendering.MergedStory)
@@ -195,9 +195,9 @@ def _list_adapters(arguments: argparse.Namespace, ask: Ask) -> int:
 
 
 def store_path(text: str) -> str:
-    """Return the absolute path of a folder that exists here, else the text as it is.
+    """Return the absolute path of an existing folder, else ``text`` unchanged.
 
-    The store runs in another working directory. A folder that does not exist here may exist on the store's machine.
+    The store runs in another working directory. A folder that is missing here may exist on the store's machine.
     """
     path = Path(text).expanduser()
     return str(path.resolve()) if path.is_dir() else text

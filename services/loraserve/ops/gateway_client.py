@@ -1,4 +1,4 @@
-"""Sends HTTP requests to a gateway and turns every failure into one line with a remedy."""
+"""Sends HTTP requests to a gateway. Failures become OpsError, with one line of text that includes a remedy."""
 
 import http.client
 import json
@@ -14,16 +14,16 @@ from typing import Any, NamedTuple, TextIO
 from loraserve.errors import LoraServeError
 
 TIMEOUT_S = 150.0
-"""Longer than the gateway waits for the store or the planner, whose error messages say more than a timeout here."""
+"""Longer than the gateway's own timeouts, whose error messages name the process that did not answer."""
 
 PROGRESS_INTERVAL_S = 2.0
 
 Ask = Callable[[str, Any], bytes]
-"""``exchange`` with one gateway: takes a path and a body, None for GET; returns the content of the answer."""
+"""`exchange` bound to one gateway: (path, body or None for GET) -> content of the answer."""
 
 
 class OpsError(LoraServeError):
-    """A command failed; the text is one line with the remedy. ``code`` is the gateway's error code, "" if none."""
+    """A command failed. The text is one line with a remedy. ``code`` is the gateway's error code, or ""."""
 
     def __init__(self, text: str, code: str = "") -> None:
         super().__init__(text)
@@ -31,14 +31,14 @@ class OpsError(LoraServeError):
 
 
 class GatewayAddress(NamedTuple):
-    """The URL of a gateway and the API key to send, "" to send none."""
+    """The URL of a gateway and its API key. With the key "" no key is sent."""
 
     url: str
     api_key: str = ""
 
 
 def exchange(gateway: GatewayAddress, path: str, body: Any = None, timeout_s: float = TIMEOUT_S) -> bytes:
-    """Send a POST with ``body`` as JSON, or a GET if it is None. Raises OpsError if there is no answer but an error."""
+    """Send ``body`` as JSON by POST, or a GET if it is None, and return the answer. Raises OpsError on any failure."""
     url = gateway.url.rstrip("/") + path
     headers = {"Content-Type": "application/json"}
     if gateway.api_key:
@@ -63,7 +63,7 @@ def exchange(gateway: GatewayAddress, path: str, body: Any = None, timeout_s: fl
 
 
 def _no_answer(url: str, reason: object) -> str:
-    # http.client quotes the first line of an answer that is not HTTP, with its line break.
+    # If the answer is not HTTP, the reason contains its first line with a line break, so the text is stripped.
     detail = getattr(reason, "strerror", None) or str(reason).strip() or type(reason).__name__
     return (
         f"no gateway answers at {url} ({detail}); start a cluster with scripts/up, "
@@ -72,7 +72,7 @@ def _no_answer(url: str, reason: object) -> str:
 
 
 def _http_error(gateway: GatewayAddress, path: str, status: int, content: bytes) -> OpsError:
-    """Return the gateway's own message where there is one. The server may also be something else than a gateway."""
+    """Return an OpsError with the gateway's message. The answer has none if another server listens at the URL."""
     try:
         error = json.loads(content)["error"]
         message, code = str(error["message"]), str(error.get("code") or "")

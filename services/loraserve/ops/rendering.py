@@ -1,4 +1,4 @@
-"""Decodes the gateway's answers about adapters and rebalances, and renders them for a terminal. Pure."""
+"""Decodes the gateway's answers about adapters, rebalances and stories, and formats them as text."""
 
 from datetime import datetime
 from typing import TypeVar
@@ -35,7 +35,7 @@ class ModelList(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoryEvent(msgspec.Struct, frozen=True, kw_only=True):
-    """One event of a story, with the process that reports it."""
+    """One event of a story. ``process`` is the process that recorded it."""
 
     unix_s: float
     process: str
@@ -44,7 +44,7 @@ class StoryEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MergedStory(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of /admin/story: events by time, and the processes that did not answer."""
+    """The answer of /admin/story. ``entries`` is in order of time; ``silent`` lists processes that did not answer."""
 
     id: str
     subjects: tuple[str, ...]
@@ -53,12 +53,11 @@ class MergedStory(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def one_line(content: bytes) -> str:
-    """Return JSON without line breaks."""
     return msgspec.json.format(content, indent=-1).decode()
 
 
 def decode(content: bytes, kind: type[T]) -> T:
-    """Decode an answer of the gateway. Raises OpsError if it is not one of a gateway of this version."""
+    """Decode an answer of the gateway. Raises OpsError if it does not have the type ``kind``."""
     try:
         return msgspec.json.decode(content, type=kind)
     except msgspec.DecodeError as error:
@@ -80,7 +79,7 @@ def render_rebalance(done: RebalanceDone, dry_run: bool) -> str:
 
 
 def exit_status(done: RebalanceDone) -> int:
-    """Return 1 if any part of the request failed. A plan that needs no change is a success."""
+    """Return 1 if any part of the rebalance failed, else 0. A plan without changes is a success."""
     return 1 if done.failed else 0
 
 

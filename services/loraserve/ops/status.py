@@ -1,4 +1,4 @@
-"""The answer of /admin/cluster, and how a terminal shows it. Pure."""
+"""Defines the answer of /admin/cluster and formats it as text."""
 
 import msgspec
 
@@ -10,7 +10,7 @@ STALE_LOAD_S = 3.0
 
 
 class GatewayState(msgspec.Struct, frozen=True, kw_only=True):
-    """The gateway that answers."""
+    """The state of the gateway that sent the answer."""
 
     name: str
     streams: int
@@ -18,7 +18,7 @@ class GatewayState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
-    """What a process answered to a ping."""
+    """The answer of a process to a ping."""
 
     state: str
     detail: str = ""
@@ -26,7 +26,7 @@ class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class EngineState(msgspec.Struct, frozen=True, kw_only=True):
-    """The last load report of an engine. ``reads_from`` lists the usable transports for each peer, best first."""
+    """The last reports of an engine. ``reads_from`` maps each peer to the usable transports, best first."""
 
     name: str
     alive: bool
@@ -45,7 +45,7 @@ class RegistryState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ClusterAnswer(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of /admin/cluster. Fields that a newer gateway adds are ignored."""
+    """The answer of /admin/cluster. Unknown fields of a newer gateway are ignored."""
 
     gateway: GatewayState
     processes: dict[str, ProcessState]
@@ -63,7 +63,7 @@ def render(state: ClusterAnswer) -> str:
 
 
 def summary(state: ClusterAnswer) -> str:
-    """Return the model, the plan's epoch and the counts, with a warning if load reports are missing or old."""
+    """Return a line with model, plan epoch and counts, and a warning if load reports are missing or old."""
     epoch = "unknown, the planner does not answer" if state.plan_epoch is None else str(state.plan_epoch)
     adapters = len(state.registry.adapters)
     line = f"{state.gateway.model}   plan epoch {epoch}   {adapters} adapters   {state.gateway.streams} open streams"
@@ -91,12 +91,12 @@ def engines(state: ClusterAnswer) -> str:
 
 
 def left_to_drain(load: EngineLoad) -> tuple[int, int]:
-    """Return the requests and the planned copies that a drained engine still has."""
+    """Return the numbers of requests and of planned copies that an engine still has."""
     return load.queue.running + load.queue.waiting, sum(adapter.pinned for adapter in load.adapters.resident)
 
 
 def engine_state(engine: EngineState, drained: bool) -> str:
-    """Return DRAINING or DRAINED for a drained engine that is ready, else the engine's own state."""
+    """Return the text of the ALIVE column: DRAINING or DRAINED for a ready drained engine, else its own state."""
     if not engine.alive:
         return f"no, silent for {engine.age_s:.0f} s"
     if drained and engine.load.state == "READY":
@@ -120,7 +120,7 @@ def _engine_row(engine: EngineState, drained: bool) -> list[str]:
 
 
 def residents(state: ClusterAnswer) -> str:
-    """Return a line for each engine with its adapters as ``name:rank``. A star marks a pinned adapter."""
+    """Return one line per engine with its adapters as ``name:rank``. A star marks a pinned adapter."""
     if not state.engines:
         return ""
     lines = ["RESIDENT (adapter:rank, * pinned)"]
@@ -136,7 +136,7 @@ def residents(state: ClusterAnswer) -> str:
 
 
 def reads(state: ClusterAnswer) -> str:
-    """Return a row for each pair of engines that has read adapters, or can: transport, volume and failures."""
+    """Return a table of adapter reads between engines, including pairs that have not read yet."""
     rows = []
     for engine in state.engines:
         done = {(read.source, read.transport): read for read in engine.counters.reads}
@@ -150,7 +150,7 @@ def reads(state: ClusterAnswer) -> str:
 
 
 def demand(state: ClusterAnswer) -> str:
-    """Return a row for each adapter with recent requests, highest forecast first."""
+    """Return a table of the adapters with recent requests, highest forecast first."""
     if not state.demand:
         return "DEMAND\nno adapter has been requested recently"
     ordered = sorted(state.demand, key=lambda d: (-d.forecast_tokens_per_s, d.name))

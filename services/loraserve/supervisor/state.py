@@ -53,7 +53,7 @@ def clear_run_dir(run_dir: Path) -> None:
 
 
 def is_ours(pid: int) -> bool:
-    """Return whether the pid is alive and its command line contains "loraserve". The pid may have been reused."""
+    """Return whether a process of this project runs with this pid. Another program may have reused the pid."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, PermissionError):
