@@ -1,1 +1,1 @@
-"""LoRA adapters: reading and validating PEFT directories, and the slab format they are packed into."""
+"""LoRA adapters: reads and validates PEFT directories, and defines the slab format of packed adapters."""

@@ -1,4 +1,4 @@
-"""Element types of adapters without torch. numpy has no bfloat16, so its values are stored as uint16 bit patterns."""
+"""Converts adapter elements without torch. Because numpy has no bfloat16, uint16 arrays store its bit patterns."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from loraserve.adapter.format import Dtype
 
 Elements = NDArray[Any]
-"""Elements of a dtype, in the numpy type that stores it."""
+"""An array of elements in the numpy type that ``storage_dtype`` returns for their dtype."""
 
 _STORAGE: dict[Dtype, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
@@ -25,34 +25,34 @@ def storage_dtype(dtype: Dtype) -> np.dtype[Any]:
 
 
 def all_finite(values: Elements, dtype: Dtype) -> bool:
-    """Return whether no element is infinite or NaN."""
+    """Return whether all elements are finite."""
     if dtype == "bfloat16":
         return bool(((values & _BF16_EXPONENT) != _BF16_EXPONENT).all())
     return bool(np.isfinite(values).all())
 
 
 def convert_elements(values: Elements, source: Dtype, target: Dtype) -> Elements:
-    """Convert to ``target``, rounding to nearest even. Values out of its range become infinite."""
+    """Convert elements to ``target``, rounding to nearest even. Values outside its range become infinite."""
     if source == target:
         return values
     return from_float32(to_float32(values, source), target)
 
 
 def to_float32(values: Elements, dtype: Dtype) -> NDArray[np.float32]:
-    """Convert to float32, which is exact."""
+    """Convert elements to float32 without loss."""
     if dtype == "bfloat16":
         return (values.astype("<u4") << np.uint32(16)).view("<f4")
     return values.astype("<f4", copy=False)
 
 
 def from_float32(values: NDArray[np.float32], dtype: Dtype) -> Elements:
-    """Convert from float32, rounding to nearest even. Values out of range become infinite, NaN stays NaN."""
+    """Convert from float32, rounding to nearest even. Values outside the range become infinite; NaN stays NaN."""
     if dtype != "bfloat16":
         with np.errstate(over="ignore"):
             return values.astype(_STORAGE[dtype], copy=False)
     bits = np.ascontiguousarray(values).view("<u4")
-    # Adding just under half of the dropped part, plus the last kept bit, carries exactly if the upper neighbour is the
-    # nearest, or the even one of a tie.
+    # Rounding drops the low 16 bits. Adding 0x7FFF plus the lowest kept bit carries into the kept bits exactly if the
+    # upper neighbour is nearer, or is the even one of two equally near neighbours.
     nearest = bits + (np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1)))
     rounded: Elements = (nearest >> np.uint32(16)).astype("<u2")
     rounded[np.isnan(values)] = _BF16_NAN

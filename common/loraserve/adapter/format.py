@@ -1,13 +1,14 @@
 """The slab format: an adapter as one contiguous array of elements, whose size is linear in its rank.
 
-A slab has one *row* per layer and fused module, in that order. A row contains the A matrices of its slices, stacked as
-``[sum of r_i, in]``, then the transposed B of each slice, ``[r_i, out_i]``. Absent slices take no bytes. For a token x
-the adapter adds ``scale_i * (x @ A_i.T) @ B_i^T`` to slice i of the module's output.
+A slab has one *row* per layer and fused module, ordered by layer, then module. A *slice* is one projection of a module.
+A row contains the A matrices of its slices, stacked as ``[sum of r_i, in]``, then the transposed B of each slice,
+``[r_i, out_i]``. Absent slices take no bytes. For a token x the adapter adds ``scale_i * (x @ A_i.T) @ B_i.T`` to
+slice i of the module's output.
 
-The header contains a digest of each layer, and the header's own digest is the adapter's version. So the header can be
-verified first, and then each layer on its own, in any thread, as soon as it has arrived. Layer digests are BLAKE3
-(https://github.com/BLAKE3-team/BLAKE3-specs), which takes a fifth of the time of SHA-256 (5.3 and 1.1 GiB/s per thread
-on an Intel Xeon with AVX-512 and SHA instructions); every load computes them.
+The header contains a digest of each layer. The header's own digest is the adapter's version. A reader verifies the
+header first, then each layer as soon as it arrives, in any thread. Every load computes the layer digests, so they use
+BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs). A thread hashes 5.3 GiB/s with it
+and 1.1 GiB/s with SHA-256 (Intel Xeon with AVX-512 and SHA instructions).
 """
 
 import hashlib
@@ -20,7 +21,7 @@ from loraserve.model_shape import MODULES, SLICES, ModelShape
 
 SLAB_FORMAT = 3
 ROW_ALIGN_ELEMENTS = 16
-"""Rows start at multiples of this, so that kernels can use 128-bit loads with every dtype."""
+"""Rows start at multiples of this number, so that kernels can use 128-bit loads with every dtype."""
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Digest = Annotated[bytes, msgspec.Meta(min_length=32, max_length=32)]
@@ -39,14 +40,14 @@ class LayoutRow(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def total_rank(self) -> int:
-        """The number of rows of the stacked A."""
+        """Return the number of rows of the stacked A matrices."""
         return sum(self.ranks)
 
 
 class SlabHeader(msgspec.Struct, frozen=True):
-    """Everything needed to read a slab. ``rows`` is ordered by layer, then module (as in ``MODULES``).
+    """All information needed to read a slab. ``rows`` is ordered by layer, then module (as in ``MODULES``).
 
-    ``layer_digests`` are the BLAKE3 digests of the layers. A header without them is a layout that is not sealed yet.
+    ``layer_digests`` are the BLAKE3 digests of the layers. A header without digests is an unsealed layout.
     """
 
     dtype: Dtype
@@ -69,14 +70,14 @@ class SlabHeader(msgspec.Struct, frozen=True):
         return self.rows[layer * len(MODULES) + module]
 
     def layer(self, layer: int) -> range:
-        """Return the byte range of a layer in the slab. Layers follow one another; the last extends to the end."""
+        """Return the byte range of a layer in the slab. Layers are contiguous and cover the whole slab."""
         last = layer + 1 == self.shape.layers
         end = self.elements if last else self.row(layer + 1, 0).offset
         return range(self.row(layer, 0).offset * ITEM_BYTES[self.dtype], end * ITEM_BYTES[self.dtype])
 
 
 def row_elements(shape: ModelShape, module: str, ranks: tuple[int, ...]) -> int:
-    """Return the number of elements of a row before alignment."""
+    """Return the number of elements of a row without alignment padding."""
     a = sum(ranks) * shape.in_features(module)
     return a + sum(r * out for r, out in zip(ranks, shape.out_features(module), strict=True))
 
@@ -87,7 +88,7 @@ def make_layout(
     ranks: list[tuple[int, ...]],
     scales: list[tuple[float, ...]],
 ) -> SlabHeader:
-    """Return the layout of a slab whose rows have these ranks and scales per slice."""
+    """Return the unsealed layout of a slab. ``ranks`` and ``scales`` have one tuple per row with a value per slice."""
     rows = []
     offset = 0
     for index, (row_ranks, row_scales) in enumerate(zip(ranks, scales, strict=True)):
@@ -105,7 +106,7 @@ def make_uniform_layout(shape: ModelShape, dtype: Dtype, rank: int, scale: float
 
 
 def seal_layout(layout: SlabHeader, slab: bytes | bytearray | memoryview) -> SlabHeader:
-    """Return the header of ``slab``: its layout with the layers' digests. Raises ValueError if the size is wrong."""
+    """Return ``layout`` with the digests of the layers in ``slab``. Raises ValueError if the slab's size is wrong."""
     if len(slab) != layout.slab_bytes:
         raise ValueError(f"slab of {len(slab)} bytes, its layout says {layout.slab_bytes}")
     view = memoryview(slab)
@@ -115,9 +116,9 @@ def seal_layout(layout: SlabHeader, slab: bytes | bytearray | memoryview) -> Sla
 
 
 def encode_header(header: SlabHeader) -> bytes:
-    """Return canonical MessagePack bytes, which can be hashed: equal headers give equal bytes.
+    """Encode a header as canonical MessagePack: equal headers give equal bytes, so their hash identifies the header.
 
-    Raises ValueError for a layout without digests, which would not identify the slab's bytes.
+    Raises ValueError for an unsealed layout, because it does not identify the slab's bytes.
     """
     if not header.sealed:
         raise ValueError(f"{len(header.layer_digests)} digests for {header.shape.layers} layers; seal the layout first")
@@ -125,9 +126,9 @@ def encode_header(header: SlabHeader) -> bytes:
 
 
 def decode_header(data: bytes) -> SlabHeader:
-    """Decode what ``encode_header`` returned. Raises msgspec.DecodeError for anything else.
+    """Decode the bytes that ``encode_header`` returned. Raises msgspec.DecodeError for other bytes.
 
-    Rows in other places than ``make_layout`` puts them would leave bytes that no digest covers, so they are refused.
+    Row offsets must be those of ``make_layout``. With other offsets, the digests might not cover all bytes.
     """
     try:
         header = msgspec.msgpack.decode(data, type=SlabHeader, strict=True)
@@ -155,5 +156,5 @@ def _has_canonical_layout(header: SlabHeader) -> bool:
 
 
 def slab_version(header: SlabHeader) -> str:
-    """Return the adapter's version: the hex SHA-256 of the encoded header, whose digests cover the slab."""
+    """Return the adapter's version: the SHA-256 of the encoded header in hex. The header's digests cover the slab."""
     return hashlib.sha256(encode_header(header)).hexdigest()

@@ -1,4 +1,4 @@
-"""Packs a PEFT directory into a slab, at registration; and unpacks slabs for tests and tools."""
+"""Packs a PEFT directory into a slab at registration, and unpacks slabs for tests and tools."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from loraserve.errors import AdapterError
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
 Matrices = tuple[NDArray[np.float32], NDArray[np.float32], float]
-"""A ``[rank, in]``, B ``[out, rank]`` and the scale of their product."""
+"""A ``[rank, in]``, B ``[out, rank]`` and the scale of the product B A."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +31,15 @@ class Slab:
 def pack_peft(directory: Path, shape: ModelShape, dtype: Dtype, max_rank: int) -> Slab:
     """Check the adapter in ``directory`` and pack it for a model of ``shape``.
 
-    Needs the memory of the slab and of its largest tensor. Raises AdapterError as ``validate``, ``peft`` and
-    ``tensor_file`` do, and with ``not_finite`` for values that are not finite in ``dtype``.
+    Needs memory for the slab and its largest tensor. Raises AdapterError if the directory or a tensor is invalid, with
+    code ``not_finite`` for values that are not finite in ``dtype``.
     """
     check_directory(directory)
     config = read_peft_config(directory)
     with TensorFile(directory / WEIGHTS_FILE) as file:
         pairs = pair_matrices(config, file.entries, shape, max_rank)
         layout = _layout_of(pairs, shape, dtype)
-        # Zeros, so that the alignment gaps, and with them the digests, are always the same.
+        # Zeros make the alignment gaps, and so the digests, reproducible.
         elements = np.zeros(layout.elements, dtype=storage_dtype(dtype))
         for layer, module, row in _rows(layout):
             _fill_row(elements, row, module, [pairs.get((layer, name)) for name in SLICES[module]], file, layout)
@@ -53,7 +53,7 @@ def seal_slab(layout: SlabHeader, elements: Elements) -> Slab:
 
 
 def unpack_slab(header: SlabHeader, data: bytes | bytearray | memoryview) -> dict[tuple[int, str], Matrices]:
-    """Return the matrices of a slab in float32, by (layer, projection), without absent projections."""
+    """Map the (layer, projection) pairs in a slab to their matrices in float32."""
     elements = np.frombuffer(data, dtype=storage_dtype(header.dtype))
     if len(elements) != header.elements:
         raise ValueError(f"slab of {len(elements)} elements, its header says {header.elements}")
@@ -82,7 +82,7 @@ def _layout_of(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape, dty
 
 
 def _views(elements: Elements, row: LayoutRow, module: str, shape: ModelShape) -> tuple[list[Elements], list[Elements]]:
-    """Return views of each slice's A ``[r_i, in]`` and transposed B ``[r_i, out_i]``."""
+    """Return views of the A ``[r_i, in]`` and of the transposed B ``[r_i, out_i]`` of each slice i of a row."""
     width = shape.in_features(module)
     begin = row.offset + row.total_rank * width
     a = elements[row.offset : begin].reshape(row.total_rank, width)

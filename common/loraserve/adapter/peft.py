@@ -1,7 +1,7 @@
 """Reads the metadata of a PEFT adapter: ``adapter_config.json`` and the names of the tensors.
 
-Only fields that change the computation are read. If a field changes it in a way that a slab cannot express, the adapter
-is refused: serving it would return wrong answers that do not look wrong.
+The module reads only fields that change the computation. It refuses an adapter with a field that a slab cannot express,
+because serving the adapter would silently return wrong answers.
 """
 
 import math
@@ -21,7 +21,7 @@ PICKLE_FILE = "adapter_model.bin"
 MAX_CONFIG_BYTES = 4 << 20
 MAX_PATTERNS = 4096
 MAX_ALPHA = 1e30
-"""Scales must be finite in float32."""
+"""Limit of alphas, so that scales are finite in float32."""
 
 _UNSUPPORTED: dict[str, str] = {
     "use_dora": "DoRA rescales whole weight columns; merge it into LoRA weights or train without it",
@@ -37,14 +37,14 @@ _UNSUPPORTED: dict[str, str] = {
     "target_parameters": "it adapts parameters that are no linear layer; train without it",
     "layer_replication": "it repeats layers of the base model; train without it",
 }
-"""Fields that must be absent, null, false or empty, with the reason and the remedy."""
+"""Maps fields that must be absent, null, false or empty to the reason and the remedy."""
 
 _BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initialisations that change the base weights, so that the tensors do not fit the original base model."""
+"""Initialisations that change the base weights, so that the adapter does not fit the original base model."""
 
 
 class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """The fields of ``adapter_config.json`` that decide ranks and scales."""
+    """The fields of ``adapter_config.json`` that determine the type, ranks and scales of an adapter."""
 
     r: int
     lora_alpha: float
@@ -57,7 +57,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scaling:
-    """Rank and scale of each module. As in PEFT, the first pattern that matches the end of the name applies."""
+    """The rank and scale of each module. As in PEFT, the first pattern that matches the end of its name applies."""
 
     def __init__(self, config: PeftConfig) -> None:
         self._config = config
@@ -68,13 +68,13 @@ class Scaling:
         return int(_first_match(self._ranks, module, self._config.r))
 
     def scale(self, module: str, rank: int) -> float:
-        """Return the factor of the product of B and A, for a rank of at least 1."""
+        """Return the factor of the product B A. ``rank`` must be at least 1."""
         alpha = _first_match(self._alphas, module, self._config.lora_alpha)
         return alpha / (math.sqrt(rank) if self._config.use_rslora else rank)
 
 
 class TensorName(msgspec.Struct, frozen=True):
-    """The parts of a LoRA tensor's name. ``module`` is the name that PEFT matches patterns with."""
+    """The components of a LoRA tensor's name. PEFT matches patterns against ``module``."""
 
     module: str
     layer: int
@@ -90,7 +90,7 @@ _NAME = re.compile(
 
 
 def read_peft_config(directory: Path) -> PeftConfig:
-    """Return the checked configuration. Raises AdapterError (``not_found``, ``bad_format``, ``unsupported``)."""
+    """Return the checked configuration. Raises AdapterError if it is missing, malformed or not supported."""
     text = _read_text(directory / CONFIG_FILE)
     try:
         raw = msgspec.json.decode(text, type=dict[str, Any])
@@ -109,7 +109,7 @@ def read_peft_config(directory: Path) -> PeftConfig:
 
 
 def parse_tensor_name(name: str) -> TensorName:
-    """Parse a tensor's name. Raises AdapterError ``unsupported`` unless it is A or B of a known projection."""
+    """Parse a tensor's name. Raises AdapterError ``unsupported`` unless it names A or B of a known projection."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise AdapterError("unsupported", f"{WEIGHTS_FILE}: tensor {name} {_unsupported_reason(name)}")
@@ -170,7 +170,7 @@ def _compile(field: str, patterns: Mapping[str, float]) -> list[tuple[re.Pattern
 
 
 def _is_cheap(key: str) -> bool:
-    """Return whether a pattern, which comes with the untrusted adapter, always matches in low polynomial time."""
+    """Return whether matching a pattern from an untrusted adapter always takes low polynomial time."""
     plain = re.sub(r"\[[^\]]*\]", "x", re.sub(r"\\.", "x", key))
     risky = re.search(r"\)[*+{]|\(\?(?!:)", plain)
     quantifiers = re.findall(r"(?<!\()[*+?{]", plain)

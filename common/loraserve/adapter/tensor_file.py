@@ -1,7 +1,7 @@
 """Reads an untrusted safetensors file tensor by tensor.
 
-The file is read with ``preadv`` rather than mapped: if it is truncated meanwhile, that is an error instead of a SIGBUS
-that ends the process. Memory holds one tensor at a time.
+Memory holds one tensor at a time. The module uses ``preadv`` instead of a mapping. If the file is truncated meanwhile,
+``preadv`` returns fewer bytes, while access to a mapping would end the process with SIGBUS.
 """
 
 import math
@@ -28,7 +28,7 @@ _Size = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class TensorEntry(msgspec.Struct, frozen=True):
-    """A tensor in the file. ``begin`` is the offset of its first byte in the file."""
+    """A tensor in a file. ``begin`` is the offset of its first byte from the start of the file."""
 
     name: str
     dtype: Dtype
@@ -47,10 +47,10 @@ class _Declared(msgspec.Struct, frozen=True):
 
 
 class TensorFile:
-    """An open safetensors file, with the entries of its header by tensor name.
+    """An open safetensors file. ``entries`` maps tensor names to the entries of its header.
 
-    Raises AdapterError, here and while reading: ``bad_format`` if the file is truncated or not a safetensors file,
-    ``unsupported`` if the dtype of a tensor is not float32, float16 or bfloat16.
+    The constructor and ``read`` raise AdapterError ``bad_format`` if the file is truncated or not a safetensors file.
+    The constructor raises ``unsupported`` if a tensor's dtype is not float32, float16 or bfloat16.
     """
 
     def __init__(self, path: Path) -> None:
@@ -96,7 +96,7 @@ class TensorFile:
             raise self._broken(f"its header is not a table of tensors ({error})") from error
 
     def _place(self, declared: Mapping[str, _Declared], data_begin: int, file_bytes: int) -> dict[str, TensorEntry]:
-        """Return the entries in file order. Tensors must follow one another without gaps up to the end of the file."""
+        """Return the entries in file order. Refuse gaps and overlaps between tensors, and trailing bytes."""
         entries = {}
         position = 0
         for name, tensor in sorted(declared.items(), key=lambda item: item[1].data_offsets):
@@ -134,7 +134,7 @@ class TensorFile:
 
 def open_regular(path: Path) -> int:
     """Open a regular file and return its descriptor. Raises AdapterError ``not_found`` or ``bad_format``."""
-    # O_NONBLOCK, because opening a named pipe would wait for a writer.
+    # Without O_NONBLOCK, opening a named pipe would wait for a writer.
     try:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError:

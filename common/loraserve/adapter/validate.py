@@ -34,7 +34,7 @@ class LoraPair(msgspec.Struct, frozen=True):
 
 
 def check_name(name: str, served_model: str) -> None:
-    """Raise AdapterError ``bad_name`` if an adapter cannot have this name."""
+    """Raise AdapterError ``bad_name`` if ``name`` is no valid adapter name or is the served model's name."""
     if not name or len(name) > MAX_NAME_CHARACTERS:
         reason = f"must have 1 to {MAX_NAME_CHARACTERS} characters"
     elif not name.isprintable() or name != name.strip():
@@ -47,7 +47,7 @@ def check_name(name: str, served_model: str) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raise AdapterError (``not_found``, ``bad_format``, ``unsupported``) if this cannot be a PEFT directory."""
+    """Raise AdapterError if the path is not an existing directory or holds pickled weights only."""
     try:
         exists = directory.exists()
     except OSError as error:
@@ -67,10 +67,10 @@ def check_directory(directory: Path) -> None:
 def pair_matrices(
     config: PeftConfig, tensors: Mapping[str, TensorEntry], shape: ModelShape, max_rank: int
 ) -> dict[tuple[int, str], LoraPair]:
-    """Return the matrices of all projections that the adapter changes, by (layer, projection).
+    """Map each (layer, projection) pair that the adapter changes to its matrices.
 
-    Raises AdapterError: ``unsupported`` for other tensors, ``bad_format`` for missing or duplicate ones, ``bad_shape``
-    if they do not fit the model, ``bad_rank`` if ranks disagree or exceed ``max_rank``.
+    Raises AdapterError: ``unsupported`` for other tensors, ``bad_format`` for missing or duplicate matrices,
+    ``bad_shape`` if shapes do not fit the model, ``bad_rank`` if ranks disagree or exceed ``max_rank``.
     """
     found: dict[tuple[int, str], dict[str, tuple[TensorName, TensorEntry]]] = {}
     for name, entry in tensors.items():

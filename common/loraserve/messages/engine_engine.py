@@ -1,18 +1,18 @@
-"""Engine -> engine: leases, which keep an adapter in place while a peer reads it; reports of damaged copies."""
+"""Engine -> engine: lease an adapter, so that it stays in place while a peer reads it, or report a damaged copy."""
 
 from loraserve.messages.base import Message
 from loraserve.messages.transfer import Handle
 
 
 class LeaseSlab(Message, frozen=True, tag=True, kw_only=True):
-    """Request: keep this slab in place while I read it.
+    """Request of a reader: keep this slab in place while the reader reads it.
 
     Answered by LeaseGranted and one raw frame, the slab's encoded header, with which the reader verifies the bytes.
     Refused with ``version`` (another transfer ``protocol``), ``not_found``, ``loading``, ``mismatch`` (of
-    ``slab_bytes``), ``making_room`` or ``too_many_leases``; the reader then takes another source.
+    ``slab_bytes``), ``making_room`` or ``too_many_leases``. The reader then uses another source.
 
-    ``read_id`` is new for every read of this reader. A repeated request with the same id gets the same lease. A new
-    ``incarnation`` tells the owner that the reader was restarted, and ends its earlier leases.
+    Each read has its own ``read_id``, so a repeated request gets the same lease. ``incarnation`` is the reader's. A
+    new value means that the reader was restarted; the owner then ends the reader's earlier leases.
     """
 
     protocol: int
@@ -23,9 +23,9 @@ class LeaseSlab(Message, frozen=True, tag=True, kw_only=True):
 
 
 class LeaseGranted(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to LeaseSlab. The lease lasts ``lasts_s`` from the time of the request.
+    """Answer to LeaseSlab. The lease lasts ``lasts_s``, counted from the request.
 
-    The slab is at ``offset_bytes`` of the region of each handle. Without handles it cannot be read.
+    The slab begins at ``offset_bytes`` in the region of each handle. Without handles, the reader cannot read it.
     """
 
     lease_id: str
@@ -37,23 +37,23 @@ class LeaseGranted(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RenewLease(Message, frozen=True, tag=True, kw_only=True):
-    """Request. Answered by LeaseRenewed. Refused with ``expired``, or with ``not_yours`` if another reader has it."""
+    """Request: extend a lease. Answered by LeaseRenewed. Refused with ``expired`` or ``not_yours``."""
 
     lease_id: str
     incarnation: str
 
 
 class LeaseRenewed(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to RenewLease. ``lasts_s`` counts from the request, and shrinks towards the end of the longest lease."""
+    """Answer to RenewLease. ``lasts_s``, counted from the request, is shorter when the lease nears its maximum age."""
 
     lease_id: str
     lasts_s: float
 
 
 class ReleaseLease(Message, frozen=True, tag=True, kw_only=True):
-    """Ends a lease after a read; usually one-way. A request is answered by LeaseReleased, also if repeated.
+    """End a lease after a read. Usually sent one-way. A request is answered by LeaseReleased, even if repeated.
 
-    Refused with ``not_yours``.
+    Refused with ``not_yours`` if another reader has the lease.
     """
 
     lease_id: str
@@ -61,16 +61,16 @@ class ReleaseLease(Message, frozen=True, tag=True, kw_only=True):
 
 
 class LeaseReleased(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to ReleaseLease. If not ``held``, the lease ended earlier and the bytes read may be another adapter's."""
+    """Answer to ReleaseLease. If ``held`` is False, the lease had ended and the bytes read may be another adapter's."""
 
     lease_id: str
     held: bool
 
 
 class SlabDamaged(Message, frozen=True, tag=True, kw_only=True):
-    """Reports that bytes read under this lease do not match their digests, from ``layer`` on. No answer.
+    """Reports that the bytes read under a lease do not match their digests. ``layer`` is the first bad one. No answer.
 
-    The owner verifies its own copy: either that is damaged, or the bytes were damaged on the way.
+    The owner then verifies its own copy, to find out whether the copy or only the transferred bytes are damaged.
     """
 
     version: str

@@ -1,4 +1,4 @@
-"""Monitor -> router, planner and gateways (publications ``load`` and ``statistics``): the whole cluster."""
+"""Monitor -> router, planner and gateways: the publications ``load`` and ``statistics`` about the whole cluster."""
 
 import msgspec
 
@@ -7,7 +7,7 @@ from loraserve.messages.engine_monitor import EngineCapabilities, EngineCounters
 
 
 class EngineSeen(msgspec.Struct, frozen=True, kw_only=True):
-    """An engine's last load, ``age_s`` old when published. It is not ``alive`` if that is too old."""
+    """The last load report of an engine. ``age_s`` is its age at publication. If it is too old, ``alive`` is False."""
 
     load: EngineLoad
     capabilities: EngineCapabilities
@@ -20,7 +20,7 @@ class EngineSeen(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterDemand(msgspec.Struct, frozen=True, kw_only=True):
-    """Demand for one adapter: measured over the monitor's window, and forecast.
+    """The demand for one adapter, measured over the monitor's window, and its forecast.
 
     ``forecast_std_tokens_per_s`` is the standard deviation of the forecast's past errors.
     """
@@ -38,7 +38,7 @@ class AdapterDemand(msgspec.Struct, frozen=True, kw_only=True):
 class ClusterLoad(Message, frozen=True, tag=True, kw_only=True):
     """Publication ``load``, every ``monitor.publish_interval_s`` and when an engine appears, restarts or dies.
 
-    ``sequence`` grows within one ``incarnation`` of the monitor.
+    ``sequence`` increases within an ``incarnation`` of the monitor.
     """
 
     incarnation: str

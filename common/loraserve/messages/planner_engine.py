@@ -1,12 +1,12 @@
-"""Planner -> engine: load the copies of a plan before it is published, and unpin those of older plans after."""
+"""Planner -> engine: load the copies of a plan before its publication, and unpin older copies after it."""
 
 from loraserve.messages.base import AdapterRef, Message
 
 
 class PreparePlan(Message, frozen=True, tag=True, kw_only=True):
-    """Request: load and pin these copies. Answered by Prepared when all are resident or have failed.
+    """Request: load and pin these copies. Answered by Prepared when each is resident or has failed.
 
-    If the engine has seen a newer epoch, all copies fail.
+    All copies fail if the engine has received a newer epoch.
     """
 
     epoch: int
@@ -14,7 +14,7 @@ class PreparePlan(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Prepared(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to PreparePlan. ``failed`` maps versions that could not be loaded to the reason in words."""
+    """Answer to PreparePlan. ``failed`` maps the versions that could not be loaded to the reasons in words."""
 
     engine: str
     incarnation: str
@@ -25,8 +25,8 @@ class Prepared(Message, frozen=True, tag=True, kw_only=True):
 class RetireCopies(Message, frozen=True, tag=True, kw_only=True):
     """Request: unpin all copies prepared up to ``epoch`` except ``keep`` (versions). Answered by RetireDone.
 
-    They are evicted when memory is needed and no request uses them. Copies prepared for newer epochs stay pinned, so a
-    late message does no harm.
+    The engine evicts unpinned copies when it needs memory and no request uses them. Copies of newer epochs stay pinned,
+    so a late message has no effect on them.
     """
 
     epoch: int
@@ -34,7 +34,7 @@ class RetireCopies(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RetireDone(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to RetireCopies: how many copies were unpinned."""
+    """Answer to RetireCopies. ``unpinned`` is the number of copies unpinned."""
 
     epoch: int
     unpinned: int

@@ -1,21 +1,21 @@
-"""When an output ends, and what each side says about it: the contract between engine and gateway.
+"""The contract between engine and gateway about the end of an output. All meanings are vLLM's.
 
-The engine sees tokens and decides about them; the gateway sees text and decides about stop strings. An output ends
+The engine checks tokens; the gateway checks stop strings in the text. An output ends
 
-- with an EOS token of the model, unless the request has ``ignore_eos``: finish reason ``stop``, stop reason None;
-- with one of the request's ``stop_token_ids``: ``stop``, and the stop reason is that token id;
-- with a stop string (decided by the gateway, which aborts the request on the engine): ``stop``, and the string;
-- with ``max_tokens`` tokens, or at the end of the context: ``length``, None.
+- at an EOS token of the model, unless ``ignore_eos`` is set: finish reason ``stop``, stop reason None;
+- at one of the request's ``stop_token_ids``: finish reason ``stop``, stop reason that token id;
+- at a stop string, where the gateway aborts the request on the engine: finish reason ``stop``, stop reason the string;
+- after ``max_tokens`` tokens or at the end of the context: finish reason ``length``, stop reason None.
 
-Neither tokens nor strings end an output that would have fewer than ``min_tokens`` tokens before the stop; the sampler
-draws no EOS and no stop token until then. A token that is both EOS and in ``stop_token_ids`` counts as EOS. A stop on
-the last of ``max_tokens`` gives ``stop``.
+No stop counts before the output has ``min_tokens`` tokens, and the sampler draws no EOS or stop token until then. A
+token that is both EOS and in ``stop_token_ids`` counts as EOS. If the last of ``max_tokens`` tokens is a stop, the
+finish reason is ``stop``.
 
-The token that ends the output is the last of ``TokenDelta.tokens``, whatever the finish reason. ``completion_tokens``
-counts it, and log-probabilities include it. An EOS or stop token becomes text only with
-``include_stop_str_in_output``, as does a stop string; without it the text ends before the stop.
+The last token of ``TokenDelta.tokens`` is the token that ended the output, whatever the finish reason.
+``completion_tokens`` and the log-probabilities include it. The text includes an EOS token, stop token or stop string
+only with ``include_stop_str_in_output``; otherwise it ends before the stop.
 
-The engine alone reads which tokens are EOS (``loraserve.eos_tokens``). All meanings are vLLM's.
+Only the engine knows which tokens are EOS (``loraserve.eos_tokens``).
 """
 
 from collections.abc import Iterable, Set
@@ -28,15 +28,15 @@ LENGTH: Final = "length"
 ABORT: Final = "abort"
 
 MAX_STOP_TOKEN_IDS = 256
-"""The engine compares every drawn token with all of them."""
+"""A limit, because the engine compares every drawn token with all ids."""
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARACTERS = 4096
-"""Of all stop strings of a request together; the gateway compares every character of the output with each string."""
+"""Limit of the total length of a request's stop strings. The gateway compares every output character to all."""
 
 
 class Finish(NamedTuple):
-    """How an output ended: the finish reason, and the stop token of the request that ended it, if one did."""
+    """The finish reason, or None while the output continues. ``stop_reason`` is the stop token id, if any."""
 
     finish: str | None
     stop_reason: int | None = None
@@ -46,7 +46,7 @@ GOES_ON = Finish(None)
 
 
 def finish_of(token: int, index: int, sampling: SamplingParams, max_tokens: int, eos: Set[int]) -> Finish:
-    """Return whether and how the output ends with ``token`` at output index ``index``. The engine's side."""
+    """Return how the output ends with ``token`` at output index ``index``, or GOES_ON. Used by the engine."""
     if index >= sampling.min_tokens:
         if token in eos and not sampling.ignore_eos:
             return Finish(STOP)
@@ -56,12 +56,12 @@ def finish_of(token: int, index: int, sampling: SamplingParams, max_tokens: int,
 
 
 def forbidden_tokens(sampling: SamplingParams, index: int, eos: Iterable[int], vocab: int) -> list[int]:
-    """Return the tokens that must not be drawn at output index ``index``. The engine's sampler uses this."""
+    """Return the tokens that the sampler must not draw at output index ``index``."""
     if index >= sampling.min_tokens:
         return []
     return [token for token in (*eos, *sampling.stop_token_ids) if 0 <= token < vocab]
 
 
 def shown_count(tokens: int, finish: str | None, include_stop: bool) -> int:
-    """Return how many of the ``tokens`` received become text. The gateway's side: all but a stop token at the end."""
+    """Return how many of the received ``tokens`` become text: all but a stop token at the end. Used by the gateway."""
     return tokens - 1 if finish == STOP and tokens and not include_stop else tokens

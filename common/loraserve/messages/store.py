@@ -1,15 +1,14 @@
-"""Any process -> store: adapters and their slabs; and the store's publication ``registry``."""
+"""Any process -> store: manage adapters and read their slabs. Also the store's publication ``registry``."""
 
 from loraserve.messages.base import AdapterRef, Message
 
 
 class RegisterAdapter(Message, frozen=True, tag=True, kw_only=True):
-    """Request: check, pack and keep the PEFT directory at ``path`` (on the store's machine).
+    """Request: check, pack and keep the PEFT directory at ``path`` on the store's machine.
 
-    Answered by AdapterRegistered.
-
-    A known name with the same content is answered with ``created`` False; with other content it is refused with the
-    code ``duplicate`` unless ``replace``. Other refusals have the codes of AdapterError.
+    Answered by AdapterRegistered. If the name exists with the same content, ``created`` is False. If it exists with
+    other content, the request is refused with ``duplicate`` unless ``replace``. Other refusals have the codes of
+    AdapterError.
     """
 
     name: str
@@ -36,7 +35,7 @@ class AdapterUnregistered(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ListAdapters(Message, frozen=True, tag=True, kw_only=True):
-    """Request. Answered by AdapterList."""
+    """Request: list all adapters. Answered by AdapterList."""
 
 
 class AdapterList(Message, frozen=True, tag=True, kw_only=True):
@@ -47,7 +46,7 @@ class AdapterList(Message, frozen=True, tag=True, kw_only=True):
 class RegistryChanged(Message, frozen=True, tag=True, kw_only=True):
     """Publication ``registry``: all adapters, on every change and every ``store.publish_interval_s``.
 
-    ``revision`` grows, also over restarts.
+    ``revision`` increases, even across restarts of the store.
     """
 
     revision: int
@@ -55,7 +54,7 @@ class RegistryChanged(Message, frozen=True, tag=True, kw_only=True):
 
 
 class OpenSlab(Message, frozen=True, tag=True, kw_only=True):
-    """Request. Answered by SlabInfo and one raw frame, the slab's encoded header. Refused with ``not_found``."""
+    """Request: describe a slab. Answered by SlabInfo and a raw frame with its header. Refused with ``not_found``."""
 
     version: str
 
@@ -66,7 +65,7 @@ class SlabInfo(Message, frozen=True, tag=True, kw_only=True):
 
 
 class ReadSlab(Message, frozen=True, tag=True, kw_only=True):
-    """Request. Answered by SlabChunk and one raw frame of exactly ``length_bytes``."""
+    """Request: read a range of a slab. Answered by SlabChunk and one raw frame of ``length_bytes``."""
 
     version: str
     offset_bytes: int

@@ -1,8 +1,8 @@
-"""Any process -> the owner of memory that it wants to read; and the handles that owners give away.
+"""Reader -> owner of a memory region: read it. Also defines the handles with which readers reach a region.
 
-An owner registers a region of memory once and sends its handles in other messages (see LeaseGranted). A reader that has
-a handle reads ranges of the region: directly (``shm``, ``cuda_ipc``), over the bus (``tcp``, with ReadRegion), or over
-an RDMA connection that is made over the bus (``verbs``, with ConnectQueue).
+An owner registers a region of memory once and sends its handles in other messages such as LeaseGranted. A reader with a
+handle reads ranges of the region: directly (``shm``, ``cuda_ipc``), over the bus with ReadRegion (``tcp``), or over an
+RDMA connection that ConnectQueue sets up (``verbs``).
 """
 
 from typing import ClassVar, Literal
@@ -12,18 +12,18 @@ import msgspec
 from loraserve.messages.base import Message
 
 TRANSFER_PROTOCOL_VERSION = 1
-"""Version of the handles and of the requests made with them. Processes of different versions do not read from each
+"""Version of the handles and of the requests that use them. Processes with different versions refuse to read from each
 other."""
 
 Transport = Literal["cuda_ipc", "shm", "verbs", "tcp"]
 
 
 class Abilities(msgspec.Struct, frozen=True, kw_only=True):
-    """How a process can read the memory of others, and others can read its own.
+    """The ways in which a process and its peers can read each other's memory.
 
-    ``host`` is the boot id of the machine. ``neighbourhood`` identifies, within a host, the processes that can open
-    each other's memory: those of one user in the same namespaces. "" means unknown and never equals another's.
-    ``device`` says where the adapter pool is: ``cpu`` or ``cuda``.
+    ``host`` is the boot id of the machine. Processes on one host with the same ``neighbourhood`` can open each other's
+    memory: they have the same user and namespaces. A neighbourhood "" is unknown and matches no other. ``device`` is
+    the location of the adapter pool, ``cpu`` or ``cuda``.
     """
 
     protocol: int
@@ -34,7 +34,7 @@ class Abilities(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class HandleBase(msgspec.Struct, frozen=True, kw_only=True, tag=True):
-    """Fields of every handle. ``owner`` is the owner's name on the bus."""
+    """The fields of every handle. ``owner`` is the bus name of the process that owns the memory."""
 
     transport: ClassVar[Transport]
     protocol: int
@@ -46,8 +46,8 @@ class HandleBase(msgspec.Struct, frozen=True, kw_only=True, tag=True):
 class SameHostHandle(HandleBase, frozen=True, kw_only=True, tag=True):
     """Memory of a process on the same machine.
 
-    The owner offers the memory for as long as process ``pid`` has ``descriptor`` open under ``name``. The name is
-    random, so that a reused process id or descriptor number is recognized as another one.
+    The handle is valid while process ``pid`` has ``descriptor`` open under ``name``. The name is random, so readers
+    detect a reused process id or descriptor number.
     """
 
     pid: int
@@ -56,15 +56,15 @@ class SameHostHandle(HandleBase, frozen=True, kw_only=True, tag=True):
 
 
 class ShmHandle(SameHostHandle, frozen=True, kw_only=True, tag=True):
-    """Shared memory: the descriptor is the memory itself and is opened through /proc."""
+    """Shared memory. The descriptor refers to the memory; readers open it through /proc."""
 
     transport: ClassVar[Transport] = "shm"
 
 
 class CudaIpcHandle(SameHostHandle, frozen=True, kw_only=True, tag=True):
-    """GPU memory, ``offset_bytes`` into the allocation that ``allocation`` (a CUDA IPC handle) opens.
+    """GPU memory at ``offset_bytes`` in an allocation. ``gpu`` is the GPU's UUID.
 
-    ``gpu`` is the GPU's UUID.
+    ``allocation`` is the CUDA IPC handle of the allocation.
     """
 
     transport: ClassVar[Transport] = "cuda_ipc"
@@ -74,29 +74,29 @@ class CudaIpcHandle(SameHostHandle, frozen=True, kw_only=True, tag=True):
 
 
 class TcpHandle(HandleBase, frozen=True, kw_only=True, tag=True):
-    """Memory that is read with ReadRegion. ``token`` is random and valid for this incarnation of the owner only."""
+    """Memory to read with ReadRegion. ``token`` is random and valid only for this incarnation of the owner."""
 
     transport: ClassVar[Transport] = "tcp"
     token: str
 
 
 class VerbsHandle(HandleBase, frozen=True, kw_only=True, tag=True):
-    """Memory that is read by RDMA. ``key`` is the remote key of the memory at address ``base``."""
+    """Memory to read by RDMA. ``base`` is its address and ``key`` its remote key."""
 
     transport: ClassVar[Transport] = "verbs"
     base: int
     key: int
 
 
-# A process that does not know a member refuses the whole message: adding one needs a new PROTOCOL_VERSION.
+# A new member needs a new PROTOCOL_VERSION, because older processes refuse messages that contain it.
 Handle = ShmHandle | TcpHandle | VerbsHandle | CudaIpcHandle
 
 
 class ReadRegion(Message, frozen=True, tag=True, kw_only=True):
     """Request: read a range of the region named by ``token``.
 
-    Answered by RegionChunk and one raw frame of exactly ``length_bytes``. Refused with a code of TransferError.
-    ``protocol`` is the reader's TRANSFER_PROTOCOL_VERSION.
+    Answered by RegionChunk and one raw frame of ``length_bytes``. Refused with a code of TransferError. ``protocol`` is
+    the reader's TRANSFER_PROTOCOL_VERSION.
     """
 
     protocol: int
@@ -106,16 +106,16 @@ class ReadRegion(Message, frozen=True, tag=True, kw_only=True):
 
 
 class RegionChunk(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to ReadRegion; the bytes are in the raw frame beside it."""
+    """Answer to ReadRegion. The raw frame contains the bytes."""
 
     token: str
     offset_bytes: int
 
 
 class QueueEnd(msgspec.Struct, frozen=True, kw_only=True):
-    """One end of an RDMA connection, as the other end needs to know it.
+    """The parameters of one end of an RDMA connection that the other end needs.
 
-    ``mtu`` is a value of the verbs enum ``ibv_mtu``. ``reads`` is how many reads this end asks for, or serves, at once.
+    ``mtu`` is a value of the verbs enum ``ibv_mtu``. ``reads`` is the most reads this end issues or serves at once.
     """
 
     number: int
@@ -128,12 +128,12 @@ class QueueEnd(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ConnectQueue(Message, frozen=True, tag=True, kw_only=True):
-    """Request: connect the reader's queue pair ``end`` to a new one of the owner.
+    """Request: connect the reader's queue pair ``end`` to a new queue pair of the owner.
 
     Answered by QueueConnected when the owner's end can serve reads. Refused with a code of TransferError.
-    ``protocol`` is the reader's TRANSFER_PROTOCOL_VERSION and ``incarnation`` the owner's, from the handle. ``link`` is
-    the reader's name for the connection: a second ConnectQueue with the same link replaces the first. A new
-    ``reader_incarnation`` tells the owner that the reader was restarted, and closes its earlier connections.
+    ``protocol`` is the reader's TRANSFER_PROTOCOL_VERSION. ``incarnation`` is the owner's, from the handle. ``link``
+    names the connection; a later request with the same link replaces it. A new ``reader_incarnation`` means that the
+    reader was restarted; the owner then closes the reader's earlier connections.
     """
 
     protocol: int
@@ -144,6 +144,6 @@ class ConnectQueue(Message, frozen=True, tag=True, kw_only=True):
 
 
 class QueueConnected(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to ConnectQueue: the owner's end."""
+    """Answer to ConnectQueue. ``end`` is the owner's queue pair."""
 
     end: QueueEnd
