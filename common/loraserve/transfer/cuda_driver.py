@@ -20,7 +20,7 @@ OTHER_LIBRARY = "LORASERVE_LIBCUDA"
 IPC_HANDLE_BYTES = 64
 UUID_BYTES = 16
 WHOLE_BYTES = 2 << 20
-"""Allocation sizes are multiples of this. Other allocations could share a block, which is exported as a whole."""
+"""Allocation sizes are rounded up to this. Smaller allocations can share a block, and blocks are exported whole."""
 
 
 class IpcMemHandle(ctypes.Structure):

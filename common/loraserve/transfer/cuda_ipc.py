@@ -47,7 +47,7 @@ Copy = Callable[[int, int, int, int], None]
 
 
 def unusable_reason(device: int) -> str:
-    """Return why other processes cannot read this GPU's memory, or "". This exports memory as a trial."""
+    """Return why other processes cannot read this GPU's memory; "" if they can. It exports a trial allocation."""
     try:
         trial = allocate(WHOLE_BYTES, device)
         try:
@@ -190,7 +190,7 @@ class _Mapping:
         self._thread.submit(self._close)
 
     def _check_range(self) -> None:
-        """Raise ConfigError if the region is outside its allocation: copying it would make the GPU unusable here."""
+        """Raise ConfigError if the region exceeds its allocation: copying it would break the process's CUDA context."""
         start, length = self._handle.offset_bytes, self._handle.length_bytes
         try:
             _, size = allocation(GpuMemory(address=self._base, length_bytes=1, device=self._device))

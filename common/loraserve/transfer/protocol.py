@@ -117,7 +117,7 @@ def check_ranges(handle: HandleBase, ranges: Sequence[ByteRange]) -> None:
 
 
 def check_protocol(owner: str, protocol: int) -> None:
-    """Raise TransferError if a reader asked ``owner`` (this process) in another protocol version."""
+    """Raise TransferError if ``protocol``, the version in a reader's request to ``owner``, is not this process's."""
     if protocol != TRANSFER_PROTOCOL_VERSION:
         raise TransferError(
             "version",

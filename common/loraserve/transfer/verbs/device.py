@@ -154,7 +154,7 @@ def flush_remote_writes(device: int) -> None:
 Memory = memoryview | GpuMemory
 
 opening = Lock()
-"""Hold this lock while creating event descriptors: a creator identifies its own by comparing before and after."""
+"""Lock for creating event descriptors. A creator finds its own by listing the descriptors before and after."""
 
 
 class Registered(Protocol):

@@ -1,4 +1,4 @@
-"""A reader's connection to one owner, with the reads in flight and their errors if the connection fails."""
+"""A reader's connection to one owner. It tracks the reads in flight and fails them if the connection breaks."""
 
 import asyncio
 from collections.abc import Iterable

@@ -11,7 +11,7 @@ LINK_LOCAL = "fe80:"
 NO_GID = "0000:0000:0000:0000:0000:0000:0000:0000"
 
 FLUSHED = 5
-"""Completion status of requests after a failed request. It does not tell the reason of the failure."""
+"""Completion status of the requests queued after a failed request. It does not give the reason."""
 WITHDRAWN = {9, 10, 11}
 SILENT = {12, 13}
 LOCAL = {1, 2, 4}

@@ -40,7 +40,7 @@ class EvictionPolicy:
     def find_victims(
         self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> list[PoolEntry] | None:
-        """Return the entries to evict for ``adapter``: [] if it already fits, None if no eviction makes room for it."""
+        """Return the entries to evict for ``adapter``; [] if it fits already, None if no eviction makes room."""
         idle = self._idle(keep, drop_plan_pins)
         return self._cheapest(adapter.slab_bytes, [entry for entry in idle if not entry.leases])
 

@@ -20,9 +20,9 @@ class ExtentAllocator:
         self._granule_bytes = min_extent_bytes
         self._region_bytes = largest_extent_bytes(region_bytes, min_extent_bytes)
         self._used: dict[int, int] = {}
-        """Sizes of the allocated extents by their start."""
+        """The size in bytes of each allocated extent, by its start."""
         self._holes = [(0, self._region_bytes)] if self._region_bytes > 0 else []
-        """Start and end of each hole, by address."""
+        """The (start, end) of each hole, sorted."""
 
     def extent_bytes(self, wanted_bytes: int) -> int:
         """Return the size of the extent that an allocation of ``wanted_bytes`` takes."""
@@ -86,7 +86,7 @@ class ExtentAllocator:
                 yield list(run)
 
     def largest_hole_without(self, removable: Container[int]) -> int:
-        """Return the size in bytes of the largest hole that releasing all of ``removable`` would leave."""
+        """Return the size in bytes of the largest hole after all extents in ``removable`` are released."""
         largest = room_start = 0
         for start in (*sorted(self._used), self._region_bytes):
             if start in removable:
@@ -99,7 +99,7 @@ class ExtentAllocator:
         return [used for used, size in self._used.items() if used < end and used + size > start]
 
     def validate(self) -> None:
-        """Raise AssertionError unless extents and merged holes tile the region in whole granules."""
+        """Raise AssertionError unless extents and merged holes cover the whole region without overlap."""
         spans = sorted([*self._holes, *((start, self._end(start)) for start in self._used)])
         position = 0
         for start, end in spans:

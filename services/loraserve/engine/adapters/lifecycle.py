@@ -40,7 +40,7 @@ class LifecycleState(Enum):
     LOADING = "loading"
     """The adapter has an extent. Its load has begun or is about to begin."""
     ARRIVING = "arriving"
-    """A load is under way and its read is announced. Steps may start with the layers that have arrived."""
+    """A load is in progress and its read is announced. Steps may start with the layers that have arrived."""
     CANCELLED = "cancelled"
     """Nothing needs the adapter any more, so its load is being cancelled. It keeps its extent until the load ends."""
     RESIDENT = "resident"
@@ -84,9 +84,9 @@ TRANSITIONS: dict[tuple[LifecycleState, LifecycleEvent], LifecycleState] = {
 """Pairs that are not listed raise ValueError in `next_state`."""
 
 LOADING_STATES = frozenset({_S.LOADING, _S.ARRIVING, _S.CANCELLED})
-"""A load of the adapter is under way."""
+"""A load of the adapter is in progress."""
 WANTED_LOADS = frozenset({_S.LOADING, _S.ARRIVING})
-"""A load of the adapter is under way and is expected to make it resident."""
+"""A load of the adapter is in progress and has not been cancelled."""
 COMPLETE_STATES = frozenset({_S.RESIDENT, _S.DAMAGED})
 """The whole slab has been verified in its extent."""
 LEAVING_STATES = frozenset({_S.DAMAGED, _S.FAILED})

@@ -151,7 +151,7 @@ class AdapterPool:
         self.leases -= 1
 
     def pin_for_plan(self, version: str, epoch: int | None) -> bool:
-        """Pin the adapter for the plan of ``epoch``, or unpin it if None; return whether its being pinned changed."""
+        """Pin the adapter for the plan of ``epoch``, or unpin it if None. Return whether that pinned or unpinned it."""
         entry = self._entries.get(version)
         if entry is None:
             return False

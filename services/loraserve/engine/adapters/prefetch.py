@@ -15,7 +15,7 @@ from loraserve.messages import AdapterRef, PrefetchCounts
 WINDOW_S = 5.0
 LEAST_TIMES = 4
 LEAST_SHARE = 0.5
-"""A follower is expected if it was requested in at least LEAST_TIMES, and in this share, of the leader's windows."""
+"""A follower is expected if it was requested in LEAST_TIMES of the leader's windows and in this share of them."""
 HALVED_AT = 64
 """A leader's counts are halved after this many windows, so that old patterns are forgotten."""
 MOST_LEADERS = 512
@@ -158,7 +158,7 @@ class PrefetchCandidates:
         return [candidate.adapter for candidate in self._candidates.values() if candidate.kind == kind]
 
     def expect(self, adapter: AdapterRef, kind: PrefetchKind, now: float) -> bool:
-        """Add or renew a candidate. Return True if it was added, False if it is known or there are too many."""
+        """Add or renew a candidate. Return True if it was added, False if it was known or there are too many."""
         known = self._candidates.get(adapter.version)
         if known is not None and known.kind == PrefetchKind.ADMISSION and kind == PrefetchKind.PATTERN:
             return False
@@ -215,7 +215,7 @@ class PrefetchTally:
         (self._useful if prefetched.ran else self._wasted)[prefetched.kind] += prefetched.slab_bytes
 
     def counts(self, in_pool: Iterable[PrefetchedAdapter]) -> tuple[PrefetchCounts, ...]:
-        """Return the counts of each kind with loads. ``in_pool`` are the prefetched adapters still in the pool."""
+        """Return the counts of each kind that was loaded. ``in_pool`` yields the prefetched adapters in the pool."""
         useful = self._useful.copy()
         for prefetched in in_pool:
             if prefetched.ran:

@@ -45,8 +45,8 @@ from loraserve.story import Story
 REST_FACTOR = 7.0
 """After each load of the plan, its loads pause for this multiple of the load's duration."""
 LONGEST_REST_S = 0.2
-"""Maximum pause after a load of the plan. The pause offsets the fixed cost of a load to concurrent steps, which is the
-same for large slabs. Longer pauses would only delay the plan."""
+"""Maximum pause after a load of the plan. The pause offsets a load's fixed cost to concurrent steps, which does not
+grow with the slab. Longer pauses would only delay the plan."""
 
 
 class PlannedLoads:
@@ -64,7 +64,7 @@ class PlannedLoads:
         self._failed: dict[str, str] = {}
 
     def begin(self, epoch: int, adapters: Collection[AdapterRef]) -> list[Instruction]:
-        """Begin to prepare a plan. Return the answer to the plan that was still being prepared, if any."""
+        """Start to prepare a plan. If another plan was being prepared, fail the rest of it and return its answer."""
         for version in list(self.missing):
             self.fail(version, "a newer plan came")
         answers = self.take_answer()
@@ -171,7 +171,7 @@ class Residency:
                 return []
 
     def note_request(self, adapter: AdapterRef, now: float) -> None:
-        """Make the adapters that usually follow ``adapter`` prefetch candidates when a request for it arrives."""
+        """Record a request for ``adapter``. The adapters that usually follow it become prefetch candidates."""
         for follower in self._candidates.note_request(adapter, now):
             self._expect(follower, PrefetchKind.PATTERN, now)
 
@@ -215,7 +215,7 @@ class Residency:
         return self._plan.take_answer()
 
     def fail_load(self, version: str, message: str) -> list[Instruction]:
-        """Fail an adapter whose load failed. It is removed as soon as no running request uses it."""
+        """Record a failed load. The adapter is removed as soon as no running request uses it."""
         self.pool.apply(version, LifecycleEvent.LOAD_FAILED)
         self._candidates.drop_failed(version)
         self._plan.fail(version, message)
@@ -249,7 +249,7 @@ class Residency:
             self.pool.leases_to_end = current.leases_to_end
             self._load_followers(current)
         else:
-            # Adapters that were not considered may still need earlier ``leases_to_end``: these get no new leases yet.
+            # Keep the earlier ``leases_to_end``: adapters not considered in this pass may still wait for those leases.
             self.pool.leases_to_end |= current.leases_to_end
         return [*current.instructions, *self._plan.take_answer()]
 
@@ -357,7 +357,7 @@ class Residency:
                 self._load_candidate(adapter, PrefetchKind.PATTERN, current)
 
     def _load_candidate(self, adapter: AdapterRef, kind: PrefetchKind, current: LoadPass) -> None:
-        """Load a candidate if no other adapter waits for room, evicting only adapters unused for ``SPARES_S``."""
+        """Load a candidate unless another adapter waits for room. Evict only adapters unused for ``SPARES_S[kind]``."""
         if current.no_room_bytes < inf:
             return
         spared_since_s = current.now - SPARES_S[kind]
@@ -372,7 +372,7 @@ class Residency:
         drop_plan_pins: bool = False,
         kind: PrefetchKind | None = None,
     ) -> bool:
-        """Begin a load if there is room; return whether it began. ``kind`` is None if a request waits for it."""
+        """Begin a load if there is room; return whether it began. ``kind`` is None for a waiting request's adapter."""
         now = current.now
         placed = self.pool.place(adapter, now, current.keep if keep is None else keep, drop_plan_pins)
         if placed is None:

@@ -75,7 +75,7 @@ class CachedSlab(msgspec.Struct):
     """Predicted seconds to load the slab from another source."""
     state: CachedState = CachedState.SAVING
     saved_s: float = 0.0
-    """When the copy from the pool was complete."""
+    """The time at which the copy from the pool finished."""
     leases: int = 0
     """Number of leases that peers hold on the slab."""
     reads: int = 0
@@ -97,7 +97,7 @@ class CachedSlab(msgspec.Struct):
 class HostCache:
     """The index of the slabs in one region of host memory. Slabs that are being read or saved are not dropped.
 
-    A slab that is also in the pool (``is_in_pool``) has value 0, because dropping it costs only a copy at its eviction.
+    A slab that is also in the pool (``is_in_pool``) has value 0: the pool's eviction can save it again.
     """
 
     def __init__(

@@ -25,7 +25,7 @@ from loraserve.transfer.shm import SharedMemory
 
 FROM_CACHE = ReadSource("cache", "memory")
 PIECE_BYTES, DEVICE_PIECE_BYTES = 1 << 20, 8 << 20
-"""Piece sizes of reads from the cache. The event loop copies pieces to host memory; a device copies its own pieces."""
+"""Piece sizes of reads from the cache to a pool in host memory, copied in the event loop, or to a pool on a device."""
 
 
 class CacheMemory:
@@ -162,7 +162,7 @@ class CacheTier:
             await save.finished.wait()
 
     async def find(self, adapter: AdapterRef) -> CacheSource | None:
-        """Return a source for the adapter, None if it is not cached. If it is being saved, wait for that first."""
+        """Return a source for the adapter; None if it is not cached. If it is being saved, wait for the copy first."""
         if adapter.version in self._saves:
             await self._saves[adapter.version].finished.wait()
         if adapter.version not in self.cache.versions or self.memory is None:
@@ -187,7 +187,7 @@ class CacheTier:
         return layer
 
     def validate(self) -> None:
-        """Raise AssertionError if an invariant of the cache is broken, or if slabs being saved and copies differ."""
+        """Raise AssertionError if the cache is inconsistent, or a slab is SAVING without a copy or the reverse."""
         self.cache.validate()
         saving = {slab.adapter.version for slab in self.cache.entries() if slab.state is CachedState.SAVING}
         assert saving == self._saves.keys(), "a slab is saving and no copy is under way, or the reverse"

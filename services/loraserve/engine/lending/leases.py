@@ -26,7 +26,7 @@ class LendableSlab(Protocol):
     def offset_bytes(self) -> int: ...
     @property
     def generation(self) -> int:
-        """The number of this placement, unique among all placements of all slabs."""
+        """The number of this placement, unique within the memory."""
         ...
 
     @property

@@ -42,7 +42,7 @@ class AnnouncedLoad:
         self._arrival, self.read, self._reported_tokens = arrival, next(self._numbers), None
 
     def advance(self, slab_bytes: int, remaining_s: float) -> None:
-        """Report the arrived bytes to the runner, and to the scheduler the least prefill tokens of an early step."""
+        """Report the arrived bytes to the runner. Tell the scheduler how many prefill tokens an early step needs."""
         if self._arrival is None:
             return
         self._arrival.advance(slab_bytes)

@@ -190,7 +190,7 @@ class SlabReader:
     async def _race(
         self, adapter: AdapterRef, offset_bytes: int, first: "asyncio.Future[LoadedSlab]", spare: SlabSource
     ) -> LoadedSlab:
-        """Read from ``spare`` into a separate buffer during the first read; return the slab that arrives first."""
+        """Also read from ``spare``, into a separate buffer. Return the slab that arrives first, in the extent."""
         self._log.info("load_hedged", adapter=adapter.name, spare=spare.source.name, transport=spare.source.transport)
         # The memory is not zeroed: for 256 MiB, that would block the event loop for 0.1 s or more.
         beside = HostPool(np.empty(adapter.slab_bytes, np.uint8).data)

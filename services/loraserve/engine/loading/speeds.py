@@ -18,9 +18,9 @@ MIB = 1 << 20
 FORGETTING = 0.9
 """Each read multiplies the weight of all earlier reads by this: about the last twenty reads count."""
 PRIOR_WEIGHT = 0.5
-"""Weight of the two assumed reads, of SMALL_BYTES and LARGE_BYTES, with which the fit for a new source starts."""
+"""The fit for a new source starts with two assumed reads, of SMALL_BYTES and LARGE_BYTES, each of this weight."""
 LEAST_SLOPE = 8.0
-"""A fitted time per byte is treated as noise if it is less than the mean read's divided by this."""
+"""A fitted time per byte is treated as noise if it is below that of the mean read divided by this."""
 SMALL_BYTES, LARGE_BYTES = MIB // 4, 64 * MIB
 FIRST_AVOIDANCE_S, LONGEST_AVOIDANCE_S = 1.0, 60.0
 MOST_COUNTED = 256
@@ -99,7 +99,7 @@ class _FittedLine:
         share = self._prior.latency_s / self._prior.seconds(max(1, int(mean_x * MIB)))
         usual = (1 - share) * mean_y / mean_x
         if latency_s < 0 or slope < usual / LEAST_SLOPE:
-            # The fit is invalid or noise: split the mean time as in the prior.
+            # The fit is invalid or noise: split the mean time in the prior's ratio.
             latency_s, slope = share * mean_y, usual
         return ReadSpeed(latency_s, MIB / slope)
 
