@@ -29,7 +29,7 @@ def default_data_dir() -> Path:
 def build_once(
     target: Path, source: dict[str, Any], build: Callable[[Path], None], progress: Callable[[str], None]
 ) -> Path:
-    """Return the folder ``target``. If it is not current, call ``build`` with an empty folder and rename that folder.
+    """Return the folder ``target``. If it is not current, call ``build`` with an empty folder and rename the result.
 
     ``source`` describes the inputs of the build and is stored in the folder. The folder is rebuilt if ``source`` has
     changed, or if files are missing or have another size. A lock prevents concurrent builds.

@@ -1,4 +1,4 @@
-"""``python -m loraserve.engine --config FILE --name engine-0``."""
+"""Runs an engine: ``python -m loraserve.engine --config FILE --name engine-0``."""
 
 import sys
 

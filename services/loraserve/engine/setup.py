@@ -52,7 +52,7 @@ def digest_threads_for(config: Config, on_device: bool) -> int:
 
 
 def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None) -> int:
-    """Return one engine's host cache size. Raises ConfigError if all engines' caches exceed ``memory``, in bytes."""
+    """Return one engine's host cache size. Raises ConfigError if all engines' caches exceed ``memory`` bytes."""
     wanted, engines = config.engine.host_cache_bytes, engine_count(config)
     memory = memory_limit_bytes() if memory is None else memory
     if wanted == "auto":
@@ -69,7 +69,7 @@ def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None)
 
 
 def build_runner(config: Config, progress: Callable[[str], None], index: int = 0) -> Runner:
-    """Load the model and warm up the runner. ``index`` selects the GPU. Raises ConfigError with the setting or file."""
+    """Load the model and warm it up. ``index`` selects the GPU. Raises ConfigError if a setting or file is wrong."""
     if not config.model.path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory (scripts/up --model DIR)")
     check_step_tokens(config.engine.max_step_tokens, config.engine.max_running)
@@ -106,7 +106,7 @@ def _build_cuda_runner(config: Config, progress: Callable[[str], None], index: i
 
 
 def gpu_error() -> str:
-    """Return the reason, with a remedy, if the installed packages cannot use a GPU; "" if they can."""
+    """Return the reason why no GPU can be used, with a remedy. Returns "" if a GPU can be used."""
     import importlib.util
 
     import torch

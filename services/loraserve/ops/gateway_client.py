@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TextIO
 from loraserve.errors import LoraServeError
 
 TIMEOUT_S = 150.0
-"""Longer than the gateway's own timeouts, whose error messages name the process that did not answer."""
+"""Request timeout. The gateway's own timeouts are shorter, and their messages name the silent process."""
 
 PROGRESS_INTERVAL_S = 2.0
 

@@ -1,4 +1,4 @@
-"""``python -m loraserve.store --config FILE``."""
+"""Runs the store: ``python -m loraserve.store --config FILE``."""
 
 import sys
 

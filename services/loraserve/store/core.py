@@ -24,7 +24,7 @@ from loraserve.store.registry import AdapterRecord, AdapterRegistry, read_source
 from loraserve.store.slabs import SlabFiles
 
 GRACE_S = 600.0
-"""Time that a slab without a name stays on disk. Engines that fetch the slab finish sooner."""
+"""Time that a slab without a name stays on disk. Engines need less time to fetch a slab."""
 REGISTRY_FILE = "registry.sqlite"
 
 

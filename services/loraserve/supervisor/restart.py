@@ -6,7 +6,7 @@ CONFIG_ERROR_EXIT = 2
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 5.0
 STABLE_RUN_S = 30.0
-"""After a run of at least this time the delay restarts at ``FIRST_DELAY_S``."""
+"""A run of at least this time resets the restart delay to ``FIRST_DELAY_S``."""
 START_ATTEMPTS = 3
 
 
@@ -21,14 +21,14 @@ class StopCluster(msgspec.Struct, frozen=True):
 
 
 class RestartHistory:
-    """Counts the failures of one process. Each failure doubles the restart delay; a stable run resets it."""
+    """Counts the failures of one process. The restart delay doubles with each failure until a stable run resets it."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._failures = 0
 
     def on_exit(self, exit_status: int, ran_s: float, cluster_ready: bool) -> Restart | StopCluster:
-        """Return the reaction to an unexpected exit. ``exit_status`` is the negative signal number after a signal."""
+        """Return whether to restart the process or stop the cluster. A negative ``exit_status`` is a signal number."""
         if exit_status == CONFIG_ERROR_EXIT:
             return StopCluster(f"{self._name} refused its configuration")
         if ran_s >= STABLE_RUN_S:

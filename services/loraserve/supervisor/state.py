@@ -67,7 +67,7 @@ def is_ours(pid: int) -> bool:
 
 
 def stop_cluster(run_dir: Path, state: RunState, timeout_s: float) -> None:
-    """Stop the cluster through its supervisor, or directly if that is gone. Kill all processes after the timeout."""
+    """Stop the cluster through its supervisor, or directly if it is gone. Kill the processes after the timeout."""
     _signal(state.pid, signal.SIGTERM)
     deadline_s = time.monotonic() + timeout_s
     pids = [state.pid, *state.processes.values()]

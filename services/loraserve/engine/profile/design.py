@@ -88,7 +88,7 @@ def _draw_part(tokens: int, longest: int, adapter: int, rng: Random) -> BatchPar
 
 
 def _split_prefill(tokens: int, rng: Random) -> list[int]:
-    """Return the token counts of one to MAX_PREFILLS prefills, or an empty list below MIN_PREFILL tokens."""
+    """Return the token counts of one to MAX_PREFILLS prefills, or [] if ``tokens`` is below MIN_PREFILL."""
     count = min(rng.randint(1, MAX_PREFILLS), tokens // MIN_PREFILL)
     return [tokens // count + (index < tokens % count) for index in range(count)]
 

@@ -25,7 +25,7 @@ def remaining_read_s(expected_s: float, elapsed_s: float, fraction: float) -> fl
     """Return the estimated seconds until a read is verified.
 
     The read was expected to take ``expected_s`` seconds. In ``elapsed_s`` seconds it has delivered ``fraction`` of the
-    slab, which is above 0. The estimate is the larger of two: by the expectation, and by the read's speed so far.
+    slab, which is above 0. The estimate is the larger of the expected remaining time and the time at the current speed.
     """
     return max(expected_s - elapsed_s, elapsed_s * (1 - fraction) / fraction)
 
@@ -60,7 +60,7 @@ class EarlyStarts:
         self.discarded = 0
 
     def announce_read(self, version: str, read: int, least_tokens: int | None) -> None:
-        """Record the current read of a loading adapter, as in AdapterArriving. Ignores cancelled loads."""
+        """Record the current read of a loading adapter (see AdapterArriving). Ignores cancelled loads."""
         entry = self._pool.get(version)
         if entry is not None and entry.state in WANTED_LOADS:
             entry.announce_read(read, least_tokens)

@@ -148,7 +148,7 @@ class AdapterExpected(msgspec.Struct, frozen=True):
 
 
 class LeasesEnded(msgspec.Struct, frozen=True):
-    """Peers have finished reading from this engine's pool. Their extents can now be evicted."""
+    """Peers have finished reading slabs from this engine's pool. These slabs may now be evicted."""
 
 
 Event = (
@@ -223,7 +223,7 @@ class Emit(msgspec.Struct, frozen=True):
 
 
 class Reject(msgspec.Struct, frozen=True):
-    """Tell the gateway that the request failed. The scheduler has ended it."""
+    """Tell the gateway that the request failed. It produces no more tokens."""
 
     request_id: str
     gateway: str

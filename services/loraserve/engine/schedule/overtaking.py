@@ -2,9 +2,9 @@
 
 A waiting request whose adapter is not in the pool is skipped, and later requests may start. New requests could keep the
 resident adapters in use forever, and the skipped request would never run. After MAX_OVERTAKEN later requests have
-started, the skipped request therefore reserves a place in the pool. No new request may start with the adapters in that
-place, so they become evictable when their running requests end. Those requests may run for long, so one more place is
-reserved after each further MAX_OVERTAKEN starts.
+started, the skipped request therefore reserves a place: a set of resident adapters whose eviction makes room. No new
+request may start with these adapters, so they become evictable when their running requests end. Those requests may run
+for long, so one more place is reserved after each further MAX_OVERTAKEN starts.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ MAX_OVERTAKEN = 64
 class OvertakingLimit:
     """Applies the limit during one pass over the waiting requests, in order of arrival.
 
-    Only the first request over the limit reserves room. ``find_blocking(adapter, places)`` returns the versions that
-    must leave the pool to make ``places`` alternative places for the adapter.
+    Only the first request over the limit reserves room. ``find_blocking(adapter, places)`` returns the versions of the
+    resident adapters in the ``places`` best places for the adapter.
     """
 
     def __init__(self, find_blocking: Callable[[AdapterRef | None, int], frozenset[str]]) -> None:
@@ -35,7 +35,7 @@ class OvertakingLimit:
             self._reserved = self._find_blocking(sequence.admit.adapter, sequence.overtaken // MAX_OVERTAKEN)
 
     def may_start(self, sequence: Sequence) -> bool:
-        """Return whether the request may start: its adapter occupies no reserved room."""
+        """Return False if the request's adapter occupies reserved room, else True."""
         return not self._reserved or sequence.version not in self._reserved
 
     def record_start(self, sequence: Sequence) -> None:

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 IDLE_REPORTS = 10
-"""An unchanged adapter is dropped after this many reports. If fewer reports are lost, no token count is lost."""
+"""Number of reports after which an unchanged adapter is dropped. If fewer reports are lost, no counts are lost."""
 
 
 class _AdapterCount(msgspec.Struct):

@@ -319,7 +319,7 @@ class Scheduler:
     def _start_waiting(self, builder: StepBuilder, now: float) -> None:
         """Start waiting requests in order of arrival.
 
-        Requests waiting for an adapter are skipped. A request waiting for KV blocks blocks all later ones.
+        Requests waiting for an adapter are skipped. A request waiting for KV memory delays all later ones.
         """
         if not self.waiting:
             return
@@ -363,7 +363,7 @@ class Scheduler:
         batch = self.pipeline.only_step
         if batch is None or self.limits.prefix_cache or len(batch.sequences) != len(self.running):
             return 0
-        # Checked from the latest arrival, which most likely still prefills.
+        # The latest arrival is checked first, because it is the most likely to be in prefill.
         decoding = all(s.is_decoding and s.pending and s.state is RUNNING for s in reversed(self.running))
         if self._may_start_next() or not decoding:
             return 0

@@ -88,7 +88,7 @@ class StepBuilder:
         return tuple(self._parts.values())
 
     def _can_follow(self, sequence: Sequence) -> bool:
-        """Return whether a sequence in flight can be in this step. It must be in the step sent last."""
+        """Return whether a sequence in flight can join this step. It must be in the step sent last."""
         return sequence.request_id in self._previous and sequence.can_run_ahead
 
     def _add_part(self, sequence: Sequence, tokens: int) -> None:
