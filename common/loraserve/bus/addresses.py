@@ -1,4 +1,4 @@
-"""Where a process listens, where its peers reach it, and its exclusive claim to its name on this machine."""
+"""The addresses of a process on the bus, and the lock that reserves its name on this machine."""
 
 import fcntl
 import os
@@ -13,12 +13,12 @@ from loraserve.config import Config
 from loraserve.errors import ConfigError
 
 IPC = "ipc://"
-# sockaddr_un holds 108 bytes on Linux and 104 on macOS, with the final zero.
+# sockaddr_un holds 108 bytes on Linux and 104 on macOS, including the final zero.
 LONGEST_IPC_PATH = 100
 
 
 class Addresses(msgspec.Struct, frozen=True):
-    """ZeroMQ endpoints of one process: where peers connect, and where the process binds."""
+    """The ZeroMQ addresses to which peers of a process connect and those that the process binds."""
 
     inbox: str
     publications: str
@@ -31,18 +31,18 @@ class Addresses(msgspec.Struct, frozen=True):
 
     @property
     def unprotected(self) -> tuple[str, ...]:
-        """The addresses at which anybody who can connect may send messages to the process."""
+        """Return the TCP addresses that the process binds. Any host that can connect to them can send it messages."""
         return tuple(address for address in (self.bind_inbox, self.bind_publications) if not address.startswith(IPC))
 
 
 def run_dir(config: Config) -> Path:
-    """Return the cluster's private folder for sockets and locks: ``cluster.run_dir``, or else one per user."""
+    """Return the private folder for sockets and locks: ``cluster.run_dir``, or a folder of the user if it is ""."""
     named = config.cluster.run_dir
     return Path(named) if named else Path(tempfile.gettempdir()) / f"loraserve-{os.getuid()}"
 
 
 def resolve_addresses(config: Config, name: str) -> Addresses:
-    """Return the endpoints of the process ``name``. Raises ConfigError for an invalid template or path."""
+    """Return the addresses of the process ``name``. Raises ConfigError for an invalid template or path."""
     bus = config.bus
     inbox, publications = _fill(bus.connect, config, name), _fill(bus.connect_pub, config, name)
     if name in bus.peers:
@@ -82,7 +82,7 @@ def _checked(address: str, field: str) -> str:
 
 
 def make_private_dir(path: Path) -> Path:
-    """Create the folder with mode 0700. Raises ConfigError if others own it or may enter it."""
+    """Create the folder with mode 0700. Raises ConfigError if another user owns it or can access it."""
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
@@ -101,7 +101,7 @@ def make_private_dir(path: Path) -> Path:
 
 
 class NameClaim:
-    """A lock on ``<run_dir>/<name>.lock``, held while the process lives. The kernel releases it however it ends."""
+    """A lock on ``<run_dir>/<name>.lock`` for the life of a process. The kernel releases it even after a crash."""
 
     def __init__(self, run_dir: Path, name: str) -> None:
         self._path = make_private_dir(run_dir) / f"{name}.lock"
@@ -119,7 +119,7 @@ class NameClaim:
         os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
-        """Release the lock. The file stays, or two processes could hold locks on two files of the same name."""
+        """Release the lock but keep the file. Otherwise two processes could lock two different files of this name."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

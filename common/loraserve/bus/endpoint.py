@@ -1,4 +1,4 @@
-"""What both bus transports share: requests and answers, strict decoding, counting, queues for absent peers."""
+"""The code shared by both bus transports: requests and answers, strict decoding, counters, and backlogs."""
 
 import asyncio
 import os
@@ -17,14 +17,14 @@ from loraserve.errors import ConfigError, PeerError, RequestTimeoutError
 
 T = TypeVar("T")
 Answer = tuple[bytes, Frame, tuple[Frame, ...]]
-"""Kind, payload and raw frames."""
+"""The kind, payload and raw frames of an answer."""
 MAX_HELLOS = 10_000
 
 
 class Backlog:
     """Bounded queue of messages for a peer that is not connected.
 
-    It is kept here rather than in the socket so that a request that timed out can be withdrawn.
+    Unlike the queue of a ZeroMQ socket, it supports the removal of requests that timed out.
     """
 
     def __init__(self, limit: int) -> None:
@@ -51,14 +51,14 @@ class Backlog:
 
 
 class Waiting(msgspec.Struct):
-    """A request that was sent and not answered yet."""
+    """A request that has no answer yet."""
 
     peer: str
     answer: "asyncio.Future[Answer]"
 
 
 class Endpoint(ABC):
-    """The part of a Bus that does not depend on the transport. Used from the event loop's thread only."""
+    """The transport-independent part of a Bus. Use it only from the event loop's thread."""
 
     def __init__(self, name: str, incarnation: str, inbox: type[Any] | UnionType | None) -> None:
         if not wire.NAME_PATTERN.fullmatch(name):
@@ -119,7 +119,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     def _transmit(self, peer: str, message: Any, parts: wire.Parts) -> bool:
-        """Give a message to the transport. Return False, and count it, if the transport cannot take it."""
+        """Give a message to the transport. If the transport cannot accept it, count it as dropped and return False."""
 
     @abstractmethod
     def _answer(self, reply_to: tuple[bytes, ...], message: Any, parts: wire.Parts) -> None:
@@ -131,7 +131,7 @@ class Endpoint(ABC):
 
     @abstractmethod
     def _withdraw(self, peer: str, correlation: bytes) -> None:
-        """Remove a request that ended without an answer from the peer's queue, so that it is not delivered later."""
+        """Remove an unanswered request from the peer's queue, so that it is not delivered later."""
 
     async def _ask(self, peer: str, message: Any, timeout_s: float, frames: Sequence[Frame]) -> Answer:
         if self._closed:
@@ -141,7 +141,7 @@ class Endpoint(ABC):
         loop = asyncio.get_running_loop()
         waiting = Waiting(peer, loop.create_future())
         self._waiting[correlation] = waiting
-        # Costs a fifth of asyncio.timeout.
+        # ``call_later`` takes a fifth of the time of asyncio.timeout.
         timer = loop.call_later(timeout_s, _expire, waiting.answer)
         try:
             if not self._transmit(peer, message, wire.pack_message(wire.REQUEST, correlation, message, frames)):
@@ -157,7 +157,7 @@ class Endpoint(ABC):
                 self._withdraw(peer, correlation)
 
     def _accept(self, hello: bytes, parts: Sequence[Frame]) -> Envelope | None:
-        """Return what arrived at the inbox as an envelope, or None if it was counted, refused and dropped."""
+        """Decode a message to the inbox. If it is invalid, count and refuse it and return None."""
         self.counters.received += 1
         sender = self._hello_of(hello)
         try:
@@ -203,7 +203,7 @@ class Endpoint(ABC):
             waiting.answer.set_result((kind, payload, frames))
 
     def _fail_waiting(self, peer: str | None, why: str) -> None:
-        """Fail the waiting requests to a peer (None: to all peers), which can no longer be answered."""
+        """Fail the waiting requests to ``peer``, or to all peers if it is None."""
         for waiting in self._waiting.values():
             if peer in (None, waiting.peer) and not waiting.answer.done():
                 waiting.answer.set_exception(RequestTimeoutError(f"{waiting.peer}: {why}"))
@@ -233,5 +233,5 @@ def _expire(answer: "asyncio.Future[Answer]") -> None:
 
 
 def new_incarnation() -> str:
-    """Return 16 random hex characters that identify one run of a process."""
+    """Return 16 random hexadecimal characters that identify one run of a process."""
     return os.urandom(8).hex()

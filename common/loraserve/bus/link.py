@@ -1,4 +1,4 @@
-"""ZeroMQ sockets with their safety settings, and the connection to one peer's inbox."""
+"""Creates and configures ZeroMQ sockets, and manages the connection to one peer's inbox."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -30,15 +30,15 @@ def make_context() -> SocketContext:
 def inbox_socket(context: SocketContext, address: str, queue_messages: int) -> Socket:
     """Return the socket on which a process receives messages. Raises zmq.ZMQError if the address is in use."""
     socket = _socket(context, zmq.ROUTER, address, queue_messages)
-    # A peer that reconnects before its old connection was noticed as dead takes over at once.
+    # A peer may reconnect before its old connection is found dead. The new connection then replaces the old one.
     socket.set(zmq.ROUTER_HANDOVER, 1)
-    # Sending an answer to a peer that is gone then fails, and is counted, instead of being ignored.
+    # Answers to a disconnected peer fail and are counted, instead of being dropped silently.
     socket.set(zmq.ROUTER_MANDATORY, 1)
     return _bound(socket, address)
 
 
 def outbox_socket(context: SocketContext, address: str, queue_messages: int, hello: bytes) -> Socket:
-    """Return the socket for one peer's inbox, not connected yet: its monitor must be opened before that."""
+    """Return an unconnected socket for one peer's inbox. The caller opens its monitor, then connects it."""
     socket = _socket(context, zmq.DEALER, address, queue_messages)
     socket.set(zmq.ROUTING_ID, hello)
     return socket
@@ -63,7 +63,7 @@ def _socket(context: SocketContext, kind: int, address: str, queue_messages: int
     socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
     socket.set(zmq.RECONNECT_IVL_MAX, LONGEST_RECONNECT_MS)
     if address.startswith("tcp://"):
-        # A host that lost power or network does not close its connections.
+        # Heartbeats detect hosts that lost power or network and so cannot close their connections.
         socket.set(zmq.TCP_KEEPALIVE, 1)
         socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
         socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -81,10 +81,10 @@ def _bound(socket: Socket, address: str) -> Socket:
 
 
 COPY_BELOW_BYTES = 65_536
-"""Shorter parts are copied, which is cheaper than passing them by reference."""
+"""Shorter parts are copied, because a copy is then cheaper than a reference."""
 BURST_MESSAGES = 128
-"""Messages received from one socket before other tasks of the event loop run."""
-# Plain numbers, because combining ZeroMQ's enumerations costs more than sending a part.
+"""Most messages received from one socket before other tasks of the event loop run."""
+# Plain integers, because combining ZeroMQ enum values takes longer than sending a part.
 _NOW = int(zmq.NOBLOCK)
 _NOW_AND_MORE = int(zmq.NOBLOCK | zmq.SNDMORE)
 _EVENTS = int(zmq.EVENTS)
@@ -93,8 +93,8 @@ _WATCHED = zmq.Event.HANDSHAKE_SUCCEEDED | zmq.Event.DISCONNECTED
 
 
 def send_now(socket: Socket, parts: Sequence[Frame]) -> bool:
-    """Send a message. Return False if the socket's queue is full; other ZeroMQ errors are raised."""
-    # Computed before the first part is sent, because half a message cannot be taken back.
+    """Send a message. Return False if the socket's queue is full. Raises zmq.ZMQError for other errors."""
+    # Invalid parts must raise before the first part is sent, because a partial message cannot be withdrawn.
     copied = [memoryview(part).nbytes < COPY_BELOW_BYTES for part in parts]
     try:
         for part, copy in zip(parts[:-1], copied, strict=False):
@@ -106,13 +106,13 @@ def send_now(socket: Socket, parts: Sequence[Frame]) -> bool:
 
 
 def is_readable(socket: Socket) -> bool:
-    """Return whether a message has arrived. This also rearms the socket's descriptor, which is edge-triggered."""
+    """Return whether a message has arrived. This also rearms the edge-triggered descriptor of the socket."""
     return bool(int(socket.get(_EVENTS)) & _READABLE)
 
 
 def receive_now(socket: Socket) -> list[Frame] | None:
-    """Return one message, large parts without a copy, or None if there is none."""
-    # Checking first costs less than the exception for a missing message.
+    """Return one message, or None if none has arrived. Large parts are not copied."""
+    # This check is cheaper than the exception that an empty queue raises.
     if not is_readable(socket):
         return None
     try:
@@ -131,10 +131,10 @@ def _content(frame: zmq.Frame) -> Frame:
 
 
 class PeerLink:
-    """Sends messages to one peer, receives its answers, and notices when the connection is lost or made again.
+    """Sends messages to one peer, receives its answers, and detects lost and restored connections.
 
-    While the peer is away, messages wait in a backlog. When the connection is lost, messages in the socket are lost
-    with it: nothing that was sent to one incarnation of the peer reaches the next.
+    While the peer is not connected, messages wait in a backlog. A lost connection discards the messages in its socket,
+    so a message sent to one incarnation of the peer never reaches the next incarnation.
     """
 
     def __init__(
@@ -164,12 +164,12 @@ class PeerLink:
         return True
 
     def withdraw(self, correlation: bytes) -> None:
-        """Remove a request that still waits for the peer to connect."""
+        """Remove a request from the backlog."""
         if len(self._backlog):
             self._backlog.withdraw(correlation)
 
     def close(self, linger_ms: int) -> None:
-        """Close the sockets. Messages may still be sent for ``linger_ms``, also to a peer that connects meanwhile."""
+        """Close the sockets. ZeroMQ tries to send queued messages for up to ``linger_ms``."""
         if self._socket.closed:
             return
         if linger_ms:
@@ -185,13 +185,13 @@ class PeerLink:
         self._monitor = self._socket.get_monitor_socket(_WATCHED)
         self._loop.add_reader(self._monitor.fileno(), self._on_monitor)
         self._loop.add_reader(self._socket.fileno(), self._on_readable)
-        # The descriptors are edge-triggered and must be checked once first.
+        # The descriptors are edge-triggered, so each needs one check before its first event.
         self._on_monitor()
         self._on_readable()
         self._socket.connect(self._address)
 
     def _check_again(self) -> None:
-        # Any use of the socket may have consumed the signal of its descriptor.
+        # Any operation on the socket may have consumed the event of its descriptor.
         if is_readable(self._socket):
             self._loop.call_soon(self._on_readable)
 
@@ -223,12 +223,12 @@ class PeerLink:
         self._check_again()
 
     def _send_backlog(self) -> None:
-        # The socket's own queue is empty and as long as the backlog.
+        # The socket's queue is empty and has the capacity of the backlog.
         for parts in self._backlog.take_all():
             send_now(self._socket, parts)
 
     def _disconnected(self) -> None:
-        # Answers that arrived before the connection was lost still count.
+        # Deliver answers that arrived before the connection was lost.
         while (parts := receive_now(self._socket)) is not None:
             self._on_answer(parts)
         self._connected = False

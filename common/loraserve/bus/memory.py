@@ -1,4 +1,4 @@
-"""The bus inside one process, for tests: the same bytes and rules as over sockets, with injected faults."""
+"""An in-process bus for tests. It has the wire format and the rules of the ZeroMQ bus, and can inject faults."""
 
 import asyncio
 from collections import deque
@@ -16,14 +16,14 @@ from loraserve.errors import ConfigError, LoraServeError
 
 
 class Fault(msgspec.Struct, frozen=True, kw_only=True):
-    """What happens to one message. ``copies`` 0 loses it, 2 duplicates it. A delay holds up the messages behind it."""
+    """A fault of one message. ``copies`` 0 loses it and 2 duplicates it. A delay also delays the messages after it."""
 
     delay_s: float = 0.0
     copies: int = 1
 
 
 FaultRule = Callable[[str, str, Any], Fault | None]
-"""Maps (sender, receiver, message) to a fault, or None. It is called for answers and publications too."""
+"""Maps (sender, receiver, message) to a fault or None. The network also calls it for answers and publications."""
 
 
 class MemoryNetwork:
@@ -38,7 +38,7 @@ class MemoryNetwork:
         self._last_due_s: dict[tuple[str, str], float] = {}
 
     def bus(self, name: str, inbox: type[Any] | UnionType | None, incarnation: str = "") -> "MemoryBus":
-        """Return the bus of a new process on this network, or of one restarted after ``kill`` or ``close``."""
+        """Add a process to the network and return its bus. The name may be that of a killed or closed process."""
         if name in self._buses:
             raise ConfigError(f"a process named {name} already runs on this network; kill or close it first")
         bus = self._buses[name] = MemoryBus(self, name, incarnation or new_incarnation(), inbox)
@@ -49,7 +49,7 @@ class MemoryNetwork:
         return bus
 
     def kill(self, name: str) -> None:
-        """Stop a process as kill -9 does: it sends and receives nothing more, and requests to it are lost."""
+        """Stop a process like kill -9: it no longer sends or receives, and requests to it fail."""
         self._buses.pop(name).die()
         for bus in list(self._buses.values()):
             bus.lost(name)
@@ -77,7 +77,7 @@ class MemoryNetwork:
         return list(self._subscribers.get((publisher, topic), ()))
 
     def carry(self, sender: str, receiver: str, message: Any, deliver: Callable[[], None]) -> None:
-        """Deliver a message now, later, twice or never, in order per pair of processes."""
+        """Deliver a message with its fault, if any. Messages keep their order for each pair of processes."""
         fault = self.faults(sender, receiver, message) if self.faults is not None else None
         fault = fault or Fault()
         for _ in range(fault.copies):
@@ -89,14 +89,14 @@ class MemoryNetwork:
             deliver()
             return
         loop = asyncio.get_running_loop()
-        # The event loop does not keep the order of calls due at the same time.
+        # The event loop does not preserve the order of calls that are due at the same time.
         due_s = max(loop.time() + delay_s, last_s + 1e-6)
         self._last_due_s[sender, receiver] = due_s
         loop.call_at(due_s, deliver)
 
 
 class MemoryBus(Endpoint):
-    """See Bus."""
+    """A Bus on a MemoryNetwork."""
 
     def __init__(
         self, network: MemoryNetwork, name: str, incarnation: str, inbox: type[Any] | UnionType | None
@@ -114,7 +114,7 @@ class MemoryBus(Endpoint):
         self._network.subscribe(self, peer, topic)
 
     async def receive(self) -> Envelope:
-        # Let other tasks run, as they do when messages come from a socket.
+        # Let other tasks run, as a receive from a socket does.
         await asyncio.sleep(0)
         while not self._arrived:
             if self._closed:
@@ -141,7 +141,7 @@ class MemoryBus(Endpoint):
         self._fail_waiting(peer, "its connection was lost before it answered")
 
     def arrive(self, hello: bytes, parts: Sequence[Frame]) -> None:
-        """Receive the bytes of a message from the connection that sent ``hello``."""
+        """Receive a message on the connection that ``hello`` identifies."""
         if not self._closed:
             self._put(self._accept(hello, _copied(parts)))
 
@@ -207,5 +207,5 @@ class MemoryBus(Endpoint):
 
 
 def _copied(parts: Sequence[Frame]) -> list[Frame]:
-    # The receiver must not see later changes of the sender's buffers.
+    # The sender may change its buffers later.
     return [bytes(part) for part in parts]

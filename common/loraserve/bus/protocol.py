@@ -1,8 +1,8 @@
-"""What every process sees of the bus, over any transport, and the counters of what went wrong on it.
+"""The bus interface of a process, independent of the transport, and the counters of its messages and errors.
 
-A process has one name (``router``, ``engine-0``, ...) and one inbox. ``send`` and ``publish`` never wait. Messages are
-delivered at most once, and in order per pair of processes; a sender that must know whether a message arrived uses
-``request``.
+A process has one name (``router``, ``engine-0``, ...) and one inbox. ``send`` and ``publish`` never wait. The bus
+delivers messages at most once, and in order for each pair of processes. A sender that must know whether a message
+arrived uses ``request``.
 """
 
 from collections import Counter
@@ -24,10 +24,10 @@ T = TypeVar("T")
 
 
 class BusCounters:
-    """Counters of one process's bus. The metrics registry reads them.
+    """The counters of one process's bus. The metrics registry reads them.
 
-    Above MAX_COUNTED_PEERS further senders are counted together as "?", so that a flood of invented names cannot grow
-    the tables.
+    ``bad`` has at most about MAX_COUNTED_PEERS entries. After that it counts messages under the sender "?", so that
+    invented sender names cannot exhaust the memory.
     """
 
     def __init__(self, owner: str) -> None:
@@ -55,7 +55,7 @@ class BusCounters:
 
 
 class Envelope(msgspec.Struct, frozen=True):
-    """A received message. ``reply_to`` is opaque; it is empty unless the sender waits for an answer."""
+    """A received message. ``reply_to`` is the opaque return address of a request, or empty for other messages."""
 
     sender: str
     message: Any
@@ -65,7 +65,7 @@ class Envelope(msgspec.Struct, frozen=True):
 
 
 class Bus(Protocol):
-    """One process's connection to the bus. Raw frames are not copied: do not change their bytes after sending."""
+    """The connection of one process to the bus. Do not change raw frames after sending: the bus does not copy them."""
 
     @property
     def name(self) -> str: ...
@@ -77,43 +77,43 @@ class Bus(Protocol):
     def counters(self) -> BusCounters: ...
 
     def send(self, peer: str, message: Any, frames: Sequence[Frame] = ()) -> bool:
-        """Send a one-way message. Return False, drop the message and count it if the peer's queue is full.
+        """Send a one-way message. If the peer's queue is full, count and drop the message and return False.
 
-        Up to ``bus.queue_messages`` are kept for a peer that has not started yet or is being restarted.
+        The queue keeps up to ``bus.queue_messages`` messages for a peer that is not running yet or is restarting.
         """
 
     async def request(
         self, peer: str, message: Any, reply: type[T] | UnionType, timeout_s: float, frames: Sequence[Frame] = ()
     ) -> T:
-        """Send a request and return the answer, decoded strictly as ``reply``: a message type or a union of them.
+        """Send a request and return the answer, decoded strictly as ``reply`` (a message type or a union of types).
 
-        Raises PeerError if the peer refuses or answers something else. Raises RequestTimeoutError after ``timeout_s``,
-        or at once if the connection to the peer is lost; whether the peer acted on the request is then unknown. A
-        request that times out before its peer has started is not delivered later.
+        Raises PeerError if the peer refuses the request or its answer does not decode. Raises RequestTimeoutError
+        after ``timeout_s``, or at once if the connection is lost; the peer may then have acted on the request. A
+        request that times out before its peer connects is never delivered.
         """
 
     async def request_frames(
         self, peer: str, message: Any, reply: type[T] | UnionType, timeout_s: float, frames: Sequence[Frame] = ()
     ) -> tuple[T, tuple[bytes | memoryview, ...]]:
-        """Like ``request``, but return the answer's raw frames too."""
+        """Like ``request``, but also return the raw frames of the answer."""
 
     def respond(self, envelope: Envelope, message: Any, frames: Sequence[Frame] = ()) -> None:
-        """Answer a request. Does nothing for one-way messages."""
+        """Answer a request. Has no effect for one-way messages."""
 
     def refuse(self, envelope: Envelope, code: str, message: str) -> None:
-        """Answer a request with an error, which the peer raises as PeerError(code, message)."""
+        """Answer a request with an error. The requester raises PeerError(code, message)."""
 
     def publish(self, topic: str, message: Any) -> None:
-        """Send a message to all current subscribers of this process's topic. Later subscribers do not get it."""
+        """Send a message to the current subscribers of a topic of this process. Later subscribers do not receive it."""
 
     def subscribe(self, peer: str, topic: str) -> None:
-        """Receive the peer's publications in the inbox from now on, also after the peer restarts. May be repeated."""
+        """Receive the peer's publications on a topic in the inbox, even after the peer restarts. Idempotent."""
 
     async def receive(self) -> Envelope:
-        """Return the next valid message from the inbox. Invalid ones are counted, logged and refused."""
+        """Return the next valid message from the inbox. The bus counts, logs and refuses invalid messages."""
 
     def forget(self, peer: str) -> None:
-        """Drop everything that concerns a peer that will not return: its queue, waiting requests and subscriptions."""
+        """Drop the queue, the waiting requests and the subscriptions of a peer that will not return."""
 
     async def close(self) -> None:
         """Fail waiting requests with RequestTimeoutError and close the sockets."""

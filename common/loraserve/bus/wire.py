@@ -1,6 +1,6 @@
-"""The format of messages between processes, the same for every transport.
+"""The wire format of messages, used by every transport.
 
-A message is the parts ``[kind][correlation, 8 bytes][MessagePack][raw frames...]``; a publication is
+A message consists of the parts ``[kind][correlation, 8 bytes][MessagePack][raw frames...]``. A publication is
 ``[v<version>/<topic>][MessagePack]``. Each connection starts with a hello that names the sender.
 """
 
@@ -28,7 +28,7 @@ Parts = list[Frame]
 
 
 class Hello(msgspec.Struct, frozen=True):
-    """Who a connection claims to be. ``refusal`` says why its messages are refused; "" if they are not."""
+    """The identity that the sender of a connection claims. ``refusal`` is the reason to refuse its messages, or ""."""
 
     name: str
     incarnation: str
@@ -36,14 +36,14 @@ class Hello(msgspec.Struct, frozen=True):
 
 
 class Refusal(msgspec.Struct, frozen=True, array_like=True):
-    """Payload of an answer of kind ERROR."""
+    """The payload of an answer of kind ERROR."""
 
     code: str
     message: str
 
 
 class BadPartsError(Exception):
-    """The received parts are not a message."""
+    """The received parts are not a valid message."""
 
 
 def encode_hello(name: str, incarnation: str, version: int = PROTOCOL_VERSION) -> bytes:
@@ -51,7 +51,7 @@ def encode_hello(name: str, incarnation: str, version: int = PROTOCOL_VERSION) -
 
 
 def parse_hello(data: bytes) -> Hello:
-    """Decode a hello. Never raises: the sender is told the reason in an answer."""
+    """Decode a hello. An invalid hello gives a Hello with a ``refusal``, which is sent in answers to the sender."""
     match = _HELLO.fullmatch(data)
     if match is None:
         return Hello("?", "", "the connection sent no loraserve hello; is the peer a loraserve process?")
@@ -80,7 +80,7 @@ def split_message(parts: Sequence[Frame]) -> tuple[bytes, bytes, Frame, tuple[Fr
 
 
 def topic_frame(topic: str) -> bytes:
-    """Encode a topic. It contains the version, so that publications of another version are never received."""
+    """Encode a topic with the protocol version. Subscribers never receive publications of another version."""
     return f"v{PROTOCOL_VERSION}/{topic}".encode()
 
 
@@ -89,11 +89,11 @@ def pack_publication(topic: str, message: Any) -> Parts:
 
 
 def decode_payload(decoder: "msgspec.msgpack.Decoder[Any]", payload: Frame) -> Any:
-    """Decode strictly. Raises msgspec.DecodeError, whose text names the path of the invalid value."""
+    """Decode a payload strictly. Raises msgspec.DecodeError, which names the path of the invalid value."""
     try:
         return decoder.decode(payload)
     except msgspec.DecodeError:
         raise
     except (ValueError, OverflowError, RecursionError) as error:
-        # msgspec does not wrap the errors for invalid UTF-8, impossible dates and endless nesting.
+        # msgspec does not wrap the errors of invalid UTF-8, invalid dates and too deep nesting.
         raise msgspec.DecodeError(f"MessagePack data is malformed: {error}") from None

@@ -1,4 +1,4 @@
-"""The bus over ZeroMQ: ipc on one machine, tcp between machines."""
+"""The bus over ZeroMQ, with ipc sockets on one machine and TCP between machines."""
 
 import asyncio
 import contextlib
@@ -34,7 +34,7 @@ from loraserve.errors import ConfigError, LoraServeError
 
 
 class _Source:
-    """A socket from which the inbox receives: this process's own, or the publications of a peer."""
+    """A socket from which the inbox receives: the process's own socket, or a subscription to a peer."""
 
     def __init__(self, socket: Socket, accept: Callable[[list[Frame]], Envelope | None]) -> None:
         self.socket = socket
@@ -43,7 +43,7 @@ class _Source:
 
 
 class ZmqBus(Endpoint):
-    """See Bus. Create it inside the running event loop. A process with ``inbox`` None sends requests only."""
+    """A Bus over ZeroMQ. Create it in the running event loop. A process with ``inbox`` None only sends requests."""
 
     def __init__(self, config: Config, name: str, inbox: type[Any] | UnionType | None) -> None:
         super().__init__(name, new_incarnation(), inbox)
@@ -116,7 +116,7 @@ class ZmqBus(Endpoint):
         if self._publisher is not None:
             self._publisher.close()
         self._wake_receiver()
-        # Waits until lingering messages are sent.
+        # ``term`` waits until lingering messages are sent.
         await asyncio.to_thread(self._context.term)
         self._release()
 
@@ -199,7 +199,7 @@ class ZmqBus(Endpoint):
         if len(parts) != 2:
             self.counters.count_bad(peer, "bad_frames", f"publication of {len(parts)} parts, expected 2")
             return None
-        # ZeroMQ matches prefixes: a subscription to "load" also receives "loads".
+        # ZeroMQ matches topics by prefix: a subscription to "load" also receives "loads".
         topic = bytes(parts[0]).decode(errors="replace").partition("/")[2]
         return self._accept_publication(peer, topic, parts[1]) if topic in topics else None
 
@@ -236,5 +236,5 @@ class ZmqBus(Endpoint):
 
 
 def open_bus(config: Config, name: str, inbox: type[Any] | UnionType | None) -> ZmqBus:
-    """Open this process's bus. Raises ConfigError if its name or address is in use or invalid."""
+    """Open the bus of the process ``name``. Raises ConfigError if the name or its address is in use or invalid."""
     return ZmqBus(config, name, inbox)

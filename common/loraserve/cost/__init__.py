@@ -1,4 +1,4 @@
-"""The cost model of steps and adapter loads: shipped, derived, fitted, and learned from the engines."""
+"""Cost models of steps and adapter loads: shipped, derived, fitted to measurements, and learned from engines."""
 
 from loraserve.cost.extents import MIN_EXTENT_BYTES, extent_bytes, largest_extent_bytes
 from loraserve.cost.learner import CostLearner

@@ -1,7 +1,7 @@
 """Derives a cost profile for a GPU from datasheet figures, bytes and FLOPs, without running the model on it.
 
-A step reads the weights once, each sequence's KV once, and the adapters as the LoRA kernels do. It computes two FLOPs
-per weight and token. Kernel launches (because of CUDA graphs) and sampling are not counted.
+A step reads the weights once, each sequence's KV once, and the adapters as the LoRA kernels read them. It computes two
+FLOPs per weight and token. The model ignores kernel launches, which CUDA graphs make cheap, and sampling.
 """
 
 from collections.abc import Mapping
@@ -16,11 +16,11 @@ ITEM_BYTES = 2
 """Weights, KV and adapters are bfloat16."""
 DERIVED_ON = "2026-12-01"
 
-# The engine's defaults (config.py).
+# Defaults of EngineConfig.
 MEMORY_FRACTION = 0.9
 POOL_FRACTION = 0.3
 BLOCK_TOKENS = 16
-# Not the engine's, which are for a CPU.
+# Values for a GPU. The defaults of EngineConfig are for a CPU.
 MAX_RUNNING = 256
 MAX_STEP_TOKENS = 2048
 """vLLM's usual default (max_num_batched_tokens)."""
@@ -35,7 +35,7 @@ def derive_profile(
     lora: Literal["exact", "padded"],
     model: str = "",
 ) -> Profile:
-    """Return the bfloat16 profile of ``shape`` on ``hardware``, with ``efficiencies`` as of ``find_efficiencies``.
+    """Return the bfloat16 profile of ``shape`` on ``hardware``. ``find_efficiencies`` provides ``efficiencies``.
 
     Raises KeyError if an efficiency is missing.
     """
@@ -80,11 +80,11 @@ def _cost(
 
 
 def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, float]) -> float:
-    """Return the seconds per byte of a load: the slower of link and digests, and what the slower does not hide.
+    """Return the seconds per byte of a load: the slower of transfer and digests, plus the part that does not overlap.
 
-    Threads verify one layer each, read back from the GPU, while later layers arrive. If the link is slower, the digests
-    of the last layers follow it; if the digests are slower, the link first fills all threads. Either part is the share
-    of the slab that as many layers have as there are threads.
+    Each thread reads one layer back from the GPU and verifies it while later layers arrive. If the transfer is slower,
+    the digests of the last layers do not overlap with it. If the digests are slower, the transfer of the first layers
+    does not overlap with them. In both cases this concerns one layer per thread.
     """
     link_byte_s = 1 / (min(hardware.host_bytes_per_s, hardware.nic_bytes_per_s) * value["link"])
     thread_byte_s = 1 / value["digest_bytes_per_s"] + 1 / (hardware.host_bytes_per_s * value["link"])
@@ -96,8 +96,8 @@ def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, floa
 def _sequence_s(flops_s: float, step_base_s: float) -> float:
     """Return the seconds that a decoding sequence adds to a step.
 
-    A step computes while it reads weights, so few sequences add nothing and many add their FLOPs. The linear model uses
-    the line from none to the most that run.
+    A step computes while it reads weights. So few sequences add no time, and many sequences add the time of their
+    FLOPs. The linear model is the line from no sequences to MAX_RUNNING sequences.
     """
     return max(0.0, flops_s - step_base_s / MAX_RUNNING)
 
@@ -113,22 +113,22 @@ def read_bytes(shape: ModelShape) -> int:
 
 
 def weight_bytes(shape: ModelShape) -> int:
-    """Return the bytes of all weights, with embedding and output head stored separately."""
+    """Return the bytes of all weights. Embedding and output head are assumed to be stored separately."""
     return read_bytes(shape) + shape.vocab * shape.hidden * ITEM_BYTES
 
 
 def prefill_flops(shape: ModelShape) -> int:
-    """Return the FLOPs of a prefill token without attention and output head."""
+    """Return the FLOPs of a prefill token, excluding attention and output head."""
     return 2 * shape.layers * layer_elements(shape)
 
 
 def decode_flops(shape: ModelShape) -> int:
-    """Return the FLOPs of a decoding sequence without attention."""
+    """Return the FLOPs of a decoding sequence in a step, excluding attention."""
     return prefill_flops(shape) + 2 * shape.vocab * shape.hidden
 
 
 def attention_flops(shape: ModelShape) -> int:
-    """Return the FLOPs for one token that a token attends to: a product with its key and one with its value."""
+    """Return the FLOPs per pair of a token and a context token: one product with the key and one with the value."""
     return 4 * shape.layers * shape.heads * shape.head_dim
 
 
@@ -138,7 +138,7 @@ def kv_bytes(shape: ModelShape) -> int:
 
 
 def rank_elements(shape: ModelShape) -> int:
-    """Return the elements of a slab per unit of rank in all projections (adapter/format.py)."""
+    """Return the slab elements per unit of rank of an adapter on all projections (``adapter/format.py``)."""
     return shape.layers * sum(
         len(shape.out_features(module)) * shape.in_features(module) + sum(shape.out_features(module))
         for module in MODULES
@@ -146,9 +146,9 @@ def rank_elements(shape: ModelShape) -> int:
 
 
 def lora_activation_bytes(shape: ModelShape) -> int:
-    """Return the bytes that LoRA moves per token whatever its rank: shrink reads x, expand reads and writes y.
+    """Return the activation bytes that LoRA moves per token: shrink reads x, expand reads and writes y.
 
-    Every token is assumed to have an adapter.
+    They do not depend on the rank. Every token is assumed to use an adapter.
     """
     return (
         shape.layers
@@ -158,7 +158,7 @@ def lora_activation_bytes(shape: ModelShape) -> int:
 
 
 def _engine(shape: ModelShape, hardware: Hardware) -> EngineShape:
-    """Divide the memory as services/loraserve/engine/cuda/memory.py does."""
+    """Return the engine's capacities, from the memory division of ``services/loraserve/engine/cuda/memory.py``."""
     left = int(hardware.hbm_bytes * MEMORY_FRACTION) - weight_bytes(shape) - _step_bytes(shape)
     pool_bytes = int(left * POOL_FRACTION) // MIB * MIB
     return EngineShape(
@@ -174,6 +174,6 @@ def _engine(shape: ModelShape, hardware: Hardware) -> EngineShape:
 
 
 def _step_bytes(shape: ModelShape) -> int:
-    """Return the bytes of the largest step: the outputs of one layer's linear modules, and float32 logits."""
+    """Return the activation bytes of the largest step: outputs of one layer's linear modules and float32 logits."""
     outputs = sum(sum(shape.out_features(module)) for module in MODULES) + 2 * shape.hidden + shape.ffn
     return MAX_STEP_TOKENS * outputs * ITEM_BYTES + MAX_RUNNING * shape.vocab * 4

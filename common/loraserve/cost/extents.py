@@ -1,7 +1,7 @@
-"""Sizes of extents in an adapter pool, which are multiples of a granule."""
+"""Sizes of extents in an adapter pool. All sizes are multiples of a granule."""
 
 MIN_EXTENT_BYTES = 4096
-"""The granule: every extent begins and ends at a multiple of it."""
+"""The default granule. Every extent begins and ends at a multiple of it."""
 
 
 def extent_bytes(slab_bytes: int, granule_bytes: int = MIN_EXTENT_BYTES) -> int:
@@ -9,5 +9,5 @@ def extent_bytes(slab_bytes: int, granule_bytes: int = MIN_EXTENT_BYTES) -> int:
 
 
 def largest_extent_bytes(pool_bytes: int, granule_bytes: int = MIN_EXTENT_BYTES) -> int:
-    """Return the size of the largest extent that a pool of this size can ever provide; 0 if it is too small."""
+    """Return the size of the largest extent that fits in an empty pool, or 0 if the pool is smaller than a granule."""
     return pool_bytes // granule_bytes * granule_bytes

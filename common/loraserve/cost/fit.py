@@ -1,4 +1,4 @@
-"""Fits a cost model to measurements by non-negative least squares on relative errors."""
+"""Fits a cost model to measurements with non-negative least squares of relative errors."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Literal, TypeVar
@@ -43,7 +43,7 @@ LOAD_TERMS: dict[str, Callable[[int], float]] = {
 UNSEEN = CostModel(
     **dict.fromkeys([*STEP_TERMS, *LORA_TERMS["exact"], *LORA_TERMS["padded"], *LOAD_TERMS], 0.0)  # type: ignore[arg-type]
 )
-"""Terms that no sample contains cost nothing."""
+"""A model with all terms 0, the default for terms that no sample contains."""
 
 
 def fit_cost_model(
@@ -53,10 +53,10 @@ def fit_cost_model(
     unseen: CostModel = UNSEEN,
     held_out_every: int = HELD_OUT_EVERY,
 ) -> tuple[CostModel, Residuals]:
-    """Return the fitted model and its errors on every ``held_out_every``-th step, which the fit does not use.
+    """Return the fitted model and its errors on held-out steps. Every ``held_out_every``-th step is held out.
 
-    Terms that no sample contains, such as those of the other ``lora``, are taken from ``unseen``. Raises ValueError if
-    there are too few samples or one took no time.
+    ``unseen`` provides the terms that no sample contains, such as those of the other value of ``lora``. Raises
+    ValueError if there are too few samples or a duration is not positive and finite.
     """
     seen = [sample for index, sample in enumerate(steps) if not _held_out(index, held_out_every)]
     rest = [sample for index, sample in enumerate(steps) if _held_out(index, held_out_every)]
@@ -82,7 +82,7 @@ def _held_out(index: int, every: int) -> bool:
 def _coefficients(
     what: str, samples: Sequence[tuple[Sample, float]], terms: Mapping[str, Callable[[Sample], float]]
 ) -> dict[str, float]:
-    """Return the coefficients of all terms that some sample contains, by relative errors."""
+    """Return the coefficients, fitted to relative errors, of all terms that at least one sample contains."""
     seconds = np.array([taken for _, taken in samples])
     if not (np.isfinite(seconds).all() and (seconds > 0).all()):
         raise ValueError(f"{what}: each sample must take a positive, finite number of seconds")
@@ -97,7 +97,7 @@ def _coefficients(
 
 
 def _solve(amounts: NDArray[np.float64], seconds: NDArray[np.float64]) -> list[float]:
-    """Solve with columns scaled to equal norms: bytes and sequences differ by many orders of magnitude."""
+    """Fit the columns of ``amounts`` to ``seconds``. They are scaled, as their magnitudes differ by many orders."""
     relative = amounts / seconds[:, None]
     scale = np.linalg.norm(relative, axis=0)
     solution, _ = nnls(relative / scale, np.ones(len(seconds)))

@@ -1,4 +1,4 @@
-"""Datasheet figures of GPUs and the share of them that real kernels reach, with sources."""
+"""Datasheet figures of GPUs, and the shares of these figures that real kernels reach, with sources."""
 
 import msgspec
 
@@ -6,10 +6,10 @@ from loraserve.cost.profile import Efficiency
 
 
 class Hardware(msgspec.Struct, frozen=True, kw_only=True):
-    """Datasheet figures of one GPU and its links. ``name`` is the driver's.
+    """Datasheet figures of one GPU and its links. ``name`` is the driver's name of the GPU.
 
-    ``bf16_flops`` is dense, per second. ``host_bytes_per_s`` is one direction of its PCIe link. ``nic_bytes_per_s`` is
-    the network card per GPU in the vendor's eight-GPU system. ``architecture`` selects efficiencies.
+    ``architecture`` selects efficiencies. ``bf16_flops`` are dense FLOPs per second. ``host_bytes_per_s`` is the rate
+    of the PCIe link in one direction. ``nic_bytes_per_s`` is the network rate per GPU in NVIDIA's eight-GPU system.
     """
 
     name: str
@@ -21,7 +21,7 @@ class Hardware(msgspec.Struct, frozen=True, kw_only=True):
     nic_bytes_per_s: float
 
 
-# NVIDIA's datasheets of the SXM parts; DGX A100 has 200 Gb/s and DGX H100 and H200 400 Gb/s for each GPU.
+# Source: NVIDIA's datasheets of the SXM GPUs. Per GPU, DGX A100 has 200 Gb/s of network, DGX H100 and H200 400 Gb/s.
 HARDWARE: dict[str, Hardware] = {
     "a100-80gb": Hardware(
         name="NVIDIA A100-SXM4-80GB",
@@ -95,10 +95,10 @@ _MFU = Efficiency(
 
 
 def find_efficiencies(hardware: Hardware) -> dict[str, Efficiency]:
-    """Return the efficiencies that ``derive_profile`` uses, by name.
+    """Return the efficiencies for ``derive_profile``, by name.
 
-    LoRA kernels without published figures are assumed to reach what the base model's kernels reach. For ``padded`` that
-    is the peers' best case: padding costs them bytes and FLOPs, but not a worse kernel.
+    LoRA kernels without published figures are assumed to be as efficient as the base model's kernels. This is the best
+    case of the systems with ``padded`` kernels: they move and compute more, but not at a lower rate.
     """
     streaming = _STREAMING[hardware.architecture]
     return {

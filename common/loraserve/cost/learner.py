@@ -1,4 +1,4 @@
-"""Keeps a cost model up to date with what the engines measure. Each measurement is used once."""
+"""Updates a cost model with the engines' measurements. Each measurement is used once."""
 
 from collections.abc import Collection, Iterable
 
@@ -9,17 +9,17 @@ from loraserve.messages import EngineLoad, MeasuredSpeed
 
 
 class _Learned(msgspec.Struct, frozen=True, kw_only=True):
-    """The measurements of one incarnation of an engine that the model has already learned from."""
+    """The last measurements of an engine's incarnation that the cost model has learned from."""
 
     incarnation: str
     speed: MeasuredSpeed = MeasuredSpeed()
 
 
 class CostLearner:
-    """Holds ``cost``, the model as learned so far.
+    """Learns the cost model ``cost`` from the load reports of all engines.
 
-    Engines report the same means again and again, an idle engine those of its last steps. If each report counted, one
-    slow first step of an idle engine would outweigh everything that busy engines measure.
+    An idle engine reports the means of its last steps repeatedly. If every report counted, one slow step of an idle
+    engine could outweigh all measurements of busy engines.
     """
 
     def __init__(self, cost: CostModel) -> None:
@@ -27,7 +27,7 @@ class CostLearner:
         self._learned: dict[str, _Learned] = {}
 
     def learn(self, loads: Iterable[EngineLoad], engines: Collection[str]) -> None:
-        """Learn what is new in these reports, and forget engines that are not in ``engines`` (all known ones)."""
+        """Learn from new measurements in ``loads``. Forget engines that are not in ``engines``, the known engines."""
         for load in loads:
             self.cost = self.cost.observe(self._new_in(load))
             self._learned[load.engine] = _Learned(incarnation=load.incarnation, speed=load.speed)
@@ -35,11 +35,11 @@ class CostLearner:
             del self._learned[name]
 
     def known_engines(self) -> set[str]:
-        """Return the engines whose measurements it remembers."""
+        """Return the engines whose last measurements are remembered."""
         return set(self._learned)
 
     def _new_in(self, load: EngineLoad) -> MeasuredSpeed:
-        """Return the measured speed without the means that contain nothing new."""
+        """Return the speed in ``load`` without the means that have no new measurements."""
         learned = self._learned.get(load.engine)
         if learned is None or learned.incarnation != load.incarnation:
             learned = _Learned(incarnation=load.incarnation)

@@ -1,7 +1,7 @@
-"""The cost model of steps and adapter loads with which router, planner and simulator predict times.
+"""The cost model of steps and adapter loads. Router, planner and simulator predict times with it.
 
-It is linear in what a step reads and computes. The coefficients start as those of a profile and follow the engines'
-measurements.
+The time of a step is linear in the amounts that it reads and computes. The initial coefficients come from a profile.
+Measurements of the engines then correct them.
 """
 
 from math import inf, isfinite
@@ -12,17 +12,17 @@ import msgspec
 from loraserve.messages import MeanStep, MeasuredSpeed
 
 LEARNING_RATE = 0.1
-"""How far one measurement moves the coefficients. It is small, because reported means are smoothed already."""
+"""The share of a prediction error that one measurement corrects. It is small: reported means are already smoothed."""
 LARGEST_SURPRISE = 4.0
-"""Measurements that differ by more than this factor count as differing by it, so that outliers do little harm."""
+"""Ratios of measured to predicted time are limited to this factor and its inverse, to bound the effect of outliers."""
 
 
 class StepShape(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The contents of a step that determine its time.
 
-    ``kv_tokens``: context tokens that decoding sequences attend to. ``prefill_kv_tokens``: the same summed over the
-    prefill tokens. ``slab_bytes``: total of the distinct adapters. ``rank_tokens``: sum over all tokens of the rank of
-    their adapter. ``max_rank``: the largest of these ranks.
+    ``kv_tokens`` is the sum of the context tokens to which the decoding sequences attend, and ``prefill_kv_tokens`` of
+    those to which the prefill tokens attend. ``slab_bytes`` is the size of all distinct adapters. ``rank_tokens`` is
+    the sum of the adapter ranks of all tokens, and ``max_rank`` the largest of these ranks.
     """
 
     decode_sequences: float = 0
@@ -35,7 +35,7 @@ class StepShape(msgspec.Struct, frozen=True, kw_only=True, gc=False):
 
 
 def mean_step(shape: StepShape, duration_s: float) -> MeanStep:
-    """Return the mean of steps that all have this shape and duration."""
+    """Return the MeanStep of identical steps of this shape and duration."""
     return MeanStep(
         duration_s=duration_s,
         decode_sequences=shape.decode_sequences,
@@ -50,31 +50,31 @@ def mean_step(shape: StepShape, duration_s: float) -> MeanStep:
 
 
 class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Coefficients in seconds per unit. A step costs ``step_base_s`` and the other terms for its contents.
+    """Coefficients in seconds per unit. The time of a step is ``step_base_s`` plus the terms for its contents.
 
-    ``lora`` says how LoRA is priced. ``exact``: the bytes of the distinct adapters, and each token's own rank (this
-    project's kernels). ``padded``: every token at the largest rank of the batch (S-LoRA's BGMV, Punica, vLLM).
+    ``lora`` selects the LoRA terms. ``exact`` counts the bytes of the distinct adapters and each token's own rank (this
+    project's kernels). ``padded`` counts every token at the largest rank of the batch (S-LoRA's BGMV, Punica, vLLM).
     """
 
     step_base_s: float = 0.022
     sequence_s: float = 0.0025
-    """Per sequence that decodes in the step."""
+    """Per decoding sequence in the step."""
     kv_token_s: float = 2e-7
-    """Per context token that a decoding sequence attends to."""
+    """Per context token to which a decoding sequence attends."""
     prefill_token_s: float = 0.002
     prefill_kv_token_s: float = 0.0
-    """Per pair of a prefill token and a token that it attends to."""
+    """Per pair of a prefill token and a context token to which it attends."""
     lora: Literal["exact", "padded"] = "exact"
     slab_byte_s: float = 1e-10
-    """Exact: per byte of the distinct adapters in the step, which are read once per step."""
+    """Exact: per byte of the distinct adapters in the step. A step reads each adapter once."""
     rank_token_s: float = 5e-6
-    """Exact: per token and rank of its adapter."""
+    """Exact: per token and unit of its adapter's rank."""
     padded_prefill_s: float = 5e-6
-    """Padded: per prefill token and the largest rank in the step."""
+    """Padded: per prefill token and unit of the largest rank in the step."""
     padded_decode_s: float = 5e-6
-    """Padded: per decoding sequence and the largest rank in the step."""
+    """Padded: per decoding sequence and unit of the largest rank in the step."""
     load_base_s: float = 0.005
-    """Per load, whatever its size: request, verification, installation."""
+    """Per load of any size, for the request, verification and installation."""
     load_byte_s: float = 2e-9
 
     def step_s(self, shape: StepShape) -> float:
@@ -88,7 +88,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         )
 
     def lora_s(self, shape: StepShape) -> float:
-        """Return the part of a step's time that is due to its adapters."""
+        """Return the seconds that the adapters add to a step."""
         if self.lora == "padded":
             per_rank_s = shape.prefill_tokens * self.padded_prefill_s + shape.decode_sequences * self.padded_decode_s
             return shape.max_rank * per_rank_s
@@ -98,7 +98,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self.load_base_s + slab_bytes * self.load_byte_s
 
     def observe(self, speed: MeasuredSpeed) -> "CostModel":
-        """Return this model moved towards what one engine measured. Call it once per measurement; see CostLearner."""
+        """Return this model corrected by an engine's measurements. CostLearner passes each measurement once."""
         cost = self
         for step in (speed.decode_step, speed.prefill_step):
             if step is not None:
@@ -110,7 +110,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return cost
 
     def _observe_step(self, step: MeanStep) -> "CostModel":
-        """Learn from a mean step as a whole: its prefill tokens must not be charged for what decodes beside them."""
+        """Correct all terms of a step together, so that prefill terms do not absorb the time of decoding sequences."""
         terms = {
             "step_base_s": self.step_base_s,
             "sequence_s": step.decode_sequences * self.sequence_s,
@@ -127,16 +127,16 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
             terms["slab_byte_s"] = step.slab_bytes * self.slab_byte_s
             terms["rank_token_s"] = step.rank_tokens * self.rank_token_s
         if step.prefill_tokens > 0 and sum(prefill.values()) <= 0:
-            # The time that decoding does not explain is due to prefill, so only its terms are changed.
+            # The time that the other terms do not explain is due to prefill. Only the prefill terms are changed.
             rest_s = step.duration_s - sum(terms.values())
             return self._corrected(prefill, rest_s, "prefill_token_s", step.prefill_tokens)
         return self._corrected({**terms, **prefill}, step.duration_s, "step_base_s", 1.0)
 
     def _corrected(self, terms: dict[str, float], measured_s: float, unknown: str, unknown_units: float) -> "CostModel":
-        """Move each term towards explaining a measured time, in proportion to its share of the prediction.
+        """Reduce the prediction error by changing each term in proportion to its share of the prediction.
 
-        Terms that are 0 stay 0. If all are 0, the coefficient ``unknown``, with ``unknown_units`` units, is learned.
-        Impossible measurements change nothing.
+        Terms of 0 stay 0. If all terms are 0, the coefficient ``unknown`` is derived from ``unknown_units`` units.
+        Negative, infinite or NaN measurements have no effect.
         """
         if not 0 <= measured_s < inf:
             return self

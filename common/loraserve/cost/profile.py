@@ -1,6 +1,6 @@
-"""Cost profiles: a cost model with its origin, the model and hardware it is for, and its errors.
+"""Cost profiles. A profile is a cost model with its origin, its base model and hardware, and its errors.
 
-Profiles are JSON files. The shipped ones are in ``profiles/``.
+Profiles are JSON files. ``profiles/`` contains the shipped profiles.
 """
 
 from math import isfinite
@@ -20,13 +20,13 @@ SHIPPED = Path(__file__).parent / "profiles"
 REMEDY = "measure one with scripts/profile"
 ONE_SEQUENCE = StepShape(decode_sequences=1)
 LEAST_RANK = 8
-"""A pool must have room for an adapter of this rank."""
+"""A profile's pool must fit an adapter of this rank."""
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A share of a datasheet figure that real kernels reach, or another number with its source.
+    """The share of a datasheet figure that real kernels reach, or another input of ``derive_profile``.
 
-    ``source`` is the file of this repository that measured it, or the publication.
+    ``source`` says where ``value`` was published or how it was measured or assumed.
     """
 
     value: float
@@ -34,7 +34,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Relative errors |predicted - measured| / measured on steps that the fit did not use."""
+    """Quantiles of |predicted - measured| / measured over the ``held_out`` of ``samples`` steps, unused by the fit."""
 
     samples: int
     held_out: int
@@ -43,7 +43,7 @@ class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
 
 
 class EngineShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Capacities of an engine on this hardware, for the simulator."""
+    """The capacities of an engine on the profile's hardware, for the simulator."""
 
     kv_blocks: int
     block_tokens: int
@@ -56,9 +56,9 @@ class EngineShape(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
 
 
 class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """A cost profile. ``origin`` derived means from datasheets and ``efficiencies``, without running the model.
+    """A cost profile. ``date`` is ISO 8601. ``device`` is the kind of ``hardware``.
 
-    ``date`` is ISO 8601. ``device`` is the kind of ``hardware``.
+    ``origin`` derived means that datasheets and ``efficiencies`` give the costs, without running the model.
     """
 
     model: str
@@ -74,7 +74,7 @@ class Profile(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
 
 
 def read_profile(name_or_path: str) -> Profile:
-    """Read a profile from a file, or a shipped one by its name. Raises ConfigError, which names file and fault."""
+    """Read a profile file or a shipped profile. Raises ConfigError, which names the file and the error."""
     path = Path(name_or_path)
     if path.suffix != ".json" and "/" not in name_or_path:
         path = SHIPPED / f"{name_or_path}.json"
@@ -96,7 +96,7 @@ def write_profile(profile: Profile, path: Path) -> None:
 
 
 def check_model(profile: Profile, shape: ModelShape, name: str = "") -> None:
-    """Raise ConfigError if ``profile`` is for a model of another shape. ``name`` is its name in the message."""
+    """Raise ConfigError if ``profile`` is for a model of another shape. The message calls the profile ``name``."""
     if profile.shape == shape:
         return
     ours, theirs = msgspec.structs.asdict(shape), msgspec.structs.asdict(profile.shape)
@@ -109,11 +109,10 @@ def check_model(profile: Profile, shape: ModelShape, name: str = "") -> None:
 
 
 def find_profile(config: Config) -> Profile | None:
-    """Return the profile named by ``cluster.profile``, or for "" the shipped one for this model and kind of device.
+    """Return the profile that ``cluster.profile`` names. For "", return a shipped profile or None.
 
-    Of several shipped ones, one for this GPU is preferred, then a measured one; None if there is none. Raises
-    ConfigError if a named profile cannot be read or is for another model, which cannot be checked without a model
-    directory.
+    A shipped profile must be for this model and kind of device. Profiles for this GPU are preferred, then measured
+    profiles. Raises ConfigError if a named profile is unreadable, or is for another model than that in ``model.path``.
     """
     name = config.cluster.profile
     shape = _shape(config.model.path)
@@ -130,7 +129,7 @@ def find_profile(config: Config) -> Profile | None:
 
 
 def initial_cost_model(config: Config) -> CostModel:
-    """Return the initial cost model: the profile's, or the default. Raises ConfigError as ``find_profile`` does."""
+    """Return the cost model of ``find_profile``, or the default if it finds none. Raises ConfigError like it."""
     profile = find_profile(config)
     return profile.cost if profile else CostModel()
 
@@ -139,12 +138,12 @@ def _shape(model_dir: str) -> ModelShape | None:
     try:
         return shape_from_config(read_model_config(Path(model_dir))) if model_dir else None
     except ConfigError:
-        # Processes that need the model report the error.
+        # The processes that load the model report the error.
         return None
 
 
 def _fault(profile: Profile) -> str:
-    """Return which field is invalid and why; "" if none is."""
+    """Describe the first invalid field of ``profile``. Return "" if all are valid."""
     for field, value in msgspec.structs.asdict(profile.cost).items():
         if field != "lora" and not (isfinite(value) and value >= 0):
             return f"cost.{field} is {value}, but must be finite and not negative"
@@ -167,9 +166,9 @@ def _fault(profile: Profile) -> str:
 
 
 def _unfit(engine: EngineShape) -> str:
-    """Return what the memory has no room for, with the remedy.
+    """Describe a memory size that is too small, with the remedy. Return "" if all are large enough.
 
-    A KV cache shorter than the longest context is no fault: it limits the longest request.
+    A KV cache smaller than the longest context is valid. It limits the length of requests.
     """
     kv_tokens = engine.kv_blocks * engine.block_tokens
     if kv_tokens < engine.max_step_tokens:

@@ -32,7 +32,7 @@ MAX_STOP_TOKEN_IDS = 256
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARACTERS = 4096
-"""Limit of the total length of a request's stop strings. The gateway compares every output character to all."""
+"""Total length of a request's stop strings. The gateway compares every output character with each string."""
 
 
 class Finish(NamedTuple):
