@@ -1,1 +1,1 @@
-"""Running the model: what every runner offers, the CPU runner, and the sampler."""
+"""Model execution: the Runner protocol, the CPU runner and the sampler."""

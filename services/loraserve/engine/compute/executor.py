@@ -1,4 +1,4 @@
-"""Runs a model runner's steps in threads, so that the event loop stays free while a step computes."""
+"""Runs a model runner's steps in threads, so that they do not block the event loop."""
 
 import asyncio
 from collections.abc import Callable
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 class StepExecutor:
-    """One thread submits steps. If the runner accepts steps ahead, another waits for their results meanwhile."""
+    """Submits steps in one thread. If the runner accepts steps ahead, a second thread waits for their results."""
 
     def __init__(self) -> None:
         self._compute = ThreadPoolExecutor(max_workers=1, thread_name_prefix="step")
@@ -22,7 +22,7 @@ class StepExecutor:
         return asyncio.get_running_loop().run_in_executor(self._compute, function, *arguments)
 
     def submit(self, runner: Runner, batch: StepBatch) -> asyncio.Future[StepResult]:
-        """Start a step behind the steps submitted before it."""
+        """Submit a step, which runs after all earlier steps. Returns a future of its result."""
         if not runner.steps_ahead:
             return self.call(lambda: runner.submit(batch).result())
         submitted = self._compute.submit(runner.submit, batch)

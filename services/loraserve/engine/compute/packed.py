@@ -1,4 +1,4 @@
-"""A step's sequences as arrays, one token after the other: the input of a model on any device."""
+"""Packs the sequences of a step into flat arrays, the model's input on every device."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ Int32s = NDArray[np.int32]
 
 @dataclass(frozen=True)
 class PackedStep:
-    """int32 arrays, packed sequence after sequence.
+    """A step as int32 arrays.
 
-    Per token: ``tokens``, ``positions``, ``slots`` (the adapter's, -1 for none), and ``kv_slots`` (block *
-    block_tokens + offset: where its KV is kept). Per sequence: ``seq_len`` (its KV including this step's tokens),
-    ``table`` [sequences, blocks of the longest], and ``query_start``, with one more entry for the end. ``sampled``:
-    the rows whose logits are needed.
+    Arrays with one entry per token are ``tokens``, ``positions``, ``slots`` (adapter slot, -1 for none) and
+    ``kv_slots`` (block * block_tokens + offset of its KV). ``seq_len`` [sequences] is the KV length including this
+    step. ``table`` [sequences, blocks of the longest] holds KV block ids. ``query_start`` [sequences + 1] is the
+    cumulative token count. ``sampled`` holds the token indices whose logits are needed.
     """
 
     tokens: Int32s
@@ -36,14 +36,14 @@ class PackedStep:
 
 
 def pack_step(sequences: Sequence[SequenceStep], block_tokens: int) -> PackedStep:
-    """Return the arrays of a step with at least one sequence. PENDING_TOKEN stays in ``tokens``."""
+    """Pack at least one sequence. The caller must resolve PENDING_TOKEN, which stays in ``tokens``."""
     lengths = np.array([len(s.tokens) for s in sequences], dtype=np.int32)
     starts = np.array([s.start for s in sequences], dtype=np.int32)
     query_start = np.zeros(len(sequences) + 1, dtype=np.int32)
     np.cumsum(lengths, out=query_start[1:])
     total = int(query_start[-1])
     tokens = np.fromiter((token for s in sequences for token in s.tokens), dtype=np.int32, count=total)
-    # A token's position is its index in the packed batch, shifted from its sequence's first index to ``start``.
+    # position = start + index in the sequence = start + packed index - query_start
     positions = np.arange(total, dtype=np.int32) + np.repeat(starts - query_start[:-1], lengths)
     table = np.zeros((len(sequences), max(len(s.blocks) for s in sequences)), dtype=np.int32)
     for row, sequence in zip(table, sequences, strict=True):

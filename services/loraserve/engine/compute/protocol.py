@@ -1,4 +1,4 @@
-"""What the engine needs from a model runner on any device."""
+"""The interface between the engine and the model runner of a device."""
 
 from typing import Protocol, runtime_checkable
 
@@ -11,20 +11,20 @@ from loraserve.engine.schedule.events import StepBatch, StepResult
 
 
 class DeviceLostError(Exception):
-    """The device computes nothing any more. Only a new process can use it again."""
+    """The device is unusable in this process. Only a new process can use it again."""
 
 
 class PendingStep(Protocol):
     def result(self) -> StepResult:
         """Wait for the step and return its result.
 
-        Raises the error that kept it from being computed, DeviceLostError if every later step would fail too.
+        Raises the error that the step failed with. It is DeviceLostError if all later steps would fail too.
         """
         ...
 
 
 class ComputedStep(msgspec.Struct, frozen=True):
-    """A PendingStep that is already done."""
+    """A PendingStep that is already complete."""
 
     step: StepResult
 
@@ -35,14 +35,14 @@ class ComputedStep(msgspec.Struct, frozen=True):
 class Runner(Protocol):
     """The model on one device, with its KV cache and its adapter pool.
 
-    One thread calls ``submit``, and one, which may be another, calls ``result`` of what it returns, in the order of the
-    steps. A third thread may call ``install`` and ``remove`` for slots that no step in flight uses, and another may
-    write to ``pool`` outside the extents in use.
+    One thread calls ``submit``. The same or another thread calls ``result`` of the returned steps in order. A third
+    thread may call ``install`` and ``remove`` for slots that no step in flight uses. A fourth thread may write to
+    those extents of ``pool`` that no step in flight reads.
     """
 
     @property
     def steps_ahead(self) -> int:
-        """How many steps are accepted before the oldest is done; the runner resolves PENDING_TOKEN in them."""
+        """Number of steps accepted beyond the oldest unfinished one. The runner resolves PENDING_TOKEN in them."""
         ...
 
     @property
@@ -58,10 +58,10 @@ class Runner(Protocol):
     def weights_backend(self) -> str: ...
 
     def submit(self, batch: StepBatch) -> PendingStep:
-        """Start a step that is computed after those before it. May raise the errors of ``result``.
+        """Start a step, which runs after all earlier steps. May raise the same errors as ``PendingStep.result``.
 
-        A failed step does not fail the steps after it: each is computed, or fails, by itself. A PENDING_TOKEN that
-        refers to a failed step may be any token, as its result is not used.
+        A failed step does not make later steps fail. If PENDING_TOKEN refers to a failed step, the runner may use any
+        token, because the engine discards the result.
         """
         ...
 
@@ -69,28 +69,28 @@ class Runner(Protocol):
     def pool(self) -> PoolMemory: ...
 
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
-        """Use the slab at ``base_elements`` of the pool for tokens of ``slot`` from now on.
+        """Make later steps use the slab at element ``base_elements`` of the pool for tokens of ``slot``.
 
-        Raises ValueError if the slab cannot be used.
+        Raises ValueError if the slab does not fit the model or the settings.
         """
         ...
 
     def remove(self, slot: int) -> None:
-        """Compute tokens of ``slot`` with the base model from now on."""
+        """Make later steps compute tokens of ``slot`` without an adapter."""
         ...
 
 
 @runtime_checkable
 class LayeredRunner(Runner, Protocol):
-    """A Runner whose steps can use the first layers of a slab while the last are still being read.
+    """A Runner whose steps can use the first layers of a slab while later layers are still loading.
 
-    Its step results name the requests whose adapter was late for some layer.
+    Its step results list the requests whose step had to wait for a layer of their adapter.
     """
 
     def arrive(self, slot: int, header: SlabHeader, base_elements: int, arrival: Arrival) -> None:
-        """Use a slab that is being read for tokens of ``slot``.
+        """Make later steps use a slab that is still loading for tokens of ``slot``.
 
-        Until ``install`` is called, steps ask ``arrival`` for each layer. May be called again for another read of the
-        same slab to the same place, also while steps use it.
+        Until ``install`` is called, steps ask ``arrival`` whether each layer has arrived. May be called again, even
+        while steps use the slot, if the same slab is read again to the same place.
         """
         ...

@@ -1,4 +1,4 @@
-"""The model on this machine's CPU: turns a StepBatch into tensors, computes it, and samples tokens."""
+"""Model runner for the CPU: turns a StepBatch into tensors, computes the logits and samples tokens."""
 
 import mmap
 import time
@@ -30,13 +30,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class CpuRunner:
-    """A LayeredRunner on the CPU. ``submit`` computes the step at once, so that it accepts no steps ahead.
+    """A LayeredRunner on the CPU. ``submit`` computes the step before it returns, so no steps run ahead.
 
-    One thread calls ``submit``, ``step``, ``logits`` and ``warm_up``; see Runner for the other threads.
+    One thread calls ``submit``, ``step``, ``logits`` and ``warm_up``. Runner lists what other threads may call.
     """
 
     def __init__(self, model_dir: Path, engine: EngineConfig, threads: int, progress: Callable[[str], None]) -> None:
-        """Load the weights. Raises ConfigError naming the setting, the field or the tensor at fault."""
+        """Load the weights. Raises ConfigError, which names the invalid setting, field or tensor."""
         self.steps_ahead = 0
         self._last_sampled: dict[str, int] = {}
         self._arrivals: dict[int, Arrival] = {}
@@ -65,7 +65,7 @@ class CpuRunner:
         )
 
     def warm_up(self) -> None:
-        """Compile or load the kernels and touch the weights, so that the first request waits for neither."""
+        """Prepare the kernels and run two trial steps, so that the first request is not slow."""
         attention.warm_up()
         fused.warm_up()
         lora.warm_up(DTYPES[self.slab_dtype])
@@ -95,7 +95,7 @@ class CpuRunner:
         return ComputedStep(self.step(batch))
 
     def step(self, batch: StepBatch) -> StepResult:
-        """Compute one step and sample its tokens; ``duration_s`` covers both."""
+        """Compute one step and sample its tokens. ``duration_s`` of the result includes sampling."""
         started_s = time.monotonic()
         batch = _resolve_pending(batch, self._last_sampled)
         rows = [sequence for sequence in batch.sequences if sequence.sample]
@@ -107,15 +107,15 @@ class CpuRunner:
         return StepResult(step_id=batch.step_id, sampled=sampled, duration_s=time.monotonic() - started_s, late=late)
 
     def logits(self, batch: StepBatch, gate: Gate | None = None) -> torch.Tensor:
-        """Write the KV of all tokens; return float32 logits [sequences with ``sample``, vocab], in their order."""
-        if torch.get_num_threads() != self._threads:  # torch keeps the number per thread
+        """Write the KV of all tokens and return float32 logits [sequences with ``sample``, vocab]."""
+        if torch.get_num_threads() != self._threads:  # torch stores this number per thread
             torch.set_num_threads(self._threads)
         with torch.inference_mode():
             return self._decoder.forward(_make_inputs(batch.sequences, self.block_tokens), gate)
 
 
 def _allocate_pool(length_bytes: int) -> tuple[memoryview, SharedMemory | None]:
-    """Return memory for the pool. Where possible it is shared memory, which peers on this machine can map."""
+    """Return memory for the pool. It is shared memory, which local peers can map, if the system supports that."""
     if is_supported():
         shared = SharedMemory(length_bytes)
         return shared.view, shared
@@ -145,7 +145,7 @@ def _count_kv_blocks(config: DecoderConfig, engine: EngineConfig) -> int:
 
 
 def _resolve_pending(batch: StepBatch, last_sampled: Mapping[str, int]) -> StepBatch:
-    """Replace PENDING_TOKEN by the tokens of the preceding step; by any token if that step failed."""
+    """Replace PENDING_TOKEN with the preceding step's token, or with 0 if that step failed."""
     sequences = tuple(
         msgspec.structs.replace(s, tokens=(last_sampled.get(s.request_id, 0),)) if s.tokens[0] == PENDING_TOKEN else s
         for s in batch.sequences

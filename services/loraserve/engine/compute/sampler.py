@@ -1,8 +1,8 @@
-"""Sampling on the CPU: from the logits of each row to a token.
+"""Sampling on the CPU: chooses one token per row of logits.
 
-A token is a pure function of the row's logits, history, sampling parameters and output index. Nothing here keeps state
-or looks at other rows, so a request gets the same tokens in any batch, after any preemption and on any engine. Names
-and meanings are vLLM's. ``engine/cuda/sampling.py`` computes the same on a GPU.
+A token depends only on the row's logits, history, sampling parameters and output index. Batching, preemption and the
+choice of the engine do not affect it. The sampling parameters have the same meaning as in vLLM.
+``engine/cuda/sampling.py`` applies the same rules on a GPU.
 """
 
 from collections.abc import Collection, Sequence
@@ -17,10 +17,10 @@ from loraserve.messages.stop import forbidden_tokens
 Row = NDArray[np.float32]
 
 GREEDY_BELOW = 1e-5
-"""Lower temperatures are greedy."""
+"""Temperatures below this select the token with the largest logit."""
 
 BLOCK_TOKENS = 256
-"""Drawing sums the weights in blocks of this many tokens: a running sum over the whole vocabulary is slow."""
+"""Block size of the sums in ``_pick``. A running sum over the whole vocabulary would be slow."""
 
 GROUPS = 32
 
@@ -36,7 +36,7 @@ def sample(logits: NDArray[np.float32], rows: Sequence[SequenceStep], eos_token_
 def _sample_row(logits: Row, step: SequenceStep, eos_token_ids: Collection[int]) -> Sampled:
     params = step.sampling
     changes = params.changes_logits(step.output_index)
-    # Log-probabilities are the model's own: computed before penalties and temperature.
+    # Log-probabilities are computed from the raw logits, before penalties and temperature.
     log_normalizer = _log_sum_exp(logits) if params.logprobs is not None else 0.0
     raw = logits.copy() if params.logprobs is not None and changes else logits
     if changes:
@@ -53,7 +53,7 @@ def _sample_row(logits: Row, step: SequenceStep, eos_token_ids: Collection[int])
 
 
 def _penalize(logits: Row, step: SequenceStep) -> None:
-    """Apply the penalties: repetition counts prompt and output, presence and frequency count the output alone."""
+    """Apply the repetition penalty to prompt and output tokens, the other penalties to output tokens only."""
     params = step.sampling
     history = np.asarray(step.history, dtype=np.int64)
     if params.repetition_penalty != 1.0:
@@ -67,7 +67,7 @@ def _penalize(logits: Row, step: SequenceStep) -> None:
 
 
 def _draw(logits: Row, params: SamplingParams, u: float) -> int:
-    """Return the token at ``u`` of the cumulative distribution over the tokens that the filters leave."""
+    """Draw a token from those that pass min_p, top_k and top_p. ``u`` in [0, 1) is the random number."""
     largest = logits.max()
     if not np.isfinite(largest):
         return int(logits.argmax())
@@ -79,7 +79,7 @@ def _draw(logits: Row, params: SamplingParams, u: float) -> int:
 
 
 def _pick(weights: Row, u: float) -> int:
-    """Return the index at ``u`` in [0, 1) of the cumulative weights: find the block, then the place in it."""
+    """Return the first index whose cumulative weight exceeds ``u`` times the total, for ``u`` in [0, 1)."""
     sums = np.add.reduceat(weights, np.arange(0, len(weights), BLOCK_TOKENS)).astype(np.float64)
     ends = np.cumsum(sums)
     target = u * ends[-1]
@@ -94,14 +94,14 @@ def _first_beyond(cumulative: NDArray[np.float64], target: float) -> int:
     index = int(np.searchsorted(cumulative, target, side="right"))
     if index < len(cumulative):
         return index
-    # The target was rounded up to the total: take the last entry with a weight.
+    # Rounding made the target equal to the total. Return the last entry with a nonzero weight.
     return int(np.searchsorted(cumulative, cumulative[-1], side="left"))
 
 
 def _candidates(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None:
-    """Return the tokens that min_p, top_k and top_p leave, applied in this order, most likely first; None for all.
+    """Apply min_p, top_k and top_p in this order. Return the remaining tokens, most likely first, or None for all.
 
-    The largest of ``weights`` is 1, so min_p is the smallest weight that passes.
+    ``weights`` are scaled so that the largest is 1. A token passes min_p if its weight is at least min_p.
     """
     top_k = params.top_k if 0 < params.top_k < len(weights) else 0
     if not top_k and params.top_p >= 1.0 and params.min_p <= 0.0:
@@ -111,10 +111,10 @@ def _candidates(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None
     if top_k:
         floor = max(floor, _lower_bound_of_largest(weights, top_k))
     elif params.top_p < 1.0:
-        # Tokens below this weight sum to less than what top_p cuts off, so they need not be sorted.
+        # All tokens below this weight together have less than 1 - top_p, so top_p removes them all.
         floor = max(floor, np.float32(0.99 * (1.0 - params.top_p) * total / len(weights)))
     tokens = np.flatnonzero(weights >= floor)
-    # Ties go to the smaller id, so that exactly top_k tokens are left.
+    # The sort is stable, so of equal weights the smaller token id comes first.
     tokens = tokens[np.argsort(-weights[tokens], kind="stable")]
     if top_k:
         tokens = tokens[:top_k]
@@ -126,7 +126,7 @@ def _candidates(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None
 
 
 def _largest(row: Row, count: int) -> list[int]:
-    """Return the indices of the ``count`` largest entries, largest first, ties by index."""
+    """Return the indices of the ``count`` largest entries in descending order. Equal entries are ordered by index."""
     count = min(count, len(row))
     if count <= 0:
         return []
@@ -135,7 +135,7 @@ def _largest(row: Row, count: int) -> list[int]:
 
 
 def _lower_bound_of_largest(row: Row, count: int) -> np.float32:
-    """Return a value that at least ``count`` entries reach, and few more: computed from the maxima of groups."""
+    """Return a lower bound of the ``count``-th largest entry, computed from the maxima of groups."""
     width = len(row) // GROUPS
     values = row[: width * GROUPS].reshape(GROUPS, width).max(axis=0) if width >= count else row
     return np.float32(np.partition(values, len(values) - count)[len(values) - count])
@@ -147,7 +147,7 @@ def _log_sum_exp(row: Row) -> float:
 
 
 def uniform(seed: int, index: int) -> float:
-    """Return a pseudorandom number in [0, 1) that depends on seed and index alone (SplitMix64)."""
+    """Return a pseudorandom number in [0, 1) that depends only on ``seed`` and ``index`` (SplitMix64)."""
     return (_mix(_mix((seed & _MASK64) + _GOLDEN) + (index + 1) * _GOLDEN) >> 11) * 2.0**-53
 
 

@@ -1,1 +1,1 @@
-"""The CUDA runner: memory, weights, captured graphs and sampling on one GPU."""
+"""The model runner for one CUDA GPU: memory, weights, captured graphs and sampling."""

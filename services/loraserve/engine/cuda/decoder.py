@@ -1,4 +1,4 @@
-"""The forward pass on the GPU: all tokens of a step, of any sequence and adapter, in one packed batch."""
+"""The forward pass on the GPU. It computes all sequences of a step, with their adapters, as one packed batch."""
 
 from dataclasses import dataclass
 
@@ -22,7 +22,7 @@ from loraserve.model_shape import DOWN, GATE_UP, OUT, QKV
 
 @dataclass(frozen=True)
 class GpuStepInputs:
-    """A step as the decoder reads it. ``lora`` is None if no token uses an adapter."""
+    """The decoder's inputs for one step. ``lora`` is None if no token uses an adapter."""
 
     buffer: StepBuffer
     attention: GpuAttentionBatch
@@ -32,7 +32,7 @@ class GpuStepInputs:
     def of_exact_size(
         cls, packed: PackedStep, source: NDArray[np.int32], lora: LoraWork | None, device: torch.device
     ) -> "GpuStepInputs":
-        """Return the inputs of one step in a new buffer without unused room; the copy to the device is under way."""
+        """Return the inputs of one step in a new buffer without padding. Does not wait for the copy to the device."""
         sequences, blocks = packed.table.shape
         buffer = StepBuffer(BufferSize(len(packed.tokens), sequences, blocks, len(packed.sampled)), device)
         buffer.send(packed, source)
@@ -49,7 +49,7 @@ class DecoderMemory:
 
 
 class GpuDecoder:
-    """A decoder with its KV cache and its adapter pool, all on one device and of one dtype."""
+    """A decoder with its KV cache and adapter pool, all on one device and of one dtype."""
 
     def __init__(
         self,
@@ -71,9 +71,9 @@ class GpuDecoder:
         self._scale = self._shape.head_dim**-0.5
 
     def forward(self, inputs: GpuStepInputs, previous_tokens: torch.Tensor) -> torch.Tensor:
-        """Write the KV of all tokens; return logits [sampled rows, vocab].
+        """Write the KV of all tokens and return logits [sampled rows, vocab].
 
-        ``previous_tokens`` int64 are the tokens that the preceding step sampled.
+        ``previous_tokens`` int64 holds the tokens sampled in the preceding step.
         """
         buffer, lora = inputs.buffer, inputs.lora
         pending = previous_tokens[buffer.source.clamp(min=0)].int()
@@ -91,7 +91,7 @@ class GpuDecoder:
     def _layer(
         self, index: int, layer: LayerWeights, x: torch.Tensor, delta: torch.Tensor | None, inputs: GpuStepInputs
     ) -> torch.Tensor:
-        """Add ``delta`` to the residual stream ``x``; return this layer's change, which the next norm adds to it."""
+        """Add ``delta`` to the residual stream ``x`` and return this layer's output, the next layer's ``delta``."""
         shape, cache, lora = self._shape, self._memory.cache, inputs.lora
         normed = add_rms_norm(x, delta, layer.input_norm, self._eps, torch.empty_like(x))
         qkv = self._add_lora(layer.qkv(normed), normed, lora, index, QKV)

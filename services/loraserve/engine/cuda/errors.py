@@ -1,4 +1,4 @@
-"""Recognises the CUDA errors after which a GPU computes nothing any more."""
+"""Recognises the CUDA errors after which this process cannot use its GPU any more."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 from loraserve.engine.compute.protocol import DeviceLostError
 
 FATAL_PREFIXES = ("CUDA error", "Triton Error [CUDA]")
-"""How torch and Triton report the driver's errors. A crashed kernel is reported by whatever calls the driver next."""
+"""Prefixes of the driver's errors in torch and Triton. The next driver call reports a crashed kernel."""
 
 
 @contextmanager
 def device_errors() -> Iterator[None]:
-    """Turn CUDA errors that make the device unusable into DeviceLostError. Running out of memory is not one."""
+    """Raise DeviceLostError for CUDA errors that make the device unusable. Out of memory is not such an error."""
     try:
         yield
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""Decode steps as captured CUDA graphs, one per size: a step then costs one launch, however many kernels it has."""
+"""Captures decode steps as CUDA graphs, one per size, so that a step of many kernels needs one launch."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,15 +17,15 @@ WIDTH_FACTOR = {"gathered": 4, "paged": 8}
 
 
 def batch_sizes(max_running: int) -> tuple[int, ...]:
-    """Return the captured batch sizes: powers of two, and ``max_running``. A step is padded to the next one."""
+    """Return the captured batch sizes, powers of two and ``max_running``. Steps are padded to the next size."""
     sizes = [1 << power for power in range(max_running.bit_length())]
     return tuple(sorted({size for size in sizes if size < max_running} | {max_running}))
 
 
 def table_widths(max_blocks: int, attention: Backend) -> tuple[int, ...]:
-    """Return the captured block table widths, in blocks of one sequence.
+    """Return the captured block table widths, in blocks per sequence.
 
-    Gathered attention reads the whole width, so that it has many sizes. Paged attention only copies the table.
+    Gathered attention reads all blocks of the width, so it gets more widths. Paged attention reads only used blocks.
     """
     widths = {max_blocks}
     width = MIN_TABLE_WIDTH[attention]
@@ -37,7 +37,7 @@ def table_widths(max_blocks: int, attention: Backend) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class DecodeGraph:
-    """A captured step: send to ``buffer``, replay ``graph``, read ``logits`` [rows, vocab] before the next replay."""
+    """A captured step. Replaying ``graph`` reads ``buffer`` and overwrites ``logits`` [rows, vocab]."""
 
     buffer: StepBuffer
     graph: torch.cuda.CUDAGraph
@@ -45,10 +45,10 @@ class DecodeGraph:
 
 
 class DecodeGraphs:
-    """Graphs by (sequences, width of the block table, whether any token uses an adapter).
+    """Captured graphs, with the key (sequences, block table width, whether any token uses an adapter).
 
-    ``make_work`` returns the LoraWork for a number of tokens. ``previous_tokens`` are those that the preceding step
-    sampled; their address never changes.
+    ``make_work`` returns the LoraWork for a number of tokens. ``previous_tokens`` holds the tokens sampled in the
+    preceding step, always at the same address.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class DecodeGraphs:
 
     def capture(self, progress: Callable[[str], None]) -> None:
         """Capture all graphs on the current stream, which must also replay them."""
-        # The largest come first, so that the smaller ones reuse their memory.
+        # The largest graphs come first, so that the smaller ones reuse their memory.
         keys = list(self._keys())
         pool = torch.cuda.graph_pool_handle()
         for done, key in enumerate(keys):
@@ -77,7 +77,7 @@ class DecodeGraphs:
             self._graphs[key] = self._capture(*key, pool)
 
     def find(self, sequences: int, blocks: int, adapted: bool) -> DecodeGraph | None:
-        """Return the smallest graph that fits the step; None if there is none."""
+        """Return the smallest graph that fits the step, or None."""
         key = (bucket(sequences, self._sizes), bucket(blocks, self._widths), adapted)
         return self._graphs.get(key) if sequences <= self._sizes[-1] and blocks <= self._widths[-1] else None
 
@@ -103,7 +103,7 @@ class DecodeGraphs:
         # Kernels must be compiled, and buffers allocated, before the capture.
         logits = forward()
         if not self._logits.numel():
-            # The first graph is the largest. All share its output, as they run one after the other.
+            # All graphs share the output buffer of the first and largest, because they never run concurrently.
             self._logits = torch.empty_like(logits)
         torch.cuda.current_stream().synchronize()
         graph = torch.cuda.CUDAGraph()

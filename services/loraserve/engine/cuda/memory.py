@@ -18,9 +18,9 @@ MIB = 1 << 20
 
 
 class MeasuredMemory(msgspec.Struct, frozen=True, kw_only=True):
-    """The GPU's memory once the weights are loaded.
+    """The GPU's memory after the weights are loaded.
 
-    ``used_bytes`` counts every process on the GPU; ``step_bytes`` is what the largest step needs beside that.
+    ``used_bytes`` includes all processes on the GPU. ``step_bytes`` is the additional memory of the largest step.
     """
 
     total_bytes: int
@@ -36,10 +36,10 @@ class MemoryShares(msgspec.Struct, frozen=True, kw_only=True):
 def divide_memory(
     memory: MeasuredMemory, memory_fraction: float, pool_fraction: float, block_bytes: int
 ) -> MemoryShares:
-    """Return the sizes of cache and pool if ``memory_fraction`` of the GPU may be used.
+    """Return the sizes of KV cache and adapter pool within ``memory_fraction`` of the GPU's memory.
 
-    The pool gets ``pool_fraction`` of what weights and steps leave. Raises ConfigError with the settings to change if
-    there is no room for one KV block and a pool.
+    The pool gets ``pool_fraction`` of the memory that weights and steps do not need. Raises ConfigError if one KV block
+    and a pool of 1 MiB do not fit.
     """
     allowed = int(memory.total_bytes * memory_fraction)
     left = allowed - memory.used_bytes - memory.step_bytes
@@ -71,7 +71,7 @@ def count_fitting_adapters(slab_bytes: int, pool_bytes: int, slots: int) -> int:
 def describe_capacity(
     shares: MemoryShares, block_tokens: int, slots: int, slab_bytes_of_rank: Mapping[int, int]
 ) -> str:
-    """Return a line for the log: how many tokens, and how many adapters of each rank, fit."""
+    """Return a log line with the number of tokens, and of adapters of each rank, that fit."""
     tokens = shares.kv_blocks * block_tokens
     counts = ", ".join(
         f"{count_fitting_adapters(slab_bytes, shares.pool_bytes, slots)} of rank {rank}"
@@ -81,16 +81,15 @@ def describe_capacity(
 
 
 def allocate_zeroed(elements: int, dtype: torch.dtype, device: torch.device) -> tuple[torch.Tensor, GpuMemory | None]:
-    """Return a flat tensor of zeros and, on a GPU, its memory, which is freed with the last tensor that views it.
+    """Return a flat tensor of zeros and, on a GPU, its memory. The last tensor that views the memory frees it.
 
-    On a GPU the tensor is one cuMemAlloc of its own, so that other processes and RDMA devices can be given it. Memory
-    from torch's allocator is part of a segment that is divided again later, or with expandable segments no such
-    allocation at all: CUDA IPC would export its neighbours with it or refuse, and an RDMA device could not register it
-    as one region. Raises ConfigError if the GPU has too little memory.
+    On a GPU the tensor has its own cuMemAlloc allocation, which CUDA IPC can export and RDMA devices can register.
+    torch's allocator returns a part of a larger segment. CUDA IPC would export the whole segment, or fail if torch uses
+    expandable segments. Raises ConfigError if the GPU has too little memory.
     """
     if device.type != "cuda":
         return torch.zeros(elements, dtype=dtype, device=device), None
-    # torch keeps freed memory, which the driver cannot allocate until it is returned.
+    # torch caches freed memory. Return it to the driver, which allocates the pool.
     torch.cuda.empty_cache()
     number = torch.cuda.current_device() if device.index is None else device.index
     try:
@@ -105,7 +104,7 @@ def allocate_zeroed(elements: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 class _Allocation:
-    """Presents GPU memory to torch as an array of bytes. torch keeps the object as long as a tensor uses the memory."""
+    """Presents GPU memory to torch as a byte array. torch keeps this object while a tensor uses the memory."""
 
     def __init__(self, memory: GpuMemory) -> None:
         self.memory = memory
@@ -116,11 +115,11 @@ class _Allocation:
             "strides": None,
             "version": 2,
         }
-        # The end of the process frees the memory anyway, and the driver may be gone by then.
+        # Do not free at exit: the driver may be shut down, and the process's end frees the memory.
         weakref.finalize(self, _free, memory).atexit = False
 
 
 def _free(memory: GpuMemory) -> None:
-    # Freeing fails on a lost GPU, where there is nothing to gain from it.
+    # Freeing fails if the GPU is lost. The process then has to end anyway.
     with suppress(CudaCallError):
         free(memory)

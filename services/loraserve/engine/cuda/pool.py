@@ -1,4 +1,4 @@
-"""The adapter pool in GPU memory: written and read through page-locked host memory while steps run."""
+"""The adapter pool in GPU memory. Copies go through page-locked host memory while steps run."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +13,16 @@ from loraserve.engine.cuda.memory import allocate_zeroed
 from loraserve.engine.loading.memory import Bytes, Digest, PoolMemory
 
 READ_BYTES = 8 << 20
-"""How much each thread reads back at a time."""
+"""Bytes that a thread copies from the GPU at a time."""
 HOST_REGISTER_PORTABLE = 1
-"""cudaHostRegisterPortable: the memory counts as page-locked in all CUDA contexts."""
+"""The flag cudaHostRegisterPortable. The memory is page-locked for all CUDA contexts."""
 
 
 class DevicePool:
-    """The pool's memory as one flat tensor of the slabs' dtype.
+    """A PoolMemory on the GPU, stored as one flat tensor of the slabs' dtype.
 
-    Writes and reads run on streams of their own, so that no step waits for a copy, and copies in one direction do not
-    wait for those in the other. ``memory`` is None if the device is not a GPU.
+    Writes and reads have separate streams, so steps do not wait for copies and the two directions do not wait for each
+    other. ``memory`` is None if the device is not a GPU.
     """
 
     on_device = True
@@ -33,11 +33,11 @@ class DevicePool:
         self._pinned = device.type == "cuda"
         self._writes = torch.cuda.Stream(device) if self._pinned else None
         self._reads = torch.cuda.Stream(device) if self._pinned else None
-        # Buffers are kept for reuse, as allocating page-locked memory may wait for the device.
+        # Reuse buffers, because allocating page-locked memory may wait for the device.
         self._buffers: SimpleQueue[torch.Tensor] = SimpleQueue()
         for stream in (self._writes, self._reads):
             if stream is not None:
-                # The zeros are written on the stream that is current now.
+                # The current stream may still be writing the zeros.
                 stream.wait_stream(torch.cuda.current_stream(device))
 
     def __len__(self) -> int:
@@ -73,7 +73,7 @@ class DevicePool:
 
     def read_into(self, offset_bytes: int, into: memoryview) -> None:
         target = torch.frombuffer(into, dtype=torch.uint8)
-        # In pieces, so that the digests of slabs being loaded get their turns on the stream.
+        # Copy READ_BYTES at a time, so that digests of loading slabs can use the stream in between.
         for start in range(0, len(target), READ_BYTES):
             part = target[start : start + READ_BYTES]
             at = offset_bytes + start
@@ -94,14 +94,14 @@ class DevicePool:
 
 @contextmanager
 def page_locked(memory: memoryview, pool: PoolMemory) -> Iterator[None]:
-    """Page-lock host memory, so that the pool's GPU can copy to and from it directly.
+    """Page-lock host memory during the context, so that the GPU can copy to and from it directly.
 
-    Raises RuntimeError if that is not possible.
+    Raises RuntimeError if the pool is not in GPU memory or CUDA refuses.
     """
     if not isinstance(pool, DevicePool) or pool.tensor.device.type != "cuda":
         raise RuntimeError("the adapter pool is not in GPU memory")
     address = np.frombuffer(memory, np.uint8).ctypes.data
-    # Without this torch would create a context on the default device, which takes some hundred MB there.
+    # Select the device, or torch would create a context of several hundred MB on the default device.
     with torch.cuda.device(pool.tensor.device):
         torch.cuda.check_error(int(torch.cuda.cudart().cudaHostRegister(address, len(memory), HOST_REGISTER_PORTABLE)))
     try:

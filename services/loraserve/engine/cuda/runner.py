@@ -1,4 +1,4 @@
-"""The model on one CUDA GPU: a step is one upload, one replayed graph and one download."""
+"""Model runner for one CUDA GPU. A decode step is one upload, one graph replay and one download."""
 
 import time
 from collections import deque
@@ -33,7 +33,7 @@ from loraserve.messages.sampling import SamplingParams
 def start_cuda_runner(
     model_dir: Path, engine: EngineConfig, device: torch.device, progress: Callable[[str], None]
 ) -> "CudaRunner":
-    """Load the model and warm it up. Raises ConfigError naming the setting, the field or the tensor at fault."""
+    """Load the model and warm it up. Raises ConfigError, which names the invalid setting, field or tensor."""
     runner = load_cuda_runner(model_dir, engine, device, progress)
     try:
         runner.warm_up(progress)
@@ -48,7 +48,7 @@ def start_cuda_runner(
 def load_cuda_runner(
     model_dir: Path, engine: EngineConfig, device: torch.device, progress: Callable[[str], None]
 ) -> "CudaRunner":
-    """Load the model onto ``device`` without warming it up. Raises ConfigError as `start_cuda_runner` does."""
+    """Load the model onto ``device`` without warming it up. Raises ConfigError like ``start_cuda_runner``."""
     config = read_decoder_config(model_dir)
     form = GpuWeightForm(DTYPES[compute_dtype(engine)], device)
     try:
@@ -63,11 +63,10 @@ def load_cuda_runner(
 
 
 class CudaRunner:
-    """A Runner whose steps overlap: the host prepares the next step while the GPU computes.
+    """A Runner that prepares the next step on the host while the GPU computes.
 
-    All launches, and all changes of the adapter tables, go to one stream in order, so that nothing that a step in
-    flight reads changes while it runs. On a device that is not a GPU (in tests) the same code runs without streams and
-    graphs.
+    All launches and all changes of the adapter tables go to one stream, so a table never changes while a step reads it.
+    Tests run the same code on the CPU, without streams and graphs.
     """
 
     def __init__(self, state: DeviceState, engine: EngineConfig) -> None:
@@ -86,9 +85,9 @@ class CudaRunner:
         self._device = state.device
         self._stream = torch.cuda.Stream(state.device) if state.device.type == "cuda" else None
         if self._stream is not None:
-            # Allocation and initialisation ran on another stream.
+            # Wait for the allocation and initialisation, which ran on another stream.
             torch.cuda.synchronize(state.device)
-        # Appended by the thread that loads adapters, applied before the next step by the thread that computes.
+        # The thread that loads adapters appends changes. The compute thread applies them before the next step.
         self._table_changes: deque[Callable[[], None]] = deque()
         self._previous_tokens = torch.zeros(engine.max_running, dtype=torch.int64, device=state.device)
         self._previous_rows: dict[str, int] = {}
@@ -104,11 +103,11 @@ class CudaRunner:
             self._work_for,
         )
         if self._stream is not None:
-            # Weights, cache and tables were filled on the stream that is current now.
+            # The current stream filled the weights, cache and tables.
             self._stream.wait_stream(torch.cuda.current_stream(self._device))
 
     def warm_up(self, progress: Callable[[str], None]) -> None:
-        """Compile the kernels for every size and capture the graphs, so that no request waits for either."""
+        """Compile the kernels for all sizes, capture the graphs and allocate buffers before the first request."""
         with self._computing():
             size = 1
             while True:
@@ -119,7 +118,7 @@ class CudaRunner:
                 size *= 2
             if self._stream is not None:
                 self._graphs.capture(progress)
-        # The rest of what is allocated once, page-locked memory above all.
+        # Allocate the remaining buffers, mainly page-locked memory.
         self._state.pool.warm_up(self._engine.load_chunk_bytes, self._engine.digest_threads)
         sampling = SamplingParams(max_tokens=1, temperature=0.0)
         first = SequenceStep(request_id="", tokens=(0,), start=0, blocks=(0,), sampling=sampling, prompt_length=1)
@@ -137,7 +136,7 @@ class CudaRunner:
         self._table_changes.append(partial(self._state.tables.remove, slot))
 
     def submit(self, batch: StepBatch) -> PendingStep:
-        """Launch the step behind those before it, and return without waiting for the GPU."""
+        """Launch a step after the earlier steps and return without waiting for the GPU."""
         rows = [sequence for sequence in batch.sequences if sequence.sample]
         with self._computing():
             started = self._start_mark()
@@ -154,18 +153,18 @@ class CudaRunner:
         return self.submit(batch).result()
 
     def logits(self, batch: StepBatch) -> torch.Tensor:
-        """Write the KV of all tokens; return float32 logits [sequences with ``sample``, vocab] on the host."""
+        """Write the KV of all tokens and return float32 logits [sequences with ``sample``, vocab] on the host."""
         with self._computing():
             return self._forward(batch.sequences).float().cpu()
 
     def _forward(self, sequences: Sequence[SequenceStep]) -> torch.Tensor:
         while self._table_changes:
-            # Removed once applied: a change that fails for want of memory is tried again before the next step.
+            # Remove a change only after it succeeded. If it runs out of memory, the next step tries it again.
             self._table_changes[0]()
             self._table_changes.popleft()
         packed = pack_step(sequences, self.block_tokens)
         if packed.tokens.max() >= self.shape.vocab:
-            # On the device this would be an illegal access, which ends the process.
+            # The lookup would be an illegal memory access, which makes the GPU unusable for this process.
             raise ValueError(f"token id {packed.tokens.max()} is outside the vocabulary of {self.shape.vocab}")
         source = _pending_token_rows(sequences, packed, self._previous_rows)
         adapted = bool((packed.slots >= 0).any())
@@ -187,7 +186,7 @@ class CudaRunner:
         return drawn
 
     def _work_for(self, tokens: int) -> LoraWork:
-        """Return the LoraWork for steps of up to ``tokens`` tokens, rounded up to a power of two."""
+        """Return the LoraWork for ``tokens`` tokens. There is one for each power of two and the maximum."""
         size = min(1 << (tokens - 1).bit_length(), self._max_tokens)
         if size not in self._works:
             self._works[size] = LoraWork(self._state.tables, self._state.space, size)
@@ -211,9 +210,9 @@ class CudaRunner:
 
 
 class PendingGpuStep:
-    """A launched step. Its results are copied to the host behind it; ``result`` waits for them, in any thread.
+    """A launched step whose results are being copied to the host. Any thread may call ``result``.
 
-    Must be created on the stream that computes, after the step's launches.
+    It must be created with the compute stream current, after the launches of the step.
     """
 
     def __init__(
@@ -228,7 +227,7 @@ class PendingGpuStep:
         self._ended.record()
 
     def result(self) -> StepResult:
-        """Wait for the step and return its tokens; ``duration_s`` is the time on the GPU. Raises the GPU's errors."""
+        """Wait for the step and return its tokens and GPU time. Raises DeviceLostError if the GPU is unusable."""
         with device_errors(), torch.cuda.device(self._device):
             self._ended.synchronize()
         tokens = _collect_tokens(self._rows, self._results)
@@ -254,10 +253,10 @@ def _copy_to_host(tensor: torch.Tensor) -> torch.Tensor:
 def _pending_token_rows(
     sequences: Sequence[SequenceStep], packed: PackedStep, previous_rows: dict[str, int]
 ) -> NDArray[np.int32]:
-    """Return for each token its row among those that the preceding step sampled; NONE if the token is known."""
+    """Return each pending token's row among the preceding step's sampled tokens, and NONE for known tokens."""
     source = np.full(len(packed.tokens), NONE, dtype=np.int32)
     for index, sequence in enumerate(sequences):
         if sequence.tokens[0] == PENDING_TOKEN:
-            # If that step failed the row is missing. Any token will do then, as its result is not used.
+            # The row is missing if that step failed. The result is then discarded, so any token will do.
             source[packed.query_start[index]] = previous_rows.get(sequence.request_id, 0)
     return source

@@ -1,10 +1,10 @@
-"""Sampling on the device: what ``engine/compute/sampler.py`` defines row by row, for all rows of a batch at once.
+"""Sampling on the device. It applies the rules of ``engine/compute/sampler.py`` to all rows of a batch at once.
 
-``prepare`` sorts the rows on the host by the work they need and sends the parameters in one copy. ``draw`` then works
-on groups of known sizes and never waits for the device, so that the next step can be launched before a token is known.
+``prepare`` groups the rows by sampling method on the host and sends all parameters in one copy. ``draw`` thus knows the
+sizes of the groups and never waits for the device. The next step can be launched before a token is known.
 
-A row gets the same token in any batch: rows are only reduced along the vocabulary, and what is summed are integers,
-whose sum does not depend on the order and shape in which a kernel adds them.
+A row gets the same token in any batch, because each row is computed independently and sums use integers. The order in
+which a kernel adds integers does not change their sum.
 """
 
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -22,23 +22,23 @@ from loraserve.messages.sampling import SamplingParams
 from loraserve.messages.stop import forbidden_tokens
 
 MAX_VOCAB = (1 << 19) - 1
-"""Weights are integers up to 2^44, and the sum over a row must fit into int64."""
+"""Maximum vocabulary size. Weights are integers up to 2^44, and the sum over a row must fit into int64."""
 
 NARROW = 1024
-"""Up to this many of the largest values are selected; more are sorted."""
+"""To find up to this many of the largest values, ``topk`` is used. For more, the row is sorted."""
 
 WEIGHT_ONE = 2.0**44
-"""The integer weight of a row's most likely token. Tokens less likely by more than this factor have weight 0."""
+"""Integer weight of a row's most likely token. Tokens that are more than 2^44 times less likely get weight 0."""
 
 Array = NDArray[np.int64] | NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Draws:
-    """Parameters of rows that are drawn in the same way, from their ``width`` most likely tokens or from all.
+    """Parameters of a group of rows that are sampled with the same method.
 
-    ``rows`` int64 [n] are indices into the batch; the others are float64 [n, 1]. ``top_k`` is the vocabulary's size
-    where none is set. ``temperature`` and ``min_p`` are rounded to float32 before use.
+    ``rows`` int64 [n] holds indices into the batch. ``width`` is the number of most likely tokens to draw from. The
+    others are float64 [n, 1]. ``u`` in [0, 1) is the random number. An unset ``top_k`` is the vocabulary's size.
     """
 
     rows: Tensor
@@ -52,11 +52,11 @@ class Draws:
 
 @dataclass(frozen=True)
 class LogitChanges:
-    """Rows whose logits change before a token is drawn; ``rows`` int64 [n] are indices into the batch.
+    """Changes to logits before sampling. ``rows`` int64 [n] holds the batch indices of the rows with changes.
 
-    ``forbidden``, ``repeated`` and ``output`` are int64 indices into the flattened logits [n, vocab] of these rows: the
-    tokens that must not be drawn, those that the repetition penalty applies to, and those of the output that presence
-    and frequency penalties apply to. The penalties are float64 [n].
+    The next three are int64 indices into these rows' flattened logits [n, vocab]. ``forbidden`` tokens must not be
+    drawn. ``repeated`` tokens get the repetition penalty, ``output`` tokens the presence and frequency penalties.
+    ``repetition``, ``presence`` and ``frequency`` are the penalties, float64 [n].
     """
 
     rows: Tensor
@@ -70,11 +70,11 @@ class LogitChanges:
 
 @dataclass(frozen=True)
 class SamplingInputs:
-    """Everything but the logits. Greedy rows are in none of the three groups; an empty group costs nothing.
+    """All inputs of ``draw`` except the logits. Greedy rows are in none of the three groups.
 
-    ``plain`` rows are drawn from all tokens, ``narrow`` rows have a small top_k, ``wide`` rows have filters that need a
-    sort. ``asked`` int64 [n] are the rows whose log-probabilities are wanted, with up to ``most`` of the likeliest
-    tokens.
+    ``plain`` rows have no filters, ``narrow`` rows have a top_k of at most NARROW, and ``wide`` rows have filters that
+    need a sort. ``asked`` int64 [n] holds the rows that return log-probabilities. ``most`` is the largest requested
+    number of top tokens.
     """
 
     rows: int
@@ -90,7 +90,7 @@ class SamplingInputs:
 def prepare(
     rows: Sequence[SequenceStep], vocab: int, eos_token_ids: Collection[int], device: torch.device
 ) -> SamplingInputs:
-    """Return the inputs of a batch whose logits are [len(rows), vocab]. Does not wait for the copy."""
+    """Return the inputs for logits [len(rows), vocab]. Does not wait for the copy to the device."""
     assert 0 < vocab <= MAX_VOCAB, vocab
     narrow_width = max((_narrow_k(step.sampling, vocab) for step in rows), default=0)
     groups = [_group(step.sampling, vocab) for step in rows]
@@ -123,12 +123,12 @@ def _group(params: SamplingParams, vocab: int) -> str:
 
 
 def _narrow_k(params: SamplingParams, vocab: int) -> int:
-    """Return top_k where it is set and small, else 0."""
+    """Return top_k if it is set and at most NARROW, else 0."""
     return params.top_k if 0 < params.top_k < vocab and params.top_k <= NARROW else 0
 
 
 def _draw_arrays(rows: Sequence[SequenceStep], group: list[int], vocab: int) -> list[Array]:
-    """Return the rows [n] of a group, and the float fields of Draws [5, n] in their order."""
+    """Return a group's ``rows`` [n] and the float fields of Draws [5, n], in the order of their declaration."""
     values = [_draw_values(rows[row], vocab) for row in group]
     return [_integers(group), np.array(values, dtype=np.float64).reshape(-1, 5).T]
 
@@ -140,7 +140,7 @@ def _draw_values(step: SequenceStep, vocab: int) -> tuple[float, ...]:
 
 
 def _change_arrays(rows: Sequence[SequenceStep], vocab: int, eos_token_ids: Collection[int]) -> list[Array]:
-    """Return the fields of LogitChanges in their order, the three penalties as one array [3, n]."""
+    """Return the fields of LogitChanges in order. The three penalties form one array [3, n]."""
     changed = [row for row, step in enumerate(rows) if step.sampling.changes_logits(step.output_index)]
     steps = [rows[row] for row in changed]
     penalties = [
@@ -160,7 +160,7 @@ def _counts_output(step: SequenceStep) -> bool:
 
 
 def _flat(tokens: Iterable[Sequence[int]], vocab: int) -> NDArray[np.int64]:
-    """Return the tokens of each row as indices into flattened logits [rows, vocab]."""
+    """Convert each row's tokens to indices into flattened logits [rows, vocab]."""
     return np.concatenate([_integers(own) + row * vocab for row, own in enumerate(tokens)] or [_integers(())])
 
 
@@ -169,9 +169,9 @@ def _integers(values: Sequence[int]) -> NDArray[np.int64]:
 
 
 def _upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
-    """Return the arrays as tensors of the same shapes, sent in one copy. All items must have 8 bytes."""
+    """Copy arrays with 8-byte items to the device in one transfer. Returns tensors of the same shapes."""
     sizes = [array.size for array in arrays]
-    # A copy runs beside the host only from pinned memory, which its allocator keeps until the copy is done.
+    # Only copies from pinned memory are asynchronous. torch reuses that memory only after the copy.
     packed = torch.empty(sum(sizes), dtype=torch.int64, pin_memory=device.type == "cuda" and sum(sizes) > 0)
     np.concatenate([np.ascontiguousarray(array).reshape(-1).view(np.int64) for array in arrays], out=packed.numpy())
     parts = torch.split_with_sizes(packed.to(device, non_blocking=True), sizes)
@@ -186,10 +186,10 @@ Picker = Callable[[Tensor, Draws], Tensor]
 
 @dataclass(frozen=True)
 class Drawn:
-    """Tensors on the device: ``tokens`` int64 [rows], and the others where some row asked for log-probabilities.
+    """Sampling results on the device. All but ``tokens`` int64 [rows] are None if no row wants log-probabilities.
 
-    ``logprobs`` is float32 [rows], ``top_tokens`` int64 and ``top_logprobs`` float32 [rows, most], best first. Rows
-    that did not ask hold zeros.
+    ``logprobs`` is float32 [rows]. ``top_tokens`` int64 and ``top_logprobs`` float32 are [rows, most], most likely
+    first. Rows that do not want log-probabilities hold zeros.
     """
 
     tokens: Tensor
@@ -199,7 +199,7 @@ class Drawn:
 
 
 def draw(logits: Tensor, inputs: SamplingInputs) -> Drawn:
-    """Return one token per row of ``logits`` [rows, vocab], of any floating dtype. The logits are not changed."""
+    """Sample one token per row of ``logits`` [rows, vocab], of any floating dtype, which are not changed."""
     assert logits.shape == (inputs.rows, inputs.vocab), logits.shape
     changed = _change(logits, inputs.changes)
     greedy = changed.argmax(dim=1)
@@ -223,7 +223,7 @@ def sampled(
     top_tokens: NDArray[np.int64] | None = None,
     top_logprobs: NDArray[np.float32] | None = None,
 ) -> list[Sampled]:
-    """Return one value per row from the fields of ``Drawn``, once they have arrived on the host."""
+    """Return one Sampled per row from host copies of the fields of ``Drawn``."""
     if logprobs is None or top_tokens is None or top_logprobs is None:
         return [Sampled(request_id=s.request_id, token=token) for s, token in zip(rows, tokens.tolist(), strict=True)]
     best = zip(top_tokens.tolist(), top_logprobs.tolist(), strict=True)
@@ -240,7 +240,7 @@ def _sampled(step: SequenceStep, token: int, logprob: float, top: list[int], top
 
 
 def _change(logits: Tensor, changes: LogitChanges) -> Tensor:
-    """Return the logits with forbidden tokens and penalties applied; float32 where any row changes."""
+    """Apply forbidden tokens and penalties. Returns float32 if any row changes, else ``logits`` itself."""
     if not len(changes.rows):
         return logits
     values = logits.index_select(0, changes.rows).float()
@@ -252,7 +252,7 @@ def _change(logits: Tensor, changes: LogitChanges) -> Tensor:
 
 
 def _penalize_repetition(flat: Tensor, changes: LogitChanges, vocab: int) -> None:
-    # All values are read before any is written, so that a token that occurs often changes once.
+    # Read all values before writing, so that a repeated token is penalised only once.
     values = flat.gather(0, changes.repeated)
     penalty = changes.repetition.float().gather(0, changes.repeated // vocab)
     flat.scatter_(0, changes.repeated, torch.where(values > 0, values / penalty, values * penalty))
@@ -268,7 +268,7 @@ def _penalize_output(flat: Tensor, changes: LogitChanges, vocab: int) -> None:
 
 
 def _draw_group(logits: Tensor, greedy: Tensor, draws: Draws, pick: Picker) -> Tensor:
-    """Return the tokens int64 [n] of a group's rows; where the largest logit is not finite, the greedy ones."""
+    """Sample int64 tokens [n] for one group. Rows whose largest logit is not finite get the greedy token."""
     values = logits.index_select(0, draws.rows).float()
     largest = values.amax(dim=1, keepdim=True)
     weights = ((values - largest) / draws.temperature.float()).exp()
@@ -277,9 +277,9 @@ def _draw_group(logits: Tensor, greedy: Tensor, draws: Draws, pick: Picker) -> T
 
 
 def _pick_from_all(weights: Tensor, draws: Draws) -> Tensor:
-    """Return the tokens [n, 1] at ``u`` of the sums by token id: find the block, then the place in it.
+    """Draw tokens [n, 1] from all tokens. Find the block of BLOCK_TOKENS tokens first, then the token in it.
 
-    A running sum over the whole vocabulary would read and write all of it several times.
+    This is faster than a cumulative sum over the whole vocabulary, which makes several passes over memory.
     """
     integers = torch.nn.functional.pad(_integer_weights(weights), (0, -weights.shape[1] % BLOCK_TOKENS))
     blocks = integers.view(len(weights), -1, BLOCK_TOKENS)
@@ -293,23 +293,23 @@ def _pick_from_all(weights: Tensor, draws: Draws) -> Tensor:
 
 
 def _pick_from_most_likely(weights: Tensor, draws: Draws) -> Tensor:
-    """Return the tokens [n, 1] at ``u`` of the sums over what min_p, top_k and top_p leave, most likely first."""
+    """Draw tokens [n, 1] from those that pass min_p, top_k and top_p."""
     weights, tokens = largest_first(weights, draws.width)
     left = weights >= draws.min_p.float()
     left &= torch.arange(draws.width, device=weights.device) < draws.top_k
     sums = _integer_weights(weights).masked_fill(~left, 0).cumsum(dim=1)
-    # The token that reaches top_p is the last one left.
+    # The token whose cumulative weight reaches top_p is the last candidate.
     last = _clamped(torch.searchsorted(sums, (draws.top_p * sums[:, -1:]).ceil().long()), draws.width)
     return tokens.gather(1, _first_beyond(sums, _target(draws.u, sums.gather(1, last))))
 
 
 def _integer_weights(weights: Tensor) -> Tensor:
-    """Return float32 weights of at most 1 as int64."""
+    """Convert float32 weights of at most 1 to int64."""
     return (weights * WEIGHT_ONE).long()
 
 
 def _target(u: Tensor, total: Tensor) -> Tensor:
-    """Return ``u`` times ``total``. It stays below ``total``: ``u`` has 53 bits, so the product is not rounded up."""
+    """Return ``u`` times ``total`` as int64. It is below ``total``, because ``u`` has 53 bits and is below 1."""
     return (u * total).long()
 
 
@@ -318,16 +318,16 @@ def _first_beyond(sums: Tensor, target: Tensor) -> Tensor:
 
 
 def _clamped(index: Tensor, length: int) -> Tensor:
-    """Keep an index within the row. The sums of a row that is not finite may point beyond it."""
+    """Limit an index to the row length. Without finite sums the search may return the length itself."""
     return index.clamp(max=length - 1)
 
 
 def largest_first(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the ``count`` largest of each row of float32 ``values`` and their ids, best first, ties by id."""
+    """Return each row's ``count`` largest values, descending, and their ids. Equal values are ordered by id."""
     if count > NARROW:
         ordered = torch.sort(values, dim=1, descending=True, stable=True)
         return ordered.values[:, :count], ordered.indices[:, :count]
-    # topk does not say which of equal values it takes, so each value gets a key of its own.
+    # topk returns equal values in no defined order, so the keys include the id.
     bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
     rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats, negative ones included
     length = values.shape[1]
@@ -337,7 +337,7 @@ def largest_first(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 def _with_logprobs(logits: Tensor, tokens: Tensor, inputs: SamplingInputs) -> Drawn:
-    """Add log-probabilities. They are the model's own: of the logits before penalties and temperature."""
+    """Add log-probabilities, computed from the raw logits before penalties and temperature."""
     values = logits.index_select(0, inputs.asked).float()
     normalizer = _log_sum_exp(values)
     own = values.gather(1, tokens.index_select(0, inputs.asked).unsqueeze(1)) - normalizer
@@ -353,7 +353,7 @@ def _with_logprobs(logits: Tensor, tokens: Tensor, inputs: SamplingInputs) -> Dr
 
 
 def _log_sum_exp(values: Tensor) -> Tensor:
-    """Return float64 [n, 1]; NaN where the largest is not finite, as devices differ in which integer a NaN becomes."""
+    """Return float64 [n, 1]. Rows without a finite maximum give NaN, because converting NaN to int64 is undefined."""
     largest = values.amax(dim=1, keepdim=True)
     total = _integer_weights((values - largest).exp()).sum(dim=1, keepdim=True).double() / WEIGHT_ONE
     return (largest.double() + total.log()).masked_fill(~largest.isfinite(), torch.nan)

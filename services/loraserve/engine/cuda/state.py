@@ -1,4 +1,4 @@
-"""What a GPU holds for an engine: weights, adapter tables, KV cache and adapter pool, sized to the free memory."""
+"""Allocates an engine's GPU memory: adapter tables, KV cache and adapter pool, sized to the free memory."""
 
 import gc
 from collections.abc import Callable
@@ -34,13 +34,13 @@ from loraserve.messages.sampling import SamplingParams
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "float32": torch.float32}
 SLAB_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "float32": "float32"}
 GRAPHS_BYTES = 512 << 20
-"""Reserved for captured graphs and libraries, whose size is known only after the memory has been divided."""
+"""Memory reserved for captured graphs and libraries, which are allocated after the memory is divided."""
 
 
 class GpuWeightForm:
-    """A WeightForm: products in one dtype, norms in float32.
+    """The WeightForm of the GPU engine. Linear layers and the embedding have one dtype, norms are float32.
 
-    Each tensor is rounded and moved to the device as it is read, so that the host never holds the whole model.
+    Each tensor is rounded and moved to the device when it is read, so the host never holds the whole model.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -67,9 +67,9 @@ class GpuWeightForm:
 
 
 def compute_dtype(engine: EngineConfig) -> str:
-    """Return the key of DTYPES that ``engine.weights`` asks for; "auto" follows ``engine.slab_dtype``.
+    """Return the key of DTYPES for the setting ``engine.weights``. "auto" follows ``engine.slab_dtype``.
 
-    Raises ConfigError if weights and adapters would differ, as the kernels multiply operands of one dtype.
+    Raises ConfigError if weights and adapters would have different dtypes, which the kernels do not support.
     """
     if engine.weights == "auto":
         return next(name for name, slab in SLAB_DTYPES.items() if slab == engine.slab_dtype)
@@ -83,7 +83,7 @@ def compute_dtype(engine: EngineConfig) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceState:
-    """Everything that is allocated once. ``positions`` is the longest context in tokens."""
+    """Everything that the runner allocates once. ``positions`` is the longest context in tokens."""
 
     config: DecoderConfig
     device: torch.device
@@ -99,10 +99,10 @@ class DeviceState:
     max_running: int
 
     def run_trial_step(self, tokens: int, work: LoraWork | None, context: int = 0) -> None:
-        """Compute a step of ``tokens`` tokens and sample from all its rows. Only the first KV block is used.
+        """Compute a step of ``tokens`` tokens and sample its rows, using only the first KV block.
 
-        With a ``context`` the tokens are the end of one sequence of that length. Otherwise they are as many sequences
-        as may run.
+        If ``context`` exceeds ``tokens``, the tokens are the end of one sequence of that length. Otherwise they are
+        divided among up to ``max_running`` sequences.
         """
         rows = [self._trial_row(0, tokens, context - tokens)] if context > tokens else self._trial_rows(tokens)
         packed = pack_step(rows, self.block_tokens)
@@ -111,7 +111,7 @@ class DeviceState:
         draw(logits, prepare(rows, self.config.shape.vocab, self.config.eos_token_ids, self.device))
 
     def _trial_rows(self, tokens: int) -> list[SequenceStep]:
-        """Return sequences of nearly equal length, none longer than the context."""
+        """Divide the tokens into sequences of nearly equal length, none longer than ``positions``."""
         count = max(min(self.max_running, tokens), -(-tokens // self.positions))
         return [self._trial_row(i, len(part)) for i, part in enumerate(np.array_split(np.arange(tokens), count))]
 
@@ -133,7 +133,7 @@ def allocate_state(
     positions: int,
     progress: Callable[[str], None],
 ) -> DeviceState:
-    """Allocate everything beside the weights. Raises ConfigError if the GPU's memory or a setting does not allow it."""
+    """Allocate everything except the weights. Raises ConfigError if the memory is too small."""
     device, dtype = weights.embedding.device, weights.embedding.dtype
     attention, reason = pick_backend(config.shape, engine.block_tokens, dtype, device)
     progress(f"attention: {attention} ({reason})")
@@ -175,8 +175,8 @@ def allocate_state(
 
 
 def _measure_memory(state: DeviceState, tokens: int) -> MeasuredMemory:
-    """Measure what the largest steps need by computing them: many sequences, and one with the longest context."""
-    gc.collect()  # memory of an earlier runner in this process must not count as used
+    """Measure the memory of the largest steps by computing one of many sequences and one of the longest context."""
+    gc.collect()  # do not count memory of an earlier runner in this process
     with torch.inference_mode(), torch.cuda.device(state.device):
         work = LoraWork(state.tables, state.space, tokens)
         state.run_trial_step(tokens, work)

@@ -1,4 +1,4 @@
-"""A step's integers on the device: packed on the host into one buffer, sent in one copy, and read through views."""
+"""Sends the integer inputs of a step to the device in one copy. Views of one buffer give access to each input."""
 
 from dataclasses import dataclass
 
@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 from loraserve.engine.compute.packed import PackedStep
 
 NONE = -1
-"""In ``source``: the token is known; in ``slots``: no adapter; in ``kv_slots``: the KV is not kept."""
+"""Means a known token in ``source``, no adapter in ``slots``, and KV that is not stored in ``kv_slots``."""
 
 
 @dataclass(frozen=True)
 class BufferSize:
-    """The room of a StepBuffer; ``blocks`` is the width of the block table, ``sampled`` the number of sampled rows."""
+    """Capacity of a StepBuffer. ``blocks`` is the block table's width, ``sampled`` the number of sampled rows."""
 
     tokens: int
     sequences: int
@@ -27,11 +27,11 @@ class BufferSize:
 
 
 class StepBuffer:
-    """int32 views of one device buffer. Their addresses never change, so that captured graphs can read them.
+    """int32 views of one device buffer. Captured graphs can read them, because their addresses never change.
 
-    ``tokens``, ``source``, ``positions``, ``slots``, ``kv_slots`` [tokens]; ``query_start`` [sequences + 1];
-    ``seq_len`` [sequences]; ``table`` [sequences, blocks]; ``sampled`` [sampled]. ``source`` is the token's row among
-    those that the preceding step sampled, or NONE if ``tokens`` holds the token.
+    ``tokens``, ``source``, ``positions``, ``slots`` and ``kv_slots`` are [tokens], ``query_start`` is [sequences + 1],
+    ``seq_len`` is [sequences], ``table`` is [sequences, blocks], and ``sampled`` is [sampled]. ``source`` is a pending
+    token's row among the preceding step's sampled tokens. It is NONE if ``tokens`` holds the token.
     """
 
     def __init__(self, size: BufferSize, device: torch.device) -> None:
@@ -46,8 +46,8 @@ class StepBuffer:
     def send(self, packed: PackedStep, source: NDArray[np.int32]) -> None:
         """Copy a step to the device without waiting for the copy.
 
-        Room that the step does not use is filled with sequences of one token that read and write no memory. In a step
-        with unused room every sequence must have one token, as in the decode steps that graphs are captured for.
+        Unused capacity is filled with dummy sequences of one token, which use no adapter and store no KV. This works
+        only for decode steps, in which every sequence has one token. Other steps must fill the buffer exactly.
         """
         memory = torch.empty(len(self._memory), dtype=torch.int32, pin_memory=self._memory.is_cuda)
         self._fill(memory.numpy(), packed, source)

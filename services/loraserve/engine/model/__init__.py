@@ -1,1 +1,1 @@
-"""Decoder models of the Llama, Mistral, Qwen2 and Qwen3 families over paged KV, with mixed adapters in one batch."""
+"""Decoder models of the Llama, Mistral, Qwen2 and Qwen3 families, with a paged KV cache and LoRA adapters."""

@@ -1,4 +1,4 @@
-"""Reads the model's config.json as far as computing it needs, and refuses models that cannot be computed exactly."""
+"""Reads the model's config.json and rejects models that the decoder cannot compute exactly."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -14,7 +14,7 @@ ROPE_TYPES = ("default", "linear", "llama3")
 
 
 class Rope(msgspec.Struct, frozen=True, kw_only=True):
-    """Rotary embedding. ``factor`` applies to linear and llama3; the last three fields to llama3 only."""
+    """Rotary embedding. Types linear and llama3 use ``factor``. Only llama3 uses the last three fields."""
 
     theta: float = 10000.0
     type: str = "default"
@@ -25,7 +25,7 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
-    """What a decoder needs beside its weights. ``sliding_window`` is None if every layer sees the whole context."""
+    """A decoder's configuration. ``sliding_window`` is None if every layer attends to the whole context."""
 
     family: str
     shape: ModelShape
@@ -42,7 +42,7 @@ class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def read_decoder_config(model_dir: Path) -> DecoderConfig:
-    """Read the model's configuration. Raises ConfigError naming the field that is missing, wrong or not supported."""
+    """Read config.json. Raises ConfigError, which names the missing, wrong or unsupported field."""
     config = read_model_config(model_dir)
     shape = shape_from_config(config)
     family = str(config["model_type"])
@@ -70,11 +70,11 @@ def read_decoder_config(model_dir: Path) -> DecoderConfig:
 
 
 def context_limit(config: DecoderConfig, progress: Callable[[str], None]) -> int:
-    """Return the longest context that is computed exactly, in tokens."""
+    """Return the longest context, in tokens, that the decoder computes exactly."""
     window = config.sliding_window
     if window is None or window >= config.max_positions:
         return config.max_positions
-    # Up to the window's length every token sees the whole context, so that full attention is exact.
+    # In contexts up to the window's length, windowed and full attention are equal.
     progress(f"context limited to {window} tokens: the model's sliding_window is not computed beyond")
     return window
 
@@ -100,7 +100,7 @@ def _positive_number(config: Mapping[str, Any], name: str, default: float | None
 
 
 def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
-    """Read both spellings: ``rope_theta`` with ``rope_scaling``, and the newer ``rope_parameters``."""
+    """Read either ``rope_theta`` and ``rope_scaling`` or the newer ``rope_parameters``."""
     newer = config.get("rope_parameters")
     field = "rope_parameters" if newer else "rope_scaling"
     values = config.get(field) or {}
@@ -126,7 +126,7 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> Rope:
 
 
 def _sliding_window(config: Mapping[str, Any], family: str) -> int | None:
-    """Return the window of the layers that have one. Missing fields have transformers' defaults."""
+    """Return the sliding window in tokens, or None. Missing fields have the defaults of transformers."""
     if family == "mistral":
         window = config.get("sliding_window", 4096)
     elif family in ("qwen2", "qwen3") and config.get("use_sliding_window", False):

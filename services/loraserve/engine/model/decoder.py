@@ -1,4 +1,4 @@
-"""The forward pass on the CPU: all tokens of a step, of any sequence and adapter, in one packed batch."""
+"""The forward pass on the CPU. It computes all sequences of a step, with their adapters, as one packed batch."""
 
 import math
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from loraserve.model_shape import DOWN, GATE_UP, OUT, QKV
 
 class LayerGate(Protocol):
     def wait(self, layer: int) -> None:
-        """Return once this layer may be computed."""
+        """Wait until the decoder may compute this layer."""
         ...
 
 
@@ -25,7 +25,7 @@ class LayerGate(Protocol):
 class StepInputs:
     """The tokens of a step, packed sequence after sequence.
 
-    ``tokens``, ``positions`` int64 [tokens]; ``sampled_rows`` int64: the rows whose logits are needed.
+    ``tokens`` and ``positions`` are int64 [tokens]. ``sampled_rows`` int64 holds the token indices that need logits.
     """
 
     tokens: torch.Tensor
@@ -37,7 +37,7 @@ class StepInputs:
 
 @dataclass(slots=True)
 class _LayerBuffers:
-    """Outputs that every layer overwrites: normed input, queries, activated FFN."""
+    """Buffers that every layer overwrites: normalised input, queries and FFN activations."""
 
     normed: torch.Tensor
     q: torch.Tensor
@@ -47,7 +47,7 @@ class _LayerBuffers:
 class Decoder:
     """A decoder with its KV cache and its adapter pool.
 
-    With fp16 weights a token's logits have the same bits whatever shares its step and however its prompt was chunked.
+    With fp16 weights, the bits of a token's logits depend neither on the batch nor on how the prompt was chunked.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Decoder:
         self._scale = config.shape.head_dim**-0.5
 
     def forward(self, inputs: StepInputs, gate: LayerGate | None = None) -> torch.Tensor:
-        """Write the KV of all tokens; return float32 logits [sampled rows, vocab]. ``gate`` may delay each layer."""
+        """Write the KV of all tokens and return float32 logits [sampled rows, vocab]. ``gate`` may delay each layer."""
         x = functional.embedding(inputs.tokens, self._weights.embedding).float()
         delta = None
         buffers = self._allocate_buffers(x.shape[0])
@@ -100,7 +100,7 @@ class Decoder:
         inputs: StepInputs,
         buffers: _LayerBuffers,
     ) -> torch.Tensor:
-        """Add ``delta`` to the residual stream ``x``; return this layer's change, which the next norm adds to it."""
+        """Add ``delta`` to the residual stream ``x`` and return this layer's output, the next layer's ``delta``."""
         normed, q, activated = buffers.normed, buffers.q, buffers.activated
         shape = self._shape
 
@@ -139,7 +139,7 @@ class Decoder:
 
 
 def rotary_tables(rope: Rope, head_dim: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the cosine and the sine of all rotary angles, float32 [positions, head_dim / 2] each."""
+    """Return the cosines and sines of the rotary angles, each float32 [positions, head_dim / 2]."""
     angles = torch.outer(torch.arange(positions, dtype=torch.float32), _inverse_frequencies(rope, head_dim))
     return angles.cos(), angles.sin()
 
@@ -155,7 +155,7 @@ def _inverse_frequencies(rope: Rope, head_dim: int) -> torch.Tensor:
 
 
 def _scale_llama3(frequencies: torch.Tensor, rope: Rope) -> torch.Tensor:
-    """Apply Llama 3.1's scaling: long waves are stretched by ``factor``, short ones kept, those between blended."""
+    """Apply Llama 3.1's RoPE scaling: divide low frequencies by ``factor``, keep high ones, blend between them."""
     wavelengths = 2 * math.pi / frequencies
     turns = rope.original_positions / wavelengths
     blend = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)

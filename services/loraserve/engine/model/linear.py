@@ -1,4 +1,4 @@
-"""Matrix products with the model's weights: exact float32, or fp16 with half the bytes and several times the speed."""
+"""Linear layers with the model's weights, in float32 or in fp16, which is several times faster on a CPU."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -15,7 +15,7 @@ FP16_MAX = 65504.0
 
 
 class Linear:
-    """y [tokens, out] = x [tokens, in] @ weight.T + bias, all of the weight's dtype and on its device."""
+    """Computes x [tokens, in] @ weight.T + bias. ``x`` must have the weight's dtype and device."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         self.backend = str(weight.dtype).removeprefix("torch.")
@@ -27,9 +27,9 @@ class Linear:
 
 
 class Fp16Linear(Linear):
-    """A Linear with fp16 weights, packed for the processor, and float32 sums.
+    """A Linear on the CPU with packed fp16 weights, float32 activations and float32 sums.
 
-    A row of y has the same bits for any number of rows and threads.
+    The bits of an output row do not depend on the number of rows or threads.
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
@@ -41,20 +41,20 @@ class Fp16Linear(Linear):
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, backend: Backend) -> Linear:
-    """Return the product with float32 ``weight`` and ``bias``. Weights beyond fp16's range stay float32."""
+    """Return a Linear for float32 ``weight`` and ``bias``. It stays float32 if a weight exceeds fp16's range."""
     if backend == "fp16" and weight.abs().max().item() <= FP16_MAX:
         return Fp16Linear(weight, bias)
     return Linear(weight, bias)
 
 
 class CpuWeightForm:
-    """The WeightForm of the CPU engine. The embedding keeps its dtype: its rows are widened as they are read."""
+    """The WeightForm of the CPU engine. The embedding keeps its dtype, and the decoder converts the rows it reads."""
 
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
 
     def embedding(self, weight: torch.Tensor) -> torch.Tensor:
-        # A copy: the given tensor maps the file, whose pages could be dropped or changed later.
+        # Copy, because ``weight`` maps the file, which could change later.
         return weight.clone()
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear:
@@ -68,7 +68,7 @@ class CpuWeightForm:
 
 
 def can_run_fp16() -> bool:
-    """Return whether an fp16 product has the expected result here. It needs a compiler and a known processor."""
+    """Return whether the fp16 kernels compile on this machine and give the right result."""
     weight = torch.ones(8, 16)
     try:
         return torch.equal(Fp16Linear(weight, None)(torch.ones(2, 16)), torch.full((2, 8), 16.0))
@@ -79,7 +79,7 @@ def can_run_fp16() -> bool:
 def pick_backend(
     setting: Literal["auto", "float32", "fp16", "bf16"], can_run_fp16: Callable[[], bool] = can_run_fp16
 ) -> Backend:
-    """Return the backend for ``engine.weights``. Raises ConfigError if the setting cannot be met here."""
+    """Return the backend for the setting ``engine.weights``. Raises ConfigError if this machine does not support it."""
     if setting == "float32":
         return "float32"
     if setting == "bf16":

@@ -1,4 +1,4 @@
-"""Loads a decoder's weights from a Hugging Face directory, layer by layer, into the form in which they compute."""
+"""Loads a decoder's weights from a Hugging Face directory and converts them for a device, layer by layer."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -25,7 +25,7 @@ _BLOCK = {"qkv": "self_attn", "o": "self_attn", "gate_up": "mlp", "down": "mlp"}
 
 @dataclass(slots=True)
 class LayerWeights:
-    """One layer. ``head_norms`` are the norm weights [head_dim] of queries and keys, for models that have them."""
+    """Weights of one layer. ``head_norms`` are the norm weights [head_dim] of query and key heads, if any."""
 
     input_norm: torch.Tensor
     post_norm: torch.Tensor
@@ -38,7 +38,7 @@ class LayerWeights:
 
 @dataclass(slots=True)
 class DecoderWeights:
-    """A whole decoder. ``embedding`` is [vocab, hidden]."""
+    """Weights of a decoder. ``embedding`` is [vocab, hidden]."""
 
     embedding: torch.Tensor
     layers: list[LayerWeights]
@@ -47,30 +47,30 @@ class DecoderWeights:
 
 
 class WeightForm(Protocol):
-    """Converts weights to the form in which they compute.
+    """Converts loaded weights to the dtype, layout and device that an engine computes with.
 
-    The given tensors are float32, except the embedding, and the form must not keep them.
+    The given tensors are float32, except the embedding. Implementations must not keep the embedding's tensor.
     """
 
     def embedding(self, weight: torch.Tensor) -> torch.Tensor:
-        """Convert ``weight`` [vocab, hidden], which has the file's dtype and maps the file."""
+        """Convert ``weight`` [vocab, hidden], which maps the file and has its dtype."""
         ...
 
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear: ...
 
     def tied_head(self, embedding: torch.Tensor) -> Linear:
-        """Return the head of a model that uses its embedding as head; ``embedding`` is already converted."""
+        """Return the output head of a model whose head is its embedding. ``embedding`` is already converted."""
         ...
 
     def vector(self, weight: torch.Tensor) -> torch.Tensor:
-        """Convert a norm's weight, which stays float32."""
+        """Convert the weight of a norm. It stays float32."""
         ...
 
 
 def load_weights(
     model_dir: Path, config: DecoderConfig, form: WeightForm, progress: Callable[[str], None]
 ) -> DecoderWeights:
-    """Load all weights one by one. Raises ConfigError naming the tensor that is missing or does not fit."""
+    """Load all weights. Raises ConfigError, which names the missing, unexpected or wrongly shaped tensor."""
     source = Checkpoint(model_dir)
     shape = config.shape
     embedding = form.embedding(source.take(EMBEDDING, (shape.vocab, shape.hidden)))
@@ -103,7 +103,7 @@ def _load_layer(source: "Checkpoint", config: DecoderConfig, layer: int, form: W
         weight = _stack(source, [f"{name}.weight" for name in names], [(w, shape.in_features(module)) for w in widths])
         bias = _stack(source, [f"{name}.bias" for name in names], [(w,) for w in widths]) if has_bias[module] else None
         linears[module] = form.linear(weight, bias)
-    source.skip(f"{prefix}self_attn.rotary_emb.inv_freq")  # old checkpoints hold what config.json says
+    source.skip(f"{prefix}self_attn.rotary_emb.inv_freq")  # in old checkpoints; config.json defines it
     head_norms = None
     if config.qk_norm:
         head_norms = (load_norm("self_attn.q_norm", shape.head_dim), load_norm("self_attn.k_norm", shape.head_dim))
@@ -129,7 +129,7 @@ def _to_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Checkpoint:
-    """The tensors of a directory's safetensors files, by name. Files are mapped: only what is taken is read."""
+    """The tensors of a directory's safetensors files, by name. Files are mapped, so only taken tensors are read."""
 
     def __init__(self, model_dir: Path) -> None:
         self._dir = model_dir
@@ -140,7 +140,7 @@ class Checkpoint:
         self._left = set(self._file_of)
 
     def take(self, name: str, shape: Sequence[int]) -> torch.Tensor:
-        """Return the tensor in its own dtype. Raises ConfigError if it is missing or has another shape or kind."""
+        """Return the tensor in the file's dtype. Raises ConfigError if it is missing or has a wrong shape or dtype."""
         if name not in self._file_of:
             raise ConfigError(f"{self._dir}: tensor {name} is missing; {REMEDY}")
         tensor: torch.Tensor = self._files[self._file_of[name]].get_tensor(name)
@@ -158,7 +158,7 @@ class Checkpoint:
         self._left.discard(name)
 
     def check_all_taken(self) -> None:
-        """Raise ConfigError if a tensor is left: without it the model would compute something else."""
+        """Raise ConfigError if a tensor was neither taken nor skipped, as the results would then be wrong."""
         if self._left:
             names = sorted(self._left)
             raise ConfigError(
