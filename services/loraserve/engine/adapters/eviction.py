@@ -47,7 +47,7 @@ class EvictionPolicy:
     def find_leased_victims(
         self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> frozenset[str]:
-        """Return the versions whose leases must end to make room for ``adapter``; empty if that cannot make room."""
+        """Return the versions whose leases must end before ``adapter`` fits; empty if ending leases does not help."""
         if not any(entry.leases for entry in self._entries.values()):
             return frozenset()
         victims = self._cheapest(adapter.slab_bytes, self._idle(keep, drop_plan_pins))
@@ -59,9 +59,9 @@ class EvictionPolicy:
         return self._cheapest(adapter.slab_bytes, others) is not None
 
     def find_blockers(self, adapter: AdapterRef, places: int) -> frozenset[str]:
-        """Return the versions in the ``places`` victim sets for ``adapter`` that have the fewest running requests.
+        """Return the versions that block ``adapter``: those in the ``places`` victim sets with the fewest requests.
 
-        Leases are ignored because they end by themselves. The result is empty if evicting adapters without running
+        Only running requests count; leases end by themselves. The result is empty if evicting adapters without running
         requests makes room now.
         """
         if self._extents.extent_bytes(adapter.slab_bytes) <= self.room_bytes:

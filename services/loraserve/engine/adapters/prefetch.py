@@ -200,7 +200,7 @@ class PrefetchedAdapter(msgspec.Struct):
 class PrefetchTally:
     """Counts prefetched bytes by kind since the engine started.
 
-    An adapter is useful once a request has run with it, and wasted if it is evicted before that.
+    A prefetch is useful if a request has run with the adapter, and wasted if the adapter was evicted before that.
     """
 
     def __init__(self) -> None:

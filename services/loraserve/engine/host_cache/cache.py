@@ -1,10 +1,10 @@
 """Decides which evicted slabs the host cache keeps, in which extents, and which cached slabs it drops for them.
 
 The value of a slab is the waiting time that it saves: uses x reload seconds. Among the minimal sets of slabs whose
-removal makes room, the set of least value is dropped, unless its value exceeds that of the new slab. If all extents
-have one size, this is GreedyDual-Size (Cao and Irani, "Cost-Aware WWW Proxy Caching Algorithms", USENIX Symposium on
-Internet Technologies and Systems, 1997) with frequency (Cherkasova, HP Labs technical report HPL-98-69R1, 1998), except
-for aging: those algorithms inflate the values of new entries; here uses decay over time.
+removal makes room, the set of least value is dropped, unless its value exceeds that of the new slab. For extents of
+one size, this ranks slabs like GreedyDual-Size-Frequency. That algorithm ages entries by inflating the values of new
+ones. Here, uses decay over time. Sources: Cao and Irani, "Cost-Aware WWW Proxy Caching Algorithms", USENIX Symposium on
+Internet Technologies and Systems, 1997; Cherkasova, HP Labs technical report HPL-98-69R1, 1998.
 """
 
 from collections.abc import Callable, Iterable
@@ -218,7 +218,7 @@ class HostCache:
         assert taken + self._extents.free_bytes == self._extents.largest_bytes, "an extent belongs to no slab"
 
     def _find_victims(self, adapter: AdapterRef, reload_s: float, now: float) -> list[CachedSlab] | None:
-        """Return the slabs to drop for a new one; None if none make room or the new slab is worth less."""
+        """Return the slabs to drop for a new slab; None if no slabs make room or they are worth more."""
         if self._extents.fits(adapter.slab_bytes):
             return []
         removable = {slab.offset_bytes: slab for slab in self._slabs.values() if slab.evictable}

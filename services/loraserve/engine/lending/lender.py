@@ -35,8 +35,8 @@ class _Region:
 class Lender:
     """Lends slabs from the pool, or from the host cache if the pool cannot lend them.
 
-    The leases of a dead reader end when the monitor reports the death, when a new process of the same name requests a
-    lease, or at their deadlines. Methods that may end leases return whether any ended, as this may make room.
+    A dead reader's leases end when the monitor reports its death, when its successor requests a lease, or at their
+    deadlines. Methods that may end leases return whether any ended, because this may make room.
     """
 
     def __init__(

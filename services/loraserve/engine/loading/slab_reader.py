@@ -54,8 +54,7 @@ class LayersToVerify:
 
     In a pool on a device, a layer is verified as soon as it is complete. In host memory, all layers are verified after
     the last byte has arrived, because steps compute on the same CPU. Verifying during the copy made loads a seventh
-    shorter, but the longest step during a load grew from 1.8 to 2.05 median steps (rank 64, SmolLM2-135M, Intel Xeon,
-    2 cores).
+    shorter. But the longest step during a load grew from 1.8 to 2.05 median steps (SmolLM2-135M, rank 64, 2 cores).
     """
 
     def __init__(self, header: SlabHeader, on_device: bool) -> None:
@@ -231,7 +230,7 @@ class SlabReader:
         source: SlabSource,
         progress: ReadProgress | None = None,
     ) -> LoadedSlab:
-        """Read from one source. Raises SlabReadError after counting it; then nothing writes to the extent any more."""
+        """Read from one source. Raises SlabReadError and counts the failure; then nothing writes to the extent."""
         origin = source.source
         began_s = time.monotonic()
         began = self._link.begin(began_s)
@@ -316,7 +315,7 @@ class SlabReader:
 def _raise_if_cancelled() -> None:
     """Raise CancelledError if this task is being cancelled.
 
-    A task that fails while it is being cancelled raises only its own error, and a deadline cancels only once.
+    A task that fails while it is being cancelled raises only its own error, and the cancellation would be lost.
     """
     task = asyncio.current_task()
     if task is not None and task.cancelling():
