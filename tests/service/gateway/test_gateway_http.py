@@ -12,6 +12,7 @@ import pytest
 from openai import AsyncOpenAI
 
 from loraserve.errors import ConfigError
+from loraserve.gateway.api import tokenize
 from loraserve.gateway.api.schema import ChatRequest, CompletionRequest, TokenizeRequest
 from loraserve.gateway.text.tokenizer import INLINE_BYTES
 from loraserve.messages.sampling import FIELD_TYPES
@@ -221,6 +222,22 @@ def test_many_small_prompts_are_tokenized_off_the_event_loop(start_gateway: Star
             body = {"model": "tiny", "prompt": ["x" * (INLINE_BYTES // 50)] * 100, "max_tokens": 1}
             assert (await gateway.post("/v1/completions", body))[0] == 200
             assert len(threads) == 100
+            assert threading.get_ident() not in threads
+
+    asyncio.run(scenario())
+
+
+def test_all_work_on_many_token_ids_leaves_the_event_loop(
+    start_gateway: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            threads: list[int] = []
+            monkeypatch.setattr(tokenize, "check_token_ids", noting_threads(tokenize.check_token_ids, threads))
+            assert (await gateway.post("/detokenize", {"tokens": [1] * INLINE_BYTES}))[0] == 200
+            status, answer = await gateway.post("/detokenize", {"tokens": [1 << 40] * INLINE_BYTES})
+            assert (status, answer["error"]["param"]) == (400, "tokens")
+            assert len(threads) == 2
             assert threading.get_ident() not in threads
 
     asyncio.run(scenario())

@@ -31,9 +31,14 @@ async def detokenize(http: web.Request) -> web.Response:
     request = decode_request(body, DetokenizeRequest)
     if request.model:
         await gateway.resolve(request.model)
-    check_token_ids(request.tokens, gateway.tokenizer.vocab, "tokens")
-    text = await gateway.tokenizer.run(len(body), gateway.tokenizer.decode, request.tokens)
-    return web.json_response({"prompt": text})
+    answer = await gateway.tokenizer.run(len(body), detokenized, gateway.tokenizer, request.tokens)
+    return web.Response(body=answer, content_type="application/json")
+
+
+def detokenized(tokenizer: ModelTokenizer, tokens: list[int]) -> bytes:
+    """Return the answer to a /detokenize request. Raises ApiError 400 for ids outside the vocabulary. Blocks."""
+    check_token_ids(tokens, tokenizer.vocab, "tokens")
+    return msgspec.json.encode({"prompt": tokenizer.decode(tokens)})
 
 
 def tokenized(tokenizer: ModelTokenizer, request: TokenizeRequest, context_tokens: int) -> bytes:
