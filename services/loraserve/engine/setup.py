@@ -30,7 +30,7 @@ MAX_DIGEST_THREADS = 8
 
 
 def engine_number(name: str) -> int:
-    """Return the number at the end of an engine's name, such as 3 for ``engine-3``; 0 if there is none."""
+    """Return the number at the end of an engine's name, such as 3 for ``engine-3``. Returns 0 if there is none."""
     digits = name.rpartition("-")[2]
     return int(digits) if digits.isdecimal() else 0
 
@@ -43,7 +43,7 @@ def threads_for(config: Config) -> int:
 def digest_threads_for(config: Config, on_device: bool) -> int:
     """Return the number of threads that verify slabs in one engine. ``on_device``: the adapter pool is on a GPU.
 
-    With a GPU, the default is half of the engine's cores; the other half launches steps, copies chunks and serves HTTP.
+    With a GPU, the default is half of the engine's cores. The other half launches steps, copies chunks and serves HTTP.
     On a CPU, the default is the number of cores without a compute thread. At least one thread verifies.
     """
     of_engine = core_count() // engine_count(config)

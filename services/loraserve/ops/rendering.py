@@ -44,7 +44,7 @@ class StoryEvent(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MergedStory(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of /admin/story. ``entries`` is in order of time; ``silent`` lists processes that did not answer."""
+    """The answer of /admin/story. ``entries`` is ordered by time. ``silent`` lists processes that did not answer."""
 
     id: str
     subjects: tuple[str, ...]

@@ -187,8 +187,8 @@ class SlabFiles:
 def removable(last_used: Mapping[str, float], referenced: Collection[str], now: float, grace_s: float) -> list[str]:
     """Return the versions that are not ``referenced`` and were not stored or opened for ``grace_s`` seconds.
 
-    During the grace period engines may still fetch a version whose name was removed, and a registration may still add
-    the name of a stored slab. ``last_used`` and ``now`` are unix times.
+    During the grace period an engine may still fetch a version whose name was removed. A registration may still add the
+    name of a slab that it has stored. ``last_used`` and ``now`` are unix times.
     """
     return sorted(v for v, used in last_used.items() if v not in referenced and now - used > grace_s)
 

@@ -21,7 +21,7 @@ def chain_digest(previous: bytes, tokens: Sequence[int]) -> bytes:
 
 
 def root_digest(version: str) -> bytes:
-    """Return the start of the digest chain of an adapter version; "" is the base model."""
+    """Return the first digest of an adapter version's chain of blocks. The version "" is the base model."""
     return blake2b(version.encode(), digest_size=DIGEST_BYTES).digest()
 
 

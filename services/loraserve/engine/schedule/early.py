@@ -51,7 +51,7 @@ class EarlyStarts:
     """Decides which requests may start early, and whether the results of their steps are used.
 
     The pool entry of an adapter records the adapter's current read. A slab may be read several times before it is
-    verified, so each read has its own number. Numbers start at 1; 0 means that no read was announced.
+    verified, so each read has its own number. Numbers start at 1. The number 0 means that no read was announced.
     """
 
     def __init__(self, pool: AdapterPool) -> None:

@@ -19,9 +19,9 @@ If present, it is the only element of ``tokens``, because a decode computes one 
 class SequenceStep(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """One sequence in a step (a "part" of the step): compute the KV of ``tokens`` and write it to ``blocks``.
 
-    ``start`` is the position of the first of ``tokens``; all earlier positions have KV. ``blocks`` is the block table
+    ``start`` is the position of the first of ``tokens``. All earlier positions have KV. ``blocks`` is the block table
     for ``start + len(tokens)`` positions. ``slot`` is the adapter slot, -1 for the base model. If ``sample`` is true,
-    the runner samples the token after ``tokens``; its index in the output is ``output_index``. ``history`` is the
+    the runner samples the token after ``tokens``. Its index in the output is ``output_index``. ``history`` is the
     prompt (``prompt_length`` tokens) and the output so far. Only sampling penalties read it. It does not change during
     a step with penalties, because such a step never runs ahead of the previous result.
     """
@@ -62,7 +62,7 @@ class StepResult(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The tokens that a step sampled, in the order of its sequences.
 
     ``duration_s`` is the time of this step in seconds, without its wait for earlier steps. ``late`` lists the requests
-    for which a layer was computed before the adapter's weights had been read; their results are invalid.
+    for which a layer was computed before the adapter's weights had been read. Their results are invalid.
     """
 
     step_id: int

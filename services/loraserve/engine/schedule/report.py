@@ -41,7 +41,7 @@ class _AdapterCount(msgspec.Struct):
 
 
 class TokenCounts:
-    """Counts requests and computed tokens by adapter version; "" is the base model.
+    """Counts requests and computed tokens by adapter version. The version "" is the base model.
 
     The counts of an adapter without requests are dropped after IDLE_REPORTS reports, to bound memory. If the adapter is
     requested again, its counts start from zero with a new ``span`` number.

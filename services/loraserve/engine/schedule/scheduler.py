@@ -357,8 +357,8 @@ class Scheduler:
         """Return the number of quiet steps that follow, including the step in flight.
 
         In a quiet step all running requests decode, and none starts or ends. The count assumes that no sampled token
-        stops a request. Returns 0 if the next step may not be quiet, if the prefix cache is enabled, or if the number
-        of steps in flight is not 1.
+        stops a request. Returns 0 if the next step may not be quiet or the prefix cache is enabled. Also returns 0
+        unless exactly one step is in flight.
         """
         batch = self.pipeline.only_step
         if batch is None or self.limits.prefix_cache or len(batch.sequences) != len(self.running):

@@ -110,7 +110,7 @@ class Sequence:
 
     @property
     def uncomputed(self) -> int:
-        """Number of known tokens without KV; 1 while decoding."""
+        """Number of known tokens without KV. It is 1 while the request decodes."""
         return len(self.history) - self.computed
 
     @property
