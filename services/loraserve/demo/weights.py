@@ -65,7 +65,7 @@ def check_expandable(config: dict[str, Any], rank: int) -> None:
 def rotate(
     a: torch.Tensor, b: torch.Tensor, rank: int, generator: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Expand ``a`` [r, in] to [rank, in] and ``b`` [out, r] to [out, rank], in float32. The product b @ a is unchanged."""
+    """Expand ``a`` [r, in] to [rank, in] and ``b`` [out, r] to [out, rank], in float32, without changing b @ a."""
     noise = torch.randn(rank, rank, dtype=torch.float64, generator=generator)
     # Only the first r columns of Q are needed. The other columns are multiplied by the zero rows of [A; 0].
     q = torch.linalg.qr(noise).Q[:, : a.shape[0]]
