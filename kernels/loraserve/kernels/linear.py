@@ -185,7 +185,7 @@ def linear(x: torch.Tensor, weight: PackedWeight) -> torch.Tensor:
     tokens = x.shape[0]
     assert_dense(x, (tokens, weight.in_features))
     y = torch.empty(tokens, weight.out_features)
-    if tokens == 0:  # if all prompts of a step are unfinished, no logits are needed
+    if tokens == 0:  # a step that finishes no prompt needs no logits
         return y
     call = LinearCall(
         y=y.data_ptr(), x=x.data_ptr(), tiles=weight.tiles.data_ptr(), bias=weight.bias.data_ptr(),

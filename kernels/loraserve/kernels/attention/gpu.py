@@ -101,7 +101,7 @@ def _activate_newer_flash_attention(device: torch.device) -> None:
 
     newer = "FA3" if torch.cuda.get_device_capability(device) < (10, 0) else "FA4"
     activate = getattr(attention, "activate_flash_attention_impl", None)
-    if activate is None:  # torch 2.11
+    if activate is None:  # torch 2.11 has no such function
         return
     # If the newer one is missing or does not support this GPU, torch keeps its own.
     with suppress(ImportError, RuntimeError, ValueError, NotImplementedError):
@@ -118,7 +118,7 @@ def _try_paged(shape: ModelShape, block_tokens: int, dtype: torch.dtype, device:
     cache.keys.normal_()
     cache.values.normal_()
     queries, lengths = (3, 1), (block_tokens + 3, block_tokens + 1)
-    # Stale values after the end of a sequence's KV must have no effect. NaN would spread even with weight 0.
+    # Stale values after the end of a sequence's KV must have no effect. Even with weight 0, NaN gives NaN.
     cache.keys[:, 0, 3:] = cache.values[:, 0, 3:] = float("nan")
 
     def integers(*values: int) -> torch.Tensor:
@@ -153,7 +153,7 @@ def _paged(
         seqused_k=batch.seq_len,
         block_table=batch.table,
     )
-    assert isinstance(result, torch.Tensor)  # no auxiliary output was requested
+    assert isinstance(result, torch.Tensor)  # it is a tuple only with auxiliary outputs
     return result
 
 
@@ -186,7 +186,7 @@ def _gathered_decode(
         part = slice(start, start + rows)
         sequences, flat = len(table[part]), table[part].flatten()
         in_past = positions[None, :] < seq_len[part][:, None]
-        # Stale values after the end of a sequence's KV must have no effect. NaN would spread even with weight 0.
+        # Stale values after the end of a sequence's KV must have no effect. Even with weight 0, NaN gives NaN.
         beyond = ~in_past[:, :, None, None]
         k, v = (
             kv.index_select(0, flat).view(sequences, -1, *kv.shape[2:]).masked_fill_(beyond, 0.0).transpose(1, 2)

@@ -36,7 +36,7 @@ class TeamState(ctypes.Structure):
         ("mutex", ctypes.c_char * 128),
         ("work_available", ctypes.c_char * 128),
         ("helpers_finished", ctypes.c_char * 128),
-        # The current kernel and operands; helpers that may still join, that are computing, and that are asleep.
+        # The current kernel and its operands. Numbers of helpers that may still join, are computing, or are asleep.
         *integers("kernel", "operands", "places", "inside", "asleep"),
     )
 

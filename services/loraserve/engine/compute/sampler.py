@@ -111,7 +111,7 @@ def _candidates(weights: Row, params: SamplingParams) -> NDArray[np.intp] | None
     if top_k:
         floor = max(floor, _lower_bound_of_largest(weights, top_k))
     elif params.top_p < 1.0:
-        # All tokens below this weight together have less than 1 - top_p, so top_p removes them all.
+        # The tokens below this weight sum to less than 1 - top_p of the total, so top_p removes them all.
         floor = max(floor, np.float32(0.99 * (1.0 - params.top_p) * total / len(weights)))
     tokens = np.flatnonzero(weights >= floor)
     # The sort is stable, so of equal weights the smaller token id comes first.

@@ -100,7 +100,7 @@ class DecodeGraphs:
         def forward() -> torch.Tensor:
             return self._decoder.forward(inputs, self._previous_tokens)
 
-        # Kernels must be compiled, and buffers allocated, before the capture.
+        # Run once before the capture, to compile kernels and allocate buffers.
         logits = forward()
         if not self._logits.numel():
             # All graphs share the output buffer of the first and largest, because they never run concurrently.

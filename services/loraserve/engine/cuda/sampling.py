@@ -328,8 +328,8 @@ def largest_first(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
         ordered = torch.sort(values, dim=1, descending=True, stable=True)
         return ordered.values[:, :count], ordered.indices[:, :count]
     # topk returns equal values in no defined order, so the keys include the id.
-    bits = (values + 0.0).view(torch.int32)  # + 0.0 turns -0.0 into 0.0
-    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats, negative ones included
+    bits = (values + 0.0).view(torch.int32)  # adding 0.0 turns -0.0 into 0.0
+    rank = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # sorts as an integer like the float does
     length = values.shape[1]
     keys = (rank.long() << 32) + torch.arange(length - 1, -1, -1, device=values.device)
     ids = length - 1 - (keys.topk(count, dim=1).values & 0xFFFFFFFF)

@@ -103,7 +103,7 @@ def _load_layer(source: "Checkpoint", config: DecoderConfig, layer: int, form: W
         weight = _stack(source, [f"{name}.weight" for name in names], [(w, shape.in_features(module)) for w in widths])
         bias = _stack(source, [f"{name}.bias" for name in names], [(w,) for w in widths]) if has_bias[module] else None
         linears[module] = form.linear(weight, bias)
-    source.skip(f"{prefix}self_attn.rotary_emb.inv_freq")  # in old checkpoints; config.json defines it
+    source.skip(f"{prefix}self_attn.rotary_emb.inv_freq")  # in old checkpoints, computed from config.json
     head_norms = None
     if config.qk_norm:
         head_norms = (load_norm("self_attn.q_norm", shape.head_dim), load_norm("self_attn.k_norm", shape.head_dim))
