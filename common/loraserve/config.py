@@ -41,7 +41,7 @@ class BusConfig(Section, frozen=True, kw_only=True):
 
     Peers connect to ``connect`` (the inbox) and ``connect_pub`` (publications). The process binds ``bind`` and
     ``bind_pub``, or the connect addresses if these are "". ``peers`` maps process names to ``"inbox,publications"``
-    addresses that replace the connect templates. Peers are not authenticated: any that connects can send commands.
+    addresses that replace the connect templates. Peers are not authenticated: each of them can send commands.
     """
 
     connect: str = "ipc://{run_dir}/{name}.sock"
@@ -91,8 +91,9 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     its peers load them from there faster than from the store. 0 means no cache. auto means no cache on a CPU; on a GPU
     it means 8 GiB, limited so that all engines together use at most a quarter of the machine's memory.
 
-    An engine's cores are cores / engines. ``threads`` 0 means that number, at least 1. ``digest_threads`` verify
-    adapters during loads. 0 means half of an engine's cores on a GPU, or those beyond ``threads`` on a CPU; 1 to 8.
+    An engine's share of the cores is cores / engines. ``threads`` 0 means this share, at least 1. ``digest_threads``
+    threads verify adapters during loads. 0 means half of the share on a GPU, or the cores beyond ``threads`` on a
+    CPU, between 1 and 8.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -174,7 +175,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     """Time for streams to finish after SIGTERM. Container runtimes kill a process ten seconds after SIGTERM."""
     max_body_bytes: Positive = 16 << 20
     max_free_json_bytes: Positive = 1 << 20
-    """Limit of a request's ``tool_calls`` in total and of its ``chat_template_kwargs``; neither has a JSON schema."""
+    """Limit of a request's ``tool_calls`` in total and of its ``chat_template_kwargs``; both may hold any JSON."""
     expect_characters: Positive = 4000
     """The gateway announces prompts of at least this length to the router before it tokenizes them, so that an engine
     can load the adapter during tokenization (2 ms or more)."""
@@ -183,8 +184,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
 class TransferConfig(Section, frozen=True, kw_only=True):
     """How engines read adapters from each other.
 
-    Engines use the ``transports`` that both sides support. A load that is not in the engine's own
-    host cache tries the peers and the store in the order of predicted speed, or only the store without transports.
+    Engines use the ``transports`` that both sides support. An engine loads adapters that are
+    not in its host cache from peers or the store, the predicted fastest first. Without transports, it uses no peers.
 
     ``lease_s`` is how long a peer's lease on an adapter lasts unless the peer renews it. Renewals can extend a lease
     to ``engine.load_timeout_s`` in total.

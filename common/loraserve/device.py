@@ -83,5 +83,5 @@ def _listed(visible: str) -> int:
 
 
 def default_engines(setting: Literal["auto", "cpu", "cuda"], devices: Path = Path("/dev")) -> int:
-    """Return the default number of engines: one per GPU, or two on a CPU so that adapters can be placed on either."""
+    """Return one engine per GPU, or two engines on a CPU, so that the planner can choose between them."""
     return max(1, gpu_count(devices)) if resolve_device(setting, devices) == "cuda" else CPU_ENGINES

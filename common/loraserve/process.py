@@ -148,7 +148,7 @@ def _warn_if_unprotected(config: Config, name: str) -> None:
 
 
 def _stop_on_signals(service: Service) -> None:
-    """Install handlers: the first SIGTERM or SIGINT drains and stops the service, the second ends the process."""
+    """Install handlers: the first SIGTERM or SIGINT drains and stops the service, the second kills it."""
     received: list[int] = []
 
     def on_signal(number: signal.Signals) -> None:

@@ -9,7 +9,7 @@ from loraserve.messages import StoryLine
 MAX_SUBJECTS = 8192
 MAX_ENTRIES = 64
 CLOCK_STEP_S = 0.01
-"""Smaller changes of the offset between the clocks are reading noise, not changes of the wall clock."""
+"""Smaller changes of the offset between the two clocks are noise. Larger ones are changes of the wall clock."""
 
 
 class StoryEntry(NamedTuple):

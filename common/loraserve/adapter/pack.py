@@ -53,7 +53,7 @@ def seal_slab(layout: SlabHeader, elements: Elements) -> Slab:
 
 
 def unpack_slab(header: SlabHeader, data: bytes | bytearray | memoryview) -> dict[tuple[int, str], Matrices]:
-    """Map the (layer, projection) pairs in a slab to their matrices in float32."""
+    """Return a dict from (layer, projection) to float32 matrices of all projections in a slab."""
     elements = np.frombuffer(data, dtype=storage_dtype(header.dtype))
     if len(elements) != header.elements:
         raise ValueError(f"slab of {len(elements)} elements, its header says {header.elements}")

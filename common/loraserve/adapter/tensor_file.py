@@ -1,7 +1,7 @@
 """Reads an untrusted safetensors file tensor by tensor.
 
-Memory holds one tensor at a time. The module uses ``preadv`` instead of a mapping. If the file is truncated meanwhile,
-``preadv`` returns fewer bytes, while access to a mapping would end the process with SIGBUS.
+Memory holds one tensor at a time. The module uses ``preadv`` instead of a mapping. If the file is truncated during
+a read, ``preadv`` returns fewer bytes, while access to a mapping would end the process with SIGBUS.
 """
 
 import math

@@ -67,7 +67,7 @@ def check_directory(directory: Path) -> None:
 def pair_matrices(
     config: PeftConfig, tensors: Mapping[str, TensorEntry], shape: ModelShape, max_rank: int
 ) -> dict[tuple[int, str], LoraPair]:
-    """Map each (layer, projection) pair that the adapter changes to its matrices.
+    """Return a dict from each (layer, projection) that the adapter changes to its matrices.
 
     Raises AdapterError: ``unsupported`` for other tensors, ``bad_format`` for missing or duplicate matrices,
     ``bad_shape`` if shapes do not fit the model, ``bad_rank`` if ranks disagree or exceed ``max_rank``.

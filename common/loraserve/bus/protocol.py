@@ -26,8 +26,8 @@ T = TypeVar("T")
 class BusCounters:
     """The counters of one process's bus. The metrics registry reads them.
 
-    ``bad`` has at most about MAX_COUNTED_PEERS entries. After that it counts messages under the sender "?", so that
-    invented sender names cannot exhaust the memory.
+    Once ``bad`` has MAX_COUNTED_PEERS entries, it counts all messages under the sender "?". Invented sender names
+    therefore cannot exhaust the memory.
     """
 
     def __init__(self, owner: str) -> None:

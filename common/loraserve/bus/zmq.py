@@ -122,7 +122,7 @@ class ZmqBus(Endpoint):
 
     def _listen(self, at: Addresses) -> None:
         if at.on_this_machine:
-            # This also prevents a starting process from removing the socket file of a live one.
+            # The claim also prevents a starting process from removing the socket file of a live one.
             self._claim = NameClaim(run_dir(self._config), self.name)
         address = at.bind_inbox
         try:

@@ -84,7 +84,7 @@ def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, floa
 
     Each thread reads one layer back from the GPU and verifies it while later layers arrive. If the transfer is slower,
     the digests of the last layers do not overlap with it. If the digests are slower, the transfer of the first layers
-    does not overlap with them. In both cases this concerns one layer per thread.
+    does not overlap with them. The part without overlap is one layer per thread.
     """
     link_byte_s = 1 / (min(hardware.host_bytes_per_s, hardware.nic_bytes_per_s) * value["link"])
     thread_byte_s = 1 / value["digest_bytes_per_s"] + 1 / (hardware.host_bytes_per_s * value["link"])

@@ -97,7 +97,7 @@ def _coefficients(
 
 
 def _solve(amounts: NDArray[np.float64], seconds: NDArray[np.float64]) -> list[float]:
-    """Fit the columns of ``amounts`` to ``seconds``. They are scaled, as their magnitudes differ by many orders."""
+    """Fit the columns of ``amounts`` to ``seconds``. Scale the columns first: their magnitudes differ widely."""
     relative = amounts / seconds[:, None]
     scale = np.linalg.norm(relative, axis=0)
     solution, _ = nnls(relative / scale, np.ones(len(seconds)))

@@ -12,7 +12,7 @@ import msgspec
 from loraserve.messages import MeanStep, MeasuredSpeed
 
 LEARNING_RATE = 0.1
-"""The share of a prediction error that one measurement corrects. It is small: reported means are already smoothed."""
+"""Largest share of a prediction error that one measurement corrects. It is small: reported means are smoothed."""
 LARGEST_SURPRISE = 4.0
 """Ratios of measured to predicted time are limited to this factor and its inverse, to bound the effect of outliers."""
 
@@ -20,9 +20,9 @@ LARGEST_SURPRISE = 4.0
 class StepShape(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The contents of a step that determine its time.
 
-    ``kv_tokens`` is the sum of the context tokens to which the decoding sequences attend, and ``prefill_kv_tokens`` of
-    those to which the prefill tokens attend. ``slab_bytes`` is the size of all distinct adapters. ``rank_tokens`` is
-    the sum of the adapter ranks of all tokens, and ``max_rank`` the largest of these ranks.
+    ``kv_tokens`` is the sum, over all decoding sequences, of the context tokens to which each attends.
+    ``prefill_kv_tokens`` is this sum over all prefill tokens. ``slab_bytes`` is the size of all distinct adapters.
+    ``rank_tokens`` is the sum of the adapter ranks of all tokens, and ``max_rank`` the largest of these ranks.
     """
 
     decode_sequences: float = 0
@@ -135,7 +135,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
     def _corrected(self, terms: dict[str, float], measured_s: float, unknown: str, unknown_units: float) -> "CostModel":
         """Reduce the prediction error by changing each term in proportion to its share of the prediction.
 
-        Terms of 0 stay 0. If all terms are 0, the coefficient ``unknown`` is derived from ``unknown_units`` units.
+        Terms of 0 stay 0. If all terms are 0, ``unknown_units`` of the coefficient ``unknown`` explain the time.
         Negative, infinite or NaN measurements have no effect.
         """
         if not 0 <= measured_s < inf:

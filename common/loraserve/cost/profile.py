@@ -34,7 +34,7 @@ class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
 
 
 class Residuals(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Quantiles of |predicted - measured| / measured over the ``held_out`` of ``samples`` steps, unused by the fit."""
+    """Quantiles of |predicted - measured| / measured over the steps that the fit did not use."""
 
     samples: int
     held_out: int
@@ -129,7 +129,7 @@ def find_profile(config: Config) -> Profile | None:
 
 
 def initial_cost_model(config: Config) -> CostModel:
-    """Return the cost model of ``find_profile``, or the default if it finds none. Raises ConfigError like it."""
+    """Return the cost model of the profile from ``find_profile``, or the default model. Raises the same errors."""
     profile = find_profile(config)
     return profile.cost if profile else CostModel()
 

@@ -1,8 +1,7 @@
 """All messages of the cluster: one module per direction, and one union per process kind of the messages it receives.
 
 Messages are frozen msgspec structs. A process decodes them strictly against its union. New fields must have defaults.
-A new or changed tag needs a new ``PROTOCOL_VERSION``. Tensors and slabs travel as raw frames beside the struct, not in
-it.
+A new or changed tag needs a new ``PROTOCOL_VERSION``. Tensors and slabs travel as raw frames beside structs.
 """
 
 from loraserve.messages.admin import Ping, Pong, StoryLine, StoryTold, TellStory

@@ -68,7 +68,7 @@ class LeaseReleased(Message, frozen=True, tag=True, kw_only=True):
 
 
 class SlabDamaged(Message, frozen=True, tag=True, kw_only=True):
-    """Reports that the bytes read under a lease do not match their digests. ``layer`` is the first bad one. No answer.
+    """Reports that the bytes read under a lease do not match their digests, first in ``layer``. No answer.
 
     The owner then verifies its own copy, to find out whether the copy or only the transferred bytes are damaged.
     """

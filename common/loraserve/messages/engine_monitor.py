@@ -9,7 +9,7 @@ from loraserve.messages.transfer import Abilities
 class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
     """The running and waiting requests of an engine. ``request_ids`` lists both.
 
-    ``waiting_prefill_tokens`` counts the prompt tokens of all requests that are not computed yet.
+    ``waiting_prefill_tokens`` counts the prompt tokens, over all requests, that the engine has not computed yet.
     """
 
     waiting: int = 0

@@ -12,8 +12,7 @@ import msgspec
 from loraserve.messages.base import Message
 
 TRANSFER_PROTOCOL_VERSION = 1
-"""Version of the handles and of the requests that use them. Processes with different versions refuse to read from each
-other."""
+"""Version of the handles and of the requests that use them. A process reads only from owners with its version."""
 
 Transport = Literal["cuda_ipc", "shm", "verbs", "tcp"]
 
