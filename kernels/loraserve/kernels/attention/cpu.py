@@ -1,8 +1,8 @@
 """Paged causal attention on the CPU, prefill chunks and decode tokens in one call.
 
 ``paged_attention`` has the signature of the function in reference.py. The bits of a token's output depend only on its
-query and its KV. They do not depend on chunking, other sequences, block placement or the number of threads, because
-scores, softmax and weighted sums run over the positions in one fixed order.
+query and its KV. Chunking, other sequences, block placement and threads do not affect them. Scores, softmax and
+weighted sums run over the positions in one fixed order.
 
 Threads share a call in parts (see cpu/threads.py). A part is a tile of query tokens of one sequence with the query
 heads of one KV head.

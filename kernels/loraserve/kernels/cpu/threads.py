@@ -5,8 +5,8 @@ none is left. The calling thread computes parts too. It never waits for a helper
 processes keep all helpers off the cores, the call takes only as long as on one thread.
 
 The threads synchronise in compiled code with POSIX mutexes and condition variables, so helpers do not need the
-interpreter lock. A helper spins briefly before it sleeps, because the calls of a step follow each other closely and
-waking a helper takes longer than many calls.
+interpreter lock. The calls of a step follow each other closely, and waking a helper takes longer than many calls. A
+helper therefore spins briefly before it sleeps.
 """
 
 import ctypes

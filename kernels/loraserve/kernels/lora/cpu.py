@@ -1,8 +1,8 @@
 """Mixed-rank LoRA on the CPU. Weights are read directly from the adapter pool, without padding to a common rank.
 
-``add_lora`` has the signature of the function in reference.py. A token's result has the same bits in any batch and with
-any number of threads, because each element is summed in one fixed order (see vector_code.py). There is one kernel per
-dtype of the adapter pool.
+``add_lora`` has the signature of the function in reference.py. Each element is summed in one fixed order (see
+vector_code.py). A token's result therefore has the same bits in any batch and with any number of threads. There is one
+kernel per dtype of the adapter pool.
 
 Threads share a call in parts (see cpu/threads.py). A part is one tile of an adapter's tokens, for one slice of the
 module or for all slices. Parts write different elements of y.

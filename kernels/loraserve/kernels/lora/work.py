@@ -1,8 +1,8 @@
 """Work lists of a step on the GPU: the token groups and the tiles of A that each (layer, module) computes.
 
 An adapter's tokens are split into groups of at most ``bm`` tokens, and the rows of its A into tiles of ``br`` rows. Two
-kernel launches per step write the lists to fixed buffers. The lengths of the lists also stay on the device, so the host
-reads nothing back, and one captured graph serves all batches of its size.
+kernel launches per step write the lists to fixed buffers. The lengths of the lists also stay on the device. The
+host reads nothing back, so one captured graph serves all batches of its size.
 """
 
 import torch
