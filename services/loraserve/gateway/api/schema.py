@@ -99,6 +99,8 @@ class TokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
     continue_final_message: bool | None = None
     chat_template_kwargs: msgspec.Raw = NULL
     return_token_strs: bool | None = None
+    tools: msgspec.Raw = NULL
+    chat_template: msgspec.Raw = NULL
 
 
 class DetokenizeRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -202,6 +204,12 @@ def check_completion(request: CompletionRequest) -> None:
     if request.logprobs is not None and request.echo:
         reason = "cannot be combined with logprobs, because those of the prompt are not computed"
         raise unsupported("echo", f"echo: {reason}; leave one of the two out")
+
+
+def check_tokenize(request: TokenizeRequest) -> None:
+    """Raise ApiError 400 for a field that would change the tokens and is not supported."""
+    _refuse("tools", request.tools)
+    _refuse("chat_template", request.chat_template)
 
 
 def stop_strings(request: GenerationRequest) -> tuple[str, ...]:

@@ -5,7 +5,13 @@ from aiohttp import web
 
 from loraserve.gateway.api.chat import encode_messages
 from loraserve.gateway.api.limits import check_free_json
-from loraserve.gateway.api.schema import DetokenizeRequest, TokenizeRequest, check_token_ids, decode_request
+from loraserve.gateway.api.schema import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    check_token_ids,
+    check_tokenize,
+    decode_request,
+)
 from loraserve.gateway.context import GATEWAY
 from loraserve.gateway.errors import bad_request
 from loraserve.gateway.text.tokenizer import ModelTokenizer
@@ -15,6 +21,7 @@ async def tokenize(http: web.Request) -> web.Response:
     gateway = http.app[GATEWAY]
     body = await http.read()
     request = decode_request(body, TokenizeRequest)
+    check_tokenize(request)
     if request.model:
         await gateway.resolve(request.model)
     if (request.prompt is None) == (not request.messages):

@@ -9,8 +9,10 @@ from loraserve.gateway.api.fields import HARMLESS, REFUSED
 from loraserve.gateway.api.schema import (
     ChatRequest,
     CompletionRequest,
+    TokenizeRequest,
     check_chat,
     check_completion,
+    check_tokenize,
     decode_request,
 )
 from loraserve.gateway.errors import ApiError
@@ -118,3 +120,12 @@ def test_tools_pass_where_the_client_forbids_tool_calls() -> None:
         with pytest.raises(ApiError) as caught:
             check("chat", tools=tools, **choice)
         assert caught.value.param == "tools"
+
+
+@pytest.mark.parametrize("name", ["tools", "chat_template"])
+def test_fields_that_would_change_the_tokens_are_refused_by_tokenize(name: str) -> None:
+    body = {"model": "m", "messages": MESSAGES}
+    check_tokenize(decode_request(json.dumps(body | {name: None}).encode(), TokenizeRequest))
+    with pytest.raises(ApiError) as caught:
+        check_tokenize(decode_request(json.dumps(body | {name: ["x"]}).encode(), TokenizeRequest))
+    assert (caught.value.status, caught.value.param) == (400, name)
