@@ -1,4 +1,4 @@
-"""Which engine takes which bin, so that the least is loaded and work finds room: an assignment problem."""
+"""Assigns bins to engines so that few bytes are loaded and the work of each bin fits into the engine's pool."""
 
 import msgspec
 import numpy as np
@@ -9,12 +9,12 @@ from loraserve.planner.placement.bins import BinFilling
 from loraserve.planner.placement.problem import CopyMap, Floats, Ints, Problem, flatten
 
 OVERFLOW_WEIGHT = 20.0
-"""Bytes loaded that one byte without room is worth: a load is paid once, while work that overflows slows down other
-engines for as long as the plan lasts."""
+"""Weight of a byte that overflows, relative to a byte to load. A load is paid once. Overflow slows down other engines
+as long as the plan is in force."""
 
 
 class EngineChoice(msgspec.Struct):
-    """``engine_of``: engine by bin. ``short``: engines with less room than others and too little for their bin."""
+    """``engine_of``: the engine of each bin. ``short``: engines whose bin would overflow less on a larger engine."""
 
     engine_of: list[int]
     short: frozenset[int]
@@ -26,32 +26,32 @@ def choose_engines(problem: Problem, filling: BinFilling, held: CopyMap) -> Engi
     if (problem.room_bytes == problem.room_bytes[0]).all():
         return EngineChoice(assign_bins(kept).tolist(), frozenset())
     overflow = overflow_bytes(problem, budgets)
-    # With one class all bins are alike, and for such a matrix the solver takes longest.
+    # With one class, all bins are alike. The solver is slowest for such a matrix.
     engine_of = assign_bins(kept - OVERFLOW_WEIGHT * overflow if budgets.parts.shape[1] > 1 else kept)
     short = engine_of[overflow[np.arange(len(overflow)), engine_of] > 0]
     return EngineChoice(engine_of.tolist(), frozenset(short.tolist()))
 
 
 def assign_bins(value_bytes: Floats) -> Ints:
-    """Return by bin its engine: the one-to-one assignment of the highest total value.
+    """Return the engine of each bin in the one-to-one assignment with the highest total value.
 
-    ``value_bytes[bin, engine]``: bytes that the bin needs and the engine holds, less those that find no room there.
-    Solved exactly, by scipy's Jonker-Volgenant. Ties are resolved towards bin i on engine i.
+    ``value_bytes[bin, engine]`` is the value of this pair in bytes. The solution is exact (scipy's modified
+    Jonker-Volgenant algorithm). Among equal values, bin i prefers engine i.
     """
     size = len(value_bytes)
     if size == 0 or not value_bytes.any():
         return np.arange(size)
-    # The bonus on the diagonal sums to less than a byte, so it decides ties only.
+    # The bonuses on the diagonal sum to less than one byte, so they only break ties.
     bonus = np.eye(size) * (0.5 / size)
     _, engines = linear_sum_assignment(value_bytes + bonus, maximize=True)
     return np.asarray(engines, np.int64)
 
 
 class BudgetTable(msgspec.Struct, frozen=True, eq=False):
-    """The budgets of a filling as arrays.
+    """The budgets of a filling as arrays, with one column per class of adapters.
 
-    ``budgets[bin, column]``: utilisation that the bin should have of a class. ``parts``: the same as a fraction of all
-    work of the class. ``column_of``: by adapter, the column of its class; -1 for adapters without traffic.
+    ``budgets[bin, column]``: utilisation of the bin by the class. ``parts[bin, column]``: the budget as a fraction of
+    the class's total. ``column_of``: by adapter, the column of its class, or -1 without traffic.
     """
 
     budgets: Floats
@@ -72,9 +72,9 @@ def tabulate_budgets(filling: BinFilling) -> BudgetTable:
 
 
 def kept_bytes(problem: Problem, table: BudgetTable, held: CopyMap) -> Floats:
-    """Return by bin and engine the bytes that the engine holds of the bin's classes, weighted by the bin's parts."""
+    """Return by bin and engine the bytes of the bin's classes that the engine holds, weighted by the bin's parts."""
     bins, classes = table.parts.shape
-    if classes <= 1:  # All bins need the same.
+    if classes <= 1:  # All bins are alike.
         return np.zeros((bins, bins))
     held_bytes = np.zeros((classes, len(problem.engines)))
     adapters, engines, _ = flatten(held)
@@ -86,10 +86,10 @@ def kept_bytes(problem: Problem, table: BudgetTable, held: CopyMap) -> Floats:
 
 
 def overflow_bytes(problem: Problem, table: BudgetTable) -> Floats:
-    """Return by bin and engine the work that finds no room there, beyond that on the engine with the most room.
+    """Return by bin and engine how much more of the bin's work overflows there than on the engine with the most memory.
 
-    Work is counted as the bytes that as much work takes on average. An engine is taken to hold the adapters with the
-    most work per byte: a few hot adapters suit a small pool, which loses nothing by leaving out cold ones.
+    Work is converted to bytes at the mean bytes per unit of work. An engine is assumed to hold the adapters with the
+    most work per byte. A small pool therefore suits a bin with a few hot adapters and many cold ones.
     """
     rooms, room_of = np.unique(problem.room_bytes, return_inverse=True)
     used = table.column_of >= 0
@@ -109,7 +109,7 @@ def overflow_bytes(problem: Problem, table: BudgetTable) -> Floats:
 
 
 def _work_within(problem: Problem, chosen: npt.NDArray[np.bool_], byte_parts: Floats) -> Floats:
-    """Return the fraction of the chosen adapters' work that fits into fractions of their bytes, densest work first."""
+    """Return the fraction of the chosen adapters' work in ``byte_parts`` of their bytes, most work per byte first."""
     work, extents = problem.own_utilisation()[chosen], problem.extents[chosen]
     order = np.argsort(-work / extents, kind="stable")
     bytes_taken, work_taken = (np.concatenate([[0.0], np.cumsum(values[order])]) for values in (extents, work))

@@ -1,11 +1,10 @@
-"""How much work of which rank each engine should serve: one bin per engine, adapters cut at will.
+"""Divides the work among bins, one per engine, by rank. An adapter's traffic can be split at any point.
 
-Where every token pays for the largest rank in its batch, an engine is cheapest when its ranks are close to each other.
-Cost grows with the largest rank, so some optimal division gives each engine a contiguous interval of the adapters in
-order of rank (exchange argument: swapping two parts towards that order never raises either engine's largest rank).
-Filling bins greedily from the highest rank down, at a given utilisation, uses the fewest engines; bisection finds the
-least utilisation at which the engines suffice. With exact cost there is one class of adapters, and the result is the
-mean utilisation.
+With padded cost, every token costs as much as the largest rank in its batch, so similar ranks belong on one engine.
+Some optimal division gives each engine a contiguous interval of the adapters in order of rank. The reason is an
+exchange argument: a swap of work towards that order never raises either engine's largest rank. For a given
+utilisation, greedy filling from the highest rank down uses the fewest bins. Bisection finds the least utilisation for
+which the bins suffice. With exact cost, all adapters form one class, and the result is the mean utilisation.
 """
 
 from bisect import bisect_left
@@ -23,7 +22,7 @@ NO_CLASS = -1
 
 
 class Bin(msgspec.Struct):
-    """The work of one engine, not chosen yet: its largest rank, and utilisation by class of adapters."""
+    """The work for one engine, before it is assigned. ``budgets`` is the utilisation by class of adapters."""
 
     rank: float
     budgets: dict[int, float]
@@ -32,8 +31,8 @@ class Bin(msgspec.Struct):
 class BinFilling(msgspec.Struct):
     """Bins, and the classes of adapters that their budgets refer to.
 
-    ``utilisation``: of the fullest bin. ``class_of``: class by adapter. ``shares``: the adapters cut at bin boundaries,
-    as if copies took neither memory nor time to load; engine i is bin i.
+    ``utilisation``: the target utilisation of a bin. ``class_of``: the class of each adapter. ``shares``: the ideal
+    placement, which splits adapters at bin boundaries and ignores memory and loads. Its engine i is bin i.
     """
 
     utilisation: float
@@ -43,9 +42,9 @@ class BinFilling(msgspec.Struct):
 
 
 def fill_bins(problem: Problem, bins: int) -> BinFilling:
-    """Divide the work among so many bins, with empty bins for the other engines.
+    """Divide the work among this number of bins. The other engines get empty bins.
 
-    Classes are ranks where cost is padded; else all adapters are one class.
+    With padded cost, each rank is a class. Otherwise all adapters with traffic form one class.
     """
     engines, class_of = len(problem.engines), [NO_CLASS] * len(problem.versions)
     line = _WorkLine(problem)
@@ -64,9 +63,9 @@ def fill_bins(problem: Problem, bins: int) -> BinFilling:
 
 
 class _WorkLine:
-    """The adapters with traffic in order of falling rank, as a line of work that can be cut anywhere.
+    """The work of all adapters in descending order of rank, as a line that can be cut anywhere.
 
-    A cut is a position in that order: 2.25 is after a quarter of the third adapter.
+    A cut is a position in that order. For example, 2.25 is after a quarter of the third adapter's work.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -78,7 +77,7 @@ class _WorkLine:
         self.end = float(len(self.ranks))
 
     def work_before(self, cut: float, rank: float) -> float:
-        """Return the work of all adapters before the cut, on engines of this largest rank."""
+        """Return the utilisation by all work before the cut, on an engine with this largest rank."""
         i = min(int(cut), len(self.ranks))
         low = self._base[i] + rank * self._slope[i]
         if cut == i:
@@ -86,7 +85,7 @@ class _WorkLine:
         return low + (cut - i) * (self._base[i + 1] + rank * self._slope[i + 1] - low)
 
     def cut(self, utilisation: float, bins: int) -> list[float]:
-        """Return where bins of this utilisation begin and end; the last cut is the end if the bins suffice."""
+        """Return the boundaries of bins with this utilisation. The last one equals ``end`` if the bins suffice."""
         cuts = [0.0]
         while len(cuts) <= bins and cuts[-1] < self.end:
             cuts.append(self._next_cut(cuts[-1], utilisation))

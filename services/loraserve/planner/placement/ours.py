@@ -1,10 +1,10 @@
-"""The default placement policy, ``ours``: separate ranks, level engines, and move only what pays.
+"""The default placement policy separates ranks, balances engines, and moves copies only if the gain exceeds the cost.
 
-Two kinds of plans compete: the current copies, completed by what is missing, and new plans, which fill one bin per
-engine (bins.py), assign bins to engines (assignment.py) and pack whole adapters into them (packing.py), reusing held
-copies where they can. A new plan is taken where it lowers the predicted TTFT by more than the hysteresis and by more
-than its loads cost. This repeats from the plan found until nothing changes, so that planning again from the answer
-gives the same answer.
+The policy compares the current copies, with missing copies added, to new plans. A new plan fills one bin per engine
+(bins.py), assigns bins to engines (assignment.py) and packs whole adapters into them (packing.py). It reuses held
+copies (copies on engines now) where possible. A new plan wins if it lowers the predicted TTFT by more than the
+hysteresis and by more than its loads cost. The comparison repeats from the chosen plan until no copy changes, so that
+the result is stable when planning runs again.
 """
 
 import msgspec
@@ -28,22 +28,22 @@ from loraserve.planner.placement.problem import (
 from loraserve.planner.placement.utilisation import engine_ttft_s, engine_work, mean_ttft_s, placed_fraction
 
 HYSTERESIS = 0.05
-"""Fraction of the predicted TTFT that a plan with further loads has to gain."""
+"""Least relative gain in predicted TTFT of a plan with additional loads."""
 LOADING_SLOWDOWN = 0.1
-"""Fraction by which loading delays requests on an engine: the copy takes at most this part of memory bandwidth."""
+"""Fraction by which a load delays requests on its engine. Its copy takes at most this fraction of the bandwidth."""
 PLACED_MARGIN = 0.01
-"""Fraction of all requests: if memory is short, a plan with copies for so many more wins whatever its loads cost."""
+"""A plan that has copies for this fraction more of all requests wins, regardless of the cost of its loads."""
 MIN_GAIN = 0.001
-"""Fraction of the predicted TTFT that a plan without further loads has to gain."""
+"""Least relative gain in predicted TTFT of a plan without additional loads."""
 FEW_ADAPTERS = 64
-"""Adapters with traffic up to which plans with fewer bins are compared. More of them fill bins more exactly."""
+"""Most adapters with traffic for which plans with fewer bins are tried. More adapters fill bins more exactly."""
 SPARE_BINS = 2
-"""Bins to leave out at most in these plans."""
+"""Most bins to leave out in such plans."""
 MAX_ROUNDS = 6
 
 
 def plan(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Return the copies to have, with shares of traffic that are a prior for the router."""
+    """Return the copies that should exist. The router may deviate from their shares of traffic."""
     problem = build_problem(inputs)
     if not problem.engines:
         return ()
@@ -59,10 +59,10 @@ def plan(inputs: PlanInput) -> tuple[Placement, ...]:
 
 
 class _Candidate(msgspec.Struct):
-    """Copies with their shares of traffic, and what is predicted of them.
+    """Copies with their shares of traffic and the predictions for them.
 
-    ``loading_s``: delay of all requests together by the loads from what is held. ``placed``: fraction of all requests
-    whose adapters have a copy.
+    ``loading_s``: total delay of all requests by loads of copies that are not held. ``placed``: fraction of the requests
+    whose adapter has a copy.
     """
 
     copies: CopyMap
@@ -73,15 +73,16 @@ class _Candidate(msgspec.Struct):
 
 
 def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: CopyMap) -> _Candidate:
-    """Return the best of the held copies completed, the same balanced, and new plans.
+    """Return the best of three candidates: the completed held copies, these copies after balancing, and new plans.
 
-    Held copies within the hysteresis of a plan for which memory and loads are free are not compared with others.
+    No other candidate is made if the held copies are within the hysteresis of ``ideal_s``. This is the TTFT of a plan
+    without limits on memory and loads.
     """
     if not any(held):
         best = _evaluate(problem, held, _make_new_plan(problem, filling, held))
         return _try_fewer_bins(problem, best, held)
     kept = best = _evaluate(problem, held, _complete_held(problem, filling, held))
-    # Without demand nothing moves: a night without requests must not undo the plan of the day.
+    # Without demand no copy moves, so that a night without requests does not undo the plan of the day.
     if problem.no_demand or (kept.placed >= 1 - PLACED_MARGIN and kept.ttft_s <= ideal_s * (1 + HYSTERESIS)):
         return kept
     balanced = list(kept.copies)
@@ -95,10 +96,10 @@ def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: Co
 
 
 def _try_fewer_bins(problem: Problem, best: _Candidate, held: CopyMap) -> _Candidate:
-    """Return the best of the plan and of new plans with one or two bins fewer than there are engines.
+    """Return the best of ``best`` and new plans with up to ``SPARE_BINS`` fewer bins than engines.
 
-    Whole adapters rarely fit bins exactly, and an adapter of a high rank that goes to the next bin slows down all that
-    is there. Without this, one engine more could make a plan worse. Engines without a bin are used by balancing.
+    Whole adapters rarely fit bins exactly. An adapter of a high rank that overflows into the next bin slows down all
+    adapters there, so an additional bin can make a plan worse. Balancing then uses the engines without a bin.
     """
     engines = len(problem.engines)
     if problem.no_demand or np.count_nonzero(problem.own_utilisation()) > FEW_ADAPTERS:
@@ -121,7 +122,7 @@ def _evaluate(problem: Problem, held: CopyMap, copies: CopyMap) -> _Candidate:
 
 
 def _complete_held(problem: Problem, filling: BinFilling, held: CopyMap) -> CopyMap:
-    """Return the held copies that may stay, and what is missing beside them."""
+    """Return the held copies without surplus copies, and with missing copies added."""
     allocation = Allocation(problem)
     allocation.keep(held)
     allocation.drop_surplus(filling.utilisation)
@@ -131,7 +132,7 @@ def _complete_held(problem: Problem, filling: BinFilling, held: CopyMap) -> Copy
 
 
 def _make_new_plan(problem: Problem, filling: BinFilling, held: CopyMap) -> CopyMap:
-    """Return the plan for these bins as if loads cost nothing, with as few loads as that allows."""
+    """Return a new plan for these bins. It ignores the cost of loads, but reuses held copies where possible."""
     allocation = Allocation(problem)
     pack_bins(allocation, filling, choose_engines(problem, filling, held), held)
     allocation.keep(held, idle_only=True)
@@ -143,7 +144,7 @@ def _make_new_plan(problem: Problem, filling: BinFilling, held: CopyMap) -> Copy
 
 
 def _fill_gaps(problem: Problem, balanced: CopyMap, held: CopyMap) -> CopyMap:
-    """Return the copies and those that lacked room before balancing made some."""
+    """Return the copies, and add copies that did not fit before balancing freed memory."""
     if all(len(on) >= problem.settings.min_copies for on in balanced):
         return balanced
     allocation = Allocation(problem)
@@ -153,7 +154,7 @@ def _fill_gaps(problem: Problem, balanced: CopyMap, held: CopyMap) -> CopyMap:
 
 
 def _is_better(problem: Problem, other: _Candidate, best: _Candidate) -> bool:
-    """Return whether ``other`` saves requests more time until the next plan than its further loads cost."""
+    """Return whether ``other`` saves requests more time until the next plan than its additional loads cost."""
     if abs(other.placed - best.placed) > PLACED_MARGIN:
         return other.placed > best.placed
     further_s = other.loading_s - best.loading_s
@@ -165,7 +166,7 @@ def _is_better(problem: Problem, other: _Candidate, best: _Candidate) -> bool:
 
 
 def _loading_s(problem: Problem, held: CopyMap, shares: CopyShares) -> float:
-    """Return by how many seconds, summed over all requests, the loads of copies that are not held delay requests."""
+    """Return the total delay in seconds, over all requests, by loads of copies that are not held."""
     adapters, engines, _ = flatten(held)
     count = len(problem.engines)
     new = ~np.isin(shares.adapters * count + shares.engines, adapters * count + engines)

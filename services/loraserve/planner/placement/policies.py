@@ -1,4 +1,4 @@
-"""The placement policies by their names in the configuration (``planner.policy``)."""
+"""The placement policies, by their name in the configuration (``planner.policy``)."""
 
 from loraserve.planner.placement import ours, paper
 from loraserve.planner.placement.problem import PlacementPolicy

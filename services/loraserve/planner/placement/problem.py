@@ -1,7 +1,7 @@
-"""The input of a placement policy, and the same as arrays that the policies compute with.
+"""The input of a placement policy, and its conversion to arrays.
 
-Utilisation, here and in the other modules, is a fraction of one engine's time. Adapters are numbered in the order of
-(name, version) and engines in the order of their names, so that a plan does not depend on the order of the input.
+Utilisation in these modules is a fraction of one engine's time. Adapters are numbered in order of (name, version), and
+engines in order of name, so that a plan does not depend on the order of the input.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,23 +18,23 @@ from loraserve.messages import AdapterDemand, AdapterRef, EngineCapabilities, Pl
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
 CopyMap = list[tuple[int, ...]]
-"""The engines that hold a copy, in order, by adapter."""
+"""By adapter, the sorted numbers of the engines that hold a copy."""
 
 POOL_FRACTION = 0.9
-"""Fraction of a pool that a plan may pin. The rest is for adapters loaded on demand and for holes between extents."""
+"""Fraction of a pool that a plan may pin. The rest serves adapters loaded on demand and fragmentation."""
 IDLE_RPS = 1e-6
-"""Rate at which every adapter is assumed to be requested before any request was seen."""
+"""Assumed requests/s of every adapter as long as there is no demand at all."""
 VALID_RATES = 1e-9, 1e9
-"""Reported rates outside this range, and NaN, count as 0, so that sums and quotients stay finite."""
+"""Range of valid rates. Other reported rates and NaN count as 0, so that sums and quotients stay finite."""
 DEFAULT_REQUEST_TOKENS = 500.0
-"""Tokens of a request where none was seen: needed for adapters that are forecast before their first request."""
+"""Assumed tokens per request before any request was measured."""
 
 
 class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Constraints on a plan from the configuration and the operator.
 
-    ``pins``: adapter name to the engines that hold its copies, whatever the demand. ``drained``: engines that must end
-    up empty. ``interval_s``: time until the next plan, within which the cost of a move has to pay off.
+    ``pins``: by adapter name, the engines that hold its copies regardless of demand. ``drained``: engines that get no
+    copies. ``interval_s``: time until the next plan, in which the gain of a move must exceed its cost.
     """
 
     min_copies: int = 1
@@ -45,10 +45,10 @@ class PlanSettings(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
-    """Everything that a placement policy decides from.
+    """The input of a placement policy.
 
-    ``adapters``: the registered adapters, by version. ``engines``: all ready engines, drained
-    ones included. ``current``: the placement in force.
+    ``adapters``: the registered adapters, by version. ``engines``: all ready engines, including drained engines.
+    ``current``: the placement in force.
     """
 
     demand: Sequence[AdapterDemand]
@@ -60,11 +60,11 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 PlacementPolicy = Callable[[PlanInput], tuple[Placement, ...]]
-"""Returns the copies that should exist, in order of (name, version, engine). Pure and deterministic."""
+"""Returns the copies that should exist, in order of (name, version, engine). Deterministic and without I/O."""
 
 
 class CopyShares(msgspec.Struct, frozen=True, eq=False):
-    """Copies as parallel arrays: entry i is the copy of an adapter on an engine and its share of the traffic."""
+    """Copies as parallel arrays. Entry i is one copy: its adapter, its engine and its share of the adapter's traffic."""
 
     adapters: Ints
     engines: Ints
@@ -72,11 +72,11 @@ class CopyShares(msgspec.Struct, frozen=True, eq=False):
 
 
 class AdapterWork(msgspec.Struct, frozen=True, eq=False):
-    """The engine time that each adapter's traffic takes, by adapter.
+    """The utilisation that each adapter's traffic causes, by adapter.
 
-    An adapter takes ``base`` + r * ``slope`` of an engine's time, where r is the largest rank on that engine;
-    ``prefill_base`` and ``prefill_slope`` are the parts of these before the first token. ``slab_read`` is the time of
-    reading the slab once: a batch reads it once a step, so this part of the work grows less than traffic does.
+    The utilisation is ``base`` + r * ``slope``, where r is the largest rank on the engine. ``prefill_base`` and
+    ``prefill_slope`` are the contributions of prefill to these. ``slab_read`` is the time in seconds to read the slab
+    once. A step reads the slab once for all its sequences, so the time of reads grows more slowly than traffic.
     """
 
     base: Floats
@@ -92,10 +92,10 @@ class AdapterWork(msgspec.Struct, frozen=True, eq=False):
 class Problem(msgspec.Struct, frozen=True, eq=False):
     """A PlanInput as arrays.
 
-    ``room_bytes``: by engine, what the plan may use of the pool. ``single``: by engine, the tuple of that engine alone,
-    shared by all adapters whose only copy is there. ``pins``: by adapter, the live engines that it is pinned to.
-    ``no_demand``: no request was seen or forecast, and ``work`` is an assumption. ``batch``: sequences that an engine
-    can decode at once. ``steps_per_s``: decode steps of an engine at half of that batch.
+    ``room_bytes``: by engine, the pool bytes that the plan may pin. ``single``: by engine, the tuple ``(engine,)``, one
+    object for all adapters with their only copy there. ``pins``: by adapter, the ready engines that it is pinned to.
+    ``no_demand``: no request was measured or forecast, so ``work`` assumes ``IDLE_RPS``. ``batch``: sequences that an
+    engine can decode at once. ``steps_per_s``: decode steps/s of an engine at half of that batch.
     """
 
     versions: list[str]
@@ -117,7 +117,7 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
 
     @property
     def padded(self) -> bool:
-        """Return whether every token of a batch pays for the largest rank in the batch."""
+        """Return whether every token of a batch costs as much as a token of the largest rank in the batch."""
         return self.cost.lora == "padded"
 
     def adapter_index(self) -> dict[str, int]:
@@ -127,12 +127,12 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
         return {engine: i for i, engine in enumerate(self.engines)}
 
     def own_utilisation(self) -> Floats:
-        """Return by adapter its utilisation of an engine where no rank is larger than its own."""
+        """Return each adapter's utilisation of an engine whose largest rank is its own."""
         return self.work.base + self.ranks * self.work.slope
 
 
 def build_problem(inputs: PlanInput) -> Problem:
-    """Return the input as arrays, without drained engines and without the copies on them."""
+    """Convert the input to arrays. Drained engines and their copies are left out."""
     settings, cost = inputs.settings, inputs.cost
     engines = sorted((e for e in inputs.engines if e.engine not in settings.drained), key=lambda e: e.engine)
     engine_index = {e.engine: i for i, e in enumerate(engines)}
@@ -167,7 +167,7 @@ def build_problem(inputs: PlanInput) -> Problem:
 
 
 def to_placements(problem: Problem, copies: CopyShares) -> tuple[Placement, ...]:
-    """Return the copies as messages, in order of (name, version, engine)."""
+    """Convert the copies to messages, in order of (name, version, engine)."""
     refs, names = problem.refs, problem.engines
     return tuple(
         Placement(version=refs[a].version, name=refs[a].name, engine=names[e], share=share)
@@ -183,10 +183,7 @@ def flatten(copies: CopyMap) -> tuple[Ints, Ints, Ints]:
 
 
 def reads_per_s(decode_tokens_per_s: Floats, steps_per_s: float) -> Floats:
-    """Return the steps a second that hold at least one of an adapter's sequences, if these arrive independently.
-
-    Arrivals are taken to be a Poisson process.
-    """
+    """Return how many decode steps/s contain a sequence of each adapter, if arrivals are a Poisson process."""
     return steps_per_s * -np.expm1(-decode_tokens_per_s / steps_per_s)
 
 
@@ -197,7 +194,7 @@ def _extents(refs: Sequence[AdapterRef]) -> Ints:
 
 
 class _ExpectedRates(msgspec.Struct, eq=False):
-    """Expected prefill tokens, decode tokens and requests a second, by adapter."""
+    """Expected prefill tokens/s, decode tokens/s and requests/s, by adapter."""
 
     prefill: Floats
     decode: Floats
@@ -205,7 +202,7 @@ class _ExpectedRates(msgspec.Struct, eq=False):
 
 
 def _expect_rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: int) -> _ExpectedRates:
-    """Return the forecast plus a margin for its past errors, split into prefill, decode and requests as measured."""
+    """Return the forecast plus a margin for its errors. Its split into prefill, decode and requests is as measured."""
     known = {index[d.version]: d for d in demand if d.version in index}
     count = len(known)
     adapters, entries = np.fromiter(known, np.int64, count), known.values()
@@ -217,11 +214,11 @@ def _expect_rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], eng
     measured = prefill + decode
     decode = _requested_decode(decode, requests)
     seen = prefill + decode
-    # The forecast is of tokens that engines compute. Only its ratio to the measured rate applies to requested tokens.
+    # The forecast predicts computed tokens. Only its ratio to the measured rate applies to requested tokens.
     change = np.divide(forecast, measured, out=np.ones(count), where=(measured > 0) & (forecast > 0))
     expected = np.where(measured > 0, seen * change, forecast) + _margin(std, engines)
     unseen = (seen <= 0) & (expected > 0)
-    # An adapter that was never seen is assumed to have the mix of all others; without any, to only decode.
+    # An adapter without measured traffic gets the mean mix of the others. If there is none, all its tokens are decode.
     prefill_part = prefill.sum() / seen.sum() if seen.sum() > 0 else 0.0
     request_tokens = seen.sum() / requests.sum() if requests.sum() > 0 and seen.sum() > 0 else DEFAULT_REQUEST_TOKENS
     growth = np.divide(expected, seen, out=np.zeros(count), where=seen > 0)
@@ -238,10 +235,10 @@ def _valid_rates(rates: Iterable[float]) -> Floats:
 
 
 def _requested_decode(decode: Floats, requests: Floats) -> Floats:
-    """Return the decode tokens/s that requests ask for, scaled so that their sum is the sum of those computed.
+    """Return the estimated decode tokens/s that requests need, scaled to the sum of the measured ``decode``.
 
-    An engine that is behind decodes less than its requests ask for; planned by what it computed, it would be given even
-    more. Each adapter is therefore taken to ask for at least its requests times the mean output.
+    An overloaded engine decodes fewer tokens than its requests need. A plan based on measured tokens would give it even
+    more traffic. The estimate of each adapter is therefore at least its requests/s times the mean output length.
     """
     total = fsum(decode)
     if total <= 0 or not requests.any():
@@ -252,15 +249,16 @@ def _requested_decode(decode: Floats, requests: Floats) -> Floats:
 
 
 def _idle_rates(adapters: int) -> _ExpectedRates:
-    """Return equal, negligible rates for all adapters, so that the first plan already separates ranks."""
+    """Return equal and negligible rates for all adapters, so that even a plan without demand separates ranks."""
     tokens = np.full(adapters, IDLE_RPS * DEFAULT_REQUEST_TOKENS / 2)
     return _ExpectedRates(tokens, tokens, np.full(adapters, IDLE_RPS))
 
 
 def _margin(std: Floats, engines: int) -> Floats:
-    """Return by adapter the tokens/s to reserve for forecast errors: one standard deviation of an engine's traffic.
+    """Return by adapter the tokens/s to reserve for forecast errors, at most ``std``.
 
-    Errors of many small adapters on one engine cancel out; the error of an adapter that fills an engine does not.
+    Margins on an engine add up to about one standard deviation of its traffic. Errors of many small adapters cancel
+    out, while the error of an adapter that fills an engine does not.
     """
     variance = std * std
     pooled = np.sqrt(variance.sum() / max(1, engines))
@@ -268,7 +266,7 @@ def _margin(std: Floats, engines: int) -> Floats:
 
 
 def _decode_batch(engines: Sequence[EngineCapabilities], rates: _ExpectedRates) -> float:
-    """Return how many sequences an engine can decode at once, given its KV memory and the mean context length."""
+    """Return how many sequences of mean context length the KV memory of the median engine allows in a batch."""
     if not engines:
         return 1.0
     requests = rates.requests.sum()
@@ -280,9 +278,9 @@ def _decode_batch(engines: Sequence[EngineCapabilities], rates: _ExpectedRates) 
 def _adapter_work(
     rates: _ExpectedRates, refs: Sequence[AdapterRef], cost: CostModel, batch: float, steps_per_s: float
 ) -> AdapterWork:
-    """Return what the expected traffic costs.
+    """Return the utilisation that the expected traffic causes.
 
-    The fixed cost of a step is divided among a full batch, which is what it costs where engine time gets short.
+    The fixed cost of a step is divided by a full batch, because batches are full when engine time becomes scarce.
     """
     requests = np.maximum(rates.requests, 1e-12)
     prompt, output = rates.prefill / requests, rates.decode / requests
@@ -326,7 +324,7 @@ def _current_copies(
 def _live_pins(
     refs: Sequence[AdapterRef], engines: Mapping[str, int], pins: Mapping[str, tuple[str, ...]]
 ) -> dict[int, tuple[int, ...]]:
-    """Return the pins to engines that exist; an adapter pinned only to missing engines is placed as if not pinned."""
+    """Return the pins to available engines. An adapter without such an engine is placed as if it were not pinned."""
     if not pins:
         return {}
     live = {

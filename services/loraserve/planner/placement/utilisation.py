@@ -1,9 +1,8 @@
-"""How busy a placement keeps each engine, and how soon requests then start.
+"""Predictions of the utilisation and TTFT of engines under a placement.
 
-An engine is modelled as a queue with random arrivals and service times (M/M/1) in front of its prefill:
-P(wait > t) = u exp(-t (1 - u) / s), where u is the engine's utilisation by all its work and s the prefill time of a
-request. Kleinrock, "Queueing Systems" (1975), section 3.2. The model is rough but monotone, and it tells where waiting
-grows faster than balance is lost.
+Requests wait for prefill in an M/M/1 queue: P(wait > t) = u exp(-t (1 - u) / s), where u is the engine's utilisation by
+all its work and s the prefill time of a request (Kleinrock, "Queueing Systems", 1975, section 3.2). The model is rough.
+It increases monotonically with utilisation, which suffices to compare plans.
 """
 
 import msgspec
@@ -14,11 +13,11 @@ from loraserve.planner.placement.problem import CopyShares, Floats, Problem, rea
 
 QUANTILE = 0.95
 LINEAR_FROM = 0.98
-"""Utilisation from which waiting is extended along its tangent: queues beyond 1 never end, but plans must compare."""
+"""Above this utilisation, waiting follows its tangent, so that plans with overloaded engines stay comparable."""
 
 
 class EngineWork(msgspec.Struct, frozen=True, eq=False):
-    """The sums of AdapterWork over an engine's copies, and the largest rank of those with traffic, by engine."""
+    """Sums of AdapterWork over the copies on each engine. ``rank``: the largest rank with traffic. All by engine."""
 
     base: Floats
     slope: Floats
@@ -31,7 +30,7 @@ class EngineWork(msgspec.Struct, frozen=True, eq=False):
         return self.base + self.rank * self.slope
 
     def prefill_s(self) -> Floats:
-        """Return the prefill time of a mean request that is alone on its engine."""
+        """Return by engine the mean prefill time of a request that runs alone."""
         work = self.prefill_base + self.rank * self.prefill_slope
         return np.divide(work, self.requests_per_s, out=np.zeros_like(work), where=self.requests_per_s > 0)
 
@@ -42,7 +41,7 @@ def engine_work(problem: Problem, copies: CopyShares) -> EngineWork:
     def total(values: Floats) -> Floats:
         return np.bincount(copies.engines, values[a] * copies.shares, count).astype(np.float64)
 
-    # Reading slabs while decoding is concave in the share: two copies of one adapter are read by two engines.
+    # The rate of slab reads is concave in the share, because each engine with a copy reads its own slab.
     reads = reads_per_s(work.decode_tokens_per_s[a] * copies.shares, problem.steps_per_s)
     reads_of_one = reads_per_s(work.decode_tokens_per_s, problem.steps_per_s)[a] * copies.shares
     extra_reads = np.bincount(copies.engines, work.slab_read[a] * (reads - reads_of_one), count)
@@ -64,7 +63,7 @@ def engine_ttft_s(problem: Problem, engines: EngineWork) -> Floats:
 
 
 def predict_ttft_s(problem: Problem, utilisation: Floats, prefill_s: Floats) -> Floats:
-    """Return the P95 TTFT at a utilisation: waiting, the request's own prefill, and the step under way at arrival."""
+    """Return the P95 TTFT in seconds: waiting, the request's own prefill, and the step in progress at arrival."""
     cost, tail = problem.cost, 1 - QUANTILE
     busy = np.clip(utilisation, tail, LINEAR_FROM)
     wait = np.log(busy / tail) / (1 - busy)
@@ -76,10 +75,10 @@ def predict_ttft_s(problem: Problem, utilisation: Floats, prefill_s: Floats) -> 
 
 
 def mean_ttft_s(problem: Problem, copies: CopyShares) -> float:
-    """Return the mean over requests of their engine's predicted P95 TTFT; 0 without requests.
+    """Return the mean over all requests of their engine's predicted P95 TTFT in seconds, or 0 without requests.
 
-    In a mean, an overloaded engine counts even if it serves one request in thirty; in a P95 over all it would not.
-    Requests for an adapter without a copy load it first, on an engine of mean TTFT.
+    The mean reflects an overloaded engine even if it serves one request in thirty. A P95 over all requests would not.
+    A request for an adapter without a copy is assumed to take the mean TTFT plus the time of the load.
     """
     engines = engine_work(problem, copies)
     requests = problem.work.requests_per_s
@@ -99,7 +98,7 @@ def mean_ttft_s(problem: Problem, copies: CopyShares) -> float:
 
 
 def placed_fraction(problem: Problem, copies: CopyShares) -> float:
-    """Return the fraction of all requests whose adapters have a copy."""
+    """Return the fraction of all requests whose adapter has a copy; 1 without requests."""
     requests = problem.work.requests_per_s
     total = float(requests.sum())
     return float(requests[_has_copy(problem, copies)].sum()) / total if total > 0 else 1.0
