@@ -1,4 +1,4 @@
-"""Copies on engines with limited room: which stay, which are added, and which are too many."""
+"""Keeps, adds and drops copies on engines with limited pool memory."""
 
 from heapq import heapify, heappop, heappush, heapreplace
 
@@ -7,25 +7,25 @@ import numpy as np
 from loraserve.planner.placement.problem import CopyMap, Floats, Ints, Problem, flatten
 
 REPLICATE_FROM = 0.15
-"""Fraction of the planned utilisation from which an adapter gets a second copy, so that its bursts spread out."""
+"""Fraction of the planned utilisation from which an adapter gets a second copy, which absorbs its bursts."""
 KEEP_REPLICA_FROM = 0.05
 """Fraction of the planned utilisation below which a second copy is dropped."""
 REPLICA_BYTES = 0.25
-"""Limit of all second copies, as a fraction of the bytes of one copy of every adapter."""
+"""Limit of the bytes of additional copies, as a fraction of the bytes of one copy of every adapter."""
 MAX_HELD_FRACTION = 0.25
-"""Limit of all copies, as a fraction of every adapter on every engine. Beyond it, bursts get no second copies."""
+"""Limit of the bytes of all copies, as a fraction of a copy of every adapter on every engine. Limits second copies."""
 MIN_REPLICATED_UTILISATION = 0.05
-"""An adapter that takes less of an engine's time needs no second copy, however little the others take."""
+"""Least utilisation of an adapter that gets a second copy, regardless of the planned utilisation."""
 TRIES = 8
-"""Engines to try in order of utilisation before the one with most room is tried."""
+"""Engines without enough memory after which a search for an engine gives up."""
 
 
 class Allocation:
-    """The copies of a plan in the making, and what each engine then has to do.
+    """The copies of a plan under construction, with the memory and utilisation of each engine. Pins are placed first.
 
-    ``copies`` changes in place. By engine: ``room`` left in bytes, ``load`` (utilisation), and ``max_rank`` of the
-    adapters with traffic. By adapter: ``work``, its utilisation of an engine at its own rank. ``by_work`` lists the
-    adapters, hottest first. Pinned copies are placed first.
+    ``copies`` changes in place. By engine: ``room`` (free bytes for the plan), ``load`` (utilisation), and ``max_rank``
+    (of adapters with traffic). By adapter: ``work``, its utilisation of an engine at its own rank. ``by_work``: the
+    adapters in descending order of work.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -39,7 +39,7 @@ class Allocation:
         self.max_rank = [0] * len(problem.engines)
         self.by_work: list[int] = np.argsort(-problem.own_utilisation(), kind="stable").tolist()
         self._partial_shares: dict[tuple[int, int], float] = {}
-        """Shares of copies by adapter and engine, where they are not 1."""
+        """By (adapter, engine), shares of copies that differ from 1."""
         for a in sorted(problem.pins, key=lambda a: (-self.work[a], a)):
             for e in problem.pins[a]:
                 self.add(a, e, 1 / len(problem.pins[a]))
@@ -48,7 +48,7 @@ class Allocation:
         return self.room[e] >= self.extents[a]
 
     def add(self, a: int, e: int, share: float = 1.0) -> bool:
-        """Add a copy with its share of traffic; return False if it exists already or does not fit."""
+        """Add a copy with its share of traffic. Return False if it already exists or does not fit."""
         held = self.copies[a]
         if self.room[e] < self.extents[a] or e in held:
             return False
@@ -62,7 +62,7 @@ class Allocation:
         return True
 
     def add_all(self, adapters: Ints, engines: Ints, shares: Floats) -> None:
-        """Add copies that are new and known to fit; those of one adapter must follow each other."""
+        """Add copies. The caller ensures that they are new and fit."""
         problem, count = self.problem, len(self.room)
         work = problem.own_utilisation()[adapters]
         self.room = (np.array(self.room) - _sum_bytes(engines, problem.extents[adapters], count)).tolist()
@@ -77,9 +77,9 @@ class Allocation:
                 self._partial_shares[a, e] = share
 
     def keep(self, held: CopyMap, idle_only: bool = False) -> None:
-        """Keep held copies as far as there is room, hottest first.
+        """Keep held copies that fit. Adapters with the most work come first.
 
-        ``idle_only`` keeps those of adapters that have no traffic and no copy yet.
+        With ``idle_only``, keep only copies of adapters that have no traffic and no copy yet.
         """
         adapters, engines, counts = flatten(held)
         chosen = np.ones(len(adapters), bool)
@@ -99,9 +99,9 @@ class Allocation:
                     self.add(a, e, 1 / len(held[a]))
 
     def complete(self, held: CopyMap) -> None:
-        """Add a first copy of every adapter that fits, hottest first, then up to the minimum number of copies.
+        """Add copies up to ``min_copies`` of each adapter if they fit. All first copies precede all second copies.
 
-        A copy that is ``held`` already is preferred.
+        Adapters with the most work come first. Held copies are preferred to new ones.
         """
         queues, pins = _EngineQueues(self), self.problem.pins
         for count in range(1, self.problem.settings.min_copies + 1):
@@ -112,9 +112,9 @@ class Allocation:
                     queues.place(a)
 
     def replicate(self, utilisation: float, held: CopyMap) -> None:
-        """Add second copies of hot adapters on engines that their rank does not slow down, within a limit of bytes.
+        """Add second copies of hot adapters on engines whose largest rank does not rise, up to a limit of bytes.
 
-        Copies that are held already are preferred, and kept at a lower utilisation than new ones are made.
+        Held copies are preferred. They stay at a lower utilisation than new copies require.
         """
         queues, padded = _EngineQueues(self), self.problem.padded
         one_each = sum(self.extents)
@@ -131,7 +131,7 @@ class Allocation:
                 left -= self.extents[a]
 
     def drop_surplus(self, utilisation: float) -> None:
-        """Drop copies of adapters that have too little traffic for them, on the engines with most load first."""
+        """Drop copies that an adapter's traffic does not justify, first on the engine with the highest load."""
         dropped = False
         for a in [a for a, held in enumerate(self.copies) if len(held) > 1]:
             if a in self.problem.pins:
@@ -149,7 +149,7 @@ class Allocation:
             self.max_rank = max_rank.tolist()
 
     def _drop(self, a: int, e: int) -> None:
-        """Drop one of several copies; the others take over its share in proportion to theirs."""
+        """Drop one of several copies. The other copies take over its share in proportion to their own shares."""
         left = tuple(other for other in self.copies[a] if other != e)
         self.copies[a] = left if len(left) > 1 else self.problem.single[left[0]]
         self.room[e] += self.extents[a]
@@ -170,8 +170,8 @@ class Allocation:
 class _EngineQueues:
     """Finds engines for copies that are in no bin.
 
-    Of the engines that serve a rank as high already, or else of all, it takes the one with the least load, and where
-    load does not matter or none of the first few fits, the one with most room.
+    Engines whose largest rank does not rise are tried before all engines. Among them, the engine with the least load
+    comes first if the adapter has traffic. Otherwise, or after ``TRIES`` failures, the most free bytes decide.
     """
 
     def __init__(self, allocation: Allocation) -> None:
@@ -179,7 +179,7 @@ class _EngineQueues:
         self._heaps: dict[tuple[int, bool], list[tuple[float, float, int]]] = {}
 
     def place(self, a: int, keep_ranks: bool = False) -> bool:
-        """Add a copy, with ``keep_ranks`` only where it raises no largest rank; return False if none has the room."""
+        """Add a copy, or return False if none fits. ``keep_ranks`` excludes engines whose largest rank would rise."""
         work, rank = self._allocation.work[a], self._allocation.ranks[a]
         padded = self._allocation.problem.padded
         ranks = ([rank] if keep_ranks else [rank, 0]) if padded else [0]
@@ -217,5 +217,5 @@ class _EngineQueues:
 
 
 def _sum_bytes(engines: Ints, values: Ints, count: int) -> Ints:
-    """Return the bytes by engine; bincount adds in float64, which is exact up to 2**53."""
+    """Return the sum of bytes by engine. bincount adds in float64, which is exact up to 2**53."""
     return np.bincount(engines, values, count).astype(np.int64)

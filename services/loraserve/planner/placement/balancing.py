@@ -1,4 +1,4 @@
-"""Balancing of engines: moves of whole adapters off the fullest engine, and the shares of traffic among copies."""
+"""Balances engines: moves whole adapters off the fullest engine, and splits an adapter's traffic among its copies."""
 
 from bisect import insort
 
@@ -9,20 +9,20 @@ from loraserve.planner.placement.utilisation import engine_work
 
 STEPS_PER_ENGINE = 3
 MAX_STEPS = 400
-"""Limit for large clusters, where adapters are small beside engines and packing leaves little to balance."""
+"""Limit for large clusters. Adapters are small relative to engines there, so packing leaves little to balance."""
 TARGETS = 4
-"""Least utilised engines to consider as targets in each step."""
+"""Number of least utilised engines to consider as targets in each step."""
 MIN_GAIN = 0.005
-"""Fraction of the fullest engine's utilisation that a move has to gain."""
+"""Least relative decrease of the fullest engine's utilisation by a move."""
 MIN_SHARE = 0.02
-"""Share of a copy that should get no traffic, as a fraction of an even share: a share of 0 would mean no copy."""
+"""Least share of a copy, as a fraction of an even share. A share of 0 would mean that the copy does not exist."""
 SWEEPS = 2
 
 
 def balance_engines(problem: Problem, copies: CopyMap, shares: CopyShares) -> None:
-    """Move adapters off the fullest engine while that lowers the higher utilisation of the two engines.
+    """Move adapters off the fullest engine while a move lowers the maximum utilisation of the two engines involved.
 
-    Changes ``copies``, only of adapters that have traffic, exactly one copy and no pin.
+    Changes ``copies`` in place. Moves only adapters with traffic, exactly one copy and no pin.
     """
     search = _LocalSearch(problem, copies, shares)
     for _ in range(min(MAX_STEPS, STEPS_PER_ENGINE * len(problem.engines))):
@@ -31,7 +31,7 @@ def balance_engines(problem: Problem, copies: CopyMap, shares: CopyShares) -> No
 
 
 class _LocalSearch:
-    """Hill climbing on the highest utilisation: one adapter moves in each step."""
+    """Local search that lowers the highest utilisation of all engines. Each step moves one adapter."""
 
     def __init__(self, problem: Problem, copies: CopyMap, shares: CopyShares) -> None:
         self._problem, self._copies = problem, copies
@@ -47,7 +47,7 @@ class _LocalSearch:
         self._ranks_on: dict[int, list[int]] = {}
 
     def step(self) -> bool:
-        """Move one adapter off the fullest engine, or note that none helps; return False when there is nothing left."""
+        """Move one adapter off the fullest engine, or mark the engine as stuck. Return False when the search is over."""
         utilisation = self._base + self._rank * self._slope
         full = int(np.argmax(np.where(self._stuck, -1.0, utilisation)))
         if self._stuck[full] or utilisation[full] <= utilisation.mean() * (1 + MIN_GAIN):
@@ -62,7 +62,7 @@ class _LocalSearch:
         return True
 
     def _best_move(self, full: int, utilisation: Floats) -> tuple[int, int] | None:
-        """Return the adapter and target after whose move the fuller of both engines is least full."""
+        """Return the adapter and target engine whose move minimises the larger utilisation of the two engines."""
         problem, work, copies = self._problem, self._problem.work, self._copies
         movable = [a for a in self._adapters_on[full] if len(copies[a]) == 1 and a not in problem.pins]
         targets = np.array(self._targets(full, utilisation), np.int64)
@@ -83,13 +83,13 @@ class _LocalSearch:
         return int(a[i]), int(targets[target])
 
     def _targets(self, full: int, utilisation: Floats) -> list[int]:
-        """Return the least utilised engines, and the least utilised of those whose rank is not lower."""
+        """Return the least utilised engines, of all engines and of those with at least the rank of ``full``."""
         targets = _smallest(utilisation, TARGETS)
         targets += _smallest(np.where(self._rank >= self._rank[full], utilisation, np.inf), TARGETS)
         return [e for e in dict.fromkeys(targets) if e != full]
 
     def _second_rank(self, engine: int) -> float:
-        """Return the largest rank on the engine without one adapter of the largest."""
+        """Return the engine's largest rank after an adapter of the largest rank is removed."""
         ranks = self._sorted_ranks(engine)
         return float(ranks[-2]) if len(ranks) > 1 else 0.0
 
@@ -117,7 +117,7 @@ class _LocalSearch:
 
 
 def _smallest(values: Floats, count: int) -> list[int]:
-    """Return the indices of the smallest values in order; of equal values the first ones."""
+    """Return the indices of the smallest values in ascending order. Of equal values, the first ones come first."""
     if len(values) > 8 * count:
         bound = np.partition(values, count)[count]
         candidates = np.flatnonzero(values <= bound)
@@ -126,16 +126,16 @@ def _smallest(values: Floats, count: int) -> list[int]:
 
 
 def split_traffic(problem: Problem, copies: CopyMap) -> CopyShares:
-    """Return the copies with the shares of traffic that make their engines' utilisation as even as possible.
+    """Return the copies with shares of traffic that make the utilisation of their engines as even as possible.
 
-    Shares depend on the copies and on demand only, never on earlier shares: the same copies always have the same.
+    Shares depend only on copies and demand, not on earlier shares, so that equal copies always get equal shares.
     """
     adapters, engines, counts = flatten(copies)
     shares = np.ones(len(adapters))
     starts = np.cumsum(counts) - counts
     work = problem.own_utilisation()
     split = np.flatnonzero(counts > 1)
-    # Heaviest first: they decide which engines run at a high rank.
+    # The adapters with the most work come first, because they determine which engines run at a high rank.
     split = split[np.argsort(-work[split], kind="stable")]
     levels = _EngineLevels(problem, adapters, engines, counts[adapters] == 1)
     mean = float(work.sum()) / max(1, len(problem.engines))
@@ -154,7 +154,7 @@ def split_traffic(problem: Problem, copies: CopyMap) -> CopyShares:
 
 
 class _EngineLevels:
-    """The utilisation of engines while shares are computed, at first that of adapters with one copy."""
+    """The utilisation of engines while shares are computed. Initially it includes only adapters with one copy."""
 
     def __init__(self, problem: Problem, adapters: np.ndarray, engines: np.ndarray, single: np.ndarray) -> None:
         count = len(problem.engines)
@@ -167,16 +167,16 @@ class _EngineLevels:
         np.maximum.at(self._rank, e[used], self._ranks[a][used].astype(np.float64))
 
     def add(self, adapter: int, held: np.ndarray, shares: Floats) -> None:
-        """Add the adapter's shares to its engines; negative shares take them away."""
+        """Add the adapter's work to its engines in proportion to ``shares``. Negative shares remove work."""
         self._base[held] += self._work.base[adapter] * shares
         self._slope[held] += self._work.slope[adapter] * shares
         used = held[shares > MIN_SHARE / len(held)]
         self._rank[used] = np.maximum(self._rank[used], self._ranks[adapter])
 
     def best_shares(self, adapter: int, held: np.ndarray, mean: float) -> Floats:
-        """Return the adapter's shares by engine.
+        """Return the adapter's share on each engine in ``held``. ``mean`` is the mean utilisation of all engines.
 
-        Only engines whose rank it does not raise get any, unless those would then be fuller than the others.
+        Engines whose largest rank would rise get the minimum share, unless the other engines would become too full.
         """
         rank = np.maximum(self._rank[held], self._ranks[adapter])
         before = self._base[held] + rank * self._slope[held]
@@ -192,10 +192,10 @@ class _EngineLevels:
 
 
 def _fill_to_level(before: Floats, needed: Floats) -> tuple[Floats, float]:
-    """Return parts that sum to 1 and raise the lowest levels to a common one, and that level (water filling)."""
+    """Return shares that sum to 1 and raise the lowest utilisations to one level, and this level (water filling)."""
     order = np.argsort(before, kind="stable")
     heights, widths = before[order], 1 / needed[order]
-    # With the k lowest filled: sum((level - height) * width) = 1.
+    # If the k lowest are filled: sum((level - height) * width) = 1.
     levels = (1 + np.cumsum(heights * widths)) / np.cumsum(widths)
     filled = np.flatnonzero(levels > heights)
     level = float(levels[filled[-1]])

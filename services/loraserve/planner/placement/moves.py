@@ -1,6 +1,6 @@
-"""The difference between two plans as moves, and why each move is made and what it gains.
+"""The difference between two plans as moves, with the reason and the gain of each move.
 
-Gains and reasons are computed with the model that plans are made with.
+Gains and reasons come from the same cost model as plans.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,13 +14,13 @@ from loraserve.planner.placement.problem import CopyShares, Floats, Ints, PlanIn
 from loraserve.planner.placement.utilisation import engine_work, predict_ttft_s
 
 NONE = -1
-"""Index of an adapter or engine that is not there."""
+"""Index of an adapter or engine that is not in the problem."""
 
 
 def diff(current: Sequence[Placement], target: Sequence[Placement]) -> list[Move]:
-    """Return the copies that appear, disappear or change places, without bytes, reasons and gains.
+    """Return the copies that are added, removed or moved, without bytes, reasons and gains.
 
-    A copy that appears is paired with one of the same adapter that disappears.
+    An added and a removed copy of the same adapter form one move.
     """
     before, after = _engines_by_version(current), _engines_by_version(target)
     names = {p.version: p.name for p in (*current, *target)}
@@ -38,8 +38,8 @@ def diff(current: Sequence[Placement], target: Sequence[Placement]) -> list[Move
 def explain_moves(inputs: PlanInput, target: Sequence[Placement], moves: Sequence[Move]) -> list[Move]:
     """Return the moves from ``inputs.current`` to ``target`` with the bytes they load, their reasons and gains.
 
-    The gain of a move is what the target plan predicts without it, less what it predicts with it. A move that only
-    removes a copy frees memory, and its gain may be slightly negative.
+    The gain of a move is the mean predicted TTFT of the target plan without this move, minus that of the target plan.
+    A move that only removes a copy frees memory, and its gain may be slightly negative.
     """
     if not moves:
         return []
@@ -77,7 +77,7 @@ def _copy_shares(problem: Problem, placements: Sequence[Placement]) -> CopyShare
 
 
 class _Gains:
-    """Computes the gains of all moves at once: each move is undone alone, on the two engines that it touches."""
+    """Computes the gains of all moves at once. Each move is undone alone, on the two engines that it affects."""
 
     def __init__(self, problem: Problem, before: CopyShares, after: CopyShares) -> None:
         self._problem = problem
@@ -100,14 +100,14 @@ class _Gains:
         saved = np.zeros(len(moves))
         only_copy = (giver != NONE) & (taker == NONE)
         cost, a = self._problem.cost, adapters[only_copy]
-        # Without its only copy every request for the adapter would load it.
+        # Without the only copy, every request for the adapter would load it.
         saved[only_copy] = requests[a] * (cost.load_base_s + self._problem.slab_bytes[a] * cost.load_byte_s)
         both = (giver != NONE) & (taker != NONE)
         saved[both] = self._added_waiting(adapters[both], giver[both], taker[both], shares[both])
         return [float(gain) for gain in saved / total]
 
     def _undo(self, adapter: int, engines: Mapping[str, int], move: Move) -> tuple[int, int, int, float]:
-        """Return the adapter, and from which engine to which what share of its traffic would go without the move."""
+        """Return the adapter, giving engine, receiving engine and share of traffic for undoing the move."""
         source, target = engines.get(move.source, NONE), engines.get(move.target, NONE)
         if adapter == NONE:
             return adapter, NONE, NONE, 0.0
@@ -118,10 +118,10 @@ class _Gains:
         return adapter, target, source if source != NONE else largest, self._after.get((adapter, target), 0.0)
 
     def _added_waiting(self, a: Ints, giver: Ints, taker: Ints, shares: Floats) -> Floats:
-        """Return the waiting, in seconds a second over all requests of both engines, that moving the traffic adds."""
+        """Return the increase of requests/s times TTFT over both engines if the taker gets the giver's shares."""
         ranks = self._problem.ranks[a].astype(np.float64)
         rank = self._work.rank
-        # The giver may lose its largest rank, if it gives away all that it has of the adapter.
+        # The giver may lose its largest rank if it gives away its whole share of the adapter.
         all_given = np.array([self._after[i, e] <= s + 1e-9 for i, e, s in zip(a, giver, shares, strict=True)], bool)
         rank_left = np.where(all_given & (ranks >= rank[giver]), self._second_rank[giver], rank[giver])
         rank_after = np.where(shares > 0, np.maximum(rank[taker], ranks), rank[taker])
@@ -130,7 +130,7 @@ class _Gains:
         return undone - self._waiting(giver, a, none, rank[giver]) - self._waiting(taker, a, none, rank[taker])
 
     def _waiting(self, engine: Ints, a: Ints, shares: Floats, rank: Floats) -> Floats:
-        """Return requests/s times predicted TTFT of the engines after so much more of the adapters' traffic."""
+        """Return the engines' requests/s times predicted TTFT after ``shares`` of the adapters' traffic are added."""
         current, work = self._work, self._problem.work
         requests = np.maximum(current.requests_per_s[engine] + shares * work.requests_per_s[a], 0.0)
         base = current.base[engine] + shares * work.base[a]
@@ -143,7 +143,7 @@ class _Gains:
 
 
 class _Reasons:
-    """Says why a move is made, with the figures of the decision."""
+    """Explains in words why a move is made."""
 
     def __init__(self, problem: Problem, before: CopyShares, after: CopyShares) -> None:
         self._problem = problem
@@ -196,7 +196,7 @@ def _share_by_copy(copies: CopyShares) -> dict[tuple[int, int], float]:
 
 
 def _second_ranks(problem: Problem, copies: CopyShares) -> Floats:
-    """Return by engine the largest rank that is left without one adapter of the largest rank."""
+    """Return each engine's largest rank after an adapter of the largest rank is removed."""
     used = problem.work.requests_per_s[copies.adapters] > 0
     ranks, engines = problem.ranks[copies.adapters[used]], copies.engines[used]
     order = np.lexsort((-ranks, engines))

@@ -61,7 +61,7 @@ def plan(inputs: PlanInput) -> tuple[Placement, ...]:
 class _Candidate(msgspec.Struct):
     """Copies with their shares of traffic and the predictions for them.
 
-    ``loading_s``: total delay of all requests by loads of copies that are not held. ``placed``: fraction of the requests
+    ``loading_s``: total delay of all requests by loads of copies that are not held. ``placed``: fraction of requests
     whose adapter has a copy.
     """
 

@@ -1,4 +1,4 @@
-"""Packing of whole adapters into bins: each engine gets adapters of a class up to its budget, as far as memory goes."""
+"""Packs whole adapters into bins. Each engine gets adapters of a class up to its budget and its pool memory."""
 
 from collections.abc import Callable
 from heapq import heapify, heappop, heappush, heapreplace
@@ -13,18 +13,18 @@ from loraserve.planner.placement.problem import CopyMap, Floats, Ints, Problem
 SLACK = 0.02
 """Fraction of the planned utilisation by which an adapter may overfill a budget."""
 SPLIT_FROM = 0.1
-"""Fraction of the planned utilisation from which an adapter may be split to level engines."""
+"""Fraction of the planned utilisation from which an adapter may be split to balance engines."""
 LARGE_FROM = 0.5
-"""Fraction of the planned utilisation from which an adapter is placed before lighter ones are kept where they are."""
+"""Fraction of the planned utilisation from which an adapter is placed before held copies of lighter ones are kept."""
 LEAST_PART = 0.1
-"""Fraction of the planned utilisation that the part of a split adapter has at least."""
+"""Least work of one copy of a split adapter, as a fraction of the planned utilisation."""
 SCARCE = 0.9
-"""Fraction of all room that one copy of everything takes, above which the hottest choose first: else cold adapters that
-stay where they are could keep them out."""
+"""Memory is scarce if one copy of every adapter takes more than this fraction. Adapters are then packed by work only, so
+that held copies of cold adapters do not displace hot ones."""
 
 
 def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice, held: CopyMap) -> None:
-    """Add the adapters that have traffic: held copies stay as far as budgets go, the others follow, heaviest first."""
+    """Add the adapters with traffic. Held copies stay if budgets permit. The heaviest of the others are placed first."""
     packer = _Packer(allocation, filling, choice, held)
     pins = allocation.problem.pins
     adapters = [a for a in allocation.by_work if filling.class_of[a] != NO_CLASS and a not in pins]
@@ -38,7 +38,7 @@ def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice,
     heavy = [a for a in adapters if packer.may_split(a) or len(held[a]) > 1]
     light = adapters if not heavy else [a for a in adapters if not (packer.may_split(a) or len(held[a]) > 1)]
     moved = [a for a in heavy if not packer.keep(a)]
-    # Adapters that fill an engine need one before light adapters take their budgets; light ones fit anywhere.
+    # Large adapters are placed before light adapters use up budgets. Light adapters fit anywhere.
     large = [a for a in moved if allocation.work[a] >= LARGE_FROM * filling.utilisation]
     for a in large:
         packer.place(a)
@@ -49,7 +49,7 @@ def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice,
 
 
 class _Budgets:
-    """The utilisation that each engine may still take from each class of adapters."""
+    """The utilisation that each engine may still receive from each class of adapters."""
 
     def __init__(self, problem: Problem, filling: BinFilling, choice: EngineChoice) -> None:
         self.utilisation = filling.utilisation
@@ -59,7 +59,7 @@ class _Budgets:
         self._slope: list[float] = problem.work.slope.tolist()
         self.rank = [0.0] * len(choice.engine_of)
         self.left: dict[int, dict[int, float]] = {}
-        """Budget that is left, by class and engine."""
+        """Remaining budget, by class and engine."""
         for part, e in zip(filling.bins, choice.engine_of, strict=True):
             self.rank[e] = part.rank
             for adapter_class, budget in part.budgets.items():
@@ -70,18 +70,18 @@ class _Budgets:
             heapify(heap)
 
     def left_for(self, a: int) -> dict[int, float]:
-        """Return what is left by engine for the adapter's class."""
+        """Return the remaining budget for the adapter's class, by engine."""
         return self.left[self.class_of[a]]
 
     def work(self, a: int, e: int) -> float:
-        """Return the adapter's utilisation of the engine, at the rank of the engine's bin."""
+        """Return the adapter's utilisation of the engine if the largest rank is that of the engine's bin."""
         return self._base[a] + self.rank[e] * self._slope[a]
 
     def spend(self, a: int, e: int, part: float) -> None:
         self.left_for(a)[e] -= part * self.work(a, e)
 
     def spend_pinned(self, a: int, engines: tuple[int, ...]) -> None:
-        """Take a pinned adapter from its class's budget where the engine has one, else from the engine's largest."""
+        """Charge a pinned adapter to its class's budget on each engine, or else to the engine's largest budget."""
         if self.class_of[a] == NO_CLASS:
             return
         for e in engines:
@@ -92,7 +92,7 @@ class _Budgets:
                 left[e] -= self.work(a, e) / len(engines)
 
     def as_table(self) -> tuple[Ints, Floats]:
-        """Return by adapter the row of its class, and by row and engine what is left; -inf where there is no budget."""
+        """Return each adapter's class row, and the remaining budgets ``[row, engine]``, with -inf for no budget."""
         rows = {adapter_class: i for i, adapter_class in enumerate(self.left)}
         left = np.full((len(rows), len(self.rank)), -np.inf)
         for adapter_class, of in self.left.items():
@@ -107,9 +107,9 @@ class _Budgets:
                 of[e] -= row[e]
 
     def largest(self, a: int, fits: Callable[[int], bool], short: bool = False) -> int | None:
-        """Return the engine with most left for the adapter's class on which it fits, of all or of the short engines.
+        """Return the engine with the largest remaining budget for the adapter's class for which ``fits`` is true.
 
-        Returns None if it fits on none of the first few.
+        With ``short``, search only short engines. Return None after ``TRIES`` engines that do not fit.
         """
         heap, left = (self._short if short else self._heaps)[self.class_of[a]], self.left_for(a)
         skipped: list[tuple[float, int]] = []
@@ -129,7 +129,7 @@ class _Budgets:
 
 
 class _Packer:
-    """The steps of ``pack_bins``, each on the same allocation and budgets."""
+    """The steps of ``pack_bins``, which share an allocation and budgets."""
 
     def __init__(self, allocation: Allocation, filling: BinFilling, choice: EngineChoice, held: CopyMap) -> None:
         self._allocation, self._held, self._short = allocation, held, choice.short
@@ -142,16 +142,16 @@ class _Packer:
         return self._allocation.work[a] >= self._split_from
 
     def fill_short_engines(self, adapters: list[int]) -> list[int]:
-        """Give short engines the adapters with most work per byte; return the adapters that they did not get.
+        """Place the adapters with the most work per byte on short engines. Return the adapters that remain.
 
-        Cold adapters would otherwise take their memory and leave them idle.
+        Otherwise cold adapters could fill the memory of these engines and leave them idle.
         """
         work, extents = self._allocation.work, self._allocation.extents
         given = {a for a in sorted(adapters, key=lambda a: -work[a] / extents[a]) if self._place_on_short(a)}
         return [a for a in adapters if a not in given]
 
     def _place_on_short(self, a: int) -> bool:
-        """Place the adapter whole, preferably where it is held; return False if no engine has room and budget."""
+        """Place the adapter on a short engine, preferably a holder. Return False if none has memory and budget."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         holders = [e for e in self._held[a] if e in self._short and e in left and self._allocation.has_room(a, e)]
         largest = budgets.largest(a, lambda e: self._allocation.has_room(a, e), short=True)
@@ -162,7 +162,7 @@ class _Packer:
         return False
 
     def keep(self, a: int) -> bool:
-        """Keep one held copy, or all if one is not enough; return False if the budgets there do not suffice."""
+        """Keep one held copy, or split the adapter among several. Return False if their budgets do not suffice."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         holders = [e for e in self._held[a] if e in left and self._allocation.has_room(a, e)]
         if not holders:
@@ -178,7 +178,7 @@ class _Packer:
         return True
 
     def place(self, a: int) -> None:
-        """Place the adapter on the engine with the largest budget, or on several where it is heavy and that is less."""
+        """Place the adapter on the engine with the largest budget, or split a heavy one if this is too small."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         largest = budgets.largest(a, lambda e: self._allocation.has_room(a, e))
         if largest is None:
@@ -207,9 +207,9 @@ class _Packer:
             self._budgets.spend(a, e, part)
 
     def keep_light(self, light: list[int]) -> list[int]:
-        """Keep held copies of adapters that have at most one, in one pass over arrays; return those that do not stay.
+        """Keep the held copies of adapters with at most one copy. Return the adapters without a kept copy.
 
-        On each engine and for each class the heaviest stay, as many as the budget has room for.
+        On each engine and for each class, the adapters with the most work stay until the budget is used up.
         """
         problem, held = self._allocation.problem, self._held
         a = np.array([a for a in light if held[a]], np.int64)
@@ -236,7 +236,7 @@ class _Packer:
         return [i for i in light if i not in kept]
 
     def place_light(self, light: list[int]) -> None:
-        """Place adapters that are never split: as ``place``, with less bookkeeping."""
+        """Place adapters that are never split. This is a faster version of ``place``."""
         allocation, budgets = self._allocation, self._budgets
         heaps = {c: [(-left, e) for e, left in of.items()] for c, of in budgets.left.items()}
         for heap in heaps.values():

@@ -1,14 +1,14 @@
-"""The placement of LoRAServe's paper, as the policy ``loraserve``. Pure and deterministic.
+"""The placement policy ``loraserve``, which follows the LoRAServe paper.
 
-Jaiswal et al., "Serving Heterogeneous LoRA Adapters in Distributed LLM Inference Systems", arXiv:2511.22880. Its steps:
-operating points per rank; demand per rank in tokens; fractional server budgets per rank; adapters of one rank packed
-together, split over servers with shares; the remainder packed onto servers that already hold a high rank; a permutation
-of the servers that minimises moves. The router then samples the shares.
+Jaiswal et al., "Serving Heterogeneous LoRA Adapters in Distributed LLM Inference Systems", arXiv:2511.22880.
+The policy computes an operating point and the demand in tokens/s of each rank, and from these a fractional number of
+servers. It packs adapters of one rank together, and splits them over servers with shares. The remainder goes to servers
+that already hold a high rank. A permutation of the servers minimises moves. The router samples engines by the shares.
 
-The paper's abstract and a summary, which are the sources here, leave open: budgets are scaled so that all servers are
-used; a rank fills as many servers as its budget has whole ones, in order of versions; the remainder counts at its own
-rank's operating point wherever it goes, so that budgets fill the servers exactly. Memory, pins, the minimum number of
-copies and adapters without traffic are handled as in the policy ``ours``.
+The sources here are the paper's abstract and a summary. The following choices are our own. Budgets are scaled to use
+all servers. A rank fills the integer part of its budget with servers of its own, in order of versions. The remainder
+counts at the operating point of its own rank, so that budgets fill the servers exactly. Memory, pins, the minimum
+number of copies and adapters without traffic are handled as in the default policy.
 """
 
 from collections.abc import Iterable, Mapping
@@ -33,14 +33,14 @@ from loraserve.planner.placement.utilisation import predict_ttft_s
 
 EPSILON = 1e-9
 MIN_UTILISATION = 0.05
-"""Utilisation to plan for where even an idle engine misses the SLO."""
+"""Utilisation to plan for if even an idle engine misses the SLO."""
 BISECTION_STEPS = 40
 MIN_TOKEN_S = 1e-12
-"""Cost of a token where the cost model says that tokens are free, so that operating points stay finite."""
+"""Least cost of a token in seconds, which keeps operating points finite."""
 
 
 def plan(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Return the copies to have, with the shares that requests are to be sampled by."""
+    """Return the copies that should exist. The router samples an engine for each request by their shares."""
     problem = build_problem(inputs)
     if not problem.engines:
         return ()
@@ -50,10 +50,10 @@ def plan(inputs: PlanInput) -> tuple[Placement, ...]:
 
 
 def operating_points(problem: Problem, ranks: Iterable[int]) -> dict[int, float]:
-    """Return by rank the tokens/s that an engine sustains under the SLO if all it serves is of that rank.
+    """Return by rank the tokens/s at which the predicted P95 TTFT of an engine with only this rank meets the SLO.
 
-    Tokens are of prefill and decode together, in the expected mix; the limit is where the predicted P95 TTFT is the
-    SLO. Reads of slabs are left out, because how many adapters share a step depends on the placement.
+    Tokens include prefill and decode in the expected mix. Slab reads are ignored, because the number of adapters in a
+    step depends on the placement.
     """
     return {rank: _operating_point(problem, rank) for rank in ranks}
 
@@ -69,7 +69,7 @@ def _operating_point(problem: Problem, rank: int) -> float:
 
 
 def _token_costs_s(problem: Problem, rank: int) -> tuple[float, float]:
-    """Return the engine time of a token of the expected mix, and of the prefill of a request, at that rank."""
+    """Return the seconds per token of the expected mix and the seconds per prefill of a mean prompt, at this rank."""
     work, cost = problem.work, problem.cost
     tokens = float(work.tokens_per_s.sum())
     decode = float(work.decode_tokens_per_s.sum())
@@ -85,7 +85,7 @@ def _token_costs_s(problem: Problem, rank: int) -> tuple[float, float]:
 
 
 class _Server(msgspec.Struct):
-    """An engine that is not chosen yet: its largest rank, the part in use, and parts of adapters' traffic."""
+    """The work for one engine, before it is assigned. ``parts``: the fraction of each adapter's traffic."""
 
     rank: int = 0
     used: float = 0.0
@@ -93,7 +93,7 @@ class _Server(msgspec.Struct):
 
 
 class _Piece(msgspec.Struct):
-    """A part of an adapter's traffic to be packed; ``servers`` is its size in servers at its own rank."""
+    """A fraction of an adapter's traffic (``part``) to be packed. It needs ``servers`` servers of its own rank."""
 
     adapter: int
     rank: int
@@ -102,14 +102,14 @@ class _Piece(msgspec.Struct):
 
 
 Realisation = tuple[CopyMap, dict[tuple[int, int], float]]
-"""Copies, and by (adapter, engine) the part of the adapter's traffic that was packed there."""
+"""Copies, and by (adapter, engine) the fraction of the adapter's traffic that was packed there."""
 
 
 def _find_fixed_points(problem: Problem, servers: list[_Server]) -> list[Realisation]:
-    """Return the cycle that repeated realisation ends in, each from the copies of the one before.
+    """Repeat ``_realise`` from its own result until copies recur, and return the results in this cycle.
 
-    Mostly that is one realisation that reproduces itself, sometimes a few that alternate. There are finitely many, so
-    one must repeat; observed, within ten.
+    Usually the cycle has one result, sometimes a few that alternate. It exists because the number of possible results
+    is finite. In practice it is reached within ten repetitions.
     """
     starts, found = [problem.current], [_realise(problem, servers, problem.current)]
     while found[-1][0] not in starts:
@@ -119,9 +119,9 @@ def _find_fixed_points(problem: Problem, servers: list[_Server]) -> list[Realisa
 
 
 def _changed_bytes(problem: Problem, copies: CopyMap) -> tuple[int, CopyMap]:
-    """Return the bytes of copies that are added or removed: 0 for the current ones, which therefore stay if they can.
+    """Return a sort key: the bytes of added and removed copies, then the copies to break ties.
 
-    The copies themselves break ties.
+    The bytes are 0 for the current copies, which therefore stay if possible.
     """
     pairs = enumerate(zip(problem.current, copies, strict=True))
     return sum(int(problem.extents[a]) * len(set(held) ^ set(new)) for a, (held, new) in pairs), copies
@@ -143,7 +143,7 @@ def _pack_servers(problem: Problem) -> list[_Server]:
 
 
 def _server_budgets(problem: Problem) -> dict[int, list[tuple[int, float]]]:
-    """Return by rank its adapters with traffic, each with the number of servers that it should have."""
+    """Return by rank its adapters with traffic, each with a fractional number of servers."""
     tokens, ranks = problem.work.tokens_per_s, problem.ranks.tolist()
     used = np.flatnonzero(tokens > 0).tolist()
     points = operating_points(problem, {ranks[a] for a in used})
@@ -156,7 +156,7 @@ def _server_budgets(problem: Problem) -> dict[int, list[tuple[int, float]]]:
 
 
 def _fill_server(server: _Server, pieces: list[_Piece]) -> list[_Piece]:
-    """Put pieces on the server in order until it is full, splitting the last one; return what is left of them."""
+    """Put pieces on the server in order until it is full, and split the last one. Return the remaining pieces."""
     for i, piece in enumerate(pieces):
         left = _put_as_fits(server, piece)
         if left is not None:
@@ -165,7 +165,7 @@ def _fill_server(server: _Server, pieces: list[_Piece]) -> list[_Piece]:
 
 
 def _put_as_fits(server: _Server, piece: _Piece) -> _Piece | None:
-    """Put as much of the piece on the server as fits, and return the rest."""
+    """Put as much of the piece on the server as fits. Return the rest, or None if the whole piece fits."""
     fits = min(1.0, max(0.0, 1.0 - server.used) / piece.servers)
     if fits * piece.servers <= EPSILON:
         return piece
@@ -183,7 +183,7 @@ def _put(server: _Server, piece: _Piece, fits: float) -> None:
 
 
 def _pack_remainder(servers: list[_Server], piece: _Piece, max_servers: int) -> None:
-    """Put the piece on servers of at least its rank, the highest first, as far as they have room; then on new ones."""
+    """Put the piece on servers with at least its rank, highest rank first. Put the rest on new servers."""
     left: _Piece | None = piece
     for server in sorted(servers, key=lambda s: -s.rank):
         if left is not None and server.rank >= piece.rank:
@@ -191,12 +191,12 @@ def _pack_remainder(servers: list[_Server], piece: _Piece, max_servers: int) -> 
     while left is not None and len(servers) < max_servers:
         servers.append(_Server())
         left = _put_as_fits(servers[-1], left)
-    if left is not None:  # Rounding.
+    if left is not None:  # Rounding errors can leave a small rest.
         _put(min(servers, key=lambda s: s.used), left, 1.0)
 
 
 def _realise(problem: Problem, servers: list[_Server], held: CopyMap) -> Realisation:
-    """Assign the servers to engines and make the copies that fit into memory."""
+    """Assign the servers to engines and return the copies that fit into memory."""
     engine_of = assign_bins(_kept_bytes(problem, servers, held)).tolist()
     parts = {(a, engine_of[i]): part for i, server in enumerate(servers) for a, part in server.parts.items()}
     allocation = Allocation(problem)
@@ -221,7 +221,7 @@ def _kept_bytes(problem: Problem, servers: list[_Server], held: CopyMap) -> Floa
 
 
 def _copy_shares(copies: CopyMap, parts: Mapping[tuple[int, int], float]) -> CopyShares:
-    """Return the copies with their parts as shares; copies without a part get the minimum share."""
+    """Return the copies with their parts as shares. Copies without a part get the minimum share."""
     adapters: list[int] = []
     engines: list[int] = []
     shares: list[float] = []

@@ -60,11 +60,11 @@ class PlanInput(msgspec.Struct, frozen=True, kw_only=True):
 
 
 PlacementPolicy = Callable[[PlanInput], tuple[Placement, ...]]
-"""Returns the copies that should exist, in order of (name, version, engine). Deterministic and without I/O."""
+"""Returns the copies that should exist, in order of (name, version, engine). Deterministic, no I/O."""
 
 
 class CopyShares(msgspec.Struct, frozen=True, eq=False):
-    """Copies as parallel arrays. Entry i is one copy: its adapter, its engine and its share of the adapter's traffic."""
+    """Copies as parallel arrays. Entry i is one copy: adapter, engine and share of the adapter's traffic."""
 
     adapters: Ints
     engines: Ints
