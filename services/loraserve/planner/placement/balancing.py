@@ -47,7 +47,7 @@ class _LocalSearch:
         self._ranks_on: dict[int, list[int]] = {}
 
     def step(self) -> bool:
-        """Move one adapter off the fullest engine, or mark the engine as stuck. Return False when the search is over."""
+        """Move one adapter off the fullest engine, or mark the engine as stuck. Return False if the search is over."""
         utilisation = self._base + self._rank * self._slope
         full = int(np.argmax(np.where(self._stuck, -1.0, utilisation)))
         if self._stuck[full] or utilisation[full] <= utilisation.mean() * (1 + MIN_GAIN):

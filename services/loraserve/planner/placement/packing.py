@@ -19,12 +19,12 @@ LARGE_FROM = 0.5
 LEAST_PART = 0.1
 """Least work of one copy of a split adapter, as a fraction of the planned utilisation."""
 SCARCE = 0.9
-"""Memory is scarce if one copy of every adapter takes more than this fraction. Adapters are then packed by work only, so
+"""Memory is scarce if one copy of every adapter takes more than this fraction. Adapters are then packed by work, so
 that held copies of cold adapters do not displace hot ones."""
 
 
 def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice, held: CopyMap) -> None:
-    """Add the adapters with traffic. Held copies stay if budgets permit. The heaviest of the others are placed first."""
+    """Add the adapters with traffic. Held copies stay if budgets permit. The heaviest others are placed first."""
     packer = _Packer(allocation, filling, choice, held)
     pins = allocation.problem.pins
     adapters = [a for a in allocation.by_work if filling.class_of[a] != NO_CLASS and a not in pins]
