@@ -172,7 +172,7 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     request_timeout_s: Seconds = 600.0
     route_timeout_s: Seconds = 10.0
     drain_timeout_s: Seconds = 8.0
-    """Time for streams to finish after SIGTERM. Container runtimes kill a process ten seconds after SIGTERM."""
+    """Time for streams to finish after SIGTERM. Docker kills a container ten seconds after SIGTERM."""
     max_body_bytes: Positive = 16 << 20
     max_free_json_bytes: Positive = 1 << 20
     """Limit of a request's ``tool_calls`` in total and of its ``chat_template_kwargs``; both may hold any JSON."""

@@ -131,7 +131,7 @@ def _content(frame: zmq.Frame) -> Frame:
 
 
 class PeerLink:
-    """Sends messages to one peer, receives its answers, and detects lost and restored connections.
+    """Sends messages to one peer, receives its answers, and reports a lost connection.
 
     While the peer is not connected, messages wait in a backlog. A lost connection discards the messages in its socket,
     so a message sent to one incarnation of the peer never reaches the next incarnation.

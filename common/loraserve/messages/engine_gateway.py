@@ -32,9 +32,9 @@ class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
 
 
 class Failed(Message, frozen=True, tag=True, kw_only=True):
-    """Sent by an engine when a request fails. No answer.
+    """Reports that a request failed. No answer.
 
-    ``code`` is ``adapter_unavailable``, ``engine_error``, ``overloaded`` or another.
+    The usual values of ``code`` are ``adapter_unavailable``, ``engine_error`` and ``overloaded``.
     """
 
     request_id: str

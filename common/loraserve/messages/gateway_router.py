@@ -29,8 +29,8 @@ class Routed(Message, frozen=True, tag=True, kw_only=True):
 class Rejected(Message, frozen=True, tag=True, kw_only=True):
     """Answer to Route: no engine admitted the request.
 
-    ``code`` is ``no_engine`` or ``adapter_unavailable`` (HTTP status 503), ``overloaded`` (429), or ``bad_request`` or
-    ``context_length`` (400).
+    The usual values of ``code`` are ``no_engine`` and ``adapter_unavailable`` (HTTP status 503), ``overloaded`` (429),
+    ``bad_request`` and ``context_length`` (400).
     """
 
     request_id: str

@@ -28,11 +28,11 @@ LENGTH: Final = "length"
 ABORT: Final = "abort"
 
 MAX_STOP_TOKEN_IDS = 256
-"""A limit, because the engine compares every drawn token with all ids."""
+"""The limit bounds the work of the engine, which compares every drawn token with all ids."""
 
 MAX_STOP_STRINGS = 32
 MAX_STOP_CHARACTERS = 4096
-"""Total length of a request's stop strings. The gateway compares every output character with each string."""
+"""Total over a request's stop strings. The gateway compares every output character with each string."""
 
 
 class Finish(NamedTuple):
