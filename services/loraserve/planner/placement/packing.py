@@ -19,8 +19,8 @@ LARGE_FROM = 0.5
 LEAST_PART = 0.1
 """Least work of one copy of a split adapter, as a fraction of the planned utilisation."""
 SCARCE = 0.9
-"""Memory is scarce if one copy of every adapter takes more than this fraction. Adapters are then packed by work, so
-that held copies of cold adapters do not displace hot ones."""
+"""Memory is scarce if one copy of every adapter takes more than this fraction of all free pool bytes. Adapters are then
+packed by work, so that held copies of cold adapters do not displace hot ones."""
 
 
 def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice, held: CopyMap) -> None:
