@@ -30,6 +30,7 @@ from loraserve.engine.schedule.events import (
     AdapterExpected,
     AdapterLoaded,
     CancelLoad,
+    CopiesRequested,
     CopiesRetired,
     Emit,
     Event,
@@ -37,7 +38,6 @@ from loraserve.engine.schedule.events import (
     Instruction,
     LeasesEnded,
     LoadAdapter,
-    PlanPrepared,
     PlanReady,
     Reject,
     RequestAborted,
@@ -137,7 +137,7 @@ class EngineService(Service):
                     self._handle_event(AdapterExpected(adapter))
             case PreparePlan(epoch=epoch, adapters=adapters):
                 self._preparing.append(envelope)
-                self._handle_event(PlanPrepared(epoch, adapters))
+                self._handle_event(CopiesRequested(epoch, adapters))
             case RetireCopies(epoch=epoch, keep=keep):
                 before = self._count_pinned()
                 self._handle_event(CopiesRetired(epoch, keep))

@@ -100,11 +100,11 @@ class Stream:
         if self.state is StreamState.ROUTING:
             self._enter(StreamState.RUNNING)
         early, self._early = self._early, []
-        for sender, past, event in early:
+        for sender, sender_incarnation, event in early:
             if isinstance(event, Failed):
                 self.on_failed(event)
-            elif (sender, past) == (engine, incarnation):
-                self.on_delta(sender, past, event, now)
+            elif (sender, sender_incarnation) == (engine, incarnation):
+                self.on_delta(sender, sender_incarnation, event, now)
         return {sender for sender, _, _ in early} - {engine}
 
     def on_delta(self, engine: str, incarnation: str, delta: TokenDelta, now: float) -> bool:

@@ -12,12 +12,12 @@ import msgspec
 from loraserve.cost import CostModel, StepShape
 from loraserve.engine.schedule.events import (
     AdapterLoaded,
+    CopiesRequested,
     CopiesRetired,
     Emit,
     Event,
     EvictAdapter,
     LoadAdapter,
-    PlanPrepared,
     PlanReady,
     Reject,
     RequestArrived,
@@ -120,7 +120,7 @@ class SimEngine:
         self._deliver(RequestArrived(admit), now)
 
     def prepare(self, epoch: int, adapters: tuple[AdapterRef, ...], now: float) -> None:
-        self._deliver(PlanPrepared(epoch, adapters), now)
+        self._deliver(CopiesRequested(epoch, adapters), now)
 
     def retire(self, epoch: int, keep: tuple[str, ...], now: float) -> None:
         """Unpin the copies that are not in ``keep``."""

@@ -99,6 +99,8 @@ def describe_eviction(victim: PoolEntry, victims: int, adapter: AdapterRef, now:
     together = f" with {victims - 1} beside it" if victims > 1 else ""
     if victim.planned:
         why = f"a request waits and only adapters that the plan pins could make room ({unused})"
+    elif victims > 1:
+        why = f"in the group that is cheapest to evict: fewest plan pins, then longest unused ({unused})"
     else:
         why = f"least recently used of what could make room ({unused})"
     return f"evicted for {adapter.name}{together}: {why}"

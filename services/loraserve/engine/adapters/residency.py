@@ -29,13 +29,13 @@ from loraserve.engine.adapters.prefetch import (
 from loraserve.engine.schedule.events import (
     AdapterExpected,
     CancelLoad,
+    CopiesRequested,
     CopiesRetired,
     EvictAdapter,
     Instruction,
     LeasesEnded,
     LeftSlab,
     LoadAdapter,
-    PlanPrepared,
     PlanReady,
     SchedulerLimits,
 )
@@ -156,11 +156,11 @@ class Residency:
         return version == "" or self.pool.state(version) is LifecycleState.RESIDENT
 
     def handle(
-        self, event: PlanPrepared | CopiesRetired | LeasesEnded | AdapterExpected, now: float
+        self, event: CopiesRequested | CopiesRetired | LeasesEnded | AdapterExpected, now: float
     ) -> list[Instruction]:
         """Handle an event that concerns neither a request nor a running load; return instructions."""
         match event:
-            case PlanPrepared(epoch, adapters):
+            case CopiesRequested(epoch, adapters):
                 return self.prepare_plan(epoch, adapters)
             case CopiesRetired(epoch, keep):
                 return self.retire_copies(epoch, keep)
@@ -243,7 +243,7 @@ class Residency:
         # Announced requests soon have priority over the plan anyway. Followers must not delay any other load.
         if (
             self._load_requested(requested, current)
-            and self._load_announced(current)
+            and self._load_expected(current)
             and self._load_planned(idle, current)
         ):
             self.pool.leases_to_end = current.leases_to_end
@@ -313,7 +313,7 @@ class Residency:
             current.keep.add(adapter.version)
         return True
 
-    def _load_announced(self, current: LoadPass) -> bool:
+    def _load_expected(self, current: LoadPass) -> bool:
         for adapter in self._candidates.of_kind(PrefetchKind.ADMISSION):
             if adapter.version not in self.pool:
                 if self.pool.loading >= self._max_loads:

@@ -131,7 +131,7 @@ class SlabReader:
                 while True:
                     sources = await self._sources.find(adapter)
                     try:
-                        return await self._read_from_any(adapter, offset_bytes, sources, progress)
+                        return await self._try_sources(adapter, offset_bytes, sources, progress)
                     except SlabReadError as error:
                         if not error.is_temporary:
                             raise
@@ -144,7 +144,7 @@ class SlabReader:
         """Return the first layer of a slab in the pool that does not match its digest; None if all match."""
         return await self._find_damage(self._pool, header, offset_bytes, range(header.shape.layers))
 
-    async def _read_from_any(
+    async def _try_sources(
         self, adapter: AdapterRef, offset_bytes: int, sources: Sequence[SlabSource], progress: ReadProgress | None
     ) -> LoadedSlab:
         """Try the sources in order. If all fail, raise the store's error, because the store has every adapter."""

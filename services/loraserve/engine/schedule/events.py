@@ -131,7 +131,7 @@ class AdapterDamaged(msgspec.Struct, frozen=True):
     version: str
 
 
-class PlanPrepared(msgspec.Struct, frozen=True):
+class CopiesRequested(msgspec.Struct, frozen=True):
     epoch: int
     adapters: tuple[AdapterRef, ...]
 
@@ -160,7 +160,7 @@ Event = (
     | AdapterLoaded
     | AdapterLoadFailed
     | AdapterDamaged
-    | PlanPrepared
+    | CopiesRequested
     | CopiesRetired
     | AdapterExpected
     | LeasesEnded

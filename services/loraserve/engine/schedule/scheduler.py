@@ -24,12 +24,12 @@ from loraserve.engine.schedule.events import (
     AdapterExpected,
     AdapterLoaded,
     AdapterLoadFailed,
+    CopiesRequested,
     CopiesRetired,
     Emit,
     Event,
     Instruction,
     LeasesEnded,
-    PlanPrepared,
     Reject,
     RequestAborted,
     RequestArrived,
@@ -91,7 +91,7 @@ class Scheduler:
                 instructions = self._load_failed(version, code, message, now)
             case AdapterDamaged(version):
                 instructions = self._adapter_damaged(version, now)
-            case PlanPrepared() | CopiesRetired() | LeasesEnded() | AdapterExpected():
+            case CopiesRequested() | CopiesRetired() | LeasesEnded() | AdapterExpected():
                 instructions = self.residency.handle(event, now)
         return instructions + self._start_work(now)
 

@@ -15,7 +15,7 @@ from loraserve.engine.schedule.events import (
     AdapterExpected,
     AdapterLoadFailed,
     CancelLoad,
-    PlanPrepared,
+    CopiesRequested,
     PlanReady,
     RequestAborted,
 )
@@ -87,7 +87,7 @@ def test_an_adapter_expected_again_during_its_cancellation_loads_again(helpers: 
 def test_a_prefetch_evicts_nothing_in_use_pinned_or_used_lately(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(pool_bytes=3 * helpers.UNIT)
     ran(desk, helpers, "old")
-    desk.tell(PlanPrepared(1, (helpers.adapter("planned"),)))
+    desk.tell(CopiesRequested(1, (helpers.adapter("planned"),)))
     desk.loaded("planned")
     desk.arrive("runs", [1], helpers.adapter("busy"), max_tokens=9)
     desk.loaded("busy")
@@ -111,7 +111,7 @@ def test_a_prefetch_takes_no_room_that_a_request_waits_for(helpers: SimpleNamesp
 def test_waiting_requests_load_before_expected_adapters_and_those_before_the_plan(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(pool_bytes=8 * helpers.UNIT, max_loads=1)
     desk.arrive("first", [1], helpers.adapter("first"))
-    desk.tell(PlanPrepared(1, (helpers.adapter("planned"),)))
+    desk.tell(CopiesRequested(1, (helpers.adapter("planned"),)))
     expect(desk, helpers, "expected")
     desk.arrive("second", [1], helpers.adapter("second"))
     order = []
@@ -179,7 +179,7 @@ def test_a_usual_follower_evicts_nothing_that_was_used_lately(helpers: SimpleNam
 
 def test_loads_of_a_plan_are_counted_as_useful_or_wasted(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
-    desk.tell(PlanPrepared(1, (helpers.adapter("a"), helpers.adapter("b"))))
+    desk.tell(CopiesRequested(1, (helpers.adapter("a"), helpers.adapter("b"))))
     desk.loaded("a")
     assert PlanReady(1, {}) in desk.loaded("b")
     ran(desk, helpers, "a")

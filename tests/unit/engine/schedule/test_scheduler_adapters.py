@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 from loraserve.engine.schedule.events import (
     AdapterLoadFailed,
+    CopiesRequested,
     CopiesRetired,
     EvictAdapter,
     LeftSlab,
-    PlanPrepared,
     PlanReady,
     RequestAborted,
 )
@@ -223,7 +223,7 @@ def test_equal_prompts_of_two_versions_share_no_blocks(helpers: SimpleNamespace)
 
 def test_a_plan_is_prepared_pinned_and_retired(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
-    assert PlanReady(5, {}) not in desk.tell(PlanPrepared(5, (helpers.adapter("a"), helpers.adapter("b"))))
+    assert PlanReady(5, {}) not in desk.tell(CopiesRequested(5, (helpers.adapter("a"), helpers.adapter("b"))))
     assert desk.loads == ["a", "b"]
     desk.loaded("a")
     assert desk.loaded("b") == [PlanReady(5, {})]
@@ -236,7 +236,7 @@ def test_a_plan_is_prepared_pinned_and_retired(helpers: SimpleNamespace) -> None
 
 def test_a_plan_is_answered_with_its_failed_copies(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
-    desk.tell(PlanPrepared(5, (helpers.adapter("a"), helpers.adapter("b"))))
+    desk.tell(CopiesRequested(5, (helpers.adapter("a"), helpers.adapter("b"))))
     desk.loaded("b")
     assert PlanReady(5, {"a": "gone"}) in desk.tell(AdapterLoadFailed("a", "not_found", "gone"))
 
@@ -245,7 +245,7 @@ def test_a_plan_waits_for_room_that_running_requests_will_free(helpers: SimpleNa
     """Requests follow each other with the same adapter. Its copy may be evicted once they have ended."""
     desk = resident(helpers, "a", pool_bytes=helpers.UNIT)
     desk.arrive("first", [1], helpers.adapter("a"), max_tokens=1)
-    desk.tell(PlanPrepared(1, (helpers.adapter("b"),)))
+    desk.tell(CopiesRequested(1, (helpers.adapter("b"),)))
     desk.arrive("second", [1], helpers.adapter("a"), max_tokens=1)
     assert desk.step_done() != [], "first ends, second runs"
     assert desk.sizes == {"second": 1}
@@ -256,6 +256,6 @@ def test_a_plan_waits_for_room_that_running_requests_will_free(helpers: SimpleNa
 
 def test_a_plan_that_does_not_fit_is_answered_when_nothing_runs(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk(pool_bytes=helpers.UNIT)
-    desk.tell(PlanPrepared(1, (helpers.adapter("a"), helpers.adapter("b"))))
+    desk.tell(CopiesRequested(1, (helpers.adapter("a"), helpers.adapter("b"))))
     (answer,) = desk.loaded("a")
     assert answer.failed == {"b": "no room beside what the plan pins; raise engine.pool_bytes"}

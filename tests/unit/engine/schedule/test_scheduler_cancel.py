@@ -6,11 +6,11 @@ from loraserve.engine.schedule.events import (
     CANCELLED,
     AdapterLoadFailed,
     CancelLoad,
+    CopiesRequested,
     CopiesRetired,
     EvictAdapter,
     Instruction,
     LoadAdapter,
-    PlanPrepared,
     PlanReady,
     RequestAborted,
 )
@@ -70,7 +70,7 @@ def test_a_load_that_failed_before_the_cancellation_rejects_new_requests(helpers
 def test_a_planned_load_is_not_cancelled(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
     desk.arrive("gone", [1], helpers.adapter("a"))
-    desk.tell(PlanPrepared(1, (helpers.adapter("a"),)))
+    desk.tell(CopiesRequested(1, (helpers.adapter("a"),)))
     assert desk.tell(RequestAborted("gone")) == []
     assert desk.loaded("a") == [PlanReady(1, {})]
 
@@ -79,7 +79,7 @@ def test_a_plan_during_a_cancellation_gets_another_load(helpers: SimpleNamespace
     desk = helpers.Desk()
     desk.arrive("gone", [1], helpers.adapter("a"))
     desk.tell(RequestAborted("gone"))
-    assert desk.tell(PlanPrepared(1, (helpers.adapter("a"),))) == []
+    assert desk.tell(CopiesRequested(1, (helpers.adapter("a"),))) == []
     report_cancelled(desk, "a")
     assert desk.loads == ["a"]
     assert desk.loaded("a") == [PlanReady(1, {})]
@@ -87,7 +87,7 @@ def test_a_plan_during_a_cancellation_gets_another_load(helpers: SimpleNamespace
 
 def test_loads_of_a_superseded_plan_are_cancelled_unless_requested(helpers: SimpleNamespace) -> None:
     desk = helpers.Desk()
-    desk.tell(PlanPrepared(1, (helpers.adapter("a"), helpers.adapter("b"))))
+    desk.tell(CopiesRequested(1, (helpers.adapter("a"), helpers.adapter("b"))))
     desk.arrive("waits", [1], helpers.adapter("a"))
     given_up, cancel = desk.tell(CopiesRetired(1, ()))
     assert isinstance(given_up, PlanReady)

@@ -22,12 +22,12 @@ from loraserve.engine.schedule.events import (
     AdapterLoaded,
     AdapterLoadFailed,
     CancelLoad,
+    CopiesRequested,
     CopiesRetired,
     Emit,
     Event,
     EvictAdapter,
     LoadAdapter,
-    PlanPrepared,
     PlanReady,
     Reject,
     RequestAborted,
@@ -396,7 +396,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def plan(self, adapters: list[AdapterRef]) -> None:
         self.plan_epoch += 1
         self.plans_open += 1
-        self.tell(PlanPrepared(self.plan_epoch, tuple(adapters)))
+        self.tell(CopiesRequested(self.plan_epoch, tuple(adapters)))
         self.tell(CopiesRetired(self.plan_epoch, tuple(a.version for a in adapters)))
 
     @rule(adapter=st.sampled_from(ADAPTERS))
