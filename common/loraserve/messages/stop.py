@@ -8,8 +8,8 @@ The engine checks tokens; the gateway checks stop strings in the text. An output
 - after ``max_tokens`` tokens or at the end of the context: finish reason ``length``, stop reason None.
 
 No stop counts before the output has ``min_tokens`` tokens, and the sampler draws no EOS or stop token until then. A
-token that is both EOS and in ``stop_token_ids`` counts as EOS. If the last of ``max_tokens`` tokens is a stop, the
-finish reason is ``stop``.
+token that is both EOS and in ``stop_token_ids`` counts as EOS, unless ``ignore_eos`` is set. If the last of
+``max_tokens`` tokens is a stop, the finish reason is ``stop``.
 
 The last token of ``TokenDelta.tokens`` is the token that ended the output, whatever the finish reason.
 ``completion_tokens`` and the log-probabilities include it. The text includes an EOS token, stop token or stop string

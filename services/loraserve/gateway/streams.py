@@ -29,7 +29,7 @@ ABORT_INTERVAL_S = 1.0
 CLOSED_KEPT = 4096
 
 RECENT_TOKENS_S = 1.0
-"""An engine counts as alive for this time after its last tokens, since reports are older than tokens."""
+"""An engine counts as alive for this time after its last tokens or after routing: reports are older than these."""
 
 END_LOST_AFTER_S = 1.5
 """If a report made this long after a request's last token omits the request, its final message was lost."""

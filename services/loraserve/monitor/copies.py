@@ -50,7 +50,7 @@ class CopyIndex:
 
 
 def _abilities(load: EngineLoad, capabilities: EngineCapabilities) -> dict[str, Abilities | None]:
-    """Return, for each version on the engine, the abilities with which peers can read it; None if they cannot.
+    """Map each version on the engine to the transports by which peers can read it, or to None if they cannot.
 
     For an adapter in both the pool and the host cache, return the pool's abilities if peers can read the pool.
     """

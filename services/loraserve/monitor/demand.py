@@ -176,7 +176,10 @@ class DemandWindow:
 
 
 def _difference(tokens: AdapterTokens, before: AdapterTokens | None) -> tuple[int, int, int]:
-    """Return prefill tokens, decode tokens and requests since ``before``. A new span starts at zero."""
+    """Return prefill tokens, decode tokens and requests since ``before``.
+
+    If the engine restarted its counters since (``span`` changed), they are returned whole.
+    """
     if before is None or before.span != tokens.span:
         return tokens.prefill_tokens, tokens.decode_tokens, tokens.requests
     return (

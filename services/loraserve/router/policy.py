@@ -34,7 +34,7 @@ MAX_CANDIDATES = 4
 """Maximum number of engines to ask. Each timeout takes a second, and gateways wait for a limited time."""
 TIE_SHARE = 0.05
 """Scores tie if they differ by at most this share of the best engine's predicted TTFT, or of its decode step if that is
-longer. The error of predictions is larger than this share."""
+longer, plus ``MIN_TIE_S``. The error of predictions is larger than this share."""
 MIN_TIE_S = 5e-5
 FALLBACK_PENALTY_S = 1e9
 """Added to a fallback engine's score for each level of ``EngineView.fallback_level``."""
@@ -148,8 +148,8 @@ def _filter(request: Route, table: PriceTable) -> Mask | Rejected | None:
 def _reject_overloaded(scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) -> Rejected | None:
     """Return a refusal if every engine would take longer than ``reject_factor`` times the promised TTFT.
 
-    Fallback engines count only if there are no others. If the request's own prefill and adapter load take longer than
-    the SLO, that time is the promise, because a later retry would take as long.
+    The promised TTFT is the SLO, or the time of the request's own prefill and adapter load if that is longer: a later
+    retry would take as long. Fallback engines count only if there are no others.
     """
     soonest = int(put_fallbacks_last(scores.ttft_s, table).argmin())
     soonest_s = scores.ttft_s.item(soonest)
@@ -174,15 +174,15 @@ def put_fallbacks_last(score: Array, table: PriceTable) -> Array:
 
 
 def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng: Rng) -> list[int]:
-    """Return the engines to ask first, as columns: the best one and the engines that tie with it, in random order.
+    """Return at most ``MAX_CANDIDATES`` engines to ask first, as columns: engines that tie with the best one.
 
     - A score ties if it exceeds the best one by at most ``TIE_SHARE`` of the best engine's predicted TTFT, or of its
       decode step if that is longer.
-    - Tied engines with a planned copy come first, drawn in proportion to their traffic shares. ``score`` prefers them
-      too, but with a long queue its bonus is smaller than ``TIE_SHARE``.
-    - Without planned copies, all tied engines are equally likely.
+    - Tied engines with a planned copy come first, in an order drawn in proportion to their traffic shares. The other
+      tied engines follow by name. ``score`` prefers planned copies too, but less than ``TIE_SHARE`` in a long queue.
+    - If no tied engine has a planned copy, the order is uniformly random.
 
-    Later candidates follow by score (``_next_best``). Exactly equal scores keep the order of the engines' names.
+    Engines that do not tie follow by score, and by name if their scores are equal (``_next_best``).
     """
     tie_s = TIE_SHARE * max(scores.ttft_s.item(best), table.columns.decode_step_s.item(best)) + MIN_TIE_S
     tied = (ranked <= np.array(ranked.item(best) + tie_s)).nonzero()[0].tolist()
@@ -190,9 +190,10 @@ def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng:
 
 
 def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng) -> list[int]:
-    """Return up to ``MAX_CANDIDATES`` columns, drawn at random.
+    """Return up to ``MAX_CANDIDATES`` columns.
 
-    Columns with shares come first, drawn in proportion to them; the others then keep their order.
+    Columns with shares come first, drawn in proportion to them, and the others keep their order. If no column has a
+    share, all are drawn uniformly.
     """
     planned = [column for column in columns if column in shares]
     if planned:

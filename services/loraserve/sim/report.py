@@ -68,7 +68,7 @@ def draws_text(comparison: Comparison) -> list[str]:
 
 
 def too_short_text(comparison: Comparison) -> list[str]:
-    """Return a line that names the policies that met the SLO at every load.
+    """Return one line that names the policies that met the SLO at every load; no line if there are none.
 
     The largest load of such a policy is only the load at which the search ended.
     """

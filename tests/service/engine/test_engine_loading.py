@@ -44,7 +44,7 @@ def flip_a_bit(chunk: bytes) -> bytes:
 
 @pytest.mark.parametrize(
     ("corrupt", "reason"),
-    [(flip_a_bit, "layer 0 does not have its digest"), (lambda chunk: chunk[:-1], "the answer has another size")],
+    [(flip_a_bit, "layer 0 does not match its digest"), (lambda chunk: chunk[:-1], "the answer has another size")],
     ids=["flipped", "short"],
 )
 def test_a_damaged_slab_fails_its_own_requests_and_nothing_else(

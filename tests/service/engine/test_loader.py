@@ -138,7 +138,7 @@ def test_a_slab_is_read_whole_or_its_damaged_layer_is_named(
                 assert not any(scene.pool.memory[OFFSET + slab.header.slab_bytes :])
                 return
             (layer,) = [n for n in range(SHAPE.layers) if at in slab.header.layer(n)]
-            with pytest.raises(SlabReadError, match=f"layer {layer} does not have its digest; register") as failed:
+            with pytest.raises(SlabReadError, match=f"layer {layer} does not match its digest; register") as failed:
                 await scene.load()
             assert failed.value.code == "corrupt"
 
@@ -155,7 +155,7 @@ def test_a_damaged_layer_ends_the_read_before_the_rest_arrives(
 
     async def scenario(scene: Scene) -> None:
         scene.store.holds = lambda message: message.offset_bytes >= part.stop
-        with pytest.raises(SlabReadError, match=f"layer {layer} does not have"):
+        with pytest.raises(SlabReadError, match=f"layer {layer} does not match"):
             await scene.load()
 
     play(scenario, slab, sent=flip(slab, part.start if where == "first" else part.stop - 1))
@@ -240,7 +240,7 @@ def test_a_damaged_layer_is_reported_after_the_other_threads_are_done(play: Call
         await asyncio.sleep(0.05)
         assert not loading.done()
         let_go.set()
-        with pytest.raises(SlabReadError, match="layer 2 does not have"):
+        with pytest.raises(SlabReadError, match="layer 2 does not match"):
             await loading
 
     play(scenario, slab, sent=flip(slab, slab.header.layer(2).start), pool=pool)

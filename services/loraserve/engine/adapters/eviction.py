@@ -2,8 +2,8 @@
 
 A victim set is minimal: evicting all its adapters makes enough room, evicting fewer does not. If only a slot is
 missing, every single adapter is a victim set; if memory is missing, a victim set is a run of adjacent extents. The
-cheapest set is evicted: fewest plan pins, then least recently used, then fewest bytes, then lowest offset. Adapters
-pinned by a plan are evicted only for waiting requests.
+cheapest set is evicted: the one with the fewest plan pins, then the one whose most recent use is oldest, then fewest
+bytes, then lowest offset. Adapters pinned by a plan are evicted only for waiting requests.
 """
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -96,7 +96,7 @@ class EvictionPolicy:
 def describe_eviction(victim: PoolEntry, victims: int, adapter: AdapterRef, now: float) -> str:
     """Return the eviction reason for logs and stories. ``victims`` is the number of adapters evicted together."""
     unused = f"unused for {now - victim.used_s:.1f} s"
-    together = f" with {victims - 1} beside it" if victims > 1 else ""
+    together = f" together with {victims - 1} others" if victims > 1 else ""
     if victim.planned:
         why = f"a request waits and only adapters that the plan pins could make room ({unused})"
     elif victims > 1:
@@ -117,7 +117,7 @@ def _cost(victims: Sequence[PoolEntry]) -> _Cost:
 
 
 def _cost_in_requests(victims: Sequence[PoolEntry]) -> _Cost:
-    """Return a sort key: the number of requests that run with ``victims``, then their cost without the last use.
+    """Return a sort key: the number of requests that run with ``victims``, then plan pins, bytes and offset.
 
     The key never increases unless another request starts running with a victim.
     """

@@ -80,7 +80,7 @@ class PlannedLoads:
             for version in self.missing.keys() - kept:
                 self.fail(version, f"epoch {epoch} does without it")
 
-    def settle(self, version: str) -> None:
+    def pin_loaded(self, version: str) -> None:
         if self.missing.pop(version, None) is not None:
             assert self._epoch is not None, "an adapter is missing for no plan"
             self._pool.pin_for_plan(version, self._epoch)
@@ -158,7 +158,7 @@ class Residency:
     def handle(
         self, event: CopiesRequested | CopiesRetired | LeasesEnded | AdapterExpected, now: float
     ) -> list[Instruction]:
-        """Handle an event that concerns neither a request nor a running load; return instructions."""
+        """Handle an event of the plan, of leases or of prefetching; return instructions."""
         match event:
             case CopiesRequested(epoch, adapters):
                 return self.prepare_plan(epoch, adapters)
@@ -189,7 +189,7 @@ class Residency:
             if refusal is not None:
                 self._plan.fail(adapter.version, refusal)
             elif self.is_ready(adapter.version):
-                self._plan.settle(adapter.version)
+                self._plan.pin_loaded(adapter.version)
         return [*answers, *self._plan.take_answer()]
 
     def retire_copies(self, epoch: int, keep: tuple[str, ...]) -> list[Instruction]:
@@ -211,7 +211,7 @@ class Residency:
         for prefetched in _prefetched([entry]):
             self._tally.count_load(prefetched)
         self._candidates.drop(version)
-        self._plan.settle(version)
+        self._plan.pin_loaded(version)
         return self._plan.take_answer()
 
     def fail_load(self, version: str, message: str) -> list[Instruction]:
@@ -254,7 +254,10 @@ class Residency:
         return [*current.instructions, *self._plan.take_answer()]
 
     def find_blockers(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:
-        """Return the versions that block an adapter waiting for room, by `EvictionPolicy.find_blockers`."""
+        """Return the adapters that must go for one that waits for room; see `EvictionPolicy.find_blockers`.
+
+        There are none for the base model (None) and for an adapter that the pool holds or loads.
+        """
         if adapter is None or adapter.version in self.pool:
             return frozenset()
         return self.pool.eviction.find_blockers(adapter, places)
@@ -335,14 +338,14 @@ class Residency:
                 current.no_room_bytes = min(current.no_room_bytes, adapter.slab_bytes)
                 if adapter.slab_bytes <= room_to_come_bytes:
                     continue
-                if self._waits_in_vain(adapter, idle):
+                if self._can_never_fit(adapter, idle):
                     self._plan.fail(adapter.version, "no room beside what the plan pins; raise engine.pool_bytes")
                 else:
                     room_to_come_bytes = adapter.slab_bytes
                     current.leases_to_end |= self.pool.eviction.find_leased_victims(adapter, current.keep)
         return True
 
-    def _waits_in_vain(self, adapter: AdapterRef, idle: bool) -> bool:
+    def _can_never_fit(self, adapter: AdapterRef, idle: bool) -> bool:
         """Return whether an adapter of the plan can never be placed before the plan is answered.
 
         This happens under load too: the pins of the previous plan are dropped only after this plan is answered.

@@ -12,7 +12,10 @@ from loraserve.engine.schedule.report import SpeedMeter
 
 
 class AnnouncedLoad:
-    """Announces the successive reads of one load. Implements `ReadProgress`."""
+    """Tells the runner and the scheduler how far one load is; implements `ReadProgress`.
+
+    If a source fails, the attempt with the next source is a new read with a new number.
+    """
 
     def __init__(
         self,
@@ -29,7 +32,7 @@ class AnnouncedLoad:
         self._numbers = numbers
         self._arrival: Arrival | None = None
         self._reported_tokens: int | None = None
-        self.read = 0
+        self.read_number = 0
         """The number of the current or finished read; 0 if there is no announced read."""
 
     def begin(self, header: SlabHeader) -> None:
@@ -39,7 +42,7 @@ class AnnouncedLoad:
         except ValueError:
             # The slab is unusable. The loader reports the error when it installs the slab.
             return
-        self._arrival, self.read, self._reported_tokens = arrival, next(self._numbers), None
+        self._arrival, self.read_number, self._reported_tokens = arrival, next(self._numbers), None
 
     def advance(self, slab_bytes: int, remaining_s: float) -> None:
         """Report the arrived bytes to the runner. Tell the scheduler how many prefill tokens an early step needs."""
@@ -49,13 +52,13 @@ class AnnouncedLoad:
         tokens = min_prefill_tokens(remaining_s, self._speed.measured())
         if tokens != self._reported_tokens:
             self._reported_tokens = tokens
-            self._report(AdapterArriving(self._load.adapter.version, self.read, tokens))
+            self._report(AdapterArriving(self._load.adapter.version, self.read_number, tokens))
 
     def abandon(self) -> None:
         """Make steps stop waiting for the read, because it failed or was cancelled."""
         if self._arrival is not None:
             self._arrival.abandon()
-        self._arrival, self.read = None, 0
+        self._arrival, self.read_number = None, 0
 
 
 class ReadAnnouncer:

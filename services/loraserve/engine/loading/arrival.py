@@ -45,7 +45,8 @@ class Arrival:
 class Gate:
     """Makes one step wait for the layers of its arriving slabs. ``arrivals`` maps slots to reads.
 
-    The step also computes with late layers. Only the results of that adapter's requests are wrong, and are discarded.
+    A step computes with late layers too, although their bytes are incomplete. The results of the requests with late
+    adapters are wrong and are discarded; other requests are not affected.
     """
 
     def __init__(self, arrivals: Mapping[int, Arrival], patience_s: float) -> None:

@@ -44,7 +44,7 @@ class AdapterLoader:
                 return AdapterLoadFailed(adapter.version, CANCELLED, "nothing wants the adapter any more")
             self._runner.install(load.slot, slab.header, base_elements(load, slab.header))
         except DeviceLostError as error:
-            # This ends the process. Without it, an engine that runs no steps would fail every load and never restart.
+            # Raised, so that the process ends: an idle engine would otherwise fail every load and never restart.
             log.critical("device_lost", reason=str(error))
             raise
         except Exception as error:
@@ -60,7 +60,7 @@ class AdapterLoader:
             transport=slab.source.transport,
             took_s=time.monotonic() - began_s,
         )
-        return AdapterLoaded(adapter.version, announced.read if announced is not None else 0, slab)
+        return AdapterLoaded(adapter.version, announced.read_number if announced is not None else 0, slab)
 
     def cancel(self, version: str) -> None:
         """Stop a load whose state is CANCELLED. If the load has not begun, it will not read."""

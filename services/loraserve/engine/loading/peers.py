@@ -50,8 +50,8 @@ SOONEST_S = 0.01
 SILENCE_S = 5.0
 """Seconds without data after which a read fails."""
 PIECE_BYTES = 8 << 20
-"""Reads are split into pieces of this size. Reads to a device buffer pieces in host memory. During a read to host
-memory, a step may start after any piece."""
+"""Reads are split into pieces of this size. If the target is a device, pieces are buffered in host memory. If
+it is host memory, a step may start after any piece."""
 
 
 class TransportReaders:
@@ -238,7 +238,7 @@ class PeerSource:
                 renewed = await self._bus.request(peer, renewal, LeaseRenewed, ANSWER_S)
             except RequestTimeoutError as error:
                 if time.monotonic() < self._lasts_until_s:
-                    # The owner's CPU may be busy. The read can continue without it.
+                    # The owner's CPU may be busy. The read needs no help from it, so it continues.
                     continue
                 raise SlabReadError("lease_ended", f"{peer} did not renew the lease: {error}") from error
             except PeerError as error:

@@ -36,7 +36,7 @@ WRITERS = 4
 
 
 class ReadProgress(Protocol):
-    """Observes the successive reads of one slab into its extent."""
+    """Observes the attempts to read one slab into its extent; each attempt with another source is a new read."""
 
     def begin(self, header: SlabHeader) -> None:
         """Record that a read begins. Its bytes overwrite those of the previous read."""

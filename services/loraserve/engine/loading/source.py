@@ -33,7 +33,7 @@ class DamagedSlabError(SlabReadError):
     """The bytes of ``layer`` do not match its digest in the header."""
 
     def __init__(self, layer: int) -> None:
-        super().__init__("corrupt", f"layer {layer} does not have its digest; register the adapter again")
+        super().__init__("corrupt", f"layer {layer} does not match its digest; register the adapter again")
         self.layer = layer
 
 

@@ -33,7 +33,7 @@ def format_coefficients(profile: Profile) -> str:
 
 
 def format_errors(profile: Profile, kinds: Sequence[str], samples: Sequence[StepSample]) -> str:
-    """Return a table of the cost model's error in percent by kind of batch, over all batches."""
+    """Return a table with one row per kind of batch: count, step times and the cost model's error in percent."""
     rows = []
     for kind in KINDS:
         of_kind = [sample for name, sample in zip(kinds, samples, strict=True) if name == kind]

@@ -19,8 +19,8 @@ MAX_OVERTAKEN = 64
 class OvertakingLimit:
     """Applies the limit during one pass over the waiting requests, in order of arrival.
 
-    Only the first request over the limit reserves room. ``find_blocking(adapter, places)`` returns the versions of the
-    resident adapters in the ``places`` best places for the adapter.
+    Only the first request over the limit reserves room. ``find_blocking(adapter, places)`` returns the versions in
+    the ``places`` sets of resident adapters that are cheapest to evict for the adapter.
     """
 
     def __init__(self, find_blocking: Callable[[AdapterRef | None, int], frozenset[str]]) -> None:

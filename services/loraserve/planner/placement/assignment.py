@@ -14,7 +14,7 @@ as long as the plan is in force."""
 
 
 class EngineChoice(msgspec.Struct):
-    """``engine_of``: the engine of each bin. ``short``: engines whose bin would overflow less on a larger engine."""
+    """``engine_of``: the engine of each bin. ``short``: engines that are too small for all the bytes of their bin."""
 
     engine_of: list[int]
     short: frozenset[int]

@@ -22,7 +22,10 @@ NO_CLASS = -1
 
 
 class Bin(msgspec.Struct):
-    """The work for one engine, before it is assigned. ``budgets`` is the utilisation by class of adapters."""
+    """The share of the work that one engine will get.
+
+    ``rank`` is the largest rank in it; ``budgets`` gives the utilisation that each class of adapters may use.
+    """
 
     rank: float
     budgets: dict[int, float]

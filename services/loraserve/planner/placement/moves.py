@@ -77,7 +77,10 @@ def _copy_shares(problem: Problem, placements: Sequence[Placement]) -> CopyShare
 
 
 class _Gains:
-    """Computes the gains of all moves at once. Each move is undone alone, on the two engines that it affects."""
+    """Computes the gains of all moves at once.
+
+    The gain of a move is what it would cost to undo this move alone in the new plan, on the two engines it affects.
+    """
 
     def __init__(self, problem: Problem, before: CopyShares, after: CopyShares) -> None:
         self._problem = problem

@@ -57,7 +57,7 @@ def test_the_runner_learns_of_each_layer_and_the_scheduler_of_the_read(watched: 
     watched.watch.advance(header.layer(0).stop, 1.0)
     assert (there(arrival, 0), there(arrival, 1)) == (True, False)
     assert watched.told == [AdapterArriving("v", 1, 5)]
-    assert watched.watch.read == 1
+    assert watched.watch.read_number == 1
 
 
 def test_the_scheduler_is_told_whenever_the_estimate_changes(watched: Any, header: SlabHeader) -> None:
@@ -71,10 +71,10 @@ def test_an_abandoned_read_has_no_number_and_the_next_has_another(watched: Any, 
     watched.watch.begin(header)
     watched.watch.advance(header.slab_bytes, 1.0)
     watched.watch.abandon()
-    assert watched.watch.read == 0, "what comes another way is not what anybody began with"
+    assert watched.watch.read_number == 0, "what comes another way is not what anybody began with"
     watched.watch.advance(header.slab_bytes, 1.0)
     watched.watch.begin(header)
-    assert watched.watch.read == 2
+    assert watched.watch.read_number == 2
     (_, _, broken), (_, _, second) = watched.arrived
     assert not there(broken, 0)
     assert not there(second, 0), "nothing of it is there yet"
@@ -87,7 +87,7 @@ def test_a_slab_that_the_runner_cannot_use_is_not_announced(watched: Any, header
     watched.watch.begin(header)
     watched.watch.advance(header.slab_bytes, 1.0)
     watched.watch.abandon()
-    assert (watched.watch.read, watched.told) == (0, [])
+    assert (watched.watch.read_number, watched.told) == (0, [])
 
 
 def test_a_runner_without_layers_gets_no_announcements(load: LoadAdapter) -> None:
