@@ -204,7 +204,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> Profile:
-    """Return the profile of --profile with the LoRA cost of --cost. A derived profile is shipped for each value of --cost."""
+    """Return the profile of --profile for the LoRA cost of --cost; a derived profile is shipped for each cost."""
     name: str = arguments.profile
     padded = name.removesuffix("-padded") + "-padded"
     if arguments.cost == "padded" and (SHIPPED / f"{padded}.json").exists():
