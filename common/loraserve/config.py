@@ -175,7 +175,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     """Time for streams to finish after SIGTERM. Docker kills a container ten seconds after SIGTERM."""
     max_body_bytes: Positive = 16 << 20
     max_free_json_bytes: Positive = 1 << 20
-    """Limit of a request's ``tool_calls`` in total and of its ``chat_template_kwargs``; both may hold any JSON."""
+    """Limit of a request's ``tool_calls`` in total, of its ``function_call`` in total and of its
+    ``chat_template_kwargs``. All of them may hold any JSON."""
     expect_characters: Positive = 4000
     """The gateway announces prompts of at least this length to the router before it tokenizes them, so that an engine
     can load the adapter during tokenization (2 ms or more)."""

@@ -35,7 +35,7 @@ def _tokenizer_eos(model_dir: Path) -> int | None:
     text = named.get("content") if isinstance(named, dict) else named
     if not isinstance(text, str):
         return None
-    for token, added in (settings.get("added_tokens_decoder") or {}).items():
+    for token, added in _added_tokens_decoder(settings).items():
         if added.get("content") == text:
             return int(token)
     tokenizer = _read(model_dir / "tokenizer.json")
@@ -43,8 +43,20 @@ def _tokenizer_eos(model_dir: Path) -> int | None:
         if added.get("content") == text:
             return int(added["id"])
     vocab = (tokenizer.get("model") or {}).get("vocab")
-    found = vocab.get(text) if isinstance(vocab, dict) else None
-    return found if _is_token_id(found) else None
+    if isinstance(vocab, list):
+        # A Unigram model lists pairs of piece and score. The id is the index.
+        vocab = {pair[0]: token for token, pair in enumerate(vocab)}
+    for ids in (vocab or {}, _read(model_dir / "added_tokens.json")):
+        if _is_token_id(ids.get(text)):
+            return int(ids[text])
+    return None
+
+
+def _added_tokens_decoder(settings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    decoder = settings.get("added_tokens_decoder") or {}
+    if isinstance(decoder, dict) and all(key.isdecimal() and isinstance(added, dict) for key, added in decoder.items()):
+        return decoder
+    raise ConfigError("tokenizer_config.json: added_tokens_decoder must map token ids to objects; repair the file")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -37,7 +37,12 @@ def test_an_engine_stops_at_the_eos_token_of_the_tokenizer(tmp_path: Path) -> No
             {"special_tokens_map": {"eos_token": "E"}, "tokenizer": {"added_tokens": [{"id": 5, "content": "E"}]}},
             (7, 5),
         ),
-        ({"tokenizer_config": {"eos_token": "E"}, "tokenizer": {"model": {"vocab": [["E", 0.0]]}}}, (7,)),
+        ({"tokenizer_config": {"eos_token": "E"}, "tokenizer": {"model": {"vocab": [["A", 0.0]]}}}, (7,)),
+        (
+            {"tokenizer_config": {"eos_token": "E"}, "tokenizer": {"model": {"vocab": [["A", 0.0], ["E", -1.5]]}}},
+            (7, 1),
+        ),
+        ({"tokenizer_config": {"eos_token": "E"}, "added_tokens": {"A": 5, "E": 6}}, (7, 6)),
         ({"tokenizer_config": {"eos_token": None}}, (7,)),
         ({"tokenizer_config": {"eos_token": "E", "added_tokens_decoder": {"7": {"content": "E"}}}}, (7,)),
     ],
@@ -52,4 +57,11 @@ def test_every_way_in_which_a_tokenizer_names_its_eos_token(
 def test_a_broken_file_is_named(tmp_path: Path, name: str) -> None:
     (tmp_path / f"{name}.json").write_text("[]")
     with pytest.raises(ConfigError, match=name):
+        eos_token_ids(tmp_path, {})
+
+
+@pytest.mark.parametrize("added", [[{"content": "E"}], {"9": "E"}, {"x": {"content": "E"}}])
+def test_added_tokens_of_another_form_are_refused(tmp_path: Path, added: Any) -> None:
+    write(tmp_path, tokenizer_config={"eos_token": "E", "added_tokens_decoder": added})
+    with pytest.raises(ConfigError, match="added_tokens_decoder"):
         eos_token_ids(tmp_path, {})

@@ -83,8 +83,12 @@ def encode_messages(
 def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
     """Return the message as a dict for the chat template, with its text parts joined by newlines.
 
-    Raises ApiError 400 for parts that are not text.
+    Raises ApiError 400 for parts that are not text and for a ``prefix`` that is true.
     """
+    if bytes(message.prefix) == b"true":
+        param = f"messages[{index}].prefix"
+        remedy = "to continue the last message, set continue_final_message to true"
+        raise unsupported(param, f"{param}: is not supported; {remedy}")
     content = message.content
     if isinstance(content, list):
         for number, part in enumerate(content):
@@ -92,8 +96,13 @@ def template_message(message: ChatMessage, index: int) -> dict[str, Any]:
                 param = f"messages[{index}].content[{number}]"
                 raise unsupported(param, f"{param}: only parts of type text are supported, found {part.type!r}")
         content = "\n".join(part.text or "" for part in content)
-    calls = decode_field(message.tool_calls, Any, f"messages[{index}].tool_calls")
-    optional = {"name": message.name, "tool_calls": calls, "tool_call_id": message.tool_call_id}
+    optional = {
+        "name": message.name,
+        "reasoning_content": message.reasoning_content,
+        "tool_calls": decode_field(message.tool_calls, Any, f"messages[{index}].tool_calls"),
+        "tool_call_id": message.tool_call_id,
+        "function_call": decode_field(message.function_call, Any, f"messages[{index}].function_call"),
+    }
     return {"role": message.role, "content": content} | {key: value for key, value in optional.items() if value}
 
 

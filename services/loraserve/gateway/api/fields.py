@@ -18,13 +18,19 @@ LONGEST_NEUTRAL_BYTES = 100
 
 
 class FieldRefusal(NamedTuple):
-    """The reason for refusing a field, with a remedy, and the ``neutral`` values that are accepted."""
+    """The reason for refusing a field, with a remedy, and the values that are accepted.
+
+    These are the ``neutral`` values, and objects with any further keys whose "type" is ``neutral_type``.
+    """
 
     reason: str
     neutral: tuple[Any, ...] = ASKS_FOR_NOTHING
+    neutral_type: str | None = None
 
     def accepts(self, value: msgspec.Raw) -> bool:
         data = bytes(value)
+        if self.neutral_type is not None and _object_type(data) == self.neutral_type:
+            return True
         if len(data) > LONGEST_NEUTRAL_BYTES:
             return False
         try:
@@ -34,6 +40,18 @@ class FieldRefusal(NamedTuple):
             return False
         # In Python, 0 equals False and 1 equals True. In JSON they differ.
         return any(isinstance(given, bool) == isinstance(own, bool) and given == own for own in self.neutral)
+
+
+class _TypedObject(msgspec.Struct, frozen=True):
+    type: str
+
+
+def _object_type(data: bytes) -> str | None:
+    """Return the "type" of a JSON object, or None for other values. Further keys are skipped, not decoded."""
+    try:
+        return msgspec.json.decode(data, type=_TypedObject).type
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
 
 
 _PENALTY = "is not supported; use repetition_penalty, presence_penalty or frequency_penalty"
@@ -49,7 +67,7 @@ def _refused(reason: str, fields: str, *also_neutral: Any) -> dict[str, FieldRef
 
 REFUSED: dict[str, FieldRefusal] = {
     # Output format.
-    **_refused('only {"type": "text"} is supported', "response_format", {"type": "text"}),
+    "response_format": FieldRefusal('only {"type": "text"} is supported', neutral_type="text"),
     **_refused(
         "constrained output is not supported; leave it out and check the answer",
         "guided_json guided_regex guided_choice guided_grammar structured_outputs structural_tag json_schema regex "
@@ -94,7 +112,7 @@ REFUSED: dict[str, FieldRefusal] = {
     **_refused("is not supported; shorten the prompt before sending it", "n_keep", 0),
     **_refused("is not supported; put the documents into the messages", "documents"),
     **_refused("only the model's own template is used; leave it out", "chat_template"),
-    **_refused(_TEMPLATE, "reasoning_effort"),
+    **_refused(_TEMPLATE, "reasoning_effort", "none"),
     # False is not neutral here: it asks for an answer without thinking.
     "enable_thinking": FieldRefusal(_TEMPLATE, (None, "", {}, [])),
     "thinking": FieldRefusal(_TEMPLATE, (None, "", {}, [])),

@@ -34,16 +34,23 @@ def check_messages(tokenizer: ModelTokenizer, messages: Sequence[ChatMessage], c
 
 
 def check_free_json(messages: Sequence[ChatMessage], template_arguments: msgspec.Raw, limit: int) -> None:
-    """Raise ApiError 400 if ``tool_calls`` of all messages or the template arguments exceed ``limit`` bytes."""
-    calls = [bytes(message.tool_calls) for message in messages]
+    """Raise ApiError 400 if one kind of free JSON exceeds ``limit`` bytes.
+
+    The kinds are ``tool_calls`` of all messages, ``function_call`` of all messages, and the template arguments.
+    """
     sizes = {
-        "tool_calls": sum(len(call) for call in calls if call != bytes(NULL)),
+        "tool_calls": _total_bytes([message.tool_calls for message in messages]),
+        "function_call": _total_bytes([message.function_call for message in messages]),
         "chat_template_kwargs": len(bytes(template_arguments)),
     }
     for name, size in sizes.items():
         if size > limit:
             remedy = "send less, or raise gateway.max_free_json_bytes"
             raise bad_request(f"{name}: {size} bytes of JSON are more than {limit}; {remedy}", name, "invalid_value")
+
+
+def _total_bytes(values: Sequence[msgspec.Raw]) -> int:
+    return sum(len(value) for value in map(bytes, values) if value != bytes(NULL))
 
 
 def check_choices(n: int | None, prompts: int) -> None:

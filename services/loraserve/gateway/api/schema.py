@@ -63,7 +63,10 @@ class ChatMessage(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     role: str
     content: str | list[ContentPart] | None = None
     name: str | None = None
+    reasoning_content: str | None = None
     tool_calls: msgspec.Raw = NULL
+    function_call: msgspec.Raw = NULL
+    prefix: msgspec.Raw = NULL
     tool_call_id: str | None = None
 
 

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from loraserve.gateway.api.chat import encode_messages, template_arguments
-from loraserve.gateway.api.schema import ChatMessage, ChatRequest, ContentPart
+from loraserve.gateway.api.schema import ChatMessage, ChatRequest, ContentPart, decode_request
 from loraserve.gateway.errors import ApiError
 from loraserve.gateway.text.tokenizer import ModelTokenizer
 from loraserve.testing.tiny_tokenizer import write_tiny_tokenizer
@@ -84,6 +84,25 @@ def test_tool_calls_and_arguments_reach_the_template(tmp_path: Path) -> None:
     kwargs = msgspec.Raw(b'{"style": "short"}')
     text = chat_text(ModelTokenizer(model_dir(tmp_path, template)), message, chat_template_kwargs=kwargs)
     assert text == "search short"
+
+
+def decoded_message(body: bytes) -> ChatMessage:
+    return decode_request(body, ChatMessage)
+
+
+def test_reasoning_and_function_call_of_a_message_reach_the_template(tmp_path: Path) -> None:
+    template = "{{ messages[0]['reasoning_content'] }} {{ messages[0]['function_call']['name'] }}"
+    message = decoded_message(b'{"role": "assistant", "reasoning_content": "why", "function_call": {"name": "search"}}')
+    assert chat_text(ModelTokenizer(model_dir(tmp_path, template)), message) == "why search"
+
+
+def test_a_message_that_the_model_shall_continue_is_refused_with_the_remedy(tokenizer: ModelTokenizer) -> None:
+    user = ChatMessage(role="user", content="hi")
+    for value in (b"null", b"false"):
+        chat_text(tokenizer, user, decoded_message(b'{"role": "assistant", "content": "a", "prefix": ' + value + b"}"))
+    with pytest.raises(ApiError, match="continue_final_message") as caught:
+        chat_text(tokenizer, user, decoded_message(b'{"role": "assistant", "content": "a", "prefix": true}'))
+    assert (caught.value.status, caught.value.param) == (400, "messages[1].prefix")
 
 
 def test_a_rendered_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(tmp_path: Path) -> None:

@@ -81,6 +81,16 @@ def test_zero_is_not_false() -> None:
         check("chat", mirostat=1)
 
 
+def test_reasoning_effort_none_and_text_formats_with_further_keys_pass() -> None:
+    check("chat", reasoning_effort="none")
+    check("chat", response_format={"type": "text", "json_schema": None, "comment": "x" * 200})
+    for value in ({"type": "json_schema", "text": "text"}, {"text": "text"}, ["text"], {"type": ["text"]}):
+        with pytest.raises(ApiError, match="response_format"):
+            check("chat", response_format=value)
+    with pytest.raises(ApiError, match="reasoning_effort"):
+        check("chat", reasoning_effort="low")
+
+
 @pytest.mark.parametrize("value", [b"1e999", b'"\xff"'])
 def test_a_refused_field_whose_value_cannot_be_decoded_is_refused_as_well(value: bytes) -> None:
     body = b'{"model": "m", "messages": [{"role": "user", "content": "hi"}], "logit_bias": ' + value + b"}"

@@ -75,13 +75,14 @@ def test_messages_and_their_parts_are_counted() -> None:
         assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "messages")
 
 
-@pytest.mark.parametrize("field", ["tool_calls", "chat_template_kwargs"])
+@pytest.mark.parametrize("field", ["tool_calls", "function_call", "chat_template_kwargs"])
 def test_free_json_is_measured_before_it_is_decoded(field: str) -> None:
     data = msgspec.Raw(b"[" + b",".join([b"[]"] * 20) + b"]")
-    calls, arguments = (data, msgspec.Raw(b"null")) if field == "tool_calls" else (msgspec.Raw(b"null"), data)
-    check_free_json(messages(1, tool_calls=calls), arguments, 61)
+    of_message = {} if field == "chat_template_kwargs" else {field: data}
+    arguments = msgspec.Raw(b"null") if of_message else data
+    check_free_json(messages(1, **of_message), arguments, 61)
     with pytest.raises(ApiError, match=rf"{field}: 61 bytes of JSON are more than 60; .*max_free_json_bytes"):
-        check_free_json(messages(1, tool_calls=calls), arguments, 60)
+        check_free_json(messages(1, **of_message), arguments, 60)
 
 
 def test_choices_of_all_prompts_are_counted() -> None:
