@@ -152,5 +152,5 @@ def test_every_process_kind_answers_pings() -> None:
 
 
 def test_every_message_is_exported_for_those_who_match_on_it() -> None:
-    assert {kind.__name__ for kind in MESSAGES} <= set(catalogue.__all__)
-    assert set(UNIONS) <= set(catalogue.__all__)
+    assert {kind.__name__ for kind in MESSAGES} <= set(vars(catalogue))
+    assert set(UNIONS) <= set(vars(catalogue))
