@@ -21,7 +21,7 @@ from harness.report import last_line, say, table
 
 from loraserve.cost import CostModel
 from loraserve.messages import AdapterDemand, AdapterRef, EngineCapabilities, Placement
-from loraserve.planner.placement.policies import PLACEMENT_POLICIES
+from loraserve.planner.placement import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import PlanInput, PlanSettings
 
 SMALL, LARGE = (8, 200), (1000, 100_000)

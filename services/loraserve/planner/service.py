@@ -34,8 +34,8 @@ from loraserve.messages import (
     ToPlanner,
 )
 from loraserve.planner.cluster_reports import ClusterReports
-from loraserve.planner.placement.moves import diff, explain_moves
-from loraserve.planner.placement.policies import PLACEMENT_POLICIES
+from loraserve.planner.placement import PLACEMENT_POLICIES
+from loraserve.planner.placement.moves import explain_moves
 from loraserve.planner.placement.problem import PlacementPolicy, PlanInput, PlanSettings
 from loraserve.planner.plan_files import PlanFiles
 from loraserve.planner.rollout import events
@@ -180,7 +180,14 @@ class PlannerService(Service):
             failed = (problem,) if problem else ()
             placements = await asyncio.to_thread(self._policy, inputs)
             if dry_run:
-                return await self._describe(inputs, placements, drained, failed)
+                moves = await asyncio.to_thread(explain_moves, inputs, placements)
+                plan = Plan(
+                    epoch=self._rollout.epoch + 1,
+                    created_unix_s=self.clock.unix_s(),
+                    placements=placements,
+                    drained=tuple(sorted(drained)),
+                )
+                return RebalanceDone(plan=plan, moves=moves, applied=False, message="dry run", failed=failed)
             if drained != self._drained:
                 # The Drain request that changed the drained engines waits for the lock and then makes a new plan.
                 text = "the plan was given up for a newer one, because the drained engines changed"
@@ -189,24 +196,10 @@ class PlannerService(Service):
                 return self._not_applied("the plan is right as it is", failed)
             ended = await self._roll_out(placements, inputs)
             plan, failed = self._rollout.plan, (*failed, *ended.failed)
-            moves = diff(inputs.current, plan.placements) if ended.applied else []
-            explained = await asyncio.to_thread(explain_moves, inputs, plan.placements, moves)
+            moves = await asyncio.to_thread(explain_moves, inputs, plan.placements) if ended.applied else ()
             return RebalanceDone(
-                plan=plan, moves=tuple(explained), applied=ended.applied, message="; ".join(failed), failed=failed
+                plan=plan, moves=moves, applied=ended.applied, message="; ".join(failed), failed=failed
             )
-
-    async def _describe(
-        self, inputs: PlanInput, placements: tuple[Placement, ...], drained: frozenset[str], failed: tuple[str, ...]
-    ) -> RebalanceDone:
-        moves = diff(inputs.current, placements)
-        explained = await asyncio.to_thread(explain_moves, inputs, placements, moves)
-        plan = Plan(
-            epoch=self._rollout.epoch + 1,
-            created_unix_s=self.clock.unix_s(),
-            placements=placements,
-            drained=tuple(sorted(drained)),
-        )
-        return RebalanceDone(plan=plan, moves=tuple(explained), applied=False, message="dry run", failed=failed)
 
     def _not_applied(self, message: str, failed: tuple[str, ...] = ()) -> RebalanceDone:
         return RebalanceDone(plan=self._rollout.plan, moves=(), applied=False, message=message, failed=failed)

@@ -22,7 +22,7 @@ import msgspec
 from loraserve.cost import CostModel, StepShape
 from loraserve.errors import ConfigError
 from loraserve.messages import AdapterRef, Placement, Rejected, Route
-from loraserve.planner.placement.policies import PLACEMENT_POLICIES
+from loraserve.planner.placement import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import PlacementPolicy, PlanInput
 from loraserve.router.context import Candidate, Candidates, RoutingContext
 from loraserve.router.engine_view import EngineView

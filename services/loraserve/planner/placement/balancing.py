@@ -137,7 +137,8 @@ def split_traffic(problem: Problem, copies: CopyMap) -> CopyShares:
     split = np.flatnonzero(counts > 1)
     # The adapters with the most work come first, because they determine which engines run at a high rank.
     split = split[np.argsort(-work[split], kind="stable")]
-    levels = _EngineLevels(problem, adapters, engines, counts[adapters] == 1)
+    single = counts[adapters] == 1
+    levels = _EngineLevels(problem, CopyShares(adapters[single], engines[single], shares[single]))
     mean = float(work.sum()) / max(1, len(problem.engines))
     for sweep in range(SWEEPS):
         for a in split.tolist():
@@ -156,15 +157,10 @@ def split_traffic(problem: Problem, copies: CopyMap) -> CopyShares:
 class _EngineLevels:
     """The utilisation of engines while shares are computed. Initially it includes only adapters with one copy."""
 
-    def __init__(self, problem: Problem, adapters: np.ndarray, engines: np.ndarray, single: np.ndarray) -> None:
-        count = len(problem.engines)
+    def __init__(self, problem: Problem, single: CopyShares) -> None:
         self._work, self._ranks = problem.work, problem.ranks
-        a, e = adapters[single], engines[single]
-        self._base = np.bincount(e, self._work.base[a], count).astype(np.float64)
-        self._slope = np.bincount(e, self._work.slope[a], count).astype(np.float64)
-        self._rank = np.zeros(count)
-        used = problem.own_utilisation()[a] > 0
-        np.maximum.at(self._rank, e[used], self._ranks[a][used].astype(np.float64))
+        engines = engine_work(problem, single)
+        self._base, self._slope, self._rank = engines.base, engines.slope, engines.rank
 
     def add(self, adapter: int, held: np.ndarray, shares: Floats) -> None:
         """Add the adapter's work to its engines in proportion to ``shares``. Negative shares remove work."""

@@ -1,6 +1,6 @@
-"""The difference between two plans as moves, with the reason and the gain of each move.
+"""Lists the moves between two plans, with the reason and the gain of each move.
 
-Gains and reasons come from the same cost model as plans.
+Gains and reasons use the cost model that also makes the plans.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,7 +11,7 @@ import numpy as np
 
 from loraserve.messages import Move, Placement
 from loraserve.planner.placement.problem import CopyShares, Floats, Ints, PlanInput, Problem, build_problem
-from loraserve.planner.placement.utilisation import engine_work, predict_ttft_s
+from loraserve.planner.placement.utilisation import EngineWork, engine_ttft_s, engine_work
 
 NONE = -1
 """Index of an adapter or engine that is not in the problem."""
@@ -35,28 +35,26 @@ def diff(current: Sequence[Placement], target: Sequence[Placement]) -> list[Move
     return moves
 
 
-def explain_moves(inputs: PlanInput, target: Sequence[Placement], moves: Sequence[Move]) -> list[Move]:
+def explain_moves(inputs: PlanInput, target: Sequence[Placement]) -> tuple[Move, ...]:
     """Return the moves from ``inputs.current`` to ``target`` with the bytes they load, their reasons and gains.
 
     The gain of a move is the mean predicted TTFT of the target plan without this move, minus that of the target plan.
     A move that only removes a copy frees memory, and its gain may be slightly negative.
     """
+    moves = diff(inputs.current, target)
     if not moves:
-        return []
+        return ()
     problem = build_problem(msgspec.structs.replace(inputs, current=()))
     before, after = _copy_shares(problem, inputs.current), _copy_shares(problem, target)
     gains = _Gains(problem, before, after).compute(moves)
     reasons = _Reasons(problem, before, after)
-    slab_bytes = {version: ref.slab_bytes for version, ref in inputs.adapters.items()}
-    return [
+    loaded = [inputs.adapters.get(move.version) if move.target else None for move in moves]
+    return tuple(
         msgspec.structs.replace(
-            move,
-            slab_bytes=slab_bytes.get(move.version, 0) if move.target else 0,
-            gain_s=gain,
-            reason=reasons.explain(move),
+            move, slab_bytes=ref.slab_bytes if ref else 0, gain_s=gain, reason=reasons.explain(move)
         )
-        for move, gain in zip(moves, gains, strict=True)
-    ]
+        for move, ref, gain in zip(moves, loaded, gains, strict=True)
+    )
 
 
 def _engines_by_version(placements: Iterable[Placement]) -> dict[str, set[str]]:
@@ -77,9 +75,9 @@ def _copy_shares(problem: Problem, placements: Sequence[Placement]) -> CopyShare
 
 
 class _Gains:
-    """Computes the gains of all moves at once.
+    """Computes the gains of all moves at once. The gain of a move is the TTFT that undoing only this move would add.
 
-    The gain of a move is what it would cost to undo this move alone in the new plan, on the two engines it affects.
+    Undoing a move changes the predictions of two engines: the one that gives traffic away, and the one that takes it.
     """
 
     def __init__(self, problem: Problem, before: CopyShares, after: CopyShares) -> None:
@@ -95,7 +93,7 @@ class _Gains:
         """Return the seconds by which each move lowers the mean predicted TTFT of all requests."""
         requests = self._problem.work.requests_per_s
         total = float(requests.sum())
-        if not moves or total <= 0:
+        if total <= 0:
             return [0.0] * len(moves)
         index, engines = self._problem.adapter_index(), self._problem.engine_index()
         undone = [self._undo(index.get(m.version, NONE), engines, m) for m in moves]
@@ -135,19 +133,18 @@ class _Gains:
     def _waiting(self, engine: Ints, a: Ints, shares: Floats, rank: Floats) -> Floats:
         """Return the engines' requests/s times predicted TTFT after ``shares`` of the adapters' traffic are added."""
         current, work = self._work, self._problem.work
-        requests = np.maximum(current.requests_per_s[engine] + shares * work.requests_per_s[a], 0.0)
-        base = current.base[engine] + shares * work.base[a]
-        slope = current.slope[engine] + shares * work.slope[a]
-        prefill = current.prefill_base[engine] + shares * work.prefill_base[a]
-        prefill = prefill + rank * (current.prefill_slope[engine] + shares * work.prefill_slope[a])
-        each_s = np.divide(prefill, requests, out=np.zeros_like(prefill), where=requests > 1e-12)
-        ttft_s = predict_ttft_s(self._problem, np.maximum(base + rank * slope, 0.0), np.maximum(each_s, 0.0))
-        return requests * ttft_s
+        changed = EngineWork(
+            base=current.base[engine] + shares * work.base[a],
+            slope=current.slope[engine] + shares * work.slope[a],
+            prefill_base=current.prefill_base[engine] + shares * work.prefill_base[a],
+            prefill_slope=current.prefill_slope[engine] + shares * work.prefill_slope[a],
+            requests_per_s=current.requests_per_s[engine] + shares * work.requests_per_s[a],
+            rank=rank,
+        )
+        return changed.requests_per_s * engine_ttft_s(self._problem, changed)
 
 
 class _Reasons:
-    """Explains in words why a move is made."""
-
     def __init__(self, problem: Problem, before: CopyShares, after: CopyShares) -> None:
         self._problem = problem
         work = engine_work(problem, before)

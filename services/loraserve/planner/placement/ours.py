@@ -1,10 +1,10 @@
 """The default placement policy separates ranks, balances engines, and moves copies only if the gain exceeds the cost.
 
 The policy compares the current copies, with missing copies added, to new plans. A new plan fills one bin per engine
-(bins.py), assigns bins to engines (assignment.py) and packs whole adapters into them (packing.py). It reuses held
+and assigns the bins to engines (bins.py). It then packs whole adapters into the bins (packing.py), and reuses held
 copies (copies on engines now) where possible. A new plan wins if it lowers the predicted TTFT by more than the
-hysteresis and by more than its loads cost. The comparison repeats from the chosen plan until no copy changes, so that
-the result is stable when planning runs again.
+hysteresis, and if requests save more time than its loads cost them. The comparison repeats from the chosen plan until
+no copy changes, so that the result is stable when planning runs again.
 """
 
 import msgspec
@@ -12,9 +12,8 @@ import numpy as np
 
 from loraserve.messages import Placement
 from loraserve.planner.placement.allocation import Allocation
-from loraserve.planner.placement.assignment import choose_engines
 from loraserve.planner.placement.balancing import balance_engines, split_traffic
-from loraserve.planner.placement.bins import BinFilling, fill_bins
+from loraserve.planner.placement.bins import BinFilling, choose_engines, fill_bins
 from loraserve.planner.placement.packing import pack_bins
 from loraserve.planner.placement.problem import (
     CopyMap,

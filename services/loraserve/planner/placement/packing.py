@@ -6,8 +6,7 @@ from heapq import heapify, heappop, heappush, heapreplace
 import numpy as np
 
 from loraserve.planner.placement.allocation import MIN_REPLICATED_UTILISATION, TRIES, Allocation
-from loraserve.planner.placement.assignment import EngineChoice
-from loraserve.planner.placement.bins import NO_CLASS, BinFilling
+from loraserve.planner.placement.bins import NO_CLASS, BinFilling, EngineChoice
 from loraserve.planner.placement.problem import CopyMap, Floats, Ints, Problem
 
 SLACK = 0.02

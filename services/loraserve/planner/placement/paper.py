@@ -18,8 +18,8 @@ import numpy as np
 
 from loraserve.messages import Placement
 from loraserve.planner.placement.allocation import Allocation
-from loraserve.planner.placement.assignment import assign_bins
 from loraserve.planner.placement.balancing import MIN_SHARE
+from loraserve.planner.placement.bins import assign_bins
 from loraserve.planner.placement.problem import (
     CopyMap,
     CopyShares,

@@ -6,8 +6,8 @@ import msgspec
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterDemand, AdapterRef, EngineCapabilities, Placement
+from loraserve.planner.placement import PLACEMENT_POLICIES
 from loraserve.planner.placement.balancing import split_traffic
-from loraserve.planner.placement.policies import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import POOL_FRACTION, PlanInput, PlanSettings, Problem, build_problem
 from loraserve.planner.placement.utilisation import engine_work, mean_ttft_s
 

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from loraserve.cost import CostModel
-from loraserve.planner.placement.assignment import overflow_bytes, tabulate_budgets
-from loraserve.planner.placement.bins import fill_bins
+from loraserve.planner.placement.bins import fill_bins, overflow_bytes, tabulate_budgets
 from loraserve.planner.placement.problem import POOL_FRACTION, Floats, Problem, build_problem
 from loraserve.testing.plans import plan_input
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities

@@ -38,11 +38,11 @@ def copies(*places: tuple[int, str], share: float = 1.0) -> Placements:
     return tuple(Placement(version=f"v{n}", name=f"adapter-{n}", engine=e, share=share) for n, e in places)
 
 
-def explained(inputs: PlanInput, before: Placements, after: Placements) -> list[Move]:
-    return explain_moves(msgspec.structs.replace(inputs, current=before), after, diff(before, after))
+def explained(inputs: PlanInput, before: Placements, after: Placements) -> tuple[Move, ...]:
+    return explain_moves(msgspec.structs.replace(inputs, current=before), after)
 
 
-def explained_plainly(before: Placements, after: Placements) -> list[Move]:
+def explained_plainly(before: Placements, after: Placements) -> tuple[Move, ...]:
     """Return the moves among three adapters of 1, 2 and 3 MiB that are all in demand."""
     return explained(inputs_of(REFS, 5.0, EXACT), before, after)
 
@@ -201,7 +201,7 @@ def test_every_move_of_a_plan_has_a_reason_and_those_that_separate_ranks_a_gain(
     before = copies(*((n, f"e{n // 2 % 4}") for n in range(24)))
     inputs = plan_input([asked_for(ref, 10.0, 10.0) for ref in refs], refs, ENGINES, PADDED, before)
     after = ours.plan(inputs)
-    moves = explain_moves(inputs, after, diff(before, after))
+    moves = explain_moves(inputs, after)
     bare = [msgspec.structs.replace(m, reason="", gain_s=0.0, slab_bytes=0) for m in moves]
     assert bare == diff(before, after)
     assert all(m.reason for m in moves)
@@ -215,6 +215,6 @@ def test_without_moves_nothing_is_computed() -> None:
 
     inputs = plan_input(Unread(), ranked([8, 128]), ENGINES[:2], EXACT)
     placements = copies((0, "e0"), (1, "e1"))
-    assert explained(inputs, placements, placements) == []
+    assert explained(inputs, placements, placements) == ()
     with pytest.raises(AssertionError, match="was looked at"):
         explained(inputs, placements, copies((0, "e1"), (1, "e1")))

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import Placement
+from loraserve.planner.placement import PLACEMENT_POLICIES
 from loraserve.planner.placement.bins import fill_bins
-from loraserve.planner.placement.policies import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import POOL_FRACTION
 from loraserve.planner.placement.utilisation import mean_ttft_s
 from loraserve.testing.plans import Situation

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import AdapterDemand, AdapterRef, Placement
-from loraserve.planner.placement.policies import PLACEMENT_POLICIES
+from loraserve.planner.placement import PLACEMENT_POLICIES
 from loraserve.planner.placement.problem import POOL_FRACTION, PlanSettings
 from loraserve.testing.plans import Situation
 from loraserve.testing.reports import MIB, adapter_ref, asked_for, engine_capabilities

@@ -6,7 +6,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.planner.placement.assignment import assign_bins
+from loraserve.planner.placement.bins import assign_bins
 
 MIB = float(1 << 20)
 
