@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Envelope
 from loraserve.bus.zmq import open_bus
 from loraserve.config import Config
 from loraserve.errors import ConfigError
 from loraserve.messages import ConnectQueue
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.memory_owner import pattern
 from loraserve.testing.verbs_owner import VerbsOwner
 from loraserve.transfer.protocol import ByteRange, TransferError

@@ -9,11 +9,11 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Bus, Frame
 from loraserve.bus.zmq import open_bus
 from loraserve.config import BusConfig, ClusterConfig, Config
 from loraserve.errors import ConfigError, LoraServeError, PeerError, RequestTimeoutError
+from loraserve.testing.memory_bus import MemoryNetwork
 
 TIMEOUT_S = 10.0
 QUEUE_MESSAGES = 2000

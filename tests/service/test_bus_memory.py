@@ -1,4 +1,4 @@
-"""What only the network in memory can show: faults on demand, in virtual time."""
+"""Tests of the in-memory network alone: injected faults and virtual time."""
 
 import asyncio
 from typing import Any
@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 
 from loraserve.bus import wire
-from loraserve.bus.memory import Fault, MemoryBus, MemoryNetwork
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
 from loraserve.testing.clock import DeadlockError, run_virtual
+from loraserve.testing.memory_bus import Fault, MemoryBus, MemoryNetwork
 
 PONG = Pong(name="b", state="READY", incarnation="", pid=1, protocol=PROTOCOL_VERSION)
 

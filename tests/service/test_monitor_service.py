@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from loraserve.bus.memory import Fault, MemoryBus, MemoryNetwork
 from loraserve.config import Config, MonitorConfig
 from loraserve.messages import (
     AdapterTokens,
@@ -30,6 +29,7 @@ from loraserve.messages import (
 from loraserve.messages.transfer import Abilities
 from loraserve.monitor.service import MonitorService
 from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.memory_bus import Fault, MemoryBus, MemoryNetwork
 from loraserve.testing.peers import serving
 from loraserve.testing.reports import adapter_ref, engine_seen, engine_statistics, resident
 

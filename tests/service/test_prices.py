@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Envelope
 from loraserve.config import ClusterConfig, Config, ModelConfig
 from loraserve.cost import CostModel, StepShape, mean_step
@@ -15,6 +14,7 @@ from loraserve.messages import ToPlanner, ToRouter
 from loraserve.planner.service import PlannerService
 from loraserve.router.service import RouterService
 from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.reports import engine_seen, picture
 from loraserve.testing.tiny_model import write_tiny_model
 

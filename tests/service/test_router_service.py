@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 import pytest
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.config import Config, RouterConfig
 from loraserve.errors import PeerError
 from loraserve.messages import (
@@ -27,6 +26,7 @@ from loraserve.messages import (
 )
 from loraserve.router.service import RouterService
 from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.peers import Peer, Script, serving
 from loraserve.testing.reports import adapter_ref, engine_seen, picture, resident, route_request
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from loraserve.bus.memory import MemoryBus, MemoryNetwork
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config
 from loraserve.errors import AdapterError, PeerError, RequestTimeoutError
 from loraserve.messages import Abort, GetPlan, ListAdapters, Ping, Pong, StoryLine, StoryTold, TellStory
 from loraserve.service import Service, ServiceState
 from loraserve.testing.clock import FakeClock, run_virtual
+from loraserve.testing.memory_bus import MemoryBus, MemoryNetwork
 
 TIMEOUT_S = 5.0
 

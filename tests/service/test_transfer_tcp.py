@@ -10,12 +10,12 @@ import msgspec
 import numpy as np
 import pytest
 
-from loraserve.bus.memory import Fault, MemoryNetwork
 from loraserve.bus.zmq import open_bus
 from loraserve.config import ClusterConfig, Config
 from loraserve.errors import PeerError
 from loraserve.messages import ReadRegion, RegionChunk
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, TcpHandle
+from loraserve.testing.memory_bus import Fault, MemoryNetwork
 from loraserve.testing.memory_owner import MemoryOwner, pattern
 from loraserve.testing.peers import Peer
 from loraserve.transfer.protocol import ByteRange, TransferError

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.engine.compute.protocol import DeviceLostError
 from loraserve.engine.cuda.pool import DevicePool
 from loraserve.errors import PeerError
 from loraserve.messages import ReadRegion, RegionChunk
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.memory_owner import pattern
 from loraserve.transfer.protocol import ByteRange, TransferError
 from loraserve.transfer.tcp import LONGEST_CHUNK_BYTES, ReadableRegion, TcpExporter, TcpReader

@@ -8,7 +8,6 @@ import msgspec
 import numpy as np
 import pytest
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.config import Config, TransferConfig
 from loraserve.engine.lending.offers import MemoryOffers
 from loraserve.engine.loading.memory import TransferTarget
@@ -16,6 +15,7 @@ from loraserve.engine.loading.peers import TransportReaders
 from loraserve.messages import ReadRegion
 from loraserve.messages.transfer import CudaIpcHandle, TcpHandle
 from loraserve.testing.gpu_owner import GpuOwner, from_gpu, to_gpu
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.memory_owner import pattern
 from loraserve.transfer.cuda_driver import GpuMemory, allocate, call, current_device, free
 from loraserve.transfer.protocol import ByteRange, TransferError

@@ -12,7 +12,6 @@ import torch
 
 from loraserve.adapter.format import encode_header
 from loraserve.adapter.pack import Slab, pack_peft
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Envelope
 from loraserve.config import Config, EngineConfig, ModelConfig, TransferConfig
 from loraserve.engine.compute.protocol import DeviceLostError, PendingStep, Runner
@@ -43,6 +42,7 @@ from loraserve.messages import (
 from loraserve.service import ServiceState
 from loraserve.testing.clock import ReplaceableClock
 from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
 PROMPT = tuple(range(5, 25))

@@ -7,7 +7,6 @@ from typing import Any
 import msgspec
 import pytest
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import ModelConfig
 from loraserve.engine.compute.protocol import DeviceLostError
@@ -24,6 +23,7 @@ from loraserve.messages import (
     RetireDone,
 )
 from loraserve.service import ServiceState
+from loraserve.testing.memory_bus import MemoryNetwork
 
 Play = Callable[..., None]
 

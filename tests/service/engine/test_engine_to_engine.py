@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig, MonitorConfig, TransferConfig
 from loraserve.cost import extent_bytes
@@ -32,6 +31,7 @@ from loraserve.messages import (
     ToStore,
 )
 from loraserve.monitor.service import MonitorService
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.peers import serving
 
 TIMEOUT_S = 20.0

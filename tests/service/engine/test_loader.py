@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from loraserve.adapter.dtypes import storage_dtype
 from loraserve.adapter.format import make_layout
 from loraserve.adapter.pack import Slab, seal_slab
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.compute.protocol import DeviceLostError
@@ -26,6 +25,7 @@ from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 from loraserve.testing.engine.offline import adapter_reference
 from loraserve.testing.engine.watched_pool import WatchedPool
+from loraserve.testing.memory_bus import MemoryNetwork
 
 SHAPE = ModelShape(layers=5, hidden=16, heads=2, kv_heads=1, head_dim=8, ffn=24, vocab=64)
 OFFSET = 4096

@@ -13,7 +13,6 @@ import msgspec
 import pytest
 from openai import AsyncOpenAI
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import SystemClock
 from loraserve.config import Config, load_config
@@ -55,6 +54,7 @@ from loraserve.messages import (
     ToStore,
     UnregisterAdapter,
 )
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.reports import engine_seen
 from loraserve.testing.tiny_tokenizer import CHAT_END, write_tiny_tokenizer
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.bus.protocol import Envelope
 from loraserve.config import ClusterConfig, Config, PlannerConfig
 from loraserve.messages import (
@@ -29,6 +28,7 @@ from loraserve.messages import (
 )
 from loraserve.planner.service import PlannerService
 from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.peers import Peer, serving
 from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture, resident
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 
-from loraserve.bus.memory import Fault, MemoryNetwork
 from loraserve.config import ClusterConfig, Config, PlannerConfig
 from loraserve.errors import ConfigError, PeerError
 from loraserve.messages import (
@@ -32,6 +31,7 @@ from loraserve.planner.rollout.copies import versions_by_engine
 from loraserve.planner.service import PlannerService
 from loraserve.service import ServiceState
 from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.memory_bus import Fault, MemoryNetwork
 from loraserve.testing.peers import Peer
 from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture, resident
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.config import ClusterConfig, Config, PlannerConfig
 from loraserve.messages import (
     Drain,
@@ -33,6 +32,7 @@ from loraserve.planner.placement.problem import PlanInput
 from loraserve.planner.plan_files import PlanFiles
 from loraserve.planner.service import PlannerService
 from loraserve.testing.clock import LoopClock
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.peers import Peer, serving
 from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture
 

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from loraserve.adapter.format import decode_header, seal_layout, slab_version
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig, StoreConfig
 from loraserve.messages import (
@@ -30,6 +29,7 @@ from loraserve.messages import (
 from loraserve.model_shape import ModelShape
 from loraserve.service import ServiceState
 from loraserve.store.service import StoreService
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.peft_writer import named_tensors, random_pairs, write_peft
 
 SHAPE = ModelShape(layers=4, hidden=128, heads=4, kv_heads=2, head_dim=32, ffn=256, vocab=64)

@@ -36,7 +36,7 @@ from loraserve.messages import AdapterRegistered, Ping, RegisterAdapter
 from loraserve.service import ServiceState
 from loraserve.store.service import StoreService
 from loraserve.clock import SystemClock
-from loraserve.bus.memory import MemoryNetwork
+from loraserve.testing.memory_bus import MemoryNetwork
 
 
 async def register(client, name, path, limit):

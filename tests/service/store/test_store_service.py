@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from loraserve.adapter.format import decode_header
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import Config
 from loraserve.errors import ConfigError, PeerError
@@ -28,6 +27,7 @@ from loraserve.messages import (
 )
 from loraserve.store.core import namespace
 from loraserve.store.service import StoreService
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.peft_writer import write_peft
 
 Opened = Callable[..., AbstractAsyncContextManager[Any]]

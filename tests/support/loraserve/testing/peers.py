@@ -6,9 +6,9 @@ from contextlib import asynccontextmanager
 from types import UnionType
 from typing import Any
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.errors import LoraServeError, PeerError
 from loraserve.service import Service, ServiceState
+from loraserve.testing.memory_bus import MemoryNetwork
 
 Script = Callable[[Any], Any]
 """Maps a received message to the answer. A PeerError refuses the request, None leaves it unanswered."""

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.messages import (
     AdapterRef,
     LeaseGranted,
@@ -14,6 +13,7 @@ from loraserve.messages import (
     ToEngine,
 )
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
+from loraserve.testing.memory_bus import MemoryNetwork
 
 TIMEOUT_S = 20.0
 

@@ -6,7 +6,6 @@ from contextlib import AsyncExitStack
 from typing import Any
 
 from loraserve.adapter.pack import Slab
-from loraserve.bus.memory import MemoryNetwork
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.loading.memory import HostPool
@@ -16,6 +15,7 @@ from loraserve.engine.loading.sources import SourceFinder
 from loraserve.engine.loading.speeds import LinkSpeeds
 from loraserve.messages import Copies, FindCopies, ToEngine, ToMonitor, ToStore
 from loraserve.testing.engine.offline import adapter_reference
+from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.scripted_owner import ABLE, ScriptedOwner
 
 OFFSET, GUARD = 4096, b"\x55"

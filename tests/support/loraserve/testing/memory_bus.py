@@ -1,4 +1,4 @@
-"""An in-process bus for tests. It has the wire format and the rules of the ZeroMQ bus, and can inject faults."""
+"""An in-process bus. It has the wire format and the rules of the ZeroMQ bus, and it can inject faults."""
 
 import asyncio
 from collections import deque
