@@ -9,7 +9,7 @@ import sys
 import msgspec
 import torch
 
-from loraserve.engine.cuda.pool import DevicePool
+from loraserve.engine.cuda.memory import DevicePool
 from loraserve.testing.gpu_owner import GpuOwner
 from loraserve.testing.memory_owner import pattern
 from loraserve.transfer.cuda_driver import allocation

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from loraserve.engine.compute.protocol import DeviceLostError
-from loraserve.engine.cuda.pool import DevicePool
+from loraserve.engine.cuda.memory import DevicePool
 from loraserve.errors import PeerError
 from loraserve.messages import ReadRegion, RegionChunk
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION

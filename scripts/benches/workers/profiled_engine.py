@@ -13,8 +13,18 @@ from harness.worker import serve
 
 from loraserve.config import load_config
 from loraserve.cost.fit import LoadSample
-from loraserve.engine.profile.design import BatchPart, SizedAdapter, TimedBatch, batch_shape, design_batches
-from loraserve.engine.profile.measure import make_random_slab, make_step, measure_loads, measure_steps, place_slabs
+from loraserve.engine.profile.measure import (
+    BatchPart,
+    SizedAdapter,
+    TimedBatch,
+    batch_shape,
+    design_batches,
+    make_random_slab,
+    make_step,
+    measure_loads,
+    measure_steps,
+    place_slabs,
+)
 from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits
 
 ALONE = 5

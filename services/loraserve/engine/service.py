@@ -1,6 +1,6 @@
 """The engine process: passes messages to the scheduler and executes the instructions that it returns.
 
-The scheduler decides (schedule/scheduler.py). The runner computes in its own thread (compute/executor.py). wiring.py
+The scheduler decides (schedule/scheduler.py). The runner computes in its own thread (compute/protocol.py). wiring.py
 builds the objects that load adapters and lend them to peers. This module connects them:
 
     message ----> handle() ----> _handle_event() ----> Scheduler.handle() ----> _execute() ----> step, load, message
@@ -21,8 +21,7 @@ from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.cost import StepShape
-from loraserve.engine.compute.executor import StepExecutor
-from loraserve.engine.compute.protocol import DeviceLostError, Runner
+from loraserve.engine.compute.protocol import DeviceLostError, Runner, StepExecutor
 from loraserve.engine.lending.leases import LeaseReader
 from loraserve.engine.loading.announcements import ReadAnnouncer
 from loraserve.engine.schedule.events import (

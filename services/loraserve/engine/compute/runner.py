@@ -10,8 +10,7 @@ import torch
 
 from loraserve.adapter.format import ITEM_BYTES, SlabHeader
 from loraserve.config import EngineConfig
-from loraserve.engine.compute.packed import pack_step
-from loraserve.engine.compute.protocol import ComputedStep
+from loraserve.engine.compute.protocol import ComputedStep, pack_step
 from loraserve.engine.compute.sampler import sample
 from loraserve.engine.loading.arrival import Arrival, Gate, late_requests, make_gate
 from loraserve.engine.loading.memory import HostPool, check_slab, populate

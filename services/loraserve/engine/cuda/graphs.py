@@ -6,8 +6,7 @@ from typing import Any
 
 import torch
 
-from loraserve.engine.cuda.decoder import GpuDecoder, GpuStepInputs
-from loraserve.engine.cuda.step_buffer import NONE, BufferSize, StepBuffer
+from loraserve.engine.cuda.decoder import NONE, BufferSize, GpuDecoder, GpuStepInputs, StepBuffer
 from loraserve.kernels.attention.gpu import Backend, GpuAttentionBatch
 from loraserve.kernels.lora.tuning import bucket
 from loraserve.kernels.lora.work import LoraWork

@@ -13,14 +13,12 @@ from numpy.typing import NDArray
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.config import EngineConfig
-from loraserve.engine.compute.packed import PackedStep, pack_step
-from loraserve.engine.compute.protocol import ComputedStep, PendingStep
-from loraserve.engine.cuda.decoder import GpuStepInputs
-from loraserve.engine.cuda.errors import device_errors
+from loraserve.engine.compute.protocol import ComputedStep, PackedStep, PendingStep, pack_step
+from loraserve.engine.cuda.decoder import NONE, GpuStepInputs
 from loraserve.engine.cuda.graphs import DecodeGraphs, batch_sizes, table_widths
+from loraserve.engine.cuda.memory import device_errors
 from loraserve.engine.cuda.sampling import Drawn, draw, prepare, sampled
 from loraserve.engine.cuda.state import DTYPES, DeviceState, GpuWeightForm, allocate_state, compute_dtype
-from loraserve.engine.cuda.step_buffer import NONE
 from loraserve.engine.loading.memory import PoolMemory, check_slab
 from loraserve.engine.model.config import context_limit, read_decoder_config
 from loraserve.engine.model.weights import load_weights

@@ -8,19 +8,18 @@ import numpy as np
 import torch
 
 from loraserve.config import EngineConfig
-from loraserve.engine.compute.packed import pack_step
-from loraserve.engine.cuda.decoder import DecoderMemory, GpuDecoder, GpuStepInputs
+from loraserve.engine.compute.protocol import pack_step
+from loraserve.engine.cuda.decoder import NONE, DecoderMemory, GpuDecoder, GpuStepInputs
 from loraserve.engine.cuda.memory import (
     SHOWN_RANKS,
+    DevicePool,
     MeasuredMemory,
     MemoryShares,
     adapter_bytes,
     describe_capacity,
     divide_memory,
 )
-from loraserve.engine.cuda.pool import DevicePool
 from loraserve.engine.cuda.sampling import draw, prepare
-from loraserve.engine.cuda.step_buffer import NONE
 from loraserve.engine.model.config import DecoderConfig
 from loraserve.engine.model.linear import Linear
 from loraserve.engine.model.weights import DecoderWeights

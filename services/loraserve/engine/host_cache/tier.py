@@ -44,7 +44,7 @@ class CacheMemory:
         if not self._copied_from.on_device:
             return
         # Imported here because machines without a GPU may have a torch without CUDA.
-        from loraserve.engine.cuda.pool import page_locked
+        from loraserve.engine.cuda.memory import page_locked
 
         try:
             self._closing.enter_context(page_locked(self._shared.view, self._copied_from))

@@ -9,6 +9,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import Config, load_config
 from loraserve.cost.derived import kv_bytes
@@ -16,14 +18,23 @@ from loraserve.cost.fit import Lora, StepSample, fit_cost_model
 from loraserve.cost.profile import EngineShape, Profile, write_profile
 from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.compute.runner import CpuRunner
-from loraserve.engine.profile.design import SizedAdapter, batch_shape, design_batches
-from loraserve.engine.profile.measure import make_random_slab, make_step, measure_loads, measure_steps, place_slabs
-from loraserve.engine.profile.report import format_coefficients, format_errors, format_verdict
+from loraserve.engine.profile.measure import (
+    KINDS,
+    SizedAdapter,
+    batch_shape,
+    design_batches,
+    make_random_slab,
+    make_step,
+    measure_loads,
+    measure_steps,
+    place_slabs,
+)
 from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits, threads_for
 from loraserve.errors import ConfigError, LoraServeError
 from loraserve.kernels import attention
 from loraserve.model_shape import ModelShape, read_model_config, shape_from_config
+from loraserve.text import table
 
 STARTED_S = time.monotonic()
 RANKS = (8, 16, 32, 64)
@@ -186,3 +197,51 @@ def _ranks(text: str) -> tuple[int, ...]:
 
 def _report_progress(text: str) -> None:
     print(f"[{time.monotonic() - STARTED_S:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+
+UNITS = {
+    "step_base_s": ("ms a step", 1e3),
+    "sequence_s": ("ms a decoding sequence", 1e3),
+    "kv_token_s": ("us a token of its context", 1e6),
+    "prefill_token_s": ("ms a prefill token", 1e3),
+    "prefill_kv_token_s": ("us a prefill token and token of its context", 1e6),
+    "slab_byte_s": ("ms a MB of the adapters in the step", 1e9),
+    "rank_token_s": ("us a token and unit of its rank", 1e6),
+    "padded_prefill_s": ("us a prefill token and unit of the largest rank", 1e6),
+    "padded_decode_s": ("us a decoding sequence and unit of the largest rank", 1e6),
+    "load_base_s": ("ms a load", 1e3),
+    "load_byte_s": ("ms a MB of a load", 1e9),
+}
+HIDDEN = {"exact": ("padded_prefill_s", "padded_decode_s"), "padded": ("slab_byte_s", "rank_token_s")}
+
+
+def format_coefficients(profile: Profile) -> str:
+    cost = profile.cost
+    shown = {name: unit for name, unit in UNITS.items() if name not in HIDDEN[cost.lora]}
+    rows = [[f"{getattr(cost, name) * factor:.4g}", text, name] for name, (text, factor) in shown.items()]
+    return table(["COST", "OF", "NAME"], rows)
+
+
+def format_errors(profile: Profile, kinds: Sequence[str], samples: Sequence[StepSample]) -> str:
+    """Return a table with one row per kind of batch: count, step times and the cost model's error in percent."""
+    rows = []
+    for kind in KINDS:
+        of_kind = [sample for name, sample in zip(kinds, samples, strict=True) if name == kind]
+        if not of_kind:
+            continue
+        percent_off = [abs(profile.cost.step_s(shape) / seconds - 1) * 100 for shape, seconds in of_kind]
+        times_ms = [seconds * 1e3 for _, seconds in of_kind]
+        spread = [f"{value:.1f}" for value in (min(times_ms), float(np.median(times_ms)), max(times_ms))]
+        rows.append(
+            [kind, str(len(of_kind)), *spread, f"{np.median(percent_off):.1f}", f"{np.quantile(percent_off, 0.9):.1f}"]
+        )
+    return table(["BATCHES", "COUNT", "MIN MS", "MEDIAN MS", "MAX MS", "ERROR % MEDIAN", "P90"], rows)
+
+
+def format_verdict(profile: Profile) -> str:
+    residuals = profile.residuals
+    assert residuals is not None, "the profile was not measured"
+    return (
+        f"{profile.model} on {profile.hardware}: held-out error {residuals.median:.1%} median, {residuals.p90:.1%} P90 "
+        f"({residuals.held_out} of {residuals.samples} batches were held out)"
+    )

@@ -40,10 +40,9 @@ from loraserve.engine.schedule.events import (
     StepFailed,
     StepResult,
 )
-from loraserve.engine.schedule.overtaking import OvertakingLimit
 from loraserve.engine.schedule.report import SchedulerLoad, TokenCounts, count_events, snapshot
 from loraserve.engine.schedule.sequence import EARLY, ENDING, RUNNING, WAITING, Sequence, Transition
-from loraserve.engine.schedule.steps import StepBuilder, StepPipeline
+from loraserve.engine.schedule.steps import OvertakingLimit, StepBuilder, StepPipeline
 from loraserve.messages import Admit, EngineCounters
 from loraserve.story import Story
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loraserve.engine.compute.packed import PackedStep, pack_step
+from loraserve.engine.compute.protocol import PackedStep, pack_step
 from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep
 from loraserve.messages.sampling import SamplingParams
 

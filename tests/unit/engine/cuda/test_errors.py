@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from loraserve.engine.compute.protocol import DeviceLostError
-from loraserve.engine.cuda.errors import device_errors
+from loraserve.engine.cuda.memory import device_errors
 
 
 @pytest.mark.parametrize(

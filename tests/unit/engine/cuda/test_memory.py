@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from loraserve.adapter.format import SlabHeader, make_layout
 from loraserve.config import EngineConfig
 from loraserve.engine.adapters.pool import AdapterPool
-from loraserve.engine.cuda import pool as pool_module
+from loraserve.engine.cuda import memory as memory_module
 from loraserve.engine.cuda.memory import (
     MIB,
+    DevicePool,
     MeasuredMemory,
     MemoryShares,
     adapter_bytes,
@@ -23,7 +24,6 @@ from loraserve.engine.cuda.memory import (
     describe_capacity,
     divide_memory,
 )
-from loraserve.engine.cuda.pool import DevicePool
 from loraserve.engine.cuda.state import DTYPES, compute_dtype
 from loraserve.errors import ConfigError
 from loraserve.messages import AdapterRef
@@ -138,7 +138,7 @@ def test_the_capacity_is_described() -> None:
 def test_data_written_to_the_pool_is_read_back(
     monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, elements: int, read_bytes: int
 ) -> None:
-    monkeypatch.setattr(pool_module, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(memory_module, "READ_BYTES", read_bytes)
     pool = DevicePool(elements, dtype, DEVICE)
     assert (len(pool), pool.on_device) == (100, True)
     data = bytes(range(1, 41))
@@ -157,7 +157,7 @@ def test_data_written_to_the_pool_is_read_back(
 
 @pytest.mark.parametrize("read_bytes", [7, 1 << 20])
 def test_the_pool_is_copied_into_host_memory(monkeypatch: pytest.MonkeyPatch, read_bytes: int) -> None:
-    monkeypatch.setattr(pool_module, "READ_BYTES", read_bytes)
+    monkeypatch.setattr(memory_module, "READ_BYTES", read_bytes)
     data = random.Random(0).randbytes(100)
     pool, into = DevicePool(50, torch.bfloat16, DEVICE), bytearray(44)
     pool.write(0, data)
@@ -166,7 +166,7 @@ def test_the_pool_is_copied_into_host_memory(monkeypatch: pytest.MonkeyPatch, re
 
 
 def test_threads_read_different_parts_concurrently(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pool_module, "READ_BYTES", 1000)
+    monkeypatch.setattr(memory_module, "READ_BYTES", 1000)
     pool = DevicePool(200_000, torch.bfloat16, DEVICE)
     pool.warm_up(4096, readers=2)
     assert not pool.tensor.any()

@@ -9,14 +9,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.engine.compute.packed import PackedStep, pack_step
+from loraserve.engine.compute.protocol import PackedStep, pack_step
 from loraserve.engine.schedule.events import SequenceStep
 from loraserve.messages.sampling import SamplingParams
 
 pytest.importorskip("triton", reason="the CUDA runner needs triton")
 
+from loraserve.engine.cuda.decoder import NONE, BufferSize, StepBuffer
 from loraserve.engine.cuda.graphs import batch_sizes, table_widths
-from loraserve.engine.cuda.step_buffer import NONE, BufferSize, StepBuffer
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 GREEDY = SamplingParams(max_tokens=1, temperature=0.0)

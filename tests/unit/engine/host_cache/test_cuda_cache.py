@@ -10,7 +10,7 @@ import torch
 
 from loraserve.adapter.format import make_uniform_layout, seal_layout, slab_version
 from loraserve.engine.adapters.lifecycle import LoadedSlab
-from loraserve.engine.cuda.pool import DevicePool, page_locked
+from loraserve.engine.cuda.memory import DevicePool, page_locked
 from loraserve.engine.host_cache.cache import HostCache
 from loraserve.engine.host_cache.tier import CacheTier
 from loraserve.engine.loading.memory import TransferTarget

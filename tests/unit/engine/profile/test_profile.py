@@ -10,8 +10,17 @@ from loraserve.adapter.pack import unpack_slab
 from loraserve.cost import StepShape
 from loraserve.cost.profile import check_model, read_profile
 from loraserve.engine.profile.command import main
-from loraserve.engine.profile.design import KINDS, BatchPart, SizedAdapter, TimedBatch, batch_shape, design_batches
-from loraserve.engine.profile.measure import make_random_slab, make_step, place_slabs
+from loraserve.engine.profile.measure import (
+    KINDS,
+    BatchPart,
+    SizedAdapter,
+    TimedBatch,
+    batch_shape,
+    design_batches,
+    make_random_slab,
+    make_step,
+    place_slabs,
+)
 from loraserve.engine.schedule.events import SchedulerLimits
 from loraserve.engine.schedule.report import step_shape
 from loraserve.errors import ConfigError

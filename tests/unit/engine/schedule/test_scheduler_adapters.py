@@ -11,7 +11,7 @@ from loraserve.engine.schedule.events import (
     PlanReady,
     RequestAborted,
 )
-from loraserve.engine.schedule.overtaking import MAX_OVERTAKEN
+from loraserve.engine.schedule.steps import MAX_OVERTAKEN
 
 PROMPT = [1] * 8
 
