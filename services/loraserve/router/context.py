@@ -6,7 +6,7 @@ from typing import Protocol
 import msgspec
 
 from loraserve.cost import CostModel
-from loraserve.messages import Plan, Rejected, Route
+from loraserve.messages import Plan, Route
 from loraserve.router.view import ClusterView
 
 
@@ -25,10 +25,10 @@ class PlannedCopies:
 
 
 class Slo(msgspec.Struct, frozen=True):
-    """The promised time to first token (TTFT), and how far the predicted time may exceed it.
+    """The target of the time to first token (TTFT).
 
-    A request is refused if every engine needs more than ``reject_factor`` times the promise. The promise is
-    ``ttft_s``, or the time of the request's own prefill and adapter load if that is longer.
+    The router refuses a request if every engine needs more than ``reject_factor`` times the target
+    (``policy._reject_overloaded``).
     """
 
     ttft_s: float
@@ -36,7 +36,7 @@ class Slo(msgspec.Struct, frozen=True):
 
 
 class Rng(Protocol):
-    """The methods of ``random.Random`` that policies use."""
+    """The method of ``random.Random`` that policies use."""
 
     def random(self) -> float: ...
 
@@ -61,10 +61,12 @@ class RoutingContext(msgspec.Struct, frozen=True, gc=False):
 class Prediction(msgspec.Struct, frozen=True, gc=False):
     """The terms of a predicted TTFT, which is max(``queue_s``, ``load_s``) + ``own_s``.
 
-    ``queue_s`` is the wait for queued prefill, a place in the batch and KV memory. ``load_s`` is the time until the
-    adapter is resident. ``own_s`` is the time of all steps with the request's own prefill; ``step_s`` is the time of
-    these steps without this prefill. ``engine_s`` is the engine time of the request until its end, including the delay
-    of other requests.
+    Attributes:
+        queue_s: Wait for queued prefill, a place in the batch and KV memory.
+        load_s: Time until the adapter is resident.
+        own_s: Time of all steps with the request's own prefill.
+        step_s: Time that these steps would take without this prefill.
+        engine_s: Engine time of the request until its end, including the delay of other requests.
     """
 
     queue_s: float
@@ -85,7 +87,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
     - ``spill``: other engines hold the adapter, but this one was preferred;
     - ``load``: no engine holds the adapter;
     - ``prefix``: the engine has cached a prefix of the prompt, and would not have the best score without prefix caches;
-    - ``live``: the engine already runs the request.
+    - ``live``: the engine runs the request already.
     """
 
     engine: str
@@ -106,11 +108,7 @@ class Candidate(msgspec.Struct, frozen=True, gc=False):
 
 
 class Candidates(msgspec.Struct, frozen=True):
-    """Engines to ask, best first.
-
-    ``others`` computes the candidates after the first one. It is called only in the rare case that the first one does
-    not admit the request.
-    """
+    """Engines to ask, best first. ``others`` is called only if the first engine does not admit the request."""
 
     first: Candidate
     others: Callable[[], tuple[Candidate, ...]] = tuple
@@ -118,8 +116,3 @@ class Candidates(msgspec.Struct, frozen=True):
     def __iter__(self) -> Iterator[Candidate]:
         yield self.first
         yield from self.others()
-
-
-def rejection(request: Route, code: str, message: str, retry_after_s: float = 1.0) -> Rejected:
-    """Return the refusal of a request. It tells the client to wait at least one second before a retry."""
-    return Rejected(request_id=request.request_id, code=code, message=message, retry_after_s=max(1.0, retry_after_s))

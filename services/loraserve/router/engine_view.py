@@ -154,7 +154,7 @@ class EngineView(msgspec.Struct):
         load = seen.load
         if load.incarnation != self.load.incarnation:
             self.pending, self.expected = {}, {}
-            self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
+            self.clear_timeouts()
         self.load, self.capabilities, self.reported_s, self.alive = load, seen.capabilities, reported_s, seen.alive
         self.loading = frozenset(load.adapters.loading)
         self.largest_extent_bytes = largest_extent_bytes(seen.capabilities.pool_bytes)
@@ -199,7 +199,7 @@ class EngineView(msgspec.Struct):
             self.avoided_since_s = now
             self.avoidance_s = min(MAX_AVOIDANCE_S, max(FIRST_AVOIDANCE_S, 2 * self.avoidance_s))
 
-    def record_answer(self) -> None:
+    def clear_timeouts(self) -> None:
         self.timeouts, self.avoided_since_s, self.avoidance_s = 0, None, 0.0
 
     def _recount_pending(self) -> None:

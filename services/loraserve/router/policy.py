@@ -1,16 +1,16 @@
 """The choice of an engine for a request.
 
-``route_by_prediction`` (configured as ``predicted``, the default) decides in four steps:
+``route_by_prediction`` (setting ``predicted``, the default) decides in four steps, in the order of this module:
 
 1. Filter: exclude engines whose context length or adapter pool is too small (``_filter``).
 2. Score: compute a score in seconds for each engine, mostly its predicted time to first token (``score.score``).
 3. Admit: refuse the request if every engine would take too long to start it (``_reject_overloaded``).
-4. Pick: take the engine with the lowest score; ``break_ties`` chooses among nearly equal scores.
+4. Pick: take the engine with the lowest score. ``break_ties`` orders engines with nearly equal scores.
 
-``route_by_shares`` (configured as ``shares``) is the LoRAServe paper's routing: it draws a planned copy in proportion
-to the traffic shares and ignores queues.
+``route_by_shares`` (setting ``shares``) is the LoRAServe paper's routing. It draws a planned copy in proportion to the
+traffic shares and ignores queues.
 
-An engine that the plan drains or that does not answer is a *fallback*: it is asked after all other engines.
+An engine that the plan drains or that does not answer is a *fallback*. The router asks it after all other engines.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from loraserve.cost import CostModel, extent_bytes
 from loraserve.messages import Expect, Rejected, Route, SamplingParams
-from loraserve.router.context import Candidate, Candidates, Prediction, Rng, RoutingContext, Slo, rejection
+from loraserve.router.context import Candidate, Candidates, Prediction, Rng, RoutingContext, Slo
 from loraserve.router.prices import Array, PriceTable
 from loraserve.router.score import Scores, engine_seconds, prefill_seconds, prefill_tokens, score
 from loraserve.router.view import ClusterView
@@ -31,10 +31,9 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 RoutingPolicy: TypeAlias = Callable[[RoutingContext], Candidates | Rejected]
 
 MAX_CANDIDATES = 4
-"""Maximum number of engines to ask. Each timeout takes a second, and gateways wait for a limited time."""
+"""Maximum number of engines to ask. Each timeout takes a second, and gateways wait only for a limited time."""
 TIE_SHARE = 0.05
-"""Scores tie if they differ by at most this share of the best engine's predicted TTFT, or of its decode step if that is
-longer, plus ``MIN_TIE_S``. The error of predictions is larger than this share."""
+"""The share in ``break_ties``. The error of predictions is larger."""
 MIN_TIE_S = 5e-5
 FALLBACK_PENALTY_S = 1e9
 """Added to a fallback engine's score for each level of ``EngineView.fallback_level``."""
@@ -45,15 +44,12 @@ UNKNOWN_SAMPLING = SamplingParams(max_tokens=1 << 30)
 def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
     """Return the engines with the best scores, or a refusal."""
     slo, table = context.slo, context.view.prices(context.cost)
-    fitting = _filter(context.request, table)
-    if isinstance(fitting, Rejected):
-        return fitting
-    scores = score(context, table, _shares_by_column(context))
-    if fitting is not None:
-        scores.score[~fitting] = scores.ttft_s[~fitting] = np.inf
+    scores = _filter_and_score(context, table)
+    if isinstance(scores, Rejected):
+        return scores
     ranked = put_fallbacks_last(scores.score, table)
     best = int(ranked.argmin())
-    # If the engine with the best score meets the limit, the engine with the lowest TTFT meets it too.
+    # Usually the engine with the best score meets the limit. Then the engine with the lowest TTFT meets it too.
     if table.fallbacks or scores.ttft_s.item(best) > slo.ttft_s * slo.reject_factor:
         refusal = _reject_overloaded(scores, table, context.cost, slo)
         if refusal is not None:
@@ -65,24 +61,19 @@ def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
 def route_by_shares(context: RoutingContext) -> Candidates | Rejected:
     """Return the engines with planned copies in an order drawn by their shares, then other engines in random order.
 
-    Fallback engines come last. The request itself loads a planned copy that is not loaded yet. Predictions are computed
-    only for logs.
+    Fallback engines come last. If a planned copy is not loaded yet, the request starts its load. The scores are used
+    only in logs.
     """
     table = context.view.prices(context.cost)
-    fitting = _filter(context.request, table)
-    if isinstance(fitting, Rejected):
-        return fitting
-    shares = _shares_by_column(context)
-    columns: Sequence[int] = range(len(table.engines)) if fitting is None else fitting.nonzero()[0].tolist()
-    scores = score(context, table, shares)
-    if fitting is not None:
-        scores.score[~fitting] = np.inf
-    is_fallback = table.columns.fallback_level
+    scores = _filter_and_score(context, table)
+    if isinstance(scores, Rejected):
+        return scores
+    columns = (scores.score < np.inf).nonzero()[0].tolist()
     chosen: list[int] = []
     for planned, fallback in ((True, False), (False, False), (True, True), (False, True)):
         if len(chosen) < MAX_CANDIDATES:
-            group = [c for c in columns if (c in shares) == planned and bool(is_fallback[c]) == fallback]
-            chosen += _draw_by_share(group, shares, context.rng)
+            group = [c for c in columns if (c in scores.shares) == planned and (c in table.fallbacks) == fallback]
+            chosen += _draw_by_share(group, scores.shares, context.rng)
     return _candidates(context, table, scores, chosen, None)
 
 
@@ -90,37 +81,25 @@ POLICIES: Mapping[str, RoutingPolicy] = {"predicted": route_by_prediction, "shar
 """The policies by their names in the configuration (``router.policy``)."""
 
 
-def placeholder_request(expect: Expect) -> Route:
-    """Return a stand-in for an announced request: its prompt has the announced length and unknown tokens."""
-    return Route(
-        request_id="",
-        gateway="",
-        # No real prompt contains token -1, so no engine has a prefix of this one cached.
-        prompt_tokens=(-1,) * max(1, expect.prompt_tokens),
-        sampling=UNKNOWN_SAMPLING,
-        adapter=expect.adapter,
-    )
+# Filter and score
 
 
-def prefetch_engine(context: RoutingContext) -> str | None:
-    """Return the engine that should start to load the adapter of ``placeholder_request`` now.
-
-    Return None if the request would be refused, or if the chosen engine already holds or loads the adapter.
-    """
-    choice = route_by_prediction(context)
-    if isinstance(choice, Rejected) or context.request.adapter is None:
-        return None
-    engine = choice.first.engine
-    return None if context.view.engines[engine].has(context.request.adapter.version) else engine
-
-
-# Filter
+def _filter_and_score(context: RoutingContext, table: PriceTable) -> Scores | Rejected:
+    """Return the scores, which are infinite for engines that cannot serve the request, or a refusal if none can."""
+    fitting = _filter(context.request, table)
+    if isinstance(fitting, Rejected):
+        return fitting
+    scores = score(context, table, _shares_by_column(context))
+    if fitting is not None:
+        scores.score[~fitting] = scores.ttft_s[~fitting] = np.inf
+    return scores
 
 
 def _filter(request: Route, table: PriceTable) -> Mask | Rejected | None:
     """Return a mask of the engines that can serve the request, None if all can, or a refusal if none can."""
     if not table.engines:
-        return rejection(request, "no_engine", "no engine is ready; try again in a moment")
+        text = "no engine is ready; try again in a moment"
+        return Rejected(request_id=request.request_id, code="no_engine", message=text)
     tokens = len(request.prompt_tokens)
     # Extents are whole granules, so every slab up to the size of the largest extent fits into it.
     slab_bytes = request.adapter.slab_bytes if request.adapter is not None else 0
@@ -136,20 +115,33 @@ def _filter(request: Route, table: PriceTable) -> Mask | Rejected | None:
             f"This model's maximum context length is {context_tokens:.0f} tokens. However, your prompt has {tokens}; "
             "shorten it."
         )
-        return rejection(request, "context_length", text)
+        return Rejected(request_id=request.request_id, code="context_length", message=text)
     assert request.adapter is not None
     text = (
         f"adapter {request.adapter.name} needs an extent of {extent_bytes(slab_bytes)} bytes, more than the pool of "
         "any ready engine can provide; raise engine.pool_bytes"
     )
-    return rejection(request, "adapter_unavailable", text)
+    return Rejected(request_id=request.request_id, code="adapter_unavailable", message=text)
+
+
+def _shares_by_column(context: RoutingContext) -> Mapping[int, float]:
+    """Return the traffic shares of the adapter's planned copies on ready engines, by column."""
+    shares: dict[int, float] = {}
+    for name, share in context.planned_shares().items():
+        engine = context.view.engines.get(name)
+        if engine is not None and engine.column >= 0 and share > 0:
+            shares[engine.column] = share
+    return shares
+
+
+# Admit
 
 
 def _reject_overloaded(scores: Scores, table: PriceTable, cost: CostModel, slo: Slo) -> Rejected | None:
-    """Return a refusal if every engine would take longer than ``reject_factor`` times the promised TTFT.
+    """Return a refusal if every engine would take longer than ``reject_factor`` times the target TTFT.
 
-    The promised TTFT is the SLO, or the time of the request's own prefill and adapter load if that is longer: a later
-    retry would take as long. Fallback engines count only if there are no others.
+    The target is the SLO, or the time of the request's own prefill and adapter load if that is longer, because a later
+    retry would need that time too. Fallback engines count only if there are no others.
     """
     soonest = int(put_fallbacks_last(scores.ttft_s, table).argmin())
     soonest_s = scores.ttft_s.item(soonest)
@@ -158,11 +150,15 @@ def _reject_overloaded(scores: Scores, table: PriceTable, cost: CostModel, slo: 
     alone_s = scores.own_s.item(soonest)
     if scores.request.adapter is not None and scores.load_s[soonest] > 0:
         alone_s += cost.load_s(scores.request.adapter.slab_bytes)
-    promised_s = max(slo.ttft_s, alone_s)
-    if soonest_s <= promised_s * slo.reject_factor:
+    target_s = max(slo.ttft_s, alone_s)
+    if soonest_s <= target_s * slo.reject_factor:
         return None
-    text = f"every engine would need {soonest_s:.0f} s or more to start this request; try again later"
-    return rejection(scores.request, "overloaded", text, retry_after_s=soonest_s - promised_s)
+    return Rejected(
+        request_id=scores.request.request_id,
+        code="overloaded",
+        message=f"every engine would need {soonest_s:.0f} s or more to start this request; try again later",
+        retry_after_s=max(1.0, soonest_s - target_s),
+    )
 
 
 # Pick
@@ -174,15 +170,15 @@ def put_fallbacks_last(score: Array, table: PriceTable) -> Array:
 
 
 def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng: Rng) -> list[int]:
-    """Return at most ``MAX_CANDIDATES`` engines to ask first, as columns: engines that tie with the best one.
+    """Return the columns of the engines that tie with the best one, in the order in which they are asked.
 
-    - A score ties if it exceeds the best one by at most ``TIE_SHARE`` of the best engine's predicted TTFT, or of its
-      decode step if that is longer.
+    - A score ties if it exceeds the best one by at most ``MIN_TIE_S`` plus ``TIE_SHARE`` of the best engine's predicted
+      TTFT, or of its decode step if that is longer.
     - Tied engines with a planned copy come first, in an order drawn in proportion to their traffic shares. The other
-      tied engines follow by name. ``score`` prefers planned copies too, but less than ``TIE_SHARE`` in a long queue.
+      tied engines follow by name.
     - If no tied engine has a planned copy, the order is uniformly random.
 
-    Engines that do not tie follow by score, and by name if their scores are equal (``_next_best``).
+    At most ``MAX_CANDIDATES`` columns are returned. Engines that do not tie are asked later (``_other_candidates``).
     """
     tie_s = TIE_SHARE * max(scores.ttft_s.item(best), table.columns.decode_step_s.item(best)) + MIN_TIE_S
     tied = (ranked <= np.array(ranked.item(best) + tie_s)).nonzero()[0].tolist()
@@ -207,22 +203,12 @@ def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng
     return order[:MAX_CANDIDATES]
 
 
-def _shares_by_column(context: RoutingContext) -> Mapping[int, float]:
-    """Return the traffic shares of the adapter's planned copies on ready engines, by column."""
-    shares: dict[int, float] = {}
-    for name, share in context.planned_shares().items():
-        engine = context.view.engines.get(name)
-        if engine is not None and engine.column >= 0 and share > 0:
-            shares[engine.column] = share
-    return shares
-
-
 def _candidates(
     context: RoutingContext, table: PriceTable, scores: Scores, columns: Sequence[int], ranked: Array | None
 ) -> Candidates:
     """Return the candidates: an engine that already runs the request, then ``columns``, then others by ``ranked``.
 
-    If ``ranked`` is None, there are no others. Candidates after the first are computed on demand from the same scores.
+    If ``ranked`` is None, there are no others. Candidates after the first are computed on demand.
     """
     first = _column_of_running(context.view, scores)
     if first is not None:
@@ -236,32 +222,17 @@ def _candidates(
 def _other_candidates(
     first: int, columns: Sequence[int], ranked: Array | None, scores: Scores
 ) -> tuple[Candidate, ...]:
-    more = _next_best(ranked, columns) if ranked is not None else []
-    others = [column for column in (*columns, *more) if column != first][: MAX_CANDIDATES - 1]
-    return tuple(_candidate(column, _why(column, scores), scores) for column in others)
-
-
-def _next_best(ranked: Array, first: Sequence[int]) -> list[int]:
-    """Return the columns with the best finite scores that are not in ``first``, best first."""
-    remaining, found = ranked.copy(), list[int]()
-    remaining[first] = np.inf
-    while len(first) + len(found) < MAX_CANDIDATES:
-        column = int(remaining.argmin())
-        if remaining.item(column) == np.inf:
-            break
-        found.append(column)
-        remaining[column] = np.inf
-    return found
+    """Return the candidates after the first one. The sort is stable, so engines with equal scores follow by name."""
+    by_score = [] if ranked is None else ranked.argsort(kind="stable").tolist()
+    others = dict.fromkeys((*columns, *by_score))
+    others.pop(first, None)
+    fitting = [column for column in others if scores.score[column] < np.inf][: MAX_CANDIDATES - 1]
+    return tuple(_candidate(column, _why(column, scores), scores) for column in fitting)
 
 
 def _candidate(column: int, why: str, scores: Scores) -> Candidate:
-    prediction = Prediction(
-        scores.queue_s.item(column),
-        scores.load_s.item(column),
-        scores.own_s.item(column),
-        scores.step_s.item(column),
-        scores.engine_s.item(column),
-    )
+    terms = (scores.queue_s, scores.load_s, scores.own_s, scores.step_s, scores.engine_s)
+    prediction = Prediction(*(term.item(column) for term in terms))
     return Candidate(scores.engines[column].name, scores.ttft_s.item(column), why, prediction)
 
 
@@ -289,5 +260,34 @@ def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostMo
     tokens = prefill_tokens(scores.request, table, {})
     _, own_s = prefill_seconds(scores.request, scores.adapter_columns, table, cost, tokens)
     further_s = engine_seconds(scores.request, scores.adapter_columns, table, cost, tokens) - scores.engine_s
-    without = put_fallbacks_last(scores.score + (own_s - scores.own_s) + further_s * table.engine_time_weight, table)
+    without = put_fallbacks_last(
+        scores.score + (own_s - scores.own_s) + further_s * table.columns.engine_time_weight, table
+    )
     return bool(without[column] > without.min())
+
+
+# Prefetch
+
+
+def placeholder_request(expect: Expect) -> Route:
+    """Return a stand-in for an announced request: its prompt has the announced length and unknown tokens."""
+    return Route(
+        request_id="",
+        gateway="",
+        # No real prompt contains token -1, so no engine has a prefix of this one cached.
+        prompt_tokens=(-1,) * max(1, expect.prompt_tokens),
+        sampling=UNKNOWN_SAMPLING,
+        adapter=expect.adapter,
+    )
+
+
+def prefetch_engine(context: RoutingContext) -> str | None:
+    """Return the engine that should start to load the adapter of ``placeholder_request`` now.
+
+    Return None if the request would be refused, or if the chosen engine already holds or loads the adapter.
+    """
+    choice = route_by_prediction(context)
+    if isinstance(choice, Rejected) or context.request.adapter is None:
+        return None
+    engine = choice.first.engine
+    return None if context.view.engines[engine].has(context.request.adapter.version) else engine

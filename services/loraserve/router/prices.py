@@ -52,7 +52,9 @@ class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
         rank: The largest rank among running and waiting requests.
         usual_rank: The mean largest rank (``AdapterMix.expected_rank``), or ``rank`` if the plan has no copy there.
         widening_s: Engine time that a mean request costs for each unit of rank by which it raises the largest rank.
-        engine_time_weight: Score of a second of engine time; it grows with the engine's fullness.
+        engine_time_weight: Score of a second of engine time, including the delay of requests that arrive while the
+            engine has a queue. It is high for full engines, because their throughput depends only on the engine time
+            of each request.
         load_base_s: Fixed time of a load. Like ``load_byte_s``, it includes the wait for earlier loads.
         room_bytes: The largest extent that the pool can provide now.
         room_wait_s: Wait for an extent larger than ``room_bytes``.
@@ -87,12 +89,15 @@ FIELDS = len(Prices.__struct_fields__)
 class PriceInputs(NamedTuple):
     """Inputs that the prices of all engines share.
 
-    ``mean_output_tokens`` predicts when running requests end. ``mean_sequences`` is the mean number of sequences on an
-    engine. An engine with fewer sequences is assumed to reach this number again.
+    ``mean_output_tokens`` predicts when running requests end. ``requests_per_s`` is the arrival rate of the whole
+    cluster, and ``engine_requests_per_s`` that of one engine on average. ``mean_sequences`` is the mean number of
+    sequences on an engine. An engine with fewer sequences is assumed to reach this number again.
     """
 
     cost: CostModel
     mean_output_tokens: float
+    requests_per_s: float
+    engine_requests_per_s: float
     mean_sequences: float
 
 
@@ -104,9 +109,7 @@ class PriceTable:
         min_extent_bytes: Slabs up to this size fit every pool.
         fitting_tokens: Prompts up to this length wait for KV memory on no engine; longer prompts may wait.
         fitting_slab_bytes: Slabs up to this size wait for pool space on no engine; larger slabs may wait.
-        engine_time_weight: Score of a second of engine time by column, including the delay of requests that arrive
-            while the engine has a queue. It is high for full engines, because their throughput depends only on the
-            engine time of each request.
+        fallbacks: The columns of fallback engines.
     """
 
     def __init__(self) -> None:
@@ -115,13 +118,11 @@ class PriceTable:
         self.mean_output_tokens = 0.0
         self.min_context_tokens = self.min_extent_bytes = 0.0
         self.fitting_tokens = self.fitting_slab_bytes = 0.0
-        self.engine_time_weight: Array = np.zeros(0)
         self.fallbacks: set[int] = set()
         self.ones: Array = np.ones(0)
-        self._values = np.zeros((FIELDS + 1, 0))
+        self._values = np.zeros((FIELDS, 0))
         self._slowness: list[float] = []
         self._inputs: PriceInputs | None = None
-        self._requests_per_s = self._follower_weight = 0.0
         self._changed: set[int] = set()
 
     def set_engines(self, engines: Sequence[EngineView]) -> None:
@@ -139,43 +140,38 @@ class PriceTable:
             self._changed.add(engine.column)
 
     def refresh(self, cost: CostModel, mean_output_tokens: float, requests_per_s: float) -> None:
-        """Recompute outdated prices; ``requests_per_s`` is the arrival rate of the whole cluster."""
+        """Recompute outdated prices. ``PriceInputs`` explains the arguments."""
         inputs = self._inputs
         if (
             inputs is None
             or inputs.cost is not cost
             or inputs.mean_output_tokens != mean_output_tokens
-            or self._requests_per_s != requests_per_s
+            or inputs.requests_per_s != requests_per_s
         ):
             self._compute_all(cost, mean_output_tokens, requests_per_s)
-        elif self._changed:
+        else:
             for column in self._changed:
                 self._renew(column, inputs)
         self._changed.clear()
 
     def _compute_all(self, cost: CostModel, mean_output_tokens: float, requests_per_s: float) -> None:
-        mean_sequences = sum(sequences_at(engine) for engine in self.engines) / max(1, len(self.engines))
-        inputs = self._inputs = PriceInputs(cost, mean_output_tokens, mean_sequences)
+        count = max(1, len(self.engines))
+        mean_sequences = sum(sequences_at(engine) for engine in self.engines) / count
+        inputs = PriceInputs(cost, mean_output_tokens, requests_per_s, requests_per_s / count, mean_sequences)
+        self._inputs = inputs
         self.mean_output_tokens = mean_output_tokens
         self._slowness = [slowness_of(engine, cost) for engine in self.engines]
         priced = zip(self.engines, self._slowness, strict=True)
         rows = [prices_of(engine, inputs, slowness) for engine, slowness in priced]
-        self._requests_per_s = requests_per_s
-        self._follower_weight = FOLLOWER_WEIGHT * (requests_per_s / max(1, len(self.engines)))
-        values = np.array([self._values_of(row) for row in rows], dtype=np.float64)
-        self._values = values.reshape(-1, FIELDS + 1).T.copy()
-        columns = self.columns = Prices(*self._values[:-1])
-        self.engine_time_weight = self._values[-1]
+        values = np.array([astuple(row) for row in rows], dtype=np.float64)
+        self._values = values.reshape(-1, FIELDS).T.copy()
+        columns = self.columns = Prices(*self._values)
         self.min_context_tokens = float(columns.context_tokens.min(initial=np.inf))
         self.min_extent_bytes = float(columns.largest_extent_bytes.min(initial=np.inf))
         self.fitting_slab_bytes = float(columns.room_bytes.min(initial=np.inf)) - MIN_EXTENT_BYTES
         self.fitting_tokens = min((fitting_tokens(row) for row in rows), default=0.0)
         self.ones = np.ones(len(self.engines))
         self.fallbacks = set(columns.fallback_level.nonzero()[0].tolist())
-
-    def _values_of(self, prices: Prices[float]) -> tuple[float, ...]:
-        """Return an engine's values in the table: its prices and ``PriceTable.engine_time_weight``."""
-        return *astuple(prices), prices.queue_s * self._follower_weight + prices.engine_time_weight
 
     def _renew(self, column: int, inputs: PriceInputs) -> None:
         prices = prices_of(self.engines[column], inputs, self._slowness[column])
@@ -184,7 +180,7 @@ class PriceTable:
         else:
             self.fallbacks.discard(column)
         self.fitting_tokens = min(self.fitting_tokens, fitting_tokens(prices))
-        self._values[:, column] = self._values_of(prices)
+        self._values[:, column] = astuple(prices)
 
     def validate(self) -> None:
         """Raise AssertionError if the table differs from newly computed prices."""
@@ -196,7 +192,7 @@ class PriceTable:
             if column not in self._changed:
                 fresh = prices_of(engine, self._inputs, slowness_of(engine, self._inputs.cost))
                 row = self._values[:, column].tolist()
-                assert row == list(self._values_of(fresh)), f"{engine.name}: its prices are out of date"
+                assert row == list(astuple(fresh)), f"{engine.name}: its prices are out of date"
                 assert self.fitting_tokens <= fitting_tokens(fresh), f"{engine.name}: its KV cache was overlooked"
                 room_bytes = fresh.room_bytes - MIN_EXTENT_BYTES
                 assert self.fitting_slab_bytes <= room_bytes, f"{engine.name}: its pool was overlooked"
@@ -220,9 +216,11 @@ def prices_of(engine: EngineView, inputs: PriceInputs, slowness: float) -> Price
     kv_wait_token_s, kv_wait_s = _kv_wait(engine, queue_tokens, request_s)
     # A request arrives, on average, in the middle of a step.
     rest_s = whole_step_s / 2 if load.queue.running > 0 else 0.0
+    queue_s = pace * (rest_s + queue_tokens * full_token_s) + place_s
+    followers_weight = queue_s * (FOLLOWER_WEIGHT * inputs.engine_requests_per_s)
     loads = 1 + len(engine.loading) / 2
     return Prices(
-        queue_s=pace * (rest_s + queue_tokens * full_token_s) + place_s,
+        queue_s=queue_s,
         kv_wait_token_s=kv_wait_token_s,
         kv_wait_s=kv_wait_s - place_s,
         steps_per_token=1 / chunk_tokens,
@@ -233,7 +231,7 @@ def prices_of(engine: EngineView, inputs: PriceInputs, slowness: float) -> Price
         rank=rank,
         usual_rank=rank if engine.adapters.expected_rank is None else engine.adapters.expected_rank,
         widening_s=step.widening_s,
-        engine_time_weight=_engine_time_weight(engine),
+        engine_time_weight=followers_weight + _engine_time_weight(engine),
         load_base_s=cost.load_base_s * loads,
         load_byte_s=_load_byte_s(load, cost) * loads,
         room_bytes=engine.room_bytes,
@@ -316,6 +314,7 @@ def _place_wait_s(engine: EngineView, request_s: float) -> float:
 
 
 def _engine_time_weight(engine: EngineView) -> float:
+    """Return the score of a second of engine time for the running requests, which grows with the engine's fullness."""
     load, limits = engine.load, engine.capabilities
     places = load.queue.running / limits.max_running if limits.max_running > 0 else 0.0
     blocks = 1 - load.memory.kv_blocks_free / limits.kv_blocks if limits.kv_blocks > 0 else 0.0

@@ -79,7 +79,7 @@ def score(context: RoutingContext, table: PriceTable, shares: Mapping[int, float
         load_s = _load_seconds(request.adapter, columns, table)
         # The adapter loads while the request waits in the queue.
         ttft_s = np.maximum(queue_s, load_s) + own_s
-    total = ttft_s + engine_s * table.engine_time_weight + load_s * _LOAD_WEIGHT
+    total = ttft_s + engine_s * prices.engine_time_weight + load_s * _LOAD_WEIGHT
     for column in (*shares, *columns.resident):
         total[column] = total.item(column) - PRIOR_STEPS * prices.decode_step_s.item(column)
     return Scores(

@@ -64,13 +64,13 @@ class RouterService(Service):
                 self.spawn(self._route(envelope, request))
             case Expect() as expect:
                 self._prefetch(expect)
-            case ClusterLoad() as picture:
-                self._update_view(picture)
+            case ClusterLoad() as snapshot:
+                self._update_view(snapshot)
             case Plan() as plan:
                 self._set_plan(plan)
 
-    def _update_view(self, picture: ClusterLoad) -> None:
-        if self._view.update(picture, self.clock.monotonic_s()):
+    def _update_view(self, snapshot: ClusterLoad) -> None:
+        if self._view.update(snapshot, self.clock.monotonic_s()):
             self._learner.learn((engine.load for engine in self._view.ready_engines()), self._view.engines)
 
     def _set_plan(self, plan: Plan) -> None:

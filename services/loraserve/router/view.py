@@ -1,7 +1,7 @@
-"""The router's view of the cluster: the monitor's last picture (``ClusterLoad``) and this router's later actions.
+"""The router's view of the cluster: the monitor's last snapshot (``ClusterLoad``) and this router's later actions.
 
-Requests that were sent after the last picture count as load. Otherwise a burst of requests would go to the single
-engine that looked best in that picture. If the monitor is silent, the last picture stays valid. Engines that do not
+Requests that were sent after the last snapshot count as load. Otherwise a burst of requests would go to the single
+engine that looked best in that snapshot. If the monitor is silent, the last snapshot stays valid. Engines that do not
 answer requests are asked last.
 """
 
@@ -26,7 +26,7 @@ PENDING_TIMEOUT_S = 1.0
 REPORT_MARGIN_S = 0.05
 """Margin for the transfer from the monitor to this router, which ``EngineSeen.age_s`` does not include."""
 FORGET_MISSING_S = 5.0
-"""Engines missing from pictures are kept for this time, because a new monitor does not know every engine yet."""
+"""Engines missing from snapshots are kept for this time, because a new monitor does not know every engine yet."""
 MAX_RUNNING = 50_000
 DEFAULT_OUTPUT_TOKENS = 64.0
 
@@ -52,22 +52,22 @@ class ClusterView:
         self.prefixes = PrefixMemory() if prefix_cache else None
         self._prices = PriceTable()
         self._engines_near: dict[str, dict[str, EngineView]] = {}
-        self._last_picture: tuple[str, int] = ("", 0)
+        self._last_snapshot: tuple[str, int] = ("", 0)
         self._oldest_pending_s = float("inf")
         """No pending request was sent, and no expected adapter announced, before this time."""
         self.story = Story()
 
-    def update(self, picture: ClusterLoad, now: float) -> bool:
-        """Apply a picture from the monitor. Return False and ignore it if it is not newer than the last one."""
-        incarnation, sequence = self._last_picture
-        if picture.incarnation == incarnation and picture.sequence <= sequence:
+    def update(self, snapshot: ClusterLoad, now: float) -> bool:
+        """Apply a snapshot from the monitor. Return False and ignore it if it is not newer than the last one."""
+        incarnation, sequence = self._last_snapshot
+        if snapshot.incarnation == incarnation and snapshot.sequence <= sequence:
             return False
-        self._last_picture = picture.incarnation, picture.sequence
-        demand = [d for d in picture.demand if isfinite(d.requests_per_s) and isfinite(d.decode_tokens_per_s)]
+        self._last_snapshot = snapshot.incarnation, snapshot.sequence
+        demand = [d for d in snapshot.demand if isfinite(d.requests_per_s) and isfinite(d.decode_tokens_per_s)]
         decoded = {d.version: d.decode_tokens_per_s / max(1, len(self.engines_near(d.version))) for d in demand}
-        for seen in picture.engines:
+        for seen in snapshot.engines:
             self._apply_report(seen, now - seen.age_s, now, decoded)
-        reported = {seen.load.engine for seen in picture.engines}
+        reported = {seen.load.engine for seen in snapshot.engines}
         for name in self.engines.keys() - reported:
             if now - self.engines[name].reported_s > FORGET_MISSING_S:
                 self._forget_engine(name)
@@ -127,7 +127,7 @@ class ClusterView:
         if view is not None:
             pending = view.pending.get(request_id)
             if view.timeouts:
-                view.record_answer()
+                view.clear_timeouts()
                 self._prices.mark_changed(view)
             if incarnation != view.load.incarnation:
                 view.clear_adapters()

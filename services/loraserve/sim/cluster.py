@@ -64,7 +64,7 @@ class Simulation(EngineListener):
         self._demand = DemandWindow(self._settings.window_s, self._settings.plan_interval_s)
         self._learner = CostLearner(profile.cost)
         self._plan: PlannedCopies | None = None
-        self._pictures = 0
+        self._snapshots = 0
         self._warmup_requests = int(len(workload.requests) * self._settings.warmup)
         self._requests: dict[str, RequestOutcome] = {}
         self._unfinished = 0
@@ -173,17 +173,17 @@ class Simulation(EngineListener):
             loads.append(load)
             self._demand.report(statistics, now)
         self._learner.learn(loads, self.engines)
-        self._pictures += 1
-        picture = ClusterLoad(
+        self._snapshots += 1
+        snapshot = ClusterLoad(
             incarnation=INCARNATION,
-            sequence=self._pictures,
+            sequence=self._snapshots,
             engines=tuple(
                 EngineSeen(load=load, capabilities=self.engines[load.engine].capabilities, age_s=0.0, alive=True)
                 for load in loads
             ),
             demand=self._current_demand(now),
         )
-        self._view.update(picture, now)
+        self._view.update(snapshot, now)
         self._loads = loads
         self._planner.update(loads, now)
 

@@ -346,9 +346,10 @@ def test_engine_time_is_weighted_by_the_requests_that_arrive_while_the_queue_las
     view = view_of(loads, {"e0": [], "e1": []}, cost)
     table = view.prices(cost)
     alone = table.columns.engine_time_weight
-    assert table.engine_time_weight.tolist() == alone.tolist(), "nobody is known to come"
+    no_queue = view_of([engine_seen("e0"), engine_seen("e1", running=4)], {}, cost).prices(cost)
+    assert no_queue.columns.engine_time_weight.tolist() == alone.tolist(), "no request is known to arrive"
     view.requests_per_s = 10.0
-    idle, busy = view.prices(cost).engine_time_weight.tolist()
+    idle, busy = view.prices(cost).columns.engine_time_weight.tolist()
     assert idle == pytest.approx(ENGINE_TIME_WEIGHT)
     assert busy == pytest.approx(alone[1] + FOLLOWER_WEIGHT * 5.0 * table.columns.queue_s[1])
     assert busy > alone[1] + 0.75
