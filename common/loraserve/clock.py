@@ -12,6 +12,11 @@ class Clock(Protocol):
         """Return the seconds since 1970, for logs and files."""
 
 
+def unix_offset_s(clock: Clock) -> float:
+    """Return the seconds to add to a monotonic time of ``clock`` to get the wall-clock time."""
+    return clock.unix_s() - clock.monotonic_s()
+
+
 class SystemClock:
     def monotonic_s(self) -> float:
         return time.monotonic()

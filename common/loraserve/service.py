@@ -17,7 +17,7 @@ from types import UnionType
 from typing import Any, ClassVar
 
 from loraserve.bus.protocol import Bus, Envelope
-from loraserve.clock import Clock
+from loraserve.clock import Clock, unix_offset_s
 from loraserve.config import Config
 from loraserve.errors import AdapterError, LoraServeError, PeerError, RequestTimeoutError
 from loraserve.log import get_logger
@@ -188,8 +188,7 @@ class Service:
             _handling.reset(token)
 
     async def _tell_story(self, envelope: Envelope) -> None:
-        offset_s = self.clock.unix_s() - self.clock.monotonic_s()
-        lines = self.story.told(envelope.message.subjects, offset_s)
+        lines = self.story.told(envelope.message.subjects, unix_offset_s(self.clock))
         self.bus.respond(envelope, StoryTold(lines=lines))
 
     async def _guard(self, work: Coroutine[Any, Any, None], envelope: Envelope | None) -> None:

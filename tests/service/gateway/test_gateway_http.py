@@ -12,9 +12,9 @@ import pytest
 from openai import AsyncOpenAI
 
 from loraserve.errors import ConfigError
-from loraserve.gateway.api import tokenize
+from loraserve.gateway.api import schema, tokenize
 from loraserve.gateway.api.schema import ChatRequest, CompletionRequest, TokenizeRequest
-from loraserve.gateway.text.tokenizer import INLINE_BYTES
+from loraserve.gateway.text.tokenizer import INLINE_BYTES, LARGE_BYTES
 from loraserve.messages.sampling import FIELD_TYPES
 
 Start = Callable[..., AbstractAsyncContextManager[Any]]
@@ -223,6 +223,58 @@ def test_many_small_prompts_are_tokenized_off_the_event_loop(start_gateway: Star
             assert (await gateway.post("/v1/completions", body))[0] == 200
             assert len(threads) == 100
             assert threading.get_ident() not in threads
+
+    asyncio.run(scenario())
+
+
+def test_large_bodies_are_decoded_off_the_event_loop(start_gateway: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            threads: list[int] = []
+            monkeypatch.setattr(schema, "decode_request", noting_threads(schema.decode_request, threads))
+            paths = ("/tokenize", "/detokenize", "/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter")
+            paths += ("/v1/unload_lora_adapter", "/admin/rebalance")
+            for path in paths:
+                assert (await gateway.post(path, {"tokens": "x" * schema.INLINE_BYTES}))[0] in (200, 400)
+            assert len(threads) == len(paths)
+            assert threading.get_ident() not in threads
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("path", "method", "body"),
+    [
+        ("/tokenize", "encode", {"prompt": "x" * LARGE_BYTES}),
+        ("/detokenize", "decode", {"tokens": [1] * LARGE_BYTES}),
+    ],
+)
+def test_large_tokenize_requests_do_not_delay_chat_requests(
+    start_gateway: Start, path: str, method: str, body: Any
+) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            tokenizer, go, started = gateway.service.gateway.tokenizer, threading.Event(), threading.Event()
+            work = getattr(tokenizer, method)
+
+            def wait_if_large(given: Any, *arguments: Any) -> Any:
+                if len(given) >= LARGE_BYTES:
+                    started.set()
+                    go.wait(60)
+                return work(given, *arguments)
+
+            setattr(tokenizer, method, wait_if_large)
+            large = [asyncio.create_task(gateway.post(path, body)) for _ in range(3)]
+            try:
+                assert await asyncio.to_thread(started.wait, 30)
+                await asyncio.sleep(0.2)
+                chat = {"model": "tiny", "messages": HI, "chat_template_kwargs": {"x": "x" * INLINE_BYTES}}
+                status, _ = await asyncio.wait_for(gateway.post("/v1/chat/completions", chat), 10)
+                assert status == 200
+                assert not any(task.done() for task in large)
+            finally:
+                go.set()
+            assert [status for status, _ in await asyncio.gather(*large)] == [200] * 3
 
     asyncio.run(scenario())
 

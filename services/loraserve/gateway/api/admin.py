@@ -13,7 +13,7 @@ from aiohttp import web
 
 from loraserve.config import engine_names
 from loraserve.errors import PeerError, RequestTimeoutError
-from loraserve.gateway.api.schema import RebalanceRequest, decode_request
+from loraserve.gateway.api.schema import RebalanceRequest, read_request
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import SERVER, ApiError, unavailable
 from loraserve.messages import (
@@ -104,7 +104,7 @@ async def show_plan(http: web.Request) -> web.Response:
 
 async def rebalance(http: web.Request) -> web.Response:
     gateway = http.app[GATEWAY]
-    request = decode_request(await http.read(), RebalanceRequest)
+    request, _ = await read_request(http, RebalanceRequest)
     return reply(await change_plan(gateway, Rebalance(dry_run=bool(request.dry_run))))
 
 

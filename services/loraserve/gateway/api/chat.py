@@ -14,7 +14,7 @@ from loraserve.gateway.api.schema import (
     TokenizeRequest,
     check_chat,
     decode_field,
-    decode_request,
+    read_request,
 )
 from loraserve.gateway.context import GATEWAY
 from loraserve.gateway.errors import bad_request, unsupported
@@ -29,15 +29,14 @@ RESERVED_TEMPLATE_ARGUMENTS = frozenset(
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
     gateway = http.app[GATEWAY]
-    body = await http.read()
-    request = decode_request(body, ChatRequest)
+    request, size = await read_request(http, ChatRequest)
     check_chat(request)
     model = await gateway.resolve(request.model)
     messages = request.messages or []
     tokenizer, context = gateway.tokenizer, gateway.context_tokens()
     check_free_json(messages, request.chat_template_kwargs, gateway.config.gateway.max_free_json_bytes)
     gateway.announce(model, check_messages(tokenizer, messages, context))
-    prompt = await tokenizer.run(len(body), encode_messages, tokenizer, messages, request, context)
+    prompt = await tokenizer.run(size, encode_messages, tokenizer, messages, request, context)
     call = Call(
         request=request,
         model=model,

@@ -11,10 +11,10 @@ from loraserve.gateway.api.schema import (
     CompletionRequest,
     check_completion,
     check_token_ids,
-    decode_request,
     prompt_items,
+    read_request,
 )
-from loraserve.gateway.context import GATEWAY
+from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.text.detokenize import TokenBytes
 from loraserve.gateway.text.output import OutputChunk, ScoredToken
 from loraserve.gateway.text.tokenizer import ModelTokenizer
@@ -22,33 +22,21 @@ from loraserve.gateway.text.tokenizer import ModelTokenizer
 
 async def completions(http: web.Request) -> web.StreamResponse:
     gateway = http.app[GATEWAY]
-    body = await http.read()
-    request = decode_request(body, CompletionRequest)
+    request, size = await read_request(http, CompletionRequest)
     check_completion(request)
     model = await gateway.resolve(request.model)
-    tokenizer, context = gateway.tokenizer, gateway.context_tokens()
-    items = prompt_items(request.prompt, context)
+    items = prompt_items(request.prompt, gateway.context_tokens())
     check_choices(request.n, len(items))
-    characters = max((len(item) for item in items if isinstance(item, str)), default=0)
-    check_text(tokenizer, characters, context, "prompt")
-    for item in items:
-        if not isinstance(item, str):
-            check_token_ids(item, tokenizer.vocab, "prompt")
-    gateway.announce(model, characters)
+    gateway.announce(model, check_items(gateway, items))
     special = request.add_special_tokens is not False
-    # The size is that of all texts: many small ones together must not hold the event loop. Token ids are only copied.
-    sizes = [len(body) if isinstance(item, str) else len(item) for item in items]
-    prompts = [
-        await tokenizer.run(size, encode_item, tokenizer, item, special)
-        for size, item in zip(sizes, items, strict=True)
-    ]
+    prompts = await gateway.tokenizer.run(size, encode_items, gateway.tokenizer, items, special)
     echoes: list[str] = []
     if request.echo:
-        echoes = await tokenizer.run(len(body), echoed, tokenizer, items, request.n or 1)
+        echoes = await gateway.tokenizer.run(size, echoed, gateway.tokenizer, items, request.n or 1)
     call = Call(
         request=request,
         model=model,
-        format=CompletionFormat(tokenizer.token_bytes, request.logprobs is not None, echoes),
+        format=CompletionFormat(gateway.tokenizer.token_bytes, request.logprobs is not None, echoes),
         prompts=prompts,
         param="prompt",
         logprobs=request.logprobs,
@@ -56,11 +44,25 @@ async def completions(http: web.Request) -> web.StreamResponse:
     return await answer(gateway, http, call)
 
 
-def encode_item(tokenizer: ModelTokenizer, item: str | list[int], add_special_tokens: bool) -> tuple[int, ...]:
-    return tokenizer.encode(item, add_special_tokens) if isinstance(item, str) else tuple(item)
+def check_items(gateway: Gateway, items: Sequence[str | list[int]]) -> int:
+    """Return the length of the longest text. Raises ApiError 400 for a text that cannot fit and for unknown ids."""
+    for item in items:
+        if not isinstance(item, str):
+            check_token_ids(item, gateway.tokenizer.vocab, "prompt")
+    characters = max((len(item) for item in items if isinstance(item, str)), default=0)
+    check_text(gateway.tokenizer, characters, gateway.context_tokens(), "prompt")
+    return characters
+
+
+def encode_items(
+    tokenizer: ModelTokenizer, items: Sequence[str | list[int]], add_special_tokens: bool
+) -> list[tuple[int, ...]]:
+    """Return the tokens of each prompt. Blocks."""
+    return [tokenizer.encode(item, add_special_tokens) if isinstance(item, str) else tuple(item) for item in items]
 
 
 def echoed(tokenizer: ModelTokenizer, items: Sequence[str | list[int]], n: int) -> list[str]:
+    """Return the text of each choice's prompt. Blocks."""
     texts = [item if isinstance(item, str) else tokenizer.decode(item) for item in items]
     return [text for text in texts for _ in range(n)]
 

@@ -5,7 +5,7 @@ from typing import Any
 from aiohttp import web
 
 from loraserve.errors import PeerError, RequestTimeoutError
-from loraserve.gateway.api.schema import LoadAdapterRequest, UnloadAdapterRequest, decode_request
+from loraserve.gateway.api.schema import LoadAdapterRequest, UnloadAdapterRequest, read_request
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import ApiError, bad_request, refused, unavailable
 from loraserve.gateway.registry import STORE
@@ -39,7 +39,7 @@ async def get_model(http: web.Request) -> web.Response:
 
 async def load_adapter(http: web.Request) -> web.Response:
     gateway = http.app[GATEWAY]
-    request = decode_request(await http.read(), LoadAdapterRequest)
+    request, _ = await read_request(http, LoadAdapterRequest)
     if not request.lora_name or not request.lora_path:
         param = "lora_path" if request.lora_name else "lora_name"
         raise bad_request("Both 'lora_name' and 'lora_path' must be provided.", param, "missing_required_parameter")
@@ -52,7 +52,7 @@ async def load_adapter(http: web.Request) -> web.Response:
 
 async def unload_adapter(http: web.Request) -> web.Response:
     gateway = http.app[GATEWAY]
-    request = decode_request(await http.read(), UnloadAdapterRequest)
+    request, _ = await read_request(http, UnloadAdapterRequest)
     if not request.lora_name:
         raise bad_request("'lora_name' must be provided.", "lora_name", "missing_required_parameter")
     try:

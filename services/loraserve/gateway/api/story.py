@@ -5,6 +5,7 @@ import asyncio
 import msgspec
 from aiohttp import web
 
+from loraserve.clock import unix_offset_s
 from loraserve.config import engine_names
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.context import GATEWAY, Gateway
@@ -23,7 +24,7 @@ async def story(http: web.Request) -> web.Response:
     subjects = gateway.stories.subjects(id_, gateway.registry.adapters)
     names = [*CONTROL, *engine_names(gateway.config)]
     answers = await asyncio.gather(*(_ask(gateway, name, subjects) for name in names))
-    own = gateway.stories.story.told(subjects, gateway.clock.unix_s() - gateway.clock.monotonic_s())
+    own = gateway.stories.story.told(subjects, unix_offset_s(gateway.clock))
     told = {gateway.bus.name: own, **dict(zip(names, answers, strict=True))}
     entries = [
         {"unix_s": line.unix_s, "process": process, "subject": line.subject, "text": line.text}

@@ -10,7 +10,8 @@ from loraserve.gateway.api.schema import (
     TokenizeRequest,
     check_token_ids,
     check_tokenize,
-    decode_request,
+    decode_token_ids,
+    read_request,
 )
 from loraserve.gateway.context import GATEWAY
 from loraserve.gateway.errors import bad_request
@@ -19,8 +20,7 @@ from loraserve.gateway.text.tokenizer import ModelTokenizer
 
 async def tokenize(http: web.Request) -> web.Response:
     gateway = http.app[GATEWAY]
-    body = await http.read()
-    request = decode_request(body, TokenizeRequest)
+    request, size = await read_request(http, TokenizeRequest)
     check_tokenize(request)
     if request.model:
         await gateway.resolve(request.model)
@@ -28,23 +28,25 @@ async def tokenize(http: web.Request) -> web.Response:
         raise bad_request("prompt: give either prompt or messages", "prompt", "missing_required_parameter")
     messages = request.messages or []
     check_free_json(messages, request.chat_template_kwargs, gateway.config.gateway.max_free_json_bytes)
-    answer = await gateway.tokenizer.run(len(body), tokenized, gateway.tokenizer, request, gateway.context_tokens())
+    answer = await gateway.tokenizer.run(size, tokenized, gateway.tokenizer, request, gateway.context_tokens())
     return web.Response(body=answer, content_type="application/json")
 
 
 async def detokenize(http: web.Request) -> web.Response:
     gateway = http.app[GATEWAY]
-    body = await http.read()
-    request = decode_request(body, DetokenizeRequest)
+    request, size = await read_request(http, DetokenizeRequest)
     if request.model:
         await gateway.resolve(request.model)
-    answer = await gateway.tokenizer.run(len(body), detokenized, gateway.tokenizer, request.tokens)
+    answer = await gateway.tokenizer.run(size, detokenized, gateway.tokenizer, request.tokens)
     return web.Response(body=answer, content_type="application/json")
 
 
-def detokenized(tokenizer: ModelTokenizer, tokens: list[int]) -> bytes:
-    """Return the answer to a /detokenize request. Raises ApiError 400 for ids outside the vocabulary. Blocks."""
-    check_token_ids(tokens, tokenizer.vocab, "tokens")
+def detokenized(tokenizer: ModelTokenizer, given: msgspec.Raw) -> bytes:
+    """Return the JSON answer. Raises ApiError 400 for values that are not ids of the vocabulary. Blocks."""
+    tokens: list[int] = []
+    for part in decode_token_ids(given, "tokens"):
+        check_token_ids(part, tokenizer.vocab, "tokens")
+        tokens += part
     return msgspec.json.encode({"prompt": tokenizer.decode(tokens)})
 
 

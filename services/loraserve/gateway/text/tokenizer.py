@@ -1,4 +1,4 @@
-"""The model's tokenizer and chat template, and a thread pool for long texts."""
+"""The model's tokenizer and chat template, and threads for the work on large requests."""
 
 import asyncio
 import json
@@ -17,9 +17,15 @@ from loraserve.model_shape import read_model_config
 T = TypeVar("T")
 
 INLINE_BYTES = 2000
-"""Smaller requests take well under a millisecond. Under load, handing them to a thread would take longer."""
+"""Tokenizing a request of this size takes well under a millisecond. Under load, a thread would take longer."""
+
+LARGE_BYTES = 256 << 10
+"""Larger requests share one thread, so that smaller requests never wait behind them."""
 
 THREADS = 2
+
+DECODED_SLICE = 1 << 16
+"""Number of tokens decoded in one step. Other threads can run between two steps."""
 
 
 class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,12 +56,14 @@ class ModelTokenizer:
         self.has_chat_template = bool(self._hf.chat_template)
         self._longest_characters = max(map(len, self._backend.get_vocab()), default=1)
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tokenize")
+        self._large_thread = ThreadPoolExecutor(1, thread_name_prefix="tokenize-large")
 
     async def run(self, size_bytes: int, work: Callable[..., T], *arguments: Any) -> T:
-        """Call ``work`` and return its result. Requests larger than INLINE_BYTES are processed on a thread."""
+        """Call ``work`` for a request of this size and return its result. Above INLINE_BYTES, a thread calls it."""
         if size_bytes <= INLINE_BYTES:
             return work(*arguments)
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work, *arguments)
+        threads = self._threads if size_bytes <= LARGE_BYTES else self._large_thread
+        return await asyncio.get_running_loop().run_in_executor(threads, work, *arguments)
 
     def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
         # The batch call releases the interpreter lock. The call for a single text does not.
@@ -64,8 +72,10 @@ class ModelTokenizer:
 
     def decode(self, tokens: Sequence[int]) -> str:
         """Return the text of the tokens, including special tokens."""
-        (text,) = self._backend.decode_batch([list(tokens)], skip_special_tokens=False)
-        return text
+        detokenizer = self.token_bytes.detokenizer(skip_special_tokens=False)
+        starts = range(0, len(tokens), DECODED_SLICE)
+        texts = [detokenizer.feed(tokens[start : start + DECODED_SLICE]) for start in starts]
+        return "".join(texts) + detokenizer.flush()
 
     def render_chat(self, conversation: list[dict[str, Any]], options: ChatOptions) -> str:
         """Return the prompt for a conversation. Exceptions from the model's chat template are passed on."""
@@ -84,7 +94,8 @@ class ModelTokenizer:
         return characters // (4 * self._longest_characters)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._large_thread):
+            threads.shutdown(wait=False, cancel_futures=True)
 
 
 def _load_tokenizer(directory: Path) -> Any:

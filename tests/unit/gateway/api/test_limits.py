@@ -7,7 +7,15 @@ import msgspec
 import pytest
 
 from loraserve.gateway.api.limits import check_choices, check_free_json, check_messages
-from loraserve.gateway.api.schema import ChatMessage, ChatRequest, check_chat, decode_request, prompt_items
+from loraserve.gateway.api.schema import (
+    SLICE_BYTES,
+    ChatMessage,
+    ChatRequest,
+    check_chat,
+    decode_request,
+    decode_token_ids,
+    prompt_items,
+)
 from loraserve.gateway.errors import ApiError
 from loraserve.messages.stop import MAX_STOP_STRINGS, MAX_STOP_TOKEN_IDS
 
@@ -50,6 +58,26 @@ def test_prompts_and_their_ids_are_counted_before_they_are_decoded(prompt: Any, 
 def test_quotes_and_brackets_in_texts_are_not_counted_as_prompts() -> None:
     texts = ['say "[[[[" and \\', '"' * 300, "[" * 300]
     assert prompt_items(msgspec.Raw(msgspec.json.encode(texts)), CONTEXT) == texts
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, SLICE_BYTES, 2 * SLICE_BYTES])
+@pytest.mark.parametrize("space", [b"", b" "])
+def test_token_ids_are_decoded_in_slices(count: int, space: bytes) -> None:
+    ids = list(range(count))
+    data = b"[" + (b"," + space).join([b"%d" % token for token in ids]) + space + b"]"
+    slices = list(decode_token_ids(msgspec.Raw(data), "tokens"))
+    assert [token for part in slices for token in part] == ids
+    assert all(len(part) <= SLICE_BYTES // 2 + 2 for part in slices)
+
+
+@pytest.mark.parametrize("wrong", ["null", "7", '"[1]"', "{}", '["a,b"]', "[1.5]", "[[1]]", "[1, null]", "[true]"])
+@pytest.mark.parametrize("before", [0, SLICE_BYTES])
+def test_only_lists_of_token_ids_are_decoded(wrong: str, before: int) -> None:
+    if before and wrong[0] == "[":
+        wrong = "[" + "1, " * before + wrong[1:]
+    with pytest.raises(ApiError, match="tokens: a list of token ids is needed") as caught:
+        list(decode_token_ids(msgspec.Raw(wrong.encode()), "tokens"))
+    assert (caught.value.status, caught.value.param, caught.value.code) == (400, "tokens", "invalid_type")
 
 
 class Tokenizer:

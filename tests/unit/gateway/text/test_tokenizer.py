@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from loraserve.errors import ConfigError
-from loraserve.gateway.text.tokenizer import ModelTokenizer
+from loraserve.gateway.text.tokenizer import DECODED_SLICE, ModelTokenizer
 from loraserve.testing.tiny_tokenizer import CHAT_END, write_tiny_tokenizer
 
 
@@ -32,6 +32,13 @@ def test_facts_of_the_model(tokenizer: ModelTokenizer) -> None:
 def test_short_and_long_texts_round_trip(tokenizer: ModelTokenizer, length: int) -> None:
     text = ("hello the \u00e9 " * length)[:length]
     assert tokenizer.decode(tokenizer.encode(text, True)) == text
+
+
+def test_tokens_of_several_slices_are_decoded_as_one_text(tokenizer: ModelTokenizer) -> None:
+    text = "x\u20ac" * DECODED_SLICE
+    tokens = tokenizer.encode(text, False)
+    assert len(tokens) > 2 * DECODED_SLICE
+    assert tokenizer.decode(tokens) == text
 
 
 def test_fewest_tokens_is_a_lower_bound(tokenizer: ModelTokenizer) -> None:
