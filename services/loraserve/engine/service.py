@@ -1,6 +1,6 @@
 """The engine process: passes messages to the scheduler and executes the instructions that it returns.
 
-The scheduler decides (schedule/scheduler.py). The runner computes in its own thread (compute/protocol.py). wiring.py
+The scheduler decides (schedule/scheduler.py). The runner computes in its own thread (compute/protocol.py). setup.py
 builds the objects that load adapters and lend them to peers. This module connects them:
 
     message ----> handle() ----> _handle_event() ----> Scheduler.handle() ----> _execute() ----> step, load, message
@@ -23,7 +23,7 @@ from loraserve.config import Config
 from loraserve.cost import StepShape
 from loraserve.engine.compute.protocol import DeviceLostError, Runner, StepExecutor
 from loraserve.engine.lending.leases import LeaseReader
-from loraserve.engine.loading.announcements import ReadAnnouncer
+from loraserve.engine.loading.arrival import ReadAnnouncer
 from loraserve.engine.schedule.events import (
     AdapterDamaged,
     AdapterExpected,
@@ -49,8 +49,7 @@ from loraserve.engine.schedule.events import (
 )
 from loraserve.engine.schedule.report import SpeedMeter, describe_capabilities, step_shape
 from loraserve.engine.schedule.scheduler import Scheduler
-from loraserve.engine.setup import build_runner, engine_number, scheduler_limits
-from loraserve.engine.wiring import AdapterParts, wire_adapters
+from loraserve.engine.setup import AdapterParts, build_runner, engine_number, scheduler_limits, wire_adapters
 from loraserve.messages import (
     Abort,
     Admit,

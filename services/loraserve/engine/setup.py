@@ -1,4 +1,4 @@
-"""Derives an engine's runner, limits, threads and host cache from the configuration.
+"""Builds an engine's runner and limits from the configuration, and connects the objects that load and lend adapters.
 
 Runner modules are imported inside the functions that build runners. Other processes need neither torch nor compiled
 kernels.
@@ -6,20 +6,31 @@ kernels.
 
 import os
 from collections.abc import Callable
+from contextlib import AsyncExitStack, closing
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import msgspec
 
 from loraserve.config import Config, engine_count
 from loraserve.device import core_count, memory_limit_bytes, resolve_device
+from loraserve.engine.adapters.residency import Residency
 from loraserve.engine.compute.protocol import Runner
+from loraserve.engine.host_cache.cache import HostCache
+from loraserve.engine.host_cache.tier import CacheTier
+from loraserve.engine.lending.lender import Lender, MemoryOffers
+from loraserve.engine.loading.arrival import ReadAnnouncer
+from loraserve.engine.loading.loader import AdapterLoader, SlabReader
+from loraserve.engine.loading.sources import SourceFinder, TransportReaders
+from loraserve.engine.loading.speeds import LinkSpeeds
 from loraserve.engine.schedule.events import SchedulerLimits, check_step_tokens
 from loraserve.errors import ConfigError
+from loraserve.service import Service
 from loraserve.transfer.shm import is_supported
 
 if TYPE_CHECKING:
     from loraserve.engine.compute.runner import CpuRunner
+
 
 HOST_CACHE_BYTES = 8 << 30
 """Maximum default host cache size of an engine with a GPU. It holds adapters evicted from a pool of 20 to 30 GB."""
@@ -138,3 +149,37 @@ def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
         prefix_cache=engine.prefix_cache,
         steps_ahead=runner.steps_ahead,
     )
+
+
+class AdapterParts(NamedTuple):
+    loader: AdapterLoader
+    reader: SlabReader
+    sources: SourceFinder
+    cache: CacheTier
+    offers: MemoryOffers
+    lender: Lender
+
+
+def wire_adapters(
+    service: Service, runner: Runner, residency: Residency, announcer: ReadAnnouncer, stack: AsyncExitStack
+) -> AdapterParts:
+    """Build and connect the objects. ``stack`` closes them.
+
+    Runs in the event loop during the start, and may block it while memory is registered with an RDMA device.
+    """
+    bus, config, clock = service.bus, service.config, service.clock
+    memory, pool, story = runner.pool, residency.pool, residency.story
+    speeds = LinkSpeeds()
+    cache_bytes = host_cache_bytes(config, on_device=memory.on_device)
+    cache = CacheTier(HostCache(cache_bytes, residency.is_ready, story), cache_bytes, memory, clock, speeds)
+    stack.enter_context(closing(cache))
+    offers = stack.enter_context(closing(MemoryOffers(bus, config, memory, cache.memory)))
+    lender = Lender(bus, config, pool, cache, offers, story)
+    readers = stack.enter_context(closing(TransportReaders(bus, memory, offers.device, offers.abilities)))
+    sources = SourceFinder(bus, config, clock, speeds, readers, cache)
+    digest_threads = digest_threads_for(config, on_device=memory.on_device)
+    reader = SlabReader(sources, memory, clock, config.engine.load_timeout_s, digest_threads)
+    stack.enter_context(closing(reader))
+    loader = AdapterLoader(runner, pool, cache, reader, announcer)
+    bus.subscribe("monitor", "gone")
+    return AdapterParts(loader, reader, sources, cache, offers, lender)

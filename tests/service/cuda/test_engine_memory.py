@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from loraserve.config import Config, TransferConfig
-from loraserve.engine.lending.offers import MemoryOffers
+from loraserve.engine.lending.lender import MemoryOffers
 from loraserve.engine.loading.memory import TransferTarget
-from loraserve.engine.loading.peers import TransportReaders
+from loraserve.engine.loading.sources import TransportReaders
 from loraserve.messages import ReadRegion
 from loraserve.messages.transfer import CudaIpcHandle, TcpHandle
 from loraserve.testing.gpu_owner import GpuOwner, from_gpu, to_gpu

@@ -9,7 +9,7 @@ import pytest
 from loraserve.adapter.pack import Slab
 from loraserve.bus.protocol import Envelope
 from loraserve.config import TransferConfig
-from loraserve.engine.loading import announcements, arrival, peers, speeds
+from loraserve.engine.loading import arrival, sources, speeds
 from loraserve.engine.loading.arrival import Gate
 from loraserve.messages import ReadRegion, ToEngine
 from loraserve.testing.scripted_owner import ScriptedOwner
@@ -20,7 +20,7 @@ LONG_S = 20.0
 
 @pytest.fixture(autouse=True)
 def always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(announcements, "min_prefill_tokens", lambda left_s, measured: 1)
+    monkeypatch.setattr(arrival, "min_prefill_tokens", lambda left_s, measured: 1)
 
 
 def patience(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
@@ -131,7 +131,7 @@ def test_a_step_during_a_switch_to_another_read_is_discarded(
     async def scenario(stage: Any) -> None:
         patience(monkeypatch, LONG_S)
         monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
-        monkeypatch.setattr(peers, "PIECE_BYTES", 4096)
+        monkeypatch.setattr(sources, "PIECE_BYTES", 4096)
         slab = models.slabs["one"]
         data = memoryview(bytes(byte ^ 1 for byte in slab.data))
         owner = Stalling(stage.network.bus("engine-1", ToEngine), Slab(slab.header, data, slab.version))

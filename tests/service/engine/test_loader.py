@@ -16,10 +16,8 @@ from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.compute.protocol import DeviceLostError
-from loraserve.engine.loading.peers import TransportReaders
-from loraserve.engine.loading.slab_reader import SlabReader
-from loraserve.engine.loading.source import SlabReadError
-from loraserve.engine.loading.sources import SourceFinder
+from loraserve.engine.loading.loader import SlabReader
+from loraserve.engine.loading.sources import SlabReadError, SourceFinder, TransportReaders
 from loraserve.engine.loading.speeds import LinkSpeeds
 from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape

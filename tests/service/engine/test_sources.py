@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from loraserve.engine.loading import speeds
-from loraserve.engine.loading.source import SlabReadError
+from loraserve.engine.loading.sources import SlabReadError
 from loraserve.messages import LeaseGranted, LeaseSlab, ReadRegion, ReleaseLease, RenewLease, SlabDamaged
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION
 from loraserve.testing.engine.load_scene import LoadScene as Scene

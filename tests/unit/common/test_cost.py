@@ -17,7 +17,7 @@ from loraserve.cost import (
     largest_extent_bytes,
     mean_step,
 )
-from loraserve.engine.adapters.extents import ExtentAllocator
+from loraserve.engine.adapters.pool import ExtentAllocator
 from loraserve.messages import MeanStep
 from loraserve.testing.reports import MIB, measured_speed
 

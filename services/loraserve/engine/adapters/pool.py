@@ -1,17 +1,28 @@
-"""The adapters in the pool: their extents, slots, states and users.
+"""The adapter pool: allocates extents and slots to adapters and chooses the adapters to evict.
+
+`ExtentAllocator` divides one region of memory into extents, which are contiguous ranges of whole granules. An
+allocation takes the low end of the smallest hole that is large enough (best fit). In a simulation with slabs of 40 to
+640 MiB in 16.7 GB, 99% of the region was in use at each eviction. Choosing other holes, or placing large and small
+extents at opposite ends, was no better.
+
+`EvictionPolicy` chooses the adapters to evict when another adapter needs a slot or memory. A victim set is minimal:
+evicting all its adapters makes enough room, evicting fewer does not. If only a slot is missing, every single adapter is
+a victim set. If memory is missing, a victim set is a run of adjacent extents. The cheapest set is evicted: the one with
+the fewest plan pins, then the one whose most recent use is oldest, then fewest bytes, then lowest offset.
 
 An adapter is not evicted while it loads, while a request runs with it, or while a peer holds a lease on its extent. An
 adapter pinned by a plan may be evicted for a waiting request, but not for a prefetch or another adapter of the plan.
-eviction.py chooses the victims among the others.
 """
 
-from collections.abc import Collection, Iterable
+from bisect import bisect
+from collections import deque
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from heapq import nsmallest
+from itertools import pairwise
 
 import msgspec
 
-from loraserve.cost import MIN_EXTENT_BYTES
-from loraserve.engine.adapters.eviction import EvictionPolicy
-from loraserve.engine.adapters.extents import ExtentAllocator
+from loraserve.cost import MIN_EXTENT_BYTES, extent_bytes, largest_extent_bytes
 from loraserve.engine.adapters.lifecycle import (
     LEAVING_STATES,
     LifecycleEvent,
@@ -20,6 +31,221 @@ from loraserve.engine.adapters.lifecycle import (
     next_state,
 )
 from loraserve.messages import AdapterRef
+
+
+class ExtentAllocator:
+    """Allocates extents in a region. Bytes after the last whole granule are never used."""
+
+    def __init__(self, region_bytes: int, min_extent_bytes: int = MIN_EXTENT_BYTES) -> None:
+        self._granule_bytes = min_extent_bytes
+        self._region_bytes = largest_extent_bytes(region_bytes, min_extent_bytes)
+        self._used: dict[int, int] = {}
+        """The size in bytes of each allocated extent, by its start."""
+        self._holes = [(0, self._region_bytes)] if self._region_bytes > 0 else []
+        """The (start, end) of each hole, sorted."""
+
+    def extent_bytes(self, wanted_bytes: int) -> int:
+        """Return the size of the extent that an allocation of ``wanted_bytes`` takes."""
+        return extent_bytes(wanted_bytes, self._granule_bytes)
+
+    @property
+    def largest_bytes(self) -> int:
+        """The size in bytes of the largest extent that fits into the empty region."""
+        return self._region_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """The total size of all holes in bytes. The largest hole may be smaller."""
+        return sum(end - start for start, end in self._holes)
+
+    def fits(self, wanted_bytes: int) -> bool:
+        wanted = self.extent_bytes(wanted_bytes)
+        return any(end - start >= wanted for start, end in self._holes)
+
+    def allocate(self, wanted_bytes: int) -> int | None:
+        """Return the offset of a new extent, None if no hole is large enough. Of equal holes, the lowest is used."""
+        wanted = self.extent_bytes(wanted_bytes)
+        fitting = [(end - start, index) for index, (start, end) in enumerate(self._holes) if end - start >= wanted]
+        if not fitting:
+            return None
+        _, index = min(fitting)
+        start, end = self._holes.pop(index)
+        if start + wanted < end:
+            self._holes.insert(index, (start + wanted, end))
+        self._used[start] = wanted
+        return start
+
+    def release(self, start: int) -> None:
+        end = start + self._used.pop(start)
+        index = bisect(self._holes, (start, end))
+        if index < len(self._holes) and self._holes[index][0] == end:
+            _, end = self._holes.pop(index)
+        if index > 0 and self._holes[index - 1][1] == start:
+            index -= 1
+            start, _ = self._holes.pop(index)
+        self._holes.insert(index, (start, end))
+
+    def runs(self, wanted_bytes: int, removable: Container[int]) -> Iterator[list[int]]:
+        """Yield the minimal runs of neighbouring ``removable`` extents whose release makes a large enough hole.
+
+        A run is a list of start offsets; holes may lie between its extents. A run is minimal: releasing all but one
+        of its extents is not enough. Runs are in address order. Call this only while no hole is large enough.
+        """
+        wanted = self.extent_bytes(wanted_bytes)
+        run: deque[int] = deque()
+        room_start = 0
+        for start, next_start in pairwise([*sorted(self._used), self._region_bytes]):
+            if start not in removable:
+                run.clear()
+                room_start = self._end(start)
+                continue
+            run.append(start)
+            while next_start - self._end(run[0]) >= wanted:
+                room_start = self._end(run.popleft())
+            if next_start - room_start >= wanted > start - room_start:
+                yield list(run)
+
+    def largest_hole_without(self, removable: Container[int]) -> int:
+        """Return the size in bytes of the largest hole after all extents in ``removable`` are released."""
+        largest = room_start = 0
+        for start in (*sorted(self._used), self._region_bytes):
+            if start in removable:
+                continue
+            largest = max(largest, start - room_start)
+            room_start = start + self._used.get(start, 0)
+        return largest
+
+    def used_in(self, start: int, end: int) -> list[int]:
+        return [used for used, size in self._used.items() if used < end and used + size > start]
+
+    def validate(self) -> None:
+        """Raise AssertionError unless extents and merged holes cover the whole region without overlap."""
+        spans = sorted([*self._holes, *((start, self._end(start)) for start in self._used)])
+        position = 0
+        for start, end in spans:
+            assert start == position, f"gap or overlap at {position}"
+            assert end > start, f"the extent at {start} is empty"
+            assert end % self._granule_bytes == 0, f"{end} is not a multiple of the granule"
+            position = end
+        assert position == self._region_bytes, "the end of the region is missing"
+        assert self._holes == sorted(self._holes), "holes are out of order"
+        for (_, end), (start, _) in pairwise(self._holes):
+            assert end < start, f"the holes that meet at {start} are not merged"
+
+    def _end(self, start: int) -> int:
+        return start + self._used[start]
+
+
+_Cost = tuple[int, float, int, int]
+
+
+class EvictionPolicy:
+    """Chooses the victims. It reads the pool's ``entries``, ``extents`` and ``free_slots`` but changes nothing."""
+
+    def __init__(self, entries: Mapping[str, PoolEntry], extents: ExtentAllocator, free_slots: Sequence[int]) -> None:
+        self._entries = entries
+        self._extents = extents
+        self._free_slots = free_slots
+
+    @property
+    def free_bytes(self) -> int:
+        """The bytes that are free or held by evictable adapters. They need not be contiguous."""
+        return self._extents.free_bytes + sum(
+            self._extents.extent_bytes(e.adapter.slab_bytes) for e in self._entries.values() if e.evictable
+        )
+
+    @property
+    def room_bytes(self) -> int:
+        """The largest extent a waiting request can get now by evicting adapters without running requests or leases."""
+        idle = {e.offset_bytes for e in self._entries.values() if e.is_complete and not e.running and not e.leases}
+        return self._extents.largest_hole_without(idle) if idle or self._free_slots else 0
+
+    def find_victims(
+        self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
+    ) -> list[PoolEntry] | None:
+        """Return the entries to evict for ``adapter``; [] if it fits already, None if no eviction makes room."""
+        idle = self._idle(keep, drop_plan_pins)
+        return self._cheapest(adapter.slab_bytes, [entry for entry in idle if not entry.leases])
+
+    def find_leased_victims(
+        self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
+    ) -> frozenset[str]:
+        """Return the versions whose leases must end before ``adapter`` fits; empty if ending leases does not help."""
+        if not any(entry.leases for entry in self._entries.values()):
+            return frozenset()
+        victims = self._cheapest(adapter.slab_bytes, self._idle(keep, drop_plan_pins))
+        return frozenset(victim.adapter.version for victim in victims or () if victim.leases)
+
+    def fits_beside_plan(self, adapter: AdapterRef) -> bool:
+        """Return whether ``adapter`` would fit if every adapter without a plan pin were evicted."""
+        others = [entry for entry in self._entries.values() if not entry.planned]
+        return self._cheapest(adapter.slab_bytes, others) is not None
+
+    def find_blockers(self, adapter: AdapterRef, places: int) -> frozenset[str]:
+        """Return the versions that block ``adapter``: those in the ``places`` victim sets with the fewest requests.
+
+        Only running requests count; leases end by themselves. The result is empty if evicting adapters without running
+        requests makes room now.
+        """
+        if self._extents.extent_bytes(adapter.slab_bytes) <= self.room_bytes:
+            return frozenset()
+        choices = self._choices(adapter.slab_bytes, list(self._entries.values()))
+        cheapest = nsmallest(places, choices, key=_cost_in_requests)
+        return frozenset(entry.adapter.version for choice in cheapest for entry in choice)
+
+    def _idle(self, keep: Collection[str], drop_plan_pins: bool) -> list[PoolEntry]:
+        """Return the entries that may be evicted as soon as they have no leases."""
+        return [
+            entry
+            for version, entry in self._entries.items()
+            if version not in keep and entry.is_complete and not entry.running and (drop_plan_pins or not entry.planned)
+        ]
+
+    def _cheapest(self, wanted_bytes: int, removable: list[PoolEntry]) -> list[PoolEntry] | None:
+        if self._free_slots and self._extents.fits(wanted_bytes):
+            return []
+        return min(self._choices(wanted_bytes, removable), key=_cost, default=None)
+
+    def _choices(self, wanted_bytes: int, removable: list[PoolEntry]) -> Iterator[list[PoolEntry]]:
+        """Yield each victim set (see the module docstring) among the ``removable`` entries."""
+        if self._extents.fits(wanted_bytes):
+            yield from ([entry] for entry in removable)
+            return
+        by_offset = {entry.offset_bytes: entry for entry in removable}
+        for run in self._extents.runs(wanted_bytes, by_offset):
+            yield [by_offset[start] for start in run]
+
+
+def describe_eviction(victim: PoolEntry, victims: int, adapter: AdapterRef, now: float) -> str:
+    """Return the eviction reason for logs and stories. ``victims`` is the number of adapters evicted together."""
+    unused = f"unused for {now - victim.used_s:.1f} s"
+    together = f" together with {victims - 1} others" if victims > 1 else ""
+    if victim.planned:
+        why = f"a request waits and only adapters that the plan pins could make room ({unused})"
+    elif victims > 1:
+        why = f"in the group that is cheapest to evict: fewest plan pins, then longest unused ({unused})"
+    else:
+        why = f"least recently used of what could make room ({unused})"
+    return f"evicted for {adapter.name}{together}: {why}"
+
+
+def _cost(victims: Sequence[PoolEntry]) -> _Cost:
+    """Return the cost of evicting ``victims`` as a sort key. A subset of ``victims`` always costs less."""
+    return (
+        sum(victim.planned for victim in victims),
+        max(victim.used_s for victim in victims),
+        sum(victim.adapter.slab_bytes for victim in victims),
+        victims[0].offset_bytes,
+    )
+
+
+def _cost_in_requests(victims: Sequence[PoolEntry]) -> _Cost:
+    """Return a sort key: the number of requests that run with ``victims``, then plan pins, bytes and offset.
+
+    The key never increases unless another request starts running with a victim.
+    """
+    planned, _, slab_bytes, offset_bytes = _cost(victims)
+    return sum(victim.running for victim in victims), planned, slab_bytes, offset_bytes
 
 
 class Placed(msgspec.Struct, frozen=True):

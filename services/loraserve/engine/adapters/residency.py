@@ -9,7 +9,6 @@ from math import inf
 
 import msgspec
 
-from loraserve.engine.adapters.eviction import describe_eviction
 from loraserve.engine.adapters.lifecycle import (
     LOADING_STATES,
     WANTED_LOADS,
@@ -18,7 +17,7 @@ from loraserve.engine.adapters.lifecycle import (
     LoadedSlab,
     PoolEntry,
 )
-from loraserve.engine.adapters.pool import AdapterPool
+from loraserve.engine.adapters.pool import AdapterPool, describe_eviction
 from loraserve.engine.adapters.prefetch import (
     SPARES_S,
     PrefetchCandidates,

@@ -4,14 +4,13 @@ import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, TypeVar
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
 from loraserve.adapter.format import SlabHeader
-from loraserve.engine.loading.arrival import Arrival
 from loraserve.engine.loading.memory import PoolMemory
 from loraserve.engine.schedule.events import SequenceStep, StepBatch, StepResult
 
@@ -83,22 +82,6 @@ class Runner(Protocol):
 
     def remove(self, slot: int) -> None:
         """Make later steps compute tokens of ``slot`` without an adapter."""
-        ...
-
-
-@runtime_checkable
-class LayeredRunner(Runner, Protocol):
-    """A Runner whose steps can use the first layers of a slab while later layers are still loading.
-
-    Its step results list the requests whose step had to wait for a layer of their adapter.
-    """
-
-    def arrive(self, slot: int, header: SlabHeader, base_elements: int, arrival: Arrival) -> None:
-        """Make later steps use a slab that is still loading for tokens of ``slot``.
-
-        Until ``install`` is called, steps ask ``arrival`` whether each layer has arrived. May be called again, even
-        while steps use the slot, if the same slab is read again to the same place.
-        """
         ...
 
 

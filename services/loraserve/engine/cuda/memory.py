@@ -11,7 +11,7 @@ import torch
 from blake3 import blake3
 
 from loraserve.adapter.format import Dtype, make_uniform_layout
-from loraserve.engine.adapters.extents import ExtentAllocator
+from loraserve.engine.adapters.pool import ExtentAllocator
 from loraserve.engine.compute.protocol import DeviceLostError
 from loraserve.engine.loading.memory import Bytes, Digest, PoolMemory
 from loraserve.errors import ConfigError

@@ -15,7 +15,7 @@ import msgspec
 
 from loraserve.adapter.format import SlabHeader
 from loraserve.cost import MIN_EXTENT_BYTES
-from loraserve.engine.adapters.extents import ExtentAllocator
+from loraserve.engine.adapters.pool import ExtentAllocator
 from loraserve.messages import AdapterRef
 from loraserve.story import Story
 

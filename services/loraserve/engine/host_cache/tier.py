@@ -13,9 +13,9 @@ from loraserve.adapter.format import SlabHeader
 from loraserve.clock import Clock
 from loraserve.engine.adapters.lifecycle import LoadedSlab
 from loraserve.engine.host_cache.cache import CachedSlab, CachedState, HostCache
+from loraserve.engine.loading.loader import find_damaged_layer
 from loraserve.engine.loading.memory import HostPool, PoolMemory, TransferTarget
-from loraserve.engine.loading.slab_reader import find_damaged_layer
-from loraserve.engine.loading.source import DamagedSlabError, SlabReadError
+from loraserve.engine.loading.sources import DamagedSlabError, SlabReadError
 from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds, ReadSource
 from loraserve.engine.schedule.events import LeftSlab
 from loraserve.log import get_logger

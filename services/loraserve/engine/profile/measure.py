@@ -18,10 +18,10 @@ from loraserve.adapter.format import ITEM_BYTES, Dtype, make_uniform_layout
 from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.cost import StepShape
 from loraserve.cost.fit import LoadSample
-from loraserve.engine.adapters.extents import ExtentAllocator
+from loraserve.engine.adapters.pool import ExtentAllocator
 from loraserve.engine.compute.protocol import Runner
+from loraserve.engine.loading.loader import LayersToVerify, find_damaged_layer, split_layers
 from loraserve.engine.loading.memory import PoolMemory
-from loraserve.engine.loading.slab_reader import LayersToVerify, find_damaged_layer, split_layers
 from loraserve.engine.schedule.events import SchedulerLimits, SequenceStep, StepBatch
 from loraserve.errors import ConfigError
 from loraserve.messages import SamplingParams

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from loraserve.engine.adapters.extents import ExtentAllocator
+from loraserve.engine.adapters.pool import ExtentAllocator
 
 MIN = 16
 

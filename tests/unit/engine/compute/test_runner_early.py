@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 
 from loraserve.adapter.pack import Slab, pack_peft
-from loraserve.engine.compute.protocol import LayeredRunner
 from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.loading import arrival as arrivals
-from loraserve.engine.loading.arrival import Arrival
+from loraserve.engine.loading.arrival import Arrival, LayeredRunner
 from loraserve.engine.schedule.events import StepBatch, StepResult
 from loraserve.testing.tiny_model import write_peft_adapter
 

@@ -15,7 +15,7 @@ from loraserve.engine.adapters.lifecycle import LoadedSlab
 from loraserve.engine.host_cache.cache import HostCache
 from loraserve.engine.host_cache.tier import FROM_CACHE, CacheTier
 from loraserve.engine.loading.memory import HostPool, TransferTarget
-from loraserve.engine.loading.source import DamagedSlabError, SlabReadError
+from loraserve.engine.loading.sources import DamagedSlabError, SlabReadError
 from loraserve.engine.loading.speeds import LinkSpeeds, ReadSource
 from loraserve.engine.schedule.events import LeftSlab
 from loraserve.messages import AdapterRef

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 
 from loraserve.adapter.format import SlabHeader, make_layout
-from loraserve.engine.loading import announcements
-from loraserve.engine.loading.announcements import AnnouncedLoad, ReadAnnouncer
-from loraserve.engine.loading.arrival import Arrival
+from loraserve.engine.loading import arrival
+from loraserve.engine.loading.arrival import AnnouncedLoad, Arrival, ReadAnnouncer
 from loraserve.engine.schedule.events import AdapterArriving, LoadAdapter
 from loraserve.engine.schedule.report import SpeedMeter
 from loraserve.messages import AdapterRef
@@ -40,7 +39,7 @@ def watched(load: LoadAdapter, monkeypatch: pytest.MonkeyPatch) -> Any:
             raise ValueError("slab is of another dtype")
         made.arrived.append((slot, base_elements, arrival))
 
-    monkeypatch.setattr(announcements, "min_prefill_tokens", lambda left_s, measured: made.tokens)
+    monkeypatch.setattr(arrival, "min_prefill_tokens", lambda left_s, measured: made.tokens)
     made.runner = SimpleNamespace(arrive=arrive)
     made.watch = AnnouncedLoad(load, made.runner, SpeedMeter(), made.told.append, count(1))
     return made

@@ -10,9 +10,9 @@ from loraserve.adapter.format import SlabHeader, make_uniform_layout
 from loraserve.engine.adapters.lifecycle import LifecycleEvent, LoadedSlab
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.compute.protocol import DeviceLostError
-from loraserve.engine.loading.announcements import ReadAnnouncer
+from loraserve.engine.loading.arrival import ReadAnnouncer
 from loraserve.engine.loading.loader import AdapterLoader
-from loraserve.engine.loading.source import SlabReadError
+from loraserve.engine.loading.sources import SlabReadError
 from loraserve.engine.loading.speeds import FROM_STORE
 from loraserve.engine.schedule.events import CANCELLED, AdapterLoaded, AdapterLoadFailed, LoadAdapter
 from loraserve.engine.schedule.report import SpeedMeter

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from loraserve.engine.loading import peers as engine_readers
+from loraserve.engine.loading import sources as engine_readers
 from loraserve.engine.loading.memory import HostPool, TransferTarget
-from loraserve.engine.loading.peers import TransportReaders
+from loraserve.engine.loading.sources import TransportReaders
 from loraserve.errors import ConfigError
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Handle, ShmHandle, TcpHandle
 from loraserve.testing.memory_bus import MemoryNetwork

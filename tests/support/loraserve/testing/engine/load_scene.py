@@ -8,10 +8,9 @@ from typing import Any
 from loraserve.adapter.pack import Slab
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
+from loraserve.engine.loading.loader import SlabReader
 from loraserve.engine.loading.memory import HostPool
-from loraserve.engine.loading.peers import TransportReaders
-from loraserve.engine.loading.slab_reader import SlabReader
-from loraserve.engine.loading.sources import SourceFinder
+from loraserve.engine.loading.sources import SourceFinder, TransportReaders
 from loraserve.engine.loading.speeds import LinkSpeeds
 from loraserve.messages import Copies, FindCopies, ToEngine, ToMonitor, ToStore
 from loraserve.testing.engine.offline import adapter_reference
