@@ -185,8 +185,8 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
 class TransferConfig(Section, frozen=True, kw_only=True):
     """How engines read adapters from each other.
 
-    Engines use the ``transports`` that both sides support. An engine loads adapters that are
-    not in its host cache from peers or the store, the predicted fastest first. Without transports, it uses no peers.
+    Engines use the ``transports`` that both sides support. An engine loads adapters that are not in its host cache from
+    peers or the store, the predicted fastest first. Without transports, it uses no peers.
 
     ``lease_s`` is how long a peer's lease on an adapter lasts unless the peer renews it. Renewals can extend a lease
     to ``engine.load_timeout_s`` in total.
@@ -213,10 +213,8 @@ def load_config(
     path: Path | None = None, environ: Mapping[str, str] = os.environ, overrides: Sequence[str] = ()
 ) -> Config:
     """Merge all sources into a Config. Raises ConfigError, which names the invalid key and its source."""
-    merged: dict[str, Any] = {}
+    merged = {} if path is None else _read_toml(path)
     sources: dict[str, str] = {}
-    if path is not None:
-        _merge(merged, _read_toml(path))
     for name, value in sorted(environ.items()):
         if name.startswith(ENV_PREFIX) and "__" in name:
             key = name.removeprefix(ENV_PREFIX).lower().replace("__", ".", 1)
@@ -257,14 +255,6 @@ def _read_toml(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(f"configuration file {path}: {error}") from error
-
-
-def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
-    for key, value in values.items():
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
-            _merge(into[key], value)
-        else:
-            into[key] = value
 
 
 def _assign(into: dict[str, Any], key: str, text: str, source: str) -> None:

@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture
 def say(request: pytest.FixtureRequest) -> Callable[[str], None]:
-    """Prints at once, captured or not: test_vm.py picks these lines out."""
+    """Return a function that prints even when pytest captures output. test_vm.py collects the lines."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def through(text: str) -> None:
@@ -60,7 +60,7 @@ def lasting(config: Config) -> Iterator[VerbsOwner]:
 
 @pytest.fixture
 def owner(lasting: VerbsOwner) -> VerbsOwner:
-    """Nobody is connected to it."""
+    """An owner without connections."""
     lasting.forget("reader")
     return lasting
 

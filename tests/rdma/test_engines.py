@@ -1,7 +1,7 @@
-"""Two engines, the store and the monitor, each a process of its own: adapters go from engine to engine by RDMA.
+"""Two engines read adapters from each other over RDMA. Engines, store and monitor are separate processes.
 
-Only the model is none: an engine's tokens are checksums of the adapter's bytes in its pool. While an engine is to read
-from its peer the store is stopped (SIGSTOP), so that nothing else can have brought what it has.
+The engines run no model: their tokens are checksums of the adapter's bytes in the pool. While an engine must read from
+its peer, SIGSTOP stops the store, so that the bytes cannot come from the store.
 """
 
 import asyncio
@@ -51,26 +51,26 @@ MODEL = {
     "vocab_size": SHAPE.vocab,
 }
 WHOLE, DAMAGED, CUT = ("whole-1", "whole-2"), ("damaged-1", "damaged-2"), ("cut-1", "cut-2")
-"""Two tries each: an engine does not wait long for the monitor to say who has an adapter, and reads from the store."""
+"""Each test has two tries. If the monitor reports the adapter's holder too late, the engine reads from the store."""
 RANKS = {**dict.fromkeys(WHOLE + DAMAGED, 15), **dict.fromkeys(CUT, 120)}
-"""Just under 2 and 16 MiB."""
+"""The slabs have slightly less than 2 MiB (rank 15) and 16 MiB (rank 120)."""
 POOL_BYTES = 64 << 20
 ENGINES = ("engine-0", "engine-1")
 PROMPT = (11, 7, 5, 3)
 TOKENS = 4
 HANGS_S = 90.0
 STORE_FAILS = 5
-"""In a row: it is avoided for 16 seconds then."""
+"""After this many consecutive failures, an engine avoids the store for 16 seconds."""
 PATIENCE_S = 10.0
-"""A read from a peer is over by then, or there is none."""
-ASKED_THE_STORE = "engine-1 asked the store alone"
+"""A read from a peer finishes within this time. If none has finished, the engine did not read from the peer."""
+ASKED_THE_STORE = "the engine asked only the store"
 SAMPLE_BYTES = 1 << 14
 Say = Callable[[str], None]
 T = TypeVar("T")
 
 
 class Cluster:
-    """The processes from outside, and what lies in the pools of engines."""
+    """Starts and kills the processes, and gives access to the engines' pools."""
 
     def __init__(self, root: Path) -> None:
         folders = {
@@ -103,7 +103,7 @@ class Cluster:
         self.start()
 
     def start(self) -> None:
-        """Whatever does not run."""
+        """Start the processes that are not running."""
         kinds: dict[str, type[Service]] = {"store": StoreService, "monitor": MonitorService}
         for name, kind in (kinds | dict.fromkeys(ENGINES, ByteEngine)).items():
             if name not in self._processes:
@@ -115,7 +115,7 @@ class Cluster:
             process.kill()
 
     def kill_when(self, name: str, condition: Callable[[], bool]) -> bool:
-        """At once. False where it did not come to that in time."""
+        """Kill the process as soon as ``condition`` holds. Return False if it does not hold within PATIENCE_S."""
         deadline_s = time.monotonic() + PATIENCE_S
         while not condition():
             if time.monotonic() > deadline_s:
@@ -129,7 +129,7 @@ class Cluster:
 
     @contextmanager
     def without_store(self) -> Iterator[None]:
-        """It answers nobody meanwhile."""
+        """Stop the store during the block."""
         pid = self._processes["store"].pid
         os.kill(pid, signal.SIGSTOP)
         try:
@@ -141,7 +141,7 @@ class Cluster:
         return pool_of(self._processes[engine].pid)
 
     def play(self, scenario: Callable[[EngineClient], Awaitable[T]]) -> T:
-        """With a client, once all runs and is ready."""
+        """Run the scenario with a client when all processes are ready. Print the logs if it fails."""
         self.start()
 
         async def main() -> T:
@@ -168,25 +168,25 @@ class Cluster:
     async def admit(self, client: EngineClient, engine: str, adapter: str) -> str:
         return await client.admit(engine, reference(self.slabs[adapter]), PROMPT, TOKENS)
 
-    async def disappoint(self, client: EngineClient, engine: str) -> None:
-        """By the store, so that it asks peers first for a while, whatever it expects of either."""
+    async def fail_store_loads(self, client: EngineClient, engine: str) -> None:
+        """Make loads from the store fail, so that the engine prefers peers for a while."""
         unknown = AdapterRef(name="unknown", version="0" * 64, rank=1, slab_bytes=1)
         for _ in range(STORE_FAILS):
             request = await client.admit(engine, unknown, PROMPT, TOKENS)
             await until(partial(client.is_finished, request))
 
-    async def right(self, client: EngineClient, request_id: str, adapter: str) -> None:
-        """It finished with the tokens of the adapter as it was packed."""
+    async def check_tokens(self, client: EngineClient, request_id: str, adapter: str) -> None:
+        """Check that the request finished with the tokens that follow from the packed adapter."""
         assert await client.tokens(request_id) == generated(self.slabs[adapter].data, PROMPT, TOKENS)
 
-    async def held(self, client: EngineClient, engine: str, adapter: str) -> None:
-        """Loaded there, answered rightly, and known to the monitor."""
-        await self.right(client, await self.admit(client, engine, adapter), adapter)
+    async def make_resident(self, client: EngineClient, engine: str, adapter: str) -> None:
+        """Load the adapter on the engine, check its tokens, and wait until the monitor reports the adapter."""
+        await self.check_tokens(client, await self.admit(client, engine, adapter), adapter)
         await client.wait_resident(engine, self.slabs[adapter])
 
 
 def try_each(cluster: Cluster, names: Sequence[str], scenario: Callable[[str, EngineClient], Awaitable[str]]) -> None:
-    """Until one is as it should be; what a scenario returns is why it was not, for a reason that may be."""
+    """Run the scenario for each name until one succeeds. A scenario returns "" or an allowed reason to try again."""
     reasons: list[str] = []
     for name in names:
         reasons.append(cluster.play(partial(scenario, name)))
@@ -205,17 +205,17 @@ def cluster() -> Iterator[Cluster]:
             cluster.close()
 
 
-def test_an_adapter_is_read_from_the_engine_that_has_it(cluster: Cluster, say: Say) -> None:
+def test_an_adapter_is_read_from_the_engine_that_holds_it(cluster: Cluster, say: Say) -> None:
     async def read(name: str, client: EngineClient) -> str:
-        await cluster.held(client, "engine-0", name)
-        await cluster.disappoint(client, "engine-1")
+        await cluster.make_resident(client, "engine-0", name)
+        await cluster.fail_store_loads(client, "engine-1")
         before, slab_bytes = client.reads("engine-1", "engine-0"), cluster.slabs[name].header.slab_bytes
         with cluster.without_store():
             began_s = time.monotonic()
             request = await cluster.admit(client, "engine-1", name)
             found = await within(PATIENCE_S, lambda: client.is_finished(request))
             took_s = time.monotonic() - began_s
-        await cluster.right(client, request, name)
+        await cluster.check_tokens(client, request, name)
         if not found:
             return ASKED_THE_STORE
         await until(lambda: client.reads("engine-1", "engine-0").reads == before.reads + 1)
@@ -228,15 +228,15 @@ def test_an_adapter_is_read_from_the_engine_that_has_it(cluster: Cluster, say: S
     try_each(cluster, WHOLE, read)
 
 
-def test_an_owner_that_is_killed_in_the_middle_of_a_read_is_followed_by_the_store(cluster: Cluster, say: Say) -> None:
+def test_the_store_replaces_an_owner_that_is_killed_during_a_read(cluster: Cluster, say: Say) -> None:
     async def cut(name: str, client: EngineClient) -> str:
-        await cluster.held(client, "engine-0", name)
-        await cluster.disappoint(client, "engine-1")
+        await cluster.make_resident(client, "engine-0", name)
+        await cluster.fail_store_loads(client, "engine-1")
         pool = cluster.pool("engine-1")[::SAMPLE_BYTES]
         empty, slab_bytes = pool.copy(), cluster.slabs[name].header.slab_bytes
         before, stored = client.reads("engine-1", "engine-0"), client.reads("engine-1", "store")
         with cluster.without_store():
-            # In a thread that does nothing else: the read is over in a fifth of a second.
+            # The read takes a fifth of a second, so a separate thread watches for its start.
             begun = partial(cluster.kill_when, "engine-0", lambda: bool((pool != empty).any()))
             killing = asyncio.create_task(asyncio.to_thread(begun))
             request = await cluster.admit(client, "engine-1", name)
@@ -245,7 +245,7 @@ def test_an_owner_that_is_killed_in_the_middle_of_a_read_is_followed_by_the_stor
             killed_s = time.monotonic()
             failed = await within(PATIENCE_S, lambda: client.reads("engine-1", "engine-0").failed == before.failed + 1)
             noticed_s, read_bytes = time.monotonic() - killed_s, np.count_nonzero(pool != empty) * SAMPLE_BYTES
-        await cluster.right(client, request, name)
+        await cluster.check_tokens(client, request, name)
         if not failed or read_bytes > 0.95 * slab_bytes:
             return f"engine-0 was killed when {read_bytes} of {slab_bytes} bytes were read"
         over_s = time.monotonic() - killed_s
@@ -259,15 +259,15 @@ def test_an_owner_that_is_killed_in_the_middle_of_a_read_is_followed_by_the_stor
     try_each(cluster, CUT, cut)
 
 
-def test_an_engine_that_is_started_anew_reads_from_the_other(cluster: Cluster, say: Say) -> None:
+def test_a_restarted_engine_reads_from_its_peer(cluster: Cluster, say: Say) -> None:
     async def read(name: str, client: EngineClient) -> str:
         before = client.reads("engine-0", "engine-1")
-        await cluster.held(client, "engine-1", name)
-        await cluster.disappoint(client, "engine-0")
-        await cluster.held(client, "engine-0", name)
+        await cluster.make_resident(client, "engine-1", name)
+        await cluster.fail_store_loads(client, "engine-0")
+        await cluster.make_resident(client, "engine-0", name)
         if not await within(PATIENCE_S, lambda: client.reads("engine-0", "engine-1").reads == before.reads + 1):
             return ASKED_THE_STORE
-        say(f"engine-0, started anew, read {cluster.slabs[name].header.slab_bytes} bytes of engine-1's")
+        say(f"the restarted engine-0 read {cluster.slabs[name].header.slab_bytes} bytes of engine-1's")
         assert [client.counters[name].leaks for name in ENGINES] == [0, 0]
         return ""
 
@@ -275,21 +275,21 @@ def test_an_engine_that_is_started_anew_reads_from_the_other(cluster: Cluster, s
     try_each(cluster, WHOLE, read)
 
 
-def test_a_byte_that_is_wrong_at_its_owner_is_noticed_and_the_store_read(cluster: Cluster, say: Say) -> None:
+def test_a_wrong_byte_of_the_owner_is_detected_and_the_store_is_read(cluster: Cluster, say: Say) -> None:
     async def mismatched(name: str, client: EngineClient) -> str:
-        await cluster.held(client, "engine-0", name)
+        await cluster.make_resident(client, "engine-0", name)
         slab, pool = np.frombuffer(cluster.slabs[name].data, np.uint8), cluster.pool("engine-0")
         extent = pool[pool.tobytes().index(slab[:4096].tobytes()) :][: len(slab)]
         assert (extent == slab).all()
         extent[len(slab) // 2] ^= 1
-        await cluster.disappoint(client, "engine-1")
+        await cluster.fail_store_loads(client, "engine-1")
         before, stored = client.reads("engine-1", "engine-0"), client.reads("engine-1", "store")
         with cluster.without_store():
             request = await cluster.admit(client, "engine-1", name)
             noticed = await within(
                 PATIENCE_S, lambda: client.reads("engine-1", "engine-0").mismatched == before.mismatched + 1
             )
-        await cluster.right(client, request, name)
+        await cluster.check_tokens(client, request, name)
         if not noticed:
             return ASKED_THE_STORE
         await until(lambda: client.reads("engine-1", "store").reads == stored.reads + 1)

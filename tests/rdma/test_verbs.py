@@ -1,4 +1,4 @@
-"""Reads by RDMA between real processes: what arrives, what is refused, and what becomes of it when somebody dies."""
+"""RDMA reads between real processes: results, refusals, and the death of a process during a read."""
 
 import asyncio
 import hashlib
@@ -55,7 +55,7 @@ async def refusal(reader: VerbsReader, handle: VerbsHandle, ranges: list[ByteRan
 
 
 async def check(reader: VerbsReader, handle: VerbsHandle, ranges: list[ByteRange]) -> None:
-    """Reads into a larger buffer's middle: what is around it must stay as it was."""
+    """Read into the middle of a larger buffer. The bytes around it must not change."""
     around = np.zeros(sum(each.length_bytes for each in ranges) + 2, np.uint8)
     await reader.read(handle, ranges, around.data[1:-1])
     expected = [TRUTH[each.offset_bytes :][: each.length_bytes] for each in ranges]

@@ -1,4 +1,4 @@
-"""How fast reads by RDMA are beside the raw transport's own benchmark: shown, as machines differ."""
+"""Shows the speed of RDMA reads beside the raw transport's own benchmark. It sets no limit, since machines differ."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""Announcing verbs, connections and memory that cannot be: refused in words, by the owner or by the device."""
+"""Announcement of verbs, and clear errors of owner or device for impossible connections and memory."""
 
 import asyncio
 

@@ -1,4 +1,4 @@
-"""The rest of this folder, in a virtual machine with a software RDMA device, and what it says there."""
+"""Runs the other tests of this folder in a virtual machine with a software RDMA device, and shows their output."""
 
 import os
 import re
@@ -15,7 +15,7 @@ from loraserve.transfer.verbs.device import unusable_reason
 ROOT = Path(__file__).resolve().parents[2]
 SKIPPED = 77
 MAKING_S = 200.0
-"""Packages are fetched once; after that the machine is there at once."""
+"""The first run downloads packages. Later runs start the machine quickly."""
 RUN_S = 420.0
 SAID = re.compile(r"^(\[rdma\].*|rdma_vm: .*|=+ .*(passed|failed).*|tests/rdma/\S+::.*|(PASSED|FAILED|ERROR).*)$")
 PYTEST = ["-p", "no:cacheprovider", "-p", "pytest_timeout", "--confcutdir=tests/rdma", "--tb=short", "-v"]

@@ -139,7 +139,7 @@ def decode_header(data: bytes) -> SlabHeader:
     if not header.sealed:
         raise msgspec.ValidationError(f"{len(header.layer_digests)} digests for {header.shape.layers} layers")
     if not _has_canonical_layout(header):
-        raise msgspec.ValidationError("its rows are not where its ranks and shape put them")
+        raise msgspec.ValidationError("its rows are not at the offsets that follow from its ranks and shape")
     if encode_header(header) != data:
         raise msgspec.ValidationError("its bytes are not canonical")
     return header

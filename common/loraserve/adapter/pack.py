@@ -1,11 +1,10 @@
-"""Packs a PEFT directory into a slab at registration, and unpacks slabs for tests and tools."""
+"""Packs a PEFT directory into a slab at registration."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 
 from loraserve.adapter.dtypes import Elements, all_finite, convert_elements, storage_dtype, to_float32
 from loraserve.adapter.format import Dtype, LayoutRow, SlabHeader, make_layout, seal_layout, slab_version
@@ -14,9 +13,6 @@ from loraserve.adapter.tensor_file import TensorEntry, TensorFile
 from loraserve.adapter.validate import LoraPair, check_directory, pair_matrices
 from loraserve.errors import AdapterError
 from loraserve.model_shape import MODULES, SLICES, ModelShape
-
-Matrices = tuple[NDArray[np.float32], NDArray[np.float32], float]
-"""A ``[rank, in]``, B ``[out, rank]`` and the scale of the product B A."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +37,8 @@ def pack_peft(directory: Path, shape: ModelShape, dtype: Dtype, max_rank: int) -
         layout = _layout_of(pairs, shape, dtype)
         # Zeros make the alignment gaps, and so the digests, reproducible.
         elements = np.zeros(layout.elements, dtype=storage_dtype(dtype))
-        for layer, module, row in _rows(layout):
+        for index, row in enumerate(layout.rows):
+            layer, module = index // len(MODULES), MODULES[index % len(MODULES)]
             _fill_row(elements, row, module, [pairs.get((layer, name)) for name in SLICES[module]], file, layout)
     return seal_slab(layout, elements)
 
@@ -50,24 +47,6 @@ def seal_slab(layout: SlabHeader, elements: Elements) -> Slab:
     data = elements.view(np.uint8).data.toreadonly()
     header = seal_layout(layout, data)
     return Slab(header, data, slab_version(header))
-
-
-def unpack_slab(header: SlabHeader, data: bytes | bytearray | memoryview) -> dict[tuple[int, str], Matrices]:
-    """Return a dict from (layer, projection) to float32 matrices of all projections in a slab."""
-    elements = np.frombuffer(data, dtype=storage_dtype(header.dtype))
-    if len(elements) != header.elements:
-        raise ValueError(f"slab of {len(elements)} elements, its header says {header.elements}")
-    unpacked: dict[tuple[int, str], Matrices] = {}
-    for layer, module, row in _rows(header):
-        a_rows, b_blocks = _views(elements, row, module, header.shape)
-        for name, a, b, scale in zip(SLICES[module], a_rows, b_blocks, row.scales, strict=True):
-            if len(a):
-                unpacked[layer, name] = (to_float32(a, header.dtype), to_float32(b.T, header.dtype), scale)
-    return unpacked
-
-
-def _rows(header: SlabHeader) -> list[tuple[int, str, LayoutRow]]:
-    return [(i // len(MODULES), MODULES[i % len(MODULES)], row) for i, row in enumerate(header.rows)]
 
 
 def _layout_of(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape, dtype: Dtype) -> SlabHeader:
@@ -81,7 +60,9 @@ def _layout_of(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape, dty
     return make_layout(shape, dtype, ranks, scales)
 
 
-def _views(elements: Elements, row: LayoutRow, module: str, shape: ModelShape) -> tuple[list[Elements], list[Elements]]:
+def row_views(
+    elements: Elements, row: LayoutRow, module: str, shape: ModelShape
+) -> tuple[list[Elements], list[Elements]]:
     """Return views of the A ``[r_i, in]`` and of the transposed B ``[r_i, out_i]`` of each slice i of a row."""
     width = shape.in_features(module)
     begin = row.offset + row.total_rank * width
@@ -102,7 +83,7 @@ def _fill_row(
     file: TensorFile,
     layout: SlabHeader,
 ) -> None:
-    a_rows, b_blocks = _views(elements, row, module, layout.shape)
+    a_rows, b_blocks = row_views(elements, row, module, layout.shape)
     for pair, a, b in zip(pairs, a_rows, b_blocks, strict=True):
         if pair is not None:
             a[:] = _read_finite(file, pair.a, layout.dtype)

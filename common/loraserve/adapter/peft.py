@@ -34,7 +34,7 @@ _UNSUPPORTED: dict[str, str] = {
     "arrow_config": "it routes between several adapters; register them one by one",
     "alora_invocation_tokens": "it is active on part of the prompt only; train without it",
     "trainable_token_indices": "it changes embeddings; train without it",
-    "target_parameters": "it adapts parameters that are no linear layer; train without it",
+    "target_parameters": "it adapts parameters outside of linear layers; train without it",
     "layer_replication": "it repeats layers of the base model; train without it",
 }
 """Maps fields that must be absent, null, false or empty to the reason and the remedy."""

@@ -109,7 +109,7 @@ class TensorFile:
                 )
             entry = TensorEntry(name, dtype, tensor.shape, data_begin + position)
             if tensor.data_offsets != (position, position + entry.size_bytes):
-                raise self._broken(f"tensor {name} is not where its shape and its neighbours put it")
+                raise self._broken(f"the offsets of tensor {name} do not match its shape and the tensors before it")
             position += entry.size_bytes
             entries[name] = entry
         if data_begin + position != file_bytes:

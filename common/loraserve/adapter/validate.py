@@ -34,7 +34,7 @@ class LoraPair(msgspec.Struct, frozen=True):
 
 
 def check_name(name: str, served_model: str) -> None:
-    """Raise AdapterError ``bad_name`` if ``name`` is no valid adapter name or is the served model's name."""
+    """Raise AdapterError ``bad_name`` if ``name`` is not a valid adapter name or is the served model's name."""
     if not name or len(name) > MAX_NAME_CHARACTERS:
         reason = f"must have 1 to {MAX_NAME_CHARACTERS} characters"
     elif not name.isprintable() or name != name.strip():

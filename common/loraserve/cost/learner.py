@@ -39,7 +39,7 @@ class CostLearner:
         return set(self._learned)
 
     def _new_in(self, load: EngineLoad) -> MeasuredSpeed:
-        """Return the speed in ``load`` without the means that have no new measurements."""
+        """Return the speed in ``load``, without the means that an earlier report already contained."""
         learned = self._learned.get(load.engine)
         if learned is None or learned.incarnation != load.incarnation:
             learned = _Learned(incarnation=load.incarnation)

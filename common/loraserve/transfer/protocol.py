@@ -82,8 +82,7 @@ def check_read(
     handle: HandleBase, kind: type[KindT], ranges: Sequence[ByteRange], into: memoryview
 ) -> tuple[KindT, memoryview]:
     """Return the handle as ``kind`` and ``into`` as plain bytes. Raises TransferError if the read is impossible."""
-    check_read = check_handle(handle, kind, ranges)
-    return check_read, _as_bytes(handle, into, sum([each.length_bytes for each in ranges]))
+    return check_handle(handle, kind, ranges), _as_bytes(handle, into, sum([each.length_bytes for each in ranges]))
 
 
 def check_handle(handle: HandleBase, kind: type[KindT], ranges: Sequence[ByteRange]) -> KindT:

@@ -1,4 +1,4 @@
-"""Narrowing agrees with torch for every bit pattern that matters, and with numpy for float16."""
+"""Conversion to narrower dtypes agrees with torch for all relevant bit patterns, and with numpy for float16."""
 
 import numpy as np
 import torch

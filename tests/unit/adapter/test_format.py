@@ -1,4 +1,4 @@
-"""The header of a slab: what its digests are of, what its version stands for, what is no header."""
+"""The slab header: layer digests, the version, and the refusal of invalid headers."""
 
 import hashlib
 from typing import Any
@@ -31,7 +31,7 @@ SHAPE = ModelShape(layers=3, hidden=16, heads=4, kv_heads=2, head_dim=4, ffn=24,
 
 @st.composite
 def slabs(draw: st.DrawFn) -> Slab:
-    """Of any ranks, so that projections, modules and whole layers are absent too."""
+    """Draw slabs of arbitrary ranks. Projections, modules and whole layers may be absent."""
     counts = [len(SLICES[module]) for _ in range(SHAPE.layers) for module in MODULES]
     ranks = [tuple(draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))) for n in counts]
     dtype = draw(st.sampled_from(sorted(ITEM_BYTES)))
@@ -47,7 +47,7 @@ def header() -> SlabHeader:
 
 
 @given(slab=slabs())
-def test_every_byte_is_of_one_layer_and_in_its_digest(slab: Slab) -> None:
+def test_every_byte_belongs_to_one_layer_and_its_digest(slab: Slab) -> None:
     layers = [slab.header.layer(layer) for layer in range(SHAPE.layers)]
     assert [byte for part in layers for byte in part] == list(range(slab.header.slab_bytes))
     expected = tuple(blake3(slab.data[part.start : part.stop]).digest() for part in layers)
@@ -72,14 +72,14 @@ def test_a_flipped_bit_changes_the_digest_of_its_own_layer_and_the_version(slab:
 
 
 @given(slab=slabs())
-def test_a_header_comes_back_from_its_bytes_and_they_are_what_the_version_is_of(slab: Slab) -> None:
+def test_a_header_round_trips_and_its_version_is_the_hash_of_its_bytes(slab: Slab) -> None:
     data = encode_header(slab.header)
     assert decode_header(data) == slab.header
     assert slab_version(slab.header) == slab.version == hashlib.sha256(data).hexdigest()
 
 
 @given(slab=slabs(), at=st.integers(0), bit=st.integers(0, 7))
-def test_a_header_with_a_flipped_bit_is_none_or_has_another_version(slab: Slab, at: int, bit: int) -> None:
+def test_a_header_with_a_flipped_bit_is_refused_or_has_another_version(slab: Slab, at: int, bit: int) -> None:
     data = bytearray(encode_header(slab.header))
     data[at % len(data)] ^= 1 << bit
     try:
@@ -102,11 +102,11 @@ def test_a_header_with_a_flipped_bit_is_none_or_has_another_version(slab: Slab, 
     ],
     ids=lambda change: next(iter(change)),
 )
-def test_the_version_stands_for_every_field(header: SlabHeader, change: dict[str, Any]) -> None:
+def test_the_version_depends_on_every_field(header: SlabHeader, change: dict[str, Any]) -> None:
     assert slab_version(msgspec.structs.replace(header, **change)) != slab_version(header)
 
 
-def test_a_layout_is_no_header(header: SlabHeader) -> None:
+def test_an_unsealed_layout_cannot_be_encoded(header: SlabHeader) -> None:
     layout = make_uniform_layout(SHAPE, "float32", 2)
     assert not layout.sealed
     assert header.sealed
@@ -118,7 +118,7 @@ def test_a_layout_is_no_header(header: SlabHeader) -> None:
 
 
 def moved(header: SlabHeader, by: int) -> tuple[LayoutRow, ...]:
-    """The rows, the second of them elsewhere."""
+    """Return the rows of ``header`` with the offset of the second row changed by ``by``."""
     first, second, *rest = header.rows
     return (first, msgspec.structs.replace(second, offset=second.offset + by), *rest)
 
@@ -131,22 +131,22 @@ def moved(header: SlabHeader, by: int) -> tuple[LayoutRow, ...]:
         (lambda h: {"layer_digests": h.layer_digests[:2]}, "2 digests for 3 layers"),
         (lambda h: {"layer_digests": (*h.layer_digests, bytes(32))}, "4 digests for 3 layers"),
         (lambda h: {"layer_digests": (*h.layer_digests[:2], bytes(31))}, "length >= 32"),
-        (lambda h: {"rows": h.rows[:-1]}, "its rows are not where its ranks and shape put them"),
-        (lambda h: {"rows": moved(h, 16)}, "its rows are not where"),
-        (lambda h: {"rows": moved(h, -16)}, "its rows are not where"),
-        (lambda h: {"rows": (LayoutRow(0, (2, 2), (1.0, 1.0)), *h.rows[1:])}, "its rows are not where"),
-        (lambda h: {"rows": (LayoutRow(0, (-2, 2, 2), (1.0,) * 3), *h.rows[1:])}, "its rows are not where"),
-        (lambda h: {"elements": h.elements + 16}, "its rows are not where"),
-        (lambda h: {"rank": 1}, "its rows are not where"),
+        (lambda h: {"rows": h.rows[:-1]}, "its rows are not at the offsets that follow from its ranks and shape"),
+        (lambda h: {"rows": moved(h, 16)}, "its rows are not at the offsets"),
+        (lambda h: {"rows": moved(h, -16)}, "its rows are not at the offsets"),
+        (lambda h: {"rows": (LayoutRow(0, (2, 2), (1.0, 1.0)), *h.rows[1:])}, "its rows are not at the offsets"),
+        (lambda h: {"rows": (LayoutRow(0, (-2, 2, 2), (1.0,) * 3), *h.rows[1:])}, "its rows are not at the offsets"),
+        (lambda h: {"elements": h.elements + 16}, "its rows are not at the offsets"),
+        (lambda h: {"rank": 1}, "its rows are not at the offsets"),
     ],
 )
-def test_what_no_slab_has_is_refused(header: SlabHeader, change: Any, reason: str) -> None:
+def test_inconsistent_headers_are_refused(header: SlabHeader, change: Any, reason: str) -> None:
     tampered = msgspec.structs.replace(header, **change(header))
     with pytest.raises(msgspec.ValidationError, match=reason):
         decode_header(msgspec.msgpack.encode(tampered, order="deterministic"))
 
 
-def test_a_header_is_what_encode_header_gives_and_nothing_beside_it(header: SlabHeader) -> None:
+def test_only_the_canonical_encoding_is_accepted(header: SlabHeader) -> None:
     fields = msgspec.structs.asdict(header)
     assert decode_header(msgspec.msgpack.encode(fields)) == header
     for other in ({**fields, "more": 1}, {name: fields[name] for name in fields if name != "format"}):
@@ -154,7 +154,7 @@ def test_a_header_is_what_encode_header_gives_and_nothing_beside_it(header: Slab
             decode_header(msgspec.msgpack.encode(other))
 
 
-def test_what_no_decoder_reads_is_refused_like_the_rest(header: SlabHeader) -> None:
+def test_malformed_messagepack_is_refused(header: SlabHeader) -> None:
     no_text = encode_header(header).replace(b"float32", b"\xa5loat32")
     too_deep = b"\x81" + msgspec.msgpack.encode("more") + b"\x91" * 100_000
     for data in (no_text, too_deep):

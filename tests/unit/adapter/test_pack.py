@@ -1,4 +1,4 @@
-"""Packing is checked against a reading of the same directory that shares nothing with it but numpy."""
+"""Packed slabs are compared with an independent reader of the same directory, which shares only numpy with them."""
 
 import math
 from pathlib import Path
@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 
 from loraserve.adapter.dtypes import from_float32, to_float32
 from loraserve.adapter.format import ROW_ALIGN_ELEMENTS, decode_header, encode_header, seal_layout, slab_version
-from loraserve.adapter.pack import pack_peft, unpack_slab
+from loraserve.adapter.pack import pack_peft
 from loraserve.errors import AdapterError
 from loraserve.model_shape import MODULES
 from loraserve.testing.peft_writer import PROJECTIONS, TINY_SHAPE, named_tensors, random_pairs, tensor_name, write_peft
+from loraserve.testing.slabs import unpack_slab
 
 DTYPES = ("float32", "float16", "bfloat16")
 PLACES = [(layer, name) for layer in range(TINY_SHAPE.layers) for name in PROJECTIONS]

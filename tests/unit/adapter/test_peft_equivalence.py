@@ -1,4 +1,4 @@
-"""What peft saves and what peft computes: its delta weights equal scale * B A of the unpacked slab."""
+"""The delta weights that peft computes for a saved adapter equal scale * B A of the unpacked slab."""
 
 from pathlib import Path
 
@@ -11,10 +11,11 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
-from loraserve.adapter.pack import pack_peft, unpack_slab
+from loraserve.adapter.pack import pack_peft
 from loraserve.adapter.peft import PeftConfig, Scaling
 from loraserve.errors import AdapterError
 from loraserve.model_shape import ModelShape, shape_from_config
+from loraserve.testing.slabs import unpack_slab
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -46,7 +47,7 @@ def _base() -> tuple[transformers.LlamaForCausalLM, ModelShape]:
     ],
     ids=["plain", "rslora", "one-layer", "patterns", "rslora-pattern"],
 )  # fmt: skip
-def test_delta_weights_are_pefts(tmp_path: Path, settings: dict[str, object]) -> None:
+def test_delta_weights_equal_those_of_peft(tmp_path: Path, settings: dict[str, object]) -> None:
     base, shape = _base()
     model = peft.get_peft_model(base, peft.LoraConfig(**settings))
     with torch.no_grad():

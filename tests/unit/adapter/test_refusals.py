@@ -1,4 +1,4 @@
-"""Everything that is refused, each with its code and a message that names the field or tensor."""
+"""Refused adapters: each refusal has a code and a message that names the field or tensor."""
 
 import json
 import os
@@ -199,7 +199,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(tmp_path: 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_what_safetensors_refuses_is_refused(tmp_path: Path, data: st.DataObject) -> None:
-    """Damage at any place of the file: never another exception than AdapterError, never more lenient."""
+    """A damaged header raises only AdapterError, and every accepted file is also accepted by safetensors."""
     whole = bytearray(safetensors_bytes({A: np.ones((2, 3), dtype=np.float32), B: np.ones((3, 2), dtype=np.float32)}))
     header_end = 8 + int.from_bytes(whole[:8], "little")
     for _ in range(data.draw(st.integers(1, 3))):
@@ -226,12 +226,12 @@ def _names_or_code(path: Path) -> set[str] | str:
 @pytest.mark.parametrize(
     "name", ["", " a", "a\n", "tab\there", "nul\0", "x" * 201, "base", "\ud800", "zero\u200bwidth"]
 )
-def test_names_that_are_refused(name: str) -> None:
+def test_invalid_names_are_refused(name: str) -> None:
     with pytest.raises(AdapterError) as caught:
         check_name(name, served_model="base")
     assert caught.value.code == "bad_name"
 
 
 @pytest.mark.parametrize("name", ["a", "org/adapter:v2", "name with blanks", "Ünïcode", "x" * 200, "base2"])
-def test_names_that_are_taken(name: str) -> None:
+def test_valid_names_are_accepted(name: str) -> None:
     check_name(name, served_model="base")

@@ -1,4 +1,4 @@
-"""Where processes listen, and the claim that keeps a name to one process."""
+"""The addresses of processes, the private run directory, and the lock on a process name."""
 
 import os
 import stat
@@ -18,28 +18,28 @@ def on_tcp(**changes: object) -> Config:
     return Config(bus=BusConfig(**{**templates, **changes}))  # type: ignore[arg-type]
 
 
-def test_on_one_machine_a_process_is_two_sockets_in_the_run_dir() -> None:
+def test_by_default_a_process_has_two_sockets_in_the_run_dir() -> None:
     found = resolve_addresses(Config(cluster=ClusterConfig(run_dir="/run/x")), "engine-0")
     inbox, publications = "ipc:///run/x/engine-0.sock", "ipc:///run/x/engine-0.pub"
     assert found == Addresses(inbox, publications, inbox, publications)
     assert found.on_this_machine
 
 
-def test_over_tcp_a_process_may_listen_elsewhere_than_it_is_reached() -> None:
+def test_tcp_bind_addresses_may_differ_from_connect_addresses() -> None:
     config = on_tcp(bind="tcp://0.0.0.0:5570", bind_pub="tcp://*:5571")
     found = resolve_addresses(config, "router")
     assert found == Addresses("tcp://router:5570", "tcp://router:5571", "tcp://0.0.0.0:5570", "tcp://*:5571")
     assert not found.on_this_machine
 
 
-def test_a_peer_may_be_named_by_hand() -> None:
+def test_bus_peers_overrides_the_addresses_of_one_peer() -> None:
     config = on_tcp(peers={"engine-1": "tcp://[fd00::7]:70, tcp://[fd00::7]:71"})
     assert resolve_addresses(config, "engine-1").inbox == "tcp://[fd00::7]:70"
     assert resolve_addresses(config, "engine-1").publications == "tcp://[fd00::7]:71"
     assert resolve_addresses(config, "engine-0").inbox == "tcp://engine-0:5570"
 
 
-def test_without_a_run_dir_each_user_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_default_run_dir_contains_the_user_id(monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_dir(Config()).name == f"loraserve-{os.getuid()}"
 
 
@@ -56,7 +56,7 @@ def test_without_a_run_dir_each_user_has_one(monkeypatch: pytest.MonkeyPatch) ->
         (on_tcp(connect="tcp://x:1", connect_pub="tcp://x:1"), "give each its own"),
     ],
 )
-def test_addresses_that_cannot_be_used_name_their_field(config: Config, words: str) -> None:
+def test_errors_for_invalid_addresses_name_the_field(config: Config, words: str) -> None:
     with pytest.raises(ConfigError) as refused:
         resolve_addresses(config, "a")
     assert words in str(refused.value)
@@ -68,7 +68,7 @@ def test_the_run_dir_is_private(tmp_path: Path) -> None:
     assert make_private_dir(made) == made
 
 
-def test_a_run_dir_that_others_may_enter_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_a_run_dir_that_other_users_can_access_is_refused_with_the_remedy(tmp_path: Path) -> None:
     (tmp_path / "open").mkdir(mode=0o755)
     with pytest.raises(ConfigError, match=r"mode 0755.*run: chmod 700"):
         make_private_dir(tmp_path / "open")
@@ -102,7 +102,7 @@ def test_a_name_is_claimed_once_and_free_after_release(tmp_path: Path) -> None:
         claim.release()
 
 
-def test_a_claim_ends_with_its_process_however_that_ends(tmp_path: Path) -> None:
+def test_the_kernel_releases_the_claim_of_a_killed_process(tmp_path: Path) -> None:
     folder = make_private_dir(tmp_path / "run")
     code = (
         "import os, signal, sys; from pathlib import Path; from loraserve.bus.addresses import NameClaim;"

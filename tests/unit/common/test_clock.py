@@ -1,4 +1,4 @@
-"""Clocks: the machine's, one turned by hand, and an event loop in virtual time."""
+"""The system clock, a manual clock, and an event loop in virtual time."""
 
 import asyncio
 import time

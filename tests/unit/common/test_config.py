@@ -1,4 +1,4 @@
-"""Configuration: where values come from, what is refused, and that what is written reads back the same."""
+"""Configuration: sources and their order, refused values, and the round trip through TOML."""
 
 from pathlib import Path
 from typing import Any

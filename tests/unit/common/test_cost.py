@@ -1,4 +1,4 @@
-"""The cost model: what it predicts, how it learns, how it is kept, and the price of memory."""
+"""The cost model: predictions, corrections by measurements, storage, and sizes of extents."""
 
 import math
 from typing import Any

@@ -1,4 +1,4 @@
-"""Derived profiles: the arithmetic against figures worked out by hand, and the shipped files against the code."""
+"""Derived profiles: results compared with manual calculations, and the shipped files with the code."""
 
 import hashlib
 from heapq import heappop, heappush
@@ -9,11 +9,11 @@ import pytest
 from blake3 import blake3
 
 from loraserve.adapter.format import make_uniform_layout, seal_layout
+from loraserve.benchmarks.ship_profiles import LLAMA_3_8B, derived_profiles, write_derived_profiles
 from loraserve.cost import StepShape
 from loraserve.cost.derived import derive_profile, rank_elements, weight_bytes
 from loraserve.cost.hardware import HARDWARE, find_efficiencies
 from loraserve.cost.profile import SHIPPED, Efficiency, Profile, read_profile
-from loraserve.cost.ship import LLAMA_3_8B, derived_profiles, write_derived_profiles
 from loraserve.model_shape import ModelShape
 
 H200 = HARDWARE["h200"]
@@ -28,7 +28,7 @@ def llama(name: str) -> Profile:
 @pytest.mark.parametrize("name", sorted(derived_profiles()))
 def test_the_shipped_files_are_what_the_code_derives(name: str) -> None:
     shipped = read_profile(name)
-    assert shipped == derived_profiles()[name], "run python -m loraserve.cost.ship"
+    assert shipped == derived_profiles()[name], "run python -m loraserve.benchmarks.ship_profiles"
     assert shipped.origin == "derived"
     assert shipped.residuals is None
     assert all(efficiency.source for efficiency in shipped.efficiencies.values())
@@ -60,7 +60,7 @@ def test_figures_of_an_h200_worked_out_by_hand() -> None:
 
 
 def simulated_load_s(slab_bytes: float, layers: int, link_byte_s: float, thread_byte_s: float, threads: int) -> float:
-    """Layers arrive one after the other, and each is verified by the first thread that is free."""
+    """Return the seconds of a load in which layers arrive one by one and the next free thread verifies each."""
     layer_bytes = slab_bytes / layers
     free_s = [0.0] * threads
     for layer in range(layers):
@@ -72,7 +72,7 @@ def simulated_load_s(slab_bytes: float, layers: int, link_byte_s: float, thread_
 @pytest.mark.parametrize(
     ("nic_bytes_per_s", "threads"), [(25e9, 8), (50e9, 8), (1e9, 8), (12e9, 8), (50e9, 1), (50e9, 4), (50e9, 1000)]
 )
-def test_a_load_takes_what_link_and_digests_take_side_by_side(nic_bytes_per_s: float, threads: int) -> None:
+def test_a_load_takes_the_time_of_overlapped_transfer_and_digests(nic_bytes_per_s: float, threads: int) -> None:
     hardware = msgspec.structs.replace(H200, nic_bytes_per_s=nic_bytes_per_s)
     efficiencies = find_efficiencies(hardware)
     efficiencies["digest_threads"] = Efficiency(value=threads, source="test")
@@ -84,13 +84,13 @@ def test_a_load_takes_what_link_and_digests_take_side_by_side(nic_bytes_per_s: f
     assert cost.load_s(slab_bytes) - cost.load_base_s == pytest.approx(taken_s, rel=1e-6)
 
 
-def test_verifying_the_largest_slab_is_no_longer_most_of_a_second() -> None:
-    """640 MiB on an A100: 0.42 s when one thread verified all of it after the copy."""
+def test_several_threads_verify_the_largest_slab_in_well_under_a_second() -> None:
+    """One thread that verified 640 MiB on an A100 after the copy took 0.42 s."""
     assert llama("a100").cost.load_s(640 << 20) == pytest.approx(0.0452, abs=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(derived_profiles()))
-def test_loads_are_priced_with_the_speed_of_the_digest_that_slabs_use(name: str) -> None:
+def test_load_costs_use_the_speed_of_the_digest_that_slabs_use(name: str) -> None:
     layout = make_uniform_layout(
         ModelShape(layers=1, hidden=8, heads=1, kv_heads=1, head_dim=8, ffn=8, vocab=8), "float32", 1
     )
@@ -102,8 +102,8 @@ def test_loads_are_priced_with_the_speed_of_the_digest_that_slabs_use(name: str)
     assert [digest for digest in digests if digest in speed.source] == used
 
 
-def test_lora_alone_takes_what_the_kernels_floor_was_found_to_be() -> None:
-    """64 tokens of 64 adapters on an H200 at 4.3 TB/s: 3.88 ms exact, 10.1 ms padded to 128; x and y apart."""
+def test_lora_time_equals_the_calculated_minimum_of_the_kernels() -> None:
+    """64 tokens of 64 adapters on an H200 at 4.3 TB/s take 3.88 ms exact and 10.1 ms padded to 128, without x and y."""
     ranks = [RANKS[i % len(RANKS)] for i in range(64)]
     unit = llama("h200").engine.slab_bytes_per_rank
     step = StepShape(decode_sequences=64, slab_bytes=sum(ranks) * unit, rank_tokens=sum(ranks), max_rank=128)

@@ -1,4 +1,4 @@
-"""Fitting a cost model: what made the samples is found again, and never a negative price."""
+"""Fits recover the model that generated the samples, and no coefficient is negative."""
 
 from random import Random
 
@@ -68,7 +68,7 @@ def test_what_made_the_samples_is_found_again(lora: Lora, noise: float, within: 
 
 
 def test_small_steps_count_as_much_as_large_ones() -> None:
-    """One that is 40 times as long must not decide alone: twice its time moves a decode step's price little."""
+    """A step that takes 40 times as long must not dominate. Doubling its time changes a decode step's cost little."""
     steps = samples(TRUE, 100)
     odd = [(s, seconds * (2 if s.prefill_tokens == 512 else 1)) for s, seconds in steps]
     cost, _ = fit_cost_model(odd, loads(TRUE), "exact")

@@ -1,4 +1,4 @@
-"""The learner takes each measurement once: what an idle engine repeats is no news."""
+"""The learner uses each measurement once. An idle engine repeats its last measurements in every report."""
 
 from typing import Any
 
@@ -22,26 +22,25 @@ COUNT_OF = {"decode_step": "decode_steps", "prefill_step": "prefill_steps", "loa
 each_kind = pytest.mark.parametrize("kind", SLOW)
 
 
-def after(*pictures: list[EngineLoad], engines: tuple[str, ...] = ("engine-0",)) -> CostModel:
+def learn_all(*rounds: list[EngineLoad], engines: tuple[str, ...] = ("engine-0",)) -> CostModel:
     learner = CostLearner(COST)
-    for loads in pictures:
+    for loads in rounds:
         learner.learn(loads, engines)
     return learner.cost
 
 
 def report(name: str = "engine-0", **changes: Any) -> EngineLoad:
-    """Of an engine that measured this and nothing else."""
+    """Return the report of an engine whose only measurements are ``changes``."""
     nothing = {"decode_step_s": 0.0, "prefill_tokens_per_s": 0.0, "load_bytes": 0.0, "load_bytes_per_s": 0.0}
     return engine_load(name, **{**nothing, **changes})
 
 
 def slow(kind: str) -> EngineLoad:
-    """Of an engine that measured this and nothing else."""
     return report(**SLOW[kind])
 
 
-def truthful(name: str, number: int) -> EngineLoad:
-    """Of an engine that has had so many steps of either kind, all as the model says."""
+def accurate(name: str, number: int) -> EngineLoad:
+    """Return the report of an engine after ``number`` steps of each kind that took exactly the predicted time."""
     return report(
         name,
         decode_step=mean_step(DECODE, COST.step_s(DECODE)),
@@ -51,47 +50,46 @@ def truthful(name: str, number: int) -> EngineLoad:
     )
 
 
-def test_slow_first_prefill_of_idle_engines_does_not_outweigh_what_a_busy_one_measures() -> None:
+def test_slow_first_prefills_of_idle_engines_do_not_outweigh_a_busy_engine() -> None:
     idle = [report(f"idle-{n}", **SLOW["prefill_step"]) for n in range(3)]
     names = ("busy", *(load.engine for load in idle))
-    cost = after(*([truthful("busy", number), *idle] for number in range(1, 301)), engines=names)
+    cost = learn_all(*([accurate("busy", number), *idle] for number in range(1, 301)), engines=names)
     assert cost.step_s(PREFILL) == pytest.approx(COST.step_s(PREFILL), rel=0.02)
 
 
 @each_kind
-def test_a_report_teaches_once(kind: str) -> None:
+def test_a_repeated_report_is_learned_once(kind: str) -> None:
     slow_report = slow(kind)
-    once = after([slow_report])
+    once = learn_all([slow_report])
     assert once == COST.observe(slow_report.speed)
     assert once != COST
-    assert after(*[[slow_report]] * 10) == once
+    assert learn_all(*[[slow_report]] * 10) == once
 
 
 @each_kind
-def test_what_was_counted_since_is_news_though_it_was_the_same(kind: str) -> None:
-    """Of its own kind alone."""
+def test_a_higher_count_is_a_new_measurement_of_its_kind_only(kind: str) -> None:
     once = report(**ALL_SLOW)
     later = report(**{**ALL_SLOW, COUNT_OF[kind]: 2})
-    assert after([once], [later]) == COST.observe(once.speed).observe(slow(kind).speed)
+    assert learn_all([once], [later]) == COST.observe(once.speed).observe(slow(kind).speed)
 
 
-def test_short_requests_that_ended_before_the_report_teach_too() -> None:
-    assert after([report(running=0, **SLOW["decode_step"])]) != COST
+def test_measurements_of_an_engine_without_running_requests_are_learned() -> None:
+    assert learn_all([report(running=0, **SLOW["decode_step"])]) != COST
 
 
-def test_an_engine_that_began_anew_counts_anew() -> None:
+def test_a_restarted_engine_starts_with_new_counts() -> None:
     old = report(**{**ALL_SLOW, "decode_steps": 50, "prefill_steps": 50, "loads": 50})
     new = report(incarnation="i2", **ALL_SLOW)
-    assert after([old], [new]) == COST.observe(old.speed).observe(new.speed)
-    assert after([old], [new], [new]) == after([old], [new])
+    assert learn_all([old], [new]) == COST.observe(old.speed).observe(new.speed)
+    assert learn_all([old], [new], [new]) == learn_all([old], [new])
 
 
-def test_an_engine_that_does_not_report_for_a_while_has_not_counted_anew() -> None:
+def test_a_missing_report_does_not_make_old_measurements_new() -> None:
     once = report(**ALL_SLOW)
-    assert after([once], [], [once]) == after([once])
+    assert learn_all([once], [], [once]) == learn_all([once])
 
 
-def test_engines_that_are_gone_are_forgotten() -> None:
+def test_engines_that_are_no_longer_known_are_forgotten() -> None:
     learner = CostLearner(COST)
     for number in range(100):
         learner.learn([report(f"e{number}", **ALL_SLOW)], (f"e{number}", f"e{number - 1}"))

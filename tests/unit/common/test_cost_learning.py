@@ -1,4 +1,4 @@
-"""What reports of prefill and loads teach: what they themselves took, and nothing of what was beside or before them."""
+"""The cost model assigns measured times to the terms that caused them, for prefill steps, decode steps and loads."""
 
 from math import inf, nan
 from random import Random
@@ -28,7 +28,7 @@ def everything(cost: CostModel) -> tuple[str, ...]:
 
 
 def shapes(rng: Random) -> tuple[StepShape, StepShape]:
-    """A step of decoding alone and one with prefill, of sequences of one adapter."""
+    """Return a decode step and a step that adds prefill to it. All sequences use one adapter."""
     sequences, blocks, rank = rng.randint(1, 40), rng.randint(10, 500), rng.choice((8, 16, 64))
     decode = StepShape(
         decode_sequences=sequences,
@@ -48,7 +48,7 @@ def shapes(rng: Random) -> tuple[StepShape, StepShape]:
 
 
 def report(hardware: CostModel, rng: Random) -> MeasuredSpeed:
-    """Of an engine that behaves exactly as ``hardware`` says."""
+    """Return the report of an engine whose times are exactly those of ``hardware``."""
     decode, prefill = shapes(rng)
     load_bytes = rng.choice((1, 20, 400)) * MIB
     return measured_speed(
@@ -67,7 +67,7 @@ def learned(cost: CostModel, hardware: CostModel, reports: int = 1000) -> CostMo
 
 
 @either
-def test_hardware_that_is_as_the_model_says_teaches_nothing(cost: CostModel) -> None:
+def test_exact_predictions_change_no_coefficient(cost: CostModel) -> None:
     after = learned(cost, hardware=cost, reports=300)
     for name in everything(cost):
         assert getattr(after, name) == pytest.approx(getattr(cost, name), rel=1e-9), name
@@ -75,7 +75,7 @@ def test_hardware_that_is_as_the_model_says_teaches_nothing(cost: CostModel) -> 
 
 @either
 @pytest.mark.parametrize("factor", [0.5, 2.0])
-def test_hardware_of_another_speed_is_found_to_be_of_that(cost: CostModel, factor: float) -> None:
+def test_the_model_converges_to_hardware_of_another_speed(cost: CostModel, factor: float) -> None:
     hardware = times(cost, factor, *everything(cost))
     after = learned(cost, hardware)
     for name in ("prefill_token_s", "sequence_s", "step_base_s", *OF_LOADS):
@@ -87,7 +87,7 @@ def test_hardware_of_another_speed_is_found_to_be_of_that(cost: CostModel, facto
 
 
 @either
-def test_slow_prefill_is_not_taken_for_slow_decoding(cost: CostModel) -> None:
+def test_slow_prefill_does_not_raise_the_decode_terms(cost: CostModel) -> None:
     hardware = times(cost, 2.0, *OF_PREFILL)
     after = learned(cost, hardware)
     assert after.prefill_token_s == pytest.approx(hardware.prefill_token_s, rel=0.1)
@@ -96,23 +96,25 @@ def test_slow_prefill_is_not_taken_for_slow_decoding(cost: CostModel) -> None:
     assert all(getattr(after, name) == getattr(cost, name) for name in OF_LOADS)
 
 
-def test_what_decodes_beside_prefill_is_not_its_own_time() -> None:
+def test_decoding_in_a_prefill_step_does_not_raise_the_prefill_term() -> None:
     shape = StepShape(decode_sequences=40, kv_tokens=50_000, prefill_tokens=10)
-    assert 10 / EXACT.step_s(shape) < 0.2 / EXACT.prefill_token_s, "its rate alone looks slow"
+    assert 10 / EXACT.step_s(shape) < 0.2 / EXACT.prefill_token_s, (
+        "prefill tokens per second alone suggest slow prefill"
+    )
     load = measured_speed(prefill_step=mean_step(shape, EXACT.step_s(shape)), load_bytes_per_s=0.0)
     assert EXACT.observe(load).prefill_token_s == pytest.approx(EXACT.prefill_token_s)
 
 
-def test_the_base_of_small_loads_is_not_taken_for_their_bytes() -> None:
+def test_the_base_time_of_small_loads_does_not_raise_the_byte_term() -> None:
     small = measured_speed(load_bytes=1000.0, load_bytes_per_s=1000 / EXACT.load_s(1000))
     assert EXACT.observe(small).load_byte_s == pytest.approx(EXACT.load_byte_s)
 
 
-def test_an_engine_that_does_not_say_what_it_loaded_teaches_nothing_of_loads() -> None:
+def test_a_load_without_a_size_is_ignored() -> None:
     assert EXACT.observe(measured_speed(load_bytes_per_s=1.0, load_bytes=0.0)) == EXACT
 
 
-def test_prefill_that_cost_nothing_is_learned_beside_what_decoding_costs() -> None:
+def test_prefill_terms_of_zero_are_learned_without_changing_decode_terms() -> None:
     free = times(EXACT, 0.0, *OF_PREFILL)
     decode = StepShape(decode_sequences=4)
     step = msgspec.structs.replace(decode, prefill_tokens=100)
@@ -127,8 +129,7 @@ def test_prefill_that_cost_nothing_is_learned_beside_what_decoding_costs() -> No
     assert cost.step_s(decode) == pytest.approx(free.step_s(decode), rel=0.02)
 
 
-def test_the_first_prefill_is_charged_nothing_of_what_decodes_beside_it() -> None:
-    """Also where no later report would put it right."""
+def test_the_first_prefill_measurement_excludes_the_predicted_decode_time() -> None:
     free = times(EXACT, 0.0, *OF_PREFILL)
     step = StepShape(decode_sequences=40, kv_tokens=50_000, prefill_tokens=100)
     cost = free.observe(measured_speed(prefill_step=mean_step(step, free.step_s(step) + 0.2)))
@@ -137,16 +138,16 @@ def test_the_first_prefill_is_charged_nothing_of_what_decodes_beside_it() -> Non
 
 @either
 @pytest.mark.parametrize("measured_s", [nan, inf, -inf, -1.0])
-def test_what_no_clock_can_have_measured_teaches_nothing(cost: CostModel, measured_s: float) -> None:
+def test_impossible_durations_are_ignored(cost: CostModel, measured_s: float) -> None:
     decode, prefill = shapes(Random(0))
     steps = {"decode_step": mean_step(decode, measured_s), "prefill_step": mean_step(prefill, measured_s)}
-    for believed in (cost, times(cost, 0.0, *OF_PREFILL), times(cost, 0.0, *everything(cost))):
-        assert believed.observe(measured_speed(load_bytes_per_s=0.0, **steps)) == believed
-        assert believed.observe(measured_speed(load_bytes=1e6, load_bytes_per_s=1e6 / measured_s)) == believed
-        assert believed.observe(measured_speed(load_bytes=measured_s)) == believed
+    for current in (cost, times(cost, 0.0, *OF_PREFILL), times(cost, 0.0, *everything(cost))):
+        assert current.observe(measured_speed(load_bytes_per_s=0.0, **steps)) == current
+        assert current.observe(measured_speed(load_bytes=1e6, load_bytes_per_s=1e6 / measured_s)) == current
+        assert current.observe(measured_speed(load_bytes=measured_s)) == current
 
 
-def test_what_runs_now_is_not_taken_for_what_ran_in_the_steps_that_were_measured() -> None:
+def test_a_measured_step_is_compared_with_its_own_contents() -> None:
     small = StepShape(decode_sequences=1)
     load = measured_speed(decode_step=mean_step(small, EXACT.step_s(small)))
     assert EXACT.observe(load).sequence_s == pytest.approx(EXACT.sequence_s)

@@ -1,4 +1,4 @@
-"""Profile files: which are refused and how, and which one a configuration asks for."""
+"""Profile files: refusals, and the choice of a profile for a configuration."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from loraserve.benchmarks.ship_profiles import LLAMA_3_8B
 from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig
 from loraserve.cost import CostModel
 from loraserve.cost.profile import (
@@ -18,13 +19,12 @@ from loraserve.cost.profile import (
     read_profile,
     write_profile,
 )
-from loraserve.cost.ship import LLAMA_3_8B
 from loraserve.errors import ConfigError
 from loraserve.testing.small_profile import small_profile
 
 H200 = read_profile("llama-3-8b-h200")
 RANK_8_BYTES = 8 * H200.engine.slab_bytes_per_rank
-"""40 MiB, in whole granules of an extent."""
+"""40 MiB, a multiple of the extent granule."""
 
 
 def hugging_face_dir(directory: Path, **changes: Any) -> str:

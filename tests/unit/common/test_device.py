@@ -1,4 +1,4 @@
-"""Which kind of device is taken, as told by the folder in which the kernel shows devices."""
+"""Detection of devices, cores and memory from the files that the kernel and the driver provide."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""What comes while interrupts are held back is raised afterwards, once, and nothing else is touched."""
+"""An interrupt during the block raises KeyboardInterrupt once, after the block. Other handlers stay as they are."""
 
 import signal
 import threading
@@ -11,7 +11,7 @@ from loraserve.interrupts import INTERRUPTS, hold_back_interrupts
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """As in `up`: both raise KeyboardInterrupt."""
+    """Let SIGINT and SIGTERM raise KeyboardInterrupt, as in `up`."""
     before = [signal.signal(number, signal.default_int_handler) for number in INTERRUPTS]
     yield
     assert [signal.getsignal(number) for number in INTERRUPTS] == [signal.default_int_handler] * 2

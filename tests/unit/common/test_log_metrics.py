@@ -1,4 +1,4 @@
-"""What a process says of itself: log lines and metrics."""
+"""Log lines and metrics of a process."""
 
 import io
 import json
@@ -36,7 +36,7 @@ def logging_as_before() -> Iterator[None]:
 
 
 def written(folder: Path, **settings: Any) -> list[str]:
-    """The lines that one of each kind of event leaves."""
+    """Return the log lines of one event of each kind."""
     config = Config(cluster=ClusterConfig(log_dir=str(folder / "logs"), **settings))
     configure_logging(config, "engine-0")
     log = get_logger("loraserve.engine")

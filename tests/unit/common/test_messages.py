@@ -1,4 +1,4 @@
-"""The wire catalogue: every message survives the wire, old and new releases read each other, others can read it."""
+"""Every message round-trips, is compatible with older and newer releases, and is readable without our types."""
 
 import types
 import typing
@@ -25,7 +25,7 @@ each_message = pytest.mark.parametrize("kind", MESSAGES, ids=lambda kind: kind._
 
 
 def values(annotation: Any) -> "st.SearchStrategy[Any]":
-    """Anything that the annotation allows and MessagePack can hold."""
+    """Return a strategy for all values that the annotation allows and MessagePack can encode."""
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return st.one_of(*map(values, arguments))
@@ -54,7 +54,7 @@ def encoded(message: Any) -> bytes:
 
 
 def example(kind: type[Message]) -> Message:
-    """The least of its kind: zeros, empty texts."""
+    """Return the smallest value of the type, such as 0 or an empty text."""
     required = (field for field in msgspec.structs.fields(kind) if field.required)
     return kind(**{field.name: least(field.type) for field in required})
 
@@ -95,7 +95,7 @@ def test_the_msgpack_package_reads_it_without_a_schema(kind: type[Message], data
 
 
 def plain(value: Any) -> Any:
-    """What a reader without our types sees."""
+    """Return the content as a reader without our types decodes it."""
     if isinstance(value, msgspec.Struct):
         fields = {name: plain(getattr(value, name)) for name in value.__struct_fields__}
         tag = {"type": type(value).__name__} if value.__struct_config__.tag else {}

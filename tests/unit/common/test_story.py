@@ -1,4 +1,4 @@
-"""Stories: what happened to one subject, in order, in bounded memory."""
+"""Stories keep the events of a subject in order and in bounded memory."""
 
 from loraserve.messages import StoryLine
 from loraserve.story import MAX_ENTRIES, MAX_SUBJECTS, Story

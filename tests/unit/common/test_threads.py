@@ -1,4 +1,4 @@
-"""Whatever cancels a wait for a thread, the thread is over when the wait is."""
+"""A cancelled wait for a thread ends only when the thread has finished."""
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor

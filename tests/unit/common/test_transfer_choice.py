@@ -1,4 +1,4 @@
-"""Which transports carry bytes between two processes."""
+"""The choice of transports between two processes."""
 
 import msgspec
 import pytest

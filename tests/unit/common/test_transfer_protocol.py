@@ -1,4 +1,4 @@
-"""Handles survive the wire, and what cannot be read is refused before a byte is written."""
+"""Handles round-trip, and impossible reads are refused before a byte is written."""
 
 from typing import Any
 

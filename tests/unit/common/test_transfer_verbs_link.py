@@ -1,4 +1,4 @@
-"""A connection that broke is told of what was under way over it: that concerns nobody any more."""
+"""A broken connection ignores the completions of its former reads."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -18,7 +18,7 @@ DENIED = 10
 
 
 class FakeQueue:
-    """Keeps what is asked of it; nothing ever comes by itself."""
+    """A queue pair that records requests. Nothing completes unless the test says so."""
 
     def __init__(self) -> None:
         self.asked: list[int] = []
@@ -39,7 +39,7 @@ def play(scenario: Callable[[ReadConnection, FakeQueue], Awaitable[None]]) -> No
 
 
 def begin(link: ReadConnection, timeout_s: float = 60.0) -> "asyncio.Task[None]":
-    """A read of four pieces, of which two are asked for at once."""
+    """A read of four pieces, of which at most two are in flight."""
     return asyncio.create_task(link.read(HANDLE, [ByteRange(0, 4096)], ReadDestination(0, 1), 1024, timeout_s))
 
 

@@ -1,4 +1,4 @@
-"""Which piece is asked for next, which address is taken, what a status says, and ports as the kernel lists them."""
+"""The order of pieces, the choice of addresses, the meaning of statuses, and the listing of ports."""
 
 import random
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_a_dropped_read_is_over_with_what_was_asked_for() -> None:
 def test_every_piece_of_every_read_is_asked_for_once(
     reads: list[list[int]], depth: int, piece_bytes: int, choose: random.Random
 ) -> None:
-    """In any order of arrivals and with reads dropped on the way, every read ends once."""
+    """Every read completes once, for any order of arrivals and with dropped reads."""
     turns = PieceQueue(depth)
     wanted = {
         i: list(split_ranges([ByteRange(0, length) for length in lengths], piece_bytes))

@@ -1,4 +1,4 @@
-"""The bytes: who says hello, what is a message, and that nothing that arrives can do harm."""
+"""The wire format: hellos, messages, and harmless handling of arbitrary bytes."""
 
 from typing import Any
 

@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from threading import Lock
 from types import ModuleType
-from typing import Protocol
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -157,15 +157,6 @@ opening = Lock()
 """Lock for creating event descriptors. A creator finds its own by listing the descriptors before and after."""
 
 
-class Registered(Protocol):
-    """The used members of ``pyverbs.mr.MR``, a registered memory region."""
-
-    lkey: int
-    rkey: int
-
-    def close(self) -> None: ...
-
-
 @cache
 def pyverbs_module(name: str) -> ModuleType:
     return importlib.import_module(f"pyverbs.{name}")
@@ -187,15 +178,15 @@ def verbs_errors() -> tuple[type[Exception], ...]:
 
 
 class RegisteredMemory:
-    """Memory registered with a device. RDMA requests address its first byte as ``base``."""
+    """Memory registered with a device as a ``pyverbs.mr.MR``. RDMA requests address its first byte as ``base``."""
 
-    def __init__(self, registered: Registered, base: int, length_bytes: int, keeps: object) -> None:
+    def __init__(self, registered: Any, base: int, length_bytes: int, keeps: object) -> None:
         self._registered = registered
         self._keeps = keeps
         self.base = base
         self.length_bytes = length_bytes
-        self.local_key = registered.lkey
-        self.remote_key = registered.rkey
+        self.local_key: int = registered.lkey
+        self.remote_key: int = registered.rkey
 
     def holds(self, address: int, length_bytes: int) -> bool:
         """Return whether this is host memory that contains the given range."""

@@ -128,7 +128,7 @@ class VerbsExporter:
 
     def _connect(self, connection: _Connection, peer: QueueEnd) -> QueueEnd:
         try:
-            connection.pair = QueuePair(self._device, self._completions.queue, depth=1, served=True)
+            connection.pair = QueuePair(self._device, self._completions, depth=1, served=True)
             connection.pair.connect(peer)
         except verbs_errors() as error:
             raise TransferError(

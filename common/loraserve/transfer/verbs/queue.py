@@ -2,7 +2,6 @@
 
 import os
 import secrets
-from typing import Protocol
 
 from loraserve.errors import ConfigError
 from loraserve.messages import QueueEnd
@@ -19,12 +18,6 @@ FOR_EVER = 7
 HOPS = 64
 SHORTEST_WAIT = 12
 EVENTS = "anon_inode:[infinibandevent]"
-
-
-class CompletionQueue(Protocol):
-    """The used members of ``pyverbs.cq.CQ``."""
-
-    def close(self) -> None: ...
 
 
 class Completions:
@@ -74,7 +67,7 @@ class Completions:
 class QueuePair:
     """One end of a connection. If ``served``, the peer reads through it; otherwise this process reads."""
 
-    def __init__(self, device: RdmaDevice, completions: CompletionQueue, depth: int, served: bool) -> None:
+    def __init__(self, device: RdmaDevice, completions: Completions, depth: int, served: bool) -> None:
         self._device = device
         self._served = served
         self._psn = secrets.randbits(24)
@@ -83,8 +76,8 @@ class QueuePair:
             device.domain,
             qp.QPInitAttr(
                 qp_type=verbs_enums().IBV_QPT_RC,
-                scq=completions,
-                rcq=completions,
+                scq=completions.queue,
+                rcq=completions.queue,
                 cap=qp.QPCap(max_send_wr=depth, max_recv_wr=1),
                 sq_sig_all=1,
             ),

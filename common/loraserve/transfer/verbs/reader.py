@@ -180,7 +180,7 @@ class VerbsReader:
         return link
 
     def _new_queue(self) -> QueuePair:
-        return QueuePair(self._device, self._completions.queue, self._depth, served=False)
+        return QueuePair(self._device, self._completions, self._depth, served=False)
 
     async def _exchange_ends(self, handle: VerbsHandle, queue: QueuePair, what: str) -> None:
         request = ConnectQueue(

@@ -26,7 +26,7 @@ from loraserve.kernels.cpu.operands import (
     take_part,
 )
 from loraserve.kernels.cpu.threads import run
-from loraserve.kernels.cpu.vector_code import LANES, STEP, make_axpy_block, make_mix_block
+from loraserve.kernels.cpu.vector_code import LANES, STEP, block_of_size, make_axpy_block, make_mix_block
 
 MAX_ROWS = 4
 """Maximum number of query rows that one pass over keys and values computes."""
@@ -59,34 +59,10 @@ class StoreCall(OperandBlock):
 
 _attend_operands, _store_operands = reader(AttendCall), reader(StoreCall)
 
-_score_1, _score_2, _score_3, _score_4 = (make_score_block(rows, GROUP_TOKENS) for rows in (1, 2, 3, 4))
-_wide_1, _wide_2, _wide_3, _wide_4 = (make_mix_block(rows, MIX_VECTORS, "float32") for rows in (1, 2, 3, 4))
+_score = block_of_size((4, 3, 2, 1), lambda rows: make_score_block(rows, GROUP_TOKENS))
+_mix_wide = block_of_size((4, 3, 2, 1), lambda rows: make_mix_block(rows, MIX_VECTORS, "float32"))
 _narrow = make_mix_block(1, 1, "float32")
 _axpy = make_axpy_block(1, 1, "float32")
-
-
-@inlined
-def _score(rows, q, q_stride, keys, dim, out, out_stride, ahead):  # type: ignore[no-untyped-def]
-    if rows == 4:
-        _score_4(q, q_stride, keys, dim, out, out_stride, ahead)
-    elif rows == 3:
-        _score_3(q, q_stride, keys, dim, out, out_stride, ahead)
-    elif rows == 2:
-        _score_2(q, q_stride, keys, dim, out, out_stride, ahead)
-    else:
-        _score_1(q, 0, keys, dim, out, out_stride, ahead)
-
-
-@inlined
-def _mix_wide(rows, out, out_stride, weights, span, values, dim, count, ahead):  # type: ignore[no-untyped-def]
-    if rows == 4:
-        _wide_4(out, out_stride, weights, span, values, dim, count, ahead)
-    elif rows == 3:
-        _wide_3(out, out_stride, weights, span, values, dim, count, ahead)
-    elif rows == 2:
-        _wide_2(out, out_stride, weights, span, values, dim, count, ahead)
-    else:
-        _wide_1(out, 0, weights, span, values, dim, count, ahead)
 
 
 @called("f32")
@@ -95,7 +71,8 @@ def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # ty
     wide = dim - dim % (MIX_VECTORS * LANES)
     whole = dim - dim % LANES
     for first in range(0, wide, MIX_VECTORS * LANES):
-        _mix_wide(rows, out + first * 4, out_stride, weights, span, values + first * 4, dim, count, ahead + first * 4)
+        target, source = out + first * 4, values + first * 4
+        _mix_wide(rows, (target, out_stride, weights, span, source, dim, count, ahead + first * 4))
     for row in range(rows if wide < dim else 0):
         target = out + row * out_stride * 4
         source = weights + row * span * 4
@@ -125,7 +102,8 @@ def _attend(rows, growth, q, out, stride, shortest, keys, values, table, layout,
         ahead = values + start
         if first + GROUP_TOKENS < longest:
             ahead = keys + _cache_offset(table, first + GROUP_TOKENS, layout)
-        _score(rows, q, stride, keys + _cache_offset(table, first, layout), dim, scores + first * 4, span, ahead)
+        place = keys + _cache_offset(table, first, layout)
+        _score(rows, (q, stride, place, dim, scores + first * 4, span, ahead))
     for row in range(rows):
         softmax(scores + row * span * 4, shortest + growth * row, scale)
         floats(out + row * stride * 4, dim)[:] = np.float32(0.0)

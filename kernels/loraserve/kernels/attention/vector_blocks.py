@@ -27,7 +27,7 @@ from loraserve.kernels.cpu.vector_code import (
 
 VI32 = ir.VectorType(I32, LANES)
 SMALLEST_EXPONENT = -87.0
-"""``_exp`` returns 0 below this exponent, where e**x is no normal float32."""
+"""``_exp`` returns 0 below this exponent, where e**x is not a normal float32."""
 
 
 def make_score_block(rows: int, positions: int) -> Any:

@@ -5,12 +5,13 @@ token's result has the same bits in any batch. Addresses are int64, so kernels c
 README of ``loraserve.kernels`` explains how the code is generated and how to read and debug it.
 """
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from llvmlite import binding, ir
 from numba.core import cgutils
 
-from loraserve.kernels.cpu.compiled import I64, emitted, no_result
+from loraserve.kernels.cpu.compiled import I64, emitted, inlined, no_result
 
 LANES = 8
 STEP = 2 * LANES
@@ -105,6 +106,31 @@ def offset(builder: Any, address: Any, index: Any, element_bytes: int) -> Any:
 def most_sums() -> int:
     """Return the most vector sums that a block may hold in registers. The other half of the registers is for loads."""
     return 16 if binding.get_host_cpu_features().get("avx512vl") else 8
+
+
+def block_of_size(sizes: Sequence[int], make_block: Callable[[int], Any]) -> Any:
+    """Return the function block(size, operands), which calls the intrinsic ``make_block(size)`` for one of ``sizes``.
+
+    ``operands`` is a tuple. A kernel knows the size only at run time, so the function contains one branch per size.
+    """
+    first = make_block(sizes[0])
+    if len(sizes) == 1:
+
+        @inlined
+        def only(size, operands):  # type: ignore[no-untyped-def]
+            first(*operands)
+
+        return only
+    largest, smaller = sizes[0], block_of_size(sizes[1:], make_block)
+
+    @inlined
+    def block(size, operands):  # type: ignore[no-untyped-def]
+        if size == largest:
+            first(*operands)
+        else:
+            smaller(size, operands)
+
+    return block
 
 
 def make_dot_block(tokens: int, rows: int, dtype: str) -> Any:

@@ -25,7 +25,14 @@ from loraserve.kernels.cpu.operands import (
     reader,
     take_part,
 )
-from loraserve.kernels.cpu.vector_code import ELEMENT_BYTES, LANES, make_axpy_block, make_dot_block, make_mix_block
+from loraserve.kernels.cpu.vector_code import (
+    ELEMENT_BYTES,
+    LANES,
+    block_of_size,
+    make_axpy_block,
+    make_dot_block,
+    make_mix_block,
+)
 from loraserve.kernels.lora.batch import LoraBatch
 from loraserve.kernels.lora.tables import A_OFFSET, B_OFFSETS, LAYOUT_FIELDS, MAX_SLICES, RANKS, AdapterTables
 from loraserve.model_shape import MODULES
@@ -73,7 +80,7 @@ def _stride(tokens, i, block):  # type: ignore[no-untyped-def]
 
 def _make_shrink(dtype: str) -> Any:
     item = ELEMENT_BYTES[dtype]
-    dot_4x4, dot_2x4, dot_1x4 = (make_dot_block(tokens, ROWS, dtype) for tokens in (4, 2, 1))
+    dot_rows = block_of_size((4, 2, 1), lambda tokens: make_dot_block(tokens, ROWS, dtype))
     dot_1x1 = make_dot_block(1, 1, dtype)
 
     @called(dtype)
@@ -87,13 +94,7 @@ def _make_shrink(dtype: str) -> Any:
             source = x + tokens[i] * k * 4
             target = h + i * rank * 4
             for row in range(0, whole, ROWS):
-                weights = a + row * k * item
-                if block == 4:
-                    dot_4x4(source, stride, weights, k, k, target + row * 4, rank)
-                elif block == 2:
-                    dot_2x4(source, stride, weights, k, k, target + row * 4, rank)
-                else:
-                    dot_1x4(source, stride, weights, k, k, target + row * 4, rank)
+                dot_rows(block, (source, stride, a + row * k * item, k, k, target + row * 4, rank))
             for t in range(block):
                 for row in range(whole, rank):
                     place = target + (t * rank + row) * 4
@@ -105,7 +106,7 @@ def _make_shrink(dtype: str) -> Any:
 
 def _make_expand_few(dtype: str) -> Any:
     item = ELEMENT_BYTES[dtype]
-    axpy_4x4, axpy_2x4, axpy_1x4 = (make_axpy_block(tokens, ROWS, dtype) for tokens in (4, 2, 1))
+    axpy_rows = block_of_size((4, 2, 1), lambda tokens: make_axpy_block(tokens, ROWS, dtype))
     axpy_1x1 = make_axpy_block(1, 1, dtype)
 
     @called(dtype)
@@ -120,12 +121,7 @@ def _make_expand_few(dtype: str) -> Any:
             source = h + i * h_stride * 4
             for row in range(0, whole, ROWS):
                 weights = b + row * b_width * item
-                if block == 4:
-                    axpy_4x4(target, stride, source + row * 4, h_stride, weights, b_width, columns)
-                elif block == 2:
-                    axpy_2x4(target, stride, source + row * 4, h_stride, weights, b_width, columns)
-                else:
-                    axpy_1x4(target, stride, source + row * 4, h_stride, weights, b_width, columns)
+                axpy_rows(block, (target, stride, source + row * 4, h_stride, weights, b_width, columns))
             for t in range(block):
                 for row in range(whole, rank):
                     factor = source + (t * h_stride + row) * 4
@@ -137,7 +133,7 @@ def _make_expand_few(dtype: str) -> Any:
 
 def _make_expand_many(dtype: str) -> Any:
     item = ELEMENT_BYTES[dtype]
-    mix_4, mix_2, mix_1 = (make_mix_block(tokens, MIX_VECTORS, dtype) for tokens in (4, 2, 1))
+    mix_columns = block_of_size((4, 2, 1), lambda tokens: make_mix_block(tokens, MIX_VECTORS, dtype))
 
     @called(dtype)
     def expand_many(y, y_width, tokens, h, h_stride, rank, b, b_width, columns):  # type: ignore[no-untyped-def]
@@ -151,13 +147,7 @@ def _make_expand_many(dtype: str) -> Any:
                 block = _block_tokens(tokens, i)
                 stride = _stride(tokens, i, block) * y_width
                 target = y + (tokens[i] * y_width + column) * 4
-                source = h + i * h_stride * 4
-                if block == 4:
-                    mix_4(target, stride, source, h_stride, weights, b_width, rank, ahead)
-                elif block == 2:
-                    mix_2(target, stride, source, h_stride, weights, b_width, rank, ahead)
-                else:
-                    mix_1(target, stride, source, h_stride, weights, b_width, rank, ahead)
+                mix_columns(block, (target, stride, h + i * h_stride * 4, h_stride, weights, b_width, rank, ahead))
                 i += block
 
     return expand_many

@@ -108,16 +108,54 @@ def _write_groups(
 
 
 @triton.jit
-def _write_tiles(tile_a, tile_place, tile, index, group, start_token, tokens, a, a_rows, k, br, mask):
-    """Write tiles ``index`` [1, BLOCK] of each slot's group. Arguments per slot have shape [slots, 1]."""
-    place = tile_place + tile * TILE_FIELDS
-    same_for_all = index * 0
-    tl.store(tile_a + tile, a + index.to(tl.int64) * br * k, mask=mask)
-    tl.store(place + TILE_GROUP, group + same_for_all, mask=mask)
-    tl.store(place + TILE_START, start_token + same_for_all, mask=mask)
-    tl.store(place + TILE_TOKENS, tokens + same_for_all, mask=mask)
-    tl.store(place + TILE_FIRST_ROW, index * br + group * 0, mask=mask)
-    tl.store(place + TILE_ROWS, tl.minimum(br, a_rows - index * br), mask=mask)
+def _write_tiles(
+    tile_a,
+    tile_place,
+    first_tile,
+    tiles,
+    most_tiles,
+    has_group,
+    group,
+    start_token,
+    tokens,
+    a,
+    a_rows,
+    k,
+    br,
+    BLOCK: tl.constexpr,
+):
+    """Write all tiles of one group for each slot. Slots have 0 to ``most_tiles`` tiles."""
+    for tile0 in range(0, most_tiles, BLOCK):
+        index = tile0 + tl.arange(0, BLOCK)[None, :]
+        mask = has_group[:, None] & (index < tiles[:, None])
+        tile = first_tile[:, None] + index
+        place = tile_place + tile * TILE_FIELDS
+        same_for_all = index * 0
+        tl.store(tile_a + tile, a[:, None] + index.to(tl.int64) * br * k, mask=mask)
+        tl.store(place + TILE_GROUP, group[:, None] + same_for_all, mask=mask)
+        tl.store(place + TILE_START, start_token[:, None] + same_for_all, mask=mask)
+        tl.store(place + TILE_TOKENS, tokens[:, None] + same_for_all, mask=mask)
+        tl.store(place + TILE_FIRST_ROW, index * br + group[:, None] * 0, mask=mask)
+        tl.store(place + TILE_ROWS, tl.minimum(br, a_rows[:, None] - index * br), mask=mask)
+
+
+@triton.jit
+def _read_slots(count, order, base, layout, scales, SLOTS: tl.constexpr, LANES: tl.constexpr, ROWS: tl.constexpr):
+    """Read the tokens and the adapter of each slot for the program's row. Lane i reads slot order[i].
+
+    Returns the number of tokens, the addresses of the slot's rows of ``layout`` and ``scales``, the pool offsets of the
+    slab and of A, and the rows of A.
+    """
+    lane = tl.arange(0, LANES)
+    is_slot = lane < SLOTS
+    slot = tl.load(order + lane, mask=is_slot, other=0)
+    tokens = tl.load(count + slot, mask=is_slot, other=0)
+    table_row = slot.to(tl.int64) * ROWS + tl.program_id(0)
+    layout_row = layout + table_row * LAYOUT_FIELDS
+    slab = tl.load(base + slot, mask=is_slot, other=0)
+    a = slab + tl.load(layout_row + A_OFFSET, mask=is_slot, other=0)
+    a_rows = tl.load(layout_row + A_ROWS, mask=is_slot, other=0).to(tl.int32)
+    return tokens, layout_row, scales + table_row * MAX_SLICES, slab, a, a_rows
 
 
 @triton.jit
@@ -138,8 +176,7 @@ def list_work(
     # For each module: inputs (K), tokens per group (BM) and rows per tile (BR).
     K0: tl.constexpr, K1: tl.constexpr, K2: tl.constexpr, K3: tl.constexpr,
     BM0: tl.constexpr, BM1: tl.constexpr, BM2: tl.constexpr, BM3: tl.constexpr,
-    BR0: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr, BR3: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BR0: tl.constexpr, BR1: tl.constexpr, BR2: tl.constexpr, BR3: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """List the groups and tiles. Program r handles row r = layer * 4 + module. Lane i handles slot order[i]."""
     row = tl.program_id(0)
@@ -147,16 +184,7 @@ def list_work(
     k = _of_module(module, K0, K1, K2, K3)
     bm = _of_module(module, BM0, BM1, BM2, BM3)
     br = _of_module(module, BR0, BR1, BR2, BR3)
-    lane = tl.arange(0, LANES)
-    is_slot = lane < SLOTS
-    slot = tl.load(order + lane, mask=is_slot, other=0)
-    tokens = tl.load(count + slot, mask=is_slot, other=0)
-    table_row = slot.to(tl.int64) * ROWS + row
-    layout_row = layout + table_row * LAYOUT_FIELDS
-    slab = tl.load(base + slot, mask=is_slot, other=0)
-    a = slab + tl.load(layout_row + A_OFFSET, mask=is_slot, other=0)
-    a_rows = tl.load(layout_row + A_ROWS, mask=is_slot, other=0).to(tl.int32)
-
+    tokens, layout_row, scale_row, slab, a, a_rows = _read_slots(count, order, base, layout, scales, SLOTS, LANES, ROWS)
     has_work = (tokens > 0) & (a_rows > 0)
     groups = tl.where(has_work, tl.cdiv(tokens, bm), 0)
     tiles = tl.cdiv(a_rows, br)
@@ -165,25 +193,20 @@ def list_work(
     first_tile = tl.cumsum(groups * tiles, 0) - groups * tiles
     tl.store(lengths + row * LENGTH_FIELDS + GROUP_COUNT, tl.sum(groups, 0))
     tl.store(lengths + row * LENGTH_FIELDS + TILE_COUNT, tl.sum(groups * tiles, 0))
-
     most_tiles = tl.max(tl.where(has_work, tiles, 0), 0)
     for j in range(0, tl.max(groups, 0)):
         has_group = j < groups
-        start_token = first_token + j * bm
-        length = tl.minimum(bm, tokens - j * bm)
+        start_token, length = first_token + j * bm, tl.minimum(bm, tokens - j * bm)
         _write_groups(
             group_place=group_place, group_b=group_b, group_scale=group_scale,
             group=row * GROUPS + first_group + j, start_token=start_token, tokens=length, tiles=tiles, base=slab,
-            layout_row=layout_row, scale_row=scales + table_row * MAX_SLICES, mask=has_group,
+            layout_row=layout_row, scale_row=scale_row, mask=has_group,
         )  # fmt: skip
-        for tile0 in range(0, most_tiles, BLOCK):
-            index = tile0 + tl.arange(0, BLOCK)[None, :]
-            _write_tiles(
-                tile_a=tile_a, tile_place=tile_place, tile=row * TILES + (first_tile + j * tiles)[:, None] + index,
-                index=index, group=(first_group + j)[:, None], start_token=start_token[:, None],
-                tokens=length[:, None], a=a[:, None], a_rows=a_rows[:, None], k=k, br=br,
-                mask=has_group[:, None] & (index < tiles[:, None]),
-            )  # fmt: skip
+        _write_tiles(
+            tile_a=tile_a, tile_place=tile_place, first_tile=row * TILES + first_tile + j * tiles,
+            tiles=tiles, most_tiles=most_tiles, has_group=has_group, group=first_group + j,
+            start_token=start_token, tokens=length, a=a, a_rows=a_rows, k=k, br=br, BLOCK=BLOCK,
+        )  # fmt: skip
 
 
 def device_name(device: torch.device) -> str:

@@ -1,1 +1,4 @@
-"""Benchmarks, accuracy checks and the block-size search of the kernels. None of it ships in the wheel."""
+"""Benchmarks, accuracy checks and the block-size search of the kernels, and the writer of the derived profiles.
+
+The wheel does not contain this package.
+"""

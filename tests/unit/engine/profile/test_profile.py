@@ -6,7 +6,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from loraserve.adapter.pack import unpack_slab
 from loraserve.cost import StepShape
 from loraserve.cost.profile import check_model, read_profile
 from loraserve.engine.profile.command import main
@@ -26,6 +25,7 @@ from loraserve.engine.schedule.report import step_shape
 from loraserve.errors import ConfigError
 from loraserve.messages import AdapterRef
 from loraserve.testing.peft_writer import TINY_SHAPE
+from loraserve.testing.slabs import unpack_slab
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
 BLOCK = 16

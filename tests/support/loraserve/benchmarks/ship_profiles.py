@@ -1,4 +1,4 @@
-"""Writes the shipped derived profiles: ``python -m loraserve.cost.ship``."""
+"""Writes the derived profiles of ``loraserve/cost/profiles``: ``python -m loraserve.benchmarks.ship_profiles``."""
 
 from pathlib import Path
 
