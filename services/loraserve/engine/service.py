@@ -23,7 +23,6 @@ from loraserve.config import Config
 from loraserve.cost import StepShape
 from loraserve.engine.compute.protocol import DeviceLostError, Runner, StepExecutor
 from loraserve.engine.lending.leases import LeaseReader
-from loraserve.engine.loading.arrival import ReadAnnouncer
 from loraserve.engine.schedule.events import (
     AdapterDamaged,
     AdapterExpected,
@@ -106,8 +105,8 @@ class EngineService(Service):
         self._runner = await self._executor.call(self._build, self.config, self._report_progress)
         self._scheduler = Scheduler(scheduler_limits(self.config, self._runner))
         self.story = self._scheduler.story
-        announcer = ReadAnnouncer(self._runner, self._speed, self._handle_event)
-        self._adapters = wire_adapters(self, self._runner, self._scheduler.residency, announcer, stack)
+        residency = self._scheduler.residency
+        self._adapters = wire_adapters(self, self._runner, residency, self._speed, self._handle_event, stack)
 
     def loops(self) -> list[Coroutine[Any, Any, None]]:
         return [self._report_load(), self._report_statistics(), self._await_steps()]
@@ -261,7 +260,7 @@ class EngineService(Service):
         self._handle_event(result)
 
     async def _check_copies(self, version: str) -> None:
-        if await self._adapters.lender.check_copies(version, self._adapters.reader):
+        if await self._adapters.lender.check_copies(version, self._adapters.loader):
             self._handle_event(AdapterDamaged(version))
 
     def _note_leases_ended(self, any_ended: bool) -> None:
@@ -297,7 +296,7 @@ class EngineService(Service):
     async def _report_statistics(self) -> None:
         while True:
             self._check_for_leaks()
-            reads = self._adapters.reader.counts()
+            reads = self._adapters.loader.counts()
             statistics = EngineStatistics(
                 engine=self.bus.name,
                 incarnation=self.bus.incarnation,

@@ -20,10 +20,11 @@ from loraserve.engine.host_cache.cache import HostCache
 from loraserve.engine.host_cache.tier import CacheTier
 from loraserve.engine.lending.lender import Lender, MemoryOffers
 from loraserve.engine.loading.arrival import ReadAnnouncer
-from loraserve.engine.loading.loader import AdapterLoader, SlabReader
-from loraserve.engine.loading.sources import SourceFinder, TransportReaders
+from loraserve.engine.loading.loader import AdapterLoader
+from loraserve.engine.loading.sources import PeerTransports, SourceFinder
 from loraserve.engine.loading.speeds import LinkSpeeds
-from loraserve.engine.schedule.events import SchedulerLimits, check_step_tokens
+from loraserve.engine.schedule.events import AdapterArriving, SchedulerLimits, check_step_tokens
+from loraserve.engine.schedule.report import SpeedMeter
 from loraserve.errors import ConfigError
 from loraserve.service import Service
 from loraserve.transfer.shm import is_supported
@@ -153,7 +154,6 @@ def scheduler_limits(config: Config, runner: Runner) -> SchedulerLimits:
 
 class AdapterParts(NamedTuple):
     loader: AdapterLoader
-    reader: SlabReader
     sources: SourceFinder
     cache: CacheTier
     offers: MemoryOffers
@@ -161,11 +161,17 @@ class AdapterParts(NamedTuple):
 
 
 def wire_adapters(
-    service: Service, runner: Runner, residency: Residency, announcer: ReadAnnouncer, stack: AsyncExitStack
+    service: Service,
+    runner: Runner,
+    residency: Residency,
+    speed: SpeedMeter,
+    report: Callable[[AdapterArriving], None],
+    stack: AsyncExitStack,
 ) -> AdapterParts:
-    """Build and connect the objects. ``stack`` closes them.
+    """Build and connect the objects that load and lend adapters. ``stack`` closes them.
 
-    Runs in the event loop during the start, and may block it while memory is registered with an RDMA device.
+    ``report`` passes an event to the scheduler. Call this in the event loop. It blocks while memory is registered with
+    an RDMA device.
     """
     bus, config, clock = service.bus, service.config, service.clock
     memory, pool, story = runner.pool, residency.pool, residency.story
@@ -175,11 +181,11 @@ def wire_adapters(
     stack.enter_context(closing(cache))
     offers = stack.enter_context(closing(MemoryOffers(bus, config, memory, cache.memory)))
     lender = Lender(bus, config, pool, cache, offers, story)
-    readers = stack.enter_context(closing(TransportReaders(bus, memory, offers.device, offers.abilities)))
-    sources = SourceFinder(bus, config, clock, speeds, readers, cache)
-    digest_threads = digest_threads_for(config, on_device=memory.on_device)
-    reader = SlabReader(sources, memory, clock, config.engine.load_timeout_s, digest_threads)
-    stack.enter_context(closing(reader))
-    loader = AdapterLoader(runner, pool, cache, reader, announcer)
+    transports = stack.enter_context(closing(PeerTransports(bus, memory, offers.device, offers.abilities)))
+    sources = SourceFinder(bus, config, clock, speeds, transports, cache)
+    announcer = ReadAnnouncer(runner, speed, speeds, report)
+    threads = digest_threads_for(config, on_device=memory.on_device)
+    engine = msgspec.structs.replace(config.engine, digest_threads=threads)
+    loader = stack.enter_context(closing(AdapterLoader(runner, pool, cache, sources, announcer, engine)))
     bus.subscribe("monitor", "gone")
-    return AdapterParts(loader, reader, sources, cache, offers, lender)
+    return AdapterParts(loader, sources, cache, offers, lender)

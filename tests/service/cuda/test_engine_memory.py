@@ -11,7 +11,7 @@ import pytest
 from loraserve.config import Config, TransferConfig
 from loraserve.engine.lending.lender import MemoryOffers
 from loraserve.engine.loading.memory import TransferTarget
-from loraserve.engine.loading.sources import TransportReaders
+from loraserve.engine.loading.sources import PeerTransports
 from loraserve.messages import ReadRegion
 from loraserve.messages.transfer import CudaIpcHandle, TcpHandle
 from loraserve.testing.gpu_owner import GpuOwner, from_gpu, to_gpu
@@ -103,20 +103,20 @@ def test_a_peer_s_slab_is_read_straight_into_the_pool(pool: GpuPool) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         arrived: list[int] = []
         with GpuOwner(LENGTH) as owner, ThreadPoolExecutor(1) as writers:
-            readers = TransportReaders(network.bus("engine-1", None), pool, None)
+            readers = PeerTransports(network.bus("engine-1", None), pool, None)
             landing = TransferTarget(pool, AT, SLAB, arrived.append, writers)
             for _ in range(2):
-                await readers.read(owner.handle, START, landing)
+                await readers.copy(owner.handle, START, landing)
             assert arrived == [SLAB, SLAB]
             found = from_gpu(pool.gpu)
             assert (found[AT : AT + SLAB] == pattern(LENGTH)[START : START + SLAB]).all()
             assert not found[:AT].any()
             assert not found[AT + SLAB :].any()
             with pytest.raises(TransferError, match="out_of_range"):
-                await readers.read(owner.handle, LENGTH - SLAB + 1, landing)
+                await readers.copy(owner.handle, LENGTH - SLAB + 1, landing)
             owner.kill()
             with pytest.raises(TransferError, match="gone"):
-                await readers.read(owner.handle, START, landing)
+                await readers.copy(owner.handle, START, landing)
             assert arrived == [SLAB, SLAB]
             readers.close()
 
@@ -127,9 +127,9 @@ def test_a_pool_that_is_no_gpu_s_does_not_read_from_one(pool: GpuPool) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         with GpuOwner(LENGTH) as owner, ThreadPoolExecutor(1) as writers:
             pool.memory = None
-            readers = TransportReaders(network.bus("engine-1", None), pool, None)
+            readers = PeerTransports(network.bus("engine-1", None), pool, None)
             with pytest.raises(TransferError, match=r"refused.*not offered here"):
-                await readers.read(owner.handle, START, TransferTarget(pool, AT, SLAB, print, writers))
+                await readers.copy(owner.handle, START, TransferTarget(pool, AT, SLAB, print, writers))
             without = msgspec.structs.replace(CONFIG, transfer=TransferConfig(transports=("cuda_ipc",)))
             offers = MemoryOffers(network.bus("engine-0", None), without, pool)
             assert (offers.handles, offers.abilities.transports, offers.abilities.device) == ((), (), "cpu")

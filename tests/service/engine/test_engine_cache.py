@@ -9,8 +9,7 @@ import pytest
 
 from loraserve.adapter.format import decode_header
 from loraserve.cost import extent_bytes
-from loraserve.engine.loading.loader import find_damaged_layer
-from loraserve.engine.loading.memory import HostPool
+from loraserve.engine.loading.memory import HostPool, find_damaged_layer
 from loraserve.errors import PeerError
 from loraserve.messages import (
     ReadCounts,

@@ -11,8 +11,7 @@ from loraserve.adapter.format import decode_header, slab_version
 from loraserve.adapter.pack import pack_peft
 from loraserve.config import TransferConfig
 from loraserve.cost import extent_bytes
-from loraserve.engine.loading.loader import find_damaged_layer
-from loraserve.engine.loading.memory import HostPool
+from loraserve.engine.loading.memory import HostPool, find_damaged_layer
 from loraserve.errors import PeerError
 from loraserve.messages import (
     Admit,

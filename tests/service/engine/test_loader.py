@@ -16,11 +16,11 @@ from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.compute.protocol import DeviceLostError
-from loraserve.engine.loading.loader import SlabReader
-from loraserve.engine.loading.sources import SlabReadError, SourceFinder, TransportReaders
+from loraserve.engine.loading.sources import PeerTransports, SlabReadError, SourceFinder
 from loraserve.engine.loading.speeds import LinkSpeeds
 from loraserve.messages import ToEngine, ToStore
 from loraserve.model_shape import MODULES, SLICES, ModelShape
+from loraserve.testing.engine.load_scene import make_loader
 from loraserve.testing.engine.offline import adapter_reference
 from loraserve.testing.engine.watched_pool import WatchedPool
 from loraserve.testing.memory_bus import MemoryNetwork
@@ -45,9 +45,9 @@ class Scene:
         network = MemoryNetwork()
         self._bus = network.bus("store", ToStore)
         bus, clock = network.bus("engine-0", ToEngine), SystemClock()
-        config = Config(engine=EngineConfig(load_chunk_bytes=chunk_bytes, load_timeout_s=TIMEOUT_S))
-        sources = SourceFinder(bus, config, clock, LinkSpeeds(), TransportReaders(bus, pool, None))
-        self._reader = SlabReader(sources, pool, clock, TIMEOUT_S, threads)
+        engine = EngineConfig(load_chunk_bytes=chunk_bytes, load_timeout_s=TIMEOUT_S, digest_threads=threads)
+        sources = SourceFinder(bus, Config(engine=engine), clock, LinkSpeeds(), PeerTransports(bus, pool, None))
+        self._loader = make_loader(pool, sources, engine)
 
     async def __aenter__(self) -> "Scene":
         self._serving = asyncio.create_task(self.store.serve(self._bus))
@@ -56,10 +56,10 @@ class Scene:
     async def __aexit__(self, *_: object) -> None:
         self._serving.cancel()
         await asyncio.wait([self._serving])
-        self._reader.close()
+        self._loader.close()
 
     def load(self, offset_bytes: int = OFFSET) -> asyncio.Task[Any]:
-        return asyncio.create_task(self._reader.read(adapter_reference("a", self.slab), offset_bytes))
+        return asyncio.create_task(self._loader.read_slab(adapter_reference("a", self.slab), offset_bytes))
 
     def holds_the_slab(self) -> bool:
         return self.pool.memory[OFFSET : OFFSET + self.slab.header.slab_bytes] == self.slab.data

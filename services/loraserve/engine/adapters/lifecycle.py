@@ -21,7 +21,7 @@ stateDiagram-v2
 
 The state describes the bytes of the slab. The users of the adapter are recorded separately. `PoolEntry` counts running
 requests and peers' leases, and records the plan's pin. `Residency` knows the waiting requests, the plan being prepared
-and the prefetch candidates; these can also name absent adapters.
+and the prefetch candidates, which can also name absent adapters.
 """
 
 from enum import Enum
@@ -136,9 +136,11 @@ class PoolEntry(msgspec.Struct):
     verified_read: int = 0
     """The number of the verified read; 0 if it was never announced."""
     slab: LoadedSlab | None = None
-    """Set when a load succeeds; always None in a simulated engine."""
+    """Set when a load succeeds. Always None in a simulated engine."""
     running: int = 0
     leases: int = 0
+    placed_s: float = 0.0
+    """The time at which the adapter got its extent and its load began."""
     plan_epoch: int | None = None
     """The epoch of the plan that pins the adapter."""
     used_s: float = 0.0

@@ -88,7 +88,7 @@ class ExtentAllocator:
     def runs(self, wanted_bytes: int, removable: Container[int]) -> Iterator[list[int]]:
         """Yield the minimal runs of neighbouring ``removable`` extents whose release makes a large enough hole.
 
-        A run is a list of start offsets; holes may lie between its extents. A run is minimal: releasing all but one
+        A run is a list of start offsets. Holes may lie between its extents. A run is minimal: releasing all but one
         of its extents is not enough. Runs are in address order. Call this only while no hole is large enough.
         """
         wanted = self.extent_bytes(wanted_bytes)
@@ -170,7 +170,7 @@ class EvictionPolicy:
     def find_leased_victims(
         self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> frozenset[str]:
-        """Return the versions whose leases must end before ``adapter`` fits; empty if ending leases does not help."""
+        """Return the versions whose leases must end before ``adapter`` fits. Empty if that does not help."""
         if not any(entry.leases for entry in self._entries.values()):
             return frozenset()
         victims = self._cheapest(adapter.slab_bytes, self._idle(keep, drop_plan_pins))
@@ -184,8 +184,8 @@ class EvictionPolicy:
     def find_blockers(self, adapter: AdapterRef, places: int) -> frozenset[str]:
         """Return the versions that block ``adapter``: those in the ``places`` victim sets with the fewest requests.
 
-        Only running requests count; leases end by themselves. The result is empty if evicting adapters without running
-        requests makes room now.
+        Only running requests count, because leases end by themselves. The result is empty if evicting adapters without
+        running requests makes room now.
         """
         if self._extents.extent_bytes(adapter.slab_bytes) <= self.room_bytes:
             return frozenset()
@@ -259,7 +259,7 @@ class Placed(msgspec.Struct, frozen=True):
 class AdapterPool:
     """The engine's adapter memory. Versions that it does not hold are ABSENT.
 
-    ``leases_to_end`` holds the versions whose leases keep another adapter from being placed; they get no new leases.
+    ``leases_to_end`` holds the versions whose leases keep another adapter from being placed. They get no new leases.
     """
 
     def __init__(
@@ -333,17 +333,19 @@ class AdapterPool:
         slot = self._free_slots.pop()
         self._placements += 1
         state = next_state(LifecycleState.ABSENT, LifecycleEvent.PLACED)
-        self._entries[adapter.version] = PoolEntry(adapter, slot, offset, self._placements, state, used_s=now)
+        self._entries[adapter.version] = PoolEntry(
+            adapter, slot, offset, self._placements, state, placed_s=now, used_s=now
+        )
         return Placed(slot, offset, tuple(victims))
 
     def apply(self, version: str, event: LifecycleEvent) -> PoolEntry:
-        """Apply an event after which the adapter keeps its extent; return its entry."""
+        """Apply an event after which the adapter keeps its extent. Return its entry."""
         entry = self._entries[version]
         entry.apply(event)
         return entry
 
     def remove_leaving(self) -> list[PoolEntry]:
-        """Remove the damaged and failed adapters without running requests or leases; return their entries."""
+        """Remove the damaged and failed adapters without running requests or leases. Return their entries."""
         leaving = (entry for _, entry in sorted(self._entries.items()) if entry.state in LEAVING_STATES)
         removed = [entry for entry in leaving if not entry.running and not entry.leases]
         for entry in removed:
@@ -363,7 +365,7 @@ class AdapterPool:
         entry.used_s = now
 
     def lease(self, version: str) -> PoolEntry:
-        """Count one more lease on the adapter; return its entry."""
+        """Count one more lease on the adapter and return its entry."""
         entry = self._entries[version]
         assert entry.is_complete, f"{version} was leased before it is loaded"
         entry.leases += 1

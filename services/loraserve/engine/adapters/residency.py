@@ -4,13 +4,12 @@ Waiting requests have priority over the plan. Prefetch candidates never evict an
 needs. At most ``max_loads`` loads run at once. A plan is answered when each of its adapters is resident or has failed.
 """
 
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from math import inf
 
 import msgspec
 
 from loraserve.engine.adapters.lifecycle import (
-    LOADING_STATES,
     WANTED_LOADS,
     LifecycleEvent,
     LifecycleState,
@@ -102,23 +101,25 @@ class LoadPace:
 
     Loads slow down concurrent steps. If steps run on the CPU, a load costs them about 3 ms for its messages, copy and
     digests (SmolLM2-135M, 2 cores). Unlimited loads of 13 MB made the median step 35% longer. A plan is not that
-    urgent; loads for waiting requests are not limited.
+    urgent. Loads for waiting requests are not limited.
     """
 
     def __init__(self) -> None:
-        self._began_s: dict[str, float] = {}
+        self._loads: list[PoolEntry] = []
         self._rests_until_s = 0.0
 
-    def begin(self, version: str, now: float) -> None:
-        self._began_s[version] = now
+    def begin(self, entry: PoolEntry) -> None:
+        self._loads.append(entry)
 
-    def update(self, is_loading: Callable[[str], bool], now: float) -> None:
-        for version in [version for version in self._began_s if not is_loading(version)]:
-            took_s = now - self._began_s.pop(version)
-            self._rests_until_s = now + min(LONGEST_REST_S, REST_FACTOR * took_s)
+    def update(self, now: float) -> None:
+        """Start a pause for each load that has ended."""
+        for entry in self._loads:
+            if not entry.is_loading:
+                self._rests_until_s = now + min(LONGEST_REST_S, REST_FACTOR * (now - entry.placed_s))
+        self._loads = [entry for entry in self._loads if entry.is_loading]
 
     def allows(self, now: float, stepping: bool) -> bool:
-        return not stepping or (not self._began_s and now >= self._rests_until_s)
+        return not stepping or (not self._loads and now >= self._rests_until_s)
 
 
 class LoadPass(msgspec.Struct):
@@ -151,13 +152,13 @@ class Residency:
         return self._plan.newest_epoch
 
     def is_ready(self, version: str) -> bool:
-        """Return whether requests for ``version`` may begin; the base model ("") is always ready."""
+        """Return whether requests for ``version`` may begin. The base model ("") is always ready."""
         return version == "" or self.pool.state(version) is LifecycleState.RESIDENT
 
     def handle(
         self, event: CopiesRequested | CopiesRetired | LeasesEnded | AdapterExpected, now: float
     ) -> list[Instruction]:
-        """Handle an event of the plan, of leases or of prefetching; return instructions."""
+        """Handle an event of the plan, of leases or of prefetching, and return instructions."""
         match event:
             case CopiesRequested(epoch, adapters):
                 return self.prepare_plan(epoch, adapters)
@@ -231,11 +232,11 @@ class Residency:
         """Begin the loads for which there is room and cancel the loads that nothing needs any more.
 
         The order is: adapters of waiting requests, ADMISSION candidates, the plan, PATTERN candidates. ``requested`` is
-        in order of arrival. An adapter of a request is not evicted for a later request; otherwise two requests could
+        in order of arrival. An adapter of a request is not evicted for a later request. Otherwise two requests could
         evict each other's adapters and neither would run. ``idle`` means that no request is left whose end could make
-        room. ``stepping`` means that steps run; another pass follows each step.
+        room. ``stepping`` means that steps run. Another pass follows each step.
         """
-        self._pace.update(lambda version: self.pool.state(version) in LOADING_STATES, now)
+        self._pace.update(now)
         requested = list(requested)
         self._candidates.expire(now)
         current = LoadPass(now, stepping, [*self._evict_leaving(), *self._cancel_unwanted(requested, now)])
@@ -253,7 +254,7 @@ class Residency:
         return [*current.instructions, *self._plan.take_answer()]
 
     def find_blockers(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:
-        """Return the adapters that must go for one that waits for room; see `EvictionPolicy.find_blockers`.
+        """Return the adapters that must be evicted to make room for ``adapter`` (`EvictionPolicy.find_blockers`).
 
         There are none for the base model (None) and for an adapter that the pool holds or loads.
         """
@@ -332,7 +333,6 @@ class Residency:
                 if self.pool.loading >= self._max_loads or not self._pace.allows(current.now, current.stepping):
                     return False
                 if adapter.slab_bytes < current.no_room_bytes and self._load(adapter, current, kind=PrefetchKind.PLAN):
-                    self._pace.begin(adapter.version, current.now)
                     continue
                 current.no_room_bytes = min(current.no_room_bytes, adapter.slab_bytes)
                 if adapter.slab_bytes <= room_to_come_bytes:
@@ -374,7 +374,7 @@ class Residency:
         drop_plan_pins: bool = False,
         kind: PrefetchKind | None = None,
     ) -> bool:
-        """Begin a load if there is room; return whether it began. ``kind`` is None for a waiting request's adapter."""
+        """Begin a load if there is room. Return whether it began. ``kind`` is None for the adapter of a request."""
         now = current.now
         placed = self.pool.place(adapter, now, current.keep if keep is None else keep, drop_plan_pins)
         if placed is None:
@@ -390,6 +390,8 @@ class Residency:
         placed_entry = self.pool.get(adapter.version)
         assert placed_entry is not None, "it was placed"
         placed_entry.prefetch = kind
+        if kind is PrefetchKind.PLAN:
+            self._pace.begin(placed_entry)
         why = f" for {kind}" if kind else ""
         self.story.tell(adapter.version, now, f"loading into slot {placed.slot} at {placed.offset_bytes}{why}")
         current.instructions.append(LoadAdapter(adapter, placed.slot, placed.offset_bytes))

@@ -32,7 +32,7 @@ class _UseCount(msgspec.Struct):
 
 
 class UseCounts:
-    """Counts the requests for each adapter version; older requests count less. Rarely used versions are forgotten."""
+    """Counts the requests for each adapter version. Older requests count less. Rarely used versions are forgotten."""
 
     def __init__(self, half_life_s: float = HALF_LIFE_S, most: int = MOST_VERSIONS) -> None:
         self._half_life_s = half_life_s

@@ -13,8 +13,7 @@ from loraserve.adapter.format import SlabHeader
 from loraserve.clock import Clock
 from loraserve.engine.adapters.lifecycle import LoadedSlab
 from loraserve.engine.host_cache.cache import CachedSlab, CachedState, HostCache
-from loraserve.engine.loading.loader import find_damaged_layer
-from loraserve.engine.loading.memory import HostPool, PoolMemory, TransferTarget
+from loraserve.engine.loading.memory import HostPool, PoolMemory, TransferTarget, find_damaged_layer
 from loraserve.engine.loading.sources import DamagedSlabError, SlabReadError
 from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds, ReadSource
 from loraserve.engine.schedule.events import LeftSlab
@@ -69,7 +68,7 @@ class CacheSource:
         self._slab: CachedSlab | None = None
 
     async def open(self, adapter: AdapterRef) -> SlabHeader:
-        """Pin the slab; return its header. Raises SlabReadError."""
+        """Pin the slab and return its header. Raises SlabReadError."""
         slab = self._slab = self._cache.begin_read(adapter.version)
         if slab is None:
             message = f"{adapter.version} has left the host cache; read it from another source"

@@ -1,7 +1,7 @@
-"""Leases: promises to peers that an extent is not reused while they read it.
+"""Grants leases to peers. While a peer holds a lease on an extent, the extent is not reused.
 
 A lease ends when it is released, when its deadline passes, or when its reader dies. Renewals extend the deadline up to
-a maximum duration. Readers are not told when a lease ends; they verify the bytes that they have read.
+a maximum duration. Readers are not told when a lease ends. They verify the bytes that they have read.
 """
 
 from collections import Counter
@@ -47,7 +47,7 @@ class LendableSlabs(Protocol):
     def get(self, version: str) -> LendableSlab | None: ...
     def entries(self) -> Iterable[LendableSlab]: ...
     def lease(self, version: str) -> LendableSlab:
-        """Count one more lease on a slab, which pins it; return the slab."""
+        """Count one more lease on a slab, which pins it, and return the slab."""
         ...
 
     def end_lease(self, version: str, generation: int) -> None: ...
@@ -73,7 +73,7 @@ class LeaseReader(msgspec.Struct, frozen=True):
 
 
 class Lease(msgspec.Struct):
-    """A lease. ``read_id`` is chosen by the reader; ``generation`` is that of the leased slab."""
+    """A lease. ``read_id`` is chosen by the reader. ``generation`` is that of the leased slab."""
 
     lease_id: str
     reader: LeaseReader

@@ -6,7 +6,7 @@ lease requests and checks slabs that peers report as damaged.
 
 from collections.abc import Callable, Coroutine, Iterable
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 from loraserve.adapter.format import encode_header
 from loraserve.bus.protocol import Bus, Envelope
@@ -14,7 +14,7 @@ from loraserve.config import Config
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.host_cache.tier import CacheTier
 from loraserve.engine.lending.leases import Lease, LeaseLimits, LeaseReader, LeaseRefusal, Leases, LendableSlabs
-from loraserve.engine.loading.loader import SlabReader
+from loraserve.engine.loading.loader import AdapterLoader
 from loraserve.engine.loading.memory import HostPool, LendableDevice, PoolMemory
 from loraserve.errors import ConfigError
 from loraserve.log import get_logger
@@ -52,7 +52,7 @@ class MemoryOffers:
         self._tcp: TcpExporter | None = None
         self._verbs: tuple[RdmaDevice, VerbsExporter] | None = None
         self.device: RdmaDevice | None = None
-        """The open RDMA device; this engine also reads with it."""
+        """The open RDMA device. This engine also reads with it."""
         gpu = pool.memory if isinstance(pool, LendableDevice) else None
         kind, number = ("cpu", 0) if gpu is None else ("cuda", gpu.device)
         possible = local_abilities(config.transfer.transports, kind, number).transports
@@ -151,13 +151,12 @@ class MemoryOffers:
         return self._verbs
 
 
-class _Region:
+class _Region(NamedTuple):
     """A memory that lends slabs, its leases, and the handles with which peers read it."""
 
-    def __init__(self, slabs: LendableSlabs, leases: Leases, handles: tuple[Handle, ...]) -> None:
-        self.slabs = slabs
-        self.leases = leases
-        self.handles = handles
+    slabs: LendableSlabs
+    leases: Leases
+    handles: tuple[Handle, ...]
 
 
 class Lender:
@@ -184,7 +183,7 @@ class Lender:
         self._log = get_logger(__name__)
 
     def answer(self, envelope: Envelope, now: float) -> bool:
-        """Answer a LeaseSlab, RenewLease or ReleaseLease request; return whether leases ended."""
+        """Answer a LeaseSlab, RenewLease or ReleaseLease request, and return whether leases ended."""
         match envelope.message:
             case LeaseSlab() as request:
                 self._answer_request(envelope, request, now)
@@ -218,8 +217,8 @@ class Lender:
         )
         return True
 
-    async def check_copies(self, version: str, reader: SlabReader) -> bool:
-        """Check this engine's copies of a slab; return whether the one in the pool is damaged.
+    async def check_copies(self, version: str, loader: AdapterLoader) -> bool:
+        """Check this engine's copies of a slab and return whether the one in the pool is damaged.
 
         A damaged copy in the host cache is dropped. Returns False if a check of the version is already in progress.
         """
@@ -228,18 +227,18 @@ class Lender:
         self._checking.add(version)
         try:
             await self._cache.check_copy(version)
-            return await self._is_damaged_in_pool(version, reader)
+            return await self._is_damaged_in_pool(version, loader)
         finally:
             self._checking.remove(version)
 
     def end_reader(self, reader: LeaseReader, now: float) -> bool:
-        """End the leases of a dead reader; return whether it had any."""
+        """End the leases of a dead reader and return whether it had any."""
         for region in self._regions:
             region.leases.end_reader(reader, now)
         return self._log_ended()
 
     def expire(self, now: float) -> bool:
-        """End the leases past their deadlines; return whether there were any. Call this periodically."""
+        """End the leases past their deadlines and return whether there were any. Call this periodically."""
         for region in self._regions:
             region.leases.expire(now)
         return self._log_ended()
@@ -252,11 +251,11 @@ class Lender:
                 has_header = slab.header is not None
                 assert has_header or not slab.is_complete, f"{slab.adapter.version} is complete and has no header"
 
-    async def _is_damaged_in_pool(self, version: str, reader: SlabReader) -> bool:
+    async def _is_damaged_in_pool(self, version: str, loader: AdapterLoader) -> bool:
         entry = self._pool.get(version)
         if entry is None or entry.header is None:
             return False
-        layer = await reader.find_damage(entry.header, entry.offset_bytes)
+        layer = await loader.find_damage(entry.header, entry.offset_bytes)
         after = self._pool.get(version)
         if after is None or after.generation != entry.generation:
             return False

@@ -12,7 +12,8 @@ from typing import Protocol, runtime_checkable
 
 from loraserve.adapter.format import ITEM_BYTES, SlabHeader
 from loraserve.engine.compute.protocol import Runner
-from loraserve.engine.schedule.early import min_prefill_tokens
+from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds, ReadSource
+from loraserve.engine.schedule.early import min_prefill_tokens, remaining_read_s
 from loraserve.engine.schedule.events import AdapterArriving, LoadAdapter, StepBatch
 from loraserve.engine.schedule.report import SpeedMeter
 
@@ -21,7 +22,7 @@ PATIENCE_S = 0.005
 
 
 class Arrival:
-    """The progress of one read. The event loop reports progress; the compute thread waits for it."""
+    """The progress of one read. The event loop reports the progress, and the compute thread waits for it."""
 
     def __init__(self, header: SlabHeader) -> None:
         self._header = header
@@ -42,7 +43,7 @@ class Arrival:
             self._changed.notify_all()
 
     def wait_for(self, layer: int, until_s: float) -> bool:
-        """Wait for a layer until ``until_s`` on the monotonic clock; return whether it arrived."""
+        """Wait for a layer until ``until_s`` on the monotonic clock and return whether it arrived."""
         end = self._header.layer(layer).stop
         with self._changed:
             while not self._abandoned and self._arrived_bytes < end:
@@ -55,7 +56,7 @@ class Gate:
     """Makes one step wait for the layers of its arriving slabs. ``arrivals`` maps slots to reads.
 
     A step computes with late layers too, although their bytes are incomplete. The results of the requests with late
-    adapters are wrong and are discarded; other requests are not affected.
+    adapters are wrong and are discarded. Other requests are not affected.
     """
 
     def __init__(self, arrivals: Mapping[int, Arrival], patience_s: float) -> None:
@@ -104,9 +105,9 @@ class LayeredRunner(Runner, Protocol):
 
 
 class AnnouncedLoad:
-    """Tells the runner and the scheduler how far one load is; implements `ReadProgress`.
+    """Tells the runner and the scheduler how far the reads of one load are.
 
-    If a source fails, the attempt with the next source is a new read with a new number.
+    Each attempt with another source is a new read with a new number. Its bytes overwrite those of the previous read.
     """
 
     def __init__(
@@ -114,33 +115,42 @@ class AnnouncedLoad:
         load: LoadAdapter,
         runner: LayeredRunner,
         speed: SpeedMeter,
+        links: LinkSpeeds,
         report: Callable[[AdapterArriving], None],
         numbers: Iterator[int],
     ) -> None:
         self._load = load
         self._runner = runner
         self._speed = speed
+        self._links = links
         self._report = report
         self._numbers = numbers
         self._arrival: Arrival | None = None
+        self._source = FROM_STORE
+        self._began_s = 0.0
         self._reported_tokens: int | None = None
         self.read_number = 0
         """The number of the current or finished read; 0 if there is no announced read."""
 
-    def begin(self, header: SlabHeader) -> None:
+    def begin(self, header: SlabHeader, source: ReadSource, began_s: float) -> None:
+        """Announce a read from ``source`` that began at ``began_s`` on the monotonic clock."""
         arrival = Arrival(header)
         try:
             self._runner.arrive(self._load.slot, header, base_elements(self._load, header), arrival)
         except ValueError:
             # The slab is unusable. The loader reports the error when it installs the slab.
             return
+        self._source, self._began_s = source, began_s
         self._arrival, self.read_number, self._reported_tokens = arrival, next(self._numbers), None
 
-    def advance(self, slab_bytes: int, remaining_s: float) -> None:
-        """Report the arrived bytes to the runner. Tell the scheduler how many prefill tokens an early step needs."""
+    def arrived(self, slab_bytes: int) -> None:
+        """Tell the runner that the first ``slab_bytes`` have arrived, and the scheduler what an early step needs."""
         if self._arrival is None:
             return
         self._arrival.advance(slab_bytes)
+        total_bytes = self._load.adapter.slab_bytes
+        expected_s = self._links.predict_under_way(self._source, total_bytes)
+        remaining_s = remaining_read_s(expected_s, monotonic() - self._began_s, slab_bytes / total_bytes)
         tokens = min_prefill_tokens(remaining_s, self._speed.measured())
         if tokens != self._reported_tokens:
             self._reported_tokens = tokens
@@ -156,10 +166,13 @@ class AnnouncedLoad:
 class ReadAnnouncer:
     """Announces the reads of an engine's loads and numbers them. ``report`` sends events to the scheduler."""
 
-    def __init__(self, runner: Runner, speed: SpeedMeter, report: Callable[[AdapterArriving], None]) -> None:
+    def __init__(
+        self, runner: Runner, speed: SpeedMeter, links: LinkSpeeds, report: Callable[[AdapterArriving], None]
+    ) -> None:
         # If the runner steps ahead, the next step would build on a step that may be discarded.
         self._runner = runner if isinstance(runner, LayeredRunner) and not runner.steps_ahead else None
         self._speed = speed
+        self._links = links
         self._report = report
         self._numbers = count(1)
 
@@ -167,7 +180,7 @@ class ReadAnnouncer:
         """Return the announcer of one load; None if the runner cannot compute with incomplete slabs."""
         if self._runner is None:
             return None
-        return AnnouncedLoad(load, self._runner, self._speed, self._report, self._numbers)
+        return AnnouncedLoad(load, self._runner, self._speed, self._links, self._report, self._numbers)
 
 
 def base_elements(load: LoadAdapter, header: SlabHeader) -> int:

@@ -2,7 +2,7 @@
 
 `SourceFinder` returns the sources of one adapter in the order in which to try them. `StoreSource` reads over the bus.
 `PeerSource` leases the slab's extent in the peer's memory, reads it one-sided and releases the lease. It reads with
-`TransportReaders`, which has one reader for each transport and splits reads into pieces.
+`PeerTransports`, which has one reader for each transport and splits reads into pieces.
 """
 
 import asyncio
@@ -90,7 +90,7 @@ class SlabSource(Protocol):
         ...
 
     async def copy(self, adapter: AdapterRef, target: TransferTarget) -> None:
-        """Fill the target in order. Raises SlabReadError; then nothing writes to the target any more."""
+        """Fill the target in order. Raises SlabReadError. Then nothing writes to the target any more."""
         ...
 
     def close(self, damaged: DamagedSlabError | None) -> None:
@@ -176,8 +176,8 @@ PIECE_BYTES = 8 << 20
 it is host memory, a step may start after any piece."""
 
 
-class TransportReaders:
-    """The readers of this engine, one for each transport, created in the event loop at the first use.
+class PeerTransports:
+    """The transports over which this engine reads from peers. Each has one reader, created at its first use.
 
     ``abilities`` describes the transports that this engine can read over; None if it does not read from peers.
     """
@@ -201,18 +201,18 @@ class TransportReaders:
                 # The device may still be able to export the host cache.
                 get_logger(__name__).warning("pool_not_read_to", transport="verbs", reason=str(error))
 
-    async def read(self, handle: Handle, start: int, target: TransferTarget) -> None:
+    async def copy(self, handle: Handle, start: int, target: TransferTarget) -> None:
         """Fill the target with the bytes that begin at ``start`` in the handle's region. Raises TransferError."""
         slab = ByteRange(start, target.slab_bytes)
         into = target.view()
         gpu = self._gpu if into is None else None
         if gpu is not None and await self._read_to_gpu(handle, slab, gpu, target):
-            target.advance(target.slab_bytes)
+            target.arrived(target.slab_bytes)
             return
         reader = self._reader(handle)
         if into is not None and _is_read_at_once(handle, target.slab_bytes):
             await reader.read(handle, [slab], into)
-            target.advance(target.slab_bytes)
+            target.arrived(target.slab_bytes)
             return
 
         # Check the whole range first: otherwise a step could start with the pieces before an invalid one.
@@ -284,15 +284,15 @@ def _is_read_at_once(handle: Handle, slab_bytes: int) -> bool:
 class PeerSource:
     """Reads one slab from a peer over one transport. Implements `SlabSource`."""
 
-    def __init__(self, bus: Bus, source: ReadSource, readers: TransportReaders) -> None:
+    def __init__(self, bus: Bus, source: ReadSource, transports: PeerTransports) -> None:
         self.source = source
         self._bus = bus
-        self._readers = readers
+        self._transports = transports
         self._granted: LeaseGranted | None = None
         self._lasts_until_s = 0.0
 
     async def open(self, adapter: AdapterRef) -> SlabHeader:
-        """Get a lease on the peer's slab; return its header. Raises SlabReadError."""
+        """Get a lease on the peer's slab and return its header. Raises SlabReadError."""
         peer = self.source.name
         request = LeaseSlab(
             protocol=TRANSFER_PROTOCOL_VERSION,
@@ -319,7 +319,7 @@ class PeerSource:
         try:
             async with asyncio.TaskGroup() as tasks:
                 renewing = tasks.create_task(self._renew(granted))
-                await self._readers.read(handle, granted.offset_bytes, target)
+                await self._transports.copy(handle, granted.offset_bytes, target)
                 renewing.cancel()
         except ExceptionGroup as group:
             error = group.exceptions[0]
@@ -386,21 +386,21 @@ class SourceFinder:
         config: Config,
         clock: Clock,
         speeds: LinkSpeeds,
-        readers: TransportReaders,
+        transports: PeerTransports,
         cache: SlabCache | None = None,
     ) -> None:
         self.speeds = speeds
         self._bus = bus
         self._config = config
         self._clock = clock
-        self._readers = readers
+        self._transports = transports
         self._cache = cache
         self._silent_until_s = 0.0
 
     async def find(self, adapter: AdapterRef) -> list[SlabSource]:
         """Return the sources in the order in which to try them.
 
-        If the host cache has the adapter, these are the cache and the store; otherwise peers and the store.
+        If the host cache has the adapter, these are the cache and the store. Otherwise these are peers and the store.
         """
         cached = await self._cache.find(adapter) if self._cache is not None else None
         if cached is not None:
@@ -408,24 +408,28 @@ class SourceFinder:
         holders = await self._find_holders(adapter.version)
         transports = self._config.transfer.transports
         now = self._clock.monotonic_s()
-        mine = self._readers.abilities
+        mine = self._transports.abilities
         ordered = order_sources(holders, mine, transports, self.speeds, adapter.slab_bytes, now)
         return [self._open_source(source) for source in ordered]
 
     def forget(self, engine: str, incarnation: str) -> None:
         """Drop the connections to a dead peer and forget its failures."""
-        self._readers.forget(engine, incarnation)
+        self._transports.forget(engine, incarnation)
         self.speeds.forget_failures(engine)
+
+    def avoid(self, source: ReadSource) -> None:
+        """End a failed read and avoid its source for some time."""
+        self.speeds.fail_read(source, self._clock.monotonic_s())
 
     def _open_source(self, source: ReadSource) -> SlabSource:
         if source == FROM_STORE:
             engine = self._config.engine
             return StoreSource(self._bus, engine.load_chunk_bytes, engine.load_timeout_s)
-        return PeerSource(self._bus, source, self._readers)
+        return PeerSource(self._bus, source, self._transports)
 
     async def _find_holders(self, version: str) -> tuple[Holder, ...]:
         now = self._clock.monotonic_s()
-        if self._readers.abilities is None or now < self._silent_until_s:
+        if self._transports.abilities is None or now < self._silent_until_s:
             return ()
         try:
             copies = await self._bus.request("monitor", FindCopies(version=version), Copies, FIND_S)

@@ -20,8 +20,7 @@ from loraserve.cost import StepShape
 from loraserve.cost.fit import LoadSample
 from loraserve.engine.adapters.pool import ExtentAllocator
 from loraserve.engine.compute.protocol import Runner
-from loraserve.engine.loading.loader import LayersToVerify, find_damaged_layer, split_layers
-from loraserve.engine.loading.memory import PoolMemory
+from loraserve.engine.loading.memory import LayersToVerify, PoolMemory, find_damaged_layer, split_layers
 from loraserve.engine.schedule.events import SchedulerLimits, SequenceStep, StepBatch
 from loraserve.errors import ConfigError
 from loraserve.messages import SamplingParams

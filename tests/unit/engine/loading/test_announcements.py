@@ -9,6 +9,7 @@ import pytest
 from loraserve.adapter.format import SlabHeader, make_layout
 from loraserve.engine.loading import arrival
 from loraserve.engine.loading.arrival import AnnouncedLoad, Arrival, ReadAnnouncer
+from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds
 from loraserve.engine.schedule.events import AdapterArriving, LoadAdapter
 from loraserve.engine.schedule.report import SpeedMeter
 from loraserve.messages import AdapterRef
@@ -41,7 +42,7 @@ def watched(load: LoadAdapter, monkeypatch: pytest.MonkeyPatch) -> Any:
 
     monkeypatch.setattr(arrival, "min_prefill_tokens", lambda left_s, measured: made.tokens)
     made.runner = SimpleNamespace(arrive=arrive)
-    made.watch = AnnouncedLoad(load, made.runner, SpeedMeter(), made.told.append, count(1))
+    made.watch = AnnouncedLoad(load, made.runner, SpeedMeter(), LinkSpeeds(), made.told.append, count(1))
     return made
 
 
@@ -50,44 +51,45 @@ def there(arrival: Arrival, layer: int) -> bool:
 
 
 def test_the_runner_learns_of_each_layer_and_the_scheduler_of_the_read(watched: Any, header: SlabHeader) -> None:
-    watched.watch.begin(header)
+    watched.watch.begin(header, FROM_STORE, 0.0)
     ((slot, base_elements, arrival),) = watched.arrived
     assert (slot, base_elements) == (3, OFFSET_BYTES // 4)
-    watched.watch.advance(header.layer(0).stop, 1.0)
+    watched.watch.arrived(header.layer(0).stop)
     assert (there(arrival, 0), there(arrival, 1)) == (True, False)
     assert watched.told == [AdapterArriving("v", 1, 5)]
     assert watched.watch.read_number == 1
 
 
 def test_the_scheduler_is_told_whenever_the_estimate_changes(watched: Any, header: SlabHeader) -> None:
-    watched.watch.begin(header)
+    watched.watch.begin(header, FROM_STORE, 0.0)
     for watched.tokens in (None, 5, 5, 6, None, 4):
-        watched.watch.advance(16, 1.0)
+        watched.watch.arrived(16)
     assert [told.least_tokens for told in watched.told] == [5, 6, None, 4]
 
 
 def test_an_abandoned_read_has_no_number_and_the_next_has_another(watched: Any, header: SlabHeader) -> None:
-    watched.watch.begin(header)
-    watched.watch.advance(header.slab_bytes, 1.0)
+    watched.watch.begin(header, FROM_STORE, 0.0)
+    watched.watch.arrived(header.slab_bytes)
     watched.watch.abandon()
     assert watched.watch.read_number == 0, "what comes another way is not what anybody began with"
-    watched.watch.advance(header.slab_bytes, 1.0)
-    watched.watch.begin(header)
+    watched.watch.arrived(header.slab_bytes)
+    watched.watch.begin(header, FROM_STORE, 0.0)
     assert watched.watch.read_number == 2
     (_, _, broken), (_, _, second) = watched.arrived
     assert not there(broken, 0)
     assert not there(second, 0), "nothing of it is there yet"
-    watched.watch.advance(16, 1.0)
+    watched.watch.arrived(16)
     assert [(told.read, told.least_tokens) for told in watched.told] == [(1, 5), (2, 5)]
 
 
 def test_a_slab_that_the_runner_cannot_use_is_not_announced(watched: Any, header: SlabHeader) -> None:
     watched.refuses = True
-    watched.watch.begin(header)
-    watched.watch.advance(header.slab_bytes, 1.0)
+    watched.watch.begin(header, FROM_STORE, 0.0)
+    watched.watch.arrived(header.slab_bytes)
     watched.watch.abandon()
     assert (watched.watch.read_number, watched.told) == (0, [])
 
 
 def test_a_runner_without_layers_gets_no_announcements(load: LoadAdapter) -> None:
-    assert ReadAnnouncer(SimpleNamespace(steps_ahead=0), SpeedMeter(), lambda event: None).follow(load) is None  # type: ignore[arg-type]
+    runner: Any = SimpleNamespace(steps_ahead=0)
+    assert ReadAnnouncer(runner, SpeedMeter(), LinkSpeeds(), lambda event: None).follow(load) is None

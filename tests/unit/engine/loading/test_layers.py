@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from loraserve.adapter.dtypes import storage_dtype
 from loraserve.adapter.format import make_layout
 from loraserve.adapter.pack import Slab, seal_slab
-from loraserve.engine.loading.loader import LayersToVerify, find_damaged_layer, split_layers
-from loraserve.engine.loading.memory import HostPool
+from loraserve.engine.loading.memory import HostPool, LayersToVerify, find_damaged_layer, split_layers
 from loraserve.model_shape import MODULES, SLICES, ModelShape
 
 SHAPE = ModelShape(layers=4, hidden=8, heads=2, kv_heads=1, head_dim=4, ffn=12, vocab=64)

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 
 from loraserve.adapter.format import SlabHeader, make_uniform_layout
+from loraserve.config import EngineConfig
 from loraserve.engine.adapters.lifecycle import LifecycleEvent, LoadedSlab
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.compute.protocol import DeviceLostError
-from loraserve.engine.loading.arrival import ReadAnnouncer
+from loraserve.engine.loading.arrival import AnnouncedLoad, ReadAnnouncer
 from loraserve.engine.loading.loader import AdapterLoader
 from loraserve.engine.loading.sources import SlabReadError
-from loraserve.engine.loading.speeds import FROM_STORE
+from loraserve.engine.loading.speeds import FROM_STORE, LinkSpeeds
 from loraserve.engine.schedule.events import CANCELLED, AdapterLoaded, AdapterLoadFailed, LoadAdapter
 from loraserve.engine.schedule.report import SpeedMeter
 from loraserve.messages import AdapterRef
@@ -25,15 +26,21 @@ SLAB = LoadedSlab(HEADER, FROM_STORE, 0.5)
 FAILED = AdapterLoadFailed("a", CANCELLED, "nothing wants the adapter any more")
 
 
-class HeldReader:
-    """Reads end once ``go`` is set; ``ended`` says how the last one ended."""
+class HeldLoader(AdapterLoader):
+    """A loader whose reads end once ``go`` is set; ``ended`` says how the last one ended."""
 
-    def __init__(self) -> None:
+    def __init__(self, runner: Any, pool: AdapterPool) -> None:
+        cache: Any = NoCache()
+        sources: Any = SimpleNamespace(speeds=LinkSpeeds())
+        announcer = ReadAnnouncer(runner, SpeedMeter(), sources.speeds, lambda event: None)
+        super().__init__(runner, pool, cache, sources, announcer, EngineConfig(digest_threads=1))
         self.go = asyncio.Event()
         self.ended = ""
         self.error: Exception | None = None
 
-    async def read(self, adapter: AdapterRef, offset_bytes: int, progress: object) -> LoadedSlab:
+    async def read_slab(
+        self, adapter: AdapterRef, offset_bytes: int, announced: AnnouncedLoad | None = None
+    ) -> LoadedSlab:
         self.ended = "begun"
         try:
             await self.go.wait()
@@ -57,14 +64,9 @@ class Scene:
 
     def __init__(self) -> None:
         self.pool = AdapterPool(1 << 20, 2)
-        self.reader = HeldReader()
         self.installed: list[int] = []
         self.refuses: Exception | None = None
-        runner: Any = SimpleNamespace(install=self.install, steps_ahead=0)
-        announcer = ReadAnnouncer(runner, SpeedMeter(), lambda event: None)
-        reader: Any = self.reader
-        cache: Any = NoCache()
-        self.loader = AdapterLoader(runner, self.pool, cache, reader, announcer)
+        self.loader = HeldLoader(SimpleNamespace(install=self.install, steps_ahead=0, pool=None), self.pool)
 
     def install(self, slot: int, header: SlabHeader, base_elements: int) -> None:
         if self.refuses is not None:
@@ -86,7 +88,7 @@ def test_a_load_that_nothing_cancels_returns_the_slab() -> None:
     async def main() -> None:
         scene = Scene()
         task = scene.load()
-        scene.reader.go.set()
+        scene.loader.go.set()
         assert await task == AdapterLoaded("a", 0, SLAB)
         assert scene.installed == [0]
         scene.loader.cancel("a")
@@ -102,7 +104,7 @@ def test_a_cancelled_load_returns_once_the_read_has_ended() -> None:
         scene.loader.cancel("b")
         scene.cancel()
         assert await task == FAILED
-        assert scene.reader.ended == "cleaned up"
+        assert scene.loader.ended == "cleaned up"
         assert task.cancelling() == 0
         assert scene.installed == []
 
@@ -115,7 +117,7 @@ def test_a_load_that_is_cancelled_before_it_begins_reads_nothing() -> None:
         task = scene.load()
         scene.cancel()
         assert await task == FAILED
-        assert scene.reader.ended == ""
+        assert scene.loader.ended == ""
 
     asyncio.run(main())
 
@@ -128,7 +130,7 @@ def test_a_task_that_is_cancelled_itself_raises_that() -> None:
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert scene.reader.ended == "cleaned up"
+        assert scene.loader.ended == "cleaned up"
 
     asyncio.run(main())
 
@@ -143,7 +145,7 @@ def test_a_version_can_be_loaded_again_after_its_load_has_ended() -> None:
             assert await task == FAILED
             scene.pool.apply("a", LifecycleEvent.LOAD_FAILED)
             assert len(scene.pool.remove_leaving()) == 1
-        scene.reader.go.set()
+        scene.loader.go.set()
         assert isinstance(await scene.load(), AdapterLoaded)
 
     asyncio.run(main())
@@ -152,12 +154,12 @@ def test_a_version_can_be_loaded_again_after_its_load_has_ended() -> None:
 def test_a_failed_read_or_a_slab_that_does_not_fit_is_returned_with_its_code() -> None:
     async def main() -> None:
         scene = Scene()
-        scene.reader.go.set()
-        scene.reader.error = SlabReadError("timeout", "too slow")
+        scene.loader.go.set()
+        scene.loader.error = SlabReadError("timeout", "too slow")
         assert await scene.load() == AdapterLoadFailed("a", "timeout", "timeout: too slow")
         scene.pool.apply("a", LifecycleEvent.LOAD_FAILED)
         scene.pool.remove_leaving()
-        scene.reader.error, scene.refuses = None, ValueError("of another dtype")
+        scene.loader.error, scene.refuses = None, ValueError("of another dtype")
         assert await scene.load() == AdapterLoadFailed("a", "mismatch", "of another dtype")
 
     asyncio.run(main())
@@ -166,7 +168,7 @@ def test_a_failed_read_or_a_slab_that_does_not_fit_is_returned_with_its_code() -
 def test_a_lost_device_is_raised() -> None:
     async def main() -> None:
         scene = Scene()
-        scene.reader.go.set()
+        scene.loader.go.set()
         scene.refuses = DeviceLostError("gone")
         with pytest.raises(DeviceLostError):
             await scene.load()

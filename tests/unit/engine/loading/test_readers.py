@@ -10,7 +10,7 @@ import pytest
 
 from loraserve.engine.loading import sources as engine_readers
 from loraserve.engine.loading.memory import HostPool, TransferTarget
-from loraserve.engine.loading.sources import TransportReaders
+from loraserve.engine.loading.sources import PeerTransports
 from loraserve.errors import ConfigError
 from loraserve.messages.transfer import TRANSFER_PROTOCOL_VERSION, Handle, ShmHandle, TcpHandle
 from loraserve.testing.memory_bus import MemoryNetwork
@@ -46,7 +46,7 @@ def test_an_engine_starts_though_the_rdma_device_cannot_reach_its_pool(monkeypat
     """The host cache may be offered over that device."""
     monkeypatch.setattr(engine_readers, "VerbsReader", UnwillingVerbs)
     pool = HostPool(memoryview(bytearray(4096)))
-    readers = TransportReaders(MemoryNetwork().bus("engine-0", None), pool, object())  # type: ignore[arg-type]
+    readers = PeerTransports(MemoryNetwork().bus("engine-0", None), pool, object())  # type: ignore[arg-type]
     readers.close()
     assert UnwillingVerbs.closed
 
@@ -66,10 +66,10 @@ def read(
     """Read a slab; return the reader and the progress that was reported."""
     reader, there = reader or NotingReader(), list[int]()
     pool = HostPool(np.empty(slab_bytes, np.uint8).data)
-    readers = TransportReaders(MemoryNetwork().bus("engine-0", None), pool, None)
+    readers = PeerTransports(MemoryNetwork().bus("engine-0", None), pool, None)
     readers._readers[handle.transport] = reader  # type: ignore[assignment]
     with ThreadPoolExecutor(1) as writers:
-        asyncio.run(readers.read(handle, start, TransferTarget(pool, 0, slab_bytes, there.append, writers)))
+        asyncio.run(readers.copy(handle, start, TransferTarget(pool, 0, slab_bytes, there.append, writers)))
     return reader, there
 
 

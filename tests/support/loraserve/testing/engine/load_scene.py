@@ -3,15 +3,19 @@
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
+from types import SimpleNamespace
 from typing import Any
 
 from loraserve.adapter.pack import Slab
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
-from loraserve.engine.loading.loader import SlabReader
-from loraserve.engine.loading.memory import HostPool
-from loraserve.engine.loading.sources import SourceFinder, TransportReaders
+from loraserve.engine.adapters.pool import AdapterPool
+from loraserve.engine.loading.arrival import ReadAnnouncer
+from loraserve.engine.loading.loader import AdapterLoader
+from loraserve.engine.loading.memory import HostPool, PoolMemory
+from loraserve.engine.loading.sources import PeerTransports, SourceFinder
 from loraserve.engine.loading.speeds import LinkSpeeds
+from loraserve.engine.schedule.report import SpeedMeter
 from loraserve.messages import Copies, FindCopies, ToEngine, ToMonitor, ToStore
 from loraserve.testing.engine.offline import adapter_reference
 from loraserve.testing.memory_bus import MemoryNetwork
@@ -19,6 +23,14 @@ from loraserve.testing.scripted_owner import ABLE, ScriptedOwner
 
 OFFSET, GUARD = 4096, b"\x55"
 TIMEOUT_S = 20.0
+
+
+def make_loader(memory: PoolMemory, sources: SourceFinder, engine: EngineConfig) -> AdapterLoader:
+    """Return a loader that reads into ``memory``. It is only good for `AdapterLoader.read_slab`."""
+    runner: Any = SimpleNamespace(pool=memory, steps_ahead=0)
+    announcer = ReadAnnouncer(runner, SpeedMeter(), sources.speeds, lambda event: None)
+    cache: Any = None
+    return AdapterLoader(runner, AdapterPool(1 << 20, 1), cache, sources, announcer, engine)
 
 
 class LoadScene:
@@ -34,20 +46,21 @@ class LoadScene:
         self.memory = bytearray(GUARD * (OFFSET + len(self.slab.data) + OFFSET))
         pool = HostPool(memoryview(self.memory))
         bus, clock = self.network.bus("engine-0", ToEngine), SystemClock()
-        config = Config(engine=EngineConfig(load_chunk_bytes=8192, load_timeout_s=TIMEOUT_S))
-        self.sources = SourceFinder(bus, config, clock, LinkSpeeds(), TransportReaders(bus, pool, None, ABLE))
-        self.reader = SlabReader(self.sources, pool, clock, TIMEOUT_S, 1)
+        engine = EngineConfig(load_chunk_bytes=8192, load_timeout_s=TIMEOUT_S, digest_threads=1)
+        config = Config(engine=engine)
+        self.sources = SourceFinder(bus, config, clock, LinkSpeeds(), PeerTransports(bus, pool, None, ABLE))
+        self.loader = make_loader(pool, self.sources, engine)
 
     async def start(self, stack: AsyncExitStack) -> None:
         serving = [owner.serve() for owner in self.owners]
         serving += [self.store.serve(self.network.bus("store", ToStore)), self._name_holders()]
         for work in serving:
             stack.callback(asyncio.create_task(work).cancel)
-        stack.callback(self.reader.close)
+        stack.callback(self.loader.close)
 
     async def load(self) -> str:
         """Load the slab, check the memory, and return the source that it came from."""
-        loaded = await self.reader.read(self.ref, OFFSET)
+        loaded = await self.loader.read_slab(self.ref, OFFSET)
         assert bytes(self.memory[OFFSET : OFFSET + len(self.slab.data)]) == bytes(self.slab.data)
         self.check_around()
         return loaded.source.name
@@ -58,7 +71,7 @@ class LoadScene:
 
     def failed(self, source: str) -> tuple[int, int]:
         """Return the failed reads from a source, and the mismatches among them."""
-        counts = [each for each in self.reader.counts() if each.source == source]
+        counts = [each for each in self.loader.counts() if each.source == source]
         return sum(each.failed for each in counts), sum(each.mismatched for each in counts)
 
     async def until(self, condition: Callable[[], object]) -> None:
