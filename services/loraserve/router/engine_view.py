@@ -16,8 +16,8 @@ TIMEOUTS_TO_AVOID = 2
 FIRST_AVOIDANCE_S = 0.5
 MAX_AVOIDANCE_S = 8.0
 CONTINUATION = 0.5
-"""Share of running requests that are assumed to be followed by another request of their rank. A larger share relieves
-an engine sooner when its load exceeds the plan's demand. A smaller share follows the plan longer near the limit."""
+"""Assumed share of running requests that another request of their rank follows. A larger share sends fewer requests to
+an engine whose load exceeds the plan's demand. A smaller share follows the plan longer."""
 IDLE_STEP_S = 0.02
 """Assumed decode step of an engine that has not decoded yet."""
 
@@ -44,10 +44,13 @@ class RunningRequest(msgspec.Struct, frozen=True, gc=False):
 class AdapterMix(msgspec.Struct, frozen=True, gc=False):
     """Slab bytes and ranks of the adapters of an engine's requests.
 
-    ``slab_bytes`` counts each running adapter once. ``rank_sum`` is the sum over running requests. ``running_rank`` is
-    the largest rank of running requests, and ``largest_rank`` of running and waiting requests. ``expected_rank`` is the
-    estimated mean over time of the largest rank in a batch, so a rarely requested large rank hardly raises it. It is
-    None if the plan has no copy there.
+    Attributes:
+        slab_bytes: Sum over the adapters of running requests.
+        rank_sum: Sum over running requests.
+        running_rank: The largest rank of running requests.
+        largest_rank: The largest rank of running and waiting requests.
+        expected_rank: The estimated mean over time of the largest rank in a batch; None if the plan has no copy there.
+            A large rank that is rarely requested hardly raises it.
     """
 
     slab_bytes: int = 0
@@ -140,11 +143,7 @@ class EngineView(msgspec.Struct):
         return begun or version in self.resident or version in self.pending_adapters.versions
 
     def apply_report(
-        self,
-        seen: EngineSeen,
-        reported_s: float,
-        known: Iterable[RunningRequest],
-        decoded: Mapping[str, float],
+        self, seen: EngineSeen, reported_s: float, known: Iterable[RunningRequest], decoded: Mapping[str, float]
     ) -> None:
         """Replace the last report. A new incarnation also clears pending requests, expected adapters and timeouts.
 
@@ -242,11 +241,10 @@ class EngineView(msgspec.Struct):
 
 
 def mean_largest_rank(sequences: Mapping[int, float]) -> float:
-    """Return the mean over time of the largest rank in a batch.
+    """Return the mean over time of the largest rank in a batch; ``sequences`` is the mean number by rank.
 
-    ``sequences`` is the mean number of decoding sequences by rank. Sequences are assumed to arrive independently
-    (Poisson). If n is the mean number of sequences of rank r or more, none is present for a share exp(-n) of the time.
-    The mean largest rank is the integral over r of 1 - exp(-n).
+    Sequences are assumed to arrive independently (Poisson). If n is the mean number of sequences of rank r or more,
+    none is present for a share exp(-n) of the time. The mean largest rank is the integral over r of 1 - exp(-n).
     """
     above, largest = 0.0, 0.0
     for rank, below in pairwise([*sorted(sequences, reverse=True), 0]):

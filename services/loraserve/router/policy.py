@@ -37,8 +37,6 @@ TIE_SHARE = 0.05
 MIN_TIE_S = 5e-5
 FALLBACK_PENALTY_S = 1e9
 """Added to a fallback engine's score for each level of ``EngineView.fallback_level``."""
-UNKNOWN_SAMPLING = SamplingParams(max_tokens=1 << 30)
-"""Sampling of ``placeholder_request``, without a limit: the output is assumed to have the mean length."""
 
 
 def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
@@ -276,7 +274,8 @@ def placeholder_request(expect: Expect) -> Route:
         gateway="",
         # No real prompt contains token -1, so no engine has a prefix of this one cached.
         prompt_tokens=(-1,) * max(1, expect.prompt_tokens),
-        sampling=UNKNOWN_SAMPLING,
+        # Without a limit, the output is assumed to have the mean length.
+        sampling=SamplingParams(max_tokens=1 << 30),
         adapter=expect.adapter,
     )
 

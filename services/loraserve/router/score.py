@@ -21,9 +21,9 @@ from loraserve.router.prices import Array, PriceTable
 from loraserve.router.view import ClusterView
 
 LOAD_WEIGHT = 1.5
-"""Score of a second of loading, besides its effect on TTFT: a load takes pool space and bandwidth from others."""
+"""Score of a second of loading, in addition to TTFT, because a load takes pool space and bandwidth from others."""
 _LOAD_WEIGHT, _ONE = np.array(LOAD_WEIGHT), np.array(1.0)
-# For few engines, numpy takes twice as long to combine an array with a float as with another array.
+# Numbers become arrays here and below: for few engines, numpy combines two arrays in half the time of array and float.
 PRIOR_STEPS = 0.5
 """Bonus for a planned and for a resident copy, in decode steps. It decides only between nearly equal engines."""
 
@@ -39,8 +39,8 @@ class AdapterColumns(msgspec.Struct, frozen=True, gc=False):
 class Scores(msgspec.Struct, frozen=True, gc=False):
     """The scores of a request by column, and the values from which they are computed.
 
-    ``Prediction`` explains the times. ``shares`` are the traffic shares of planned copies. Later changes of the price
-    table change neither the arrays nor ``engines``.
+    ``Prediction`` explains the times. ``shares`` are the traffic shares of planned copies. The arrays and ``engines``
+    are copies, so they stay as they are when the price table changes.
     """
 
     score: Array
@@ -64,7 +64,7 @@ def score(context: RoutingContext, table: PriceTable, shares: Mapping[int, float
     """
     request, view, cost = context.request, context.view, context.cost
     prices, tokens = table.columns, len(request.prompt_tokens)
-    columns, cached = adapter_columns(request, view), _cached_tokens(request, view)
+    columns, cached = adapter_columns(request, view), view.cached_tokens(request)
     # Copied, because the table changes when later requests are sent.
     queue_s = prices.queue_s.copy()
     if tokens > table.fitting_tokens:
@@ -166,7 +166,7 @@ def engine_seconds(request: Route, columns: AdapterColumns, table: PriceTable, c
 
 
 def prefill_tokens(request: Route, table: PriceTable, cached: Mapping[int, int]) -> Array:
-    """Return how many prompt tokens need prefill, by column; a single number if no engine has cached any."""
+    """Return how many prompt tokens need prefill, by column. A single number holds for all engines."""
     tokens = np.array(float(len(request.prompt_tokens)))
     if not cached:
         return tokens
@@ -194,11 +194,3 @@ def _load_seconds(adapter: AdapterRef, columns: AdapterColumns, table: PriceTabl
     for column in columns.resident:
         load_s[column] = 0.0
     return load_s
-
-
-def _cached_tokens(request: Route, view: ClusterView) -> Mapping[int, int]:
-    cached = view.cached_tokens(request)
-    if not cached:
-        return {}
-    columns = ((view.engines[name].column, tokens) for name, tokens in cached.items() if name in view.engines)
-    return {column: tokens for column, tokens in columns if column >= 0}

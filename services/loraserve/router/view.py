@@ -54,7 +54,7 @@ class ClusterView:
         self._engines_near: dict[str, dict[str, EngineView]] = {}
         self._last_snapshot: tuple[str, int] = ("", 0)
         self._oldest_pending_s = float("inf")
-        """No pending request was sent, and no expected adapter announced, before this time."""
+        """A lower bound of ``EngineView.oldest_s`` of all engines."""
         self.story = Story()
 
     def update(self, snapshot: ClusterLoad, now: float) -> bool:
@@ -89,12 +89,14 @@ class ClusterView:
         return self._prices
 
     def engines_near(self, version: str) -> Mapping[str, EngineView]:
-        """Return all engines that hold, load, expect or use the adapter, by name. Some may no longer do so."""
+        """Return all engines that hold, load, expect or use the adapter, by name, and possibly some that did before."""
         return self._engines_near.get(version, {})
 
-    def cached_tokens(self, request: Route) -> Mapping[str, int]:
-        """Return how many prompt tokens each engine's prefix cache probably holds, by engine name."""
-        return self.prefixes.cached_tokens(request) if self.prefixes is not None else {}
+    def cached_tokens(self, request: Route) -> Mapping[int, int]:
+        """Return how many prompt tokens the prefix caches of ready engines probably hold, by the engine's column."""
+        cached = self.prefixes.cached_tokens(request) if self.prefixes is not None else {}
+        columns = ((self.engines[name].column, tokens) for name, tokens in cached.items() if name in self.engines)
+        return {column: tokens for column, tokens in columns if column >= 0}
 
     def set_drained(self, engines: frozenset[str]) -> None:
         self.drained = engines
@@ -155,7 +157,7 @@ class ClusterView:
             self._prices.mark_changed(view)
 
     def expire_pending(self, now: float) -> None:
-        """Drop pending requests and expected adapters older than ``PENDING_TIMEOUT_S``. This is cheap."""
+        """Drop pending requests and expected adapters older than ``PENDING_TIMEOUT_S``."""
         if self._oldest_pending_s >= now - PENDING_TIMEOUT_S:
             return
         # Include engines that are not ready, because they may become ready without a later report.

@@ -11,10 +11,8 @@ from typing import get_args
 
 from loraserve.cost.profile import SHIPPED, Profile, read_profile
 from loraserve.errors import ConfigError
-from loraserve.sim.compare import OURS
 from loraserve.sim.outcome import SimSettings
-from loraserve.sim.policies import NAMES, policy_named
-from loraserve.sim.report import TOPPINGS
+from loraserve.sim.policies import DEFAULT_POLICY, POLICY_NAMES, TOPPINGS, policy_named
 from loraserve.sim.runs import RunSpec, Source
 from loraserve.sim.workload import LENGTHS, RANK_MIXES, Arrivals, Drift, TraceSource, WorkloadShape
 
@@ -24,28 +22,28 @@ MIN_REQUESTS = 10
 EXAMPLES = """\
 examples:
   scripts/simulate --engines 8 --rps 30
-      one run of our policy on a drawn workload
+      one run of the policy ours on a drawn workload
   scripts/simulate --trace T.csv.gz --policies ours,toppings --loads 10,20,30
       a sweep: each policy at each load; with --out, a timeline of each policy at the highest load
   scripts/simulate --compare --trace T.csv.gz --adapters 100 --engines 8 --cost padded
       for each policy: the largest load under the SLO, P95 TTFT at the same loads, engines needed, adapters held
   scripts/simulate --grid --engines 4
-      our policy against the best baseline on 24 drawn workloads
+      the policy ours against the best baseline on 24 drawn workloads
   scripts/simulate --sensitivity --engines 4
       the comparison with each efficiency of a derived profile halved and doubled
 
 what is simulated:
-  Router, planner, demand windows, scheduler and adapter pool are the live cluster's own code. Steps and adapter loads
-  take the time that the profile's cost model says. A profile is a file written by scripts/profile or the name of a
+  Router, planner, demand windows, scheduler and adapter pool are the production code. Steps and adapter loads take
+  the time that the profile's cost model predicts. A profile is a file written by scripts/profile or the name of a
   shipped one.
 
 policies:
-  slora-random, slora-contiguous    adapters are dealt out to engines once; a request goes to its adapter's engine
-                                    (for slora-random see --draws)
+  slora-random, slora-contiguous    each adapter is assigned to one engine once; a request goes to that engine
+                                    (slora-random is drawn --draws times)
   toppings                          every adapter is on every engine at no cost; rank-aware least finish time
   dynamo                            copies in proportion to load, rendezvous hashing, fewest requests
   loraserve                         the LoRAServe paper: operating points, budgets for each rank, routing by shares
-  ours                              this project's default
+  ours                              this project's default: placement by rank and demand, routing by prediction
 
 traces:
   CSV files with the columns time_s,client,prompt_tokens,output_tokens, or those of Azure's traces,
@@ -69,80 +67,65 @@ def make_parser() -> argparse.ArgumentParser:
     _add_cluster_flags(parser.add_argument_group("cluster"))
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print only the line of JSON")
-    output.add_argument(
-        "--out",
-        metavar="DIR",
-        default="",
-        help="folder for plots (PNG); a sweep plots each policy's timeline at the highest load (default: no plots)",
-    )
-    output.add_argument(
-        "--workers", type=int, default=0, help="simulations that run in parallel (default: one for each core)"
-    )
+    output.add_argument("--out", metavar="DIR", default="", help="folder for plots as PNG files (default: no plots)")
+    output.add_argument("--workers", type=int, default=0, help="parallel simulations (default: one for each core)")
     return parser
 
 
 def _add_workload_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--trace", metavar="FILE", default="", help="a trace (default: draw a workload)")
     group.add_argument("--adapters", type=int, default=100, metavar="N", help="number of adapters (default: 100)")
-    group.add_argument(
-        "--seconds", type=float, default=300.0, metavar="S", help="how long requests arrive in a run (default: 300)"
-    )
-    group.add_argument(
-        "--requests", type=int, default=0, metavar="N", help="number of requests in a run, instead of --seconds"
-    )
-    group.add_argument(
-        "--rps",
-        type=float,
-        default=0.0,
-        help="load of a single run in requests/s (default: 0.7 of the estimated capacity)",
-    )
+    group.add_argument("--seconds", type=float, default=300.0, metavar="S", help="duration of arrivals (default: 300)")
+    group.add_argument("--requests", type=int, default=0, metavar="N", help="requests in a run, instead of --seconds")
+    group.add_argument("--rps", type=float, default=0.0, help="requests/s of a single run (default: 0.7 of capacity)")
     group.add_argument("--loads", default="", metavar="A,B,C", help="loads of a sweep in requests/s")
     group.add_argument("--ranks", default="uniform", help=f"ranks of a drawn workload: {', '.join(RANK_MIXES)}")
     group.add_argument(
-        "--arrivals", choices=get_args(Arrivals), default="poisson", help="of a drawn workload (default: poisson)"
+        "--arrivals",
+        choices=get_args(Arrivals),
+        default="poisson",
+        help="arrivals of a drawn workload (default: poisson)",
     )
-    group.add_argument("--drift", choices=get_args(Drift), default="none", help="of a drawn workload (default: none)")
-    group.add_argument("--lengths", choices=tuple(LENGTHS), default="chat", help="of a drawn workload (default: chat)")
-    group.add_argument("--seed", type=int, default=0, help="of all random choices (default: 0)")
+    group.add_argument(
+        "--drift", choices=get_args(Drift), default="none", help="drift of a drawn workload (default: none)"
+    )
+    group.add_argument(
+        "--lengths", choices=tuple(LENGTHS), default="chat", help="lengths of a drawn workload (default: chat)"
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of all random choices (default: 0)")
 
 
 def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--engines", type=int, default=4, metavar="N", help="number of engines (default: 4)")
-    group.add_argument(
-        "--policies", default="", metavar="A,B,C", help="policies to simulate (default: ours, or all in a comparison)"
-    )
+    group.add_argument("--policies", default="", metavar="A,B,C", help="default: ours, or all policies in a comparison")
     group.add_argument(
         "--draws",
         type=int,
         default=3,
         metavar="N",
-        help="random placements of slora-random in --compare, drawn with this seed and the following ones; its row is "
-        "the median draw by max rps, or the lower one in the middle of an even number (default: 3)",
+        help="number of random placements of slora-random in --compare, drawn with --seed and the following seeds; "
+        "the table shows the median draw by max rps, or the lower median of an even number (default: 3)",
     )
     group.add_argument("--profile", default="llama-3-8b-a100", help="name of a shipped profile or a file")
     group.add_argument(
         "--cost",
         choices=("padded", "exact"),
         default="padded",
-        help="LoRA cost: padded to the batch's largest rank as in other systems' kernels, or exact as in ours",
+        help="LoRA cost of a token: its own rank (exact, this project's kernels), or the largest rank of the batch "
+        "(padded, the kernels of other systems; default)",
     )
-    group.add_argument("--slo-s", type=float, default=10.0, metavar="S", help="promised P95 TTFT (default: 10)")
+    group.add_argument("--slo-s", type=float, default=10.0, metavar="S", help="the SLO: target P95 TTFT (default: 10)")
     for name, what in (("plan", "plans"), ("report", "reports of the engines")):
         default = getattr(SimSettings(), f"{name}_interval_s")
-        group.add_argument(
-            f"--{name}-interval-s",
-            type=float,
-            default=default,
-            metavar="S",
-            help=f"between {what} (default: {default:g})",
-        )
+        text = f"time between {what} (default: {default:g})"
+        group.add_argument(f"--{name}-interval-s", type=float, default=default, metavar="S", help=text)
 
 
 def spec_of(arguments: argparse.Namespace) -> RunSpec:
     """Return the run that the flags describe, at the load of --rps."""
     return RunSpec(
         source=_source(arguments),
-        policy=OURS,
+        policy=DEFAULT_POLICY,
         engines=arguments.engines,
         rps=arguments.rps,
         profile=_profile(arguments),
@@ -158,7 +141,7 @@ def spec_of(arguments: argparse.Namespace) -> RunSpec:
 
 def policies_of(arguments: argparse.Namespace) -> list[str]:
     compares = arguments.compare or arguments.grid or arguments.sensitivity or arguments.loads
-    names = [n for n in arguments.policies.split(",") if n] or (list(NAMES) if compares else [OURS])
+    names = [n for n in arguments.policies.split(",") if n] or (POLICY_NAMES if compares else [DEFAULT_POLICY])
     return [policy_named(name).name for name in dict.fromkeys(names)]
 
 
@@ -187,16 +170,16 @@ def check_arguments(arguments: argparse.Namespace, names: list[str]) -> None:
     if arguments.requests and arguments.requests < MIN_REQUESTS:
         raise ConfigError(f"--requests {arguments.requests}: must be at least {MIN_REQUESTS}; or use --seconds instead")
     loads_of(arguments)
-    needed = {OURS, TOPPINGS} if arguments.grid else {OURS} if arguments.sensitivity else set()
+    needed = {DEFAULT_POLICY, TOPPINGS} if arguments.grid else {DEFAULT_POLICY} if arguments.sensitivity else set()
     if needed - set(names):
-        raise ConfigError(f"--policies {arguments.policies}: this compares with {', '.join(sorted(needed))}; add them")
+        raise ConfigError(f"--policies {arguments.policies}: this mode needs {', '.join(sorted(needed))}; add them")
     if arguments.out:
         _make_folder(Path(arguments.out))
 
 
 def _make_folder(folder: Path) -> None:
     if find_spec("matplotlib") is None:
-        raise ConfigError("--out draws with matplotlib, which is not installed; install the extra 'sim'")
+        raise ConfigError("--out needs matplotlib, which is not installed; install the extra 'sim'")
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -213,7 +196,7 @@ def _profile(arguments: argparse.Namespace) -> Profile:
     if profile.cost.lora != arguments.cost:
         raise ConfigError(
             f"profile {name} has {profile.cost.lora} LoRA cost, --cost says {arguments.cost}; "
-            f"take another profile, or measure one with scripts/profile --lora {arguments.cost}"
+            f"use another profile, or measure one with scripts/profile --lora {arguments.cost}"
         )
     return profile
 

@@ -1,4 +1,4 @@
-"""A simulated cluster: arrivals, the router's view, the monitor's demand windows, plans and their roll-out.
+"""A simulated cluster: arrivals, the router's view, the monitor's demand windows, and plans.
 
 The production code makes every decision. Messages take no time, and all engines report at the same times.
 """
@@ -12,9 +12,8 @@ import msgspec
 
 from loraserve.cost import CostLearner, extent_bytes
 from loraserve.cost.profile import Profile
-from loraserve.engine.schedule.events import SchedulerLimits
+from loraserve.engine.schedule.events import RequestArrived, SchedulerLimits
 from loraserve.messages import (
-    AdapterDemand,
     Admit,
     ClusterLoad,
     EngineLoad,
@@ -28,7 +27,7 @@ from loraserve.monitor.demand import DemandWindow
 from loraserve.router.context import PlannedCopies, RoutingContext, Slo
 from loraserve.router.view import ClusterView
 from loraserve.sim.engine import INCARNATION, EngineListener, SimEngine, Timeline
-from loraserve.sim.outcome import Interval, Outcome, RequestOutcome, SimSettings
+from loraserve.sim.outcome import WARMUP_SHARE, Interval, Outcome, RequestOutcome, SimSettings
 from loraserve.sim.planner import SimPlanner
 from loraserve.sim.policies import Policy
 from loraserve.sim.workload import SimRequest, Workload
@@ -52,10 +51,11 @@ class Simulation(EngineListener):
         self._slo = Slo(self._settings.slo_ttft_s, self._settings.reject_factor)
         self._adapters = {adapter.version: adapter for adapter in workload.adapters}
         limits = _scheduler_limits(profile, workload, policy.everywhere)
-        self.engines = {
-            name: SimEngine(name, limits, profile.cost, self._timeline, self, free_loads=policy.everywhere)
-            for name in (f"engine-{index}" for index in range(engines))
-        }
+        cost = profile.cost
+        if policy.everywhere:
+            cost = msgspec.structs.replace(cost, load_base_s=0.0, load_byte_s=0.0)
+        names = [f"engine-{index}" for index in range(engines)]
+        self.engines = {name: SimEngine(name, limits, cost, self._timeline, self) for name in names}
         self._planner = SimPlanner(
             policy, self._adapters, self.engines, self._timeline, self._settings, self._publish_plan
         )
@@ -65,7 +65,7 @@ class Simulation(EngineListener):
         self._learner = CostLearner(profile.cost)
         self._plan: PlannedCopies | None = None
         self._snapshots = 0
-        self._warmup_requests = int(len(workload.requests) * self._settings.warmup)
+        self._warmup_requests = int(len(workload.requests) * WARMUP_SHARE)
         self._requests: dict[str, RequestOutcome] = {}
         self._unfinished = 0
         self._intervals: list[Interval] = []
@@ -107,21 +107,15 @@ class Simulation(EngineListener):
 
     # Arrivals
 
-    def _start_arrivals(self, now: float) -> None:
-        """Start the workload. Its times are relative to ``now``."""
-        self._arrivals_start_s = now
-        if self._workload.requests:
-            self._schedule_arrival(0)
-
     def _schedule_arrival(self, index: int) -> None:
-        time_s = self._arrivals_start_s + self._workload.requests[index].time_s
-        self._timeline.schedule(time_s, lambda now: self._arrive(index, now))
+        if index < len(self._workload.requests):
+            time_s = self._arrivals_start_s + self._workload.requests[index].time_s
+            self._timeline.schedule(time_s, lambda now: self._arrive(index, now))
 
     def _arrive(self, index: int, now: float) -> None:
         request = self._workload.requests[index]
         request_id = f"r{index}"
-        if index + 1 < len(self._workload.requests):
-            self._schedule_arrival(index + 1)
+        self._schedule_arrival(index + 1)
         outcome = self._requests[request_id] = RequestOutcome(index, request.adapter, now)
         self._unfinished += 1
         self._view.expire_pending(now)
@@ -142,20 +136,18 @@ class Simulation(EngineListener):
             sampling=msgspec.structs.replace(route.sampling, max_tokens=output_tokens),
             adapter=route.adapter,
         )
-        self.engines[first.engine].admit(admit, now)
+        self.engines[first.engine].deliver(RequestArrived(admit), now)
         self._view.record_admitted(first.engine, request_id, INCARNATION, now)
 
     def _route_message(self, request_id: str, index: int, request: SimRequest) -> tuple[Route, int]:
-        """Return a request's message to the router and its number of output tokens, which the router does not know.
-
-        Each prompt starts with a different token, because traces do not describe shared prefixes.
-        """
+        """Return a request's message to the router, and its number of output tokens, which the router does not know."""
         max_tokens = self._profile.engine.max_model_tokens
         prompt = max(1, min(request.prompt_tokens, max_tokens - 2))
         output = max(1, min(request.output_tokens, max_tokens - prompt - 1))
         route = Route(
             request_id=request_id,
             gateway="gateway",
+            # Each prompt starts with a different token, because traces do not describe shared prefixes.
             prompt_tokens=(index + 1,) + (0,) * (prompt - 1),
             sampling=SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True),
             adapter=self._workload.adapters[request.adapter],
@@ -181,44 +173,39 @@ class Simulation(EngineListener):
                 EngineSeen(load=load, capabilities=self.engines[load.engine].capabilities, age_s=0.0, alive=True)
                 for load in loads
             ),
-            demand=self._current_demand(now),
+            demand=self._demand.demand(now, self._adapters),
         )
         self._view.update(snapshot, now)
         self._loads = loads
         self._planner.update(loads, now)
 
-    def _current_demand(self, now: float) -> tuple[AdapterDemand, ...]:
-        return self._demand.demand(now, self._adapters)
-
     def _replan(self, now: float) -> None:
         self._timeline.schedule(now + self._settings.plan_interval_s, self._replan)
         self._end_interval(now)
-        self._planner.plan(self._current_demand(now), self._loads, self._learner.cost, now)
+        self._planner.plan(self._demand.demand(now, self._adapters), self._loads, self._learner.cost, now)
 
     def _publish_plan(self, plan: Plan, now: float) -> None:
-        # Arrivals start after the first plan is published, so that engines have loaded its adapters.
         if self._plan is None:
-            self._start_arrivals(now)
+            # Requests arrive only now, after the engines have loaded the adapters of the first plan.
+            self._arrivals_start_s = now
+            self._schedule_arrival(0)
         self._plan = PlannedCopies(plan)
 
     # Figures
 
     def _end_interval(self, now: float) -> None:
-        held = [engine.held_bytes() for engine in self.engines.values()]
+        engines = self.engines.values()
+        pools = [list(engine.scheduler.residency.pool.entries()) for engine in engines]
         self._intervals.append(
             Interval(
                 time_s=now,
                 moves=self._planner.take_moves(),
-                held_bytes=tuple(all_bytes for all_bytes, _ in held),
-                needed_bytes=tuple(needed_bytes for _, needed_bytes in held),
-                rank_tokens=tuple(dict(engine.rank_tokens) for engine in self.engines.values()),
-                adapters=tuple(
-                    sum(1 for _ in engine.scheduler.residency.pool.entries()) for engine in self.engines.values()
-                ),
+                held_bytes=tuple(sum(e.adapter.slab_bytes for e in pool) for pool in pools),
+                needed_bytes=tuple(sum(e.adapter.slab_bytes for e in pool if not e.evictable) for pool in pools),
+                rank_tokens=tuple(engine.take_rank_tokens() for engine in engines),
+                adapters=tuple(len(pool) for pool in pools),
             )
         )
-        for engine in self.engines.values():
-            engine.rank_tokens.clear()
 
     def _check_hopeless(self, now: float) -> None:
         """Stop the run if its P95 TTFT is already certain to exceed ``hopeless`` times the SLO."""

@@ -16,19 +16,11 @@ from loraserve.errors import LoraServeError
 from loraserve.sim import report
 from loraserve.sim.arguments import check_arguments, loads_of, make_parser, policies_of, spec_of
 from loraserve.sim.cluster import Simulation
-from loraserve.sim.compare import (
-    OURS,
-    CompareOptions,
-    Comparison,
-    capacity_rps,
-    changed_profiles,
-    compare,
-    limit_rps,
-)
+from loraserve.sim.compare import CompareOptions, Comparison, capacity_rps, changed_profiles, compare, limit_rps
 from loraserve.sim.outcome import Outcome
 from loraserve.sim.parallel import parallel_runner
-from loraserve.sim.policies import policy_named
-from loraserve.sim.runs import RunFigures, RunSpec, make_workload, simulate, workload_for
+from loraserve.sim.policies import DEFAULT_POLICY, policy_named
+from loraserve.sim.runs import RunFigures, RunSpec, make_workload, run_figures, workload_for
 from loraserve.sim.workload import grid_shapes
 
 DEFAULT_LOAD = 0.7
@@ -120,6 +112,7 @@ def run_compare(arguments: argparse.Namespace, base: RunSpec, names: list[str]) 
         comparison = compare(base, names, _guess_rps(base), run_all, CompareOptions(draws=arguments.draws))
     # Use the best baseline's load, because a run at a higher load uses more requests of a trace.
     at_best = msgspec.structs.replace(base, rps=comparison.best_baseline_rps)
+    best = comparison.best_baseline
     limit = limit_rps(workload_for(at_best), base.profile, base.engines)
     title = (
         f"{base.source.name}, {base.engines} engines, {base.profile.model} on {base.profile.hardware}, {arguments.cost}"
@@ -131,15 +124,15 @@ def run_compare(arguments: argparse.Namespace, base: RunSpec, names: list[str]) 
             f"{title}, SLO P95 TTFT {arguments.slo_s:g} s, {length} a run",
             "",
             report.summary_table(comparison),
-            f"(P95 and adapters at 80% of {comparison.best_baseline}'s largest load; engines needed for all of it, "
-            f"{comparison.best_baseline_rps:.1f} rps)",
+            f"(engines needed: at the largest load of {best}, {comparison.best_baseline_rps:.1f} rps; "
+            "P95, adapters, bytes and moves: at 80% of it)",
             *report.draws_text(comparison),
-            *report.too_short_text(comparison),
-            f"(no placement serves more than {limit:.1f} rps for good: full batches, and each token pays its own rank)",
+            *report.never_overloaded_text(comparison),
+            f"(upper bound for every placement: {limit:.1f} rps, with full batches and no padding to higher ranks)",
             "",
             report.load_table(comparison),
             "",
-            *(f"ours falls short: {text}" for text in report.shortfalls(comparison, limit)),
+            *report.missed_goals(comparison, limit),
             *plots,
         ]
     )
@@ -179,16 +172,17 @@ def run_sensitivity(arguments: argparse.Namespace, base: RunSpec, names: list[st
     """Compare the policies on variants of the profile with one efficiency halved or doubled."""
     rows = []
     content: dict[str, Any] = {}
+    baselines = [name for name in names if name != DEFAULT_POLICY]
     options = CompareOptions(shares=(0.8,), count_engines=False)
     with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:
         for change, profile in changed_profiles(base.profile).items():
             spec = msgspec.structs.replace(base, profile=profile)
-            results = compare(spec, names, _guess_rps(spec), run_all, options).results
-            ours_rps = results[OURS].max_rps
-            ratios = {name: ours_rps / (result.max_rps or 1e-9) for name, result in results.items()}
+            comparison = compare(spec, names, _guess_rps(spec), run_all, options)
+            ratios = {name: comparison.gain_over(result.max_rps) for name, result in comparison.results.items()}
             content[change] = {name: report.json_number(ratio) for name, ratio in ratios.items()}
-            rows.append([change, ours_rps, *(ratios[name] for name in names if name != OURS)])
-    header = ["changed", "ours, max rps", *(f"/ {name}" for name in names if name != OURS)]
+            ours_rps = comparison.results[DEFAULT_POLICY].max_rps
+            rows.append([change, ours_rps, *(ratios[name] for name in baselines)])
+    header = ["changed", "ours, max rps", *(f"/ {name}" for name in baselines)]
     return Result({"simulate": "sensitivity", "ratios": content}, report.value_table(header, rows))
 
 
@@ -200,9 +194,8 @@ def _guess_rps(base: RunSpec) -> float:
 
 def _json_point(figures: RunFigures) -> dict[str, Any]:
     """Return the figures for JSON, without the intervals."""
-    values = msgspec.structs.asdict(figures)
-    del values["intervals"]
-    return {k: report.json_number(v) if isinstance(v, float) else v for k, v in values.items()}
+    values = {key: value for key, value in msgspec.structs.asdict(figures).items() if key != "intervals"}
+    return {key: report.json_number(value) if isinstance(value, float) else value for key, value in values.items()}
 
 
 def _draw(arguments: argparse.Namespace, draw: Callable[[Path], list[Path]]) -> list[str]:
@@ -213,8 +206,8 @@ def _draw(arguments: argparse.Namespace, draw: Callable[[Path], list[Path]]) -> 
 
 
 def _comparison_plots(comparison: Comparison, title: str, folder: Path, base: RunSpec) -> list[Path]:
-    outcome = simulate(msgspec.structs.replace(base, policy=OURS, rps=0.8 * comparison.best_baseline_rps))
-    return [*_plots().plot_comparison(comparison, title, folder), _timeline(outcome, folder)]
+    spec = msgspec.structs.replace(base, policy=DEFAULT_POLICY, rps=0.8 * comparison.best_baseline_rps)
+    return [*_plots().plot_comparison(comparison, title, folder), _timeline(run_figures(spec), folder)]
 
 
 def _timeline(run: Outcome | RunFigures, folder: Path, name: str = "timeline.png") -> Path:

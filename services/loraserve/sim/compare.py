@@ -4,7 +4,7 @@
 every policy. Runs are requested in batches. The runs of a batch are independent, so they can run in parallel.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from math import ceil, inf
 from typing import NamedTuple
 
@@ -16,18 +16,14 @@ from loraserve.cost.hardware import HARDWARE
 from loraserve.cost.profile import Profile
 from loraserve.errors import ConfigError
 from loraserve.messages import AdapterRef
-from loraserve.sim.policies import policy_named
-from loraserve.sim.runs import RunFigures, RunSpec
+from loraserve.sim.policies import DEFAULT_POLICY, policy_named
+from loraserve.sim.runs import RunAll, RunFigures, RunSpec
 from loraserve.sim.workload import SimRequest, Workload
 
-RunAll = Callable[[Sequence[RunSpec]], list[RunFigures]]
-"""Runs a batch of simulations and returns their figures in the order of the batch."""
-
-OURS = "ours"
 LOAD_SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)
 """The loads at which all policies are compared, as shares of the best baseline's largest load."""
 PRECISION = 0.02
-"""Relative precision of the search for the largest load."""
+"""Relative precision of the largest load."""
 MAX_ENGINE_FACTOR = 3
 """The search for the number of engines tries at most this many times the engines of the comparison."""
 FIRST_FACTOR = 1.3
@@ -53,28 +49,28 @@ class CompareOptions(msgspec.Struct, frozen=True, kw_only=True):
     draws: int = 1
 
 
-class Entrant(NamedTuple):
-    """A policy and the seed of its runs. A policy with a random placement has one entrant for each draw."""
+class PolicyDraw(NamedTuple):
+    """A policy and the seed of its runs. Only policies with a random placement have several draws."""
 
     policy: str
     seed: int
 
 
-Curves = dict[Entrant, dict[float, RunFigures]]
-"""Figures by entrant, then by load in requests/s."""
+Curves = dict[PolicyDraw, dict[float, RunFigures]]
+"""Figures by draw, then by load in requests/s."""
 
 
 class PolicyResult(msgspec.Struct, frozen=True, kw_only=True):
     """The results of one policy, or of its median draw.
 
     Attributes:
-        max_rps: The largest load under the SLO, in requests/s. ``max_rps_draws`` lists it for all draws, ascending.
+        max_rps: The largest load under the SLO, in requests/s.
+        max_rps_draws: The largest loads of all draws in ascending order.
         at_80pct: Figures at 80% of the best baseline's largest load.
         engines_needed: Engines needed for the best baseline's largest load; None if not found or not searched.
         curve: Figures of all runs in ascending order of load.
     """
 
-    policy: str
     max_rps: float
     max_rps_draws: tuple[float, ...]
     at_80pct: RunFigures
@@ -92,6 +88,10 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     shares: tuple[float, ...]
     results: dict[str, PolicyResult]
 
+    def gain_over(self, rps: float) -> float:
+        """Return the largest load of the default policy divided by another load."""
+        return self.results[DEFAULT_POLICY].max_rps / (rps or 1e-9)
+
     def p95_at(self, policy: str, share: float) -> float:
         """Return a policy's P95 TTFT at one of the ``shares`` of the best baseline's largest load."""
         rps = share * self.best_baseline_rps
@@ -105,81 +105,75 @@ def compare(
 
     Raises ConfigError if no baseline meets the SLO at any load.
     """
-    entrants = {
-        policy: [
-            Entrant(policy, base.settings.seed + draw)
-            for draw in range(options.draws if policy_named(policy).random_placement else 1)
-        ]
-        for policy in policies
-    }
-    curves: Curves = {entrant: {} for draws in entrants.values() for entrant in draws}
+    seed, slo_s = base.settings.seed, base.settings.slo_ttft_s
+    counts = {policy: options.draws if policy_named(policy).random_placement else 1 for policy in policies}
+    draws_of = {policy: [PolicyDraw(policy, seed + i) for i in range(count)] for policy, count in counts.items()}
+    curves: Curves = {draw: {} for draws in draws_of.values() for draw in draws}
     largest_of = find_largest(base, guess_rps, run_all, curves)
-    # Choose the median draw by largest load; for an even number of draws, the lower median.
+    # The median draw by largest load represents its policy. For an even number of draws it is the lower median.
     chosen = {
-        policy: sorted(draws, key=lambda entrant: largest_of[entrant])[(len(draws) - 1) // 2]
-        for policy, draws in entrants.items()
+        policy: sorted(draws, key=lambda draw: largest_of[draw])[(len(draws) - 1) // 2]
+        for policy, draws in draws_of.items()
     }
-    largest = {policy: largest_of[entrant] for policy, entrant in chosen.items()}
-    baselines = [p for p in policies if p != OURS] or list(policies)
-    best = max(baselines, key=lambda p: largest[p])
-    slo_s = base.settings.slo_ttft_s
-    if not largest[best]:
-        raise ConfigError(f"no baseline serves this workload within {slo_s} s; promise more (--slo-s)")
+    baselines = [policy for policy in policies if policy != DEFAULT_POLICY] or list(policies)
+    best = max(baselines, key=lambda policy: largest_of[chosen[policy]])
+    best_rps = largest_of[chosen[best]]
+    if not best_rps:
+        raise ConfigError(f"no baseline meets a P95 TTFT of {slo_s} s at any load; allow a longer one with --slo-s")
     shares = tuple(sorted(options.shares))
-    wanted = [(entrant, share * largest[best]) for entrant in chosen.values() for share in shares]
-    _add_points(base, [(e, rps) for e, rps in wanted if rps not in curves[e]], run_all, curves)
-    counted = list(chosen.values()) if options.count_engines else []
-    needed = engines_needed(base, counted, largest[best], run_all)
+    missing = [(draw, share * best_rps) for draw in chosen.values() for share in shares]
+    _add_points(base, [(draw, rps) for draw, rps in missing if rps not in curves[draw]], run_all, curves)
+    needed = engines_needed(base, list(chosen.values()), best_rps, run_all) if options.count_engines else {}
+    results = {
+        policy: PolicyResult(
+            max_rps=largest_of[draw],
+            max_rps_draws=tuple(sorted(largest_of[other] for other in draws_of[policy])),
+            at_80pct=curves[draw][0.8 * best_rps],
+            engines_needed=needed.get(draw),
+            curve=tuple(figures for _, figures in sorted(curves[draw].items())),
+        )
+        for policy, draw in chosen.items()
+    }
     return Comparison(
         engines=base.engines,
         slo_ttft_s=slo_s,
         best_baseline=best,
-        best_baseline_rps=largest[best],
+        best_baseline_rps=best_rps,
         shares=shares,
-        results={
-            policy: PolicyResult(
-                policy=policy,
-                max_rps=largest[policy],
-                max_rps_draws=tuple(sorted(largest_of[draw] for draw in entrants[policy])),
-                at_80pct=curves[entrant][0.8 * largest[best]],
-                engines_needed=needed.get(entrant),
-                curve=tuple(figures for _, figures in sorted(curves[entrant].items())),
-            )
-            for policy, entrant in chosen.items()
-        },
+        results=results,
     )
 
 
-def find_largest(base: RunSpec, guess_rps: float, run_all: RunAll, curves: Curves) -> dict[Entrant, float]:
-    """Return each entrant's largest load under the SLO. Each batch has one run of every unfinished search."""
-    searches = {entrant: _LoadSearch(guess_rps, base.settings.slo_ttft_s) for entrant in curves}
-    while unfinished := {e: s for e, s in searches.items() if not s.is_done}:
-        _add_points(base, [(e, s.next_rps) for e, s in unfinished.items()], run_all, curves)
-        for entrant, search in unfinished.items():
-            search.add(curves[entrant][search.next_rps])
-    return {entrant: search.largest_rps for entrant, search in searches.items()}
+def find_largest(base: RunSpec, guess_rps: float, run_all: RunAll, curves: Curves) -> dict[PolicyDraw, float]:
+    """Return each draw's largest load under the SLO. Each batch has one run of every unfinished search."""
+    searches = {draw: _LoadSearch(guess_rps, base.settings.slo_ttft_s) for draw in curves}
+    while unfinished := {draw: search for draw, search in searches.items() if not search.is_done}:
+        _add_points(base, [(draw, search.next_rps) for draw, search in unfinished.items()], run_all, curves)
+        for draw, search in unfinished.items():
+            search.add(curves[draw][search.next_rps])
+    return {draw: search.largest_rps for draw, search in searches.items()}
 
 
 def engines_needed(
-    base: RunSpec, entrants: Sequence[Entrant], rps: float, run_all: RunAll
-) -> dict[Entrant, int | None]:
-    """Return the smallest number of engines with which each entrant serves the load ``rps`` under the SLO.
+    base: RunSpec, draws: Sequence[PolicyDraw], rps: float, run_all: RunAll
+) -> dict[PolicyDraw, int | None]:
+    """Return the smallest number of engines with which each draw serves the load ``rps`` under the SLO.
 
-    The number is None if an entrant needs more than ``MAX_ENGINE_FACTOR`` times the engines of ``base``.
+    The number is None if it needs more than ``MAX_ENGINE_FACTOR`` times the engines of ``base``.
     """
-    low = dict.fromkeys(entrants, 0)
-    high: dict[Entrant, int] = dict.fromkeys(entrants, MAX_ENGINE_FACTOR * base.engines + 1)
-    tried = dict.fromkeys(entrants, base.engines)
-    while unfinished := [e for e in entrants if high[e] - low[e] > 1]:
-        specs = [msgspec.structs.replace(_spec(base, e, rps), engines=tried[e]) for e in unfinished]
-        for entrant, figures in zip(unfinished, run_all(specs), strict=True):
+    low = dict.fromkeys(draws, 0)
+    high: dict[PolicyDraw, int] = dict.fromkeys(draws, MAX_ENGINE_FACTOR * base.engines + 1)
+    tried = dict.fromkeys(draws, base.engines)
+    while unfinished := [draw for draw in draws if high[draw] - low[draw] > 1]:
+        specs = [msgspec.structs.replace(_spec(base, draw, rps), engines=tried[draw]) for draw in unfinished]
+        for draw, figures in zip(unfinished, run_all(specs), strict=True):
             meets = figures.p95_ttft_s <= base.settings.slo_ttft_s
-            (high if meets else low)[entrant] = tried[entrant]
-            middle = (low[entrant] + high[entrant]) // 2
+            (high if meets else low)[draw] = tried[draw]
+            middle = (low[draw] + high[draw]) // 2
             # Most policies need about as many engines as ``base`` has, so try nearby numbers before the middle.
-            near = ceil(tried[entrant] * (0.8 if meets else 1.25))
-            tried[entrant] = near if low[entrant] < near < high[entrant] else middle
-    return {e: None if high[e] > MAX_ENGINE_FACTOR * base.engines else high[e] for e in entrants}
+            near = ceil(tried[draw] * (0.8 if meets else 1.25))
+            tried[draw] = near if low[draw] < near < high[draw] else middle
+    return {draw: None if high[draw] > MAX_ENGINE_FACTOR * base.engines else high[draw] for draw in draws}
 
 
 def changed_profiles(profile: Profile) -> dict[str, Profile]:
@@ -244,27 +238,30 @@ class _LoadSearch:
             self.next_rps = (self._low.rps * self._high.rps) ** 0.5
 
 
-def _add_points(base: RunSpec, wanted: Sequence[tuple[Entrant, float]], run_all: RunAll, curves: Curves) -> None:
-    """Run the wanted entrants and loads and add the figures to the curves.
+def _add_points(base: RunSpec, wanted: Sequence[tuple[PolicyDraw, float]], run_all: RunAll, curves: Curves) -> None:
+    """Run the wanted draws and loads and add the figures to the curves.
 
-    A load far above a hopeless one is not run and gets the figures of the hopeless load.
+    A load far above one whose run was stopped as hopeless is not run. It gets the figures of that run.
     """
-    hopeless = {e: min((rps for rps, p in c.items() if p.hopeless), default=inf) for e, c in curves.items()}
+    hopeless = {
+        draw: min((rps for rps, point in curve.items() if point.hopeless), default=inf)
+        for draw, curve in curves.items()
+    }
     runs = []
-    for entrant, rps in wanted:
-        if rps > hopeless[entrant] * 1.15:
-            worst = curves[entrant][hopeless[entrant]]
-            curves[entrant][rps] = msgspec.structs.replace(worst, rps=rps)
+    for draw, rps in wanted:
+        if rps > hopeless[draw] * 1.15:
+            worst = curves[draw][hopeless[draw]]
+            curves[draw][rps] = msgspec.structs.replace(worst, rps=rps)
         else:
-            runs.append((entrant, rps))
-    figures = run_all([_spec(base, entrant, rps) for entrant, rps in runs])
-    for (entrant, rps), point in zip(runs, figures, strict=True):
-        curves[entrant][rps] = point
+            runs.append((draw, rps))
+    figures = run_all([_spec(base, draw, rps) for draw, rps in runs])
+    for (draw, rps), point in zip(runs, figures, strict=True):
+        curves[draw][rps] = point
 
 
-def _spec(base: RunSpec, entrant: Entrant, rps: float) -> RunSpec:
-    settings = msgspec.structs.replace(base.settings, seed=entrant.seed)
-    return msgspec.structs.replace(base, policy=entrant.policy, rps=rps, settings=settings)
+def _spec(base: RunSpec, draw: PolicyDraw, rps: float) -> RunSpec:
+    settings = msgspec.structs.replace(base.settings, seed=draw.seed)
+    return msgspec.structs.replace(base, policy=draw.policy, rps=rps, settings=settings)
 
 
 # Estimates of capacity

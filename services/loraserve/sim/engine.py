@@ -12,15 +12,12 @@ import msgspec
 from loraserve.cost import CostModel, StepShape
 from loraserve.engine.schedule.events import (
     AdapterLoaded,
-    CopiesRequested,
-    CopiesRetired,
     Emit,
     Event,
     EvictAdapter,
     LoadAdapter,
     PlanReady,
     Reject,
-    RequestArrived,
     RunStep,
     Sampled,
     SchedulerLimits,
@@ -30,11 +27,11 @@ from loraserve.engine.schedule.events import (
 )
 from loraserve.engine.schedule.report import SpeedMeter, describe_capabilities, step_shape
 from loraserve.engine.schedule.scheduler import Scheduler
-from loraserve.messages import AdapterRef, Admit, EngineLoad, EngineStatistics
+from loraserve.messages import AdapterRef, EngineLoad, EngineStatistics
 
 INCARNATION = "simulated"
 TOKEN = 1
-"""The token that every step samples for every request. It is no stop token."""
+"""The token that every step samples for every request. It is not a stop token."""
 
 Callback = Callable[[float], None]
 """A function that is called at its due time, with that time in seconds."""
@@ -62,7 +59,7 @@ class Timeline:
 
 
 class EngineListener:
-    """Receives the output of engines. Subclasses override the methods that they need."""
+    """Receives the output of simulated engines. Subclasses override the methods that they need."""
 
     def on_first_token(self, request_id: str, now: float) -> None: ...
 
@@ -71,37 +68,29 @@ class EngineListener:
     def on_rejected(self, request_id: str, now: float) -> None: ...
 
     def on_prepared(self, engine: str, epoch: int, failed: dict[str, str], now: float) -> None:
-        """Handle the answer to ``SimEngine.prepare``; ``failed`` maps adapter versions to reasons."""
+        """Handle an engine's answer to ``CopiesRequested``; ``failed`` maps adapter versions to reasons."""
 
 
 class SimEngine:
-    """A simulated engine. With ``free_loads``, loads take no time (for policies with every adapter everywhere).
+    """A simulated engine.
 
     Attributes:
         scheduler: The production scheduler.
         capabilities: The capabilities that an engine process would announce.
         busy_s: Total duration of the steps that have ended.
-        rank_tokens: Number of computed tokens by the rank of their adapter, since the last clear.
     """
 
     def __init__(
-        self,
-        name: str,
-        limits: SchedulerLimits,
-        cost: CostModel,
-        timeline: Timeline,
-        listener: EngineListener,
-        free_loads: bool = False,
+        self, name: str, limits: SchedulerLimits, cost: CostModel, timeline: Timeline, listener: EngineListener
     ) -> None:
         self.name = name
         self.scheduler = Scheduler(limits)
         self.capabilities = describe_capabilities(self.scheduler, name, INCARNATION)
         self.busy_s = 0.0
-        self.rank_tokens: dict[int, int] = {}
+        self._rank_tokens: dict[int, int] = {}
         self._cost = cost
         self._timeline = timeline
         self._listener = listener
-        self._free_loads = free_loads
         self._speed = SpeedMeter()
         self._adapters_by_slot: dict[int, AdapterRef] = {}
         self._link_free_s = 0.0
@@ -116,18 +105,14 @@ class SimEngine:
         self._step_rank_tokens: dict[int, int] = {}
         self._quiet_steps = 0
 
-    def admit(self, admit: Admit, now: float) -> None:
-        self._deliver(RequestArrived(admit), now)
-
-    def prepare(self, epoch: int, adapters: tuple[AdapterRef, ...], now: float) -> None:
-        self._deliver(CopiesRequested(epoch, adapters), now)
-
-    def retire(self, epoch: int, keep: tuple[str, ...], now: float) -> None:
-        """Unpin the copies that are not in ``keep``."""
-        self._deliver(CopiesRetired(epoch, keep), now)
+    def deliver(self, event: Event, now: float) -> None:
+        """Let the scheduler handle an event and carry out its instructions."""
+        self._fast_forward(now)
+        self._handle(event, now)
+        self._set_timer()
 
     def report(self, now: float) -> tuple[EngineLoad, EngineStatistics]:
-        """Return the load and the statistics that an engine process would send."""
+        """Return the load and the statistics that an engine process would send now."""
         self._fast_forward(now)
         scheduled = self.scheduler.load()
         load = EngineLoad(
@@ -148,16 +133,10 @@ class SimEngine:
         self.scheduler.counts.mark_reported()
         return load, statistics
 
-    def held_bytes(self) -> tuple[int, int]:
-        """Return the slab bytes of all adapters in the pool, and of those that the plan, a request or a load needs."""
-        entries = list(self.scheduler.residency.pool.entries())
-        needed = sum(e.adapter.slab_bytes for e in entries if not e.evictable)
-        return sum(e.adapter.slab_bytes for e in entries), needed
-
-    def _deliver(self, event: Event, now: float) -> None:
-        self._fast_forward(now)
-        self._handle(event, now)
-        self._set_timer()
+    def take_rank_tokens(self) -> dict[int, int]:
+        """Return the number of tokens computed since the last call, by the rank of their adapter."""
+        tokens, self._rank_tokens = self._rank_tokens, {}
+        return tokens
 
     def _handle(self, event: Event, now: float) -> None:
         for instruction in self.scheduler.handle(event, now):
@@ -185,23 +164,18 @@ class SimEngine:
         """Schedule the end of a load.
 
         Loads use one link in the order of their start, and a cancelled load still occupies the link. Loads do not slow
-        steps down: a load writes its slab and reads it back for the digests. Both together take about 33 GB/s of the
+        steps down. A load writes its slab and reads it back for the digests. Together these take about 33 GB/s of the
         2,039 GB/s of an A100's memory, less than 2% of a step that only reads.
         """
-        if self._free_loads:
-            self._timeline.schedule(now, self._loaded(adapter, 0.0))
-            return
+        load_s = self._cost.load_s(adapter.slab_bytes)
+
+        def end_load(now: float) -> None:
+            self._speed.record_load(adapter.slab_bytes, load_s)
+            self.deliver(AdapterLoaded(adapter.version), now)
+
         start_s = max(now, self._link_free_s)
         self._link_free_s = start_s + adapter.slab_bytes * self._cost.load_byte_s
-        load_s = self._cost.load_s(adapter.slab_bytes)
-        self._timeline.schedule(start_s + load_s, self._loaded(adapter, load_s))
-
-    def _loaded(self, adapter: AdapterRef, load_s: float) -> Callback:
-        def callback(now: float) -> None:
-            self._speed.record_load(adapter.slab_bytes, load_s)
-            self._deliver(AdapterLoaded(adapter.version), now)
-
-        return callback
+        self._timeline.schedule(start_s + load_s, end_load)
 
     # Steps
 
@@ -264,4 +238,4 @@ class SimEngine:
         self._speed.record_step(self._shape, step_s, steps)
         self.busy_s += step_s * steps
         for rank, tokens in self._step_rank_tokens.items():
-            self.rank_tokens[rank] = self.rank_tokens.get(rank, 0) + tokens * steps
+            self._rank_tokens[rank] = self._rank_tokens.get(rank, 0) + tokens * steps

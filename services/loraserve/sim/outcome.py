@@ -7,18 +7,19 @@ import msgspec
 
 from loraserve.config import MonitorConfig, PlannerConfig
 
+WARMUP_SHARE = 0.2
+"""Share of the requests, from the first one on, that the outcome leaves out."""
+
 
 class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """Settings of a run, except its workload and policy. Intervals default to those of a real cluster.
+    """Settings of a run besides its workload and policy. The default intervals are those of a real cluster.
 
     Attributes:
-        slo_ttft_s: The promised P95 time to first token.
+        slo_ttft_s: The SLO, a target for the P95 time to first token.
         reject_factor: The router refuses a request that would take more than this many times the SLO to start.
         report_interval_s: Time between two reports of an engine.
         plan_interval_s: Time between two plans.
-        prepare_timeout_s: Time after which the planner stops waiting for an engine to load its copies.
         window_s: Time over which the monitor measures demand.
-        warmup: Share of the requests, from the first one on, that the outcome leaves out.
         hopeless: A run stops when its P95 TTFT is certain to exceed this many times the SLO; infinity disables this.
         seed: Seed of the policy's random choices.
     """
@@ -27,9 +28,7 @@ class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
     reject_factor: float = 4.0
     report_interval_s: float = MonitorConfig().publish_interval_s
     plan_interval_s: float = PlannerConfig().interval_s
-    prepare_timeout_s: float = PlannerConfig().prepare_timeout_s
     window_s: float = MonitorConfig().window_s
-    warmup: float = 0.2
     hopeless: float = 1.5
     seed: int = 0
 
@@ -72,9 +71,9 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """The requests, intervals and figures of a run.
 
     Attributes:
-        slo_ttft_s: The promised P95 time to first token.
+        slo_ttft_s: The SLO, a target for the P95 time to first token.
         hopeless: Whether the run was stopped because its P95 TTFT was certain to be far above the SLO.
-        requests: Requests after the warm-up, in order of arrival.
+        requests: Requests after the warm-up (the first ``WARMUP_SHARE`` of requests), in order of arrival.
         all_bytes: Slab bytes of all adapters together.
         busy_share: Share of time in which an engine computed, averaged over engines.
         whys: Number of routed requests by ``Candidate.why``.

@@ -7,23 +7,19 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 
 from loraserve.device import core_count
-from loraserve.sim.compare import RunAll
-from loraserve.sim.runs import RunFigures, RunSpec, run_figures
+from loraserve.sim.runs import RunAll, RunFigures, RunSpec, run_figures
 
 PROGRESS_INTERVAL_S = 2.0
 
 
 @contextmanager
 def parallel_runner(workers: int = 0, quiet: bool = False) -> Iterator[RunAll]:
-    """Yield a function that runs simulations and returns their figures in the order of its arguments.
-
-    ``workers`` 0 means one for each core. Progress messages go to stderr unless ``quiet``.
-    """
+    """Yield a ``RunAll``; ``workers`` 0 means one process for each core. Progress goes to stderr unless ``quiet``."""
     with ProcessPoolExecutor(max_workers=workers or core_count()) as pool:
         progress = _Progress(quiet)
 
         def run_all(specs: Sequence[RunSpec]) -> list[RunFigures]:
-            # Start the longest runs first, so that cores do not wait for a long run at the end of a batch.
+            # Start the longest runs first, so that no core waits for a long run that started last.
             ordered = sorted(range(len(specs)), key=lambda i: -specs[i].rps)
             futures = {pool.submit(run_figures, specs[i]): i for i in ordered}
             progress.add_runs(len(specs))

@@ -1,12 +1,14 @@
 """The planner of a simulated cluster: the policy's placement, rolled out by the production state machine.
 
-Writing a plan takes no time. An engine answers when it has loaded its copies. The planner stops waiting for it after
-``SimSettings.prepare_timeout_s``.
+Writing a plan takes no time. An engine answers when it has loaded its copies. The planner waits for
+``PlannerConfig.prepare_timeout_s`` at most.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 
+from loraserve.config import PlannerConfig
 from loraserve.cost import CostModel
+from loraserve.engine.schedule.events import CopiesRequested, CopiesRetired
 from loraserve.messages import AdapterDemand, AdapterRef, EngineLoad, Plan
 from loraserve.planner.placement.moves import diff
 from loraserve.planner.placement.problem import PlanInput, PlanSettings
@@ -30,12 +32,12 @@ class SimPlanner:
         settings: SimSettings,
         publish: Callable[[Plan, float], None],
     ) -> None:
-        """Create a planner without a plan. It calls ``publish`` with each plan that comes into force."""
+        """Create a planner without a plan. It calls ``publish`` with each plan that takes effect."""
         self._policy = policy
         self._adapters = adapters
         self._engines = engines
         self._timeline = timeline
-        self._prepare_timeout_s = settings.prepare_timeout_s
+        self._prepare_timeout_s = PlannerConfig().prepare_timeout_s
         self._plan_settings = PlanSettings(slo_ttft_s=settings.slo_ttft_s, interval_s=settings.plan_interval_s)
         self._publish = publish
         self._rollout = Rollout()
@@ -69,7 +71,6 @@ class SimPlanner:
         self._deliver(events.Begin(placements, self._adapters, frozenset(), now), now)
 
     def record_prepared(self, engine: str, epoch: int, failed: Mapping[str, str], now: float) -> None:
-        """Handle an engine's answer to ``SimEngine.prepare``."""
         self._deliver(events.PrepareAnswered(engine, INCARNATION, epoch, failed), now)
 
     def take_moves(self) -> int:
@@ -85,7 +86,8 @@ class SimPlanner:
         # Call engines through the timeline, because an engine may be handling an event now.
         match instruction:
             case events.Prepare(engine, epoch, adapters):
-                self._timeline.schedule(now, lambda at: self._engines[engine].prepare(epoch, adapters, at))
+                requested = CopiesRequested(epoch, adapters)
+                self._timeline.schedule(now, lambda at: self._engines[engine].deliver(requested, at))
                 timeout = events.PrepareFailed(engine, epoch, "it did not answer in time")
                 self._timeline.schedule(now + self._prepare_timeout_s, lambda at: self._deliver(timeout, at))
             case events.Write(plan):
@@ -100,5 +102,5 @@ class SimPlanner:
                 pass
 
     def _retire(self, engine: str, epoch: int, keep: tuple[str, ...], now: float) -> None:
-        self._engines[engine].retire(epoch, keep, now)
+        self._engines[engine].deliver(CopiesRetired(epoch, keep), now)
         self._deliver(events.RetireEnded(engine, epoch), now)

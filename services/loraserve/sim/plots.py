@@ -9,6 +9,7 @@ import matplotlib
 
 from loraserve.sim.compare import Comparison
 from loraserve.sim.outcome import Interval
+from loraserve.sim.policies import DEFAULT_POLICY, TOPPINGS
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
@@ -65,9 +66,9 @@ def plot_grid(comparisons: Mapping[str, Comparison], folder: Path) -> Path:
     names = list(comparisons)
     figure, axis = pyplot.subplots(figsize=(8.0, 0.28 * len(names) + 1.5))
     places = range(len(names))
-    ours = [c.results["ours"].max_rps for c in comparisons.values()]
-    toppings = [c.results["toppings"].max_rps for c in comparisons.values()]
-    axis.barh(places, [a / b for a, b in zip(ours, toppings, strict=True)], color=COLOURS["ours"])
+    ours = [c.results[DEFAULT_POLICY].max_rps for c in comparisons.values()]
+    toppings = [c.results[TOPPINGS].max_rps for c in comparisons.values()]
+    axis.barh(places, [a / b for a, b in zip(ours, toppings, strict=True)], color=COLOURS[DEFAULT_POLICY])
     axis.axvline(1.0, color="black", linewidth=0.8)
     axis.set_yticks(places, names, fontsize="small")
     axis.invert_yaxis()

@@ -1,6 +1,7 @@
 """The policies that the simulator compares. Each policy places copies of adapters and routes requests.
 
-``ours`` (the default policy) and ``loraserve`` run the production code. The others follow their papers or sources:
+``ours`` (this project's default, ``DEFAULT_POLICY``) and ``loraserve`` (the LoRAServe paper) run the production code.
+The others follow their papers or sources:
 
 - ``slora-random`` and ``slora-contiguous`` assign each adapter to one engine, once. A request goes to the engine of
   its adapter. The LoRAServe paper compares with these placements.
@@ -33,7 +34,11 @@ HYSTERESIS = 0.2
 
 
 class Policy(msgspec.Struct, frozen=True):
-    """A placement and a routing policy. With ``everywhere``, every engine holds every adapter at no cost."""
+    """A placement and a routing policy.
+
+    With ``everywhere``, every engine holds every adapter, and adapters take neither KV memory nor load time. With
+    ``random_placement``, the placement depends on the seed.
+    """
 
     name: str
     place: PlacementPolicy
@@ -42,7 +47,8 @@ class Policy(msgspec.Struct, frozen=True):
     random_placement: bool = False
 
 
-NAMES = ("slora-random", "slora-contiguous", "toppings", "dynamo", "loraserve", "ours")
+RANDOM, TOPPINGS, DEFAULT_POLICY = "slora-random", "toppings", "ours"
+POLICY_NAMES = (RANDOM, "slora-contiguous", TOPPINGS, "dynamo", "loraserve", DEFAULT_POLICY)
 
 
 def policy_named(name: str, seed: int = 0) -> Policy:
@@ -60,7 +66,7 @@ def policy_named(name: str, seed: int = 0) -> Policy:
             return Policy(name, PLACEMENT_POLICIES["loraserve"], POLICIES["shares"])
         case "ours":
             return Policy(name, PLACEMENT_POLICIES["ours"], POLICIES["predicted"])
-    raise ConfigError(f"policy {name!r} is not known; there are {', '.join(NAMES)}")
+    raise ConfigError(f"policy {name!r} is not known; there are {', '.join(POLICY_NAMES)}")
 
 
 # Placement

@@ -5,10 +5,10 @@ from math import isfinite
 from statistics import median
 from typing import Any
 
-from loraserve.sim.compare import OURS, Comparison
+from loraserve.sim.compare import Comparison
+from loraserve.sim.policies import DEFAULT_POLICY, RANDOM, TOPPINGS
 from loraserve.text import table
 
-RANDOM, TOPPINGS = "slora-random", "toppings"
 MAX_BYTES_SHARE = 0.25
 """Goal: an engine needs to hold at most this share of all adapter bytes."""
 EQUAL_P95_FACTOR = 1.02
@@ -20,7 +20,7 @@ def value_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value as text with three digits, or "-" if it is None or not finite."""
+    """Return a value as text, a float with three digits; "-" if it is None or not finite."""
     if value is None or (isinstance(value, float) and not isfinite(value)):
         return "-"
     if isinstance(value, float):
@@ -30,48 +30,32 @@ def cell(value: Any) -> str:
 
 def summary_table(comparison: Comparison) -> str:
     """Return a table of the results with one row for each policy."""
-    rows = [
-        [
-            name,
-            result.max_rps,
-            result.max_rps / comparison.best_baseline_rps if comparison.best_baseline_rps else None,
-            result.at_80pct.p95_ttft_s,
-            result.engines_needed,
-            result.at_80pct.adapters_per_engine,
-            result.at_80pct.bytes_share,
-            result.at_80pct.held_share,
-            result.at_80pct.moves_per_interval,
-        ]
-        for name, result in comparison.results.items()
-    ]
-    header = [
-        "policy",
-        "max rps",
-        "of best",
-        "P95 at 80% (s)",
-        "engines needed",
-        "adapters/engine",
-        "bytes needed",
-        "bytes held",
-        "moves/interval",
-    ]
-    return value_table(header, rows)
+    results, best_rps = comparison.results.values(), comparison.best_baseline_rps
+    columns = {
+        "policy": list(comparison.results),
+        "max rps": [r.max_rps for r in results],
+        "of best": [r.max_rps / best_rps if best_rps else None for r in results],
+        "P95 at 80% (s)": [r.at_80pct.p95_ttft_s for r in results],
+        "engines needed": [r.engines_needed for r in results],
+        "adapters/engine": [r.at_80pct.adapters_per_engine for r in results],
+        "bytes needed": [r.at_80pct.bytes_share for r in results],
+        "bytes held": [r.at_80pct.held_share for r in results],
+        "moves/interval": [r.at_80pct.moves_per_interval for r in results],
+    }
+    return value_table(list(columns), list(zip(*columns.values(), strict=True)))
 
 
 def draws_text(comparison: Comparison) -> list[str]:
-    """Return one line for each policy whose placement was drawn several times: the range of its largest loads."""
+    """Return one line for each policy with several draws, with the range of their largest loads."""
     return [
-        f"({name}: the median of {len(draws)} draws, whose max rps are {cell(draws[0])} to {cell(draws[-1])})"
+        f"({name}: the median of {len(draws)} draws with max rps from {cell(draws[0])} to {cell(draws[-1])})"
         for name, result in comparison.results.items()
         if len(draws := result.max_rps_draws) > 1
     ]
 
 
-def too_short_text(comparison: Comparison) -> list[str]:
-    """Return one line that names the policies that met the SLO at every load; no line if there are none.
-
-    The largest load of such a policy is only the load at which the search ended.
-    """
+def never_overloaded_text(comparison: Comparison) -> list[str]:
+    """Return one line that names the policies that met the SLO at every load; no line if there are none."""
     names = [
         name
         for name, result in comparison.results.items()
@@ -79,7 +63,7 @@ def too_short_text(comparison: Comparison) -> list[str]:
     ]
     if not names:
         return []
-    text = "no load was too much for such a short run, so that max rps means nothing; make runs longer"
+    text = "met the SLO at every simulated load, so the largest load is unknown; make runs longer with --seconds"
     return [f"({', '.join(names)}: {text})"]
 
 
@@ -89,32 +73,36 @@ def load_table(comparison: Comparison) -> str:
     return value_table(["P95 TTFT (s) at load", *(f"{share:.0%}" for share in comparison.shares)], rows)
 
 
-def shortfalls(comparison: Comparison, limit_rps: float) -> list[str]:
-    """Return a sentence for each goal that policy ``ours`` misses; ``limit_rps`` bounds every policy."""
+def missed_goals(comparison: Comparison, limit_rps: float) -> list[str]:
+    """Return a line for each goal that the default policy misses; ``limit_rps`` is an upper bound for every policy."""
     results = comparison.results
-    if OURS not in results:
+    if DEFAULT_POLICY not in results:
         return []
-    ours = results[OURS]
+    ours = results[DEFAULT_POLICY]
     missed = []
     if RANDOM in results and ours.max_rps < 2 * results[RANDOM].max_rps:
         goal_rps = 2 * results[RANDOM].max_rps
-        text = f"max rps is {2 * ours.max_rps / (goal_rps or 1e-9):.2f}x of {RANDOM}'s, not 2x"
+        text = f"max rps is {2 * ours.max_rps / (goal_rps or 1e-9):.2f} times that of {RANDOM}; the goal is 2 times"
         if goal_rps > limit_rps:
-            text += f" (that is {goal_rps:.3g} rps, and no placement serves {limit_rps:.3g})"
+            text += f" ({goal_rps:.3g} rps, above the upper bound of {limit_rps:.3g} rps for every placement)"
         missed.append(text)
     if TOPPINGS in results and ours.max_rps < results[TOPPINGS].max_rps:
-        missed.append(f"max rps is {ours.max_rps / results[TOPPINGS].max_rps:.3f}x of {TOPPINGS}'s")
+        missed.append(f"max rps is {ours.max_rps / results[TOPPINGS].max_rps:.3f} times that of {TOPPINGS}")
     for name in results:
         for share in comparison.shares:
-            mine, theirs = comparison.p95_at(OURS, share), comparison.p95_at(name, share)
-            if mine > EQUAL_P95_FACTOR * theirs:
-                missed.append(f"P95 TTFT at {share:.0%} load is {mine:.3g} s, {name}'s is {theirs:.3g} s")
+            ours_s, other_s = comparison.p95_at(DEFAULT_POLICY, share), comparison.p95_at(name, share)
+            if ours_s > EQUAL_P95_FACTOR * other_s:
+                missed.append(f"P95 TTFT at {share:.0%} load is {ours_s:.3g} s, that of {name} is {other_s:.3g} s")
     if ours.at_80pct.bytes_share > MAX_BYTES_SHARE:
-        text = f"holds {ours.at_80pct.bytes_share:.1%} of all adapter bytes per engine, not a quarter"
+        text = (
+            f"an engine needs {ours.at_80pct.bytes_share:.1%} of all adapter bytes; the goal is {MAX_BYTES_SHARE:.0%}"
+        )
         if comparison.engines <= 4:
-            text += f" (one copy of each on {comparison.engines} engines is {1 / comparison.engines:.0%} already)"
+            text += (
+                f" (one copy of each adapter on {comparison.engines} engines is {1 / comparison.engines:.0%} already)"
+            )
         missed.append(text)
-    return missed
+    return [f"{DEFAULT_POLICY} misses a goal: {text}" for text in missed]
 
 
 def json_figures(comparison: Comparison) -> dict[str, dict[str, Any]]:
@@ -141,33 +129,25 @@ def grid_table(comparisons: Mapping[str, Comparison]) -> str:
     """Return a table that compares ``ours`` with the best baseline and ``toppings``, one row for each workload."""
     rows = []
     for name, c in comparisons.items():
-        ours, toppings = c.results[OURS], c.results[TOPPINGS]
-        rows.append(
-            [
-                name,
-                ours.max_rps,
-                c.best_baseline,
-                c.best_baseline_rps,
-                ours.max_rps / c.best_baseline_rps,
-                ours.max_rps / toppings.max_rps if toppings.max_rps else None,
-                *(_p95_pair(c, share) for share in c.shares),
-            ]
-        )
-    first = next(iter(comparisons.values()))
-    header = ["workload", "max rps", "best baseline", "its", "of best", "of toppings"]
-    return value_table([*header, *(f"P95 at {share:.0%}" for share in first.shares)], rows)
+        ours_rps, toppings_rps = c.results[DEFAULT_POLICY].max_rps, c.results[TOPPINGS].max_rps
+        ratios = [ours_rps / c.best_baseline_rps, ours_rps / toppings_rps if toppings_rps else None]
+        p95s = [_p95_pair(c, share) for share in c.shares]
+        rows.append([name, ours_rps, c.best_baseline, c.best_baseline_rps, *ratios, *p95s])
+    shares = next(iter(comparisons.values())).shares
+    header = ["workload", "max rps", "best baseline", "its max rps", "of best", "of toppings"]
+    return value_table([*header, *(f"P95 at {share:.0%}" for share in shares)], rows)
 
 
 def _p95_pair(comparison: Comparison, share: float) -> str:
     """Return the P95 TTFT of ``ours`` and the lowest P95 TTFT of the other policies, as text."""
-    others = min(comparison.p95_at(name, share) for name in comparison.results if name != OURS)
-    return f"{cell(comparison.p95_at(OURS, share))}/{cell(others)}"
+    others = min(comparison.p95_at(name, share) for name in comparison.results if name != DEFAULT_POLICY)
+    return f"{cell(comparison.p95_at(DEFAULT_POLICY, share))}/{cell(others)}"
 
 
 def gains(comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
     """Summarize the ratios of the largest load of ``ours`` to that of ``toppings`` and of the best baseline."""
-    toppings = sorted(c.results[OURS].max_rps / (c.results[TOPPINGS].max_rps or 1e-9) for c in comparisons.values())
-    best = sorted(c.results[OURS].max_rps / (c.best_baseline_rps or 1e-9) for c in comparisons.values())
+    toppings = sorted(c.gain_over(c.results[TOPPINGS].max_rps) for c in comparisons.values())
+    best = sorted(c.gain_over(c.best_baseline_rps) for c in comparisons.values())
     return {
         "vs_toppings_best": json_number(toppings[-1]),
         "vs_toppings_median": json_number(median(toppings)),
@@ -178,8 +158,9 @@ def gains(comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
 
 
 def gains_text(ratios: Mapping[str, float | None]) -> str:
+    text = {name: cell(ratio) for name, ratio in ratios.items()}
     return (
-        f"max rps of ours / toppings: best {cell(ratios['vs_toppings_best'])}, median "
-        f"{cell(ratios['vs_toppings_median'])}, worst {cell(ratios['vs_toppings_worst'])}; / best baseline: median "
-        f"{cell(ratios['vs_best_baseline_median'])}, worst {cell(ratios['vs_best_baseline_worst'])}"
+        f"max rps of ours / toppings: best {text['vs_toppings_best']}, median {text['vs_toppings_median']}, "
+        f"worst {text['vs_toppings_worst']}\nmax rps of ours / best baseline: median "
+        f"{text['vs_best_baseline_median']}, worst {text['vs_best_baseline_worst']}"
     )

@@ -3,13 +3,14 @@
 Both are plain data, so that runs can be sent to other processes.
 """
 
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import msgspec
 
 from loraserve.cost.profile import Profile
 from loraserve.sim.cluster import Simulation
-from loraserve.sim.outcome import Interval, Outcome, SimSettings
+from loraserve.sim.outcome import Interval, SimSettings
 from loraserve.sim.policies import policy_named
 from loraserve.sim.traces import TraceRequest, read_trace
 from loraserve.sim.workload import TraceSource, Workload, WorkloadShape, draw_workload, trace_workload
@@ -56,14 +57,14 @@ class RunFigures(msgspec.Struct, frozen=True, kw_only=True):
     intervals: tuple[Interval, ...] = ()
 
 
-def simulate(spec: RunSpec) -> Outcome:
-    """Run a simulation; raise ConfigError if the trace or the policy cannot be used."""
-    policy = policy_named(spec.policy, spec.settings.seed)
-    return Simulation(workload_for(spec), policy, spec.profile, spec.engines, spec.settings).run()
+RunAll = Callable[[Sequence[RunSpec]], list[RunFigures]]
+"""Runs a batch of simulations and returns their figures in the order of the batch."""
 
 
 def run_figures(spec: RunSpec) -> RunFigures:
-    outcome = simulate(spec)
+    """Simulate a run and return its figures. Raises ConfigError if the trace or the policy cannot be used."""
+    policy = policy_named(spec.policy, spec.settings.seed)
+    outcome = Simulation(workload_for(spec), policy, spec.profile, spec.engines, spec.settings).run()
     computed = {name: getattr(outcome, name) for name in RunFigures.__struct_fields__}
     return RunFigures(**computed | {"rps": spec.rps})
 
@@ -79,7 +80,7 @@ def workload_for(spec: RunSpec) -> Workload:
 
 @lru_cache(maxsize=8)
 def make_workload(source: Source, slab_bytes_per_rank: int) -> Workload:
-    """Return the workload of a source; raise ConfigError if its trace cannot be used."""
+    """Return the workload of a source. Raises ConfigError if its trace cannot be used."""
     if isinstance(source, WorkloadShape):
         return draw_workload(source, slab_bytes_per_rank)
     return trace_workload(_cached_trace(source.path), source, slab_bytes_per_rank)

@@ -61,9 +61,8 @@ def parse_trace(lines: Iterable[str], name: str) -> list[TraceRequest]:
         header = [column.strip() for column in next(rows, [])]
         columns = _columns_of(header, name)
         places = [header.index(column) for column in columns]
-        # Traces have hundreds of thousands of lines, so values are checked while they are converted.
         requests = [_parse_row(row, columns, places) for row in rows if row]
-    except _FieldError as error:
+    except ValueError as error:
         raise ConfigError(f"{name}, line {rows.line_num}, {error}") from error
     except csv.Error as error:
         raise ConfigError(f"{name}, line {rows.line_num}: is not CSV ({error}); save it as plain CSV") from error
@@ -73,10 +72,6 @@ def parse_trace(lines: Iterable[str], name: str) -> list[TraceRequest]:
         first_s = min(request.time_s for request in requests)
         requests = [msgspec.structs.replace(request, time_s=request.time_s - first_s) for request in requests]
     return sorted(requests, key=attrgetter("time_s"))
-
-
-class _FieldError(Exception):
-    """A value is invalid. The message names the column and the expected value."""
 
 
 def _columns_of(header: list[str], name: str) -> tuple[str, ...]:
@@ -97,13 +92,13 @@ def _parse_row(row: list[str], columns: tuple[str, ...], places: list[int]) -> T
         fields = [row[place] for place in places]
     except IndexError:
         text = f"{','.join(row)!r}: has too few fields; expected one for each of {','.join(columns)}"
-        raise _FieldError(text) from None
+        raise ValueError(text) from None
     if columns is AZURE_COLUMNS:
         time_s, client = _parse_timestamp(fields[0]), AZURE_CLIENT
     else:
         time_s, client = _parse_seconds(fields[0]), fields[1]
         if not client:
-            raise _FieldError("client: is empty; expected the name of the client")
+            raise ValueError("client: is empty; expected the name of the client")
     prompt_tokens, output_tokens = (_parse_tokens(fields[i], columns[i]) for i in (-2, -1))
     return TraceRequest(time_s, client, prompt_tokens, output_tokens)
 
@@ -114,7 +109,7 @@ def _parse_seconds(text: str) -> float:
     except ValueError:
         time_s = math.nan
     if not 0 <= time_s < math.inf:
-        raise _FieldError(f"time_s: is {text!r}; expected seconds since the trace began, not below 0")
+        raise ValueError(f"time_s: is {text!r}; expected seconds since the trace began, not below 0")
     return time_s
 
 
@@ -123,7 +118,7 @@ def _parse_timestamp(text: str) -> float:
     try:
         stamp = datetime.fromisoformat(text.strip())
     except ValueError:
-        raise _FieldError(f"TIMESTAMP: is {text!r}; expected a time like 2023-11-16 18:15:46.680") from None
+        raise ValueError(f"TIMESTAMP: is {text!r}; expected a time like 2023-11-16 18:15:46.680") from None
     return (stamp if stamp.tzinfo else stamp.replace(tzinfo=UTC)).timestamp()
 
 
@@ -133,5 +128,5 @@ def _parse_tokens(text: str, column: str) -> int:
     except ValueError:
         tokens = 0
     if tokens <= 0:
-        raise _FieldError(f"{column}: is {text!r}; expected a whole number of tokens, at least 1")
+        raise ValueError(f"{column}: is {text!r}; expected a whole number of tokens, at least 1")
     return tokens

@@ -75,11 +75,8 @@ class Workload(msgspec.Struct, frozen=True):
         """Return the workload with the gaps between requests scaled to a load of ``rps`` requests per second."""
         factor = self.rps / rps
         start_s = self.requests[0].time_s if self.requests else 0.0
-        scaled = tuple(
-            SimRequest((r.time_s - start_s) * factor, r.adapter, r.prompt_tokens, r.output_tokens)
-            for r in self.requests
-        )
-        return Workload(self.name, self.adapters, scaled)
+        scaled = (msgspec.structs.replace(r, time_s=(r.time_s - start_s) * factor) for r in self.requests)
+        return Workload(self.name, self.adapters, tuple(scaled))
 
 
 class WorkloadShape(msgspec.Struct, frozen=True, kw_only=True):
@@ -224,7 +221,7 @@ def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_byte
     used = trace[: source.requests]
     if len(used) < 2 or used[-1].time_s <= used[0].time_s:
         raise ConfigError(
-            f"{source.path}: the first {source.requests} requests are all at one time: there is no load to scale"
+            f"{source.path}: the first {source.requests} requests arrive at the same time, so no load can be set"
         )
     rng = Random(source.seed)
     ranks = [RANKS[i % len(RANKS)] for i in range(source.adapters)]

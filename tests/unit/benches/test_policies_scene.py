@@ -12,7 +12,7 @@ from policies import first_seconds
 
 from loraserve.config import load_config
 from loraserve.errors import ConfigError
-from loraserve.sim.policies import NAMES, policy_named
+from loraserve.sim.policies import POLICY_NAMES, policy_named
 from loraserve.sim.workload import SimRequest, Workload, make_adapters
 
 SLAB_BYTES_PER_RANK = 90_000
@@ -71,7 +71,7 @@ def test_the_settings_of_a_policy_are_settings_of_the_cluster(policy) -> None:
     assert (config.planner.policy, config.router.policy) == (policy.planner, policy.router)
     assert len(config.planner.pins) == (ADAPTERS if policy.place else 0)
     assert (config.router.policy == "predicted") == (policy == OURS)
-    assert policy.name in NAMES
+    assert policy.name in POLICY_NAMES
 
 
 def test_a_trace_is_replayed_with_its_clients_as_tenants(tmp_path: Path) -> None:

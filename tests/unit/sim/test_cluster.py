@@ -8,7 +8,7 @@ import pytest
 from loraserve.cost.profile import Profile
 from loraserve.sim.cluster import Simulation
 from loraserve.sim.outcome import Outcome, SimSettings
-from loraserve.sim.policies import NAMES, policy_named
+from loraserve.sim.policies import POLICY_NAMES, policy_named
 from loraserve.sim.workload import Workload, WorkloadShape, draw_workload
 
 ENGINES = 3
@@ -23,7 +23,7 @@ def simulate(profile: Profile, policy: str, rps: float = 10.0, requests: int = 3
     return Simulation(workload(profile, rps, requests), policy_named(policy), profile, ENGINES, SETTINGS).run()
 
 
-@pytest.mark.parametrize("policy", NAMES)
+@pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_every_request_is_served_and_every_engine_ends_idle(policy: str, profile: Profile) -> None:
     simulation = Simulation(workload(profile, 10.0), policy_named(policy), profile, ENGINES, SETTINGS)
     outcome = simulation.run()
@@ -36,7 +36,7 @@ def test_every_request_is_served_and_every_engine_ends_idle(policy: str, profile
         assert engine.scheduler.is_idle
 
 
-@pytest.mark.parametrize("policy", NAMES)
+@pytest.mark.parametrize("policy", POLICY_NAMES)
 def test_a_run_is_reproducible(policy: str, profile: Profile) -> None:
     first, second = (simulate(profile, policy) for _ in range(2))
     assert [r.first_token_s for r in first.requests] == [r.first_token_s for r in second.requests]

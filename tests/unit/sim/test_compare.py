@@ -87,14 +87,14 @@ def test_a_policy_that_never_meets_the_slo_has_no_number_of_engines() -> None:
     assert found.results["slora-random"].max_rps == 0.0
 
 
-def test_shortfalls_name_the_missed_goals(comparison: Comparison) -> None:
-    said = " ".join(report.shortfalls(comparison, limit_rps=30.0))
+def test_the_missed_goals_are_named(comparison: Comparison) -> None:
+    said = " ".join(report.missed_goals(comparison, limit_rps=30.0))
     assert "30.0% of all adapter bytes" in said
-    assert "2x" not in said
+    assert "2 times" not in said
     results = {**comparison.results, "ours": comparison.results["slora-random"]}
-    worse = " ".join(report.shortfalls(msgspec.structs.replace(comparison, results=results), limit_rps=12.0))
-    assert "1.00x of slora-random's, not 2x (that is " in worse
-    assert "no placement serves 12)" in worse
+    worse = " ".join(report.missed_goals(msgspec.structs.replace(comparison, results=results), limit_rps=12.0))
+    assert "1.00 times that of slora-random; the goal is 2 times (" in worse
+    assert "above the upper bound of 12 rps for every placement)" in worse
     assert "P95 TTFT at 80% load" in worse
 
 
@@ -127,8 +127,8 @@ def test_a_run_too_short_for_any_overload_is_reported(comparison: Comparison) ->
     def patient(jobs: Sequence[RunSpec]) -> list[RunFigures]:
         return [msgspec.structs.replace(p, p95_ttft_s=1.0, hopeless=False) for p in queue(jobs)]
 
-    assert report.too_short_text(comparison) == []
-    (text,) = report.too_short_text(compare(BASE, list(CAPACITY_RPS), 7.0, patient, CompareOptions()))
+    assert report.never_overloaded_text(comparison) == []
+    (text,) = report.never_overloaded_text(compare(BASE, list(CAPACITY_RPS), 7.0, patient, CompareOptions()))
     assert all(name in text for name in CAPACITY_RPS)
 
 
@@ -136,5 +136,5 @@ def test_a_comparison_without_a_baseline_that_meets_the_slo_is_refused() -> None
     def never(jobs: Sequence[RunSpec]) -> list[RunFigures]:
         return [msgspec.structs.replace(p, p95_ttft_s=inf, hopeless=True) for p in queue(jobs)]
 
-    with pytest.raises(ConfigError, match="promise more"):
+    with pytest.raises(ConfigError, match="--slo-s"):
         compare(BASE, list(CAPACITY_RPS), 7.0, never, CompareOptions())

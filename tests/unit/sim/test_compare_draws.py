@@ -67,17 +67,17 @@ def test_draws_use_the_seed_and_the_following_ones() -> None:
     assert found["toppings"].max_rps_draws == (found["toppings"].max_rps,), "nothing of it is drawn"
 
 
-def test_shortfalls_compare_with_the_median_draw() -> None:
-    one, three = (" ".join(report.shortfalls(compared(draws), limit_rps=99.0)) for draws in (1, 3))
-    assert "slora-random's" not in one, "25 / 10"
-    assert "x of slora-random's, not 2x" in three, "25 / 13, though the worst of the draws has 10"
+def test_missed_goals_compare_with_the_median_draw() -> None:
+    one, three = (" ".join(report.missed_goals(compared(draws), limit_rps=99.0)) for draws in (1, 3))
+    assert "times that of slora-random" not in one, "25 / 10"
+    assert "times that of slora-random; the goal is 2 times" in three, "25 / 13, though the worst of the draws has 10"
 
 
 def test_the_range_of_several_draws_is_printed() -> None:
     found = compared(3)
     lowest, median, highest = found.results["slora-random"].max_rps_draws
     said = report.draws_text(found)
-    assert said == [f"(slora-random: the median of 3 draws, whose max rps are {lowest:.3g} to {highest:.3g})"]
+    assert said == [f"(slora-random: the median of 3 draws with max rps from {lowest:.3g} to {highest:.3g})"]
     figures = report.json_figures(found)["slora-random"]
     assert figures["max_rps_draws"] == pytest.approx([lowest, median, highest], rel=1e-3)
     assert figures["max_rps"] == figures["max_rps_draws"][1]

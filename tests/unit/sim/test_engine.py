@@ -4,7 +4,7 @@ import pytest
 
 from loraserve.cost import StepShape
 from loraserve.cost.profile import Profile
-from loraserve.engine.schedule.events import SchedulerLimits
+from loraserve.engine.schedule.events import CopiesRequested, RequestArrived, SchedulerLimits
 from loraserve.messages import AdapterRef, Admit, SamplingParams
 from loraserve.sim.engine import EngineListener, SimEngine, Timeline
 
@@ -40,10 +40,11 @@ def engine(profile: Profile, timeline: Timeline, seen: Seen) -> SimEngine:
     return SimEngine("engine-0", limits, profile.cost, timeline, seen)
 
 
-def admit(number: int, prompt: int, output: int, adapter: AdapterRef | None = None) -> Admit:
+def arrival(number: int, prompt: int, output: int, adapter: AdapterRef | None = None) -> RequestArrived:
     sampling = SamplingParams(max_tokens=output, temperature=0.0, ignore_eos=True)
-    return Admit(
-        request_id=f"r{number}", gateway="g", prompt_tokens=(number,) * prompt, sampling=sampling, adapter=adapter
+    prompt_tokens = (number,) * prompt
+    return RequestArrived(
+        Admit(request_id=f"r{number}", gateway="g", prompt_tokens=prompt_tokens, sampling=sampling, adapter=adapter)
     )
 
 
@@ -54,7 +55,7 @@ def run(timeline: Timeline) -> None:
 
 def test_a_single_request_takes_its_prefill_and_decode_steps(profile: Profile) -> None:
     timeline, seen, cost = Timeline(), Seen(), profile.cost
-    engine(profile, timeline, seen).admit(admit(1, prompt=100, output=20), 0.0)
+    engine(profile, timeline, seen).deliver(arrival(1, prompt=100, output=20), 0.0)
     run(timeline)
     prefill_s = cost.step_s(StepShape(prefill_tokens=100, prefill_kv_tokens=5050))
     steps_s = sum(cost.step_s(StepShape(decode_sequences=1, kv_tokens=100 + i)) for i in range(1, 20))
@@ -68,7 +69,9 @@ def test_reports_do_not_change_an_engine(profile: Profile) -> None:
         timeline, seen = Timeline(), Seen()
         simulated = engine(profile, timeline, seen)
         for number, time_s in enumerate((0.0, 0.1, 0.35)):
-            timeline.schedule(time_s, lambda now, n=number, e=simulated: e.admit(admit(n, 50, 100 + n, ADAPTER), now))  # type: ignore[misc]
+            timeline.schedule(
+                time_s, lambda now, n=number, e=simulated: e.deliver(arrival(n, 50, 100 + n, ADAPTER), now)
+            )  # type: ignore[misc]
         for look in range(looks):
             timeline.schedule(look * 0.013, lambda now, e=simulated: e.report(now) and None)  # type: ignore[misc]
         run(timeline)
@@ -79,7 +82,7 @@ def test_reports_do_not_change_an_engine(profile: Profile) -> None:
 def test_reports_include_fast_forwarded_progress(profile: Profile) -> None:
     timeline, seen = Timeline(), Seen()
     simulated = engine(profile, timeline, seen)
-    simulated.admit(admit(1, prompt=100, output=1000), 0.0)
+    simulated.deliver(arrival(1, prompt=100, output=1000), 0.0)
     timeline.run_next()
     load, statistics = simulated.report(1.0)
     step_s = profile.cost.step_s(StepShape(decode_sequences=1, kv_tokens=130))
@@ -93,7 +96,7 @@ def test_every_sequence_of_a_padded_batch_pays_for_the_largest_rank(profile: Pro
         timeline, seen = Timeline(), Seen()
         simulated = engine(profile, timeline, seen)
         for number, adapter in enumerate(adapters):
-            simulated.admit(admit(number, 10, 300, adapter), 0.0)
+            simulated.deliver(arrival(number, 10, 300, adapter), 0.0)
         run(timeline)
         return seen.end["r0"] - seen.first["r0"]
 
@@ -107,7 +110,7 @@ def test_loads_share_one_link(profile: Profile) -> None:
     timeline, seen = Timeline(), Seen()
     simulated = engine(profile, timeline, seen)
     adapters = [AdapterRef(name=f"a{i}", version=f"v{i}", rank=64, slab_bytes=64 << 20) for i in range(2)]
-    simulated.prepare(1, tuple(adapters), 0.0)
+    simulated.deliver(CopiesRequested(1, tuple(adapters)), 0.0)
     loaded = []
     while timeline.run_next():
         loaded.append(timeline.now_s)

@@ -116,12 +116,12 @@ def test_a_part_of_a_trace_is_its_first_requests() -> None:
 
 @pytest.mark.parametrize(("adapters", "requests"), [(0, trace()), (5, trace(1)), (5, [])])
 def test_a_workload_without_a_rate_is_refused(adapters: int, requests: list[TraceRequest]) -> None:
-    with pytest.raises(ConfigError, match=r"at least one adapter|at one time"):
+    with pytest.raises(ConfigError, match=r"at least one adapter|at the same time"):
         trace_workload(requests, source(adapters, 10), UNIT)
 
 
 def test_a_trace_without_a_rate_is_named_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "burst.csv"
     path.write_text("time_s,client,prompt_tokens,output_tokens\n" + "7,a,1,1\n" * 3)
-    with pytest.raises(ConfigError, match=f"^{path}: the first 2 requests are all at one time"):
+    with pytest.raises(ConfigError, match=f"^{path}: the first 2 requests arrive at the same time"):
         make_workload(TraceSource(path=str(path), adapters=2, requests=2), UNIT)
