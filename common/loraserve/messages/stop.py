@@ -25,7 +25,6 @@ from loraserve.messages.sampling import SamplingParams
 
 STOP: Final = "stop"
 LENGTH: Final = "length"
-ABORT: Final = "abort"
 
 MAX_STOP_TOKEN_IDS = 256
 """The limit bounds the work of the engine, which compares every drawn token with all ids."""

@@ -67,7 +67,7 @@ class Asked:
         if self._on_tokens is not None:
             self._on_tokens(self)
         if finish is not None:
-            if finish == "abort" or len(self.tokens) > self._most:
+            if len(self.tokens) > self._most:
                 self.error = f"{finish} after {len(self.tokens)} tokens"
             self.over.set()
 

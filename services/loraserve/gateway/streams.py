@@ -21,7 +21,6 @@ from loraserve.messages import (
     TokenBatch,
     TokenDelta,
 )
-from loraserve.messages.stop import ABORT
 
 ABORT_INTERVAL_S = 1.0
 """Minimum time between two aborts of the same request."""
@@ -163,10 +162,7 @@ class Stream:
         self._logprobs.extend(delta.logprobs[seen:] if seen else delta.logprobs)
         self.received_tokens += len(tokens)
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
-        if delta.finish == ABORT:
-            self.failure = refused("engine_error", f"{self.engine} aborted the request")
-            self._enter(StreamState.FAILED)
-        elif delta.finish is not None:
+        if delta.finish is not None:
             self.finish, self.stop_reason = delta.finish, delta.stop_reason
             self._enter(StreamState.FINISHED)
         self._wake(self)

@@ -160,9 +160,10 @@ def test_a_request_id_is_in_flight_once() -> None:
     assert len(here.table) == 1
 
 
-def test_an_abort_by_the_engine_is_a_failure() -> None:
+def test_tokens_before_a_failure_on_the_engine_are_delivered() -> None:
     here = Table("a")
-    here.table.on_batch(batch(TokenDelta("a", 0, (1,), "abort")), 0.0)
+    here.table.on_batch(batch(TokenDelta("a", 0, (1,))), 0.0)
+    here.table.on_failed(Failed(request_id="a", engine="engine-0", code="engine_error", message="a step failed"))
     assert here.tokens("a") == [1]
     assert failure(here.streams["a"]).status == 500
 
