@@ -15,9 +15,7 @@ from loraserve.config import load_config
 from loraserve.cost.fit import LoadSample
 from loraserve.engine.profile.measure import (
     BatchPart,
-    SizedAdapter,
     TimedBatch,
-    batch_shape,
     design_batches,
     make_random_slab,
     make_step,
@@ -25,6 +23,8 @@ from loraserve.engine.profile.measure import (
     measure_steps,
     place_slabs,
 )
+from loraserve.engine.schedule.events import StepBatch
+from loraserve.engine.schedule.report import step_shape
 from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits
 
 ALONE = 5
@@ -40,7 +40,7 @@ class Engine:
         dtype, shape = self.config.engine.slab_dtype, self.runner.shape
         slabs = [make_random_slab(shape, dtype, rank, seed) for seed, rank in enumerate(ranks)]
         self.placed = place_slabs(slabs, self.limits.pool_bytes, self.limits.max_adapters)
-        self.adapters = [SizedAdapter(slab.header.rank, slab.header.slab_bytes) for _, slab in self.placed]
+        self.adapters = {slot: slab.header for slot, (_, slab) in enumerate(self.placed)}
         self._loads(1)
 
     def hello(self) -> dict[str, Any]:
@@ -49,7 +49,7 @@ class Engine:
 
     def answer(self, question: dict[str, Any]) -> dict[str, Any]:
         batches = design_batches(self.limits, len(self.adapters), question["batches"], question["seed"])
-        shapes = [msgspec.structs.asdict(batch_shape(batch, self.adapters)) for batch in batches]
+        shapes = [msgspec.structs.asdict(step_shape(step, self.adapters)[0]) for step in self._steps(batches)]
         alone = TimedBatch("prefill", (BatchPart(question["prompt_tokens"], 0),))
         return {
             "steps": list(zip(shapes, self._cpu_s(batches, question["rounds"]), strict=True)),
@@ -59,9 +59,11 @@ class Engine:
 
     def _cpu_s(self, batches: Sequence[TimedBatch], rounds: int) -> list[float]:
         """Return the median CPU seconds of each batch."""
+        return measure_steps(self.runner, self._steps(batches), rounds, True, lambda text: None)
+
+    def _steps(self, batches: Sequence[TimedBatch]) -> list[StepBatch]:
         block_tokens, vocab = self.limits.block_tokens, self.runner.shape.vocab
-        steps = [make_step(index, batch, block_tokens, vocab) for index, batch in enumerate(batches)]
-        return measure_steps(self.runner, steps, rounds, True, lambda text: None)
+        return [make_step(index, batch, block_tokens, vocab) for index, batch in enumerate(batches)]
 
     def _loads(self, rounds: int) -> list[LoadSample]:
         threads = digest_threads_for(self.config, on_device=self.runner.pool.on_device)

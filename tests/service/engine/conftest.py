@@ -41,6 +41,7 @@ from loraserve.messages import (
 )
 from loraserve.service import ServiceState
 from loraserve.testing.clock import ReplaceableClock
+from loraserve.testing.engine.ahead import StepsAheadRunner
 from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest, adapter_reference
 from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
@@ -138,20 +139,13 @@ class Late:
         return self._step.result()
 
 
-class LateRunner:
-    """The real runner as one that accepts steps ahead, as a GPU's does."""
-
-    def __init__(self, runner: Any, steps_ahead: int) -> None:
-        self._runner = runner
-        self.steps_ahead = steps_ahead
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._runner, name)
+class LateRunner(StepsAheadRunner):
+    """The real runner as one that accepts steps ahead, as a GPU's does. Each result is late."""
 
     def submit(self, batch: StepBatch) -> PendingStep:
         if any(DEADLY in sequence.tokens for sequence in batch.sequences):
             raise DeviceLostError("CUDA error: an illegal memory access was encountered")
-        return Late(self._runner.submit(batch))
+        return Late(super().submit(batch))
 
 
 class Stage:

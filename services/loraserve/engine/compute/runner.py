@@ -2,10 +2,9 @@
 
 import mmap
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
 import torch
 
 from loraserve.adapter.format import ITEM_BYTES, SlabHeader
@@ -18,7 +17,7 @@ from loraserve.engine.model.config import DecoderConfig, context_limit, read_dec
 from loraserve.engine.model.decoder import Decoder, StepInputs
 from loraserve.engine.model.linear import CpuWeightForm, pick_backend
 from loraserve.engine.model.weights import load_weights
-from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep, StepBatch, StepResult
+from loraserve.engine.schedule.events import SequenceStep, StepBatch, StepResult
 from loraserve.errors import ConfigError
 from loraserve.kernels import attention, linear, lora
 from loraserve.kernels.fused import cpu as fused
@@ -37,7 +36,6 @@ class CpuRunner:
     def __init__(self, model_dir: Path, engine: EngineConfig, threads: int, progress: Callable[[str], None]) -> None:
         """Load the weights. Raises ConfigError, which names the invalid setting, field or tensor."""
         self.steps_ahead = 0
-        self._last_sampled: dict[str, int] = {}
         self._arrivals: dict[int, Arrival] = {}
         self._threads = threads
         torch.set_num_threads(threads)
@@ -96,12 +94,10 @@ class CpuRunner:
     def step(self, batch: StepBatch) -> StepResult:
         """Compute one step and sample its tokens. ``duration_s`` of the result includes sampling."""
         started_s = time.monotonic()
-        batch = _resolve_pending(batch, self._last_sampled)
         rows = [sequence for sequence in batch.sequences if sequence.sample]
         gate = make_gate(batch, self._arrivals)
         logits = self.logits(batch, gate).numpy()
         sampled = tuple(sample(logits, rows, self.eos_token_ids))
-        self._last_sampled = {s.request_id: s.token for s in sampled}
         late = late_requests(batch, gate)
         return StepResult(step_id=batch.step_id, sampled=sampled, duration_s=time.monotonic() - started_s, late=late)
 
@@ -141,15 +137,6 @@ def _count_kv_blocks(config: DecoderConfig, engine: EngineConfig) -> int:
             f"give at least {block_bytes}, better a hundred times that"
         )
     return blocks
-
-
-def _resolve_pending(batch: StepBatch, last_sampled: Mapping[str, int]) -> StepBatch:
-    """Replace PENDING_TOKEN with the preceding step's token, or with 0 if that step failed."""
-    sequences = tuple(
-        msgspec.structs.replace(s, tokens=(last_sampled.get(s.request_id, 0),)) if s.tokens[0] == PENDING_TOKEN else s
-        for s in batch.sequences
-    )
-    return msgspec.structs.replace(batch, sequences=sequences)
 
 
 def _make_inputs(sequences: tuple[SequenceStep, ...], block_tokens: int) -> StepInputs:

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from blake3 import blake3
 
-from loraserve.adapter.format import Dtype, make_uniform_layout
 from loraserve.engine.adapters.pool import ExtentAllocator
 from loraserve.engine.compute.protocol import DeviceLostError
 from loraserve.engine.loading.memory import Bytes, Digest, PoolMemory
 from loraserve.errors import ConfigError
-from loraserve.model_shape import ModelShape
 from loraserve.transfer.cuda_driver import CudaCallError, GpuMemory, allocate, free
 
 SHOWN_RANKS = (8, 16, 64, 128)
@@ -77,10 +75,6 @@ def divide_memory(
             "its own, or use a smaller model"
         )
     return MemoryShares(kv_blocks=kv_blocks, pool_bytes=pool_bytes)
-
-
-def adapter_bytes(shape: ModelShape, dtype: Dtype, rank: int) -> int:
-    return make_uniform_layout(shape, dtype, rank).slab_bytes
 
 
 def count_fitting_adapters(slab_bytes: int, pool_bytes: int, slots: int) -> int:

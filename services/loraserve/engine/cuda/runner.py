@@ -141,7 +141,7 @@ class CudaRunner:
             logits = self._forward(batch.sequences)
             drawn = self._draw(logits, rows) if rows else None
             if isinstance(started, float):
-                tokens = _collect_tokens(rows, _result_tensors(drawn))
+                tokens = _collect_tokens(rows, drawn or ())
                 return ComputedStep(
                     StepResult(step_id=batch.step_id, sampled=tokens, duration_s=time.monotonic() - started)
                 )
@@ -218,7 +218,7 @@ class PendingGpuStep:
     ) -> None:
         self._step_id = step_id
         self._rows = rows
-        self._results = [None if tensor is None else _copy_to_host(tensor) for tensor in _result_tensors(drawn)]
+        self._results = [None if tensor is None else _copy_to_host(tensor) for tensor in drawn or ()]
         self._started = started
         self._device = torch.cuda.current_device()
         self._ended = torch.cuda.Event(enable_timing=True)
@@ -232,10 +232,6 @@ class PendingGpuStep:
         return StepResult(
             step_id=self._step_id, sampled=tokens, duration_s=self._started.elapsed_time(self._ended) / 1e3
         )
-
-
-def _result_tensors(drawn: Drawn | None) -> tuple[torch.Tensor | None, ...]:
-    return (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs) if drawn else ()
 
 
 def _collect_tokens(rows: Sequence[SequenceStep], results: Sequence[torch.Tensor | None]) -> tuple[Sampled, ...]:

@@ -10,6 +10,7 @@ which a kernel adds integers does not change their sum.
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -184,8 +185,7 @@ def _upload(arrays: Sequence[Array], device: torch.device) -> list[Tensor]:
 Picker = Callable[[Tensor, Draws], Tensor]
 
 
-@dataclass(frozen=True)
-class Drawn:
+class Drawn(NamedTuple):
     """Sampling results on the device. All but ``tokens`` int64 [rows] are None if no row wants log-probabilities.
 
     ``logprobs`` is float32 [rows]. ``top_tokens`` int64 and ``top_logprobs`` float32 are [rows, most], most likely

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from loraserve.adapter.format import make_uniform_layout
 from loraserve.config import EngineConfig
 from loraserve.engine.compute.protocol import pack_step
 from loraserve.engine.cuda.decoder import NONE, DecoderMemory, GpuDecoder, GpuStepInputs
@@ -15,7 +16,6 @@ from loraserve.engine.cuda.memory import (
     DevicePool,
     MeasuredMemory,
     MemoryShares,
-    adapter_bytes,
     describe_capacity,
     divide_memory,
 )
@@ -168,7 +168,7 @@ def allocate_state(
     if shares.kv_blocks < 1:
         raise ConfigError(f"engine.kv_bytes={engine.kv_bytes} holds not one block; give at least {block_bytes}")
     ranks = [rank for rank in SHOWN_RANKS if rank <= engine.max_rank]
-    sizes = {rank: adapter_bytes(config.shape, engine.slab_dtype, rank) for rank in ranks}
+    sizes = {rank: make_uniform_layout(config.shape, engine.slab_dtype, rank).slab_bytes for rank in ranks}
     progress(describe_capacity(shares, engine.block_tokens, engine.max_adapters, sizes))
     return make_state(shares, min(positions, shares.kv_blocks * engine.block_tokens))
 

@@ -27,7 +27,6 @@ class Rope(msgspec.Struct, frozen=True, kw_only=True):
 class DecoderConfig(msgspec.Struct, frozen=True, kw_only=True):
     """A decoder's configuration. ``sliding_window`` is None if every layer attends to the whole context."""
 
-    family: str
     shape: ModelShape
     rms_eps: float
     rope: Rope
@@ -54,7 +53,6 @@ def read_decoder_config(model_dir: Path) -> DecoderConfig:
     attention_bias = bool(config.get("attention_bias", False))
     positions = _positive_number(config, "max_position_embeddings", None)
     return DecoderConfig(
-        family=family,
         shape=shape,
         rms_eps=_positive_number(config, "rms_norm_eps", 1e-6),
         rope=_rope(config, int(positions)),

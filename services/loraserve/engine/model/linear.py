@@ -18,7 +18,6 @@ class Linear:
     """Computes x [tokens, in] @ weight.T + bias. ``x`` must have the weight's dtype and device."""
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.backend = str(weight.dtype).removeprefix("torch.")
         self._weight = weight
         self._bias = bias
 
@@ -33,7 +32,6 @@ class Fp16Linear(Linear):
     """
 
     def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
-        self.backend = "fp16"
         self._packed = PackedWeight(weight, bias)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:

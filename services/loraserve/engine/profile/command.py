@@ -20,8 +20,6 @@ from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.profile.measure import (
     KINDS,
-    SizedAdapter,
-    batch_shape,
     design_batches,
     make_random_slab,
     make_step,
@@ -30,6 +28,7 @@ from loraserve.engine.profile.measure import (
     place_slabs,
 )
 from loraserve.engine.schedule.events import SchedulerLimits
+from loraserve.engine.schedule.report import step_shape
 from loraserve.engine.setup import build_runner, digest_threads_for, scheduler_limits, threads_for
 from loraserve.errors import ConfigError, LoraServeError
 from loraserve.kernels import attention
@@ -88,7 +87,7 @@ def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
     runner = build_runner(config, _report_progress)
     limits = scheduler_limits(config, runner)
     placed = place_slabs(_make_slabs(options, config, shape), limits.pool_bytes, limits.max_adapters)
-    adapters = [SizedAdapter(slab.header.rank, slab.header.slab_bytes) for _, slab in placed]
+    adapters = {slot: slab.header for slot, (_, slab) in enumerate(placed)}
     count, rounds = (QUICK_BATCHES, QUICK_ROUNDS) if options.quick else (BATCHES, ROUNDS)
     _report_progress(f"timing loads of {len(adapters)} adapters")
     cpu_seconds = _uses_cpu_seconds(config, runner)
@@ -100,7 +99,7 @@ def _measure(options: argparse.Namespace) -> tuple[Profile, str]:
     )
     to_time = [make_step(index, batch, limits.block_tokens, shape.vocab) for index, batch in enumerate(batches)]
     seconds = measure_steps(runner, to_time, rounds, cpu_seconds, _report_progress)
-    steps: list[StepSample] = [(batch_shape(b, adapters), s) for b, s in zip(batches, seconds, strict=True)]
+    steps: list[StepSample] = [(step_shape(b, adapters)[0], s) for b, s in zip(to_time, seconds, strict=True)]
     lora: Lora = options.lora
     cost, residuals = fit_cost_model(steps, loads, lora)
     profile = Profile(

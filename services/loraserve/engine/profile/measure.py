@@ -16,7 +16,6 @@ import numpy as np
 from loraserve.adapter.dtypes import from_float32
 from loraserve.adapter.format import ITEM_BYTES, Dtype, make_uniform_layout
 from loraserve.adapter.pack import Slab, seal_slab
-from loraserve.cost import StepShape
 from loraserve.cost.fit import LoadSample
 from loraserve.engine.adapters.pool import ExtentAllocator
 from loraserve.engine.compute.protocol import Runner
@@ -42,11 +41,6 @@ MIN_PREFILL = 4
 MAX_PREFILLS = 3
 
 
-class SizedAdapter(msgspec.Struct, frozen=True):
-    rank: int
-    slab_bytes: int
-
-
 class BatchPart(msgspec.Struct, frozen=True):
     """One sequence of a batch: ``tokens`` to compute after ``context`` tokens. ``adapter`` is an index, -1 for none."""
 
@@ -68,22 +62,6 @@ def design_batches(limits: SchedulerLimits, adapters: int, count: int, seed: int
     """Return ``count`` batches within the limits, cycling through the kinds. Sizes are log-uniform."""
     rng = Random(seed)
     return [_draw_batch(KINDS[index % len(KINDS)], limits, adapters, rng) for index in range(count)]
-
-
-def batch_shape(batch: TimedBatch, adapters: Sequence[SizedAdapter]) -> StepShape:
-    decodes = [part for part in batch.parts if part.is_decode]
-    prefills = [part for part in batch.parts if not part.is_decode]
-    used = {part.adapter for part in batch.parts} - {-1}
-    return StepShape(
-        decode_sequences=len(decodes),
-        kv_tokens=sum(part.context + 1 for part in decodes),
-        prefill_tokens=sum(part.tokens for part in prefills),
-        # Each token attends to the context, to the earlier new tokens of its sequence, and to itself.
-        prefill_kv_tokens=sum(p.tokens * p.context + p.tokens * (p.tokens + 1) / 2 for p in prefills),
-        slab_bytes=sum(adapters[index].slab_bytes for index in used),
-        rank_tokens=sum(part.tokens * adapters[part.adapter].rank for part in batch.parts if part.adapter >= 0),
-        max_rank=max((adapters[index].rank for index in used), default=0),
-    )
 
 
 def _draw_batch(kind: str, limits: SchedulerLimits, adapters: int, rng: Random) -> TimedBatch:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from loraserve.adapter.format import SlabHeader
 from loraserve.cost import StepShape, mean_step
 from loraserve.engine.schedule.events import StepBatch
 from loraserve.messages import (
@@ -229,7 +230,7 @@ def _move_towards(old: float, new: float, times: int = 1) -> float:
     return new + (1 - SMOOTHING) ** times * (old - new)
 
 
-def step_shape(batch: StepBatch, adapters: Mapping[int, AdapterRef]) -> tuple[StepShape, dict[int, int]]:
+def step_shape(batch: StepBatch, adapters: Mapping[int, AdapterRef | SlabHeader]) -> tuple[StepShape, dict[int, int]]:
     """Return a step's shape for the cost model, and its number of tokens by adapter rank (0 for the base model).
 
     ``adapters`` maps slots to adapters.

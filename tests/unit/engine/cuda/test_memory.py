@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from loraserve.adapter.format import SlabHeader, make_layout
+from loraserve.adapter.format import SlabHeader, make_layout, make_uniform_layout
 from loraserve.config import EngineConfig
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.cuda import memory as memory_module
@@ -19,7 +19,6 @@ from loraserve.engine.cuda.memory import (
     DevicePool,
     MeasuredMemory,
     MemoryShares,
-    adapter_bytes,
     count_fitting_adapters,
     describe_capacity,
     divide_memory,
@@ -96,8 +95,8 @@ def full_slab(shape: ModelShape, dtype: str, rank: int) -> SlabHeader:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 @pytest.mark.parametrize("rank", [1, 7, 64])
-def test_adapter_bytes_is_the_size_of_a_slab(shape: ModelShape, dtype: str, rank: int) -> None:
-    assert adapter_bytes(shape, dtype, rank) == full_slab(shape, dtype, rank).slab_bytes  # type: ignore[arg-type]
+def test_a_uniform_layout_has_the_size_of_a_slab(shape: ModelShape, dtype: str, rank: int) -> None:
+    assert make_uniform_layout(shape, dtype, rank).slab_bytes == full_slab(shape, dtype, rank).slab_bytes  # type: ignore[arg-type]
 
 
 def count_placed(shape: ModelShape, pool_bytes: int, slots: int, rank: int) -> int:
@@ -115,17 +114,17 @@ def count_placed(shape: ModelShape, pool_bytes: int, slots: int, rank: int) -> i
 @pytest.mark.parametrize("pool_bytes", [0, 4095, 100_000, 1 << 20, 3_333_333])
 @pytest.mark.parametrize("rank", [1, 8, 16, 100])
 def test_the_count_of_fitting_adapters_is_the_pools(shape: ModelShape, pool_bytes: int, rank: int) -> None:
-    fit = count_fitting_adapters(adapter_bytes(shape, "bfloat16", rank), pool_bytes, 20)
+    fit = count_fitting_adapters(make_uniform_layout(shape, "bfloat16", rank).slab_bytes, pool_bytes, 20)
     assert fit == count_placed(shape, pool_bytes, 20, rank)
 
 
 def test_slots_limit_the_count() -> None:
-    assert count_fitting_adapters(adapter_bytes(SHAPES["even"], "bfloat16", 8), 1 << 30, 3) == 3
+    assert count_fitting_adapters(make_uniform_layout(SHAPES["even"], "bfloat16", 8).slab_bytes, 1 << 30, 3) == 3
 
 
 def test_the_capacity_is_described() -> None:
     shape, shares = SHAPES["even"], MemoryShares(kv_blocks=1000, pool_bytes=2 * MIB)
-    sizes = {rank: adapter_bytes(shape, "bfloat16", rank) for rank in (8, 128)}
+    sizes = {rank: make_uniform_layout(shape, "bfloat16", rank).slab_bytes for rank in (8, 128)}
     eight, large = (count_fitting_adapters(size, 2 * MIB, 64) for size in sizes.values())
     assert 64 > eight > large > 0
     assert describe_capacity(shares, 16, 64, sizes) == (

@@ -54,8 +54,7 @@ def drawn_on(device: str, logits: Logits | torch.Tensor, steps: Sequence[Sequenc
 
 
 def downloaded(steps: Sequence[SequenceStep], drawn: Drawn) -> list[Sampled]:
-    parts = (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs)
-    return sampled(steps, *(part if part is None else part.cpu().numpy() for part in parts))
+    return sampled(steps, *(part if part is None else part.cpu().numpy() for part in drawn))
 
 
 def defined(logits: Logits, steps: Sequence[SequenceStep]) -> list[Sampled]:

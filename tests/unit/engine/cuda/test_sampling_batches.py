@@ -58,8 +58,7 @@ def logits_of(rows: int, vocab: int) -> torch.Tensor:
 
 def drawn_on(device: str, logits: torch.Tensor, steps: Sequence[SequenceStep]) -> list[Sampled]:
     drawn = draw(logits.to(device), prepare(steps, logits.shape[1], EOS, torch.device(device)))
-    parts = (drawn.tokens, drawn.logprobs, drawn.top_tokens, drawn.top_logprobs)
-    return sampled(steps, *(part if part is None else part.cpu().numpy() for part in parts))
+    return sampled(steps, *(part if part is None else part.cpu().numpy() for part in drawn))
 
 
 @on_each_device

@@ -1,5 +1,6 @@
 """scripts/profile: the batches that it times, their shapes in the cost model, and a whole run on a tiny model."""
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,7 @@ from loraserve.engine.profile.command import main
 from loraserve.engine.profile.measure import (
     KINDS,
     BatchPart,
-    SizedAdapter,
     TimedBatch,
-    batch_shape,
     design_batches,
     make_random_slab,
     make_step,
@@ -45,6 +44,27 @@ def limits(kv_blocks: int, max_running: int, max_step_tokens: int, max_model_tok
     )
 
 
+def sized_adapters(sizes: Iterable[tuple[int, int]]) -> dict[int, AdapterRef]:
+    """Return adapters by slot from (rank, slab bytes)."""
+    return {n: AdapterRef(name="", version="", rank=rank, slab_bytes=size) for n, (rank, size) in enumerate(sizes)}
+
+
+def shape_of(batch: TimedBatch, adapters: Mapping[int, AdapterRef]) -> StepShape:
+    decodes = [part for part in batch.parts if part.is_decode]
+    prefills = [part for part in batch.parts if not part.is_decode]
+    used = {part.adapter for part in batch.parts} - {-1}
+    return StepShape(
+        decode_sequences=len(decodes),
+        kv_tokens=sum(part.context + 1 for part in decodes),
+        prefill_tokens=sum(part.tokens for part in prefills),
+        # Each token attends to the context, to the earlier new tokens of its sequence, and to itself.
+        prefill_kv_tokens=sum(p.tokens * p.context + p.tokens * (p.tokens + 1) / 2 for p in prefills),
+        slab_bytes=sum(adapters[index].slab_bytes for index in used),
+        rank_tokens=sum(part.tokens * adapters[part.adapter].rank for part in batch.parts if part.adapter >= 0),
+        max_rank=max((adapters[index].rank for index in used), default=0),
+    )
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     kv_blocks=st.integers(8, 4000),
@@ -69,10 +89,9 @@ def test_no_batch_exceeds_the_engines_limits(
 
 
 def test_a_profile_is_fitted_to_the_shapes_that_an_engine_reports() -> None:
-    adapters = [SizedAdapter(8 << n, 1000 << n) for n in range(4)]
-    refs = {n: AdapterRef(name="", version="", rank=a.rank, slab_bytes=a.slab_bytes) for n, a in enumerate(adapters)}
+    adapters = sized_adapters((8 << n, 1000 << n) for n in range(4))
     for index, batch in enumerate(design_batches(limits(4000, 64, 512, 4096), len(adapters), 60)):
-        assert step_shape(make_step(index, batch, BLOCK, 100), refs)[0] == batch_shape(batch, adapters)
+        assert step_shape(make_step(index, batch, BLOCK, 100), adapters)[0] == shape_of(batch, adapters)
 
 
 def test_every_kind_is_held_out_and_batches_match_their_kind() -> None:
@@ -87,9 +106,10 @@ def test_every_kind_is_held_out_and_batches_match_their_kind() -> None:
 
 
 def test_the_shape_of_a_batch() -> None:
-    adapters = [SizedAdapter(8, 800), SizedAdapter(64, 6400), SizedAdapter(16, 1600)]
+    adapters = sized_adapters([(8, 800), (64, 6400), (16, 1600)])
     parts = (BatchPart(1, 99, 0), BatchPart(1, 49), BatchPart(4, 10, 2), BatchPart(3, 0, 0))
-    assert batch_shape(TimedBatch("both, adapters", parts), adapters) == StepShape(
+    step = make_step(0, TimedBatch("both, adapters", parts), BLOCK, 100)
+    assert step_shape(step, adapters)[0] == StepShape(
         decode_sequences=2,
         kv_tokens=150,
         prefill_tokens=7,

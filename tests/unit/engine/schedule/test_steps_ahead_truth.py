@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -13,6 +14,7 @@ from loraserve.engine.schedule.events import PENDING_TOKEN, StepBatch
 from loraserve.engine.setup import build_runner
 from loraserve.kernels import attention
 from loraserve.messages import SamplingParams
+from loraserve.testing.engine.ahead import StepsAheadRunner
 from loraserve.testing.engine.offline import OfflineEngine, OfflineRequest
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
@@ -67,8 +69,7 @@ def test_a_mixed_batch_gets_the_same_tokens_as_one_step_at_a_time(
 ) -> None:
     config, slabs = world
     expected = OfflineEngine(config, slabs).generate(requests())
-    runner = build_runner(config, lambda text: None)
-    runner.steps_ahead = steps_ahead
+    runner: Any = StepsAheadRunner(build_runner(config, lambda text: None), steps_ahead)
     engine = OfflineEngine(config, slabs, runner)
     drawn = 0
 
@@ -88,8 +89,7 @@ def test_a_mixed_batch_gets_the_same_tokens_as_one_step_at_a_time(
 
 def test_the_next_step_is_submitted_before_the_last_result_is_read(world: tuple[Config, dict[str, Slab]]) -> None:
     config, slabs = world
-    runner = build_runner(config, lambda text: None)
-    runner.steps_ahead = 1
+    runner: Any = StepsAheadRunner(build_runner(config, lambda text: None), 1)
     engine = OfflineEngine(config, slabs, runner)
     done: list[int] = []
     engine.generate(requests()[:1], before_step=lambda batch: done.append(len(engine.steps)))
