@@ -69,10 +69,10 @@ def divide_memory(
     if pool_bytes < MIB or kv_blocks < 1:
         raise ConfigError(
             f"GPU memory: engine.memory_fraction={memory_fraction:g} of {memory.total_bytes / MIB:.0f} MiB allows "
-            f"{allowed / MIB:.0f} MiB, {memory.used_bytes / MIB:.0f} MiB are used (weights, and whatever else runs on "
-            f"this GPU) and a step takes {memory.step_bytes / MIB:.0f} MiB, which leaves no room for the KV cache and "
-            "the adapter pool; raise engine.memory_fraction, lower engine.max_step_tokens, give each engine a GPU of "
-            "its own, or use a smaller model"
+            f"{allowed / MIB:.0f} MiB, {memory.used_bytes / MIB:.0f} MiB are used (by weights and by other processes "
+            f"on this GPU) and a step takes {memory.step_bytes / MIB:.0f} MiB, which leaves no room for the KV cache "
+            "and the adapter pool; raise engine.memory_fraction, lower engine.max_step_tokens, give each engine a GPU "
+            "of its own, or use a smaller model"
         )
     return MemoryShares(kv_blocks=kv_blocks, pool_bytes=pool_bytes)
 
@@ -113,8 +113,8 @@ def allocate_zeroed(elements: int, dtype: torch.dtype, device: torch.device) -> 
         allocation = _Allocation(allocate(elements * dtype.itemsize, number))
     except CudaCallError as error:
         raise ConfigError(
-            f"GPU memory: {elements * dtype.itemsize} bytes for the adapter pool cannot be had ({error}); lower "
-            "engine.memory_fraction or stop what else runs on this GPU"
+            f"GPU memory: {elements * dtype.itemsize} bytes for the adapter pool cannot be allocated ({error}); lower "
+            "engine.memory_fraction or stop other processes on this GPU"
         ) from error
     tensor = torch.as_tensor(allocation, device=torch.device("cuda", number))
     return tensor.zero_().view(dtype), allocation.memory

@@ -37,7 +37,7 @@ def start_cuda_runner(
         runner.warm_up(progress)
     except torch.OutOfMemoryError as error:
         raise ConfigError(
-            f"GPU memory: not enough is left to compute beside what is set aside ({str(error).splitlines()[0]}); lower "
+            f"GPU memory: KV cache and adapter pool leave too little for steps ({str(error).splitlines()[0]}); lower "
             f"engine.memory_fraction (it is {engine.memory_fraction:g}) or engine.max_running"
         ) from error
     return runner
@@ -55,7 +55,7 @@ def load_cuda_runner(
     except torch.OutOfMemoryError as error:
         raise ConfigError(
             f"GPU memory: the model does not fit ({str(error).splitlines()[0]}); give each engine a GPU of its own "
-            "(cluster.engines), stop what else runs there, or use a smaller model"
+            "(cluster.engines), stop other processes there, or use a smaller model"
         ) from error
     return CudaRunner(state, engine)
 

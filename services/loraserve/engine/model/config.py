@@ -49,7 +49,7 @@ def read_decoder_config(model_dir: Path) -> DecoderConfig:
     if shape.heads % shape.kv_heads:
         raise ConfigError(f"config.json: num_attention_heads {shape.heads} is no multiple of {shape.kv_heads} KV heads")
     if shape.head_dim % 2:
-        raise ConfigError(f"config.json: head_dim {shape.head_dim} is odd, so that it cannot be rotated in pairs")
+        raise ConfigError(f"config.json: head_dim {shape.head_dim} is odd; rotary embeddings need an even one")
     attention_bias = bool(config.get("attention_bias", False))
     positions = _positive_number(config, "max_position_embeddings", None)
     return DecoderConfig(
@@ -73,7 +73,7 @@ def context_limit(config: DecoderConfig, progress: Callable[[str], None]) -> int
     if window is None or window >= config.max_positions:
         return config.max_positions
     # In contexts up to the window's length, windowed and full attention are equal.
-    progress(f"context limited to {window} tokens: the model's sliding_window is not computed beyond")
+    progress(f"context limited to {window} tokens: longer ones need sliding-window attention, which is not supported")
     return window
 
 

@@ -49,14 +49,14 @@ examples:
   scripts/profile --model DIR --out mine.json --quick   fewer batches, fewer repeats
   scripts/profile --model DIR --out mine.json --adapter ./support-r16 --ranks 8,128
   scripts/profile --model DIR --out mine.json --set engine.threads=4 --set engine.max_running=32
-  scripts/up --model DIR --set cluster.profile=mine.json      price with it (an absolute path for other folders)
+  scripts/up --model DIR --set cluster.profile=mine.json      use it (with an absolute path from other folders)
 
 The command builds the engine in this process with the configuration that a cluster here would give it (the engines
-share the cores). It times some hundred batches of random tokens: prefill and decode, few and many sequences, short and
-long contexts, from no adapter to many of mixed ranks. It fits a linear model of a step's content to the median times,
-and tests it on every fifth batch, which the fit does not use. An engine with one thread is timed in CPU seconds, which
-other processes hardly change. Loads are timed from memory; router and planner learn the time of store and network from
-the engines' reports. Adapters have random values, except those that --adapter names.
+share the cores). It times 180 batches (60 with --quick) of random tokens: prefill and decode, few and many sequences,
+short and long contexts, from no adapter to many of mixed ranks. It fits a linear cost model to the median times, and
+tests the model on every fifth batch, which the fit does not use. An engine with one thread is timed in CPU seconds,
+which other processes hardly change. Loads are timed from memory. Router and planner learn the time of store and network
+from the engines' reports. Adapters have random values, except those that --adapter names.
 
 --lora padded fits the cost of other servers (each token at the largest rank of the batch) to the same batches. If this
 machine has a GPU that can be used, the command measures it. The exit status is 1 if the median error is over 10%.

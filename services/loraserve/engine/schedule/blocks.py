@@ -83,7 +83,7 @@ class BlockManager:
         self._digest_of.clear()
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference to each block, last one first, so that a prefix is evicted from its end."""
+        """Drop one reference to each block, starting with the last, so that a prefix is evicted from its end."""
         for block in reversed(blocks):
             self._references[block] -= 1
             if self._references[block] == 0:
