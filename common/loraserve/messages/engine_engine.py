@@ -11,8 +11,8 @@ class LeaseSlab(Message, frozen=True, tag=True, kw_only=True):
     Refused with ``version`` (another transfer ``protocol``), ``not_found``, ``loading``, ``mismatch`` (of
     ``slab_bytes``), ``making_room`` or ``too_many_leases``. The reader then uses another source.
 
-    Each read has its own ``read_id``, so a repeated request gets the same lease. ``incarnation`` is the reader's. A
-    new value means that the reader was restarted; the owner then ends the reader's earlier leases.
+    Each read has its own ``read_id``, so a repeated request gets the same lease. ``incarnation`` is the reader's. On a
+    new value, the owner ends the reader's earlier leases, because the reader was restarted.
     """
 
     protocol: int
@@ -44,7 +44,7 @@ class RenewLease(Message, frozen=True, tag=True, kw_only=True):
 
 
 class LeaseRenewed(Message, frozen=True, tag=True, kw_only=True):
-    """Answer to RenewLease. ``lasts_s``, counted from the request, is shorter when the lease nears its maximum age."""
+    """Answer to RenewLease. ``lasts_s`` is counted from the request. It is shorter near the lease's maximum age."""
 
     lease_id: str
     lasts_s: float

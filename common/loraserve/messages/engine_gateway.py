@@ -8,9 +8,9 @@ from loraserve.messages.base import Message
 class TokenDelta(msgspec.Struct, frozen=True, array_like=True):
     """New tokens of one request.
 
-    ``index`` is the output index of the first token; with it the gateway detects lost messages. ``finish`` is None
-    while the request runs, then ``stop`` or ``length``. ``stop_reason`` is the id from ``stop_token_ids`` that ended
-    the output, if one did. ``logprobs`` is empty or has one entry per token: the token's log-probability, then
+    ``index`` is the output index of the first token. The gateway detects lost messages with it. ``finish`` is None
+    while the request runs, then ``stop`` or ``length``. If an id in ``stop_token_ids`` ended the output,
+    ``stop_reason`` is that id. ``logprobs`` is empty or has one entry per token: the token's log-probability, then
     (token, log-probability) pairs of the most likely tokens.
     """
 

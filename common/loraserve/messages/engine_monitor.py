@@ -83,7 +83,7 @@ class MeasuredSpeed(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
-    """An adapter in an engine's pool. The plan requires it there if ``pinned``. ``running`` requests use it now."""
+    """An adapter in an engine's pool. If ``pinned``, the plan requires it there. ``running`` requests use it now."""
 
     name: str
     version: str
@@ -94,7 +94,7 @@ class ResidentAdapter(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterState(msgspec.Struct, frozen=True, kw_only=True):
-    """The adapters of an engine. ``loading`` and ``cached`` list versions; ``cached`` ones are in the host cache.
+    """The adapters of an engine. ``loading`` lists versions, and ``cached`` lists versions in the host cache.
 
     ``plan_epoch`` is the newest epoch in a PreparePlan or RetireCopies that this incarnation received, 0 if none.
     """

@@ -1,6 +1,6 @@
 """The contract between engine and gateway about the end of an output. All meanings are vLLM's.
 
-The engine checks tokens; the gateway checks stop strings in the text. An output ends
+The engine checks tokens, and the gateway checks stop strings in the text. An output ends
 
 - at an EOS token of the model, unless ``ignore_eos`` is set: finish reason ``stop``, stop reason None;
 - at one of the request's ``stop_token_ids``: finish reason ``stop``, stop reason that token id;
@@ -13,7 +13,7 @@ token that is both EOS and in ``stop_token_ids`` counts as EOS, unless ``ignore_
 
 The last token of ``TokenDelta.tokens`` is the token that ended the output, whatever the finish reason.
 ``completion_tokens`` and the log-probabilities include it. The text includes an EOS token, stop token or stop string
-only with ``include_stop_str_in_output``; otherwise it ends before the stop.
+only with ``include_stop_str_in_output``. Without it, the text ends before the stop.
 
 Only the engine knows which tokens are EOS (``loraserve.eos_tokens``).
 """

@@ -55,7 +55,7 @@ class SameHostHandle(HandleBase, frozen=True, kw_only=True, tag=True):
 
 
 class ShmHandle(SameHostHandle, frozen=True, kw_only=True, tag=True):
-    """Shared memory. The descriptor refers to the memory; readers open it through /proc."""
+    """Shared memory. Readers open the descriptor through /proc."""
 
     transport: ClassVar[Transport] = "shm"
 
@@ -131,8 +131,8 @@ class ConnectQueue(Message, frozen=True, tag=True, kw_only=True):
 
     Answered by QueueConnected when the owner's end can serve reads. Refused with a code of TransferError.
     ``protocol`` is the reader's TRANSFER_PROTOCOL_VERSION. ``incarnation`` is the owner's, from the handle. ``link``
-    names the connection; a later request with the same link replaces it. A new ``reader_incarnation`` means that the
-    reader was restarted; the owner then closes the reader's earlier connections.
+    names the connection. A later request with the same link replaces it. On a new ``reader_incarnation``, the owner
+    closes the reader's earlier connections, because the reader was restarted.
     """
 
     protocol: int

@@ -1,4 +1,4 @@
-"""Run the choices of one HTTP request on engines: route them, read their tokens, abort unfinished ones."""
+"""Runs the choices of one HTTP request on engines: routes them, reads their tokens, aborts unfinished choices."""
 
 import asyncio
 from collections import deque

@@ -96,23 +96,12 @@ class ClusterCollector(Collector):
         yield self._lora_info([report.load for report in reports.values()])
 
     def _engine_counters(self, counters: dict[str, EngineCounters]) -> Iterator[Metric]:
-        for name, text, field in ENGINE_COUNTERS:
-            family = CounterMetricFamily(name, text, labels=("model_name", "engine"))
-            for engine, counted in counters.items():
-                family.add_metric((self._model_name, engine), getattr(counted, field))
-            yield family
-        for name, text, field in READ_COUNTERS:
-            family = CounterMetricFamily(name, text, labels=("engine", "source", "transport"))
-            for engine, counted in counters.items():
-                for read in counted.reads:
-                    family.add_metric((engine, read.source, read.transport), getattr(read, field))
-            yield family
-        for name, text, field in PREFETCH_COUNTERS:
-            family = CounterMetricFamily(name, text, labels=("engine", "kind"))
-            for engine, counted in counters.items():
-                for prefetched in counted.prefetched:
-                    family.add_metric((engine, prefetched.kind), getattr(prefetched, field))
-            yield family
+        engines = [((self._model_name, engine), counted) for engine, counted in counters.items()]
+        reads = [((name, read.source, read.transport), read) for name, c in counters.items() for read in c.reads]
+        prefetched = [((name, counts.kind), counts) for name, c in counters.items() for counts in c.prefetched]
+        yield from _counter_families(ENGINE_COUNTERS, ("model_name", "engine"), engines)
+        yield from _counter_families(READ_COUNTERS, ("engine", "source", "transport"), reads)
+        yield from _counter_families(PREFETCH_COUNTERS, ("engine", "kind"), prefetched)
 
     def _lora_info(self, loads: list[EngineLoad]) -> Metric:
         # As in vLLM, the labels contain the adapters and the value is the current time.
@@ -122,6 +111,17 @@ class ClusterCollector(Collector):
         metric = GaugeMetricFamily("vllm:lora_requests_info", "Adapters in use", labels=labels)
         metric.add_metric((str(self._max_lora), ",".join(running), ",".join(waiting)), self._clock.unix_s())
         return metric
+
+
+def _counter_families(
+    metrics: Sequence[tuple[str, str, str]], labels: Sequence[str], rows: Sequence[tuple[Sequence[str], object]]
+) -> Iterator[Metric]:
+    """Yield one family for each (name, text, field). Each row holds label values and the object with the fields."""
+    for name, text, field in metrics:
+        family = CounterMetricFamily(name, text, labels=labels)
+        for values, counts in rows:
+            family.add_metric(values, getattr(counts, field))
+        yield family
 
 
 def _kv_share(report: EngineReport) -> float:
@@ -145,7 +145,7 @@ ENGINE_COUNTERS: tuple[tuple[str, str, str], ...] = (
     ("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache", "prefix_hits_tokens"),
     ("vllm:num_preemptions", "Requests preempted and put back into the queue", "preemptions"),
     ("loraserve_early_starts", "Requests that started while their adapter was being read", "early_starts"),
-    ("loraserve_early_starts_in_vain", "Early starts undone because the adapter came too late", "early_starts_in_vain"),
+    ("loraserve_early_starts_in_vain", "Early starts undone because the load took too long", "early_starts_in_vain"),
     ("loraserve_engine_steps", "Steps since the engine started", "steps"),
 )
 READ_COUNTERS: tuple[tuple[str, str, str], ...] = (

@@ -18,6 +18,7 @@ class RegistryCopy:
 
     def __init__(self, bus: Bus, clock: Clock) -> None:
         self.revision = -1
+        """The revision of the copy, or -1 before the store's first answer or publication."""
         self._adapters: dict[str, AdapterRef] = {}
         self._bus = bus
         self._clock = clock
@@ -25,15 +26,8 @@ class RegistryCopy:
         self._asked_s = -ASK_INTERVAL_S
 
     @property
-    def is_known(self) -> bool:
-        return self.revision >= 0
-
-    @property
     def adapters(self) -> list[AdapterRef]:
         return sorted(self._adapters.values(), key=lambda adapter: adapter.name)
-
-    def get(self, name: str) -> AdapterRef | None:
-        return self._adapters.get(name)
 
     def name_of(self, version: str) -> str:
         """Return a name registered for the version, or the version itself if there is none."""
@@ -47,16 +41,14 @@ class RegistryCopy:
 
     async def resolve(self, name: str) -> AdapterRef:
         """Return the adapter with this name. Raises ApiError 404, or 503 if the store has never answered."""
-        found = self.get(name)
-        if found is None:
+        if name not in self._adapters:
             await self.refresh()
-            found = self.get(name)
-        if found is None and not self.is_known:
+        if name in self._adapters:
+            return self._adapters[name]
+        if self.revision < 0:
             message = "The adapter store does not answer, so only the base model can be used; try again"
             raise unavailable(message, "no_store")
-        if found is None:
-            raise model_not_found(name)
-        return found
+        raise model_not_found(name)
 
     async def refresh(self) -> None:
         """Ask the store for the registry. Calls made before the request is sent share it. A timeout changes nothing."""

@@ -28,13 +28,13 @@ ABORT_INTERVAL_S = 1.0
 CLOSED_KEPT = 4096
 
 RECENT_TOKENS_S = 1.0
-"""An engine counts as alive for this time after its last tokens or after routing: reports are older than these."""
+"""An engine counts as alive for this time after routing and after its last tokens. Reports arrive later than tokens."""
 
 END_LOST_AFTER_S = 1.5
-"""If a report made this long after a request's last token omits the request, its final message was lost."""
+"""If a report made this long after a request's last token omits the request, its last TokenDelta was lost."""
 
 CLOCK_MARGIN_S = 0.25
-"""Maximum error of a report's time, which is computed without the delivery time of the publication."""
+"""Maximum error of a report's time. The time is computed without the delivery time of the publication."""
 
 
 class StreamState(Enum):
@@ -139,7 +139,7 @@ class Stream:
             self._wake(self)
 
     def take(self) -> Received:
-        """Return the output since the last call. Raises the stream's error if no unread tokens are left."""
+        """Return the output since the last call. Raises the stream's error after all tokens were taken."""
         if self.failure is not None and not self._tokens:
             raise self.failure
         received = Received(tuple(self._tokens), tuple(self._logprobs), self.finish, self.stop_reason)

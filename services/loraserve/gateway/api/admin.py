@@ -1,16 +1,18 @@
 """Endpoints for operators and health probes.
 
-GET /admin/cluster and /admin/plan, POST /admin/rebalance, POST /admin/engines/{id}/drain and /undrain, GET /health and
-/live.
+GET /admin/cluster, /admin/plan and /admin/story/{id}, POST /admin/rebalance, POST /admin/engines/{id}/drain and
+/undrain, GET /health and /live.
 """
 
 import asyncio
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any, TypeVar
 
 import msgspec
 from aiohttp import web
 
+from loraserve.clock import unix_offset_s
 from loraserve.config import engine_names
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.api.schema import RebalanceRequest, read_request
@@ -26,6 +28,8 @@ from loraserve.messages import (
     Pong,
     Rebalance,
     RebalanceDone,
+    StoryTold,
+    TellStory,
 )
 from loraserve.messages.transfer import Transport
 from loraserve.transfer.protocol import choose_transports
@@ -37,6 +41,7 @@ CONTROL = ("store", PLANNER, "monitor", "router")
 NEEDED_FOR_HEALTH = ("router", "store")
 PLAN_TIMEOUT_S = 1.0
 PING_TIMEOUT_S = 1.0
+STORY_TIMEOUT_S = 2.0
 REBALANCE_MARGIN_S = 15.0
 
 MAX_TABLE_ENGINES = 64
@@ -47,9 +52,7 @@ async def show_cluster(http: web.Request) -> web.Response:
     """Answer with the cluster state known to this gateway. The status is 200 even if some processes do not respond."""
     gateway = http.app[GATEWAY]
     names = [*CONTROL, *engine_names(gateway.config)]
-    pongs, plan = await asyncio.gather(
-        asyncio.gather(*(ping(gateway, name) for name in names)), current_plan_or_none(gateway)
-    )
+    pongs, plan = await asyncio.gather(ping_all(gateway, names), current_plan_or_none(gateway))
     watch, now = gateway.streams.watch, gateway.clock.monotonic_s()
     alive = [report.capabilities for report in watch.reports.values() if report.alive]
     transports = usable_transports(alive, gateway.config.transfer.transports)
@@ -143,7 +146,7 @@ async def current_plan_or_none(gateway: Gateway) -> Plan | None:
 async def show_health(http: web.Request) -> web.Response:
     """Answer 200 if a request sent now would reach an engine, else 503 with a list of problems."""
     gateway = http.app[GATEWAY]
-    pongs = await asyncio.gather(*(ping(gateway, name) for name in NEEDED_FOR_HEALTH))
+    pongs = await ping_all(gateway, NEEDED_FOR_HEALTH)
     states = {name: pong.state if pong else "UNREACHABLE" for name, pong in zip(NEEDED_FOR_HEALTH, pongs, strict=True)}
     engines = gateway.streams.watch.ready_engines(gateway.clock.monotonic_s())
     problems = [f"{name} is {state}" for name, state in states.items() if state != "READY"]
@@ -160,9 +163,40 @@ async def show_live(http: web.Request) -> web.Response:
     return web.json_response({"status": "ok", "name": http.app[GATEWAY].bus.name})
 
 
-async def ping(gateway: Gateway, name: str) -> Pong | None:
+async def show_story(http: web.Request) -> web.Response:
+    """Answer with the events of a request id, an adapter name or an adapter version, oldest first.
+
+    ``subjects`` lists the ids that were looked up. ``silent`` lists the processes that did not answer in time.
+    """
+    gateway, id_ = http.app[GATEWAY], http.match_info["id"]
+    subjects = gateway.stories.subjects(id_, gateway.registry.adapters)
+    names = [*CONTROL, *engine_names(gateway.config)]
+    message = TellStory(subjects=subjects)
+    answers = await asyncio.gather(*(ask_or_none(gateway, name, message, StoryTold, STORY_TIMEOUT_S) for name in names))
+    own = StoryTold(lines=gateway.stories.story.told(subjects, unix_offset_s(gateway.clock)))
+    told = {gateway.bus.name: own, **dict(zip(names, answers, strict=True))}
+    entries = [
+        (line.unix_s, {"unix_s": line.unix_s, "process": process, "subject": line.subject, "text": line.text})
+        for process, answer in told.items()
+        for line in (answer.lines if answer else ())
+    ]
+    return reply(
+        {
+            "id": id_,
+            "subjects": subjects,
+            "entries": [entry for _, entry in sorted(entries, key=itemgetter(0))],
+            "silent": [process for process, answer in told.items() if answer is None],
+        }
+    )
+
+
+async def ping_all(gateway: Gateway, names: Sequence[str]) -> list[Pong | None]:
+    return await asyncio.gather(*(ask_or_none(gateway, name, Ping(), Pong, PING_TIMEOUT_S) for name in names))
+
+
+async def ask_or_none(gateway: Gateway, name: str, message: Any, answer: type[T], timeout_s: float) -> T | None:
     try:
-        return await gateway.bus.request(name, Ping(), Pong, PING_TIMEOUT_S)
+        return await gateway.bus.request(name, message, answer, timeout_s)
     except (RequestTimeoutError, PeerError):
         return None
 

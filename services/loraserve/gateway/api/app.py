@@ -8,7 +8,7 @@ from importlib.metadata import PackageNotFoundError, version
 from aiohttp import web
 from aiohttp.http_exceptions import BadHttpMessage
 
-from loraserve.gateway.api import admin, chat, completions, models, story, tokenize
+from loraserve.gateway.api import admin, chat, completions, models, tokenize
 from loraserve.gateway.api.generate import CLIENT_LEFT
 from loraserve.gateway.context import ARRIVED_S, GATEWAY, REQUEST_ID, Gateway
 from loraserve.gateway.errors import SERVER, ApiError, bad_request, unavailable
@@ -42,7 +42,7 @@ def make_app(gateway: Gateway) -> web.Application:
             web.get("/version", show_version),
             web.get("/admin/cluster", admin.show_cluster),
             web.get("/admin/plan", admin.show_plan),
-            web.get("/admin/story/{id:.+}", story.story),
+            web.get("/admin/story/{id:.+}", admin.show_story),
             web.post("/admin/rebalance", admin.rebalance),
             web.post("/admin/engines/{id}/drain", admin.drain_engine),
             web.post("/admin/engines/{id}/undrain", admin.undrain_engine),

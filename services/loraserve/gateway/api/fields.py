@@ -4,8 +4,8 @@
 - Harmless (``HARMLESS``): the field is accepted and ignored; the answer is the same without it.
 - Refused (``REFUSED``): the field would change the answer and is unsupported. Neutral values such as null are accepted.
 
-Some fields are listed here and declared for one endpoint. Only that endpoint applies them. Fields in none of the three
-groups are accepted and ignored, because clients send many fields of their own.
+A field that is listed here and declared for one endpoint is applied by that endpoint only. Unknown fields are accepted
+and ignored, because clients send many fields of their own.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 import msgspec
 
 ASKS_FOR_NOTHING: tuple[Any, ...] = (None, False, "", [], {})
+"""The neutral values of most fields: a client that sends one of them does not use the field."""
+
 LONGEST_NEUTRAL_BYTES = 100
 """No neutral value has longer JSON, so longer values are refused without decoding them."""
 
@@ -20,7 +22,7 @@ LONGEST_NEUTRAL_BYTES = 100
 class FieldRefusal(NamedTuple):
     """The reason for refusing a field, with a remedy, and the values that are accepted.
 
-    These are the ``neutral`` values, and objects with any further keys whose "type" is ``neutral_type``.
+    Accepted are the ``neutral`` values, and objects whose "type" is ``neutral_type``, whatever their other keys.
     """
 
     reason: str
@@ -36,7 +38,7 @@ class FieldRefusal(NamedTuple):
         try:
             given = msgspec.json.decode(data)
         except (msgspec.DecodeError, UnicodeDecodeError):
-            # A raw field is not decoded with the body: a number may be too large, a text no UTF-8.
+            # Decoding the body does not check raw fields: a number can be too large, and a text can be invalid UTF-8.
             return False
         # In Python, 0 equals False and 1 equals True. In JSON they differ.
         return any(isinstance(given, bool) == isinstance(own, bool) and given == own for own in self.neutral)
@@ -47,7 +49,7 @@ class _TypedObject(msgspec.Struct, frozen=True):
 
 
 def _object_type(data: bytes) -> str | None:
-    """Return the "type" of a JSON object, or None for other values. Further keys are skipped, not decoded."""
+    """Return the "type" of a JSON object, or None for other values. Other keys are not decoded."""
     try:
         return msgspec.json.decode(data, type=_TypedObject).type
     except (msgspec.DecodeError, UnicodeDecodeError):

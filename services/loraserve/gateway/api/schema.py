@@ -26,7 +26,7 @@ INT64 = 1 << 63
 NULL = msgspec.Raw(b"null")
 
 MAX_STOP_BYTES = 6 * MAX_STOP_CHARACTERS + 1024
-"""JSON needs up to six bytes per character. The rest is for quotes, commas and spaces."""
+"""JSON needs up to six bytes for a character. The other 1024 bytes are for quotes, commas and spaces."""
 
 
 INLINE_BYTES = 64 << 10
@@ -142,17 +142,19 @@ class RebalanceRequest(msgspec.Struct, frozen=True, kw_only=True):
     dry_run: bool | None = None
 
 
+def _refused_fields(type_: type[GenerationRequest]) -> tuple[str, ...]:
+    return tuple(name for name in REFUSED if name not in type_.__struct_fields__)
+
+
 def _complete(type_: type[GenerationRequest]) -> type:
     """Return a subclass that also declares the other sampling parameters and the refused fields."""
     sampling = [(name, kind | None, None) for name, kind in FIELD_TYPES.items() if name not in type_.__struct_fields__]
-    known = {*type_.__struct_fields__, *FIELD_TYPES}
-    refused = [(name, msgspec.Raw, NULL) for name in REFUSED if name not in known]
+    refused = [(name, msgspec.Raw, NULL) for name in _refused_fields(type_)]
     return msgspec.defstruct(type_.__name__, [*sampling, *refused], bases=(type_,), frozen=True, kw_only=True)
 
 
 _COMPLETE: dict[type, type] = {type_: _complete(type_) for type_ in (ChatRequest, CompletionRequest)}
-_REFUSED_CHAT = tuple(name for name in REFUSED if name not in ChatRequest.__struct_fields__)
-_REFUSED_COMPLETION = tuple(name for name in REFUSED if name not in CompletionRequest.__struct_fields__)
+_REFUSED_CHAT, _REFUSED_COMPLETION = _refused_fields(ChatRequest), _refused_fields(CompletionRequest)
 
 _PATH = re.compile(r" - at `(?P<path>[^`]*)`$")
 
@@ -243,9 +245,11 @@ def check_completion(request: CompletionRequest) -> None:
 
 
 def check_tokenize(request: TokenizeRequest) -> None:
-    """Raise ApiError 400 for a field that would change the tokens and is not supported."""
+    """Raise ApiError 400 for an unsupported field that would change the tokens, or without one prompt or messages."""
     _refuse("tools", request.tools)
     _refuse("chat_template", request.chat_template)
+    if (request.prompt is None) == (not request.messages):
+        raise bad_request("prompt: give either prompt or messages", "prompt", "missing_required_parameter")
 
 
 def stop_strings(request: GenerationRequest) -> tuple[str, ...]:
@@ -294,8 +298,8 @@ def prompt_items(prompt: msgspec.Raw, context_tokens: int) -> Sequence[str] | Se
         _check_ids(max(map(len, lists)), context_tokens)
         return lists
     if inner[:1] == b'"':
-        # Escaped quotes do not end a text. The count is too low if a text ends in an escaped backslash, so the decoded
-        # list is checked again.
+        # An escaped quote does not end a text. An escaped backslash before a closing quote makes this count too low.
+        # The decoded list is therefore counted again.
         _check_prompts((data.count(b'"') - data.count(b'\\"')) // 2)
         texts: list[str] = _decode_prompts(prompt, list[str])
         _check_prompts(len(texts))

@@ -14,7 +14,6 @@ from loraserve.gateway.api.schema import (
     read_request,
 )
 from loraserve.gateway.context import GATEWAY
-from loraserve.gateway.errors import bad_request
 from loraserve.gateway.text.tokenizer import ModelTokenizer
 
 
@@ -24,10 +23,8 @@ async def tokenize(http: web.Request) -> web.Response:
     check_tokenize(request)
     if request.model:
         await gateway.resolve(request.model)
-    if (request.prompt is None) == (not request.messages):
-        raise bad_request("prompt: give either prompt or messages", "prompt", "missing_required_parameter")
-    messages = request.messages or []
-    check_free_json(messages, request.chat_template_kwargs, gateway.config.gateway.max_free_json_bytes)
+    limit = gateway.config.gateway.max_free_json_bytes
+    check_free_json(request.messages or [], request.chat_template_kwargs, limit)
     answer = await gateway.tokenizer.run(size, tokenized, gateway.tokenizer, request, gateway.context_tokens())
     return web.Response(body=answer, content_type="application/json")
 

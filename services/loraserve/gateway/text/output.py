@@ -37,7 +37,7 @@ class OutputChunk(msgspec.Struct, frozen=True):
 
 
 class StopRules(msgspec.Struct, frozen=True, kw_only=True):
-    """Stop strings of a request; ignored in the first ``min_tokens`` tokens. ``include`` keeps them in the text."""
+    """Stop strings of a request. The first ``min_tokens`` tokens match none. ``include`` keeps them in the text."""
 
     strings: tuple[str, ...] = ()
     include: bool = False
@@ -98,7 +98,7 @@ class OutputAssembler:
         return "".join(parts), len(tokens)
 
     def _flush(self, used: int) -> str:
-        """Return the text that was held back, for an output that ends. It may complete a stop string as well."""
+        """Return the text that was held back. Call this when the output ends. The text may complete a stop string."""
         text = self._detokenizer.flush()
         if self.completion_tokens + used <= self._rules.min_tokens:
             return text
