@@ -1,7 +1,6 @@
 """Runs the choices of one HTTP request on engines: routes them, reads their tokens, aborts unfinished choices."""
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from functools import partial
@@ -32,26 +31,6 @@ class ChoiceRequest(msgspec.Struct, frozen=True, kw_only=True):
     skip_special_tokens: bool
 
 
-class ReadyQueue:
-    """Queue of streams that have unread output. Each stream is queued at most once. Supports one reader."""
-
-    def __init__(self) -> None:
-        self._ready: deque[Stream] = deque()
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, stream: Stream) -> None:
-        if stream not in self._ready:
-            self._ready.append(stream)
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def get(self) -> Stream:
-        while not self._ready:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        return self._ready.popleft()
-
-
 class Generation:
     """The running choices of one HTTP request."""
 
@@ -59,13 +38,14 @@ class Generation:
         self._gateway = gateway
         self._choices = choices
         self._arrived_s = arrived_s
-        self._ready = ReadyQueue()
+        self._ready: asyncio.Queue[Stream] = asyncio.Queue()
+        """Streams with new output. If a stream is queued several times, the first ``take`` returns all its output."""
         self._last_token_s = [0.0] * len(choices)
         self._first_token_s = [0.0] * len(choices)
         self._unfinished = len(choices)
         # Open the streams before asking the router, so that every token finds its stream.
         self._streams = [
-            gateway.streams.open(choice.route.request_id, index, self._ready.put)
+            gateway.streams.open(choice.route.request_id, index, self._ready.put_nowait)
             for index, choice in enumerate(choices)
         ]
         detokenizer = gateway.tokenizer.token_bytes.detokenizer

@@ -20,7 +20,7 @@ from loraserve.gateway.context import GATEWAY
 from loraserve.gateway.errors import bad_request, unsupported
 from loraserve.gateway.text.detokenize import TokenBytes
 from loraserve.gateway.text.output import OutputChunk, ScoredToken
-from loraserve.gateway.text.tokenizer import ChatOptions, ModelTokenizer
+from loraserve.gateway.text.tokenizer import ModelTokenizer
 
 RESERVED_TEMPLATE_ARGUMENTS = frozenset(
     ("conversation", "messages", "chat_template", "tokenize", "add_generation_prompt", "continue_final_message")
@@ -63,13 +63,10 @@ def encode_messages(
         message = "This model has no chat template; use /v1/completions with a prompt in the model's own format"
         raise bad_request(message, "messages", "no_chat_template")
     conversation = [template_message(message, index) for index, message in enumerate(messages)]
-    options = ChatOptions(
-        add_generation_prompt=request.add_generation_prompt is not False,
-        continue_final_message=bool(request.continue_final_message),
-        template_arguments=template_arguments(request.chat_template_kwargs),
-    )
+    arguments = template_arguments(request.chat_template_kwargs)
+    adds_prompt, continues = request.add_generation_prompt is not False, bool(request.continue_final_message)
     try:
-        text = tokenizer.render_chat(conversation, options)
+        text = tokenizer.render_chat(conversation, adds_prompt, continues, arguments)
     except Exception as error:
         # A template is code written by the model's author. Any exception means that it refuses these messages.
         reason = f"the model's chat template refuses these messages: {error}"

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import msgspec
 from tokenizers import Tokenizer
 
 from loraserve.errors import ConfigError
@@ -26,15 +25,6 @@ THREADS = 2
 
 DECODED_SLICE = 1 << 16
 """Number of tokens decoded in one step. Other threads can run between two steps."""
-
-
-class ChatOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """Options for rendering messages into a prompt. ``template_arguments`` are passed to the chat template."""
-
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
-    add_special_tokens: bool = False
-    template_arguments: dict[str, Any] = msgspec.field(default_factory=dict)
 
 
 class ModelTokenizer:
@@ -77,14 +67,16 @@ class ModelTokenizer:
         texts = [detokenizer.feed(tokens[start : start + DECODED_SLICE]) for start in starts]
         return "".join(texts) + detokenizer.flush()
 
-    def render_chat(self, conversation: list[dict[str, Any]], options: ChatOptions) -> str:
-        """Return the prompt for a conversation. Exceptions from the model's chat template are passed on."""
+    def render_chat(
+        self, conversation: list[dict[str, Any]], adds_prompt: bool, continues: bool, arguments: dict[str, Any]
+    ) -> str:
+        """Return the prompt for a conversation. Passes ``arguments`` to the chat template. Raises its exceptions."""
         text: str = self._hf.apply_chat_template(
             conversation,
             tokenize=False,
-            add_generation_prompt=options.add_generation_prompt and not options.continue_final_message,
-            continue_final_message=options.continue_final_message,
-            **options.template_arguments,
+            add_generation_prompt=adds_prompt and not continues,
+            continue_final_message=continues,
+            **arguments,
         )
         return text
 
