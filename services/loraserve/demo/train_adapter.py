@@ -6,9 +6,10 @@ import sys
 import warnings
 from pathlib import Path
 
+from loraserve.demo.texts import STYLES, Example, examples
+from loraserve.errors import LoraServeError
 from loraserve.interrupts import hold_back_interrupts
 
-STYLES = ("pirate", "json", "french", "shout")
 EPILOG = """\
 examples:
   scripts/train_adapter --style pirate
@@ -73,7 +74,6 @@ def run(args: argparse.Namespace) -> None:
     with hold_back_interrupts():
         from loraserve.demo.model import prepare_model
         from loraserve.demo.paths import default_data_dir
-        from loraserve.demo.texts import Example, examples
         from loraserve.demo.train import TrainConfig, train
 
     default_alpha = round(4 * (max(args.rank, 0) ** 0.5 if args.rslora else args.rank))
@@ -99,11 +99,7 @@ def main() -> int:
         print(f"error: {error}; install the demo extra: pip install -e '.[demo]'", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped; nothing was written", file=sys.stderr)
-    except Exception as error:
-        from loraserve.errors import LoraServeError
-
-        if not isinstance(error, LoraServeError | OSError | ValueError):
-            raise
+    except (LoraServeError, OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
     else:
         return 0

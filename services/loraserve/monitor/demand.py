@@ -20,14 +20,6 @@ FORGET_BELOW_TOKENS_PER_S = 0.01
 """An adapter without demand in the window is dropped if its forecast is lower than this."""
 
 
-class DemandRates(msgspec.Struct, frozen=True):
-    """Prefill tokens, decode tokens and requests per second over the window."""
-
-    prefill_tokens: float = 0.0
-    decode_tokens: float = 0.0
-    requests: float = 0.0
-
-
 _Counts = dict[str, list[int]]
 """Counts of prefill tokens, decode tokens and requests, by version."""
 
@@ -48,13 +40,13 @@ class _LastReport(msgspec.Struct):
 class DemandWindow:
     """Computes the demand of all engines over a sliding window of ``window_s`` seconds. Version "" is the base model.
 
-    ``horizon_s`` is the forecast horizon, normally the planner's interval. The default is one slot.
+    ``horizon_s`` is the forecast horizon, normally the planner's interval. It is at least one slot.
     """
 
-    def __init__(self, window_s: float, horizon_s: float | None = None) -> None:
+    def __init__(self, window_s: float, horizon_s: float = 0.0) -> None:
         self._slot_s = window_s / SLOTS
         self._window_s = window_s
-        self._horizon_steps = max(1, round((horizon_s or 0.0) / self._slot_s))
+        self._horizon_steps = max(1, round(horizon_s / self._slot_s))
         self._first_report_s: float | None = None
         self._slots: deque[_Slot] = deque()
         self._totals: _Counts = {}
@@ -82,14 +74,11 @@ class DemandWindow:
                 self._count(slot, version, _difference(tokens, before))
         _update_counters(last, counters)
 
-    def rates(self, now: float) -> dict[str, DemandRates]:
-        """Return the rates by version, over the shorter of the window and the time since the first report."""
-        self._current_slot(now)
-        seconds = self._seconds(now)
-        return {version: DemandRates(*(count / seconds for count in total)) for version, total in self._totals.items()}
-
     def demand(self, now: float, adapters: dict[str, AdapterRef]) -> tuple[AdapterDemand, ...]:
-        """Return the rates and forecasts of all adapters with demand or a forecast, sorted by version."""
+        """Return the rates and forecasts of all adapters with demand or a forecast, sorted by version.
+
+        Rates are over the shorter of the window and the time since the first report.
+        """
         self._current_slot(now)
         seconds = self._seconds(now)
         if seconds != self._cached_seconds:
@@ -128,13 +117,10 @@ class DemandWindow:
         if version not in self._totals and version not in self._forecasts:
             self._versions = None
         for counts in (slot.counts, self._totals):
-            count = counts.get(version)
-            if count is None:
-                counts[version] = list(added)
-            else:
-                count[0] += prefill
-                count[1] += decode
-                count[2] += requests
+            count = counts.setdefault(version, [0, 0, 0])
+            count[0] += prefill
+            count[1] += decode
+            count[2] += requests
         self._cached.pop(version, None)
 
     def _current_slot(self, now: float) -> _Slot:

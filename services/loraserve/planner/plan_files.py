@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import msgspec
 
+from loraserve.disk import sync_to_disk
 from loraserve.log import get_logger
 from loraserve.messages import Plan
 
@@ -73,16 +74,8 @@ class PlanFiles:
         finally:
             temporary.unlink(missing_ok=True)
         try:
-            _sync_folder(self._folder)
+            # Otherwise a power cut could restore a plan older than the epoch of the engines.
+            sync_to_disk(self._folder)
         except OSError as error:
             # All readers see the new content from now on, so it is in force although a power cut could revert it.
             log.error("folder_not_synced", folder=str(self._folder), reason=str(error))
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make the rename durable. Otherwise a power cut could restore a plan older than the epoch of the engines."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -36,15 +36,6 @@ def write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
         os.fsync(file.fileno())
 
 
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, so that a rename survives a power failure."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 def lock_folder(folder: Path) -> int:
     """Create and lock a folder. Close the returned descriptor to unlock it. Raises LoraServeError on failure."""
     try:

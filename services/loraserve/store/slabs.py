@@ -20,8 +20,9 @@ from blake3 import blake3
 from loraserve.adapter.format import SlabHeader, decode_header, encode_header, slab_version
 from loraserve.adapter.pack import Slab
 from loraserve.config import MAX_SLAB_READ_BYTES
+from loraserve.disk import sync_to_disk
 from loraserve.errors import AdapterError
-from loraserve.store.disk import storage_error, sync_folder, write_durably
+from loraserve.store.disk import storage_error, write_durably
 
 MAGIC = b"LORASLB2"
 DATA_ALIGN_BYTES = 4096
@@ -68,8 +69,8 @@ class SlabFiles:
             os.utime(tmp, (now, now))
             with self._lock:
                 tmp.rename(path)
-            sync_folder(path.parent)
-            sync_folder(self._slabs)
+            sync_to_disk(path.parent)
+            sync_to_disk(self._slabs)
         except OSError as error:
             tmp.unlink(missing_ok=True)
             raise storage_error(error, f"{slab.header.slab_bytes} bytes of slab {slab.version}") from error

@@ -8,56 +8,40 @@ from typing import Any
 import pytest
 
 from loraserve.bus.protocol import Envelope
-from loraserve.config import ClusterConfig, Config, PlannerConfig
 from loraserve.messages import (
     AdapterRef,
     EngineSeen,
     GetPlan,
-    Ping,
     Plan,
     Prepared,
     PreparePlan,
     Rebalance,
     RebalanceDone,
-    RegistryChanged,
     RetireCopies,
     RetireDone,
     ToEngine,
-    ToPlanner,
     ToRouter,
 )
-from loraserve.planner.service import PlannerService
-from loraserve.testing.clock import LoopClock, run_virtual
-from loraserve.testing.memory_bus import MemoryNetwork
+from loraserve.testing.clock import run_virtual
 from loraserve.testing.peers import Peer, serving
-from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture, resident
-
-INTERVAL_S, PREPARE_TIMEOUT_S = 1000.0, 60.0
-ADAPTERS = tuple(adapter_ref(n) for n in range(4))
+from loraserve.testing.planner_stage import ADAPTERS, PlannerStage
+from loraserve.testing.reports import engine_seen, resident
 
 
-class Stage:
+class Stage(PlannerStage):
     """The planner, two scripted engines, a router and an operator. ``diary`` lists what happened, in order."""
 
     adapters = ADAPTERS
 
-    def __init__(self, data_dir: Path, interval_s: float = INTERVAL_S) -> None:
-        self.config = Config(
-            cluster=ClusterConfig(data_dir=str(data_dir)),
-            planner=PlannerConfig(interval_s=interval_s, prepare_timeout_s=PREPARE_TIMEOUT_S),
-        )
-        self.network = MemoryNetwork()
-        self.planner = PlannerService(self.config, self.network.bus("planner", ToPlanner), LoopClock())
-        self.operator = self.network.bus("gateway-0", Ping)
-        self.monitor = self.network.bus("monitor", Ping)
-        self.store = self.network.bus("store", Ping)
+    def __init__(self, data_dir: Path, **settings: Any) -> None:
+        super().__init__(data_dir, prepare_timeout_s=60.0, **settings)
+        self.planner = self.new_planner()
         self.diary: list[tuple[str, str, Any]] = []
         self.failing: dict[str, dict[str, str]] = {"e0": {}, "e1": {}}
         self.engines = {name: Peer(self.network, name, ToEngine, self._engine(name)) for name in self.failing}
         self.router = self.network.bus("router", ToRouter)
         self.router.subscribe("planner", "plan")
         self.plans: list[Plan] = []
-        self.sequence = 0
         self._listening = asyncio.create_task(self._listen())
 
     def _engine(self, name: str) -> Callable[[Any], Any]:
@@ -82,15 +66,12 @@ class Stage:
                 self.diary.append(("publish", "router", self.copies(plan)))
 
     async def hears_registry(self, adapters: Iterable[AdapterRef] = ADAPTERS) -> None:
-        self.store.publish("registry", RegistryChanged(revision=1, adapters=tuple(adapters)))
+        self.publish_registry(adapters)
         await asyncio.sleep(0.01)
 
     async def sees(self, *loads: EngineSeen, asked: Iterable[AdapterRef] = ADAPTERS) -> None:
         """Publish reports of both engines, with equal demand for the adapters."""
-        self.sequence += 1
-        demand = [asked_for(adapter, 10.0) for adapter in asked]
-        both = loads or tuple(engine_seen(name) for name in self.engines)
-        self.monitor.publish("load", picture(*both, sequence=self.sequence, demand=demand))
+        self.publish_load(loads or [engine_seen(name) for name in self.engines], asked)
         await asyncio.sleep(0.01)
 
     def holding(self, plan: Plan) -> list[EngineSeen]:
@@ -107,10 +88,12 @@ class Stage:
         return {(p.engine, p.version) for p in plan.placements}
 
     async def rebalance(self, dry_run: bool = False) -> RebalanceDone:
-        return await self.operator.request("planner", Rebalance(dry_run=dry_run), RebalanceDone, 600.0)
+        done: RebalanceDone = await self.ask(Rebalance(dry_run=dry_run))
+        return done
 
     async def plan(self) -> Plan:
-        return await self.operator.request("planner", GetPlan(), Plan, 1.0)
+        plan: Plan = await self.ask(GetPlan(), Plan, 1.0)
+        return plan
 
 
 Scenario = Callable[[Stage], Coroutine[Any, Any, None]]

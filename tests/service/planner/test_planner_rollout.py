@@ -8,34 +8,28 @@ from typing import Any
 
 import pytest
 
-from loraserve.config import ClusterConfig, Config, PlannerConfig
 from loraserve.errors import ConfigError, PeerError
 from loraserve.messages import (
     AdapterRef,
     Drain,
     GetPlan,
-    Ping,
     Plan,
     Prepared,
     PreparePlan,
     Rebalance,
-    RebalanceDone,
-    RegistryChanged,
     RetireCopies,
     RetireDone,
     ToEngine,
-    ToPlanner,
     ToRouter,
 )
 from loraserve.planner.rollout.copies import versions_by_engine
-from loraserve.planner.service import PlannerService
 from loraserve.service import ServiceState
-from loraserve.testing.clock import LoopClock, run_virtual
+from loraserve.testing.clock import run_virtual
 from loraserve.testing.memory_bus import Fault, MemoryNetwork
 from loraserve.testing.peers import Peer
-from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture, resident
+from loraserve.testing.planner_stage import ADAPTERS, PlannerStage
+from loraserve.testing.reports import engine_seen, picture, resident
 
-ADAPTERS = tuple(adapter_ref(n) for n in range(4))
 ENGINES = ("engine-0", "engine-1")
 SOON_S = 12.0
 """Time until all processes are back and hold what the plan says; the planner's interval is much longer."""
@@ -72,23 +66,17 @@ class Holder:
         return engine_seen(self.name, incarnation=self.incarnation, resident=held, plan_epoch=self.plan_epoch)
 
 
-class Cluster:
+class Cluster(PlannerStage):
     """All processes but the gateway, which can be killed and restarted. Reports are sent in the background."""
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
-        self.config = Config(
-            cluster=ClusterConfig(data_dir=str(data_dir), engines=len(ENGINES)),
-            planner=PlannerConfig(interval_s=1000.0, **settings),
-        )
-        self.network = MemoryNetwork(self._fault)
+        super().__init__(data_dir, self._fault, **settings)
         self.strike: Callable[[Any], bool] | None = None
         self.struck = asyncio.Event()
         self.victim = ""
         self.registered = ADAPTERS
         self.holders = {name: Holder(self.network, name, "i1") for name in ENGINES}
         self.dead: set[str] = set()
-        self.operator = self.network.bus("gateway-0", Ping)
-        self.monitor, self.store = (self.network.bus(name, Ping) for name in ("monitor", "store"))
         self.plans: list[Plan] = []
         self.lives = 1
         self.tasks = {"tell": asyncio.create_task(self._tell())}
@@ -104,17 +92,13 @@ class Cluster:
         return Fault(copies=0) if self.victim in (sender, receiver) else None
 
     async def _tell(self) -> None:
-        sequence = 0
         while True:
-            sequence += 1
-            loads = [holder.report() for holder in self.holders.values()]
-            demand = [asked_for(adapter, 10.0) for adapter in self.registered]
-            self.monitor.publish("load", picture(*loads, sequence=sequence, dead=self.dead, demand=demand))
-            self.store.publish("registry", RegistryChanged(revision=1, adapters=self.registered))
+            self.publish_load([holder.report() for holder in self.holders.values()], self.registered, self.dead)
+            self.publish_registry(self.registered)
             await asyncio.sleep(0.25)
 
     def start_planner(self) -> None:
-        self.planner = PlannerService(self.config, self.network.bus("planner", ToPlanner), LoopClock())
+        self.planner = self.new_planner()
         self.tasks["planner"] = asyncio.create_task(self.planner.run())
 
     def start_router(self) -> None:
@@ -154,9 +138,6 @@ class Cluster:
                 self.lives += 1
                 self.holders[name] = Holder(self.network, name, f"i{self.lives}")
                 self.dead.discard(name)
-
-    async def ask(self, message: Any, answer: type[Any] = RebalanceDone) -> Any:
-        return await self.operator.request("planner", message, answer, 600.0)
 
     async def until_ready(self) -> None:
         while self.planner.state is not ServiceState.READY:  # noqa: ASYNC110
@@ -397,11 +378,7 @@ def test_a_drain_that_cannot_be_written_is_refused(play, tmp_path: Path) -> None
 
 def test_a_pin_to_an_engine_that_does_not_exist_stops_the_planner_and_is_named(tmp_path: Path) -> None:
     async def main() -> None:
-        config = Config(
-            cluster=ClusterConfig(data_dir=str(tmp_path), engines=2),
-            planner=PlannerConfig(pins={"legal": ("engine-2",)}),
-        )
-        planner = PlannerService(config, MemoryNetwork().bus("planner", ToPlanner), LoopClock())
+        planner = PlannerStage(tmp_path, pins={"legal": ("engine-2",)}).new_planner()
         with pytest.raises(ConfigError, match=r"planner\.pins\.legal.*'engine-2'.*engine-0, engine-1"):
             await planner.run()
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 
-from loraserve.config import ClusterConfig, Config, PlannerConfig
 from loraserve.messages import (
     Drain,
     GetPlan,
@@ -21,22 +20,17 @@ from loraserve.messages import (
     PreparePlan,
     Rebalance,
     RebalanceDone,
-    RegistryChanged,
     RetireCopies,
     RetireDone,
     ToEngine,
-    ToPlanner,
 )
 from loraserve.planner.placement import ours
 from loraserve.planner.placement.problem import PlanInput
 from loraserve.planner.plan_files import PlanFiles
-from loraserve.planner.service import PlannerService
-from loraserve.testing.clock import LoopClock
-from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.peers import Peer, serving
-from loraserve.testing.reports import adapter_ref, asked_for, engine_seen, picture
+from loraserve.testing.planner_stage import ADAPTERS, PlannerStage
+from loraserve.testing.reports import engine_seen
 
-ADAPTERS = tuple(adapter_ref(n) for n in range(4))
 ENGINES = ("engine-0", "engine-1")
 ANSWER_S = 0.25
 """Time for an answer, on a busy machine too."""
@@ -90,18 +84,13 @@ class SlowDisk(PlanFiles):
         super().write_drained(engines)
 
 
-class Cluster:
+class Cluster(PlannerStage):
     """A planner, two engines that do what they are asked, and an operator."""
 
     def __init__(self, data_dir: Path, **planner: Any) -> None:
-        config = Config(
-            cluster=ClusterConfig(data_dir=str(data_dir), engines=len(ENGINES)),
-            planner=PlannerConfig(interval_s=1000.0),
-        )
-        network = MemoryNetwork()
-        self.planner = PlannerService(config, network.bus("planner", ToPlanner), LoopClock(), **planner)
-        self.operator, self.monitor, self.store = (network.bus(n, Ping) for n in ("gateway-0", "monitor", "store"))
-        self.engines = [Peer(network, name, ToEngine, self._engine(name)) for name in ENGINES]
+        super().__init__(data_dir)
+        self.planner = self.new_planner(**planner)
+        self.engines = [Peer(self.network, name, ToEngine, self._engine(name)) for name in ENGINES]
 
     @staticmethod
     def _engine(name: str) -> Callable[[Any], Any]:
@@ -114,22 +103,20 @@ class Cluster:
 
         return answer
 
-    async def report(self, sequence: int = 1) -> None:
-        demand = [asked_for(adapter, 10.0) for adapter in ADAPTERS]
-        loads = [engine_seen(name) for name in ENGINES]
-        self.store.publish("registry", RegistryChanged(revision=1, adapters=ADAPTERS))
-        self.monitor.publish("load", picture(*loads, sequence=sequence, demand=demand))
+    async def report(self) -> None:
+        self.publish_registry()
+        self.publish_load([engine_seen(name) for name in ENGINES])
         await asyncio.sleep(0.05)
 
-    async def ask(self, message: Any) -> RebalanceDone:
-        return await self.operator.request("planner", message, RebalanceDone, LATEST_S)
+    async def ask(self, message: Any, answer: type[Any] = RebalanceDone, timeout_s: float = LATEST_S) -> Any:
+        return await super().ask(message, answer, timeout_s)
 
     async def check_responsive(self) -> None:
         """Check that requests are answered at once while reports arrive."""
-        for sequence in range(2, 6):
-            await self.report(sequence)
-            assert await self.operator.request("planner", Ping(), Pong, ANSWER_S)
-            assert await self.operator.request("planner", GetPlan(), Plan, ANSWER_S)
+        for _ in range(4):
+            await self.report()
+            assert await self.ask(Ping(), Pong, ANSWER_S)
+            assert await self.ask(GetPlan(), Plan, ANSWER_S)
 
 
 def run(scenario: Callable[[Cluster], Coroutine[Any, Any, None]], data_dir: Path, **planner: Any) -> None:
@@ -181,7 +168,7 @@ def test_a_plan_is_published_only_when_it_is_on_disk(tmp_path: Path) -> None:
         asking = asyncio.create_task(cluster.ask(Rebalance()))
         await gate.wait_entered()
         await cluster.check_responsive()
-        assert (await cluster.operator.request("planner", GetPlan(), Plan, ANSWER_S)).epoch == 0
+        assert (await cluster.ask(GetPlan(), Plan, ANSWER_S)).epoch == 0
         assert not any(engine.got(RetireCopies) for engine in cluster.engines), "pins of the new plan must stay"
         gate.opened.set()
         done = await asking

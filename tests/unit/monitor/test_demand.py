@@ -5,8 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.messages import AdapterDemand, AdapterRef, AdapterTokens, EngineStatistics
-from loraserve.monitor.demand import SLOTS, DemandRates, DemandWindow
-from loraserve.testing.reports import adapter_ref, engine_statistics
+from loraserve.monitor.demand import SLOTS, DemandWindow
+from loraserve.testing.reports import DemandRates, adapter_ref, demand_rates, engine_statistics
 
 WINDOW_S = 60.0
 SLOT_S = WINDOW_S / SLOTS
@@ -46,7 +46,7 @@ class Steady:
 
 def test_without_reports_there_is_no_demand() -> None:
     window = DemandWindow(WINDOW_S)
-    assert window.rates(10.0) == {}
+    assert demand_rates(window, 10.0) == {}
     assert window.demand(10.0, {V: PIRATE}) == ()
 
 
@@ -54,21 +54,21 @@ def test_rates_are_differences_over_time() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(counted(0), 0.0)
     window.report(counted(300, 600, 30), 20.0)
-    assert window.rates(30.0) == {V: DemandRates(prefill_tokens=10.0, decode_tokens=20.0, requests=1.0)}
+    assert demand_rates(window, 30.0) == {V: DemandRates(prefill_tokens=10.0, decode_tokens=20.0, requests=1.0)}
 
 
 def test_counts_from_before_the_monitor_started_are_no_demand() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(counted(1_000_000, 1_000_000, 1000), 0.0)
     window.report(counted(1_000_100, 1_000_000, 1000), 10.0)
-    assert window.rates(10.0)[V] == DemandRates(prefill_tokens=10.0)
+    assert demand_rates(window, 10.0)[V] == DemandRates(prefill_tokens=10.0)
 
 
 def test_an_adapter_that_is_new_on_an_engine_counts_from_zero() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(engine_statistics("e0"), 0.0)
     window.report(counted(100), 10.0)
-    assert window.rates(10.0)[V].prefill_tokens == pytest.approx(10.0)
+    assert demand_rates(window, 10.0)[V].prefill_tokens == pytest.approx(10.0)
 
 
 def test_a_restarted_engine_counts_from_zero_again() -> None:
@@ -76,7 +76,7 @@ def test_a_restarted_engine_counts_from_zero_again() -> None:
     window.report(counted(5000), 0.0)
     window.report(counted(5100), 5.0)
     window.report(counted(100, incarnation="i2"), 10.0)
-    assert window.rates(10.0)[V].prefill_tokens == pytest.approx(20.0)
+    assert demand_rates(window, 10.0)[V].prefill_tokens == pytest.approx(20.0)
 
 
 def test_versions_are_summed_separately_over_engines() -> None:
@@ -85,28 +85,28 @@ def test_versions_are_summed_separately_over_engines() -> None:
         window.report(counted(total, engine="e0"), now)
         window.report(counted(2 * total, engine="e1"), now)
         window.report(counted(5 * total, engine="e2", version=""), now)
-    assert {v: r.prefill_tokens for v, r in window.rates(10.0).items()} == {V: 30.0, "": 50.0}
+    assert {v: r.prefill_tokens for v, r in demand_rates(window, 10.0).items()} == {V: 30.0, "": 50.0}
 
 
 def test_a_burst_in_the_first_moment_is_averaged_over_a_slot() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(counted(0), 0.0)
     window.report(counted(100), 0.01)
-    assert window.rates(0.01)[V].prefill_tokens == pytest.approx(100 / SLOT_S)
+    assert demand_rates(window, 0.01)[V].prefill_tokens == pytest.approx(100 / SLOT_S)
 
 
 def test_demand_older_than_the_window_expires() -> None:
     window = DemandWindow(WINDOW_S)
     window.report(counted(0), 0.0)
     window.report(counted(6000), 1.0)
-    assert window.rates(WINDOW_S - SLOT_S)[V].prefill_tokens > 0
-    assert window.rates(WINDOW_S + SLOT_S).get(V, DemandRates()) == DemandRates()
+    assert demand_rates(window, WINDOW_S - SLOT_S)[V].prefill_tokens > 0
+    assert demand_rates(window, WINDOW_S + SLOT_S).get(V, DemandRates()) == DemandRates()
 
 
 def test_steady_demand_is_measured_and_forecast_at_its_rate() -> None:
     steady = Steady("e0", "e1")
     steady.run(300, tokens_per_s=50)
-    assert steady.window.rates(steady.now)[V].prefill_tokens == pytest.approx(100.0, rel=1 / SLOTS)
+    assert demand_rates(steady.window, steady.now)[V].prefill_tokens == pytest.approx(100.0, rel=1 / SLOTS)
     assert steady.forecast == pytest.approx(100.0, rel=0.05)
 
 
@@ -114,7 +114,7 @@ def test_the_forecast_of_growing_demand_grows() -> None:
     steady = Steady("e0")
     for rate in range(0, 200, 10):
         steady.run(int(SLOT_S), rate)
-    mean = steady.window.rates(steady.now)[V].prefill_tokens
+    mean = demand_rates(steady.window, steady.now)[V].prefill_tokens
     assert mean < 180
     assert steady.forecast == pytest.approx(200.0, rel=0.05)
 
@@ -168,7 +168,7 @@ def test_no_token_in_the_window_is_lost_or_counted_twice(steps: list[tuple[float
         totals[engine] += tokens
         done.append((now, tokens))
         window.report(counted(totals[engine], engine=engine, incarnation=f"i{incarnations[engine]}"), now)
-    rate = window.rates(now).get(V, DemandRates())
+    rate = demand_rates(window, now).get(V, DemandRates())
     seconds = max(min(WINDOW_S, now), SLOT_S)
     surely = sum(tokens for at_s, tokens in done if at_s > now - WINDOW_S + SLOT_S)
     at_most = sum(tokens for at_s, tokens in done if at_s >= now - WINDOW_S - 1e-6)
@@ -194,14 +194,10 @@ def test_updated_sums_equal_recomputed_ones(steps: list[tuple[float, str, int]])
         window.report(counted(totals[version], 2 * totals[version], version=version), now)
         demands = window.demand(now, adapters)
         assert [demand.version for demand in demands] == sorted({demand.version for demand in demands})
-        rates = window.rates(now)
-        assert rates.keys() <= {demand.version for demand in demands}
+        assert demand_rates(window, now).keys() <= {demand.version for demand in demands}
+        window._cached.clear()
+        assert window.demand(now, adapters) == demands
         for demand in demands:
-            rate = rates.get(demand.version, DemandRates())
-            assert (demand.prefill_tokens_per_s, demand.decode_tokens_per_s) == (
-                rate.prefill_tokens,
-                rate.decode_tokens,
-            )
             assert demand.forecast_tokens_per_s >= 0
             assert demand.forecast_std_tokens_per_s >= 0
     assert window.demand(now + 3 * 3600.0, adapters) == ()

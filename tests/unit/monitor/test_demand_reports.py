@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from loraserve.engine.schedule.report import IDLE_REPORTS, TokenCounts
 from loraserve.messages import AdapterTokens, EngineStatistics
 from loraserve.monitor.demand import SLOTS, DemandWindow
-from loraserve.testing.reports import engine_statistics
+from loraserve.testing.reports import demand_rates, engine_statistics
 
 WINDOW_S = 60.0
 SLOT_S = WINDOW_S / SLOTS
@@ -26,21 +26,21 @@ def test_a_version_that_is_not_listed_is_unchanged() -> None:
     window = DemandWindow(WINDOW_S)
     for report in (listed(0.0, a=(100, 0)), listed(1.0), listed(2.0, b=(7, 0)), listed(10.0, a=(150, 0))):
         window.report(*report)
-    assert window.rates(10.0)["a"].prefill_tokens == pytest.approx(5.0)
+    assert demand_rates(window, 10.0)["a"].prefill_tokens == pytest.approx(5.0)
 
 
 def test_a_version_in_a_new_span_counts_from_zero() -> None:
     window = DemandWindow(WINDOW_S)
     for report in (listed(0.0, a=(100, 1)), listed(1.0), listed(10.0, a=(150, 2))):
         window.report(*report)
-    assert window.rates(10.0)["a"].prefill_tokens == pytest.approx(15.0)
+    assert demand_rates(window, 10.0)["a"].prefill_tokens == pytest.approx(15.0)
 
 
 def test_a_new_span_is_noticed_even_if_the_reports_between_were_lost() -> None:
     window = DemandWindow(WINDOW_S)
     for report in (listed(0.0, a=(100, 1)), listed(10.0, a=(150, 2))):
         window.report(*report)
-    assert window.rates(10.0)["a"].prefill_tokens == pytest.approx(15.0)
+    assert demand_rates(window, 10.0)["a"].prefill_tokens == pytest.approx(15.0)
 
 
 def test_a_new_monitor_does_not_count_old_tokens_as_demand() -> None:
@@ -48,14 +48,14 @@ def test_a_new_monitor_does_not_count_old_tokens_as_demand() -> None:
     # The engine lists adapters that were active lately and has forgotten the others.
     for report in (listed(0.0, a=(10**6, 1)), listed(5.0, a=(10**6, 1), b=(30, 9)), listed(10.0, b=(50, 9))):
         window.report(*report)
-    assert {v: r.prefill_tokens for v, r in window.rates(10.0).items()} == {"b": 5.0}
+    assert {v: r.prefill_tokens for v, r in demand_rates(window, 10.0).items()} == {"b": 5.0}
 
 
 def test_a_restarted_engine_starts_its_spans_again() -> None:
     window = DemandWindow(WINDOW_S)
     for report in (listed(0.0, a=(100, 1)), listed(1.0), listed(10.0, "i2", a=(150, 1))):
         window.report(*report)
-    assert window.rates(10.0)["a"].prefill_tokens == pytest.approx(15.0)
+    assert demand_rates(window, 10.0)["a"].prefill_tokens == pytest.approx(15.0)
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,5 +84,5 @@ def test_every_token_is_counted_once_despite_lost_reports_and_forgotten_versions
                 lost += 1
             counts.mark_reported()
     window.report(engine_statistics("e0", adapter_tokens=counts.by_adapter()), 1.0)
-    found = {v: round((r.prefill_tokens + r.decode_tokens) * SLOT_S) for v, r in window.rates(1.0).items()}
+    found = {v: round((r.prefill_tokens + r.decode_tokens) * SLOT_S) for v, r in demand_rates(window, 1.0).items()}
     assert found == dict(done)

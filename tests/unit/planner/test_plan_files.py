@@ -98,7 +98,7 @@ def test_a_plan_is_in_force_although_its_folder_cannot_be_synced(
     def refuses(folder: Path) -> None:
         raise OSError("Input/output error")
 
-    monkeypatch.setattr("loraserve.planner.plan_files._sync_folder", refuses)
+    monkeypatch.setattr("loraserve.planner.plan_files.sync_to_disk", refuses)
     files.write_plan(plan(2))
     assert files.read_plan() == plan(2), "the next process reads it, so it must be in force in this one"
 

@@ -30,7 +30,7 @@ class Allocation:
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
-        self.copies: CopyMap = [()] * len(problem.versions)
+        self.copies: CopyMap = [()] * len(problem.refs)
         self.extents: list[int] = problem.extents.tolist()
         self.ranks: list[int] = problem.ranks.tolist()
         self.work: list[float] = problem.own_utilisation().tolist()

@@ -53,7 +53,7 @@ def fill_bins(problem: Problem, bins: int) -> BinFilling:
 
     With padded cost, each rank is a class. Otherwise all adapters with traffic form one class.
     """
-    engines, class_of = len(problem.engines), [NO_CLASS] * len(problem.versions)
+    engines, class_of = len(problem.engines), [NO_CLASS] * len(problem.refs)
     line = _WorkLine(problem)
     if not line.ranks:
         none = np.zeros(0, np.int64)

@@ -151,7 +151,7 @@ class _Reasons:
         self._utilisation, self._rank = work.utilisation(), work.rank
         self._second_rank = _second_ranks(problem, before)
         self._placed_before = set(before.adapters.tolist())
-        self._copies = np.bincount(after.adapters, minlength=len(problem.versions))
+        self._copies = np.bincount(after.adapters, minlength=len(problem.refs))
         self._index, self._engines = problem.adapter_index(), problem.engine_index()
         self._work = problem.own_utilisation()
 

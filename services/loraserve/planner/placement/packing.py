@@ -1,13 +1,15 @@
-"""Packs whole adapters into bins. Each engine gets adapters of a class up to its budget and its pool memory."""
+"""Packs whole adapters into bins. Each engine gets adapters of a class up to its budget and its pool memory.
 
-from collections.abc import Callable
+A short engine has a pool that is too small for all the adapters of its bin.
+"""
+
 from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
 from loraserve.planner.placement.allocation import MIN_REPLICATED_UTILISATION, TRIES, Allocation
 from loraserve.planner.placement.bins import NO_CLASS, BinFilling, EngineChoice
-from loraserve.planner.placement.problem import CopyMap, Floats, Ints, Problem
+from loraserve.planner.placement.problem import CopyMap, Floats, Ints
 
 SLACK = 0.02
 """Fraction of the planned utilisation by which an adapter may overfill a budget."""
@@ -34,8 +36,9 @@ def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice,
             if not packer.keep(a):
                 packer.place(a)
         return
+    # ``keep_light`` handles only adapters with at most one held copy.
     heavy = [a for a in adapters if packer.may_split(a) or len(held[a]) > 1]
-    light = adapters if not heavy else [a for a in adapters if not (packer.may_split(a) or len(held[a]) > 1)]
+    light = [a for a in adapters if not (packer.may_split(a) or len(held[a]) > 1)]
     moved = [a for a in heavy if not packer.keep(a)]
     # Large adapters are placed before light adapters use up budgets. Light adapters fit anywhere.
     large = [a for a in moved if allocation.work[a] >= LARGE_FROM * filling.utilisation]
@@ -50,7 +53,9 @@ def pack_bins(allocation: Allocation, filling: BinFilling, choice: EngineChoice,
 class _Budgets:
     """The utilisation that each engine may still receive from each class of adapters."""
 
-    def __init__(self, problem: Problem, filling: BinFilling, choice: EngineChoice) -> None:
+    def __init__(self, allocation: Allocation, filling: BinFilling, choice: EngineChoice) -> None:
+        problem = allocation.problem
+        self._has_room = allocation.has_room
         self.utilisation = filling.utilisation
         self.slack = SLACK * filling.utilisation
         self.class_of = filling.class_of
@@ -105,10 +110,10 @@ class _Budgets:
             for e in of:
                 of[e] -= row[e]
 
-    def largest(self, a: int, fits: Callable[[int], bool], short: bool = False) -> int | None:
-        """Return the engine with the largest remaining budget for the adapter's class for which ``fits`` is true.
+    def largest(self, a: int, short: bool = False) -> int | None:
+        """Return the engine with the largest remaining budget for the adapter's class among engines with enough memory.
 
-        With ``short``, search only short engines. Return None after ``TRIES`` engines that do not fit.
+        With ``short``, search only short engines. Return None after ``TRIES`` engines without enough memory.
         """
         heap, left = (self._short if short else self._heaps)[self.class_of[a]], self.left_for(a)
         skipped: list[tuple[float, int]] = []
@@ -117,7 +122,7 @@ class _Budgets:
             entry_left, e = heap[0]
             if -entry_left != left[e]:
                 heapreplace(heap, (-left[e], e))
-            elif fits(e):
+            elif self._has_room(a, e):
                 found = e
                 break
             else:
@@ -132,7 +137,7 @@ class _Packer:
 
     def __init__(self, allocation: Allocation, filling: BinFilling, choice: EngineChoice, held: CopyMap) -> None:
         self._allocation, self._held, self._short = allocation, held, choice.short
-        self._budgets = _Budgets(allocation.problem, filling, choice)
+        self._budgets = _Budgets(allocation, filling, choice)
         self._split_from = max(SPLIT_FROM * filling.utilisation, MIN_REPLICATED_UTILISATION)
         for a in allocation.problem.pins:
             self._budgets.spend_pinned(a, allocation.copies[a])
@@ -153,7 +158,7 @@ class _Packer:
         """Place the adapter on a short engine, preferably a holder. Return False if none has memory and budget."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         holders = [e for e in self._held[a] if e in self._short and e in left and self._allocation.has_room(a, e)]
-        largest = budgets.largest(a, lambda e: self._allocation.has_room(a, e), short=True)
+        largest = budgets.largest(a, short=True)
         for e in (*holders, largest):
             if e is not None and budgets.work(a, e) - left[e] <= budgets.slack:
                 self._add(a, e, 1.0)
@@ -179,7 +184,7 @@ class _Packer:
     def place(self, a: int) -> None:
         """Place the adapter on the engine with the largest budget, or split a heavy one if this is too small."""
         budgets, left = self._budgets, self._budgets.left_for(a)
-        largest = budgets.largest(a, lambda e: self._allocation.has_room(a, e))
+        largest = budgets.largest(a)
         if largest is None:
             return
         if budgets.work(a, largest) - left[largest] <= budgets.slack or not self.may_split(a):

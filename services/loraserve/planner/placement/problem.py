@@ -1,7 +1,8 @@
 """The input of a placement policy, and its conversion to arrays.
 
-Utilisation in these modules is a fraction of one engine's time. Adapters are numbered in order of (name, version), and
-engines in order of name, so that a plan does not depend on the order of the input.
+Utilisation in this package is a fraction of one engine's time. Adapters are numbered in order of (name, version), and
+engines in order of name, so that a plan does not depend on the order of the input. Variables ``a`` and ``e`` hold such
+numbers of adapters and engines.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -90,7 +91,7 @@ class AdapterWork(msgspec.Struct, frozen=True, eq=False):
 
 
 class Problem(msgspec.Struct, frozen=True, eq=False):
-    """A PlanInput as arrays.
+    """A PlanInput as arrays. ``refs``: the adapters in the order of their numbers.
 
     ``room_bytes``: by engine, the pool bytes that the plan may pin. ``single``: by engine, the tuple ``(engine,)``, one
     object for all adapters with their only copy there. ``pins``: by adapter, the ready engines that it is pinned to.
@@ -98,7 +99,6 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
     engine can decode at once. ``steps_per_s``: decode steps/s of an engine at half of that batch.
     """
 
-    versions: list[str]
     refs: list[AdapterRef]
     ranks: Ints
     slab_bytes: Floats
@@ -121,7 +121,7 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
         return self.cost.lora == "padded"
 
     def adapter_index(self) -> dict[str, int]:
-        return {version: i for i, version in enumerate(self.versions)}
+        return {ref.version: i for i, ref in enumerate(self.refs)}
 
     def engine_index(self) -> dict[str, int]:
         return {engine: i for i, engine in enumerate(self.engines)}
@@ -137,8 +137,7 @@ def build_problem(inputs: PlanInput) -> Problem:
     engines = sorted((e for e in inputs.engines if e.engine not in settings.drained), key=lambda e: e.engine)
     engine_index = {e.engine: i for i, e in enumerate(engines)}
     refs = sorted(inputs.adapters.values(), key=lambda ref: (ref.name, ref.version))
-    versions = [ref.version for ref in refs]
-    index = {version: i for i, version in enumerate(versions)}
+    index = {ref.version: i for i, ref in enumerate(refs)}
     rates = _expect_rates(inputs.demand, index, len(engines))
     no_demand = not rates.requests.any()
     if no_demand:
@@ -147,7 +146,6 @@ def build_problem(inputs: PlanInput) -> Problem:
     single: list[tuple[int, ...]] = [(e,) for e in range(len(engines))]
     step_s = max(1e-6, cost.step_base_s + batch / 2 * cost.sequence_s)
     return Problem(
-        versions=versions,
         refs=refs,
         ranks=np.fromiter((ref.rank for ref in refs), np.int64, len(refs)),
         slab_bytes=np.fromiter((ref.slab_bytes for ref in refs), np.float64, len(refs)),

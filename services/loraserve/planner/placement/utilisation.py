@@ -105,4 +105,4 @@ def placed_fraction(problem: Problem, copies: CopyShares) -> float:
 
 
 def _has_copy(problem: Problem, copies: CopyShares) -> npt.NDArray[np.bool_]:
-    return np.bincount(copies.adapters, minlength=len(problem.versions)) > 0
+    return np.bincount(copies.adapters, minlength=len(problem.refs)) > 0

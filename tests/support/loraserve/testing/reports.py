@@ -1,7 +1,7 @@
 """Inputs of decisions for tests: reports of an idle engine, adapters, demand, cluster loads, requests."""
 
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 
@@ -25,6 +25,7 @@ from loraserve.messages import (
     Route,
     SamplingParams,
 )
+from loraserve.monitor.demand import DemandWindow
 
 MIB = 1 << 20
 IDLE: dict[str, Any] = {
@@ -145,6 +146,23 @@ def asked_for(
         requests_per_s=decode_tokens_per_s / 50,
         forecast_tokens_per_s=seen if forecast is None else forecast,
     )
+
+
+class DemandRates(NamedTuple):
+    """Prefill tokens, decode tokens and requests per second over the window."""
+
+    prefill_tokens: float = 0.0
+    decode_tokens: float = 0.0
+    requests: float = 0.0
+
+
+def demand_rates(window: DemandWindow, now: float) -> dict[str, DemandRates]:
+    """Return the rates of the versions that have demand in the window."""
+    rates = {
+        d.version: DemandRates(d.prefill_tokens_per_s, d.decode_tokens_per_s, d.requests_per_s)
+        for d in window.demand(now, {})
+    }
+    return {version: rate for version, rate in rates.items() if any(rate)}
 
 
 def picture(
