@@ -1,4 +1,4 @@
-"""kill -9 of the planner, an engine and the router during a roll-out, while streams run."""
+"""The planner, an engine and the router are killed with SIGKILL during roll-outs, while streams run."""
 
 import asyncio
 import subprocess
@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import pytest
@@ -25,9 +25,9 @@ ROUTER_RESTART_S = 5.0
 BROKEN_LATE_S = 2.0
 """A stream of the killed engine may end this much later."""
 SETTINGS = {
-    # A load of many small pieces, so that there is time to kill somebody in the middle of it.
+    # Small pieces make a load slow, so that there is time to kill a process during it.
     "engine.load_chunk_bytes": 128,
-    # From each other engines read too fast for that.
+    # Without transports, engines do not read from peers, which would be too fast for these kills.
     "transfer.transports": "[]",
     "engine.weights": "float32",
     "engine.slab_dtype": "float32",
@@ -62,11 +62,11 @@ class Traffic:
         self._http = http
         self.expected: dict[tuple[str, int], str] = {}
         self.ended: list[tuple[str, float, float]] = []
-        """(engine, sent, ended), of those that ended well."""
+        """(engine, sent, ended) of complete streams."""
         self.broken: list[tuple[str, str, float]] = []
-        """(engine, code, when) of those that did not."""
+        """(engine, error code, time) of streams that ended with an error."""
         self.refused: list[tuple[str, float]] = []
-        """(answer, when) of requests that were not taken."""
+        """(answer, time) of requests that were refused."""
         self._stop = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -136,75 +136,92 @@ async def until(what: str, condition: Callable[[], Awaitable[Any]]) -> Any:
     raise AssertionError(f"not within {SETTLE_S:.0f} s: {what}")
 
 
+async def loading_engines(tenants: LocalCluster, http: aiohttp.ClientSession, epoch: int) -> list[str]:
+    """Return the engines that load for a plan of this epoch or later. Other engines may load for a request."""
+    loads = [engine["load"] for engine in (await tenants.admin(http))["engines"]]
+    held = [(load["engine"], load["adapters"]) for load in loads]
+    return [engine for engine, adapters in held if adapters["loading"] and adapters["plan_epoch"] >= epoch]
+
+
+async def settled_plan(tenants: LocalCluster, http: aiohttp.ClientSession, drained: list[str]) -> dict[str, Any]:
+    """Return the plan in force, or {} unless each engine holds exactly its copies and each adapter has a copy."""
+    plan, held = await plan_of(http), pinned(await tenants.admin(http))
+    wanted: dict[str, set[str]] = {"engine-0": set(), "engine-1": set()}
+    for copy in plan.get("placements", ()):
+        wanted[copy["engine"]].add(copy["name"])
+    whole = {name for names in wanted.values() for name in names} == set(NAMES)
+    empty = all(not wanted[engine] for engine in drained)
+    return plan if whole and empty and held == wanted and plan["drained"] == drained else {}
+
+
+class KillTimes(NamedTuple):
+    """The monotonic times at which the processes were killed."""
+
+    planner_s: float
+    engine_s: float
+    router_s: float
+
+
+async def kill_during_roll_outs(tenants: LocalCluster, http: aiohttp.ClientSession, epoch: int) -> KillTimes:
+    """Kill the planner while engine-0 is drained, and engine-1 and the router while engine-0 is used again."""
+    draining = asyncio.create_task(post(http, "/admin/engines/engine-0/drain"))
+    await until("engine-1 loads what engine-0 held", lambda: loading_engines(tenants, http, epoch + 1))
+    tenants.kill("planner")
+    planner_s = time.monotonic()
+    assert await draining == 503, "it died before it could answer"
+    drained = await until("engine-0 is empty", lambda: settled_plan(tenants, http, ["engine-0"]))
+    assert drained["epoch"] > epoch
+
+    tenants.kill("engine-1")
+    engine_s = time.monotonic()
+    undraining = asyncio.create_task(post(http, "/admin/engines/engine-0/undrain"))
+    lost = "engine-1 is back and loads what it had lost"
+    await until(lost, lambda: loading_engines(tenants, http, drained["epoch"]))
+    tenants.kill("router")
+    router_s = time.monotonic()
+    assert await undraining == 200
+    after = await until("a plan of both engines", lambda: settled_plan(tenants, http, []))
+    assert after["epoch"] > drained["epoch"]
+    return KillTimes(planner_s, engine_s, router_s)
+
+
+def check_traffic(traffic: Traffic, killed: KillTimes) -> str:
+    """Check that only streams of the killed engine broke. Return a summary of the traffic."""
+    broken_until_s = killed.router_s + BROKEN_LATE_S
+    assert {(engine, code) for engine, code, _ in traffic.broken} <= {("engine-1", "engine_died")}
+    assert all(ended_s > killed.engine_s for _, _, ended_s in traffic.broken), "the planner's death broke a stream"
+    assert all(ended_s < broken_until_s for _, _, ended_s in traffic.broken), "so did the router's"
+    # A request that the killed engine had taken and not begun gets the error in place of a stream.
+    died = [
+        text
+        for text, when_s in traffic.refused
+        if "engine_died" in text and "engine-1" in text and killed.engine_s < when_s < broken_until_s
+    ]
+    refused = [(text, when_s) for text, when_s in traffic.refused if text not in died]
+    late = [text for text, when_s in refused if not 0 < when_s - killed.router_s < ROUTER_RESTART_S]
+    assert not late, "only a router that has just started does not know yet which engines are ready"
+    gap_s = longest_gap_s([sent_s for _, sent_s, _ in traffic.ended], killed.planner_s)
+    return (
+        f"planner, engine and router killed in roll-outs: {len(traffic.ended)} streams whole, "
+        f"{len(traffic.broken) + len(died)} ended with their engine, {len(refused)} refused by a router just "
+        f"started, new ones began at most {gap_s:.1f} s apart"
+    )
+
+
 def test_streams_survive_the_death_of_processes_during_a_roll_out(
     tenants: LocalCluster, measured: Callable[[str], None]
 ) -> None:
     async def scenario() -> None:
         async with tenants.session() as http:
-
-            async def loading(epoch: int) -> list[str]:
-                """Return the engines that load for a plan of this epoch or later; others may load for a request."""
-                loads = [e["load"] for e in (await tenants.admin(http))["engines"]]
-                return [
-                    load["engine"]
-                    for load in loads
-                    if load["adapters"]["loading"] and load["adapters"]["plan_epoch"] >= epoch
-                ]
-
-            async def settled(drained: list[str]) -> dict[str, Any]:
-                """The plan in force, once every engine holds exactly what it says and each adapter has a copy."""
-                plan, held = await plan_of(http), pinned(await tenants.admin(http))
-                wanted: dict[str, set[str]] = {"engine-0": set(), "engine-1": set()}
-                for copy in plan.get("placements", ()):
-                    wanted[copy["engine"]].add(copy["name"])
-                whole = {name for names in wanted.values() for name in names} == set(NAMES)
-                empty = all(not wanted[engine] for engine in drained)
-                return plan if whole and empty and held == wanted and plan["drained"] == drained else {}
-
             traffic = Traffic(http)
             await traffic.learn()
-            before = await until("a first plan", lambda: settled([]))
+            before = await until("a first plan", lambda: settled_plan(tenants, http, []))
             traffic.start()
-
-            draining = asyncio.create_task(post(http, "/admin/engines/engine-0/drain"))
-            await until("engine-1 loads what engine-0 held", lambda: loading(before["epoch"] + 1))
-            tenants.kill("planner")
-            planner_s = time.monotonic()
-            assert await draining == 503, "it died before it could answer"
-            drained = await until("engine-0 is empty", lambda: settled(["engine-0"]))
-            assert drained["epoch"] > before["epoch"]
-
-            tenants.kill("engine-1")
-            engine_s = time.monotonic()
-            undraining = asyncio.create_task(post(http, "/admin/engines/engine-0/undrain"))
-            await until("engine-1 is back and loads what it had lost", lambda: loading(drained["epoch"]))
-            tenants.kill("router")
-            router_s = time.monotonic()
-            assert await undraining == 200
-            after = await until("a plan of both engines", lambda: settled([]))
-            assert after["epoch"] > drained["epoch"]
-
+            killed = await kill_during_roll_outs(tenants, http, before["epoch"])
             served_s = time.monotonic()
             await until("a stream that began after all of it", lambda: _later(traffic, served_s))
             await traffic.stop()
-            assert {(engine, code) for engine, code, _ in traffic.broken} <= {("engine-1", "engine_died")}
-            assert all(ended_s > engine_s for _, _, ended_s in traffic.broken), "the planner's death broke a stream"
-            assert all(ended_s < router_s + BROKEN_LATE_S for _, _, ended_s in traffic.broken), "so did the router's"
-            # One that the killed engine had taken and not begun is told so in place of a stream.
-            died = [
-                text
-                for text, when_s in traffic.refused
-                if "engine_died" in text and "engine-1" in text and engine_s < when_s < router_s + BROKEN_LATE_S
-            ]
-            refused = [(text, when_s) for text, when_s in traffic.refused if text not in died]
-            late = [text for text, when_s in refused if not 0 < when_s - router_s < ROUTER_RESTART_S]
-            assert not late, "only a router that has just started does not know yet who is ready"
-            gap_s = longest_gap_s([sent_s for _, sent_s, _ in traffic.ended], planner_s)
-            measured(
-                f"planner, engine and router killed in roll-outs: {len(traffic.ended)} streams whole, "
-                f"{len(traffic.broken) + len(died)} ended with their engine, {len(refused)} refused by a router just "
-                f"started, new ones began at most {gap_s:.1f} s apart"
-            )
+            measured(check_traffic(traffic, killed))
 
     asyncio.run(scenario())
 

@@ -1,4 +1,4 @@
-"""Index of adapter copies, used to tell an engine which other engines it can read an adapter from. Pure."""
+"""Index of adapter copies. It tells an engine from which other engines it can read an adapter."""
 
 from collections.abc import Iterable
 

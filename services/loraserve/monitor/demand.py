@@ -1,4 +1,4 @@
-"""Demand per adapter, as rates over a window and a forecast, computed from the engines' token counters. Pure.
+"""Demand per adapter, as rates over a window and a forecast, computed from the engines' token counters.
 
 Demand is the difference between the counters of two reports. Counters start at zero in a new incarnation of the engine
 and in a new ``span`` of a version. A version missing from a report has not changed.

@@ -1,4 +1,4 @@
-"""Forecasts an adapter's demand over the next planning interval from its demand in past steps of equal length. Pure.
+"""Forecasts an adapter's demand over the next planning interval from its demand in past steps of equal length.
 
 No forecaster is best for all demand. A single adapter's demand is noise around a level that seldom changes, while the
 sum of many adapters drifts within a minute (FORECASTS.md has the comparison). ``Mixture`` therefore weights several

@@ -1,4 +1,4 @@
-"""Decides whether an engine is alive, from the age of its last report. Pure."""
+"""Decides whether an engine is alive, from the age of its last report."""
 
 import msgspec
 

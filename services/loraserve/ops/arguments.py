@@ -12,7 +12,7 @@ examples:
   scripts/status --json | jq '.engines[].load.waiting'
 
 what the columns mean:
-  KV CACHE      blocks used by requests, and by the prefix cache, whose blocks are freed when requests need them
+  KV CACHE      blocks used by requests and by the prefix cache; requests that need blocks take those of the cache
   ADAPTER POOL  adapter memory in use; adapters without a pin are evicted first when another one needs room
   DECODE STEP   duration of the last decode steps; each gives every running request one token
   FORECAST      tokens per second that the planner expects for each adapter and places copies by
@@ -24,9 +24,10 @@ examples:
   scripts/rebalance                   plan from the demand seen so far and apply the plan now
   scripts/rebalance --json | jq .moves
 
-GAIN is how much sooner 95 of 100 requests are predicted to start after the move. A move for memory or a drain has none.
-New copies are loaded before requests are sent to them, and old copies are released once no request runs with them:
-no request fails. The planner does the same by itself every planner.interval_s. The exit status is 1 if a part failed.
+GAIN is the predicted decrease of the P95 time to first token by the move. Moves that free memory or drain an engine
+have no gain. No request fails: new copies are loaded before requests are sent to them, and old copies are released when
+no request uses them. The planner also makes a plan by itself every planner.interval_s seconds.
+The exit status is 1 if a part of the plan failed.
 """
 
 DRAIN = """\
@@ -35,7 +36,7 @@ examples:
   scripts/drain engine-1 --timeout 60 stop waiting after a minute; the engine continues to drain
   scripts/undrain engine-1            use it again
 
-The command ends when the engine has no request and no planned copy, so that it can be stopped. A drain survives
+The command ends when the engine has no request and no planned copy. The engine can then be stopped. A drain survives
 restarts of the engine and of the planner. The exit status is 1 if the engine is not empty at the end,
 for example because no other engine can take its copies.
 """
@@ -51,8 +52,9 @@ examples:
   scripts/story support               an adapter, by its name or its version: loads, sources, evictions, copies
   scripts/story support --json | jq '.entries[].text'
 
-Every process keeps the latest events of some thousand requests and adapters in memory; a restarted process has none
-from before. Times are of each process's own clock. SUBJECT is a choice of an answer (id-0, id-1), a name or a version.
+Every process keeps the latest events of several thousand requests and adapters in memory, until it restarts. Times are
+from the clock of the process that recorded the event. SUBJECT is the id of a request, or an adapter's name or version.
+A request for several choices has one id for each choice: id-0, id-1 and so on.
 """
 
 ADAPTERS = """\

@@ -97,7 +97,7 @@ class SlabFiles:
                 os.utime(path, (now, now))
 
     def verify(self, version: str) -> OpenedSlab:
-        """Read the whole slab and check its digests. Raises the same errors as `open`."""
+        """Read the whole slab and check its digests. Raises the errors of `open`."""
         try:
             with self._existing_path(version).open("rb") as file:
                 data, header = _read_header(file)

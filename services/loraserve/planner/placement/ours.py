@@ -72,10 +72,10 @@ class _Candidate(msgspec.Struct):
 
 
 def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: CopyMap) -> _Candidate:
-    """Return the best candidate: the held copies, completed; the same after balancing; or a new plan.
+    """Return the best of three candidates: the completed held copies, these copies after balancing, and a new plan.
 
-    No other candidate is made if the completed held copies are within the hysteresis of ``ideal_s``, the TTFT of a plan
-    without limits on memory and loads.
+    The completed held copies are the only candidate if they are within the hysteresis of ``ideal_s``. This is the TTFT
+    of a plan without limits on memory and loads.
     """
     if not any(held):
         best = _evaluate(problem, held, _make_new_plan(problem, filling, held))

@@ -216,7 +216,7 @@ class Rollout:
     def _do_without(self, engine: str, reason: str) -> list[Instruction]:
         """Continue without an engine's answer, and count the copies pinned in its last report as prepared.
 
-        One copy that does not fit must not cost the engine its other copies. An adapter left without any copy keeps
+        The plan thus keeps the engine's other copies if one copy does not fit. An adapter left without any copy keeps
         its old copies on this engine in the plan, as on a lost engine.
         """
         attempt = self._current()
