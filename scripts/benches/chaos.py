@@ -1,14 +1,14 @@
 """Kills, stops and corrupts engines that read adapters from each other, and checks every token that they return.
 
-Three engines on this machine serve greedy requests for twelve adapters. Each pool holds about half of them; the others
-are read from the other engines, by two engines over shm and tcp, by one over tcp only. Every second or two, a reading
-engine or the engine that it reads from is killed (kill -9) or stopped (SIGSTOP) for longer than a lease lasts, or a
-copy in an engine's memory is corrupted from outside. Every token is compared with the output of an undisturbed engine.
-An engine with a corrupted copy in its own pool is not asked for that adapter until it is restarted.
+Three engines on this machine serve greedy requests for twelve adapters. Each pool holds about half of them. An engine
+reads the others from other engines: two engines over shm and tcp, one engine over tcp only. Every second or two, a
+reading engine or the engine that it reads from is killed (kill -9), or stopped (SIGSTOP) for longer than a lease lasts,
+or a copy in an engine's memory is corrupted from outside. Every token is compared with the output of an undisturbed
+engine. An engine with a corrupted copy in its own pool gets no request for that adapter until it is restarted.
 
 Requests on a killed engine fail, as they do for clients of the gateway. This bench acts as the client and sends them
-again to another engine; the table counts them as "resubmitted". "failed requests" counts failures on engines that were
-alive, and "stuck requests" those that did not end within a minute, including all resubmissions.
+again to another engine. The table counts them as "resubmitted". "failed requests" counts failures on engines that were
+alive. "stuck requests" counts requests that did not end within a minute, including their resubmissions.
 
 At the end the bench looks for memory and sockets left by killed engines. The exit status is 1 if a token was wrong, a
 request was stuck or failed, an engine ended by itself or anything leaked.

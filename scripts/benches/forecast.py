@@ -131,7 +131,7 @@ def split(requests: Sequence[TraceRequest], adapters: int, rng: Random) -> list[
 
 
 def demand_series(requests: Sequence[TraceRequest], step_s: float) -> list[list[float]]:
-    """Return tokens/s in each whole step for every client. A request's tokens count at its arrival."""
+    """Return tokens/s in each whole step for every client. All tokens of a request count when it arrives."""
     began_s = requests[0].time_s
     steps = int((requests[-1].time_s - began_s) / step_s)
     series: dict[str, list[float]] = {}

@@ -153,7 +153,7 @@ class Bench:
 
 
 def first_seconds(workload: Workload, seconds: float) -> Workload:
-    """The requests of the beginning."""
+    """Return the workload with only the requests of the first seconds."""
     return Workload(workload.name, workload.adapters, tuple(r for r in workload.requests if r.time_s <= seconds))
 
 

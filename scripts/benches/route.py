@@ -1,4 +1,4 @@
-"""Measures how long the router takes to choose among 8, 64 and 1,000 engines, and to apply a load report of them all.
+"""Measures the time for the router to choose among 8, 64 and 1,000 engines, and to apply a load report of all engines.
 
 Each choice has the steps of the service: expire pending requests, choose an engine, record the request as load there.
 Engines hold 25 adapters each and have waiting, running and pending requests. The plan has two copies of each adapter.

@@ -61,7 +61,7 @@ Way = Callable[[Bytes, int], Awaitable[None]]
 
 @asynccontextmanager
 async def ways() -> AsyncIterator[dict[str, Way]]:
-    """Yield all ways to read by name. Each fills a buffer with data from an offset."""
+    """Yield the ways to read, by name. Each way is a function that fills a buffer with the data at an offset."""
     # The same kind of memory and page size as the owner's.
     held = SharedMemory(HELD_BYTES)
     own = np.frombuffer(held.view, np.uint8)
@@ -205,7 +205,7 @@ def bandwidth_figures(found: dict[int, Measured]) -> dict[str, Number]:
 
 
 def engines_measured(quick: bool) -> Remote | None:
-    """Return the measurements with engines, or None, with a line that says why, if they failed."""
+    """Return the measurements with engines. If they fail, print the reason and return None."""
     try:
         return measure_remote(QUICK if quick else FULL)
     except (BenchError, LoraServeError) as error:

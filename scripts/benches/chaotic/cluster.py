@@ -56,7 +56,7 @@ class Victims:
         self._counts.restarts += 1
 
     async def stop_for(self, name: str, seconds: float) -> None:
-        """Suspend an engine. It neither reads nor answers meanwhile."""
+        """Suspend an engine for a while. A suspended engine neither reads nor answers."""
         self._engines.send(name, signal.SIGSTOP)
         await asyncio.sleep(seconds)
         self._engines.send(name, signal.SIGCONT)

@@ -9,7 +9,7 @@ MOST_NOTES = 8
 
 @dataclass
 class Counts:
-    """Counts of events and faults; the faults are listed in ``FAULTS``.
+    """Counts of events and faults. ``FAULTS`` names the faults.
 
     ``resubmitted`` requests failed because their engine was killed. This bench sent them again, as a client would; they
     are not in ``failed_requests``.

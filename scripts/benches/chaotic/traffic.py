@@ -41,7 +41,7 @@ class Traffic:
         await self.serve(self._rng.choice(self._by_adapter[adapter]), engine)
 
     async def serve(self, case: Case, first: str = "") -> None:
-        """Send one request, again and again, until it succeeds or the deadline passes."""
+        """Send a request until it succeeds or the deadline passes."""
         self._counts.requests += 1
         ends_s = time.monotonic() + self._deadline_s
         engine = first
@@ -93,7 +93,7 @@ class Traffic:
         return not wrong
 
     def _note_failure(self, asked: Asked) -> None:
-        """Count a failed request: as resubmitted if its engine was killed, as a fault if the engine is alive."""
+        """Count a failed request as resubmitted if its engine was killed, or as a fault if the engine is alive."""
         if asked.engine in self._victims.usable and not asked.error.startswith("killed"):
             self._counts.failed_requests += 1
             self._counts.note(f"{asked.engine} failed a request for {asked.adapter}: {asked.error}")

@@ -55,7 +55,7 @@ class Trouble:
                 await disturbance(*self._rng.choice(pairs))
 
     def _restart_corrupted(self) -> None:
-        """Kill the engine with most corrupted copies: when all copies are corrupted, nothing can be read."""
+        """Kill the engine with the most corrupted copies, because other engines cannot read corrupted copies."""
         damaged = [owner for owner, _ in self._victims.poisoned if owner in self._victims.usable]
         if damaged:
             self._kill(max(sorted(set(damaged)), key=damaged.count))

@@ -1,4 +1,4 @@
-"""The expected output: what a single undisturbed engine generates greedily for each prompt."""
+"""Computes the expected output: the greedy output of a single undisturbed engine for each prompt."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -46,7 +46,7 @@ def write_adapters(folder: Path, shape: ModelShape) -> dict[str, Path]:
 def compute_truth(config: Config, shape: ModelShape, folders: Mapping[str, Path]) -> list[Case]:
     """Return the cases of all adapters.
 
-    An engine's logits are bit-equal whatever the batch and the number of threads, so outputs can be compared exactly.
+    An engine's logits do not depend on the batch or the number of threads, so outputs can be compared exactly.
     """
     engine = msgspec.structs.replace(config.engine, threads=core_count(), pool_bytes=512 << 20)
     config = msgspec.structs.replace(config, engine=engine)

@@ -1,1 +1,1 @@
-"""What benches share."""
+"""Code that several benches use."""

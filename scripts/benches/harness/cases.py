@@ -38,7 +38,7 @@ def all_cases() -> list[Case]:
 
 
 def most_adapters(cases: Iterable[Case]) -> int:
-    """Return how many adapters a side must load."""
+    """Return the largest number of adapters in any case, which a side must load."""
     return max(case.adapters for case in cases)
 
 
@@ -52,7 +52,7 @@ def adapter_of(case: Case, sequence: int) -> str:
 
 
 def prompt(sequence: int, tokens: int, vocab: int, seed: int = 0) -> tuple[int, ...]:
-    """Return arbitrary tokens: the cost of a step does not depend on them."""
+    """Return arbitrary tokens. The cost of a step does not depend on their values."""
     return tuple(100 + (31 * seed + 13 * sequence + 7 * position) % (vocab - 200) for position in range(tokens))
 
 

@@ -121,7 +121,7 @@ class Driver:
         tokens: int,
         on_tokens: OnTokens | None = None,
     ) -> Asked:
-        """Send a request. Returns when the engine has admitted it, or refused it: then ``error`` is set."""
+        """Send a request. Returns when the engine has admitted or refused it. A refusal sets ``error``."""
         request_id = f"bench-{next(self._numbers)}"
         asked = Asked(request_id, engine, adapter.name if adapter else "", tokens, on_tokens)
         self._asked[request_id] = asked
@@ -140,7 +140,7 @@ class Driver:
         return asked
 
     async def finished(self, asked: Asked, timeout_s: float) -> bool:
-        """Wait for the end of a request. Returns False on a timeout; later tokens of it are ignored."""
+        """Wait for the end of a request. Returns False on a timeout. Tokens that arrive later are ignored."""
         try:
             async with asyncio.timeout(timeout_s):
                 await asked.over.wait()
@@ -188,7 +188,7 @@ class Driver:
         await self._bus.request(engine, message, RetireDone, PLAN_TIMEOUT_S)
 
     async def fresh_load(self, engine: str) -> EngineLoad:
-        """Return a load that was reported after this call."""
+        """Wait for the next load report of the engine and return it."""
         asked_s = time.perf_counter()
         async with asyncio.timeout(PLAN_TIMEOUT_S):
             while self.loads_s.get(engine, 0.0) < asked_s:  # noqa: ASYNC110

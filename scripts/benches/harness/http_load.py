@@ -1,4 +1,4 @@
-"""Streams completions over HTTP and measures tokens/s and the time to the first token; the same for every server."""
+"""Streams completions over HTTP and measures tokens/s and the time to the first token of any server."""
 
 import asyncio
 import json

@@ -21,7 +21,7 @@ MEMFD = re.compile(rf"/memfd:({NAME_PREFIX}[0-9a-f]+)")
 
 
 class Poisoner:
-    """Inverts bytes of an adapter in an engine's pool, under a lease, so that no other adapter is hit."""
+    """Inverts bytes of an adapter in an engine's pool. A lease prevents that another adapter takes its place."""
 
     def __init__(self, bus: ZmqBus, pool_bytes: int) -> None:
         self._bus = bus

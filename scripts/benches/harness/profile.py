@@ -28,7 +28,7 @@ class Profile:
         self._steps += wanted
 
     def table(self) -> list[tuple[str, float, float]]:
-        """Return (operation, calls per step, seconds per step), the most expensive first; "step" is the total."""
+        """Return (operation, calls per step, seconds per step), the most expensive first. "step" is the total."""
         steps = max(1, self._steps)
         rows = [(name, self._calls[name] / steps, seconds / steps) for name, seconds in self._seconds.items()]
         return sorted(rows, key=lambda row: -row[2])

@@ -43,7 +43,7 @@ class Plan(NamedTuple):
 
 
 def ranks_of(count: int) -> tuple[int, ...]:
-    """Return ``count`` ranks; every fifth is large."""
+    """Return ``count`` ranks. Every fifth rank is large."""
     return tuple(LARGE if number % 5 == 4 else SMALL for number in range(count))
 
 

@@ -39,7 +39,7 @@ RESIDENT = "resident"
 
 
 class Read(NamedTuple):
-    """A read of an absent adapter; ``took_s`` is from the start of the load until the slab was verified."""
+    """A read of an absent adapter. ``took_s``: time from the start of the load until the slab was verified."""
 
     absent_ttft_s: float
     resident_ttft_s: float
@@ -65,7 +65,7 @@ def pool_for_ranks(shape: ModelShape, ranks: Sequence[int]) -> int:
 def reader_settings() -> dict[str, list[str]]:
     """Return the settings of each reader by name.
 
-    Engines that are to read from a peer get tiny store reads, so that the store is never the faster source.
+    Readers of a peer read the store in tiny pieces, so that the store is never the faster source.
     """
     pool = f"engine.pool_bytes={READER_POOL_BYTES}"
     slowly = f"engine.load_chunk_bytes={SLOW_CHUNK_BYTES}"
@@ -88,7 +88,7 @@ class RemoteReads:
         self._rng = Random(0)
 
     async def first_tokens(self, rank: int, rounds: int) -> dict[str, list[Read]]:
-        """Return reads by source: for one adapter of this rank after another, from each source in turn."""
+        """Read each adapter of this rank from each source in turn, and return the reads by source."""
         found: dict[str, list[Read]] = {way: [] for way in READERS}
         turn = self._shuffled([adapter for adapter in self._adapters if adapter.rank == rank])
         # The first reads also connect and map memory; they are not counted.
@@ -205,7 +205,7 @@ def p99(values: Sequence[float]) -> float:
 
 
 def medians(reads: Mapping[str, Sequence[Read]]) -> dict[str, tuple[float, float]]:
-    """Return median TTFT and read time by source; the read time of ``resident`` is 0."""
+    """Return median TTFT and read time by source. The read time of ``resident`` is 0."""
     found = {
         way: (statistics.median(r.absent_ttft_s for r in each), statistics.median(r.took_s for r in each))
         for way, each in reads.items()

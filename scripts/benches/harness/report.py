@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 
 class BenchError(Exception):
-    """A measurement failed; the text says which and why."""
+    """A measurement failed. The text names the measurement and the reason."""
 
 
 Number = float | int | None
@@ -53,7 +53,7 @@ def ratio(ours: Number, theirs: Number) -> float | None:
 
 
 def rounded(value: float) -> float:
-    """Round to four significant digits; more would be noise."""
+    """Round to four significant digits, because further digits are noise."""
     return float(f"{value:.4g}")
 
 

@@ -25,7 +25,7 @@ class Slab(msgspec.Struct, frozen=True):
 
 
 def measure_verbs() -> list[Slab]:
-    """Return the measurements. Empty, with a line that says why, if RDMA is not available."""
+    """Return the measurements. If RDMA is not available, print the reason and return none."""
     sizes = " ".join(map(str, SIZES_MIB))
     module = f"-m loraserve.testing.verbs_bandwidth {sizes}"
     if not unusable_reason():

@@ -18,7 +18,7 @@ FOR_ENGINES = 0.6
 
 
 def share_of_core(engines: int) -> float:
-    """Return the share of a core for each engine; at most 1, because an engine computes with one thread here."""
+    """Return the share of a core for each engine. It is at most 1, because these engines compute with one thread."""
     return min(1.0, FOR_ENGINES * core_count() / engines)
 
 

@@ -13,7 +13,7 @@ from loraserve.testing.reports import engine_capabilities
 
 
 class LivePolicy(NamedTuple):
-    """A policy. If ``place`` is None the planner places adapters, else all are pinned to where ``place`` puts them."""
+    """A policy. If ``place`` is None, the planner places adapters. Otherwise pins follow ``place``."""
 
     name: str
     planner: str

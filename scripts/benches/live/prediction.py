@@ -1,4 +1,4 @@
-"""The simulator's prediction for the same workload, cluster and policy."""
+"""Predicts the result of a live run with the simulator: workload, cluster and policy are the ones of the run."""
 
 from math import isfinite
 from typing import NamedTuple

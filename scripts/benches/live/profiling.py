@@ -2,7 +2,7 @@
 
 CPU time is measured and divided by the share of a core that each engine is limited to, which gives the wall time there.
 Concurrent engines compete for caches and memory bandwidth as in the live cluster; unlike wall time, CPU time does not
-include other load on the machine. Each engine measures other batches; one fit uses the samples of all.
+include other load on the machine. Each engine measures different batches. One fit uses the samples of all engines.
 """
 
 import datetime
@@ -25,14 +25,14 @@ from loraserve.sim.workload import RANKS
 
 
 class Profiled(NamedTuple):
-    """A profile; ``alone_s`` is the prefill time of a mean prompt on an idle engine."""
+    """A profile. ``alone_s``: prefill time of a mean prompt on an idle engine."""
 
     profile: Profile
     alone_s: float
 
 
 def measure_profile(scene: Scene, batches: int, rounds: int) -> Profiled:
-    """Measure ``batches`` on each engine. Raises BenchError if an engine fails or the fit does."""
+    """Measure ``batches`` on each engine. Raises BenchError if an engine or the fit fails."""
     say(f"profile: {ENGINES} engines at once, {batches} batches each")
     arguments = [str(scene.model), ",".join(map(str, RANKS)), *ENGINE_SETTINGS]
     started = [Worker("profiled_engine", arguments, {}) for _ in range(ENGINES)]

@@ -1,4 +1,4 @@
-"""Replays a workload over HTTP. Each request is sent at its time, whatever happened to earlier ones."""
+"""Replays a workload over HTTP. Each request is sent at its time, even if earlier requests are slow or failed."""
 
 import asyncio
 import json
@@ -59,7 +59,7 @@ class Replayed(NamedTuple):
 
     @property
     def late_s(self) -> float:
-        """Return the P95 of how late requests were sent, which is the load generator's own delay."""
+        """Return the P95 of the delays with which the load generator sent requests."""
         return percentile((s.sent_s - s.due_s for s in self.served), 0.95)
 
     @property
@@ -74,7 +74,7 @@ class Replayed(NamedTuple):
 async def replay(
     url: str, workload: Workload, vocab: int, warmup: float, progress: Callable[[int], None] = lambda ended: None
 ) -> Replayed:
-    """Stream all requests; the first ``warmup`` share is not counted. ``progress`` gets the number of ended ones."""
+    """Stream all requests. The first ``warmup`` fraction is not counted. ``progress`` gets the number of ended ones."""
     connector = aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=TIMEOUT_S)) as http:
         began_s = time.perf_counter()

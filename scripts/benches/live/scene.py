@@ -78,7 +78,7 @@ def make_workload(requests: int, slab_bytes_per_rank: int, trace: str = "", seed
 
 
 def shortened(workload: Workload, prompt_tokens: float, output_tokens: float, longest_tokens: int) -> Workload:
-    """Prompts and outputs of these means, as far apart as they were; none longer than ``longest_tokens`` in all."""
+    """Scale prompts and outputs to these means. No prompt with its output gets longer than ``longest_tokens``."""
     requests = workload.requests
     prompt = prompt_tokens * len(requests) / sum(r.prompt_tokens for r in requests)
     output = output_tokens * len(requests) / sum(r.output_tokens for r in requests)

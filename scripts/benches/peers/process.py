@@ -20,7 +20,7 @@ STOP_TIMEOUT_S = 20.0
 
 
 class PeerProcess:
-    """A context manager: the server answers at ``url`` inside the block, and is gone with its children after it."""
+    """A context manager. The server answers at ``url`` within the block. Then it and its children are stopped."""
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, port: int) -> None:
         self.url = f"http://127.0.0.1:{port}"

@@ -1,7 +1,7 @@
 """Limits processes to a share of one core each, as cpulimit does: limit_cpu.py SHARE PID...
 
 Without a limit, an overloaded engine would use the idle cores of the others, which engines with a GPU each cannot do.
-Ends when standard input closes; all processes continue then.
+The limits end when standard input closes.
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Sends bytes over a plain socket as fast as possible, as the baseline for tcp.
 
-Prints its port. Each request is two eight-byte numbers, offset and length; the answer is that many bytes.
+Prints its port. A request is two eight-byte numbers: offset and length. The answer is the bytes in this range.
 """
 
 import socket

@@ -18,7 +18,7 @@ from transformers.utils import logging
 
 
 class StepTimes(StoppingCriteria):
-    """Records the time of every step; never stops the generation."""
+    """Records the time of every step, and never stops the generation."""
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
