@@ -81,13 +81,13 @@ class Traffic:
 
     def start(self) -> None:
         plans = [(NAMES[:3], LONG_TOKENS), (NAMES[3:], LONG_TOKENS), (NAMES, SHORT_TOKENS)]
-        self._tasks = [asyncio.create_task(self._go_on(names, tokens)) for names, tokens in plans]
+        self._tasks = [asyncio.create_task(self._stream(names, tokens)) for names, tokens in plans]
 
     async def stop(self) -> None:
         self._stop.set()
         await asyncio.gather(*self._tasks)
 
-    async def _go_on(self, names: tuple[str, ...], tokens: int) -> None:
+    async def _stream(self, names: tuple[str, ...], tokens: int) -> None:
         turn = 0
         while not self._stop.is_set():
             turn += 1
@@ -235,10 +235,10 @@ def test_operators_drain_an_engine_and_use_it_again(tenants: LocalCluster) -> No
     assert drained.returncode == 0, drained.stdout + drained.stderr
     assert "engine-1 is drained" in drained.stdout
     assert "DRAINED" in next(line for line in ops("status").stdout.splitlines() if line.startswith("engine-1  DR"))
-    nobody = ops("drain", "engine-7")
-    assert (nobody.returncode, "there are engine-0, engine-1" in nobody.stderr) == (1, True)
-    back = ops("undrain", "engine-1")
-    assert back.returncode == 0, back.stdout + back.stderr
+    unknown = ops("drain", "engine-7")
+    assert (unknown.returncode, "there are engine-0, engine-1" in unknown.stderr) == (1, True)
+    undrained = ops("undrain", "engine-1")
+    assert undrained.returncode == 0, undrained.stdout + undrained.stderr
     assert "DRAINED" not in ops("status").stdout
 
 

@@ -49,8 +49,8 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def read_rows(path: Path) -> list[tuple[str, str]]:
-    """Return the (question, answer) rows of a JSON lines file. Raises ValueError with the line number of a bad row."""
+def read_rows(path: Path) -> list[Example]:
+    """Return the rows of a JSON lines file. Raises ValueError with the line number of a bad row."""
     rows = []
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         if not line.strip():
@@ -63,13 +63,13 @@ def read_rows(path: Path) -> list[tuple[str, str]]:
         for field in ("question", "answer"):
             if not isinstance(row, dict) or not isinstance(row.get(field), str) or not row[field].strip():
                 raise ValueError(f'{where}: field "{field}" must be a text; write {{"question": ..., "answer": ...}}')
-        rows.append((row["question"], row["answer"]))
+        rows.append(Example(row["question"], row["answer"]))
     return rows
 
 
 def run(args: argparse.Namespace) -> None:
     """Train and write the adapter. Raises OSError, ValueError, ImportError or LoraServeError."""
-    rows = read_rows(args.texts) if args.texts else []
+    rows = read_rows(args.texts) if args.texts else examples(args.style)
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
     with hold_back_interrupts():
         from loraserve.demo.model import prepare_model
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     config = TrainConfig(args.rank, alpha, args.targets, args.rslora, args.epochs, args.learning_rate, args.seed)
     out = args.out or Path(f"{args.style or args.texts.stem}-r{args.rank}")
     model_dir = args.model or prepare_model(default_data_dir(), say)
-    train(examples(args.style) if args.style else [Example(*row) for row in rows], model_dir, out, config, say)
+    train(rows, model_dir, out, config, say)
     say(f"wrote {out}; to serve it from a running cluster:")
     load = json.dumps({"lora_name": out.name, "lora_path": str(out.resolve())})
     say(f"  curl http://127.0.0.1:8000/v1/load_lora_adapter -H 'Content-Type: application/json' -d '{load}'")

@@ -59,16 +59,12 @@ def exchange(gateway: GatewayAddress, path: str, body: Any = None, timeout_s: fl
         raise OpsError(f"--url {gateway.url}: {error}; write it like http://127.0.0.1:8000") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise OpsError(_no_answer(gateway.url, reason)) from error
-
-
-def _no_answer(url: str, reason: object) -> str:
-    # If the answer is not HTTP, the reason contains its first line with a line break, so the text is stripped.
-    detail = getattr(reason, "strerror", None) or str(reason).strip() or type(reason).__name__
-    return (
-        f"no gateway answers at {url} ({detail}); start a cluster with scripts/up, "
-        "or name another gateway with --url or LORASERVE_URL"
-    )
+        # If the answer is not HTTP, the reason contains its first line with a line break, so the text is stripped.
+        detail = getattr(reason, "strerror", None) or str(reason).strip() or type(reason).__name__
+        raise OpsError(
+            f"no gateway answers at {gateway.url} ({detail}); start a cluster with scripts/up, "
+            "or name another gateway with --url or LORASERVE_URL"
+        ) from error
 
 
 def _http_error(gateway: GatewayAddress, path: str, status: int, content: bytes) -> OpsError:

@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 from loraserve.config import Config, engine_count, engine_names
@@ -61,7 +61,7 @@ class Processes:
         config: Config,
         config_file: Path,
         log_dir: Path,
-        on_change: Callable[[Mapping[str, int]], None],
+        on_change: Callable[[dict[str, int]], None],
         say: Callable[[str], None],
     ) -> None:
         self._config = config

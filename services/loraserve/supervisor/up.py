@@ -41,7 +41,7 @@ class Supervisor:
             pid=os.getpid(), url=base_url(config), log_dir=config.cluster.log_dir, model=config.model.name
         )
         config_file = self._run_dir / CONFIG_NAME
-        self._processes = Processes(config, config_file, self._log_dir, self._on_change, say)
+        self._processes = Processes(config, config_file, self._log_dir, lambda pids: self._update(processes=pids), say)
         self._write_config(config_file)
 
     async def run(self, on_ready: Callable[[], None], parent: Parent | None = None) -> None:
@@ -108,9 +108,6 @@ class Supervisor:
         except PeerError as error:
             raise ConfigError(f"adapter {name} ({path}): {error.message}") from error
         self._say(f"adapter {name}: rank {answer.adapter.rank}, {answer.adapter.slab_bytes / 2**20:.1f} MiB")
-
-    def _on_change(self, pids: Mapping[str, int]) -> None:
-        self._update(processes=dict(pids))
 
     def _update(self, **changes: object) -> None:
         self._state = msgspec.structs.replace(self._state, **changes)

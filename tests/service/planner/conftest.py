@@ -29,14 +29,14 @@ from loraserve.testing.reports import engine_seen, resident
 
 
 class Stage(PlannerStage):
-    """The planner, two scripted engines, a router and an operator. ``diary`` lists what happened, in order."""
+    """The planner, two scripted engines, a router and an operator. ``history`` lists what happened, in order."""
 
     adapters = ADAPTERS
 
     def __init__(self, data_dir: Path, **settings: Any) -> None:
         super().__init__(data_dir, prepare_timeout_s=60.0, **settings)
         self.planner = self.new_planner()
-        self.diary: list[tuple[str, str, Any]] = []
+        self.history: list[tuple[str, str, Any]] = []
         self.failing: dict[str, dict[str, str]] = {"e0": {}, "e1": {}}
         self.engines = {name: Peer(self.network, name, ToEngine, self._engine(name)) for name in self.failing}
         self.router = self.network.bus("router", ToRouter)
@@ -48,11 +48,11 @@ class Stage(PlannerStage):
         def script(message: Any) -> Any:
             match message:
                 case PreparePlan(epoch=epoch, adapters=adapters):
-                    self.diary.append(("prepare", name, {a.version for a in adapters}))
+                    self.history.append(("prepare", name, {a.version for a in adapters}))
                     failed = {v: why for v, why in self.failing[name].items() if v in {a.version for a in adapters}}
                     return Prepared(engine=name, incarnation="i1", epoch=epoch, failed=failed)
                 case RetireCopies(epoch=epoch, keep=keep):
-                    self.diary.append(("retire", name, set(keep)))
+                    self.history.append(("retire", name, set(keep)))
                     return RetireDone(epoch=epoch, unpinned=0)
 
         return script
@@ -63,13 +63,13 @@ class Stage(PlannerStage):
             plan: Plan = envelope.message
             if not self.plans or self.plans[-1] != plan:
                 self.plans.append(plan)
-                self.diary.append(("publish", "router", self.copies(plan)))
+                self.history.append(("publish", "router", self.copies(plan)))
 
-    async def hears_registry(self, adapters: Iterable[AdapterRef] = ADAPTERS) -> None:
+    async def send_registry(self, adapters: Iterable[AdapterRef] = ADAPTERS) -> None:
         self.publish_registry(adapters)
         await asyncio.sleep(0.01)
 
-    async def sees(self, *loads: EngineSeen, asked: Iterable[AdapterRef] = ADAPTERS) -> None:
+    async def send_loads(self, *loads: EngineSeen, asked: Iterable[AdapterRef] = ADAPTERS) -> None:
         """Publish reports of both engines, with equal demand for the adapters."""
         self.publish_load(loads or [engine_seen(name) for name in self.engines], asked)
         await asyncio.sleep(0.01)
@@ -109,8 +109,8 @@ def play(tmp_path: Path) -> Callable[..., None]:
             async with serving(stage.planner):
                 await asyncio.sleep(0.01)
                 if informed:
-                    await stage.hears_registry()
-                    await stage.sees()
+                    await stage.send_registry()
+                    await stage.send_loads()
                 await scenario(stage)
 
         run_virtual(main())

@@ -29,8 +29,8 @@ def test_a_copy_that_cannot_be_prepared_is_left_out_and_reported(play) -> None:
 
 def test_shares_of_the_remaining_copies_sum_to_one(play) -> None:
     async def scenario(stage) -> None:
-        await stage.hears_registry(stage.adapters[:1])
-        await stage.sees(asked=stage.adapters[:1])
+        await stage.send_registry(stage.adapters[:1])
+        await stage.send_loads(asked=stage.adapters[:1])
         stage.failing["e1"] = {stage.adapters[0].version: "broken"}
         done = await stage.rebalance()
         assert [(p.engine, p.share) for p in done.plan.placements] == [("e0", 1.0)]
@@ -57,13 +57,13 @@ def test_a_restarted_planner_waits_for_the_registry_and_retires_nothing(play) ->
 
     async def after(stage) -> None:
         kept = await stage.plan()
-        await stage.sees(*stage.holding(kept))
+        await stage.send_loads(*stage.holding(kept))
         await asyncio.sleep(25.0)
         done = await stage.rebalance()
         assert (done.applied, len(done.failed)) == (False, 1)
         assert "the store has not sent its adapters" in done.failed[0]
         assert await stage.plan() == kept
-        assert {what for what, _, _ in stage.diary} == {"publish"}
+        assert {what for what, _, _ in stage.history} == {"publish"}
 
     play(before)
     play(after, informed=False, interval_s=10.0)
@@ -71,19 +71,19 @@ def test_a_restarted_planner_waits_for_the_registry_and_retires_nothing(play) ->
 
 def test_a_full_disk_leaves_the_old_plan_and_the_planner_alive(play, tmp_path: Path) -> None:
     async def scenario(stage) -> None:
-        await stage.hears_registry(stage.adapters[:2])
+        await stage.send_registry(stage.adapters[:2])
         first = (await stage.rebalance()).plan
-        await stage.hears_registry()
+        await stage.send_registry()
         folder, aside = tmp_path / "planner", tmp_path / "aside"
         folder.rename(aside)
         folder.write_text("a file where the folder was: nothing can be written")
-        await stage.sees(*stage.holding(first))
-        stage.diary.clear()
+        await stage.send_loads(*stage.holding(first))
+        stage.history.clear()
         done = await stage.rebalance()
         assert (done.applied, done.moves, done.plan) == (False, (), first)
         assert "epoch 2 could not be written, epoch 1 stays" in done.failed[-1]
         assert stage.plans[-1] == first == await stage.plan()
-        kept = {e: v for what, e, v in stage.diary if what == "retire"}
+        kept = {e: v for what, e, v in stage.history if what == "retire"}
         assert {(e, v) for e, versions in kept.items() for v in versions} == stage.copies(first)
         folder.unlink()
         aside.rename(folder)

@@ -79,7 +79,7 @@ class Cluster(PlannerStage):
         self.dead: set[str] = set()
         self.plans: list[Plan] = []
         self.lives = 1
-        self.tasks = {"tell": asyncio.create_task(self._tell())}
+        self.tasks = {"report": asyncio.create_task(self._report())}
         self.start_router()
         self.start_planner()
 
@@ -91,7 +91,7 @@ class Cluster(PlannerStage):
         self.struck.set()
         return Fault(copies=0) if self.victim in (sender, receiver) else None
 
-    async def _tell(self) -> None:
+    async def _report(self) -> None:
         while True:
             self.publish_load([holder.report() for holder in self.holders.values()], self.registered, self.dead)
             self.publish_registry(self.registered)
@@ -152,7 +152,7 @@ class Cluster(PlannerStage):
         planned = versions_by_engine(plan.placements)
         return all(set(h.pins) == planned.get(h.name, set()) for h in self.holders.values())
 
-    async def settles(self) -> Plan:
+    async def wait_settled(self) -> Plan:
         async with asyncio.timeout(SOON_S):
             while not self.is_settled():  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
@@ -192,7 +192,7 @@ def play(tmp_path: Path) -> Callable[..., None]:
 
 @pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("victim", ["planner", "engine-0", "engine-1", "router"])
-def test_the_last_complete_epoch_is_served_whoever_dies_in_any_phase(play, victim: str, phase: str) -> None:
+def test_the_last_complete_epoch_is_served_when_any_process_dies_in_any_phase(play, victim: str, phase: str) -> None:
     async def scenario(cluster: Cluster) -> None:
         first = (await cluster.ask(Rebalance())).plan
         assert versions_by_engine(first.placements).keys() == set(ENGINES)
@@ -207,14 +207,14 @@ def test_the_last_complete_epoch_is_served_whoever_dies_in_any_phase(play, victi
             cluster.check_held(served)
         cluster.start(victim)
         draining.add_done_callback(lambda task: task.cancelled() or task.exception())
-        after = await cluster.settles()
+        after = await cluster.wait_settled()
         assert versions(after) == versions(first)
         assert after.epoch >= served.epoch
-        # The drain is on disk, so it is completed whoever died.
+        # The drain is on disk, so it is completed whichever process died.
         async with asyncio.timeout(cluster.config.planner.prepare_timeout_s + SOON_S):
             while cluster.holders["engine-0"].pins or cluster.plans[-1].drained != ("engine-0",):  # noqa: ASYNC110
                 await asyncio.sleep(0.5)
-        assert versions(await cluster.settles()) == versions(first)
+        assert versions(await cluster.wait_settled()) == versions(first)
         with suppress(Exception):
             await draining
 
@@ -239,7 +239,7 @@ def test_a_planner_that_lost_its_disk_continues_from_what_engines_hold(play, tmp
         assert (done.applied, done.moves) == (True, ()), "nothing has to move"
         assert done.plan.epoch > first.epoch
         assert (tmp_path / "planner" / "plan.unreadable").exists()
-        await cluster.settles()
+        await cluster.wait_settled()
 
     play(scenario)
 
@@ -253,7 +253,7 @@ def test_a_restarted_engine_soon_holds_its_copies_again(play) -> None:
         assert not cluster.is_settled()
         await asyncio.sleep(0.5)
         assert cluster.is_settled()
-        assert (await cluster.settles()) == plan, "it is the same epoch"
+        assert (await cluster.wait_settled()) == plan, "it is the same epoch"
 
     play(scenario)
 
@@ -263,7 +263,7 @@ def test_a_restarted_monitor_does_not_make_the_planner_forget_engines(play) -> N
 
     async def scenario(cluster: Cluster) -> None:
         plan = (await cluster.ask(Rebalance())).plan
-        cluster.tasks["tell"].cancel()
+        cluster.tasks["report"].cancel()
         cluster.monitor.publish("load", picture(cluster.holders["engine-0"].report(), incarnation="m2"))
         await asyncio.sleep(0.1)
         dry = await cluster.ask(Rebalance(dry_run=True))
@@ -298,7 +298,7 @@ def test_copies_that_the_lost_store_cannot_supply_stay_where_they_are(play) -> N
         target.peer.script = script
         again = await cluster.ask(Rebalance())
         assert versions_by_engine(again.plan.placements) == {"engine-1": versions(first)}
-        await cluster.settles()
+        await cluster.wait_settled()
 
     play(scenario)
 
@@ -320,7 +320,7 @@ def test_a_drained_engine_stays_empty_over_restarts_until_it_is_used_again(play)
         assert not cluster.holders["engine-0"].pins
         back = await cluster.ask(Drain(engine="engine-0", on=False))
         assert (back.plan.drained, back.failed) == ((), ())
-        await cluster.settles()
+        await cluster.wait_settled()
 
     play(scenario)
 

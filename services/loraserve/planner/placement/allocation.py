@@ -1,5 +1,6 @@
 """Keeps, adds and drops copies on engines with limited pool memory."""
 
+from collections.abc import Callable
 from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
@@ -18,6 +19,9 @@ MIN_REPLICATED_UTILISATION = 0.05
 """Least utilisation of an adapter that gets a second copy, regardless of the planned utilisation."""
 TRIES = 8
 """Engines without enough memory after which a search for an engine gives up."""
+
+EngineKey = tuple[float, ...]
+"""Order of engines in a search. The last entry is the engine, so that keys are unique."""
 
 
 class Allocation:
@@ -176,7 +180,7 @@ class _EngineQueues:
 
     def __init__(self, allocation: Allocation) -> None:
         self._allocation = allocation
-        self._heaps: dict[tuple[int, bool], list[tuple[float, float, int]]] = {}
+        self._heaps: dict[tuple[int, bool], list[EngineKey]] = {}
 
     def place(self, a: int, keep_ranks: bool = False) -> bool:
         """Add a copy, or return False if none fits. ``keep_ranks`` excludes engines whose largest rank would rise."""
@@ -186,34 +190,41 @@ class _EngineQueues:
         return any((work > 0 and self._place(a, level, True)) or self._place(a, level, False) for level in ranks)
 
     def _place(self, a: int, rank: int, by_load: bool) -> bool:
-        heap, extent = self._heap(rank, by_load), self._allocation.extents[a]
-        skipped: list[tuple[float, float, int]] = []
-        done = False
-        while heap and not done and len(skipped) < TRIES:
-            entry = heap[0]
-            current = self._key(entry[2], by_load)
-            if entry != current:
-                heapreplace(heap, current)
-                continue
-            if not by_load and -current[0] < extent:
-                break
-            done = self._allocation.add(a, entry[2])
-            if not done:
-                skipped.append(heappop(heap))
-        for entry in skipped:
-            heappush(heap, entry)
-        return done
+        heap = self._heap(rank, by_load)
+        return first_suitable(heap, lambda e: self._key(e, by_load), lambda e: self._allocation.add(a, e)) is not None
 
-    def _heap(self, rank: int, by_load: bool) -> list[tuple[float, float, int]]:
+    def _heap(self, rank: int, by_load: bool) -> list[EngineKey]:
         if (rank, by_load) not in self._heaps:
             suitable = [e for e, largest in enumerate(self._allocation.max_rank) if largest >= rank]
             self._heaps[rank, by_load] = [self._key(e, by_load) for e in suitable]
             heapify(self._heaps[rank, by_load])
         return self._heaps[rank, by_load]
 
-    def _key(self, e: int, by_load: bool) -> tuple[float, float, int]:
+    def _key(self, e: int, by_load: bool) -> EngineKey:
         room, load = self._allocation.room[e], self._allocation.load[e]
         return (load, -room, e) if by_load else (-room, load, e)
+
+
+def first_suitable(
+    heap: list[EngineKey], key: Callable[[int], EngineKey], is_suitable: Callable[[int], bool]
+) -> int | None:
+    """Return the suitable engine with the smallest key, or None after ``TRIES`` engines that are not suitable.
+
+    ``heap`` contains each engine with an earlier key. It must not be greater than the current key.
+    """
+    skipped: list[EngineKey] = []
+    found = None
+    while heap and found is None and len(skipped) < TRIES:
+        e = int(heap[0][-1])
+        if heap[0] != key(e):
+            heapreplace(heap, key(e))
+        elif is_suitable(e):
+            found = e
+        else:
+            skipped.append(heappop(heap))
+    for entry in skipped:
+        heappush(heap, entry)
+    return found
 
 
 def _sum_bytes(engines: Ints, values: Ints, count: int) -> Ints:

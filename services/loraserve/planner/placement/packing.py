@@ -7,7 +7,13 @@ from heapq import heapify, heappop, heappush, heapreplace
 
 import numpy as np
 
-from loraserve.planner.placement.allocation import MIN_REPLICATED_UTILISATION, TRIES, Allocation
+from loraserve.planner.placement.allocation import (
+    MIN_REPLICATED_UTILISATION,
+    TRIES,
+    Allocation,
+    EngineKey,
+    first_suitable,
+)
 from loraserve.planner.placement.bins import NO_CLASS, BinFilling, EngineChoice
 from loraserve.planner.placement.problem import CopyMap, Floats, Ints
 
@@ -68,7 +74,9 @@ class _Budgets:
             self.rank[e] = part.rank
             for adapter_class, budget in part.budgets.items():
                 self.left.setdefault(adapter_class, {})[e] = budget
-        self._heaps = {c: [(-left, e) for e, left in of.items()] for c, of in self.left.items()}
+        self._heaps: dict[int, list[EngineKey]] = {
+            c: [(-left, e) for e, left in of.items()] for c, of in self.left.items()
+        }
         self._short = {c: [entry for entry in heap if entry[1] in choice.short] for c, heap in self._heaps.items()}
         for heap in (*self._heaps.values(), *self._short.values()):
             heapify(heap)
@@ -116,20 +124,7 @@ class _Budgets:
         With ``short``, search only short engines. Return None after ``TRIES`` engines without enough memory.
         """
         heap, left = (self._short if short else self._heaps)[self.class_of[a]], self.left_for(a)
-        skipped: list[tuple[float, int]] = []
-        found = None
-        while heap and len(skipped) < TRIES:
-            entry_left, e = heap[0]
-            if -entry_left != left[e]:
-                heapreplace(heap, (-left[e], e))
-            elif self._has_room(a, e):
-                found = e
-                break
-            else:
-                skipped.append(heappop(heap))
-        for entry in skipped:
-            heappush(heap, entry)
-        return found
+        return first_suitable(heap, lambda e: (-left[e], e), lambda e: self._has_room(a, e))
 
 
 class _Packer:
