@@ -124,7 +124,7 @@ def test_a_wrong_key_is_refused_and_harms_no_other_read(owner: VerbsOwner, confi
     play(config, scenario)
 
 
-def test_what_lies_outside_the_region_is_not_read(owner: VerbsOwner, config: Config) -> None:
+def test_bytes_outside_the_region_are_not_read(owner: VerbsOwner, config: Config) -> None:
     async def scenario(reader: VerbsReader) -> None:
         assert (await refusal(reader, owner.handle, [ByteRange(0, 2), ByteRange(LENGTH - 1, 2)])).code == "out_of_range"
         newer = msgspec.structs.replace(owner.handle, protocol=TRANSFER_PROTOCOL_VERSION + 1)
@@ -191,7 +191,7 @@ def test_a_reader_that_is_killed_leaves_the_owner_as_it_was(owner: VerbsOwner, c
     play(config, scenario)
 
 
-def test_a_peer_that_was_forgotten_reads_nothing_until_it_connects_anew(owner: VerbsOwner, config: Config) -> None:
+def test_a_forgotten_peer_reads_nothing_until_it_reconnects(owner: VerbsOwner, config: Config) -> None:
     async def scenario(reader: VerbsReader) -> None:
         await check(reader, owner.handle, [ByteRange(0, 1)])
         owner.forget("reader")
@@ -202,7 +202,7 @@ def test_a_peer_that_was_forgotten_reads_nothing_until_it_connects_anew(owner: V
     play(config, scenario)
 
 
-def test_withdrawn_memory_is_gone_also_for_those_who_are_connected(mortal: VerbsOwner, config: Config) -> None:
+def test_withdrawn_memory_is_gone_for_connected_readers_too(mortal: VerbsOwner, config: Config) -> None:
     async def scenario(reader: VerbsReader) -> None:
         await check(reader, mortal.handle, [ByteRange(0, 1)])
         mortal.withdraw()
@@ -212,7 +212,7 @@ def test_withdrawn_memory_is_gone_also_for_those_who_are_connected(mortal: Verbs
     play(config, scenario)
 
 
-def test_nobody_writes_once_a_read_was_cancelled(owner: VerbsOwner, config: Config) -> None:
+def test_nothing_is_written_after_a_read_was_cancelled(owner: VerbsOwner, config: Config) -> None:
     async def scenario(reader: VerbsReader) -> None:
         into = np.zeros(LENGTH, np.uint8)
         reader.keep(into.data)

@@ -35,8 +35,6 @@ LONGEST_CHUNK_BYTES = 16 << 20
 """Frames are received as a whole. This limits the memory that a peer can make a process allocate."""
 CHUNKS_IN_FLIGHT = 8
 ASK_AGAIN_S = 0.2
-
-
 READERS = 2
 """Number of threads that copy chunks of a `ReadableRegion`."""
 

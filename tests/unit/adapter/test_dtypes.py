@@ -38,5 +38,5 @@ def test_finite_is_seen_in_every_dtype() -> None:
             assert all_finite(values, dtype) is finite, (dtype, value)
 
 
-def test_what_float16_cannot_hold_becomes_infinite() -> None:
+def test_values_beyond_float16_become_infinite() -> None:
     assert not all_finite(convert_elements(np.array([70000.0], dtype=np.float32), "float32", "float16"), "float16")

@@ -35,7 +35,7 @@ def _rounded(values: np.ndarray, *dtypes: str) -> np.ndarray:
     target=st.sampled_from(DTYPES),
     seed=st.integers(0, 99),
 )
-def test_unpack_gives_back_what_was_packed(tmp_path, ranks, alphas, rslora, source, target, seed) -> None:
+def test_unpacking_returns_the_packed_matrices(tmp_path, ranks, alphas, rslora, source, target, seed) -> None:
     pairs = random_pairs(TINY_SHAPE, ranks, seed)
     pattern = {tensor_name(*place, "A", "model.").removesuffix(".lora_A.weight"): r for place, r in ranks.items()}
     alpha_pattern = {

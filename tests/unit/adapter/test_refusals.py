@@ -198,7 +198,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_crash(tmp_path: 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_what_safetensors_refuses_is_refused(tmp_path: Path, data: st.DataObject) -> None:
+def test_files_that_safetensors_refuses_are_refused(tmp_path: Path, data: st.DataObject) -> None:
     """A damaged header raises only AdapterError, and every accepted file is also accepted by safetensors."""
     whole = bytearray(safetensors_bytes({A: np.ones((2, 3), dtype=np.float32), B: np.ones((3, 2), dtype=np.float32)}))
     header_end = 8 + int.from_bytes(whole[:8], "little")

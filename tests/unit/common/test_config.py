@@ -29,7 +29,7 @@ def write(folder: Path, text: str) -> Path:
     return path
 
 
-def test_no_source_gives_the_defaults() -> None:
+def test_without_sources_all_values_are_defaults() -> None:
     assert load_config(environ={}) == Config()
 
 
@@ -109,7 +109,7 @@ def test_flags_that_cannot_be_used_are_refused(overrides: list[str], words: str)
         load_config(environ={}, overrides=overrides)
 
 
-def test_a_text_may_be_set_to_nothing() -> None:
+def test_a_text_may_be_set_to_the_empty_string() -> None:
     environ = {"LORASERVE_CLUSTER__PROFILE": "", "LORASERVE_MODEL__NAME": "mine"}
     config = load_config(environ=environ, overrides=["model.name="])
     assert (config.cluster.profile, config.model.name) == ("", "")
@@ -120,7 +120,7 @@ def test_a_value_of_the_environment_that_cannot_be_used_is_named() -> None:
         load_config(environ={"LORASERVE_ENGINE__THREADS": ""})
 
 
-def test_a_file_is_not_taken_for_the_flag_beside_it(tmp_path: Path) -> None:
+def test_errors_of_the_file_do_not_name_a_flag(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="configuration: Expected `int`"):
         load_config(write(tmp_path, '[engine]\nthreads = "two"\n'), {}, ["engine.device=cpu"])
 
@@ -161,13 +161,13 @@ configs = st.builds(
 
 @settings(max_examples=60, deadline=None)
 @given(configs)
-def test_what_is_written_reads_back_the_same(tmp_path_factory: pytest.TempPathFactory, config: Config) -> None:
+def test_a_written_configuration_reads_back_equal(tmp_path_factory: pytest.TempPathFactory, config: Config) -> None:
     path = tmp_path_factory.mktemp("toml") / "c.toml"
     path.write_bytes(to_toml(config).encode())
     assert load_config(path, {}) == config
 
 
-def test_a_size_may_be_a_number_or_left_to_the_program() -> None:
+def test_a_size_may_be_a_number_or_auto() -> None:
     sizes = [
         load_config(environ={}, overrides=[f"engine.host_cache_bytes={text}"]).engine.host_cache_bytes
         for text in ("auto", "0", "4096")

@@ -99,7 +99,7 @@ def test_decode_steps_are_predicted_as_they_are_measured(step_s: float) -> None:
     assert cost.prefill_token_s == COST.prefill_token_s
 
 
-def test_a_surprise_is_blamed_most_on_what_takes_most_of_the_step() -> None:
+def test_the_largest_term_of_a_step_is_corrected_most() -> None:
     cost = learned(COST, decode_step=mean_step(StepShape(decode_sequences=1), 0.1))
     assert cost.step_base_s / COST.step_base_s > cost.sequence_s / COST.sequence_s > 1
     assert cost.slab_byte_s == COST.slab_byte_s, "no adapter ran"
@@ -120,7 +120,7 @@ def test_a_padded_step_of_a_higher_rank_takes_longer() -> None:
     assert ranks[1] - ranks[0] == pytest.approx(8 * (100 * PADDED.padded_prefill_s + 50 * PADDED.padded_decode_s))
 
 
-def test_a_coefficient_that_a_fit_found_to_be_zero_is_no_trap() -> None:
+def test_a_coefficient_of_zero_can_be_learned_again() -> None:
     shape = StepShape(decode_sequences=8, kv_tokens=1000)
     without = msgspec.structs.replace(COST, kv_token_s=0.0)
     cost = learned(without, reports=300, decode_step=mean_step(shape, 0.1))

@@ -26,7 +26,7 @@ def llama(name: str) -> Profile:
 
 
 @pytest.mark.parametrize("name", sorted(derived_profiles()))
-def test_the_shipped_files_are_what_the_code_derives(name: str) -> None:
+def test_the_shipped_files_equal_the_derived_profiles(name: str) -> None:
     shipped = read_profile(name)
     assert shipped == derived_profiles()[name], "run python -m loraserve.benchmarks.ship_profiles"
     assert shipped.origin == "derived"

@@ -55,7 +55,7 @@ def loads(cost: CostModel, noise: float = 0.0) -> list[LoadSample]:
 
 @pytest.mark.parametrize("lora", KINDS)
 @pytest.mark.parametrize(("noise", "within"), [(0.0, 1e-6), (0.05, 0.15)])
-def test_what_made_the_samples_is_found_again(lora: Lora, noise: float, within: float) -> None:
+def test_a_fit_recovers_the_model_of_the_samples(lora: Lora, noise: float, within: float) -> None:
     true = msgspec.structs.replace(TRUE, lora=lora)
     cost, found = fit_cost_model(samples(true, 300, noise), loads(true, noise), lora)
     assert cost.lora == lora
@@ -76,7 +76,7 @@ def test_small_steps_count_as_much_as_large_ones() -> None:
     assert cost.step_s(decode) == pytest.approx(TRUE.step_s(decode), rel=0.35)
 
 
-def test_terms_that_no_sample_has_keep_what_is_stated() -> None:
+def test_terms_without_samples_keep_their_given_values() -> None:
     plain = [(StepShape(decode_sequences=n), TRUE.step_s(StepShape(decode_sequences=n))) for n in range(1, 20)]
     cost, _ = fit_cost_model(plain, loads(TRUE), "exact", unseen=CostModel())
     assert cost.sequence_s == pytest.approx(TRUE.sequence_s)
@@ -88,7 +88,7 @@ def test_terms_that_no_sample_has_keep_what_is_stated() -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(seconds=st.lists(st.floats(1e-4, 10.0), min_size=40, max_size=40), lora=st.sampled_from(KINDS))
-def test_whatever_is_measured_no_price_is_negative(seconds: list[float], lora: Lora) -> None:
+def test_coefficients_are_never_negative(seconds: list[float], lora: Lora) -> None:
     shapes = [shape for shape, _ in samples(TRUE, 40)]
     cost, found = fit_cost_model(list(zip(shapes, seconds, strict=True)), loads(TRUE), lora)
     assert min(v for v in msgspec.structs.astuple(cost) if not isinstance(v, str)) >= 0
@@ -107,13 +107,13 @@ def test_too_few_loads_are_refused() -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.0, -1.0, float("nan"), float("inf")])
-def test_samples_that_took_no_time_are_refused(seconds: float) -> None:
+def test_samples_without_duration_are_refused(seconds: float) -> None:
     steps = samples(TRUE, 50)
     with pytest.raises(ValueError, match="steps: each sample must take a positive"):
         fit_cost_model([*steps, (steps[0][0], seconds)], loads(TRUE), "exact")
 
 
-def test_residuals_are_of_what_the_fit_has_not_seen() -> None:
+def test_residuals_come_from_held_out_steps() -> None:
     steps = samples(TRUE, 100)
     spoiled = [(s, seconds * (1.5 if i % 5 == 4 else 1)) for i, (s, seconds) in enumerate(steps)]
     cost, found = fit_cost_model(spoiled, loads(TRUE), "exact")

@@ -114,7 +114,7 @@ def test_those_that_are_shipped_can_be_read(name: str) -> None:
         (msgspec.json.encode(H200).replace(b'"load_base_s":0.005', b'"load_base_s":1e999'), "load_base_s"),
     ],
 )
-def test_what_is_no_profile_is_refused(tmp_path: Path, content: bytes, reason: str) -> None:
+def test_invalid_profiles_are_refused(tmp_path: Path, content: bytes, reason: str) -> None:
     path = tmp_path / "broken.json"
     path.write_bytes(content)
     with pytest.raises(ConfigError) as error:
@@ -138,7 +138,7 @@ def test_a_profile_for_another_model_names_both(tmp_path: Path) -> None:
     check_model(H200, LLAMA_3_8B)
 
 
-def test_a_profile_that_is_named_is_taken(tmp_path: Path) -> None:
+def test_a_named_profile_is_used(tmp_path: Path) -> None:
     model = hugging_face_dir(tmp_path / "model")
     padded = find_profile(config(model, "llama-3-8b-a100-padded"))
     assert padded is not None

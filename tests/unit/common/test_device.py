@@ -23,17 +23,17 @@ def nothing_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
         (("null", "tty0"), "cpu"),
     ],
 )
-def test_auto_is_a_gpu_where_the_driver_shows_one(tmp_path: Path, there: tuple[str, ...], kind: str) -> None:
+def test_auto_selects_a_gpu_that_the_driver_shows(tmp_path: Path, there: tuple[str, ...], kind: str) -> None:
     for name in there:
         (tmp_path / name).touch()
     assert resolve_device("auto", tmp_path) == kind
 
 
-def test_no_devices_at_all_are_no_gpu(tmp_path: Path) -> None:
+def test_a_missing_device_folder_means_no_gpu(tmp_path: Path) -> None:
     assert resolve_device("auto", tmp_path / "missing") == "cpu"
 
 
-def test_what_is_asked_for_is_taken_whatever_is_there(tmp_path: Path) -> None:
+def test_an_explicit_device_is_used_unconditionally(tmp_path: Path) -> None:
     assert resolve_device("cuda", tmp_path) == "cuda"
     (tmp_path / "nvidia0").touch()
     assert resolve_device("cpu", tmp_path) == "cpu"
@@ -71,7 +71,7 @@ def test_the_driver_names_the_gpu(tmp_path: Path) -> None:
     assert gpu_name(tmp_path) == "NVIDIA A100-SXM4-80GB"
 
 
-def test_a_container_s_limit_counts_where_it_is_less_than_the_machine_s_memory(tmp_path: Path) -> None:
+def test_a_lower_container_limit_replaces_the_memory_of_the_machine(tmp_path: Path) -> None:
     machine = memory_limit_bytes(())
     limits = [tmp_path / name for name in ("none", "old", "new")]
     assert memory_limit_bytes(limits) == machine > 1 << 20
@@ -91,13 +91,13 @@ def test_a_container_s_limit_counts_where_it_is_less_than_the_machine_s_memory(t
         ("what is this", 0.0),
     ],
 )
-def test_what_is_available_is_what_the_kernel_says(tmp_path: Path, text: str, share: float) -> None:
+def test_the_available_share_comes_from_meminfo(tmp_path: Path, text: str, share: float) -> None:
     file = tmp_path / "meminfo"
     file.write_text(text)
     assert available_memory_share(file, tmp_path) == share
 
 
-def test_where_the_kernel_says_nothing_nothing_is_taken_for_available(tmp_path: Path) -> None:
+def test_the_available_share_is_zero_if_unknown(tmp_path: Path) -> None:
     assert available_memory_share(tmp_path / "none", tmp_path) == 0.0
 
 
@@ -105,7 +105,7 @@ def test_where_the_kernel_says_nothing_nothing_is_taken_for_available(tmp_path: 
     ("limit", "used"),
     [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")],
 )
-def test_in_a_container_with_a_limit_it_is_what_that_leaves(tmp_path: Path, limit: str, used: str) -> None:
+def test_a_container_limit_reduces_the_available_share(tmp_path: Path, limit: str, used: str) -> None:
     (tmp_path / "memory").mkdir()
     file = tmp_path / "meminfo"
     file.write_text("MemTotal: 1000 kB\nMemAvailable: 900 kB\n")

@@ -34,7 +34,7 @@ def test_it_is_raised_at_the_end(numbers: list[signal.Signals]) -> None:
     assert done == ["all of it"]
 
 
-def test_nothing_is_raised_where_nothing_came() -> None:
+def test_without_a_signal_nothing_is_raised() -> None:
     before = [signal.getsignal(number) for number in INTERRUPTS]
     with hold_back_interrupts():
         pass
@@ -57,7 +57,7 @@ def test_an_import_that_fails_by_itself_says_so() -> None:
         raise ImportError("torch")
 
 
-def test_a_handler_that_takes_note_is_told_at_once() -> None:
+def test_other_handlers_are_called_at_once() -> None:
     seen: list[int] = []
     before = signal.signal(signal.SIGINT, lambda number, _: seen.append(number))
     with hold_back_interrupts():
@@ -66,7 +66,7 @@ def test_a_handler_that_takes_note_is_told_at_once() -> None:
     signal.signal(signal.SIGINT, before)
 
 
-def test_other_threads_may_import_as_well() -> None:
+def test_the_block_works_in_other_threads() -> None:
     done = []
 
     def work() -> None:

@@ -73,7 +73,7 @@ def test_console_lines_are_for_people(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("level", "seen"), [("debug", 5), ("info", 4), ("warning", 3), ("error", 1)])
-def test_the_level_decides_what_is_written(tmp_path: Path, level: str, seen: int) -> None:
+def test_the_log_level_filters_lines(tmp_path: Path, level: str, seen: int) -> None:
     lines = written(tmp_path, log_level=level)
     assert len([line for line in lines if line.startswith("{")]) == seen
 

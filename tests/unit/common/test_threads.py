@@ -39,13 +39,13 @@ def test_a_second_cancel_does_not_leave_the_thread_behind() -> None:
     asyncio.run(main())
 
 
-def test_a_thread_is_told_that_nobody_waits_any_more() -> None:
+def test_cancellation_calls_stop() -> None:
     running, stop = Event(), Event()
 
     def work() -> None:
         running.set()
         stop.wait()
-        raise ValueError("nobody hears this")
+        raise ValueError("no caller receives this error")
 
     async def main() -> None:
         with ThreadPoolExecutor(1) as threads:
@@ -59,7 +59,7 @@ def test_a_thread_is_told_that_nobody_waits_any_more() -> None:
     asyncio.run(main())
 
 
-def test_what_has_not_begun_never_does() -> None:
+def test_a_cancelled_function_that_has_not_started_never_runs() -> None:
     running, release, ran = Event(), Event(), Event()
 
     async def main() -> None:

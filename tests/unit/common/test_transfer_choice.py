@@ -27,7 +27,7 @@ anyone = st.builds(
 preferences = st.lists(st.sampled_from(ALL), unique=True)
 
 
-def test_neighbours_use_what_is_nearest_and_others_the_network() -> None:
+def test_processes_of_one_machine_use_local_transports_and_others_the_network() -> None:
     assert choose_transports(HERE, HERE, ALL) == ("cuda_ipc", "shm", "verbs", "tcp")
     assert choose_transports(HERE, ELSEWHERE, ALL) == ("verbs", "tcp")
 
@@ -38,12 +38,12 @@ def test_a_gpu_s_memory_is_mapped_by_gpus_alone() -> None:
 
 
 @pytest.mark.parametrize("field", ["host", "neighbourhood"])
-def test_where_a_process_is_may_be_unknown_and_then_it_has_no_neighbours(field: str) -> None:
+def test_processes_with_unknown_locations_use_the_network(field: str) -> None:
     lost = msgspec.structs.replace(HERE, **{field: ""})
     assert choose_transports(lost, lost, ALL) == ("verbs", "tcp")
 
 
-def test_another_protocol_leaves_no_transport() -> None:
+def test_different_protocols_have_no_common_transport() -> None:
     newer = msgspec.structs.replace(HERE, protocol=TRANSFER_PROTOCOL_VERSION + 1)
     assert (
         choose_transports(HERE, newer, ALL)
@@ -54,7 +54,7 @@ def test_another_protocol_leaves_no_transport() -> None:
 
 
 @given(anyone, anyone, preferences)
-def test_both_sides_choose_the_same_of_what_both_offer_in_the_configured_order(
+def test_both_sides_choose_the_same_transports_in_the_configured_order(
     mine: Abilities, theirs: Abilities, preferred: list[str]
 ) -> None:
     chosen = choose_transports(mine, theirs, preferred)  # type: ignore[arg-type]
@@ -68,7 +68,7 @@ def test_this_process_is_its_own_neighbour() -> None:
     assert choose_transports(mine, mine, ALL) == ("shm", "tcp")
 
 
-def test_verbs_is_announced_only_where_there_is_a_device_for_it() -> None:
+def test_verbs_is_announced_only_with_an_rdma_device() -> None:
     announced = local_abilities(ALL, "cpu").transports
     assert ("verbs" in announced) == (not unusable_reason())
     without = msgspec.structs.replace(ELSEWHERE, transports=("shm", "tcp"))

@@ -54,7 +54,7 @@ def test_a_handle_without_one_of_its_fields_is_none(field: str) -> None:
 
 
 @given(ranges_within)
-def test_ranges_within_the_region_are_taken(ranges: list[ByteRange]) -> None:
+def test_ranges_within_the_region_are_accepted(ranges: list[ByteRange]) -> None:
     handle, into = check_read(TCP, TcpHandle, ranges, memoryview(buffer(ranges)))
     assert handle is TCP
     assert into.nbytes == sum(each.length_bytes for each in ranges)
@@ -97,7 +97,7 @@ def test_a_buffer_that_cannot_be_filled_is_refused(into: memoryview) -> None:
     assert refusal(TCP, [ByteRange(0, 2)], into).code == "refused"
 
 
-def test_a_buffer_of_other_elements_is_taken_as_bytes() -> None:
+def test_a_buffer_of_other_elements_is_used_as_bytes() -> None:
     _, into = check_read(TCP, TcpHandle, [ByteRange(0, 8)], memoryview(bytearray(8)).cast("H"))
     assert (into.format, len(into)) == ("B", 8)
 
@@ -115,7 +115,7 @@ def test_pieces_are_the_ranges_in_order_and_fill_the_buffer_without_gaps(ranges:
     assert sum(each.length_bytes for _, each in cut) == len(whole)
 
 
-def test_a_code_of_a_peer_that_nobody_knows_is_a_refusal() -> None:
+def test_an_unknown_error_code_becomes_refused() -> None:
     assert [code_of_refusal(code) for code in ("gone", "timeout", "pigeon", "")] == [
         "gone",
         "timeout",

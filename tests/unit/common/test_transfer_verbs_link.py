@@ -44,7 +44,7 @@ def begin(link: ReadConnection, timeout_s: float = 60.0) -> "asyncio.Task[None]"
 
 
 @pytest.mark.parametrize("status", [0, DENIED, FLUSHED])
-def test_completions_of_a_connection_that_timed_out_are_no_news(status: int) -> None:
+def test_completions_of_a_timed_out_connection_are_ignored(status: int) -> None:
     async def scenario(link: ReadConnection, queue: FakeQueue) -> None:
         with pytest.raises(TransferError, match="nothing arrived for"):
             await begin(link, timeout_s=0.01)
@@ -56,7 +56,7 @@ def test_completions_of_a_connection_that_timed_out_are_no_news(status: int) -> 
     play(scenario)
 
 
-def test_one_that_failed_for_another_may_be_tried_again_and_the_guilty_may_not() -> None:
+def test_only_reads_interrupted_by_another_read_may_be_retried() -> None:
     async def scenario(link: ReadConnection, queue: FakeQueue) -> None:
         guilty, other = begin(link), begin(link)
         await asyncio.sleep(0)

@@ -34,7 +34,7 @@ def test_a_short_read_does_not_wait_for_the_rest_of_a_long_one() -> None:
     assert turns.idle
 
 
-def test_a_dropped_read_is_over_with_what_was_asked_for() -> None:
+def test_a_dropped_read_completes_with_its_pieces_in_flight() -> None:
     turns = PieceQueue(depth=4, first=5 << 32)
     turns.add(0, split_ranges([ByteRange(0, 30)], 10))
     turns.add(1, split_ranges([ByteRange(0, 10)], 10))
@@ -103,7 +103,7 @@ def test_every_piece_of_every_read_is_asked_for_once(
         ([], None),
     ],
 )
-def test_the_gid_that_reaches_furthest_is_taken(
+def test_the_gid_with_the_widest_reach_is_chosen(
     offered: list[tuple[int, str, str]], taken: tuple[int, str] | None
 ) -> None:
     assert best_gid(offered) == taken
@@ -115,7 +115,7 @@ def test_a_status_says_whether_the_memory_is_gone(status: int, code: str) -> Non
     assert "another source" in failure(status)[1]
 
 
-def test_a_silent_peer_concerns_all_that_is_asked_of_it_and_a_wrong_key_only_who_gave_it() -> None:
+def test_a_silent_peer_fails_all_reads_and_a_wrong_key_only_its_own() -> None:
     assert concerns_one(10)
     assert concerns_one(4)
     assert not concerns_one(12)
@@ -143,7 +143,7 @@ def test_ports_that_are_up_are_found_with_their_best_address(tmp_path: Path) -> 
     ]
 
 
-def test_why_verbs_cannot_be_used_is_said(tmp_path: Path) -> None:
+def test_the_reason_why_verbs_cannot_be_used_is_returned(tmp_path: Path) -> None:
     assert "no RDMA device" in unusable_reason(tmp_path / "none")
     assert "no RDMA device" in unusable_reason(tmp_path)
     device(tmp_path, "rxe0", "1: DOWN", {0: (IPV4, "RoCE v2")})

@@ -42,14 +42,14 @@ def test_another_version_is_refused_but_named() -> None:
         b"loraserve/\xd9\xa1|a|" + INCARNATION.encode(),
     ],
 )
-def test_what_is_no_hello_is_a_stranger(data: bytes) -> None:
+def test_an_invalid_hello_has_an_unknown_sender(data: bytes) -> None:
     seen = wire.parse_hello(data)
     assert (seen.name, seen.incarnation) == ("?", "")
     assert "no loraserve hello" in seen.refusal
 
 
 @given(st.binary(max_size=255))
-def test_no_hello_raises(data: bytes) -> None:
+def test_parsing_any_hello_raises_nothing(data: bytes) -> None:
     seen = wire.parse_hello(data)
     assert seen.refusal or wire.encode_hello(seen.name, seen.incarnation) == data
 
@@ -73,7 +73,7 @@ def test_a_message_is_kind_correlation_payload_and_frames() -> None:
         ([b"S", bytes(7), b""], "correlation of 7 bytes"),
     ],
 )
-def test_parts_that_are_no_message_are_refused(parts: list[bytes], words: str) -> None:
+def test_invalid_parts_are_refused(parts: list[bytes], words: str) -> None:
     with pytest.raises(wire.BadPartsError, match=words):
         wire.split_message(parts)
 
@@ -113,7 +113,7 @@ GOOD = [
 @example(b"\x91" * 100_000)
 @example(b"\xdd\xff\xff\xff\xff")
 @example(b"\xc7\x0c\xff" + b"\xff" * 12)
-def test_no_bytes_do_more_than_fail_to_decode(payload: bytes) -> None:
+def test_arbitrary_bytes_raise_only_decode_errors(payload: bytes) -> None:
     decode_or_refuse(payload)
 
 
@@ -128,6 +128,6 @@ def decode_or_refuse(payload: bytes) -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(GOOD), st.integers(0, 200), st.binary(min_size=1, max_size=3))
-def test_no_damaged_message_does_more_than_fail_to_decode(good: bytes, at: int, damage: bytes) -> None:
+def test_damaged_messages_raise_only_decode_errors(good: bytes, at: int, damage: bytes) -> None:
     at %= len(good)
     decode_or_refuse(good[:at] + damage + good[at + len(damage) :])

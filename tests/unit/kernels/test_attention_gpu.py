@@ -1,4 +1,4 @@
-"""GPU attention over gathered blocks against float64; memory that must not be read is NaN."""
+"""Compares GPU attention over gathered blocks with float64. Memory that must not be read is NaN."""
 
 from typing import Any
 
@@ -24,7 +24,7 @@ MIXES = {
     "decodes before prompts": [(5, 6), (11, 12), (0, 7), (4, 9)],
     "decodes between prompts": [(0, 3), (2, 3), (18, 19), (5, 8), (9, 10)],
 }
-"""Of each sequence: the tokens with KV before this step and after it."""
+"""For each sequence, the number of tokens with KV before and after the step."""
 
 
 class Paged:
@@ -110,7 +110,7 @@ def test_half_the_bytes_are_near_it(dtype: torch.dtype, mix: list[tuple[int, int
 
 
 def test_decoding_sequences_are_computed_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One launch for each would take longer than the rest of the step."""
+    """Decoding sequences share one launch. One launch for each would take longer than the rest of the step."""
     together: list[int] = []
     decode = gpu._gathered_decode
 
@@ -173,7 +173,7 @@ def test_without_a_gpu_blocks_are_gathered() -> None:
 
 
 @pytest.mark.parametrize("error", [RuntimeError, TypeError, ValueError])
-def test_why_a_gpu_gathers_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+def test_the_reason_for_gathering_is_one_line(monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
     def fail(*arguments: Any) -> None:
         raise error("page size must be a multiple of 256\nstack of frames")
 
@@ -191,7 +191,7 @@ def test_why_a_gpu_gathers_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch, 
         (NAN, ("gathered", "varlen_attn with block tables gave a wrong result")),
     ],
 )
-def test_paged_attention_is_used_where_it_comes_out_right(
+def test_paged_attention_is_chosen_if_its_result_is_right(
     monkeypatch: pytest.MonkeyPatch, off: float, picked: tuple[str, str]
 ) -> None:
     def paged(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, batch: Any, scale: float) -> torch.Tensor:

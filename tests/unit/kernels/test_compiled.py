@@ -72,7 +72,7 @@ def test_a_damaged_cache_costs_only_time(tmp_path: Path) -> None:
     finish(start(tmp_path))
 
 
-def test_a_home_that_is_no_folder_costs_only_time(tmp_path: Path) -> None:
+def test_without_a_cache_folder_kernels_compile_in_memory(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.touch()
     finish(start(Path(), HOME=str(file), XDG_CACHE_HOME=str(file / "cache")))

@@ -1,4 +1,4 @@
-"""The fused operations against torch; rows have the same bits alone, together and on threads."""
+"""Compares the fused operations with torch. Rows have the same bits alone, in a batch and on several threads."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""The fused GPU operations against float64, on a GPU if there is one, else in Triton's interpreter."""
+"""Compares the fused GPU operations with float64, on a GPU if there is one, else in Triton's interpreter."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("width", [1, 6, 64, 106])
-def test_what_a_layer_adds_is_added_and_the_sum_normed(dtype: torch.dtype, width: int) -> None:
+def test_the_delta_is_added_before_the_norm(dtype: torch.dtype, width: int) -> None:
     x, delta, weight = random(3, width, dtype=dtype), random(3, width, dtype=dtype, seed=1), random(width, seed=2)
     total = x.double() + delta.double()
     out = nans_like(x)
@@ -46,7 +46,7 @@ def test_what_a_layer_adds_is_added_and_the_sum_normed(dtype: torch.dtype, width
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
-def test_where_nothing_is_added_the_stream_stays(dtype: torch.dtype) -> None:
+def test_without_a_delta_the_input_does_not_change(dtype: torch.dtype) -> None:
     x, weight = random(2, 72, dtype=dtype), random(72, seed=2)
     before = x.clone()
     assert_close(add_rms_norm(x, None, weight, EPS, nans_like(x)), norm(before, weight))
@@ -79,7 +79,7 @@ def test_extreme_gates_do_not_overflow(dtype: torch.dtype) -> None:
 
 
 class Heads:
-    """Tokens and a cache that is all NaN, which their keys and values are stored in."""
+    """Tokens, and a cache full of NaN in which their keys and values are stored."""
 
     def __init__(self, dtype: torch.dtype, dim: int, tokens: int, normed: bool, seed: int = 0) -> None:
         self.heads, self.kv_heads, self.dim = 3, 2, dim
@@ -131,7 +131,7 @@ def test_heads_are_normed_rotated_and_kept(dtype: torch.dtype, dim: int, normed:
 
 
 @pytest.mark.parametrize("normed", [False, True], ids=["plain", "head norms"])
-def test_nothing_is_kept_but_where_a_slot_says(normed: bool) -> None:
+def test_keys_and_values_are_stored_only_at_their_slots(normed: bool) -> None:
     heads = Heads(torch.bfloat16, 24, tokens=3, normed=normed)
     heads.run([-1, 5, -1])
     assert not heads.q.isnan().any(), "queries of tokens that are not kept are there all the same"
@@ -142,7 +142,7 @@ def test_nothing_is_kept_but_where_a_slot_says(normed: bool) -> None:
         assert not kept.any()
 
 
-def test_the_projection_is_left_as_it_is() -> None:
+def test_the_projection_does_not_change() -> None:
     heads = Heads(torch.float32, 24, tokens=2, normed=True)
     before = heads.qkv.clone()
     heads.run([1, 2])

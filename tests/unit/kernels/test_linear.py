@@ -1,4 +1,4 @@
-"""Products with fp16 weights: close to float64, equal bits in any batch, nothing written beyond the result."""
+"""Products with fp16 weights are close to float64, have equal bits in any batch, and stay inside the result."""
 
 import pytest
 import torch
@@ -54,7 +54,7 @@ def test_the_order_of_summation() -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_no_tokens_are_fine(width: int) -> None:
+def test_a_call_without_tokens_works(width: int) -> None:
     weight, _, _ = make(width, 8, 1)
     assert linear(torch.empty(0, 8), weight).shape == (0, width)
 

@@ -1,4 +1,4 @@
-"""The CPU kernel against its definition, the definition against float64, and equal bits in any batch."""
+"""Compares the CPU kernel with its reference, the reference with float64, and the bits of different batches."""
 
 import random
 from collections.abc import Callable

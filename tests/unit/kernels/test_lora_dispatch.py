@@ -1,4 +1,4 @@
-"""A machine with a GPU needs no numba for its kernels, and a call on the CPU takes no detour."""
+"""GPU kernels do not import numba, and a call on the CPU goes directly to its implementation."""
 
 import subprocess
 import sys

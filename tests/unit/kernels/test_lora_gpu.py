@@ -1,4 +1,4 @@
-"""The GPU kernels against their definition, on a GPU if there is one, else in Triton's interpreter."""
+"""Compares the GPU kernels with the reference, on a GPU if there is one, else in Triton's interpreter."""
 
 import random
 from collections.abc import Callable
@@ -66,7 +66,7 @@ class Steps:
         return y.cpu()
 
     def error(self, slots: list[int], layer: int, module: int, work: LoraWork | None = None) -> float:
-        """Return the largest error of a step, relative to the largest element, against the definition in float32."""
+        """Return the largest difference from the float32 reference, relative to the largest element."""
         y, x = (operand.float() for operand in self.operands(module, len(slots)))
         batch = lora.plan_batch(torch.tensor(slots, dtype=torch.int32))
         reference.add_lora(y, x, self.adapters.pool, self.adapters.tables, batch, layer, module)
@@ -180,7 +180,7 @@ def test_the_same_batch_gives_the_same_bits(mixed: Mixed, tokens: int, monkeypat
 
 @pytest.mark.parametrize("split", [1, 2, 5])
 def test_any_number_of_parts_of_k(mixed: Mixed, split: int) -> None:
-    """Includes more parts than K has blocks: the last parts have nothing to sum but must be counted."""
+    """K may have fewer blocks than parts. The last parts then have nothing to sum, but the kernel must count them."""
     blocks = (tuning.Blocks(bm=16, br=16, bk=32, bn=32, be=16, split=split),) * len(MODULES)
     steps = Steps(mixed("odd", "float32"), 256, blocks=blocks)
     slots = random_slots(20, 6, 2)

@@ -165,7 +165,8 @@ class VerbsReader:
     async def _connect(self, handle: VerbsHandle) -> ReadConnection:
         what = describe(handle, "a connection for reads")
         try:
-            queue = await run_in_thread(self._thread, self._new_queue)
+            make = partial(QueuePair, self._device, self._completions, self._depth, served=False)
+            queue = await run_in_thread(self._thread, make)
             await self._exchange_ends(handle, queue, what)
         except RequestTimeoutError as error:
             raise TransferError("timeout", f"{what}: no answer; read from another source") from error
@@ -178,9 +179,6 @@ class VerbsReader:
         self._by_number[link.number] = link
         self._close_dead(lambda owner, life: owner == handle.owner and life != handle.incarnation)
         return link
-
-    def _new_queue(self) -> QueuePair:
-        return QueuePair(self._device, self._completions, self._depth, served=False)
 
     async def _exchange_ends(self, handle: VerbsHandle, queue: QueuePair, what: str) -> None:
         request = ConnectQueue(
