@@ -261,10 +261,10 @@ class AdapterLoader:
         offset_bytes: int,
         announced: AnnouncedLoad | None = None,
     ) -> LoadedSlab:
-        """Read the slab from one source, and count the result.
+        """Read the slab from one source, and learn its speed or count its failure.
 
-        If a read for ``announced`` fails, or another source delivers the slab first, the read is abandoned there.
-        Raises SlabReadError. Then nothing writes to the extent any more.
+        ``announced`` is told when the read begins, when bytes arrive, and if the read fails or is cancelled. Raises
+        SlabReadError. Then nothing writes to the extent any more.
         """
         origin = source.source
         began_s = time.monotonic()

@@ -1,6 +1,7 @@
 """The result of a load: loaded, failed, or cancelled before it begins and while it runs."""
 
 import asyncio
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ from loraserve.config import EngineConfig
 from loraserve.engine.adapters.lifecycle import LifecycleEvent, LoadedSlab
 from loraserve.engine.adapters.pool import AdapterPool
 from loraserve.engine.compute.protocol import DeviceLostError
+from loraserve.engine.loading import loader
 from loraserve.engine.loading.arrival import AnnouncedLoad, ReadAnnouncer
 from loraserve.engine.loading.loader import AdapterLoader
 from loraserve.engine.loading.sources import SlabReadError
@@ -174,3 +176,9 @@ def test_a_lost_device_is_raised() -> None:
             await scene.load()
 
     asyncio.run(main())
+
+
+def test_the_steps_that_the_module_lists_are_methods_of_the_loader() -> None:
+    steps = re.findall(r"^    (_?[a-z][a-z_]+) {2,}\w", loader.__doc__ or "", re.MULTILINE)
+    assert len(steps) == 5
+    assert [step for step in steps if not hasattr(AdapterLoader, step)] == []
