@@ -92,7 +92,7 @@ def late_requests(batch: StepBatch, gate: Gate | None) -> tuple[str, ...]:
 class LayeredRunner(Runner, Protocol):
     """A Runner whose steps can use the first layers of a slab while later layers are still loading.
 
-    Its step results list the requests whose step had to wait for a layer of their adapter.
+    ``StepResult.late`` lists the requests for which a step computed a layer before that layer had been read.
     """
 
     def arrive(self, slot: int, header: SlabHeader, base_elements: int, arrival: Arrival) -> None:
