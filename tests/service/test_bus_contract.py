@@ -1,5 +1,4 @@
-"""What every transport of the bus must do, run over each of them."""
-# Long because every transport is held to one and the same list.
+"""The contract of the bus. Every test runs over each transport."""
 
 import asyncio
 import tempfile
@@ -32,7 +31,7 @@ class Told(msgspec.Struct, frozen=True, tag=True, kw_only=True):
 
 
 class Unheard(msgspec.Struct, frozen=True, tag=True, kw_only=True):
-    """No inbox of these tests knows it."""
+    """A message that no inbox of these tests accepts."""
 
     number: int = 0
 
@@ -45,7 +44,7 @@ INBOX = Note | Ask
 
 
 class Cluster:
-    """Starts and ends buses of one transport; ``end`` is what a process's death looks like to its peers."""
+    """Starts and ends buses of one transport. Peers cannot tell ``end`` from the death of the process."""
 
     def __init__(self, transport: str, run_dir: Path) -> None:
         self._network = MemoryNetwork(queue_messages=QUEUE_MESSAGES) if transport == "memory" else None
@@ -73,7 +72,7 @@ Scenario = Callable[[Cluster], Awaitable[None]]
 
 @pytest.fixture
 def short_dir() -> Iterator[Path]:
-    # Socket paths are limited to about a hundred bytes, pytest's own folders are longer on some machines.
+    # Socket paths are limited to about a hundred bytes, and pytest's folders have longer paths on some machines.
     with tempfile.TemporaryDirectory(prefix="ls-") as folder:
         yield Path(folder) / "run"
 
@@ -92,7 +91,7 @@ def run(request: pytest.FixtureRequest, short_dir: Path) -> Callable[[Scenario],
 
 
 async def answering(bus: Bus) -> None:
-    """Answers each Ask with its number and its frames."""
+    """Answer each Ask with its number and its frames."""
     while True:
         envelope = await bus.receive()
         if isinstance(envelope.message, Ask):
@@ -120,7 +119,7 @@ def test_messages_arrive_in_order_with_their_sender(run: Callable[[Scenario], No
     run(scenario)
 
 
-def test_request_brings_the_answer_and_the_frames_of_both_ways(run: Callable[[Scenario], None]) -> None:
+def test_requests_and_answers_carry_frames(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         server = asyncio.create_task(answering(b))
@@ -136,7 +135,7 @@ def test_request_brings_the_answer_and_the_frames_of_both_ways(run: Callable[[Sc
     run(scenario)
 
 
-def test_answers_find_their_requests_in_any_order(run: Callable[[Scenario], None]) -> None:
+def test_answers_in_any_order_reach_their_requests(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         asks = [asyncio.create_task(a.request("b", Ask(number=n), Told, TIMEOUT_S)) for n in range(50)]
@@ -182,7 +181,7 @@ def test_answering_a_one_way_message_does_nothing(run: Callable[[Scenario], None
     run(scenario)
 
 
-def test_silence_is_a_timeout_and_a_late_answer_is_dropped(run: Callable[[Scenario], None]) -> None:
+def test_a_request_times_out_and_its_late_answer_is_dropped(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         with pytest.raises(RequestTimeoutError, match=r"b did not answer Ask in 0.2 s"):
@@ -198,7 +197,7 @@ def test_silence_is_a_timeout_and_a_late_answer_is_dropped(run: Callable[[Scenar
     run(scenario)
 
 
-def test_unknown_tag_is_counted_dropped_and_refused(run: Callable[[Scenario], None]) -> None:
+def test_a_message_with_an_unknown_tag_is_counted_dropped_and_refused(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         a.send("b", Unheard())
@@ -214,7 +213,7 @@ def test_unknown_tag_is_counted_dropped_and_refused(run: Callable[[Scenario], No
     run(scenario)
 
 
-def test_wrong_type_is_refused_with_the_path(run: Callable[[Scenario], None]) -> None:
+def test_a_field_of_a_wrong_type_is_refused_with_its_path(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         reader = asyncio.create_task(b.receive())
@@ -225,7 +224,7 @@ def test_wrong_type_is_refused_with_the_path(run: Callable[[Scenario], None]) ->
     run(scenario)
 
 
-def test_answer_of_another_type_is_refused_by_the_asker(run: Callable[[Scenario], None]) -> None:
+def test_the_requester_refuses_an_answer_of_another_type(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         ask = asyncio.create_task(a.request("b", Ask(number=1), Told, TIMEOUT_S))
@@ -238,7 +237,7 @@ def test_answer_of_another_type_is_refused_by_the_asker(run: Callable[[Scenario]
     run(scenario)
 
 
-def test_messages_wait_for_a_peer_that_is_not_there_yet(run: Callable[[Scenario], None]) -> None:
+def test_messages_wait_for_a_peer_that_has_not_started(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a = cluster.bus("a")
         for n in range(20):
@@ -268,7 +267,7 @@ def test_a_request_that_timed_out_is_not_delivered_later(run: Callable[[Scenario
     run(scenario)
 
 
-def test_a_full_queue_says_so_and_loses_only_what_came_after(run: Callable[[Scenario], None]) -> None:
+def test_a_full_queue_refuses_further_messages_and_keeps_earlier_ones(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a = cluster.bus("a")
         taken = [a.send("b", Note(number=n)) for n in range(QUEUE_MESSAGES + 3)]
@@ -282,7 +281,7 @@ def test_a_full_queue_says_so_and_loses_only_what_came_after(run: Callable[[Scen
     run(scenario)
 
 
-def test_a_slow_peer_fills_its_queue_and_blocks_nobody(run: Callable[[Scenario], None]) -> None:
+def test_a_slow_peer_fills_its_own_queue_and_delays_no_other_peer(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b, c = cluster.bus("a"), cluster.bus("b"), cluster.bus("c")
         sent = 0
@@ -298,7 +297,7 @@ def test_a_slow_peer_fills_its_queue_and_blocks_nobody(run: Callable[[Scenario],
     run(scenario)
 
 
-def test_a_peer_that_dies_fails_its_requests_at_once(run: Callable[[Scenario], None]) -> None:
+def test_requests_to_a_peer_that_dies_fail_at_once(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         ask = asyncio.create_task(a.request("b", Ask(number=1), Told, 60))
@@ -312,7 +311,7 @@ def test_a_peer_that_dies_fails_its_requests_at_once(run: Callable[[Scenario], N
     run(scenario)
 
 
-def test_a_restarted_peer_gets_what_follows_and_nothing_twice(run: Callable[[Scenario], None]) -> None:
+def test_a_restarted_peer_receives_later_messages_once_each(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         past = b.incarnation
@@ -333,7 +332,7 @@ def test_a_restarted_peer_gets_what_follows_and_nothing_twice(run: Callable[[Sce
     run(scenario)
 
 
-def test_an_answer_to_a_restarted_asker_is_dropped(run: Callable[[Scenario], None]) -> None:
+def test_an_answer_to_a_restarted_requester_is_dropped(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         ask = asyncio.create_task(a.request("b", Ask(number=1), Told, TIMEOUT_S))
@@ -353,8 +352,11 @@ def test_an_answer_to_a_restarted_asker_is_dropped(run: Callable[[Scenario], Non
     run(scenario)
 
 
-async def heard(publisher: Bus, subscriber: Bus, topic: str, number: int) -> list[int]:
-    """Publishes until it is heard, as late subscribers miss what came before; what was heard by then."""
+async def publish_until_received(publisher: Bus, subscriber: Bus, topic: str, number: int) -> list[int]:
+    """Publish a number repeatedly until the subscriber receives it, and return all numbers received until then.
+
+    A subscriber misses publications from before its subscription took effect.
+    """
     got: list[int] = []
     while number not in got:
         publisher.publish(topic, Note(number=number))
@@ -368,39 +370,39 @@ async def heard(publisher: Bus, subscriber: Bus, topic: str, number: int) -> lis
     return got
 
 
-def test_publications_reach_who_subscribed_before_the_publisher_started(run: Callable[[Scenario], None]) -> None:
+def test_publications_reach_those_who_subscribed_before_the_publisher_started(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, c = cluster.bus("a"), cluster.bus("c")
         for subscriber in (a, c):
             subscriber.subscribe("b", "load")
         b = cluster.bus("b")
-        await heard(b, a, "load", 1)
-        await heard(b, c, "load", 2)
+        await publish_until_received(b, a, "load", 1)
+        await publish_until_received(b, c, "load", 2)
         await cluster.end(b)
         b = cluster.bus("b")
-        await heard(b, a, "load", 3)
+        await publish_until_received(b, a, "load", 3)
 
     run(scenario)
 
 
-def test_only_the_named_topic_arrives(run: Callable[[Scenario], None]) -> None:
+def test_a_subscriber_receives_only_its_topics(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")
         a.subscribe("b", "load")
         a.subscribe("b", "load")
-        await heard(b, a, "load", 1)
+        await publish_until_received(b, a, "load", 1)
         b.publish("loads", Note(number=2))
         b.publish("plan", Note(number=3))
         b.publish("load", Unheard())
-        assert set(await heard(b, a, "load", 4)) <= {1, 4}
+        assert set(await publish_until_received(b, a, "load", 4)) <= {1, 4}
         assert a.counters.bad == {("b", "bad_message"): 1}
         a.subscribe("b", "plan")
-        assert set(await heard(b, a, "plan", 5)) == {5}
+        assert set(await publish_until_received(b, a, "plan", 5)) == {5}
 
     run(scenario)
 
 
-def test_forgetting_a_peer_drops_what_waits_for_it(run: Callable[[Scenario], None]) -> None:
+def test_forgetting_a_peer_drops_the_messages_queued_for_it(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a = cluster.bus("a")
         a.send("b", Note(number=1))
@@ -416,7 +418,7 @@ def test_forgetting_a_peer_drops_what_waits_for_it(run: Callable[[Scenario], Non
     run(scenario)
 
 
-def test_a_closed_bus_ends_all_that_waits(run: Callable[[Scenario], None]) -> None:
+def test_closing_a_bus_ends_all_waits(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a = cluster.bus("a")
         ask = asyncio.create_task(a.request("b", Ask(number=1), Told, 60))
@@ -434,7 +436,7 @@ def test_a_closed_bus_ends_all_that_waits(run: Callable[[Scenario], None]) -> No
     run(scenario)
 
 
-def test_one_name_belongs_to_one_live_process(run: Callable[[Scenario], None]) -> None:
+def test_two_live_processes_cannot_have_the_same_name(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a = cluster.bus("a")
         with pytest.raises(ConfigError, match="a process named a already runs"):

@@ -1,4 +1,4 @@
-"""Parts of messages over real sockets, without a bus around them."""
+"""Sending and receiving the parts of messages over real sockets, without a bus."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ Pair = tuple[Socket, Socket]
 
 @pytest.fixture
 def pair() -> Iterator[Pair]:
-    """Within the process, where what is sent has arrived."""
+    """Two connected sockets within this process, where a message has arrived once it is sent."""
     context: zmq.Context[Socket] = zmq.Context()
     ends = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
     for end in ends:
@@ -27,7 +27,7 @@ def pair() -> Iterator[Pair]:
     context.destroy(linger=0)
 
 
-def test_parts_arrive_in_order_and_only_large_ones_where_they_were_received(pair: Pair) -> None:
+def test_parts_arrive_in_order_and_only_large_ones_are_not_copied(pair: Pair) -> None:
     sent, received = pair
     parts: list[Frame] = [b"first", b"", memoryview(LARGE), bytearray(b"small"), LARGE[:-1], LARGE]
     assert send_now(sent, parts)
@@ -38,14 +38,14 @@ def test_parts_arrive_in_order_and_only_large_ones_where_they_were_received(pair
     assert receive_now(received) is None
 
 
-def test_where_nothing_arrived_there_is_nothing_to_receive(pair: Pair) -> None:
+def test_receiving_without_a_message_returns_none(pair: Pair) -> None:
     assert not is_readable(pair[1])
     assert receive_now(pair[1]) is None
     assert send_now(pair[0], [b"one"])
     assert is_readable(pair[1])
 
 
-def test_what_is_no_bytes_leaves_no_half_a_message_behind(pair: Pair) -> None:
+def test_a_message_with_an_invalid_part_is_not_sent_in_part(pair: Pair) -> None:
     sent, received = pair
     no_bytes: Any = 7
     with pytest.raises(TypeError):
@@ -54,7 +54,7 @@ def test_what_is_no_bytes_leaves_no_half_a_message_behind(pair: Pair) -> None:
     assert receive_now(received) == [b"whole"]
 
 
-def test_a_full_queue_takes_no_part_of_a_message(pair: Pair) -> None:
+def test_a_full_queue_accepts_no_part_of_a_message(pair: Pair) -> None:
     sent, received = pair
     taken = 0
     while send_now(sent, [b"a", b"b"]):
@@ -63,7 +63,7 @@ def test_a_full_queue_takes_no_part_of_a_message(pair: Pair) -> None:
     for _ in range(taken):
         assert receive_now(received) == [b"a", b"b"]
     assert receive_now(received) is None
-    # Has the sender hear that there is room again.
+    # Makes the sender process the notice that the queue has room again.
     is_readable(sent)
     assert send_now(sent, [b"c"])
     assert receive_now(received) == [b"c"]

@@ -22,7 +22,7 @@ async def pids(bus: MemoryBus, count: int) -> list[int]:
     return [(await bus.receive()).message.pid for _ in range(count)]
 
 
-def test_lost_messages_are_lost_and_nothing_else() -> None:
+def test_only_the_messages_that_a_fault_drops_are_lost() -> None:
     async def scenario() -> None:
         def lose_odd(sender: str, receiver: str, message: Any) -> Fault | None:
             return Fault(copies=0) if message.pid % 2 else None
@@ -35,7 +35,7 @@ def test_lost_messages_are_lost_and_nothing_else() -> None:
     asyncio.run(scenario())
 
 
-def test_a_lost_answer_is_a_timeout() -> None:
+def test_a_request_times_out_if_its_answer_is_lost() -> None:
     async def scenario() -> None:
         network = MemoryNetwork(lambda sender, _, message: Fault(copies=0) if isinstance(message, Pong) else None)
         a, b = network.bus("a", Ping), network.bus("b", Ping)
@@ -48,7 +48,7 @@ def test_a_lost_answer_is_a_timeout() -> None:
     run_virtual(scenario())
 
 
-def test_a_doubled_request_is_answered_once_for_its_asker() -> None:
+def test_the_requester_gets_one_answer_to_a_doubled_request() -> None:
     async def scenario() -> None:
         network = MemoryNetwork(lambda *_: Fault(copies=2))
         a, b = network.bus("a", Ping), network.bus("b", Ping)
@@ -61,7 +61,7 @@ def test_a_doubled_request_is_answered_once_for_its_asker() -> None:
     run_virtual(scenario())
 
 
-def test_a_delayed_message_holds_up_those_behind_it() -> None:
+def test_a_delayed_message_delays_later_messages_of_its_sender() -> None:
     async def scenario() -> None:
         network = MemoryNetwork(lambda _, __, message: Fault(delay_s=5.0) if message.pid == 1 else None)
         a, b, c = network.bus("a", Pong), network.bus("b", Pong), network.bus("c", Pong)
@@ -79,7 +79,7 @@ def test_a_delayed_message_holds_up_those_behind_it() -> None:
     run_virtual(scenario())
 
 
-def test_another_version_is_refused_as_over_sockets() -> None:
+def test_another_protocol_version_is_refused_as_over_sockets() -> None:
     async def scenario() -> None:
         network = MemoryNetwork()
         a, b = network.bus("a", Ping), network.bus("b", Ping)
@@ -91,7 +91,7 @@ def test_another_version_is_refused_as_over_sockets() -> None:
     asyncio.run(scenario())
 
 
-def test_the_receiver_does_not_see_later_changes_of_a_buffer() -> None:
+def test_the_receiver_does_not_see_later_changes_of_a_sent_buffer() -> None:
     async def scenario() -> None:
         network = MemoryNetwork()
         a, b = network.bus("a", Ping), network.bus("b", Ping)
@@ -103,7 +103,7 @@ def test_the_receiver_does_not_see_later_changes_of_a_buffer() -> None:
     asyncio.run(scenario())
 
 
-def test_killing_cuts_both_directions_and_the_name_is_free_again() -> None:
+def test_killing_a_process_ends_both_directions_and_frees_its_name() -> None:
     async def scenario() -> None:
         network = MemoryNetwork()
         a, b = network.bus("a", Ping), network.bus("b", Ping, incarnation="00000000000000b1")
@@ -121,7 +121,7 @@ def test_killing_cuts_both_directions_and_the_name_is_free_again() -> None:
     run_virtual(scenario())
 
 
-def test_refusals_pass_through_the_same_bytes() -> None:
+def test_a_refusal_with_non_ascii_text_arrives_unchanged() -> None:
     async def scenario() -> None:
         network = MemoryNetwork()
         a, b = network.bus("a", Ping), network.bus("b", Ping)
@@ -133,7 +133,7 @@ def test_refusals_pass_through_the_same_bytes() -> None:
     run_virtual(scenario())
 
 
-def test_waiting_for_what_nobody_sends_is_a_deadlock_and_no_hang() -> None:
+def test_waiting_for_a_message_that_is_never_sent_raises_deadlock_error() -> None:
     async def scenario() -> None:
         await MemoryNetwork().bus("a", Ping).receive()
 

@@ -1,5 +1,4 @@
-"""What only real sockets can show: strangers, stale files, ports, permissions, processes that are killed."""
-# Long because all need the same real processes and sockets.
+"""The bus over real sockets: foreign clients, stale files, ports, permissions and killed processes."""
 
 import asyncio
 import os
@@ -81,19 +80,19 @@ async def answer_pings(bus: ZmqBus) -> None:
 
 
 async def ask_as(hello: bytes, address: str, parts: list[bytes]) -> list[bytes]:
-    """Speaks to an inbox as somebody else would, without our own code; the parts of the answer."""
+    """Send parts to an inbox from a plain ZeroMQ socket with this hello, and return the parts of the answer."""
     context = zmq.asyncio.Context()
-    stranger = context.socket(zmq.DEALER)
+    client = context.socket(zmq.DEALER)
     if hello:
-        stranger.set(zmq.ROUTING_ID, hello)
-    stranger.connect(address)
+        client.set(zmq.ROUTING_ID, hello)
+    client.connect(address)
     try:
-        await stranger.send_multipart(parts)
+        await client.send_multipart(parts)
         async with asyncio.timeout(TIMEOUT_S):
-            answer: list[bytes] = await stranger.recv_multipart()
+            answer: list[bytes] = await client.recv_multipart()
             return answer
     finally:
-        stranger.close(linger=0)
+        client.close(linger=0)
         context.term()
 
 
@@ -105,7 +104,9 @@ async def ask_as(hello: bytes, address: str, parts: list[bytes]) -> list[bytes]:
         (b"", "?", "no loraserve hello"),
     ],
 )
-def test_strangers_and_other_versions_are_refused(config: Config, hello: bytes, counted_as: str, reason: str) -> None:
+def test_clients_of_another_version_or_without_hello_are_refused(
+    config: Config, hello: bytes, counted_as: str, reason: str
+) -> None:
     async def scenario() -> None:
         bus = open_bus(config, "b", Ping)
         reader = asyncio.create_task(bus.receive())
@@ -123,7 +124,7 @@ def test_strangers_and_other_versions_are_refused(config: Config, hello: bytes, 
     asyncio.run(scenario())
 
 
-def test_hostile_parts_are_counted_and_do_no_harm(config: Config) -> None:
+def test_malformed_messages_are_counted_and_later_ones_are_answered(config: Config) -> None:
     async def scenario() -> None:
         bus = open_bus(config, "b", Ping)
         server = asyncio.create_task(answer_pings(bus))
@@ -134,7 +135,7 @@ def test_hostile_parts_are_counted_and_do_no_harm(config: Config) -> None:
         attacker.set(zmq.ROUTING_ID, wire.encode_hello("a", INCARNATION))
         attacker.connect(address)
         bad_frames = [[b""], [b"S"], [b"X", b"12345678", b"\x80"], [b"S", b"short", b"\x80"], [b"R" * 5000, b"", b""]]
-        # Cut short, not MessagePack, far too deep, a key that is no text.
+        # Truncated, not MessagePack, nested far too deeply, a key that is not text.
         bad_messages = [b"", b"\x81", b"\xc1", b"\x91" * 100_000, b"\x81\xa4type\xa1\xff", b"\x81\x01\x02"]
         for parts in bad_frames:
             await attacker.send_multipart(parts)
@@ -154,7 +155,7 @@ def test_hostile_parts_are_counted_and_do_no_harm(config: Config) -> None:
     asyncio.run(scenario())
 
 
-def test_a_killed_process_is_noticed_and_its_files_do_not_stop_the_next(config: Config) -> None:
+def test_a_killed_process_is_noticed_and_the_next_one_starts_despite_its_files(config: Config) -> None:
     async def scenario() -> None:
         bus = open_bus(config, "a", Ping)
         first = await asyncio.to_thread(start_process, config)
@@ -176,7 +177,7 @@ def test_a_killed_process_is_noticed_and_its_files_do_not_stop_the_next(config: 
     asyncio.run(scenario())
 
 
-def test_a_second_live_process_of_a_name_is_refused_and_leaves_the_first_alone(config: Config) -> None:
+def test_a_second_process_with_the_same_name_is_refused_and_does_not_disturb_the_first(config: Config) -> None:
     async def scenario() -> None:
         process = await asyncio.to_thread(start_process, config)
         with pytest.raises(ConfigError, match=f"a process named b already runs .*pid {process.pid}"):
@@ -200,7 +201,7 @@ def test_a_closed_bus_leaves_only_its_lock_and_a_private_folder(config: Config) 
     assert stat.S_IMODE(os.stat(config.cluster.run_dir).st_mode) == 0o700
 
 
-def test_the_last_messages_leave_before_the_bus_closes(config: Config) -> None:
+def test_closing_the_bus_first_sends_the_queued_messages(config: Config) -> None:
     async def scenario() -> None:
         b = open_bus(config, "b", Ping)
         a = open_bus(config, "a", None)
@@ -214,7 +215,7 @@ def test_the_last_messages_leave_before_the_bus_closes(config: Config) -> None:
     asyncio.run(scenario())
 
 
-def test_tcp_from_end_to_end(config: Config) -> None:
+def test_requests_are_answered_over_tcp(config: Config) -> None:
     async def scenario() -> None:
         peers = {name: f"tcp://127.0.0.1:{free_port()},tcp://127.0.0.1:{free_port()}" for name in ("a", "b")}
         a, b = (open_bus(over_tcp(**peers), name, Ping) for name in ("a", "b"))
@@ -227,7 +228,7 @@ def test_tcp_from_end_to_end(config: Config) -> None:
     asyncio.run(scenario())
 
 
-def test_asking_needs_no_address_of_ones_own() -> None:
+def test_a_process_without_an_address_can_send_requests() -> None:
     async def scenario() -> None:
         inbox, publications = free_port(), free_port()
         bus = BusConfig(
@@ -249,7 +250,7 @@ def test_asking_needs_no_address_of_ones_own() -> None:
     asyncio.run(scenario())
 
 
-def test_every_connection_carries_the_hello(config: Config) -> None:
+def test_every_connection_sends_the_hello(config: Config) -> None:
     async def scenario() -> None:
         context = zmq.asyncio.Context()
         router = context.socket(zmq.ROUTER)
@@ -267,7 +268,7 @@ def test_every_connection_carries_the_hello(config: Config) -> None:
     asyncio.run(scenario())
 
 
-def test_the_inbox_is_fair_between_messages_and_publications(config: Config) -> None:
+def test_publications_do_not_wait_behind_all_queued_messages(config: Config) -> None:
     async def scenario() -> None:
         a, b, c = (open_bus(config, name, Ping | Pong) for name in "abc")
         b.subscribe("c", "news")
@@ -301,7 +302,7 @@ def test_a_small_request_takes_little_time(config: Config) -> None:
             started_s = loop.time()
             await a.request("b", Ping(), Pong, TIMEOUT_S)
             taken_s.append(loop.time() - started_s)
-        # Measured at 0.12 to 0.18 ms; the bound only catches a request that waits for a timer or a retry.
+        # It takes 0.12 to 0.18 ms. The bound only detects requests that wait for a timer or a retry.
         assert sorted(taken_s)[150] < 0.005
         server.cancel()
         await a.close()

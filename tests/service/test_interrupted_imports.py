@@ -1,4 +1,4 @@
-"""Real processes that are interrupted while they import torch end as they do at any other time."""
+"""Real processes that are interrupted while they import torch end in the same way as at any other time."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from loraserve.testing.local_cluster import free_port
 TORCH = """
 import importlib, os, signal, sys
 
-# What C++ does whose call of Python raises: torch's own is interrupted in the same way, but not every time.
+# C++ code of torch aborts when its call of Python raises. This module does so in every run, torch only in some.
 try:
     signal.raise_signal(int(os.environ["NUMBER"]))
 except KeyboardInterrupt:
@@ -27,7 +27,7 @@ importlib.import_module("torch")
 
 
 def interrupt(folder: Path, number: signal.Signals, *arguments: str) -> "subprocess.CompletedProcess[str]":
-    """Run the module; the signal comes from within its import of torch."""
+    """Run a module that receives the signal during its import of torch."""
     shadow = folder / "shadow"
     shadow.mkdir()
     (shadow / "torch.py").write_text(TORCH)
@@ -43,7 +43,7 @@ def interrupt(folder: Path, number: signal.Signals, *arguments: str) -> "subproc
 
 @pytest.mark.parametrize("has_model", [False, True], ids=["converts", "expands"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_up_ends_in_order_and_leaves_nothing(number: signal.Signals, has_model: bool, tmp_path: Path) -> None:
+def test_up_stops_in_order_and_leaves_no_files(number: signal.Signals, has_model: bool, tmp_path: Path) -> None:
     if has_model:
         model = tmp_path / "data" / "models" / MODEL_NAME.lower()
         model.mkdir(parents=True)
@@ -55,17 +55,17 @@ def test_up_ends_in_order_and_leaves_nothing(number: signal.Signals, has_model: 
     assert not list((tmp_path / "data").rglob("*.partial"))
 
 
-def test_training_says_that_it_was_stopped(tmp_path: Path) -> None:
+def test_training_reports_that_it_was_stopped(tmp_path: Path) -> None:
     done = interrupt(tmp_path, signal.SIGINT, "loraserve.demo.train_adapter", "--style", "pirate")
     assert (done.returncode, done.stderr) == (1, "stopped; nothing was written\n")
 
 
 @pytest.mark.parametrize("module", ["loraserve.engine", "loraserve.engine.profile", "loraserve.demo.serve_store"])
-def test_other_commands_end_by_the_signal(module: str, tmp_path: Path) -> None:
+def test_other_commands_are_ended_by_the_signal(module: str, tmp_path: Path) -> None:
     done = interrupt(tmp_path, signal.SIGINT, module)
     assert done.returncode == -signal.SIGINT, done.stderr
     assert done.stderr.splitlines()[-1] == "KeyboardInterrupt"
 
 
-def test_the_supervisors_signal_ends_an_engine_at_once(tmp_path: Path) -> None:
+def test_sigterm_ends_an_engine_at_once(tmp_path: Path) -> None:
     assert interrupt(tmp_path, signal.SIGTERM, "loraserve.engine").returncode == -signal.SIGTERM

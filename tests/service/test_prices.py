@@ -1,4 +1,4 @@
-"""Router and planner begin to price with the profile that the configuration names."""
+"""The cost models of router and planner: the configured profile at start, and what reports add to it."""
 
 from pathlib import Path
 from typing import Any
@@ -36,21 +36,21 @@ def cost_of(name: str, kind: Any, inbox: Any, profile: str, data_dir: Path, mode
 
 
 @pytest.mark.parametrize(("name", "kind", "inbox"), KINDS)
-def test_pricing_begins_with_the_profile_that_is_named(name: str, kind: Any, inbox: Any, tmp_path: Path) -> None:
+def test_the_first_cost_model_is_the_configured_profile(name: str, kind: Any, inbox: Any, tmp_path: Path) -> None:
     named = read_profile("llama-3-8b-a100").cost
     assert cost_of(name, kind, inbox, "llama-3-8b-a100", tmp_path) == named
     assert cost_of(name, kind, inbox, "", tmp_path) == CostModel()
 
 
 @pytest.mark.parametrize(("name", "kind", "inbox"), KINDS)
-def test_a_profile_for_another_model_starts_neither(name: str, kind: Any, inbox: Any, tmp_path: Path) -> None:
+def test_a_profile_for_another_model_prevents_the_start(name: str, kind: Any, inbox: Any, tmp_path: Path) -> None:
     write_tiny_model(tmp_path / "tiny", "llama")
     with pytest.raises(ConfigError, match=r"llama-3-8b-a100 is for another model.*scripts/profile"):
         cost_of(name, kind, inbox, "llama-3-8b-a100", tmp_path, str(tmp_path / "tiny"))
 
 
 @pytest.mark.parametrize(("name", "kind", "inbox"), KINDS)
-def test_what_an_idle_engine_repeats_teaches_neither_again(name: str, kind: Any, inbox: Any, tmp_path: Path) -> None:
+def test_repeated_measurements_of_an_idle_engine_count_once(name: str, kind: Any, inbox: Any, tmp_path: Path) -> None:
     slow = mean_step(StepShape(prefill_tokens=32), 3.0)
     config = Config(cluster=ClusterConfig(data_dir=str(tmp_path)))
 

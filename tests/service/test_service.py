@@ -1,5 +1,4 @@
-"""The life of a process: start, loops, drain, stop, and what may and may not end it."""
-# Long because all of a life, from start to stop, is played on one stage.
+"""The life of a service: start, loops, drain and stop, and which errors end it."""
 
 import asyncio
 from collections.abc import Callable, Coroutine
@@ -20,7 +19,7 @@ TIMEOUT_S = 5.0
 
 
 class Worker(Service):
-    """Keeps a diary. GetPlan fails in handle, ListAdapters in spawned work, Abort is noted."""
+    """Writes a diary. GetPlan raises in ``handle``, ListAdapters raises in spawned work, Abort is recorded."""
 
     inbox = Ping | TellStory | GetPlan | ListAdapters | Abort
     drain_timeout_s = 3.0
@@ -81,7 +80,7 @@ class Worker(Service):
 
 
 class Stage:
-    """One worker and somebody who talks to it."""
+    """One worker and a peer that sends it messages."""
 
     def __init__(self) -> None:
         network = MemoryNetwork()
@@ -110,7 +109,7 @@ def play(scenario: Callable[[Stage], Coroutine[Any, Any, None]]) -> None:
     run_virtual(main())
 
 
-def test_from_start_to_stop_in_order() -> None:
+def test_the_hooks_run_in_order_from_start_to_stop() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.up()
         pong = await stage.ping()
@@ -123,7 +122,7 @@ def test_from_start_to_stop_in_order() -> None:
     play(scenario)
 
 
-def test_a_story_is_told_in_wall_clock_time() -> None:
+def test_a_story_has_wall_clock_times() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.up()
         for subject in ("r1", "r2"):
@@ -138,7 +137,7 @@ def test_a_story_is_told_in_wall_clock_time() -> None:
     play(scenario)
 
 
-def test_a_story_is_told_with_the_same_times_again() -> None:
+def test_a_repeated_story_has_the_same_times() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.up()
         stage.worker.story.tell("r1", stage.worker.clock.monotonic_s(), "r1 arrived")
@@ -151,7 +150,7 @@ def test_a_story_is_told_with_the_same_times_again() -> None:
     play(scenario)
 
 
-def test_while_starting_it_answers_pings_refuses_requests_and_keeps_the_rest() -> None:
+def test_a_starting_service_answers_pings_refuses_requests_and_keeps_other_messages() -> None:
     async def scenario(stage: Stage) -> None:
         stage.worker.start_s = 2.0
         stage.running = asyncio.create_task(stage.worker.run())
@@ -173,7 +172,7 @@ def test_while_starting_it_answers_pings_refuses_requests_and_keeps_the_rest() -
     play(scenario)
 
 
-def test_a_started_service_that_is_not_ready_says_so() -> None:
+def test_a_started_service_that_is_not_ready_reports_starting() -> None:
     async def scenario(stage: Stage) -> None:
         stage.worker.ready = False
         stage.running = asyncio.create_task(stage.worker.run())
@@ -189,7 +188,7 @@ def test_a_started_service_that_is_not_ready_says_so() -> None:
     play(scenario)
 
 
-def test_stopping_cuts_a_start_short_and_closes_what_it_opened() -> None:
+def test_stopping_cancels_a_start_and_closes_its_resources() -> None:
     async def scenario(stage: Stage) -> None:
         stage.worker.start_s = 3600.0
         stage.running = asyncio.create_task(stage.worker.run())
@@ -269,7 +268,7 @@ def test_a_crash_while_draining_ends_the_run_too() -> None:
     ],
 )
 @pytest.mark.parametrize("message", [GetPlan(), ListAdapters()], ids=["handled", "spawned"])
-def test_what_a_message_breaks_is_refused_and_the_process_lives(
+def test_a_message_whose_handling_fails_is_refused_and_the_service_continues(
     message: Any, error: Exception, code: str, text: str
 ) -> None:
     async def scenario(stage: Stage) -> None:
@@ -286,7 +285,7 @@ def test_what_a_message_breaks_is_refused_and_the_process_lives(
     play(scenario)
 
 
-def test_messages_are_served_while_it_drains() -> None:
+def test_messages_are_handled_during_a_drain() -> None:
     async def scenario(stage: Stage) -> None:
         stage.worker.drain_s = 2.0
         await stage.up()
@@ -300,7 +299,7 @@ def test_messages_are_served_while_it_drains() -> None:
     play(scenario)
 
 
-def test_a_drain_that_takes_too_long_is_cut_short() -> None:
+def test_a_drain_that_takes_too_long_is_cancelled() -> None:
     async def scenario(stage: Stage) -> None:
         stage.worker.drain_s = 3600.0
         await stage.up()
@@ -312,7 +311,7 @@ def test_a_drain_that_takes_too_long_is_cut_short() -> None:
     play(scenario)
 
 
-def test_stopping_twice_is_stopping_once() -> None:
+def test_a_second_stop_changes_nothing() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.up()
         stage.worker.stop()
@@ -346,7 +345,7 @@ def test_spawned_work_does_not_outlive_the_service() -> None:
     play(scenario)
 
 
-def test_work_that_spawns_while_a_crash_ends_it_does_not_hide_the_crash() -> None:
+def test_work_spawned_during_a_crash_does_not_hide_the_crash() -> None:
     async def scenario(stage: Stage) -> None:
         async def stubborn() -> None:
             try:
@@ -364,7 +363,7 @@ def test_work_that_spawns_while_a_crash_ends_it_does_not_hide_the_crash() -> Non
     play(scenario)
 
 
-def test_bad_messages_are_in_the_metrics() -> None:
+def test_invalid_messages_are_counted_in_the_metrics() -> None:
     async def scenario(stage: Stage) -> None:
         await stage.up()
         stage.peer.send("worker", Pong(name="", state="", incarnation="", pid=0, protocol=0))

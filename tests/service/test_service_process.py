@@ -1,4 +1,4 @@
-"""Real processes: signals, exit statuses, what they print, and that none is left behind."""
+"""Services as real processes: signals, exit statuses, output, and the end of their supervisor."""
 
 import json
 import os
@@ -58,7 +58,7 @@ raise SystemExit(process.main(Worker, "worker-0"))
 
 
 class Runner:
-    """Starts copies of the script; ends what a failed test left."""
+    """Starts copies of the script, and ends those that a failed test has left running."""
 
     def __init__(self, folder: Path) -> None:
         self.run_dir = folder / "run"
@@ -73,7 +73,7 @@ class Runner:
             [sys.executable, str(self.script), "--config", str(self.config), *flags],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            # What is read must not run ahead of what select() is asked about.
+            # A buffer would hold lines that select() does not know of.
             bufsize=0,
             env={**os.environ, "MODE": mode},
         )
@@ -100,7 +100,7 @@ def runner() -> Iterator[Runner]:
 
 
 def lines_until(process: "subprocess.Popen[bytes]", event: str) -> list[dict[str, Any]]:
-    """Its log lines up to the first of that event."""
+    """Return the log lines of the process up to the first with this event."""
     assert process.stderr is not None
     lines: list[dict[str, Any]] = []
     deadline_s = time.monotonic() + TIMEOUT_S
@@ -112,19 +112,19 @@ def lines_until(process: "subprocess.Popen[bytes]", event: str) -> list[dict[str
 
 
 def end(process: "subprocess.Popen[bytes]") -> tuple[int, list[dict[str, Any]]]:
-    """Its exit status and the rest of its log."""
+    """Return the exit status of the process and the rest of its log."""
     status, log = outcome(process)
     return status, [json.loads(line) for line in log.splitlines()]
 
 
 def outcome(process: "subprocess.Popen[bytes]") -> tuple[int, str]:
-    """Its exit status and the rest of its standard error."""
+    """Return the exit status of the process and the rest of its standard error."""
     _, errors = process.communicate(timeout=TIMEOUT_S)
     return process.returncode, errors.decode()
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_drains_and_stops_it(runner: Runner, number: signal.Signals) -> None:
+def test_a_signal_drains_and_stops_the_process(runner: Runner, number: signal.Signals) -> None:
     process = runner.start()
     lines = lines_until(process, "started")
     assert {line["process"] for line in lines} == {"worker-0"}
@@ -135,14 +135,14 @@ def test_a_signal_drains_and_stops_it(runner: Runner, number: signal.Signals) ->
     assert os.listdir(runner.run_dir) == ["worker-0.lock"]
 
 
-def test_a_signal_while_starting_stops_it(runner: Runner) -> None:
+def test_a_signal_stops_a_starting_process(runner: Runner) -> None:
     process = runner.start(mode="slow_start")
     lines_until(process, "starting")
     process.send_signal(signal.SIGTERM)
     assert end(process)[0] == 0
 
 
-def test_a_second_signal_ends_it_at_once(runner: Runner) -> None:
+def test_a_second_signal_ends_the_process_at_once(runner: Runner) -> None:
     process = runner.start(mode="slow_drain")
     lines_until(process, "started")
     process.send_signal(signal.SIGINT)
@@ -153,7 +153,7 @@ def test_a_second_signal_ends_it_at_once(runner: Runner) -> None:
     assert log[-1]["event"] == "signal_again"
 
 
-def test_a_crash_is_logged_with_its_traceback_and_ends_with_1(runner: Runner) -> None:
+def test_a_crash_is_logged_with_its_traceback_and_gives_exit_status_1(runner: Runner) -> None:
     status, log = end(runner.start(mode="crash"))
     assert status == 1
     assert log[-1]["event"] == "crashed"
@@ -161,7 +161,7 @@ def test_a_crash_is_logged_with_its_traceback_and_ends_with_1(runner: Runner) ->
     assert "in loop" in log[-1]["exception"]
 
 
-def test_a_thread_that_hangs_does_not_keep_it_alive(runner: Runner) -> None:
+def test_a_hanging_thread_does_not_keep_the_process_alive(runner: Runner) -> None:
     process = runner.start(mode="hanging_thread")
     lines_until(process, "started")
     process.send_signal(signal.SIGTERM)
@@ -179,7 +179,7 @@ def test_a_thread_that_hangs_does_not_keep_it_alive(runner: Runner) -> None:
         (["--name", "Worker 1"], "process name 'Worker 1'"),
     ],
 )
-def test_a_bad_configuration_is_one_line_and_status_2(runner: Runner, flags: list[str], text: str) -> None:
+def test_an_invalid_configuration_gives_one_line_and_exit_status_2(runner: Runner, flags: list[str], text: str) -> None:
     process = runner.start(*flags)
     status, errors = outcome(process)
     assert status == 2
@@ -187,7 +187,7 @@ def test_a_bad_configuration_is_one_line_and_status_2(runner: Runner, flags: lis
     assert errors.count("\n") == 1
 
 
-def test_a_configuration_error_found_while_starting_is_the_last_line(runner: Runner) -> None:
+def test_a_configuration_error_during_the_start_is_the_last_line(runner: Runner) -> None:
     process = runner.start(mode="bad_start")
     status, errors = outcome(process)
     assert status == 2
@@ -195,7 +195,7 @@ def test_a_configuration_error_found_while_starting_is_the_last_line(runner: Run
     assert "Traceback" not in errors
 
 
-def test_a_name_that_runs_already_is_refused(runner: Runner) -> None:
+def test_a_second_process_with_the_same_name_is_refused(runner: Runner) -> None:
     first = runner.start()
     lines_until(first, "started")
     second = runner.start()
@@ -217,7 +217,7 @@ def test_a_process_that_listens_on_tcp_warns_that_its_bus_is_unprotected(runner:
     assert "bus_unprotected" not in {line["event"] for line in lines_until(private, "started")}
 
 
-def test_logs_go_to_a_file_where_a_folder_is_named(runner: Runner, tmp_path: Path) -> None:
+def test_logs_are_written_to_a_file_in_the_configured_folder(runner: Runner, tmp_path: Path) -> None:
     process = runner.start("--set", f"cluster.log_dir={tmp_path}/logs", mode="crash")
     assert outcome(process) == (1, "")
     log = [json.loads(line) for line in (tmp_path / "logs" / "worker-0.log").read_text().splitlines()]
@@ -225,8 +225,8 @@ def test_logs_go_to_a_file_where_a_folder_is_named(runner: Runner, tmp_path: Pat
 
 
 @pytest.mark.parametrize("direct", [True, False], ids=["child", "grandchild"])
-def test_it_ends_when_its_supervisor_was_killed(runner: Runner, direct: bool) -> None:
-    # The supervisor starts it itself, or through a process that stays in between.
+def test_the_process_ends_when_its_supervisor_is_killed(runner: Runner, direct: bool) -> None:
+    # The supervisor starts the process itself, or through a shell that keeps running.
     command = [sys.executable, str(runner.script), "--config", str(runner.config), "--parent-pid"]
     between = "" if direct else "['sh', '-c', '\"$@\"; true', 'sh'] + "
     supervisor = subprocess.Popen(
@@ -238,7 +238,7 @@ def test_it_ends_when_its_supervisor_was_killed(runner: Runner, direct: bool) ->
         lines_until(supervisor, "started")
         supervisor.kill()
         supervisor.wait()
-        # Its standard error is closed when the last process that holds it has ended.
+        # Standard error is closed when the last process that inherited it has ended.
         _, rest = supervisor.communicate(timeout=TIMEOUT_S)
         assert json.loads(rest.splitlines()[-1])["event"] == "stopped"
     finally:
@@ -246,14 +246,14 @@ def test_it_ends_when_its_supervisor_was_killed(runner: Runner, direct: bool) ->
             supervisor.kill()
 
 
-def test_it_stays_while_its_supervisor_lives(runner: Runner) -> None:
+def test_the_process_runs_while_its_supervisor_lives(runner: Runner) -> None:
     process = runner.start("--parent-pid", str(os.getpid()))
     lines_until(process, "started")
     time.sleep(1.2)
     assert process.poll() is None
 
 
-def test_ping_tells_ready_from_starting_and_absent(runner: Runner) -> None:
+def test_ping_distinguishes_ready_starting_and_absent_processes(runner: Runner) -> None:
     ready, starting = runner.start(), runner.start("--name", "worker-1", mode="slow_start")
     lines_until(ready, "started")
     lines_until(starting, "starting")

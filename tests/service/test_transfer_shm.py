@@ -1,4 +1,4 @@
-"""Shared memory between real processes: what is read, what is refused, and what a kill -9 leaves behind."""
+"""Reads of shared memory between real processes: contents, refusals, and owners killed with SIGKILL."""
 
 import asyncio
 import os
@@ -21,9 +21,9 @@ MIB = 1 << 20
 LENGTH = 16 * MIB
 UNTOUCHED = 0
 TINY_PIECES = 32
-"""Half a million copies: the better part of a second, in which a test kills or cancels."""
+"""With pieces of this size a read takes half a million copies and almost a second, so that a test can interrupt it."""
 HOW = [{"sliced_bytes": 0, "piece_bytes": TINY_PIECES}, {"direct_bytes": TINY_PIECES}]
-"""In another thread, or by slices in the event loop's."""
+"""Options with which the reader copies in another thread, or slice by slice in the event loop's thread."""
 NOBODY = 65_534
 
 
@@ -45,7 +45,7 @@ def play(scenario: Callable[[ShmReader], Awaitable[None]], **options: int) -> No
 
 
 async def refusal(reader: ShmReader, handle: ShmHandle, ranges: list[ByteRange], into_bytes: int) -> TransferError:
-    """The error of a read that must fail and must not write."""
+    """Check that a read fails without writing, and return its error."""
     into = bytearray(into_bytes)
     with pytest.raises(TransferError) as refused:
         await reader.read(handle, ranges, memoryview(into))
@@ -65,7 +65,7 @@ def maps() -> str:
 
 
 @pytest.mark.parametrize("options", [{}, {"direct_bytes": 100_000}, {"sliced_bytes": 0, "piece_bytes": 100_000}])
-def test_ranges_arrive_one_after_another(owner: MemoryOwner, options: dict[str, int]) -> None:
+def test_ranges_are_read_one_after_another(owner: MemoryOwner, options: dict[str, int]) -> None:
     ranges = [ByteRange(5, 10), ByteRange(LENGTH - 3 * MIB, 3 * MIB), ByteRange(0, 0), ByteRange(7, 1)]
     truth = pattern(LENGTH)
 
@@ -80,7 +80,7 @@ def test_ranges_arrive_one_after_another(owner: MemoryOwner, options: dict[str, 
     play(scenario, **options)
 
 
-def test_what_the_owner_writes_later_is_read_without_its_doing() -> None:
+def test_a_read_returns_the_owners_latest_bytes() -> None:
     async def scenario(reader: ShmReader) -> None:
         memory, exporter = SharedMemory(MIB), ShmExporter("me", "i")
         handle = exporter.register(memory)
@@ -95,13 +95,13 @@ def test_what_the_owner_writes_later_is_read_without_its_doing() -> None:
     play(scenario)
 
 
-def test_a_killed_owner_is_gone_and_leaves_nothing_behind(owner: MemoryOwner) -> None:
+def test_the_memory_of_a_killed_owner_is_unmapped_and_reads_fail(owner: MemoryOwner) -> None:
     async def scenario(reader: ShmReader) -> None:
         await reader.read(owner.shm, [ByteRange(0, 1)], memoryview(bytearray(1)))
         assert owner.shm.name in maps()
         owner.kill()
         await until(lambda: reader.mapped == 0)
-        assert owner.shm.name not in maps(), "its memory is the machine's again before anybody reads"
+        assert owner.shm.name not in maps(), "the memory was not released before the next read"
         assert not [name for name in os.listdir("/dev/shm") if NAME_PREFIX in name]
         for reads in (reader, ShmReader()):
             error = await refusal(reads, owner.shm, [ByteRange(0, 2 * MIB)], 2 * MIB)
@@ -112,7 +112,7 @@ def test_a_killed_owner_is_gone_and_leaves_nothing_behind(owner: MemoryOwner) ->
 
 
 async def begun(reader: ShmReader, owner: MemoryOwner) -> "tuple[npt.NDArray[np.uint8], asyncio.Task[None]]":
-    """A read of everything that has written its first bytes."""
+    """Start a read of the whole memory and return its target and its task once the first bytes have arrived."""
     into = np.zeros(LENGTH, np.uint8)
     read = asyncio.create_task(reader.read(owner.shm, [ByteRange(0, LENGTH)], into.data))
     await until(lambda: into[0] != UNTOUCHED)
@@ -120,11 +120,11 @@ async def begun(reader: ShmReader, owner: MemoryOwner) -> "tuple[npt.NDArray[np.
 
 
 @pytest.mark.parametrize("options", HOW)
-def test_an_owner_that_is_killed_while_it_is_read_is_gone(owner: MemoryOwner, options: dict[str, int]) -> None:
+def test_a_read_fails_if_its_owner_is_killed_meanwhile(owner: MemoryOwner, options: dict[str, int]) -> None:
     async def scenario(reader: ShmReader) -> None:
         into, read = await begun(reader, owner)
         owner.kill()
-        assert into[-1] == UNTOUCHED, "the read was over before the owner was"
+        assert into[-1] == UNTOUCHED, "the read ended before the owner was killed"
         with pytest.raises(TransferError) as failed:
             await read
         assert failed.value.code == "gone"
@@ -134,13 +134,13 @@ def test_an_owner_that_is_killed_while_it_is_read_is_gone(owner: MemoryOwner, op
 
 
 @pytest.mark.parametrize("options", HOW)
-def test_nobody_writes_once_a_read_was_cancelled(owner: MemoryOwner, options: dict[str, int]) -> None:
+def test_a_cancelled_read_writes_no_more(owner: MemoryOwner, options: dict[str, int]) -> None:
     async def scenario(reader: ShmReader) -> None:
         into, read = await begun(reader, owner)
         read.cancel()
         with pytest.raises(asyncio.CancelledError):
             await read
-        assert into[-1] == UNTOUCHED, "it ended where it was and not with the last piece"
+        assert into[-1] == UNTOUCHED, "the read was completed instead of cancelled"
         into[:] = UNTOUCHED
         await asyncio.sleep(0.1)
         assert not into.any()
@@ -148,7 +148,7 @@ def test_nobody_writes_once_a_read_was_cancelled(owner: MemoryOwner, options: di
     play(scenario, **options)
 
 
-def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: MemoryOwner) -> None:
+def test_withdrawn_memory_is_gone_for_readers_that_have_mapped_it(owner: MemoryOwner) -> None:
     async def scenario(reader: ShmReader) -> None:
         await reader.read(owner.shm, [ByteRange(0, 1)], memoryview(bytearray(1)))
         owner.withdraw()
@@ -158,7 +158,7 @@ def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: MemoryOwne
     play(scenario)
 
 
-def test_handles_that_name_something_else(owner: MemoryOwner) -> None:
+def test_handles_with_a_wrong_field_are_refused(owner: MemoryOwner) -> None:
     good = owner.shm
     cases = [
         ({"name": NAME_PREFIX + "0" * 32}, "gone"),
@@ -183,8 +183,8 @@ def test_handles_that_name_something_else(owner: MemoryOwner) -> None:
     play(scenario)
 
 
-def test_memory_that_its_owner_could_cut_short_is_not_mapped() -> None:
-    """A copy from pages that are no more would kill the reader with SIGBUS."""
+def test_memory_that_its_owner_could_truncate_is_not_mapped() -> None:
+    """A copy from truncated memory would kill the reader with SIGBUS."""
     descriptor = os.memfd_create(NAME_PREFIX + "open", os.MFD_ALLOW_SEALING)
     os.ftruncate(descriptor, MIB)
     handle = ShmHandle(
@@ -206,7 +206,7 @@ def test_memory_that_its_owner_could_cut_short_is_not_mapped() -> None:
     os.close(descriptor)
 
 
-def test_a_memory_keeps_its_length_and_is_its_user_s_alone() -> None:
+def test_memory_cannot_be_resized_and_only_its_user_may_open_it() -> None:
     memory = SharedMemory(MIB)
     descriptor = memory.export()
     for length in (0, 2 * MIB):
@@ -216,15 +216,15 @@ def test_a_memory_keeps_its_length_and_is_its_user_s_alone() -> None:
     os.close(descriptor)
     memory.close()
     memory.close()
-    assert memory.view[0] == 0, "the owner's own use of it goes on"
+    assert memory.view[0] == 0, "the owner can no longer use its memory"
     name = memory.name
     assert name in maps()
     del memory
     assert name not in maps()
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
-def test_another_user_is_refused_and_sees_the_dead_as_gone(owner: MemoryOwner) -> None:
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become another user")
+def test_another_user_is_refused_and_told_that_a_dead_owner_is_gone(owner: MemoryOwner) -> None:
     def seen_by_nobody() -> str:
         reading, writing = os.pipe()
         if os.fork() == 0:
@@ -246,14 +246,14 @@ def test_another_user_is_refused_and_sees_the_dead_as_gone(owner: MemoryOwner) -
 
 
 @pytest.mark.parametrize("length_bytes", [0, -1, 1 << 62, 1 << 80])
-def test_memory_that_cannot_be_had_is_a_clear_error(length_bytes: int) -> None:
+def test_memory_that_cannot_be_allocated_is_a_configuration_error(length_bytes: int) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ConfigError, match=f"{length_bytes} bytes of shared memory.*pool_bytes"):
         SharedMemory(length_bytes)
     assert len(os.listdir("/proc/self/fd")) == descriptors
 
 
-def test_mappings_and_descriptors_are_bounded_and_let_go() -> None:
+def test_mappings_are_bounded_and_descriptors_are_closed() -> None:
     before = len(os.listdir("/proc/self/fd"))
     exporter = ShmExporter("me", "i")
 

@@ -1,4 +1,4 @@
-"""Reads over the bus, in memory and over real sockets: owners that restart, lie, refuse or say nothing."""
+"""Reads over the bus, in memory and over real sockets, from owners that work, restart, refuse or send wrong answers."""
 
 import asyncio
 import tempfile
@@ -30,7 +30,7 @@ RANGES = [ByteRange(5, 10), ByteRange(LENGTH - 3 * MIB, 3 * MIB), ByteRange(0, 0
 
 
 class Owner:
-    """A process on the network in memory that offers the pattern, after so many ``refusals``."""
+    """A process on the in-memory network that offers the pattern. It first refuses ``refusals`` requests."""
 
     def __init__(self, network: MemoryNetwork, length: int = LENGTH) -> None:
         self.bus = network.bus("owner", ReadRegion)
@@ -66,7 +66,7 @@ def play(scenario: Callable[[MemoryNetwork], Awaitable[None]]) -> None:
 
 
 async def check(reader: TcpReader, handle: TcpHandle, ranges: list[ByteRange]) -> None:
-    """Reads into a larger buffer's middle: what is around it must stay as it was."""
+    """Check that a read into the middle of a buffer writes the ranges and nothing around them."""
     length = sum(each.length_bytes for each in ranges)
     around = np.zeros(length + 2, np.uint8)
     await reader.read(handle, ranges, around.data[1:-1])
@@ -86,7 +86,7 @@ async def refusal(reader: TcpReader, handle: TcpHandle, ranges: list[ByteRange],
 
 
 @pytest.mark.parametrize(("chunk_bytes", "in_flight"), [(MIB, 4), (100_000, 1), (LONGEST_CHUNK_BYTES, 2)])
-def test_ranges_arrive_over_the_network_in_memory(chunk_bytes: int, in_flight: int) -> None:
+def test_ranges_are_read_over_the_in_memory_network(chunk_bytes: int, in_flight: int) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner, bus = Owner(network), network.bus("reader", None)
         await check(TcpReader(bus, TIMEOUT_S, chunk_bytes, in_flight), owner.handle, RANGES)
@@ -94,7 +94,7 @@ def test_ranges_arrive_over_the_network_in_memory(chunk_bytes: int, in_flight: i
     play(scenario)
 
 
-def test_ranges_arrive_from_another_process_over_sockets(config: Config) -> None:
+def test_ranges_are_read_from_another_process_over_sockets(config: Config) -> None:
     async def main() -> None:
         with MemoryOwner(LENGTH, config) as owner:
             bus = open_bus(config, "reader", None)
@@ -108,12 +108,12 @@ def test_ranges_arrive_from_another_process_over_sockets(config: Config) -> None
     asyncio.run(main())
 
 
-def test_an_owner_that_is_killed_while_it_is_read_and_comes_back_is_gone(config: Config) -> None:
+def test_a_read_fails_if_its_owner_is_killed_and_restarted_meanwhile(config: Config) -> None:
     async def main() -> None:
         bus = open_bus(config, "reader", None)
         first = MemoryOwner(LENGTH, config)
         into = np.zeros(LENGTH, np.uint8)
-        # So many chunks that it dies in the middle.
+        # Enough chunks that the owner dies in the middle of the read.
         read = asyncio.create_task(
             TcpReader(bus, TIMEOUT_S, 1000, 2).read(first.tcp, [ByteRange(0, LENGTH)], into.data)
         )
@@ -131,7 +131,7 @@ def test_an_owner_that_is_killed_while_it_is_read_and_comes_back_is_gone(config:
     asyncio.run(main())
 
 
-def test_an_owner_that_stays_away_is_a_timeout() -> None:
+def test_a_read_from_an_owner_that_does_not_return_times_out() -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner, bus = Owner(network), network.bus("reader", None)
         network.kill("owner")
@@ -142,8 +142,8 @@ def test_an_owner_that_stays_away_is_a_timeout() -> None:
     play(scenario)
 
 
-def test_what_was_lost_with_a_connection_is_asked_for_again_and_the_rest_is_not() -> None:
-    """The owner's end of the connection is lost, its process lives on."""
+def test_only_chunks_lost_with_a_connection_are_requested_again() -> None:
+    """The connection is lost and the owner's process lives on."""
 
     async def scenario(network: MemoryNetwork) -> None:
         owner, bus = Owner(network), network.bus("reader", None)
@@ -163,7 +163,7 @@ def test_what_was_lost_with_a_connection_is_asked_for_again_and_the_rest_is_not(
     play(scenario)
 
 
-def test_an_owner_that_is_starting_is_asked_again() -> None:
+def test_requests_to_a_starting_owner_are_repeated() -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner, bus = Owner(network), network.bus("reader", None)
         owner.refusals = 2
@@ -195,7 +195,7 @@ def test_an_answer_without_its_bytes_is_not_written(answer: RegionChunk) -> None
         ({"length_bytes": LENGTH + 1}, LENGTH, "out_of_range"),
     ],
 )
-def test_handles_that_name_something_else(changes: dict[str, Any], start: int, code: str) -> None:
+def test_handles_with_a_wrong_field_are_refused(changes: dict[str, Any], start: int, code: str) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner = Owner(network)
         handle = msgspec.structs.replace(owner.handle, **changes)
@@ -217,7 +217,7 @@ def test_handles_that_name_something_else(changes: dict[str, Any], start: int, c
         ({"length_bytes": LONGEST_CHUNK_BYTES + 1}, "size"),
     ],
 )
-def test_an_owner_trusts_no_request(changes: dict[str, Any], code: str) -> None:
+def test_an_owner_refuses_invalid_requests(changes: dict[str, Any], code: str) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner, bus = Owner(network, LONG), network.bus("reader", None)
         good = ReadRegion(protocol=TRANSFER_PROTOCOL_VERSION, token=owner.handle.token, offset_bytes=0, length_bytes=10)
@@ -231,7 +231,7 @@ def test_an_owner_trusts_no_request(changes: dict[str, Any], code: str) -> None:
     play(scenario)
 
 
-def test_no_more_chunks_are_under_way_than_allowed() -> None:
+def test_the_number_of_chunks_in_flight_is_limited() -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner, bus = Owner(network), network.bus("reader", None)
         under_way, most = 0, 0
@@ -249,7 +249,7 @@ def test_no_more_chunks_are_under_way_than_allowed() -> None:
     play(scenario)
 
 
-def test_nobody_writes_once_a_read_was_cancelled() -> None:
+def test_a_cancelled_read_writes_no_more() -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner, bus = Owner(network), network.bus("reader", None)
         network.faults = lambda *_: Fault(delay_s=0.01)
@@ -271,7 +271,10 @@ def test_nobody_writes_once_a_read_was_cancelled() -> None:
 
 
 class Answers:
-    """The part of a bus that a reader needs. Each answer is memory of its own; ``most`` of those before were held."""
+    """The part of a bus that a reader needs. Each answer has its own memory.
+
+    ``most`` is the largest number of earlier answers that the reader still held at a request.
+    """
 
     def __init__(self) -> None:
         self._given: list[weakref.ref[Any]] = []
@@ -284,7 +287,7 @@ class Answers:
         return RegionChunk(token=asked.token, offset_bytes=asked.offset_bytes), (data.data,)
 
 
-def test_a_chunk_is_let_go_before_the_next_is_asked_for() -> None:
+def test_a_chunk_is_released_before_the_next_is_requested() -> None:
     answers, into = Answers(), np.zeros(10, np.uint8)
     handle = TcpHandle(protocol=TRANSFER_PROTOCOL_VERSION, owner="owner", incarnation="i", length_bytes=10, token="t")
     reader = TcpReader(answers, TIMEOUT_S, 3, 1)  # type: ignore[arg-type]

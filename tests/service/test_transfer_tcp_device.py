@@ -1,4 +1,4 @@
-"""Reads over the bus from memory that must be read in a thread first: a device's pool, here on a CPU."""
+"""Reads over the bus from a device's pool, which the owner copies in a thread first. The device here may be a CPU."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -26,7 +26,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Owner:
-    """A process on the network in memory whose region is read in a thread; ``answering`` are its answers to come."""
+    """A process on the in-memory network whose region is read in a thread. ``answering`` has a task for each answer."""
 
     def __init__(self, network: MemoryNetwork, region: ReadableRegion) -> None:
         self.bus = network.bus("owner", ReadRegion)
@@ -43,7 +43,7 @@ class Owner:
 
 
 class Held:
-    """A region whose reads begin and then wait until they may end, or fail."""
+    """A region whose reads set ``begun``, wait for ``may_end``, and then raise ``error`` if there is one."""
 
     def __init__(self, error: Exception | None = None) -> None:
         self.begun, self.may_end = Event(), Event()
@@ -79,7 +79,7 @@ async def until(event: Event) -> None:
 
 
 @pytest.mark.parametrize(("chunk_bytes", "in_flight"), [(MIB, 8), (LONGEST_CHUNK_BYTES, 2)])
-def test_ranges_of_a_device_s_pool_arrive(chunk_bytes: int, in_flight: int) -> None:
+def test_ranges_of_a_devices_pool_are_read(chunk_bytes: int, in_flight: int) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         owner = Owner(network, filled())
         into = np.zeros(sum(each.length_bytes for each in RANGES), np.uint8)
@@ -102,7 +102,7 @@ def test_ranges_of_a_device_s_pool_arrive(chunk_bytes: int, in_flight: int) -> N
     play(scenario)
 
 
-def test_an_owner_answers_others_while_its_device_is_read() -> None:
+def test_an_owner_answers_other_requests_while_its_device_is_read() -> None:
     async def scenario(network: MemoryNetwork) -> None:
         held = Held()
         owner, bus = Owner(network, held), network.bus("reader", None)
@@ -121,7 +121,7 @@ def test_an_owner_answers_others_while_its_device_is_read() -> None:
     play(scenario)
 
 
-def test_what_is_withdrawn_while_it_is_read_is_not_sent() -> None:
+def test_memory_that_is_withdrawn_during_a_read_is_not_sent() -> None:
     async def scenario(network: MemoryNetwork) -> None:
         held = Held()
         owner, bus = Owner(network, held), network.bus("reader", None)
@@ -140,7 +140,7 @@ def test_what_is_withdrawn_while_it_is_read_is_not_sent() -> None:
     play(scenario)
 
 
-def test_a_device_that_is_lost_is_heard_of_by_whoever_answers() -> None:
+def test_the_task_that_answers_raises_device_lost_error() -> None:
     async def scenario(network: MemoryNetwork) -> None:
         held = Held(DeviceLostError("CUDA error: it fell off the bus"))
         held.may_end.set()

@@ -1,4 +1,4 @@
-"""CUDA drivers to test with: one in software, compiled here, and the machine's own where it has a GPU."""
+"""The CUDA drivers for these tests: a fake one, compiled here, and the machine's own if it has a GPU."""
 
 import importlib.util
 import os
@@ -17,37 +17,37 @@ FLAGS = ("-Wall", "-Wextra", "-Werror", "-O1", "-shared", "-fPIC", "-pthread")
 
 
 @pytest.fixture(scope="session")
-def software_driver(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def fake_driver_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     compiler = shutil.which("cc") or shutil.which("gcc")
     if compiler is None:
-        pytest.skip("there is no C compiler for the CUDA driver in software")
+        pytest.skip("there is no C compiler for the fake CUDA driver")
     header = next((folder for folder in _header_folders() if (folder / "cuda.h").exists()), None)
     if header is None:
-        pytest.skip("neither triton nor CUDA is here, whose cuda.h the CUDA driver in software is compiled against")
+        pytest.skip("the fake CUDA driver needs cuda.h, which comes with triton or CUDA")
     library = tmp_path_factory.mktemp("cuda") / "fake_libcuda.so"
     subprocess.run([compiler, *FLAGS, "-isystem", str(header), str(SOURCE), "-o", str(library)], check=True)
     return library
 
 
 @pytest.fixture
-def software(software_driver: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver in software, for this process and those that it starts; a fresh one, which remembers no other test."""
-    monkeypatch.setenv(OTHER_LIBRARY, str(shutil.copy(software_driver, tmp_path)))
+def fake_driver(fake_driver_library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Select a new copy of the fake driver, without state of other tests, in this process and its children."""
+    monkeypatch.setenv(OTHER_LIBRARY, str(shutil.copy(fake_driver_library, tmp_path)))
 
 
-@pytest.fixture(params=["software", pytest.param("hardware", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["fake", pytest.param("hardware", marks=pytest.mark.gpu)])
 def driver(request: pytest.FixtureRequest) -> str:
-    """Each driver that there is."""
+    """Run the test with the fake driver, and with the real one if there is a GPU."""
     if request.param == "hardware" and not torch.cuda.is_available():
-        pytest.skip("waits for a CUDA GPU")
-    if request.param == "software":
-        request.getfixturevalue("software")
+        pytest.skip("needs a CUDA GPU")
+    if request.param == "fake":
+        request.getfixturevalue("fake_driver")
     return str(request.param)
 
 
 @pytest.fixture
-def setting(software: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """Changes what the driver in software pretends from here on, see its head."""
+def setting(fake_driver: None, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """Return a function that changes a setting of the fake driver; fake_libcuda.c lists them at its top."""
     return lambda name, value: monkeypatch.setenv(f"FAKE_CUDA_{name}", str(value))
 
 

@@ -1,16 +1,20 @@
-/* A CUDA driver in software, for machines without a GPU: as much of it as loraserve.transfer calls.
+/* A fake CUDA driver for machines without a GPU. It has the functions that loraserve.transfer calls.
 
-It is compiled against NVIDIA's own cuda.h, so its functions, structures and numbers are the driver's. A GPU's memory is
-a memfd, which other processes map through /proc. It is strict where a GPU would be, or would be undefined: its
-addresses cannot be touched by the processor, nothing works without a current context, copies are carried out when their
-stream is synchronised and never outside of an allocation, and a process cannot open what it exported itself.
+It is compiled against NVIDIA's cuda.h, so functions, structures and constants are those of the real driver. The memory
+of a GPU is a memfd, which other processes map through /proc. The fake is strict where a real driver fails or has
+undefined behaviour: the processor cannot access its addresses, no call works without a current context, a copy runs
+when its stream is synchronised and never leaves its allocation, and a process cannot open what it exported itself.
 
-What it does not prove: that the driver behaves so. How long things take, what a copy finds whose owner died, what peer
-access and hidden devices do, and dma-buf registration with a real device are for scripts/gpu_check.
+Tests with this driver do not show how a real driver behaves. scripts/gpu_check measures that: the duration of calls,
+copies from a dead owner, peer access, hidden devices, and the registration of a dma-buf with a real device.
 
-FAKE_CUDA_DEVICES (1) GPUs, FAKE_CUDA_FIRST (0) the first that is visible, FAKE_CUDA_REACH=0 they cannot access each
-other, FAKE_CUDA_IPC=0 no memory can be exported, FAKE_CUDA_BYTES bytes of memory each,
-FAKE_CUDA_COPY_US how long a stream's copies take. */
+Settings are environment variables, with their defaults in parentheses:
+FAKE_CUDA_DEVICES (1)    number of GPUs
+FAKE_CUDA_FIRST (0)      index of the first visible GPU
+FAKE_CUDA_REACH (1)      0: GPUs cannot access each other's memory
+FAKE_CUDA_IPC (1)        0: memory cannot be exported
+FAKE_CUDA_BYTES          bytes of memory of each GPU
+FAKE_CUDA_COPY_US (0)    duration of a stream's copies in microseconds */
 
 #define _GNU_SOURCE
 #include <cuda.h>

@@ -1,4 +1,4 @@
-"""What only a driver in software can be made to do: GPUs that do not reach each other, refusals, slow copies."""
+"""Situations that only the fake driver can produce: GPUs without peer access, refusals, slow copies."""
 
 import asyncio
 import mmap
@@ -37,7 +37,7 @@ LENGTH = 4 * MIB
 Setting = Callable[[str, int], None]
 
 
-def test_without_a_driver_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_driver_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OTHER_LIBRARY, "/none/such.so")
     with pytest.raises(ConfigError, match=r"there is no CUDA driver.*/none/such\.so"):
         allocate(MIB, 0)
@@ -46,13 +46,13 @@ def test_without_a_driver_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert local_abilities(("cuda_ipc", "tcp"), "cuda").transports == ("tcp",)
 
 
-def test_another_library_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_is_not_a_driver_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OTHER_LIBRARY, "libc.so.6")
     with pytest.raises(ConfigError, match=r"there is no CUDA driver, or it is older than.*cuInit"):
         device_count()
 
 
-def test_errors_have_the_driver_s_names(software: None, setting: Setting) -> None:
+def test_errors_have_the_names_of_the_driver(fake_driver: None, setting: Setting) -> None:
     setting("BYTES", 4 * MIB)
     with pytest.raises(CudaCallError, match="cuMemAlloc failed with CUDA_ERROR_OUT_OF_MEMORY") as failed:
         allocate(4 * MIB + 1, 0)
@@ -68,7 +68,7 @@ def test_errors_have_the_driver_s_names(software: None, setting: Setting) -> Non
         free(memory)
 
 
-def test_each_thread_s_calls_are_about_the_gpu_of_the_memory(software: None, setting: Setting) -> None:
+def test_calls_in_any_thread_use_the_gpu_of_the_memory(fake_driver: None, setting: Setting) -> None:
     setting("DEVICES", 2)
     assert device_count() == 2
     assert (device_name(0), device_name(1)) == ("software GPU 0", "software GPU 1")
@@ -96,7 +96,7 @@ def test_memory_that_cannot_be_exported_is_not_announced(setting: Setting) -> No
 
 
 async def read(device: int, owner: GpuOwner) -> bool:
-    """Whether what another GPU reads is right."""
+    """Return whether this GPU reads the right bytes from the owner."""
     reader = CudaIpcReader(device)
     memory = allocate(LENGTH, device)
     try:
@@ -115,8 +115,9 @@ async def read(device: int, owner: GpuOwner) -> bool:
         (1, 1, "cuIpcOpenMemHandle failed with CUDA_ERROR_INVALID_DEVICE"),
     ],
 )
-def test_another_gpu_s_memory(setting: Setting, first: int, reach: int, why: str) -> None:
-    """Which this process may use, cannot access, or may not use."""
+def test_memory_of_another_gpu_is_read_or_refused_with_the_reason(
+    setting: Setting, first: int, reach: int, why: str
+) -> None:
     with GpuOwner(LENGTH) as owner:
         setting("DEVICES", 2)
         setting("FIRST", first)
@@ -130,7 +131,7 @@ def test_another_gpu_s_memory(setting: Setting, first: int, reach: int, why: str
         assert why in refused.value.message
 
 
-def test_nobody_writes_once_a_read_was_cancelled(setting: Setting) -> None:
+def test_a_cancelled_read_writes_no_more(setting: Setting) -> None:
     async def main(owner: GpuOwner) -> None:
         reader = CudaIpcReader(0)
         first, second = allocate(LENGTH, 0), allocate(LENGTH, 0)
@@ -153,7 +154,7 @@ def test_nobody_writes_once_a_read_was_cancelled(setting: Setting) -> None:
         asyncio.run(main(owner))
 
 
-def test_an_owner_that_dies_while_it_is_read_is_gone(setting: Setting) -> None:
+def test_a_read_fails_if_its_owner_dies_meanwhile(setting: Setting) -> None:
     async def main(owner: GpuOwner) -> None:
         reader = CudaIpcReader(0)
         task = asyncio.create_task(reader.read(owner.handle, [ByteRange(0, LENGTH)], memoryview(bytearray(LENGTH))))
@@ -170,9 +171,7 @@ def test_an_owner_that_dies_while_it_is_read_is_gone(setting: Setting) -> None:
         asyncio.run(main(owner))
 
 
-def test_an_owner_that_dies_before_its_memory_is_opened_is_gone(setting: Setting) -> None:
-    """Whatever the driver says of it."""
-
+def test_a_read_fails_if_its_owner_dies_before_its_memory_is_opened(setting: Setting) -> None:
     async def main(owner: GpuOwner, other: GpuOwner) -> None:
         reader = CudaIpcReader(0)
         first, second = (
@@ -192,13 +191,13 @@ def test_an_owner_that_dies_before_its_memory_is_opened_is_gone(setting: Setting
 
 
 @pytest.mark.parametrize(("start", "length"), [(0, MIB), (100, 5), (mmap.PAGESIZE, mmap.PAGESIZE + 1)])
-def test_memory_as_a_dma_buf_lies_in_whole_pages_of_it(software: None, start: int, length: int) -> None:
+def test_a_dma_buf_has_the_whole_pages_around_the_memory(fake_driver: None, start: int, length: int) -> None:
     whole = allocate(2 * MIB, 0)
     to_gpu(whole, pattern(2 * MIB))
     assert dma_buf_works(0)
     before = len(os.listdir("/proc/self/fd"))
     with dma_buf(GpuMemory(whole.address + start, length)) as (descriptor, offset):
-        # In software a dma-buf is of the whole allocation; of what was asked for a real one is.
+        # The fake driver returns a dma-buf of the whole allocation, a real one a dma-buf of the requested pages.
         at = start // mmap.PAGESIZE * mmap.PAGESIZE + offset
         assert os.pread(descriptor, length, at) == pattern(2 * MIB)[start : start + length].tobytes()
     assert len(os.listdir("/proc/self/fd")) == before
@@ -208,7 +207,7 @@ def test_memory_as_a_dma_buf_lies_in_whole_pages_of_it(software: None, start: in
         dma_buf(whole).__enter__()
 
 
-def test_what_the_driver_refuses_is_refused_in_its_words_and_the_next_read_goes_on(software: None) -> None:
+def test_a_refusal_has_the_drivers_error_and_the_next_read_works(fake_driver: None) -> None:
     async def main(owner: GpuOwner) -> None:
         reader = CudaIpcReader(0)
         for changes, at in (({"allocation": b"\x01" * 64}, 0), ({"length_bytes": 64 * MIB}, 64 * MIB - 1)):
@@ -218,15 +217,15 @@ def test_what_the_driver_refuses_is_refused_in_its_words_and_the_next_read_goes_
                 await reader.read(handle, [ByteRange(0, 1), ByteRange(at, 1)], memoryview(into))
             await reader.read(owner.handle, [ByteRange(0, 2)], memoryview(into))
             assert into == pattern(2).tobytes()
-            assert reader.mapped == 1, "what failed is let go of"
+            assert reader.mapped == 1, "a mapping that failed was kept"
         reader.close()
 
     with GpuOwner(LENGTH) as owner:
         asyncio.run(main(owner))
 
 
-def test_what_a_gpu_gives_to_peers_is_reported_whole(software: None, setting: Setting) -> None:
-    """scripts/gpu_check runs it on hardware; here it must only not fail of itself."""
+def test_the_report_on_reads_of_a_gpu_is_complete(fake_driver: None, setting: Setting) -> None:
+    """scripts/gpu_check runs the report on a GPU. This test only finds faults of the report itself."""
     setting("COPY_US", 1000)
     found = report(4 * MIB)
     assert (found.gpu, found.cuda_ipc_why_not, found.cuda_ipc_right) == ("software GPU 0", "", True)
@@ -242,7 +241,7 @@ def test_what_a_gpu_gives_to_peers_is_reported_whole(software: None, setting: Se
     assert found.cuda_ipc_gb_s is None
 
 
-def test_without_a_gpu_nothing_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_there_is_no_report(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(OTHER_LIBRARY, "/none/such.so")
     done = subprocess.run([sys.executable, "-m", "loraserve.testing.gpu_reads"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")

@@ -1,4 +1,4 @@
-"""GPU memory between real processes, over a CUDA driver in software and, where there is a GPU, over the real one."""
+"""Reads of GPU memory between real processes, with the fake driver and with the real one if there is a GPU."""
 
 import asyncio
 import hashlib
@@ -40,7 +40,7 @@ def owner(driver: str) -> Iterator[GpuOwner]:
 
 @contextmanager
 def room(length_bytes: int, device: int = 0) -> Iterator[GpuMemory]:
-    """Zeroed memory of the GPU."""
+    """Allocate zeroed GPU memory for the block."""
     memory = allocate(length_bytes, device)
     to_gpu(memory, np.zeros(length_bytes, np.uint8))
     try:
@@ -63,7 +63,7 @@ def play(scenario: Callable[[CudaIpcReader], Awaitable[None]], device: int = 0, 
 async def refusal(
     reader: CudaIpcReader, handle: CudaIpcHandle, ranges: list[ByteRange], device: int = 0
 ) -> TransferError:
-    """The error of reads that must fail and must not write, to the GPU and to the host."""
+    """Check that reads to GPU and host fail without writing, and return the error."""
     length = max(1, sum(each.length_bytes for each in ranges))
     into = bytearray(sum(each.length_bytes for each in ranges))
     with room(length, device) as memory:
@@ -84,7 +84,7 @@ async def until(condition: Callable[[], object]) -> None:
             await asyncio.sleep(0.001)
 
 
-def test_ranges_arrive_in_the_gpu_s_memory_and_nothing_beside_them(owner: GpuOwner) -> None:
+def test_ranges_are_read_into_gpu_memory_and_nothing_is_written_beside_them(owner: GpuOwner) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
         with room(WANTED + 2 * GUARD) as memory:
             for _ in range(2):
@@ -99,7 +99,7 @@ def test_ranges_arrive_in_the_gpu_s_memory_and_nothing_beside_them(owner: GpuOwn
     play(scenario)
 
 
-def test_ranges_arrive_in_the_host_s_memory(owner: GpuOwner) -> None:
+def test_ranges_are_read_into_host_memory(owner: GpuOwner) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
         into = bytearray(WANTED)
         await reader.read(owner.handle, RANGES, memoryview(into))
@@ -109,7 +109,7 @@ def test_ranges_arrive_in_the_host_s_memory(owner: GpuOwner) -> None:
     play(scenario)
 
 
-def test_many_reads_at_the_same_time_each_get_their_own(owner: GpuOwner) -> None:
+def test_concurrent_reads_each_get_their_own_ranges(owner: GpuOwner) -> None:
     truth = pattern(LENGTH)
 
     async def scenario(reader: CudaIpcReader) -> None:
@@ -123,7 +123,7 @@ def test_many_reads_at_the_same_time_each_get_their_own(owner: GpuOwner) -> None
     play(scenario)
 
 
-def test_a_killed_owner_is_gone_and_its_memory_is_let_go_before_anybody_reads(owner: GpuOwner) -> None:
+def test_the_memory_of_a_killed_owner_is_unmapped_at_once_and_reads_fail(owner: GpuOwner) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
         await reader.read(owner.handle, [ByteRange(0, 1)], memoryview(bytearray(1)))
         assert reader.mapped == 1
@@ -134,13 +134,13 @@ def test_a_killed_owner_is_gone_and_its_memory_is_let_go_before_anybody_reads(ow
         assert "another source" in error.message
         with GpuOwner(LENGTH) as other, room(MIB) as memory:
             await reader.read_into(other.handle, [ByteRange(0, MIB)], memory, 0)
-            assert (from_gpu(memory) == pattern(LENGTH)[:MIB]).all(), "the reader goes on with others"
+            assert (from_gpu(memory) == pattern(LENGTH)[:MIB]).all(), "the reader cannot read from other owners"
 
     play(scenario)
 
 
 @pytest.mark.parametrize("command", ["withdraw", "free"])
-def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: GpuOwner, command: str) -> None:
+def test_withdrawn_memory_is_gone_for_readers_that_have_mapped_it(owner: GpuOwner, command: str) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
         await reader.read(owner.handle, [ByteRange(0, 1)], memoryview(bytearray(1)))
         owner.tell(command)
@@ -151,7 +151,7 @@ def test_withdrawn_memory_is_gone_also_for_those_who_mapped_it(owner: GpuOwner, 
     play(scenario)
 
 
-def test_handles_that_name_something_else(owner: GpuOwner) -> None:
+def test_handles_with_a_wrong_field_are_refused(owner: GpuOwner) -> None:
     good = owner.handle
     cases = [
         ({"name": NAME_PREFIX + "0" * 32}, "gone"),
@@ -188,12 +188,12 @@ def test_handles_that_name_something_else(owner: GpuOwner) -> None:
                 assert refused.value.code == code
             assert not from_gpu(memory).any()
             await reader.read_into(good, [ByteRange(0, 10)], memory, 0)
-            assert (from_gpu(memory) == pattern(10)).all(), "the GPU is none the worse"
+            assert (from_gpu(memory) == pattern(10)).all(), "the GPU cannot be used after the refusals"
 
     play(scenario)
 
 
-def test_a_process_does_not_open_what_it_exported_itself(driver: str) -> None:
+def test_a_process_cannot_open_its_own_exported_memory(driver: str) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
         with room(MIB) as memory:
             exporter = CudaIpcExporter("me", "i")
@@ -205,7 +205,7 @@ def test_a_process_does_not_open_what_it_exported_itself(driver: str) -> None:
     play(scenario)
 
 
-def test_mappings_and_descriptors_are_bounded_and_let_go(driver: str) -> None:
+def test_mappings_are_bounded_and_descriptors_are_closed(driver: str) -> None:
     async def scenario(reader: CudaIpcReader) -> None:
         owners = [GpuOwner(MIB) for _ in range(3)]
         into = bytearray(1)
@@ -217,7 +217,7 @@ def test_mappings_and_descriptors_are_bounded_and_let_go(driver: str) -> None:
                 await reader.read(owner.handle, [ByteRange(0, 1)], memoryview(into))
                 assert into == pattern(1).tobytes()
                 assert reader.mapped == 1
-        # The thread closes behind what is read. The real driver's descriptors are its own affair.
+        # The thread closes descriptors some time after the read. The real driver keeps descriptors of its own.
         await until(lambda: driver == "hardware" or len(os.listdir("/proc/self/fd")) == before)
         for owner in owners:
             owner.kill()
@@ -225,7 +225,7 @@ def test_mappings_and_descriptors_are_bounded_and_let_go(driver: str) -> None:
     play(scenario, mappings=1)
 
 
-def test_memory_outside_of_its_allocation_cannot_be_offered(driver: str) -> None:
+def test_memory_beyond_its_allocation_cannot_be_offered(driver: str) -> None:
     exporter = CudaIpcExporter("me", "i")
     with room(2 * MIB) as memory, pytest.raises(ConfigError, match=r"2097153 bytes of GPU memory.*ends after 2097"):
         exporter.register(GpuMemory(memory.address, memory.length_bytes + 1))
@@ -233,14 +233,14 @@ def test_memory_outside_of_its_allocation_cannot_be_offered(driver: str) -> None
         exporter.register(GpuMemory(4096, MIB))
 
 
-def test_a_handle_says_where_in_the_allocation_its_memory_is(owner: GpuOwner) -> None:
+def test_a_handle_has_the_offset_of_its_memory_in_the_allocation(owner: GpuOwner) -> None:
     assert owner.handle.offset_bytes == OFFSET
     assert owner.handle.length_bytes == LENGTH
     wire = msgspec.msgpack.encode(owner.handle)
     assert msgspec.msgpack.decode(wire, type=CudaIpcHandle) == owner.handle
 
 
-def test_what_can_be_exported_is_announced(driver: str) -> None:
+def test_cuda_ipc_is_announced_on_a_usable_gpu_only(driver: str) -> None:
     assert unusable_reason(0) == ""
     assert local_abilities(("cuda_ipc", "tcp"), "cuda").transports == ("cuda_ipc", "tcp")
     assert local_abilities(("cuda_ipc", "tcp"), "cpu").transports == ("tcp",)

@@ -1,4 +1,4 @@
-"""An engine whose pool is a GPU's memory: what it offers, and how it reads from peers straight into its pool."""
+"""An engine whose pool lies in GPU memory: its offers, and its reads from peers directly into the pool."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterator
@@ -30,7 +30,7 @@ CONFIG = Config(transfer=TransferConfig(transports=("cuda_ipc", "shm", "tcp")))
 
 
 class GpuPool:
-    """A pool without torch, so that it can lie in the memory of a GPU in software."""
+    """A pool without torch, so that it can lie in the memory of the fake driver's GPU."""
 
     on_device = True
 
@@ -54,7 +54,7 @@ class GpuPool:
             call("cuMemcpyDtoH_v2", target, self.gpu.address + offset_bytes, into.nbytes)
 
     def digest(self, *_: object) -> None:
-        raise AssertionError("nobody asked for a digest")
+        raise AssertionError("no digest was expected")
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def play(scenario: Callable[[MemoryNetwork], Awaitable[None]]) -> None:
     asyncio.run(main())
 
 
-def test_a_gpu_s_pool_is_offered_to_its_neighbours_and_over_the_network(pool: GpuPool) -> None:
+def test_a_pool_on_a_gpu_is_offered_over_cuda_ipc_and_tcp(pool: GpuPool) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         bus = network.bus("engine-0", ReadRegion)
         offers = MemoryOffers(bus, CONFIG, pool)
@@ -86,7 +86,7 @@ def test_a_gpu_s_pool_is_offered_to_its_neighbours_and_over_the_network(pool: Gp
         async def serve() -> None:
             while True:
                 later = offers.answer_read(await bus.receive())
-                assert later is not None, "a GPU is read in a thread"
+                assert later is not None, "GPU memory was not read in a thread"
                 await later
 
         serving = asyncio.create_task(serve())
@@ -99,31 +99,31 @@ def test_a_gpu_s_pool_is_offered_to_its_neighbours_and_over_the_network(pool: Gp
     play(scenario)
 
 
-def test_a_peer_s_slab_is_read_straight_into_the_pool(pool: GpuPool) -> None:
+def test_a_peers_slab_is_read_directly_into_the_pool(pool: GpuPool) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         arrived: list[int] = []
         with GpuOwner(LENGTH) as owner, ThreadPoolExecutor(1) as writers:
             readers = PeerTransports(network.bus("engine-1", None), pool, None)
-            landing = TransferTarget(pool, AT, SLAB, arrived.append, writers)
+            target = TransferTarget(pool, AT, SLAB, arrived.append, writers)
             for _ in range(2):
-                await readers.copy(owner.handle, START, landing)
+                await readers.copy(owner.handle, START, target)
             assert arrived == [SLAB, SLAB]
             found = from_gpu(pool.gpu)
             assert (found[AT : AT + SLAB] == pattern(LENGTH)[START : START + SLAB]).all()
             assert not found[:AT].any()
             assert not found[AT + SLAB :].any()
             with pytest.raises(TransferError, match="out_of_range"):
-                await readers.copy(owner.handle, LENGTH - SLAB + 1, landing)
+                await readers.copy(owner.handle, LENGTH - SLAB + 1, target)
             owner.kill()
             with pytest.raises(TransferError, match="gone"):
-                await readers.copy(owner.handle, START, landing)
+                await readers.copy(owner.handle, START, target)
             assert arrived == [SLAB, SLAB]
             readers.close()
 
     play(scenario)
 
 
-def test_a_pool_that_is_no_gpu_s_does_not_read_from_one(pool: GpuPool) -> None:
+def test_a_pool_outside_of_gpu_memory_uses_no_cuda_ipc(pool: GpuPool) -> None:
     async def scenario(network: MemoryNetwork) -> None:
         with GpuOwner(LENGTH) as owner, ThreadPoolExecutor(1) as writers:
             pool.memory = None
