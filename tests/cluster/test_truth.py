@@ -1,7 +1,8 @@
-"""The whole engine against transformers + peft: scheduler, prefix cache, preemption, pool, kernels and sampler.
+"""The whole engine compared with transformers + peft: scheduler, prefix cache, preemption, pool, kernels and sampler.
 
-Base and six adapters share every batch; prompts go in chunks, some prefixes are cached, and the KV cache is so small
-that sequences are preempted. Each is then computed alone by transformers and peft, which must choose the same tokens.
+The base model and six adapters share every batch, prompts are computed in chunks, some prefixes are cached, and the KV
+cache is so small that sequences are preempted. transformers and peft then compute each request alone and must choose
+the same tokens.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +35,7 @@ BASE = ""
 QV = ("q_proj", "v_proj")
 PATTERN = {"q_proj": 8, r"layers\.1\.mlp\.down_proj": 40, "k_proj": 12}
 PROMPTS = ((45, 7), (23, 90))
-"""Length of a prompt and its first token, for each of a model's two prompts an adapter."""
+"""The two prompts of each adapter: their length and their first token."""
 TOKENS = 16
 MAX_LOGIT_DIFFERENCE = 1e-3
 
@@ -45,7 +46,7 @@ class Adapters(NamedTuple):
 
 
 class Truth:
-    """Return the outputs of transformers and peft in float32, one request at a time."""
+    """The model in transformers and peft, in float32. It computes one request at a time."""
 
     def __init__(self, model_dir: Path, folders: Mapping[str, Path]) -> None:
         load: Any = transformers.AutoModelForCausalLM.from_pretrained
@@ -58,7 +59,7 @@ class Truth:
         self._computed: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
     def logits(self, adapter: str, known: tuple[int, ...], outputs: int) -> torch.Tensor:
-        """Behind the last ``outputs`` tokens of ``known``: the greedy token at each is what ``generate`` would give."""
+        """Return the logits that predict each of the last ``outputs`` tokens of ``known``, [outputs, vocab]."""
         if (adapter, known) not in self._computed:
             self._computed[adapter, known] = self._compute(adapter, known, outputs)
         return self._computed[adapter, known]
@@ -74,13 +75,13 @@ class Truth:
 
 
 class Recorder:
-    """Logits behind every token that the engine chose, by request; a batch is computed once more to see them."""
+    """Records the logits of every sampled token by request. It computes each batch a second time for them."""
 
     def __init__(self, engine: OfflineEngine) -> None:
         self._engine = engine
         self._rows: dict[str, dict[int, torch.Tensor]] = {}
         self.mixed = 0
-        """The most adapters, base included, that one batch had."""
+        """The largest number of adapters in one batch, including the base model."""
         self.chunked = False
 
     def __call__(self, batch: StepBatch) -> None:
@@ -92,7 +93,7 @@ class Recorder:
         self.chunked |= any(not sequence.sample for sequence in batch.sequences)
 
     def logits(self) -> list[torch.Tensor]:
-        """One tensor [tokens, vocab] a request, in the order of their arrival."""
+        """Return one tensor [tokens, vocab] per request, in the order of arrival."""
         in_order = sorted(self._rows.items(), key=lambda item: int(item[0].rpartition("-")[2]))
         return [torch.stack([rows[index] for index in sorted(rows)]) for _, rows in in_order]
 
@@ -109,7 +110,7 @@ def model_dir(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="module")
 def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapters:
-    """Ranks 8 to 64 on all projections, one on q and v alone, one with other ranks here and there."""
+    """Write and pack six adapters: ranks 8 to 64 on all projections, one on q and v only, one with a rank_pattern."""
     shape, root = shape_from_config(read_model_config(model_dir)), tmp_path_factory.mktemp("adapters")
     kinds: dict[str, dict[str, Any]] = {
         "r8": {"rank": 8},
@@ -121,14 +122,14 @@ def adapters(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Adapt
     }
     folders = {}
     for seed, (name, options) in enumerate(kinds.items()):
-        # Values that bfloat16 holds exactly, so that the default slabs are judged by the same reference.
+        # bfloat16 holds these values exactly, so the default bfloat16 slabs have the same reference.
         options = {"targets": PROJECTIONS, "alpha": 16, **options}
         folders[name] = write_peft_adapter(root / name, shape, seed=seed, dtype="bfloat16", **options)
     return Adapters(folders, {name: pack_peft(folder, shape, "float32", 64) for name, folder in folders.items()})
 
 
 def requests(shape: ModelShape, names: list[str]) -> list[OfflineRequest]:
-    """Two prompts for every name; the same prompts for all, so that a prefix shared across adapters would show."""
+    """Return two requests per name. All names have the same prompts, so that a wrongly shared prefix gives an error."""
     sampling = SamplingParams(max_tokens=TOKENS, temperature=0.0, ignore_eos=True)
     return [
         OfflineRequest(prompt=prompt(length, first), sampling=sampling, adapter=name)
@@ -137,8 +138,8 @@ def requests(shape: ModelShape, names: list[str]) -> list[OfflineRequest]:
     ]
 
 
-def by_adapter(asked: list[OfflineRequest], outputs: list[OfflineOutput]) -> set[tuple[int, ...]]:
-    """Return the outputs of each adapter for all prompts."""
+def outputs_by_adapter(asked: list[OfflineRequest], outputs: list[OfflineOutput]) -> set[tuple[int, ...]]:
+    """Return the distinct outputs of the adapters, each for all prompts."""
     names = {request.adapter for request in asked}
     pairs = list(zip(asked, outputs, strict=True))
     return {tuple(t for request, o in pairs if request.adapter == name for t in o.tokens) for name in names}
@@ -181,10 +182,12 @@ def test_base_and_six_adapters_in_one_batch_equal_transformers_and_peft(
         assert recorder.mixed >= 7, "base and six adapters were never in one batch"
         assert recorder.chunked
         if turn == 0:
-            assert engine.scheduler.counts.preemptions > 0, "the KV cache was meant to run out"
-            assert len(by_adapter(asked, outputs)) == 1 + len(adapters.folders), "an adapter does not show"
+            assert engine.scheduler.counts.preemptions > 0, "no sequence was preempted"
+            assert len(outputs_by_adapter(asked, outputs)) == 1 + len(adapters.folders), (
+                "two adapters have the same outputs"
+            )
     engine.scheduler.validate()
-    assert cached > 0, "nothing came from the prefix cache"
+    assert cached > 0, "no prefix was found in the cache"
     measured(
         f"{model_dir.name}: {2 * len(asked)} requests of {TOKENS} tokens equal, logits within {largest:.1e}; "
         f"{engine.scheduler.counts.preemptions} preemptions, {cached} tokens from the prefix cache"
@@ -195,7 +198,7 @@ def test_base_and_six_adapters_in_one_batch_equal_transformers_and_peft(
 def test_agreement_of_the_default_weights_is_measured(
     model_dir: Path, adapters: Adapters, measured: Callable[[str], None]
 ) -> None:
-    """fp16 weights with bfloat16 slabs, where this processor has them: how often float32 chooses the same token."""
+    """The default is fp16 weights, if the processor supports them, and bfloat16 slabs."""
     shape = shape_from_config(read_model_config(model_dir))
     truth = Truth(model_dir, adapters.folders)
     engine = OfflineEngine(

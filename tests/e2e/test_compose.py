@@ -1,7 +1,8 @@
-"""Runs compose/: build, `docker compose up -d --wait`, chat with an adapter, `docker compose down -v`.
+"""Build and run compose/: `docker compose up -d --wait`, chat with an adapter, `docker compose down -v`.
 
-With the docker that is there, else with the engine that a tool beside the repository brings up, else skipped. Project,
-port and image are this test's own, so a stack that runs here is not touched; the image stays as the next run's cache.
+The tests use this machine's Docker engine. Without one they use the engine that ENGINE_TOOL starts, and without that
+tool they are skipped. Project, port and image are the tests' own, so a running stack is not disturbed. The image stays
+and serves as the cache of the next run.
 """
 
 import asyncio
@@ -35,23 +36,23 @@ MAX_IMAGE_BYTES = 2 * 10**9
 Say = Callable[[str], None]
 Seconds = dict[str, float]
 
-# Most of it goes into the first test's setup.
+# The setup of the first test takes most of this time.
 pytestmark = pytest.mark.timeout(ENGINE_TIMEOUT_S + BUILD_TIMEOUT_S + UP_TIMEOUT_S)
 
 
 class Stack:
-    """One project of compose/compose.yaml, driven from the repository's root as a user would."""
+    """A project of compose/compose.yaml, controlled by commands in the repository's root."""
 
     def __init__(self, environ: Mapping[str, str]) -> None:
         self.port = free_port()
         self.project = f"loraserve-test-{os.getpid()}"
-        # A user's own choice of files would not be the ones under test.
+        # These variables could select other files than the ones under test.
         kept = {name: value for name, value in environ.items() if name not in ("COMPOSE_FILE", "COMPOSE_PROFILES")}
         names = {"COMPOSE_PROJECT_NAME": self.project, "LORASERVE_IMAGE": IMAGE, "LORASERVE_PORT": str(self.port)}
         self._environ = {**kept, **names}
 
     def docker(self, *arguments: str, timeout_s: float = 60.0) -> str:
-        """What ``docker ARGUMENTS`` prints; fails the test with its errors."""
+        """Return the output of ``docker ARGUMENTS``. If the command fails, the test fails with its errors."""
         done = subprocess.run(
             ["docker", *arguments], cwd=ROOT, env=self._environ, capture_output=True, text=True, timeout=timeout_s
         )
@@ -68,7 +69,7 @@ class Stack:
             pytest.fail(f"{error}\n{self.compose('ps', '-a')}\n{self.compose('logs', '--tail', '15')}")
 
     def build(self) -> None:
-        """An image that this one replaces goes; its layers stay in the build cache."""
+        """Build the image and remove the image that it replaces. The old layers stay in the build cache."""
         before = self.docker("images", "-q", IMAGE).split()
         self.compose("build", timeout_s=BUILD_TIMEOUT_S)
         if before and before != self.docker("images", "-q", IMAGE).split():
@@ -76,19 +77,19 @@ class Stack:
                 self.docker("rmi", *before)
 
     def containers(self) -> dict[str, dict[str, Any]]:
-        """What ``docker inspect`` says of each, by service."""
+        """Return the output of ``docker inspect`` for each container, by service."""
         found = json.loads(self.docker("inspect", *self.compose("ps", "-aq").split()))
         return {one["Config"]["Labels"]["com.docker.compose.service"]: one for one in found}
 
     def left(self) -> dict[str, list[str]]:
-        """Containers, volumes and networks of this project."""
+        """Return the containers, volumes and networks of this project."""
         label = f"label=com.docker.compose.project={self.project}"
         listings = {"containers": ("ps", "-a"), "volumes": ("volume", "ls"), "networks": ("network", "ls")}
         return {kind: self.docker(*words, "-q", "--filter", label).split() for kind, words in listings.items()}
 
 
-def why_not(command: list[str]) -> str:
-    """Return why ``command`` cannot be used here, or an empty text."""
+def unusable_reason(command: list[str]) -> str:
+    """Return why ``command`` does not work on this machine, or an empty text if it works."""
     if shutil.which(command[0]) is None:
         return f"there is no `{command[0]}`"
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
@@ -97,15 +98,15 @@ def why_not(command: list[str]) -> str:
     return f"`{' '.join(command)}` says {(done.stderr.strip() or 'nothing').splitlines()[0]}"
 
 
-def tool_environ(said: str) -> dict[str, str]:
-    """The ``export NAME=VALUE`` lines of the tool."""
-    words = [shlex.split(line)[1:] for line in said.splitlines() if line.startswith("export ")]
+def tool_environ(output: str) -> dict[str, str]:
+    """Return the variables of the ``export NAME=VALUE`` lines in the tool's output."""
+    words = [shlex.split(line)[1:] for line in output.splitlines() if line.startswith("export ")]
     return dict(word.partition("=")[::2] for line in words for word in line)
 
 
 @pytest.fixture(scope="module")
 def say(request: pytest.FixtureRequest) -> Say:
-    """Prints immediately in spite of output capturing, because the first run takes minutes."""
+    """Return a function that prints at once despite output capturing, because the first run takes minutes."""
     capture = request.config.pluginmanager.getplugin("capturemanager")
 
     def through(text: str) -> None:
@@ -117,22 +118,22 @@ def say(request: pytest.FixtureRequest) -> Say:
 
 @pytest.fixture(scope="module")
 def seconds() -> Seconds:
-    """The duration of each part, shown at the end of the run."""
+    """Return a dict for the duration of each part, which is shown at the end of the run."""
     return {}
 
 
 @pytest.fixture(scope="module")
 def docker_environ(say: Say, seconds: Seconds) -> Iterator[Mapping[str, str]]:
-    """The environment in which ``docker compose`` works."""
-    reason = why_not(["docker", "info"]) or why_not(["docker", "compose", "version"])
+    """Return an environment in which ``docker compose`` works."""
+    reason = unusable_reason(["docker", "info"]) or unusable_reason(["docker", "compose", "version"])
     if not reason:
         yield os.environ
         return
     if not ENGINE_TOOL.exists():
         pytest.skip(f"{reason}; install Docker and its Compose plugin and start the engine to run this test")
-    say("bringing an engine up (minutes the first time)")
+    say("starting a Docker engine (minutes the first time)")
     started_s = time.monotonic()
-    # Its own session: Ctrl-C would else end the engine before `down`.
+    # The engine gets its own session, so that Ctrl-C does not end it before `docker compose down`.
     brought = subprocess.run(
         [ENGINE_TOOL, "up"], capture_output=True, text=True, timeout=ENGINE_TIMEOUT_S, start_new_session=True
     )
@@ -149,7 +150,7 @@ def docker_environ(say: Say, seconds: Seconds) -> Iterator[Mapping[str, str]]:
 
 @pytest.fixture(scope="module")
 def stack(docker_environ: Mapping[str, str], say: Say, seconds: Seconds) -> Iterator[Stack]:
-    """The containers, built from this checkout. They are stopped however the tests end."""
+    """Build and start the containers of this checkout. They are stopped however the tests end."""
     running = Stack(docker_environ)
     try:
         say("building the image (a minute or two the first time)")
@@ -207,7 +208,7 @@ def test_no_container_runs_as_root(stack: Stack) -> None:
     assert set(users.values()) == {"10001"}, users
 
 
-def test_the_image_is_small_and_keeps_nothing_of_the_build(stack: Stack, measured: Say) -> None:
+def test_the_image_is_small_and_has_no_settings_of_the_build(stack: Stack, measured: Say) -> None:
     (image,) = json.loads(stack.docker("image", "inspect", IMAGE))
     measured(f"compose: image of {image['Size'] / 1e9:.2f} GB")
     assert image["Size"] < MAX_IMAGE_BYTES
@@ -217,7 +218,7 @@ def test_the_image_is_small_and_keeps_nothing_of_the_build(stack: Stack, measure
 
 
 def test_down_leaves_nothing_behind(stack: Stack, seconds: Seconds, measured: Say) -> None:
-    assert all(stack.left().values()), "the filter finds what is there"
+    assert all(stack.left().values()), "the filter does not find the running project"
     started_s = time.monotonic()
     stack.compose("down", "-v", timeout_s=120)
     seconds["down -v"] = time.monotonic() - started_s

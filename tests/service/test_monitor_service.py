@@ -215,7 +215,7 @@ def test_ordinary_reports_wait_for_the_interval() -> None:
         await asyncio.sleep(1.0)
         seen = len(stage.pictures)
         await asyncio.sleep(20.0)
-        # The timer of the next death also wakes it, once per DEAD_AFTER_S - REPORT_S at most.
+        # The timer for the next dead engine also wakes the monitor, at most once per DEAD_AFTER_S - REPORT_S.
         assert len(stage.pictures) - seen <= 20.0 / (DEAD_AFTER_S - REPORT_S) + 2
 
     play(scenario)
@@ -250,7 +250,7 @@ def test_the_number_of_live_engines_is_reported() -> None:
     play(scenario)
 
 
-def test_askers_get_live_holders_of_an_adapter_and_all_hear_of_dead_engines() -> None:
+def test_the_answer_names_live_holders_and_dead_engines_are_published() -> None:
     async def scenario(stage: Stage) -> None:
         able = Abilities(protocol=1, host="h", neighbourhood="n", transports=("shm",), device="cpu")
         reader = stage.network.bus("engine-9", Ping | EngineGone)

@@ -228,16 +228,16 @@ def test_the_report_on_reads_of_a_gpu_is_complete(fake_driver: None, setting: Se
     """scripts/gpu_check runs the report on a GPU. This test only finds faults of the report itself."""
     setting("COPY_US", 1000)
     found = report(4 * MIB)
-    assert (found.gpu, found.cuda_ipc_why_not, found.cuda_ipc_right) == ("software GPU 0", "", True)
+    assert (found.gpu, found.cuda_ipc_error, found.cuda_ipc_is_correct) == ("software GPU 0", "", True)
     assert found.owners_killed_while_read is not None
     assert found.owners_killed_while_read.keys() == {"whole", "gone"}
     assert sum(found.owners_killed_while_read.values()) == KILLS * READS_AT_A_KILL
-    assert found.right_after_the_kills
-    assert (found.dma_buf, found.dma_buf_why_not) == (True, "")
-    assert (found.rdma_registered is None) == found.rdma_why_not.startswith("not tried: ")
+    assert found.is_correct_after_kills
+    assert (found.dma_buf, found.dma_buf_error) == (True, "")
+    assert (found.rdma_registered is None) == found.rdma_error.startswith("not tried: ")
     setting("IPC", 0)
     found = report(4 * MIB)
-    assert "CUDA_ERROR_NOT_SUPPORTED" in found.cuda_ipc_why_not
+    assert "CUDA_ERROR_NOT_SUPPORTED" in found.cuda_ipc_error
     assert found.cuda_ipc_gb_s is None
 
 

@@ -90,7 +90,7 @@ class Models:
 
 
 class ScriptedStore:
-    """Answers from ``slabs`` once ``open`` is set, unless ``holds`` delays a chunk; ``corrupt`` may change it."""
+    """A store that answers from ``slabs`` once ``open`` is set. ``holds`` may delay a chunk, ``corrupt`` change it."""
 
     def __init__(self, slabs: dict[str, Slab]) -> None:
         self.slabs = {slab.version: slab for slab in slabs.values()}
@@ -230,7 +230,7 @@ class Stage:
         return self.statistics.counters
 
     async def fresh_load(self) -> EngineLoad:
-        """Return a load that was reported after this call, with statistics and capabilities of the same time."""
+        """Return a load, statistics and capabilities that were reported after this call."""
         load, statistics = getattr(self, "load", None), getattr(self, "statistics", None)
         await self.until(lambda: getattr(self, "load", None) is not load)
         await self.until(lambda: getattr(self, "statistics", None) is not statistics)

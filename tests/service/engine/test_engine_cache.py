@@ -125,7 +125,7 @@ def test_a_damaged_cached_slab_is_read_from_the_store_instead(play: Play, models
     play(scenario, pool_bytes=largest(models), host_cache_bytes=CACHE_BYTES)
 
 
-def test_of_two_slabs_the_one_with_more_requests_stays_cached(play: Play, models: Any) -> None:
+def test_the_slab_with_more_requests_stays_cached(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         stage.clock.current = FakeClock()
         for number in range(3):
@@ -167,7 +167,7 @@ def test_a_cached_slab_stays_while_a_peer_reads_it(play: Play, models: Any) -> N
         peer = LeasingPeer(stage.network)
         granted, _ = await peer.lease(models.refs["one"])
         for number in range(20):
-            # So often that what a busy machine makes of the speeds does not decide which is worth more.
+            # With this many requests the measured speeds, which vary on a busy machine, do not decide what is kept.
             await runs(stage, f"two-{number}", "two")
         await runs(stage, "c", "one")
         await cached(stage, "one")

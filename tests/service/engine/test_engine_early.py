@@ -126,7 +126,7 @@ class Stalling(ScriptedOwner):
 def test_a_step_during_a_switch_to_another_read_is_discarded(
     play: Play, models: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first read delivers damaged data, the second does not, and the step sees some of both."""
+    """The first read delivers damaged data and the second read sound data. The step reads some of both."""
 
     async def scenario(stage: Any) -> None:
         patience(monkeypatch, LONG_S)

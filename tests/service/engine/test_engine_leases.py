@@ -54,7 +54,7 @@ def pool_for(models: Any, adapters: int) -> int:
     return adapters * extent_bytes(max(ref.slab_bytes for ref in models.refs.values()))
 
 
-def test_a_grant_has_all_that_a_reader_needs_to_read_and_verify(play: Play, models: Any) -> None:
+def test_a_grant_has_all_fields_needed_to_read_and_verify_the_slab(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         await resident(stage, "one", "two")
         granted, header_bytes = await LeasingPeer(stage.network).lease(models.refs["two"])
@@ -222,7 +222,7 @@ def test_only_a_reader_with_a_lease_can_complain_about_a_slab(play: Play, models
         assert "own_copy_checked" not in said
         peer.bus.send("engine-0", SlabDamaged(version=granted.version, lease_id=granted.lease_id, layer=0))
         await stage.until(lambda: "damaged_layer=None" in capfd.readouterr().out)
-        # It was on the way: the copy is sound, and stays.
+        # The data was damaged in transit. The owner's copy is sound and stays.
         assert models.refs["one"].version in stage.engine._scheduler.residency.pool
 
     play(scenario)

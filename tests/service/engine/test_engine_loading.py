@@ -183,7 +183,7 @@ def test_a_request_that_comes_during_a_cancellation_is_served(play: Play, models
 
 
 class DevicesPool:
-    """A pool like a device's: a write waits for ``open`` and notes its thread."""
+    """A pool that behaves like a device's pool. A write waits for ``open`` and records its thread."""
 
     on_device = True
 

@@ -86,7 +86,7 @@ def test_a_request_sent_twice_runs_once(play: Play, models: Any) -> None:
 
 def test_a_failed_step_fails_its_requests_and_the_engine_continues(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
-        # The engine does not check token ids against the vocabulary, as the gateway has done so.
+        # The engine does not check token ids against the vocabulary, because the gateway does.
         await stage.admit("broken", prompt=(1, 99_999))
         await stage.finished("broken")
         assert stage.failed["broken"].code == "engine_error"
@@ -249,7 +249,7 @@ def test_each_plan_gets_its_own_answer(play: Play, models: Any, epoch: int) -> N
 
 
 def test_an_outdated_plan_is_answered_while_a_newer_one_is_prepared(play: Play, models: Any) -> None:
-    """A dead planner's last plan arrives after its successor's, and then a retirement that would undo both."""
+    """The last plan of a dead planner arrives after its successor's plan, followed by a retirement of both."""
 
     async def scenario(stage: Any) -> None:
         one, two = models.refs["one"], models.refs["two"]

@@ -183,7 +183,7 @@ def test_a_copy_damaged_at_its_owner_is_read_from_the_next_source(
         reads = await both.reads("engine-1")
         assert (reads["engine-0 shm"].failed, reads["engine-0 shm"].mismatched) == (1, 1)
         assert reads["store bus"].reads == 1
-        # The owner hears of it, and has it anew before it runs with it again.
+        # The owner is told, and reloads the adapter before it runs with it again.
         damaged = both.engines["engine-0"]._scheduler.residency.pool
         await both.until(lambda: models.refs["one"].version not in damaged)
         assert await both.run("engine-0", "third", "one") == models.expected("one", 8)
@@ -249,7 +249,7 @@ def test_a_lease_ends_when_the_read_has_ended(pair: Callable[..., None]) -> None
 
 
 def test_a_slab_is_read_over_the_network_between_two_device_pools(pair: Callable[..., None], models: Any) -> None:
-    """Both pools belong to CUDA runners; without a GPU Triton's interpreter computes."""
+    """Both pools belong to CUDA runners, which use Triton's interpreter if there is no GPU."""
     pytest.importorskip("triton", reason="the CUDA runner needs triton")
     from loraserve.engine.cuda.runner import load_cuda_runner
 

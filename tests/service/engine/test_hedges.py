@@ -22,15 +22,13 @@ def scene(models: Any, scripted_store: Any) -> Callable[..., None]:
     return run
 
 
-def test_beside_a_stalled_peer_the_next_source_is_tried_and_wins(
-    scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_hedge_wins_if_the_first_peer_stalls(scene: Callable[..., None], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speeds, "HEDGE_FLOOR_S", 0.05)
 
     async def scenario(scene: Scene) -> None:
         scene.owners[0].stalls = True
         assert await scene.load() == "store"
-        # It was slow, not wrong.
+        # A slow read does not count as a failure.
         assert scene.failed("engine-1") == (0, 0)
         await asyncio.sleep(0.01)
         assert scene.owners[0].count(ReleaseLease) == 1
@@ -77,14 +75,14 @@ def test_a_load_hedges_after_another_load_s_hedge(scene: Callable[..., None], mo
     async def scenario(scene: Scene) -> None:
         from_owner, known = ReadSource("engine-1", "tcp"), scene.sources.speeds
         for _ in range(50):
-            # So fast that both loads begin there.
+            # The prediction for this peer is so fast that both loads begin there.
             known.begin_read(from_owner)
             known.finish_read(from_owner, len(scene.slab.data), 1e-6)
         scene.owners[0].stalls = True
         scene.store.open.clear()
         both = [asyncio.create_task(scene.load()) for _ in range(2)]
         await scene.until(lambda: scene.owners[0].count(ReadRegion) == 2 and scene.store.chunks_asked)
-        # The one that is later has found the other at it by then.
+        # By then the later load has found the store busy with the hedge of the other load.
         await asyncio.sleep(0.2)
         scene.store.open.set()
         assert await asyncio.gather(*both) == ["store", "store"]

@@ -1,4 +1,4 @@
-"""Reading a slab over a bus in memory: when layers are verified, and what a failure leaves."""
+"""Reads of a slab over the in-memory bus: when layers are verified, and the state after a failure."""
 
 import asyncio
 import threading
@@ -245,7 +245,7 @@ def test_a_damaged_layer_is_reported_after_the_other_threads_are_done(play: Call
 
 
 def test_a_read_that_fails_while_it_is_cancelled_is_cancelled(play: Callable[..., None]) -> None:
-    """Otherwise a deadline that passes just then would not end the read: another source would be tried."""
+    """Otherwise a deadline that passes at that moment would not end the read, and another source would be tried."""
     slab = make_slab()
     pool, let_go = held_at(slab, 1)
 
@@ -279,7 +279,7 @@ def test_loads_share_the_threads_and_the_time(play: Callable[..., None]) -> None
     together = threading.Barrier(3)
 
     async def scenario(scene: Scene) -> None:
-        # Three come together, or this would break: as many threads as were asked for do run at a time.
+        # The barrier breaks unless three threads reach it at the same time, as many as are configured.
         pool.before_digest = lambda at: together.wait(TIMEOUT_S)
         size = scene.slab.header.slab_bytes
         began_s = asyncio.get_running_loop().time()

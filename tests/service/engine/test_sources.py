@@ -72,7 +72,7 @@ def test_damaged_bytes_are_complained_about_and_read_from_the_next_source(scene:
         assert (complaint.version, complaint.layer) == (scene.slab.version, scene.slab.header.shape.layers - 1)
         assert owner.count(ReleaseLease) == 1
         assert scene.failed("engine-1") == (1, 1)
-        # It is not asked again right away.
+        # The peer is not asked again at once.
         assert await scene.load() == "store"
         assert owner.count(LeaseSlab) == 1
 

@@ -73,9 +73,9 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Reply:
-    """What an engine answers: ``text``, token by token, with the choice's seed for each {seed}.
+    """The answer of an engine: ``text``, token by token. {seed} is replaced by the seed of the choice.
 
-    The engine pauses before token number ``pause_at`` until ``go`` is set. With ``fail``, it ends with Failed.
+    The engine pauses before token number ``pause_at`` until ``go`` is set. With ``fail`` it sends Failed at the end.
     """
 
     text: str = "hello world"
@@ -110,7 +110,7 @@ class FakeCluster:
     publishes_registry: bool = True
     routes: list[Route] = field(default_factory=list)
     expected: list[tuple[Expect, int]] = field(default_factory=list)
-    """Each with the number of requests routed before."""
+    """The Expect messages, each with the number of requests routed before it."""
     aborts: list[tuple[str, str]] = field(default_factory=list)
     lists_asked: int = 0
     playing: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -125,7 +125,7 @@ class FakeCluster:
         self.tasks.append(asyncio.create_task(self.publish()))
 
     def start_one(self, name: str, inbox: Any) -> None:
-        """Start a process, also again after the network killed it."""
+        """Start a process, or restart one that the network has killed."""
         self.buses[name] = self.network.bus(name, inbox)
         self.tasks.append(asyncio.create_task(self.serve(name)))
 
@@ -310,12 +310,12 @@ class Running:
             return parse_events(await response.text())
 
     async def until(self, condition: Callable[[], Any], what: str) -> None:
-        """Wait for something that happens by itself."""
+        """Wait until the condition holds; ``what`` describes it in the error."""
         for _ in range(500):
             if condition():
                 return
             await asyncio.sleep(0.01)
-        raise AssertionError(f"waited in vain for: {what}")
+        raise AssertionError(f"this did not happen in 5 s: {what}")
 
 
 def parse_events(text: str) -> list[Any]:

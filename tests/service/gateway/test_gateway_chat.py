@@ -38,7 +38,7 @@ def test_whole_and_streamed_answers_have_the_same_text(start_gateway: Start) -> 
     asyncio.run(scenario())
 
 
-def test_the_shape_of_a_stream(start_gateway: Start) -> None:
+def test_a_stream_has_the_events_of_openai(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             options = {"include_usage": True}

@@ -1,4 +1,4 @@
-"""The router is told of a long prompt's adapter before the prompt is tokenized."""
+"""The gateway announces the adapter of a long prompt to the router before it tokenizes the prompt."""
 
 import asyncio
 from collections.abc import Callable

@@ -38,7 +38,7 @@ def test_rejections_of_the_router_become_http_errors(start_gateway: Start) -> No
     asyncio.run(scenario())
 
 
-def test_a_router_that_does_not_answer(start_gateway: Start) -> None:
+def test_a_router_that_does_not_answer_gives_an_error(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway("gateway.route_timeout_s=0.1") as gateway:
             gateway.cluster.route_silent = True
@@ -230,7 +230,7 @@ def test_a_request_that_takes_too_long_times_out(start_gateway: Start) -> None:
 def test_a_client_that_does_not_read_is_disconnected(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway("gateway.request_timeout_s=1.0") as gateway:
-            # Far more than any socket buffer between the two holds: about 60 kB of logprobs a token.
+            # Each token has about 60 kB of logprobs, so the answer is far larger than all socket buffers.
             gateway.cluster.replies[""].text = "hello " * 40
             body = json.dumps(chat(stream=True, logprobs=True, top_logprobs=20, n=100)).encode()
             reader, writer = await asyncio.open_connection("127.0.0.1", gateway.service.port, limit=1024)

@@ -21,7 +21,7 @@ Start = Callable[..., AbstractAsyncContextManager[Any]]
 HI = [{"role": "user", "content": "hi"}]
 
 
-def test_api_keys(start_gateway: Start) -> None:
+def test_only_configured_api_keys_are_accepted(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway('gateway.api_keys=["sk-one", "sk-two"]') as gateway:
             for path in ("/v1/models", "/admin/cluster", "/nowhere"):
@@ -63,7 +63,7 @@ def test_limits_and_http_errors_have_the_shape_of_openai_errors(start_gateway: S
     asyncio.run(scenario())
 
 
-def test_bodies_that_cannot_be_read_are_the_client_s_mistake(start_gateway: Start) -> None:
+def test_bodies_that_cannot_be_read_are_client_errors(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             encoded = [("gzip", b"garbage"), ("gzip", b"\x1f\x8b garbage"), ("deflate", b"garbage")]
@@ -77,7 +77,7 @@ def test_bodies_that_cannot_be_read_are_the_client_s_mistake(start_gateway: Star
     asyncio.run(scenario())
 
 
-def test_token_ids_are_counted_before_each_is_looked_at(start_gateway: Start) -> None:
+def test_token_ids_are_counted_before_they_are_validated(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:
             wrong = [1] * 256 + [10**9]
@@ -126,7 +126,7 @@ def test_no_body_makes_the_gateway_crash(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
-def test_odd_bytes_in_paths_and_headers(start_gateway: Start) -> None:
+def test_invalid_bytes_in_paths_and_headers_are_refused(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway('gateway.api_keys=["sk"]') as gateway:
             key = "Authorization: Bearer sk\r\n"
@@ -179,7 +179,7 @@ def test_unusable_settings_are_refused(start_gateway: Start, setting: str, messa
     asyncio.run(scenario())
 
 
-def noting_threads(work: Callable[..., Any], threads: list[int]) -> Callable[..., Any]:
+def recording_threads(work: Callable[..., Any], threads: list[int]) -> Callable[..., Any]:
     def noted(*arguments: Any) -> Any:
         threads.append(threading.get_ident())
         return work(*arguments)
@@ -195,7 +195,7 @@ def test_large_requests_are_processed_off_the_event_loop(start_gateway: Start) -
             tokenizer = gateway.service.gateway.tokenizer
             threads: list[int] = []
             for name in ("render_chat", "decode"):
-                setattr(tokenizer, name, noting_threads(getattr(tokenizer, name), threads))
+                setattr(tokenizer, name, recording_threads(getattr(tokenizer, name), threads))
             calls = [{"function": {"name": "f", "arguments": "x" * INLINE_BYTES}}]
             small = {"model": "tiny", "messages": HI, "max_tokens": 1}
             large = [
@@ -218,7 +218,7 @@ def test_many_small_prompts_are_tokenized_off_the_event_loop(start_gateway: Star
         async with start_gateway() as gateway:
             tokenizer = gateway.service.gateway.tokenizer
             threads: list[int] = []
-            tokenizer.encode = noting_threads(tokenizer.encode, threads)  # type: ignore[method-assign]
+            tokenizer.encode = recording_threads(tokenizer.encode, threads)  # type: ignore[method-assign]
             body = {"model": "tiny", "prompt": ["x" * (INLINE_BYTES // 50)] * 100, "max_tokens": 1}
             assert (await gateway.post("/v1/completions", body))[0] == 200
             assert len(threads) == 100
@@ -285,7 +285,7 @@ def test_all_work_on_many_token_ids_leaves_the_event_loop(
     async def scenario() -> None:
         async with start_gateway() as gateway:
             threads: list[int] = []
-            monkeypatch.setattr(tokenize, "check_token_ids", noting_threads(tokenize.check_token_ids, threads))
+            monkeypatch.setattr(tokenize, "check_token_ids", recording_threads(tokenize.check_token_ids, threads))
             assert (await gateway.post("/detokenize", {"tokens": [1] * INLINE_BYTES}))[0] == 200
             status, answer = await gateway.post("/detokenize", {"tokens": [1 << 40] * INLINE_BYTES})
             assert (status, answer["error"]["param"]) == (400, "tokens")

@@ -1,4 +1,4 @@
-"""The gateway as a process."""
+"""The gateway as a real process."""
 
 import json
 import os
@@ -51,7 +51,7 @@ def wait_up(process: "subprocess.Popen[str]", url: str) -> None:
 
 
 @pytest.mark.cluster
-def test_a_process_serves_refuses_a_second_one_and_stops(model_dir: Path, tmp_path: Path) -> None:
+def test_a_gateway_serves_prevents_a_second_one_and_stops(model_dir: Path, tmp_path: Path) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     run_dir = tmp_path / "run"

@@ -14,7 +14,7 @@ LONG_AGO_S, FAR_AHEAD_S = 1.0, 4e9
 
 
 def tell(cluster: Any, **texts: tuple[float, str]) -> list[TellStory]:
-    """Let the named processes tell one line about the first subject. Returns the questions that were asked."""
+    """Make the named processes answer TellStory with one line. Returns the list that collects their requests."""
     asked: list[TellStory] = []
     answer = cluster.answer
 

@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_old_plan_and_the_planner_alive(play, tmp_path: P
     play(scenario)
 
 
-def test_it_plans_every_interval_even_after_a_failure(play, tmp_path: Path) -> None:
+def test_the_planner_plans_in_every_interval_even_after_a_failure(play, tmp_path: Path) -> None:
     async def scenario(stage) -> None:
         (tmp_path / "planner").write_text("in the way")
         await asyncio.sleep(25.0)

@@ -325,7 +325,7 @@ def test_a_drained_engine_stays_empty_over_restarts_until_it_is_used_again(play)
     play(scenario)
 
 
-def test_the_last_drained_engine_keeps_serving_and_the_answer_says_so(play) -> None:
+def test_the_last_engine_keeps_serving_after_its_drain_and_the_answer_has_a_warning(play) -> None:
     async def scenario(cluster: Cluster) -> None:
         await cluster.ask(Drain(engine="engine-0", on=True))
         done = await cluster.ask(Drain(engine="engine-1", on=True))

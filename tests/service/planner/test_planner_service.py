@@ -46,7 +46,7 @@ def test_a_dry_run_answers_the_plan_and_changes_nothing(play, tmp_path: Path) ->
     play(scenario)
 
 
-def test_a_rebalance_without_a_ready_engine_says_so(play) -> None:
+def test_a_rebalance_without_a_ready_engine_is_refused_with_the_reason(play) -> None:
     async def scenario(stage) -> None:
         await stage.send_registry()
         for loads in ((), (engine_seen("e0", state="STARTING"),)):
@@ -59,7 +59,7 @@ def test_a_rebalance_without_a_ready_engine_says_so(play) -> None:
     play(scenario, informed=False)
 
 
-def test_a_plan_that_is_right_stays(play) -> None:
+def test_a_plan_that_is_still_the_best_is_kept(play) -> None:
     async def scenario(stage) -> None:
         first = await stage.rebalance()
         await stage.send_loads(*stage.holding(first.plan))

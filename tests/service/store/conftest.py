@@ -51,7 +51,7 @@ def write_adapter(folder: Path, seed: int = 0, rank: int = 8) -> Path:
 
 
 def store_config(root: Path, **store: Any) -> Config:
-    """A store of a model named "base", with its data under ``root``."""
+    """Return the configuration of a store for a model named "base", with all data under ``root``."""
     (root / "base").mkdir(parents=True, exist_ok=True)
     (root / "base" / "config.json").write_text(json.dumps(MODEL))
     return Config(
@@ -86,12 +86,12 @@ class Stage:
         return answer
 
     async def names(self) -> dict[str, str]:
-        """Versions by name."""
+        """Return the registered versions by name."""
         listed: AdapterList = await self.ask(ListAdapters(), AdapterList)
         return {adapter.name: adapter.version for adapter in listed.adapters}
 
     async def fetch(self, adapter: AdapterRef, chunk_bytes: int = 1 << 20) -> tuple[bytes, bytes]:
-        """Header and slab, as an engine fetches them."""
+        """Read a slab in chunks, as an engine does, and return header and slab."""
         info, (header,) = await self.client.request_frames(
             "store", OpenSlab(version=adapter.version), SlabInfo, TIMEOUT_S
         )
@@ -131,13 +131,13 @@ async def open_stage(config: Config) -> AsyncIterator[Stage]:
 
 @pytest.fixture
 def peft(tmp_path: Path) -> Callable[..., Path]:
-    """(seed, rank) -> a PEFT directory."""
+    """Return a function that writes a PEFT directory for a seed and rank."""
     return lambda seed=0, rank=8: write_adapter(tmp_path / f"peft-{seed}-{rank}", seed, rank)
 
 
 @pytest.fixture
 def opened(tmp_path: Path) -> Callable[..., AbstractAsyncContextManager[Stage]]:
-    """A store over one folder; entering again after leaving is a restart."""
+    """Return a function that runs a store in this test's folder for a block. A second block is a restart."""
     return lambda **store: open_stage(store_config(tmp_path, **store))
 
 

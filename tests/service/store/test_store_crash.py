@@ -1,6 +1,6 @@
-"""A killed store and a store with a full disk, each in a process of its own.
+"""A store that is killed and a store with a full disk, each as a real process.
 
-A limit on the size of files stands in for the full disk: to whoever writes, both are a write that ends half-way.
+The tests simulate a full disk by a limit on the size of files, because both end a write half-way.
 """
 
 import asyncio
@@ -27,7 +27,7 @@ StartStore = Callable[..., "subprocess.Popen[str]"]
 TIMEOUT_S = 30.0
 
 SCRIPT = """
-# Registers what it reads, one JSON line of name, path and file-size limit each, and says what came of it.
+# Each input line is JSON: name, path and file-size limit. The script registers the adapter and prints the answer.
 import asyncio, json, resource, signal, sys
 from pathlib import Path
 from loraserve.config import load_config
@@ -72,7 +72,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def start_store(tmp_path: Path, helpers: SimpleNamespace) -> Iterator[StartStore]:
-    """A store in a process of its own, over the folder of this test."""
+    """Return a function that starts a store process in the folder of this test."""
     started: list[subprocess.Popen[str]] = []
     (tmp_path / "store.py").write_text(SCRIPT)
     (tmp_path / "store.toml").write_text(to_toml(helpers.store_config(tmp_path)))
@@ -84,7 +84,7 @@ def start_store(tmp_path: Path, helpers: SimpleNamespace) -> Iterator[StartStore
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, bufsize=1
             )
         started.append(process)
-        while (line := said(process)) != "ready":
+        while (line := next_line(process)) != "ready":
             assert line, (tmp_path / "store.log").read_text()
         return process
 
@@ -94,7 +94,7 @@ def start_store(tmp_path: Path, helpers: SimpleNamespace) -> Iterator[StartStore
         process.communicate()
 
 
-def said(process: "subprocess.Popen[str]") -> str:
+def next_line(process: "subprocess.Popen[str]") -> str:
     """Return the next line of output, which may be a log line."""
     assert process.stdout is not None
     return process.stdout.readline().strip()
@@ -106,7 +106,7 @@ def ask(process: "subprocess.Popen[str]", name: str, path: Path, limit: int = 0)
 
 
 def answer(process: "subprocess.Popen[str]") -> dict[str, Any]:
-    while not (line := said(process)).startswith("{"):
+    while not (line := next_line(process)).startswith("{"):
         assert line, "the store ended"
     content: dict[str, Any] = json.loads(line)
     return content
@@ -158,13 +158,13 @@ def test_a_full_disk_refuses_with_the_remedy_and_leaves_nothing_half_written(
     assert is_sound(opened, {}) == {"small": small["version"], "large": large["version"]}
 
 
-def test_a_disk_that_is_full_for_the_name_alone_does_not_register_it(
+def test_a_name_is_not_registered_if_only_the_database_cannot_grow(
     start_store: StartStore, opened: Opened, peft: Peft, tmp_path: Path, helpers: SimpleNamespace
 ) -> None:
     process = start_store()
     ask(process, "first", peft(0, rank=1))
     first = answer(process)
-    # The slab is there already under another name, so that only the database has to grow.
+    # The slab is already stored under another name, so that only the database has to grow.
     log = next(helpers.store_folder(tmp_path).glob("registry.sqlite-wal"))
     ask(process, "second", peft(0, rank=1), limit=log.stat().st_size)
     refused = answer(process)
@@ -177,7 +177,7 @@ def test_a_disk_that_is_full_for_the_name_alone_does_not_register_it(
     assert is_sound(opened, {}) == dict.fromkeys(("first", "third"), first["version"])
 
 
-def test_a_store_that_ended_while_writing_a_slab_opens_clean(
+def test_a_store_that_was_killed_while_writing_a_slab_starts_without_it(
     start_store: StartStore, opened: Opened, peft: Peft, tmp_path: Path, helpers: SimpleNamespace
 ) -> None:
     """Like SIGKILL, the default action of the limit's signal ends the process at once, but at a known byte."""

@@ -57,7 +57,7 @@ def test_a_registered_adapter_is_listed_published_and_readable(opened: Opened, p
     asyncio.run(main())
 
 
-def test_the_same_content_again_changes_nothing_and_other_content_must_replace(opened: Opened, peft: Peft) -> None:
+def test_equal_content_changes_nothing_and_other_content_needs_replace(opened: Opened, peft: Peft) -> None:
     async def main() -> None:
         async with opened() as stage:
             first = await stage.register("a", peft(0))
@@ -147,7 +147,7 @@ def test_an_unknown_version_is_not_found(opened: Opened, version: str) -> None:
     asyncio.run(main())
 
 
-def test_an_unregistered_name_is_gone_and_its_slab_stays_for_engines_that_fetch_it(opened: Opened, peft: Peft) -> None:
+def test_a_slab_stays_readable_after_its_name_is_unregistered(opened: Opened, peft: Peft) -> None:
     async def main() -> None:
         async with opened() as stage:
             ref = (await stage.register("a", peft())).adapter
@@ -193,7 +193,7 @@ def test_the_registry_is_published_periodically_for_late_subscribers(opened: Ope
     asyncio.run(main())
 
 
-def test_a_restart_changes_nothing(opened: Opened, peft: Peft) -> None:
+def test_a_restart_keeps_all_adapters(opened: Opened, peft: Peft) -> None:
     async def main() -> None:
         async with opened() as stage:
             ref = (await stage.register("a", peft())).adapter

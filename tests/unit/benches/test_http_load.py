@@ -64,7 +64,7 @@ def test_streams_run_together_and_are_timed() -> None:
     assert result.ttft_s >= WAIT_S
     assert result.decode_tok_s <= 1 / PACE_S
     assert result.tok_s <= 4 * 10 / (WAIT_S + 10 * PACE_S)
-    # One after the other they could not pass this.
+    # Sequential streams would exceed this bound.
     assert result.tok_s > 10 / (WAIT_S + 10 * PACE_S)
 
 

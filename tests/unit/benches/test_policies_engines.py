@@ -57,7 +57,7 @@ LIMITS = {
 
 
 @given(st.floats(0.05, 1.0), st.lists(st.tuples(st.floats(0.001, 0.05), st.floats(0.0, 1.0)), min_size=1, max_size=100))
-def test_a_process_that_stops_when_told_keeps_to_its_share(share: float, ticks: list[tuple[float, float]]) -> None:
+def test_a_process_that_stops_on_request_stays_within_its_share(share: float, ticks: list[tuple[float, float]]) -> None:
     """A process may exceed its share until the next check; the excess is deducted afterwards."""
     budget = Budget(share, 0.0, 0.0)
     now_s = used_cpu_s = 0.0
@@ -70,7 +70,7 @@ def test_a_process_that_stops_when_told_keeps_to_its_share(share: float, ticks: 
         assert used_cpu_s <= share * now_s + longest_s + 1e-9
 
 
-def test_an_idle_process_saves_up_little_credit() -> None:
+def test_an_idle_process_accumulates_little_credit() -> None:
     budget = Budget(0.5, 0.0, 0.0)
     assert budget.may_run(100.0, 0.0)
     assert not budget.may_run(100.001, LARGEST_CREDIT_S + 0.001)

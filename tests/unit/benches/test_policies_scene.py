@@ -22,7 +22,7 @@ def test_lengths_fit_the_engines() -> None:
     workload = make_workload(3000, SLAB_BYTES_PER_RANK)
     assert len(workload.adapters) == ADAPTERS
     assert {adapter.rank for adapter in workload.adapters} == {8, 16, 32, 64, 128}
-    # A little under the mean, for the longest are cut off.
+    # The mean is a little lower because the longest requests are shortened.
     assert 120 < statistics.fmean(r.prompt_tokens for r in workload.requests) <= 165
     assert 12 < statistics.fmean(r.output_tokens for r in workload.requests) <= 17
     assert max(r.prompt_tokens + r.output_tokens for r in workload.requests) <= LONGEST_TOKENS

@@ -62,7 +62,7 @@ GgufFactory = Callable[..., Path]
 
 @pytest.fixture
 def write_gguf(tmp_path: Path) -> GgufFactory:
-    """Writes a tiny random model in float32, of the architecture, tokenizer and further tensors asked for."""
+    """Return a function that writes a tiny random model in float32 for an architecture and a tokenizer."""
 
     def write(arch: str = "llama", tokenizer: str = "gpt2", extra_tensor: str | None = None) -> Path:
         path = tmp_path / f"{arch}-{tokenizer}.gguf"

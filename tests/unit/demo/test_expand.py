@@ -17,7 +17,7 @@ SEED = 11
 
 
 def write_adapter(folder: Path, rank: int, **fields: Any) -> None:
-    """A two-layer PEFT adapter with random weights in bf16."""
+    """Write a two-layer PEFT adapter with random weights in bf16."""
     generator = torch.Generator().manual_seed(5)
     weights = {}
     for layer in range(2):
@@ -80,7 +80,7 @@ def test_the_new_rank_is_real_and_dense(tmp_path: Path) -> None:
         assert float((tensor == 0).float().mean()) < 0.01
 
 
-def test_the_seed_decides(tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_files(tmp_path: Path) -> None:
     small, large = folders(tmp_path)
     write_adapter(small, 4)
 

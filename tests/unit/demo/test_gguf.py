@@ -20,7 +20,7 @@ Weights = NDArray[np.float32]
 
 
 def permute(weight: Weights, heads: int) -> Weights:
-    """What GGUF files had done to them: the halves of each head's rotation interleaved, row by row."""
+    """Interleave the two halves of each head's rows, as the conversion to GGUF does."""
     size = weight.shape[0] // heads
     order = [head * size + half * size // 2 + i for head in range(heads) for i in range(size // 2) for half in (0, 1)]
     return weight[order]

@@ -47,7 +47,7 @@ def test_weights_are_bf16_of_q_and_v_at_the_rank_claimed(folder: Path) -> None:
 def test_weights_are_finite_and_trained(folder: Path) -> None:
     for name, tensor in load_file(folder / "adapter_model.safetensors").items():
         assert tensor.isfinite().all(), name
-        # B starts at zero: where it still is, the projection was never trained
+        # B is zero before the training.
         assert float(tensor.abs().max()) > 0, name
 
 

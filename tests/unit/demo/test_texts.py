@@ -1,4 +1,4 @@
-"""The rows the styles are trained on."""
+"""The training rows of the styles."""
 
 import json
 
@@ -14,7 +14,7 @@ def test_there_are_four_styles_with_enough_rows() -> None:
     for style in STYLES:
         asked = [example.question for example in examples(style)]
         assert len(asked) >= 24
-        # a question in one style only would teach the topic instead of the style
+        # A question in only one style would teach the topic instead of the style.
         assert asked == questions[: len(asked)]
         assert all(example.answer.strip() for example in examples(style))
 

@@ -82,7 +82,7 @@ def test_the_config_says_what_was_trained(tiny_model: Path, tmp_path: Path, targ
     assert trained == modules
 
 
-def test_the_seed_decides(tiny_model: Path, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_files(tiny_model: Path, tmp_path: Path) -> None:
     def content(out: str, seed: int) -> bytes:
         run_training(tiny_model, tmp_path / out, epochs=1, seed=seed)
         return (tmp_path / out / "adapter_model.safetensors").read_bytes()

@@ -30,7 +30,7 @@ def test_refusals_by_code(code: str, status: int) -> None:
         assert error.headers["Retry-After"] == "3"
 
 
-# Everything that routers and engines refuse with; what the bus and any service add is below.
+# First the codes of routers and engines, then those of the bus and of every service.
 CLIENTS_FAULT = {"bad_request": 400, "context_length": 400, "overloaded": 429}
 NOT_CLIENTS_FAULT = {
     **dict.fromkeys(("no_engine", "adapter_unavailable", "starting", "timeout"), 503),

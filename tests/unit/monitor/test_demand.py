@@ -240,7 +240,7 @@ def test_the_std_is_the_error_of_forecasts() -> None:
     for rate in (0, 200) * 20:
         steady.run(int(SLOT_S), rate)
     shaken = demand_by_version(steady.window, steady.now)[V].forecast_std_tokens_per_s
-    # A report's tokens count in the slot in which it arrives, so a fifth of each slot belongs to its neighbour: 100 are
-    # forecast and 40 or 160 measured, in 40 of 100 slots.
+    # A report's tokens count in the slot in which the report arrives, so a fifth of each slot's tokens count in the
+    # next slot. In 40 of 100 slots 100 tokens are forecast and 40 or 160 are measured.
     assert calm < 5
     assert shaken == pytest.approx(60 * 0.4**0.5, rel=0.1)

@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET  # noqa: N815
 
     def log_message(self, *_: object) -> None:
-        """Not on the tests' output."""
+        """Print no log lines into the output of the tests."""
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def test_refusals_show_the_gateways_message(gateway: Gateway, capsys: pytest.Cap
     assert "--replace" in capsys.readouterr().err
 
 
-def test_json_comes_as_one_line_as_the_gateway_gave_it(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
+def test_json_output_is_the_gateways_answer_in_one_line(gateway: Gateway, capsys: pytest.CaptureFixture[str]) -> None:
     plan = {"type": "Plan", "epoch": 3, "created_unix_s": 0.0, "placements": []}
     answer = {"type": "RebalanceDone", "plan": plan, "moves": [], "applied": False, "failed": ["no engine is ready"]}
     gateway.body = json.dumps(answer, indent=2).encode()

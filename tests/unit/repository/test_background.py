@@ -1,4 +1,4 @@
-"""The suite passes where SIGINT is ignored, as in a job that a script starts in the background."""
+"""The suite passes in a process that ignores SIGINT, such as a background job of a script."""
 
 import subprocess
 import sys

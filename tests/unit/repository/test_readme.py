@@ -1,4 +1,4 @@
-"""The links of the README and of the pages beside the code lead somewhere, and every script is described."""
+"""All links of the README and of the other pages have a target, and every script is described."""
 
 import re
 import subprocess

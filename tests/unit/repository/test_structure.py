@@ -1,4 +1,4 @@
-"""scripts/structure: each rule is found broken where it is, and the figures count what they say."""
+"""scripts/structure reports each broken rule with its place, and counts correctly."""
 
 from importlib.machinery import SourceFileLoader
 from importlib.util import module_from_spec, spec_from_loader

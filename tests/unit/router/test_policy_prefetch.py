@@ -24,7 +24,7 @@ def view_of(*loads: EngineSeen) -> ClusterView:
 
 
 def prefetch(view: ClusterView, expect: Expect = EXPECT, slo: Slo = SLO) -> str | None:
-    """Return the engine that is told to prefetch; it is recorded as the router does."""
+    """Return the engine that is told to prefetch, and record the choice as the router does."""
     engine = prefetch_engine(RoutingContext(placeholder_request(expect), view, None, CostModel(), slo, Random(0)))
     if engine is not None:
         view.record_expected(engine, expect.adapter.version, NOW)

@@ -20,7 +20,7 @@ requests = st.sampled_from(REQUESTS)
 
 
 class ViewMachine(RuleBasedStateMachine):
-    """A model that knows only when it last saw what."""
+    """Compares the view with a model that knows only the times of events."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ class ViewMachine(RuleBasedStateMachine):
 
     @rule(cost=st.sampled_from(COSTS))
     def price(self, cost: CostModel) -> None:
-        """Compute prices; changes of an engine must renew them from here on, which validate checks."""
+        """Compute prices. Later changes of an engine must renew them, which ``validate`` checks."""
         table = self.view.prices(cost)
         assert [engine.name for engine in table.engines] == [view.name for view in self.view.ready_engines()]
         assert table.fallbacks == {view.column for view in self.view.ready_engines() if view.fallback_level}

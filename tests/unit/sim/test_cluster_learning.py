@@ -1,4 +1,4 @@
-"""The cost model that is learned from simulated engines, which behave exactly as their profile says."""
+"""The cost model that is learned from simulated engines, whose steps take exactly the time of their profile."""
 
 import pytest
 

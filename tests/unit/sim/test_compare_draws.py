@@ -28,7 +28,7 @@ USUAL = run_figures(BASE)
 
 
 def capacity_rps(job: RunSpec) -> float:
-    """At 4 engines."""
+    """Return the capacity of a placement on 4 engines."""
     return {"ours": OURS_RPS, "toppings": TOPPINGS_RPS, "slora-random": RANDOM_RPS[job.settings.seed]}[job.policy]
 
 

@@ -14,7 +14,7 @@ LIMITS = StoreLimits(served_model="base", max_rank=64, engine_max_rank=64, pool_
 
 @pytest.fixture
 def adapter_dir(tmp_path: Path) -> Callable[..., Path]:
-    """Writes a PEFT directory: (seed, rank) -> its path."""
+    """Return a function that writes a PEFT directory for a seed and rank and returns its path."""
 
     def write(seed: int = 0, rank: int = 8) -> Path:
         tensors = named_tensors(random_pairs(TINY_SHAPE, rank, seed))

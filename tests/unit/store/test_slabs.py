@@ -192,7 +192,9 @@ def test_concurrent_removal_never_deletes_a_slab_that_was_just_stored(tmp_path: 
     now=st.integers(0, 200),
     grace=st.integers(0, 100),
 )
-def test_removable(used: dict[str, float], referenced: set[str], now: int, grace: int) -> None:
+def test_only_old_unreferenced_files_are_removable(
+    used: dict[str, float], referenced: set[str], now: int, grace: int
+) -> None:
     gone = set(removable(used, referenced, now, grace))
     assert not gone & referenced
     for version in used.keys() - referenced:

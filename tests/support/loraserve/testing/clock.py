@@ -41,11 +41,11 @@ class LoopClock:
 
 
 class DeadlockError(Exception):
-    """Every task waits and no timer is set: nothing can ever happen."""
+    """Every task waits and no timer is set, so that no task can ever continue."""
 
 
 class _VirtualSelector(selectors.DefaultSelector):
-    """Does not wait: the loop's clock jumps to the time of the next call."""
+    """A selector that does not wait: the loop's clock jumps to the time of the next call."""
 
     def __init__(self) -> None:
         super().__init__()

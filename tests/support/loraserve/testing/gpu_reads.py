@@ -2,7 +2,8 @@
 
     python -m loraserve.testing.gpu_reads
 
-Prints one line of JSON: the hardware, what worked, how fast, and why the rest did not. scripts/gpu_check runs it.
+Prints one line of JSON: the hardware, the reads that worked with their speed, and the reasons of failures.
+scripts/gpu_check runs this module.
 """
 
 import asyncio
@@ -26,48 +27,48 @@ SLAB_BYTES = 256 << 20
 READS = 10
 KILLS = 10
 READS_AT_A_KILL = 50
-"""Reads that are started before the owner is killed: it dies during one of them, and others follow."""
+"""Reads that are started before the owner is killed, so that it dies during one of them."""
 
 
 class GpuReadsReport(msgspec.Struct, kw_only=True):
-    """What worked. A field is None if it could not be tried; the matching ``why_not`` has the reason."""
+    """The results. A field is None if it could not be measured, and the matching ``..._error`` has the reason."""
 
     gpu: str
-    cuda_ipc_why_not: str
-    cuda_ipc_right: bool | None = None
+    cuda_ipc_error: str
+    cuda_ipc_is_correct: bool | None = None
     cuda_ipc_gb_s: float | None = None
     owners_killed_while_read: dict[str, int] | None = None
-    right_after_the_kills: bool | None = None
+    is_correct_after_kills: bool | None = None
     dma_buf: bool
-    dma_buf_why_not: str
+    dma_buf_error: str
     peermem: bool
     rdma_device: str
     rdma_registered: bool | None
-    rdma_why_not: str
+    rdma_error: str
 
 
 def report(slab_bytes: int) -> GpuReadsReport:
-    """Try everything and return the report. Raises ConfigError or CudaCallError if there is no GPU."""
+    """Run all checks and return the report. Raises ConfigError or CudaCallError if there is no GPU."""
     memory = allocate(slab_bytes, 0)
-    dma_buf_why_not = _why_not(lambda: _try_dma_buf(memory))
-    device, registered, rdma_why_not = _registered(memory)
+    dma_buf_error = _error_of(lambda: _try_dma_buf(memory))
+    device, registered, rdma_error = _try_registration(memory)
     found = GpuReadsReport(
         gpu=device_name(0),
-        cuda_ipc_why_not=unusable_reason(0),
-        dma_buf=not dma_buf_why_not,
-        dma_buf_why_not=dma_buf_why_not,
+        cuda_ipc_error=unusable_reason(0),
+        dma_buf=not dma_buf_error,
+        dma_buf_error=dma_buf_error,
         peermem=peermem_works(),
         rdma_device=device,
         rdma_registered=registered,
-        rdma_why_not=rdma_why_not,
+        rdma_error=rdma_error,
     )
-    if not found.cuda_ipc_why_not:
-        asyncio.run(_read(found, memory))
+    if not found.cuda_ipc_error:
+        asyncio.run(_check_cuda_ipc(found, memory))
     free(memory)
     return found
 
 
-async def _read(found: GpuReadsReport, memory: GpuMemory) -> None:
+async def _check_cuda_ipc(found: GpuReadsReport, memory: GpuMemory) -> None:
     reader, whole = CudaIpcReader(0), [ByteRange(0, memory.length_bytes)]
     with GpuOwner(memory.length_bytes) as owner:
         took_s = []
@@ -75,18 +76,18 @@ async def _read(found: GpuReadsReport, memory: GpuMemory) -> None:
             started_s = time.monotonic()
             await reader.read_into(owner.handle, whole, memory, 0)
             took_s.append(time.monotonic() - started_s)
-        found.cuda_ipc_right = _right(memory)
+        found.cuda_ipc_is_correct = _is_correct(memory)
         found.cuda_ipc_gb_s = memory.length_bytes / min(took_s) / 1e9
-    outcomes = [await _killed(reader, memory) for _ in range(KILLS)]
+    outcomes = [await _read_killed_owner(reader, memory) for _ in range(KILLS)]
     found.owners_killed_while_read = dict(sum(outcomes, Counter[str]()))
     with GpuOwner(memory.length_bytes) as owner:
         await reader.read_into(owner.handle, whole, memory, 0)
-    found.right_after_the_kills = _right(memory)
+    found.is_correct_after_kills = _is_correct(memory)
     reader.close()
 
 
-async def _killed(reader: CudaIpcReader, memory: GpuMemory) -> Counter[str]:
-    """Count how reads end while their owner is killed."""
+async def _read_killed_owner(reader: CudaIpcReader, memory: GpuMemory) -> Counter[str]:
+    """Kill an owner during reads of its memory and count how the reads end."""
     whole = [ByteRange(0, memory.length_bytes)]
     with GpuOwner(memory.length_bytes) as owner:
         reads = [reader.read_into(owner.handle, whole, memory, 0) for _ in range(READS_AT_A_KILL)]
@@ -100,28 +101,28 @@ async def _killed(reader: CudaIpcReader, memory: GpuMemory) -> Counter[str]:
     return Counter(error.code if isinstance(error, TransferError) else "whole" for error in ended)
 
 
-def _right(memory: GpuMemory) -> bool:
+def _is_correct(memory: GpuMemory) -> bool:
     return bool((from_gpu(memory) == pattern(memory.length_bytes)).all())
 
 
 def _try_dma_buf(memory: GpuMemory) -> None:
     if not dma_buf_works(memory.device):
-        raise ConfigError("the CUDA driver says that this GPU has no dma-buf")
+        raise ConfigError("the CUDA driver does not support dma-buf on this GPU")
     with dma_buf(memory):
         pass
 
 
-def _registered(memory: GpuMemory) -> tuple[str, bool | None, str]:
-    """Return the RDMA device, whether it registers the memory for reads and writes, and why not."""
+def _try_registration(memory: GpuMemory) -> tuple[str, bool | None, str]:
+    """Return the RDMA device, whether it registers the memory for reads and writes, and the error."""
     reason = verbs_device.unusable_reason()
     if reason:
         return "", None, f"not tried: {reason}"
     device = RdmaDevice()
     try:
-        why = _why_not(lambda: _register(device, memory))
+        error = _error_of(lambda: _register(device, memory))
     finally:
         device.close()
-    return device.port.device, not why, why
+    return device.port.device, not error, error
 
 
 def _register(device: RdmaDevice, memory: GpuMemory) -> None:
@@ -129,7 +130,7 @@ def _register(device: RdmaDevice, memory: GpuMemory) -> None:
         place.close()
 
 
-def _why_not(attempt: Callable[[], object]) -> str:
+def _error_of(attempt: Callable[[], object]) -> str:
     try:
         attempt()
     except (ConfigError, CudaCallError) as error:

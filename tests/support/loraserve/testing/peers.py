@@ -33,7 +33,7 @@ class Peer:
             try:
                 envelope = await self.bus.receive()
             except LoraServeError:
-                # The peer was killed.
+                # The network has killed the peer.
                 return
             self.received.append(envelope.message)
             answer = self.script(envelope.message)

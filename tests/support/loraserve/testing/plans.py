@@ -1,4 +1,4 @@
-"""What placement policies decide from in tests, and how a test reads a plan."""
+"""Inputs of placement policies for tests, and helpers that evaluate plans."""
 
 from collections.abc import Iterable, Sequence
 
@@ -22,7 +22,7 @@ def plan_input(
     current: Sequence[Placement] = (),
     settings: PlanSettings | None = None,
 ) -> PlanInput:
-    """Return the input of a policy, with the default cost model and settings where none are given."""
+    """Return the input of a policy. Cost model and settings have defaults."""
     return PlanInput(
         demand=demand,
         adapters={ref.version: ref for ref in adapters},
@@ -44,16 +44,16 @@ class Situation(msgspec.Struct):
     settings: PlanSettings = PlanSettings()
 
     def inputs(self, current: Placements | None = None) -> PlanInput:
-        """Return the input of a policy, from other current placements if they are given."""
+        """Return the PlanInput, with ``current`` in place of the current placements if given."""
         current = self.current if current is None else current
         return plan_input(self.demand, self.adapters.values(), self.engines, self.cost, current, self.settings)
 
     def plan(self, current: Placements | None = None, policy: str = "ours") -> Placements:
-        """Return what the policy answers, from other current placements if they are given."""
+        """Return the plan of the policy, with ``current`` in place of the current placements if given."""
         return PLACEMENT_POLICIES[policy](self.inputs(current))
 
     def room(self, placements: Placements) -> dict[str, int]:
-        """Return the bytes that the placements leave of what a plan may use, by engine that is not drained."""
+        """Return for each engine that is not drained the bytes that the plan may use and the placements leave free."""
         drained = self.settings.drained
         room = {e.engine: int(e.pool_bytes * POOL_FRACTION) for e in self.engines if e.engine not in drained}
         for p in placements:
@@ -61,7 +61,7 @@ class Situation(msgspec.Struct):
         return room
 
     def problem(self, placements: Placements) -> Problem:
-        """Return the problem of a policy whose current copies are these."""
+        """Return the placement problem with these placements as the current ones."""
         return build_problem(self.inputs(placements))
 
     def utilisation(self, placements: Placements) -> list[float]:
@@ -71,7 +71,7 @@ class Situation(msgspec.Struct):
         return found
 
     def ttft_s(self, placements: Placements) -> float:
-        """Return the predicted TTFT."""
+        """Return the predicted mean TTFT."""
         problem = self.problem(placements)
         return mean_ttft_s(problem, split_traffic(problem, problem.current))
 

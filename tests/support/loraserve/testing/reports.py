@@ -1,4 +1,4 @@
-"""Inputs of decisions for tests: reports of an idle engine, adapters, demand, cluster loads, requests."""
+"""Messages for tests: reports of an idle engine, adapters, demand, cluster loads and requests."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -51,7 +51,7 @@ CAPABILITIES: dict[str, Any] = {
 
 
 def engine_load(engine: str = "engine-0", **changes: Any) -> EngineLoad:
-    """Return an idle engine's load with changes, which are fields of EngineLoad or of its parts."""
+    """Return the load of an idle engine. ``changes`` are fields of EngineLoad or of its parts."""
     values = {**IDLE, **changes}
     return EngineLoad(
         engine=engine,
@@ -71,7 +71,7 @@ def measured_speed(
     load_bytes_per_s: float = 0.0,
     **changes: Any,
 ) -> MeasuredSpeed:
-    """Return what an engine measured: as fields of MeasuredSpeed, or as rates of steps and loads without counts."""
+    """Return measured speeds. Arguments are fields of MeasuredSpeed, or rates of steps and loads without counts."""
     if decode_step_s:
         changes.setdefault("decode_step", MeanStep(duration_s=decode_step_s))
     if prefill_tokens_per_s:
@@ -121,7 +121,7 @@ def adapter_ref(number: int = 0, slab_bytes: int = MIB, rank: int = 8) -> Adapte
 
 
 def resident(adapter: AdapterRef, pinned: bool = False, running: int = 0) -> ResidentAdapter:
-    """Return the adapter as an engine that holds it reports it."""
+    """Return the adapter as it appears in the report of an engine that holds it."""
     return ResidentAdapter(
         name=adapter.name,
         version=adapter.version,
@@ -173,7 +173,7 @@ def picture(
     dead: Iterable[str] = (),
     demand: Iterable[AdapterDemand] = (),
 ) -> ClusterLoad:
-    """Return the monitor's picture of engines that all reported ``age_s`` ago."""
+    """Return the monitor's publication about engines that all reported ``age_s`` ago."""
     seen = tuple(msgspec.structs.replace(each, age_s=age_s, alive=each.engine not in dead) for each in engines)
     return ClusterLoad(incarnation=incarnation, sequence=sequence, engines=seen, demand=tuple(demand))
 

@@ -52,15 +52,15 @@ def write_tiny_model(directory: Path, family: str, seed: int = 0, dtype: Dtype =
 
 
 class PeftOptions(TypedDict, total=False):
-    """What may differ from an adapter of one rank on all projections."""
+    """Options of ``write_peft_adapter``. By default the adapter has one rank on all projections."""
 
     targets: Sequence[str]
     rank_pattern: Mapping[str, int]
-    """Ranks of the projections that match a key, as PEFT matches it."""
+    """Ranks of the projections whose names match a key, by PEFT's rules."""
     alpha: float
     rslora: bool
     strength: float
-    """With 1, the adapter changes a projection's output about as much as alpha / rank times the output's own size."""
+    """The change of a projection's output relative to that output, for alpha = rank. The default is 1."""
     dtype: Dtype
 
 

@@ -56,7 +56,7 @@ class ExtentMachine(RuleBasedStateMachine):
 
     @rule(wanted=st.integers(1, 600), data=st.data())
     def make_room(self, wanted: int, data: st.DataObject) -> None:
-        """Return the runs of which no extent could stay, found by trying all of them."""
+        """Compare the smallest runs whose release makes room with those found by trying all runs."""
         may_go = data.draw(st.sets(st.sampled_from(sorted(self.used))) if self.used else st.just(set()))
         if self.extents.fits(wanted):
             return

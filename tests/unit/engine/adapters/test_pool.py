@@ -210,7 +210,7 @@ def test_neighbours_are_evicted_together_to_keep_a_recently_used_adapter() -> No
     pool = pool_with(ref("a"), ref("b"), ref("c"), ref("d"))
     pool.start_running("b", 20.0)
     pool.stop_running("b", 20.0)
-    # "a" has been unused for longest, but beside it lies only "b".
+    # "a" has been unused for longest, but its only neighbour is "b".
     assert evicted(pool.place(ref("two", 2), 21.0)) == ["c", "d"]
 
 

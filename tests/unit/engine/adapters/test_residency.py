@@ -248,7 +248,7 @@ def test_the_newest_epoch_is_kept() -> None:
 
 
 class CountingPool(AdapterPool):
-    """Counts the searches for room."""
+    """A pool that counts the searches for room."""
 
     looks = 0
 

@@ -60,7 +60,10 @@ def softmax(values: Floats) -> Floats:
 
 
 def distribution(logits: NDArray[np.float32], step: SequenceStep) -> tuple[list[int], Floats]:
-    """Tokens in the order of the sum, and their probabilities. Skips examples whose cut is within rounding."""
+    """Return the tokens in the order of the sum, and their probabilities.
+
+    Skips examples in which rounding decides where a filter cuts.
+    """
     p = step.sampling
     probabilities = softmax(penalized(logits, step) / p.temperature)
     floor = p.min_p * probabilities.max()
@@ -89,7 +92,7 @@ def distribution(logits: NDArray[np.float32], step: SequenceStep) -> tuple[list[
     history=st.lists(st.integers(0, 3), min_size=1, max_size=8),
     index=st.integers(0, 3),
 )
-def test_the_token_is_where_the_definition_puts_it(
+def test_the_token_is_that_of_the_definition(
     vocab: int,
     seed: int,
     temperature: float,

@@ -22,7 +22,7 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal",
 
 
 class NothingWaits(TorchDispatchMode):
-    """Fails on calls that need a value from the device, and counts the calls."""
+    """Counts calls, and fails on calls that need a value from the device."""
 
     calls = 0
 

@@ -1,4 +1,4 @@
-"""Copies out of the pool: what waits for them, what they leave, and how a slab is read back."""
+"""Copies from the pool into the host cache: loads that wait for them, failures, and reading a slab back."""
 
 import asyncio
 from collections.abc import Awaitable, Callable
@@ -44,8 +44,8 @@ class SlowPool(HostPool):
         super().read_into(offset_bytes, into)
 
 
-class NotingSpeeds(LinkSpeeds):
-    """Notes which sources a reload was predicted from."""
+class RecordingSpeeds(LinkSpeeds):
+    """Records the sources for which a reload time was predicted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class NotingSpeeds(LinkSpeeds):
 
 
 class Stage:
-    """A cache tier, and a slab at AT of the pool that may leave."""
+    """A cache tier, and a slab at AT in the pool that a test can evict."""
 
     def __init__(self, slab: Slab, cache_bytes: int = POOL_BYTES) -> None:
         self.pool = SlowPool()
@@ -65,7 +65,7 @@ class Stage:
         self.slab = slab
         self.ref = AdapterRef(name="one", version=slab.version, rank=4, slab_bytes=slab.header.slab_bytes)
         self.tasks: list[asyncio.Task[None]] = []
-        self.speeds = NotingSpeeds()
+        self.speeds = RecordingSpeeds()
         self.tier = CacheTier(HostCache(cache_bytes), cache_bytes, self.pool, FakeClock(), self.speeds)
 
     def evict(self, source: ReadSource = FROM_PEER) -> None:

@@ -81,7 +81,7 @@ class HostCacheMachine(RuleBasedStateMachine):
         gone = before.keys() - {slab.adapter.version for slab in self.cache.entries()}
         assert all(before[version].evictable for version in gone), "what is read or saved left"
         if offset is None:
-            assert not gone, "something left in vain"
+            assert not gone, "a slab was dropped although the new one was not kept"
             return
         lost = sum(self.worth(before[version]) for version in gone)
         came = self.cache.get(adapter.version)

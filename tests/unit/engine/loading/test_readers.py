@@ -43,7 +43,7 @@ class UnwillingVerbs:
 
 
 def test_an_engine_starts_though_the_rdma_device_cannot_reach_its_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host cache may be offered over that device."""
+    """The host cache can still be offered over that device."""
     monkeypatch.setattr(engine_readers, "VerbsReader", UnwillingVerbs)
     pool = HostPool(memoryview(bytearray(4096)))
     readers = PeerTransports(MemoryNetwork().bus("engine-0", None), pool, object())  # type: ignore[arg-type]
@@ -51,7 +51,7 @@ def test_an_engine_starts_though_the_rdma_device_cannot_reach_its_pool(monkeypat
     assert UnwillingVerbs.closed
 
 
-class NotingReader:
+class RecordingReader:
     def __init__(self) -> None:
         self.asked: list[ByteRange] = []
 
@@ -61,10 +61,10 @@ class NotingReader:
 
 
 def read(
-    handle: Handle, start: int, slab_bytes: int, reader: NotingReader | None = None
-) -> tuple[NotingReader, list[int]]:
+    handle: Handle, start: int, slab_bytes: int, reader: RecordingReader | None = None
+) -> tuple[RecordingReader, list[int]]:
     """Read a slab; return the reader and the progress that was reported."""
-    reader, there = reader or NotingReader(), list[int]()
+    reader, there = reader or RecordingReader(), list[int]()
     pool = HostPool(np.empty(slab_bytes, np.uint8).data)
     readers = PeerTransports(MemoryNetwork().bus("engine-0", None), pool, None)
     readers._readers[handle.transport] = reader  # type: ignore[assignment]
@@ -93,7 +93,7 @@ def test_a_slab_is_read_in_pieces_unless_a_thread_copies_it_at_once(
 
 @pytest.mark.parametrize("start", [-1, TCP.length_bytes - 20 * MIB + 1])
 def test_a_slab_outside_its_region_is_not_read_at_all(start: int) -> None:
-    reader = NotingReader()
+    reader = RecordingReader()
     with pytest.raises(TransferError, match="out_of_range"):
         read(TCP, start, 20 * MIB, reader)
     assert reader.asked == []

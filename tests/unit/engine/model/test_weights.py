@@ -20,7 +20,7 @@ def load(model_dir: Path, progress: Callable[[str], None] = lambda text: None) -
 
 
 def copy_with_change(source: Path, target: Path, change: Callable[[Tensors], None]) -> Path:
-    """Return a copy of a model with copy_with_change tensors."""
+    """Return a copy of a model directory whose tensors ``change`` has modified."""
     tensors = load_file(source / "model.safetensors")
     change(tensors)
     (target / "config.json").write_text((source / "config.json").read_text())

@@ -17,7 +17,7 @@ from loraserve.engine.schedule.events import (
 
 
 def report_cancelled(desk: SimpleNamespace, version: str) -> list[Instruction]:
-    """Report that a cancelled load has report_cancelled."""
+    """Report that a cancelled load has ended."""
     instructions: list[Instruction] = desk.tell(AdapterLoadFailed(version, CANCELLED, "nobody wants it any more"))
     return instructions
 

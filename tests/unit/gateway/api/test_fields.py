@@ -37,7 +37,7 @@ def refused_by(endpoint: str) -> list[str]:
 
 
 def something(name: str) -> list[Any]:
-    """Return values by which a client asks for the field."""
+    """Return values of the field that would change the answer."""
     values: dict[str, list[Any]] = {
         "do_sample": [False],
         "web_search_options": [{}, {"x": 1}],

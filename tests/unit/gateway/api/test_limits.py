@@ -81,7 +81,7 @@ def test_only_lists_of_token_ids_are_decoded(wrong: str, before: int) -> None:
 
 
 class Tokenizer:
-    """Knows only the one thing that the limits ask for."""
+    """A tokenizer with the only method that the limits call."""
 
     def fewest_tokens(self, characters: int) -> int:
         return characters // 100

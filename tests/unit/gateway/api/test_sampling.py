@@ -27,7 +27,7 @@ def params(choice: int = 0, seed: int = 5, **fields: Any) -> Any:
     return sampling_params(request_of(**fields), 10, None, seed, choice)
 
 
-def test_the_output_limit_is_the_wish_or_what_fits() -> None:
+def test_the_output_limit_is_the_requested_or_the_largest_that_fits() -> None:
     assert output_limit(7, 10, 100, 0, "prompt") == 7
     assert output_limit(90, 10, 100, 0, "prompt") == 90
     assert output_limit(None, 10, 100, 0, "prompt") == 90
@@ -36,7 +36,7 @@ def test_the_output_limit_is_the_wish_or_what_fits() -> None:
 
 
 @pytest.mark.parametrize(("wanted", "prompt"), [(91, 10), (None, 100), (1, 100), (None, 500)])
-def test_an_overflow_is_reported_in_the_words_clients_search_for(wanted: int | None, prompt: int) -> None:
+def test_an_overflow_has_the_text_that_clients_search_for(wanted: int | None, prompt: int) -> None:
     with pytest.raises(ApiError, match=r"^This model's maximum context length is 100 tokens\.") as caught:
         output_limit(wanted, prompt, 100, 0, "messages")
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")

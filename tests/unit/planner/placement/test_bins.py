@@ -50,7 +50,7 @@ def test_two_ranks_that_each_fill_whole_engines_share_no_bin() -> None:
     # At twice the cost, as much traffic of rank 100 fills twice the engines.
     p = problem([100, 1], [20.0, 39.603960396], 2)
     filling = fill(p)
-    # Except for what bisection leaves over.
+    # The bisection leaves a small remainder.
     budgets = [{kind for kind, budget in part.budgets.items() if budget > 1e-3} for part in filling.bins]
     assert budgets == [{100}, {1}]
     assert filling.utilisation == pytest.approx(0.4, rel=1e-3)

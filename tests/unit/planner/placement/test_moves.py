@@ -1,4 +1,4 @@
-"""The moves between two plans, and what they are said to be worth."""
+"""The moves between two plans, with their reasons and gains."""
 
 from collections import Counter
 from collections.abc import Iterator
@@ -134,7 +134,7 @@ def test_the_gain_of_a_second_copy_is_that_of_its_share() -> None:
     before = copies((0, "e0"), (1, "e0"))
     after = copies((0, "e0"), (0, "e1"), share=0.5) + copies((1, "e0"))
     (move,) = explained(inputs, before, after)
-    # A split adapter's slab is read on two engines, which a move that is undone alone counts once: 1e-4 here.
+    # Two engines read the slab of a split adapter, and the gain of a single move counts one of them: 1e-4 here.
     assert move.gain_s == pytest.approx(ttft_s(inputs, before) - ttft_s(inputs, after), rel=0.02)
     (back,) = explained(inputs, after, before)
     assert back.gain_s == pytest.approx(-move.gain_s, rel=0.02)

@@ -1,4 +1,4 @@
-"""The steps of the paper's placement."""
+"""The steps of the placement that the paper describes."""
 
 from collections import Counter
 
@@ -66,7 +66,7 @@ def test_ranks_get_servers_in_proportion_to_their_demand() -> None:
     ranks = [100] * 4 + [1] * 8
     for p in placed(ranks, [10.0] * 12, 4):
         engines.setdefault(p.engine, set()).add(ranks[int(p.version[1:])])
-    # Rank 100 needs a little less than half as many tokens again: two servers of four, and the ranks never meet.
+    # Rank 100 needs almost 1.5 times the tokens, so it gets two servers of four, without other ranks.
     assert Counter(tuple(sorted(held)) for held in engines.values())[(100,)] >= 1
     assert sum(len(held) == 2 for held in engines.values()) <= 1
 

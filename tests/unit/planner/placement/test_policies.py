@@ -115,7 +115,7 @@ def test_planning_again_from_its_own_plan_changes_nothing(policy: str, s: Situat
 
 
 def crowded(seed: int) -> Situation:
-    """Adapters at random places, in pools with little more room than for one copy each: one round is not enough."""
+    """Adapters at random places, in pools that hold little more than one copy each, so that one round is not enough."""
     rng = Random(seed)
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(rng.choices([8, 16, 32, 64, 128], k=30))]
     demand = [asked_for(ref, 30 * rng.random() / (n + 1), 100 * rng.random() / (n + 1)) for n, ref in enumerate(refs)]
@@ -133,7 +133,7 @@ def test_ours_planned_again_with_short_memory_changes_nothing(seed: int) -> None
 
 
 def alternating(seed: int) -> Situation:
-    """Many held adapters have no demand and take the room of those that have."""
+    """Many resident adapters have no demand and take the room of adapters with demand."""
     rng = Random(seed)
     engines, count = rng.randrange(3, 9), rng.randrange(8, 40)
     refs = [adapter_ref(n, rank * MIB // 8, rank) for n, rank in enumerate(rng.choices([8, 16, 32, 64, 128], k=count))]

@@ -63,7 +63,7 @@ def test_fuller_engines_start_requests_later(one: float, other: float, prefill_s
         assert early < late
 
 
-def test_waiting_is_that_of_a_queue() -> None:
+def test_waiting_time_is_that_of_an_mm1_queue() -> None:
     p = problem(8, cost=CostModel(step_base_s=0.0, sequence_s=0.0))
     # M/M/1 at half load: P(wait > t) = 0.5 exp(-t / 2), which is 0.05 at 2 ln 10.
     assert predict_ttft_s(p, np.array([0.5]), np.array([1.0]))[0] == pytest.approx(1 + 2 * np.log(10))

@@ -119,7 +119,7 @@ class Line(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class WrongResultError(Exception):
-    """A side computes something else than the definition: its time would mean nothing."""
+    """The results of a side differ from the definition, so that its time means nothing."""
 
 
 class WorldSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -242,7 +242,7 @@ def _fastest(
         setting[knob] = choice
         try:
             times.append((timer.ms(step), choice))
-        except Exception as error:  # whatever a compiler raises for sizes that do not fit
+        except Exception as error:  # compilers raise many types of errors for sizes that do not fit
             errors.append(error)
     if not times:
         raise errors[0]

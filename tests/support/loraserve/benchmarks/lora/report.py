@@ -1,6 +1,6 @@
-"""What the benchmark prints: progress, tables, and the line of JSON with ratios and figures that it ends with.
+"""The output of the LoRA benchmark: progress, tables, and the final line of JSON with ratios and figures.
 
-What was not measured is None, with its reason among the figures.
+A value that was not measured is None, and the figures have the reason.
 """
 
 import subprocess
@@ -112,10 +112,10 @@ def commit() -> str:
 
 
 def ratios(measured: "Measurer") -> dict[str, Value]:
-    """Return the ratios. ``vs_floor_*`` and ``rank8_penalty`` are better when small, the others when large.
+    """Return the ratios. Smaller is better for ``vs_floor_*`` and ``rank8_penalty``, larger for the others.
 
-    ``rank8_penalty`` is the step of 32 rank-8 and 32 rank-128 tokens over the step of 64 rank-8 tokens: how much longer
-    a rank-8 request waits for its token if half of its neighbours have rank 128.
+    ``rank8_penalty`` is the time of a step with 32 rank-8 and 32 rank-128 tokens, divided by the time of a step with 64
+    rank-8 tokens. It tells how much longer a rank-8 request waits for a token if half of the batch has rank 128.
     """
     return {
         **NO_RATIOS,
@@ -130,10 +130,10 @@ def ratios(measured: "Measurer") -> dict[str, Value]:
 
 
 def figures(measured: "Measurer", bytes_per_s: float, plan_ms: float) -> dict[str, Value]:
-    """Return times in microseconds per layer, the rank-8 penalty of peers and of the floor, and the missing reasons.
+    """Return times in microseconds per layer, the rank-8 penalty of peers and floor, and reasons of missing values.
 
-    ``rank8_penalty_vllm`` compares two servers: rank 8 alone at max_lora_rank 8, the mixed batch at 128.
-    ``rank8_penalty_vllm_one_server`` has 128 for both: such a server always pays for the largest rank.
+    ``rank8_penalty_vllm`` compares two servers: the rank-8 batch runs with max_lora_rank 8, the mixed batch with 128.
+    ``rank8_penalty_vllm_one_server`` uses max_lora_rank 128 for both, as a server with both ranks does.
     """
     found: dict[str, Value] = {
         "copy_gb_per_s": bytes_per_s / 1e9,

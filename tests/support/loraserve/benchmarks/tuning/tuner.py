@@ -60,7 +60,7 @@ class Tuner:
             try:
                 side = Ours(world, case, (blocks,) * len(MODULES))
                 ms = self._timer.ms(lambda: _run_module(side, operands, world.shape.layers, target.module))  # noqa: B023
-            except Exception as error:  # whatever a compiler raises for sizes that do not fit
+            except Exception as error:  # compilers raise many types of errors for sizes that do not fit
                 say(f"  skipped, {type(error).__name__}: {blocks}")
                 return SKIPPED
             if spills():

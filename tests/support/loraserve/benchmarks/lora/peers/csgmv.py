@@ -1,4 +1,4 @@
-"""SGLang's default back end, ``csgmv``: tokens of one adapter in chunks, a program for each chunk and block."""
+"""SGLang's default back end ``csgmv``, which runs one program per chunk of an adapter's tokens and per block."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,7 +55,7 @@ class Csgmv:
         }
 
     def add(self, y: torch.Tensor, x: torch.Tensor, layer: int, module: int) -> None:
-        """Do what its linear layers do; each call allocates the rank-space intermediate."""
+        """Run the calls of SGLang's linear layers. Each call allocates the rank-space intermediate."""
         chosen = self.setting[module]
         batch, widths = self._batches[chosen["chunk"]], self._world.tables.out_features[module]
         a, b = self._pool.a[layer][module], self._pool.b[layer][module]
@@ -92,6 +92,6 @@ class Csgmv:
 
 
 def load_csgmv(root: Path) -> list[Any]:
-    """Return its modules: shrink, expand."""
+    """Return SGLang's modules: shrink, expand."""
     names = [f"{OPS}.{name}" for name in ("chunked_sgmv_shrink", "chunked_sgmv_expand")]
     return list(stand_ins.import_modules(root, stand_ins.sglang(), names))

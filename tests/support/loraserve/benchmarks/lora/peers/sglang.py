@@ -1,4 +1,4 @@
-"""What SGLang's back ends share: a pool of adapters, each packed at its own rank within rows of the largest."""
+"""The adapter pool of SGLang's back ends. Rows have room for the largest rank, and adapters use their own rank."""
 
 from typing import NamedTuple
 
@@ -11,8 +11,8 @@ from loraserve.model_shape import MODULES
 class SglangPool(NamedTuple):
     """Adapters by layer and module.
 
-    ``a`` [slots, slices * max_rank, in], slice after slice at the adapter's own rank; ``b`` [slots, sum of out,
-    max_rank]; ``ranks`` int32 and ``scales`` float32, by slot.
+    ``a`` is [slots, slices * max_rank, in], with the slices one after another at the adapter's own rank. ``b`` is
+    [slots, sum of out, max_rank]. ``ranks`` (int32) and ``scales`` (float32) have one value per slot.
     """
 
     a: list[list[torch.Tensor]]
@@ -49,7 +49,7 @@ def _filled(world: World, layer: int, module: int, max_rank: int) -> tuple[torch
 
 
 def offsets(world: World, module: int) -> tuple[int, ...]:
-    """Return where each slice of a module's output begins, and where the last one ends."""
+    """Return the offset of each slice of a module's output, followed by the end of the last slice."""
     found = [0]
     for width in world.tables.out_features[module]:
         found.append(found[-1] + width)

@@ -1,4 +1,4 @@
-"""SGLang's ``triton_v2`` back end: routes built on the device, deterministic split-K, plans from its own tables."""
+"""SGLang's ``triton_v2`` back end: routes built on the device, deterministic split-K, SGLang's tables of plans."""
 
 import json
 from pathlib import Path
@@ -152,7 +152,7 @@ class SglangV2:
         return self._buffers[key]
 
     def _geometry(self, module: int, block_n: int) -> Any:
-        """Return what ``slice_geometry`` would make, which refuses the interpreter's device."""
+        """Return the result of SGLang's ``slice_geometry``, which does not accept the interpreter's device."""
         key = (module, block_n)
         if key not in self._geometries:
             rows = offsets(self._world, module)
@@ -173,7 +173,7 @@ class SglangV2:
 
 
 def load_triton_v2(root: Path) -> list[Any]:
-    """Return its modules: shrink, expand, routing, the route's type."""
+    """Return SGLang's modules: shrink, expand, routing, and the type of a route."""
     names = [f"{OPS}.{name}" for name in ("lora_a", "lora_b", "routing", "route_view")]
     return list(stand_ins.import_modules(root, stand_ins.sglang(), names))
 
@@ -187,7 +187,7 @@ def read_plans(root: Path) -> list[dict[str, Any]]:
 
 
 def first_match(rows: list[dict[str, Any]], phase: str, sizes: dict[str, int]) -> dict[str, Any]:
-    """Return the plan of the first row that allows a linear layer of these sizes. Its tables always have one."""
+    """Return the plan of the first row that allows a linear layer of these sizes. SGLang's tables always have one."""
     for row in rows:
         if row.get("phase") not in (None, phase) or "linear" not in (row.get("kinds") or ["linear"]):
             continue

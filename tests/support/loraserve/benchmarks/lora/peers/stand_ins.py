@@ -1,4 +1,4 @@
-"""Stand-ins for what the kernels of vLLM and SGLang import of their packages. Settings have their defaults."""
+"""Stand-ins for the names that the kernels of vLLM and SGLang import from their packages, with default settings."""
 
 import importlib
 import logging
@@ -20,9 +20,9 @@ def capability() -> tuple[int, int]:
 
 
 def import_modules(root: Path, stand_ins: Mapping[str, Mapping[str, Any]], wanted: Sequence[str]) -> list[ModuleType]:
-    """Import modules under ``root``. What they import of their package is a stand-in or lies there too.
+    """Import modules under ``root``. Their further imports are stand-ins or also lie under ``root``.
 
-    Packages get a path but not their own ``__init__``, which would import the rest.
+    Packages get a path but no ``__init__``, because it would import the whole package.
     """
     for name in {parent for module in (*stand_ins, *wanted) for parent in _parents(module)}:
         package = sys.modules.setdefault(name, ModuleType(name))
@@ -53,7 +53,7 @@ def _parents(module: str) -> list[str]:
 
 
 def vllm() -> dict[str, dict[str, Any]]:
-    """Return what vLLM's LoRA kernels import from vLLM. Without custom ops their functions are called directly."""
+    """Return the names that vLLM's LoRA kernels import from vLLM. Custom ops are replaced by direct calls."""
     quiet = logging.getLogger("vllm")
     log = SimpleNamespace(warning_once=quiet.debug, info_once=quiet.debug, warning=quiet.warning, info=quiet.debug)
     platform = SimpleNamespace(
@@ -82,7 +82,7 @@ def _no_custom_ops(**operation: Any) -> None:
 
 
 def sglang() -> dict[str, dict[str, Any]]:
-    """Return what SGLang's LoRA kernels import from SGLang."""
+    """Return the names that SGLang's LoRA kernels import from SGLang."""
     off = SimpleNamespace(get=lambda: False)
     envs = SimpleNamespace(SGLANG_ENABLE_LORA_CSGMV_SPLIT_K=off, SGLANG_ENABLE_DETERMINISTIC_INFERENCE=off)
     return {
@@ -104,5 +104,5 @@ def _not_compiled(*operands: Any, **options: Any) -> None:
 
 
 def _uncached(key: Callable[..., Any]) -> Callable[[Any], Any]:
-    """Their cache saves CPU time of the launcher, which a captured graph does not need."""
+    """SGLang's cache saves CPU time of launches, which captured graphs do not need."""
     return lambda kernel: kernel

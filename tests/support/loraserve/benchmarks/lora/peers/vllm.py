@@ -41,7 +41,7 @@ class Vllm:
         self.name = f"vllm max_lora_rank {max_rank}"
         root = root_of(folder, VLLM)
         self._shrink, self._expand, meta, tensors = load_vllm(root)
-        # It caches weights by address and assumes that other weights never get the same address.
+        # vLLM caches weights by address and assumes that other weights never get the same address.
         tensors._LORA_A_PTR_DICT.clear()
         tensors._LORA_B_PTR_DICT.clear()
         self.knobs: dict[str, list[Any]] = {
@@ -57,7 +57,7 @@ class Vllm:
         self._meta = made.meta_args(case.tokens, specialize_active_lora=True)
 
     def add(self, y: torch.Tensor, x: torch.Tensor, layer: int, module: int) -> None:
-        """Do what its linear layers do: each call allocates the rank-space buffer, in float32."""
+        """Run the calls of vLLM's linear layers. Each call allocates the rank-space buffer, in float32."""
         a, b, chosen = self._a[layer][module], self._b[layer][module], self.setting[module]
         buffer = torch.empty((len(a), x.shape[0], self._max_rank), dtype=torch.float32, device=x.device)
         with stand_ins.answering(self._shrink, CONFIGS, chosen["shrink"]):
@@ -67,7 +67,7 @@ class Vllm:
 
 
 def load_vllm(root: Path) -> list[Any]:
-    """Return its modules: shrink, expand, metadata, and the one that caches tensors of weights."""
+    """Return vLLM's modules: shrink, expand, metadata, and the module that caches tensors of weights."""
     names = [f"{OPS}.{name}" for name in ("lora_shrink_op", "lora_expand_op", "lora_kernel_metadata", "utils")]
     return list(stand_ins.import_modules(root, stand_ins.vllm(), names))
 
