@@ -136,17 +136,14 @@ def test_the_script_trains_on_the_users_rows(tiny_model: Path, tmp_path: Path) -
     assert json.loads(command.split("-d ")[1].strip("'")) == {"lora_name": "mine", "lora_path": str(out)}
 
 
-def test_the_help_of_the_script_explains_its_options() -> None:
+def test_the_help_of_the_script_explains_its_options_and_lists_every_style() -> None:
+    from loraserve.demo.texts import STYLES
+
     shown = run_script("--help")
     assert shown.returncode == 0
     for word in ("examples:", "rslora", "targets", '{"question"'):
         assert word in shown.stdout
-
-
-def test_the_script_offers_every_style() -> None:
-    from loraserve.demo.texts import STYLES
-
-    assert f"{{{','.join(STYLES)}}}" in run_script("--help").stdout
+    assert f"{{{','.join(STYLES)}}}" in shown.stdout
 
 
 @pytest.mark.parametrize(

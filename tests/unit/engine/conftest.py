@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import count
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from loraserve.adapter.pack import pack_peft
+from loraserve.adapter.pack import Slab, pack_peft
 from loraserve.config import EngineConfig
 from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.schedule.events import (
@@ -35,6 +35,8 @@ from loraserve.engine.schedule.events import (
 from loraserve.engine.schedule.scheduler import Scheduler
 from loraserve.messages import AdapterRef, Admit
 from loraserve.messages.sampling import SamplingParams
+from loraserve.model_shape import read_model_config, shape_from_config
+from loraserve.testing.engine.offline import install_slab
 from loraserve.testing.tiny_model import write_peft_adapter, write_tiny_model
 
 FAMILY_FIELDS: dict[str, dict[str, Any]] = {
@@ -199,14 +201,27 @@ def drive(runner: CpuRunner, streams: Sequence[Stream], tokens: int, chunks: Seq
         step_id += 1
 
 
-def install(runner: CpuRunner, directories: Sequence[Path]) -> None:
+def install(runner: Any, directories: Sequence[Path]) -> None:
     """Pack the adapters into the pool one after the other, and install them in slots 0, 1, and so on."""
     offset = 0
     for slot, directory in enumerate(directories):
         slab = pack_peft(directory, runner.shape, runner.slab_dtype, 256)
-        runner.pool.write(offset, slab.data)
-        runner.install(slot, slab.header, offset * runner.pool_elements // len(runner.pool))
+        install_slab(runner, slot, slab, offset)
         offset += -(-len(slab.data) // 4096) * 4096
+
+
+def reference_logits(model_dir: Path, adapter: Path | None, known: list[int], outputs: int) -> torch.Tensor:
+    """Return the logits of transformers and peft for the last ``outputs`` tokens of ``known``, [outputs, vocab]."""
+    import peft
+    import transformers
+
+    load: Any = transformers.AutoModelForCausalLM.from_pretrained
+    model = load(model_dir, dtype=torch.float32)
+    if adapter is not None:
+        model = peft.PeftModel.from_pretrained(model, adapter)
+    with torch.inference_mode():
+        logits: torch.Tensor = model.eval()(torch.tensor([known[:-1]])).logits[0]
+    return logits[-outputs:]
 
 
 @pytest.fixture(scope="session")
@@ -217,6 +232,19 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         write_tiny_model(root / family, family, seed, **fields)
     write_tiny_model(root / "small", "llama", **SMALL)
     return {family: root / family for family in (*FAMILY_FIELDS, "small")}
+
+
+@pytest.fixture(scope="session")
+def strong_slab(model_dirs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Slab]:
+    """Return a function that packs a float32 slab for a model, strong enough to change the sampled tokens."""
+
+    @cache
+    def make(model: str) -> Slab:
+        shape = shape_from_config(read_model_config(model_dirs[model]))
+        folder = write_peft_adapter(tmp_path_factory.mktemp("strong"), shape, rank=8, strength=4.0)
+        return pack_peft(folder, shape, "float32", 64)
+
+    return make
 
 
 @pytest.fixture
@@ -281,5 +309,8 @@ def make_cuda_runner(model_dirs: dict[str, Path]) -> Iterator[Callable[..., Any]
 
 @pytest.fixture
 def helpers() -> SimpleNamespace:
-    """Return what this folder's tests share, as test files do not import each other."""
-    return SimpleNamespace(Stream=Stream, drive=drive, install=install, Desk=Desk, adapter=adapter, UNIT=UNIT, EOS=EOS)
+    """Return the helpers that this folder's tests share, because test files do not import each other."""
+    return SimpleNamespace(
+        Stream=Stream, drive=drive, install=install, reference_logits=reference_logits, Desk=Desk, adapter=adapter,
+        UNIT=UNIT, EOS=EOS,
+    )  # fmt: skip

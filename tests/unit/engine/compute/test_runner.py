@@ -9,7 +9,7 @@ import msgspec
 import pytest
 import torch
 
-from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.adapter.pack import Slab
 from loraserve.config import ClusterConfig, Config, EngineConfig, ModelConfig
 from loraserve.engine import setup
 from loraserve.engine.compute.runner import CpuRunner
@@ -21,7 +21,6 @@ from loraserve.engine.setup import (
     threads_for,
 )
 from loraserve.errors import ConfigError
-from loraserve.testing.tiny_model import write_peft_adapter
 
 MakeRunner = Callable[..., CpuRunner]
 PROMPT = [5, 6, 7, 8]
@@ -32,10 +31,8 @@ def quiet(text: str) -> None:
 
 
 @pytest.fixture
-def slab(tmp_path: Path, make_runner: MakeRunner) -> Slab:
-    """Return a slab strong enough to change the sampled tokens."""
-    folder = write_peft_adapter(tmp_path / "peft", make_runner().shape, rank=8, strength=4.0)
-    return pack_peft(folder, make_runner().shape, "float32", 64)
+def slab(strong_slab: Callable[[str], Slab]) -> Slab:
+    return strong_slab("llama")
 
 
 def tokens(helpers: SimpleNamespace, runner: CpuRunner, slot: int = -1) -> list[int]:

@@ -2,19 +2,17 @@
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.adapter.pack import Slab
 from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.loading import arrival as arrivals
 from loraserve.engine.loading.arrival import Arrival, LayeredRunner
 from loraserve.engine.schedule.events import StepBatch, StepResult
-from loraserve.testing.tiny_model import write_peft_adapter
 
 MakeRunner = Callable[..., CpuRunner]
 PROMPT = [5, 6, 7, 8]
@@ -29,10 +27,8 @@ def runner(make_runner: MakeRunner) -> CpuRunner:
 
 
 @pytest.fixture
-def slab(tmp_path: Path, runner: CpuRunner) -> Slab:
-    """Return a slab strong enough to change the sampled tokens."""
-    folder = write_peft_adapter(tmp_path / "peft", runner.shape, rank=8, strength=4.0)
-    return pack_peft(folder, runner.shape, "float32", 64)
+def slab(strong_slab: Callable[[str], Slab]) -> Slab:
+    return strong_slab("llama")
 
 
 def step(helpers: Any, runner: CpuRunner, *slots: int) -> StepResult:

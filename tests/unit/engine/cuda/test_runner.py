@@ -8,13 +8,12 @@ import msgspec
 import pytest
 import torch
 
-from loraserve.adapter.pack import Slab, pack_peft
+from loraserve.adapter.pack import Slab
 from loraserve.config import EngineConfig
 from loraserve.engine.compute.runner import CpuRunner
 from loraserve.engine.schedule.events import PENDING_TOKEN, SequenceStep, StepBatch
 from loraserve.errors import ConfigError
 from loraserve.messages.sampling import SamplingParams
-from loraserve.testing.tiny_model import write_peft_adapter
 
 Make = Callable[..., Any]
 PROMPT = (5, 6, 7)
@@ -51,10 +50,8 @@ def run_failing_step(runner: Any, name: str) -> None:
 
 
 @pytest.fixture
-def slab(make_cuda_runner: Make, tmp_path: Path) -> Slab:
-    """Return a slab strong enough to change the sampled tokens."""
-    shape = make_cuda_runner().shape
-    return pack_peft(write_peft_adapter(tmp_path / "peft", shape, rank=8, strength=4.0), shape, "float32", 64)
+def slab(strong_slab: Callable[[str], Slab]) -> Slab:
+    return strong_slab("small")
 
 
 def logits(runner: Any, slot: int) -> torch.Tensor:

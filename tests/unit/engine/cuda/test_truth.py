@@ -1,18 +1,15 @@
-"""The CUDA runner against transformers and peft: on a GPU if there is one, otherwise interpreted on the CPU.
+"""The CUDA runner compared with transformers and peft, on a GPU or in Triton's interpreter.
 
-Interpreted it runs the very same code but for streams and captured graphs.
+The interpreter runs the same code, except for streams and captured graphs.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 
-from loraserve.adapter.pack import pack_peft
 from loraserve.config import EngineConfig
 from loraserve.engine.schedule.events import PENDING_TOKEN, StepBatch
 from loraserve.messages.sampling import SamplingParams
@@ -54,15 +51,6 @@ def four_adapters(runner: CudaRunner, folder: Path) -> list[Path]:
         write_peft_adapter(folder / name, shape=runner.shape, dtype="bfloat16", seed=seed, **kind)
         for seed, (name, kind) in enumerate(kinds.items())
     ]
-
-
-def install(runner: CudaRunner, directories: list[Path]) -> None:
-    offset = 0
-    for slot, directory in enumerate(directories):
-        slab = pack_peft(directory, runner.shape, runner.slab_dtype, 256)
-        runner.pool.write(offset, slab.data)
-        runner.install(slot, slab.header, offset * runner.pool_elements // len(runner.pool))
-        offset += -(-len(slab.data) // 4096) * 4096
 
 
 def streams_of(stream_type: Any) -> list[Any]:
@@ -114,24 +102,18 @@ def ahead_stream(helpers: Any) -> Any:
     return Ahead
 
 
-def truth(model_dir: Path, adapter: Path | None, known: list[int], outputs: int) -> torch.Tensor:
-    """Return the logits after the last ``outputs`` tokens of ``known``, float32 [outputs, vocab]."""
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(model_dir, dtype=torch.float32)
-    if adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, adapter)
-    with torch.inference_mode():
-        logits: torch.Tensor = model.eval()(torch.tensor([known[:-1]])).logits[0]
-    return logits[-outputs:]
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_base_and_four_adapters_in_one_batch_equal_transformers_and_peft(
-    family: str, ahead_stream: Any, model_dirs: dict[str, Path], tmp_path: Path, measured: Callable[[str], None]
+    family: str,
+    helpers: Any,
+    ahead_stream: Any,
+    model_dirs: dict[str, Path],
+    tmp_path: Path,
+    measured: Callable[[str], None],
 ) -> None:
     runner = make_cuda_runner(model_dirs[family])
     adapters = four_adapters(runner, tmp_path)
-    install(runner, adapters)
+    helpers.install(runner, adapters)
     streams = streams_of(ahead_stream)
 
     drive(runner, streams, chunks=(8, 25, 16, 20, 3, 17))
@@ -139,7 +121,7 @@ def test_base_and_four_adapters_in_one_batch_equal_transformers_and_peft(
     outputs = {}
     for stream in streams:
         adapter = None if stream.slot < 0 else adapters[stream.slot]
-        expected = truth(model_dirs[family], adapter, stream.known, TOKENS)
+        expected = helpers.reference_logits(model_dirs[family], adapter, stream.known, TOKENS)
         assert stream.output == expected.argmax(-1).tolist(), stream.name
         outputs[stream.name] = tuple(stream.output)
     assert len(set(outputs.values())) == len(outputs), "the adapters must change the output"

@@ -4,24 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import peft
 import pytest
 import torch
-import transformers
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3")
 TOKENS = 12
-
-
-def truth(model_dir: Path, adapter: Path | None, known: list[int], outputs: int) -> torch.Tensor:
-    """Return the logits after the last ``outputs`` tokens of ``known``, float32 [outputs, vocab]."""
-    load: Any = transformers.AutoModelForCausalLM.from_pretrained
-    model = load(model_dir, dtype=torch.float32)
-    if adapter is not None:
-        model = peft.PeftModel.from_pretrained(model, adapter)
-    with torch.inference_mode():
-        logits: torch.Tensor = model.eval()(torch.tensor([known[:-1]])).logits[0]
-    return logits[-outputs:]
 
 
 def mixed_streams(stream_type: Any, seed: int = 0) -> list[Any]:
@@ -49,7 +36,7 @@ def test_a_mixed_batch_in_chunks_equals_transformers_and_peft(
 
     outputs = {}
     for stream in streams:
-        expected = truth(
+        expected = helpers.reference_logits(
             model_dirs[family], None if stream.slot < 0 else adapters[stream.slot], stream.known, len(stream.output)
         )
         difference = (torch.stack(stream.logits) - expected).abs().max().item()
@@ -74,7 +61,7 @@ def test_fp16_weights_stay_near_transformers(
     assert runner.weights_backend == "fp16"
     for stream in streams:
         adapter = None if stream.slot < 0 else adapters[stream.slot]
-        expected = truth(model_dirs[family], adapter, stream.known, len(stream.output))
+        expected = helpers.reference_logits(model_dirs[family], adapter, stream.known, len(stream.output))
         difference = (torch.stack(stream.logits) - expected).abs().max().item()
         spread = expected.std().item()
         print(f"{family} {stream.name}: logits differ by at most {difference:.1e}, their deviation is {spread:.1f}")

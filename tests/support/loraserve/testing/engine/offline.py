@@ -1,7 +1,6 @@
-"""The engine without its process: the real scheduler and the real runner, driven in one thread with no bus.
+"""The engine without its process: the real scheduler and the real runner in one thread, without a bus.
 
-For benchmarks and for tests of what the engine computes. A load copies a packed slab into the pool at once, so requests
-wait for no more than that copy.
+Benchmarks use it, and tests of the engine's outputs. A load copies a packed slab into the pool and is then complete.
 """
 
 import time
@@ -149,9 +148,7 @@ class OfflineEngine:
         self._handle(StepDone(result))
 
     def _fill(self, load: LoadAdapter) -> None:
-        slab = self._slabs[load.adapter.version]
-        self.runner.pool.write(load.offset_bytes, slab.data)
-        self.runner.install(load.slot, slab.header, load.offset_bytes // ITEM_BYTES[slab.header.dtype])
+        install_slab(self.runner, load.slot, self._slabs[load.adapter.version], load.offset_bytes)
 
     def _record(self, delta: TokenDelta) -> None:
         output = self._outputs[delta.request_id]
@@ -159,6 +156,12 @@ class OfflineEngine:
         output.times_s.extend([time.monotonic() - self._started_s] * len(delta.tokens))
         output.finish = delta.finish
         output.cached_tokens += delta.cached_tokens
+
+
+def install_slab(runner: Runner, slot: int, slab: Slab, offset_bytes: int) -> None:
+    """Copy a slab into the runner's pool and install it in a slot."""
+    runner.pool.write(offset_bytes, slab.data)
+    runner.install(slot, slab.header, offset_bytes // ITEM_BYTES[slab.header.dtype])
 
 
 def adapter_reference(name: str, slab: Slab) -> AdapterRef:
