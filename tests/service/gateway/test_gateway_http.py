@@ -231,7 +231,7 @@ def test_large_bodies_are_decoded_off_the_event_loop(start_gateway: Start, monke
     async def scenario() -> None:
         async with start_gateway() as gateway:
             threads: list[int] = []
-            monkeypatch.setattr(schema, "decode_request", noting_threads(schema.decode_request, threads))
+            monkeypatch.setattr(schema, "decode_request", recording_threads(schema.decode_request, threads))
             paths = ("/tokenize", "/detokenize", "/v1/completions", "/v1/chat/completions", "/v1/load_lora_adapter")
             paths += ("/v1/unload_lora_adapter", "/admin/rebalance")
             for path in paths:
