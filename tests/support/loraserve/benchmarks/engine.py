@@ -107,7 +107,7 @@ def random_weights(config: DecoderConfig, dtype: torch.dtype, device: torch.devi
 def make_runner(shape: ModelShape, engine: EngineConfig, device: torch.device) -> CudaRunner:
     """Return a runner that is warmed up, with small random numbers in its pool."""
     config = DecoderConfig(
-        family="llama", shape=shape, rms_eps=1e-5, rope=Rope(theta=500000.0), max_positions=8192, sliding_window=None,
+        shape=shape, rms_eps=1e-5, rope=Rope(theta=500000.0), max_positions=8192, sliding_window=None,
         qkv_bias=False, o_bias=False, mlp_bias=False, qk_norm=False, tied=False, eos_token_ids=(),
     )  # fmt: skip
     weights = random_weights(config, DTYPES[compute_dtype(engine)], device)
