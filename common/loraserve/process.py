@@ -19,7 +19,7 @@ import uvloop
 
 from loraserve.bus.addresses import resolve_addresses
 from loraserve.bus.zmq import open_bus
-from loraserve.clock import SystemClock
+from loraserve.clock import RunningClock
 from loraserve.config import Config, load_config
 from loraserve.errors import ConfigError
 from loraserve.log import configure_logging, get_logger
@@ -122,16 +122,17 @@ async def _run(kind: type[Service], name: str, config: Config, parent: Parent | 
 async def _serve(kind: type[Service], name: str, config: Config, parent: Parent | None) -> None:
     bus = open_bus(config, name, kind.inbox)
     _warn_if_unprotected(config, name)
-    watcher = None
+    clock = RunningClock()
+    helpers = [asyncio.ensure_future(clock.tick())]
     try:
-        service = kind(config, bus, SystemClock())
+        service = kind(config, bus, clock)
         _stop_on_signals(service)
         if parent is not None:
-            watcher = asyncio.ensure_future(parent.watch(service.stop))
+            helpers.append(asyncio.ensure_future(parent.watch(service.stop)))
         await service.run()
     finally:
-        if watcher is not None:
-            watcher.cancel()
+        for helper in helpers:
+            helper.cancel()
         await bus.close()
 
 

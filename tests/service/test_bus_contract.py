@@ -311,6 +311,23 @@ def test_requests_to_a_peer_that_dies_fail_at_once(run: Callable[[Scenario], Non
     run(scenario)
 
 
+def test_a_lost_connection_is_reported_at_once_each_time(run: Callable[[Scenario], None]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        asker, peer = cluster.bus("asker"), cluster.bus("peer")
+        lost: list[str] = []
+        asker.watch_connection("peer", lambda: lost.append("peer"))
+        for times in (1, 2):
+            answer = asyncio.create_task(answering(peer))
+            await asker.request("peer", Ask(number=times), Told, TIMEOUT_S)
+            answer.cancel()
+            assert len(lost) == times - 1
+            await cluster.end(peer)
+            await until(lambda times=times: len(lost) == times)  # type: ignore[misc]
+            peer = cluster.bus("peer")
+
+    run(scenario)
+
+
 def test_a_restarted_peer_receives_later_messages_once_each(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")

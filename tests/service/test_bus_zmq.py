@@ -8,14 +8,17 @@ import stat
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 
 import msgspec
 import pytest
+import uvloop
 import zmq
 import zmq.asyncio
 
 from loraserve.bus import wire
+from loraserve.bus.endpoint import LATE_TIMER_S
 from loraserve.bus.zmq import ZmqBus, open_bus
 from loraserve.config import BusConfig, ClusterConfig, Config
 from loraserve.errors import ConfigError, RequestTimeoutError
@@ -72,6 +75,24 @@ def end_process(process: "subprocess.Popen[str]") -> None:
     process.wait()
     assert process.stdout is not None
     process.stdout.close()
+
+
+def test_a_request_is_answered_although_the_process_was_paused_past_its_timeout(config: Config) -> None:
+    # In uvloop, which every process uses, timers run before sockets are read.
+    async def main() -> None:
+        bus = open_bus(config, "a", None)
+        await bus.request("b", Ping(), Pong, TIMEOUT_S)
+        asking = asyncio.ensure_future(bus.request("b", Ping(), Pong, 0.1))
+        await asyncio.sleep(0)
+        time.sleep(0.1 + 2 * LATE_TIMER_S)  # noqa: ASYNC251
+        assert (await asking).name == "b"
+        await bus.close()
+
+    process = start_process(config)
+    try:
+        uvloop.run(main())
+    finally:
+        end_process(process)
 
 
 async def answer_pings(bus: ZmqBus) -> None:

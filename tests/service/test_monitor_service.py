@@ -10,6 +10,7 @@ import pytest
 
 from loraserve.config import Config, MonitorConfig
 from loraserve.messages import (
+    PROTOCOL_VERSION,
     AdapterTokens,
     AnnounceCapabilities,
     ClusterLoad,
@@ -27,7 +28,7 @@ from loraserve.messages import (
     ToRouter,
 )
 from loraserve.messages.transfer import Abilities
-from loraserve.monitor.service import MonitorService
+from loraserve.monitor.service import CONFIRM_S, MonitorService
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.memory_bus import Fault, MemoryBus, MemoryNetwork
 from loraserve.testing.peers import serving
@@ -99,9 +100,15 @@ class Stage:
 
     async def _answer(self, bus: MemoryBus, capabilities: EngineCapabilities) -> None:
         while True:
-            if isinstance((await bus.receive()).message, AnnounceCapabilities):
+            envelope = await bus.receive()
+            if isinstance(envelope.message, AnnounceCapabilities):
                 self.asked.append(bus.name)
                 bus.send("monitor", capabilities)
+            else:
+                pong = Pong(
+                    name=bus.name, state="READY", incarnation=capabilities.incarnation, pid=1, protocol=PROTOCOL_VERSION
+                )
+                bus.respond(envelope, pong)
 
     async def picture_after(self, now: float, timeout_s: float = 30.0) -> tuple[float, ClusterLoad]:
         """Return the first publication after this time."""
@@ -272,8 +279,37 @@ def test_the_answer_names_live_holders_and_dead_engines_are_published() -> None:
         assert await holders() == [("e0", "i2")]
         stage.silence("e0")
         stage.start_engine("e0", incarnation="i3")
-        assert (await reader.receive()).message == EngineGone(engine="e0", incarnation="i2")
+        assert (await reader.receive()).message == EngineGone(engine="e0", incarnation="i2", ended=True)
         assert await holders() == []
+
+    play(scenario)
+
+
+def test_an_engine_whose_process_ends_is_dead_long_before_its_reports_are_late() -> None:
+    async def scenario(stage: Stage) -> None:
+        reader = stage.network.bus("engine-9", Ping | EngineGone)
+        reader.subscribe("monitor", "gone")
+        stage.start_engine("e0")
+        stage.start_engine("e1")
+        await asyncio.sleep(0.1)
+        stage.silence("e0")
+        stage.network.kill("e0")
+        killed_s = stage.now
+        assert (await reader.receive()).message == EngineGone(engine="e0", incarnation="i1", ended=True)
+        at_s, picture = await stage.picture_after(killed_s)
+        assert alive(picture) == {"e0": False, "e1": True}
+        assert at_s - killed_s < 2 * CONFIRM_S < DEAD_AFTER_S
+
+    play(scenario)
+
+
+def test_an_engine_that_only_lost_its_connection_stays_alive() -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.start_engine("e0")
+        await asyncio.sleep(0.1)
+        stage.monitor.bus.lost("e0")  # type: ignore[attr-defined]
+        await asyncio.sleep(2 * CONFIRM_S)
+        assert (await stage.listener.request("monitor", Ping(), Pong, 1.0)).detail == "1 engines alive"
 
     play(scenario)
 

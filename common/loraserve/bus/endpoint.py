@@ -4,7 +4,7 @@ import asyncio
 import os
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, TypeVar
 
@@ -19,6 +19,10 @@ T = TypeVar("T")
 Answer = tuple[bytes, Frame, tuple[Frame, ...]]
 """The kind, payload and raw frames of an answer."""
 MAX_HELLOS = 10_000
+LATE_TIMER_S = 0.25
+"""A timer that runs this late shows that the process was stopped or its event loop was blocked."""
+AFTER_PAUSE_S = 0.5
+"""Time to read the answers that arrived during a pause, before requests time out."""
 
 
 class Backlog:
@@ -51,10 +55,11 @@ class Backlog:
 
 
 class Waiting(msgspec.Struct):
-    """A request that has no answer yet."""
+    """A request that has no answer yet. ``timer`` fails it when its time runs out."""
 
     peer: str
     answer: "asyncio.Future[Answer]"
+    timer: asyncio.TimerHandle | None = None
 
 
 class Endpoint(ABC):
@@ -70,6 +75,7 @@ class Endpoint(ABC):
         self._decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
         self._hellos: dict[bytes, wire.Hello] = {}
         self._waiting: dict[bytes, Waiting] = {}
+        self._on_lost: dict[str, Callable[[], None]] = {}
         self._last_correlation = int.from_bytes(os.urandom(7), "big")
         self._closed = False
         self.counters = BusCounters(name)
@@ -142,7 +148,7 @@ class Endpoint(ABC):
         waiting = Waiting(peer, loop.create_future())
         self._waiting[correlation] = waiting
         # ``call_later`` takes a fifth of the time of asyncio.timeout.
-        timer = loop.call_later(timeout_s, _expire, waiting.answer)
+        waiting.timer = loop.call_later(timeout_s, _expire, waiting, loop.time() + timeout_s)
         try:
             if not self._transmit(peer, message, wire.pack_message(wire.REQUEST, correlation, message, frames)):
                 raise RequestTimeoutError(f"{type(message).__name__} to {peer}: the queue for it is full")
@@ -151,7 +157,7 @@ class Endpoint(ABC):
             self._withdraw(peer, correlation)
             raise RequestTimeoutError(f"{peer} did not answer {type(message).__name__} in {timeout_s:g} s") from None
         finally:
-            timer.cancel()
+            waiting.timer.cancel()
             del self._waiting[correlation]
             if not waiting.answer.done() or waiting.answer.cancelled():
                 self._withdraw(peer, correlation)
@@ -202,6 +208,11 @@ class Endpoint(ABC):
         else:
             waiting.answer.set_result((kind, payload, frames))
 
+    def _peer_lost(self, peer: str) -> None:
+        self._fail_waiting(peer, "its connection was lost before it answered")
+        if peer in self._on_lost:
+            self._on_lost[peer]()
+
     def _fail_waiting(self, peer: str | None, why: str) -> None:
         """Fail the waiting requests to ``peer``, or to all peers if it is None."""
         for waiting in self._waiting.values():
@@ -227,9 +238,13 @@ class Endpoint(ABC):
         return decoder
 
 
-def _expire(answer: "asyncio.Future[Answer]") -> None:
-    if not answer.done():
-        answer.set_exception(TimeoutError())
+def _expire(waiting: Waiting, due_s: float) -> None:
+    loop = asyncio.get_running_loop()
+    late_s = loop.time() - due_s
+    if late_s > LATE_TIMER_S:
+        waiting.timer = loop.call_later(AFTER_PAUSE_S, _expire, waiting, loop.time() + AFTER_PAUSE_S)
+    elif not waiting.answer.done():
+        waiting.answer.set_exception(TimeoutError())
 
 
 def new_incarnation() -> str:

@@ -6,7 +6,7 @@ arrived uses ``request``.
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import UnionType
 from typing import Any, Protocol, TypeVar
 
@@ -89,7 +89,8 @@ class Bus(Protocol):
 
         Raises PeerError if the peer refuses the request or its answer does not decode. Raises RequestTimeoutError
         after ``timeout_s``, or at once if the connection is lost; the peer may then have acted on the request. A
-        request that times out before its peer connects is never delivered.
+        request that times out before its peer connects is never delivered. If this process was paused when the time
+        ran out, the answer may wait in its socket, so it waits a little longer.
         """
 
     async def request_frames(
@@ -111,6 +112,13 @@ class Bus(Protocol):
 
     async def receive(self) -> Envelope:
         """Return the next valid message from the inbox. The bus counts, logs and refuses invalid messages."""
+
+    def watch_connection(self, peer: str, on_lost: Callable[[], None]) -> None:
+        """Connect to the peer's inbox and call ``on_lost`` whenever this connection is lost. Replaces earlier calls.
+
+        The kernel closes the connections of a process that dies, so ``on_lost`` is called within milliseconds. It is
+        also called if only the network fails. A stopped process keeps its connections.
+        """
 
     def forget(self, peer: str) -> None:
         """Drop the queue, the waiting requests and the subscriptions of a peer that will not return."""

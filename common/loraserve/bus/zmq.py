@@ -94,7 +94,12 @@ class ZmqBus(Endpoint):
                 return envelope
         raise LoraServeError(f"the bus of {self.name} is closed")
 
+    def watch_connection(self, peer: str, on_lost: Callable[[], None]) -> None:
+        self._on_lost[peer] = on_lost
+        self._link(peer)
+
     def forget(self, peer: str) -> None:
+        self._on_lost.pop(peer, None)
         link = self._links.pop(peer, None)
         if link is not None:
             link.close(linger_ms=0)
@@ -191,7 +196,7 @@ class ZmqBus(Endpoint):
                 address,
                 self._queue_messages,
                 partial(self._accept_answer, peer),
-                partial(self._fail_waiting, peer, "its connection was lost before it answered"),
+                partial(self._peer_lost, peer),
             )
         return link
 

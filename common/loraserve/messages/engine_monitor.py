@@ -244,7 +244,11 @@ class Copies(Message, frozen=True, tag=True, kw_only=True):
 
 
 class EngineGone(Message, frozen=True, tag=True, kw_only=True):
-    """Publication ``gone`` of the monitor, for engines: this incarnation died or was replaced by a new incarnation."""
+    """Publication ``gone`` of the monitor: this incarnation died, was replaced or stopped reporting.
+
+    If ``ended``, its process certainly ended. Otherwise it may still run and send messages.
+    """
 
     engine: str
     incarnation: str
+    ended: bool = False

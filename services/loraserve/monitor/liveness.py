@@ -1,4 +1,4 @@
-"""Decides whether an engine is alive, from the age of its last report."""
+"""Decides whether an engine is alive, from the age of its last report and from lost connections."""
 
 import msgspec
 
@@ -12,6 +12,10 @@ class _Report(msgspec.Struct, frozen=True):
     load: EngineLoad
     capabilities: EngineCapabilities
     at_s: float
+    ended: bool = False
+
+    def is_alive(self, now: float, dead_after_s: float) -> bool:
+        return not self.ended and now - self.at_s <= dead_after_s
 
 
 class Liveness:
@@ -27,10 +31,23 @@ class Liveness:
         self._reports[load.engine] = _Report(load, capabilities, now)
         return (
             before is None
-            or now - before.at_s > self._dead_after_s
+            or not before.is_alive(now, self._dead_after_s)
             or before.load.incarnation != load.incarnation
             or before.load.state != load.state
         )
+
+    def end(self, engine: str, incarnation: str) -> bool:
+        """Record that the process of this incarnation ended. Returns whether it was the last one to report."""
+        last = self._reports.get(engine)
+        if last is None or last.load.incarnation != incarnation:
+            return False
+        self._reports[engine] = msgspec.structs.replace(last, ended=True)
+        return True
+
+    def has_ended(self, engine: str, incarnation: str) -> bool:
+        """Return whether the process of this incarnation certainly ended: ``end`` told so, or a later one reported."""
+        last = self._reports.get(engine)
+        return last is not None and (last.ended or last.load.incarnation != incarnation)
 
     def engines(self, now: float) -> tuple[EngineSeen, ...]:
         """Return all engines that reported within FORGET_AFTER_S, sorted by name."""
@@ -40,12 +57,12 @@ class Liveness:
                 load=last.load,
                 capabilities=last.capabilities,
                 age_s=now - last.at_s,
-                alive=now - last.at_s <= self._dead_after_s,
+                alive=last.is_alive(now, self._dead_after_s),
             )
             for _, last in sorted(self._reports.items())
         )
 
     def next_death_s(self, now: float) -> float | None:
         """Return the seconds until the first live engine counts as dead without a report; None if none is alive."""
-        left_s = [last.at_s + self._dead_after_s - now for last in self._reports.values()]
+        left_s = [last.at_s + self._dead_after_s - now for last in self._reports.values() if not last.ended]
         return min((seconds for seconds in left_s if seconds >= 0), default=None)

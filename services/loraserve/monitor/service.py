@@ -12,6 +12,7 @@ from typing import Any
 from loraserve.bus.protocol import Bus, Envelope
 from loraserve.clock import Clock
 from loraserve.config import Config
+from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import (
     AdapterRef,
     AnnounceCapabilities,
@@ -24,6 +25,8 @@ from loraserve.messages import (
     EngineLoad,
     EngineStatistics,
     FindCopies,
+    Ping,
+    Pong,
     RegistryChanged,
     ToMonitor,
 )
@@ -31,6 +34,9 @@ from loraserve.monitor.copies import CopyIndex
 from loraserve.monitor.demand import DemandWindow
 from loraserve.monitor.liveness import Liveness
 from loraserve.service import Service
+
+CONFIRM_S = 0.3
+"""An engine that has not answered a ping for this time after its connection was lost has ended."""
 
 
 class MonitorService(Service):
@@ -85,6 +91,18 @@ class MonitorService(Service):
         now = self.clock.monotonic_s()
         self._copies.report(load, capabilities)
         if self._liveness.report(load, capabilities, now):
+            self.bus.watch_connection(sender, lambda: self.spawn(self._confirm_end(load.engine, load.incarnation)))
+            self._changed.set()
+
+    async def _confirm_end(self, engine: str, incarnation: str) -> None:
+        """Declare an engine dead whose connection was lost, unless it still answers."""
+        try:
+            answer = await self.bus.request(engine, Ping(), Pong, CONFIRM_S)
+            lives = answer.incarnation == incarnation
+        except (RequestTimeoutError, PeerError):
+            lives = False
+        if not lives and self._liveness.end(engine, incarnation):
+            self.log.warning("engine_ended", engine=engine, incarnation=incarnation)
             self._changed.set()
 
     async def _publish_load(self) -> None:
@@ -124,10 +142,11 @@ class MonitorService(Service):
         for engine in alive.keys() - self._alive.keys():
             self.log.info("engine_alive", engine=engine)
         for engine in self._alive.keys() - alive.keys():
-            self.log.warning("engine_dead", engine=engine, silent_s=self.config.monitor.dead_after_s)
+            self.log.warning("engine_dead", engine=engine)
             self._copies.drop(engine)
         for engine, incarnation in self._alive.items():
             if alive.get(engine) != incarnation:
-                self.bus.publish("gone", EngineGone(engine=engine, incarnation=incarnation))
+                ended = self._liveness.has_ended(engine, incarnation)
+                self.bus.publish("gone", EngineGone(engine=engine, incarnation=incarnation, ended=ended))
         self._alive = alive
         self._engines_alive.set(len(alive))

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from loraserve.clock import Clock, SystemClock
+from loraserve.clock import LONGEST_GAP_S, Clock, RunningClock, SystemClock
 from loraserve.testing.clock import DeadlockError, FakeClock, LoopClock, run_virtual
 
 
@@ -14,6 +14,42 @@ def test_the_system_clock_is_the_machine_s() -> None:
     assert abs(clock.unix_s() - time.time()) < 1
     first = clock.monotonic_s()
     assert clock.monotonic_s() >= first
+
+
+def test_the_running_clock_leaves_out_pauses() -> None:
+    machine = FakeClock(monotonic_s=100.0)
+    clock = RunningClock(machine.monotonic_s, machine.unix_s)
+    for _ in range(20):
+        machine.advance(0.1)
+        clock.monotonic_s()
+    assert clock.monotonic_s() == pytest.approx(102.0)
+    machine.advance(30.0)
+    assert clock.monotonic_s() == pytest.approx(102.0 + LONGEST_GAP_S)
+    assert clock.paused_s == pytest.approx(30.0 - LONGEST_GAP_S)
+    machine.advance(0.2)
+    assert clock.monotonic_s() == pytest.approx(102.2 + LONGEST_GAP_S)
+
+
+def test_steps_of_the_wall_clock_do_not_change_the_running_clock() -> None:
+    machine, wall = FakeClock(), FakeClock()
+    clock = RunningClock(machine.monotonic_s, wall.unix_s)
+    for step_s in (3600.0, -7200.0):
+        wall.advance(step_s)
+        machine.advance(0.1)
+        before = clock.monotonic_s()
+        machine.advance(0.1)
+        assert clock.monotonic_s() - before == pytest.approx(0.1)
+
+
+def test_the_ticking_clock_counts_all_the_time_that_its_loop_runs() -> None:
+    async def scenario() -> None:
+        clock = RunningClock(asyncio.get_running_loop().time)
+        ticking = asyncio.ensure_future(clock.tick())
+        await asyncio.sleep(60.0)
+        assert clock.monotonic_s() == pytest.approx(60.0)
+        ticking.cancel()
+
+    run_virtual(scenario())
 
 
 def test_a_fake_clock_stands_until_it_is_turned() -> None:

@@ -37,6 +37,20 @@ def test_an_engine_is_alive_while_its_last_report_is_recent(liveness: Liveness) 
     assert [seen.age_s for seen in liveness.engines(12.0)] == [1.0, 2.0]
 
 
+def test_an_ended_engine_is_dead_at_once_until_it_reports_again(liveness: Liveness) -> None:
+    seen = engine_seen("e0")
+    report(liveness, seen, 10.0)
+    assert not liveness.end("e0", "another incarnation")
+    assert not liveness.has_ended("e0", seen.load.incarnation)
+    assert liveness.end("e0", seen.load.incarnation)
+    assert liveness.has_ended("e0", seen.load.incarnation)
+    assert alive(liveness, 10.1) == {"e0": False}
+    assert liveness.next_death_s(10.1) is None
+    assert report(liveness, seen, 10.2), "it was dead"
+    assert alive(liveness, 10.2) == {"e0": True}
+    assert liveness.has_ended("e0", "an earlier incarnation")
+
+
 def test_the_last_report_counts(liveness: Liveness) -> None:
     for running in range(3):
         report(liveness, engine_seen("e0", running=running), 10.0 + running)

@@ -123,7 +123,11 @@ class MemoryBus(Endpoint):
             await self._wake
         return self._arrived.popleft()
 
+    def watch_connection(self, peer: str, on_lost: Callable[[], None]) -> None:
+        self._on_lost[peer] = on_lost
+
     def forget(self, peer: str) -> None:
+        self._on_lost.pop(peer, None)
         self._network.backlog(self.name, peer).take_all()
         self._network.unsubscribe(self, peer)
         self._fail_waiting(peer, "it was given up")
@@ -138,7 +142,7 @@ class MemoryBus(Endpoint):
         self._wake_receiver()
 
     def lost(self, peer: str) -> None:
-        self._fail_waiting(peer, "its connection was lost before it answered")
+        self._peer_lost(peer)
 
     def arrive(self, hello: bytes, parts: Sequence[Frame]) -> None:
         """Receive a message on the connection that ``hello`` identifies."""
