@@ -1,11 +1,13 @@
 """Tests of the in-memory network alone: injected faults and virtual time."""
 
 import asyncio
+import time
 from typing import Any
 
 import pytest
 
 from loraserve.bus import wire
+from loraserve.bus.endpoint import LATE_TIMER_S
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.messages import PROTOCOL_VERSION, Ping, Pong
 from loraserve.testing.clock import DeadlockError, run_virtual
@@ -139,3 +141,18 @@ def test_waiting_for_a_message_that_is_never_sent_raises_deadlock_error() -> Non
 
     with pytest.raises(DeadlockError):
         run_virtual(scenario())
+
+
+def test_a_request_whose_process_was_paused_past_its_timeout_waits_for_the_answer() -> None:
+    async def scenario() -> None:
+        network = MemoryNetwork()
+        asker, peer = network.bus("asker", None), network.bus("peer", Ping)
+        asking = asyncio.ensure_future(asker.request("peer", Ping(), Pong, 0.1))
+        question = await peer.receive()
+        time.sleep(0.1 + 2 * LATE_TIMER_S)  # noqa: ASYNC251
+        # The sockets are read some time after the pause.
+        await asyncio.sleep(0.05)
+        peer.respond(question, PONG)
+        assert await asking == PONG
+
+    asyncio.run(scenario())
