@@ -117,6 +117,8 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     statistics_interval_s: Seconds = 1.0
     load_timeout_s: Seconds = 60.0
     load_chunk_bytes: Positive = 1 << 20
+    drain_timeout_s: Seconds = 3.0
+    """Time for requests to end after SIGTERM. The gateways then migrate the remaining ones to other engines."""
 
     def __post_init__(self) -> None:
         if self.load_chunk_bytes > MAX_SLAB_READ_BYTES:

@@ -2,7 +2,7 @@
 
 import msgspec
 
-PROTOCOL_VERSION = 8
+PROTOCOL_VERSION = 9
 
 
 class Message(msgspec.Struct, frozen=True, tag=True, kw_only=True):

@@ -34,7 +34,8 @@ class TokenBatch(Message, frozen=True, tag=True, kw_only=True):
 class Failed(Message, frozen=True, tag=True, kw_only=True):
     """Reports that a request failed. No answer.
 
-    The usual values of ``code`` are ``adapter_unavailable``, ``engine_error`` and ``overloaded``.
+    The usual values of ``code`` are ``adapter_unavailable``, ``adapter_damaged`` (the output so far may be wrong),
+    ``draining``, ``engine_error`` and ``overloaded``.
     """
 
     request_id: str

@@ -7,7 +7,9 @@ from loraserve.messages.sampling import SamplingParams
 class Route(Message, frozen=True, tag=True, kw_only=True):
     """Request: choose an engine for this request and admit it there. Answered by Routed or Rejected.
 
-    The engine sends the tokens to the process named ``gateway``.
+    The engine sends the tokens to the process named ``gateway``. If the request was migrated, the last ``generated``
+    tokens of ``prompt_tokens`` are output of earlier attempts, and the engines in ``avoid`` failed it: they are asked
+    only if no other engine is ready.
     """
 
     request_id: str
@@ -15,6 +17,8 @@ class Route(Message, frozen=True, tag=True, kw_only=True):
     prompt_tokens: tuple[int, ...]
     sampling: SamplingParams
     adapter: AdapterRef | None = None
+    generated: int = 0
+    avoid: tuple[str, ...] = ()
 
 
 class Routed(Message, frozen=True, tag=True, kw_only=True):

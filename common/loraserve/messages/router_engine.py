@@ -7,7 +7,8 @@ from loraserve.messages.sampling import SamplingParams
 class Admit(Message, frozen=True, tag=True, kw_only=True):
     """Request: run this request and send its tokens to ``gateway``. Answered by Admitted.
 
-    An Admit for a request that is still running changes nothing.
+    An Admit for a request that is still running changes nothing. The last ``generated`` tokens of ``prompt_tokens``
+    are output of earlier attempts on other engines. The engine computes their KV and continues the output after them.
     """
 
     request_id: str
@@ -15,6 +16,7 @@ class Admit(Message, frozen=True, tag=True, kw_only=True):
     prompt_tokens: tuple[int, ...]
     sampling: SamplingParams
     adapter: AdapterRef | None = None
+    generated: int = 0
 
 
 class Admitted(Message, frozen=True, tag=True, kw_only=True):

@@ -33,6 +33,7 @@ from loraserve.engine.schedule.events import (
     Emit,
     Event,
     EvictAdapter,
+    HandOver,
     Instruction,
     LeasesEnded,
     LoadAdapter,
@@ -75,6 +76,9 @@ from loraserve.messages import (
 )
 from loraserve.service import Service, ServiceState
 
+LAST_STEP_S = 5.0
+"""Time for the step in flight after the requests were handed over."""
+
 BuildRunner = Callable[[Config, Callable[[str], None]], Runner]
 
 
@@ -85,6 +89,7 @@ class EngineService(Service):
 
     def __init__(self, config: Config, bus: Bus, clock: Clock, build: BuildRunner | None = None) -> None:
         super().__init__(config, bus, clock)
+        self.drain_timeout_s = config.engine.drain_timeout_s + LAST_STEP_S
         self._build = build or partial(build_runner, index=engine_number(bus.name))
         self._executor = StepExecutor()
         # One loop awaits the steps, so that their results reach the scheduler in order, failures included.
@@ -112,8 +117,14 @@ class EngineService(Service):
         return [self._report_load(), self._report_statistics(), self._await_steps()]
 
     async def drain(self) -> None:
-        """Wait until all requests have ended. New requests are refused in state DRAINING."""
-        await self._idle.wait()
+        """Wait for the running requests, then hand over the remaining ones. New requests are refused meanwhile."""
+        self._send_load()
+        try:
+            async with asyncio.timeout(self.config.engine.drain_timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            self._handle_event(HandOver())
+            await self._idle.wait()
 
     def ready_detail(self) -> str:
         limits, resident = self._scheduler.limits, self._scheduler.load().adapters.resident
@@ -280,18 +291,21 @@ class EngineService(Service):
         self._announce_capabilities()
         while True:
             self._note_leases_ended(self._adapters.lender.expire(self.clock.monotonic_s()))
-            load = self._scheduler.load()
-            report = EngineLoad(
-                engine=self.bus.name,
-                incarnation=self.bus.incarnation,
-                state=self.state,
-                queue=load.queue,
-                memory=load.memory,
-                speed=self._speed.measured(),
-                adapters=msgspec.structs.replace(load.adapters, cached=self._adapters.cache.cache.versions),
-            )
-            self.bus.send("monitor", report)
+            self._send_load()
             await asyncio.sleep(self.config.engine.load_interval_s)
+
+    def _send_load(self) -> None:
+        load = self._scheduler.load()
+        report = EngineLoad(
+            engine=self.bus.name,
+            incarnation=self.bus.incarnation,
+            state=self.state,
+            queue=load.queue,
+            memory=load.memory,
+            speed=self._speed.measured(),
+            adapters=msgspec.structs.replace(load.adapters, cached=self._adapters.cache.cache.versions),
+        )
+        self.bus.send("monitor", report)
 
     async def _report_statistics(self) -> None:
         while True:

@@ -2,7 +2,8 @@
 
 ``route_by_prediction`` (setting ``predicted``, the default) decides in four steps, in the order of this module:
 
-1. Filter: exclude engines whose context length or adapter pool is too small (``_filter``).
+1. Filter: exclude engines whose context length or adapter pool is too small, and those that failed an earlier attempt
+   of a migrated request (``_filter``).
 2. Score: compute a score in seconds for each engine, mostly its predicted time to first token (``score.score``).
 3. Admit: refuse the request if every engine would take too long to start it (``_reject_overloaded``).
 4. Pick: take the engine with the lowest score. ``break_ties`` orders engines with nearly equal scores.
@@ -101,12 +102,13 @@ def _filter(request: Route, table: PriceTable) -> Mask | Rejected | None:
     tokens = len(request.prompt_tokens)
     # Extents are whole granules, so every slab up to the size of the largest extent fits into it.
     slab_bytes = request.adapter.slab_bytes if request.adapter is not None else 0
-    if tokens < table.min_context_tokens and slab_bytes <= table.min_extent_bytes:
+    if not request.avoid and tokens < table.min_context_tokens and slab_bytes <= table.min_extent_bytes:
         return None
     columns = table.columns
     fitting = (columns.context_tokens > tokens) & (columns.largest_extent_bytes >= slab_bytes)
     if fitting.any():
-        return fitting
+        others = fitting & [engine.name not in request.avoid for engine in table.engines]
+        return others if others.any() else fitting
     context_tokens = float(columns.context_tokens.max())
     if context_tokens <= tokens:
         text = (

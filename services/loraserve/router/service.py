@@ -135,6 +135,7 @@ class RouterService(Service):
             prompt_tokens=request.prompt_tokens,
             sampling=request.sampling,
             adapter=request.adapter,
+            generated=request.generated,
         )
         try:
             answer = await self.bus.request(engine, admit, Admitted, self.config.router.admit_timeout_s)

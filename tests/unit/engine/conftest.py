@@ -89,10 +89,19 @@ class Desk:
         self.scheduler.validate()
         return instructions
 
-    def arrive(self, name: str, prompt: Sequence[int], to: AdapterRef | None = None, **sampling: Any) -> None:
+    def arrive(
+        self, name: str, prompt: Sequence[int], to: AdapterRef | None = None, generated: int = 0, **sampling: Any
+    ) -> None:
         self.output[name] = []
         params = SamplingParams(**{"max_tokens": 8, **sampling})
-        admit = Admit(request_id=name, gateway="g", prompt_tokens=tuple(prompt), sampling=params, adapter=to)
+        admit = Admit(
+            request_id=name,
+            gateway="g",
+            prompt_tokens=tuple(prompt),
+            sampling=params,
+            adapter=to,
+            generated=generated,
+        )
         self.tell(RequestArrived(admit))
 
     def step_done(self, token: int = 7, **tokens: int) -> list[Instruction]:

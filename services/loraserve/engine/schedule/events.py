@@ -85,6 +85,10 @@ class RequestAborted(msgspec.Struct, frozen=True):
     request_id: str
 
 
+class HandOver(msgspec.Struct, frozen=True):
+    """This engine stops. Its requests are rejected with code ``draining``, so that their gateways migrate them."""
+
+
 class StepDone(msgspec.Struct, frozen=True):
     result: StepResult
 
@@ -154,6 +158,7 @@ class LeasesEnded(msgspec.Struct, frozen=True):
 Event = (
     RequestArrived
     | RequestAborted
+    | HandOver
     | StepDone
     | StepFailed
     | AdapterArriving

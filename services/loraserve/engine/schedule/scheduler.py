@@ -28,6 +28,7 @@ from loraserve.engine.schedule.events import (
     CopiesRetired,
     Emit,
     Event,
+    HandOver,
     Instruction,
     LeasesEnded,
     Reject,
@@ -75,6 +76,10 @@ class Scheduler:
                 instructions = self._arrive(admit, now)
             case RequestAborted(request_id):
                 instructions = self._abort(request_id, now)
+            case HandOver():
+                text = "its engine stops"
+                live = [sequence for sequence in self.waiting + self.running if sequence.state is not ENDING]
+                instructions = [self._reject(sequence, "draining", text, now) for sequence in live]
             case StepDone(result):
                 instructions = self._step_done(result, now)
             case StepFailed(step_id, message):
@@ -158,6 +163,11 @@ class Scheduler:
             return "bad_request", "prompt_tokens is empty; send at least one token"
         if admit.sampling.max_tokens < 1:
             return "bad_request", f"max_tokens is {admit.sampling.max_tokens}; ask for at least 1"
+        if not 0 <= admit.generated < min(length, admit.sampling.max_tokens):
+            return "bad_request", (
+                f"generated is {admit.generated}; it must be less than the {length} prompt_tokens and than max_tokens, "
+                f"{admit.sampling.max_tokens}"
+            )
         if length >= self.max_model_tokens:
             return "context_length", (
                 f"This model's maximum context length is {self.max_model_tokens} tokens. However, your prompt has "
@@ -280,7 +290,7 @@ class Scheduler:
         self.blocks.clear_cache()
         affected = [s for s in self.waiting + self.running if s.version == version and s.has_started]
         text = "its adapter was damaged in this engine's memory; send it again"
-        return [self._reject(s, "engine_error", text, now) for s in affected]
+        return [self._reject(s, "adapter_damaged", text, now) for s in affected]
 
     # --- Loads and steps start.
 

@@ -73,7 +73,7 @@ class Sequence:
         self.order = order
         self.request_id = admit.request_id
         self.version = admit.adapter.version if admit.adapter else ""
-        self.prompt_length = len(admit.prompt_tokens)
+        self.prompt_length = len(admit.prompt_tokens) - admit.generated
         self.history = list(admit.prompt_tokens)
         self.max_tokens = min(admit.sampling.max_tokens, max_model_tokens - self.prompt_length)
         self.state = WAITING
@@ -105,7 +105,7 @@ class Sequence:
     def has_started(self) -> bool:
         """Whether the request runs or has output, so that results computed with its adapter are in use."""
         if self.state is WAITING:
-            return self.output_length > 0
+            return self.output_length > self.admit.generated
         return self.state is RUNNING or self.state is EARLY
 
     @property

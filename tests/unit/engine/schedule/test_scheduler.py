@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from loraserve.engine.schedule.events import RequestAborted
+from loraserve.engine.schedule.events import HandOver, RequestAborted
 from loraserve.errors import ConfigError
 
 ONES, TWOS, THREES = [1] * 8, [2] * 8, [3] * 8
@@ -272,3 +272,32 @@ def test_a_repeated_arrival_is_ignored(helpers: SimpleNamespace) -> None:
 def test_a_step_budget_below_max_running_is_refused(helpers: SimpleNamespace) -> None:
     with pytest.raises(ConfigError, match=r"engine\.max_step_tokens is 3, it must be at least engine\.max_running"):
         helpers.Desk(max_step_tokens=3)
+
+
+def test_a_migrated_request_continues_after_the_output_of_its_earlier_attempt(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1, 1, 5, 6, 7], generated=3, max_tokens=5)
+    part = desk.part("r")
+    assert (part.tokens, part.sample, part.prompt_length, part.output_index) == ((1, 1, 5, 6, 7), True, 2, 3)
+    desk.step_done(r=8)
+    desk.step_done(r=9)
+    assert (desk.output["r"], desk.finish["r"]) == ([8, 9], "length")
+
+
+@pytest.mark.parametrize("generated", [-1, 4, 5])
+def test_a_migrated_request_must_have_a_prompt_and_output_left(helpers: SimpleNamespace, generated: int) -> None:
+    desk = helpers.Desk()
+    desk.arrive("r", [1] * 5, generated=generated, max_tokens=4)
+    assert desk.rejected["r"].code == "bad_request"
+    assert f"generated is {generated}" in desk.rejected["r"].message
+
+
+def test_a_stopping_engine_hands_over_waiting_and_running_requests(helpers: SimpleNamespace) -> None:
+    desk = helpers.Desk(max_running=2)
+    for name in ("a", "b", "c"):
+        desk.arrive(name, [1])
+    desk.tell(RequestAborted("a"))
+    desk.tell(HandOver())
+    assert {name: reject.code for name, reject in desk.rejected.items()} == {"b": "draining", "c": "draining"}
+    desk.step_done()
+    assert desk.scheduler.is_idle

@@ -52,3 +52,14 @@ def test_a_waiting_request_has_started_once_it_has_output() -> None:
     assert sequence.has_started
     sequence.advance(Transition.RELEASE)
     assert not sequence.has_started
+
+
+def test_output_of_an_earlier_attempt_does_not_count_as_started() -> None:
+    admit = Admit(
+        request_id="r", gateway="g", prompt_tokens=(1, 2, 3), generated=1, sampling=SamplingParams(max_tokens=4)
+    )
+    sequence = Sequence(admit, 1, 16, 4)
+    assert sequence.output_length == 1
+    assert not sequence.has_started
+    sequence.history.append(4)
+    assert sequence.has_started

@@ -94,3 +94,20 @@ def test_the_next_step_is_submitted_before_the_last_result_is_read(world: tuple[
     done: list[int] = []
     engine.generate(requests()[:1], before_step=lambda batch: done.append(len(engine.steps)))
     assert done == [max(0, step - 1) for step in range(len(done))]
+
+
+def test_a_migrated_request_gets_the_tokens_that_its_first_engine_would_have_drawn(
+    world: tuple[Config, dict[str, Slab]],
+) -> None:
+    """Greedy and sampled requests, with and without penalties and adapters, are cut at every third token."""
+    config, slabs = world
+    engine = OfflineEngine(config, slabs)
+    whole = engine.generate(requests())
+    for cut in range(1, 40, 3):
+        rest = [
+            msgspec.structs.replace(request, prompt=(*request.prompt, *output.tokens[:cut]), generated=cut)
+            for request, output in zip(requests(), whole, strict=True)
+            if len(output.tokens) > cut
+        ]
+        expected = [output.tokens[cut:] for output in whole if len(output.tokens) > cut]
+        assert [output.tokens for output in engine.generate(rest)] == expected

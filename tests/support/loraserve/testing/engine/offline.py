@@ -32,11 +32,15 @@ from loraserve.messages import AdapterRef, Admit, SamplingParams, TokenDelta
 
 
 class OfflineRequest(msgspec.Struct, frozen=True, kw_only=True):
-    """A request. ``adapter`` is a name that the engine was given, "" for the base model."""
+    """A request. ``adapter`` is a name that the engine was given, "" for the base model.
+
+    The last ``generated`` tokens of ``prompt`` are output of an earlier attempt.
+    """
 
     prompt: tuple[int, ...]
     sampling: SamplingParams
     adapter: str = ""
+    generated: int = 0
 
 
 class OfflineOutput(msgspec.Struct, kw_only=True):
@@ -114,6 +118,7 @@ class OfflineEngine:
             prompt_tokens=request.prompt,
             sampling=request.sampling,
             adapter=self._references.get(request.adapter),
+            generated=request.generated,
         )
 
     def _handle(self, event: Event) -> None:
