@@ -183,6 +183,20 @@ def test_draining_finishes_running_requests_and_refuses_new_ones(play: Play, mod
     play(scenario, steps_ahead=steps_ahead)
 
 
+def test_requests_that_outlast_the_drain_are_handed_over(play: Play, models: Any) -> None:
+    async def scenario(stage: Any) -> None:
+        await stage.admit("short", tokens=4)
+        await stage.admit("endless", tokens=100_000)
+        await stage.until(lambda: len(stage.tokens["endless"]) > 5)
+        stage.engine.stop()
+        await stage.running
+        assert stage.tokens["short"] == models.expected("", 4)
+        assert {name: failed.code for name, failed in stage.failed.items()} == {"endless": "draining"}
+        assert stage.engine.state is ServiceState.STOPPED
+
+    play(scenario, drain_timeout_s=0.2)
+
+
 def test_the_reports_match_the_engines_state(play: Play, models: Any) -> None:
     async def scenario(stage: Any) -> None:
         first = await stage.fresh_load()

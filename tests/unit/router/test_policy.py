@@ -4,6 +4,7 @@ from collections import Counter
 from random import Random
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -73,6 +74,13 @@ def test_only_ready_engines_are_chosen() -> None:
     assert [c.engine for c in candidates(view)] == ["e1"]
     assert refusal(ClusterView(), route_request()).code == "no_engine"
     assert refusal(view_of(engine_seen("e0", state="DRAINING")), route_request()).code == "no_engine"
+
+
+def test_an_engine_that_failed_the_request_is_asked_only_if_no_other_is_ready() -> None:
+    request = msgspec.structs.replace(route_request(), avoid=("e0", "e7"))
+    both = view_of(engine_seen("e0"), engine_seen("e1", waiting_prefill_tokens=5000))
+    assert [c.engine for c in candidates(both, request)] == ["e1"]
+    assert [c.engine for c in candidates(view_of(engine_seen("e0")), request)] == ["e0"]
 
 
 def test_a_prompt_that_fills_every_context_is_refused_with_both_lengths() -> None:
