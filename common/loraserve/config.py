@@ -173,6 +173,11 @@ class GatewayConfig(Section, frozen=True, kw_only=True):
     """Output limit of requests that do not set one. 0 means the rest of the context."""
     request_timeout_s: Seconds = 600.0
     route_timeout_s: Seconds = 10.0
+    """The gateway asks the router again after this time without an answer, until the request's deadline."""
+    max_attempts: Positive = 8
+    """Most engines that run a request one after the other, if they die or fail it."""
+    migrate_timeout_s: Seconds = 30.0
+    """Longest time to find another engine for a request whose engine died or failed it."""
     drain_timeout_s: Seconds = 8.0
     """Time for streams to finish after SIGTERM. Docker kills a container ten seconds after SIGTERM."""
     max_body_bytes: Positive = 16 << 20

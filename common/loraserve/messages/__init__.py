@@ -60,7 +60,7 @@ from loraserve.messages.store import (
 )
 from loraserve.messages.transfer import ConnectQueue, QueueConnected, QueueEnd, ReadRegion, RegionChunk
 
-ToGateway = TokenBatch | Failed | ClusterLoad | ClusterStatistics | RegistryChanged | Ping | TellStory
+ToGateway = TokenBatch | Failed | ClusterLoad | ClusterStatistics | EngineGone | RegistryChanged | Ping | TellStory
 ToRouter = Route | Expect | ClusterLoad | Plan | Ping | TellStory
 ToMonitor = EngineLoad | EngineStatistics | EngineCapabilities | FindCopies | RegistryChanged | Ping | TellStory
 ToPlanner = ClusterLoad | RegistryChanged | Rebalance | Drain | GetPlan | Ping | TellStory

@@ -12,6 +12,7 @@ from loraserve.clock import Clock
 from loraserve.config import Config
 from loraserve.gateway.errors import bad_request, unavailable
 from loraserve.gateway.metrics import GatewayMetrics
+from loraserve.gateway.migration import Quarantine
 from loraserve.gateway.registry import RegistryCopy
 from loraserve.gateway.story import RequestStories
 from loraserve.gateway.streams import StreamTable
@@ -50,6 +51,9 @@ class Gateway:
     render_metrics: Callable[[], bytes]
     started_unix_s: float
     stories: RequestStories = field(default_factory=RequestStories)
+    quarantine: Quarantine = field(default_factory=Quarantine)
+    trial: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while one suspect of having killed engines is tried (see ``gateway.migration``)."""
     draining: bool = False
     active_requests: int = 0
     idle: asyncio.Event = field(default_factory=asyncio.Event)

@@ -1,8 +1,12 @@
-"""Runs the choices of one HTTP request on engines: routes them, reads their tokens, aborts unfinished choices."""
+"""Runs the choices of one HTTP request on engines: routes them, reads their tokens, migrates and aborts them.
+
+``loraserve.gateway.migration`` decides which interrupted requests are migrated to another engine. The client does not
+notice a migration: the next attempt continues the output after the tokens that were received.
+"""
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -10,12 +14,21 @@ import msgspec
 
 from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.context import ROUTER, Gateway
-from loraserve.gateway.errors import refused, unavailable
-from loraserve.gateway.streams import Stream
+from loraserve.gateway.errors import ApiError, refused, unavailable
+from loraserve.gateway.migration import Cause, Verdict, quarantined
+from loraserve.gateway.streams import Stream, StreamState
 from loraserve.gateway.text.output import OutputAssembler, OutputChunk, StopRules
 from loraserve.messages import Rejected, Route, Routed
 
 ROUTER_ANSWER: Any = Routed | Rejected
+FIRST_RETRY_S, LONGEST_RETRY_S = 0.05, 1.0
+"""Time between two requests to the router for the same attempt. It doubles each time."""
+DEADLINE_MARGIN_S = 0.1
+"""The wait for the router ends this long before the request's deadline, so that the error names the router."""
+TRIAL_S = 10.0
+"""Longest time for which one suspect keeps others from being tried."""
+TEMPORARY = frozenset(("no_engine", "overloaded", "starting", "timeout", "draining", "adapter_unavailable"))
+"""Codes of refusals after which a migrated request asks the router again."""
 
 
 class ChoiceRequest(msgspec.Struct, frozen=True, kw_only=True):
@@ -43,6 +56,9 @@ class Generation:
         self._last_token_s = [0.0] * len(choices)
         self._first_token_s = [0.0] * len(choices)
         self._unfinished = len(choices)
+        self._migrations: dict[Stream, asyncio.Task[None]] = {}
+        self._trials: dict[Stream, asyncio.Event] = {}
+        self._engines: set[str] = set()
         # Open the streams before asking the router, so that every token finds its stream.
         self._streams = [
             gateway.streams.open(choice.route.request_id, index, self._ready.put_nowait)
@@ -56,7 +72,8 @@ class Generation:
 
     @property
     def engines(self) -> list[str]:
-        return sorted({stream.engine for stream in self._streams})
+        """All engines that ran a part of the request."""
+        return sorted(self._engines)
 
     def usage(self) -> dict[str, Any]:
         """Return OpenAI's ``usage`` object so far. A prompt with several choices counts once."""
@@ -76,10 +93,12 @@ class Generation:
     async def route(self) -> None:
         """Ask the router for an engine for every choice. Raises ApiError if any choice gets none."""
         pairs = list(zip(self._choices, self._streams, strict=True))
+        for choice in self._choices:
+            self._gateway.quarantine.check(choice.route, self._arrived_s)
         if len(pairs) == 1:
-            await self._route(*pairs[0])
+            await self._route(*pairs[0], self._choices[0].route)
             return
-        tasks = [asyncio.create_task(self._route(*pair)) for pair in pairs]
+        tasks = [asyncio.create_task(self._route(*pair, pair[0].route)) for pair in pairs]
         try:
             await asyncio.gather(*tasks)
         finally:
@@ -96,8 +115,12 @@ class Generation:
             received = stream.take()
             self._observe_tokens(stream.choice, len(received.tokens))
             chunk = output.feed(received.tokens, received.logprobs, received.finish, received.stop_reason)
+            if stream in self._trials and (received.tokens or stream.state is not StreamState.RUNNING):
+                self._trials[stream].set()
             if chunk.finish is not None:
                 self._finish(stream, output, chunk.finish)
+            elif stream.state is StreamState.INTERRUPTED:
+                self._migrate(self._choices[stream.choice], stream)
             if not chunk.is_empty:
                 return chunk
         return None
@@ -105,6 +128,8 @@ class Generation:
     def close(self) -> None:
         """Abort the unfinished requests and close all streams."""
         now = self._gateway.clock.monotonic_s()
+        for task in self._migrations.values():
+            task.cancel()
         for stream, output in zip(self._streams, self._outputs, strict=True):
             if stream.engine and not output.finished and stream.finish is None:
                 reason = stream.failure.code or "" if stream.failure else "nobody_waits"
@@ -113,10 +138,73 @@ class Generation:
                 self._gateway.tell_story(stream.request_id, f"failed: {stream.failure.message}")
             self._gateway.streams.close(stream, now)
 
-    async def _route(self, choice: ChoiceRequest, stream: Stream) -> None:
+    def _migrate(self, choice: ChoiceRequest, stream: Stream) -> None:
+        """Begin the next attempt of an interrupted stream, or fail it."""
+        gateway, interruption = self._gateway, stream.interruption
+        assert interruption is not None, "only interrupted streams are migrated"
+        verdict, now = stream.decide(), gateway.clock.monotonic_s()
+        gateway.metrics.interruptions.labels(interruption.cause.value, verdict.value).inc()
+        gateway.tell_story(
+            stream.request_id,
+            f"interrupted after {stream.received_tokens} tokens, {verdict.value}: {interruption.error.message}",
+        )
+        if interruption.cause in (Cause.SILENT, Cause.LOST):
+            gateway.abort(stream.engine, stream.request_id, "migrated")
+        if verdict is Verdict.QUARANTINE:
+            gateway.quarantine.add(choice.route, now)
+            gateway.log.error("request_quarantined", request=stream.first_id, engine=interruption.engine)
+            stream.fail(quarantined())
+        elif verdict is Verdict.GIVE_UP:
+            stream.fail(interruption.error)
+        else:
+            gateway.streams.begin_attempt(stream, now)
+            gateway.stories.add_attempt(stream.first_id, stream.request_id)
+            attempt = self._attempt(choice, stream, alone=verdict is Verdict.TRY_ALONE)
+            self._migrations[stream] = asyncio.create_task(attempt)
+
+    async def _attempt(self, choice: ChoiceRequest, stream: Stream, alone: bool) -> None:
+        route = msgspec.structs.replace(
+            choice.route,
+            request_id=stream.request_id,
+            prompt_tokens=(*choice.route.prompt_tokens, *stream.output),
+            generated=stream.received_tokens,
+            avoid=stream.attempts.avoid,
+        )
+        try:
+            await (self._try_alone if alone else self._route_again)(choice, stream, route)
+        except ApiError as error:
+            stream.fail(error)
+
+    async def _try_alone(self, choice: ChoiceRequest, stream: Stream, route: Route) -> None:
+        """Run the attempt of a suspect while no other suspect of this gateway runs, until its first token."""
+        async with self._gateway.trial:
+            self._gateway.quarantine.check(choice.route, self._gateway.clock.monotonic_s())
+            tried = self._trials[stream] = asyncio.Event()
+            stream.attempts.on_trial = True
+            await self._route_again(choice, stream, route)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(tried.wait(), TRIAL_S)
+            del self._trials[stream]
+
+    async def _route_again(self, choice: ChoiceRequest, stream: Stream, route: Route) -> None:
+        """Route the next attempt. While no engine takes it, ask again until gateway.migrate_timeout_s have passed."""
+        clock, timeout_s = self._gateway.clock, self._gateway.config.gateway.migrate_timeout_s
+        deadline_s, wait_s = clock.monotonic_s() + timeout_s, FIRST_RETRY_S
+        while True:
+            try:
+                await self._route(choice, stream, route)
+                return
+            except ApiError as error:
+                if error.code not in TEMPORARY or clock.monotonic_s() + wait_s > deadline_s:
+                    raise
+            await asyncio.sleep(wait_s)
+            wait_s = min(2 * wait_s, LONGEST_RETRY_S)
+
+    async def _route(self, choice: ChoiceRequest, stream: Stream, route: Route) -> None:
         gateway = self._gateway
         asked_s = gateway.clock.monotonic_s()
-        asking = asyncio.create_task(_ask_router(gateway, choice))
+        deadline_s = self._arrived_s + gateway.config.gateway.request_timeout_s - DEADLINE_MARGIN_S
+        asking = asyncio.create_task(_ask_router(gateway, route, choice.param, deadline_s))
         try:
             routed = await asyncio.shield(asking)
         except asyncio.CancelledError:
@@ -126,6 +214,7 @@ class Generation:
         now = gateway.clock.monotonic_s()
         gateway.metrics.route_s.observe(now - asked_s)
         gateway.tell_story(stream.request_id, f"accepted by {routed.engine}, {routed.why}")
+        self._engines.add(routed.engine)
         for other in stream.set_engine(routed.engine, routed.incarnation, now):
             gateway.abort(other, stream.request_id, "routed_elsewhere")
 
@@ -174,35 +263,39 @@ async def generation(gateway: Gateway, choices: Sequence[ChoiceRequest], arrived
         run.close()
 
 
-async def _ask_router(gateway: Gateway, choice: ChoiceRequest) -> Routed:
+async def _ask_router(gateway: Gateway, route: Route, param: str, deadline_s: float) -> Routed:
+    """Return the router's answer. Raises ApiError if the router refuses, or does not answer until the deadline."""
     try:
-        answer = await _ask_twice(gateway, choice.route)
+        answer = await _ask_until_answered(gateway, route, deadline_s)
     except RequestTimeoutError as error:
         raise unavailable(f"The router did not answer ({error}); try again", "router_unavailable") from error
     except PeerError as error:
-        raise refused(error.code, error.message, param=choice.param) from error
+        raise refused(error.code, error.message, param=param) from error
     match answer:
         case Routed():
             return answer
         case Rejected():
-            raise refused(answer.code, answer.message, answer.retry_after_s, choice.param)
+            raise refused(answer.code, answer.message, answer.retry_after_s, param)
     raise TypeError(f"the router answered {type(answer).__name__}")
 
 
-async def _ask_twice(gateway: Gateway, route: Route) -> Any:
-    """Return the router's answer. If the router dies, ask again in the remaining time: the router restarts soon.
+async def _ask_until_answered(gateway: Gateway, route: Route, deadline_s: float) -> Any:
+    """Ask the router, and ask again if it dies or its answer is lost. A router that restarts needs a few seconds.
 
-    The dead router may have sent the request to an engine. That engine is told to abort it when its tokens arrive.
+    The router answers a repeated question about a request once. A dead router may have sent the request to an engine,
+    which is told to abort it when its tokens arrive.
     """
-    timeout_s = gateway.config.gateway.route_timeout_s
-    deadline_s = gateway.clock.monotonic_s() + timeout_s
-    try:
-        return await gateway.bus.request(ROUTER, route, ROUTER_ANSWER, timeout_s)
-    except RequestTimeoutError:
+    wait_s = FIRST_RETRY_S
+    while True:
         left_s = deadline_s - gateway.clock.monotonic_s()
-        if left_s <= 0:
-            raise
-    return await gateway.bus.request(ROUTER, route, ROUTER_ANSWER, left_s)
+        timeout_s = max(0.0, min(gateway.config.gateway.route_timeout_s, left_s))
+        try:
+            return await gateway.bus.request(ROUTER, route, ROUTER_ANSWER, timeout_s)
+        except RequestTimeoutError:
+            if gateway.clock.monotonic_s() + wait_s >= deadline_s:
+                raise
+        await asyncio.sleep(wait_s)
+        wait_s = min(2 * wait_s, LONGEST_RETRY_S)
 
 
 def _abort_if_routed(gateway: Gateway, asking: "asyncio.Task[Routed]") -> None:

@@ -61,6 +61,9 @@ class GatewayMetrics:
         self.finished = counter("vllm:request_success", "Finished outputs", "model_name", "finished_reason")
         self.requests = metrics.counter("requests", "Generation requests", ("model", "outcome"))
         self.http = metrics.counter("http_responses", "HTTP answers", ("route", "status"))
+        self.interruptions = metrics.counter(
+            "gateway_interruptions", "Attempts that ended early, and what followed", ("cause", "verdict")
+        )
         self.aborts = metrics.counter("gateway_aborts", "Requests that an engine was told to drop", ("reason",))
         self.route_s = metrics.histogram(
             "route_seconds", "Time from asking the router to the engine's acceptance", TOKEN_BUCKETS_S

@@ -19,7 +19,15 @@ from loraserve.gateway.metrics import ClusterCollector, GatewayMetrics
 from loraserve.gateway.registry import STORE, RegistryCopy
 from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.text.tokenizer import ModelTokenizer
-from loraserve.messages import ClusterLoad, ClusterStatistics, Failed, RegistryChanged, ToGateway, TokenBatch
+from loraserve.messages import (
+    ClusterLoad,
+    ClusterStatistics,
+    EngineGone,
+    Failed,
+    RegistryChanged,
+    ToGateway,
+    TokenBatch,
+)
 from loraserve.service import Service
 
 MONITOR = "monitor"
@@ -51,6 +59,7 @@ class GatewayService(Service):
         self.gateway = self._gateway(tokenizer, self.config.model.name or directory.name)
         self.story = self.gateway.stories.story
         self.bus.subscribe(MONITOR, "load")
+        self.bus.subscribe(MONITOR, "gone")
         self.bus.subscribe(MONITOR, "statistics")
         self.bus.subscribe(STORE, "registry")
         await self.gateway.registry.refresh()
@@ -83,6 +92,8 @@ class GatewayService(Service):
                 streams.on_failed(failed)
             case ClusterLoad() as load:
                 streams.on_cluster_load(load, now)
+            case EngineGone() as gone:
+                streams.on_engine_gone(gone)
             case ClusterStatistics(engines=counters):
                 streams.watch.note_statistics(counters)
             case RegistryChanged() as registry:
@@ -102,7 +113,7 @@ class GatewayService(Service):
                 await asyncio.wait_for(self.gateway.idle.wait(), timeout_s)
 
     def _gateway(self, tokenizer: ModelTokenizer, model_name: str) -> Gateway:
-        streams = StreamTable(self.config.monitor.dead_after_s)
+        streams = StreamTable(self.config.monitor.dead_after_s, self.config.gateway.max_attempts)
         registry = RegistryCopy(self.bus, self.clock)
         self.metrics.registry.register(
             ClusterCollector(streams, registry, self.clock, model_name, self.config.engine.max_adapters)

@@ -31,6 +31,12 @@ class RequestStories:
         for choice in choices:
             self.story.tell(choice, now, f"received as HTTP request {http_id}")
 
+    def add_attempt(self, choice: str, attempt: str) -> None:
+        """Record the id of a choice's next attempt."""
+        for known, choices in self._choices.items():
+            if choice in choices:
+                self._choices[known] = (*choices, attempt)
+
     def subjects(self, id_: str, adapters: Sequence[AdapterRef]) -> tuple[str, ...]:
         """Return all subjects that ``id_`` may mean: choices of an answer, adapter names and versions.
 

@@ -1,21 +1,24 @@
 """Token streams in flight, and detection of dead engines. Pure.
 
-``StreamTable`` delivers each token to the stream of its request, in order and once. A stream fails if tokens are lost
-or its engine dies. ``EngineWatch`` decides whether an engine died or dropped a request.
+``StreamTable`` delivers each token to the stream of its request, in order and once. A stream is interrupted if tokens
+are lost or its engine dies. The next attempt of its request then continues it. ``EngineWatch`` decides whether an
+engine died or dropped a request.
 """
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 
 import msgspec
 
 from loraserve.gateway.errors import ApiError, refused
+from loraserve.gateway.migration import Attempts, Cause, Interruption, Verdict, may_migrate
 from loraserve.gateway.text.output import TokenLogprobs
 from loraserve.messages import (
     ClusterLoad,
     EngineCapabilities,
     EngineCounters,
+    EngineGone,
     EngineLoad,
     Failed,
     TokenBatch,
@@ -38,17 +41,23 @@ CLOCK_MARGIN_S = 0.25
 
 
 class StreamState(Enum):
-    """States of a stream. ROUTING streams have no engine yet. FINISHED and FAILED streams accept no more tokens."""
+    """States of a stream.
+
+    ROUTING streams have no engine yet. INTERRUPTED streams lost their engine and wait for the next attempt, which makes
+    them ROUTING again. Only RUNNING streams accept tokens.
+    """
 
     ROUTING = "routing"
     RUNNING = "running"
+    INTERRUPTED = "interrupted"
     FINISHED = "finished"
     FAILED = "failed"
 
 
 TRANSITIONS: dict[StreamState, frozenset[StreamState]] = {
     StreamState.ROUTING: frozenset((StreamState.RUNNING, StreamState.FAILED)),
-    StreamState.RUNNING: frozenset((StreamState.FINISHED, StreamState.FAILED)),
+    StreamState.RUNNING: frozenset((StreamState.INTERRUPTED, StreamState.FINISHED, StreamState.FAILED)),
+    StreamState.INTERRUPTED: frozenset((StreamState.ROUTING, StreamState.FAILED)),
     StreamState.FINISHED: frozenset(),
     StreamState.FAILED: frozenset(),
 }
@@ -66,18 +75,23 @@ class Received(msgspec.Struct, frozen=True):
 class Stream:
     """The unread tokens and the state of one request.
 
-    Messages that arrive before the router's answer names the engine are kept in ``_early``.
+    ``request_id`` is the id of the current attempt, and ``output`` has the tokens of all attempts. Messages that arrive
+    before the router's answer names the engine are kept in ``_early``.
     """
 
-    def __init__(self, request_id: str, choice: int, wake: Callable[["Stream"], None]) -> None:
-        self.request_id = request_id
+    def __init__(self, request_id: str, choice: int, attempts: Attempts, wake: Callable[["Stream"], None]) -> None:
+        self.first_id = self.request_id = request_id
         self.choice = choice
+        self.attempts = attempts
+        self.interruption: Interruption | None = None
+        self.suspects = 0
+        """Number of requests that became suspects by the last death of an engine (see ``gateway.migration``)."""
+        self.output: list[int] = []
         self.state = StreamState.ROUTING
         self.engine = ""
         self.incarnation = ""
         self.routed_s = 0.0
         self.last_token_s = 0.0
-        self.received_tokens = 0
         self.cached_tokens = 0
         self.duplicate_tokens = 0
         self.finish: str | None = None
@@ -91,6 +105,19 @@ class Stream:
     @property
     def is_over(self) -> bool:
         return not TRANSITIONS[self.state]
+
+    @property
+    def received_tokens(self) -> int:
+        return len(self.output)
+
+    def decide(self) -> Verdict:
+        """Return what follows the interruption."""
+        return self.attempts.decide(self.suspects)
+
+    def begin_attempt(self, request_id: str) -> None:
+        """Wait for the engine of the next attempt, under another request id."""
+        self._enter(StreamState.ROUTING)
+        self.request_id, self.engine, self.incarnation = request_id, "", ""
 
     def set_engine(self, engine: str, incarnation: str, now: float) -> set[str]:
         """Accept only messages from this engine. Returns other engines that already sent messages for the request."""
@@ -111,25 +138,41 @@ class Stream:
 
         Returns False if the sender is not this stream's engine incarnation, or if the stream has failed.
         """
-        if not self.engine:
+        if self.state is StreamState.ROUTING:
             self._early.append((engine, incarnation, delta))
             return True
         if (engine, incarnation) != (self.engine, self.incarnation):
             return False
-        if self.is_over:
-            return self.state is not StreamState.FAILED
+        if self.state is not StreamState.RUNNING:
+            return self.state is StreamState.FINISHED
         if delta.index > self.received_tokens:
-            self.fail(_lost_tokens(self.engine, self.received_tokens, delta.index))
+            error = _lost_tokens(self.engine, self.received_tokens, delta.index)
+            self.interrupt(Interruption(Cause.LOST, self.engine, error))
             return False
         self.last_token_s = now
         self._append(delta)
         return True
 
     def on_failed(self, failed: Failed) -> None:
-        if not self.engine:
+        if self.state is StreamState.ROUTING:
             self._early.append((failed.engine, "", failed))
         elif failed.engine == self.engine:
-            self.fail(refused(failed.code, failed.message))
+            error = refused(failed.code, failed.message)
+            if may_migrate(failed.code, self.received_tokens):
+                self.interrupt(Interruption(Cause.REFUSED, self.engine, error))
+            else:
+                self.fail(error)
+
+    def interrupt(self, interruption: Interruption) -> bool:
+        """End the current attempt. Returns whether the request has become a suspect. Only a RUNNING stream changes."""
+        if self.state is not StreamState.RUNNING:
+            return False
+        self.interruption = interruption
+        self.suspects = 0
+        self._enter(StreamState.INTERRUPTED)
+        is_suspect = self.attempts.note(interruption, self.received_tokens)
+        self._wake(self)
+        return is_suspect
 
     def fail(self, error: ApiError) -> None:
         """End the stream. ``take`` raises the error after the unread tokens. Does nothing if the stream has ended."""
@@ -160,7 +203,7 @@ class Stream:
             return
         self._tokens.extend(tokens)
         self._logprobs.extend(delta.logprobs[seen:] if seen else delta.logprobs)
-        self.received_tokens += len(tokens)
+        self.output.extend(tokens)
         self.cached_tokens = max(self.cached_tokens, delta.cached_tokens)
         if delta.finish is not None:
             self.finish, self.stop_reason = delta.finish, delta.stop_reason
@@ -171,8 +214,9 @@ class Stream:
 class StreamTable:
     """All streams of one gateway."""
 
-    def __init__(self, dead_after_s: float) -> None:
+    def __init__(self, dead_after_s: float, max_attempts: int) -> None:
         self.watch = EngineWatch(dead_after_s)
+        self._max_attempts = max_attempts
         self.stray_deltas = 0
         self.duplicate_tokens = 0
         self._streams: dict[str, Stream] = {}
@@ -186,8 +230,15 @@ class StreamTable:
         """Return a new stream. The stream calls ``wake`` with itself when it has unread output or an error."""
         if request_id in self._streams:
             raise ValueError(f"request id {request_id} is already in flight")
-        stream = self._streams[request_id] = Stream(request_id, choice, wake)
+        stream = self._streams[request_id] = Stream(request_id, choice, Attempts(self._max_attempts), wake)
         return stream
+
+    def begin_attempt(self, stream: Stream, now: float) -> None:
+        """Give the interrupted stream the id of its next attempt. Late tokens of the last attempt find no stream."""
+        del self._streams[stream.request_id]
+        self._note_closed(stream.request_id, now - ABORT_INTERVAL_S)
+        stream.begin_attempt(f"{stream.first_id}.{stream.attempts.number}")
+        self._streams[stream.request_id] = stream
 
     def close(self, stream: Stream, now: float) -> None:
         """Remove a stream. Tokens that arrive more than ABORT_INTERVAL_S later make ``on_batch`` return its id."""
@@ -213,16 +264,25 @@ class StreamTable:
             stream.on_failed(failed)
 
     def on_cluster_load(self, load: ClusterLoad, now: float) -> None:
-        """Fail the streams whose engine died or whose final message was lost."""
+        """Interrupt the streams whose engine died or is silent, and those whose final message was lost."""
         self.watch.note_cluster_load(load, now)
-        for stream in self._streams.values():
-            if not stream.engine or stream.is_over:
-                continue
-            why = self.watch.death_of(stream.engine, stream.incarnation, stream.routed_s, now)
-            if why:
-                stream.fail(_engine_died(stream.engine, why, stream.received_tokens))
+        ended: dict[tuple[str, str], list[tuple[Stream, Interruption]]] = {}
+        for stream in self._running():
+            death = self.watch.death_of(stream.engine, stream.incarnation, stream.routed_s, now)
+            if death is not None:
+                interruption = _engine_died(stream, *death)
+                ended.setdefault((stream.engine, stream.incarnation), []).append((stream, interruption))
             elif self.watch.dropped(stream.engine, stream.incarnation, stream.request_id, stream.last_token_s):
-                stream.fail(_lost_end(stream.engine, stream.received_tokens))
+                error = _lost_end(stream.engine, stream.received_tokens)
+                stream.interrupt(Interruption(Cause.LOST, stream.engine, error))
+        for interruptions in ended.values():
+            _interrupt_together(interruptions)
+
+    def on_engine_gone(self, gone: EngineGone) -> None:
+        """Interrupt the streams of an engine whose process ended."""
+        if gone.ended:
+            streams = [s for s in self._running() if (s.engine, s.incarnation) == (gone.engine, gone.incarnation)]
+            _interrupt_together([(stream, _engine_died(stream, Cause.DIED, "its process ended")) for stream in streams])
 
     def fail_all(self, error: ApiError) -> None:
         for stream in self._streams.values():
@@ -234,8 +294,12 @@ class StreamTable:
             assert stream.request_id == request_id
             assert (stream.finish is not None) == (stream.state is StreamState.FINISHED)
             assert (stream.failure is not None) == (stream.state is StreamState.FAILED)
-            assert stream.engine or not stream.received_tokens
+            assert stream.engine or not stream.received_tokens or stream.attempts.number
+            assert stream.interruption is not None or not stream.attempts.number
             assert not (stream.engine and stream._early)
+
+    def _running(self) -> list[Stream]:
+        return [stream for stream in self._streams.values() if stream.state is StreamState.RUNNING]
 
     def _may_abort(self, request_id: str, now: float) -> bool:
         last = self._closed.get(request_id)
@@ -296,22 +360,22 @@ class EngineWatch:
             return []
         return [name for name, report in self.reports.items() if report.alive and report.load.state == "READY"]
 
-    def death_of(self, engine: str, incarnation: str, routed_s: float, now: float) -> str:
-        """Return why the engine incarnation counts as dead for a request routed at ``routed_s``; empty if alive."""
+    def death_of(self, engine: str, incarnation: str, routed_s: float, now: float) -> tuple[Cause, str] | None:
+        """Return why the engine incarnation counts as dead for a request routed at ``routed_s``, or None."""
         sender, tokens_s = self._tokens_s.get(engine, ("", 0.0))
         alive_s = max(routed_s, tokens_s) if sender == incarnation else routed_s
         if now - alive_s < RECENT_TOKENS_S:
-            return ""
+            return None
         report = self.reports.get(engine)
         if report is None:
             # A monitor that has just started does not know all engines.
             silent_s = now - max(self._monitor_since_s, alive_s)
-            return "it is not in the cluster any more" if silent_s > 2 * self._dead_after_s else ""
+            return (Cause.SILENT, "it is not in the cluster any more") if silent_s > 2 * self._dead_after_s else None
         if report.load.incarnation != incarnation:
-            return "it was restarted" if report.reported_s > routed_s + CLOCK_MARGIN_S else ""
+            return (Cause.DIED, "it was restarted") if report.reported_s > routed_s + CLOCK_MARGIN_S else None
         if not report.alive and now - alive_s > self._dead_after_s:
-            return "it stopped reporting"
-        return ""
+            return Cause.SILENT, "it stopped reporting"
+        return None
 
     def dropped(self, engine: str, incarnation: str, request_id: str, silent_since_s: float) -> bool:
         """Return whether a report made END_LOST_AFTER_S after ``silent_since_s`` no longer lists the request."""
@@ -335,6 +399,13 @@ def _lost_end(engine: str, received_tokens: int) -> ApiError:
     return refused("stream_interrupted", message)
 
 
-def _engine_died(engine: str, why: str, received_tokens: int) -> ApiError:
-    message = f"engine {engine} died while it ran this request ({why}, {received_tokens} tokens received)"
-    return refused("engine_died", f"{message}; send the request again")
+def _engine_died(stream: Stream, cause: Cause, why: str) -> Interruption:
+    message = f"engine {stream.engine} died while it ran this request ({why}, {stream.received_tokens} tokens received)"
+    return Interruption(cause, stream.engine, refused("engine_died", f"{message}; send the request again"))
+
+
+def _interrupt_together(interruptions: Sequence[tuple[Stream, Interruption]]) -> None:
+    """Interrupt the streams of one ended engine, and tell each suspect how many suspects there are."""
+    suspects = [stream for stream, interruption in interruptions if stream.interrupt(interruption)]
+    for stream in suspects:
+        stream.suspects = len(suspects)

@@ -44,6 +44,8 @@ class RouterService(Service):
         self._policy = POLICIES[config.router.policy]
         self._plan: PlannedCopies | None = None
         self._plan_id = (0, 0.0)
+        self._routing: dict[str, list[Envelope]] = {}
+        """The unanswered questions about each request that is being routed."""
         self._learner = CostLearner(initial_cost_model(config))
         self._slo = Slo(config.router.slo_ttft_s, config.router.reject_factor)
         self._rng = Random(bus.incarnation)
@@ -61,7 +63,7 @@ class RouterService(Service):
     async def handle(self, envelope: Envelope) -> None:
         match envelope.message:
             case Route() as request:
-                self.spawn(self._route(envelope, request))
+                self._answer_route(envelope, request)
             case Expect() as expect:
                 self._prefetch(expect)
             case ClusterLoad() as snapshot:
@@ -86,7 +88,22 @@ class RouterService(Service):
     def _context(self, request: Route) -> RoutingContext:
         return RoutingContext(request, self._view, self._plan, self._learner.cost, self._slo, self._rng)
 
-    async def _route(self, envelope: Envelope, request: Route) -> None:
+    def _answer_route(self, envelope: Envelope, request: Route) -> None:
+        """Route the request. A repeated question about a request that is being routed gets the same answer."""
+        waiting = self._routing.setdefault(request.request_id, [])
+        waiting.append(envelope)
+        if len(waiting) == 1:
+            self.spawn(self._route(request))
+
+    async def _route(self, request: Route) -> None:
+        try:
+            answer = await self._choose_engine(request)
+        finally:
+            envelopes = self._routing.pop(request.request_id)
+        for envelope in envelopes:
+            self.bus.respond(envelope, answer)
+
+    async def _choose_engine(self, request: Route) -> Routed | Rejected:
         self._view.expire_pending(self.clock.monotonic_s())
         choice = self._policy(self._context(request))
         answer = choice if isinstance(choice, Rejected) else await self._ask_candidates(request, choice)
@@ -95,7 +112,7 @@ class RouterService(Service):
             self.log.warning("rejected", request=request.request_id, code=answer.code, reason=answer.message)
         else:
             self._routed.labels(answer.engine, answer.why).inc()
-        self.bus.respond(envelope, answer)
+        return answer
 
     def _prefetch(self, expect: Expect) -> None:
         """Tell an engine to load the adapter of a request that will arrive soon."""
