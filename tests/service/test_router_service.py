@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Callable, Coroutine
 from typing import Any, Literal
 
+import msgspec
 import pytest
 
 from loraserve.config import Config, RouterConfig
@@ -306,6 +307,27 @@ def test_an_engine_that_stays_silent_is_asked_last_until_it_answers_again() -> N
         assert again.engine == "e0"
 
     run_scenario(scenario, silent, takes)
+
+
+def test_a_question_repeated_while_the_first_is_open_gets_the_same_answer() -> None:
+    async def scenario(harness: RouterHarness) -> None:
+        answers = await asyncio.gather(*(harness.route() for _ in range(3)))
+        assert answers[0] == answers[1] == answers[2]
+        assert sum(isinstance(m, Admit) for m in harness.engines[1].received) == 1
+
+    run_scenario(scenario, silent, takes)
+
+
+def test_a_migrated_request_keeps_its_output_and_avoids_its_engine() -> None:
+    async def scenario(harness: RouterHarness) -> None:
+        request = msgspec.structs.replace(route_request(tokens=5), generated=2, avoid=("e0",))
+        answer = await harness.route(request)
+        assert isinstance(answer, Routed)
+        assert answer.engine == "e1"
+        (admit,) = harness.engines[1].received
+        assert (admit.prompt_tokens, admit.generated) == (request.prompt_tokens, 2)
+
+    run_scenario(scenario, takes, takes)
 
 
 def test_a_repeated_request_goes_to_the_engine_that_runs_it() -> None:

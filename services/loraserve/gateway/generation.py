@@ -22,7 +22,7 @@ from loraserve.messages import Rejected, Route, Routed
 
 ROUTER_ANSWER: Any = Routed | Rejected
 FIRST_RETRY_S, LONGEST_RETRY_S = 0.05, 1.0
-"""Time between two requests to the router for the same attempt. It doubles each time."""
+"""Time between two requests to the router for the same attempt, and before later attempts. It doubles each time."""
 DEADLINE_MARGIN_S = 0.1
 """The wait for the router ends this long before the request's deadline, so that the error names the router."""
 TRIAL_S = 10.0
@@ -170,10 +170,13 @@ class Generation:
             generated=stream.received_tokens,
             avoid=stream.attempts.avoid,
         )
+        if stream.attempts.number > 1:
+            await asyncio.sleep(min(FIRST_RETRY_S * 2 ** (stream.attempts.number - 2), LONGEST_RETRY_S))
         try:
             await (self._try_alone if alone else self._route_again)(choice, stream, route)
         except ApiError as error:
-            stream.fail(error)
+            interruption = stream.interruption
+            stream.fail(interruption.error if interruption and error.code in TEMPORARY else error)
 
     async def _try_alone(self, choice: ChoiceRequest, stream: Stream, route: Route) -> None:
         """Run the attempt of a suspect while no other suspect of this gateway runs, until its first token."""
@@ -184,6 +187,7 @@ class Generation:
             await self._route_again(choice, stream, route)
             with suppress(TimeoutError):
                 await asyncio.wait_for(tried.wait(), TRIAL_S)
+            stream.attempts.on_trial = False
             del self._trials[stream]
 
     async def _route_again(self, choice: ChoiceRequest, stream: Stream, route: Route) -> None:

@@ -3,10 +3,11 @@
 A request runs in attempts. If an attempt fails for a reason that another engine may not have, the gateway migrates the
 request: the next attempt computes the KV of the prompt and of the output so far, and continues the output.
 
-A request may itself kill its engines, for example with an input that crashes a kernel. Without protection it would end
-all engines, one after the other. A request is a *suspect* if two engines ended in turn while they ran it and it got no
-token in between. A single suspect is quarantined. If several became suspects together, at most one of them is the
-cause, so they are tried one at a time: a suspect whose engine ends during its trial is quarantined.
+A request may itself kill its engines or fail their steps, for example with an input that crashes a kernel. Without
+protection it would end all engines, one after the other. A request is a *suspect* if this happened twice while it ran
+and it got no token in between. A single suspect whose engines ended is quarantined. If several requests may have become
+suspects together, they are tried one at a time: a suspect whose engine ends during its trial is quarantined, and one
+whose step fails again is given up.
 """
 
 import hashlib
@@ -34,6 +35,8 @@ class Cause(Enum):
     """Tokens were lost on the way."""
     REFUSED = "refused"
     """The engine reported that it cannot finish the request."""
+    STEP_FAILED = "step_failed"
+    """The engine could not compute a step with the request."""
 
 
 class Interruption(msgspec.Struct, frozen=True):
@@ -50,6 +53,9 @@ class Verdict(Enum):
     QUARANTINE = "quarantine"
     GIVE_UP = "give_up"
 
+
+FATAL = (Cause.DIED, Cause.STEP_FAILED)
+"""The causes of which a request may itself be the reason."""
 
 FINAL_CODES = frozenset(("bad_request", "context_length"))
 """Codes of refusals that every engine would give."""
@@ -71,7 +77,8 @@ class Attempts:
         self.on_trial = False
         self._max_attempts = max_attempts
         self._avoid: dict[str, None] = {}
-        self._tokens_at_death: int | None = None
+        self._last: Interruption | None = None
+        self._tokens_at_fatal: int | None = None
         self._is_suspect = False
 
     @property
@@ -83,15 +90,20 @@ class Attempts:
         """Record the end of an attempt. Returns whether the request has become a suspect."""
         if interruption.cause is not Cause.LOST:
             self._avoid[interruption.engine] = None
-        self._is_suspect = interruption.cause is Cause.DIED and received_tokens == self._tokens_at_death
-        if interruption.cause is Cause.DIED:
-            self._tokens_at_death = received_tokens
+        self._last = interruption
+        is_fatal = interruption.cause in FATAL
+        self._is_suspect = is_fatal and received_tokens == self._tokens_at_fatal
+        if is_fatal:
+            self._tokens_at_fatal = received_tokens
         return self._is_suspect
 
     def decide(self, suspects: int) -> Verdict:
         """Return what follows. ``suspects`` is the number of requests that became suspects with the same engine."""
-        if self._is_suspect and (self.on_trial or suspects == 1):
-            return Verdict.QUARANTINE
+        if self._is_suspect and self._last is not None:
+            if self._last.cause is Cause.DIED and (self.on_trial or suspects == 1):
+                return Verdict.QUARANTINE
+            if self._last.cause is Cause.STEP_FAILED and self.on_trial:
+                return Verdict.GIVE_UP
         if self.number + 1 >= self._max_attempts:
             return Verdict.GIVE_UP
         self.number += 1

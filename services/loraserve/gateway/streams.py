@@ -159,7 +159,8 @@ class Stream:
         elif failed.engine == self.engine:
             error = refused(failed.code, failed.message)
             if may_migrate(failed.code, self.received_tokens):
-                self.interrupt(Interruption(Cause.REFUSED, self.engine, error))
+                cause = Cause.STEP_FAILED if failed.code == "engine_error" else Cause.REFUSED
+                self.interrupt(Interruption(cause, self.engine, error))
             else:
                 self.fail(error)
 

@@ -238,7 +238,11 @@ class FakeCluster:
         if self.reject is not None:
             bus.respond(envelope, msgspec.structs.replace(self.reject, request_id=route.request_id))
             return
-        engine = next(name for name in self.engines if name not in self.dead)
+        alive = [name for name in self.engines if name not in self.dead]
+        if not alive:
+            bus.respond(envelope, Rejected(request_id=route.request_id, code="no_engine", message="no engine is ready"))
+            return
+        engine = next((name for name in alive if name not in route.avoid), alive[0])
         incarnation = self.incarnations[engine]
         task = asyncio.create_task(self.play(engine, incarnation, route))
         self.playing[route.request_id] = task
@@ -253,7 +257,7 @@ class FakeCluster:
         if reply.finish == "stop" and reply.end_token:
             tokens = [*tokens, self.end_token]
         tokens = tokens[: route.sampling.max_tokens]
-        for index, token in enumerate(tokens):
+        for index, token in list(enumerate(tokens))[route.generated :]:
             if index == reply.pause_at:
                 await reply.go.wait()
             await asyncio.sleep(reply.delay_s)

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from loraserve.gateway.errors import ApiError, refused
+from loraserve.gateway.migration import Verdict
 from loraserve.gateway.streams import ABORT_INTERVAL_S, Stream, StreamState, StreamTable
-from loraserve.messages import ClusterLoad, EngineSeen, Failed, QueueLoad, TokenBatch, TokenDelta
+from loraserve.messages import ClusterLoad, EngineGone, EngineSeen, Failed, QueueLoad, TokenBatch, TokenDelta
 from loraserve.testing import reports
 
 INCARNATION = "a" * 16
@@ -32,7 +33,7 @@ class Table:
 
     def __init__(self, *request_ids: str, route: bool = True) -> None:
         self.woken: list[str] = []
-        self.table = StreamTable(dead_after_s=1.5)
+        self.table = StreamTable(dead_after_s=1.5, max_attempts=3)
         self.streams = {id_: self.table.open(id_, 0, self.wake) for id_ in request_ids}
         for stream in self.streams.values() if route else ():
             assert stream.set_engine("engine-0", INCARNATION, 0.0) == set()
@@ -48,6 +49,13 @@ def failure(stream: Stream) -> ApiError:
     with pytest.raises(ApiError) as caught:
         stream.take()
     return caught.value
+
+
+def interruption(stream: Stream) -> ApiError:
+    """Return the error that the client gets if no other attempt follows."""
+    assert (stream.state, stream.failure) == (StreamState.INTERRUPTED, None)
+    assert stream.interruption is not None
+    return stream.interruption.error
 
 
 def test_a_batch_wakes_each_reader_once() -> None:
@@ -87,7 +95,7 @@ def test_a_failure_before_the_route_counts_if_the_chosen_engine_sent_it() -> Non
         here = Table("a", route=False)
         here.table.on_failed(Failed(request_id="a", engine=engine, code="adapter_unavailable", message="gone"))
         here.streams["a"].set_engine("engine-0", INCARNATION, 0.1)
-        assert (here.streams["a"].failure is not None) == fails
+        assert (here.streams["a"].state is StreamState.INTERRUPTED) == fails
 
 
 def test_a_gap_fails_its_stream_after_the_tokens_before_the_gap() -> None:
@@ -96,8 +104,8 @@ def test_a_gap_fails_its_stream_after_the_tokens_before_the_gap() -> None:
     unwanted = here.table.on_batch(batch(TokenDelta("a", 3, (4,)), TokenDelta("b", 1, (6,))), 0.0)
     assert unwanted == ["a"]
     assert here.tokens("a") == [1, 2]
-    assert failure(here.streams["a"]).code == "stream_interrupted"
-    assert "2 to 2" in failure(here.streams["a"]).message
+    assert interruption(here.streams["a"]).code == "stream_interrupted"
+    assert "2 to 2" in interruption(here.streams["a"]).message
     assert here.tokens("b") == [5, 6]
 
 
@@ -135,7 +143,7 @@ def test_overlapping_tokens_are_dropped_with_their_logprobs() -> None:
 
 
 def test_unknown_requests_are_aborted_at_intervals() -> None:
-    table = StreamTable(dead_after_s=1.5)
+    table = StreamTable(dead_after_s=1.5, max_attempts=3)
     assert table.on_batch(batch(TokenDelta("old", 3, (1,))), 0.0) == ["old"]
     assert table.on_batch(batch(TokenDelta("old", 4, (1,))), 0.1) == []
     assert table.on_batch(batch(TokenDelta("old", 5, (1,))), 0.1 + ABORT_INTERVAL_S) == ["old"]
@@ -144,7 +152,7 @@ def test_unknown_requests_are_aborted_at_intervals() -> None:
 
 
 def test_closed_requests_are_forgotten_in_time() -> None:
-    table = StreamTable(dead_after_s=1.5)
+    table = StreamTable(dead_after_s=1.5, max_attempts=3)
     for number in range(10_000):
         table.on_batch(batch(TokenDelta(str(number), 0, (1,))), 0.0)
     assert len(table._closed) < 5000
@@ -165,13 +173,13 @@ def test_tokens_before_a_failure_on_the_engine_are_delivered() -> None:
     here.table.on_batch(batch(TokenDelta("a", 0, (1,))), 0.0)
     here.table.on_failed(Failed(request_id="a", engine="engine-0", code="engine_error", message="a step failed"))
     assert here.tokens("a") == [1]
-    assert failure(here.streams["a"]).status == 500
+    assert interruption(here.streams["a"]).status == 500
 
 
 def test_a_failure_keeps_the_code_of_the_engine() -> None:
     here = Table("a")
     here.table.on_failed(Failed(request_id="a", engine="engine-0", code="overloaded", message="full"))
-    error = failure(here.streams["a"])
+    error = interruption(here.streams["a"])
     assert (error.status, error.code, dict(error.headers)) == (429, "overloaded", {"Retry-After": "1"})
     here.table.on_failed(Failed(request_id="nobody", engine="engine-0", code="x", message=""))
 
@@ -194,29 +202,29 @@ def test_a_dead_engine_fails_its_own_streams(load: ClusterLoad) -> None:
     here.table.on_batch(batch(TokenDelta("a", 0, (1,)), TokenDelta("c", 0, (3,), "stop")), 1.0)
     late = cluster_load(*load.engines, other)
     here.table.on_cluster_load(late, 1.5)
-    assert here.streams["a"].failure is None, "its tokens arrived just now"
+    assert here.streams["a"].state is StreamState.RUNNING, "its tokens arrived just now"
     here.table.on_cluster_load(late, 6.0)
     assert here.tokens("a") == [1]
-    error = failure(here.streams["a"])
+    error = interruption(here.streams["a"])
     assert (error.status, error.code) == (503, "engine_died")
     assert "engine engine-0 died" in error.message
-    assert here.streams["b"].failure is None
+    assert here.streams["b"].state is StreamState.RUNNING
     assert here.streams["c"].take().finish == "stop"
-    assert unrouted.failure is None
+    assert unrouted.state is StreamState.ROUTING
     here.table.validate()
 
 
 def test_old_reports_do_not_fail_a_request_routed_to_a_restarted_engine() -> None:
-    table = StreamTable(dead_after_s=1.5)
+    table = StreamTable(dead_after_s=1.5, max_attempts=3)
     stream = table.open("a", 0, lambda _: None)
     stream.set_engine("engine-0", "new", 10.0)
     for now, age_s in ((10.1, 0.2), (10.5, 0.6), (11.2, 1.3)):
         table.on_cluster_load(cluster_load(engine_seen(incarnation="old", age_s=age_s)), now)
-        assert stream.failure is None
+        assert stream.state is StreamState.RUNNING
     table.on_cluster_load(cluster_load(engine_seen(incarnation="new")), 11.5)
-    assert stream.failure is None
+    assert stream.state is StreamState.RUNNING
     table.on_cluster_load(cluster_load(engine_seen(incarnation="newer")), 12.0)
-    assert stream.failure is not None
+    assert stream.state is StreamState.INTERRUPTED
 
 
 def test_a_lost_end_is_noticed_when_the_engine_stops_listing_the_request() -> None:
@@ -227,15 +235,15 @@ def test_a_lost_end_is_noticed_when_the_engine_stops_listing_the_request() -> No
         seen = engine_seen()
         load = msgspec.structs.replace(seen.load, queue=QueueLoad(request_ids=request_ids, running=running))
         here.table.on_cluster_load(cluster_load(msgspec.structs.replace(seen, load=load)), now)
-        return here.streams["a"].failure is not None
+        return here.streams["a"].state is StreamState.INTERRUPTED
 
     assert not report(2.0, "b", running=1), "too soon: the end may still be on its way"
     assert not report(5.0, "a", "b", running=2)
     assert not report(6.0, "b", running=2), "the list is not complete"
     assert report(7.0, "b", running=1)
     assert here.tokens("a") == [1]
-    assert failure(here.streams["a"]).code == "stream_interrupted"
-    assert here.streams["b"].failure is None
+    assert interruption(here.streams["a"]).code == "stream_interrupted"
+    assert here.streams["b"].state is StreamState.RUNNING
 
 
 def test_a_restarted_monitor_without_engines_fails_no_stream() -> None:
@@ -243,13 +251,13 @@ def test_a_restarted_monitor_without_engines_fails_no_stream() -> None:
     here.table.on_cluster_load(cluster_load(engine_seen()), 1.0)
     for now in (20.0, 20.25, 21.0, 22.0):
         here.table.on_cluster_load(cluster_load(monitor="m2"), now)
-        assert here.streams["a"].failure is None
+        assert here.streams["a"].state is StreamState.RUNNING
     here.table.on_cluster_load(cluster_load(monitor="m2"), 24.0)
-    assert here.streams["a"].failure is not None
+    assert here.streams["a"].state is StreamState.INTERRUPTED
 
 
 def test_ready_engines() -> None:
-    table = StreamTable(dead_after_s=1.5)
+    table = StreamTable(dead_after_s=1.5, max_attempts=3)
     assert table.watch.ready_engines(0.0) == []
     table.on_cluster_load(cluster_load(engine_seen(), engine_seen("engine-1", alive=False)), 1.0)
     assert table.watch.ready_engines(1.5) == ["engine-0"]
@@ -278,3 +286,48 @@ def test_a_stream_that_failed_while_it_was_routed_stays_failed() -> None:
     assert here.streams["a"].state is StreamState.FAILED
     assert failure(here.streams["a"]).message == "why"
     here.table.validate()
+
+
+def test_an_interrupted_stream_continues_with_the_next_attempt() -> None:
+    here = Table("a")
+    stream = here.streams["a"]
+    here.table.on_batch(batch(TokenDelta("a", 0, (1, 2), cached_tokens=5)), 0.5)
+    here.table.on_engine_gone(EngineGone(engine="engine-0", incarnation=INCARNATION, ended=True))
+    assert here.tokens("a") == [1, 2]
+    assert (stream.state, stream.decide()) == (StreamState.INTERRUPTED, Verdict.MIGRATE)
+    here.table.begin_attempt(stream, 0.6)
+    assert (stream.request_id, stream.state, stream.attempts.avoid) == ("a.1", StreamState.ROUTING, ("engine-0",))
+    assert here.table.on_batch(batch(TokenDelta("a", 2, (9,))), 0.6) == ["a"], "the old attempt is unknown now"
+    stream.set_engine("engine-1", "b" * 16, 0.7)
+    delta = TokenDelta("a.1", 2, (3,), "length")
+    assert here.table.on_batch(batch(delta, engine="engine-1", incarnation="b" * 16), 0.8) == []
+    assert here.tokens("a") == [3]
+    assert (stream.output, stream.finish, stream.cached_tokens) == ([1, 2, 3], "length", 5)
+    here.table.validate()
+
+
+def test_only_an_engine_that_certainly_ended_interrupts_its_streams_at_once() -> None:
+    here = Table("a")
+    here.table.on_engine_gone(EngineGone(engine="engine-0", incarnation=INCARNATION, ended=False))
+    here.table.on_engine_gone(EngineGone(engine="engine-0", incarnation="another", ended=True))
+    here.table.on_engine_gone(EngineGone(engine="engine-1", incarnation=INCARNATION, ended=True))
+    assert here.streams["a"].state is StreamState.RUNNING
+
+
+@pytest.mark.parametrize(
+    ("code", "tokens", "migrates"),
+    [
+        ("draining", 1, True),
+        ("engine_error", 0, True),
+        ("adapter_unavailable", 0, True),
+        ("adapter_damaged", 0, True),
+        ("adapter_damaged", 1, False),
+        ("bad_request", 0, False),
+        ("context_length", 0, False),
+    ],
+)
+def test_a_refusal_that_another_engine_may_not_give_interrupts(code: str, tokens: int, migrates: bool) -> None:
+    here = Table("a")
+    here.table.on_batch(batch(TokenDelta("a", 0, tuple(range(tokens)))), 0.0)
+    here.table.on_failed(Failed(request_id="a", engine="engine-0", code=code, message="why"))
+    assert here.streams["a"].state is (StreamState.INTERRUPTED if migrates else StreamState.FAILED)
