@@ -53,13 +53,14 @@ class BusConfig(Section, frozen=True, kw_only=True):
 
 
 class ClusterConfig(Section, frozen=True, kw_only=True):
-    """``engines`` 0 means one engine per GPU, or two engines on a CPU.
+    """``engines`` 0 means one engine per GPU, or two engines on a CPU. ``gateways`` share one port.
 
     ``profile`` gives the router and the planner their initial cost model. It is the path of a file written by
     scripts/profile or the name of a shipped profile. "" selects the shipped profile for this model and device, if any.
     """
 
     engines: Natural = 0
+    gateways: Positive = 1
     profile: str = ""
     run_dir: str = ""
     data_dir: str = ""
@@ -168,6 +169,9 @@ class StoreConfig(Section, frozen=True, kw_only=True):
 class GatewayConfig(Section, frozen=True, kw_only=True):
     host: str = "127.0.0.1"
     port: Port = 8000
+    listen_fd: Annotated[int, msgspec.Meta(ge=-1)] = -1
+    """Number of an inherited, bound socket to listen on in place of ``host`` and ``port``. scripts/up sets it. -1 means
+    that the gateway binds a socket itself."""
     api_keys: tuple[str, ...] = ()
     default_max_tokens: Natural = 0
     """Output limit of requests that do not set one. 0 means the rest of the context."""
@@ -239,6 +243,10 @@ def load_config(
 
 def engine_names(config: Config) -> tuple[str, ...]:
     return tuple(f"engine-{index}" for index in range(engine_count(config)))
+
+
+def gateway_names(config: Config) -> tuple[str, ...]:
+    return tuple(f"gateway-{index}" for index in range(config.cluster.gateways))
 
 
 def engine_count(config: Config) -> int:

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,8 +20,9 @@ from loraserve.demo import demo_adapters
 from loraserve.demo.model import prepare_model
 from loraserve.demo.paths import default_data_dir
 from loraserve.errors import ConfigError, LoraServeError
+from loraserve.listener import bind
 from loraserve.process import Parent
-from loraserve.supervisor.preflight import check_disk, check_model, check_not_running, check_port
+from loraserve.supervisor.preflight import check_disk, check_model, check_not_running
 from loraserve.supervisor.state import RunState, clear_run_dir, read_state, stop_cluster, write_state
 from loraserve.supervisor.up import Supervisor, base_url
 
@@ -32,6 +34,7 @@ SETTING_FLAGS = {
     "model": "model.path",
     "name": "model.name",
     "engines": "cluster.engines",
+    "gateways": "cluster.gateways",
     "device": "engine.device",
     "host": "gateway.host",
     "port": "gateway.port",
@@ -42,7 +45,7 @@ examples:
   scripts/up                                       demo model, four demo adapters, two engines
   scripts/up --detach                              return once the cluster serves; stop it with scripts/down
   scripts/up --model DIR --adapter support=DIR2    your own model and adapter
-  scripts/up --engines 4 --port 9000               four engines, another port
+  scripts/up --engines 4 --gateways 2 --port 9000  four engines, two gateways, another port
   scripts/up --set engine.pool_bytes=2147483648    any setting of loraserve/config.py
 """
 
@@ -67,24 +70,27 @@ def up(arguments: argparse.Namespace) -> int:
     run_dir = Path(config.cluster.run_dir)
     check_pins(config)
     check_not_running(run_dir)
-    # Port 0 is resolved here, so that a restarted gateway listens on the same port.
-    port = check_port(config.gateway.host, config.gateway.port)
-    config = msgspec.structs.replace(config, gateway=msgspec.structs.replace(config.gateway, port=port))
+    listener = bind(config.gateway.host, config.gateway.port)
+    # Port 0 is replaced by the port that the system has chosen.
+    gateway = msgspec.structs.replace(config.gateway, port=listener.getsockname()[1])
+    config = msgspec.structs.replace(config, gateway=gateway)
     for folder in (Path(config.cluster.log_dir), Path(config.cluster.data_dir)):
         _make_folder(folder)
     make_private_dir(run_dir)
     check_disk(Path(config.cluster.data_dir))
     if arguments.detach:
+        listener.close()
         return _detach(arguments, config)
     with NameClaim(run_dir, "up"):
         try:
-            _serve(config, arguments)
+            _serve(config, arguments, listener)
         finally:
+            listener.close()
             clear_run_dir(run_dir)
     return 0
 
 
-def _serve(config: Config, arguments: argparse.Namespace) -> None:
+def _serve(config: Config, arguments: argparse.Namespace, listener: socket.socket) -> None:
     cluster = config.cluster
     # `down` sends SIGTERM, possibly while the demo model is downloaded. Until the supervisor installs its own handlers,
     # SIGTERM must raise KeyboardInterrupt.
@@ -96,7 +102,7 @@ def _serve(config: Config, arguments: argparse.Namespace) -> None:
     )
     config, adapters = _with_model(config, arguments)
     find_profile(config)  # Reports an unusable profile here instead of in the log of each process.
-    supervisor = Supervisor(config, adapters, _say)
+    supervisor = Supervisor(config, adapters, _say, listener)
     asyncio.run(supervisor.run(lambda: _announce(config, adapters), parent))
 
 
@@ -164,7 +170,8 @@ def _detach(arguments: argparse.Namespace, config: Config) -> int:
     """Run the same command in a new session. Show its output until the cluster is ready or has failed."""
     log_file = Path(config.cluster.log_dir) / "up.log"
     command = [sys.executable, "-m", "loraserve.cluster", *[a for a in arguments.raw if a != "--detach"]]
-    with log_file.open("wb") as log:
+    log_file.write_bytes(b"")
+    with log_file.open("ab") as log:
         child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
     try:
         return _show_output(child, log_file, Path(config.cluster.run_dir))
@@ -243,6 +250,7 @@ def _parser() -> argparse.ArgumentParser:
         "--adapter", action="append", default=[], metavar="NAME=DIR", help="PEFT directory to serve; may be repeated"
     )
     start.add_argument("--engines", metavar="N", help="engine processes; default: one per GPU, 2 on a CPU")
+    start.add_argument("--gateways", metavar="N", help="gateway processes that share the port; default: 1")
     start.add_argument("--device", help="auto, cpu or cuda; default: auto, which uses a GPU if there is one")
     start.add_argument("--host", help="address to listen on; default: 127.0.0.1")
     start.add_argument("--port", help="port to listen on; default: 8000; 0 chooses a free one")

@@ -1,7 +1,7 @@
 """State and connections that all HTTP handlers of one gateway share."""
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -10,6 +10,7 @@ from aiohttp import web
 from loraserve.bus.protocol import Bus
 from loraserve.clock import Clock
 from loraserve.config import Config
+from loraserve.gateway.connections import Connections
 from loraserve.gateway.errors import bad_request, unavailable
 from loraserve.gateway.metrics import GatewayMetrics
 from loraserve.gateway.migration import Quarantine
@@ -54,21 +55,18 @@ class Gateway:
     quarantine: Quarantine = field(default_factory=Quarantine)
     trial: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while one suspect of having killed engines is tried (see ``gateway.migration``)."""
-    draining: bool = False
-    active_requests: int = 0
-    idle: asyncio.Event = field(default_factory=asyncio.Event)
+    connections: Connections = field(default_factory=Connections)
+    refuses_requests: bool = False
+    """Set at the end of the drain, when a new request could not finish."""
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """Count one HTTP request as active inside the block. ``idle`` is set when no request is active."""
-        self.active_requests += 1
-        self.idle.clear()
+    def active(self, connection: Hashable) -> Iterator[None]:
+        """Count one HTTP request of this connection as in progress inside the block."""
+        self.connections.begin(connection)
         try:
             yield
         finally:
-            self.active_requests -= 1
-            if not self.active_requests:
-                self.idle.set()
+            self.connections.end(connection, self.clock.monotonic_s())
 
     async def resolve(self, model: str | None) -> ServedModel:
         """Return the model with this name. Raises ApiError 400 (no name), 404 (unknown) or 503 (store silent)."""

@@ -1,9 +1,8 @@
 """The gateway process: serves HTTP and communicates with the cluster over the bus."""
 
 import asyncio
-import errno
-import socket
-from contextlib import AsyncExitStack, suppress
+from collections.abc import Callable
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 from aiohttp import web
@@ -19,6 +18,7 @@ from loraserve.gateway.metrics import ClusterCollector, GatewayMetrics
 from loraserve.gateway.registry import STORE, RegistryCopy
 from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.text.tokenizer import ModelTokenizer
+from loraserve.listener import BACKLOG, open_listener, port_error
 from loraserve.messages import (
     ClusterLoad,
     ClusterStatistics,
@@ -31,9 +31,9 @@ from loraserve.messages import (
 from loraserve.service import Service
 
 MONITOR = "monitor"
-BACKLOG = 1024
 KEEPALIVE_S = 75.0
 LAST_ANSWERS_S = 2.0
+DRAIN_POLL_S = 0.02
 
 
 class GatewayService(Service):
@@ -44,6 +44,7 @@ class GatewayService(Service):
     gateway: Gateway
     port: int
     _site: web.SockSite
+    _server: web.Server
 
     def __init__(self, config: Config, bus: Bus, clock: Clock) -> None:
         super().__init__(config, bus, clock)
@@ -52,7 +53,7 @@ class GatewayService(Service):
     async def start(self, stack: AsyncExitStack) -> None:
         """Start serving. Raises ConfigError if the port, host or model directory cannot be used."""
         # Bind first, so that an unusable port is reported before the slow loading of the tokenizer.
-        listener = stack.enter_context(bind(self.config.gateway.host, self.config.gateway.port))
+        listener = stack.enter_context(open_listener(self.config))
         directory = model_dir(self.config.model.path)
         tokenizer = await asyncio.to_thread(ModelTokenizer, directory)
         stack.callback(tokenizer.close)
@@ -72,10 +73,15 @@ class GatewayService(Service):
             shutdown_timeout=LAST_ANSWERS_S,
         )
         await runner.setup()
+        assert runner.server is not None
+        self._server = runner.server
         stack.push_async_callback(runner.cleanup)
         self._site = web.SockSite(runner, listener, backlog=BACKLOG)
-        await listen(self._site, self.config.gateway.port)
         self.port = listener.getsockname()[1]
+        try:
+            await self._site.start()
+        except OSError as error:
+            raise port_error(error, self.port) from error
         self.log.info("listening", host=self.config.gateway.host, port=self.port)
 
     def ready_detail(self) -> str:
@@ -100,17 +106,24 @@ class GatewayService(Service):
                 self.gateway.registry.update(registry)
 
     async def drain(self) -> None:
-        """Refuse new requests and wait for running ones. After the timeout, end them with an error."""
-        self.gateway.draining = True
-        await self._site.stop()
-        await self._wait_idle(self.config.gateway.drain_timeout_s)
-        self.gateway.streams.fail_all(unavailable("This gateway is shutting down; try again", "shutting_down"))
-        await self._wait_idle(LAST_ANSWERS_S)
+        """Accept no more connections and finish the requests on the open ones.
 
-    async def _wait_idle(self, timeout_s: float) -> None:
-        if self.gateway.active_requests:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self.gateway.idle.wait(), timeout_s)
+        Connections that were idle for a while are closed. After the timeout, requests are ended with an error.
+        """
+        self.gateway.connections.drain(self.clock.monotonic_s())
+        await self._site.stop()
+        await self._finish(lambda: not self._server.connections, self.config.gateway.drain_timeout_s)
+        self.gateway.refuses_requests = True
+        self.gateway.streams.fail_all(unavailable("This gateway is shutting down; try again", "shutting_down"))
+        await self._finish(lambda: not self.gateway.connections.requests, LAST_ANSWERS_S)
+
+    async def _finish(self, is_finished: Callable[[], bool], timeout_s: float) -> None:
+        """Close idle connections until the condition holds, or the timeout."""
+        deadline_s = self.clock.monotonic_s() + timeout_s
+        while not is_finished() and (now := self.clock.monotonic_s()) < deadline_s:
+            for connection in self.gateway.connections.closable(self._server.connections, now):
+                connection.force_close()
+            await asyncio.sleep(DRAIN_POLL_S)
 
     def _gateway(self, tokenizer: ModelTokenizer, model_name: str) -> Gateway:
         streams = StreamTable(self.config.monitor.dead_after_s, self.config.gateway.max_attempts)
@@ -138,37 +151,3 @@ def model_dir(path: str) -> Path:
     if not path:
         raise ConfigError("model.path is empty; name a Hugging Face model directory with --set model.path=DIR")
     return Path(path).expanduser().absolute()
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket that does not listen yet. Raises ConfigError that names the setting."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-    except (OSError, OverflowError) as error:
-        raise ConfigError(f"gateway.host {host!r}, gateway.port {port}: {error}") from error
-    listener = socket.socket(family, kind, protocol)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind(address)
-    except OSError as error:
-        listener.close()
-        raise port_error(error, port) from error
-    return listener
-
-
-async def listen(site: web.SockSite, port: int) -> None:
-    try:
-        await site.start()
-    except OSError as error:
-        raise port_error(error, port) from error
-
-
-def port_error(error: OSError, port: int) -> ConfigError:
-    remedies = {
-        errno.EADDRINUSE: "it is in use; stop what listens there, or choose another with --set gateway.port=PORT",
-        errno.EACCES: "not permitted; choose a port from 1024 up with --set gateway.port=PORT",
-        errno.EADDRNOTAVAIL: "gateway.host is not an address of this machine; use 127.0.0.1 or 0.0.0.0",
-    }
-    return ConfigError(f"gateway.port {port}: {remedies.get(error.errno or 0, str(error))}")

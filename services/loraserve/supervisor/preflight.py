@@ -1,7 +1,6 @@
-"""Checks before a cluster starts: no other cluster in the folder, the port, the disk and the model."""
+"""Checks before a cluster starts: no other cluster in the folder, the disk and the model."""
 
 import shutil
-import socket
 from pathlib import Path
 
 from loraserve.errors import ConfigError
@@ -19,20 +18,6 @@ def check_not_running(run_dir: Path) -> None:
             f"a cluster already runs here (pid {state.pid}, {state.url}); stop it with scripts/down, "
             "or start another with --data DIR --port N"
         )
-
-
-def check_port(host: str, port: int) -> int:
-    """Return the port, or a free port if it is 0. Raises ConfigError if the process cannot listen on it."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-            return int(probe.getsockname()[1])
-        except OSError as error:
-            raise ConfigError(
-                f"port {port} on {host} cannot be used ({error.strerror}); choose another with --port N"
-            ) from error
 
 
 def check_disk(folder: Path) -> None:

@@ -4,12 +4,13 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from loraserve.config import Config, engine_count, engine_names
+from loraserve.config import Config, engine_count, engine_names, gateway_names
 from loraserve.errors import LoraServeError
 from loraserve.supervisor.restart import RestartHistory, StopCluster
 
@@ -23,7 +24,7 @@ class ProcessFailedError(LoraServeError):
 
 def process_names(config: Config) -> list[str]:
     """Return the names of the cluster's processes in starting order."""
-    return ["store", "planner", "monitor", "router", *engine_names(config), "gateway-0"]
+    return ["store", "planner", "monitor", "router", *engine_names(config), *gateway_names(config)]
 
 
 def kind_of(name: str) -> str:
@@ -54,7 +55,10 @@ def environment(config: Config, kind: str) -> dict[str, str]:
 
 
 class Processes:
-    """The child processes of a supervisor. Calls ``on_change`` with {name: pid} when a child starts."""
+    """The child processes of a supervisor. Calls ``on_change`` with {name: pid} when a child starts.
+
+    ``listener`` is the bound socket on which all gateways accept connections.
+    """
 
     def __init__(
         self,
@@ -63,12 +67,14 @@ class Processes:
         log_dir: Path,
         on_change: Callable[[dict[str, int]], None],
         say: Callable[[str], None],
+        listener: socket.socket,
     ) -> None:
         self._config = config
         self._config_file = config_file
         self._log_dir = log_dir
         self._on_change = on_change
         self._say = say
+        self._listener = listener
         self._children: dict[str, asyncio.subprocess.Process] = {}
         self._stopping = False
         self.ready = False
@@ -85,12 +91,15 @@ class Processes:
             decision = history.on_exit(status, time.monotonic() - started_s, self.ready)
             if isinstance(decision, StopCluster):
                 raise ProcessFailedError(f"{decision.reason}: {exit_reason(self.log_file(name), name)}")
-            self._say(f"{name} ended with exit status {status}; restarting it in {decision.delay_s:.1f} s")
+            when = f"in {decision.delay_s:.1f} s" if decision.delay_s else "now"
+            self._say(f"{name} ended with exit status {status}; restarting it {when}")
             await asyncio.sleep(decision.delay_s)
 
     async def stop(self) -> None:
         """Send SIGTERM to all children. If any still runs after STOP_TIMEOUT_S, send SIGKILL."""
         self._stopping = True
+        # Later connections are refused as soon as the gateways have closed their copies of the socket.
+        self._listener.close()
         children = [child for child in self._children.values() if child.returncode is None]
         for child in children:
             _send(child, signal.SIGTERM)
@@ -110,12 +119,15 @@ class Processes:
 
     async def _spawn(self, name: str) -> asyncio.subprocess.Process:
         kind = kind_of(name)
+        passed = (self._listener.fileno(),) if kind == "gateway" else ()
         with self.log_file(name).open("ab") as log:
             child = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-m",
                 f"loraserve.{kind}",
                 *("--config", str(self._config_file), "--name", name, "--parent-pid", str(os.getpid())),
+                *(flag for descriptor in passed for flag in ("--set", f"gateway.listen_fd={descriptor}")),
+                pass_fds=passed,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -2,6 +2,7 @@
 
 import msgspec
 
+STOPPED_EXIT = 0
 CONFIG_ERROR_EXIT = 2
 FIRST_DELAY_S = 0.2
 LONGEST_DELAY_S = 5.0
@@ -29,6 +30,9 @@ class RestartHistory:
 
     def on_exit(self, exit_status: int, ran_s: float, cluster_ready: bool) -> Restart | StopCluster:
         """Return whether to restart the process or stop the cluster. A negative ``exit_status`` is a signal number."""
+        if exit_status == STOPPED_EXIT:
+            # Somebody asked the process to stop, such as scripts/restart. That is no failure.
+            return Restart(0.0)
         if exit_status == CONFIG_ERROR_EXIT:
             return StopCluster(f"{self._name} refused its configuration")
         if ran_s >= STABLE_RUN_S:

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -16,6 +17,7 @@ from loraserve.config import Config, to_toml
 from loraserve.errors import ConfigError, PeerError, RequestTimeoutError
 from loraserve.messages import AdapterRegistered, Ping, Pong, RegisterAdapter
 from loraserve.process import Parent
+from loraserve.supervisor.logs import limit_logs
 from loraserve.supervisor.processes import Processes, process_names
 from loraserve.supervisor.state import CONFIG_NAME, RunState, clear_run_dir, write_state
 
@@ -28,9 +30,12 @@ Say = Callable[[str], None]
 
 
 class Supervisor:
-    """Runs one local cluster. Writes its configuration file at the start and removes its files at the end."""
+    """Runs one local cluster. Writes its configuration file at the start and removes its files at the end.
 
-    def __init__(self, config: Config, adapters: Mapping[str, Path], say: Say) -> None:
+    ``listener`` is the bound socket on which all gateways accept connections.
+    """
+
+    def __init__(self, config: Config, adapters: Mapping[str, Path], say: Say, listener: socket.socket) -> None:
         self._config = config
         self._adapters = adapters
         self._say = say
@@ -41,7 +46,9 @@ class Supervisor:
             pid=os.getpid(), url=base_url(config), log_dir=config.cluster.log_dir, model=config.model.name
         )
         config_file = self._run_dir / CONFIG_NAME
-        self._processes = Processes(config, config_file, self._log_dir, lambda pids: self._update(processes=pids), say)
+        self._processes = Processes(
+            config, config_file, self._log_dir, lambda pids: self._update(processes=pids), say, listener
+        )
         self._write_config(config_file)
 
     async def run(self, on_ready: Callable[[], None], parent: Parent | None = None) -> None:
@@ -51,7 +58,9 @@ class Supervisor:
             loop.add_signal_handler(number, self._stop.set)
         watchers = [asyncio.ensure_future(self._processes.watch(name)) for name in process_names(self._config)]
         main = asyncio.ensure_future(self._main(on_ready))
-        watched = [asyncio.ensure_future(parent.watch(self._stop.set))] if parent else []
+        helpers = [asyncio.ensure_future(limit_logs(self._log_dir, self._say))]
+        if parent:
+            helpers.append(asyncio.ensure_future(parent.watch(self._stop.set)))
         try:
             done, _ = await asyncio.wait([*watchers, main], return_when=asyncio.FIRST_COMPLETED)
             for task in done:
@@ -59,7 +68,7 @@ class Supervisor:
         finally:
             self._say("stopping")
             await self._processes.stop()
-            tasks = [*watchers, main, *watched]
+            tasks = [*watchers, main, *helpers]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
@@ -79,7 +88,8 @@ class Supervisor:
         await stopped
 
     async def _become_ready(self) -> None:
-        bus = open_bus(self._config, f"up-{os.getpid()}", Ping)
+        # Without an inbox the bus binds no address. Address templates for TCP need not have one for this process.
+        bus = open_bus(self._config, f"up-{os.getpid()}", None)
         try:
             await self._wait_ready(bus)
             for name, path in self._adapters.items():

@@ -385,7 +385,7 @@ def test_a_client_that_does_not_read_is_disconnected(start_gateway: Start) -> No
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
             await reader.readline()
-            await gateway.until(lambda: not gateway.service.gateway.active_requests, "the request to be cut off")
+            await gateway.until(lambda: not gateway.service.gateway.connections.requests, "the request to be cut off")
             assert len(gateway.service.gateway.streams) == 0
             outcome = gateway.service.gateway.metrics.requests.labels("tiny", "timeout")
             assert outcome._value.get() == 1
@@ -402,7 +402,7 @@ def test_draining_lets_streams_finish(start_gateway: Start) -> None:
             running = asyncio.create_task(gateway.events("/v1/chat/completions", chat(stream=True)))
             await gateway.until(lambda: gateway.cluster.playing, "the stream to run")
             gateway.service.stop()
-            await gateway.until(lambda: gateway.service.gateway.draining, "draining")
+            await gateway.until(lambda: gateway.service.gateway.connections.is_draining, "draining")
             with pytest.raises(OSError, match=r"refused|Connect"):
                 await asyncio.open_connection("127.0.0.1", gateway.service.port)
             events = await running

@@ -1,7 +1,6 @@
 """Checks before the start name the field and the remedy."""
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +9,7 @@ import pytest
 
 from loraserve.config import check_pins, load_config
 from loraserve.errors import ConfigError
-from loraserve.supervisor.preflight import check_disk, check_model, check_not_running, check_port
+from loraserve.supervisor.preflight import check_disk, check_model, check_not_running
 from loraserve.supervisor.state import RunState, write_state
 
 LLAMA = {
@@ -35,22 +34,6 @@ def test_a_pin_to_an_engine_that_does_not_exist_is_named(pin: str, text: str) ->
     with pytest.raises(ConfigError, match=text):
         check_pins(load_config(None, {}, overrides))
     check_pins(load_config(None, {}, ["cluster.engines=2", 'planner.pins={"legal": ["engine-1"]}']))
-
-
-def test_a_busy_port_is_named() -> None:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"port {port} .*--port"):
-            check_port("127.0.0.1", port)
-
-
-@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "0.0.0.0"])
-def test_the_port_is_the_requested_one_or_a_free_one(host: str) -> None:
-    chosen = check_port(host, 0)
-    assert chosen > 0
-    assert check_port(host, chosen) == chosen
 
 
 def test_a_running_cluster_is_named(tmp_path: Path) -> None:

@@ -28,6 +28,14 @@ def test_a_stable_run_resets_the_delay() -> None:
     assert history.on_exit(-9, ran_s=STABLE_RUN_S, cluster_ready=True) == first
 
 
+def test_a_process_that_was_asked_to_stop_is_restarted_at_once_and_has_not_failed() -> None:
+    history = RestartHistory("gateway-0")
+    first = RestartHistory("gateway-0").on_exit(-9, ran_s=1.0, cluster_ready=True)
+    for ready in (False, True):
+        assert [history.on_exit(0, ran_s=0.5, cluster_ready=ready) for _ in range(5)] == [Restart(0.0)] * 5
+    assert history.on_exit(-9, ran_s=1.0, cluster_ready=True) == first
+
+
 def test_a_refused_configuration_is_never_retried() -> None:
     decision = RestartHistory("store").on_exit(CONFIG_ERROR_EXIT, ran_s=0.1, cluster_ready=True)
     assert decision == StopCluster("store refused its configuration")

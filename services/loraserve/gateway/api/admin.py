@@ -152,7 +152,7 @@ async def show_health(http: web.Request) -> web.Response:
     problems = [f"{name} is {state}" for name, state in states.items() if state != "READY"]
     if not engines:
         problems.append("no engine is alive and READY")
-    if gateway.draining:
+    if gateway.connections.is_draining:
         problems.append("this gateway is shutting down")
     status = "unavailable" if problems else "ok"
     return reply({"status": status, "engines": engines, **states, "problems": problems}, 503 if problems else 200)

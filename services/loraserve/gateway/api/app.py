@@ -24,7 +24,7 @@ MAX_REQUEST_ID = 128
 def make_app(gateway: Gateway) -> web.Application:
     app = web.Application(middlewares=[observe, guard], client_max_size=gateway.config.gateway.max_body_bytes)
     app[GATEWAY] = gateway
-    app.on_response_prepare.append(add_request_id)
+    app.on_response_prepare.append(add_headers)
     app.add_routes(
         [
             web.post("/v1/chat/completions", chat.chat_completions),
@@ -69,7 +69,7 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     gateway = request.app[GATEWAY]
     request[ARRIVED_S] = gateway.clock.monotonic_s()
     request[REQUEST_ID] = request_id(request.headers.get("x-request-id", ""))
-    with gateway.active():
+    with gateway.active(request.protocol):
         response = await _answer_errors(gateway, request, handler)
     resource = request.match_info.route.resource
     gateway.metrics.http.labels(resource.canonical if resource else "unknown", response.status).inc()
@@ -95,13 +95,13 @@ async def _answer_errors(gateway: Gateway, request: web.Request, handler: Handle
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Check the API key, and refuse new work while the gateway shuts down."""
+    """Check the API key, and refuse new work at the end of the gateway's drain."""
     gateway = request.app[GATEWAY]
     keys = gateway.config.gateway.api_keys
     if keys and request.path not in OPEN_PATHS and not has_key(request.headers.get("Authorization", ""), keys):
         message = "Incorrect or missing API key; send it as 'Authorization: Bearer KEY'"
         raise ApiError(401, message, code="invalid_api_key")
-    if gateway.draining and request.method == "POST":
+    if gateway.refuses_requests and request.method == "POST":
         raise unavailable("This gateway is shutting down; try again", "shutting_down")
     return await handler(request)
 
@@ -120,8 +120,13 @@ def request_id(given: str) -> str:
     return given if usable else f"req-{secrets.token_hex(12)}"
 
 
-async def add_request_id(request: web.Request, response: web.StreamResponse) -> None:
+async def add_headers(request: web.Request, response: web.StreamResponse) -> None:
+    """Add the request id. While the gateway drains, ask the client to open another connection."""
     response.headers["x-request-id"] = request.get(REQUEST_ID, "")
+    if request.app[GATEWAY].connections.is_draining:
+        # aiohttp has set its own headers already, so both calls are needed.
+        response.headers["Connection"] = "close"
+        response.force_close()
 
 
 def http_error(gateway: Gateway, request: web.Request, error: web.HTTPException) -> ApiError:
