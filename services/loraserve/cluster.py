@@ -1,4 +1,4 @@
-"""The `loraserve up` and `loraserve down` commands, which run a cluster on one machine."""
+"""The `loraserve up`, `down` and `restart` commands, which run a cluster on one machine."""
 
 import argparse
 import asyncio
@@ -23,7 +23,16 @@ from loraserve.errors import ConfigError, LoraServeError
 from loraserve.listener import bind
 from loraserve.process import Parent
 from loraserve.supervisor.preflight import check_disk, check_model, check_not_running
-from loraserve.supervisor.state import RunState, clear_run_dir, read_state, stop_cluster, write_state
+from loraserve.supervisor.rolling import RollingRestart, select_processes
+from loraserve.supervisor.state import (
+    CONFIG_NAME,
+    RunState,
+    clear_run_dir,
+    is_ours,
+    read_state,
+    stop_cluster,
+    write_state,
+)
 from loraserve.supervisor.up import Supervisor, base_url
 
 STARTED_S = time.monotonic()
@@ -47,6 +56,17 @@ examples:
   scripts/up --model DIR --adapter support=DIR2    your own model and adapter
   scripts/up --engines 4 --gateways 2 --port 9000  four engines, two gateways, another port
   scripts/up --set engine.pool_bytes=2147483648    any setting of loraserve/config.py
+"""
+RESTART_EXAMPLES = """\
+examples:
+  scripts/restart                                  every process, one after the other
+  scripts/restart gateway-0 engine-1               these two
+  scripts/restart engine-0 --force                 the only engine; requests wait or get 503 meanwhile
+
+Requests do not fail. A gateway finishes its streams within gateway.drain_timeout_s. New connections go to the other
+gateways, or wait for the new process. An engine is stopped only while another one is ready, which continues its
+requests. A process is stopped when the one before it is ready again. The exit status is 1 if a process did not come
+back, or had to be killed. In containers, use docker compose restart SERVICE.
 """
 
 
@@ -116,6 +136,28 @@ def down(arguments: argparse.Namespace) -> int:
     _say(f"stopping {len(state.processes)} processes")
     stop_cluster(run_dir, state, STOP_TIMEOUT_S)
     _say("stopped")
+    return 0
+
+
+def restart(arguments: argparse.Namespace) -> int:
+    """Restart processes of the running cluster, one after the other."""
+    run_dir = Path(_configuration(arguments).cluster.run_dir)
+    state = read_state(run_dir)
+    if state is None or not is_ours(state.pid):
+        raise ConfigError(
+            f"no cluster runs in {run_dir}; start one with scripts/up, or name its folder with --data DIR"
+        )
+    if not state.ready:
+        raise ConfigError(
+            f"the cluster in {run_dir} is still starting; try again when scripts/up reports that it is ready"
+        )
+    config = load_config(run_dir / CONFIG_NAME, environ={})
+    names = select_processes(config, arguments.process, arguments.force)
+    with NameClaim(run_dir, "restart"):
+        killed = asyncio.run(RollingRestart(config, arguments.timeout, arguments.force, _say).run(names))
+    if killed:
+        raise LoraServeError(f"restarted, but {', '.join(killed)} had to be killed; requests may have failed")
+    _say(f"restarted {', '.join(names)}")
     return 0
 
 
@@ -232,9 +274,11 @@ def _say(text: str) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="loraserve", description="Start or stop a multi-LoRA serving cluster on this machine.", allow_abbrev=False
+        prog="loraserve",
+        description="Start, restart or stop a multi-LoRA serving cluster on this machine.",
+        allow_abbrev=False,
     )
-    commands = parser.add_subparsers(required=True, metavar="up|down")
+    commands = parser.add_subparsers(required=True, metavar="up|down|restart")
     start = commands.add_parser(
         "up",
         help="start a cluster and serve until stopped",
@@ -261,7 +305,20 @@ def _parser() -> argparse.ArgumentParser:
     start.set_defaults(run=up)
     stop = commands.add_parser("down", help="stop the cluster", description="Stop the cluster of a data folder.")
     stop.set_defaults(run=down)
-    for command in (start, stop):
+    again = commands.add_parser(
+        "restart",
+        help="restart processes without interrupting requests",
+        description="Restart processes of a running cluster, one after the other, without interrupting requests.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=RESTART_EXAMPLES,
+    )
+    again.add_argument("process", nargs="*", metavar="PROCESS", help="such as gateway-0; default: every process")
+    again.add_argument("--force", action="store_true", help="restart an engine even if no other one is ready")
+    again.add_argument(
+        "--timeout", type=float, default=300.0, metavar="SECONDS", help="longest time for each process (300)"
+    )
+    again.set_defaults(run=restart)
+    for command in (start, stop, again):
         command.add_argument(
             "--data", metavar="DIR", help=f"model, adapters and logs; default: {_home_relative(default_data_dir())}"
         )

@@ -25,7 +25,7 @@ from loraserve.messages import (
     ToEngine,
     ToRouter,
 )
-from loraserve.router.service import RouterService
+from loraserve.router.service import FIRST_LOAD_TIMEOUT_S, RouterService
 from loraserve.testing.clock import LoopClock, run_virtual
 from loraserve.testing.memory_bus import MemoryNetwork
 from loraserve.testing.peers import Peer, Script, serving
@@ -97,6 +97,34 @@ def run_scenario(
         async with serving(harness.router):
             await harness.publish_picture()
             await scenario(harness)
+
+    run_virtual(main())
+
+
+def test_requests_to_a_router_that_has_just_started_wait_for_the_first_publication() -> None:
+    async def main() -> None:
+        harness = RouterHarness()
+        harness.start_engines(takes)
+        async with serving(harness.router):
+            asking = asyncio.create_task(harness.route())
+            await asyncio.sleep(FIRST_LOAD_TIMEOUT_S - 0.1)
+            assert not asking.done()
+            await harness.publish_picture()
+            answer = await asking
+            assert isinstance(answer, Routed)
+            assert answer.engine == "e0"
+
+    run_virtual(main())
+
+
+def test_without_a_monitor_requests_to_a_router_that_has_just_started_are_rejected() -> None:
+    async def main() -> None:
+        harness = RouterHarness()
+        async with serving(harness.router):
+            for _ in range(2):
+                answer = await harness.route()
+                assert isinstance(answer, Rejected)
+                assert answer.code == "no_engine"
 
     run_virtual(main())
 

@@ -43,9 +43,13 @@ class _Source:
 
 
 class ZmqBus(Endpoint):
-    """A Bus over ZeroMQ. Create it in the running event loop. A process with ``inbox`` None only sends requests."""
+    """A Bus over ZeroMQ. Create it in the running event loop.
 
-    def __init__(self, config: Config, name: str, inbox: type[Any] | UnionType | None) -> None:
+    A process with ``inbox`` None only sends requests. Without ``listens`` it binds no addresses: it sends requests and
+    receives publications, and its name needs no address.
+    """
+
+    def __init__(self, config: Config, name: str, inbox: type[Any] | UnionType | None, listens: bool = True) -> None:
         super().__init__(name, new_incarnation(), inbox)
         self._config = config
         self._queue_messages = config.bus.queue_messages
@@ -60,7 +64,7 @@ class ZmqBus(Endpoint):
         self._publisher: Socket | None = None
         self._context = make_context()
         try:
-            if inbox is not None:
+            if inbox is not None and listens:
                 self._listen(resolve_addresses(config, name))
         except ConfigError:
             self._abandon()
@@ -240,6 +244,6 @@ class ZmqBus(Endpoint):
             self._wake.set_result(None)
 
 
-def open_bus(config: Config, name: str, inbox: type[Any] | UnionType | None) -> ZmqBus:
+def open_bus(config: Config, name: str, inbox: type[Any] | UnionType | None, listens: bool = True) -> ZmqBus:
     """Open the bus of the process ``name``. Raises ConfigError if the name or its address is in use or invalid."""
-    return ZmqBus(config, name, inbox)
+    return ZmqBus(config, name, inbox, listens)

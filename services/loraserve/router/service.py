@@ -1,7 +1,8 @@
 """The router process: it chooses an engine for each request and asks that engine to admit it."""
 
+import asyncio
 from collections.abc import Iterable
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from random import Random
 
 from loraserve.bus.protocol import Bus, Envelope
@@ -28,6 +29,9 @@ from loraserve.router.policy import POLICIES, placeholder_request, prefetch_engi
 from loraserve.router.view import ClusterView
 from loraserve.service import Service
 
+FIRST_LOAD_TIMEOUT_S = 2.0
+"""Longest time that a request waits for the first publication of the monitor after the router's start."""
+
 ENGINE_REFUSALS = ("overloaded", "draining", "starting")
 """Codes with which an engine refuses a request that another engine may still admit."""
 
@@ -44,6 +48,7 @@ class RouterService(Service):
         self._policy = POLICIES[config.router.policy]
         self._plan: PlannedCopies | None = None
         self._plan_id = (0, 0.0)
+        self._has_view = asyncio.Event()
         self._routing: dict[str, list[Envelope]] = {}
         """The unanswered questions about each request that is being routed."""
         self._learner = CostLearner(initial_cost_model(config))
@@ -72,6 +77,7 @@ class RouterService(Service):
                 self._set_plan(plan)
 
     def _update_view(self, snapshot: ClusterLoad) -> None:
+        self._has_view.set()
         if self._view.update(snapshot, self.clock.monotonic_s()):
             self._learner.learn((engine.load for engine in self._view.ready_engines()), self._view.engines)
 
@@ -104,6 +110,8 @@ class RouterService(Service):
             self.bus.respond(envelope, answer)
 
     async def _choose_engine(self, request: Route) -> Routed | Rejected:
+        if not self._has_view.is_set():
+            await self._wait_for_view()
         self._view.expire_pending(self.clock.monotonic_s())
         choice = self._policy(self._context(request))
         answer = choice if isinstance(choice, Rejected) else await self._ask_candidates(request, choice)
@@ -113,6 +121,12 @@ class RouterService(Service):
         else:
             self._routed.labels(answer.engine, answer.why).inc()
         return answer
+
+    async def _wait_for_view(self) -> None:
+        """Wait for the monitor's first publication. Without it, a router that has just started knows no engine."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(FIRST_LOAD_TIMEOUT_S):
+                await self._has_view.wait()
 
     def _prefetch(self, expect: Expect) -> None:
         """Tell an engine to load the adapter of a request that will arrive soon."""

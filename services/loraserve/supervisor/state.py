@@ -13,7 +13,7 @@ FILE_NAME = "cluster.json"
 CONFIG_NAME = "cluster.toml"
 OWNED_FILE = re.compile(
     r"cluster\.toml|\.?cluster\.json(\.\d+)?"
-    r"|(up|store|planner|monitor|router|(engine|gateway|up|ping)-\d+)\.(sock|pub|lock)"
+    r"|(up|restart|store|planner|monitor|router|(engine|gateway)-\d+)\.(sock|pub|lock)"
 )
 """Matches the files of a cluster in its run folder. Other files there may belong to the user."""
 

@@ -64,7 +64,20 @@ OPS = ["status", "adapters", "rebalance", "drain", "undrain", "story"]
 
 
 @pytest.mark.parametrize(
-    "script", ["up", "down", *OPS, "profile", "simulate", "train_adapter", "bench", "tune_kernels", "test", "structure"]
+    "script",
+    [
+        "up",
+        "down",
+        "restart",
+        *OPS,
+        "profile",
+        "simulate",
+        "train_adapter",
+        "bench",
+        "tune_kernels",
+        "test",
+        "structure",
+    ],
 )
 def test_modules_in_the_users_folder_are_not_imported(script: str, tmp_path: Path) -> None:
     for name in ("random", "json", "argparse", "asyncio", "loraserve"):
