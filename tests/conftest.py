@@ -26,7 +26,7 @@ settings.register_profile("fresh", derandomize=False, print_blob=True)
 settings.load_profile("ci")
 
 MEASURED = "measured"
-WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/", "tests/rdma/")
+WHOLE_MACHINE = ("tests/cluster/", "tests/e2e/", "tests/hosts/", "tests/rdma/")
 """Tests in these folders share one cluster or need most of the machine: one worker runs them one by one."""
 KERNELS = ("tests/unit/kernels/", "tests/unit/benchmarks/")
 """On a GPU each test in these folders compiles kernels, which takes longest: they are distributed one by one."""

@@ -328,6 +328,17 @@ def test_a_lost_connection_is_reported_at_once_each_time(run: Callable[[Scenario
     run(scenario)
 
 
+def test_only_a_process_that_ended_refuses_connections(run: Callable[[Scenario], None]) -> None:
+    async def scenario(cluster: Cluster) -> None:
+        asker, peer = cluster.bus("asker"), cluster.bus("peer")
+        assert not await asker.refuses_connections("peer", TIMEOUT_S)
+        await cluster.end(peer)
+        assert await asker.refuses_connections("peer", TIMEOUT_S)
+        assert not await cluster.bus("peer").refuses_connections("asker", TIMEOUT_S)
+
+    run(scenario)
+
+
 def test_a_restarted_peer_receives_later_messages_once_each(run: Callable[[Scenario], None]) -> None:
     async def scenario(cluster: Cluster) -> None:
         a, b = cluster.bus("a"), cluster.bus("b")

@@ -263,6 +263,41 @@ def test_requests_are_answered_over_tcp(config: Config) -> None:
     asyncio.run(scenario())
 
 
+def test_a_killed_process_refuses_connections_and_a_stopped_one_does_not(config: Config) -> None:
+    async def scenario() -> None:
+        a = open_bus(config, "a", None)
+        os.kill(process.pid, signal.SIGSTOP)
+        assert not await a.refuses_connections("b", TIMEOUT_S)
+        end_process(process)
+        assert await a.refuses_connections("b", TIMEOUT_S)
+        await a.close()
+
+    process = start_process(config)
+    asyncio.run(scenario())
+
+
+def test_a_tcp_address_without_a_process_refuses_connections_and_a_silent_one_does_not() -> None:
+    async def scenario() -> None:
+        with socket.socket() as full:
+            full.bind(("127.0.0.1", 0))
+            full.listen(0)
+            silent = full.getsockname()[1]
+            # The kernel does not answer further connections while these wait.
+            waiting = [socket.create_connection(full.getsockname()) for _ in range(1)]
+            config = over_tcp(
+                absent=f"tcp://127.0.0.1:{free_port()},tcp://127.0.0.1:{free_port()}",
+                silent=f"tcp://127.0.0.1:{silent},tcp://127.0.0.1:{free_port()}",
+            )
+            a = open_bus(config, "a", None)
+            assert await a.refuses_connections("absent", TIMEOUT_S)
+            assert not await a.refuses_connections("silent", 0.3)
+            await a.close()
+            for each in waiting:
+                each.close()
+
+    asyncio.run(scenario())
+
+
 def test_a_process_without_an_address_can_send_requests() -> None:
     async def scenario() -> None:
         inbox, publications = free_port(), free_port()

@@ -296,7 +296,7 @@ def test_an_engine_whose_process_ends_is_dead_long_before_its_reports_are_late()
         stage.network.kill("e0")
         killed_s = stage.now
         assert (await reader.receive()).message == EngineGone(engine="e0", incarnation="i1", ended=True)
-        at_s, picture = await stage.picture_after(killed_s)
+        at_s, picture = await stage.picture_after(killed_s - 0.001)
         assert alive(picture) == {"e0": False, "e1": True}
         assert at_s - killed_s < 2 * CONFIRM_S < DEAD_AFTER_S
 
@@ -310,6 +310,23 @@ def test_an_engine_that_only_lost_its_connection_stays_alive() -> None:
         stage.monitor.bus.lost("e0")  # type: ignore[attr-defined]
         await asyncio.sleep(2 * CONFIRM_S)
         assert (await stage.listener.request("monitor", Ping(), Pong, 1.0)).detail == "1 engines alive"
+
+    play(scenario)
+
+
+def test_an_engine_behind_a_slow_network_that_lost_its_connection_is_never_declared_dead() -> None:
+    async def scenario(stage: Stage) -> None:
+        stage.start_engine("e0")
+        await asyncio.sleep(0.1)
+        stage.network.faults = lambda sender, receiver, message: (
+            Fault(delay_s=2 * CONFIRM_S) if isinstance(message, Ping) and sender == "monitor" else None
+        )
+        lost_s = stage.now
+        stage.monitor.bus.lost("e0")  # type: ignore[attr-defined]
+        await asyncio.sleep(5 * CONFIRM_S)
+        later = [picture for at_s, picture in stage.pictures if at_s > lost_s]
+        assert later
+        assert all(alive(picture) == {"e0": True} for picture in later)
 
     play(scenario)
 

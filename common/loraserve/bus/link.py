@@ -15,6 +15,9 @@ HEARTBEAT_INTERVAL_MS = 2_000
 HEARTBEAT_TIMEOUT_MS = 6_000
 RECONNECT_MS = 50
 LONGEST_RECONNECT_MS = 1_000
+CONNECT_TIMEOUT_MS = 1_500
+"""The kernel doubles the time between its attempts to connect. Without a limit, a process would find a peer again only
+half a minute after a network failure of that length. Connections with a longer round trip are not supported."""
 MAX_SOCKETS = 16_384
 
 Socket = zmq.Socket[bytes]
@@ -65,6 +68,7 @@ def _socket(context: SocketContext, kind: int, address: str, queue_messages: int
     if address.startswith("tcp://"):
         # Heartbeats detect hosts that lost power or network and so cannot close their connections.
         socket.set(zmq.TCP_KEEPALIVE, 1)
+        socket.set(zmq.CONNECT_TIMEOUT, CONNECT_TIMEOUT_MS)
         socket.set(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
         socket.set(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         socket.set(zmq.HEARTBEAT_TTL, HEARTBEAT_TIMEOUT_MS)

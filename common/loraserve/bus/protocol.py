@@ -120,6 +120,13 @@ class Bus(Protocol):
         also called if only the network fails. A stopped process keeps its connections.
         """
 
+    async def refuses_connections(self, peer: str, timeout_s: float) -> bool:
+        """Return whether the peer's machine refuses connections to its inbox, which proves that the process ended.
+
+        Returns False if the peer listens, or if nothing answers within ``timeout_s``. A process that is stopped still
+        listens. A process that has just started does not listen yet.
+        """
+
     def forget(self, peer: str) -> None:
         """Drop the queue, the waiting requests and the subscriptions of a peer that will not return."""
 

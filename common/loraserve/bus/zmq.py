@@ -102,6 +102,19 @@ class ZmqBus(Endpoint):
         self._on_lost[peer] = on_lost
         self._link(peer)
 
+    async def refuses_connections(self, peer: str, timeout_s: float) -> bool:
+        address = resolve_addresses(self._config, peer).inbox
+        try:
+            async with asyncio.timeout(timeout_s):
+                writer = await _connect(address)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return True
+        except OSError:
+            # Includes TimeoutError. The network may have failed, so this proves nothing.
+            return False
+        writer.close()
+        return False
+
     def forget(self, peer: str) -> None:
         self._on_lost.pop(peer, None)
         link = self._links.pop(peer, None)
@@ -242,6 +255,13 @@ class ZmqBus(Endpoint):
     def _wake_receiver(self) -> None:
         if self._wake is not None and not self._wake.done():
             self._wake.set_result(None)
+
+
+async def _connect(address: str) -> asyncio.StreamWriter:
+    if address.startswith(IPC):
+        return (await asyncio.open_unix_connection(address.removeprefix(IPC)))[1]
+    host, _, port = address.removeprefix("tcp://").rpartition(":")
+    return (await asyncio.open_connection(host, int(port)))[1]
 
 
 def open_bus(config: Config, name: str, inbox: type[Any] | UnionType | None, listens: bool = True) -> ZmqBus:

@@ -36,7 +36,7 @@ from loraserve.monitor.liveness import Liveness
 from loraserve.service import Service
 
 CONFIRM_S = 0.3
-"""An engine that has not answered a ping for this time after its connection was lost has ended."""
+"""Longest wait for each answer of an engine whose connection was lost."""
 
 
 class MonitorService(Service):
@@ -95,15 +95,24 @@ class MonitorService(Service):
             self._changed.set()
 
     async def _confirm_end(self, engine: str, incarnation: str) -> None:
-        """Declare an engine dead whose connection was lost, unless it still answers."""
-        try:
-            answer = await self.bus.request(engine, Ping(), Pong, CONFIRM_S)
-            lives = answer.incarnation == incarnation
-        except (RequestTimeoutError, PeerError):
-            lives = False
-        if not lives and self._liveness.end(engine, incarnation):
+        """Declare an engine dead whose connection was lost, if its process certainly ended.
+
+        The network loses connections too, and a slow network delays the answer. An engine that neither answers nor
+        refuses a connection counts as dead after monitor.dead_after_s without a report.
+        """
+        if await self._has_ended(engine, incarnation) and self._liveness.end(engine, incarnation):
             self.log.warning("engine_ended", engine=engine, incarnation=incarnation)
             self._changed.set()
+
+    async def _has_ended(self, engine: str, incarnation: str) -> bool:
+        if await self.bus.refuses_connections(engine, CONFIRM_S):
+            return True
+        try:
+            answer = await self.bus.request(engine, Ping(), Pong, CONFIRM_S)
+        except (RequestTimeoutError, PeerError):
+            # The kernel may close the listening socket of a process after its connections.
+            return await self.bus.refuses_connections(engine, CONFIRM_S)
+        return answer.incarnation != incarnation
 
     async def _publish_load(self) -> None:
         while True:

@@ -126,6 +126,9 @@ class MemoryBus(Endpoint):
     def watch_connection(self, peer: str, on_lost: Callable[[], None]) -> None:
         self._on_lost[peer] = on_lost
 
+    async def refuses_connections(self, peer: str, timeout_s: float) -> bool:
+        return self._network.find(peer) is None
+
     def forget(self, peer: str) -> None:
         self._on_lost.pop(peer, None)
         self._network.backlog(self.name, peer).take_all()

@@ -1,0 +1,1 @@
+"""Several hosts on one machine, as network namespaces, and the faults of the network between them."""
