@@ -31,7 +31,7 @@ ABORT_INTERVAL_S = 1.0
 CLOSED_KEPT = 4096
 
 RECENT_TOKENS_S = 1.0
-"""An engine counts as alive for this time after routing and after its last tokens. Reports arrive later than tokens."""
+"""An engine counts as alive at least this long after routing and after its last tokens. A report may be older."""
 
 END_LOST_AFTER_S = 1.5
 """If a report made this long after a request's last token omits the request, its last TokenDelta was lost."""
@@ -385,7 +385,7 @@ class EngineWatch:
             return False
         queue = report.load.queue
         if len(queue.request_ids) != queue.running + queue.waiting:
-            # The list is truncated, so a missing request may still run.
+            # The report contradicts itself, so a missing request may still run.
             return False
         return report.reported_s > silent_since_s + END_LOST_AFTER_S and request_id not in queue.request_ids
 
