@@ -126,9 +126,15 @@ async def _serve(kind: type[Service], name: str, config: Config, parent: Parent 
     helpers = [asyncio.ensure_future(clock.tick())]
     try:
         service = kind(config, bus, clock)
-        _stop_on_signals(service)
+
+        def stop() -> None:
+            service.stop()
+            # Started here and not after ``run``, because closing a resource may wait for a thread that hangs.
+            _end_within(service.drain_timeout_s + EXIT_GRACE_S, OK)
+
+        _stop_on_signals(stop)
         if parent is not None:
-            helpers.append(asyncio.ensure_future(parent.watch(service.stop)))
+            helpers.append(asyncio.ensure_future(parent.watch(stop)))
         await service.run()
     finally:
         for helper in helpers:
@@ -148,7 +154,7 @@ def _warn_if_unprotected(config: Config, name: str) -> None:
         )
 
 
-def _stop_on_signals(service: Service) -> None:
+def _stop_on_signals(stop: Callable[[], None]) -> None:
     """Install handlers: the first SIGTERM or SIGINT drains and stops the service, the second kills it."""
     received: list[int] = []
 
@@ -156,7 +162,7 @@ def _stop_on_signals(service: Service) -> None:
         received.append(number)
         if len(received) == 1:
             _log.info("signal", signal=number.name)
-            service.stop()
+            stop()
         else:
             _log.warning("signal_again", signal=number.name, consequence="ends at once")
             logging.shutdown()

@@ -20,10 +20,12 @@ TIMEOUT_S = 20.0
 
 SCRIPT = """
 import asyncio, os, sys, threading, time
+from concurrent.futures import ThreadPoolExecutor
 from loraserve import process
 from loraserve.errors import ConfigError
 from loraserve.messages import Ping
 from loraserve.service import Service
+from loraserve.threads import run_in_thread
 
 mode = os.environ.get("MODE", "")
 process.EXIT_GRACE_S = 0.3
@@ -39,9 +41,18 @@ class Worker(Service):
             await asyncio.sleep(60)
         if mode == "hanging_thread":
             asyncio.get_running_loop().run_in_executor(None, time.sleep, 60)
+        if mode == "hanging_close":
+            # Like a lock that a hanging thread holds.
+            stack.callback(threading.Event().wait)
+            self.drain_timeout_s = 0.3
 
     def loops(self):
-        return [self.loop()]
+        return [self.loop(), self.wait_for_thread()]
+
+    async def wait_for_thread(self):
+        if mode == "hanging_task":
+            self.drain_timeout_s = 0.3
+            await run_in_thread(ThreadPoolExecutor(1), lambda: time.sleep(60))
 
     async def loop(self):
         if mode == "crash":
@@ -161,8 +172,9 @@ def test_a_crash_is_logged_with_its_traceback_and_gives_exit_status_1(runner: Ru
     assert "in loop" in log[-1]["exception"]
 
 
-def test_a_hanging_thread_does_not_keep_the_process_alive(runner: Runner) -> None:
-    process = runner.start(mode="hanging_thread")
+@pytest.mark.parametrize("mode", ["hanging_thread", "hanging_close", "hanging_task"])
+def test_a_hanging_thread_does_not_keep_the_process_alive(runner: Runner, mode: str) -> None:
+    process = runner.start(mode=mode)
     lines_until(process, "started")
     process.send_signal(signal.SIGTERM)
     started_s = time.monotonic()

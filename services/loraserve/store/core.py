@@ -19,13 +19,16 @@ from loraserve.cost import extent_bytes, largest_extent_bytes
 from loraserve.errors import AdapterError
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
-from loraserve.store.disk import lock_folder
+from loraserve.store.disk import SpaceReserve, lock_folder, storage_error
 from loraserve.store.registry import AdapterRecord, AdapterRegistry, read_sources
 from loraserve.store.slabs import SlabFiles
 
 GRACE_S = 600.0
 """Time that a slab without a name stays on disk. Engines need less time to fetch a slab."""
 REGISTRY_FILE = "registry.sqlite"
+RESERVE_FILE = "reserve"
+RESERVE_BYTES = 1 << 20
+"""Space for removals on a full disk. One removal changes a few database pages of 4 KiB."""
 
 
 class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,8 +57,14 @@ class AdapterStore:
         self.folder = root / namespace(shape, dtype)
         self._lock_fd = lock_folder(self.folder)
         try:
+            self._reserve = SpaceReserve(self.folder / RESERVE_FILE, RESERVE_BYTES)
+            # SQLite needs some space to open the database.
+            self._reserve.release()
             self.registry = AdapterRegistry(self.folder / REGISTRY_FILE, now)
             self.slabs = SlabFiles(self.folder)
+            # On a full disk the store starts with a smaller reserve, and refuses registrations.
+            with contextlib.suppress(OSError):
+                self._reserve.fill()
         except BaseException:
             os.close(self._lock_fd)
             raise
@@ -69,6 +78,8 @@ class AdapterStore:
         directory = allowed_directory(path, self._limits.allowed_dirs)
         slab = pack_peft(directory, self._shape, self._dtype, self._limits.max_rank)
         self._check_fits_engines(slab)
+        if not self._is_registered(name, slab.version):
+            self._fill_reserve(name)
         # The slab is written before its name, so that a crash in between leaves no name without a slab.
         self.slabs.put(slab, now)
         record = AdapterRecord(
@@ -83,9 +94,21 @@ class AdapterStore:
         return record.ref(), self.registry.put(record, replace)
 
     def unregister(self, name: str, now: float) -> None:
-        """Remove the name. Its slab stays for at least ``GRACE_S``. Raises AdapterError ``not_found``."""
+        """Remove the name, also on a full disk. Its slab stays for at least ``GRACE_S``.
+
+        Raises AdapterError: ``not_found``, ``storage``, or ``disk_full`` if other programs also took the reserved space.
+        """
         self._start_grace(name, now)
-        self.registry.remove(name)
+        try:
+            self.registry.remove(name)
+        except AdapterError as error:
+            if error.code != "disk_full":
+                raise
+            self._reserve.release()
+            self.registry.reuse_log()
+            self.registry.remove(name)
+            with contextlib.suppress(OSError):
+                self._reserve.fill()
 
     def collect_garbage(self, now: float) -> list[str]:
         """Remove slabs that have no name and were not used for ``GRACE_S``. Returns their versions."""
@@ -113,6 +136,17 @@ class AdapterStore:
     def close(self) -> None:
         self.registry.close()
         os.close(self._lock_fd)
+
+    def _is_registered(self, name: str, version: str) -> bool:
+        known = self.registry.snapshot.records.get(name)
+        return known is not None and known.version == version
+
+    def _fill_reserve(self, name: str) -> None:
+        # A registration must leave the space that later removals need.
+        try:
+            self._reserve.fill()
+        except OSError as error:
+            raise storage_error(error, f"adapter {name!r}") from error
 
     def _start_grace(self, name: str, now: float) -> None:
         # Called before the registry changes, so that a crash in between cannot shorten the grace period.

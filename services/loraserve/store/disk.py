@@ -1,5 +1,6 @@
-"""Durable writes, folder locks, and the conversion of disk errors to AdapterError."""
+"""Durable writes, reserved space, folder locks, and the conversion of disk errors to AdapterError."""
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -11,6 +12,7 @@ from loraserve.errors import AdapterError, LoraServeError
 
 # A file-size limit (EFBIG) and a quota (EDQUOT) are reported like a full disk.
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_RESERVE_BLOCK_BYTES = 4 << 10
 
 
 def storage_error(error: OSError | sqlite3.Error, what: str) -> AdapterError:
@@ -34,6 +36,28 @@ def write_durably(path: Path, blocks: Iterable[bytes | memoryview]) -> None:
             while left:
                 left = left[file.write(left) :]
         os.fsync(file.fileno())
+
+
+class SpaceReserve:
+    """A file that occupies space, so that a removal can still be recorded when the disk is full."""
+
+    def __init__(self, path: Path, size_bytes: int) -> None:
+        self._path = path
+        self._size_bytes = size_bytes
+
+    def fill(self) -> None:
+        """Occupy the space. Raises OSError if the disk has less, after it has occupied what there is."""
+        # Zeros are written instead of a hole, because a hole occupies no space.
+        with self._path.open("ab", buffering=0) as file:
+            missing = self._size_bytes - file.tell()
+            while missing > 0:
+                missing -= file.write(bytes(min(_RESERVE_BLOCK_BYTES, missing)))
+            os.fsync(file.fileno())
+
+    def release(self) -> None:
+        """Free the space."""
+        with contextlib.suppress(OSError):
+            self._path.unlink(missing_ok=True)
 
 
 def lock_folder(folder: Path) -> int:

@@ -6,7 +6,7 @@ All methods may block and may be called from any thread. Each change is one dura
 import sqlite3
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from types import MappingProxyType
 
@@ -16,6 +16,7 @@ from loraserve.errors import AdapterError, LoraServeError
 from loraserve.messages import AdapterRef
 from loraserve.store.disk import storage_error
 
+CLOSE_TIMEOUT_S = 2.0
 _SCHEMA_VERSION = 1
 _SCHEMA = """
 CREATE TABLE adapters (
@@ -112,9 +113,19 @@ class AdapterRegistry:
             assert self._db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
             assert self.snapshot == self._read_snapshot()
 
+    def reuse_log(self) -> None:
+        """Let the next change overwrite SQLite's log from its start, so that the log need not grow on a full disk."""
+        with self._lock, suppress(sqlite3.Error):
+            self._db.execute("PRAGMA wal_checkpoint(RESTART)")
+
     def close(self) -> None:
-        with self._lock:
-            self._db.close()
+        """Close the database, unless another thread is still inside a change because the disk does not answer."""
+        # The next start recovers the content, so a stopping process must not wait for such a disk.
+        if self._lock.acquire(timeout=CLOSE_TIMEOUT_S):
+            try:
+                self._db.close()
+            finally:
+                self._lock.release()
 
     def _create_tables(self, now: float) -> None:
         found = self._db.execute("PRAGMA user_version").fetchone()[0]

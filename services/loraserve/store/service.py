@@ -2,10 +2,12 @@
 
 import asyncio
 import shlex
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 from weakref import WeakValueDictionary
 
 from loraserve.bus.protocol import Bus, Envelope
@@ -33,6 +35,10 @@ from loraserve.service import Service
 from loraserve.store.core import AdapterStore, StoreLimits
 
 GARBAGE_INTERVAL_S = 60.0
+WRITER_THREADS = 4
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 class StoreService(Service):
@@ -45,10 +51,13 @@ class StoreService(Service):
         self._store: AdapterStore
         # Serializes changes to one name. Changes to different names run concurrently.
         self._name_locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        # Changes have their own threads, so that engines can read slabs while a slow disk delays changes.
+        self._writers = ThreadPoolExecutor(WRITER_THREADS, thread_name_prefix="write")
 
     async def start(self, stack: AsyncExitStack) -> None:
         self._store = await asyncio.to_thread(open_store, self.config, self.clock.unix_s())
         stack.callback(self._store.close)
+        stack.callback(self._writers.shutdown, wait=False, cancel_futures=True)
         for name in self._store.missing_slabs():
             self.log.error("slab_missing", adapter=name, remedy="register the adapter again")
         for name, path in self.config.store.adapters.items():
@@ -83,7 +92,7 @@ class StoreService(Service):
 
     async def _register(self, name: str, path: str, replace: bool) -> tuple[AdapterRef, bool]:
         async with self._name_locks.setdefault(name, asyncio.Lock()):
-            ref, created = await asyncio.to_thread(self._store.register, name, path, replace, self.clock.unix_s())
+            ref, created = await self._change(self._store.register, name, path, replace, self.clock.unix_s())
         self.log.info("registered", adapter=name, version=ref.version[:12], rank=ref.rank, created=created)
         self._tell(name, f"registered from {path} as version {ref.version}")
         self._tell(ref.version, f"registered as {name}, rank {ref.rank}, {ref.slab_bytes} bytes")
@@ -99,7 +108,7 @@ class StoreService(Service):
 
     async def _unregister(self, envelope: Envelope, name: str) -> None:
         async with self._name_locks.setdefault(name, asyncio.Lock()):
-            await asyncio.to_thread(self._store.unregister, name, self.clock.unix_s())
+            await self._change(self._store.unregister, name, self.clock.unix_s())
         self.log.info("unregistered", adapter=name)
         self._tell(name, "unregistered")
         self.bus.respond(envelope, AdapterUnregistered(name=name))
@@ -113,6 +122,10 @@ class StoreService(Service):
         version, offset, length = message.version, message.offset_bytes, message.length_bytes
         data = await asyncio.to_thread(self._store.slabs.read, version, offset, length, self.clock.unix_s())
         self.bus.respond(envelope, SlabChunk(version=version, offset_bytes=offset), [data])
+
+    async def _change(self, function: Callable[P, T], *arguments: P.args, **_: P.kwargs) -> T:
+        """Run a function that changes the disk in one of the threads for changes."""
+        return await asyncio.get_running_loop().run_in_executor(self._writers, partial(function, *arguments))
 
     def _tell(self, subject: str, text: str) -> None:
         self.story.tell(subject, self.clock.monotonic_s(), text)
@@ -129,7 +142,7 @@ class StoreService(Service):
     async def _collect_garbage(self) -> None:
         while True:
             await asyncio.sleep(GARBAGE_INTERVAL_S)
-            removed = await asyncio.to_thread(self._store.collect_garbage, self.clock.unix_s())
+            removed = await self._change(self._store.collect_garbage, self.clock.unix_s())
             for version in removed:
                 self.log.info("slab_removed", version=version[:12])
                 self._tell(version, "slab removed from disk: no name refers to it")
