@@ -96,7 +96,7 @@ class AdapterStore:
     def unregister(self, name: str, now: float) -> None:
         """Remove the name, also on a full disk. Its slab stays for at least ``GRACE_S``.
 
-        Raises AdapterError: ``not_found``, ``storage``, or ``disk_full`` if other programs also took the reserved space.
+        Raises AdapterError: ``not_found``, ``storage``, or ``disk_full`` if other programs took the reserved space too.
         """
         self._start_grace(name, now)
         try:

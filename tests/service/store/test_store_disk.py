@@ -56,10 +56,7 @@ class StoreProcess:
     @asynccontextmanager
     async def running(self) -> AsyncIterator["StoreProcess"]:
         """Run the store within the block."""
-        command = [sys.executable, "-m", "loraserve.store", "--config", str(self._folder / "store.toml")]
-        environment = {**os.environ, **self.disk.environment()}
-        with (self._folder / "store.log").open("ab") as log:
-            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
+        self._start()
         self._bus = open_bus(self._config, "client", Ping)
         try:
             await self._wait_ready()
@@ -68,6 +65,12 @@ class StoreProcess:
             self.process.kill()
             self.process.wait()
             await self._bus.close()
+
+    def _start(self) -> None:
+        command = [sys.executable, "-m", "loraserve.store", "--config", str(self._folder / "store.toml")]
+        environment = {**os.environ, **self.disk.environment()}
+        with (self._folder / "store.log").open("ab") as log:
+            self.process = subprocess.Popen(command, stdout=log, stderr=log, env=environment)
 
     async def _wait_ready(self) -> None:
         async with asyncio.timeout(TIMEOUT_S):
@@ -133,7 +136,7 @@ def test_a_full_disk_refuses_registrations_with_the_remedy_and_loses_nothing(sto
             await store.register("kept", peft(0))
             store.disk.limit_disk(0)
             for name, path in (("same content", peft(0)), ("other content", peft(1))):
-                with pytest.raises(PeerError, match="free space under cluster.data_dir") as refused:
+                with pytest.raises(PeerError, match="free space under") as refused:
                     await store.register(name, path)
                 assert refused.value.code == "disk_full"
             assert (await store.register("kept", peft(0))).created is False, "a repetition needs no space"

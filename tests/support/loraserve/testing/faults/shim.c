@@ -6,7 +6,7 @@
      2  bytes that are free on the disk, or a negative number for no limit. Growing files decrease it, removed and
         shortened files increase it.
      3  microseconds that are added to the wall clock
-   The faults of the disk concern regular files whose path begins with FAULT_SHIM_ROOT. */
+   The file may be longer. The faults of the disk concern regular files whose path begins with FAULT_SHIM_ROOT. */
 
 #define _GNU_SOURCE
 #include <dlfcn.h>

@@ -1,4 +1,7 @@
-"""Compiles and controls the library ``shim.c``, which makes a process's disk slow, stuck or full and its clock wrong."""
+"""Controls the faults of one process while it runs.
+
+The library ``shim.c`` makes its disk slow, stuck or full and its clock wrong. ``bus.py`` disturbs its messages.
+"""
 
 import hashlib
 import mmap
@@ -9,9 +12,12 @@ import subprocess
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("shim.c")
+_LAYOUT = struct.Struct("7q256s")
+"""The first four numbers are those of ``shim.c``."""
 _VALUE = struct.Struct("q")
-_DELAY_US, _STUCK, _FREE_BYTES, _CLOCK_US = range(4)
-_NO_FAULTS = struct.pack("4q", 0, 0, -1, 0)
+_DELAY_US, _STUCK, _FREE_BYTES, _CLOCK_US, _LOST, _DOUBLED, _DELAYED = range(7)
+_NO_FAULTS = _LAYOUT.pack(0, 0, -1, 0, 0, 0, 0, b"")
+_PER_MILLION = 1_000_000
 
 
 def has_compiler() -> bool:
@@ -73,6 +79,22 @@ class Shim:
     def step_clock(self, seconds: float) -> None:
         """Let the wall clock be ``seconds`` ahead of the machine's. Negative values put it back."""
         self._set(_CLOCK_US, round(seconds * 1e6))
+
+    def disturb_messages(self, *, lost: float = 0.0, doubled: float = 0.0, delayed: float = 0.0) -> None:
+        """Set the shares of the process's messages, in both directions, that are lost, doubled or overtaken."""
+        for index, share in ((_LOST, lost), (_DOUBLED, doubled), (_DELAYED, delayed)):
+            self._set(index, round(share * _PER_MILLION))
+
+    def cut_off(self, *peers: str) -> None:
+        """Let the process receive nothing from these peers. Cut both sides for a partition."""
+        names = " ".join(peers).encode()
+        self._values[7 * _VALUE.size : _LAYOUT.size] = names.ljust(_LAYOUT.size - 7 * _VALUE.size, b"\0")
+
+    def message_faults(self) -> tuple[float, float, float, frozenset[str]]:
+        """Return the shares of lost, doubled and overtaken messages, and the peers that are cut off."""
+        *_, lost, doubled, delayed, names = _LAYOUT.unpack_from(self._values)
+        cut = frozenset(names.rstrip(b"\0").decode().split())
+        return lost / _PER_MILLION, doubled / _PER_MILLION, delayed / _PER_MILLION, cut
 
     def heal(self) -> None:
         """End all faults."""
