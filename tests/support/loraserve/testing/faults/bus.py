@@ -90,6 +90,9 @@ class FaultyBus:
     def watch_connection(self, peer: str, on_lost: Callable[[], None]) -> None:
         self._bus.watch_connection(peer, on_lost)
 
+    async def refuses_connections(self, peer: str, timeout_s: float) -> bool:
+        return await self._bus.refuses_connections(peer, timeout_s)
+
     def forget(self, peer: str) -> None:
         self._bus.forget(peer)
 
