@@ -298,6 +298,9 @@ async def _ask_until_answered(gateway: Gateway, route: Route, deadline_s: float)
         except RequestTimeoutError:
             if gateway.clock.monotonic_s() + wait_s >= deadline_s:
                 raise
+        except PeerError as error:
+            if error.code != "starting" or gateway.clock.monotonic_s() + wait_s >= deadline_s:
+                raise
         await asyncio.sleep(wait_s)
         wait_s = min(2 * wait_s, LONGEST_RETRY_S)
 

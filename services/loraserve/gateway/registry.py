@@ -22,7 +22,7 @@ class RegistryCopy:
         self._adapters: dict[str, AdapterRef] = {}
         self._bus = bus
         self._clock = clock
-        self._asking: asyncio.Task[None] | None = None
+        self._asking: asyncio.Task[bool] | None = None
         self._asked_s = -ASK_INTERVAL_S
 
     @property
@@ -40,23 +40,26 @@ class RegistryCopy:
             self._adapters = {adapter.name: adapter for adapter in news.adapters}
 
     async def resolve(self, name: str) -> AdapterRef:
-        """Return the adapter with this name. Raises ApiError 404, or 503 if the store has never answered."""
-        if name not in self._adapters:
-            await self.refresh()
+        """Return the adapter with this name. Raises ApiError 404, or 503 if it is unknown and the store is silent."""
+        answered = name in self._adapters or await self.refresh()
         if name in self._adapters:
             return self._adapters[name]
-        if self.revision < 0:
-            message = "The adapter store does not answer, so only the base model can be used; try again"
-            raise unavailable(message, "no_store")
+        if not answered:
+            # The adapter may have been registered since the last answer or publication.
+            known = "only known adapters" if self.revision >= 0 else "only the base model"
+            raise unavailable(f"The adapter store does not answer, so {known} can be used; try again", "no_store")
         raise model_not_found(name)
 
-    async def refresh(self) -> None:
-        """Ask the store for the registry. Calls made before the request is sent share it. A timeout changes nothing."""
+    async def refresh(self) -> bool:
+        """Ask the store for the registry, and return whether it answered.
+
+        Calls made before the request is sent share it. A timeout changes nothing.
+        """
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask())
-        await asyncio.shield(self._asking)
+        return await asyncio.shield(self._asking)
 
-    async def _ask(self) -> None:
+    async def _ask(self) -> bool:
         await asyncio.sleep(max(0.0, self._asked_s + ASK_INTERVAL_S - self._clock.monotonic_s()))
         # Calls made after this request is sent may need a newer registry, so they send another request.
         self._asking = None
@@ -64,4 +67,5 @@ class RegistryCopy:
         try:
             self.update(await self._bus.request(STORE, ListAdapters(), AdapterList, ASK_TIMEOUT_S))
         except (RequestTimeoutError, PeerError):
-            return
+            return False
+        return True

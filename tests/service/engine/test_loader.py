@@ -16,6 +16,7 @@ from loraserve.adapter.pack import Slab, seal_slab
 from loraserve.clock import SystemClock
 from loraserve.config import Config, EngineConfig
 from loraserve.engine.compute.protocol import DeviceLostError
+from loraserve.engine.loading import sources as loading_sources
 from loraserve.engine.loading.sources import PeerTransports, SlabReadError, SourceFinder
 from loraserve.engine.loading.speeds import LinkSpeeds
 from loraserve.messages import ToEngine, ToStore
@@ -167,6 +168,25 @@ def test_a_layer_is_verified_while_later_layers_are_arriving(play: Callable[...,
         scene.pool.before_digest = lambda at: verified.set() if at == first.start else None
         scene.store.holds = lambda message: message.offset_bytes >= first.stop and not verified.is_set()
         await scene.load()
+        assert scene.holds_the_slab()
+
+    play(scenario)
+
+
+def test_a_lost_answer_of_the_store_delays_a_load_only_for_a_moment(
+    play: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loading_sources, "SILENCE_S", 0.1)
+    lost: list[Any] = []
+
+    async def scenario(scene: Scene) -> None:
+        def is_lost(message: Any) -> bool:
+            lost.append(message)
+            return message is lost[0]
+
+        scene.store.holds = is_lost
+        async with asyncio.timeout(TIMEOUT_S / 2):
+            await scene.load()
         assert scene.holds_the_slab()
 
     play(scenario)

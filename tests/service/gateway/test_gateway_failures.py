@@ -84,6 +84,22 @@ def test_a_router_that_dies_is_asked_once_more(start_gateway: Start) -> None:
     asyncio.run(scenario())
 
 
+def test_a_router_that_is_starting_is_asked_again(start_gateway: Start) -> None:
+    async def scenario() -> None:
+        async with start_gateway() as gateway:
+            cluster = gateway.cluster
+            cluster.network.kill("router")
+            bus = cluster.network.bus("router", ToRouter)
+            asked = asyncio.create_task(gateway.post("/v1/completions", {"model": "tiny", "prompt": "x"}))
+            for _ in range(2):
+                bus.refuse(await bus.receive(), "starting", "router is starting; ask again")
+            cluster.network.kill("router")
+            cluster.start_one("router", ToRouter)
+            assert (await asked)[0] == 200
+
+    asyncio.run(scenario())
+
+
 def test_a_router_that_dies_twice_is_asked_a_third_time(start_gateway: Start) -> None:
     async def scenario() -> None:
         async with start_gateway() as gateway:

@@ -27,7 +27,6 @@ AdapterLoader works in five steps, each of which calls the next:
 """
 
 import asyncio
-import time
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -79,6 +78,7 @@ class AdapterLoader:
         self._cache = cache
         self._sources = sources
         self._speeds = sources.speeds
+        self._clock = sources.clock
         self._announcer = announcer
         self._timeout_s = engine.load_timeout_s
         self._digest_threads = engine.digest_threads
@@ -106,7 +106,7 @@ class AdapterLoader:
         """
         adapter = load.adapter
         log = self._log.bind(adapter=adapter.name, version=adapter.version[:12])
-        began_s = time.monotonic()
+        began_s = self._clock.monotonic_s()
         announced = self._announcer.follow(load)
         try:
             slab = await self._read_unless_cancelled(load, announced)
@@ -129,7 +129,7 @@ class AdapterLoader:
             bytes=adapter.slab_bytes,
             source=slab.source.name,
             transport=slab.source.transport,
-            took_s=time.monotonic() - began_s,
+            took_s=self._clock.monotonic_s() - began_s,
         )
         return AdapterLoaded(adapter.version, announced.read_number if announced is not None else 0, slab)
 
@@ -267,7 +267,7 @@ class AdapterLoader:
         SlabReadError. Then nothing writes to the extent any more.
         """
         origin = source.source
-        began_s = time.monotonic()
+        began_s = self._clock.monotonic_s()
         began = self._link.begin(began_s)
         self._speeds.begin_read(origin)
         damaged: DamagedSlabError | None = None
@@ -286,7 +286,7 @@ class AdapterLoader:
             damaged = error if isinstance(error, DamagedSlabError) else None
             raise self._count_failure(adapter, origin, error) from error
         finally:
-            own_s = self._link.end(began, time.monotonic())
+            own_s = self._link.end(began, self._clock.monotonic_s())
             source.close(damaged)
         self._speeds.finish_read(origin, adapter.slab_bytes, own_s)
         self._tally.count_read(origin, adapter.slab_bytes)

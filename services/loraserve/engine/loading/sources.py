@@ -7,7 +7,6 @@
 
 import asyncio
 import secrets
-import time
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
@@ -128,7 +127,11 @@ def check_header(adapter: AdapterRef, frame: Frame | None, claimed_bytes: int, o
 
 
 class StoreSource:
-    """Reads a slab in chunks from the store over the bus. Errors are temporary while the store restarts."""
+    """Reads a slab in chunks from the store over the bus. Errors are temporary while the store restarts.
+
+    A chunk that is not answered within ``timeout_s`` ends the read. The loader reads again until its own deadline, so
+    that a lost message does not delay a load until then.
+    """
 
     source = FROM_STORE
 
@@ -284,9 +287,10 @@ def _is_read_at_once(handle: Handle, slab_bytes: int) -> bool:
 class PeerSource:
     """Reads one slab from a peer over one transport. Implements `SlabSource`."""
 
-    def __init__(self, bus: Bus, source: ReadSource, transports: PeerTransports) -> None:
+    def __init__(self, bus: Bus, source: ReadSource, transports: PeerTransports, clock: Clock) -> None:
         self.source = source
         self._bus = bus
+        self._clock = clock
         self._transports = transports
         self._granted: LeaseGranted | None = None
         self._lasts_until_s = 0.0
@@ -301,7 +305,7 @@ class PeerSource:
             version=adapter.version,
             slab_bytes=adapter.slab_bytes,
         )
-        asked_s = time.monotonic()
+        asked_s = self._clock.monotonic_s()
         try:
             granted, frames = await self._bus.request_frames(peer, request, LeaseGranted, ANSWER_S)
         except RequestTimeoutError as error:
@@ -354,12 +358,12 @@ class PeerSource:
         peer = self.source.name
         renewal = RenewLease(lease_id=granted.lease_id, incarnation=self._bus.incarnation)
         while True:
-            await asyncio.sleep(max(SOONEST_S, RENEW_AT * (self._lasts_until_s - time.monotonic())))
-            asked_s = time.monotonic()
+            await asyncio.sleep(max(SOONEST_S, RENEW_AT * (self._lasts_until_s - self._clock.monotonic_s())))
+            asked_s = self._clock.monotonic_s()
             try:
                 renewed = await self._bus.request(peer, renewal, LeaseRenewed, ANSWER_S)
             except RequestTimeoutError as error:
-                if time.monotonic() < self._lasts_until_s:
+                if self._clock.monotonic_s() < self._lasts_until_s:
                     # The owner's CPU may be busy. The read needs no help from it, so it continues.
                     continue
                 raise SlabReadError("lease_ended", f"{peer} did not renew the lease: {error}") from error
@@ -392,7 +396,7 @@ class SourceFinder:
         self.speeds = speeds
         self._bus = bus
         self._config = config
-        self._clock = clock
+        self.clock = clock
         self._transports = transports
         self._cache = cache
         self._silent_until_s = 0.0
@@ -407,7 +411,7 @@ class SourceFinder:
             return [cached, self._open_source(FROM_STORE)]
         holders = await self._find_holders(adapter.version)
         transports = self._config.transfer.transports
-        now = self._clock.monotonic_s()
+        now = self.clock.monotonic_s()
         mine = self._transports.abilities
         ordered = order_sources(holders, mine, transports, self.speeds, adapter.slab_bytes, now)
         return [self._open_source(source) for source in ordered]
@@ -419,16 +423,16 @@ class SourceFinder:
 
     def avoid(self, source: ReadSource) -> None:
         """End a failed read and avoid its source for some time."""
-        self.speeds.fail_read(source, self._clock.monotonic_s())
+        self.speeds.fail_read(source, self.clock.monotonic_s())
 
     def _open_source(self, source: ReadSource) -> SlabSource:
         if source == FROM_STORE:
             engine = self._config.engine
-            return StoreSource(self._bus, engine.load_chunk_bytes, engine.load_timeout_s)
-        return PeerSource(self._bus, source, self._transports)
+            return StoreSource(self._bus, engine.load_chunk_bytes, min(SILENCE_S, engine.load_timeout_s))
+        return PeerSource(self._bus, source, self._transports, self.clock)
 
     async def _find_holders(self, version: str) -> tuple[Holder, ...]:
-        now = self._clock.monotonic_s()
+        now = self.clock.monotonic_s()
         if self._transports.abilities is None or now < self._silent_until_s:
             return ()
         try:

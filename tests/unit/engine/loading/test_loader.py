@@ -21,6 +21,7 @@ from loraserve.engine.schedule.events import CANCELLED, AdapterLoaded, AdapterLo
 from loraserve.engine.schedule.report import SpeedMeter
 from loraserve.messages import AdapterRef
 from loraserve.model_shape import ModelShape
+from loraserve.testing.clock import FakeClock
 
 HEADER: SlabHeader = make_uniform_layout(ModelShape(1, 8, 1, 1, 8, 8, 8), "float32", 1)
 REF = AdapterRef(name="name-a", version="a", rank=1, slab_bytes=HEADER.slab_bytes)
@@ -33,7 +34,7 @@ class HeldLoader(AdapterLoader):
 
     def __init__(self, runner: Any, pool: AdapterPool) -> None:
         cache: Any = NoCache()
-        sources: Any = SimpleNamespace(speeds=LinkSpeeds())
+        sources: Any = SimpleNamespace(speeds=LinkSpeeds(), clock=FakeClock())
         announcer = ReadAnnouncer(runner, SpeedMeter(), sources.speeds, lambda event: None)
         super().__init__(runner, pool, cache, sources, announcer, EngineConfig(digest_threads=1))
         self.go = asyncio.Event()
