@@ -19,6 +19,7 @@ from loraserve.config import (
     TransferConfig,
 )
 from loraserve.errors import PeerError, RequestTimeoutError
+from loraserve.gateway.context import Gateway
 from loraserve.gateway.errors import ApiError
 from loraserve.gateway.generation import ChoiceRequest, generation
 from loraserve.gateway.text.output import StopRules
@@ -178,7 +179,7 @@ class Cluster:
         """End all processes as kill -9 would."""
         self.loop.is_over = True
         for name in list(self.running):
-            self._end(name)
+            self._end(name).process.kill()
         for task in self.loop.tasks:
             task.cancel()
         self.loop.call_later(0.1, self.loop.stop)
@@ -242,7 +243,10 @@ class Cluster:
         if ask.leaves_after_s is not None:
             self.loop.call_later(ask.leaves_after_s, self._leave, running.process, handling, answer, context=OUTSIDE)
         await asyncio.wait([handling])
-        answer.end("killed" if handling.cancelled() else "", self.loop.now_s)
+        if handling.cancelled():
+            answer.end("killed", self.loop.now_s)
+        else:
+            handling.result()
 
     def _leave(self, process: Process, handling: "asyncio.Task[None]", answer: Answer) -> None:
         if not handling.done():
@@ -251,31 +255,35 @@ class Cluster:
 
     async def _handle(self, service: TwinGateway, answer: Answer) -> None:
         """Answer a request as the gateway's HTTP handlers do."""
-        gateway, ask = service.gateway, answer.ask
+        service.requests += 1
         try:
-            with gateway.active():
-                model = await gateway.resolve(ask.adapter or "base")
-                route = Route(
-                    request_id=f"r{answer.number}.{gateway.bus.incarnation[:4]}-0",
-                    gateway=gateway.bus.name,
-                    prompt_tokens=ask.prompt,
-                    sampling=ask.sampling,
-                    adapter=model.adapter,
-                )
-                choice = ChoiceRequest(
-                    prompt=0, param="prompt", route=route, rules=StopRules(), skip_special_tokens=True
-                )
-                timeout_s, arrived_s = self.config.gateway.request_timeout_s, gateway.clock.monotonic_s()
-                async with asyncio.timeout(timeout_s), generation(gateway, [choice], arrived_s) as run:
-                    while (chunk := await run.next_chunk()) is not None:
-                        answer.text += chunk.text
-                        answer.finish = chunk.finish
-                        judge_text(answer, self.violations)
+            timeout_s = self.config.gateway.request_timeout_s
+            async with asyncio.timeout(timeout_s):
+                await self._generate(service.gateway, answer)
             answer.end("ok", self.loop.now_s)
         except ApiError as error:
             answer.end(error.code or "error", self.loop.now_s, error.message)
         except TimeoutError:
             answer.end("timed_out", self.loop.now_s)
+        finally:
+            service.requests -= 1
+
+    async def _generate(self, gateway: Gateway, answer: Answer) -> None:
+        ask, arrived_s = answer.ask, gateway.clock.monotonic_s()
+        model = await gateway.resolve(ask.adapter or "base")
+        route = Route(
+            request_id=f"r{answer.number}.{gateway.bus.incarnation[:4]}-0",
+            gateway=gateway.bus.name,
+            prompt_tokens=ask.prompt,
+            sampling=ask.sampling,
+            adapter=model.adapter,
+        )
+        choice = ChoiceRequest(prompt=0, param="prompt", route=route, rules=StopRules(), skip_special_tokens=True)
+        async with generation(gateway, [choice], arrived_s) as run:
+            while (chunk := await run.next_chunk()) is not None:
+                answer.text += chunk.text
+                answer.finish = chunk.finish
+                judge_text(answer, self.violations)
 
     async def _register(self, register: Register) -> None:
         message = RegisterAdapter(name=register.name, path=f"/{register.name}")

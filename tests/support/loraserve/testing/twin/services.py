@@ -14,8 +14,9 @@ from loraserve.engine.compute.protocol import Runner
 from loraserve.engine.schedule.events import StepBatch, StepResult
 from loraserve.engine.service import EngineService
 from loraserve.errors import AdapterError
+from loraserve.gateway.errors import unavailable
 from loraserve.gateway.registry import STORE
-from loraserve.gateway.service import MONITOR, GatewayService
+from loraserve.gateway.service import DRAIN_POLL_S, LAST_ANSWERS_S, MONITOR, GatewayService
 from loraserve.messages import AdapterRef, OpenSlab, Plan, ReadSlab
 from loraserve.planner.plan_files import PlanFiles
 from loraserve.store.registry import AdapterRecord, Snapshot
@@ -89,7 +90,9 @@ class TwinEngine(EngineService):
 
 
 class TwinGateway(GatewayService):
-    """The gateway without HTTP: clients call ``generation`` as the HTTP handlers do."""
+    """The gateway without HTTP: clients call ``generation`` as the HTTP handlers do, and count in ``requests``."""
+
+    requests = 0
 
     async def start(self, stack: AsyncExitStack) -> None:
         self.gateway = self._gateway(cast(Any, TwinTokenizer()), "base")
@@ -98,15 +101,18 @@ class TwinGateway(GatewayService):
             self.bus.subscribe(MONITOR, topic)
         self.bus.subscribe(STORE, "registry")
         await self.gateway.registry.refresh()
-        self._site = cast(Any, ClosedSite())
         self.port = 0
 
+    async def drain(self) -> None:
+        """Finish the requests, or end them with an error after the timeout. Clients ask no draining gateway."""
+        await self._finish_requests(self.config.gateway.drain_timeout_s)
+        self.gateway.streams.fail_all(unavailable("This gateway is shutting down; try again", "shutting_down"))
+        await self._finish_requests(LAST_ANSWERS_S)
 
-class ClosedSite:
-    """The listener of a gateway without HTTP."""
-
-    async def stop(self) -> None:
-        """Do nothing: clients look at ``Gateway.draining``."""
+    async def _finish_requests(self, timeout_s: float) -> None:
+        deadline_s = self.clock.monotonic_s() + timeout_s
+        while self.requests and self.clock.monotonic_s() < deadline_s:  # noqa: ASYNC110
+            await asyncio.sleep(DRAIN_POLL_S)
 
 
 class Disk:
