@@ -9,7 +9,7 @@ STOPPED   Loops and spawned tasks are cancelled, and the stack is closed.
 import asyncio
 import os
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from contextvars import ContextVar
 from enum import StrEnum
@@ -83,6 +83,10 @@ class Service:
     def ready_detail(self) -> str:
         """Describe what a started service contains or waits for. Returned to pings."""
         return ""
+
+    def story_subjects(self, subjects: Sequence[str]) -> Sequence[str]:
+        """Return the subjects under which this process records the events of ``subjects``."""
+        return subjects
 
     @property
     def state(self) -> ServiceState:
@@ -188,7 +192,7 @@ class Service:
             _handling.reset(token)
 
     async def _tell_story(self, envelope: Envelope) -> None:
-        lines = self.story.told(envelope.message.subjects, unix_offset_s(self.clock))
+        lines = self.story.told(self.story_subjects(envelope.message.subjects), unix_offset_s(self.clock))
         self.bus.respond(envelope, StoryTold(lines=lines))
 
     async def _guard(self, work: Coroutine[Any, Any, None], envelope: Envelope | None) -> None:

@@ -4,7 +4,7 @@ Messages are frozen msgspec structs. A process decodes them strictly against its
 A new or changed tag needs a new ``PROTOCOL_VERSION``. Tensors and slabs travel as raw frames beside structs.
 """
 
-from loraserve.messages.admin import Ping, Pong, StoryLine, StoryTold, TellStory
+from loraserve.messages.admin import MetricsTold, Ping, Pong, StoryLine, StoryTold, TellMetrics, TellStory
 from loraserve.messages.base import PROTOCOL_VERSION, AdapterRef, Message
 from loraserve.messages.engine_engine import (
     LeaseGranted,
@@ -60,7 +60,17 @@ from loraserve.messages.store import (
 )
 from loraserve.messages.transfer import ConnectQueue, QueueConnected, QueueEnd, ReadRegion, RegionChunk
 
-ToGateway = TokenBatch | Failed | ClusterLoad | ClusterStatistics | EngineGone | RegistryChanged | Ping | TellStory
+ToGateway = (
+    TokenBatch
+    | Failed
+    | ClusterLoad
+    | ClusterStatistics
+    | EngineGone
+    | RegistryChanged
+    | TellMetrics
+    | Ping
+    | TellStory
+)
 ToRouter = Route | Expect | ClusterLoad | Plan | Ping | TellStory
 ToMonitor = EngineLoad | EngineStatistics | EngineCapabilities | FindCopies | RegistryChanged | Ping | TellStory
 ToPlanner = ClusterLoad | RegistryChanged | Rebalance | Drain | GetPlan | Ping | TellStory

@@ -1,4 +1,4 @@
-"""Any process -> any process: ask for its state, or for its events of requests and adapters."""
+"""Any process -> any process: ask for its state, its events of requests and adapters, or a gateway's metrics."""
 
 import msgspec
 
@@ -38,3 +38,13 @@ class StoryTold(Message, frozen=True, tag=True, kw_only=True):
     """Answer to TellStory. The events of each subject are in order, oldest first."""
 
     lines: tuple[StoryLine, ...]
+
+
+class TellMetrics(Message, frozen=True, tag=True, kw_only=True):
+    """Request of a gateway to another one: return the metrics of your process. Answered by MetricsTold."""
+
+
+class MetricsTold(Message, frozen=True, tag=True, kw_only=True):
+    """Answer to TellMetrics, in the text format of Prometheus."""
+
+    text: str

@@ -50,6 +50,7 @@ class Gateway:
     streams: StreamTable
     metrics: GatewayMetrics
     render_metrics: Callable[[], bytes]
+    render_cluster_metrics: Callable[[], bytes]
     started_unix_s: float
     stories: RequestStories = field(default_factory=RequestStories)
     quarantine: Quarantine = field(default_factory=Quarantine)

@@ -8,7 +8,7 @@ from prometheus_client.registry import Collector
 
 from loraserve.clock import Clock
 from loraserve.gateway.registry import RegistryCopy
-from loraserve.gateway.streams import EngineReport, StreamTable
+from loraserve.gateway.streams import EngineReport, EngineWatch, StreamTable
 from loraserve.messages import EngineCounters, EngineLoad
 from loraserve.metrics import Metrics
 
@@ -70,32 +70,42 @@ class GatewayMetrics:
         )
 
 
+class StreamCollector(Collector):
+    """Computes metrics of this gateway's streams at each scrape."""
+
+    def __init__(self, streams: StreamTable) -> None:
+        self._streams = streams
+
+    def collect(self) -> Iterator[Metric]:
+        streams = self._streams
+        strays, duplicates = streams.stray_deltas, streams.duplicate_tokens
+        yield GaugeMetricFamily("loraserve_gateway_streams", "Token streams in flight", value=len(streams))
+        yield CounterMetricFamily("loraserve_gateway_stray_deltas", "Messages for unknown requests", value=strays)
+        yield CounterMetricFamily("loraserve_gateway_duplicate_tokens", "Tokens received again", value=duplicates)
+
+
 class ClusterCollector(Collector):
-    """Computes metrics of streams and engines at each scrape. Engine data is from the monitor's last publications."""
+    """Computes metrics of the cluster at each scrape. Engine data is from the monitor's last publications."""
 
     def __init__(
-        self, streams: StreamTable, adapters: RegistryCopy, clock: Clock, model_name: str, max_lora: int
+        self, watch: EngineWatch, adapters: RegistryCopy, clock: Clock, model_name: str, max_lora: int
     ) -> None:
-        self._streams = streams
+        self._watch = watch
         self._adapters = adapters
         self._clock = clock
         self._model_name = model_name
         self._max_lora = max_lora
 
     def collect(self) -> Iterator[Metric]:
-        streams, adapters = self._streams, len(self._adapters.adapters)
-        strays, duplicates = streams.stray_deltas, streams.duplicate_tokens
-        yield GaugeMetricFamily("loraserve_gateway_streams", "Token streams in flight", value=len(streams))
+        adapters, watch = len(self._adapters.adapters), self._watch
         yield GaugeMetricFamily("loraserve_adapters_registered", "Registered adapters", value=adapters)
-        yield CounterMetricFamily("loraserve_gateway_stray_deltas", "Messages for unknown requests", value=strays)
-        yield CounterMetricFamily("loraserve_gateway_duplicate_tokens", "Tokens received again", value=duplicates)
-        reports = {name: report for name, report in streams.watch.reports.items() if report.alive}
+        reports = {name: report for name, report in watch.reports.items() if report.alive}
         for name, text, gauge in ENGINE_GAUGES:
             family = GaugeMetricFamily(name, text, labels=("model_name", "engine"))
             for engine, report in reports.items():
                 family.add_metric((self._model_name, engine), gauge(report))
             yield family
-        yield from self._engine_counters({name: c for name, c in streams.watch.counters.items() if name in reports})
+        yield from self._engine_counters({name: c for name, c in watch.counters.items() if name in reports})
         yield self._lora_info([report.load for report in reports.values()])
 
     def _engine_counters(self, counters: dict[str, EngineCounters]) -> Iterator[Metric]:

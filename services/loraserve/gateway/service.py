@@ -1,7 +1,7 @@
 """The gateway process: serves HTTP and communicates with the cluster over the bus."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from loraserve.errors import ConfigError
 from loraserve.gateway.api.app import make_app
 from loraserve.gateway.context import Gateway
 from loraserve.gateway.errors import unavailable
-from loraserve.gateway.metrics import ClusterCollector, GatewayMetrics
+from loraserve.gateway.metrics import ClusterCollector, GatewayMetrics, StreamCollector
 from loraserve.gateway.registry import STORE, RegistryCopy
 from loraserve.gateway.streams import StreamTable
 from loraserve.gateway.text.tokenizer import ModelTokenizer
@@ -24,10 +24,13 @@ from loraserve.messages import (
     ClusterStatistics,
     EngineGone,
     Failed,
+    MetricsTold,
     RegistryChanged,
+    TellMetrics,
     ToGateway,
     TokenBatch,
 )
+from loraserve.metrics import Metrics
 from loraserve.service import Service
 
 MONITOR = "monitor"
@@ -87,6 +90,10 @@ class GatewayService(Service):
     def ready_detail(self) -> str:
         return f"listening on {self.config.gateway.host}:{self.port}, {len(self.gateway.streams)} streams"
 
+    def story_subjects(self, subjects: Sequence[str]) -> Sequence[str]:
+        stories, adapters = self.gateway.stories, self.gateway.registry.adapters
+        return list(dict.fromkeys(found for id_ in subjects for found in stories.subjects(id_, adapters)))
+
     async def handle(self, envelope: Envelope) -> None:
         now = self.clock.monotonic_s()
         streams = self.gateway.streams
@@ -102,6 +109,8 @@ class GatewayService(Service):
                 streams.on_engine_gone(gone)
             case ClusterStatistics(engines=counters):
                 streams.watch.note_statistics(counters)
+            case TellMetrics():
+                self.bus.respond(envelope, MetricsTold(text=self.metrics.render().decode()))
             case RegistryChanged() as registry:
                 self.gateway.registry.update(registry)
 
@@ -128,8 +137,11 @@ class GatewayService(Service):
     def _gateway(self, tokenizer: ModelTokenizer, model_name: str) -> Gateway:
         streams = StreamTable(self.config.monitor.dead_after_s, self.config.gateway.max_attempts)
         registry = RegistryCopy(self.bus, self.clock)
-        self.metrics.registry.register(
-            ClusterCollector(streams, registry, self.clock, model_name, self.config.engine.max_adapters)
+        self.metrics.registry.register(StreamCollector(streams))
+        # Every gateway has the same figures of the cluster. They are kept apart, so that they are not added up.
+        cluster_metrics = Metrics()
+        cluster_metrics.registry.register(
+            ClusterCollector(streams.watch, registry, self.clock, model_name, self.config.engine.max_adapters)
         )
         return Gateway(
             config=self.config,
@@ -142,6 +154,7 @@ class GatewayService(Service):
             streams=streams,
             metrics=GatewayMetrics(self.metrics, model_name),
             render_metrics=self.metrics.render,
+            render_cluster_metrics=cluster_metrics.render,
             started_unix_s=self.clock.unix_s(),
         )
 

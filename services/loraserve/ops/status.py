@@ -66,7 +66,10 @@ def summary(state: ClusterAnswer) -> str:
     """Return a line with model, plan epoch and counts, and a warning if load reports are missing or old."""
     epoch = "unknown, the planner does not answer" if state.plan_epoch is None else str(state.plan_epoch)
     adapters = len(state.registry.adapters)
-    line = f"{state.gateway.model}   plan epoch {epoch}   {adapters} adapters   {state.gateway.streams} open streams"
+    streams = f"{state.gateway.streams} open streams"
+    if any(name.startswith("gateway-") for name in state.processes):
+        streams += f" on {state.gateway.name}"
+    line = f"{state.gateway.model}   plan epoch {epoch}   {adapters} adapters   {streams}"
     if state.load_age_s is None:
         return f"{line}\nno load report has arrived: is the monitor up?"
     if state.load_age_s > STALE_LOAD_S:

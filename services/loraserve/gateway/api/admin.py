@@ -18,6 +18,7 @@ from loraserve.errors import PeerError, RequestTimeoutError
 from loraserve.gateway.api.schema import RebalanceRequest, read_request
 from loraserve.gateway.context import GATEWAY, Gateway
 from loraserve.gateway.errors import SERVER, ApiError, unavailable
+from loraserve.gateway.siblings import ask_or_none, ask_siblings, sibling_names
 from loraserve.messages import (
     Drain,
     EngineCapabilities,
@@ -51,7 +52,7 @@ MAX_TABLE_ENGINES = 64
 async def show_cluster(http: web.Request) -> web.Response:
     """Answer with the cluster state known to this gateway. The status is 200 even if some processes do not respond."""
     gateway = http.app[GATEWAY]
-    names = [*CONTROL, *engine_names(gateway.config)]
+    names = [*CONTROL, *engine_names(gateway.config), *sibling_names(gateway)]
     pongs, plan = await asyncio.gather(ping_all(gateway, names), current_plan_or_none(gateway))
     watch, now = gateway.streams.watch, gateway.clock.monotonic_s()
     alive = [report.capabilities for report in watch.reports.values() if report.alive]
@@ -169,12 +170,16 @@ async def show_story(http: web.Request) -> web.Response:
     ``subjects`` lists the ids that were looked up. ``silent`` lists the processes that did not answer in time.
     """
     gateway, id_ = http.app[GATEWAY], http.match_info["id"]
+    siblings = await ask_siblings(gateway, TellStory(subjects=(id_,)), StoryTold, STORY_TIMEOUT_S)
     subjects = gateway.stories.subjects(id_, gateway.registry.adapters)
+    # Only the gateway that received a request knows its ids on other processes.
+    found = (line.subject for answer in siblings.values() if answer for line in answer.lines)
+    subjects = tuple(dict.fromkeys((*subjects, *found)))
     names = [*CONTROL, *engine_names(gateway.config)]
     message = TellStory(subjects=subjects)
     answers = await asyncio.gather(*(ask_or_none(gateway, name, message, StoryTold, STORY_TIMEOUT_S) for name in names))
     own = StoryTold(lines=gateway.stories.story.told(subjects, unix_offset_s(gateway.clock)))
-    told = {gateway.bus.name: own, **dict(zip(names, answers, strict=True))}
+    told = {gateway.bus.name: own, **siblings, **dict(zip(names, answers, strict=True))}
     entries = [
         (line.unix_s, {"unix_s": line.unix_s, "process": process, "subject": line.subject, "text": line.text})
         for process, answer in told.items()
@@ -192,13 +197,6 @@ async def show_story(http: web.Request) -> web.Response:
 
 async def ping_all(gateway: Gateway, names: Sequence[str]) -> list[Pong | None]:
     return await asyncio.gather(*(ask_or_none(gateway, name, Ping(), Pong, PING_TIMEOUT_S) for name in names))
-
-
-async def ask_or_none(gateway: Gateway, name: str, message: Any, answer: type[T], timeout_s: float) -> T | None:
-    try:
-        return await gateway.bus.request(name, message, answer, timeout_s)
-    except (RequestTimeoutError, PeerError):
-        return None
 
 
 def reply(value: Any, status: int = 200) -> web.Response:

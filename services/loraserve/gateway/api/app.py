@@ -12,6 +12,7 @@ from loraserve.gateway.api import admin, chat, completions, models, tokenize
 from loraserve.gateway.api.generate import CLIENT_LEFT
 from loraserve.gateway.context import ARRIVED_S, GATEWAY, REQUEST_ID, Gateway
 from loraserve.gateway.errors import SERVER, ApiError, bad_request, unavailable
+from loraserve.gateway.siblings import render_metrics
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -52,7 +53,7 @@ def make_app(gateway: Gateway) -> web.Application:
 
 
 async def show_metrics(http: web.Request) -> web.Response:
-    body = http.app[GATEWAY].render_metrics()
+    body = await render_metrics(http.app[GATEWAY])
     return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
