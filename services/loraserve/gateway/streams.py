@@ -1,4 +1,4 @@
-"""Token streams in flight, and detection of dead engines. Pure.
+"""Token streams in flight, and detection of dead engines. No I/O and no clock.
 
 ``StreamTable`` delivers each token to the stream of its request, in order and once. A stream is interrupted if tokens
 are lost or its engine dies. The next attempt of its request then continues it. ``EngineWatch`` decides whether an
@@ -29,6 +29,7 @@ ABORT_INTERVAL_S = 1.0
 """Minimum time between two aborts of the same request."""
 
 CLOSED_KEPT = 4096
+"""Maximum number of ended requests that the table remembers."""
 
 RECENT_TOKENS_S = 1.0
 """An engine counts as alive at least this long after routing and after its last tokens. A report may be older."""
@@ -85,7 +86,7 @@ class Stream:
         self.attempts = attempts
         self.interruption: Interruption | None = None
         self.suspects = 0
-        """Number of requests that became suspects by the last death of an engine (see ``gateway.migration``)."""
+        """Number of requests that became suspects when the engine ended (see ``gateway.migration``)."""
         self.output: list[int] = []
         self.state = StreamState.ROUTING
         self.engine = ""
@@ -120,7 +121,7 @@ class Stream:
         self.request_id, self.engine, self.incarnation = request_id, "", ""
 
     def set_engine(self, engine: str, incarnation: str, now: float) -> set[str]:
-        """Accept only messages from this engine. Returns other engines that already sent messages for the request."""
+        """Accept only messages of this engine incarnation. Returns other engines that sent messages: abort there."""
         self.engine, self.incarnation = engine, incarnation
         self.routed_s = self.last_token_s = now
         if self.state is StreamState.ROUTING:
@@ -242,7 +243,7 @@ class StreamTable:
         self._streams[stream.request_id] = stream
 
     def close(self, stream: Stream, now: float) -> None:
-        """Remove a stream. Tokens that arrive more than ABORT_INTERVAL_S later make ``on_batch`` return its id."""
+        """Remove a stream. ``on_batch`` returns the id of its request if tokens arrive ABORT_INTERVAL_S later."""
         if self._streams.pop(stream.request_id, None) is not None:
             self.duplicate_tokens += stream.duplicate_tokens
             self._note_closed(stream.request_id, now)
@@ -326,7 +327,7 @@ class EngineReport(msgspec.Struct, frozen=True):
 
 
 class EngineWatch:
-    """Detects dead engines and dropped requests from the engines' last reports and token times."""
+    """Detects dead engines and dropped requests from the last report of each engine and the time of its last tokens."""
 
     def __init__(self, dead_after_s: float) -> None:
         self.reports: dict[str, EngineReport] = {}
@@ -362,7 +363,7 @@ class EngineWatch:
         return [name for name, report in self.reports.items() if report.alive and report.load.state == "READY"]
 
     def death_of(self, engine: str, incarnation: str, routed_s: float, now: float) -> tuple[Cause, str] | None:
-        """Return why the engine incarnation counts as dead for a request routed at ``routed_s``, or None."""
+        """Return the cause and the reason if the engine incarnation died after ``routed_s``; None if it is alive."""
         sender, tokens_s = self._tokens_s.get(engine, ("", 0.0))
         alive_s = max(routed_s, tokens_s) if sender == incarnation else routed_s
         if now - alive_s < RECENT_TOKENS_S:

@@ -26,7 +26,7 @@ class Liveness:
         self._reports: dict[str, _Report] = {}
 
     def report(self, load: EngineLoad, capabilities: EngineCapabilities, now: float) -> bool:
-        """Store a report. Returns whether the engine is new, was dead, was restarted or has changed its state."""
+        """Store a report. Returns whether the engine appears, returns from the dead, restarted or changed its state."""
         before = self._reports.get(load.engine)
         self._reports[load.engine] = _Report(load, capabilities, now)
         return (
@@ -37,7 +37,7 @@ class Liveness:
         )
 
     def end(self, engine: str, incarnation: str) -> bool:
-        """Record that the process of this incarnation ended. Returns whether it was the last one to report."""
+        """Record that the process of this incarnation ended. Returns False if another incarnation reported since."""
         last = self._reports.get(engine)
         if last is None or last.load.incarnation != incarnation:
             return False
@@ -45,12 +45,15 @@ class Liveness:
         return True
 
     def has_ended(self, engine: str, incarnation: str) -> bool:
-        """Return whether the process of this incarnation certainly ended: ``end`` told so, or a later one reported."""
+        """Return whether the process of this incarnation ended: after ``end``, or if another incarnation reported."""
         last = self._reports.get(engine)
         return last is not None and (last.ended or last.load.incarnation != incarnation)
 
     def engines(self, now: float) -> tuple[EngineSeen, ...]:
-        """Return all engines that reported within FORGET_AFTER_S, sorted by name."""
+        """Return the engines that reported within FORGET_AFTER_S, sorted by name, and forget all others.
+
+        An engine is ``alive`` if it reported within ``dead_after_s`` and its process did not end.
+        """
         self._reports = {name: last for name, last in self._reports.items() if now - last.at_s <= FORGET_AFTER_S}
         return tuple(
             EngineSeen(

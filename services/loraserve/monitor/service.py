@@ -1,6 +1,6 @@
 """The monitor process: collects the engines' reports and publishes the state of the cluster.
 
-It also tells engines which other engines hold an adapter and which engines died.
+The monitor also tells engines which other engines hold an adapter, and tells engines and gateways which engines died.
 """
 
 import asyncio
@@ -83,7 +83,7 @@ class MonitorService(Service):
                 self._adapters = {adapter.version: adapter for adapter in adapters}
 
     def _take_load(self, load: EngineLoad, sender: str) -> None:
-        """Process a report. If the capabilities of the engine's incarnation are unknown, ask for them instead."""
+        """Process a report. If the capabilities of its incarnation are unknown, ask for them and drop the report."""
         capabilities = self._capabilities.get(load.engine)
         if capabilities is None or capabilities.incarnation != load.incarnation:
             self.bus.send(sender, AnnounceCapabilities())
@@ -147,7 +147,7 @@ class MonitorService(Service):
             return
 
     def _note_changes(self, alive: dict[str, str]) -> None:
-        """Log engines that appeared or died. Publish ended incarnations, including those of engines that restarted."""
+        """Log engines that appeared or died, drop the copies of dead ones, and publish incarnations that are gone."""
         for engine in alive.keys() - self._alive.keys():
             self.log.info("engine_alive", engine=engine)
         for engine in self._alive.keys() - alive.keys():
