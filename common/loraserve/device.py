@@ -77,7 +77,7 @@ def gpu_name(driver: Path = Path("/proc/driver/nvidia/gpus")) -> str:
 
 
 def _listed(visible: str) -> int:
-    """Count the entries before the first invalid entry. CUDA ignores all entries after an invalid one."""
+    """Count the GPUs in a value of CUDA_VISIBLE_DEVICES. CUDA ignores all entries after an invalid one."""
     names = [name.strip() for name in visible.split(",")]
     return next((index for index, name in enumerate(names) if name in ("", "-1", "NoDevFiles")), len(names))
 

@@ -36,7 +36,7 @@ class Addresses(msgspec.Struct, frozen=True):
 
 
 def run_dir(config: Config) -> Path:
-    """Return the private folder for sockets and locks: ``cluster.run_dir``, or a folder of the user if it is ""."""
+    """Return the private folder for sockets and locks: ``cluster.run_dir``, or one folder per user if that is ""."""
     named = config.cluster.run_dir
     return Path(named) if named else Path(tempfile.gettempdir()) / f"loraserve-{os.getuid()}"
 

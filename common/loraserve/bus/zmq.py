@@ -43,7 +43,7 @@ class _Source:
 
 
 class ZmqBus(Endpoint):
-    """A Bus over ZeroMQ. Create it in the running event loop. A process with ``inbox`` None only sends requests."""
+    """A Bus over ZeroMQ. Create it in the running event loop. A process with ``inbox`` None receives only answers."""
 
     def __init__(self, config: Config, name: str, inbox: type[Any] | UnionType | None) -> None:
         super().__init__(name, new_incarnation(), inbox)

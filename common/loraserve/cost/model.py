@@ -110,7 +110,7 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return cost
 
     def _observe_step(self, step: MeanStep) -> "CostModel":
-        """Correct all terms of a step together, so that prefill terms do not absorb the time of decoding sequences."""
+        """Return this model corrected by a mean step. Correcting all terms keeps decode time out of prefill terms."""
         terms = {
             "step_base_s": self.step_base_s,
             "sequence_s": step.decode_sequences * self.sequence_s,
@@ -133,9 +133,9 @@ class CostModel(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields
         return self._corrected({**terms, **prefill}, step.duration_s, "step_base_s", 1.0)
 
     def _corrected(self, terms: dict[str, float], measured_s: float, unknown: str, unknown_units: float) -> "CostModel":
-        """Reduce the prediction error by changing each term in proportion to its share of the prediction.
+        """Return a model with a smaller error. Each term changes in proportion to its share of the predicted time.
 
-        Terms of 0 stay 0. If all terms are 0, ``unknown_units`` of the coefficient ``unknown`` explain the time.
+        Terms of 0 stay 0. If all terms are 0, the time is attributed to ``unknown_units`` of coefficient ``unknown``.
         Negative, infinite or NaN measurements have no effect.
         """
         if not 0 <= measured_s < inf:

@@ -1,4 +1,4 @@
-"""Any process -> any process: ask for its state, or for its events of requests and adapters."""
+"""Any process -> any process: ask for its state, or for the events of requests and adapters that it recorded."""
 
 import msgspec
 

@@ -47,7 +47,7 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True):
     logprobs: Annotated[int | None, Range(0, 20)] = None
 
     def changes_logits(self, output_index: int) -> bool:
-        """Return whether a parameter changes the logits at this index. The sampler then needs the request's tokens."""
+        """Return whether ``min_tokens`` or a penalty changes the logits at this index. Penalties use past tokens."""
         return (
             output_index < self.min_tokens
             or self.repetition_penalty != 1.0

@@ -1,6 +1,6 @@
 """Calls to the CUDA driver API through ctypes. torch does not expose these calls and takes seconds to import.
 
-Each GPU's primary context is shared with torch, so both use the same addresses. Calls release the interpreter's lock.
+This module shares each GPU's primary context with torch, so addresses are valid in both. Calls release the GIL.
 """
 
 import ctypes

@@ -12,7 +12,7 @@ from loraserve.transfer.verbs.queue import QueuePair
 
 
 class InterruptedReadError(TransferError):
-    """The read failed because another read broke the connection. It may be retried once."""
+    """The read failed because its connection was closed or another read broke it. The caller may retry it once."""
 
 
 class ReadDestination(NamedTuple):
@@ -117,7 +117,7 @@ class ReadConnection:
             self._reads.pop(read).done.set_result(None)
 
     def _fail(self, read: int, status: int) -> None:
-        """End the connection, because a queue pair fails every request after one failure."""
+        """Close the connection after a failed piece of ``read``: a queue pair then fails all later requests too."""
         if status == FLUSHED:
             self._end({}, "the connection failed; read from another source", TransferError)
             return

@@ -94,7 +94,7 @@ class VerbsReader:
             raise TransferError("refused", f"{describe(handle, 'a read')}: {error}; use another transport") from error
 
     def forget(self, owner: str, incarnation: str) -> None:
-        """Close the connection to a dead owner. Its reads fail at once."""
+        """Close the connection to a dead owner. Reads from the owner fail at once."""
         self._close_dead(lambda name, life: (name, life) == (owner, incarnation))
 
     def close(self) -> None:
@@ -225,7 +225,7 @@ class VerbsReader:
                 del self._by_number[number]
 
     def _make_room(self, handle: VerbsHandle) -> None:
-        """Close an idle connection if the limit is reached. The size of the completion queue sets the limit."""
+        """Close an idle connection if there are too many. Raises TransferError if none is idle."""
         self._forget_broken()
         while len(self._links) >= self._most_links:
             spare = next((owner for owner, made in self._links.items() if _is_useless(made) or _is_idle(made)), None)
