@@ -32,7 +32,7 @@ class PlanFiles:
         return self._read(PLAN_NAME, Plan)
 
     def read_drained(self) -> frozenset[str]:
-        """Return the drained engines, or an empty set if the file is missing or unreadable."""
+        """Return the drained engines; none if the file is missing or unreadable. Renames an unreadable file."""
         return self._read(DRAINED_NAME, frozenset[str]) or frozenset()
 
     def write_plan(self, plan: Plan) -> None:

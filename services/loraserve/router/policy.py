@@ -40,7 +40,7 @@ FALLBACK_PENALTY_S = 1e9
 
 
 def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
-    """Return the engines with the best scores, or a refusal."""
+    """Return the engines to ask, best score first, or a refusal."""
     slo, table = context.slo, context.view.prices(context.cost)
     scores = _filter_and_score(context, table)
     if isinstance(scores, Rejected):
@@ -59,8 +59,8 @@ def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
 def route_by_shares(context: RoutingContext) -> Candidates | Rejected:
     """Return the engines with planned copies in an order drawn by their shares, then other engines in random order.
 
-    Fallback engines come last. If a planned copy is not loaded yet, the request starts its load. The scores are used
-    only in logs.
+    Fallback engines come last. If a planned copy is not loaded yet, the request starts its load. The scores only
+    exclude engines that cannot serve the request, and appear in logs.
     """
     table = context.view.prices(context.cost)
     scores = _filter_and_score(context, table)
@@ -186,8 +186,8 @@ def break_ties(ranked: Array, best: int, scores: Scores, table: PriceTable, rng:
 def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng) -> list[int]:
     """Return up to ``MAX_CANDIDATES`` columns.
 
-    Columns with shares come first, drawn in proportion to them, and the others keep their order. If no column has a
-    share, all are drawn uniformly.
+    Columns with a share come first, drawn in proportion to their shares. The others follow in the given order. If no
+    column has a share, the order is uniformly random.
     """
     planned = [column for column in columns if column in shares]
     if planned:
@@ -204,9 +204,10 @@ def _draw_by_share(columns: Sequence[int], shares: Mapping[int, float], rng: Rng
 def _candidates(
     context: RoutingContext, table: PriceTable, scores: Scores, columns: Sequence[int], ranked: Array | None
 ) -> Candidates:
-    """Return the candidates: an engine that already runs the request, then ``columns``, then others by ``ranked``.
+    """Return the candidates: an engine that already runs the request, then ``columns``, then others by score.
 
-    If ``ranked`` is None, there are no others. Candidates after the first are computed on demand.
+    ``ranked`` are the scores of the others. If it is None, there are no others. Candidates after the first are computed
+    on demand.
     """
     first = _column_of_running(context.view, scores)
     if first is not None:
@@ -252,7 +253,7 @@ def _why(column: int, scores: Scores) -> str:
 
 
 def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostModel) -> bool:
-    """Return whether another engine would have a better score if no engine had cached a prefix of the prompt."""
+    """Return whether the engine is best only due to a cached prefix: without caches, another would be better."""
     if column not in scores.cached_tokens:
         return False
     tokens = prefill_tokens(scores.request, table, {})
@@ -268,7 +269,7 @@ def _prefix_decided(column: int, table: PriceTable, scores: Scores, cost: CostMo
 
 
 def placeholder_request(expect: Expect) -> Route:
-    """Return a stand-in for an announced request: its prompt has the announced length and unknown tokens."""
+    """Return a stand-in for an announced request: its prompt has the announced length and invalid tokens."""
     return Route(
         request_id="",
         gateway="",

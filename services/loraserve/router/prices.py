@@ -1,7 +1,7 @@
 """Prices of engines: the parts of a request's cost that do not depend on the request.
 
 ``prices_of`` computes one engine's prices. ``PriceTable`` keeps the prices of all ready engines as numpy columns, so
-that all engines are scored at once. It recomputes an engine's prices after a report or a sent request.
+that all engines are scored at once. ``refresh`` recomputes an engine's prices after a report or a sent request.
 """
 
 from collections.abc import Sequence
@@ -91,7 +91,7 @@ class PriceInputs(NamedTuple):
 
     ``mean_output_tokens`` predicts when running requests end. ``requests_per_s`` is the arrival rate of the whole
     cluster, and ``engine_requests_per_s`` that of one engine on average. ``mean_sequences`` is the mean number of
-    sequences on an engine. An engine with fewer sequences is assumed to reach this number again.
+    sequences on an engine. Engines with fewer sequences are assumed to reach this number again.
     """
 
     cost: CostModel
@@ -248,19 +248,19 @@ def fitting_tokens(prices: Prices[float]) -> float:
 
 
 def sequences_at(engine: EngineView) -> int:
-    """Return the number of sequences that will decode in the steps with the next request's prefill.
+    """Return how many sequences the engine will decode while it computes the next request's prefill.
 
-    Waiting requests are included, because they will have started by then.
+    Waiting and pending requests are included, because they start before the next request.
     """
     max_running = engine.capabilities.max_running
     return min(engine.requests, max_running) if max_running > 0 else engine.requests
 
 
 def slowness_of(engine: EngineView, cost: CostModel) -> float:
-    """Return the factor by which the engine's decode steps take longer than the cost model predicts, at least 1.
+    """Return the factor (1 or more) by which the engine's decode steps take longer than the cost model predicts.
 
-    The engine measures its last steps without prefill. Busy engines rarely have such steps, so the measurement may be
-    from a time with fewer requests. A busy engine would then look fast, so factors below 1 are ignored.
+    The engine measures steps without prefill. A busy engine rarely has such steps, so its last measurement may be from
+    a time with fewer requests. The engine would then look too fast, so a factor below 1 is replaced by 1.
     """
     load, adapters = engine.load, engine.adapters
     if load.queue.running <= 0 or not _is_measured(load.speed.decode_step_s):
@@ -307,14 +307,14 @@ def _step_prices(engine: EngineView, inputs: PriceInputs, sequences: int, rank: 
 
 
 def _place_wait_s(engine: EngineView, request_s: float) -> float:
-    """Return the wait for a place in the batch if each running request takes ``request_s``."""
+    """Return the wait in seconds for a place in the batch, if each running request takes ``request_s``."""
     max_running = engine.capabilities.max_running
     excess = engine.requests + 1 - max_running
     return excess / max_running * request_s if max_running > 0 and excess > 0 else 0.0
 
 
 def _engine_time_weight(engine: EngineView) -> float:
-    """Return the score of a second of engine time for the running requests, which grows with the engine's fullness."""
+    """Return the score of a second of engine time, which grows as batch places or KV blocks are used up."""
     load, limits = engine.load, engine.capabilities
     places = load.queue.running / limits.max_running if limits.max_running > 0 else 0.0
     blocks = 1 - load.memory.kv_blocks_free / limits.kv_blocks if limits.kv_blocks > 0 else 0.0
@@ -323,7 +323,7 @@ def _engine_time_weight(engine: EngineView) -> float:
 
 
 def _load_byte_s(load: EngineLoad, cost: CostModel) -> float:
-    """Return the measured load time per byte without the fixed time of a load, or else the cost model's."""
+    """Return the seconds of loading per byte, without the fixed time of a load: measured, or else predicted."""
     mean = load.speed.load
     if mean is None or not (_is_measured(mean.bytes_per_s) and _is_measured(mean.slab_bytes)):
         return cost.load_byte_s

@@ -89,7 +89,7 @@ class ClusterView:
         return self._prices
 
     def engines_near(self, version: str) -> Mapping[str, EngineView]:
-        """Return all engines that hold, load, expect or use the adapter, by name, and possibly some that did before."""
+        """Return by name the engines that hold, load, expect or use the adapter, and maybe some that no longer do."""
         return self._engines_near.get(version, {})
 
     def cached_tokens(self, request: Route) -> Mapping[int, int]:
@@ -147,7 +147,8 @@ class ClusterView:
     def record_timeout(self, engine: str, request_id: str, now: float) -> None:
         """Record that the engine did not answer.
 
-        After two consecutive timeouts it is asked last, until it answers or a later report shows that it is alive.
+        After two timeouts the engine is asked last, until it admits a request or a report ``EngineView.avoidance_s``
+        later shows that it is alive.
         """
         self.story.tell(request_id, now, f"no answer from {engine}")
         view = self.engines.get(engine)
@@ -260,7 +261,7 @@ class ClusterView:
             del self.running[next(iter(self.running))]
 
     def _drop_ended(self) -> None:
-        """Forget requests whose engine is lost or does not list them in a later report."""
+        """Forget requests whose engine is not alive, or does not list them in a report after they started."""
         reported = {name: set(view.load.queue.request_ids) for name, view in self.engines.items()}
         for request_id, request in list(self.running.items()):
             view = self.engines.get(request.engine)

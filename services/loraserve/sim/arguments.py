@@ -1,6 +1,6 @@
 """The flags of scripts/simulate, their checks, and the runs that they describe.
 
-An invalid flag raises ConfigError with the flag's name before any simulation runs.
+Invalid flags are found before any simulation runs. They raise ConfigError, or SystemExit if argparse finds them.
 """
 
 import argparse
@@ -187,7 +187,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> Profile:
-    """Return the profile of --profile for the LoRA cost of --cost; a derived profile is shipped for each cost."""
+    """Return the profile named by --profile with the LoRA cost of --cost. Raises ConfigError if there is none."""
     name: str = arguments.profile
     padded = name.removesuffix("-padded") + "-padded"
     if arguments.cost == "padded" and (SHIPPED / f"{padded}.json").exists():

@@ -145,7 +145,7 @@ def compare(
 
 
 def find_largest(base: RunSpec, guess_rps: float, run_all: RunAll, curves: Curves) -> dict[PolicyDraw, float]:
-    """Return each draw's largest load under the SLO. Each batch has one run of every unfinished search."""
+    """Return each draw's largest load under the SLO. Adds the figures of all runs to ``curves``."""
     searches = {draw: _LoadSearch(guess_rps, base.settings.slo_ttft_s) for draw in curves}
     while unfinished := {draw: search for draw, search in searches.items() if not search.is_done}:
         _add_points(base, [(draw, search.next_rps) for draw, search in unfinished.items()], run_all, curves)
@@ -159,7 +159,7 @@ def engines_needed(
 ) -> dict[PolicyDraw, int | None]:
     """Return the smallest number of engines with which each draw serves the load ``rps`` under the SLO.
 
-    The number is None if it needs more than ``MAX_ENGINE_FACTOR`` times the engines of ``base``.
+    The number is None if the draw needs more than ``MAX_ENGINE_FACTOR`` times the engines of ``base``.
     """
     low = dict.fromkeys(draws, 0)
     high: dict[PolicyDraw, int] = dict.fromkeys(draws, MAX_ENGINE_FACTOR * base.engines + 1)
@@ -200,7 +200,7 @@ def changed_profiles(profile: Profile) -> dict[str, Profile]:
 
 
 class _LoadSearch:
-    """A search for the largest load under the SLO. It finds an interval with this load and then bisects it."""
+    """A search for the largest load under the SLO. It finds a lower and an upper bound, then bisects between them."""
 
     def __init__(self, guess_rps: float, slo_ttft_s: float) -> None:
         self.next_rps = guess_rps
@@ -241,7 +241,7 @@ class _LoadSearch:
 def _add_points(base: RunSpec, wanted: Sequence[tuple[PolicyDraw, float]], run_all: RunAll, curves: Curves) -> None:
     """Run the wanted draws and loads and add the figures to the curves.
 
-    A load far above one whose run was stopped as hopeless is not run. It gets the figures of that run.
+    If a run was stopped as hopeless, loads more than 15% higher are not run. They get the figures of that run.
     """
     hopeless = {
         draw: min((rps for rps, point in curve.items() if point.hopeless), default=inf)
@@ -288,7 +288,7 @@ def limit_rps(workload: Workload, profile: Profile, engines: int) -> float:
 
 
 def _engine_seconds(workload: Workload, profile: Profile, batch: float, slab_reads: float) -> float:
-    """Return the engine time of all requests in seconds. Each decoded token reads ``slab_reads`` slabs."""
+    """Return the engine seconds of all requests in batches of ``batch``. A decoded token reads ``slab_reads`` slabs."""
     return sum(_request_s(r, workload.adapters[r.adapter], profile, batch, slab_reads) for r in workload.requests)
 
 

@@ -53,7 +53,7 @@ class Interval(msgspec.Struct, frozen=True):
 
     Attributes:
         time_s: The end of the interval.
-        moves: Number of copies that plans loaded.
+        moves: Number of copies that the plan at the start of the interval added or moved.
         needed_bytes: The part of ``held_bytes`` that the plan, a request or a load needs. The rest may be evicted.
         rank_tokens: Computed tokens by the rank of their adapter.
         adapters: Number of adapters in the pool.
@@ -133,7 +133,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def moves_per_interval(self) -> float:
-        """Mean number of copies that plans loaded in an interval, without the first plan."""
+        """Mean number of copies that plans added or moved in an interval, without the first plan."""
         last_s = self.requests[-1].arrival_s if self.requests else 0.0
         later = [i for i in self.intervals[2:] if i.time_s <= last_s]
         return sum(i.moves for i in later) / len(later) if later else 0.0

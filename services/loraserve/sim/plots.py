@@ -62,7 +62,7 @@ def plot_timeline(intervals: Sequence[Interval], title: str, path: Path) -> Path
 
 
 def plot_grid(comparisons: Mapping[str, Comparison], folder: Path) -> Path:
-    """Plot the largest load of ``ours`` divided by that of ``toppings``, for each workload."""
+    """Plot for each workload the default policy's largest load divided by that of the policy ``toppings``."""
     names = list(comparisons)
     figure, axis = pyplot.subplots(figsize=(8.0, 0.28 * len(names) + 1.5))
     places = range(len(names))

@@ -96,7 +96,7 @@ class WorkloadShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The first requests of a trace file. With ``requests`` 0, the run's duration determines their number."""
+    """The first ``requests`` requests of a trace file. If it is 0, the run's duration determines their number."""
 
     path: str
     adapters: int = 100
@@ -214,7 +214,7 @@ def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_byte
     draws one of its client's adapters by a power law. All ranks are equally frequent, in random order. If there are
     fewer adapters than clients, the clients with the fewest requests share the last adapter.
 
-    Raises ConfigError if there is no adapter, or if all requests arrive at the same time.
+    Raises ConfigError if there is no adapter, if there are fewer than two requests, or if all arrive at one time.
     """
     if source.adapters < 1:
         raise ConfigError(f"--adapters {source.adapters}: at least one adapter is needed")
@@ -242,7 +242,7 @@ def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_byte
 
 
 def _deal_adapters(trace: Sequence[TraceRequest], adapters: int) -> dict[str, list[int]]:
-    """Return each client's adapters. Every further adapter goes to the client with the most requests per adapter."""
+    """Return each client's adapters: one each, then one by one to the client with the most requests per adapter."""
     counts = Counter(r.client for r in trace)
     clients = [client for client, _ in counts.most_common()]
     number = dict.fromkeys(clients[:adapters], 1)
