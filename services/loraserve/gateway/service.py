@@ -29,7 +29,7 @@ LAST_ANSWERS_S = 2.0
 
 
 class GatewayService(Service):
-    """Creates and runs the gateway. ``port`` is the bound port, which is needed if gateway.port is 0."""
+    """Creates and runs the gateway. ``port`` is the bound port, even if gateway.port in the configuration is 0."""
 
     inbox = ToGateway
     starting_detail = "loading the tokenizer"
@@ -130,7 +130,7 @@ def model_dir(path: str) -> Path:
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """Return a bound socket that does not listen yet. Raises ConfigError that names the setting."""
+    """Return a bound socket that does not listen yet. Raises ConfigError if the address cannot be bound."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE

@@ -1,4 +1,4 @@
-"""Token streams in flight, and detection of dead engines. Pure.
+"""Token streams in flight, and detection of dead engines. Has no clock and no I/O.
 
 ``StreamTable`` delivers each token to the stream of its request, in order and once. A stream fails if tokens are lost
 or its engine dies. ``EngineWatch`` decides whether an engine died or dropped a request.
@@ -252,7 +252,7 @@ class StreamTable:
 
 
 class EngineReport(msgspec.Struct, frozen=True):
-    """An engine's last report from the monitor. ``reported_s`` is its time on this gateway's monotonic clock."""
+    """An engine's last report from the monitor. ``reported_s`` is the report's time on the gateway's clock."""
 
     load: EngineLoad
     capabilities: EngineCapabilities
@@ -291,7 +291,7 @@ class EngineWatch:
         self._tokens_s[engine] = (incarnation, now)
 
     def ready_engines(self, now: float) -> list[str]:
-        """Return the engines that accept requests; none after four ``dead_after_s`` without a publication."""
+        """Return the engines that accept requests, or none if the last publication is older than 4 * dead_after_s."""
         if now - self.cluster_s > 4 * self._dead_after_s:
             return []
         return [name for name, report in self.reports.items() if report.alive and report.load.state == "READY"]
@@ -314,7 +314,7 @@ class EngineWatch:
         return ""
 
     def dropped(self, engine: str, incarnation: str, request_id: str, silent_since_s: float) -> bool:
-        """Return whether a report made END_LOST_AFTER_S after ``silent_since_s`` no longer lists the request."""
+        """Return whether a report later than ``silent_since_s`` + END_LOST_AFTER_S no longer lists the request."""
         report = self.reports.get(engine)
         if report is None or report.load.incarnation != incarnation:
             return False

@@ -46,6 +46,6 @@ class Liveness:
         )
 
     def next_death_s(self, now: float) -> float | None:
-        """Return the seconds until the first live engine counts as dead without a report; None if none is alive."""
+        """Return the seconds until the next engine counts as dead if no report arrives; None if no engine is alive."""
         left_s = [last.at_s + self._dead_after_s - now for last in self._reports.values()]
         return min((seconds for seconds in left_s if seconds >= 0), default=None)

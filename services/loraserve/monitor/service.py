@@ -77,7 +77,7 @@ class MonitorService(Service):
                 self._adapters = {adapter.version: adapter for adapter in adapters}
 
     def _take_load(self, load: EngineLoad, sender: str) -> None:
-        """Process a report. If the capabilities of the engine's incarnation are unknown, ask for them instead."""
+        """Process an engine's load report. If its capabilities are unknown, drop the report and ask for them."""
         capabilities = self._capabilities.get(load.engine)
         if capabilities is None or capabilities.incarnation != load.incarnation:
             self.bus.send(sender, AnnounceCapabilities())
@@ -120,7 +120,7 @@ class MonitorService(Service):
             return
 
     def _note_changes(self, alive: dict[str, str]) -> None:
-        """Log engines that appeared or died. Publish ended incarnations, including those of engines that restarted."""
+        """Log engines that appeared or died. Publish EngineGone for each incarnation that died or was restarted."""
         for engine in alive.keys() - self._alive.keys():
             self.log.info("engine_alive", engine=engine)
         for engine in self._alive.keys() - alive.keys():

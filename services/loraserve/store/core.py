@@ -43,7 +43,7 @@ class StoreLimits(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class AdapterStore:
-    """The adapters of one model shape and slab dtype. Each shape and dtype has its own folder under ``root``."""
+    """The adapters of one model shape, slab dtype and slab format. Each combination has a folder under ``root``."""
 
     def __init__(self, root: Path, shape: ModelShape, dtype: Dtype, limits: StoreLimits, now: float) -> None:
         """Open the folder. Raises LoraServeError if it is in use or not writable, or if its registry is unusable."""
@@ -83,12 +83,12 @@ class AdapterStore:
         return record.ref(), self.registry.put(record, replace)
 
     def unregister(self, name: str, now: float) -> None:
-        """Remove the name. Its slab stays for at least ``GRACE_S``. Raises AdapterError ``not_found``."""
+        """Remove a name. Its slab stays for at least ``GRACE_S``. Raises the errors of ``AdapterRegistry.remove``."""
         self._start_grace(name, now)
         self.registry.remove(name)
 
     def collect_garbage(self, now: float) -> list[str]:
-        """Remove slabs that have no name and were not used for ``GRACE_S``. Returns their versions."""
+        """Remove slabs that have no name and were not opened or stored for ``GRACE_S``. Returns their versions."""
         return self.slabs.remove_unreferenced(self.registry.snapshot.versions(), now, GRACE_S)
 
     def missing_slabs(self) -> list[str]:
@@ -148,9 +148,9 @@ def namespace(shape: ModelShape, dtype: Dtype, slab_format: int = SLAB_FORMAT) -
 
 
 def allowed_directory(path: str, allowed_dirs: Sequence[str]) -> Path:
-    """Return the directory ``path`` with symbolic links resolved. Raises AdapterError if it is not allowed.
+    """Return the absolute ``path`` without symbolic links. Raises AdapterError if it is not under ``allowed_dirs``.
 
-    The adapter's files must also be under ``allowed_dirs`` after their own symbolic links are resolved.
+    The adapter's files must also be there after their links are resolved. An empty ``allowed_dirs`` allows all paths.
     """
     if "\0" in path or not Path(path).is_absolute():
         raise AdapterError("bad_format", f"path {path[:200]!r} must be absolute, as seen on the store's machine")

@@ -22,7 +22,7 @@ def check_not_running(run_dir: Path) -> None:
 
 
 def check_port(host: str, port: int) -> int:
-    """Return the port, or a free port if it is 0. Raises ConfigError if the process cannot listen on it."""
+    """Return ``port``, or a free port if ``port`` is 0. Raises ConfigError if the port cannot be bound."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -21,14 +21,14 @@ class StopCluster(msgspec.Struct, frozen=True):
 
 
 class RestartHistory:
-    """Counts the failures of one process. The restart delay doubles with each failure until a stable run resets it."""
+    """Counts the failures of one process. The restart delay doubles with each failure and resets after a stable run."""
 
     def __init__(self, name: str) -> None:
         self._name = name
         self._failures = 0
 
     def on_exit(self, exit_status: int, ran_s: float, cluster_ready: bool) -> Restart | StopCluster:
-        """Return whether to restart the process or stop the cluster. A negative ``exit_status`` is a signal number."""
+        """Return Restart, or StopCluster if a restart cannot help. ``exit_status`` -9 means that signal 9 ended it."""
         if exit_status == CONFIG_ERROR_EXIT:
             return StopCluster(f"{self._name} refused its configuration")
         if ran_s >= STABLE_RUN_S:

@@ -14,7 +14,7 @@ class KvCache:
     """Keys and values of all layers, float32, stored in groups of 16 consecutive tokens.
 
     ``keys`` is [layers, blocks, kv_heads, groups, head_dim, 16], ``values`` [layers, blocks, kv_heads, groups, 16,
-    head_dim]. A vector register loads one dimension of several keys, so scores need no sums over lanes.
+    head_dim]. A vector load reads one dimension of several keys. Each vector lane then sums the score of one key.
     """
 
     def __init__(self, shape: ModelShape, blocks: int, block_tokens: int = 16) -> None:

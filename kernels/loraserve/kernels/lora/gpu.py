@@ -79,7 +79,7 @@ def _prefill(y: torch.Tensor, x: torch.Tensor, pool: torch.Tensor, batch: LoraWo
 
 
 def _slice_widths(batch: LoraWork, module: int) -> dict[str, int]:
-    """Return the operands N0, N1 and N2, the output width of each slice. Missing slices have width 0."""
+    """Return the operands N0, N1 and N2, the output widths of the module's slices. Missing slices have width 0."""
     widths = batch.tables.out_features[module]
     return {f"N{i}": widths[i] if i < len(widths) else 0 for i in range(MAX_SLICES)}
 

@@ -95,7 +95,7 @@ async def _answer_errors(gateway: Gateway, request: web.Request, handler: Handle
 
 @web.middleware
 async def guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Check the API key, and refuse new work while the gateway shuts down."""
+    """Check the API key, and refuse POST requests while the gateway shuts down."""
     gateway = request.app[GATEWAY]
     keys = gateway.config.gateway.api_keys
     if keys and request.path not in OPEN_PATHS and not has_key(request.headers.get("Authorization", ""), keys):
