@@ -186,7 +186,7 @@ class TransferConfig(Section, frozen=True, kw_only=True):
     """How engines read adapters from each other.
 
     Engines use the ``transports`` that both sides support. An engine loads adapters that are not in its host cache from
-    peers or the store. It tries the source with the highest predicted speed first. Without transports, it uses no peer.
+    peers or the store. It tries the source with the shortest predicted time first. Without transports, it uses no peer.
 
     ``lease_s`` is how long a peer's lease on an adapter lasts unless the peer renews it. Renewals can extend a lease
     to ``engine.load_timeout_s`` in total.

@@ -68,7 +68,7 @@ class Scaling:
         return int(_first_match(self._ranks, module, self._config.r))
 
     def scale(self, module: str, rank: int) -> float:
-        """Return the factor of B A: alpha / rank, or alpha / sqrt(rank) with rsLoRA. ``rank`` must be at least 1."""
+        """Return the scale of B A: alpha / rank, or alpha / sqrt(rank) with rsLoRA. ``rank`` must be at least 1."""
         alpha = _first_match(self._alphas, module, self._config.lora_alpha)
         return alpha / (math.sqrt(rank) if self._config.use_rslora else rank)
 
@@ -170,7 +170,7 @@ def _compile(field: str, patterns: Mapping[str, float]) -> list[tuple[re.Pattern
 
 
 def _is_cheap(key: str) -> bool:
-    """Return whether matching the pattern ``key`` takes low polynomial time for all texts. Adapters are untrusted."""
+    """Return whether matching the pattern ``key`` takes at most low polynomial time. Adapters are untrusted."""
     plain = re.sub(r"\[[^\]]*\]", "x", re.sub(r"\\.", "x", key))
     risky = re.search(r"\)[*+{]|\(\?(?!:)", plain)
     quantifiers = re.findall(r"(?<!\()[*+?{]", plain)

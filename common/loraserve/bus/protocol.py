@@ -1,8 +1,8 @@
 """The bus interface of a process, independent of the transport, and the counters of its messages and errors.
 
 A process has one name (``router``, ``engine-0``, ...) and one inbox. ``send`` and ``publish`` never wait. The bus
-delivers messages at most once. It keeps the order of a process's messages to one peer, and of its publications, but not
-between both. A sender that must know whether a message arrived uses ``request``.
+delivers messages at most once. Messages from one process to another arrive in order, except that publications and
+answers may arrive earlier or later. A sender that must know whether a message arrived uses ``request``.
 """
 
 from collections import Counter

@@ -1,4 +1,4 @@
-"""Sizes of extents. An extent is the contiguous memory of an adapter in a pool, a multiple of a granule."""
+"""Sizes of extents, the contiguous memory blocks of an adapter pool. Each is a multiple of a granule."""
 
 MIN_EXTENT_BYTES = 4096
 """The default granule. Every extent begins and ends at a multiple of it."""

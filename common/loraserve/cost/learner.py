@@ -9,7 +9,7 @@ from loraserve.messages import EngineLoad, MeasuredSpeed
 
 
 class _Learned(msgspec.Struct, frozen=True, kw_only=True):
-    """The last measurements of one run of an engine process from which the cost model has learned."""
+    """The last measurements from which the cost model has learned, for one run of an engine process."""
 
     incarnation: str
     speed: MeasuredSpeed = MeasuredSpeed()
