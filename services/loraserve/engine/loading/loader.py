@@ -1,6 +1,6 @@
 """Loads adapters: executes the scheduler's load instructions.
 
-A slab passes five layers. Each layer calls the next one, which returns its result or raises an error:
+A load passes through five classes. Each class calls the next one, which returns its result or raises an error:
 
     Scheduler           LoadAdapter(adapter, slot, offset_bytes)
         |
@@ -14,12 +14,12 @@ A slab passes five layers. Each layer calls the next one, which returns its resu
         | write()
     5 PoolMemory        is the memory of the pool, on the host or on a GPU
 
-Whenever bytes have arrived, TransferTarget tells AdapterLoader. The loader then verifies the layers that are complete
-and updates `AnnouncedLoad` (arrival.py), so that a step can start with these layers.
+When bytes have arrived, TransferTarget tells AdapterLoader. The loader updates `AnnouncedLoad` (arrival.py), so that
+a step can start with the layers that have arrived, and verifies layers as soon as `LayersToVerify` returns them.
 
-AdapterLoader works in five steps, each of which calls the next:
+AdapterLoader has five methods, each of which calls the next:
 
-    load               waits for a free extent, reads the slab, installs it and returns the result
+    load               waits until the extent can be written, reads the slab, installs it and returns the result
     read_slab          tries the sources in order until one delivers the slab or the deadline passes
     _hedge             reads from a second source too if the first takes much longer than predicted
     _transfer          reads from one source and learns the source's speed
@@ -96,7 +96,6 @@ class AdapterLoader:
             threads.shutdown(wait=True, cancel_futures=True)
 
     def counts(self) -> tuple[ReadCounts, ...]:
-        """Return how many slabs were read from each source, and how many reads failed."""
         return self._tally.counts(self._speeds)
 
     async def load(self, load: LoadAdapter) -> AdapterLoaded | AdapterLoadFailed:
@@ -144,8 +143,8 @@ class AdapterLoader:
     ) -> LoadedSlab:
         """Read a slab to ``offset_bytes`` of the pool. If the store is restarting, retry until the deadline.
 
-        If all sources fail, raise the store's SlabReadError, because the store has every adapter. The content of the
-        extent is then undefined, and nothing writes to it any more.
+        Raises SlabReadError: the store's error if all sources fail, or code ``timeout`` at the deadline. The content of
+        the extent is then undefined, and nothing writes to it any more.
         """
         try:
             async with asyncio.timeout(self._timeout_s):
@@ -223,7 +222,7 @@ class AdapterLoader:
     async def _race(
         self, adapter: AdapterRef, offset_bytes: int, first: "asyncio.Future[LoadedSlab]", spare: SlabSource
     ) -> LoadedSlab:
-        """Also read from ``spare``, into a separate buffer. Return the slab that arrives first, in the extent."""
+        """Also read from ``spare``, into a buffer. Return the slab that arrives first, once it is in the extent."""
         self._log.info("load_hedged", adapter=adapter.name, spare=spare.source.name, transport=spare.source.transport)
         # The memory is not zeroed: for 256 MiB, that would block the event loop for 0.1 s or more.
         beside = HostPool(np.empty(adapter.slab_bytes, np.uint8).data)
@@ -261,10 +260,10 @@ class AdapterLoader:
         offset_bytes: int,
         announced: AnnouncedLoad | None = None,
     ) -> LoadedSlab:
-        """Read the slab from one source, and learn its speed or count its failure.
+        """Read the slab from one source. Record the source's speed or failure.
 
         ``announced`` is told when the read begins, when bytes arrive, and if the read fails or is cancelled. Raises
-        SlabReadError. Then nothing writes to the extent any more.
+        SlabReadError, after which nothing writes to the extent any more.
         """
         origin = source.source
         began_s = time.monotonic()
@@ -300,7 +299,7 @@ class AdapterLoader:
         offset_bytes: int,
         announce: Callable[[int], None] | None = None,
     ) -> None:
-        """Copy a slab into its extent and verify its layers in threads. The first error cancels the rest.
+        """Copy a slab into its extent and verify its layers in threads. The first error cancels all other work.
 
         ``announce`` is called with the total number of bytes whenever bytes have arrived.
         """

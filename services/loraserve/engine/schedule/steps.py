@@ -23,7 +23,7 @@ class StepBuilder:
     """Assigns tokens and KV blocks to sequences until the token budget or the blocks are used up.
 
     ``previous`` holds the ids of the requests in the step sent last. ``waits_for_blocks`` is true if a running sequence
-    must wait for blocks that steps in flight use. No waiting request may start in such a step.
+    must wait for blocks that steps in flight use. Then no waiting request may start in this step.
     """
 
     def __init__(self, blocks: BlockManager, budget_tokens: int, previous: Collection[str]) -> None:
@@ -68,7 +68,7 @@ class StepBuilder:
                 self._add_part(sequence, tokens)
 
     def allocate_waiting(self, sequence: Sequence) -> bool:
-        """Allocate a waiting sequence's blocks for this step. Returns False if its known tokens do not all fit."""
+        """Allocate a waiting sequence's blocks for this step. Returns False if too few are free for all its tokens."""
         cached = self._acquire_cached_prefix(sequence)
         needed = self._blocks.blocks_for(len(sequence.history) + 1) - len(cached)
         if needed > self._blocks.free:
@@ -95,7 +95,7 @@ class StepBuilder:
         return tuple(self._parts.values())
 
     def _can_follow(self, sequence: Sequence) -> bool:
-        """Return whether a sequence in flight can join this step. It must be in the step sent last."""
+        """Return whether a sequence in flight can join this step: it is in the step sent last and can run ahead."""
         return sequence.request_id in self._previous and sequence.can_run_ahead
 
     def _add_part(self, sequence: Sequence, tokens: int) -> None:
@@ -116,9 +116,9 @@ class StepBuilder:
         return True
 
     def _choose_victim(self, running: list[Sequence], sequence: Sequence) -> Sequence | None:
-        """Return the latest arrival after ``sequence`` that is in no step, or else ``sequence`` itself.
+        """Return the sequence to preempt: the latest arrival after ``sequence`` that is in no step, or ``sequence``.
 
-        Returns None if a sequence in flight will release blocks or become a possible victim when its step is done.
+        Returns None if sequences in flight will free blocks, or can be preempted, when their steps are done.
         """
         later = [s for s in running if s not in self.preempted and s.order > sequence.order]
         idle = [s for s in later if not s.in_flight]
