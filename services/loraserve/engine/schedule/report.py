@@ -231,10 +231,7 @@ def _move_towards(old: float, new: float, times: int = 1) -> float:
 
 
 def step_shape(batch: StepBatch, adapters: Mapping[int, AdapterRef | SlabHeader]) -> tuple[StepShape, dict[int, int]]:
-    """Return a step's shape for the cost model, and its number of tokens by adapter rank (0 for the base model).
-
-    ``adapters`` maps slots to adapters.
-    """
+    """Return a step's shape for the cost model, and its number of tokens by adapter rank (0 for the base model)."""
     decode = kv = prefill = prefill_kv = 0
     slot_tokens: dict[int, int] = {}
     for part in batch.sequences:
