@@ -44,7 +44,7 @@ class ClusterReports:
         return [seen.load for _, seen in sorted(self._ready.items())]
 
     def engine_names(self) -> set[str]:
-        """Return the engines, ready or not, that were reported at most ``FORGET_ENGINE_S`` before the last report."""
+        """Return the names of engines, ready or not, reported at most ``FORGET_ENGINE_S`` before the last report."""
         return set(self._named_s)
 
     def missing(self) -> str:

@@ -241,7 +241,7 @@ class EngineView(msgspec.Struct):
 
 
 def mean_largest_rank(sequences: Mapping[int, float]) -> float:
-    """Return the mean over time of the largest rank in a batch. ``sequences``: by rank, the mean number in a batch.
+    """Return the mean over time of the largest rank in a batch. ``sequences``: by rank, their mean number.
 
     Sequences are assumed to arrive independently (Poisson). If n is the mean number of sequences of rank r or more,
     none is present for a share exp(-n) of the time. The mean largest rank is the integral over r of 1 - exp(-n).

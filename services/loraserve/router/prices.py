@@ -338,8 +338,8 @@ def _is_measured(value: float) -> bool:
 def _pace(load: EngineLoad, full_token_s: float, slowness: float) -> float:
     """Return the factor by which steps with prefill take longer than the cost model predicts.
 
-    Small chunks lower the measured prefill rate even on a fast engine. So the factor is limited to ``slowness``, which
-    is measured in decode steps.
+    Small chunks lower the measured prefill rate even on a fast engine. The factor is therefore at most ``slowness``
+    (result of ``slowness_of``), which is measured in decode steps.
     """
     if not _is_measured(load.speed.prefill_tokens_per_s):
         return slowness

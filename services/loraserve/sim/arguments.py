@@ -146,7 +146,6 @@ def policies_of(arguments: argparse.Namespace) -> list[str]:
 
 
 def loads_of(arguments: argparse.Namespace) -> list[float]:
-    """Return the loads of a sweep (--loads) in requests/s."""
     try:
         loads = [float(text) for text in arguments.loads.split(",")] if arguments.loads else []
     except ValueError as error:

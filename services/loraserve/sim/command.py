@@ -90,7 +90,6 @@ def outcome_figures(outcome: Outcome) -> dict[str, float]:
 
 
 def run_sweep(arguments: argparse.Namespace, base: RunSpec, names: list[str]) -> Result:
-    """Simulate every policy at every load of --loads."""
     loads = loads_of(arguments) or [base.rps or DEFAULT_LOAD * _guess_rps(base)]
     specs = [msgspec.structs.replace(base, policy=name, rps=rps) for name in names for rps in loads]
     with parallel_runner(arguments.workers, quiet=arguments.json) as run_all:

@@ -14,7 +14,7 @@ PROGRESS_INTERVAL_S = 2.0
 
 @contextmanager
 def parallel_runner(workers: int = 0, quiet: bool = False) -> Iterator[RunAll]:
-    """Yield a function that runs simulations in ``workers`` processes, 0 for one per core. ``quiet``: no progress."""
+    """Yield a ``RunAll`` with ``workers`` processes (0: one per core). Progress goes to stderr unless ``quiet``."""
     with ProcessPoolExecutor(max_workers=workers or core_count()) as pool:
         progress = _Progress(quiet)
 

@@ -95,7 +95,7 @@ def place_everywhere(inputs: PlanInput) -> tuple[Placement, ...]:
 
 
 def place_by_rendezvous(inputs: PlanInput) -> tuple[Placement, ...]:
-    """Place copies in proportion to an adapter's requests/s, at least one, on the engines with the highest hashes.
+    """Place copies of each adapter, at least one, in proportion to requests/s, on the engines with the highest hashes.
 
     A hash is of (version, engine). An engine takes at most one copy more than an equal share of all copies.
     """

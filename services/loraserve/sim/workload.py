@@ -96,7 +96,7 @@ class WorkloadShape(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
-    """The first ``requests`` requests of a trace file. If it is 0, the run's duration determines their number."""
+    """The first ``requests`` requests of a trace file. If 0, the run's duration determines the number."""
 
     path: str
     adapters: int = 100
@@ -105,7 +105,6 @@ class TraceSource(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def name(self) -> str:
-        """The file's name without its suffixes, and the number of adapters."""
         return f"{Path(self.path).name.partition('.')[0]}, {self.adapters} adapters"
 
 

@@ -188,7 +188,10 @@ class _EngineLevels:
 
 
 def _fill_to_level(before: Floats, needed: Floats) -> tuple[Floats, float]:
-    """Return shares that raise the lowest values of ``before`` to one level, and the level (share 1: ``needed``)."""
+    """Return shares that raise the lowest utilisations to one level, and this level (water filling).
+
+    ``before``: utilisation of each engine without the adapter. ``needed``: what all of the adapter's traffic would add.
+    """
     order = np.argsort(before, kind="stable")
     heights, widths = before[order], 1 / needed[order]
     # If the k lowest are filled: sum((level - height) * width) = 1.

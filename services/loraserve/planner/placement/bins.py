@@ -171,7 +171,7 @@ def assign_bins(value_bytes: Floats) -> Ints:
     """Return the engine of each bin in the one-to-one assignment with the highest total value.
 
     ``value_bytes[bin, engine]`` is the value of this pair in bytes. The solution is exact (scipy's modified
-    Jonker-Volgenant algorithm). Of equal assignments, the one with the most bins i on engine i is chosen.
+    Jonker-Volgenant algorithm). Of assignments with equal value, the one with the most bins i on engine i is chosen.
     """
     size = len(value_bytes)
     if size == 0 or not value_bytes.any():
@@ -244,7 +244,7 @@ def overflow_bytes(problem: Problem, table: BudgetTable) -> Floats:
 
 
 def _work_within(problem: Problem, chosen: npt.NDArray[np.bool_], byte_parts: Floats) -> Floats:
-    """Return the largest fraction of the chosen adapters' work that fits into each fraction of their bytes."""
+    """Return the largest fraction of the chosen adapters' work that fits into fractions ``byte_parts`` of the bytes."""
     work, extents = problem.own_utilisation()[chosen], problem.extents[chosen]
     order = np.argsort(-work / extents, kind="stable")
     bytes_taken, work_taken = (np.concatenate([[0.0], np.cumsum(values[order])]) for values in (extents, work))

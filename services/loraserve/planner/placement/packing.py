@@ -150,7 +150,7 @@ class _Packer:
         return [a for a in adapters if a not in given]
 
     def _place_on_short(self, a: int) -> bool:
-        """Put the adapter on a short engine, preferably a holder. Return False if none has memory and budget."""
+        """Put the adapter on a short engine, preferably one that holds it. Return False if none has room and budget."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         holders = [e for e in self._held[a] if e in self._short and e in left and self._allocation.has_room(a, e)]
         largest = budgets.largest(a, short=True)

@@ -94,7 +94,7 @@ class _Server(msgspec.Struct):
 
 
 class _Piece(msgspec.Struct):
-    """A fraction of an adapter's traffic (``part``) to be packed. It needs ``servers`` (may be fractional) servers."""
+    """A fraction of an adapter's traffic (``part``) to be packed. ``servers``: the (fractional) servers it needs."""
 
     adapter: int
     rank: int

@@ -94,7 +94,7 @@ class Problem(msgspec.Struct, frozen=True, eq=False):
     """A PlanInput as arrays. ``refs``: the adapters in the order of their numbers.
 
     ``room_bytes``: by engine, the pool bytes that the plan may pin. ``single``: by engine, the tuple ``(engine,)``,
-    which all adapters with one copy share. ``pins``: by adapter, the engines that it is pinned to, if available.
+    shared by all adapters whose only copy is there. ``pins``: by adapter, the available engines that it is pinned to.
     ``no_demand``: no request was measured or forecast, so ``work`` assumes ``IDLE_RPS``. ``batch``: sequences that an
     engine can decode at once. ``steps_per_s``: decode steps/s of an engine at half of that batch.
     """

@@ -8,7 +8,7 @@ from loraserve.messages import AdapterRef, EngineLoad, Placement, Plan
 
 
 class Begin(msgspec.Struct, frozen=True):
-    """Roll out these placements as a new plan, and end any earlier roll-out. Not allowed during ``WRITING``."""
+    """Roll out these placements as a new plan, and end any earlier roll-out. Not allowed in phase ``WRITING``."""
 
     placements: tuple[Placement, ...]
     adapters: Mapping[str, AdapterRef]
