@@ -190,7 +190,7 @@ class StreamTable:
         return stream
 
     def close(self, stream: Stream, now: float) -> None:
-        """Remove a stream. Tokens that arrive more than ABORT_INTERVAL_S later make ``on_batch`` return its id."""
+        """Remove a stream. Tokens that arrive more than ABORT_INTERVAL_S later make ``on_batch`` return the id."""
         if self._streams.pop(stream.request_id, None) is not None:
             self.duplicate_tokens += stream.duplicate_tokens
             self._note_closed(stream.request_id, now)

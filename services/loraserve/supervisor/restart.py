@@ -15,7 +15,7 @@ class Restart(msgspec.Struct, frozen=True):
 
 
 class StopCluster(msgspec.Struct, frozen=True):
-    """Stop the cluster and report the reason, because a restart cannot help."""
+    """The decision to stop the cluster for ``reason``, because a restart cannot help."""
 
     reason: str
 

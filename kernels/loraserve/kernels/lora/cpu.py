@@ -49,7 +49,7 @@ SHARED_WORK = 1_000_000
 
 
 class AddLoraCall(OperandBlock):
-    """Operands of the kernels. ``layout`` and ``scales`` point to the rows for this (layer, module) of slot 0."""
+    """Operands of the kernels. ``layout`` and ``scales`` point to slot 0's rows for the call's (layer, module)."""
 
     __slots__ = ()
     _fields_ = (
