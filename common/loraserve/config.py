@@ -85,15 +85,14 @@ class EngineConfig(Section, frozen=True, kw_only=True):
     The pool's pages are allocated at start while at least a quarter of the machine's memory is available.
 
     On a GPU, ``weights`` must be the type of ``slab_dtype``, or auto. The engine uses ``memory_fraction`` of the GPU's
-    memory. The adapter pool gets ``pool_fraction`` of what weights and steps leave, and the KV cache gets the rest.
+    memory. The adapter pool gets ``pool_fraction`` of what remains after weights and steps. The KV cache gets the rest.
 
     Each engine keeps evicted adapters in a host cache of ``host_cache_bytes``, page-locked if it has a GPU. Loads from
     this cache are faster than from the store. 0 means no cache. auto means no cache on a CPU; on a GPU it means 8 GiB,
     limited so that all engines together use at most a quarter of the machine's memory.
 
-    An engine's share of the cores is cores / engines. ``threads`` 0 means this share, at least 1. ``digest_threads``
-    threads verify adapters during loads. 0 means half of the share on a GPU, or the share minus ``threads`` on a CPU,
-    but at least 1 and at most 8.
+    ``threads`` 0 means cores / engines, at least 1. ``digest_threads`` threads verify adapters during loads. 0 means
+    cores / engines / 2 on a GPU, or cores / engines - ``threads`` on a CPU, but at least 1 and at most 8.
     """
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -127,7 +126,7 @@ class EngineConfig(Section, frozen=True, kw_only=True):
 
 
 class RouterConfig(Section, frozen=True, kw_only=True):
-    """``policy`` predicted selects the engine with the lowest predicted TTFT; shares draws one by its traffic share."""
+    """``policy`` predicted selects the lowest predicted TTFT; shares draws engines in proportion to traffic shares."""
 
     policy: Literal["predicted", "shares"] = "predicted"
     admit_timeout_s: Seconds = 1.0

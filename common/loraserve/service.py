@@ -77,7 +77,7 @@ class Service:
         """Handle one message. Later messages wait for this call, so ``spawn`` work that awaits other processes."""
 
     def is_ready(self) -> bool:
-        """Return whether the service can serve after ``start`` has completed. If False, its state is STARTING."""
+        """Return whether a started service can serve. While this is False, ``state`` is STARTING."""
         return True
 
     def ready_detail(self) -> str:
@@ -220,7 +220,7 @@ class Service:
         )
 
     def _create(self, work: Coroutine[Any, Any, None]) -> bool:
-        """Create a task for ``work``. Return False if the service is ending and creates no tasks."""
+        """Create a task for ``work``, unless the service is ending. Return whether the task was created."""
         if self._tasks is None:
             return False
         try:

@@ -46,7 +46,7 @@ class Story:
         return [f"{time_s:.3f} {text}" for time_s, text in self.entries(subject)]
 
     def told(self, subjects: Sequence[str], monotonic_to_unix_s: float) -> tuple[StoryLine, ...]:
-        """Return the events of ``subjects`` with wall-clock times. Clock changes up to CLOCK_STEP_S are ignored."""
+        """Return the events with wall-clock times. Ignores changes of the offset by up to CLOCK_STEP_S."""
         if abs(monotonic_to_unix_s - self._to_unix_s) > CLOCK_STEP_S:
             self._to_unix_s = monotonic_to_unix_s
         return tuple(

@@ -1,9 +1,9 @@
 """The slab format. A slab is an adapter packed into one contiguous array. Its size is linear in the adapter's rank.
 
 A slab has one *row* per layer and fused module, ordered by layer, then module. A *slice* is one projection of a module.
-A row contains the A matrices of its slices, stacked as ``[sum of r_i, in]``, then the transposed B of each slice,
-``[r_i, out_i]``. Absent slices take no bytes. For a token x the adapter adds ``scale_i * (x @ A_i.T) @ B_i.T`` to
-slice i of the module's output.
+Slice i of a row has rank ``r_i``, which is 0 if the adapter does not change it. A row contains the A matrices of its
+slices, stacked as ``[sum of r_i, in]``, then the transposed B of each slice, ``[r_i, out_i]``. For a token x the
+adapter adds ``scale_i * (x @ A_i.T) @ B_i.T`` to slice i of the module's output.
 
 The header contains a digest of each layer. The header's own digest is the adapter's version. A reader verifies the
 header first. Any thread can then verify a layer as soon as it has arrived. The layer digests use BLAKE3
@@ -29,9 +29,9 @@ ITEM_BYTES: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 class LayoutRow(msgspec.Struct, frozen=True, array_like=True):
-    """The row of one (layer, module): its offset in elements, and the rank and scale of each slice of the module.
+    """The row of one (layer, module): its offset in elements, and the rank and scale of each slice (projection).
 
-    Rank 0 means that the slice is absent.
+    Rank 0 means that the adapter does not change the projection.
     """
 
     offset: int
@@ -40,14 +40,14 @@ class LayoutRow(msgspec.Struct, frozen=True, array_like=True):
 
     @property
     def total_rank(self) -> int:
-        """Return the number of rows of the stacked A matrices."""
+        """Return the sum of the slices' ranks: the number of rows of their stacked A matrices."""
         return sum(self.ranks)
 
 
 class SlabHeader(msgspec.Struct, frozen=True):
     """Describes a slab (a packed adapter). ``rows`` is ordered by layer, then module (as in ``MODULES``).
 
-    ``layer_digests`` are the BLAKE3 digests of the layers. A header without digests is an unsealed layout.
+    ``layer_digests`` are the BLAKE3 digests of the layers. They are empty until ``seal_layout`` computes them.
     """
 
     dtype: Dtype
@@ -156,5 +156,5 @@ def _has_canonical_layout(header: SlabHeader) -> bool:
 
 
 def slab_version(header: SlabHeader) -> str:
-    """Return the adapter's version: the SHA-256 of the encoded header in hex. The header contains slab digests."""
+    """Return the adapter's version: the SHA-256 of the encoded header in hex. It depends on all layer digests."""
     return hashlib.sha256(encode_header(header)).hexdigest()

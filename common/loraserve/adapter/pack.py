@@ -63,7 +63,7 @@ def _layout_of(pairs: Mapping[tuple[int, str], LoraPair], shape: ModelShape, dty
 def row_views(
     elements: Elements, row: LayoutRow, module: str, shape: ModelShape
 ) -> tuple[list[Elements], list[Elements]]:
-    """Return two lists of views: A ``[r_i, in]`` and transposed B ``[r_i, out_i]`` of each slice i of a row."""
+    """Return views of each slice's A ``[rank, in]``, and of each slice's transposed B ``[rank, out]``, in ``row``."""
     width = shape.in_features(module)
     begin = row.offset + row.total_rank * width
     a = elements[row.offset : begin].reshape(row.total_rank, width)

@@ -57,7 +57,7 @@ class PeftConfig(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Scaling:
-    """The rank and scale of each module. As in PEFT, the first pattern that matches the end of the name applies."""
+    """The rank and scale of each module. As in PEFT, the first pattern applies that matches the end of its name."""
 
     def __init__(self, config: PeftConfig) -> None:
         self._config = config
@@ -170,7 +170,7 @@ def _compile(field: str, patterns: Mapping[str, float]) -> list[tuple[re.Pattern
 
 
 def _is_cheap(key: str) -> bool:
-    """Return whether matching the pattern ``key`` takes at most low polynomial time. Adapters are untrusted."""
+    """Return whether the untrusted regular expression ``key`` is too simple to take exponential time to match."""
     plain = re.sub(r"\[[^\]]*\]", "x", re.sub(r"\\.", "x", key))
     risky = re.search(r"\)[*+{]|\(\?(?!:)", plain)
     quantifiers = re.findall(r"(?<!\()[*+?{]", plain)

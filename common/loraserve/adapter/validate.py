@@ -47,7 +47,7 @@ def check_name(name: str, served_model: str) -> None:
 
 
 def check_directory(directory: Path) -> None:
-    """Raise AdapterError if the path is not an existing directory or holds pickled weights only."""
+    """Raise AdapterError if the path is missing or no directory, or if its weights exist only as a pickle."""
     try:
         exists = directory.exists()
     except OSError as error:

@@ -119,7 +119,7 @@ class NameClaim:
         os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)
 
     def release(self) -> None:
-        """Release the lock but keep the file. Otherwise two processes could lock two different files of this name."""
+        """Release the lock. The file stays: if it were deleted, two processes could each lock a file of this name."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1

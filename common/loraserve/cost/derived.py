@@ -1,7 +1,7 @@
 """Derives a cost profile for a GPU from datasheet figures, bytes and FLOPs, without running the model on it.
 
-A step reads the weights once, each sequence's KV once, and the adapters as the LoRA kernels read them. It computes two
-FLOPs per weight and token. The model ignores kernel launches, which CUDA graphs make cheap, and sampling.
+A step reads the weights once and each sequence's KV once. LoRA kernels read each adapter once (``exact``) or once per
+decoding sequence (``padded``). A step computes two FLOPs per weight and token. Launches and sampling are ignored.
 """
 
 from collections.abc import Mapping
@@ -80,11 +80,11 @@ def _cost(
 
 
 def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, float]) -> float:
-    """Return the seconds per byte of a load: the slower of transfer and digests, plus the part without overlap.
+    """Return the seconds per byte of a load: those of its slower stage, plus the time when only the faster stage runs.
 
-    Each thread reads one layer back from the GPU and verifies it while later layers arrive. If the transfer is slower,
-    the digests of the last layers do not overlap with it. If the digests are slower, the transfer of the first layers
-    does not overlap with them. The part without overlap is one layer per thread.
+    Layers are transferred to the GPU. Then threads read them back and verify them, each one layer at a time. If the
+    transfer is faster, it runs alone for the first layers. If the verification is faster, it runs alone for the last
+    layers. In both cases these are as many layers as threads.
     """
     link_byte_s = 1 / (min(hardware.host_bytes_per_s, hardware.nic_bytes_per_s) * value["link"])
     thread_byte_s = 1 / value["digest_bytes_per_s"] + 1 / (hardware.host_bytes_per_s * value["link"])
@@ -96,8 +96,8 @@ def _load_byte_s(shape: ModelShape, hardware: Hardware, value: Mapping[str, floa
 def _sequence_s(flops_s: float, step_base_s: float) -> float:
     """Return the seconds that a decoding sequence adds to a step.
 
-    A step computes while it reads weights. So few sequences add no time, and many sequences add the time of their
-    FLOPs. The linear model is the line from no sequences to MAX_RUNNING sequences.
+    A step takes the longer of reading the weights (``step_base_s``) and computing (``flops_s`` per sequence). The
+    linear model joins its times at 0 and at MAX_RUNNING sequences.
     """
     return max(0.0, flops_s - step_base_s / MAX_RUNNING)
 
@@ -146,7 +146,7 @@ def rank_elements(shape: ModelShape) -> int:
 
 
 def lora_activation_bytes(shape: ModelShape) -> int:
-    """Return the activation bytes that LoRA moves per token: shrink reads x, expand reads and writes y.
+    """Return the activation bytes that LoRA moves per token: inputs are read, outputs are read and written.
 
     The result does not depend on the rank. Every token is assumed to use an adapter.
     """

@@ -1,4 +1,4 @@
-"""Datasheet figures of GPUs, and the shares of these figures that real kernels reach, with sources."""
+"""Datasheet figures of GPUs, and efficiencies: the fractions of these figures that kernels reach, with sources."""
 
 import msgspec
 

@@ -24,7 +24,7 @@ LEAST_RANK = 8
 
 
 class Efficiency(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The share of a datasheet figure that real kernels reach, or another input of ``derive_profile``.
+    """The fraction of a datasheet figure that real kernels reach, or another input of ``derive_profile``.
 
     ``source`` says where ``value`` was published or how it was measured or assumed.
     """

@@ -9,7 +9,7 @@ from loraserve.messages.transfer import Abilities
 class QueueLoad(msgspec.Struct, frozen=True, kw_only=True):
     """The running and waiting requests of an engine. ``request_ids`` lists both.
 
-    ``waiting_prefill_tokens`` counts the prompt tokens, over all requests, that the engine has not computed yet.
+    ``waiting_prefill_tokens`` counts the tokens that waiting, preempted and prefilling requests must still compute.
     """
 
     waiting: int = 0
@@ -181,8 +181,8 @@ class PrefetchCounts(msgspec.Struct, frozen=True, kw_only=True):
     """Counts the slab bytes that an engine's incarnation loaded before any request waited for them.
 
     ``kind`` is the reason: ``plan`` (the plan places the adapter here), ``admission`` (the router announced a request)
-    or ``pattern`` (requests for this adapter often follow recent ones). A request used the ``useful`` slabs before
-    their eviction. ``wasted`` slabs were evicted unused. Other slabs are in the pool and were not used yet.
+    or ``pattern`` (requests for this adapter often follow recent ones). Requests used ``useful_bytes``.
+    ``wasted_bytes`` were evicted unused. The other bytes are in the pool and were not used yet.
     """
 
     kind: str

@@ -7,7 +7,7 @@ from loraserve.messages.sampling import SamplingParams
 class Route(Message, frozen=True, tag=True, kw_only=True):
     """Request: choose an engine for this request and admit it there. Answered by Routed or Rejected.
 
-    The engine sends the tokens to the process named ``gateway``.
+    ``gateway`` is the name of the process to which the engine sends the tokens.
     """
 
     request_id: str

@@ -40,7 +40,7 @@ READERS = 2
 
 
 class ReadableRegion(Protocol):
-    """Memory that is copied to host memory before it is sent, such as a GPU's."""
+    """Memory, such as a GPU's, that must be copied to host memory before it is sent."""
 
     def __len__(self) -> int: ...
 
@@ -185,7 +185,7 @@ class TcpReader:
         )
 
     async def _ask(self, handle: TcpHandle, wanted: ByteRange, timeout_s: float) -> bytes | memoryview | None:
-        """Request a chunk. Return None if no answer arrives or the owner is still starting."""
+        """Request a chunk. Return None after ``timeout_s``, if the connection is lost, or if the owner is starting."""
         request = ReadRegion(
             protocol=TRANSFER_PROTOCOL_VERSION,
             token=handle.token,

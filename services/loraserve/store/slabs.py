@@ -1,6 +1,6 @@
 """Stores slabs (packed adapters) in files named by digest. Files are written under a temporary name, then renamed.
 
-A file consists of the magic, the header's length, the header, zero padding to ``DATA_ALIGN_BYTES``, and the slab. Its
+A file consists of magic bytes, the header's length, the header, zero padding to ``DATA_ALIGN_BYTES``, and the slab. Its
 modification time is the time when the slab was last stored or opened. The grace period before removal starts then. All
 methods may block and may be called from any thread.
 """

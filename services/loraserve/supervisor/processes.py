@@ -54,7 +54,7 @@ def environment(config: Config, kind: str) -> dict[str, str]:
 
 
 class Processes:
-    """The child processes of a supervisor. When a child starts, calls ``on_change`` with {name: pid} of all running."""
+    """A supervisor's child processes. When one starts, calls ``on_change`` with {name: pid} of all running children."""
 
     def __init__(
         self,

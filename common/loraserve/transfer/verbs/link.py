@@ -29,7 +29,7 @@ class _PendingRead(NamedTuple):
 
 
 class ReadConnection:
-    """A connection to one owner. Use it from one event loop. Its requests are numbered from ``number << 32``."""
+    """A connection to one owner. Use it from one event loop. Its requests have the numbers from ``number << 32`` on."""
 
     def __init__(self, queue: QueuePair, depth: int, number: int) -> None:
         self.number = number
@@ -117,7 +117,7 @@ class ReadConnection:
             self._reads.pop(read).done.set_result(None)
 
     def _fail(self, read: int, status: int) -> None:
-        """Close the connection after a failed piece of ``read``: a queue pair then fails all later requests too."""
+        """Close the connection because a piece of ``read`` failed. The queue pair would fail all later requests."""
         if status == FLUSHED:
             self._end({}, "the connection failed; read from another source", TransferError)
             return

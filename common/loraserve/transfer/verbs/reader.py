@@ -153,7 +153,7 @@ class VerbsReader:
         await link.read(handle, ranges, target, self._piece_bytes, self._timeout_s)
 
     async def _link(self, handle: VerbsHandle) -> ReadConnection:
-        """Return the shared connection to the owner. Cancelling one waiting read does not cancel the connection."""
+        """Return the connection to the owner, shared by all reads. If one read is cancelled, connecting continues."""
         owner = handle.owner, handle.incarnation
         made = self._links.get(owner)
         if made is None or _is_useless(made):
