@@ -1,6 +1,6 @@
 """The base class of every process: three hooks (``start``, ``loops``, ``drain``) and a message handler.
 
-STARTING  ``start(stack)`` acquires resources. One-way messages are queued; requests are refused with ``starting``.
+STARTING  ``start(stack)`` acquires resources. One-way messages are queued. Requests except Ping are refused.
 READY     The coroutines of ``loops()`` run, and ``handle`` is called for each message.
 DRAINING  After ``stop()``, ``drain()`` finishes current work. Loops and ``handle`` continue to run.
 STOPPED   Loops and spawned tasks are cancelled, and the stack is closed.

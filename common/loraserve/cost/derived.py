@@ -1,7 +1,7 @@
 """Derives a cost profile for a GPU from datasheet figures, bytes and FLOPs, without running the model on it.
 
 A step reads the weights once and each sequence's KV once. LoRA kernels read each adapter once (``exact``) or once per
-decoding sequence (``padded``). A step computes two FLOPs per weight and token. Launches and sampling are ignored.
+decoding sequence (``padded``). Steps compute two FLOPs per weight and token. Kernel launches and sampling are ignored.
 """
 
 from collections.abc import Mapping

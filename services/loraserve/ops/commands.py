@@ -113,7 +113,7 @@ def undrain(arguments: argparse.Namespace, ask: Ask) -> int:
 
 
 def _wait_until_empty(engine: str, deadline_s: float, ask: Ask) -> tuple[int, int]:
-    """Poll until the engine has no requests and planned copies, or the deadline passes. Returns both numbers."""
+    """Poll until the engine has neither requests nor planned copies, or the deadline passes. Returns both numbers."""
     reported_s = time.monotonic()
     empty_polls = 0
     while True:

@@ -18,7 +18,7 @@ class GatewayState(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProcessState(msgspec.Struct, frozen=True, kw_only=True):
-    """The answer of a process to a ping, or the state UNREACHABLE."""
+    """The answer of a process to a ping. ``state`` is UNREACHABLE if it did not answer."""
 
     state: str
     detail: str = ""

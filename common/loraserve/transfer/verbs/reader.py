@@ -1,7 +1,7 @@
 """The reader's side of RDMA reads. The owner's CPU does nothing during a read.
 
 The throughput was measured in an emulated machine with a software device on 2 busy cores, not on hardware. Relative to
-ib_read_bw with messages of one size, the median of five alternating runs was 0.85 for slabs of 1 MiB and 1.0 for 16 and
+ib_read_bw at one message size, the median of five alternating runs was 0.85 for slabs of 1 MiB and 1.0 for 16 and
 64 MiB. Medians were 60 to 76 MiB/s, single runs 25 to 85 MiB/s.
 """
 
