@@ -51,7 +51,7 @@ class RegistryCopy:
         raise model_not_found(name)
 
     async def refresh(self) -> None:
-        """Ask the store for the registry. One request serves all calls before it is sent. A timeout changes nothing."""
+        """Ask the store for the registry. Calls made before the request is sent share it. A timeout changes nothing."""
         if self._asking is None:
             self._asking = asyncio.create_task(self._ask())
         await asyncio.shield(self._asking)

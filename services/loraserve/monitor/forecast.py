@@ -139,7 +139,7 @@ def _weights(squared_errors: list[float]) -> list[float]:
 
 @lru_cache
 def error_gain(step_s: float, horizon_steps: int) -> float:
-    """Return a new error's weight in the mean. Long horizons give few errors, so each error decays more slowly."""
+    """Return a new error's weight in the smoothed error. Long horizons give few errors, so each decays more slowly."""
     horizon_s = step_s * horizon_steps
     return gain(horizon_s, max(ERROR_TIME_CONSTANT_S, 4 * horizon_s))
 

@@ -40,7 +40,7 @@ class ClusterReports:
         self._registry_known = True
 
     def ready_engines(self) -> list[EngineLoad]:
-        """Return the last load of each engine that was alive and READY in its last report, sorted by engine name."""
+        """Return the last ``EngineLoad`` of each engine last reported alive and READY, sorted by engine name."""
         return [seen.load for _, seen in sorted(self._ready.items())]
 
     def engine_names(self) -> set[str]:

@@ -16,8 +16,8 @@ TIMEOUTS_TO_AVOID = 2
 FIRST_AVOIDANCE_S = 0.5
 MAX_AVOIDANCE_S = 8.0
 CONTINUATION = 0.5
-"""Assumed share of running requests that another request of their rank follows. A larger share sends fewer requests to
-an engine whose load exceeds the plan's demand. A smaller share follows the plan longer."""
+"""Assumed fraction of running requests that a request of equal rank follows. A larger value sends fewer requests to an
+engine whose load exceeds the plan's demand. A smaller value follows the plan longer."""
 IDLE_STEP_S = 0.02
 """Assumed decode step of an engine that has not decoded yet."""
 
@@ -49,8 +49,8 @@ class AdapterMix(msgspec.Struct, frozen=True, gc=False):
         rank_sum: Sum of the ranks of running requests.
         running_rank: The largest rank of running requests.
         largest_rank: The largest rank of running and waiting requests.
-        expected_rank: The estimated mean over time of the largest rank in a batch; None if the plan has no copy there.
-            A large rank that is rarely requested hardly raises it.
+        expected_rank: The estimated mean over time of the largest rank in a batch. A rarely requested large rank
+            hardly raises it. None if the plan has no copy on the engine.
     """
 
     slab_bytes: int = 0
@@ -86,7 +86,7 @@ class EngineView(msgspec.Struct):
         column: The engine's column in the price table; -1 if it takes no requests.
         active: Adapters of requests that run or wait there, without pending requests.
         adapters: Slab bytes and ranks of the active adapters.
-        listed: Versions for which ``ClusterView.engines_near`` lists this engine.
+        listed: Versions for which ``ClusterView.engines_with`` lists this engine.
         largest_extent_bytes: The largest extent that its pool can ever provide.
         room_bytes: The largest extent that its pool can provide now.
         pending: Requests that no report has counted yet, in the order in which they were sent.
@@ -147,8 +147,8 @@ class EngineView(msgspec.Struct):
     ) -> None:
         """Replace the last report. A new incarnation also clears pending requests, expected adapters and timeouts.
 
-        ``known`` are the reported requests. Those without a known adapter are ignored. ``decoded`` is the demand for
-        one copy of each adapter version, in decoded tokens per second; empty if unknown.
+        ``known`` are the reported requests. Those without a known adapter are ignored. ``decoded``: by adapter
+        version, the decoded tokens/s per engine with the adapter, from the monitor's demand; empty if unknown.
         """
         load = seen.load
         if load.incarnation != self.load.incarnation:
@@ -244,7 +244,7 @@ def mean_largest_rank(sequences: Mapping[int, float]) -> float:
     """Return the mean over time of the largest rank in a batch. ``sequences``: by rank, their mean number.
 
     Sequences are assumed to arrive independently (Poisson). If n is the mean number of sequences of rank r or more,
-    none is present for a share exp(-n) of the time. The mean largest rank is the integral over r of 1 - exp(-n).
+    none is present for a fraction exp(-n) of the time. The mean largest rank is the integral over r of 1 - exp(-n).
     """
     above, largest = 0.0, 0.0
     for rank, below in pairwise([*sorted(sequences, reverse=True), 0]):

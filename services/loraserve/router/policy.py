@@ -10,7 +10,7 @@
 ``route_by_shares`` (setting ``shares``) is the LoRAServe paper's routing. It draws a planned copy in proportion to the
 traffic shares and ignores queues.
 
-An engine that the plan drains or that does not answer is a *fallback*. The router asks it after all other engines.
+An engine drained by the plan or avoided after two timeouts is a *fallback*. The router asks it after all others.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -31,9 +31,9 @@ Mask: TypeAlias = npt.NDArray[np.bool_]
 RoutingPolicy: TypeAlias = Callable[[RoutingContext], Candidates | Rejected]
 
 MAX_CANDIDATES = 4
-"""Maximum number of engines to ask. Each timeout takes a second, and gateways wait only for a limited time."""
+"""Maximum number of engines to ask. Each timeout takes ``router.admit_timeout_s``, and gateways do not wait long."""
 TIE_SHARE = 0.05
-"""The share in ``break_ties``. The error of predictions is larger."""
+"""Scores within this fraction of the predicted TTFT count as equal. Predictions are less exact."""
 MIN_TIE_S = 5e-5
 FALLBACK_PENALTY_S = 1e9
 """Added to a fallback engine's score for each level of ``EngineView.fallback_level``."""
@@ -47,7 +47,7 @@ def route_by_prediction(context: RoutingContext) -> Candidates | Rejected:
         return scores
     ranked = put_fallbacks_last(scores.score, table)
     best = int(ranked.argmin())
-    # Usually the engine with the best score meets the limit. Then the engine with the lowest TTFT meets it too.
+    # If the engine with the best score is in time, no refusal is possible, so the check is skipped.
     if table.fallbacks or scores.ttft_s.item(best) > slo.ttft_s * slo.reject_factor:
         refusal = _reject_overloaded(scores, table, context.cost, slo)
         if refusal is not None:

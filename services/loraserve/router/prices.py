@@ -21,18 +21,18 @@ T = TypeVar("T", float, Array)
 
 INFINITY = float("inf")
 ENGINE_TIME_WEIGHT = 0.5
-"""Score of a second of an idle engine's time, in seconds of TTFT. Engine time delays the tokens of running requests and
+"""Seconds added to the score per second of an idle engine's time. Engine time delays the tokens of running requests and
 the first token of the next request."""
 FULLNESS_WEIGHT = 1.0
-"""The score of engine time grows by this times f**2 / (1 - f), like a queue. The engine's fullness f is from 0 to 1.
+"""The weight of engine time grows by this times f**2 / (1 - f), like a queue. The engine's fullness f is from 0 to 1.
 
 Prefill runs before decode, so requests wait only when batch places or KV memory are used up. Wasted engine time
 delays requests only then."""
 MAX_FULLNESS = 0.98
 """Upper bound of an engine's fullness f, which keeps 1 / (1 - f) finite."""
 FOLLOWER_WEIGHT = 1.0
-"""Score of a second of engine time for each request that arrives before the engine's queue is empty: that request waits
-a second longer."""
+"""Seconds added to the score per second of engine time, for each request that arrives before the queue is empty: that
+request waits a second longer."""
 
 
 class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
@@ -51,10 +51,10 @@ class Prices(msgspec.Struct, Generic[T], frozen=True, gc=False):
         step_rank_s: Time that each unit of the largest rank adds to a step; 0 with exact cost.
         rank: The largest rank among running and waiting requests.
         usual_rank: The mean largest rank (``AdapterMix.expected_rank``), or ``rank`` if the plan has no copy there.
-        widening_s: Engine time that a mean request costs for each unit of rank by which it raises the largest rank.
-        engine_time_weight: Score of a second of engine time, including the delay of requests that arrive while the
-            engine has a queue. It is high for full engines, because their throughput depends only on the engine time
-            of each request.
+        widening_s: Delay of other requests by a request of mean length, per unit by which it raises the largest rank.
+        engine_time_weight: Seconds added to the score per second of engine time. It includes the delay of requests that
+            arrive while the engine has a queue. It is high for full engines, because their throughput depends only on
+            the engine time of each request.
         load_base_s: Fixed time of a load. Like ``load_byte_s``, it includes the wait for earlier loads.
         room_bytes: The largest extent that the pool can provide now.
         room_wait_s: Wait for an extent larger than ``room_bytes``.
@@ -314,7 +314,7 @@ def _place_wait_s(engine: EngineView, request_s: float) -> float:
 
 
 def _engine_time_weight(engine: EngineView) -> float:
-    """Return the score of a second of engine time, which grows as batch places or KV blocks are used up."""
+    """Return the part of ``Prices.engine_time_weight`` that grows as places in the batch or KV blocks are used up."""
     load, limits = engine.load, engine.capabilities
     places = load.queue.running / limits.max_running if limits.max_running > 0 else 0.0
     blocks = 1 - load.memory.kv_blocks_free / limits.kv_blocks if limits.kv_blocks > 0 else 0.0

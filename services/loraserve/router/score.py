@@ -21,7 +21,7 @@ from loraserve.router.prices import Array, PriceTable
 from loraserve.router.view import ClusterView
 
 LOAD_WEIGHT = 1.5
-"""Score of a second of loading, in addition to TTFT, because a load takes pool space and bandwidth from others."""
+"""Seconds added to the score per second of loading, besides TTFT: a load takes pool space and bandwidth from others."""
 _LOAD_WEIGHT, _ONE = np.array(LOAD_WEIGHT), np.array(1.0)
 # Numbers become arrays here and below: for few engines, numpy combines two arrays in half the time of array and float.
 PRIOR_STEPS = 0.5
@@ -93,7 +93,7 @@ def adapter_columns(request: Route, view: ClusterView) -> AdapterColumns:
     if request.adapter is None:
         return columns
     version = request.adapter.version
-    for engine in view.engines_near(version).values():
+    for engine in view.engines_with(version).values():
         if engine.column < 0:
             continue
         is_pending = version in engine.pending_adapters.versions
@@ -109,7 +109,7 @@ def adapter_columns(request: Route, view: ClusterView) -> AdapterColumns:
 def prefill_seconds(
     request: Route, columns: AdapterColumns, table: PriceTable, cost: CostModel, tokens: Array
 ) -> tuple[Array, Array]:
-    """Return by column the time of the steps that prefill ``tokens``: without (``step_s``) and with it (``own_s``).
+    """Return by column the time of the steps that prefill ``tokens``: ``step_s`` without them, ``own_s`` with them.
 
     A step holds a limited number of tokens. Every running sequence of the engine also decodes in each of these steps.
     """
@@ -137,7 +137,7 @@ def engine_seconds(request: Route, columns: AdapterColumns, table: PriceTable, c
     ``tokens`` is the number of prompt tokens that need prefill. With padded cost, each step is padded to its largest
     rank, so a higher rank slows the other requests. Their largest rank is taken to be ``Prices.usual_rank``, a mean
     over time. If it were the current largest rank, an engine with one large adapter would attract more requests of that
-    rank and stay slow. With exact cost, each step reads the adapter's slab, unless another request uses the adapter.
+    rank and stay slow. With exact cost, each decode step reads the slab, unless another request uses the adapter.
     """
     engine_s: Array
     prices, adapter, prompt_tokens = table.columns, request.adapter, len(request.prompt_tokens)

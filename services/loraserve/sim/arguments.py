@@ -122,7 +122,7 @@ def _add_cluster_flags(group: argparse._ArgumentGroup) -> None:
 
 
 def spec_of(arguments: argparse.Namespace) -> RunSpec:
-    """Return the run that the flags describe, at the load of --rps."""
+    """Return the run that the flags describe, at the request rate of --rps."""
     return RunSpec(
         source=_source(arguments),
         policy=DEFAULT_POLICY,

@@ -24,7 +24,7 @@ from loraserve.sim.runs import RunFigures, RunSpec, make_workload, run_figures, 
 from loraserve.sim.workload import grid_shapes
 
 DEFAULT_LOAD = 0.7
-"""The load of a single run without --rps, as a share of the estimated capacity."""
+"""The request rate of a single run without --rps, as a fraction of the estimated capacity."""
 SAMPLE_REQUESTS = 2000
 """Number of requests from which the capacity is estimated."""
 

@@ -8,7 +8,7 @@ import msgspec
 from loraserve.config import MonitorConfig, PlannerConfig
 
 WARMUP_SHARE = 0.2
-"""Share of the requests, from the first one on, that the outcome leaves out."""
+"""Fraction of the requests, from the first one on, that the outcome leaves out."""
 
 
 class SimSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -75,7 +75,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
         hopeless: Whether the run was stopped because its P95 TTFT was certain to be far above the SLO.
         requests: Requests after the warm-up (the first ``WARMUP_SHARE`` of requests), in order of arrival.
         all_bytes: Slab bytes of all adapters together.
-        busy_share: Share of time in which an engine computed, averaged over engines.
+        busy_share: Fraction of time in which an engine computed, averaged over engines.
         whys: Number of routed requests by ``Candidate.why``.
     """
 
@@ -118,12 +118,12 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def bytes_share(self) -> float:
-        """Share of all adapter bytes that an engine needs to hold, averaged over engines and intervals."""
+        """Fraction of all adapter bytes that an engine needs to hold, averaged over engines and intervals."""
         return self._share([i.needed_bytes for i in self.intervals])
 
     @property
     def held_share(self) -> float:
-        """Share of all adapter bytes that an engine holds in its pool, averaged over engines and intervals."""
+        """Fraction of all adapter bytes that an engine holds in its pool, averaged over engines and intervals."""
         return self._share([i.held_bytes for i in self.intervals])
 
     @property
@@ -144,6 +144,6 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
 
 def percentile(values: Iterable[float], share: float) -> float:
-    """Return the smallest value v such that at least ``share`` of the values are at most v; infinite if no values."""
+    """Return the smallest value v such that at least a fraction ``share`` of the values are <= v; infinite if empty."""
     ordered = sorted(values)
     return ordered[max(0, ceil(share * len(ordered)) - 1)] if ordered else inf

@@ -30,7 +30,7 @@ from loraserve.router.engine_view import EngineView
 from loraserve.router.policy import POLICIES, RoutingPolicy
 
 HYSTERESIS = 0.2
-"""``dynamo`` keeps an adapter's number of copies if the target differs by at most this share of that number."""
+"""``dynamo`` keeps an adapter's number of copies if the target differs by at most this fraction of that number."""
 
 
 class Policy(msgspec.Struct, frozen=True):

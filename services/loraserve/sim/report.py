@@ -10,7 +10,7 @@ from loraserve.sim.policies import DEFAULT_POLICY, RANDOM, TOPPINGS
 from loraserve.text import table
 
 MAX_BYTES_SHARE = 0.25
-"""Goal: an engine needs to hold at most this share of all adapter bytes."""
+"""Goal: an engine needs to hold at most this fraction of all adapter bytes."""
 EQUAL_P95_FACTOR = 1.02
 """P95s within this factor count as equal."""
 
@@ -20,7 +20,7 @@ def value_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def cell(value: Any) -> str:
-    """Return a value as text, a float with three significant digits or without decimals; "-" if None or not finite."""
+    """Return a value as text; "-" if None or not finite. Floats from 100 have no decimals, others three digits."""
     if value is None or (isinstance(value, float) and not isfinite(value)):
         return "-"
     if isinstance(value, float):
@@ -46,7 +46,7 @@ def summary_table(comparison: Comparison) -> str:
 
 
 def draws_text(comparison: Comparison) -> list[str]:
-    """Return one line for each policy with several draws of its placement: the range of the draws' largest loads."""
+    """Return one line for each policy with several draws of its placement: the range of their highest request rates."""
     return [
         f"({name}: the median of {len(draws)} draws with max rps from {cell(draws[0])} to {cell(draws[-1])})"
         for name, result in comparison.results.items()
@@ -55,7 +55,7 @@ def draws_text(comparison: Comparison) -> list[str]:
 
 
 def never_overloaded_text(comparison: Comparison) -> list[str]:
-    """Return one line that names the policies that met the SLO at every simulated load; no line if there are none."""
+    """Return one line that names the policies that met the SLO at every simulated rate; no line if there are none."""
     names = [
         name
         for name, result in comparison.results.items()
@@ -68,7 +68,7 @@ def never_overloaded_text(comparison: Comparison) -> list[str]:
 
 
 def load_table(comparison: Comparison) -> str:
-    """Return a table of each policy's P95 TTFT at each share of the best baseline's largest load."""
+    """Return a table of each policy's P95 TTFT at each fraction of the best baseline's highest request rate."""
     rows = [[name, *(comparison.p95_at(name, share) for share in comparison.shares)] for name in comparison.results]
     return value_table(["P95 TTFT (s) at load", *(f"{share:.0%}" for share in comparison.shares)], rows)
 
@@ -145,7 +145,7 @@ def _p95_pair(comparison: Comparison, share: float) -> str:
 
 
 def gains(comparisons: Mapping[str, Comparison]) -> dict[str, float | None]:
-    """Return ratios of the default policy's largest load to that of ``toppings`` and that of the best baseline."""
+    """Return summary ratios: the default policy's highest request rate to that of ``toppings`` or the best baseline."""
     toppings = sorted(c.gain_over(c.results[TOPPINGS].max_rps) for c in comparisons.values())
     best = sorted(c.gain_over(c.best_baseline_rps) for c in comparisons.values())
     return {

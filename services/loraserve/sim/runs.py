@@ -22,7 +22,7 @@ Source = TraceSource | WorkloadShape
 
 
 class RunSpec(msgspec.Struct, frozen=True, kw_only=True):
-    """The inputs of a run: a workload, a cluster, a policy and a load.
+    """The inputs of a run: a workload, a cluster, a policy and a request rate.
 
     If ``source.requests`` is 0, the run has as many requests as arrive in ``duration_s``, at least ``MIN_REQUESTS``. A
     run shows an overload only if it is much longer than the SLO.
@@ -70,7 +70,7 @@ def run_figures(spec: RunSpec) -> RunFigures:
 
 
 def workload_for(spec: RunSpec) -> Workload:
-    """Return the workload of a run: its requests, scaled to the load ``spec.rps``."""
+    """Return the workload of a run: its requests, scaled to ``spec.rps`` requests per second."""
     source = spec.source
     if not source.requests:
         requests = max(MIN_REQUESTS, int(spec.rps * spec.duration_s))

@@ -1,7 +1,7 @@
 """Workloads: adapters with their ranks, and requests in order of arrival.
 
 A workload is drawn from distributions (``WorkloadShape``) or made from a trace (``TraceSource``). Each client of a
-trace becomes a tenant with its own adapters. ``Workload.at`` sets the load.
+trace becomes a tenant with its own adapters. ``Workload.at`` sets the request rate.
 """
 
 from bisect import bisect
@@ -72,7 +72,7 @@ class Workload(msgspec.Struct, frozen=True):
         return len(self.requests) / self.duration_s if self.duration_s else 0.0
 
     def at(self, rps: float) -> "Workload":
-        """Return the workload with the gaps between requests scaled to a load of ``rps`` requests per second."""
+        """Return the workload with the gaps between requests scaled to a mean of ``rps`` requests per second."""
         factor = self.rps / rps
         start_s = self.requests[0].time_s if self.requests else 0.0
         scaled = (msgspec.structs.replace(r, time_s=(r.time_s - start_s) * factor) for r in self.requests)
@@ -125,7 +125,7 @@ def make_adapters(ranks: Sequence[int], slab_bytes_per_rank: int, names: Sequenc
 
 
 def draw_workload(shape: WorkloadShape, slab_bytes_per_rank: int) -> Workload:
-    """Draw a workload with a mean load of 1 request per second. Equal shapes give equal workloads."""
+    """Draw a workload with a mean of 1 request per second. Equal shapes give equal workloads."""
     rng = Random(f"{shape.seed} {shape.name}")
     ranks = _draw_ranks(shape, rng)
     popularity = [1 / (place + 1) ** ZIPF_EXPONENT for place in range(shape.adapters)]

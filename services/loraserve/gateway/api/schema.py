@@ -190,7 +190,7 @@ def decode_field(data: bytes | msgspec.Raw, type_: Any, field: str) -> Any:
 
 
 def decode_token_ids(data: msgspec.Raw, field: str) -> Iterator[list[int]]:
-    """Yield a list of token ids in parts of about SLICE_BYTES of JSON. Raises ApiError 400 for other values."""
+    """Yield token ids in lists of about SLICE_BYTES of JSON. Raises ApiError 400 unless ``data`` is a list of integers."""
     text = bytes(data)
     if text[:1] != b"[":
         raise _no_token_ids(field)
@@ -245,7 +245,7 @@ def check_completion(request: CompletionRequest) -> None:
 
 
 def check_tokenize(request: TokenizeRequest) -> None:
-    """Raise ApiError 400 for ``tools`` or ``chat_template``, and unless either a prompt or messages are given."""
+    """Raise ApiError 400 for ``tools`` or ``chat_template``, and if both or neither of prompt and messages are set."""
     _refuse("tools", request.tools)
     _refuse("chat_template", request.chat_template)
     if (request.prompt is None) == (not request.messages):

@@ -52,7 +52,7 @@ class OutputAssembler:
         self.completion_tokens = 0
         self.finished = False
         self.needs_abort = False
-        """True if a stop string ended the output while the engine still runs the request."""
+        """True if a stop string ended the output before the engine's last token. The engine may have finished."""
         self._detokenizer = detokenizer
         self._rules = rules
         self._matcher = StopMatcher(rules.strings, rules.include)
@@ -98,7 +98,7 @@ class OutputAssembler:
         return "".join(parts), len(tokens)
 
     def _flush(self, used: int) -> str:
-        """Return the held-back text when the output ends; it may complete a stop string. ``used`` counts new tokens."""
+        """Return the held-back text when the output ends; it may complete a stop string. ``used``: new token count."""
         text = self._detokenizer.flush()
         if self.completion_tokens + used <= self._rules.min_tokens:
             return text

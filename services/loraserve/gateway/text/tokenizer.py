@@ -72,7 +72,7 @@ class ModelTokenizer:
     ) -> str:
         """Return the prompt for a conversation. Raises the exceptions of the chat template, which gets ``arguments``.
 
-        ``adds_prompt`` adds the start of an answer. ``continues`` lets the model extend the last message instead.
+        ``adds_prompt``: end with the start of an answer. ``continues``: let the model extend the last message instead.
         """
         text: str = self._hf.apply_chat_template(
             conversation,

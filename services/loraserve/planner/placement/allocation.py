@@ -28,8 +28,8 @@ class Allocation:
     """The copies of a plan under construction, with the free memory and the load of each engine. Pins are placed first.
 
     ``copies`` changes in place. ``work``: by adapter, the utilisation that it causes on an engine with no higher rank.
-    ``by_work``: the adapters in descending order of work. By engine: ``room`` (free bytes), ``load`` (the sum of
-    work * share), and ``max_rank`` (of adapters with traffic).
+    ``by_work``: the adapters in descending order of work. By engine: ``room`` (free bytes), ``load`` (utilisation:
+    the sum of work * share of traffic), and ``max_rank`` (the largest rank with traffic).
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -137,7 +137,7 @@ class Allocation:
                 left -= self.extents[a]
 
     def drop_surplus(self, utilisation: float) -> None:
-        """Drop unpinned copies that traffic does not justify at this planned utilisation, most loaded engine first."""
+        """For each unpinned adapter, drop copies that its work does not justify, from the most loaded engine first."""
         dropped = False
         for a in [a for a, held in enumerate(self.copies) if len(held) > 1]:
             if a in self.problem.pins:
@@ -174,10 +174,10 @@ class Allocation:
 
 
 class _EngineQueues:
-    """Finds an engine for each copy that the packing of bins did not place.
+    """Adds missing copies and second copies, each on the first suitable engine.
 
     With padded cost, engines whose largest rank would not rise are tried before the others. If the adapter has traffic,
-    engines with the least load come first. Otherwise, or after ``TRIES`` failures, those with the most free bytes do.
+    engines are tried by least load, and after ``TRIES`` failures by most free bytes. Otherwise only by most free bytes.
     """
 
     def __init__(self, allocation: Allocation) -> None:
@@ -210,9 +210,9 @@ class _EngineQueues:
 def first_suitable(
     heap: list[EngineKey], key: Callable[[int], EngineKey], is_suitable: Callable[[int], bool]
 ) -> int | None:
-    """Return the suitable engine with the smallest key. Return None if none is suitable among the first ``TRIES``.
+    """Return the suitable engine with the smallest key, or None if none of the first ``TRIES`` engines is suitable.
 
-    ``heap`` contains one key of each engine. It may be outdated, but must not exceed the current ``key(engine)``.
+    ``heap`` contains one key of each engine. A key may be outdated, but must not exceed the current ``key(engine)``.
     """
     skipped: list[EngineKey] = []
     found = None

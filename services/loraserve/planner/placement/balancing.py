@@ -20,7 +20,7 @@ SWEEPS = 2
 
 
 def balance_engines(problem: Problem, copies: CopyMap, shares: CopyShares) -> None:
-    """Move adapters off the most utilised engines while a move lowers the higher utilisation of its two engines.
+    """Move adapters off the most utilised engines while this lowers the higher utilisation of source and target.
 
     Changes ``copies`` in place. Moves only adapters with traffic, exactly one copy and no pin.
     """
@@ -62,7 +62,7 @@ class _LocalSearch:
         return True
 
     def _best_move(self, full: int, utilisation: Floats) -> tuple[int, int] | None:
-        """Return the adapter and target that minimise the higher utilisation of the two engines, or None."""
+        """Return the (adapter, target) that minimises the higher utilisation of ``full`` and target, or None."""
         problem, work, copies = self._problem, self._problem.work, self._copies
         movable = [a for a in self._adapters_on[full] if len(copies[a]) == 1 and a not in problem.pins]
         targets = np.array(self._targets(full, utilisation), np.int64)
@@ -83,7 +83,7 @@ class _LocalSearch:
         return int(a[i]), int(targets[target])
 
     def _targets(self, full: int, utilisation: Floats) -> list[int]:
-        """Return the least utilised of all engines, and of those whose largest rank is at least that of ``full``."""
+        """Return the least utilised engines, preferably also some whose largest rank is at least that of ``full``."""
         targets = _smallest(utilisation, TARGETS)
         targets += _smallest(np.where(self._rank >= self._rank[full], utilisation, np.inf), TARGETS)
         return [e for e in dict.fromkeys(targets) if e != full]

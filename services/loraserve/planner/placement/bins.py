@@ -1,12 +1,12 @@
 """Divides the work of all adapters into one bin for each engine, and assigns the bins to engines.
 
 With padded cost, every token costs as much as the largest rank in its batch, so similar ranks belong on one engine.
-There is an optimal division into contiguous intervals of the adapters sorted by rank. (Two engines can always swap work
-towards this order, and neither engine's largest rank rises.) A boundary can split an adapter's traffic. Filling bins to
-a given utilisation from the highest rank down uses the fewest bins. Bisection finds the least utilisation for which the
-bins suffice. With exact cost (each token costs as much as its own rank), this is the mean utilisation.
+Sort the adapters by rank. Some optimal division gives each bin a contiguous interval, because two engines can always
+swap work towards this order without a higher largest rank. A boundary can split an adapter's traffic. Filling bins to a
+given utilisation from the highest rank down uses the fewest bins. Bisection finds the least utilisation for which the
+bins suffice. With exact cost (each token costs as much as its own rank), this least utilisation is the mean.
 
-The assignment to engines loads few bytes, and prefers engines whose pool holds the adapters of the bin.
+Bins go to engines that already hold many of their adapters' bytes and whose pools are large enough.
 """
 
 from bisect import bisect_left
@@ -26,9 +26,9 @@ NO_CLASS = -1
 
 
 class Bin(msgspec.Struct):
-    """The share of the work that one engine will get.
+    """The work that one engine will get.
 
-    ``rank``: the largest rank in the bin. ``budgets``: by class of adapters, the utilisation that the class may use.
+    ``rank``: the largest rank in the bin. ``budgets``: the utilisation for each class of adapters (see ``fill_bins``).
     """
 
     rank: float
@@ -36,10 +36,10 @@ class Bin(msgspec.Struct):
 
 
 class BinFilling(msgspec.Struct):
-    """Bins, and the class of each adapter (``class_of``). The budgets of bins are by class.
+    """Bins, and the class of each adapter (``class_of``, see ``fill_bins``).
 
     ``utilisation``: the target utilisation of a bin. ``shares``: the ideal placement, which splits adapters at bin
-    boundaries and ignores memory and the cost of loads. Its engine numbers are bin numbers.
+    boundaries and ignores memory and the cost of loads. Engine i stands for bin i.
     """
 
     utilisation: float
@@ -92,7 +92,7 @@ class _WorkLine:
         return low + (cut - i) * (self._base[i + 1] + rank * self._slope[i + 1] - low)
 
     def cut(self, utilisation: float, bins: int) -> list[float]:
-        """Return the boundaries of up to ``bins`` bins with this utilisation. The last is ``end`` if they suffice."""
+        """Return the boundaries of up to ``bins`` bins with this utilisation. If all work fits, the last is ``end``."""
         cuts = [0.0]
         while len(cuts) <= bins and cuts[-1] < self.end:
             cuts.append(self._next_cut(cuts[-1], utilisation))
@@ -185,8 +185,8 @@ def assign_bins(value_bytes: Floats) -> Ints:
 class BudgetTable(msgspec.Struct, frozen=True, eq=False):
     """The budgets of a ``BinFilling`` as arrays, with one column per class of adapters.
 
-    ``budgets[bin, column]``: utilisation of the bin by the class. ``parts[bin, column]``: the budget as a fraction of
-    the class's total. ``column_of``: by adapter, the column of its class, or -1 without traffic.
+    ``budgets[bin, column]``: the bin's utilisation for the class. ``parts[bin, column]``: that budget as a fraction of
+    the class's budgets in all bins. ``column_of``: by adapter, the column of its class, or -1 without traffic.
     """
 
     budgets: Floats
@@ -221,7 +221,7 @@ def kept_bytes(problem: Problem, table: BudgetTable, held: CopyMap) -> Floats:
 
 
 def overflow_bytes(problem: Problem, table: BudgetTable) -> Floats:
-    """Return ``[bin, engine]``: how much less of the bin's work the engine can hold than the largest engine, in bytes.
+    """Return ``[bin, engine]``: the bin's work, in bytes, that fits the largest pool but not the engine's pool.
 
     Work is converted to bytes at the mean bytes per unit of work. An engine is assumed to hold the adapters with the
     most work per byte. A small pool therefore suits a bin with a few hot adapters and many cold ones.
@@ -244,7 +244,7 @@ def overflow_bytes(problem: Problem, table: BudgetTable) -> Floats:
 
 
 def _work_within(problem: Problem, chosen: npt.NDArray[np.bool_], byte_parts: Floats) -> Floats:
-    """Return the largest fraction of the chosen adapters' work that fits into fractions ``byte_parts`` of the bytes."""
+    """Return the largest fraction of the chosen adapters' work that fits, for each fraction of their bytes."""
     work, extents = problem.own_utilisation()[chosen], problem.extents[chosen]
     order = np.argsort(-work / extents, kind="stable")
     bytes_taken, work_taken = (np.concatenate([[0.0], np.cumsum(values[order])]) for values in (extents, work))

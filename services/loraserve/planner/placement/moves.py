@@ -108,7 +108,7 @@ class _Gains:
         return [float(gain) for gain in saved / total]
 
     def _undo(self, adapter: int, engines: Mapping[str, int], move: Move) -> tuple[int, int, int, float]:
-        """Return what undoes the move: adapter, engine that gives traffic, engine that takes it, and the share."""
+        """Return how to undo the move: adapter, engine that gives traffic, engine that takes it, and traffic share."""
         source, target = engines.get(move.source, NONE), engines.get(move.target, NONE)
         if adapter == NONE:
             return adapter, NONE, NONE, 0.0

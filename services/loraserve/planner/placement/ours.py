@@ -1,7 +1,7 @@
 """The default placement policy separates ranks, balances engines, and moves copies only if the gain exceeds the cost.
 
-The policy compares new plans with the held copies (copies of the current plan), to which it adds missing copies. A new
-plan divides the work into one bin per engine and assigns the bins to engines (bins.py). It then packs adapters into the
+The policy compares new plans with the held copies (copies of the current plan) plus missing copies. A new plan
+divides the work into one bin per engine and assigns the bins to engines (bins.py). It then packs adapters into the
 bins (packing.py), and reuses held copies where possible. A plan with additional loads wins if it lowers the predicted
 TTFT by more than ``HYSTERESIS``, and if requests save more time than the loads cost them. The comparison repeats from
 the chosen plan until no copy changes, at most ``MAX_ROUNDS`` times. Planning again then usually gives an equal plan.
@@ -37,7 +37,7 @@ MIN_GAIN = 0.001
 FEW_ADAPTERS = 64
 """Most adapters with traffic for which plans with fewer bins are tried. More adapters fill bins more exactly."""
 SPARE_BINS = 2
-"""Most bins to leave out in such plans."""
+"""Maximum number of bins to leave out in plans with fewer bins."""
 MAX_ROUNDS = 6
 
 
@@ -72,7 +72,7 @@ class _Candidate(msgspec.Struct):
 
 
 def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: CopyMap) -> _Candidate:
-    """Return the best of the held copies with missing copies added, these copies after balancing, and new plans.
+    """Return the best of: held plus missing copies, held plus missing copies after balancing, and new plans.
 
     Only new plans are compared if no copy is held. Held copies do not move without demand, or if their TTFT is near
     ``ideal_s`` (the TTFT of a plan without limits on memory and loads) and nearly all requests have a copy.
@@ -95,7 +95,7 @@ def _choose_plan(problem: Problem, filling: BinFilling, ideal_s: float, held: Co
 
 
 def _try_fewer_bins(problem: Problem, best: _Candidate, held: CopyMap) -> _Candidate:
-    """Return the best of ``best`` and, for few adapters, new plans with up to ``SPARE_BINS`` fewer bins than engines.
+    """Return ``best``, or a better plan with up to ``SPARE_BINS`` fewer bins than engines (tried for few adapters).
 
     Whole adapters rarely fit bins exactly. An adapter of a high rank that overflows into the next bin slows down all
     adapters there, so an additional bin can make a plan worse. Balancing then uses the engines without a bin.
@@ -153,7 +153,7 @@ def _fill_gaps(problem: Problem, balanced: CopyMap, held: CopyMap) -> CopyMap:
 
 
 def _is_better(problem: Problem, other: _Candidate, best: _Candidate) -> bool:
-    """Return whether ``other`` has copies for more requests, or gains more time than its further loads cost."""
+    """Return whether ``other`` has copies for more requests, or a sufficient gain that outweighs its further loads."""
     if abs(other.placed - best.placed) > PLACED_MARGIN:
         return other.placed > best.placed
     further_s = other.loading_s - best.loading_s

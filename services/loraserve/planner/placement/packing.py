@@ -86,14 +86,14 @@ class _Budgets:
         return self.left[self.class_of[a]]
 
     def work(self, a: int, e: int) -> float:
-        """Return the adapter's utilisation of the engine if the largest rank there is that of the engine's bin."""
+        """Return the utilisation that the adapter causes on the engine at the largest rank of the engine's bin."""
         return self._base[a] + self.rank[e] * self._slope[a]
 
     def spend(self, a: int, e: int, part: float) -> None:
         self.left_for(a)[e] -= part * self.work(a, e)
 
     def spend_pinned(self, a: int, engines: tuple[int, ...]) -> None:
-        """Charge a pinned adapter in equal parts to its engines: to its class's budget, or else the largest budget."""
+        """Charge each engine with an equal part of a pinned adapter: its class's budget there, or else the largest."""
         if self.class_of[a] == NO_CLASS:
             return
         for e in engines:
@@ -121,7 +121,7 @@ class _Budgets:
     def largest(self, a: int, short: bool = False) -> int | None:
         """Return the engine with the largest remaining budget for the adapter's class among engines with enough memory.
 
-        With ``short``, search only short engines. Return None if none of the first ``TRIES`` engines has enough memory.
+        ``short``: search only ``EngineChoice.short``. Return None if the first ``TRIES`` engines lack memory.
         """
         heap, left = (self._short if short else self._heaps)[self.class_of[a]], self.left_for(a)
         return first_suitable(heap, lambda e: (-left[e], e), lambda e: self._has_room(a, e))
@@ -141,7 +141,7 @@ class _Packer:
         return self._allocation.work[a] >= self._split_from
 
     def fill_short_engines(self, adapters: list[int]) -> list[int]:
-        """Place the adapters with the most work per byte on short engines. Return the adapters that remain.
+        """Place adapters on short engines (``EngineChoice.short``), most work per byte first. Return the others.
 
         Without this step, cold adapters could fill the memory of short engines and leave the engines idle.
         """
@@ -150,7 +150,7 @@ class _Packer:
         return [a for a in adapters if a not in given]
 
     def _place_on_short(self, a: int) -> bool:
-        """Put the adapter on a short engine, preferably one that holds it. Return False if none has room and budget."""
+        """Put the adapter on a short engine (``EngineChoice.short``), preferably a holder; False if none suits."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         holders = [e for e in self._held[a] if e in self._short and e in left and self._allocation.has_room(a, e)]
         largest = budgets.largest(a, short=True)
@@ -161,7 +161,7 @@ class _Packer:
         return False
 
     def keep(self, a: int) -> bool:
-        """Keep one held copy, or split the traffic among several. Return False if memory or budgets do not suffice."""
+        """Keep one held copy, or split traffic among held copies. Return False if memory or budgets do not suffice."""
         budgets, left = self._budgets, self._budgets.left_for(a)
         holders = [e for e in self._held[a] if e in left and self._allocation.has_room(a, e)]
         if not holders:

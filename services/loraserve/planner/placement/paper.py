@@ -7,9 +7,9 @@ split over servers. Fractions go to servers with at least their rank, or else to
 engines so that few bytes move. The router samples engines in proportion to the shares.
 
 The sources here are the paper's abstract and a summary. The following choices are our own. Budgets are scaled to use
-all servers. A rank fills the integer part of its budget with servers of its own. The rest counts at the operating point
-of its own rank, so that budgets fill the servers exactly. Memory, pins, the minimum number of copies and adapters
-without traffic are handled as in the default policy.
+all servers. A rank fills the integer part of its budget with servers of its own. A fractional remainder keeps its own
+rank's operating point, even on a server of higher rank, so that budgets fill the servers exactly. Memory, pins, the
+minimum number of copies and adapters without traffic are handled as in the default policy.
 """
 
 from collections.abc import Iterable, Mapping
@@ -86,7 +86,7 @@ def _token_costs_s(problem: Problem, rank: int) -> tuple[float, float]:
 
 
 class _Server(msgspec.Struct):
-    """The work for one engine that is not chosen yet. ``parts``: by adapter, the fraction of its traffic."""
+    """A server to which no engine is assigned yet. ``parts``: by adapter, the fraction of its traffic there."""
 
     rank: int = 0
     used: float = 0.0
@@ -107,7 +107,7 @@ Realisation = tuple[CopyMap, dict[tuple[int, int], float]]
 
 
 def _find_fixed_points(problem: Problem, servers: list[_Server]) -> list[Realisation]:
-    """Call ``_realise`` with its own result until copies recur. Return the results of the cycle.
+    """Call ``_realise`` with the copies of its last result until copies repeat. Return the results of the cycle.
 
     The cycle usually has one result, sometimes a few that alternate. There is a cycle because the number of possible
     results is finite. In practice it is reached within ten calls.
@@ -122,7 +122,7 @@ def _find_fixed_points(problem: Problem, servers: list[_Server]) -> list[Realisa
 def _changed_bytes(problem: Problem, copies: CopyMap) -> tuple[int, CopyMap]:
     """Return a sort key: the bytes of added and removed copies, then the copies to break ties.
 
-    The bytes are 0 if ``copies`` equals the current copies. These therefore stay if possible.
+    The bytes are 0 if ``copies`` equals the current copies. A candidate without changes is thus preferred.
     """
     pairs = enumerate(zip(problem.current, copies, strict=True))
     return sum(int(problem.extents[a]) * len(set(held) ^ set(new)) for a, (held, new) in pairs), copies
@@ -166,7 +166,7 @@ def _fill_server(server: _Server, pieces: list[_Piece]) -> list[_Piece]:
 
 
 def _put_as_fits(server: _Server, piece: _Piece) -> _Piece | None:
-    """Put as much of the piece on the server as fits. Return the rest, or None if the whole piece fits."""
+    """Put as much of the piece on the server as fits. Return the piece that is left, or None if all fits."""
     fits = min(1.0, max(0.0, 1.0 - server.used) / piece.servers)
     if fits * piece.servers <= EPSILON:
         return piece
@@ -184,7 +184,7 @@ def _put(server: _Server, piece: _Piece, fits: float) -> None:
 
 
 def _pack_remainder(servers: list[_Server], piece: _Piece, max_servers: int) -> None:
-    """Put the piece on servers whose rank is at least its rank, highest first. Put the rest on new servers."""
+    """Put the piece on servers whose rank is at least its rank, highest first. New servers get what does not fit."""
     left: _Piece | None = piece
     for server in sorted(servers, key=lambda s: -s.rank):
         if left is not None and server.rank >= piece.rank:

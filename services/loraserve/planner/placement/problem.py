@@ -181,7 +181,7 @@ def flatten(copies: CopyMap) -> tuple[Ints, Ints, Ints]:
 
 
 def reads_per_s(decode_tokens_per_s: Floats, steps_per_s: float) -> Floats:
-    """Return by adapter the decode steps/s with at least one of its sequences, for Poisson arrivals."""
+    """Return by adapter the decode steps/s that include a sequence of the adapter, for Poisson arrivals."""
     return steps_per_s * -np.expm1(-decode_tokens_per_s / steps_per_s)
 
 
@@ -200,7 +200,7 @@ class _ExpectedRates(msgspec.Struct, eq=False):
 
 
 def _expect_rates(demand: Sequence[AdapterDemand], index: Mapping[str, int], engines: int) -> _ExpectedRates:
-    """Return the forecast plus a margin for its errors, split into prefill, decode and requests as measured."""
+    """Return the forecast rates plus a margin for errors, split into prefill, decode and requests as measured."""
     known = {index[d.version]: d for d in demand if d.version in index}
     count = len(known)
     adapters, entries = np.fromiter(known, np.int64, count), known.values()
@@ -322,7 +322,7 @@ def _current_copies(
 def _live_pins(
     refs: Sequence[AdapterRef], engines: Mapping[str, int], pins: Mapping[str, tuple[str, ...]]
 ) -> dict[int, tuple[int, ...]]:
-    """Return the pins to available engines. An adapter without such an engine is placed as if it were not pinned."""
+    """Return the pins to available engines. An adapter whose pinned engines are all unavailable counts as unpinned."""
     if not pins:
         return {}
     live = {

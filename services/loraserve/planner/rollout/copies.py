@@ -57,7 +57,7 @@ def replace_absent_copies(
     answered: Collection[str],
     drained: frozenset[str],
 ) -> tuple[Placement, ...]:
-    """Return the target plan, in which copies of the plan ``before`` replace the ``absent`` (failed) copies.
+    """Return the target plan, in which copies of the plan ``before`` replace ``absent`` (failed) copies if possible.
 
     If the new copy of a move failed, the old copy thus stays (make-before-break). Replacements are on the ready
     ``engines``, preferably on those that are not ``drained``. An adapter that would have no copy keeps its copies on

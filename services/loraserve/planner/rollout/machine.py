@@ -216,8 +216,8 @@ class Rollout:
     def _do_without(self, engine: str, reason: str) -> list[Instruction]:
         """Continue without an engine's answer. Copies that are pinned in its last report count as prepared.
 
-        The plan thus keeps the engine's other copies if one copy does not fit. An adapter that would have no copy keeps
-        its old copies on this engine in the plan. If the engine was lost, none of its new copies counts.
+        The plan thus loses only the copies that the engine lacks. An adapter that would have no copy keeps its old
+        copies on this engine in the plan. If the engine was lost, all new copies on it count as failed.
         """
         attempt = self._current()
         load = self.engines.get(engine)
