@@ -77,7 +77,7 @@ class DemandWindow:
     def demand(self, now: float, adapters: dict[str, AdapterRef]) -> tuple[AdapterDemand, ...]:
         """Return the rates and forecasts of all adapters with demand or a forecast, sorted by version.
 
-        Rates are averages over the window, or over the time since the first call if that is shorter, at least one slot.
+        Rates are averages over the window, or over the time since the first ``report`` if shorter, at least one slot.
         """
         self._current_slot(now)
         seconds = self._seconds(now)

@@ -190,7 +190,7 @@ def decode_field(data: bytes | msgspec.Raw, type_: Any, field: str) -> Any:
 
 
 def decode_token_ids(data: msgspec.Raw, field: str) -> Iterator[list[int]]:
-    """Yield token ids in lists of about SLICE_BYTES of JSON. Raises ApiError 400 unless ``data`` is a list of integers."""
+    """Yield lists of token ids, each from about SLICE_BYTES of JSON. Raises ApiError 400 if not a list of integers."""
     text = bytes(data)
     if text[:1] != b"[":
         raise _no_token_ids(field)
