@@ -241,7 +241,7 @@ def trace_workload(trace: Sequence[TraceRequest], source: TraceSource, slab_byte
 
 
 def _deal_adapters(trace: Sequence[TraceRequest], adapters: int) -> dict[str, list[int]]:
-    """Return each client's adapters: one each, then one by one to the client with the most requests per adapter."""
+    """Return each client's adapters: one each. Any other goes to the client with the most requests per adapter."""
     counts = Counter(r.client for r in trace)
     clients = [client for client, _ in counts.most_common()]
     number = dict.fromkeys(clients[:adapters], 1)

@@ -45,7 +45,7 @@ async def completions(http: web.Request) -> web.StreamResponse:
 
 
 def check_items(gateway: Gateway, items: Sequence[str | list[int]]) -> int:
-    """Return the characters of the longest text. Raises ApiError 400 for too long texts and unknown token ids."""
+    """Return the length of the longest text in characters. Raises ApiError 400 for too long texts and unknown ids."""
     for item in items:
         if not isinstance(item, str):
             check_token_ids(item, gateway.tokenizer.vocab, "prompt")

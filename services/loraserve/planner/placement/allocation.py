@@ -117,7 +117,7 @@ class Allocation:
                     queues.place(a)
 
     def replicate(self, utilisation: float, held: CopyMap) -> None:
-        """Add a second copy of each hot adapter, up to a limit of bytes. With padded cost, no largest rank rises.
+        """Add a second copy of each hot adapter, up to a byte limit. With padded cost, no engine's largest rank rises.
 
         An adapter is hot if its work exceeds a fraction of the planned ``utilisation``. Engines in ``held``, which hold
         the adapter now, are preferred. For them, a smaller fraction suffices.

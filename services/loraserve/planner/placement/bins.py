@@ -84,7 +84,7 @@ class _WorkLine:
         self.end = float(len(self.ranks))
 
     def work_before(self, cut: float, rank: float) -> float:
-        """Return the utilisation of an engine by all work before the cut, if ``rank`` is the engine's largest rank."""
+        """Return the utilisation that all work before the cut causes on an engine with largest rank ``rank``."""
         i = min(int(cut), len(self.ranks))
         low = self._base[i] + rank * self._slope[i]
         if cut == i:

@@ -18,7 +18,7 @@ NONE = -1
 
 
 def diff(current: Sequence[Placement], target: Sequence[Placement]) -> list[Move]:
-    """Return the copies that are added, removed or moved, without bytes, reasons and gains.
+    """Return the added, removed and moved copies. Bytes, reasons and gains of the moves are not set.
 
     An added and a removed copy of the same adapter form one move.
     """

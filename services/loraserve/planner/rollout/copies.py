@@ -44,7 +44,7 @@ def normalise_shares(placements: Iterable[Placement]) -> tuple[Placement, ...]:
 
 
 def shares_differ(before: Iterable[Placement], after: Iterable[Placement]) -> bool:
-    """Return whether the shares of any copy in both plans differ by more than ``SHARE_TOLERANCE``."""
+    """Return whether a copy that both plans contain has shares that differ by more than ``SHARE_TOLERANCE``."""
     shares = {copy_id(p): p.share for p in before}
     return any(abs(shares.get(copy_id(p), p.share) - p.share) > SHARE_TOLERANCE for p in after)
 
