@@ -109,7 +109,7 @@ def adapter_columns(request: Route, view: ClusterView) -> AdapterColumns:
 def prefill_seconds(
     request: Route, columns: AdapterColumns, table: PriceTable, cost: CostModel, tokens: Array
 ) -> tuple[Array, Array]:
-    """Return by column the time of the steps that prefill ``tokens``: ``step_s`` without and ``own_s`` with these tokens.
+    """Return by column the time of the steps that prefill ``tokens``: ``step_s`` without, ``own_s`` with these tokens.
 
     A step holds a limited number of tokens. Every running sequence of the engine also decodes in each of these steps.
     """
