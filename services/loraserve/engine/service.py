@@ -327,7 +327,7 @@ class EngineService(Service):
             self._scheduler.validate()
             self._adapters.lender.validate()
             self._adapters.cache.validate()
-            assert self._scheduler.blocks.free == self._scheduler.limits.kv_blocks, "no request owns some KV blocks"
+            assert self._scheduler.blocks.free == self._scheduler.limits.kv_blocks, "KV blocks are used by no request"
         except AssertionError as error:
             self._leaks += 1
             self.log.error("leak", reason=str(error))

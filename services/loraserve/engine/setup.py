@@ -56,7 +56,7 @@ def digest_threads_for(config: Config, on_device: bool) -> int:
     """Return the number of threads that verify slabs in one engine. ``on_device``: the adapter pool is on a GPU.
 
     With a GPU, the default is half of the engine's cores. The other half launches steps, copies chunks and serves HTTP.
-    On a CPU, the default is the number of its cores without a compute thread. Defaults are at most MAX_DIGEST_THREADS.
+    On a CPU, the default is the engine's cores minus its compute threads. Defaults are at most MAX_DIGEST_THREADS.
     """
     of_engine = core_count() // engine_count(config)
     free = of_engine // 2 if on_device else of_engine - threads_for(config)
@@ -64,7 +64,7 @@ def digest_threads_for(config: Config, on_device: bool) -> int:
 
 
 def host_cache_bytes(config: Config, on_device: bool, memory: int | None = None) -> int:
-    """Return one engine's host cache size in bytes. Raises ConfigError if all caches together exceed ``memory``."""
+    """Return one engine's host cache bytes. Raises ConfigError if all caches exceed ``memory``, or without memfd."""
     wanted, engines = config.engine.host_cache_bytes, engine_count(config)
     memory = memory_limit_bytes() if memory is None else memory
     if wanted == "auto":

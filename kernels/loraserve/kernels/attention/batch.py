@@ -39,8 +39,8 @@ class AttentionBatch:
 
     ``query_start`` int32 [sequences + 1] holds the index of each sequence's first query token and, last, the total.
     ``seq_len`` int32 [sequences] counts a sequence's KV tokens, including this step's. ``block_table`` is int32
-    [sequences, blocks]. ``slot_mapping`` int64 [tokens] is block * block_tokens + offset of each new token's KV. Query
-    token j of n has position seq_len - n + j. ``scores`` counts the scores that each query head computes.
+    [sequences, blocks]. ``slot_mapping`` int64 [tokens] is block * block_tokens + offset of each new token's KV. Of a
+    sequence's n query tokens, token j has position seq_len - n + j. ``scores`` counts one query head's scores.
     """
 
     query_start: torch.Tensor

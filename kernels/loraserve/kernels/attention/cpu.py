@@ -4,8 +4,8 @@
 query and its KV. Chunking, other sequences, block placement and threads do not affect them. Scores, softmax and
 weighted sums run over the positions in one fixed order.
 
-Threads share a call in parts (see cpu/threads.py). A part is up to 16 query tokens of one sequence, with the query
-heads that share one KV head.
+Several threads compute one call (see cpu/threads.py). Each takes up to 16 query tokens of one sequence at a time, with
+the query heads that share one KV head.
 """
 
 import numpy as np
@@ -67,7 +67,7 @@ _axpy = make_axpy_block(1, 1, "float32")
 
 @called("f32")
 def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # type: ignore[no-untyped-def]
-    """Add weights[row, p] * values[p] to out[row] for p = 0 to ``count`` - 1, in order. Prefetch from ``ahead``."""
+    """Add weights[row, p] * values[p] to out[row] for p = 0 to ``count`` - 1, in order. Prefetch address ``ahead``."""
     wide = dim - dim % (MIX_VECTORS * LANES)
     whole = dim - dim % LANES
     for first in range(0, wide, MIX_VECTORS * LANES):
@@ -84,7 +84,7 @@ def _mix(rows, out, out_stride, weights, span, values, dim, count, ahead):  # ty
 
 @inlined
 def _cache_offset(table, position, layout):  # type: ignore[no-untyped-def]
-    """Return the byte offset of one head's value vector in a layer. The keys of a group start at its first offset.
+    """Return the byte offset in a layer of a head's value at ``position``, or of its key group that starts there.
 
     ``layout`` is (elements per block, elements from the block's start to the head, tokens per block, head_dim).
     """

@@ -178,7 +178,7 @@ def _gathered_decode(
     q: torch.Tensor, out: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, table: torch.Tensor,
     seq_len: torch.Tensor, scale: float,
 ) -> None:  # fmt: skip
-    """Write attention for one query per sequence to ``out``. Copies GATHERED_TOKENS of KV or one sequence at a time."""
+    """Write attention for one query per sequence to ``out``. The KV of a few sequences is copied at a time."""
     most, kv_heads = table.shape[1] * keys.shape[1], keys.shape[2]
     positions = torch.arange(most, device=q.device)
     rows = max(1, GATHERED_TOKENS // most)

@@ -34,7 +34,7 @@ class OperandBlock(ctypes.Structure):
     """Base of all operand blocks. A subclass lists its operands in ``_fields_``.
 
     Subclasses set ``__slots__ = ()``, so that a misspelt operand raises AttributeError. ``next_part`` is the number of
-    the next part of the call that a thread takes (see threads.py).
+    the part that the next free thread computes (see threads.py).
     """
 
     __slots__ = ()

@@ -144,7 +144,7 @@ LEAD, HELP = Kernel(_lead_call), Kernel(_help_forever)
 
 
 class Team:
-    """Helper threads that share one kernel call at a time. A concurrent caller runs its call without helpers."""
+    """Helper threads, which work on one kernel call at a time. A concurrent caller runs its call without helpers."""
 
     def __init__(self) -> None:
         self._state = TeamState()

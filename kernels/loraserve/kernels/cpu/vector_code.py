@@ -244,7 +244,7 @@ def make_mix_block(tokens: int, vectors: int, dtype: str) -> Any:
 
     It computes y[t] += sum over p of w[t, p] * values[p] for ``tokens`` rows. ``y`` and ``w`` are float32, ``values``
     are ``dtype``. Each row of ``y`` is ``vectors`` vectors long, held in registers. Rows of ``values`` are added in
-    order, as in ``make_axpy_block``, so the bits are equal. It also prefetches the next call's values from ``ahead``.
+    order, as in ``make_axpy_block``, so both give equal bits. It also prefetches the next call's values from ``ahead``.
     """
     at_once = min(vectors, max(1, most_sums() // tokens))
 

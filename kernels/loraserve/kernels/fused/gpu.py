@@ -107,7 +107,7 @@ def rotate_and_store(
     norms: tuple[torch.Tensor, torch.Tensor] | None,  # float32 weights [dim] of the norms of query and key heads
     eps: float,
 ) -> None:
-    """Rotate queries to ``q`` and keys to the KV cache, and copy values there. ``norms`` apply to queries and keys."""
+    """Write rotated queries to ``q``, rotated keys and plain values to the KV cache. ``norms`` are applied first."""
     tokens, heads, dim = q.shape
     kv_heads = keys.shape[2]
     assert qkv.shape == (tokens, (heads + 2 * kv_heads) * dim), (qkv.shape, q.shape, keys.shape)

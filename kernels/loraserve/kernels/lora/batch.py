@@ -38,8 +38,8 @@ class LoraBatch:
     def work(self, tables: AdapterTables) -> list[int]:
         """Return the estimated work of each (layer, module), at index layer * 4 + module.
 
-        It is the sum over groups of the adapter's weights times the group's tokens (at least WORK_TOKENS). The first
-        call caches the result, so all calls must pass the same ``tables``.
+        It sums weights * max(tokens, WORK_TOKENS) over the groups, where ``weights`` counts the adapter's elements in
+        the module. The first call caches the result, so all calls must pass the same ``tables``.
         """
         if not self._work:
             tokens = self.group_start.diff().clamp(min=WORK_TOKENS).long()

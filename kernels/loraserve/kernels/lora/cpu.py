@@ -4,8 +4,8 @@
 vector_code.py). A token's result therefore has the same bits in any batch and with any number of threads. There is one
 kernel per dtype of the adapter pool.
 
-Threads share a call in parts (see cpu/threads.py). A part is up to 32 tokens of one adapter, for one slice of the
-module (such as q of qkv) or for all slices. Parts write different elements of y.
+Several threads compute one call (see cpu/threads.py). Each takes up to 32 tokens of one adapter at a time, for one
+slice of the module (such as q of qkv) or for all slices. No two threads write to the same element of y.
 """
 
 from typing import Any
@@ -178,7 +178,7 @@ def _make_add_tile(dtype: str) -> Any:
 
     @inlined
     def add_tile(y, y_width, x, k, slab, layout, scale, first, stop, widths, tokens):  # type: ignore[no-untyped-def]
-        """Add one adapter's LoRA output for slices ``first`` to ``stop`` - 1 and these tokens to y."""
+        """Add one adapter's LoRA output for slices ``first`` to ``stop`` - 1 and ``tokens`` to y."""
         column, row, total = 0, 0, 0
         for index in range(stop):
             if index < first:
@@ -267,7 +267,7 @@ def add_lora(
     layer: int,
     module: int,
 ) -> None:
-    """Add scale_i * (x[t] @ A_i^T) @ B_i^T to y[t, slice i] for each token t with an adapter. Shapes: reference.py."""
+    """Add the LoRA output of each token with an adapter to ``y``. The docstring in reference.py has the formula."""
     if batch.empty:
         return
     out = tables.out_features[module]
@@ -297,7 +297,7 @@ def _tile_tokens(tokens: int) -> int:
 
 
 def _has_few_tiles(batch: LoraBatch, tile_tokens: int) -> bool:
-    """Return whether there are too few tiles to balance the load of all threads."""
+    """Return whether there are too few tiles to keep all threads equally busy."""
     tiles = batch.groups + batch.perm.numel() // tile_tokens
     return tiles < PARTS_PER_THREAD * torch.get_num_threads()
 

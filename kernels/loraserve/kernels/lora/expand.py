@@ -1,6 +1,6 @@
 """LoRA expand kernel: adds ``sum over r of h[m, r] * B[r, n]`` to ``y[perm[m], n]`` for each slice, rounding once.
 
-work.py defines the layout of the work lists.
+h is the result of the shrink kernel. work.py defines the layout of the work lists.
 """
 
 import triton

@@ -1,9 +1,8 @@
 """LoRA shrink kernel: computes ``h[m, r] = scale * sum over k of x[perm[m], k] * A[r, k]`` for tokens with an adapter.
 
-K is split into SPLIT parts. Each part writes its partial sums to its own plane. The program that finishes the last part
-of a tile adds the planes in order. Values are not added atomically, so equal batches give equal bits.
-
-work.py defines the layout of the work lists.
+The K inputs are split into SPLIT parts. The sums of each part go to a separate array, its plane. The program that
+finishes the last part of a tile adds the planes in order. Sums are not added atomically, so equal batches give equal
+bits. work.py defines the layout of the work lists.
 """
 
 import triton
@@ -35,7 +34,7 @@ def shrink_part(
     K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, BM: tl.constexpr, BR: tl.constexpr, BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Return the partial sums of one tile of A over one part of K, float32 [BM, BR]."""
+    """Return the sums of one tile of h over one of the SPLIT parts of K, float32 [BM, BR]."""
     PART: tl.constexpr = ((K + SPLIT - 1) // SPLIT + BK - 1) // BK * BK
     EVEN: tl.constexpr = PART * SPLIT == K
     rows = tl.arange(0, BR)

@@ -115,8 +115,8 @@ class LoadedSlab(msgspec.Struct, frozen=True):
 class AnnouncedRead(msgspec.Struct):
     """A read in progress. Steps may use its layers as they arrive. ``number`` is unique within the engine.
 
-    A step with at least ``least_tokens`` prefill tokens is expected to last until the slab is verified. None means that
-    no request may start before that. ``failed_once`` is set after the result of a step with this read was discarded.
+    A step with at least ``least_tokens`` prefill tokens is expected to last until the slab is verified. If it is None,
+    no request may start before that time. ``failed_once`` is set when the result of a step with this read is discarded.
     """
 
     number: int

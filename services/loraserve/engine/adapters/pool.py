@@ -6,7 +6,7 @@ allocation takes the low end of the smallest hole that is large enough (best fit
 extents at opposite ends, was no better.
 
 `EvictionPolicy` chooses the adapters to evict when another adapter needs a slot or memory. A victim set is minimal:
-evicting all its adapters makes enough room, evicting only some of them does not. If only a slot is missing, each
+evicting the whole set is enough, evicting fewer adapters is not. If only a slot is missing, each
 evictable adapter is a victim set. If memory is missing, a victim set is a run of adjacent extents. The cheapest set is
 evicted: fewest plan pins, then the set whose most recent use is oldest, then fewest bytes, then lowest offset.
 
@@ -155,14 +155,14 @@ class EvictionPolicy:
 
     @property
     def room_bytes(self) -> int:
-        """Bytes of the largest extent after evicting all complete adapters without running requests or leases."""
+        """Size in bytes of the largest extent after evicting all adapters that no load, request or lease uses."""
         idle = {e.offset_bytes for e in self._entries.values() if e.is_complete and not e.running and not e.leases}
         return self._extents.largest_hole_without(idle) if idle or self._free_slots else 0
 
     def find_victims(
         self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> list[PoolEntry] | None:
-        """Return the entries to evict for ``adapter``; [] if it fits already, None if no eviction makes room.
+        """Return the entries to evict for ``adapter``; [] if it fits already, None if evictions are not enough.
 
         Versions in ``keep`` are not evicted. Adapters pinned by the plan are evicted only if ``drop_plan_pins``.
         """
@@ -172,7 +172,7 @@ class EvictionPolicy:
     def find_leased_victims(
         self, adapter: AdapterRef, keep: Collection[str] = (), drop_plan_pins: bool = False
     ) -> frozenset[str]:
-        """Return the versions whose leases must end to make room for ``adapter``. Empty if that is not enough."""
+        """Return the versions whose leases must end so that ``adapter`` fits. Empty if it would still not fit."""
         if not any(entry.leases for entry in self._entries.values()):
             return frozenset()
         victims = self._cheapest(adapter.slab_bytes, self._idle(keep, drop_plan_pins))
@@ -184,10 +184,10 @@ class EvictionPolicy:
         return self._cheapest(adapter.slab_bytes, others) is not None
 
     def find_blockers(self, adapter: AdapterRef, places: int) -> frozenset[str]:
-        """Return the versions in the ``places`` victim sets for ``adapter`` with the fewest running requests.
+        """Return the versions to evict for ``adapter``, including versions with running requests.
 
-        A victim set is a minimal set of adapters whose eviction makes room. The result is empty if evicting adapters
-        without running requests and leases makes room now.
+        Of the minimal sets whose eviction is enough, takes the ``places`` sets with the fewest running requests. The
+        result is empty if evicting adapters without running requests and leases is enough.
         """
         if self._extents.extent_bytes(adapter.slab_bytes) <= self.room_bytes:
             return frozenset()
@@ -209,7 +209,7 @@ class EvictionPolicy:
         return min(self._choices(wanted_bytes, removable), key=_cost, default=None)
 
     def _choices(self, wanted_bytes: int, removable: list[PoolEntry]) -> Iterator[list[PoolEntry]]:
-        """Yield each minimal set of ``removable`` entries whose eviction makes room."""
+        """Yield each minimal set of ``removable`` entries whose eviction frees a slot and ``wanted_bytes``."""
         if self._extents.fits(wanted_bytes):
             yield from ([entry] for entry in removable)
             return
@@ -290,7 +290,7 @@ class AdapterPool:
         return entry.state if entry is not None else LifecycleState.ABSENT
 
     @property
-    def awaited(self) -> frozenset[str]:
+    def not_lendable(self) -> frozenset[str]:
         """The versions that get no new leases: those in ``leases_to_end`` and those that are damaged or failed."""
         leaving = (version for version, entry in self._entries.items() if entry.state in LEAVING_STATES)
         return self.leases_to_end.union(leaving)
@@ -321,8 +321,8 @@ class AdapterPool:
     ) -> Placed | None:
         """Give an absent adapter a slot and an extent, evicting others if needed.
 
-        For ``keep`` and ``drop_plan_pins``, see `EvictionPolicy.find_victims`. If no eviction makes room, returns None
-        and evicts nothing.
+        For ``keep`` and ``drop_plan_pins``, see `EvictionPolicy.find_victims`. If evictions are not enough, returns
+        None and evicts nothing.
         """
         victims = self.eviction.find_victims(adapter, keep, drop_plan_pins)
         if victims is None:
@@ -400,7 +400,7 @@ class AdapterPool:
         assert self.leases == sum(entry.leases for entry in self._entries.values()), "the leases are counted wrong"
 
     def _remove(self, entry: PoolEntry, event: LifecycleEvent) -> None:
-        """Free the adapter's slot and extent. The state in ``entry`` is not changed."""
+        """Free the adapter's slot and extent after ``event``. ``entry.state`` keeps the state before the event."""
         assert next_state(entry.state, event) is LifecycleState.ABSENT, event
         assert not entry.leases, f"{entry.adapter.version} left while it was leased"
         self._extents.release(entry.offset_bytes)

@@ -50,7 +50,7 @@ class _Leader(msgspec.Struct):
 
 
 class _Window(msgspec.Struct):
-    """The time after a leader's request in which followers are counted. A burst of requests opens only one window."""
+    """The time after a request for an adapter in which requests for other adapters are counted as its followers."""
 
     ends_s: float
     seen: set[str] = msgspec.field(default_factory=set)
@@ -168,7 +168,7 @@ class PrefetchCandidates:
         return known is None
 
     def note_request(self, adapter: AdapterRef, now: float) -> list[AdapterRef]:
-        """Drop the candidate: its request has arrived. Return the adapters usually requested soon after it."""
+        """Drop the candidate, as its request has arrived. Return the adapters usually requested soon afterwards."""
         self.drop(adapter.version)
         return self._followers.note_request(adapter, now)
 
@@ -180,7 +180,7 @@ class PrefetchCandidates:
         self._candidates.pop(version, None)
 
     def drop_failed(self, version: str) -> None:
-        """Drop a candidate whose load failed, and forget after which adapters it is usually requested."""
+        """Drop a candidate whose load failed, and no longer count it as a follower of other adapters."""
         self.drop(version)
         self._followers.forget(version)
 

@@ -44,8 +44,8 @@ from loraserve.story import Story
 REST_FACTOR = 7.0
 """After each load of the plan, its loads pause for this multiple of the load's duration."""
 LONGEST_REST_S = 0.2
-"""Maximum pause after a load of the plan. The pause offsets a load's fixed cost to concurrent steps, which does not
-grow with the slab. Longer pauses would only delay the plan."""
+"""Maximum pause after a load of the plan. The cost to steps is partly constant per load, so a longer pause for large
+slabs is useless."""
 
 
 class PlannedLoads:
@@ -63,7 +63,7 @@ class PlannedLoads:
         self._failed: dict[str, str] = {}
 
     def begin(self, epoch: int, adapters: Collection[AdapterRef]) -> list[Instruction]:
-        """Start to prepare a plan. If another plan is unfinished, fail its missing adapters and return its answer."""
+        """Start to prepare a plan. Return the PlanReady of an unfinished earlier plan, whose missing adapters fail."""
         for version in list(self.missing):
             self.fail(version, "a newer plan came")
         answers = self.take_answer()
@@ -89,7 +89,7 @@ class PlannedLoads:
             self._failed[version] = message
 
     def take_answer(self) -> list[Instruction]:
-        """Return the plan's answer, once, when no adapter is missing. Otherwise, return []."""
+        """Return [PlanReady] the first time that no adapter of the plan is missing, else []."""
         if self._epoch is None or self.missing:
             return []
         answer = PlanReady(self._epoch, self._failed)
@@ -176,7 +176,7 @@ class Residency:
             self._expect(follower, PrefetchKind.PATTERN, now)
 
     def prepare_plan(self, epoch: int, adapters: tuple[AdapterRef, ...]) -> list[Instruction]:
-        """Start to prepare a plan, give up an unfinished earlier one, and return the answers that are due.
+        """Start to prepare a plan and give up an unfinished earlier one. Return a PlanReady for each completed plan.
 
         A plan older than the newest one is refused, because its planner has been replaced.
         """
@@ -229,12 +229,12 @@ class Residency:
     def start_loads(
         self, requested: Iterable[AdapterRef], now: float, idle: bool, stepping: bool = False
     ) -> list[Instruction]:
-        """Begin the loads for which there is room and cancel the loads that nothing needs any more.
+        """Begin the loads that fit in the pool, and cancel the loads that nothing needs any more.
 
         The order is: adapters of waiting requests, ADMISSION candidates, the plan, PATTERN candidates. ``requested`` is
         in order of arrival. An adapter of a request is not evicted for a later request. Otherwise two requests could
-        evict each other's adapters and neither would run. ``idle`` means that the engine has no requests, so no end of
-        a request can make room. ``stepping`` means that steps run. The loads of the plan are then limited.
+        evict each other's adapters and neither would run. ``idle`` means that the engine has no requests, so waiting
+        for a request to end cannot free memory. ``stepping`` means that steps run, which limits the plan's loads.
         """
         self._pace.update(now)
         requested = list(requested)
@@ -254,7 +254,7 @@ class Residency:
         return [*current.instructions, *self._plan.take_answer()]
 
     def find_blockers(self, adapter: AdapterRef | None, places: int) -> frozenset[str]:
-        """Return the versions in the ``places`` cheapest sets of adapters whose eviction makes room for ``adapter``.
+        """Return the versions to evict before ``adapter`` can be loaded (see `EvictionPolicy.find_blockers`).
 
         The result is empty for the base model (None), and for an adapter that is in the pool or is being loaded.
         """
@@ -345,9 +345,9 @@ class Residency:
         return True
 
     def _can_never_fit(self, adapter: AdapterRef, idle: bool) -> bool:
-        """Return whether an adapter of the plan cannot get room before the plan is answered.
+        """Return whether an adapter of the plan cannot be placed before the plan's PlanReady is sent.
 
-        Pins of the previous plan may occupy the room. They are dropped only after this plan is answered.
+        Adapters pinned by the previous plan may fill the pool. They are unpinned only after the PlanReady.
         """
         nothing_ends = idle and self.pool.loading == 0 and not self.pool.leases
         return nothing_ends or not self.pool.eviction.fits_beside_plan(adapter)
@@ -359,7 +359,7 @@ class Residency:
                 self._load_candidate(adapter, PrefetchKind.PATTERN, current)
 
     def _load_candidate(self, adapter: AdapterRef, kind: PrefetchKind, current: LoadPass) -> None:
-        """Load a candidate if no adapter waits for room. Evict only adapters unused for ``SPARES_S[kind]`` seconds."""
+        """Load a candidate if no adapter waits for space. Evict only adapters unused for ``SPARES_S[kind]`` seconds."""
         if current.no_room_bytes < inf:
             return
         spared_since_s = current.now - SPARES_S[kind]
@@ -374,7 +374,7 @@ class Residency:
         drop_plan_pins: bool = False,
         kind: PrefetchKind | None = None,
     ) -> bool:
-        """Begin a load if there is room. Return whether it began. ``kind`` is None for the adapter of a request."""
+        """Begin a load if the adapter fits. Return whether it began. ``kind`` is None for the adapter of a request."""
         now = current.now
         placed = self.pool.place(adapter, now, current.keep if keep is None else keep, drop_plan_pins)
         if placed is None:

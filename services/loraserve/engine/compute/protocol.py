@@ -21,10 +21,7 @@ class DeviceLostError(Exception):
 
 class PendingStep(Protocol):
     def result(self) -> StepResult:
-        """Wait for the step and return its result.
-
-        Raises the error of a failed step: DeviceLostError if all later steps would fail too.
-        """
+        """Wait for the result. A failed step raises its error; DeviceLostError means that all later steps fail too."""
         ...
 
 
@@ -47,7 +44,7 @@ class Runner(Protocol):
 
     @property
     def steps_ahead(self) -> int:
-        """Number of steps accepted beyond the oldest unfinished one. The runner replaces PENDING_TOKEN in them."""
+        """Number of further steps accepted while one runs. The runner replaces PENDING_TOKEN by the sampled token."""
         ...
 
     @property

@@ -118,7 +118,7 @@ class DecoderMemory:
 
 
 class GpuDecoder:
-    """A decoder with its KV cache and adapter pool on one device. All but the norm weights have one dtype."""
+    """A decoder with its KV cache and adapter pool on one device, all of one dtype except the float32 norm weights."""
 
     def __init__(
         self,

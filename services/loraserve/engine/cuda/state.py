@@ -1,4 +1,4 @@
-"""Allocates an engine's GPU memory: adapter tables, KV cache and adapter pool, sized to the free memory."""
+"""Allocates an engine's GPU memory: adapter tables, and a KV cache and adapter pool that share the memory left."""
 
 import gc
 from collections.abc import Callable
@@ -100,8 +100,8 @@ class DeviceState:
     def run_trial_step(self, tokens: int, work: LoraWork | None, context: int = 0) -> None:
         """Compute a step of ``tokens`` tokens and sample its rows, using only the first KV block.
 
-        If ``context`` exceeds ``tokens``, they are the end of one sequence of ``context`` tokens. Otherwise, they are
-        divided among several sequences.
+        If ``context`` exceeds ``tokens``, the step computes the last tokens of one sequence of ``context`` tokens.
+        Otherwise, the step's tokens are divided among several sequences.
         """
         rows = [self._trial_row(0, tokens, context - tokens)] if context > tokens else self._trial_rows(tokens)
         packed = pack_step(rows, self.block_tokens)
@@ -132,7 +132,7 @@ def allocate_state(
     positions: int,
     progress: Callable[[str], None],
 ) -> DeviceState:
-    """Allocate the KV cache, the pool and the tables beside ``weights``. Raises ConfigError if memory is too small."""
+    """Allocate the KV cache, pool and tables on the weights' device. Raises ConfigError if memory is too small."""
     device, dtype = weights.embedding.device, weights.embedding.dtype
     attention, reason = pick_backend(config.shape, engine.block_tokens, dtype, device)
     progress(f"attention: {attention} ({reason})")

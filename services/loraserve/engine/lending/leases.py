@@ -40,8 +40,8 @@ class LendableSlabs(Protocol):
     """A memory that lends slabs: the pool or the host cache. Leased slabs are not evicted."""
 
     @property
-    def awaited(self) -> frozenset[str]:
-        """The versions that get no new leases, because they are about to be evicted."""
+    def not_lendable(self) -> frozenset[str]:
+        """The versions that get no new leases, because they are damaged or must leave the memory."""
         ...
 
     def get(self, version: str) -> LendableSlab | None: ...
@@ -211,7 +211,7 @@ class Leases:
 
     def _refusal_by_limits(self, version: str, held: int) -> LeaseRefusal | None:
         limits = self._limits
-        if version in self._slabs.awaited:
+        if version in self._slabs.not_lendable:
             return LeaseRefusal("making_room", f"{version} has to leave; read it from another source")
         if held >= limits.most_a_reader or len(self) >= limits.most:
             return LeaseRefusal(

@@ -163,7 +163,7 @@ class Lender:
     """Lends slabs from the pool, or from the host cache if the pool cannot lend them.
 
     A dead reader's leases end when the monitor reports its death, when its successor requests a lease, or at their
-    deadlines. Methods that may end leases return whether any ended, because this may make room.
+    deadlines. Methods that may end leases return whether any ended, because the slabs may then be evicted.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ class Lender:
     def _grant(self, reader: LeaseReader, request: LeaseSlab, now: float) -> tuple[_Region, Lease] | LeaseRefusal:
         """Return the lease that the read already has, or else a new lease or a refusal.
 
-        Asks the pool and the host cache, first the one that peers can read. Refuses with ``not_found`` only if both do.
+        Asks pool and host cache, first the one that peers can read. Refuses with ``not_found`` if neither has the slab.
         """
         try:
             check_protocol(self._bus.name, request.protocol)

@@ -105,7 +105,7 @@ class LayeredRunner(Runner, Protocol):
 
 
 class AnnouncedLoad:
-    """Tells the runner and the scheduler how far the reads of one load are.
+    """Reports the progress of one load's reads to the runner and the scheduler.
 
     Each attempt to read the slab is a read with a new number. Its bytes overwrite those of the previous read.
     """

@@ -29,7 +29,7 @@ POPULATE_PIECE_BYTES = 8 << 20
 POPULATE_WRITE = 23
 """MADV_POPULATE_WRITE (Linux 5.14 or later): allocates pages as a write would, but keeps their contents."""
 LEAST_AVAILABLE = 0.25
-"""Populating stops if less than this share of the machine's memory is available, as other processes may need it."""
+"""Populating stops if less than this fraction of the machine's memory is available, as other processes may need it."""
 IDLE_PRIORITY = 19
 
 
@@ -140,10 +140,7 @@ def split_layers(layers: range, threads: int) -> Sequence[range]:
 
 
 def find_damaged_layer(memory: PoolMemory, header: SlabHeader, offset_bytes: int, layers: Iterable[int]) -> int | None:
-    """Return the first of ``layers`` whose bytes in memory do not match the header's digest; None if all match.
-
-    The slab begins at ``offset_bytes`` of the memory.
-    """
+    """Return the first of ``layers`` whose bytes in memory do not match the header's digest; None if all match."""
     for layer in layers:
         part = header.layer(layer)
         digest = blake3()
@@ -157,7 +154,7 @@ class TransferTarget:
     """The extent that a slab is read into. The bytes arrive in order.
 
     ``arrived`` must be called with the total number of bytes whenever bytes have arrived. ``stream`` does this. Sources
-    that write to ``view()`` must do it themselves.
+    that write to the pool's memory without ``stream`` must call it themselves.
     """
 
     def __init__(

@@ -167,7 +167,7 @@ class StoreSource:
 ANSWER_S = 2.0
 """Timeout of lease requests. A running peer answers in milliseconds."""
 RENEW_AT = 0.5
-"""A lease is renewed after this share of its remaining time."""
+"""A lease is renewed after this fraction of its remaining time."""
 SOONEST_S = 0.01
 SILENCE_S = 5.0
 """Seconds without data after which a read fails."""

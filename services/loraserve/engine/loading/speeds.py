@@ -20,7 +20,7 @@ FORGETTING = 0.9
 PRIOR_WEIGHT = 0.5
 """The fit for a new source starts with two assumed reads, of SMALL_BYTES and LARGE_BYTES, each of this weight."""
 LEAST_SLOPE = 8.0
-"""A fitted time per byte is treated as noise if it is below that of the mean read divided by this."""
+"""A fitted time per byte below 1/LEAST_SLOPE of the estimated one is noise."""
 SMALL_BYTES, LARGE_BYTES = MIB // 4, 64 * MIB
 FIRST_AVOIDANCE_S, LONGEST_AVOIDANCE_S = 1.0, 60.0
 MOST_COUNTED = 256
@@ -89,8 +89,8 @@ class _FittedLine:
     def speed(self) -> ReadSpeed:
         """Return the fitted speed.
 
-        If no plausible line fits the reads, for example because all have one size, the mean time is split between
-        latency and bytes in the ratio of the prior.
+        If no plausible line fits the reads, for example because all have one size, the mean read time is divided into
+        latency and transfer time. Their ratio is that of the speed assumed before the first read.
         """
         mean_x, mean_y = self._x / self._weight, self._y / self._weight
         spread = self._xx / self._weight - mean_x * mean_x
@@ -113,7 +113,7 @@ class _SourceSpeed:
 
 
 class LinkSpeeds:
-    """The speed of each source, learned from its reads. Sources with the same transport share a prior."""
+    """The speed of each source, learned from its reads. A new source starts with the speed of its transport."""
 
     def __init__(self) -> None:
         self._sources: dict[ReadSource, _SourceSpeed] = {}
@@ -136,7 +136,7 @@ class LinkSpeeds:
         return self._transport(source.transport).speed()
 
     def is_avoided(self, source: ReadSource, now: float) -> bool:
-        """Return whether the source failed recently. Each consecutive failure doubles the time, up to 60 s."""
+        """Return whether to avoid the source: for 1 s after a failure, doubled by each consecutive one, up to 60 s."""
         known = self._sources.get(source)
         return known is not None and known.avoided_until_s > now
 
@@ -187,8 +187,8 @@ class LinkSpeeds:
 class SharedLink:
     """Estimates how long overlapping loads would each have taken alone.
 
-    While n loads are in progress, each is charged 1/n of the elapsed time. `LinkSpeeds` multiplies this time by the
-    number of reads in progress from a source.
+    While n loads are in progress, each is charged 1/n of the elapsed time. `LinkSpeeds.predict` does the reverse: it
+    multiplies the time alone by the number of concurrent reads from the source.
     """
 
     def __init__(self) -> None:

@@ -39,7 +39,7 @@ class Fp16Linear(Linear):
 
 
 def make_linear(weight: torch.Tensor, bias: torch.Tensor | None, backend: Backend) -> Linear:
-    """Return a Linear for float32 ``weight`` and ``bias``. It is float32 too if a weight exceeds fp16's range."""
+    """Return a layer for ``backend``, or for float32 if a weight exceeds fp16's range. The inputs are float32."""
     if backend == "fp16" and weight.abs().max().item() <= FP16_MAX:
         return Fp16Linear(weight, bias)
     return Linear(weight, bias)

@@ -59,7 +59,7 @@ class WeightForm(Protocol):
     def linear(self, weight: torch.Tensor, bias: torch.Tensor | None) -> Linear: ...
 
     def tied_head(self, embedding: torch.Tensor) -> Linear:
-        """Return the output head for a model whose head has the weights of ``embedding``, which is converted."""
+        """Return the output head of a model with tied embeddings. ``embedding`` has already been converted."""
         ...
 
     def vector(self, weight: torch.Tensor) -> torch.Tensor:

@@ -25,7 +25,7 @@ def remaining_read_s(expected_s: float, elapsed_s: float, fraction: float) -> fl
     """Return the estimated seconds until a read is verified.
 
     The read was expected to take ``expected_s`` seconds. In ``elapsed_s`` seconds it has delivered ``fraction`` of the
-    slab (above 0). The estimate is the larger of the expected remaining time and that at the average speed so far.
+    slab (above 0). The estimate is the larger of the rest of ``expected_s`` and the time at the average speed so far.
     """
     return max(expected_s - elapsed_s, elapsed_s * (1 - fraction) / fraction)
 
@@ -66,10 +66,7 @@ class EarlyStarts:
             entry.announce_read(read, least_tokens)
 
     def can_start(self, sequence: Sequence, first_tokens: Callable[[Sequence], int]) -> bool:
-        """Return whether the request may start before its adapter is loaded.
-
-        ``first_tokens(sequence)`` returns the number of tokens of its first step.
-        """
+        """Return whether the request may start early. ``first_tokens`` returns the token count of its first step."""
         read = self._announced(sequence.version)
         if read is None or read.failed_once or read.least_tokens is None:
             return False
@@ -86,7 +83,7 @@ class EarlyStarts:
     def is_valid(self, sequence: Sequence, late: bool) -> bool:
         """Return whether the result of the sequence's completed step may be used.
 
-        Always True if the sequence did not start early. A result that may not be used is counted. ``late`` is true if
+        Always True if the sequence did not start early. Returning False increments ``discarded``. ``late`` is true if
         the runner computed a layer before that layer had been read.
         """
         if not sequence.early_read:

@@ -176,10 +176,7 @@ class RunStep(msgspec.Struct, frozen=True):
 
 
 class LoadAdapter(msgspec.Struct, frozen=True):
-    """Read the slab to ``offset_bytes`` in the pool and install it in ``slot``.
-
-    Report AdapterLoaded or AdapterLoadFailed.
-    """
+    """Read the slab to ``offset_bytes`` of the pool, install it in ``slot`` and report how the load ended."""
 
     adapter: AdapterRef
     slot: int

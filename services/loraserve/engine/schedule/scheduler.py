@@ -122,7 +122,7 @@ class Scheduler:
         for sequence in self.running:
             is_running = sequence.state in (RUNNING, EARLY, ENDING)
             assert is_running, f"a request in state {sequence.state.name} is queued as running"
-        assert self.blocks.references == sum(len(s.blocks) for s in self.running), "no request owns some blocks"
+        assert self.blocks.references == sum(len(s.blocks) for s in self.running), "KV blocks are used by no request"
         users = Counter(sequence.version for sequence in self.running)
         for entry in self.residency.pool.entries():
             pins = users[entry.adapter.version]

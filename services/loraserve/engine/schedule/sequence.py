@@ -64,8 +64,8 @@ class Sequence:
     """The tokens of a request and the progress of their computation.
 
     ``history`` holds the known tokens: the prompt and the output so far. The first ``computed`` tokens have KV.
-    ``in_flight`` steps contain the sequence. When these steps are done, ``scheduled`` tokens will have KV, and
-    ``pending`` more tokens will be known.
+    ``in_flight`` is the number of steps in flight that contain the sequence. When they are done, ``scheduled`` tokens
+    will have KV, and ``pending`` more tokens will be known.
     """
 
     def __init__(self, admit: Admit, order: int, max_model_tokens: int, block_tokens: int) -> None:
